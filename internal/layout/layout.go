@@ -1,0 +1,64 @@
+// Package layout makes every path below $WRENN_DIR; no other package joins
+// one by hand.
+package layout
+
+import (
+	"path/filepath"
+
+	"github.com/google/uuid"
+)
+
+// DefaultDir is where Wrenn keeps its data unless $WRENN_DIR or --dir says otherwise.
+const DefaultDir = "/var/lib/wrenn"
+
+// Dir is the root of one installation's data.
+type Dir string
+
+func (d Dir) join(parts ...string) string {
+	return filepath.Join(append([]string{string(d)}, parts...)...)
+}
+
+// Kernels holds extracted kernels and built initrds.
+func (d Dir) Kernels() string { return d.join("kernels") }
+
+// Images holds every template's files.
+func (d Dir) Images() string { return d.join("images", "teams") }
+
+// Template holds one template's files; the all-zeros team and template are
+// the platform team and the built-in minimal template.
+func (d Dir) Template(team, template uuid.UUID) string {
+	return d.join("images", "teams", team.String(), template.String())
+}
+
+// Sandboxes holds one folder a sandbox.
+func (d Dir) Sandboxes() string { return d.join("sandboxes") }
+
+// Sandbox holds one sandbox's files: its record, overlay and QMP socket.
+func (d Dir) Sandbox(sandbox uuid.UUID) string { return d.join("sandboxes", sandbox.String()) }
+
+// Snapshots holds paused sandboxes' state.
+func (d Dir) Snapshots() string { return d.join("snapshots") }
+
+// Snapshot holds one paused sandbox's state.
+func (d Dir) Snapshot(sandbox uuid.UUID) string { return d.join("snapshots", sandbox.String()) }
+
+// Run holds sockets, locks and other state of running processes.
+func (d Dir) Run() string { return d.join("run") }
+
+// AgentSocket is where the host agent listens under wrenn up.
+func (d Dir) AgentSocket() string { return d.join("run", "agent.sock") }
+
+// ServerSocket is where the control plane listens under wrenn up.
+func (d Dir) ServerSocket() string { return d.join("run", "server.sock") }
+
+// Events is the host agent's journal of what it did on its own.
+func (d Dir) Events() string { return d.join("events") }
+
+// Postgres holds the private PostgreSQL cluster of wrenn up.
+func (d Dir) Postgres() string { return d.join("postgres") }
+
+// Redis holds the private Redis of wrenn up.
+func (d Dir) Redis() string { return d.join("redis") }
+
+// Credentials is the file that client commands read the first admin's API key from.
+func (d Dir) Credentials() string { return d.join("credentials.json") }
