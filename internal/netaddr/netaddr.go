@@ -1,0 +1,126 @@
+// Package netaddr lets Wrenn's programs listen on and call one another at
+// "host:port" or "unix:/path" alike, over HTTP/1.1 or cleartext HTTP/2 (which
+// Connect's bidirectional streams need).
+package netaddr
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// maxUnixPath is the longest path that fits in Linux's sockaddr_un, less its NUL.
+const maxUnixPath = 107
+
+// Split returns the network and the address that addr names: ("unix", path)
+// for "unix:/path", else ("tcp", addr) with an "http://" before it removed.
+func Split(addr string) (network, address string) {
+	if path, ok := strings.CutPrefix(addr, "unix:"); ok {
+		return "unix", path
+	}
+	return "tcp", strings.TrimSuffix(strings.TrimPrefix(addr, "http://"), "/")
+}
+
+// Listen listens on addr. A unix socket gets the given mode; one that an
+// earlier process left behind is replaced, one that somebody listens on is an
+// error.
+func Listen(ctx context.Context, addr string, mode fs.FileMode) (net.Listener, error) {
+	network, address := Split(addr)
+	var lc net.ListenConfig
+	if network != "unix" {
+		return lc.Listen(ctx, network, address)
+	}
+	if len(address) > maxUnixPath {
+		return nil, fmt.Errorf("listen on %s: path is longer than the %d bytes a unix socket may have; choose a shorter directory", address, maxUnixPath)
+	}
+	if err := removeStale(ctx, address); err != nil {
+		return nil, err
+	}
+	l, err := lc.Listen(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(address, mode); err != nil {
+		l.Close()
+		return nil, fmt.Errorf("set mode of socket: %w", err)
+	}
+	return l, nil
+}
+
+// removeStale removes the socket at path if nobody listens on it.
+func removeStale(ctx context.Context, path string) error {
+	info, err := os.Lstat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("look at socket: %w", err)
+	}
+	if info.Mode()&fs.ModeSocket == 0 {
+		return fmt.Errorf("listen on %s: a file that is no socket is there", path)
+	}
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", path)
+	if err == nil {
+		conn.Close()
+		return fmt.Errorf("listen on %s: %w", path, syscall.EADDRINUSE)
+	}
+	if !errors.Is(err, syscall.ECONNREFUSED) {
+		return fmt.Errorf("listen on %s: %w", path, err)
+	}
+	return os.Remove(path)
+}
+
+// Transport returns a transport whose every connection goes to addr, whatever
+// host a request names. With h2c it speaks cleartext HTTP/2, else HTTP/1.1.
+func Transport(addr string, h2c bool) *http.Transport {
+	network, address := Split(addr)
+	d := net.Dialer{Timeout: 10 * time.Second}
+	var p http.Protocols
+	if h2c {
+		p.SetUnencryptedHTTP2(true)
+	} else {
+		p.SetHTTP1(true)
+	}
+	return &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return d.DialContext(ctx, network, address)
+		},
+		Protocols:           &p,
+		MaxIdleConnsPerHost: 64,
+		IdleConnTimeout:     90 * time.Second,
+		HTTP2:               &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second},
+	}
+}
+
+// HTTPClient returns a cleartext HTTP/2 client for the server at addr and the
+// base URL to put before paths.
+func HTTPClient(addr string) (client *http.Client, baseURL string) {
+	network, address := Split(addr)
+	if network == "unix" {
+		address = "localhost"
+	}
+	return &http.Client{Transport: Transport(addr, true)}, "http://" + address
+}
+
+// Server returns a server for handler that speaks HTTP/1.1 and cleartext
+// HTTP/2. Bodies have no time limit, since streams may last; headers do.
+func Server(handler http.Handler) *http.Server {
+	var p http.Protocols
+	p.SetHTTP1(true)
+	p.SetUnencryptedHTTP2(true)
+	return &http.Server{
+		Handler:           handler,
+		Protocols:         &p,
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    64 << 10,
+	}
+}
