@@ -62,3 +62,6 @@ func (d Dir) Redis() string { return d.join("redis") }
 
 // Credentials is the file that client commands read the first admin's API key from.
 func (d Dir) Credentials() string { return d.join("credentials.json") }
+
+// NetworkBlock remembers which block of network slots the host agent has.
+func (d Dir) NetworkBlock() string { return d.join("run", "network-block") }

@@ -1,0 +1,251 @@
+package network
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+const (
+	blocks     = 64  // agents that can share a machine
+	blockSlots = 512 // slots that each of them has
+)
+
+// runDir holds what agents on one machine must agree on; it is empty after a
+// boot, as the kernel's network state is.
+const (
+	runDir       = "/run/wrenn"
+	blocksDir    = runDir + "/blocks"
+	forwardingOn = runDir + "/ip_forward"
+)
+
+// ErrNoBlock says that as many agents as the address plan has room for
+// already run on this machine.
+var ErrNoBlock = errors.New("every block of network slots is taken")
+
+// A block is one agent's share of the machine's slot indexes. Its file is
+// locked while the agent runs and stays after it while VMs of its do.
+type block struct {
+	number int
+	lock   *os.File
+	dir    layout.Dir
+}
+
+func blockFile(n int) string { return filepath.Join(blocksDir, strconv.Itoa(n)) }
+
+// lockBlocks excludes every other agent from taking and leaving blocks.
+func lockBlocks() (*os.File, error) {
+	if err := os.MkdirAll(blocksDir, 0o755); err != nil {
+		return nil, fmt.Errorf("make folder of blocks: %w", err)
+	}
+	d, err := os.Open(blocksDir)
+	if err != nil {
+		return nil, fmt.Errorf("open folder of blocks: %w", err)
+	}
+	if err := flock(d, unix.LOCK_EX); err != nil {
+		d.Close()
+		return nil, fmt.Errorf("lock folder of blocks: %w", err)
+	}
+	return d, nil
+}
+
+func flock(f *os.File, how int) error {
+	for {
+		if err := unix.Flock(int(f.Fd()), how); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+}
+
+// takeBlock locks the block that holds keep's slots, else the one that dir had
+// before, else a free one.
+func takeBlock(dir layout.Dir, keep []int) (*block, error) {
+	all, err := lockBlocks()
+	if err != nil {
+		return nil, err
+	}
+	defer all.Close()
+
+	if len(keep) > 0 {
+		n := keep[0] / blockSlots
+		for _, i := range keep {
+			if i < 0 || i >= blocks*blockSlots || i/blockSlots != n {
+				return nil, fmt.Errorf("slots to keep are not of one block: %v", keep)
+			}
+		}
+		b, owner, err := lockBlock(dir, n)
+		switch {
+		case err != nil:
+			return nil, fmt.Errorf("take back block %d: %w", n, err)
+		case owner != "" && owner != dir:
+			b.lock.Close()
+			return nil, fmt.Errorf("take back block %d: it now belongs to %s", n, owner)
+		}
+		return b, b.claim()
+	}
+
+	if n, ok := remembered(dir); ok {
+		b, owner, err := lockBlock(dir, n)
+		switch {
+		case err == nil && (owner == "" || owner == dir || abandoned(owner, n)):
+			return b, b.claim()
+		case err == nil:
+			b.lock.Close()
+		case owner == dir:
+			return nil, fmt.Errorf("another agent already runs on %s: %w", dir, err)
+		case !errors.Is(err, unix.EWOULDBLOCK):
+			return nil, err
+		}
+	}
+	for n := range blocks {
+		b, owner, err := lockBlock(dir, n)
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		if owner != "" && owner != dir && !abandoned(owner, n) {
+			b.lock.Close()
+			continue
+		}
+		return b, b.claim()
+	}
+	return nil, ErrNoBlock
+}
+
+// lockBlock locks block n and says which folder's agent has it or had it last.
+func lockBlock(dir layout.Dir, n int) (_ *block, owner layout.Dir, _ error) {
+	f, err := os.OpenFile(blockFile(n), os.O_RDWR|os.O_CREATE, 0o644)
+	if err != nil {
+		return nil, "", fmt.Errorf("open block %d: %w", n, err)
+	}
+	if text, err := os.ReadFile(blockFile(n)); err == nil {
+		owner = layout.Dir(strings.TrimSuffix(string(text), "\n"))
+	}
+	if err := flock(f, unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, owner, fmt.Errorf("lock block %d: %w", n, err)
+	}
+	return &block{number: n, lock: f, dir: dir}, owner, nil
+}
+
+// remembered is the block that dir's agent had last.
+func remembered(dir layout.Dir) (int, bool) {
+	text, err := os.ReadFile(dir.NetworkBlock())
+	if err != nil {
+		return 0, false
+	}
+	n, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	return n, err == nil && n >= 0 && n < blocks
+}
+
+// abandoned says that no agent will come back to block n for owner.
+func abandoned(owner layout.Dir, n int) bool {
+	m, ok := remembered(owner)
+	return !ok || m != n
+}
+
+// claim writes down, on both sides, that the block is dir's.
+func (b *block) claim() error {
+	err := b.lock.Truncate(0)
+	if err == nil {
+		_, err = b.lock.WriteAt([]byte(string(b.dir)+"\n"), 0)
+	}
+	if err == nil {
+		err = os.MkdirAll(b.dir.Run(), 0o755)
+	}
+	if err == nil {
+		tmp := b.dir.NetworkBlock() + ".tmp"
+		if err = os.WriteFile(tmp, []byte(strconv.Itoa(b.number)+"\n"), 0o644); err == nil {
+			err = os.Rename(tmp, b.dir.NetworkBlock())
+		}
+	}
+	if err != nil {
+		b.lock.Close()
+		return fmt.Errorf("claim block %d: %w", b.number, err)
+	}
+	return nil
+}
+
+// leave gives the block up. A kept one stays its folder's, without a lock.
+func (b *block) leave(kept bool) error {
+	all, err := lockBlocks()
+	if err != nil {
+		return err
+	}
+	defer all.Close()
+	if !kept {
+		err = errors.Join(
+			os.Remove(blockFile(b.number)),
+			ignore(os.Remove(b.dir.NetworkBlock()), os.ErrNotExist),
+			restoreForwarding(),
+		)
+	}
+	return errors.Join(err, b.lock.Close())
+}
+
+func ignore(err, target error) error {
+	if errors.Is(err, target) {
+		return nil
+	}
+	return err
+}
+
+const ipForward = "net/ipv4/ip_forward"
+
+// enableForwarding lets this machine forward IPv4. Replies come in on whatever
+// interface leads out, which may change at any time, so the switch is the
+// machine-wide one; a file remembers that it was off.
+func enableForwarding() error {
+	all, err := lockBlocks()
+	if err != nil {
+		return err
+	}
+	defer all.Close()
+	now, err := os.ReadFile("/proc/sys/" + ipForward)
+	if err != nil {
+		return fmt.Errorf("read %s: %w", ipForward, err)
+	}
+	if strings.TrimSpace(string(now)) != "0" {
+		return nil
+	}
+	if err := os.WriteFile(forwardingOn, nil, 0o644); err != nil {
+		return fmt.Errorf("remember that forwarding was off: %w", err)
+	}
+	return sysctl(ipForward, "1")
+}
+
+// restoreForwarding turns forwarding off again when an agent turned it on and
+// no block is in use any more. The caller holds lockBlocks.
+func restoreForwarding() error {
+	others, err := os.ReadDir(blocksDir)
+	if err != nil || len(others) > 0 {
+		return err
+	}
+	err = os.Remove(forwardingOn)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return errors.Join(err, sysctl(ipForward, "0"))
+}
+
+// sysctl sets a kernel parameter in the calling thread's namespace.
+func sysctl(name, value string) error {
+	f, err := os.OpenFile("/proc/sys/"+name, os.O_WRONLY, 0)
+	if err != nil {
+		return fmt.Errorf("set %s: %w", name, err)
+	}
+	defer f.Close()
+	if _, err := f.WriteString(value); err != nil {
+		return fmt.Errorf("set %s to %s: %w", name, value, err)
+	}
+	return nil
+}

@@ -1,0 +1,748 @@
+package network
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+func TestGuestReachesTheInternet(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	newInternet(t)
+	p := openPool(t, layout.Dir(t.TempDir()), 1)
+	g := newGuest(t, acquire(t, p))
+
+	for _, network := range []string{"tcp4", "udp4"} {
+		got, err := g.call(network, internetAddr.String()+":7000")
+		if err != nil {
+			t.Fatalf("%s to the internet: %v", network, err)
+		}
+		// Not the guest's, not the slot's address: the host's own.
+		if fields := strings.Fields(got); fields[len(fields)-1] != uplinkHost.Addr().String() {
+			t.Errorf("%s to the internet came from %q", network, got)
+		}
+	}
+}
+
+func TestGuestResolves(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	newInternet(t)
+	p := openPool(t, layout.Dir(t.TempDir()), 1)
+	g := newGuest(t, acquire(t, p))
+
+	answered := map[string]int{}
+	for range 6 {
+		got, err := g.call("udp4", "169.254.0.22:53")
+		if err != nil {
+			t.Fatal("query:", err)
+		}
+		answered[strings.Fields(got)[0]]++
+		if _, err := g.call("tcp4", "169.254.0.22:53"); err != nil {
+			t.Fatal("query by TCP:", err)
+		}
+	}
+	if answered[resolver1.String()] == 0 || answered[resolver2.String()] == 0 {
+		t.Errorf("not both resolvers were asked: %v", answered)
+	}
+}
+
+func TestGuestIsShutIn(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	newInternet(t)
+	p := openPool(t, layout.Dir(t.TempDir()), 2)
+	s, neighbour := acquire(t, p), acquire(t, p)
+	g, other := newGuest(t, s), newGuest(t, neighbour)
+
+	// Everything that could answer does: the host and the other guest on
+	// every address they have, the namespaces on theirs.
+	serveAll := func(listen func(network, address string) (any, error)) {
+		t.Helper()
+		for _, port := range []string{"22", "53", "80", "7000", "49983"} {
+			l, err := listen("tcp4", "0.0.0.0:"+port)
+			must(t, err)
+			go answerTCP(l.(net.Listener))
+			t.Cleanup(func() { l.(net.Listener).Close() })
+			c, err := listen("udp4", "0.0.0.0:"+port)
+			must(t, err)
+			go answerUDP(c.(net.PacketConn), "self")
+			t.Cleanup(func() { c.(net.PacketConn).Close() })
+		}
+	}
+	plain := func(network, address string) (any, error) {
+		if strings.HasPrefix(network, "tcp") {
+			return net.Listen(network, address)
+		}
+		return net.ListenPacket(network, address)
+	}
+	serveAll(plain)
+	must(t, other.do(func() error { serveAll(plain); return nil }))
+	gateway, err := s.Listen(context.Background(), "tcp4", "169.254.0.22:7000")
+	must(t, err)
+	defer gateway.Close()
+	go answerTCP(gateway)
+
+	var shut []string
+	addrs, err := net.InterfaceAddrs()
+	must(t, err)
+	for _, a := range addrs {
+		if ip := a.(*net.IPNet).IP.To4(); ip != nil {
+			shut = append(shut, ip.String())
+		}
+	}
+	shut = append(shut, s.Address.String(), hostAddr(s.Index).String())
+	shut = append(shut, neighbour.Address.String(), hostAddr(neighbour.Index).String())
+	shut = append(shut, privateAddrs...)
+	shut = append(shut, "127.0.0.1", "169.254.0.22", "169.254.0.23", "169.254.1.1", "255.255.255.255", "224.0.0.1", "240.0.0.1")
+	if len(shut) < 15 || !slices.Contains(shut, uplinkHost.Addr().String()) {
+		t.Fatalf("the test looks at too little: %v", shut)
+	}
+
+	// The listeners answer, so that silence below means a closed door.
+	for _, a := range []string{uplinkHost.Addr().String(), "10.99.0.1", neighbour.Address.String()} {
+		if _, err := call(time.Second, "tcp4", a+":7000"); err != nil {
+			t.Fatalf("host to %s: %v", a, err)
+		}
+	}
+
+	var wg sync.WaitGroup
+	for _, a := range shut {
+		for _, port := range []string{"22", "53", "80", "7000", "49983"} {
+			for _, network := range []string{"tcp4", "udp4"} {
+				if a == "169.254.0.22" && port == "53" || strings.HasPrefix(a, "127.") && port != "80" {
+					continue // that one is open; the guest's own loopback
+				}
+				wg.Go(func() {
+					if got, err := g.callWithin(time.Second, network, net.JoinHostPort(a, port)); err == nil {
+						t.Errorf("guest reached %s %s:%s: %q", network, a, port, got)
+					}
+				})
+			}
+		}
+	}
+	for _, r := range []netip.Addr{resolver1, resolver2} {
+		wg.Go(func() {
+			if got, err := g.callWithin(time.Second, "tcp4", r.String()+":7000"); err == nil {
+				t.Errorf("guest reached a resolver's other port: %q", got)
+			}
+		})
+	}
+	wg.Wait()
+
+	// The same with the host's firewall flushed by someone.
+	t.Run("firewall flushed", func(t *testing.T) {
+		must(t, removeHostRules(p.block.number))
+		defer func() { must(t, hostRules(p.block.number, p.config.Upstreams)) }()
+		for _, a := range []string{neighbour.Address.String(), "10.99.0.1", hostAddr(s.Index).String(), "192.168.7.7"} {
+			if got, err := g.callWithin(time.Second, "tcp4", a+":7000"); err == nil {
+				t.Errorf("guest reached %s: %q", a, got)
+			}
+		}
+	})
+}
+
+func TestNobodyOutsideReachesTheGuest(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	newInternet(t)
+	p := openPool(t, layout.Dir(t.TempDir()), 1)
+	s := acquire(t, p)
+	g := newGuest(t, s)
+	must(t, g.do(func() error {
+		l, err := net.Listen("tcp4", "0.0.0.0:7000")
+		if err == nil {
+			go answerTCP(l)
+			t.Cleanup(func() { l.Close() })
+		}
+		return err
+	}))
+	got, err := call(time.Second, "tcp4", s.Address.String()+":7000")
+	if err != nil || got != gatewayAddr.String() {
+		t.Errorf("host to guest: %q, %v", got, err)
+	}
+	err = inNamespace(filepath.Join(netnsDir, "internet"), func() error {
+		link, err := netlink.LinkByName("eth0")
+		must(t, err)
+		must(t, netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: uplinkHost.Addr().AsSlice(), Dst: &net.IPNet{IP: net.IPv4(10, 11, 0, 0).To4(), Mask: net.CIDRMask(16, 32)}}))
+		_, err = call(time.Second, "tcp4", s.Address.String()+":7000")
+		return err
+	})
+	if err == nil {
+		t.Error("a machine beyond the host reached the guest")
+	}
+}
+
+func TestSpoofedPacketsAreDropped(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	newInternet(t)
+	p := openPool(t, layout.Dir(t.TempDir()), 1)
+	s := acquire(t, p)
+	g := newGuest(t, s)
+	must(t, g.do(func() error {
+		link, err := netlink.LinkByName("eth0")
+		must(t, err)
+		for _, a := range []string{"203.0.113.77/32", "10.11.0.200/32", "169.254.0.21/30"} {
+			addr, err := netlink.ParseAddr(a)
+			must(t, err)
+			if a != "169.254.0.21/30" {
+				must(t, netlink.AddrAdd(link, addr))
+			}
+		}
+		return nil
+	}))
+	seen := make(chan string, 10)
+	must(t, inNamespace(filepath.Join(netnsDir, "internet"), func() error {
+		c, err := net.ListenPacket("udp4", "203.0.113.1:9999")
+		must(t, err)
+		t.Cleanup(func() { c.Close() })
+		go func() {
+			b := make([]byte, 100)
+			for {
+				n, _, err := c.ReadFrom(b)
+				if err != nil {
+					return
+				}
+				seen <- string(b[:n])
+			}
+		}()
+		return nil
+	}))
+	// In order, through one path: when the last has come, the others will not.
+	must(t, g.do(func() error {
+		for _, from := range []string{"203.0.113.77", "10.11.0.200", "169.254.0.21"} {
+			c, err := net.DialUDP("udp4", &net.UDPAddr{IP: net.ParseIP(from)}, net.UDPAddrFromAddrPort(netip.AddrPortFrom(internetAddr, 9999)))
+			must(t, err)
+			_, err = c.Write([]byte(from))
+			must(t, err)
+			c.Close()
+		}
+		return nil
+	}))
+	select {
+	case got := <-seen:
+		if got != "169.254.0.21" {
+			t.Errorf("a spoofed packet passed: %s", got)
+		}
+	case <-time.After(3 * time.Second):
+		t.Error("the honest packet did not pass")
+	}
+}
+
+func TestNoIPv6(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	p := openPool(t, layout.Dir(t.TempDir()), 1)
+	s := acquire(t, p)
+	for _, where := range []func(func() error) error{
+		func(f func() error) error { return inNamespace(s.NetNS(), f) },
+		func(f func() error) error { return f() },
+	} {
+		must(t, where(func() error {
+			links, err := netlink.LinkList()
+			must(t, err)
+			for _, l := range links {
+				if l.Attrs().Name == "lo" {
+					continue
+				}
+				addrs, err := netlink.AddrList(l, netlink.FAMILY_V6)
+				must(t, err)
+				if len(addrs) > 0 {
+					t.Errorf("%s has %v", l.Attrs().Name, addrs)
+				}
+			}
+			return nil
+		}))
+	}
+}
+
+func TestGatewayServices(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	p := openPool(t, layout.Dir(t.TempDir()), 1)
+	s := acquire(t, p)
+	g := newGuest(t, s)
+
+	must(t, g.do(func() error {
+		c, err := net.Dial("udp4", "169.254.0.22:123")
+		must(t, err)
+		defer c.Close()
+		_ = c.SetDeadline(time.Now().Add(2 * time.Second))
+		request := make([]byte, 48)
+		request[0] = 4<<3 | 3
+		copy(request[40:], "whenIsIt")
+		_, err = c.Write(request)
+		must(t, err)
+		answer := make([]byte, 100)
+		n, err := c.Read(answer)
+		must(t, err)
+		if n != 48 || answer[0] != 4<<3|4 || string(answer[24:32]) != "whenIsIt" {
+			t.Errorf("NTP answer: % x", answer[:n])
+		}
+		return nil
+	}))
+
+	must(t, s.Metadata.Set(map[string]any{"sandbox_id": "cl-1", "env": map[string]string{"A": "b"}}))
+	must(t, g.do(func() error {
+		// One connection made here; the client's goroutines use no other.
+		c, err := net.Dial("tcp4", "169.254.169.254:80")
+		must(t, err)
+		client := &http.Client{Transport: &http.Transport{
+			DialContext: func(context.Context, string, string) (net.Conn, error) { return c, nil },
+		}}
+		defer client.CloseIdleConnections()
+		ask := func(method, path string, header map[string]string) (int, string) {
+			req, err := http.NewRequest(method, "http://169.254.169.254"+path, nil)
+			must(t, err)
+			for k, v := range header {
+				req.Header.Set(k, v)
+			}
+			res, err := client.Do(req)
+			must(t, err)
+			defer res.Body.Close()
+			body, err := io.ReadAll(res.Body)
+			must(t, err)
+			return res.StatusCode, string(body)
+		}
+		_, token := ask("PUT", "/latest/api/token", map[string]string{"X-metadata-token-ttl-seconds": "60"})
+		if code, got := ask("GET", "/sandbox_id", map[string]string{"X-metadata-token": token}); code != 200 || got != "cl-1" {
+			t.Errorf("metadata: %d %q", code, got)
+		}
+		return nil
+	}))
+}
+
+func TestReleaseAndRefill(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	p := openPool(t, layout.Dir(t.TempDir()), 3)
+	var slots []*Slot
+	for range 64 {
+		slots = append(slots, acquire(t, p))
+	}
+	seen := map[netip.Addr]bool{}
+	for _, s := range slots {
+		if seen[s.Address] {
+			t.Fatalf("%s was given twice", s.Address)
+		}
+		seen[s.Address] = true
+	}
+	var wg sync.WaitGroup
+	for _, s := range slots {
+		wg.Go(func() {
+			if err := p.Release(context.Background(), s); err != nil {
+				t.Error(err)
+			}
+			if err := p.Release(context.Background(), s); err != nil {
+				t.Error("released twice:", err)
+			}
+		})
+	}
+	wg.Wait()
+	p.mu.Lock()
+	if len(p.used) != 0 {
+		t.Errorf("still used: %v", p.used)
+	}
+	p.mu.Unlock()
+}
+
+func TestSixtyFourAtOnce(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	p := openPool(t, layout.Dir(t.TempDir()), 4)
+	var wg sync.WaitGroup
+	for range 64 {
+		wg.Go(func() {
+			s, err := p.Acquire(context.Background())
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if err := p.Release(context.Background(), s); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+func TestRestartTakesBack(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	newInternet(t)
+	dir := layout.Dir(t.TempDir())
+	p := openPool(t, dir, 2)
+	s, dropped := acquire(t, p), acquire(t, p)
+	g := newGuest(t, s)
+
+	// A connection of the guest's that lives through the restart.
+	var conn net.Conn
+	must(t, inNamespace(filepath.Join(netnsDir, "internet"), func() error {
+		l, err := net.Listen("tcp4", "203.0.113.1:8888")
+		must(t, err)
+		t.Cleanup(func() { l.Close() })
+		go func() {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			defer c.Close()
+			b := make([]byte, 1)
+			for {
+				if _, err := c.Read(b); err != nil {
+					return
+				}
+				_, _ = c.Write(b)
+			}
+		}()
+		return nil
+	}))
+	must(t, g.do(func() (err error) {
+		conn, err = net.DialTimeout("tcp4", "203.0.113.1:8888", 2*time.Second)
+		return err
+	}))
+	defer conn.Close()
+	echo := func() {
+		t.Helper()
+		_ = conn.SetDeadline(time.Now().Add(3 * time.Second))
+		_, err := conn.Write([]byte("x"))
+		must(t, err)
+		_, err = conn.Read(make([]byte, 1))
+		must(t, err)
+	}
+	echo()
+
+	must(t, p.Close(context.Background(), []int{s.Index}))
+	echo()
+	if _, err := os.Stat(dropped.NetNS()); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a slot that was not to be kept is there: %v", err)
+	}
+
+	// Meanwhile another installation comes, and gets another block.
+	q := openPool(t, layout.Dir(t.TempDir()), 1)
+	if q.block.number == p.block.number {
+		t.Fatal("a block with living VMs was given to another installation")
+	}
+
+	p = openPool(t, dir, 2, s.Index)
+	back, err := p.Reclaim(context.Background(), s.Index)
+	must(t, err)
+	if back.Address != s.Address {
+		t.Errorf("came back at %s", back.Address)
+	}
+	if _, err := p.Reclaim(context.Background(), s.Index); err == nil {
+		t.Error("reclaimed twice")
+	}
+	echo()
+	if _, err := g.call("tcp4", internetAddr.String()+":7000"); err != nil {
+		t.Error("guest to the internet after the restart:", err)
+	}
+	must(t, g.do(func() error {
+		c, err := net.DialTimeout("tcp4", "169.254.169.254:80", 2*time.Second)
+		if err == nil {
+			c.Close()
+		}
+		return err
+	}))
+	for range 5 {
+		if n := acquire(t, p); n.Index == s.Index {
+			t.Fatal("a kept slot was handed out")
+		}
+	}
+}
+
+func TestReclaimOfBrokenSlot(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	dir := layout.Dir(t.TempDir())
+	p := openPool(t, dir, 1)
+	var keep []int
+	for range 3 {
+		keep = append(keep, acquire(t, p).Index)
+	}
+	must(t, p.Close(context.Background(), keep))
+
+	must(t, removeNamespace(namespacePath(keep[0])))
+	link, err := netlink.LinkByName(linkName(keep[1]))
+	must(t, err)
+	must(t, netlink.LinkDel(link))
+	must(t, inNamespace(namespacePath(keep[2]), func() error {
+		f, err := openTap(tapName, unix.IFF_VNET_HDR)
+		must(t, err)
+		defer f.Close()
+		return unix.IoctlSetInt(int(f.Fd()), unix.TUNSETPERSIST, 0)
+	}))
+
+	p = openPool(t, dir, 1, keep...)
+	for _, i := range keep {
+		if _, err := p.Reclaim(context.Background(), i); !errors.Is(err, ErrGone) {
+			t.Errorf("slot %d: %v", i, err)
+		}
+	}
+}
+
+// crash leaves a pool as a killed agent would: nothing undone, the lock gone.
+func crash(t *testing.T, p *Pool) {
+	t.Helper()
+	p.cancel()
+	p.refill.Wait()
+	p.mu.Lock()
+	p.closed = true
+	for _, s := range p.used {
+		s.silence()
+	}
+	p.mu.Unlock()
+	p.host.Close()
+	must(t, p.block.lock.Close())
+}
+
+func TestCrashLeavesNothingForLong(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	dir := layout.Dir(t.TempDir())
+	p := openPool(t, dir, 2)
+	for range 3 {
+		acquire(t, p)
+	}
+	kept := acquire(t, p)
+	crash(t, p)
+	// Half-made ones too.
+	first := p.block.number * blockSlots
+	must(t, os.WriteFile(namespacePath(first+300), nil, 0o444))
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = linkName(first + 301)
+	must(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "half"}))
+
+	// An installation elsewhere does not touch them.
+	q := openPool(t, layout.Dir(t.TempDir()), 1)
+	if q.block.number == p.block.number {
+		t.Fatal("a crashed installation's block was taken")
+	}
+
+	again := openPool(t, dir, 1, kept.Index)
+	if again.block.number != p.block.number {
+		t.Errorf("came back with block %d after %d", again.block.number, p.block.number)
+	}
+	names, err := filepath.Glob(namespacePath(first)[:len(netnsDir)+1] + namespacePrefix + "*")
+	must(t, err)
+	if len(names) > 4 { // kept, and each pool's own being prepared
+		t.Errorf("stale namespaces: %v", names)
+	}
+	if _, err := os.Stat(kept.NetNS()); err != nil {
+		t.Errorf("the kept one is gone: %v", err)
+	}
+	if _, err := again.Reclaim(context.Background(), kept.Index); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestBlockOfAVanishedInstallationIsTaken(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	dir := filepath.Join(t.TempDir(), "gone")
+	p := openPool(t, layout.Dir(dir), 1)
+	acquire(t, p)
+	crash(t, p)
+	must(t, os.RemoveAll(dir))
+	q := openPool(t, layout.Dir(t.TempDir()), 1)
+	if q.block.number != p.block.number {
+		t.Errorf("took block %d, not %d", q.block.number, p.block.number)
+	}
+}
+
+func TestOneAgentPerInstallation(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	dir := layout.Dir(t.TempDir())
+	openPool(t, dir, 1)
+	if _, err := Open(context.Background(), Config{Dir: dir}, nil); err == nil {
+		t.Error("two pools on one folder")
+	}
+}
+
+func TestTwoPoolsAtOnce(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	newInternet(t)
+	p, q := openPool(t, layout.Dir(t.TempDir()), 1), openPool(t, layout.Dir(t.TempDir()), 1)
+	a, b := acquire(t, p), acquire(t, q)
+	if p.block.number == q.block.number {
+		t.Fatal("one block for two")
+	}
+	g, h := newGuest(t, a), newGuest(t, b)
+	for _, x := range []*guest{g, h} {
+		must(t, x.do(func() error {
+			l, err := net.Listen("tcp4", "0.0.0.0:7000")
+			must(t, err)
+			t.Cleanup(func() { l.Close() })
+			go answerTCP(l)
+			return nil
+		}))
+		if _, err := x.call("tcp4", internetAddr.String()+":7000"); err != nil {
+			t.Error("to the internet:", err)
+		}
+	}
+	if _, err := g.callWithin(time.Second, "tcp4", b.Address.String()+":7000"); err == nil {
+		t.Error("one pool's guest reached the other's")
+	}
+	// The first goes; the second still works.
+	must(t, p.Close(context.Background(), nil))
+	if _, err := h.call("tcp4", internetAddr.String()+":7000"); err != nil {
+		t.Error("to the internet after the other pool closed:", err)
+	}
+	if _, err := call(time.Second, "tcp4", b.Address.String()+":7000"); err != nil {
+		t.Error("host to guest:", err)
+	}
+}
+
+func TestForwardingIsRestored(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	forwarding := func() string {
+		b, err := os.ReadFile("/proc/sys/" + ipForward)
+		must(t, err)
+		return strings.TrimSpace(string(b))
+	}
+	p, q := openPool(t, layout.Dir(t.TempDir()), 1), openPool(t, layout.Dir(t.TempDir()), 1)
+	must(t, p.Close(context.Background(), nil))
+	if forwarding() != "1" {
+		t.Error("off while another pool is open")
+	}
+	must(t, q.Close(context.Background(), nil))
+	if forwarding() != "0" {
+		t.Error("still on")
+	}
+	// Where it was on it stays on.
+	must(t, sysctl(ipForward, "1"))
+	defer func() { must(t, sysctl(ipForward, "0")) }()
+	r := openPool(t, layout.Dir(t.TempDir()), 1)
+	must(t, r.Close(context.Background(), nil))
+	if forwarding() != "1" {
+		t.Error("turned off though it was on before")
+	}
+}
+
+func TestOtherTablesStay(t *testing.T) {
+	needRoot(t)
+	out, err := exec.Command("nft", "add table inet filter; add chain inet filter input { type filter hook input priority 0; policy accept; }; add rule inet filter input tcp dport 9 drop").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	t.Cleanup(func() { must(t, exec.Command("nft", "delete table inet filter").Run()) })
+	sameAfter(t)
+	p := openPool(t, layout.Dir(t.TempDir()), 1)
+	acquire(t, p)
+}
+
+func TestAcquireFailureLeavesNothing(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	dir := layout.Dir(t.TempDir())
+	p := openPool(t, dir, 1)
+	s := acquire(t, p)
+	// Something is in the way of the next slots.
+	h := p.host
+	next := s.Index + 40
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = linkName(next)
+	must(t, h.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "inway"}))
+	if err := p.create(next); err == nil {
+		t.Error("made a slot over another link")
+	}
+	if _, err := os.Stat(namespacePath(next)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("namespace left: %v", err)
+	}
+	if err := p.create(next); err != nil {
+		t.Errorf("not even the second time: %v", err)
+	}
+	must(t, destroy(h, next))
+	canceled, cancel := context.WithCancel(context.Background())
+	cancel()
+	if _, err := p.Acquire(canceled); !errors.Is(err, context.Canceled) {
+		t.Errorf("canceled: %v", err)
+	}
+}
+
+func TestConnectionsAreForgotten(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	newInternet(t)
+	p := openPool(t, layout.Dir(t.TempDir()), 1)
+	s := acquire(t, p)
+	g := newGuest(t, s)
+	_, err := g.call("udp4", internetAddr.String()+":7000")
+	must(t, err)
+	of := func() (n int) {
+		flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+		must(t, err)
+		for _, f := range flows {
+			if connectionsOf(s.Address.AsSlice()).MatchConntrackFlow(f) {
+				n++
+			}
+		}
+		return n
+	}
+	if of() == 0 {
+		t.Fatal("no connection was tracked")
+	}
+	must(t, p.Release(context.Background(), s))
+	if n := of(); n > 0 {
+		t.Errorf("%d connections remembered", n)
+	}
+}
+
+func TestAddressPlan(t *testing.T) {
+	last := blocks*blockSlots - 1
+	if got := outsideAddr(last).String(); got != "10.11.255.255" {
+		t.Errorf("last slot at %s", got)
+	}
+	for _, i := range []int{0, 1, 511, 512, 1023, last} {
+		block := blockPrefix(i / blockSlots)
+		if !block.Contains(hostAddr(i)) || !block.Contains(outsideAddr(i)) || hostAddr(i).As4()[3]%2 != 0 {
+			t.Errorf("slot %d: %s and %s are not both in %s", i, hostAddr(i), outsideAddr(i), block)
+		}
+		if len(linkName(i)) >= unix.IFNAMSIZ+1 {
+			t.Errorf("%s is too long", linkName(i))
+		}
+	}
+}
+
+func BenchmarkSlot(b *testing.B) {
+	needRoot(b)
+	p := openPool(b, layout.Dir(b.TempDir()), 1)
+	first := p.block.number*blockSlots + 400
+	b.Run("create", func(b *testing.B) {
+		for b.Loop() {
+			must(b, p.create(first))
+			b.StopTimer()
+			must(b, destroy(p.host, first))
+			b.StartTimer()
+		}
+	})
+	b.Run("destroy", func(b *testing.B) {
+		for b.Loop() {
+			b.StopTimer()
+			must(b, p.create(first))
+			b.StartTimer()
+			must(b, destroy(p.host, first))
+		}
+	})
+}

@@ -1,0 +1,339 @@
+package network
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// Limits on what one guest can make the host's kernel and agent do.
+const (
+	maxConnections = 8192 // tracked at once, of a machine-wide table of at least 65536
+	ntpPerSecond   = 16
+)
+
+// closed are the destinations that no guest reaches: private and special
+// networks, and a cloud's own service addresses. In ascending order, apart.
+var closed = []netip.Prefix{
+	netip.MustParsePrefix("0.0.0.0/8"),
+	netip.MustParsePrefix("10.0.0.0/8"),
+	netip.MustParsePrefix("100.64.0.0/10"),
+	netip.MustParsePrefix("127.0.0.0/8"),
+	netip.MustParsePrefix("168.63.129.16/32"), // Azure's host agent
+	netip.MustParsePrefix("169.254.0.0/16"),
+	netip.MustParsePrefix("172.16.0.0/12"),
+	netip.MustParsePrefix("192.0.0.0/24"), // IETF assignments; Oracle's metadata
+	netip.MustParsePrefix("192.168.0.0/16"),
+	netip.MustParsePrefix("224.0.0.0/3"), // multicast, reserved, broadcast
+}
+
+// A rule is what a packet must match and what then happens to it.
+type rule []expr.Any
+
+func when(parts ...rule) rule {
+	var all rule
+	for _, p := range parts {
+		all = append(all, p...)
+	}
+	return all
+}
+
+func cmp(op expr.CmpOp, data []byte) expr.Any {
+	return &expr.Cmp{Op: op, Register: 1, Data: data}
+}
+
+func ifname(key expr.MetaKey, name string) rule {
+	padded := make([]byte, unix.IFNAMSIZ)
+	copy(padded, name)
+	return rule{&expr.Meta{Key: key, Register: 1}, cmp(expr.CmpOpEq, padded)}
+}
+
+func in(name string) rule  { return ifname(expr.MetaKeyIIFNAME, name) }
+func out(name string) rule { return ifname(expr.MetaKeyOIFNAME, name) }
+
+func inGroup(g uint32) rule {
+	return rule{&expr.Meta{Key: expr.MetaKeyIIFGROUP, Register: 1}, cmp(expr.CmpOpEq, binaryutil.NativeEndian.PutUint32(g))}
+}
+
+func outGroup(op expr.CmpOp, g uint32) rule {
+	return rule{&expr.Meta{Key: expr.MetaKeyOIFGROUP, Register: 1}, cmp(op, binaryutil.NativeEndian.PutUint32(g))}
+}
+
+func family(op expr.CmpOp, proto byte) rule {
+	return rule{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, cmp(op, []byte{proto})}
+}
+
+// ip loads an address field of an IPv4 header and compares it.
+func ip(offset uint32, op expr.CmpOp, p netip.Prefix) rule {
+	r := when(family(expr.CmpOpEq, unix.NFPROTO_IPV4), rule{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4},
+	})
+	if p.Bits() < 32 {
+		mask := binary.BigEndian.AppendUint32(nil, ^uint32(0)<<(32-p.Bits()))
+		r = append(r, &expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: mask, Xor: make([]byte, 4)})
+	}
+	return append(r, cmp(op, p.Masked().Addr().AsSlice()))
+}
+
+func host(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
+
+func from(p netip.Prefix) rule    { return ip(12, expr.CmpOpEq, p) }
+func notFrom(p netip.Prefix) rule { return ip(12, expr.CmpOpNeq, p) }
+func to(a netip.Addr) rule        { return ip(16, expr.CmpOpEq, host(a)) }
+
+func toAny(s *nftables.Set) rule {
+	return when(family(expr.CmpOpEq, unix.NFPROTO_IPV4), rule{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 16, Len: 4},
+		&expr.Lookup{SourceRegister: 1, SetName: s.Name, SetID: s.ID},
+	})
+}
+
+func protocol(p byte) rule {
+	return rule{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, cmp(expr.CmpOpEq, []byte{p})}
+}
+
+func port(proto byte, port uint16) rule {
+	return when(protocol(proto), rule{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+		cmp(expr.CmpOpEq, binary.BigEndian.AppendUint16(nil, port)),
+	})
+}
+
+func ctBits(key expr.CtKey, bits uint32) rule {
+	return rule{
+		&expr.Ct{Key: key, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: make([]byte, 4)},
+		cmp(expr.CmpOpNeq, make([]byte, 4)),
+	}
+}
+
+func state(bits uint32) rule { return ctBits(expr.CtKeySTATE, bits) }
+
+// dnatted matches connections whose destination a rule of ours has changed.
+func dnatted() rule { return ctBits(expr.CtKeySTATUS, 1<<5 /* IPS_DST_NAT */) }
+
+func over(connections uint32) rule {
+	return rule{&expr.Connlimit{Count: connections, Flags: expr.NFT_CONNLIMIT_F_INV}}
+}
+
+func perSecond(n uint64) rule {
+	return rule{&expr.Limit{Type: expr.LimitTypePkts, Rate: n, Unit: expr.LimitTimeSecond, Burst: uint32(n)}}
+}
+
+// turn is true for one of n packets in a row, each i another.
+func turn(i, n int) rule {
+	return rule{
+		&expr.Numgen{Register: 1, Modulus: uint32(n), Type: unix.NFT_NG_INCREMENTAL},
+		cmp(expr.CmpOpEq, binaryutil.NativeEndian.PutUint32(uint32(i))),
+	}
+}
+
+var (
+	accept = rule{&expr.Verdict{Kind: expr.VerdictAccept}}
+	drop   = rule{&expr.Verdict{Kind: expr.VerdictDrop}}
+	// reject answers "administratively prohibited": the guest's program fails
+	// at once and does not wait.
+	reject     = rule{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}}
+	masquerade = rule{&expr.Masq{}}
+
+	established = state(expr.CtStateBitESTABLISHED)
+	// related lets errors about a connection through, and nothing that some
+	// protocol's helper expects.
+	related = when(protocol(unix.IPPROTO_ICMP), state(expr.CtStateBitRELATED))
+	invalid = state(expr.CtStateBitINVALID)
+)
+
+func dnat(a netip.Addr) rule {
+	return rule{
+		&expr.Immediate{Register: 1, Data: a.AsSlice()},
+		&expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1},
+	}
+}
+
+// A ruleset writes one table in one transaction: the old one stays in force
+// until all of the new one is.
+type ruleset struct {
+	conn  *nftables.Conn
+	table *nftables.Table
+	err   error
+}
+
+// newRuleset is for the calling thread's namespace.
+func newRuleset(table string) (*ruleset, error) {
+	conn, err := nftables.New()
+	if err != nil {
+		return nil, fmt.Errorf("open nftables: %w", err)
+	}
+	t := &nftables.Table{Name: table, Family: nftables.TableFamilyINet}
+	conn.AddTable(t)
+	conn.DelTable(t)
+	conn.AddTable(t)
+	return &ruleset{conn: conn, table: t}, nil
+}
+
+func (r *ruleset) chain(name string, kind nftables.ChainType, hook *nftables.ChainHook, priority *nftables.ChainPriority, policy nftables.ChainPolicy, rules ...rule) {
+	c := r.conn.AddChain(&nftables.Chain{Name: name, Table: r.table, Type: kind, Hooknum: hook, Priority: priority, Policy: &policy})
+	for _, exprs := range rules {
+		r.conn.AddRule(&nftables.Rule{Table: r.table, Chain: c, Exprs: exprs})
+	}
+}
+
+func (r *ruleset) closedSet() *nftables.Set {
+	s := &nftables.Set{Table: r.table, Name: "closed", Interval: true, Constant: true, KeyType: nftables.TypeIPAddr}
+	var elements []nftables.SetElement
+	for _, p := range closed {
+		start := binary.BigEndian.Uint32(p.Addr().AsSlice())
+		elements = append(elements, nftables.SetElement{Key: p.Addr().AsSlice()})
+		if end := uint64(start) + 1<<(32-p.Bits()); end < 1<<32 {
+			elements = append(elements, nftables.SetElement{Key: binary.BigEndian.AppendUint32(nil, uint32(end)), IntervalEnd: true})
+		}
+	}
+	if err := r.conn.AddSet(s, elements); err != nil && r.err == nil {
+		r.err = fmt.Errorf("add set of closed networks: %w", err)
+	}
+	return s
+}
+
+func (r *ruleset) commit() error {
+	if r.err != nil {
+		return r.err
+	}
+	if err := r.conn.Flush(); err != nil {
+		return fmt.Errorf("write nftables table %s: %w", r.table.Name, err)
+	}
+	return nil
+}
+
+// hostTable is the name of a block's table on the host.
+func hostTable(block int) string {
+	if block == 0 {
+		return "wrenn"
+	}
+	return fmt.Sprintf("wrenn-%d", block)
+}
+
+// hostRules closes the host to a block's guests, and the guests to everything
+// but the host. The block's interfaces are known by their group, which each
+// has from its first moment.
+func hostRules(block int, upstreams []netip.Addr) error {
+	r, err := newRuleset(hostTable(block))
+	if err != nil {
+		return err
+	}
+	group, ours := linkGroup(block), blockPrefix(block)
+	closedNets := r.closedSet()
+
+	forward := []rule{
+		when(inGroup(group), family(expr.CmpOpNeq, unix.NFPROTO_IPV4), drop),
+		when(inGroup(group), notFrom(ours), drop),
+		when(inGroup(group), outGroup(expr.CmpOpEq, group), drop),
+		when(inGroup(group), invalid, drop),
+		when(inGroup(group), established, accept),
+		when(inGroup(group), related, accept),
+	}
+	for _, u := range upstreams {
+		forward = append(forward,
+			when(inGroup(group), to(u), port(unix.IPPROTO_UDP, 53), accept),
+			when(inGroup(group), to(u), port(unix.IPPROTO_TCP, 53), accept),
+		)
+	}
+	forward = append(forward,
+		when(inGroup(group), toAny(closedNets), drop),
+		when(inGroup(group), accept),
+		when(outGroup(expr.CmpOpEq, group), established, accept),
+		when(outGroup(expr.CmpOpEq, group), related, accept),
+		when(outGroup(expr.CmpOpEq, group), drop),
+	)
+	r.chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter, nftables.ChainPolicyAccept, forward...)
+	r.chain("input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter, nftables.ChainPolicyAccept,
+		when(inGroup(group), family(expr.CmpOpNeq, unix.NFPROTO_IPV4), drop),
+		when(inGroup(group), established, accept),
+		when(inGroup(group), related, accept),
+		when(inGroup(group), drop),
+	)
+	r.chain("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource, nftables.ChainPolicyAccept,
+		when(from(ours), outGroup(expr.CmpOpNeq, group), masquerade),
+	)
+	return r.commit()
+}
+
+// removeHostRules removes a block's table, if it is there.
+func removeHostRules(block int) error {
+	r, err := newRuleset(hostTable(block))
+	if err != nil {
+		return err
+	}
+	r.conn.DelTable(r.table)
+	return r.commit()
+}
+
+// slotRules are the rules inside a slot's namespace, the calling thread's. The
+// same networks are closed here as on the host, so that a guest stays shut in
+// while someone reloads the host's firewall.
+func slotRules(outside netip.Addr, upstreams []netip.Addr) error {
+	r, err := newRuleset("wrenn")
+	if err != nil {
+		return err
+	}
+	closedNets := r.closedSet()
+
+	r.chain("raw", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw, nftables.ChainPolicyAccept,
+		when(family(expr.CmpOpNeq, unix.NFPROTO_IPV4), drop),
+		when(in(tapName), notFrom(host(guestAddr)), drop),
+	)
+
+	prerouting := []rule{when(in(vethName), to(outside), dnat(guestAddr))}
+	for i, u := range upstreams {
+		for _, proto := range []byte{unix.IPPROTO_UDP, unix.IPPROTO_TCP} {
+			query := when(in(tapName), to(gatewayAddr), port(proto, 53))
+			if left := len(upstreams) - i; left > 1 {
+				query = when(query, turn(0, left))
+			}
+			prerouting = append(prerouting, when(query, dnat(u)))
+		}
+	}
+	r.chain("prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest, nftables.ChainPolicyAccept, prerouting...)
+
+	forward := []rule{
+		when(invalid, drop),
+		when(established, accept),
+		when(related, accept),
+		when(in(vethName), out(tapName), dnatted(), accept),
+		when(in(tapName), over(maxConnections), drop),
+	}
+	for _, u := range upstreams {
+		forward = append(forward,
+			when(in(tapName), to(u), port(unix.IPPROTO_UDP, 53), accept),
+			when(in(tapName), to(u), port(unix.IPPROTO_TCP, 53), accept),
+		)
+	}
+	forward = append(forward,
+		when(in(tapName), toAny(closedNets), reject),
+		when(in(tapName), out(vethName), accept),
+	)
+	r.chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter, nftables.ChainPolicyDrop, forward...)
+
+	r.chain("input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter, nftables.ChainPolicyDrop,
+		when(in("lo"), accept),
+		when(in(tapName), to(gatewayAddr), port(unix.IPPROTO_UDP, 123), perSecond(ntpPerSecond), accept),
+		when(in(tapName), to(gatewayAddr), port(unix.IPPROTO_UDP, 123), drop),
+		when(invalid, drop),
+		when(established, accept),
+		when(related, accept),
+		when(in(tapName), over(maxConnections), drop),
+		when(in(tapName), to(metadataAddr), port(unix.IPPROTO_TCP, 80), accept),
+		when(in(tapName), reject),
+	)
+
+	r.chain("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource, nftables.ChainPolicyAccept,
+		when(out(vethName), masquerade),
+		// The guest sees every caller as its gateway, in whatever slot it wakes.
+		when(out(tapName), masquerade),
+	)
+	return r.commit()
+}

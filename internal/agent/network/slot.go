@@ -1,0 +1,321 @@
+package network
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/metadata"
+	"github.com/wrenn-dev/wrenn/internal/agent/network/ntp"
+)
+
+const (
+	tapName  = "tap0"  // the guest's side of a namespace
+	vethName = "veth0" // its way out
+
+	namespacePrefix = "wrenn-ns-"
+	linkPrefix      = "wrenn-veth-"
+)
+
+// Every guest lives at the same address, so that a snapshot wakes in any slot.
+var (
+	guestAddr    = netip.MustParseAddr("169.254.0.21")
+	gatewayAddr  = netip.MustParseAddr("169.254.0.22")
+	metadataAddr = netip.MustParseAddr("169.254.169.254")
+	guestMAC     = net.HardwareAddr{0x02, 0x57, 0x52, 0x4e, 0x00, 0x01}
+)
+
+func namespacePath(i int) string { return filepath.Join(netnsDir, namespacePrefix+strconv.Itoa(i)) }
+func linkName(i int) string      { return linkPrefix + strconv.Itoa(i) }
+
+// hostAddr and outsideAddr are the two ends of slot i's veth, a /31.
+func hostAddr(i int) netip.Addr    { return netip.AddrFrom4([4]byte{10, 11, byte(i >> 7), byte(i << 1)}) }
+func outsideAddr(i int) netip.Addr { return hostAddr(i).Next() }
+
+// blockPrefix holds all addresses of a block's slots.
+func blockPrefix(block int) netip.Prefix {
+	return netip.PrefixFrom(hostAddr(block*blockSlots), 22)
+}
+
+// linkGroup is the interface group of a block's host links ("WR" and the
+// block's number).
+func linkGroup(block int) uint32 { return 'W'<<24 | 'R'<<16 | uint32(block) }
+
+// A Slot is one prepared network for one guest.
+type Slot struct {
+	// Index is the slot's number on this machine.
+	Index int
+	// Address is where the host reaches the guest, every port of it.
+	Address netip.Addr
+	// Metadata answers the guest at 169.254.169.254.
+	Metadata *metadata.Server
+
+	mu      sync.Mutex // held while the slot is taken down
+	closers []func()   // what ends its services
+	serving sync.WaitGroup
+}
+
+func newSlot(i int) *Slot {
+	return &Slot{Index: i, Address: outsideAddr(i), Metadata: metadata.New()}
+}
+
+// NetNS is the path of the slot's network namespace.
+func (s *Slot) NetNS() string { return namespacePath(s.Index) }
+
+// OpenTap opens the guest's network device, with virtio headers. The caller
+// closes it; one at a time can be open.
+func (s *Slot) OpenTap() (*os.File, error) {
+	var tap *os.File
+	err := inNamespace(s.NetNS(), func() (err error) {
+		tap, err = openTap(tapName, unix.IFF_VNET_HDR)
+		return err
+	})
+	return tap, err
+}
+
+func openTap(name string, flags uint16) (*os.File, error) {
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open /dev/net/tun: %w", err)
+	}
+	req, err := unix.NewIfreq(name)
+	if err == nil {
+		req.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | flags)
+		err = unix.IoctlIfreq(fd, unix.TUNSETIFF, req)
+	}
+	if err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("attach to %s: %w", name, err)
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
+// Listen listens on an address inside the slot's namespace, a numeric one.
+func (s *Slot) Listen(ctx context.Context, network, address string) (net.Listener, error) {
+	var l net.Listener
+	err := inNamespace(s.NetNS(), func() (err error) {
+		l, err = new(net.ListenConfig).Listen(ctx, network, address)
+		return err
+	})
+	return l, err
+}
+
+// ListenPacket is [Slot.Listen] for datagrams.
+func (s *Slot) ListenPacket(ctx context.Context, network, address string) (net.PacketConn, error) {
+	var c net.PacketConn
+	err := inNamespace(s.NetNS(), func() (err error) {
+		c, err = new(net.ListenConfig).ListenPacket(ctx, network, address)
+		return err
+	})
+	return c, err
+}
+
+// serve starts what the guest finds at its gateway: the time and its metadata.
+func (s *Slot) serve(ctx context.Context) error {
+	var clock net.PacketConn
+	var docs net.Listener
+	err := inNamespace(s.NetNS(), func() (err error) {
+		var lc net.ListenConfig
+		if clock, err = lc.ListenPacket(ctx, "udp4", netip.AddrPortFrom(gatewayAddr, 123).String()); err != nil {
+			return err
+		}
+		if docs, err = lc.Listen(ctx, "tcp4", netip.AddrPortFrom(metadataAddr, 80).String()); err != nil {
+			clock.Close()
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("listen in slot %d: %w", s.Index, err)
+	}
+	s.closers = []func(){func() { clock.Close() }, func() { s.Metadata.Close() }}
+	// Both end when their sockets close, and have nothing else to say.
+	s.serving.Go(func() { _ = ntp.Serve(clock) })
+	s.serving.Go(func() { _ = s.Metadata.Serve(docs) })
+	return nil
+}
+
+// silence ends the slot's services and waits for them.
+func (s *Slot) silence() {
+	for _, stop := range s.closers {
+		stop()
+	}
+	s.closers = nil
+	s.serving.Wait()
+}
+
+// create makes slot i's namespace, links and rules, or nothing.
+func create(h *netlink.Handle, i int, upstreams []netip.Addr) error {
+	err := createNamespace(namespacePath(i), func(ns *os.File) error {
+		// Before there is any link: none ever has an IPv6 address, none is
+		// led astray by a redirect.
+		for _, set := range [][2]string{
+			{"net/ipv6/conf/all/disable_ipv6", "1"},
+			{"net/ipv6/conf/default/disable_ipv6", "1"},
+			{"net/ipv4/conf/all/accept_redirects", "0"},
+			{"net/ipv4/conf/all/send_redirects", "0"},
+			{"net/ipv4/conf/default/accept_redirects", "0"},
+			{"net/ipv4/conf/default/send_redirects", "0"},
+			{"net/ipv4/conf/default/rp_filter", "1"},
+			{"net/ipv4/conf/default/arp_ignore", "1"},
+			{ipForward, "1"},
+		} {
+			if err := ignore(sysctl(set[0], set[1]), os.ErrNotExist); err != nil {
+				return err
+			}
+		}
+		if err := slotRules(outsideAddr(i), upstreams); err != nil {
+			return err
+		}
+		if err := createHostLink(h, i, ns); err != nil {
+			return err
+		}
+		inside, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+		if err != nil {
+			return fmt.Errorf("open netlink: %w", err)
+		}
+		defer inside.Close()
+		return createLinks(inside, i)
+	})
+	if err != nil {
+		return errors.Join(fmt.Errorf("prepare slot %d: %w", i, err), destroy(h, i))
+	}
+	return nil
+}
+
+// createHostLink makes slot i's veth and sets up the host's end of it.
+func createHostLink(h *netlink.Handle, i int, ns *os.File) error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = linkName(i)
+	attrs.Group = linkGroup(i / blockSlots)
+	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: vethName, PeerNamespace: netlink.NsFd(ns.Fd())}
+	if err := h.LinkAdd(veth); err != nil {
+		return fmt.Errorf("add veth: %w", err)
+	}
+	return nil
+}
+
+// raiseHostLink gives the host's end of slot i's veth its address. It runs on
+// a thread in the host's namespace.
+func raiseHostLink(h *netlink.Handle, i int) error {
+	name := linkName(i)
+	link, err := h.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("find veth: %w", err)
+	}
+	for _, set := range [][2]string{
+		{"net/ipv6/conf/" + name + "/disable_ipv6", "1"},
+		{"net/ipv4/conf/" + name + "/accept_redirects", "0"},
+		{"net/ipv4/conf/" + name + "/send_redirects", "0"},
+		{"net/ipv4/conf/" + name + "/rp_filter", "1"},
+	} {
+		if err := ignore(sysctl(set[0], set[1]), os.ErrNotExist); err != nil {
+			return err
+		}
+	}
+	return raise(h, link, netip.PrefixFrom(hostAddr(i), 31))
+}
+
+// createLinks sets up the inside of slot i's namespace.
+func createLinks(h *netlink.Handle, i int) error {
+	lo, err := h.LinkByName("lo")
+	if err != nil {
+		return fmt.Errorf("find lo: %w", err)
+	}
+	if err := h.LinkSetUp(lo); err != nil {
+		return fmt.Errorf("raise lo: %w", err)
+	}
+
+	f, err := openTap(tapName, unix.IFF_VNET_HDR)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := unix.IoctlSetInt(int(f.Fd()), unix.TUNSETPERSIST, 1); err != nil {
+		return fmt.Errorf("make %s persistent: %w", tapName, err)
+	}
+	tap, err := h.LinkByName(tapName)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", tapName, err)
+	}
+	if err := raise(h, tap, netip.PrefixFrom(gatewayAddr, 30), host(metadataAddr)); err != nil {
+		return err
+	}
+	err = h.NeighSet(&netlink.Neigh{
+		LinkIndex: tap.Attrs().Index, Family: netlink.FAMILY_V4, State: netlink.NUD_PERMANENT,
+		IP: guestAddr.AsSlice(), HardwareAddr: guestMAC,
+	})
+	if err != nil {
+		return fmt.Errorf("set guest's hardware address: %w", err)
+	}
+
+	veth, err := h.LinkByName(vethName)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", vethName, err)
+	}
+	if err := raise(h, veth, netip.PrefixFrom(outsideAddr(i), 31)); err != nil {
+		return err
+	}
+	err = h.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: hostAddr(i).AsSlice(), Dst: &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}})
+	if err != nil {
+		return fmt.Errorf("add default route: %w", err)
+	}
+	return nil
+}
+
+// raise gives a link its addresses and turns it on.
+func raise(h *netlink.Handle, link netlink.Link, addrs ...netip.Prefix) error {
+	for _, a := range addrs {
+		n := &net.IPNet{IP: a.Addr().AsSlice(), Mask: net.CIDRMask(a.Bits(), 32)}
+		if err := h.AddrAdd(link, &netlink.Addr{IPNet: n}); err != nil {
+			return fmt.Errorf("give %s address %s: %w", link.Attrs().Name, a, err)
+		}
+	}
+	if err := h.LinkSetUp(link); err != nil {
+		return fmt.Errorf("raise %s: %w", link.Attrs().Name, err)
+	}
+	return nil
+}
+
+// destroy removes all there is of slot i, and what the host's kernel
+// remembers of its connections.
+func destroy(h *netlink.Handle, i int) error {
+	var missing netlink.LinkNotFoundError
+	link, err := h.LinkByName(linkName(i))
+	if err == nil {
+		err = h.LinkDel(link)
+	}
+	if errors.As(err, &missing) || errors.Is(err, unix.ENODEV) {
+		err = nil
+	}
+	if err != nil {
+		err = fmt.Errorf("remove %s: %w", linkName(i), err)
+	}
+	err = errors.Join(err, removeNamespace(namespacePath(i)))
+	flushConnections(h, i)
+	return err
+}
+
+// connectionsOf matches the host's tracked connections from and to one slot.
+type connectionsOf net.IP
+
+// MatchConntrackFlow implements [netlink.CustomConntrackFilter].
+func (a connectionsOf) MatchConntrackFlow(f *netlink.ConntrackFlow) bool {
+	ip := net.IP(a)
+	return f.Forward.SrcIP.Equal(ip) || f.Forward.DstIP.Equal(ip)
+}
+
+// flushConnections makes the host forget slot i's connections. A kernel
+// without that interface lets them time out, which harms nobody: the next
+// guest's namespace does not know them.
+func flushConnections(h *netlink.Handle, i int) {
+	_, _ = h.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, connectionsOf(outsideAddr(i).AsSlice()))
+}
