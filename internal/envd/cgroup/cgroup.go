@@ -1,0 +1,221 @@
+// Package cgroup keeps users' processes in control groups (version 2), one
+// group for each process that was asked for, so that all its descendants can
+// be killed, and all of them together frozen for a pause.
+package cgroup
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Tree is the group below which every user process lives.
+type Tree struct {
+	path string
+
+	mu    sync.Mutex
+	next  int
+	stale map[string]struct{} // groups whose process has ended and that may still hold descendants
+}
+
+// Open makes or takes over the group at path, which must lie in a cgroup2 file
+// system. Groups that an earlier daemon left in it are removed once empty.
+func Open(path string) (*Tree, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(filepath.Dir(path), &st); err != nil {
+		return nil, fmt.Errorf("look for cgroup2: %w", err)
+	}
+	if int64(st.Type) != unix.CGROUP2_SUPER_MAGIC {
+		return nil, fmt.Errorf("%s is not a cgroup2 file system", filepath.Dir(path))
+	}
+	if err := os.Mkdir(path, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, fmt.Errorf("make cgroup: %w", err)
+	}
+	t := &Tree{path: path, stale: map[string]struct{}{}}
+	entries, err := os.ReadDir(path)
+	if err != nil {
+		return nil, fmt.Errorf("list cgroups: %w", err)
+	}
+	for _, e := range entries {
+		if e.IsDir() {
+			t.stale[e.Name()] = struct{}{}
+		}
+	}
+	// A daemon that died between freeze and thaw must not leave users' processes stopped.
+	if err := t.write("cgroup.freeze", "0"); err != nil {
+		return nil, err
+	}
+	return t, nil
+}
+
+func (t *Tree) write(file, value string) error {
+	if err := os.WriteFile(filepath.Join(t.path, file), []byte(value), 0); err != nil {
+		return fmt.Errorf("write %s: %w", file, err)
+	}
+	return nil
+}
+
+// Group holds one process and its descendants.
+type Group struct {
+	tree *Tree
+	name string
+	dir  *os.File
+}
+
+// New makes an empty group.
+func (t *Tree) New() (*Group, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	// Groups that were not empty when their process ended are tried again here,
+	// which bounds them without a timer.
+	for name := range t.stale {
+		if removeTree(filepath.Join(t.path, name)) {
+			delete(t.stale, name)
+		}
+	}
+	for {
+		t.next++
+		name := "p" + strconv.Itoa(t.next)
+		path := filepath.Join(t.path, name)
+		err := os.Mkdir(path, 0o755)
+		if errors.Is(err, fs.ErrExist) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("make cgroup: %w", err)
+		}
+		dir, err := os.Open(path)
+		if err != nil {
+			_ = os.Remove(path)
+			return nil, fmt.Errorf("open cgroup: %w", err)
+		}
+		return &Group{tree: t, name: name, dir: dir}, nil
+	}
+}
+
+// removeTree removes an empty group and the groups in it; false means that
+// something still lives there.
+func removeTree(path string) bool {
+	err := unix.Rmdir(path)
+	if err == nil || err == unix.ENOENT {
+		return true
+	}
+	entries, _ := os.ReadDir(path)
+	nested := false
+	for _, e := range entries {
+		if e.IsDir() {
+			nested = true
+			if !removeTree(filepath.Join(path, e.Name())) {
+				return false
+			}
+		}
+	}
+	return nested && unix.Rmdir(path) == nil
+}
+
+// FD is the group's directory, for a clone into it. It is valid until Close.
+func (g *Group) FD() int { return int(g.dir.Fd()) }
+
+// Add moves a process into the group.
+func (g *Group) Add(pid int) error {
+	return os.WriteFile(filepath.Join(g.dir.Name(), "cgroup.procs"), []byte(strconv.Itoa(pid)), 0)
+}
+
+// Kill kills every process in the group, even one that forks meanwhile.
+func (g *Group) Kill() error {
+	return os.WriteFile(filepath.Join(g.dir.Name(), "cgroup.kill"), []byte("1"), 0)
+}
+
+// Close lets go of the group. It is removed as soon as nothing lives in it.
+func (g *Group) Close() {
+	_ = g.dir.Close()
+	g.tree.mu.Lock()
+	defer g.tree.mu.Unlock()
+	if !removeTree(g.dir.Name()) {
+		g.tree.stale[g.name] = struct{}{}
+	}
+}
+
+// Freeze stops every process in the tree and returns when all of them stand
+// still. When that is not so by ctx's deadline (5 seconds where it has none),
+// they are let go on and the error is context.DeadlineExceeded.
+func (t *Tree) Freeze(ctx context.Context) error {
+	if err := t.write("cgroup.freeze", "1"); err != nil {
+		return err
+	}
+	if err := t.await(ctx, "frozen 1"); err != nil {
+		return errors.Join(fmt.Errorf("freeze users' processes: %w", err), t.write("cgroup.freeze", "0"))
+	}
+	return nil
+}
+
+// Thaw lets the tree's processes go on.
+func (t *Tree) Thaw(ctx context.Context) error {
+	if err := t.write("cgroup.freeze", "0"); err != nil {
+		return err
+	}
+	if err := t.await(ctx, "frozen 0"); err != nil {
+		return fmt.Errorf("thaw users' processes: %w", err)
+	}
+	return nil
+}
+
+// Close kills whatever lives in the tree and removes it.
+func (t *Tree) Close(ctx context.Context) error {
+	// A frozen process dies too, but only cgroup.kill is sure to say so.
+	if err := t.write("cgroup.kill", "1"); err != nil {
+		return err
+	}
+	if err := t.await(ctx, "populated 0"); err != nil {
+		return fmt.Errorf("end users' processes: %w", err)
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !removeTree(t.path) {
+		return fmt.Errorf("remove %s: %w", t.path, unix.EBUSY)
+	}
+	return nil
+}
+
+// await returns when cgroup.events has the line.
+func (t *Tree) await(ctx context.Context, line string) error {
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		deadline = time.Now().Add(5 * time.Second)
+	}
+	fd, err := unix.Open(filepath.Join(t.path, "cgroup.events"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open cgroup.events: %w", err)
+	}
+	defer unix.Close(fd)
+	buf := make([]byte, 512)
+	for {
+		n, err := unix.Pread(fd, buf, 0)
+		if err != nil {
+			return fmt.Errorf("read cgroup.events: %w", err)
+		}
+		for l := range bytes.Lines(buf[:n]) {
+			if string(bytes.TrimSpace(l)) == line {
+				return nil
+			}
+		}
+		left := time.Until(deadline)
+		if left <= 0 {
+			return context.DeadlineExceeded
+		}
+		// The kernel raises POLLPRI when the file changes after it was read.
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLPRI}}
+		if _, err := unix.Poll(p, int(left.Milliseconds())+1); err != nil && err != unix.EINTR {
+			return fmt.Errorf("wait for cgroup.events: %w", err)
+		}
+	}
+}

@@ -1,0 +1,109 @@
+// Package fault says to clients what went wrong: as a Connect code or as an
+// HTTP status.
+package fault
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io/fs"
+	"net/http"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/envd/account"
+)
+
+// Code is the Connect code that fits err.
+func Code(err error) connect.Code {
+	var ce *connect.Error
+	is := func(targets ...error) bool {
+		for _, t := range targets {
+			if errors.Is(err, t) {
+				return true
+			}
+		}
+		return false
+	}
+	switch {
+	case errors.As(err, &ce):
+		return ce.Code()
+	case is(context.Canceled):
+		return connect.CodeCanceled
+	case is(context.DeadlineExceeded):
+		return connect.CodeDeadlineExceeded
+	case is(account.ErrUnknown):
+		return connect.CodeUnauthenticated
+	case is(unix.ENOTEMPTY, unix.EBUSY, unix.EXDEV, unix.ETXTBSY, unix.EPIPE, fs.ErrClosed):
+		return connect.CodeFailedPrecondition
+	case is(unix.ENOTDIR, unix.EISDIR, unix.EINVAL, unix.ENAMETOOLONG, unix.ELOOP, unix.E2BIG, unix.ENOEXEC, fs.ErrInvalid):
+		return connect.CodeInvalidArgument
+	case is(fs.ErrNotExist):
+		return connect.CodeNotFound
+	case is(fs.ErrExist):
+		return connect.CodeAlreadyExists
+	case is(fs.ErrPermission, unix.EROFS):
+		return connect.CodePermissionDenied
+	case is(unix.ENOSPC, unix.EDQUOT, unix.EFBIG, unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.EAGAIN):
+		return connect.CodeResourceExhausted
+	}
+	return connect.CodeInternal
+}
+
+// Connect is err as a Connect error. Nil stays nil.
+func Connect(err error) error {
+	if err == nil {
+		return nil
+	}
+	var ce *connect.Error
+	if errors.As(err, &ce) {
+		return ce
+	}
+	return connect.NewError(Code(err), err)
+}
+
+// Status is the HTTP status that fits err.
+func Status(err error) int {
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		return http.StatusInsufficientStorage
+	}
+	switch Code(err) {
+	case connect.CodeInvalidArgument:
+		return http.StatusBadRequest
+	case connect.CodeUnauthenticated:
+		return http.StatusUnauthorized
+	case connect.CodePermissionDenied:
+		return http.StatusForbidden
+	case connect.CodeNotFound:
+		return http.StatusNotFound
+	case connect.CodeAlreadyExists, connect.CodeFailedPrecondition:
+		return http.StatusConflict
+	case connect.CodeResourceExhausted:
+		return http.StatusTooManyRequests
+	case connect.CodeUnavailable:
+		return http.StatusServiceUnavailable
+	case connect.CodeDeadlineExceeded:
+		return http.StatusGatewayTimeout
+	case connect.CodeUnimplemented:
+		return http.StatusNotImplemented
+	}
+	return http.StatusInternalServerError
+}
+
+// Write answers a plain HTTP request with a status and
+// {"code":"not_found","message":"…"}, a body that Connect clients read too.
+func Write(w http.ResponseWriter, status int, code connect.Code, message string) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(struct {
+		Code    string `json:"code"`
+		Message string `json:"message"`
+	}{code.String(), message})
+}
+
+// WriteError answers a plain HTTP request with what fits err.
+func WriteError(w http.ResponseWriter, err error) {
+	Write(w, Status(err), Code(err), err.Error())
+}
