@@ -314,7 +314,7 @@ func buffered(f *os.File) (n int) {
 	if err != nil {
 		return 0
 	}
-	_ = c.Control(func(fd uintptr) { n, _ = unix.IoctlGetInt(int(fd), unix.FIONREAD) })
+	_ = c.Control(func(fd uintptr) { n, _ = unix.IoctlGetInt(int(fd), unix.TIOCINQ) })
 	return n
 }
 

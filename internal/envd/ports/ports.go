@@ -1,0 +1,248 @@
+// Package ports makes services that listen on the guest's loopback alone
+// reachable at the guest's address: it looks for their sockets once a second
+// and puts a bridge before each.
+package ports
+
+import (
+	"bufio"
+	"context"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+// interval is how often sockets are looked for. The kernel has no event for a
+// new listener; two small files a second are what that costs.
+const interval = time.Second
+
+// listener is one listening TCP socket.
+type listener struct {
+	inode uint64
+	addr  netip.AddrPort
+}
+
+// parse reads the listening sockets out of /proc/net/tcp or tcp6. Lines that
+// it does not understand are skipped.
+func parse(r io.Reader) ([]listener, error) {
+	var found []listener
+	s := bufio.NewScanner(r)
+	for s.Scan() {
+		// sl local_address rem_address st tx:rx tr:when retrnsmt uid timeout inode …
+		f := strings.Fields(s.Text())
+		if len(f) < 10 || f[3] != "0A" {
+			continue
+		}
+		addr, ok := parseAddr(f[1])
+		if !ok {
+			continue
+		}
+		inode, err := strconv.ParseUint(f[9], 10, 64)
+		if err != nil {
+			continue
+		}
+		found = append(found, listener{inode, addr})
+	}
+	return found, s.Err()
+}
+
+// parseAddr reads "0100007F:1F90": 32-bit words in the machine's byte order,
+// which is little-endian wherever Wrenn runs, and the port.
+func parseAddr(s string) (netip.AddrPort, bool) {
+	host, port, ok := strings.Cut(s, ":")
+	if !ok || (len(host) != 8 && len(host) != 32) {
+		return netip.AddrPort{}, false
+	}
+	p, err := strconv.ParseUint(port, 16, 16)
+	if err != nil {
+		return netip.AddrPort{}, false
+	}
+	b, err := hex.DecodeString(host)
+	if err != nil {
+		return netip.AddrPort{}, false
+	}
+	for i := 0; i < len(b); i += 4 {
+		binary.BigEndian.PutUint32(b[i:], binary.LittleEndian.Uint32(b[i:]))
+	}
+	addr, _ := netip.AddrFromSlice(b)
+	return netip.AddrPortFrom(addr.Unmap(), uint16(p)), true
+}
+
+// Config says what to bridge and where to.
+type Config struct {
+	Address netip.Addr // where bridges listen: the guest's own address
+	Except  []uint16   // ports that are never bridged: the daemon's own
+	Log     *slog.Logger
+	// Files are what is read; empty: /proc/net/tcp and /proc/net/tcp6.
+	Files []string
+}
+
+// Forwarder bridges ports.
+type Forwarder struct {
+	cfg Config
+
+	mu     sync.RWMutex
+	byNode map[uint64]*forward // by the inode of the socket behind the bridge
+}
+
+// forward is one bridge, or the memory of one that could not be made, which
+// is not tried again for the same socket at once.
+type forward struct {
+	target netip.AddrPort
+	bridge bridge
+	retry  time.Time
+}
+
+// bridge carries connections from the guest's address to a loopback socket.
+type bridge interface {
+	// Done is closed when the bridge has ended.
+	Done() <-chan struct{}
+	// Stop takes no more connections; those that are open go on.
+	Stop()
+}
+
+// New makes a forwarder. Run does its work.
+func New(cfg Config) *Forwarder {
+	if len(cfg.Files) == 0 {
+		cfg.Files = []string{"/proc/net/tcp", "/proc/net/tcp6"}
+	}
+	return &Forwarder{cfg: cfg, byNode: map[uint64]*forward{}}
+}
+
+// Forwarded lists the sockets that a bridge leads to.
+func (f *Forwarder) Forwarded() []netip.AddrPort {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	var l []netip.AddrPort
+	for _, fw := range f.byNode {
+		if fw.bridge != nil {
+			l = append(l, fw.target)
+		}
+	}
+	return l
+}
+
+// Run bridges ports until ctx is done, then takes every bridge down.
+func (f *Forwarder) Run(ctx context.Context) {
+	t := time.NewTicker(interval)
+	defer t.Stop()
+	defer f.stop()
+	for {
+		if err := f.scan(); err != nil {
+			f.cfg.Log.Warn("look for listening ports", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+	}
+}
+
+func (f *Forwarder) stop() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for inode, fw := range f.byNode {
+		if fw.bridge != nil {
+			fw.bridge.Stop()
+		}
+		delete(f.byNode, inode)
+	}
+}
+
+// scan looks once, and makes bridges what they should be.
+func (f *Forwarder) scan() error {
+	var all []listener
+	for _, name := range f.cfg.Files {
+		file, err := os.Open(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // no IPv6
+		}
+		if err != nil {
+			return err
+		}
+		l, err := parse(file)
+		file.Close()
+		if err != nil {
+			return fmt.Errorf("read %s: %w", name, err)
+		}
+		all = append(all, l...)
+	}
+	f.apply(wanted(all, f.cfg.Address, f.cfg.Except))
+	return nil
+}
+
+// wanted picks the sockets to bridge: one for each port that is listened on on
+// loopback (IPv4 before IPv6) and nowhere that the guest's address reaches.
+func wanted(all []listener, own netip.Addr, except []uint16) map[uint64]netip.AddrPort {
+	loopback := map[uint16]listener{}
+	reached := map[uint16]bool{}
+	for _, p := range except {
+		reached[p] = true
+	}
+	for _, l := range all {
+		a, port := l.addr.Addr(), l.addr.Port()
+		switch {
+		case a.IsUnspecified():
+			reached[port] = true
+		case a.IsLoopback():
+			before, ok := loopback[port]
+			if !ok || (a.Is4() && !before.addr.Addr().Is4()) || (a.Is4() == before.addr.Addr().Is4() && a.Less(before.addr.Addr())) {
+				loopback[port] = l
+			}
+		}
+	}
+	m := map[uint64]netip.AddrPort{}
+	for port, l := range loopback {
+		if port != 0 && !reached[port] {
+			m[l.inode] = l.addr
+		}
+	}
+	return m
+}
+
+const retryAfter = 10 * time.Second
+
+func (f *Forwarder) apply(want map[uint64]netip.AddrPort) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for inode, fw := range f.byNode {
+		if fw.bridge != nil {
+			select {
+			case <-fw.bridge.Done():
+				// Somebody else has the port on the guest's address, most likely.
+				fw.bridge, fw.retry = nil, time.Now().Add(retryAfter)
+			default:
+			}
+		}
+		if want[inode] == fw.target {
+			continue
+		}
+		if fw.bridge != nil {
+			fw.bridge.Stop()
+		}
+		delete(f.byNode, inode)
+	}
+	for inode, target := range want {
+		fw := f.byNode[inode]
+		if fw != nil && (fw.bridge != nil || time.Now().Before(fw.retry)) {
+			continue
+		}
+		b, err := newBridge(f.cfg.Address, target)
+		if err != nil {
+			f.cfg.Log.Warn("bridge port", "target", target, "error", err)
+			f.byNode[inode] = &forward{target: target, retry: time.Now().Add(retryAfter)}
+			continue
+		}
+		f.byNode[inode] = &forward{target: target, bridge: b}
+	}
+}
