@@ -177,13 +177,13 @@ func (f *Forwarder) scan() error {
 		}
 		all = append(all, l...)
 	}
-	f.apply(wanted(all, f.cfg.Address, f.cfg.Except))
+	f.apply(wanted(all, f.cfg.Except))
 	return nil
 }
 
 // wanted picks the sockets to bridge: one for each port that is listened on on
 // loopback (IPv4 before IPv6) and nowhere that the guest's address reaches.
-func wanted(all []listener, own netip.Addr, except []uint16) map[uint64]netip.AddrPort {
+func wanted(all []listener, except []uint16) map[uint64]netip.AddrPort {
 	loopback := map[uint16]listener{}
 	reached := map[uint16]bool{}
 	for _, p := range except {
@@ -195,8 +195,7 @@ func wanted(all []listener, own netip.Addr, except []uint16) map[uint64]netip.Ad
 		case a.IsUnspecified():
 			reached[port] = true
 		case a.IsLoopback():
-			before, ok := loopback[port]
-			if !ok || (a.Is4() && !before.addr.Addr().Is4()) || (a.Is4() == before.addr.Addr().Is4() && a.Less(before.addr.Addr())) {
+			if before, ok := loopback[port]; !ok || better(l, before) {
 				loopback[port] = l
 			}
 		}
@@ -210,6 +209,20 @@ func wanted(all []listener, own netip.Addr, except []uint16) map[uint64]netip.Ad
 	return m
 }
 
+// better orders the sockets of one port, always the same way: the kernel's own
+// order changes, and a bridge must not.
+func better(a, b listener) bool {
+	x, y := a.addr.Addr(), b.addr.Addr()
+	if x.Is4() != y.Is4() {
+		return x.Is4()
+	}
+	if x != y {
+		return x.Less(y)
+	}
+	return a.inode < b.inode
+}
+
+// retryAfter is how long a bridge that failed is left alone.
 const retryAfter = 10 * time.Second
 
 func (f *Forwarder) apply(want map[uint64]netip.AddrPort) {

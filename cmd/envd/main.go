@@ -1,0 +1,84 @@
+// Command envd is Wrenn's guest daemon.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/envd"
+)
+
+func main() {
+	listen := flag.String("listen", ":"+strconv.Itoa(envd.Port), "where to serve: host:port or unix:/path")
+	user := flag.String("user", "user", "whose requests are that name nobody")
+	group := flag.String("cgroup", defaultCgroup(), "cgroup2 directory to keep users' processes in; empty for none")
+	device := flag.String("interface", "eth0", "network interface at whose address loopback services are made reachable; empty for none")
+	flag.Parse()
+
+	// Files and processes made on a user's behalf have the usual rights.
+	unix.Umask(0o022)
+	// When memory runs out, the daemon is what is needed to see why.
+	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-900"), 0)
+
+	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	if err := run(ctx, log, *listen, *user, *group, *device); err != nil {
+		log.Error("envd", "error", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, log *slog.Logger, listen, user, group, device string) error {
+	var address netip.Addr
+	if device != "" {
+		var err error
+		if address, err = addressOf(device); err != nil {
+			log.Warn("services on loopback stay there", "error", err)
+		}
+	}
+	s, err := envd.New(envd.Config{DefaultUser: user, Cgroup: group, Address: address, Log: log})
+	if err != nil {
+		return err
+	}
+	return s.Run(ctx, listen)
+}
+
+// defaultCgroup is wrenn-user where cgroup2 is mounted: alone, or beside version 1.
+func defaultCgroup() string {
+	for _, dir := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
+		if _, err := os.Stat(filepath.Join(dir, "cgroup.procs")); err == nil {
+			return filepath.Join(dir, "wrenn-user")
+		}
+	}
+	return ""
+}
+
+// addressOf is the first IPv4 address of a network interface.
+func addressOf(device string) (netip.Addr, error) {
+	i, err := net.InterfaceByName(device)
+	if err != nil {
+		return netip.Addr{}, fmt.Errorf("find interface %s: %w", device, err)
+	}
+	addrs, err := i.Addrs()
+	if err != nil {
+		return netip.Addr{}, fmt.Errorf("find address of %s: %w", device, err)
+	}
+	for _, a := range addrs {
+		if p, err := netip.ParsePrefix(a.String()); err == nil && p.Addr().Is4() {
+			return p.Addr(), nil
+		}
+	}
+	return netip.Addr{}, fmt.Errorf("interface %s has no IPv4 address", device)
+}

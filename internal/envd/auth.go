@@ -1,0 +1,121 @@
+package envd
+
+import (
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/base64"
+	"net/http"
+	"net/url"
+	"strconv"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/wrenn-dev/wrenn/internal/envd/account"
+	"github.com/wrenn-dev/wrenn/internal/envd/fault"
+)
+
+// TokenHeader is the request header with the sandbox's access token.
+const TokenHeader = "X-Access-Token"
+
+// sameSecret compares in a time that tells nothing of where the two differ,
+// nor of the secret's length.
+func sameSecret(given, secret string) bool {
+	a, b := sha256.Sum256([]byte(given)), sha256.Sum256([]byte(secret))
+	return subtle.ConstantTimeCompare(a[:], b[:]) == 1
+}
+
+func unauthenticated(w http.ResponseWriter, message string) {
+	fault.Write(w, http.StatusUnauthorized, connect.CodeUnauthenticated, message)
+}
+
+// guard lets only holders of the token through, and to /files those with a
+// signature made with it.
+func (s *Server) guard(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		token := s.current().token
+		if token == "" {
+			fault.Write(w, http.StatusServiceUnavailable, connect.CodeUnavailable, "the sandbox is not ready yet")
+			return
+		}
+		if given := r.Header.Get(TokenHeader); given != "" {
+			if !sameSecret(given, token) {
+				unauthenticated(w, "the access token is wrong")
+				return
+			}
+		} else if r.URL.Path == "/files" && r.URL.Query().Has("signature") {
+			if reason := checkSignature(r.Method, r.URL.Query(), token, time.Now()); reason != "" {
+				unauthenticated(w, reason)
+				return
+			}
+		} else {
+			unauthenticated(w, "an access token is needed")
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// identify finds the user that a request is for: for files what the query
+// says, else what HTTP basic authentication says, else the default. A signed
+// request counts by its query alone, since that is what was signed.
+func (s *Server) identify(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		name := ""
+		if r.URL.Path == "/files" || r.URL.Path == "/archive" {
+			name = r.URL.Query().Get("username")
+		}
+		if name == "" && r.Header.Get(TokenHeader) != "" {
+			name, _, _ = r.BasicAuth()
+		}
+		if name == "" {
+			name = s.current().user
+		}
+		who, err := account.Lookup(name)
+		if err != nil {
+			fault.WriteError(w, err)
+			return
+		}
+		next.ServeHTTP(w, r.WithContext(account.NewContext(r.Context(), who)))
+	})
+}
+
+// sign makes the signature of a request for a file. expiration is in seconds
+// since 1970; empty: none.
+func sign(path, operation, user, token, expiration string) string {
+	s := path + ":" + operation + ":" + user + ":" + token
+	if expiration != "" {
+		s += ":" + expiration
+	}
+	sum := sha256.Sum256([]byte(s))
+	return "v1_" + base64.RawStdEncoding.EncodeToString(sum[:])
+}
+
+// checkSignature returns why a request's signature does not let it through, or "".
+func checkSignature(method string, q url.Values, token string, now time.Time) string {
+	operation := "write"
+	if method == http.MethodGet || method == http.MethodHead {
+		operation = "read"
+	}
+	// With a second value of a name, what is checked and what is done could differ.
+	for _, name := range []string{"path", "username", "signature", "signature_expiration"} {
+		if len(q[name]) > 1 {
+			return "query parameter " + name + " is there twice"
+		}
+	}
+	expiration := q.Get("signature_expiration")
+	if q.Has("signature_expiration") {
+		at, err := strconv.ParseInt(expiration, 10, 64)
+		if err != nil || strconv.FormatInt(at, 10) != expiration {
+			return "the signature's expiration is not a number of seconds"
+		}
+		if now.Unix() > at {
+			return "the signature has expired"
+		}
+	}
+	want := sign(q.Get("path"), operation, q.Get("username"), token, expiration)
+	if !sameSecret(q.Get("signature"), want) {
+		return "the signature is wrong"
+	}
+	return ""
+}

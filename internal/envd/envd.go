@@ -1,0 +1,274 @@
+// Package envd is the guest daemon: it runs processes, moves files and
+// reports, for whoever holds the sandbox's token.
+package envd
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/wrenn-dev/wrenn/internal/envd/account"
+	"github.com/wrenn-dev/wrenn/internal/envd/cgroup"
+	"github.com/wrenn-dev/wrenn/internal/envd/fault"
+	"github.com/wrenn-dev/wrenn/internal/envd/files"
+	"github.com/wrenn-dev/wrenn/internal/envd/filesystem"
+	"github.com/wrenn-dev/wrenn/internal/envd/metrics"
+	"github.com/wrenn-dev/wrenn/internal/envd/ports"
+	"github.com/wrenn-dev/wrenn/internal/envd/process"
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
+)
+
+// Port is where the daemon listens in a guest.
+const Port = 49983
+
+// Config says how the daemon runs. Only DefaultUser is needed.
+type Config struct {
+	// DefaultUser is who requests are for that name nobody.
+	DefaultUser string
+	// Cgroup is the cgroup2 directory to keep users' processes in, which is
+	// made; empty: none, and nothing can be frozen.
+	Cgroup string
+	// Address is the guest's own address, at which services that listen on
+	// loopback alone are made reachable; invalid: they are not.
+	Address netip.Addr
+	Log     *slog.Logger
+}
+
+// Server is the daemon.
+type Server struct {
+	cfg        Config
+	log        *slog.Logger
+	tree       *cgroup.Tree // nil: no cgroups
+	processes  *process.Service
+	filesystem *filesystem.Service
+	handler    http.Handler
+
+	mu    sync.RWMutex
+	state state
+}
+
+// state is what /init says.
+type state struct {
+	token   string // empty: not initialised
+	envs    map[string]string
+	user    string
+	workdir string
+}
+
+// New makes a daemon that serves nothing but /health until it is initialised.
+func New(cfg Config) (*Server, error) {
+	log := cfg.Log
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	s := &Server{cfg: cfg, log: log, state: state{user: cfg.DefaultUser}}
+	if cfg.Cgroup != "" {
+		tree, err := cgroup.Open(cfg.Cgroup)
+		if err != nil {
+			// Processes run all the same; a kill may miss those that leave their group.
+			log.Warn("no cgroup for users' processes", "error", err)
+		} else {
+			s.tree = tree
+		}
+	}
+	s.processes = process.New(process.Config{Tree: s.tree, Log: log, Defaults: func() process.Defaults {
+		st := s.current()
+		return process.Defaults{Envs: st.envs, Workdir: st.workdir}
+	}})
+	s.filesystem = filesystem.New()
+
+	// Users' requests: each is somebody's.
+	user := http.NewServeMux()
+	// A request may be compressed. Answers go a few centimetres; their
+	// compression would only cost the guest time.
+	plain := connect.WithCompressMinBytes(1 << 30)
+	user.Handle(s.processes.Handler(plain))
+	user.Handle(s.filesystem.Handler(plain))
+	files.Register(user)
+
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Cache-Control", "no-store")
+		w.WriteHeader(http.StatusNoContent)
+	})
+	mux.HandleFunc("POST /init", s.init)
+	mux.Handle("GET /metrics", s.guard(metrics.NewReader()))
+	mux.Handle("GET /envs", s.guard(http.HandlerFunc(s.envs)))
+	mux.Handle("POST /freeze", s.guard(s.toTree((*cgroup.Tree).Freeze)))
+	mux.Handle("POST /thaw", s.guard(s.toTree((*cgroup.Tree).Thaw)))
+	mux.Handle("/", s.guard(s.identify(user)))
+	s.handler = mux
+	return s, nil
+}
+
+// Handler serves the daemon's whole interface.
+func (s *Server) Handler() http.Handler { return s.handler }
+
+// Run serves at addr ("host:port" or "unix:/path") until ctx is done; then it
+// ends users' processes and returns. A Server runs once.
+func (s *Server) Run(ctx context.Context, addr string) error {
+	l, err := netaddr.Listen(ctx, addr, 0o600)
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	srv := netaddr.Server(s.handler)
+	srv.ErrorLog = slog.NewLogLogger(s.log.Handler(), slog.LevelWarn)
+	// A peer that is gone without a word (its host failed, this guest was
+	// moved) is noticed by the answer that does not come.
+	srv.HTTP2 = &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second}
+
+	var background sync.WaitGroup
+	ctx, cancel := context.WithCancel(ctx)
+	if s.cfg.Address.IsValid() {
+		f := ports.New(ports.Config{Address: s.cfg.Address, Except: []uint16{Port}, Log: s.log})
+		background.Go(func() { f.Run(ctx) })
+	}
+	background.Go(func() {
+		<-ctx.Done()
+		end, done := context.WithTimeout(context.WithoutCancel(ctx), 3*time.Second)
+		defer done()
+		// Ending the processes ends the streams on them.
+		s.Close(end)
+		if srv.Shutdown(end) != nil {
+			_ = srv.Close()
+		}
+	})
+	err = srv.Serve(l)
+	cancel()
+	background.Wait()
+	if errors.Is(err, http.ErrServerClosed) {
+		return nil
+	}
+	return fmt.Errorf("serve: %w", err)
+}
+
+// Close ends users' processes and watchers. Run does so itself.
+func (s *Server) Close(ctx context.Context) {
+	if err := s.processes.Close(ctx); err != nil {
+		s.log.Warn("end users' processes", "error", err)
+	}
+	s.filesystem.Close()
+	if s.tree != nil {
+		if err := s.tree.Close(ctx); err != nil {
+			s.log.Warn("remove cgroups", "error", err)
+		}
+	}
+}
+
+func (s *Server) current() state {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.state
+}
+
+// initRequest is /init's body. What is absent stays as it is. There may be
+// more in it (a client's clock, for one), which means nothing here.
+type initRequest struct {
+	EnvVars        map[string]string `json:"envVars"`
+	AccessToken    string            `json:"accessToken"`
+	DefaultUser    string            `json:"defaultUser"`
+	DefaultWorkdir *string           `json:"defaultWorkdir"`
+}
+
+// init takes the sandbox's token, environment and defaults. The first call
+// needs no token: nothing of a user's runs in the guest before it. Every later
+// one needs the token that is in force.
+func (s *Server) init(w http.ResponseWriter, r *http.Request) {
+	st := s.current()
+	if st.token != "" && !sameSecret(r.Header.Get(TokenHeader), st.token) {
+		unauthenticated(w, "the access token is missing or wrong")
+		return
+	}
+	var req initRequest
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, 4<<20))
+	if err == nil {
+		err = json.Unmarshal(body, &req)
+	}
+	if err != nil {
+		fault.Write(w, http.StatusBadRequest, connect.CodeInvalidArgument, "the body is not the JSON object that is expected")
+		return
+	}
+	if err := req.check(st.token == ""); err != nil {
+		fault.Write(w, http.StatusBadRequest, connect.CodeInvalidArgument, err.Error())
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.state.token != st.token {
+		unauthenticated(w, "the access token was changed meanwhile")
+		return
+	}
+	if req.EnvVars != nil {
+		s.state.envs = req.EnvVars
+	}
+	if req.AccessToken != "" {
+		s.state.token = req.AccessToken
+	}
+	if req.DefaultUser != "" {
+		s.state.user = req.DefaultUser
+	}
+	if req.DefaultWorkdir != nil {
+		s.state.workdir = *req.DefaultWorkdir
+	}
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func (req *initRequest) check(first bool) error {
+	if first && req.AccessToken == "" {
+		return errors.New("an access token is needed")
+	}
+	for k, v := range req.EnvVars {
+		if k == "" || strings.ContainsAny(k, "=\x00") || strings.ContainsRune(v, 0) {
+			return fmt.Errorf("environment variable %q cannot be set", k)
+		}
+	}
+	if req.DefaultUser != "" {
+		if _, err := account.Lookup(req.DefaultUser); err != nil {
+			return err
+		}
+	}
+	if req.DefaultWorkdir != nil && strings.ContainsRune(*req.DefaultWorkdir, 0) {
+		return errors.New("the working directory has a NUL byte")
+	}
+	return nil
+}
+
+func (s *Server) envs(w http.ResponseWriter, _ *http.Request) {
+	envs := s.current().envs
+	if envs == nil {
+		envs = map[string]string{}
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	_ = json.NewEncoder(w).Encode(envs)
+}
+
+// freezeLimit is how long users' processes may take to stand still.
+const freezeLimit = 5 * time.Second
+
+func (s *Server) toTree(do func(*cgroup.Tree, context.Context) error) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if s.tree == nil {
+			fault.Write(w, http.StatusNotImplemented, connect.CodeUnimplemented, "this guest has no cgroup2 to freeze processes with")
+			return
+		}
+		ctx, cancel := context.WithTimeout(r.Context(), freezeLimit)
+		defer cancel()
+		if err := do(s.tree, ctx); err != nil {
+			fault.WriteError(w, err)
+			return
+		}
+		w.WriteHeader(http.StatusNoContent)
+	})
+}

@@ -1,0 +1,346 @@
+package files
+
+import (
+	"archive/tar"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/envd/account"
+	"github.com/wrenn-dev/wrenn/internal/envd/fault"
+)
+
+// pack answers with a tar of a file or a folder. Names in it start with the
+// path's own base name.
+func pack(w http.ResponseWriter, r *http.Request) {
+	who, root, err := requested(r)
+	if err != nil {
+		fault.WriteError(w, err)
+		return
+	}
+	// What is asked for must be readable before the status is sent.
+	err = who.Do(func() error {
+		info, err := os.Stat(root)
+		if err != nil {
+			return err
+		}
+		if !info.IsDir() && !info.Mode().IsRegular() {
+			return notRegular(root)
+		}
+		f, err := os.Open(root)
+		if err != nil {
+			return err
+		}
+		return f.Close()
+	})
+	if err != nil {
+		fault.WriteError(w, err)
+		return
+	}
+	w.Header().Set("Content-Type", "application/x-tar")
+	if r.Method == http.MethodHead {
+		return
+	}
+	t := tar.NewWriter(w)
+	err = who.Do(func() error { return packTree(r, t, root) })
+	if err == nil {
+		err = t.Close()
+	}
+	if err != nil {
+		panic(http.ErrAbortHandler) // the client must see that this is not all
+	}
+}
+
+// packTree writes the tree at root, with the rights of the calling thread. A
+// symbolic link at root itself is followed; below it links stay links.
+// Sockets, pipes and devices are left out.
+func packTree(r *http.Request, t *tar.Writer, root string) error {
+	names := account.LoadNames()
+	base := path.Base(root)
+	real, err := filepath.EvalSymlinks(root)
+	if err != nil {
+		return err
+	}
+	buf := make([]byte, buffer)
+	return filepath.WalkDir(real, func(p string, d fs.DirEntry, err error) error {
+		if err == nil {
+			err = r.Context().Err()
+		}
+		if err != nil {
+			if p != real && errors.Is(err, fs.ErrNotExist) {
+				return nil // gone meanwhile
+			}
+			return err
+		}
+		info, err := os.Lstat(p)
+		if errors.Is(err, fs.ErrNotExist) && p != real {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		name := base
+		if rel, err := filepath.Rel(real, p); err != nil {
+			return err
+		} else if rel != "." {
+			name = path.Join(base, rel)
+		}
+		if base == "/" {
+			if name = strings.TrimLeft(name, "/"); name == "" {
+				return nil
+			}
+		}
+		var f *os.File
+		link := ""
+		switch {
+		case info.IsDir():
+		case info.Mode()&fs.ModeSymlink != 0:
+			if link, err = os.Readlink(p); err != nil {
+				return err
+			}
+		case info.Mode().IsRegular():
+			if f, info, err = openFile(p); err != nil {
+				if errors.Is(err, fs.ErrNotExist) {
+					return nil
+				}
+				return err
+			}
+			defer f.Close()
+		default:
+			return nil
+		}
+		h, err := tar.FileInfoHeader(info, link)
+		if err != nil {
+			return err
+		}
+		h.Name = name
+		if info.IsDir() {
+			h.Name += "/"
+		}
+		h.Format = tar.FormatPAX // times to the nanosecond, names of any length
+		h.AccessTime, h.ChangeTime = time.Time{}, time.Time{}
+		h.Uname, h.Gname = names.User(uint32(h.Uid)), names.Group(uint32(h.Gid))
+		if err := t.WriteHeader(h); err != nil {
+			return err
+		}
+		if f == nil {
+			return nil
+		}
+		// A file that grows or shrinks meanwhile is cut, or filled with zeros:
+		// the header's size is out.
+		n, err := io.CopyBuffer(struct{ io.Writer }{t}, io.LimitReader(f, h.Size), buf)
+		if err == nil && n < h.Size {
+			_, err = io.CopyBuffer(struct{ io.Writer }{t}, io.LimitReader(zeros{}, h.Size-n), buf)
+		}
+		return err
+	})
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) {
+	clear(p)
+	return len(p), nil
+}
+
+// unpack puts a tar's contents below a directory, which is made.
+func unpack(w http.ResponseWriter, r *http.Request) {
+	who, dir, err := requested(r)
+	var body io.Reader
+	if err == nil {
+		body, err = decoded(r)
+	}
+	if err == nil {
+		err = who.Do(func() error { return unpackTree(body, dir) })
+	}
+	if err != nil {
+		fault.WriteError(w, err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// maxArchived bounds the entries of one archive, whose directories are
+// remembered until its end.
+const maxArchived = 1_000_000
+
+// unpackTree does so with the rights of the calling thread. Nothing outside
+// dir is touched, whatever names and links the archive has: os.Root sees to
+// that in each step. Owners are the thread's, modes and times the archive's;
+// bits that lend rights (setuid, setgid) are dropped.
+func unpackTree(body io.Reader, dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+
+	type made struct {
+		name string
+		mode fs.FileMode
+		time time.Time
+	}
+	var dirs []made
+	buf := make([]byte, buffer)
+	t := tar.NewReader(body)
+	for n := 0; ; n++ {
+		h, err := t.Next()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return errors.Join(errClient, fmt.Errorf("read tar: %w", err))
+		}
+		if n >= maxArchived {
+			return fmt.Errorf("more than %d entries in the archive: %w", maxArchived, fs.ErrInvalid)
+		}
+		name, err := local(h.Name)
+		if err != nil {
+			return err
+		}
+		mode := fs.FileMode(h.Mode) & 0o777
+		if name != "." {
+			if err := root.MkdirAll(path.Dir(name), 0o755); err != nil {
+				return confined(err)
+			}
+		}
+		switch h.Typeflag {
+		case tar.TypeDir:
+			if name == "." {
+				continue // the directory that was asked for stays what it is
+			}
+			if info, err := root.Lstat(name); err == nil && !info.IsDir() && info.Mode()&fs.ModeSymlink == 0 {
+				if err := root.Remove(name); err != nil {
+					return confined(err)
+				}
+			}
+			if err := root.MkdirAll(name, 0o700|mode); err != nil {
+				return confined(err)
+			}
+			dirs = append(dirs, made{name, mode, h.ModTime})
+		case tar.TypeReg, tar.TypeGNUSparse:
+			if err := unpackFile(root, name, mode, h.ModTime, clientReader{t}, buf); err != nil {
+				return confined(err)
+			}
+		case tar.TypeSymlink:
+			if err := replaceable(root, name); err != nil {
+				return confined(err)
+			}
+			// The link may say anything: nothing here follows it out of dir.
+			if err := root.Symlink(h.Linkname, name); err != nil {
+				return confined(err)
+			}
+		case tar.TypeLink:
+			old, err := local(h.Linkname)
+			if err != nil {
+				return err
+			}
+			if old == name {
+				continue
+			}
+			if err := replaceable(root, name); err != nil {
+				return confined(err)
+			}
+			if err := root.Link(old, name); err != nil {
+				return confined(err)
+			}
+		case tar.TypeXGlobalHeader:
+		default:
+			return fmt.Errorf("%s: entries of type %q are not unpacked: %w", h.Name, h.Typeflag, fs.ErrInvalid)
+		}
+	}
+	// What follows the archive's end is read, so that the connection can be used again.
+	if _, err := io.Copy(io.Discard, body); err != nil {
+		return err
+	}
+	// Last, the deepest first: a directory may forbid to write into it, and
+	// writing into it changes its time.
+	for i := len(dirs) - 1; i >= 0; i-- {
+		d := dirs[i]
+		if err := root.Chmod(d.name, d.mode); err != nil {
+			return confined(err)
+		}
+		if err := root.Chtimes(d.name, d.time, d.time); err != nil {
+			return confined(err)
+		}
+	}
+	return nil
+}
+
+// local is an entry's name as a path below the root; a slash before it does
+// not count, as with tar itself.
+func local(name string) (string, error) {
+	if strings.ContainsRune(name, 0) {
+		return "", fmt.Errorf("an entry's name has a NUL byte: %w", fs.ErrInvalid)
+	}
+	p := strings.TrimLeft(name, "/")
+	if p == "" {
+		p = "."
+	}
+	for part := range strings.SplitSeq(p, "/") {
+		if part == ".." {
+			return "", fmt.Errorf("entry %q leads out of the folder: %w", name, fs.ErrInvalid)
+		}
+	}
+	return path.Clean(p), nil
+}
+
+// replaceable removes what is at name, unless that is a directory.
+func replaceable(root *os.Root, name string) error {
+	info, err := root.Lstat(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if info.IsDir() {
+		return &fs.PathError{Op: "replace", Path: name, Err: fs.ErrExist}
+	}
+	return root.Remove(name)
+}
+
+// unpackFile makes a file in place of what is there, and removes it again
+// when its contents do not all come.
+func unpackFile(root *os.Root, name string, mode fs.FileMode, at time.Time, from io.Reader, buf []byte) error {
+	if err := replaceable(root, name); err != nil {
+		return err
+	}
+	f, err := root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = io.CopyBuffer(struct{ io.Writer }{f}, struct{ io.Reader }{from}, buf)
+	if err == nil {
+		err = f.Chmod(mode)
+	}
+	if e := f.Close(); err == nil {
+		err = e
+	}
+	if err == nil {
+		err = root.Chtimes(name, at, at)
+	}
+	if err != nil {
+		_ = root.Remove(name)
+	}
+	return err
+}
+
+// confined says of os.Root's refusal to leave the folder that it is the
+// archive's fault. The standard library has no name for that error.
+func confined(err error) error {
+	if strings.Contains(err.Error(), "path escapes from parent") {
+		return fmt.Errorf("%w: %w", err, fs.ErrInvalid)
+	}
+	return err
+}
