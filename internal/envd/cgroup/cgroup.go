@@ -169,10 +169,12 @@ func (t *Tree) Thaw(ctx context.Context) error {
 	return nil
 }
 
+// Kill kills every process in the tree.
+func (t *Tree) Kill() error { return t.write("cgroup.kill", "1") }
+
 // Close kills whatever lives in the tree and removes it.
 func (t *Tree) Close(ctx context.Context) error {
-	// A frozen process dies too, but only cgroup.kill is sure to say so.
-	if err := t.write("cgroup.kill", "1"); err != nil {
+	if err := t.Kill(); err != nil {
 		return err
 	}
 	if err := t.await(ctx, "populated 0"); err != nil {

@@ -69,7 +69,8 @@ func (s *Service) Handler(opts ...connect.HandlerOption) (string, http.Handler) 
 	return processconnect.NewProcessHandler(s, append(opts, connect.WithReadMaxBytes(maxMessage))...)
 }
 
-// Close kills every process and waits until they are gone or ctx is done.
+// Close kills every process, and with cgroups their descendants too, and waits
+// until they are gone or ctx is done.
 func (s *Service) Close(ctx context.Context) error {
 	s.mu.Lock()
 	s.closed = true
@@ -77,6 +78,11 @@ func (s *Service) Close(ctx context.Context) error {
 		p.kill()
 	}
 	s.mu.Unlock()
+	if s.cfg.Tree != nil {
+		if err := s.cfg.Tree.Kill(); err != nil {
+			s.cfg.Log.Warn("kill users' processes", "error", err)
+		}
+	}
 	done := make(chan struct{})
 	go func() { s.wg.Wait(); close(done) }()
 	select {

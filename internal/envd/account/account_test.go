@@ -1,0 +1,160 @@
+package account
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func tables(t *testing.T) (passwd, group string) {
+	t.Helper()
+	dir := t.TempDir()
+	passwd, group = filepath.Join(dir, "passwd"), filepath.Join(dir, "group")
+	for file, text := range map[string]string{
+		passwd: "root:x:0:0:root:/root:/bin/bash\nbroken:x:y:z::/:\nshort:x\n\nuser:x:1000:1000::/home/user:/bin/bash\n1000:x:7:7::relative:/bin/sh\n",
+		group:  "root:x:0:\nsudo:x:27:user,other\nuser:x:1000:user\nbad:x:no:user\nvideo:x:44:nouser\n",
+	} {
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return passwd, group
+}
+
+func TestLookup(t *testing.T) {
+	passwd, group := tables(t)
+	a, err := lookup("user", passwd, group)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a.UID != 1000 || a.GID != 1000 || a.Home != "/home/user" || a.Shell != "/bin/bash" || !slices.Equal(a.Groups, []uint32{1000, 27}) {
+		t.Errorf("user is %+v", a)
+	}
+	// A name comes before a number.
+	if a, err = lookup("1000", passwd, group); err != nil || a.UID != 7 || a.Home != "/" {
+		t.Errorf("1000 is %+v, %v", a, err)
+	}
+	if a, err = lookup("0", passwd, group); err != nil || a.Name != "root" {
+		t.Errorf("0 is %+v, %v", a, err)
+	}
+	for _, name := range []string{"", "nobody", "broken", "short", "us", "user:x", "user\n", "user\x00", "y"} {
+		if a, err := lookup(name, passwd, group); !errors.Is(err, ErrUnknown) {
+			t.Errorf("%q is %+v, %v", name, a, err)
+		}
+	}
+}
+
+func TestResolve(t *testing.T) {
+	a := &Account{Home: "/home/user"}
+	for in, want := range map[string]string{
+		"": "/home/user", "~": "/home/user", "~/": "/home/user", "~/a/../b": "/home/user/b", "a": "/home/user/a",
+		"./a//b/": "/home/user/a/b", "../../..": "/", "/": "/", "/a/../../b": "/b", "~root": "/home/user/~root", "/~": "/~",
+	} {
+		if got, err := a.Resolve(in); err != nil || got != want {
+			t.Errorf("%q is %q, %v, not %q", in, got, err, want)
+		}
+	}
+	for _, in := range []string{"\x00", "/a\x00b", "~/\x00"} {
+		if _, err := a.Resolve(in); !errors.Is(err, fs.ErrInvalid) {
+			t.Errorf("%q: %v", in, err)
+		}
+	}
+}
+
+func FuzzResolve(f *testing.F) {
+	for _, s := range []string{"", "~", "~/..", "a/../../b", "/..", "\x00", "//"} {
+		f.Add(s)
+	}
+	a := &Account{Home: "/home/user"}
+	f.Fuzz(func(t *testing.T, in string) {
+		got, err := a.Resolve(in)
+		if strings.ContainsRune(in, 0) != (err != nil) {
+			t.Fatalf("%q: %v", in, err)
+		}
+		if err == nil && (!filepath.IsAbs(got) || filepath.Clean(got) != got || strings.Contains(got+"/", "/../")) {
+			t.Fatalf("%q is %q", in, got)
+		}
+	})
+}
+
+func nobody(t *testing.T) *Account {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: acts as another user")
+	}
+	a, err := Lookup("nobody")
+	if err != nil {
+		t.Skip("needs the user nobody: ", err)
+	}
+	return a
+}
+
+func TestDo(t *testing.T) {
+	a := nobody(t)
+	secret := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(secret, []byte("s"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	failed := errors.New("failed")
+	if err := a.Do(func() error { return failed }); err != failed {
+		t.Errorf("the error became %v", err)
+	}
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() {
+			for range 50 {
+				err := a.Do(func() error {
+					if uid, gid := unix.Geteuid(), unix.Getegid(); uint32(uid) != a.UID || uint32(gid) != a.GID {
+						return fmt.Errorf("acts as %d:%d", uid, gid)
+					}
+					if g, err := unix.Getgroups(); err != nil || len(g) != len(a.Groups) {
+						return fmt.Errorf("has groups %v, %v", g, err)
+					}
+					if _, err := os.ReadFile(secret); !errors.Is(err, fs.ErrPermission) {
+						return fmt.Errorf("reads root's file: %v", err)
+					}
+					if _, err := os.ReadFile("/proc/self/environ"); !errors.Is(err, fs.ErrPermission) {
+						return fmt.Errorf("reads the daemon's environment: %v", err)
+					}
+					if err := os.Chown(secret, int(a.UID), int(a.GID)); err == nil {
+						return errors.New("takes root's file")
+					}
+					// Again as itself is nothing new; as another is refused.
+					if err := a.Do(func() error { return nil }); err != nil {
+						return err
+					}
+					if err := (&Account{Name: "root"}).Do(func() error { return nil }); !errors.Is(err, fs.ErrPermission) {
+						return fmt.Errorf("becomes root: %v", err)
+					}
+					return nil
+				})
+				if err != nil {
+					t.Error(err)
+				}
+				if _, err := os.ReadFile(secret); err != nil {
+					t.Errorf("rights did not come back: %v", err)
+				}
+			}
+		})
+	}
+	all.Wait()
+}
+
+func TestDoPanic(t *testing.T) {
+	a := nobody(t)
+	func() {
+		defer func() { recover() }()
+		_ = a.Do(func() error { panic("x") })
+	}()
+	if unix.Geteuid() != 0 {
+		t.Error("a panic left the thread without its rights")
+	}
+}

@@ -1,0 +1,132 @@
+package cgroup
+
+import (
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// tree makes a tree of the test's own.
+func tree(t *testing.T) *Tree {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: makes cgroups")
+	}
+	for _, root := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
+		if _, err := os.Stat(filepath.Join(root, "cgroup.procs")); err == nil {
+			tr, err := Open(filepath.Join(root, "wrenn-test-"+strings.ToLower(t.Name())))
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = tr.Close(context.Background()) })
+			return tr
+		}
+	}
+	t.Skip("needs a cgroup2 mount")
+	return nil
+}
+
+func start(t *testing.T, g *Group, script string) *exec.Cmd {
+	t.Helper()
+	cmd := exec.Command("sh", "-c", script)
+	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: g.FD()}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	return cmd
+}
+
+func TestGroup(t *testing.T) {
+	tr := tree(t)
+	g, err := tr.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := start(t, g, "setsid sleep 60 & exec true")
+	if err := cmd.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	path := g.dir.Name()
+	g.Close()
+	if _, err := os.Stat(path); err != nil {
+		t.Errorf("a group with a descendant in it is gone: %v", err)
+	}
+	if err := os.WriteFile(filepath.Join(path, "cgroup.kill"), []byte("1"), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := tr.await(t.Context(), "populated 0"); err != nil {
+		t.Fatal(err)
+	}
+	g2, err := tr.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(path); err == nil {
+		t.Error("an empty group stays")
+	}
+	g2.Close()
+}
+
+func TestFreeze(t *testing.T) {
+	tr := tree(t)
+	// An empty tree freezes too.
+	for _, f := range []func(context.Context) error{tr.Freeze, tr.Thaw} {
+		if err := f(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	g, err := tr.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.Close()
+	file := filepath.Join(t.TempDir(), "n")
+	cmd := start(t, g, "while :; do echo x >> "+file+"; sleep 0.01; done")
+	size := func() int64 {
+		info, err := os.Stat(file)
+		if err != nil {
+			return 0
+		}
+		return info.Size()
+	}
+	for size() == 0 {
+		time.Sleep(10 * time.Millisecond)
+	}
+	if err := tr.Freeze(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	before := size()
+	time.Sleep(200 * time.Millisecond)
+	if size() != before {
+		t.Error("a frozen process goes on")
+	}
+	if err := tr.Thaw(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(3 * time.Second); size() == before; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("a thawed process does not go on")
+		}
+	}
+	// What is frozen can be ended.
+	if err := tr.Freeze(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	defer cancel()
+	if err := tr.Close(ctx); err != nil {
+		t.Errorf("close: %v", err)
+	}
+	_ = cmd.Wait()
+}
+
+func TestOpenElsewhere(t *testing.T) {
+	if _, err := Open(filepath.Join(t.TempDir(), "x")); err == nil {
+		t.Error("a folder that is no cgroup is taken for one")
+	}
+}

@@ -1,0 +1,205 @@
+package ports
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+const table = `  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 11 1 0000000000000000 100 0 0 10 0
+   1: 00000000:0050 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 12 1 0000000000000000 100 0 0 10 0
+   2: 0100007F:0050 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 13 1 0000000000000000 100 0 0 10 0
+   3: 0100007F:1F91 0100007F:9C40 01 00000000:00000000 00:00000000 00000000     0        0 14 1 0000000000000000 100 0 0 10 0
+   4: 0100007F:C33F 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 15 1 0000000000000000 100 0 0 10 0
+   5: 1500FEA9:1F92 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 16 1 0000000000000000 100 0 0 10 0
+`
+
+const table6 = `  sl  local_address                         remote_address                        st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 00000000000000000000000001000000:2328 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 21 1 0000000000000000 100 0 0 10 0
+   1: 00000000000000000000000001000000:1F90 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 22 1 0000000000000000 100 0 0 10 0
+   2: 0000000000000000FFFF00000200007F:2329 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 23 1 0000000000000000 100 0 0 10 0
+   3: 00000000000000000000000000000000:232A 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 24 1 0000000000000000 100 0 0 10 0
+   4: 0100007F:232A 00000000:0000 0A bad
+   5: zz
+`
+
+func TestWanted(t *testing.T) {
+	var all []listener
+	for _, s := range []string{table, table6} {
+		l, err := parse(strings.NewReader(s))
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, l...)
+	}
+	got := fmt.Sprint(wanted(all, []uint16{49983}))
+	want := "map[11:127.0.0.1:8080 21:[::1]:9000 23:127.0.0.2:9001]"
+	if got != want {
+		t.Errorf("wanted %s, not %s", got, want)
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add(table)
+	f.Add(table6)
+	f.Add("0: :0 x 0A a a a a a 1")
+	f.Fuzz(func(t *testing.T, s string) {
+		l, _ := parse(strings.NewReader(s))
+		for inode, a := range wanted(l, []uint16{1}) {
+			if !a.Addr().IsLoopback() || a.Port() <= 1 {
+				t.Fatalf("%d leads to %v", inode, a)
+			}
+		}
+	})
+}
+
+// own is the guest's address, in a namespace of the test's own.
+var own = netip.MustParseAddr("169.254.0.21")
+
+// inNamespace runs the calling test again in a new network namespace that has
+// the guest's address, and returns true there.
+func inNamespace(t *testing.T, env ...string) bool {
+	t.Helper()
+	if os.Getenv("WRENN_TEST_NAMESPACE") == t.Name() {
+		for _, args := range [][]string{{"link", "set", "lo", "up"}, {"addr", "add", own.String() + "/32", "dev", "lo"}} {
+			if out, err := exec.Command("/sbin/ip", args...).CombinedOutput(); err != nil {
+				t.Fatalf("ip %v: %v: %s", args, err, out)
+			}
+		}
+		return true
+	}
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: makes a network namespace")
+	}
+	if _, err := os.Stat("/sbin/ip"); err != nil {
+		t.Skip("needs iproute2: ", err)
+	}
+	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
+	cmd.Env = append(append(os.Environ(), "WRENN_TEST_NAMESPACE="+t.Name()), env...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return false
+}
+
+// echo serves one line back, until the test ends or it is closed.
+func echo(t *testing.T, network, addr string) net.Listener {
+	t.Helper()
+	l, err := net.Listen(network, addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				_, _ = io.Copy(c, c)
+			}()
+		}
+	}()
+	return l
+}
+
+// answers tells whether an echo comes back, half-closed connections included.
+func answers(addr string) bool {
+	c, err := net.DialTimeout("tcp", addr, time.Second)
+	if err != nil {
+		return false
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(2 * time.Second))
+	if _, err := c.Write([]byte("hello")); err != nil {
+		return false
+	}
+	_ = c.(*net.TCPConn).CloseWrite()
+	b, err := io.ReadAll(c)
+	return err == nil && string(b) == "hello"
+}
+
+func eventually(t *testing.T, what string, limit time.Duration, f func() bool) {
+	t.Helper()
+	for end := time.Now().Add(limit); !f(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%s: not within %v", what, limit)
+		}
+	}
+}
+
+func testForward(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	f := New(Config{Address: own, Except: []uint16{49983}, Log: slog.New(slog.DiscardHandler)})
+	done := make(chan struct{})
+	go func() { f.Run(ctx); close(done) }()
+
+	four := echo(t, "tcp4", "127.0.0.1:8001")
+	echo(t, "tcp4", "0.0.0.0:8002")
+	echo(t, "tcp4", "127.0.0.1:49983")
+	six := echo(t, "tcp6", "[::1]:8003")
+	eventually(t, "bridge to 127.0.0.1", 3*time.Second, func() bool { return answers("169.254.0.21:8001") })
+	eventually(t, "bridge to ::1", 3*time.Second, func() bool { return answers("169.254.0.21:8003") })
+	if answers("169.254.0.21:49983") {
+		t.Error("the daemon's own port is bridged")
+	}
+	if n := len(f.Forwarded()); n != 2 {
+		t.Errorf("%d bridges: %v", n, f.Forwarded())
+	}
+	// A connection that is open outlives nothing but its own ends.
+	four.Close()
+	six.Close()
+	eventually(t, "bridges to go", 3*time.Second, func() bool {
+		l, err := net.Listen("tcp4", "169.254.0.21:8001")
+		if err != nil {
+			return false
+		}
+		l.Close()
+		return len(f.Forwarded()) == 0
+	})
+	// A service that comes back is bridged again.
+	echo(t, "tcp4", "127.0.0.1:8001")
+	eventually(t, "bridge again", 3*time.Second, func() bool { return answers("169.254.0.21:8001") })
+
+	// A port that somebody has on the guest's address is left alone.
+	echo(t, "tcp4", "169.254.0.21:8005")
+	echo(t, "tcp4", "127.0.0.1:8005")
+	time.Sleep(1500 * time.Millisecond)
+	if !answers("169.254.0.21:8005") {
+		t.Error("a service on the guest's own address does not answer")
+	}
+	cancel()
+	<-done
+	if answers("169.254.0.21:8001") {
+		t.Error("a bridge outlives the forwarder")
+	}
+}
+
+func TestForwardSocat(t *testing.T) {
+	if _, err := exec.LookPath("socat"); err != nil {
+		t.Skip("needs socat: ", err)
+	}
+	if inNamespace(t) {
+		testForward(t)
+	}
+}
+
+func TestForwardWithoutSocat(t *testing.T) {
+	if inNamespace(t, "PATH=/nonexistent") {
+		testForward(t)
+	}
+}
