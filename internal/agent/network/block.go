@@ -3,8 +3,11 @@ package network
 import (
 	"errors"
 	"fmt"
+	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -104,7 +107,7 @@ func takeBlock(dir layout.Dir, keep []int) (*block, error) {
 			return nil, err
 		}
 	}
-	for n := range blocks {
+	for _, n := range candidates() {
 		b, owner, err := lockBlock(dir, n)
 		if errors.Is(err, unix.EWOULDBLOCK) {
 			continue
@@ -119,6 +122,40 @@ func takeBlock(dir layout.Dir, keep []int) (*block, error) {
 		return b, b.claim()
 	}
 	return nil, ErrNoBlock
+}
+
+// candidates are the blocks in the order to try them: first those that were
+// in use, for if they are abandoned somebody must clean them; last those whose
+// addresses this machine has another use for.
+func candidates() []int {
+	var used, clear, conflicting []int
+	nets := takenNetworks()
+	for n := range blocks {
+		if _, err := os.Stat(blockFile(n)); err == nil {
+			used = append(used, n)
+		} else if slices.ContainsFunc(nets, blockPrefix(n).Overlaps) {
+			conflicting = append(conflicting, n)
+		} else {
+			clear = append(clear, n)
+		}
+	}
+	return slices.Concat(used, clear, conflicting)
+}
+
+// takenNetworks are the networks that this machine has an address in. Slots'
+// own are /31s; larger than a /16 is no neighbour's but a whole address plan.
+func takenNetworks() []netip.Prefix {
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		return nil
+	}
+	var nets []netip.Prefix
+	for _, a := range addrs {
+		if p, err := netip.ParsePrefix(a.String()); err == nil && p.Addr().Is4() && p.Bits() >= 16 && p.Bits() != 31 {
+			nets = append(nets, p.Masked())
+		}
+	}
+	return nets
 }
 
 // lockBlock locks block n and says which folder's agent has it or had it last.

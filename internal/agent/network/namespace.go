@@ -87,19 +87,22 @@ const threadNamespace = "/proc/thread-self/ns/net"
 func onThread(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
+		err := errors.New("ended early") // f called runtime.Goexit
+		defer func() { done <- err }()
 		runtime.LockOSThread()
-		home, err := os.Open(threadNamespace)
-		if err != nil {
+		home, openErr := os.Open(threadNamespace)
+		if openErr != nil {
 			runtime.UnlockOSThread()
-			done <- fmt.Errorf("open own namespace: %w", err)
+			err = fmt.Errorf("open own namespace: %w", openErr)
 			return
 		}
+		defer func() {
+			if unix.Setns(int(home.Fd()), unix.CLONE_NEWNET) == nil {
+				runtime.UnlockOSThread()
+			}
+			home.Close()
+		}()
 		err = f()
-		if unix.Setns(int(home.Fd()), unix.CLONE_NEWNET) == nil {
-			runtime.UnlockOSThread()
-		}
-		home.Close()
-		done <- err
 	}()
 	return <-done
 }

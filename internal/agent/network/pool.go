@@ -55,6 +55,8 @@ type Pool struct {
 	wake   chan struct{} // the refiller may have something to do
 	cancel context.CancelFunc
 	refill sync.WaitGroup
+	guard  *guard
+	forgetter
 
 	mu     sync.Mutex
 	closed bool
@@ -73,8 +75,9 @@ func Open(ctx context.Context, c Config, keep []int) (*Pool, error) {
 	if len(c.Upstreams) == 0 {
 		c.Upstreams = Upstreams()
 	}
+	own := ownAddresses()
 	for _, u := range c.Upstreams {
-		if !usableUpstream(u) {
+		if !usableUpstream(u) || slices.Contains(own, u) {
 			return nil, fmt.Errorf("DNS resolver %s: guests need an IPv4 address that is not this machine's own", u)
 		}
 	}
@@ -128,7 +131,15 @@ func (p *Pool) setUp(ctx context.Context) error {
 	if err := p.removeStale(ctx); err != nil {
 		return fmt.Errorf("remove stale slots: %w", err)
 	}
-	return enableForwarding()
+	if err := enableForwarding(); err != nil {
+		return err
+	}
+	for _, o := range Obstacles() {
+		p.log.WarnContext(ctx, "guests may not reach the internet", "reason", o)
+	}
+	var err error
+	p.guard, err = newGuard(p.host, p.block.number, p.config.Upstreams, p.log)
+	return err
 }
 
 // removeStale removes what there is of slots that are not in use.
@@ -187,6 +198,12 @@ func linkNames(h *netlink.Handle) ([]string, error) {
 
 // destroyAll removes slots side by side: most of each removal is waiting.
 func (p *Pool) destroyAll(indexes []int) error {
+	if len(indexes) == 0 {
+		return nil
+	}
+	if len(p.used) == 0 {
+		destroyGroup(p.block.number)
+	}
 	var g errgroup.Group
 	g.SetLimit(16)
 	errs := make([]error, len(indexes))
@@ -197,6 +214,7 @@ func (p *Pool) destroyAll(indexes []int) error {
 		})
 	}
 	_ = g.Wait()
+	p.forget(p.host, indexes...)
 	return errors.Join(errs...)
 }
 
@@ -291,7 +309,7 @@ func (p *Pool) Reclaim(ctx context.Context, index int) (*Slot, error) {
 				return fmt.Errorf("find %s: %w", name, err)
 			}
 		}
-		return slotRules(s.Address, p.config.Upstreams)
+		return slotRules(s.Address, p.config.Upstreams, false)
 	})
 	if err == nil {
 		_, err = p.host.LinkByName(linkName(index))
@@ -324,6 +342,7 @@ func (p *Pool) Release(_ context.Context, s *Slot) error {
 	if err := destroy(p.host, s.Index); err != nil {
 		return fmt.Errorf("release slot %d: %w", s.Index, err)
 	}
+	p.forget(p.host, s.Index)
 	p.giveBack(s)
 	p.refillSoon()
 	return nil
@@ -371,6 +390,9 @@ func (p *Pool) tearDown(keep []int) error {
 	}
 	err := p.destroyAll(gone)
 	kept := len(p.used) > 0
+	if p.guard != nil {
+		p.guard.close()
+	}
 	if !kept {
 		err = errors.Join(err, removeHostRules(p.block.number))
 	}

@@ -3,6 +3,7 @@ package network
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -147,10 +148,43 @@ func TestGuestIsShutIn(t *testing.T) {
 	}
 	wg.Wait()
 
+	// Each of the two walls holds without the other. First the host's:
+	t.Run("namespace open", func(t *testing.T) {
+		must(t, inNamespace(s.NetNS(), func() error {
+			for _, c := range []string{"forward", "input"} {
+				out, err := exec.Command("nft", fmt.Sprintf("flush chain inet wrenn %s; add chain inet wrenn %s { policy accept; }", c, c)).CombinedOutput()
+				if err != nil {
+					return fmt.Errorf("%w: %s", err, out)
+				}
+			}
+			return nil
+		}))
+		defer func() {
+			must(t, inNamespace(s.NetNS(), func() error { return slotRules(s.Address, p.config.Upstreams, false) }))
+		}()
+		var wg sync.WaitGroup
+		for _, a := range shut {
+			if a == s.Address.String() || strings.HasPrefix(a, "127.") || strings.HasPrefix(a, "169.254.0.2") {
+				continue // inside the namespace, which is open
+			}
+			for _, network := range []string{"tcp4", "udp4"} {
+				wg.Go(func() {
+					if got, err := g.callWithin(time.Second, network, a+":7000"); err == nil {
+						t.Errorf("guest reached %s %s: %q", network, a, got)
+					}
+				})
+			}
+		}
+		wg.Wait()
+		if _, err := g.call("tcp4", "169.254.0.22:7000"); err != nil {
+			t.Errorf("the namespace was not open: %v", err)
+		}
+	})
+
 	// The same with the host's firewall flushed by someone.
-	t.Run("firewall flushed", func(t *testing.T) {
+	t.Run("host open", func(t *testing.T) {
+		p.guard.close()
 		must(t, removeHostRules(p.block.number))
-		defer func() { must(t, hostRules(p.block.number, p.config.Upstreams)) }()
 		for _, a := range []string{neighbour.Address.String(), "10.99.0.1", hostAddr(s.Index).String(), "192.168.7.7"} {
 			if got, err := g.callWithin(time.Second, "tcp4", a+":7000"); err == nil {
 				t.Errorf("guest reached %s: %q", a, got)
@@ -510,6 +544,7 @@ func crash(t *testing.T, p *Pool) {
 		s.silence()
 	}
 	p.mu.Unlock()
+	p.guard.close()
 	p.host.Close()
 	must(t, p.block.lock.Close())
 }
@@ -652,6 +687,65 @@ func TestOtherTablesStay(t *testing.T) {
 	acquire(t, p)
 }
 
+func TestRulesComeBack(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	newInternet(t)
+	p := openPool(t, layout.Dir(t.TempDir()), 1)
+	g := newGuest(t, acquire(t, p))
+	for range 3 {
+		out, err := exec.Command("nft", "flush ruleset").CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		// Begun before the rules are back, it goes through when they are.
+		if _, err := g.callWithin(5*time.Second, "tcp4", internetAddr.String()+":7000"); err != nil {
+			t.Error("to the internet after the host's firewall was flushed:", err)
+		}
+	}
+}
+
+func TestObstacles(t *testing.T) {
+	needRoot(t)
+	if got := Obstacles(); got != nil {
+		t.Fatalf("on an empty host: %q", got)
+	}
+	out, err := exec.Command("nft", "add table ip filter; add chain ip filter FORWARD { type filter hook forward priority 0; policy drop; }").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	t.Cleanup(func() { must(t, exec.Command("nft", "delete table ip filter").Run()) })
+	if got := Obstacles(); len(got) != 1 || !strings.Contains(got[0], "ip filter FORWARD") {
+		t.Errorf("%q", got)
+	}
+}
+
+func TestBlockAvoidsTakenAddresses(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	lo, err := netlink.LinkByName("lo")
+	must(t, err)
+	lan, err := netlink.ParseAddr("10.11.1.7/24")
+	must(t, err)
+	must(t, netlink.AddrAdd(lo, lan))
+	t.Cleanup(func() { must(t, netlink.AddrDel(lo, lan)) })
+	p := openPool(t, layout.Dir(t.TempDir()), 1)
+	if p.block.number == 0 {
+		t.Error("took the block of a network that the host is in")
+	}
+}
+
+func TestUnusableResolvers(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	for _, a := range []string{"127.0.0.53", "::1", "2001:db8::1", "0.0.0.0", "224.0.0.1"} {
+		_, err := Open(context.Background(), Config{Dir: layout.Dir(t.TempDir()), Upstreams: []netip.Addr{netip.MustParseAddr(a)}}, nil)
+		if err == nil || !strings.Contains(err.Error(), a) {
+			t.Errorf("%s: %v", a, err)
+		}
+	}
+}
+
 func TestAcquireFailureLeavesNothing(t *testing.T) {
 	needRoot(t)
 	sameAfter(t)
@@ -681,6 +775,39 @@ func TestAcquireFailureLeavesNothing(t *testing.T) {
 	}
 }
 
+func TestConnectionsAreBounded(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	newInternet(t)
+	p := openPool(t, layout.Dir(t.TempDir()), 1)
+	s, other := acquire(t, p), acquire(t, p)
+	g, neighbour := newGuest(t, s), newGuest(t, other)
+	must(t, g.do(func() error {
+		c, err := net.ListenPacket("udp4", ":0")
+		must(t, err)
+		defer c.Close()
+		for port := range maxConnections + 1000 {
+			_, err := c.WriteTo([]byte("x"), &net.UDPAddr{IP: internetAddr.AsSlice(), Port: 10000 + port})
+			must(t, err)
+		}
+		return nil
+	}))
+	flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+	must(t, err)
+	n := 0
+	for _, f := range flows {
+		if (connectionsOf{s.Address: true}).MatchConntrackFlow(f) {
+			n++
+		}
+	}
+	if n < 1000 || n > maxConnections+10 {
+		t.Errorf("the host tracks %d connections of one guest", n)
+	}
+	if _, err := neighbour.call("udp4", internetAddr.String()+":7000"); err != nil {
+		t.Error("another guest to the internet:", err)
+	}
+}
+
 func TestConnectionsAreForgotten(t *testing.T) {
 	needRoot(t)
 	sameAfter(t)
@@ -690,11 +817,12 @@ func TestConnectionsAreForgotten(t *testing.T) {
 	g := newGuest(t, s)
 	_, err := g.call("udp4", internetAddr.String()+":7000")
 	must(t, err)
+	mine := connectionsOf{s.Address: true}
 	of := func() (n int) {
 		flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
 		must(t, err)
 		for _, f := range flows {
-			if connectionsOf(s.Address.AsSlice()).MatchConntrackFlow(f) {
+			if mine.MatchConntrackFlow(f) {
 				n++
 			}
 		}

@@ -4,10 +4,12 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
+	mdnetlink "github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -16,6 +18,10 @@ const (
 	maxConnections = 8192 // tracked at once, of a machine-wide table of at least 65536
 	ntpPerSecond   = 16
 )
+
+// nftTimeout bounds one transaction with nftables, which other programs'
+// transactions may hold up.
+const nftTimeout = 30 * time.Second
 
 // closed are the destinations that no guest reaches: private and special
 // networks, and a cloud's own service addresses. In ascending order, apart.
@@ -141,6 +147,17 @@ var (
 	reject     = rule{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}}
 	masquerade = rule{&expr.Masq{}}
 
+	// clampMSS lets no side of a TCP connection count on larger packets than the
+	// path beyond the host takes.
+	clampMSS = when(protocol(unix.IPPROTO_TCP), rule{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{0x06}, Xor: []byte{0}},
+		cmp(expr.CmpOpEq, []byte{0x02}), // SYN, not RST
+		&expr.Rt{Register: 1, Key: expr.RtTCPMSS},
+		&expr.Byteorder{SourceRegister: 1, DestRegister: 1, Op: expr.ByteorderHton, Len: 2, Size: 2},
+		&expr.Exthdr{SourceRegister: 1, Type: 2, Offset: 2, Len: 2, Op: expr.ExthdrOpTcpopt},
+	})
+
 	established = state(expr.CtStateBitESTABLISHED)
 	// related lets errors about a connection through, and nothing that some
 	// protocol's helper expects.
@@ -163,15 +180,22 @@ type ruleset struct {
 	err   error
 }
 
-// newRuleset is for the calling thread's namespace.
-func newRuleset(table string) (*ruleset, error) {
-	conn, err := nftables.New()
+// newRuleset writes a table of the calling thread's namespace; with fresh, the
+// caller knows that there is none of that name, which saves the kernel a wait
+// of some 10 ms for the packets that might still see the old one.
+func newRuleset(table string, fresh bool) (*ruleset, error) {
+	conn, err := nftables.New(nftables.WithSockOptions(func(c *mdnetlink.Conn) error {
+		// The kernel answers at once; a wait without end would be a bug's.
+		return c.SetDeadline(time.Now().Add(nftTimeout))
+	}))
 	if err != nil {
 		return nil, fmt.Errorf("open nftables: %w", err)
 	}
 	t := &nftables.Table{Name: table, Family: nftables.TableFamilyINet}
-	conn.AddTable(t)
-	conn.DelTable(t)
+	if !fresh {
+		conn.AddTable(t)
+		conn.DelTable(t)
+	}
 	conn.AddTable(t)
 	return &ruleset{conn: conn, table: t}, nil
 }
@@ -184,7 +208,8 @@ func (r *ruleset) chain(name string, kind nftables.ChainType, hook *nftables.Cha
 }
 
 func (r *ruleset) closedSet() *nftables.Set {
-	s := &nftables.Set{Table: r.table, Name: "closed", Interval: true, Constant: true, KeyType: nftables.TypeIPAddr}
+	// The ID is the transaction's alone, in which there is no other set.
+	s := &nftables.Set{Table: r.table, ID: 1, Name: "closed", Interval: true, Constant: true, KeyType: nftables.TypeIPAddr}
 	var elements []nftables.SetElement
 	for _, p := range closed {
 		start := binary.BigEndian.Uint32(p.Addr().AsSlice())
@@ -221,7 +246,7 @@ func hostTable(block int) string {
 // but the host. The block's interfaces are known by their group, which each
 // has from its first moment.
 func hostRules(block int, upstreams []netip.Addr) error {
-	r, err := newRuleset(hostTable(block))
+	r, err := newRuleset(hostTable(block), false)
 	if err != nil {
 		return err
 	}
@@ -229,6 +254,8 @@ func hostRules(block int, upstreams []netip.Addr) error {
 	closedNets := r.closedSet()
 
 	forward := []rule{
+		when(inGroup(group), clampMSS),
+		when(outGroup(expr.CmpOpEq, group), clampMSS),
 		when(inGroup(group), family(expr.CmpOpNeq, unix.NFPROTO_IPV4), drop),
 		when(inGroup(group), notFrom(ours), drop),
 		when(inGroup(group), outGroup(expr.CmpOpEq, group), drop),
@@ -264,7 +291,7 @@ func hostRules(block int, upstreams []netip.Addr) error {
 
 // removeHostRules removes a block's table, if it is there.
 func removeHostRules(block int) error {
-	r, err := newRuleset(hostTable(block))
+	r, err := newRuleset(hostTable(block), false)
 	if err != nil {
 		return err
 	}
@@ -275,8 +302,8 @@ func removeHostRules(block int) error {
 // slotRules are the rules inside a slot's namespace, the calling thread's. The
 // same networks are closed here as on the host, so that a guest stays shut in
 // while someone reloads the host's firewall.
-func slotRules(outside netip.Addr, upstreams []netip.Addr) error {
-	r, err := newRuleset("wrenn")
+func slotRules(outside netip.Addr, upstreams []netip.Addr, fresh bool) error {
+	r, err := newRuleset("wrenn", fresh)
 	if err != nil {
 		return err
 	}

@@ -12,6 +12,7 @@ import (
 	"sync"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/metadata"
@@ -172,7 +173,7 @@ func create(h *netlink.Handle, i int, upstreams []netip.Addr) error {
 				return err
 			}
 		}
-		if err := slotRules(outsideAddr(i), upstreams); err != nil {
+		if err := slotRules(outsideAddr(i), upstreams, true); err != nil {
 			return err
 		}
 		if err := createHostLink(h, i, ns); err != nil {
@@ -285,8 +286,8 @@ func raise(h *netlink.Handle, link netlink.Link, addrs ...netip.Prefix) error {
 	return nil
 }
 
-// destroy removes all there is of slot i, and what the host's kernel
-// remembers of its connections.
+// destroy removes all there is of slot i on this machine but the kernel's
+// memory of its connections.
 func destroy(h *netlink.Handle, i int) error {
 	var missing netlink.LinkNotFoundError
 	link, err := h.LinkByName(linkName(i))
@@ -299,23 +300,58 @@ func destroy(h *netlink.Handle, i int) error {
 	if err != nil {
 		err = fmt.Errorf("remove %s: %w", linkName(i), err)
 	}
-	err = errors.Join(err, removeNamespace(namespacePath(i)))
-	flushConnections(h, i)
-	return err
+	return errors.Join(err, removeNamespace(namespacePath(i)))
 }
 
-// connectionsOf matches the host's tracked connections from and to one slot.
-type connectionsOf net.IP
+// destroyGroup removes all host links of a block at once, which takes as long
+// as removing one. Whatever it misses is left to [destroy].
+func destroyGroup(block int) {
+	req := nl.NewNetlinkRequest(unix.RTM_DELLINK, unix.NLM_F_ACK)
+	req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	req.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(linkGroup(block))))
+	_, _ = req.Execute(unix.NETLINK_ROUTE, 0)
+}
+
+// A forgetter makes the host forget the tracked connections of slots that
+// ended. Each pass reads the whole machine's table, so slots that end at the
+// same time share one.
+type forgetter struct {
+	pass sync.Mutex // held during a pass
+
+	mu    sync.Mutex
+	ended map[netip.Addr]bool // slots whose connections are to be forgotten
+}
+
+// forget returns when nothing is remembered of slots any more. A kernel
+// without the interface lets connections time out, which harms nobody: the
+// next guest's namespace does not know them.
+func (f *forgetter) forget(h *netlink.Handle, slots ...int) {
+	f.mu.Lock()
+	if f.ended == nil {
+		f.ended = map[netip.Addr]bool{}
+	}
+	for _, i := range slots {
+		f.ended[outsideAddr(i)] = true
+	}
+	f.mu.Unlock()
+
+	f.pass.Lock()
+	defer f.pass.Unlock()
+	f.mu.Lock()
+	ended := f.ended
+	f.ended = nil
+	f.mu.Unlock()
+	if len(ended) > 0 { // else another's pass has done it
+		_, _ = h.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, connectionsOf(ended))
+	}
+}
+
+// connectionsOf matches tracked connections from and to some slots.
+type connectionsOf map[netip.Addr]bool
 
 // MatchConntrackFlow implements [netlink.CustomConntrackFilter].
-func (a connectionsOf) MatchConntrackFlow(f *netlink.ConntrackFlow) bool {
-	ip := net.IP(a)
-	return f.Forward.SrcIP.Equal(ip) || f.Forward.DstIP.Equal(ip)
-}
-
-// flushConnections makes the host forget slot i's connections. A kernel
-// without that interface lets them time out, which harms nobody: the next
-// guest's namespace does not know them.
-func flushConnections(h *netlink.Handle, i int) {
-	_, _ = h.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, connectionsOf(outsideAddr(i).AsSlice()))
+func (c connectionsOf) MatchConntrackFlow(f *netlink.ConntrackFlow) bool {
+	src, _ := netip.AddrFromSlice(f.Forward.SrcIP)
+	dst, _ := netip.AddrFromSlice(f.Forward.DstIP)
+	return c[src.Unmap()] || c[dst.Unmap()]
 }
