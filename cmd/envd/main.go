@@ -6,6 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"net/netip"
 	"os"
@@ -28,6 +29,8 @@ func main() {
 
 	// Files and processes made on a user's behalf have the usual rights.
 	unix.Umask(0o022)
+	// Nothing that the daemon's own starter left open is for users' processes.
+	_ = unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC)
 	// When memory runs out, the daemon is what is needed to see why.
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-900"), 0)
 

@@ -1,0 +1,432 @@
+package envd
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/envd/account"
+	"github.com/wrenn-dev/wrenn/internal/gen/filesystem/filesystemconnect"
+	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
+	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
+)
+
+const testToken = "0123456789abcdef"
+
+// guest is a daemon that serves on loopback, and a client's view of it.
+type guest struct {
+	t          *testing.T
+	server     *Server
+	addr       string
+	client     *http.Client // HTTP/2 in clear text
+	plain      *http.Client // HTTP/1.1
+	url        string
+	process    processconnect.ProcessClient
+	filesystem filesystemconnect.FilesystemClient
+	cgroup     string
+	nobody     *account.Account
+	dir        string // nobody's, and nobody can reach it
+}
+
+func TestMain(m *testing.M) {
+	// As the program does: what the test's own starter left open is no user's.
+	_ = unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC)
+	os.Exit(m.Run())
+}
+
+var groups atomic.Int32
+
+// testCgroup is a cgroup of the test's own; empty where there is no cgroup2.
+func testCgroup() string {
+	for _, root := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
+		if _, err := os.Stat(filepath.Join(root, "cgroup.procs")); err == nil {
+			return filepath.Join(root, fmt.Sprintf("wrenn-test-envd-%d-%d", os.Getpid(), groups.Add(1)))
+		}
+	}
+	return ""
+}
+
+// raw starts a daemon that is not initialised.
+func raw(t *testing.T) *guest {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: acts as other users")
+	}
+	nobody, err := account.Lookup("nobody")
+	if err != nil {
+		t.Skip("needs the user nobody: ", err)
+	}
+	g := &guest{t: t, cgroup: testCgroup(), nobody: nobody}
+	g.server, err = New(Config{DefaultUser: "nobody", Cgroup: g.cgroup, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := httptest.NewUnstartedServer(g.server.Handler())
+	srv.Listener.Close()
+	srv.Listener = l
+	srv.Config = netaddr.Server(g.server.Handler())
+	srv.Start()
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		g.server.Close(ctx)
+		if ctx.Err() != nil {
+			t.Error("the daemon does not close")
+		}
+		srv.CloseClientConnections()
+		srv.Close()
+		if _, err := os.Stat(g.cgroup); g.cgroup != "" && err == nil {
+			t.Error("the daemon leaves its cgroup behind")
+		}
+	})
+	g.addr = l.Addr().String()
+	g.client, g.url = netaddr.HTTPClient(g.addr)
+	g.plain = &http.Client{Transport: netaddr.Transport(g.addr, false)}
+	g.plain.Transport.(*http.Transport).DisableCompression = true
+	t.Cleanup(func() { g.client.CloseIdleConnections(); g.plain.CloseIdleConnections() })
+	g.process = processconnect.NewProcessClient(g.client, g.url)
+	g.filesystem = filesystemconnect.NewFilesystemClient(g.client, g.url)
+
+	if g.dir, err = os.MkdirTemp("", "wrenn-envd-"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(g.dir) })
+	if err := os.Chown(g.dir, int(nobody.UID), int(nobody.GID)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(g.dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return g
+}
+
+// boot starts a daemon and initialises it.
+func boot(t *testing.T) *guest {
+	t.Helper()
+	g := raw(t)
+	g.init(map[string]any{"accessToken": testToken, "envVars": map[string]string{"FROM": "init", "INIT": "1"}}, "", http.StatusNoContent)
+	return g
+}
+
+func (g *guest) init(body any, token string, want int) {
+	g.t.Helper()
+	b, _ := json.Marshal(body)
+	res := g.do("POST", "/init", token, bytes.NewReader(b), nil)
+	if res.code != want {
+		g.t.Errorf("/init %s answers %d, not %d: %s", b, res.code, want, res.body)
+	}
+}
+
+type answer struct {
+	code   int
+	body   string
+	header http.Header
+}
+
+// do makes a plain request over HTTP/1.1.
+func (g *guest) do(method, path, token string, body io.Reader, header map[string]string) answer {
+	g.t.Helper()
+	req, err := http.NewRequestWithContext(g.t.Context(), method, g.url+path, body)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	if token != "" {
+		req.Header.Set(TokenHeader, token)
+	}
+	for k, v := range header {
+		req.Header.Set(k, v)
+	}
+	res, err := g.plain.Do(req)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	return answer{res.StatusCode, string(b), res.Header}
+}
+
+// as makes a Connect request with the token, for a user ("": the default).
+func as[T any](user string, msg *T) *connect.Request[T] {
+	req := connect.NewRequest(msg)
+	req.Header().Set(TokenHeader, testToken)
+	if user != "" {
+		h := http.Request{Header: http.Header{}}
+		h.SetBasicAuth(user, "")
+		req.Header().Set("Authorization", h.Header.Get("Authorization"))
+	}
+	return req
+}
+
+func wantCode(t *testing.T, what string, err error, want connect.Code) {
+	t.Helper()
+	if err == nil || connect.CodeOf(err) != want {
+		t.Errorf("%s: %v, not %v", what, err, want)
+	}
+}
+
+func TestInit(t *testing.T) {
+	g := raw(t)
+	if a := g.do("GET", "/health", "", nil, nil); a.code != 204 {
+		t.Errorf("/health answers %d", a.code)
+	}
+	// Nothing else is served before the sandbox has its token.
+	for _, p := range []string{"/metrics", "/envs", "/files?path=/etc/passwd", "/archive?path=/etc", "/nothing"} {
+		if a := g.do("GET", p, testToken, nil, nil); a.code != 503 {
+			t.Errorf("%s answers %d: %s", p, a.code, a.body)
+		}
+	}
+	_, err := g.process.List(t.Context(), as("", &pb.ListRequest{}))
+	wantCode(t, "list before init", err, connect.CodeUnavailable)
+
+	g.init("x", "", 400)
+	g.init(map[string]any{}, "", 400)
+	g.init(map[string]any{"accessToken": "t", "envVars": map[string]string{"A=B": ""}}, "", 400)
+	g.init(map[string]any{"accessToken": "t", "defaultUser": "nosuchuser"}, "", 400)
+	g.init(map[string]any{"accessToken": testToken, "envVars": map[string]string{"A": "1"}, "timestamp": "2030-01-01T00:00:00Z", "more": 1}, "", 204)
+	// From now on only with the token.
+	g.init(map[string]any{"accessToken": "mine"}, "", 401)
+	g.init(map[string]any{"accessToken": "mine"}, "mine", 401)
+	if a := g.do("GET", "/envs", testToken, nil, nil); a.code != 200 || strings.TrimSpace(a.body) != `{"A":"1"}` {
+		t.Errorf("/envs answers %d %s", a.code, a.body)
+	}
+	g.init(map[string]any{"accessToken": "next", "envVars": map[string]string{}}, testToken, 204)
+	if a := g.do("GET", "/envs", testToken, nil, nil); a.code != 401 {
+		t.Errorf("the old token still opens /envs: %d", a.code)
+	}
+	if a := g.do("GET", "/envs", "next", nil, nil); strings.TrimSpace(a.body) != `{}` {
+		t.Errorf("/envs answers %s", a.body)
+	}
+}
+
+func TestToken(t *testing.T) {
+	g := boot(t)
+	for _, token := range []string{"", "x", testToken + "0", testToken[:len(testToken)-1], strings.ToUpper(testToken)} {
+		for _, r := range []struct{ method, path string }{
+			{"GET", "/metrics"},
+			{"GET", "/envs"},
+			{"POST", "/freeze"},
+			{"POST", "/thaw"},
+			{"GET", "/files?path=/etc/passwd"},
+			{"HEAD", "/files?path=/etc/passwd"},
+			{"POST", "/files?path=/tmp/x"},
+			{"GET", "/archive?path=/etc"},
+			{"GET", "/archive?path=/etc&signature=v1_x"},
+			{"POST", "/archive?path=/tmp"},
+			{"GET", "/"},
+			{"POST", "/process.Process/Start"},
+			{"POST", "//process.Process/List"},
+			{"POST", "/filesystem.Filesystem/Stat"},
+		} {
+			if a := g.do(r.method, r.path, token, nil, nil); a.code != 401 && a.code != 301 && a.code != 307 {
+				t.Errorf("%s %s with token %q answers %d", r.method, r.path, token, a.code)
+			}
+		}
+	}
+	req := connect.NewRequest(&pb.ListRequest{})
+	_, err := g.process.List(t.Context(), req)
+	wantCode(t, "list without a token", err, connect.CodeUnauthenticated)
+	_, err = g.process.List(t.Context(), as("nosuchuser", &pb.ListRequest{}))
+	wantCode(t, "list as an unknown user", err, connect.CodeUnauthenticated)
+	if a := g.do("GET", "/metrics", testToken, nil, nil); a.code != 200 || !strings.Contains(a.body, `"cpu_used_pct"`) {
+		t.Errorf("/metrics answers %d %s", a.code, a.body)
+	}
+	if a := g.do("GET", "/nothing", testToken, nil, nil); a.code != 404 {
+		t.Errorf("/nothing answers %d", a.code)
+	}
+	if a := g.do("DELETE", "/files", testToken, nil, nil); a.code != 405 {
+		t.Errorf("DELETE /files answers %d", a.code)
+	}
+}
+
+func TestSignature(t *testing.T) {
+	g := boot(t)
+	file := filepath.Join(g.dir, "f")
+	if err := os.WriteFile(file, []byte("text"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	later := strconv.FormatInt(time.Now().Unix()+60, 10)
+	earlier := strconv.FormatInt(time.Now().Unix()-60, 10)
+	get := func(q url.Values) int { return g.do("GET", "/files?"+q.Encode(), "", nil, nil).code }
+	query := func(sig, exp, user string) url.Values {
+		q := url.Values{"path": {file}, "signature": {sig}}
+		if exp != "" {
+			q.Set("signature_expiration", exp)
+		}
+		if user != "" {
+			q.Set("username", user)
+		}
+		return q
+	}
+	// The one known by the protocol, not by this program.
+	if got := sign("/a", "read", "user", "tok", ""); got != "v1_5/qV17q4iOP0/yqALMZMgfTwEO48DLxgPQc2c1vTYWE" {
+		t.Logf("signature of the example is %s", got)
+	}
+	for _, c := range []struct {
+		what string
+		q    url.Values
+		want int
+	}{
+		{"good", query(sign(file, "read", "", testToken, ""), "", ""), 200},
+		{"with expiration", query(sign(file, "read", "", testToken, later), later, ""), 200},
+		{"with user", query(sign(file, "read", "root", testToken, later), later, "root"), 200},
+		{"expired", query(sign(file, "read", "", testToken, earlier), earlier, ""), 401},
+		{"other operation", query(sign(file, "write", "", testToken, ""), "", ""), 401},
+		{"other user", query(sign(file, "read", "", testToken, ""), "", "root"), 401},
+		{"other path", query(sign("/etc/passwd", "read", "", testToken, ""), "", ""), 401},
+		{"other token", query(sign(file, "read", "", "x", ""), "", ""), 401},
+		{"expiration not signed", query(sign(file, "read", "", testToken, ""), later, ""), 401},
+		{"expiration taken away", query(sign(file, "read", "", testToken, later), "", ""), 401},
+		{"expiration no number", query(sign(file, "read", "", testToken, "x"), "x", ""), 401},
+		{"empty", query("", "", ""), 401},
+		{"path twice", url.Values{"path": {file, "/etc/passwd"}, "signature": {sign(file, "read", "", testToken, "")}}, 401},
+	} {
+		if got := get(c.q); got != c.want {
+			t.Errorf("%s: %d, not %d", c.what, got, c.want)
+		}
+	}
+	// A basic authentication header is not signed, so it says nothing.
+	q := query(sign(file, "read", "", testToken, ""), "", "")
+	q.Set("path", "/etc/shadow")
+	q.Set("signature", sign("/etc/shadow", "read", "", testToken, ""))
+	if a := g.do("GET", "/files?"+q.Encode(), "", nil, map[string]string{"Authorization": "Basic cm9vdDo="}); a.code != 403 {
+		t.Errorf("a signature for the default user serves root: %d", a.code)
+	}
+	// Nor does a wrong token become right by a signature.
+	q = query(sign(file, "read", "", testToken, ""), "", "")
+	if a := g.do("GET", "/files?"+q.Encode(), "wrong", nil, nil); a.code != 401 {
+		t.Errorf("a wrong token with a signature answers %d", a.code)
+	}
+}
+
+func FuzzSignature(f *testing.F) {
+	f.Add("/a", "read", "user", "")
+	f.Add("/a:read:user", "write", "", "17")
+	f.Add("", "", ":", "-1")
+	now := time.Unix(1_000_000, 0)
+	f.Fuzz(func(t *testing.T, path, sig, user, expiration string) {
+		q := url.Values{"path": {path}, "username": {user}, "signature": {sig}}
+		if expiration != "" {
+			q.Set("signature_expiration", expiration)
+		}
+		if checkSignature("GET", q, testToken, now) == "" && sig != sign(path, "read", user, testToken, expiration) {
+			t.Fatalf("%q passes", q)
+		}
+		q.Set("signature", sign(path, "read", user, testToken, expiration))
+		at, err := strconv.ParseInt(expiration, 10, 64)
+		good := expiration == "" || (err == nil && strconv.FormatInt(at, 10) == expiration && at >= now.Unix())
+		if (checkSignature("GET", q, testToken, now) == "") != good {
+			t.Fatalf("%q: passes is not %v", q, good)
+		}
+		if checkSignature("POST", q, testToken, now) == "" {
+			t.Fatalf("%q: a signature to read lets write", q)
+		}
+	})
+}
+
+func TestFreeze(t *testing.T) {
+	g := boot(t)
+	if g.cgroup == "" {
+		t.Skip("needs a cgroup2 mount")
+	}
+	file := filepath.Join(g.dir, "n")
+	p := g.start("", &pb.StartRequest{Process: sh("while :; do echo x >> " + file + "; sleep 0.02; done")})
+	defer p.Close()
+	size := func() int64 {
+		info, err := os.Stat(file)
+		if err != nil {
+			return 0
+		}
+		return info.Size()
+	}
+	eventually(t, "output", func() bool { return size() > 0 })
+	if a := g.do("POST", "/freeze", testToken, nil, nil); a.code != 204 {
+		t.Fatalf("/freeze answers %d %s", a.code, a.body)
+	}
+	before := size()
+	time.Sleep(200 * time.Millisecond)
+	if size() != before {
+		t.Error("a frozen process goes on")
+	}
+	if a := g.do("POST", "/thaw", testToken, nil, nil); a.code != 204 {
+		t.Fatalf("/thaw answers %d %s", a.code, a.body)
+	}
+	eventually(t, "output after the thaw", func() bool { return size() > before })
+}
+
+func TestRun(t *testing.T) {
+	s, err := New(Config{DefaultUser: "root", Cgroup: testCgroup()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := "unix:" + filepath.Join(t.TempDir(), "s")
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx, addr) }()
+	client, base := netaddr.HTTPClient(addr)
+	eventually(t, "/health", func() bool {
+		res, err := client.Get(base + "/health")
+		if err == nil {
+			res.Body.Close()
+		}
+		return err == nil && res.StatusCode == 204
+	})
+	res, err := client.Post(base+"/init", "application/json", strings.NewReader(`{"accessToken":"`+testToken+`"}`))
+	if err != nil || res.StatusCode != 204 {
+		t.Fatalf("/init: %v, %v", res, err)
+	}
+	stream, err := processconnect.NewProcessClient(client, base).Start(t.Context(), as("root", &pb.StartRequest{Process: sh("(setsid sleep 60 &); exec sleep 60")}))
+	if err != nil || !stream.Receive() {
+		t.Fatalf("start: %v, %v", err, stream.Err())
+	}
+	cancel()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Errorf("run: %v", err)
+		}
+	case <-time.After(5 * time.Second):
+		t.Fatal("the daemon does not stop")
+	}
+	var end *pb.ProcessEvent_EndEvent
+	for stream.Receive() {
+		end = stream.Msg().GetEvent().GetEnd()
+	}
+	if end == nil || end.GetExited() {
+		t.Errorf("the end of a process ended with the daemon is %v, %v", end, stream.Err())
+	}
+}
+
+func eventually(t *testing.T, what string, f func() bool) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); !f(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%s: not in time", what)
+		}
+	}
+}
