@@ -307,13 +307,27 @@ func write(who *account.Account, path string, from io.Reader, size int64) error 
 	}
 	return who.Do(func() error {
 		if err == nil {
-			err = os.Rename(t.temp, t.path)
+			err = meant(os.Rename(t.temp, t.path), t.path)
 		}
 		if err != nil {
 			_ = os.Remove(t.temp)
 		}
 		return err
 	})
+}
+
+// meant is err as one about path: that an upload has a temporary name is
+// nothing to its client.
+func meant(err error, path string) error {
+	var pe *fs.PathError
+	var le *os.LinkError
+	switch {
+	case errors.As(err, &pe):
+		return &fs.PathError{Op: "write", Path: path, Err: pe.Err}
+	case errors.As(err, &le):
+		return &fs.PathError{Op: "write", Path: path, Err: le.Err}
+	}
+	return err
 }
 
 // target is an upload's file.
@@ -342,7 +356,7 @@ func prepare(who *account.Account, path string, size int64) (target, error) {
 	if errors.Is(err, fs.ErrNotExist) {
 		t.temp = filepath.Join(filepath.Dir(path), upload.Name(upload.Fresh))
 		t.file, err = os.OpenFile(t.temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
-		return t, err
+		return t, meant(err, path)
 	}
 	switch {
 	case err != nil:

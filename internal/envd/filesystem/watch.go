@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/envd/account"
+	"github.com/wrenn-dev/wrenn/internal/envd/fault"
 	"github.com/wrenn-dev/wrenn/internal/envd/upload"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/filesystem"
 )
@@ -290,7 +291,8 @@ type poller struct {
 
 	mu     sync.Mutex
 	events []*pb.FilesystemEvent
-	err    error // told once
+	lost   bool  // events were dropped; told once
+	err    error // why the watch has ended; told always
 	used   time.Time
 }
 
@@ -359,7 +361,7 @@ func (p *poller) run() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		if len(p.events) >= maxQueued {
-			p.events, p.err = nil, errLost
+			p.events, p.lost = nil, true
 		}
 		p.events = append(p.events, e)
 		return true
@@ -375,11 +377,14 @@ func (p *poller) take() ([]*pb.FilesystemEvent, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.used = time.Now()
-	events, err := p.events, p.err
-	p.err = nil
-	if err != nil {
-		return nil, err // the events that are left come with the next call
+	if p.lost {
+		p.lost = false
+		return nil, errLost // what is left comes with the next call
 	}
+	if len(p.events) == 0 {
+		return nil, fault.Connect(p.err)
+	}
+	events := p.events
 	p.events = nil
 	return events, nil
 }

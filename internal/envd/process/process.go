@@ -333,11 +333,6 @@ func newSubscriber() *subscriber {
 // maxSubscribers bounds the streams on one process.
 const maxSubscribers = 64
 
-// patience is how long one subscriber that takes nothing may hold up the
-// others. One that is alone holds up nobody but the process, which is what a
-// full pipe does; when its connection dies, so does the subscription.
-const patience = 30 * time.Second
-
 func (p *process) subscribe() (*subscriber, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -381,7 +376,7 @@ func (p *process) publish(e *pb.ProcessEvent) {
 
 // offer waits until s takes e, leaves, or has tried the others' patience.
 func (p *process) offer(s *subscriber, e *pb.ProcessEvent) {
-	t := time.NewTicker(patience)
+	t := time.NewTicker(p.svc.patience)
 	defer t.Stop()
 	for {
 		select {
@@ -421,19 +416,9 @@ func (p *process) follow(ctx context.Context, s *subscriber, every time.Duration
 			}
 			idle.Reset(every)
 		case <-p.ended:
-			for {
-				select {
-				case e := <-s.events:
-					if err := send(e); err != nil {
-						return err
-					}
-					continue
-				default:
-				}
-				return send(p.end)
-			}
+			return p.finish(s, send)
 		case <-s.slow:
-			return connect.NewError(connect.CodeResourceExhausted, errors.New("the stream did not take its events and was dropped"))
+			return errDropped
 		case <-idle.C:
 			if err := send(&pb.ProcessEvent{Event: &pb.ProcessEvent_Keepalive{Keepalive: &pb.ProcessEvent_KeepAlive{}}}); err != nil {
 				return err
@@ -460,6 +445,28 @@ func (s *Service) add(p *process) {
 	s.byPID[p.pid] = p
 	if s.closed {
 		p.kill()
+	}
+}
+
+var errDropped = connect.NewError(connect.CodeResourceExhausted, errors.New("the stream did not take its events and was dropped"))
+
+// finish sends what is left of an ended process's events.
+func (p *process) finish(s *subscriber, send func(*pb.ProcessEvent) error) error {
+	for {
+		select {
+		case e := <-s.events:
+			if err := send(e); err != nil {
+				return err
+			}
+			continue
+		default:
+		}
+		select {
+		case <-s.slow:
+			return errDropped // the end would say that nothing is missing
+		default:
+			return send(p.end)
+		}
 	}
 }
 

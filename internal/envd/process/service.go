@@ -52,6 +52,11 @@ type Config struct {
 // requester's: they go on when the stream that started them breaks.
 type Service struct {
 	cfg Config
+	// patience is how long one subscriber that takes nothing may hold up the
+	// others of its process. One that is alone holds up nobody but the process,
+	// which is what a full pipe does; when its connection dies (the kernel's and
+	// HTTP/2's keepalives see to that), so does the subscription.
+	patience time.Duration
 
 	mu     sync.Mutex
 	byPID  map[uint32]*process
@@ -61,7 +66,7 @@ type Service struct {
 
 // New makes a service without processes.
 func New(cfg Config) *Service {
-	return &Service{cfg: cfg, byPID: map[uint32]*process{}}
+	return &Service{cfg: cfg, patience: 30 * time.Second, byPID: map[uint32]*process{}}
 }
 
 // Handler returns the path to mount the service at, and its handler.

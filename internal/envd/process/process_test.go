@@ -1,0 +1,60 @@
+package process
+
+import (
+	"context"
+	"log/slog"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/wrenn-dev/wrenn/internal/envd/account"
+	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
+)
+
+// One subscriber of several that takes nothing is dropped; the others lose nothing.
+func TestStalledSubscriber(t *testing.T) {
+	who, err := account.Lookup("root")
+	if err != nil {
+		t.Skip("needs the user root: ", err)
+	}
+	s := New(Config{Log: slog.New(slog.DiscardHandler), Defaults: func() Defaults { return Defaults{Workdir: "/"} }})
+	s.patience = 200 * time.Millisecond
+	p, stalled, err := s.start(who, &pb.StartRequest{Process: &pb.ProcessConfig{Cmd: "head", Args: []string{"-c", "8388608", "/dev/zero"}}}, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sub, err := p.subscribe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	total := 0
+	end := false
+	err = p.follow(t.Context(), sub, time.Minute, func(e *pb.ProcessEvent) error {
+		total += len(e.GetData().GetStdout())
+		end = end || e.GetEnd() != nil
+		return nil
+	})
+	// It may have joined when some output was out already, but not much: the
+	// first subscriber held it up.
+	if err != nil || !end || total < 6<<20 {
+		t.Errorf("the other subscriber got %d bytes, end %v, %v", total, end, err)
+	}
+	err = p.follow(t.Context(), stalled, time.Minute, func(*pb.ProcessEvent) error { return nil })
+	if connect.CodeOf(err) != connect.CodeResourceExhausted {
+		t.Errorf("the stalled subscriber is told %v", err)
+	}
+	select {
+	case <-stalled.slow:
+	default:
+		t.Error("the stalled subscriber was not dropped")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	if err := s.Close(ctx); err != nil {
+		t.Error(err)
+	}
+	if _, _, err := s.start(who, &pb.StartRequest{Process: &pb.ProcessConfig{Cmd: "true"}}, 0); connect.CodeOf(err) != connect.CodeUnavailable {
+		t.Errorf("a start after the end: %v", err)
+	}
+}
