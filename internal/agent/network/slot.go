@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -77,10 +78,59 @@ func (s *Slot) NetNS() string { return namespacePath(s.Index) }
 func (s *Slot) OpenTap() (*os.File, error) {
 	var tap *os.File
 	err := inNamespace(s.NetNS(), func() (err error) {
-		tap, err = openTap(tapName, unix.IFF_VNET_HDR)
+		changes, err := nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK)
+		if err != nil {
+			return fmt.Errorf("watch links: %w", err)
+		}
+		defer changes.Close()
+		if tap, err = openTap(tapName, unix.IFF_VNET_HDR); err != nil {
+			return err
+		}
+		if err = awaitCarrier(changes, tapName, vethName); err != nil {
+			tap.Close()
+		}
 		return err
 	})
-	return tap, err
+	if err != nil {
+		return nil, fmt.Errorf("open tap of slot %d: %w", s.Index, err)
+	}
+	return tap, nil
+}
+
+// carrierTimeout bounds the wait for the kernel to see that a cable is
+// plugged, which takes it some milliseconds on a busy machine.
+const carrierTimeout = time.Second
+
+// awaitCarrier waits until links of the calling thread's namespace carry
+// packets: the kernel drops what it sends through a tap from the moment that
+// somebody attaches until a worker of its own has taken note.
+func awaitCarrier(changes *nl.NetlinkSocket, names ...string) error {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open netlink: %w", err)
+	}
+	defer h.Close()
+	for deadline := time.Now().Add(carrierTimeout); ; {
+		up := 0
+		for _, name := range names {
+			link, err := h.LinkByName(name)
+			if err != nil {
+				return fmt.Errorf("find %s: %w", name, err)
+			}
+			if link.Attrs().OperState == netlink.OperUp {
+				up++
+			}
+		}
+		left := time.Until(deadline)
+		if up == len(names) || left <= 0 {
+			return nil // if the kernel needs longer still, so do packets
+		}
+		timeout := unix.NsecToTimeval(left.Nanoseconds())
+		if err := changes.SetReceiveTimeout(&timeout); err != nil {
+			return fmt.Errorf("watch links: %w", err)
+		}
+		_, _, _ = changes.Receive() // some change, or none in time
+	}
 }
 
 func openTap(name string, flags uint16) (*os.File, error) {
