@@ -31,6 +31,48 @@ func (e Encoding) Valid() bool {
 	}
 }
 
+// Defines values for ExecStreamControlType.
+const (
+	CloseStdin ExecStreamControlType = "close_stdin"
+	Resize     ExecStreamControlType = "resize"
+	Signal     ExecStreamControlType = "signal"
+)
+
+// Valid indicates whether the value is a known member of the ExecStreamControlType enum.
+func (e ExecStreamControlType) Valid() bool {
+	switch e {
+	case CloseStdin:
+		return true
+	case Resize:
+		return true
+	case Signal:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for ExecStreamEventType.
+const (
+	ExecStreamEventTypeError   ExecStreamEventType = "error"
+	ExecStreamEventTypeExited  ExecStreamEventType = "exited"
+	ExecStreamEventTypeStarted ExecStreamEventType = "started"
+)
+
+// Valid indicates whether the value is a known member of the ExecStreamEventType enum.
+func (e ExecStreamEventType) Valid() bool {
+	switch e {
+	case ExecStreamEventTypeError:
+		return true
+	case ExecStreamEventTypeExited:
+		return true
+	case ExecStreamEventTypeStarted:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for HealthStatus.
 const (
 	HealthStatusOk          HealthStatus = "ok"
@@ -51,25 +93,25 @@ func (e HealthStatus) Valid() bool {
 
 // Defines values for SandboxEndReason.
 const (
-	Deleted SandboxEndReason = "deleted"
-	Exited  SandboxEndReason = "exited"
-	Expired SandboxEndReason = "expired"
-	Failed  SandboxEndReason = "failed"
-	Lost    SandboxEndReason = "lost"
+	SandboxEndReasonDeleted SandboxEndReason = "deleted"
+	SandboxEndReasonExited  SandboxEndReason = "exited"
+	SandboxEndReasonExpired SandboxEndReason = "expired"
+	SandboxEndReasonFailed  SandboxEndReason = "failed"
+	SandboxEndReasonLost    SandboxEndReason = "lost"
 )
 
 // Valid indicates whether the value is a known member of the SandboxEndReason enum.
 func (e SandboxEndReason) Valid() bool {
 	switch e {
-	case Deleted:
+	case SandboxEndReasonDeleted:
 		return true
-	case Exited:
+	case SandboxEndReasonExited:
 		return true
-	case Expired:
+	case SandboxEndReasonExpired:
 		return true
-	case Failed:
+	case SandboxEndReasonFailed:
 		return true
-	case Lost:
+	case SandboxEndReasonLost:
 		return true
 	default:
 		return false
@@ -216,6 +258,85 @@ type ExecResult struct {
 
 	// Truncated Output beyond 16 MiB a stream was dropped.
 	Truncated bool `json:"truncated"`
+}
+
+// ExecStreamControl A text message of the client after the first.
+//
+// Example: {"cols":120,"rows":40,"type":"resize"}
+type ExecStreamControl struct {
+	// Cols With `resize`.
+	Cols *int32 `json:"cols,omitempty"`
+
+	// Rows With `resize`.
+	Rows *int32 `json:"rows,omitempty"`
+
+	// Signal With `signal`: a number as Linux on x86-64 has it.
+	Signal *int32                `json:"signal,omitempty"`
+	Type   ExecStreamControlType `json:"type"`
+}
+
+// ExecStreamControlType defines model for ExecStreamControl.Type.
+type ExecStreamControlType string
+
+// ExecStreamEvent A text message of the server.
+//
+// Example: {"exit_code":0,"timed_out":false,"type":"exited"}
+type ExecStreamEvent struct {
+	// Code With `error`: as in every error.
+	Code *string `json:"code,omitempty"`
+
+	// Error With `exited`: why it ended where it did not exit by itself.
+	Error *string `json:"error,omitempty"`
+
+	// ExitCode With `exited`: the exit code; 128 + N where signal N ended it.
+	ExitCode *int32 `json:"exit_code,omitempty"`
+
+	// Message With `error`: as in every error.
+	Message *string `json:"message,omitempty"`
+
+	// Pid With `started`: the process in the guest.
+	Pid *int64 `json:"pid,omitempty"`
+
+	// TimedOut With `exited`: it was killed because its time was over.
+	TimedOut *bool               `json:"timed_out,omitempty"`
+	Type     ExecStreamEventType `json:"type"`
+}
+
+// ExecStreamEventType defines model for ExecStreamEvent.Type.
+type ExecStreamEventType string
+
+// ExecStreamStart The client's first message on an exec WebSocket.
+//
+// Example: {"cmd":"bash","terminal":{"cols":80,"rows":24}}
+type ExecStreamStart struct {
+	// Args The program's arguments. Not with `shell`.
+	Args *[]string `json:"args,omitempty"`
+
+	// Cmd The program, looked up in the guest's PATH; with `shell` a line for `sh -c`.
+	Cmd string `json:"cmd"`
+
+	// Cwd Working directory; absent: the user's home directory.
+	Cwd *string `json:"cwd,omitempty"`
+
+	// Envs Environment variables. Names have no `=`; neither names nor values have NUL.
+	//
+	// Example: {"LANG":"C.UTF-8"}
+	Envs *Envs `json:"envs,omitempty"`
+
+	// Shell Give `cmd` to `sh -c`.
+	Shell *bool `json:"shell,omitempty"`
+
+	// Stdin Whether standard input is open. A terminal's always is.
+	Stdin    *bool         `json:"stdin,omitempty"`
+	Terminal *TerminalSize `json:"terminal,omitempty"`
+
+	// TimeoutSeconds Seconds after which the command and its children are killed; 0: none.
+	TimeoutSeconds *int32 `json:"timeout_seconds,omitempty"`
+
+	// User A user of the guest. The default one is `user`, who may use sudo; `root` is there too.
+	//
+	// Example: root
+	User *UserName `json:"user,omitempty"`
 }
 
 // FileInfo Example: {"name":"result.json","path":"/home/user/result.json","size":1024}
@@ -396,6 +517,12 @@ type TemplateList struct {
 	// NextCursor Where the next page starts; absent on the last page.
 	NextCursor *string    `json:"next_cursor,omitempty"`
 	Templates  []Template `json:"templates"`
+}
+
+// TerminalSize defines model for TerminalSize.
+type TerminalSize struct {
+	Cols int32 `json:"cols"`
+	Rows int32 `json:"rows"`
 }
 
 // UserName A user of the guest. The default one is `user`, who may use sudo; `root` is there too.

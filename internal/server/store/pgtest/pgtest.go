@@ -1,0 +1,192 @@
+// Package pgtest runs a real PostgreSQL for tests: one private cluster a
+// package run, on a unix socket in a temporary folder, and an empty database
+// for each test that asks.
+package pgtest
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/url"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// Cluster is a running PostgreSQL.
+type Cluster struct {
+	dir  string
+	bin  string
+	cred *syscall.SysProcAttr
+
+	mu   sync.Mutex
+	proc *os.Process
+	done chan struct{}
+	n    int
+}
+
+// shared is the cluster of this test binary, made by the first test that
+// needs it and ended by Main.
+var shared struct {
+	sync.Mutex
+	cluster *Cluster
+	err     error
+}
+
+// errMissing is why there is no cluster where there cannot be one.
+var errMissing = errors.New("PostgreSQL is not installed, or this is not root")
+
+// Main runs a package's tests and ends the cluster after them; call it from TestMain.
+func Main(m *testing.M) {
+	code := m.Run()
+	if shared.cluster != nil {
+		shared.cluster.Stop()
+		os.RemoveAll(shared.cluster.dir)
+	}
+	os.Exit(code)
+}
+
+// New returns the URL of an empty database of t's own. Without PostgreSQL's
+// programs t is skipped. The package's TestMain must call Main.
+func New(t testing.TB) string {
+	t.Helper()
+	c := Shared(t)
+	c.mu.Lock()
+	c.n++
+	name := fmt.Sprintf("test%d", c.n)
+	c.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	conn, err := pgx.Connect(ctx, c.URL("postgres"))
+	if err != nil {
+		t.Fatalf("connect to test cluster: %v", err)
+	}
+	defer conn.Close(ctx)
+	if _, err := conn.Exec(ctx, "CREATE DATABASE "+name); err != nil {
+		t.Fatalf("create test database: %v", err)
+	}
+	return c.URL(name)
+}
+
+// Shared returns the cluster, for tests that stop and start it.
+func Shared(t testing.TB) *Cluster {
+	t.Helper()
+	shared.Lock()
+	defer shared.Unlock()
+	if shared.cluster == nil && shared.err == nil {
+		shared.cluster, shared.err = create()
+	}
+	if errors.Is(shared.err, errMissing) {
+		t.Skip(shared.err)
+	}
+	if shared.err != nil {
+		t.Fatalf("start test cluster: %v", shared.err)
+	}
+	return shared.cluster
+}
+
+// URL returns the URL of a database of the cluster.
+func (c *Cluster) URL(database string) string {
+	return "postgres:///" + database + "?user=postgres&host=" + url.QueryEscape(c.dir)
+}
+
+func create() (*Cluster, error) {
+	bins, _ := filepath.Glob("/usr/lib/postgresql/*/bin")
+	account, err := user.Lookup("postgres")
+	if len(bins) == 0 || err != nil || os.Getuid() != 0 {
+		return nil, errMissing
+	}
+	slices.Sort(bins)
+	uid, _ := strconv.Atoi(account.Uid)
+	gid, _ := strconv.Atoi(account.Gid)
+	dir, err := os.MkdirTemp("", "wrenn-pgtest-")
+	if err != nil {
+		return nil, err
+	}
+	c := &Cluster{
+		dir: dir, bin: bins[len(bins)-1],
+		cred: &syscall.SysProcAttr{
+			Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)},
+			Setsid:     true,
+			// A test binary that dies takes its cluster along.
+			Pdeathsig: syscall.SIGQUIT,
+		},
+	}
+	if err := os.Chown(dir, uid, gid); err != nil {
+		return nil, err
+	}
+	initdb := exec.Command(filepath.Join(c.bin, "initdb"), "-D", filepath.Join(dir, "data"), "-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C", "--no-sync")
+	initdb.Dir, initdb.SysProcAttr = dir, &syscall.SysProcAttr{Credential: c.cred.Credential}
+	if out, err := initdb.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("initdb: %w\n%s", err, out)
+	}
+	return c, c.Start()
+}
+
+// Start starts the cluster and returns when it takes connections.
+func (c *Cluster) Start() error {
+	cmd := exec.Command(filepath.Join(c.bin, "postgres"), "-D", filepath.Join(c.dir, "data"), "-k", c.dir, "-h", "",
+		"-c", "fsync=off", "-c", "full_page_writes=off", "-c", "synchronous_commit=off", "-c", "shared_buffers=32MB",
+		"-c", "max_connections=200", "-c", "lc_messages=C", "-c", "log_min_messages=warning")
+	cmd.Dir, cmd.SysProcAttr = c.dir, c.cred
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		return err
+	}
+	started, done := make(chan error, 1), make(chan struct{})
+	go func() {
+		// The death signal follows the thread that forked: keep it to the end.
+		runtime.LockOSThread()
+		defer close(done)
+		if err := cmd.Start(); err != nil {
+			started <- err
+			return
+		}
+		var said strings.Builder
+		lines := bufio.NewScanner(stderr)
+		ready := false
+		for !ready && lines.Scan() {
+			fmt.Fprintln(&said, lines.Text())
+			ready = strings.Contains(lines.Text(), "ready to accept connections")
+		}
+		if ready {
+			started <- nil
+		} else {
+			started <- fmt.Errorf("postgres ended:\n%s", said.String())
+		}
+		io.Copy(io.Discard, stderr)
+		cmd.Wait()
+	}()
+	if err := <-started; err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.proc, c.done = cmd.Process, done
+	return nil
+}
+
+// Stop ends the cluster as a fast shutdown does, cutting every connection.
+func (c *Cluster) Stop() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.proc == nil {
+		return
+	}
+	c.proc.Signal(syscall.SIGINT)
+	<-c.done
+	c.proc = nil
+}

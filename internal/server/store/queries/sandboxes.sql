@@ -1,0 +1,85 @@
+-- Every change of state names the states that it may come from, so that of two
+-- that race one wins and the other learns of it (no row comes back).
+
+-- name: InsertSandbox :one
+INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at)
+VALUES ($1, $2, $3, $4, $5, 'pending', $6, $7, $8, $9, $10, $11)
+RETURNING *;
+
+-- name: ClaimIdempotencyKey :execrows
+INSERT INTO idempotency_keys (team_id, key, request_hash, sandbox_id) VALUES ($1, $2, $3, $4)
+ON CONFLICT DO NOTHING;
+
+-- name: GetIdempotencyKey :one
+SELECT * FROM idempotency_keys WHERE team_id = $1 AND key = $2;
+
+-- name: FreeIdempotencyKeys :exec
+DELETE FROM idempotency_keys WHERE sandbox_id = $1;
+
+-- name: ForgetIdempotencyKeys :exec
+DELETE FROM idempotency_keys WHERE created_at < @before;
+
+-- name: GetSandbox :one
+SELECT * FROM sandboxes WHERE id = $1;
+
+-- name: GetTeamSandbox :one
+SELECT * FROM sandboxes WHERE id = $1 AND team_id = $2;
+
+-- name: ListLiveSandboxes :many
+-- Written out as the partial index has it, which serves it.
+SELECT * FROM sandboxes
+WHERE team_id = @team_id
+  AND state NOT IN ('stopped', 'error')
+  AND metadata @> @metadata::jsonb
+  AND (created_at, id) < (@before_at::timestamptz, @before_id::uuid)
+ORDER BY created_at DESC, id DESC
+LIMIT @max_rows;
+
+-- name: ListSandboxes :many
+SELECT * FROM sandboxes
+WHERE team_id = @team_id
+  AND state = ANY (@states::text[])
+  AND metadata @> @metadata::jsonb
+  AND (created_at, id) < (@before_at::timestamptz, @before_id::uuid)
+ORDER BY created_at DESC, id DESC
+LIMIT @max_rows;
+
+-- name: ListHostSandboxes :many
+SELECT * FROM sandboxes WHERE host_id = $1 AND state NOT IN ('stopped', 'error');
+
+-- name: CountLiveSandboxes :many
+SELECT state, count(*) AS n FROM sandboxes WHERE state NOT IN ('stopped', 'error') GROUP BY state;
+
+-- name: SandboxStarting :one
+UPDATE sandboxes SET state = 'starting' WHERE id = $1 AND state = 'pending' RETURNING *;
+
+-- name: SandboxRunning :one
+UPDATE sandboxes SET state = 'running', started_at = COALESCE(started_at, @started_at), expires_at = @expires_at,
+    disk_mib = @disk_mib, start_ms = COALESCE(start_ms, @start_ms)
+WHERE id = @id AND state = 'starting' RETURNING *;
+
+-- name: SandboxFailed :one
+UPDATE sandboxes SET state = 'error', end_reason = 'failed', error = @error, ended_at = now()
+WHERE id = @id AND state IN ('pending', 'starting') RETURNING *;
+
+-- name: SandboxStopping :one
+-- Stopping a sandbox that stops is no change, yet answers with the row.
+UPDATE sandboxes SET state = 'stopping'
+WHERE id = @id AND state IN ('pending', 'starting', 'running', 'stopping') RETURNING *;
+
+-- name: SandboxStopped :one
+UPDATE sandboxes SET state = 'stopped', end_reason = COALESCE(end_reason, 'deleted'), ended_at = now()
+WHERE id = $1 AND state = 'stopping' RETURNING *;
+
+-- name: SandboxEnded :one
+-- It ended without being asked to.
+UPDATE sandboxes SET state = 'stopped', end_reason = @end_reason::text, error = @error, ended_at = @ended_at
+WHERE id = @id AND state IN ('starting', 'running') RETURNING *;
+
+-- name: SandboxExpires :one
+UPDATE sandboxes SET expires_at = @expires_at WHERE id = @id AND state = 'running' RETURNING *;
+
+-- name: SandboxesExpire :exec
+UPDATE sandboxes SET expires_at = seen.at
+FROM (SELECT unnest(@ids::uuid[]) AS id, unnest(@ats::timestamptz[]) AS at) AS seen
+WHERE sandboxes.id = seen.id AND sandboxes.state = 'running' AND sandboxes.expires_at IS DISTINCT FROM seen.at;

@@ -1,0 +1,107 @@
+// Package store is the way to PostgreSQL: the pool of connections, the
+// migrations, and the queries that sqlc made of queries/*.sql.
+package store
+
+import (
+	"context"
+	"embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/jackc/pgx/v5/stdlib"
+	"github.com/pressly/goose/v3"
+	"github.com/pressly/goose/v3/lock"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+)
+
+//go:embed migrations/*.sql
+var migrations embed.FS
+
+// connections is how many the pool may hold unless the URL says otherwise
+// with pool_max_conns.
+const connections = 16
+
+// Store is the database. Its methods are the queries, each run on its own;
+// InTx runs several as one.
+type Store struct {
+	*db.Queries
+	pool *pgxpool.Pool
+}
+
+// Open connects to the database at url and brings its schema up to date. Of
+// several servers that start at once, one migrates and the others wait.
+func Open(ctx context.Context, url string) (*Store, error) {
+	cfg, err := pgxpool.ParseConfig(url)
+	if err != nil {
+		// The error is not wrapped: it may quote the URL, password and all.
+		return nil, errors.New("read DATABASE_URL: not a PostgreSQL URL or connection string")
+	}
+	if !strings.Contains(url, "pool_max_conns") {
+		cfg.MaxConns = connections
+	}
+	cfg.ConnConfig.ConnectTimeout = 5 * time.Second
+	pool, err := pgxpool.NewWithConfig(ctx, cfg)
+	if err != nil {
+		return nil, fmt.Errorf("connect to database: %w", err)
+	}
+	if err := migrate(ctx, pool); err != nil {
+		pool.Close()
+		return nil, fmt.Errorf("migrate database: %w", err)
+	}
+	return &Store{Queries: db.New(pool), pool: pool}, nil
+}
+
+func migrate(ctx context.Context, pool *pgxpool.Pool) error {
+	files, err := fs.Sub(migrations, "migrations")
+	if err != nil {
+		return err
+	}
+	locker, err := lock.NewPostgresSessionLocker()
+	if err != nil {
+		return err
+	}
+	conn := stdlib.OpenDBFromPool(pool)
+	defer conn.Close()
+	p, err := goose.NewProvider(goose.DialectPostgres, conn, files, goose.WithSessionLocker(locker))
+	if err != nil {
+		return err
+	}
+	_, err = p.Up(ctx)
+	return err
+}
+
+// Close waits until every connection is free and closes it.
+func (s *Store) Close() { s.pool.Close() }
+
+// Ping says whether the database answers.
+func (s *Store) Ping(ctx context.Context) error { return s.pool.Ping(ctx) }
+
+// InTx runs f in a transaction, which is committed when f returns nil.
+func (s *Store) InTx(ctx context.Context, f func(*db.Queries) error) error {
+	return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error { return f(s.WithTx(tx)) })
+}
+
+// ErrNoRows is what a query for one row returns, wrapped, when there is none.
+var ErrNoRows = pgx.ErrNoRows
+
+// Unreachable says whether err means that the database does not answer, so
+// that the same may work later.
+func Unreachable(err error) bool {
+	var connect *pgconn.ConnectError
+	var network *net.OpError
+	if errors.As(err, &connect) || errors.As(err, &network) || errors.Is(err, net.ErrClosed) || pgconn.SafeToRetry(err) {
+		return true
+	}
+	var pg *pgconn.PgError
+	// 08: connection failures; 53: out of connections; 57P: shutting down, starting up.
+	return errors.As(err, &pg) && (strings.HasPrefix(pg.Code, "08") || strings.HasPrefix(pg.Code, "53") || strings.HasPrefix(pg.Code, "57P")) ||
+		err != nil && strings.Contains(err.Error(), "unexpected EOF")
+}
