@@ -18,9 +18,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/envd"
+	"github.com/wrenn-dev/wrenn/internal/envd/boot"
 )
 
 func main() {
+	boot.Main()
 	listen := flag.String("listen", ":"+strconv.Itoa(envd.Port), "where to serve: host:port or unix:/path")
 	user := flag.String("user", "user", "whose requests are that name nobody")
 	group := flag.String("cgroup", defaultCgroup(), "cgroup2 directory to keep users' processes in; empty for none")

@@ -1,0 +1,124 @@
+package image
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// tmpPrefix begins the names of what is still being made.
+const tmpPrefix = ".tmp-"
+
+// lock waits for the right to build in dir, which it makes, and removes what
+// builders that were killed left there. The lock ends with its file.
+func lock(ctx context.Context, dir string) (io.Closer, error) {
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return nil, fmt.Errorf("make folder: %w", err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, ".lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open lock: %w", err)
+	}
+	got := make(chan error, 1)
+	go func() { // ends when the lock is had, or with the file
+		got <- unix.Flock(int(f.Fd()), unix.LOCK_EX)
+	}()
+	select {
+	case err = <-got:
+	case <-ctx.Done():
+		go func() { <-got; f.Close() }()
+		return nil, fmt.Errorf("wait for another build to end: %w", ctx.Err())
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock: %w", err)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), tmpPrefix) {
+			if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
+				f.Close()
+				return nil, fmt.Errorf("remove what a killed build left: %w", err)
+			}
+		}
+	}
+	return f, nil
+}
+
+// publish makes the folder tmp, synced, appear as dir, in the place of what
+// was there.
+func publish(tmp, dir string) error {
+	if err := syncTree(tmp); err != nil {
+		return fmt.Errorf("sync: %w", err)
+	}
+	old := filepath.Join(filepath.Dir(dir), tmpPrefix+"old-"+filepath.Base(dir))
+	if err := os.Rename(dir, old); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if err := os.Rename(tmp, dir); err != nil {
+		return errors.Join(err, os.Rename(old, dir))
+	}
+	if err := syncPath(filepath.Dir(dir)); err != nil {
+		return err
+	}
+	return os.RemoveAll(old)
+}
+
+// syncTree syncs the files in dir and dir itself.
+func syncTree(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.Type().IsRegular() {
+			if err := syncPath(filepath.Join(dir, e.Name())); err != nil {
+				return err
+			}
+		}
+	}
+	return syncPath(dir)
+}
+
+func syncPath(name string) error {
+	f, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return f.Sync()
+}
+
+// digest is the hexadecimal SHA-256 of its parts, each with its length.
+func digest(parts ...string) string {
+	h := sha256.New()
+	for _, p := range parts {
+		fmt.Fprintf(h, "%d:%s", len(p), p)
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}
+
+func fileDigest(name string) (string, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
+}

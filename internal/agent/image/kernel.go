@@ -1,0 +1,226 @@
+// Package image makes what virtual machines start from: the kernel and the
+// initrd that all of them share, and templates' root file systems.
+package image
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"github.com/cavaliergopher/cpio"
+
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+// kernelPackage is the distribution's, which depends on the newest kernel.
+const kernelPackage = "linux-image-cloud-amd64"
+
+// KernelFiles are what a virtual machine boots.
+type KernelFiles struct {
+	Vmlinux string // path of the uncompressed kernel, an ELF file
+	Initrd  string // path of the initrd, a cpio archive
+	Version string // the kernel package's name and version
+}
+
+// Kernel returns the kernel and the initrd, made from the distribution's
+// package unless a pair made from the same package and guest daemon is there.
+// envd is the path of the guest daemon's binary. progress is told each step
+// that takes a while. Without a network, what is there is used, if anything is.
+func Kernel(ctx context.Context, dir layout.Dir, envd string, progress func(string)) (KernelFiles, error) {
+	unlock, err := lock(ctx, dir.Kernels())
+	if err != nil {
+		return KernelFiles{}, fmt.Errorf("kernel: %w", err)
+	}
+	defer unlock.Close()
+	name, version, err := newestKernel(ctx)
+	if err != nil {
+		return KernelFiles{}, fmt.Errorf("kernel: %w", err)
+	}
+	daemon, err := fileDigest(envd)
+	if err != nil {
+		return KernelFiles{}, fmt.Errorf("kernel: read guest daemon: %w", err)
+	}
+	home := filepath.Join(dir.Kernels(), name)
+	files := KernelFiles{Vmlinux: filepath.Join(home, "vmlinux"), Initrd: filepath.Join(home, "initrd"), Version: name + " " + version}
+	inputs := digest("1", name, version, daemon, strings.Join(wanted, " "))
+	if have, err := os.ReadFile(filepath.Join(home, "inputs")); err == nil && string(have) == inputs {
+		return files, nil
+	}
+	progress("kernel: unpacking " + files.Version)
+	tmp, err := os.MkdirTemp(dir.Kernels(), tmpPrefix)
+	if err != nil {
+		return KernelFiles{}, fmt.Errorf("kernel: %w", err)
+	}
+	defer os.RemoveAll(tmp)
+	if err := buildKernel(ctx, tmp, name, version, envd, inputs); err != nil {
+		return KernelFiles{}, fmt.Errorf("kernel: %w", err)
+	}
+	if err := publish(filepath.Join(tmp, "out"), home); err != nil {
+		return KernelFiles{}, fmt.Errorf("kernel: %w", err)
+	}
+	return files, nil
+}
+
+// newestKernel asks apt which package the kernel's depends on, and its version.
+func newestKernel(ctx context.Context) (name, version string, err error) {
+	out, err := output(ctx, "", "apt-cache", "depends", "--important", kernelPackage)
+	if err != nil {
+		return "", "", err
+	}
+	for line := range strings.Lines(out) {
+		if n, ok := strings.CutPrefix(strings.TrimSpace(line), "Depends: "); ok && strings.HasPrefix(n, "linux-image-") {
+			name = n
+		}
+	}
+	if name == "" {
+		return "", "", fmt.Errorf("apt knows no package %s: run apt-get update", kernelPackage)
+	}
+	out, err = output(ctx, "", "apt-cache", "show", "--no-all-versions", name)
+	if err != nil {
+		return "", "", err
+	}
+	for line := range strings.Lines(out) {
+		if v, ok := strings.CutPrefix(line, "Version: "); ok {
+			return name, strings.TrimSpace(v), nil
+		}
+	}
+	return "", "", fmt.Errorf("apt knows no version of %s", name)
+}
+
+// buildKernel makes tmp/out.
+func buildKernel(ctx context.Context, tmp, name, version, envd, inputs string) error {
+	// apt drops its rights to download, and could not write to a folder of root's.
+	if _, err := output(ctx, tmp, "apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", name+"="+version); err != nil {
+		return err
+	}
+	debs, err := filepath.Glob(filepath.Join(tmp, "*.deb"))
+	if err != nil || len(debs) != 1 {
+		return fmt.Errorf("apt downloaded %d files, not one package", len(debs))
+	}
+	tree := filepath.Join(tmp, "tree")
+	if _, err := output(ctx, tmp, "dpkg-deb", "-x", debs[0], tree); err != nil {
+		return err
+	}
+	release := strings.TrimPrefix(name, "linux-image-")
+	bzImage, err := os.ReadFile(filepath.Join(tree, "boot", "vmlinuz-"+release))
+	if err != nil {
+		return err
+	}
+	kernel, err := vmlinux(ctx, bzImage)
+	if err != nil {
+		return err
+	}
+	out := filepath.Join(tmp, "out")
+	if err := os.Mkdir(out, 0o755); err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(out, "vmlinux"), kernel, 0o644); err != nil {
+		return err
+	}
+	if err := writeInitrd(ctx, filepath.Join(out, "initrd"), tree, release, envd); err != nil {
+		return fmt.Errorf("initrd: %w", err)
+	}
+	return os.WriteFile(filepath.Join(out, "inputs"), []byte(inputs), 0o644)
+}
+
+// writeInitrd packs the modules of the unpacked package at tree, and the
+// guest daemon as /init, into an uncompressed archive: unpacking costs more
+// than it saves where the processor is emulated.
+func writeInitrd(ctx context.Context, name, tree, release, envd string) (err error) {
+	modules := filepath.Join(tree, "lib", "modules", release)
+	if _, err := output(ctx, "", "depmod", "-b", tree, release); err != nil {
+		return err
+	}
+	dep, err := os.ReadFile(filepath.Join(modules, "modules.dep"))
+	if err != nil {
+		return err
+	}
+	builtin, err := os.ReadFile(filepath.Join(modules, "modules.builtin"))
+	if err != nil {
+		return err
+	}
+	order, err := loadOrder(dep, builtin, wanted)
+	if err != nil {
+		return err
+	}
+	f, err := os.Create(name)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	w := cpio.NewWriter(f)
+	for _, d := range []string{"dev", "proc", "root", "modules"} {
+		if err := w.WriteHeader(&cpio.Header{Name: d, Mode: cpio.TypeDir | 0o755}); err != nil {
+			return err
+		}
+	}
+	if err := w.WriteHeader(&cpio.Header{Name: "dev/console", Mode: cpio.TypeChar | 0o600, DeviceID: 5<<8 | 1}); err != nil {
+		return err
+	}
+	var list bytes.Buffer
+	for i, m := range order {
+		data, err := readModule(ctx, filepath.Join(modules, m))
+		if err != nil {
+			return err
+		}
+		file := fmt.Sprintf("%02d-%s.ko", i, moduleName(m))
+		fmt.Fprintln(&list, file)
+		if err := add(w, "modules/"+file, 0o600, data); err != nil {
+			return err
+		}
+	}
+	if err := add(w, "modules/order", 0o600, list.Bytes()); err != nil {
+		return err
+	}
+	daemon, err := os.ReadFile(envd)
+	if err != nil {
+		return err
+	}
+	if err := add(w, "init", 0o755, daemon); err != nil {
+		return err
+	}
+	return w.Close()
+}
+
+func add(w *cpio.Writer, name string, mode cpio.FileMode, data []byte) error {
+	if err := w.WriteHeader(&cpio.Header{Name: name, Mode: cpio.TypeReg | mode, Size: int64(len(data))}); err != nil {
+		return err
+	}
+	_, err := w.Write(data)
+	return err
+}
+
+func readModule(ctx context.Context, file string) ([]byte, error) {
+	if strings.HasSuffix(file, ".xz") {
+		out, err := output(ctx, "", "xz", "-dc", file)
+		return []byte(out), err
+	}
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(f)
+}
+
+// output runs a tool in dir and returns what it prints; an error has the end
+// of what it complains of.
+func output(ctx context.Context, dir, name string, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive")
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		said := bytes.TrimSpace(stderr.Bytes())
+		return "", fmt.Errorf("%s: %w: %s", name, err, said[max(0, len(said)-2000):])
+	}
+	return string(out), nil
+}

@@ -1,0 +1,154 @@
+package boot
+
+import (
+	"bytes"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"syscall"
+
+	"github.com/vishvananda/netlink"
+)
+
+// Where the guest daemon and the reaper of orphans are.
+const (
+	daemon = "/usr/local/bin/envd"
+	reaper = "/usr/bin/tini"
+)
+
+// path is that of every process that names none.
+const path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/games:/usr/games"
+
+// bringUp makes a running system of the root file system and becomes the
+// guest daemon, under tini where the image has it.
+func bringUp() error {
+	for _, m := range []mount{
+		{"sysfs", "/sys", "sysfs", syscall.MS_NOSUID | syscall.MS_NODEV | syscall.MS_NOEXEC, ""},
+		{"devpts", "/dev/pts", "devpts", syscall.MS_NOSUID | syscall.MS_NOEXEC, "mode=620,gid=5,ptmxmode=666"},
+		{"tmpfs", "/dev/shm", "tmpfs", syscall.MS_NOSUID | syscall.MS_NODEV, "mode=1777"},
+		{"tmpfs", "/run", "tmpfs", syscall.MS_NOSUID | syscall.MS_NODEV, "mode=755"},
+		{"cgroup2", "/sys/fs/cgroup", "cgroup2", syscall.MS_NOSUID | syscall.MS_NODEV | syscall.MS_NOEXEC, ""},
+	} {
+		if err := m.do(); err != nil {
+			return err
+		}
+	}
+	for name, target := range map[string]string{"/dev/fd": "/proc/self/fd", "/dev/stdin": "/proc/self/fd/0", "/dev/stdout": "/proc/self/fd/1", "/dev/stderr": "/proc/self/fd/2"} {
+		_ = os.Symlink(target, name) // there already: fine
+	}
+	opts, err := kernelOptions()
+	if err != nil {
+		return err
+	}
+	if err := name(opts["wrenn.hostname"]); err != nil {
+		return err
+	}
+	if err := connect(opts); err != nil {
+		return fmt.Errorf("set up network: %w", err)
+	}
+	if err := startClock(opts["wrenn.ntp"]); err != nil {
+		say("the clock is not kept: %v", err) // a guest with a drifting clock is better than none
+	}
+	argv := []string{daemon}
+	if _, err := os.Stat(reaper); err == nil {
+		argv = []string{reaper, "--", daemon}
+	}
+	return fmt.Errorf("start %s: %w", argv[0], syscall.Exec(argv[0], argv, []string{path, "HOME=/root", "LANG=C.UTF-8"}))
+}
+
+// name gives the machine its host name and, at its first boot, its id.
+func name(hostname string) error {
+	if hostname == "" {
+		hostname = "wrenn"
+	}
+	if err := syscall.Sethostname([]byte(hostname)); err != nil {
+		return fmt.Errorf("set host name: %w", err)
+	}
+	if err := os.WriteFile("/etc/hostname", []byte(hostname+"\n"), 0o644); err != nil {
+		return err
+	}
+	hosts := "127.0.0.1 localhost\n127.0.1.1 " + hostname + "\n"
+	if err := os.WriteFile("/etc/hosts", []byte(hosts), 0o644); err != nil {
+		return err
+	}
+	id, err := os.ReadFile("/etc/machine-id")
+	if err == nil && len(bytes.TrimSpace(id)) == 32 {
+		return nil
+	}
+	fresh := make([]byte, 16)
+	_, _ = rand.Read(fresh) // never fails
+	return os.WriteFile("/etc/machine-id", []byte(hex.EncodeToString(fresh)+"\n"), 0o444)
+}
+
+// connect sets up loopback, eth0 and the resolver. A guest without a network
+// card has loopback alone.
+func connect(opts map[string]string) error {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	if err := netlink.LinkSetUp(lo); err != nil {
+		return fmt.Errorf("bring up lo: %w", err)
+	}
+	if opts["wrenn.ip"] == "" {
+		return nil
+	}
+	eth, err := netlink.LinkByName("eth0")
+	if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
+		say("no network card")
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	addr, err := netlink.ParseAddr(opts["wrenn.ip"])
+	if err != nil {
+		return fmt.Errorf("read wrenn.ip: %w", err)
+	}
+	if err := netlink.AddrAdd(eth, addr); err != nil && !errors.Is(err, syscall.EEXIST) {
+		return fmt.Errorf("give eth0 its address: %w", err)
+	}
+	if err := netlink.LinkSetUp(eth); err != nil {
+		return fmt.Errorf("bring up eth0: %w", err)
+	}
+	if gw := net.ParseIP(opts["wrenn.gw"]); gw != nil {
+		if err := netlink.RouteAdd(&netlink.Route{LinkIndex: eth.Attrs().Index, Gw: gw}); err != nil && !errors.Is(err, syscall.EEXIST) {
+			return fmt.Errorf("add default route: %w", err)
+		}
+	}
+	if dns := net.ParseIP(opts["wrenn.dns"]); dns != nil {
+		_ = os.Remove("/etc/resolv.conf") // an image may bring a link to nowhere
+		if err := os.WriteFile("/etc/resolv.conf", []byte("nameserver "+dns.String()+"\n"), 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// startClock starts chronyd, which follows the host's clock through the PTP
+// device where the machine has one, else the agent's NTP service.
+func startClock(ntp string) error {
+	const chronyd = "/usr/sbin/chronyd"
+	if _, err := os.Stat(chronyd); err != nil {
+		return err
+	}
+	config := "makestep 1.0 -1\nrtcsync\ncmdport 0\npidfile /run/chronyd.pid\n"
+	if _, err := os.Stat("/dev/ptp0"); err == nil {
+		config += "refclock PHC /dev/ptp0 poll 0 dpoll -2 offset 0\n"
+	} else if ip := net.ParseIP(ntp); ip != nil {
+		config += "server " + ip.String() + " iburst minpoll 0 maxpoll 2\n"
+	} else {
+		return errors.New("no PTP device and no wrenn.ntp")
+	}
+	const file = "/run/chrony.conf"
+	if err := os.WriteFile(file, []byte(config), 0o644); err != nil {
+		return err
+	}
+	cmd := exec.Command(chronyd, "-n", "-u", "root", "-f", file)
+	cmd.Env = []string{path}
+	return cmd.Start() // becomes tini's to reap
+}
