@@ -8,7 +8,7 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
 # Distribution packages: what Wrenn runs with, and what its tests need besides.
 RUN_PACKAGES  := qemu-system-x86 qemu-utils postgresql redis-server caddy mmdebstrap \
-	nftables iproute2 e2fsprogs cpio
+	nftables iproute2 e2fsprogs kmod xz-utils
 TEST_PACKAGES := socat
 
 GO_PACKAGES := ./...

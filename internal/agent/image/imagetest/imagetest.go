@@ -1,0 +1,84 @@
+// Package imagetest gives tests the real kernel, initrd and minimal template.
+// They are made once a machine, and again when their inputs change.
+package imagetest
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+// Images are what a test's virtual machines start from.
+type Images struct {
+	Dir     layout.Dir // where the images lie: not for a test's own files
+	Envd    string     // the guest daemon they have
+	Kernel  image.KernelFiles
+	Minimal image.Template
+}
+
+// Prepare returns images with the guest daemon of this source tree. It skips
+// the test where they cannot be made.
+func Prepare(t testing.TB) Images {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root to make a root file system")
+	}
+	for _, tool := range []string{"apt-get", "dpkg-deb", "mmdebstrap", "mke2fs", "depmod", "xz"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skipf("needs %s to make images", tool)
+		}
+	}
+	cache := os.Getenv("WRENN_TEST_CACHE")
+	if cache == "" {
+		user, err := os.UserCacheDir()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cache = filepath.Join(user, "wrenn-test")
+	}
+	in := Images{Dir: layout.Dir(cache), Envd: filepath.Join(cache, "envd")}
+	if err := os.MkdirAll(cache, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	build(t, in.Envd)
+	var err error
+	if in.Kernel, err = image.Kernel(t.Context(), in.Dir, in.Envd, func(s string) { t.Log(s) }); err != nil {
+		t.Fatal(err)
+	}
+	if in.Minimal, err = image.EnsureMinimal(t.Context(), in.Dir, in.Envd, func(s string) { t.Log(s) }); err != nil {
+		t.Fatal(err)
+	}
+	return in
+}
+
+// build builds the guest daemon, the same bytes from the same source.
+func build(t testing.TB, name string) {
+	t.Helper()
+	mod, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}").Output()
+	if err != nil {
+		t.Fatalf("find the source tree: %v", err)
+	}
+	tmp, err := os.CreateTemp(filepath.Dir(name), "envd-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tmp.Close()
+	defer os.Remove(tmp.Name())
+	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w -buildid=", "-o", tmp.Name(), "./cmd/envd")
+	cmd.Dir = strings.TrimSpace(string(mod))
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build envd: %v: %s", err, out)
+	}
+	if err := os.Chmod(tmp.Name(), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(tmp.Name(), name); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,204 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+// minimalDiskMiB is the size of minimal's file system, and of a sandbox's
+// disk unless it asks for another.
+const minimalDiskMiB = 5 << 10
+
+// minimalPackages are what minimal has beyond Debian's essential packages.
+var minimalPackages = []string{
+	"apt", "bash", "ca-certificates", "chrony", "coreutils", "curl", "git", "iproute2", "less", "nano",
+	"procps", "python3", "socat", "sudo", "tini", "wget",
+}
+
+// customize finishes the tree that mmdebstrap made, given as $1: the user, and
+// nothing that every guest would share by mistake.
+const customize = `set -e
+chroot "$1" useradd --create-home --uid 1000 --shell /bin/bash --groups sudo user
+printf 'user ALL=(ALL) NOPASSWD:ALL\n' >"$1/etc/sudoers.d/user"
+chmod 0440 "$1/etc/sudoers.d/user"
+: >"$1/etc/machine-id"
+rm -f "$1/etc/hostname" "$1/etc/resolv.conf" "$1/var/lib/dbus/machine-id"
+rm -rf "$1"/var/cache/apt/* "$1"/var/lib/apt/lists/* "$1"/var/log/*.log "$1"/var/log/apt
+`
+
+// EnsureMinimal returns the built-in template minimal, made from the machine's
+// own package sources and the guest daemon at envd unless one made from the
+// same is there. progress is told each step that takes a while.
+func EnsureMinimal(ctx context.Context, dir layout.Dir, envd string, progress func(string)) (Template, error) {
+	t, err := ensureMinimal(ctx, dir, envd, progress)
+	if err != nil {
+		return Template{}, fmt.Errorf("template minimal: %w", err)
+	}
+	return t, nil
+}
+
+func ensureMinimal(ctx context.Context, dir layout.Dir, envd string, progress func(string)) (Template, error) {
+	home := dir.Template(uuid.Nil, uuid.Nil)
+	parent := filepath.Dir(home)
+	unlock, err := lock(ctx, parent)
+	if err != nil {
+		return Template{}, err
+	}
+	defer unlock.Close()
+
+	daemon, err := fileDigest(envd)
+	if err != nil {
+		return Template{}, fmt.Errorf("read guest daemon: %w", err)
+	}
+	sources, err := debianSources(ctx)
+	if err != nil {
+		return Template{}, err
+	}
+	base := digest("1", customize, strings.Join(minimalPackages, " "), fmt.Sprint(sources))
+	inputs := digest("1", base, daemon, fmt.Sprint(minimalDiskMiB))
+	if t, err := read(dir, uuid.Nil, uuid.Nil); err == nil && t.Inputs == inputs {
+		return t, nil
+	}
+
+	tmp, err := os.MkdirTemp(parent, tmpPrefix)
+	if err != nil {
+		return Template{}, err
+	}
+	defer os.RemoveAll(tmp)
+	tar, err := ensureBase(ctx, parent, tmp, base, sources, progress)
+	if err != nil {
+		return Template{}, err
+	}
+	progress("minimal: writing the file system")
+	tree, out := filepath.Join(tmp, "tree"), filepath.Join(tmp, "out")
+	for _, d := range []string{tree, out} {
+		if err := os.Mkdir(d, 0o755); err != nil {
+			return Template{}, err
+		}
+	}
+	if _, err := output(ctx, "", "tar", "-C", tree, "--numeric-owner", "--xattrs", "--xattrs-include=*", "-xf", tar); err != nil {
+		return Template{}, err
+	}
+	if err := injectDaemon(tree, envd); err != nil {
+		return Template{}, err
+	}
+	if err := makeFilesystem(ctx, filepath.Join(out, rootfsFile), tree, minimalDiskMiB); err != nil {
+		return Template{}, err
+	}
+	t := Template{Name: "minimal", DiskMiB: minimalDiskMiB, CreatedAt: time.Now().UTC().Truncate(time.Second), Inputs: inputs}
+	if err := t.write(out); err != nil {
+		return Template{}, err
+	}
+	if err := publish(out, home); err != nil {
+		return Template{}, err
+	}
+	return read(dir, uuid.Nil, uuid.Nil)
+}
+
+// ensureBase returns the path of an archive of the distribution's packages,
+// which is kept so that a new guest daemon does not fetch them again.
+func ensureBase(ctx context.Context, parent, tmp, inputs string, sources []source, progress func(string)) (string, error) {
+	kept := filepath.Join(parent, "base-"+inputs[:16]+".tar")
+	if _, err := os.Stat(kept); err == nil {
+		return kept, nil
+	}
+	progress("minimal: installing Debian's packages")
+	tar := filepath.Join(tmp, "base.tar")
+	args := []string{
+		"--variant=minbase", "--mode=root", "--quiet", "--format=tar",
+		"--include=" + strings.Join(minimalPackages, ","),
+		"--aptopt=Apt::Install-Recommends \"false\"",
+		"--dpkgopt=path-exclude=/usr/share/man/*",
+		"--dpkgopt=path-exclude=/usr/share/locale/*",
+		"--dpkgopt=path-exclude=/usr/share/doc/*",
+		"--dpkgopt=path-include=/usr/share/doc/*/copyright",
+		"--customize-hook=" + customize,
+		sources[0].suite, tar,
+	}
+	for _, s := range sources {
+		args = append(args, s.line())
+	}
+	if _, err := output(ctx, "", "mmdebstrap", args...); err != nil {
+		return "", err
+	}
+	if err := syncPath(tar); err != nil {
+		return "", err
+	}
+	old, err := filepath.Glob(filepath.Join(parent, "base-*.tar"))
+	if err != nil {
+		return "", err
+	}
+	if err := os.Rename(tar, kept); err != nil {
+		return "", err
+	}
+	for _, f := range old {
+		if err := os.Remove(f); err != nil {
+			return "", fmt.Errorf("remove older packages: %w", err)
+		}
+	}
+	return kept, nil
+}
+
+// injectDaemon puts the guest daemon into a root file system's tree, under
+// its own name and that of the first process.
+func injectDaemon(tree, envd string) error {
+	root, err := os.OpenRoot(tree) // links in the tree lead nowhere outside of it
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	src, err := os.Open(envd)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	if err := root.MkdirAll("usr/local/bin", 0o755); err != nil {
+		return err
+	}
+	dst, err := root.OpenFile("usr/local/bin/envd", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o755)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(dst, src)
+	if err := errors.Join(err, dst.Close()); err != nil {
+		return fmt.Errorf("copy guest daemon: %w", err)
+	}
+	init := "sbin/wrenn-init"
+	if info, err := root.Lstat("sbin"); err == nil && info.Mode()&fs.ModeSymlink != 0 {
+		init = "usr/" + init
+	}
+	if err := root.Symlink("/usr/local/bin/envd", init); err != nil && !errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("link wrenn-init: %w", err)
+	}
+	return nil
+}
+
+// makeFilesystem writes a sparse ext4 file system of sizeMiB with what is in
+// tree. Its tables are left for the guest's kernel to zero when it first uses
+// them, so that it takes little more than its files.
+func makeFilesystem(ctx context.Context, name, tree string, sizeMiB int) error {
+	_, err := output(ctx, "", "mke2fs", "-q", "-t", "ext4", "-L", "wrenn", "-m", "0",
+		"-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0",
+		"-d", tree, name, fmt.Sprintf("%dM", sizeMiB))
+	return err
+}
+
+// allocated is the number of bytes that a file takes on disk.
+func allocated(info fs.FileInfo) int64 {
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		return st.Blocks * 512
+	}
+	return info.Size()
+}
