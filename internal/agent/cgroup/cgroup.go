@@ -1,0 +1,306 @@
+// Package cgroup bounds what a virtual machine's process takes of the host,
+// with control groups of version 1 or 2, whichever the host has.
+package cgroup
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// parent is the group below which all of Wrenn's lie.
+const parent = "wrenn"
+
+// root is where control groups are mounted.
+const root = "/sys/fs/cgroup"
+
+// Limits bound a group. A zero bounds nothing.
+type Limits struct {
+	MemoryBytes int64
+	CPUs        float64 // how many processors' time, on average over 100 ms
+	PIDs        int64   // threads count, as for the kernel
+}
+
+// Group is one control group: a folder in version 2, one a controller in
+// version 1. It is known by its name alone, so that another process can take
+// it over.
+type Group struct {
+	Name string `json:"name"`
+}
+
+// controllers of version 1, each a hierarchy of its own.
+var controllers = []string{"memory", "cpu", "pids"}
+
+// v2 tells whether the host has the unified hierarchy at its root.
+func v2() bool {
+	_, err := os.Stat(filepath.Join(root, "cgroup.controllers"))
+	return err == nil
+}
+
+// dirs are the folders that make up the group.
+func (g Group) dirs() []string {
+	if v2() {
+		return []string{filepath.Join(root, parent, g.Name)}
+	}
+	dirs := make([]string, len(controllers))
+	for i, c := range controllers {
+		dirs[i] = filepath.Join(root, c, parent, g.Name)
+	}
+	return dirs
+}
+
+// Available returns an error that says what the host lacks for groups to be made.
+func Available() error {
+	if v2() {
+		b, err := os.ReadFile(filepath.Join(root, "cgroup.controllers"))
+		if err != nil {
+			return err
+		}
+		for _, c := range controllers {
+			if !strings.Contains(" "+string(b), " "+c) {
+				return fmt.Errorf("control groups lack the controller %s", c)
+			}
+		}
+		return nil
+	}
+	for _, c := range controllers {
+		if _, err := os.Stat(filepath.Join(root, c, "tasks")); err != nil {
+			return fmt.Errorf("control groups lack the controller %s: %w", c, err)
+		}
+	}
+	return nil
+}
+
+// Create makes the group name with limits. What an earlier group of the name
+// left must be gone.
+func Create(name string, l Limits) (g Group, err error) {
+	if name == "" || strings.ContainsAny(name, "/\x00") || name == "." || name == ".." {
+		return Group{}, fmt.Errorf("make control group: bad name %q", name)
+	}
+	g = Group{Name: name}
+	var made []string // a group that was there already is not ours to undo
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("make control group: %w", err)
+			for _, dir := range made {
+				err = errors.Join(err, os.Remove(dir))
+			}
+		}
+	}()
+	for _, dir := range g.dirs() {
+		if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+			return g, err
+		}
+		if v2() {
+			if err := delegate(); err != nil {
+				return g, err
+			}
+		}
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			return g, err
+		}
+		made = append(made, dir)
+	}
+	return g, g.limit(l)
+}
+
+// delegate lets groups below the parent have the controllers.
+func delegate() error {
+	for _, dir := range []string{root, filepath.Join(root, parent)} {
+		if err := os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+memory +cpu +pids"), 0); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (g Group) limit(l Limits) error {
+	const period = 100_000 // µs
+	set := func(controller, file, value string) error {
+		dir := filepath.Join(root, parent, g.Name)
+		if !v2() {
+			dir = filepath.Join(root, controller, parent, g.Name)
+		}
+		return os.WriteFile(filepath.Join(dir, file), []byte(value), 0)
+	}
+	if l.MemoryBytes > 0 {
+		file := "memory.max"
+		if !v2() {
+			file = "memory.limit_in_bytes"
+		}
+		if err := set("memory", file, strconv.FormatInt(l.MemoryBytes, 10)); err != nil {
+			return err
+		}
+	}
+	if l.CPUs > 0 {
+		quota := strconv.FormatInt(int64(l.CPUs*period), 10)
+		var err error
+		if v2() {
+			err = set("cpu", "cpu.max", quota+" "+strconv.Itoa(period))
+		} else {
+			err = errors.Join(set("cpu", "cpu.cfs_period_us", strconv.Itoa(period)), set("cpu", "cpu.cfs_quota_us", quota))
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if l.PIDs > 0 {
+		return set("pids", "pids.max", strconv.FormatInt(l.PIDs, 10))
+	}
+	return nil
+}
+
+// AddThread moves the calling thread into the group, and with it the
+// processes that it starts from then on. Only version 1 groups take single
+// threads: for version 2, start processes with the descriptor from Open.
+func (g Group) AddThread() error {
+	if v2() {
+		return nil
+	}
+	return attachThread(g.dirs())
+}
+
+// LeaveThread moves the calling thread back to the groups' root.
+func LeaveThread() error {
+	if v2() {
+		return nil
+	}
+	dirs := make([]string, len(controllers))
+	for i, c := range controllers {
+		dirs[i] = filepath.Join(root, c)
+	}
+	return attachThread(dirs)
+}
+
+func attachThread(dirs []string) error {
+	tid := strconv.Itoa(unix.Gettid())
+	for _, dir := range dirs {
+		if err := os.WriteFile(filepath.Join(dir, "tasks"), []byte(tid), 0); err != nil {
+			return fmt.Errorf("move thread to control group: %w", err)
+		}
+	}
+	return nil
+}
+
+// Open returns the group's folder, for SysProcAttr.CgroupFD; nil with version 1.
+func (g Group) Open() (*os.File, error) {
+	if !v2() {
+		return nil, nil
+	}
+	return os.Open(g.dirs()[0])
+}
+
+// Memory is how many bytes of the host's memory the group's processes take.
+func (g Group) Memory() (int64, error) {
+	name := filepath.Join(g.dirs()[0], "memory.current")
+	if !v2() {
+		name = filepath.Join(g.dirs()[0], "memory.usage_in_bytes")
+	}
+	b, err := os.ReadFile(name)
+	if err != nil {
+		return 0, fmt.Errorf("read memory of control group: %w", err)
+	}
+	return strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64)
+}
+
+// pids are the processes in the group.
+func (g Group) pids() ([]int, error) {
+	b, err := os.ReadFile(filepath.Join(g.dirs()[0], "cgroup.procs"))
+	if err != nil {
+		return nil, err
+	}
+	var pids []int
+	for f := range strings.FieldsSeq(string(b)) {
+		pid, err := strconv.Atoi(f)
+		if err != nil {
+			return nil, err
+		}
+		pids = append(pids, pid)
+	}
+	return pids, nil
+}
+
+// Destroy kills every process in the group, waits until they are gone, and
+// removes the group. One that is not there is no error.
+func (g Group) Destroy(ctx context.Context) error {
+	for {
+		pids, err := g.pids()
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("destroy control group: %w", err)
+		}
+		for _, pid := range pids {
+			if err := killAndWait(ctx, pid); err != nil {
+				return fmt.Errorf("destroy control group: %w", err)
+			}
+		}
+		err = g.removeDirs()
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.EBUSY) {
+			return fmt.Errorf("destroy control group: %w", err)
+		}
+		// A dead process holds its group until its parent has reaped it; no
+		// event tells of that in version 1.
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("destroy control group: %w", errors.Join(err, ctx.Err()))
+		case <-time.After(2 * time.Millisecond):
+		}
+	}
+}
+
+// killAndWait kills a process of the group and waits for its end.
+func killAndWait(ctx context.Context, pid int) error {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL) {
+		return nil // gone, or a thread that goes with its process
+	}
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return err
+	}
+	for ctx.Err() == nil {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 100)
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			return err
+		}
+		if n > 0 {
+			return nil
+		}
+	}
+	return ctx.Err()
+}
+
+func (g Group) removeDirs() error {
+	var errs []error
+	for _, dir := range g.dirs() {
+		if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// RemoveParent removes the group that all of Wrenn's lie in, unless one is
+// left in it.
+func RemoveParent() error {
+	for _, dir := range (Group{}).dirs() {
+		err := os.Remove(filepath.Clean(dir))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.ENOTEMPTY) {
+			return fmt.Errorf("remove control group: %w", err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,120 @@
+package cgroup
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"runtime"
+	"syscall"
+	"testing"
+)
+
+// start runs a program in the group as the VMM's driver does.
+func start(t *testing.T, g Group, cmd *exec.Cmd) {
+	t.Helper()
+	f, err := g.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f != nil {
+		defer f.Close()
+		cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(f.Fd())}
+	}
+	errs := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends here
+		if err := g.AddThread(); err != nil {
+			errs <- err
+			return
+		}
+		errs <- cmd.Start()
+	}()
+	if err := <-errs; err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestLimitsAndDestroy(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	if err := Available(); err != nil {
+		t.Skip(err)
+	}
+	g, err := Create(fmt.Sprintf("test-%d", os.Getpid()), Limits{MemoryBytes: 64 << 20, CPUs: 0.5, PIDs: 8})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := g.Destroy(t.Context()); err != nil {
+			t.Log(err)
+		}
+	})
+	if _, err := Create(g.Name, Limits{}); err == nil {
+		t.Error("a group was made twice")
+	}
+	for _, dir := range g.dirs() {
+		if _, err := os.Stat(dir); err != nil {
+			t.Fatalf("a refused Create took away what was there: %v", err)
+		}
+	}
+
+	cmd := exec.Command("sh", "-c", "sleep 1000 & sleep 1000")
+	start(t, g, cmd)
+	if m, err := g.Memory(); err != nil || m <= 0 {
+		t.Errorf("memory is %d, %v", m, err)
+	}
+	bomb := exec.Command("sh", "-c", "for i in 1 2 3 4 5 6 7 8 9; do sleep 1000 & done; wait")
+	start(t, g, bomb)
+	ended := make(chan error, 2)
+	for _, c := range []*exec.Cmd{cmd, bomb} {
+		go func() { ended <- c.Wait() }()
+	}
+	if err := g.Destroy(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := <-ended; err == nil {
+			t.Error("a process in the group ended well") // the bomb by its limit or the kill
+		}
+	}
+	for _, dir := range g.dirs() {
+		if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s is left: %v", dir, err)
+		}
+	}
+	if err := g.Destroy(t.Context()); err != nil {
+		t.Errorf("a group that is gone: %v", err)
+	}
+}
+
+func TestMemoryLimitEndsTheProcess(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	if err := Available(); err != nil {
+		t.Skip(err)
+	}
+	g, err := Create(fmt.Sprintf("test-memory-%d", os.Getpid()), Limits{MemoryBytes: 32 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("sh", "-c", "head -c 300000000 /dev/zero | tail")
+	start(t, g, cmd)
+	if err := cmd.Wait(); err == nil {
+		t.Error("300 MB were held in a group of 32 MiB")
+	}
+	if err := g.Destroy(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestBadNames(t *testing.T) {
+	for _, name := range []string{"", ".", "..", "a/b", "a\x00"} {
+		if _, err := Create(name, Limits{}); err == nil {
+			t.Errorf("%q was taken", name)
+		}
+	}
+}
