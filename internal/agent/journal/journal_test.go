@@ -1,0 +1,194 @@
+package journal
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+)
+
+func open(t testing.TB, path string) *Journal {
+	t.Helper()
+	j, err := Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = j.Close() })
+	return j
+}
+
+func add(t testing.TB, j *Journal, reason string) Event {
+	t.Helper()
+	e, err := j.Append(Event{Kind: Expired, Sandbox: uuid.New(), Time: time.Now().UTC(), Reason: reason})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return e
+}
+
+func TestEventsOutliveTheJournal(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "events")
+	j := open(t, path)
+	want := []Event{add(t, j, "a"), add(t, j, "b"), add(t, j, "c")}
+	// Not closed: as after a kill.
+	j2 := open(t, path)
+	if got := j2.Pending(); !slices.EqualFunc(got, want, func(a, b Event) bool {
+		return a.Seq == b.Seq && a.Kind == b.Kind && a.Sandbox == b.Sandbox && a.Time.Equal(b.Time) && a.Reason == b.Reason
+	}) {
+		t.Errorf("read %v, want %v", got, want)
+	}
+	if err := j2.Ack(2); err != nil {
+		t.Fatal(err)
+	}
+	if err := j2.Ack(1); err != nil {
+		t.Fatal(err)
+	}
+	if err := j2.Ack(4); err == nil {
+		t.Error("an event that is still to come was acknowledged")
+	}
+	if err := j2.Ack(3); err != nil {
+		t.Fatal(err)
+	}
+	if err := j2.Close(); err != nil {
+		t.Fatal(err)
+	}
+	j3 := open(t, path)
+	if got := j3.Pending(); len(got) != 0 {
+		t.Errorf("acknowledged events came again: %v", got)
+	}
+	if e := add(t, j3, "d"); e.Seq != 4 {
+		t.Errorf("numbers went back to %d", e.Seq)
+	}
+	if _, err := j2.Append(Event{}); !errors.Is(err, ErrClosed) {
+		t.Errorf("append after close: %v", err)
+	}
+}
+
+// TestTornAnywhere cuts and flips a journal at every byte: what comes before
+// is kept, and the journal goes on.
+func TestTornAnywhere(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "events")
+	j := open(t, path)
+	var ends []int64
+	for range 3 {
+		add(t, j, "reason")
+		ends = append(ends, j.size)
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	try := func(data []byte, at int) {
+		if err := os.WriteFile(path, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		j := open(t, path)
+		want := 0
+		for _, e := range ends {
+			if int64(at) >= e {
+				want++
+			}
+		}
+		if got := len(j.Pending()); got != want {
+			t.Fatalf("broken at byte %d: %d events, want %d", at, got, want)
+		}
+		add(t, j, "more")
+		if err := j.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if got := len(open(t, path).Pending()); got != want+1 {
+			t.Fatalf("broken at byte %d: %d events after one more, want %d", at, got, want+1)
+		}
+	}
+	for at := range data {
+		try(slices.Clone(data[:at]), at)
+		flipped := slices.Clone(data)
+		flipped[at] ^= 0x41
+		try(flipped, at)
+	}
+}
+
+func TestCompacts(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "events")
+	j := open(t, path)
+	var biggest int64
+	for range 2000 {
+		e := add(t, j, "the virtual machine ended by itself")
+		if err := j.Ack(e.Seq); err != nil {
+			t.Fatal(err)
+		}
+		info, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		biggest = max(biggest, info.Size())
+	}
+	if biggest > 4*compactAfter {
+		t.Errorf("the file grew to %d bytes", biggest)
+	}
+	if e := add(t, j, ""); e.Seq != 2001 {
+		t.Errorf("seq %d after compaction", e.Seq)
+	}
+}
+
+func TestFollow(t *testing.T) {
+	j := open(t, filepath.Join(t.TempDir(), "events"))
+	add(t, j, "old")
+	got := make(chan Event)
+	ctx, cancel := context.WithCancel(t.Context())
+	var ended sync.WaitGroup
+	var followErr error
+	ended.Go(func() {
+		followErr = j.Follow(ctx, func(e Event) error { got <- e; return nil })
+	})
+	for i, reason := range []string{"old", "new", "newer"} {
+		if i > 0 {
+			add(t, j, reason)
+		}
+		if e := <-got; e.Reason != reason || e.Seq != uint64(i+1) {
+			t.Errorf("got %v, want %s", e, reason)
+		}
+	}
+	cancel()
+	ended.Wait()
+	if !errors.Is(followErr, context.Canceled) {
+		t.Error(followErr)
+	}
+	ended.Go(func() { followErr = j.Follow(t.Context(), func(Event) error { return nil }) })
+	_ = j.Close()
+	ended.Wait()
+	if !errors.Is(followErr, ErrClosed) {
+		t.Error(followErr)
+	}
+}
+
+func FuzzOpen(f *testing.F) {
+	path := filepath.Join(f.TempDir(), "events")
+	j := open(f, path)
+	add(f, j, "reason")
+	_ = j.Ack(1)
+	add(f, j, "reason")
+	data, _ := os.ReadFile(path)
+	f.Add(data)
+	f.Add([]byte(magic))
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, data []byte) {
+		j := &Journal{}
+		whole := j.load(data)
+		for i, e := range j.pending {
+			if e.Seq <= j.acked || e.Seq > j.last || (i > 0 && e.Seq <= j.pending[i-1].Seq) {
+				t.Fatalf("events out of order: %v", j.pending)
+			}
+		}
+		again := &Journal{}
+		if again.load(data[:whole]) != whole || len(again.pending) != len(j.pending) {
+			t.Fatal("the whole part reads differently alone")
+		}
+	})
+}
