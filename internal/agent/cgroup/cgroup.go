@@ -158,18 +158,18 @@ func (g Group) limit(l Limits) error {
 	return nil
 }
 
-// AddThread moves the calling thread into the group, and with it the
+// AddThread moves a thread of this process into the group, and with it the
 // processes that it starts from then on. Only version 1 groups take single
 // threads: for version 2, start processes with the descriptor from Open.
-func (g Group) AddThread() error {
+func (g Group) AddThread(tid int) error {
 	if v2() {
 		return nil
 	}
-	return attachThread(g.dirs())
+	return attachThread(g.dirs(), tid)
 }
 
-// LeaveThread moves the calling thread back to the groups' root.
-func LeaveThread() error {
+// LeaveThread moves a thread of this process back to the groups' root.
+func LeaveThread(tid int) error {
 	if v2() {
 		return nil
 	}
@@ -177,13 +177,12 @@ func LeaveThread() error {
 	for i, c := range controllers {
 		dirs[i] = filepath.Join(root, c)
 	}
-	return attachThread(dirs)
+	return attachThread(dirs, tid)
 }
 
-func attachThread(dirs []string) error {
-	tid := strconv.Itoa(unix.Gettid())
+func attachThread(dirs []string, tid int) error {
 	for _, dir := range dirs {
-		if err := os.WriteFile(filepath.Join(dir, "tasks"), []byte(tid), 0); err != nil {
+		if err := os.WriteFile(filepath.Join(dir, "tasks"), []byte(strconv.Itoa(tid)), 0); err != nil {
 			return fmt.Errorf("move thread to control group: %w", err)
 		}
 	}
@@ -237,6 +236,9 @@ func (g Group) Destroy(ctx context.Context) error {
 			return fmt.Errorf("destroy control group: %w", err)
 		}
 		for _, pid := range pids {
+			if pid == os.Getpid() {
+				continue // a thread of ours that is about to start something, or to end
+			}
 			if err := killAndWait(ctx, pid); err != nil {
 				return fmt.Errorf("destroy control group: %w", err)
 			}

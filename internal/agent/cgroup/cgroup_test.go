@@ -24,12 +24,10 @@ func start(t *testing.T, g Group, cmd *exec.Cmd) {
 	}
 	errs := make(chan error)
 	go func() {
-		runtime.LockOSThread() // and never unlocked: the thread ends here
-		if err := g.AddThread(); err != nil {
-			errs <- err
-			return
-		}
-		errs <- cmd.Start()
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		tid := syscall.Gettid()
+		errs <- errors.Join(g.AddThread(tid), cmd.Start(), LeaveThread(tid))
 	}()
 	if err := <-errs; err != nil {
 		t.Fatal(err)

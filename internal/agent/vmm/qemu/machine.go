@@ -1,0 +1,194 @@
+package qemu
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qmp"
+)
+
+// consoleBytes is how much of the console's end is kept, a power of two.
+const consoleBytes = 64 << 10
+
+// machine implements vmm.VM.
+type machine struct {
+	state vmm.State
+	group cgroup.Group
+	qmp   *qmp.Conn
+	done  chan struct{} // closed when the process has ended
+	log   *slog.Logger
+
+	mu      sync.Mutex
+	console []byte
+	reason  error
+}
+
+// State implements vmm.VM.
+func (m *machine) State() vmm.State { return m.state }
+
+// PID implements vmm.VM.
+func (m *machine) PID() int { return m.state.PID }
+
+// Done implements vmm.VM.
+func (m *machine) Done() <-chan struct{} { return m.done }
+
+// Memory implements vmm.VM.
+func (m *machine) Memory() (int64, error) { return m.group.Memory() }
+
+// Err implements vmm.VM.
+func (m *machine) Err() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.reason == nil {
+		return errors.New("QEMU ended")
+	}
+	return m.reason
+}
+
+// watch follows what QEMU tells until its end. A guest that has shut down or
+// crashed is held by QEMU: its console is read, and it is ended.
+func (m *machine) watch() {
+	for e := range m.qmp.Events() {
+		if e.Name == "SHUTDOWN" {
+			m.shutdown(e)
+		}
+	}
+}
+
+func (m *machine) shutdown(e qmp.Event) {
+	var data struct {
+		Guest  bool   `json:"guest"`
+		Reason string `json:"reason"`
+	}
+	_ = json.Unmarshal(e.Data, &data) // the reason is for people
+	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
+	defer cancel()
+	if _, err := m.Console(ctx); err != nil {
+		m.log.Warn("console of an ended guest", "sandbox", m.state.ID, "error", err)
+	}
+	m.mu.Lock()
+	m.reason = fmt.Errorf("the guest shut down (%s)", data.Reason)
+	m.mu.Unlock()
+	if err := m.qmp.Execute(ctx, "quit", nil, nil); err != nil && !errors.Is(err, qmp.ErrClosed) {
+		m.log.Warn("ended guest does not quit", "sandbox", m.state.ID, "error", err)
+	}
+}
+
+// Console implements vmm.VM.
+func (m *machine) Console(ctx context.Context) ([]byte, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var fresh string
+	err := m.qmp.Execute(ctx, "ringbuf-read", map[string]any{"device": "console", "size": consoleBytes, "format": "utf8"}, &fresh)
+	if err != nil && !errors.Is(err, qmp.ErrClosed) {
+		return nil, fmt.Errorf("read console: %w", err)
+	}
+	// QEMU forgets what was read.
+	m.console = append(m.console, fresh...)
+	m.console = m.console[max(0, len(m.console)-consoleBytes):]
+	return append([]byte(nil), m.console...), nil
+}
+
+// Kill implements vmm.VM.
+func (m *machine) Kill(ctx context.Context) error {
+	if err := m.group.Destroy(ctx); err != nil {
+		return fmt.Errorf("kill QEMU: %w", err)
+	}
+	select {
+	case <-m.done:
+	case <-ctx.Done():
+		return fmt.Errorf("kill QEMU: %w", ctx.Err())
+	}
+	if m.qmp != nil {
+		_ = m.qmp.Close() // its peer is gone
+	}
+	return removeSocket(m.state.Socket)
+}
+
+// Attach implements vmm.Driver.
+func (d *Driver) Attach(ctx context.Context, st vmm.State) (_ vmm.VM, err error) {
+	fail := func(err error) (vmm.VM, error) { return nil, fmt.Errorf("attach to QEMU: %w", err) }
+	pidfd, err := d.open(st)
+	if err != nil {
+		return fail(err)
+	}
+	m := &machine{state: st, group: cgroup.Group{Name: st.ID.String()}, done: make(chan struct{}), log: d.log}
+	go func() { // ends with QEMU
+		defer close(m.done)
+		defer pidfd.Close()
+		if err := awaitEnd(pidfd); err != nil {
+			d.log.Error("wait for QEMU's end", "sandbox", st.ID, "error", err)
+		}
+	}()
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	if err := m.connect(ctx); err != nil {
+		return fail(errors.Join(vmm.ErrGone, err))
+	}
+	var status struct {
+		Status string `json:"status"`
+	}
+	if err := m.qmp.Execute(ctx, "query-status", nil, &status); err != nil {
+		return fail(errors.Join(vmm.ErrGone, err, m.qmp.Close()))
+	}
+	switch status.Status {
+	case "running":
+	case "prelaunch": // the agent died between its start and its first instruction
+		return fail(errors.Join(vmm.ErrGone, errors.New("it never ran"), m.qmp.Close()))
+	default:
+		return fail(errors.Join(vmm.ErrGone, fmt.Errorf("its state is %q", status.Status), m.qmp.Close()))
+	}
+	go m.watch()
+	return m, nil
+}
+
+// open returns a descriptor of the process that st names, or ErrGone.
+func (d *Driver) open(st vmm.State) (*os.File, error) {
+	if st.BootID != d.bootID || st.PID <= 1 {
+		return nil, vmm.ErrGone
+	}
+	fd, err := unix.PidfdOpen(st.PID, unix.PIDFD_NONBLOCK)
+	if errors.Is(err, unix.ESRCH) {
+		return nil, vmm.ErrGone
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open process: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "pidfd")
+	// Asked after the process was opened, so that the answer is about it.
+	if start, err := startTime(st.PID); err != nil || start != st.StartTime {
+		f.Close()
+		return nil, vmm.ErrGone
+	}
+	return f, nil
+}
+
+// awaitEnd returns when the process behind a pidfd has ended.
+func awaitEnd(pidfd *os.File) error {
+	c, err := pidfd.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return c.Read(func(fd uintptr) bool {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+		return err == nil && n > 0
+	})
+}
+
+// Reap implements vmm.Driver.
+func (d *Driver) Reap(ctx context.Context, st vmm.State) error {
+	// All that QEMU may have started is in the group, and nothing else is.
+	if err := (cgroup.Group{Name: st.ID.String()}).Destroy(ctx); err != nil {
+		return fmt.Errorf("reap QEMU: %w", err)
+	}
+	return removeSocket(st.Socket)
+}

@@ -1,0 +1,400 @@
+// Package qemu runs virtual machines with QEMU, on KVM where that works and
+// by emulation elsewhere.
+//
+// Each QEMU is a process that owns nothing: it runs in its sandbox's network
+// namespace, in a jail, as a user of its own without capabilities, and is
+// handed every file it needs as an open descriptor.
+package qemu
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qmp"
+)
+
+// Binary is where the distribution has QEMU.
+const Binary = "/usr/bin/qemu-system-x86_64"
+
+// The accelerators.
+const (
+	KVM = "kvm"
+	TCG = "tcg"
+)
+
+const (
+	// overheadBytes is what QEMU takes beside the guest's memory: its own code
+	// and heap, block and network buffers.
+	overheadBytes = 192 << 20
+	// translationMiB bounds what TCG keeps of translated code; it takes about
+	// as much again to find its way in it.
+	translationMiB = 64
+	// maxThreads bounds QEMU's threads: processors, input and output, and the
+	// pool that does blocking file operations.
+	maxThreads = 96
+	socketName = "qmp.sock"
+	// startTimeout bounds the time from QEMU's start to its first answer.
+	startTimeout = 30 * time.Second
+)
+
+// Driver implements vmm.Driver.
+type Driver struct {
+	accel  string
+	jail   *jail
+	bootID string
+	log    *slog.Logger
+}
+
+// Open returns a driver that uses the accelerator KVM or TCG. dir is a folder
+// of the driver's own.
+func Open(accel, dir string, log *slog.Logger) (*Driver, error) {
+	if accel != KVM && accel != TCG {
+		return nil, fmt.Errorf("open QEMU driver: unknown accelerator %q", accel)
+	}
+	if _, err := os.Stat(Binary); err != nil {
+		return nil, fmt.Errorf("open QEMU driver: %w", err)
+	}
+	if err := cgroup.Available(); err != nil {
+		return nil, fmt.Errorf("open QEMU driver: %w", err)
+	}
+	bootID, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return nil, fmt.Errorf("open QEMU driver: %w", err)
+	}
+	j, err := newJail(filepath.Join(dir, "jail"))
+	if err != nil {
+		return nil, fmt.Errorf("open QEMU driver: %w", err)
+	}
+	return &Driver{accel: accel, jail: j, bootID: strings.TrimSpace(string(bootID)), log: log}, nil
+}
+
+// Name implements vmm.Driver.
+func (d *Driver) Name() string { return "qemu" }
+
+// Accelerator implements vmm.Driver.
+func (d *Driver) Accelerator() string { return d.accel }
+
+// Close implements vmm.Driver.
+func (d *Driver) Close() error {
+	return errors.Join(d.jail.close(), cgroup.RemoveParent())
+}
+
+// limits are what a machine's process may take.
+func (d *Driver) limits(s vmm.Spec) cgroup.Limits {
+	l := cgroup.Limits{
+		MemoryBytes: int64(s.MemoryMiB)<<20 + overheadBytes,
+		CPUs:        float64(s.VCPUs),
+		PIDs:        int64(maxThreads + s.VCPUs),
+	}
+	if d.accel == TCG {
+		l.MemoryBytes += 2 * translationMiB << 20
+		l.CPUs++ // its own work is done on other threads than the guest's
+	}
+	return l
+}
+
+// Start implements vmm.Driver.
+func (d *Driver) Start(ctx context.Context, s vmm.Spec) (_ vmm.VM, err error) {
+	fail := func(err error) (vmm.VM, error) { return nil, fmt.Errorf("start QEMU: %w", err) }
+	var undo []func() error
+	defer func() {
+		if err == nil {
+			return
+		}
+		for i := len(undo) - 1; i >= 0; i-- {
+			err = errors.Join(err, undo[i]())
+		}
+	}()
+
+	group, err := cgroup.Create(s.ID.String(), d.limits(s))
+	if err != nil {
+		return fail(err)
+	}
+	undo = append(undo, func() error { return group.Destroy(context.WithoutCancel(ctx)) })
+
+	h := &handed{}
+	defer h.close()
+	args, err := d.arguments(s, h)
+	if err != nil {
+		return fail(err)
+	}
+	undo = append(undo, func() error { return removeSocket(filepath.Join(s.Dir, socketName)) })
+	stderr, err := memfd("stderr")
+	if err != nil {
+		return fail(err)
+	}
+	defer stderr.Close()
+	cmd, err := d.exec(s, group, args, h.files, stderr)
+	if err != nil {
+		return fail(err)
+	}
+	start, err := startTime(cmd.Process.Pid)
+	if err != nil {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		return fail(err)
+	}
+	m := &machine{
+		state: vmm.State{ID: s.ID, PID: cmd.Process.Pid, StartTime: start, BootID: d.bootID, Socket: filepath.Join(s.Dir, socketName)},
+		group: group, done: make(chan struct{}), log: d.log,
+	}
+	go func() { // ends with QEMU
+		_ = cmd.Wait()
+		close(m.done)
+	}()
+	undo = append(undo, func() error { return m.Kill(context.WithoutCancel(ctx)) })
+
+	dial, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	stop := closedToCancel(m.done, cancel)
+	err = m.connect(dial)
+	stop()
+	if err != nil {
+		return fail(errors.Join(err, complaint(stderr)))
+	}
+	if err := m.qmp.Execute(ctx, "cont", nil, nil); err != nil {
+		return fail(errors.Join(err, complaint(stderr)))
+	}
+	go m.watch()
+	return m, nil
+}
+
+// closedToCancel calls cancel when done is closed, until stop is called.
+func closedToCancel(done <-chan struct{}, cancel func()) (stop func()) {
+	stopped := make(chan struct{})
+	go func() {
+		select {
+		case <-done:
+			cancel()
+		case <-stopped:
+		}
+	}()
+	return func() { close(stopped) }
+}
+
+// handed collects the files that a QEMU inherits.
+type handed struct {
+	files  []*os.File
+	opened []*os.File
+}
+
+// add hands over f, which stays its owner's, and returns its number in QEMU.
+func (h *handed) add(f *os.File) int {
+	h.files = append(h.files, f)
+	return 2 + len(h.files)
+}
+
+// open opens a file, hands it over and returns its number in QEMU.
+func (h *handed) open(name string, flag int) (int, error) {
+	f, err := os.OpenFile(name, flag|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return 0, err
+	}
+	h.opened = append(h.opened, f)
+	return h.add(f), nil
+}
+
+func (h *handed) close() {
+	for _, f := range h.opened {
+		f.Close()
+	}
+}
+
+// arguments are QEMU's, with the files that they speak of in h.
+func (d *Driver) arguments(s vmm.Spec, h *handed) ([]string, error) {
+	control, err := listen(filepath.Join(s.Dir, socketName))
+	if err != nil {
+		return nil, err
+	}
+	h.opened = append(h.opened, control)
+	kernel, err := h.open(s.Kernel, os.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	initrd, err := h.open(s.Initrd, os.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	accel, cpu := "kvm", "host"
+	if d.accel == TCG {
+		accel, cpu = fmt.Sprintf("tcg,tb-size=%d", translationMiB), "max"
+	}
+	args := []string{
+		"-name", "wrenn-" + s.ID.String(),
+		"-nodefaults", "-no-user-config", "-display", "none",
+		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+		"-S", // nothing of the guest's runs before it is in all its bounds
+		"-machine", "microvm,x-option-roms=off,rtc=on,isa-serial=on,memory-backend=ram",
+		"-accel", accel, "-cpu", cpu,
+		"-smp", strconv.Itoa(s.VCPUs), "-m", fmt.Sprintf("%dM", s.MemoryMiB),
+		"-object", fmt.Sprintf("memory-backend-ram,id=ram,size=%dM", s.MemoryMiB),
+		"-kernel", fmt.Sprintf("/proc/self/fd/%d", kernel),
+		"-initrd", fmt.Sprintf("/proc/self/fd/%d", initrd),
+		"-append", s.Cmdline,
+		// A guest that ends, by a panic too, is held until its console was read.
+		"-action", "reboot=shutdown,shutdown=pause",
+		"-chardev", fmt.Sprintf("socket,id=control,fd=%d,server=on,wait=off", h.add(control)), "-mon", "chardev=control,mode=control",
+		"-chardev", fmt.Sprintf("ringbuf,id=console,size=%d", consoleBytes), "-serial", "chardev:console",
+		"-object", "rng-builtin,id=rng", "-device", "virtio-rng-device,rng=rng",
+	}
+	if s.Overlay != "" {
+		overlay, err := h.open(s.Overlay, os.O_RDWR)
+		if err != nil {
+			return nil, err
+		}
+		base, err := h.open(s.Base, os.O_RDONLY)
+		if err != nil {
+			return nil, err
+		}
+		type object = map[string]any
+		disk, err := json.Marshal(object{
+			"driver": "qcow2", "node-name": "disk", "discard": "unmap",
+			"file":    object{"driver": "file", "filename": "/dev/fdset/1"},
+			"backing": object{"driver": "raw", "read-only": true, "file": object{"driver": "file", "filename": "/dev/fdset/2", "read-only": true}},
+		})
+		if err != nil {
+			return nil, err
+		}
+		args = append(args,
+			"-add-fd", fmt.Sprintf("fd=%d,set=1", overlay), "-add-fd", fmt.Sprintf("fd=%d,set=2", base),
+			"-blockdev", string(disk), "-device", "virtio-blk-device,drive=disk")
+	}
+	if s.Tap != nil {
+		args = append(args,
+			"-netdev", fmt.Sprintf("tap,id=net,fd=%d", h.add(s.Tap)),
+			"-device", "virtio-net-device,netdev=net,mac="+s.MAC)
+	}
+	return args, nil
+}
+
+// exec starts QEMU in its bounds.
+func (d *Driver) exec(s vmm.Spec, group cgroup.Group, args []string, files []*os.File, stderr *os.File) (*exec.Cmd, error) {
+	groupDir, err := group.Open()
+	if err != nil {
+		return nil, err
+	}
+	cmd := &exec.Cmd{
+		Path: Binary, Args: append([]string{Binary}, args...), Env: []string{"PATH=/usr/bin"}, Dir: "/",
+		Stderr: stderr, ExtraFiles: files,
+		SysProcAttr: &syscall.SysProcAttr{
+			Credential: &syscall.Credential{Uid: uint32(s.UID), Gid: uint32(s.UID)},
+			Setsid:     true, // it outlives the agent
+			Cloneflags: unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
+		},
+	}
+	if groupDir != nil {
+		defer groupDir.Close()
+		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(groupDir.Fd())
+	}
+	if err := d.jail.do(s.NetNS, group, cmd.Start); err != nil {
+		if cmd.Process != nil { // it runs, but not where it should
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait()
+		}
+		return nil, err
+	}
+	return cmd, nil
+}
+
+// listen makes the control socket, which only root may connect to, and
+// returns its descriptor. The path may be longer than a socket's address.
+func listen(path string) (*os.File, error) {
+	dir, err := unix.Open(filepath.Dir(path), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("make control socket: %w", err)
+	}
+	defer unix.Close(dir)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: fmt.Sprintf("/proc/self/fd/%d/%s", dir, filepath.Base(path))})
+	if err != nil {
+		return nil, fmt.Errorf("make control socket: %w", err)
+	}
+	l.SetUnlinkOnClose(false)
+	defer l.Close()
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, fmt.Errorf("make control socket: %w", err)
+	}
+	return l.File()
+}
+
+func removeSocket(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// memfd makes a file in memory. What a QEMU writes to it counts as its memory.
+func memfd(name string) (*os.File, error) {
+	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("make file in memory: %w", err)
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
+// complaint is the end of what QEMU wrote to its standard error, as an error;
+// nil when it wrote nothing.
+func complaint(stderr *os.File) error {
+	const most = 4 << 10
+	info, err := stderr.Stat()
+	if err != nil {
+		return err
+	}
+	buf := make([]byte, most)
+	n, err := stderr.ReadAt(buf, max(0, info.Size()-most))
+	if err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	if text := bytes.TrimSpace(buf[:n]); len(text) > 0 {
+		return fmt.Errorf("QEMU says: %s", text)
+	}
+	return nil
+}
+
+// startTime is when a process was started, in clock ticks since the host's
+// boot: field 22 of /proc/PID/stat (proc(5)).
+func startTime(pid int) (uint64, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, err
+	}
+	return parseStartTime(string(b))
+}
+
+func parseStartTime(stat string) (uint64, error) {
+	// The second field is a name in parentheses, which may hold anything.
+	i := strings.LastIndexByte(stat, ')')
+	if i < 0 {
+		return 0, errors.New("read start time of process: no name")
+	}
+	f := strings.Fields(stat[i+1:])
+	if len(f) < 20 {
+		return 0, errors.New("read start time of process: too few fields")
+	}
+	return strconv.ParseUint(f[19], 10, 64)
+}
+
+var _ vmm.Driver = (*Driver)(nil)
+
+// connect connects to QEMU's control socket.
+func (m *machine) connect(ctx context.Context) (err error) {
+	m.qmp, err = qmp.Dial(ctx, m.state.Socket)
+	return err
+}

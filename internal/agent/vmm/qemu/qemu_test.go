@@ -1,0 +1,241 @@
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
+	"github.com/wrenn-dev/wrenn/internal/agent/disk"
+	"github.com/wrenn-dev/wrenn/internal/agent/guest"
+	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+)
+
+const testUID = 1_999_998
+
+func open(t *testing.T) (*Driver, vmm.Spec) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root to start virtual machines")
+	}
+	if _, err := os.Stat(Binary); err != nil {
+		t.Skip("needs QEMU")
+	}
+	if err := cgroup.Available(); err != nil {
+		t.Skip(err)
+	}
+	in := imagetest.Prepare(t)
+	d, err := Open(TCG, t.TempDir(), slog.New(slog.NewTextHandler(t.Output(), nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	s := vmm.Spec{
+		ID: uuid.New(), Dir: t.TempDir(), Kernel: in.Kernel.Vmlinux, Initrd: in.Kernel.Initrd, Cmdline: guest.Cmdline("vmm-test"),
+		VCPUs: 1, MemoryMiB: 256, Base: in.Minimal.Rootfs, UID: testUID,
+	}
+	s.Overlay = filepath.Join(s.Dir, "overlay.qcow2")
+	if err := disk.CreateOverlay(s.Overlay, int64(in.Minimal.DiskMiB)<<20, s.UID); err != nil {
+		t.Fatal(err)
+	}
+	return d, s
+}
+
+// awaitConsole waits until the guest has printed text. Nothing tells when.
+func awaitConsole(t *testing.T, vm vmm.VM, text string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	for {
+		console, err := vm.Console(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(string(console), text) {
+			return
+		}
+		select {
+		case <-vm.Done():
+			t.Fatalf("%v: %s", vm.Err(), console)
+		case <-ctx.Done():
+			t.Fatalf("no %q on the console: %s", text, console)
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+func nothingLeft(t *testing.T, vm vmm.VM) {
+	t.Helper()
+	st := vm.State()
+	if start, err := startTime(st.PID); err == nil && start == st.StartTime {
+		t.Error("the process is left")
+	}
+	if _, err := os.Stat(st.Socket); !errors.Is(err, fs.ErrNotExist) {
+		t.Error("the socket is left")
+	}
+	if _, err := (cgroup.Group{Name: st.ID.String()}).Memory(); err == nil {
+		t.Error("the control group is left")
+	}
+}
+
+func TestBootBoundsAttachKill(t *testing.T) {
+	d, s := open(t)
+	mounts, _ := os.ReadFile("/proc/self/mounts")
+	vm, err := d.Start(t.Context(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = vm.Kill(context.Background()) })
+	awaitConsole(t, vm, "no network card")
+
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", vm.PID()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		fmt.Sprintf("Uid:\t%d\t%d\t%d\t%d\n", testUID, testUID, testUID, testUID),
+		fmt.Sprintf("Gid:\t%d\t%d\t%d\t%d\n", testUID, testUID, testUID, testUID),
+		"Groups:\t \n", "CapPrm:\t0000000000000000\n", "CapEff:\t0000000000000000\n", "CapBnd:\t0000000000000000\n",
+		"NoNewPrivs:\t1\n", "Seccomp:\t2\n",
+	} {
+		if !strings.Contains(string(status), want) {
+			t.Errorf("the process lacks %q:\n%s", want, status)
+		}
+	}
+	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/root", vm.PID()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if !strings.Contains(" usr lib lib64 lib32 libx32 bin sbin etc dev proc ", " "+e.Name()+" ") {
+			t.Errorf("the jail shows %s", e.Name())
+		}
+	}
+	if now, _ := os.ReadFile("/proc/self/mounts"); string(now) != string(mounts) {
+		t.Error("the jail's mounts show outside of it")
+	}
+	if m, err := vm.Memory(); err != nil || m < 16<<20 {
+		t.Errorf("memory is %d, %v", m, err)
+	}
+
+	// The agent is restarted.
+	_ = vm.(*machine).qmp.Close()
+	other, err := Open(TCG, t.TempDir(), d.log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	again, err := other.Attach(t.Context(), vm.State())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := again.Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	<-vm.Done()
+	nothingLeft(t, again)
+	if _, err := other.Attach(t.Context(), vm.State()); !errors.Is(err, vmm.ErrGone) {
+		t.Errorf("attached to a machine that is gone: %v", err)
+	}
+	wrong := vm.State()
+	wrong.PID = os.Getpid()
+	if _, err := other.Attach(t.Context(), wrong); !errors.Is(err, vmm.ErrGone) {
+		t.Errorf("attached to another process: %v", err)
+	}
+	if err := other.Reap(t.Context(), vm.State()); err != nil {
+		t.Errorf("reap what is gone: %v", err)
+	}
+}
+
+func TestKilledQEMUIsNoticed(t *testing.T) {
+	d, s := open(t)
+	vm, err := d.Start(t.Context(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(vm.PID(), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-vm.Done():
+	case <-time.After(10 * time.Second):
+		t.Fatal("Done is not closed")
+	}
+	if err := vm.Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	nothingLeft(t, vm)
+}
+
+func TestGuestThatEndsLeavesItsConsole(t *testing.T) {
+	d, s := open(t)
+	s.Cmdline = "console=ttyS0 reboot=t panic=-1" // names no root
+	vm, err := d.Start(t.Context(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-vm.Done():
+	case <-time.After(60 * time.Second):
+		t.Error("a guest that rebooted still runs")
+	}
+	console, err := vm.Console(t.Context())
+	if err != nil || !strings.Contains(string(console), "names no root") {
+		t.Errorf("the console is %q, %v", console, err)
+	}
+	if !strings.Contains(vm.Err().Error(), "shut down") {
+		t.Errorf("the machine ended by %v", vm.Err())
+	}
+	if err := vm.Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	nothingLeft(t, vm)
+}
+
+func TestFailedStartSaysWhyAndLeavesNothing(t *testing.T) {
+	d, s := open(t)
+	s.Kernel = filepath.Join(s.Dir, "kernel")
+	if err := os.WriteFile(s.Kernel, []byte("no kernel"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if vm, err := d.Start(t.Context(), s); err == nil || !strings.Contains(err.Error(), "QEMU says") {
+		t.Errorf("started %v, %v", vm, err)
+	}
+	if _, err := os.Stat(filepath.Join(s.Dir, socketName)); err == nil {
+		t.Error("the socket is left")
+	}
+	if err := (cgroup.Group{Name: s.ID.String()}).Destroy(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestParseStartTime(t *testing.T) {
+	got, err := parseStartTime("7 (a) b) c) S 1 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 12345 0 0")
+	if err != nil || got != 12345 {
+		t.Errorf("got %d, %v", got, err)
+	}
+	for _, bad := range []string{"", "7 (a", "7 (a) S 1"} {
+		if _, err := parseStartTime(bad); err == nil {
+			t.Errorf("%q was taken", bad)
+		}
+	}
+}
+
+func FuzzParseStartTime(f *testing.F) {
+	f.Fuzz(func(_ *testing.T, s string) { _, _ = parseStartTime(s) })
+}
