@@ -174,7 +174,7 @@ func (q *Queries) GetTeamSandbox(ctx context.Context, arg GetTeamSandboxParams) 
 const insertSandbox = `-- name: InsertSandbox :one
 
 INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at)
-VALUES ($1, $2, $3, $4, $5, 'pending', $6, $7, $8, $9, $10, $11)
+VALUES ($1, $2, $3, $4, $5, 'starting', $6, $7, $8, $9, $10, $11)
 RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms
 `
 
@@ -405,14 +405,14 @@ func (q *Queries) ListSandboxes(ctx context.Context, arg ListSandboxesParams) ([
 }
 
 const sandboxEnded = `-- name: SandboxEnded :one
-UPDATE sandboxes SET state = 'stopped', end_reason = $1::text, error = $2, ended_at = $3
-WHERE id = $4 AND state IN ('starting', 'running') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms
+UPDATE sandboxes SET state = 'stopped', end_reason = $1::text, error = $2, ended_at = $3::timestamptz
+WHERE id = $4 AND state = 'running' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms
 `
 
 type SandboxEndedParams struct {
 	EndReason string
 	Error     string
-	EndedAt   *time.Time
+	EndedAt   time.Time
 	ID        uuid.UUID
 }
 
@@ -541,36 +541,6 @@ func (q *Queries) SandboxRunning(ctx context.Context, arg SandboxRunningParams) 
 		arg.StartMs,
 		arg.ID,
 	)
-	var i Sandbox
-	err := row.Scan(
-		&i.ID,
-		&i.TeamID,
-		&i.HostID,
-		&i.TemplateID,
-		&i.TemplateName,
-		&i.State,
-		&i.VCPUs,
-		&i.MemoryMiB,
-		&i.DiskMiB,
-		&i.TimeoutSeconds,
-		&i.Metadata,
-		&i.CreatedAt,
-		&i.StartedAt,
-		&i.ExpiresAt,
-		&i.EndedAt,
-		&i.EndReason,
-		&i.Error,
-		&i.StartMs,
-	)
-	return i, err
-}
-
-const sandboxStarting = `-- name: SandboxStarting :one
-UPDATE sandboxes SET state = 'starting' WHERE id = $1 AND state = 'pending' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms
-`
-
-func (q *Queries) SandboxStarting(ctx context.Context, id uuid.UUID) (Sandbox, error) {
-	row := q.db.QueryRow(ctx, sandboxStarting, id)
 	var i Sandbox
 	err := row.Scan(
 		&i.ID,

@@ -116,8 +116,9 @@ func (q *Queries) UpsertHostTemplate(ctx context.Context, arg UpsertHostTemplate
 	return err
 }
 
-const upsertTemplate = `-- name: UpsertTemplate :exec
-INSERT INTO templates (id, team_id, name, size_bytes, created_at) VALUES ($1, $2, $3, $4, $5)
+const upsertTemplate = `-- name: UpsertTemplate :execrows
+INSERT INTO templates (id, team_id, name, size_bytes, created_at)
+SELECT $1, $2, $3, $4, $5 WHERE EXISTS (SELECT 1 FROM teams WHERE teams.id = $2)
 ON CONFLICT (id) DO UPDATE SET name = EXCLUDED.name, size_bytes = EXCLUDED.size_bytes, created_at = EXCLUDED.created_at
     WHERE templates.team_id = EXCLUDED.team_id
 `
@@ -130,13 +131,17 @@ type UpsertTemplateParams struct {
 	CreatedAt time.Time
 }
 
-func (q *Queries) UpsertTemplate(ctx context.Context, arg UpsertTemplateParams) error {
-	_, err := q.db.Exec(ctx, upsertTemplate,
+// No row: the team is not there, or the id is another team's.
+func (q *Queries) UpsertTemplate(ctx context.Context, arg UpsertTemplateParams) (int64, error) {
+	result, err := q.db.Exec(ctx, upsertTemplate,
 		arg.ID,
 		arg.TeamID,
 		arg.Name,
 		arg.SizeBytes,
 		arg.CreatedAt,
 	)
-	return err
+	if err != nil {
+		return 0, err
+	}
+	return result.RowsAffected(), nil
 }

@@ -3,7 +3,7 @@
 
 -- name: InsertSandbox :one
 INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at)
-VALUES ($1, $2, $3, $4, $5, 'pending', $6, $7, $8, $9, $10, $11)
+VALUES ($1, $2, $3, $4, $5, 'starting', $6, $7, $8, $9, $10, $11)
 RETURNING *;
 
 -- name: ClaimIdempotencyKey :execrows
@@ -50,9 +50,6 @@ SELECT * FROM sandboxes WHERE host_id = $1 AND state NOT IN ('stopped', 'error')
 -- name: CountLiveSandboxes :many
 SELECT state, count(*) AS n FROM sandboxes WHERE state NOT IN ('stopped', 'error') GROUP BY state;
 
--- name: SandboxStarting :one
-UPDATE sandboxes SET state = 'starting' WHERE id = $1 AND state = 'pending' RETURNING *;
-
 -- name: SandboxRunning :one
 UPDATE sandboxes SET state = 'running', started_at = COALESCE(started_at, @started_at), expires_at = @expires_at,
     disk_mib = @disk_mib, start_ms = COALESCE(start_ms, @start_ms)
@@ -73,8 +70,8 @@ WHERE id = $1 AND state = 'stopping' RETURNING *;
 
 -- name: SandboxEnded :one
 -- It ended without being asked to.
-UPDATE sandboxes SET state = 'stopped', end_reason = @end_reason::text, error = @error, ended_at = @ended_at
-WHERE id = @id AND state IN ('starting', 'running') RETURNING *;
+UPDATE sandboxes SET state = 'stopped', end_reason = @end_reason::text, error = @error, ended_at = @ended_at::timestamptz
+WHERE id = @id AND state = 'running' RETURNING *;
 
 -- name: SandboxExpires :one
 UPDATE sandboxes SET expires_at = @expires_at WHERE id = @id AND state = 'running' RETURNING *;

@@ -1,5 +1,7 @@
--- name: UpsertTemplate :exec
-INSERT INTO templates (id, team_id, name, size_bytes, created_at) VALUES ($1, $2, $3, $4, $5)
+-- name: UpsertTemplate :execrows
+-- No row: the team is not there, or the id is another team's.
+INSERT INTO templates (id, team_id, name, size_bytes, created_at)
+SELECT @id, @team_id, @name, @size_bytes, @created_at WHERE EXISTS (SELECT 1 FROM teams WHERE teams.id = @team_id)
 ON CONFLICT (id) DO UPDATE SET name = EXCLUDED.name, size_bytes = EXCLUDED.size_bytes, created_at = EXCLUDED.created_at
     WHERE templates.team_id = EXCLUDED.team_id;
 

@@ -1,0 +1,101 @@
+// Package fault is how the control plane's rooms say what went wrong in a way
+// that may be shown to the caller. Any other error is internal and is not.
+package fault
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+)
+
+// Code is an error's stable name on the wire.
+type Code string
+
+// The codes of the public API.
+const (
+	InvalidArgument     Code = "invalid_argument"
+	Unauthenticated     Code = "unauthenticated"
+	PermissionDenied    Code = "permission_denied"
+	NotFound            Code = "not_found"
+	MethodNotAllowed    Code = "method_not_allowed"
+	Conflict            Code = "conflict"
+	PayloadTooLarge     Code = "payload_too_large"
+	RangeNotSatisfiable Code = "range_not_satisfiable"
+	Unprocessable       Code = "unprocessable"
+	Internal            Code = "internal"
+	BadGateway          Code = "bad_gateway"
+	NoCapacity          Code = "no_capacity"
+	HostUnreachable     Code = "host_unreachable"
+	Unavailable         Code = "unavailable"
+	Timeout             Code = "timeout"
+	NoSpace             Code = "no_space"
+)
+
+// Status returns the HTTP status that goes with the code.
+func (c Code) Status() int {
+	switch c {
+	case InvalidArgument:
+		return http.StatusBadRequest
+	case Unauthenticated:
+		return http.StatusUnauthorized
+	case PermissionDenied:
+		return http.StatusForbidden
+	case NotFound:
+		return http.StatusNotFound
+	case MethodNotAllowed:
+		return http.StatusMethodNotAllowed
+	case Conflict:
+		return http.StatusConflict
+	case PayloadTooLarge:
+		return http.StatusRequestEntityTooLarge
+	case RangeNotSatisfiable:
+		return http.StatusRequestedRangeNotSatisfiable
+	case Unprocessable:
+		return http.StatusUnprocessableEntity
+	case BadGateway:
+		return http.StatusBadGateway
+	case NoCapacity, HostUnreachable, Unavailable:
+		return http.StatusServiceUnavailable
+	case Timeout:
+		return http.StatusGatewayTimeout
+	case NoSpace:
+		return http.StatusInsufficientStorage
+	}
+	return http.StatusInternalServerError
+}
+
+// Error is an error that the caller may see.
+type Error struct {
+	Code    Code
+	Message string
+	// cause is for the log alone.
+	cause error
+}
+
+func (e *Error) Error() string {
+	if e.cause != nil {
+		return fmt.Sprintf("%s: %s: %v", e.Code, e.Message, e.cause)
+	}
+	return fmt.Sprintf("%s: %s", e.Code, e.Message)
+}
+
+// Unwrap returns what caused the error.
+func (e *Error) Unwrap() error { return e.cause }
+
+// New returns an error with a message for the caller.
+func New(code Code, format string, args ...any) *Error {
+	return &Error{Code: code, Message: fmt.Sprintf(format, args...)}
+}
+
+// Because is New with a cause, which is logged and not shown.
+func Because(cause error, code Code, format string, args ...any) *Error {
+	e := New(code, format, args...)
+	e.cause = cause
+	return e
+}
+
+// Is says whether err is, or wraps, an error with the code.
+func Is(err error, code Code) bool {
+	var e *Error
+	return errors.As(err, &e) && e.Code == code
+}

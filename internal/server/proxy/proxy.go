@@ -1,0 +1,311 @@
+// Package proxy brings requests for {port}-{sandbox_id}.{domain} to what
+// listens on that port in the sandbox.
+package proxy
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/auth"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
+)
+
+// envdPort is the guest daemon's; it asks for a token of its own.
+const envdPort = 49983
+
+// ForwardAuthorization carries a request's own Authorization header to the
+// agent, whose token takes that header's place on the way.
+const ForwardAuthorization = "X-Wrenn-Authorization"
+
+// Config is what a Proxy works with.
+type Config struct {
+	// Domain that sandboxes' names end with, for example "localhost".
+	Domain    string
+	Sandboxes *sandboxes.Service
+	Hosts     *hosts.Registry
+	Keys      *auth.Keys
+	Tokens    auth.Tokens
+	// Fail answers a request with an error.
+	Fail func(http.ResponseWriter, *http.Request, error)
+	Log  *slog.Logger
+}
+
+// Proxy is the handler of sandboxes' host names.
+type Proxy struct {
+	Config
+	suffix   string
+	cache    *cache
+	buffers  buffers
+	requests *prometheus.CounterVec
+}
+
+// New returns the proxy of a service; it hears of the service's changes.
+func New(c Config) *Proxy {
+	p := &Proxy{
+		Config: c, suffix: "." + strings.ToLower(c.Domain), cache: newCache(),
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "wrenn_proxy_requests_total", Help: "Requests to sandboxes' ports, by how they went: forwarded, or the error's code."}, []string{"result"}),
+	}
+	p.buffers.New = func() any { b := make([]byte, 32<<10); return &b }
+	c.Sandboxes.OnChange(p.cache.drop)
+	return p
+}
+
+// Collectors are the proxy's Prometheus metrics.
+func (p *Proxy) Collectors() []prometheus.Collector { return []prometheus.Collector{p.requests} }
+
+// Match says whether a request's host is a sandbox's name, well-formed or not.
+func (p *Proxy) Match(host string) bool {
+	_, ok := p.label(host)
+	return ok
+}
+
+// label returns what stands before the domain in a sandbox's host name.
+func (p *Proxy) label(host string) (string, bool) {
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	}
+	label, ok := strings.CutSuffix(strings.ToLower(strings.TrimSuffix(host, ".")), p.suffix)
+	return label, ok && !strings.Contains(label, ".") && strings.Contains(label, "-"+string(id.Sandbox))
+}
+
+// ServeHTTP forwards a request to its sandbox.
+func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	target, err := p.resolve(r)
+	if err != nil {
+		var f *fault.Error
+		code := fault.Internal
+		if errors.As(err, &f) {
+			code = f.Code
+		}
+		p.requests.WithLabelValues(string(code)).Inc()
+		if code == fault.Unavailable {
+			w.Header().Set("Retry-After", "1")
+		}
+		p.Fail(w, r, err)
+		return
+	}
+	p.requests.WithLabelValues("forwarded").Inc()
+	p.forward(w, r, target)
+}
+
+// destination is where one request goes.
+type destination struct {
+	host    *hosts.Host
+	sandbox uuid.UUID
+	port    int
+}
+
+// resolve finds out where a request goes and whether it may.
+func (p *Proxy) resolve(r *http.Request) (destination, error) {
+	var none destination
+	label, _ := p.label(r.Host)
+	portText, sandboxText, _ := strings.Cut(label, "-")
+	port, err := strconv.Atoi(portText)
+	if err != nil || port < 1 || port > 65535 || strconv.Itoa(port) != portText {
+		return none, fault.New(fault.InvalidArgument, "port: must be a number from 1 to 65535")
+	}
+	sandbox, err := id.Parse(id.Sandbox, sandboxText)
+	if err != nil {
+		return none, fault.New(fault.InvalidArgument, "sandbox id: %v", err)
+	}
+	if !strings.HasPrefix(r.URL.Path, "/") {
+		return none, fault.New(fault.InvalidArgument, "path: must begin with /")
+	}
+	team, err := p.authorize(r, sandbox, port)
+	if err != nil {
+		return none, err
+	}
+	t, err := p.cache.get(r.Context(), sandbox, p.lookup)
+	if err != nil {
+		return none, err
+	}
+	if team != uuid.Nil && team != t.team {
+		return none, fault.New(fault.NotFound, "no such sandbox")
+	}
+	switch {
+	case t.state == sandboxes.Running:
+	case t.state == sandboxes.Pending || t.state == sandboxes.Starting:
+		return none, fault.New(fault.Unavailable, "the sandbox is starting")
+	default:
+		return none, fault.New(fault.NotFound, "the sandbox has ended")
+	}
+	host, err := p.Hosts.Get(&t.host)
+	if err != nil {
+		return none, err
+	}
+	return destination{host: host, sandbox: sandbox, port: port}, nil
+}
+
+// authorize checks what a request shows. It returns the team whose sandbox it
+// must be, or the zero UUID where a token of the sandbox itself was shown.
+func (p *Proxy) authorize(r *http.Request, sandbox uuid.UUID, port int) (uuid.UUID, error) {
+	if port == envdPort {
+		if strings.HasPrefix(strings.ToLower(r.URL.Path), "/init") {
+			return uuid.Nil, fault.New(fault.NotFound, "no such path")
+		}
+		token := r.Header.Get("X-Access-Token")
+		// The guest daemon checks a signed URL of a file by itself.
+		signed := token == "" && r.URL.Path == "/files" && r.URL.Query().Get("signature") != ""
+		if signed || auth.Equal(token, p.Tokens.Access(sandbox)) {
+			return uuid.Nil, nil
+		}
+		return uuid.Nil, fault.New(fault.Unauthenticated, "port %d needs the sandbox's access token in X-Access-Token", envdPort)
+	}
+	if token := r.Header.Get("X-Traffic-Token"); token != "" {
+		if auth.Equal(token, p.Tokens.Traffic(sandbox)) {
+			return uuid.Nil, nil
+		}
+		return uuid.Nil, fault.New(fault.Unauthenticated, "invalid traffic token")
+	}
+	if key := r.Header.Get("X-API-Key"); key != "" {
+		who, err := p.Keys.Check(r.Context(), key)
+		return who.Team, err
+	}
+	return uuid.Nil, fault.New(fault.Unauthenticated, "send the team's API key in X-API-Key, or the sandbox's traffic token in X-Traffic-Token")
+}
+
+func (p *Proxy) lookup(ctx context.Context, sandbox uuid.UUID) (target, error) {
+	row, err := p.Sandboxes.Lookup(ctx, sandbox)
+	if err != nil {
+		return target{}, err
+	}
+	t := target{team: row.TeamID, state: sandboxes.State(row.State)}
+	if row.HostID != nil {
+		t.host = *row.HostID
+	}
+	return t, nil
+}
+
+// forwarded are the headers in which the front door says what it saw.
+var forwarded = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"}
+
+func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
+	prefix := "/proxy/" + id.Format(id.Sandbox, d.sandbox) + "/" + strconv.Itoa(d.port)
+	rp := httputil.ReverseProxy{
+		Transport:     d.host.Transport(),
+		FlushInterval: -1,
+		BufferPool:    &p.buffers,
+		ErrorLog:      slog.NewLogLogger(p.Log.Handler(), slog.LevelDebug),
+		Rewrite: func(pr *httputil.ProxyRequest) {
+			u := pr.Out.URL
+			u.Scheme, u.Host = "http", "agent"
+			if u.RawPath != "" {
+				u.RawPath = prefix + u.RawPath
+			}
+			u.Path = prefix + u.Path
+			// As it came: what this language cannot parse, another may.
+			u.RawQuery = pr.In.URL.RawQuery
+			h := pr.Out.Header
+			if pr.In.Header.Get(forwarded[0]) == "" {
+				pr.SetXForwarded()
+			} else {
+				for _, name := range forwarded {
+					if v := pr.In.Header[name]; v != nil {
+						h[name] = v
+					}
+				}
+			}
+			for name := range h {
+				if strings.HasPrefix(name, "X-Wrenn-") {
+					h.Del(name)
+				}
+			}
+			h.Del("X-API-Key")
+			h.Del("X-Traffic-Token")
+			if own, ok := h["Authorization"]; ok {
+				h[ForwardAuthorization] = own
+			}
+			d.host.Authorize(h)
+		},
+		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
+			if r.Context().Err() != nil {
+				panic(http.ErrAbortHandler) // Nobody is there to tell.
+			}
+			p.Fail(w, r, fault.Because(err, fault.HostUnreachable, "the sandbox's host does not answer"))
+		},
+	}
+	rp.ServeHTTP(w, r)
+}
+
+// buffers lends the memory that bodies are copied through.
+type buffers struct{ sync.Pool }
+
+func (b *buffers) Get() []byte  { return *b.Pool.Get().(*[]byte) }
+func (b *buffers) Put(p []byte) { b.Pool.Put(&p) }
+
+const (
+	// targetsLast is how long a target is believed without looking again.
+	targetsLast = 120 * time.Second
+	// maxTargets bounds the cache.
+	maxTargets = 8192
+)
+
+// target is where a sandbox is.
+type target struct {
+	team, host uuid.UUID
+	state      sandboxes.State
+	until      time.Time
+}
+
+// cache remembers the targets of running sandboxes until they change.
+type cache struct {
+	mu      sync.Mutex
+	targets map[uuid.UUID]target
+	// drops counts changes, so that what was looked up before one is not
+	// remembered after it.
+	drops uint64
+}
+
+func newCache() *cache { return &cache{targets: make(map[uuid.UUID]target)} }
+
+func (c *cache) drop(sandbox uuid.UUID) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.drops++
+	delete(c.targets, sandbox)
+}
+
+func (c *cache) get(ctx context.Context, sandbox uuid.UUID, lookup func(context.Context, uuid.UUID) (target, error)) (target, error) {
+	c.mu.Lock()
+	t, ok := c.targets[sandbox]
+	drops := c.drops
+	c.mu.Unlock()
+	now := time.Now()
+	if ok && now.Before(t.until) {
+		return t, nil
+	}
+	t, err := lookup(ctx, sandbox)
+	if err != nil || t.state != sandboxes.Running {
+		return t, err
+	}
+	t.until = now.Add(targetsLast)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.drops != drops {
+		return t, nil
+	}
+	if len(c.targets) >= maxTargets {
+		for other, old := range c.targets {
+			if len(c.targets) < maxTargets && now.Before(old.until) {
+				break
+			}
+			delete(c.targets, other)
+		}
+	}
+	c.targets[sandbox] = t
+	return t, nil
+}

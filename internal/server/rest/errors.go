@@ -1,0 +1,159 @@
+package rest
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"net/http"
+	"runtime/debug"
+	"strings"
+
+	"github.com/getkin/kin-openapi/openapi3"
+	"github.com/getkin/kin-openapi/openapi3filter"
+	"github.com/getkin/kin-openapi/routers"
+	"github.com/go-chi/chi/v5"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/rest"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+)
+
+func stack() string { return string(debug.Stack()) }
+
+// classify returns what the caller is told of err.
+func classify(err error) *fault.Error {
+	var f *fault.Error
+	var long *http.MaxBytesError
+	switch {
+	case errors.As(err, &f):
+		return f
+	case errors.As(err, &long):
+		errors.As(tooLarge(long.Limit), &f)
+		return f
+	case store.Unreachable(err):
+		return fault.Because(err, fault.Unavailable, "the database does not answer")
+	case errors.Is(err, context.DeadlineExceeded):
+		return fault.Because(err, fault.Timeout, "it took too long")
+	}
+	return fault.Because(err, fault.Internal, "internal error")
+}
+
+// Fail answers a request with an error; what is internal is logged, not shown.
+func (a *API) Fail(w http.ResponseWriter, r *http.Request, err error) {
+	if r.Context().Err() != nil && errors.Is(err, context.Canceled) {
+		a.log(r).Debug("client went away")
+		if o := observed(r); o != nil {
+			o.status = statusGone
+		}
+		return
+	}
+	f := classify(err)
+	level := slog.LevelDebug
+	if f.Code.Status() >= 500 {
+		level = slog.LevelError
+	}
+	a.log(r).Log(r.Context(), level, "request failed", "code", f.Code, "error", err)
+	var body rest.Error
+	body.Error.Code, body.Error.Message = string(f.Code), f.Message
+	answer(w, f.Code.Status(), body)
+}
+
+// answer writes v as JSON.
+func answer(w http.ResponseWriter, status int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(status)
+	enc := json.NewEncoder(w)
+	enc.SetEscapeHTML(false)
+	// An error here is the client's connection; there is nobody to tell.
+	_ = enc.Encode(v)
+}
+
+// validate checks parameters and JSON bodies against the document.
+func (a *API) validate(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		route, item, op := a.operation(r)
+		if op == nil {
+			a.Fail(w, r, errors.New("route is not in the OpenAPI document"))
+			return
+		}
+		params := make(map[string]string)
+		keys := chi.RouteContext(r.Context()).URLParams
+		for i, k := range keys.Keys {
+			params[k] = keys.Values[i]
+		}
+		err := openapi3filter.ValidateRequest(r.Context(), &openapi3filter.RequestValidationInput{
+			Request: r, PathParams: params,
+			Route: &routers.Route{Spec: a.spec, Path: route, PathItem: item, Method: r.Method, Operation: op},
+			Options: &openapi3filter.Options{
+				ExcludeRequestBody: streams(op), SkipSettingDefaults: true,
+				AuthenticationFunc: openapi3filter.NoopAuthenticationFunc,
+			},
+		})
+		if err != nil {
+			a.Fail(w, r, invalid(err))
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// invalid turns the validator's error into one that says what is wrong where,
+// without the schema and without repeating the value.
+func invalid(err error) error {
+	var long *http.MaxBytesError
+	if errors.As(err, &long) {
+		return long
+	}
+	var re *openapi3filter.RequestError
+	where := ""
+	reason := "malformed request"
+	if errors.As(err, &re) {
+		switch {
+		case re.Parameter != nil:
+			where = re.Parameter.Name
+			reason = "malformed"
+		case re.RequestBody != nil:
+			where = "body"
+			reason = "malformed JSON"
+		}
+		if re.Reason != "" {
+			reason = re.Reason
+		}
+	}
+	var pe *openapi3filter.ParseError
+	if errors.As(err, &pe) && pe.Kind == openapi3filter.KindInvalidFormat && re != nil && re.RequestBody != nil {
+		reason = "malformed JSON"
+	}
+	if errors.Is(err, openapi3filter.ErrInvalidRequired) {
+		reason = "missing"
+	}
+	var se *openapi3.SchemaError
+	if errors.As(err, &se) {
+		reason = se.Reason
+		if path := se.JSONPointer(); len(path) > 0 {
+			if where == "body" || where == "" {
+				where = strings.Join(path, ".")
+			} else {
+				where += "." + strings.Join(path, ".")
+			}
+		}
+	}
+	if where != "" {
+		reason = where + ": " + reason
+	}
+	return fault.Because(err, fault.InvalidArgument, "%s", reason)
+}
+
+// decode reads a JSON body that was validated.
+func decode(r *http.Request, v any) error {
+	if err := json.NewDecoder(r.Body).Decode(v); err != nil {
+		var long *http.MaxBytesError
+		if errors.As(err, &long) {
+			return long
+		}
+		return fault.New(fault.InvalidArgument, "body: %v", err)
+	}
+	return nil
+}

@@ -1,0 +1,340 @@
+package rest
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"connectrpc.com/connect"
+	"github.com/coder/websocket"
+
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/gen/rest"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
+)
+
+const (
+	defaultExecTimeout = 60
+	// answerGrace is how much longer than the command the host may take.
+	answerGrace = 30 * time.Second
+	// maxMessage is the longest message of a WebSocket, in bytes.
+	maxMessage = 1 << 20
+	// maxFrame is the most output in one message to the client.
+	maxFrame = 256 << 10
+	// startWithin is how long a client may take to say what to run.
+	startWithin = 30 * time.Second
+)
+
+// Channels of the exec WebSocket: a binary message's first byte.
+const (
+	channelStdin  = 0
+	channelStdout = 1
+	channelStderr = 2
+)
+
+// command makes the host's command of what a caller asked for.
+func command(cmd string, args []string, shell bool, envs map[string]string, cwd, user string, timeout int32) (*hostagentv1.Command, error) {
+	if err := sandboxes.CheckEnvs(envs); err != nil {
+		return nil, err
+	}
+	for _, s := range append([]string{cmd, cwd}, args...) {
+		if strings.Contains(s, "\x00") {
+			return nil, fault.New(fault.InvalidArgument, "cmd, args and cwd must not have NUL")
+		}
+	}
+	if shell {
+		if len(args) > 0 {
+			return nil, fault.New(fault.InvalidArgument, "args: a line for the shell has none")
+		}
+		cmd, args = "sh", []string{"-c", cmd}
+	}
+	return &hostagentv1.Command{Cmd: cmd, Args: args, Envs: envs, Cwd: cwd, User: user, TimeoutSeconds: timeout}, nil
+}
+
+// Exec answers POST /v1/sandboxes/{sandbox_id}/exec.
+func (a *API) Exec(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID) {
+	result, err := a.exec(r, sandbox)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	answer(w, http.StatusOK, result)
+}
+
+func (a *API) exec(r *http.Request, sandbox string) (rest.ExecResult, error) {
+	var none rest.ExecResult
+	u, err := sandboxID(sandbox)
+	if err != nil {
+		return none, err
+	}
+	var req rest.ExecRequest
+	if err := decode(r, &req); err != nil {
+		return none, err
+	}
+	timeout := or(req.TimeoutSeconds, defaultExecTimeout)
+	c, err := command(req.Cmd, or(req.Args, nil), or(req.Shell, false), or(req.Envs, nil), or(req.Cwd, ""), or(req.User, ""), timeout)
+	if err != nil {
+		return none, err
+	}
+	stdin := []byte(or(req.Stdin, ""))
+	if or(req.StdinEncoding, rest.UTF8) == rest.Base64 {
+		if stdin, err = base64.StdEncoding.DecodeString(string(stdin)); err != nil {
+			return none, fault.New(fault.InvalidArgument, "stdin: not standard base64")
+		}
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), time.Duration(timeout)*time.Second+answerGrace)
+	defer cancel()
+	begun := time.Now()
+	out, err := a.Sandboxes.Exec(ctx, caller(r).Team, u, c, stdin)
+	if r.Context().Err() != nil {
+		return none, r.Context().Err()
+	}
+	if err != nil {
+		return none, err
+	}
+	result := rest.ExecResult{
+		Encoding: rest.UTF8, ExitCode: out.ExitCode, Error: some(out.Error), TimedOut: out.TimedOut, Truncated: out.Truncated,
+		DurationMs: time.Since(begun).Milliseconds(),
+	}
+	if utf8.Valid(out.Stdout) && utf8.Valid(out.Stderr) {
+		result.Stdout, result.Stderr = string(out.Stdout), string(out.Stderr)
+	} else {
+		result.Encoding = rest.Base64
+		result.Stdout, result.Stderr = base64.StdEncoding.EncodeToString(out.Stdout), base64.StdEncoding.EncodeToString(out.Stderr)
+	}
+	return result, nil
+}
+
+// ExecStream answers GET /v1/sandboxes/{sandbox_id}/exec/stream.
+func (a *API) ExecStream(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID, params rest.ExecStreamParams) {
+	u, err := sandboxID(sandbox)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	if !strings.EqualFold(params.Upgrade, "websocket") {
+		a.Fail(w, r, fault.New(fault.InvalidArgument, "Upgrade: must be websocket"))
+		return
+	}
+	if !a.originAllowed(r) {
+		a.Fail(w, r, fault.New(fault.PermissionDenied, "origin not allowed"))
+		return
+	}
+	_, host, err := a.Sandboxes.Live(r.Context(), caller(r).Team, u)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	// The origin was checked above, with an answer in the API's one shape.
+	ws, err := websocket.Accept(w, r, &websocket.AcceptOptions{InsecureSkipVerify: true, CompressionMode: websocket.CompressionDisabled})
+	if err != nil {
+		a.log(r).Debug("accept WebSocket", "error", err)
+		return
+	}
+	defer ws.CloseNow()
+	ws.SetReadLimit(maxMessage)
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	if err := a.execStream(ctx, cancel, ws, host, sandbox); err != nil {
+		if ctx.Err() != nil || websocket.CloseStatus(err) != -1 {
+			a.log(r).Debug("client went away", "error", err)
+			return
+		}
+		f := classify(err)
+		a.log(r).Debug("exec failed", "code", f.Code, "error", err)
+		_ = say(ctx, ws, rest.ExecStreamEvent{Type: rest.ExecStreamEventTypeError, Code: some(string(f.Code)), Message: some(f.Message)})
+	}
+	_ = ws.Close(websocket.StatusNormalClosure, "")
+}
+
+// say sends an event to the client.
+func say(ctx context.Context, ws *websocket.Conn, e rest.ExecStreamEvent) error {
+	b, err := json.Marshal(e)
+	if err != nil {
+		return err
+	}
+	return ws.Write(ctx, websocket.MessageText, b)
+}
+
+// errGone is why an exec ends when its client did.
+var errGone = errors.New("client went away")
+
+// execStream runs one command for a client. It returns nil when the client
+// was told how the command ended.
+func (a *API) execStream(ctx context.Context, cancel context.CancelFunc, ws *websocket.Conn, host *hosts.Host, sandbox string) error {
+	start, err := a.readStart(ctx, ws)
+	if err != nil {
+		return err
+	}
+	start.SandboxId = sandbox
+	stream := host.Agent.ExecStream(ctx)
+	// Closed on every way out, or the connection would keep the stream.
+	defer stream.CloseResponse()
+	if err := stream.Send(&hostagentv1.ExecStreamRequest{Message: &hostagentv1.ExecStreamRequest_Start_{Start: start}}); err != nil && !errors.Is(err, io.EOF) {
+		return hosts.Fault(err)
+	}
+	// From here one goroutine sends and this one receives.
+	input := make(chan error, 1)
+	go func() {
+		err := a.pumpInput(ctx, ws, stream)
+		input <- err
+		if err != nil {
+			cancel()
+		}
+	}()
+	err = pumpOutput(ctx, ws, stream)
+	if err != nil {
+		// Of two that failed, the input's is the cause: it ended the output.
+		select {
+		case why := <-input:
+			if why != nil {
+				if errors.Is(why, errGone) {
+					return why
+				}
+				// ctx is over; the client is told all the same.
+				f := classify(why)
+				told, done := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+				defer done()
+				return say(told, ws, rest.ExecStreamEvent{Type: rest.ExecStreamEventTypeError, Code: some(string(f.Code)), Message: some(f.Message)})
+			}
+		default:
+		}
+	}
+	return err
+}
+
+// readStart reads a client's first message.
+func (a *API) readStart(ctx context.Context, ws *websocket.Conn) (*hostagentv1.ExecStreamRequest_Start, error) {
+	ctx, cancel := context.WithTimeout(ctx, startWithin)
+	defer cancel()
+	kind, b, err := ws.Read(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if kind != websocket.MessageText {
+		return nil, fault.New(fault.InvalidArgument, "the first message must be text and say what to run")
+	}
+	var m rest.ExecStreamStart
+	if err := a.parse("ExecStreamStart", b, &m); err != nil {
+		return nil, err
+	}
+	c, err := command(m.Cmd, or(m.Args, nil), or(m.Shell, false), or(m.Envs, nil), or(m.Cwd, ""), or(m.User, ""), or(m.TimeoutSeconds, 0))
+	if err != nil {
+		return nil, err
+	}
+	start := &hostagentv1.ExecStreamRequest_Start{Command: c, Stdin: or(m.Stdin, false)}
+	if m.Terminal != nil {
+		start.Terminal = &hostagentv1.TerminalSize{Cols: uint32(m.Terminal.Cols), Rows: uint32(m.Terminal.Rows)}
+	}
+	return start, nil
+}
+
+// parse reads a message that must match one of the document's schemas.
+func (a *API) parse(schema string, b []byte, v any) error {
+	var any any
+	if err := json.Unmarshal(b, &any); err != nil {
+		return fault.New(fault.InvalidArgument, "message: malformed JSON")
+	}
+	if err := a.spec.Components.Schemas[schema].Value.VisitJSON(any); err != nil {
+		return invalid(err)
+	}
+	if err := json.Unmarshal(b, v); err != nil {
+		return fault.New(fault.InvalidArgument, "message: %v", err)
+	}
+	return nil
+}
+
+type execStream = connect.BidiStreamForClient[hostagentv1.ExecStreamRequest, hostagentv1.ExecStreamResponse]
+
+// pumpInput sends what the client says to the command. It returns nil when
+// the command wants no more, errGone when the client is gone.
+func (a *API) pumpInput(ctx context.Context, ws *websocket.Conn, stream *execStream) error {
+	for {
+		kind, b, err := ws.Read(ctx)
+		if err != nil {
+			return errGone
+		}
+		var req hostagentv1.ExecStreamRequest
+		if kind == websocket.MessageBinary {
+			if len(b) == 0 || b[0] != channelStdin {
+				return fault.New(fault.InvalidArgument, "a binary message must begin with byte 0, standard input")
+			}
+			req.Message = &hostagentv1.ExecStreamRequest_Stdin{Stdin: b[1:]}
+		} else {
+			var m rest.ExecStreamControl
+			if err := a.parse("ExecStreamControl", b, &m); err != nil {
+				return err
+			}
+			switch m.Type {
+			case rest.Resize:
+				if m.Cols == nil || m.Rows == nil {
+					return fault.New(fault.InvalidArgument, "resize: needs cols and rows")
+				}
+				req.Message = &hostagentv1.ExecStreamRequest_Resize{Resize: &hostagentv1.TerminalSize{Cols: uint32(*m.Cols), Rows: uint32(*m.Rows)}}
+			case rest.Signal:
+				if m.Signal == nil {
+					return fault.New(fault.InvalidArgument, "signal: needs a number")
+				}
+				req.Message = &hostagentv1.ExecStreamRequest_Signal{Signal: *m.Signal}
+			case rest.CloseStdin:
+				req.Message = &hostagentv1.ExecStreamRequest_CloseStdin_{CloseStdin: &hostagentv1.ExecStreamRequest_CloseStdin{}}
+			}
+		}
+		if err := stream.Send(&req); err != nil {
+			// The command is over; go on reading, to notice when the client goes.
+			if !errors.Is(err, io.EOF) {
+				return hosts.Fault(err)
+			}
+		}
+	}
+}
+
+// pumpOutput sends what the command says to the client, to its end.
+func pumpOutput(ctx context.Context, ws *websocket.Conn, stream *execStream) error {
+	frame := make([]byte, 0, 32<<10)
+	send := func(channel byte, data []byte) error {
+		for len(data) > 0 {
+			n := min(len(data), maxFrame)
+			frame = append(append(frame[:0], channel), data[:n]...)
+			if err := ws.Write(ctx, websocket.MessageBinary, frame); err != nil {
+				return errGone
+			}
+			data = data[n:]
+		}
+		return nil
+	}
+	for {
+		msg, err := stream.Receive()
+		if errors.Is(err, io.EOF) {
+			return fault.New(fault.Unavailable, "the command's end is not known: its host broke off")
+		}
+		if err != nil {
+			return hosts.Fault(err)
+		}
+		switch m := msg.Message.(type) {
+		case *hostagentv1.ExecStreamResponse_Started_:
+			pid := int64(m.Started.GetPid())
+			err = say(ctx, ws, rest.ExecStreamEvent{Type: rest.ExecStreamEventTypeStarted, Pid: &pid})
+		case *hostagentv1.ExecStreamResponse_Stdout:
+			err = send(channelStdout, m.Stdout)
+		case *hostagentv1.ExecStreamResponse_Stderr:
+			err = send(channelStderr, m.Stderr)
+		case *hostagentv1.ExecStreamResponse_Terminal:
+			err = send(channelStdout, m.Terminal)
+		case *hostagentv1.ExecStreamResponse_Exited_:
+			e := m.Exited
+			return say(ctx, ws, rest.ExecStreamEvent{Type: rest.ExecStreamEventTypeExited, ExitCode: &e.ExitCode, Error: some(e.Error), TimedOut: &e.TimedOut})
+		}
+		if err != nil {
+			return err
+		}
+	}
+}

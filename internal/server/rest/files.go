@@ -1,0 +1,253 @@
+package rest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strconv"
+	"strings"
+	"unicode/utf8"
+
+	"connectrpc.com/connect"
+
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/gen/rest"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+)
+
+// chunk is how much of a body goes to the host at once, in bytes.
+const chunk = 256 << 10
+
+// file is the file that a request is about, in a running sandbox.
+func (a *API) file(r *http.Request, sandbox, path string, user *string) (*hosts.Host, *hostagentv1.FileRef, error) {
+	u, err := sandboxID(sandbox)
+	if err != nil {
+		return nil, nil, err
+	}
+	if strings.Contains(path, "\x00") || !utf8.ValidString(path) {
+		return nil, nil, fault.New(fault.InvalidArgument, "path: must be UTF-8 without NUL")
+	}
+	for part := range strings.SplitSeq(path, "/") {
+		if part == ".." {
+			return nil, nil, fault.New(fault.InvalidArgument, "path: must not have '..'")
+		}
+	}
+	_, host, err := a.Sandboxes.Live(r.Context(), caller(r).Team, u)
+	if err != nil {
+		return nil, nil, err
+	}
+	return host, &hostagentv1.FileRef{SandboxId: sandbox, Path: path, User: or(user, "")}, nil
+}
+
+// fileFault is hosts.Fault where the sandbox's own disk may be what is full.
+func fileFault(err error) error {
+	f := hosts.Fault(err)
+	if fault.Is(f, fault.NoCapacity) {
+		var e *connect.Error
+		errors.As(err, &e)
+		return fault.Because(err, fault.NoSpace, "%s", e.Message())
+	}
+	return f
+}
+
+// byteRange is a Range header: from first to last, both included; last -1 is
+// the end, first -1 means the last suffix bytes.
+type byteRange struct{ first, last, suffix int64 }
+
+// parseRange reads a Range header with one range. As HTTP has it, what cannot
+// be read is as if it were not there.
+func parseRange(header string) (byteRange, bool) {
+	spec, ok := strings.CutPrefix(strings.ReplaceAll(header, " ", ""), "bytes=")
+	if !ok || strings.Contains(spec, ",") {
+		return byteRange{}, false
+	}
+	from, to, ok := strings.Cut(spec, "-")
+	if !ok {
+		return byteRange{}, false
+	}
+	digits := func(s string) (int64, bool) {
+		n, err := strconv.ParseUint(s, 10, 63)
+		return int64(n), err == nil
+	}
+	if from == "" {
+		n, ok := digits(to)
+		return byteRange{first: -1, suffix: n}, ok
+	}
+	first, ok := digits(from)
+	if !ok {
+		return byteRange{}, false
+	}
+	if to == "" {
+		return byteRange{first: first, last: -1}, true
+	}
+	last, ok := digits(to)
+	return byteRange{first: first, last: last}, ok && last >= first
+}
+
+// ReadFile answers GET /v1/sandboxes/{sandbox_id}/files.
+func (a *API) ReadFile(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID, params rest.ReadFileParams) {
+	host, ref, err := a.file(r, sandbox, params.Path, params.User)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	rng, partial := parseRange(or(params.Range, ""))
+	req := &hostagentv1.ReadFileStreamRequest{File: ref}
+	if partial && rng.first >= 0 {
+		req.Offset = rng.first
+		if rng.last >= 0 {
+			req.Length = rng.last - rng.first + 1
+		}
+	}
+	stream, size, err := openRead(r, host, req)
+	if err == nil && partial && rng.first < 0 && size > 0 && rng.suffix > 0 {
+		// Only now it is known where the end is.
+		rng.first, rng.last = max(size-rng.suffix, 0), -1
+		stream.Close()
+		stream, size, err = openRead(r, host, &hostagentv1.ReadFileStreamRequest{File: ref, Offset: rng.first})
+	}
+	if err != nil && !fault.Is(err, fault.RangeNotSatisfiable) {
+		a.Fail(w, r, err)
+		return
+	}
+	if stream != nil {
+		defer stream.Close()
+	}
+	if err != nil || partial && size >= 0 && (rng.first < 0 || rng.first >= size) {
+		if size >= 0 {
+			w.Header().Set("Content-Range", fmt.Sprintf("bytes */%d", size))
+		}
+		a.Fail(w, r, fault.New(fault.RangeNotSatisfiable, "the file has no such range"))
+		return
+	}
+	h := w.Header()
+	h.Set("Content-Type", "application/octet-stream")
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("Accept-Ranges", "bytes")
+	switch {
+	case partial && size >= 0:
+		last := size - 1
+		if rng.last >= 0 {
+			last = min(last, rng.last)
+		}
+		h.Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", rng.first, last, size))
+		h.Set("Content-Length", strconv.FormatInt(last-rng.first+1, 10))
+		w.WriteHeader(http.StatusPartialContent)
+	case size > 0:
+		// Files of /proc say that they have no size, and are not empty.
+		h.Set("Content-Length", strconv.FormatInt(size, 10))
+	}
+	a.copyOut(w, r, stream)
+}
+
+// openRead asks a host for a file and waits for its first word: the size of
+// the whole file, -1 where it is not known.
+func openRead(r *http.Request, host *hosts.Host, req *hostagentv1.ReadFileStreamRequest) (*connect.ServerStreamForClient[hostagentv1.ReadFileStreamResponse], int64, error) {
+	stream, err := host.Agent.ReadFileStream(r.Context(), connect.NewRequest(req))
+	if err != nil {
+		return nil, -1, fileFault(err)
+	}
+	if !stream.Receive() {
+		err := stream.Err()
+		stream.Close()
+		if err == nil {
+			err = connect.NewError(connect.CodeUnavailable, errors.New("stream ended before it began"))
+		}
+		return nil, -1, fileFault(err)
+	}
+	start, ok := stream.Msg().Message.(*hostagentv1.ReadFileStreamResponse_Start_)
+	if !ok {
+		stream.Close()
+		return nil, -1, errors.New("read file: host did not begin with start")
+	}
+	return stream, start.Start.GetSize(), nil
+}
+
+// copyOut sends a stream's chunks. When the stream breaks, so does the
+// connection, lest the client take a part for the whole.
+func (a *API) copyOut(w http.ResponseWriter, r *http.Request, stream *connect.ServerStreamForClient[hostagentv1.ReadFileStreamResponse]) {
+	for stream.Receive() {
+		if _, err := w.Write(stream.Msg().GetChunk()); err != nil {
+			return
+		}
+	}
+	if err := stream.Err(); err != nil {
+		a.log(r).Warn("file broke off", "error", err)
+		panic(http.ErrAbortHandler)
+	}
+}
+
+// WriteFile answers PUT /v1/sandboxes/{sandbox_id}/files.
+func (a *API) WriteFile(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID, params rest.WriteFileParams) {
+	a.write(w, r, sandbox, params.Path, params.User, false)
+}
+
+// WriteArchive answers PUT /v1/sandboxes/{sandbox_id}/archive.
+func (a *API) WriteArchive(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID, params rest.WriteArchiveParams) {
+	a.write(w, r, sandbox, params.Path, params.User, true)
+}
+
+func (a *API) write(w http.ResponseWriter, r *http.Request, sandbox, path string, user *string, archive bool) {
+	host, ref, err := a.file(r, sandbox, path, user)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	info, err := copyIn(r, host, &hostagentv1.WriteFileStreamRequest_Start{File: ref, Archive: archive})
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	answer(w, http.StatusOK, rest.FileInfo{Path: info.GetPath(), Name: info.GetName(), Size: info.GetSize()})
+}
+
+// copyIn sends a request's body to the host. A body that breaks off breaks
+// the call off, so that the host does not take a part for the whole.
+func copyIn(r *http.Request, host *hosts.Host, start *hostagentv1.WriteFileStreamRequest_Start) (*hostagentv1.FileInfo, error) {
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	stream := host.Agent.WriteFileStream(ctx)
+	err := stream.Send(&hostagentv1.WriteFileStreamRequest{Message: &hostagentv1.WriteFileStreamRequest_Start_{Start: start}})
+	buf := make([]byte, chunk)
+	for err == nil {
+		n, readErr := r.Body.Read(buf)
+		if n > 0 {
+			err = stream.Send(&hostagentv1.WriteFileStreamRequest{Message: &hostagentv1.WriteFileStreamRequest_Chunk{Chunk: buf[:n]}})
+		}
+		if readErr == io.EOF {
+			break
+		}
+		if readErr != nil {
+			cancel()
+			_, _ = stream.CloseAndReceive()
+			return nil, fault.Because(readErr, fault.InvalidArgument, "body: broke off")
+		}
+	}
+	// An error of Send says only that the host has one; it is received here.
+	answer, err := stream.CloseAndReceive()
+	if err != nil {
+		return nil, fileFault(err)
+	}
+	return answer.Msg.GetFile(), nil
+}
+
+// ReadArchive answers GET /v1/sandboxes/{sandbox_id}/archive.
+func (a *API) ReadArchive(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID, params rest.ReadArchiveParams) {
+	host, ref, err := a.file(r, sandbox, params.Path, params.User)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	stream, _, err := openRead(r, host, &hostagentv1.ReadFileStreamRequest{File: ref, Archive: true})
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	defer stream.Close()
+	w.Header().Set("Content-Type", "application/x-tar")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	a.copyOut(w, r, stream)
+}

@@ -1,0 +1,129 @@
+package rest
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"log/slog"
+	"net/http"
+	"time"
+
+	"github.com/go-chi/chi/v5"
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/id"
+)
+
+// statusGone is what is recorded where the client went away before an answer.
+const statusGone = 499
+
+// Observation is a request that was answered.
+type Observation struct {
+	// Method and Route are from a bounded set; a route that is none is "other".
+	Method, Route string
+	Status        int
+	Took          time.Duration
+	// Streamed says that the time was the client's or the guest's to choose.
+	Streamed bool
+}
+
+// observation is a request being answered: the ResponseWriter that sees its status.
+type observation struct {
+	http.ResponseWriter
+	id     string
+	status int
+	team   uuid.UUID
+}
+
+type observationKey struct{}
+
+func observed(r *http.Request) *observation {
+	o, _ := r.Context().Value(observationKey{}).(*observation)
+	return o
+}
+
+// WriteHeader notes the status.
+func (o *observation) WriteHeader(status int) {
+	if o.status == 0 && status >= 200 || status == http.StatusSwitchingProtocols {
+		o.status = status
+	}
+	o.ResponseWriter.WriteHeader(status)
+}
+
+func (o *observation) Write(b []byte) (int, error) {
+	if o.status == 0 {
+		o.status = http.StatusOK
+	}
+	return o.ResponseWriter.Write(b)
+}
+
+// Unwrap lets http.ResponseController reach the connection.
+func (o *observation) Unwrap() http.ResponseWriter { return o.ResponseWriter }
+
+// observe gives every request an id, and tells the log and the metrics of it.
+func (a *API) observe(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		o := &observation{ResponseWriter: w, id: requestID(r)}
+		w.Header().Set("X-Request-Id", o.id)
+		// Routing fills this in; made here, it can be read afterwards.
+		rc := chi.NewRouteContext()
+		ctx := context.WithValue(r.Context(), observationKey{}, o)
+		ctx = context.WithValue(ctx, chi.RouteCtxKey, rc)
+		begun := time.Now()
+		defer func() {
+			took := time.Since(begun)
+			status := o.status
+			if status == 0 {
+				status = statusGone
+			}
+			seen := Observation{Method: r.Method, Route: rc.RoutePattern(), Status: status, Took: took}
+			if item := a.spec.Paths.Value(seen.Route); item == nil || item.GetOperation(r.Method) == nil {
+				seen.Method, seen.Route = "other", "other"
+			} else {
+				switch item.GetOperation(r.Method).OperationID {
+				case "exec", "execStream", "readFile", "writeFile", "readArchive", "writeArchive":
+					seen.Streamed = true
+				}
+			}
+			if a.Observe != nil {
+				a.Observe(seen)
+			}
+			level := slog.LevelInfo
+			if seen.Route == "/health" || seen.Route == "/metrics" {
+				level = slog.LevelDebug
+			}
+			attrs := []any{"request_id", o.id, "method", r.Method, "route", seen.Route, "status", status, "took", took}
+			if o.team != uuid.Nil {
+				attrs = append(attrs, "team_id", id.Format(id.Team, o.team))
+			}
+			if sandbox := rc.URLParam("sandbox_id"); sandbox != "" {
+				attrs = append(attrs, "sandbox_id", sandbox)
+			}
+			a.Log.Log(ctx, level, "request", attrs...)
+		}()
+		next.ServeHTTP(o, r.WithContext(ctx))
+	})
+}
+
+// log returns the log of a request.
+func (a *API) log(r *http.Request) *slog.Logger {
+	if o := observed(r); o != nil {
+		return a.Log.With("request_id", o.id)
+	}
+	return a.Log
+}
+
+// requestID returns the id that the front door gave the request, or a new one.
+func requestID(r *http.Request) string {
+	given := r.Header.Get("X-Request-Id")
+	ok := given != "" && len(given) <= 64
+	for _, c := range []byte(given) {
+		ok = ok && (c >= '0' && c <= '9' || c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c == '-' || c == '_')
+	}
+	if ok {
+		return given
+	}
+	var b [8]byte
+	rand.Read(b[:])
+	return hex.EncodeToString(b[:])
+}

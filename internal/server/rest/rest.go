@@ -1,0 +1,218 @@
+// Package rest is the public REST API: it checks requests against
+// api/openapi.yaml, translates between HTTP and the domain's rooms, and does
+// nothing more.
+package rest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"strings"
+
+	"github.com/getkin/kin-openapi/openapi3"
+	"github.com/go-chi/chi/v5"
+
+	"github.com/wrenn-dev/wrenn/api"
+	"github.com/wrenn-dev/wrenn/internal/gen/rest"
+	"github.com/wrenn-dev/wrenn/internal/server/auth"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
+	"github.com/wrenn-dev/wrenn/internal/server/templates"
+)
+
+// Config is what the API works with.
+type Config struct {
+	Sandboxes *sandboxes.Service
+	Templates *templates.Service
+	Keys      *auth.Keys
+	Tokens    auth.Tokens
+	// PublicURL is where clients reach the service, Domain what sandboxes'
+	// host names end with.
+	PublicURL, Domain string
+	// Checks are what /health asks, by name.
+	Checks map[string]func(context.Context) error
+	// Metrics serves /metrics.
+	Metrics http.Handler
+	// Observe hears of every answered request.
+	Observe func(Observation)
+	Log     *slog.Logger
+}
+
+// API is the REST API.
+type API struct {
+	Config
+	spec   *openapi3.T
+	docs   []byte
+	public *url.URL
+	// pattern is sandboxes' URLs with %s for the id.
+	pattern string
+	health  health
+	router  chi.Router
+}
+
+var _ rest.ServerInterface = (*API)(nil)
+
+// New returns the API. It fails when the OpenAPI document is not valid.
+func New(ctx context.Context, c Config) (*API, error) {
+	loader := openapi3.NewLoader()
+	spec, err := loader.LoadFromData(api.OpenAPI)
+	if err != nil {
+		return nil, fmt.Errorf("read OpenAPI document: %w", err)
+	}
+	if err := spec.Validate(ctx); err != nil {
+		return nil, fmt.Errorf("check OpenAPI document: %w", err)
+	}
+	public, err := url.Parse(c.PublicURL)
+	if err != nil || public.Host == "" {
+		return nil, fmt.Errorf("read WRENN_PUBLIC_URL: %q is not a URL like http://localhost:8000", c.PublicURL)
+	}
+	a := &API{Config: c, spec: spec, public: public}
+	a.pattern = public.Scheme + "://{port}-%s." + c.Domain
+	if p := public.Port(); p != "" {
+		a.pattern += ":" + p
+	}
+	if a.docs, err = renderDocs(spec); err != nil {
+		return nil, fmt.Errorf("render OpenAPI document: %w", err)
+	}
+	a.health.checks = c.Checks
+
+	r := chi.NewRouter()
+	r.NotFound(func(w http.ResponseWriter, r *http.Request) {
+		a.Fail(w, r, fault.New(fault.NotFound, "no such route"))
+	})
+	r.MethodNotAllowed(func(w http.ResponseWriter, r *http.Request) {
+		for _, m := range []string{http.MethodGet, http.MethodPost, http.MethodPut, http.MethodDelete} {
+			if a.router.Match(chi.NewRouteContext(), m, r.URL.Path) {
+				w.Header().Add("Allow", m)
+			}
+		}
+		a.Fail(w, r, fault.New(fault.MethodNotAllowed, "%s is not allowed here", r.Method))
+	})
+	r.Group(func(r chi.Router) {
+		// In a group these run after routing, so they know the operation.
+		r.Use(a.authenticate, a.limit, a.validate)
+		rest.HandlerWithOptions(a, rest.ChiServerOptions{
+			BaseRouter: r,
+			ErrorHandlerFunc: func(w http.ResponseWriter, r *http.Request, err error) {
+				a.Fail(w, r, fault.New(fault.InvalidArgument, "%v", err))
+			},
+		})
+	})
+	a.router = r
+	return a, nil
+}
+
+// Handler serves the API.
+func (a *API) Handler() http.Handler { return a.observe(a.recover(a.router)) }
+
+// operation returns the operation of a routed request.
+func (a *API) operation(r *http.Request) (route string, item *openapi3.PathItem, op *openapi3.Operation) {
+	route = chi.RouteContext(r.Context()).RoutePattern()
+	if item = a.spec.Paths.Value(route); item != nil {
+		op = item.GetOperation(r.Method)
+	}
+	return route, item, op
+}
+
+type principalKey struct{}
+
+// caller returns who calls, in an operation that needs a key.
+func caller(r *http.Request) auth.Principal {
+	p, _ := r.Context().Value(principalKey{}).(auth.Principal)
+	return p
+}
+
+// authenticate checks the API key wherever the document does not say that none is needed.
+func (a *API) authenticate(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if _, _, op := a.operation(r); op != nil && op.Security != nil && len(*op.Security) == 0 {
+			next.ServeHTTP(w, r)
+			return
+		}
+		who, err := a.Keys.Check(r.Context(), r.Header.Get("X-API-Key"))
+		if err != nil {
+			a.Fail(w, r, err)
+			return
+		}
+		if o := observed(r); o != nil {
+			o.team = who.Team
+		}
+		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), principalKey{}, who)))
+	})
+}
+
+// Bounds of bodies that are JSON, in bytes.
+const (
+	maxBody     = 1 << 20
+	maxExecBody = 16 << 20
+)
+
+// streams says whether an operation's body is passed on as it comes.
+func streams(op *openapi3.Operation) bool {
+	return op != nil && (op.OperationID == "writeFile" || op.OperationID == "writeArchive")
+}
+
+// limit bounds bodies, except for those that are streamed on.
+func (a *API) limit(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _, op := a.operation(r)
+		if streams(op) {
+			next.ServeHTTP(w, r)
+			return
+		}
+		most := int64(maxBody)
+		if op != nil && op.OperationID == "exec" {
+			most = maxExecBody
+		}
+		if r.ContentLength > most {
+			a.Fail(w, r, tooLarge(most))
+			return
+		}
+		r.Body = http.MaxBytesReader(w, r.Body, most)
+		next.ServeHTTP(w, r)
+	})
+}
+
+func tooLarge(most int64) error {
+	return fault.New(fault.PayloadTooLarge, "the body is longer than %d bytes", most)
+}
+
+// recover answers a panic with an error, and logs it.
+func (a *API) recover(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer func() {
+			v := recover()
+			if v == nil {
+				return
+			}
+			//nolint:errorlint // The sentinel itself is what must go on.
+			if v == http.ErrAbortHandler {
+				panic(v)
+			}
+			o := observed(r)
+			a.log(r).Error("panic", "value", fmt.Sprint(v), "stack", stack())
+			if o != nil && o.status != 0 {
+				panic(http.ErrAbortHandler)
+			}
+			a.Fail(w, r, errors.New("panic"))
+		}()
+		next.ServeHTTP(w, r)
+	})
+}
+
+// sandboxURL is where the sandbox's ports are, "{port}" standing for the port.
+func (a *API) sandboxURL(wire string) string { return fmt.Sprintf(a.pattern, wire) }
+
+// originAllowed says whether a browser's page may open a WebSocket: one of the
+// service's own may.
+func (a *API) originAllowed(r *http.Request) bool {
+	origin := r.Header.Get("Origin")
+	if origin == "" {
+		return true
+	}
+	u, err := url.Parse(origin)
+	return err == nil && (strings.EqualFold(u.Host, r.Host) || strings.EqualFold(u.Host, a.public.Host))
+}

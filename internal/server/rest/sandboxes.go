@@ -1,0 +1,227 @@
+package rest
+
+import (
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	"github.com/wrenn-dev/wrenn/internal/gen/rest"
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
+)
+
+// What a sandbox is unless said otherwise, as the document has it.
+const (
+	defaultTemplate  = "minimal"
+	defaultVCPUs     = 1
+	defaultMemoryMiB = 512
+	defaultTimeout   = 300
+	defaultLimit     = 100
+)
+
+// or returns what p points to, or else.
+func or[T any](p *T, otherwise T) T {
+	if p == nil {
+		return otherwise
+	}
+	return *p
+}
+
+// some returns a pointer to v unless v is zero.
+func some[T comparable](v T) *T {
+	var zero T
+	if v == zero {
+		return nil
+	}
+	return &v
+}
+
+func sandboxID(text string) (uuid.UUID, error) {
+	u, err := id.Parse(id.Sandbox, text)
+	if err != nil {
+		return u, fault.New(fault.InvalidArgument, "sandbox_id: %v", err)
+	}
+	return u, nil
+}
+
+// sandbox is a row as the wire has it.
+func (a *API) sandbox(row db.Sandbox) rest.Sandbox {
+	wire := id.Format(id.Sandbox, row.ID)
+	s := rest.Sandbox{
+		ID: wire, TeamID: id.Format(id.Team, row.TeamID), TemplateID: id.Format(id.Template, row.TemplateID), Template: row.TemplateName,
+		State: rest.SandboxState(row.State), Vcpus: row.VCPUs, MemoryMib: row.MemoryMiB, DiskMib: row.DiskMiB, TimeoutSeconds: row.TimeoutSeconds,
+		Metadata: row.Metadata, CreatedAt: row.CreatedAt.UTC(), StartedAt: utc(row.StartedAt), ExpiresAt: utc(row.ExpiresAt), EndedAt: utc(row.EndedAt),
+		Error: some(row.Error), StartMs: row.StartMs,
+		AccessToken: a.Tokens.Access(row.ID), TrafficToken: a.Tokens.Traffic(row.ID), URL: a.sandboxURL(wire),
+	}
+	if row.HostID != nil {
+		s.HostID = some(id.Format(id.Host, *row.HostID))
+	}
+	if row.EndReason != nil {
+		s.EndReason = some(rest.SandboxEndReason(*row.EndReason))
+	}
+	if sandboxes.State(row.State).Ended() {
+		s.ExpiresAt = nil
+	}
+	return s
+}
+
+func utc(t *time.Time) *time.Time {
+	if t == nil {
+		return nil
+	}
+	u := t.UTC()
+	return &u
+}
+
+// CreateSandbox answers POST /v1/sandboxes.
+func (a *API) CreateSandbox(w http.ResponseWriter, r *http.Request, params rest.CreateSandboxParams) {
+	var req rest.CreateSandbox
+	if err := decode(r, &req); err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	p := sandboxes.CreateParams{
+		Template: or(req.Template, defaultTemplate), VCPUs: or(req.Vcpus, defaultVCPUs), MemoryMiB: or(req.MemoryMib, defaultMemoryMiB),
+		DiskMiB: or(req.DiskMib, 0), TimeoutSeconds: or(req.TimeoutSeconds, defaultTimeout), Envs: or(req.Envs, nil), Metadata: or(req.Metadata, nil),
+	}
+	row, replayed, err := a.Sandboxes.Create(r.Context(), caller(r).Team, p, or(params.IdempotencyKey, ""))
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	if replayed {
+		w.Header().Set("Idempotent-Replayed", "true")
+	}
+	sb := a.sandbox(row)
+	w.Header().Set("Location", "/v1/sandboxes/"+sb.ID)
+	answer(w, http.StatusCreated, sb)
+}
+
+// ListSandboxes answers GET /v1/sandboxes.
+func (a *API) ListSandboxes(w http.ResponseWriter, r *http.Request, params rest.ListSandboxesParams) {
+	f := sandboxes.Filter{Cursor: or(params.Cursor, ""), Limit: or(params.Limit, defaultLimit)}
+	for _, s := range or(params.State, nil) {
+		f.States = append(f.States, sandboxes.State(s))
+	}
+	for _, pair := range or(params.Metadata, nil) {
+		k, v, _ := strings.Cut(pair, "=")
+		if other, twice := f.Metadata[k]; twice && other != v {
+			// Nothing has two values for one key.
+			answer(w, http.StatusOK, rest.SandboxList{Sandboxes: []rest.Sandbox{}})
+			return
+		}
+		if f.Metadata == nil {
+			f.Metadata = make(map[string]string)
+		}
+		f.Metadata[k] = v
+	}
+	rows, next, err := a.Sandboxes.List(r.Context(), caller(r).Team, f)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	list := rest.SandboxList{Sandboxes: make([]rest.Sandbox, len(rows)), NextCursor: some(next)}
+	for i, row := range rows {
+		list.Sandboxes[i] = a.sandbox(row)
+	}
+	answer(w, http.StatusOK, list)
+}
+
+// GetSandbox answers GET /v1/sandboxes/{sandbox_id}.
+func (a *API) GetSandbox(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID) {
+	u, err := sandboxID(sandbox)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	row, err := a.Sandboxes.Get(r.Context(), caller(r).Team, u)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	answer(w, http.StatusOK, a.sandbox(row))
+}
+
+// DeleteSandbox answers DELETE /v1/sandboxes/{sandbox_id}.
+func (a *API) DeleteSandbox(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID) {
+	u, err := sandboxID(sandbox)
+	if err == nil {
+		err = a.Sandboxes.Delete(r.Context(), caller(r).Team, u)
+	}
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// PingSandbox answers POST /v1/sandboxes/{sandbox_id}/ping.
+func (a *API) PingSandbox(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID) {
+	u, err := sandboxID(sandbox)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	row, err := a.Sandboxes.Ping(r.Context(), caller(r).Team, u)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	answer(w, http.StatusOK, a.sandbox(row))
+}
+
+// GetSandboxMetrics answers GET /v1/sandboxes/{sandbox_id}/metrics.
+func (a *API) GetSandboxMetrics(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID) {
+	u, err := sandboxID(sandbox)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	m, err := a.Sandboxes.Metrics(r.Context(), caller(r).Team, u)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	answer(w, http.StatusOK, rest.SandboxMetrics{
+		Time: m.GetTime().AsTime(), CPUCount: m.CpuCount, CPUUsedPct: m.CpuUsedPct,
+		MemoryTotalBytes: m.MemoryTotalBytes, MemoryUsedBytes: m.MemoryUsedBytes,
+		DiskTotalBytes: m.DiskTotalBytes, DiskUsedBytes: m.DiskUsedBytes, HostMemoryBytes: m.HostMemoryBytes,
+	})
+}
+
+// GetSandboxLogs answers GET /v1/sandboxes/{sandbox_id}/logs.
+func (a *API) GetSandboxLogs(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID) {
+	u, err := sandboxID(sandbox)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	console, err := a.Sandboxes.Console(r.Context(), caller(r).Team, u)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	// The guest's own bytes: no browser is to take them for anything else.
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	_, _ = w.Write(console)
+}
+
+// ListTemplates answers GET /v1/templates.
+func (a *API) ListTemplates(w http.ResponseWriter, r *http.Request, params rest.ListTemplatesParams) {
+	rows, next, err := a.Templates.List(r.Context(), caller(r).Team, or(params.Cursor, ""), or(params.Limit, defaultLimit))
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	list := rest.TemplateList{Templates: make([]rest.Template, len(rows)), NextCursor: some(next)}
+	for i, t := range rows {
+		list.Templates[i] = rest.Template{ID: id.Format(id.Template, t.ID), TeamID: id.Format(id.Team, t.TeamID), Name: t.Name, SizeBytes: t.SizeBytes, CreatedAt: t.CreatedAt.UTC()}
+	}
+	answer(w, http.StatusOK, list)
+}

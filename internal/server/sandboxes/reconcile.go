@@ -1,0 +1,371 @@
+package sandboxes
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/google/uuid"
+	"github.com/sethvargo/go-retry"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+)
+
+const (
+	// compareEvery is how often a host's list is compared with the table.
+	compareEvery = 10 * time.Second
+	// lostAfter is how long a host must not have a sandbox before it is given
+	// up: the host's own word on what happened may be on its way.
+	lostAfter = 3 * time.Second
+	// strayAfter is how long a host may have a sandbox that the table does not
+	// know before it is destroyed.
+	strayAfter = 30 * time.Second
+)
+
+// Run keeps the table and the hosts in agreement until ctx is done.
+func (s *Service) Run(ctx context.Context) {
+	var wg sync.WaitGroup
+	for _, h := range s.Hosts.All() {
+		w := &watch{Service: s, host: h, log: s.Log.With("host", h.URL), poke: make(chan struct{}, 1), missing: make(map[uuid.UUID]time.Time), stray: make(map[uuid.UUID]time.Time)}
+		wg.Go(func() { w.listen(ctx) })
+		wg.Go(func() { w.compareLoop(ctx) })
+	}
+	wg.Go(func() { s.forgetKeys(ctx) })
+	wg.Wait()
+}
+
+// forgetKeys drops idempotency keys that are old enough.
+func (s *Service) forgetKeys(ctx context.Context) {
+	tick := time.NewTicker(time.Hour)
+	defer tick.Stop()
+	for {
+		if err := s.Store.ForgetIdempotencyKeys(ctx, time.Now().Add(-keysLast)); err != nil && ctx.Err() == nil {
+			s.Log.Warn("forget old idempotency keys", "error", err)
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// watch keeps one host and the table in agreement.
+type watch struct {
+	*Service
+	host *hosts.Host
+	log  *slog.Logger
+	// poke asks for a comparison now.
+	poke chan struct{}
+	// missing are sandboxes of the table that the host did not have, stray are
+	// the host's that the table did not know, and since when. Only the
+	// goroutine that compares touches them.
+	missing, stray map[uuid.UUID]time.Time
+}
+
+// listen hears what the host did on its own, writes it down and acknowledges it.
+func (w *watch) listen(ctx context.Context) {
+	fresh := func() retry.Backoff {
+		return retry.WithCappedDuration(5*time.Second, retry.NewExponential(200*time.Millisecond))
+	}
+	backoff := fresh()
+	down := false
+	for ctx.Err() == nil {
+		heard, err := w.hear(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if heard {
+			backoff, down = fresh(), false
+		}
+		if !down {
+			w.log.Warn("host's events broke off", "error", err)
+			down = true
+			w.compareSoon()
+		}
+		wait, _ := backoff.Next()
+		t := time.NewTimer(wait)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+		}
+	}
+}
+
+// hear follows the host's events until they break off. heard says whether the
+// host took the call.
+func (w *watch) hear(ctx context.Context) (heard bool, err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stream, err := w.host.Agent.Events(ctx, connect.NewRequest(&hostagentv1.EventsRequest{}))
+	if err != nil {
+		return false, err
+	}
+	defer stream.Close()
+	w.log.Info("host is there")
+	w.compareSoon()
+	for stream.Receive() {
+		e := stream.Msg().GetEvent()
+		if err := w.apply(ctx, e); err != nil {
+			return true, fmt.Errorf("write event %d down: %w", e.GetSeq(), err)
+		}
+		if _, err := w.host.Agent.AckEvents(ctx, connect.NewRequest(&hostagentv1.AckEventsRequest{Seq: e.GetSeq()})); err != nil {
+			return true, fmt.Errorf("acknowledge event %d: %w", e.GetSeq(), err)
+		}
+	}
+	return true, stream.Err()
+}
+
+// apply writes an event into the table.
+func (w *watch) apply(ctx context.Context, e *hostagentv1.Event) error {
+	sandbox, err := id.Parse(id.Sandbox, e.GetSandboxId())
+	if err != nil {
+		w.log.Error("host sent an event with a malformed id", "seq", e.GetSeq())
+		return nil
+	}
+	var reason, why string
+	switch e.Kind {
+	case hostagentv1.Event_KIND_EXPIRED:
+		reason = "expired"
+	case hostagentv1.Event_KIND_EXITED:
+		reason, why = "exited", e.Reason
+		if why == "" {
+			why = "the virtual machine ended by itself"
+		}
+	default:
+		w.log.Warn("host sent an event of an unknown kind", "kind", e.Kind)
+		return nil
+	}
+	// A creation at work may not have written yet that the sandbox ran.
+	w.mu.Lock()
+	c := w.creating[sandbox]
+	w.mu.Unlock()
+	if c != nil {
+		select {
+		case <-c.done:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	at := time.Now()
+	if e.GetTime() != nil {
+		at = e.GetTime().AsTime()
+	}
+	return w.ended(ctx, sandbox, reason, why, at)
+}
+
+// ended writes that a running sandbox ended without being asked to.
+func (w *watch) ended(ctx context.Context, sandbox uuid.UUID, reason, why string, at time.Time) error {
+	_, err := w.Store.SandboxEnded(ctx, db.SandboxEndedParams{ID: sandbox, EndReason: reason, Error: why, EndedAt: at})
+	if errors.Is(err, store.ErrNoRows) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	w.changed(sandbox)
+	w.log.Info("sandbox ended", "sandbox_id", id.Format(id.Sandbox, sandbox), "reason", reason, "error", why)
+	return nil
+}
+
+func (w *watch) compareSoon() {
+	select {
+	case w.poke <- struct{}{}:
+	default:
+	}
+}
+
+func (w *watch) compareLoop(ctx context.Context) {
+	failing := false
+	for {
+		err := w.compare(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if err != nil && !failing {
+			w.log.Warn("compare host with table", "error", err)
+		}
+		failing = err != nil
+		wait := compareEvery
+		if len(w.missing) > 0 {
+			wait = lostAfter
+		}
+		t := time.NewTimer(wait)
+		select {
+		case <-t.C:
+		case <-w.poke:
+			t.Stop()
+		case <-ctx.Done():
+			t.Stop()
+			return
+		}
+	}
+}
+
+// compare sets right what the table and the host disagree on. What this
+// process is at work on is left alone.
+func (w *watch) compare(ctx context.Context) error {
+	if err := w.Hosts.Contact(ctx, w.host); err != nil {
+		return err
+	}
+	ask, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	templates, err := w.host.Agent.Templates(ask, connect.NewRequest(&hostagentv1.TemplatesRequest{}))
+	if err != nil {
+		return fmt.Errorf("list host's templates: %w", err)
+	}
+	if err := w.Templates.Sync(ctx, w.host.ID, templates.Msg); err != nil {
+		return err
+	}
+	// The table first: what it says runs was on the host before the host is asked.
+	rows, err := w.Store.ListHostSandboxes(ctx, &w.host.ID)
+	if err != nil {
+		return fmt.Errorf("list host's rows: %w", err)
+	}
+	list, err := w.host.Agent.List(ask, connect.NewRequest(&hostagentv1.ListRequest{}))
+	if err != nil {
+		return fmt.Errorf("list host's sandboxes: %w", err)
+	}
+	has := make(map[uuid.UUID]*hostagentv1.Sandbox, len(list.Msg.Sandboxes))
+	for _, sb := range list.Msg.Sandboxes {
+		if u, err := id.Parse(id.Sandbox, sb.SandboxId); err == nil {
+			has[u] = sb
+		}
+	}
+	now := time.Now()
+	missing := make(map[uuid.UUID]time.Time)
+	var expire db.SandboxesExpireParams
+	known := make(map[uuid.UUID]bool, len(rows))
+	for _, row := range rows {
+		known[row.ID] = true
+		if w.busy(row.ID) {
+			continue
+		}
+		sb, there := has[row.ID]
+		if !there && State(row.State) != Stopping {
+			since, seen := w.missing[row.ID]
+			if !seen {
+				since = now
+			}
+			if now.Sub(since) < lostAfter {
+				missing[row.ID] = since
+				continue
+			}
+		}
+		var err error
+		switch State(row.State) {
+		case Pending, Starting:
+			switch {
+			case !there:
+				err = w.abandoned(row)
+			case sb.State == hostagentv1.SandboxState_SANDBOX_STATE_RUNNING:
+				err = w.adopt(ctx, row, sb)
+			}
+		case Running:
+			if !there {
+				err = w.ended(ctx, row.ID, "lost", "the host no longer has the sandbox", now)
+			} else if at := expiry(sb); at != nil && (row.ExpiresAt == nil || !row.ExpiresAt.Equal(*at)) {
+				expire.Ids, expire.Ats = append(expire.Ids, row.ID), append(expire.Ats, *at)
+			}
+		case Stopping:
+			err = w.stopAgain(row)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	w.missing = missing
+	if len(expire.Ids) > 0 {
+		if err := w.Store.SandboxesExpire(ctx, expire); err != nil {
+			return fmt.Errorf("write when sandboxes end: %w", err)
+		}
+	}
+	return w.removeStrays(ctx, has, known, now)
+}
+
+// busy says whether this process is creating or deleting the sandbox.
+func (s *Service) busy(sandbox uuid.UUID) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.creating[sandbox] != nil || s.deleting[sandbox] > 0
+}
+
+// adopt takes over a sandbox that an earlier server asked for and the host made.
+func (w *watch) adopt(ctx context.Context, row db.Sandbox, sb *hostagentv1.Sandbox) error {
+	at := sb.GetCreatedAt().AsTime()
+	_, err := w.Store.SandboxRunning(ctx, db.SandboxRunningParams{ID: row.ID, StartedAt: &at, ExpiresAt: expiry(sb), DiskMiB: max(sb.DiskMib, row.DiskMiB)})
+	if err != nil && !errors.Is(err, store.ErrNoRows) {
+		return fmt.Errorf("take over sandbox: %w", err)
+	}
+	w.changed(row.ID)
+	w.log.Info("took over sandbox that an earlier server began", "sandbox_id", id.Format(id.Sandbox, row.ID))
+	return nil
+}
+
+// abandoned gives up a sandbox that an earlier server asked for and the host
+// does not have.
+func (w *watch) abandoned(row db.Sandbox) error {
+	if err := w.fail(row.ID, "the server was restarted while the sandbox started"); err != nil && !errors.Is(err, store.ErrNoRows) {
+		return fmt.Errorf("give up sandbox: %w", err)
+	}
+	w.changed(row.ID)
+	w.log.Info("gave up sandbox that an earlier server began", "sandbox_id", id.Format(id.Sandbox, row.ID))
+	return nil
+}
+
+// stopAgain finishes a deletion that was begun.
+func (w *watch) stopAgain(row db.Sandbox) error {
+	err := w.begin(func() { w.deleting[row.ID]++ })
+	if err != nil {
+		return err
+	}
+	defer w.finish(func() {
+		if w.deleting[row.ID]--; w.deleting[row.ID] == 0 {
+			delete(w.deleting, row.ID)
+		}
+	})
+	return w.stop(row)
+}
+
+// removeStrays destroys what the host has and nobody owns.
+func (w *watch) removeStrays(ctx context.Context, has map[uuid.UUID]*hostagentv1.Sandbox, known map[uuid.UUID]bool, now time.Time) error {
+	stray := make(map[uuid.UUID]time.Time)
+	for sandbox, sb := range has {
+		if known[sandbox] || sb.State == hostagentv1.SandboxState_SANDBOX_STATE_STOPPING || w.busy(sandbox) {
+			continue
+		}
+		log := w.log.With("sandbox_id", sb.SandboxId)
+		row, err := w.Store.GetSandbox(ctx, sandbox)
+		switch {
+		case errors.Is(err, store.ErrNoRows):
+			since, seen := w.stray[sandbox]
+			if !seen {
+				since = now
+				log.Warn("host has a sandbox that the table does not know")
+			}
+			if now.Sub(since) < strayAfter {
+				stray[sandbox] = since
+				continue
+			}
+		case err != nil:
+			return fmt.Errorf("look up sandbox: %w", err)
+		case !State(row.State).Ended():
+			continue // It came after the table was read.
+		}
+		log.Warn("destroy sandbox that is nobody's")
+		if err := w.destroy(sandbox, w.host, log); err != nil {
+			return err
+		}
+	}
+	w.stray = stray
+	return nil
+}

@@ -1,0 +1,633 @@
+// Package sandboxes holds the rules of sandboxes: how they come to be, what
+// may be done to them in which state, and how the table and the hosts are
+// kept in agreement.
+//
+// The database is written before a host is asked and put right when the host
+// fails, so that whoever compares the two never mistakes a sandbox in transit.
+package sandboxes
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"time"
+	"unicode/utf8"
+
+	"connectrpc.com/connect"
+	"github.com/google/uuid"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/sethvargo/go-retry"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/auth"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/server/templates"
+)
+
+// State is where a sandbox is in its life.
+type State string
+
+// The states of a sandbox.
+const (
+	Pending  State = "pending"
+	Starting State = "starting"
+	Running  State = "running"
+	Stopping State = "stopping"
+	Stopped  State = "stopped"
+	Failed   State = "error"
+)
+
+// Ended says whether nothing of the sandbox is left but its row.
+func (s State) Ended() bool { return s == Stopped || s == Failed }
+
+// Bounds of what the service does on its own once it was asked.
+const (
+	createTimeout  = 5 * time.Minute
+	destroyTimeout = time.Minute
+	persistTimeout = 30 * time.Second
+	// keysLast is how long an idempotency key is remembered.
+	keysLast = 24 * time.Hour
+)
+
+// Config is what a Service works with.
+type Config struct {
+	Store     *store.Store
+	Hosts     *hosts.Registry
+	Templates *templates.Service
+	Tokens    auth.Tokens
+	Log       *slog.Logger
+}
+
+// Service is every team's sandboxes.
+type Service struct {
+	Config
+	metrics metrics
+
+	// ctx ends when the service is closed; what was asked for runs on it and
+	// not on the context of whoever asked.
+	ctx    context.Context
+	cancel context.CancelFunc
+
+	mu     sync.Mutex
+	closed bool
+	work   sync.WaitGroup
+	// creating are the creations that this process works on.
+	creating map[uuid.UUID]*creation
+	// deleting counts the deletions that this process works on.
+	deleting map[uuid.UUID]int
+	// waiting are closed when the sandbox's row changes.
+	waiting map[uuid.UUID]chan struct{}
+	hooks   []func(uuid.UUID)
+}
+
+// creation is a sandbox on its way. row and err are set before done is closed.
+type creation struct {
+	done chan struct{}
+	row  db.Sandbox
+	err  error
+}
+
+// New returns the service of a store. Run keeps it in agreement with the hosts.
+func New(c Config) *Service {
+	s := &Service{
+		Config: c, metrics: newMetrics(c.Store),
+		creating: make(map[uuid.UUID]*creation), deleting: make(map[uuid.UUID]int), waiting: make(map[uuid.UUID]chan struct{}),
+	}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	return s
+}
+
+// Collectors are the service's Prometheus metrics.
+func (s *Service) Collectors() []prometheus.Collector { return s.metrics.collectors() }
+
+// OnChange has f called after every change of a sandbox's state. Call it
+// before the service is used; f must not block.
+func (s *Service) OnChange(f func(sandbox uuid.UUID)) { s.hooks = append(s.hooks, f) }
+
+// Close waits for creations and deletions under way until ctx is done, then
+// gives up on them; the next server finds out how they ended.
+func (s *Service) Close(ctx context.Context) {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	idle := make(chan struct{})
+	go func() {
+		defer close(idle)
+		s.work.Wait()
+	}()
+	select {
+	case <-idle:
+	case <-ctx.Done():
+	}
+	s.cancel()
+	<-idle
+}
+
+// begin registers work of the service's own; finish ends it.
+func (s *Service) begin(register func()) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return fault.New(fault.Unavailable, "the server is stopping")
+	}
+	s.work.Add(1)
+	register()
+	return nil
+}
+
+func (s *Service) finish(unregister func()) {
+	s.mu.Lock()
+	unregister()
+	s.mu.Unlock()
+	s.work.Done()
+}
+
+// changed tells everybody who waits or caches that the sandbox changed.
+func (s *Service) changed(sandbox uuid.UUID) {
+	s.mu.Lock()
+	if c, ok := s.waiting[sandbox]; ok {
+		close(c)
+		delete(s.waiting, sandbox)
+	}
+	s.mu.Unlock()
+	for _, f := range s.hooks {
+		f(sandbox)
+	}
+}
+
+// change returns a channel that is closed at the sandbox's next change.
+func (s *Service) change(sandbox uuid.UUID) <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c, ok := s.waiting[sandbox]
+	if !ok {
+		c = make(chan struct{})
+		s.waiting[sandbox] = c
+	}
+	return c
+}
+
+// persist runs f, which writes what has already happened, until it works or
+// the time for it is over; the reconciler sets right what could not be written.
+func (s *Service) persist(f func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(s.ctx, persistTimeout)
+	defer cancel()
+	backoff := retry.WithCappedDuration(2*time.Second, retry.NewExponential(50*time.Millisecond))
+	return retry.Do(ctx, backoff, func(ctx context.Context) error {
+		err := f(ctx)
+		if store.Unreachable(err) {
+			return retry.RetryableError(err)
+		}
+		return err
+	})
+}
+
+// CreateParams is what a sandbox is asked to be.
+type CreateParams struct {
+	// Template is a name or an id.
+	Template       string
+	VCPUs          int32
+	MemoryMiB      int32
+	DiskMiB        int32 // 0: the template's
+	TimeoutSeconds int32 // 0: never
+	Envs           map[string]string
+	Metadata       map[string]string
+}
+
+func (p CreateParams) check() error {
+	if err := checkText("template", p.Template); err != nil {
+		return err
+	}
+	if err := CheckEnvs(p.Envs); err != nil {
+		return err
+	}
+	return checkMetadata(p.Metadata)
+}
+
+// CheckEnvs fails with invalid_argument for what cannot be an environment.
+func CheckEnvs(envs map[string]string) error {
+	for k, v := range envs {
+		if k == "" || strings.ContainsAny(k, "=\x00") || strings.Contains(v, "\x00") || !utf8.ValidString(k) || !utf8.ValidString(v) {
+			return fault.New(fault.InvalidArgument, "envs: %q is no environment variable: names are not empty and have no '=', nothing has NUL", k)
+		}
+	}
+	return nil
+}
+
+func checkMetadata(m map[string]string) error {
+	for k, v := range m {
+		if k == "" || len(k) > 128 || strings.ContainsAny(k, "=\x00") || strings.Contains(v, "\x00") || !utf8.ValidString(k) || !utf8.ValidString(v) {
+			return fault.New(fault.InvalidArgument, "metadata: %q cannot be an entry: keys have 1 to 128 bytes without '=', nothing has NUL", k)
+		}
+	}
+	return nil
+}
+
+func checkText(name, s string) error {
+	if strings.Contains(s, "\x00") || !utf8.ValidString(s) {
+		return fault.New(fault.InvalidArgument, "%s: must be UTF-8 without NUL", name)
+	}
+	return nil
+}
+
+// errTaken is why a creation's transaction is rolled back when its key is in use.
+var errTaken = errors.New("idempotency key in use")
+
+// Create makes a sandbox of a team and returns when it runs. It goes on when
+// ctx ends before. With a key, the sandbox that the same key made before is
+// returned, and replayed is true.
+func (s *Service) Create(ctx context.Context, team uuid.UUID, p CreateParams, key string) (row db.Sandbox, replayed bool, err error) {
+	if err := p.check(); err != nil {
+		return row, false, err
+	}
+	if err := checkText("Idempotency-Key", key); err != nil {
+		return row, false, err
+	}
+	// Maps are marshalled in the order of their keys.
+	asked, err := json.Marshal(p)
+	if err != nil {
+		return row, false, err
+	}
+	hash := sha256.Sum256(asked)
+	for {
+		if key != "" {
+			row, found, err := s.replay(ctx, team, key, hash[:])
+			if found || err != nil {
+				return row, found, err
+			}
+		}
+		row, err = s.create(ctx, team, p, key, hash[:])
+		if !errors.Is(err, errTaken) {
+			return row, false, err
+		}
+	}
+}
+
+// replay returns the sandbox that the key made, waiting for it while it is
+// being made; found is false where the key is free.
+func (s *Service) replay(ctx context.Context, team uuid.UUID, key string, hash []byte) (row db.Sandbox, found bool, err error) {
+	for {
+		k, err := s.Store.GetIdempotencyKey(ctx, db.GetIdempotencyKeyParams{TeamID: team, Key: key})
+		if errors.Is(err, store.ErrNoRows) {
+			return row, false, nil
+		}
+		if err != nil {
+			return row, false, fmt.Errorf("look up idempotency key: %w", err)
+		}
+		if !bytes.Equal(k.RequestHash, hash) {
+			return row, false, fault.New(fault.Unprocessable, "this Idempotency-Key was used with another body")
+		}
+		s.mu.Lock()
+		c := s.creating[k.SandboxID]
+		s.mu.Unlock()
+		if c != nil {
+			select {
+			case <-c.done:
+				return c.row, true, c.err
+			case <-ctx.Done():
+				return row, false, ctx.Err()
+			}
+		}
+		change := s.change(k.SandboxID)
+		row, err := s.Store.GetSandbox(ctx, k.SandboxID)
+		if err != nil {
+			return row, false, fmt.Errorf("look up sandbox: %w", err)
+		}
+		switch State(row.State) {
+		case Failed:
+			continue // Its key was freed in the same moment.
+		case Pending, Starting:
+		default:
+			return row, true, nil
+		}
+		// An earlier server began it: the reconciler will say how it ended.
+		select {
+		case <-change:
+		case <-ctx.Done():
+			return row, false, ctx.Err()
+		}
+	}
+}
+
+func (s *Service) create(ctx context.Context, team uuid.UUID, p CreateParams, key string, hash []byte) (db.Sandbox, error) {
+	template, err := s.Templates.Resolve(ctx, team, p.Template)
+	if err != nil {
+		return db.Sandbox{}, err
+	}
+	host, err := s.Hosts.Pick()
+	if err != nil {
+		return db.Sandbox{}, err
+	}
+	sandbox, c := uuid.New(), &creation{done: make(chan struct{})}
+	// Registered before the row is there, or the reconciler would take it for
+	// one that an earlier server left behind.
+	if err := s.begin(func() { s.creating[sandbox] = c }); err != nil {
+		return db.Sandbox{}, err
+	}
+	metadata := p.Metadata
+	if metadata == nil {
+		metadata = map[string]string{}
+	}
+	var row db.Sandbox
+	err = s.Store.InTx(ctx, func(q *db.Queries) error {
+		var err error
+		row, err = q.InsertSandbox(ctx, db.InsertSandboxParams{
+			ID: sandbox, TeamID: team, HostID: &host.ID, TemplateID: template.ID, TemplateName: template.Name,
+			VCPUs: p.VCPUs, MemoryMiB: p.MemoryMiB, DiskMiB: p.DiskMiB, TimeoutSeconds: p.TimeoutSeconds,
+			Metadata: metadata, CreatedAt: time.Now().UTC().Truncate(time.Microsecond),
+		})
+		if err != nil || key == "" {
+			return err
+		}
+		n, err := q.ClaimIdempotencyKey(ctx, db.ClaimIdempotencyKeyParams{TeamID: team, Key: key, RequestHash: hash, SandboxID: sandbox})
+		if err == nil && n == 0 {
+			err = errTaken
+		}
+		return err
+	})
+	if err != nil {
+		c.err = err
+		close(c.done)
+		s.finish(func() { delete(s.creating, sandbox) })
+		if errors.Is(err, errTaken) {
+			return db.Sandbox{}, err
+		}
+		return db.Sandbox{}, fmt.Errorf("write sandbox: %w", err)
+	}
+	go func() {
+		defer s.finish(func() { delete(s.creating, sandbox) })
+		defer s.changed(sandbox)
+		defer close(c.done)
+		c.row, c.err = s.start(row, host, p.Envs)
+	}()
+	select {
+	case <-c.done:
+		return c.row, c.err
+	case <-ctx.Done():
+		return db.Sandbox{}, ctx.Err()
+	}
+}
+
+// start asks the host for the sandbox of a row that is starting and writes
+// down how that went.
+func (s *Service) start(row db.Sandbox, host *hosts.Host, envs map[string]string) (db.Sandbox, error) {
+	log := s.Log.With("sandbox_id", id.Format(id.Sandbox, row.ID), "host", host.URL)
+	ctx, cancel := context.WithTimeout(s.ctx, createTimeout)
+	defer cancel()
+	begun := time.Now()
+	answer, err := host.Agent.Create(ctx, connect.NewRequest(&hostagentv1.CreateRequest{
+		SandboxId: id.Format(id.Sandbox, row.ID), TeamId: id.Format(id.Team, row.TeamID), TemplateId: id.Format(id.Template, row.TemplateID),
+		Vcpus: row.VCPUs, MemoryMib: row.MemoryMiB, DiskMib: row.DiskMiB, TimeoutSeconds: row.TimeoutSeconds,
+		Envs: envs, AccessToken: s.Tokens.Access(row.ID),
+	}))
+	took := time.Since(begun)
+	if s.ctx.Err() != nil {
+		// The server stops: the row stays as it is, the next one looks.
+		return row, fault.New(fault.Unavailable, "the server is stopping")
+	}
+	if err != nil {
+		return row, s.startFailed(row, host, err, log)
+	}
+	made := answer.Msg.GetSandbox()
+	ms, now := took.Milliseconds(), time.Now().UTC().Truncate(time.Microsecond)
+	var running db.Sandbox
+	err = s.persist(func(ctx context.Context) error {
+		var err error
+		running, err = s.Store.SandboxRunning(ctx, db.SandboxRunningParams{
+			ID: row.ID, StartedAt: &now, ExpiresAt: expiry(made), DiskMiB: max(made.GetDiskMib(), row.DiskMiB), StartMs: &ms,
+		})
+		return err
+	})
+	switch {
+	case errors.Is(err, store.ErrNoRows):
+		// Deleted meanwhile. The deletion's own call may have come before ours.
+		s.destroy(row.ID, host, log)
+		s.metrics.created("deleted", took)
+		return row, fault.New(fault.Conflict, "the sandbox was deleted while it started")
+	case err != nil:
+		log.Error("write that sandbox runs", "error", err)
+		return row, err
+	}
+	s.metrics.created("ok", took)
+	log.Info("sandbox runs", "template", row.TemplateName, "took", took)
+	return running, nil
+}
+
+// startFailed undoes a creation that failed with err, and returns what the
+// caller is told.
+func (s *Service) startFailed(row db.Sandbox, host *hosts.Host, err error, log *slog.Logger) error {
+	log.Error("create sandbox", "error", err)
+	if !connect.IsWireError(err) {
+		// The host may have got the call and still be at it.
+		s.destroy(row.ID, host, log)
+	}
+	told := hosts.Fault(err)
+	if fault.Is(told, fault.NotFound) {
+		told = fault.Because(err, fault.NoCapacity, "the host no longer has template %q", row.TemplateName)
+	}
+	var f *fault.Error
+	errors.As(told, &f)
+	if f.Code == fault.Internal {
+		f = fault.Because(err, fault.Internal, "the host could not start the sandbox")
+	}
+	s.metrics.created(string(f.Code), 0)
+	if err := s.fail(row.ID, f.Message); err != nil && !errors.Is(err, store.ErrNoRows) {
+		log.Error("write that sandbox failed", "error", err)
+	}
+	return f
+}
+
+// fail writes that a sandbox did not start and frees its idempotency key.
+func (s *Service) fail(sandbox uuid.UUID, why string) error {
+	return s.persist(func(ctx context.Context) error {
+		return s.Store.InTx(ctx, func(q *db.Queries) error {
+			if err := q.FreeIdempotencyKeys(ctx, sandbox); err != nil {
+				return err
+			}
+			_, err := q.SandboxFailed(ctx, db.SandboxFailedParams{ID: sandbox, Error: why})
+			return err
+		})
+	})
+}
+
+// destroy asks the host to end a sandbox; that it could not is logged, and
+// found out by the reconciler.
+func (s *Service) destroy(sandbox uuid.UUID, host *hosts.Host, log *slog.Logger) error {
+	ctx, cancel := context.WithTimeout(s.ctx, destroyTimeout)
+	defer cancel()
+	_, err := host.Agent.Destroy(ctx, connect.NewRequest(&hostagentv1.DestroyRequest{SandboxId: id.Format(id.Sandbox, sandbox)}))
+	if connect.CodeOf(err) == connect.CodeNotFound && connect.IsWireError(err) {
+		err = nil
+	}
+	if err != nil {
+		log.Error("destroy sandbox", "error", err)
+	}
+	return err
+}
+
+// Get returns a team's sandbox, or fails with not_found.
+func (s *Service) Get(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox, error) {
+	row, err := s.Store.GetTeamSandbox(ctx, db.GetTeamSandboxParams{ID: sandbox, TeamID: team})
+	if errors.Is(err, store.ErrNoRows) {
+		return row, fault.New(fault.NotFound, "no such sandbox")
+	}
+	if err != nil {
+		return row, fmt.Errorf("look up sandbox: %w", err)
+	}
+	return row, nil
+}
+
+// Lookup returns any team's sandbox, or fails with not_found.
+func (s *Service) Lookup(ctx context.Context, sandbox uuid.UUID) (db.Sandbox, error) {
+	row, err := s.Store.GetSandbox(ctx, sandbox)
+	if errors.Is(err, store.ErrNoRows) {
+		return row, fault.New(fault.NotFound, "no such sandbox")
+	}
+	if err != nil {
+		return row, fmt.Errorf("look up sandbox: %w", err)
+	}
+	return row, nil
+}
+
+// Filter says which sandboxes a list has.
+type Filter struct {
+	// States that are listed; empty: every one that has not ended.
+	States []State
+	// Metadata that a sandbox has at least.
+	Metadata map[string]string
+	// Cursor of the page, as the page before it gave; empty: the first.
+	Cursor string
+	// Limit is the most that are listed.
+	Limit int
+}
+
+// List returns a page of a team's sandboxes, newest first, and the cursor of
+// the next page ("" on the last).
+func (s *Service) List(ctx context.Context, team uuid.UUID, f Filter) ([]db.Sandbox, string, error) {
+	if err := checkMetadata(f.Metadata); err != nil {
+		return nil, "", err
+	}
+	at, before := time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC), uuid.Max
+	if f.Cursor != "" {
+		raw, err := base64.RawURLEncoding.DecodeString(f.Cursor)
+		if err != nil || len(raw) != 24 {
+			return nil, "", fault.New(fault.InvalidArgument, "cursor: not one of this list")
+		}
+		micros := int64(binary.BigEndian.Uint64(raw))
+		if micros < 0 || micros > at.UnixMicro() {
+			return nil, "", fault.New(fault.InvalidArgument, "cursor: not one of this list")
+		}
+		at, before = time.UnixMicro(micros), uuid.UUID(raw[8:])
+	}
+	metadata := []byte("{}")
+	if len(f.Metadata) > 0 {
+		var err error
+		if metadata, err = json.Marshal(f.Metadata); err != nil {
+			return nil, "", err
+		}
+	}
+	var rows []db.Sandbox
+	var err error
+	if len(f.States) == 0 {
+		rows, err = s.Store.ListLiveSandboxes(ctx, db.ListLiveSandboxesParams{TeamID: team, Metadata: metadata, BeforeAt: at, BeforeID: before, MaxRows: int32(f.Limit) + 1})
+	} else {
+		states := make([]string, len(f.States))
+		for i, st := range f.States {
+			states[i] = string(st)
+		}
+		rows, err = s.Store.ListSandboxes(ctx, db.ListSandboxesParams{TeamID: team, States: states, Metadata: metadata, BeforeAt: at, BeforeID: before, MaxRows: int32(f.Limit) + 1})
+	}
+	if err != nil {
+		return nil, "", fmt.Errorf("list sandboxes: %w", err)
+	}
+	if len(rows) <= f.Limit {
+		return rows, "", nil
+	}
+	rows = rows[:f.Limit]
+	last := rows[f.Limit-1]
+	cursor := binary.BigEndian.AppendUint64(nil, uint64(last.CreatedAt.UnixMicro()))
+	return rows, base64.RawURLEncoding.EncodeToString(append(cursor, last.ID[:]...)), nil
+}
+
+// Delete ends a team's sandbox and returns when nothing of it is left. It goes
+// on when ctx ends before, and again when the host was unreachable and is back.
+func (s *Service) Delete(ctx context.Context, team, sandbox uuid.UUID) error {
+	row, err := s.Get(ctx, team, sandbox)
+	if err != nil || State(row.State).Ended() {
+		return err
+	}
+	if err := s.begin(func() { s.deleting[sandbox]++ }); err != nil {
+		return err
+	}
+	done := make(chan error, 1)
+	go func() {
+		defer s.finish(func() {
+			if s.deleting[sandbox]--; s.deleting[sandbox] == 0 {
+				delete(s.deleting, sandbox)
+			}
+		})
+		done <- s.stop(row)
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// stop writes that the sandbox is to end, has its host end it, and writes that.
+func (s *Service) stop(row db.Sandbox) error {
+	log := s.Log.With("sandbox_id", id.Format(id.Sandbox, row.ID))
+	err := s.persist(func(ctx context.Context) error {
+		_, err := s.Store.SandboxStopping(ctx, row.ID)
+		return err
+	})
+	if errors.Is(err, store.ErrNoRows) {
+		return nil // It ended meanwhile.
+	}
+	if err != nil {
+		return fmt.Errorf("write that sandbox stops: %w", err)
+	}
+	s.changed(row.ID)
+	if row.HostID != nil {
+		host, err := s.Hosts.Get(row.HostID)
+		if err != nil {
+			return err
+		}
+		if err := s.destroy(row.ID, host, log); err != nil {
+			return hosts.Fault(err)
+		}
+	}
+	err = s.persist(func(ctx context.Context) error {
+		_, err := s.Store.SandboxStopped(ctx, row.ID)
+		return err
+	})
+	if err != nil && !errors.Is(err, store.ErrNoRows) {
+		return fmt.Errorf("write that sandbox stopped: %w", err)
+	}
+	s.changed(row.ID)
+	log.Info("sandbox deleted")
+	return nil
+}
+
+// expiry is when the host will end the sandbox; nil: never.
+func expiry(sb *hostagentv1.Sandbox) *time.Time {
+	if sb.GetExpiresAt() == nil {
+		return nil
+	}
+	t := sb.ExpiresAt.AsTime().Truncate(time.Microsecond)
+	return &t
+}

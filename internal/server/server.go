@@ -1,0 +1,206 @@
+// Package server is the control plane: the REST API, the proxy to sandboxes'
+// ports, and what keeps the database and the hosts in agreement.
+package server
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"strconv"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/redis/go-redis/v9"
+
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/server/auth"
+	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/proxy"
+	"github.com/wrenn-dev/wrenn/internal/server/rest"
+	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/server/templates"
+)
+
+// minSecret is the fewest random bytes that tokens are made from.
+const minSecret = 32
+
+// Config is the control plane's configuration. Its tags are the environment
+// variables that it is read from (with caarlos0/env).
+type Config struct {
+	DatabaseURL string `env:"DATABASE_URL,required,notEmpty"`
+	RedisURL    string `env:"REDIS_URL,required,notEmpty"`
+	// Listen is where the server listens, "unix:/path" or "host:port". New
+	// does not: whoever serves Handler does.
+	Listen string `env:"WRENN_LISTEN" envDefault:"localhost:8080"`
+	// Domain that sandboxes' host names end with.
+	Domain string `env:"WRENN_DOMAIN" envDefault:"localhost"`
+	// PublicURL is where clients reach the service.
+	PublicURL string `env:"WRENN_PUBLIC_URL" envDefault:"http://localhost:8000"`
+	// SecretKey is at least 32 random bytes in hexadecimal; sandboxes' tokens
+	// are made from it.
+	SecretKey string `env:"WRENN_SECRET_KEY,required,notEmpty"`
+	// AgentURL is where the host's agent listens, "unix:/path" or
+	// "http://host:port"; AgentToken is what it asks for.
+	AgentURL   string `env:"WRENN_AGENT_URL,required,notEmpty"`
+	AgentToken string `env:"WRENN_AGENT_TOKEN,required,notEmpty"`
+	// The first admin, made when there is no user at all.
+	AdminEmail    string `env:"WRENN_ADMIN_EMAIL"`
+	AdminPassword string `env:"WRENN_ADMIN_PASSWORD"`
+	AdminAPIKey   string `env:"WRENN_ADMIN_API_KEY"`
+
+	// Log is where the server says what it does; nil is slog.Default.
+	Log *slog.Logger `env:"-"`
+}
+
+// Server is a control plane.
+type Server struct {
+	log       *slog.Logger
+	store     *store.Store
+	redis     *redis.Client
+	hosts     *hosts.Registry
+	keys      *auth.Keys
+	sandboxes *sandboxes.Service
+	handler   http.Handler
+
+	stop sync.Once
+}
+
+// New connects to the database (which must answer), migrates it, makes the
+// first admin where there is none, and registers the host. Redis and the
+// host's agent may come later. Run must run beside whoever serves Handler.
+func New(ctx context.Context, c Config) (*Server, error) {
+	if c.Log == nil {
+		c.Log = slog.Default()
+	}
+	secret, err := hex.DecodeString(c.SecretKey)
+	if err != nil || len(secret) < minSecret {
+		return nil, fmt.Errorf("read WRENN_SECRET_KEY: want at least %d bytes in hexadecimal", minSecret)
+	}
+	if c.AgentURL == "" || c.AgentToken == "" {
+		return nil, errors.New("WRENN_AGENT_URL and WRENN_AGENT_TOKEN must be set")
+	}
+	redisOptions, err := redis.ParseURL(c.RedisURL)
+	if err != nil {
+		// Not wrapped: the error may quote the URL, password and all.
+		return nil, errors.New("read REDIS_URL: want redis://, rediss:// or unix://")
+	}
+	s := &Server{log: c.Log}
+	defer func() {
+		if s.handler == nil {
+			s.release()
+		}
+	}()
+	if s.store, err = store.Open(ctx, c.DatabaseURL); err != nil {
+		return nil, err
+	}
+	s.redis = redis.NewClient(redisOptions)
+	made, err := auth.Bootstrap(ctx, s.store, auth.Admin{Email: c.AdminEmail, Password: c.AdminPassword, APIKey: c.AdminAPIKey})
+	if err != nil {
+		return nil, err
+	}
+	if made {
+		s.log.Info("made the first admin", "email", c.AdminEmail)
+	}
+	s.hosts = hosts.Open(s.store, s.log)
+	host, err := s.hosts.Register(ctx, c.AgentURL, c.AgentToken)
+	if err != nil {
+		return nil, err
+	}
+	s.keys = auth.NewKeys(s.store, s.log)
+	tokens := auth.NewTokens(secret)
+	tpl := templates.New(s.store, s.log)
+	s.sandboxes = sandboxes.New(sandboxes.Config{Store: s.store, Hosts: s.hosts, Templates: tpl, Tokens: tokens, Log: s.log})
+
+	registry := prometheus.NewRegistry()
+	requests := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "wrenn_http_requests_total", Help: "Answered requests of the REST API."}, []string{"method", "route", "status"})
+	durations := prometheus.NewHistogramVec(prometheus.HistogramOpts{
+		Name: "wrenn_http_request_seconds", Help: "Time to answer requests whose time is the service's own.",
+		Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60},
+	}, []string{"method", "route"})
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), requests, durations)
+	registry.MustRegister(s.sandboxes.Collectors()...)
+	api, err := rest.New(ctx, rest.Config{
+		Sandboxes: s.sandboxes, Templates: tpl, Keys: s.keys, Tokens: tokens,
+		PublicURL: c.PublicURL, Domain: c.Domain, Log: s.log,
+		Checks: map[string]func(context.Context) error{
+			"database": s.store.Ping,
+			"redis":    func(ctx context.Context) error { return s.redis.Ping(ctx).Err() },
+			"agent": func(ctx context.Context) error {
+				_, err := host.Agent.Host(ctx, connect.NewRequest(&hostagentv1.HostRequest{}))
+				return err
+			},
+		},
+		// A metric that cannot be had, with the database down, must not hide the others.
+		Metrics: promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError}),
+		Observe: func(o rest.Observation) {
+			requests.WithLabelValues(o.Method, o.Route, strconv.Itoa(o.Status)).Inc()
+			if !o.Streamed {
+				durations.WithLabelValues(o.Method, o.Route).Observe(o.Took.Seconds())
+			}
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	px := proxy.New(proxy.Config{Domain: c.Domain, Sandboxes: s.sandboxes, Hosts: s.hosts, Keys: s.keys, Tokens: tokens, Fail: api.Fail, Log: s.log})
+	registry.MustRegister(px.Collectors()...)
+	rest := api.Handler()
+	s.handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if px.Match(r.Host) {
+			px.ServeHTTP(w, r)
+			return
+		}
+		rest.ServeHTTP(w, r)
+	})
+	return s, nil
+}
+
+// Handler serves the REST API, and sandboxes' ports by host name.
+func (s *Server) Handler() http.Handler { return s.handler }
+
+// Run keeps the database and the hosts in agreement until ctx is done.
+func (s *Server) Run(ctx context.Context) error {
+	if err := s.redis.Ping(ctx).Err(); err != nil && ctx.Err() == nil {
+		s.log.Error("Redis does not answer; going on without it", "error", err)
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() { s.keys.Run(ctx) })
+	wg.Go(func() { s.sandboxes.Run(ctx) })
+	wg.Wait()
+	return nil
+}
+
+// Close waits a while for creations and deletions under way and lets go of
+// everything. Call it after Run has returned and requests have ended.
+func (s *Server) Close() error {
+	s.stop.Do(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		s.sandboxes.Close(ctx)
+		s.release()
+	})
+	return nil
+}
+
+// release lets go of what New got hold of.
+func (s *Server) release() {
+	if s.hosts != nil {
+		s.hosts.Close()
+	}
+	if s.redis != nil {
+		if err := s.redis.Close(); err != nil {
+			s.log.Warn("close Redis", "error", err)
+		}
+	}
+	if s.store != nil {
+		s.store.Close()
+	}
+}
