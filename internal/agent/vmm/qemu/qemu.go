@@ -59,6 +59,7 @@ type Driver struct {
 	accel  string
 	jail   *jail
 	bootID string
+	tscKHz int // of an emulated guest's time stamp counter
 	log    *slog.Logger
 }
 
@@ -78,11 +79,15 @@ func Open(accel, dir string, log *slog.Logger) (*Driver, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
 	}
+	khz, err := tscKHz()
+	if err != nil {
+		return nil, fmt.Errorf("open QEMU driver: %w", err)
+	}
 	j, err := newJail(filepath.Join(dir, "jail"))
 	if err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
 	}
-	return &Driver{accel: accel, jail: j, bootID: strings.TrimSpace(string(bootID)), log: log}, nil
+	return &Driver{accel: accel, jail: j, bootID: strings.TrimSpace(string(bootID)), tscKHz: khz, log: log}, nil
 }
 
 // Name implements vmm.Driver.
@@ -232,8 +237,9 @@ func (d *Driver) arguments(s vmm.Spec, h *handed) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	accel, cpu := "kvm", "host"
+	accel, cpu, cmdline := "kvm", "host", s.Cmdline
 	if d.accel == TCG {
+		cmdline += fmt.Sprintf(" tsc_early_khz=%d", d.tscKHz)
 		accel, cpu = fmt.Sprintf("tcg,tb-size=%d", translationMiB), "max"
 	}
 	args := []string{
@@ -247,7 +253,7 @@ func (d *Driver) arguments(s vmm.Spec, h *handed) ([]string, error) {
 		"-object", fmt.Sprintf("memory-backend-ram,id=ram,size=%dM", s.MemoryMiB),
 		"-kernel", fmt.Sprintf("/proc/self/fd/%d", kernel),
 		"-initrd", fmt.Sprintf("/proc/self/fd/%d", initrd),
-		"-append", s.Cmdline,
+		"-append", cmdline,
 		// A guest that ends, by a panic too, is held until its console was read.
 		"-action", "reboot=shutdown,shutdown=pause",
 		"-chardev", fmt.Sprintf("socket,id=control,fd=%d,server=on,wait=off", h.add(control)), "-mon", "chardev=control,mode=control",

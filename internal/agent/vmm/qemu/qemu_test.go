@@ -7,8 +7,11 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -159,6 +162,53 @@ func TestBootBoundsAttachKill(t *testing.T) {
 	}
 	if err := other.Reap(t.Context(), vm.State()); err != nil {
 		t.Errorf("reap what is gone: %v", err)
+	}
+}
+
+// A guest that boots while the host is busy once in a while gets no time for
+// longer than it waits for a timer.
+func TestBootOnABusyHost(t *testing.T) {
+	d, s := open(t)
+	stop := make(chan struct{})
+	var hogs sync.WaitGroup
+	for range 3 * runtime.NumCPU() {
+		hogs.Add(1)
+		cmd := exec.Command("sh", "-c", "while :; do :; done")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			defer hogs.Done()
+			<-stop
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait()
+		}()
+	}
+	defer hogs.Wait()
+	defer close(stop)
+	vm, err := d.Start(t.Context(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := vm.Kill(context.Background()); err != nil {
+			t.Error(err)
+		}
+	}()
+	awaitConsole(t, vm, "no network card")
+}
+
+func TestTSC(t *testing.T) {
+	a, err := tscKHz()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := tscKHz()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := a - b; d > a/1000 || -d > a/1000 {
+		t.Errorf("measured %d and then %d kHz", a, b)
 	}
 }
 
