@@ -1,0 +1,313 @@
+package guest
+
+import (
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/google/uuid"
+
+	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
+)
+
+// MaxOutput is how many bytes of each output stream [Client.Exec] keeps.
+const MaxOutput = 16 << 20
+
+const (
+	inputChunk = 256 << 10 // bytes of input in one request
+	// patience is how much later than the guest's own timer the agent gives a
+	// command up: the guest kills what it started, and tells, before that.
+	patience = 15 * time.Second
+	// lastRites bounds the kill of a command that nobody waits for any more.
+	lastRites = 10 * time.Second
+)
+
+// Command is what to run.
+type Command struct {
+	Cmd     string
+	Args    []string
+	Envs    map[string]string
+	Dir     string        // empty: the user's home
+	User    string        // empty: the guest's default
+	Timeout time.Duration // after which it is killed with all its descendants; 0: none
+}
+
+// Exit is how a command ended.
+type Exit struct {
+	Code     int32
+	Error    string // why it ended, where it did not exit by itself
+	TimedOut bool
+}
+
+// timedOut is what the guest says of a command that its timer has killed.
+const timedOut = "timed out"
+
+// Terminal is a terminal's size in characters.
+type Terminal struct{ Cols, Rows uint32 }
+
+func (t *Terminal) pty() *pb.PTY {
+	if t == nil {
+		return nil
+	}
+	return &pb.PTY{Size: &pb.PTY_Size{Cols: t.Cols, Rows: t.Rows}}
+}
+
+// Process is a command that runs in the guest.
+type Process struct {
+	// PID is the command's process id in the guest.
+	PID uint32
+
+	c        *Client
+	tag      string
+	terminal bool
+	stream   *connect.ServerStreamForClient[pb.StartResponse]
+	ctx      context.Context
+	cancel   context.CancelFunc
+	ended    bool
+	deadline bool // the guest was given a time limit
+}
+
+// Output is one piece of what a process prints. Exactly one of the streams,
+// or Exit, is set.
+type Output struct {
+	Stdout, Stderr, Terminal []byte
+	Exit                     *Exit
+}
+
+// Start starts a command; with a terminal, or with its standard input open or
+// empty. The caller calls [Process.Close] in the end.
+func (c *Client) Start(ctx context.Context, cmd Command, terminal *Terminal, stdin bool) (*Process, error) {
+	p := &Process{c: c, tag: "agent-" + uuid.NewString(), terminal: terminal != nil, deadline: cmd.Timeout > 0}
+	if cmd.Timeout > 0 {
+		p.ctx, p.cancel = context.WithTimeout(ctx, cmd.Timeout+patience)
+	} else {
+		p.ctx, p.cancel = context.WithCancel(ctx)
+	}
+	config := &pb.ProcessConfig{Cmd: cmd.Cmd, Args: cmd.Args, Envs: cmd.Envs}
+	if cmd.Dir != "" {
+		config.Cwd = &cmd.Dir
+	}
+	req := connect.NewRequest(&pb.StartRequest{Process: config, Pty: terminal.pty(), Tag: &p.tag, Stdin: &stdin})
+	// Always there: without it the guest takes the request's own deadline.
+	req.Header().Set(timeoutHeader, strconv.FormatFloat(cmd.Timeout.Seconds(), 'f', 3, 64))
+	if cmd.User != "" {
+		req.Header().Set("Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(cmd.User+":")))
+	}
+	// The Connect client makes a header of a context's deadline, and the guest
+	// would take that for the command's; so the context has none.
+	sctx := withoutDeadline{p.ctx}
+	stream, err := c.processes.Start(sctx, req)
+	if err != nil {
+		defer p.cancel()
+		// It may have been started all the same.
+		if !connect.IsWireError(err) {
+			p.kill()
+		}
+		return nil, fromConnect(p.ctx, err)
+	}
+	p.stream = stream
+	for stream.Receive() {
+		switch e := stream.Msg().GetEvent().GetEvent().(type) {
+		case *pb.ProcessEvent_Start:
+			p.PID = e.Start.GetPid()
+			return p, nil
+		case *pb.ProcessEvent_Keepalive:
+		default:
+			p.Close()
+			return nil, unreadable(ctx, errors.New("a process had no start"))
+		}
+	}
+	err = stream.Err()
+	if err == nil {
+		err = io.ErrUnexpectedEOF
+	}
+	p.ended = connect.IsWireError(err) // the guest itself refused: nothing runs
+	err = fromConnect(p.ctx, err)
+	p.Close()
+	return nil, err
+}
+
+// withoutDeadline is a context that ends with its parent but does not tell when.
+type withoutDeadline struct{ context.Context }
+
+func (withoutDeadline) Deadline() (time.Time, bool) { return time.Time{}, false }
+
+// Next returns the next piece of output; the last one is the exit, after
+// which the error is io.EOF.
+func (p *Process) Next() (Output, error) {
+	if p.ended {
+		return Output{}, io.EOF
+	}
+	for p.stream.Receive() {
+		switch e := p.stream.Msg().GetEvent().GetEvent().(type) {
+		case *pb.ProcessEvent_Data:
+			switch d := e.Data.GetOutput().(type) {
+			case *pb.ProcessEvent_DataEvent_Stdout:
+				return Output{Stdout: d.Stdout}, nil
+			case *pb.ProcessEvent_DataEvent_Stderr:
+				return Output{Stderr: d.Stderr}, nil
+			case *pb.ProcessEvent_DataEvent_Pty:
+				return Output{Terminal: d.Pty}, nil
+			}
+		case *pb.ProcessEvent_End:
+			p.ended = true
+			exit := &Exit{Code: e.End.GetExitCode(), Error: clean(e.End.GetError())}
+			exit.TimedOut = p.deadline && exit.Error == timedOut
+			return Output{Exit: exit}, nil
+		}
+	}
+	err := p.stream.Err()
+	if p.deadline && errors.Is(p.ctx.Err(), context.DeadlineExceeded) {
+		// The guest did not manage to kill the command and to say so.
+		p.kill()
+		p.ended = true
+		return Output{Exit: &Exit{Code: -1, Error: timedOut, TimedOut: true}}, nil
+	}
+	if err == nil {
+		err = io.ErrUnexpectedEOF
+	}
+	return Output{}, fromConnect(p.ctx, err)
+}
+
+func (p *Process) selector() *pb.ProcessSelector {
+	// By tag: unlike the pid it never means another process.
+	return &pb.ProcessSelector{Selector: &pb.ProcessSelector_Tag{Tag: p.tag}}
+}
+
+// Write feeds the process's standard input or terminal and returns when the
+// guest has passed all of it on. One goroutine writes at a time. That the
+// process takes no more input is not an error: it may have seen enough.
+func (p *Process) Write(data []byte) error {
+	// A request a piece, not one stream: over HTTP/1.1 a server that refuses the
+	// rest of a stream may not get to say so.
+	for len(data) > 0 {
+		n := min(len(data), inputChunk)
+		in := &pb.ProcessInput{Input: &pb.ProcessInput_Stdin{Stdin: data[:n]}}
+		if p.terminal {
+			in.Input = &pb.ProcessInput_Pty{Pty: data[:n]}
+		}
+		if _, err := p.c.processes.SendInput(p.ctx, connect.NewRequest(&pb.SendInputRequest{Process: p.selector(), Input: in})); err != nil {
+			return p.inputEnd(err)
+		}
+		data = data[n:]
+	}
+	return nil
+}
+
+// inputEnd sorts out the reasons why no more input is taken.
+func (p *Process) inputEnd(err error) error {
+	switch connect.CodeOf(err) {
+	case connect.CodeFailedPrecondition, connect.CodeNotFound: // closed, or ended
+		return nil
+	}
+	return fromConnect(p.ctx, err)
+}
+
+// CloseStdin says that there is no more input, once what was written is
+// taken. A terminal gets an end-of-file character.
+func (p *Process) CloseStdin() error {
+	if p.terminal {
+		return p.Write([]byte{0x04})
+	}
+	_, err := p.c.processes.CloseStdin(p.ctx, connect.NewRequest(&pb.CloseStdinRequest{Process: p.selector()}))
+	return p.inputEnd(err)
+}
+
+// Resize changes the terminal's size.
+func (p *Process) Resize(t Terminal) error {
+	_, err := p.c.processes.Update(p.ctx, connect.NewRequest(&pb.UpdateRequest{Process: p.selector(), Pty: t.pty()}))
+	return p.inputEnd(err)
+}
+
+// Signal sends a signal, by its number, to the process and its group; SIGKILL
+// to all that came of it.
+func (p *Process) Signal(number int32) error {
+	_, err := p.c.processes.SendSignal(p.ctx, connect.NewRequest(&pb.SendSignalRequest{Process: p.selector(), Signal: pb.Signal(number)}))
+	return p.inputEnd(err)
+}
+
+// kill kills the process and all that came of it, even where the request that
+// started it has ended.
+func (p *Process) kill() {
+	ctx, cancel := context.WithTimeout(p.c.life, lastRites)
+	defer cancel()
+	_, _ = p.c.processes.SendSignal(ctx, connect.NewRequest(&pb.SendSignalRequest{Process: p.selector(), Signal: pb.Signal_SIGNAL_SIGKILL}))
+}
+
+// Close lets go of the process: one that still runs is killed.
+func (p *Process) Close() {
+	if !p.ended {
+		p.kill()
+		p.ended = true
+	}
+	p.cancel()
+	if p.stream != nil {
+		_ = p.stream.Close()
+	}
+}
+
+// Result is what a command printed and how it ended.
+type Result struct {
+	Exit
+	Stdout, Stderr []byte
+	Truncated      bool // there was more than [MaxOutput] on a stream
+}
+
+// Exec runs a command to its end. When ctx ends before, the command is killed.
+func (c *Client) Exec(ctx context.Context, cmd Command, stdin []byte) (Result, error) {
+	p, err := c.Start(ctx, cmd, nil, len(stdin) > 0)
+	if err != nil {
+		return Result{}, err
+	}
+	defer p.Close()
+	var feeding sync.WaitGroup
+	var feedErr error
+	if len(stdin) > 0 {
+		feeding.Go(func() {
+			if feedErr = p.Write(stdin); feedErr == nil {
+				feedErr = p.CloseStdin()
+			}
+			if feedErr != nil {
+				p.kill() // it would wait for input that does not come
+			}
+		})
+	}
+	res, err := collect(p)
+	// The command has ended: the guest takes no more input, and says so. A
+	// request that does not notice is ended.
+	stop := time.AfterFunc(time.Second, p.cancel)
+	feeding.Wait()
+	stop.Stop()
+	if err == nil && feedErr != nil && !res.TimedOut && res.Exit.Error != "" && ctx.Err() == nil {
+		err = fmt.Errorf("feed standard input: %w", feedErr)
+	}
+	return res, err
+}
+
+func collect(p *Process) (Result, error) {
+	var res Result
+	keep := func(to *[]byte, data []byte) {
+		if room := MaxOutput - len(*to); len(data) > room {
+			data, res.Truncated = data[:room], true
+		}
+		*to = append(*to, data...)
+	}
+	for {
+		out, err := p.Next()
+		if err != nil {
+			return Result{}, err
+		}
+		keep(&res.Stdout, out.Stdout)
+		keep(&res.Stderr, out.Stderr)
+		if out.Exit != nil {
+			res.Exit = *out.Exit
+			return res, nil
+		}
+	}
+}

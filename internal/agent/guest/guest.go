@@ -1,0 +1,479 @@
+package guest
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"connectrpc.com/connect"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
+)
+
+// Port is where the guest daemon listens.
+const Port = 49983
+
+const (
+	tokenHeader   = "X-Access-Token"
+	timeoutHeader = "Process-Timeout"
+
+	// maxReply bounds what the agent keeps of one answer: the guest is not
+	// trusted, nor is its daemon, which its root can replace.
+	maxReply = 4 << 20
+	maxError = 2 << 10
+)
+
+// Client talks to the daemon of one guest. Its errors are Connect errors.
+type Client struct {
+	base      string
+	token     string
+	http      *http.Client
+	transport *http.Transport
+	processes processconnect.ProcessClient
+
+	life context.Context // ends with the client
+	end  context.CancelFunc
+}
+
+// New makes a client of the guest that the host reaches at addr; token is the
+// sandbox's access token.
+func New(addr netip.Addr, token string) *Client {
+	target := netip.AddrPortFrom(addr, Port).String()
+	d := net.Dialer{Timeout: 10 * time.Second}
+	// HTTP/1.1, a connection a request: over HTTP/2 all requests would share
+	// one flow control window, and a process that does not read its input would
+	// stop every other request.
+	var p http.Protocols
+	p.SetHTTP1(true)
+	t := &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return d.DialContext(ctx, "tcp", target) // never anywhere else, whatever the guest answers
+		},
+		Protocols:              &p,
+		DisableCompression:     true,
+		MaxIdleConnsPerHost:    8,
+		IdleConnTimeout:        60 * time.Second,
+		MaxResponseHeaderBytes: 64 << 10,
+		WriteBufferSize:        64 << 10,
+		ReadBufferSize:         64 << 10,
+	}
+	life, end := context.WithCancel(context.Background())
+	c := &Client{
+		life: life, end: end,
+		base: "http://" + target, token: token, transport: t,
+		http: &http.Client{
+			Transport:     t,
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		},
+	}
+	c.processes = processconnect.NewProcessClient(authorized{c}, c.base, connect.WithReadMaxBytes(maxReply))
+	return c
+}
+
+// authorized is the Connect client's way out: it shows the token.
+type authorized struct{ c *Client }
+
+func (a authorized) Do(r *http.Request) (*http.Response, error) {
+	r.Header.Set(tokenHeader, a.c.token)
+	return a.c.http.Do(r)
+}
+
+// Close gives back idle connections. Requests that are under way go on until
+// their contexts end.
+func (c *Client) Close() {
+	c.end()
+	c.transport.CloseIdleConnections()
+}
+
+// The pauses between attempts to reach a guest that boots: it cannot tell.
+const (
+	firstPause = 20 * time.Millisecond
+	lastPause  = 250 * time.Millisecond
+	oneAttempt = 5 * time.Second
+)
+
+// Wait returns when the daemon is healthy, or with ctx's error.
+func (c *Client) Wait(ctx context.Context) error {
+	pause := firstPause
+	for {
+		if c.healthy(ctx) {
+			return nil
+		}
+		t := time.NewTimer(pause)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return context.Cause(ctx)
+		}
+		pause = min(2*pause, lastPause)
+	}
+}
+
+func (c *Client) healthy(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, oneAttempt)
+	defer cancel()
+	resp, err := c.do(ctx, http.MethodGet, "/health", nil, nil, -1)
+	if err != nil {
+		return false
+	}
+	resp.Body.Close()
+	return true
+}
+
+// Settings are what the daemon is told once its guest has booted.
+type Settings struct {
+	// Envs is the environment of every process.
+	Envs map[string]string
+}
+
+// Init gives the daemon its token and settings.
+func (c *Client) Init(ctx context.Context, s Settings) error {
+	envs := s.Envs
+	if envs == nil {
+		envs = map[string]string{}
+	}
+	body, err := json.Marshal(map[string]any{"envVars": envs, "accessToken": c.token, "timestamp": time.Now().UTC().Format(time.RFC3339Nano)})
+	if err != nil {
+		return fmt.Errorf("encode settings: %w", err)
+	}
+	resp, err := c.do(ctx, http.MethodPost, "/init", nil, strings.NewReader(string(body)), int64(len(body)))
+	if err != nil {
+		return err
+	}
+	resp.Body.Close()
+	return nil
+}
+
+// Metrics is how busy the guest says it is.
+type Metrics struct {
+	Time        time.Time
+	CPUs        int
+	CPUUsedPct  float64 // 0 to 100, all processors together
+	MemoryTotal int64   // bytes, as are the others
+	MemoryUsed  int64
+	DiskTotal   int64
+	DiskUsed    int64
+}
+
+// Metrics asks the guest for its metrics.
+func (c *Client) Metrics(ctx context.Context) (Metrics, error) {
+	resp, err := c.do(ctx, http.MethodGet, "/metrics", nil, nil, -1)
+	if err != nil {
+		return Metrics{}, err
+	}
+	defer resp.Body.Close()
+	var m struct {
+		TS         int64   `json:"ts"`
+		CPUCount   int     `json:"cpu_count"`
+		CPUUsedPct float64 `json:"cpu_used_pct"`
+		MemTotal   int64   `json:"mem_total"`
+		MemUsed    int64   `json:"mem_used"`
+		DiskUsed   int64   `json:"disk_used"`
+		DiskTotal  int64   `json:"disk_total"`
+	}
+	if err := json.NewDecoder(io.LimitReader(resp.Body, 64<<10)).Decode(&m); err != nil {
+		return Metrics{}, unreadable(ctx, err)
+	}
+	return Metrics{time.Unix(m.TS, 0), m.CPUCount, m.CPUUsedPct, m.MemTotal, m.MemUsed, m.DiskTotal, m.DiskUsed}, nil
+}
+
+// FileInfo describes a file that was written.
+type FileInfo struct {
+	Path string
+	Name string
+	Size int64
+}
+
+func fileQuery(user, path string) url.Values {
+	q := url.Values{"path": {path}}
+	if user != "" {
+		q.Set("username", user)
+	}
+	return q
+}
+
+// Write writes a file as user; an empty one is the guest's default. size is
+// the content's; -1: not known. On an error the file is as it was.
+func (c *Client) Write(ctx context.Context, user, path string, content io.Reader, size int64) (FileInfo, error) {
+	counted := &counter{r: content}
+	resp, err := c.do(ctx, http.MethodPost, "/files", fileQuery(user, path), counted, size)
+	if err != nil {
+		return FileInfo{}, err
+	}
+	defer resp.Body.Close()
+	var files []struct {
+		Path string `json:"path"`
+		Name string `json:"name"`
+	}
+	if err := json.NewDecoder(io.LimitReader(resp.Body, 64<<10)).Decode(&files); err != nil || len(files) != 1 {
+		return FileInfo{}, unreadable(ctx, err)
+	}
+	return FileInfo{clean(files[0].Path), clean(files[0].Name), counted.n}, nil
+}
+
+type counter struct {
+	r io.Reader
+	n int64
+}
+
+func (c *counter) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	c.n += int64(n)
+	return n, err
+}
+
+// Unpack unpacks a tar archive into the directory path, which is made.
+func (c *Client) Unpack(ctx context.Context, user, path string, archive io.Reader) error {
+	resp, err := c.do(ctx, http.MethodPost, "/archive", fileQuery(user, path), archive, -1)
+	if err != nil {
+		return err
+	}
+	resp.Body.Close()
+	return nil
+}
+
+// Read opens length bytes of a file from offset on; length 0 is all that
+// follows. size is the whole file's in bytes.
+func (c *Client) Read(ctx context.Context, user, path string, offset, length int64) (content io.ReadCloser, size int64, err error) {
+	ranged := offset > 0 || length > 0
+	resp, err := c.send(ctx, http.MethodGet, "/files", fileQuery(user, path), nil, -1, func(h http.Header) {
+		if !ranged {
+			return
+		}
+		last := ""
+		if length > 0 {
+			last = strconv.FormatInt(offset+length-1, 10)
+		}
+		h.Set("Range", "bytes="+strconv.FormatInt(offset, 10)+"-"+last)
+	})
+	if err != nil {
+		return nil, 0, err
+	}
+	switch {
+	case resp.StatusCode == http.StatusPartialContent:
+		_, total, ok := strings.Cut(resp.Header.Get("Content-Range"), "/")
+		size, err = strconv.ParseInt(total, 10, 64)
+		if !ok || err != nil || size < 0 {
+			resp.Body.Close()
+			return nil, 0, unreadable(ctx, errors.New("no size"))
+		}
+		return c.body(ctx, resp), size, nil
+	case resp.StatusCode == http.StatusRequestedRangeNotSatisfiable:
+		// An empty file has no first byte to begin with, but it has a beginning.
+		_, total, _ := strings.Cut(resp.Header.Get("Content-Range"), "/")
+		resp.Body.Close()
+		if n, err := strconv.ParseInt(total, 10, 64); err == nil && offset <= n && n >= 0 {
+			return io.NopCloser(strings.NewReader("")), n, nil
+		}
+		return nil, 0, connect.NewError(connect.CodeOutOfRange, errors.New("the offset is behind the end of the file"))
+	case ranged:
+		// A file whose size the kernel does not tell (in /proc, say) is sent whole.
+		return c.skip(ctx, resp, offset, length)
+	}
+	return c.body(ctx, resp), resp.ContentLength, nil
+}
+
+func (c *Client) skip(ctx context.Context, resp *http.Response, offset, length int64) (io.ReadCloser, int64, error) {
+	body := c.body(ctx, resp)
+	if _, err := io.CopyN(io.Discard, body, offset); err != nil {
+		body.Close()
+		if errors.Is(err, io.EOF) {
+			err = connect.NewError(connect.CodeOutOfRange, errors.New("the offset is behind the end of the file"))
+		}
+		return nil, 0, err
+	}
+	var r io.Reader = body
+	if length > 0 {
+		r = io.LimitReader(body, length)
+	}
+	return struct {
+		io.Reader
+		io.Closer
+	}{r, body}, resp.ContentLength, nil
+}
+
+// Pack opens a tar archive of the file or directory at path.
+func (c *Client) Pack(ctx context.Context, user, path string) (io.ReadCloser, error) {
+	resp, err := c.do(ctx, http.MethodGet, "/archive", fileQuery(user, path), nil, -1)
+	if err != nil {
+		return nil, err
+	}
+	return c.body(ctx, resp), nil
+}
+
+// body makes of a broken connection an error that says so.
+func (c *Client) body(ctx context.Context, resp *http.Response) io.ReadCloser {
+	return &reader{ctx, resp.Body}
+}
+
+type reader struct {
+	ctx context.Context
+	io.ReadCloser
+}
+
+func (r *reader) Read(p []byte) (int, error) {
+	n, err := r.ReadCloser.Read(p)
+	if err != nil && err != io.EOF {
+		err = lost(r.ctx, err)
+	}
+	return n, err
+}
+
+// do is send for requests that succeed with 200 or 204 only.
+func (c *Client) do(ctx context.Context, method, path string, q url.Values, body io.Reader, size int64) (*http.Response, error) {
+	resp, err := c.send(ctx, method, path, q, body, size, nil)
+	if err == nil && resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusNoContent {
+		resp.Body.Close()
+		return nil, unreadable(ctx, fmt.Errorf("status %d", resp.StatusCode))
+	}
+	return resp, err
+}
+
+func (c *Client) send(ctx context.Context, method, path string, q url.Values, body io.Reader, size int64, header func(http.Header)) (*http.Response, error) {
+	u := c.base + path
+	if q != nil {
+		u += "?" + q.Encode()
+	}
+	req, err := http.NewRequestWithContext(ctx, method, u, body)
+	if err != nil {
+		return nil, connect.NewError(connect.CodeInternal, fmt.Errorf("make request to the guest: %w", err))
+	}
+	if body != nil {
+		if req.ContentLength = size; size == 0 {
+			req.Body = http.NoBody
+		}
+		req.Header.Set("Content-Type", "application/octet-stream")
+	}
+	req.Header.Set(tokenHeader, c.token)
+	if header != nil {
+		header(req.Header)
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, lost(ctx, err)
+	}
+	if resp.StatusCode >= 400 && resp.StatusCode != http.StatusRequestedRangeNotSatisfiable {
+		defer resp.Body.Close()
+		return nil, refusal(resp)
+	}
+	return resp, nil
+}
+
+// refusal is what the guest says went wrong.
+func refusal(resp *http.Response) error {
+	var said struct{ Code, Message string }
+	code, message := codeOf(resp.StatusCode), "status "+strconv.Itoa(resp.StatusCode)
+	media, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
+	if media == "application/json" && json.NewDecoder(io.LimitReader(resp.Body, 64<<10)).Decode(&said) == nil {
+		var c connect.Code
+		if c.UnmarshalText([]byte(said.Code)) == nil && c >= connect.CodeCanceled && c <= connect.CodeUnauthenticated {
+			code = c
+		}
+		message = said.Message
+	}
+	return own(code, message)
+}
+
+func codeOf(status int) connect.Code {
+	switch status {
+	case http.StatusBadRequest:
+		return connect.CodeInvalidArgument
+	case http.StatusNotFound:
+		return connect.CodeNotFound
+	case http.StatusUnauthorized:
+		return connect.CodeUnauthenticated
+	case http.StatusForbidden:
+		return connect.CodePermissionDenied
+	case http.StatusConflict:
+		return connect.CodeFailedPrecondition
+	case http.StatusInsufficientStorage, http.StatusTooManyRequests:
+		return connect.CodeResourceExhausted
+	case http.StatusServiceUnavailable:
+		return connect.CodeUnavailable
+	}
+	return connect.CodeInternal
+}
+
+// SourceHeader is in the metadata of an error that the guest, not the agent,
+// answered with; its value is [SourceGuest].
+const (
+	SourceHeader = "Wrenn-Error-Source"
+	SourceGuest  = "guest"
+)
+
+// own makes an error of what the guest says; nothing else of its answer goes on.
+func own(code connect.Code, message string) error {
+	if code == connect.CodeUnauthenticated {
+		// The agent has shown the right token: it is the user that is unknown.
+		code = connect.CodeInvalidArgument
+	}
+	err := connect.NewError(code, errors.New(clean(message)))
+	err.Meta().Set(SourceHeader, SourceGuest)
+	return err
+}
+
+// clean is a guest's text as one that can be shown: valid, of bounded length.
+func clean(s string) string {
+	if len(s) > maxError {
+		s = s[:maxError]
+		for len(s) > 0 && !utf8.ValidString(s[max(0, len(s)-utf8.UTFMax):]) && !utf8.RuneStart(s[len(s)-1]) {
+			s = s[:len(s)-1]
+		}
+	}
+	return strings.ToValidUTF8(s, "\uFFFD")
+}
+
+// lost is the error of a request that got no whole answer.
+func lost(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); cause != nil {
+		var ce *connect.Error
+		switch {
+		case errors.As(cause, &ce):
+			return ce
+		case errors.Is(cause, context.DeadlineExceeded):
+			return connect.NewError(connect.CodeDeadlineExceeded, errors.New("the sandbox did not answer in time"))
+		case errors.Is(cause, context.Canceled):
+			return connect.NewError(connect.CodeCanceled, errors.New("the request was cancelled"))
+		}
+		return connect.NewError(connect.CodeUnavailable, cause)
+	}
+	var ce *connect.Error
+	if errors.As(err, &ce) {
+		return ce
+	}
+	return connect.NewError(connect.CodeUnavailable, fmt.Errorf("the sandbox does not answer: %w", err))
+}
+
+// unreadable is the error of an answer that the daemon does not give.
+func unreadable(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return lost(ctx, err)
+	}
+	return connect.NewError(connect.CodeUnavailable, fmt.Errorf("the sandbox's daemon does not answer as it should: %w", err))
+}
+
+// fromConnect is an error of the Connect client as one of this package's.
+func fromConnect(ctx context.Context, err error) error {
+	var ce *connect.Error
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &ce) && connect.IsWireError(err):
+		return own(ce.Code(), ce.Message())
+	case ctx.Err() != nil:
+		return lost(ctx, err)
+	}
+	return connect.NewError(connect.CodeUnavailable, fmt.Errorf("the sandbox does not answer: %s", clean(err.Error())))
+}
