@@ -1,0 +1,263 @@
+// Package client is the Go client of Wrenn's API.
+//
+//	c, err := client.New("http://localhost:8000", os.Getenv("WRENN_API_KEY"))
+//	s, err := c.Create(ctx, client.CreateOptions{})
+//	defer c.Delete(ctx, s.ID)
+//	r, err := c.Exec(ctx, s.ID, client.Command{Cmd: "python3", Args: []string{"-c", "print(6*7)"}}, nil)
+package client
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Client calls one Wrenn service. Its methods may be called at the same time.
+type Client struct {
+	base    *url.URL
+	key     string
+	http    *http.Client
+	retries int
+	agent   string
+}
+
+// Option changes a client.
+type Option func(*Client)
+
+// WithHTTPClient makes a client send its requests with h, which must have no
+// time limit of its own where files are to be streamed.
+func WithHTTPClient(h *http.Client) Option { return func(c *Client) { c.http = h } }
+
+// WithRetries sets how often a call that may be repeated is, when the service
+// does not answer or says that it cannot now. The default is 5, over about
+// 10 seconds.
+func WithRetries(n int) Option { return func(c *Client) { c.retries = n } }
+
+// WithUserAgent sets the User-Agent of every request.
+func WithUserAgent(s string) Option { return func(c *Client) { c.agent = s } }
+
+// New returns a client of the service at baseURL, for example
+// "http://localhost:8000", that shows the API key key.
+func New(baseURL, key string, opts ...Option) (*Client, error) {
+	u, err := url.Parse(baseURL)
+	if err != nil {
+		return nil, fmt.Errorf("service's URL: %w", err)
+	}
+	if u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
+		return nil, fmt.Errorf("service's URL %q: want http://host or https://host", baseURL)
+	}
+	u.Path = strings.TrimSuffix(u.Path, "/")
+	u.RawQuery, u.Fragment = "", ""
+	c := &Client{base: u, key: key, retries: 5, agent: "wrenn-go"}
+	for _, o := range opts {
+		o(c)
+	}
+	if c.http == nil {
+		// A transport of its own: the default one adds compression, which
+		// changes files' lengths.
+		t := http.DefaultTransport.(*http.Transport).Clone()
+		t.DisableCompression = true
+		t.MaxIdleConnsPerHost = 64
+		c.http = &http.Client{Transport: t}
+	}
+	return c, nil
+}
+
+// Error is an answer of the service that is no success.
+type Error struct {
+	Status    int    // HTTP status
+	Code      string // for example "not_found"
+	Message   string // for people
+	RequestID string // to find the call in the service's log
+}
+
+func (e *Error) Error() string {
+	if e.Message == "" {
+		return fmt.Sprintf("the service answered %d %s", e.Status, http.StatusText(e.Status))
+	}
+	return e.Message
+}
+
+// IsNotFound tells whether err says that something does not exist.
+func IsNotFound(err error) bool {
+	var e *Error
+	return errors.As(err, &e) && e.Status == http.StatusNotFound
+}
+
+// request is one call.
+type request struct {
+	method, path string
+	query        url.Values
+	header       http.Header
+	json         any       // body, encoded anew for each try; or
+	body         io.Reader // body that can be read once: no retries
+	repeatable   bool
+}
+
+// do sends a request and returns the answer, which is a success. The caller
+// closes its body.
+func (c *Client) do(ctx context.Context, r request) (*http.Response, error) {
+	var encoded []byte
+	if r.json != nil {
+		var err error
+		if encoded, err = json.Marshal(r.json); err != nil {
+			return nil, fmt.Errorf("encode request: %w", err)
+		}
+	}
+	for try := 0; ; try++ {
+		resp, err := c.once(ctx, r, encoded)
+		if err == nil {
+			return resp, nil
+		}
+		if !r.repeatable || r.body != nil || try >= c.retries || !transient(err) {
+			return nil, err
+		}
+		// From 0.2 s, doubled each time, by chance between half and all of it,
+		// so that clients of a service that comes back do not come at once.
+		wait := 200 * time.Millisecond << min(try, 5)
+		wait = wait/2 + rand.N(wait/2)
+		select {
+		case <-ctx.Done():
+			return nil, errors.Join(err, ctx.Err())
+		case <-time.After(wait):
+		}
+	}
+}
+
+// transient tells whether a call that failed with err may succeed later.
+func transient(err error) bool {
+	var e *Error
+	if errors.As(err, &e) {
+		return e.Status == http.StatusBadGateway || e.Status == http.StatusServiceUnavailable || e.Status == http.StatusGatewayTimeout
+	}
+	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return false
+	}
+	var op net.Error
+	return errors.As(err, &op) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
+}
+
+func (c *Client) once(ctx context.Context, r request, encoded []byte) (*http.Response, error) {
+	u := *c.base
+	u.Path += r.path
+	u.RawQuery = r.query.Encode()
+	body := r.body
+	if r.json != nil {
+		body = bytes.NewReader(encoded)
+	}
+	req, err := http.NewRequestWithContext(ctx, r.method, u.String(), body)
+	if err != nil {
+		return nil, err
+	}
+	for k, v := range r.header {
+		req.Header[k] = v
+	}
+	req.Header.Set("X-API-Key", c.key)
+	req.Header.Set("User-Agent", c.agent)
+	switch {
+	case r.json != nil:
+		req.Header.Set("Content-Type", "application/json")
+	case r.body != nil && req.Header.Get("Content-Type") == "":
+		req.Header.Set("Content-Type", "application/octet-stream")
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	if resp.StatusCode >= 300 {
+		defer resp.Body.Close()
+		return nil, readError(resp)
+	}
+	return resp, nil
+}
+
+// readError is what an answer that is no success says.
+func readError(resp *http.Response) *Error {
+	e := &Error{Status: resp.StatusCode, RequestID: resp.Header.Get("X-Request-Id")}
+	var body struct {
+		Error struct {
+			Code    string `json:"code"`
+			Message string `json:"message"`
+		} `json:"error"`
+	}
+	// What is no such document, a proxy's page say, leaves the status alone.
+	if json.NewDecoder(io.LimitReader(resp.Body, 64<<10)).Decode(&body) == nil {
+		e.Code, e.Message = body.Error.Code, body.Error.Message
+	}
+	return e
+}
+
+// call sends a request and decodes the answer into result, unless that is nil.
+func (c *Client) call(ctx context.Context, r request, result any) error {
+	resp, err := c.do(ctx, r)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if result == nil {
+		_, err := io.Copy(io.Discard, io.LimitReader(resp.Body, 1<<20)) // so that the connection is used again
+		return err
+	}
+	if err := json.NewDecoder(resp.Body).Decode(result); err != nil {
+		return fmt.Errorf("read answer: %w", err)
+	}
+	return nil
+}
+
+func sandboxPath(id, rest string) string { return "/v1/sandboxes/" + url.PathEscape(id) + rest }
+
+// URL is where a port of a sandbox is reached.
+func (c *Client) URL(sandbox string, port int) string {
+	u := *c.base
+	host := u.Hostname()
+	if net.ParseIP(host) != nil {
+		host = "localhost" // an address has no names below it
+	}
+	u.Host = strconv.Itoa(port) + "-" + sandbox + "." + host
+	if p := c.base.Port(); p != "" {
+		u.Host += ":" + p
+	}
+	u.Path = "/"
+	return u.String()
+}
+
+// Transport returns a transport for requests to URLs that URL gives. It
+// connects to the service whatever their host names resolve to, and shows the
+// API key.
+func (c *Client) Transport() http.RoundTripper {
+	port := c.base.Port()
+	if port == "" {
+		port = map[string]string{"http": "80", "https": "443"}[c.base.Scheme]
+	}
+	target := net.JoinHostPort(c.base.Hostname(), port)
+	var d net.Dialer
+	t := http.DefaultTransport.(*http.Transport).Clone()
+	t.Proxy = nil
+	t.DisableCompression = true
+	t.DialContext = func(ctx context.Context, network, _ string) (net.Conn, error) {
+		return d.DialContext(ctx, network, target)
+	}
+	return keyed{c.key, t}
+}
+
+// keyed adds the API key to requests.
+type keyed struct {
+	key  string
+	next http.RoundTripper
+}
+
+func (k keyed) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context())
+	r.Header.Set("X-API-Key", k.key)
+	return k.next.RoundTrip(r)
+}
