@@ -127,8 +127,8 @@ func (c *Client) Start(ctx context.Context, cmd Command, terminal *Terminal, std
 	if err == nil {
 		err = io.ErrUnexpectedEOF
 	}
-	p.ended = connect.IsWireError(err) // the guest itself refused: nothing runs
 	err = fromConnect(p.ctx, err)
+	p.ended = Said(err) // the guest itself refused: nothing runs
 	p.Close()
 	return nil, err
 }

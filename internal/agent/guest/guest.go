@@ -413,6 +413,12 @@ const (
 	SourceGuest  = "guest"
 )
 
+// Said tells whether err is what the guest answered.
+func Said(err error) bool {
+	var ce *connect.Error
+	return errors.As(err, &ce) && ce.Meta().Get(SourceHeader) == SourceGuest
+}
+
 // own makes an error of what the guest says; nothing else of its answer goes on.
 func own(code connect.Code, message string) error {
 	if code == connect.CodeUnauthenticated {
@@ -474,6 +480,8 @@ func fromConnect(ctx context.Context, err error) error {
 		return own(ce.Code(), ce.Message())
 	case ctx.Err() != nil:
 		return lost(ctx, err)
+	case ce != nil && ce.Code() == connect.CodeUnauthenticated:
+		return own(ce.Code(), "the sandbox has no such user") // a bare status 401
 	}
 	return connect.NewError(connect.CodeUnavailable, fmt.Errorf("the sandbox does not answer: %s", clean(err.Error())))
 }
