@@ -1,0 +1,209 @@
+// Package cli is Wrenn's client commands, on the public client alone.
+package cli
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"github.com/wrenn-dev/wrenn/client"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+// Exit codes of wrenn's own. Every other is that of a command in a sandbox.
+const (
+	ExitUsage   = 2
+	ExitFailure = 125
+)
+
+// ExitError carries the exit code of a command that ran in a sandbox.
+type ExitError struct{ Code int }
+
+func (e *ExitError) Error() string { return fmt.Sprintf("exit code %d", e.Code) }
+
+// UsageError is a command line that makes no sense.
+type UsageError struct{ Err error }
+
+func (e *UsageError) Error() string { return e.Err.Error() }
+func (e *UsageError) Unwrap() error { return e.Err }
+
+func usage(format string, args ...any) error { return &UsageError{fmt.Errorf(format, args...)} }
+
+// ExitCode is what the program exits with for err.
+func ExitCode(err error) int {
+	var exit *ExitError
+	var bad *UsageError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &exit):
+		return exit.Code
+	case errors.As(err, &bad):
+		return ExitUsage
+	}
+	return ExitFailure
+}
+
+// streams are the process's own.
+type streams struct {
+	in       io.Reader
+	out, err io.Writer
+}
+
+// app is what the commands share.
+type app struct {
+	url, key, dir string
+	streams
+}
+
+// Commands are the client commands, which read and write the given streams.
+func Commands(in io.Reader, out, errw io.Writer) []*cobra.Command {
+	a := &app{streams: streams{in, out, errw}}
+	cmds := []*cobra.Command{
+		a.runCommand(), a.createCommand(), a.lsCommand(), a.execCommand(), a.cpCommand(), a.rmCommand(),
+		a.urlCommand(), a.logsCommand(), a.pingCommand(), a.metricsCommand(), a.templateCommand(),
+	}
+	for _, c := range cmds {
+		f := c.PersistentFlags()
+		f.StringVar(&a.url, "url", "", "the service's URL (default $WRENN_URL, else the one in DIR/credentials.json)")
+		f.StringVar(&a.key, "api-key", "", "API key (default $WRENN_API_KEY, else the one in DIR/credentials.json)")
+		f.StringVar(&a.dir, "dir", "", "data directory of `wrenn up` on this machine (default $WRENN_DIR, else "+layout.DefaultDir+")")
+	}
+	return cmds
+}
+
+// client connects to the service that flags, environment or credentials name.
+func (a *app) client() (*client.Client, error) {
+	url, key := first(a.url, os.Getenv("WRENN_URL")), first(a.key, os.Getenv("WRENN_API_KEY"))
+	if url == "" || key == "" {
+		file := layout.Dir(first(a.dir, os.Getenv("WRENN_DIR"), layout.DefaultDir)).Credentials()
+		b, err := os.ReadFile(file)
+		switch {
+		case errors.Is(err, os.ErrPermission):
+			return nil, fmt.Errorf("may not read %s: run this as root, or set WRENN_URL and WRENN_API_KEY", file)
+		case errors.Is(err, os.ErrNotExist):
+			return nil, fmt.Errorf("no service to talk to: there is no %s; start one with `wrenn up`, or set WRENN_URL and WRENN_API_KEY", file)
+		case err != nil:
+			return nil, err
+		}
+		var have struct {
+			URL    string `json:"url"`
+			APIKey string `json:"api_key"`
+		}
+		if err := json.Unmarshal(b, &have); err != nil {
+			return nil, fmt.Errorf("read %s: %w", file, err)
+		}
+		url, key = first(url, have.URL), first(key, have.APIKey)
+	}
+	c, err := client.New(url, key, client.WithUserAgent("wrenn-cli"))
+	if err != nil {
+		return nil, &UsageError{err}
+	}
+	return c, nil
+}
+
+func first(values ...string) string {
+	for _, v := range values {
+		if v != "" {
+			return v
+		}
+	}
+	return ""
+}
+
+// exactly, atLeast and noMore check how many arguments there are.
+func exactly(n int) cobra.PositionalArgs { return counted(cobra.ExactArgs(n)) }
+func atLeast(n int) cobra.PositionalArgs { return counted(cobra.MinimumNArgs(n)) }
+
+func counted(check cobra.PositionalArgs) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if err := check(cmd, args); err != nil {
+			return &UsageError{fmt.Errorf("%w\nusage: %s", err, cmd.UseLine())}
+		}
+		return nil
+	}
+}
+
+// output is the -o flag.
+type output struct{ format string }
+
+func (o *output) flag(cmd *cobra.Command) {
+	cmd.Flags().StringVarP(&o.format, "output", "o", "table", "table or json")
+	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json"}, cobra.ShellCompDirectiveNoFileComp))
+}
+
+func (o *output) check() error {
+	if o.format != "table" && o.format != "json" {
+		return usage("-o %s: want table or json", o.format)
+	}
+	return nil
+}
+
+func (a *app) json(v any) error {
+	e := json.NewEncoder(a.out)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
+}
+
+// table writes rows, the first of which is the head.
+func (a *app) table(rows [][]string) error {
+	w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', 0)
+	for _, r := range rows {
+		fmt.Fprintln(w, clean(strings.Join(r, "\t")))
+	}
+	return w.Flush()
+}
+
+// clean takes control characters out of text that comes from elsewhere, which
+// could otherwise do things to the terminal.
+func clean(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r != '\t' && (r < 0x20 || r >= 0x7f && r < 0xa0) {
+			return '?'
+		}
+		return r
+	}, s)
+}
+
+// pairs reads KEY=VALUE words.
+func pairs(flag string, words []string) (map[string]string, error) {
+	m := map[string]string{}
+	for _, w := range words {
+		k, v, ok := strings.Cut(w, "=")
+		if !ok || k == "" {
+			return nil, usage("--%s %q: want KEY=VALUE", flag, w)
+		}
+		m[k] = v
+	}
+	return m, nil
+}
+
+// completeSandbox completes ids of sandboxes that run.
+func (a *app) completeSandbox(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	if len(args) > 0 && cmd.Name() != "rm" {
+		return nil, cobra.ShellCompDirectiveDefault
+	}
+	return a.sandboxIDs(cmd.Context()), cobra.ShellCompDirectiveNoFileComp
+}
+
+func (a *app) sandboxIDs(ctx context.Context) []string {
+	c, err := a.client()
+	if err != nil {
+		return nil
+	}
+	var ids []string
+	for s, err := range c.List(ctx, client.ListOptions{}) {
+		if err != nil {
+			return nil
+		}
+		ids = append(ids, s.ID+"\t"+s.Template+", "+s.State)
+	}
+	return ids
+}

@@ -1,0 +1,288 @@
+package cli
+
+import (
+	"archive/tar"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/wrenn-dev/wrenn/client"
+	"github.com/wrenn-dev/wrenn/internal/id"
+)
+
+// place is one end of a copy.
+type place struct {
+	sandbox string // empty: on this machine
+	path    string // "-": standard input or output
+}
+
+// parsePlace reads "SANDBOX:PATH" or a path of this machine. What comes
+// before the colon counts as a sandbox only if it has the form of its id, so
+// that file names with colons stay usable.
+func parsePlace(s string) (place, error) {
+	if before, after, ok := strings.Cut(s, ":"); ok {
+		if _, err := id.Parse(id.Sandbox, before); err == nil {
+			if after == "" {
+				return place{}, usage("%q: no path after the sandbox; for the home directory say %s:.", s, before)
+			}
+			return place{before, after}, nil
+		}
+	}
+	if s == "" {
+		return place{}, usage("an empty path")
+	}
+	return place{path: s}, nil
+}
+
+func (a *app) cpCommand() *cobra.Command {
+	var user string
+	cmd := &cobra.Command{
+		Use: "cp SOURCE TARGET", Short: "Copy files and folders to or from a sandbox", Args: exactly(2),
+		Long: "Copy a file or folder. One of the two is SANDBOX:PATH, where a path that is not absolute starts at the\n" +
+			"user's home directory; the other is a path here, or - for standard input or output (files only).\n" +
+			"A target that is a folder, or ends with /, gets the source in it; else the source gets the target's name.",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			from, err := parsePlace(args[0])
+			if err != nil {
+				return err
+			}
+			to, err := parsePlace(args[1])
+			if err != nil {
+				return err
+			}
+			if (from.sandbox == "") == (to.sandbox == "") {
+				return usage("one of the two must be SANDBOX:PATH")
+			}
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			if from.sandbox != "" {
+				return a.download(cmd.Context(), c, from, to.path, user)
+			}
+			return a.upload(cmd.Context(), c, from.path, to, user)
+		},
+	}
+	cmd.Flags().StringVarP(&user, "user", "u", "", "whose rights and home directory count in the sandbox (default user)")
+	return cmd
+}
+
+// isDir asks whether a path in a sandbox is a folder.
+func isDir(ctx context.Context, c *client.Client, p place, user string) (bool, error) {
+	r, err := c.Exec(ctx, p.sandbox, client.Command{Cmd: "test", Args: []string{"-d", p.path}, User: user}, nil)
+	if err != nil {
+		return false, err
+	}
+	return r.ExitCode == 0, nil
+}
+
+func (a *app) upload(ctx context.Context, c *client.Client, from string, to place, user string) error {
+	if from == "-" {
+		_, err := c.WriteFile(ctx, to.sandbox, to.path, user, a.in)
+		return err
+	}
+	info, err := os.Stat(from)
+	if err != nil {
+		return err
+	}
+	intoDir := strings.HasSuffix(to.path, "/")
+	if !intoDir {
+		if intoDir, err = isDir(ctx, c, to, user); err != nil {
+			return err
+		}
+	}
+	abs, err := filepath.Abs(from) // "." and ".." have names too
+	if err != nil {
+		return err
+	}
+	dir, name := to.path, filepath.Base(abs)
+	if !intoDir {
+		dir, name = path.Split(to.path)
+		if dir == "" {
+			dir = "."
+		}
+	}
+	if info.Mode().IsRegular() {
+		f, err := os.Open(from)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if _, err := c.WriteFile(ctx, to.sandbox, path.Join(dir, name), user, f); err != nil {
+			return err
+		}
+		if info.Mode()&0o111 == 0 {
+			return nil
+		}
+		r, err := c.Exec(ctx, to.sandbox, client.Command{Cmd: "chmod", Args: []string{"+x", "--", path.Join(dir, name)}, User: user}, nil)
+		if err == nil && r.ExitCode != 0 {
+			err = fmt.Errorf("make %s executable: %s", path.Join(dir, name), clean(string(r.Stderr)))
+		}
+		return err
+	}
+	if !info.IsDir() {
+		return fmt.Errorf("%s is neither a file nor a folder", from)
+	}
+	r, w := io.Pipe()
+	packed := make(chan error, 1)
+	go func() {
+		err := pack(w, abs, name)
+		w.CloseWithError(err)
+		packed <- err
+	}()
+	_, err = c.WriteArchive(ctx, to.sandbox, dir, user, r)
+	r.CloseWithError(errors.New("the upload has ended")) // so that pack does, too
+	if perr := <-packed; perr != nil && err != nil {
+		return errors.Join(err, perr)
+	}
+	return err
+}
+
+// pack writes the folder dir as a tar archive in which it is called name.
+func pack(w io.Writer, dir, name string) error {
+	t := tar.NewWriter(w)
+	err := filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		if info.Mode()&(fs.ModeSocket|fs.ModeNamedPipe|fs.ModeDevice) != 0 {
+			return nil // stands for something that cannot be copied
+		}
+		var link string
+		if info.Mode()&fs.ModeSymlink != 0 {
+			if link, err = os.Readlink(p); err != nil {
+				return err
+			}
+		}
+		h, err := tar.FileInfoHeader(info, link)
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(dir, p)
+		if err != nil {
+			return err
+		}
+		h.Name = path.Join(name, filepath.ToSlash(rel))
+		if d.IsDir() {
+			h.Name += "/"
+		}
+		h.Uid, h.Gid, h.Uname, h.Gname = 0, 0, "", ""
+		if err := t.WriteHeader(h); err != nil {
+			return err
+		}
+		if !info.Mode().IsRegular() {
+			return nil
+		}
+		f, err := os.Open(p)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		_, err = io.Copy(t, f)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	return t.Close()
+}
+
+func (a *app) download(ctx context.Context, c *client.Client, from place, to, user string) error {
+	if to == "-" {
+		r, err := c.ReadFile(ctx, from.sandbox, from.path, user)
+		if err != nil {
+			return err
+		}
+		defer r.Close()
+		_, err = io.Copy(a.out, r)
+		return err
+	}
+	dir, name := filepath.Dir(to), filepath.Base(to)
+	if info, err := os.Stat(to); err == nil && info.IsDir() {
+		dir, name = to, ""
+	} else if strings.HasSuffix(to, "/") {
+		return fmt.Errorf("%s: no such folder", to)
+	}
+	r, err := c.ReadArchive(ctx, from.sandbox, from.path, user)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	return unpack(root, r, name)
+}
+
+// unpack writes what is in a tar archive below root, its top entry under name
+// unless that is empty. The archive comes from a guest: nothing in it can
+// lead outside of root, and it makes neither devices nor special modes.
+func unpack(root *os.Root, r io.Reader, name string) error {
+	t := tar.NewReader(r)
+	for {
+		h, err := t.Next()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read archive: %w", err)
+		}
+		p := path.Clean(h.Name)
+		if !filepath.IsLocal(p) {
+			return fmt.Errorf("the archive names %q, which lies outside of it", h.Name)
+		}
+		if name != "" {
+			_, rest, _ := strings.Cut(p, "/")
+			p = path.Join(name, rest)
+		}
+		if err := unpackEntry(root, t, h, p); err != nil {
+			return fmt.Errorf("write %s: %w", clean(p), err)
+		}
+	}
+}
+
+func unpackEntry(root *os.Root, t io.Reader, h *tar.Header, p string) error {
+	mode := h.FileInfo().Mode().Perm()
+	switch h.Typeflag {
+	case tar.TypeDir:
+		return root.MkdirAll(p, mode|0o700)
+	case tar.TypeReg:
+		if err := root.MkdirAll(path.Dir(p), 0o755); err != nil {
+			return err
+		}
+		// What is there may be a link: it is replaced, not followed.
+		if err := root.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		f, err := root.OpenFile(p, os.O_CREATE|os.O_EXCL|os.O_WRONLY, mode)
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(f, t)
+		return errors.Join(err, f.Close())
+	case tar.TypeSymlink:
+		if err := root.MkdirAll(path.Dir(p), 0o755); err != nil {
+			return err
+		}
+		if err := root.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		// It may point anywhere, as any link may: nothing here goes through it.
+		return root.Symlink(h.Linkname, p)
+	}
+	return nil // nothing that can be copied
+}

@@ -1,0 +1,233 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/wrenn-dev/wrenn/client"
+)
+
+// removeTimeout bounds the destruction of a sandbox that run made, which goes
+// on when the user has lost patience.
+const removeTimeout = 30 * time.Second
+
+// execution are the flags of a command in a sandbox.
+type execution struct {
+	envs        []string
+	cwd, user   string
+	limit       time.Duration
+	interactive bool
+	terminal    bool
+}
+
+func (o *execution) flags(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.SetInterspersed(false) // what follows the command is the command's
+	f.StringVarP(&o.cwd, "workdir", "w", "", "working directory (default the user's home)")
+	f.StringVarP(&o.user, "user", "u", "", "user to run as (default user)")
+	f.DurationVar(&o.limit, "time-limit", 0, "time after which the command is killed (default none)")
+	f.BoolVarP(&o.terminal, "tty", "t", false, "give the command a terminal")
+	f.BoolVarP(&o.interactive, "interactive", "i", false, "pass standard input on")
+}
+
+func (a *app) execCommand() *cobra.Command {
+	var o execution
+	cmd := &cobra.Command{
+		Use: "exec [-it] SANDBOX [--] CMD [ARG…]", Short: "Run a command in a sandbox", Args: atLeast(2), ValidArgsFunction: a.completeSandbox,
+		Long: "Run a command in a sandbox. Exits with the command's exit code, and with 125 when wrenn itself fails.",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			id, words := args[0], args[1:]
+			if words[0] == "--" {
+				words = words[1:]
+			}
+			if len(words) == 0 {
+				return usage("no command\nusage: %s", cmd.UseLine())
+			}
+			return a.stream(cmd.Context(), c, id, o, words)
+		},
+	}
+	o.flags(cmd)
+	cmd.Flags().StringArrayVarP(&o.envs, "env", "e", nil, "environment variable, KEY=VALUE; repeatable")
+	return cmd
+}
+
+func (a *app) runCommand() *cobra.Command {
+	var o execution
+	var from creation
+	cmd := &cobra.Command{
+		Use: "run [-t TEMPLATE] [--] CMD [ARG…]", Short: "Run a command in a sandbox of its own", Args: atLeast(1),
+		Long: "Create a sandbox, run a command in it with standard input, output and exit code passed through, and destroy it.\n" +
+			"Exits with the command's exit code, and with 125 when wrenn itself fails.",
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			options, err := from.options()
+			if err != nil {
+				return err
+			}
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			// An interrupt ends a creation under way; the sandbox that the service
+			// may have made all the same ends by its timeout.
+			creating, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
+			s, err := c.Create(creating, options)
+			stop()
+			if err != nil {
+				return err
+			}
+			defer func() {
+				ctx, cancel := context.WithTimeout(context.WithoutCancel(cmd.Context()), removeTimeout)
+				defer cancel()
+				if e := c.Delete(ctx, s.ID); e != nil {
+					fmt.Fprintf(a.err, "wrenn: %v\n", e)
+					if err == nil {
+						err = e
+					}
+				}
+			}()
+			return a.stream(cmd.Context(), c, s.ID, o, args)
+		},
+	}
+	f := cmd.Flags()
+	f.SetInterspersed(false)
+	from.flags(cmd)
+	f.StringVarP(&o.cwd, "workdir", "w", "", "working directory (default the user's home)")
+	f.StringVarP(&o.user, "user", "u", "", "user to run as (default user)")
+	f.DurationVar(&o.limit, "time-limit", 0, "time after which the command is killed (default none)")
+	f.BoolVar(&o.terminal, "tty", false, "give the command a terminal")
+	o.interactive = true
+	return cmd
+}
+
+// stream runs a command with this process's streams, and returns its exit
+// code as an ExitError unless it is 0.
+func (a *app) stream(ctx context.Context, c *client.Client, id string, o execution, words []string) error {
+	envs, err := pairs("env", o.envs)
+	if err != nil {
+		return err
+	}
+	if o.limit < 0 || o.limit%time.Second != 0 {
+		return usage("--time-limit %v: want whole seconds", o.limit)
+	}
+	s := client.Stream{
+		Command: client.Command{
+			Cmd: words[0], Args: words[1:], Envs: envs, Cwd: o.cwd, User: o.user, TimeoutSeconds: int(o.limit / time.Second),
+		},
+		Stdout: a.out, Stderr: a.err,
+	}
+	if o.interactive || o.terminal {
+		s.Stdin = a.in
+	}
+	signals, stop := forwardSignals(o.terminal)
+	defer stop()
+	s.Signals = signals
+	if o.terminal {
+		restore, err := a.terminal(&s)
+		if err != nil {
+			return err
+		}
+		defer restore()
+	}
+	r, err := c.ExecStream(ctx, id, s)
+	if err != nil {
+		return err
+	}
+	if r.TimedOut {
+		fmt.Fprintf(a.err, "wrenn: the command was killed after %v\r\n", o.limit)
+	}
+	if r.ExitCode != 0 || r.TimedOut {
+		code := r.ExitCode
+		if code <= 0 || code > 255 {
+			code = ExitFailure
+		}
+		return &ExitError{code}
+	}
+	return nil
+}
+
+// forwardSignals passes on what would end this process, so that it ends the
+// command instead. A terminal in raw mode sends its own as input.
+func forwardSignals(terminal bool) (<-chan int, func()) {
+	in := make(chan os.Signal, 4)
+	signal.Notify(in, syscall.SIGTERM, syscall.SIGHUP)
+	if !terminal {
+		signal.Notify(in, os.Interrupt)
+	}
+	out := make(chan int, 4)
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			case s := <-in:
+				n := int(s.(syscall.Signal))
+				select {
+				case out <- n:
+				default: // a command that takes no notice of four takes none of the fifth
+				}
+			}
+		}
+	})
+	return out, func() { signal.Stop(in); close(done); wg.Wait() }
+}
+
+// terminal puts this process's terminal into raw mode and follows its size.
+func (a *app) terminal(s *client.Stream) (restore func(), err error) {
+	f, ok := a.in.(*os.File)
+	if !ok || !term.IsTerminal(int(f.Fd())) {
+		return nil, errors.New("standard input is no terminal: leave -t out")
+	}
+	fd := int(f.Fd())
+	cols, rows, err := term.GetSize(fd)
+	if err != nil {
+		return nil, fmt.Errorf("terminal's size: %w", err)
+	}
+	s.Terminal = &client.TerminalSize{Cols: max(cols, 1), Rows: max(rows, 1)}
+	old, err := term.MakeRaw(fd)
+	if err != nil {
+		return nil, fmt.Errorf("set terminal: %w", err)
+	}
+	changed := make(chan os.Signal, 1)
+	signal.Notify(changed, syscall.SIGWINCH)
+	sizes := make(chan client.TerminalSize, 1)
+	s.Resize = sizes
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			case <-changed:
+			}
+			if cols, rows, err := term.GetSize(fd); err == nil && cols > 0 && rows > 0 {
+				select {
+				case sizes <- client.TerminalSize{Cols: cols, Rows: rows}:
+				case <-done:
+					return
+				}
+			}
+		}
+	})
+	return func() {
+		signal.Stop(changed)
+		close(done)
+		wg.Wait()
+		_ = term.Restore(fd, old)
+	}, nil
+}

@@ -1,0 +1,308 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/wrenn-dev/wrenn/client"
+)
+
+// creation are the flags of a new sandbox.
+type creation struct {
+	template               string
+	vcpus, memoryMiB, disk int
+	timeout                time.Duration
+	envs, metadata         []string
+}
+
+func (o *creation) flags(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVarP(&o.template, "template", "t", "", "template to start from (default minimal)")
+	f.IntVar(&o.vcpus, "cpus", 0, "virtual CPUs (default 1)")
+	f.IntVar(&o.memoryMiB, "memory", 0, "memory in MiB (default 512)")
+	f.IntVar(&o.disk, "disk", 0, "disk in MiB (default the template's)")
+	f.DurationVar(&o.timeout, "timeout", 5*time.Minute, "time without use after which it is destroyed; 0: never")
+	f.StringArrayVarP(&o.envs, "env", "e", nil, "environment variable of every command, KEY=VALUE; repeatable")
+	f.StringArrayVar(&o.metadata, "metadata", nil, "what to find the sandbox by, KEY=VALUE; repeatable")
+}
+
+func (o *creation) options() (client.CreateOptions, error) {
+	envs, err := pairs("env", o.envs)
+	if err != nil {
+		return client.CreateOptions{}, err
+	}
+	metadata, err := pairs("metadata", o.metadata)
+	if err != nil {
+		return client.CreateOptions{}, err
+	}
+	if o.timeout < 0 || o.timeout%time.Second != 0 {
+		return client.CreateOptions{}, usage("--timeout %v: want whole seconds", o.timeout)
+	}
+	seconds := int(o.timeout / time.Second)
+	return client.CreateOptions{
+		Template: o.template, VCPUs: o.vcpus, MemoryMiB: o.memoryMiB, DiskMiB: o.disk,
+		TimeoutSeconds: &seconds, Envs: envs, Metadata: metadata,
+	}, nil
+}
+
+func (a *app) createCommand() *cobra.Command {
+	var o creation
+	var out output
+	cmd := &cobra.Command{
+		Use: "create", Short: "Create a sandbox and print its id", Args: exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := out.check(); err != nil {
+				return err
+			}
+			options, err := o.options()
+			if err != nil {
+				return err
+			}
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			s, err := c.Create(cmd.Context(), options)
+			if err != nil {
+				return err
+			}
+			if out.format == "json" {
+				return a.json(s)
+			}
+			_, err = fmt.Fprintln(a.out, s.ID)
+			return err
+		},
+	}
+	o.flags(cmd)
+	out.flag(cmd)
+	return cmd
+}
+
+func (a *app) lsCommand() *cobra.Command {
+	var out output
+	var states, metadata []string
+	var all bool
+	cmd := &cobra.Command{
+		Use: "ls", Aliases: []string{"list"}, Short: "List sandboxes", Args: exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := out.check(); err != nil {
+				return err
+			}
+			meta, err := pairs("metadata", metadata)
+			if err != nil {
+				return err
+			}
+			if all {
+				states = []string{"pending", "starting", "running", "stopping", "stopped", "error"}
+			}
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			list := []client.Sandbox{}
+			for s, err := range c.List(cmd.Context(), client.ListOptions{States: states, Metadata: meta}) {
+				if err != nil {
+					return err
+				}
+				list = append(list, s)
+			}
+			if out.format == "json" {
+				return a.json(list)
+			}
+			rows := [][]string{{"ID", "TEMPLATE", "STATE", "CPUS", "MEMORY", "CREATED", "EXPIRES"}}
+			for _, s := range list {
+				rows = append(rows, []string{
+					s.ID, s.Template, s.State, strconv.Itoa(s.VCPUs), fmt.Sprintf("%d MiB", s.MemoryMiB),
+					since(s.CreatedAt) + " ago", expires(s),
+				})
+			}
+			return a.table(rows)
+		},
+	}
+	f := cmd.Flags()
+	f.StringArrayVar(&states, "state", nil, "only sandboxes in this state; repeatable")
+	f.StringArrayVar(&metadata, "metadata", nil, "only sandboxes with this KEY=VALUE; repeatable")
+	f.BoolVar(&all, "all", false, "sandboxes that have ended too")
+	out.flag(cmd)
+	return cmd
+}
+
+func since(t time.Time) string { return time.Since(t).Round(time.Second).String() }
+
+func expires(s client.Sandbox) string {
+	switch {
+	case s.EndedAt != nil:
+		return s.EndReason
+	case s.ExpiresAt == nil:
+		return "never"
+	}
+	return "in " + time.Until(*s.ExpiresAt).Round(time.Second).String()
+}
+
+func (a *app) rmCommand() *cobra.Command {
+	var all bool
+	cmd := &cobra.Command{
+		Use: "rm SANDBOX…", Short: "Destroy sandboxes", ValidArgsFunction: a.completeSandbox,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if all != (len(args) == 0) {
+				return usage("name sandboxes, or say --all")
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			if all {
+				for s, err := range c.List(cmd.Context(), client.ListOptions{}) {
+					if err != nil {
+						return err
+					}
+					args = append(args, s.ID)
+				}
+			}
+			var errs []error
+			for _, id := range args {
+				if err := c.Delete(cmd.Context(), id); err != nil {
+					errs = append(errs, fmt.Errorf("%s: %w", id, err))
+					continue
+				}
+				fmt.Fprintln(a.out, id)
+			}
+			return errors.Join(errs...)
+		},
+	}
+	cmd.Flags().BoolVar(&all, "all", false, "every sandbox of the team")
+	return cmd
+}
+
+func (a *app) urlCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "url SANDBOX PORT", Short: "Print where a port of a sandbox is reached", Args: exactly(2), ValidArgsFunction: a.completeSandbox,
+		RunE: func(_ *cobra.Command, args []string) error {
+			port, err := strconv.Atoi(args[1])
+			if err != nil || port < 1 || port > 65535 {
+				return usage("port %q: want 1 to 65535", args[1])
+			}
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			_, err = fmt.Fprintln(a.out, c.URL(args[0], port))
+			return err
+		},
+	}
+}
+
+func (a *app) logsCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "logs SANDBOX", Short: "Print the end of a sandbox's console", Args: exactly(1), ValidArgsFunction: a.completeSandbox,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			b, err := c.Logs(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			_, err = a.out.Write(b)
+			return err
+		},
+	}
+}
+
+func (a *app) pingCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "ping SANDBOX", Short: "Extend a sandbox's life by its timeout, from now", Args: exactly(1), ValidArgsFunction: a.completeSandbox,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			s, err := c.Ping(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			_, err = fmt.Fprintln(a.out, "expires", expires(*s))
+			return err
+		},
+	}
+}
+
+func (a *app) metricsCommand() *cobra.Command {
+	var out output
+	cmd := &cobra.Command{
+		Use: "metrics SANDBOX", Short: "Print what a sandbox uses", Args: exactly(1), ValidArgsFunction: a.completeSandbox,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := out.check(); err != nil {
+				return err
+			}
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			m, err := c.Metrics(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			if out.format == "json" {
+				return a.json(m)
+			}
+			mib := func(n int64) string { return strconv.FormatInt(n>>20, 10) + " MiB" }
+			return a.table([][]string{
+				{"CPU", fmt.Sprintf("%.1f %% of %d", m.CPUUsedPct, m.CPUCount)},
+				{"MEMORY", mib(m.MemoryUsedBytes) + " of " + mib(m.MemoryTotalBytes)},
+				{"DISK", mib(m.DiskUsedBytes) + " of " + mib(m.DiskTotalBytes)},
+				{"HOST MEMORY", mib(m.HostMemoryBytes)},
+			})
+		},
+	}
+	out.flag(cmd)
+	return cmd
+}
+
+func (a *app) templateCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "template", Short: "What sandboxes start from"}
+	var out output
+	ls := &cobra.Command{
+		Use: "ls", Aliases: []string{"list"}, Short: "List templates", Args: exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := out.check(); err != nil {
+				return err
+			}
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			return a.templates(cmd.Context(), c, out.format)
+		},
+	}
+	out.flag(ls)
+	cmd.AddCommand(ls)
+	return cmd
+}
+
+func (a *app) templates(ctx context.Context, c *client.Client, format string) error {
+	list := []client.Template{}
+	for t, err := range c.Templates(ctx) {
+		if err != nil {
+			return err
+		}
+		list = append(list, t)
+	}
+	if format == "json" {
+		return a.json(list)
+	}
+	rows := [][]string{{"NAME", "ID", "SIZE", "CREATED"}}
+	for _, t := range list {
+		rows = append(rows, []string{t.Name, t.ID, fmt.Sprintf("%d MiB", t.SizeBytes>>20), t.CreatedAt.Format(time.DateTime)})
+	}
+	return a.table(rows)
+}
