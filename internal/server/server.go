@@ -18,6 +18,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/redis/go-redis/v9"
+	"github.com/redis/go-redis/v9/logging"
 
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
@@ -28,6 +29,10 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
 )
+
+// The Redis client logs to standard error, in a form of its own; what it finds
+// comes back as errors too, and those are logged like all others.
+func init() { logging.Disable() }
 
 // minSecret is the fewest random bytes that tokens are made from.
 const minSecret = 32
@@ -101,6 +106,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	if s.store, err = store.Open(ctx, c.DatabaseURL); err != nil {
 		return nil, err
 	}
+	redisOptions.DialerRetries = 1
 	s.redis = redis.NewClient(redisOptions)
 	made, err := auth.Bootstrap(ctx, s.store, auth.Admin{Email: c.AdminEmail, Password: c.AdminPassword, APIKey: c.AdminAPIKey})
 	if err != nil {

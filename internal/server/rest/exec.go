@@ -141,16 +141,15 @@ func (a *API) ExecStream(w http.ResponseWriter, r *http.Request, sandbox rest.Sa
 	}
 	defer ws.CloseNow()
 	ws.SetReadLimit(maxMessage)
-	ctx, cancel := context.WithCancel(r.Context())
-	defer cancel()
-	if err := a.execStream(ctx, cancel, ws, host, sandbox); err != nil {
-		if ctx.Err() != nil || websocket.CloseStatus(err) != -1 {
-			a.log(r).Debug("client went away", "error", err)
-			return
-		}
+	err = a.execStream(r.Context(), ws, host, sandbox)
+	if errors.Is(err, errGone) {
+		a.log(r).Debug("client went away")
+		return
+	}
+	if err != nil {
 		f := classify(err)
 		a.log(r).Debug("exec failed", "code", f.Code, "error", err)
-		_ = say(ctx, ws, rest.ExecStreamEvent{Type: rest.ExecStreamEventTypeError, Code: some(string(f.Code)), Message: some(f.Message)})
+		_ = say(r.Context(), ws, rest.ExecStreamEvent{Type: rest.ExecStreamEventTypeError, Code: some(string(f.Code)), Message: some(f.Message)})
 	}
 	_ = ws.Close(websocket.StatusNormalClosure, "")
 }
@@ -161,50 +160,47 @@ func say(ctx context.Context, ws *websocket.Conn, e rest.ExecStreamEvent) error 
 	if err != nil {
 		return err
 	}
-	return ws.Write(ctx, websocket.MessageText, b)
+	if err := ws.Write(ctx, websocket.MessageText, b); err != nil {
+		return errGone
+	}
+	return nil
 }
 
 // errGone is why an exec ends when its client did.
 var errGone = errors.New("client went away")
 
 // execStream runs one command for a client. It returns nil when the client
-// was told how the command ended.
-func (a *API) execStream(ctx context.Context, cancel context.CancelFunc, ws *websocket.Conn, host *hosts.Host, sandbox string) error {
+// was told how the command ended. A goroutine that it leaves behind ends with
+// the WebSocket.
+func (a *API) execStream(ctx context.Context, ws *websocket.Conn, host *hosts.Host, sandbox string) error {
 	start, err := a.readStart(ctx, ws)
 	if err != nil {
 		return err
 	}
 	start.SandboxId = sandbox
-	stream := host.Agent.ExecStream(ctx)
-	// Closed on every way out, or the connection would keep the stream.
-	defer stream.CloseResponse()
+	// The call has a context of its own: it may be over while the client is
+	// still to be told why.
+	call, cancel := context.WithCancel(ctx)
+	stream := host.Agent.ExecStream(call)
 	if err := stream.Send(&hostagentv1.ExecStreamRequest{Message: &hostagentv1.ExecStreamRequest_Start_{Start: start}}); err != nil && !errors.Is(err, io.EOF) {
+		cancel()
 		return hosts.Fault(err)
 	}
 	// From here one goroutine sends and this one receives.
 	input := make(chan error, 1)
 	go func() {
-		err := a.pumpInput(ctx, ws, stream)
-		input <- err
-		if err != nil {
-			cancel()
-		}
+		input <- a.pumpInput(ctx, ws, stream)
+		cancel()
+		// HTTP/2 notices that a call was given up only when its body ends.
+		_ = stream.CloseRequest()
 	}()
 	err = pumpOutput(ctx, ws, stream)
+	cancel()
 	if err != nil {
-		// Of two that failed, the input's is the cause: it ended the output.
 		select {
 		case why := <-input:
-			if why != nil {
-				if errors.Is(why, errGone) {
-					return why
-				}
-				// ctx is over; the client is told all the same.
-				f := classify(why)
-				told, done := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-				defer done()
-				return say(told, ws, rest.ExecStreamEvent{Type: rest.ExecStreamEventTypeError, Code: some(string(f.Code)), Message: some(f.Message)})
-			}
+			// It ended the call, and is the cause of what became of the output.
+			return why
 		default:
 		}
 	}
@@ -217,7 +213,7 @@ func (a *API) readStart(ctx context.Context, ws *websocket.Conn) (*hostagentv1.E
 	defer cancel()
 	kind, b, err := ws.Read(ctx)
 	if err != nil {
-		return nil, err
+		return nil, errGone
 	}
 	if kind != websocket.MessageText {
 		return nil, fault.New(fault.InvalidArgument, "the first message must be text and say what to run")
@@ -254,8 +250,8 @@ func (a *API) parse(schema string, b []byte, v any) error {
 
 type execStream = connect.BidiStreamForClient[hostagentv1.ExecStreamRequest, hostagentv1.ExecStreamResponse]
 
-// pumpInput sends what the client says to the command. It returns nil when
-// the command wants no more, errGone when the client is gone.
+// pumpInput sends what the client says to the command, until the client is
+// gone (errGone) or says what is wrong.
 func (a *API) pumpInput(ctx context.Context, ws *websocket.Conn, stream *execStream) error {
 	for {
 		kind, b, err := ws.Read(ctx)

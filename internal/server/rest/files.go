@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"strconv"
 	"strings"
@@ -84,6 +85,10 @@ func parseRange(header string) (byteRange, bool) {
 		return byteRange{first: first, last: -1}, true
 	}
 	last, ok := digits(to)
+	if last == math.MaxInt64 {
+		// Beyond every end; as a number, one more would overflow.
+		return byteRange{first: first, last: -1}, ok
+	}
 	return byteRange{first: first, last: last}, ok && last >= first
 }
 
@@ -221,8 +226,8 @@ func copyIn(r *http.Request, host *hosts.Host, start *hostagentv1.WriteFileStrea
 			break
 		}
 		if readErr != nil {
+			// Not closed: to the host that would be the body's end.
 			cancel()
-			_, _ = stream.CloseAndReceive()
 			return nil, fault.Because(readErr, fault.InvalidArgument, "body: broke off")
 		}
 	}

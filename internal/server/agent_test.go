@@ -1,0 +1,432 @@
+package server_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/subtle"
+	"errors"
+	"io"
+	"net/http"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/coder/websocket"
+	"github.com/google/uuid"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
+)
+
+const agentToken = "agent-token-of-the-test"
+
+// agent is a host's agent without machines: it speaks the real protocol over
+// a real socket, keeps sandboxes and files in memory, and "runs" a handful of
+// commands that it knows. It lets a test reach what virtual machines make
+// slow or rare: creations that hang, hosts that vanish, streams that break.
+// The tests in test/ run the real agent.
+type agent struct {
+	hostagentv1connect.UnimplementedHostAgentHandler
+
+	socket string
+	// onCreate decides how a creation goes; nil: well.
+	onCreate func(context.Context, *hostagentv1.CreateRequest) error
+	// onDestroy likewise.
+	onDestroy func(context.Context, *hostagentv1.DestroyRequest) error
+	// guest answers requests to sandboxes' ports.
+	guest http.Handler
+
+	mu        sync.Mutex
+	sandboxes map[string]*hostagentv1.Sandbox
+	creates   []*hostagentv1.CreateRequest
+	files     map[string][]byte
+	events    []*hostagentv1.Event
+	acked     uint64
+	news      chan struct{}
+	resized   []string
+
+	server *http.Server
+}
+
+func newAgent(t *testing.T) *agent {
+	a := &agent{
+		socket:    filepath.Join(t.TempDir(), "agent.sock"),
+		sandboxes: make(map[string]*hostagentv1.Sandbox), files: make(map[string][]byte), news: make(chan struct{}),
+		guest: http.NotFoundHandler(),
+	}
+	a.serve(t)
+	t.Cleanup(a.close)
+	return a
+}
+
+func (a *agent) url() string { return "unix:" + a.socket }
+
+func (a *agent) serve(t *testing.T) {
+	t.Helper()
+	l, err := netaddr.Listen(context.Background(), a.url(), 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mux := http.NewServeMux()
+	mux.Handle(hostagentv1connect.NewHostAgentHandler(a))
+	s := netaddr.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if subtle.ConstantTimeCompare([]byte(r.Header.Get("Authorization")), []byte("Bearer "+agentToken)) != 1 {
+			http.Error(w, "bad token", http.StatusUnauthorized)
+			return
+		}
+		// Not by the mux, which tidies paths.
+		if strings.HasPrefix(r.URL.Path, "/proxy/") {
+			a.guest.ServeHTTP(w, r)
+			return
+		}
+		mux.ServeHTTP(w, r)
+	}))
+	a.server = s
+	go s.Serve(l)
+}
+
+// close makes the host vanish; its sandboxes stay.
+func (a *agent) close() { a.server.Close() }
+
+func (a *agent) Create(ctx context.Context, req *connect.Request[hostagentv1.CreateRequest]) (*connect.Response[hostagentv1.CreateResponse], error) {
+	m := req.Msg
+	a.mu.Lock()
+	a.creates = append(a.creates, m)
+	hook := a.onCreate
+	a.mu.Unlock()
+	if hook != nil {
+		if err := hook(ctx, m); err != nil {
+			return nil, err
+		}
+	}
+	return connect.NewResponse(&hostagentv1.CreateResponse{Sandbox: a.add(m.SandboxId, m.TimeoutSeconds)}), nil
+}
+
+// add makes a sandbox that runs.
+func (a *agent) add(sandbox string, timeout int32) *hostagentv1.Sandbox {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	sb := &hostagentv1.Sandbox{SandboxId: sandbox, State: hostagentv1.SandboxState_SANDBOX_STATE_RUNNING, DiskMib: 5120, CreatedAt: timestamppb.Now()}
+	if timeout > 0 {
+		sb.ExpiresAt = timestamppb.New(time.Now().Add(time.Duration(timeout) * time.Second))
+	}
+	a.sandboxes[sandbox] = sb
+	return proto.CloneOf(sb)
+}
+
+func (a *agent) has(sandbox string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.sandboxes[sandbox] != nil
+}
+
+func (a *agent) forget(sandbox string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.sandboxes, sandbox)
+}
+
+func (a *agent) created() int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.creates)
+}
+
+func (a *agent) Destroy(ctx context.Context, req *connect.Request[hostagentv1.DestroyRequest]) (*connect.Response[hostagentv1.DestroyResponse], error) {
+	a.mu.Lock()
+	hook := a.onDestroy
+	a.mu.Unlock()
+	if hook != nil {
+		if err := hook(ctx, req.Msg); err != nil {
+			return nil, err
+		}
+	}
+	a.forget(req.Msg.SandboxId)
+	return connect.NewResponse(&hostagentv1.DestroyResponse{}), nil
+}
+
+func (a *agent) List(context.Context, *connect.Request[hostagentv1.ListRequest]) (*connect.Response[hostagentv1.ListResponse], error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var r hostagentv1.ListResponse
+	for _, sb := range a.sandboxes {
+		r.Sandboxes = append(r.Sandboxes, proto.CloneOf(sb))
+	}
+	return connect.NewResponse(&r), nil
+}
+
+func (a *agent) Templates(context.Context, *connect.Request[hostagentv1.TemplatesRequest]) (*connect.Response[hostagentv1.TemplatesResponse], error) {
+	return connect.NewResponse(&hostagentv1.TemplatesResponse{Templates: []*hostagentv1.Template{{
+		TemplateId: id.Format(id.Template, uuid.Nil), TeamId: id.Format(id.Team, uuid.Nil), Name: "minimal", SizeBytes: 1 << 29, CreatedAt: timestamppb.New(time.Unix(1700000000, 0)),
+	}}}), nil
+}
+
+func (a *agent) Host(context.Context, *connect.Request[hostagentv1.HostRequest]) (*connect.Response[hostagentv1.HostResponse], error) {
+	return connect.NewResponse(&hostagentv1.HostResponse{Version: "test", Cpus: 2, Vmm: "none", Accelerator: "none"}), nil
+}
+
+// happened adds an event to the journal.
+func (a *agent) happened(kind hostagentv1.Event_Kind, sandbox, reason string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.sandboxes, sandbox)
+	a.events = append(a.events, &hostagentv1.Event{Seq: uint64(len(a.events) + 1), Kind: kind, SandboxId: sandbox, Time: timestamppb.Now(), Reason: reason})
+	close(a.news)
+	a.news = make(chan struct{})
+}
+
+func (a *agent) Events(ctx context.Context, _ *connect.Request[hostagentv1.EventsRequest], s *connect.ServerStream[hostagentv1.EventsResponse]) error {
+	if err := s.Send(nil); err != nil { // The header: the call was taken.
+		return err
+	}
+	a.mu.Lock()
+	next := a.acked
+	a.mu.Unlock()
+	for {
+		a.mu.Lock()
+		todo, news := a.events[next:], a.news
+		a.mu.Unlock()
+		for _, e := range todo {
+			if err := s.Send(&hostagentv1.EventsResponse{Event: e}); err != nil {
+				return err
+			}
+			next = e.Seq
+		}
+		select {
+		case <-news:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (a *agent) AckEvents(_ context.Context, req *connect.Request[hostagentv1.AckEventsRequest]) (*connect.Response[hostagentv1.AckEventsResponse], error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.acked = max(a.acked, req.Msg.Seq)
+	return connect.NewResponse(&hostagentv1.AckEventsResponse{}), nil
+}
+
+func (a *agent) Ping(_ context.Context, req *connect.Request[hostagentv1.PingRequest]) (*connect.Response[hostagentv1.PingResponse], error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	sb := a.sandboxes[req.Msg.SandboxId]
+	if sb == nil {
+		return nil, connect.NewError(connect.CodeNotFound, errors.New("no such sandbox"))
+	}
+	sb.ExpiresAt = timestamppb.New(time.Now().Add(time.Hour))
+	return connect.NewResponse(&hostagentv1.PingResponse{Sandbox: proto.CloneOf(sb)}), nil
+}
+
+func (a *agent) Metrics(context.Context, *connect.Request[hostagentv1.MetricsRequest]) (*connect.Response[hostagentv1.MetricsResponse], error) {
+	return connect.NewResponse(&hostagentv1.MetricsResponse{Time: timestamppb.Now(), CpuCount: 1, CpuUsedPct: 12.5, MemoryTotalBytes: 512 << 20}), nil
+}
+
+func (a *agent) Console(context.Context, *connect.Request[hostagentv1.ConsoleRequest]) (*connect.Response[hostagentv1.ConsoleResponse], error) {
+	return connect.NewResponse(&hostagentv1.ConsoleResponse{Output: []byte("[    0.000000] Linux version\xff\n")}), nil
+}
+
+// Exec knows: cat, which prints its input; say, its arguments; bytes, all of
+// them; env, its environment; exit N; hang, to its timeout; lost, a host failure.
+func (a *agent) Exec(ctx context.Context, req *connect.Request[hostagentv1.ExecRequest]) (*connect.Response[hostagentv1.ExecResponse], error) {
+	c := req.Msg.Command
+	var r hostagentv1.ExecResponse
+	switch c.Cmd {
+	case "cat":
+		r.Stdout = req.Msg.Stdin
+	case "say", "sh":
+		r.Stdout = []byte(strings.Join(c.Args, " "))
+	case "bytes":
+		for i := range 256 {
+			r.Stdout = append(r.Stdout, byte(i))
+		}
+		r.Stderr = []byte("plain")
+	case "env":
+		r.Stdout = []byte(c.Envs["A"] + " " + c.Cwd + " " + c.User + " " + strconv.Itoa(int(c.TimeoutSeconds)))
+	case "exit":
+		n, _ := strconv.Atoi(c.Args[0])
+		r.ExitCode = int32(n)
+	case "hang":
+		r.TimedOut, r.Error, r.ExitCode = true, "timed out", 137
+	case "lost":
+		return nil, connect.NewError(connect.CodeInternal, errors.New("open /secret/path: broken"))
+	default:
+		return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("no such command"))
+	}
+	return connect.NewResponse(&r), nil
+}
+
+// ExecStream knows: cat, which prints its input on stdout and its length on
+// stderr when it ends; tty, which prints on the terminal; hang, which waits.
+func (a *agent) ExecStream(ctx context.Context, s *connect.BidiStream[hostagentv1.ExecStreamRequest, hostagentv1.ExecStreamResponse]) error {
+	first, err := s.Receive()
+	if err != nil {
+		return err
+	}
+	start := first.GetStart()
+	if start == nil {
+		return connect.NewError(connect.CodeInvalidArgument, errors.New("no start"))
+	}
+	if err := s.Send(&hostagentv1.ExecStreamResponse{Message: &hostagentv1.ExecStreamResponse_Started_{Started: &hostagentv1.ExecStreamResponse_Started{Pid: 42}}}); err != nil {
+		return err
+	}
+	exit := func(code int32) error {
+		return s.Send(&hostagentv1.ExecStreamResponse{Message: &hostagentv1.ExecStreamResponse_Exited_{Exited: &hostagentv1.ExecStreamResponse_Exited{ExitCode: code}}})
+	}
+	n := 0
+	for {
+		m, err := s.Receive()
+		if err != nil {
+			a.mu.Lock()
+			a.resized = append(a.resized, "gone")
+			a.mu.Unlock()
+			return err
+		}
+		switch m := m.Message.(type) {
+		case *hostagentv1.ExecStreamRequest_Stdin:
+			n += len(m.Stdin)
+			out := &hostagentv1.ExecStreamResponse{Message: &hostagentv1.ExecStreamResponse_Stdout{Stdout: m.Stdin}}
+			if start.Terminal != nil {
+				out.Message = &hostagentv1.ExecStreamResponse_Terminal{Terminal: m.Stdin}
+			}
+			if err := s.Send(out); err != nil {
+				return err
+			}
+		case *hostagentv1.ExecStreamRequest_CloseStdin_:
+			if err := s.Send(&hostagentv1.ExecStreamResponse{Message: &hostagentv1.ExecStreamResponse_Stderr{Stderr: []byte(strconv.Itoa(n))}}); err != nil {
+				return err
+			}
+			return exit(7)
+		case *hostagentv1.ExecStreamRequest_Resize:
+			a.mu.Lock()
+			a.resized = append(a.resized, strconv.Itoa(int(m.Resize.Cols))+"x"+strconv.Itoa(int(m.Resize.Rows)))
+			a.mu.Unlock()
+		case *hostagentv1.ExecStreamRequest_Signal:
+			return exit(128 + m.Signal)
+		}
+	}
+}
+
+// breakAfter is a path whose reading breaks off after some bytes.
+const breakAfter = "/break"
+
+func (a *agent) ReadFileStream(ctx context.Context, req *connect.Request[hostagentv1.ReadFileStreamRequest], s *connect.ServerStream[hostagentv1.ReadFileStreamResponse]) error {
+	m := req.Msg
+	a.mu.Lock()
+	content, ok := a.files[m.File.Path]
+	a.mu.Unlock()
+	if !ok {
+		return connect.NewError(connect.CodeNotFound, errors.New("no such file: "+m.File.Path))
+	}
+	size := int64(len(content))
+	if m.Archive {
+		size = -1
+	}
+	if m.File.Path == "/proc/status" {
+		size = 0
+	}
+	if err := s.Send(&hostagentv1.ReadFileStreamResponse{Message: &hostagentv1.ReadFileStreamResponse_Start_{Start: &hostagentv1.ReadFileStreamResponse_Start{Size: size}}}); err != nil {
+		return err
+	}
+	content = content[min(m.Offset, int64(len(content))):]
+	if m.Length > 0 {
+		content = content[:min(m.Length, int64(len(content)))]
+	}
+	for part := range bytes.Lines(content) {
+		if err := s.Send(&hostagentv1.ReadFileStreamResponse{Message: &hostagentv1.ReadFileStreamResponse_Chunk{Chunk: part}}); err != nil {
+			return err
+		}
+		if m.File.Path == breakAfter {
+			return connect.NewError(connect.CodeUnavailable, errors.New("the guest went away"))
+		}
+	}
+	return nil
+}
+
+func (a *agent) WriteFileStream(ctx context.Context, s *connect.ClientStream[hostagentv1.WriteFileStreamRequest]) (*connect.Response[hostagentv1.WriteFileStreamResponse], error) {
+	var ref *hostagentv1.FileRef
+	var content bytes.Buffer
+	var n int64
+	for s.Receive() {
+		if start := s.Msg().GetStart(); start != nil {
+			if ref = start.File; ref.Path == "/full" {
+				return nil, connect.NewError(connect.CodeResourceExhausted, errors.New("no space left on the disk"))
+			}
+			continue
+		}
+		n += int64(len(s.Msg().GetChunk()))
+		if ref.Path != "/dev/null" {
+			content.Write(s.Msg().GetChunk())
+		}
+	}
+	if err := s.Err(); err != nil {
+		return nil, err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.files[ref.Path] = content.Bytes()
+	return connect.NewResponse(&hostagentv1.WriteFileStreamResponse{File: &hostagentv1.FileInfo{Path: ref.Path, Name: filepath.Base(ref.Path), Size: n}}), nil
+}
+
+// guestHandler is what listens in the sandboxes of the proxy's tests. Paths
+// come as /proxy/{sandbox}/{port}/…
+func guestHandler() http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		parts := strings.SplitN(r.URL.EscapedPath(), "/", 5)
+		switch "/" + parts[4] {
+		case "/ws":
+			ws, err := websocket.Accept(w, r, &websocket.AcceptOptions{InsecureSkipVerify: true})
+			if err != nil {
+				return
+			}
+			defer ws.CloseNow()
+			for {
+				kind, b, err := ws.Read(r.Context())
+				if err != nil {
+					return
+				}
+				if err := ws.Write(r.Context(), kind, b); err != nil {
+					return
+				}
+			}
+		case "/zeros":
+			n, _ := strconv.ParseInt(r.URL.Query().Get("n"), 10, 64)
+			w.Header().Set("Content-Length", strconv.FormatInt(n, 10))
+			io.CopyN(w, zeros{}, n)
+		case "/count":
+			n, _ := io.Copy(io.Discard, r.Body)
+			io.WriteString(w, strconv.FormatInt(n, 10))
+		case "/tick":
+			io.WriteString(w, "first")
+			w.(http.Flusher).Flush()
+			<-r.Context().Done()
+		case "/hijack":
+			c, _, _ := w.(http.Hijacker).Hijack()
+			c.(interface{ CloseWrite() error }).CloseWrite()
+			c.Close()
+		default:
+			w.Header().Set("X-Path", r.RequestURI)
+			w.Header().Set("X-Host", r.Host)
+			w.Header()["X-Saw"] = nil
+			for name, v := range r.Header {
+				w.Header().Add("X-Saw", name+"="+strings.Join(v, ","))
+			}
+			w.WriteHeader(http.StatusTeapot)
+		}
+	})
+}
+
+type zeros struct{}
+
+func (zeros) Read(b []byte) (int, error) {
+	clear(b)
+	return len(b), nil
+}
