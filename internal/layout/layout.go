@@ -36,6 +36,16 @@ func (d Dir) Sandboxes() string { return d.join("sandboxes") }
 // Sandbox holds one sandbox's files: its record, overlay and QMP socket.
 func (d Dir) Sandbox(sandbox uuid.UUID) string { return d.join("sandboxes", sandbox.String()) }
 
+// SandboxRecord is what the agent knows of a sandbox, as JSON.
+func (d Dir) SandboxRecord(sandbox uuid.UUID) string {
+	return d.join("sandboxes", sandbox.String(), "sandbox.json")
+}
+
+// SandboxDisk is a sandbox's overlay over its template's disk.
+func (d Dir) SandboxDisk(sandbox uuid.UUID) string {
+	return d.join("sandboxes", sandbox.String(), "disk.qcow2")
+}
+
 // Snapshots holds paused sandboxes' state.
 func (d Dir) Snapshots() string { return d.join("snapshots") }
 
@@ -47,6 +57,9 @@ func (d Dir) Run() string { return d.join("run") }
 
 // AgentSocket is where the host agent listens under wrenn up.
 func (d Dir) AgentSocket() string { return d.join("run", "agent.sock") }
+
+// AgentLock is locked by the one host agent that runs on the data.
+func (d Dir) AgentLock() string { return d.join("run", "agent.lock") }
 
 // ServerSocket is where the control plane listens under wrenn up.
 func (d Dir) ServerSocket() string { return d.join("run", "server.sock") }
@@ -65,3 +78,9 @@ func (d Dir) Credentials() string { return d.join("credentials.json") }
 
 // NetworkBlock remembers which block of network slots the host agent has.
 func (d Dir) NetworkBlock() string { return d.join("run", "network-block") }
+
+// Logs holds the logs of the programs that wrenn up runs.
+func (d Dir) Logs() string { return d.join("logs") }
+
+// Secrets is the file of what an installation of wrenn up made up.
+func (d Dir) Secrets() string { return d.join("secrets.json") }

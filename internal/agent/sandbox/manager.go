@@ -1,0 +1,377 @@
+package sandbox
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/netip"
+	"os"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/guest"
+	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/agent/journal"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+// Config is what a Manager works with. Only the fields marked so may be zero.
+type Config struct {
+	Dir      layout.Dir
+	Driver   vmm.Driver
+	Networks Networks
+	Journal  *journal.Journal
+	// Kernel and Initrd are what guests boot.
+	Kernel, Initrd string
+	// Template finds what a sandbox starts from, or says [ErrNotFound].
+	Template func(team, template uuid.UUID) (image.Template, error)
+	// MemoryMiB is what all sandboxes may have together; 0: most of the host's.
+	MemoryMiB int
+	// Boots is how many guests may boot at once; 0: one a processor.
+	Boots int
+	// BootTimeout bounds one boot, counted from when it starts; 0: two minutes.
+	BootTimeout time.Duration
+	// Observe, if not nil, is told each step of a sandbox's life.
+	Observe func(step string, took time.Duration, err error)
+	Log     *slog.Logger
+}
+
+const (
+	defaultBootTimeout = 2 * time.Minute
+
+	// overheadMiB is counted for each sandbox beside its memory.
+	overheadMiB = 64
+	// slackMiB must be free on the host beside what a new sandbox may take.
+	slackMiB = 256
+
+	// firstUID is the user of slot 0's virtual machine; no other process of the
+	// host's runs as one of these.
+	firstUID = 2_000_000
+)
+
+// Manager owns the sandboxes of one host.
+type Manager struct {
+	Config
+	boots   chan struct{} // one taken a boot
+	closing chan struct{} // closed: sandboxes are let go of
+	wg      sync.WaitGroup
+
+	mu          sync.Mutex
+	boxes       map[uuid.UUID]*box
+	refuse      error // why no sandbox is created any more
+	isClosing   bool
+	reservedMiB int
+}
+
+// Open makes a manager that goes on with what r found.
+func Open(ctx context.Context, c Config, r *Recovery) (*Manager, error) {
+	if c.MemoryMiB == 0 {
+		total, err := hostMemory()
+		if err != nil {
+			return nil, err
+		}
+		c.MemoryMiB = total - max(1024, total/10)
+	}
+	if c.Boots == 0 {
+		c.Boots = runtime.NumCPU()
+	}
+	if c.BootTimeout == 0 {
+		c.BootTimeout = defaultBootTimeout
+	}
+	if c.Observe == nil {
+		c.Observe = func(string, time.Duration, error) {}
+	}
+	if err := os.MkdirAll(c.Dir.Sandboxes(), 0o700); err != nil {
+		return nil, fmt.Errorf("make folder of sandboxes: %w", err)
+	}
+	m := &Manager{Config: c, boots: make(chan struct{}, c.Boots), closing: make(chan struct{}), boxes: map[uuid.UUID]*box{}}
+	for _, f := range r.found {
+		m.adopt(ctx, f)
+	}
+	return m, nil
+}
+
+func hostMemory() (mib int, err error) {
+	var si unix.Sysinfo_t
+	if err := unix.Sysinfo(&si); err != nil {
+		return 0, fmt.Errorf("measure memory: %w", err)
+	}
+	return int(uint64(si.Totalram) * uint64(si.Unit) >> 20), nil
+}
+
+// Create starts a sandbox and returns when its guest daemon answers. It is
+// idempotent by the sandbox's id: a repeated call waits for the sandbox that is
+// under way or returns the one that runs. When all callers have gone before
+// it runs, it is given up.
+func (m *Manager) Create(ctx context.Context, s Spec) (Info, error) {
+	if err := s.check(); err != nil {
+		return Info{}, err
+	}
+	b, err := m.enroll(s)
+	if err != nil {
+		return Info{}, err
+	}
+	return b.await(ctx)
+}
+
+// enroll finds or makes the sandbox that s speaks of, and counts the caller
+// as one who waits for it.
+func (m *Manager) enroll(s Spec) (*box, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if b := m.boxes[s.ID]; b != nil {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		switch {
+		case b.rec.Spec.Team != s.Team || b.rec.Spec.Template != s.Template:
+			return nil, fail(ErrExists, "another sandbox has this id")
+		case b.rec.State == Stopping || b.stopping():
+			return nil, fail(ErrState, "a sandbox with this id is being removed")
+		}
+		b.waiters++
+		return b, nil
+	}
+	if m.refuse != nil {
+		return nil, m.refuse
+	}
+	t, err := m.Template(s.Team, s.Template)
+	if err != nil {
+		return nil, err
+	}
+	if s.DiskMiB == 0 {
+		s.DiskMiB = t.DiskMiB
+	}
+	if s.DiskMiB < t.DiskMiB {
+		return nil, fail(ErrInvalid, "disk_mib is %d, but the template's disk has %d", s.DiskMiB, t.DiskMiB)
+	}
+	if err := m.admit(s); err != nil {
+		return nil, err
+	}
+	b := newBox(m, record{Version: recordVersion, Spec: s, State: Starting, CreatedAt: time.Now().UTC()})
+	b.base = t.Rootfs
+	b.waiters = 1
+	m.add(b)
+	m.wg.Go(b.live)
+	return b, nil
+}
+
+// admit says whether the host has room. The caller holds the lock.
+func (m *Manager) admit(s Spec) error {
+	if n := runtime.NumCPU(); s.VCPUs > n {
+		return fail(ErrExhausted, "this host has %d processors, not %d", n, s.VCPUs)
+	}
+	need := s.MemoryMiB + overheadMiB
+	if need > m.MemoryMiB {
+		return fail(ErrExhausted, "this host has %d MiB of memory for sandboxes; %d with %d of overhead are more", m.MemoryMiB, s.MemoryMiB, overheadMiB)
+	}
+	if free := m.MemoryMiB - m.reservedMiB; need > free {
+		return fail(ErrExhausted, "%d MiB of memory are needed with overhead, %d of the %d for sandboxes are free", need, max(free, 0), m.MemoryMiB)
+	}
+	if available, err := availableMemory(); err == nil && available < s.MemoryMiB+slackMiB {
+		return fail(ErrExhausted, "the host has %d MiB of memory available, too little for a sandbox with %d", available, s.MemoryMiB)
+	}
+	return nil
+}
+
+// add makes a sandbox known. The caller holds the lock, or nobody else has the
+// manager yet.
+func (m *Manager) add(b *box) {
+	m.boxes[b.rec.Spec.ID] = b
+	m.reservedMiB += b.rec.Spec.MemoryMiB + overheadMiB
+}
+
+// remove forgets a sandbox of which nothing is left.
+func (m *Manager) remove(b *box) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.boxes, b.rec.Spec.ID)
+	m.reservedMiB -= b.rec.Spec.MemoryMiB + overheadMiB
+}
+
+func (m *Manager) find(id uuid.UUID) (*box, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if b := m.boxes[id]; b != nil {
+		return b, nil
+	}
+	return nil, fail(ErrNotFound, "no such sandbox on this host")
+}
+
+// Get describes a sandbox.
+func (m *Manager) Get(id uuid.UUID) (Info, error) {
+	b, err := m.find(id)
+	if err != nil {
+		return Info{}, err
+	}
+	return b.info(), nil
+}
+
+// List describes every sandbox, the oldest first.
+func (m *Manager) List() []Info {
+	m.mu.Lock()
+	boxes := make([]*box, 0, len(m.boxes))
+	for _, b := range m.boxes {
+		boxes = append(boxes, b)
+	}
+	m.mu.Unlock()
+	list := make([]Info, len(boxes))
+	for i, b := range boxes {
+		list[i] = b.info()
+	}
+	slices.SortFunc(list, func(a, b Info) int {
+		return cmp.Or(a.CreatedAt.Compare(b.CreatedAt), slices.Compare(a.ID[:], b.ID[:]))
+	})
+	return list
+}
+
+// Memory is how much of the memory for sandboxes is promised, and how much
+// there is, in MiB.
+func (m *Manager) Memory() (reserved, total int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.reservedMiB, m.MemoryMiB
+}
+
+// Destroy ends a sandbox, also one that is being created, and returns when
+// nothing of it is left. That there is none is no error.
+func (m *Manager) Destroy(ctx context.Context, id uuid.UUID) error {
+	b, err := m.find(id)
+	if err != nil {
+		return nil
+	}
+	return b.destroy(ctx, "it was destroyed")
+}
+
+// Terminate ends every sandbox and creates none any more.
+func (m *Manager) Terminate(ctx context.Context) error {
+	m.mu.Lock()
+	if m.refuse == nil {
+		m.refuse = ErrClosing
+	}
+	boxes := make([]*box, 0, len(m.boxes))
+	for _, b := range m.boxes {
+		boxes = append(boxes, b)
+	}
+	m.mu.Unlock()
+	errs := make([]error, len(boxes))
+	var wg sync.WaitGroup
+	for i, b := range boxes {
+		wg.Go(func() { errs[i] = b.destroy(ctx, "the host agent was terminated") })
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+// Close lets go of sandboxes: those that run go on and are found by the next
+// [Recover]; those being created are removed. It returns the network slots
+// that are in use.
+func (m *Manager) Close(ctx context.Context) (slots []int, err error) {
+	m.mu.Lock()
+	m.refuse = ErrClosing
+	if !m.isClosing {
+		m.isClosing = true
+		close(m.closing)
+	}
+	m.mu.Unlock()
+	done := make(chan struct{})
+	go func() { // ends when the sandboxes' goroutines do
+		m.wg.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-ctx.Done():
+		err = fmt.Errorf("let go of sandboxes: %w", ctx.Err())
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, b := range m.boxes {
+		b.mu.Lock()
+		if b.slot != nil {
+			slots = append(slots, b.slot.Index())
+		}
+		b.mu.Unlock()
+	}
+	slices.Sort(slots)
+	return slots, err
+}
+
+// Use is one use of a running sandbox. While there is one the sandbox does not
+// expire.
+type Use struct {
+	Info
+	// Context ends with the caller's, or when the sandbox ends; its cause says why.
+	Context context.Context
+	// Guest talks to the guest daemon.
+	Guest *guest.Client
+	// Address is where the host reaches the guest.
+	Address netip.Addr
+	// Transport carries HTTP to the guest and nowhere else.
+	Transport http.RoundTripper
+	// VM is the sandbox's machine.
+	VM vmm.VM
+
+	end func()
+}
+
+// End ends the use. It can be called again.
+func (u *Use) End() { u.end() }
+
+// Use begins a use of a sandbox; the caller calls End.
+func (m *Manager) Use(ctx context.Context, id uuid.UUID) (*Use, error) {
+	b, err := m.find(id)
+	if err != nil {
+		return nil, err
+	}
+	leave, ok := b.tracker.Enter()
+	if !ok {
+		return nil, fail(ErrState, "the sandbox is ending")
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.rec.State != Running {
+		leave()
+		return nil, fail(ErrState, "the sandbox is %s", b.rec.State)
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(b.life, func() { cancel(context.Cause(b.life)) })
+	return &Use{
+		Info: b.infoLocked(), Context: ctx, Guest: b.guest, Address: b.slot.Address(), Transport: b.transport, VM: b.vm,
+		end: sync.OnceFunc(func() {
+			stop()
+			cancel(context.Canceled)
+			leave()
+		}),
+	}, nil
+}
+
+// Console is the end of what a sandbox's guest printed on its serial console,
+// also while it starts.
+func (m *Manager) Console(ctx context.Context, id uuid.UUID) ([]byte, error) {
+	b, err := m.find(id)
+	if err != nil {
+		return nil, err
+	}
+	b.mu.Lock()
+	vm := b.vm
+	b.mu.Unlock()
+	if vm == nil {
+		return nil, fail(ErrState, "the sandbox has no machine yet")
+	}
+	return vm.Console(ctx)
+}
+
+// ended is the cause with which uses of a sandbox that ends are cancelled.
+func ended(why string) error {
+	return connect.NewError(connect.CodeFailedPrecondition, errors.New("the sandbox has ended: "+why))
+}

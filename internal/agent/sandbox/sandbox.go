@@ -1,0 +1,132 @@
+// Package sandbox runs sandboxes: it makes their parts, one after the other,
+// and takes them apart again, whatever happens in between. Each sandbox has
+// one goroutine that does all of that; others ask it.
+package sandbox
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/id"
+)
+
+// What can be wrong with a request. Errors wrap these; their text is meant for
+// whoever asked.
+var (
+	ErrInvalid   = errors.New("invalid request")
+	ErrNotFound  = errors.New("not found")
+	ErrExists    = errors.New("it exists already")
+	ErrState     = errors.New("the sandbox is not running")
+	ErrExhausted = errors.New("this host has no room")
+	ErrClosing   = errors.New("the host agent is stopping")
+)
+
+// failure is an error with a text of its own and one of the kinds above.
+type failure struct {
+	kind error
+	text string
+}
+
+func (f *failure) Error() string { return f.text }
+func (f *failure) Unwrap() error { return f.kind }
+
+func fail(kind error, format string, args ...any) error {
+	return &failure{kind, fmt.Sprintf(format, args...)}
+}
+
+// State is where a sandbox is in its life.
+type State string
+
+// The states. A sandbox that is gone has none.
+const (
+	Starting State = "starting"
+	Running  State = "running"
+	Stopping State = "stopping"
+)
+
+// Spec is a sandbox to create.
+type Spec struct {
+	ID        uuid.UUID `json:"id"`
+	Team      uuid.UUID `json:"team"`
+	Template  uuid.UUID `json:"template"`
+	VCPUs     int       `json:"vcpus"`
+	MemoryMiB int       `json:"memory_mib"`
+	// DiskMiB is the disk's size; 0: the template's.
+	DiskMiB int `json:"disk_mib"`
+	// Timeout is how long the sandbox lives without being used; 0: for ever.
+	Timeout time.Duration `json:"timeout"`
+	// Envs is the environment of every process.
+	Envs map[string]string `json:"envs,omitempty"`
+	// Token is what a client must show to the guest daemon.
+	Token string `json:"token"`
+}
+
+// The bounds of a Spec, whatever the host.
+const (
+	MaxVCPUs     = 32
+	MinMemoryMiB = 128
+	MaxMemoryMiB = 16384
+	MaxDiskMiB   = 1 << 20
+	MaxTimeout   = 30 * 24 * time.Hour
+)
+
+func (s *Spec) check() error {
+	between := func(name string, n, low, high int) error {
+		if n < low || n > high {
+			return fail(ErrInvalid, "%s is %d, not between %d and %d", name, n, low, high)
+		}
+		return nil
+	}
+	if err := between("vcpus", s.VCPUs, 1, MaxVCPUs); err != nil {
+		return err
+	}
+	if err := between("memory_mib", s.MemoryMiB, MinMemoryMiB, MaxMemoryMiB); err != nil {
+		return err
+	}
+	if err := between("disk_mib", s.DiskMiB, 0, MaxDiskMiB); err != nil {
+		return err
+	}
+	if s.Timeout < 0 || s.Timeout > MaxTimeout {
+		return fail(ErrInvalid, "the timeout of %v is not between 0 and %v", s.Timeout, MaxTimeout)
+	}
+	if s.Token == "" {
+		return fail(ErrInvalid, "an access token is needed")
+	}
+	return nil
+}
+
+// Step is one step of a sandbox's start, and the time it took.
+type Step struct {
+	Name string
+	Took time.Duration
+}
+
+// Info describes a sandbox.
+type Info struct {
+	ID, Team, Template        uuid.UUID
+	State                     State
+	VCPUs, MemoryMiB, DiskMiB int
+	CreatedAt                 time.Time
+	// ExpiresAt is when the sandbox ends unless it is used before; zero: never.
+	ExpiresAt time.Time
+	// InFlight is how many requests are under way.
+	InFlight int
+	// Steps are those of its start so far.
+	Steps []Step
+}
+
+// metadata is the document that a guest finds at its metadata address.
+func (s *Spec) metadata() map[string]any {
+	env := s.Envs
+	if env == nil {
+		env = map[string]string{}
+	}
+	return map[string]any{
+		"sandbox_id":  id.Format(id.Sandbox, s.ID),
+		"template_id": id.Format(id.Template, s.Template),
+		"env":         env,
+	}
+}

@@ -1,0 +1,815 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/guest"
+	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/agent/journal"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+// These tests are about the order in which things happen and what is left
+// after failures. Machines and networks are stand-ins that can fail at any
+// step; a stand-in of a machine answers at its slot's (loopback) address as
+// the guest daemon does. Real machines are in the agent's own tests.
+
+var errInjected = errors.New("injected failure")
+
+// world is a stand-in of a host. What is in it outlives managers.
+type world struct {
+	t   testing.TB
+	net byte // second byte of its addresses
+
+	mu       sync.Mutex
+	rng      *rand.Rand
+	failing  map[string]float64 // step → how likely it fails
+	slots    map[int]*worldSlot
+	nextSlot int
+	vms      map[uuid.UUID]*worldVM
+	started  int
+	hold     chan struct{} // machines are healthy once it is closed; nil: at once
+}
+
+var worlds atomic.Uint32
+
+func newWorld(t testing.TB, seed uint64) *world {
+	return &world{
+		t: t, net: byte(10 + worlds.Add(1)), rng: rand.New(rand.NewPCG(seed, 1)),
+		failing: map[string]float64{}, slots: map[int]*worldSlot{}, vms: map[uuid.UUID]*worldVM{},
+	}
+}
+
+func (w *world) fails(step string) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.rng.Float64() < w.failing[step]
+}
+
+func (w *world) setFailing(steps map[string]float64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.failing = steps
+}
+
+type worldSlot struct {
+	w     *world
+	index int
+}
+
+func (s *worldSlot) Index() int { return s.index }
+func (s *worldSlot) Address() netip.Addr {
+	return netip.AddrFrom4([4]byte{127, s.w.net, byte(s.index >> 8), byte(s.index)})
+}
+func (s *worldSlot) NetNS() string { return s.Address().String() }
+func (s *worldSlot) OpenTap() (*os.File, error) {
+	if s.w.fails("tap") {
+		return nil, errInjected
+	}
+	return os.Open(os.DevNull)
+}
+func (s *worldSlot) Describe(any) error { return nil }
+
+// Acquire implements Networks.
+func (w *world) Acquire(context.Context) (Slot, error) {
+	if w.fails("acquire") {
+		return nil, errInjected
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.nextSlot++
+	s := &worldSlot{w, w.nextSlot}
+	w.slots[s.index] = s
+	return s, nil
+}
+
+// Reclaim implements Networks.
+func (w *world) Reclaim(_ context.Context, i int) (Slot, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if s := w.slots[i]; s != nil {
+		return s, nil
+	}
+	return nil, errors.New("no such slot")
+}
+
+// Release implements Networks.
+func (w *world) Release(_ context.Context, s Slot) error {
+	if w.fails("release") {
+		return errInjected
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, vm := range w.vms {
+		if vm.spec.NetNS == s.NetNS() {
+			w.t.Errorf("slot %d was released under a machine that runs", s.Index())
+		}
+	}
+	delete(w.slots, s.Index())
+	return nil
+}
+
+func (w *world) Name() string        { return "world" }
+func (w *world) Accelerator() string { return "none" }
+func (w *world) Close() error        { return nil }
+
+// Start implements vmm.Driver.
+func (w *world) Start(ctx context.Context, s vmm.Spec) (vmm.VM, error) {
+	if w.fails("start") {
+		return nil, errInjected
+	}
+	l, err := net.Listen("tcp", net.JoinHostPort(s.NetNS, fmt.Sprint(guest.Port)))
+	if err != nil {
+		return nil, err
+	}
+	vm := &worldVM{w: w, spec: s, done: make(chan struct{}), listener: l}
+	w.mu.Lock()
+	if w.vms[s.ID] != nil {
+		w.t.Errorf("sandbox %s has two machines", s.ID)
+	}
+	w.vms[s.ID] = vm
+	w.started++
+	vm.hold = w.hold
+	w.mu.Unlock()
+	switch {
+	case w.fails("die"):
+		vm.die()
+	case w.fails("hang"):
+		vm.hold = make(chan struct{})
+	}
+	go func() { _ = http.Serve(l, vm) }()
+	return vm, nil
+}
+
+// Attach implements vmm.Driver.
+func (w *world) Attach(_ context.Context, st vmm.State) (vmm.VM, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if vm := w.vms[st.ID]; vm != nil {
+		return vm, nil
+	}
+	return nil, vmm.ErrGone
+}
+
+// Reap implements vmm.Driver.
+func (w *world) Reap(_ context.Context, st vmm.State) error {
+	w.mu.Lock()
+	vm := w.vms[st.ID]
+	w.mu.Unlock()
+	if vm != nil {
+		return vm.Kill(context.Background())
+	}
+	return nil
+}
+
+type worldVM struct {
+	w        *world
+	spec     vmm.Spec
+	once     sync.Once
+	done     chan struct{}
+	hold     chan struct{}
+	listener net.Listener
+}
+
+func (v *worldVM) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if v.hold != nil {
+		select {
+		case <-v.hold:
+		case <-r.Context().Done():
+			return
+		}
+	}
+	if r.URL.Path == "/init" && v.w.fails("init") {
+		w.WriteHeader(http.StatusInternalServerError)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// die is what a machine does by itself.
+func (v *worldVM) die() {
+	v.once.Do(func() {
+		_ = v.listener.Close()
+		v.w.mu.Lock()
+		delete(v.w.vms, v.spec.ID)
+		v.w.mu.Unlock()
+		close(v.done)
+	})
+}
+
+func (v *worldVM) State() vmm.State      { return vmm.State{ID: v.spec.ID, PID: 1} }
+func (v *worldVM) PID() int              { return 1 }
+func (v *worldVM) Done() <-chan struct{} { return v.done }
+func (v *worldVM) Err() error            { return errors.New("it died") }
+func (v *worldVM) Console(context.Context) ([]byte, error) {
+	return []byte("Kernel panic\x1b[0m - not syncing\n"), nil
+}
+func (v *worldVM) Memory() (int64, error) { return 1 << 20, nil }
+func (v *worldVM) Kill(context.Context) error {
+	if v.w.fails("kill") {
+		return errInjected
+	}
+	v.die()
+	return nil
+}
+
+// host is a world with a manager.
+type host struct {
+	*Manager
+	w   *world
+	dir layout.Dir
+}
+
+func (w *world) open(dir layout.Dir) *host {
+	w.t.Helper()
+	log := slog.New(slog.DiscardHandler)
+	if os.Getenv("WRENN_TEST_LOG") != "" {
+		log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	}
+	j, err := journal.Open(dir.Events())
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	r, err := Recover(context.Background(), dir, w, log)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	// As the network pool does: what is not kept is gone.
+	keep := r.Slots()
+	w.mu.Lock()
+	for i := range w.slots {
+		if !slices.Contains(keep, i) {
+			delete(w.slots, i)
+		}
+	}
+	w.mu.Unlock()
+	m, err := Open(context.Background(), Config{
+		Dir: dir, Driver: w, Networks: w, Journal: j, Kernel: "k", Initrd: "i", MemoryMiB: 4096, Boots: 3,
+		BootTimeout: 2 * time.Second, Log: log,
+		Template: func(_, template uuid.UUID) (image.Template, error) {
+			if template != uuid.Nil {
+				return image.Template{}, fail(ErrNotFound, "no such template")
+			}
+			return image.Template{DiskMiB: 64, Rootfs: "base"}, nil
+		},
+	}, r)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return &host{m, w, dir}
+}
+
+// close lets go of everything as an agent that ends does.
+func (h *host) close() []int {
+	h.w.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	slots, err := h.Close(ctx)
+	if err != nil {
+		h.w.t.Error(err)
+	}
+	if err := h.Journal.Close(); err != nil {
+		h.w.t.Error(err)
+	}
+	return slots
+}
+
+// nothingLeft checks that no sandbox has left anything.
+func (h *host) nothingLeft() {
+	h.w.t.Helper()
+	if l := h.List(); len(l) != 0 {
+		h.w.t.Errorf("sandboxes are left: %v", l)
+	}
+	if reserved, _ := h.Memory(); reserved != 0 {
+		h.w.t.Errorf("%d MiB stay reserved", reserved)
+	}
+	if len(h.boots) != 0 {
+		h.w.t.Errorf("%d boots are still counted", len(h.boots))
+	}
+	if entries, err := os.ReadDir(h.dir.Sandboxes()); err != nil || len(entries) != 0 {
+		h.w.t.Errorf("folders are left: %v %v", entries, err)
+	}
+	h.w.mu.Lock()
+	defer h.w.mu.Unlock()
+	if len(h.w.slots) != 0 || len(h.w.vms) != 0 {
+		h.w.t.Errorf("slots %v and machines %v are left", h.w.slots, h.w.vms)
+	}
+}
+
+func newHost(t testing.TB) *host {
+	t.Helper()
+	h := newWorld(t, 1).open(layout.Dir(t.TempDir()))
+	t.Cleanup(func() { h.close() })
+	return h
+}
+
+func spec() Spec {
+	return Spec{ID: uuid.New(), VCPUs: 1, MemoryMiB: 128, Token: "token"}
+}
+
+func (h *host) event(t testing.TB, id uuid.UUID) journal.Event {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	var got journal.Event
+	err := h.Journal.Follow(ctx, func(e journal.Event) error {
+		if e.Sandbox == id {
+			got = e
+			return errInjected
+		}
+		return nil
+	})
+	if !errors.Is(err, errInjected) {
+		t.Fatalf("no event of the sandbox: %v", err)
+	}
+	return got
+}
+
+func (h *host) awaitGone(t testing.TB, id uuid.UUID) {
+	t.Helper()
+	b, err := h.find(id)
+	if err != nil {
+		return
+	}
+	select {
+	case <-b.gone:
+	case <-time.After(10 * time.Second):
+		t.Fatal("the sandbox does not go")
+	}
+}
+
+func TestCreateUseDestroy(t *testing.T) {
+	h := newHost(t)
+	s := spec()
+	s.Envs = map[string]string{"A": "b"}
+	info, err := h.Create(t.Context(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info.State != Running || info.DiskMiB != 64 || !info.ExpiresAt.IsZero() || len(info.Steps) < 6 {
+		t.Errorf("created %+v", info)
+	}
+	if again, err := h.Create(t.Context(), s); err != nil || again.CreatedAt != info.CreatedAt || h.w.started != 1 {
+		t.Errorf("a repeated create made %+v, %v", again, err)
+	}
+	other := s
+	other.Team = uuid.New()
+	if _, err := h.Create(t.Context(), other); !errors.Is(err, ErrExists) {
+		t.Errorf("another sandbox of the same id: %v", err)
+	}
+	st, err := os.Stat(h.dir.SandboxRecord(s.ID))
+	if err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("the record: %v %v", st, err)
+	}
+	u, err := h.Use(t.Context(), s.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := h.Destroy(t.Context(), s.ID); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-u.Context.Done():
+		if cause := context.Cause(u.Context); !strings.Contains(cause.Error(), "destroyed") {
+			t.Error(cause)
+		}
+	case <-time.After(5 * time.Second):
+		t.Error("a use outlived its sandbox")
+	}
+	u.End()
+	u.End()
+	if err := h.Destroy(t.Context(), s.ID); err != nil {
+		t.Errorf("the second destroy: %v", err)
+	}
+	if _, err := h.Use(t.Context(), s.ID); !errors.Is(err, ErrNotFound) {
+		t.Error(err)
+	}
+	if p := h.Journal.Pending(); len(p) != 0 {
+		t.Errorf("a wanted end is an event: %v", p)
+	}
+	h.nothingLeft()
+}
+
+func TestBadSpecs(t *testing.T) {
+	h := newHost(t)
+	for name, test := range map[string]struct {
+		change func(*Spec)
+		want   error
+	}{
+		"no processor":      {func(s *Spec) { s.VCPUs = 0 }, ErrInvalid},
+		"too many at all":   {func(s *Spec) { s.VCPUs = MaxVCPUs + 1 }, ErrInvalid},
+		"no memory":         {func(s *Spec) { s.MemoryMiB = 0 }, ErrInvalid},
+		"negative memory":   {func(s *Spec) { s.MemoryMiB = -5 }, ErrInvalid},
+		"too much memory":   {func(s *Spec) { s.MemoryMiB = MaxMemoryMiB + 1 }, ErrInvalid},
+		"more than host":    {func(s *Spec) { s.MemoryMiB = 4096 }, ErrExhausted},
+		"small disk":        {func(s *Spec) { s.DiskMiB = 63 }, ErrInvalid},
+		"huge disk":         {func(s *Spec) { s.DiskMiB = MaxDiskMiB + 1 }, ErrInvalid},
+		"negative time-out": {func(s *Spec) { s.Timeout = -time.Second }, ErrInvalid},
+		"long time-out":     {func(s *Spec) { s.Timeout = MaxTimeout + 1 }, ErrInvalid},
+		"no token":          {func(s *Spec) { s.Token = "" }, ErrInvalid},
+		"no such template":  {func(s *Spec) { s.Template = uuid.New() }, ErrNotFound},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := spec()
+			test.change(&s)
+			if _, err := h.Create(t.Context(), s); !errors.Is(err, test.want) {
+				t.Errorf("%v, want %v", err, test.want)
+			}
+		})
+	}
+	h.nothingLeft()
+}
+
+func TestMemoryIsAdmittedOnce(t *testing.T) {
+	h := newHost(t)
+	var ok, refused atomic.Int32
+	var wg sync.WaitGroup
+	for range 12 {
+		wg.Go(func() {
+			s := spec()
+			s.MemoryMiB = 512 // with overhead 576: seven fit
+			switch _, err := h.Create(t.Context(), s); {
+			case err == nil:
+				ok.Add(1)
+			case errors.Is(err, ErrExhausted):
+				refused.Add(1)
+			default:
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if ok.Load() != 7 || refused.Load() != 5 {
+		t.Errorf("%d created, %d refused", ok.Load(), refused.Load())
+	}
+	if err := h.Terminate(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Create(t.Context(), spec()); !errors.Is(err, ErrClosing) {
+		t.Errorf("create after terminate: %v", err)
+	}
+	h.nothingLeft()
+}
+
+func TestEveryFailureLeavesNothing(t *testing.T) {
+	for step, want := range map[string]string{
+		"acquire": "network slot", "tap": "network card", "start": "start the virtual machine",
+		"die": "Kernel panic", "hang": "did not come up within 2s", "init": "boot",
+	} {
+		t.Run(step, func(t *testing.T) {
+			h := newHost(t)
+			h.w.setFailing(map[string]float64{step: 1})
+			begin := time.Now()
+			_, err := h.Create(t.Context(), spec())
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("error %q does not say %q", err, want)
+			}
+			if step != "hang" && time.Since(begin) > 1500*time.Millisecond {
+				t.Errorf("it took %v to see", time.Since(begin))
+			}
+			h.nothingLeft()
+		})
+	}
+	t.Run("disk", func(t *testing.T) {
+		h := newHost(t)
+		s := spec()
+		if err := os.WriteFile(h.dir.Sandbox(s.ID), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := h.Create(t.Context(), s); err == nil {
+			t.Error("created without a folder")
+		}
+		h.nothingLeft()
+	})
+}
+
+func TestDestroyWhileCreating(t *testing.T) {
+	h := newHost(t)
+	h.w.hold = make(chan struct{}) // never healthy
+	s := spec()
+	created := make(chan error)
+	go func() {
+		_, err := h.Create(context.Background(), s)
+		created <- err
+	}()
+	for h.info(s.ID).State != Starting {
+		time.Sleep(time.Millisecond)
+	}
+	if err := h.Destroy(t.Context(), s.ID); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-created; !errors.Is(err, ErrState) || !strings.Contains(err.Error(), "destroyed") {
+		t.Errorf("create ended with %v", err)
+	}
+	h.nothingLeft()
+}
+
+func (h *host) info(id uuid.UUID) Info {
+	i, _ := h.Get(id)
+	return i
+}
+
+// TestAbandonedCreate: the last caller to go ends the start, the first does not.
+func TestAbandonedCreate(t *testing.T) {
+	h := newHost(t)
+	h.w.hold = make(chan struct{})
+	s := spec()
+	first, leaveFirst := context.WithCancel(t.Context())
+	second, leaveSecond := context.WithCancel(t.Context())
+	defer leaveSecond()
+	ended := make(chan error)
+	go func() { _, err := h.Create(first, s); ended <- err }()
+	for h.info(s.ID).State != Starting {
+		time.Sleep(time.Millisecond)
+	}
+	go func() { _, err := h.Create(second, s); ended <- err }()
+	b, err := h.find(s.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for waiting := 0; waiting < 2; time.Sleep(time.Millisecond) {
+		b.mu.Lock()
+		waiting = b.waiters
+		b.mu.Unlock()
+	}
+	leaveFirst()
+	if err := <-ended; !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	if h.info(s.ID).State != Starting {
+		t.Error("the start ended with its first caller")
+	}
+	leaveSecond()
+	<-ended
+	h.awaitGone(t, s.ID)
+	h.nothingLeft()
+}
+
+func TestExpiry(t *testing.T) {
+	h := newHost(t)
+	s := spec()
+	s.Timeout = 300 * time.Millisecond
+	info, err := h.Create(t.Context(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if left := time.Until(info.ExpiresAt); left < 200*time.Millisecond || left > 300*time.Millisecond {
+		t.Errorf("it expires in %v", left)
+	}
+	u, err := h.Use(t.Context(), s.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(600 * time.Millisecond)
+	if u.Context.Err() != nil || h.info(s.ID).State != Running {
+		t.Fatal("it expired while it was used")
+	}
+	u.End()
+	time.Sleep(150 * time.Millisecond)
+	if h.info(s.ID).State != Running {
+		t.Fatal("it expired too soon after its use")
+	}
+	if e := h.event(t, s.ID); e.Kind != journal.Expired || !strings.Contains(e.Reason, "300ms") {
+		t.Errorf("event %+v", e)
+	}
+	h.awaitGone(t, s.ID)
+	h.nothingLeft()
+}
+
+func TestMachineEndsByItself(t *testing.T) {
+	h := newHost(t)
+	s := spec()
+	if _, err := h.Create(t.Context(), s); err != nil {
+		t.Fatal(err)
+	}
+	h.w.mu.Lock()
+	vm := h.w.vms[s.ID]
+	h.w.mu.Unlock()
+	vm.die()
+	if e := h.event(t, s.ID); e.Kind != journal.Exited || e.Reason != "it died" {
+		t.Errorf("event %+v", e)
+	}
+	h.awaitGone(t, s.ID)
+	h.nothingLeft()
+}
+
+func TestRemovalIsTriedAgain(t *testing.T) {
+	for _, step := range []string{"kill", "release"} {
+		t.Run(step, func(t *testing.T) {
+			h := newHost(t)
+			s := spec()
+			if _, err := h.Create(t.Context(), s); err != nil {
+				t.Fatal(err)
+			}
+			h.w.setFailing(map[string]float64{step: 1})
+			if err := h.Destroy(t.Context(), s.ID); !errors.Is(err, errInjected) {
+				t.Fatalf("destroy: %v", err)
+			}
+			if h.info(s.ID).State != Stopping {
+				t.Error("it is not stopping")
+			}
+			h.w.setFailing(nil)
+			if err := h.Destroy(t.Context(), s.ID); err != nil {
+				t.Fatal(err)
+			}
+			h.nothingLeft()
+		})
+	}
+}
+
+func TestNextAgentTakesBack(t *testing.T) {
+	w := newWorld(t, 1)
+	dir := layout.Dir(t.TempDir())
+	h := w.open(dir)
+	keep, lost := spec(), spec()
+	keep.Timeout = time.Hour
+	for _, s := range []Spec{keep, lost} {
+		if _, err := h.Create(t.Context(), s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	before := h.info(keep.ID)
+	if slots := h.close(); len(slots) != 2 {
+		t.Errorf("slots %v are in use", slots)
+	}
+	w.vms[lost.ID].die()
+	// Folders as a killed agent leaves them.
+	bare := uuid.New()
+	if err := os.Mkdir(dir.Sandbox(bare), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	torn := uuid.New()
+	if err := os.Mkdir(dir.Sandbox(torn), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(dir.SandboxRecord(torn), []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+
+	h = w.open(dir)
+	defer h.close()
+	for _, id := range []uuid.UUID{lost.ID, bare, torn} {
+		h.awaitGone(t, id)
+	}
+	if e := h.event(t, lost.ID); e.Kind != journal.Exited {
+		t.Errorf("event %+v", e)
+	}
+	after := h.info(keep.ID)
+	if after.State != Running || after.ID != before.ID || after.MemoryMiB != before.MemoryMiB || !after.CreatedAt.Equal(before.CreatedAt) || after.ExpiresAt.IsZero() {
+		t.Errorf("taken back as %+v, was %+v", after, before)
+	}
+	u, err := h.Use(t.Context(), keep.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.End()
+	if err := h.Destroy(t.Context(), keep.ID); err != nil {
+		t.Fatal(err)
+	}
+	h.nothingLeft()
+}
+
+// TestRandomLives lets many callers do random things while steps fail at
+// random and agents come and go. In the end nothing is left.
+func TestRandomLives(t *testing.T) {
+	for seed := range uint64(4) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			t.Parallel()
+			randomLives(t, seed+uint64(time.Now().UnixNano())<<8)
+		})
+	}
+}
+
+func randomLives(t *testing.T, seed uint64) {
+	t.Logf("seed %d", seed)
+	w := newWorld(t, seed)
+	dir := layout.Dir(t.TempDir())
+	ids := make([]uuid.UUID, 5)
+	for i := range ids {
+		ids[i] = uuid.New()
+	}
+	for generation := range 3 {
+		h := w.open(dir)
+		w.setFailing(map[string]float64{
+			"acquire": .05, "tap": .05, "start": .1, "die": .1, "hang": .02, "init": .05, "kill": .1, "release": .1,
+		})
+		var wg sync.WaitGroup
+		for worker := range uint64(6) {
+			rng := rand.New(rand.NewPCG(seed, worker<<8|uint64(generation)))
+			wg.Go(func() {
+				for range 25 {
+					h.doSomething(rng, ids)
+				}
+			})
+		}
+		wg.Wait()
+		w.setFailing(nil)
+		if generation < 2 {
+			h.close()
+			continue
+		}
+		if err := h.Terminate(context.Background()); err != nil {
+			t.Errorf("terminate: %v", err)
+		}
+		h.nothingLeft()
+		h.close()
+	}
+	if entries, _ := filepath.Glob(string(dir) + "/sandboxes/*"); len(entries) != 0 {
+		t.Errorf("left: %v", entries)
+	}
+}
+
+func (h *host) doSomething(rng *rand.Rand, ids []uuid.UUID) {
+	id := ids[rng.IntN(len(ids))]
+	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(1+rng.IntN(300))*time.Millisecond)
+	defer cancel()
+	switch rng.IntN(6) {
+	case 0, 1:
+		s := spec()
+		s.ID = id
+		s.Timeout = time.Duration(rng.IntN(2)) * time.Duration(20+rng.IntN(200)) * time.Millisecond
+		if i, err := h.Create(ctx, s); err == nil && i.State == Starting {
+			h.w.t.Errorf("a created sandbox is %s", i.State)
+		}
+	case 2:
+		_ = h.Destroy(ctx, id)
+	case 3:
+		if u, err := h.Use(ctx, id); err == nil {
+			select {
+			case <-u.Context.Done():
+			case <-time.After(time.Duration(rng.IntN(30)) * time.Millisecond):
+			}
+			u.End()
+		}
+	case 4:
+		h.w.mu.Lock()
+		vm := h.w.vms[id]
+		h.w.mu.Unlock()
+		if vm != nil {
+			vm.die()
+		}
+	case 5:
+		h.List()
+		_, _ = h.Console(ctx, id)
+	}
+}
+
+func TestTrackerDrains(t *testing.T) {
+	tr := NewTracker()
+	leave, ok := tr.Enter()
+	if !ok {
+		t.Fatal("a new tracker is shut")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if err := tr.Drain(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("drained with one in flight: %v", err)
+	}
+	if _, ok := tr.Enter(); ok {
+		t.Error("entered while draining")
+	}
+	leave()
+	leave()
+	if n := tr.InFlight(); n != 0 {
+		t.Errorf("%d in flight", n)
+	}
+	if err := tr.Drain(t.Context()); err != nil {
+		t.Error(err)
+	}
+	tr.Reopen()
+	if leave, ok = tr.Enter(); !ok {
+		t.Error("shut after reopening")
+	} else {
+		leave()
+	}
+}
+
+func FuzzParseRecord(f *testing.F) {
+	id := uuid.New()
+	f.Add([]byte(`{"version":1,"state":"running","spec":{"id":"` + id.String() + `"},"slot":3,"vm":{"id":"` + id.String() + `"}}`))
+	f.Add([]byte(`{}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r, err := parseRecord(b, id)
+		if err == nil && r.State == Running && (r.Slot == nil || r.VM == nil) {
+			t.Error("a running sandbox without a place was read")
+		}
+	})
+}
