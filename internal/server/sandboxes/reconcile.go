@@ -25,6 +25,9 @@ const (
 	// lostAfter is how long a host must not have a sandbox before it is given
 	// up: the host's own word on what happened may be on its way.
 	lostAfter = 3 * time.Second
+	// steadyAfter is how long events must have been followed for the next
+	// attempt to come at once when they break off.
+	steadyAfter = 5 * time.Second
 	// strayAfter is how long a host may have a sandbox that the table does not
 	// know before it is destroyed.
 	strayAfter = 30 * time.Second
@@ -101,11 +104,15 @@ func (w *watch) listen(ctx context.Context) {
 	}
 }
 
-// hear follows the host's events until they break off. heard says whether the
-// host took the call.
+// hear follows the host's events until they break off. heard says whether
+// that went on for long enough that the host can be said to have been there.
 func (w *watch) hear(ctx context.Context) (heard bool, err error) {
+	if err := w.Hosts.Contact(ctx, w.host); err != nil {
+		return false, err
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	begun := time.Now()
 	stream, err := w.host.Agent.Events(ctx, connect.NewRequest(&hostagentv1.EventsRequest{}))
 	if err != nil {
 		return false, err
@@ -116,13 +123,14 @@ func (w *watch) hear(ctx context.Context) (heard bool, err error) {
 	for stream.Receive() {
 		e := stream.Msg().GetEvent()
 		if err := w.apply(ctx, e); err != nil {
-			return true, fmt.Errorf("write event %d down: %w", e.GetSeq(), err)
+			return heard, fmt.Errorf("write event %d down: %w", e.GetSeq(), err)
 		}
 		if _, err := w.host.Agent.AckEvents(ctx, connect.NewRequest(&hostagentv1.AckEventsRequest{Seq: e.GetSeq()})); err != nil {
-			return true, fmt.Errorf("acknowledge event %d: %w", e.GetSeq(), err)
+			return heard, fmt.Errorf("acknowledge event %d: %w", e.GetSeq(), err)
 		}
+		heard = true
 	}
-	return true, stream.Err()
+	return heard || time.Since(begun) > steadyAfter, stream.Err()
 }
 
 // apply writes an event into the table.

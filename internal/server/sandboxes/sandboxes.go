@@ -57,6 +57,8 @@ const (
 	createTimeout  = 5 * time.Minute
 	destroyTimeout = time.Minute
 	persistTimeout = 30 * time.Second
+	// shortCall bounds calls that a host answers from what it has at hand.
+	shortCall = 15 * time.Second
 	// keysLast is how long an idempotency key is remembered.
 	keysLast = 24 * time.Hour
 )
@@ -322,11 +324,11 @@ func (s *Service) replay(ctx context.Context, team uuid.UUID, key string, hash [
 }
 
 func (s *Service) create(ctx context.Context, team uuid.UUID, p CreateParams, key string, hash []byte) (db.Sandbox, error) {
-	template, err := s.Templates.Resolve(ctx, team, p.Template)
+	host, err := s.Hosts.Pick()
 	if err != nil {
 		return db.Sandbox{}, err
 	}
-	host, err := s.Hosts.Pick()
+	template, err := s.resolve(ctx, host, team, p.Template)
 	if err != nil {
 		return db.Sandbox{}, err
 	}
@@ -378,6 +380,25 @@ func (s *Service) create(ctx context.Context, team uuid.UUID, p CreateParams, ke
 	case <-ctx.Done():
 		return db.Sandbox{}, ctx.Err()
 	}
+}
+
+// resolve finds the template that a team means. One that is not known may be
+// new on the host, or the host may not have been asked yet.
+func (s *Service) resolve(ctx context.Context, host *hosts.Host, team uuid.UUID, ref string) (db.Template, error) {
+	row, err := s.Templates.Resolve(ctx, team, ref)
+	if !fault.Is(err, fault.NotFound) {
+		return row, err
+	}
+	ask, cancel := context.WithTimeout(ctx, shortCall)
+	defer cancel()
+	has, err := host.Agent.Templates(ask, connect.NewRequest(&hostagentv1.TemplatesRequest{}))
+	if err != nil {
+		return row, hosts.Fault(err)
+	}
+	if err := s.Templates.Sync(ctx, host.ID, has.Msg); err != nil {
+		return row, err
+	}
+	return s.Templates.Resolve(ctx, team, ref)
 }
 
 // start asks the host for the sandbox of a row that is starting and writes
@@ -439,7 +460,13 @@ func (s *Service) startFailed(row db.Sandbox, host *hosts.Host, err error, log *
 	}
 	var f *fault.Error
 	errors.As(told, &f)
-	if f.Code == fault.Internal {
+	var wire *connect.Error
+	switch {
+	case errors.As(err, &wire) && connect.IsWireError(err) && wire.Code() == connect.CodeAborted:
+		// The virtual machine did not make it, and the host says why in words
+		// that are for the caller.
+		f = fault.Because(err, fault.Internal, "the sandbox did not start: %s", wire.Message())
+	case f.Code == fault.Internal:
 		f = fault.Because(err, fault.Internal, "the host could not start the sandbox")
 	}
 	s.metrics.created(string(f.Code), 0)

@@ -49,7 +49,9 @@ func (s *Service) Ping(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox
 	if err != nil {
 		return db.Sandbox{}, err
 	}
-	answer, err := host.Agent.Ping(ctx, connect.NewRequest(&hostagentv1.PingRequest{SandboxId: id.Format(id.Sandbox, sandbox)}))
+	ask, cancel := context.WithTimeout(ctx, shortCall)
+	defer cancel()
+	answer, err := host.Agent.Ping(ask, connect.NewRequest(&hostagentv1.PingRequest{SandboxId: id.Format(id.Sandbox, sandbox)}))
 	if err != nil {
 		return db.Sandbox{}, hosts.Fault(err)
 	}
@@ -69,7 +71,9 @@ func (s *Service) Metrics(ctx context.Context, team, sandbox uuid.UUID) (*hostag
 	if err != nil {
 		return nil, err
 	}
-	answer, err := host.Agent.Metrics(ctx, connect.NewRequest(&hostagentv1.MetricsRequest{SandboxId: id.Format(id.Sandbox, sandbox)}))
+	ask, cancel := context.WithTimeout(ctx, shortCall)
+	defer cancel()
+	answer, err := host.Agent.Metrics(ask, connect.NewRequest(&hostagentv1.MetricsRequest{SandboxId: id.Format(id.Sandbox, sandbox)}))
 	if err != nil {
 		return nil, hosts.Fault(err)
 	}
@@ -82,7 +86,9 @@ func (s *Service) Console(ctx context.Context, team, sandbox uuid.UUID) ([]byte,
 	if err != nil {
 		return nil, err
 	}
-	answer, err := host.Agent.Console(ctx, connect.NewRequest(&hostagentv1.ConsoleRequest{SandboxId: id.Format(id.Sandbox, sandbox)}))
+	ask, cancel := context.WithTimeout(ctx, shortCall)
+	defer cancel()
+	answer, err := host.Agent.Console(ask, connect.NewRequest(&hostagentv1.ConsoleRequest{SandboxId: id.Format(id.Sandbox, sandbox)}))
 	if err != nil {
 		return nil, hosts.Fault(err)
 	}
