@@ -6,9 +6,11 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/wrenn-dev/wrenn/internal/cli"
+	"github.com/wrenn-dev/wrenn/internal/up"
 )
 
 // commands are all that wrenn can do.
 func commands() []*cobra.Command {
-	return cli.Commands(os.Stdin, os.Stdout, os.Stderr)
+	return append(cli.Commands(os.Stdin, os.Stdout, os.Stderr),
+		up.Command(os.Stdout), serverCommand())
 }

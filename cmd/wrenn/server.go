@@ -1,0 +1,72 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/caarlos0/env/v11"
+	"github.com/spf13/cobra"
+
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
+	"github.com/wrenn-dev/wrenn/internal/server"
+)
+
+// drainTimeout is how long requests under way may take to end when a role
+// stops.
+const drainTimeout = 10 * time.Second
+
+func serverCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "server", Short: "Run the control plane (configured by environment)", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
+			defer stop()
+			c, err := env.ParseAs[server.Config]()
+			if err != nil {
+				return err
+			}
+			c.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
+			s, err := server.New(ctx, c)
+			if err != nil {
+				return err
+			}
+			return errors.Join(serve(ctx, c.Listen, s.Handler(), s.Run), s.Close())
+		},
+	}
+}
+
+// serve serves handler at listen, and runs run beside it, until ctx is done or
+// one of them ends.
+func serve(ctx context.Context, listen string, handler http.Handler, run func(context.Context) error) error {
+	l, err := netaddr.Listen(ctx, listen, 0o600)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	srv := netaddr.Server(handler)
+	served, ran := make(chan error, 1), make(chan error, 1)
+	go func() { served <- srv.Serve(l); cancel() }()
+	go func() { ran <- run(ctx); cancel() }()
+	<-ctx.Done()
+	drain, stop := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
+	defer stop()
+	if srv.Shutdown(drain) != nil {
+		_ = srv.Close() // streams that last
+	}
+	err = <-served
+	if errors.Is(err, http.ErrServerClosed) {
+		err = nil
+	}
+	if err != nil {
+		err = fmt.Errorf("serve: %w", err)
+	}
+	return errors.Join(err, <-ran)
+}

@@ -1,0 +1,228 @@
+package up
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"sync"
+	"syscall"
+	"time"
+)
+
+const (
+	readyTimeout = 60 * time.Second
+	stopTimeout  = 30 * time.Second
+	// A program that ends by itself is started again after firstPause, after
+	// twice that when it ends again soon, and so on up to maxPause.
+	firstPause = 500 * time.Millisecond
+	maxPause   = 15 * time.Second
+	soon       = 30 * time.Second
+)
+
+// program is one of those that wrenn up keeps running.
+type program struct {
+	name    string
+	command func() *exec.Cmd            // made anew for each start
+	ready   func(context.Context) error // returns when it answers
+	quit    syscall.Signal              // asks it to end
+	// farewell, when there is one, is done before it is asked to end for good.
+	farewell func(context.Context) error
+}
+
+// spawner starts processes that end with this one: the kernel sends a
+// process its parent-death signal when the thread that started it ends, so
+// one thread, which lives as long as this process, starts them all.
+type spawner struct {
+	work chan func()
+}
+
+func newSpawner(ctx context.Context) *spawner {
+	s := &spawner{work: make(chan func())}
+	go func() {
+		runtime.LockOSThread() // for good: the thread goes when this goroutine does
+		for {
+			select {
+			case f := <-s.work:
+				f()
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return s
+}
+
+func (s *spawner) start(cmd *exec.Cmd) error {
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	cmd.SysProcAttr.Setpgid = true // an interrupt from the terminal is ours alone
+	cmd.SysProcAttr.Pdeathsig = syscall.SIGTERM
+	result := make(chan error, 1)
+	s.work <- func() { result <- cmd.Start() }
+	return <-result
+}
+
+// child is a program that runs.
+type child struct {
+	program
+	spawner *spawner
+	log     *logFile
+	say     func(format string, args ...any)
+
+	stop    chan struct{} // closed when it is to end
+	stopped chan struct{} // closed when it has ended for good
+	once    sync.Once
+
+	mu  sync.Mutex
+	cmd *exec.Cmd
+}
+
+// launch starts a program, returns when it is ready, and keeps it running
+// until close.
+func launch(ctx context.Context, s *spawner, p program, logPath string, say func(string, ...any)) (*child, error) {
+	log, err := openLog(logPath)
+	if err != nil {
+		return nil, err
+	}
+	c := &child{program: p, spawner: s, log: log, say: say, stop: make(chan struct{}), stopped: make(chan struct{})}
+	ended, err := c.start()
+	if err == nil {
+		err = c.await(ctx, ended)
+	}
+	if err != nil {
+		c.end(ended)
+		return nil, errors.Join(fmt.Errorf("%s: %w", p.name, err), log.Close())
+	}
+	go c.keep(ctx, ended)
+	return c, nil
+}
+
+// start starts the process; the channel is closed when it has ended.
+func (c *child) start() (<-chan struct{}, error) {
+	cmd := c.command()
+	cmd.Stdout, cmd.Stderr = c.log, c.log
+	cmd.WaitDelay = 2 * time.Second // descendants may hold the log's pipe
+	if err := c.spawner.start(cmd); err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	c.cmd = cmd
+	c.mu.Unlock()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = cmd.Wait() // its state says how
+	}()
+	return ended, nil
+}
+
+// await returns when the process is ready.
+func (c *child) await(ctx context.Context, ended <-chan struct{}) error {
+	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+	defer cancel()
+	result := make(chan error, 1)
+	go func() { result <- c.ready(ctx) }()
+	select {
+	case err := <-result:
+		if err != nil {
+			return fmt.Errorf("it does not answer: %w\n%s", err, c.log.tail())
+		}
+		return nil
+	case <-ended:
+		cancel()
+		<-result
+		return fmt.Errorf("it ended (%s)\n%s", c.cmd.ProcessState, c.log.tail())
+	}
+}
+
+// keep starts the program again whenever it ends, until it is to.
+func (c *child) keep(ctx context.Context, ended <-chan struct{}) {
+	defer close(c.stopped)
+	pause, started := firstPause, time.Now()
+	for {
+		select {
+		case <-ended:
+		case <-c.stop:
+			c.part(ctx)
+			c.end(ended)
+			return
+		}
+		if time.Since(started) > soon {
+			pause = firstPause
+		}
+		c.say("%s ended (%s), starting it again", c.name, c.cmd.ProcessState)
+		for {
+			select {
+			case <-time.After(pause):
+			case <-c.stop:
+				return
+			}
+			pause, started = min(2*pause, maxPause), time.Now()
+			next, err := c.start()
+			if err == nil {
+				if err = c.await(ctx, next); err == nil {
+					ended = next
+					break
+				}
+				c.end(next)
+			}
+			c.say("%s: %v", c.name, err)
+		}
+		c.say("%s is back", c.name)
+	}
+}
+
+// part bids the program farewell.
+func (c *child) part(ctx context.Context) {
+	if c.farewell == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+	defer cancel()
+	if err := c.farewell(ctx); err != nil {
+		c.say("%s: %v", c.name, err)
+	}
+}
+
+// end asks the process to end, and makes it.
+func (c *child) end(ended <-chan struct{}) {
+	if ended == nil {
+		return
+	}
+	_ = c.cmd.Process.Signal(c.quit)
+	select {
+	case <-ended:
+		return
+	case <-time.After(stopTimeout):
+	}
+	c.say("%s does not end: killing it", c.name)
+	_ = c.cmd.Process.Signal(os.Kill)
+	<-ended
+}
+
+// close ends the program for good.
+func (c *child) close() {
+	c.once.Do(func() { close(c.stop) })
+	<-c.stopped
+	_ = c.log.Close()
+}
+
+// poll calls probe until it succeeds: for programs that do not tell when
+// they are ready.
+func poll(ctx context.Context, probe func(context.Context) error) error {
+	for {
+		err := probe(ctx)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return errors.Join(err, ctx.Err())
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}

@@ -1,0 +1,300 @@
+package up
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"syscall"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/redis/go-redis/v9"
+
+	"github.com/wrenn-dev/wrenn/deploy"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+// account is a system user that a program runs as.
+type account struct{ uid, gid int }
+
+func lookup(name string) (account, error) {
+	u, err := user.Lookup(name)
+	if err != nil {
+		return account{}, fmt.Errorf("find the system's user %s: %w", name, err)
+	}
+	uid, err := strconv.Atoi(u.Uid)
+	if err != nil {
+		return account{}, err
+	}
+	gid, err := strconv.Atoi(u.Gid)
+	return account{uid, gid}, err
+}
+
+func (a account) attributes() *syscall.SysProcAttr {
+	return &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(a.uid), Gid: uint32(a.gid)}}
+}
+
+// ownDir makes a folder that only the account may look into.
+func (a account) ownDir(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	return os.Chown(dir, a.uid, a.gid)
+}
+
+// postgres is the private PostgreSQL: a cluster of its own that is reached by
+// a socket in a folder which only root and the system's user postgres may
+// enter, and therefore asks for no password.
+type postgres struct {
+	dir  string
+	bin  string
+	user account
+}
+
+func newPostgres(ctx context.Context, dir layout.Dir) (*postgres, error) {
+	bins, err := filepath.Glob("/usr/lib/postgresql/*/bin/postgres")
+	if err != nil || len(bins) == 0 {
+		return nil, errors.New("no PostgreSQL: apt-get install postgresql")
+	}
+	p := &postgres{dir: dir.Postgres(), bin: filepath.Dir(slices.MaxFunc(bins, byVersion))}
+	if p.user, err = lookup("postgres"); err != nil {
+		return nil, err
+	}
+	if err := p.user.ownDir(p.dir); err != nil {
+		return nil, fmt.Errorf("set up PostgreSQL: %w", err)
+	}
+	if _, err := os.Stat(filepath.Join(p.data(), "PG_VERSION")); err == nil {
+		return p, nil
+	}
+	// Made under another name, so that one that was cut short is not taken for whole.
+	tmp := filepath.Join(p.dir, "data.new")
+	if err := os.RemoveAll(tmp); err != nil {
+		return nil, err
+	}
+	cmd := exec.CommandContext(ctx, filepath.Join(p.bin, "initdb"), "-D", tmp, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8")
+	cmd.Dir, cmd.SysProcAttr = p.dir, p.user.attributes()
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("make PostgreSQL's cluster: %w: %s", err, out)
+	}
+	if err := os.Rename(tmp, p.data()); err != nil {
+		return nil, fmt.Errorf("make PostgreSQL's cluster: %w", err)
+	}
+	return p, nil
+}
+
+// byVersion orders paths of different PostgreSQLs by their version.
+func byVersion(a, b string) int {
+	version := func(path string) int {
+		n, _ := strconv.Atoi(filepath.Base(filepath.Dir(filepath.Dir(path))))
+		return n
+	}
+	return version(a) - version(b)
+}
+
+func (p *postgres) data() string { return filepath.Join(p.dir, "data") }
+
+func (p *postgres) url(database string) string {
+	return "postgres:///" + database + "?user=postgres&host=" + url.QueryEscape(p.dir)
+}
+
+func (p *postgres) program() program {
+	return program{
+		name: "PostgreSQL",
+		command: func() *exec.Cmd {
+			cmd := exec.Command(filepath.Join(p.bin, "postgres"), "-D", p.data(), "-k", p.dir,
+				"-c", "listen_addresses=", "-c", "unix_socket_permissions=0700", "-c", "max_connections=100")
+			cmd.Dir, cmd.SysProcAttr = p.dir, p.user.attributes()
+			return cmd
+		},
+		ready: func(ctx context.Context) error {
+			return poll(ctx, func(ctx context.Context) error {
+				conn, err := pgx.Connect(ctx, p.url("postgres"))
+				if err != nil {
+					return err
+				}
+				return conn.Close(ctx)
+			})
+		},
+		quit: syscall.SIGINT, // "fast shutdown": ends sessions
+	}
+}
+
+// ensureDatabase makes the database unless it is there.
+func (p *postgres) ensureDatabase(ctx context.Context, name string) error {
+	conn, err := pgx.Connect(ctx, p.url("postgres"))
+	if err != nil {
+		return fmt.Errorf("make database: %w", err)
+	}
+	defer conn.Close(ctx)
+	var have bool
+	if err := conn.QueryRow(ctx, "SELECT EXISTS (SELECT FROM pg_database WHERE datname = $1)", name).Scan(&have); err != nil {
+		return fmt.Errorf("make database: %w", err)
+	}
+	if have {
+		return nil
+	}
+	if _, err := conn.Exec(ctx, "CREATE DATABASE "+pgx.Identifier{name}.Sanitize()); err != nil {
+		return fmt.Errorf("make database: %w", err)
+	}
+	return nil
+}
+
+// redisServer is the private Redis, reached by a socket as PostgreSQL is.
+type redisServer struct {
+	dir  string
+	user account
+}
+
+func newRedis(dir layout.Dir) (*redisServer, error) {
+	if _, err := exec.LookPath("redis-server"); err != nil {
+		return nil, errors.New("no redis-server: apt-get install redis-server")
+	}
+	r := &redisServer{dir: dir.Redis()}
+	var err error
+	if r.user, err = lookup("redis"); err != nil {
+		return nil, err
+	}
+	return r, r.user.ownDir(r.dir)
+}
+
+func (r *redisServer) socket() string { return filepath.Join(r.dir, "redis.sock") }
+
+func (r *redisServer) url() string { return "unix://" + r.socket() }
+
+func (r *redisServer) program() program {
+	return program{
+		name: "Redis",
+		command: func() *exec.Cmd {
+			cmd := exec.Command("redis-server", "--port", "0", "--unixsocket", r.socket(), "--unixsocketperm", "700",
+				"--dir", r.dir, "--appendonly", "yes", "--save", "", "--daemonize", "no")
+			cmd.Dir, cmd.SysProcAttr = r.dir, r.user.attributes()
+			return cmd
+		},
+		ready: func(ctx context.Context) error {
+			c := redis.NewClient(&redis.Options{Network: "unix", Addr: r.socket(), MaxRetries: -1})
+			defer c.Close()
+			return poll(ctx, func(ctx context.Context) error { return c.Ping(ctx).Err() })
+		},
+		quit: syscall.SIGTERM,
+	}
+}
+
+// caddy is the front door.
+type caddy struct {
+	config string
+	home   string
+	user   account
+	env    []string
+	listen string
+}
+
+// newCaddy writes Caddy's configuration for an address to listen on and the
+// server's socket.
+func newCaddy(dir layout.Dir, listen, domain string) (*caddy, error) {
+	if _, err := exec.LookPath("caddy"); err != nil {
+		return nil, errors.New("no caddy: apt-get install caddy")
+	}
+	host, port, err := net.SplitHostPort(listen)
+	if err != nil {
+		return nil, fmt.Errorf("--listen: %w", err)
+	}
+	if err := portFree(listen); err != nil {
+		return nil, err
+	}
+	if host == "" {
+		host = "0.0.0.0 ::"
+	}
+	c := &caddy{config: filepath.Join(dir.Run(), "Caddyfile"), home: filepath.Join(dir.Run(), "caddy"), listen: listen}
+	if c.user, err = lookup("caddy"); err != nil {
+		return nil, err
+	}
+	if err := c.user.ownDir(c.home); err != nil {
+		return nil, fmt.Errorf("set up Caddy: %w", err)
+	}
+	if err := os.WriteFile(c.config, deploy.Caddyfile, 0o644); err != nil {
+		return nil, fmt.Errorf("set up Caddy: %w", err)
+	}
+	c.env = []string{
+		"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + c.home, "XDG_DATA_HOME=" + c.home, "XDG_CONFIG_HOME=" + c.home,
+		"WRENN_BIND=" + host, "WRENN_PORT=" + port, "WRENN_DOMAIN=" + domain, "WRENN_SERVER=unix/" + dir.ServerSocket(),
+	}
+	return c, nil
+}
+
+// portFree returns an error that says so when somebody listens on addr.
+func portFree(addr string) error {
+	l, err := net.Listen("tcp", addr)
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return fmt.Errorf("%s is in use by another program: choose another address with --listen", addr)
+	}
+	if err != nil {
+		return fmt.Errorf("--listen: %w", err)
+	}
+	return l.Close()
+}
+
+func (c *caddy) program() program {
+	_, port, _ := net.SplitHostPort(c.listen) // checked by newCaddy
+	low := false
+	if n, err := strconv.Atoi(port); err == nil && n < 1024 {
+		low = true
+	}
+	return program{
+		name: "Caddy",
+		command: func() *exec.Cmd {
+			cmd := exec.Command("caddy", "run", "--config", c.config, "--adapter", "caddyfile")
+			cmd.Dir, cmd.Env, cmd.SysProcAttr = c.home, c.env, c.user.attributes()
+			if low {
+				cmd.SysProcAttr.AmbientCaps = []uintptr{10} // CAP_NET_BIND_SERVICE
+			}
+			return cmd
+		},
+		ready: func(ctx context.Context) error {
+			var d net.Dialer
+			return poll(ctx, func(ctx context.Context) error {
+				conn, err := d.DialContext(ctx, "tcp", dialable(c.listen))
+				if err != nil {
+					return err
+				}
+				return conn.Close()
+			})
+		},
+		quit: syscall.SIGTERM,
+	}
+}
+
+// dialable is an address at which a listener on addr is reached from here.
+func dialable(addr string) string {
+	host, port, _ := net.SplitHostPort(addr)
+	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+		host = "127.0.0.1"
+	}
+	return net.JoinHostPort(host, port)
+}
+
+// publicURL is how people write an address.
+func publicURL(listen string) string {
+	host, port, _ := net.SplitHostPort(listen)
+	if ip := net.ParseIP(host); host == "" || ip != nil && (ip.IsUnspecified() || ip.IsLoopback()) {
+		host = "localhost"
+	}
+	if port == "80" {
+		return "http://" + host
+	}
+	return "http://" + net.JoinHostPort(host, port)
+}
+
+// openTo lets the account connect to a socket of root's.
+func openTo(a account, socket string) error {
+	if err := os.Chown(socket, 0, a.gid); err != nil {
+		return err
+	}
+	return os.Chmod(socket, 0o660)
+}

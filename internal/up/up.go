@@ -1,0 +1,326 @@
+// Package up runs everything on one machine: a private PostgreSQL and Redis,
+// the control plane, the host agent and the front door, each a process of its
+// own that is started again when it ends.
+package up
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/client"
+	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
+)
+
+// domain is what sandboxes' host names end with; browsers take all names
+// below it for this machine.
+const domain = "localhost"
+
+// options are the command's flags.
+type options struct {
+	dir    string
+	listen string
+	once   bool
+}
+
+// Command is `wrenn up`.
+func Command(out io.Writer) *cobra.Command {
+	var o options
+	cmd := &cobra.Command{
+		Use: "up", Short: "Run everything on this machine", Args: cobra.NoArgs,
+		Long: "Run everything on this machine, in the foreground, until interrupted. Needs root and no configuration.",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
+			defer stop()
+			return run(ctx, o, out)
+		},
+	}
+	f := cmd.Flags()
+	dir := os.Getenv("WRENN_DIR")
+	if dir == "" {
+		dir = layout.DefaultDir
+	}
+	f.StringVar(&o.dir, "dir", dir, "where all data is kept ($WRENN_DIR)")
+	f.StringVar(&o.listen, "listen", ":8000", "address of the front door")
+	f.BoolVar(&o.once, "once", false, "start everything, run the self-check, stop everything")
+	return cmd
+}
+
+// service is what run builds up and takes down.
+type service struct {
+	dir     layout.Dir
+	out     io.Writer
+	spawner *spawner
+	secrets secrets
+	began   time.Time
+	stack   []func() // what to stop, the first last
+}
+
+func (s *service) say(format string, args ...any) {
+	fmt.Fprintf(s.out, "[%6.1fs] %s\n", time.Since(s.began).Seconds(), fmt.Sprintf(format, args...))
+}
+
+func run(ctx context.Context, o options, out io.Writer) (err error) {
+	if os.Geteuid() != 0 {
+		return errors.New("wrenn up makes virtual machines and networks: run it as root")
+	}
+	abs, err := filepath.Abs(o.dir)
+	if err != nil {
+		return err
+	}
+	dir := layout.Dir(abs)
+	// Others pass through on the way to what is theirs, and see nothing.
+	for _, d := range []string{abs, dir.Run(), dir.Logs()} {
+		if err := os.MkdirAll(d, 0o711); err != nil {
+			return fmt.Errorf("make data directory: %w", err)
+		}
+	}
+	unlock, err := lock(filepath.Join(dir.Run(), "up.lock"))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+
+	spawning, stopSpawning := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopSpawning()
+	s := &service{dir: dir, out: out, spawner: newSpawner(spawning), began: time.Now()}
+	defer s.stopAll()
+	if err := s.start(ctx, o); err != nil {
+		if ctx.Err() != nil {
+			s.say("interrupted")
+			return nil
+		}
+		return err
+	}
+	if err := s.selfCheck(ctx, o); err != nil {
+		if ctx.Err() != nil {
+			s.say("interrupted")
+			return nil
+		}
+		return fmt.Errorf("self-check: %w", err)
+	}
+	if o.once {
+		return nil
+	}
+	<-ctx.Done()
+	s.say("stopping; sandboxes end")
+	return nil
+}
+
+// lock keeps others out of the data directory.
+func lock(path string) (unlock func(), err error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("another `wrenn up` runs on %s: choose another directory with --dir", filepath.Dir(filepath.Dir(path)))
+		}
+		return nil, fmt.Errorf("lock data directory: %w", err)
+	}
+	return func() { f.Close() }, nil
+}
+
+// stopAll stops what was started, the last first.
+func (s *service) stopAll() {
+	for i := len(s.stack) - 1; i >= 0; i-- {
+		s.stack[i]()
+	}
+	s.stack = nil
+	s.say("stopped")
+}
+
+// launch starts a program and remembers to stop it.
+func (s *service) launch(ctx context.Context, p program) error {
+	c, err := launch(ctx, s.spawner, p, filepath.Join(s.dir.Logs(), strings.ToLower(strings.ReplaceAll(p.name, " ", "-"))+".log"), s.say)
+	if err != nil {
+		return err
+	}
+	s.stack = append(s.stack, c.close)
+	s.say("%s is ready", p.name)
+	return nil
+}
+
+// start starts everything.
+func (s *service) start(ctx context.Context, o options) (err error) {
+	front, err := newCaddy(s.dir, o.listen, domain) // first: its port may be taken
+	if err != nil {
+		return err
+	}
+	if s.secrets, err = loadSecrets(s.dir); err != nil {
+		return err
+	}
+	// Before the server makes the admin: a crash in between must not lose the password.
+	url := publicURL(o.listen)
+	err = writeJSON(s.dir.Credentials(), credentials{URL: url, APIKey: s.secrets.AdminAPIKey, Email: adminEmail, Password: s.secrets.AdminPassword})
+	if err != nil {
+		return err
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	envd, err := image.FindDaemon()
+	if err != nil {
+		return err
+	}
+	progress := func(step string) { s.say("%s", step) }
+	if _, err := image.Kernel(ctx, s.dir, envd, progress); err != nil {
+		return err
+	}
+	if _, err := image.EnsureMinimal(ctx, s.dir, envd, progress); err != nil {
+		return err
+	}
+	s.say("images are ready")
+
+	pg, err := newPostgres(ctx, s.dir)
+	if err != nil {
+		return err
+	}
+	if err := s.launch(ctx, pg.program()); err != nil {
+		return err
+	}
+	if err := pg.ensureDatabase(ctx, "wrenn"); err != nil {
+		return err
+	}
+	rd, err := newRedis(s.dir)
+	if err != nil {
+		return err
+	}
+	if err := s.launch(ctx, rd.program()); err != nil {
+		return err
+	}
+
+	agent := "unix:" + s.dir.AgentSocket()
+	server := "unix:" + s.dir.ServerSocket()
+	hostAgent := s.own(self, "agent", []string{
+		"WRENN_DIR=" + string(s.dir), "WRENN_LISTEN=" + agent, "WRENN_AGENT_TOKEN=" + s.secrets.AgentToken, "WRENN_ENVD=" + envd,
+	}, func(ctx context.Context) error {
+		_, err := s.agent().Host(ctx, connect.NewRequest(&hostagentv1.HostRequest{}))
+		return err
+	})
+	hostAgent.farewell = func(ctx context.Context) error {
+		_, err := s.agent().Terminate(ctx, connect.NewRequest(&hostagentv1.TerminateRequest{}))
+		return err
+	}
+	if err := s.launch(ctx, hostAgent); err != nil {
+		return err
+	}
+	err = s.launch(ctx, s.own(self, "server", []string{
+		"DATABASE_URL=" + pg.url("wrenn"), "REDIS_URL=" + rd.url(), "WRENN_LISTEN=" + server, "WRENN_DOMAIN=" + domain,
+		"WRENN_PUBLIC_URL=" + url, "WRENN_SECRET_KEY=" + s.secrets.SecretKey, "WRENN_AGENT_URL=" + agent, "WRENN_AGENT_TOKEN=" + s.secrets.AgentToken,
+		"WRENN_ADMIN_EMAIL=" + adminEmail, "WRENN_ADMIN_PASSWORD=" + s.secrets.AdminPassword, "WRENN_ADMIN_API_KEY=" + s.secrets.AdminAPIKey,
+	}, func(ctx context.Context) error {
+		if err := healthy(ctx, server); err != nil {
+			return err
+		}
+		return openTo(front.user, s.dir.ServerSocket())
+	}))
+	if err != nil {
+		return err
+	}
+	// The server goes after the agent, which tells it of the sandboxes' end.
+	n := len(s.stack)
+	s.stack[n-1], s.stack[n-2] = s.stack[n-2], s.stack[n-1]
+	return s.launch(ctx, front.program())
+}
+
+// own is a program of this binary.
+func (s *service) own(self, role string, env []string, ready func(context.Context) error) program {
+	return program{
+		name: "wrenn " + role,
+		command: func() *exec.Cmd {
+			cmd := exec.Command(self, role)
+			cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "HOME=/root"}, env...)
+			return cmd
+		},
+		ready: func(ctx context.Context) error { return poll(ctx, ready) },
+		quit:  syscall.SIGTERM,
+	}
+}
+
+// healthy asks the server whether all is well.
+func healthy(ctx context.Context, addr string) error {
+	c, base := netaddr.HTTPClient(addr)
+	defer c.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, base+"/health", nil)
+	if err != nil {
+		return err
+	}
+	resp, err := c.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		b, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10))
+		return fmt.Errorf("unhealthy: %s", b)
+	}
+	return nil
+}
+
+// agent is a client of the host agent.
+func (s *service) agent() hostagentv1connect.HostAgentClient {
+	c, base := netaddr.HTTPClient("unix:" + s.dir.AgentSocket())
+	token := connect.UnaryInterceptorFunc(func(next connect.UnaryFunc) connect.UnaryFunc {
+		return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+			req.Header().Set("Authorization", "Bearer "+s.secrets.AgentToken)
+			return next(ctx, req)
+		}
+	})
+	return hostagentv1connect.NewHostAgentClient(c, base, connect.WithInterceptors(token))
+}
+
+// selfCheck runs a command in a sandbox as a client would.
+func (s *service) selfCheck(ctx context.Context, o options) (err error) {
+	c, err := client.New("http://"+dialable(o.listen), s.secrets.AdminAPIKey)
+	if err != nil {
+		return err
+	}
+	began := time.Now()
+	never := 60
+	box, err := c.Create(ctx, client.CreateOptions{TimeoutSeconds: &never, Metadata: map[string]string{"wrenn": "self-check"}})
+	if err != nil {
+		return err
+	}
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+		defer cancel()
+		err = errors.Join(err, c.Delete(ctx, box.ID))
+	}()
+	created := time.Since(began)
+	r, err := c.Exec(ctx, box.ID, client.Command{Cmd: `uname -sr && python3 -c "print(6*7)"`, Shell: true}, nil)
+	if err != nil {
+		return err
+	}
+	if r.ExitCode != 0 || !strings.HasSuffix(string(r.Stdout), "\n42\n") {
+		return fmt.Errorf("the command exited with %d and printed %q, %q", r.ExitCode, r.Stdout, r.Stderr)
+	}
+	s.say("self-check: a sandbox was there after %v, its command had run after %v, and printed:", created.Round(time.Millisecond), time.Since(began).Round(time.Millisecond))
+	fmt.Fprintf(s.out, "\n    %s\n\n", strings.ReplaceAll(strings.TrimSpace(string(r.Stdout)), "\n", "\n    "))
+	url := publicURL(o.listen)
+	fmt.Fprintf(s.out, "  API      %s/v1   (documentation: %s/docs)\n", url, url)
+	fmt.Fprintf(s.out, "  ports    http://PORT-SANDBOX.%s\n", strings.TrimPrefix(url, "http://"))
+	fmt.Fprintf(s.out, "  login    %s / %s\n  API key  %s\n  (kept in %s)\n\n", adminEmail, s.secrets.AdminPassword, s.secrets.AdminAPIKey, s.dir.Credentials())
+	s.say("ready")
+	return nil
+}

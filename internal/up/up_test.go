@@ -1,0 +1,277 @@
+package up
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/redis/go-redis/v9"
+
+	"github.com/wrenn-dev/wrenn/internal/layout"
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
+)
+
+// newService is a service in a folder that other users may pass through.
+func newService(t *testing.T) *service {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root to run programs as other users")
+	}
+	dir, err := os.MkdirTemp("", "wrenn-up-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	s := &service{dir: layout.Dir(dir), out: t.Output(), spawner: newSpawner(t.Context()), began: time.Now()}
+	for _, d := range []string{s.dir.Run(), s.dir.Logs()} {
+		if err := os.MkdirAll(d, 0o711); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(s.stopAll)
+	return s
+}
+
+func need(t *testing.T, tools ...string) {
+	t.Helper()
+	for _, tool := range tools {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skipf("needs %s", tool)
+		}
+	}
+}
+
+func TestPostgresOutlivesItsDeath(t *testing.T) {
+	s := newService(t)
+	if bins, _ := filepath.Glob("/usr/lib/postgresql/*/bin/postgres"); len(bins) == 0 {
+		t.Skip("needs PostgreSQL")
+	}
+	pg, err := newPostgres(t.Context(), s.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.launch(t.Context(), pg.program()); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := pg.ensureDatabase(t.Context(), "wrenn"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exec1 := func(sql string) error {
+		conn, err := pgx.Connect(t.Context(), pg.url("wrenn"))
+		if err != nil {
+			return err
+		}
+		defer conn.Close(context.Background())
+		_, err = conn.Exec(t.Context(), sql)
+		return err
+	}
+	if err := exec1("CREATE TABLE kept (n int)"); err != nil {
+		t.Fatal(err)
+	}
+	var pid int
+	b, err := os.ReadFile(filepath.Join(pg.data(), "postmaster.pid"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fmt.Sscan(string(b), &pid); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if err := poll(ctx, func(context.Context) error { return exec1("INSERT INTO kept VALUES (1)") }); err != nil {
+		t.Errorf("it did not come back with its data: %v", err)
+	}
+}
+
+func TestRedis(t *testing.T) {
+	s := newService(t)
+	need(t, "redis-server")
+	rd, err := newRedis(s.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.launch(t.Context(), rd.program()); err != nil {
+		t.Fatal(err)
+	}
+	o, err := redis.ParseURL(rd.url())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := redis.NewClient(o)
+	defer c.Close()
+	if err := c.Set(t.Context(), "k", "v", 0).Err(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestFrontDoor(t *testing.T) {
+	s := newService(t)
+	need(t, "caddy")
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	listen := l.Addr().String()
+	if _, err := newCaddy(s.dir, listen, "localhost"); err == nil || !strings.Contains(err.Error(), "in use") {
+		t.Errorf("a port that is taken: %v", err)
+	}
+	l.Close()
+	front, err := newCaddy(s.dir, listen, "localhost")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Stands for the server: says what it is asked for.
+	server, err := netaddr.Listen(t.Context(), "unix:"+s.dir.ServerSocket(), 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := netaddr.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprintf(w, "%s %s", r.Host, r.URL.Path) }))
+	go srv.Serve(server)
+	t.Cleanup(func() { srv.Close() })
+	if err := openTo(front.user, s.dir.ServerSocket()); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.launch(t.Context(), front.program()); err != nil {
+		t.Fatal(err)
+	}
+	_, port, _ := net.SplitHostPort(listen)
+	c := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	get := func(host, path string) (int, string) {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+listen+path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Host = host + ":" + port
+		resp, err := c.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		b, _ := io.ReadAll(resp.Body)
+		return resp.StatusCode, string(b)
+	}
+	for _, want := range []struct {
+		host, path string
+		status     int
+		body       string
+	}{
+		{"localhost", "/v1/x", 200, "localhost:" + port + " /v1/x"},
+		{"localhost", "/api/v1/x", 200, "localhost:" + port + " /v1/x"},
+		{"127.0.0.1", "/health", 200, "127.0.0.1:" + port + " /health"},
+		{"localhost", "/metrics", 200, "localhost:" + port + " /metrics"},
+		{"80-cl-x.localhost", "/api/x", 200, "80-cl-x.localhost:" + port + " /api/x"},
+		{"80-cl-x.localhost", "/", 200, "80-cl-x.localhost:" + port + " /"},
+		{"localhost", "/", 302, ""},
+	} {
+		if status, body := get(want.host, want.path); status != want.status || body != want.body {
+			t.Errorf("%s%s: %d %q, want %d %q", want.host, want.path, status, body, want.status, want.body)
+		}
+	}
+	srv.Close()
+	if status, body := get("localhost", "/v1/x"); status != 502 || !strings.Contains(body, `"error"`) {
+		t.Errorf("without a server: %d %q", status, body)
+	}
+}
+
+func TestProgramThatDoesNotStart(t *testing.T) {
+	s := newService(t)
+	err := s.launch(t.Context(), program{
+		name: "broken", command: func() *exec.Cmd { return exec.Command("sh", "-c", "echo the reason; exit 3") },
+		ready: func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }, quit: syscall.SIGTERM,
+	})
+	if err == nil || !strings.Contains(err.Error(), "the reason") || !strings.Contains(err.Error(), "exit status 3") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestLogsAreBounded(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "l")
+	l, err := openLog(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	line := make([]byte, 1<<20)
+	for range 40 {
+		if _, err := l.Write(line); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var total int64
+	for _, p := range []string{path, path + ".old"} {
+		info, err := os.Stat(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		total += info.Size()
+	}
+	if total > 2*maxLog {
+		t.Errorf("%d bytes", total)
+	}
+}
+
+func TestSecretsAreMadeOnce(t *testing.T) {
+	dir := layout.Dir(t.TempDir())
+	a, err := loadSecrets(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := loadSecrets(dir)
+	if err != nil || a != b {
+		t.Errorf("made twice: %v", err)
+	}
+	if len(a.AdminAPIKey) != len("wrn_")+40 {
+		t.Errorf("API key of %d characters", len(a.AdminAPIKey))
+	}
+	if info, err := os.Stat(dir.Secrets()); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v, %v", info.Mode(), err)
+	}
+}
+
+func TestPublicURL(t *testing.T) {
+	for in, want := range map[string]string{
+		":8000": "http://localhost:8000", "127.0.0.1:9": "http://localhost:9", ":80": "http://localhost", "10.1.2.3:8000": "http://10.1.2.3:8000", "[::]:8000": "http://localhost:8000",
+	} {
+		if got := publicURL(in); got != want {
+			t.Errorf("%s: %s, want %s", in, got, want)
+		}
+	}
+}
+
+func TestOneUpPerDirectory(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "run")
+	if err := os.MkdirAll(path, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	unlock, err := lock(filepath.Join(path, "up.lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := lock(filepath.Join(path, "up.lock")); err == nil || !strings.Contains(err.Error(), "--dir") {
+		t.Errorf("got %v", err)
+	}
+	unlock()
+	again, err := lock(filepath.Join(path, "up.lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	again()
+}
