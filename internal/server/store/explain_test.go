@@ -1,0 +1,74 @@
+package store
+
+import (
+	"context"
+	"strings"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+)
+
+// TestPlans checks that nothing that is asked often reads all of a table that
+// grows.
+func TestPlans(t *testing.T) {
+	ctx := context.Background()
+	url := pgtest.New(t)
+	s, err := Open(ctx, url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	conn, err := pgx.Connect(ctx, url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(ctx)
+	// 30,000 sandboxes of 30 teams on 3 hosts, one in a hundred of them alive.
+	for _, sql := range []string{
+		`INSERT INTO teams (id, name) SELECT gen_random_uuid(), 'team' || n FROM generate_series(1, 30) n`,
+		`INSERT INTO hosts (id, url, status) SELECT gen_random_uuid(), 'unix:/' || n, 'online' FROM generate_series(1, 3) n`,
+		`INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at)
+		 SELECT gen_random_uuid(), (array(SELECT id FROM teams))[1 + n % 30], (array(SELECT id FROM hosts))[1 + n % 3], gen_random_uuid(), 'minimal',
+		 CASE WHEN n % 100 = 0 THEN 'running' ELSE 'stopped' END, 1, 512, 5120, 300, jsonb_build_object('n', n::text), now() - n * interval '1 second'
+		 FROM generate_series(1, 30000) n`,
+		`INSERT INTO api_keys (id, team_id, name, prefix, hash) SELECT gen_random_uuid(), id, 'k', 'wrn_', sha256(convert_to(id::text || n, 'UTF8')) FROM teams, generate_series(1, 300) n`,
+		`INSERT INTO idempotency_keys (team_id, key, request_hash, sandbox_id) SELECT team_id, id::text, '\x00', id FROM sandboxes`,
+		`ANALYZE`,
+	} {
+		if _, err := conn.Exec(ctx, sql); err != nil {
+			t.Fatalf("%s: %v", sql, err)
+		}
+	}
+	const team, host = `(SELECT id FROM teams WHERE name = 'team7')`, `(SELECT id FROM hosts LIMIT 1)`
+	for name, sql := range map[string]string{
+		"key":         `SELECT * FROM api_keys WHERE hash = '\x01'`,
+		"sandbox":     `SELECT * FROM sandboxes WHERE id = '00000000-0000-0000-0000-000000000001'`,
+		"live":        `SELECT * FROM sandboxes WHERE team_id = TEAM AND state NOT IN ('stopped', 'error') AND metadata @> '{}' AND (created_at, id) < ('9999-01-01', 'ffffffff-ffff-ffff-ffff-ffffffffffff') ORDER BY created_at DESC, id DESC LIMIT 101`,
+		"by state":    `SELECT * FROM sandboxes WHERE team_id = TEAM AND state = ANY ('{stopped}') AND metadata @> '{}' AND (created_at, id) < (now(), 'ffffffff-ffff-ffff-ffff-ffffffffffff') ORDER BY created_at DESC, id DESC LIMIT 101`,
+		"by metadata": `SELECT * FROM sandboxes WHERE team_id = TEAM AND state = ANY ('{stopped}') AND metadata @> '{"n": "7777"}' AND (created_at, id) < ('9999-01-01', 'ffffffff-ffff-ffff-ffff-ffffffffffff') ORDER BY created_at DESC, id DESC LIMIT 101`,
+		"of a host":   `SELECT * FROM sandboxes WHERE host_id = HOST AND state NOT IN ('stopped', 'error')`,
+		"count":       `SELECT state, count(*) FROM sandboxes WHERE state NOT IN ('stopped', 'error') GROUP BY state`,
+		"idempotency": `SELECT * FROM idempotency_keys WHERE team_id = TEAM AND key = 'x'`,
+		"free a key":  `DELETE FROM idempotency_keys WHERE sandbox_id = '00000000-0000-0000-0000-000000000001'`,
+		"old keys":    `DELETE FROM idempotency_keys WHERE created_at < now() - interval '1 day'`,
+	} {
+		sql = strings.NewReplacer("TEAM", team, "HOST", host).Replace(sql)
+		rows, err := conn.Query(ctx, "EXPLAIN "+sql)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		plan, err := pgx.CollectRows(rows, pgx.RowTo[string])
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		for _, line := range plan {
+			for _, table := range []string{"sandboxes", "api_keys", "idempotency_keys"} {
+				if strings.Contains(line, "Seq Scan on "+table) {
+					t.Errorf("%s reads all of %s:\n%s", name, table, strings.Join(plan, "\n"))
+				}
+			}
+		}
+	}
+}
