@@ -61,6 +61,9 @@ func (d Dir) AgentSocket() string { return d.join("run", "agent.sock") }
 // AgentLock is locked by the one host agent that runs on the data.
 func (d Dir) AgentLock() string { return d.join("run", "agent.lock") }
 
+// VMM holds what the virtual machine monitor's driver keeps while it runs.
+func (d Dir) VMM() string { return d.join("run", "vmm") }
+
 // ServerSocket is where the control plane listens under wrenn up.
 func (d Dir) ServerSocket() string { return d.join("run", "server.sock") }
 

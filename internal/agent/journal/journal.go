@@ -78,7 +78,7 @@ type Journal struct {
 	last    uint64   // seq of the youngest event ever
 	acked   uint64
 	pending []Event       // not acknowledged, oldest first
-	changed chan struct{} // closed and replaced at each append and at the end
+	changed chan struct{} // closed and replaced at each change and at the end
 	dropped int64
 }
 
@@ -261,9 +261,14 @@ func (j *Journal) Append(e Event) (Event, error) {
 		return Event{}, err
 	}
 	j.apply(entry{Event: &e})
+	j.tell()
+	return e, nil
+}
+
+// tell wakes whoever waits for a change.
+func (j *Journal) tell() {
 	close(j.changed)
 	j.changed = make(chan struct{})
-	return e, nil
 }
 
 // Ack forgets the events up to and including seq. One that is lost by a crash
@@ -284,6 +289,7 @@ func (j *Journal) Ack(seq uint64) error {
 	// At least the acknowledgement and one event of about its size or more.
 	j.dead += n + n*int64(seq-j.acked)
 	j.apply(entry{Ack: seq})
+	j.tell()
 	if j.dead > compactAfter || (len(j.pending) == 0 && j.size > compactAfter) {
 		return j.rewrite()
 	}
@@ -325,6 +331,24 @@ func (j *Journal) Follow(ctx context.Context, f func(Event) error) error {
 		case <-changed:
 		case <-ctx.Done():
 			return ctx.Err()
+		}
+	}
+}
+
+// Drained returns when every event is acknowledged, ctx is done or the journal
+// is closed.
+func (j *Journal) Drained(ctx context.Context) {
+	for {
+		j.mu.Lock()
+		changed, done := j.changed, j.file == nil || len(j.pending) == 0
+		j.mu.Unlock()
+		if done {
+			return
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
 		}
 	}
 }

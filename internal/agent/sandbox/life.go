@@ -116,9 +116,9 @@ func (b *box) stopping() bool {
 }
 
 // end asks for the sandbox's end. The caller holds mu.
-func (b *box) end(why string) {
+func (b *box) end(event journal.Kind, why string) {
 	if !b.stopping() {
-		b.why = ending{Reason: why, Time: time.Now().UTC()}
+		b.why = ending{Event: event, Reason: why, Time: time.Now().UTC()}
 		close(b.stop)
 	}
 }
@@ -141,15 +141,15 @@ func (b *box) await(ctx context.Context) (Info, error) {
 	default:
 	}
 	if b.waiters == 0 {
-		b.end("nobody waits for it any more")
+		b.end("", "nobody waits for it any more")
 	}
 	return Info{}, ctx.Err()
 }
 
 // destroy asks for the sandbox's end and waits for it, or for an attempt that fails.
-func (b *box) destroy(ctx context.Context, why string) error {
+func (b *box) destroy(ctx context.Context, event journal.Kind, why string) error {
 	b.mu.Lock()
-	b.end(why)
+	b.end(event, why)
 	tried := b.tried
 	b.mu.Unlock()
 	select {

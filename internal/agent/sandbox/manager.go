@@ -249,10 +249,11 @@ func (m *Manager) Destroy(ctx context.Context, id uuid.UUID) error {
 	if err != nil {
 		return nil
 	}
-	return b.destroy(ctx, "it was destroyed")
+	return b.destroy(ctx, "", "it was destroyed")
 }
 
-// Terminate ends every sandbox and creates none any more.
+// Terminate ends every sandbox and creates none any more. The control plane
+// did not ask for these ends one by one, so they are events.
 func (m *Manager) Terminate(ctx context.Context) error {
 	m.mu.Lock()
 	if m.refuse == nil {
@@ -266,7 +267,7 @@ func (m *Manager) Terminate(ctx context.Context) error {
 	errs := make([]error, len(boxes))
 	var wg sync.WaitGroup
 	for i, b := range boxes {
-		wg.Go(func() { errs[i] = b.destroy(ctx, "the host agent was terminated") })
+		wg.Go(func() { errs[i] = b.destroy(ctx, journal.Exited, "the host was shut down") })
 	}
 	wg.Wait()
 	return errors.Join(errs...)
@@ -320,12 +321,12 @@ type Use struct {
 	Transport http.RoundTripper
 	// VM is the sandbox's machine.
 	VM vmm.VM
-
-	end func()
+	// Leave is what End calls.
+	Leave func()
 }
 
 // End ends the use. It can be called again.
-func (u *Use) End() { u.end() }
+func (u *Use) End() { u.Leave() }
 
 // Use begins a use of a sandbox; the caller calls End.
 func (m *Manager) Use(ctx context.Context, id uuid.UUID) (*Use, error) {
@@ -347,7 +348,7 @@ func (m *Manager) Use(ctx context.Context, id uuid.UUID) (*Use, error) {
 	stop := context.AfterFunc(b.life, func() { cancel(context.Cause(b.life)) })
 	return &Use{
 		Info: b.infoLocked(), Context: ctx, Guest: b.guest, Address: b.slot.Address(), Transport: b.transport, VM: b.vm,
-		end: sync.OnceFunc(func() {
+		Leave: sync.OnceFunc(func() {
 			stop()
 			cancel(context.Canceled)
 			leave()

@@ -1,0 +1,249 @@
+// Package proxy carries HTTP, WebSocket and streams from the control plane to
+// what listens on a sandbox's ports.
+package proxy
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"path"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+
+	"connectrpc.com/connect"
+	"github.com/google/uuid"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/guest"
+	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
+	"github.com/wrenn-dev/wrenn/internal/id"
+)
+
+// Prefix is what the proxy's paths begin with: "/proxy/{sandbox_id}/{port}/…".
+const Prefix = "/proxy/"
+
+const (
+	// private headers are for the agent: none reaches a guest.
+	private = "X-Wrenn-"
+	// authorization is the request's own Authorization header, whose place the
+	// agent's token has taken.
+	authorization = private + "Authorization"
+	// ErrorHeader is in the agent's own answers, and in no guest's: its value
+	// is the error's code.
+	ErrorHeader = private + "Error"
+)
+
+// forwarded are the headers in which those before the agent say what they saw.
+var forwarded = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "Forwarded"}
+
+// Proxy is the handler of all paths that begin with [Prefix]. Who may ask was
+// checked before.
+type Proxy struct {
+	use      func(context.Context, uuid.UUID) (*sandbox.Use, error)
+	log      *slog.Logger
+	buffers  buffers
+	requests *prometheus.CounterVec
+}
+
+// New makes a proxy to the sandboxes that use finds.
+func New(use func(context.Context, uuid.UUID) (*sandbox.Use, error), log *slog.Logger) *Proxy {
+	p := &Proxy{use: use, log: log, requests: prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "wrenn_agent_proxy_requests_total", Help: "Requests to sandboxes' ports, by result: forwarded, or the error's code.",
+	}, []string{"result"})}
+	p.buffers.New = func() any { b := make([]byte, 32<<10); return &b }
+	return p
+}
+
+// Collectors are the proxy's metrics.
+func (p *Proxy) Collectors() []prometheus.Collector { return []prometheus.Collector{p.requests} }
+
+// problem is an answer of the agent's own.
+type problem struct {
+	status  int
+	code    string
+	message string
+}
+
+func (p *problem) Error() string { return p.message }
+
+func badRequest(format string, args ...any) error {
+	return &problem{http.StatusBadRequest, "invalid_argument", fmt.Sprintf(format, args...)}
+}
+
+// target is where a request goes.
+type target struct {
+	sandbox uuid.UUID
+	port    int
+	path    string // begins with a slash
+	rawPath string // empty: path needs no escapes of its own
+}
+
+func parse(r *http.Request) (target, error) {
+	var t target
+	rest, ok := strings.CutPrefix(r.URL.Path, Prefix)
+	if !ok {
+		return t, badRequest("the path does not begin with %s", Prefix)
+	}
+	name, rest, _ := strings.Cut(rest, "/")
+	port, _, _ := strings.Cut(rest, "/")
+	var err error
+	if t.sandbox, err = id.Parse(id.Sandbox, name); err != nil {
+		return t, badRequest("sandbox id: %v", err)
+	}
+	t.port, err = strconv.Atoi(port)
+	if err != nil || t.port < 1 || t.port > 65535 || strconv.Itoa(t.port) != port {
+		return t, badRequest("port: must be a number from 1 to 65535")
+	}
+	prefix := Prefix + name + "/" + port
+	if t.path = strings.TrimPrefix(r.URL.Path, prefix); t.path == "" {
+		t.path = "/"
+	}
+	if raw := r.URL.RawPath; raw != "" {
+		if t.rawPath, ok = strings.CutPrefix(raw, prefix); !ok {
+			return t, badRequest("sandbox id and port must not be escaped")
+		}
+	}
+	if t.port == guest.Port && reserved(t.path) {
+		return t, &problem{http.StatusNotFound, "not_found", "no such path"}
+	}
+	return t, nil
+}
+
+// reserved tells whether a path of the guest daemon's is for the agent alone,
+// however it is written.
+func reserved(p string) bool {
+	switch strings.ToLower(path.Clean(p)) {
+	case "/init", "/freeze", "/thaw":
+		return true
+	}
+	return false
+}
+
+// ServeHTTP implements [http.Handler].
+func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	t, err := parse(r)
+	if err != nil {
+		p.fail(w, err)
+		return
+	}
+	u, err := p.use(r.Context(), t.sandbox)
+	if err != nil {
+		p.fail(w, err)
+		return
+	}
+	defer u.End()
+	// Both directions stream at once, over HTTP/1.1 too.
+	_ = http.NewResponseController(w).EnableFullDuplex()
+	rp := httputil.ReverseProxy{
+		Transport:      u.Transport,
+		FlushInterval:  -1,
+		BufferPool:     &p.buffers,
+		ErrorLog:       slog.NewLogLogger(p.log.Handler(), slog.LevelDebug),
+		Rewrite:        func(pr *httputil.ProxyRequest) { rewrite(pr, t, u.Address.String()) },
+		ModifyResponse: p.received,
+		ErrorHandler: func(w http.ResponseWriter, out *http.Request, err error) {
+			if r.Context().Err() != nil {
+				panic(http.ErrAbortHandler) // nobody is there to tell
+			}
+			p.fail(w, explain(out.Context(), err, t.port))
+		},
+	}
+	rp.ServeHTTP(w, r.WithContext(u.Context))
+}
+
+func rewrite(pr *httputil.ProxyRequest, t target, address string) {
+	u := pr.Out.URL
+	u.Scheme, u.Host = "http", net.JoinHostPort(address, strconv.Itoa(t.port))
+	u.Path, u.RawPath = t.path, t.rawPath
+	u.RawQuery = pr.In.URL.RawQuery // as it came: what this language cannot parse, another may
+	pr.Out.Host = pr.In.Host
+	h := pr.Out.Header
+	for _, name := range forwarded {
+		if v := pr.In.Header[name]; v != nil {
+			h[name] = v
+		}
+	}
+	own := h[authorization]
+	for name := range h {
+		if strings.HasPrefix(name, private) {
+			h.Del(name)
+		}
+	}
+	if own != nil {
+		h["Authorization"] = own
+	}
+	if _, ok := h["User-Agent"]; !ok {
+		h["User-Agent"] = nil // not this program's
+	}
+}
+
+// received takes from a guest's answer what only the agent may say.
+func (p *Proxy) received(resp *http.Response) error {
+	for name := range resp.Header {
+		if strings.HasPrefix(name, private) {
+			resp.Header.Del(name)
+		}
+	}
+	p.requests.WithLabelValues("forwarded").Inc()
+	return nil
+}
+
+// explain makes of a failed request what its client may know.
+func explain(ctx context.Context, err error, port int) error {
+	var ended *connect.Error
+	var timeout net.Error
+	switch {
+	case errors.As(context.Cause(ctx), &ended):
+		return &problem{http.StatusBadGateway, "bad_gateway", ended.Message()}
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return &problem{http.StatusBadGateway, "bad_gateway", fmt.Sprintf("nothing listens on port %d of the sandbox", port)}
+	case errors.As(err, &timeout) && timeout.Timeout():
+		return &problem{http.StatusGatewayTimeout, "timeout", fmt.Sprintf("port %d of the sandbox does not answer", port)}
+	}
+	return &problem{http.StatusBadGateway, "bad_gateway", fmt.Sprintf("what listens on port %d of the sandbox gave no valid answer", port)}
+}
+
+// fail answers with an error.
+func (p *Proxy) fail(w http.ResponseWriter, err error) {
+	var own *problem
+	switch {
+	case errors.As(err, &own):
+	case errors.Is(err, sandbox.ErrNotFound):
+		own = &problem{http.StatusNotFound, "not_found", err.Error()}
+	case errors.Is(err, sandbox.ErrState), errors.Is(err, sandbox.ErrClosing):
+		own = &problem{http.StatusServiceUnavailable, "unavailable", err.Error()}
+	default:
+		p.log.Error("proxy", "error", err)
+		own = &problem{http.StatusInternalServerError, "internal", "the host agent failed"}
+	}
+	p.requests.WithLabelValues(own.code).Inc()
+	Answer(w, own.status, own.code, own.message)
+}
+
+// Answer writes an error as JSON: {"error":{"code":"…","message":"…"}}.
+func Answer(w http.ResponseWriter, status int, code, message string) {
+	h := w.Header()
+	h.Set("Content-Type", "application/json")
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("Cache-Control", "no-store")
+	h.Set(ErrorHeader, code)
+	w.WriteHeader(status)
+	type body struct {
+		Code    string `json:"code"`
+		Message string `json:"message"`
+	}
+	_ = json.NewEncoder(w).Encode(map[string]body{"error": {code, message}})
+}
+
+// buffers lends the memory that bodies are copied through.
+type buffers struct{ sync.Pool }
+
+func (b *buffers) Get() []byte  { return *b.Pool.Get().(*[]byte) }
+func (b *buffers) Put(p []byte) { b.Pool.Put(&p) }

@@ -1,0 +1,322 @@
+package proxy
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/coder/websocket"
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/guest"
+	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
+	"github.com/wrenn-dev/wrenn/internal/id"
+)
+
+// one is a proxy to one sandbox, whose address is a loopback one.
+type one struct {
+	*httptest.Server
+	sandbox uuid.UUID
+	end     context.CancelCauseFunc // ends the sandbox
+	tracker *sandbox.Tracker
+}
+
+func start(t *testing.T) *one {
+	t.Helper()
+	address := netip.MustParseAddr("127.66.0.1")
+	transport := &http.Transport{DisableCompression: true}
+	t.Cleanup(transport.CloseIdleConnections)
+	life, end := context.WithCancelCause(t.Context())
+	o := &one{sandbox: uuid.New(), end: end, tracker: sandbox.NewTracker()}
+	p := New(func(ctx context.Context, u uuid.UUID) (*sandbox.Use, error) {
+		if u != o.sandbox {
+			return nil, fmt.Errorf("%w: no such sandbox", sandbox.ErrNotFound)
+		}
+		leave, ok := o.tracker.Enter()
+		if !ok {
+			return nil, sandbox.ErrState
+		}
+		ctx, cancel := context.WithCancelCause(ctx)
+		stop := context.AfterFunc(life, func() { cancel(context.Cause(life)) })
+		return &sandbox.Use{Context: ctx, Address: address, Transport: transport, Leave: func() { stop(); cancel(nil); leave() }}, nil
+	}, slog.New(slog.DiscardHandler))
+	o.Server = httptest.NewServer(p)
+	t.Cleanup(o.Close)
+	return o
+}
+
+func (o *one) path(port any, rest string) string {
+	return fmt.Sprintf("%s%s/%v%s", Prefix, id.Format(id.Sandbox, o.sandbox), port, rest)
+}
+
+// listen serves h in the "sandbox" and returns the port.
+func listen(t *testing.T, port int, h http.Handler) int {
+	t.Helper()
+	l, err := net.Listen("tcp", net.JoinHostPort("127.66.0.1", strconv.Itoa(port)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := httptest.NewUnstartedServer(h)
+	_ = s.Listener.Close()
+	s.Listener = l
+	s.Start()
+	t.Cleanup(s.Close)
+	return l.Addr().(*net.TCPAddr).Port
+}
+
+func (o *one) get(t *testing.T, path string) (int, string) {
+	t.Helper()
+	resp, err := http.Get(o.URL + path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	var e struct {
+		Error struct{ Code, Message string }
+	}
+	if err := json.NewDecoder(resp.Body).Decode(&e); err != nil || e.Error.Code != resp.Header.Get(ErrorHeader) {
+		t.Errorf("%s: %v, not an error of the agent's: %v", path, resp.Status, err)
+	}
+	return resp.StatusCode, e.Error.Message
+}
+
+func TestBadTargets(t *testing.T) {
+	o := start(t)
+	listen(t, guest.Port, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		t.Errorf("%s reached the guest daemon", r.URL)
+	}))
+	for path, want := range map[string]int{
+		o.path(0, "/"): 400, o.path(65536, "/"): 400, o.path(-1, "/"): 400, o.path("080", "/"): 400, o.path("+80", "/"): 400, o.path("x", "/"): 400, o.path("", "/"): 400,
+		Prefix: 400, Prefix + "cl-short/80/": 400, Prefix + strings.ToUpper(id.Format(id.Sandbox, o.sandbox)) + "/80/": 400,
+		strings.Replace(o.path(80, "/%2f"), "cl-", "%63l-", 1): 400,
+		Prefix + id.Format(id.Sandbox, uuid.New()) + "/80/":    404,
+		o.path(guest.Port, "/init"):                            404, o.path(guest.Port, "//init"): 404, o.path(guest.Port, "/%69nit"): 404, o.path(guest.Port, "/x/../init/"): 404,
+		o.path(guest.Port, "/freeze"): 404, o.path(guest.Port, "/./thaw"): 404, o.path(guest.Port, "/INIT"): 404, o.path(guest.Port, "/%2finit"): 404,
+		o.path(1, "/"): 502,
+	} {
+		if got, message := o.get(t, path); got != want || message == "" {
+			t.Errorf("%s: %d %q, want %d", path, got, message, want)
+		}
+	}
+	if _, message := o.get(t, o.path(1, "/")); !strings.Contains(message, "nothing listens on port 1 ") {
+		t.Error(message)
+	}
+	o.tracker.Shut()
+	if got, _ := o.get(t, o.path(80, "/")); got != 503 {
+		t.Errorf("a sandbox that is shut: %d", got)
+	}
+}
+
+func TestRequestArrivesAsItWas(t *testing.T) {
+	o := start(t)
+	port := listen(t, 0, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		w.Header().Set(ErrorHeader, "forged")
+		w.Header().Set("X-Own", "kept")
+		w.WriteHeader(http.StatusTeapot)
+		fmt.Fprintf(w, "%s %s host=%s auth=%s agent=%q for=%s secret=%q enc=%q body=%s", r.Method, r.RequestURI, r.Host, r.Header.Get("Authorization"),
+			r.Header.Get("User-Agent"), r.Header.Get("X-Forwarded-For"), r.Header.Get("X-Wrenn-Secret"), r.Header.Get("Accept-Encoding"), body)
+	}))
+	req, err := http.NewRequest(http.MethodPost, o.URL+o.path(port, "/a%2fb//c/../d?q=%zz;&x=1"), strings.NewReader("hello"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Host = "8000-x.localhost:8000"
+	req.Header.Set(authorization, "Basic dXNlcjo=")
+	req.Header.Set("X-Wrenn-Secret", "s")
+	req.Header.Set("X-Forwarded-For", "192.0.2.1")
+	req.Header.Set("User-Agent", "")
+	req.Header.Set("Accept-Encoding", "identity")
+	resp, err := http.DefaultTransport.RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	got, _ := io.ReadAll(resp.Body)
+	want := `POST /a%2fb//c/../d?q=%zz;&x=1 host=8000-x.localhost:8000 auth=Basic dXNlcjo= agent="" for=192.0.2.1 secret="" enc="identity" body=hello`
+	if string(got) != want || resp.StatusCode != http.StatusTeapot || resp.Header.Get("X-Own") != "kept" || resp.Header.Get(ErrorHeader) != "" {
+		t.Errorf("got %s\n%s\nwant\n%s\n%v", resp.Status, got, want, resp.Header)
+	}
+}
+
+func TestWebSocketAndItsEnd(t *testing.T) {
+	o := start(t)
+	port := listen(t, 0, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		c, err := websocket.Accept(w, r, nil)
+		if err != nil {
+			return
+		}
+		defer c.CloseNow()
+		for {
+			kind, msg, err := c.Read(r.Context())
+			if err != nil {
+				return
+			}
+			if c.Write(r.Context(), kind, msg) != nil {
+				return
+			}
+		}
+	}))
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	c, _, err := websocket.Dial(ctx, o.URL+o.path(port, "/ws"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.CloseNow()
+	for _, msg := range []string{"one", strings.Repeat("x", 30000)} {
+		if err := c.Write(ctx, websocket.MessageText, []byte(msg)); err != nil {
+			t.Fatal(err)
+		}
+		if _, got, err := c.Read(ctx); err != nil || string(got) != msg {
+			t.Fatalf("echoed %d bytes, %v", len(got), err)
+		}
+	}
+	if n := o.tracker.InFlight(); n != 1 {
+		t.Errorf("%d in flight", n)
+	}
+	o.end(connect.NewError(connect.CodeFailedPrecondition, errors.New("the sandbox has ended")))
+	if _, _, err := c.Read(ctx); err == nil || ctx.Err() != nil {
+		t.Errorf("the connection outlived its sandbox: %v", err)
+	}
+	drain, stop := context.WithTimeout(t.Context(), 5*time.Second)
+	defer stop()
+	if err := o.tracker.Drain(drain); err != nil {
+		t.Error("the connection is still counted")
+	}
+}
+
+// TestStreamsBothWays exchanges lines while neither body has ended.
+func TestStreamsBothWays(t *testing.T) {
+	o := start(t)
+	port := listen(t, 0, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		rc := http.NewResponseController(w)
+		_ = rc.EnableFullDuplex()
+		for s := bufio.NewScanner(r.Body); s.Scan(); {
+			fmt.Fprintln(w, "echo", s.Text())
+			_ = rc.Flush()
+		}
+	}))
+	r, w := io.Pipe()
+	req, err := http.NewRequest(http.MethodPost, o.URL+o.path(port, "/"), r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var sending sync.WaitGroup
+	sending.Go(func() { fmt.Fprintln(w, "first") })
+	resp, err := http.DefaultTransport.RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sending.Wait()
+	defer resp.Body.Close()
+	lines := bufio.NewScanner(resp.Body)
+	for _, line := range []string{"first", "second", "third"} {
+		if line != "first" {
+			fmt.Fprintln(w, line)
+		}
+		if !lines.Scan() || lines.Text() != "echo "+line {
+			t.Fatalf("got %q, %v", lines.Text(), lines.Err())
+		}
+	}
+	w.Close()
+	if lines.Scan() {
+		t.Error("more came")
+	}
+}
+
+func TestBigBodiesTakeNoMemory(t *testing.T) {
+	const size = 256 << 20
+	o := start(t)
+	port := listen(t, 0, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		n, _ := io.Copy(io.Discard, r.Body)
+		w.Header().Set("X-Got", strconv.FormatInt(n, 10))
+		_, _ = io.CopyN(w, zeros{}, size)
+	}))
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	resp, err := http.Post(o.URL+o.path(port, "/"), "", io.LimitReader(zeros{}, size))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := io.Copy(io.Discard, resp.Body)
+	resp.Body.Close()
+	runtime.ReadMemStats(&after)
+	if err != nil || n != size || resp.Header.Get("X-Got") != strconv.Itoa(size) {
+		t.Errorf("%d bytes down, %s up, %v", n, resp.Header.Get("X-Got"), err)
+	}
+	if grown := after.TotalAlloc - before.TotalAlloc; grown > 32<<20 {
+		t.Errorf("%d MiB were allocated for it", grown>>20)
+	}
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { return len(p), nil }
+
+func TestClientGoes(t *testing.T) {
+	o := start(t)
+	arrived, left := make(chan struct{}), make(chan struct{})
+	port := listen(t, 0, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		close(arrived)
+		<-r.Context().Done()
+		close(left)
+	}))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, o.URL+o.path(port, "/"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() {
+		_, err := http.DefaultTransport.RoundTrip(req)
+		done <- err
+	}()
+	<-arrived
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	select {
+	case <-left:
+	case <-time.After(10 * time.Second):
+		t.Error("the guest does not hear that its client has gone")
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	ok := id.Format(id.Sandbox, uuid.New())
+	for _, s := range []string{Prefix + ok + "/49983/init", Prefix + ok + "/80", Prefix + ok + "/65536/", Prefix + "%63l/1/"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		r, err := http.NewRequest(http.MethodGet, "http://agent"+s, nil)
+		if err != nil {
+			return
+		}
+		to, err := parse(r)
+		if err != nil {
+			return
+		}
+		if to.port < 1 || to.port > 65535 || !strings.HasPrefix(to.path, "/") {
+			t.Errorf("%q goes to %+v", s, to)
+		}
+	})
+}
