@@ -13,7 +13,7 @@ TEST_PACKAGES := socat
 
 GO_PACKAGES := ./...
 
-.PHONY: build deps test-deps lint test generate
+.PHONY: build run deps test-deps lint test generate
 
 build:
 	@mkdir -p bin
@@ -21,6 +21,10 @@ build:
 		[ -e cmd/$$p/main.go ] || continue; \
 		CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o bin/$$p ./cmd/$$p || exit 1; \
 	done
+
+# Installs what is missing, builds, and runs everything in the foreground.
+run: deps build
+	bin/wrenn up $(UPFLAGS)
 
 deps:
 	@.ci/packages $(RUN_PACKAGES)

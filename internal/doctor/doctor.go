@@ -1,0 +1,271 @@
+// Package doctor says what a machine lacks to run sandboxes, and the fix.
+package doctor
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
+	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/agent/network"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qemu"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+// What a fresh installation takes, and a few sandboxes.
+const (
+	minDiskMiB   = 6 << 10
+	minMemoryMiB = 2 << 10
+)
+
+// Finding is the answer of one check.
+type Finding struct {
+	Name     string `json:"name"`
+	OK       bool   `json:"ok"`
+	Required bool   `json:"required"` // nothing works without
+	Detail   string `json:"detail,omitempty"`
+	Fix      string `json:"fix,omitempty"`
+}
+
+// errFindings is returned when something required is missing.
+var errFindings = errors.New("this machine lacks what wrenn needs")
+
+// Command is `wrenn doctor`.
+func Command(out io.Writer) *cobra.Command {
+	var dir, format string
+	cmd := &cobra.Command{
+		Use: "doctor", Short: "Say what this machine lacks, and the fix", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			findings := Examine(cmd.Context(), layout.Dir(dir))
+			if err := report(out, format, findings); err != nil {
+				return err
+			}
+			for _, f := range findings {
+				if f.Required && !f.OK {
+					return errFindings
+				}
+			}
+			return nil
+		},
+	}
+	def := os.Getenv("WRENN_DIR")
+	if def == "" {
+		def = layout.DefaultDir
+	}
+	cmd.Flags().StringVar(&dir, "dir", def, "data directory ($WRENN_DIR)")
+	cmd.Flags().StringVarP(&format, "output", "o", "table", "table or json")
+	return cmd
+}
+
+func report(out io.Writer, format string, findings []Finding) error {
+	if format == "json" {
+		e := json.NewEncoder(out)
+		e.SetIndent("", "  ")
+		return e.Encode(findings)
+	}
+	for _, f := range findings {
+		mark := "ok     "
+		switch {
+		case !f.OK && f.Required:
+			mark = "MISSING"
+		case !f.OK:
+			mark = "note   "
+		}
+		fmt.Fprintf(out, "%s  %-12s %s\n", mark, f.Name, f.Detail)
+		if !f.OK && f.Fix != "" {
+			fmt.Fprintf(out, "%22s fix: %s\n", "", f.Fix)
+		}
+	}
+	return nil
+}
+
+// check finds out one thing: a detail for people, or what is wrong.
+type check struct {
+	name     string
+	required bool
+	fix      string
+	do       func(context.Context, layout.Dir) (string, error)
+}
+
+// Examine examines the machine. dir is where data will be kept; nothing is
+// written there but what the probe for KVM remembers.
+func Examine(ctx context.Context, dir layout.Dir) []Finding {
+	checks := []check{
+		{"root", true, "run as root: sudo wrenn …", isRoot},
+		{"tun", true, "modprobe tun, or a kernel with CONFIG_TUN", hasTun},
+		{"namespaces", true, "a kernel with network, mount and IPC namespaces, and the right to use them", hasNamespaces},
+		{"nftables", true, "a kernel with CONFIG_NF_TABLES, and NAT", hasNftables},
+		{"cgroups", true, "mount control groups (version 2, or version 1 with memory, cpu and pids)", hasCgroups},
+		installed("QEMU", "qemu-system-x86", qemu.Binary),
+		{"KVM", false, "without it guests are emulated, about 10 times slower: enable virtualization in the firmware, or nested virtualization in the hypervisor", hasKVM},
+		{"PostgreSQL", true, "apt-get install postgresql", hasPostgres},
+		installed("Redis", "redis-server", "redis-server"),
+		installed("Caddy", "caddy", "caddy"),
+		installed("mmdebstrap", "mmdebstrap", "mmdebstrap"),
+		installed("e2fsprogs", "e2fsprogs", "mke2fs"),
+		installed("kmod", "kmod", "depmod"),
+		installed("xz", "xz-utils", "xz"),
+		{"disk", true, fmt.Sprintf("free %d MiB, or choose another place with --dir", minDiskMiB), hasDisk},
+		{"memory", true, fmt.Sprintf("at least %d MiB that are free", minMemoryMiB), hasMemory},
+		{"firewall", false, "let the other firewall forward from interfaces named wrenn-veth-*", noObstacles},
+	}
+	findings := make([]Finding, 0, len(checks))
+	for _, c := range checks {
+		detail, err := c.do(ctx, dir)
+		f := Finding{Name: c.name, OK: err == nil, Required: c.required, Detail: detail}
+		if err != nil {
+			f.Detail, f.Fix = err.Error(), c.fix
+		}
+		findings = append(findings, f)
+	}
+	return findings
+}
+
+// installed checks that a package's program is there.
+func installed(name, pkg, program string) check {
+	return check{name, true, "apt-get install " + pkg, func(context.Context, layout.Dir) (string, error) {
+		return exec.LookPath(program)
+	}}
+}
+
+func isRoot(context.Context, layout.Dir) (string, error) {
+	if os.Geteuid() != 0 {
+		return "", fmt.Errorf("this is user %d", os.Geteuid())
+	}
+	return "", nil
+}
+
+func hasTun(context.Context, layout.Dir) (string, error) {
+	const device = "/dev/net/tun"
+	fd, err := unix.Open(device, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", fmt.Errorf("open %s: %w", device, err)
+	}
+	return device, unix.Close(fd)
+}
+
+func hasNamespaces(context.Context, layout.Dir) (string, error) {
+	result := make(chan error)
+	go func() {
+		runtime.LockOSThread() // not unlocked: the thread ends in its namespaces
+		result <- unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS)
+	}()
+	if err := <-result; err != nil {
+		return "", fmt.Errorf("make namespaces: %w", err)
+	}
+	return "", nil
+}
+
+func hasNftables(context.Context, layout.Dir) (string, error) {
+	c, err := nftables.New()
+	if err != nil {
+		return "", err
+	}
+	if _, err := c.ListTables(); err != nil {
+		return "", fmt.Errorf("list tables: %w", err)
+	}
+	return "", nil
+}
+
+func hasCgroups(context.Context, layout.Dir) (string, error) { return "", cgroup.Available() }
+
+// hasKVM boots a kernel, if there is one yet.
+func hasKVM(ctx context.Context, dir layout.Dir) (string, error) {
+	if _, err := os.Stat("/dev/kvm"); err != nil {
+		return "", err
+	}
+	kernels, err := filepath.Glob(filepath.Join(dir.Kernels(), "*", "vmlinux"))
+	if err != nil || len(kernels) == 0 {
+		if os.Geteuid() != 0 {
+			return "", errors.New("/dev/kvm is there; only root can tell whether it works")
+		}
+		// The probe needs a kernel to boot.
+		envd, err := image.FindDaemon()
+		if err != nil {
+			return "", fmt.Errorf("/dev/kvm is there; whether it works cannot be told: %w", err)
+		}
+		k, err := image.Kernel(ctx, dir, envd, func(string) {})
+		if err != nil {
+			return "", fmt.Errorf("/dev/kvm is there; whether it works cannot be told: %w", err)
+		}
+		kernels = []string{k.Vmlinux}
+	}
+	kernel := kernels[len(kernels)-1]
+	if err := os.MkdirAll(dir.Run(), 0o711); err != nil {
+		return "", err
+	}
+	log := slog.New(slog.DiscardHandler)
+	if err := qemu.ProbeKVM(ctx, kernel, filepath.Join(filepath.Dir(kernel), "initrd"), dir.Run(), log); err != nil {
+		return "", err
+	}
+	return "a kernel boots", nil
+}
+
+func hasPostgres(context.Context, layout.Dir) (string, error) {
+	bins, err := filepath.Glob("/usr/lib/postgresql/*/bin/postgres")
+	if err != nil || len(bins) == 0 {
+		return "", errors.New("no server program")
+	}
+	return strings.Join(bins, " "), nil
+}
+
+// existing is the nearest folder above path that is there.
+func existing(path string) string {
+	for {
+		if _, err := os.Stat(path); err == nil || path == filepath.Dir(path) {
+			return path
+		}
+		path = filepath.Dir(path)
+	}
+}
+
+func hasDisk(_ context.Context, dir layout.Dir) (string, error) {
+	var st unix.Statfs_t
+	at := existing(string(dir))
+	if err := unix.Statfs(at, &st); err != nil {
+		return "", fmt.Errorf("look for free space: %w", err)
+	}
+	free := int64(st.Bavail) * st.Bsize >> 20
+	detail := fmt.Sprintf("%d MiB free at %s", free, at)
+	if free < minDiskMiB {
+		return "", errors.New(detail)
+	}
+	return detail, nil
+}
+
+func hasMemory(context.Context, layout.Dir) (string, error) {
+	b, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return "", err
+	}
+	_, rest, _ := strings.Cut(string(b), "MemAvailable:")
+	var kib int64
+	if _, err := fmt.Sscan(rest, &kib); err != nil {
+		return "", fmt.Errorf("read free memory: %w", err)
+	}
+	detail := fmt.Sprintf("%d MiB free", kib>>10)
+	if kib>>10 < minMemoryMiB {
+		return "", errors.New(detail)
+	}
+	return detail, nil
+}
+
+func noObstacles(context.Context, layout.Dir) (string, error) {
+	if o := network.Obstacles(); len(o) > 0 {
+		return "", fmt.Errorf("guests may not reach the internet: %s", strings.Join(o, "; "))
+	}
+	return "", nil
+}
