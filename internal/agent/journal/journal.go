@@ -45,6 +45,9 @@ var (
 	// ErrClosed says that the journal was closed.
 	ErrClosed = errors.New("the journal is closed")
 
+	// ErrFuture says that an event was acknowledged that has not happened yet.
+	ErrFuture = errors.New("the event has not happened yet")
+
 	errTorn = errors.New("torn record")
 )
 
@@ -277,7 +280,7 @@ func (j *Journal) Ack(seq uint64) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if seq > j.last {
-		return fmt.Errorf("event %d has not happened yet", seq)
+		return fmt.Errorf("acknowledge event %d: %w", seq, ErrFuture)
 	}
 	if seq <= j.acked {
 		return nil

@@ -202,7 +202,7 @@ func (b *box) live() {
 		// The caller hears of it when nothing is left, or as soon as something
 		// refuses to go.
 		b.clean(why, func(cleanErr error) {
-			b.set(func() { b.bootErr = errors.Join(err, cleanErr) })
+			b.set(func() { b.bootErr = startError(errors.Join(err, cleanErr)) })
 			close(b.booted)
 		})
 		return
@@ -211,6 +211,16 @@ func (b *box) live() {
 	b.tracker.Touch() // its time begins now
 	close(b.booted)
 	b.serve()
+}
+
+// startError makes sure that an error says of what kind it is.
+func startError(err error) error {
+	for _, kind := range []error{ErrInvalid, ErrState, ErrExhausted, ErrClosing} {
+		if errors.Is(err, kind) {
+			return err
+		}
+	}
+	return fmt.Errorf("%w: %w", ErrStart, err)
 }
 
 type stepsValue []Step

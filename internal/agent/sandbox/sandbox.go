@@ -22,6 +22,8 @@ var (
 	ErrState     = errors.New("the sandbox is not running")
 	ErrExhausted = errors.New("this host has no room")
 	ErrClosing   = errors.New("the host agent is stopping")
+	// ErrStart is wrapped by what went wrong while a sandbox was started.
+	ErrStart = errors.New("the sandbox did not start")
 )
 
 // failure is an error with a text of its own and one of the kinds above.

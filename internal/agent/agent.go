@@ -1,0 +1,268 @@
+// Package agent is the host agent: it owns the sandboxes of one machine and
+// does what the control plane asks of them.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/agent/journal"
+	"github.com/wrenn-dev/wrenn/internal/agent/network"
+	"github.com/wrenn-dev/wrenn/internal/agent/proxy"
+	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qemu"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+// Config is how an agent runs. Its tags name the environment variables of
+// "wrenn agent".
+type Config struct {
+	// Dir is the installation's data.
+	Dir layout.Dir `env:"WRENN_DIR" envDefault:"/var/lib/wrenn"`
+	// Listen is where whoever runs the agent serves its [Agent.Handler].
+	Listen string `env:"WRENN_LISTEN"`
+	// Token is what the control plane must show.
+	Token string `env:"WRENN_AGENT_TOKEN,required,notEmpty,unset"`
+	// Accel is what runs guests' instructions: "kvm", "tcg", or "auto", which
+	// is KVM where a kernel boots on it.
+	Accel string `env:"WRENN_VMM_ACCEL" envDefault:"auto"`
+	// DNS are the guests' resolvers, IPv4; none: the host's.
+	DNS []netip.Addr `env:"WRENN_DNS"`
+	// MemoryMiB is what all sandboxes may have together; 0: most of the host's.
+	MemoryMiB int `env:"WRENN_MEMORY_MIB"`
+	// Envd is the path of the guest daemon's binary; empty: beside this program.
+	Envd string `env:"WRENN_ENVD"`
+	// Version is this program's.
+	Version string       `env:"-"`
+	Log     *slog.Logger `env:"-"`
+}
+
+// drainTimeout bounds the wait for the control plane to hear of the last
+// events when the agent terminates.
+const drainTimeout = 3 * time.Second
+
+// Agent is the host agent. One at a time can be open on an installation's data.
+type Agent struct {
+	cfg       Config
+	log       *slog.Logger
+	lock      *os.File
+	driver    vmm.Driver
+	journal   *journal.Journal
+	pool      *network.Pool
+	sandboxes *sandbox.Manager
+	proxy     *proxy.Proxy
+	metrics   *metrics
+	handler   http.Handler
+
+	stopping  chan struct{} // closed: streams without an end of their own end
+	stop      func()
+	done      chan struct{} // closed: terminated
+	terminate func()
+	listeners atomic.Int32 // streams of events
+	closing   func() error
+}
+
+// New opens an agent: it takes back the sandboxes that an earlier one left
+// running, removes what else it left, and prepares what guests boot from.
+func New(ctx context.Context, c Config) (*Agent, error) {
+	a, err := open(ctx, c)
+	if err != nil {
+		return nil, fmt.Errorf("open host agent: %w", err)
+	}
+	return a, nil
+}
+
+func open(ctx context.Context, c Config) (_ *Agent, err error) {
+	if c.Token == "" {
+		return nil, errors.New("an agent token is needed")
+	}
+	if c.Log == nil {
+		c.Log = slog.Default()
+	}
+	a := &Agent{cfg: c, log: c.Log, stopping: make(chan struct{}), done: make(chan struct{})}
+	a.stop = sync.OnceFunc(func() { close(a.stopping) })
+	a.terminate = sync.OnceFunc(func() { close(a.done) })
+	a.closing = sync.OnceValue(a.close)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, a.closing())
+		}
+	}()
+
+	for _, dir := range []string{string(c.Dir), c.Dir.Run()} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return nil, err
+		}
+	}
+	if a.lock, err = lock(c.Dir.AgentLock()); err != nil {
+		return nil, err
+	}
+	kernel, err := a.prepare(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := a.openDriver(ctx, kernel); err != nil {
+		return nil, err
+	}
+	if a.journal, err = journal.Open(c.Dir.Events()); err != nil {
+		return nil, err
+	}
+	if n := a.journal.Dropped(); n > 0 {
+		a.log.Warn("the end of the journal was torn", "bytes", n)
+	}
+	// Machines first: what still runs decides which networks stay.
+	found, err := sandbox.Recover(ctx, c.Dir, a.driver, a.log)
+	if err != nil {
+		return nil, err
+	}
+	a.pool, err = network.Open(ctx, network.Config{Dir: c.Dir, Upstreams: c.DNS, Log: a.log}, found.Slots())
+	if err != nil {
+		return nil, err
+	}
+	a.metrics = newMetrics()
+	a.sandboxes, err = sandbox.Open(ctx, sandbox.Config{
+		Dir: c.Dir, Driver: a.driver, Networks: sandbox.Pool(a.pool), Journal: a.journal,
+		Kernel: kernel.Vmlinux, Initrd: kernel.Initrd, Template: a.template, MemoryMiB: c.MemoryMiB,
+		Observe: a.metrics.observe, Log: a.log,
+	}, found)
+	if err != nil {
+		return nil, err
+	}
+	a.proxy = proxy.New(a.sandboxes.Use, a.log)
+	a.metrics.watch(a)
+	a.handler = a.routes()
+	return a, nil
+}
+
+// lock makes this the only agent on its data until the file is closed.
+func lock(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if err == nil {
+		return f, nil
+	}
+	f.Close()
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return nil, errors.New("another host agent runs on the same data")
+	}
+	return nil, fmt.Errorf("lock %s: %w", path, err)
+}
+
+// prepare makes sure of what guests boot from.
+func (a *Agent) prepare(ctx context.Context) (image.KernelFiles, error) {
+	envd := a.cfg.Envd
+	if envd == "" {
+		var err error
+		if envd, err = image.FindDaemon(); err != nil {
+			return image.KernelFiles{}, err
+		}
+	}
+	progress := func(step string) { a.log.Info(step) }
+	kernel, err := image.Kernel(ctx, a.cfg.Dir, envd, progress)
+	if err != nil {
+		return image.KernelFiles{}, err
+	}
+	_, err = image.EnsureMinimal(ctx, a.cfg.Dir, envd, progress)
+	return kernel, err
+}
+
+func (a *Agent) openDriver(ctx context.Context, kernel image.KernelFiles) error {
+	dir := a.cfg.Dir.VMM()
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	accel := a.cfg.Accel
+	if accel == "" || accel == "auto" {
+		accel = qemu.KVM
+		if err := qemu.ProbeKVM(ctx, kernel.Vmlinux, kernel.Initrd, dir, a.log); err != nil {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			a.log.Warn("guests are emulated, which is slow", "reason", err)
+			accel = qemu.TCG
+		}
+	}
+	d, err := qemu.Open(accel, dir, a.log)
+	if err != nil {
+		return err
+	}
+	a.driver = d
+	return nil
+}
+
+// template finds a template that a team may use: its own or the platform's.
+func (a *Agent) template(team, id uuid.UUID) (image.Template, error) {
+	all, err := image.Load(a.cfg.Dir)
+	if err != nil {
+		return image.Template{}, err
+	}
+	for _, t := range all {
+		if t.ID == id && (t.Team == team || t.Team == uuid.Nil) {
+			return t, nil
+		}
+	}
+	return image.Template{}, fmt.Errorf("%w: no such template on this host", sandbox.ErrNotFound)
+}
+
+// Handler serves the agent's interface, which [netaddr.Server] can carry.
+func (a *Agent) Handler() http.Handler { return a.handler }
+
+// Run returns when ctx is done, or when the agent was terminated: then no
+// sandbox is left. Streams without an end of their own end as it returns.
+func (a *Agent) Run(ctx context.Context) error {
+	defer a.stop()
+	select {
+	case <-ctx.Done():
+	case <-a.done:
+	}
+	return nil
+}
+
+// Close gives back all that the agent holds. Sandboxes that run go on, and the
+// next agent takes them back; after a termination there are none.
+func (a *Agent) Close() error { return a.closing() }
+
+// closeTimeout bounds the wait for sandboxes that are in the middle of something.
+const closeTimeout = 90 * time.Second
+
+func (a *Agent) close() error {
+	a.stop()
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
+	var errs []error
+	var slots []int
+	if a.sandboxes != nil {
+		var err error
+		slots, err = a.sandboxes.Close(ctx)
+		errs = append(errs, err)
+	}
+	if a.pool != nil {
+		errs = append(errs, a.pool.Close(ctx, slots))
+	}
+	if a.driver != nil {
+		errs = append(errs, a.driver.Close())
+	}
+	if a.journal != nil {
+		errs = append(errs, a.journal.Close())
+	}
+	if a.lock != nil {
+		errs = append(errs, a.lock.Close())
+	}
+	return errors.Join(errs...)
+}

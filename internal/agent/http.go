@@ -1,0 +1,66 @@
+package agent
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"net/http"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/proxy"
+	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
+)
+
+// maxMessage bounds one message of a request, in bytes: a file's or a
+// command's input, with what is around it.
+const maxMessage = 40 << 20
+
+// routes is the agent's whole interface. Everything but /health needs the token.
+func (a *Agent) routes() http.Handler {
+	rpc := http.NewServeMux()
+	rpc.Handle(hostagentv1connect.NewHostAgentHandler(&service{a},
+		connect.WithReadMaxBytes(maxMessage),
+		// Both ends are near each other: compressing costs more than it saves.
+		connect.WithCompressMinBytes(1<<30),
+	))
+	rpc.Handle("GET /metrics", promhttp.HandlerFor(a.metrics.registry, promhttp.HandlerOpts{}))
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/health" {
+			w.WriteHeader(http.StatusNoContent)
+			return
+		}
+		if !a.allowed(r) {
+			proxy.Answer(w, http.StatusUnauthorized, "unauthenticated", "the agent's token is needed")
+			return
+		}
+		r.Header.Del("Authorization") // no further than here
+		// Paths of guests' are not ours to clean up: no mux for them.
+		if strings.HasPrefix(r.URL.Path, proxy.Prefix) {
+			a.proxy.ServeHTTP(w, r)
+			return
+		}
+		ctx := context.WithValue(r.Context(), controllerKey{}, http.NewResponseController(w))
+		rpc.ServeHTTP(w, r.WithContext(ctx))
+	})
+}
+
+func (a *Agent) allowed(r *http.Request) bool {
+	token, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+	// Hashed, so that the comparison tells nothing of the length either.
+	given, want := sha256.Sum256([]byte(token)), sha256.Sum256([]byte(a.cfg.Token))
+	return ok && subtle.ConstantTimeCompare(given[:], want[:]) == 1
+}
+
+type controllerKey struct{}
+
+// endReceiving makes whoever waits for a message of a request's stream wait no
+// longer: what is still to come does not matter any more.
+func endReceiving(ctx context.Context) {
+	if c, ok := ctx.Value(controllerKey{}).(*http.ResponseController); ok {
+		_ = c.SetReadDeadline(time.Unix(1, 0))
+	}
+}
