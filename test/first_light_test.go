@@ -232,7 +232,7 @@ func TestPortsAreReached(t *testing.T) {
 		"no key":                     {host(8000), nil, 401},
 		"wrong key":                  {host(8000), http.Header{"X-Api-Key": {"wrn_" + strings.Repeat("0", 40)}}, 401},
 		"unknown sandbox":            {fmt.Sprintf("8000-cl-%s.localhost:%s", strings.Repeat("0", 25), port), key, 404},
-		"malformed id":               {"8000-cl-x.localhost:" + port, key, 404},
+		"malformed id":               {"8000-cl-x.localhost:" + port, key, 400},
 		"nothing listens":            {host(81), key, 502},
 		"envd without token":         {host(49983), nil, 401},
 		"envd with a key":            {host(49983), key, 401},

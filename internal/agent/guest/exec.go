@@ -7,11 +7,13 @@ import (
 	"fmt"
 	"io"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
 
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
 )
@@ -157,7 +159,7 @@ func (p *Process) Next() (Output, error) {
 			}
 		case *pb.ProcessEvent_End:
 			p.ended = true
-			exit := &Exit{Code: e.End.GetExitCode(), Error: clean(e.End.GetError())}
+			exit := &Exit{Code: exitCode(e.End), Error: clean(e.End.GetError())}
 			exit.TimedOut = p.deadline && exit.Error == timedOut
 			return Output{Exit: exit}, nil
 		}
@@ -167,12 +169,28 @@ func (p *Process) Next() (Output, error) {
 		// The guest did not manage to kill the command and to say so.
 		p.kill()
 		p.ended = true
-		return Output{Exit: &Exit{Code: -1, Error: timedOut, TimedOut: true}}, nil
+		return Output{Exit: &Exit{Code: 128 + int32(unix.SIGKILL), Error: timedOut, TimedOut: true}}, nil
 	}
 	if err == nil {
 		err = io.ErrUnexpectedEOF
 	}
 	return Output{}, fromConnect(p.ctx, err)
+}
+
+// exitCode is the code that a shell would report: the guest daemon's own for a
+// process that exited, 128 and the signal's number for one that a signal ended,
+// which the daemon only names.
+func exitCode(e *pb.ProcessEvent_EndEvent) int32 {
+	if e.GetExited() {
+		return e.GetExitCode()
+	}
+	name, _ := strings.CutSuffix(e.GetStatus(), " (core dumped)")
+	for n := unix.Signal(1); n <= 64; n++ {
+		if name == "signal: "+n.String() {
+			return 128 + int32(n)
+		}
+	}
+	return e.GetExitCode()
 }
 
 func (p *Process) selector() *pb.ProcessSelector {

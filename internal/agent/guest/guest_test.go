@@ -100,7 +100,7 @@ func TestExec(t *testing.T) {
 		"binary":             {cmd: Command{Cmd: "cat"}, stdin: binary, want: Result{Stdout: binary}},
 		"no input":           {cmd: Command{Cmd: "cat"}},
 		"environment":        {cmd: Command{Cmd: "sh", Args: []string{"-c", "echo $FROM $OWN; pwd"}, Envs: map[string]string{"OWN": "mine"}, Dir: "/usr"}, want: Result{Stdout: []byte("sandbox mine\n/usr\n")}},
-		"signal":             {cmd: sh("kill -9 $$"), want: Result{Exit: Exit{Code: -1, Error: "signal: killed"}}},
+		"signal":             {cmd: sh("kill -9 $$"), want: Result{Exit: Exit{Code: 137, Error: "signal: killed"}}},
 		"input not read":     {cmd: sh("exec <&-; sleep 0.3; echo done"), stdin: binary, want: Result{Stdout: []byte("done\n")}},
 		"input read by half": {cmd: sh("head -c 1 >/dev/null; exit 3"), stdin: binary, want: Result{Exit: Exit{Code: 3}}},
 		"no such command":    {cmd: Command{Cmd: "no-such-command"}, wantError: connect.CodeNotFound},
