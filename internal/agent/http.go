@@ -22,7 +22,7 @@ const maxMessage = 40 << 20
 // routes is the agent's whole interface. Everything but /health needs the token.
 func (a *Agent) routes() http.Handler {
 	rpc := http.NewServeMux()
-	rpc.Handle(hostagentv1connect.NewHostAgentHandler(&service{a},
+	rpc.Handle(hostagentv1connect.NewHostAgentHandler(&service{Agent: a},
 		connect.WithReadMaxBytes(maxMessage),
 		// Both ends are near each other: compressing costs more than it saves.
 		connect.WithCompressMinBytes(1<<30),

@@ -40,7 +40,11 @@ const (
 )
 
 // service implements the Connect service HostAgent.
-type service struct{ *Agent }
+type service struct {
+	*Agent
+	// Until they are there: Pause, Resume, Snapshot, Fork, DeleteTemplate.
+	hostagentv1connect.UnimplementedHostAgentHandler
+}
 
 var _ hostagentv1connect.HostAgentHandler = (*service)(nil)
 

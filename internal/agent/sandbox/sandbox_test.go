@@ -23,6 +23,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
+	"github.com/wrenn-dev/wrenn/internal/agent/memory"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
@@ -159,6 +160,14 @@ func (w *world) Start(ctx context.Context, s vmm.Spec) (vmm.VM, error) {
 	return vm, nil
 }
 
+// Kind implements vmm.Driver.
+func (w *world) Kind() string { return "world" }
+
+// Restore implements vmm.Driver.
+func (w *world) Restore(context.Context, vmm.Spec, vmm.Saved) (vmm.VM, error) {
+	return nil, errors.ErrUnsupported
+}
+
 // Attach implements vmm.Driver.
 func (w *world) Attach(_ context.Context, st vmm.State) (vmm.VM, error) {
 	w.mu.Lock()
@@ -223,6 +232,14 @@ func (v *worldVM) Console(context.Context) ([]byte, error) {
 	return []byte("Kernel panic\x1b[0m - not syncing\n"), nil
 }
 func (v *worldVM) Memory() (int64, error) { return 1 << 20, nil }
+
+func (v *worldVM) Hold(context.Context) error              { return errors.ErrUnsupported }
+func (v *worldVM) Run(context.Context) error               { return errors.ErrUnsupported }
+func (v *worldVM) Devices(context.Context) ([]byte, error) { return nil, errors.ErrUnsupported }
+func (v *worldVM) Pages() memory.Pages                     { return nil }
+func (v *worldVM) Divert(context.Context, string) error    { return errors.ErrUnsupported }
+func (v *worldVM) Grow(context.Context, int64) error       { return errors.ErrUnsupported }
+
 func (v *worldVM) Kill(context.Context) error {
 	if v.w.fails("kill") {
 		return errInjected

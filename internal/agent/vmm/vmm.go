@@ -8,6 +8,8 @@ import (
 	"os"
 
 	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/memory"
 )
 
 // ErrGone is returned by Attach for a virtual machine that has ended.
@@ -23,14 +25,26 @@ type Spec struct {
 	VCPUs     int
 	MemoryMiB int
 
-	Overlay string // qcow2 image without a backing file of its own
-	Base    string // raw image below it, never written to
+	Overlay string   // qcow2 image without a backing file of its own
+	Layers  []string // qcow2 images below it, the lowest first, never written to
+	Base    string   // raw image below all, never written to
 
 	NetNS string   // path of the network namespace to run in; empty: the agent's
 	Tap   *os.File // the guest's network card; nil: none. Stays the caller's.
 	MAC   string
 
 	UID int // user and group to run as; owns the overlay
+}
+
+// Saved is what a virtual machine goes on from.
+type Saved struct {
+	// Memory is the memory as it was at first: a sealed file, mapped by every
+	// machine that goes on from it and written to by none. Stays the caller's.
+	Memory *os.File
+	// Changed is laid over it; nil: nothing.
+	Changed memory.Pages
+	// Devices is what [VM.Devices] gave.
+	Devices []byte
 }
 
 // Driver makes virtual machines.
@@ -42,8 +56,17 @@ type Driver interface {
 	// Start boots a virtual machine. It returns when the guest's processors
 	// run; when it fails nothing is left.
 	Start(ctx context.Context, s Spec) (VM, error)
-	// Attach takes back a virtual machine that outlived the agent which
-	// started it, or fails with ErrGone.
+	// Restore makes a virtual machine that is held where another was when it
+	// was saved: until [VM.Run] nothing of the guest's runs and nothing is
+	// written to its disk. When it fails nothing is left. What s says of
+	// processors and memory, and Kind, must be as they were for the other.
+	Restore(ctx context.Context, s Spec, from Saved) (VM, error)
+	// Kind names all that a saved machine depends on: monitor and its version,
+	// accelerator, and, where the guest sees them, the processor's features. A
+	// machine saved under another kind is not restored.
+	Kind() string
+	// Attach takes back a virtual machine, running or held, that outlived the
+	// agent which started it, or fails with ErrGone.
 	Attach(ctx context.Context, st State) (VM, error)
 	// Reap removes all that is left of a virtual machine, running or not.
 	Reap(ctx context.Context, st State) error
@@ -65,6 +88,23 @@ type VM interface {
 	Console(ctx context.Context) ([]byte, error)
 	// Memory is how many bytes of the host's memory the machine takes.
 	Memory() (int64, error)
+	// Hold stops the guest's processors and flushes its disks; once it returns
+	// nil neither memory nor disks change until Run.
+	Hold(ctx context.Context) error
+	// Run lets a held machine go on. That it runs already is no error.
+	Run(ctx context.Context) error
+	// Devices saves the state of a held machine's processors and devices: some
+	// kilobytes.
+	Devices(ctx context.Context) ([]byte, error)
+	// Pages are the pages of a held machine's memory that may differ from those
+	// that it began with: from [Saved.Memory], or from zeros when it was
+	// booted.
+	Pages() memory.Pages
+	// Divert makes a held machine write to the new, empty overlay at path from
+	// now on, above its present one, which is not written to any more.
+	Divert(ctx context.Context, path string) error
+	// Grow makes the disk larger. The guest hears of it.
+	Grow(ctx context.Context, bytes int64) error
 	// Kill ends the machine. When it returns nil the process is gone, and all
 	// that the driver made for it.
 	Kill(ctx context.Context) error

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
+	"github.com/wrenn-dev/wrenn/internal/agent/memory"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qmp"
 )
@@ -191,4 +192,40 @@ func (d *Driver) Reap(ctx context.Context, st vmm.State) error {
 		return fmt.Errorf("reap QEMU: %w", err)
 	}
 	return removeSocket(st.Socket)
+}
+
+// Restore implements vmm.Driver.
+func (d *Driver) Restore(context.Context, vmm.Spec, vmm.Saved) (vmm.VM, error) {
+	return nil, fmt.Errorf("restore: %w", errors.ErrUnsupported)
+}
+
+// Kind implements vmm.Driver.
+func (d *Driver) Kind() string { return d.Name() + " " + d.accel }
+
+// Hold implements vmm.VM.
+func (m *machine) Hold(context.Context) error { return fmt.Errorf("hold: %w", errors.ErrUnsupported) }
+
+// Run implements vmm.VM.
+func (m *machine) Run(context.Context) error { return fmt.Errorf("run: %w", errors.ErrUnsupported) }
+
+// Devices implements vmm.VM.
+func (m *machine) Devices(context.Context) ([]byte, error) {
+	return nil, fmt.Errorf("save devices: %w", errors.ErrUnsupported)
+}
+
+// Pages implements vmm.VM.
+func (m *machine) Pages() memory.Pages {
+	return func(yield func(memory.Page, error) bool) {
+		yield(memory.Page{}, fmt.Errorf("read memory: %w", errors.ErrUnsupported))
+	}
+}
+
+// Divert implements vmm.VM.
+func (m *machine) Divert(context.Context, string) error {
+	return fmt.Errorf("divert: %w", errors.ErrUnsupported)
+}
+
+// Grow implements vmm.VM.
+func (m *machine) Grow(context.Context, int64) error {
+	return fmt.Errorf("grow: %w", errors.ErrUnsupported)
 }
