@@ -70,6 +70,17 @@ const (
 	HostAgentEventsProcedure = "/hostagent.v1.HostAgent/Events"
 	// HostAgentAckEventsProcedure is the fully-qualified name of the HostAgent's AckEvents RPC.
 	HostAgentAckEventsProcedure = "/hostagent.v1.HostAgent/AckEvents"
+	// HostAgentPauseProcedure is the fully-qualified name of the HostAgent's Pause RPC.
+	HostAgentPauseProcedure = "/hostagent.v1.HostAgent/Pause"
+	// HostAgentResumeProcedure is the fully-qualified name of the HostAgent's Resume RPC.
+	HostAgentResumeProcedure = "/hostagent.v1.HostAgent/Resume"
+	// HostAgentSnapshotProcedure is the fully-qualified name of the HostAgent's Snapshot RPC.
+	HostAgentSnapshotProcedure = "/hostagent.v1.HostAgent/Snapshot"
+	// HostAgentForkProcedure is the fully-qualified name of the HostAgent's Fork RPC.
+	HostAgentForkProcedure = "/hostagent.v1.HostAgent/Fork"
+	// HostAgentDeleteTemplateProcedure is the fully-qualified name of the HostAgent's DeleteTemplate
+	// RPC.
+	HostAgentDeleteTemplateProcedure = "/hostagent.v1.HostAgent/DeleteTemplate"
 	// HostAgentTerminateProcedure is the fully-qualified name of the HostAgent's Terminate RPC.
 	HostAgentTerminateProcedure = "/hostagent.v1.HostAgent/Terminate"
 )
@@ -108,8 +119,24 @@ type HostAgentClient interface {
 	Events(context.Context, *connect.Request[v1.EventsRequest]) (*connect.ServerStreamForClient[v1.EventsResponse], error)
 	// AckEvents lets the agent forget every event up to and including seq.
 	AckEvents(context.Context, *connect.Request[v1.AckEventsRequest]) (*connect.Response[v1.AckEventsResponse], error)
-	// Terminate stops the agent for good: every sandbox is ended, then the
-	// process exits.
+	// Pause writes a running sandbox's memory and devices to disk and ends its
+	// virtual machine. It goes on when the caller leaves. Idempotent. When it
+	// fails the sandbox runs as before.
+	Pause(context.Context, *connect.Request[v1.PauseRequest]) (*connect.Response[v1.PauseResponse], error)
+	// Resume lets a paused sandbox go on. Idempotent. When it fails the sandbox
+	// is paused as before.
+	Resume(context.Context, *connect.Request[v1.ResumeRequest]) (*connect.Response[v1.ResumeResponse], error)
+	// Snapshot captures a running or paused sandbox, which stays as it is, as a
+	// template of its team. It goes on when the caller leaves. Idempotent by
+	// template id.
+	Snapshot(context.Context, *connect.Request[v1.SnapshotRequest]) (*connect.Response[v1.SnapshotResponse], error)
+	// Fork makes copies of a running sandbox, which goes on: all or none.
+	Fork(context.Context, *connect.Request[v1.ForkRequest]) (*connect.Response[v1.ForkResponse], error)
+	// DeleteTemplate removes a template's files. Sandboxes that were started
+	// from it go on. Idempotent; failed_precondition for a built-in template.
+	DeleteTemplate(context.Context, *connect.Request[v1.DeleteTemplateRequest]) (*connect.Response[v1.DeleteTemplateResponse], error)
+	// Terminate stops the agent for good: every running sandbox is paused, then
+	// the process exits.
 	Terminate(context.Context, *connect.Request[v1.TerminateRequest]) (*connect.Response[v1.TerminateResponse], error)
 }
 
@@ -226,6 +253,36 @@ func NewHostAgentClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(hostAgentMethods.ByName("AckEvents")),
 			connect.WithClientOptions(opts...),
 		),
+		pause: connect.NewClient[v1.PauseRequest, v1.PauseResponse](
+			httpClient,
+			baseURL+HostAgentPauseProcedure,
+			connect.WithSchema(hostAgentMethods.ByName("Pause")),
+			connect.WithClientOptions(opts...),
+		),
+		resume: connect.NewClient[v1.ResumeRequest, v1.ResumeResponse](
+			httpClient,
+			baseURL+HostAgentResumeProcedure,
+			connect.WithSchema(hostAgentMethods.ByName("Resume")),
+			connect.WithClientOptions(opts...),
+		),
+		snapshot: connect.NewClient[v1.SnapshotRequest, v1.SnapshotResponse](
+			httpClient,
+			baseURL+HostAgentSnapshotProcedure,
+			connect.WithSchema(hostAgentMethods.ByName("Snapshot")),
+			connect.WithClientOptions(opts...),
+		),
+		fork: connect.NewClient[v1.ForkRequest, v1.ForkResponse](
+			httpClient,
+			baseURL+HostAgentForkProcedure,
+			connect.WithSchema(hostAgentMethods.ByName("Fork")),
+			connect.WithClientOptions(opts...),
+		),
+		deleteTemplate: connect.NewClient[v1.DeleteTemplateRequest, v1.DeleteTemplateResponse](
+			httpClient,
+			baseURL+HostAgentDeleteTemplateProcedure,
+			connect.WithSchema(hostAgentMethods.ByName("DeleteTemplate")),
+			connect.WithClientOptions(opts...),
+		),
 		terminate: connect.NewClient[v1.TerminateRequest, v1.TerminateResponse](
 			httpClient,
 			baseURL+HostAgentTerminateProcedure,
@@ -254,6 +311,11 @@ type hostAgentClient struct {
 	host            *connect.Client[v1.HostRequest, v1.HostResponse]
 	events          *connect.Client[v1.EventsRequest, v1.EventsResponse]
 	ackEvents       *connect.Client[v1.AckEventsRequest, v1.AckEventsResponse]
+	pause           *connect.Client[v1.PauseRequest, v1.PauseResponse]
+	resume          *connect.Client[v1.ResumeRequest, v1.ResumeResponse]
+	snapshot        *connect.Client[v1.SnapshotRequest, v1.SnapshotResponse]
+	fork            *connect.Client[v1.ForkRequest, v1.ForkResponse]
+	deleteTemplate  *connect.Client[v1.DeleteTemplateRequest, v1.DeleteTemplateResponse]
 	terminate       *connect.Client[v1.TerminateRequest, v1.TerminateResponse]
 }
 
@@ -342,6 +404,31 @@ func (c *hostAgentClient) AckEvents(ctx context.Context, req *connect.Request[v1
 	return c.ackEvents.CallUnary(ctx, req)
 }
 
+// Pause calls hostagent.v1.HostAgent.Pause.
+func (c *hostAgentClient) Pause(ctx context.Context, req *connect.Request[v1.PauseRequest]) (*connect.Response[v1.PauseResponse], error) {
+	return c.pause.CallUnary(ctx, req)
+}
+
+// Resume calls hostagent.v1.HostAgent.Resume.
+func (c *hostAgentClient) Resume(ctx context.Context, req *connect.Request[v1.ResumeRequest]) (*connect.Response[v1.ResumeResponse], error) {
+	return c.resume.CallUnary(ctx, req)
+}
+
+// Snapshot calls hostagent.v1.HostAgent.Snapshot.
+func (c *hostAgentClient) Snapshot(ctx context.Context, req *connect.Request[v1.SnapshotRequest]) (*connect.Response[v1.SnapshotResponse], error) {
+	return c.snapshot.CallUnary(ctx, req)
+}
+
+// Fork calls hostagent.v1.HostAgent.Fork.
+func (c *hostAgentClient) Fork(ctx context.Context, req *connect.Request[v1.ForkRequest]) (*connect.Response[v1.ForkResponse], error) {
+	return c.fork.CallUnary(ctx, req)
+}
+
+// DeleteTemplate calls hostagent.v1.HostAgent.DeleteTemplate.
+func (c *hostAgentClient) DeleteTemplate(ctx context.Context, req *connect.Request[v1.DeleteTemplateRequest]) (*connect.Response[v1.DeleteTemplateResponse], error) {
+	return c.deleteTemplate.CallUnary(ctx, req)
+}
+
 // Terminate calls hostagent.v1.HostAgent.Terminate.
 func (c *hostAgentClient) Terminate(ctx context.Context, req *connect.Request[v1.TerminateRequest]) (*connect.Response[v1.TerminateResponse], error) {
 	return c.terminate.CallUnary(ctx, req)
@@ -381,8 +468,24 @@ type HostAgentHandler interface {
 	Events(context.Context, *connect.Request[v1.EventsRequest], *connect.ServerStream[v1.EventsResponse]) error
 	// AckEvents lets the agent forget every event up to and including seq.
 	AckEvents(context.Context, *connect.Request[v1.AckEventsRequest]) (*connect.Response[v1.AckEventsResponse], error)
-	// Terminate stops the agent for good: every sandbox is ended, then the
-	// process exits.
+	// Pause writes a running sandbox's memory and devices to disk and ends its
+	// virtual machine. It goes on when the caller leaves. Idempotent. When it
+	// fails the sandbox runs as before.
+	Pause(context.Context, *connect.Request[v1.PauseRequest]) (*connect.Response[v1.PauseResponse], error)
+	// Resume lets a paused sandbox go on. Idempotent. When it fails the sandbox
+	// is paused as before.
+	Resume(context.Context, *connect.Request[v1.ResumeRequest]) (*connect.Response[v1.ResumeResponse], error)
+	// Snapshot captures a running or paused sandbox, which stays as it is, as a
+	// template of its team. It goes on when the caller leaves. Idempotent by
+	// template id.
+	Snapshot(context.Context, *connect.Request[v1.SnapshotRequest]) (*connect.Response[v1.SnapshotResponse], error)
+	// Fork makes copies of a running sandbox, which goes on: all or none.
+	Fork(context.Context, *connect.Request[v1.ForkRequest]) (*connect.Response[v1.ForkResponse], error)
+	// DeleteTemplate removes a template's files. Sandboxes that were started
+	// from it go on. Idempotent; failed_precondition for a built-in template.
+	DeleteTemplate(context.Context, *connect.Request[v1.DeleteTemplateRequest]) (*connect.Response[v1.DeleteTemplateResponse], error)
+	// Terminate stops the agent for good: every running sandbox is paused, then
+	// the process exits.
 	Terminate(context.Context, *connect.Request[v1.TerminateRequest]) (*connect.Response[v1.TerminateResponse], error)
 }
 
@@ -495,6 +598,36 @@ func NewHostAgentHandler(svc HostAgentHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(hostAgentMethods.ByName("AckEvents")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostAgentPauseHandler := connect.NewUnaryHandler(
+		HostAgentPauseProcedure,
+		svc.Pause,
+		connect.WithSchema(hostAgentMethods.ByName("Pause")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostAgentResumeHandler := connect.NewUnaryHandler(
+		HostAgentResumeProcedure,
+		svc.Resume,
+		connect.WithSchema(hostAgentMethods.ByName("Resume")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostAgentSnapshotHandler := connect.NewUnaryHandler(
+		HostAgentSnapshotProcedure,
+		svc.Snapshot,
+		connect.WithSchema(hostAgentMethods.ByName("Snapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostAgentForkHandler := connect.NewUnaryHandler(
+		HostAgentForkProcedure,
+		svc.Fork,
+		connect.WithSchema(hostAgentMethods.ByName("Fork")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostAgentDeleteTemplateHandler := connect.NewUnaryHandler(
+		HostAgentDeleteTemplateProcedure,
+		svc.DeleteTemplate,
+		connect.WithSchema(hostAgentMethods.ByName("DeleteTemplate")),
+		connect.WithHandlerOptions(opts...),
+	)
 	hostAgentTerminateHandler := connect.NewUnaryHandler(
 		HostAgentTerminateProcedure,
 		svc.Terminate,
@@ -537,6 +670,16 @@ func NewHostAgentHandler(svc HostAgentHandler, opts ...connect.HandlerOption) (s
 			hostAgentEventsHandler.ServeHTTP(w, r)
 		case HostAgentAckEventsProcedure:
 			hostAgentAckEventsHandler.ServeHTTP(w, r)
+		case HostAgentPauseProcedure:
+			hostAgentPauseHandler.ServeHTTP(w, r)
+		case HostAgentResumeProcedure:
+			hostAgentResumeHandler.ServeHTTP(w, r)
+		case HostAgentSnapshotProcedure:
+			hostAgentSnapshotHandler.ServeHTTP(w, r)
+		case HostAgentForkProcedure:
+			hostAgentForkHandler.ServeHTTP(w, r)
+		case HostAgentDeleteTemplateProcedure:
+			hostAgentDeleteTemplateHandler.ServeHTTP(w, r)
 		case HostAgentTerminateProcedure:
 			hostAgentTerminateHandler.ServeHTTP(w, r)
 		default:
@@ -614,6 +757,26 @@ func (UnimplementedHostAgentHandler) Events(context.Context, *connect.Request[v1
 
 func (UnimplementedHostAgentHandler) AckEvents(context.Context, *connect.Request[v1.AckEventsRequest]) (*connect.Response[v1.AckEventsResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgent.AckEvents is not implemented"))
+}
+
+func (UnimplementedHostAgentHandler) Pause(context.Context, *connect.Request[v1.PauseRequest]) (*connect.Response[v1.PauseResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgent.Pause is not implemented"))
+}
+
+func (UnimplementedHostAgentHandler) Resume(context.Context, *connect.Request[v1.ResumeRequest]) (*connect.Response[v1.ResumeResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgent.Resume is not implemented"))
+}
+
+func (UnimplementedHostAgentHandler) Snapshot(context.Context, *connect.Request[v1.SnapshotRequest]) (*connect.Response[v1.SnapshotResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgent.Snapshot is not implemented"))
+}
+
+func (UnimplementedHostAgentHandler) Fork(context.Context, *connect.Request[v1.ForkRequest]) (*connect.Response[v1.ForkResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgent.Fork is not implemented"))
+}
+
+func (UnimplementedHostAgentHandler) DeleteTemplate(context.Context, *connect.Request[v1.DeleteTemplateRequest]) (*connect.Response[v1.DeleteTemplateResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgent.DeleteTemplate is not implemented"))
 }
 
 func (UnimplementedHostAgentHandler) Terminate(context.Context, *connect.Request[v1.TerminateRequest]) (*connect.Response[v1.TerminateResponse], error) {
