@@ -131,7 +131,13 @@ func machine(t testing.TB) map[string]string {
 	}
 	state["mounts"] = string(mounts)
 	state["loop devices"] = run("losetup", "-a")
-	groups, _ := filepath.Glob("/sys/fs/cgroup/*/wrenn")
+	// Not the group that they all lie in: the last installation that closes
+	// while none is left in it removes it, whoever made it.
+	var groups []string
+	for _, parent := range []string{"/sys/fs/cgroup/*/wrenn", "/sys/fs/cgroup/wrenn"} {
+		below, _ := filepath.Glob(parent + "/*/")
+		groups = append(groups, below...)
+	}
 	state["control groups"] = strings.Join(groups, " ")
 	forward, _ := os.ReadFile("/proc/sys/net/ipv4/ip_forward")
 	state["forwarding"] = string(forward)

@@ -96,20 +96,43 @@ func Create(name string, l Limits) (g Group, err error) {
 		}
 	}()
 	for _, dir := range g.dirs() {
-		if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
-			return g, err
-		}
-		if v2() {
-			if err := delegate(); err != nil {
-				return g, err
-			}
-		}
-		if err := os.Mkdir(dir, 0o755); err != nil {
+		if err := mkdir(dir); err != nil {
 			return g, err
 		}
 		made = append(made, dir)
 	}
 	return g, g.limit(l)
+}
+
+// mkdir makes a group's folder, and the parent's where there is none.
+func mkdir(dir string) error {
+	unlock, err := lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+		return err
+	}
+	if v2() {
+		if err := delegate(); err != nil {
+			return err
+		}
+	}
+	return os.Mkdir(dir, 0o755)
+}
+
+// lock keeps other agents on this machine from making or removing the parent.
+func lock() (unlock func(), err error) {
+	f, err := os.Open(root)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock %s: %w", root, err)
+	}
+	return func() { f.Close() }, nil
 }
 
 // delegate lets groups below the parent have the controllers.
@@ -298,6 +321,11 @@ func (g Group) removeDirs() error {
 // RemoveParent removes the group that all of Wrenn's lie in, unless one is
 // left in it.
 func RemoveParent() error {
+	unlock, err := lock()
+	if err != nil {
+		return fmt.Errorf("remove control group: %w", err)
+	}
+	defer unlock()
 	for _, dir := range (Group{}).dirs() {
 		err := os.Remove(filepath.Clean(dir))
 		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.ENOTEMPTY) {

@@ -116,3 +116,41 @@ func TestBadNames(t *testing.T) {
 		}
 	}
 }
+
+// Two agents share a machine: one that closes removes the parent when it is
+// empty, while the other makes groups in it.
+func TestParentGoesWhileGroupsAreMade(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	if err := Available(); err != nil {
+		t.Skip(err)
+	}
+	stop, removed := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(removed)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				if err := RemoveParent(); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		}
+	}()
+	for i := range 200 {
+		g, err := Create(fmt.Sprintf("test-race-%d-%d", os.Getpid(), i), Limits{PIDs: 10})
+		if err != nil {
+			t.Errorf("group %d: %v", i, err)
+			break
+		}
+		if err := g.Destroy(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	close(stop)
+	<-removed
+}
