@@ -9,13 +9,20 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 # Distribution packages: what Wrenn runs with, and what its tests need besides.
 RUN_PACKAGES  := qemu-system-x86 qemu-utils postgresql redis-server caddy mmdebstrap \
 	nftables iproute2 e2fsprogs kmod xz-utils
-TEST_PACKAGES := socat
+# (gcc: for the race detector.)
+TEST_PACKAGES := socat gcc libc6-dev
 
 GO_PACKAGES := ./...
 
-.PHONY: build run deps test-deps lint test generate
+# Where .ci/go puts a toolchain when the machine has none that will do.
+export PATH := $(CURDIR)/.cache/go/bin:$(PATH)
 
-build:
+.PHONY: go build run deps test-deps lint test generate
+
+go:
+	@.ci/go .cache/go
+
+build: go
 	@mkdir -p bin
 	@for p in $(notdir $(wildcard cmd/*)); do \
 		[ -e cmd/$$p/main.go ] || continue; \
@@ -32,7 +39,7 @@ deps:
 test-deps: deps
 	@.ci/packages $(TEST_PACKAGES)
 
-lint:
+lint: go
 	@out=$$(go run $(GOFUMPT) -l $$(git ls-files '*.go' | grep -v '^internal/gen/')); \
 		if [ -n "$$out" ]; then echo "not gofumpt'd:"; echo "$$out"; exit 1; fi
 	go vet $(GO_PACKAGES)
@@ -42,7 +49,17 @@ lint:
 test: test-deps lint build
 	go test -race -count=1 -timeout 35m $(GO_PACKAGES)
 
-# Regenerates internal/gen; needs buf and its plugins on PATH.
-generate:
+# Regenerates internal/gen with the generators that the checked-in files name.
+GENERATORS := github.com/bufbuild/buf/cmd/buf@v1.75.0 \
+	google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12 \
+	connectrpc.com/connect/cmd/protoc-gen-connect-go@v1.21.1 \
+	github.com/oapi-codegen/oapi-codegen/v2/cmd/oapi-codegen@v2.8.2 \
+	github.com/sqlc-dev/sqlc/cmd/sqlc@v1.31.1
+
+generate: export PATH := $(CURDIR)/.cache/generators:$(PATH)
+generate: go
+	for g in $(GENERATORS); do GOBIN=$(CURDIR)/.cache/generators go install $$g || exit 1; done
 	buf lint
 	buf generate
+	sqlc generate
+	cd api && oapi-codegen --config oapi-codegen.yaml openapi.yaml
