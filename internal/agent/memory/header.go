@@ -30,6 +30,7 @@ const (
 	headerBytes = 32
 	layerBytes  = 32
 	extentBytes = 24
+	sumBytes    = 4 // of a block in its layer's table
 
 	// maxBlocks is 16 TiB of memory; maxLayers and maxExtents only keep a
 	// damaged header from asking for more memory than there is.
@@ -37,8 +38,8 @@ const (
 	maxLayers  = 64
 	maxExtents = 1 << 26
 
-	// zeroLayer stands for blocks that were zeroed since generation 0. Blocks
-	// that no extent names are zero, and were so in generation 0.
+	// zeroLayer stands, in memory alone, for blocks of zeros: on disk they are
+	// those that no extent names.
 	zeroLayer = math.MaxUint32
 )
 
@@ -47,12 +48,15 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 // layer is one file of blocks.
 type layer struct {
 	id     uuid.UUID
-	blocks uint64 // length of the file
-	crc    uint32 // of the whole file, CRC-32C
+	blocks uint64 // in its file
+	crc    uint32 // CRC-32C of its table, which has those of the blocks
 }
 
+// size is the length of the layer's file in bytes.
+func (l layer) size() int64 { return int64(l.blocks) * (BlockSize + sumBytes) }
+
 // extent maps blocks first, first+1, … to blocks offset, offset+1, … of a
-// layer's file, or to zeros.
+// layer's file.
 type extent struct {
 	first, count uint64
 	layer        uint32
@@ -61,8 +65,9 @@ type extent struct {
 
 func (e extent) end() uint64 { return e.first + e.count }
 
-// header maps every block of a memory to a place in a layer. Extents are in
-// order, do not overlap and are as long as can be.
+// header maps every block of a memory to a place in a layer, or to zero: those
+// that no extent names. Extents are in order, do not overlap and are as long as
+// can be.
 type header struct {
 	blocks  uint64
 	layers  []layer
@@ -123,10 +128,11 @@ func decodeHeader(b []byte) (*header, error) {
 	}
 	rest := body[headerBytes:]
 	for range layers {
-		h.layers = append(h.layers, layer{id: uuid.UUID(rest[:16]), blocks: le.Uint64(rest[16:]), crc: le.Uint32(rest[24:])})
-		if le.Uint32(rest[28:]) != 0 {
-			return bad("reserved bytes are not 0")
+		l := layer{id: uuid.UUID(rest[:16]), blocks: le.Uint64(rest[16:]), crc: le.Uint32(rest[24:])}
+		if l.blocks > maxBlocks || le.Uint32(rest[28:]) != 0 {
+			return bad("layer %s is not one", l.id)
 		}
+		h.layers = append(h.layers, l)
 		rest = rest[layerBytes:]
 	}
 	for range extents {
@@ -146,9 +152,6 @@ func (h *header) check() error {
 		switch {
 		case e.count == 0, e.first < end, e.first > h.blocks, e.count > h.blocks-e.first:
 			return fmt.Errorf("%w: extent %d is out of place", ErrCorrupt, i)
-		case e.layer == zeroLayer && e.offset != 0:
-			return fmt.Errorf("%w: extent %d of zeros has an offset", ErrCorrupt, i)
-		case e.layer == zeroLayer:
 		case e.layer >= uint32(len(h.layers)):
 			return fmt.Errorf("%w: extent %d names layer %d of %d", ErrCorrupt, i, e.layer, len(h.layers))
 		case e.offset > h.layers[e.layer].blocks, e.count > h.layers[e.layer].blocks-e.offset:
@@ -159,68 +162,104 @@ func (h *header) check() error {
 	return nil
 }
 
-// lookup returns the extent that block lies in, or a hole up to the next one.
-func (h *header) lookup(block uint64) (e extent, found bool) {
+// lookup returns what remains from block on of the extent that it lies in, or
+// zeros up to the next one.
+func (h *header) lookup(block uint64) extent {
 	i := sort.Search(len(h.extents), func(i int) bool { return h.extents[i].end() > block })
 	if i < len(h.extents) && h.extents[i].first <= block {
-		return h.extents[i], true
+		return h.extents[i].from(block)
 	}
 	next := h.blocks
 	if i < len(h.extents) {
 		next = h.extents[i].first
 	}
-	return extent{first: block, count: next - block, layer: zeroLayer}, false
+	return extent{first: block, count: next - block, layer: zeroLayer}
+}
+
+// from is what remains of e from block on, which lies in e.
+func (e extent) from(block uint64) extent {
+	cut := block - e.first
+	e.first, e.count = block, e.count-cut
+	if e.layer != zeroLayer {
+		e.offset += cut
+	}
+	return e
 }
 
 // overlay returns the header with changes, in order and apart from one
 // another, laid over it. The layers stay.
 func (h *header) overlay(changes []extent) *header {
 	out := &header{blocks: h.blocks, layers: slices.Clone(h.layers)}
-	below := h.extents
+	below := slices.Clone(h.extents)
 	// takeBelow moves what of the old extents lies before block to out, and
-	// drops what lies in the skipped blocks up to end.
+	// drops what lies from there up to end.
 	takeBelow := func(block, end uint64) {
 		for len(below) > 0 && below[0].first < end {
 			e := below[0]
 			if e.first < block {
 				kept := e
 				kept.count = min(e.end(), block) - e.first
-				out.add(kept)
+				out.extents = join(out.extents, kept)
 			}
-			if e.end() <= end {
-				below = below[1:]
-				continue
+			if e.end() > end {
+				below[0] = e.from(end)
+				return
 			}
-			cut := end - e.first
-			rest := extent{first: end, count: e.count - cut, layer: e.layer, offset: e.offset}
-			if e.layer != zeroLayer {
-				rest.offset += cut
-			}
-			below = append([]extent{rest}, below[1:]...)
-			return
+			below = below[1:]
 		}
 	}
 	for _, c := range changes {
 		takeBelow(c.first, c.end())
-		out.add(c)
+		if c.layer != zeroLayer {
+			out.extents = join(out.extents, c)
+		}
 	}
 	for _, e := range below {
-		out.add(e)
+		out.extents = join(out.extents, e)
 	}
 	return out
 }
 
-// add appends an extent, to the last one where it goes on from it.
-func (h *header) add(e extent) {
-	if n := len(h.extents); n > 0 {
-		last := &h.extents[n-1]
-		joined := last.count+e.count <= math.MaxUint32
-		if joined && last.end() == e.first && last.layer == e.layer && (e.layer == zeroLayer || last.offset+last.count == e.offset) {
-			last.count += e.count
-			return
+// shared is how many layers h has in common with the base that it began with.
+func (h *header) shared(base *header) int {
+	n := 0
+	for n < min(len(h.layers), len(base.layers)) && h.layers[n].id == base.layers[n].id {
+		n++
+	}
+	return n
+}
+
+// prune drops the layers from the given one on of which nothing is left to see.
+func (h *header) prune(from int) {
+	seen := make([]bool, len(h.layers))
+	for _, e := range h.extents {
+		seen[e.layer] = true
+	}
+	place := make([]uint32, len(h.layers))
+	kept := h.layers[:0:0]
+	for i, l := range h.layers {
+		place[i] = uint32(len(kept))
+		if i < from || seen[i] {
+			kept = append(kept, l)
 		}
 	}
-	h.extents = append(h.extents, e)
+	h.layers = kept
+	for i := range h.extents {
+		h.extents[i].layer = place[h.extents[i].layer]
+	}
+}
+
+// join appends an extent to a list, or to its last one where it goes on from it.
+func join(list []extent, e extent) []extent {
+	if n := len(list); n > 0 {
+		last := &list[n-1]
+		goesOn := last.end() == e.first && last.layer == e.layer && (e.layer == zeroLayer || last.offset+last.count == e.offset)
+		if goesOn && last.count+e.count <= math.MaxUint32 {
+			last.count += e.count
+			return list
+		}
+	}
+	return append(list, e)
 }
 
 var zeros [BlockSize]byte

@@ -11,42 +11,43 @@ import (
 	"iter"
 	"os"
 	"path/filepath"
-	"strings"
+	"slices"
 
 	"github.com/google/uuid"
 )
 
-// MaxGenerations is how many layers an image has at most: the one that would
-// be one more is merged with all the others.
+// MaxGenerations is how many layers an image has at most above those of the
+// base that it began with: when there would be one more they are merged.
 const MaxGenerations = 8
 
 const (
 	headerFile = "header"
 	layerExt   = ".mem"
-	tmpPrefix  = ".tmp-"
+
+	// chunkBytes is how much of a layer is read at a time.
+	chunkBytes = 256 << 10
 )
 
 // Page is one block of memory.
 type Page struct {
 	Block uint64
-	Data  []byte // BlockSize bytes, valid until the next page
+	Data  []byte // BlockSize bytes, to read only, valid until the next page
 }
 
 // Pages are pages of memory in rising order of their blocks. An error ends them.
 type Pages = iter.Seq2[Page, error]
 
-// Image is a memory image that is open for reading. It never changes: what
-// changes it makes another.
+// Image is a memory image that is open for reading. It never changes, on disk
+// neither: what changes it makes another, in a folder of its own. It holds its
+// files open, so that its folder may be renamed or removed. Whatever reads an
+// image returns ErrCorrupt for blocks that are not what was written.
 type Image struct {
-	dir    string
-	shared []string
 	h      *header
-	files  []*os.File // of the layers
+	layers []*layerFile // of h.layers
 }
 
-// Open opens the image in dir. Layers that are not there are looked for in the
-// shared folders: those of the templates that the image began with.
-func Open(dir string, shared ...string) (*Image, error) {
+// Open opens the image in dir.
+func Open(dir string) (*Image, error) {
 	b, err := os.ReadFile(filepath.Join(dir, headerFile))
 	if err != nil {
 		return nil, fmt.Errorf("open memory image: %w", err)
@@ -55,77 +56,58 @@ func Open(dir string, shared ...string) (*Image, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open memory image: %w", err)
 	}
-	m := &Image{dir: dir, shared: shared, h: h}
+	m := &Image{h: h}
 	for _, l := range h.layers {
-		f, err := openLayer(l, append([]string{dir}, shared...))
+		f, err := openLayer(dir, l)
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("open memory image: %w", err), m.Close())
 		}
-		m.files = append(m.files, f)
+		m.layers = append(m.layers, f)
 	}
 	return m, nil
-}
-
-func layerName(dir string, id uuid.UUID) string { return filepath.Join(dir, id.String()+layerExt) }
-
-func openLayer(l layer, dirs []string) (*os.File, error) {
-	for _, dir := range dirs {
-		f, err := os.Open(layerName(dir, l.id))
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		info, err := f.Stat()
-		if err != nil {
-			return nil, errors.Join(err, f.Close())
-		}
-		if uint64(info.Size()) != l.blocks*BlockSize {
-			return nil, errors.Join(fmt.Errorf("%w: layer %s has %d bytes, not %d", ErrCorrupt, l.id, info.Size(), l.blocks*BlockSize), f.Close())
-		}
-		return f, nil
-	}
-	return nil, fmt.Errorf("%w: layer %s is missing", ErrCorrupt, l.id)
 }
 
 // Close closes the image's files.
 func (m *Image) Close() error {
 	var errs []error
-	for _, f := range m.files {
-		errs = append(errs, f.Close())
+	for _, l := range m.layers {
+		errs = append(errs, l.file.Close())
 	}
-	m.files = nil
+	m.layers = nil
 	return errors.Join(errs...)
 }
 
 // Size is the memory's size in bytes.
 func (m *Image) Size() int64 { return int64(m.h.blocks) * BlockSize }
 
-// Generations is how many layers the image has.
+// Generations is how many layers the image has, its base's among them.
 func (m *Image) Generations() int { return len(m.h.layers) }
-
-// Base is the path of generation 0's file, which has every block at its own
-// place, so that it can be mapped as the memory it was.
-func (m *Image) Base() string { return m.files[0].Name() }
 
 // ReadAt implements io.ReaderAt on the whole memory.
 func (m *Image) ReadAt(p []byte, off int64) (n int, err error) {
 	if off < 0 {
 		return 0, errors.New("read memory image: negative offset")
 	}
+	var block [BlockSize]byte
 	for n < len(p) {
 		at := off + int64(n)
 		if at >= m.Size() {
 			return n, io.EOF
 		}
-		e, _ := m.h.lookup(uint64(at) / BlockSize)
-		within := at - int64(e.first)*BlockSize
+		e, within := m.h.lookup(uint64(at)/BlockSize), at%BlockSize
 		part := p[n:]
-		part = part[:min(int64(len(part)), int64(e.count)*BlockSize-within)]
-		if e.layer == zeroLayer {
+		switch {
+		case e.layer == zeroLayer:
+			part = part[:min(int64(len(part)), int64(e.count)*BlockSize-within)]
 			clear(part)
-		} else if _, err := m.files[e.layer].ReadAt(part, int64(e.offset)*BlockSize+within); err != nil {
+		case within == 0 && len(part) >= BlockSize:
+			part = part[:min(uint64(len(part))/BlockSize, e.count)*BlockSize]
+			err = m.layers[e.layer].read(part, e.offset)
+		default:
+			err = m.layers[e.layer].read(block[:], e.offset)
+			part = part[:copy(part, block[within:])]
+		}
+		if err != nil {
 			return n, fmt.Errorf("read memory image: %w", err)
 		}
 		n += len(part)
@@ -133,77 +115,92 @@ func (m *Image) ReadAt(p []byte, off int64) (n int, err error) {
 	return n, nil
 }
 
-// Changed are the pages that differ from generation 0: what is to be written
-// over a mapping of Base to have the memory. Pages that were zeroed since are
-// among them, as zeros.
-func (m *Image) Changed() Pages {
-	return func(yield func(Page, error) bool) {
-		buf := make([]byte, BlockSize)
-		for _, e := range m.h.extents {
-			if e.layer == 0 {
-				continue
+// part is a run of blocks and what is in them.
+type part struct {
+	first uint64
+	data  []byte
+}
+
+// read reads the blocks of e, which are not zero, into buf, again and again.
+func (m *Image) read(ctx context.Context, e extent, buf []byte) iter.Seq2[part, error] {
+	return func(yield func(part, error) bool) {
+		for e.count > 0 {
+			err := ctx.Err()
+			n := min(e.count, uint64(len(buf))/BlockSize)
+			data := buf[:n*BlockSize]
+			if err == nil {
+				err = m.layers[e.layer].read(data, e.offset)
 			}
-			for i := range e.count {
-				data := zeros[:]
-				if e.layer != zeroLayer {
-					data = buf
-					if _, err := m.files[e.layer].ReadAt(data, int64(e.offset+i)*BlockSize); err != nil {
-						yield(Page{}, fmt.Errorf("read memory image: %w", err))
+			if !yield(part{e.first, data}, err) || err != nil {
+				return
+			}
+			if n == e.count {
+				return
+			}
+			e = e.from(e.first + n)
+		}
+	}
+}
+
+// ChangedFrom are the pages that differ from those of base: what is to be
+// written over base's memory to have that of m. Pages that became zero are
+// among them, as zeros. What differs is read from the headers: pages that
+// both have in common are not read, those that have come to be the same by
+// other ways are among what is returned. A nil base is zeros.
+func (m *Image) ChangedFrom(base *Image) Pages {
+	below := &header{blocks: m.h.blocks}
+	if base != nil {
+		below = base.h
+	}
+	return func(yield func(Page, error) bool) {
+		if below.blocks != m.h.blocks {
+			yield(Page{}, fmt.Errorf("compare memory images: %d blocks over %d", m.h.blocks, below.blocks))
+			return
+		}
+		buf := make([]byte, chunkBytes)
+		for b := uint64(0); b < m.h.blocks; {
+			e, o := m.h.lookup(b), below.lookup(b)
+			e.count = min(e.count, o.count)
+			b = e.end()
+			if e.layer == zeroLayer {
+				if o.layer == zeroLayer {
+					continue
+				}
+				for i := e.first; i < b; i++ {
+					if !yield(Page{i, zeros[:]}, nil) {
 						return
 					}
 				}
-				if !yield(Page{e.first + i, data}, nil) {
+				continue
+			}
+			if o.layer != zeroLayer && m.h.layers[e.layer].id == below.layers[o.layer].id && e.offset == o.offset {
+				continue
+			}
+			for p, err := range m.read(context.Background(), e, buf) {
+				if err != nil {
+					yield(Page{}, fmt.Errorf("read memory image: %w", err))
 					return
+				}
+				for i := range uint64(len(p.data) / BlockSize) {
+					if !yield(Page{p.first + i, p.data[i*BlockSize:][:BlockSize]}, nil) {
+						return
+					}
 				}
 			}
 		}
 	}
 }
 
-// Verify reads every layer and compares it with its checksum.
-func (m *Image) Verify(ctx context.Context) error {
-	for i, l := range m.h.layers {
-		sum := crc32.New(castagnoli)
-		if err := copyTo(ctx, sum, io.NewSectionReader(m.files[i], 0, int64(l.blocks)*BlockSize)); err != nil {
-			return fmt.Errorf("verify memory image: %w", err)
-		}
-		if sum.Sum32() != l.crc {
-			return fmt.Errorf("verify memory image: %w: checksum of layer %s", ErrCorrupt, l.id)
-		}
-	}
-	return nil
-}
-
-// copyTo copies with a bounded buffer, until ctx ends.
-func copyTo(ctx context.Context, w io.Writer, r io.Reader) error {
-	buf := make([]byte, 1<<20)
-	for {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		n, err := r.Read(buf)
-		if _, err := w.Write(buf[:n]); err != nil {
-			return err
-		}
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-	}
-}
-
-// Create writes a new image of size bytes to dir, which must exist and have
-// none: the pages given, and zeros elsewhere.
+// Create writes a new image of size bytes to dir, which must be there and
+// empty: the pages given, and zeros elsewhere. Everything is synced when it
+// returns. When it fails dir is empty again.
 func Create(ctx context.Context, dir string, size int64, pages Pages) (*Image, error) {
 	if size <= 0 || size%BlockSize != 0 || size/BlockSize > maxBlocks {
 		return nil, fmt.Errorf("create memory image: size of %d bytes", size)
 	}
-	if _, err := os.Lstat(filepath.Join(dir, headerFile)); err == nil {
-		return nil, fmt.Errorf("create memory image: %w", fs.ErrExist)
-	}
-	m, err := writeFlat(ctx, dir, uint64(size)/BlockSize, pages)
+	m, err := fill(dir, func() (*Image, error) {
+		return (&Image{h: &header{blocks: uint64(size) / BlockSize}}).append(ctx, dir, pages, nil)
+	})
 	if err != nil {
 		return nil, fmt.Errorf("create memory image: %w", err)
 	}
@@ -211,126 +208,238 @@ func Create(ctx context.Context, dir string, size int64, pages Pages) (*Image, e
 }
 
 // Append writes the image that m becomes when the given pages are laid over
-// it, in m's folder and m's place. Of the pages only those that differ take
-// space, and of them not those that are zero. m stays open, and right, until
-// it is closed. When Append fails, or the machine does, m is what the folder
-// holds.
-func (m *Image) Append(ctx context.Context, pages Pages) (*Image, error) {
-	next, err := m.append(ctx, pages)
+// it (nil: none) to dir, which must be there and empty. Of the pages only those
+// that differ from m's take space, and of them not those that are zero. The
+// layers stay shared with m, as links to the same files.
+//
+// The layers that m has in common with base, the image that it began with
+// (nil: none), are never merged, so that what began with base goes on sharing
+// its pages.
+//
+// m and its folder stay as they are. Everything is synced when Append
+// returns; the caller makes dir's name outlast a crash. When it fails dir is
+// empty again.
+func (m *Image) Append(ctx context.Context, dir string, pages Pages, base *Image) (*Image, error) {
+	next, err := fill(dir, func() (*Image, error) { return m.append(ctx, dir, pages, base) })
 	if err != nil {
 		return nil, fmt.Errorf("append to memory image: %w", err)
 	}
-	if next.Generations() <= MaxGenerations {
-		return next, nil
-	}
-	merged, err := next.Merge(ctx)
-	if err != nil {
-		return nil, errors.Join(err, next.Close())
-	}
-	return merged, next.Close()
+	return next, nil
 }
 
-func (m *Image) append(ctx context.Context, pages Pages) (_ *Image, err error) {
-	w, err := newLayerWriter(m.dir)
+// fill calls write to write an image to dir, and empties dir if that fails.
+func fill(dir string, write func() (*Image, error)) (*Image, error) {
+	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return nil, err
 	}
-	defer w.discard()
-	var changes header // as a list of extents only
-	place := uint32(len(m.h.layers))
-	old := make([]byte, BlockSize)
-	last := int64(-1)
-	for p, err := range pages {
+	if len(entries) > 0 {
+		return nil, fmt.Errorf("%s is not empty: %w", dir, fs.ErrExist)
+	}
+	m, err := write()
+	if err == nil {
+		return m, nil
+	}
+	entries, listErr := os.ReadDir(dir)
+	err = errors.Join(err, listErr)
+	for _, e := range entries {
+		err = errors.Join(err, os.Remove(filepath.Join(dir, e.Name())))
+	}
+	return nil, err
+}
+
+func (m *Image) append(ctx context.Context, dir string, pages Pages, base *Image) (*Image, error) {
+	keep := 0
+	if base != nil {
+		keep = m.h.shared(base.h)
+	}
+	h, fresh, err := m.write(ctx, dir, pages)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { // it may be replaced by a merged one
+		if fresh != nil {
+			fresh.file.Close()
+		}
+	}()
+	known := m.layers
+	if fresh != nil {
+		known = append(slices.Clone(known), fresh)
+	}
+	h.prune(max(keep, 1)) // generation 0 is flat, and stays first
+	if len(h.layers) > keep+MaxGenerations || len(h.layers) > maxLayers {
+		if keep+1 > maxLayers {
+			keep = 0
+		}
+		merged, l, err := (&Image{h: h, layers: ordered(h, known)}).merge(ctx, dir, keep)
 		if err != nil {
 			return nil, err
 		}
-		if err := ctx.Err(); err != nil {
-			return nil, err
-		}
-		if err := checkPage(p, m.h.blocks, last); err != nil {
-			return nil, err
-		}
-		last = int64(p.Block)
-		e, mapped := m.h.lookup(p.Block)
-		if e.layer == zeroLayer {
-			if isZero(p.Data) {
-				continue // was zero already
-			}
-		} else {
-			if _, err := m.files[e.layer].ReadAt(old, int64(e.offset+p.Block-e.first)*BlockSize); err != nil {
+		if fresh != nil {
+			if err := errors.Join(fresh.file.Close(), os.Remove(layerName(dir, fresh.id))); err != nil {
 				return nil, err
 			}
-			if bytes.Equal(old, p.Data) {
-				continue
-			}
 		}
+		h, fresh = merged, l
+	}
+	if fresh != nil {
+		if err := fresh.file.Sync(); err != nil {
+			return nil, err
+		}
+	}
+	for _, l := range ordered(h, m.layers) {
+		if l == nil {
+			continue // fresh
+		}
+		if err := l.link(ctx, dir); err != nil {
+			return nil, err
+		}
+	}
+	if err := writeHeader(dir, h); err != nil {
+		return nil, err
+	}
+	return Open(dir)
+}
+
+// ordered are the files of h's layers, as far as they are among those given.
+func ordered(h *header, files []*layerFile) []*layerFile {
+	byID := map[uuid.UUID]*layerFile{}
+	for _, f := range files {
+		byID[f.id] = f
+	}
+	list := make([]*layerFile, len(h.layers))
+	for i, l := range h.layers {
+		list[i] = byID[l.id]
+	}
+	return list
+}
+
+// write writes the pages that differ from m's to a new layer in dir. It
+// returns the header with them and the layer, which is nil when there are none.
+// Generation 0 is written even then, and every block of it at its own place.
+func (m *Image) write(ctx context.Context, dir string, pages Pages) (*header, *layerFile, error) {
+	w, err := newLayerWriter(dir)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer w.close()
+	place := uint32(len(m.h.layers))
+	flat := place == 0
+	var changes []extent
+	old := make([]byte, BlockSize)
+	last := int64(-1)
+	if pages == nil {
+		pages = func(func(Page, error) bool) {}
+	}
+	for p, err := range pages {
+		if err == nil {
+			err = ctx.Err()
+		}
+		if err == nil {
+			err = checkPage(p, m.h.blocks, last)
+		}
+		if err != nil {
+			return nil, nil, err
+		}
+		last = int64(p.Block)
+		e := m.h.lookup(p.Block)
 		if isZero(p.Data) {
-			if mapped {
-				changes.add(extent{first: p.Block, count: 1, layer: zeroLayer})
+			if e.layer != zeroLayer {
+				changes = join(changes, extent{first: p.Block, count: 1, layer: zeroLayer})
 			}
 			continue
 		}
-		changes.add(extent{first: p.Block, count: 1, layer: place, offset: w.blocks})
-		if err := w.write(p.Data); err != nil {
-			return nil, err
-		}
-	}
-	h := m.h.overlay(changes.extents)
-	if w.blocks > 0 {
-		l, err := w.finish()
-		if err != nil {
-			return nil, err
-		}
-		h.layers = append(h.layers, l)
-	}
-	return m.become(h)
-}
-
-// Merge writes m as a single generation, in m's folder and m's place. Its
-// memory use does not depend on the image's size.
-func (m *Image) Merge(ctx context.Context) (*Image, error) {
-	merged, err := writeFlat(ctx, m.dir, m.h.blocks, m.data(ctx))
-	if err != nil {
-		return nil, fmt.Errorf("merge memory image: %w", err)
-	}
-	return merged, sweep(m.dir, merged.h)
-}
-
-// data are all pages that are not zero.
-func (m *Image) data(ctx context.Context) Pages {
-	return func(yield func(Page, error) bool) {
-		buf := make([]byte, 256*BlockSize)
-		for _, e := range m.h.extents {
-			if e.layer == zeroLayer {
+		if e.layer != zeroLayer {
+			same, err := m.layers[e.layer].has(p.Data, e.offset, old)
+			if err != nil {
+				return nil, nil, err
+			}
+			if same {
 				continue
 			}
-			for done := uint64(0); done < e.count; {
-				if err := ctx.Err(); err != nil {
-					yield(Page{}, err)
-					return
-				}
-				part := buf[:min(uint64(len(buf)), (e.count-done)*BlockSize)]
-				if _, err := m.files[e.layer].ReadAt(part, int64(e.offset+done)*BlockSize); err != nil {
-					yield(Page{}, err)
-					return
-				}
-				for len(part) > 0 {
-					if !yield(Page{e.first + done, part[:BlockSize]}, nil) {
-						return
-					}
-					part, done = part[BlockSize:], done+1
-				}
+		}
+		if flat {
+			if err := w.skipTo(p.Block); err != nil {
+				return nil, nil, err
+			}
+		}
+		changes = join(changes, extent{first: p.Block, count: 1, layer: place, offset: w.blocks})
+		if err := w.write(p.Data); err != nil {
+			return nil, nil, err
+		}
+	}
+	h := m.h.overlay(changes)
+	if flat {
+		if err := w.skipTo(m.h.blocks); err != nil {
+			return nil, nil, err
+		}
+	}
+	if w.blocks == 0 {
+		return h, nil, os.Remove(w.file.Name())
+	}
+	l, err := w.finish()
+	if err != nil {
+		return nil, nil, err
+	}
+	h.layers = append(h.layers, l.layer)
+	return h, l, nil
+}
+
+// has tells whether a block has the given data, with buf to read it into. What
+// the checksum says is believed when it says no: a guest can make data of any
+// checksum. A block that is damaged is not the same as anything.
+func (l *layerFile) has(data []byte, block uint64, buf []byte) (bool, error) {
+	if crc32.Checksum(data, castagnoli) != l.sum(block) {
+		return false, nil
+	}
+	if _, err := l.file.ReadAt(buf, int64(block)*BlockSize); err != nil {
+		return false, fmt.Errorf("read layer %s: %w", l.id, err)
+	}
+	return bytes.Equal(data, buf), nil
+}
+
+// merge writes all that m has above the layers to keep to one new layer in
+// dir. When none is kept every block has its own place in it. The memory that
+// it uses does not depend on how much that is, but for the checksums.
+func (m *Image) merge(ctx context.Context, dir string, keep int) (*header, *layerFile, error) {
+	w, err := newLayerWriter(dir)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer w.close()
+	h := &header{blocks: m.h.blocks, layers: slices.Clone(m.h.layers[:keep])}
+	buf := make([]byte, chunkBytes)
+	for _, e := range m.h.extents {
+		if e.layer < uint32(keep) {
+			h.extents = join(h.extents, e)
+			continue
+		}
+		if keep == 0 {
+			if err := w.skipTo(e.first); err != nil {
+				return nil, nil, err
+			}
+		}
+		h.extents = join(h.extents, extent{first: e.first, count: e.count, layer: uint32(keep), offset: w.blocks})
+		for p, err := range m.read(ctx, e, buf) {
+			if err == nil {
+				err = w.write(p.data)
+			}
+			if err != nil {
+				return nil, nil, fmt.Errorf("merge layers: %w", err)
 			}
 		}
 	}
-}
-
-// become makes h the folder's header and opens it.
-func (m *Image) become(h *header) (*Image, error) {
-	if err := writeHeader(m.dir, h); err != nil {
-		return nil, err
+	if keep == 0 {
+		if err := w.skipTo(m.h.blocks); err != nil {
+			return nil, nil, err
+		}
 	}
-	return Open(m.dir, m.shared...)
+	l, err := w.finish()
+	if err != nil {
+		return nil, nil, err
+	}
+	h.layers = append(h.layers, l.layer)
+	return h, l, nil
 }
 
 // checkPage returns an error for a page that cannot come after block last.
@@ -341,115 +450,22 @@ func checkPage(p Page, blocks uint64, last int64) error {
 	return nil
 }
 
-// writeFlat writes an image of one generation, in which every block that is
-// not zero has its own place and the others are holes.
-func writeFlat(ctx context.Context, dir string, blocks uint64, pages Pages) (_ *Image, err error) {
-	w, err := newLayerWriter(dir)
-	if err != nil {
-		return nil, err
-	}
-	defer w.discard()
-	h := &header{blocks: blocks}
-	last := int64(-1)
-	for p, err := range pages {
-		if err != nil {
-			return nil, err
-		}
-		if err := ctx.Err(); err != nil {
-			return nil, err
-		}
-		if err := checkPage(p, blocks, last); err != nil {
-			return nil, err
-		}
-		last = int64(p.Block)
-		if isZero(p.Data) {
-			continue
-		}
-		if err := w.skipTo(p.Block); err != nil {
-			return nil, err
-		}
-		if err := w.write(p.Data); err != nil {
-			return nil, err
-		}
-		h.add(extent{first: p.Block, count: 1, offset: p.Block})
-	}
-	if err := w.skipTo(blocks); err != nil {
-		return nil, err
-	}
-	l, err := w.finish()
-	if err != nil {
-		return nil, err
-	}
-	h.layers = []layer{l}
-	return (&Image{dir: dir}).become(h)
-}
-
-// Sweep removes from dir what writers that were killed left there. Nobody may
-// write to dir meanwhile.
-func Sweep(dir string) error {
-	b, err := os.ReadFile(filepath.Join(dir, headerFile))
-	h := &header{}
-	if err == nil {
-		h, err = decodeHeader(b)
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("sweep memory image: %w", err)
-	}
-	return sweep(dir, h)
-}
-
-// sweep removes temporary files and the layers that h does not name.
-func sweep(dir string, h *header) error {
-	keep := map[string]bool{}
-	for _, l := range h.layers {
-		keep[filepath.Base(layerName(dir, l.id))] = true
-	}
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return fmt.Errorf("sweep memory image: %w", err)
-	}
-	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), tmpPrefix) || strings.HasSuffix(e.Name(), layerExt) && !keep[e.Name()] {
-			if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
-				return fmt.Errorf("sweep memory image: %w", err)
-			}
-		}
-	}
-	return nil
-}
-
-// syncDir makes what was renamed in dir outlast a crash.
-func syncDir(dir string) error {
-	f, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	return f.Sync()
-}
-
-// writeHeader makes h the header in dir: from one moment to the next, and for
-// good when it returns.
-func writeHeader(dir string, h *header) (err error) {
+// writeHeader writes h to dir, and makes all that is in dir outlast a crash.
+func writeHeader(dir string, h *header) error {
 	if err := h.check(); err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(dir, tmpPrefix)
+	f, err := os.OpenFile(filepath.Join(dir, headerFile), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o400)
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.Remove(f.Name()))
-		}
-	}()
 	_, err = f.Write(h.encode())
-	err = errors.Join(err, f.Sync(), f.Close())
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return fmt.Errorf("write header: %w", err)
+	}
+	d, err := os.Open(dir)
 	if err != nil {
 		return err
 	}
-	if err := os.Rename(f.Name(), filepath.Join(dir, headerFile)); err != nil {
-		return err
-	}
-	return syncDir(dir)
+	return errors.Join(d.Sync(), d.Close())
 }

@@ -2,39 +2,128 @@ package memory
 
 import (
 	"bufio"
+	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash"
 	"hash/crc32"
 	"os"
+	"path/filepath"
 
 	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/sparse"
 )
 
-// layerWriter writes a layer's file, under a temporary name until it is whole.
+// layerFile is a layer that is open for reading.
+type layerFile struct {
+	layer
+	file *os.File
+	sums []byte // its table
+}
+
+func layerName(dir string, id uuid.UUID) string { return filepath.Join(dir, id.String()+layerExt) }
+
+// openLayer opens l's file in dir and reads its table.
+func openLayer(dir string, l layer) (_ *layerFile, err error) {
+	f, err := os.Open(layerName(dir, l.id))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("%w: layer %s is missing", ErrCorrupt, l.id)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			f.Close()
+		}
+	}()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if info.Size() != l.size() {
+		return nil, fmt.Errorf("%w: layer %s has %d bytes, not %d", ErrCorrupt, l.id, info.Size(), l.size())
+	}
+	sums := make([]byte, l.blocks*sumBytes)
+	if _, err := f.ReadAt(sums, int64(l.blocks)*BlockSize); err != nil {
+		return nil, err
+	}
+	if crc32.Checksum(sums, castagnoli) != l.crc {
+		return nil, fmt.Errorf("%w: checksum of layer %s's table", ErrCorrupt, l.id)
+	}
+	return &layerFile{l, f, sums}, nil
+}
+
+// sum is the CRC-32C that a block must have.
+func (l *layerFile) sum(block uint64) uint32 {
+	return binary.LittleEndian.Uint32(l.sums[block*sumBytes:])
+}
+
+// read fills p with the layer's blocks from the given one on.
+func (l *layerFile) read(p []byte, block uint64) error {
+	if _, err := l.file.ReadAt(p, int64(block)*BlockSize); err != nil {
+		return fmt.Errorf("read layer %s: %w", l.id, err)
+	}
+	for ; len(p) > 0; p, block = p[BlockSize:], block+1 {
+		if crc32.Checksum(p[:BlockSize], castagnoli) != l.sum(block) {
+			return fmt.Errorf("%w: checksum of layer %s's block %d", ErrCorrupt, l.id, block)
+		}
+	}
+	return nil
+}
+
+// link puts the layer's file in dir too: by another link to it, or by a copy
+// where there can be none: on another file system, or when the file has no
+// name left.
+func (l *layerFile) link(ctx context.Context, dir string) (err error) {
+	name := layerName(dir, l.id)
+	err = unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", l.file.Fd()), unix.AT_FDCWD, name, unix.AT_SYMLINK_FOLLOW)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, unix.EXDEV), errors.Is(err, unix.EMLINK), errors.Is(err, unix.EPERM), errors.Is(err, unix.ENOENT):
+	default:
+		return fmt.Errorf("link layer: %w", err)
+	}
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o400)
+	if err != nil {
+		return fmt.Errorf("copy layer: %w", err)
+	}
+	if err := errors.Join(sparse.Copy(ctx, f, l.file), f.Sync(), f.Close()); err != nil {
+		return fmt.Errorf("copy layer: %w", err)
+	}
+	return nil
+}
+
+// layerWriter writes a layer's file.
 type layerWriter struct {
-	dir    string
+	id     uuid.UUID
 	file   *os.File
 	buf    *bufio.Writer
-	sum    hash.Hash32
 	blocks uint64 // written or skipped so far
+	sums   []byte // of them
 }
 
 func newLayerWriter(dir string) (*layerWriter, error) {
-	f, err := os.CreateTemp(dir, tmpPrefix)
+	id := uuid.New()
+	f, err := os.OpenFile(layerName(dir, id), os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o400)
 	if err != nil {
 		return nil, fmt.Errorf("write layer: %w", err)
 	}
-	return &layerWriter{dir: dir, file: f, buf: bufio.NewWriterSize(f, 1<<20), sum: crc32.New(castagnoli)}, nil
+	return &layerWriter{id: id, file: f, buf: bufio.NewWriterSize(f, 1<<20)}, nil
 }
 
-// write adds a block.
+// write adds blocks.
 func (w *layerWriter) write(b []byte) error {
 	if _, err := w.buf.Write(b); err != nil {
 		return fmt.Errorf("write layer: %w", err)
 	}
-	_, _ = w.sum.Write(b) // never fails
-	w.blocks++
+	for ; len(b) > 0; b = b[BlockSize:] {
+		w.sums = binary.LittleEndian.AppendUint32(w.sums, crc32.Checksum(b[:BlockSize], castagnoli))
+		w.blocks++
+	}
 	return nil
 }
 
@@ -43,47 +132,53 @@ func (w *layerWriter) skipTo(block uint64) error {
 	if block == w.blocks {
 		return nil
 	}
+	w.sums = append(w.sums, make([]byte, (block-w.blocks)*sumBytes)...)
+	w.blocks = block
+	return w.seek(int64(block) * BlockSize)
+}
+
+func (w *layerWriter) seek(offset int64) error {
 	if err := w.buf.Flush(); err != nil {
 		return fmt.Errorf("write layer: %w", err)
 	}
-	if _, err := w.file.Seek(int64(block)*BlockSize, 0); err != nil {
+	if _, err := w.file.Seek(offset, 0); err != nil {
 		return fmt.Errorf("write layer: %w", err)
-	}
-	for ; w.blocks < block; w.blocks++ {
-		_, _ = w.sum.Write(zeros[:])
 	}
 	return nil
 }
 
-// finish gives the file its name, for good, and returns what the header must
-// know of it.
-func (w *layerWriter) finish() (layer, error) {
-	l := layer{id: uuid.New(), blocks: w.blocks, crc: w.sum.Sum32()}
+// finish writes the table and returns the layer, which has the file from now
+// on. It is not synced.
+func (w *layerWriter) finish() (*layerFile, error) {
+	l := layer{id: w.id, blocks: w.blocks, crc: crc32.Checksum(w.sums, castagnoli)}
+	for at := 0; at < len(w.sums); {
+		part := w.sums[at:min(at+BlockSize, len(w.sums))]
+		at += len(part)
+		var err error
+		if isZero(part) { // of holes
+			err = w.seek(int64(l.blocks)*BlockSize + int64(at))
+		} else if _, err = w.buf.Write(part); err != nil {
+			err = fmt.Errorf("write layer: %w", err)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
 	err := w.buf.Flush()
 	if err == nil {
-		err = w.file.Truncate(int64(w.blocks) * BlockSize) // a hole at the end
-	}
-	if err == nil {
-		err = w.file.Chmod(0o400)
-	}
-	err = errors.Join(err, w.file.Sync(), w.file.Close())
-	if err == nil {
-		err = os.Rename(w.file.Name(), layerName(w.dir, l.id))
-	}
-	if err == nil {
-		w.file = nil
-		err = syncDir(w.dir)
+		err = w.file.Truncate(l.size()) // a hole at the end
 	}
 	if err != nil {
-		return layer{}, fmt.Errorf("write layer: %w", err)
+		return nil, fmt.Errorf("write layer: %w", err)
 	}
-	return l, nil
+	f := w.file
+	w.file = nil
+	return &layerFile{l, f, w.sums}, nil
 }
 
-// discard removes what was not finished.
-func (w *layerWriter) discard() {
+// close closes the file of a layer that was not finished.
+func (w *layerWriter) close() {
 	if w.file != nil {
 		w.file.Close()
-		_ = os.Remove(w.file.Name()) // else the next sweep does
 	}
 }

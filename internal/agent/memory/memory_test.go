@@ -3,14 +3,23 @@ package memory
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
 	"io/fs"
 	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
+	"syscall"
 	"testing"
+
+	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
 )
 
 // pagesOf are the given blocks of mem, in order.
@@ -32,9 +41,48 @@ func everyBlock(blocks int) map[uint64]bool {
 	return all
 }
 
-// same compares an image with the memory that it stands for, by both ways of
+// create makes an image of the whole of mem in a folder of its own.
+func create(t testing.TB, mem []byte) (*Image, string) {
+	t.Helper()
+	dir := t.TempDir()
+	m, err := Create(t.Context(), dir, int64(len(mem)), pagesOf(mem, everyBlock(len(mem)/BlockSize)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.Close() })
+	return m, dir
+}
+
+// appended is m with pages of mem, in a folder of its own.
+func appended(t testing.TB, m *Image, mem []byte, dirty map[uint64]bool, base *Image) (*Image, string) {
+	t.Helper()
+	dir := t.TempDir()
+	next, err := m.Append(t.Context(), dir, pagesOf(mem, dirty), base)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { next.Close() })
+	return next, dir
+}
+
+// materialized is all that the file of an image has.
+func materialized(t testing.TB, m *Image) []byte {
+	t.Helper()
+	f, err := m.Materialize(t.Context(), "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	got, err := io.ReadAll(io.NewSectionReader(f, 0, m.Size()+1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return got
+}
+
+// same compares an image with the memory that it stands for, by all ways of
 // reading it.
-func same(t *testing.T, m *Image, mem []byte) {
+func same(t testing.TB, m *Image, mem []byte) {
 	t.Helper()
 	got := make([]byte, len(mem))
 	if _, err := m.ReadAt(got, 0); err != nil {
@@ -43,176 +91,326 @@ func same(t *testing.T, m *Image, mem []byte) {
 	if !bytes.Equal(got, mem) {
 		t.Fatal("the image reads other than the memory")
 	}
-	// As a restore does: the base's file, and what changed laid over it.
-	restored, err := os.ReadFile(m.Base())
-	if err != nil {
-		t.Fatal(err)
+	if !bytes.Equal(materialized(t, m), mem) {
+		t.Fatal("the image's file is other than the memory")
 	}
-	for p, err := range m.Changed() {
-		if err != nil {
-			t.Fatal(err)
-		}
-		copy(restored[p.Block*BlockSize:], p.Data)
-	}
-	if !bytes.Equal(restored, mem) {
-		t.Fatal("the base with the changes is other than the memory")
-	}
-	if err := m.Verify(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	overIs(t, m, nil, make([]byte, len(mem)), mem)
 	if err := m.h.check(); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// TestAgainstByteArray drives random writes, zeroings, snapshots, merges and
-// reopenings against a plain byte array.
-func TestAgainstByteArray(t *testing.T) {
-	for seed := range uint64(20) {
-		rng := rand.New(rand.NewPCG(seed, 1))
-		blocks := 1 + rng.IntN(200)
-		mem := make([]byte, blocks*BlockSize)
-		fill := func(b uint64) {
-			part := mem[b*BlockSize : (b+1)*BlockSize]
-			switch rng.IntN(4) {
-			case 0:
-				clear(part)
-			case 1:
-				part[rng.IntN(len(part))] = byte(rng.IntN(3)) // perhaps no change at all
-			default:
-				for i := range part {
-					part[i] = byte(rng.Uint32())
-				}
-			}
-		}
-		for b := range blocks {
-			if rng.IntN(2) == 0 {
-				fill(uint64(b))
-			}
-		}
-		dir := t.TempDir()
-		m, err := Create(t.Context(), dir, int64(len(mem)), pagesOf(mem, everyBlock(blocks)))
+// overIs lays what changed from base over base's memory, as a restore does,
+// and compares the result with mem. It returns how many pages that were.
+func overIs(t testing.TB, m, base *Image, baseMem, mem []byte) int {
+	t.Helper()
+	restored := bytes.Clone(baseMem)
+	n := 0
+	for p, err := range m.ChangedFrom(base) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		same(t, m, mem)
-		for range 25 {
-			dirty := map[uint64]bool{}
-			for range rng.IntN(30) {
-				b, run := rng.IntN(blocks), 1+rng.IntN(10)
-				for i := b; i < min(b+run, blocks); i++ {
-					dirty[uint64(i)] = true
-					if rng.IntN(8) > 0 { // else reported dirty, and unchanged
-						fill(uint64(i))
-					}
-				}
-			}
-			next, err := m.Append(t.Context(), pagesOf(mem, dirty))
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := m.Close(); err != nil {
-				t.Fatal(err)
-			}
-			m = next
-			if m.Generations() > MaxGenerations {
-				t.Fatalf("%d generations", m.Generations())
-			}
-			same(t, m, mem)
-			if rng.IntN(6) == 0 {
-				merged, err := m.Merge(t.Context())
-				if err != nil {
-					t.Fatal(err)
-				}
-				m.Close()
-				m = merged
-				if m.Generations() != 1 {
-					t.Fatalf("%d generations after a merge", m.Generations())
-				}
-				same(t, m, mem)
-			}
-			if rng.IntN(4) == 0 {
-				m.Close()
-				if err := Sweep(dir); err != nil {
-					t.Fatal(err)
-				}
-				if m, err = Open(dir); err != nil {
-					t.Fatal(err)
-				}
-				same(t, m, mem)
+		copy(restored[p.Block*BlockSize:], p.Data)
+		n++
+	}
+	if !bytes.Equal(restored, mem) {
+		t.Fatal("the base with the changes is other than the memory")
+	}
+	return n
+}
+
+// world is what TestAgainstByteArray drives: a sandbox that is paused and
+// resumed, beside the templates that were captured from it.
+type world struct {
+	t   *testing.T
+	rng *rand.Rand
+	mem []byte // the model
+
+	image, base *Image // the sandbox's, and the one that it began with
+	dir         string // of image
+	baseMem     []byte
+	dirty       map[uint64]bool // what a driver would report: all since base
+}
+
+func (w *world) blocks() int { return len(w.mem) / BlockSize }
+
+func (w *world) fill(b uint64) {
+	part := w.mem[b*BlockSize : (b+1)*BlockSize]
+	switch w.rng.IntN(5) {
+	case 0, 1:
+		clear(part)
+	case 2:
+		part[w.rng.IntN(len(part))] = byte(w.rng.IntN(3)) // perhaps no change at all
+	default:
+		binary.LittleEndian.PutUint64(part[w.rng.IntN(len(part)-8):], w.rng.Uint64())
+	}
+}
+
+func (w *world) run() {
+	for range w.rng.IntN(30) {
+		b, run := w.rng.IntN(w.blocks()), 1+w.rng.IntN(10)
+		for i := b; i < min(b+run, w.blocks()); i++ {
+			w.dirty[uint64(i)] = true
+			if w.rng.IntN(8) > 0 { // else reported dirty, and unchanged
+				w.fill(uint64(i))
 			}
 		}
-		m.Close()
+	}
+}
+
+func (w *world) pause() {
+	before := w.h()
+	w.image, w.dir = appended(w.t, w.image, w.mem, w.dirty, w.base)
+	if kept := w.image.h.shared(w.base.h); kept < len(w.base.h.layers) && len(w.base.h.layers) < maxLayers {
+		w.t.Fatalf("%d of the base's %d layers are left", kept, len(w.base.h.layers))
+	} else if n := len(w.image.h.layers); n > kept+MaxGenerations || n > maxLayers {
+		w.t.Fatalf("%d layers above %d, after %d", n, kept, before)
+	}
+}
+
+func (w *world) h() int { return len(w.image.h.layers) }
+
+// capture makes what the sandbox is now a template, and goes on from there.
+func (w *world) capture() {
+	w.pause()
+	w.base, w.baseMem, w.dirty = w.image, bytes.Clone(w.mem), map[uint64]bool{}
+}
+
+func (w *world) reopen() {
+	m, err := Open(w.dir)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { m.Close() })
+	if w.base == w.image {
+		w.base = m
+	}
+	w.image = m
+}
+
+// TestAgainstByteArray drives random writes, zeroings, pauses, captures,
+// merges and reopenings against a plain byte array.
+func TestAgainstByteArray(t *testing.T) {
+	for seed := range uint64(12) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			t.Parallel() // it waits for the disk
+			rng := rand.New(rand.NewPCG(seed, 1))
+			w := &world{t: t, rng: rng, mem: make([]byte, (1+rng.IntN(100))*BlockSize), dirty: map[uint64]bool{}}
+			for b := range w.blocks() {
+				if rng.IntN(2) == 0 {
+					w.fill(uint64(b))
+				}
+			}
+			w.image, w.dir = create(t, w.mem)
+			w.base, w.baseMem = w.image, bytes.Clone(w.mem)
+			for range 30 {
+				w.run()
+				if rng.IntN(10) == 0 {
+					w.capture()
+				} else {
+					w.pause()
+				}
+				if rng.IntN(4) == 0 {
+					w.reopen()
+				}
+				same(t, w.image, w.mem)
+				same(t, w.base, w.baseMem)
+				if n := overIs(t, w.image, w.base, w.baseMem, w.mem); n > len(w.dirty) {
+					t.Fatalf("%d pages differ, %d were written", n, len(w.dirty))
+				}
+			}
+		})
+	}
+}
+
+// TestLayersAreBounded captures templates of templates until no layer more can
+// be kept.
+func TestLayersAreBounded(t *testing.T) {
+	mem := bytes.Repeat([]byte{1}, 70*BlockSize)
+	m, _ := create(t, mem)
+	flat := 0
+	for i := range uint64(70) { // one block each, so that no layer is hidden
+		base := m
+		mem[i*BlockSize] = 2
+		m, _ = appended(t, m, mem, map[uint64]bool{i: true}, base)
+		if m.Generations() == 1 {
+			flat++
+		}
+		if n := m.Generations(); n > maxLayers {
+			t.Fatalf("%d layers", n)
+		}
+		overIs(t, m, base, materialized(t, base), mem)
+	}
+	same(t, m, mem)
+	if flat != 1 {
+		t.Errorf("made anew %d times", flat)
 	}
 }
 
 func TestUnchangedAndZeroCostNothing(t *testing.T) {
-	dir := t.TempDir()
 	mem := bytes.Repeat([]byte{1}, 100*BlockSize)
-	m, err := Create(t.Context(), dir, int64(len(mem)), pagesOf(mem, everyBlock(100)))
-	if err != nil {
-		t.Fatal(err)
-	}
+	m, _ := create(t, mem)
 	clear(mem[:50*BlockSize])
-	next, err := m.Append(t.Context(), pagesOf(mem, everyBlock(100)))
-	if err != nil {
-		t.Fatal(err)
-	}
+	next, dir := appended(t, m, mem, everyBlock(100), m)
 	if n := next.Generations(); n != 1 {
 		t.Errorf("pages that are zero or unchanged made a layer: %d generations", n)
 	}
 	same(t, next, mem)
+	if n := overIs(t, next, m, bytes.Repeat([]byte{1}, len(mem)), mem); n != 50 {
+		t.Errorf("%d pages differ, not 50", n)
+	}
+	if entries, _ := os.ReadDir(dir); len(entries) != 2 {
+		t.Errorf("%d files, not the header and a layer", len(entries))
+	}
+	// What is hidden by a later layer is dropped, without a merge.
+	for i := range byte(20) {
+		mem[99*BlockSize] = 100 + i
+		next, _ = appended(t, next, mem, everyBlock(100), m)
+		if n := next.Generations(); n != 2 {
+			t.Fatalf("%d generations", n)
+		}
+	}
+	same(t, next, mem)
 }
 
-func TestTemplatesLayersAreShared(t *testing.T) {
-	template, sandbox := t.TempDir(), t.TempDir()
+func TestHolesTakeNoSpace(t *testing.T) {
+	const blocks = 4096 // 16 MiB
+	mem := make([]byte, blocks*BlockSize)
+	mem[2000*BlockSize] = 1
+	m, dir := create(t, mem)
+	info, err := os.Stat(layerName(dir, m.h.layers[0].id))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := info.Sys().(*syscall.Stat_t).Blocks * 512; n > 64<<10 {
+		t.Errorf("one page takes %d bytes on disk", n)
+	}
+	f, err := m.Materialize(t.Context(), "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		t.Fatal(err)
+	}
+	if n := st.Blocks * 512; n > 2<<20 { // a huge page, where files in memory have them
+		t.Errorf("one page takes %d bytes of memory", n)
+	}
+}
+
+func TestMaterializedIsSealed(t *testing.T) {
+	mem := bytes.Repeat([]byte{1}, 2*BlockSize)
+	m, _ := create(t, mem)
+	f, err := m.Materialize(t.Context(), "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt([]byte{2}, 0); err == nil {
+		t.Error("it can be written")
+	}
+	if f.Truncate(0) == nil || f.Truncate(1<<20) == nil {
+		t.Error("its size can be changed")
+	}
+	if b, err := unix.Mmap(int(f.Fd()), 0, len(mem), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err == nil {
+		unix.Munmap(b)
+		t.Error("it can be mapped to be written")
+	}
+	b, err := unix.Mmap(int(f.Fd()), 0, len(mem), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Munmap(b)
+	b[0] = 2
+	if !bytes.Equal(materialized(t, m), mem) {
+		t.Error("a private mapping wrote to it")
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := m.Materialize(ctx, "test"); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// TestImagesAreIndependent removes each of two images and reads the other.
+func TestImagesAreIndependent(t *testing.T) {
 	mem := bytes.Repeat([]byte{1}, 10*BlockSize)
-	m, err := Create(t.Context(), template, int64(len(mem)), pagesOf(mem, everyBlock(10)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	h, err := os.ReadFile(filepath.Join(template, headerFile))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(sandbox, headerFile), h, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	s, err := Open(sandbox, template)
-	if err != nil {
-		t.Fatal(err)
-	}
+	template, templateDir := create(t, mem)
 	changed := bytes.Clone(mem)
 	changed[0] = 7
-	next, err := s.Append(t.Context(), pagesOf(changed, everyBlock(10)))
+	sandbox, dir := appended(t, template, changed, everyBlock(10), template)
+	if err := os.RemoveAll(templateDir); err != nil {
+		t.Fatal(err)
+	}
+	again, err := Open(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	same(t, next, changed)
-	same(t, m, mem)
-	if merged, err := next.Merge(t.Context()); err != nil {
-		t.Error(err)
-	} else {
-		same(t, merged, changed)
+	defer again.Close()
+	same(t, again, changed)
+	same(t, template, mem) // is open
+	other, _ := appended(t, template, mem, nil, template)
+	if got, want := linksOf(t, other, 0), linksOf(t, again, 0); got != want {
+		t.Errorf("the layer has %d links in one folder, %d in the other", got, want)
 	}
-	if err := os.Remove(m.Base()); err != nil {
+	// With no name left to link to there is a copy.
+	if err := errors.Join(os.RemoveAll(dir), other.Close()); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(template); !errors.Is(err, ErrCorrupt) {
-		t.Errorf("opened without its layer: %v", err)
+	moved := filepath.Join(t.TempDir(), "moved")
+	if err := os.Mkdir(moved, 0o700); err != nil {
+		t.Fatal(err)
 	}
+	copied, err := sandbox.Append(t.Context(), moved, nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer copied.Close()
+	if err := os.Rename(moved, moved+"2"); err != nil {
+		t.Fatal(err)
+	}
+	same(t, copied, changed)
+	same(t, sandbox, changed)
 }
 
-func TestFailureLeavesWhatWas(t *testing.T) {
-	dir := t.TempDir()
+func linksOf(t *testing.T, m *Image, layer int) uint64 {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(m.layers[layer].file.Fd()), &st); err != nil {
+		t.Fatal(err)
+	}
+	return uint64(st.Nlink)
+}
+
+func TestLayersAreCopiedToOtherFileSystems(t *testing.T) {
 	mem := bytes.Repeat([]byte{1}, 10*BlockSize)
-	m, err := Create(t.Context(), dir, int64(len(mem)), pagesOf(mem, everyBlock(10)))
+	m, _ := create(t, mem)
+	dir, err := os.MkdirTemp("/dev/shm", "wrenn-test-")
+	if err != nil {
+		t.Skip("needs a file system in memory:", err)
+	}
+	defer os.RemoveAll(dir)
+	next, err := m.Append(t.Context(), dir, nil, m)
 	if err != nil {
 		t.Fatal(err)
 	}
-	before, _ := os.ReadDir(dir)
+	defer next.Close()
+	same(t, next, mem)
+}
+
+func TestFailureLeavesNothing(t *testing.T) {
+	mem := bytes.Repeat([]byte{1}, 10*BlockSize)
+	m, home := create(t, mem)
 	broken := errors.New("broken")
 	changed := bytes.Repeat([]byte{2}, BlockSize)
+	dir := t.TempDir()
+	empty := func(name string) {
+		t.Helper()
+		if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
+			t.Errorf("%s: left %v %v", name, entries, err)
+		}
+	}
 	for name, pages := range map[string]Pages{
 		"an error": func(yield func(Page, error) bool) {
 			_ = yield(Page{0, changed}, nil) && yield(Page{}, broken)
@@ -223,75 +421,271 @@ func TestFailureLeavesWhatWas(t *testing.T) {
 		"behind the end": func(yield func(Page, error) bool) { yield(Page{10, changed}, nil) },
 		"half a page":    func(yield func(Page, error) bool) { yield(Page{0, changed[1:]}, nil) },
 	} {
-		if _, err := m.Append(t.Context(), pages); err == nil {
+		if _, err := m.Append(t.Context(), dir, pages, m); err == nil {
 			t.Errorf("%s: taken", name)
 		}
+		empty(name)
+		if _, err := Create(t.Context(), dir, m.Size(), pages); err == nil {
+			t.Errorf("%s: taken", name)
+		}
+		empty(name)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := m.Append(ctx, pagesOf(mem, everyBlock(10))); !errors.Is(err, context.Canceled) {
+	if _, err := m.Append(ctx, dir, pagesOf(mem, everyBlock(10)), m); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v", err)
 	}
-	if _, err := m.Merge(ctx); !errors.Is(err, context.Canceled) {
-		t.Errorf("got %v", err)
+	empty("ended context")
+	for _, size := range []int64{0, -BlockSize, 100} {
+		if _, err := Create(t.Context(), dir, size, nil); err == nil {
+			t.Errorf("made with %d bytes", size)
+		}
 	}
-	after, _ := os.ReadDir(dir)
-	if len(after) != len(before) {
-		t.Errorf("%d files became %d", len(before), len(after))
+	if _, err := Create(t.Context(), home, BlockSize, nil); !errors.Is(err, fs.ErrExist) {
+		t.Errorf("made over one that is there: %v", err)
 	}
-	if _, err := Create(t.Context(), dir, BlockSize, pagesOf(mem, nil)); !errors.Is(err, fs.ErrExist) {
+	if _, err := m.Append(t.Context(), home, nil, nil); !errors.Is(err, fs.ErrExist) {
 		t.Errorf("made over one that is there: %v", err)
 	}
 	same(t, m, mem)
 }
 
-func TestDamageIsNoticed(t *testing.T) {
+// TestMergeEndsWithItsContext ends the context of an append that merges, when
+// its last page was taken.
+func TestMergeEndsWithItsContext(t *testing.T) {
+	mem := bytes.Repeat([]byte{1}, 20*BlockSize)
+	base, _ := create(t, mem)
+	m := base
+	for i := range uint64(MaxGenerations) {
+		mem[i*BlockSize] = 2
+		m, _ = appended(t, m, mem, map[uint64]bool{i: true}, base)
+	}
+	if n := m.Generations(); n != 1+MaxGenerations {
+		t.Fatalf("%d generations", n)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
 	dir := t.TempDir()
-	mem := bytes.Repeat([]byte{1}, 10*BlockSize)
-	m, err := Create(t.Context(), dir, int64(len(mem)), pagesOf(mem, everyBlock(10)))
-	if err != nil {
-		t.Fatal(err)
+	_, err := m.Append(ctx, dir, func(yield func(Page, error) bool) {
+		yield(Page{19, bytes.Repeat([]byte{3}, BlockSize)}, nil)
+		cancel()
+	}, base)
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v", err)
 	}
-	header, err := os.ReadFile(filepath.Join(dir, headerFile))
-	if err != nil {
-		t.Fatal(err)
+	if entries, _ := os.ReadDir(dir); len(entries) > 0 {
+		t.Errorf("left %v", entries)
 	}
-	for i := range header {
-		bad := bytes.Clone(header)
-		bad[i] ^= 0x10
-		if _, err := decodeHeader(bad); err == nil {
-			t.Errorf("byte %d of the header may be anything", i)
+	same(t, m, mem)
+	mem[19*BlockSize] = 3
+	if m, _ = appended(t, m, mem, map[uint64]bool{19: true}, base); m.Generations() != 2 {
+		t.Errorf("%d generations after a merge", m.Generations())
+	}
+	same(t, m, mem)
+}
+
+func TestFullDisk(t *testing.T) {
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=1m"); err != nil {
+		t.Skip("needs to mount a file system:", err)
+	}
+	defer unix.Unmount(dir, unix.MNT_DETACH)
+	for _, d := range []string{"a", "b"} {
+		if err := os.Mkdir(filepath.Join(dir, d), 0o700); err != nil {
+			t.Fatal(err)
 		}
 	}
-	if err := os.Chmod(m.Base(), 0o600); err != nil {
-		t.Fatal(err)
+	mem := make([]byte, 1<<20)
+	for i := range mem[:len(mem)/2] {
+		mem[i] = 1
 	}
-	f, err := os.OpenFile(m.Base(), os.O_RDWR, 0)
+	m, err := Create(t.Context(), filepath.Join(dir, "a"), int64(len(mem)), pagesOf(mem, everyBlock(256)))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
-	if _, err := f.WriteAt([]byte{9}, 5000); err != nil {
-		t.Fatal(err)
-	}
-	if err := m.Verify(t.Context()); !errors.Is(err, ErrCorrupt) {
+	defer m.Close()
+	full := bytes.Repeat([]byte{2}, len(mem))
+	if _, err := m.Append(t.Context(), filepath.Join(dir, "b"), pagesOf(full, everyBlock(256)), m); !errors.Is(err, unix.ENOSPC) {
 		t.Errorf("got %v", err)
 	}
-	if err := f.Truncate(BlockSize); err != nil {
+	if entries, _ := os.ReadDir(filepath.Join(dir, "b")); len(entries) > 0 {
+		t.Errorf("left %v", entries)
+	}
+	same(t, m, mem)
+}
+
+// damaged is an image of three layers with one byte of one of its files changed.
+func damaged(t testing.TB, home, file string, at int64, xor byte) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := os.CopyFS(dir, os.DirFS(home)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(dir); !errors.Is(err, ErrCorrupt) {
-		t.Errorf("got %v", err)
+	name := filepath.Join(dir, file)
+	b, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b[at] ^= xor
+	if err := errors.Join(os.Chmod(name, 0o600), os.WriteFile(name, b, 0)); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// layered is an image of three layers, all in sight.
+func layered(t testing.TB) (m *Image, dir string, mem []byte) {
+	mem = bytes.Repeat([]byte{1}, 10*BlockSize)
+	clear(mem[3*BlockSize : 5*BlockSize])
+	base, _ := create(t, mem)
+	mem[4*BlockSize] = 4
+	m, _ = appended(t, base, mem, map[uint64]bool{4: true}, base)
+	mem[5*BlockSize] = 5
+	clear(mem[6*BlockSize : 7*BlockSize])
+	m, dir = appended(t, m, mem, map[uint64]bool{5: true, 6: true}, base)
+	if m.Generations() != 3 {
+		t.Fatalf("%d generations", m.Generations())
+	}
+	return m, dir, mem
+}
+
+// checkDamaged opens an image that may be damaged: it reads as the memory, or
+// all that reads it says that it is damaged.
+func checkDamaged(t testing.TB, dir string, mem []byte) (noticed bool) {
+	t.Helper()
+	m, err := Open(dir)
+	if err != nil {
+		if !errors.Is(err, ErrCorrupt) && !strings.Contains(err.Error(), "version") {
+			t.Errorf("open: %v", err)
+		}
+		return true
+	}
+	defer m.Close()
+	got := make([]byte, len(mem))
+	_, readErr := m.ReadAt(got, 0)
+	var changedErr error
+	for _, err := range m.ChangedFrom(nil) {
+		changedErr = err
+	}
+	f, err := m.Materialize(t.Context(), "test")
+	if err == nil {
+		f.Close()
+	}
+	for _, e := range []error{readErr, changedErr, err} {
+		if (e != nil) != (err != nil) || e != nil && !errors.Is(e, ErrCorrupt) {
+			t.Errorf("got %v, %v, %v", readErr, changedErr, err)
+		}
+	}
+	if err == nil && !bytes.Equal(got, mem) {
+		t.Error("a damaged image reads as another memory")
+	}
+	return err != nil
+}
+
+func TestDamageIsNoticed(t *testing.T) {
+	m, home, mem := layered(t)
+	for _, e := range []struct {
+		file string
+		step int
+	}{
+		{headerFile, 1},
+		{m.h.layers[0].id.String() + layerExt, 977},
+		{m.h.layers[1].id.String() + layerExt, 977},
+		{m.h.layers[2].id.String() + layerExt, 977},
+	} {
+		info, err := os.Stat(filepath.Join(home, e.file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for at := 0; at < int(info.Size()); at += e.step {
+			noticed := checkDamaged(t, damaged(t, home, e.file, int64(at), 0x10), mem)
+			if block := at / BlockSize; !noticed && (e.file != m.h.layers[0].id.String()+layerExt || block < 3 || block > 6) {
+				t.Errorf("%s: byte %d may be anything", e.file, at)
+			}
+		}
+		dir := damaged(t, home, e.file, 0, 0)
+		if err := os.Truncate(filepath.Join(dir, e.file), info.Size()-1); err != nil {
+			t.Fatal(err)
+		}
+		if !checkDamaged(t, dir, mem) {
+			t.Errorf("%s: a byte less is not noticed", e.file)
+		}
+		if err := os.Remove(filepath.Join(dir, e.file)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Open(dir); err == nil {
+			t.Errorf("%s: opened without it", e.file)
+		}
 	}
 }
 
+// TestDamageIsHealedByWhatIsStoredAnew appends to an image with a damaged block
+// the page that stands there.
+func TestDamageIsHealedByWhatIsStoredAnew(t *testing.T) {
+	m, home, mem := layered(t)
+	m, err := Open(damaged(t, home, m.h.layers[1].id.String()+layerExt, 100, 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	if _, err := m.ReadAt(make([]byte, len(mem)), 0); !errors.Is(err, ErrCorrupt) {
+		t.Fatalf("got %v", err)
+	}
+	next, _ := appended(t, m, mem, map[uint64]bool{4: true}, nil)
+	same(t, next, mem)
+}
+
 func FuzzDecodeHeader(f *testing.F) {
-	h := &header{blocks: 10, layers: []layer{{blocks: 10}}, extents: []extent{{0, 2, 0, 0}, {5, 1, zeroLayer, 0}}}
+	h := &header{
+		blocks: 10, layers: []layer{{id: uuid.New(), blocks: 10}, {id: uuid.New(), blocks: 3}},
+		extents: []extent{{0, 2, 0, 0}, {5, 1, 1, 0}, {6, 2, 1, 1}},
+	}
 	f.Add(h.encode())
+	f.Add([]byte(magic))
 	f.Fuzz(func(t *testing.T, b []byte) {
+		if len(b) >= headerBytes+4 { // the sum is no part of what is tested
+			b = bytes.Clone(b)
+			binary.LittleEndian.PutUint32(b[len(b)-4:], crc32.Checksum(b[:len(b)-4], castagnoli))
+		}
 		h, err := decodeHeader(b)
-		if err == nil && !bytes.Equal(h.encode(), b) {
+		if err != nil {
+			return
+		}
+		if !bytes.Equal(h.encode(), b) {
 			t.Error("a header reads as another than it is")
 		}
+		var end uint64 // whatever it says, each block lies in one place
+		for i := 0; end < h.blocks && i <= 2*len(h.extents); i++ {
+			e := h.lookup(end)
+			if e.first != end || e.count == 0 {
+				t.Fatalf("block %d lies in %+v", end, e)
+			}
+			end = e.end()
+		}
+		if end != h.blocks {
+			t.Errorf("%d of %d blocks are somewhere", end, h.blocks)
+		}
+		if o := h.overlay(h.extents); !slices.Equal(o.extents, h.overlay(nil).extents) {
+			t.Error("a header over itself is another")
+		}
+	})
+}
+
+func FuzzDamage(f *testing.F) {
+	m, home, mem := layered(f)
+	var files []string
+	for _, l := range m.h.layers {
+		files = append(files, l.id.String()+layerExt)
+	}
+	files = append(files, headerFile)
+	f.Add(uint8(0), uint32(0), byte(1))
+	f.Add(uint8(1), uint32(5000), byte(0xff))
+	f.Add(uint8(3), uint32(100), byte(4))
+	f.Fuzz(func(t *testing.T, file uint8, at uint32, xor byte) {
+		name := files[int(file)%len(files)]
+		info, err := os.Stat(filepath.Join(home, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		checkDamaged(t, damaged(t, home, name, int64(at)%info.Size(), xor), mem)
 	})
 }

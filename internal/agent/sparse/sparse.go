@@ -1,0 +1,112 @@
+// Package sparse copies files that have holes.
+package sparse
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"math"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// step is how much is copied between two looks at the context, in bytes.
+const step = 16 << 20
+
+// Copy makes dst, which is empty, the same as src: by sharing src's blocks
+// where the file system can (ioctl_ficlone(2)), else by copying what is not a
+// hole. It does not sync dst. When it fails dst has a part of src.
+func Copy(ctx context.Context, dst, src *os.File) error {
+	if err := unix.IoctlFileClone(int(dst.Fd()), int(src.Fd())); err == nil {
+		return nil // else it is not of one file system that can
+	}
+	info, err := src.Stat()
+	if err != nil {
+		return fmt.Errorf("copy file: %w", err)
+	}
+	for r, err := range Data(src, info.Size()) {
+		if err == nil {
+			err = copyRange(ctx, dst, src, r)
+		}
+		if err != nil {
+			return fmt.Errorf("copy file: %w", err)
+		}
+	}
+	if err := dst.Truncate(info.Size()); err != nil {
+		return fmt.Errorf("copy file: %w", err)
+	}
+	return nil
+}
+
+// Range is a part of a file, in bytes.
+type Range struct{ Start, End int64 }
+
+// Data are the parts of f below size that are not holes, in order. An error
+// ends them. It moves the offset of f.
+func Data(f *os.File, size int64) iter.Seq2[Range, error] {
+	return func(yield func(Range, error) bool) {
+		for at := int64(0); at < size; {
+			start, err := f.Seek(at, unix.SEEK_DATA)
+			if errors.Is(err, unix.ENXIO) {
+				return // holes to the end
+			}
+			var end int64
+			if err == nil {
+				end, err = f.Seek(start, unix.SEEK_HOLE)
+			}
+			if err != nil {
+				yield(Range{}, err)
+				return
+			}
+			if start >= size || !yield(Range{start, min(end, size)}, nil) {
+				return
+			}
+			at = end
+		}
+	}
+}
+
+// copyRange copies within the kernel where it can (copy_file_range(2)).
+func copyRange(ctx context.Context, dst, src *os.File, r Range) error {
+	for r.Start < r.End {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		from, to := r.Start, r.Start
+		n, err := unix.CopyFileRange(int(src.Fd()), &from, int(dst.Fd()), &to, int(min(r.End-r.Start, step)), 0)
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case errors.Is(err, unix.EXDEV), errors.Is(err, unix.ENOSYS), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EINVAL):
+			return copyHere(ctx, dst, src, r)
+		case err != nil:
+			return os.NewSyscallError("copy_file_range", err)
+		case n == 0:
+			return io.ErrUnexpectedEOF // it became shorter
+		}
+		r.Start += int64(n)
+	}
+	return nil
+}
+
+// copyHere copies by way of this process.
+func copyHere(ctx context.Context, dst, src *os.File, r Range) error {
+	buf := make([]byte, min(1<<20, r.End-r.Start))
+	for r.Start < r.End {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		part := buf[:min(int64(len(buf)), r.End-r.Start)]
+		if _, err := io.ReadFull(io.NewSectionReader(src, r.Start, math.MaxInt64-r.Start), part); err != nil {
+			return err
+		}
+		if _, err := dst.WriteAt(part, r.Start); err != nil {
+			return err
+		}
+		r.Start += int64(len(part))
+	}
+	return nil
+}
