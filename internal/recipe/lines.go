@@ -1,0 +1,138 @@
+package recipe
+
+import (
+	"fmt"
+	"strings"
+	"unicode/utf8"
+)
+
+// blanks separate words within a line.
+const blanks = " \t"
+
+func blank(c byte) bool { return c == ' ' || c == '\t' }
+
+// line is a logical line: physical lines joined, without those of comments
+// between them.
+type line struct {
+	text  string
+	spans []span
+}
+
+// span says where the line's text from offset on comes from.
+type span struct {
+	offset int
+	from   Position
+}
+
+// position is the place in the recipe of an offset in the line.
+func (l *line) position(offset int) Position {
+	s := l.spans[0]
+	for _, next := range l.spans[1:] {
+		// What is between two physical lines counts as the first one's end.
+		if next.offset > offset || next.offset == offset && offset == len(l.text) {
+			break
+		}
+		s = next
+	}
+	return Position{s.from.Line, s.from.Column + utf8.RuneCountInString(l.text[s.offset:offset])}
+}
+
+func (l *line) add(text string, from Position) {
+	l.spans = append(l.spans, span{len(l.text), from})
+	l.text += text
+}
+
+// check refuses what no text of a recipe may have.
+func check(text string) *Error {
+	if len(text) > MaxSize {
+		return &Error{Position{1, 1}, fmt.Sprintf("the recipe is longer than %d bytes", MaxSize)}
+	}
+	at := Position{1, 1}
+	for i, r := range text {
+		switch {
+		case r == utf8.RuneError && !strings.HasPrefix(text[i:], string(utf8.RuneError)):
+			return &Error{at, "this is not UTF-8"}
+		case r == '\n':
+			at = Position{at.Line + 1, 1}
+			continue
+		case r == '\r' && strings.HasPrefix(text[i+1:], "\n"):
+		case r < ' ' && r != '\t':
+			return &Error{at, fmt.Sprintf("control character %U", r)}
+		}
+		at.Column++
+	}
+	return nil
+}
+
+// split makes logical lines of a recipe that was checked. With an error come
+// the lines before it.
+func split(text string) ([]*line, *Error) {
+	const bom = "\ufeff"
+	physical := strings.Split(text, "\n")
+	var lines []*line
+	var open *line // is continued
+	directives := true
+	var last Position // of the backslash that continues
+	for i, raw := range physical {
+		raw = strings.TrimSuffix(raw, "\r")
+		column := 1
+		if i == 0 && strings.HasPrefix(raw, bom) {
+			raw, column = raw[len(bom):], 2
+		}
+		trimmed := strings.TrimLeft(raw, blanks)
+		if strings.HasPrefix(trimmed, "#") {
+			if directives && open == nil {
+				isOne, err := directive(trimmed)
+				if err != "" {
+					return lines, &Error{Position{i + 1, column + len(raw) - len(trimmed)}, err}
+				}
+				directives = isOne
+			}
+			continue
+		}
+		directives = false
+		if trimmed == "" {
+			continue // within a continued line, too, as in a Dockerfile
+		}
+		if open == nil {
+			column += len(raw) - len(trimmed)
+			raw = trimmed
+			open = &line{}
+			lines = append(lines, open)
+		}
+		content := strings.TrimRight(raw, blanks)
+		continued := strings.HasSuffix(content, `\`) && !strings.HasSuffix(content, `\\`)
+		if continued {
+			raw = content[:len(content)-1]
+			last = Position{i + 1, column + utf8.RuneCountInString(raw)}
+		}
+		open.add(raw, Position{i + 1, column})
+		if !continued {
+			open = nil
+		}
+	}
+	if open != nil {
+		return lines[:len(lines)-1], &Error{last, "this says that the line goes on, but nothing follows"}
+	}
+	return lines, nil
+}
+
+// directive tells whether a comment at the recipe's top is a parser directive
+// of Dockerfiles, and what is wrong with it. Those for other programs mean
+// nothing here.
+func directive(comment string) (is bool, wrong string) {
+	key, value, ok := strings.Cut(strings.TrimLeft(comment, "#"+blanks), "=")
+	if !ok {
+		return false, ""
+	}
+	switch strings.ToLower(strings.TrimSpace(key)) {
+	case "escape":
+		if v := strings.TrimSpace(value); v != `\` {
+			return true, fmt.Sprintf("the escape character of recipes is the backslash, and cannot be %q", v)
+		}
+		return true, ""
+	case "syntax", "check":
+		return true, ""
+	}
+	return false, ""
+}
