@@ -1,0 +1,232 @@
+package buildcontext
+
+import (
+	"archive/tar"
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// ErrRefused is in the error of an archive that Pack would not have made, or
+// that is not the one that was named.
+var ErrRefused = errors.New("archive refused")
+
+// Limits bound an archive. Zeros stand for DefaultLimits'.
+type Limits struct {
+	Entries int
+	Bytes   int64 // of all files together
+}
+
+// DefaultLimits are enough for a project's sources and its data.
+var DefaultLimits = Limits{Entries: 100_000, Bytes: 4 << 30}
+
+// The longest name and link, in bytes, and depth of folders of an archive.
+const (
+	maxName  = 4095 // PATH_MAX, the final NUL aside
+	maxDepth = 128
+)
+
+// budget is what is left of the limits.
+type budget struct {
+	limits  Limits
+	entries int
+	bytes   int64
+}
+
+func newBudget(l Limits) *budget {
+	if l.Entries <= 0 {
+		l.Entries = DefaultLimits.Entries
+	}
+	if l.Bytes <= 0 {
+		l.Bytes = DefaultLimits.Bytes
+	}
+	return &budget{limits: l, entries: l.Entries, bytes: l.Bytes}
+}
+
+// entry takes one entry's share.
+func (b *budget) entry(name, link string, size int64) error {
+	if b.entries--; b.entries < 0 {
+		return fmt.Errorf("more than %d files and folders: %w", b.limits.Entries, ErrRefused)
+	}
+	if size < 0 || size > b.bytes {
+		return fmt.Errorf("files have more than %d bytes together: %w", b.limits.Bytes, ErrRefused)
+	}
+	b.bytes -= size
+	if len(name) > maxName || len(link) > maxName || strings.Count(name, "/") > maxDepth {
+		return fmt.Errorf("a name is longer than %d bytes or deeper than %d folders: %w", maxName, maxDepth, ErrRefused)
+	}
+	return nil
+}
+
+// Unpack makes the folder dir, which must not be there, of an archive, whose
+// name must be want. What Pack does not write is refused; after an error
+// there is no dir.
+//
+// Nobody is given more rights than the archive's reader has: files are the
+// calling process's own, without setuid, setgid and sticky bits, and dir is
+// for it alone.
+func Unpack(ctx context.Context, r io.Reader, want Digest, dir string, limits Limits) (err error) {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return fmt.Errorf("unpack: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("unpack: %w", err), removeAll(dir))
+		}
+	}()
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	sum := sha256.New()
+	u := unpacker{root: root, budget: newBudget(limits), dirs: map[string]fs.FileMode{".": 0o700}}
+	if err := u.all(io.TeeReader(contextReader{ctx, r}, sum)); err != nil {
+		return err
+	}
+	if got := digestOf(sum.Sum(nil)); subtle.ConstantTimeCompare([]byte(got), []byte(want)) != 1 {
+		return fmt.Errorf("it is %s, not %.100q: %w", got, want, ErrRefused)
+	}
+	return u.finish()
+}
+
+type unpacker struct {
+	root   *os.Root
+	budget *budget
+	dirs   map[string]fs.FileMode // folders that were made, and the modes they get
+	last   string                 // name of the last entry
+}
+
+func (u *unpacker) all(in io.Reader) error {
+	t := tar.NewReader(in)
+	for {
+		h, err := t.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return fmt.Errorf("read archive: %w", err)
+		}
+		if err := u.entry(t, h); err != nil {
+			return err
+		}
+	}
+	// The archive's name is of all its bytes.
+	const padding = 1 << 20
+	n, err := io.Copy(io.Discard, io.LimitReader(in, padding))
+	if err != nil {
+		return fmt.Errorf("read archive: %w", err)
+	}
+	if n == padding {
+		return fmt.Errorf("there is more behind its end: %w", ErrRefused)
+	}
+	return nil
+}
+
+func (u *unpacker) entry(t io.Reader, h *tar.Header) error {
+	if err := u.budget.entry(h.Name, h.Linkname, h.Size); err != nil {
+		return err
+	}
+	name := h.Name
+	if h.Typeflag == tar.TypeDir {
+		name = strings.TrimSuffix(name, "/")
+	}
+	if !filepath.IsLocal(name) || strings.ContainsRune(name, 0) || name == "." || path.Clean(name) != name {
+		return fmt.Errorf("entry %q is no name below the folder: %w", h.Name, ErrRefused)
+	}
+	// In the order that Pack writes, none can come twice, and none before its
+	// folder.
+	if u.last != "" && compare(u.last, name) >= 0 {
+		return fmt.Errorf("entry %q comes twice or out of order: %w", h.Name, ErrRefused)
+	}
+	u.last = name
+	if err := u.parents(path.Dir(name)); err != nil {
+		return err
+	}
+	mode := fs.FileMode(h.Mode) & 0o777
+	switch h.Typeflag {
+	case tar.TypeDir:
+		u.dirs[name] = mode
+		return u.root.Mkdir(name, 0o700)
+	case tar.TypeSymlink:
+		if err := checkLink(name, h.Linkname); err != nil {
+			return fmt.Errorf("%w: %w", err, ErrRefused)
+		}
+		if h.Linkname == "" {
+			return fmt.Errorf("link %s leads nowhere: %w", name, ErrRefused)
+		}
+		return u.root.Symlink(h.Linkname, name)
+	case tar.TypeReg:
+		f, err := u.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(f, t)
+		if err == nil {
+			err = f.Chmod(mode)
+		}
+		return errors.Join(err, f.Close())
+	}
+	return fmt.Errorf("entry %q is of type %q: %w", h.Name, h.Typeflag, ErrRefused)
+}
+
+// parents makes the folders that the archive has no entry of: those that were
+// ignored but for something in them.
+func (u *unpacker) parents(dir string) error {
+	if _, ok := u.dirs[dir]; ok {
+		return nil
+	}
+	if info, err := u.root.Lstat(dir); err == nil && !info.IsDir() {
+		return fmt.Errorf("%q is not a folder, but has entries: %w", dir, ErrRefused)
+	}
+	if err := u.parents(path.Dir(dir)); err != nil {
+		return err
+	}
+	if err := u.budget.entry(dir, "", 0); err != nil {
+		return err
+	}
+	u.dirs[dir] = 0o755
+	return u.root.Mkdir(dir, 0o700)
+}
+
+// finish gives folders their modes, the deepest first: they may forbid to
+// write into them.
+func (u *unpacker) finish() error {
+	names := make([]string, 0, len(u.dirs))
+	for n := range u.dirs {
+		names = append(names, n)
+	}
+	slices.SortFunc(names, func(a, b string) int { return strings.Count(b, "/") - strings.Count(a, "/") })
+	for _, n := range names {
+		if err := u.root.Chmod(n, u.dirs[n]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// removeAll removes what Unpack made, also where a folder's mode forbids it.
+func removeAll(dir string) error {
+	_ = filepath.WalkDir(dir, func(p string, d fs.DirEntry, _ error) error {
+		if d != nil && d.IsDir() {
+			_ = os.Chmod(p, 0o700)
+		}
+		return nil
+	})
+	return os.RemoveAll(dir)
+}
+
+// compare is the order of an archive's names, that of a walk which sorts each
+// folder: "a/b" comes before "a.b".
+func compare(a, b string) int {
+	return slices.Compare(strings.Split(a, "/"), strings.Split(b, "/"))
+}
