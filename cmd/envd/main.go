@@ -19,6 +19,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/envd"
 	"github.com/wrenn-dev/wrenn/internal/envd/boot"
+	"github.com/wrenn-dev/wrenn/internal/envd/machine"
 )
 
 func main() {
@@ -27,6 +28,7 @@ func main() {
 	user := flag.String("user", "user", "whose requests are that name nobody")
 	group := flag.String("cgroup", defaultCgroup(), "cgroup2 directory to keep users' processes in; empty for none")
 	device := flag.String("interface", "eth0", "network interface at whose address loopback services are made reachable; empty for none")
+	whole := flag.Bool("guest", false, "the machine is this daemon's: what it is told of name, clock, random numbers and disk is done")
 	flag.Parse()
 
 	// Files and processes made on a user's behalf have the usual rights.
@@ -39,21 +41,24 @@ func main() {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	if err := run(ctx, log, *listen, *user, *group, *device); err != nil {
+	cfg := envd.Config{DefaultUser: *user, Cgroup: *group, Log: log}
+	if *whole {
+		cfg.Machine = machine.New()
+	}
+	if err := run(ctx, cfg, *listen, *device); err != nil {
 		log.Error("envd", "error", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, log *slog.Logger, listen, user, group, device string) error {
-	var address netip.Addr
+func run(ctx context.Context, cfg envd.Config, listen, device string) error {
 	if device != "" {
 		var err error
-		if address, err = addressOf(device); err != nil {
-			log.Warn("services on loopback stay there", "error", err)
+		if cfg.Address, err = addressOf(device); err != nil {
+			cfg.Log.Warn("services on loopback stay there", "error", err)
 		}
 	}
-	s, err := envd.New(envd.Config{DefaultUser: user, Cgroup: group, Address: address, Log: log})
+	s, err := envd.New(cfg)
 	if err != nil {
 		return err
 	}

@@ -7,17 +7,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/http"
 	"net/netip"
-	"strings"
 	"sync"
 	"time"
 
 	"connectrpc.com/connect"
 
-	"github.com/wrenn-dev/wrenn/internal/envd/account"
 	"github.com/wrenn-dev/wrenn/internal/envd/cgroup"
 	"github.com/wrenn-dev/wrenn/internal/envd/fault"
 	"github.com/wrenn-dev/wrenn/internal/envd/files"
@@ -41,7 +38,25 @@ type Config struct {
 	// Address is the guest's own address, at which services that listen on
 	// loopback alone are made reachable; invalid: they are not.
 	Address netip.Addr
+	// Machine is what /init makes the sandbox's own; nil: the machine is not
+	// the daemon's to change, and what /init says of it means nothing.
+	Machine Machine
 	Log     *slog.Logger
+}
+
+// Machine is what a guest that goes on from captured memory must change of
+// itself. The package machine has the real one.
+type Machine interface {
+	// Reseed makes the kernel's random numbers independent of those of any
+	// other machine with the same memory.
+	Reseed(secret []byte) error
+	Rename(hostname string) error
+	// SetClock puts the clock right; the host told its time at that time or
+	// a little later.
+	SetClock(host time.Time) error
+	// Grow makes the root file system as large as its device, which has so many
+	// bytes, and returns its size in bytes.
+	Grow(ctx context.Context, bytes int64) (int64, error)
 }
 
 // Server is the daemon.
@@ -52,6 +67,9 @@ type Server struct {
 	processes  *process.Service
 	filesystem *filesystem.Service
 	handler    http.Handler
+	open       connections
+
+	initialising sync.Mutex // held by /init
 
 	mu    sync.RWMutex
 	state state
@@ -122,6 +140,7 @@ func (s *Server) Run(ctx context.Context, addr string) error {
 		return fmt.Errorf("listen: %w", err)
 	}
 	srv := netaddr.Server(s.handler)
+	s.open.watch(srv)
 	srv.ErrorLog = slog.NewLogLogger(s.log.Handler(), slog.LevelWarn)
 	// A peer that is gone without a word (its host failed, this guest was
 	// moved) is noticed by the answer that does not come.
@@ -171,79 +190,6 @@ func (s *Server) current() state {
 	return s.state
 }
 
-// initRequest is /init's body. What is absent stays as it is. There may be
-// more in it (a client's clock, for one), which means nothing here.
-type initRequest struct {
-	EnvVars        map[string]string `json:"envVars"`
-	AccessToken    string            `json:"accessToken"`
-	DefaultUser    string            `json:"defaultUser"`
-	DefaultWorkdir *string           `json:"defaultWorkdir"`
-}
-
-// init takes the sandbox's token, environment and defaults. The first call
-// needs no token: nothing of a user's runs in the guest before it. Every later
-// one needs the token that is in force.
-func (s *Server) init(w http.ResponseWriter, r *http.Request) {
-	st := s.current()
-	if st.token != "" && !sameSecret(r.Header.Get(TokenHeader), st.token) {
-		unauthenticated(w, "the access token is missing or wrong")
-		return
-	}
-	var req initRequest
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, 4<<20))
-	if err == nil {
-		err = json.Unmarshal(body, &req)
-	}
-	if err != nil {
-		fault.Write(w, http.StatusBadRequest, connect.CodeInvalidArgument, "the body is not the JSON object that is expected")
-		return
-	}
-	if err := req.check(st.token == ""); err != nil {
-		fault.Write(w, http.StatusBadRequest, connect.CodeInvalidArgument, err.Error())
-		return
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.state.token != st.token {
-		unauthenticated(w, "the access token was changed meanwhile")
-		return
-	}
-	if req.EnvVars != nil {
-		s.state.envs = req.EnvVars
-	}
-	if req.AccessToken != "" {
-		s.state.token = req.AccessToken
-	}
-	if req.DefaultUser != "" {
-		s.state.user = req.DefaultUser
-	}
-	if req.DefaultWorkdir != nil {
-		s.state.workdir = *req.DefaultWorkdir
-	}
-	w.Header().Set("Cache-Control", "no-store")
-	w.WriteHeader(http.StatusNoContent)
-}
-
-func (req *initRequest) check(first bool) error {
-	if first && req.AccessToken == "" {
-		return errors.New("an access token is needed")
-	}
-	for k, v := range req.EnvVars {
-		if k == "" || strings.ContainsAny(k, "=\x00") || strings.ContainsRune(v, 0) {
-			return fmt.Errorf("environment variable %q cannot be set", k)
-		}
-	}
-	if req.DefaultUser != "" {
-		if _, err := account.Lookup(req.DefaultUser); err != nil {
-			return err
-		}
-	}
-	if req.DefaultWorkdir != nil && strings.ContainsRune(*req.DefaultWorkdir, 0) {
-		return errors.New("the working directory has a NUL byte")
-	}
-	return nil
-}
-
 func (s *Server) envs(w http.ResponseWriter, _ *http.Request) {
 	envs := s.current().envs
 	if envs == nil {
@@ -263,12 +209,16 @@ func (s *Server) toTree(do func(*cgroup.Tree, context.Context) error) http.Handl
 			fault.Write(w, http.StatusNotImplemented, connect.CodeUnimplemented, "this guest has no cgroup2 to freeze processes with")
 			return
 		}
-		ctx, cancel := context.WithTimeout(r.Context(), freezeLimit)
-		defer cancel()
-		if err := do(s.tree, ctx); err != nil {
+		if err := s.onTree(r.Context(), do); err != nil {
 			fault.WriteError(w, err)
 			return
 		}
 		w.WriteHeader(http.StatusNoContent)
 	})
+}
+
+func (s *Server) onTree(ctx context.Context, do func(*cgroup.Tree, context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, freezeLimit)
+	defer cancel()
+	return do(s.tree, ctx)
 }

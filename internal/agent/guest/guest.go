@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -37,7 +38,7 @@ const (
 // Client talks to the daemon of one guest. Its errors are Connect errors.
 type Client struct {
 	base      string
-	token     string
+	token     atomic.Pointer[string]
 	http      *http.Client
 	transport *http.Transport
 	processes processconnect.ProcessClient
@@ -47,10 +48,10 @@ type Client struct {
 }
 
 // New makes a client of the guest that the host reaches at addr; token is the
-// sandbox's access token.
+// access token that the guest has, which for one that goes on from captured
+// memory is another sandbox's, or none, until [Client.Init].
 func New(addr netip.Addr, token string) *Client {
 	target := netip.AddrPortFrom(addr, Port).String()
-	d := net.Dialer{Timeout: 10 * time.Second}
 	// HTTP/1.1, a connection a request: over HTTP/2 all requests would share
 	// one flow control window, and a process that does not read its input would
 	// stop every other request.
@@ -58,7 +59,7 @@ func New(addr netip.Addr, token string) *Client {
 	p.SetHTTP1(true)
 	t := &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return d.DialContext(ctx, "tcp", target) // never anywhere else, whatever the guest answers
+			return dial(ctx, target) // never anywhere else, whatever the guest answers
 		},
 		Protocols:              &p,
 		DisableCompression:     true,
@@ -71,12 +72,13 @@ func New(addr netip.Addr, token string) *Client {
 	life, end := context.WithCancel(context.Background())
 	c := &Client{
 		life: life, end: end,
-		base: "http://" + target, token: token, transport: t,
+		base: "http://" + target, transport: t,
 		http: &http.Client{
 			Transport:     t,
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},
 	}
+	c.token.Store(&token)
 	c.processes = processconnect.NewProcessClient(authorized{c}, c.base, connect.WithReadMaxBytes(maxReply))
 	return c
 }
@@ -85,7 +87,7 @@ func New(addr netip.Addr, token string) *Client {
 type authorized struct{ c *Client }
 
 func (a authorized) Do(r *http.Request) (*http.Response, error) {
-	r.Header.Set(tokenHeader, a.c.token)
+	r.Header.Set(tokenHeader, *a.c.token.Load())
 	return a.c.http.Do(r)
 }
 
@@ -130,30 +132,6 @@ func (c *Client) healthy(ctx context.Context) bool {
 	}
 	resp.Body.Close()
 	return true
-}
-
-// Settings are what the daemon is told once its guest has booted.
-type Settings struct {
-	// Envs is the environment of every process.
-	Envs map[string]string
-}
-
-// Init gives the daemon its token and settings.
-func (c *Client) Init(ctx context.Context, s Settings) error {
-	envs := s.Envs
-	if envs == nil {
-		envs = map[string]string{}
-	}
-	body, err := json.Marshal(map[string]any{"envVars": envs, "accessToken": c.token, "timestamp": time.Now().UTC().Format(time.RFC3339Nano)})
-	if err != nil {
-		return fmt.Errorf("encode settings: %w", err)
-	}
-	resp, err := c.do(ctx, http.MethodPost, "/init", nil, strings.NewReader(string(body)), int64(len(body)))
-	if err != nil {
-		return err
-	}
-	resp.Body.Close()
-	return nil
 }
 
 // Metrics is how busy the guest says it is.
@@ -356,7 +334,7 @@ func (c *Client) send(ctx context.Context, method, path string, q url.Values, bo
 		}
 		req.Header.Set("Content-Type", "application/octet-stream")
 	}
-	req.Header.Set(tokenHeader, c.token)
+	req.Header.Set(tokenHeader, *c.token.Load())
 	if header != nil {
 		header(req.Header)
 	}

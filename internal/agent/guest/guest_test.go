@@ -76,7 +76,7 @@ func start(t *testing.T) *Client {
 	if err := c.Wait(ctx); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Init(ctx, Settings{Envs: map[string]string{"FROM": "sandbox"}}); err != nil {
+	if _, err := c.Init(ctx, Settings{Envs: map[string]string{"FROM": "sandbox"}}); err != nil {
 		t.Fatal(err)
 	}
 	return c
@@ -339,7 +339,7 @@ func TestMetricsAndTokens(t *testing.T) {
 	if _, err := stranger.Exec(t.Context(), sh("true"), nil); err == nil {
 		t.Error("a stranger ran a command")
 	}
-	if err := stranger.Init(t.Context(), Settings{}); err == nil {
+	if _, err := stranger.Init(t.Context(), Settings{}); err == nil {
 		t.Error("a stranger initialised the guest")
 	}
 }

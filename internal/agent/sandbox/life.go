@@ -395,7 +395,10 @@ func (b *box) boot(ctx context.Context) error {
 	defer func() { cancel(nil); <-watched }()
 	err := b.step("boot", func() error { return b.guest.Wait(guarded) })
 	if err == nil {
-		err = b.step("init", func() error { return b.guest.Init(guarded, guest.Settings{Envs: b.rec.Spec.Envs}) })
+		err = b.step("init", func() error {
+			_, err := b.guest.Init(guarded, guest.Settings{Envs: b.rec.Spec.Envs})
+			return err
+		})
 	}
 	if err == nil {
 		return nil

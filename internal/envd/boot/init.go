@@ -1,9 +1,7 @@
 package boot
 
 import (
-	"bytes"
-	"crypto/rand"
-	"encoding/hex"
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
@@ -12,6 +10,8 @@ import (
 	"syscall"
 
 	"github.com/vishvananda/netlink"
+
+	"github.com/wrenn-dev/wrenn/internal/envd/machine"
 )
 
 // Where the guest daemon and the reaper of orphans are.
@@ -44,7 +44,7 @@ func bringUp() error {
 	if err != nil {
 		return err
 	}
-	if err := name(opts["wrenn.hostname"]); err != nil {
+	if err := machine.New().Rename(cmp.Or(opts["wrenn.hostname"], "wrenn")); err != nil {
 		return err
 	}
 	if err := connect(opts); err != nil {
@@ -53,35 +53,11 @@ func bringUp() error {
 	if err := startClock(opts["wrenn.ntp"]); err != nil {
 		say("the clock is not kept: %v", err) // a guest with a drifting clock is better than none
 	}
-	argv := []string{daemon}
+	argv := []string{daemon, "-guest"}
 	if _, err := os.Stat(reaper); err == nil {
-		argv = []string{reaper, "--", daemon}
+		argv = append([]string{reaper, "--"}, argv...)
 	}
 	return fmt.Errorf("start %s: %w", argv[0], syscall.Exec(argv[0], argv, []string{path, "HOME=/root", "LANG=C.UTF-8"}))
-}
-
-// name gives the machine its host name and, at its first boot, its id.
-func name(hostname string) error {
-	if hostname == "" {
-		hostname = "wrenn"
-	}
-	if err := syscall.Sethostname([]byte(hostname)); err != nil {
-		return fmt.Errorf("set host name: %w", err)
-	}
-	if err := os.WriteFile("/etc/hostname", []byte(hostname+"\n"), 0o644); err != nil {
-		return err
-	}
-	hosts := "127.0.0.1 localhost\n127.0.1.1 " + hostname + "\n"
-	if err := os.WriteFile("/etc/hosts", []byte(hosts), 0o644); err != nil {
-		return err
-	}
-	id, err := os.ReadFile("/etc/machine-id")
-	if err == nil && len(bytes.TrimSpace(id)) == 32 {
-		return nil
-	}
-	fresh := make([]byte, 16)
-	_, _ = rand.Read(fresh) // never fails
-	return os.WriteFile("/etc/machine-id", []byte(hex.EncodeToString(fresh)+"\n"), 0o444)
 }
 
 // connect sets up loopback, eth0 and the resolver. A guest without a network

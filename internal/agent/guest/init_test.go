@@ -1,0 +1,263 @@
+package guest
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
+)
+
+// fake is a guest whose daemon does what a test says, at a loopback address of
+// its own.
+func fake(t *testing.T, h http.HandlerFunc) (*Client, *httptest.Server) {
+	t.Helper()
+	addr := netip.AddrFrom4([4]byte{127, byte(100 + os.Getpid()>>8&63), byte(os.Getpid()), byte(lastAddr.Add(1))})
+	l, err := net.Listen("tcp", netip.AddrPortFrom(addr, Port).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := httptest.NewUnstartedServer(h)
+	srv.Listener.Close()
+	srv.Listener = l
+	srv.Start()
+	t.Cleanup(srv.Close)
+	c := New(addr, "old")
+	t.Cleanup(c.Close)
+	return c, srv
+}
+
+func within(t *testing.T, d time.Duration) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), d)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+func TestInitChangesTheToken(t *testing.T) {
+	c := start(t)
+	if _, err := c.Init(within(t, 20*time.Second), Settings{Token: "another", Envs: map[string]string{"FROM": "clone"}, Hostname: "clone", Thaw: true}); err != nil {
+		t.Fatal(err)
+	}
+	res, err := c.Exec(t.Context(), sh("echo $FROM"), nil)
+	if err != nil || string(res.Stdout) != "clone\n" {
+		t.Errorf("after the change: %q, %v", res.Stdout, err)
+	}
+	// The agent that does not know whether its guest has the new token.
+	addr, _ := netip.ParseAddrPort(strings.TrimPrefix(c.base, "http://"))
+	unsure := New(addr.Addr(), "the-token")
+	defer unsure.Close()
+	if _, err := unsure.Init(within(t, 20*time.Second), Settings{Token: "another"}); err != nil {
+		t.Error("again: ", err)
+	}
+	if res, err := unsure.Exec(t.Context(), sh("echo -$FROM-"), nil); err != nil || string(res.Stdout) != "--\n" {
+		t.Errorf("with an empty environment: %q, %v", res.Stdout, err)
+	}
+	if _, err := unsure.Init(within(t, 20*time.Second), Settings{Hostname: "a/b"}); connect.CodeOf(err) != connect.CodeInvalidArgument {
+		t.Errorf("a bad host name: %v", err)
+	}
+	late := New(addr.Addr(), "the-token")
+	defer late.Close()
+	if _, err := late.Init(within(t, 20*time.Second), Settings{Token: "mine"}); !Said(err) {
+		t.Errorf("a stranger's: %v", err)
+	}
+}
+
+func TestInitEndsOldConnections(t *testing.T) {
+	c := start(t)
+	p, err := c.Start(t.Context(), sh("echo up; sleep 0.2; echo still; exec sleep 600"), nil, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := p.Next(); err != nil || string(out.Stdout) != "up\n" {
+		t.Fatal(out, err)
+	}
+	if _, err := c.Init(within(t, 20*time.Second), Settings{}); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		out, err := p.Next()
+		if err != nil {
+			if connect.CodeOf(err) != connect.CodeUnavailable {
+				t.Errorf("the stream ends with %v", err)
+			}
+			break
+		}
+		if out.Exit != nil {
+			t.Fatalf("the process ended: %v", out.Exit)
+		}
+	}
+	// The process goes on.
+	if res, err := c.Exec(t.Context(), sh(fmt.Sprintf("kill -0 %d", p.PID)), nil); err != nil || res.Code != 0 {
+		t.Error(res, err)
+	}
+	p.Close()
+}
+
+func TestInitAgainWhenTheAnswerIsLost(t *testing.T) {
+	var mu sync.Mutex
+	var bodies []map[string]any
+	var tokens []string
+	token := "old"
+	c, _ := fake(t, func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		defer mu.Unlock()
+		body, _ := io.ReadAll(r.Body)
+		var m map[string]any
+		if err := json.Unmarshal(body, &m); err != nil {
+			t.Errorf("%v in %s", err, body)
+		}
+		tokens = append(tokens, r.Header.Get(tokenHeader))
+		if r.Header.Get(tokenHeader) != token {
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		bodies = append(bodies, m)
+		token = m["accessToken"].(string)
+		if len(bodies) == 1 {
+			panic(http.ErrAbortHandler) // the answer is lost
+		}
+		_, _ = w.Write([]byte(`{"disk":4096,"warnings":["no\u0000","` + strings.Repeat("x", 5000) + `"]}`))
+	})
+	r, err := c.Init(within(t, 20*time.Second), Settings{Token: "new", Hostname: "h", GrowDisk: 4096, Thaw: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(tokens, []string{"old", "old", "new"}) {
+		t.Errorf("showed %v", tokens)
+	}
+	if r.Disk != 4096 || len(r.Warnings) != 2 || len(r.Warnings[1]) > maxError {
+		t.Errorf("report is %d %.100q", r.Disk, r.Warnings)
+	}
+	m := bodies[1]
+	at, err := time.Parse(time.RFC3339Nano, m["timestamp"].(string))
+	if err != nil || time.Since(at).Abs() > 20*time.Second {
+		t.Error(at, err)
+	}
+	if m["hostname"] != "h" || m["growDisk"] != 4096.0 || m["thaw"] != true || len(m["entropy"].(string)) != 88 {
+		t.Errorf("sent %v", m)
+	}
+}
+
+func TestInitDoesNotBelieveEverything(t *testing.T) {
+	answers := []http.HandlerFunc{
+		func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(bytes.Repeat([]byte("["), 1<<20)) },
+		func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusUnauthorized) },
+		func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "http://127.0.0.1:1/", 307) },
+		func(w http.ResponseWriter, _ *http.Request) { http.Error(w, strings.Repeat("y", 1<<20), 500) },
+	}
+	for i, a := range answers {
+		c, _ := fake(t, a)
+		begin := time.Now()
+		if r, err := c.Init(within(t, 20*time.Second), Settings{Token: "new"}); err == nil || len(err.Error()) > 2*maxError || time.Since(begin) > 10*time.Second {
+			t.Errorf("%d: %v, %.200v after %v", i, r, err, time.Since(begin))
+		}
+	}
+	// Many warnings are cut off, an endless answer ends with the context.
+	c, _ := fake(t, func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = w.Write([]byte(`{"warnings":["a"` + strings.Repeat(`,"a"`, 1000) + `]}`))
+	})
+	if r, err := c.Init(within(t, 20*time.Second), Settings{}); err != nil || len(r.Warnings) != maxWarnings {
+		t.Error(len(r.Warnings), err)
+	}
+	c, _ = fake(t, func(_ http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body) // else the end of the connection goes unnoticed
+		<-r.Context().Done()
+	})
+	if _, err := c.Init(within(t, 300*time.Millisecond), Settings{}); connect.CodeOf(err) != connect.CodeDeadlineExceeded {
+		t.Error(err)
+	}
+	if err := c.Freeze(within(t, 300*time.Millisecond)); connect.CodeOf(err) != connect.CodeDeadlineExceeded {
+		t.Error(err)
+	}
+}
+
+// A guest that is held takes no connection; when it goes on it is reached
+// without the second that the kernel waits before it repeats a packet.
+func TestInitReachesAGuestThatWasNotThere(t *testing.T) {
+	c, srv := fake(t, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
+	addr := srv.Listener.Addr().String()
+	srv.Close()
+	done := make(chan error, 1)
+	go func() {
+		_, err := c.Init(within(t, 20*time.Second), Settings{Token: "new"})
+		done <- err
+	}()
+	time.Sleep(100 * time.Millisecond) // refused meanwhile
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	begin := time.Now()
+	go func() {
+		_ = http.Serve(l, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) }))
+	}()
+	defer l.Close()
+	if err := <-done; err != nil || time.Since(begin) > 5*time.Second {
+		t.Errorf("%v after %v", err, time.Since(begin))
+	}
+}
+
+func TestDialDoesNotWaitForTheKernel(t *testing.T) {
+	// A listener whose queue is full drops what comes, as a guest that is not
+	// there yet does.
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := os.NewFile(uintptr(fd), "listener")
+	defer f.Close()
+	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Listen(fd, 0); err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.FileListener(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	target := l.Addr().String()
+	waiting, err := net.Dial("tcp", target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer waiting.Close()
+	if conn, err := net.DialTimeout("tcp", target, 100*time.Millisecond); err == nil {
+		conn.Close()
+		t.Skip("this kernel's queue is larger than asked for")
+	}
+	stop := time.AfterFunc(60*time.Millisecond, func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			defer conn.Close()
+		}
+	})
+	defer stop.Stop()
+	begin := time.Now()
+	conn, err := dial(within(t, 20*time.Second), target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+	if d := time.Since(begin); d < 60*time.Millisecond || d > 900*time.Millisecond {
+		t.Errorf("connected after %v", d)
+	}
+}
