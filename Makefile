@@ -10,7 +10,7 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 RUN_PACKAGES  := qemu-system-x86 qemu-utils postgresql redis-server caddy mmdebstrap \
 	nftables iproute2 e2fsprogs kmod xz-utils
 # (gcc: for the race detector.)
-TEST_PACKAGES := socat gcc libc6-dev
+TEST_PACKAGES := socat gcc libc6-dev docker-registry skopeo umoci
 
 GO_PACKAGES := ./...
 

@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/base64"
+	"errors"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -57,7 +58,8 @@ func (s *Server) guard(next http.Handler) http.Handler {
 }
 
 // identify finds the user that a request is for: for files what the query
-// says, else what HTTP basic authentication says, else the default. A signed
+// says, else what HTTP basic authentication says, else the default, which is
+// root where the guest has no user of the daemon's default name. A signed
 // request counts by its query alone, since that is what was signed.
 func (s *Server) identify(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -68,10 +70,15 @@ func (s *Server) identify(next http.Handler) http.Handler {
 		if name == "" && r.Header.Get(TokenHeader) != "" {
 			name, _, _ = r.BasicAuth()
 		}
-		if name == "" {
+		byDefault := name == ""
+		if byDefault {
 			name = s.current().user
 		}
 		who, err := account.Lookup(name)
+		// An image from elsewhere has no such user, but root.
+		if errors.Is(err, account.ErrUnknown) && byDefault && name == s.cfg.DefaultUser {
+			who, err = account.Lookup("root")
+		}
 		if err != nil {
 			fault.WriteError(w, err)
 			return

@@ -14,6 +14,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/image/tree"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -82,19 +83,19 @@ func ensureMinimal(ctx context.Context, dir layout.Dir, envd string, progress fu
 		return Template{}, err
 	}
 	progress("minimal: writing the file system")
-	tree, out := filepath.Join(tmp, "tree"), filepath.Join(tmp, "out")
-	for _, d := range []string{tree, out} {
+	files, out := filepath.Join(tmp, "tree"), filepath.Join(tmp, "out")
+	for _, d := range []string{files, out} {
 		if err := os.Mkdir(d, 0o755); err != nil {
 			return Template{}, err
 		}
 	}
-	if _, err := output(ctx, "", "tar", "-C", tree, "--numeric-owner", "--xattrs", "--xattrs-include=*", "-xf", tar); err != nil {
+	if _, err := output(ctx, "", "tar", "-C", files, "--numeric-owner", "--xattrs", "--xattrs-include=*", "-xf", tar); err != nil {
 		return Template{}, err
 	}
-	if err := injectDaemon(tree, envd); err != nil {
+	if err := injectDaemon(files, envd); err != nil {
 		return Template{}, err
 	}
-	if err := makeFilesystem(ctx, filepath.Join(out, rootfsFile), tree, minimalDiskMiB); err != nil {
+	if err := makeFilesystem(ctx, filepath.Join(out, rootfsFile), files, minimalDiskMiB); err != nil {
 		return Template{}, err
 	}
 	t := Template{Name: "minimal", DiskMiB: minimalDiskMiB, CreatedAt: time.Now().UTC().Truncate(time.Second), Inputs: inputs}
@@ -152,46 +153,97 @@ func ensureBase(ctx context.Context, parent, tmp, inputs string, sources []sourc
 }
 
 // injectDaemon puts the guest daemon into a root file system's tree, under
-// its own name and that of the first process.
-func injectDaemon(tree, envd string) error {
-	root, err := os.OpenRoot(tree) // links in the tree lead nowhere outside of it
+// its own name and that of the first process, in the place of whatever an
+// image has there. It makes the folders that booting needs and an image made
+// of one program has not.
+func injectDaemon(dir, envd string) error {
+	t, err := tree.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer t.Close()
+	if err := mountPoints(t); err != nil {
+		return err
+	}
+	bin, err := t.MakeDir("usr/local/bin")
+	if err != nil {
+		return err
+	}
+	defer bin.Close()
+	if err := bin.Remove("envd"); err != nil {
+		return err
+	}
+	dst, err := bin.Create("envd", 0o755)
+	if err != nil {
+		return err
+	}
+	src, err := os.Open(envd)
+	if err != nil {
+		dst.Close()
+		return err
+	}
+	defer src.Close()
+	_, err = io.Copy(dst, src)
+	if err := errors.Join(err, dst.Chmod(0o755), dst.Close()); err != nil {
+		return fmt.Errorf("copy guest daemon: %w", err)
+	}
+	sbin, err := t.MakeDir("sbin")
+	if err != nil {
+		return err
+	}
+	defer sbin.Close()
+	if err := sbin.Remove("wrenn-init"); err != nil {
+		return err
+	}
+	return sbin.Symlink("/usr/local/bin/envd", "wrenn-init")
+}
+
+// mountPoints makes the folders that the initrd and wrenn-init use. The
+// initrd reaches the first two from outside, where links lead elsewhere.
+func mountPoints(t *tree.Tree) error {
+	root, err := t.Dir("")
 	if err != nil {
 		return err
 	}
 	defer root.Close()
-	src, err := os.Open(envd)
-	if err != nil {
-		return err
+	for _, name := range []string{"dev", "proc"} {
+		if st, err := root.Lstat(name); err == nil && st.Mode&syscall.S_IFMT == syscall.S_IFDIR {
+			continue
+		}
+		if err := root.Remove(name); err != nil {
+			return err
+		}
+		if err := root.Mkdir(name, 0o755); err != nil {
+			return err
+		}
 	}
-	defer src.Close()
-	if err := root.MkdirAll("usr/local/bin", 0o755); err != nil {
-		return err
-	}
-	dst, err := root.OpenFile("usr/local/bin/envd", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o755)
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(dst, src)
-	if err := errors.Join(err, dst.Close()); err != nil {
-		return fmt.Errorf("copy guest daemon: %w", err)
-	}
-	init := "sbin/wrenn-init"
-	if info, err := root.Lstat("sbin"); err == nil && info.Mode()&fs.ModeSymlink != 0 {
-		init = "usr/" + init
-	}
-	if err := root.Symlink("/usr/local/bin/envd", init); err != nil && !errors.Is(err, fs.ErrExist) {
-		return fmt.Errorf("link wrenn-init: %w", err)
+	for _, f := range []struct {
+		name string
+		mode uint32
+	}{{"sys", 0o755}, {"run", 0o755}, {"etc", 0o755}, {"root", 0o700}, {"tmp", 0o1777}} {
+		d, err := t.Dir(f.name)
+		if errors.Is(err, fs.ErrNotExist) {
+			if err = root.Mkdir(f.name, f.mode); err == nil {
+				continue
+			}
+		}
+		if err != nil {
+			return err
+		}
+		if err := d.Close(); err != nil {
+			return err
+		}
 	}
 	return nil
 }
 
 // makeFilesystem writes a sparse ext4 file system of sizeMiB with what is in
-// tree. Its tables are left for the guest's kernel to zero when it first uses
+// dir. Its tables are left for the guest's kernel to zero when it first uses
 // them, so that it takes little more than its files.
-func makeFilesystem(ctx context.Context, name, tree string, sizeMiB int) error {
+func makeFilesystem(ctx context.Context, name, dir string, sizeMiB int) error {
 	_, err := output(ctx, "", "mke2fs", "-q", "-t", "ext4", "-L", "wrenn", "-m", "0",
 		"-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0",
-		"-d", tree, name, fmt.Sprintf("%dM", sizeMiB))
+		"-d", dir, name, fmt.Sprintf("%dM", sizeMiB))
 	return err
 }
 

@@ -34,7 +34,9 @@ type Account struct {
 }
 
 // Lookup finds a user by name, or by uid where no user has the number for a
-// name. The tables are read afresh: the guest's users may change.
+// name. The tables are read afresh: the guest's users may change. An image may
+// have none: root is always there, and a number that is no user's is one whose
+// group is root's and whose home is "/", as container runtimes have it.
 func Lookup(name string) (*Account, error) {
 	return lookup(name, "/etc/passwd", "/etc/group")
 }
@@ -63,12 +65,15 @@ func lookup(name, passwd, group string) (*Account, error) {
 		}
 		return true
 	})
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("look up user %q: %w", name, err)
 	}
 	a := byName
 	if a == nil {
 		a = byID
+	}
+	if a == nil {
+		a = unlisted(name)
 	}
 	if a == nil {
 		return nil, fmt.Errorf("user %q: %w", name, ErrUnknown)
@@ -90,6 +95,19 @@ func lookup(name, passwd, group string) (*Account, error) {
 		return nil, fmt.Errorf("look up groups of user %q: %w", name, err)
 	}
 	return a, nil
+}
+
+// unlisted is a user that is in no table, or nil.
+func unlisted(name string) *Account {
+	if name == "root" || name == "0" {
+		return &Account{Name: "root", Home: "/root"}
+	}
+	// The number that stands for "unchanged" (chown(2)) is nobody's.
+	uid, err := strconv.ParseUint(name, 10, 32)
+	if err != nil || uid == 1<<32-1 {
+		return nil
+	}
+	return &Account{Name: name, UID: uint32(uid), Home: "/"}
 }
 
 // eachLine calls f with the colon-separated fields of each line of a file

@@ -52,6 +52,27 @@ func TestLookup(t *testing.T) {
 	}
 }
 
+func TestLookupUnlisted(t *testing.T) {
+	passwd, group := tables(t)
+	none := filepath.Join(t.TempDir(), "none")
+	for _, tables := range [][2]string{{passwd, group}, {none, none}, {none, group}} {
+		a, err := lookup("4711", tables[0], tables[1])
+		if err != nil || a.Name != "4711" || a.UID != 4711 || a.GID != 0 || a.Home != "/" || !slices.Equal(a.Groups, []uint32{0}) {
+			t.Errorf("4711 is %+v, %v", a, err)
+		}
+		for _, name := range []string{"root", "0"} {
+			if a, err := lookup(name, tables[0], tables[1]); err != nil || a.Name != "root" || a.UID != 0 || a.Home != "/root" {
+				t.Errorf("%s is %+v, %v", name, a, err)
+			}
+		}
+		for _, name := range []string{"4294967295", "4294967296", "-1", "+1", "1e3", "nobody"} {
+			if a, err := lookup(name, tables[0], tables[1]); !errors.Is(err, ErrUnknown) {
+				t.Errorf("%s is %+v, %v", name, a, err)
+			}
+		}
+	}
+}
+
 func TestResolve(t *testing.T) {
 	a := &Account{Home: "/home/user"}
 	for in, want := range map[string]string{

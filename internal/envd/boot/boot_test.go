@@ -1,10 +1,15 @@
 package boot
 
 import (
+	"context"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestOptions(t *testing.T) {
@@ -13,6 +18,29 @@ func TestOptions(t *testing.T) {
 		if got[k] != want {
 			t.Errorf("%s is %q, not %q", k, got[k], want)
 		}
+	}
+}
+
+// TestReap runs reap in a process of its own, which orphans come to.
+func TestReap(t *testing.T) {
+	if os.Getenv("WRENN_TEST_REAP") != "" {
+		if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+			t.Fatal(err)
+		}
+		// The orphan ends before the program does, which waits until it is gone.
+		const script = `p=$(sh -c 'sleep 0.01 & echo $!'); while [ -e /proc/$p ]; do sleep 0.01; done; exit 3`
+		err := reap([]string{"/bin/sh", "-c", script}, os.Environ())
+		if err == nil || !strings.Contains(err.Error(), "0x300") {
+			t.Fatalf("reap: %v", err)
+		}
+		return
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, os.Args[0], "-test.run=^TestReap$")
+	cmd.Env = append(os.Environ(), "WRENN_TEST_REAP=1")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
 	}
 }
 

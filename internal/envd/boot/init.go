@@ -24,7 +24,7 @@ const (
 const path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/games:/usr/games"
 
 // bringUp makes a running system of the root file system and becomes the
-// guest daemon, under tini where the image has it.
+// guest daemon, under tini where the image has it and else under itself.
 func bringUp() error {
 	for _, m := range []mount{
 		{"sysfs", "/sys", "sysfs", syscall.MS_NOSUID | syscall.MS_NODEV | syscall.MS_NOEXEC, ""},
@@ -53,11 +53,32 @@ func bringUp() error {
 	if err := startClock(opts["wrenn.ntp"]); err != nil {
 		say("the clock is not kept: %v", err) // a guest with a drifting clock is better than none
 	}
-	argv := []string{daemon, "-guest"}
-	if _, err := os.Stat(reaper); err == nil {
-		argv = append([]string{reaper, "--"}, argv...)
+	env := []string{path, "HOME=/root", "LANG=C.UTF-8"}
+	if _, err := os.Stat(reaper); err != nil {
+		return reap([]string{daemon, "-guest"}, env)
 	}
-	return fmt.Errorf("start %s: %w", argv[0], syscall.Exec(argv[0], argv, []string{path, "HOME=/root", "LANG=C.UTF-8"}))
+	return fmt.Errorf("start %s: %w", reaper, syscall.Exec(reaper, []string{reaper, "--", daemon, "-guest"}, env))
+}
+
+// reap runs a program and collects every orphan's end until the program's
+// own, which is an error: the first process must not end, and with its daemon
+// a guest is of no use.
+func reap(argv, env []string) error {
+	proc, err := os.StartProcess(argv[0], argv, &os.ProcAttr{Env: env, Files: []*os.File{os.Stdin, os.Stdout, os.Stderr}})
+	if err != nil {
+		return fmt.Errorf("start %s: %w", argv[0], err)
+	}
+	for {
+		var status syscall.WaitStatus
+		pid, err := syscall.Wait4(-1, &status, 0, nil)
+		switch {
+		case errors.Is(err, syscall.EINTR):
+		case err != nil:
+			return fmt.Errorf("wait for %s: %w", argv[0], err)
+		case pid == proc.Pid && (status.Exited() || status.Signaled()):
+			return fmt.Errorf("%s ended with status %#x", argv[0], uint32(status))
+		}
+	}
 }
 
 // connect sets up loopback, eth0 and the resolver. A guest without a network

@@ -1,0 +1,422 @@
+// Package oci brings images of the Open Container Initiative (image-spec 1.1),
+// and Docker's, into root file systems.
+//
+// Images are hostile: who wrote one, or runs the registry that it comes from,
+// may have chosen every byte. What is read is bounded and compared with its
+// digest, and what it writes stays in the folder that it is unpacked to.
+package oci
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+)
+
+// ErrRefused is in the error of an image that is wrong in itself.
+var ErrRefused = errors.New("image refused")
+
+// The platform that guests have.
+const (
+	platformOS   = "linux"
+	platformArch = "amd64"
+)
+
+const (
+	maxDocument = 8 << 20 // bytes of a manifest, index or configuration
+	maxLayers   = 256
+	maxBlobs    = 10_000 // files of an archive
+)
+
+// Config is what an image says of the processes in it.
+type Config struct {
+	Entrypoint []string          `json:"entrypoint,omitempty"`
+	Cmd        []string          `json:"cmd,omitempty"`
+	Env        map[string]string `json:"env,omitempty"`
+	User       string            `json:"user,omitempty"` // "user" or "user:group", names or numbers; empty: root
+	WorkingDir string            `json:"working_dir,omitempty"`
+}
+
+// Image is an image for linux/amd64 that was found.
+type Image struct {
+	img    v1.Image
+	file   *v1.ConfigFile
+	config Config
+	close  func() error
+}
+
+// Config is the image's configuration.
+func (i *Image) Config() Config { return i.config }
+
+// Digest is that of the image's configuration, "sha256:" and hexadecimal
+// digits: images with the same one have the same content.
+func (i *Image) Digest() (string, error) {
+	h, err := i.img.ConfigName()
+	return h.String(), err
+}
+
+// Close removes what was kept of the image meanwhile.
+func (i *Image) Close() error { return i.close() }
+
+// newImage checks what an image says of itself. close is called when the
+// image is not taken.
+func newImage(img v1.Image, close func() error) (_ *Image, err error) {
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, close())
+		}
+	}()
+	m, err := img.Manifest()
+	if err != nil {
+		return nil, fmt.Errorf("read manifest: %w", err)
+	}
+	if m.Config.Size < 0 || m.Config.Size > maxDocument {
+		return nil, fmt.Errorf("its configuration has %d bytes: %w", m.Config.Size, ErrRefused)
+	}
+	if len(m.Layers) > maxLayers {
+		return nil, fmt.Errorf("it has %d layers, more than %d: %w", len(m.Layers), maxLayers, ErrRefused)
+	}
+	raw, err := img.RawConfigFile()
+	if err != nil {
+		return nil, fmt.Errorf("read configuration: %w", err)
+	}
+	sum, _, err := v1.SHA256(bytes.NewReader(raw))
+	if err != nil {
+		return nil, err
+	}
+	if sum != m.Config.Digest {
+		return nil, fmt.Errorf("its configuration is %v, not %v: %w", sum, m.Config.Digest, ErrRefused)
+	}
+	file, err := v1.ParseConfigFile(bytes.NewReader(raw))
+	if err != nil {
+		return nil, fmt.Errorf("read configuration: %w: %w", err, ErrRefused)
+	}
+	if file.OS != platformOS || file.Architecture != platformArch {
+		return nil, fmt.Errorf("it is for %.40s/%.40s, not %s/%s: %w", file.OS, file.Architecture, platformOS, platformArch, ErrRefused)
+	}
+	if len(file.RootFS.DiffIDs) != len(m.Layers) {
+		return nil, fmt.Errorf("it has %d layers, and digests of %d: %w", len(m.Layers), len(file.RootFS.DiffIDs), ErrRefused)
+	}
+	config, err := newConfig(file.Config)
+	if err != nil {
+		return nil, err
+	}
+	return &Image{img, file, config, close}, nil
+}
+
+func newConfig(c v1.Config) (Config, error) {
+	config := Config{Entrypoint: c.Entrypoint, Cmd: c.Cmd, User: c.User, WorkingDir: c.WorkingDir, Env: map[string]string{}}
+	for _, kv := range c.Env {
+		if k, v, ok := strings.Cut(kv, "="); ok && k != "" {
+			config.Env[k] = v // the last one counts, as execve(2) leaves it to the C library
+		}
+	}
+	for _, s := range slices.Concat(c.Entrypoint, c.Cmd, c.Env, []string{c.User, c.WorkingDir}) {
+		if strings.ContainsRune(s, 0) {
+			return Config{}, fmt.Errorf("its configuration has a NUL character: %w", ErrRefused)
+		}
+	}
+	return config, nil
+}
+
+// Layout finds an image in an OCI image layout, which is a folder. tag is the
+// image's name in it; empty: the layout has one image alone.
+func Layout(dir, tag string) (*Image, error) {
+	img, err := openLayout(dir, tag, func() error { return nil })
+	if err != nil {
+		return nil, fmt.Errorf("image layout %s: %w", dir, err)
+	}
+	return img, nil
+}
+
+func openLayout(dir, tag string, close func() error) (*Image, error) {
+	img, err := findImage(dir, tag)
+	if err != nil {
+		return nil, errors.Join(err, close())
+	}
+	return newImage(img, close)
+}
+
+func findImage(dir, tag string) (v1.Image, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	if err := isDocument(root, "index.json"); err != nil {
+		return nil, err
+	}
+	index, err := layout.ImageIndexFromPath(dir)
+	if err != nil {
+		return nil, err
+	}
+	f := finder{root: root, found: map[v1.Hash]v1.Image{}}
+	if err := f.index(index, tag, 0); err != nil {
+		return nil, err
+	}
+	if len(f.found) != 1 {
+		return nil, fmt.Errorf("it has %d images of the name %q for %s/%s, not one", len(f.found), tag, platformOS, platformArch)
+	}
+	for _, img := range f.found {
+		return img, nil
+	}
+	panic("unreachable")
+}
+
+// finder looks for images of the platform in an index and those within it.
+type finder struct {
+	root  *os.Root
+	found map[v1.Hash]v1.Image
+}
+
+// refName is image-spec's annotation of a descriptor with a tag.
+const refName = "org.opencontainers.image.ref.name"
+
+func (f *finder) index(index v1.ImageIndex, tag string, depth int) error {
+	m, err := index.IndexManifest()
+	if err != nil {
+		return err
+	}
+	for _, d := range m.Manifests {
+		if tag != "" && d.Annotations[refName] != tag {
+			continue
+		}
+		if p := d.Platform; p != nil && (p.OS != platformOS || p.Architecture != platformArch) {
+			continue
+		}
+		blob := path.Join("blobs", d.Digest.Algorithm, d.Digest.Hex)
+		switch {
+		case d.MediaType.IsImage():
+			if err := isDocument(f.root, blob); err != nil {
+				return err
+			}
+			img, err := index.Image(d.Digest)
+			if err != nil {
+				return err
+			}
+			raw, err := img.RawManifest()
+			if err != nil {
+				return err
+			}
+			if sum, _, err := v1.SHA256(bytes.NewReader(raw)); err != nil || sum != d.Digest {
+				return fmt.Errorf("its manifest is %v, not %v: %w", sum, d.Digest, ErrRefused)
+			}
+			config, err := img.Manifest()
+			if err != nil {
+				return err
+			}
+			if err := isDocument(f.root, path.Join("blobs", config.Config.Digest.Algorithm, config.Config.Digest.Hex)); err != nil {
+				return err
+			}
+			f.found[d.Digest] = img
+		case d.MediaType.IsIndex() && depth < 4:
+			if err := isDocument(f.root, blob); err != nil {
+				return err
+			}
+			in, err := index.ImageIndex(d.Digest)
+			if err != nil {
+				return err
+			}
+			if err := f.index(in, "", depth+1); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// isDocument tells whether a file is there that may be read to memory.
+func isDocument(root *os.Root, file string) error {
+	info, err := root.Lstat(file)
+	if err != nil {
+		return err
+	}
+	if !info.Mode().IsRegular() || info.Size() > maxDocument {
+		return fmt.Errorf("%s is no file of %d bytes or less: %w", file, maxDocument, ErrRefused)
+	}
+	return nil
+}
+
+// Archive finds an image in a tar archive, which is not compressed: what docker
+// save writes, or an OCI image layout. tag is the image's name in it; empty:
+// it has one image alone. What is kept of the archive until Close has a folder
+// of its own in tmp, and takes limits' bytes at most.
+func Archive(ctx context.Context, file, tag, tmp string, limits Limits) (*Image, error) {
+	img, err := openArchive(ctx, file, tag, tmp, limits)
+	if err != nil {
+		return nil, fmt.Errorf("image archive %s: %w", file, err)
+	}
+	return img, nil
+}
+
+func openArchive(ctx context.Context, file, tag, tmp string, limits Limits) (*Image, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	sizes, err := contents(ctx, f)
+	if err != nil {
+		return nil, err
+	}
+	if _, ok := sizes["index.json"]; !ok {
+		return openSaved(file, tag, sizes)
+	}
+	dir, err := os.MkdirTemp(tmp, "layout-")
+	if err != nil {
+		return nil, err
+	}
+	remove := func() error { return os.RemoveAll(dir) }
+	if _, err := f.Seek(0, io.SeekStart); err != nil {
+		return nil, errors.Join(err, remove())
+	}
+	if err := extractLayout(ctx, f, dir, limits); err != nil {
+		return nil, errors.Join(err, remove())
+	}
+	return openLayout(dir, tag, remove)
+}
+
+// contents are the names and sizes of an archive's files. Sparse files, whose
+// sizes are not what they take, are refused.
+func contents(ctx context.Context, f io.Reader) (map[string]int64, error) {
+	sizes := map[string]int64{}
+	t := tar.NewReader(contextReader{ctx, f})
+	for {
+		h, err := t.Next()
+		if errors.Is(err, io.EOF) {
+			return sizes, nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read archive: %w", err)
+		}
+		for key := range maps.Keys(h.PAXRecords) {
+			if strings.HasPrefix(key, "GNU.sparse.") {
+				return nil, fmt.Errorf("it holds a sparse file: %w", ErrRefused)
+			}
+		}
+		if h.Typeflag == tar.TypeGNUSparse {
+			return nil, fmt.Errorf("it holds a sparse file: %w", ErrRefused)
+		}
+		if sizes[path.Clean(h.Name)] = h.Size; len(sizes) > maxBlobs {
+			return nil, fmt.Errorf("it holds more than %d files: %w", maxBlobs, ErrRefused)
+		}
+	}
+}
+
+// openSaved finds an image in an archive of docker save's older form.
+func openSaved(file, tag string, sizes map[string]int64) (*Image, error) {
+	opener := func() (io.ReadCloser, error) { return os.Open(file) }
+	if size, ok := sizes["manifest.json"]; !ok || size > maxDocument {
+		return nil, fmt.Errorf("it has neither index.json nor manifest.json of %d bytes or less: %w", maxDocument, ErrRefused)
+	}
+	m, err := tarball.LoadManifest(opener)
+	if err != nil {
+		return nil, err
+	}
+	wanted, err := tagOf(tag)
+	if err != nil {
+		return nil, err
+	}
+	var ids []int
+	for i, d := range m {
+		// A tag has a longer form, with the registry.
+		if wanted == nil || slices.ContainsFunc(d.RepoTags, func(s string) bool {
+			t, err := name.NewTag(s)
+			return err == nil && t.Name() == wanted.Name()
+		}) {
+			ids = append(ids, i)
+		}
+	}
+	if len(ids) != 1 {
+		return nil, fmt.Errorf("it has %d images of the name %q, not one", len(ids), tag)
+	}
+	d := m[ids[0]]
+	if size, ok := sizes[path.Clean(d.Config)]; !ok || size > maxDocument {
+		return nil, fmt.Errorf("it has no configuration of %d bytes or less: %w", maxDocument, ErrRefused)
+	}
+	if len(d.Layers) > maxLayers {
+		return nil, fmt.Errorf("it has %d layers, more than %d: %w", len(d.Layers), maxLayers, ErrRefused)
+	}
+	img, err := tarball.Image(opener, wanted)
+	if err != nil {
+		return nil, err
+	}
+	return newImage(img, func() error { return nil })
+}
+
+// tagOf is a tag in the library's form; nil: none.
+func tagOf(s string) (*name.Tag, error) {
+	if s == "" {
+		return nil, nil
+	}
+	t, err := name.NewTag(s)
+	if err != nil {
+		return nil, err
+	}
+	return &t, nil
+}
+
+// extractLayout writes an archive's files to dir: documents and blobs, which
+// digests name, and no links.
+func extractLayout(ctx context.Context, f io.Reader, dir string, limits Limits) error {
+	limits = limits.orDefault()
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	left := limits.Bytes
+	t := tar.NewReader(contextReader{ctx, f})
+	for {
+		h, err := t.Next()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read archive: %w", err)
+		}
+		to := path.Clean(h.Name)
+		if h.Typeflag != tar.TypeReg || !filepath.IsLocal(to) {
+			continue // manifest.json's links, for one: nothing of the layout
+		}
+		if left -= h.Size; left < 0 {
+			return fmt.Errorf("it holds more than %d bytes: %w", limits.Bytes, ErrRefused)
+		}
+		if err := root.MkdirAll(path.Dir(to), 0o700); err != nil {
+			return err
+		}
+		out, err := root.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(out, t)
+		if err := errors.Join(err, out.Close()); err != nil {
+			return fmt.Errorf("extract %s: %w", to, err)
+		}
+	}
+}
+
+type contextReader struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (c contextReader) Read(b []byte) (int, error) {
+	if err := c.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return c.r.Read(b)
+}

@@ -1,0 +1,122 @@
+package oci
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"syscall"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+)
+
+// Access says how a registry is asked. The zero Access asks as nobody.
+type Access struct {
+	Username, Password string
+	// Keychain: without a username, use the credentials that this process's
+	// user has for the registry in Docker's configuration.
+	Keychain bool
+	// Loopback allows a registry on this machine, which is asked over plain
+	// HTTP. Who is not the machine's owner must not have it: they could ask
+	// whatever listens there.
+	Loopback bool
+}
+
+// Registry finds an image in a registry. All others than those on this
+// machine are asked over TLS, wherever they send the request on to. ctx bounds
+// also what Image does.
+func Registry(ctx context.Context, reference string, access Access) (*Image, error) {
+	img, err := pull(ctx, reference, access)
+	if err != nil {
+		return nil, fmt.Errorf("image %.200s: %w", reference, err)
+	}
+	return img, nil
+}
+
+func pull(ctx context.Context, reference string, access Access) (*Image, error) {
+	ref, err := name.ParseReference(reference)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", err, ErrRefused)
+	}
+	auth := authn.Anonymous
+	switch {
+	case access.Username != "":
+		auth = &authn.Basic{Username: access.Username, Password: access.Password}
+	case access.Keychain:
+		if auth, err = authn.DefaultKeychain.Resolve(ref.Context()); err != nil {
+			return nil, fmt.Errorf("read credentials: %w", err)
+		}
+	}
+	transport := newTransport(access.Loopback)
+	img, err := remote.Image(
+		ref, remote.WithContext(ctx), remote.WithAuth(auth), remote.WithTransport(transport),
+		remote.WithPlatform(v1.Platform{OS: platformOS, Architecture: platformArch}),
+	)
+	if err != nil {
+		transport.base.CloseIdleConnections()
+		return nil, err
+	}
+	return newImage(img, func() error { transport.base.CloseIdleConnections(); return nil })
+}
+
+// transport lets requests go only where a registry may be: neither names nor
+// redirections nor a layer's own addresses lead elsewhere.
+type transport struct {
+	base     *http.Transport
+	loopback bool
+}
+
+var errAddress = errors.New("no registry may be at this address")
+
+func newTransport(loopback bool) *transport {
+	dialer := &net.Dialer{
+		Timeout: 30 * time.Second,
+		// Called with the address that a name has, when it is used.
+		Control: func(_, address string, _ syscall.RawConn) error {
+			ap, err := netip.ParseAddrPort(address)
+			if err != nil {
+				return err
+			}
+			ip := ap.Addr().Unmap()
+			if ip.IsLoopback() && loopback {
+				return nil
+			}
+			if ip.IsLoopback() || ip.IsLinkLocalUnicast() || ip.IsMulticast() || ip.IsUnspecified() {
+				return fmt.Errorf("%v: %w", ip, errAddress)
+			}
+			return nil
+		},
+	}
+	return &transport{loopback: loopback, base: &http.Transport{
+		DialContext: dialer.DialContext, ForceAttemptHTTP2: true, MaxIdleConnsPerHost: 4, IdleConnTimeout: time.Minute,
+		TLSHandshakeTimeout: 30 * time.Second, ResponseHeaderTimeout: time.Minute, MaxResponseHeaderBytes: 1 << 20,
+	}}
+}
+
+func (t *transport) RoundTrip(r *http.Request) (*http.Response, error) {
+	return t.base.RoundTrip(t.secured(r))
+}
+
+// secured is the request over TLS, unless it may do without.
+func (t *transport) secured(r *http.Request) *http.Request {
+	if r.URL.Scheme == "https" || t.loopback && isLoopback(r.URL.Hostname()) {
+		return r
+	}
+	r = r.Clone(r.Context())
+	r.URL.Scheme = "https"
+	return r
+}
+
+func isLoopback(host string) bool {
+	if host == "localhost" {
+		return true
+	}
+	ip, err := netip.ParseAddr(host)
+	return err == nil && ip.IsLoopback()
+}
