@@ -118,4 +118,10 @@ type State struct {
 	StartTime uint64    `json:"start_time"` // field 22 of /proc/PID/stat: pids are used again
 	BootID    string    `json:"boot_id"`    // the host's boot in which the above holds
 	Socket    string    `json:"socket"`     // the monitor's control socket
+
+	// The file that the guest's memory is a private mapping of, and its size
+	// in bytes: how the memory is found in the monitor's process.
+	MemoryDevice uint64 `json:"memory_device"`
+	MemoryInode  uint64 `json:"memory_inode"`
+	MemoryBytes  int64  `json:"memory_bytes"`
 }

@@ -12,7 +12,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
-	"github.com/wrenn-dev/wrenn/internal/agent/memory"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qmp"
 )
@@ -29,6 +28,7 @@ type machine struct {
 	log   *slog.Logger
 
 	mu      sync.Mutex
+	stale   bool // QEMU may hold descriptors that it does not need
 	console []byte
 	reason  error
 }
@@ -122,7 +122,7 @@ func (d *Driver) Attach(ctx context.Context, st vmm.State) (_ vmm.VM, err error)
 	if err != nil {
 		return fail(err)
 	}
-	m := &machine{state: st, group: cgroup.Group{Name: st.ID.String()}, done: make(chan struct{}), log: d.log}
+	m := &machine{state: st, group: cgroup.Group{Name: st.ID.String()}, done: make(chan struct{}), log: d.log, stale: true}
 	go func() { // ends with QEMU
 		defer close(m.done)
 		defer pidfd.Close()
@@ -135,18 +135,16 @@ func (d *Driver) Attach(ctx context.Context, st vmm.State) (_ vmm.VM, err error)
 	if err := m.connect(ctx); err != nil {
 		return fail(errors.Join(vmm.ErrGone, err))
 	}
-	var status struct {
-		Status string `json:"status"`
-	}
-	if err := m.qmp.Execute(ctx, "query-status", nil, &status); err != nil {
+	status, err := m.status(ctx)
+	if err != nil {
 		return fail(errors.Join(vmm.ErrGone, err, m.qmp.Close()))
 	}
-	switch status.Status {
-	case "running":
-	case "prelaunch": // the agent died between its start and its first instruction
+	switch status {
+	case stateRunning, statePaused, stateNoSpace:
+	case "prelaunch", "inmigrate": // the agent died before it was started or restored
 		return fail(errors.Join(vmm.ErrGone, errors.New("it never ran"), m.qmp.Close()))
 	default:
-		return fail(errors.Join(vmm.ErrGone, fmt.Errorf("its state is %q", status.Status), m.qmp.Close()))
+		return fail(errors.Join(vmm.ErrGone, fmt.Errorf("its state is %q", status), m.qmp.Close()))
 	}
 	go m.watch()
 	return m, nil
@@ -192,40 +190,4 @@ func (d *Driver) Reap(ctx context.Context, st vmm.State) error {
 		return fmt.Errorf("reap QEMU: %w", err)
 	}
 	return removeSocket(st.Socket)
-}
-
-// Restore implements vmm.Driver.
-func (d *Driver) Restore(context.Context, vmm.Spec, vmm.Saved) (vmm.VM, error) {
-	return nil, fmt.Errorf("restore: %w", errors.ErrUnsupported)
-}
-
-// Kind implements vmm.Driver.
-func (d *Driver) Kind() string { return d.Name() + " " + d.accel }
-
-// Hold implements vmm.VM.
-func (m *machine) Hold(context.Context) error { return fmt.Errorf("hold: %w", errors.ErrUnsupported) }
-
-// Run implements vmm.VM.
-func (m *machine) Run(context.Context) error { return fmt.Errorf("run: %w", errors.ErrUnsupported) }
-
-// Devices implements vmm.VM.
-func (m *machine) Devices(context.Context) ([]byte, error) {
-	return nil, fmt.Errorf("save devices: %w", errors.ErrUnsupported)
-}
-
-// Pages implements vmm.VM.
-func (m *machine) Pages() memory.Pages {
-	return func(yield func(memory.Page, error) bool) {
-		yield(memory.Page{}, fmt.Errorf("read memory: %w", errors.ErrUnsupported))
-	}
-}
-
-// Divert implements vmm.VM.
-func (m *machine) Divert(context.Context, string) error {
-	return fmt.Errorf("divert: %w", errors.ErrUnsupported)
-}
-
-// Grow implements vmm.VM.
-func (m *machine) Grow(context.Context, int64) error {
-	return fmt.Errorf("grow: %w", errors.ErrUnsupported)
 }

@@ -59,7 +59,8 @@ type Driver struct {
 	accel  string
 	jail   *jail
 	bootID string
-	tscKHz int // of an emulated guest's time stamp counter
+	tscKHz int    // of an emulated guest's time stamp counter
+	kind   string // see vmm.Driver
 	log    *slog.Logger
 }
 
@@ -79,6 +80,10 @@ func Open(accel, dir string, log *slog.Logger) (*Driver, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
 	}
+	kind, err := kind(accel)
+	if err != nil {
+		return nil, fmt.Errorf("open QEMU driver: %w", err)
+	}
 	khz, err := tscKHz()
 	if err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
@@ -87,7 +92,7 @@ func Open(accel, dir string, log *slog.Logger) (*Driver, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
 	}
-	return &Driver{accel: accel, jail: j, bootID: strings.TrimSpace(string(bootID)), tscKHz: khz, log: log}, nil
+	return &Driver{accel: accel, jail: j, bootID: strings.TrimSpace(string(bootID)), tscKHz: khz, kind: kind, log: log}, nil
 }
 
 // Name implements vmm.Driver.
@@ -104,7 +109,11 @@ func (d *Driver) Close() error {
 // limits are what a machine's process may take.
 func (d *Driver) limits(s vmm.Spec) cgroup.Limits {
 	l := cgroup.Limits{
-		MemoryBytes: int64(s.MemoryMiB)<<20 + overheadBytes,
+		// Twice: where the guest first touches a hole of the file that its
+		// memory is mapped from, the kernel fills the hole with a page of zeros,
+		// and where it writes it makes the guest's own copy besides. Both count
+		// as this process's, though the former is shared by all that map the file.
+		MemoryBytes: 2*int64(s.MemoryMiB)<<20 + overheadBytes,
 		CPUs:        float64(s.VCPUs),
 		PIDs:        int64(maxThreads + s.VCPUs),
 	}
@@ -116,8 +125,25 @@ func (d *Driver) limits(s vmm.Spec) cgroup.Limits {
 }
 
 // Start implements vmm.Driver.
-func (d *Driver) Start(ctx context.Context, s vmm.Spec) (_ vmm.VM, err error) {
-	fail := func(err error) (vmm.VM, error) { return nil, fmt.Errorf("start QEMU: %w", err) }
+func (d *Driver) Start(ctx context.Context, s vmm.Spec) (vmm.VM, error) {
+	ram, err := emptyMemory(int64(s.MemoryMiB) << 20)
+	if err != nil {
+		return nil, fmt.Errorf("start QEMU: %w", err)
+	}
+	defer ram.Close()
+	vm, err := d.launch(ctx, s, ram, nil, func(ctx context.Context, m *machine) error {
+		return m.qmp.Execute(ctx, "cont", nil, nil)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("start QEMU: %w", err)
+	}
+	return vm, nil
+}
+
+// launch starts a QEMU whose guest's memory is mapped from ram, and which
+// reads the state of its devices from incoming unless that is nil. ready makes
+// of it what is wanted. When launch fails nothing is left.
+func (d *Driver) launch(ctx context.Context, s vmm.Spec, ram, incoming *os.File, ready func(context.Context, *machine) error) (_ *machine, err error) {
 	var undo []func() error
 	defer func() {
 		if err == nil {
@@ -128,36 +154,45 @@ func (d *Driver) Start(ctx context.Context, s vmm.Spec) (_ vmm.VM, err error) {
 		}
 	}()
 
+	memoryBytes := int64(s.MemoryMiB) << 20
+	mapped, err := checkMemory(ram, memoryBytes)
+	if err != nil {
+		return nil, err
+	}
 	group, err := cgroup.Create(s.ID.String(), d.limits(s))
 	if err != nil {
-		return fail(err)
+		return nil, err
 	}
 	undo = append(undo, func() error { return group.Destroy(context.WithoutCancel(ctx)) })
 
 	h := &handed{}
 	defer h.close()
-	args, err := d.arguments(s, h)
+	socket := filepath.Join(s.Dir, socketName)
+	args, err := d.arguments(s, ram, incoming, h)
 	if err != nil {
-		return fail(err)
+		return nil, err
 	}
-	undo = append(undo, func() error { return removeSocket(filepath.Join(s.Dir, socketName)) })
+	undo = append(undo, func() error { return removeSocket(socket) })
 	stderr, err := memfd("stderr")
 	if err != nil {
-		return fail(err)
+		return nil, err
 	}
 	defer stderr.Close()
 	cmd, err := d.exec(s, group, args, h.files, stderr)
 	if err != nil {
-		return fail(err)
+		return nil, err
 	}
 	start, err := startTime(cmd.Process.Pid)
 	if err != nil {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
-		return fail(err)
+		return nil, err
 	}
 	m := &machine{
-		state: vmm.State{ID: s.ID, PID: cmd.Process.Pid, StartTime: start, BootID: d.bootID, Socket: filepath.Join(s.Dir, socketName)},
+		state: vmm.State{
+			ID: s.ID, PID: cmd.Process.Pid, StartTime: start, BootID: d.bootID, Socket: socket,
+			MemoryDevice: mapped.Dev, MemoryInode: mapped.Ino, MemoryBytes: memoryBytes,
+		},
 		group: group, done: make(chan struct{}), log: d.log,
 	}
 	go func() { // ends with QEMU
@@ -166,16 +201,16 @@ func (d *Driver) Start(ctx context.Context, s vmm.Spec) (_ vmm.VM, err error) {
 	}()
 	undo = append(undo, func() error { return m.Kill(context.WithoutCancel(ctx)) })
 
-	dial, cancel := context.WithTimeout(ctx, startTimeout)
+	wait, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	stop := closedToCancel(m.done, cancel)
-	err = m.connect(dial)
-	stop()
-	if err != nil {
-		return fail(errors.Join(err, complaint(stderr)))
+	defer stop()
+	err = m.connect(wait)
+	if err == nil {
+		err = ready(wait, m)
 	}
-	if err := m.qmp.Execute(ctx, "cont", nil, nil); err != nil {
-		return fail(errors.Join(err, complaint(stderr)))
+	if err != nil {
+		return nil, errors.Join(err, complaint(stderr))
 	}
 	go m.watch()
 	return m, nil
@@ -223,23 +258,20 @@ func (h *handed) close() {
 }
 
 // arguments are QEMU's, with the files that they speak of in h.
-func (d *Driver) arguments(s vmm.Spec, h *handed) ([]string, error) {
+//
+// What the guest sees of the machine must be the same when it is restored from
+// incoming as when it was started: whoever changes that changes [machineVersion].
+func (d *Driver) arguments(s vmm.Spec, ram, incoming *os.File, h *handed) ([]string, error) {
+	if incoming != nil {
+		h.add(incoming) // the first, as incomingFD
+	}
 	control, err := listen(filepath.Join(s.Dir, socketName))
 	if err != nil {
 		return nil, err
 	}
 	h.opened = append(h.opened, control)
-	kernel, err := h.open(s.Kernel, os.O_RDONLY)
-	if err != nil {
-		return nil, err
-	}
-	initrd, err := h.open(s.Initrd, os.O_RDONLY)
-	if err != nil {
-		return nil, err
-	}
-	accel, cpu, cmdline := "kvm", "host", s.Cmdline
+	accel, cpu := "kvm", "host"
 	if d.accel == TCG {
-		cmdline += fmt.Sprintf(" tsc_early_khz=%d", d.tscKHz)
 		accel, cpu = fmt.Sprintf("tcg,tb-size=%d", translationMiB), "max"
 	}
 	args := []string{
@@ -247,40 +279,48 @@ func (d *Driver) arguments(s vmm.Spec, h *handed) ([]string, error) {
 		"-nodefaults", "-no-user-config", "-display", "none",
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
 		"-S", // nothing of the guest's runs before it is in all its bounds
-		"-machine", "microvm,x-option-roms=off,rtc=on,isa-serial=on,memory-backend=ram",
+		// No page of it is merged with others' (mem-merge): that tells guests of one another.
+		"-machine", "microvm,x-option-roms=off,rtc=on,isa-serial=on,memory-backend=ram,mem-merge=off",
 		"-accel", accel, "-cpu", cpu,
 		"-smp", strconv.Itoa(s.VCPUs), "-m", fmt.Sprintf("%dM", s.MemoryMiB),
-		"-object", fmt.Sprintf("memory-backend-ram,id=ram,size=%dM", s.MemoryMiB),
-		"-kernel", fmt.Sprintf("/proc/self/fd/%d", kernel),
-		"-initrd", fmt.Sprintf("/proc/self/fd/%d", initrd),
-		"-append", cmdline,
+		"-object", fmt.Sprintf("memory-backend-file,id=ram,size=%dM,share=off,mem-path=/proc/self/fd/%d", s.MemoryMiB, h.add(ram)),
 		// A guest that ends, by a panic too, is held until its console was read.
 		"-action", "reboot=shutdown,shutdown=pause",
 		"-chardev", fmt.Sprintf("socket,id=control,fd=%d,server=on,wait=off", h.add(control)), "-mon", "chardev=control,mode=control",
 		"-chardev", fmt.Sprintf("ringbuf,id=console,size=%d", consoleBytes), "-serial", "chardev:console",
 		"-object", "rng-builtin,id=rng", "-device", "virtio-rng-device,rng=rng",
 	}
-	if s.Overlay != "" {
-		overlay, err := h.open(s.Overlay, os.O_RDWR)
+	if incoming != nil {
+		// The kernel is in the guest's memory already.
+		args = append(args, "-incoming", "defer", "-global", "migration.send-configuration=off")
+	} else {
+		kernel, err := h.open(s.Kernel, os.O_RDONLY)
 		if err != nil {
 			return nil, err
 		}
-		base, err := h.open(s.Base, os.O_RDONLY)
+		initrd, err := h.open(s.Initrd, os.O_RDONLY)
 		if err != nil {
 			return nil, err
 		}
-		type object = map[string]any
-		disk, err := json.Marshal(object{
-			"driver": "qcow2", "node-name": "disk", "discard": "unmap",
-			"file":    object{"driver": "file", "filename": "/dev/fdset/1"},
-			"backing": object{"driver": "raw", "read-only": true, "file": object{"driver": "file", "filename": "/dev/fdset/2", "read-only": true}},
-		})
-		if err != nil {
-			return nil, err
+		cmdline := s.Cmdline
+		if d.accel == TCG {
+			cmdline += fmt.Sprintf(" tsc_early_khz=%d", d.tscKHz)
 		}
 		args = append(args,
-			"-add-fd", fmt.Sprintf("fd=%d,set=1", overlay), "-add-fd", fmt.Sprintf("fd=%d,set=2", base),
-			"-blockdev", string(disk), "-device", "virtio-blk-device,drive=disk")
+			"-kernel", fmt.Sprintf("/proc/self/fd/%d", kernel),
+			"-initrd", fmt.Sprintf("/proc/self/fd/%d", initrd),
+			"-append", cmdline)
+	}
+	if s.Overlay != "" {
+		disk, files, err := chain(s, h)
+		if err != nil {
+			return nil, err
+		}
+		node, err := json.Marshal(disk)
+		if err != nil {
+			return nil, err
+		}
+		args = append(append(args, files...), "-blockdev", string(node), "-device", "virtio-blk-device,drive="+overlayNode+"0")
 	}
 	if s.Tap != nil {
 		args = append(args,

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"path/filepath"
 	"sync"
 
@@ -57,6 +58,7 @@ type Conn struct {
 	done   chan struct{}
 
 	writing sync.Mutex
+	passing sync.Mutex // one command with a descriptor at a time: QEMU holds on to one
 
 	mu      sync.Mutex
 	next    uint64
@@ -124,13 +126,38 @@ func (q *Conn) Close() error {
 // Execute carries out a command. Its arguments are encoded from args, which
 // may be nil, and its answer decoded into result, unless that is nil.
 func (q *Conn) Execute(ctx context.Context, command string, args, result any) error {
-	if err := q.execute(ctx, command, args, result); err != nil {
+	if err := q.execute(ctx, command, args, result, nil); err != nil {
 		return fmt.Errorf("%s: %w", command, err)
 	}
 	return nil
 }
 
-func (q *Conn) execute(ctx context.Context, command string, args, result any) error {
+// Descriptor is a descriptor that QEMU has been given.
+type Descriptor struct {
+	Set int `json:"fdset-id"` // QEMU opens it by the name /dev/fdset/Set
+	FD  int `json:"fd"`       // its number in QEMU
+}
+
+// Pass gives QEMU a copy of f, to be opened by the name of the set that it is
+// added to: a new one, or, when set is not negative, that one. QEMU opens the
+// first of a set that was opened for what it wants: reading, writing or both.
+// opaque says what it is for, to whoever asks with query-fdsets.
+func (q *Conn) Pass(ctx context.Context, f *os.File, set int, opaque string) (Descriptor, error) {
+	args := map[string]any{"opaque": opaque}
+	if set >= 0 {
+		args["fdset-id"] = set
+	}
+	q.passing.Lock()
+	defer q.passing.Unlock()
+	var added Descriptor
+	if err := q.execute(ctx, "add-fd", args, &added, f); err != nil {
+		return Descriptor{}, fmt.Errorf("add-fd: %w", err)
+	}
+	return added, nil
+}
+
+// execute carries out a command, with which file goes to QEMU unless it is nil.
+func (q *Conn) execute(ctx context.Context, command string, args, result any, file *os.File) error {
 	answer := make(chan message, 1)
 	q.mu.Lock()
 	if q.err != nil {
@@ -155,10 +182,7 @@ func (q *Conn) execute(ctx context.Context, command string, args, result any) er
 	if err != nil {
 		return err
 	}
-	q.writing.Lock()
-	_, err = q.conn.Write(append(text, '\n'))
-	q.writing.Unlock()
-	if err != nil {
+	if err := q.write(append(text, '\n'), file); err != nil {
 		return errors.Join(ErrClosed, err)
 	}
 	select {
@@ -177,6 +201,25 @@ func (q *Conn) execute(ctx context.Context, command string, args, result any) er
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+// write sends text, and file with its first byte.
+func (q *Conn) write(text []byte, file *os.File) error {
+	q.writing.Lock()
+	defer q.writing.Unlock()
+	if file != nil {
+		c, ok := q.conn.(*net.UnixConn)
+		if !ok {
+			return errors.New("descriptors go over unix sockets only")
+		}
+		n, _, err := c.WriteMsgUnix(text, unix.UnixRights(int(file.Fd())), nil)
+		if err != nil {
+			return err
+		}
+		text = text[n:]
+	}
+	_, err := q.conn.Write(text)
+	return err
 }
 
 // readAll hands out messages until the connection ends.

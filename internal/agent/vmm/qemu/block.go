@@ -1,0 +1,197 @@
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+)
+
+// object is one of QEMU's JSON objects.
+type object = map[string]any
+
+// The nodes of QEMU's block graph: overlay-0, the one that it started with,
+// overlay-1 above it, and so on.
+const overlayNode = "overlay-"
+
+// fdset is the name by which QEMU opens a descriptor of a set.
+func fdset(set int) string { return "/dev/fdset/" + strconv.Itoa(set) }
+
+// file is a file that QEMU opens from a set. Who may have which file is the
+// agent's to say: locks would be the descriptors', which several QEMUs share.
+func file(set int) object {
+	return object{"driver": "file", "filename": fdset(set), "locking": "off"}
+}
+
+// readOnly is an image that is never written to.
+func readOnly(image object) object {
+	image["read-only"] = true
+	return image
+}
+
+// overlay is a qcow2 node that is written to. Whether its file is follows it:
+// once it is not the top any more, QEMU opens the file for reading instead.
+func overlay(node string, set int, backing any) object {
+	return object{"driver": "qcow2", "node-name": node, "discard": "unmap", "file": file(set), "backing": backing}
+}
+
+// writableFD says what the descriptor is for by which a node is written to.
+// It is dropped once the node is not the top any more.
+func writableFD(node string) string { return "write " + node }
+
+func isWritableFD(opaque string) bool { return strings.HasPrefix(opaque, writableFD("")) }
+
+// chain hands over the files of a machine's disk and returns the node that
+// they make up, with the arguments that name them.
+func chain(s vmm.Spec, h *handed) (object, []string, error) {
+	var args []string
+	next := 1
+	// add makes a set of descriptors of one file, by what they are opened for.
+	add := func(name string, flags ...int) (set int, err error) {
+		set = next
+		next++
+		for _, flag := range flags {
+			n, err := h.open(name, flag)
+			if err != nil {
+				return 0, err
+			}
+			arg := fmt.Sprintf("fd=%d,set=%d", n, set)
+			if flag == os.O_RDWR {
+				arg += ",opaque=" + writableFD(overlayNode+"0")
+			}
+			args = append(args, "-add-fd", arg)
+		}
+		return set, nil
+	}
+	set, err := add(s.Base, os.O_RDONLY)
+	if err != nil {
+		return nil, nil, err
+	}
+	below := readOnly(object{"driver": "raw", "file": readOnly(file(set))})
+	for _, layer := range s.Layers {
+		if set, err = add(layer, os.O_RDONLY); err != nil {
+			return nil, nil, err
+		}
+		below = readOnly(object{"driver": "qcow2", "file": readOnly(file(set)), "backing": below})
+	}
+	// The second is for when it is diverted.
+	if set, err = add(s.Overlay, os.O_RDWR, os.O_RDONLY); err != nil {
+		return nil, nil, err
+	}
+	return overlay(overlayNode+"0", set, below), args, nil
+}
+
+// node is a node of QEMU's block graph.
+type node struct {
+	Name  string `json:"node-name"`
+	Image struct {
+		Bytes int64 `json:"virtual-size"`
+	} `json:"image"`
+}
+
+var errNoDisk = errors.New("the machine has no disk")
+
+// top returns the node that the guest's disk writes to.
+func (m *machine) top(ctx context.Context) (node, error) {
+	var disks []struct {
+		Inserted node `json:"inserted"`
+	}
+	if err := m.qmp.Execute(ctx, "query-block", nil, &disks); err != nil {
+		return node{}, err
+	}
+	if len(disks) == 0 {
+		return node{}, errNoDisk
+	}
+	if len(disks) > 1 || !strings.HasPrefix(disks[0].Inserted.Name, overlayNode) {
+		return node{}, errors.New("query-block: not the disk that it was given")
+	}
+	return disks[0].Inserted, nil
+}
+
+// Divert implements vmm.VM.
+//
+// A QEMU that its guest has taken over may keep the descriptor by which it
+// wrote to the former overlay. Whoever shares that with others must make a copy of
+// it first, or end the machine.
+func (m *machine) Divert(ctx context.Context, path string) (err error) {
+	ctx, cancel := unbroken(ctx)
+	defer cancel()
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("divert: %w", err)
+		}
+	}()
+	now, err := m.top(ctx)
+	if err != nil {
+		return err
+	}
+	n, err := strconv.ParseUint(strings.TrimPrefix(now.Name, overlayNode), 10, 32)
+	if err != nil {
+		return fmt.Errorf("the disk's node is %q", now.Name)
+	}
+	name := overlayNode + strconv.FormatUint(n+1, 10)
+
+	m.mayDrop()
+	set, err := m.passOverlay(ctx, path, name)
+	if err != nil {
+		return err
+	}
+	if err := m.qmp.Execute(ctx, "blockdev-add", overlay(name, set, nil), nil); err != nil {
+		return errors.Join(err, m.removeSet(ctx, set))
+	}
+	// It flushes what is below from then on, or fails.
+	if err := m.qmp.Execute(ctx, "blockdev-snapshot", object{"node": now.Name, "overlay": name}, nil); err != nil {
+		return errors.Join(err, m.qmp.Execute(ctx, "blockdev-del", object{"node-name": name}, nil), m.removeSet(ctx, set))
+	}
+	return nil
+}
+
+// passOverlay gives QEMU an overlay's file, for writing, and for reading once
+// it is not the top any more.
+func (m *machine) passOverlay(ctx context.Context, path, name string) (set int, err error) {
+	set = -1
+	defer func() {
+		if err != nil && set >= 0 {
+			err = errors.Join(err, m.removeSet(ctx, set))
+		}
+	}()
+	for flag, opaque := range map[int]string{os.O_RDWR: writableFD(name), os.O_RDONLY: "read"} {
+		f, err := os.OpenFile(path, flag, 0)
+		if err != nil {
+			return set, err
+		}
+		added, err := m.qmp.Pass(ctx, f, set, opaque)
+		f.Close()
+		if err != nil {
+			return set, err
+		}
+		set = added.Set
+	}
+	return set, nil
+}
+
+// removeSet takes a set of descriptors back from QEMU.
+func (m *machine) removeSet(ctx context.Context, set int) error {
+	return m.qmp.Execute(ctx, "remove-fd", object{"fdset-id": set}, nil)
+}
+
+// Grow implements vmm.VM.
+func (m *machine) Grow(ctx context.Context, bytes int64) error {
+	ctx, cancel := unbroken(ctx)
+	defer cancel()
+	now, err := m.top(ctx)
+	if err != nil {
+		return fmt.Errorf("grow disk: %w", err)
+	}
+	if bytes < now.Image.Bytes {
+		return fmt.Errorf("grow disk: it has %d bytes, more than %d", now.Image.Bytes, bytes)
+	}
+	if err := m.qmp.Execute(ctx, "block_resize", object{"node-name": now.Name, "size": bytes}, nil); err != nil {
+		return fmt.Errorf("grow disk: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,142 @@
+package qemu
+
+import (
+	"bufio"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qmp"
+)
+
+// machineVersion is raised with every change of QEMU's arguments that a guest
+// or its devices' state could notice.
+const machineVersion = 1
+
+// commands are those of QEMU's that the driver cannot do without.
+var commands = []string{
+	"add-fd", "block_resize", "blockdev-add", "blockdev-del", "blockdev-snapshot", "cont", "migrate-incoming",
+	"migrate-set-capabilities", "query-block", "query-fdsets", "query-status", "quit", "remove-fd", "ringbuf-read",
+	"stop", "xen-save-devices-state",
+}
+
+type command struct {
+	Name string `json:"name"`
+}
+
+// Kind implements vmm.Driver.
+func (d *Driver) Kind() string { return d.kind }
+
+// kind asks QEMU for its version, and whether it can do all that the driver
+// needs: distributions build it with more or less.
+func kind(accel string) (_ string, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
+	defer cancel()
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return "", fmt.Errorf("ask QEMU: %w", err)
+	}
+	ours, theirs := os.NewFile(uintptr(pair[0]), "qmp"), os.NewFile(uintptr(pair[1]), "qmp")
+	defer theirs.Close()
+	conn, err := net.FileConn(ours)
+	ours.Close()
+	if err != nil {
+		return "", fmt.Errorf("ask QEMU: %w", err)
+	}
+	defer conn.Close()
+	cmd := exec.CommandContext(ctx, Binary, "-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-S",
+		"-global", "migration.send-configuration=off",
+		"-chardev", "socket,id=control,fd=3", "-mon", "chardev=control,mode=control")
+	cmd.ExtraFiles = []*os.File{theirs}
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	if err := cmd.Start(); err != nil {
+		return "", fmt.Errorf("ask QEMU: %w", err)
+	}
+	theirs.Close() // so that QEMU's end ends the wait for its answers
+	defer func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		if err != nil {
+			err = fmt.Errorf("ask QEMU: %w: %s", err, strings.TrimSpace(stderr.String()))
+		}
+	}()
+	q, err := qmp.NewConn(ctx, conn)
+	if err != nil {
+		return "", err
+	}
+	defer q.Close()
+
+	var have []command
+	if err := q.Execute(ctx, "query-commands", nil, &have); err != nil {
+		return "", err
+	}
+	var missing []string
+	for _, name := range commands {
+		if !slices.Contains(have, command{name}) {
+			missing = append(missing, name)
+		}
+	}
+	if len(missing) > 0 {
+		return "", fmt.Errorf("this build lacks %s", strings.Join(missing, ", "))
+	}
+	var version struct {
+		QEMU struct {
+			Major int `json:"major"`
+			Minor int `json:"minor"`
+			Micro int `json:"micro"`
+		} `json:"qemu"`
+		Package string `json:"package"`
+	}
+	if err := q.Execute(ctx, "query-version", nil, &version); err != nil {
+		return "", err
+	}
+	cpu, err := processor(accel)
+	if err != nil {
+		return "", err
+	}
+	v := version.QEMU
+	return strings.Join(strings.Fields(fmt.Sprintf("qemu-%d %d.%d.%d %s %s %s",
+		machineVersion, v.Major, v.Minor, v.Micro, version.Package, accel, cpu)), " "), nil
+}
+
+// processor is a digest of what a guest sees of the host's processor: under
+// KVM all its features; under emulation the rate of its time stamp counter,
+// which goes with its model.
+func processor(accel string) (string, error) {
+	f, err := os.Open("/proc/cpuinfo")
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	keys := []string{"vendor_id", "cpu family", "model", "model name", "stepping"}
+	if accel == KVM {
+		keys = append(keys, "flags")
+	}
+	sum := sha256.New()
+	found := 0
+	s := bufio.NewScanner(f)
+	s.Buffer(nil, 1<<20)
+	for s.Scan() && s.Text() != "" { // the first processor's: they are alike
+		key, value, _ := strings.Cut(s.Text(), ":")
+		if key = strings.TrimSpace(key); slices.Contains(keys, key) {
+			fmt.Fprintf(sum, "%s:%s\n", key, value)
+			found++
+		}
+	}
+	if err := s.Err(); err != nil {
+		return "", err
+	}
+	if found == 0 {
+		return "", errors.New("/proc/cpuinfo names no processor")
+	}
+	return fmt.Sprintf("%x", sum.Sum(nil)[:8]), nil
+}

@@ -1,0 +1,112 @@
+package qemu
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qmp"
+)
+
+// incomingFD is the number that a QEMU which is restored has for the pipe with
+// its devices' state.
+const incomingFD = 3
+
+// Restore implements vmm.Driver.
+func (d *Driver) Restore(ctx context.Context, s vmm.Spec, from vmm.Saved) (vmm.VM, error) {
+	fail := func(err error) (vmm.VM, error) { return nil, fmt.Errorf("restore QEMU: %w", err) }
+	if len(from.Devices) == 0 {
+		return fail(errors.New("there is no state of devices")) // QEMU would wait for it
+	}
+	// A pipe: of what a migration may come from, all versions take that.
+	r, w, err := os.Pipe()
+	if err != nil {
+		return fail(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	vm, err := d.launch(ctx, s, from.Memory, r, func(ctx context.Context, m *machine) error {
+		// The memory first: the devices look at it as they are restored, and
+		// a machine that has its devices is taken for one that has all.
+		if err := m.restoreMemory(from); err != nil {
+			return err
+		}
+		return m.restoreDevices(ctx, from.Devices, w)
+	})
+	if err != nil {
+		return fail(err)
+	}
+	return vm, nil
+}
+
+func (m *machine) restoreMemory(from vmm.Saved) error {
+	r, err := openRAM(m.state, os.O_RDWR)
+	if err != nil {
+		return err
+	}
+	defer r.close()
+	if from.Changed == nil {
+		return nil
+	}
+	return r.write(from.Changed)
+}
+
+// restoreDevices writes state to w, the other end of the pipe that QEMU was
+// handed as incoming, and waits until QEMU has taken it.
+func (m *machine) restoreDevices(ctx context.Context, state []byte, w *os.File) error {
+	events := object{"capabilities": []object{{"capability": "events", "state": true}}}
+	if err := m.qmp.Execute(ctx, "migrate-set-capabilities", events, nil); err != nil {
+		return err
+	}
+	if err := m.qmp.Execute(ctx, "migrate-incoming", object{"uri": fmt.Sprintf("fd:%d", incomingFD)}, nil); err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { w.Close() })
+	defer stop()
+	if _, err := w.Write(state); err != nil {
+		return fmt.Errorf("write state of devices: %w", err)
+	}
+	if err := w.Close(); err != nil {
+		return fmt.Errorf("write state of devices: %w", err)
+	}
+	for {
+		select {
+		case e, ok := <-m.qmp.Events():
+			if !ok {
+				return fmt.Errorf("restore devices: %w", qmp.ErrClosed)
+			}
+			if e.Name != "MIGRATION" {
+				continue
+			}
+			var data struct {
+				Status string `json:"status"`
+			}
+			if err := json.Unmarshal(e.Data, &data); err != nil {
+				return fmt.Errorf("restore devices: %w", err)
+			}
+			switch data.Status {
+			case "completed":
+				return m.restored(ctx)
+			case "failed":
+				return errors.New("restore devices: QEMU does not take their state")
+			}
+		case <-ctx.Done():
+			return fmt.Errorf("restore devices: %w", ctx.Err())
+		}
+	}
+}
+
+// restored checks that a machine which has all its state is held.
+func (m *machine) restored(ctx context.Context) error {
+	status, err := m.status(ctx)
+	if err != nil {
+		return err
+	}
+	if status != statePaused {
+		return fmt.Errorf("restore devices: the machine is %q", status)
+	}
+	return nil
+}
