@@ -27,7 +27,7 @@ func Copy(ctx context.Context, dst, src *os.File) error {
 	if err != nil {
 		return fmt.Errorf("copy file: %w", err)
 	}
-	for r, err := range Data(src, info.Size()) {
+	for r, err := range Data(src, Range{0, info.Size()}) {
 		if err == nil {
 			err = copyRange(ctx, dst, src, r)
 		}
@@ -44,13 +44,13 @@ func Copy(ctx context.Context, dst, src *os.File) error {
 // Range is a part of a file, in bytes.
 type Range struct{ Start, End int64 }
 
-// Data are the parts of f below size that are not holes, in order. An error
-// ends them. It moves the offset of f.
-func Data(f *os.File, size int64) iter.Seq2[Range, error] {
+// Data are what in r of f is not a hole, in order. An error ends them. It
+// moves the offset of f.
+func Data(f *os.File, r Range) iter.Seq2[Range, error] {
 	return func(yield func(Range, error) bool) {
-		for at := int64(0); at < size; {
+		for at := r.Start; at < r.End; {
 			start, err := f.Seek(at, unix.SEEK_DATA)
-			if errors.Is(err, unix.ENXIO) {
+			if errors.Is(err, unix.ENXIO) || err == nil && start >= r.End {
 				return // holes to the end
 			}
 			var end int64
@@ -61,7 +61,7 @@ func Data(f *os.File, size int64) iter.Seq2[Range, error] {
 				yield(Range{}, err)
 				return
 			}
-			if start >= size || !yield(Range{start, min(end, size)}, nil) {
+			if !yield(Range{start, min(end, r.End)}, nil) {
 				return
 			}
 			at = end

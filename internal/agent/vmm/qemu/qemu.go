@@ -57,7 +57,7 @@ const (
 // Driver implements vmm.Driver.
 type Driver struct {
 	accel  string
-	jail   *jail
+	jail   *cell
 	bootID string
 	tscKHz int    // of an emulated guest's time stamp counter
 	kind   string // see vmm.Driver
@@ -88,7 +88,7 @@ func Open(accel, dir string, log *slog.Logger) (*Driver, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
 	}
-	j, err := newJail(filepath.Join(dir, "jail"))
+	j, err := newCell(filepath.Join(dir, "jail"))
 	if err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
 	}

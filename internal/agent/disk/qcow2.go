@@ -1,0 +1,214 @@
+package disk
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+)
+
+// ErrCorrupt is returned, wrapped, for overlays that are not what QEMU makes
+// of those of CreateOverlay. What writes them may be a guest's by now.
+var ErrCorrupt = errors.New("overlay is damaged")
+
+const (
+	magic       = "QFI\xfb"
+	clusterSize = 1 << clusterBits
+	tableLength = clusterSize / 8           // entries of an L2 table
+	perTable    = tableLength * clusterSize // bytes of disk that one maps
+
+	// maxSize bounds the L1 tables that are read: 8 bytes for each 512 MiB.
+	maxSize = 64 << 40
+
+	offsetMask = 0x00ff_ffff_ffff_fe00 // of entries of L1 and L2
+	copied     = 1 << 63
+	compressed = 1 << 62 // L2
+	allZero    = 1       // L2
+
+	featureDirty = 1 << 0 // reference counts may be wrong, which no reader needs
+)
+
+// qcow2 is an overlay that is open for reading: the subset of QEMU's
+// docs/interop/qcow2.txt that an overlay made by CreateOverlay stays in.
+type qcow2 struct {
+	file *os.File
+	end  int64    // of the file
+	size int64    // of the disk
+	l1   []uint64 // entries
+
+	mu     sync.Mutex
+	index  int // of the L2 table in l2; -1: none
+	l2     [tableLength]uint64
+	buffer [clusterSize]byte
+}
+
+// openQcow2 opens the overlay at path.
+func openQcow2(path string) (_ *qcow2, err error) {
+	f, end, err := openRegular(path)
+	if err != nil {
+		return nil, err
+	}
+	q := &qcow2{file: f, end: end, index: -1}
+	if err := q.readHeader(); err != nil {
+		return nil, errors.Join(fmt.Errorf("read %s: %w", path, err), f.Close())
+	}
+	return q, nil
+}
+
+func corrupt(format string, args ...any) error {
+	return fmt.Errorf("%w: %s", ErrCorrupt, fmt.Sprintf(format, args...))
+}
+
+// readHeader reads the header (its fields are listed at emptyQcow2) and the L1
+// table.
+func (q *qcow2) readHeader() error {
+	var h [104]byte
+	if _, err := q.file.ReadAt(h[:], 0); errors.Is(err, io.EOF) {
+		return corrupt("too short for a header")
+	} else if err != nil {
+		return err
+	}
+	be := binary.BigEndian
+	if string(h[:4]) != magic {
+		return corrupt("not a qcow2 image")
+	}
+	features := be.Uint64(h[72:])
+	size := be.Uint64(h[24:])
+	switch {
+	case be.Uint32(h[4:]) != 3:
+		return corrupt("version %d", be.Uint32(h[4:]))
+	case be.Uint64(h[8:]) != 0 || be.Uint32(h[16:]) != 0:
+		return corrupt("it names a backing file")
+	case be.Uint32(h[20:]) != clusterBits:
+		return corrupt("clusters of 2^%d bytes", be.Uint32(h[20:]))
+	case size == 0 || size%512 != 0 || size > maxSize:
+		return corrupt("disk of %d bytes", size)
+	case be.Uint32(h[32:]) != 0:
+		return corrupt("it is encrypted")
+	case be.Uint32(h[60:]) != 0:
+		return corrupt("it has %d snapshots", be.Uint32(h[60:]))
+	case features&^featureDirty != 0:
+		return corrupt("incompatible features %#x", features)
+	case be.Uint32(h[96:]) != 4:
+		return corrupt("reference counts of 2^%d bits", be.Uint32(h[96:]))
+	case be.Uint32(h[100:]) < 104 || be.Uint32(h[100:]) > clusterSize:
+		return corrupt("header of %d bytes", be.Uint32(h[100:]))
+	}
+	q.size = int64(size)
+	entries := (size + perTable - 1) / perTable
+	if n := be.Uint32(h[36:]); uint64(n) < entries {
+		return corrupt("L1 table of %d entries for %d bytes", n, size)
+	}
+	at := be.Uint64(h[40:])
+	if at == 0 || at%clusterSize != 0 || at > uint64(q.end) || entries*8 > uint64(q.end)-at {
+		return corrupt("L1 table at %#x", at)
+	}
+	table := make([]byte, entries*8)
+	if _, err := q.file.ReadAt(table, int64(at)); err != nil {
+		return err
+	}
+	q.l1 = make([]uint64, entries)
+	for i := range q.l1 {
+		q.l1[i] = be.Uint64(table[i*8:])
+	}
+	return nil
+}
+
+// content is what an image has in a place.
+type content int
+
+const (
+	nothing content = iota // what lies below shows
+	hole                   // zeros
+	data
+)
+
+// at tells what the image has at off, which lies on the disk, where in the
+// file that is, and for how many bytes, n at most, it goes on.
+func (q *qcow2) at(off, n int64) (what content, pos, run int64, err error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	index := int(off / perTable)
+	within := off % perTable
+	n = min(n, perTable-within, q.size-off)
+	if q.l1[index]&^copied == 0 {
+		return nothing, 0, n, nil
+	}
+	if err := q.load(index); err != nil {
+		return 0, 0, 0, err
+	}
+	i := within / clusterSize
+	inside := within % clusterSize
+	what, start, err := q.entry(index, i)
+	if err != nil {
+		return 0, 0, 0, err
+	}
+	run = clusterSize - inside
+	for next := start + clusterSize; run < n; next += clusterSize {
+		i++
+		w, p, err := q.entry(index, i)
+		if err != nil || w != what || w == data && p != next {
+			break // an error is told when it is reached
+		}
+		run += clusterSize
+	}
+	return what, start + inside, min(run, n), nil
+}
+
+// load reads the L2 table that the entry of L1 names.
+func (q *qcow2) load(index int) error {
+	if index == q.index {
+		return nil
+	}
+	e := q.l1[index]
+	at := int64(e & offsetMask)
+	if e&^(offsetMask|copied) != 0 || at%clusterSize != 0 || at > q.end-clusterSize {
+		return corrupt("entry %d of L1 is %#x", index, e)
+	}
+	q.index = -1
+	if _, err := q.file.ReadAt(q.buffer[:], at); err != nil {
+		return err
+	}
+	for i := range q.l2 {
+		q.l2[i] = binary.BigEndian.Uint64(q.buffer[i*8:])
+	}
+	q.index = index
+	return nil
+}
+
+// entry is what entry i of the loaded L2 table says.
+func (q *qcow2) entry(table int, i int64) (what content, pos int64, err error) {
+	e := q.l2[i]
+	pos = int64(e & offsetMask)
+	switch {
+	case e&compressed != 0:
+		return 0, 0, corrupt("entry %d of L2 table %d is compressed", i, table)
+	case e&^(offsetMask|copied|allZero) != 0, pos%clusterSize != 0:
+		return 0, 0, corrupt("entry %d of L2 table %d is %#x", i, table, e)
+	case e&allZero != 0: // it may keep a cluster for later
+		return hole, 0, nil
+	case pos == 0:
+		return nothing, 0, nil
+	case pos >= q.end: // the last one may end behind the file, and is zero there
+		return 0, 0, corrupt("entry %d of L2 table %d lies behind the file", i, table)
+	}
+	return data, pos, nil
+}
+
+// openRegular opens a file for reading and returns its length.
+func openRegular(path string) (*os.File, int64, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, 0, err
+	}
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s is not a file", path)
+	}
+	if err != nil {
+		return nil, 0, errors.Join(err, f.Close())
+	}
+	return f, info.Size(), nil
+}

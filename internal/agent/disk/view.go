@@ -1,0 +1,152 @@
+package disk
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"os"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/sparse"
+)
+
+// Chain is what a sandbox's disk is made of.
+type Chain struct {
+	Base   string   // raw image below all
+	Layers []string // qcow2 images above it, the lowest first, without names of backing files
+	Size   int64    // of the disk in bytes; the highest layer must be of that size
+}
+
+// View reads a disk, which nothing may write to meanwhile. It is safe for
+// concurrent use.
+type View struct {
+	base   *os.File
+	end    int64 // of base
+	layers []*qcow2
+	size   int64
+}
+
+// Open opens a disk for reading. What lies past the end of a layer, or of the
+// base, is zero. Layers that are not the overlays which CreateOverlay makes,
+// as QEMU changes them, are an error, ErrCorrupt, here or when they are read.
+func Open(c Chain) (*View, error) {
+	if c.Size <= 0 || c.Size > maxSize {
+		return nil, fmt.Errorf("open disk: size of %d bytes", c.Size)
+	}
+	base, end, err := openRegular(c.Base)
+	if err != nil {
+		return nil, fmt.Errorf("open disk: %w", err)
+	}
+	v := &View{base: base, end: end, size: c.Size}
+	for _, path := range c.Layers {
+		q, err := openQcow2(path)
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("open disk: %w", err), v.Close())
+		}
+		v.layers = append(v.layers, q)
+	}
+	if n := len(v.layers); n > 0 && v.layers[n-1].size != c.Size {
+		err := corrupt("disk of %d bytes, not %d", v.layers[n-1].size, c.Size)
+		return nil, errors.Join(fmt.Errorf("open disk: %w", err), v.Close())
+	}
+	return v, nil
+}
+
+// Close closes the disk's files.
+func (v *View) Close() error {
+	err := v.base.Close()
+	for _, q := range v.layers {
+		err = errors.Join(err, q.file.Close())
+	}
+	return err
+}
+
+// Size is the disk's size in bytes.
+func (v *View) Size() int64 { return v.size }
+
+// at is where the disk's content at off is, which is below Size: in which file,
+// nil for zeros, and for how many bytes, n at most, it goes on there.
+func (v *View) at(off, n int64) (f *os.File, pos, run int64, err error) {
+	n = min(n, v.size-off)
+	for i := len(v.layers) - 1; i >= 0; i-- {
+		q := v.layers[i]
+		if off >= q.size {
+			return nil, 0, n, nil
+		}
+		what, pos, run, err := q.at(off, n)
+		if err != nil {
+			return nil, 0, 0, err
+		}
+		switch what {
+		case hole:
+			return nil, 0, run, nil
+		case data:
+			return q.file, pos, run, nil
+		}
+		n = run
+	}
+	if off >= v.end {
+		return nil, 0, n, nil
+	}
+	return v.base, off, min(n, v.end-off), nil
+}
+
+// ReadAt implements io.ReaderAt.
+func (v *View) ReadAt(p []byte, off int64) (n int, err error) {
+	if off < 0 {
+		return 0, errors.New("read disk: negative offset")
+	}
+	for n < len(p) {
+		at := off + int64(n)
+		if at >= v.size {
+			return n, io.EOF
+		}
+		f, pos, run, err := v.at(at, int64(len(p)-n))
+		if err != nil {
+			return n, fmt.Errorf("read disk: %w", err)
+		}
+		part := p[n:][:run]
+		if f == nil {
+			clear(part)
+		} else if got, err := f.ReadAt(part, pos); errors.Is(err, io.EOF) {
+			clear(part[got:])
+		} else if err != nil {
+			return n, fmt.Errorf("read disk: %w", err)
+		}
+		n += len(part)
+	}
+	return n, nil
+}
+
+// Data are the parts of the disk that may be other than zero, in order. An
+// error ends them.
+func (v *View) Data() iter.Seq2[sparse.Range, error] {
+	return func(yield func(sparse.Range, error) bool) {
+		for off := int64(0); off < v.size; {
+			f, _, run, err := v.at(off, v.size-off)
+			if err != nil {
+				yield(sparse.Range{}, fmt.Errorf("read disk: %w", err))
+				return
+			}
+			here := sparse.Range{Start: off, End: off + run}
+			off += run
+			switch f {
+			case nil:
+			case v.base:
+				for r, err := range sparse.Data(f, here) {
+					if err != nil {
+						yield(sparse.Range{}, fmt.Errorf("read disk: %w", err))
+						return
+					}
+					if !yield(r, nil) {
+						return
+					}
+				}
+			default:
+				if !yield(here, nil) {
+					return
+				}
+			}
+		}
+	}
+}
