@@ -1,10 +1,11 @@
 // Package netaddr lets Wrenn's programs listen on and call one another at
-// "host:port" or "unix:/path" alike, over HTTP/1.1 or cleartext HTTP/2 (which
-// Connect's bidirectional streams need).
+// "host:port" or "unix:/path" alike, over HTTP/1.1 or HTTP/2 (which Connect's
+// bidirectional streams need), in clear or over TLS.
 package netaddr
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -20,12 +21,32 @@ import (
 const maxUnixPath = 107
 
 // Split returns the network and the address that addr names: ("unix", path)
-// for "unix:/path", else ("tcp", addr) with an "http://" before it removed.
+// for "unix:/path", else ("tcp", addr) with an "http://" or "https://" before
+// it removed.
 func Split(addr string) (network, address string) {
 	if path, ok := strings.CutPrefix(addr, "unix:"); ok {
 		return "unix", path
 	}
-	return "tcp", strings.TrimSuffix(strings.TrimPrefix(addr, "http://"), "/")
+	addr = strings.TrimPrefix(strings.TrimPrefix(addr, "http://"), "https://")
+	return "tcp", strings.TrimSuffix(addr, "/")
+}
+
+// Local says whether only this machine can reach addr: a unix socket, or an
+// address of the loopback interface.
+func Local(addr string) bool {
+	network, address := Split(addr)
+	if network == "unix" {
+		return true
+	}
+	host, _, err := net.SplitHostPort(address)
+	if err != nil {
+		host = address
+	}
+	if host == "localhost" {
+		return true
+	}
+	ip := net.ParseIP(host)
+	return ip != nil && ip.IsLoopback()
 }
 
 // Listen listens on addr. A unix socket gets the given mode; one that an
@@ -81,19 +102,37 @@ func removeStale(ctx context.Context, path string) error {
 // Transport returns a transport whose every connection goes to addr, whatever
 // host a request names. With h2c it speaks cleartext HTTP/2, else HTTP/1.1.
 func Transport(addr string, h2c bool) *http.Transport {
-	network, address := Split(addr)
-	d := net.Dialer{Timeout: 10 * time.Second}
 	var p http.Protocols
 	if h2c {
 		p.SetUnencryptedHTTP2(true)
 	} else {
 		p.SetHTTP1(true)
 	}
+	return transport(addr, &p)
+}
+
+// TLSTransport is Transport over TLS: with h2 it speaks HTTP/2, else HTTP/1.1.
+func TLSTransport(addr string, h2 bool, c *tls.Config) *http.Transport {
+	var p http.Protocols
+	if h2 {
+		p.SetHTTP2(true)
+	} else {
+		p.SetHTTP1(true)
+	}
+	t := transport(addr, &p)
+	t.TLSClientConfig = c
+	return t
+}
+
+func transport(addr string, p *http.Protocols) *http.Transport {
+	network, address := Split(addr)
+	d := net.Dialer{Timeout: 10 * time.Second}
 	return &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return d.DialContext(ctx, network, address)
 		},
-		Protocols:           &p,
+		TLSHandshakeTimeout: 10 * time.Second,
+		Protocols:           p,
 		MaxIdleConnsPerHost: 64,
 		IdleConnTimeout:     90 * time.Second,
 		HTTP2:               &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second},
@@ -110,12 +149,13 @@ func HTTPClient(addr string) (client *http.Client, baseURL string) {
 	return &http.Client{Transport: Transport(addr, true)}, "http://" + address
 }
 
-// Server returns a server for handler that speaks HTTP/1.1 and cleartext
-// HTTP/2. Bodies have no time limit, since streams may last; headers do.
+// Server returns a server for handler that speaks HTTP/1.1 and HTTP/2, in
+// clear or over TLS. Bodies have no time limit, since streams may last; headers do.
 func Server(handler http.Handler) *http.Server {
 	var p http.Protocols
 	p.SetHTTP1(true)
 	p.SetUnencryptedHTTP2(true)
+	p.SetHTTP2(true)
 	return &http.Server{
 		Handler:           handler,
 		Protocols:         &p,

@@ -2819,9 +2819,18 @@ type HostResponse struct {
 	DiskBytes       int64                  `protobuf:"varint,5,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
 	DiskFreeBytes   int64                  `protobuf:"varint,6,opt,name=disk_free_bytes,json=diskFreeBytes,proto3" json:"disk_free_bytes,omitempty"`
 	// The VMM ("qemu") and what it runs on ("kvm" or "tcg").
-	Vmm           string `protobuf:"bytes,7,opt,name=vmm,proto3" json:"vmm,omitempty"`
-	Accelerator   string `protobuf:"bytes,8,opt,name=accelerator,proto3" json:"accelerator,omitempty"`
-	Sandboxes     int32  `protobuf:"varint,9,opt,name=sandboxes,proto3" json:"sandboxes,omitempty"`
+	Vmm         string `protobuf:"bytes,7,opt,name=vmm,proto3" json:"vmm,omitempty"`
+	Accelerator string `protobuf:"bytes,8,opt,name=accelerator,proto3" json:"accelerator,omitempty"`
+	Sandboxes   int32  `protobuf:"varint,9,opt,name=sandboxes,proto3" json:"sandboxes,omitempty"`
+	// What all sandboxes may have together, and what those that are not paused
+	// have; what is beside a sandbox's own memory is in neither.
+	MemoryLimitMib int64 `protobuf:"varint,10,opt,name=memory_limit_mib,json=memoryLimitMib,proto3" json:"memory_limit_mib,omitempty"`
+	MemoryUsedMib  int64 `protobuf:"varint,11,opt,name=memory_used_mib,json=memoryUsedMib,proto3" json:"memory_used_mib,omitempty"`
+	VcpusUsed      int32 `protobuf:"varint,12,opt,name=vcpus_used,json=vcpusUsed,proto3" json:"vcpus_used,omitempty"`
+	// How many sandboxes can be at once, and which share of the machine's
+	// network slots the agent has.
+	Slots         int32 `protobuf:"varint,13,opt,name=slots,proto3" json:"slots,omitempty"`
+	NetworkBlock  int32 `protobuf:"varint,14,opt,name=network_block,json=networkBlock,proto3" json:"network_block,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2915,6 +2924,41 @@ func (x *HostResponse) GetAccelerator() string {
 func (x *HostResponse) GetSandboxes() int32 {
 	if x != nil {
 		return x.Sandboxes
+	}
+	return 0
+}
+
+func (x *HostResponse) GetMemoryLimitMib() int64 {
+	if x != nil {
+		return x.MemoryLimitMib
+	}
+	return 0
+}
+
+func (x *HostResponse) GetMemoryUsedMib() int64 {
+	if x != nil {
+		return x.MemoryUsedMib
+	}
+	return 0
+}
+
+func (x *HostResponse) GetVcpusUsed() int32 {
+	if x != nil {
+		return x.VcpusUsed
+	}
+	return 0
+}
+
+func (x *HostResponse) GetSlots() int32 {
+	if x != nil {
+		return x.Slots
+	}
+	return 0
+}
+
+func (x *HostResponse) GetNetworkBlock() int32 {
+	if x != nil {
+		return x.NetworkBlock
 	}
 	return 0
 }
@@ -3807,7 +3851,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x10TemplatesRequest\"I\n" +
 	"\x11TemplatesResponse\x124\n" +
 	"\ttemplates\x18\x01 \x03(\v2\x16.hostagent.v1.TemplateR\ttemplates\"\r\n" +
-	"\vHostRequest\"\xa4\x02\n" +
+	"\vHostRequest\"\xd0\x03\n" +
 	"\fHostResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x12\n" +
 	"\x04cpus\x18\x02 \x01(\x05R\x04cpus\x12!\n" +
@@ -3818,7 +3862,14 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x0fdisk_free_bytes\x18\x06 \x01(\x03R\rdiskFreeBytes\x12\x10\n" +
 	"\x03vmm\x18\a \x01(\tR\x03vmm\x12 \n" +
 	"\vaccelerator\x18\b \x01(\tR\vaccelerator\x12\x1c\n" +
-	"\tsandboxes\x18\t \x01(\x05R\tsandboxes\"\x80\x02\n" +
+	"\tsandboxes\x18\t \x01(\x05R\tsandboxes\x12(\n" +
+	"\x10memory_limit_mib\x18\n" +
+	" \x01(\x03R\x0ememoryLimitMib\x12&\n" +
+	"\x0fmemory_used_mib\x18\v \x01(\x03R\rmemoryUsedMib\x12\x1d\n" +
+	"\n" +
+	"vcpus_used\x18\f \x01(\x05R\tvcpusUsed\x12\x14\n" +
+	"\x05slots\x18\r \x01(\x05R\x05slots\x12#\n" +
+	"\rnetwork_block\x18\x0e \x01(\x05R\fnetworkBlock\"\x80\x02\n" +
 	"\x05Event\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12,\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x18.hostagent.v1.Event.KindR\x04kind\x12\x1d\n" +
