@@ -1,0 +1,177 @@
+package events
+
+import (
+	"bufio"
+	"context"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/redis/go-redis/v9"
+)
+
+// serve runs a Redis on a socket until the test ends, or until stop.
+func serve(t *testing.T, socket string) (stop func()) {
+	t.Helper()
+	bin, err := exec.LookPath("redis-server")
+	if err != nil {
+		t.Skip("Redis is not installed")
+	}
+	cmd := exec.Command(bin, "--port", "0", "--unixsocket", socket, "--save", "", "--dir", filepath.Dir(socket))
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	ready := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for lines := bufio.NewScanner(out); lines.Scan(); {
+			if strings.Contains(lines.Text(), "ready to accept connections") || strings.Contains(lines.Text(), "will listen at") {
+				select {
+				case <-ready:
+				default:
+					close(ready)
+				}
+			}
+		}
+		cmd.Wait()
+	}()
+	stop = func() {
+		cmd.Process.Signal(os.Kill)
+		<-ended
+	}
+	t.Cleanup(stop)
+	select {
+	case <-ready:
+	case <-time.After(10 * time.Second):
+		t.Fatal("Redis does not start")
+	}
+	return stop
+}
+
+// ear is a listener that passes on what it hears.
+type ear struct {
+	heard chan uuid.UUID
+	deaf  chan bool
+}
+
+func (e *ear) Heard(sandbox uuid.UUID) { e.heard <- sandbox }
+func (e *ear) Deaf(is bool)            { e.deaf <- is }
+
+func newBus(t *testing.T, socket string) (*Bus, *ear) {
+	t.Helper()
+	client := redis.NewClient(&redis.Options{Network: "unix", Addr: socket, DialerRetries: 1})
+	b := New(client, uuid.New(), slog.New(slog.DiscardHandler))
+	e := &ear{heard: make(chan uuid.UUID, 100), deaf: make(chan bool, 1000)}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { defer close(done); b.Run(ctx, e) }()
+	t.Cleanup(func() { cancel(); <-done; client.Close() })
+	return b, e
+}
+
+// until reads what a listener was told of its hearing until it is want.
+func (e *ear) until(t *testing.T, want bool) {
+	t.Helper()
+	timeout := time.After(15 * time.Second)
+	for {
+		select {
+		case is := <-e.deaf:
+			if is == want && len(e.deaf) == 0 {
+				return
+			}
+		case <-timeout:
+			t.Fatalf("deaf never became %v", want)
+		}
+	}
+}
+
+func (e *ear) hears(t *testing.T, want uuid.UUID) {
+	t.Helper()
+	select {
+	case got := <-e.heard:
+		if got != want {
+			t.Fatalf("heard of %v, want %v", got, want)
+		}
+	case <-time.After(15 * time.Second):
+		t.Fatalf("did not hear of %v", want)
+	}
+}
+
+// TestBus has two servers tell one another, with Redis killed and started
+// again in between.
+func TestBus(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "r.sock")
+	stop := serve(t, socket)
+	a, hearsA := newBus(t, socket)
+	b, hearsB := newBus(t, socket)
+	hearsA.until(t, false)
+	hearsB.until(t, false)
+	one, two, three := uuid.New(), uuid.New(), uuid.New()
+	a.Changed(one)
+	hearsB.hears(t, one)
+	b.Changed(two)
+	hearsA.hears(t, two)
+	if len(hearsB.heard) > 0 {
+		t.Error("a server hears itself")
+	}
+	stop()
+	hearsA.until(t, true)
+	hearsB.until(t, true)
+	a.Changed(three)
+	os.Remove(socket)
+	serve(t, socket)
+	hearsB.until(t, false)
+	// What was told meanwhile is heard, late, or else the listener was told
+	// that it was deaf, which it was; both is how it is here or not by turns.
+	b.Changed(one)
+	a.Changed(one)
+	seen := map[uuid.UUID]bool{}
+	timeout := time.After(15 * time.Second)
+	for !seen[one] {
+		select {
+		case sandbox := <-hearsB.heard:
+			seen[sandbox] = true
+		case <-timeout:
+			t.Fatal("does not hear after Redis came back")
+		}
+	}
+}
+
+// TestFlood tells more than is told one by one.
+func TestFlood(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "r.sock")
+	serve(t, socket)
+	client := redis.NewClient(&redis.Options{Network: "unix", Addr: socket})
+	defer client.Close()
+	a := New(client, uuid.New(), slog.New(slog.DiscardHandler))
+	for range maxPending + 1 {
+		a.Changed(uuid.New())
+	}
+	if len(a.pending) > maxPending {
+		t.Fatalf("%d wait", len(a.pending))
+	}
+	_, e := newBus(t, socket)
+	e.until(t, false)
+	if err := a.send(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	e.until(t, false)
+	if len(e.heard) > 0 {
+		t.Error("told one by one")
+	}
+	a.Changed(uuid.UUID{15: 1})
+	if err := a.send(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	e.hears(t, uuid.UUID{15: 1})
+}
