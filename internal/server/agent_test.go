@@ -6,6 +6,7 @@ import (
 	"crypto/subtle"
 	"errors"
 	"io"
+	"net"
 	"net/http"
 	"path/filepath"
 	"strconv"
@@ -36,7 +37,9 @@ const agentToken = "agent-token-of-the-test"
 type agent struct {
 	hostagentv1connect.UnimplementedHostAgentHandler
 
-	socket string
+	socket  string
+	address string // where it listens instead, if it was made by newTCPAgent
+	token   string
 	// onCreate decides how a creation goes; nil: well.
 	onCreate func(context.Context, *hostagentv1.CreateRequest) error
 	// onDestroy likewise.
@@ -59,10 +62,23 @@ type agent struct {
 func newAgent(t *testing.T) *agent {
 	a := &agent{
 		socket:    filepath.Join(t.TempDir(), "agent.sock"),
+		token:     agentToken,
 		sandboxes: make(map[string]*hostagentv1.Sandbox), files: make(map[string][]byte), news: make(chan struct{}),
 		guest: http.NotFoundHandler(),
 	}
 	a.serve(t)
+	t.Cleanup(a.close)
+	return a
+}
+
+// newTCPAgent is one that registered itself, and listens on loopback.
+func newTCPAgent(t *testing.T, l net.Listener, token string) *agent {
+	a := &agent{
+		address: l.Addr().String(), token: token,
+		sandboxes: make(map[string]*hostagentv1.Sandbox), files: make(map[string][]byte), news: make(chan struct{}),
+		guest: http.NotFoundHandler(),
+	}
+	a.serveOn(l)
 	t.Cleanup(a.close)
 	return a
 }
@@ -75,10 +91,14 @@ func (a *agent) serve(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	a.serveOn(l)
+}
+
+func (a *agent) serveOn(l net.Listener) {
 	mux := http.NewServeMux()
 	mux.Handle(hostagentv1connect.NewHostAgentHandler(a))
 	s := netaddr.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if subtle.ConstantTimeCompare([]byte(r.Header.Get("Authorization")), []byte("Bearer "+agentToken)) != 1 {
+		if subtle.ConstantTimeCompare([]byte(r.Header.Get("Authorization")), []byte("Bearer "+a.token)) != 1 {
 			http.Error(w, "bad token", http.StatusUnauthorized)
 			return
 		}
@@ -170,7 +190,7 @@ func (a *agent) Templates(context.Context, *connect.Request[hostagentv1.Template
 }
 
 func (a *agent) Host(context.Context, *connect.Request[hostagentv1.HostRequest]) (*connect.Response[hostagentv1.HostResponse], error) {
-	return connect.NewResponse(&hostagentv1.HostResponse{Version: "test", Cpus: 2, Vmm: "none", Accelerator: "none"}), nil
+	return connect.NewResponse(&hostagentv1.HostResponse{Version: "test", Cpus: 2, Vmm: "none", Accelerator: "none", MemoryLimitMib: 4096}), nil
 }
 
 // happened adds an event to the journal.

@@ -21,11 +21,14 @@ import (
 	"github.com/redis/go-redis/v9/logging"
 
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/pki"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
+	"github.com/wrenn-dev/wrenn/internal/server/events"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/proxy"
 	"github.com/wrenn-dev/wrenn/internal/server/rest"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
+	"github.com/wrenn-dev/wrenn/internal/server/scheduler"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
 )
@@ -36,6 +39,12 @@ func init() { logging.Disable() }
 
 // minSecret is the fewest random bytes that tokens are made from.
 const minSecret = 32
+
+// minHeartbeat is the shortest time between agents' heartbeats.
+const minHeartbeat = 100 * time.Millisecond
+
+// sandboxOverheadMiB is counted for each sandbox beside its memory, as agents do.
+const sandboxOverheadMiB = 64
 
 // Config is the control plane's configuration. Its tags are the environment
 // variables that it is read from (with caarlos0/env).
@@ -52,10 +61,21 @@ type Config struct {
 	// SecretKey is at least 32 random bytes in hexadecimal; sandboxes' tokens
 	// are made from it.
 	SecretKey string `env:"WRENN_SECRET_KEY,required,notEmpty"`
-	// AgentURL is where the host's agent listens, "unix:/path" or
-	// "http://host:port"; AgentToken is what it asks for.
-	AgentURL   string `env:"WRENN_AGENT_URL,required,notEmpty"`
-	AgentToken string `env:"WRENN_AGENT_TOKEN,required,notEmpty"`
+	// AgentURL is where the agent of a host on this machine listens, "unix:/path"
+	// or "http://host:port", and AgentToken what it asks for; empty: every host
+	// registers itself.
+	AgentURL   string `env:"WRENN_AGENT_URL"`
+	AgentToken string `env:"WRENN_AGENT_TOKEN"`
+	// CACert and CAKey are the files of the certificate authority that `wrenn ca
+	// init` makes; empty: hosts are on this machine alone.
+	CACert string `env:"WRENN_CA_CERT"`
+	CAKey  string `env:"WRENN_CA_KEY"`
+	// Heartbeat is how often agents say that they are there.
+	Heartbeat time.Duration `env:"WRENN_HEARTBEAT" envDefault:"10s"`
+	// OvercommitMemory and OvercommitVCPUs are how often a host's memory and
+	// processors may be promised to sandboxes; 0: without bound.
+	OvercommitMemory float64 `env:"WRENN_OVERCOMMIT_MEMORY" envDefault:"1"`
+	OvercommitVCPUs  float64 `env:"WRENN_OVERCOMMIT_VCPUS" envDefault:"32"`
 	// The first admin, made when there is no user at all.
 	AdminEmail    string `env:"WRENN_ADMIN_EMAIL"`
 	AdminPassword string `env:"WRENN_ADMIN_PASSWORD"`
@@ -71,6 +91,7 @@ type Server struct {
 	store     *store.Store
 	redis     *redis.Client
 	hosts     *hosts.Registry
+	bus       *events.Bus
 	keys      *auth.Keys
 	sandboxes *sandboxes.Service
 	handler   http.Handler
@@ -79,7 +100,7 @@ type Server struct {
 }
 
 // New connects to the database (which must answer), migrates it, makes the
-// first admin where there is none, and registers the host. Redis and the
+// first admin where there is none, and registers the host that is configured. Redis and the
 // host's agent may come later. Run must run beside whoever serves Handler.
 func New(ctx context.Context, c Config) (*Server, error) {
 	if c.Log == nil {
@@ -89,8 +110,23 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	if err != nil || len(secret) < minSecret {
 		return nil, fmt.Errorf("read WRENN_SECRET_KEY: want at least %d bytes in hexadecimal", minSecret)
 	}
-	if c.AgentURL == "" || c.AgentToken == "" {
-		return nil, errors.New("WRENN_AGENT_URL and WRENN_AGENT_TOKEN must be set")
+	if (c.AgentURL == "") != (c.AgentToken == "") {
+		return nil, errors.New("WRENN_AGENT_URL and WRENN_AGENT_TOKEN go together")
+	}
+	if c.Heartbeat < 0 || c.Heartbeat > 0 && c.Heartbeat < minHeartbeat {
+		return nil, fmt.Errorf("WRENN_HEARTBEAT must be at least %v", minHeartbeat)
+	}
+	if c.OvercommitMemory < 0 || c.OvercommitVCPUs < 0 {
+		return nil, errors.New("WRENN_OVERCOMMIT_MEMORY and WRENN_OVERCOMMIT_VCPUS must not be negative")
+	}
+	var authority *pki.Authority
+	switch {
+	case (c.CACert == "") != (c.CAKey == ""):
+		return nil, errors.New("WRENN_CA_CERT and WRENN_CA_KEY go together")
+	case c.CACert != "":
+		if authority, err = pki.LoadAuthority(c.CACert, c.CAKey); err != nil {
+			return nil, err
+		}
 	}
 	redisOptions, err := redis.ParseURL(c.RedisURL)
 	if err != nil {
@@ -115,15 +151,39 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	if made {
 		s.log.Info("made the first admin", "email", c.AdminEmail)
 	}
-	s.hosts = hosts.Open(s.store, s.log)
-	host, err := s.hosts.Register(ctx, c.AgentURL, c.AgentToken)
+	tokens := auth.NewTokens(secret)
+	s.hosts, err = hosts.Open(hosts.Config{
+		Store: s.store, Tokens: tokens, Authority: authority, Heartbeat: c.Heartbeat, Log: s.log,
+		Policy: scheduler.Policy{MemoryFactor: c.OvercommitMemory, VCPUFactor: c.OvercommitVCPUs, OverheadMiB: sandboxOverheadMiB},
+	})
 	if err != nil {
 		return nil, err
 	}
+	checks := map[string]func(context.Context) error{
+		"database": s.store.Ping,
+		"redis":    func(ctx context.Context) error { return s.redis.Ping(ctx).Err() },
+	}
+	if c.AgentURL != "" {
+		host, err := s.hosts.Register(ctx, c.AgentURL, c.AgentToken)
+		if err != nil {
+			return nil, err
+		}
+		checks["agent"] = func(ctx context.Context) error {
+			_, err := host.Agent.Host(ctx, connect.NewRequest(&hostagentv1.HostRequest{}))
+			return err
+		}
+	}
+	if _, err := s.hosts.Refresh(ctx); err != nil {
+		return nil, err
+	}
+	// Before it works on anything that others would take for a dead server's.
+	if err := s.store.ServerAlive(ctx, s.store.Server); err != nil {
+		return nil, fmt.Errorf("say that this server is alive: %w", err)
+	}
+	s.bus = events.New(s.redis, s.store.Server, s.log)
 	s.keys = auth.NewKeys(s.store, s.log)
-	tokens := auth.NewTokens(secret)
 	tpl := templates.New(s.store, s.log)
-	s.sandboxes = sandboxes.New(sandboxes.Config{Store: s.store, Hosts: s.hosts, Templates: tpl, Tokens: tokens, Log: s.log})
+	s.sandboxes = sandboxes.New(sandboxes.Config{Store: s.store, Hosts: s.hosts, Templates: tpl, Tokens: tokens, Tell: s.bus.Changed, Log: s.log})
 
 	registry := prometheus.NewRegistry()
 	requests := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "wrenn_http_requests_total", Help: "Answered requests of the REST API."}, []string{"method", "route", "status"})
@@ -134,16 +194,9 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), requests, durations)
 	registry.MustRegister(s.sandboxes.Collectors()...)
 	api, err := rest.New(ctx, rest.Config{
-		Sandboxes: s.sandboxes, Templates: tpl, Keys: s.keys, Tokens: tokens,
+		Sandboxes: s.sandboxes, Templates: tpl, Hosts: s.hosts, Keys: s.keys, Tokens: tokens,
 		PublicURL: c.PublicURL, Domain: c.Domain, Log: s.log,
-		Checks: map[string]func(context.Context) error{
-			"database": s.store.Ping,
-			"redis":    func(ctx context.Context) error { return s.redis.Ping(ctx).Err() },
-			"agent": func(ctx context.Context) error {
-				_, err := host.Agent.Host(ctx, connect.NewRequest(&hostagentv1.HostRequest{}))
-				return err
-			},
-		},
+		Checks: checks,
 		// A metric that cannot be had, with the database down, must not hide the others.
 		Metrics: promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError}),
 		Observe: func(o rest.Observation) {
@@ -179,6 +232,8 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	var wg sync.WaitGroup
 	wg.Go(func() { s.keys.Run(ctx) })
+	wg.Go(func() { s.hosts.Run(ctx) })
+	wg.Go(func() { s.bus.Run(ctx, s.sandboxes) })
 	wg.Go(func() { s.sandboxes.Run(ctx) })
 	wg.Wait()
 	return nil

@@ -54,6 +54,8 @@ type plane struct {
 	server *server.Server
 	http   *httptest.Server
 	end    func()
+	// halt stops what the server does on its own; what it was asked for goes on.
+	halt   func()
 	router routers.Router
 }
 
@@ -108,10 +110,11 @@ func (p *plane) start() {
 	}()
 	web := httptest.NewServer(s.Handler())
 	p.server, p.http = s, web
+	halt := func() { cancel(); <-done }
+	p.halt = halt
 	p.end = sync.OnceFunc(func() {
 		web.CloseClientConnections()
-		cancel()
-		<-done
+		halt()
 		s.Close()
 		web.Close()
 	})
@@ -896,9 +899,12 @@ func TestServerDies(t *testing.T) {
 	p.agent.add(third, 60)
 	p.agent.add(stray, 60)
 	old := p.end
+	p.halt()
 	p.agent.mu.Lock()
 	p.agent.onCreate, p.agent.onDestroy = nil, nil
 	p.agent.mu.Unlock()
+	// How soon the next one takes the first for dead.
+	p.config.Heartbeat = time.Second
 	p.start()
 	next := p.end
 	p.end = func() { next(); close(hang); old() }

@@ -118,6 +118,17 @@ func (q *Queries) InsertUser(ctx context.Context, arg InsertUserParams) error {
 	return err
 }
 
+const isAdminsKey = `-- name: IsAdminsKey :one
+SELECT EXISTS (SELECT 1 FROM api_keys JOIN users ON users.id = api_keys.user_id WHERE api_keys.id = $1 AND users.admin)
+`
+
+func (q *Queries) IsAdminsKey(ctx context.Context, id uuid.UUID) (bool, error) {
+	row := q.db.QueryRow(ctx, isAdminsKey, id)
+	var exists bool
+	err := row.Scan(&exists)
+	return exists, err
+}
+
 const lockBootstrap = `-- name: LockBootstrap :exec
 SELECT pg_advisory_xact_lock(7746925301)
 `

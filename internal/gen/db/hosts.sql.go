@@ -7,59 +7,1033 @@ package db
 
 import (
 	"context"
+	"time"
 
 	"github.com/google/uuid"
 )
 
-const hostSeen = `-- name: HostSeen :exec
-UPDATE hosts SET status = CASE status WHEN 'draining' THEN 'draining' ELSE 'online' END,
-    version = $2, vmm = $3, accelerator = $4, cpus = $5, memory_bytes = $6, disk_bytes = $7, last_seen_at = now()
+const countHostLoses = `-- name: CountHostLoses :many
+SELECT state, count(*) AS n FROM sandboxes WHERE host_id = $1 AND state NOT IN ('stopped', 'error') GROUP BY state
+`
+
+type CountHostLosesRow struct {
+	State string
+	N     int64
+}
+
+// What would be lost with a host.
+func (q *Queries) CountHostLoses(ctx context.Context, hostID *uuid.UUID) ([]CountHostLosesRow, error) {
+	rows, err := q.db.Query(ctx, countHostLoses, hostID)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []CountHostLosesRow
+	for rows.Next() {
+		var i CountHostLosesRow
+		if err := rows.Scan(&i.State, &i.N); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
+const countHostOnlyTemplates = `-- name: CountHostOnlyTemplates :one
+SELECT count(*) FROM host_templates JOIN templates ON templates.id = template_id
+WHERE host_templates.host_id = $1 AND team_id <> '00000000-0000-0000-0000-000000000000'
+  AND NOT EXISTS (SELECT 1 FROM host_templates o WHERE o.template_id = host_templates.template_id AND o.host_id <> host_templates.host_id)
+`
+
+// Teams' templates that no other host has.
+func (q *Queries) CountHostOnlyTemplates(ctx context.Context, hostID uuid.UUID) (int64, error) {
+	row := q.db.QueryRow(ctx, countHostOnlyTemplates, hostID)
+	var count int64
+	err := row.Scan(&count)
+	return count, err
+}
+
+const countOnlineHosts = `-- name: CountOnlineHosts :one
+SELECT count(*) FROM hosts WHERE status = 'online' AND deleted_at IS NULL
+`
+
+func (q *Queries) CountOnlineHosts(ctx context.Context) (int64, error) {
+	row := q.db.QueryRow(ctx, countOnlineHosts)
+	var count int64
+	err := row.Scan(&count)
+	return count, err
+}
+
+const deleteHost = `-- name: DeleteHost :exec
+UPDATE hosts SET deleted_at = now(), url = NULL, status = 'offline', registration_hash = NULL, refresh_hash = NULL, previous_hash = NULL,
+    epoch = epoch + 1, watcher = NULL
 WHERE id = $1
 `
 
-type HostSeenParams struct {
-	ID          uuid.UUID
-	Version     string
-	VMM         string
-	Accelerator string
-	CPUs        int32
-	MemoryBytes int64
-	DiskBytes   int64
+func (q *Queries) DeleteHost(ctx context.Context, id uuid.UUID) error {
+	_, err := q.db.Exec(ctx, deleteHost, id)
+	return err
 }
 
-func (q *Queries) HostSeen(ctx context.Context, arg HostSeenParams) error {
-	_, err := q.db.Exec(ctx, hostSeen,
-		arg.ID,
+const dropHostCertificates = `-- name: DropHostCertificates :exec
+DELETE FROM host_certificates WHERE host_id = $1
+`
+
+func (q *Queries) DropHostCertificates(ctx context.Context, hostID uuid.UUID) error {
+	_, err := q.db.Exec(ctx, dropHostCertificates, hostID)
+	return err
+}
+
+const dropTemplatesOfHost = `-- name: DropTemplatesOfHost :exec
+DELETE FROM host_templates WHERE host_id = $1
+`
+
+func (q *Queries) DropTemplatesOfHost(ctx context.Context, hostID uuid.UUID) error {
+	_, err := q.db.Exec(ctx, dropTemplatesOfHost, hostID)
+	return err
+}
+
+const endHostRegistration = `-- name: EndHostRegistration :exec
+UPDATE hosts SET registration_hash = NULL, registration_expires_at = NULL WHERE id = $1
+`
+
+// Its agent has shown that it got its credentials.
+func (q *Queries) EndHostRegistration(ctx context.Context, id uuid.UUID) error {
+	_, err := q.db.Exec(ctx, endHostRegistration, id)
+	return err
+}
+
+const getHost = `-- name: GetHost :one
+SELECT id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher FROM hosts WHERE id = $1 AND deleted_at IS NULL
+`
+
+func (q *Queries) GetHost(ctx context.Context, id uuid.UUID) (Host, error) {
+	row := q.db.QueryRow(ctx, getHost, id)
+	var i Host
+	err := row.Scan(
+		&i.ID,
+		&i.URL,
+		&i.Status,
+		&i.Version,
+		&i.VMM,
+		&i.Accelerator,
+		&i.CPUs,
+		&i.MemoryBytes,
+		&i.DiskBytes,
+		&i.CreatedAt,
+		&i.LastSeenAt,
+		&i.Name,
+		&i.Tags,
+		&i.Enrolled,
+		&i.Draining,
+		&i.DeletedAt,
+		&i.RegistrationHash,
+		&i.RegistrationExpiresAt,
+		&i.RefreshHash,
+		&i.PreviousHash,
+		&i.Epoch,
+		&i.HeartbeatAt,
+		&i.CapacityMib,
+		&i.Slots,
+		&i.NetworkBlock,
+		&i.Sandboxes,
+		&i.UsedMemoryMib,
+		&i.UsedVcpus,
+		&i.DiskFreeBytes,
+		&i.Watcher,
+	)
+	return i, err
+}
+
+const hostBeat = `-- name: HostBeat :one
+UPDATE hosts SET heartbeat_at = now(), version = $1, vmm = $2, accelerator = $3, cpus = $4,
+    memory_bytes = $5, disk_bytes = $6, capacity_mib = $7, slots = $8, network_block = $9,
+    sandboxes = $10, used_memory_mib = $11, used_vcpus = $12, disk_free_bytes = $13
+WHERE id = $14 AND epoch = $15 AND refresh_hash IS NOT NULL AND deleted_at IS NULL RETURNING id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher
+`
+
+type HostBeatParams struct {
+	Version       string
+	VMM           string
+	Accelerator   string
+	CPUs          int32
+	MemoryBytes   int64
+	DiskBytes     int64
+	CapacityMib   int64
+	Slots         int32
+	NetworkBlock  int32
+	Sandboxes     int32
+	UsedMemoryMib int64
+	UsedVcpus     int32
+	DiskFreeBytes int64
+	ID            uuid.UUID
+	Epoch         int32
+}
+
+// The agent says that it is there. Whether it can be called is another matter.
+func (q *Queries) HostBeat(ctx context.Context, arg HostBeatParams) (Host, error) {
+	row := q.db.QueryRow(ctx, hostBeat,
 		arg.Version,
 		arg.VMM,
 		arg.Accelerator,
 		arg.CPUs,
 		arg.MemoryBytes,
 		arg.DiskBytes,
+		arg.CapacityMib,
+		arg.Slots,
+		arg.NetworkBlock,
+		arg.Sandboxes,
+		arg.UsedMemoryMib,
+		arg.UsedVcpus,
+		arg.DiskFreeBytes,
+		arg.ID,
+		arg.Epoch,
 	)
+	var i Host
+	err := row.Scan(
+		&i.ID,
+		&i.URL,
+		&i.Status,
+		&i.Version,
+		&i.VMM,
+		&i.Accelerator,
+		&i.CPUs,
+		&i.MemoryBytes,
+		&i.DiskBytes,
+		&i.CreatedAt,
+		&i.LastSeenAt,
+		&i.Name,
+		&i.Tags,
+		&i.Enrolled,
+		&i.Draining,
+		&i.DeletedAt,
+		&i.RegistrationHash,
+		&i.RegistrationExpiresAt,
+		&i.RefreshHash,
+		&i.PreviousHash,
+		&i.Epoch,
+		&i.HeartbeatAt,
+		&i.CapacityMib,
+		&i.Slots,
+		&i.NetworkBlock,
+		&i.Sandboxes,
+		&i.UsedMemoryMib,
+		&i.UsedVcpus,
+		&i.DiskFreeBytes,
+		&i.Watcher,
+	)
+	return i, err
+}
+
+const hostLeaves = `-- name: HostLeaves :execrows
+UPDATE hosts SET heartbeat_at = NULL, status = 'offline'
+WHERE id = $1 AND epoch = $2 AND refresh_hash IS NOT NULL AND deleted_at IS NULL
+`
+
+type HostLeavesParams struct {
+	ID    uuid.UUID
+	Epoch int32
+}
+
+func (q *Queries) HostLeaves(ctx context.Context, arg HostLeavesParams) (int64, error) {
+	result, err := q.db.Exec(ctx, hostLeaves, arg.ID, arg.Epoch)
+	if err != nil {
+		return 0, err
+	}
+	return result.RowsAffected(), nil
+}
+
+const hostSeen = `-- name: HostSeen :one
+UPDATE hosts SET last_seen_at = now(), version = $1, vmm = $2, accelerator = $3, cpus = $4, memory_bytes = $5, disk_bytes = $6,
+    capacity_mib = $7, slots = $8, network_block = $9,
+    sandboxes = $10, used_memory_mib = $11, used_vcpus = $12, disk_free_bytes = $13,
+    status = CASE WHEN enrolled AND COALESCE(heartbeat_at < now() - make_interval(secs => $14::float8), true) THEN status ELSE 'online' END
+WHERE id = $15 AND deleted_at IS NULL RETURNING id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher
+`
+
+type HostSeenParams struct {
+	Version       string
+	VMM           string
+	Accelerator   string
+	CPUs          int32
+	MemoryBytes   int64
+	DiskBytes     int64
+	CapacityMib   int64
+	Slots         int32
+	NetworkBlock  int32
+	Sandboxes     int32
+	UsedMemoryMib int64
+	UsedVcpus     int32
+	DiskFreeBytes int64
+	Within        float64
+	ID            uuid.UUID
+}
+
+// It answered. One whose heartbeats stopped is not back before they come again.
+func (q *Queries) HostSeen(ctx context.Context, arg HostSeenParams) (Host, error) {
+	row := q.db.QueryRow(ctx, hostSeen,
+		arg.Version,
+		arg.VMM,
+		arg.Accelerator,
+		arg.CPUs,
+		arg.MemoryBytes,
+		arg.DiskBytes,
+		arg.CapacityMib,
+		arg.Slots,
+		arg.NetworkBlock,
+		arg.Sandboxes,
+		arg.UsedMemoryMib,
+		arg.UsedVcpus,
+		arg.DiskFreeBytes,
+		arg.Within,
+		arg.ID,
+	)
+	var i Host
+	err := row.Scan(
+		&i.ID,
+		&i.URL,
+		&i.Status,
+		&i.Version,
+		&i.VMM,
+		&i.Accelerator,
+		&i.CPUs,
+		&i.MemoryBytes,
+		&i.DiskBytes,
+		&i.CreatedAt,
+		&i.LastSeenAt,
+		&i.Name,
+		&i.Tags,
+		&i.Enrolled,
+		&i.Draining,
+		&i.DeletedAt,
+		&i.RegistrationHash,
+		&i.RegistrationExpiresAt,
+		&i.RefreshHash,
+		&i.PreviousHash,
+		&i.Epoch,
+		&i.HeartbeatAt,
+		&i.CapacityMib,
+		&i.Slots,
+		&i.NetworkBlock,
+		&i.Sandboxes,
+		&i.UsedMemoryMib,
+		&i.UsedVcpus,
+		&i.DiskFreeBytes,
+		&i.Watcher,
+	)
+	return i, err
+}
+
+const hostsUnreachable = `-- name: HostsUnreachable :many
+UPDATE hosts SET status = 'unreachable'
+WHERE status = 'online' AND deleted_at IS NULL
+  AND (last_seen_at < now() - make_interval(secs => $1::float8) OR enrolled AND heartbeat_at < now() - make_interval(secs => $1::float8))
+RETURNING id, name, url
+`
+
+type HostsUnreachableRow struct {
+	ID   uuid.UUID
+	Name string
+	URL  *string
+}
+
+// Those that neither answered nor said that they are there for too long.
+func (q *Queries) HostsUnreachable(ctx context.Context, within float64) ([]HostsUnreachableRow, error) {
+	rows, err := q.db.Query(ctx, hostsUnreachable, within)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []HostsUnreachableRow
+	for rows.Next() {
+		var i HostsUnreachableRow
+		if err := rows.Scan(&i.ID, &i.Name, &i.URL); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
+const insertHost = `-- name: InsertHost :one
+INSERT INTO hosts (id, name, tags, status, enrolled, registration_hash, registration_expires_at)
+VALUES ($1, $2, $3, 'pending', true, $4, $5)
+RETURNING id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher
+`
+
+type InsertHostParams struct {
+	ID                    uuid.UUID
+	Name                  string
+	Tags                  []string
+	RegistrationHash      []byte
+	RegistrationExpiresAt *time.Time
+}
+
+// A host that is to register itself.
+func (q *Queries) InsertHost(ctx context.Context, arg InsertHostParams) (Host, error) {
+	row := q.db.QueryRow(ctx, insertHost,
+		arg.ID,
+		arg.Name,
+		arg.Tags,
+		arg.RegistrationHash,
+		arg.RegistrationExpiresAt,
+	)
+	var i Host
+	err := row.Scan(
+		&i.ID,
+		&i.URL,
+		&i.Status,
+		&i.Version,
+		&i.VMM,
+		&i.Accelerator,
+		&i.CPUs,
+		&i.MemoryBytes,
+		&i.DiskBytes,
+		&i.CreatedAt,
+		&i.LastSeenAt,
+		&i.Name,
+		&i.Tags,
+		&i.Enrolled,
+		&i.Draining,
+		&i.DeletedAt,
+		&i.RegistrationHash,
+		&i.RegistrationExpiresAt,
+		&i.RefreshHash,
+		&i.PreviousHash,
+		&i.Epoch,
+		&i.HeartbeatAt,
+		&i.CapacityMib,
+		&i.Slots,
+		&i.NetworkBlock,
+		&i.Sandboxes,
+		&i.UsedMemoryMib,
+		&i.UsedVcpus,
+		&i.DiskFreeBytes,
+		&i.Watcher,
+	)
+	return i, err
+}
+
+const insertHostCertificate = `-- name: InsertHostCertificate :exec
+INSERT INTO host_certificates (serial, host_id, not_after) VALUES ($1, $2, $3)
+`
+
+type InsertHostCertificateParams struct {
+	Serial   string
+	HostID   uuid.UUID
+	NotAfter time.Time
+}
+
+func (q *Queries) InsertHostCertificate(ctx context.Context, arg InsertHostCertificateParams) error {
+	_, err := q.db.Exec(ctx, insertHostCertificate, arg.Serial, arg.HostID, arg.NotAfter)
 	return err
 }
 
-const hostUnreachable = `-- name: HostUnreachable :exec
-UPDATE hosts SET status = 'unreachable' WHERE id = $1 AND status <> 'draining'
+const listHosts = `-- name: ListHosts :many
+SELECT id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher FROM hosts WHERE deleted_at IS NULL ORDER BY created_at, id
 `
 
-func (q *Queries) HostUnreachable(ctx context.Context, id uuid.UUID) error {
-	_, err := q.db.Exec(ctx, hostUnreachable, id)
+// There are few: every server knows them all.
+func (q *Queries) ListHosts(ctx context.Context) ([]Host, error) {
+	rows, err := q.db.Query(ctx, listHosts)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []Host
+	for rows.Next() {
+		var i Host
+		if err := rows.Scan(
+			&i.ID,
+			&i.URL,
+			&i.Status,
+			&i.Version,
+			&i.VMM,
+			&i.Accelerator,
+			&i.CPUs,
+			&i.MemoryBytes,
+			&i.DiskBytes,
+			&i.CreatedAt,
+			&i.LastSeenAt,
+			&i.Name,
+			&i.Tags,
+			&i.Enrolled,
+			&i.Draining,
+			&i.DeletedAt,
+			&i.RegistrationHash,
+			&i.RegistrationExpiresAt,
+			&i.RefreshHash,
+			&i.PreviousHash,
+			&i.Epoch,
+			&i.HeartbeatAt,
+			&i.CapacityMib,
+			&i.Slots,
+			&i.NetworkBlock,
+			&i.Sandboxes,
+			&i.UsedMemoryMib,
+			&i.UsedVcpus,
+			&i.DiskFreeBytes,
+			&i.Watcher,
+		); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
+const listPlaces = `-- name: ListPlaces :many
+SELECT hosts.id, hosts.tags, hosts.capacity_mib, hosts.cpus, hosts.slots,
+    COALESCE(used.sandboxes, 0)::bigint AS sandboxes, COALESCE(used.memory_mib, 0)::bigint AS memory_mib, COALESCE(used.vcpus, 0)::bigint AS vcpus
+FROM hosts
+JOIN host_templates ON host_templates.host_id = hosts.id AND host_templates.template_id = $1
+LEFT JOIN LATERAL (
+    SELECT count(*) AS sandboxes, sum(sandboxes.memory_mib) AS memory_mib, sum(sandboxes.vcpus) AS vcpus FROM sandboxes
+    WHERE sandboxes.host_id = hosts.id AND sandboxes.state NOT IN ('stopped', 'error') AND sandboxes.state <> 'paused') used ON true
+WHERE hosts.status = 'online' AND NOT hosts.draining AND hosts.deleted_at IS NULL
+`
+
+type ListPlacesRow struct {
+	ID          uuid.UUID
+	Tags        []string
+	CapacityMib int64
+	CPUs        int32
+	Slots       int32
+	Sandboxes   int64
+	MemoryMiB   int64
+	VCPUs       int64
+}
+
+// The hosts that may take a sandbox of a template, and what they have already.
+func (q *Queries) ListPlaces(ctx context.Context, templateID uuid.UUID) ([]ListPlacesRow, error) {
+	rows, err := q.db.Query(ctx, listPlaces, templateID)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []ListPlacesRow
+	for rows.Next() {
+		var i ListPlacesRow
+		if err := rows.Scan(
+			&i.ID,
+			&i.Tags,
+			&i.CapacityMib,
+			&i.CPUs,
+			&i.Slots,
+			&i.Sandboxes,
+			&i.MemoryMiB,
+			&i.VCPUs,
+		); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
+const lockHost = `-- name: LockHost :one
+SELECT id FROM hosts WHERE id = $1 FOR NO KEY UPDATE
+`
+
+func (q *Queries) LockHost(ctx context.Context, id uuid.UUID) (uuid.UUID, error) {
+	row := q.db.QueryRow(ctx, lockHost, id)
+	var id_2 uuid.UUID
+	err := row.Scan(&id_2)
+	return id_2, err
+}
+
+const lockHostByRefresh = `-- name: LockHostByRefresh :one
+SELECT id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher FROM hosts WHERE (refresh_hash = $1 OR previous_hash = $1) AND deleted_at IS NULL FOR NO KEY UPDATE
+`
+
+func (q *Queries) LockHostByRefresh(ctx context.Context, hash []byte) (Host, error) {
+	row := q.db.QueryRow(ctx, lockHostByRefresh, hash)
+	var i Host
+	err := row.Scan(
+		&i.ID,
+		&i.URL,
+		&i.Status,
+		&i.Version,
+		&i.VMM,
+		&i.Accelerator,
+		&i.CPUs,
+		&i.MemoryBytes,
+		&i.DiskBytes,
+		&i.CreatedAt,
+		&i.LastSeenAt,
+		&i.Name,
+		&i.Tags,
+		&i.Enrolled,
+		&i.Draining,
+		&i.DeletedAt,
+		&i.RegistrationHash,
+		&i.RegistrationExpiresAt,
+		&i.RefreshHash,
+		&i.PreviousHash,
+		&i.Epoch,
+		&i.HeartbeatAt,
+		&i.CapacityMib,
+		&i.Slots,
+		&i.NetworkBlock,
+		&i.Sandboxes,
+		&i.UsedMemoryMib,
+		&i.UsedVcpus,
+		&i.DiskFreeBytes,
+		&i.Watcher,
+	)
+	return i, err
+}
+
+const lockHostByRegistration = `-- name: LockHostByRegistration :one
+SELECT id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher FROM hosts WHERE registration_hash = $1 AND registration_expires_at > now() AND deleted_at IS NULL FOR NO KEY UPDATE
+`
+
+func (q *Queries) LockHostByRegistration(ctx context.Context, registrationHash []byte) (Host, error) {
+	row := q.db.QueryRow(ctx, lockHostByRegistration, registrationHash)
+	var i Host
+	err := row.Scan(
+		&i.ID,
+		&i.URL,
+		&i.Status,
+		&i.Version,
+		&i.VMM,
+		&i.Accelerator,
+		&i.CPUs,
+		&i.MemoryBytes,
+		&i.DiskBytes,
+		&i.CreatedAt,
+		&i.LastSeenAt,
+		&i.Name,
+		&i.Tags,
+		&i.Enrolled,
+		&i.Draining,
+		&i.DeletedAt,
+		&i.RegistrationHash,
+		&i.RegistrationExpiresAt,
+		&i.RefreshHash,
+		&i.PreviousHash,
+		&i.Epoch,
+		&i.HeartbeatAt,
+		&i.CapacityMib,
+		&i.Slots,
+		&i.NetworkBlock,
+		&i.Sandboxes,
+		&i.UsedMemoryMib,
+		&i.UsedVcpus,
+		&i.DiskFreeBytes,
+		&i.Watcher,
+	)
+	return i, err
+}
+
+const lockPlace = `-- name: LockPlace :one
+SELECT id, tags, capacity_mib, cpus, slots FROM hosts
+WHERE id = $1 AND status = 'online' AND NOT draining AND deleted_at IS NULL FOR NO KEY UPDATE
+`
+
+type LockPlaceRow struct {
+	ID          uuid.UUID
+	Tags        []string
+	CapacityMib int64
+	CPUs        int32
+	Slots       int32
+}
+
+// Held to the end of the transaction: of servers that reserve on one host, one after the other does.
+func (q *Queries) LockPlace(ctx context.Context, id uuid.UUID) (LockPlaceRow, error) {
+	row := q.db.QueryRow(ctx, lockPlace, id)
+	var i LockPlaceRow
+	err := row.Scan(
+		&i.ID,
+		&i.Tags,
+		&i.CapacityMib,
+		&i.CPUs,
+		&i.Slots,
+	)
+	return i, err
+}
+
+const loseHostSandboxes = `-- name: LoseHostSandboxes :many
+UPDATE sandboxes SET state = 'stopped', end_reason = 'lost', error = 'its host was removed', ended_at = now()
+WHERE host_id = $1 AND state NOT IN ('stopped', 'error') RETURNING id
+`
+
+func (q *Queries) LoseHostSandboxes(ctx context.Context, hostID *uuid.UUID) ([]uuid.UUID, error) {
+	rows, err := q.db.Query(ctx, loseHostSandboxes, hostID)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []uuid.UUID
+	for rows.Next() {
+		var id uuid.UUID
+		if err := rows.Scan(&id); err != nil {
+			return nil, err
+		}
+		items = append(items, id)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
+const pruneHostCertificates = `-- name: PruneHostCertificates :exec
+DELETE FROM host_certificates old WHERE old.host_id = $1 AND old.serial NOT IN (
+    SELECT c.serial FROM host_certificates c WHERE c.host_id = $1 AND c.not_after > now() ORDER BY c.created_at DESC LIMIT 3)
+`
+
+// The newest stay: a host whose answer got lost goes on with the one before.
+func (q *Queries) PruneHostCertificates(ctx context.Context, hostID uuid.UUID) error {
+	_, err := q.db.Exec(ctx, pruneHostCertificates, hostID)
 	return err
+}
+
+const registerHost = `-- name: RegisterHost :one
+UPDATE hosts SET url = $1, refresh_hash = $2, previous_hash = $3, epoch = epoch + 1, heartbeat_at = now(),
+    version = $4, vmm = $5, accelerator = $6, cpus = $7, memory_bytes = $8, disk_bytes = $9,
+    capacity_mib = $10, slots = $11, network_block = $12
+WHERE id = $13 RETURNING id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher
+`
+
+type RegisterHostParams struct {
+	URL          *string
+	RefreshHash  []byte
+	PreviousHash []byte
+	Version      string
+	VMM          string
+	Accelerator  string
+	CPUs         int32
+	MemoryBytes  int64
+	DiskBytes    int64
+	CapacityMib  int64
+	Slots        int32
+	NetworkBlock int32
+	ID           uuid.UUID
+}
+
+func (q *Queries) RegisterHost(ctx context.Context, arg RegisterHostParams) (Host, error) {
+	row := q.db.QueryRow(ctx, registerHost,
+		arg.URL,
+		arg.RefreshHash,
+		arg.PreviousHash,
+		arg.Version,
+		arg.VMM,
+		arg.Accelerator,
+		arg.CPUs,
+		arg.MemoryBytes,
+		arg.DiskBytes,
+		arg.CapacityMib,
+		arg.Slots,
+		arg.NetworkBlock,
+		arg.ID,
+	)
+	var i Host
+	err := row.Scan(
+		&i.ID,
+		&i.URL,
+		&i.Status,
+		&i.Version,
+		&i.VMM,
+		&i.Accelerator,
+		&i.CPUs,
+		&i.MemoryBytes,
+		&i.DiskBytes,
+		&i.CreatedAt,
+		&i.LastSeenAt,
+		&i.Name,
+		&i.Tags,
+		&i.Enrolled,
+		&i.Draining,
+		&i.DeletedAt,
+		&i.RegistrationHash,
+		&i.RegistrationExpiresAt,
+		&i.RefreshHash,
+		&i.PreviousHash,
+		&i.Epoch,
+		&i.HeartbeatAt,
+		&i.CapacityMib,
+		&i.Slots,
+		&i.NetworkBlock,
+		&i.Sandboxes,
+		&i.UsedMemoryMib,
+		&i.UsedVcpus,
+		&i.DiskFreeBytes,
+		&i.Watcher,
+	)
+	return i, err
+}
+
+const renewHostRegistration = `-- name: RenewHostRegistration :one
+UPDATE hosts SET registration_hash = $1, registration_expires_at = $2
+WHERE id = $3 AND enrolled AND deleted_at IS NULL RETURNING id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher
+`
+
+type RenewHostRegistrationParams struct {
+	RegistrationHash      []byte
+	RegistrationExpiresAt *time.Time
+	ID                    uuid.UUID
+}
+
+func (q *Queries) RenewHostRegistration(ctx context.Context, arg RenewHostRegistrationParams) (Host, error) {
+	row := q.db.QueryRow(ctx, renewHostRegistration, arg.RegistrationHash, arg.RegistrationExpiresAt, arg.ID)
+	var i Host
+	err := row.Scan(
+		&i.ID,
+		&i.URL,
+		&i.Status,
+		&i.Version,
+		&i.VMM,
+		&i.Accelerator,
+		&i.CPUs,
+		&i.MemoryBytes,
+		&i.DiskBytes,
+		&i.CreatedAt,
+		&i.LastSeenAt,
+		&i.Name,
+		&i.Tags,
+		&i.Enrolled,
+		&i.Draining,
+		&i.DeletedAt,
+		&i.RegistrationHash,
+		&i.RegistrationExpiresAt,
+		&i.RefreshHash,
+		&i.PreviousHash,
+		&i.Epoch,
+		&i.HeartbeatAt,
+		&i.CapacityMib,
+		&i.Slots,
+		&i.NetworkBlock,
+		&i.Sandboxes,
+		&i.UsedMemoryMib,
+		&i.UsedVcpus,
+		&i.DiskFreeBytes,
+		&i.Watcher,
+	)
+	return i, err
+}
+
+const revokeHost = `-- name: RevokeHost :exec
+UPDATE hosts SET refresh_hash = NULL, previous_hash = NULL, epoch = epoch + 1, status = 'offline', heartbeat_at = NULL WHERE id = $1
+`
+
+func (q *Queries) RevokeHost(ctx context.Context, id uuid.UUID) error {
+	_, err := q.db.Exec(ctx, revokeHost, id)
+	return err
+}
+
+const rotateHostRefresh = `-- name: RotateHostRefresh :exec
+UPDATE hosts SET refresh_hash = $1, previous_hash = refresh_hash WHERE id = $2
+`
+
+type RotateHostRefreshParams struct {
+	Next []byte
+	ID   uuid.UUID
+}
+
+func (q *Queries) RotateHostRefresh(ctx context.Context, arg RotateHostRefreshParams) error {
+	_, err := q.db.Exec(ctx, rotateHostRefresh, arg.Next, arg.ID)
+	return err
+}
+
+const sandboxFound = `-- name: SandboxFound :one
+UPDATE sandboxes SET state = 'running', expires_at = $1
+WHERE sandboxes.id = $2 AND state = 'missing' AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.status = 'online') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker
+`
+
+type SandboxFoundParams struct {
+	ExpiresAt *time.Time
+	ID        uuid.UUID
+}
+
+// Its host is back and has it.
+func (q *Queries) SandboxFound(ctx context.Context, arg SandboxFoundParams) (Sandbox, error) {
+	row := q.db.QueryRow(ctx, sandboxFound, arg.ExpiresAt, arg.ID)
+	var i Sandbox
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.HostID,
+		&i.TemplateID,
+		&i.TemplateName,
+		&i.State,
+		&i.VCPUs,
+		&i.MemoryMiB,
+		&i.DiskMiB,
+		&i.TimeoutSeconds,
+		&i.Metadata,
+		&i.CreatedAt,
+		&i.StartedAt,
+		&i.ExpiresAt,
+		&i.EndedAt,
+		&i.EndReason,
+		&i.Error,
+		&i.StartMs,
+		&i.Worker,
+	)
+	return i, err
+}
+
+const sandboxMoves = `-- name: SandboxMoves :one
+UPDATE sandboxes SET host_id = $1 WHERE id = $2 AND state = 'starting' AND host_id = $3 RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker
+`
+
+type SandboxMovesParams struct {
+	ToHost   *uuid.UUID
+	ID       uuid.UUID
+	FromHost *uuid.UUID
+}
+
+// It could not start on one host and is tried on another.
+func (q *Queries) SandboxMoves(ctx context.Context, arg SandboxMovesParams) (Sandbox, error) {
+	row := q.db.QueryRow(ctx, sandboxMoves, arg.ToHost, arg.ID, arg.FromHost)
+	var i Sandbox
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.HostID,
+		&i.TemplateID,
+		&i.TemplateName,
+		&i.State,
+		&i.VCPUs,
+		&i.MemoryMiB,
+		&i.DiskMiB,
+		&i.TimeoutSeconds,
+		&i.Metadata,
+		&i.CreatedAt,
+		&i.StartedAt,
+		&i.ExpiresAt,
+		&i.EndedAt,
+		&i.EndReason,
+		&i.Error,
+		&i.StartMs,
+		&i.Worker,
+	)
+	return i, err
+}
+
+const sandboxesMissing = `-- name: SandboxesMissing :many
+UPDATE sandboxes SET state = 'missing'
+WHERE state = 'running' AND host_id IN (SELECT id FROM hosts WHERE status IN ('unreachable', 'offline') AND deleted_at IS NULL)
+RETURNING id
+`
+
+// What ran on hosts that are gone. It is found again by whoever compares the host.
+func (q *Queries) SandboxesMissing(ctx context.Context) ([]uuid.UUID, error) {
+	rows, err := q.db.Query(ctx, sandboxesMissing)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []uuid.UUID
+	for rows.Next() {
+		var id uuid.UUID
+		if err := rows.Scan(&id); err != nil {
+			return nil, err
+		}
+		items = append(items, id)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
+const trustsHostCertificate = `-- name: TrustsHostCertificate :one
+SELECT EXISTS (SELECT 1 FROM host_certificates WHERE serial = $1 AND host_id = $2 AND not_after > now())
+`
+
+type TrustsHostCertificateParams struct {
+	Serial string
+	HostID uuid.UUID
+}
+
+func (q *Queries) TrustsHostCertificate(ctx context.Context, arg TrustsHostCertificateParams) (bool, error) {
+	row := q.db.QueryRow(ctx, trustsHostCertificate, arg.Serial, arg.HostID)
+	var exists bool
+	err := row.Scan(&exists)
+	return exists, err
+}
+
+const updateHost = `-- name: UpdateHost :one
+UPDATE hosts SET draining = COALESCE($1, draining), name = COALESCE($2, name), tags = COALESCE($3::text[], tags)
+WHERE id = $4 AND deleted_at IS NULL RETURNING id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher
+`
+
+type UpdateHostParams struct {
+	Draining *bool
+	Name     *string
+	Tags     []string
+	ID       uuid.UUID
+}
+
+func (q *Queries) UpdateHost(ctx context.Context, arg UpdateHostParams) (Host, error) {
+	row := q.db.QueryRow(ctx, updateHost,
+		arg.Draining,
+		arg.Name,
+		arg.Tags,
+		arg.ID,
+	)
+	var i Host
+	err := row.Scan(
+		&i.ID,
+		&i.URL,
+		&i.Status,
+		&i.Version,
+		&i.VMM,
+		&i.Accelerator,
+		&i.CPUs,
+		&i.MemoryBytes,
+		&i.DiskBytes,
+		&i.CreatedAt,
+		&i.LastSeenAt,
+		&i.Name,
+		&i.Tags,
+		&i.Enrolled,
+		&i.Draining,
+		&i.DeletedAt,
+		&i.RegistrationHash,
+		&i.RegistrationExpiresAt,
+		&i.RefreshHash,
+		&i.PreviousHash,
+		&i.Epoch,
+		&i.HeartbeatAt,
+		&i.CapacityMib,
+		&i.Slots,
+		&i.NetworkBlock,
+		&i.Sandboxes,
+		&i.UsedMemoryMib,
+		&i.UsedVcpus,
+		&i.DiskFreeBytes,
+		&i.Watcher,
+	)
+	return i, err
 }
 
 const upsertHost = `-- name: UpsertHost :one
 INSERT INTO hosts (id, url, status) VALUES ($1, $2, 'pending')
 ON CONFLICT (url) DO UPDATE SET url = EXCLUDED.url
-RETURNING id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at
+RETURNING id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher
 `
 
 type UpsertHostParams struct {
 	ID  uuid.UUID
-	URL string
+	URL *string
 }
 
+// The host that the server's configuration names.
 func (q *Queries) UpsertHost(ctx context.Context, arg UpsertHostParams) (Host, error) {
 	row := q.db.QueryRow(ctx, upsertHost, arg.ID, arg.URL)
 	var i Host
@@ -75,6 +1049,43 @@ func (q *Queries) UpsertHost(ctx context.Context, arg UpsertHostParams) (Host, e
 		&i.DiskBytes,
 		&i.CreatedAt,
 		&i.LastSeenAt,
+		&i.Name,
+		&i.Tags,
+		&i.Enrolled,
+		&i.Draining,
+		&i.DeletedAt,
+		&i.RegistrationHash,
+		&i.RegistrationExpiresAt,
+		&i.RefreshHash,
+		&i.PreviousHash,
+		&i.Epoch,
+		&i.HeartbeatAt,
+		&i.CapacityMib,
+		&i.Slots,
+		&i.NetworkBlock,
+		&i.Sandboxes,
+		&i.UsedMemoryMib,
+		&i.UsedVcpus,
+		&i.DiskFreeBytes,
+		&i.Watcher,
 	)
+	return i, err
+}
+
+const usedPlace = `-- name: UsedPlace :one
+SELECT count(*) AS sandboxes, COALESCE(sum(memory_mib), 0)::bigint AS memory_mib, COALESCE(sum(vcpus), 0)::bigint AS vcpus FROM sandboxes
+WHERE host_id = $1 AND state NOT IN ('stopped', 'error') AND state <> 'paused'
+`
+
+type UsedPlaceRow struct {
+	Sandboxes int64
+	MemoryMiB int64
+	VCPUs     int64
+}
+
+func (q *Queries) UsedPlace(ctx context.Context, hostID *uuid.UUID) (UsedPlaceRow, error) {
+	row := q.db.QueryRow(ctx, usedPlace, hostID)
+	var i UsedPlaceRow
+	err := row.Scan(&i.Sandboxes, &i.MemoryMiB, &i.VCPUs)
 	return i, err
 }

@@ -22,17 +22,43 @@ type APIKey struct {
 }
 
 type Host struct {
-	ID          uuid.UUID
-	URL         string
-	Status      string
-	Version     string
-	VMM         string
-	Accelerator string
-	CPUs        int32
-	MemoryBytes int64
-	DiskBytes   int64
-	CreatedAt   time.Time
-	LastSeenAt  *time.Time
+	ID                    uuid.UUID
+	URL                   *string
+	Status                string
+	Version               string
+	VMM                   string
+	Accelerator           string
+	CPUs                  int32
+	MemoryBytes           int64
+	DiskBytes             int64
+	CreatedAt             time.Time
+	LastSeenAt            *time.Time
+	Name                  string
+	Tags                  []string
+	Enrolled              bool
+	Draining              bool
+	DeletedAt             *time.Time
+	RegistrationHash      []byte
+	RegistrationExpiresAt *time.Time
+	RefreshHash           []byte
+	PreviousHash          []byte
+	Epoch                 int32
+	HeartbeatAt           *time.Time
+	CapacityMib           int64
+	Slots                 int32
+	NetworkBlock          int32
+	Sandboxes             int32
+	UsedMemoryMib         int64
+	UsedVcpus             int32
+	DiskFreeBytes         int64
+	Watcher               *uuid.UUID
+}
+
+type HostCertificate struct {
+	Serial    string
+	HostID    uuid.UUID
+	NotAfter  time.Time
+	CreatedAt time.Time
 }
 
 type HostTemplate struct {
@@ -67,6 +93,12 @@ type Sandbox struct {
 	EndReason      *string
 	Error          string
 	StartMs        *int64
+	Worker         *uuid.UUID
+}
+
+type Server struct {
+	ID     uuid.UUID
+	SeenAt time.Time
 }
 
 type Team struct {

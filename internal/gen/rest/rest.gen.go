@@ -91,6 +91,33 @@ func (e HealthStatus) Valid() bool {
 	}
 }
 
+// Defines values for HostStatus.
+const (
+	HostStatusDraining    HostStatus = "draining"
+	HostStatusOffline     HostStatus = "offline"
+	HostStatusOnline      HostStatus = "online"
+	HostStatusPending     HostStatus = "pending"
+	HostStatusUnreachable HostStatus = "unreachable"
+)
+
+// Valid indicates whether the value is a known member of the HostStatus enum.
+func (e HostStatus) Valid() bool {
+	switch e {
+	case HostStatusDraining:
+		return true
+	case HostStatusOffline:
+		return true
+	case HostStatusOnline:
+		return true
+	case HostStatusPending:
+		return true
+	case HostStatusUnreachable:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for SandboxEndReason.
 const (
 	SandboxEndReasonDeleted SandboxEndReason = "deleted"
@@ -121,6 +148,7 @@ func (e SandboxEndReason) Valid() bool {
 // Defines values for SandboxState.
 const (
 	SandboxStateError    SandboxState = "error"
+	SandboxStateMissing  SandboxState = "missing"
 	SandboxStatePending  SandboxState = "pending"
 	SandboxStateRunning  SandboxState = "running"
 	SandboxStateStarting SandboxState = "starting"
@@ -132,6 +160,8 @@ const (
 func (e SandboxState) Valid() bool {
 	switch e {
 	case SandboxStateError:
+		return true
+	case SandboxStateMissing:
 		return true
 	case SandboxStatePending:
 		return true
@@ -148,6 +178,23 @@ func (e SandboxState) Valid() bool {
 	}
 }
 
+// AddHost defines model for AddHost.
+type AddHost struct {
+	Name HostName `json:"name"`
+
+	// Tags Words that tell hosts apart. A sandbox that asks for some is placed on a host that has them all.
+	Tags *HostTags `json:"tags,omitempty"`
+}
+
+// ChangeHost defines model for ChangeHost.
+type ChangeHost struct {
+	Draining *bool     `json:"draining,omitempty"`
+	Name     *HostName `json:"name,omitempty"`
+
+	// Tags Words that tell hosts apart. A sandbox that asks for some is placed on a host that has them all.
+	Tags *HostTags `json:"tags,omitempty"`
+}
+
 // CreateSandbox defines model for CreateSandbox.
 type CreateSandbox struct {
 	// DiskMib Disk in MiB; absent: the template's own size, which is also the least.
@@ -157,6 +204,9 @@ type CreateSandbox struct {
 	//
 	// Example: {"LANG":"C.UTF-8"}
 	Envs *Envs `json:"envs,omitempty"`
+
+	// HostTags Words that tell hosts apart. A sandbox that asks for some is placed on a host that has them all.
+	HostTags *HostTags `json:"host_tags,omitempty"`
 
 	// MemoryMib Memory in MiB.
 	MemoryMib *int32 `json:"memory_mib,omitempty"`
@@ -361,10 +411,166 @@ type Health struct {
 // HealthStatus defines model for Health.Status.
 type HealthStatus string
 
+// Host defines model for Host.
+type Host struct {
+	Accelerator string `json:"accelerator"`
+
+	// CapacityMib Memory that sandboxes may have together; 0 where it is not known.
+	CapacityMib int64      `json:"capacity_mib"`
+	Cpus        int32      `json:"cpus"`
+	CreatedAt   time.Time  `json:"created_at"`
+	DiskBytes   int64      `json:"disk_bytes"`
+	Draining    bool       `json:"draining"`
+	ID          string     `json:"id"`
+	LastSeenAt  *time.Time `json:"last_seen_at,omitempty"`
+
+	// Load What is in use, as the agent said last.
+	Load HostLoad `json:"load"`
+
+	// Loses What would be lost with the host; with `preview` only.
+	Loses       *HostLoses `json:"loses,omitempty"`
+	MemoryBytes int64      `json:"memory_bytes"`
+	Name        string     `json:"name"`
+
+	// NetworkBlock Which share of its machine's network slots it has.
+	NetworkBlock int32 `json:"network_block"`
+
+	// Slots How many sandboxes can run at once.
+	Slots int32 `json:"slots"`
+
+	// Status `pending`: its agent has not registered, or not answered yet. `unreachable`: not heard
+	// of for two heartbeats; what ran on it is `missing`. `draining`: it gets no new
+	// sandboxes. `offline`: its agent said that it goes, or was revoked.
+	Status HostStatus `json:"status"`
+	Tags   []string   `json:"tags"`
+
+	// URL Where its agent listens.
+	URL     *string `json:"url,omitempty"`
+	Version string  `json:"version"`
+	Vmm     string  `json:"vmm"`
+}
+
+// HostStatus `pending`: its agent has not registered, or not answered yet. `unreachable`: not heard
+// of for two heartbeats; what ran on it is `missing`. `draining`: it gets no new
+// sandboxes. `offline`: its agent said that it goes, or was revoked.
+type HostStatus string
+
+// HostCredentials defines model for HostCredentials.
+type HostCredentials struct {
+	// AgentToken What the control plane shows the agent.
+	AgentToken string `json:"agent_token"`
+
+	// Authority Who signed it and signs the control plane's, PEM.
+	Authority *string `json:"authority,omitempty"`
+
+	// Certificate The host's certificate, PEM, for seven days.
+	Certificate *string   `json:"certificate,omitempty"`
+	ExpiresAt   time.Time `json:"expires_at"`
+	HeartbeatMs int64     `json:"heartbeat_ms"`
+	HostID      string    `json:"host_id"`
+
+	// Token What the agent shows the control plane.
+	Token string `json:"token"`
+}
+
+// HostHeard defines model for HostHeard.
+type HostHeard struct {
+	// HeartbeatMs When to be heard of again.
+	HeartbeatMs int64 `json:"heartbeat_ms"`
+}
+
+// HostHeartbeat defines model for HostHeartbeat.
+type HostHeartbeat struct {
+	// Leaving The agent goes: it is not to be waited for.
+	Leaving *bool `json:"leaving,omitempty"`
+
+	// Status What an agent says of its host.
+	Status *HostReport `json:"status,omitempty"`
+}
+
+// HostList defines model for HostList.
+type HostList struct {
+	Hosts []Host `json:"hosts"`
+}
+
+// HostLoad What is in use, as the agent said last.
+type HostLoad struct {
+	DiskFreeBytes int64 `json:"disk_free_bytes"`
+	Sandboxes     int32 `json:"sandboxes"`
+	UsedMemoryMib int64 `json:"used_memory_mib"`
+	UsedVcpus     int32 `json:"used_vcpus"`
+}
+
+// HostLoses What would be lost with the host; with `preview` only.
+type HostLoses struct {
+	// Sandboxes Sandboxes that have not ended, by state.
+	Sandboxes map[string]int64 `json:"sandboxes"`
+
+	// Templates Teams' templates that no other host has.
+	Templates int64 `json:"templates"`
+}
+
+// HostName defines model for HostName.
+type HostName = string
+
+// HostRegistration defines model for HostRegistration.
+type HostRegistration struct {
+	ExpiresAt time.Time `json:"expires_at"`
+	Host      Host      `json:"host"`
+
+	// Token Shown this once.
+	Token string `json:"token"`
+}
+
+// HostReport What an agent says of its host.
+type HostReport struct {
+	Accelerator   string `json:"accelerator"`
+	CapacityMib   int64  `json:"capacity_mib"`
+	Cpus          int32  `json:"cpus"`
+	DiskBytes     int64  `json:"disk_bytes"`
+	DiskFreeBytes int64  `json:"disk_free_bytes"`
+	MemoryBytes   int64  `json:"memory_bytes"`
+	NetworkBlock  int32  `json:"network_block"`
+	Sandboxes     int32  `json:"sandboxes"`
+	Slots         int32  `json:"slots"`
+	UsedMemoryMib int64  `json:"used_memory_mib"`
+	UsedVcpus     int32  `json:"used_vcpus"`
+	Version       string `json:"version"`
+	Vmm           string `json:"vmm"`
+}
+
+// HostTags Words that tell hosts apart. A sandbox that asks for some is placed on a host that has them all.
+type HostTags = []string
+
 // Metadata The caller's own keys and values, to find sandboxes by. Keys are 1 to 128 characters without `=`.
 //
 // Example: {"job":"42"}
 type Metadata map[string]string
+
+// RefreshHost defines model for RefreshHost.
+type RefreshHost struct {
+	Csr *string `json:"csr,omitempty"`
+
+	// NextHash The SHA-256 of a token, in hexadecimal.
+	NextHash     TokenHash `json:"next_hash"`
+	RefreshToken string    `json:"refresh_token"`
+}
+
+// RegisterHost defines model for RegisterHost.
+type RegisterHost struct {
+	// Csr The signing request, PEM.
+	Csr *string `json:"csr,omitempty"`
+
+	// RefreshHash The SHA-256 of a token, in hexadecimal.
+	RefreshHash TokenHash `json:"refresh_hash"`
+
+	// Status What an agent says of its host.
+	Status HostReport `json:"status"`
+	Token  string     `json:"token"`
+
+	// URL Where the agent listens.
+	URL string `json:"url"`
+}
 
 // Sandbox Example: {"access_token":"4f1d…","created_at":"2026-01-02T03:04:05.678901Z","disk_mib":5120,"expires_at":"2026-01-02T03:09:07.123456Z","host_id":"hst-0000000000000000000000001","id":"cl-0a1b2c3d4e5f6g7h8i9j0k1l2","memory_mib":512,"metadata":{"job":"42"},"start_ms":1444,"started_at":"2026-01-02T03:04:07.123456Z","state":"running","team_id":"tm-0000000000000000000000001","template":"minimal","template_id":"tpl-0000000000000000000000000","timeout_seconds":300,"traffic_token":"93ab…","url":"http://{port}-cl-0a1b2c3d4e5f6g7h8i9j0k1l2.localhost:8000","vcpus":1}
 type Sandbox struct {
@@ -412,7 +618,8 @@ type Sandbox struct {
 	// StartedAt When it first ran.
 	StartedAt *time.Time `json:"started_at,omitempty"`
 
-	// State `pending` and `starting`: being created; `running`: it runs; `stopping`: being
+	// State `pending` and `starting`: being created; `running`: it runs; `missing`: it ran when
+	// its host was last heard of, and does again if the host comes back; `stopping`: being
 	// destroyed; `stopped`: it ended (`end_reason` says why); `error`: it failed to
 	// start.
 	State SandboxState `json:"state"`
@@ -484,7 +691,8 @@ type SandboxMetrics struct {
 	Time time.Time `json:"time"`
 }
 
-// SandboxState `pending` and `starting`: being created; `running`: it runs; `stopping`: being
+// SandboxState `pending` and `starting`: being created; `running`: it runs; `missing`: it ran when
+// its host was last heard of, and does again if the host comes back; `stopping`: being
 // destroyed; `stopped`: it ended (`end_reason` says why); `error`: it failed to
 // start.
 type SandboxState string
@@ -525,6 +733,9 @@ type TerminalSize struct {
 	Rows int32 `json:"rows"`
 }
 
+// TokenHash The SHA-256 of a token, in hexadecimal.
+type TokenHash = string
+
 // UserName A user of the guest. The default one is `user`, who may use sudo; `root` is there too.
 //
 // Example: root
@@ -532,6 +743,9 @@ type UserName = string
 
 // Cursor defines model for Cursor.
 type Cursor = string
+
+// HostID defines model for HostID.
+type HostID = string
 
 // Limit defines model for Limit.
 type Limit = int
@@ -576,6 +790,18 @@ type Unavailable = Error
 
 // Unprocessable Example: {"error":{"code":"not_found","message":"no such sandbox"}}
 type Unprocessable = Error
+
+// DeleteHostParams defines parameters for DeleteHost.
+type DeleteHostParams struct {
+	// Force Whatever is lost.
+	Force *bool `form:"force,omitempty" json:"force,omitempty"`
+}
+
+// GetHostParams defines parameters for GetHost.
+type GetHostParams struct {
+	// Preview Say what would be lost with the host, too.
+	Preview *bool `form:"preview,omitempty" json:"preview,omitempty"`
+}
 
 // ListSandboxesParams defines parameters for ListSandboxes.
 type ListSandboxesParams struct {
@@ -652,6 +878,21 @@ type ListTemplatesParams struct {
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
+// AddHostJSONRequestBody defines body for AddHost for application/json ContentType.
+type AddHostJSONRequestBody = AddHost
+
+// ChangeHostJSONRequestBody defines body for ChangeHost for application/json ContentType.
+type ChangeHostJSONRequestBody = ChangeHost
+
+// HostHeartbeatJSONRequestBody defines body for HostHeartbeat for application/json ContentType.
+type HostHeartbeatJSONRequestBody = HostHeartbeat
+
+// RefreshHostJSONRequestBody defines body for RefreshHost for application/json ContentType.
+type RefreshHostJSONRequestBody = RefreshHost
+
+// RegisterHostJSONRequestBody defines body for RegisterHost for application/json ContentType.
+type RegisterHostJSONRequestBody = RegisterHost
+
 // CreateSandboxJSONRequestBody defines body for CreateSandbox for application/json ContentType.
 type CreateSandboxJSONRequestBody = CreateSandbox
 
@@ -672,6 +913,33 @@ type ServerInterface interface {
 	// GetOpenAPI This document
 	// (GET /openapi.yaml)
 	GetOpenAPI(w http.ResponseWriter, r *http.Request)
+	// ListHosts List hosts
+	// (GET /v1/admin/hosts)
+	ListHosts(w http.ResponseWriter, r *http.Request)
+	// AddHost Add a host
+	// (POST /v1/admin/hosts)
+	AddHost(w http.ResponseWriter, r *http.Request)
+	// DeleteHost Remove a host
+	// (DELETE /v1/admin/hosts/{host_id})
+	DeleteHost(w http.ResponseWriter, r *http.Request, hostID HostID, params DeleteHostParams)
+	// GetHost Get a host
+	// (GET /v1/admin/hosts/{host_id})
+	GetHost(w http.ResponseWriter, r *http.Request, hostID HostID, params GetHostParams)
+	// ChangeHost Drain, name or tag a host
+	// (PATCH /v1/admin/hosts/{host_id})
+	ChangeHost(w http.ResponseWriter, r *http.Request, hostID HostID)
+	// RenewHostToken Make another registration token
+	// (POST /v1/admin/hosts/{host_id}/token)
+	RenewHostToken(w http.ResponseWriter, r *http.Request, hostID HostID)
+	// HostHeartbeat Say that an agent is there, or that it goes
+	// (POST /v1/hosts/heartbeat)
+	HostHeartbeat(w http.ResponseWriter, r *http.Request)
+	// RefreshHost Change an agent's credentials for new ones
+	// (POST /v1/hosts/refresh)
+	RefreshHost(w http.ResponseWriter, r *http.Request)
+	// RegisterHost Register an agent
+	// (POST /v1/hosts/register)
+	RegisterHost(w http.ResponseWriter, r *http.Request)
 	// ListSandboxes List sandboxes
 	// (GET /v1/sandboxes)
 	ListSandboxes(w http.ResponseWriter, r *http.Request, params ListSandboxesParams)
@@ -741,6 +1009,60 @@ func (_ Unimplemented) GetMetrics(w http.ResponseWriter, r *http.Request) {
 // GetOpenAPI This document
 // (GET /openapi.yaml)
 func (_ Unimplemented) GetOpenAPI(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ListHosts List hosts
+// (GET /v1/admin/hosts)
+func (_ Unimplemented) ListHosts(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// AddHost Add a host
+// (POST /v1/admin/hosts)
+func (_ Unimplemented) AddHost(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// DeleteHost Remove a host
+// (DELETE /v1/admin/hosts/{host_id})
+func (_ Unimplemented) DeleteHost(w http.ResponseWriter, r *http.Request, hostID HostID, params DeleteHostParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// GetHost Get a host
+// (GET /v1/admin/hosts/{host_id})
+func (_ Unimplemented) GetHost(w http.ResponseWriter, r *http.Request, hostID HostID, params GetHostParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ChangeHost Drain, name or tag a host
+// (PATCH /v1/admin/hosts/{host_id})
+func (_ Unimplemented) ChangeHost(w http.ResponseWriter, r *http.Request, hostID HostID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// RenewHostToken Make another registration token
+// (POST /v1/admin/hosts/{host_id}/token)
+func (_ Unimplemented) RenewHostToken(w http.ResponseWriter, r *http.Request, hostID HostID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// HostHeartbeat Say that an agent is there, or that it goes
+// (POST /v1/hosts/heartbeat)
+func (_ Unimplemented) HostHeartbeat(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// RefreshHost Change an agent's credentials for new ones
+// (POST /v1/hosts/refresh)
+func (_ Unimplemented) RefreshHost(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// RegisterHost Register an agent
+// (POST /v1/hosts/register)
+func (_ Unimplemented) RegisterHost(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -884,6 +1206,212 @@ func (siw *ServerInterfaceWrapper) GetOpenAPI(w http.ResponseWriter, r *http.Req
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.GetOpenAPI(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListHosts operation middleware
+func (siw *ServerInterfaceWrapper) ListHosts(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListHosts(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// AddHost operation middleware
+func (siw *ServerInterfaceWrapper) AddHost(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.AddHost(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// DeleteHost operation middleware
+func (siw *ServerInterfaceWrapper) DeleteHost(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "host_id" -------------
+	var hostID HostID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "host_id", chi.URLParam(r, "host_id"), &hostID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "host_id", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params DeleteHostParams
+
+	// ------------- Optional query parameter "force" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "force", r.URL.Query(), &params.Force, runtime.BindQueryParameterOptions{Type: "boolean", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "force"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "force", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.DeleteHost(w, r, hostID, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetHost operation middleware
+func (siw *ServerInterfaceWrapper) GetHost(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "host_id" -------------
+	var hostID HostID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "host_id", chi.URLParam(r, "host_id"), &hostID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "host_id", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params GetHostParams
+
+	// ------------- Optional query parameter "preview" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "preview", r.URL.Query(), &params.Preview, runtime.BindQueryParameterOptions{Type: "boolean", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "preview"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "preview", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetHost(w, r, hostID, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ChangeHost operation middleware
+func (siw *ServerInterfaceWrapper) ChangeHost(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "host_id" -------------
+	var hostID HostID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "host_id", chi.URLParam(r, "host_id"), &hostID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "host_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ChangeHost(w, r, hostID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// RenewHostToken operation middleware
+func (siw *ServerInterfaceWrapper) RenewHostToken(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "host_id" -------------
+	var hostID HostID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "host_id", chi.URLParam(r, "host_id"), &hostID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "host_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.RenewHostToken(w, r, hostID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// HostHeartbeat operation middleware
+func (siw *ServerInterfaceWrapper) HostHeartbeat(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.HostHeartbeat(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// RefreshHost operation middleware
+func (siw *ServerInterfaceWrapper) RefreshHost(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.RefreshHost(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// RegisterHost operation middleware
+func (siw *ServerInterfaceWrapper) RegisterHost(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.RegisterHost(w, r)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -1669,6 +2197,33 @@ func HandlerWithOptions(si ServerInterface, options ChiServerOptions) http.Handl
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/docs", wrapper.GetDocs)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/admin/hosts", wrapper.ListHosts)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/admin/hosts", wrapper.AddHost)
+	})
+	r.Group(func(r chi.Router) {
+		r.Delete(options.BaseURL+"/v1/admin/hosts/{host_id}", wrapper.DeleteHost)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/admin/hosts/{host_id}", wrapper.GetHost)
+	})
+	r.Group(func(r chi.Router) {
+		r.Patch(options.BaseURL+"/v1/admin/hosts/{host_id}", wrapper.ChangeHost)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/admin/hosts/{host_id}/token", wrapper.RenewHostToken)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/hosts/register", wrapper.RegisterHost)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/hosts/refresh", wrapper.RefreshHost)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/hosts/heartbeat", wrapper.HostHeartbeat)
 	})
 
 	return r

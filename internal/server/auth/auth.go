@@ -75,6 +75,15 @@ func (k *Keys) Check(ctx context.Context, key string) (Principal, error) {
 	return Principal{Team: row.TeamID, Key: row.ID}, nil
 }
 
+// OfAdmin says whether a platform's admin made the key.
+func (k *Keys) OfAdmin(ctx context.Context, key uuid.UUID) (bool, error) {
+	admin, err := k.store.IsAdminsKey(ctx, key)
+	if err != nil {
+		return false, fmt.Errorf("look up who made the key: %w", err)
+	}
+	return admin, nil
+}
+
 // Run writes the keys' last uses, many at once, until ctx is done, and once
 // more then.
 func (k *Keys) Run(ctx context.Context) {

@@ -7,11 +7,12 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/hex"
+	"fmt"
 
 	"github.com/google/uuid"
 )
 
-// Tokens makes the tokens of sandboxes from the server's secret; none is stored.
+// Tokens makes the tokens of sandboxes and hosts from the server's secret; none is stored.
 type Tokens struct{ secret []byte }
 
 // NewTokens returns the tokens of a secret, which must be long and random.
@@ -23,10 +24,23 @@ func (t Tokens) Access(sandbox uuid.UUID) string { return t.mac("access:", sandb
 // Traffic is what opens a sandbox's ports in X-Traffic-Token.
 func (t Tokens) Traffic(sandbox uuid.UUID) string { return t.mac("traffic:", sandbox) }
 
-func (t Tokens) mac(purpose string, sandbox uuid.UUID) string {
+// Agent is what a host's agent asks of the control plane, from one
+// registration of the host to the next, which epoch counts.
+func (t Tokens) Agent(host uuid.UUID, epoch int32) string {
+	return t.mac(fmt.Sprintf("agent:%d:", epoch), host)
+}
+
+// HostKey is the key that hosts' own tokens are signed with.
+func (t Tokens) HostKey() []byte {
+	m := hmac.New(sha256.New, t.secret)
+	m.Write([]byte("hosts"))
+	return m.Sum(nil)
+}
+
+func (t Tokens) mac(purpose string, of uuid.UUID) string {
 	m := hmac.New(sha256.New, t.secret)
 	m.Write([]byte(purpose))
-	m.Write([]byte(sandbox.String()))
+	m.Write([]byte(of.String()))
 	return hex.EncodeToString(m.Sum(nil))
 }
 

@@ -4,10 +4,14 @@ package hosts
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 
@@ -17,8 +21,12 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
+	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
+	"github.com/wrenn-dev/wrenn/internal/pki"
+	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/scheduler"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
@@ -34,27 +42,152 @@ type Host struct {
 	Agent hostagentv1connect.HostAgentClient
 
 	token     string
+	epoch     int32
 	transport *http.Transport
 	client    *http.Client
+	trust     trust
+
+	mu     sync.Mutex
+	conns  map[net.Conn]struct{}
+	closed bool
 }
 
-// Transport carries plain HTTP/1.1 requests to the agent, bytes untouched.
+// Transport carries plain HTTP/1.1 requests to the agent, bytes untouched. A
+// request's URL is http, whatever the connection is.
 func (h *Host) Transport() http.RoundTripper { return h.transport }
 
 // Authorize adds to a request's header what the agent asks for.
 func (h *Host) Authorize(header http.Header) { header.Set("Authorization", "Bearer "+h.token) }
 
-func newHost(id uuid.UUID, url, token string) *Host {
-	client, base := netaddr.HTTPClient(url)
-	h := &Host{ID: id, URL: url, token: token, client: client, transport: netaddr.Transport(url, false)}
+// dials makes a transport's connections ones that end with the host.
+func (h *Host) dials(t *http.Transport) *http.Transport {
+	dial := t.DialContext
+	t.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := dial(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		if h.closed {
+			return nil, errors.Join(errors.New("the host was removed"), conn.Close())
+		}
+		h.conns[conn] = struct{}{}
+		return &tracked{conn, h}, nil
+	}
+	return t
+}
+
+// tracked is a connection that its host knows of.
+type tracked struct {
+	net.Conn
+	host *Host
+}
+
+func (c *tracked) Close() error {
+	c.host.mu.Lock()
+	delete(c.host.conns, c.Conn)
+	c.host.mu.Unlock()
+	return c.Conn.Close()
+}
+
+// close ends every connection, streams under way too, and allows no other.
+func (h *Host) close() {
+	h.mu.Lock()
+	h.closed = true
+	conns := h.conns
+	h.conns = nil
+	h.mu.Unlock()
+	for c := range conns {
+		_ = c.Close()
+	}
+	h.transport.CloseIdleConnections()
+	h.client.CloseIdleConnections()
+}
+
+// newHost is the host of a row that has a URL. One that asks for TLS is called
+// with certificates, which takes an authority.
+func (r *Registry) newHost(row db.Host, token string) *Host {
+	url := *row.URL
+	h := &Host{ID: row.ID, URL: url, token: token, epoch: row.Epoch, conns: make(map[net.Conn]struct{})}
+	scheme := "http"
+	if address, ok := secure(url); ok {
+		scheme = "https"
+		c := r.caller.TLS(row.ID, address, func(leaf *x509.Certificate) error { return h.trust.check(r.Store, row.ID, leaf) })
+		h.client = &http.Client{Transport: h.dials(netaddr.TLSTransport(url, true, c.Clone()))}
+		c.NextProtos = []string{"http/1.1"}
+		h.transport = h.dials(netaddr.Transport(url, false))
+		// Requests to be carried need not know: TLS is a matter of the connection.
+		plain := h.transport.DialContext
+		h.transport.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+			conn, err := plain(ctx, network, addr)
+			if err != nil {
+				return nil, err
+			}
+			over := tls.Client(conn, c)
+			shake, cancel := context.WithTimeout(ctx, 10*time.Second)
+			defer cancel()
+			if err := over.HandshakeContext(shake); err != nil {
+				return nil, errors.Join(err, conn.Close())
+			}
+			return over, nil
+		}
+	} else {
+		h.client = &http.Client{Transport: h.dials(netaddr.Transport(url, true))}
+		h.transport = h.dials(netaddr.Transport(url, false))
+	}
 	h.transport.DisableCompression = true
-	h.Agent = hostagentv1connect.NewHostAgentClient(client, base,
+	_, address := netaddr.Split(url)
+	if strings.HasPrefix(url, "unix:") {
+		address = "localhost"
+	}
+	h.Agent = hostagentv1connect.NewHostAgentClient(h.client, scheme+"://"+address,
 		connect.WithInterceptors(bearer(token)),
 		connect.WithReadMaxBytes(maxAnswer),
 		// Both ends are near each other: compressing costs more than it saves.
 		connect.WithAcceptCompression("gzip", nil, nil),
 	)
 	return h
+}
+
+// secure returns the address, an IP address or a name, of a URL that asks for TLS.
+func secure(url string) (address string, ok bool) {
+	rest, ok := strings.CutPrefix(url, "https://")
+	if !ok {
+		return "", false
+	}
+	address, _, err := net.SplitHostPort(rest)
+	return address, err == nil
+}
+
+// trust remembers which of a host's leaves the database trusts.
+type trust struct {
+	mu   sync.Mutex
+	good string // the serial number of the last one that was
+}
+
+// check says what is wrong with a leaf that is otherwise in order.
+func (t *trust) check(s *store.Store, host uuid.UUID, leaf *x509.Certificate) error {
+	serial := pki.Serial(leaf)
+	t.mu.Lock()
+	known := t.good == serial
+	t.mu.Unlock()
+	if known {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	ok, err := s.TrustsHostCertificate(ctx, db.TrustsHostCertificateParams{Serial: serial, HostID: host})
+	if err != nil {
+		return fmt.Errorf("look up the host's certificate: %w", err)
+	}
+	if !ok {
+		return errors.New("the host's certificate was revoked")
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.good = serial
+	return nil
 }
 
 // bearer is an interceptor that shows the agent's token in every call.
@@ -79,43 +212,138 @@ func (b bearer) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.
 	return next
 }
 
+// DefaultHeartbeat is how often agents say that they are there.
+const DefaultHeartbeat = 10 * time.Second
+
+// missedBeats is after how many heartbeats that did not come a host is
+// unreachable.
+const missedBeats = 2
+
+// Config is what a Registry works with.
+type Config struct {
+	Store  *store.Store
+	Tokens auth.Tokens
+	// Authority signs hosts' certificates; nil: hosts are called in clear, on
+	// this machine alone.
+	Authority *pki.Authority
+	// Heartbeat is how often agents say that they are there, and are asked;
+	// 0: [DefaultHeartbeat].
+	Heartbeat time.Duration
+	// Policy is how far hosts are filled.
+	Policy scheduler.Policy
+	Log    *slog.Logger
+}
+
 // Registry is every host that the control plane knows.
 type Registry struct {
-	store *store.Store
-	log   *slog.Logger
+	Config
+	caller *pki.Caller
 
 	mu    sync.RWMutex
 	hosts map[uuid.UUID]*Host
+	// static are the tokens of hosts that the configuration names.
+	static map[uuid.UUID]string
 }
 
 // Open returns a registry without hosts.
-func Open(s *store.Store, log *slog.Logger) *Registry {
-	return &Registry{store: s, log: log, hosts: make(map[uuid.UUID]*Host)}
+func Open(c Config) (*Registry, error) {
+	if c.Heartbeat == 0 {
+		c.Heartbeat = DefaultHeartbeat
+	}
+	r := &Registry{Config: c, hosts: make(map[uuid.UUID]*Host), static: make(map[uuid.UUID]string)}
+	if c.Authority != nil {
+		var err error
+		if r.caller, err = pki.NewCaller(c.Authority); err != nil {
+			return nil, err
+		}
+	}
+	return r, nil
 }
+
+// Run keeps the control plane's own certificate fresh until ctx is done.
+func (r *Registry) Run(ctx context.Context) {
+	if r.caller != nil {
+		r.caller.Run(ctx, r.Log)
+	}
+}
+
+// within is how old the last sign of a host may be, in seconds.
+func (r *Registry) within() float64 { return (missedBeats * r.Heartbeat).Seconds() }
 
 // Register adds the host whose agent listens at url ("unix:/path" or
 // "http://host:port"); the same URL is the same host for ever.
 func (r *Registry) Register(ctx context.Context, url, token string) (*Host, error) {
-	row, err := r.store.UpsertHost(ctx, db.UpsertHostParams{ID: uuid.New(), URL: url})
+	if _, tls := secure(url); tls {
+		return nil, errors.New("register host: one that is called over TLS registers itself")
+	}
+	row, err := r.Store.UpsertHost(ctx, db.UpsertHostParams{ID: uuid.New(), URL: &url})
 	if err != nil {
 		return nil, fmt.Errorf("register host: %w", err)
 	}
-	h := newHost(row.ID, url, token)
+	if row.Enrolled {
+		return nil, fmt.Errorf("register host: the host at %s registers itself", url)
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.static[row.ID] = token
+	h := r.newHost(row, token)
 	r.hosts[h.ID] = h
 	return h, nil
 }
 
-// Close drops idle connections.
+// Refresh makes the hosts that are known those of the table, and returns them.
+// A host that was deleted, revoked or registered anew loses its connections.
+func (r *Registry) Refresh(ctx context.Context) ([]db.Host, error) {
+	rows, err := r.Store.ListHosts(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("list hosts: %w", err)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	is := make(map[uuid.UUID]bool, len(rows))
+	for _, row := range rows {
+		token, static := r.static[row.ID]
+		if row.Enrolled {
+			if row.RefreshHash == nil {
+				continue
+			}
+			token = r.Tokens.Agent(row.ID, row.Epoch)
+		} else if !static {
+			continue // Another server's configuration names it.
+		}
+		if row.URL == nil {
+			continue
+		}
+		if _, tls := secure(*row.URL); tls && r.caller == nil {
+			continue // Never in clear.
+		}
+		is[row.ID] = true
+		old := r.hosts[row.ID]
+		if old != nil && old.URL == *row.URL && old.epoch == row.Epoch {
+			continue
+		}
+		if old != nil {
+			old.close()
+		}
+		r.hosts[row.ID] = r.newHost(row, token)
+	}
+	for id, h := range r.hosts {
+		if !is[id] {
+			h.close()
+			delete(r.hosts, id)
+		}
+	}
+	return rows, nil
+}
+
+// Close drops every connection.
 func (r *Registry) Close() {
 	for _, h := range r.All() {
-		h.transport.CloseIdleConnections()
-		h.client.CloseIdleConnections()
+		h.close()
 	}
 }
 
-// All returns every host.
+// All returns every host that can be called.
 func (r *Registry) All() []*Host {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
@@ -139,15 +367,8 @@ func (r *Registry) Get(id *uuid.UUID) (*Host, error) {
 	return nil, fault.New(fault.HostUnreachable, "the sandbox's host is not connected")
 }
 
-// Pick chooses the host of a new sandbox, or fails with no_capacity.
-func (r *Registry) Pick() (*Host, error) {
-	for _, h := range r.All() {
-		return h, nil
-	}
-	return nil, fault.New(fault.NoCapacity, "no host is connected")
-}
-
-// Contact asks the host how it is and writes the answer, or its absence, down.
+// Contact asks the host how it is and writes the answer down. That it did not
+// answer is written down by [Registry.Sweep], once it is too long ago that it did.
 func (r *Registry) Contact(ctx context.Context, h *Host) error {
 	ask, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
@@ -156,18 +377,38 @@ func (r *Registry) Contact(ctx context.Context, h *Host) error {
 		return ctx.Err()
 	}
 	if err != nil {
-		if err := r.store.HostUnreachable(ctx, h.ID); err != nil {
-			r.log.Warn("write host's status", "host", h.URL, "error", err)
-		}
 		return err
 	}
 	m := answer.Msg
-	if err := r.store.HostSeen(ctx, db.HostSeenParams{
-		ID: h.ID, Version: m.Version, VMM: m.Vmm, Accelerator: m.Accelerator, CPUs: m.Cpus, MemoryBytes: m.MemoryBytes, DiskBytes: m.DiskBytes,
-	}); err != nil {
+	_, err = r.Store.HostSeen(ctx, db.HostSeenParams{
+		ID: h.ID, Within: r.within(), Version: m.Version, VMM: m.Vmm, Accelerator: m.Accelerator, CPUs: m.Cpus, MemoryBytes: m.MemoryBytes, DiskBytes: m.DiskBytes,
+		CapacityMib: m.MemoryLimitMib, Slots: m.Slots, NetworkBlock: m.NetworkBlock,
+		Sandboxes: m.Sandboxes, UsedMemoryMib: m.MemoryUsedMib, UsedVcpus: m.VcpusUsed, DiskFreeBytes: m.DiskFreeBytes,
+	})
+	if errors.Is(err, store.ErrNoRows) {
+		return errors.New("the host was removed")
+	}
+	if err != nil {
 		return fmt.Errorf("write host's status: %w", err)
 	}
 	return nil
+}
+
+// Sweep writes down which hosts have not been heard of for too long, and that
+// what ran on them is missing. It returns the sandboxes that are so now.
+func (r *Registry) Sweep(ctx context.Context) ([]uuid.UUID, error) {
+	gone, err := r.Store.HostsUnreachable(ctx, r.within())
+	if err != nil {
+		return nil, fmt.Errorf("look for hosts that are gone: %w", err)
+	}
+	for _, h := range gone {
+		r.Log.Warn("host is unreachable", "host_id", id.Format(id.Host, h.ID), "name", h.Name)
+	}
+	missing, err := r.Store.SandboxesMissing(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("look for sandboxes that are missing: %w", err)
+	}
+	return missing, nil
 }
 
 // Fault turns an agent's error into one for the caller. The agent's own

@@ -61,6 +61,7 @@ func New(c Config) *Proxy {
 	}
 	p.buffers.New = func() any { b := make([]byte, 32<<10); return &b }
 	c.Sandboxes.OnChange(p.cache.drop)
+	c.Sandboxes.OnDeaf(p.cache.deafen)
 	return p
 }
 
@@ -138,6 +139,8 @@ func (p *Proxy) resolve(r *http.Request) (destination, error) {
 	}
 	switch {
 	case t.state == sandboxes.Running:
+	case t.state == sandboxes.Missing:
+		return none, fault.New(fault.HostUnreachable, "the sandbox's host is not heard of")
 	case t.state == sandboxes.Pending || t.state == sandboxes.Starting:
 		return none, fault.New(fault.Unavailable, "the sandbox is starting")
 	default:
@@ -268,6 +271,8 @@ type cache struct {
 	// drops counts changes, so that what was looked up before one is not
 	// remembered after it.
 	drops uint64
+	// deaf says that changes can be missed: nothing is believed.
+	deaf bool
 }
 
 func newCache() *cache { return &cache{targets: make(map[uuid.UUID]target)} }
@@ -277,6 +282,15 @@ func (c *cache) drop(sandbox uuid.UUID) {
 	defer c.mu.Unlock()
 	c.drops++
 	delete(c.targets, sandbox)
+}
+
+// deafen forgets everything, and remembers nothing while changes can be missed.
+func (c *cache) deafen(is bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.drops++
+	c.deaf = is
+	clear(c.targets)
 }
 
 func (c *cache) get(ctx context.Context, sandbox uuid.UUID, lookup func(context.Context, uuid.UUID) (target, error)) (target, error) {
@@ -295,7 +309,7 @@ func (c *cache) get(ctx context.Context, sandbox uuid.UUID, lookup func(context.
 	t.until = now.Add(targetsLast)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.drops != drops {
+	if c.drops != drops || c.deaf {
 		return t, nil
 	}
 	if len(c.targets) >= maxTargets {

@@ -51,7 +51,8 @@ func TestDocumented(t *testing.T) {
 	for path, item := range newAPI(t).spec.Paths.Map() {
 		for method, op := range item.Operations() {
 			open := op.Security != nil && len(*op.Security) == 0
-			if open == strings.HasPrefix(path, "/v1/") {
+			// Agents have tokens of their own, which their operations check.
+			if open != (!strings.HasPrefix(path, "/v1/") || strings.HasPrefix(path, "/v1/hosts/")) {
 				t.Errorf("%s %s: open = %v", method, path, open)
 			}
 			if op.Summary == "" || op.OperationID == "" || len(op.Tags) != 1 {

@@ -88,6 +88,7 @@ func (a *API) CreateSandbox(w http.ResponseWriter, r *http.Request, params rest.
 	p := sandboxes.CreateParams{
 		Template: or(req.Template, defaultTemplate), VCPUs: or(req.Vcpus, defaultVCPUs), MemoryMiB: or(req.MemoryMib, defaultMemoryMiB),
 		DiskMiB: or(req.DiskMib, 0), TimeoutSeconds: or(req.TimeoutSeconds, defaultTimeout), Envs: or(req.Envs, nil), Metadata: or(req.Metadata, nil),
+		HostTags: or(req.HostTags, nil),
 	}
 	row, replayed, err := a.Sandboxes.Create(r.Context(), caller(r).Team, p, or(params.IdempotencyKey, ""))
 	if err != nil {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"sync"
 	"time"
 
 	"connectrpc.com/connect"
@@ -20,8 +19,6 @@ import (
 )
 
 const (
-	// compareEvery is how often a host's list is compared with the table.
-	compareEvery = 10 * time.Second
 	// lostAfter is how long a host must not have a sandbox before it is given
 	// up: the host's own word on what happened may be on its way.
 	lostAfter = 3 * time.Second
@@ -32,18 +29,6 @@ const (
 	// know before it is destroyed.
 	strayAfter = 30 * time.Second
 )
-
-// Run keeps the table and the hosts in agreement until ctx is done.
-func (s *Service) Run(ctx context.Context) {
-	var wg sync.WaitGroup
-	for _, h := range s.Hosts.All() {
-		w := &watch{Service: s, host: h, log: s.Log.With("host", h.URL), poke: make(chan struct{}, 1), missing: make(map[uuid.UUID]time.Time), stray: make(map[uuid.UUID]time.Time)}
-		wg.Go(func() { w.listen(ctx) })
-		wg.Go(func() { w.compareLoop(ctx) })
-	}
-	wg.Go(func() { s.forgetKeys(ctx) })
-	wg.Wait()
-}
 
 // forgetKeys drops idempotency keys that are old enough.
 func (s *Service) forgetKeys(ctx context.Context) {
@@ -203,9 +188,10 @@ func (w *watch) compareLoop(ctx context.Context) {
 			w.log.Warn("compare host with table", "error", err)
 		}
 		failing = err != nil
-		wait := compareEvery
+		// Twice a heartbeat, so that one answer that is late costs nothing.
+		wait := w.Hosts.Heartbeat / 2
 		if len(w.missing) > 0 {
-			wait = lostAfter
+			wait = min(wait, lostAfter)
 		}
 		t := time.NewTimer(wait)
 		select {
@@ -239,6 +225,10 @@ func (w *watch) compare(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("list host's rows: %w", err)
 	}
+	elsewhere, err := w.atWorkElsewhere(ctx)
+	if err != nil {
+		return err
+	}
 	list, err := w.host.Agent.List(ask, connect.NewRequest(&hostagentv1.ListRequest{}))
 	if err != nil {
 		return fmt.Errorf("list host's sandboxes: %w", err)
@@ -255,7 +245,7 @@ func (w *watch) compare(ctx context.Context) error {
 	known := make(map[uuid.UUID]bool, len(rows))
 	for _, row := range rows {
 		known[row.ID] = true
-		if w.busy(row.ID) {
+		if w.busy(row.ID) || elsewhere[row.ID] {
 			continue
 		}
 		sb, there := has[row.ID]
@@ -283,6 +273,12 @@ func (w *watch) compare(ctx context.Context) error {
 				err = w.ended(ctx, row.ID, "lost", "the host no longer has the sandbox", now)
 			} else if at := expiry(sb); at != nil && (row.ExpiresAt == nil || !row.ExpiresAt.Equal(*at)) {
 				expire.Ids, expire.Ats = append(expire.Ids, row.ID), append(expire.Ats, *at)
+			}
+		case Missing:
+			if !there {
+				err = w.ended(ctx, row.ID, "lost", "the host no longer has the sandbox", now)
+			} else if sb.State == hostagentv1.SandboxState_SANDBOX_STATE_RUNNING {
+				err = w.found(ctx, row, sb)
 			}
 		case Stopping:
 			err = w.stopAgain(row)
@@ -353,12 +349,14 @@ func (w *watch) removeStrays(ctx context.Context, has map[uuid.UUID]*hostagentv1
 		}
 		log := w.log.With("sandbox_id", sb.SandboxId)
 		row, err := w.Store.GetSandbox(ctx, sandbox)
+		// It may have been tried here before it started on another host.
+		others := err == nil && (row.HostID == nil || *row.HostID != w.host.ID)
 		switch {
-		case errors.Is(err, store.ErrNoRows):
+		case errors.Is(err, store.ErrNoRows) || others:
 			since, seen := w.stray[sandbox]
 			if !seen {
 				since = now
-				log.Warn("host has a sandbox that the table does not know")
+				log.Warn("host has a sandbox that the table does not know there")
 			}
 			if now.Sub(since) < strayAfter {
 				stray[sandbox] = since

@@ -2,6 +2,7 @@ package sandboxes
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"path/filepath"
@@ -88,7 +89,10 @@ func TestCompare(t *testing.T) {
 	go web.Serve(l)
 	t.Cleanup(func() { web.Close() })
 	log := slog.New(slog.DiscardHandler)
-	registry := hosts.Open(st, log)
+	registry, err := hosts.Open(hosts.Config{Store: st, Log: log})
+	if err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(registry.Close)
 	host, err := registry.Register(ctx, addr, "token")
 	if err != nil {
@@ -118,10 +122,12 @@ func TestCompare(t *testing.T) {
 		{row: Starting, host: none, first: Starting, later: Failed, endReason: "failed"},
 		{row: Running, host: none, first: Running, later: Stopped, endReason: "lost"},
 		{row: Stopping, host: none, first: Stopped, later: Stopped, endReason: "deleted"},
+		{row: Missing, host: none, first: Missing, later: Stopped, endReason: "lost"},
 		{row: Stopped, host: none, first: Stopped, later: Stopped},
 		{row: Failed, host: none, first: Failed, later: Failed},
 
 		{row: Starting, host: starting, first: Starting, firstHas: true, later: Starting, laterHas: true},
+		{row: Missing, host: starting, first: Missing, firstHas: true, later: Missing, laterHas: true},
 		{row: Running, host: starting, first: Running, firstHas: true, later: Running, laterHas: true},
 		{row: Stopping, host: starting, first: Stopped, later: Stopped, endReason: "deleted"},
 		{row: Stopped, host: starting, first: Stopped, later: Stopped},
@@ -130,6 +136,7 @@ func TestCompare(t *testing.T) {
 
 		{row: Starting, host: running, first: Running, firstHas: true, later: Running, laterHas: true},
 		{row: Running, host: running, first: Running, firstHas: true, later: Running, laterHas: true},
+		{row: Missing, host: running, first: Running, firstHas: true, later: Running, laterHas: true},
 		{row: Stopping, host: running, first: Stopped, later: Stopped, endReason: "deleted"},
 		{row: Stopped, host: running, first: Stopped, later: Stopped},
 		{row: Failed, host: running, first: Failed, later: Failed},
@@ -137,6 +144,7 @@ func TestCompare(t *testing.T) {
 
 		{row: Starting, host: stopping, first: Starting, firstHas: true, later: Starting, laterHas: true},
 		{row: Running, host: stopping, first: Running, firstHas: true, later: Running, laterHas: true},
+		{row: Missing, host: stopping, first: Missing, firstHas: true, later: Missing, laterHas: true},
 		{row: Stopping, host: stopping, first: Stopped, later: Stopped, endReason: "deleted"},
 		{row: Stopped, host: stopping, first: Stopped, firstHas: true, later: Stopped, laterHas: true},
 		{row: absent, host: stopping, first: absent, firstHas: true, later: absent, laterHas: true},
@@ -165,6 +173,25 @@ func TestCompare(t *testing.T) {
 	// What this process is at work on is none of the reconciler's business.
 	busy := add(Starting, none)
 	s.creating[busy] = &creation{done: make(chan struct{})}
+	// Nor is what another living server is at work on; a dead one's is.
+	living, dead := uuid.New(), uuid.New()
+	othersWork, leftWork := add(Starting, none), add(Starting, none)
+	// A sandbox that is another host's is a stray on this one.
+	elsewhere, err := registry.Register(ctx, "unix:/nowhere", "token")
+	if err != nil {
+		t.Fatal(err)
+	}
+	moved := add(Running, running)
+	for _, sql := range []string{
+		fmt.Sprintf("INSERT INTO servers VALUES ('%s', now()), ('%s', now() - interval '1 minute')", living, dead),
+		fmt.Sprintf("UPDATE sandboxes SET worker = '%s' WHERE id = '%s'", living, othersWork),
+		fmt.Sprintf("UPDATE sandboxes SET worker = '%s' WHERE id = '%s'", dead, leftWork),
+		fmt.Sprintf("UPDATE sandboxes SET host_id = '%s' WHERE id = '%s'", elsewhere.ID, moved),
+	} {
+		if _, err := conn.Exec(ctx, sql); err != nil {
+			t.Fatalf("%s: %v", sql, err)
+		}
+	}
 
 	w := &watch{Service: s, host: host, log: log, poke: make(chan struct{}, 1), missing: map[uuid.UUID]time.Time{}, stray: map[uuid.UUID]time.Time{}}
 	check := func(when string, want func(int) (State, bool)) {
@@ -212,4 +239,12 @@ func TestCompare(t *testing.T) {
 		}
 	}
 	delete(s.creating, busy)
+	for what, want := range map[uuid.UUID]State{othersWork: Starting, leftWork: Failed, moved: Running} {
+		if row, err := st.GetSandbox(ctx, what); err != nil || State(row.State) != want {
+			t.Errorf("another server's or host's sandbox became %q, %v; want %q", row.State, err, want)
+		}
+	}
+	if agent.has[id.Format(id.Sandbox, moved)] != nil {
+		t.Error("the host still has what is another's")
+	}
 }

@@ -44,6 +44,8 @@ const (
 	Pending  State = "pending"
 	Starting State = "starting"
 	Running  State = "running"
+	// Missing is what ran when its host was last heard of.
+	Missing  State = "missing"
 	Stopping State = "stopping"
 	Stopped  State = "stopped"
 	Failed   State = "error"
@@ -59,6 +61,9 @@ const (
 	persistTimeout = 30 * time.Second
 	// shortCall bounds calls that a host answers from what it has at hand.
 	shortCall = 15 * time.Second
+	// lookAgain is how long another server's word is waited for before the table
+	// is looked at all the same.
+	lookAgain = 2 * time.Second
 	// keysLast is how long an idempotency key is remembered.
 	keysLast = 24 * time.Hour
 )
@@ -69,7 +74,10 @@ type Config struct {
 	Hosts     *hosts.Registry
 	Templates *templates.Service
 	Tokens    auth.Tokens
-	Log       *slog.Logger
+	// Tell tells the other servers that a sandbox changed; nil: there are none.
+	// It must not block.
+	Tell func(sandbox uuid.UUID)
+	Log  *slog.Logger
 }
 
 // Service is every team's sandboxes.
@@ -92,6 +100,8 @@ type Service struct {
 	// waiting are closed when the sandbox's row changes.
 	waiting map[uuid.UUID]chan struct{}
 	hooks   []func(uuid.UUID)
+	// deafness is told whether other servers' changes can be missed.
+	deafness []func(bool)
 }
 
 // creation is a sandbox on its way. row and err are set before done is closed.
@@ -114,8 +124,8 @@ func New(c Config) *Service {
 // Collectors are the service's Prometheus metrics.
 func (s *Service) Collectors() []prometheus.Collector { return s.metrics.collectors() }
 
-// OnChange has f called after every change of a sandbox's state. Call it
-// before the service is used; f must not block.
+// OnChange has f called after every change of a sandbox's state, by whichever
+// server it was changed. Call it before the service is used; f must not block.
 func (s *Service) OnChange(f func(sandbox uuid.UUID)) { s.hooks = append(s.hooks, f) }
 
 // Close waits for creations and deletions under way until ctx is done, then
@@ -135,6 +145,12 @@ func (s *Service) Close(ctx context.Context) {
 	}
 	s.cancel()
 	<-idle
+	// Others need not wait to see whether this server is dead.
+	bye, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	if err := s.Store.ServerLeaves(bye, s.Store.Server); err != nil {
+		s.Log.Debug("say that this server goes", "error", err)
+	}
 }
 
 // begin registers work of the service's own; finish ends it.
@@ -156,8 +172,25 @@ func (s *Service) finish(unregister func()) {
 	s.work.Done()
 }
 
-// changed tells everybody who waits or caches that the sandbox changed.
+// changed tells everybody who waits or caches that the sandbox changed, here
+// and in other servers.
 func (s *Service) changed(sandbox uuid.UUID) {
+	s.Heard(sandbox)
+	if s.Tell != nil {
+		s.Tell(sandbox)
+	}
+}
+
+// Changed is for those who changed sandboxes by other means than the service's.
+func (s *Service) Changed(sandboxes ...uuid.UUID) {
+	for _, sandbox := range sandboxes {
+		s.changed(sandbox)
+	}
+}
+
+// Heard tells everybody here who waits or caches that another server changed
+// the sandbox.
+func (s *Service) Heard(sandbox uuid.UUID) {
 	s.mu.Lock()
 	if c, ok := s.waiting[sandbox]; ok {
 		close(c)
@@ -168,6 +201,24 @@ func (s *Service) changed(sandbox uuid.UUID) {
 		f(sandbox)
 	}
 }
+
+// Deaf tells everybody here whether other servers' changes can be missed from
+// now on; before they cannot, anything may have changed.
+func (s *Service) Deaf(is bool) {
+	s.mu.Lock()
+	all := s.waiting
+	s.waiting = make(map[uuid.UUID]chan struct{})
+	s.mu.Unlock()
+	for _, c := range all {
+		close(c)
+	}
+	for _, f := range s.deafness {
+		f(is)
+	}
+}
+
+// OnDeaf has f called as [Service.Deaf] is. Call it before the service is used.
+func (s *Service) OnDeaf(f func(bool)) { s.deafness = append(s.deafness, f) }
 
 // change returns a channel that is closed at the sandbox's next change.
 func (s *Service) change(sandbox uuid.UUID) <-chan struct{} {
@@ -206,6 +257,8 @@ type CreateParams struct {
 	TimeoutSeconds int32 // 0: never
 	Envs           map[string]string
 	Metadata       map[string]string
+	// HostTags are tags that the sandbox's host must have.
+	HostTags []string `json:",omitempty"`
 }
 
 func (p CreateParams) check() error {
@@ -314,21 +367,25 @@ func (s *Service) replay(ctx context.Context, team uuid.UUID, key string, hash [
 		default:
 			return row, true, nil
 		}
-		// An earlier server began it: the reconciler will say how it ended.
+		// Another server began it, and says how it ended, or the reconciler does.
+		look := time.NewTimer(lookAgain)
 		select {
 		case <-change:
+		case <-look.C:
 		case <-ctx.Done():
+			look.Stop()
 			return row, false, ctx.Err()
 		}
+		look.Stop()
 	}
 }
 
 func (s *Service) create(ctx context.Context, team uuid.UUID, p CreateParams, key string, hash []byte) (db.Sandbox, error) {
-	host, err := s.Hosts.Pick()
+	template, err := s.resolve(ctx, team, p.Template)
 	if err != nil {
 		return db.Sandbox{}, err
 	}
-	template, err := s.resolve(ctx, host, team, p.Template)
+	places, err := s.places(ctx, template.ID, p)
 	if err != nil {
 		return db.Sandbox{}, err
 	}
@@ -343,10 +400,14 @@ func (s *Service) create(ctx context.Context, team uuid.UUID, p CreateParams, ke
 		metadata = map[string]string{}
 	}
 	var row db.Sandbox
-	err = s.Store.InTx(ctx, func(q *db.Queries) error {
+	insert := func(q *db.Queries) error {
+		host := places[0].ID
+		if err := s.Hosts.Reserve(ctx, q, host, p.needs()); err != nil {
+			return err
+		}
 		var err error
 		row, err = q.InsertSandbox(ctx, db.InsertSandboxParams{
-			ID: sandbox, TeamID: team, HostID: &host.ID, TemplateID: template.ID, TemplateName: template.Name,
+			ID: sandbox, TeamID: team, HostID: &host, TemplateID: template.ID, TemplateName: template.Name,
 			VCPUs: p.VCPUs, MemoryMiB: p.MemoryMiB, DiskMiB: p.DiskMiB, TimeoutSeconds: p.TimeoutSeconds,
 			Metadata: metadata, CreatedAt: time.Now().UTC().Truncate(time.Microsecond),
 		})
@@ -358,12 +419,16 @@ func (s *Service) create(ctx context.Context, team uuid.UUID, p CreateParams, ke
 			err = errTaken
 		}
 		return err
-	})
+	}
+	// A host that others filled meanwhile is passed over.
+	for err = s.Store.InTx(ctx, insert); fault.Is(err, fault.NoCapacity) && len(places) > 1; err = s.Store.InTx(ctx, insert) {
+		places = places[1:]
+	}
 	if err != nil {
 		c.err = err
 		close(c.done)
 		s.finish(func() { delete(s.creating, sandbox) })
-		if errors.Is(err, errTaken) {
+		if errors.Is(err, errTaken) || fault.Is(err, fault.NoCapacity) {
 			return db.Sandbox{}, err
 		}
 		return db.Sandbox{}, fmt.Errorf("write sandbox: %w", err)
@@ -372,7 +437,7 @@ func (s *Service) create(ctx context.Context, team uuid.UUID, p CreateParams, ke
 		defer s.finish(func() { delete(s.creating, sandbox) })
 		defer s.changed(sandbox)
 		defer close(c.done)
-		c.row, c.err = s.start(row, host, p.Envs)
+		c.row, c.err = s.startOn(row, places, p)
 	}()
 	select {
 	case <-c.done:
@@ -382,28 +447,10 @@ func (s *Service) create(ctx context.Context, team uuid.UUID, p CreateParams, ke
 	}
 }
 
-// resolve finds the template that a team means. One that is not known may be
-// new on the host, or the host may not have been asked yet.
-func (s *Service) resolve(ctx context.Context, host *hosts.Host, team uuid.UUID, ref string) (db.Template, error) {
-	row, err := s.Templates.Resolve(ctx, team, ref)
-	if !fault.Is(err, fault.NotFound) {
-		return row, err
-	}
-	ask, cancel := context.WithTimeout(ctx, shortCall)
-	defer cancel()
-	has, err := host.Agent.Templates(ask, connect.NewRequest(&hostagentv1.TemplatesRequest{}))
-	if err != nil {
-		return row, hosts.Fault(err)
-	}
-	if err := s.Templates.Sync(ctx, host.ID, has.Msg); err != nil {
-		return row, err
-	}
-	return s.Templates.Resolve(ctx, team, ref)
-}
-
 // start asks the host for the sandbox of a row that is starting and writes
-// down how that went.
-func (s *Service) start(row db.Sandbox, host *hosts.Host, envs map[string]string) (db.Sandbox, error) {
+// down how that went. Unless the host is the last to be tried, it leaves the
+// row as it is and fails with elsewhere where another host may do.
+func (s *Service) start(row db.Sandbox, host *hosts.Host, envs map[string]string, last bool) (db.Sandbox, error) {
 	log := s.Log.With("sandbox_id", id.Format(id.Sandbox, row.ID), "host", host.URL)
 	ctx, cancel := context.WithTimeout(s.ctx, createTimeout)
 	defer cancel()
@@ -417,6 +464,14 @@ func (s *Service) start(row db.Sandbox, host *hosts.Host, envs map[string]string
 	if s.ctx.Err() != nil {
 		// The server stops: the row stays as it is, the next one looks.
 		return row, fault.New(fault.Unavailable, "the server is stopping")
+	}
+	if err != nil && !last && mayElsewhere(err) {
+		log.Warn("create sandbox; another host is tried", "error", err)
+		if !connect.IsWireError(err) {
+			// It may have got the call. What this does not reach is a stray there.
+			_ = s.destroy(row.ID, host, log)
+		}
+		return row, &elsewhere{hosts.Fault(err)}
 	}
 	if err != nil {
 		return row, s.startFailed(row, host, err, log)

@@ -32,6 +32,8 @@ func (s *Service) Live(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox
 
 func notRunning(row db.Sandbox) error {
 	switch State(row.State) {
+	case Missing:
+		return fault.New(fault.HostUnreachable, "the sandbox's host is not heard of")
 	case Failed:
 		return fault.New(fault.Conflict, "the sandbox failed to start")
 	case Pending, Starting, Stopping:

@@ -34,6 +34,7 @@ func TestPlans(t *testing.T) {
 		 CASE WHEN n % 100 = 0 THEN 'running' ELSE 'stopped' END, 1, 512, 5120, 300, jsonb_build_object('n', n::text), now() - n * interval '1 second'
 		 FROM generate_series(1, 30000) n`,
 		`INSERT INTO api_keys (id, team_id, name, prefix, hash) SELECT gen_random_uuid(), id, 'k', 'wrn_', sha256(convert_to(id::text || n, 'UTF8')) FROM teams, generate_series(1, 300) n`,
+		`INSERT INTO host_certificates SELECT n::text, (array(SELECT id FROM hosts))[1 + n % 3], now() FROM generate_series(1, 10000) n`,
 		`INSERT INTO idempotency_keys (team_id, key, request_hash, sandbox_id) SELECT team_id, id::text, '\x00', id FROM sandboxes`,
 		`ANALYZE`,
 	} {
@@ -49,6 +50,12 @@ func TestPlans(t *testing.T) {
 		"by state":    `SELECT * FROM sandboxes WHERE team_id = TEAM AND state = ANY ('{stopped}') AND metadata @> '{}' AND (created_at, id) < (now(), 'ffffffff-ffff-ffff-ffff-ffffffffffff') ORDER BY created_at DESC, id DESC LIMIT 101`,
 		"by metadata": `SELECT * FROM sandboxes WHERE team_id = TEAM AND state = ANY ('{stopped}') AND metadata @> '{"n": "7777"}' AND (created_at, id) < ('9999-01-01', 'ffffffff-ffff-ffff-ffff-ffffffffffff') ORDER BY created_at DESC, id DESC LIMIT 101`,
 		"of a host":   `SELECT * FROM sandboxes WHERE host_id = HOST AND state NOT IN ('stopped', 'error')`,
+		"missing":     `UPDATE sandboxes SET state = 'missing' WHERE state = 'running' AND host_id IN (SELECT id FROM hosts WHERE status IN ('unreachable', 'offline') AND deleted_at IS NULL)`,
+		"room":        `SELECT count(*), sum(memory_mib), sum(vcpus) FROM sandboxes WHERE host_id = HOST AND state NOT IN ('stopped', 'error') AND state <> 'paused'`,
+		"places":      `SELECT hosts.id, used.n FROM hosts LEFT JOIN LATERAL (SELECT count(*) AS n FROM sandboxes WHERE host_id = hosts.id AND state NOT IN ('stopped', 'error') AND state <> 'paused') used ON true WHERE hosts.status = 'online'`,
+		"at work":     `SELECT sandboxes.id FROM sandboxes JOIN servers ON servers.id = worker WHERE host_id = HOST AND state NOT IN ('stopped', 'error') AND servers.seen_at > now()`,
+		"certificate": `SELECT EXISTS (SELECT 1 FROM host_certificates WHERE serial = '1' AND host_id = HOST AND not_after > now())`,
+		"lost":        `UPDATE sandboxes SET state = 'stopped' WHERE host_id = HOST AND state NOT IN ('stopped', 'error')`,
 		"count":       `SELECT state, count(*) FROM sandboxes WHERE state NOT IN ('stopped', 'error') GROUP BY state`,
 		"idempotency": `SELECT * FROM idempotency_keys WHERE team_id = TEAM AND key = 'x'`,
 		"free a key":  `DELETE FROM idempotency_keys WHERE sandbox_id = '00000000-0000-0000-0000-000000000001'`,
@@ -64,7 +71,7 @@ func TestPlans(t *testing.T) {
 			t.Fatalf("%s: %v", name, err)
 		}
 		for _, line := range plan {
-			for _, table := range []string{"sandboxes", "api_keys", "idempotency_keys"} {
+			for _, table := range []string{"sandboxes", "api_keys", "idempotency_keys", "host_certificates"} {
 				if strings.Contains(line, "Seq Scan on "+table) {
 					t.Errorf("%s reads all of %s:\n%s", name, table, strings.Join(plan, "\n"))
 				}

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -33,7 +34,10 @@ const connections = 16
 // InTx runs several as one.
 type Store struct {
 	*db.Queries
-	pool *pgxpool.Pool
+	// Server names this process among those that work on the database: every
+	// change of a sandbox to a state of transit is marked with it, by a trigger.
+	Server uuid.UUID
+	pool   *pgxpool.Pool
 }
 
 // Open connects to the database at url and brings its schema up to date. Of
@@ -48,6 +52,8 @@ func Open(ctx context.Context, url string) (*Store, error) {
 		cfg.MaxConns = connections
 	}
 	cfg.ConnConfig.ConnectTimeout = 5 * time.Second
+	server := uuid.New()
+	cfg.ConnConfig.RuntimeParams["wrenn.server"] = server.String()
 	pool, err := pgxpool.NewWithConfig(ctx, cfg)
 	if err != nil {
 		return nil, fmt.Errorf("connect to database: %w", err)
@@ -56,7 +62,7 @@ func Open(ctx context.Context, url string) (*Store, error) {
 		pool.Close()
 		return nil, fmt.Errorf("migrate database: %w", err)
 	}
-	return &Store{Queries: db.New(pool), pool: pool}, nil
+	return &Store{Queries: db.New(pool), Server: server, pool: pool}, nil
 }
 
 func migrate(ctx context.Context, pool *pgxpool.Pool) error {

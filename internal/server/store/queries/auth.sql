@@ -21,6 +21,9 @@ UPDATE api_keys SET last_used_at = GREATEST(last_used_at, used.at)
 FROM (SELECT unnest(@ids::uuid[]) AS id, unnest(@ats::timestamptz[]) AS at) AS used
 WHERE api_keys.id = used.id;
 
+-- name: IsAdminsKey :one
+SELECT EXISTS (SELECT 1 FROM api_keys JOIN users ON users.id = api_keys.user_id WHERE api_keys.id = $1 AND users.admin);
+
 -- name: LockBootstrap :exec
 -- Held to the end of the transaction: of several servers one makes the first admin.
 SELECT pg_advisory_xact_lock(7746925301);

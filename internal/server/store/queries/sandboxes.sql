@@ -62,7 +62,7 @@ WHERE id = @id AND state IN ('pending', 'starting') RETURNING *;
 -- name: SandboxStopping :one
 -- Stopping a sandbox that stops is no change, yet answers with the row.
 UPDATE sandboxes SET state = 'stopping'
-WHERE id = @id AND state IN ('pending', 'starting', 'running', 'stopping') RETURNING *;
+WHERE id = @id AND state IN ('pending', 'starting', 'running', 'missing', 'stopping') RETURNING *;
 
 -- name: SandboxStopped :one
 UPDATE sandboxes SET state = 'stopped', end_reason = COALESCE(end_reason, 'deleted'), ended_at = now()
@@ -71,7 +71,7 @@ WHERE id = $1 AND state = 'stopping' RETURNING *;
 -- name: SandboxEnded :one
 -- It ended without being asked to.
 UPDATE sandboxes SET state = 'stopped', end_reason = @end_reason::text, error = @error, ended_at = @ended_at::timestamptz
-WHERE id = @id AND state = 'running' RETURNING *;
+WHERE id = @id AND state IN ('running', 'missing') RETURNING *;
 
 -- name: SandboxExpires :one
 UPDATE sandboxes SET expires_at = @expires_at WHERE id = @id AND state = 'running' RETURNING *;

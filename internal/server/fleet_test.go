@@ -1,0 +1,286 @@
+package server_test
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"net"
+	"net/http"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/jackc/pgx/v5"
+
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+)
+
+// second starts another server on the same database, Redis and host. It ends
+// with the test, or when its end is called.
+func (p *plane) second() *plane {
+	p.Helper()
+	q := &plane{T: p.T, agent: p.agent, config: p.config, router: p.router}
+	q.start()
+	p.Cleanup(func() { q.end() })
+	return q
+}
+
+// TestTwoServers has two servers behave as one.
+func TestTwoServers(t *testing.T) {
+	p := newPlane(t)
+	p.end()
+	p.config.Heartbeat = time.Second
+	p.start()
+	q := p.second()
+	p.agent.guest = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusTeapot) })
+
+	// What one has in transit the other leaves alone, long past its grace, and
+	// hears the end of.
+	asked, let := make(chan struct{}), make(chan struct{})
+	p.agent.onCreate = func(context.Context, *hostagentv1.CreateRequest) error {
+		close(asked)
+		<-let
+		return nil
+	}
+	made := make(chan response, 2)
+	create := func(s *plane) {
+		r, err := s.try("POST", "/v1/sandboxes", map[string]any{}, "Idempotency-Key", "k")
+		if err != nil {
+			t.Error(err)
+		}
+		made <- r
+	}
+	go create(p)
+	<-asked
+	p.agent.mu.Lock()
+	p.agent.onCreate = nil
+	p.agent.mu.Unlock()
+	go create(q)
+	select {
+	case r := <-made:
+		t.Fatalf("creation ended early: %s", r.Body)
+	case <-time.After(5 * time.Second):
+	}
+	close(let)
+	one, two := (<-made).want(201), (<-made).want(201)
+	sandbox := one.str("id")
+	if two.str("id") != sandbox || p.agent.created() != 1 {
+		t.Fatalf("one key made %s and %s in %d creations", sandbox, two.str("id"), p.agent.created())
+	}
+
+	// Both proxies know it; one deletes it, and the other forgets it at once,
+	// not after the 120 seconds for which it would be believed.
+	port := func(s *plane) int {
+		r, err := s.try("GET", "/", nil, "Host", "80-"+sandbox+".localhost")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r.Status
+	}
+	for _, s := range []*plane{p, q, p, q} {
+		if got := port(s); got != http.StatusTeapot {
+			t.Fatalf("port answers %d", got)
+		}
+	}
+	q.call("DELETE", "/v1/sandboxes/"+sandbox, nil).want(204)
+	p.eventually("the other server's proxy forgets the sandbox", func() bool { return port(p) == http.StatusNotFound })
+
+	// One goes; what the host does by itself reaches the other.
+	other := q.create(map[string]any{})
+	p.end()
+	p.agent.happened(hostagentv1.Event_KIND_EXPIRED, other, "")
+	q.eventually("the event is written down by who is left", func() bool { return q.state(other) == "stopped" })
+}
+
+// tcpHost is a host that registered itself, its agent a stand-in on loopback.
+type tcpHost struct {
+	*agent
+	id, token string
+}
+
+// enroll adds a host as an admin does and registers an agent as an agent does.
+func (p *plane) enroll(name string, tags ...string) *tcpHost {
+	p.Helper()
+	added := p.call("POST", "/v1/admin/hosts", map[string]any{"name": name, "tags": tags}).want(201)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		p.Fatal(err)
+	}
+	hash := sha256.Sum256([]byte("refresh of " + name))
+	r := p.call("POST", "/v1/hosts/register", map[string]any{
+		"token": added.str("token"), "url": "http://" + l.Addr().String(), "refresh_hash": hex.EncodeToString(hash[:]), "status": report(),
+	}).want(201)
+	h := &tcpHost{agent: newTCPAgent(p.T, l, r.str("agent_token")), id: r.str("host_id"), token: r.str("token")}
+	return h
+}
+
+func report() map[string]any {
+	return map[string]any{
+		"version": "test", "vmm": "none", "accelerator": "none", "cpus": 2, "memory_bytes": 1, "disk_bytes": 1, "capacity_mib": 4096, "slots": 0,
+		"network_block": 0, "sandboxes": 0, "used_memory_mib": 0, "used_vcpus": 0, "disk_free_bytes": 0,
+	}
+}
+
+// beat sends heartbeats until the returned function is called.
+func (h *tcpHost) beat(p *plane, every time.Duration) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			_, _ = p.try("POST", "/v1/hosts/heartbeat", map[string]any{"status": report()}, "Authorization", "Bearer "+h.token)
+			select {
+			case <-time.After(every):
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return func() { cancel(); <-done }
+}
+
+func (p *plane) hostStatus(host string) string {
+	p.Helper()
+	return p.call("GET", "/v1/admin/hosts/"+host, nil).want(200).str("status")
+}
+
+// TestFleet has hosts register, fill, fail, vanish, come back, drain and go.
+func TestFleet(t *testing.T) {
+	p := newPlane(t)
+	p.end()
+	const beat = 500 * time.Millisecond
+	p.config.Heartbeat, p.config.AgentURL, p.config.AgentToken = beat, "", ""
+	p.config.OvercommitMemory, p.config.OvercommitVCPUs = 1, 32
+	db, err := pgx.Connect(context.Background(), p.config.DatabaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close(context.Background())
+	// The host that the configuration named is not there any more.
+	if _, err := db.Exec(context.Background(), "UPDATE hosts SET status = 'unreachable'"); err != nil {
+		t.Fatal(err)
+	}
+	p.start()
+	p.call("POST", "/v1/sandboxes", map[string]any{}).fails(503, "no_capacity")
+	p.call("POST", "/v1/admin/hosts", map[string]any{"name": "x"}, "X-API-Key", p.newTeam()).fails(403, "permission_denied")
+
+	a, b := p.enroll("a", "red"), p.enroll("b", "blue")
+	stopA, stopB := a.beat(p, beat), b.beat(p, beat)
+	defer func() { stopB() }()
+	for _, h := range []*tcpHost{a, b} {
+		p.eventually("the host is online", func() bool { return p.hostStatus(h.id) == "online" })
+	}
+	p.eventually("both have the template", func() bool {
+		var n int
+		err := db.QueryRow(context.Background(), "SELECT count(*) FROM host_templates JOIN hosts ON id = host_id WHERE enrolled").Scan(&n)
+		return err == nil && n == 2
+	})
+	where := func(sandbox string) string {
+		return p.call("GET", "/v1/sandboxes/"+sandbox, nil).want(200).str("host_id")
+	}
+	on := map[string][]string{}
+	for range 10 {
+		sandbox := p.create(map[string]any{"memory_mib": 128})
+		on[where(sandbox)] = append(on[where(sandbox)], sandbox)
+	}
+	if len(on[a.id]) != 5 || len(on[b.id]) != 5 {
+		t.Errorf("%d and %d of 10 sandboxes", len(on[a.id]), len(on[b.id]))
+	}
+	for range 3 {
+		if got := where(p.create(map[string]any{"memory_mib": 128, "host_tags": []string{"red"}})); got != a.id {
+			t.Errorf("a sandbox for red hosts is on %s", got)
+		}
+	}
+	p.call("POST", "/v1/sandboxes", map[string]any{"host_tags": []string{"red", "blue"}}).fails(503, "no_capacity")
+	p.call("POST", "/v1/sandboxes", map[string]any{"memory_mib": 8192}).fails(503, "no_capacity")
+
+	// A host that cannot: another does it.
+	b.mu.Lock()
+	b.onCreate = func(context.Context, *hostagentv1.CreateRequest) error {
+		return connect.NewError(connect.CodeResourceExhausted, errors.New("full"))
+	}
+	b.mu.Unlock()
+	for range 4 {
+		if got := where(p.create(map[string]any{"memory_mib": 128})); got != a.id {
+			t.Errorf("on %s", got)
+		}
+	}
+	p.call("POST", "/v1/sandboxes", map[string]any{"host_tags": []string{"blue"}}).fails(503, "no_capacity")
+	b.mu.Lock()
+	b.onCreate = nil
+	b.mu.Unlock()
+
+	// One vanishes: its sandboxes are missing, new ones go to the other.
+	vanished := time.Now()
+	stopA()
+	a.close()
+	missing := on[a.id][0]
+	p.eventually("the sandbox is missing", func() bool { return p.state(missing) == "missing" })
+	t.Logf("missing %v after the host vanished, heartbeats being %v apart", time.Since(vanished).Round(time.Millisecond), beat)
+	if got := p.hostStatus(a.id); got != "unreachable" {
+		t.Errorf("the host is %s", got)
+	}
+	p.call("POST", "/v1/sandboxes/"+missing+"/exec", map[string]any{"cmd": "cat"}).fails(503, "host_unreachable")
+	for range 3 {
+		if got := where(p.create(map[string]any{"memory_mib": 128})); got != b.id {
+			t.Errorf("a new sandbox is on the host that vanished")
+		}
+	}
+	if got := p.state(on[b.id][0]); got != "running" {
+		t.Errorf("the other host's sandbox is %s", got)
+	}
+	// One of them ended meanwhile, and one was deleted here.
+	ended, deleted := on[a.id][1], on[a.id][2]
+	a.forget(ended)
+	p.call("DELETE", "/v1/sandboxes/"+deleted, nil).fails(503, "host_unreachable")
+	l, err := net.Listen("tcp", a.address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.serveOn(l)
+	stopA = a.beat(p, beat)
+	defer func() { stopA() }()
+	p.eventually("the sandbox is back", func() bool { return p.state(missing) == "running" })
+	p.eventually("the one that ended is lost", func() bool {
+		return p.call("GET", "/v1/sandboxes/"+ended, nil).want(200).str("end_reason") == "lost"
+	})
+	p.eventually("the one that was deleted is stopped", func() bool { return p.state(deleted) == "stopped" })
+	p.call("POST", "/v1/sandboxes/"+missing+"/exec", map[string]any{"cmd": "cat"}).want(200)
+
+	// Draining: nothing new.
+	p.call("PATCH", "/v1/admin/hosts/"+a.id, map[string]any{"draining": true}).want(200)
+	if got := p.hostStatus(a.id); got != "draining" {
+		t.Errorf("the host is %s", got)
+	}
+	for range 3 {
+		if got := where(p.create(map[string]any{"memory_mib": 128})); got != b.id {
+			t.Errorf("a new sandbox is on the draining host")
+		}
+	}
+	p.call("POST", "/v1/sandboxes/"+missing+"/exec", map[string]any{"cmd": "cat"}).want(200)
+
+	// Gone: first a look at what is lost.
+	p.call("DELETE", "/v1/admin/hosts/"+a.id, nil).fails(409, "conflict")
+	loses := p.call("GET", "/v1/admin/hosts/"+a.id+"?preview=true", nil).want(200).object()["loses"].(map[string]any)["sandboxes"].(map[string]any)
+	if loses["running"].(float64) < 5 {
+		t.Errorf("preview: %v", loses)
+	}
+	p.call("DELETE", "/v1/admin/hosts/"+a.id+"?force=true", nil).want(204)
+	if got := p.call("GET", "/v1/sandboxes/"+missing, nil).want(200); got.str("state") != "stopped" || got.str("end_reason") != "lost" {
+		t.Errorf("its sandbox: %s", got.Body)
+	}
+	if a.has(missing) {
+		t.Error("the host still has a sandbox that is lost")
+	}
+	p.call("GET", "/v1/admin/hosts/"+a.id, nil).fails(404, "not_found")
+	p.call("POST", "/v1/hosts/heartbeat", map[string]any{"status": report()}, "Authorization", "Bearer "+a.token).fails(401, "unauthenticated")
+	p.call("POST", "/v1/hosts/heartbeat", map[string]any{"status": report()}).fails(401, "unauthenticated")
+	// A word of farewell: missing at once.
+	stopB()
+	p.call("POST", "/v1/hosts/heartbeat", map[string]any{"leaving": true}, "Authorization", "Bearer "+b.token).want(200)
+	p.eventually("what ran on the host that left is missing", func() bool { return p.state(on[b.id][0]) == "missing" })
+	if got := p.hostStatus(b.id); got != "offline" {
+		t.Errorf("the host is %s", got)
+	}
+}

@@ -1,0 +1,69 @@
+package hosts
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/scheduler"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+)
+
+// Places returns the hosts that have a template and room for a request, the
+// one to try first first. It fails with no_capacity when there is none.
+func (r *Registry) Places(ctx context.Context, template uuid.UUID, req scheduler.Request) ([]*Host, error) {
+	rows, err := r.Store.ListPlaces(ctx, template)
+	if err != nil {
+		return nil, fmt.Errorf("list hosts with room: %w", err)
+	}
+	all := make([]scheduler.Host, len(rows))
+	for i, row := range rows {
+		all[i] = scheduler.Host{
+			ID: row.ID, Tags: row.Tags, MemoryMiB: row.CapacityMib, CPUs: int64(row.CPUs), Slots: int64(row.Slots),
+			UsedMemoryMiB: row.MemoryMiB, UsedVCPUs: row.VCPUs, Sandboxes: row.Sandboxes,
+		}
+	}
+	var places []*Host
+	for _, h := range r.Policy.Rank(req, all) {
+		if host, err := r.Get(&h.ID); err == nil {
+			places = append(places, host)
+		}
+	}
+	switch {
+	case len(places) > 0:
+		return places, nil
+	case len(all) == 0:
+		return nil, fault.New(fault.NoCapacity, "no host that has the template takes sandboxes now")
+	case len(req.Tags) > 0:
+		return nil, fault.New(fault.NoCapacity, "no host with tags %v has room for %d MiB of memory and %d virtual CPUs", req.Tags, req.MemoryMiB, req.VCPUs)
+	}
+	return nil, fault.New(fault.NoCapacity, "no host has room for %d MiB of memory and %d virtual CPUs", req.MemoryMiB, req.VCPUs)
+}
+
+// Reserve makes sure, in the transaction that then writes the sandbox's row,
+// that a host still has room for a request: until the transaction ends no
+// other server reserves there. It fails with no_capacity.
+func (r *Registry) Reserve(ctx context.Context, q *db.Queries, host uuid.UUID, req scheduler.Request) error {
+	row, err := q.LockPlace(ctx, host)
+	if errors.Is(err, store.ErrNoRows) {
+		return fault.New(fault.NoCapacity, "the host takes no sandboxes any more")
+	}
+	if err != nil {
+		return fmt.Errorf("reserve room on host: %w", err)
+	}
+	used, err := q.UsedPlace(ctx, &host)
+	if err != nil {
+		return fmt.Errorf("add up what the host has: %w", err)
+	}
+	if !r.Policy.Fits(req, scheduler.Host{
+		ID: row.ID, Tags: row.Tags, MemoryMiB: row.CapacityMib, CPUs: int64(row.CPUs), Slots: int64(row.Slots),
+		UsedMemoryMiB: used.MemoryMiB, UsedVCPUs: used.VCPUs, Sandboxes: used.Sandboxes,
+	}) {
+		return fault.New(fault.NoCapacity, "the host was filled meanwhile")
+	}
+	return nil
+}

@@ -1,0 +1,20 @@
+-- name: ServerAlive :exec
+INSERT INTO servers (id, seen_at) VALUES ($1, now()) ON CONFLICT (id) DO UPDATE SET seen_at = now();
+
+-- name: ServerLeaves :exec
+DELETE FROM servers WHERE id = $1;
+
+-- name: ForgetServers :exec
+DELETE FROM servers WHERE seen_at < now() - interval '1 day';
+
+-- name: ClaimHosts :exec
+-- Hosts that nobody watches, or whose watcher is dead.
+UPDATE hosts SET watcher = @server
+WHERE deleted_at IS NULL AND url IS NOT NULL AND watcher IS DISTINCT FROM @server
+  AND NOT EXISTS (SELECT 1 FROM servers WHERE servers.id = hosts.watcher AND servers.seen_at > now() - make_interval(secs => @within::float8));
+
+-- name: ListAtWork :many
+-- A host's sandboxes that another living server is at work on.
+SELECT sandboxes.id FROM sandboxes JOIN servers ON servers.id = sandboxes.worker
+WHERE sandboxes.host_id = @host_id AND sandboxes.state NOT IN ('stopped', 'error')
+  AND servers.id <> @server AND servers.seen_at > now() - make_interval(secs => @within::float8);
