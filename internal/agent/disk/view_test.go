@@ -169,11 +169,16 @@ func baseOf(t testing.TB, b byte) string {
 // readOverlay reads the overlay b above base.
 func readOverlay(t testing.TB, base string, b []byte) ([]byte, error) {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "overlay")
-	if err := os.WriteFile(path, b, 0o600); err != nil {
+	fd, err := unix.MemfdCreate("overlay", unix.MFD_CLOEXEC)
+	if err != nil {
 		t.Fatal(err)
 	}
-	v, err := Open(Chain{Base: base, Layers: []string{path}, Size: 1 << 20})
+	f := os.NewFile(uintptr(fd), "overlay")
+	defer f.Close()
+	if _, err := f.Write(b); err != nil {
+		t.Fatal(err)
+	}
+	v, err := Open(Chain{Base: base, Layers: []string{fmt.Sprintf("/proc/self/fd/%d", fd)}, Size: 1 << 20})
 	if err != nil {
 		return nil, err
 	}
