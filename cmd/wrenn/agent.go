@@ -1,21 +1,41 @@
 package main
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"os/signal"
+	"sync"
 	"syscall"
 
 	"github.com/caarlos0/env/v11"
 	"github.com/spf13/cobra"
 
 	"github.com/wrenn-dev/wrenn/internal/agent"
+	"github.com/wrenn-dev/wrenn/internal/agent/enroll"
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
+// enrollment is how an agent finds its control plane. Its tags name the
+// environment variables.
+type enrollment struct {
+	Server string `env:"WRENN_SERVER_URL"`
+	Token  string `env:"WRENN_HOST_TOKEN,unset"`
+	URL    string `env:"WRENN_HOST_URL"`
+}
+
 func agentCommand() *cobra.Command {
-	return &cobra.Command{
-		Use: "agent", Short: "Run the host agent (configured by environment)", Args: cobra.NoArgs,
+	var flags enrollment
+	var listen string
+	cmd := &cobra.Command{
+		Use: "agent", Short: "Run the host agent", Args: cobra.NoArgs,
+		Long: `Run the host agent, which makes this machine a host.
+
+With --server it registers itself with that control plane, the first time with a
+token from ` + "`wrenn host add`" + `, and is called over mutual TLS. Without, it takes calls
+with the token in $WRENN_AGENT_TOKEN, from this machine alone.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 			defer stop()
@@ -23,15 +43,94 @@ func agentCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if c.Listen == "" {
-				return errors.New("WRENN_LISTEN must be set: unix:/path or host:port")
-			}
-			c.Version, c.Log = version, slog.New(slog.NewTextHandler(os.Stderr, nil))
-			a, err := agent.New(ctx, c)
+			e, err := env.ParseAs[enrollment]()
 			if err != nil {
 				return err
 			}
-			return errors.Join(serve(ctx, c.Listen, a.Handler(), a.Run), a.Close())
+			for _, o := range []struct {
+				flag string
+				to   *string
+			}{{flags.Server, &e.Server}, {flags.Token, &e.Token}, {flags.URL, &e.URL}, {listen, &c.Listen}} {
+				if o.flag != "" {
+					*o.to = o.flag
+				}
+			}
+			c.Version, c.Log = version, slog.New(slog.NewTextHandler(os.Stderr, nil))
+			return runAgent(ctx, c, e)
 		},
 	}
+	f := cmd.Flags()
+	f.StringVar(&flags.Server, "server", "", "the control plane's URL ($WRENN_SERVER_URL)")
+	f.StringVar(&flags.Token, "token", "", "registration token, the first time ($WRENN_HOST_TOKEN)")
+	f.StringVar(&flags.URL, "url", "", "where the control plane reaches this agent ($WRENN_HOST_URL; default https:// and the address of --listen)")
+	f.StringVar(&listen, "listen", "", "where to listen, address:port or unix:/path ($WRENN_LISTEN)")
+	return cmd
+}
+
+// runAgent runs an agent until ctx is done.
+func runAgent(ctx context.Context, c agent.Config, e enrollment) error {
+	if c.Listen == "" {
+		return errors.New("say where to listen with --listen or WRENN_LISTEN: address:port or unix:/path")
+	}
+	if e.Server == "" {
+		if !netaddr.Local(c.Listen) {
+			return fmt.Errorf("an agent that listens on %s, beyond this machine, must register with a control plane that has a certificate authority (--server)", c.Listen)
+		}
+		a, err := agent.New(ctx, c)
+		if err != nil {
+			return err
+		}
+		return errors.Join(serve(ctx, c.Listen, nil, a.Handler(), a.Run), a.Close())
+	}
+	if e.URL == "" {
+		e.URL = "https://" + c.Listen
+	}
+	if err := os.MkdirAll(string(c.Dir), 0o755); err != nil {
+		return err
+	}
+	machine, err := agent.Machine(c.Dir, c.Version)
+	if err != nil {
+		return err
+	}
+	host, err := enroll.Open(ctx, enroll.Config{Dir: c.Dir, Server: e.Server, Token: e.Token, URL: e.URL, Log: c.Log}, enroll.StatusOf(machine))
+	if err != nil {
+		return err
+	}
+	identity := host.TLS()
+	if identity == nil && !netaddr.Local(c.Listen) {
+		return fmt.Errorf("without certificates an agent listens on this machine alone, not on %s", c.Listen)
+	}
+	c.Token = host.AgentToken()
+	a, err := agent.New(ctx, c)
+	if err != nil {
+		return err
+	}
+	c.Log.Info("this machine is a host", "host_id", host.ID(), "url", e.URL)
+	return errors.Join(serve(ctx, c.Listen, identity, a.Handler(), func(ctx context.Context) error {
+		return both(ctx, a.Run, func(ctx context.Context) error {
+			return host.Run(ctx, func() (enroll.Status, error) {
+				m, err := a.Describe()
+				if err != nil {
+					return enroll.Status{}, err
+				}
+				return enroll.StatusOf(m), nil
+			})
+		})
+	}), a.Close())
+}
+
+// both runs two until ctx is done or one of them ends, then waits for the other.
+func both(ctx context.Context, a, b func(context.Context) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var wg sync.WaitGroup
+	errs := make([]error, 2)
+	for i, run := range []func(context.Context) error{a, b} {
+		wg.Go(func() {
+			defer cancel()
+			errs[i] = run(ctx)
+		})
+	}
+	wg.Wait()
+	return errors.Join(errs...)
 }

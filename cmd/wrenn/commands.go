@@ -13,5 +13,5 @@ import (
 // commands are all that wrenn can do.
 func commands() []*cobra.Command {
 	return append(cli.Commands(os.Stdin, os.Stdout, os.Stderr),
-		up.Command(os.Stdout), doctor.Command(os.Stdout), serverCommand(), agentCommand())
+		up.Command(os.Stdout), doctor.Command(os.Stdout), serverCommand(), agentCommand(), caCommand(os.Stdout))
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -37,14 +38,14 @@ func serverCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return errors.Join(serve(ctx, c.Listen, s.Handler(), s.Run), s.Close())
+			return errors.Join(serve(ctx, c.Listen, nil, s.Handler(), s.Run), s.Close())
 		},
 	}
 }
 
-// serve serves handler at listen, and runs run beside it, until ctx is done or
-// one of them ends.
-func serve(ctx context.Context, listen string, handler http.Handler, run func(context.Context) error) error {
+// serve serves handler at listen, over TLS if identity is not nil, and runs run
+// beside it, until ctx is done or one of them ends.
+func serve(ctx context.Context, listen string, identity *tls.Config, handler http.Handler, run func(context.Context) error) error {
 	l, err := netaddr.Listen(ctx, listen, 0o600)
 	if err != nil {
 		return err
@@ -53,7 +54,15 @@ func serve(ctx context.Context, listen string, handler http.Handler, run func(co
 	defer cancel()
 	srv := netaddr.Server(handler)
 	served, ran := make(chan error, 1), make(chan error, 1)
-	go func() { served <- srv.Serve(l); cancel() }()
+	go func() {
+		defer cancel()
+		if identity == nil {
+			served <- srv.Serve(l)
+			return
+		}
+		srv.TLSConfig = identity
+		served <- srv.ServeTLS(l, "", "")
+	}()
 	go func() { ran <- run(ctx); cancel() }()
 	<-ctx.Done()
 	drain, stop := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)

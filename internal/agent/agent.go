@@ -35,7 +35,7 @@ type Config struct {
 	// Listen is where whoever runs the agent serves its [Agent.Handler].
 	Listen string `env:"WRENN_LISTEN"`
 	// Token is what the control plane must show.
-	Token string `env:"WRENN_AGENT_TOKEN,required,notEmpty,unset"`
+	Token string `env:"WRENN_AGENT_TOKEN,unset"`
 	// Accel is what runs guests' instructions: "kvm", "tcg", or "auto", which
 	// is KVM where a kernel boots on it.
 	Accel string `env:"WRENN_VMM_ACCEL" envDefault:"auto"`

@@ -7,13 +7,11 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"runtime"
 	"strings"
 	"time"
 
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
-	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
@@ -659,22 +657,11 @@ func (s *service) Templates(ctx context.Context, _ *connect.Request[pb.Templates
 
 // Host implements hostagentv1connect.HostAgentHandler.
 func (s *service) Host(ctx context.Context, _ *connect.Request[pb.HostRequest]) (*connect.Response[pb.HostResponse], error) {
-	var fs unix.Statfs_t
-	if err := unix.Statfs(string(s.cfg.Dir), &fs); err != nil {
-		return nil, s.fault(ctx, "measure disk", err)
+	m, err := s.Describe()
+	if err != nil {
+		return nil, s.fault(ctx, "describe host", err)
 	}
-	var si unix.Sysinfo_t
-	if err := unix.Sysinfo(&si); err != nil {
-		return nil, s.fault(ctx, "measure memory", err)
-	}
-	// Free is what can still be promised, not what happens to be unused.
-	reserved, total := s.sandboxes.Memory()
-	return connect.NewResponse(&pb.HostResponse{
-		Version: s.cfg.Version, Cpus: int32(runtime.NumCPU()),
-		MemoryBytes: int64(uint64(si.Totalram) * uint64(si.Unit)), MemoryFreeBytes: int64(max(total-reserved, 0)) << 20,
-		DiskBytes: int64(fs.Blocks) * fs.Bsize, DiskFreeBytes: int64(fs.Bavail) * fs.Bsize,
-		Vmm: s.driver.Name(), Accelerator: s.driver.Accelerator(), Sandboxes: int32(len(s.sandboxes.List())),
-	}), nil
+	return connect.NewResponse(m), nil
 }
 
 // Events implements hostagentv1connect.HostAgentHandler.

@@ -87,3 +87,6 @@ func (d Dir) Logs() string { return d.join("logs") }
 
 // Secrets is the file of what an installation of wrenn up made up.
 func (d Dir) Secrets() string { return d.join("secrets.json") }
+
+// Enrollment is the file of what a host agent registered with a control plane as.
+func (d Dir) Enrollment() string { return d.join("host.json") }

@@ -65,6 +65,10 @@ type Pool struct {
 	used   map[int]*Slot // acquired; nil for one kept and not yet reclaimed
 }
 
+// Share is which of the machine's blocks of slots is the pool's, and how many
+// slots are in it.
+func (p *Pool) Share() (block, slots int) { return p.block.number, blockSlots }
+
 // Open takes a block of slots for c.Dir, removes what an earlier agent left of
 // it except the slots in keep, whose VMs still run, and starts to prepare
 // slots.

@@ -2822,8 +2822,8 @@ type HostResponse struct {
 	Vmm         string `protobuf:"bytes,7,opt,name=vmm,proto3" json:"vmm,omitempty"`
 	Accelerator string `protobuf:"bytes,8,opt,name=accelerator,proto3" json:"accelerator,omitempty"`
 	Sandboxes   int32  `protobuf:"varint,9,opt,name=sandboxes,proto3" json:"sandboxes,omitempty"`
-	// What all sandboxes may have together, and what those that are not paused
-	// have; what is beside a sandbox's own memory is in neither.
+	// What all sandboxes may have together, with what each needs beside its own
+	// memory, and what of it is promised.
 	MemoryLimitMib int64 `protobuf:"varint,10,opt,name=memory_limit_mib,json=memoryLimitMib,proto3" json:"memory_limit_mib,omitempty"`
 	MemoryUsedMib  int64 `protobuf:"varint,11,opt,name=memory_used_mib,json=memoryUsedMib,proto3" json:"memory_used_mib,omitempty"`
 	VcpusUsed      int32 `protobuf:"varint,12,opt,name=vcpus_used,json=vcpusUsed,proto3" json:"vcpus_used,omitempty"`

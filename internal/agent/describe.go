@@ -1,0 +1,48 @@
+package agent
+
+import (
+	"fmt"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+
+	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+// Machine describes the machine that an agent with its data in dir is to run
+// on, as far as that can be said before there is one.
+func Machine(dir layout.Dir, version string) (*pb.HostResponse, error) {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(string(dir), &fs); err != nil {
+		return nil, fmt.Errorf("measure disk: %w", err)
+	}
+	var si unix.Sysinfo_t
+	if err := unix.Sysinfo(&si); err != nil {
+		return nil, fmt.Errorf("measure memory: %w", err)
+	}
+	return &pb.HostResponse{
+		Version: version, Cpus: int32(runtime.NumCPU()), MemoryBytes: int64(uint64(si.Totalram) * uint64(si.Unit)),
+		DiskBytes: int64(fs.Blocks) * fs.Bsize, DiskFreeBytes: int64(fs.Bavail) * fs.Bsize,
+	}, nil
+}
+
+// Describe describes the machine and what of it is in use.
+func (a *Agent) Describe() (*pb.HostResponse, error) {
+	m, err := Machine(a.cfg.Dir, a.cfg.Version)
+	if err != nil {
+		return nil, err
+	}
+	m.Vmm, m.Accelerator = a.driver.Name(), a.driver.Accelerator()
+	// Free is what can still be promised, not what happens to be unused.
+	reserved, total := a.sandboxes.Memory()
+	m.MemoryFreeBytes = int64(max(total-reserved, 0)) << 20
+	m.MemoryLimitMib, m.MemoryUsedMib = int64(total), int64(reserved)
+	for _, sb := range a.sandboxes.List() {
+		m.Sandboxes++
+		m.VcpusUsed += int32(sb.VCPUs)
+	}
+	block, slots := a.pool.Share()
+	m.NetworkBlock, m.Slots = int32(block), int32(slots)
+	return m, nil
+}

@@ -1,0 +1,531 @@
+// Package enroll makes a machine a host of a control plane: it registers with
+// a token that an admin gave, keeps the credentials that came of it, changes
+// them for new ones in time, and says at intervals that the agent is there.
+//
+// The private key of the host's certificate is made here and never leaves. Of
+// a refresh token the control plane learns the hash alone until it is used: the
+// agent makes the next one, writes it down, and only then asks. Whatever is
+// killed when, the same call repeated comes to the same end.
+package enroll
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/tls"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/sethvargo/go-retry"
+
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
+	"github.com/wrenn-dev/wrenn/internal/pki"
+)
+
+const (
+	// callTimeout bounds one call of the control plane.
+	callTimeout = 15 * time.Second
+	// farewellTimeout bounds the word that the agent goes.
+	farewellTimeout = 3 * time.Second
+	// maxAnswer bounds what is read of an answer, in bytes.
+	maxAnswer = 1 << 20
+	// maxPause is the longest wait between attempts that fail.
+	maxPause = 30 * time.Second
+)
+
+// Config is how a machine becomes a host.
+type Config struct {
+	// Dir is the installation's data, where the credentials are kept.
+	Dir layout.Dir
+	// Server is the control plane's URL. Over plain HTTP it must be on this
+	// machine: what is said is secret.
+	Server string
+	// Token is the registration token; not needed again once it was used.
+	Token string
+	// URL is where the control plane reaches the agent: "https://address:port",
+	// or without a certificate authority "http://" on this machine.
+	URL string
+	// HTTP calls the control plane; nil: a client of the package's own.
+	HTTP *http.Client
+	Log  *slog.Logger
+}
+
+// Status is what an agent says of its host, in the form of the REST API.
+type Status struct {
+	Version       string `json:"version"`
+	VMM           string `json:"vmm"`
+	Accelerator   string `json:"accelerator"`
+	CPUs          int32  `json:"cpus"`
+	MemoryBytes   int64  `json:"memory_bytes"`
+	DiskBytes     int64  `json:"disk_bytes"`
+	CapacityMiB   int64  `json:"capacity_mib"`
+	Slots         int32  `json:"slots"`
+	NetworkBlock  int32  `json:"network_block"`
+	Sandboxes     int32  `json:"sandboxes"`
+	UsedMemoryMiB int64  `json:"used_memory_mib"`
+	UsedVCPUs     int32  `json:"used_vcpus"`
+	DiskFreeBytes int64  `json:"disk_free_bytes"`
+}
+
+// StatusOf is an agent's description of its host.
+func StatusOf(m *hostagentv1.HostResponse) Status {
+	return Status{
+		Version: m.Version, VMM: m.Vmm, Accelerator: m.Accelerator, CPUs: m.Cpus, MemoryBytes: m.MemoryBytes, DiskBytes: m.DiskBytes,
+		CapacityMiB: m.MemoryLimitMib, Slots: m.Slots, NetworkBlock: m.NetworkBlock,
+		Sandboxes: m.Sandboxes, UsedMemoryMiB: m.MemoryUsedMib, UsedVCPUs: m.VcpusUsed, DiskFreeBytes: m.DiskFreeBytes,
+	}
+}
+
+// credentials are what is kept on disk, for root alone.
+type credentials struct {
+	Server string `json:"server"`
+	URL    string `json:"url"`
+	// Host is the id; empty until the agent has registered.
+	Host       string `json:"host_id,omitempty"`
+	AgentToken string `json:"agent_token,omitempty"`
+	Refresh    string `json:"refresh_token"`
+	// Next is the refresh token to follow, where it may have been asked for.
+	Next string `json:"next_refresh_token,omitempty"`
+	// All PEM.
+	Certificate string `json:"certificate,omitempty"`
+	Authority   string `json:"authority,omitempty"`
+	Key         string `json:"key,omitempty"`
+}
+
+// Host is this machine as a control plane knows it.
+type Host struct {
+	cfg    Config
+	tls    bool
+	listen pki.Listener
+
+	mu        sync.Mutex
+	have      credentials
+	token     string
+	expires   time.Time
+	heartbeat time.Duration
+}
+
+// Error is a refusal of the control plane.
+type Error struct {
+	Status  int
+	Code    string
+	Message string
+}
+
+func (e *Error) Error() string {
+	return fmt.Sprintf("the control plane says %s: %s", e.Code, e.Message)
+}
+
+// Open makes this machine a host, or goes on with what it is already. It
+// returns once the agent can serve: at once, where the credentials from before
+// still do.
+func Open(ctx context.Context, c Config, s Status) (*Host, error) {
+	h, err := open(ctx, c, s)
+	if err != nil {
+		return nil, fmt.Errorf("register this host: %w", err)
+	}
+	return h, nil
+}
+
+func open(ctx context.Context, c Config, s Status) (*Host, error) {
+	c.Server, c.URL = strings.TrimSuffix(c.Server, "/"), strings.TrimSuffix(c.URL, "/")
+	u, err := url.Parse(c.Server)
+	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
+		return nil, fmt.Errorf("%q is not a control plane's URL like https://wrenn.example", c.Server)
+	}
+	if u.Scheme == "http" && !netaddr.Local(u.Host) {
+		return nil, fmt.Errorf("%s: tokens would cross the network in clear; use https", c.Server)
+	}
+	if err := checkURL(c.URL); err != nil {
+		return nil, err
+	}
+	if c.HTTP == nil {
+		// Redirects would carry tokens to where nobody meant to send them.
+		c.HTTP = &http.Client{Timeout: callTimeout, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	}
+	if c.Log == nil {
+		c.Log = slog.Default()
+	}
+	h := &Host{cfg: c, tls: strings.HasPrefix(c.URL, "https://")}
+	if err := h.load(); err != nil {
+		return nil, err
+	}
+	if h.have.Host == "" || h.have.Server != c.Server || h.have.URL != c.URL {
+		return h, h.register(ctx, s)
+	}
+	if h.tls {
+		if err := h.listen.Set([]byte(h.have.Certificate), []byte(h.have.Key), []byte(h.have.Authority)); err != nil {
+			return nil, err
+		}
+	}
+	if !h.tls || time.Until(h.listen.NotAfter()) > time.Hour {
+		return h, nil // Run refreshes what else is old.
+	}
+	err = h.refresh(ctx)
+	var refused *Error
+	if errors.As(err, &refused) && refused.Status == http.StatusUnauthorized && c.Token != "" {
+		return h, h.register(ctx, s)
+	}
+	return h, err
+}
+
+// checkURL says whether an agent may be reached at a URL.
+func checkURL(text string) error {
+	if strings.HasPrefix(text, "unix:") {
+		return nil
+	}
+	u, err := url.Parse(text)
+	if err != nil || u.Host == "" || u.Port() == "" || u.Scheme != "http" && u.Scheme != "https" {
+		return fmt.Errorf("%q is not an agent's URL like https://192.0.2.1:7070", text)
+	}
+	if ip := net.ParseIP(u.Hostname()); ip != nil && ip.IsUnspecified() {
+		return fmt.Errorf("the control plane cannot call %s: say at which address it reaches this host", ip)
+	}
+	if u.Scheme == "http" && !netaddr.Local(text) {
+		return fmt.Errorf("%s: beyond this machine an agent is reached by https alone, with certificates", text)
+	}
+	return nil
+}
+
+// ID is the host's id, in its wire form.
+func (h *Host) ID() string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.have.Host
+}
+
+// AgentToken is what the control plane shows the agent.
+func (h *Host) AgentToken() string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.have.AgentToken
+}
+
+// TLS is how the agent must serve; nil: in clear, on this machine.
+func (h *Host) TLS() *tls.Config {
+	if !h.tls {
+		return nil
+	}
+	return h.listen.TLS()
+}
+
+// Run refreshes the credentials in time and says that the agent is there, with
+// what status returns, until ctx is done; then it says that the agent goes.
+func (h *Host) Run(ctx context.Context, status func() (Status, error)) error {
+	fresh := func() retry.Backoff {
+		return retry.WithCappedDuration(maxPause, retry.WithJitterPercent(10, retry.NewExponential(200*time.Millisecond)))
+	}
+	backoff, down := fresh(), false
+	for {
+		wait, err := h.beat(ctx, status)
+		if ctx.Err() != nil {
+			break
+		}
+		if err != nil {
+			if !down {
+				h.cfg.Log.Warn("the control plane does not hear this host", "error", err)
+			}
+			down = true
+			wait, _ = backoff.Next()
+			// Not later than it expects to hear of the host.
+			h.mu.Lock()
+			wait = min(wait, max(h.heartbeat, time.Second))
+			h.mu.Unlock()
+		} else if down {
+			h.cfg.Log.Info("the control plane hears this host again")
+			backoff, down = fresh(), false
+		}
+		t := time.NewTimer(wait)
+		select {
+		case <-t.C:
+			continue
+		case <-ctx.Done():
+			t.Stop()
+		}
+		break
+	}
+	bye, cancel := context.WithTimeout(context.WithoutCancel(ctx), farewellTimeout)
+	defer cancel()
+	h.mu.Lock()
+	token := h.token
+	h.mu.Unlock()
+	if token == "" {
+		return nil
+	}
+	if err := h.call(bye, "/v1/hosts/heartbeat", token, heartbeat{Leaving: true}, nil); err != nil {
+		h.cfg.Log.Warn("say that this host goes", "error", err)
+	}
+	return nil
+}
+
+// heartbeat is what is said at intervals.
+type heartbeat struct {
+	Status  *Status `json:"status,omitempty"`
+	Leaving bool    `json:"leaving,omitempty"`
+}
+
+// beat refreshes the credentials if they are half through their life, and says
+// that the agent is there. It returns when to do so again.
+func (h *Host) beat(ctx context.Context, status func() (Status, error)) (time.Duration, error) {
+	h.mu.Lock()
+	old := time.Until(h.expires) < refreshBefore || h.tls && time.Until(h.listen.NotAfter()) < pki.HostLasts/2
+	h.mu.Unlock()
+	if old {
+		if err := h.refresh(ctx); err != nil {
+			return 0, err
+		}
+	}
+	s, err := status()
+	if err != nil {
+		return 0, err
+	}
+	h.mu.Lock()
+	token := h.token
+	h.mu.Unlock()
+	var answer struct {
+		HeartbeatMS int64 `json:"heartbeat_ms"`
+	}
+	err = h.call(ctx, "/v1/hosts/heartbeat", token, heartbeat{Status: &s}, &answer)
+	var refused *Error
+	if errors.As(err, &refused) && refused.Status == http.StatusUnauthorized {
+		h.mu.Lock()
+		h.expires = time.Time{} // The next attempt refreshes first.
+		h.mu.Unlock()
+	}
+	if err != nil {
+		return 0, err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if answer.HeartbeatMS > 0 {
+		h.heartbeat = time.Duration(answer.HeartbeatMS) * time.Millisecond
+	}
+	return h.heartbeat, nil
+}
+
+// refreshBefore is how long before the token ends it is changed for a new one:
+// half of the hour that it lasts.
+const refreshBefore = 30 * time.Minute
+
+// answer is the control plane's.
+type answer struct {
+	HostID      string    `json:"host_id"`
+	Token       string    `json:"token"`
+	ExpiresAt   time.Time `json:"expires_at"`
+	AgentToken  string    `json:"agent_token"`
+	Certificate string    `json:"certificate"`
+	Authority   string    `json:"authority"`
+	HeartbeatMS int64     `json:"heartbeat_ms"`
+}
+
+// register uses the registration token.
+func (h *Host) register(ctx context.Context, s Status) error {
+	if h.cfg.Token == "" {
+		return errors.New("a registration token is needed (`wrenn host add` makes one)")
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	// What an attempt before this one made is kept, so that the control plane
+	// knows the two for one.
+	if h.have.Host != "" || h.have.Server != h.cfg.Server || h.have.URL != h.cfg.URL || h.have.Refresh == "" {
+		h.have = credentials{Server: h.cfg.Server, URL: h.cfg.URL, Refresh: random()}
+	}
+	key, csr, err := h.request()
+	if err != nil {
+		return err
+	}
+	h.have.Key = key
+	if err := h.save(h.have); err != nil {
+		return err
+	}
+	var a answer
+	err = h.call(ctx, "/v1/hosts/register", "", map[string]any{
+		"token": h.cfg.Token, "url": h.cfg.URL, "refresh_hash": hash(h.have.Refresh), "csr": csr, "status": s,
+	}, &a)
+	if err != nil {
+		return err
+	}
+	next := h.have
+	next.Host, next.Next = a.HostID, ""
+	return h.take(next, a, key)
+}
+
+// refresh changes the credentials for new ones.
+func (h *Host) refresh(ctx context.Context) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.have.Next == "" {
+		h.have.Next = random()
+		if err := h.save(h.have); err != nil {
+			return err
+		}
+	}
+	key, csr, err := h.request()
+	if err != nil {
+		return err
+	}
+	var a answer
+	err = h.call(ctx, "/v1/hosts/refresh", "", map[string]any{
+		"refresh_token": h.have.Refresh, "next_hash": hash(h.have.Next), "csr": csr,
+	}, &a)
+	if err != nil {
+		return err
+	}
+	next := h.have
+	next.Refresh, next.Next = h.have.Next, ""
+	return h.take(next, a, key)
+}
+
+// take writes down what came, and uses it. The caller holds the lock.
+func (h *Host) take(next credentials, a answer, key string) error {
+	next.AgentToken, next.Certificate, next.Authority, next.Key = a.AgentToken, a.Certificate, a.Authority, key
+	if h.tls {
+		if err := h.listen.Set([]byte(a.Certificate), []byte(key), []byte(a.Authority)); err != nil {
+			return err
+		}
+	}
+	if err := h.save(next); err != nil {
+		return err
+	}
+	h.have, h.token, h.expires = next, a.Token, a.ExpiresAt
+	h.heartbeat = time.Duration(a.HeartbeatMS) * time.Millisecond
+	return nil
+}
+
+// request makes a key and a signing request for it, both PEM; nothing where
+// there is to be no certificate.
+func (h *Host) request() (key, csr string, err error) {
+	if !h.tls {
+		return "", "", nil
+	}
+	u, err := url.Parse(h.cfg.URL)
+	if err != nil {
+		return "", "", err
+	}
+	made, err := pki.NewKey()
+	if err != nil {
+		return "", "", err
+	}
+	text, err := pki.EncodeKey(made)
+	if err != nil {
+		return "", "", err
+	}
+	request, err := pki.NewRequest(made, u.Hostname())
+	return string(text), string(request), err
+}
+
+// call posts a message to the control plane and reads the answer into v.
+func (h *Host) call(ctx context.Context, path, token string, message, v any) error {
+	body, err := json.Marshal(message)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, h.cfg.Server+path, bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	if token != "" {
+		req.Header.Set("Authorization", "Bearer "+token)
+	}
+	resp, err := h.cfg.HTTP.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	content, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return err
+	}
+	if resp.StatusCode/100 != 2 {
+		var e struct {
+			Error struct{ Code, Message string }
+		}
+		if json.Unmarshal(content, &e) != nil || e.Error.Code == "" {
+			return fmt.Errorf("the control plane answers %s", resp.Status)
+		}
+		return &Error{Status: resp.StatusCode, Code: e.Error.Code, Message: e.Error.Message}
+	}
+	if v == nil {
+		return nil
+	}
+	if err := json.Unmarshal(content, v); err != nil {
+		return fmt.Errorf("read the control plane's answer: %w", err)
+	}
+	return nil
+}
+
+// load reads the credentials, if there are any.
+func (h *Host) load() error {
+	path := h.cfg.Dir.Enrollment()
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read credentials: %w", err)
+	}
+	if err := json.Unmarshal(b, &h.have); err != nil {
+		return fmt.Errorf("read credentials %s: %w", path, err)
+	}
+	return nil
+}
+
+// save writes the credentials durably, whole or not at all.
+func (h *Host) save(c credentials) (err error) {
+	b, err := json.MarshalIndent(c, "", "  ")
+	if err != nil {
+		return err
+	}
+	path := h.cfg.Dir.Enrollment()
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return fmt.Errorf("write credentials: %w", err)
+	}
+	f, err := os.CreateTemp(filepath.Dir(path), "host-") // mode 0600
+	if err != nil {
+		return fmt.Errorf("write credentials: %w", err)
+	}
+	_, err = f.Write(append(b, '\n'))
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("write credentials: %w", err), os.Remove(f.Name()))
+	}
+	d, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return fmt.Errorf("write credentials: %w", err)
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// random is a refresh token.
+func random() string {
+	var b [32]byte
+	_, _ = rand.Read(b[:]) // never fails
+	return hex.EncodeToString(b[:])
+}
+
+func hash(token string) string {
+	sum := sha256.Sum256([]byte(token))
+	return hex.EncodeToString(sum[:])
+}
