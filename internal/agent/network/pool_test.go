@@ -656,6 +656,10 @@ func TestForwardingIsRestored(t *testing.T) {
 		must(t, err)
 		return strings.TrimSpace(string(b))
 	}
+	// A new network namespace begins with what the host has.
+	was := forwarding()
+	must(t, sysctl(ipForward, "0"))
+	defer func() { must(t, sysctl(ipForward, was)) }()
 	p, q := openPool(t, layout.Dir(t.TempDir()), 1), openPool(t, layout.Dir(t.TempDir()), 1)
 	must(t, p.Close(context.Background(), nil))
 	if forwarding() != "1" {
@@ -667,7 +671,6 @@ func TestForwardingIsRestored(t *testing.T) {
 	}
 	// Where it was on it stays on.
 	must(t, sysctl(ipForward, "1"))
-	defer func() { must(t, sysctl(ipForward, "0")) }()
 	r := openPool(t, layout.Dir(t.TempDir()), 1)
 	must(t, r.Close(context.Background(), nil))
 	if forwarding() != "1" {
