@@ -19,6 +19,7 @@ const (
 	NotFound            Code = "not_found"
 	MethodNotAllowed    Code = "method_not_allowed"
 	Conflict            Code = "conflict"
+	SandboxPaused       Code = "sandbox_paused"
 	PayloadTooLarge     Code = "payload_too_large"
 	RangeNotSatisfiable Code = "range_not_satisfiable"
 	Unprocessable       Code = "unprocessable"
@@ -44,7 +45,7 @@ func (c Code) Status() int {
 		return http.StatusNotFound
 	case MethodNotAllowed:
 		return http.StatusMethodNotAllowed
-	case Conflict:
+	case Conflict, SandboxPaused:
 		return http.StatusConflict
 	case PayloadTooLarge:
 		return http.StatusRequestEntityTooLarge

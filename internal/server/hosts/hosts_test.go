@@ -507,7 +507,7 @@ func TestReserve(t *testing.T) {
 						if err := f.Reserve(ctx, q, h.ID, req); err != nil {
 							return err
 						}
-						_, err := q.InsertSandbox(ctx, db.InsertSandboxParams{ID: uuid.New(), TeamID: uuid.Nil, HostID: &h.ID, TemplateID: template, TemplateName: "minimal", VCPUs: 1, MemoryMiB: 128, Metadata: map[string]string{}, CreatedAt: time.Now()})
+						_, err := q.InsertSandbox(ctx, db.InsertSandboxParams{ID: uuid.New(), TeamID: uuid.Nil, HostID: &h.ID, TemplateID: template, TemplateName: "minimal", VCPUs: 1, MemoryMiB: 128, Metadata: map[string]string{}, CreatedAt: time.Now(), OnTimeout: "destroy"})
 						return err
 					})
 					if err == nil || !fault.Is(err, fault.NoCapacity) {
