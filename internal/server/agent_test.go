@@ -55,6 +55,7 @@ type agent struct {
 	acked     uint64
 	news      chan struct{}
 	resized   []string
+	deleted   []string // templates
 
 	server *http.Server
 }
@@ -449,4 +450,11 @@ type zeros struct{}
 func (zeros) Read(b []byte) (int, error) {
 	clear(b)
 	return len(b), nil
+}
+
+func (a *agent) DeleteTemplate(_ context.Context, req *connect.Request[hostagentv1.DeleteTemplateRequest]) (*connect.Response[hostagentv1.DeleteTemplateResponse], error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.deleted = append(a.deleted, req.Msg.TemplateId)
+	return connect.NewResponse(&hostagentv1.DeleteTemplateResponse{}), nil
 }

@@ -9,7 +9,9 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"net/netip"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -24,13 +26,19 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/pki"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/events"
+	"github.com/wrenn-dev/wrenn/internal/server/github"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/mail"
+	"github.com/wrenn-dev/wrenn/internal/server/platform"
 	"github.com/wrenn-dev/wrenn/internal/server/proxy"
+	"github.com/wrenn-dev/wrenn/internal/server/ratelimit"
 	"github.com/wrenn-dev/wrenn/internal/server/rest"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 	"github.com/wrenn-dev/wrenn/internal/server/scheduler"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/server/teams"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
+	"github.com/wrenn-dev/wrenn/internal/server/users"
 )
 
 // The Redis client logs to standard error, in a form of its own; what it finds
@@ -76,6 +84,24 @@ type Config struct {
 	// processors may be promised to sandboxes; 0: without bound.
 	OvercommitMemory float64 `env:"WRENN_OVERCOMMIT_MEMORY" envDefault:"1"`
 	OvercommitVCPUs  float64 `env:"WRENN_OVERCOMMIT_VCPUS" envDefault:"32"`
+	// SMTPURL is the mail server, smtp://user:password@host:port or smtps://…;
+	// without one letters are written to the log. MailFrom is their sender.
+	SMTPURL  string `env:"WRENN_SMTP_URL"`
+	MailFrom string `env:"WRENN_MAIL_FROM"`
+	// GitHubClientID and GitHubClientSecret are an OAuth application's; with
+	// them people can log in with GitHub, or with the GitHub Enterprise whose
+	// site and API are at GitHubURL and GitHubAPIURL.
+	GitHubClientID     string `env:"WRENN_GITHUB_CLIENT_ID"`
+	GitHubClientSecret string `env:"WRENN_GITHUB_CLIENT_SECRET"`
+	GitHubURL          string `env:"WRENN_GITHUB_URL"`
+	GitHubAPIURL       string `env:"WRENN_GITHUB_API_URL"`
+	// GitHubCallback is where GitHub sends browsers back to; empty: the public
+	// URL with /api/v1/auth/github/callback, as the front door has it.
+	GitHubCallback string `env:"WRENN_GITHUB_CALLBACK"`
+	// TrustedProxies are the networks (in CIDR form) of front doors on other
+	// machines, which are believed what they say in X-Forwarded-For. This
+	// machine's are believed anyway.
+	TrustedProxies []netip.Prefix `env:"WRENN_TRUSTED_PROXIES"`
 	// The first admin, made when there is no user at all.
 	AdminEmail    string `env:"WRENN_ADMIN_EMAIL"`
 	AdminPassword string `env:"WRENN_ADMIN_PASSWORD"`
@@ -93,6 +119,10 @@ type Server struct {
 	hosts     *hosts.Registry
 	bus       *events.Bus
 	keys      *auth.Keys
+	sessions  *auth.Sessions
+	users     *users.Service
+	teams     *teams.Service
+	mail      *mail.Sender
 	sandboxes *sandboxes.Service
 	handler   http.Handler
 
@@ -144,7 +174,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	}
 	redisOptions.DialerRetries = 1
 	s.redis = redis.NewClient(redisOptions)
-	made, err := auth.Bootstrap(ctx, s.store, auth.Admin{Email: c.AdminEmail, Password: c.AdminPassword, APIKey: c.AdminAPIKey})
+	made, err := auth.Bootstrap(ctx, s.store, auth.FirstAdmin{Email: c.AdminEmail, Password: c.AdminPassword, APIKey: c.AdminAPIKey})
 	if err != nil {
 		return nil, err
 	}
@@ -184,6 +214,20 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	s.keys = auth.NewKeys(s.store, s.log)
 	tpl := templates.New(s.store, s.log)
 	s.sandboxes = sandboxes.New(sandboxes.Config{Store: s.store, Hosts: s.hosts, Templates: tpl, Tokens: tokens, Tell: s.bus.Changed, Log: s.log})
+	if s.mail, err = mail.New(c.SMTPURL, c.MailFrom, s.log); err != nil {
+		return nil, err
+	}
+	s.sessions = auth.NewSessions(s.store, secret, s.log)
+	limiter := ratelimit.New(s.redis, s.log)
+	s.users = users.New(users.Config{Store: s.store, Sessions: s.sessions, Limiter: limiter, Mail: s.mail, PublicURL: c.PublicURL, Log: s.log})
+	s.teams = teams.New(teams.Config{Store: s.store, Sandboxes: s.sandboxes, Templates: tpl, Hosts: s.hosts, Log: s.log})
+	var hub *github.Client
+	if c.GitHubClientID != "" {
+		if c.GitHubCallback == "" {
+			c.GitHubCallback = strings.TrimSuffix(c.PublicURL, "/") + "/api/v1/auth/github/callback"
+		}
+		hub = github.New(github.Config{ClientID: c.GitHubClientID, ClientSecret: c.GitHubClientSecret, URL: c.GitHubURL, APIURL: c.GitHubAPIURL, Callback: c.GitHubCallback})
+	}
 
 	registry := prometheus.NewRegistry()
 	requests := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "wrenn_http_requests_total", Help: "Answered requests of the REST API."}, []string{"method", "route", "status"})
@@ -194,7 +238,9 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), requests, durations)
 	registry.MustRegister(s.sandboxes.Collectors()...)
 	api, err := rest.New(ctx, rest.Config{
-		Sandboxes: s.sandboxes, Templates: tpl, Hosts: s.hosts, Keys: s.keys, Tokens: tokens,
+		Sandboxes: s.sandboxes, Templates: tpl, Keys: s.keys, Tokens: tokens,
+		Sessions: s.sessions, Users: s.users, Teams: s.teams, Platform: platform.New(s.store), Hosts: s.hosts,
+		GitHub: hub, GitHubKey: auth.Derive(secret, "github"), Limiter: limiter, TrustedProxies: c.TrustedProxies,
 		PublicURL: c.PublicURL, Domain: c.Domain, Log: s.log,
 		Checks: checks,
 		// A metric that cannot be had, with the database down, must not hide the others.
@@ -235,6 +281,10 @@ func (s *Server) Run(ctx context.Context) error {
 	wg.Go(func() { s.hosts.Run(ctx) })
 	wg.Go(func() { s.bus.Run(ctx, s.sandboxes) })
 	wg.Go(func() { s.sandboxes.Run(ctx) })
+	wg.Go(func() { s.sessions.Run(ctx) })
+	wg.Go(func() { s.users.Run(ctx) })
+	wg.Go(func() { s.teams.Run(ctx) })
+	wg.Go(func() { s.mail.Run(ctx) })
 	wg.Wait()
 	return nil
 }

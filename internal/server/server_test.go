@@ -57,12 +57,16 @@ type plane struct {
 	// halt stops what the server does on its own; what it was asked for goes on.
 	halt   func()
 	router routers.Router
+	redis  *redisServer
+	// conn and sessions are made when they are first needed.
+	conn     *pgx.Conn
+	sessions func(user uuid.UUID) string
 }
 
 func newPlane(t *testing.T) *plane {
-	a := newAgent(t)
-	p := &plane{T: t, agent: a, config: server.Config{
-		DatabaseURL: pgtest.New(t), RedisURL: startRedis(t).url,
+	a, rd := newAgent(t), startRedis(t)
+	p := &plane{T: t, agent: a, redis: rd, config: server.Config{
+		DatabaseURL: pgtest.New(t), RedisURL: rd.url,
 		Domain: "localhost", PublicURL: "http://localhost:8000", SecretKey: strings.Repeat("ab", 32),
 		AgentURL: a.url(), AgentToken: agentToken,
 		AdminEmail: "admin@example.com", AdminPassword: "correct horse", AdminAPIKey: adminKey,

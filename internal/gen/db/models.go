@@ -19,6 +19,8 @@ type APIKey struct {
 	Hash       []byte
 	CreatedAt  time.Time
 	LastUsedAt *time.Time
+	Scopes     []string
+	ExpiresAt  *time.Time
 }
 
 type Host struct {
@@ -74,6 +76,28 @@ type IdempotencyKey struct {
 	CreatedAt   time.Time
 }
 
+type Identity struct {
+	Provider  string
+	Subject   string
+	UserID    uuid.UUID
+	CreatedAt time.Time
+}
+
+type PasswordReset struct {
+	Hash      []byte
+	UserID    uuid.UUID
+	ExpiresAt time.Time
+}
+
+type PlatformSetting struct {
+	ID           bool
+	SignupOpen   bool
+	MaxRunning   *int32
+	MaxVCPUs     *int32
+	MaxMemoryMiB *int64
+	MaxDiskMiB   *int64
+}
+
 type Sandbox struct {
 	ID             uuid.UUID
 	TeamID         uuid.UUID
@@ -101,10 +125,23 @@ type Server struct {
 	SeenAt time.Time
 }
 
+type Session struct {
+	ID           uuid.UUID
+	UserID       uuid.UUID
+	RefreshHash  []byte
+	PreviousHash []byte
+	RotatedAt    time.Time
+	CreatedAt    time.Time
+	ExpiresAt    time.Time
+	UserAgent    string
+	Address      string
+}
+
 type Team struct {
-	ID        uuid.UUID
-	Name      string
-	CreatedAt time.Time
+	ID         uuid.UUID
+	Name       string
+	CreatedAt  time.Time
+	DeletingAt *time.Time
 }
 
 type TeamMember struct {
@@ -112,6 +149,22 @@ type TeamMember struct {
 	UserID    uuid.UUID
 	Role      string
 	CreatedAt time.Time
+}
+
+type TeamQuota struct {
+	TeamID       uuid.UUID
+	MaxRunning   *int32
+	MaxVCPUs     *int32
+	MaxMemoryMiB *int64
+	MaxDiskMiB   *int64
+}
+
+type TeamUsage struct {
+	TeamID    uuid.UUID
+	Running   int32
+	VCPUs     int32
+	MemoryMiB int64
+	DiskMiB   int64
 }
 
 type Template struct {
@@ -125,7 +178,8 @@ type Template struct {
 type User struct {
 	ID           uuid.UUID
 	Email        string
-	PasswordHash string
+	PasswordHash *string
 	Admin        bool
 	CreatedAt    time.Time
+	Active       bool
 }

@@ -16,12 +16,14 @@ const (
 	InvalidArgument     Code = "invalid_argument"
 	Unauthenticated     Code = "unauthenticated"
 	PermissionDenied    Code = "permission_denied"
+	QuotaExceeded       Code = "quota_exceeded"
 	NotFound            Code = "not_found"
 	MethodNotAllowed    Code = "method_not_allowed"
 	Conflict            Code = "conflict"
 	PayloadTooLarge     Code = "payload_too_large"
 	RangeNotSatisfiable Code = "range_not_satisfiable"
 	Unprocessable       Code = "unprocessable"
+	RateLimited         Code = "rate_limited"
 	Internal            Code = "internal"
 	BadGateway          Code = "bad_gateway"
 	NoCapacity          Code = "no_capacity"
@@ -38,7 +40,7 @@ func (c Code) Status() int {
 		return http.StatusBadRequest
 	case Unauthenticated:
 		return http.StatusUnauthorized
-	case PermissionDenied:
+	case PermissionDenied, QuotaExceeded:
 		return http.StatusForbidden
 	case NotFound:
 		return http.StatusNotFound
@@ -52,6 +54,8 @@ func (c Code) Status() int {
 		return http.StatusRequestedRangeNotSatisfiable
 	case Unprocessable:
 		return http.StatusUnprocessableEntity
+	case RateLimited:
+		return http.StatusTooManyRequests
 	case BadGateway:
 		return http.StatusBadGateway
 	case NoCapacity, HostUnreachable, Unavailable:

@@ -48,15 +48,19 @@ func sandboxID(text string) (uuid.UUID, error) {
 	return u, nil
 }
 
-// sandbox is a row as the wire has it.
-func (a *API) sandbox(row db.Sandbox) rest.Sandbox {
+// sandbox is a row as the wire has it. Only who may use the sandbox is shown
+// the tokens that open it: no read-only key is, and no admin of another team.
+func (a *API) sandbox(r *http.Request, row db.Sandbox) rest.Sandbox {
 	wire := id.Format(id.Sandbox, row.ID)
 	s := rest.Sandbox{
 		ID: wire, TeamID: id.Format(id.Team, row.TeamID), TemplateID: id.Format(id.Template, row.TemplateID), Template: row.TemplateName,
 		State: rest.SandboxState(row.State), Vcpus: row.VCPUs, MemoryMib: row.MemoryMiB, DiskMib: row.DiskMiB, TimeoutSeconds: row.TimeoutSeconds,
 		Metadata: row.Metadata, CreatedAt: row.CreatedAt.UTC(), StartedAt: utc(row.StartedAt), ExpiresAt: utc(row.ExpiresAt), EndedAt: utc(row.EndedAt),
 		Error: some(row.Error), StartMs: row.StartMs,
-		AccessToken: a.Tokens.Access(row.ID), TrafficToken: a.Tokens.Traffic(row.ID), URL: a.sandboxURL(wire),
+		URL: a.sandboxURL(wire),
+	}
+	if who := caller(r); who.Team == row.TeamID && who.CanWrite() {
+		s.AccessToken, s.TrafficToken = some(a.Tokens.Access(row.ID)), some(a.Tokens.Traffic(row.ID))
 	}
 	if row.HostID != nil {
 		s.HostID = some(id.Format(id.Host, *row.HostID))
@@ -98,7 +102,7 @@ func (a *API) CreateSandbox(w http.ResponseWriter, r *http.Request, params rest.
 	if replayed {
 		w.Header().Set("Idempotent-Replayed", "true")
 	}
-	sb := a.sandbox(row)
+	sb := a.sandbox(r, row)
 	w.Header().Set("Location", "/v1/sandboxes/"+sb.ID)
 	answer(w, http.StatusCreated, sb)
 }
@@ -128,7 +132,7 @@ func (a *API) ListSandboxes(w http.ResponseWriter, r *http.Request, params rest.
 	}
 	list := rest.SandboxList{Sandboxes: make([]rest.Sandbox, len(rows)), NextCursor: some(next)}
 	for i, row := range rows {
-		list.Sandboxes[i] = a.sandbox(row)
+		list.Sandboxes[i] = a.sandbox(r, row)
 	}
 	answer(w, http.StatusOK, list)
 }
@@ -145,7 +149,7 @@ func (a *API) GetSandbox(w http.ResponseWriter, r *http.Request, sandbox rest.Sa
 		a.Fail(w, r, err)
 		return
 	}
-	answer(w, http.StatusOK, a.sandbox(row))
+	answer(w, http.StatusOK, a.sandbox(r, row))
 }
 
 // DeleteSandbox answers DELETE /v1/sandboxes/{sandbox_id}.
@@ -173,7 +177,7 @@ func (a *API) PingSandbox(w http.ResponseWriter, r *http.Request, sandbox rest.S
 		a.Fail(w, r, err)
 		return
 	}
-	answer(w, http.StatusOK, a.sandbox(row))
+	answer(w, http.StatusOK, a.sandbox(r, row))
 }
 
 // GetSandboxMetrics answers GET /v1/sandboxes/{sandbox_id}/metrics.
@@ -220,9 +224,13 @@ func (a *API) ListTemplates(w http.ResponseWriter, r *http.Request, params rest.
 		a.Fail(w, r, err)
 		return
 	}
+	answer(w, http.StatusOK, templateList(rows, next))
+}
+
+func templateList(rows []db.Template, next string) rest.TemplateList {
 	list := rest.TemplateList{Templates: make([]rest.Template, len(rows)), NextCursor: some(next)}
 	for i, t := range rows {
 		list.Templates[i] = rest.Template{ID: id.Format(id.Template, t.ID), TeamID: id.Format(id.Team, t.TeamID), Name: t.Name, SizeBytes: t.SizeBytes, CreatedAt: t.CreatedAt.UTC()}
 	}
-	answer(w, http.StatusOK, list)
+	return list
 }

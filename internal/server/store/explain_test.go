@@ -27,6 +27,7 @@ func TestPlans(t *testing.T) {
 	defer conn.Close(ctx)
 	// 30,000 sandboxes of 30 teams on 3 hosts, one in a hundred of them alive.
 	for _, sql := range []string{
+		`UPDATE platform_settings SET max_running = NULL, max_vcpus = NULL, max_memory_mib = NULL, max_disk_mib = NULL`,
 		`INSERT INTO teams (id, name) SELECT gen_random_uuid(), 'team' || n FROM generate_series(1, 30) n`,
 		`INSERT INTO hosts (id, url, status) SELECT gen_random_uuid(), 'unix:/' || n, 'online' FROM generate_series(1, 3) n`,
 		`INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at)
@@ -36,6 +37,11 @@ func TestPlans(t *testing.T) {
 		`INSERT INTO api_keys (id, team_id, name, prefix, hash) SELECT gen_random_uuid(), id, 'k', 'wrn_', sha256(convert_to(id::text || n, 'UTF8')) FROM teams, generate_series(1, 300) n`,
 		`INSERT INTO host_certificates SELECT n::text, (array(SELECT id FROM hosts))[1 + n % 3], now() FROM generate_series(1, 10000) n`,
 		`INSERT INTO idempotency_keys (team_id, key, request_hash, sandbox_id) SELECT team_id, id::text, '\x00', id FROM sandboxes`,
+		`INSERT INTO users (id, email) SELECT gen_random_uuid(), 'u' || n || '@example.com' FROM generate_series(1, 20000) n`,
+		`INSERT INTO team_members (team_id, user_id, role) SELECT (array(SELECT id FROM teams WHERE name LIKE 'team%'))[1 + n % 30], id, 'member' FROM (SELECT id, row_number() OVER () AS n FROM users) u`,
+		`INSERT INTO sessions (id, user_id, refresh_hash, expires_at, user_agent, address) SELECT gen_random_uuid(), id, '\x00', now() + interval '1 day', '', '' FROM users`,
+		`INSERT INTO identities (provider, subject, user_id) SELECT 'github', id::text, id FROM users`,
+		`INSERT INTO password_resets (hash, user_id, expires_at) SELECT sha256(convert_to(id::text, 'UTF8')), id, now() + interval '1 hour' FROM users`,
 		`ANALYZE`,
 	} {
 		if _, err := conn.Exec(ctx, sql); err != nil {
@@ -59,7 +65,21 @@ func TestPlans(t *testing.T) {
 		"count":       `SELECT state, count(*) FROM sandboxes WHERE state NOT IN ('stopped', 'error') GROUP BY state`,
 		"idempotency": `SELECT * FROM idempotency_keys WHERE team_id = TEAM AND key = 'x'`,
 		"free a key":  `DELETE FROM idempotency_keys WHERE sandbox_id = '00000000-0000-0000-0000-000000000001'`,
-		"old keys":    `DELETE FROM idempotency_keys WHERE created_at < now() - interval '1 day'`,
+		"caller": `SELECT u.id, m.team_id, m.role FROM sessions s JOIN users u ON u.id = s.user_id LEFT JOIN LATERAL (
+			SELECT tm.team_id, tm.role FROM team_members tm JOIN teams t ON t.id = tm.team_id WHERE tm.user_id = u.id AND t.deleting_at IS NULL ORDER BY tm.created_at LIMIT 1) m ON true
+			WHERE s.id = '00000000-0000-0000-0000-000000000001' AND s.user_id = '00000000-0000-0000-0000-000000000001' AND u.active`,
+		"user":            `SELECT * FROM users WHERE lower(email) = lower('U7@example.com')`,
+		"users by prefix": `SELECT * FROM users WHERE lower(email) LIKE 'u77%' AND active ORDER BY lower(email) LIMIT 10`,
+		"page of users":   `SELECT * FROM users WHERE lower(email) LIKE '%' AND lower(email) > 'u7' ORDER BY lower(email) LIMIT 100`,
+		"identity":        `SELECT u.* FROM identities i JOIN users u ON u.id = i.user_id WHERE i.provider = 'github' AND i.subject = 'x'`,
+		"log out":         `DELETE FROM sessions WHERE user_id = '00000000-0000-0000-0000-000000000001'`,
+		"old sessions":    `DELETE FROM sessions WHERE expires_at < now()`,
+		"old resets":      `DELETE FROM password_resets WHERE expires_at < now()`,
+		"a user's resets": `DELETE FROM password_resets WHERE user_id = '00000000-0000-0000-0000-000000000001'`,
+		"members":         `SELECT * FROM team_members WHERE team_id = TEAM AND user_id = '00000000-0000-0000-0000-000000000001'`,
+		"team's keys":     `SELECT * FROM api_keys WHERE team_id = TEAM AND (created_at, id) < (now(), 'ffffffff-ffff-ffff-ffff-ffffffffffff') ORDER BY created_at DESC, id DESC LIMIT 101`,
+		"everybody's":     `SELECT * FROM sandboxes WHERE (created_at, id) < (now(), 'ffffffff-ffff-ffff-ffff-ffffffffffff') ORDER BY created_at DESC, id DESC LIMIT 101`,
+		"old keys":        `DELETE FROM idempotency_keys WHERE created_at < now() - interval '1 day'`,
 	} {
 		sql = strings.NewReplacer("TEAM", team, "HOST", host).Replace(sql)
 		rows, err := conn.Query(ctx, "EXPLAIN "+sql)
@@ -71,7 +91,7 @@ func TestPlans(t *testing.T) {
 			t.Fatalf("%s: %v", name, err)
 		}
 		for _, line := range plan {
-			for _, table := range []string{"sandboxes", "api_keys", "idempotency_keys", "host_certificates"} {
+			for _, table := range []string{"sandboxes", "api_keys", "idempotency_keys", "host_certificates", "users", "sessions", "identities", "password_resets", "team_members"} {
 				if strings.Contains(line, "Seq Scan on "+table) {
 					t.Errorf("%s reads all of %s:\n%s", name, table, strings.Join(plan, "\n"))
 				}
