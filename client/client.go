@@ -29,6 +29,7 @@ type Client struct {
 	http    *http.Client
 	retries int
 	agent   string
+	login   *login
 }
 
 // Option changes a client.
@@ -162,7 +163,9 @@ func (c *Client) once(ctx context.Context, r request, encoded []byte) (*http.Res
 	for k, v := range r.header {
 		req.Header[k] = v
 	}
-	req.Header.Set("X-API-Key", c.key)
+	if req.Header.Get("Authorization") == "" {
+		req.Header.Set("X-API-Key", c.key)
+	}
 	req.Header.Set("User-Agent", c.agent)
 	switch {
 	case r.json != nil:

@@ -52,6 +52,8 @@ type CreateOptions struct {
 	TimeoutSeconds *int              `json:"timeout_seconds,omitempty"`
 	Envs           map[string]string `json:"envs,omitempty"`
 	Metadata       map[string]string `json:"metadata,omitempty"`
+	// HostTags are tags that the sandbox's host must have.
+	HostTags []string `json:"host_tags,omitempty"`
 
 	// IdempotencyKey makes a repeated call return the first one's sandbox.
 	// Empty: a random one, for the client's own retries.

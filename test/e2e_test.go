@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"github.com/wrenn-dev/wrenn/client"
+	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
 // installation is one `wrenn up`.
@@ -327,6 +328,7 @@ func up(t testing.TB) *installation {
 
 func TestMain(m *testing.M) {
 	code := m.Run()
+	pgtest.End()
 	if sharedUsed {
 		if i, err := shared(); err == nil {
 			if err := i.stop(); err != nil {

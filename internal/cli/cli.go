@@ -68,7 +68,7 @@ func Commands(in io.Reader, out, errw io.Writer) []*cobra.Command {
 	a := &app{streams: streams{in, out, errw}}
 	cmds := []*cobra.Command{
 		a.runCommand(), a.createCommand(), a.lsCommand(), a.execCommand(), a.cpCommand(), a.rmCommand(),
-		a.urlCommand(), a.logsCommand(), a.pingCommand(), a.metricsCommand(), a.templateCommand(),
+		a.urlCommand(), a.logsCommand(), a.pingCommand(), a.metricsCommand(), a.templateCommand(), a.hostCommand(),
 	}
 	for _, c := range cmds {
 		f := c.PersistentFlags()
@@ -82,6 +82,7 @@ func Commands(in io.Reader, out, errw io.Writer) []*cobra.Command {
 // client connects to the service that flags, environment or credentials name.
 func (a *app) client() (*client.Client, error) {
 	url, key := first(a.url, os.Getenv("WRENN_URL")), first(a.key, os.Getenv("WRENN_API_KEY"))
+	email, password := os.Getenv("WRENN_EMAIL"), os.Getenv("WRENN_PASSWORD")
 	if url == "" || key == "" {
 		file := layout.Dir(first(a.dir, os.Getenv("WRENN_DIR"), layout.DefaultDir)).Credentials()
 		b, err := os.ReadFile(file)
@@ -94,15 +95,25 @@ func (a *app) client() (*client.Client, error) {
 			return nil, err
 		}
 		var have struct {
-			URL    string `json:"url"`
-			APIKey string `json:"api_key"`
+			URL      string `json:"url"`
+			APIKey   string `json:"api_key"`
+			Email    string `json:"email"`
+			Password string `json:"password"`
 		}
 		if err := json.Unmarshal(b, &have); err != nil {
 			return nil, fmt.Errorf("read %s: %w", file, err)
 		}
+		// Never to another service than the one that they are of.
+		if url == "" && email == "" {
+			email, password = have.Email, have.Password
+		}
 		url, key = first(url, have.URL), first(key, have.APIKey)
 	}
-	c, err := client.New(url, key, client.WithUserAgent("wrenn-cli"))
+	options := []client.Option{client.WithUserAgent("wrenn-cli")}
+	if email != "" {
+		options = append(options, client.WithLogin(email, password))
+	}
+	c, err := client.New(url, key, options...)
 	if err != nil {
 		return nil, &UsageError{err}
 	}

@@ -18,6 +18,7 @@ type creation struct {
 	vcpus, memoryMiB, disk int
 	timeout                time.Duration
 	envs, metadata         []string
+	hostTags               []string
 }
 
 func (o *creation) flags(cmd *cobra.Command) {
@@ -28,6 +29,7 @@ func (o *creation) flags(cmd *cobra.Command) {
 	f.IntVar(&o.disk, "disk", 0, "disk in MiB (default the template's)")
 	f.DurationVar(&o.timeout, "timeout", 5*time.Minute, "time without use after which it is destroyed; 0: never")
 	f.StringArrayVarP(&o.envs, "env", "e", nil, "environment variable of every command, KEY=VALUE; repeatable")
+	f.StringArrayVar(&o.hostTags, "host-tag", nil, "tag that the host must have; repeatable")
 	f.StringArrayVar(&o.metadata, "metadata", nil, "what to find the sandbox by, KEY=VALUE; repeatable")
 }
 
@@ -46,7 +48,7 @@ func (o *creation) options() (client.CreateOptions, error) {
 	seconds := int(o.timeout / time.Second)
 	return client.CreateOptions{
 		Template: o.template, VCPUs: o.vcpus, MemoryMiB: o.memoryMiB, DiskMiB: o.disk,
-		TimeoutSeconds: &seconds, Envs: envs, Metadata: metadata,
+		TimeoutSeconds: &seconds, Envs: envs, Metadata: metadata, HostTags: o.hostTags,
 	}, nil
 }
 
