@@ -8,9 +8,11 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -167,6 +169,26 @@ func (b *bench) save(over *memory.Image) (*memory.Image, []byte) {
 	return m, devices
 }
 
+// writable are the files in the sandbox's folder that QEMU has open for writing.
+func (b *bench) writable() []string {
+	b.Helper()
+	dir := fmt.Sprintf("/proc/%d/fd/", b.vm.PID())
+	entries, err := os.ReadDir(dir)
+	b.must(err)
+	found := map[string]bool{}
+	for _, e := range entries {
+		name, err := os.Readlink(dir + e.Name())
+		if err != nil || !strings.HasPrefix(name, b.spec.Dir) {
+			continue
+		}
+		info, err := os.Lstat(dir + e.Name()) // its mode is the descriptor's
+		if err == nil && info.Mode()&0o200 != 0 {
+			found[name] = true
+		}
+	}
+	return slices.Collect(maps.Keys(found))
+}
+
 func (b *bench) kill() {
 	b.Helper()
 	if b.vm == nil {
@@ -281,6 +303,9 @@ func TestSaveRestoreDivert(t *testing.T) {
 		b.sh("true")
 	}
 	b.spec.Overlay = former
+	if got := b.writable(); len(got) != 1 || got[0] != former {
+		t.Errorf("QEMU may still write to %q", got)
+	}
 
 	if size := b.number("cat /sys/block/vda/size"); size != 5<<30/512 {
 		t.Errorf("the disk has %d sectors", size)

@@ -16,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -23,6 +24,10 @@ import (
 // maxMessage bounds a message from QEMU, in bytes. The largest that is asked
 // for, the console's text, stays far below.
 const maxMessage = 4 << 20
+
+// writeTimeout bounds the time that QEMU may take to read a command. One that
+// does not read any more must not hold up the agent.
+const writeTimeout = 10 * time.Second
 
 // ErrClosed is returned for commands on a connection that has ended.
 var ErrClosed = errors.New("the connection to QEMU has ended")
@@ -183,6 +188,7 @@ func (q *Conn) execute(ctx context.Context, command string, args, result any, fi
 		return err
 	}
 	if err := q.write(append(text, '\n'), file); err != nil {
+		_ = q.conn.Close() // part of a command may be written
 		return errors.Join(ErrClosed, err)
 	}
 	select {
@@ -203,10 +209,14 @@ func (q *Conn) execute(ctx context.Context, command string, args, result any, fi
 	}
 }
 
-// write sends text, and file with its first byte.
+// write sends text, and file with its first byte. After an error the
+// connection is of no use any more.
 func (q *Conn) write(text []byte, file *os.File) error {
 	q.writing.Lock()
 	defer q.writing.Unlock()
+	if err := q.conn.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
+		return err
+	}
 	if file != nil {
 		c, ok := q.conn.(*net.UnixConn)
 		if !ok {

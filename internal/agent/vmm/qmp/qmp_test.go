@@ -8,9 +8,13 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // peer plays QEMU on the other end of a pipe: it answers every line by what
@@ -95,6 +99,93 @@ func TestHostilePeer(t *testing.T) {
 	_ = c.Execute(t.Context(), "x", nil, nil)
 	if err := c.Execute(t.Context(), "y", nil, nil); !errors.Is(err, ErrClosed) {
 		t.Errorf("after garbage: %v", err)
+	}
+}
+
+// A QEMU that does not read any more does not hold up the agent.
+func TestPeerThatDoesNotRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ours, theirs := net.Pipe()
+		defer theirs.Close()
+		go func() {
+			_, _ = io.WriteString(theirs, "{\"QMP\": {}}\n")
+			line, _ := bufio.NewReaderSize(theirs, 1<<10).ReadString('\n')
+			_, _ = io.WriteString(theirs, ok(line))
+		}()
+		c, err := NewConn(t.Context(), ours)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			if err := c.Execute(t.Context(), "query-status", nil, nil); !errors.Is(err, ErrClosed) {
+				t.Errorf("got %v", err)
+			}
+		}
+		if _, open := <-c.Events(); open {
+			t.Error("the connection is not closed")
+		}
+	})
+}
+
+func TestPass(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ends [2]*net.UnixConn
+	for i, fd := range pair {
+		f := os.NewFile(uintptr(fd), "socket")
+		c, err := net.FileConn(f)
+		f.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		ends[i] = c.(*net.UnixConn)
+	}
+	go func() { // plays QEMU: answers, and writes to the descriptors that it gets
+		theirs := ends[1]
+		_, _ = io.WriteString(theirs, "{\"QMP\": {}}\n")
+		line, oob := make([]byte, 4096), make([]byte, 128)
+		for {
+			n, oobn, _, _, err := theirs.ReadMsgUnix(line, oob)
+			if err != nil || n == 0 {
+				return
+			}
+			answer := `{"status": "running"}`
+			if messages, _ := unix.ParseSocketControlMessage(oob[:oobn]); len(messages) > 0 {
+				fds, _ := unix.ParseUnixRights(&messages[0])
+				f := os.NewFile(uintptr(fds[0]), "passed")
+				_, _ = f.Write(line[:n])
+				f.Close()
+				answer = `{"fdset-id": 7, "fd": 33}`
+			}
+			_, _ = io.WriteString(theirs, strings.Replace(ok(string(line[:n-1])), `{"status": "running"}`, answer, 1))
+		}
+	}()
+	c, err := NewConn(t.Context(), ends[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	for _, set := range []int{-1, 7} {
+		f, err := os.CreateTemp(t.TempDir(), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		got, err := c.Pass(t.Context(), f, set, "a test's")
+		if err != nil || got != (Descriptor{Set: 7, FD: 33}) {
+			t.Errorf("got %v, %v", got, err)
+		}
+		command, err := os.ReadFile(f.Name())
+		if err != nil || !bytes.Contains(command, []byte(`"opaque":"a test's"`)) || bytes.Contains(command, []byte("fdset-id")) != (set >= 0) {
+			t.Errorf("the descriptor came with %s, %v", command, err)
+		}
+	}
+	// One more command, with none.
+	if err := c.Execute(t.Context(), "query-status", nil, nil); err != nil {
+		t.Error(err)
 	}
 }
 
