@@ -44,12 +44,17 @@ type agent struct {
 	onCreate func(context.Context, *hostagentv1.CreateRequest) error
 	// onDestroy likewise.
 	onDestroy func(context.Context, *hostagentv1.DestroyRequest) error
+	// on decides how pauses, resumes, snapshots, forks and removals of templates
+	// go, by the name of the call; nil: well.
+	on func(ctx context.Context, call string) error
 	// guest answers requests to sandboxes' ports.
 	guest http.Handler
 
 	mu        sync.Mutex
 	sandboxes map[string]*hostagentv1.Sandbox
 	creates   []*hostagentv1.CreateRequest
+	templates map[string]*hostagentv1.Template
+	calls     map[string]int
 	files     map[string][]byte
 	events    []*hostagentv1.Event
 	acked     uint64
@@ -64,6 +69,7 @@ func newAgent(t *testing.T) *agent {
 		socket:    filepath.Join(t.TempDir(), "agent.sock"),
 		token:     agentToken,
 		sandboxes: make(map[string]*hostagentv1.Sandbox), files: make(map[string][]byte), news: make(chan struct{}),
+		calls: make(map[string]int), templates: map[string]*hostagentv1.Template{minimal.TemplateId: minimal},
 		guest: http.NotFoundHandler(),
 	}
 	a.serve(t)
@@ -75,6 +81,7 @@ func newAgent(t *testing.T) *agent {
 func newTCPAgent(t *testing.T, l net.Listener, token string) *agent {
 	a := &agent{
 		address: l.Addr().String(), token: token,
+		calls: make(map[string]int), templates: map[string]*hostagentv1.Template{minimal.TemplateId: minimal},
 		sandboxes: make(map[string]*hostagentv1.Sandbox), files: make(map[string][]byte), news: make(chan struct{}),
 		guest: http.NotFoundHandler(),
 	}
@@ -104,6 +111,11 @@ func (a *agent) serveOn(l net.Listener) {
 		}
 		// Not by the mux, which tidies paths.
 		if strings.HasPrefix(r.URL.Path, "/proxy/") {
+			if state := a.held(strings.Split(r.URL.Path, "/")[2]); state != "" {
+				w.Header().Set("X-Wrenn-Error", state)
+				http.Error(w, state, http.StatusServiceUnavailable)
+				return
+			}
 			a.guest.ServeHTTP(w, r)
 			return
 		}
@@ -127,7 +139,203 @@ func (a *agent) Create(ctx context.Context, req *connect.Request[hostagentv1.Cre
 			return nil, err
 		}
 	}
-	return connect.NewResponse(&hostagentv1.CreateResponse{Sandbox: a.add(m.SandboxId, m.TimeoutSeconds)}), nil
+	return connect.NewResponse(&hostagentv1.CreateResponse{Sandbox: a.made(m)}), nil
+}
+
+// made makes the sandbox that was asked for.
+func (a *agent) made(m *hostagentv1.CreateRequest) *hostagentv1.Sandbox {
+	a.add(m.SandboxId, m.TimeoutSeconds)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	sb := a.sandboxes[m.SandboxId]
+	sb.TeamId, sb.TemplateId, sb.Vcpus, sb.MemoryMib, sb.DiskMib = m.TeamId, m.TemplateId, m.Vcpus, m.MemoryMib, max(m.DiskMib, sb.DiskMib)
+	sb.PauseOnTimeout = m.PauseOnTimeout
+	return proto.CloneOf(sb)
+}
+
+// minimal is the template that every host has.
+var minimal = &hostagentv1.Template{
+	TemplateId: id.Format(id.Template, uuid.Nil), TeamId: id.Format(id.Team, uuid.Nil), Name: "minimal", SizeBytes: 1 << 29, CreatedAt: timestamppb.New(time.Unix(1700000000, 0)),
+}
+
+// states are the names of states in which a sandbox is not used.
+var states = map[hostagentv1.SandboxState]string{
+	hostagentv1.SandboxState_SANDBOX_STATE_PAUSING: "pausing", hostagentv1.SandboxState_SANDBOX_STATE_PAUSED: "paused", hostagentv1.SandboxState_SANDBOX_STATE_RESUMING: "resuming",
+}
+
+// held is the state that keeps a sandbox from being used.
+func (a *agent) held(sandbox string) string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return states[a.sandboxes[sandbox].GetState()]
+}
+
+// usable fails for a sandbox that cannot be used now, as the real agent does.
+func (a *agent) usable(sandbox string) error {
+	state := a.held(sandbox)
+	if state == "" {
+		return nil
+	}
+	err := connect.NewError(connect.CodeFailedPrecondition, errors.New("the sandbox is "+state))
+	err.Meta().Set("Wrenn-Sandbox-State", state)
+	return err
+}
+
+// set puts a sandbox into a state, which is nobody's doing.
+func (a *agent) set(sandbox string, state hostagentv1.SandboxState) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.sandboxes[sandbox].State = state
+}
+
+func (a *agent) stateOf(sandbox string) hostagentv1.SandboxState {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.sandboxes[sandbox].GetState()
+}
+
+// called is how often one of the calls of on was made.
+func (a *agent) called(call string) int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.calls[call]
+}
+
+func (a *agent) hook(on func(context.Context, string) error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.on = on
+}
+
+// decide counts a call and asks how it goes.
+func (a *agent) decide(ctx context.Context, call string) error {
+	a.mu.Lock()
+	a.calls[call]++
+	on := a.on
+	a.mu.Unlock()
+	if on == nil {
+		return nil
+	}
+	return on(ctx, call)
+}
+
+// turn leads a sandbox from one state to another, by a third.
+func (a *agent) turn(ctx context.Context, sandbox, call string, from, by, to hostagentv1.SandboxState) (*hostagentv1.Sandbox, error) {
+	a.mu.Lock()
+	sb := a.sandboxes[sandbox]
+	if sb == nil {
+		a.mu.Unlock()
+		return nil, connect.NewError(connect.CodeNotFound, errors.New("no such sandbox"))
+	}
+	if sb.State != from && sb.State != to {
+		a.mu.Unlock()
+		return nil, a.usable(sandbox)
+	}
+	if sb.State == from {
+		sb.State = by
+	}
+	a.mu.Unlock()
+	err := a.decide(ctx, call)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if err != nil {
+		sb.State = from
+		return nil, err
+	}
+	sb.State = to
+	sb.ExpiresAt = nil
+	if to == hostagentv1.SandboxState_SANDBOX_STATE_RUNNING {
+		sb.ExpiresAt = timestamppb.New(time.Now().Add(time.Hour))
+	}
+	return proto.CloneOf(sb), nil
+}
+
+func (a *agent) Pause(ctx context.Context, req *connect.Request[hostagentv1.PauseRequest]) (*connect.Response[hostagentv1.PauseResponse], error) {
+	sb, err := a.turn(ctx, req.Msg.SandboxId, "pause", hostagentv1.SandboxState_SANDBOX_STATE_RUNNING, hostagentv1.SandboxState_SANDBOX_STATE_PAUSING, hostagentv1.SandboxState_SANDBOX_STATE_PAUSED)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&hostagentv1.PauseResponse{Sandbox: sb}), nil
+}
+
+func (a *agent) Resume(ctx context.Context, req *connect.Request[hostagentv1.ResumeRequest]) (*connect.Response[hostagentv1.ResumeResponse], error) {
+	sb, err := a.turn(ctx, req.Msg.SandboxId, "resume", hostagentv1.SandboxState_SANDBOX_STATE_PAUSED, hostagentv1.SandboxState_SANDBOX_STATE_RESUMING, hostagentv1.SandboxState_SANDBOX_STATE_RUNNING)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&hostagentv1.ResumeResponse{Sandbox: sb}), nil
+}
+
+func (a *agent) Snapshot(ctx context.Context, req *connect.Request[hostagentv1.SnapshotRequest]) (*connect.Response[hostagentv1.SnapshotResponse], error) {
+	m := req.Msg
+	a.mu.Lock()
+	sb, made := proto.CloneOf(a.sandboxes[m.SandboxId]), a.templates[m.TemplateId]
+	a.mu.Unlock()
+	if made != nil {
+		return connect.NewResponse(&hostagentv1.SnapshotResponse{Template: made}), nil
+	}
+	if sb == nil {
+		return nil, connect.NewError(connect.CodeNotFound, errors.New("no such sandbox"))
+	}
+	if err := a.decide(ctx, "snapshot"); err != nil {
+		return nil, err
+	}
+	t := &hostagentv1.Template{
+		TemplateId: m.TemplateId, TeamId: sb.TeamId, Name: m.Name, SizeBytes: 1 << 20, CreatedAt: timestamppb.Now(), DiskMib: sb.DiskMib, Vcpus: sb.Vcpus, MemoryMib: sb.MemoryMib,
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.templates[m.TemplateId] = t
+	return connect.NewResponse(&hostagentv1.SnapshotResponse{Template: t}), nil
+}
+
+func (a *agent) Fork(ctx context.Context, req *connect.Request[hostagentv1.ForkRequest]) (*connect.Response[hostagentv1.ForkResponse], error) {
+	m := req.Msg
+	if err := a.usable(m.SandboxId); err != nil {
+		return nil, err
+	}
+	if err := a.decide(ctx, "fork"); err != nil {
+		return nil, err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var r hostagentv1.ForkResponse
+	for _, c := range m.Copies {
+		sb := proto.CloneOf(a.sandboxes[m.SandboxId])
+		sb.SandboxId = c.SandboxId
+		a.sandboxes[c.SandboxId] = sb
+		r.Sandboxes = append(r.Sandboxes, proto.CloneOf(sb))
+	}
+	return connect.NewResponse(&r), nil
+}
+
+func (a *agent) DeleteTemplate(ctx context.Context, req *connect.Request[hostagentv1.DeleteTemplateRequest]) (*connect.Response[hostagentv1.DeleteTemplateResponse], error) {
+	if err := a.decide(ctx, "delete template"); err != nil {
+		return nil, err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if t := a.templates[req.Msg.TemplateId]; t != nil && t.TeamId != req.Msg.TeamId {
+		return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("another team's"))
+	}
+	delete(a.templates, req.Msg.TemplateId)
+	return connect.NewResponse(&hostagentv1.DeleteTemplateResponse{}), nil
+}
+
+func (a *agent) hasTemplate(template string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.templates[template] != nil
+}
+
+func (a *agent) Get(_ context.Context, req *connect.Request[hostagentv1.GetRequest]) (*connect.Response[hostagentv1.GetResponse], error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	sb := a.sandboxes[req.Msg.SandboxId]
+	if sb == nil {
+		return nil, connect.NewError(connect.CodeNotFound, errors.New("no such sandbox"))
+	}
+	return connect.NewResponse(&hostagentv1.GetResponse{Sandbox: proto.CloneOf(sb)}), nil
 }
 
 // add makes a sandbox that runs.
@@ -184,9 +392,13 @@ func (a *agent) List(context.Context, *connect.Request[hostagentv1.ListRequest])
 }
 
 func (a *agent) Templates(context.Context, *connect.Request[hostagentv1.TemplatesRequest]) (*connect.Response[hostagentv1.TemplatesResponse], error) {
-	return connect.NewResponse(&hostagentv1.TemplatesResponse{Templates: []*hostagentv1.Template{{
-		TemplateId: id.Format(id.Template, uuid.Nil), TeamId: id.Format(id.Team, uuid.Nil), Name: "minimal", SizeBytes: 1 << 29, CreatedAt: timestamppb.New(time.Unix(1700000000, 0)),
-	}}}), nil
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var r hostagentv1.TemplatesResponse
+	for _, t := range a.templates {
+		r.Templates = append(r.Templates, t)
+	}
+	return connect.NewResponse(&r), nil
 }
 
 func (a *agent) Host(context.Context, *connect.Request[hostagentv1.HostRequest]) (*connect.Response[hostagentv1.HostResponse], error) {
@@ -197,7 +409,11 @@ func (a *agent) Host(context.Context, *connect.Request[hostagentv1.HostRequest])
 func (a *agent) happened(kind hostagentv1.Event_Kind, sandbox, reason string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	delete(a.sandboxes, sandbox)
+	if kind == hostagentv1.Event_KIND_PAUSED {
+		a.sandboxes[sandbox].State = hostagentv1.SandboxState_SANDBOX_STATE_PAUSED
+	} else {
+		delete(a.sandboxes, sandbox)
+	}
 	a.events = append(a.events, &hostagentv1.Event{Seq: uint64(len(a.events) + 1), Kind: kind, SandboxId: sandbox, Time: timestamppb.Now(), Reason: reason})
 	close(a.news)
 	a.news = make(chan struct{})
@@ -236,6 +452,9 @@ func (a *agent) AckEvents(_ context.Context, req *connect.Request[hostagentv1.Ac
 }
 
 func (a *agent) Ping(_ context.Context, req *connect.Request[hostagentv1.PingRequest]) (*connect.Response[hostagentv1.PingResponse], error) {
+	if err := a.usable(req.Msg.SandboxId); err != nil {
+		return nil, err
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	sb := a.sandboxes[req.Msg.SandboxId]
@@ -246,17 +465,26 @@ func (a *agent) Ping(_ context.Context, req *connect.Request[hostagentv1.PingReq
 	return connect.NewResponse(&hostagentv1.PingResponse{Sandbox: proto.CloneOf(sb)}), nil
 }
 
-func (a *agent) Metrics(context.Context, *connect.Request[hostagentv1.MetricsRequest]) (*connect.Response[hostagentv1.MetricsResponse], error) {
+func (a *agent) Metrics(_ context.Context, req *connect.Request[hostagentv1.MetricsRequest]) (*connect.Response[hostagentv1.MetricsResponse], error) {
+	if err := a.usable(req.Msg.SandboxId); err != nil {
+		return nil, err
+	}
 	return connect.NewResponse(&hostagentv1.MetricsResponse{Time: timestamppb.Now(), CpuCount: 1, CpuUsedPct: 12.5, MemoryTotalBytes: 512 << 20}), nil
 }
 
-func (a *agent) Console(context.Context, *connect.Request[hostagentv1.ConsoleRequest]) (*connect.Response[hostagentv1.ConsoleResponse], error) {
+func (a *agent) Console(_ context.Context, req *connect.Request[hostagentv1.ConsoleRequest]) (*connect.Response[hostagentv1.ConsoleResponse], error) {
+	if err := a.usable(req.Msg.SandboxId); err != nil {
+		return nil, err
+	}
 	return connect.NewResponse(&hostagentv1.ConsoleResponse{Output: []byte("[    0.000000] Linux version\xff\n")}), nil
 }
 
 // Exec knows: cat, which prints its input; say, its arguments; bytes, all of
 // them; env, its environment; exit N; hang, to its timeout; lost, a host failure.
 func (a *agent) Exec(ctx context.Context, req *connect.Request[hostagentv1.ExecRequest]) (*connect.Response[hostagentv1.ExecResponse], error) {
+	if err := a.usable(req.Msg.SandboxId); err != nil {
+		return nil, err
+	}
 	c := req.Msg.Command
 	var r hostagentv1.ExecResponse
 	switch c.Cmd {
@@ -294,6 +522,9 @@ func (a *agent) ExecStream(ctx context.Context, s *connect.BidiStream[hostagentv
 	start := first.GetStart()
 	if start == nil {
 		return connect.NewError(connect.CodeInvalidArgument, errors.New("no start"))
+	}
+	if err := a.usable(start.SandboxId); err != nil {
+		return err
 	}
 	if err := s.Send(&hostagentv1.ExecStreamResponse{Message: &hostagentv1.ExecStreamResponse_Started_{Started: &hostagentv1.ExecStreamResponse_Started{Pid: 42}}}); err != nil {
 		return err
@@ -340,6 +571,9 @@ const breakAfter = "/break"
 
 func (a *agent) ReadFileStream(ctx context.Context, req *connect.Request[hostagentv1.ReadFileStreamRequest], s *connect.ServerStream[hostagentv1.ReadFileStreamResponse]) error {
 	m := req.Msg
+	if err := a.usable(m.File.SandboxId); err != nil {
+		return err
+	}
 	a.mu.Lock()
 	content, ok := a.files[m.File.Path]
 	a.mu.Unlock()
@@ -377,6 +611,9 @@ func (a *agent) WriteFileStream(ctx context.Context, s *connect.ClientStream[hos
 	var n int64
 	for s.Receive() {
 		if start := s.Msg().GetStart(); start != nil {
+			if err := a.usable(start.File.SandboxId); err != nil {
+				return nil, err
+			}
 			if ref = start.File; ref.Path == "/full" {
 				return nil, connect.NewError(connect.CodeResourceExhausted, errors.New("no space left on the disk"))
 			}

@@ -88,9 +88,12 @@ func (q *Queries) DropHostCertificates(ctx context.Context, hostID uuid.UUID) er
 }
 
 const dropTemplatesOfHost = `-- name: DropTemplatesOfHost :exec
-DELETE FROM host_templates WHERE host_id = $1
+WITH dropped AS (DELETE FROM host_templates WHERE host_id = $1 RETURNING template_id)
+DELETE FROM templates WHERE id IN (SELECT template_id FROM dropped) AND team_id <> '00000000-0000-0000-0000-000000000000'
+    AND NOT EXISTS (SELECT 1 FROM host_templates o WHERE o.template_id = templates.id AND o.host_id <> $1)
 `
 
+// And teams' templates that are nowhere then: their names are free.
 func (q *Queries) DropTemplatesOfHost(ctx context.Context, hostID uuid.UUID) error {
 	_, err := q.db.Exec(ctx, dropTemplatesOfHost, hostID)
 	return err
@@ -850,7 +853,7 @@ func (q *Queries) RotateHostRefresh(ctx context.Context, arg RotateHostRefreshPa
 
 const sandboxFound = `-- name: SandboxFound :one
 UPDATE sandboxes SET state = 'running', expires_at = $1
-WHERE sandboxes.id = $2 AND state = 'missing' AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.status = 'online') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker
+WHERE sandboxes.id = $2 AND state = 'missing' AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.status = 'online') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
 `
 
 type SandboxFoundParams struct {
@@ -882,12 +885,16 @@ func (q *Queries) SandboxFound(ctx context.Context, arg SandboxFoundParams) (San
 		&i.Error,
 		&i.StartMs,
 		&i.Worker,
+		&i.OnTimeout,
+		&i.AutoResume,
+		&i.PausedAt,
+		&i.ForkedFrom,
 	)
 	return i, err
 }
 
 const sandboxMoves = `-- name: SandboxMoves :one
-UPDATE sandboxes SET host_id = $1 WHERE id = $2 AND state = 'starting' AND host_id = $3 RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker
+UPDATE sandboxes SET host_id = $1 WHERE id = $2 AND state = 'starting' AND host_id = $3 RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
 `
 
 type SandboxMovesParams struct {
@@ -920,6 +927,10 @@ func (q *Queries) SandboxMoves(ctx context.Context, arg SandboxMovesParams) (San
 		&i.Error,
 		&i.StartMs,
 		&i.Worker,
+		&i.OnTimeout,
+		&i.AutoResume,
+		&i.PausedAt,
+		&i.ForkedFrom,
 	)
 	return i, err
 }

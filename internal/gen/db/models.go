@@ -94,6 +94,10 @@ type Sandbox struct {
 	Error          string
 	StartMs        *int64
 	Worker         *uuid.UUID
+	OnTimeout      string
+	AutoResume     bool
+	PausedAt       *time.Time
+	ForkedFrom     *uuid.UUID
 }
 
 type Server struct {
@@ -115,11 +119,17 @@ type TeamMember struct {
 }
 
 type Template struct {
-	ID        uuid.UUID
-	TeamID    uuid.UUID
-	Name      string
-	SizeBytes int64
-	CreatedAt time.Time
+	ID           uuid.UUID
+	TeamID       uuid.UUID
+	Name         string
+	SizeBytes    int64
+	CreatedAt    time.Time
+	State        string
+	VCPUs        int32
+	MemoryMiB    int32
+	DiskMiB      int32
+	CapturedFrom *uuid.UUID
+	Worker       *uuid.UUID
 }
 
 type User struct {

@@ -107,7 +107,7 @@ func (q *Queries) GetIdempotencyKey(ctx context.Context, arg GetIdempotencyKeyPa
 }
 
 const getSandbox = `-- name: GetSandbox :one
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker FROM sandboxes WHERE id = $1
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from FROM sandboxes WHERE id = $1
 `
 
 func (q *Queries) GetSandbox(ctx context.Context, id uuid.UUID) (Sandbox, error) {
@@ -133,12 +133,16 @@ func (q *Queries) GetSandbox(ctx context.Context, id uuid.UUID) (Sandbox, error)
 		&i.Error,
 		&i.StartMs,
 		&i.Worker,
+		&i.OnTimeout,
+		&i.AutoResume,
+		&i.PausedAt,
+		&i.ForkedFrom,
 	)
 	return i, err
 }
 
 const getTeamSandbox = `-- name: GetTeamSandbox :one
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker FROM sandboxes WHERE id = $1 AND team_id = $2
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from FROM sandboxes WHERE id = $1 AND team_id = $2
 `
 
 type GetTeamSandboxParams struct {
@@ -169,15 +173,19 @@ func (q *Queries) GetTeamSandbox(ctx context.Context, arg GetTeamSandboxParams) 
 		&i.Error,
 		&i.StartMs,
 		&i.Worker,
+		&i.OnTimeout,
+		&i.AutoResume,
+		&i.PausedAt,
+		&i.ForkedFrom,
 	)
 	return i, err
 }
 
 const insertSandbox = `-- name: InsertSandbox :one
 
-INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at)
-VALUES ($1, $2, $3, $4, $5, 'starting', $6, $7, $8, $9, $10, $11)
-RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker
+INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, on_timeout, auto_resume, forked_from)
+VALUES ($1, $2, $3, $4, $5, 'starting', $6, $7, $8, $9, $10, $11, $12, $13, $14)
+RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
 `
 
 type InsertSandboxParams struct {
@@ -192,6 +200,9 @@ type InsertSandboxParams struct {
 	TimeoutSeconds int32
 	Metadata       map[string]string
 	CreatedAt      time.Time
+	OnTimeout      string
+	AutoResume     bool
+	ForkedFrom     *uuid.UUID
 }
 
 // Every change of state names the states that it may come from, so that of two
@@ -209,6 +220,9 @@ func (q *Queries) InsertSandbox(ctx context.Context, arg InsertSandboxParams) (S
 		arg.TimeoutSeconds,
 		arg.Metadata,
 		arg.CreatedAt,
+		arg.OnTimeout,
+		arg.AutoResume,
+		arg.ForkedFrom,
 	)
 	var i Sandbox
 	err := row.Scan(
@@ -231,12 +245,16 @@ func (q *Queries) InsertSandbox(ctx context.Context, arg InsertSandboxParams) (S
 		&i.Error,
 		&i.StartMs,
 		&i.Worker,
+		&i.OnTimeout,
+		&i.AutoResume,
+		&i.PausedAt,
+		&i.ForkedFrom,
 	)
 	return i, err
 }
 
 const listHostSandboxes = `-- name: ListHostSandboxes :many
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker FROM sandboxes WHERE host_id = $1 AND state NOT IN ('stopped', 'error')
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from FROM sandboxes WHERE host_id = $1 AND state NOT IN ('stopped', 'error')
 `
 
 func (q *Queries) ListHostSandboxes(ctx context.Context, hostID *uuid.UUID) ([]Sandbox, error) {
@@ -268,6 +286,10 @@ func (q *Queries) ListHostSandboxes(ctx context.Context, hostID *uuid.UUID) ([]S
 			&i.Error,
 			&i.StartMs,
 			&i.Worker,
+			&i.OnTimeout,
+			&i.AutoResume,
+			&i.PausedAt,
+			&i.ForkedFrom,
 		); err != nil {
 			return nil, err
 		}
@@ -280,7 +302,7 @@ func (q *Queries) ListHostSandboxes(ctx context.Context, hostID *uuid.UUID) ([]S
 }
 
 const listLiveSandboxes = `-- name: ListLiveSandboxes :many
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker FROM sandboxes
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from FROM sandboxes
 WHERE team_id = $1
   AND state NOT IN ('stopped', 'error')
   AND metadata @> $2::jsonb
@@ -333,6 +355,10 @@ func (q *Queries) ListLiveSandboxes(ctx context.Context, arg ListLiveSandboxesPa
 			&i.Error,
 			&i.StartMs,
 			&i.Worker,
+			&i.OnTimeout,
+			&i.AutoResume,
+			&i.PausedAt,
+			&i.ForkedFrom,
 		); err != nil {
 			return nil, err
 		}
@@ -345,7 +371,7 @@ func (q *Queries) ListLiveSandboxes(ctx context.Context, arg ListLiveSandboxesPa
 }
 
 const listSandboxes = `-- name: ListSandboxes :many
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker FROM sandboxes
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from FROM sandboxes
 WHERE team_id = $1
   AND state = ANY ($2::text[])
   AND metadata @> $3::jsonb
@@ -399,6 +425,10 @@ func (q *Queries) ListSandboxes(ctx context.Context, arg ListSandboxesParams) ([
 			&i.Error,
 			&i.StartMs,
 			&i.Worker,
+			&i.OnTimeout,
+			&i.AutoResume,
+			&i.PausedAt,
+			&i.ForkedFrom,
 		); err != nil {
 			return nil, err
 		}
@@ -412,7 +442,7 @@ func (q *Queries) ListSandboxes(ctx context.Context, arg ListSandboxesParams) ([
 
 const sandboxEnded = `-- name: SandboxEnded :one
 UPDATE sandboxes SET state = 'stopped', end_reason = $1::text, error = $2, ended_at = $3::timestamptz
-WHERE id = $4 AND state IN ('running', 'missing') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker
+WHERE id = $4 AND state IN ('running', 'missing', 'pausing', 'paused', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
 `
 
 type SandboxEndedParams struct {
@@ -451,12 +481,16 @@ func (q *Queries) SandboxEnded(ctx context.Context, arg SandboxEndedParams) (San
 		&i.Error,
 		&i.StartMs,
 		&i.Worker,
+		&i.OnTimeout,
+		&i.AutoResume,
+		&i.PausedAt,
+		&i.ForkedFrom,
 	)
 	return i, err
 }
 
 const sandboxExpires = `-- name: SandboxExpires :one
-UPDATE sandboxes SET expires_at = $1 WHERE id = $2 AND state = 'running' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker
+UPDATE sandboxes SET expires_at = $1 WHERE id = $2 AND state = 'running' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
 `
 
 type SandboxExpiresParams struct {
@@ -487,13 +521,17 @@ func (q *Queries) SandboxExpires(ctx context.Context, arg SandboxExpiresParams) 
 		&i.Error,
 		&i.StartMs,
 		&i.Worker,
+		&i.OnTimeout,
+		&i.AutoResume,
+		&i.PausedAt,
+		&i.ForkedFrom,
 	)
 	return i, err
 }
 
 const sandboxFailed = `-- name: SandboxFailed :one
 UPDATE sandboxes SET state = 'error', end_reason = 'failed', error = $1, ended_at = now()
-WHERE id = $2 AND state IN ('pending', 'starting') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker
+WHERE id = $2 AND state IN ('pending', 'starting') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
 `
 
 type SandboxFailedParams struct {
@@ -524,6 +562,164 @@ func (q *Queries) SandboxFailed(ctx context.Context, arg SandboxFailedParams) (S
 		&i.Error,
 		&i.StartMs,
 		&i.Worker,
+		&i.OnTimeout,
+		&i.AutoResume,
+		&i.PausedAt,
+		&i.ForkedFrom,
+	)
+	return i, err
+}
+
+const sandboxGoesOn = `-- name: SandboxGoesOn :one
+UPDATE sandboxes SET state = 'running', paused_at = NULL, expires_at = $1
+WHERE id = $2 AND state IN ('pausing', 'paused', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
+`
+
+type SandboxGoesOnParams struct {
+	ExpiresAt *time.Time
+	ID        uuid.UUID
+}
+
+// It was resumed, or its pause failed.
+func (q *Queries) SandboxGoesOn(ctx context.Context, arg SandboxGoesOnParams) (Sandbox, error) {
+	row := q.db.QueryRow(ctx, sandboxGoesOn, arg.ExpiresAt, arg.ID)
+	var i Sandbox
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.HostID,
+		&i.TemplateID,
+		&i.TemplateName,
+		&i.State,
+		&i.VCPUs,
+		&i.MemoryMiB,
+		&i.DiskMiB,
+		&i.TimeoutSeconds,
+		&i.Metadata,
+		&i.CreatedAt,
+		&i.StartedAt,
+		&i.ExpiresAt,
+		&i.EndedAt,
+		&i.EndReason,
+		&i.Error,
+		&i.StartMs,
+		&i.Worker,
+		&i.OnTimeout,
+		&i.AutoResume,
+		&i.PausedAt,
+		&i.ForkedFrom,
+	)
+	return i, err
+}
+
+const sandboxPaused = `-- name: SandboxPaused :one
+UPDATE sandboxes SET state = 'paused', paused_at = COALESCE(paused_at, $1::timestamptz), expires_at = NULL
+WHERE id = $2 AND state = ANY ($3::text[]) AND state IN ('running', 'missing', 'pausing', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
+`
+
+type SandboxPausedParams struct {
+	PausedAt time.Time
+	ID       uuid.UUID
+	CameFrom []string
+}
+
+func (q *Queries) SandboxPaused(ctx context.Context, arg SandboxPausedParams) (Sandbox, error) {
+	row := q.db.QueryRow(ctx, sandboxPaused, arg.PausedAt, arg.ID, arg.CameFrom)
+	var i Sandbox
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.HostID,
+		&i.TemplateID,
+		&i.TemplateName,
+		&i.State,
+		&i.VCPUs,
+		&i.MemoryMiB,
+		&i.DiskMiB,
+		&i.TimeoutSeconds,
+		&i.Metadata,
+		&i.CreatedAt,
+		&i.StartedAt,
+		&i.ExpiresAt,
+		&i.EndedAt,
+		&i.EndReason,
+		&i.Error,
+		&i.StartMs,
+		&i.Worker,
+		&i.OnTimeout,
+		&i.AutoResume,
+		&i.PausedAt,
+		&i.ForkedFrom,
+	)
+	return i, err
+}
+
+const sandboxPausing = `-- name: SandboxPausing :one
+UPDATE sandboxes SET state = 'pausing' WHERE id = $1 AND state = 'running' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
+`
+
+func (q *Queries) SandboxPausing(ctx context.Context, id uuid.UUID) (Sandbox, error) {
+	row := q.db.QueryRow(ctx, sandboxPausing, id)
+	var i Sandbox
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.HostID,
+		&i.TemplateID,
+		&i.TemplateName,
+		&i.State,
+		&i.VCPUs,
+		&i.MemoryMiB,
+		&i.DiskMiB,
+		&i.TimeoutSeconds,
+		&i.Metadata,
+		&i.CreatedAt,
+		&i.StartedAt,
+		&i.ExpiresAt,
+		&i.EndedAt,
+		&i.EndReason,
+		&i.Error,
+		&i.StartMs,
+		&i.Worker,
+		&i.OnTimeout,
+		&i.AutoResume,
+		&i.PausedAt,
+		&i.ForkedFrom,
+	)
+	return i, err
+}
+
+const sandboxResuming = `-- name: SandboxResuming :one
+UPDATE sandboxes SET state = 'resuming' WHERE id = $1 AND state = 'paused' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
+`
+
+func (q *Queries) SandboxResuming(ctx context.Context, id uuid.UUID) (Sandbox, error) {
+	row := q.db.QueryRow(ctx, sandboxResuming, id)
+	var i Sandbox
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.HostID,
+		&i.TemplateID,
+		&i.TemplateName,
+		&i.State,
+		&i.VCPUs,
+		&i.MemoryMiB,
+		&i.DiskMiB,
+		&i.TimeoutSeconds,
+		&i.Metadata,
+		&i.CreatedAt,
+		&i.StartedAt,
+		&i.ExpiresAt,
+		&i.EndedAt,
+		&i.EndReason,
+		&i.Error,
+		&i.StartMs,
+		&i.Worker,
+		&i.OnTimeout,
+		&i.AutoResume,
+		&i.PausedAt,
+		&i.ForkedFrom,
 	)
 	return i, err
 }
@@ -531,7 +727,7 @@ func (q *Queries) SandboxFailed(ctx context.Context, arg SandboxFailedParams) (S
 const sandboxRunning = `-- name: SandboxRunning :one
 UPDATE sandboxes SET state = 'running', started_at = COALESCE(started_at, $1), expires_at = $2,
     disk_mib = $3, start_ms = COALESCE(start_ms, $4)
-WHERE id = $5 AND state = 'starting' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker
+WHERE id = $5 AND state IN ('pending', 'starting') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
 `
 
 type SandboxRunningParams struct {
@@ -571,13 +767,17 @@ func (q *Queries) SandboxRunning(ctx context.Context, arg SandboxRunningParams) 
 		&i.Error,
 		&i.StartMs,
 		&i.Worker,
+		&i.OnTimeout,
+		&i.AutoResume,
+		&i.PausedAt,
+		&i.ForkedFrom,
 	)
 	return i, err
 }
 
 const sandboxStopped = `-- name: SandboxStopped :one
 UPDATE sandboxes SET state = 'stopped', end_reason = COALESCE(end_reason, 'deleted'), ended_at = now()
-WHERE id = $1 AND state = 'stopping' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker
+WHERE id = $1 AND state = 'stopping' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
 `
 
 func (q *Queries) SandboxStopped(ctx context.Context, id uuid.UUID) (Sandbox, error) {
@@ -603,13 +803,17 @@ func (q *Queries) SandboxStopped(ctx context.Context, id uuid.UUID) (Sandbox, er
 		&i.Error,
 		&i.StartMs,
 		&i.Worker,
+		&i.OnTimeout,
+		&i.AutoResume,
+		&i.PausedAt,
+		&i.ForkedFrom,
 	)
 	return i, err
 }
 
 const sandboxStopping = `-- name: SandboxStopping :one
 UPDATE sandboxes SET state = 'stopping'
-WHERE id = $1 AND state IN ('pending', 'starting', 'running', 'missing', 'stopping') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker
+WHERE id = $1 AND state IN ('pending', 'starting', 'running', 'missing', 'pausing', 'paused', 'resuming', 'stopping') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
 `
 
 // Stopping a sandbox that stops is no change, yet answers with the row.
@@ -636,6 +840,10 @@ func (q *Queries) SandboxStopping(ctx context.Context, id uuid.UUID) (Sandbox, e
 		&i.Error,
 		&i.StartMs,
 		&i.Worker,
+		&i.OnTimeout,
+		&i.AutoResume,
+		&i.PausedAt,
+		&i.ForkedFrom,
 	)
 	return i, err
 }

@@ -12,23 +12,343 @@ import (
 	"github.com/google/uuid"
 )
 
-const keepHostTemplates = `-- name: KeepHostTemplates :exec
-DELETE FROM host_templates WHERE host_id = $1 AND template_id <> ALL ($2::uuid[])
+const addHostTemplate = `-- name: AddHostTemplate :exec
+INSERT INTO host_templates (host_id, template_id) VALUES ($1, $2) ON CONFLICT DO NOTHING
 `
 
-type KeepHostTemplatesParams struct {
-	HostID uuid.UUID
-	Keep   []uuid.UUID
+type AddHostTemplateParams struct {
+	HostID     uuid.UUID
+	TemplateID uuid.UUID
 }
 
-func (q *Queries) KeepHostTemplates(ctx context.Context, arg KeepHostTemplatesParams) error {
-	_, err := q.db.Exec(ctx, keepHostTemplates, arg.HostID, arg.Keep)
+func (q *Queries) AddHostTemplate(ctx context.Context, arg AddHostTemplateParams) error {
+	_, err := q.db.Exec(ctx, addHostTemplate, arg.HostID, arg.TemplateID)
 	return err
 }
 
-const listTemplates = `-- name: ListTemplates :many
-SELECT id, team_id, name, size_bytes, created_at FROM templates
+const addTemplate = `-- name: AddTemplate :execrows
+INSERT INTO templates (id, team_id, name, size_bytes, created_at, vcpus, memory_mib, disk_mib)
+SELECT $1, $2, $3, $4, $5, $6, $7, $8 WHERE EXISTS (SELECT 1 FROM teams WHERE teams.id = $2)
+ON CONFLICT DO NOTHING
+`
+
+type AddTemplateParams struct {
+	ID        uuid.UUID
+	TeamID    uuid.UUID
+	Name      string
+	SizeBytes int64
+	CreatedAt time.Time
+	VCPUs     int32
+	MemoryMiB int32
+	DiskMiB   int32
+}
+
+// What a host has and the table does not know. No row: its team is not there,
+// or has something else under its name.
+func (q *Queries) AddTemplate(ctx context.Context, arg AddTemplateParams) (int64, error) {
+	result, err := q.db.Exec(ctx, addTemplate,
+		arg.ID,
+		arg.TeamID,
+		arg.Name,
+		arg.SizeBytes,
+		arg.CreatedAt,
+		arg.VCPUs,
+		arg.MemoryMiB,
+		arg.DiskMiB,
+	)
+	if err != nil {
+		return 0, err
+	}
+	return result.RowsAffected(), nil
+}
+
+const claimTemplate = `-- name: ClaimTemplate :one
+INSERT INTO templates (id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker)
+VALUES ($1, $2, $3, 0, $4, 'pending', $5, $6, $7, $8, $9)
+ON CONFLICT DO NOTHING
+RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker
+`
+
+type ClaimTemplateParams struct {
+	ID           uuid.UUID
+	TeamID       uuid.UUID
+	Name         string
+	CreatedAt    time.Time
+	VCPUs        int32
+	MemoryMiB    int32
+	DiskMiB      int32
+	CapturedFrom *uuid.UUID
+	Worker       *uuid.UUID
+}
+
+// No row: the team has a template of that name.
+func (q *Queries) ClaimTemplate(ctx context.Context, arg ClaimTemplateParams) (Template, error) {
+	row := q.db.QueryRow(ctx, claimTemplate,
+		arg.ID,
+		arg.TeamID,
+		arg.Name,
+		arg.CreatedAt,
+		arg.VCPUs,
+		arg.MemoryMiB,
+		arg.DiskMiB,
+		arg.CapturedFrom,
+		arg.Worker,
+	)
+	var i Template
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.Name,
+		&i.SizeBytes,
+		&i.CreatedAt,
+		&i.State,
+		&i.VCPUs,
+		&i.MemoryMiB,
+		&i.DiskMiB,
+		&i.CapturedFrom,
+		&i.Worker,
+	)
+	return i, err
+}
+
+const dropHostTemplates = `-- name: DropHostTemplates :exec
+DELETE FROM host_templates WHERE host_id = $1 AND template_id = ANY ($2::uuid[])
+`
+
+type DropHostTemplatesParams struct {
+	HostID uuid.UUID
+	Ids    []uuid.UUID
+}
+
+func (q *Queries) DropHostTemplates(ctx context.Context, arg DropHostTemplatesParams) error {
+	_, err := q.db.Exec(ctx, dropHostTemplates, arg.HostID, arg.Ids)
+	return err
+}
+
+const dropLostTemplates = `-- name: DropLostTemplates :many
+DELETE FROM templates WHERE id = ANY ($1::uuid[]) AND state = 'ready' AND team_id <> '00000000-0000-0000-0000-000000000000'
+    AND NOT EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id) RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker
+`
+
+// A team's template that no host has any more.
+func (q *Queries) DropLostTemplates(ctx context.Context, ids []uuid.UUID) ([]Template, error) {
+	rows, err := q.db.Query(ctx, dropLostTemplates, ids)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []Template
+	for rows.Next() {
+		var i Template
+		if err := rows.Scan(
+			&i.ID,
+			&i.TeamID,
+			&i.Name,
+			&i.SizeBytes,
+			&i.CreatedAt,
+			&i.State,
+			&i.VCPUs,
+			&i.MemoryMiB,
+			&i.DiskMiB,
+			&i.CapturedFrom,
+			&i.Worker,
+		); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
+const dropTemplate = `-- name: DropTemplate :exec
+DELETE FROM templates WHERE id = $1 AND state IN ('pending', 'deleting')
+`
+
+func (q *Queries) DropTemplate(ctx context.Context, id uuid.UUID) error {
+	_, err := q.db.Exec(ctx, dropTemplate, id)
+	return err
+}
+
+const findTemplate = `-- name: FindTemplate :one
+SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker FROM templates
 WHERE team_id IN ($1, '00000000-0000-0000-0000-000000000000')
+  AND (id = $2 OR name = $3)
+ORDER BY team_id = $1 DESC, state = 'deleting'
+LIMIT 1
+`
+
+type FindTemplateParams struct {
+	TeamID uuid.UUID
+	ID     *uuid.UUID
+	Name   *string
+}
+
+// Like ResolveTemplate, in any state: the one that is there before those that go.
+func (q *Queries) FindTemplate(ctx context.Context, arg FindTemplateParams) (Template, error) {
+	row := q.db.QueryRow(ctx, findTemplate, arg.TeamID, arg.ID, arg.Name)
+	var i Template
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.Name,
+		&i.SizeBytes,
+		&i.CreatedAt,
+		&i.State,
+		&i.VCPUs,
+		&i.MemoryMiB,
+		&i.DiskMiB,
+		&i.CapturedFrom,
+		&i.Worker,
+	)
+	return i, err
+}
+
+const getTemplate = `-- name: GetTemplate :one
+SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker FROM templates WHERE id = $1
+`
+
+func (q *Queries) GetTemplate(ctx context.Context, id uuid.UUID) (Template, error) {
+	row := q.db.QueryRow(ctx, getTemplate, id)
+	var i Template
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.Name,
+		&i.SizeBytes,
+		&i.CreatedAt,
+		&i.State,
+		&i.VCPUs,
+		&i.MemoryMiB,
+		&i.DiskMiB,
+		&i.CapturedFrom,
+		&i.Worker,
+	)
+	return i, err
+}
+
+const listHostTemplates = `-- name: ListHostTemplates :many
+SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker FROM templates JOIN host_templates ON template_id = templates.id WHERE host_id = $1
+`
+
+// Those that a host has, is to have, or is to be rid of.
+func (q *Queries) ListHostTemplates(ctx context.Context, hostID uuid.UUID) ([]Template, error) {
+	rows, err := q.db.Query(ctx, listHostTemplates, hostID)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []Template
+	for rows.Next() {
+		var i Template
+		if err := rows.Scan(
+			&i.ID,
+			&i.TeamID,
+			&i.Name,
+			&i.SizeBytes,
+			&i.CreatedAt,
+			&i.State,
+			&i.VCPUs,
+			&i.MemoryMiB,
+			&i.DiskMiB,
+			&i.CapturedFrom,
+			&i.Worker,
+		); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
+const listSnapshots = `-- name: ListSnapshots :many
+SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker FROM templates
+WHERE team_id = $1
+  AND captured_from IS NOT NULL
+  AND state = 'ready'
+  AND EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id)
+  AND (name, id) > ($2::text, $3::uuid)
+ORDER BY name, id
+LIMIT $4
+`
+
+type ListSnapshotsParams struct {
+	TeamID    uuid.UUID
+	AfterName string
+	AfterID   uuid.UUID
+	MaxRows   int32
+}
+
+func (q *Queries) ListSnapshots(ctx context.Context, arg ListSnapshotsParams) ([]Template, error) {
+	rows, err := q.db.Query(ctx, listSnapshots,
+		arg.TeamID,
+		arg.AfterName,
+		arg.AfterID,
+		arg.MaxRows,
+	)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []Template
+	for rows.Next() {
+		var i Template
+		if err := rows.Scan(
+			&i.ID,
+			&i.TeamID,
+			&i.Name,
+			&i.SizeBytes,
+			&i.CreatedAt,
+			&i.State,
+			&i.VCPUs,
+			&i.MemoryMiB,
+			&i.DiskMiB,
+			&i.CapturedFrom,
+			&i.Worker,
+		); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
+const listTemplateHosts = `-- name: ListTemplateHosts :many
+SELECT host_id FROM host_templates WHERE template_id = $1
+`
+
+func (q *Queries) ListTemplateHosts(ctx context.Context, templateID uuid.UUID) ([]uuid.UUID, error) {
+	rows, err := q.db.Query(ctx, listTemplateHosts, templateID)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []uuid.UUID
+	for rows.Next() {
+		var host_id uuid.UUID
+		if err := rows.Scan(&host_id); err != nil {
+			return nil, err
+		}
+		items = append(items, host_id)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
+const listTemplates = `-- name: ListTemplates :many
+SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker FROM templates
+WHERE team_id IN ($1, '00000000-0000-0000-0000-000000000000')
+  AND state = 'ready'
   AND EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id)
   AND (name, id) > ($2::text, $3::uuid)
 ORDER BY name, id
@@ -62,6 +382,12 @@ func (q *Queries) ListTemplates(ctx context.Context, arg ListTemplatesParams) ([
 			&i.Name,
 			&i.SizeBytes,
 			&i.CreatedAt,
+			&i.State,
+			&i.VCPUs,
+			&i.MemoryMiB,
+			&i.DiskMiB,
+			&i.CapturedFrom,
+			&i.Worker,
 		); err != nil {
 			return nil, err
 		}
@@ -73,10 +399,42 @@ func (q *Queries) ListTemplates(ctx context.Context, arg ListTemplatesParams) ([
 	return items, nil
 }
 
+const listTemplatesAtWork = `-- name: ListTemplatesAtWork :many
+SELECT templates.id FROM templates JOIN servers ON servers.id = templates.worker
+WHERE templates.state <> 'ready' AND servers.id <> $1 AND servers.seen_at > now() - make_interval(secs => $2::float8)
+`
+
+type ListTemplatesAtWorkParams struct {
+	Server uuid.UUID
+	Within float64
+}
+
+// Those that another living server captures or removes.
+func (q *Queries) ListTemplatesAtWork(ctx context.Context, arg ListTemplatesAtWorkParams) ([]uuid.UUID, error) {
+	rows, err := q.db.Query(ctx, listTemplatesAtWork, arg.Server, arg.Within)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []uuid.UUID
+	for rows.Next() {
+		var id uuid.UUID
+		if err := rows.Scan(&id); err != nil {
+			return nil, err
+		}
+		items = append(items, id)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
 const resolveTemplate = `-- name: ResolveTemplate :one
-SELECT id, team_id, name, size_bytes, created_at FROM templates
+SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker FROM templates
 WHERE team_id IN ($1, '00000000-0000-0000-0000-000000000000')
   AND (id = $2 OR name = $3)
+  AND state = 'ready'
   AND EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id)
 ORDER BY team_id = $1 DESC
 LIMIT 1
@@ -98,50 +456,85 @@ func (q *Queries) ResolveTemplate(ctx context.Context, arg ResolveTemplateParams
 		&i.Name,
 		&i.SizeBytes,
 		&i.CreatedAt,
+		&i.State,
+		&i.VCPUs,
+		&i.MemoryMiB,
+		&i.DiskMiB,
+		&i.CapturedFrom,
+		&i.Worker,
 	)
 	return i, err
 }
 
-const upsertHostTemplate = `-- name: UpsertHostTemplate :exec
-INSERT INTO host_templates (host_id, template_id) VALUES ($1, $2) ON CONFLICT DO NOTHING
+const templateDeleting = `-- name: TemplateDeleting :one
+UPDATE templates SET state = 'deleting', worker = $1 WHERE id = $2 AND state IN ('ready', 'deleting') RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker
 `
 
-type UpsertHostTemplateParams struct {
-	HostID     uuid.UUID
-	TemplateID uuid.UUID
+type TemplateDeletingParams struct {
+	Worker *uuid.UUID
+	ID     uuid.UUID
 }
 
-func (q *Queries) UpsertHostTemplate(ctx context.Context, arg UpsertHostTemplateParams) error {
-	_, err := q.db.Exec(ctx, upsertHostTemplate, arg.HostID, arg.TemplateID)
-	return err
+// Deleting what is being deleted is no change, yet answers with the row.
+func (q *Queries) TemplateDeleting(ctx context.Context, arg TemplateDeletingParams) (Template, error) {
+	row := q.db.QueryRow(ctx, templateDeleting, arg.Worker, arg.ID)
+	var i Template
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.Name,
+		&i.SizeBytes,
+		&i.CreatedAt,
+		&i.State,
+		&i.VCPUs,
+		&i.MemoryMiB,
+		&i.DiskMiB,
+		&i.CapturedFrom,
+		&i.Worker,
+	)
+	return i, err
 }
 
-const upsertTemplate = `-- name: UpsertTemplate :execrows
-INSERT INTO templates (id, team_id, name, size_bytes, created_at)
-SELECT $1, $2, $3, $4, $5 WHERE EXISTS (SELECT 1 FROM teams WHERE teams.id = $2)
-ON CONFLICT (id) DO UPDATE SET name = EXCLUDED.name, size_bytes = EXCLUDED.size_bytes, created_at = EXCLUDED.created_at
-    WHERE templates.team_id = EXCLUDED.team_id
+const templateReady = `-- name: TemplateReady :one
+UPDATE templates SET state = 'ready', size_bytes = $1, created_at = $2, vcpus = $3, memory_mib = $4, disk_mib = $5,
+    name = CASE WHEN team_id = '00000000-0000-0000-0000-000000000000' THEN $6 ELSE name END
+WHERE id = $7 AND state IN ('pending', 'ready') RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker
 `
 
-type UpsertTemplateParams struct {
-	ID        uuid.UUID
-	TeamID    uuid.UUID
-	Name      string
+type TemplateReadyParams struct {
 	SizeBytes int64
 	CreatedAt time.Time
+	VCPUs     int32
+	MemoryMiB int32
+	DiskMiB   int32
+	Name      string
+	ID        uuid.UUID
 }
 
-// No row: the team is not there, or the id is another team's.
-func (q *Queries) UpsertTemplate(ctx context.Context, arg UpsertTemplateParams) (int64, error) {
-	result, err := q.db.Exec(ctx, upsertTemplate,
-		arg.ID,
-		arg.TeamID,
-		arg.Name,
+// The names of teams' templates are the table's, those of the platform's the hosts'.
+func (q *Queries) TemplateReady(ctx context.Context, arg TemplateReadyParams) (Template, error) {
+	row := q.db.QueryRow(ctx, templateReady,
 		arg.SizeBytes,
 		arg.CreatedAt,
+		arg.VCPUs,
+		arg.MemoryMiB,
+		arg.DiskMiB,
+		arg.Name,
+		arg.ID,
 	)
-	if err != nil {
-		return 0, err
-	}
-	return result.RowsAffected(), nil
+	var i Template
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.Name,
+		&i.SizeBytes,
+		&i.CreatedAt,
+		&i.State,
+		&i.VCPUs,
+		&i.MemoryMiB,
+		&i.DiskMiB,
+		&i.CapturedFrom,
+		&i.Worker,
+	)
+	return i, err
 }

@@ -118,6 +118,24 @@ func (e HostStatus) Valid() bool {
 	}
 }
 
+// Defines values for OnTimeout.
+const (
+	Destroy OnTimeout = "destroy"
+	Pause   OnTimeout = "pause"
+)
+
+// Valid indicates whether the value is a known member of the OnTimeout enum.
+func (e OnTimeout) Valid() bool {
+	switch e {
+	case Destroy:
+		return true
+	case Pause:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for SandboxEndReason.
 const (
 	SandboxEndReasonDeleted SandboxEndReason = "deleted"
@@ -149,7 +167,10 @@ func (e SandboxEndReason) Valid() bool {
 const (
 	SandboxStateError    SandboxState = "error"
 	SandboxStateMissing  SandboxState = "missing"
+	SandboxStatePaused   SandboxState = "paused"
+	SandboxStatePausing  SandboxState = "pausing"
 	SandboxStatePending  SandboxState = "pending"
+	SandboxStateResuming SandboxState = "resuming"
 	SandboxStateRunning  SandboxState = "running"
 	SandboxStateStarting SandboxState = "starting"
 	SandboxStateStopped  SandboxState = "stopped"
@@ -163,7 +184,13 @@ func (e SandboxState) Valid() bool {
 		return true
 	case SandboxStateMissing:
 		return true
+	case SandboxStatePaused:
+		return true
+	case SandboxStatePausing:
+		return true
 	case SandboxStatePending:
+		return true
+	case SandboxStateResuming:
 		return true
 	case SandboxStateRunning:
 		return true
@@ -197,6 +224,11 @@ type ChangeHost struct {
 
 // CreateSandbox defines model for CreateSandbox.
 type CreateSandbox struct {
+	// AutoResume Whether a paused sandbox is resumed by the first request to one of its ports, or call that
+	// uses it (commands, files, `ping`, `fork`); else these fail with `sandbox_paused`. Absent: it
+	// is where `on_timeout` is `pause`. To look at a sandbox (`metrics`, `logs`) never resumes it.
+	AutoResume *bool `json:"auto_resume,omitempty"`
+
 	// DiskMib Disk in MiB; absent: the template's own size, which is also the least.
 	DiskMib *int32 `json:"disk_mib,omitempty"`
 
@@ -208,7 +240,7 @@ type CreateSandbox struct {
 	// HostTags Words that tell hosts apart. A sandbox that asks for some is placed on a host that has them all.
 	HostTags *HostTags `json:"host_tags,omitempty"`
 
-	// MemoryMib Memory in MiB.
+	// MemoryMib Memory in MiB; absent: the template's own where it has some, else 512. A template that was captured with some takes no other size.
 	MemoryMib *int32 `json:"memory_mib,omitempty"`
 
 	// Metadata The caller's own keys and values, to find sandboxes by. Keys are 1 to 128 characters without `=`.
@@ -216,14 +248,30 @@ type CreateSandbox struct {
 	// Example: {"job":"42"}
 	Metadata *Metadata `json:"metadata,omitempty"`
 
-	// Template A template's name or id.
+	// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused.
+	OnTimeout *OnTimeout `json:"on_timeout,omitempty"`
+
+	// Template A template's name or id. A team's own template goes before the platform's of the same name.
 	Template *string `json:"template,omitempty"`
 
-	// TimeoutSeconds Seconds without use after which the sandbox is destroyed; 0: never.
+	// TimeoutSeconds Seconds without use after which the sandbox is destroyed, or paused; 0: never.
 	TimeoutSeconds *int32 `json:"timeout_seconds,omitempty"`
 
-	// Vcpus Virtual CPUs.
+	// Vcpus Virtual CPUs; absent: the template's own where it has some, else 1. A template that was captured with some takes no other number.
 	Vcpus *int32 `json:"vcpus,omitempty"`
+}
+
+// CreateSnapshot defines model for CreateSnapshot.
+type CreateSnapshot struct {
+	// Name What the template is called. No other of the team's is called so.
+	//
+	// Example: after-setup
+	Name string `json:"name"`
+
+	// SandboxID A sandbox's id.
+	//
+	// Example: cl-0a1b2c3d4e5f6g7h8i9j0k1l2
+	SandboxID SandboxID `json:"sandbox_id"`
 }
 
 // Encoding How bytes are written in JSON: as they are (`utf-8`) or in standard base64.
@@ -238,10 +286,10 @@ type Envs map[string]string
 type Error struct {
 	Error struct {
 		// Code `invalid_argument` 400, `unauthenticated` 401, `permission_denied` 403,
-		// `not_found` 404, `method_not_allowed` 405, `conflict` 409,
+		// `not_found` 404, `method_not_allowed` 405, `conflict` and `sandbox_paused` 409,
 		// `payload_too_large` 413, `range_not_satisfiable` 416, `unprocessable` 422,
-		// `internal` 500, `bad_gateway` 502, `no_capacity`, `host_unreachable` and
-		// `unavailable` 503, `timeout` 504, `no_space` 507.
+		// `internal` 500, `unimplemented` 501, `bad_gateway` 502, `no_capacity`,
+		// `host_unreachable` and `unavailable` 503, `timeout` 504, `no_space` 507.
 		Code string `json:"code"`
 
 		// Message For people.
@@ -401,6 +449,18 @@ type FileInfo struct {
 	Size int64 `json:"size"`
 }
 
+// ForkRequest Example: {"count":3}
+type ForkRequest struct {
+	// Count How many copies.
+	Count *int32 `json:"count,omitempty"`
+}
+
+// ForkResult defines model for ForkResult.
+type ForkResult struct {
+	// Sandboxes The copies.
+	Sandboxes []Sandbox `json:"sandboxes"`
+}
+
 // Health defines model for Health.
 type Health struct {
 	// Checks `ok`, or what is wrong, by name: `database`, `redis`, `agent`.
@@ -547,6 +607,9 @@ type HostTags = []string
 // Example: {"job":"42"}
 type Metadata map[string]string
 
+// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused.
+type OnTimeout string
+
 // RefreshHost defines model for RefreshHost.
 type RefreshHost struct {
 	Csr *string `json:"csr,omitempty"`
@@ -572,10 +635,13 @@ type RegisterHost struct {
 	URL string `json:"url"`
 }
 
-// Sandbox Example: {"access_token":"4f1d…","created_at":"2026-01-02T03:04:05.678901Z","disk_mib":5120,"expires_at":"2026-01-02T03:09:07.123456Z","host_id":"hst-0000000000000000000000001","id":"cl-0a1b2c3d4e5f6g7h8i9j0k1l2","memory_mib":512,"metadata":{"job":"42"},"start_ms":1444,"started_at":"2026-01-02T03:04:07.123456Z","state":"running","team_id":"tm-0000000000000000000000001","template":"minimal","template_id":"tpl-0000000000000000000000000","timeout_seconds":300,"traffic_token":"93ab…","url":"http://{port}-cl-0a1b2c3d4e5f6g7h8i9j0k1l2.localhost:8000","vcpus":1}
+// Sandbox Example: {"access_token":"4f1d…","auto_resume":false,"created_at":"2026-01-02T03:04:05.678901Z","disk_mib":5120,"expires_at":"2026-01-02T03:09:07.123456Z","host_id":"hst-0000000000000000000000001","id":"cl-0a1b2c3d4e5f6g7h8i9j0k1l2","memory_mib":512,"metadata":{"job":"42"},"on_timeout":"destroy","start_ms":1444,"started_at":"2026-01-02T03:04:07.123456Z","state":"running","team_id":"tm-0000000000000000000000001","template":"minimal","template_id":"tpl-0000000000000000000000000","timeout_seconds":300,"traffic_token":"93ab…","url":"http://{port}-cl-0a1b2c3d4e5f6g7h8i9j0k1l2.localhost:8000","vcpus":1}
 type Sandbox struct {
 	// AccessToken For the guest daemon on port 49983, in `X-Access-Token`.
 	AccessToken string `json:"access_token"`
+
+	// AutoResume Whether requests and calls resume it when it is paused.
+	AutoResume bool `json:"auto_resume"`
 
 	// CreatedAt When it was asked for.
 	CreatedAt time.Time `json:"created_at"`
@@ -593,8 +659,11 @@ type Sandbox struct {
 	// Error What went wrong; absent when nothing did.
 	Error *string `json:"error,omitempty"`
 
-	// ExpiresAt When it ends unless used before. Use moves it; what is shown may be some seconds behind.
+	// ExpiresAt When it ends or is paused unless used before; absent while it is paused. Use moves it; what is shown may be some seconds behind.
 	ExpiresAt *time.Time `json:"expires_at,omitempty"`
+
+	// ForkedFrom The sandbox that it is a copy of.
+	ForkedFrom *string `json:"forked_from,omitempty"`
 
 	// HostID The host that it runs or ran on; absent before one was chosen.
 	HostID *string `json:"host_id,omitempty"`
@@ -612,6 +681,12 @@ type Sandbox struct {
 	// Example: {"job":"42"}
 	Metadata Metadata `json:"metadata"`
 
+	// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused.
+	OnTimeout OnTimeout `json:"on_timeout"`
+
+	// PausedAt Since when it is paused; absent when it is not.
+	PausedAt *time.Time `json:"paused_at,omitempty"`
+
 	// StartMs Milliseconds from asking the host until the sandbox was ready.
 	StartMs *int64 `json:"start_ms,omitempty"`
 
@@ -619,9 +694,10 @@ type Sandbox struct {
 	StartedAt *time.Time `json:"started_at,omitempty"`
 
 	// State `pending` and `starting`: being created; `running`: it runs; `missing`: it ran when
-	// its host was last heard of, and does again if the host comes back; `stopping`: being
-	// destroyed; `stopped`: it ended (`end_reason` says why); `error`: it failed to
-	// start.
+	// its host was last heard of, and does again if the host comes back; `pausing`,
+	// `paused` and `resuming`: its state goes to disk, is there, and comes back;
+	// `stopping`: being destroyed; `stopped`: it ended (`end_reason` says why);
+	// `error`: it failed to start.
 	State SandboxState `json:"state"`
 
 	// TeamID The team that owns it.
@@ -633,7 +709,7 @@ type Sandbox struct {
 	// TemplateID What it started from.
 	TemplateID string `json:"template_id"`
 
-	// TimeoutSeconds Seconds without use after which it is destroyed; 0: never.
+	// TimeoutSeconds Seconds without use after which it is destroyed, or paused; 0: never.
 	TimeoutSeconds int32 `json:"timeout_seconds"`
 
 	// TrafficToken For the sandbox's other ports, in `X-Traffic-Token`.
@@ -692,24 +768,42 @@ type SandboxMetrics struct {
 }
 
 // SandboxState `pending` and `starting`: being created; `running`: it runs; `missing`: it ran when
-// its host was last heard of, and does again if the host comes back; `stopping`: being
-// destroyed; `stopped`: it ended (`end_reason` says why); `error`: it failed to
-// start.
+// its host was last heard of, and does again if the host comes back; `pausing`,
+// `paused` and `resuming`: its state goes to disk, is there, and comes back;
+// `stopping`: being destroyed; `stopped`: it ended (`end_reason` says why);
+// `error`: it failed to start.
 type SandboxState string
+
+// SnapshotList defines model for SnapshotList.
+type SnapshotList struct {
+	// NextCursor Where the next page starts; absent on the last page.
+	NextCursor *string    `json:"next_cursor,omitempty"`
+	Snapshots  []Template `json:"snapshots"`
+}
 
 // Template defines model for Template.
 type Template struct {
+	// CreatedAt When it was made.
 	CreatedAt time.Time `json:"created_at"`
+
+	// DiskMib The least that its sandboxes have; 0 where that is not known.
+	DiskMib int32 `json:"disk_mib"`
 
 	// ID The template's id.
 	//
 	// Example: tpl-0000000000000000000000000
 	ID string `json:"id"`
 
+	// MemoryMib What its sandboxes have; absent: what they ask for.
+	MemoryMib *int32 `json:"memory_mib,omitempty"`
+
 	// Name Its name.
 	//
 	// Example: minimal
 	Name string `json:"name"`
+
+	// SandboxID The sandbox that it was captured from; absent when it was not.
+	SandboxID *string `json:"sandbox_id,omitempty"`
 
 	// SizeBytes What it takes on the host's disk.
 	SizeBytes int64 `json:"size_bytes"`
@@ -718,6 +812,9 @@ type Template struct {
 	//
 	// Example: tm-0000000000000000000000000
 	TeamID string `json:"team_id"`
+
+	// Vcpus What its sandboxes have; absent: what they ask for.
+	Vcpus *int32 `json:"vcpus,omitempty"`
 }
 
 // TemplateList defines model for TemplateList.
@@ -869,6 +966,15 @@ type WriteFileParams struct {
 	User *User `form:"user,omitempty" json:"user,omitempty"`
 }
 
+// ListSnapshotsParams defines parameters for ListSnapshots.
+type ListSnapshotsParams struct {
+	// Limit The most entries to return.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
+}
+
 // ListTemplatesParams defines parameters for ListTemplates.
 type ListTemplatesParams struct {
 	// Limit The most entries to return.
@@ -898,6 +1004,12 @@ type CreateSandboxJSONRequestBody = CreateSandbox
 
 // ExecJSONRequestBody defines body for Exec for application/json ContentType.
 type ExecJSONRequestBody = ExecRequest
+
+// ForkSandboxJSONRequestBody defines body for ForkSandbox for application/json ContentType.
+type ForkSandboxJSONRequestBody = ForkRequest
+
+// CreateSnapshotJSONRequestBody defines body for CreateSnapshot for application/json ContentType.
+type CreateSnapshotJSONRequestBody = CreateSnapshot
 
 // ServerInterface represents all server handlers.
 type ServerInterface interface {
@@ -970,15 +1082,33 @@ type ServerInterface interface {
 	// WriteFile Write a file
 	// (PUT /v1/sandboxes/{sandbox_id}/files)
 	WriteFile(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params WriteFileParams)
+	// ForkSandbox Copy a running sandbox
+	// (POST /v1/sandboxes/{sandbox_id}/fork)
+	ForkSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
 	// GetSandboxLogs The guest's console
 	// (GET /v1/sandboxes/{sandbox_id}/logs)
 	GetSandboxLogs(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
 	// GetSandboxMetrics What a sandbox uses now
 	// (GET /v1/sandboxes/{sandbox_id}/metrics)
 	GetSandboxMetrics(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	// PauseSandbox Pause a sandbox
+	// (POST /v1/sandboxes/{sandbox_id}/pause)
+	PauseSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
 	// PingSandbox Extend a sandbox's life
 	// (POST /v1/sandboxes/{sandbox_id}/ping)
 	PingSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	// ResumeSandbox Resume a paused sandbox
+	// (POST /v1/sandboxes/{sandbox_id}/resume)
+	ResumeSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	// ListSnapshots List snapshots
+	// (GET /v1/snapshots)
+	ListSnapshots(w http.ResponseWriter, r *http.Request, params ListSnapshotsParams)
+	// CreateSnapshot Capture a sandbox as a template
+	// (POST /v1/snapshots)
+	CreateSnapshot(w http.ResponseWriter, r *http.Request)
+	// DeleteSnapshot Delete a template of the team
+	// (DELETE /v1/snapshots/{name})
+	DeleteSnapshot(w http.ResponseWriter, r *http.Request, name string)
 	// ListTemplates List templates
 	// (GET /v1/templates)
 	ListTemplates(w http.ResponseWriter, r *http.Request, params ListTemplatesParams)
@@ -1126,6 +1256,12 @@ func (_ Unimplemented) WriteFile(w http.ResponseWriter, r *http.Request, sandbox
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
+// ForkSandbox Copy a running sandbox
+// (POST /v1/sandboxes/{sandbox_id}/fork)
+func (_ Unimplemented) ForkSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
 // GetSandboxLogs The guest's console
 // (GET /v1/sandboxes/{sandbox_id}/logs)
 func (_ Unimplemented) GetSandboxLogs(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
@@ -1138,9 +1274,39 @@ func (_ Unimplemented) GetSandboxMetrics(w http.ResponseWriter, r *http.Request,
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
+// PauseSandbox Pause a sandbox
+// (POST /v1/sandboxes/{sandbox_id}/pause)
+func (_ Unimplemented) PauseSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
 // PingSandbox Extend a sandbox's life
 // (POST /v1/sandboxes/{sandbox_id}/ping)
 func (_ Unimplemented) PingSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ResumeSandbox Resume a paused sandbox
+// (POST /v1/sandboxes/{sandbox_id}/resume)
+func (_ Unimplemented) ResumeSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ListSnapshots List snapshots
+// (GET /v1/snapshots)
+func (_ Unimplemented) ListSnapshots(w http.ResponseWriter, r *http.Request, params ListSnapshotsParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// CreateSnapshot Capture a sandbox as a template
+// (POST /v1/snapshots)
+func (_ Unimplemented) CreateSnapshot(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// DeleteSnapshot Delete a template of the team
+// (DELETE /v1/snapshots/{name})
+func (_ Unimplemented) DeleteSnapshot(w http.ResponseWriter, r *http.Request, name string) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -1907,6 +2073,32 @@ func (siw *ServerInterfaceWrapper) WriteFile(w http.ResponseWriter, r *http.Requ
 	handler.ServeHTTP(w, r)
 }
 
+// ForkSandbox operation middleware
+func (siw *ServerInterfaceWrapper) ForkSandbox(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandbox_id" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandbox_id", chi.URLParam(r, "sandbox_id"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandbox_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ForkSandbox(w, r, sandboxID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // GetSandboxLogs operation middleware
 func (siw *ServerInterfaceWrapper) GetSandboxLogs(w http.ResponseWriter, r *http.Request) {
 
@@ -1959,6 +2151,32 @@ func (siw *ServerInterfaceWrapper) GetSandboxMetrics(w http.ResponseWriter, r *h
 	handler.ServeHTTP(w, r)
 }
 
+// PauseSandbox operation middleware
+func (siw *ServerInterfaceWrapper) PauseSandbox(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandbox_id" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandbox_id", chi.URLParam(r, "sandbox_id"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandbox_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.PauseSandbox(w, r, sandboxID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // PingSandbox operation middleware
 func (siw *ServerInterfaceWrapper) PingSandbox(w http.ResponseWriter, r *http.Request) {
 
@@ -1976,6 +2194,118 @@ func (siw *ServerInterfaceWrapper) PingSandbox(w http.ResponseWriter, r *http.Re
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.PingSandbox(w, r, sandboxID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ResumeSandbox operation middleware
+func (siw *ServerInterfaceWrapper) ResumeSandbox(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandbox_id" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandbox_id", chi.URLParam(r, "sandbox_id"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandbox_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ResumeSandbox(w, r, sandboxID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListSnapshots operation middleware
+func (siw *ServerInterfaceWrapper) ListSnapshots(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ListSnapshotsParams
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "cursor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "cursor", r.URL.Query(), &params.Cursor, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "cursor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cursor", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListSnapshots(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CreateSnapshot operation middleware
+func (siw *ServerInterfaceWrapper) CreateSnapshot(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CreateSnapshot(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// DeleteSnapshot operation middleware
+func (siw *ServerInterfaceWrapper) DeleteSnapshot(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "name" -------------
+	var name string
+
+	err = runtime.BindStyledParameterWithOptions("simple", "name", chi.URLParam(r, "name"), &name, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "name", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.DeleteSnapshot(w, r, name)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -2157,6 +2487,15 @@ func HandlerWithOptions(si ServerInterface, options ChiServerOptions) http.Handl
 		r.Get(options.BaseURL+"/v1/sandboxes/{sandbox_id}", wrapper.GetSandbox)
 	})
 	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/sandboxes/{sandbox_id}/pause", wrapper.PauseSandbox)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/sandboxes/{sandbox_id}/resume", wrapper.ResumeSandbox)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/sandboxes/{sandbox_id}/fork", wrapper.ForkSandbox)
+	})
+	r.Group(func(r chi.Router) {
 		r.Post(options.BaseURL+"/v1/sandboxes/{sandbox_id}/ping", wrapper.PingSandbox)
 	})
 	r.Group(func(r chi.Router) {
@@ -2185,6 +2524,15 @@ func HandlerWithOptions(si ServerInterface, options ChiServerOptions) http.Handl
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/v1/templates", wrapper.ListTemplates)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/snapshots", wrapper.ListSnapshots)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/snapshots", wrapper.CreateSnapshot)
+	})
+	r.Group(func(r chi.Router) {
+		r.Delete(options.BaseURL+"/v1/snapshots/{name}", wrapper.DeleteSnapshot)
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/health", wrapper.GetHealth)

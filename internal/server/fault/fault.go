@@ -19,6 +19,7 @@ const (
 	NotFound            Code = "not_found"
 	MethodNotAllowed    Code = "method_not_allowed"
 	Conflict            Code = "conflict"
+	SandboxPaused       Code = "sandbox_paused"
 	PayloadTooLarge     Code = "payload_too_large"
 	RangeNotSatisfiable Code = "range_not_satisfiable"
 	Unprocessable       Code = "unprocessable"
@@ -28,6 +29,7 @@ const (
 	HostUnreachable     Code = "host_unreachable"
 	Unavailable         Code = "unavailable"
 	Timeout             Code = "timeout"
+	Unimplemented       Code = "unimplemented"
 	NoSpace             Code = "no_space"
 )
 
@@ -44,7 +46,7 @@ func (c Code) Status() int {
 		return http.StatusNotFound
 	case MethodNotAllowed:
 		return http.StatusMethodNotAllowed
-	case Conflict:
+	case Conflict, SandboxPaused:
 		return http.StatusConflict
 	case PayloadTooLarge:
 		return http.StatusRequestEntityTooLarge
@@ -58,6 +60,8 @@ func (c Code) Status() int {
 		return http.StatusServiceUnavailable
 	case Timeout:
 		return http.StatusGatewayTimeout
+	case Unimplemented:
+		return http.StatusNotImplemented
 	case NoSpace:
 		return http.StatusInsufficientStorage
 	}

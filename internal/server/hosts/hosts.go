@@ -452,6 +452,8 @@ func Fault(err error) error {
 		code = fault.Unavailable
 	case connect.CodeDeadlineExceeded:
 		code = fault.Timeout
+	case connect.CodeUnimplemented:
+		return fault.Because(err, fault.Unimplemented, "the agent of the sandbox's host cannot do this: it is older than the control plane")
 	case connect.CodeUnauthenticated:
 		return fault.Because(err, fault.Internal, "the host refused the control plane")
 	default:

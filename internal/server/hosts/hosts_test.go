@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/sha256"
+	"errors"
 	"log/slog"
 	"net"
 	"net/http"
@@ -417,6 +418,9 @@ func TestDelete(t *testing.T) {
 			t.Errorf("%+v, %v", row, err)
 		}
 	}
+	if row, err := f.Store.GetTemplate(ctx, host); !errors.Is(err, store.ErrNoRows) {
+		t.Errorf("a template that no host has: %+v, %v", row, err)
+	}
 	_, err = f.Delete(ctx, host, true)
 	f.refused("deletion again", err, fault.NotFound)
 	static, err := f.Register(ctx, "unix:/x", "token")
@@ -507,7 +511,7 @@ func TestReserve(t *testing.T) {
 						if err := f.Reserve(ctx, q, h.ID, req); err != nil {
 							return err
 						}
-						_, err := q.InsertSandbox(ctx, db.InsertSandboxParams{ID: uuid.New(), TeamID: uuid.Nil, HostID: &h.ID, TemplateID: template, TemplateName: "minimal", VCPUs: 1, MemoryMiB: 128, Metadata: map[string]string{}, CreatedAt: time.Now()})
+						_, err := q.InsertSandbox(ctx, db.InsertSandboxParams{ID: uuid.New(), TeamID: uuid.Nil, HostID: &h.ID, TemplateID: template, TemplateName: "minimal", VCPUs: 1, MemoryMiB: 128, Metadata: map[string]string{}, CreatedAt: time.Now(), OnTimeout: "destroy"})
 						return err
 					})
 					if err == nil || !fault.Is(err, fault.NoCapacity) {

@@ -3,8 +3,10 @@
 package proxy
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -86,29 +88,79 @@ func (p *Proxy) label(host string) (string, bool) {
 // ServeHTTP forwards a request to its sandbox.
 func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	target, err := p.resolve(r)
+	if err == nil {
+		err = p.hold(w, r, &target)
+	}
 	if err != nil {
-		var f *fault.Error
-		code := fault.Internal
-		if errors.As(err, &f) {
-			code = f.Code
-		}
-		p.requests.WithLabelValues(string(code)).Inc()
-		if code == fault.Unavailable {
-			w.Header().Set("Retry-After", "1")
-		}
-		p.Fail(w, r, err)
+		p.fail(w, r, err)
 		return
 	}
-	p.requests.WithLabelValues("forwarded").Inc()
 	p.forward(w, r, target)
+}
+
+// fail answers a request that does not get to its sandbox.
+func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
+	var f *fault.Error
+	code := fault.Internal
+	if errors.As(err, &f) {
+		code = f.Code
+	}
+	p.requests.WithLabelValues(string(code)).Inc()
+	if code == fault.Unavailable {
+		w.Header().Set("Retry-After", "1")
+	}
+	p.Fail(w, r, err)
+}
+
+// maxHeld is the longest body that is kept for being sent a second time.
+const maxHeld = 64 << 10
+
+// hold makes a request one that can be sent again when the host refuses it
+// because the sandbox is paused, and sees to it that a body which is too long
+// to be kept is not refused.
+func (p *Proxy) hold(w http.ResponseWriter, r *http.Request, d *destination) error {
+	if r.Body == nil || r.Body == http.NoBody || r.ContentLength == 0 {
+		return nil
+	}
+	if r.ContentLength < 0 || r.ContentLength > maxHeld {
+		if d.unproven {
+			return nil
+		}
+		// What comes after a use does not find the sandbox paused.
+		host, err := p.Sandboxes.Use(r.Context(), d.team, d.sandbox)
+		d.host = host
+		return err
+	}
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxHeld))
+	if err != nil {
+		return fault.Because(err, fault.InvalidArgument, "body: broke off")
+	}
+	r.Body = io.NopCloser(bytes.NewReader(body))
+	r.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body)), nil }
+	return nil
 }
 
 // destination is where one request goes.
 type destination struct {
 	host    *hosts.Host
+	team    uuid.UUID
 	sandbox uuid.UUID
 	port    int
+	// unproven requests wake no sandbox: see caller.
+	unproven bool
 }
+
+// caller is what a request showed.
+type caller struct {
+	// team whose sandbox it must be, or the zero UUID where a token of the
+	// sandbox itself was shown.
+	team uuid.UUID
+	// unproven is set where only the guest daemon can tell whether the request
+	// may do what it wants.
+	unproven bool
+}
+
+var errUnproven = fault.New(fault.SandboxPaused, "the sandbox is paused, and a signed URL resumes none: resume it first")
 
 // resolve finds out where a request goes and whether it may.
 func (p *Proxy) resolve(r *http.Request) (destination, error) {
@@ -126,10 +178,11 @@ func (p *Proxy) resolve(r *http.Request) (destination, error) {
 	if !strings.HasPrefix(r.URL.Path, "/") {
 		return none, fault.New(fault.InvalidArgument, "path: must begin with /")
 	}
-	team, err := p.authorize(r, sandbox, port)
+	who, err := p.authorize(r, sandbox, port)
 	if err != nil {
 		return none, err
 	}
+	team := who.team
 	t, err := p.cache.get(r.Context(), sandbox, p.lookup)
 	if err != nil {
 		return none, err
@@ -137,48 +190,51 @@ func (p *Proxy) resolve(r *http.Request) (destination, error) {
 	if team != uuid.Nil && team != t.team {
 		return none, fault.New(fault.NotFound, "no such sandbox")
 	}
-	switch {
-	case t.state == sandboxes.Running:
-	case t.state == sandboxes.Missing:
-		return none, fault.New(fault.HostUnreachable, "the sandbox's host is not heard of")
-	case t.state == sandboxes.Pending || t.state == sandboxes.Starting:
-		return none, fault.New(fault.Unavailable, "the sandbox is starting")
+	d := destination{team: t.team, sandbox: sandbox, port: port, unproven: who.unproven}
+	switch t.state {
+	case sandboxes.Running:
+		d.host, err = p.Hosts.Get(&t.host)
+	case sandboxes.Pausing, sandboxes.Paused, sandboxes.Resuming:
+		if d.unproven {
+			return none, errUnproven
+		}
+		_, d.host, err = p.Sandboxes.Wake(r.Context(), t.team, sandbox)
+	case sandboxes.Missing:
+		err = fault.New(fault.HostUnreachable, "the sandbox's host is not heard of")
+	case sandboxes.Pending, sandboxes.Starting:
+		err = fault.New(fault.Unavailable, "the sandbox is starting")
 	default:
-		return none, fault.New(fault.NotFound, "the sandbox has ended")
+		err = fault.New(fault.NotFound, "the sandbox has ended")
 	}
-	host, err := p.Hosts.Get(&t.host)
-	if err != nil {
-		return none, err
-	}
-	return destination{host: host, sandbox: sandbox, port: port}, nil
+	return d, err
 }
 
-// authorize checks what a request shows. It returns the team whose sandbox it
-// must be, or the zero UUID where a token of the sandbox itself was shown.
-func (p *Proxy) authorize(r *http.Request, sandbox uuid.UUID, port int) (uuid.UUID, error) {
+// authorize checks what a request shows.
+func (p *Proxy) authorize(r *http.Request, sandbox uuid.UUID, port int) (caller, error) {
+	var none caller
 	if port == envdPort {
 		if strings.HasPrefix(strings.ToLower(r.URL.Path), "/init") {
-			return uuid.Nil, fault.New(fault.NotFound, "no such path")
+			return none, fault.New(fault.NotFound, "no such path")
 		}
 		token := r.Header.Get("X-Access-Token")
 		// The guest daemon checks a signed URL of a file by itself.
 		signed := token == "" && r.URL.Path == "/files" && r.URL.Query().Get("signature") != ""
 		if signed || auth.Equal(token, p.Tokens.Access(sandbox)) {
-			return uuid.Nil, nil
+			return caller{unproven: signed}, nil
 		}
-		return uuid.Nil, fault.New(fault.Unauthenticated, "port %d needs the sandbox's access token in X-Access-Token", envdPort)
+		return none, fault.New(fault.Unauthenticated, "port %d needs the sandbox's access token in X-Access-Token", envdPort)
 	}
 	if token := r.Header.Get("X-Traffic-Token"); token != "" {
 		if auth.Equal(token, p.Tokens.Traffic(sandbox)) {
-			return uuid.Nil, nil
+			return none, nil
 		}
-		return uuid.Nil, fault.New(fault.Unauthenticated, "invalid traffic token")
+		return none, fault.New(fault.Unauthenticated, "invalid traffic token")
 	}
 	if key := r.Header.Get("X-API-Key"); key != "" {
 		who, err := p.Keys.Check(r.Context(), key)
-		return who.Team, err
+		return caller{team: who.Team}, err
 	}
-	return uuid.Nil, fault.New(fault.Unauthenticated, "send the team's API key in X-API-Key, or the sandbox's traffic token in X-Traffic-Token")
+	return none, fault.New(fault.Unauthenticated, "send the team's API key in X-API-Key, or the sandbox's traffic token in X-Traffic-Token")
 }
 
 func (p *Proxy) lookup(ctx context.Context, sandbox uuid.UUID) (target, error) {
@@ -199,7 +255,7 @@ var forwarded = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Pro
 func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 	prefix := "/proxy/" + id.Format(id.Sandbox, d.sandbox) + "/" + strconv.Itoa(d.port)
 	rp := httputil.ReverseProxy{
-		Transport:     d.host.Transport(),
+		Transport:     &waker{p, d, r.GetBody},
 		FlushInterval: -1,
 		BufferPool:    &p.buffers,
 		ErrorLog:      slog.NewLogLogger(p.Log.Handler(), slog.LevelDebug),
@@ -232,16 +288,73 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 			if own, ok := h["Authorization"]; ok {
 				h[ForwardAuthorization] = own
 			}
-			d.host.Authorize(h)
 		},
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
 			if r.Context().Err() != nil {
 				panic(http.ErrAbortHandler) // Nobody is there to tell.
 			}
-			p.Fail(w, r, fault.Because(err, fault.HostUnreachable, "the sandbox's host does not answer"))
+			var f *fault.Error
+			if errors.As(err, &f) {
+				p.fail(w, r, err)
+				return
+			}
+			p.fail(w, r, fault.Because(err, fault.HostUnreachable, "the sandbox's host does not answer"))
 		},
 	}
 	rp.ServeHTTP(w, r)
+}
+
+// errorHeader is in a host's own answers, and in no guest's.
+const errorHeader = "X-Wrenn-Error"
+
+// tries is how often a request is sent whose sandbox is paused under it.
+const tries = 3
+
+// waker sends a request to a sandbox's host, again when the host refused it
+// because the sandbox is paused and could be resumed.
+type waker struct {
+	*Proxy
+	to destination
+	// body gives a request's body once more; nil: it has none, or one that
+	// cannot be had again.
+	body func() (io.ReadCloser, error)
+}
+
+// RoundTrip implements [http.RoundTripper].
+func (k *waker) RoundTrip(req *http.Request) (*http.Response, error) {
+	for try := 1; ; try++ {
+		k.to.host.Authorize(req.Header)
+		resp, err := k.to.host.Transport().RoundTrip(req)
+		if err != nil {
+			return nil, err
+		}
+		refused := false
+		switch sandboxes.State(resp.Header.Get(errorHeader)) {
+		case sandboxes.Pausing, sandboxes.Paused, sandboxes.Resuming:
+			refused = resp.StatusCode == http.StatusServiceUnavailable
+		}
+		if !refused {
+			k.requests.WithLabelValues("forwarded").Inc()
+			return resp, nil
+		}
+		resp.Body.Close()
+		again := req.Body == nil || req.Body == http.NoBody || k.body != nil
+		if k.to.unproven {
+			return nil, errUnproven
+		}
+		if try == tries || !again {
+			return nil, fault.New(fault.Conflict, "the sandbox is %s", resp.Header.Get(errorHeader))
+		}
+		if _, k.to.host, err = k.Sandboxes.Refused(req.Context(), k.to.team, k.to.sandbox); err != nil {
+			return nil, err
+		}
+		if k.body != nil {
+			req = req.Clone(req.Context())
+			if req.Body, err = k.body(); err != nil {
+				return nil, err
+			}
+		}
+	}
 }
 
 // buffers lends the memory that bodies are copied through.

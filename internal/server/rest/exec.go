@@ -13,9 +13,11 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/coder/websocket"
+	"github.com/google/uuid"
 
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
+	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
@@ -128,8 +130,7 @@ func (a *API) ExecStream(w http.ResponseWriter, r *http.Request, sandbox rest.Sa
 		a.Fail(w, r, fault.New(fault.PermissionDenied, "origin not allowed"))
 		return
 	}
-	_, host, err := a.Sandboxes.Live(r.Context(), caller(r).Team, u)
-	if err != nil {
+	if _, _, err := a.Sandboxes.Wake(r.Context(), caller(r).Team, u); err != nil {
 		a.Fail(w, r, err)
 		return
 	}
@@ -141,7 +142,7 @@ func (a *API) ExecStream(w http.ResponseWriter, r *http.Request, sandbox rest.Sa
 	}
 	defer ws.CloseNow()
 	ws.SetReadLimit(maxMessage)
-	err = a.execStream(r.Context(), ws, host, sandbox)
+	err = a.execStream(r.Context(), ws, caller(r).Team, u)
 	if errors.Is(err, errGone) {
 		a.log(r).Debug("client went away")
 		return
@@ -172,12 +173,17 @@ var errGone = errors.New("client went away")
 // execStream runs one command for a client. It returns nil when the client
 // was told how the command ended. A goroutine that it leaves behind ends with
 // the WebSocket.
-func (a *API) execStream(ctx context.Context, ws *websocket.Conn, host *hosts.Host, sandbox string) error {
+func (a *API) execStream(ctx context.Context, ws *websocket.Conn, team, sandbox uuid.UUID) error {
 	start, err := a.readStart(ctx, ws)
 	if err != nil {
 		return err
 	}
-	start.SandboxId = sandbox
+	start.SandboxId = id.Format(id.Sandbox, sandbox)
+	// Once more: the client may have taken its time, and input can be sent once only.
+	host, err := a.Sandboxes.Use(ctx, team, sandbox)
+	if err != nil {
+		return err
+	}
 	// The call has a context of its own: it may be over while the client is
 	// still to be told why.
 	call, cancel := context.WithCancel(ctx)

@@ -36,7 +36,7 @@ func (a *API) file(r *http.Request, sandbox, path string, user *string) (*hosts.
 			return nil, nil, fault.New(fault.InvalidArgument, "path: must not have '..'")
 		}
 	}
-	_, host, err := a.Sandboxes.Live(r.Context(), caller(r).Team, u)
+	host, err := a.Sandboxes.Use(r.Context(), caller(r).Team, u)
 	if err != nil {
 		return nil, nil, err
 	}

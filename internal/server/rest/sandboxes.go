@@ -1,6 +1,7 @@
 package rest
 
 import (
+	"context"
 	"net/http"
 	"strings"
 	"time"
@@ -16,11 +17,9 @@ import (
 
 // What a sandbox is unless said otherwise, as the document has it.
 const (
-	defaultTemplate  = "minimal"
-	defaultVCPUs     = 1
-	defaultMemoryMiB = 512
-	defaultTimeout   = 300
-	defaultLimit     = 100
+	defaultTemplate = "minimal"
+	defaultTimeout  = 300
+	defaultLimit    = 100
 )
 
 // or returns what p points to, or else.
@@ -54,18 +53,22 @@ func (a *API) sandbox(row db.Sandbox) rest.Sandbox {
 	s := rest.Sandbox{
 		ID: wire, TeamID: id.Format(id.Team, row.TeamID), TemplateID: id.Format(id.Template, row.TemplateID), Template: row.TemplateName,
 		State: rest.SandboxState(row.State), Vcpus: row.VCPUs, MemoryMib: row.MemoryMiB, DiskMib: row.DiskMiB, TimeoutSeconds: row.TimeoutSeconds,
-		Metadata: row.Metadata, CreatedAt: row.CreatedAt.UTC(), StartedAt: utc(row.StartedAt), ExpiresAt: utc(row.ExpiresAt), EndedAt: utc(row.EndedAt),
+		OnTimeout: rest.OnTimeout(row.OnTimeout), AutoResume: row.AutoResume,
+		Metadata: row.Metadata, CreatedAt: row.CreatedAt.UTC(), StartedAt: utc(row.StartedAt), ExpiresAt: utc(row.ExpiresAt), PausedAt: utc(row.PausedAt), EndedAt: utc(row.EndedAt),
 		Error: some(row.Error), StartMs: row.StartMs,
 		AccessToken: a.Tokens.Access(row.ID), TrafficToken: a.Tokens.Traffic(row.ID), URL: a.sandboxURL(wire),
 	}
 	if row.HostID != nil {
 		s.HostID = some(id.Format(id.Host, *row.HostID))
 	}
+	if row.ForkedFrom != nil {
+		s.ForkedFrom = some(id.Format(id.Sandbox, *row.ForkedFrom))
+	}
 	if row.EndReason != nil {
 		s.EndReason = some(rest.SandboxEndReason(*row.EndReason))
 	}
 	if sandboxes.State(row.State).Ended() {
-		s.ExpiresAt = nil
+		s.ExpiresAt, s.PausedAt = nil, nil
 	}
 	return s
 }
@@ -86,8 +89,8 @@ func (a *API) CreateSandbox(w http.ResponseWriter, r *http.Request, params rest.
 		return
 	}
 	p := sandboxes.CreateParams{
-		Template: or(req.Template, defaultTemplate), VCPUs: or(req.Vcpus, defaultVCPUs), MemoryMiB: or(req.MemoryMib, defaultMemoryMiB),
-		DiskMiB: or(req.DiskMib, 0), TimeoutSeconds: or(req.TimeoutSeconds, defaultTimeout), Envs: or(req.Envs, nil), Metadata: or(req.Metadata, nil),
+		Template: or(req.Template, defaultTemplate), VCPUs: or(req.Vcpus, 0), MemoryMiB: or(req.MemoryMib, 0), DiskMiB: or(req.DiskMib, 0),
+		TimeoutSeconds: or(req.TimeoutSeconds, defaultTimeout), OnTimeout: string(or(req.OnTimeout, "")), AutoResume: req.AutoResume, Envs: or(req.Envs, nil), Metadata: or(req.Metadata, nil),
 		HostTags: or(req.HostTags, nil),
 	}
 	row, replayed, err := a.Sandboxes.Create(r.Context(), caller(r).Team, p, or(params.IdempotencyKey, ""))
@@ -161,19 +164,58 @@ func (a *API) DeleteSandbox(w http.ResponseWriter, r *http.Request, sandbox rest
 	w.WriteHeader(http.StatusNoContent)
 }
 
+// PauseSandbox answers POST /v1/sandboxes/{sandbox_id}/pause.
+func (a *API) PauseSandbox(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID) {
+	a.change(w, r, sandbox, a.Sandboxes.Pause)
+}
+
+// ResumeSandbox answers POST /v1/sandboxes/{sandbox_id}/resume.
+func (a *API) ResumeSandbox(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID) {
+	a.change(w, r, sandbox, a.Sandboxes.Resume)
+}
+
 // PingSandbox answers POST /v1/sandboxes/{sandbox_id}/ping.
 func (a *API) PingSandbox(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID) {
+	a.change(w, r, sandbox, a.Sandboxes.Ping)
+}
+
+// change does something to a sandbox and answers with what it is then.
+func (a *API) change(w http.ResponseWriter, r *http.Request, sandbox string, f func(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox, error)) {
 	u, err := sandboxID(sandbox)
 	if err != nil {
 		a.Fail(w, r, err)
 		return
 	}
-	row, err := a.Sandboxes.Ping(r.Context(), caller(r).Team, u)
+	row, err := f(r.Context(), caller(r).Team, u)
 	if err != nil {
 		a.Fail(w, r, err)
 		return
 	}
 	answer(w, http.StatusOK, a.sandbox(row))
+}
+
+// ForkSandbox answers POST /v1/sandboxes/{sandbox_id}/fork.
+func (a *API) ForkSandbox(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID) {
+	u, err := sandboxID(sandbox)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	var req rest.ForkRequest
+	if err := decode(r, &req); err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	rows, err := a.Sandboxes.Fork(r.Context(), caller(r).Team, u, int(or(req.Count, 1)))
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	made := rest.ForkResult{Sandboxes: make([]rest.Sandbox, len(rows))}
+	for i, row := range rows {
+		made.Sandboxes[i] = a.sandbox(row)
+	}
+	answer(w, http.StatusCreated, made)
 }
 
 // GetSandboxMetrics answers GET /v1/sandboxes/{sandbox_id}/metrics.
@@ -211,18 +253,4 @@ func (a *API) GetSandboxLogs(w http.ResponseWriter, r *http.Request, sandbox res
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	_, _ = w.Write(console)
-}
-
-// ListTemplates answers GET /v1/templates.
-func (a *API) ListTemplates(w http.ResponseWriter, r *http.Request, params rest.ListTemplatesParams) {
-	rows, next, err := a.Templates.List(r.Context(), caller(r).Team, or(params.Cursor, ""), or(params.Limit, defaultLimit))
-	if err != nil {
-		a.Fail(w, r, err)
-		return
-	}
-	list := rest.TemplateList{Templates: make([]rest.Template, len(rows)), NextCursor: some(next)}
-	for i, t := range rows {
-		list.Templates[i] = rest.Template{ID: id.Format(id.Template, t.ID), TeamID: id.Format(id.Team, t.TeamID), Name: t.Name, SizeBytes: t.SizeBytes, CreatedAt: t.CreatedAt.UTC()}
-	}
-	answer(w, http.StatusOK, list)
 }

@@ -55,7 +55,7 @@ func (c *states) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.NewInvalidMetric(c.desc, err)
 		return
 	}
-	count := map[State]int64{Pending: 0, Starting: 0, Running: 0, Stopping: 0}
+	count := map[State]int64{Pending: 0, Starting: 0, Running: 0, Pausing: 0, Paused: 0, Resuming: 0, Stopping: 0}
 	for _, r := range rows {
 		count[State(r.State)] = r.N
 	}

@@ -134,13 +134,17 @@ func (s *Service) resolve(ctx context.Context, team uuid.UUID, ref string) (db.T
 	answered := false
 	var failed error
 	for _, host := range all {
+		known, err := s.Templates.Known(ctx, host.ID)
+		if err != nil {
+			return row, err
+		}
 		has, err := host.Agent.Templates(ask, connect.NewRequest(&hostagentv1.TemplatesRequest{}))
 		if err != nil {
 			failed = hosts.Fault(err)
 			continue
 		}
 		answered = true
-		if err := s.Templates.Sync(ctx, host.ID, has.Msg); err != nil {
+		if err := s.Templates.Sync(ctx, host.ID, known, has.Msg.Templates); err != nil {
 			return row, err
 		}
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
@@ -53,8 +54,9 @@ type watch struct {
 	log  *slog.Logger
 	// poke asks for a comparison now.
 	poke chan struct{}
-	// missing are sandboxes of the table that the host did not have, stray are
-	// the host's that the table did not know, and since when. Only the
+	// missing are sandboxes of the table that the host did not have, or not in
+	// the state that they should be in, stray are the host's that the table did
+	// not know, and since when. Only the
 	// goroutine that compares touches them.
 	missing, stray map[uuid.UUID]time.Time
 }
@@ -134,26 +136,61 @@ func (w *watch) apply(ctx context.Context, e *hostagentv1.Event) error {
 		if why == "" {
 			why = "the virtual machine ended by itself"
 		}
+	case hostagentv1.Event_KIND_PAUSED:
+		return w.paused(ctx, sandbox, e.Reason)
 	default:
 		w.log.Warn("host sent an event of an unknown kind", "kind", e.Kind)
 		return nil
 	}
-	// A creation at work may not have written yet that the sandbox ran.
-	w.mu.Lock()
-	c := w.creating[sandbox]
-	w.mu.Unlock()
-	if c != nil {
-		select {
-		case <-c.done:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
+	if err := w.created(ctx, sandbox); err != nil {
+		return err
 	}
 	at := time.Now()
 	if e.GetTime() != nil {
 		at = e.GetTime().AsTime()
 	}
 	return w.ended(ctx, sandbox, reason, why, at)
+}
+
+// created waits while this process creates the sandbox: it may not have
+// written yet that the sandbox ran.
+func (w *watch) created(ctx context.Context, sandbox uuid.UUID) error {
+	w.mu.Lock()
+	c := w.creating[sandbox]
+	w.mu.Unlock()
+	if c == nil {
+		return nil
+	}
+	select {
+	case <-c.done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// paused writes that the host paused a sandbox by itself. The event may be
+// old, and the sandbox resumed since: what is so now, the host says.
+func (w *watch) paused(ctx context.Context, sandbox uuid.UUID, reason string) error {
+	if err := w.created(ctx, sandbox); err != nil {
+		return err
+	}
+	w.log.Debug("host paused sandbox", "sandbox_id", id.Format(id.Sandbox, sandbox), "reason", reason)
+	if w.current(sandbox) != nil {
+		// That will write what is so; what it may not, the comparison does.
+		w.compareSoon()
+		return nil
+	}
+	return unlessGone(w.settle(ctx, sandbox, false))
+}
+
+// unlessGone drops the error that the sandbox has ended: of that there is
+// other news.
+func unlessGone(err error) error {
+	if fault.Is(err, fault.NotFound) {
+		return nil
+	}
+	return err
 }
 
 // ended writes that a running sandbox ended without being asked to.
@@ -205,6 +242,12 @@ func (w *watch) compareLoop(ctx context.Context) {
 	}
 }
 
+// What a host says of a sandbox, where it matters here.
+const (
+	onHostRunning = hostagentv1.SandboxState_SANDBOX_STATE_RUNNING
+	onHostPaused  = hostagentv1.SandboxState_SANDBOX_STATE_PAUSED
+)
+
 // compare sets right what the table and the host disagree on. What this
 // process is at work on is left alone.
 func (w *watch) compare(ctx context.Context) error {
@@ -213,14 +256,21 @@ func (w *watch) compare(ctx context.Context) error {
 	}
 	ask, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
+	// The table first: what it says is there was on the host before the host is asked.
+	known, err := w.Templates.Known(ctx, w.host.ID)
+	if err != nil {
+		return err
+	}
 	templates, err := w.host.Agent.Templates(ask, connect.NewRequest(&hostagentv1.TemplatesRequest{}))
 	if err != nil {
 		return fmt.Errorf("list host's templates: %w", err)
 	}
-	if err := w.Templates.Sync(ctx, w.host.ID, templates.Msg); err != nil {
+	if err := w.Templates.Sync(ctx, w.host.ID, known, templates.Msg.Templates); err != nil {
 		return err
 	}
-	// The table first: what it says runs was on the host before the host is asked.
+	if err := w.settleTemplates(ctx, known, templates.Msg.Templates); err != nil {
+		return err
+	}
 	rows, err := w.Store.ListHostSandboxes(ctx, &w.host.ID)
 	if err != nil {
 		return fmt.Errorf("list host's rows: %w", err)
@@ -239,46 +289,69 @@ func (w *watch) compare(ctx context.Context) error {
 			has[u] = sb
 		}
 	}
-	now := time.Now()
+	at := time.Now()
 	missing := make(map[uuid.UUID]time.Time)
+	// patient says whether what is odd about a sandbox is to be looked at again
+	// before anything is done: what explains it may be on its way.
+	patient := func(sandbox uuid.UUID) bool {
+		since, seen := w.missing[sandbox]
+		if !seen {
+			since = at
+		}
+		if at.Sub(since) >= lostAfter {
+			return false
+		}
+		missing[sandbox] = since
+		return true
+	}
 	var expire db.SandboxesExpireParams
-	known := make(map[uuid.UUID]bool, len(rows))
+	inTable := make(map[uuid.UUID]bool, len(rows))
 	for _, row := range rows {
-		known[row.ID] = true
+		inTable[row.ID] = true
 		if w.busy(row.ID) || elsewhere[row.ID] {
 			continue
 		}
 		sb, there := has[row.ID]
-		if !there && State(row.State) != Stopping {
-			since, seen := w.missing[row.ID]
-			if !seen {
-				since = now
-			}
-			if now.Sub(since) < lostAfter {
-				missing[row.ID] = since
-				continue
-			}
+		is := sb.GetState()
+		state := State(row.State)
+		if !there && state != Stopping && patient(row.ID) {
+			continue
 		}
 		var err error
-		switch State(row.State) {
+		switch state {
 		case Pending, Starting:
 			switch {
 			case !there:
 				err = w.abandoned(row)
-			case sb.State == hostagentv1.SandboxState_SANDBOX_STATE_RUNNING:
+			case is == onHostRunning || is == onHostPaused:
 				err = w.adopt(ctx, row, sb)
 			}
-		case Running:
-			if !there {
-				err = w.ended(ctx, row.ID, "lost", "the host no longer has the sandbox", now)
-			} else if at := expiry(sb); at != nil && (row.ExpiresAt == nil || !row.ExpiresAt.Equal(*at)) {
-				expire.Ids, expire.Ats = append(expire.Ids, row.ID), append(expire.Ats, *at)
+		case Running, Pausing, Paused, Resuming:
+			switch {
+			case !there:
+				err = w.ended(ctx, row.ID, "lost", "the host no longer has the sandbox", at)
+			case is == onHostPaused && state == Paused:
+			case is == onHostPaused && state != Resuming, is == onHostRunning && state == Resuming:
+				// The host paused it by itself, or did what it was asked for.
+				err = unlessGone(w.settleLeft(ctx, row.ID))
+			case is == onHostPaused || is == onHostRunning && state != Running:
+				// The host did not do that, or not yet: another server may be about
+				// to ask it.
+				if !patient(row.ID) {
+					err = unlessGone(w.settleLeft(ctx, row.ID))
+				}
+			case is == onHostRunning:
+				if ends := expiry(sb); ends != nil && (row.ExpiresAt == nil || !row.ExpiresAt.Equal(*ends)) {
+					expire.Ids, expire.Ats = append(expire.Ids, row.ID), append(expire.Ats, *ends)
+				}
 			}
 		case Missing:
 			if !there {
-				err = w.ended(ctx, row.ID, "lost", "the host no longer has the sandbox", now)
-			} else if sb.State == hostagentv1.SandboxState_SANDBOX_STATE_RUNNING {
+				err = w.ended(ctx, row.ID, "lost", "the host no longer has the sandbox", at)
+			} else if is == onHostRunning {
 				err = w.found(ctx, row, sb)
+			} else if is == onHostPaused {
+				err = unlessGone(w.settleLeft(ctx, row.ID))
 			}
 		case Stopping:
 			err = w.stopAgain(row)
@@ -293,14 +366,14 @@ func (w *watch) compare(ctx context.Context) error {
 			return fmt.Errorf("write when sandboxes end: %w", err)
 		}
 	}
-	return w.removeStrays(ctx, has, known, now)
+	return w.removeStrays(ctx, has, inTable, at)
 }
 
-// busy says whether this process is creating or deleting the sandbox.
+// busy says whether this process is at work on the sandbox.
 func (s *Service) busy(sandbox uuid.UUID) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.creating[sandbox] != nil || s.deleting[sandbox] > 0
+	return s.creating[sandbox] != nil || s.deleting[sandbox] > 0 || s.turns[sandbox] != nil
 }
 
 // adopt takes over a sandbox that an earlier server asked for and the host made.
@@ -309,6 +382,11 @@ func (w *watch) adopt(ctx context.Context, row db.Sandbox, sb *hostagentv1.Sandb
 	_, err := w.Store.SandboxRunning(ctx, db.SandboxRunningParams{ID: row.ID, StartedAt: &at, ExpiresAt: expiry(sb), DiskMiB: max(sb.DiskMib, row.DiskMiB)})
 	if err != nil && !errors.Is(err, store.ErrNoRows) {
 		return fmt.Errorf("take over sandbox: %w", err)
+	}
+	if sb.State == onHostPaused {
+		if err := unlessGone(w.settleLeft(ctx, row.ID)); err != nil {
+			return err
+		}
 	}
 	w.changed(row.ID)
 	w.log.Info("took over sandbox that an earlier server began", "sandbox_id", id.Format(id.Sandbox, row.ID))

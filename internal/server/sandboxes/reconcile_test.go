@@ -2,6 +2,7 @@ package sandboxes
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -33,8 +34,47 @@ func TestMain(m *testing.M) { pgtest.Main(m) }
 // protocol, over a socket, and lets a test say what is on the host.
 type lister struct {
 	hostagentv1connect.UnimplementedHostAgentHandler
-	mu  sync.Mutex
-	has map[string]*hostagentv1.Sandbox
+	mu        sync.Mutex
+	has       map[string]*hostagentv1.Sandbox
+	templates map[string]*hostagentv1.Template
+	captured  []string
+	// fails is what Snapshot and DeleteTemplate fail with.
+	fails error
+}
+
+func (l *lister) Get(_ context.Context, req *connect.Request[hostagentv1.GetRequest]) (*connect.Response[hostagentv1.GetResponse], error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if sb := l.has[req.Msg.SandboxId]; sb != nil {
+		return connect.NewResponse(&hostagentv1.GetResponse{Sandbox: sb}), nil
+	}
+	return nil, connect.NewError(connect.CodeNotFound, errors.New("no such sandbox"))
+}
+
+func (l *lister) Snapshot(_ context.Context, req *connect.Request[hostagentv1.SnapshotRequest]) (*connect.Response[hostagentv1.SnapshotResponse], error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	m := req.Msg
+	l.captured = append(l.captured, m.TemplateId)
+	if l.fails != nil {
+		return nil, l.fails
+	}
+	if l.has[m.SandboxId] == nil {
+		return nil, connect.NewError(connect.CodeNotFound, errors.New("no such sandbox"))
+	}
+	t := &hostagentv1.Template{TemplateId: m.TemplateId, TeamId: id.Format(id.Team, uuid.Nil), Name: m.Name, CreatedAt: timestamppb.Now()}
+	l.templates[m.TemplateId] = t
+	return connect.NewResponse(&hostagentv1.SnapshotResponse{Template: t}), nil
+}
+
+func (l *lister) DeleteTemplate(_ context.Context, req *connect.Request[hostagentv1.DeleteTemplateRequest]) (*connect.Response[hostagentv1.DeleteTemplateResponse], error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.fails != nil {
+		return nil, l.fails
+	}
+	delete(l.templates, req.Msg.TemplateId)
+	return connect.NewResponse(&hostagentv1.DeleteTemplateResponse{}), nil
 }
 
 func (l *lister) List(context.Context, *connect.Request[hostagentv1.ListRequest]) (*connect.Response[hostagentv1.ListResponse], error) {
@@ -55,16 +95,28 @@ func (l *lister) Destroy(_ context.Context, req *connect.Request[hostagentv1.Des
 }
 
 func (l *lister) Templates(context.Context, *connect.Request[hostagentv1.TemplatesRequest]) (*connect.Response[hostagentv1.TemplatesResponse], error) {
-	return connect.NewResponse(&hostagentv1.TemplatesResponse{}), nil
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var r hostagentv1.TemplatesResponse
+	for _, t := range l.templates {
+		r.Templates = append(r.Templates, t)
+	}
+	return connect.NewResponse(&r), nil
 }
 
 func (l *lister) Host(context.Context, *connect.Request[hostagentv1.HostRequest]) (*connect.Response[hostagentv1.HostResponse], error) {
 	return connect.NewResponse(&hostagentv1.HostResponse{}), nil
 }
 
-// TestCompare is every pair of what the table says of a sandbox and what the
-// host does, and what becomes of it: at first sight, and after the grace.
-func TestCompare(t *testing.T) {
+// bench is a service with one host, of which a test says what it has.
+type bench struct {
+	*testing.T
+	*watch
+	agent *lister
+	conn  *pgx.Conn
+}
+
+func newBench(t *testing.T) *bench {
 	ctx := context.Background()
 	url := pgtest.New(t)
 	st, err := store.Open(ctx, url)
@@ -77,7 +129,7 @@ func TestCompare(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close(ctx) })
-	agent := &lister{has: make(map[string]*hostagentv1.Sandbox)}
+	agent := &lister{has: make(map[string]*hostagentv1.Sandbox), templates: make(map[string]*hostagentv1.Template)}
 	addr := "unix:" + filepath.Join(t.TempDir(), "a.sock")
 	l, err := netaddr.Listen(ctx, addr, 0o600)
 	if err != nil {
@@ -89,7 +141,7 @@ func TestCompare(t *testing.T) {
 	go web.Serve(l)
 	t.Cleanup(func() { web.Close() })
 	log := slog.New(slog.DiscardHandler)
-	registry, err := hosts.Open(hosts.Config{Store: st, Log: log})
+	registry, err := hosts.Open(hosts.Config{Store: st, Log: log, Heartbeat: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -100,151 +152,339 @@ func TestCompare(t *testing.T) {
 	}
 	s := New(Config{Store: st, Hosts: registry, Templates: templates.New(st, log), Tokens: auth.NewTokens([]byte("secret")), Log: log})
 	t.Cleanup(func() { s.Close(ctx) })
+	w := &watch{Service: s, host: host, log: log, poke: make(chan struct{}, 1), missing: map[uuid.UUID]time.Time{}, stray: map[uuid.UUID]time.Time{}}
+	return &bench{T: t, watch: w, agent: agent, conn: conn}
+}
 
-	const (
-		none     = hostagentv1.SandboxState_SANDBOX_STATE_UNSPECIFIED
-		starting = hostagentv1.SandboxState_SANDBOX_STATE_STARTING
-		running  = hostagentv1.SandboxState_SANDBOX_STATE_RUNNING
-		stopping = hostagentv1.SandboxState_SANDBOX_STATE_STOPPING
-	)
-	const absent = State("no row")
-	tests := []struct {
-		row  State
-		host hostagentv1.SandboxState
-		// What the table says and whether the host has it after one look …
-		first     State
-		firstHas  bool
-		later     State // … and after the grace.
-		laterHas  bool
-		endReason string
-	}{
-		{row: Pending, host: none, first: Pending, later: Failed, endReason: "failed"},
-		{row: Starting, host: none, first: Starting, later: Failed, endReason: "failed"},
-		{row: Running, host: none, first: Running, later: Stopped, endReason: "lost"},
-		{row: Stopping, host: none, first: Stopped, later: Stopped, endReason: "deleted"},
-		{row: Missing, host: none, first: Missing, later: Stopped, endReason: "lost"},
-		{row: Stopped, host: none, first: Stopped, later: Stopped},
-		{row: Failed, host: none, first: Failed, later: Failed},
+const (
+	none     = hostagentv1.SandboxState_SANDBOX_STATE_UNSPECIFIED
+	starting = hostagentv1.SandboxState_SANDBOX_STATE_STARTING
+	running  = hostagentv1.SandboxState_SANDBOX_STATE_RUNNING
+	stopping = hostagentv1.SandboxState_SANDBOX_STATE_STOPPING
+	pausing  = hostagentv1.SandboxState_SANDBOX_STATE_PAUSING
+	paused   = hostagentv1.SandboxState_SANDBOX_STATE_PAUSED
+	resuming = hostagentv1.SandboxState_SANDBOX_STATE_RESUMING
 
-		{row: Starting, host: starting, first: Starting, firstHas: true, later: Starting, laterHas: true},
-		{row: Missing, host: starting, first: Missing, firstHas: true, later: Missing, laterHas: true},
-		{row: Running, host: starting, first: Running, firstHas: true, later: Running, laterHas: true},
-		{row: Stopping, host: starting, first: Stopped, later: Stopped, endReason: "deleted"},
-		{row: Stopped, host: starting, first: Stopped, later: Stopped},
-		{row: Failed, host: starting, first: Failed, later: Failed},
-		{row: absent, host: starting, first: absent, firstHas: true, later: absent},
+	absent = State("no row")
+)
 
-		{row: Starting, host: running, first: Running, firstHas: true, later: Running, laterHas: true},
-		{row: Running, host: running, first: Running, firstHas: true, later: Running, laterHas: true},
-		{row: Missing, host: running, first: Running, firstHas: true, later: Running, laterHas: true},
-		{row: Stopping, host: running, first: Stopped, later: Stopped, endReason: "deleted"},
-		{row: Stopped, host: running, first: Stopped, later: Stopped},
-		{row: Failed, host: running, first: Failed, later: Failed},
-		{row: absent, host: running, first: absent, firstHas: true, later: absent},
-
-		{row: Starting, host: stopping, first: Starting, firstHas: true, later: Starting, laterHas: true},
-		{row: Running, host: stopping, first: Running, firstHas: true, later: Running, laterHas: true},
-		{row: Missing, host: stopping, first: Missing, firstHas: true, later: Missing, laterHas: true},
-		{row: Stopping, host: stopping, first: Stopped, later: Stopped, endReason: "deleted"},
-		{row: Stopped, host: stopping, first: Stopped, firstHas: true, later: Stopped, laterHas: true},
-		{row: absent, host: stopping, first: absent, firstHas: true, later: absent, laterHas: true},
-	}
-	add := func(row State, on hostagentv1.SandboxState) uuid.UUID {
-		u := uuid.New()
-		wire := id.Format(id.Sandbox, u)
-		if row != absent {
-			if _, err := st.InsertSandbox(ctx, db.InsertSandboxParams{ID: u, TeamID: uuid.Nil, HostID: &host.ID, TemplateName: "minimal", VCPUs: 1, MemoryMiB: 128, Metadata: map[string]string{}, CreatedAt: time.Now()}); err != nil {
-				t.Fatal(err)
-			}
-			// Straight to the state, past the rules that lead there.
-			if _, err := conn.Exec(ctx, "UPDATE sandboxes SET state = $2 WHERE id = $1", u, string(row)); err != nil {
-				t.Fatal(err)
-			}
+// add puts a sandbox into the table and on the host, past the rules that lead
+// there.
+func (b *bench) add(row State, on hostagentv1.SandboxState) uuid.UUID {
+	b.Helper()
+	ctx := context.Background()
+	u := uuid.New()
+	wire := id.Format(id.Sandbox, u)
+	if row != absent {
+		if _, err := b.Store.InsertSandbox(ctx, db.InsertSandboxParams{ID: u, TeamID: uuid.Nil, HostID: &b.host.ID, TemplateName: "minimal", VCPUs: 1, MemoryMiB: 128, Metadata: map[string]string{}, CreatedAt: time.Now(), OnTimeout: DestroyOnTimeout}); err != nil {
+			b.Fatal(err)
 		}
-		if on != none {
-			agent.has[wire] = &hostagentv1.Sandbox{SandboxId: wire, State: on, CreatedAt: timestamppb.Now(), ExpiresAt: timestamppb.New(time.Now().Add(time.Hour))}
+		if _, err := b.conn.Exec(ctx, "UPDATE sandboxes SET state = $2 WHERE id = $1", u, string(row)); err != nil {
+			b.Fatal(err)
 		}
-		return u
 	}
-	ids := make([]uuid.UUID, len(tests))
-	for i, tt := range tests {
-		ids[i] = add(tt.row, tt.host)
+	if on != none {
+		sb := &hostagentv1.Sandbox{SandboxId: wire, State: on, CreatedAt: timestamppb.Now()}
+		if on != paused {
+			sb.ExpiresAt = timestamppb.New(time.Now().Add(time.Hour))
+		}
+		b.agent.mu.Lock()
+		b.agent.has[wire] = sb
+		b.agent.mu.Unlock()
+	}
+	return u
+}
+
+// outcome is what becomes of a pair, and after which look.
+type outcome struct {
+	state  State
+	has    bool
+	reason string
+}
+
+// TestCompare is every pair of what the table says of a sandbox and what the
+// host does, and what becomes of it: at first sight, and after the grace.
+func TestCompare(t *testing.T) {
+	b := newBench(t)
+	ctx := context.Background()
+	onHost := []hostagentv1.SandboxState{none, starting, running, stopping, pausing, paused, resuming}
+	rows := []State{Pending, Starting, Running, Missing, Pausing, Paused, Resuming, Stopping, Stopped, Failed, absent}
+	type pair struct {
+		row State
+		on  hostagentv1.SandboxState
+	}
+	// Each pair that changes, at once or only after the grace. Every other one
+	// stays as it is.
+	atOnce := map[pair]outcome{
+		// What an earlier server asked for and the host made.
+		{Pending, running}: {Running, true, ""}, {Starting, running}: {Running, true, ""},
+		{Pending, paused}: {Paused, true, ""}, {Starting, paused}: {Paused, true, ""},
+		// What the host did by itself, or was asked for.
+		{Running, paused}: {Paused, true, ""}, {Pausing, paused}: {Paused, true, ""},
+		{Resuming, running}: {Running, true, ""},
+		// Its host is back.
+		{Missing, running}: {Running, true, ""}, {Missing, paused}: {Paused, true, ""},
+	}
+	later := map[pair]outcome{
+		{Pending, none}: {Failed, false, "failed"}, {Starting, none}: {Failed, false, "failed"},
+		{Running, none}: {Stopped, false, "lost"}, {Missing, none}: {Stopped, false, "lost"}, {Pausing, none}: {Stopped, false, "lost"},
+		{Paused, none}: {Stopped, false, "lost"}, {Resuming, none}: {Stopped, false, "lost"},
+		// What an earlier server asked for and the host did not do.
+		{Pausing, running}: {Running, true, ""}, {Resuming, paused}: {Paused, true, ""},
+		// What was done and could not be written down.
+		{Paused, running}: {Running, true, ""},
+	}
+	for _, on := range onHost {
+		atOnce[pair{Stopping, on}] = outcome{Stopped, false, "deleted"}
+		if on == none || on == stopping {
+			continue
+		}
+		// Nobody's: at once where it ended, after the grace where it is not known.
+		atOnce[pair{Stopped, on}] = outcome{Stopped, false, ""}
+		atOnce[pair{Failed, on}] = outcome{Failed, false, ""}
+		later[pair{absent, on}] = outcome{absent, false, ""}
+	}
+	ids := make(map[pair]uuid.UUID)
+	for _, row := range rows {
+		for _, on := range onHost {
+			ids[pair{row, on}] = b.add(row, on)
+		}
 	}
 	// What this process is at work on is none of the reconciler's business.
-	busy := add(Starting, none)
-	s.creating[busy] = &creation{done: make(chan struct{})}
+	busy, moving := b.add(Starting, none), b.add(Pausing, running)
+	b.creating[busy] = &creation{done: make(chan struct{})}
+	b.turns[moving] = &turn{to: Paused, done: make(chan struct{})}
 	// Nor is what another living server is at work on; a dead one's is.
 	living, dead := uuid.New(), uuid.New()
-	othersWork, leftWork := add(Starting, none), add(Starting, none)
+	othersWork, othersPause, leftWork := b.add(Starting, none), b.add(Pausing, running), b.add(Starting, none)
 	// A sandbox that is another host's is a stray on this one.
-	elsewhere, err := registry.Register(ctx, "unix:/nowhere", "token")
+	elsewhere, err := b.Hosts.Register(ctx, "unix:/nowhere", "token")
 	if err != nil {
 		t.Fatal(err)
 	}
-	moved := add(Running, running)
+	moved := b.add(Running, running)
 	for _, sql := range []string{
-		fmt.Sprintf("INSERT INTO servers VALUES ('%s', now()), ('%s', now() - interval '1 minute')", living, dead),
-		fmt.Sprintf("UPDATE sandboxes SET worker = '%s' WHERE id = '%s'", living, othersWork),
+		fmt.Sprintf("INSERT INTO servers VALUES ('%s', now()), ('%s', now() - interval '10 minutes')", living, dead),
+		fmt.Sprintf("UPDATE sandboxes SET worker = '%s' WHERE id IN ('%s', '%s')", living, othersWork, othersPause),
 		fmt.Sprintf("UPDATE sandboxes SET worker = '%s' WHERE id = '%s'", dead, leftWork),
 		fmt.Sprintf("UPDATE sandboxes SET host_id = '%s' WHERE id = '%s'", elsewhere.ID, moved),
 	} {
-		if _, err := conn.Exec(ctx, sql); err != nil {
+		if _, err := b.conn.Exec(ctx, sql); err != nil {
 			t.Fatalf("%s: %v", sql, err)
 		}
 	}
-
-	w := &watch{Service: s, host: host, log: log, poke: make(chan struct{}, 1), missing: map[uuid.UUID]time.Time{}, stray: map[uuid.UUID]time.Time{}}
-	check := func(when string, want func(int) (State, bool)) {
+	check := func(when string, want func(pair) outcome) {
 		t.Helper()
-		for i, tt := range tests {
-			state, reason := absent, ""
-			if row, err := st.GetSandbox(ctx, ids[i]); err == nil {
-				state = State(row.State)
+		for p, u := range ids {
+			got := outcome{state: absent}
+			if row, err := b.Store.GetSandbox(ctx, u); err == nil {
+				got.state = State(row.State)
 				if row.EndReason != nil {
-					reason = *row.EndReason
+					got.reason = *row.EndReason
+				}
+				if (got.state == Paused) == (row.PausedAt == nil) && p.row != Paused {
+					t.Errorf("%s: row %q and host %v: %q with paused_at %v", when, p.row, p.on, got.state, row.PausedAt)
+				}
+				if p.on == running && got.state == Running && row.ExpiresAt == nil {
+					t.Errorf("%s: row %q and host %v: expires_at is not the host's", when, p.row, p.on)
 				}
 			}
-			agent.mu.Lock()
-			has := agent.has[id.Format(id.Sandbox, ids[i])] != nil
-			agent.mu.Unlock()
-			wantState, wantHas := want(i)
-			if state != wantState || has != wantHas {
-				t.Errorf("%s: row %q and host %v became %q and on the host: %v; want %q and %v", when, tt.row, tt.host, state, has, wantState, wantHas)
-			}
-			if state.Ended() && reason != tt.endReason {
-				t.Errorf("%s: row %q and host %v ended as %q, want %q", when, tt.row, tt.host, reason, tt.endReason)
+			b.agent.mu.Lock()
+			got.has = b.agent.has[id.Format(id.Sandbox, u)] != nil
+			b.agent.mu.Unlock()
+			if w := want(p); got != w {
+				t.Errorf("%s: row %q and host %v became %+v, want %+v", when, p.row, p.on, got, w)
 			}
 		}
-		if row, err := st.GetSandbox(ctx, busy); err != nil || row.State != string(Starting) {
-			t.Errorf("%s: the sandbox being created became %q, %v", when, row.State, err)
+		for u, want := range map[uuid.UUID]State{busy: Starting, moving: Pausing} {
+			if row, err := b.Store.GetSandbox(ctx, u); err != nil || row.State != string(want) {
+				t.Errorf("%s: what is worked on became %q, %v; want %q", when, row.State, err, want)
+			}
 		}
 	}
-	if err := w.compare(ctx); err != nil {
+	first := func(p pair) outcome {
+		if o, ok := atOnce[p]; ok {
+			return o
+		}
+		return outcome{p.row, p.on != none, ""}
+	}
+	if err := b.compare(ctx); err != nil {
 		t.Fatal(err)
 	}
-	check("at first sight", func(i int) (State, bool) { return tests[i].first, tests[i].firstHas })
-	for _, seen := range []map[uuid.UUID]time.Time{w.missing, w.stray} {
+	check("at first sight", first)
+	for _, seen := range []map[uuid.UUID]time.Time{b.missing, b.stray} {
 		for u, at := range seen {
 			seen[u] = at.Add(-strayAfter)
 		}
 	}
-	if err := w.compare(ctx); err != nil {
+	if err := b.compare(ctx); err != nil {
 		t.Fatal(err)
 	}
-	check("after the grace", func(i int) (State, bool) { return tests[i].later, tests[i].laterHas })
-	for i, tt := range tests {
-		row, err := st.GetSandbox(ctx, ids[i])
-		if err == nil && tt.later == Running && tt.host != none && row.ExpiresAt == nil {
-			t.Errorf("row %q and host %v: expires_at is not the host's", tt.row, tt.host)
+	check("after the grace", func(p pair) outcome {
+		if o, ok := later[p]; ok {
+			return o
 		}
-	}
-	delete(s.creating, busy)
-	for what, want := range map[uuid.UUID]State{othersWork: Starting, leftWork: Failed, moved: Running} {
-		if row, err := st.GetSandbox(ctx, what); err != nil || State(row.State) != want {
+		return first(p)
+	})
+	delete(b.creating, busy)
+	delete(b.turns, moving)
+	for what, want := range map[uuid.UUID]State{othersWork: Starting, othersPause: Pausing, leftWork: Failed, moved: Running} {
+		if row, err := b.Store.GetSandbox(ctx, what); err != nil || State(row.State) != want {
 			t.Errorf("another server's or host's sandbox became %q, %v; want %q", row.State, err, want)
 		}
 	}
-	if agent.has[id.Format(id.Sandbox, moved)] != nil {
+	if b.agent.has[id.Format(id.Sandbox, moved)] != nil {
 		t.Error("the host still has what is another's")
+	}
+}
+
+// TestCompareTemplates is every pair of what the table says of a template and
+// what the host does.
+func TestCompareTemplates(t *testing.T) {
+	b := newBench(t)
+	ctx := context.Background()
+	team := uuid.New()
+	if err := b.Store.InsertTeam(ctx, db.InsertTeamParams{ID: team, Name: "team"}); err != nil {
+		t.Fatal(err)
+	}
+	live := b.add(Running, running)
+	add := func(state templates.State, owner uuid.UUID, on bool, from uuid.UUID, name string) uuid.UUID {
+		t.Helper()
+		u := uuid.New()
+		if state != "" {
+			if _, err := b.conn.Exec(ctx, `INSERT INTO templates (id, team_id, name, size_bytes, created_at, state, captured_from) VALUES ($1, $2, $3, 0, now(), $4, $5)`, u, owner, name, string(state), from); err != nil {
+				t.Fatal(err)
+			}
+			if err := b.Store.AddHostTemplate(ctx, db.AddHostTemplateParams{HostID: b.host.ID, TemplateID: u}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if on {
+			wire := id.Format(id.Template, u)
+			b.agent.templates[wire] = &hostagentv1.Template{TemplateId: wire, TeamId: id.Format(id.Team, owner), Name: name, SizeBytes: 7, Vcpus: 2, MemoryMib: 256, DiskMib: 1024, CreatedAt: timestamppb.Now()}
+		}
+		return u
+	}
+	const dropped = templates.State("")
+	tests := []struct {
+		name  string
+		state templates.State
+		owner uuid.UUID
+		on    bool
+		from  uuid.UUID
+		want  templates.State
+		has   bool
+	}{
+		{"pending", templates.Pending, team, true, live, templates.Ready, true},
+		{"pending-not-there", templates.Pending, team, false, live, templates.Ready, true},
+		{"pending-without-sandbox", templates.Pending, team, false, uuid.New(), dropped, false},
+		{"ready", templates.Ready, team, true, live, templates.Ready, true},
+		{"ready-lost", templates.Ready, team, false, live, dropped, false},
+		{"platform-lost", templates.Ready, uuid.Nil, false, live, templates.Ready, false},
+		{"deleting", templates.Deleting, team, true, live, dropped, false},
+		{"deleting-not-there", templates.Deleting, team, false, live, dropped, false},
+		{"new", "", team, true, uuid.Nil, templates.Ready, true},
+		{"new-of-platform", "", uuid.Nil, true, uuid.Nil, templates.Ready, true},
+		{"new-of-nobody", "", uuid.New(), true, uuid.Nil, dropped, true},
+	}
+	ids := make([]uuid.UUID, len(tests))
+	for i, tt := range tests {
+		ids[i] = add(tt.state, tt.owner, tt.on, tt.from, tt.name)
+	}
+	// Of two of one name the one in the table keeps it.
+	second := add("", team, true, uuid.Nil, "ready")
+	// What this process, or another living one, is at work on is left alone.
+	living := uuid.New()
+	others := add(templates.Deleting, team, true, live, "others")
+	for _, sql := range []string{
+		fmt.Sprintf("INSERT INTO servers VALUES ('%s', now())", living),
+		fmt.Sprintf("UPDATE templates SET worker = '%s' WHERE id = '%s'", living, others),
+	} {
+		if _, err := b.conn.Exec(ctx, sql); err != nil {
+			t.Fatalf("%s: %v", sql, err)
+		}
+	}
+	busy := add(templates.Pending, team, false, live, "busy")
+	b.templates[busy]++
+	state := func(u uuid.UUID) templates.State {
+		row, err := b.Store.GetTemplate(ctx, u)
+		if errors.Is(err, store.ErrNoRows) {
+			return ""
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return templates.State(row.State)
+	}
+	// Twice: what comes to be at the first look is new at the second.
+	for range 2 {
+		if err := b.compare(ctx); err != nil {
+			t.Fatal(err)
+		}
+		settled(b, busy)
+	}
+	for i, tt := range tests {
+		b.agent.mu.Lock()
+		has := b.agent.templates[id.Format(id.Template, ids[i])] != nil
+		b.agent.mu.Unlock()
+		if got := state(ids[i]); got != tt.want || has != tt.has {
+			t.Errorf("%s: became %q and on the host: %v; want %q and %v", tt.name, got, has, tt.want, tt.has)
+		}
+		row, err := b.Store.GetTemplate(ctx, ids[i])
+		if tt.on && tt.want == templates.Ready && (err != nil || row.VCPUs != 2 || row.MemoryMiB != 256 || row.DiskMiB != 1024 || row.SizeBytes != 7) {
+			t.Errorf("%s: the row is %+v, %v", tt.name, row, err)
+		}
+	}
+	if got := state(second); got != "" {
+		t.Errorf("a second template of one name is %q", got)
+	}
+	if got := state(busy); got != templates.Pending {
+		t.Errorf("what is being captured became %q", got)
+	}
+	if got := state(others); got != templates.Deleting {
+		t.Errorf("what another server removes became %q", got)
+	}
+	b.templates[busy]--
+	// What fails for good is dropped, what may have come to be is asked for again.
+	b.agent.mu.Lock()
+	b.agent.fails = connect.NewError(connect.CodeDeadlineExceeded, errors.New("slow"))
+	b.agent.mu.Unlock()
+	if err := b.compare(ctx); err != nil {
+		t.Fatal(err)
+	}
+	settled(b, uuid.Nil)
+	if got := state(busy); got != templates.Pending {
+		t.Errorf("what may have been captured became %q", got)
+	}
+	b.agent.mu.Lock()
+	b.agent.fails = connect.NewError(connect.CodeResourceExhausted, errors.New("no space"))
+	b.agent.mu.Unlock()
+	if err := b.compare(ctx); err != nil {
+		t.Fatal(err)
+	}
+	settled(b, uuid.Nil)
+	if got := state(busy); got != "" {
+		t.Errorf("what could not be captured became %q", got)
+	}
+}
+
+// settled waits until nothing but one template is worked on.
+func settled(b *bench, but uuid.UUID) {
+	b.Helper()
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		b.mu.Lock()
+		n := 0
+		for u, count := range b.templates {
+			if u != but {
+				n += count
+			}
+		}
+		b.mu.Unlock()
+		if n == 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			b.Fatal("templates are still worked on")
+		}
 	}
 }

@@ -8,6 +8,7 @@ package sandboxes
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/base64"
@@ -46,6 +47,9 @@ const (
 	Running  State = "running"
 	// Missing is what ran when its host was last heard of.
 	Missing  State = "missing"
+	Pausing  State = "pausing"
+	Paused   State = "paused"
+	Resuming State = "resuming"
 	Stopping State = "stopping"
 	Stopped  State = "stopped"
 	Failed   State = "error"
@@ -97,6 +101,10 @@ type Service struct {
 	creating map[uuid.UUID]*creation
 	// deleting counts the deletions that this process works on.
 	deleting map[uuid.UUID]int
+	// turns are the other things that it does to sandboxes.
+	turns map[uuid.UUID]*turn
+	// templates counts the captures and removals of templates that it works on.
+	templates map[uuid.UUID]int
 	// waiting are closed when the sandbox's row changes.
 	waiting map[uuid.UUID]chan struct{}
 	hooks   []func(uuid.UUID)
@@ -115,7 +123,8 @@ type creation struct {
 func New(c Config) *Service {
 	s := &Service{
 		Config: c, metrics: newMetrics(c.Store),
-		creating: make(map[uuid.UUID]*creation), deleting: make(map[uuid.UUID]int), waiting: make(map[uuid.UUID]chan struct{}),
+		creating: make(map[uuid.UUID]*creation), deleting: make(map[uuid.UUID]int),
+		turns: make(map[uuid.UUID]*turn), templates: make(map[uuid.UUID]int), waiting: make(map[uuid.UUID]chan struct{}),
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
@@ -247,18 +256,82 @@ func (s *Service) persist(f func(context.Context) error) error {
 	})
 }
 
+// What a sandbox has unless it, or its template, says otherwise.
+const (
+	defaultVCPUs     = 1
+	defaultMemoryMiB = 512
+)
+
+// What becomes of a sandbox that was not used for its timeout.
+const (
+	DestroyOnTimeout = "destroy"
+	PauseOnTimeout   = "pause"
+)
+
 // CreateParams is what a sandbox is asked to be.
 type CreateParams struct {
 	// Template is a name or an id.
 	Template       string
-	VCPUs          int32
-	MemoryMiB      int32
+	VCPUs          int32 // 0: the template's, else 1
+	MemoryMiB      int32 // 0: the template's, else 512
 	DiskMiB        int32 // 0: the template's
 	TimeoutSeconds int32 // 0: never
 	Envs           map[string]string
 	Metadata       map[string]string
 	// HostTags are tags that the sandbox's host must have.
 	HostTags []string `json:",omitempty"`
+	// OnTimeout is DestroyOnTimeout or PauseOnTimeout; empty: the former.
+	OnTimeout string
+	// AutoResume lets calls and requests resume the sandbox; nil: if it is
+	// paused when its timeout ends.
+	AutoResume *bool
+}
+
+// normal returns p with what is left open said, where that does not depend on
+// the template.
+func (p CreateParams) normal() CreateParams {
+	p.OnTimeout = cmp.Or(p.OnTimeout, DestroyOnTimeout)
+	if p.AutoResume == nil {
+		auto := p.OnTimeout == PauseOnTimeout
+		p.AutoResume = &auto
+	}
+	return p
+}
+
+// hash tells what is asked for from everything else.
+func (p CreateParams) hash() ([]byte, error) {
+	p = p.normal()
+	p.VCPUs, p.MemoryMiB = cmp.Or(p.VCPUs, defaultVCPUs), cmp.Or(p.MemoryMiB, defaultMemoryMiB)
+	// Maps are marshalled in the order of their keys.
+	asked, err := json.Marshal(p)
+	if err != nil {
+		return nil, err
+	}
+	hash := sha256.Sum256(asked)
+	return hash[:], nil
+}
+
+// fit returns p with the sizes that a sandbox of the template gets, or fails
+// with invalid_argument where it cannot have those that are asked for.
+func (p CreateParams) fit(t db.Template) (CreateParams, error) {
+	for _, size := range []struct {
+		name           string
+		asked          *int32
+		has, otherwise int32
+	}{
+		{"vcpus", &p.VCPUs, t.VCPUs, defaultVCPUs},
+		{"memory_mib", &p.MemoryMiB, t.MemoryMiB, defaultMemoryMiB},
+	} {
+		if size.has != 0 && *size.asked != 0 && *size.asked != size.has {
+			return p, fault.New(fault.InvalidArgument, "%s: template %q was captured with %d and takes no other", size.name, t.Name, size.has)
+		}
+		*size.asked = cmp.Or(*size.asked, size.has, size.otherwise)
+	}
+	if p.DiskMiB != 0 && p.DiskMiB < t.DiskMiB {
+		return p, fault.New(fault.InvalidArgument, "disk_mib: template %q has %d, which is the least", t.Name, t.DiskMiB)
+	}
+	p.DiskMiB = cmp.Or(p.DiskMiB, t.DiskMiB)
+	return p, nil
 }
 
 func (p CreateParams) check() error {
@@ -310,20 +383,19 @@ func (s *Service) Create(ctx context.Context, team uuid.UUID, p CreateParams, ke
 	if err := checkText("Idempotency-Key", key); err != nil {
 		return row, false, err
 	}
-	// Maps are marshalled in the order of their keys.
-	asked, err := json.Marshal(p)
+	hash, err := p.hash()
 	if err != nil {
 		return row, false, err
 	}
-	hash := sha256.Sum256(asked)
+	p = p.normal()
 	for {
 		if key != "" {
-			row, found, err := s.replay(ctx, team, key, hash[:])
+			row, found, err := s.replay(ctx, team, key, hash)
 			if found || err != nil {
 				return row, found, err
 			}
 		}
-		row, err = s.create(ctx, team, p, key, hash[:])
+		row, err = s.create(ctx, team, p, key, hash)
 		if !errors.Is(err, errTaken) {
 			return row, false, err
 		}
@@ -385,6 +457,9 @@ func (s *Service) create(ctx context.Context, team uuid.UUID, p CreateParams, ke
 	if err != nil {
 		return db.Sandbox{}, err
 	}
+	if p, err = p.fit(template); err != nil {
+		return db.Sandbox{}, err
+	}
 	places, err := s.places(ctx, template.ID, p)
 	if err != nil {
 		return db.Sandbox{}, err
@@ -409,7 +484,7 @@ func (s *Service) create(ctx context.Context, team uuid.UUID, p CreateParams, ke
 		row, err = q.InsertSandbox(ctx, db.InsertSandboxParams{
 			ID: sandbox, TeamID: team, HostID: &host, TemplateID: template.ID, TemplateName: template.Name,
 			VCPUs: p.VCPUs, MemoryMiB: p.MemoryMiB, DiskMiB: p.DiskMiB, TimeoutSeconds: p.TimeoutSeconds,
-			Metadata: metadata, CreatedAt: time.Now().UTC().Truncate(time.Microsecond),
+			Metadata: metadata, CreatedAt: now(), OnTimeout: p.OnTimeout, AutoResume: *p.AutoResume,
 		})
 		if err != nil || key == "" {
 			return err
@@ -458,7 +533,7 @@ func (s *Service) start(row db.Sandbox, host *hosts.Host, envs map[string]string
 	answer, err := host.Agent.Create(ctx, connect.NewRequest(&hostagentv1.CreateRequest{
 		SandboxId: id.Format(id.Sandbox, row.ID), TeamId: id.Format(id.Team, row.TeamID), TemplateId: id.Format(id.Template, row.TemplateID),
 		Vcpus: row.VCPUs, MemoryMib: row.MemoryMiB, DiskMib: row.DiskMiB, TimeoutSeconds: row.TimeoutSeconds,
-		Envs: envs, AccessToken: s.Tokens.Access(row.ID),
+		Envs: envs, AccessToken: s.Tokens.Access(row.ID), PauseOnTimeout: row.OnTimeout == PauseOnTimeout,
 	}))
 	took := time.Since(begun)
 	if s.ctx.Err() != nil {
@@ -477,12 +552,12 @@ func (s *Service) start(row db.Sandbox, host *hosts.Host, envs map[string]string
 		return row, s.startFailed(row, host, err, log)
 	}
 	made := answer.Msg.GetSandbox()
-	ms, now := took.Milliseconds(), time.Now().UTC().Truncate(time.Microsecond)
+	ms, at := took.Milliseconds(), now()
 	var running db.Sandbox
 	err = s.persist(func(ctx context.Context) error {
 		var err error
 		running, err = s.Store.SandboxRunning(ctx, db.SandboxRunningParams{
-			ID: row.ID, StartedAt: &now, ExpiresAt: expiry(made), DiskMiB: max(made.GetDiskMib(), row.DiskMiB), StartMs: &ms,
+			ID: row.ID, StartedAt: &at, ExpiresAt: expiry(made), DiskMiB: max(made.GetDiskMib(), row.DiskMiB), StartMs: &ms,
 		})
 		return err
 	})

@@ -16,18 +16,81 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
-// Live returns a team's running sandbox and its host. It fails with
-// not_found, or with conflict when the sandbox is in another state.
-func (s *Service) Live(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox, *hosts.Host, error) {
+// Use returns a team's running sandbox and its host, and counts as a use: it
+// will not be paused or ended for want of any before its timeout has gone by,
+// so that what comes now and cannot be sent twice gets there. A paused sandbox
+// that calls resume is resumed first. It fails with not_found, with
+// sandbox_paused, or with conflict when the sandbox is in another state.
+func (s *Service) Use(ctx context.Context, team, sandbox uuid.UUID) (*hosts.Host, error) {
+	_, host, err := s.ping(ctx, team, sandbox)
+	return host, err
+}
+
+// Wake is Use without a word to the host: what the table says is believed.
+func (s *Service) Wake(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox, *hosts.Host, error) {
 	row, err := s.Get(ctx, team, sandbox)
 	if err != nil {
 		return row, nil, err
 	}
-	if State(row.State) != Running {
-		return row, nil, notRunning(row)
+	if row, err = s.wake(ctx, row, false); err != nil {
+		return row, nil, err
 	}
 	host, err := s.Hosts.Get(row.HostID)
 	return row, host, err
+}
+
+// Refused is Wake for a sandbox that its host has just refused to use because
+// of its state, which the table does not know yet.
+func (s *Service) Refused(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox, *hosts.Host, error) {
+	if err := s.settle(ctx, sandbox, true); err != nil {
+		return db.Sandbox{}, nil, err
+	}
+	return s.Wake(ctx, team, sandbox)
+}
+
+// tries is how often a call is tried whose sandbox is paused under it.
+const tries = 3
+
+// call calls the host of a team's sandbox, which runs or is resumed first.
+func (s *Service) call(ctx context.Context, team, sandbox uuid.UUID, f func(*hosts.Host) error) error {
+	_, host, err := s.Wake(ctx, team, sandbox)
+	for try := 1; err == nil; try++ {
+		err = f(host)
+		if !held(err) || try == tries {
+			return hosts.Fault(err)
+		}
+		_, host, err = s.Refused(ctx, team, sandbox)
+	}
+	return err
+}
+
+// peek calls the host of a team's running sandbox, and wakes none: to look at
+// a sandbox is not to use it.
+func (s *Service) peek(ctx context.Context, team, sandbox uuid.UUID, f func(context.Context, *hosts.Host) error) error {
+	row, err := s.Get(ctx, team, sandbox)
+	if err != nil {
+		return err
+	}
+	if State(row.State) != Running {
+		return notRunning(row)
+	}
+	host, err := s.Hosts.Get(row.HostID)
+	if err != nil {
+		return err
+	}
+	ask, cancel := context.WithTimeout(ctx, shortCall)
+	defer cancel()
+	err = f(ask, host)
+	if !held(err) {
+		return hosts.Fault(err)
+	}
+	if err := s.settle(ctx, sandbox, false); err != nil {
+		return err
+	}
+	if row, again := s.Get(ctx, team, sandbox); again == nil && State(row.State) != Running {
+		return notRunning(row)
+	}
+	return hosts.Fault(err)
 }
 
 func notRunning(row db.Sandbox) error {
@@ -36,7 +99,9 @@ func notRunning(row db.Sandbox) error {
 		return fault.New(fault.HostUnreachable, "the sandbox's host is not heard of")
 	case Failed:
 		return fault.New(fault.Conflict, "the sandbox failed to start")
-	case Pending, Starting, Stopping:
+	case Pausing, Paused:
+		return fault.New(fault.SandboxPaused, "the sandbox is %s: resume it first", row.State)
+	case Pending, Starting, Resuming, Stopping:
 		return fault.New(fault.Conflict, "the sandbox is %s", row.State)
 	}
 	if row.EndReason != nil {
@@ -45,21 +110,17 @@ func notRunning(row db.Sandbox) error {
 	return fault.New(fault.Conflict, "the sandbox is stopped")
 }
 
-// Ping extends the life of a team's sandbox by its timeout from now.
+// Ping extends the life of a team's sandbox by its timeout from now. It is a
+// use as any other.
 func (s *Service) Ping(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox, error) {
-	_, host, err := s.Live(ctx, team, sandbox)
+	pinged, _, err := s.ping(ctx, team, sandbox)
 	if err != nil {
 		return db.Sandbox{}, err
 	}
-	ask, cancel := context.WithTimeout(ctx, shortCall)
-	defer cancel()
-	answer, err := host.Agent.Ping(ask, connect.NewRequest(&hostagentv1.PingRequest{SandboxId: id.Format(id.Sandbox, sandbox)}))
-	if err != nil {
-		return db.Sandbox{}, hosts.Fault(err)
-	}
-	row, err := s.Store.SandboxExpires(ctx, db.SandboxExpiresParams{ID: sandbox, ExpiresAt: expiry(answer.Msg.GetSandbox())})
+	row, err := s.Store.SandboxExpires(ctx, db.SandboxExpiresParams{ID: sandbox, ExpiresAt: expiry(pinged)})
 	if errors.Is(err, store.ErrNoRows) {
-		return row, fault.New(fault.Conflict, "the sandbox is stopping")
+		// It is on its way to another state.
+		return s.Get(ctx, team, sandbox)
 	}
 	if err != nil {
 		return row, fmt.Errorf("write sandbox's expiry: %w", err)
@@ -67,45 +128,54 @@ func (s *Service) Ping(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox
 	return row, nil
 }
 
+func (s *Service) ping(ctx context.Context, team, sandbox uuid.UUID) (pinged *hostagentv1.Sandbox, at *hosts.Host, err error) {
+	err = s.call(ctx, team, sandbox, func(host *hosts.Host) error {
+		ask, cancel := context.WithTimeout(ctx, shortCall)
+		defer cancel()
+		answer, err := host.Agent.Ping(ask, connect.NewRequest(&hostagentv1.PingRequest{SandboxId: id.Format(id.Sandbox, sandbox)}))
+		if err == nil {
+			pinged, at = answer.Msg.GetSandbox(), host
+		}
+		return err
+	})
+	return pinged, at, err
+}
+
 // Metrics returns what a team's sandbox uses now.
 func (s *Service) Metrics(ctx context.Context, team, sandbox uuid.UUID) (*hostagentv1.MetricsResponse, error) {
-	_, host, err := s.Live(ctx, team, sandbox)
-	if err != nil {
-		return nil, err
-	}
-	ask, cancel := context.WithTimeout(ctx, shortCall)
-	defer cancel()
-	answer, err := host.Agent.Metrics(ask, connect.NewRequest(&hostagentv1.MetricsRequest{SandboxId: id.Format(id.Sandbox, sandbox)}))
-	if err != nil {
-		return nil, hosts.Fault(err)
-	}
-	return answer.Msg, nil
+	var m *hostagentv1.MetricsResponse
+	err := s.peek(ctx, team, sandbox, func(ctx context.Context, host *hosts.Host) error {
+		answer, err := host.Agent.Metrics(ctx, connect.NewRequest(&hostagentv1.MetricsRequest{SandboxId: id.Format(id.Sandbox, sandbox)}))
+		if err == nil {
+			m = answer.Msg
+		}
+		return err
+	})
+	return m, err
 }
 
 // Console returns the last output of a team's sandbox's serial console.
 func (s *Service) Console(ctx context.Context, team, sandbox uuid.UUID) ([]byte, error) {
-	_, host, err := s.Live(ctx, team, sandbox)
-	if err != nil {
-		return nil, err
-	}
-	ask, cancel := context.WithTimeout(ctx, shortCall)
-	defer cancel()
-	answer, err := host.Agent.Console(ask, connect.NewRequest(&hostagentv1.ConsoleRequest{SandboxId: id.Format(id.Sandbox, sandbox)}))
-	if err != nil {
-		return nil, hosts.Fault(err)
-	}
-	return answer.Msg.Output, nil
+	var output []byte
+	err := s.peek(ctx, team, sandbox, func(ctx context.Context, host *hosts.Host) error {
+		answer, err := host.Agent.Console(ctx, connect.NewRequest(&hostagentv1.ConsoleRequest{SandboxId: id.Format(id.Sandbox, sandbox)}))
+		if err == nil {
+			output = answer.Msg.Output
+		}
+		return err
+	})
+	return output, err
 }
 
 // Exec runs a command in a team's sandbox to its end.
 func (s *Service) Exec(ctx context.Context, team, sandbox uuid.UUID, c *hostagentv1.Command, stdin []byte) (*hostagentv1.ExecResponse, error) {
-	_, host, err := s.Live(ctx, team, sandbox)
-	if err != nil {
-		return nil, err
-	}
-	answer, err := host.Agent.Exec(ctx, connect.NewRequest(&hostagentv1.ExecRequest{SandboxId: id.Format(id.Sandbox, sandbox), Command: c, Stdin: stdin}))
-	if err != nil {
-		return nil, hosts.Fault(err)
-	}
-	return answer.Msg, nil
+	var out *hostagentv1.ExecResponse
+	err := s.call(ctx, team, sandbox, func(host *hosts.Host) error {
+		answer, err := host.Agent.Exec(ctx, connect.NewRequest(&hostagentv1.ExecRequest{SandboxId: id.Format(id.Sandbox, sandbox), Command: c, Stdin: stdin}))
+		if err == nil {
+			out = answer.Msg
+		}
+		return err
+	})
+	return out, err
 }

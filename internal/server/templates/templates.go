@@ -8,11 +8,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"regexp"
 	"sync"
+	"time"
 	"unicode/utf8"
 
 	"github.com/google/uuid"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
@@ -21,19 +22,45 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
+// State is where a template is in its life.
+type State string
+
+// The states of a template.
+const (
+	Pending  State = "pending" // being captured
+	Ready    State = "ready"
+	Deleting State = "deleting" // to be removed from the hosts that have it
+)
+
 // Service answers for the templates of a store.
 type Service struct {
 	store *store.Store
 	log   *slog.Logger
 
 	mu sync.Mutex
-	// synced is what each host had when it was last written down.
-	synced map[uuid.UUID]*hostagentv1.TemplatesResponse
+	// refused are templates of hosts that could not be written down, which is
+	// logged once.
+	refused map[uuid.UUID]bool
 }
 
 // New returns the templates of a store.
 func New(s *store.Store, log *slog.Logger) *Service {
-	return &Service{store: s, log: log, synced: make(map[uuid.UUID]*hostagentv1.TemplatesResponse)}
+	return &Service{store: s, log: log, refused: make(map[uuid.UUID]bool)}
+}
+
+// name is what a template may be called: what goes through URLs and shells as
+// it is.
+var name = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
+
+// CheckName fails with invalid_argument for what cannot be a template's name.
+func CheckName(s string) error {
+	if !name.MatchString(s) {
+		return fault.New(fault.InvalidArgument, "name: want 1 to 63 of a-z, 0-9, '.', '_' and '-', the first a letter or digit")
+	}
+	if _, err := id.Parse(id.Template, s); err == nil {
+		return fault.New(fault.InvalidArgument, "name: %s is a template's id", s)
+	}
+	return nil
 }
 
 // Resolve finds the template that a team means by a name or an id: its own, or
@@ -55,67 +82,187 @@ func (s *Service) Resolve(ctx context.Context, team uuid.UUID, ref string) (db.T
 	return row, nil
 }
 
-// List returns a page of the templates that a team sees, by name, and the
-// cursor of the next one ("" on the last page).
-func (s *Service) List(ctx context.Context, team uuid.UUID, cursor string, limit int) ([]db.Template, string, error) {
-	p := db.ListTemplatesParams{TeamID: team, MaxRows: int32(limit) + 1}
-	if cursor != "" {
-		raw, err := base64.RawURLEncoding.DecodeString(cursor)
-		if err != nil || len(raw) < 16 || !utf8.Valid(raw[16:]) || bytes.IndexByte(raw[16:], 0) >= 0 {
-			return nil, "", fault.New(fault.InvalidArgument, "cursor: not one of this list")
-		}
-		copy(p.AfterID[:], raw)
-		p.AfterName = string(raw[16:])
+// Find is Resolve for a template in any state. A team's own goes before the
+// platform's, and one that is there before one that is being removed.
+func (s *Service) Find(ctx context.Context, team uuid.UUID, ref string) (db.Template, error) {
+	p := db.FindTemplateParams{TeamID: team}
+	if u, err := id.Parse(id.Template, ref); err == nil {
+		p.ID = &u
+	} else {
+		p.Name = &ref
 	}
-	rows, err := s.store.ListTemplates(ctx, p)
+	row, err := s.store.FindTemplate(ctx, p)
+	if errors.Is(err, store.ErrNoRows) {
+		return row, fault.New(fault.NotFound, "no template %q", ref)
+	}
 	if err != nil {
-		return nil, "", fmt.Errorf("list templates: %w", err)
+		return row, fmt.Errorf("look up template: %w", err)
 	}
+	return row, nil
+}
+
+// page is where a page of a list of templates starts.
+type page struct {
+	name string
+	id   uuid.UUID
+}
+
+func parseCursor(cursor string) (p page, err error) {
+	if cursor == "" {
+		return p, nil
+	}
+	raw, err := base64.RawURLEncoding.DecodeString(cursor)
+	if err != nil || len(raw) < 16 || !utf8.Valid(raw[16:]) || bytes.IndexByte(raw[16:], 0) >= 0 {
+		return p, fault.New(fault.InvalidArgument, "cursor: not one of this list")
+	}
+	copy(p.id[:], raw)
+	p.name = string(raw[16:])
+	return p, nil
+}
+
+// cut makes a page of rows that are one more where there is another page.
+func cut(rows []db.Template, limit int) ([]db.Template, string) {
 	if len(rows) <= limit {
-		return rows, "", nil
+		return rows, ""
 	}
 	rows = rows[:limit]
 	last := rows[limit-1]
-	return rows, base64.RawURLEncoding.EncodeToString(append(last.ID[:], last.Name...)), nil
+	return rows, base64.RawURLEncoding.EncodeToString(append(last.ID[:], last.Name...))
 }
 
-// Sync writes down what a host says it has.
-func (s *Service) Sync(ctx context.Context, host uuid.UUID, has *hostagentv1.TemplatesResponse) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if proto.Equal(s.synced[host], has) {
+// List returns a page of the templates that a team sees, by name, and the
+// cursor of the next one ("" on the last page).
+func (s *Service) List(ctx context.Context, team uuid.UUID, cursor string, limit int) ([]db.Template, string, error) {
+	after, err := parseCursor(cursor)
+	if err != nil {
+		return nil, "", err
+	}
+	rows, err := s.store.ListTemplates(ctx, db.ListTemplatesParams{TeamID: team, AfterName: after.name, AfterID: after.id, MaxRows: int32(limit) + 1})
+	if err != nil {
+		return nil, "", fmt.Errorf("list templates: %w", err)
+	}
+	rows, next := cut(rows, limit)
+	return rows, next, nil
+}
+
+// Snapshots is List for the templates that were captured from the team's
+// sandboxes.
+func (s *Service) Snapshots(ctx context.Context, team uuid.UUID, cursor string, limit int) ([]db.Template, string, error) {
+	after, err := parseCursor(cursor)
+	if err != nil {
+		return nil, "", err
+	}
+	rows, err := s.store.ListSnapshots(ctx, db.ListSnapshotsParams{TeamID: team, AfterName: after.name, AfterID: after.id, MaxRows: int32(limit) + 1})
+	if err != nil {
+		return nil, "", fmt.Errorf("list snapshots: %w", err)
+	}
+	rows, next := cut(rows, limit)
+	return rows, next, nil
+}
+
+// Known returns what the table says that a host has, is to have, or is to be
+// rid of. Ask it before the host.
+func (s *Service) Known(ctx context.Context, host uuid.UUID) ([]db.Template, error) {
+	rows, err := s.store.ListHostTemplates(ctx, host)
+	if err != nil {
+		return nil, fmt.Errorf("list host's templates: %w", err)
+	}
+	return rows, nil
+}
+
+// Sync writes down what a host says it has, given what was known before it was
+// asked. What is being captured or removed is left to those who do that.
+func (s *Service) Sync(ctx context.Context, host uuid.UUID, known []db.Template, has []*hostagentv1.Template) error {
+	rows := make(map[uuid.UUID]db.Template, len(known))
+	for _, row := range known {
+		rows[row.ID] = row
+	}
+	there := make(map[uuid.UUID]bool, len(has))
+	for _, t := range has {
+		tid, err := id.Parse(id.Template, t.TemplateId)
+		if err != nil {
+			return fmt.Errorf("host's template: %w", err)
+		}
+		there[tid] = true
+		row, ok := rows[tid]
+		if ok && (State(row.State) != Ready || same(row, t)) {
+			continue
+		}
+		if err := s.learn(ctx, host, tid, t); err != nil {
+			return fmt.Errorf("write down template %s: %w", t.TemplateId, err)
+		}
+	}
+	var gone []uuid.UUID
+	for _, row := range known {
+		if State(row.State) == Ready && !there[row.ID] {
+			gone = append(gone, row.ID)
+		}
+	}
+	if len(gone) == 0 {
 		return nil
 	}
-	err := s.store.InTx(ctx, func(q *db.Queries) error {
-		keep := []uuid.UUID{}
-		for _, t := range has.Templates {
-			tid, err := id.Parse(id.Template, t.TemplateId)
-			if err != nil {
-				return err
-			}
-			team, err := id.Parse(id.Team, t.TeamId)
-			if err != nil {
-				return err
-			}
-			n, err := q.UpsertTemplate(ctx, db.UpsertTemplateParams{ID: tid, TeamID: team, Name: t.Name, SizeBytes: t.SizeBytes, CreatedAt: t.CreatedAt.AsTime()})
-			if err != nil {
-				return fmt.Errorf("template %s: %w", t.TemplateId, err)
-			}
-			if n == 0 {
-				s.log.Warn("host has a template of a team that does not exist", "host_id", host, "template_id", t.TemplateId, "team_id", t.TeamId)
-				continue
-			}
-			if err := q.UpsertHostTemplate(ctx, db.UpsertHostTemplateParams{HostID: host, TemplateID: tid}); err != nil {
-				return err
-			}
-			keep = append(keep, tid)
+	return s.store.InTx(ctx, func(q *db.Queries) error {
+		if err := q.DropHostTemplates(ctx, db.DropHostTemplatesParams{HostID: host, Ids: gone}); err != nil {
+			return fmt.Errorf("write down that host's templates are gone: %w", err)
 		}
-		return q.KeepHostTemplates(ctx, db.KeepHostTemplatesParams{HostID: host, Keep: keep})
+		lost, err := q.DropLostTemplates(ctx, gone)
+		if err != nil {
+			return fmt.Errorf("drop lost templates: %w", err)
+		}
+		for _, row := range lost {
+			s.log.Error("no host has a team's template any more", "template_id", id.Format(id.Template, row.ID), "team_id", id.Format(id.Team, row.TeamID), "name", row.Name)
+		}
+		return nil
 	})
+}
+
+// same says whether a row has all that a host says of the template.
+func same(row db.Template, t *hostagentv1.Template) bool {
+	return row.SizeBytes == t.SizeBytes && row.CreatedAt.Equal(t.CreatedAt.AsTime().Truncate(time.Microsecond)) &&
+		row.VCPUs == t.Vcpus && row.MemoryMiB == t.MemoryMib && row.DiskMiB == t.DiskMib &&
+		(row.TeamID != uuid.Nil || row.Name == t.Name)
+}
+
+// learn writes down a template that is new on a host, or another than it was.
+func (s *Service) learn(ctx context.Context, host, tid uuid.UUID, t *hostagentv1.Template) error {
+	team, err := id.Parse(id.Team, t.TeamId)
 	if err != nil {
-		return fmt.Errorf("write down the host's templates: %w", err)
+		return err
 	}
-	s.synced[host] = has
-	s.log.Info("templates of host", "host_id", host, "count", len(has.Templates))
-	return nil
+	return s.store.InTx(ctx, func(q *db.Queries) error {
+		_, err := q.AddTemplate(ctx, db.AddTemplateParams{
+			ID: tid, TeamID: team, Name: t.Name, SizeBytes: t.SizeBytes, CreatedAt: t.CreatedAt.AsTime(), VCPUs: t.Vcpus, MemoryMiB: t.MemoryMib, DiskMiB: t.DiskMib,
+		})
+		if err != nil {
+			return err
+		}
+		row, err := q.GetTemplate(ctx, tid)
+		if errors.Is(err, store.ErrNoRows) || err == nil && row.TeamID != team {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			if !s.refused[tid] {
+				s.refused[tid] = true
+				s.log.Warn("host has a template of no team, or whose name another one has", "host_id", host, "template_id", t.TemplateId, "team_id", t.TeamId, "name", t.Name)
+			}
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if State(row.State) == Ready && !same(row, t) {
+			if _, err := q.TemplateReady(ctx, Measured(tid, t)); err != nil {
+				return err
+			}
+		}
+		s.log.Info("template of host", "host_id", host, "template_id", t.TemplateId, "name", row.Name)
+		return q.AddHostTemplate(ctx, db.AddHostTemplateParams{HostID: host, TemplateID: tid})
+	})
+}
+
+// Measured is what a host says of a template, as it is written down.
+func Measured(tid uuid.UUID, t *hostagentv1.Template) db.TemplateReadyParams {
+	return db.TemplateReadyParams{
+		ID: tid, Name: t.GetName(), SizeBytes: t.GetSizeBytes(), CreatedAt: t.GetCreatedAt().AsTime(),
+		VCPUs: t.GetVcpus(), MemoryMiB: t.GetMemoryMib(), DiskMiB: t.GetDiskMib(),
+	}
 }

@@ -142,7 +142,10 @@ UPDATE sandboxes SET state = 'stopped', end_reason = 'lost', error = 'its host w
 WHERE host_id = $1 AND state NOT IN ('stopped', 'error') RETURNING id;
 
 -- name: DropTemplatesOfHost :exec
-DELETE FROM host_templates WHERE host_id = $1;
+-- And teams' templates that are nowhere then: their names are free.
+WITH dropped AS (DELETE FROM host_templates WHERE host_id = $1 RETURNING template_id)
+DELETE FROM templates WHERE id IN (SELECT template_id FROM dropped) AND team_id <> '00000000-0000-0000-0000-000000000000'
+    AND NOT EXISTS (SELECT 1 FROM host_templates o WHERE o.template_id = templates.id AND o.host_id <> $1);
 
 -- name: LockHost :one
 SELECT id FROM hosts WHERE id = $1 FOR NO KEY UPDATE;

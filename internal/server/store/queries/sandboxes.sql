@@ -2,8 +2,8 @@
 -- that race one wins and the other learns of it (no row comes back).
 
 -- name: InsertSandbox :one
-INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at)
-VALUES ($1, $2, $3, $4, $5, 'starting', $6, $7, $8, $9, $10, $11)
+INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, on_timeout, auto_resume, forked_from)
+VALUES ($1, $2, $3, $4, $5, 'starting', $6, $7, $8, $9, $10, $11, $12, $13, $14)
 RETURNING *;
 
 -- name: ClaimIdempotencyKey :execrows
@@ -53,16 +53,31 @@ SELECT state, count(*) AS n FROM sandboxes WHERE state NOT IN ('stopped', 'error
 -- name: SandboxRunning :one
 UPDATE sandboxes SET state = 'running', started_at = COALESCE(started_at, @started_at), expires_at = @expires_at,
     disk_mib = @disk_mib, start_ms = COALESCE(start_ms, @start_ms)
-WHERE id = @id AND state = 'starting' RETURNING *;
+WHERE id = @id AND state IN ('pending', 'starting') RETURNING *;
 
 -- name: SandboxFailed :one
 UPDATE sandboxes SET state = 'error', end_reason = 'failed', error = @error, ended_at = now()
 WHERE id = @id AND state IN ('pending', 'starting') RETURNING *;
 
+-- name: SandboxPausing :one
+UPDATE sandboxes SET state = 'pausing' WHERE id = $1 AND state = 'running' RETURNING *;
+
+-- name: SandboxPaused :one
+UPDATE sandboxes SET state = 'paused', paused_at = COALESCE(paused_at, @paused_at::timestamptz), expires_at = NULL
+WHERE id = @id AND state = ANY (@came_from::text[]) AND state IN ('running', 'missing', 'pausing', 'resuming') RETURNING *;
+
+-- name: SandboxResuming :one
+UPDATE sandboxes SET state = 'resuming' WHERE id = $1 AND state = 'paused' RETURNING *;
+
+-- name: SandboxGoesOn :one
+-- It was resumed, or its pause failed.
+UPDATE sandboxes SET state = 'running', paused_at = NULL, expires_at = @expires_at
+WHERE id = @id AND state IN ('pausing', 'paused', 'resuming') RETURNING *;
+
 -- name: SandboxStopping :one
 -- Stopping a sandbox that stops is no change, yet answers with the row.
 UPDATE sandboxes SET state = 'stopping'
-WHERE id = @id AND state IN ('pending', 'starting', 'running', 'missing', 'stopping') RETURNING *;
+WHERE id = @id AND state IN ('pending', 'starting', 'running', 'missing', 'pausing', 'paused', 'resuming', 'stopping') RETURNING *;
 
 -- name: SandboxStopped :one
 UPDATE sandboxes SET state = 'stopped', end_reason = COALESCE(end_reason, 'deleted'), ended_at = now()
@@ -71,7 +86,7 @@ WHERE id = $1 AND state = 'stopping' RETURNING *;
 -- name: SandboxEnded :one
 -- It ended without being asked to.
 UPDATE sandboxes SET state = 'stopped', end_reason = @end_reason::text, error = @error, ended_at = @ended_at::timestamptz
-WHERE id = @id AND state IN ('running', 'missing') RETURNING *;
+WHERE id = @id AND state IN ('running', 'missing', 'pausing', 'paused', 'resuming') RETURNING *;
 
 -- name: SandboxExpires :one
 UPDATE sandboxes SET expires_at = @expires_at WHERE id = @id AND state = 'running' RETURNING *;

@@ -1,0 +1,804 @@
+package server_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/coder/websocket"
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/id"
+)
+
+const (
+	running = hostagentv1.SandboxState_SANDBOX_STATE_RUNNING
+	pausing = hostagentv1.SandboxState_SANDBOX_STATE_PAUSING
+	paused  = hostagentv1.SandboxState_SANDBOX_STATE_PAUSED
+)
+
+// gate lets a test hold calls of the agent, and fail them.
+type gate struct {
+	asked   chan string
+	release chan error
+}
+
+func newGate() *gate { return &gate{asked: make(chan string, 100), release: make(chan error, 100)} }
+
+func (g *gate) on(ctx context.Context, call string) error {
+	g.asked <- call
+	select {
+	case err := <-g.release:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// later makes a request and hands its answer over when it comes.
+func (p *plane) later(method, path string, body any, headers ...string) <-chan response {
+	answer := make(chan response, 1)
+	go func() {
+		r, err := p.try(method, path, body, headers...)
+		if err != nil {
+			p.Errorf("%s %s: %v", method, path, err)
+		}
+		answer <- r
+	}()
+	return answer
+}
+
+func TestPauseAndResume(t *testing.T) {
+	p := newPlane(t)
+	sandbox := p.create(map[string]any{"timeout_seconds": 60})
+	base := "/v1/sandboxes/" + sandbox
+	for range 2 { // The second time it is paused already.
+		sb := p.call("POST", base+"/pause", nil).want(200).object()
+		if sb["state"] != "paused" || sb["paused_at"] == nil || sb["expires_at"] != nil || sb["on_timeout"] != "destroy" || sb["auto_resume"] != false {
+			t.Errorf("paused: %v", sb)
+		}
+	}
+	if n := p.agent.called("pause"); n != 1 {
+		t.Errorf("the host was asked %d times to pause", n)
+	}
+	if got := p.call("GET", "/v1/sandboxes?state=paused", nil).want(200).list("sandboxes"); len(got) != 1 {
+		t.Errorf("list of paused ones: %v", got)
+	}
+	if got := p.call("GET", "/v1/sandboxes", nil).want(200).list("sandboxes"); len(got) != 1 {
+		t.Errorf("list without a state: %v", got)
+	}
+	if got := p.call("GET", "/v1/sandboxes?state=running", nil).want(200).list("sandboxes"); len(got) != 0 {
+		t.Errorf("list of running ones: %v", got)
+	}
+	// It was not made to wake by itself.
+	for _, c := range []struct {
+		method, path string
+		body         any
+	}{
+		{"POST", base + "/ping", nil},
+		{"GET", base + "/metrics", nil},
+		{"GET", base + "/logs", nil},
+		{"POST", base + "/exec", map[string]any{"cmd": "cat"}},
+		{"GET", base + "/files?path=/x", nil},
+		{"PUT", base + "/files?path=/x", []byte("x")},
+		{"GET", base + "/archive?path=/x", nil},
+		{"PUT", base + "/archive?path=/x", []byte("x")},
+		{"POST", base + "/fork", map[string]any{"count": 2}},
+	} {
+		p.call(c.method, c.path, c.body).fails(409, "sandbox_paused")
+	}
+	p.call("GET", "/", nil, "Host", "8000-"+sandbox+".localhost").fails(409, "sandbox_paused")
+	_, res, err := websocket.Dial(context.Background(), p.http.URL+base+"/exec/stream", &websocket.DialOptions{HTTPHeader: http.Header{"X-Api-Key": {adminKey}}})
+	if err == nil || res.StatusCode != 409 {
+		t.Errorf("exec/stream of a paused sandbox: %v", err)
+	}
+	for range 2 {
+		sb := p.call("POST", base+"/resume", nil).want(200).object()
+		if sb["state"] != "running" || sb["paused_at"] != nil || sb["expires_at"] == nil {
+			t.Errorf("resumed: %v", sb)
+		}
+	}
+	if n := p.agent.called("resume"); n != 1 {
+		t.Errorf("the host was asked %d times to resume", n)
+	}
+	p.call("POST", base+"/exec", map[string]any{"cmd": "cat"}).want(200)
+	// A paused sandbox is deleted as any other.
+	p.call("POST", base+"/pause", nil).want(200)
+	p.call("DELETE", base, nil).want(204)
+	if p.agent.has(sandbox) {
+		t.Error("the host still has the sandbox")
+	}
+	if sb := p.call("GET", base, nil).want(200).object(); sb["state"] != "stopped" || sb["paused_at"] != nil {
+		t.Errorf("deleted: %v", sb)
+	}
+	for _, what := range []string{"/pause", "/resume"} {
+		p.call("POST", base+what, nil).fails(409, "conflict")
+		p.call("POST", "/v1/sandboxes/"+id.Format(id.Sandbox, uuid.New())+what, nil).fails(404, "not_found")
+		p.call("POST", "/v1/sandboxes/nonsense"+what, nil).fails(400, "invalid_argument")
+	}
+	p.call("POST", base+"/fork", map[string]any{}).fails(409, "conflict")
+	p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandbox, "name": "x"}).fails(409, "conflict")
+}
+
+// TestPauseFails has the host refuse: everything is as before, and the answer
+// says why.
+func TestPauseFails(t *testing.T) {
+	p := newPlane(t)
+	sandbox := p.create(map[string]any{})
+	base := "/v1/sandboxes/" + sandbox
+	before := p.call("GET", base, nil).want(200).str("expires_at")
+	full := connect.NewError(connect.CodeResourceExhausted, errors.New("the host's disk is full"))
+	broken := connect.NewError(connect.CodeInternal, errors.New("open /secret/path: broken"))
+	fail := func(err error) { p.agent.hook(func(context.Context, string) error { return err }) }
+	fail(full)
+	r := p.call("POST", base+"/pause", nil).fails(507, "no_space")
+	if !strings.Contains(string(r.Body), "the host's disk is full") {
+		t.Errorf("does not say why: %s", r.Body)
+	}
+	fail(broken)
+	if r := p.call("POST", base+"/pause", nil).fails(500, "internal"); strings.Contains(string(r.Body), "secret") {
+		t.Errorf("a host's internal error is shown: %s", r.Body)
+	}
+	if sb := p.call("GET", base, nil).want(200); sb.str("state") != "running" || sb.str("expires_at") != before {
+		t.Errorf("after pauses that failed: %s", sb.Body)
+	}
+	fail(nil)
+	p.call("POST", base+"/pause", nil).want(200)
+	fail(connect.NewError(connect.CodeResourceExhausted, errors.New("no memory left on the host")))
+	p.call("POST", base+"/resume", nil).fails(503, "no_capacity")
+	if s := p.state(sandbox); s != "paused" {
+		t.Errorf("after a resume that failed: %s", s)
+	}
+	fail(nil)
+	p.call("POST", base+"/resume", nil).want(200)
+	fail(full)
+	p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandbox, "name": "x"}).fails(507, "no_space")
+	if got := p.call("GET", "/v1/snapshots", nil).want(200).list("snapshots"); len(got) != 0 {
+		t.Errorf("a snapshot that failed is listed: %v", got)
+	}
+	fail(connect.NewError(connect.CodeResourceExhausted, errors.New("no slot left on the host")))
+	p.call("POST", base+"/fork", map[string]any{"count": 3}).fails(503, "no_capacity")
+	if got := p.call("GET", "/v1/sandboxes", nil).want(200).list("sandboxes"); len(got) != 1 {
+		t.Errorf("a fork that failed left %v", got)
+	}
+	fail(nil)
+	// An older agent.
+	fail(connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgent.Pause is not implemented")))
+	p.call("POST", base+"/pause", nil).fails(501, "unimplemented")
+	p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandbox, "name": "x"}).fails(501, "unimplemented")
+	p.call("POST", base+"/fork", map[string]any{}).fails(501, "unimplemented")
+	if s := p.state(sandbox); s != "running" {
+		t.Errorf("after a pause that the host does not know: %s", s)
+	}
+	fail(nil)
+	// The name of the snapshot that failed is free.
+	p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandbox, "name": "x"}).want(201)
+}
+
+// TestPauseGoesOn pauses, resumes and captures for clients that do not wait.
+func TestPauseGoesOn(t *testing.T) {
+	p := newPlane(t)
+	sandbox := p.create(map[string]any{})
+	base := "/v1/sandboxes/" + sandbox
+	g := newGate()
+	p.agent.hook(g.on)
+	for _, c := range []struct{ method, path, body, during, after string }{
+		{"POST", base + "/pause", "", "pausing", "paused"},
+		{"POST", base + "/resume", "", "resuming", "running"},
+		{"POST", "/v1/snapshots", fmt.Sprintf(`{"sandbox_id":%q,"name":"mine"}`, sandbox), "running", "running"},
+		{"POST", base + "/fork", `{"count":2}`, "running", "running"},
+		{"DELETE", "/v1/snapshots/mine", "", "running", "running"},
+	} {
+		ctx, cancel := context.WithCancel(context.Background())
+		req, _ := http.NewRequestWithContext(ctx, c.method, p.http.URL+c.path, strings.NewReader(c.body))
+		req.Header.Set("X-API-Key", adminKey)
+		if c.body != "" {
+			req.Header.Set("Content-Type", "application/json")
+		}
+		go func() {
+			<-g.asked
+			cancel()
+		}()
+		if _, err := http.DefaultClient.Do(req); !errors.Is(err, context.Canceled) {
+			t.Fatalf("%s ended with %v", c.path, err)
+		}
+		if s := p.state(sandbox); s != c.during {
+			t.Errorf("%s: state %s, want %s", c.path, s, c.during)
+		}
+		g.release <- nil
+		p.eventually(c.path+" is done", func() bool { return p.state(sandbox) == c.after })
+		switch {
+		case c.path == "/v1/snapshots":
+			p.eventually("the snapshot is there", func() bool { return len(p.call("GET", "/v1/snapshots", nil).list("snapshots")) == 1 })
+		case c.method == "DELETE":
+			p.eventually("the snapshot is gone", func() bool { return len(p.call("GET", "/v1/snapshots", nil).list("snapshots")) == 0 })
+		case strings.HasSuffix(c.path, "/fork"):
+			p.eventually("the copies run", func() bool {
+				return len(p.call("GET", "/v1/sandboxes?state=running", nil).list("sandboxes")) == 3
+			})
+		}
+	}
+}
+
+// TestTurns does several things to one sandbox at once.
+func TestTurns(t *testing.T) {
+	p := newPlane(t)
+	sandbox := p.create(map[string]any{})
+	base := "/v1/sandboxes/" + sandbox
+	g := newGate()
+	p.agent.hook(g.on)
+	first := p.later("POST", base+"/pause", nil)
+	<-g.asked
+	same := p.later("POST", base+"/pause", nil)
+	other := p.later("POST", base+"/resume", nil)
+	// It has no auto_resume: there is nothing to wait for.
+	p.call("POST", base+"/exec", map[string]any{"cmd": "cat"}).fails(409, "sandbox_paused")
+	g.release <- nil
+	(<-first).want(200)
+	if s := (<-same).want(200).str("state"); s != "paused" {
+		t.Errorf("the second pause answers %s", s)
+	}
+	if call := <-g.asked; call != "resume" {
+		t.Errorf("then comes %s", call)
+	}
+	g.release <- nil
+	if s := (<-other).want(200).str("state"); s != "running" {
+		t.Errorf("the resume that waited answers %s", s)
+	}
+	if n := p.agent.called("pause"); n != 1 {
+		t.Errorf("%d pauses", n)
+	}
+	// Deleted while it is paused.
+	pause := p.later("POST", base+"/pause", nil)
+	<-g.asked
+	p.call("DELETE", base, nil).want(204)
+	g.release <- nil
+	(<-pause).fails(409, "conflict")
+	if s := p.state(sandbox); s != "stopped" {
+		t.Errorf("state %s, want stopped", s)
+	}
+	// Many at once, whatever they are: at the end table and host agree.
+	p.agent.hook(nil)
+	sandbox = p.create(map[string]any{"on_timeout": "pause"})
+	base = "/v1/sandboxes/" + sandbox
+	var wg sync.WaitGroup
+	for i := range 24 {
+		wg.Go(func() {
+			path, body := base+[]string{"/pause", "/resume", "/exec", "/fork"}[i%4], any(nil)
+			switch i % 4 {
+			case 2:
+				body = map[string]any{"cmd": "cat"}
+			case 3:
+				body = map[string]any{"count": 1}
+			}
+			r, err := p.try("POST", path, body)
+			if err != nil || r.Status >= 500 || r.Status >= 400 && r.Status != 409 {
+				t.Errorf("%s: %d %s, %v", path, r.Status, r.Body, err)
+			}
+		})
+	}
+	wg.Wait()
+	want := map[string]hostagentv1.SandboxState{"running": running, "paused": paused}[p.state(sandbox)]
+	if got := p.agent.stateOf(sandbox); got != want || want == 0 {
+		t.Errorf("the table says %s, the host %v", p.state(sandbox), got)
+	}
+}
+
+// TestAutoResume uses paused sandboxes in every way there is.
+func TestAutoResume(t *testing.T) {
+	p := newPlane(t)
+	p.agent.guest = guestHandler()
+	p.agent.files["/f"] = []byte("content\n")
+	made := p.call("POST", "/v1/sandboxes", map[string]any{"on_timeout": "pause", "timeout_seconds": 5}).want(201)
+	sandbox := made.str("id")
+	if made.object()["auto_resume"] != true || !p.agent.creates[0].PauseOnTimeout {
+		t.Errorf("made %s; the host was asked for %v", made.Body, p.agent.creates[0])
+	}
+	base, name := "/v1/sandboxes/"+sandbox, "8000-"+sandbox+".localhost"
+	long := strings.Repeat("x", 200<<10)
+	dial := func(path, host string) func() {
+		return func() {
+			t.Helper()
+			ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+			defer cancel()
+			ws, _, err := websocket.Dial(ctx, p.http.URL+path, &websocket.DialOptions{Host: host, HTTPHeader: http.Header{"X-Api-Key": {adminKey}}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer ws.CloseNow()
+			if err := ws.Write(ctx, websocket.MessageText, []byte(`{"cmd":"cat","stdin":true}`)); err != nil {
+				t.Fatal(err)
+			}
+			if _, b, err := ws.Read(ctx); err != nil || !strings.Contains(string(b), `"started"`) && !strings.Contains(string(b), `"cmd"`) {
+				t.Errorf("%s: %q, %v", path, b, err)
+			}
+		}
+	}
+	uses := map[string]func(){
+		"ping":    func() { p.call("POST", base+"/ping", nil).want(200) },
+		"exec":    func() { p.call("POST", base+"/exec", map[string]any{"cmd": "cat"}).want(200) },
+		"stream":  dial(base+"/exec/stream", ""),
+		"read":    func() { p.call("GET", base+"/files?path=/f", nil).want(200) },
+		"write":   func() { p.call("PUT", base+"/files?path=/g", []byte(long)).want(200) },
+		"fork":    func() { p.call("POST", base+"/fork", map[string]any{}).want(201) },
+		"request": func() { p.call("GET", "/", nil, "Host", name).want(418) },
+		"traffic": func() {
+			p.call("GET", "/", nil, "Host", name, "X-API-Key", "", "X-Traffic-Token", made.str("traffic_token")).want(418)
+		},
+		"guest daemon": func() {
+			p.call("GET", "/health", nil, "Host", "49983-"+sandbox+".localhost", "X-Access-Token", made.str("access_token")).want(418)
+		},
+		"websocket": dial("/ws", name),
+		"short body": func() {
+			if n := string(p.call("POST", "/count", []byte("12345"), "Host", name).want(200).Body); n != "5" {
+				t.Errorf("%s bytes of a short body arrived", n)
+			}
+		},
+		"long body": func() {
+			if n := string(p.call("POST", "/count", []byte(long), "Host", name).want(200).Body); n != fmt.Sprint(len(long)) {
+				t.Errorf("%s bytes of a long body arrived", n)
+			}
+		},
+		"body of unknown length": func() {
+			body := io.MultiReader(strings.NewReader(long), strings.NewReader("y"))
+			if n := string(p.call("POST", "/count", body, "Host", name).want(200).Body); n != fmt.Sprint(len(long)+1) {
+				t.Errorf("%s bytes of a body of unknown length arrived", n)
+			}
+		},
+	}
+	for what, use := range uses {
+		t.Run(what, func(t *testing.T) {
+			q, old := *p, p.T
+			q.T, p.T = t, t
+			defer func() { p.T = old }()
+			use()
+			// Paused, and the table knows it.
+			p.call("POST", base+"/pause", nil).want(200)
+			before := p.agent.called("resume")
+			use()
+			// Paused by its host, and the table does not know it.
+			p.agent.set(sandbox, paused)
+			use()
+			// Pausing by its host: whoever comes now waits for that.
+			p.agent.set(sandbox, pausing)
+			go func() {
+				time.Sleep(50 * time.Millisecond)
+				p.agent.set(sandbox, paused)
+			}()
+			use()
+			if n := p.agent.called("resume") - before; n != 3 {
+				t.Errorf("resumed %d times, want 3", n)
+			}
+			if s := p.state(sandbox); s != "running" {
+				t.Errorf("state %s", s)
+			}
+		})
+	}
+	// To look is not to use.
+	p.call("POST", base+"/pause", nil).want(200)
+	p.call("GET", base+"/metrics", nil).fails(409, "sandbox_paused")
+	p.call("GET", base+"/logs", nil).fails(409, "sandbox_paused")
+	// Nor is what only the guest can tell from nonsense.
+	p.call("GET", "/files?path=x&signature=v1_x", nil, "Host", "49983-"+sandbox+".localhost", "X-API-Key", "").fails(409, "sandbox_paused")
+	// Nobody else's.
+	p.call("GET", "/", nil, "Host", name, "X-API-Key", p.newTeam()).fails(404, "not_found")
+	p.call("GET", "/", nil, "Host", name, "X-API-Key", "").fails(401, "unauthenticated")
+	if s := p.state(sandbox); s != "paused" {
+		t.Errorf("state %s, want paused", s)
+	}
+	// Many at once resume it once.
+	before := p.agent.called("resume")
+	var wg sync.WaitGroup
+	for i := range 20 {
+		wg.Go(func() {
+			var r response
+			var err error
+			if i%2 == 0 {
+				r, err = p.try("GET", "/", nil, "Host", name)
+			} else {
+				r, err = p.try("POST", base+"/exec", map[string]any{"cmd": "cat"})
+			}
+			if err != nil || r.Status != 418 && r.Status != 200 {
+				t.Errorf("%d %s, %v", r.Status, r.Body, err)
+			}
+		})
+	}
+	wg.Wait()
+	if n := p.agent.called("resume") - before; n != 1 {
+		t.Errorf("20 at once resumed it %d times", n)
+	}
+	// When it cannot be resumed, everybody learns why.
+	p.call("POST", base+"/pause", nil).want(200)
+	p.agent.hook(func(context.Context, string) error {
+		return connect.NewError(connect.CodeResourceExhausted, errors.New("no memory left on the host"))
+	})
+	p.call("GET", "/", nil, "Host", name).fails(503, "no_capacity")
+	p.call("POST", base+"/exec", map[string]any{"cmd": "cat"}).fails(503, "no_capacity")
+	p.agent.hook(nil)
+	// What one is made for can be said apart.
+	for _, tt := range []struct {
+		body map[string]any
+		want bool
+	}{
+		{map[string]any{"on_timeout": "pause", "auto_resume": false}, false},
+		{map[string]any{"auto_resume": true}, true},
+		{map[string]any{"on_timeout": "destroy"}, false},
+	} {
+		if got := p.call("POST", "/v1/sandboxes", tt.body).want(201).object()["auto_resume"]; got != tt.want {
+			t.Errorf("%v: auto_resume %v", tt.body, got)
+		}
+	}
+	p.call("POST", "/v1/sandboxes", map[string]any{"on_timeout": "explode"}).fails(400, "invalid_argument")
+	p.call("POST", "/v1/sandboxes", map[string]any{"auto_resume": "yes"}).fails(400, "invalid_argument")
+}
+
+// TestPausedByHost hears of pauses that the host made by itself.
+func TestPausedByHost(t *testing.T) {
+	p := newPlane(t)
+	a, b := p.create(map[string]any{"on_timeout": "pause", "auto_resume": false}), p.create(map[string]any{"on_timeout": "pause"})
+	p.agent.happened(hostagentv1.Event_KIND_PAUSED, a, "expired")
+	p.eventually("it is paused", func() bool { return p.state(a) == "paused" })
+	if sb := p.call("GET", "/v1/sandboxes/"+a, nil).object(); sb["expires_at"] != nil || sb["paused_at"] == nil {
+		t.Errorf("paused: %v", sb)
+	}
+	p.eventually("the event is acknowledged", func() bool {
+		p.agent.mu.Lock()
+		defer p.agent.mu.Unlock()
+		return p.agent.acked == 1
+	})
+	p.call("POST", "/v1/sandboxes/"+a+"/exec", map[string]any{"cmd": "cat"}).fails(409, "sandbox_paused")
+	// Resumed before the event is heard: it is of the past.
+	p.end()
+	p.agent.happened(hostagentv1.Event_KIND_PAUSED, b, "expired")
+	p.agent.set(b, running)
+	p.start()
+	p.eventually("the old event is acknowledged", func() bool {
+		p.agent.mu.Lock()
+		defer p.agent.mu.Unlock()
+		return p.agent.acked == 2
+	})
+	if s := p.state(b); s != "running" {
+		t.Errorf("state %s, want running", s)
+	}
+	// The table learns it from the sandbox's use, where no event comes.
+	p.agent.set(a, running)
+	p.call("POST", "/v1/sandboxes/"+a+"/resume", nil).want(200)
+	p.agent.set(a, paused)
+	p.call("GET", "/v1/sandboxes/"+a+"/logs", nil).fails(409, "sandbox_paused")
+	if s := p.state(a); s != "paused" {
+		t.Errorf("state %s, want paused", s)
+	}
+}
+
+func TestSnapshots(t *testing.T) {
+	p := newPlane(t)
+	sandbox := p.create(map[string]any{"vcpus": 2, "memory_mib": 256})
+	snap := func(body any, headers ...string) response { return p.call("POST", "/v1/snapshots", body, headers...) }
+	made := snap(map[string]any{"sandbox_id": sandbox, "name": "base-1.0"}).want(201).object()
+	for k, want := range map[string]any{"name": "base-1.0", "vcpus": 2., "memory_mib": 256., "disk_mib": 5120., "sandbox_id": sandbox, "size_bytes": float64(1 << 20)} {
+		if made[k] != want {
+			t.Errorf("%s = %v, want %v", k, made[k], want)
+		}
+	}
+	if s := p.state(sandbox); s != "running" {
+		t.Errorf("the captured sandbox is %s", s)
+	}
+	snap(map[string]any{"sandbox_id": sandbox, "name": "base-1.0"}).fails(409, "conflict")
+	for name, body := range map[string]any{
+		"empty": map[string]any{"sandbox_id": sandbox, "name": ""}, "capitals": map[string]any{"sandbox_id": sandbox, "name": "Base"},
+		"slash": map[string]any{"sandbox_id": sandbox, "name": "a/b"}, "dots": map[string]any{"sandbox_id": sandbox, "name": ".."},
+		"long": map[string]any{"sandbox_id": sandbox, "name": strings.Repeat("a", 64)}, "an id": map[string]any{"sandbox_id": sandbox, "name": id.Format(id.Template, uuid.New())},
+		"no sandbox": map[string]any{"name": "x"}, "malformed sandbox": map[string]any{"sandbox_id": "x", "name": "x"}, "NUL": map[string]any{"sandbox_id": sandbox, "name": "a\x00"},
+	} {
+		if r := snap(body); r.Status != 400 {
+			t.Errorf("%s: %d %s", name, r.Status, r.Body)
+		}
+	}
+	snap(map[string]any{"sandbox_id": id.Format(id.Sandbox, uuid.New()), "name": "x"}).fails(404, "not_found")
+	// A paused sandbox can be captured and stays paused.
+	p.call("POST", "/v1/sandboxes/"+sandbox+"/pause", nil).want(200)
+	snap(map[string]any{"sandbox_id": sandbox, "name": "frozen"}).want(201)
+	if s := p.state(sandbox); s != "paused" || p.agent.called("resume") != 0 {
+		t.Errorf("the captured sandbox is %s", s)
+	}
+	// A sandbox of it has what it has.
+	from := func(body map[string]any) response { return p.call("POST", "/v1/sandboxes", body) }
+	if sb := from(map[string]any{"template": "base-1.0"}).want(201).object(); sb["vcpus"] != 2. || sb["memory_mib"] != 256. || sb["template"] != "base-1.0" {
+		t.Errorf("made of a snapshot: %v", sb)
+	}
+	from(map[string]any{"template": "base-1.0", "vcpus": 2, "memory_mib": 256, "disk_mib": 5120}).want(201)
+	asked := p.agent.created()
+	for _, body := range []map[string]any{{"vcpus": 1}, {"memory_mib": 512}, {"disk_mib": 5119}} {
+		body["template"] = "base-1.0"
+		from(body).fails(400, "invalid_argument")
+	}
+	if p.agent.created() != asked {
+		t.Error("the host was asked for what it cannot make")
+	}
+	if sb := from(map[string]any{}).want(201).object(); sb["vcpus"] != 1. || sb["memory_mib"] != 512. {
+		t.Errorf("made of minimal: %v", sb)
+	}
+	// Lists.
+	names := func(r response, list string) (names []string) {
+		for _, x := range r.want(200).list(list) {
+			names = append(names, x.(map[string]any)["name"].(string))
+		}
+		return names
+	}
+	if got := names(p.call("GET", "/v1/templates", nil), "templates"); !slices.Equal(got, []string{"base-1.0", "frozen", "minimal"}) {
+		t.Errorf("templates %v", got)
+	}
+	page := p.call("GET", "/v1/snapshots?limit=1", nil)
+	if got := names(page, "snapshots"); !slices.Equal(got, []string{"base-1.0"}) {
+		t.Errorf("first page %v", got)
+	}
+	page = p.call("GET", "/v1/snapshots?limit=1&cursor="+page.str("next_cursor"), nil)
+	if got := names(page, "snapshots"); !slices.Equal(got, []string{"frozen"}) || page.str("next_cursor") != "" {
+		t.Errorf("second page %v", got)
+	}
+	p.call("GET", "/v1/snapshots?cursor=x", nil).fails(400, "invalid_argument")
+	// Other teams have names of their own, and see nobody's.
+	other := p.newTeam()
+	if got := names(p.call("GET", "/v1/templates", nil, "X-API-Key", other), "templates"); !slices.Equal(got, []string{"minimal"}) {
+		t.Errorf("another team sees %v", got)
+	}
+	p.call("POST", "/v1/sandboxes", map[string]any{"template": "base-1.0"}, "X-API-Key", other).fails(404, "not_found")
+	p.call("POST", "/v1/sandboxes", map[string]any{"template": made["id"]}, "X-API-Key", other).fails(404, "not_found")
+	p.call("DELETE", "/v1/snapshots/base-1.0", nil, "X-API-Key", other).fails(404, "not_found")
+	snap(map[string]any{"sandbox_id": sandbox, "name": "stolen"}, "X-API-Key", other).fails(404, "not_found")
+	theirs := p.call("POST", "/v1/sandboxes", map[string]any{}, "X-API-Key", other).want(201).str("id")
+	snap(map[string]any{"sandbox_id": theirs, "name": "base-1.0"}, "X-API-Key", other).want(201)
+	// A team's own goes before the platform's.
+	own := snap(map[string]any{"sandbox_id": theirs, "name": "minimal"}, "X-API-Key", other).want(201).str("id")
+	if got := p.call("POST", "/v1/sandboxes", map[string]any{}, "X-API-Key", other).want(201).str("template_id"); got != own {
+		t.Errorf("minimal is %s, want the team's own %s", got, own)
+	}
+	p.call("DELETE", "/v1/snapshots/minimal", nil, "X-API-Key", other).want(204)
+	p.call("DELETE", "/v1/snapshots/minimal", nil, "X-API-Key", other).fails(403, "permission_denied")
+	// Deletion.
+	p.call("DELETE", "/v1/snapshots/minimal", nil).fails(403, "permission_denied")
+	p.call("DELETE", "/v1/snapshots/"+id.Format(id.Template, uuid.Nil), nil).fails(403, "permission_denied")
+	p.call("DELETE", "/v1/snapshots/nope", nil).fails(404, "not_found")
+	p.call("DELETE", "/v1/snapshots/a%00b", nil).fails(400, "invalid_argument")
+	p.call("DELETE", "/v1/snapshots/base-1.0", nil).want(204)
+	p.call("DELETE", "/v1/snapshots/base-1.0", nil).fails(404, "not_found")
+	if p.agent.hasTemplate(made["id"].(string)) {
+		t.Error("the host still has the template")
+	}
+	p.call("POST", "/v1/sandboxes", map[string]any{"template": "base-1.0"}).fails(404, "not_found")
+	snap(map[string]any{"sandbox_id": sandbox, "name": "base-1.0"}).want(201)
+	// While one is captured its name is taken, and it is not there yet.
+	g := newGate()
+	p.agent.hook(g.on)
+	slow := p.later("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandbox, "name": "slow"})
+	<-g.asked
+	p.call("POST", "/v1/sandboxes", map[string]any{"template": "slow"}).fails(404, "not_found")
+	p.call("DELETE", "/v1/snapshots/slow", nil).fails(409, "conflict")
+	if got := names(p.call("GET", "/v1/snapshots", nil), "snapshots"); slices.Contains(got, "slow") {
+		t.Errorf("listed before it is there: %v", got)
+	}
+	g.release <- nil
+	(<-slow).want(201)
+	// A host that does not answer is rid of it when it is back.
+	p.agent.close()
+	p.call("DELETE", "/v1/snapshots/frozen", nil).fails(503, "host_unreachable")
+	if got := names(p.call("GET", "/v1/snapshots", nil), "snapshots"); slices.Contains(got, "frozen") {
+		t.Errorf("still listed: %v", got)
+	}
+	p.agent.hook(nil)
+	p.agent.serve(t)
+	p.eventually("the host is rid of it", func() bool { return p.call("DELETE", "/v1/snapshots/frozen", nil).Status == 404 })
+}
+
+func TestFork(t *testing.T) {
+	p := newPlane(t)
+	made := p.call("POST", "/v1/sandboxes", map[string]any{"on_timeout": "pause", "timeout_seconds": 60, "metadata": map[string]string{"job": "1"}}).want(201)
+	sandbox := made.str("id")
+	base := "/v1/sandboxes/" + sandbox
+	copies := p.call("POST", base+"/fork", map[string]any{"count": 3}).want(201).list("sandboxes")
+	seen := map[any]bool{sandbox: true, made.str("access_token"): true, made.str("traffic_token"): true}
+	for _, c := range copies {
+		sb := c.(map[string]any)
+		for _, k := range []string{"id", "access_token", "traffic_token"} {
+			if seen[sb[k]] {
+				t.Errorf("%s %v is not the copy's own", k, sb[k])
+			}
+			seen[sb[k]] = true
+		}
+		if sb["state"] != "running" || sb["forked_from"] != sandbox || sb["on_timeout"] != "pause" || sb["auto_resume"] != true || sb["timeout_seconds"] != 60. || sb["metadata"].(map[string]any)["job"] != "1" || sb["expires_at"] == nil {
+			t.Errorf("copy: %v", sb)
+		}
+		if !p.agent.has(sb["id"].(string)) {
+			t.Errorf("the host has no %v", sb["id"])
+		}
+	}
+	if len(copies) != 3 || len(seen) != 12 {
+		t.Errorf("%d copies, %d ids and tokens", len(copies), len(seen))
+	}
+	if got := len(p.call("POST", base+"/fork", map[string]any{}).want(201).list("sandboxes")); got != 1 {
+		t.Errorf("%d copies unless said otherwise", got)
+	}
+	for _, body := range []any{map[string]any{"count": 0}, map[string]any{"count": 65}, map[string]any{"count": "2"}, map[string]any{"n": 1}, nil} {
+		p.call("POST", base+"/fork", body).fails(400, "invalid_argument")
+	}
+	// Deleted while it is made: the others are there.
+	g := newGate()
+	p.agent.hook(g.on)
+	two := p.later("POST", base+"/fork", map[string]any{"count": 2})
+	<-g.asked
+	var one string
+	for _, sb := range p.call("GET", "/v1/sandboxes?state=starting", nil).list("sandboxes") {
+		one = sb.(map[string]any)["id"].(string)
+	}
+	p.call("DELETE", "/v1/sandboxes/"+one, nil).want(204)
+	g.release <- nil
+	for _, c := range (<-two).want(201).list("sandboxes") {
+		sb := c.(map[string]any)
+		if want := map[bool]string{true: "stopped", false: "running"}[sb["id"] == one]; sb["state"] != want {
+			t.Errorf("copy is %v, want %s", sb["state"], want)
+		}
+	}
+	if p.agent.has(one) {
+		t.Error("the host has the copy that was deleted")
+	}
+	// The host goes in the middle: none is left.
+	lost := p.later("POST", base+"/fork", map[string]any{"count": 2})
+	<-g.asked
+	before := len(p.call("GET", "/v1/sandboxes?state=running", nil).list("sandboxes"))
+	p.agent.close()
+	(<-lost).fails(503, "host_unreachable")
+	g.release <- nil // The host made them all the same.
+	p.agent.hook(nil)
+	p.agent.serve(t)
+	p.eventually("the host has only what the table has", func() bool {
+		p.agent.mu.Lock()
+		defer p.agent.mu.Unlock()
+		return len(p.agent.sandboxes) == before
+	})
+	if got := len(p.call("GET", "/v1/sandboxes", nil).list("sandboxes")); got != before {
+		t.Errorf("%d sandboxes, want %d", got, before)
+	}
+}
+
+// TestHostDiesInMove loses the host in the middle of pauses, resumes and
+// snapshots: what became of them is found out when it is back.
+func TestHostDiesInMove(t *testing.T) {
+	p := newPlane(t)
+	g := newGate()
+	for _, done := range []bool{true, false} {
+		sandbox := p.create(map[string]any{"metadata": map[string]string{"done": fmt.Sprint(done)}})
+		base := "/v1/sandboxes/" + sandbox
+		for _, c := range []struct {
+			path, done, undone string
+			body               any
+		}{
+			{base + "/pause", "paused", "running", nil},
+			{base + "/resume", "running", "paused", nil},
+		} {
+			p.agent.hook(g.on)
+			before := p.state(sandbox)
+			if want := map[string]string{"paused": "running", "running": "paused"}[c.done]; before != want {
+				p.call("POST", base+map[string]string{"running": "/resume", "paused": "/pause"}[want], nil)
+			}
+			answer := p.later("POST", c.path, c.body)
+			<-g.asked
+			p.agent.close()
+			(<-answer).fails(503, "host_unreachable")
+			p.agent.hook(nil)
+			want := c.done
+			if !done {
+				want = c.undone
+			}
+			p.agent.set(sandbox, map[string]hostagentv1.SandboxState{"paused": paused, "running": running}[want])
+			p.agent.serve(t)
+			p.eventually(c.path+" is settled", func() bool { return p.state(sandbox) == want })
+			if !done {
+				p.call("POST", c.path, nil).want(200)
+			}
+		}
+	}
+	sandbox := p.create(map[string]any{})
+	p.agent.hook(g.on)
+	answer := p.later("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandbox, "name": "later"})
+	<-g.asked
+	p.agent.close()
+	(<-answer).fails(503, "host_unreachable")
+	p.agent.hook(nil)
+	p.agent.serve(t)
+	p.eventually("the snapshot is made", func() bool { return len(p.call("GET", "/v1/snapshots", nil).list("snapshots")) == 1 })
+}
+
+// TestServerDiesInMove lets a second server find what a first one left in the
+// middle of everything.
+func TestServerDiesInMove(t *testing.T) {
+	p := newPlane(t)
+	var sandboxes []string
+	for range 8 {
+		sandboxes = append(sandboxes, p.create(map[string]any{}))
+	}
+	for _, sandbox := range sandboxes[2:4] {
+		p.call("POST", "/v1/sandboxes/"+sandbox+"/pause", nil).want(200)
+	}
+	p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandboxes[4], "name": "removed"}).want(201)
+	hang := make(chan struct{})
+	asked := make(chan string, 100)
+	p.agent.hook(func(_ context.Context, call string) error {
+		asked <- call
+		<-hang
+		return connect.NewError(connect.CodeUnavailable, errors.New("too late"))
+	})
+	fire := func(method, path string, body any) {
+		go p.try(method, path, body)
+		<-asked
+	}
+	fire("POST", "/v1/sandboxes/"+sandboxes[0]+"/pause", nil)
+	fire("POST", "/v1/sandboxes/"+sandboxes[1]+"/pause", nil)
+	fire("POST", "/v1/sandboxes/"+sandboxes[2]+"/resume", nil)
+	fire("POST", "/v1/sandboxes/"+sandboxes[3]+"/resume", nil)
+	fire("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandboxes[5], "name": "half"})
+	fire("POST", "/v1/sandboxes/"+sandboxes[6]+"/fork", map[string]any{"count": 2})
+	fire("POST", "/v1/sandboxes/"+sandboxes[7]+"/fork", map[string]any{"count": 2})
+	fire("DELETE", "/v1/snapshots/removed", nil)
+	db, err := pgx.Connect(context.Background(), p.config.DatabaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close(context.Background())
+	// What the host did of that: one pause, one resume and one fork.
+	p.agent.set(sandboxes[0], paused)
+	p.agent.set(sandboxes[1], running)
+	p.agent.set(sandboxes[2], running)
+	p.agent.set(sandboxes[3], paused)
+	from, _ := id.Parse(id.Sandbox, sandboxes[6])
+	rows, err := db.Query(context.Background(), "SELECT id FROM sandboxes WHERE forked_from = $1", from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	copies, err := pgx.CollectRows(rows, pgx.RowTo[uuid.UUID])
+	if err != nil || len(copies) != 2 {
+		t.Fatalf("copies %v, %v", copies, err)
+	}
+	for _, c := range copies {
+		p.agent.add(id.Format(id.Sandbox, c), 60)
+	}
+	old := p.end
+	p.halt()
+	p.agent.hook(nil)
+	// How soon the next one takes the first for dead.
+	p.config.Heartbeat = time.Second
+	p.start()
+	next := p.end
+	p.end = func() { next(); close(hang); old() }
+	for i, want := range []string{"paused", "running", "running", "paused"} {
+		p.eventually(fmt.Sprintf("sandbox %d is %s", i, want), func() bool { return p.state(sandboxes[i]) == want })
+	}
+	for _, c := range copies {
+		p.eventually("the copies that the host has run", func() bool { return p.state(id.Format(id.Sandbox, c)) == "running" })
+	}
+	p.eventually("the copies that it does not have are given up", func() bool {
+		return len(p.call("GET", "/v1/sandboxes?state=error", nil).list("sandboxes")) == 2
+	})
+	p.eventually("of the snapshots one is made and one removed", func() bool {
+		list := p.call("GET", "/v1/snapshots", nil).list("snapshots")
+		return len(list) == 1 && list[0].(map[string]any)["name"] == "half"
+	})
+	p.eventually("the host has no other", func() bool {
+		p.agent.mu.Lock()
+		defer p.agent.mu.Unlock()
+		return len(p.agent.templates) == 2
+	})
+	// All of it can be used.
+	for _, sandbox := range sandboxes {
+		p.call("POST", "/v1/sandboxes/"+sandbox+"/resume", nil).want(200)
+	}
+}

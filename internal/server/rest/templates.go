@@ -1,0 +1,80 @@
+package rest
+
+import (
+	"net/http"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	"github.com/wrenn-dev/wrenn/internal/gen/rest"
+	"github.com/wrenn-dev/wrenn/internal/id"
+)
+
+// templateOf is a row as the wire has it.
+func templateOf(row db.Template) rest.Template {
+	t := rest.Template{
+		ID: id.Format(id.Template, row.ID), TeamID: id.Format(id.Team, row.TeamID), Name: row.Name, SizeBytes: row.SizeBytes,
+		Vcpus: some(row.VCPUs), MemoryMib: some(row.MemoryMiB), DiskMib: row.DiskMiB, CreatedAt: row.CreatedAt.UTC(),
+	}
+	if row.CapturedFrom != nil {
+		t.SandboxID = some(id.Format(id.Sandbox, *row.CapturedFrom))
+	}
+	return t
+}
+
+func templateList(rows []db.Template) []rest.Template {
+	list := make([]rest.Template, len(rows))
+	for i, row := range rows {
+		list[i] = templateOf(row)
+	}
+	return list
+}
+
+// ListTemplates answers GET /v1/templates.
+func (a *API) ListTemplates(w http.ResponseWriter, r *http.Request, params rest.ListTemplatesParams) {
+	rows, next, err := a.Templates.List(r.Context(), caller(r).Team, or(params.Cursor, ""), or(params.Limit, defaultLimit))
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	answer(w, http.StatusOK, rest.TemplateList{Templates: templateList(rows), NextCursor: some(next)})
+}
+
+// ListSnapshots answers GET /v1/snapshots.
+func (a *API) ListSnapshots(w http.ResponseWriter, r *http.Request, params rest.ListSnapshotsParams) {
+	rows, next, err := a.Templates.Snapshots(r.Context(), caller(r).Team, or(params.Cursor, ""), or(params.Limit, defaultLimit))
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	answer(w, http.StatusOK, rest.SnapshotList{Snapshots: templateList(rows), NextCursor: some(next)})
+}
+
+// CreateSnapshot answers POST /v1/snapshots.
+func (a *API) CreateSnapshot(w http.ResponseWriter, r *http.Request) {
+	var req rest.CreateSnapshot
+	err := decode(r, &req)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	u, err := sandboxID(req.SandboxID)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	row, err := a.Sandboxes.Snapshot(r.Context(), caller(r).Team, u, req.Name)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	w.Header().Set("Location", "/v1/snapshots/"+row.Name)
+	answer(w, http.StatusCreated, templateOf(row))
+}
+
+// DeleteSnapshot answers DELETE /v1/snapshots/{name}.
+func (a *API) DeleteSnapshot(w http.ResponseWriter, r *http.Request, name string) {
+	if err := a.Sandboxes.DeleteSnapshot(r.Context(), caller(r).Team, name); err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}

@@ -1,0 +1,288 @@
+package sandboxes
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"connectrpc.com/connect"
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/server/templates"
+)
+
+// Snapshot captures a team's running or paused sandbox, which stays as it is,
+// as a template of that name, and returns when it can be started from. It goes
+// on when ctx ends before, and again when the host did not answer and is back.
+func (s *Service) Snapshot(ctx context.Context, team, sandbox uuid.UUID, name string) (db.Template, error) {
+	var none db.Template
+	if err := templates.CheckName(name); err != nil {
+		return none, err
+	}
+	deadline := now().Add(settleWithin)
+	for {
+		row, err := s.Get(ctx, team, sandbox)
+		if err != nil {
+			return none, err
+		}
+		var template db.Template
+		switch State(row.State) {
+		case Running, Paused:
+			_, err = s.turn(ctx, sandbox, "", func() (db.Sandbox, error) {
+				template, err = s.snapshot(row, name)
+				return row, err
+			})
+		case Pausing, Resuming:
+			_, err = s.wait(ctx, row, "", deadline)
+		default:
+			err = notRunning(row)
+		}
+		if err == nil {
+			return template, nil
+		}
+		if !errors.Is(err, errMoved) {
+			return none, err
+		}
+	}
+}
+
+// snapshot claims the name and has the sandbox captured.
+func (s *Service) snapshot(row db.Sandbox, name string) (db.Template, error) {
+	ctx, cancel := context.WithTimeout(s.ctx, shortCall)
+	defer cancel()
+	is, err := s.Lookup(ctx, row.ID)
+	if err != nil || is.State != row.State {
+		return db.Template{}, cmp.Or(err, errMoved)
+	}
+	template := uuid.New()
+	// Known to be at work on before the row is there, as in create.
+	if err := s.begin(func() { s.templates[template]++ }); err != nil {
+		return db.Template{}, err
+	}
+	defer s.finishTemplate(template)
+	var claimed db.Template
+	err = s.Store.InTx(ctx, func(q *db.Queries) error {
+		var err error
+		claimed, err = q.ClaimTemplate(ctx, db.ClaimTemplateParams{
+			ID: template, TeamID: row.TeamID, Name: name, CreatedAt: now(), VCPUs: row.VCPUs, MemoryMiB: row.MemoryMiB, DiskMiB: row.DiskMiB, CapturedFrom: &row.ID,
+			Worker: &s.Store.Server,
+		})
+		if err != nil {
+			return err
+		}
+		return q.AddHostTemplate(ctx, db.AddHostTemplateParams{HostID: *row.HostID, TemplateID: template})
+	})
+	if errors.Is(err, store.ErrNoRows) {
+		return db.Template{}, fault.New(fault.Conflict, "the team has a template %q", name)
+	}
+	if err != nil {
+		return db.Template{}, fmt.Errorf("write template: %w", err)
+	}
+	return s.capture(claimed)
+}
+
+func (s *Service) finishTemplate(template uuid.UUID) {
+	s.finish(func() {
+		if s.templates[template]--; s.templates[template] == 0 {
+			delete(s.templates, template)
+		}
+	})
+}
+
+// capture has the host make a template whose row is pending and writes down
+// how that went.
+func (s *Service) capture(row db.Template) (db.Template, error) {
+	log := s.Log.With("template_id", id.Format(id.Template, row.ID), "sandbox_id", id.Format(id.Sandbox, *row.CapturedFrom))
+	drop := func(ctx context.Context) error { return s.Store.DropTemplate(ctx, row.ID) }
+	host, err := s.hostOf(*row.CapturedFrom)
+	if err != nil {
+		if err := s.persist(drop); err != nil {
+			log.Error("write that there is no template", "error", err)
+		}
+		return row, err
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, pauseTimeout)
+	defer cancel()
+	begun := now()
+	answer, err := host.Agent.Snapshot(ctx, connect.NewRequest(&hostagentv1.SnapshotRequest{
+		SandboxId: id.Format(id.Sandbox, *row.CapturedFrom), TemplateId: id.Format(id.Template, row.ID), Name: row.Name,
+	}))
+	if err != nil {
+		return row, s.turnFailed("capture", err, log, drop)
+	}
+	var ready db.Template
+	err = s.persist(func(ctx context.Context) error {
+		var err error
+		ready, err = s.Store.TemplateReady(ctx, templates.Measured(row.ID, answer.Msg.GetTemplate()))
+		return err
+	})
+	if err != nil {
+		return row, fmt.Errorf("write that template is ready: %w", err)
+	}
+	log.Info("sandbox captured", "name", row.Name, "took", now().Sub(begun))
+	return ready, nil
+}
+
+// hostOf is the host of a sandbox that has not ended.
+func (s *Service) hostOf(sandbox uuid.UUID) (*hosts.Host, error) {
+	ctx, cancel := context.WithTimeout(s.ctx, shortCall)
+	defer cancel()
+	row, err := s.Lookup(ctx, sandbox)
+	if err != nil {
+		return nil, err
+	}
+	return s.Hosts.Get(row.HostID)
+}
+
+// DeleteSnapshot removes a team's template, by name or id, and returns when
+// its files are gone. Sandboxes that started from it go on. It goes on when
+// ctx ends before, and again when a host was unreachable and is back.
+func (s *Service) DeleteSnapshot(ctx context.Context, team uuid.UUID, ref string) error {
+	if err := checkText("name", ref); err != nil {
+		return err
+	}
+	row, err := s.Templates.Find(ctx, team, ref)
+	if err != nil {
+		return err
+	}
+	switch {
+	case row.TeamID == uuid.Nil && team != uuid.Nil:
+		return fault.New(fault.PermissionDenied, "template %q is the platform's", row.Name)
+	case row.ID == uuid.Nil:
+		return fault.New(fault.PermissionDenied, "template %q is built in", row.Name)
+	case templates.State(row.State) == templates.Pending:
+		return fault.New(fault.Conflict, "template %q is being captured", row.Name)
+	}
+	if err := s.begin(func() { s.templates[row.ID]++ }); err != nil {
+		return err
+	}
+	done := make(chan error, 1)
+	go func() {
+		defer s.finishTemplate(row.ID)
+		done <- s.removeTemplate(row)
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// removeTemplate writes that a template is to go, has every host that has it
+// remove it, and writes that.
+func (s *Service) removeTemplate(row db.Template) error {
+	log := s.Log.With("template_id", id.Format(id.Template, row.ID))
+	err := s.persist(func(ctx context.Context) error {
+		_, err := s.Store.TemplateDeleting(ctx, db.TemplateDeletingParams{ID: row.ID, Worker: &s.Store.Server})
+		return err
+	})
+	if errors.Is(err, store.ErrNoRows) {
+		return nil // It is gone by now.
+	}
+	if err != nil {
+		return fmt.Errorf("write that template goes: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, destroyTimeout)
+	defer cancel()
+	on, err := s.Store.ListTemplateHosts(ctx, row.ID)
+	if err != nil {
+		return fmt.Errorf("list template's hosts: %w", err)
+	}
+	for _, h := range on {
+		host, err := s.Hosts.Get(&h)
+		if err != nil {
+			return err
+		}
+		_, err = host.Agent.DeleteTemplate(ctx, connect.NewRequest(&hostagentv1.DeleteTemplateRequest{TeamId: id.Format(id.Team, row.TeamID), TemplateId: id.Format(id.Template, row.ID)}))
+		if err != nil && !(connect.IsWireError(err) && connect.CodeOf(err) == connect.CodeNotFound) {
+			log.Error("remove template", "host", host.URL, "error", err)
+			return hosts.Fault(err)
+		}
+		if err := s.Store.DropHostTemplates(ctx, db.DropHostTemplatesParams{HostID: h, Ids: []uuid.UUID{row.ID}}); err != nil {
+			return fmt.Errorf("write that host has no template: %w", err)
+		}
+	}
+	err = s.persist(func(ctx context.Context) error { return s.Store.DropTemplate(ctx, row.ID) })
+	if err != nil {
+		return fmt.Errorf("write that template is gone: %w", err)
+	}
+	log.Info("template removed", "name", row.Name)
+	return nil
+}
+
+// settleTemplates goes on with what an earlier server, or one that lost its
+// host, began and did not finish.
+func (w *watch) settleTemplates(ctx context.Context, known []db.Template, has []*hostagentv1.Template) error {
+	there := make(map[string]*hostagentv1.Template, len(has))
+	for _, t := range has {
+		there[t.TemplateId] = t
+	}
+	if !slices.ContainsFunc(known, func(row db.Template) bool { return templates.State(row.State) != templates.Ready }) {
+		return nil
+	}
+	elsewhere, err := w.Store.ListTemplatesAtWork(ctx, db.ListTemplatesAtWorkParams{Server: w.Store.Server, Within: w.Hosts.Heartbeat.Seconds()})
+	if err != nil {
+		return fmt.Errorf("list templates that other servers work on: %w", err)
+	}
+	for _, row := range known {
+		state := templates.State(row.State)
+		if state == templates.Ready || w.busyTemplate(row.ID) || slices.Contains(elsewhere, row.ID) {
+			continue
+		}
+		if t := there[id.Format(id.Template, row.ID)]; t != nil && state == templates.Pending {
+			if _, err := w.Store.TemplateReady(ctx, templates.Measured(row.ID, t)); err != nil && !errors.Is(err, store.ErrNoRows) {
+				return fmt.Errorf("write that template is ready: %w", err)
+			}
+			continue
+		}
+		if err := w.begin(func() { w.templates[row.ID]++ }); err != nil {
+			return err
+		}
+		// Not waited for: to capture a sandbox may take long.
+		go func() {
+			defer w.finishTemplate(row.ID)
+			if err := w.settleTemplate(row); err != nil {
+				w.log.Warn("finish what was begun with a template", "template_id", id.Format(id.Template, row.ID), "state", row.State, "error", err)
+			}
+		}()
+	}
+	return nil
+}
+
+// settleTemplate captures or removes a template once more: to do what was
+// done changes nothing.
+func (w *watch) settleTemplate(row db.Template) error {
+	if templates.State(row.State) == templates.Deleting {
+		return w.removeTemplate(row)
+	}
+	_, err := w.turn(w.ctx, *row.CapturedFrom, "", func() (db.Sandbox, error) {
+		is, err := w.Store.GetTemplate(w.ctx, row.ID)
+		if errors.Is(err, store.ErrNoRows) || err == nil && is.State != row.State {
+			return db.Sandbox{}, nil // Somebody else finished it.
+		}
+		if err == nil {
+			_, err = w.capture(is)
+		}
+		return db.Sandbox{}, err
+	})
+	if errors.Is(err, errMoved) {
+		return nil // It is something else's turn; this comes up again.
+	}
+	return err
+}
+
+// busyTemplate says whether this process captures or removes the template.
+func (s *Service) busyTemplate(template uuid.UUID) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.templates[template] > 0
+}
