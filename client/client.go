@@ -96,7 +96,7 @@ func IsNotFound(err error) bool {
 
 // request is one call.
 type request struct {
-	method, path string
+	method, path string // path is escaped
 	query        url.Values
 	header       http.Header
 	json         any       // body, encoded anew for each try; or
@@ -149,7 +149,11 @@ func transient(err error) bool {
 
 func (c *Client) once(ctx context.Context, r request, encoded []byte) (*http.Response, error) {
 	u := *c.base
-	u.Path += r.path
+	plain, err := url.PathUnescape(r.path)
+	if err != nil {
+		return nil, err
+	}
+	u.Path, u.RawPath = u.Path+plain, u.EscapedPath()+r.path
 	u.RawQuery = r.query.Encode()
 	body := r.body
 	if r.json != nil {

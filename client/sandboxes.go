@@ -27,10 +27,14 @@ type Sandbox struct {
 	MemoryMiB      int               `json:"memory_mib"`
 	DiskMiB        int               `json:"disk_mib"`
 	TimeoutSeconds int               `json:"timeout_seconds"`
+	OnTimeout      string            `json:"on_timeout"`
+	AutoResume     bool              `json:"auto_resume"`
 	Metadata       map[string]string `json:"metadata"`
 	CreatedAt      time.Time         `json:"created_at"`
 	StartedAt      *time.Time        `json:"started_at,omitempty"`
 	ExpiresAt      *time.Time        `json:"expires_at,omitempty"`
+	PausedAt       *time.Time        `json:"paused_at,omitempty"`
+	ForkedFrom     string            `json:"forked_from,omitempty"`
 	EndedAt        *time.Time        `json:"ended_at,omitempty"`
 	EndReason      string            `json:"end_reason,omitempty"`
 	Error          string            `json:"error,omitempty"`
@@ -40,6 +44,12 @@ type Sandbox struct {
 	URL            string            `json:"url"` // with "{port}" in the port's place
 }
 
+// What becomes of a sandbox that was not used for its timeout.
+const (
+	DestroyOnTimeout = "destroy"
+	PauseOnTimeout   = "pause"
+)
+
 // CreateOptions say what sandbox to create; zeros stand for the service's
 // defaults.
 type CreateOptions struct {
@@ -47,11 +57,16 @@ type CreateOptions struct {
 	VCPUs     int    `json:"vcpus,omitempty"`
 	MemoryMiB int    `json:"memory_mib,omitempty"`
 	DiskMiB   int    `json:"disk_mib,omitempty"`
-	// TimeoutSeconds without use after which the sandbox is destroyed; nil is
-	// the service's default, 0 is never.
-	TimeoutSeconds *int              `json:"timeout_seconds,omitempty"`
-	Envs           map[string]string `json:"envs,omitempty"`
-	Metadata       map[string]string `json:"metadata,omitempty"`
+	// TimeoutSeconds without use after which the sandbox is destroyed, or
+	// paused; nil is the service's default, 0 is never.
+	TimeoutSeconds *int `json:"timeout_seconds,omitempty"`
+	// OnTimeout is DestroyOnTimeout or PauseOnTimeout; empty: the former.
+	OnTimeout string `json:"on_timeout,omitempty"`
+	// AutoResume lets the first request or call that uses a paused sandbox
+	// resume it; nil: it does where OnTimeout is PauseOnTimeout.
+	AutoResume *bool             `json:"auto_resume,omitempty"`
+	Envs       map[string]string `json:"envs,omitempty"`
+	Metadata   map[string]string `json:"metadata,omitempty"`
 
 	// IdempotencyKey makes a repeated call return the first one's sandbox.
 	// Empty: a random one, for the client's own retries.
@@ -112,7 +127,11 @@ type Template struct {
 	ID        string    `json:"id"`
 	TeamID    string    `json:"team_id"`
 	Name      string    `json:"name"`
-	SizeBytes int64     `json:"size_bytes"`
+	SizeBytes int64     `json:"size_bytes"`           // what it takes on the host's disk
+	VCPUs     int       `json:"vcpus,omitempty"`      // its sandboxes have; 0: what they ask for
+	MemoryMiB int       `json:"memory_mib,omitempty"` // its sandboxes have; 0: what they ask for
+	DiskMiB   int       `json:"disk_mib"`             // its sandboxes have at least; 0: not known
+	SandboxID string    `json:"sandbox_id,omitempty"` // that it was captured from
 	CreatedAt time.Time `json:"created_at"`
 }
 

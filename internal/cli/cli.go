@@ -68,6 +68,7 @@ func Commands(in io.Reader, out, errw io.Writer) []*cobra.Command {
 	a := &app{streams: streams{in, out, errw}}
 	cmds := []*cobra.Command{
 		a.runCommand(), a.createCommand(), a.lsCommand(), a.execCommand(), a.cpCommand(), a.rmCommand(),
+		a.pauseCommand(), a.resumeCommand(), a.forkCommand(), a.snapshotCommand(),
 		a.urlCommand(), a.logsCommand(), a.pingCommand(), a.metricsCommand(), a.templateCommand(),
 	}
 	for _, c := range cmds {
@@ -185,11 +186,17 @@ func pairs(flag string, words []string) (map[string]string, error) {
 	return m, nil
 }
 
-// completeSandbox completes ids of sandboxes that run.
-func (a *app) completeSandbox(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
-	if len(args) > 0 && cmd.Name() != "rm" {
+// completeSandbox completes the id of a sandbox that has not ended, as the
+// first argument.
+func (a *app) completeSandbox(cmd *cobra.Command, args []string, word string) ([]string, cobra.ShellCompDirective) {
+	if len(args) > 0 {
 		return nil, cobra.ShellCompDirectiveDefault
 	}
+	return a.completeSandboxes(cmd, args, word)
+}
+
+// completeSandboxes is completeSandbox for every argument.
+func (a *app) completeSandboxes(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
 	return a.sandboxIDs(cmd.Context()), cobra.ShellCompDirectiveNoFileComp
 }
 

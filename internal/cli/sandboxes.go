@@ -1,9 +1,9 @@
 package cli
 
 import (
-	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"strconv"
 	"time"
 
@@ -17,16 +17,25 @@ type creation struct {
 	template               string
 	vcpus, memoryMiB, disk int
 	timeout                time.Duration
+	onTimeout              string
+	autoResume             *bool
 	envs, metadata         []string
 }
 
 func (o *creation) flags(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVarP(&o.template, "template", "t", "", "template to start from (default minimal)")
-	f.IntVar(&o.vcpus, "cpus", 0, "virtual CPUs (default 1)")
-	f.IntVar(&o.memoryMiB, "memory", 0, "memory in MiB (default 512)")
+	f.IntVar(&o.vcpus, "cpus", 0, "virtual CPUs (default the template's, else 1)")
+	f.IntVar(&o.memoryMiB, "memory", 0, "memory in MiB (default the template's, else 512)")
 	f.IntVar(&o.disk, "disk", 0, "disk in MiB (default the template's)")
-	f.DurationVar(&o.timeout, "timeout", 5*time.Minute, "time without use after which it is destroyed; 0: never")
+	f.DurationVar(&o.timeout, "timeout", 5*time.Minute, "time without use after which it is destroyed, or paused; 0: never")
+	f.StringVar(&o.onTimeout, "on-timeout", client.DestroyOnTimeout, "what becomes of it then: destroy or pause")
+	_ = cmd.RegisterFlagCompletionFunc("on-timeout", cobra.FixedCompletions([]string{client.DestroyOnTimeout, client.PauseOnTimeout}, cobra.ShellCompDirectiveNoFileComp))
+	f.BoolFunc("auto-resume", "resume it, when it is paused, at the first request or command (default if it is paused on timeout)", func(s string) error {
+		is, err := strconv.ParseBool(s)
+		o.autoResume = &is
+		return err
+	})
 	f.StringArrayVarP(&o.envs, "env", "e", nil, "environment variable of every command, KEY=VALUE; repeatable")
 	f.StringArrayVar(&o.metadata, "metadata", nil, "what to find the sandbox by, KEY=VALUE; repeatable")
 }
@@ -43,10 +52,13 @@ func (o *creation) options() (client.CreateOptions, error) {
 	if o.timeout < 0 || o.timeout%time.Second != 0 {
 		return client.CreateOptions{}, usage("--timeout %v: want whole seconds", o.timeout)
 	}
+	if o.onTimeout != client.DestroyOnTimeout && o.onTimeout != client.PauseOnTimeout {
+		return client.CreateOptions{}, usage("--on-timeout %s: want destroy or pause", o.onTimeout)
+	}
 	seconds := int(o.timeout / time.Second)
 	return client.CreateOptions{
 		Template: o.template, VCPUs: o.vcpus, MemoryMiB: o.memoryMiB, DiskMiB: o.disk,
-		TimeoutSeconds: &seconds, Envs: envs, Metadata: metadata,
+		TimeoutSeconds: &seconds, OnTimeout: o.onTimeout, AutoResume: o.autoResume, Envs: envs, Metadata: metadata,
 	}, nil
 }
 
@@ -98,7 +110,7 @@ func (a *app) lsCommand() *cobra.Command {
 				return err
 			}
 			if all {
-				states = []string{"pending", "starting", "running", "stopping", "stopped", "error"}
+				states = []string{"pending", "starting", "running", "missing", "pausing", "paused", "resuming", "stopping", "stopped", "error"}
 			}
 			c, err := a.client()
 			if err != nil {
@@ -147,7 +159,7 @@ func expires(s client.Sandbox) string {
 func (a *app) rmCommand() *cobra.Command {
 	var all bool
 	cmd := &cobra.Command{
-		Use: "rm SANDBOX…", Short: "Destroy sandboxes", ValidArgsFunction: a.completeSandbox,
+		Use: "rm SANDBOX…", Short: "Destroy sandboxes", ValidArgsFunction: a.completeSandboxes,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if all != (len(args) == 0) {
 				return usage("name sandboxes, or say --all")
@@ -167,19 +179,25 @@ func (a *app) rmCommand() *cobra.Command {
 					args = append(args, s.ID)
 				}
 			}
-			var errs []error
-			for _, id := range args {
-				if err := c.Delete(cmd.Context(), id); err != nil {
-					errs = append(errs, fmt.Errorf("%s: %w", id, err))
-					continue
-				}
-				fmt.Fprintln(a.out, id)
-			}
-			return errors.Join(errs...)
+			return a.each(args, func(id string) error { return c.Delete(cmd.Context(), id) })
 		},
 	}
 	cmd.Flags().BoolVar(&all, "all", false, "every sandbox of the team")
 	return cmd
+}
+
+// each does something to what is named, prints the names of what that worked
+// with, and returns why it did not with the others.
+func (a *app) each(names []string, f func(name string) error) error {
+	var errs []error
+	for _, name := range names {
+		if err := f(name); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", name, err))
+			continue
+		}
+		fmt.Fprintln(a.out, name)
+	}
+	return errors.Join(errs...)
 }
 
 func (a *app) urlCommand() *cobra.Command {
@@ -281,7 +299,7 @@ func (a *app) templateCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.templates(cmd.Context(), c, out.format)
+			return a.templates(c.Templates(cmd.Context()), out.format)
 		},
 	}
 	out.flag(ls)
@@ -289,9 +307,9 @@ func (a *app) templateCommand() *cobra.Command {
 	return cmd
 }
 
-func (a *app) templates(ctx context.Context, c *client.Client, format string) error {
+func (a *app) templates(all iter.Seq2[client.Template, error], format string) error {
 	list := []client.Template{}
-	for t, err := range c.Templates(ctx) {
+	for t, err := range all {
 		if err != nil {
 			return err
 		}

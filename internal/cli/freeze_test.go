@@ -1,0 +1,76 @@
+package cli
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/spf13/cobra"
+)
+
+// TestFreeze is what the commands ask a service for, and what they print.
+func TestFreeze(t *testing.T) {
+	var asked []string
+	service := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		b, _ := io.ReadAll(r.Body)
+		asked = append(asked, strings.TrimSpace(r.Method+" "+r.URL.Path+" "+string(b)))
+		switch {
+		case strings.Contains(r.URL.Path, "bad"):
+			w.WriteHeader(http.StatusConflict)
+			io.WriteString(w, `{"error":{"code":"conflict","message":"the sandbox is stopped"}}`)
+		case strings.HasSuffix(r.URL.Path, "/fork"):
+			io.WriteString(w, `{"sandboxes":[{"id":"cl-2"},{"id":"cl-3"}]}`)
+		case r.URL.Path == "/v1/snapshots" && r.Method == http.MethodGet:
+			io.WriteString(w, `{"snapshots":[{"id":"tpl-1","name":"snap","size_bytes":1048576}]}`)
+		case r.URL.Path == "/v1/snapshots":
+			io.WriteString(w, `{"id":"tpl-1","name":"snap"}`)
+		default:
+			io.WriteString(w, `{"id":"cl-1"}`)
+		}
+	}))
+	defer service.Close()
+	const create = `POST /v1/sandboxes {"timeout_seconds":300,`
+	for line, want := range map[string]struct {
+		code  int
+		out   string
+		asked []string
+	}{
+		"pause cl-1":                           {0, "cl-1\n", []string{"POST /v1/sandboxes/cl-1/pause"}},
+		"pause cl-1 bad cl-2":                  {ExitFailure, "cl-1\ncl-2\n", []string{"POST /v1/sandboxes/cl-1/pause", "POST /v1/sandboxes/bad/pause", "POST /v1/sandboxes/cl-2/pause"}},
+		"resume cl-1":                          {0, "cl-1\n", []string{"POST /v1/sandboxes/cl-1/resume"}},
+		"fork cl-1":                            {0, "cl-2\ncl-3\n", []string{`POST /v1/sandboxes/cl-1/fork {"count":1}`}},
+		"fork -n 2 cl-1":                       {0, "cl-2\ncl-3\n", []string{`POST /v1/sandboxes/cl-1/fork {"count":2}`}},
+		"snapshot create cl-1 snap":            {0, "snap\n", []string{`POST /v1/snapshots {"sandbox_id":"cl-1","name":"snap"}`}},
+		"snapshot ls":                          {0, "NAME  ID     SIZE   CREATED\nsnap  tpl-1  1 MiB  0001-01-01 00:00:00\n", []string{"GET /v1/snapshots"}},
+		"snapshot rm snap other":               {0, "snap\nother\n", []string{"DELETE /v1/snapshots/snap", "DELETE /v1/snapshots/other"}},
+		"create":                               {0, "cl-1\n", []string{create + `"on_timeout":"destroy"}`}},
+		"create --on-timeout pause":            {0, "cl-1\n", []string{create + `"on_timeout":"pause"}`}},
+		"create --auto-resume":                 {0, "cl-1\n", []string{create + `"on_timeout":"destroy","auto_resume":true}`}},
+		"create --auto-resume=false":           {0, "cl-1\n", []string{create + `"on_timeout":"destroy","auto_resume":false}`}},
+		"create --on-timeout sleep":            {ExitUsage, "", nil},
+		"run --on-timeout sleep -- true":       {ExitUsage, "", nil},
+		"fork -n 0 cl-1":                       {ExitUsage, "", nil},
+		"pause":                                {ExitUsage, "", nil},
+		"snapshot create cl-1":                 {ExitUsage, "", nil},
+		"snapshot rm":                          {ExitUsage, "", nil},
+		"snapshot ls -o yaml":                  {ExitUsage, "", nil},
+		"fork -o yaml cl-1":                    {ExitUsage, "", nil},
+		"snapshot create -o yaml cl-1 snapped": {ExitUsage, "", nil},
+	} {
+		asked = nil
+		var out bytes.Buffer
+		root := &cobra.Command{Use: "wrenn", SilenceErrors: true, SilenceUsage: true}
+		root.AddCommand(Commands(strings.NewReader(""), &out, io.Discard)...)
+		words := strings.Fields(line)
+		root.SetArgs(slices.Concat(words[:1], []string{"--url", service.URL, "--api-key", "key"}, words[1:]))
+		err := root.ExecuteContext(context.Background())
+		if ExitCode(err) != want.code || out.String() != want.out || !slices.Equal(asked, want.asked) {
+			t.Errorf("%s: %q, exit code %d (%v), asked %q", line, out.String(), ExitCode(err), err, asked)
+		}
+	}
+}
