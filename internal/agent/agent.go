@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net/http"
 	"net/netip"
@@ -43,8 +44,20 @@ type Config struct {
 	DNS []netip.Addr `env:"WRENN_DNS"`
 	// MemoryMiB is what all sandboxes may have together; 0: most of the host's.
 	MemoryMiB int `env:"WRENN_MEMORY_MIB"`
+	// DefaultVCPUs and DefaultMemoryMiB are what most sandboxes will have: a
+	// machine like that is captured when the agent starts. 0: none is.
+	DefaultVCPUs     int `env:"WRENN_DEFAULT_VCPUS" envDefault:"1"`
+	DefaultMemoryMiB int `env:"WRENN_DEFAULT_MEMORY_MIB" envDefault:"512"`
+	// Warm is how many machines of each template that is in use wait to become
+	// sandboxes; 0: none.
+	Warm int `env:"WRENN_WARM"`
+	// WarmMemoryMiB is what all that wait may have together; 0: an eighth of
+	// MemoryMiB.
+	WarmMemoryMiB int `env:"WRENN_WARM_MEMORY_MIB"`
 	// Envd is the path of the guest daemon's binary; empty: beside this program.
 	Envd string `env:"WRENN_ENVD"`
+	// Hook, if not nil, is told each step between which the agent may be killed.
+	Hook func(step string) `env:"-"`
 	// Version is this program's.
 	Version string       `env:"-"`
 	Log     *slog.Logger `env:"-"`
@@ -135,7 +148,8 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 	a.metrics = newMetrics()
 	a.sandboxes, err = sandbox.Open(ctx, sandbox.Config{
 		Dir: c.Dir, Driver: a.driver, Networks: sandbox.Pool(a.pool), Journal: a.journal,
-		Kernel: kernel.Vmlinux, Initrd: kernel.Initrd, Template: a.template, MemoryMiB: c.MemoryMiB,
+		Kernel: kernel.Vmlinux, Initrd: kernel.Initrd, KernelInputs: kernel.Inputs, Template: a.template, MemoryMiB: c.MemoryMiB,
+		DefaultVCPUs: c.DefaultVCPUs, DefaultMemoryMiB: c.DefaultMemoryMiB, Warm: c.Warm, WarmMemoryMiB: c.WarmMemoryMiB, Hook: c.Hook,
 		Observe: a.metrics.observe, Log: a.log,
 	}, found)
 	if err != nil {
@@ -208,13 +222,10 @@ func (a *Agent) openDriver(ctx context.Context, kernel image.KernelFiles) error 
 
 // template finds a template that a team may use: its own or the platform's.
 func (a *Agent) template(team, id uuid.UUID) (image.Template, error) {
-	all, err := image.Load(a.cfg.Dir)
-	if err != nil {
-		return image.Template{}, err
-	}
-	for _, t := range all {
-		if t.ID == id && (t.Team == team || t.Team == uuid.Nil) {
-			return t, nil
+	for _, owner := range []uuid.UUID{team, uuid.Nil} {
+		t, err := image.Find(a.cfg.Dir, owner, id)
+		if !errors.Is(err, fs.ErrNotExist) {
+			return t, err
 		}
 	}
 	return image.Template{}, fmt.Errorf("%w: no such template on this host", sandbox.ErrNotFound)
@@ -224,7 +235,7 @@ func (a *Agent) template(team, id uuid.UUID) (image.Template, error) {
 func (a *Agent) Handler() http.Handler { return a.handler }
 
 // Run returns when ctx is done, or when the agent was terminated: then no
-// sandbox is left. Streams without an end of their own end as it returns.
+// sandbox runs. Streams without an end of their own end as it returns.
 func (a *Agent) Run(ctx context.Context) error {
 	defer a.stop()
 	select {
@@ -235,7 +246,7 @@ func (a *Agent) Run(ctx context.Context) error {
 }
 
 // Close gives back all that the agent holds. Sandboxes that run go on, and the
-// next agent takes them back; after a termination there are none.
+// next agent takes them back; after a termination none runs.
 func (a *Agent) Close() error { return a.closing() }
 
 // closeTimeout bounds the wait for sandboxes that are in the middle of something.

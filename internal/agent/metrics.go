@@ -46,7 +46,7 @@ func (m *metrics) watch(a *Agent) {
 	}
 	m.registry.MustRegister(a.proxy.Collectors()...)
 	m.registry.MustRegister(&states{a.sandboxes, prometheus.NewDesc("wrenn_agent_sandboxes", "Sandboxes by state.", []string{"state"}, nil)})
-	gauge("wrenn_agent_memory_reserved_bytes", "Memory promised to sandboxes.", func() float64 {
+	gauge("wrenn_agent_memory_reserved_bytes", "Memory promised to sandboxes, and taken by what they began with.", func() float64 {
 		reserved, _ := a.sandboxes.Memory()
 		return float64(reserved) * (1 << 20)
 	})
@@ -68,7 +68,10 @@ type states struct {
 func (s *states) Describe(ch chan<- *prometheus.Desc) { ch <- s.desc }
 
 func (s *states) Collect(ch chan<- prometheus.Metric) {
-	n := map[sandbox.State]int{sandbox.Starting: 0, sandbox.Running: 0, sandbox.Stopping: 0}
+	n := map[sandbox.State]int{}
+	for _, state := range sandbox.States() {
+		n[state] = 0
+	}
 	for _, i := range s.sandboxes.List() {
 		n[i.State]++
 	}

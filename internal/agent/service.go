@@ -30,6 +30,8 @@ const (
 	chunk = 256 << 10
 
 	maxPath      = 4096
+	maxName      = 256
+	maxCopies    = 256
 	maxUser      = 256
 	maxToken     = 512
 	maxArguments = 2 << 20 // bytes of a command's arguments and environment together
@@ -38,11 +40,7 @@ const (
 )
 
 // service implements the Connect service HostAgent.
-type service struct {
-	*Agent
-	// Until they are there: Pause, Resume, Snapshot, Fork, DeleteTemplate.
-	hostagentv1connect.UnimplementedHostAgentHandler
-}
+type service struct{ *Agent }
 
 var _ hostagentv1connect.HostAgentHandler = (*service)(nil)
 
@@ -79,8 +77,16 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 	if code == connect.CodeInternal {
 		s.log.ErrorContext(ctx, doing, "error", err)
 	}
-	return connect.NewError(code, err)
+	ce = connect.NewError(code, err)
+	var state *sandbox.StateError
+	if errors.As(err, &state) {
+		ce.Meta().Set(stateHeader, string(state.State))
+	}
+	return ce
 }
+
+// stateHeader is, with an error, the state of a sandbox that is not running.
+const stateHeader = "Wrenn-Sandbox-State"
 
 func invalid(format string, args ...any) error {
 	return connect.NewError(connect.CodeInvalidArgument, fmt.Errorf(format, args...))
@@ -106,9 +112,8 @@ func (s *service) use(ctx context.Context, sandboxID string) (*sandbox.Use, erro
 
 // ofUse is the error of a use: where the sandbox has ended meanwhile, that.
 func ofUse(use *sandbox.Use, err error) error {
-	var ce *connect.Error
-	if err != nil && use.Context.Err() != nil && errors.As(context.Cause(use.Context), &ce) {
-		return ce
+	if err != nil && use.Context.Err() != nil && errors.Is(context.Cause(use.Context), sandbox.ErrState) {
+		return context.Cause(use.Context)
 	}
 	return err
 }
@@ -117,15 +122,13 @@ func message(i sandbox.Info) *pb.Sandbox {
 	m := &pb.Sandbox{
 		SandboxId: id.Format(id.Sandbox, i.ID), TemplateId: id.Format(id.Template, i.Template), TeamId: id.Format(id.Team, i.Team),
 		Vcpus: int32(i.VCPUs), MemoryMib: int32(i.MemoryMiB), DiskMib: int32(i.DiskMiB), CreatedAt: timestamppb.New(i.CreatedAt),
+		PauseOnTimeout: i.PauseOnTimeout,
 	}
-	switch i.State {
-	case sandbox.Starting:
-		m.State = pb.SandboxState_SANDBOX_STATE_STARTING
-	case sandbox.Running:
-		m.State = pb.SandboxState_SANDBOX_STATE_RUNNING
-	case sandbox.Stopping:
-		m.State = pb.SandboxState_SANDBOX_STATE_STOPPING
-	}
+	m.State = map[sandbox.State]pb.SandboxState{
+		sandbox.Starting: pb.SandboxState_SANDBOX_STATE_STARTING, sandbox.Running: pb.SandboxState_SANDBOX_STATE_RUNNING,
+		sandbox.Pausing: pb.SandboxState_SANDBOX_STATE_PAUSING, sandbox.Paused: pb.SandboxState_SANDBOX_STATE_PAUSED,
+		sandbox.Resuming: pb.SandboxState_SANDBOX_STATE_RESUMING, sandbox.Stopping: pb.SandboxState_SANDBOX_STATE_STOPPING,
+	}[i.State]
 	if !i.ExpiresAt.IsZero() {
 		m.ExpiresAt = timestamppb.New(i.ExpiresAt)
 	}
@@ -137,7 +140,8 @@ func (s *service) Create(ctx context.Context, req *connect.Request[pb.CreateRequ
 	m := req.Msg
 	spec := sandbox.Spec{
 		VCPUs: int(m.GetVcpus()), MemoryMiB: int(m.GetMemoryMib()), DiskMiB: int(m.GetDiskMib()),
-		Timeout: time.Duration(m.GetTimeoutSeconds()) * time.Second, Envs: m.GetEnvs(), Token: m.GetAccessToken(),
+		Timeout: time.Duration(m.GetTimeoutSeconds()) * time.Second, PauseOnTimeout: m.GetPauseOnTimeout(),
+		Envs: m.GetEnvs(), Token: m.GetAccessToken(),
 	}
 	var err error
 	if spec.ID, err = parse(id.Sandbox, "sandbox_id", m.GetSandboxId()); err != nil {
@@ -152,14 +156,121 @@ func (s *service) Create(ctx context.Context, req *connect.Request[pb.CreateRequ
 	if err := checkEnvs(spec.Envs, maxEnvs); err != nil {
 		return nil, err
 	}
-	if len(spec.Token) > maxToken || strings.ContainsFunc(spec.Token, func(r rune) bool { return r <= ' ' || r > '~' }) {
-		return nil, invalid("access_token: must be at most %d printable characters", maxToken)
+	if err := checkToken(spec.Token); err != nil {
+		return nil, err
 	}
 	i, err := s.sandboxes.Create(ctx, spec)
 	if err != nil {
 		return nil, s.fault(ctx, "create sandbox", err)
 	}
 	return connect.NewResponse(&pb.CreateResponse{Sandbox: message(i)}), nil
+}
+
+func checkToken(token string) error {
+	if len(token) > maxToken || strings.ContainsFunc(token, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		return invalid("access_token: must be at most %d printable characters", maxToken)
+	}
+	return nil
+}
+
+// Pause implements hostagentv1connect.HostAgentHandler.
+func (s *service) Pause(ctx context.Context, req *connect.Request[pb.PauseRequest]) (*connect.Response[pb.PauseResponse], error) {
+	u, err := parse(id.Sandbox, "sandbox_id", req.Msg.GetSandboxId())
+	if err != nil {
+		return nil, err
+	}
+	i, err := s.sandboxes.Pause(ctx, u)
+	if err != nil {
+		return nil, s.fault(ctx, "pause sandbox", err)
+	}
+	return connect.NewResponse(&pb.PauseResponse{Sandbox: message(i)}), nil
+}
+
+// Resume implements hostagentv1connect.HostAgentHandler.
+func (s *service) Resume(ctx context.Context, req *connect.Request[pb.ResumeRequest]) (*connect.Response[pb.ResumeResponse], error) {
+	u, err := parse(id.Sandbox, "sandbox_id", req.Msg.GetSandboxId())
+	if err != nil {
+		return nil, err
+	}
+	i, err := s.sandboxes.Resume(ctx, u)
+	if err != nil {
+		return nil, s.fault(ctx, "resume sandbox", err)
+	}
+	return connect.NewResponse(&pb.ResumeResponse{Sandbox: message(i)}), nil
+}
+
+// Snapshot implements hostagentv1connect.HostAgentHandler.
+func (s *service) Snapshot(ctx context.Context, req *connect.Request[pb.SnapshotRequest]) (*connect.Response[pb.SnapshotResponse], error) {
+	u, err := parse(id.Sandbox, "sandbox_id", req.Msg.GetSandboxId())
+	if err != nil {
+		return nil, err
+	}
+	template, err := parse(id.Template, "template_id", req.Msg.GetTemplateId())
+	if err != nil {
+		return nil, err
+	}
+	if name := req.Msg.GetName(); name == "" || len(name) > maxName {
+		return nil, invalid("name: must have 1 to %d bytes", maxName)
+	}
+	t, err := s.sandboxes.Snapshot(ctx, u, template, req.Msg.GetName())
+	if err != nil {
+		return nil, s.fault(ctx, "capture sandbox", err)
+	}
+	return connect.NewResponse(&pb.SnapshotResponse{Template: templateMessage(t)}), nil
+}
+
+// Fork implements hostagentv1connect.HostAgentHandler.
+func (s *service) Fork(ctx context.Context, req *connect.Request[pb.ForkRequest]) (*connect.Response[pb.ForkResponse], error) {
+	u, err := parse(id.Sandbox, "sandbox_id", req.Msg.GetSandboxId())
+	if err != nil {
+		return nil, err
+	}
+	wanted := req.Msg.GetCopies()
+	if len(wanted) == 0 || len(wanted) > maxCopies {
+		return nil, invalid("copies: must be 1 to %d", maxCopies)
+	}
+	copies := make([]sandbox.Copy, len(wanted))
+	for i, c := range wanted {
+		if copies[i].ID, err = parse(id.Sandbox, "copies: sandbox_id", c.GetSandboxId()); err != nil {
+			return nil, err
+		}
+		for _, other := range copies[:i] {
+			if other.ID == copies[i].ID {
+				return nil, invalid("copies: two have one id")
+			}
+		}
+		if copies[i].Token = c.GetAccessToken(); copies[i].Token == "" {
+			return nil, invalid("copies: an access token is needed")
+		}
+		if err := checkToken(copies[i].Token); err != nil {
+			return nil, err
+		}
+	}
+	infos, err := s.sandboxes.Fork(ctx, u, copies)
+	if err != nil {
+		return nil, s.fault(ctx, "fork sandbox", err)
+	}
+	res := &pb.ForkResponse{}
+	for _, i := range infos {
+		res.Sandboxes = append(res.Sandboxes, message(i))
+	}
+	return connect.NewResponse(res), nil
+}
+
+// DeleteTemplate implements hostagentv1connect.HostAgentHandler.
+func (s *service) DeleteTemplate(ctx context.Context, req *connect.Request[pb.DeleteTemplateRequest]) (*connect.Response[pb.DeleteTemplateResponse], error) {
+	team, err := parse(id.Team, "team_id", req.Msg.GetTeamId())
+	if err != nil {
+		return nil, err
+	}
+	template, err := parse(id.Template, "template_id", req.Msg.GetTemplateId())
+	if err != nil {
+		return nil, err
+	}
+	if err := s.sandboxes.DeleteTemplate(team, template); err != nil {
+		return nil, s.fault(ctx, "delete template", err)
+	}
+	return connect.NewResponse(&pb.DeleteTemplateResponse{}), nil
 }
 
 // Destroy implements hostagentv1connect.HostAgentHandler.
@@ -640,6 +751,13 @@ func (s *service) Console(ctx context.Context, req *connect.Request[pb.ConsoleRe
 	return connect.NewResponse(&pb.ConsoleResponse{Output: out}), nil
 }
 
+func templateMessage(t image.Template) *pb.Template {
+	return &pb.Template{
+		TemplateId: id.Format(id.Template, t.ID), TeamId: id.Format(id.Team, t.Team), Name: t.Name, SizeBytes: t.SizeBytes,
+		CreatedAt: timestamppb.New(t.CreatedAt), DiskMib: int32(t.DiskMiB), Vcpus: int32(t.VCPUs), MemoryMib: int32(t.MemoryMiB),
+	}
+}
+
 // Templates implements hostagentv1connect.HostAgentHandler.
 func (s *service) Templates(ctx context.Context, _ *connect.Request[pb.TemplatesRequest]) (*connect.Response[pb.TemplatesResponse], error) {
 	all, err := image.Load(s.cfg.Dir)
@@ -648,9 +766,7 @@ func (s *service) Templates(ctx context.Context, _ *connect.Request[pb.Templates
 	}
 	res := &pb.TemplatesResponse{}
 	for _, t := range all {
-		res.Templates = append(res.Templates, &pb.Template{
-			TemplateId: id.Format(id.Template, t.ID), TeamId: id.Format(id.Team, t.Team), Name: t.Name, SizeBytes: t.SizeBytes, CreatedAt: timestamppb.New(t.CreatedAt),
-		})
+		res.Templates = append(res.Templates, templateMessage(t))
 	}
 	return connect.NewResponse(res), nil
 }
@@ -689,6 +805,8 @@ func (s *service) Events(ctx context.Context, _ *connect.Request[pb.EventsReques
 		switch e.Kind {
 		case journal.Expired:
 			m.Kind = pb.Event_KIND_EXPIRED
+		case journal.Paused:
+			m.Kind = pb.Event_KIND_PAUSED
 		case journal.Exited:
 			m.Kind = pb.Event_KIND_EXITED
 		}
@@ -714,7 +832,7 @@ func (s *service) AckEvents(ctx context.Context, req *connect.Request[pb.AckEven
 
 // Terminate implements hostagentv1connect.HostAgentHandler.
 func (s *service) Terminate(ctx context.Context, _ *connect.Request[pb.TerminateRequest]) (*connect.Response[pb.TerminateResponse], error) {
-	s.log.InfoContext(ctx, "terminating: every sandbox is ended")
+	s.log.InfoContext(ctx, "terminating: every sandbox that runs is paused")
 	if err := s.sandboxes.Terminate(ctx); err != nil {
 		return nil, s.fault(ctx, "terminate", err)
 	}

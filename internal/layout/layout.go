@@ -3,6 +3,7 @@
 package layout
 
 import (
+	"fmt"
 	"path/filepath"
 
 	"github.com/google/uuid"
@@ -33,7 +34,9 @@ func (d Dir) Template(team, template uuid.UUID) string {
 // Sandboxes holds one folder a sandbox.
 func (d Dir) Sandboxes() string { return d.join("sandboxes") }
 
-// Sandbox holds one sandbox's files: its record, overlay and QMP socket.
+// Sandbox holds the files of one sandbox: its record, its disks, what it began
+// with, its saved state and the control socket of its machine. Its name is
+// that of the machine, which was ready before it became the sandbox's.
 func (d Dir) Sandbox(sandbox uuid.UUID) string { return d.join("sandboxes", sandbox.String()) }
 
 // SandboxRecord is what the agent knows of a sandbox, as JSON.
@@ -41,16 +44,28 @@ func (d Dir) SandboxRecord(sandbox uuid.UUID) string {
 	return d.join("sandboxes", sandbox.String(), "sandbox.json")
 }
 
-// SandboxDisk is a sandbox's overlay over its template's disk.
-func (d Dir) SandboxDisk(sandbox uuid.UUID) string {
-	return d.join("sandboxes", sandbox.String(), "disk.qcow2")
+// SandboxDisk is the n-th overlay over what a sandbox began with.
+func (d Dir) SandboxDisk(sandbox uuid.UUID, n int) string {
+	return d.join("sandboxes", sandbox.String(), fmt.Sprintf("disk-%d.qcow2", n))
 }
 
-// Snapshots holds paused sandboxes' state.
-func (d Dir) Snapshots() string { return d.join("snapshots") }
+// SandboxOrigin holds links to the capture that a sandbox began with.
+func (d Dir) SandboxOrigin(sandbox uuid.UUID) string {
+	return d.join("sandboxes", sandbox.String(), "origin")
+}
 
-// Snapshot holds one paused sandbox's state.
-func (d Dir) Snapshot(sandbox uuid.UUID) string { return d.join("snapshots", sandbox.String()) }
+// SandboxSaved holds what a pause has saved of a sandbox.
+func (d Dir) SandboxSaved(sandbox, saved uuid.UUID) string {
+	return d.join("sandboxes", sandbox.String(), "state-"+saved.String())
+}
+
+// Captures holds the captures of a template, one folder each.
+func (d Dir) Captures(team, template uuid.UUID) string {
+	return d.join("images", "teams", team.String(), template.String(), "captures")
+}
+
+// Forks holds captures of sandboxes while they are forked.
+func (d Dir) Forks() string { return d.join("forks") }
 
 // Run holds sockets, locks and other state of running processes.
 func (d Dir) Run() string { return d.join("run") }

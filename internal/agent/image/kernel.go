@@ -26,6 +26,7 @@ type KernelFiles struct {
 	Vmlinux string // path of the uncompressed kernel, an ELF file
 	Initrd  string // path of the initrd, a cpio archive
 	Version string // the kernel package's name and version
+	Inputs  string // digest of what both were made from
 }
 
 // Kernel returns the kernel and the initrd, made from the distribution's
@@ -49,6 +50,7 @@ func Kernel(ctx context.Context, dir layout.Dir, envd string, progress func(stri
 	home := filepath.Join(dir.Kernels(), name)
 	files := KernelFiles{Vmlinux: filepath.Join(home, "vmlinux"), Initrd: filepath.Join(home, "initrd"), Version: name + " " + version}
 	inputs := digest("1", name, version, daemon, strings.Join(wanted, " "))
+	files.Inputs = inputs
 	if have, err := os.ReadFile(filepath.Join(home, "inputs")); err == nil && string(have) == inputs {
 		return files, nil
 	}

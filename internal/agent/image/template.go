@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/google/uuid"
@@ -23,10 +24,14 @@ type Template struct {
 	DiskMiB   int       `json:"disk_mib"` // size of the file system
 	CreatedAt time.Time `json:"created_at"`
 	Inputs    string    `json:"inputs"` // digest of what it was made from
+	// Of a template that was captured from a sandbox; else 0: any.
+	VCPUs     int `json:"vcpus,omitempty"`
+	MemoryMiB int `json:"memory_mib,omitempty"`
 
 	// Rootfs is the path of the raw ext4 file system, sparse.
 	Rootfs string `json:"-"`
-	// SizeBytes is what Rootfs takes on disk.
+	// SizeBytes is what the template takes on disk. Files that it shares with
+	// others count for each.
 	SizeBytes int64 `json:"-"`
 }
 
@@ -62,6 +67,11 @@ func Load(dir layout.Dir) ([]Template, error) {
 				continue
 			}
 			tpl, err := read(dir, team, id)
+			if errors.Is(err, fs.ErrNotExist) {
+				if _, err := os.Stat(dir.Template(team, id)); errors.Is(err, fs.ErrNotExist) {
+					continue // deleted meanwhile
+				}
+			}
 			if err != nil {
 				return nil, err
 			}
@@ -70,6 +80,9 @@ func Load(dir layout.Dir) ([]Template, error) {
 	}
 	return all, nil
 }
+
+// Find returns a template, or an error that is [fs.ErrNotExist].
+func Find(dir layout.Dir, team, id uuid.UUID) (Template, error) { return read(dir, team, id) }
 
 // read reads the record of one template. Its ids are those of its folder.
 func read(dir layout.Dir, team, id uuid.UUID) (Template, error) {
@@ -83,12 +96,43 @@ func read(dir layout.Dir, team, id uuid.UUID) (Template, error) {
 		return Template{}, fmt.Errorf("read template %s: %w", home, err)
 	}
 	t.ID, t.Team, t.Rootfs = id, team, filepath.Join(home, rootfsFile)
-	info, err := os.Stat(t.Rootfs)
-	if err != nil {
+	if _, err := os.Stat(t.Rootfs); err != nil {
 		return Template{}, fmt.Errorf("read template: %w", err)
 	}
-	t.SizeBytes = allocated(info)
+	if t.SizeBytes, err = size(home); err != nil {
+		return Template{}, fmt.Errorf("read template: %w", err)
+	}
 	return t, nil
+}
+
+// size is what a folder's files take on disk, each of them once.
+func size(dir string) (int64, error) {
+	var sum int64
+	seen := map[uint64]bool{}
+	err := filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // removed meanwhile
+		}
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		info, err := d.Info()
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if st, ok := info.Sys().(*syscall.Stat_t); ok {
+			if seen[st.Ino] {
+				return nil
+			}
+			seen[st.Ino] = true
+		}
+		sum += allocated(info)
+		return nil
+	})
+	return sum, err
 }
 
 // write writes the record of t to the folder home.

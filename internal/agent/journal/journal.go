@@ -27,6 +27,9 @@ type Kind string
 const (
 	// Expired: a sandbox's timeout ended and it was destroyed.
 	Expired Kind = "expired"
+	// Paused: a sandbox was paused: its timeout ended, or the agent was
+	// terminated.
+	Paused Kind = "paused"
 	// Exited: a virtual machine ended by itself and was cleaned up.
 	Exited Kind = "exited"
 )

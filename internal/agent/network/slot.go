@@ -34,6 +34,7 @@ var (
 	gatewayAddr  = netip.MustParseAddr("169.254.0.22")
 	metadataAddr = netip.MustParseAddr("169.254.169.254")
 	guestMAC     = net.HardwareAddr{0x02, 0x57, 0x52, 0x4e, 0x00, 0x01}
+	gatewayMAC   = net.HardwareAddr{0x02, 0x57, 0x52, 0x4e, 0x00, 0x02}
 )
 
 func namespacePath(i int) string { return filepath.Join(netnsDir, namespacePrefix+strconv.Itoa(i)) }
@@ -296,6 +297,11 @@ func createLinks(h *netlink.Handle, i int) error {
 	tap, err := h.LinkByName(tapName)
 	if err != nil {
 		return fmt.Errorf("find %s: %w", tapName, err)
+	}
+	// The same in every slot: a guest that goes on in another one than it was
+	// saved in still knows its gateway by the address that it had there.
+	if err := h.LinkSetHardwareAddr(tap, gatewayMAC); err != nil {
+		return fmt.Errorf("set hardware address of %s: %w", tapName, err)
 	}
 	if err := raise(h, tap, netip.PrefixFrom(gatewayAddr, 30), host(metadataAddr)); err != nil {
 		return err

@@ -17,7 +17,6 @@ import (
 	"sync"
 	"syscall"
 
-	"connectrpc.com/connect"
 	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -36,7 +35,7 @@ const (
 	// agent's token has taken.
 	authorization = private + "Authorization"
 	// ErrorHeader is in the agent's own answers, and in no guest's: its value
-	// is the error's code.
+	// is the error's code, which for a sandbox that does not run is its state.
 	ErrorHeader = private + "Error"
 )
 
@@ -197,11 +196,14 @@ func (p *Proxy) received(resp *http.Response) error {
 
 // explain makes of a failed request what its client may know.
 func explain(ctx context.Context, err error, port int) error {
-	var ended *connect.Error
 	var timeout net.Error
+	cause := context.Cause(ctx)
+	var state *sandbox.StateError
 	switch {
-	case errors.As(context.Cause(ctx), &ended):
-		return &problem{http.StatusBadGateway, "bad_gateway", ended.Message()}
+	case errors.As(cause, &state):
+		return cause
+	case errors.Is(cause, sandbox.ErrState), errors.Is(cause, sandbox.ErrClosing):
+		return &problem{http.StatusBadGateway, "bad_gateway", cause.Error()}
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return &problem{http.StatusBadGateway, "bad_gateway", fmt.Sprintf("nothing listens on port %d of the sandbox", port)}
 	case errors.As(err, &timeout) && timeout.Timeout():
@@ -213,8 +215,11 @@ func explain(ctx context.Context, err error, port int) error {
 // fail answers with an error.
 func (p *Proxy) fail(w http.ResponseWriter, err error) {
 	var own *problem
+	var state *sandbox.StateError
 	switch {
 	case errors.As(err, &own):
+	case errors.As(err, &state):
+		own = &problem{http.StatusServiceUnavailable, string(state.State), err.Error()}
 	case errors.Is(err, sandbox.ErrNotFound):
 		own = &problem{http.StatusNotFound, "not_found", err.Error()}
 	case errors.Is(err, sandbox.ErrState), errors.Is(err, sandbox.ErrClosing):

@@ -19,7 +19,6 @@ import (
 	"testing"
 	"time"
 
-	"connectrpc.com/connect"
 	"github.com/coder/websocket"
 	"github.com/google/uuid"
 
@@ -190,7 +189,7 @@ func TestWebSocketAndItsEnd(t *testing.T) {
 	if n := o.tracker.InFlight(); n != 1 {
 		t.Errorf("%d in flight", n)
 	}
-	o.end(connect.NewError(connect.CodeFailedPrecondition, errors.New("the sandbox has ended")))
+	o.end(fmt.Errorf("the sandbox has ended: %w", sandbox.ErrState))
 	if _, _, err := c.Read(ctx); err == nil || ctx.Err() != nil {
 		t.Errorf("the connection outlived its sandbox: %v", err)
 	}

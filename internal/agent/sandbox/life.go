@@ -13,10 +13,8 @@ import (
 	"time"
 	"unicode"
 
-	"github.com/wrenn-dev/wrenn/internal/agent/disk"
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
-	"github.com/wrenn-dev/wrenn/internal/agent/network"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
@@ -37,25 +35,29 @@ const (
 type box struct {
 	m       *Manager
 	log     *slog.Logger
-	base    string // its template's disk
 	tracker *Tracker
 
-	life    context.Context // of its uses; ends with a cause
-	endLife context.CancelCauseFunc
+	begin   start // what it begins with
+	base    *base // the memory that its machine maps; nil: not known, or none
+	maybeVM bool  // there may be a machine that vm does not show
 
 	booted chan struct{} // closed when its start has ended, well or not
+	over   chan struct{} // closed when it takes no orders any more
 	gone   chan struct{} // closed when nothing is left of it
 	retry  chan struct{} // somebody wants it cleaned now
+	orders chan *order
 
 	mu        sync.Mutex
 	rec       record
 	steps     []Step
 	slot      Slot
 	vm        vmm.VM
-	maybeVM   bool // there may be a machine that vm does not show
 	guest     *guest.Client
 	transport *http.Transport
+	life      context.Context // of its uses; ends with a cause
+	endLife   context.CancelCauseFunc
 	bootErr   error // set before booted is closed
+	attempts  int   // to clean that have begun
 	cleanErr  error
 	tried     chan struct{} // closed and replaced after each attempt to clean that failed
 
@@ -63,14 +65,24 @@ type box struct {
 	waiters int           // callers of Create
 	stop    chan struct{} // closed: end
 	why     ending        // set before stop is closed
+
+	reservedMiB int // under the manager's mu
+}
+
+// order is something that the goroutine is to do. It goes on when whoever gave
+// it leaves.
+type order struct {
+	do   func(context.Context) error
+	err  error
+	done chan struct{} // closed once err is set
 }
 
 func newBox(m *Manager, r record) *box {
 	b := &box{
 		m: m, rec: r, tracker: NewTracker(),
 		log:    m.Log.With("sandbox", id.Format(id.Sandbox, r.Spec.ID)),
-		booted: make(chan struct{}), gone: make(chan struct{}), retry: make(chan struct{}, 1),
-		tried: make(chan struct{}), stop: make(chan struct{}),
+		booted: make(chan struct{}), over: make(chan struct{}), gone: make(chan struct{}), retry: make(chan struct{}, 1),
+		orders: make(chan *order), tried: make(chan struct{}), stop: make(chan struct{}),
 	}
 	b.life, b.endLife = context.WithCancelCause(context.Background())
 	return b
@@ -93,13 +105,13 @@ func (b *box) infoLocked() Info {
 	s := &b.rec.Spec
 	i := Info{
 		ID: s.ID, Team: s.Team, Template: s.Template, State: b.rec.State,
-		VCPUs: s.VCPUs, MemoryMiB: s.MemoryMiB, DiskMiB: s.DiskMiB, CreatedAt: b.rec.CreatedAt,
+		VCPUs: s.VCPUs, MemoryMiB: s.MemoryMiB, DiskMiB: s.DiskMiB, CreatedAt: b.rec.CreatedAt, PauseOnTimeout: s.PauseOnTimeout,
 		InFlight: b.tracker.InFlight(), Steps: append([]Step(nil), b.steps...),
 	}
 	if b.stopping() {
 		i.State = Stopping
 	}
-	if s.Timeout > 0 {
+	if s.Timeout > 0 && i.State != Paused && i.State != Resuming {
 		i.ExpiresAt = b.tracker.LastUse().Add(s.Timeout)
 	}
 	return i
@@ -150,29 +162,63 @@ func (b *box) await(ctx context.Context) (Info, error) {
 func (b *box) destroy(ctx context.Context, event journal.Kind, why string) error {
 	b.mu.Lock()
 	b.end(event, why)
-	tried := b.tried
+	before, tried := b.attempts, b.tried
 	b.mu.Unlock()
 	select {
 	case b.retry <- struct{}{}:
 	default: // somebody has asked
 	}
-	select {
-	case <-b.gone:
-		return nil
-	case <-tried:
+	for {
+		select {
+		case <-b.gone:
+			return nil
+		case <-tried:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 		b.mu.Lock()
-		defer b.mu.Unlock()
-		return fmt.Errorf("remove sandbox: %w", b.cleanErr)
+		attempts, err := b.attempts, b.cleanErr
+		tried = b.tried
+		b.mu.Unlock()
+		if attempts > before { // one that began after this was called
+			return fmt.Errorf("remove sandbox: %w", err)
+		}
+	}
+}
+
+// order has the goroutine do something and waits for that.
+func (b *box) order(ctx context.Context, do func(context.Context) error) error {
+	o := &order{do: do, done: make(chan struct{})}
+	select {
+	case b.orders <- o:
+	case <-b.over:
+		if b.m.isClosed() {
+			return ErrClosing
+		}
+		return &StateError{Stopping}
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case <-o.done:
+		return o.err
 	case <-ctx.Done():
 		return ctx.Err()
 	}
 }
 
-// live is the sandbox's life from its creation on.
-func (b *box) live() {
+// obey does what an order says.
+func (b *box) obey(o *order) {
+	ctx, done := b.bounded()
+	o.err = o.do(ctx)
+	done()
+	close(o.done)
+}
+
+// bounded returns a context that ends when somebody asks for the sandbox's end,
+// or when the agent ends. The caller calls done.
+func (b *box) bounded() (ctx context.Context, done func()) {
 	ctx, cancel := context.WithCancelCause(context.Background())
-	defer cancel(nil)
-	// Whoever asks for the end ends the start; so does the agent's own end.
 	unhook := make(chan struct{})
 	hooked := make(chan struct{})
 	go func() {
@@ -188,13 +234,24 @@ func (b *box) live() {
 		case <-unhook:
 		}
 	}()
+	return ctx, func() {
+		close(unhook)
+		<-hooked
+		cancel(nil)
+	}
+}
+
+// live is the sandbox's life from its creation on.
+func (b *box) live() {
+	// Whoever asks for the end ends the start; so does the agent's own end.
+	ctx, done := b.bounded()
 	begin := time.Now()
 	err := b.create(ctx)
-	close(unhook)
-	<-hooked
 	if err == nil && ctx.Err() != nil {
 		err = context.Cause(ctx) // it runs, but too late
 	}
+	done()
+	b.m.started(b, err)
 	if err != nil {
 		b.log.Error("sandbox did not start", "error", err, "took", time.Since(begin))
 		why := ending{Reason: err.Error(), Time: time.Now().UTC()}
@@ -248,117 +305,15 @@ func (b *box) step(name string, f func() error) error {
 	return nil
 }
 
-// create makes all of a sandbox's parts. After an error [box.clean] removes
-// those that there are.
-func (b *box) create(ctx context.Context) error {
-	dir, spec := b.m.Dir, &b.rec.Spec
-	err := b.step("slot", func() error {
-		s, err := b.m.Networks.Acquire(ctx)
-		if errors.Is(err, network.ErrExhausted) {
-			return fail(ErrExhausted, "this host has no network slot left")
-		}
-		if err != nil {
-			return fmt.Errorf("get a network slot: %w", err)
-		}
-		i := s.Index()
-		b.set(func() { b.slot, b.rec.Slot = s, &i })
-		if err := s.Describe(spec.metadata()); err != nil {
-			return fmt.Errorf("set metadata: %w", err)
-		}
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	err = b.step("record", func() error {
-		if err := os.Mkdir(dir.Sandbox(spec.ID), 0o700); err != nil {
-			return fmt.Errorf("make folder: %w", err)
-		}
-		return full(b.rec.save(dir))
-	})
-	if err != nil {
-		return err
-	}
-	err = b.step("wait", func() error {
-		select {
-		case b.m.boots <- struct{}{}:
-			return nil
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	})
-	if err != nil {
-		return err
-	}
-	defer func() { <-b.m.boots }()
-
-	late := fmt.Errorf("the guest did not come up within %v", b.m.BootTimeout)
-	ctx, cancel := context.WithTimeoutCause(ctx, b.m.BootTimeout, late)
-	defer cancel()
-	uid := firstUID + b.slot.Index()
-	err = b.step("disk", func() error {
-		err := disk.CreateOverlay(dir.SandboxDisk(spec.ID), int64(spec.DiskMiB)<<20, uid)
-		return full(err)
-	})
-	if err != nil {
-		return err
-	}
-	if err := b.step("vm", func() error { return b.start(ctx, uid) }); err != nil {
-		return err
-	}
-	if err := b.boot(ctx); err != nil {
-		return err
-	}
-	return b.step("commit", func() error {
-		b.set(func() {
-			st := b.vm.State()
-			b.rec.State, b.rec.VM = Running, &st
-		})
-		return full(b.rec.save(dir))
-	})
-}
-
-// full makes clear that a disk is.
-func full(err error) error {
-	if errors.Is(err, disk.ErrNoSpace) || isFull(err) {
-		return fail(ErrExhausted, "this host has no disk space for a sandbox: %v", err)
-	}
-	return err
-}
-
-// start starts the virtual machine.
-func (b *box) start(ctx context.Context, uid int) error {
-	spec := &b.rec.Spec
-	tap, err := b.slot.OpenTap()
-	if err != nil {
-		return fmt.Errorf("open the guest's network card: %w", err)
-	}
-	defer tap.Close()
-	b.maybeVM = true
-	vm, err := b.m.Driver.Start(ctx, vmm.Spec{
-		ID: spec.ID, Dir: b.m.Dir.Sandbox(spec.ID),
-		Kernel: b.m.Kernel, Initrd: b.m.Initrd, Cmdline: guest.Cmdline(id.Format(id.Sandbox, spec.ID)),
-		VCPUs: spec.VCPUs, MemoryMiB: spec.MemoryMiB,
-		Overlay: b.m.Dir.SandboxDisk(spec.ID), Base: b.base,
-		NetNS: b.slot.NetNS(), Tap: tap, MAC: guest.MAC, UID: uid,
-	})
-	if ctx.Err() != nil && err != nil {
-		return because(ctx, err)
-	}
-	if err != nil {
-		return fmt.Errorf("start the virtual machine: %w", err)
-	}
-	b.set(func() { b.vm = vm })
-	b.connect()
-	return nil
-}
-
 // connect makes what talks to the guest.
 func (b *box) connect() {
 	d := net.Dialer{Timeout: 10 * time.Second}
 	host := b.slot.Address().String()
 	b.set(func() {
 		b.guest = guest.New(b.slot.Address(), b.rec.Spec.Token)
+		if b.life.Err() != nil {
+			b.life, b.endLife = context.WithCancelCause(context.Background())
+		}
 		b.transport = &http.Transport{
 			DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 				_, port, err := net.SplitHostPort(addr)
@@ -375,44 +330,6 @@ func (b *box) connect() {
 			MaxResponseHeaderBytes: 1 << 20,
 		}
 	})
-}
-
-// boot waits until the guest daemon answers and tells it what it must know.
-// When the machine ends or time is up the error has the console's end.
-func (b *box) boot(ctx context.Context) error {
-	died := errors.New("the virtual machine ended while it booted")
-	guarded, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	watched := make(chan struct{})
-	go func() {
-		defer close(watched)
-		select {
-		case <-b.vm.Done():
-			cancel(died)
-		case <-guarded.Done():
-		}
-	}()
-	defer func() { cancel(nil); <-watched }()
-	err := b.step("boot", func() error { return b.guest.Wait(guarded) })
-	if err == nil {
-		err = b.step("init", func() error {
-			_, err := b.guest.Init(guarded, guest.Settings{Envs: b.rec.Spec.Envs})
-			return err
-		})
-	}
-	if err == nil {
-		return nil
-	}
-	if cause := context.Cause(guarded); cause != nil {
-		err = cause
-	}
-	if errors.Is(err, died) {
-		err = fmt.Errorf("%w: %w", died, b.vm.Err())
-	}
-	if errors.Is(err, ErrState) || errors.Is(err, ErrClosing) {
-		return err // the guest is not to blame
-	}
-	return fmt.Errorf("boot: %w%s", err, b.lastWords())
 }
 
 // lastWords is the end of the guest's console, for an error.
@@ -436,14 +353,32 @@ func (b *box) lastWords() string {
 	return "; its console ends with:\n" + text
 }
 
-// serve watches over a running sandbox until it ends or the agent lets go of it.
+// serve watches over a sandbox until it ends or the agent lets go of it.
 func (b *box) serve() {
 	for {
+		if b.rec.State == Paused {
+			if b.servePaused() {
+				return
+			}
+			continue
+		}
 		timer, busy, expired := b.nextExpiry()
 		if expired {
 			why := ending{journal.Expired, fmt.Sprintf("it was not used for %v", b.rec.Spec.Timeout), time.Now().UTC()}
-			b.clean(why, nil)
-			return
+			if !b.rec.Spec.PauseOnTimeout {
+				b.clean(why, nil)
+				return
+			}
+			why.Event = journal.Paused
+			b.obey(&order{done: make(chan struct{}), do: func(ctx context.Context) error {
+				err := b.pause(ctx, &why)
+				if err != nil {
+					b.log.Error("an unused sandbox cannot be paused", "error", err, "again_in", b.rec.Spec.Timeout)
+					b.tracker.Touch()
+				}
+				return err
+			}})
+			continue
 		}
 		var tick <-chan time.Time
 		if timer != nil {
@@ -452,6 +387,8 @@ func (b *box) serve() {
 		select {
 		case <-tick:
 		case <-busy:
+		case o := <-b.orders:
+			b.obey(o)
 		case <-b.stop:
 			b.clean(b.why, nil)
 			return
@@ -494,6 +431,7 @@ func (b *box) refuse() {
 // release lets go of a sandbox that goes on without this agent.
 func (b *box) release() {
 	b.tracker.Shut()
+	close(b.over)
 	b.endLife(ended("the host agent is stopping"))
 	b.disconnect()
 }
@@ -510,10 +448,12 @@ func (b *box) disconnect() {
 func (b *box) clean(why ending, done func(error)) {
 	begin := time.Now()
 	b.refuse()
+	close(b.over)
 	b.endLife(ended(why.Reason))
 	b.disconnect()
 	b.log.Info("sandbox ends", "reason", firstLine(why.Reason), "event", string(why.Event))
 	for pause := firstRetry; ; pause = min(2*pause, lastRetry) {
+		b.set(func() { b.attempts++ })
 		err := b.tryClean(why)
 		b.m.Observe("remove", time.Since(begin), err)
 		if err == nil {
@@ -555,17 +495,41 @@ func firstLine(s string) string {
 func (b *box) tryClean(why ending) error {
 	ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
 	defer cancel()
-	dir, spec := b.m.Dir, &b.rec.Spec
+	dir, home := b.m.Dir, b.rec.Home
 	if b.rec.Ending == nil {
 		// So that the next agent, if this one dies now, does not take the end of
 		// the machine for its own doing.
 		b.set(func() { b.rec.Ending = &why })
-		if _, err := os.Stat(dir.SandboxRecord(spec.ID)); err == nil {
+		if _, err := os.Stat(dir.SandboxRecord(home)); err == nil {
 			if err := b.rec.save(dir); err != nil {
 				b.log.Warn("a sandbox's end is not recorded", "error", err) // a full disk must not keep it alive
 			}
 		}
 	}
+	b.m.Hook("clean: recorded")
+	if err := b.vacate(ctx); err != nil {
+		return err
+	}
+	b.m.Hook("clean: vacated")
+	// First what takes space, so that there is some for the event.
+	if err := empty(dir, home); err != nil {
+		return err
+	}
+	if why.Event != "" {
+		if err := b.tell(why); err != nil {
+			return err
+		}
+	}
+	b.m.Hook("clean: told")
+	if err := os.RemoveAll(dir.Sandbox(home)); err != nil {
+		return fmt.Errorf("remove folder: %w", err)
+	}
+	return nil
+}
+
+// vacate ends the machine and gives back what it held of the host. It goes on
+// where an attempt that failed has ended.
+func (b *box) vacate(ctx context.Context) error {
 	if err := b.killVM(ctx); err != nil {
 		return err
 	}
@@ -575,17 +539,9 @@ func (b *box) tryClean(why ending) error {
 		}
 		b.set(func() { b.slot = nil })
 	}
-	// First what takes space, so that there is some for the event.
-	if err := empty(dir, spec.ID); err != nil {
-		return err
-	}
-	if why.Event != "" {
-		if err := b.tell(why); err != nil {
-			return err
-		}
-	}
-	if err := os.RemoveAll(dir.Sandbox(spec.ID)); err != nil {
-		return fmt.Errorf("remove folder: %w", err)
+	if b.base != nil {
+		b.m.bases.release(b.base)
+		b.base = nil
 	}
 	return nil
 }
@@ -598,7 +554,7 @@ func (b *box) killVM(ctx context.Context) error {
 			return fmt.Errorf("end the virtual machine: %w", err)
 		}
 	case b.maybeVM:
-		if err := b.m.Driver.Reap(ctx, leftover(b.m.Dir, b.rec)); err != nil {
+		if err := b.m.Driver.Reap(ctx, leftover(b.rec)); err != nil {
 			return fmt.Errorf("end the virtual machine: %w", err)
 		}
 	}
@@ -607,10 +563,10 @@ func (b *box) killVM(ctx context.Context) error {
 	return nil
 }
 
-// tell puts the sandbox's end into the journal, once.
+// tell puts what the agent did on its own into the journal, once.
 func (b *box) tell(why ending) error {
 	for _, e := range b.m.Journal.Pending() {
-		if e.Sandbox == b.rec.Spec.ID {
+		if e.Sandbox == b.rec.Spec.ID && e.Kind == why.Event && e.Time.Equal(why.Time) {
 			return nil
 		}
 	}

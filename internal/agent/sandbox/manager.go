@@ -14,14 +14,15 @@ import (
 	"sync"
 	"time"
 
-	"connectrpc.com/connect"
 	"github.com/google/uuid"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -31,8 +32,9 @@ type Config struct {
 	Driver   vmm.Driver
 	Networks Networks
 	Journal  *journal.Journal
-	// Kernel and Initrd are what guests boot.
-	Kernel, Initrd string
+	// Kernel and Initrd are what guests boot, KernelInputs names what they
+	// were made from.
+	Kernel, Initrd, KernelInputs string
 	// Template finds what a sandbox starts from, or says [ErrNotFound].
 	Template func(team, template uuid.UUID) (image.Template, error)
 	// MemoryMiB is what all sandboxes may have together; 0: most of the host's.
@@ -41,6 +43,17 @@ type Config struct {
 	Boots int
 	// BootTimeout bounds one boot, counted from when it starts; 0: two minutes.
 	BootTimeout time.Duration
+	// DefaultVCPUs and DefaultMemoryMiB are what of the built-in template is
+	// captured at once; 0: nothing is.
+	DefaultVCPUs, DefaultMemoryMiB int
+	// Warm is how many machines of a template that is in use wait to become
+	// sandboxes; 0: none.
+	Warm int
+	// WarmMemoryMiB is what all of them may have together; 0: an eighth of
+	// MemoryMiB.
+	WarmMemoryMiB int
+	// Hook, if not nil, is told each step between which an agent may be killed.
+	Hook func(step string)
 	// Observe, if not nil, is told each step of a sandbox's life.
 	Observe func(step string, took time.Duration, err error)
 	Log     *slog.Logger
@@ -66,11 +79,17 @@ type Manager struct {
 	closing chan struct{} // closed: sandboxes are let go of
 	wg      sync.WaitGroup
 
+	bases bases
+	warm  warm
+
 	mu          sync.Mutex
 	boxes       map[uuid.UUID]*box
+	nameless    map[*box]struct{} // machines that are no sandbox: captured from, or waiting
+	capturing   map[string]*capturing
 	refuse      error // why no sandbox is created any more
 	isClosing   bool
-	reservedMiB int
+	starting    int // sandboxes that are being created
+	reservedMiB int // for all but machines that wait
 }
 
 // Open makes a manager that goes on with what r found.
@@ -88,16 +107,30 @@ func Open(ctx context.Context, c Config, r *Recovery) (*Manager, error) {
 	if c.BootTimeout == 0 {
 		c.BootTimeout = defaultBootTimeout
 	}
+	if c.WarmMemoryMiB == 0 {
+		c.WarmMemoryMiB = c.MemoryMiB / 8
+	}
+	if c.Hook == nil {
+		c.Hook = func(string) {}
+	}
 	if c.Observe == nil {
 		c.Observe = func(string, time.Duration, error) {}
 	}
 	if err := os.MkdirAll(c.Dir.Sandboxes(), 0o700); err != nil {
 		return nil, fmt.Errorf("make folder of sandboxes: %w", err)
 	}
-	m := &Manager{Config: c, boots: make(chan struct{}, c.Boots), closing: make(chan struct{}), boxes: map[uuid.UUID]*box{}}
+	if err := errors.Join(image.Sweep(c.Dir), os.RemoveAll(c.Dir.Forks())); err != nil {
+		return nil, err
+	}
+	m := &Manager{
+		Config: c, boots: make(chan struct{}, c.Boots), closing: make(chan struct{}),
+		boxes: map[uuid.UUID]*box{}, nameless: map[*box]struct{}{}, capturing: map[string]*capturing{},
+	}
+	m.warm.init(m)
 	for _, f := range r.found {
 		m.adopt(ctx, f)
 	}
+	m.wg.Go(m.warm.keep)
 	return m, nil
 }
 
@@ -111,13 +144,10 @@ func hostMemory() (mib int, err error) {
 
 // Create starts a sandbox and returns when its guest daemon answers. It is
 // idempotent by the sandbox's id: a repeated call waits for the sandbox that is
-// under way or returns the one that runs. When all callers have gone before
+// under way or returns the one that there is. When all callers have gone before
 // it runs, it is given up.
 func (m *Manager) Create(ctx context.Context, s Spec) (Info, error) {
-	if err := s.check(); err != nil {
-		return Info{}, err
-	}
-	b, err := m.enroll(s)
+	b, err := m.enroll(s, nil)
 	if err != nil {
 		return Info{}, err
 	}
@@ -125,8 +155,20 @@ func (m *Manager) Create(ctx context.Context, s Spec) (Info, error) {
 }
 
 // enroll finds or makes the sandbox that s speaks of, and counts the caller
-// as one who waits for it.
-func (m *Manager) enroll(s Spec) (*box, error) {
+// as one who waits for it. c is what it begins with; nil: its template's.
+func (m *Manager) enroll(s Spec, c *image.Capture) (*box, error) {
+	var t image.Template
+	if c == nil {
+		var err error
+		if t, err = m.Template(s.Team, s.Template); err != nil {
+			return nil, err
+		}
+	} else {
+		t = image.Template{ID: s.Template, Team: s.Team, DiskMiB: c.DiskMiB, VCPUs: c.VCPUs, MemoryMiB: c.MemoryMiB}
+	}
+	if err := s.check(t); err != nil {
+		return nil, err
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if b := m.boxes[s.ID]; b != nil {
@@ -136,7 +178,7 @@ func (m *Manager) enroll(s Spec) (*box, error) {
 		case b.rec.Spec.Team != s.Team || b.rec.Spec.Template != s.Template:
 			return nil, fail(ErrExists, "another sandbox has this id")
 		case b.rec.State == Stopping || b.stopping():
-			return nil, fail(ErrState, "a sandbox with this id is being removed")
+			return nil, &StateError{Stopping}
 		}
 		b.waiters++
 		return b, nil
@@ -144,29 +186,50 @@ func (m *Manager) enroll(s Spec) (*box, error) {
 	if m.refuse != nil {
 		return nil, m.refuse
 	}
-	t, err := m.Template(s.Team, s.Template)
-	if err != nil {
+	b := newBox(m, record{Version: recordVersion, Home: s.ID, Spec: s, State: Starting, CreatedAt: time.Now().UTC()})
+	b.begin = start{template: t, capture: c, copied: c != nil}
+	if c == nil {
+		b.begin.ready = m.warm.take(s)
+	}
+	if err := m.admit(b); err != nil {
+		if w := b.begin.ready; w != nil {
+			m.warm.discard(w)
+		}
 		return nil, err
 	}
-	if s.DiskMiB == 0 {
-		s.DiskMiB = t.DiskMiB
-	}
-	if s.DiskMiB < t.DiskMiB {
-		return nil, fail(ErrInvalid, "disk_mib is %d, but the template's disk has %d", s.DiskMiB, t.DiskMiB)
-	}
-	if err := m.admit(s); err != nil {
-		return nil, err
-	}
-	b := newBox(m, record{Version: recordVersion, Spec: s, State: Starting, CreatedAt: time.Now().UTC()})
-	b.base = t.Rootfs
 	b.waiters = 1
-	m.add(b)
+	m.boxes[s.ID] = b
+	m.starting++
 	m.wg.Go(b.live)
 	return b, nil
 }
 
-// admit says whether the host has room. The caller holds the lock.
-func (m *Manager) admit(s Spec) error {
+// register makes a machine that is no sandbox known to [Manager.Terminate].
+func (m *Manager) register(b *box) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.refuse != nil {
+		return m.refuse
+	}
+	m.nameless[b] = struct{}{}
+	return nil
+}
+
+// started notes that the start of a sandbox has ended, well or not.
+func (m *Manager) started(b *box, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.starting--
+	if err == nil && b.begin.capture != nil && !b.begin.copied {
+		m.warm.want(b.rec.Spec, b.begin.capture)
+	}
+	m.warm.look()
+}
+
+// admit reserves the memory that a sandbox takes, or says that the host has no
+// room. The caller holds the lock.
+func (m *Manager) admit(b *box) error {
+	s := &b.rec.Spec
 	if n := runtime.NumCPU(); s.VCPUs > n {
 		return fail(ErrExhausted, "this host has %d processors, not %d", n, s.VCPUs)
 	}
@@ -174,28 +237,59 @@ func (m *Manager) admit(s Spec) error {
 	if need > m.MemoryMiB {
 		return fail(ErrExhausted, "this host has %d MiB of memory for sandboxes; %d with %d of overhead are more", m.MemoryMiB, s.MemoryMiB, overheadMiB)
 	}
-	if free := m.MemoryMiB - m.reservedMiB; need > free {
+	free := m.MemoryMiB - m.reservedMiB - m.bases.mib()
+	if need > free {
+		m.bases.drop()
+		free = m.MemoryMiB - m.reservedMiB - m.bases.mib()
+	}
+	if need > free {
 		return fail(ErrExhausted, "%d MiB of memory are needed with overhead, %d of the %d for sandboxes are free", need, max(free, 0), m.MemoryMiB)
 	}
+	m.warm.shed(free - need)
 	if available, err := availableMemory(); err == nil && available < s.MemoryMiB+slackMiB {
+		m.bases.drop()
+		m.warm.shed(0)
 		return fail(ErrExhausted, "the host has %d MiB of memory available, too little for a sandbox with %d", available, s.MemoryMiB)
 	}
+	b.reservedMiB = need
+	m.reservedMiB += need
 	return nil
 }
 
-// add makes a sandbox known. The caller holds the lock, or nobody else has the
-// manager yet.
-func (m *Manager) add(b *box) {
-	m.boxes[b.rec.Spec.ID] = b
-	m.reservedMiB += b.rec.Spec.MemoryMiB + overheadMiB
+// reserve reserves the memory that a sandbox takes.
+func (m *Manager) reserve(b *box) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if b.reservedMiB > 0 {
+		return nil
+	}
+	return m.admit(b)
+}
+
+// unreserve gives back what was reserved.
+func (m *Manager) unreserve(b *box) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.reservedMiB -= b.reservedMiB
+	b.reservedMiB = 0
+	m.warm.look()
 }
 
 // remove forgets a sandbox of which nothing is left.
 func (m *Manager) remove(b *box) {
+	m.unreserve(b)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	delete(m.boxes, b.rec.Spec.ID)
-	m.reservedMiB -= b.rec.Spec.MemoryMiB + overheadMiB
+	delete(m.nameless, b)
+	if m.boxes[b.rec.Spec.ID] == b {
+		delete(m.boxes, b.rec.Spec.ID)
+	}
+}
+
+func (m *Manager) isClosed() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.isClosing
 }
 
 func (m *Manager) find(id uuid.UUID) (*box, error) {
@@ -239,7 +333,7 @@ func (m *Manager) List() []Info {
 func (m *Manager) Memory() (reserved, total int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.reservedMiB, m.MemoryMiB
+	return m.reservedMiB + m.bases.mib(), m.MemoryMiB
 }
 
 // Destroy ends a sandbox, also one that is being created, and returns when
@@ -252,8 +346,9 @@ func (m *Manager) Destroy(ctx context.Context, id uuid.UUID) error {
 	return b.destroy(ctx, "", "it was destroyed")
 }
 
-// Terminate ends every sandbox and creates none any more. The control plane
-// did not ask for these ends one by one, so they are events.
+// Terminate pauses every sandbox that runs, and creates and resumes none any
+// more. The control plane did not ask for these pauses one by one, so they are
+// events. A sandbox that cannot be paused is destroyed: no machine is left.
 func (m *Manager) Terminate(ctx context.Context) error {
 	m.mu.Lock()
 	if m.refuse == nil {
@@ -263,13 +358,49 @@ func (m *Manager) Terminate(ctx context.Context) error {
 	for _, b := range m.boxes {
 		boxes = append(boxes, b)
 	}
-	m.mu.Unlock()
-	errs := make([]error, len(boxes))
-	var wg sync.WaitGroup
-	for i, b := range boxes {
-		wg.Go(func() { errs[i] = b.destroy(ctx, journal.Exited, "the host was shut down") })
+	m.warm.shed(0)
+	sandboxes := len(boxes)
+	for b := range m.nameless {
+		boxes = append(boxes, b)
 	}
-	wg.Wait()
+	m.mu.Unlock()
+	const reason = "the host was shut down"
+	errs := make([]error, len(boxes))
+	var g errgroup.Group
+	g.SetLimit(2 * runtime.NumCPU())
+	for i, b := range boxes {
+		g.Go(func() error {
+			if i >= sandboxes {
+				errs[i] = b.destroy(ctx, "", reason)
+				return nil
+			}
+			if b.info().State == Starting {
+				errs[i] = b.destroy(ctx, journal.Exited, reason)
+				return nil
+			}
+			err := b.order(ctx, func(ctx context.Context) error {
+				if err := b.pause(ctx, pausedEvent(reason)); err != nil {
+					return err
+				}
+				if !b.settled() { // something of it refused to go before
+					errs[i] = b.settle(ctx)
+				}
+				return nil
+			})
+			var state *StateError
+			switch {
+			case err == nil:
+				return nil
+			case errors.As(err, &state) && state.State == Stopping:
+				errs[i] = b.destroy(ctx, "", reason) // it may be waiting to be tried again
+				return nil
+			}
+			m.Log.Error("a sandbox cannot be paused and is destroyed", "sandbox", id.Format(id.Sandbox, b.info().ID), "error", err)
+			errs[i] = b.destroy(ctx, journal.Exited, reason+"; it could not be paused: "+err.Error())
+			return nil
+		})
+	}
+	_ = g.Wait()
 	return errors.Join(errs...)
 }
 
@@ -335,17 +466,25 @@ func (m *Manager) Use(ctx context.Context, id uuid.UUID) (*Use, error) {
 		return nil, err
 	}
 	leave, ok := b.tracker.Enter()
-	if !ok {
-		return nil, fail(ErrState, "the sandbox is ending")
-	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.rec.State != Running {
-		leave()
-		return nil, fail(ErrState, "the sandbox is %s", b.rec.State)
+	if !ok || b.rec.State != Running {
+		if ok {
+			leave()
+		}
+		switch {
+		case b.stopping():
+			return nil, &StateError{Stopping}
+		case b.rec.State != Running:
+			return nil, &StateError{b.rec.State}
+		case m.isClosed():
+			return nil, ErrClosing
+		}
+		return nil, &StateError{Stopping} // it expires
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
-	stop := context.AfterFunc(b.life, func() { cancel(context.Cause(b.life)) })
+	life := b.life
+	stop := context.AfterFunc(life, func() { cancel(context.Cause(life)) })
 	return &Use{
 		Info: b.infoLocked(), Context: ctx, Guest: b.guest, Address: b.slot.Address(), Transport: b.transport, VM: b.vm,
 		Leave: sync.OnceFunc(func() {
@@ -367,12 +506,10 @@ func (m *Manager) Console(ctx context.Context, id uuid.UUID) ([]byte, error) {
 	vm := b.vm
 	b.mu.Unlock()
 	if vm == nil {
-		return nil, fail(ErrState, "the sandbox has no machine yet")
+		return nil, &StateError{b.info().State}
 	}
 	return vm.Console(ctx)
 }
 
 // ended is the cause with which uses of a sandbox that ends are cancelled.
-func ended(why string) error {
-	return connect.NewError(connect.CodeFailedPrecondition, errors.New("the sandbox has ended: "+why))
-}
+func ended(why string) error { return fail(ErrState, "the sandbox has ended: %s", why) }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 
@@ -17,21 +18,33 @@ import (
 )
 
 // recordVersion changes when older agents cannot read the record any more.
-const recordVersion = 1
+const recordVersion = 2
 
 // record is what is on disk of a sandbox: enough for the next agent to take
 // it back, or to remove it. It holds the sandbox's token.
 type record struct {
-	Version   int        `json:"version"`
+	Version int `json:"version"`
+	// Home names the sandbox's folder and its machine.
+	Home      uuid.UUID  `json:"home"`
 	Spec      Spec       `json:"spec"`
 	State     State      `json:"state"`
 	CreatedAt time.Time  `json:"created_at"`
 	Slot      *int       `json:"slot,omitempty"` // its network slot
-	VM        *vmm.State `json:"vm,omitempty"`   // where it runs
-	Ending    *ending    `json:"ending,omitempty"`
+	VM        *vmm.State `json:"vm,omitempty"`   // where it runs, or did
+	// Disks counts its overlays, of which the last is written to. The first
+	// Sealed of them can be written to by nobody any more.
+	Disks  int `json:"disks"`
+	Sealed int `json:"sealed"`
+	// Saved is what the last pause has saved. A paused sandbox goes on from
+	// it; once it runs again its disk has changed, and all that this is good
+	// for is that the next pause writes no more than what changed since.
+	Saved  *uuid.UUID `json:"saved,omitempty"`
+	Ending *ending    `json:"ending,omitempty"`
+	// Untold is an event that is not in the journal yet.
+	Untold *ending `json:"untold,omitempty"`
 }
 
-// ending is why a sandbox ends.
+// ending is why a sandbox ends, or is paused by the agent.
 type ending struct {
 	// Event is what the control plane is told; empty: it knows.
 	Event  journal.Kind `json:"event,omitempty"`
@@ -40,18 +53,23 @@ type ending struct {
 }
 
 // save writes the record durably, all of it or nothing.
-func (r *record) save(dir layout.Dir) error {
+func (r *record) save(dir layout.Dir) error { return r.write(dir, true) }
+
+// jot writes the record so that it outlasts the agent, but perhaps not the host.
+func (r *record) jot(dir layout.Dir) error { return r.write(dir, false) }
+
+func (r *record) write(dir layout.Dir, durable bool) error {
 	b, err := json.MarshalIndent(r, "", "\t")
 	if err != nil {
 		return fmt.Errorf("encode record: %w", err)
 	}
-	path := dir.SandboxRecord(r.Spec.ID)
+	path := dir.SandboxRecord(r.Home)
 	f, err := os.CreateTemp(filepath.Dir(path), "record-") // mode 0600
 	if err != nil {
 		return fmt.Errorf("write record: %w", err)
 	}
 	_, err = f.Write(b)
-	if err == nil {
+	if err == nil && durable {
 		err = f.Sync()
 	}
 	if e := f.Close(); err == nil {
@@ -62,6 +80,9 @@ func (r *record) save(dir layout.Dir) error {
 	}
 	if err != nil {
 		return errors.Join(fmt.Errorf("write record: %w", err), os.Remove(f.Name()))
+	}
+	if !durable {
+		return nil
 	}
 	if err := syncDir(filepath.Dir(path)); err != nil {
 		return fmt.Errorf("write record: %w", err)
@@ -78,16 +99,16 @@ func syncDir(dir string) error {
 	return d.Sync()
 }
 
-// load reads the record of a sandbox.
-func load(dir layout.Dir, id uuid.UUID) (record, error) {
-	b, err := os.ReadFile(dir.SandboxRecord(id))
+// load reads the record in a folder.
+func load(dir layout.Dir, home uuid.UUID) (record, error) {
+	b, err := os.ReadFile(dir.SandboxRecord(home))
 	if err != nil {
 		return record{}, err
 	}
-	return parseRecord(b, id)
+	return parseRecord(b, home)
 }
 
-func parseRecord(b []byte, id uuid.UUID) (record, error) {
+func parseRecord(b []byte, home uuid.UUID) (record, error) {
 	var r record
 	if err := json.Unmarshal(b, &r); err != nil {
 		return record{}, fmt.Errorf("read record: %w", err)
@@ -95,28 +116,51 @@ func parseRecord(b []byte, id uuid.UUID) (record, error) {
 	switch {
 	case r.Version != recordVersion:
 		return record{}, fmt.Errorf("read record: version %d is not %d", r.Version, recordVersion)
-	case r.Spec.ID != id:
-		return record{}, fmt.Errorf("read record: it is of sandbox %s", r.Spec.ID)
-	case r.State == Running && (r.VM == nil || r.Slot == nil || r.VM.ID != id):
+	case r.Home != home:
+		return record{}, fmt.Errorf("read record: it is of folder %s", r.Home)
+	case r.Sealed < 0 || r.Sealed > r.Disks || r.Disks > maxDisks+1:
+		return record{}, fmt.Errorf("read record: %d of %d disks are sealed", r.Sealed, r.Disks)
+	case r.State == Running && (r.VM == nil || r.Slot == nil || r.VM.ID != home || r.Disks < 1):
 		return record{}, errors.New("read record: it runs nowhere")
+	case r.State == Paused && (r.Saved == nil || r.Disks < 1):
+		return record{}, errors.New("read record: there is nothing to go on from")
 	}
 	return r, nil
 }
 
 // empty removes all files of a sandbox's folder but its record.
-func empty(dir layout.Dir, id uuid.UUID) error {
-	entries, err := os.ReadDir(dir.Sandbox(id))
+func empty(dir layout.Dir, home uuid.UUID) error {
+	return removeBut(dir, home, dir.SandboxRecord(home))
+}
+
+// sweep removes from a sandbox's folder what its record does not name: what
+// was being made when an agent was killed, or was of use before.
+func (r *record) sweep(dir layout.Dir) error {
+	keep := []string{dir.SandboxRecord(r.Home), dir.SandboxOrigin(r.Home)}
+	for n := range r.Disks {
+		keep = append(keep, dir.SandboxDisk(r.Home, n))
+	}
+	if r.Saved != nil {
+		keep = append(keep, dir.SandboxSaved(r.Home, *r.Saved))
+	}
+	if r.VM != nil {
+		keep = append(keep, r.VM.Socket)
+	}
+	return removeBut(dir, r.Home, keep...)
+}
+
+func removeBut(dir layout.Dir, home uuid.UUID, keep ...string) error {
+	entries, err := os.ReadDir(dir.Sandbox(home))
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
 		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("empty folder: %w", err)
 	}
-	keep := filepath.Base(dir.SandboxRecord(id))
 	var errs []error
 	for _, e := range entries {
-		if e.Name() != keep {
-			errs = append(errs, os.RemoveAll(filepath.Join(dir.Sandbox(id), e.Name())))
+		if name := filepath.Join(dir.Sandbox(home), e.Name()); !slices.Contains(keep, name) {
+			errs = append(errs, os.RemoveAll(name))
 		}
 	}
 	return errors.Join(errs...)

@@ -19,15 +19,16 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// Recovery is what an earlier agent left: the sandboxes that run, and those to
-// remove.
+// Recovery is what an earlier agent left: the sandboxes that run, those that
+// are paused, and those to remove.
 type Recovery struct {
 	found []found
 }
 
 type found struct {
-	rec record
-	vm  vmm.VM // nil: the sandbox is to be removed, as rec.Ending says
+	rec      record
+	vm       vmm.VM // nil: it is paused, or to be removed, as rec.Ending says
+	leftover bool   // there may be a machine all the same
 }
 
 // recoverTimeout bounds what is done for one sandbox.
@@ -87,23 +88,36 @@ func (r *Recovery) Slots() []int {
 }
 
 // find decides about one sandbox.
-func find(ctx context.Context, dir layout.Dir, id uuid.UUID, d vmm.Driver, log *slog.Logger) found {
-	log = log.With("sandbox", id)
+func find(ctx context.Context, dir layout.Dir, home uuid.UUID, d vmm.Driver, log *slog.Logger) found {
+	log = log.With("machine", home)
 	now := time.Now().UTC()
-	rec, err := load(dir, id)
+	rec, err := load(dir, home)
 	switch {
 	case err != nil:
 		log.Warn("removing a sandbox without a readable record", "error", err)
-		rec = record{Version: recordVersion, Spec: Spec{ID: id}, CreatedAt: now, Ending: &ending{Reason: "it has no record", Time: now}}
+		rec = record{Version: recordVersion, Home: home, Spec: Spec{ID: home}, CreatedAt: now, Ending: &ending{Reason: "it has no record", Time: now}}
 	case rec.Ending != nil:
 		log.Info("removing a sandbox that was half-removed", "reason", firstLine(rec.Ending.Reason))
+	case rec.State == Paused:
+		// What it ran on is left only where an agent was killed during a pause
+		// or a resume.
+		if err := d.Reap(ctx, leftover(rec)); err != nil {
+			log.Error("the machine of a paused sandbox cannot be ended", "error", err)
+			return found{rec: rec, leftover: true}
+		}
+		return found{rec: rec}
+	case rec.State == waiting:
+		rec.Ending = &ending{Reason: "it was no sandbox yet", Time: now}
 	case rec.State != Running:
 		log.Info("removing a sandbox that was half-made")
 		rec.Ending = &ending{Reason: "the host agent ended while it was created", Time: now}
 	default:
 		vm, err := d.Attach(ctx, *rec.VM)
 		if err == nil {
-			return found{rec, vm}
+			// It is held if an agent was killed during a pause or a snapshot.
+			if err = vm.Run(ctx); err == nil {
+				return found{rec: rec, vm: vm}
+			}
 		}
 		log.Warn("a sandbox's machine is not to be taken back", "error", err)
 		rec.Ending = &ending{journal.Exited, "the virtual machine ended while no host agent ran", now}
@@ -111,7 +125,7 @@ func find(ctx context.Context, dir layout.Dir, id uuid.UUID, d vmm.Driver, log *
 			rec.Ending.Reason = "the virtual machine could not be taken back: " + err.Error()
 		}
 	}
-	if err := d.Reap(ctx, leftover(dir, rec)); err != nil {
+	if err := d.Reap(ctx, leftover(rec)); err != nil {
 		log.Error("a machine cannot be ended", "error", err) // tried again when the sandbox is removed
 	}
 	return found{rec: rec}
@@ -119,24 +133,41 @@ func find(ctx context.Context, dir layout.Dir, id uuid.UUID, d vmm.Driver, log *
 
 // leftover names the machine of a sandbox whose machine may never have been
 // recorded.
-func leftover(dir layout.Dir, r record) vmm.State {
+func leftover(r record) vmm.State {
 	if r.VM != nil {
 		return *r.VM
 	}
-	return vmm.State{ID: r.Spec.ID}
+	return vmm.State{ID: r.Home}
 }
 
 // adopt goes on with a sandbox of an earlier agent.
 func (m *Manager) adopt(ctx context.Context, f found) {
 	b := newBox(m, f.rec)
 	close(b.booted)
-	b.maybeVM = true
-	m.add(b)
-	if f.vm == nil {
+	m.mu.Lock() // of those adopted before, some may be on their way out
+	m.boxes[f.rec.Spec.ID] = b
+	m.mu.Unlock()
+	if f.rec.Ending != nil {
+		b.maybeVM = true
 		b.refuse()
 		m.wg.Go(func() { b.clean(*f.rec.Ending, nil) })
 		return
 	}
+	if err := b.rec.sweep(m.Dir); err != nil {
+		b.log.Warn("what a killed agent was making is left", "error", err)
+	}
+	if f.rec.State == Paused {
+		b.maybeVM = f.leftover
+		b.tracker.Shut()
+		b.log.Info("paused sandbox found")
+		m.wg.Go(b.serve)
+		return
+	}
+	b.maybeVM = true
+	m.mu.Lock()
+	b.reservedMiB = b.rec.Spec.MemoryMiB + overheadMiB
+	m.reservedMiB += b.reservedMiB
+	m.mu.Unlock()
 	b.vm = f.vm
 	slot, err := m.Networks.Reclaim(ctx, *f.rec.Slot)
 	if err == nil {
@@ -153,7 +184,16 @@ func (m *Manager) adopt(ctx context.Context, f found) {
 	}
 	b.connect()
 	b.log.Info("sandbox taken back", "slot", slot.Index(), "pid", b.vm.PID())
-	m.wg.Go(b.serve)
+	m.wg.Go(func() {
+		// What a killed agent may have left undone: nothing of this harms one
+		// that has just gone on.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), freezeTimeout)
+		defer cancel()
+		if err := b.init(ctx, b.rec.Spec.Token, false); err != nil {
+			b.log.Warn("a sandbox that was taken back does not answer", "error", firstLine(err.Error()))
+		}
+		b.serve()
+	})
 }
 
 func isFull(err error) bool {

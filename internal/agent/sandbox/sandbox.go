@@ -10,16 +10,18 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
 // What can be wrong with a request. Errors wrap these; their text is meant for
 // whoever asked.
 var (
-	ErrInvalid   = errors.New("invalid request")
-	ErrNotFound  = errors.New("not found")
-	ErrExists    = errors.New("it exists already")
-	ErrState     = errors.New("the sandbox is not running")
+	ErrInvalid  = errors.New("invalid request")
+	ErrNotFound = errors.New("not found")
+	ErrExists   = errors.New("it exists already")
+	// ErrState is what a [StateError] is.
+	ErrState     = errors.New("the sandbox is in the wrong state")
 	ErrExhausted = errors.New("this host has no room")
 	ErrClosing   = errors.New("the host agent is stopping")
 	// ErrStart is wrapped by what went wrong while a sandbox was started.
@@ -46,20 +48,40 @@ type State string
 const (
 	Starting State = "starting"
 	Running  State = "running"
+	Pausing  State = "pausing"
+	Paused   State = "paused"
+	Resuming State = "resuming"
 	Stopping State = "stopping"
+
+	// waiting is a machine that is ready to become a sandbox.
+	waiting State = "waiting"
 )
+
+// States are all states that a sandbox can be in.
+func States() []State { return []State{Starting, Running, Pausing, Paused, Resuming, Stopping} }
+
+// StateError says that a sandbox is not in the state that something needs. It
+// is an [ErrState].
+type StateError struct{ State State }
+
+func (e *StateError) Error() string { return fmt.Sprintf("the sandbox is %s", e.State) }
+func (e *StateError) Unwrap() error { return ErrState }
 
 // Spec is a sandbox to create.
 type Spec struct {
-	ID        uuid.UUID `json:"id"`
-	Team      uuid.UUID `json:"team"`
-	Template  uuid.UUID `json:"template"`
-	VCPUs     int       `json:"vcpus"`
-	MemoryMiB int       `json:"memory_mib"`
+	ID       uuid.UUID `json:"id"`
+	Team     uuid.UUID `json:"team"`
+	Template uuid.UUID `json:"template"`
+	// VCPUs and MemoryMiB may be 0 for a template that was captured from a
+	// sandbox, and must be what this one had.
+	VCPUs     int `json:"vcpus"`
+	MemoryMiB int `json:"memory_mib"`
 	// DiskMiB is the disk's size; 0: the template's.
 	DiskMiB int `json:"disk_mib"`
 	// Timeout is how long the sandbox lives without being used; 0: for ever.
 	Timeout time.Duration `json:"timeout"`
+	// PauseOnTimeout has it paused then, not destroyed.
+	PauseOnTimeout bool `json:"pause_on_timeout,omitempty"`
 	// Envs is the environment of every process.
 	Envs map[string]string `json:"envs,omitempty"`
 	// Token is what a client must show to the guest daemon.
@@ -75,7 +97,24 @@ const (
 	MaxTimeout   = 30 * 24 * time.Hour
 )
 
-func (s *Spec) check() error {
+func (s *Spec) check(t image.Template) error {
+	if t.VCPUs > 0 {
+		if s.VCPUs == 0 {
+			s.VCPUs = t.VCPUs
+		}
+		if s.MemoryMiB == 0 {
+			s.MemoryMiB = t.MemoryMiB
+		}
+		if s.VCPUs != t.VCPUs || s.MemoryMiB != t.MemoryMiB {
+			return fail(ErrInvalid, "the template was captured from a sandbox with %d vcpus and %d MiB of memory, and takes no others", t.VCPUs, t.MemoryMiB)
+		}
+	}
+	if s.DiskMiB == 0 {
+		s.DiskMiB = t.DiskMiB
+	}
+	if s.DiskMiB < t.DiskMiB && s.DiskMiB > 0 {
+		return fail(ErrInvalid, "disk_mib is %d, but the template's disk has %d", s.DiskMiB, t.DiskMiB)
+	}
 	between := func(name string, n, low, high int) error {
 		if n < low || n > high {
 			return fail(ErrInvalid, "%s is %d, not between %d and %d", name, n, low, high)
@@ -112,11 +151,13 @@ type Info struct {
 	State                     State
 	VCPUs, MemoryMiB, DiskMiB int
 	CreatedAt                 time.Time
-	// ExpiresAt is when the sandbox ends unless it is used before; zero: never.
-	ExpiresAt time.Time
+	// ExpiresAt is when the sandbox ends, or is paused, unless it is used
+	// before; zero: never, or it is paused.
+	ExpiresAt      time.Time
+	PauseOnTimeout bool
 	// InFlight is how many requests are under way.
 	InFlight int
-	// Steps are those of its start so far.
+	// Steps are those of its start so far, or of the last thing done with it.
 	Steps []Step
 }
 

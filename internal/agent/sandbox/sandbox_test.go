@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -48,6 +49,14 @@ type world struct {
 	vms      map[uuid.UUID]*worldVM
 	started  int
 	hold     chan struct{} // machines are healthy once it is closed; nil: at once
+	warm     int           // how many machines of a template wait
+}
+
+// count is how many machines were made.
+func (w *world) count() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.started
 }
 
 var worlds atomic.Uint32
@@ -137,11 +146,21 @@ func (w *world) Start(ctx context.Context, s vmm.Spec) (vmm.VM, error) {
 	if w.fails("start") {
 		return nil, errInjected
 	}
+	vm, err := w.run(s, make([]byte, worldBlocks*memory.BlockSize))
+	if err == nil {
+		vm.data[0] = 1
+		err = vm.Run(context.Background())
+	}
+	return vm, err
+}
+
+// run makes a machine, held.
+func (w *world) run(s vmm.Spec, data []byte) (*worldVM, error) {
 	l, err := net.Listen("tcp", net.JoinHostPort(s.NetNS, fmt.Sprint(guest.Port)))
 	if err != nil {
 		return nil, err
 	}
-	vm := &worldVM{w: w, spec: s, done: make(chan struct{}), listener: l}
+	vm := &worldVM{w: w, spec: s, data: data, done: make(chan struct{}), listener: l, runs: make(chan struct{})}
 	w.mu.Lock()
 	if w.vms[s.ID] != nil {
 		w.t.Errorf("sandbox %s has two machines", s.ID)
@@ -150,12 +169,6 @@ func (w *world) Start(ctx context.Context, s vmm.Spec) (vmm.VM, error) {
 	w.started++
 	vm.hold = w.hold
 	w.mu.Unlock()
-	switch {
-	case w.fails("die"):
-		vm.die()
-	case w.fails("hang"):
-		vm.hold = make(chan struct{})
-	}
 	go func() { _ = http.Serve(l, vm) }()
 	return vm, nil
 }
@@ -164,9 +177,35 @@ func (w *world) Start(ctx context.Context, s vmm.Spec) (vmm.VM, error) {
 func (w *world) Kind() string { return "world" }
 
 // Restore implements vmm.Driver.
-func (w *world) Restore(context.Context, vmm.Spec, vmm.Saved) (vmm.VM, error) {
-	return nil, errors.ErrUnsupported
+func (w *world) Restore(_ context.Context, s vmm.Spec, from vmm.Saved) (vmm.VM, error) {
+	if w.fails("restore") {
+		return nil, errInjected
+	}
+	if string(from.Devices) != "devices" {
+		w.t.Errorf("restored with devices %q", from.Devices)
+	}
+	for _, name := range append([]string{s.Base, s.Overlay}, s.Layers...) {
+		if _, err := os.Stat(name); err != nil {
+			w.t.Errorf("restored with a disk that is not there: %v", err)
+		}
+	}
+	data := make([]byte, worldBlocks*memory.BlockSize)
+	if _, err := from.Memory.ReadAt(data, 0); err != nil {
+		return nil, err
+	}
+	if from.Changed != nil {
+		for p, err := range from.Changed {
+			if err != nil {
+				return nil, err
+			}
+			copy(data[p.Block*memory.BlockSize:], p.Data)
+		}
+	}
+	return w.run(s, data)
 }
+
+// worldBlocks is how much of a machine's memory is ever used.
+const worldBlocks = 4
 
 // Attach implements vmm.Driver.
 func (w *world) Attach(_ context.Context, st vmm.State) (vmm.VM, error) {
@@ -192,6 +231,10 @@ func (w *world) Reap(_ context.Context, st vmm.State) error {
 type worldVM struct {
 	w        *world
 	spec     vmm.Spec
+	mu       sync.Mutex
+	data     []byte        // of its memory
+	runs     chan struct{} // closed while it is not held
+	frozen   bool
 	once     sync.Once
 	done     chan struct{}
 	hold     chan struct{}
@@ -199,18 +242,82 @@ type worldVM struct {
 }
 
 func (v *worldVM) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if v.hold != nil {
+	v.mu.Lock()
+	runs := v.runs
+	v.mu.Unlock()
+	for _, c := range []chan struct{}{runs, v.hold} {
+		if c == nil {
+			continue
+		}
 		select {
-		case <-v.hold:
+		case <-c:
+		case <-v.done:
+			return
 		case <-r.Context().Done():
 			return
 		}
 	}
-	if r.URL.Path == "/init" && v.w.fails("init") {
-		w.WriteHeader(http.StatusInternalServerError)
-		return
+	switch r.URL.Path {
+	case "/init":
+		if v.w.fails("init") {
+			w.WriteHeader(http.StatusInternalServerError)
+			return
+		}
+		v.set(func() { v.frozen = false })
+	case "/freeze":
+		if v.w.fails("freeze") {
+			w.WriteHeader(http.StatusInternalServerError)
+			return
+		}
+		v.set(func() { v.frozen = true })
+	case "/thaw":
+		v.set(func() { v.frozen = false })
 	}
 	w.WriteHeader(http.StatusNoContent)
+}
+
+func (v *worldVM) set(f func()) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	f()
+}
+
+// held tells whether the machine or its programs stand still.
+func (v *worldVM) held() (held bool) {
+	v.set(func() {
+		select {
+		case <-v.runs:
+			held = v.frozen
+		default:
+			held = true
+		}
+	})
+	return held
+}
+
+// count is what the guest's program does: it counts, in its memory, while the
+// machine runs. It is false once that has ended.
+func (v *worldVM) count() (n byte, ok bool) {
+	for {
+		v.mu.Lock()
+		runs := v.runs
+		select {
+		case <-v.done:
+			v.mu.Unlock()
+			return 0, false
+		case <-runs:
+			v.data[2*memory.BlockSize]++
+			n = v.data[2*memory.BlockSize]
+			v.mu.Unlock()
+			return n, true
+		default:
+		}
+		v.mu.Unlock()
+		select {
+		case <-runs:
+		case <-v.done:
+		}
+	}
 }
 
 // die is what a machine does by itself.
@@ -233,12 +340,73 @@ func (v *worldVM) Console(context.Context) ([]byte, error) {
 }
 func (v *worldVM) Memory() (int64, error) { return 1 << 20, nil }
 
-func (v *worldVM) Hold(context.Context) error              { return errors.ErrUnsupported }
-func (v *worldVM) Run(context.Context) error               { return errors.ErrUnsupported }
-func (v *worldVM) Devices(context.Context) ([]byte, error) { return nil, errors.ErrUnsupported }
-func (v *worldVM) Pages() memory.Pages                     { return nil }
-func (v *worldVM) Divert(context.Context, string) error    { return errors.ErrUnsupported }
-func (v *worldVM) Grow(context.Context, int64) error       { return errors.ErrUnsupported }
+func (v *worldVM) Hold(context.Context) error {
+	if v.w.fails("hold") {
+		return errInjected
+	}
+	select {
+	case <-v.done:
+		return errors.New("it has ended")
+	default:
+	}
+	v.set(func() {
+		select {
+		case <-v.runs:
+			v.runs = make(chan struct{})
+		default:
+		}
+	})
+	return nil
+}
+
+func (v *worldVM) Run(context.Context) error {
+	if v.w.fails("die") {
+		v.die()
+		return nil
+	}
+	if v.w.fails("hang") {
+		v.set(func() { v.hold = make(chan struct{}) })
+	}
+	v.set(func() {
+		select {
+		case <-v.runs:
+		default:
+			close(v.runs)
+		}
+	})
+	return nil
+}
+
+func (v *worldVM) Devices(context.Context) ([]byte, error) {
+	if v.w.fails("devices") {
+		return nil, errInjected
+	}
+	return []byte("devices"), nil
+}
+
+func (v *worldVM) Pages() memory.Pages {
+	return func(yield func(memory.Page, error) bool) {
+		if v.w.fails("pages") {
+			yield(memory.Page{}, errInjected)
+			return
+		}
+		for n := range uint64(worldBlocks) {
+			if !yield(memory.Page{Block: n, Data: v.data[n*memory.BlockSize:][:memory.BlockSize]}, nil) {
+				return
+			}
+		}
+	}
+}
+
+func (v *worldVM) Divert(_ context.Context, path string) error {
+	if v.w.fails("divert") {
+		return errInjected
+	}
+	_, err := os.Stat(path)
+	return err
+}
+
+func (v *worldVM) Grow(context.Context, int64) error { return nil }
 
 func (v *worldVM) Kill(context.Context) error {
 	if v.w.fails("kill") {
@@ -261,6 +429,17 @@ func (w *world) open(dir layout.Dir) *host {
 	if os.Getenv("WRENN_TEST_LOG") != "" {
 		log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	}
+	if _, err := os.Stat(dir.Template(uuid.Nil, uuid.Nil)); err != nil {
+		home := dir.Template(uuid.Nil, uuid.Nil)
+		if err := os.MkdirAll(home, 0o700); err != nil {
+			w.t.Fatal(err)
+		}
+		for name, content := range map[string]string{"rootfs.ext4": "base", "template.json": `{"name":"minimal","disk_mib":64}`} {
+			if err := os.WriteFile(filepath.Join(home, name), []byte(content), 0o600); err != nil {
+				w.t.Fatal(err)
+			}
+		}
+	}
 	j, err := journal.Open(dir.Events())
 	if err != nil {
 		w.t.Fatal(err)
@@ -280,12 +459,16 @@ func (w *world) open(dir layout.Dir) *host {
 	w.mu.Unlock()
 	m, err := Open(context.Background(), Config{
 		Dir: dir, Driver: w, Networks: w, Journal: j, Kernel: "k", Initrd: "i", MemoryMiB: 4096, Boots: 3,
-		BootTimeout: 2 * time.Second, Log: log,
-		Template: func(_, template uuid.UUID) (image.Template, error) {
-			if template != uuid.Nil {
+		BootTimeout: 2 * time.Second, Log: log, Warm: w.warm, WarmMemoryMiB: 1024,
+		Template: func(team, template uuid.UUID) (image.Template, error) {
+			t, err := image.Find(dir, team, template)
+			if template != uuid.Nil && err != nil {
 				return image.Template{}, fail(ErrNotFound, "no such template")
 			}
-			return image.Template{DiskMiB: 64, Rootfs: "base"}, nil
+			if template != uuid.Nil {
+				return t, nil
+			}
+			return image.Find(dir, uuid.Nil, uuid.Nil)
 		},
 	}, r)
 	if err != nil {
@@ -312,11 +495,13 @@ func (h *host) close() []int {
 // nothingLeft checks that no sandbox has left anything.
 func (h *host) nothingLeft() {
 	h.w.t.Helper()
+	h.awaitCaptures()
 	if l := h.List(); len(l) != 0 {
 		h.w.t.Errorf("sandboxes are left: %v", l)
 	}
-	if reserved, _ := h.Memory(); reserved != 0 {
-		h.w.t.Errorf("%d MiB stay reserved", reserved)
+	h.bases.drop()
+	if reserved, _ := h.Memory(); reserved != 0 || len(h.bases.known) != 0 {
+		h.w.t.Errorf("%d MiB stay reserved, and bases %v", reserved, h.bases.known)
 	}
 	if len(h.boots) != 0 {
 		h.w.t.Errorf("%d boots are still counted", len(h.boots))
@@ -328,6 +513,26 @@ func (h *host) nothingLeft() {
 	defer h.w.mu.Unlock()
 	if len(h.w.slots) != 0 || len(h.w.vms) != 0 {
 		h.w.t.Errorf("slots %v and machines %v are left", h.w.slots, h.w.vms)
+	}
+}
+
+// awaitCaptures waits until no template is being captured.
+func (h *host) awaitCaptures() {
+	h.mu.Lock()
+	all := slices.Collect(maps.Values(h.capturing))
+	h.mu.Unlock()
+	for _, c := range all {
+		<-c.done
+	}
+}
+
+// destroyAll ends what is paused or runs.
+func (h *host) destroyAll() {
+	h.w.t.Helper()
+	for _, i := range h.List() {
+		if err := h.Destroy(context.Background(), i.ID); err != nil {
+			h.w.t.Error(err)
+		}
 	}
 }
 
@@ -384,7 +589,7 @@ func TestCreateUseDestroy(t *testing.T) {
 	if info.State != Running || info.DiskMiB != 64 || !info.ExpiresAt.IsZero() || len(info.Steps) < 6 {
 		t.Errorf("created %+v", info)
 	}
-	if again, err := h.Create(t.Context(), s); err != nil || again.CreatedAt != info.CreatedAt || h.w.started != 1 {
+	if again, err := h.Create(t.Context(), s); err != nil || again.CreatedAt != info.CreatedAt || h.w.started != 2 {
 		t.Errorf("a repeated create made %+v, %v", again, err)
 	}
 	other := s
@@ -483,6 +688,18 @@ func TestMemoryIsAdmittedOnce(t *testing.T) {
 	if _, err := h.Create(t.Context(), spec()); !errors.Is(err, ErrClosing) {
 		t.Errorf("create after terminate: %v", err)
 	}
+	for _, i := range h.List() {
+		if i.State != Paused {
+			t.Errorf("after terminate a sandbox is %s", i.State)
+		}
+		if e := h.event(t, i.ID); e.Kind != journal.Paused {
+			t.Errorf("event %+v", e)
+		}
+	}
+	if reserved := h.reservedMiB; reserved != 0 {
+		t.Errorf("paused sandboxes have %d MiB", reserved)
+	}
+	h.destroyAll()
 	h.nothingLeft()
 }
 
@@ -723,21 +940,28 @@ func randomLives(t *testing.T, seed uint64) {
 	t.Logf("seed %d", seed)
 	w := newWorld(t, seed)
 	dir := layout.Dir(t.TempDir())
+	w.warm = int(seed % 3)
 	ids := make([]uuid.UUID, 5)
+	templates := make([]uuid.UUID, 2)
 	for i := range ids {
 		ids[i] = uuid.New()
 	}
+	for i := range templates {
+		templates[i] = uuid.New()
+	}
+	known := lives{known: map[uuid.UUID]life{}}
 	for generation := range 3 {
 		h := w.open(dir)
 		w.setFailing(map[string]float64{
-			"acquire": .05, "tap": .05, "start": .1, "die": .1, "hang": .02, "init": .05, "kill": .1, "release": .1,
+			"acquire": .05, "tap": .05, "start": .1, "die": .05, "hang": .01, "init": .05, "kill": .1, "release": .1,
+			"restore": .05, "hold": .05, "freeze": .05, "devices": .05, "pages": .05, "divert": .05,
 		})
 		var wg sync.WaitGroup
 		for worker := range uint64(6) {
 			rng := rand.New(rand.NewPCG(seed, worker<<8|uint64(generation)))
 			wg.Go(func() {
 				for range 25 {
-					h.doSomething(rng, ids)
+					h.doSomething(rng, ids, templates, &known)
 				}
 			})
 		}
@@ -750,7 +974,14 @@ func randomLives(t *testing.T, seed uint64) {
 		if err := h.Terminate(context.Background()); err != nil {
 			t.Errorf("terminate: %v", err)
 		}
+		w.mu.Lock()
+		if len(w.vms) != 0 || len(w.slots) != 0 {
+			t.Errorf("after terminate there are machines %v and slots %v", w.vms, w.slots)
+		}
+		w.mu.Unlock()
+		h.destroyAll()
 		h.nothingLeft()
+		h.noneHidden(t)
 		h.close()
 	}
 	if entries, _ := filepath.Glob(string(dir) + "/sandboxes/*"); len(entries) != 0 {
@@ -758,15 +989,19 @@ func randomLives(t *testing.T, seed uint64) {
 	}
 }
 
-func (h *host) doSomething(rng *rand.Rand, ids []uuid.UUID) {
-	id := ids[rng.IntN(len(ids))]
+func (h *host) doSomething(rng *rand.Rand, ids, templates []uuid.UUID, known *lives) {
+	id, template := ids[rng.IntN(len(ids))], templates[rng.IntN(len(templates))]
 	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(1+rng.IntN(300))*time.Millisecond)
 	defer cancel()
-	switch rng.IntN(6) {
+	switch n := rng.IntN(14); n {
 	case 0, 1:
 		s := spec()
 		s.ID = id
 		s.Timeout = time.Duration(rng.IntN(2)) * time.Duration(20+rng.IntN(200)) * time.Millisecond
+		s.PauseOnTimeout = rng.IntN(2) == 0
+		if rng.IntN(4) == 0 {
+			s.Template = template
+		}
 		if i, err := h.Create(ctx, s); err == nil && i.State == Starting {
 			h.w.t.Errorf("a created sandbox is %s", i.State)
 		}
@@ -774,6 +1009,7 @@ func (h *host) doSomething(rng *rand.Rand, ids []uuid.UUID) {
 		_ = h.Destroy(ctx, id)
 	case 3:
 		if u, err := h.Use(ctx, id); err == nil {
+			known.use(h, u)
 			select {
 			case <-u.Context.Done():
 			case <-time.After(time.Duration(rng.IntN(30)) * time.Millisecond):
@@ -790,6 +1026,8 @@ func (h *host) doSomething(rng *rand.Rand, ids []uuid.UUID) {
 	case 5:
 		h.List()
 		_, _ = h.Console(ctx, id)
+	default:
+		h.change(ctx, n-6, id, template)
 	}
 }
 

@@ -1,0 +1,918 @@
+package agent_test
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/coder/websocket"
+	"github.com/google/uuid"
+
+	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
+	"github.com/wrenn-dev/wrenn/internal/id"
+)
+
+// TestSandbox does with one sandbox all that can be done with one.
+func TestSandbox(t *testing.T) {
+	h := newHost(t)
+	r := request()
+	sandbox := h.create(t, r)
+
+	t.Run("same id", func(t *testing.T) {
+		res, err := h.Create(t.Context(), connect.NewRequest(r))
+		if err != nil || res.Msg.GetSandbox().GetSandboxId() != sandbox {
+			t.Errorf("a repeated create: %v %v", res, err)
+		}
+		list, err := h.List(t.Context(), connect.NewRequest(&pb.ListRequest{}))
+		if err != nil || len(list.Msg.GetSandboxes()) != 1 {
+			t.Errorf("%v %v", list, err)
+		}
+	})
+	t.Run("exec", func(t *testing.T) { testExec(t, h, sandbox) })
+	t.Run("stream", func(t *testing.T) { testStream(t, h, sandbox) })
+	t.Run("files", func(t *testing.T) { testFiles(t, h, sandbox) })
+	t.Run("big files", func(t *testing.T) { testBigFiles(t, h, sandbox) })
+	t.Run("proxy", func(t *testing.T) { testProxy(t, h, sandbox) })
+	t.Run("what it tells", func(t *testing.T) { testReports(t, h, sandbox) })
+	t.Run("bad requests", func(t *testing.T) { testBadRequests(t, h, sandbox) })
+
+	// What is under way ends with the sandbox.
+	long := make(chan error)
+	go func() {
+		_, err := h.Exec(t.Context(), connect.NewRequest(&pb.ExecRequest{SandboxId: sandbox, Command: sh("touch /tmp/begun; sleep 600")}))
+		long <- err
+	}()
+	for h.exec(t, sandbox, sh("test -e /tmp/begun"), nil).GetExitCode() != 0 {
+		time.Sleep(20 * time.Millisecond)
+	}
+	begin := time.Now()
+	h.destroy(t, sandbox)
+	if err := <-long; connect.CodeOf(err) != connect.CodeFailedPrecondition {
+		t.Errorf("a command whose sandbox was destroyed: %v", err)
+	}
+	t.Logf("destroyed in %v", time.Since(begin))
+	h.gone(t, sandbox)
+	h.destroy(t, sandbox)
+}
+
+func testExec(t *testing.T, h *host, sandbox string) {
+	binary, _ := io.ReadAll(&pattern{n: 1 << 20})
+	for name, test := range map[string]struct {
+		cmd   *pb.Command
+		stdin []byte
+		want  *pb.ExecResponse
+	}{
+		"output":      {sh("echo out; echo err >&2; exit 7"), nil, &pb.ExecResponse{Stdout: []byte("out\n"), Stderr: []byte("err\n"), ExitCode: 7}},
+		"binary":      {&pb.Command{Cmd: "cat"}, binary, &pb.ExecResponse{Stdout: binary}},
+		"user":        {&pb.Command{Cmd: "id", Args: []string{"-un"}}, nil, &pb.ExecResponse{Stdout: []byte("user\n")}},
+		"other user":  {&pb.Command{Cmd: "id", Args: []string{"-un"}, User: "root"}, nil, &pb.ExecResponse{Stdout: []byte("root\n")}},
+		"folder":      {&pb.Command{Cmd: "pwd", Cwd: "/usr/share"}, nil, &pb.ExecResponse{Stdout: []byte("/usr/share\n")}},
+		"home":        {&pb.Command{Cmd: "pwd"}, nil, &pb.ExecResponse{Stdout: []byte("/home/user\n")}},
+		"environment": {&pb.Command{Cmd: "sh", Args: []string{"-c", "echo $FROM $OWN"}, Envs: map[string]string{"OWN": "it's mine"}}, nil, &pb.ExecResponse{Stdout: []byte("sandbox it's mine\n")}},
+		"signal":      {sh("kill -9 $$"), nil, &pb.ExecResponse{ExitCode: 137, Error: "signal: killed"}},
+		"python":      {&pb.Command{Cmd: "python3", Args: []string{"-"}}, []byte("print(6*7)"), &pb.ExecResponse{Stdout: []byte("42\n")}},
+		"host name":   {&pb.Command{Cmd: "hostname"}, nil, &pb.ExecResponse{Stdout: []byte(sandbox + "\n")}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got := h.exec(t, sandbox, test.cmd, test.stdin)
+			if !bytes.Equal(got.GetStdout(), test.want.GetStdout()) || !bytes.Equal(got.GetStderr(), test.want.GetStderr()) ||
+				got.GetExitCode() != test.want.GetExitCode() || got.GetError() != test.want.GetError() || got.GetTruncated() {
+				t.Errorf("got %.300v", got)
+			}
+		})
+	}
+	kernel := h.exec(t, sandbox, &pb.Command{Cmd: "cat", Args: []string{"/proc/sys/kernel/random/boot_id"}}, nil)
+	if string(kernel.GetStdout()) == read("/proc/sys/kernel/random/boot_id") {
+		t.Error("the sandbox runs on the host's kernel")
+	}
+
+	t.Run("time-out", func(t *testing.T) {
+		cmd := sh("setsid sleep 601 & sleep 601")
+		cmd.TimeoutSeconds = 1
+		begin := time.Now()
+		if got := h.exec(t, sandbox, cmd, nil); !got.GetTimedOut() || got.GetError() == "" {
+			t.Errorf("got %v", got)
+		}
+		if took := time.Since(begin); took > 10*time.Second {
+			t.Errorf("it took %v", took)
+		}
+		if got := h.exec(t, sandbox, sh("pgrep -c -f 'sleep 60[1]' || ps ax | grep -c 'sleep 60[1]'"), nil); strings.TrimSpace(string(got.GetStdout())) != "0" && !strings.HasPrefix(string(got.GetStdout()), "0") {
+			t.Errorf("what it started still runs: %q %q", got.GetStdout(), got.GetStderr())
+		}
+	})
+	t.Run("too much output", func(t *testing.T) {
+		got := h.exec(t, sandbox, sh("head -c 20000000 /dev/zero"), nil)
+		if len(got.GetStdout()) != 16<<20 || !got.GetTruncated() {
+			t.Errorf("%d bytes, truncated: %v", len(got.GetStdout()), got.GetTruncated())
+		}
+	})
+	for name, test := range map[string]struct {
+		cmd  *pb.Command
+		want connect.Code
+	}{
+		"no such command": {&pb.Command{Cmd: "no-such-command"}, connect.CodeNotFound},
+		"no such user":    {&pb.Command{Cmd: "true", User: "nobody-here"}, connect.CodeInvalidArgument},
+		"no such folder":  {&pb.Command{Cmd: "true", Cwd: "/no/such"}, connect.CodeInvalidArgument},
+	} {
+		_, err := h.Exec(t.Context(), connect.NewRequest(&pb.ExecRequest{SandboxId: sandbox, Command: test.cmd}))
+		if connect.CodeOf(err) != test.want {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// stream begins a command with its input and output streamed.
+func (h *host) stream(t *testing.T, start *pb.ExecStreamRequest_Start) (*connect.BidiStreamForClient[pb.ExecStreamRequest, pb.ExecStreamResponse], context.CancelFunc) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	s := h.ExecStream(ctx)
+	if err := s.Send(&pb.ExecStreamRequest{Message: &pb.ExecStreamRequest_Start_{Start: start}}); err != nil {
+		t.Fatal(err)
+	}
+	m, err := s.Receive()
+	if err != nil || m.GetStarted().GetPid() == 0 {
+		t.Fatalf("started as %v, %v", m, err)
+	}
+	return s, func() {
+		cancel()
+		// The transport sees that the context ends when it does not wait for
+		// more of the request.
+		_ = s.CloseRequest()
+	}
+}
+
+func stdin(data string) *pb.ExecStreamRequest {
+	return &pb.ExecStreamRequest{Message: &pb.ExecStreamRequest_Stdin{Stdin: []byte(data)}}
+}
+
+func testStream(t *testing.T, h *host, sandbox string) {
+	t.Run("input", func(t *testing.T) {
+		s, cancel := h.stream(t, &pb.ExecStreamRequest_Start{SandboxId: sandbox, Command: sh("while read x; do echo got $x; done; echo end >&2; exit 3"), Stdin: true})
+		defer cancel()
+		for _, line := range []string{"one", "two"} {
+			if err := s.Send(stdin(line + "\n")); err != nil {
+				t.Fatal(err)
+			}
+			if m, err := s.Receive(); err != nil || string(m.GetStdout()) != "got "+line+"\n" {
+				t.Fatalf("%v %v", m, err)
+			}
+		}
+		if err := s.Send(&pb.ExecStreamRequest{Message: &pb.ExecStreamRequest_CloseStdin_{CloseStdin: &pb.ExecStreamRequest_CloseStdin{}}}); err != nil {
+			t.Fatal(err)
+		}
+		if m, err := s.Receive(); err != nil || string(m.GetStderr()) != "end\n" {
+			t.Fatalf("%v %v", m, err)
+		}
+		if m, err := s.Receive(); err != nil || m.GetExited().GetExitCode() != 3 {
+			t.Fatalf("%v %v", m, err)
+		}
+		// The client's own end of the stream is still open.
+		if _, err := s.Receive(); !errors.Is(err, io.EOF) {
+			t.Errorf("after the end: %v", err)
+		}
+	})
+	t.Run("terminal", func(t *testing.T) {
+		s, cancel := h.stream(t, &pb.ExecStreamRequest_Start{SandboxId: sandbox, Command: sh("stty size; read x; stty size; sleep 600"), Terminal: &pb.TerminalSize{Cols: 90, Rows: 30}})
+		defer cancel()
+		var seen strings.Builder
+		await := func(text string) *pb.ExecStreamResponse {
+			t.Helper()
+			for {
+				m, err := s.Receive()
+				if err != nil {
+					t.Fatalf("%v after %q, waiting for %q", err, seen.String(), text)
+				}
+				seen.Write(m.GetTerminal())
+				if m.GetExited() != nil || text != "" && strings.Contains(seen.String(), text) {
+					return m
+				}
+			}
+		}
+		await("30 90")
+		for _, m := range []*pb.ExecStreamRequest{
+			{Message: &pb.ExecStreamRequest_Resize{Resize: &pb.TerminalSize{Cols: 100, Rows: 40}}}, stdin("go\n"),
+		} {
+			if err := s.Send(m); err != nil {
+				t.Fatal(err)
+			}
+		}
+		await("40 100")
+		if err := s.Send(&pb.ExecStreamRequest{Message: &pb.ExecStreamRequest_Signal{Signal: int32(syscall.SIGTERM)}}); err != nil {
+			t.Fatal(err)
+		}
+		if m := await(""); !strings.Contains(m.GetExited().GetError(), "terminated") {
+			t.Errorf("ended as %v", m)
+		}
+	})
+	t.Run("client goes", func(t *testing.T) {
+		_, cancel := h.stream(t, &pb.ExecStreamRequest_Start{SandboxId: sandbox, Command: sh("echo $$ > /tmp/left; exec sleep 602")})
+		alive := func() bool {
+			return h.exec(t, sandbox, sh("kill -0 $(cat /tmp/left)"), nil).GetExitCode() == 0
+		}
+		for deadline := time.Now().Add(20 * time.Second); !alive(); {
+			if time.Now().After(deadline) {
+				t.Fatal("it does not start")
+			}
+		}
+		cancel()
+		for deadline := time.Now().Add(20 * time.Second); alive(); {
+			if time.Now().After(deadline) {
+				t.Fatal("the command outlived its client")
+			}
+		}
+	})
+	t.Run("much output to a slow client", func(t *testing.T) {
+		s, cancel := h.stream(t, &pb.ExecStreamRequest_Start{SandboxId: sandbox, Command: sh("head -c 8000000 /dev/zero")})
+		defer cancel()
+		n := 0
+		for {
+			m, err := s.Receive()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n += len(m.GetStdout()); n < 1<<20 {
+				time.Sleep(5 * time.Millisecond)
+			}
+			if m.GetExited() != nil {
+				break
+			}
+		}
+		if n != 8000000 {
+			t.Errorf("%d bytes came", n)
+		}
+	})
+}
+
+func ref(sandbox, path string) *pb.FileRef { return &pb.FileRef{SandboxId: sandbox, Path: path} }
+
+func (h *host) readStream(t *testing.T, r *pb.ReadFileStreamRequest, to io.Writer) int64 {
+	t.Helper()
+	s, err := h.ReadFileStream(t.Context(), connect.NewRequest(r))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	size := int64(-2)
+	for s.Receive() {
+		if size == -2 {
+			size = s.Msg().GetStart().GetSize()
+		}
+		if _, err := to.Write(s.Msg().GetChunk()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if s.Err() != nil {
+		t.Fatal(s.Err())
+	}
+	return size
+}
+
+func (h *host) writeStream(ctx context.Context, start *pb.WriteFileStreamRequest_Start, from io.Reader) (*pb.FileInfo, error) {
+	s := h.WriteFileStream(ctx)
+	err := s.Send(&pb.WriteFileStreamRequest{Message: &pb.WriteFileStreamRequest_Start_{Start: start}})
+	buf := make([]byte, 256<<10)
+	for err == nil {
+		var n int
+		if n, err = from.Read(buf); n > 0 {
+			if s.Send(&pb.WriteFileStreamRequest{Message: &pb.WriteFileStreamRequest_Chunk{Chunk: buf[:n]}}) != nil {
+				break // the answer says why
+			}
+		}
+	}
+	res, err := s.CloseAndReceive()
+	if err != nil {
+		return nil, err
+	}
+	return res.Msg.GetFile(), nil
+}
+
+func testFiles(t *testing.T, h *host, sandbox string) {
+	content, _ := io.ReadAll(&pattern{n: 100_000})
+	w, err := h.WriteFile(t.Context(), connect.NewRequest(&pb.WriteFileRequest{File: ref(sandbox, "folder/file"), Content: content}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if i := w.Msg.GetFile(); i.GetPath() != "/home/user/folder/file" || i.GetName() != "file" || i.GetSize() != 100_000 {
+		t.Errorf("wrote %v", i)
+	}
+	r, err := h.ReadFile(t.Context(), connect.NewRequest(&pb.ReadFileRequest{File: ref(sandbox, "/home/user/folder/file")}))
+	if err != nil || !bytes.Equal(r.Msg.GetContent(), content) {
+		t.Errorf("read %d bytes, %v", len(r.Msg.GetContent()), err)
+	}
+	if got := h.exec(t, sandbox, sh("stat -c %U folder/file"), nil); string(got.GetStdout()) != "user\n" {
+		t.Errorf("the file is %q's", got.GetStdout())
+	}
+	var part bytes.Buffer
+	if size := h.readStream(t, &pb.ReadFileStreamRequest{File: ref(sandbox, "folder/file"), Offset: 500, Length: 1000}, &part); size != 100_000 || !bytes.Equal(part.Bytes(), content[500:1500]) {
+		t.Errorf("a part of %d bytes of %d", part.Len(), size)
+	}
+	_, err = h.ReadFile(t.Context(), connect.NewRequest(&pb.ReadFileRequest{File: &pb.FileRef{SandboxId: sandbox, Path: "/etc/shadow", User: "user"}}))
+	if connect.CodeOf(err) != connect.CodePermissionDenied {
+		t.Errorf("a secret file: %v", err)
+	}
+
+	// A tree goes out and in again.
+	var packed bytes.Buffer
+	h.exec(t, sandbox, sh("mkdir -p folder/sub && ln -s ../file folder/sub/link && chmod 750 folder/sub"), nil)
+	if size := h.readStream(t, &pb.ReadFileStreamRequest{File: ref(sandbox, "folder"), Archive: true}, &packed); size != -1 {
+		t.Errorf("an archive of %d bytes", size)
+	}
+	if _, err := h.writeStream(t.Context(), &pb.WriteFileStreamRequest_Start{File: ref(sandbox, "/tmp/copy"), Archive: true}, bytes.NewReader(packed.Bytes())); err != nil {
+		t.Fatal(err)
+	}
+	if got := h.exec(t, sandbox, sh("cmp folder/file /tmp/copy/folder/sub/link && stat -c %a /tmp/copy/folder/sub"), nil); string(got.GetStdout()) != "750\n" {
+		t.Errorf("the copy: %v", got)
+	}
+	var evil bytes.Buffer
+	tw := tar.NewWriter(&evil)
+	_ = tw.WriteHeader(&tar.Header{Name: "../../escaped", Mode: 0o644, Size: 1, Typeflag: tar.TypeReg})
+	_, _ = tw.Write([]byte("x"))
+	_ = tw.Close()
+	if _, err := h.writeStream(t.Context(), &pb.WriteFileStreamRequest_Start{File: ref(sandbox, "/tmp/copy"), Archive: true}, &evil); connect.CodeOf(err) != connect.CodeInvalidArgument {
+		t.Errorf("an archive that leads out: %v", err)
+	}
+	// Refused although its content has not ended.
+	if _, err := h.writeStream(t.Context(), &pb.WriteFileStreamRequest_Start{File: ref(sandbox, "/proc/nope")}, &pattern{n: 4 << 20}); err == nil {
+		t.Error("wrote into /proc")
+	}
+}
+
+func testBigFiles(t *testing.T, h *host, sandbox string) {
+	const size = 160 << 20
+	sum := func(hash hash.Hash, r io.Reader) []byte {
+		if _, err := io.Copy(hash, r); err != nil {
+			t.Fatal(err)
+		}
+		return hash.Sum(nil)
+	}
+	want := sum(sha256.New(), &pattern{n: size})
+	before := peak(t, h.cmd.Process.Pid)
+	begin := time.Now()
+	i, err := h.writeStream(t.Context(), &pb.WriteFileStreamRequest_Start{File: ref(sandbox, "/var/tmp/big"), Archive: false}, &pattern{n: size})
+	if connect.CodeOf(err) == connect.CodePermissionDenied {
+		i, err = h.writeStream(t.Context(), &pb.WriteFileStreamRequest_Start{File: ref(sandbox, "big")}, &pattern{n: size})
+	}
+	if err != nil || i.GetSize() != size {
+		t.Fatal(i, err)
+	}
+	t.Logf("%d MiB in at %.0f MiB/s", size>>20, size/(1<<20)/time.Since(begin).Seconds())
+	begin = time.Now()
+	got := sha256.New()
+	if n := h.readStream(t, &pb.ReadFileStreamRequest{File: ref(sandbox, i.GetPath())}, got); n != size || !bytes.Equal(got.Sum(nil), want) {
+		t.Errorf("what came back of %d bytes differs", n)
+	}
+	t.Logf("%d MiB out at %.0f MiB/s", size>>20, size/(1<<20)/time.Since(begin).Seconds())
+	if grown := peak(t, h.cmd.Process.Pid) - before; grown > 48<<10 {
+		t.Errorf("the agent grew by %d MiB for it", grown>>10)
+	}
+	if _, err := h.ReadFile(t.Context(), connect.NewRequest(&pb.ReadFileRequest{File: ref(sandbox, i.GetPath())})); connect.CodeOf(err) != connect.CodeResourceExhausted {
+		t.Errorf("a file too big to read at once: %v", err)
+	}
+	h.exec(t, sandbox, &pb.Command{Cmd: "rm", Args: []string{i.GetPath()}}, nil)
+}
+
+// peak is the most memory that a process ever had, in KiB.
+func peak(t *testing.T, pid int) int {
+	t.Helper()
+	for line := range strings.Lines(read(fmt.Sprintf("/proc/%d/status", pid))) {
+		if rest, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+			n, err := strconv.Atoi(strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(rest), "kB")))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return n
+		}
+	}
+	t.Fatal("no peak")
+	return 0
+}
+
+// guestServer is a web server that echoes WebSocket messages at /ws.
+const guestServer = `
+import base64, hashlib, http.server, struct
+class H(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        if self.path == "/ws": return self.ws()
+        if self.path.startswith("/big/"):
+            n = int(self.path[5:])
+            self.send_response(200); self.send_header("Content-Length", str(n)); self.end_headers()
+            block = b"x" * (1 << 20)
+            while n > 0:
+                self.wfile.write(block[:n]); n -= len(block)
+            return
+        body = ("host=%s path=%s auth=%s" % (self.headers["Host"], self.path, self.headers["Authorization"])).encode()
+        self.send_response(200); self.send_header("Content-Length", str(len(body))); self.end_headers(); self.wfile.write(body)
+    def ws(self):
+        key = self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+        self.send_response(101)
+        self.send_header("Upgrade", "websocket"); self.send_header("Connection", "Upgrade")
+        self.send_header("Sec-WebSocket-Accept", base64.b64encode(hashlib.sha1(key.encode()).digest()).decode())
+        self.end_headers()
+        while True:
+            head = self.rfile.read(2)
+            if len(head) < 2 or head[0] & 15 == 8: break
+            n = head[1] & 127
+            if n == 126: n = struct.unpack(">H", self.rfile.read(2))[0]
+            mask = self.rfile.read(4)
+            data = bytes(b ^ mask[i % 4] for i, b in enumerate(self.rfile.read(n)))
+            out = bytes([head[0]]) + (bytes([n]) if n < 126 else bytes([126]) + struct.pack(">H", n))
+            self.wfile.write(out + data)
+        self.close_connection = True
+    def log_message(self, *a): pass
+http.server.ThreadingHTTPServer(("127.0.0.1", 8000), H).serve_forever()
+`
+
+func (h *host) url(sandbox string, port any, path string) string {
+	return fmt.Sprintf("%s/proxy/%s/%v%s", h.base, sandbox, port, path)
+}
+
+func (h *host) get(t *testing.T, url string, header http.Header) (int, string) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if header != nil {
+		req.Header = header
+	}
+	req.Host = "8000-sandbox.localhost:8000"
+	resp, err := h.plain.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp.StatusCode, string(body)
+}
+
+func testProxy(t *testing.T, h *host, sandbox string) {
+	if _, err := h.WriteFile(t.Context(), connect.NewRequest(&pb.WriteFileRequest{File: ref(sandbox, "/tmp/server.py"), Content: []byte(guestServer)})); err != nil {
+		t.Fatal(err)
+	}
+	h.exec(t, sandbox, sh("setsid python3 /tmp/server.py >/tmp/server.log 2>&1 </dev/null &"), nil)
+	if code, body := h.get(t, h.url(sandbox, 9, "/"), nil); code != 502 || !strings.Contains(body, `"bad_gateway"`) || !strings.Contains(body, "nothing listens on port 9") {
+		t.Errorf("a port where nothing listens: %d %s", code, body)
+	}
+	// It listens on loopback alone; soon after, it is found there.
+	var code int
+	var body string
+	for deadline := time.Now().Add(45 * time.Second); ; {
+		code, body = h.get(t, h.url(sandbox, 8000, "/a//b%2fc?d=%41"), http.Header{"X-Wrenn-Authorization": {"Bearer own"}})
+		if code == 200 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the server does not appear: %d %s; %v", code, body, h.exec(t, sandbox, sh("cat /tmp/server.log"), nil))
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	if body != "host=8000-sandbox.localhost:8000 path=/a//b%2fc?d=%41 auth=Bearer own" {
+		t.Errorf("the guest saw %s", body)
+	}
+
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	ws, _, err := websocket.Dial(ctx, h.url(sandbox, 8000, "/ws"), &websocket.DialOptions{HTTPClient: h.plain})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, msg := range []string{"hello", strings.Repeat("long ", 2000)} {
+		if err := ws.Write(ctx, websocket.MessageText, []byte(msg)); err != nil {
+			t.Fatal(err)
+		}
+		if _, got, err := ws.Read(ctx); err != nil || string(got) != msg {
+			t.Fatalf("echoed %.100q, %v", got, err)
+		}
+	}
+	ws.CloseNow()
+
+	before := peak(t, h.cmd.Process.Pid)
+	begin := time.Now()
+	resp, err := h.plain.Get(h.url(sandbox, 8000, "/big/"+strconv.Itoa(200<<20)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := io.Copy(io.Discard, resp.Body)
+	resp.Body.Close()
+	if err != nil || n != 200<<20 {
+		t.Errorf("%d bytes, %v", n, err)
+	}
+	t.Logf("a download at %.0f MiB/s", float64(n)/(1<<20)/time.Since(begin).Seconds())
+	if grown := peak(t, h.cmd.Process.Pid) - before; grown > 32<<10 {
+		t.Errorf("the agent grew by %d MiB for it", grown>>10)
+	}
+
+	for url, want := range map[string]int{
+		h.url(sandbox, 0, "/"): 400, h.url(sandbox, 65536, "/"): 400, h.url(sandbox, "x", "/"): 400, h.url("cl-no", 80, "/"): 400,
+		h.url(id.Format(id.Sandbox, uuid.New()), 80, "/"): 404,
+		h.url(sandbox, 49983, "/init"):                    404, h.url(sandbox, 49983, "/%69nit"): 404, h.url(sandbox, 49983, "/freeze"): 404,
+		h.url(sandbox, 49983, "/envs"): 401,
+	} {
+		if code, body := h.get(t, url, nil); code != want {
+			t.Errorf("%s: %d %s, want %d", url, code, body, want)
+		}
+	}
+	if code, body := h.get(t, h.url(sandbox, 49983, "/envs"), http.Header{"X-Access-Token": {"a-sandboxs-token"}}); code != 200 || !strings.Contains(body, `"FROM":"sandbox"`) {
+		t.Errorf("with the sandbox's token: %d %s", code, body)
+	}
+}
+
+func testReports(t *testing.T, h *host, sandbox string) {
+	m, err := h.Metrics(t.Context(), connect.NewRequest(&pb.MetricsRequest{SandboxId: sandbox}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r := m.Msg; r.GetCpuCount() != 1 || r.GetMemoryTotalBytes() < 150<<20 || r.GetMemoryTotalBytes() > 256<<20 || r.GetDiskTotalBytes() < 4<<30 || r.GetHostMemoryBytes() < 50<<20 {
+		t.Errorf("metrics %v", r)
+	}
+	c, err := h.Console(t.Context(), connect.NewRequest(&pb.ConsoleRequest{SandboxId: sandbox}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("console: %d bytes", len(c.Msg.GetOutput()))
+	hi, err := h.Host(t.Context(), connect.NewRequest(&pb.HostRequest{}))
+	if r := hi.Msg; err != nil || r.GetVersion() != "test" || r.GetVmm() != "qemu" || r.GetAccelerator() != "tcg" || r.GetSandboxes() != 1 || r.GetCpus() < 1 ||
+		r.GetMemoryFreeBytes() >= 8192<<20 || r.GetDiskFreeBytes() == 0 || r.GetDiskFreeBytes() > r.GetDiskBytes() {
+		t.Errorf("host %v %v", r, err)
+	}
+	ts, err := h.Templates(t.Context(), connect.NewRequest(&pb.TemplatesRequest{}))
+	if err != nil || len(ts.Msg.GetTemplates()) == 0 || ts.Msg.GetTemplates()[0].GetName() != "minimal" {
+		t.Errorf("templates %v %v", ts, err)
+	}
+	code, body := h.get(t, h.base+"/metrics", nil)
+	for _, want := range []string{`wrenn_agent_sandboxes{state="running"} 1`, `wrenn_agent_step_seconds_count{step="restore"} 1`, "wrenn_agent_memory_reserved_bytes", `wrenn_agent_proxy_requests_total{result="forwarded"}`} {
+		if code != 200 || !strings.Contains(body, want) {
+			t.Errorf("%d: the metrics lack %s", code, want)
+		}
+	}
+}
+
+func testBadRequests(t *testing.T, h *host, sandbox string) {
+	bad := func(name string, want connect.Code, err error) {
+		t.Helper()
+		if connect.CodeOf(err) != want || err == nil {
+			t.Errorf("%s: %v, want %v", name, err, want)
+		}
+	}
+	creates := map[string]struct {
+		change func(*pb.CreateRequest)
+		want   connect.Code
+	}{
+		"id":             {func(r *pb.CreateRequest) { r.SandboxId = "../../etc" }, connect.CodeInvalidArgument},
+		"team":           {func(r *pb.CreateRequest) { r.TeamId = "" }, connect.CodeInvalidArgument},
+		"template id":    {func(r *pb.CreateRequest) { r.TemplateId = "minimal" }, connect.CodeInvalidArgument},
+		"no template":    {func(r *pb.CreateRequest) { r.TemplateId = id.Format(id.Template, uuid.New()) }, connect.CodeNotFound},
+		"no cpu":         {func(r *pb.CreateRequest) { r.Vcpus = 0 }, connect.CodeInvalidArgument},
+		"many cpus":      {func(r *pb.CreateRequest) { r.Vcpus = 33 }, connect.CodeInvalidArgument},
+		"no memory":      {func(r *pb.CreateRequest) { r.MemoryMib = 0 }, connect.CodeInvalidArgument},
+		"much memory":    {func(r *pb.CreateRequest) { r.MemoryMib = 16385 }, connect.CodeInvalidArgument},
+		"host's memory":  {func(r *pb.CreateRequest) { r.MemoryMib = 8192 }, connect.CodeResourceExhausted},
+		"negative disk":  {func(r *pb.CreateRequest) { r.DiskMib = -1 }, connect.CodeInvalidArgument},
+		"small disk":     {func(r *pb.CreateRequest) { r.DiskMib = 100 }, connect.CodeInvalidArgument},
+		"time-out":       {func(r *pb.CreateRequest) { r.TimeoutSeconds = -1 }, connect.CodeInvalidArgument},
+		"no token":       {func(r *pb.CreateRequest) { r.AccessToken = "" }, connect.CodeInvalidArgument},
+		"header's token": {func(r *pb.CreateRequest) { r.AccessToken = "a\r\nb" }, connect.CodeInvalidArgument},
+		"environment":    {func(r *pb.CreateRequest) { r.Envs = map[string]string{"A=B": "c"} }, connect.CodeInvalidArgument},
+		"NUL":            {func(r *pb.CreateRequest) { r.Envs = map[string]string{"A": "c\x00"} }, connect.CodeInvalidArgument},
+		"another's id":   {func(r *pb.CreateRequest) { r.SandboxId = sandbox }, connect.CodeAlreadyExists},
+	}
+	for name, test := range creates {
+		r := request()
+		test.change(r)
+		_, err := h.Create(t.Context(), connect.NewRequest(r))
+		bad("create: "+name, test.want, err)
+	}
+	for name, c := range map[string]*pb.Command{
+		"nothing": {}, "NUL": {Cmd: "a\x00b"}, "NUL argument": {Cmd: "a", Args: []string{"\x00"}}, "user": {Cmd: "a", User: "root:x"}, "folder": {Cmd: "a", Cwd: "/\x00"}, "time-out": {Cmd: "a", TimeoutSeconds: -1}, "environment": {Cmd: "a", Envs: map[string]string{"": "x"}},
+	} {
+		_, err := h.Exec(t.Context(), connect.NewRequest(&pb.ExecRequest{SandboxId: sandbox, Command: c}))
+		bad("exec: "+name, connect.CodeInvalidArgument, err)
+	}
+	for _, path := range []string{"", "a\x00b", "../etc/passwd", "/home/user/../../etc/passwd", strings.Repeat("x", 5000)} {
+		_, err := h.ReadFile(t.Context(), connect.NewRequest(&pb.ReadFileRequest{File: ref(sandbox, path)}))
+		bad(fmt.Sprintf("read %.20q", path), connect.CodeInvalidArgument, err)
+		_, err = h.writeStream(t.Context(), &pb.WriteFileStreamRequest_Start{File: ref(sandbox, path)}, &pattern{n: 10})
+		bad(fmt.Sprintf("write %.20q", path), connect.CodeInvalidArgument, err)
+	}
+	unknown := id.Format(id.Sandbox, uuid.New())
+	_, err := h.Ping(t.Context(), connect.NewRequest(&pb.PingRequest{SandboxId: unknown}))
+	bad("ping", connect.CodeNotFound, err)
+	_, err = h.Exec(t.Context(), connect.NewRequest(&pb.ExecRequest{SandboxId: unknown, Command: sh("true")}))
+	bad("exec", connect.CodeNotFound, err)
+	_, err = h.WriteFile(t.Context(), connect.NewRequest(&pb.WriteFileRequest{File: ref(sandbox, "x"), Content: make([]byte, 41<<20)}))
+	bad("a message too big", connect.CodeResourceExhausted, err)
+
+	// Without the token, or with another, there is nothing to be had.
+	for _, wrong := range []string{"", "Bearer ", "Bearer wrong", "Bearer " + token + "x", "Basic " + token} {
+		c := hostagentv1connect.NewHostAgentClient(&http.Client{Transport: headers{h.client.Transport, wrong}}, h.base)
+		_, err := c.List(t.Context(), connect.NewRequest(&pb.ListRequest{}))
+		bad("token "+wrong, connect.CodeUnauthenticated, err)
+		for _, path := range []string{"/metrics", "/proxy/" + sandbox + "/8000/"} {
+			resp, err := (&http.Client{Transport: headers{h.client.Transport, wrong}}).Get(h.base + path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp.Body.Close()
+			if resp.StatusCode != http.StatusUnauthorized {
+				t.Errorf("%s with %q: %s", path, wrong, resp.Status)
+			}
+		}
+	}
+}
+
+type headers struct {
+	next  http.RoundTripper
+	token string
+}
+
+func (x headers) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context())
+	if x.token != "" {
+		r.Header.Set("Authorization", x.token)
+	}
+	return x.next.RoundTrip(r)
+}
+
+func TestExpiryAndUse(t *testing.T) {
+	h := newHost(t)
+	r := request()
+	r.TimeoutSeconds = 3
+	sandbox := h.create(t, r)
+	// Use and pings keep it.
+	if got := h.exec(t, sandbox, sh("sleep 5; echo done"), nil); string(got.GetStdout()) != "done\n" {
+		t.Fatalf("%v", got)
+	}
+	time.Sleep(2 * time.Second)
+	p, err := h.Ping(t.Context(), connect.NewRequest(&pb.PingRequest{SandboxId: sandbox}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if left := time.Until(p.Msg.GetSandbox().GetExpiresAt().AsTime()); left < 2*time.Second || left > 3*time.Second {
+		t.Errorf("after a ping it expires in %v", left)
+	}
+	// So does a connection through the proxy that does nothing.
+	conn, err := net.Dial("unix", h.dir.AgentSocket())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	h.exec(t, sandbox, sh("setsid python3 -c 'import socket;s=socket.create_server((\"0.0.0.0\",7000));c=s.accept();import time;time.sleep(600)' >/dev/null 2>&1 </dev/null &"), nil)
+	h.exec(t, sandbox, sh("for i in $(seq 100); do ss -ltn | grep -q :7000 && exit; sleep 0.1; done"), nil)
+	fmt.Fprintf(conn, "GET /proxy/%s/7000/ HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n\r\n", sandbox, token)
+	time.Sleep(5 * time.Second)
+	if _, err := h.Get(t.Context(), connect.NewRequest(&pb.GetRequest{SandboxId: sandbox})); err != nil {
+		t.Fatalf("it expired with a connection in flight: %v", err)
+	}
+	conn.Close()
+	if e := h.event(t, sandbox); e.GetKind() != pb.Event_KIND_EXPIRED || !strings.Contains(e.GetReason(), "3s") {
+		t.Errorf("event %v", e)
+	}
+	h.awaitGone(t, sandbox)
+	h.gone(t, sandbox)
+}
+
+// awaitGone waits until the agent does not know a sandbox any more.
+func (h *host) awaitGone(t *testing.T, sandbox string) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		if _, err := h.Get(t.Context(), connect.NewRequest(&pb.GetRequest{SandboxId: sandbox})); connect.CodeOf(err) == connect.CodeNotFound {
+			return
+		}
+	}
+	t.Error("it does not go")
+}
+
+func TestMachineIsKilled(t *testing.T) {
+	h := newHost(t)
+	sandbox := h.create(t, request())
+	if err := syscall.Kill(qemu(sandbox), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if e := h.event(t, sandbox); e.GetKind() != pb.Event_KIND_EXITED {
+		t.Errorf("event %v", e)
+	}
+	h.awaitGone(t, sandbox)
+	h.gone(t, sandbox)
+
+	// A guest that turns itself off is no different.
+	sandbox = h.create(t, request())
+	_, _ = h.Exec(t.Context(), connect.NewRequest(&pb.ExecRequest{SandboxId: sandbox, Command: &pb.Command{Cmd: "sudo", Args: []string{"sh", "-c", "echo b > /proc/sysrq-trigger"}}}))
+	if e := h.event(t, sandbox); e.GetKind() != pb.Event_KIND_EXITED {
+		t.Errorf("event %v", e)
+	} else {
+		t.Logf("it says: %s", e.GetReason())
+	}
+	h.awaitGone(t, sandbox)
+	h.gone(t, sandbox)
+}
+
+// TestFailedCreates: whatever breaks while a sandbox is made, nothing is left,
+// and the error says why, at once.
+func TestFailedCreates(t *testing.T) {
+	h := newHost(t)
+	// While it boots, its machine is there and it is not.
+	booting := func(r *pb.CreateRequest) (pid int, created chan error) {
+		created = make(chan error, 1)
+		go func() {
+			_, err := h.Create(t.Context(), connect.NewRequest(r))
+			created <- err
+		}()
+		for deadline := time.Now().Add(30 * time.Second); pid == 0; {
+			if time.Now().After(deadline) {
+				t.Fatal("no machine starts")
+			}
+			time.Sleep(2 * time.Millisecond)
+			pid = qemu(r.SandboxId)
+		}
+		return pid, created
+	}
+	t.Run("the machine is killed", func(t *testing.T) {
+		r := request()
+		pid, created := booting(r)
+		begin := time.Now()
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		err := <-created
+		if connect.CodeOf(err) != connect.CodeUnavailable || time.Since(begin) > 10*time.Second {
+			t.Errorf("after %v: %v", time.Since(begin), err)
+		}
+		t.Log(err)
+		h.gone(t, r.SandboxId)
+	})
+	t.Run("it is destroyed", func(t *testing.T) {
+		r := request()
+		_, created := booting(r)
+		begin := time.Now()
+		h.destroy(t, r.SandboxId)
+		if took := time.Since(begin); took > 10*time.Second {
+			t.Errorf("it took %v", took)
+		}
+		if err := <-created; connect.CodeOf(err) != connect.CodeFailedPrecondition || !strings.Contains(err.Error(), "destroyed") {
+			t.Errorf("create ended with %v", err)
+		}
+		h.gone(t, r.SandboxId)
+	})
+	t.Run("the caller goes", func(t *testing.T) {
+		r := request()
+		ctx, cancel := context.WithCancel(t.Context())
+		created := make(chan error, 1)
+		go func() {
+			_, err := h.Create(ctx, connect.NewRequest(r))
+			created <- err
+		}()
+		for qemu(r.SandboxId) == 0 {
+			time.Sleep(2 * time.Millisecond)
+		}
+		cancel()
+		<-created
+		h.awaitGone(t, r.SandboxId)
+		h.gone(t, r.SandboxId)
+	})
+	t.Run("the tap is gone", func(t *testing.T) {
+		// The slots that are ready lose their taps.
+		names, err := filepath.Glob("/run/netns/wrenn-ns-*")
+		if err != nil || len(names) == 0 {
+			t.Fatal(names, err)
+		}
+		for _, n := range names {
+			if out, err := exec.Command("ip", "-n", filepath.Base(n), "link", "del", "tap0").CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+		}
+		r := request()
+		_, err = h.Create(t.Context(), connect.NewRequest(r))
+		if err == nil {
+			t.Fatal("created without a network")
+		}
+		t.Log(err)
+		h.gone(t, r.SandboxId)
+		// The broken slots are used up, one a failure; then all is well again.
+		for range len(names) + 1 {
+			r := request()
+			if _, err = h.Create(t.Context(), connect.NewRequest(r)); err == nil {
+				h.destroy(t, r.SandboxId)
+				break
+			}
+		}
+		if err != nil {
+			t.Errorf("it does not recover: %v", err)
+		}
+	})
+}
+
+func TestAgentRestarts(t *testing.T) {
+	h := newHost(t)
+	r := request()
+	r.TimeoutSeconds = 3600
+	kept := h.create(t, r)
+	lost := h.create(t, request())
+	h.exec(t, kept, sh("echo remembered > note"), nil)
+	pid := qemu(kept)
+
+	for _, sig := range []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM} {
+		h.kill(t, sig)
+		if qemu(kept) != pid {
+			t.Fatal("the machine did not outlive its agent")
+		}
+		if sig == syscall.SIGKILL {
+			if err := syscall.Kill(qemu(lost), syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+		}
+		h.start(t)
+		if got := h.exec(t, kept, &pb.Command{Cmd: "cat", Args: []string{"note"}}, nil); string(got.GetStdout()) != "remembered\n" || qemu(kept) != pid {
+			t.Errorf("after %v: %v", sig, got)
+		}
+		g, err := h.Get(t.Context(), connect.NewRequest(&pb.GetRequest{SandboxId: kept}))
+		if err != nil || g.Msg.GetSandbox().GetTeamId() != r.TeamId || g.Msg.GetSandbox().GetExpiresAt() == nil {
+			t.Errorf("taken back as %v, %v", g, err)
+		}
+		if sig == syscall.SIGKILL {
+			if e := h.event(t, lost); e.GetKind() != pb.Event_KIND_EXITED {
+				t.Errorf("event %v", e)
+			}
+			h.awaitGone(t, lost)
+			h.gone(t, lost)
+		}
+	}
+
+	// Killed in the middle of a create: the next agent removes the half.
+	half := request()
+	go func() { _, _ = h.Create(context.Background(), connect.NewRequest(half)) }()
+	for qemu(half.SandboxId) == 0 {
+		time.Sleep(2 * time.Millisecond)
+	}
+	h.kill(t, syscall.SIGKILL)
+	h.start(t)
+	h.awaitGone(t, half.SandboxId)
+	h.gone(t, half.SandboxId)
+	// A second agent on the same data is refused.
+	second := exec.Command("/proc/self/exe")
+	second.Env = h.cmd.Env
+	if out, err := second.CombinedOutput(); err == nil || !strings.Contains(string(out), "another host agent") {
+		t.Errorf("a second agent: %v %s", err, out)
+	}
+	if got := h.exec(t, kept, sh("echo still"), nil); string(got.GetStdout()) != "still\n" {
+		t.Errorf("%v", got)
+	}
+}
+
+func TestTwentyAtOnce(t *testing.T) {
+	h := newHost(t)
+	var wg sync.WaitGroup
+	begin := time.Now()
+	for i := range 20 {
+		wg.Go(func() {
+			r := request()
+			if _, err := h.Create(t.Context(), connect.NewRequest(r)); err != nil {
+				t.Errorf("create %d: %v", i, err)
+				return
+			}
+			res, err := h.Exec(t.Context(), connect.NewRequest(&pb.ExecRequest{SandboxId: r.SandboxId, Command: sh("echo $((6*7))")}))
+			if err != nil || string(res.Msg.GetStdout()) != "42\n" {
+				t.Errorf("exec %d: %v %v", i, res, err)
+			}
+		})
+	}
+	wg.Wait()
+	t.Logf("20 created in %v", time.Since(begin))
+	list, err := h.List(t.Context(), connect.NewRequest(&pb.ListRequest{}))
+	if err != nil || len(list.Msg.GetSandboxes()) != 20 {
+		t.Fatalf("%d sandboxes, %v", len(list.Msg.GetSandboxes()), err)
+	}
+	begin = time.Now()
+	for i, s := range list.Msg.GetSandboxes() {
+		if i%2 == 0 { // the others end with the agent
+			wg.Go(func() { h.destroy(t, s.GetSandboxId()) })
+		}
+	}
+	wg.Wait()
+	t.Logf("10 destroyed in %v", time.Since(begin))
+	h.finish(t)
+	if _, err := os.Stat(h.dir.AgentSocket()); err == nil {
+		t.Error("the socket is left")
+	}
+}

@@ -1,0 +1,179 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/agent/memory"
+)
+
+// maxIdleBases is how many memories that no machine uses are kept.
+const maxIdleBases = 4
+
+// bases are the memories that machines began with, as files in memory, which
+// all machines of one capture map.
+type bases struct {
+	mu    sync.Mutex
+	known map[uuid.UUID]*base
+	clock int // counts uses
+}
+
+// base is one of them.
+type base struct {
+	id    uuid.UUID // the capture's
+	ready chan struct{}
+	err   error // once ready is closed, as are those below
+	image *memory.Image
+	file  *os.File
+	bytes int64 // what file takes
+
+	refs int // under bases.mu, as is used
+	used int
+}
+
+// acquire returns the memory of a capture, which is made if it is not there.
+// The caller releases it.
+func (s *bases) acquire(ctx context.Context, c *image.Capture) (*base, error) {
+	s.mu.Lock()
+	b := s.known[c.ID]
+	first := b == nil
+	if first {
+		b = &base{id: c.ID, ready: make(chan struct{})}
+		if s.known == nil {
+			s.known = map[uuid.UUID]*base{}
+		}
+		s.known[c.ID] = b
+	}
+	b.refs++
+	s.mu.Unlock()
+	if first {
+		// Whoever else waits for it must not fail because this caller leaves.
+		b.err = b.open(context.WithoutCancel(ctx), c)
+		close(b.ready)
+	}
+	select {
+	case <-b.ready:
+	case <-ctx.Done():
+		s.release(b)
+		return nil, context.Cause(ctx)
+	}
+	if b.err != nil {
+		s.release(b)
+		return nil, b.err
+	}
+	return b, nil
+}
+
+func (b *base) open(ctx context.Context, c *image.Capture) error {
+	m, err := memory.Open(c.Memory())
+	if err != nil {
+		return fmt.Errorf("read the captured memory: %w", err)
+	}
+	f, err := m.Materialize(ctx, "wrenn-"+c.ID.String())
+	if err != nil {
+		return errors.Join(err, m.Close())
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return errors.Join(err, f.Close(), m.Close())
+	}
+	b.bytes = info.Size()
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		b.bytes = st.Blocks * 512
+	}
+	b.image, b.file = m, f
+	return nil
+}
+
+func (b *base) close() {
+	if b.file != nil {
+		_ = b.file.Close()
+		_ = b.image.Close()
+	}
+}
+
+// release gives back what acquire returned.
+func (s *bases) release(b *base) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	b.refs--
+	s.clock++
+	b.used = s.clock
+	if b.refs == 0 && b.failed() {
+		delete(s.known, b.id)
+		return
+	}
+	s.shrink(maxIdleBases)
+}
+
+func (b *base) failed() bool {
+	select {
+	case <-b.ready:
+		return b.err != nil
+	default:
+		return false
+	}
+}
+
+// shrink forgets the memories that were not used longest, until at most n are
+// kept that nobody uses. The caller holds the lock.
+func (s *bases) shrink(n int) {
+	for {
+		var oldest *base
+		idle := 0
+		for _, b := range s.known {
+			if b.refs > 0 {
+				continue
+			}
+			idle++
+			if oldest == nil || b.used < oldest.used {
+				oldest = b
+			}
+		}
+		if idle <= n {
+			return
+		}
+		delete(s.known, oldest.id)
+		oldest.close()
+	}
+}
+
+// drop forgets all that nobody uses.
+func (s *bases) drop() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.shrink(0)
+}
+
+// mib is what all of them take.
+func (s *bases) mib() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var sum int64
+	for _, b := range s.known {
+		select {
+		case <-b.ready:
+			sum += b.bytes
+		default:
+		}
+	}
+	return int(sum >> 20)
+}
+
+// writeFile writes a new file and syncs it.
+func writeFile(name string, data []byte) error {
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o400)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	return errors.Join(err, f.Sync(), f.Close(), syncDir(filepath.Dir(name)))
+}

@@ -1,0 +1,247 @@
+package sandbox
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/disk"
+	"github.com/wrenn-dev/wrenn/internal/agent/guest"
+	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/agent/memory"
+)
+
+// capturing is a capture that is being made.
+type capturing struct {
+	done    chan struct{}
+	capture *image.Capture
+	err     error
+}
+
+// capture returns the capture of a template with the given processors and
+// memory. Where there is none it boots the template once, whoever and however
+// many ask for it.
+func (m *Manager) capture(ctx context.Context, t image.Template, vcpus, memoryMiB int) (*image.Capture, error) {
+	all, err := t.Captures(m.Dir)
+	if err != nil {
+		return nil, err
+	}
+	if t.VCPUs > 0 { // captured from a sandbox
+		if len(all) == 0 {
+			return nil, fmt.Errorf("template %s has lost its capture", t.ID)
+		}
+		return all[0], nil
+	}
+	inputs := m.inputs(t)
+	for _, c := range all {
+		if c.Kind == m.Driver.Kind() && c.Inputs == inputs && c.VCPUs == vcpus && c.MemoryMiB == memoryMiB {
+			return c, nil
+		}
+	}
+	name := fmt.Sprintf("%dx%d-%s", vcpus, memoryMiB, digest(m.Driver.Kind(), inputs)[:16])
+	key := t.ID.String() + name
+	m.mu.Lock()
+	c := m.capturing[key]
+	if c == nil {
+		if m.refuse != nil {
+			m.mu.Unlock()
+			return nil, m.refuse
+		}
+		c = &capturing{done: make(chan struct{})}
+		m.capturing[key] = c
+		m.wg.Go(func() {
+			c.capture, c.err = m.makeCapture(t, vcpus, memoryMiB, inputs, name)
+			m.mu.Lock()
+			delete(m.capturing, key)
+			m.mu.Unlock()
+			close(c.done)
+		})
+	}
+	m.mu.Unlock()
+	select {
+	case <-c.done:
+		return c.capture, c.err
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+// inputs is a digest of what a template's guests boot from.
+func (m *Manager) inputs(t image.Template) string { return digest(t.Inputs, m.KernelInputs) }
+
+func digest(parts ...string) string {
+	h := sha256.New()
+	for _, p := range parts {
+		fmt.Fprintf(h, "%d:%s", len(p), p)
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}
+
+// makeCapture boots a template and captures it as soon as its guest daemon
+// answers: before it has a token, or runs anything of anybody's.
+func (m *Manager) makeCapture(t image.Template, vcpus, memoryMiB int, inputs, name string) (*image.Capture, error) {
+	home := uuid.New()
+	b := newBox(m, record{
+		Version: recordVersion, Home: home, State: Starting, CreatedAt: time.Now().UTC(),
+		Spec: Spec{ID: home, Team: t.Team, Template: t.ID, VCPUs: vcpus, MemoryMiB: memoryMiB, DiskMiB: t.DiskMiB},
+	})
+	// Its memory is not reserved: the sandbox that waits for it has reserved as
+	// much, and does not have it yet.
+	if err := m.register(b); err != nil {
+		return nil, err
+	}
+	b.log = m.Log.With("template", t.Name, "vcpus", vcpus, "memory_mib", memoryMiB)
+	b.log.Info("capturing a template")
+	begin := time.Now()
+	ctx, done := b.bounded()
+	c, err := b.bootAndCapture(ctx, t, inputs, name)
+	done()
+	why := ending{Reason: "its template was captured", Time: time.Now().UTC()}
+	if err != nil {
+		why.Reason = "capture: " + err.Error()
+	}
+	tried := make(chan error, 1)
+	m.wg.Go(func() { b.clean(why, func(err error) { tried <- err }) })
+	cleanErr := <-tried
+	m.Observe("capture template", time.Since(begin), err)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("capture the template: %w", err), cleanErr)
+	}
+	m.Log.Info("template captured", "template", t.Name, "took", time.Since(begin), "steps", stepsValue(b.steps))
+	m.removeStale(t, inputs)
+	return c, nil
+}
+
+func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name string) (_ *image.Capture, err error) {
+	dir, home := b.m.Dir, b.rec.Home
+	leave, err := b.queue(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	late := fmt.Errorf("the guest did not come up within %v", b.m.BootTimeout)
+	ctx, cancel := context.WithTimeoutCause(ctx, b.m.BootTimeout, late)
+	defer cancel()
+	into := &image.Capture{
+		ID: uuid.New(), Kind: b.m.Driver.Kind(), Inputs: inputs,
+		VCPUs: b.rec.Spec.VCPUs, MemoryMiB: b.rec.Spec.MemoryMiB, DiskMiB: t.DiskMiB, Layers: 1,
+		Dir: filepath.Join(dir.Sandbox(home), "capture"),
+	}
+	if err := b.step("slot", func() error { return b.acquire(ctx) }); err != nil {
+		return nil, err
+	}
+	err = b.step("disk", func() error {
+		if err := os.Mkdir(dir.Sandbox(home), 0o700); err != nil {
+			return fmt.Errorf("make folder: %w", err)
+		}
+		if err := b.rec.jot(dir); err != nil {
+			return full(err)
+		}
+		if err := os.MkdirAll(into.Memory(), 0o700); err != nil {
+			return err
+		}
+		if err := os.Link(t.Rootfs, into.Rootfs()); err != nil {
+			return err
+		}
+		b.rec.Disks = 1
+		return full(disk.CreateOverlay(dir.SandboxDisk(home, 0), int64(t.DiskMiB)<<20, b.uid()))
+	})
+	if err != nil {
+		return nil, err
+	}
+	err = b.step("vm", func() error {
+		spec, err := b.machine(into.Rootfs(), nil)
+		if err != nil {
+			return err
+		}
+		defer spec.Tap.Close()
+		b.maybeVM = true
+		vm, err := b.m.Driver.Start(ctx, spec)
+		if err != nil && ctx.Err() != nil {
+			return because(ctx, err)
+		}
+		if err != nil {
+			return fmt.Errorf("start the virtual machine: %w", err)
+		}
+		b.hold(vm)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	err = b.step("boot", func() error {
+		return b.guarded(ctx, func(ctx context.Context) error {
+			g := guest.New(b.slot.Address(), "")
+			defer g.Close()
+			return g.Wait(ctx)
+		})
+	})
+	if err != nil {
+		return nil, err
+	}
+	err = b.step("save", func() error { return full(b.save(ctx, into)) })
+	if err != nil {
+		return nil, err
+	}
+	err = b.step("publish", func() error {
+		if err := b.killVM(ctx); err != nil {
+			return err
+		}
+		if err := seal(dir.SandboxDisk(home, 0)); err != nil {
+			return err
+		}
+		if err := os.Rename(dir.SandboxDisk(home, 0), into.Layer(0)); err != nil {
+			return err
+		}
+		if err := into.Write(); err != nil {
+			return full(err)
+		}
+		into, err = t.Publish(dir, into.Dir, name)
+		return err
+	})
+	return into, err
+}
+
+// save saves a booted machine's devices and memory.
+func (b *box) save(ctx context.Context, into *image.Capture) error {
+	if err := b.vm.Hold(ctx); err != nil {
+		return err
+	}
+	devices, err := b.vm.Devices(ctx)
+	if err != nil {
+		return err
+	}
+	if err := writeFile(into.Devices(), devices); err != nil {
+		return fmt.Errorf("write devices: %w", err)
+	}
+	m, err := memory.Create(ctx, into.Memory(), int64(into.MemoryMiB)<<20, b.vm.Pages())
+	if err != nil {
+		return err
+	}
+	return m.Close()
+}
+
+// seal makes a disk nobody's to write to.
+func seal(name string) error {
+	return errors.Join(os.Chown(name, 0, 0), os.Chmod(name, 0o400))
+}
+
+// removeStale removes captures of t that no machine can begin with any more.
+func (m *Manager) removeStale(t image.Template, inputs string) {
+	all, err := t.Captures(m.Dir)
+	for _, c := range all {
+		if c.Kind != m.Driver.Kind() || c.Inputs != inputs {
+			err = errors.Join(err, os.RemoveAll(c.Dir))
+		}
+	}
+	if err != nil {
+		m.Log.Warn("remove stale captures", "template", t.ID, "error", err)
+	}
+}

@@ -1,0 +1,589 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/agent/journal"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+func (h *host) create(t testing.TB, change func(*Spec)) uuid.UUID {
+	t.Helper()
+	s := spec()
+	if change != nil {
+		change(&s)
+	}
+	if _, err := h.Create(t.Context(), s); err != nil {
+		t.Fatal(err)
+	}
+	return s.ID
+}
+
+// counts counts once in a sandbox.
+func (h *host) counts(t testing.TB, id uuid.UUID) byte {
+	t.Helper()
+	u, err := h.Use(t.Context(), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer u.End()
+	n, ok := u.VM.(*worldVM).count()
+	if !ok {
+		t.Fatal("its machine has ended")
+	}
+	return n
+}
+
+// runs checks that a sandbox goes on counting after n.
+func (h *host) runs(t testing.TB, id uuid.UUID, n byte) {
+	t.Helper()
+	if got := h.info(id).State; got != Running {
+		t.Fatalf("it is %s", got)
+	}
+	if got := h.counts(t, id); got != n+1 {
+		t.Errorf("it counted to %d, before to %d", got, n)
+	}
+	h.w.mu.Lock()
+	defer h.w.mu.Unlock()
+	for _, vm := range h.w.vms {
+		if vm.held() {
+			t.Errorf("the machine of slot %s is held", vm.spec.NetNS)
+		}
+	}
+}
+
+// files are what is in a sandbox's folder.
+func (h *host) files(t testing.TB, id uuid.UUID) string {
+	t.Helper()
+	var all []string
+	err := filepath.WalkDir(h.dir.Sandbox(id), func(path string, e os.DirEntry, err error) error {
+		if err == nil && !e.IsDir() {
+			rel, _ := filepath.Rel(h.dir.Sandbox(id), path)
+			all = append(all, rel)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Join(all, "\n")
+}
+
+func TestPauseAndResume(t *testing.T) {
+	h := newHost(t)
+	id := h.create(t, nil)
+	reserved, _ := h.Memory()
+	for n := byte(1); n < 12; n++ { // more than one merge of its memory
+		if got := h.counts(t, id); got != n {
+			t.Fatalf("it counted to %d, not %d", got, n)
+		}
+		for range 2 { // the second has nothing to do
+			i, err := h.Pause(t.Context(), id)
+			if err != nil || i.State != Paused {
+				t.Fatalf("%+v %v", i, err)
+			}
+		}
+		if _, err := h.Use(t.Context(), id); !isState(err, Paused) {
+			t.Fatalf("use of a paused sandbox: %v", err)
+		}
+		h.settles(t, id)
+		if got, _ := h.Memory(); got >= reserved {
+			t.Errorf("%d MiB stay reserved, %d were", got, reserved)
+		}
+		for range 2 {
+			i, err := h.Resume(t.Context(), id)
+			if err != nil || i.State != Running {
+				t.Fatalf("%+v %v", i, err)
+			}
+		}
+	}
+	if got, _ := h.Memory(); got != reserved {
+		t.Errorf("%d MiB are reserved, %d were", got, reserved)
+	}
+	if err := h.Destroy(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	h.nothingLeft()
+}
+
+func isState(err error, s State) bool {
+	var state *StateError
+	return errors.As(err, &state) && state.State == s
+}
+
+// settles checks that a paused sandbox has no machine and no network.
+func (h *host) settles(t testing.TB, id uuid.UUID) {
+	t.Helper()
+	b, err := h.find(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.vm != nil || b.slot != nil {
+		t.Errorf("a paused sandbox has machine %v and slot %v", b.vm, b.slot)
+	}
+}
+
+func TestFailedPauseLeavesItRunning(t *testing.T) {
+	for _, step := range []string{"hold", "devices", "pages", "disk"} {
+		t.Run(step, func(t *testing.T) {
+			h := newHost(t)
+			id := h.create(t, nil)
+			h.counts(t, id)
+			if _, err := h.Pause(t.Context(), id); err != nil { // a layer that is to stay as it is
+				t.Fatal(err)
+			}
+			if _, err := h.Resume(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+			h.counts(t, id)
+			before := h.files(t, id)
+			h.w.setFailing(map[string]float64{step: 1})
+			if step == "disk" {
+				noFiles(t, h.dir.Sandbox(id))
+			}
+			_, err := h.Pause(t.Context(), id)
+			if step == "disk" && err == nil || step != "disk" && !errors.Is(err, errInjected) {
+				t.Fatalf("pause: %v", err)
+			}
+			h.w.setFailing(nil)
+			h.runs(t, id, 2)
+			if after := h.files(t, id); after != before {
+				t.Errorf("its files were\n%s\nand are\n%s", before, after)
+			}
+			yesFiles(t, h.dir.Sandbox(id))
+			if _, err := h.Pause(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := h.Resume(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+			h.runs(t, id, 3)
+		})
+	}
+}
+
+func TestFailedResumeLeavesItPaused(t *testing.T) {
+	for _, step := range []string{"acquire", "tap", "restore", "init"} {
+		t.Run(step, func(t *testing.T) {
+			h := newHost(t)
+			id := h.create(t, nil)
+			h.counts(t, id)
+			if _, err := h.Pause(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+			h.w.setFailing(map[string]float64{step: 1})
+			if i, err := h.Resume(t.Context(), id); err == nil || i.State != Paused {
+				t.Fatalf("%s %v", i.State, err)
+			}
+			if reserved, _ := h.Memory(); reserved > h.bases.mib() {
+				t.Errorf("%d MiB are reserved", reserved)
+			}
+			h.settles(t, id)
+			h.w.setFailing(nil)
+			if _, err := h.Resume(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+			h.runs(t, id, 1)
+			if err := h.Destroy(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+			h.nothingLeft()
+		})
+	}
+}
+
+func TestUnusedSandboxIsPaused(t *testing.T) {
+	h := newHost(t)
+	id := h.create(t, func(s *Spec) { s.Timeout, s.PauseOnTimeout = 200*time.Millisecond, true })
+	if e := h.event(t, id); e.Kind != journal.Paused || !strings.Contains(e.Reason, "200ms") {
+		t.Errorf("event %+v", e)
+	}
+	if i := h.info(id); i.State != Paused || !i.ExpiresAt.IsZero() {
+		t.Errorf("%+v", i)
+	}
+	if n := len(h.Journal.Pending()); n != 1 {
+		t.Errorf("%d events", n)
+	}
+}
+
+func TestSnapshot(t *testing.T) {
+	for _, paused := range []bool{false, true} {
+		h := newHost(t)
+		id := h.create(t, nil)
+		h.counts(t, id)
+		if paused {
+			if _, err := h.Pause(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+		}
+		tpl := uuid.New()
+		for range 2 { // the second returns what there is
+			got, err := h.Snapshot(t.Context(), id, tpl, "mine")
+			if err != nil || got.ID != tpl || got.MemoryMiB != 128 || got.VCPUs != 1 {
+				t.Fatalf("%+v %v", got, err)
+			}
+		}
+		if paused {
+			if _, err := h.Resume(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+		}
+		h.runs(t, id, 1)
+		h.runs(t, id, 2)
+		second := h.create(t, func(s *Spec) { s.Template = tpl })
+		h.runs(t, second, 1)
+		if err := h.DeleteTemplate(uuid.Nil, tpl); err != nil {
+			t.Fatal(err)
+		}
+		if err := h.DeleteTemplate(uuid.Nil, tpl); err != nil {
+			t.Fatal(err)
+		}
+		s := spec()
+		s.Template = tpl
+		if _, err := h.Create(t.Context(), s); !errors.Is(err, ErrNotFound) {
+			t.Errorf("create from a template that was deleted: %v", err)
+		}
+		// Who began with it goes on, is paused, captured and resumed.
+		if _, err := h.Pause(t.Context(), second); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := h.Resume(t.Context(), second); err != nil {
+			t.Fatal(err)
+		}
+		h.runs(t, second, 2)
+		third := uuid.New()
+		if _, err := h.Snapshot(t.Context(), second, third, ""); err != nil {
+			t.Fatal(err)
+		}
+		h.destroyAll()
+		h.nothingLeft()
+		fourth := h.create(t, func(s *Spec) { s.Template = third })
+		h.runs(t, fourth, 3)
+		h.destroyAll()
+		h.nothingLeft()
+	}
+}
+
+func TestFailedSnapshotLeavesNothing(t *testing.T) {
+	for _, step := range []string{"hold", "devices", "pages", "divert"} {
+		t.Run(step, func(t *testing.T) {
+			h := newHost(t)
+			id := h.create(t, nil)
+			h.counts(t, id)
+			tpl := uuid.New()
+			h.w.setFailing(map[string]float64{step: 1})
+			if _, err := h.Snapshot(t.Context(), id, tpl, "mine"); !errors.Is(err, errInjected) {
+				t.Fatalf("snapshot: %v", err)
+			}
+			h.w.setFailing(nil)
+			h.runs(t, id, 1)
+			if _, err := image.Find(h.dir, uuid.Nil, tpl); err == nil {
+				t.Error("there is a template")
+			}
+			h.noneHidden(t)
+			if _, err := h.Snapshot(t.Context(), id, tpl, "mine"); err != nil {
+				t.Fatal(err)
+			}
+			h.runs(t, id, 2)
+			if _, err := h.Pause(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := h.Resume(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+			h.runs(t, id, 3)
+		})
+	}
+}
+
+// noneHidden checks that nothing is left that was not published.
+func (h *host) noneHidden(t testing.TB) {
+	t.Helper()
+	for _, dir := range []string{h.dir.Forks(), h.dir.Images()} {
+		all, err := filepath.Glob(filepath.Join(dir, "*"))
+		for _, name := range all {
+			if strings.HasPrefix(filepath.Base(name), ".") || dir == h.dir.Forks() {
+				t.Errorf("%s is left", name)
+			}
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestFork(t *testing.T) {
+	h := newHost(t)
+	id := h.create(t, nil)
+	h.counts(t, id)
+	copies := []Copy{{uuid.New(), "a"}, {uuid.New(), "b"}, {uuid.New(), "c"}}
+	infos, err := h.Fork(t.Context(), id, copies)
+	if err != nil || len(infos) != 3 {
+		t.Fatalf("%v %v", infos, err)
+	}
+	h.runs(t, id, 1)
+	for i, c := range copies {
+		if infos[i].ID != c.ID || infos[i].State != Running {
+			t.Errorf("%+v", infos[i])
+		}
+		h.runs(t, c.ID, 1)
+	}
+	h.noneHidden(t)
+	// A copy is a sandbox like any other.
+	if err := h.Destroy(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Pause(t.Context(), copies[0].ID); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Resume(t.Context(), copies[0].ID); err != nil {
+		t.Fatal(err)
+	}
+	h.runs(t, copies[0].ID, 2)
+	// All or none.
+	h.w.setFailing(map[string]float64{"restore": .5})
+	for range 8 {
+		more := []Copy{{uuid.New(), "d"}, {uuid.New(), "e"}, {uuid.New(), "f"}}
+		_, err := h.Fork(t.Context(), copies[0].ID, more)
+		for _, c := range more {
+			if _, e := h.Get(c.ID); (e == nil) != (err == nil) {
+				t.Errorf("fork: %v, and a copy: %v", err, e)
+			}
+			_ = h.Destroy(t.Context(), c.ID)
+		}
+	}
+	h.w.setFailing(nil)
+	h.noneHidden(t)
+	h.runs(t, copies[0].ID, 3)
+	h.destroyAll()
+	h.nothingLeft()
+}
+
+func TestNextAgentTakesPausedBack(t *testing.T) {
+	w := newWorld(t, 1)
+	dir := layout.Dir(t.TempDir())
+	h := w.open(dir)
+	paused, held := h.create(t, nil), h.create(t, nil)
+	h.counts(t, paused)
+	h.counts(t, held)
+	if _, err := h.Pause(t.Context(), paused); err != nil {
+		t.Fatal(err)
+	}
+	vm := w.vms[held]
+	h.close()
+	_ = vm.Hold(t.Context()) // as an agent that was killed in a pause leaves it
+	stray := filepath.Join(dir.Sandbox(paused), "saved-"+uuid.NewString())
+	if err := os.Mkdir(stray, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	h = w.open(dir)
+	defer h.close()
+	h.runs(t, held, 1)
+	if _, err := os.Stat(stray); err == nil {
+		t.Error("what a killed agent was writing is left")
+	}
+	if got := h.info(paused).State; got != Paused {
+		t.Fatalf("it is %s", got)
+	}
+	if _, err := h.Resume(t.Context(), paused); err != nil {
+		t.Fatal(err)
+	}
+	h.runs(t, paused, 1)
+	h.destroyAll()
+	h.nothingLeft()
+}
+
+func TestTerminatePauses(t *testing.T) {
+	w := newWorld(t, 1)
+	dir := layout.Dir(t.TempDir())
+	h := w.open(dir)
+	id := h.create(t, nil)
+	h.counts(t, id)
+	if err := h.Terminate(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if e := h.event(t, id); e.Kind != journal.Paused {
+		t.Errorf("event %+v", e)
+	}
+	if _, err := h.Resume(t.Context(), id); !errors.Is(err, ErrClosing) {
+		t.Errorf("resume of a host that shuts down: %v", err)
+	}
+	if len(w.vms) != 0 || len(w.slots) != 0 {
+		t.Errorf("machines %v and slots %v are left", w.vms, w.slots)
+	}
+	h.close()
+	h = w.open(dir)
+	defer h.close()
+	if _, err := h.Resume(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	h.runs(t, id, 1)
+}
+
+// TestWarm: machines wait, become sandboxes, make room, and end.
+func TestWarm(t *testing.T) {
+	w := newWorld(t, 1)
+	w.warm = 2
+	h := w.open(layout.Dir(t.TempDir()))
+	defer h.close()
+	waits := func(n int) {
+		t.Helper()
+		deadline := time.Now().Add(10 * time.Second)
+		for {
+			h.mu.Lock()
+			got := len(h.warm.ready)
+			h.mu.Unlock()
+			if got == n {
+				return
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%d machines wait, not %d", got, n)
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+	first := h.create(t, nil)
+	waits(2)
+	reserved, _ := h.Memory()
+	started := w.count()
+	second := h.create(t, nil)
+	for _, s := range h.info(second).Steps {
+		if s.Name == "restore" {
+			t.Error("it was restored though a machine waited")
+		}
+	}
+	if got := h.counts(t, second); got != 1 {
+		t.Errorf("it counted to %d", got)
+	}
+	waits(2)
+	if got := w.count(); got != started+1 {
+		t.Errorf("%d machines were made after one was taken", got-started)
+	}
+	if got, _ := h.Memory(); got != reserved+128+overheadMiB {
+		t.Errorf("%d MiB are reserved, %d were before", got, reserved)
+	}
+	// What was a machine that waited is paused and resumed like any other.
+	if _, err := h.Pause(t.Context(), second); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Resume(t.Context(), second); err != nil {
+		t.Fatal(err)
+	}
+	// One that is large takes the room of those that wait.
+	_, total := h.Memory()
+	reserved, _ = h.Memory()
+	large := h.create(t, func(s *Spec) { s.MemoryMiB = total - reserved - overheadMiB })
+	waits(0)
+	if err := h.Destroy(t.Context(), large); err != nil {
+		t.Fatal(err)
+	}
+	waits(2)
+	if err := h.Destroy(t.Context(), first); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.Terminate(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	h.destroyAll()
+	h.nothingLeft()
+}
+
+// lives is what is known of how far sandboxes have counted.
+type lives struct {
+	mu    sync.Mutex
+	known map[uuid.UUID]life
+}
+
+type life struct {
+	born  time.Time
+	count byte
+}
+
+// use counts in a sandbox: it must go on where it was.
+func (l *lives) use(h *host, u *Use) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	n, ok := u.VM.(*worldVM).count()
+	if !ok {
+		return
+	}
+	if last, ok := l.known[u.ID]; ok && last.born.Equal(u.CreatedAt) && n != last.count+1 {
+		h.w.t.Errorf("%s counted to %d, before to %d", u.ID, n, last.count)
+	}
+	l.known[u.ID] = life{u.CreatedAt, n}
+}
+
+// change does something at random that saves a sandbox, or goes on from what
+// was saved.
+func (h *host) change(ctx context.Context, n int, id, template uuid.UUID) {
+	switch n {
+	case 0, 1:
+		_, _ = h.Pause(ctx, id)
+	case 2, 3:
+		_, _ = h.Resume(ctx, id)
+	case 4:
+		_, _ = h.Snapshot(ctx, id, template, "")
+	case 5:
+		_ = h.DeleteTemplate(uuid.Nil, template)
+	case 6:
+		copies := []Copy{{uuid.New(), "x"}, {uuid.New(), "y"}}
+		if _, err := h.Fork(ctx, id, copies); err == nil {
+			for _, c := range copies {
+				if err := h.Destroy(context.Background(), c.ID); err != nil && !errors.Is(err, errInjected) {
+					h.w.t.Errorf("destroy a copy: %v", err)
+				}
+			}
+		}
+	}
+}
+
+// noFiles makes that nothing can be made in a folder, also by root: it is a
+// file system without room.
+func noFiles(t testing.TB, dir string) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("needs root")
+	}
+	immutable(t, dir, true)
+	t.Cleanup(func() { immutable(t, dir, false) })
+}
+
+func yesFiles(t testing.TB, dir string) { immutable(t, dir, false) }
+
+// immutable sets or clears the attribute that keeps a folder as it is (FS_IMMUTABLE_FL of ioctl_iflags(2)).
+func immutable(t testing.TB, dir string, on bool) {
+	t.Helper()
+	f, err := os.Open(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	flags, err := unix.IoctlGetInt(int(f.Fd()), unix.FS_IOC_GETFLAGS)
+	if err != nil {
+		t.Skipf("no attributes of files here: %v", err)
+	}
+	const immutable = 0x10
+	flags &^= immutable
+	if on {
+		flags |= immutable
+	}
+	if err := unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, flags); err != nil {
+		t.Skipf("no attributes of files here: %v", err)
+	}
+}

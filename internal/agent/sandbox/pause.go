@@ -1,0 +1,400 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/agent/journal"
+	"github.com/wrenn-dev/wrenn/internal/agent/memory"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+)
+
+const (
+	// drainTimeout is how long a pause waits for what is in flight.
+	drainTimeout = 2 * time.Second
+	// freezeTimeout bounds the guest daemon's part in a pause or a snapshot,
+	// which it may be too broken to do.
+	freezeTimeout = 5 * time.Second
+	// undoTimeout bounds each step that lets a machine go on as before.
+	undoTimeout = 30 * time.Second
+)
+
+// Pause saves a running sandbox and ends its machine. When it fails the sandbox
+// runs as before. Of a sandbox that is paused there is nothing to be done.
+func (m *Manager) Pause(ctx context.Context, id uuid.UUID) (Info, error) {
+	b, err := m.find(id)
+	if err != nil {
+		return Info{}, err
+	}
+	err = b.order(ctx, func(ctx context.Context) error { return b.pause(ctx, nil) })
+	return b.info(), err
+}
+
+// Resume lets a paused sandbox go on. When it fails the sandbox is paused as
+// before. Of one that runs there is nothing to be done.
+func (m *Manager) Resume(ctx context.Context, id uuid.UUID) (Info, error) {
+	m.mu.Lock()
+	refuse := m.refuse
+	m.mu.Unlock()
+	if refuse != nil {
+		return Info{}, refuse
+	}
+	b, err := m.find(id)
+	if err != nil {
+		return Info{}, err
+	}
+	err = b.order(ctx, b.resume)
+	return b.info(), err
+}
+
+// pause pauses the sandbox. why, if it is not nil, is the event to tell.
+func (b *box) pause(ctx context.Context, why *ending) error {
+	switch b.rec.State {
+	case Paused:
+		return nil
+	case Running:
+	default:
+		return &StateError{b.rec.State}
+	}
+	begin := time.Now()
+	b.set(func() { b.rec.State, b.steps = Pausing, nil })
+	err := b.step("drain", func() error {
+		drain, cancel := context.WithTimeout(ctx, drainTimeout)
+		defer cancel()
+		if b.tracker.Drain(drain) != nil && ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		return nil // what is still in flight breaks off
+	})
+	if err == nil {
+		err = b.savePaused(ctx, why)
+	}
+	b.m.Observe("pause", time.Since(begin), err)
+	if err != nil {
+		b.set(func() { b.rec.State = Running })
+		b.tracker.Reopen()
+		return fmt.Errorf("pause: %w", err)
+	}
+	b.log.Info("sandbox is paused", "took", time.Since(begin), "steps", stepsValue(b.steps))
+	return nil
+}
+
+// savePaused saves the machine and ends it. When it fails the machine goes on.
+func (b *box) savePaused(ctx context.Context, why *ending) (err error) {
+	dir := b.m.Dir
+	next := b.rec
+	next.State, next.Slot, next.Sealed, next.Untold = Paused, nil, next.Disks-1, why
+	id := uuid.New()
+	next.Saved = &id
+	folder := dir.SandboxSaved(b.rec.Home, id)
+	defer func() {
+		if err != nil {
+			err = full(err)
+			b.letGoOn(ctx)
+			if e := os.RemoveAll(folder); e != nil {
+				b.log.Warn("what a failed pause has written stays", "error", e)
+			}
+		}
+	}()
+	if err := b.step("hold", func() error { return b.freezeAndHold(ctx) }); err != nil {
+		return err
+	}
+	b.m.Hook("pause: held")
+	if err := b.step("save", func() error { return b.saveTo(ctx, folder) }); err != nil {
+		return err
+	}
+	b.m.Hook("pause: saved")
+	if err := b.step("commit", func() error { return b.commit(next) }); err != nil {
+		return err
+	}
+	b.m.Hook("pause: committed")
+	b.endLife(&StateError{Paused})
+	b.disconnect()
+	// From here on it is paused, whatever fails.
+	_ = b.step("vacate", func() error { return b.settle(ctx) })
+	return nil
+}
+
+// freezeAndHold stops the guest's programs and then the guest.
+func (b *box) freezeAndHold(ctx context.Context) error {
+	freeze, cancel := context.WithTimeout(ctx, freezeTimeout)
+	defer cancel()
+	if err := b.guest.Freeze(freeze); err != nil {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		// Its root may have broken it: that is its own business.
+		b.log.Info("the guest does not freeze its programs", "error", err)
+	}
+	return b.vm.Hold(ctx)
+}
+
+// saveTo saves a held machine into a new folder.
+func (b *box) saveTo(ctx context.Context, folder string) error {
+	if err := os.Mkdir(folder, 0o700); err != nil {
+		return err
+	}
+	devices, err := b.vm.Devices(ctx)
+	if err != nil {
+		return err
+	}
+	if err := writeFile(filepath.Join(folder, "devices"), devices); err != nil {
+		return fmt.Errorf("write devices: %w", err)
+	}
+	if err := b.saveMemory(ctx, filepath.Join(folder, "memory"), b.vm.Pages()); err != nil {
+		return err
+	}
+	return syncDir(folder)
+}
+
+// saveMemory writes a memory image into a new folder: what was saved last with
+// the pages laid over it.
+func (b *box) saveMemory(ctx context.Context, folder string, pages memory.Pages) (err error) {
+	if err := os.Mkdir(folder, 0o700); err != nil {
+		return err
+	}
+	origin, err := image.OpenCapture(b.m.Dir.SandboxOrigin(b.rec.Home))
+	if err != nil {
+		return err
+	}
+	base, err := memory.Open(origin.Memory())
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, base.Close()) }()
+	last := base
+	if b.rec.Saved != nil {
+		last, err = memory.Open(filepath.Join(b.m.Dir.SandboxSaved(b.rec.Home, *b.rec.Saved), "memory"))
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, last.Close()) }()
+	}
+	next, err := last.Append(ctx, folder, pages, base)
+	if err != nil {
+		return err
+	}
+	return next.Close()
+}
+
+// commit makes next the sandbox's record. When it fails the old one holds.
+func (b *box) commit(next record) error {
+	if err := next.save(b.m.Dir); err != nil {
+		// It may have been written and not synced.
+		if have, e := load(b.m.Dir, next.Home); e != nil || have.State != next.State {
+			return err
+		}
+		b.log.Error("a record may not outlast a crash of the host", "error", err)
+	}
+	b.set(func() { b.rec = next })
+	return nil
+}
+
+// letGoOn undoes freezeAndHold. A machine that has ended is for [box.serve] to
+// see.
+func (b *box) letGoOn(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+	defer cancel()
+	err := b.vm.Run(ctx)
+	if err == nil {
+		thaw, cancel := context.WithTimeout(ctx, freezeTimeout)
+		defer cancel()
+		if err = b.guest.Thaw(thaw); err == nil {
+			return
+		}
+	}
+	b.log.Error("a sandbox does not go on as it should", "error", err)
+}
+
+// settle removes what a paused sandbox does not need any more: its machine,
+// its network, what was saved before. Then its memory is the host's again. It
+// is called again until it succeeds.
+func (b *box) settle(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanTimeout)
+	defer cancel()
+	if err := b.vacate(ctx); err != nil {
+		return err
+	}
+	b.m.Hook("pause: vacated")
+	b.m.unreserve(b)
+	if err := b.rec.sweep(b.m.Dir); err != nil {
+		return fmt.Errorf("remove what was saved before: %w", err)
+	}
+	if b.rec.Untold != nil {
+		if err := b.tell(*b.rec.Untold); err != nil {
+			return err
+		}
+		next := b.rec
+		next.Untold = nil
+		return b.commit(next)
+	}
+	return nil
+}
+
+// settled tells whether there is nothing left for settle to do.
+func (b *box) settled() bool {
+	return !b.maybeVM && b.vm == nil && b.slot == nil && b.base == nil && b.rec.Untold == nil
+}
+
+// servePaused waits for what happens next to a paused sandbox, once. It tells
+// whether this was the end.
+func (b *box) servePaused() (end bool) {
+	var again <-chan time.Time
+	if !b.settled() {
+		if err := b.settle(context.Background()); err != nil {
+			b.log.Error("a paused sandbox's machine is left", "error", err)
+			t := time.NewTimer(lastRetry / 12)
+			defer t.Stop()
+			again = t.C
+		}
+	}
+	select {
+	case <-again:
+	case o := <-b.orders:
+		b.obey(o)
+	case <-b.stop:
+		b.clean(b.why, nil)
+		return true
+	case <-b.m.closing:
+		b.release()
+		return true
+	}
+	return false
+}
+
+// resume lets a paused sandbox go on.
+func (b *box) resume(ctx context.Context) error {
+	switch b.rec.State {
+	case Running:
+		return nil
+	case Paused:
+	default:
+		return &StateError{b.rec.State}
+	}
+	begin := time.Now()
+	b.set(func() { b.rec.State, b.steps = Resuming, nil })
+	err := b.goOn(ctx)
+	b.m.Observe("resume", time.Since(begin), err)
+	if err != nil {
+		return fmt.Errorf("resume: %w", err)
+	}
+	b.log.Info("sandbox is resumed", "took", time.Since(begin), "steps", stepsValue(b.steps))
+	b.tracker.Touch()
+	b.tracker.Reopen()
+	return nil
+}
+
+func (b *box) goOn(ctx context.Context) (err error) {
+	paused := b.rec
+	paused.State, paused.Slot, paused.VM = Paused, nil, nil
+	committed := false
+	defer func() {
+		if err == nil || committed {
+			return
+		}
+		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanTimeout)
+		defer cancel()
+		if e := b.vacate(undo); e != nil {
+			b.log.Error("the machine of a failed resume is left", "error", e) // servePaused goes on
+		}
+		b.m.unreserve(b)
+		b.set(func() { b.rec = paused })
+	}()
+	if !b.settled() {
+		if err := b.settle(ctx); err != nil {
+			return err
+		}
+	}
+	if err := b.m.reserve(b); err != nil {
+		return err
+	}
+	leave, err := b.queue(ctx)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	late := fmt.Errorf("the guest did not answer within %v", b.m.BootTimeout)
+	ctx, cancel := context.WithTimeoutCause(ctx, b.m.BootTimeout, late)
+	defer cancel()
+	if err := b.step("slot", func() error { return b.acquire(ctx) }); err != nil {
+		return err
+	}
+	if err := b.step("restore", func() error { return full(b.restoreSaved(ctx)) }); err != nil {
+		return err
+	}
+	b.m.Hook("resume: restored")
+	// Before it runs: then its disk changes, and what is saved fits no more.
+	err = b.step("commit", func() error {
+		next := b.rec
+		next.State = Running
+		return full(b.commit(next))
+	})
+	if err != nil {
+		return err
+	}
+	committed = true
+	b.m.Hook("resume: committed")
+	b.connect()
+	err = b.step("run", func() error {
+		if err := b.slot.Describe(b.rec.Spec.metadata()); err != nil {
+			return fmt.Errorf("set metadata: %w", err)
+		}
+		return b.vm.Run(ctx)
+	})
+	b.m.Hook("resume: runs")
+	if err == nil {
+		err = b.step("init", func() error { return b.init(ctx, b.rec.Spec.Token, false) })
+	}
+	if err == nil {
+		return nil
+	}
+	// It did run: what it is now is what is to be kept.
+	b.log.Warn("a resumed sandbox does not answer and is paused again", "error", err)
+	if e := b.savePaused(ctx, nil); e != nil {
+		b.log.Error("it cannot be paused again, and runs", "error", e)
+		b.tracker.Reopen()
+		return errors.Join(err, e)
+	}
+	return err
+}
+
+// restoreSaved makes a machine that is held where the pause has saved it.
+func (b *box) restoreSaved(ctx context.Context) (err error) {
+	dir, home := b.m.Dir, b.rec.Home
+	origin, err := image.OpenCapture(dir.SandboxOrigin(home))
+	if err != nil {
+		return err
+	}
+	if kind := b.m.Driver.Kind(); origin.Kind != kind {
+		return fail(ErrState, "the sandbox was paused on %s, this host has %s now", origin.Kind, kind)
+	}
+	saved := dir.SandboxSaved(home, *b.rec.Saved)
+	own, err := memory.Open(filepath.Join(saved, "memory"))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, own.Close()) }()
+	devices, err := os.ReadFile(filepath.Join(saved, "devices"))
+	if err != nil {
+		return fmt.Errorf("read the saved devices: %w", err)
+	}
+	if b.base, err = b.m.bases.acquire(ctx, origin); err != nil {
+		return err
+	}
+	if err := os.Chown(dir.SandboxDisk(home, b.rec.Disks-1), b.uid(), b.uid()); err != nil {
+		return err
+	}
+	return b.restore(ctx, vmm.Saved{Memory: b.base.file, Changed: own.ChangedFrom(b.base.image), Devices: devices})
+}
+
+// pausedEvent is an event of a pause that the agent made.
+func pausedEvent(reason string) *ending {
+	return &ending{journal.Paused, reason, time.Now().UTC()}
+}

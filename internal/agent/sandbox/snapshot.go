@@ -1,0 +1,351 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/disk"
+	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/agent/memory"
+	"github.com/wrenn-dev/wrenn/internal/id"
+)
+
+// maxDisks is how many overlays a sandbox may have: every snapshot adds one.
+const maxDisks = 64
+
+// Snapshot captures a running or paused sandbox, which stays as it is, as a
+// template of its team. It is idempotent by the template's id.
+func (m *Manager) Snapshot(ctx context.Context, sandbox, template uuid.UUID, name string) (image.Template, error) {
+	if template == uuid.Nil {
+		return image.Template{}, fail(ErrInvalid, "the built-in template is not to be replaced")
+	}
+	b, err := m.find(sandbox)
+	if err != nil {
+		return image.Template{}, err
+	}
+	var t image.Template
+	err = b.order(ctx, func(ctx context.Context) (err error) {
+		t, err = b.snapshot(ctx, template, name)
+		return err
+	})
+	if err != nil { // it may go on: t is not to be read
+		return image.Template{}, err
+	}
+	return t, nil
+}
+
+func (b *box) snapshot(ctx context.Context, template uuid.UUID, name string) (_ image.Template, err error) {
+	dir, spec := b.m.Dir, &b.rec.Spec
+	if t, err := image.Find(dir, spec.Team, template); err == nil {
+		return t, nil
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return image.Template{}, err
+	}
+	begin := time.Now()
+	defer func() { b.m.Observe("snapshot", time.Since(begin), err) }()
+	b.set(func() { b.steps = nil })
+	tmp, err := image.TempTemplate(dir)
+	if err != nil {
+		return image.Template{}, full(err)
+	}
+	defer os.RemoveAll(tmp)
+	captures := filepath.Join(tmp, "captures")
+	if err := os.Mkdir(captures, 0o700); err != nil {
+		return image.Template{}, full(err)
+	}
+	if err := b.capture(ctx, filepath.Join(captures, image.Captured)); err != nil {
+		return image.Template{}, fmt.Errorf("snapshot: %w", full(err))
+	}
+	b.m.Hook("snapshot: captured")
+	t := image.Template{
+		ID: template, Team: spec.Team, Name: name, DiskMiB: spec.DiskMiB, CreatedAt: time.Now().UTC().Truncate(time.Second),
+		VCPUs: spec.VCPUs, MemoryMiB: spec.MemoryMiB,
+	}
+	err = b.step("publish", func() error { return image.PublishTemplate(dir, tmp, t) })
+	if err != nil {
+		return image.Template{}, fmt.Errorf("snapshot: %w", full(err))
+	}
+	b.m.Hook("snapshot: published")
+	b.log.Info("sandbox captured", "template", id.Format(id.Template, template), "took", time.Since(begin), "steps", stepsValue(b.steps))
+	return image.Find(dir, spec.Team, template)
+}
+
+// capture captures the sandbox into a new folder. The sandbox goes on.
+func (b *box) capture(ctx context.Context, into string) (err error) {
+	dir, home, spec := b.m.Dir, b.rec.Home, &b.rec.Spec
+	running := b.rec.State == Running
+	if !running && b.rec.State != Paused {
+		return &StateError{b.rec.State}
+	}
+	if b.rec.Disks >= maxDisks {
+		return fail(ErrExhausted, "the sandbox has been captured %d times, and cannot be once more", maxDisks)
+	}
+	origin, err := image.OpenCapture(dir.SandboxOrigin(home))
+	if err != nil {
+		return err
+	}
+	c := &image.Capture{
+		ID: uuid.New(), Kind: origin.Kind, VCPUs: spec.VCPUs, MemoryMiB: spec.MemoryMiB, DiskMiB: spec.DiskMiB,
+		Layers: origin.Layers + b.rec.Disks, Token: spec.Token, Dir: into,
+	}
+	if err := os.Mkdir(into, 0o700); err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			_ = os.RemoveAll(into) // else a sweep does
+		}
+	}()
+	// What the disk is now becomes a layer that nobody writes to any more.
+	disks := b.rec.Disks
+	if err := b.step("overlay", func() error { return b.addDisk() }); err != nil {
+		return err
+	}
+	b.m.Hook("snapshot: overlay")
+	if running {
+		err = b.captureRunning(ctx, c)
+	} else {
+		saved := dir.SandboxSaved(home, *b.rec.Saved)
+		err = errors.Join(image.LinkTree(filepath.Join(saved, "memory"), c.Memory()), os.Link(filepath.Join(saved, "devices"), c.Devices()))
+	}
+	if err != nil {
+		return err
+	}
+	b.m.Hook("snapshot: saved")
+	return b.step("disks", func() error {
+		if err := os.Link(origin.Rootfs(), c.Rootfs()); err != nil {
+			return err
+		}
+		for n := range origin.Layers {
+			if err := os.Link(origin.Layer(n), c.Layer(n)); err != nil {
+				return err
+			}
+		}
+		for n := range disks {
+			if err := b.shareDisk(ctx, n, c.Layer(origin.Layers+n)); err != nil {
+				return err
+			}
+		}
+		return c.Write()
+	})
+}
+
+// addDisk lays a new overlay, which is empty, over the sandbox's disk. That
+// its machine still writes to the one below makes no difference to what is
+// read: so this is right at every moment.
+func (b *box) addDisk() error {
+	dir, home, n := b.m.Dir, b.rec.Home, b.rec.Disks
+	uid := 0
+	if b.slot != nil {
+		uid = b.uid()
+	}
+	name := dir.SandboxDisk(home, n)
+	if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) { // of one that failed
+		return err
+	}
+	if err := disk.CreateOverlay(name, int64(b.rec.Spec.DiskMiB)<<20, uid); err != nil {
+		return err
+	}
+	next := b.rec
+	next.Disks++
+	if next.State == Paused {
+		next.Sealed = n
+	}
+	if err := b.commit(next); err != nil {
+		return errors.Join(err, os.Remove(name))
+	}
+	return nil
+}
+
+// captureRunning captures memory and devices of a running machine, and has it
+// write to the new overlay from then on. It is held for as long as it takes to
+// copy the pages that changed.
+func (b *box) captureRunning(ctx context.Context, c *image.Capture) error {
+	if uses, err := b.vm.Memory(); err == nil {
+		if free, err := availableMemory(); err == nil && int(uses>>20)+slackMiB > free {
+			return fail(ErrExhausted, "the host has %d MiB of memory available, too little to copy what the sandbox has changed", free)
+		}
+	}
+	var devices []byte
+	var pages memory.Pages
+	begin := time.Now()
+	err := b.step("hold", func() (err error) {
+		defer b.letGoOn(ctx)
+		if err := b.freezeAndHold(ctx); err != nil {
+			return err
+		}
+		b.m.Hook("snapshot: held")
+		held := time.Now()
+		defer func() { b.m.Observe("held", time.Since(held), err) }()
+		if devices, err = b.vm.Devices(ctx); err != nil {
+			return err
+		}
+		if pages, err = copyPages(b.vm.Pages()); err != nil {
+			return err
+		}
+		if err := b.vm.Divert(ctx, b.m.Dir.SandboxDisk(b.rec.Home, b.rec.Disks-1)); err != nil {
+			return err
+		}
+		b.m.Hook("snapshot: diverted")
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	b.log.Debug("sandbox goes on", "stopped_for", time.Since(begin))
+	return b.step("save", func() error {
+		if err := writeFile(c.Devices(), devices); err != nil {
+			return fmt.Errorf("write devices: %w", err)
+		}
+		return b.saveMemory(ctx, c.Memory(), pages)
+	})
+}
+
+// copyPages copies pages so that they stay as they are.
+func copyPages(pages memory.Pages) (memory.Pages, error) {
+	const perChunk = 1024
+	var blocks []uint64
+	var chunks [][]byte
+	for p, err := range pages {
+		if err != nil {
+			return nil, err
+		}
+		if len(blocks)%perChunk == 0 {
+			chunks = append(chunks, make([]byte, 0, perChunk*memory.BlockSize))
+		}
+		last := &chunks[len(chunks)-1]
+		*last = append(*last, p.Data...)
+		blocks = append(blocks, p.Block)
+	}
+	return func(yield func(memory.Page, error) bool) {
+		for i, n := range blocks {
+			at := i % perChunk * memory.BlockSize
+			if !yield(memory.Page{Block: n, Data: chunks[i/perChunk][at : at+memory.BlockSize]}, nil) {
+				return
+			}
+		}
+	}, nil
+}
+
+// shareDisk makes the n-th overlay, which is not written to any more, a file of
+// another folder too. A machine that its guest has taken over may still be able
+// to write to it: then the other folder gets a copy, which takes its place here
+// as well.
+func (b *box) shareDisk(ctx context.Context, n int, to string) error {
+	own := b.m.Dir.SandboxDisk(b.rec.Home, n)
+	if n < b.rec.Sealed || b.rec.State == Paused {
+		return errors.Join(seal(own), os.Link(own, to))
+	}
+	if err := disk.Copy(ctx, to, own); err != nil {
+		return err
+	}
+	tmp := own + ".tmp"
+	if err := errors.Join(os.Link(to, tmp), os.Rename(tmp, own)); err != nil {
+		return err
+	}
+	if n == b.rec.Sealed {
+		next := b.rec
+		next.Sealed = n + 1
+		return b.commit(next)
+	}
+	return nil
+}
+
+// Copy is one of a sandbox's copies to be.
+type Copy struct {
+	ID    uuid.UUID
+	Token string
+}
+
+// Fork makes copies of a running sandbox, which goes on: all of them or none.
+func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_ []Info, err error) {
+	b, err := m.find(sandbox)
+	if err != nil {
+		return nil, err
+	}
+	for _, c := range copies {
+		if _, err := m.find(c.ID); err == nil {
+			return nil, fail(ErrExists, "another sandbox has the id of a copy")
+		}
+	}
+	begin := time.Now()
+	defer func() { m.Observe("fork", time.Since(begin), err) }()
+	hidden := filepath.Join(m.Dir.Forks(), uuid.NewString())
+	var spec Spec
+	caller := ctx
+	err = b.order(ctx, func(ctx context.Context) error {
+		if b.rec.State != Running {
+			return &StateError{b.rec.State}
+		}
+		if err := os.MkdirAll(m.Dir.Forks(), 0o700); err != nil {
+			return full(err)
+		}
+		b.set(func() { b.steps = nil })
+		spec = b.rec.Spec
+		err := b.capture(ctx, hidden)
+		if caller.Err() != nil { // nobody is to have what came of it
+			err = errors.Join(err, os.RemoveAll(hidden))
+		}
+		return full(err)
+	})
+	defer func() { err = errors.Join(err, os.RemoveAll(hidden)) }()
+	if err != nil {
+		return nil, fmt.Errorf("fork: %w", err)
+	}
+	c, err := image.OpenCapture(hidden)
+	if err != nil {
+		return nil, fmt.Errorf("fork: %w", err)
+	}
+	// Made once for all, and not dropped between them.
+	base, err := m.bases.acquire(ctx, c)
+	if err != nil {
+		return nil, fmt.Errorf("fork: %w", err)
+	}
+	defer m.bases.release(base)
+
+	infos, errs := make([]Info, len(copies)), make([]error, len(copies))
+	var wg sync.WaitGroup
+	for i, n := range copies {
+		s := spec
+		s.ID, s.Token = n.ID, n.Token
+		wg.Go(func() {
+			var copied *box
+			if copied, errs[i] = m.enroll(s, c); errs[i] == nil {
+				infos[i], errs[i] = copied.await(ctx)
+			}
+		})
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanTimeout)
+		defer cancel()
+		for i, n := range copies {
+			if errs[i] == nil {
+				err = errors.Join(err, m.Destroy(undo, n.ID))
+			}
+		}
+		return nil, fmt.Errorf("fork: %w", err)
+	}
+	return infos, nil
+}
+
+// DeleteTemplate removes a template's files. Sandboxes that began with it have
+// links to what they need. That there is none is no error.
+func (m *Manager) DeleteTemplate(team, template uuid.UUID) error {
+	if template == uuid.Nil {
+		return fail(ErrState, "a built-in template cannot be deleted")
+	}
+	begin := time.Now()
+	err := image.Delete(m.Dir, team, template, m.Hook)
+	m.warm.forget(template)
+	m.Observe("delete template", time.Since(begin), err)
+	return err
+}

@@ -1,0 +1,313 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/disk"
+	"github.com/wrenn-dev/wrenn/internal/agent/guest"
+	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/agent/network"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/id"
+)
+
+// start is what a sandbox begins with.
+type start struct {
+	template image.Template
+	capture  *image.Capture // nil: the template's for what the sandbox is to have
+	copied   bool           // it is a copy of a sandbox: the capture will be gone
+	ready    *box           // a machine that waits, not nil: it begins with that
+}
+
+// create makes all of a sandbox's parts. After an error [box.clean] removes
+// those that there are.
+func (b *box) create(ctx context.Context) error {
+	if b.begin.ready == nil && b.begin.capture == nil {
+		err := b.step("capture", func() (err error) {
+			b.begin.capture, err = b.m.capture(ctx, b.begin.template, b.rec.Spec.VCPUs, b.rec.Spec.MemoryMiB)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	leave, err := b.queue(ctx)
+	if err != nil {
+		if w := b.begin.ready; w != nil {
+			b.m.mu.Lock()
+			b.m.warm.discard(w)
+			b.m.mu.Unlock()
+		}
+		return err
+	}
+	defer leave()
+	late := fmt.Errorf("the guest did not come up within %v", b.m.BootTimeout)
+	ctx, cancel := context.WithTimeoutCause(ctx, b.m.BootTimeout, late)
+	defer cancel()
+	if w := b.begin.ready; w != nil {
+		err = b.step("take", func() error { return b.take(w) })
+	} else {
+		err = b.prepare(ctx, b.begin.capture)
+	}
+	if err != nil {
+		return err
+	}
+	return b.awake(ctx)
+}
+
+// queue waits until few enough machines start at once.
+func (b *box) queue(ctx context.Context) (leave func(), err error) {
+	err = b.step("wait", func() error {
+		select {
+		case b.m.boots <- struct{}{}:
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	})
+	return func() { <-b.m.boots }, err
+}
+
+// prepare makes a machine that is held where c was captured.
+func (b *box) prepare(ctx context.Context, c *image.Capture) error {
+	dir, home := b.m.Dir, b.rec.Home
+	if kind := b.m.Driver.Kind(); c.Kind != kind {
+		return fail(ErrInvalid, "the template was captured on %s, this host has %s", c.Kind, kind)
+	}
+	if err := b.step("slot", func() error { return b.acquire(ctx) }); err != nil {
+		return err
+	}
+	err := b.step("folder", func() error {
+		if err := os.Mkdir(dir.Sandbox(home), 0o700); err != nil {
+			return fmt.Errorf("make folder: %w", err)
+		}
+		if err := b.rec.jot(dir); err != nil {
+			return full(err)
+		}
+		// What is linked to stays, whatever becomes of the template.
+		err := image.LinkTree(c.Dir, dir.SandboxOrigin(home))
+		if errors.Is(err, fs.ErrNotExist) {
+			return fail(ErrNotFound, "the template is gone")
+		}
+		return full(err)
+	})
+	if err != nil {
+		return err
+	}
+	err = b.step("memory", func() (err error) {
+		if c, err = image.OpenCapture(dir.SandboxOrigin(home)); err != nil {
+			return err
+		}
+		b.base, err = b.m.bases.acquire(ctx, c)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	err = b.step("disk", func() error {
+		b.rec.Disks = 1
+		return full(disk.CreateOverlay(dir.SandboxDisk(home, 0), int64(c.DiskMiB)<<20, b.uid()))
+	})
+	if err != nil {
+		return err
+	}
+	return b.step("restore", func() error {
+		devices, err := os.ReadFile(c.Devices())
+		if err != nil {
+			return fmt.Errorf("read the captured devices: %w", err)
+		}
+		return b.restore(ctx, vmm.Saved{Memory: b.base.file, Devices: devices})
+	})
+}
+
+// acquire gets the sandbox a network.
+func (b *box) acquire(ctx context.Context) error {
+	s, err := b.m.Networks.Acquire(ctx)
+	if errors.Is(err, network.ErrExhausted) {
+		return fail(ErrExhausted, "this host has no network slot left")
+	}
+	if err != nil {
+		return fmt.Errorf("get a network slot: %w", err)
+	}
+	i := s.Index()
+	b.set(func() { b.slot, b.rec.Slot = s, &i })
+	return nil
+}
+
+// uid is the user that the sandbox's machine runs as.
+func (b *box) uid() int { return firstUID + b.slot.Index() }
+
+// full makes clear that a disk is.
+func full(err error) error {
+	if errors.Is(err, disk.ErrNoSpace) || isFull(err) {
+		return fail(ErrExhausted, "this host has no disk space for a sandbox: %v", err)
+	}
+	return err
+}
+
+// machine says what machine the sandbox has. The caller closes its tap.
+func (b *box) machine(base string, layers []string) (vmm.Spec, error) {
+	dir, home, spec := b.m.Dir, b.rec.Home, &b.rec.Spec
+	tap, err := b.slot.OpenTap()
+	if err != nil {
+		return vmm.Spec{}, fmt.Errorf("open the guest's network card: %w", err)
+	}
+	for n := range b.rec.Disks - 1 {
+		layers = append(layers, dir.SandboxDisk(home, n))
+	}
+	return vmm.Spec{
+		ID: home, Dir: dir.Sandbox(home),
+		Kernel: b.m.Kernel, Initrd: b.m.Initrd, Cmdline: guest.Cmdline("sandbox"),
+		VCPUs: spec.VCPUs, MemoryMiB: spec.MemoryMiB,
+		Overlay: dir.SandboxDisk(home, b.rec.Disks-1), Layers: layers, Base: base,
+		NetNS: b.slot.NetNS(), Tap: tap, MAC: guest.MAC, UID: b.uid(),
+	}, nil
+}
+
+// restore makes a machine, held, that goes on from what was saved.
+func (b *box) restore(ctx context.Context, from vmm.Saved) error {
+	origin, err := image.OpenCapture(b.m.Dir.SandboxOrigin(b.rec.Home))
+	if err != nil {
+		return err
+	}
+	var layers []string
+	for n := range origin.Layers {
+		layers = append(layers, origin.Layer(n))
+	}
+	spec, err := b.machine(origin.Rootfs(), layers)
+	if err != nil {
+		return err
+	}
+	defer spec.Tap.Close()
+	b.maybeVM = true
+	vm, err := b.m.Driver.Restore(ctx, spec, from)
+	if err != nil && ctx.Err() != nil {
+		return because(ctx, err)
+	}
+	if err != nil {
+		return fmt.Errorf("restore the virtual machine: %w", err)
+	}
+	b.hold(vm)
+	return nil
+}
+
+// hold notes which machine the sandbox has.
+func (b *box) hold(vm vmm.VM) {
+	st := vm.State()
+	b.set(func() { b.vm, b.rec.VM = vm, &st })
+}
+
+// take makes a machine that waits the sandbox's.
+func (b *box) take(w *box) error {
+	b.base, b.maybeVM = w.base, true
+	b.set(func() {
+		b.slot, b.vm = w.slot, w.vm
+		b.rec.Home, b.rec.Slot, b.rec.VM = w.rec.Home, w.rec.Slot, w.rec.VM
+		b.rec.Disks, b.rec.Sealed = w.rec.Disks, w.rec.Sealed
+	})
+	return full(b.rec.jot(b.m.Dir))
+}
+
+// awake lets a held machine that has what is in its capture go on as the
+// sandbox that it is to be.
+func (b *box) awake(ctx context.Context) error {
+	spec := &b.rec.Spec
+	origin, err := image.OpenCapture(b.m.Dir.SandboxOrigin(b.rec.Home))
+	if err != nil {
+		return err
+	}
+	err = b.step("run", func() error {
+		if err := b.slot.Describe(spec.metadata()); err != nil {
+			return fmt.Errorf("set metadata: %w", err)
+		}
+		if spec.DiskMiB > origin.DiskMiB {
+			if err := b.vm.Grow(ctx, int64(spec.DiskMiB)<<20); err != nil {
+				return fmt.Errorf("make the disk larger: %w", err)
+			}
+		}
+		return b.vm.Run(ctx)
+	})
+	if err != nil {
+		return err
+	}
+	err = b.step("init", func() error {
+		return b.init(ctx, origin.Token, spec.DiskMiB > origin.DiskMiB)
+	})
+	if err != nil {
+		return err
+	}
+	b.connect()
+	return b.step("commit", func() error {
+		next := b.rec
+		next.State = Running
+		if err := next.save(b.m.Dir); err != nil {
+			return full(err)
+		}
+		b.set(func() { b.rec = next })
+		return nil
+	})
+}
+
+// init makes the guest the sandbox's own: its token, environment and name,
+// random numbers and clock. token is what the guest wants to be shown. When
+// the machine ends or time is up the error has the console's end.
+func (b *box) init(ctx context.Context, token string, grow bool) error {
+	spec := &b.rec.Spec
+	settings := guest.Settings{Token: spec.Token, Envs: spec.Envs, Hostname: id.Format(id.Sandbox, spec.ID), Thaw: true}
+	if grow {
+		settings.GrowDisk = int64(spec.DiskMiB) << 20
+	}
+	return b.guarded(ctx, func(ctx context.Context) error {
+		g := guest.New(b.slot.Address(), token)
+		defer g.Close()
+		report, err := g.Init(ctx, settings)
+		for _, w := range report.Warnings {
+			b.log.Warn("the guest warns", "warning", firstLine(w))
+		}
+		return err
+	})
+}
+
+// guarded calls f with a context that ends when the machine does.
+func (b *box) guarded(ctx context.Context, f func(context.Context) error) error {
+	died := errors.New("the virtual machine ended while it started")
+	guarded, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		select {
+		case <-b.vm.Done():
+			cancel(died)
+		case <-guarded.Done():
+		}
+	}()
+	defer func() { cancel(nil); <-watched }()
+	err := f(guarded)
+	if err == nil {
+		return nil
+	}
+	if cause := context.Cause(guarded); cause != nil {
+		err = cause
+	}
+	if errors.Is(err, died) {
+		err = fmt.Errorf("%w: %w", died, b.vm.Err())
+	}
+	if errors.Is(err, ErrState) || errors.Is(err, ErrClosing) {
+		return err // the guest is not to blame
+	}
+	return fmt.Errorf("boot: %w%s", err, b.lastWords())
+}
+
+// observed calls f and tells how long it took.
+func (m *Manager) observed(step string, f func() error) error {
+	begin := time.Now()
+	err := f()
+	m.Observe(step, time.Since(begin), err)
+	return err
+}
