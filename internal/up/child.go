@@ -15,6 +15,8 @@ import (
 const (
 	readyTimeout = 60 * time.Second
 	stopTimeout  = 30 * time.Second
+	// farewellTimeout is for all sandboxes of the machine to be paused.
+	farewellTimeout = 2 * time.Minute
 	// A program that ends by itself is started again after firstPause, after
 	// twice that when it ends again soon, and so on up to maxPause.
 	firstPause = 500 * time.Millisecond
@@ -181,7 +183,7 @@ func (c *child) part(ctx context.Context) {
 	if c.farewell == nil {
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), farewellTimeout)
 	defer cancel()
 	if err := c.farewell(ctx); err != nil {
 		c.say("%s: %v", c.name, err)

@@ -120,7 +120,7 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 		return nil
 	}
 	<-ctx.Done()
-	s.say("stopping; sandboxes end")
+	s.say("stopping; sandboxes are paused")
 	return nil
 }
 
