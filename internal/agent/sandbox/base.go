@@ -35,8 +35,9 @@ type base struct {
 	file  *os.File
 	bytes int64 // what file takes
 
-	refs int // under bases.mu, as is used
-	used int
+	refs     int // under bases.mu, as are those below
+	used     int
+	unwanted bool // nothing new begins with it
 }
 
 // acquire returns the memory of a capture, which is made if it is not there.
@@ -107,11 +108,28 @@ func (s *bases) release(b *base) {
 	b.refs--
 	s.clock++
 	b.used = s.clock
-	if b.refs == 0 && b.failed() {
+	if b.refs == 0 && (b.unwanted || b.failed()) {
 		delete(s.known, b.id)
+		b.close()
 		return
 	}
 	s.shrink(maxIdleBases)
+}
+
+// forget keeps the memory of a capture no longer than machines use it: its
+// files are removed, and would take space for as long as they are open.
+func (s *bases) forget(capture uuid.UUID) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	b := s.known[capture]
+	if b == nil {
+		return
+	}
+	b.unwanted = true
+	if b.refs == 0 {
+		delete(s.known, b.id)
+		b.close()
+	}
 }
 
 func (b *base) failed() bool {

@@ -269,6 +269,10 @@ func TestSnapshot(t *testing.T) {
 			t.Fatal(err)
 		}
 		h.destroyAll()
+		// A memory that nothing can begin with any more is let go of.
+		if n := len(h.bases.known); n > 2 {
+			t.Errorf("%d memories are kept", n)
+		}
 		h.nothingLeft()
 		fourth := h.create(t, func(s *Spec) { s.Template = third })
 		h.runs(t, fourth, 3)

@@ -148,6 +148,7 @@ func (b *box) saveTo(ctx context.Context, folder string) error {
 	if err := writeFile(filepath.Join(folder, "devices"), devices); err != nil {
 		return fmt.Errorf("write devices: %w", err)
 	}
+	b.m.Hook("pause: saving")
 	if err := b.saveMemory(ctx, filepath.Join(folder, "memory"), b.vm.Pages()); err != nil {
 		return err
 	}

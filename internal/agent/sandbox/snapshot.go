@@ -309,7 +309,10 @@ func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_
 	if err != nil {
 		return nil, fmt.Errorf("fork: %w", err)
 	}
-	defer m.bases.release(base)
+	defer func() {
+		m.bases.release(base)
+		m.bases.forget(c.ID)
+	}()
 
 	infos, errs := make([]Info, len(copies)), make([]error, len(copies))
 	var wg sync.WaitGroup
@@ -344,8 +347,19 @@ func (m *Manager) DeleteTemplate(team, template uuid.UUID) error {
 		return fail(ErrState, "a built-in template cannot be deleted")
 	}
 	begin := time.Now()
-	err := image.Delete(m.Dir, team, template, m.Hook)
+	t, err := image.Find(m.Dir, team, template)
+	var captures []*image.Capture
+	if err == nil {
+		captures, err = t.Captures(m.Dir)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		m.Log.Warn("a template that is deleted cannot be read", "template", template, "error", err)
+	}
+	err = image.Delete(m.Dir, team, template, m.Hook)
 	m.warm.forget(template)
+	for _, c := range captures {
+		m.bases.forget(c.ID)
+	}
 	m.Observe("delete template", time.Since(begin), err)
 	return err
 }

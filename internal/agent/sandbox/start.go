@@ -144,8 +144,11 @@ func (b *box) uid() int { return firstUID + b.slot.Index() }
 
 // full makes clear that a disk is.
 func full(err error) error {
-	if errors.Is(err, disk.ErrNoSpace) || isFull(err) {
+	switch {
+	case errors.Is(err, disk.ErrNoSpace): // says how much there is
 		return fail(ErrExhausted, "this host has no disk space for a sandbox: %v", err)
+	case isFull(err):
+		return fail(ErrExhausted, "this host has no disk space for a sandbox")
 	}
 	return err
 }

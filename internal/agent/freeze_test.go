@@ -1,0 +1,645 @@
+package agent_test
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/google/uuid"
+
+	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/id"
+)
+
+func (h *host) pause(t *testing.T, sandbox string) {
+	t.Helper()
+	begin := time.Now()
+	res, err := h.Pause(t.Context(), connect.NewRequest(&pb.PauseRequest{SandboxId: sandbox}))
+	if err != nil {
+		t.Fatalf("pause: %v", err)
+	}
+	if s := res.Msg.GetSandbox().GetState(); s != pb.SandboxState_SANDBOX_STATE_PAUSED {
+		t.Fatalf("after a pause it is %v", s)
+	}
+	if pid := qemu(sandbox); pid != 0 {
+		t.Errorf("the machine of a paused sandbox is left: %d", pid)
+	}
+	t.Logf("paused in %v", time.Since(begin).Round(time.Millisecond))
+}
+
+func (h *host) resume(t *testing.T, sandbox string) {
+	t.Helper()
+	begin := time.Now()
+	res, err := h.Resume(t.Context(), connect.NewRequest(&pb.ResumeRequest{SandboxId: sandbox}))
+	if err != nil {
+		t.Fatalf("resume: %v", err)
+	}
+	if s := res.Msg.GetSandbox().GetState(); s != pb.SandboxState_SANDBOX_STATE_RUNNING {
+		t.Fatalf("after a resume it is %v", s)
+	}
+	t.Logf("resumed in %v", time.Since(begin).Round(time.Millisecond))
+}
+
+func (h *host) snapshot(t *testing.T, sandbox, name string) *pb.Template {
+	t.Helper()
+	begin := time.Now()
+	res, err := h.Snapshot(t.Context(), connect.NewRequest(&pb.SnapshotRequest{SandboxId: sandbox, TemplateId: id.Format(id.Template, uuid.New()), Name: name}))
+	if err != nil {
+		t.Fatalf("snapshot: %v", err)
+	}
+	t.Logf("captured in %v", time.Since(begin).Round(time.Millisecond))
+	return res.Msg.GetTemplate()
+}
+
+// counter counts in memory and in a file that it holds open, checks a part of
+// its memory, and serves both over HTTP.
+const counter = `
+import hashlib, http.server, os, threading, time
+block = bytearray(os.urandom(8 << 20))
+want = hashlib.sha256(block).hexdigest()
+log = open("/tmp/count.log", "w")
+count = 0
+def run():
+    global count
+    while True:
+        count += 1
+        block[count % len(block)] ^= 0
+        log.write("%d\n" % count); log.flush()
+        time.sleep(0.02)
+class H(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = os.urandom(16).hex().encode() if self.path == "/random" else ("%d %d %s" % (os.getpid(), count, hashlib.sha256(block).hexdigest() == want)).encode()
+        self.send_response(200); self.send_header("Content-Length", str(len(body))); self.end_headers(); self.wfile.write(body)
+    def log_message(self, *a): pass
+threading.Thread(target=run, daemon=True).start()
+http.server.ThreadingHTTPServer(("0.0.0.0", 8000), H).serve_forever()
+`
+
+// start runs the counter in a sandbox and waits until it answers.
+func (h *host) count(t *testing.T, sandbox string) (pid, count int) {
+	t.Helper()
+	deadline := time.Now().Add(60 * time.Second)
+	for {
+		code, body := h.get(t, h.url(sandbox, 8000, "/"), nil)
+		if code == 200 {
+			var intact string
+			if _, err := fmt.Sscan(body, &pid, &count, &intact); err != nil || intact != "True" {
+				t.Fatalf("the counter says %q: %v", body, err)
+			}
+			return pid, count
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the counter does not answer: %d %s", code, body)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+func (h *host) startCounter(t *testing.T, sandbox string) {
+	t.Helper()
+	if _, err := h.WriteFile(t.Context(), connect.NewRequest(&pb.WriteFileRequest{File: ref(sandbox, "/tmp/counter.py"), Content: []byte(counter)})); err != nil {
+		t.Fatal(err)
+	}
+	h.exec(t, sandbox, sh("setsid python3 /tmp/counter.py >/tmp/counter.err 2>&1 </dev/null &"), nil)
+}
+
+// TestManyPauses: a program that counts goes on through more pauses than an
+// image keeps generations.
+func TestManyPauses(t *testing.T) {
+	h := newHost(t)
+	sandbox := h.create(t, request())
+	h.startCounter(t, sandbox)
+	pid, last := h.count(t, sandbox)
+	for range 25 {
+		h.pause(t, sandbox)
+		if code, body := h.get(t, h.url(sandbox, 8000, "/"), nil); code != 503 || !strings.Contains(body, `"paused"`) {
+			t.Fatalf("a request to a paused sandbox: %d %s", code, body)
+		}
+		h.resume(t, sandbox)
+		last = h.counts(t, sandbox, pid, last)
+	}
+	h.counted(t, sandbox, pid)
+}
+
+// counts checks that a counter has gone on, and returns how far.
+func (h *host) counts(t *testing.T, sandbox string, pid, last int) int {
+	t.Helper()
+	p, n := h.count(t, sandbox)
+	if p != pid || n < last {
+		t.Fatalf("process %d counted to %d, after %d counted to %d", p, n, pid, last)
+	}
+	return n
+}
+
+// counted checks that every number that a counter has counted is in its file, once.
+func (h *host) counted(t *testing.T, sandbox string, pid int) {
+	t.Helper()
+	cmd := sh(fmt.Sprintf(`kill -STOP %d; sync; awk '$1 != NR { print "line", NR, "is", $1; exit 1 } END { print NR }' /tmp/count.log; s=$?; kill -CONT %d; exit $s`, pid, pid))
+	got := h.exec(t, sandbox, cmd, nil)
+	if got.GetExitCode() != 0 || string(got.GetStdout()) == "0\n" {
+		t.Errorf("its file: %s %s", got.GetStdout(), got.GetStderr())
+	}
+}
+
+// random are numbers from the pool of a program that ran before its sandbox was
+// captured, and a fresh key.
+func (h *host) random(t *testing.T, sandbox string) (numbers, key string) {
+	t.Helper()
+	code, numbers := h.get(t, h.url(sandbox, 8000, "/random"), nil)
+	got := h.exec(t, sandbox, sh("openssl ecparam -name prime256v1 -genkey -noout"), nil)
+	if key = string(got.GetStdout()); code != 200 || len(numbers) != 32 || !strings.Contains(key, "PRIVATE KEY") {
+		t.Fatalf("random numbers %d %q, key %q: %s", code, numbers, key, got.GetStderr())
+	}
+	return numbers, key
+}
+
+// isItself checks that a sandbox has its own name, metadata and clock.
+func (h *host) isItself(t *testing.T, sandbox string) {
+	t.Helper()
+	got := h.exec(t, sandbox, sh(`hostname; t=$(curl -s -X PUT -H 'X-metadata-token-ttl-seconds: 60' http://169.254.169.254/latest/api/token); curl -s -H "X-metadata-token: $t" http://169.254.169.254/sandbox_id; echo; date +%s.%N`), nil)
+	f := strings.Fields(string(got.GetStdout()))
+	if len(f) != 3 || f[0] != sandbox || f[1] != sandbox {
+		t.Fatalf("%s says of itself: %s %s", sandbox, got.GetStdout(), got.GetStderr())
+	}
+	s, err := strconv.ParseFloat(f[2], 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if off := time.Since(time.UnixMicro(int64(s * 1e6))); off > time.Second || off < -time.Second {
+		t.Errorf("its clock is behind by %v", off)
+	}
+}
+
+// TestSnapshot: a captured sandbox goes on; what begins with the snapshot goes
+// on from there too, each as itself, and outlives the template.
+func TestSnapshot(t *testing.T) {
+	h := newHost(t)
+	r := request()
+	sandbox := h.create(t, r)
+	h.startCounter(t, sandbox)
+	pid, last := h.count(t, sandbox)
+	tpl := h.snapshot(t, sandbox, "mine")
+	if tpl.GetMemoryMib() != r.GetMemoryMib() || tpl.GetVcpus() != r.GetVcpus() || tpl.GetSizeBytes() == 0 {
+		t.Errorf("template %v", tpl)
+	}
+	next := h.counts(t, sandbox, pid, last)
+	time.Sleep(3 * time.Second) // for clocks to go wrong
+	begin := func() string {
+		r := request()
+		r.TeamId, r.TemplateId, r.MemoryMib = tpl.GetTeamId(), tpl.GetTemplateId(), tpl.GetMemoryMib()
+		return h.create(t, r)
+	}
+	one, two := begin(), begin()
+	seen := map[string]string{}
+	for _, s := range []string{sandbox, one, two} {
+		h.counts(t, s, pid, last)
+		h.isItself(t, s)
+		numbers, key := h.random(t, s)
+		for _, v := range []string{numbers, key} {
+			if other, ok := seen[v]; ok {
+				t.Errorf("%s and %s have the same random numbers", s, other)
+			}
+			seen[v] = s
+		}
+	}
+	h.counts(t, sandbox, pid, next)
+	other := &pb.CreateRequest{SandboxId: id.Format(id.Sandbox, uuid.New()), TeamId: id.Format(id.Team, uuid.New()), TemplateId: tpl.GetTemplateId(), Vcpus: 1, MemoryMib: 256}
+	if _, err := h.Create(t.Context(), connect.NewRequest(other)); connect.CodeOf(err) != connect.CodeNotFound {
+		t.Errorf("another team's template: %v", err)
+	}
+	team, template := h.home(t, tpl)
+	capture := filepath.Join(h.dir.Captures(team, template), "captured", "capture.json")
+	if n := links(t, capture); n != 3 {
+		t.Errorf("the capture's files have %d names", n)
+	}
+	del := connect.NewRequest(&pb.DeleteTemplateRequest{TeamId: tpl.GetTeamId(), TemplateId: tpl.GetTemplateId()})
+	for range 2 {
+		if _, err := h.DeleteTemplate(t.Context(), del); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h.pause(t, one)
+	h.resume(t, one)
+	for _, s := range []string{sandbox, one, two} {
+		h.counts(t, s, pid, last)
+		h.counted(t, s, pid)
+	}
+	h.destroy(t, one)
+	h.destroy(t, two)
+	h.gone(t, one)
+	if open := deleted(t, h.cmd.Process.Pid, string(h.dir)); len(open) > 0 {
+		t.Errorf("files that are gone are open: %v", open)
+	}
+	if _, err := h.DeleteTemplate(t.Context(), connect.NewRequest(&pb.DeleteTemplateRequest{TeamId: id.Format(id.Team, uuid.Nil), TemplateId: id.Format(id.Template, uuid.Nil)})); connect.CodeOf(err) != connect.CodeFailedPrecondition {
+		t.Errorf("delete the built-in template: %v", err)
+	}
+}
+
+func (h *host) home(t *testing.T, tpl *pb.Template) (team, template uuid.UUID) {
+	t.Helper()
+	team, err := id.Parse(id.Team, tpl.GetTeamId())
+	if err == nil {
+		template, err = id.Parse(id.Template, tpl.GetTemplateId())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return team, template
+}
+
+func links(t *testing.T, name string) int {
+	t.Helper()
+	var st syscall.Stat_t
+	if err := syscall.Stat(name, &st); err != nil {
+		t.Fatal(err)
+	}
+	return int(st.Nlink)
+}
+
+// deleted are the files below dir that a process has open and that have no
+// name any more.
+func deleted(t *testing.T, pid int, dir string) (names []string) {
+	t.Helper()
+	all, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, fd := range all {
+		if to, _ := os.Readlink(fd); strings.HasPrefix(to, dir) && strings.HasSuffix(to, "(deleted)") {
+			names = append(names, to)
+		}
+	}
+	return names
+}
+
+// TestFork: copies go on beside a sandbox that goes on itself.
+func TestFork(t *testing.T) {
+	h := newHost(t)
+	sandbox := h.create(t, request())
+	h.startCounter(t, sandbox)
+	pid, last := h.count(t, sandbox)
+	req := &pb.ForkRequest{SandboxId: sandbox}
+	for i := range 3 {
+		req.Copies = append(req.Copies, &pb.ForkRequest_Copy{SandboxId: id.Format(id.Sandbox, uuid.New()), AccessToken: fmt.Sprintf("token-%d", i)})
+	}
+	begin := time.Now()
+	res, err := h.Fork(t.Context(), connect.NewRequest(req))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("three copies in %v", time.Since(begin))
+	numbers, _ := h.random(t, sandbox)
+	seen := map[string]bool{numbers: true}
+	h.counts(t, sandbox, pid, last)
+	for i, c := range res.Msg.GetSandboxes() {
+		if c.GetSandboxId() != req.GetCopies()[i].GetSandboxId() || c.GetState() != pb.SandboxState_SANDBOX_STATE_RUNNING {
+			t.Errorf("a copy is %v", c)
+		}
+		h.counts(t, c.GetSandboxId(), pid, last)
+		h.isItself(t, c.GetSandboxId())
+		numbers, _ := h.random(t, c.GetSandboxId())
+		if seen[numbers] {
+			t.Error("two have the same random numbers")
+		}
+		seen[numbers] = true
+	}
+	// They are apart.
+	h.exec(t, sandbox, sh("echo parent > /tmp/who"), nil)
+	child := res.Msg.GetSandboxes()[0].GetSandboxId()
+	if got := h.exec(t, child, sh("cat /tmp/who"), nil); got.GetExitCode() == 0 {
+		t.Errorf("a copy sees what its origin wrote: %s", got.GetStdout())
+	}
+	h.destroy(t, sandbox)
+	h.counts(t, child, pid, last)
+	h.counted(t, child, pid)
+	_, metrics := h.get(t, h.base+"/metrics", nil)
+	for line := range strings.Lines(metrics) {
+		if strings.HasPrefix(line, `wrenn_agent_step_seconds_sum{step="held"}`) {
+			t.Logf("held for %s", line)
+		}
+	}
+}
+
+// TestLargerDisk: a sandbox has the disk that it asked for.
+func TestLargerDisk(t *testing.T) {
+	h := newHost(t)
+	r := request()
+	r.DiskMib = 8192
+	sandbox := h.create(t, r)
+	size := func() int {
+		got := h.exec(t, sandbox, sh("df -BM --output=size / | tail -1 | tr -d ' M'"), nil)
+		n, err := strconv.Atoi(strings.TrimSpace(string(got.GetStdout())))
+		if err != nil {
+			t.Fatalf("%v: %s", err, got.GetStderr())
+		}
+		return n
+	}
+	if n := size(); n < 7600 || n > 8192 {
+		t.Errorf("its file system has %d MiB", n)
+	}
+	h.exec(t, sandbox, sh("head -c 20000000 /dev/urandom > /tmp/f; sha256sum /tmp/f > /tmp/sum"), nil)
+	h.pause(t, sandbox)
+	h.resume(t, sandbox)
+	if got := h.exec(t, sandbox, sh("echo 3 | sudo tee /proc/sys/vm/drop_caches >/dev/null; sha256sum -c /tmp/sum"), nil); got.GetExitCode() != 0 {
+		t.Errorf("%s %s", got.GetStdout(), got.GetStderr())
+	}
+	if n := size(); n < 7600 {
+		t.Errorf("after a pause its file system has %d MiB", n)
+	}
+}
+
+// TestFullDisk: a pause that finds no room on the host changes nothing.
+func TestFullDisk(t *testing.T) {
+	h := newHostWith(t, func(h *host) { h.ownDisk(t) })
+	sandbox := h.create(t, request())
+	h.startCounter(t, sandbox)
+	pid, last := h.count(t, sandbox)
+	h.pause(t, sandbox)
+	h.resume(t, sandbox)
+	// More than there will be room for.
+	h.exec(t, sandbox, sh("setsid python3 -c 'import os,time;b=os.urandom(60<<20);time.sleep(600)' >/dev/null 2>&1 </dev/null & sleep 2"), nil)
+	before := h.tree(t)
+	fill := h.fill(t, 20<<20)
+	_, err := h.Pause(t.Context(), connect.NewRequest(&pb.PauseRequest{SandboxId: sandbox}))
+	if connect.CodeOf(err) != connect.CodeResourceExhausted || !strings.Contains(err.Error(), "disk space") {
+		t.Fatalf("a pause on a full disk: %v", err)
+	}
+	t.Logf("it says: %v", err)
+	last = h.counts(t, sandbox, pid, last)
+	if after := h.tree(t); after != before {
+		t.Errorf("files were\n%s\nand are\n%s", before, after)
+	}
+	_, err = h.Snapshot(t.Context(), connect.NewRequest(&pb.SnapshotRequest{SandboxId: sandbox, TemplateId: id.Format(id.Template, uuid.New()), Name: "full"}))
+	if connect.CodeOf(err) != connect.CodeResourceExhausted {
+		t.Errorf("a snapshot on a full disk: %v", err)
+	}
+	last = h.counts(t, sandbox, pid, last)
+	if err := os.Remove(fill); err != nil {
+		t.Fatal(err)
+	}
+	h.pause(t, sandbox)
+	h.resume(t, sandbox)
+	h.counts(t, sandbox, pid, last)
+	h.counted(t, sandbox, pid)
+}
+
+// ownDisk puts the host on a file system of its own, with what its images need.
+func (h *host) ownDisk(t *testing.T) {
+	t.Helper()
+	disk := string(h.dir) + ".disk"
+	own := string(h.dir) + ".own"
+	if err := os.Mkdir(own, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{
+		{"truncate", "-s", "3G", disk},
+		{"mkfs.ext4", "-q", "-m", "0", disk},
+		{"mount", "-o", "loop", disk, own},
+		{"cp", "-a", "--sparse=always", string(h.dir) + "/.", own},
+		{"umount", own},
+		{"mount", "-o", "loop", disk, string(h.dir)},
+	} {
+		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+			t.Skipf("no file system of its own: %v: %v: %s", args, err, out)
+		}
+	}
+	t.Cleanup(func() {
+		_ = exec.Command("umount", string(h.dir)).Run()
+		_ = os.Remove(disk)
+		_ = os.Remove(own)
+	})
+}
+
+// fill leaves no more than so many bytes free on the host's disk.
+func (h *host) fill(t *testing.T, left int64) (name string) {
+	t.Helper()
+	var fs syscall.Statfs_t
+	if err := syscall.Statfs(string(h.dir), &fs); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Create(filepath.Join(string(h.dir), "fill"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := syscall.Fallocate(int(f.Fd()), 0, 0, int64(fs.Bavail)*fs.Bsize-left); err != nil {
+		t.Fatal(err)
+	}
+	return f.Name()
+}
+
+// tree are all files of sandboxes and templates.
+func (h *host) tree(t *testing.T) string {
+	t.Helper()
+	var all []string
+	for _, dir := range []string{h.dir.Sandboxes(), h.dir.Images(), h.dir.Forks()} {
+		err := filepath.WalkDir(dir, func(path string, _ os.DirEntry, err error) error {
+			if errors.Is(err, os.ErrNotExist) {
+				return nil
+			}
+			all = append(all, path)
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	return strings.Join(all, "\n")
+}
+
+// TestWarm: a sandbox begins with a machine that waits, and is itself.
+func TestWarm(t *testing.T) {
+	h := newHostWith(t, func(h *host) { h.env["WRENN_WARM"] = "1" })
+	h.create(t, request())
+	for deadline := time.Now().Add(60 * time.Second); !strings.Contains(h.log(), "a machine waits"); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("no machine waits")
+		}
+	}
+	r := request()
+	sandbox := h.create(t, r)
+	h.isItself(t, sandbox)
+	if !strings.Contains(h.log(), "steps.take=") {
+		t.Error("it did not begin with a machine that waited")
+	}
+	h.startCounter(t, sandbox)
+	pid, last := h.count(t, sandbox)
+	h.pause(t, sandbox)
+	h.resume(t, sandbox)
+	h.counts(t, sandbox, pid, last)
+	h.counted(t, sandbox, pid)
+}
+
+// TestKilledAtEveryStep kills the agent at every step of what it does with
+// captured state: the next one has every sandbox, whole, and nothing else.
+func TestKilledAtEveryStep(t *testing.T) {
+	h := newHost(t)
+	r := request()
+	sandbox := h.create(t, r)
+	h.startCounter(t, sandbox)
+	pid, last := h.count(t, sandbox)
+
+	pause := func() error {
+		_, err := h.Pause(t.Context(), connect.NewRequest(&pb.PauseRequest{SandboxId: sandbox}))
+		return err
+	}
+	resume := func() error {
+		if err := pause(); err != nil {
+			return err
+		}
+		_, err := h.Resume(t.Context(), connect.NewRequest(&pb.ResumeRequest{SandboxId: sandbox}))
+		return err
+	}
+	var template string
+	snapshot := func() error {
+		template = id.Format(id.Template, uuid.New())
+		_, err := h.Snapshot(t.Context(), connect.NewRequest(&pb.SnapshotRequest{SandboxId: sandbox, TemplateId: template, Name: "killed"}))
+		return err
+	}
+	remove := func() error {
+		if err := snapshot(); err != nil {
+			return err
+		}
+		_, err := h.DeleteTemplate(t.Context(), connect.NewRequest(&pb.DeleteTemplateRequest{TeamId: r.GetTeamId(), TemplateId: template}))
+		return err
+	}
+	second := ""
+	destroy := func() error {
+		q := request()
+		second = q.GetSandboxId()
+		if _, err := h.Create(t.Context(), connect.NewRequest(q)); err != nil {
+			return err
+		}
+		_, err := h.Destroy(t.Context(), connect.NewRequest(&pb.DestroyRequest{SandboxId: second}))
+		return err
+	}
+	fork := func() error {
+		q := &pb.ForkRequest{SandboxId: sandbox, Copies: []*pb.ForkRequest_Copy{{SandboxId: id.Format(id.Sandbox, uuid.New()), AccessToken: "t"}}}
+		second = q.Copies[0].GetSandboxId()
+		_, err := h.Fork(t.Context(), connect.NewRequest(q))
+		return err
+	}
+	for _, test := range []struct {
+		at string
+		do func() error
+	}{
+		{"pause: held", pause},
+		{"pause: saving", pause},
+		{"pause: saved", pause},
+		{"pause: committed", pause},
+		{"pause: vacated", pause},
+		{"resume: restored", resume},
+		{"resume: committed", resume},
+		{"resume: runs", resume},
+		{"snapshot: overlay", snapshot},
+		{"snapshot: held", snapshot},
+		{"snapshot: diverted", snapshot},
+		{"snapshot: saved", snapshot},
+		{"snapshot: captured", snapshot},
+		{"snapshot: published", snapshot},
+		{"snapshot: saved", fork},
+		{"delete: renamed", remove},
+		{"clean: recorded", destroy},
+		{"clean: vacated", destroy},
+		{"clean: told", destroy},
+	} {
+		t.Run(test.at, func(t *testing.T) {
+			h.kill(t, syscall.SIGTERM)
+			h.env[killAtEnv] = test.at
+			h.start(t)
+			if err := test.do(); err == nil {
+				t.Fatal("the agent was not killed")
+			}
+			h.afterKill(t, sandbox, second, template, pid, &last)
+		})
+	}
+	// At any moment of pauses that merge generations, and others.
+	for i := range 10 {
+		t.Run(fmt.Sprintf("any moment %d", i), func(t *testing.T) {
+			took := make(chan error, 1)
+			go func() { took <- pause() }()
+			select {
+			case <-time.After(time.Duration(5+20*i) * time.Millisecond):
+			case <-took:
+			}
+			_ = h.cmd.Process.Kill()
+			h.afterKill(t, sandbox, "", "", pid, &last)
+		})
+	}
+	h.counted(t, sandbox, pid)
+}
+
+// afterKill starts the next agent after one was killed, and checks what it has.
+func (h *host) afterKill(t *testing.T, sandbox, second, template string, pid int, last *int) {
+	t.Helper()
+	select {
+	case <-h.ended:
+	case <-time.After(30 * time.Second):
+		t.Fatal("the agent goes on")
+	}
+	h.client.CloseIdleConnections()
+	delete(h.env, killAtEnv)
+	h.start(t)
+	if second != "" {
+		h.awaitGone(t, second)
+	}
+	list, err := h.List(t.Context(), connect.NewRequest(&pb.ListRequest{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if l := list.Msg.GetSandboxes(); len(l) != 1 || l[0].GetSandboxId() != sandbox {
+		t.Fatalf("sandboxes %v", l)
+	}
+	if _, err := h.Resume(t.Context(), connect.NewRequest(&pb.ResumeRequest{SandboxId: sandbox})); err != nil {
+		t.Fatalf("resume: %v", err)
+	}
+	*last = h.counts(t, sandbox, pid, *last)
+	h.isItself(t, sandbox)
+	templates, err := h.Templates(t.Context(), connect.NewRequest(&pb.TemplatesRequest{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tpl := range templates.Msg.GetTemplates() {
+		if tpl.GetName() != "killed" {
+			continue
+		}
+		if tpl.GetTemplateId() != template {
+			t.Errorf("template %v", tpl)
+			continue
+		}
+		r := request()
+		r.TeamId, r.TemplateId, r.MemoryMib = tpl.GetTeamId(), tpl.GetTemplateId(), tpl.GetMemoryMib()
+		s := h.create(t, r)
+		h.counts(t, s, pid, 0)
+		h.destroy(t, s)
+		if _, err := h.DeleteTemplate(t.Context(), connect.NewRequest(&pb.DeleteTemplateRequest{TeamId: tpl.GetTeamId(), TemplateId: tpl.GetTemplateId()})); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, dir := range []string{h.dir.Forks(), h.dir.Images()} {
+		if hidden, _ := filepath.Glob(filepath.Join(dir, ".tmp-*")); len(hidden) > 0 {
+			t.Errorf("left: %v", hidden)
+		}
+	}
+	if folders, _ := filepath.Glob(filepath.Join(h.dir.Sandboxes(), "*")); len(folders) != 1 {
+		t.Errorf("folders %v", folders)
+	}
+	if m := machines(string(h.dir)); len(m) != 1 {
+		t.Errorf("machines %v", m)
+	}
+	if forks, _ := filepath.Glob(filepath.Join(h.dir.Forks(), "*")); len(forks) != 0 {
+		t.Errorf("forks %v", forks)
+	}
+	u, _ := id.Parse(id.Sandbox, sandbox)
+	if saved, _ := filepath.Glob(filepath.Join(h.dir.Sandbox(u), "state-*")); len(saved) > 1 {
+		t.Errorf("states %v", saved)
+	}
+}
