@@ -115,7 +115,7 @@ func runAgent() error {
 	}
 	a, err := agent.New(ctx, agent.Config{
 		Dir: layout.Dir(os.Getenv("WRENN_DIR")), Token: token, Accel: os.Getenv("WRENN_VMM_ACCEL"), Envd: os.Getenv("WRENN_ENVD"),
-		DefaultVCPUs: number("WRENN_DEFAULT_VCPUS"), DefaultMemoryMiB: 256, Warm: number("WRENN_WARM"), Hook: hook(),
+		DefaultVCPUs: number("WRENN_DEFAULT_VCPUS"), DefaultMemoryMiB: 256, Warm: number("WRENN_WARM"), Hook: hook(layout.Dir(os.Getenv("WRENN_DIR"))),
 		DNS: []netip.Addr{netip.MustParseAddr("192.0.2.53")}, MemoryMiB: memory, Version: "test",
 		Log: slog.New(slog.NewTextHandler(os.Stderr, nil)),
 	})
@@ -144,17 +144,13 @@ func number(env string) int {
 	return n
 }
 
-// killAtEnv names the step at which the agent kills itself.
-const killAtEnv = "WRENN_AGENT_TEST_KILL_AT"
+// killAt names a file that says at which step the agent kills itself.
+func killAt(dir layout.Dir) string { return filepath.Join(string(dir), "kill-at") }
 
 // hook has the agent die at a step, as if it was killed there.
-func hook() func(string) {
-	at := os.Getenv(killAtEnv)
-	if at == "" {
-		return nil
-	}
+func hook(dir layout.Dir) func(string) {
 	return func(step string) {
-		if step == at {
+		if read(killAt(dir)) == step {
 			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
 			select {}
 		}
@@ -177,6 +173,8 @@ type host struct {
 	mounts   string
 	groups   string
 	finished bool
+
+	namespaces map[uint64]bool // inodes of those that its agents made
 }
 
 func newHost(t *testing.T) *host {
@@ -335,6 +333,7 @@ func (h *host) finish(t *testing.T) {
 		return
 	}
 	h.finished = true
+	h.noteNamespaces()
 	if t.Failed() {
 		defer func() { t.Logf("the agent's log:\n%s", h.log()) }()
 	}
@@ -392,7 +391,7 @@ func (h *host) finish(t *testing.T) {
 			t.Errorf("a mount is left: %s", line)
 		}
 	}
-	nothing("machines", machines(string(h.dir)))
+	nothing("machines", h.machines())
 	for _, dir := range []string{h.dir.Forks(), h.dir.Images()} {
 		hidden, _ := filepath.Glob(filepath.Join(dir, ".tmp-*"))
 		nothing("unpublished", hidden)
@@ -418,25 +417,33 @@ func groups() string {
 	return strings.Join(all, " ")
 }
 
-// machines are the QEMU processes in this test's network: those whose
-// namespace is one that an agent here has made, by their control sockets.
-func machines(dir string) []string {
-	var found []string
-	procs, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-	sockets := read("/proc/net/unix")
+// machines are the pids of the virtual machines in namespaces that the host's
+// agents have made.
+func (h *host) machines() (pids []string) {
+	h.noteNamespaces()
+	procs, _ := filepath.Glob("/proc/[0-9]*")
 	for _, p := range procs {
-		cmdline := read(p)
-		if !strings.HasPrefix(cmdline, "/usr/bin/qemu-system-x86_64\x00") {
-			continue
-		}
-		if _, rest, ok := strings.Cut(cmdline, "\x00-name\x00wrenn-"); ok {
-			name, _, _ := strings.Cut(rest, "\x00")
-			if strings.Contains(sockets, filepath.Join(dir, "sandboxes", name)) {
-				found = append(found, name)
-			}
+		var st syscall.Stat_t
+		if strings.HasPrefix(read(p+"/cmdline"), "/usr/bin/qemu-system-x86_64\x00") && syscall.Stat(p+"/ns/net", &st) == nil && h.namespaces[st.Ino] {
+			pids = append(pids, filepath.Base(p))
 		}
 	}
-	return found
+	return pids
+}
+
+// noteNamespaces notes which namespaces there are, to know them when they
+// have no name any more.
+func (h *host) noteNamespaces() {
+	if h.namespaces == nil {
+		h.namespaces = map[uint64]bool{}
+	}
+	names, _ := filepath.Glob("/run/netns/wrenn-*")
+	for _, name := range names {
+		var st syscall.Stat_t
+		if syscall.Stat(name, &st) == nil {
+			h.namespaces[st.Ino] = true
+		}
+	}
 }
 
 // qemu is the pid of a sandbox's machine; 0: there is none.
