@@ -25,6 +25,7 @@ import (
 	"github.com/coder/websocket"
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
 	"github.com/wrenn-dev/wrenn/internal/id"
@@ -364,7 +365,7 @@ func testBigFiles(t *testing.T, h *host, sandbox string) {
 		return hash.Sum(nil)
 	}
 	want := sum(sha256.New(), &pattern{n: size})
-	before := peak(t, h.cmd.Process.Pid)
+	before := peak(t, h.Cmd.Process.Pid)
 	begin := time.Now()
 	i, err := h.writeStream(t.Context(), &pb.WriteFileStreamRequest_Start{File: ref(sandbox, "/var/tmp/big"), Archive: false}, &pattern{n: size})
 	if connect.CodeOf(err) == connect.CodePermissionDenied {
@@ -380,7 +381,7 @@ func testBigFiles(t *testing.T, h *host, sandbox string) {
 		t.Errorf("what came back of %d bytes differs", n)
 	}
 	t.Logf("%d MiB out at %.0f MiB/s", size>>20, size/(1<<20)/time.Since(begin).Seconds())
-	if grown := peak(t, h.cmd.Process.Pid) - before; grown > 48<<10 {
+	if grown := peak(t, h.Cmd.Process.Pid) - before; grown > 48<<10 {
 		t.Errorf("the agent grew by %d MiB for it", grown>>10)
 	}
 	if _, err := h.ReadFile(t.Context(), connect.NewRequest(&pb.ReadFileRequest{File: ref(sandbox, i.GetPath())})); connect.CodeOf(err) != connect.CodeResourceExhausted {
@@ -442,7 +443,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", 8000), H).serve_forever()
 `
 
 func (h *host) url(sandbox string, port any, path string) string {
-	return fmt.Sprintf("%s/proxy/%s/%v%s", h.base, sandbox, port, path)
+	return fmt.Sprintf("%s/proxy/%s/%v%s", h.Base, sandbox, port, path)
 }
 
 func (h *host) get(t *testing.T, url string, header http.Header) (int, string) {
@@ -455,7 +456,7 @@ func (h *host) get(t *testing.T, url string, header http.Header) (int, string) {
 		req.Header = header
 	}
 	req.Host = "8000-sandbox.localhost:8000"
-	resp, err := h.plain.Do(req)
+	resp, err := h.Plain.Do(req)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -494,7 +495,7 @@ func testProxy(t *testing.T, h *host, sandbox string) {
 
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
-	ws, _, err := websocket.Dial(ctx, h.url(sandbox, 8000, "/ws"), &websocket.DialOptions{HTTPClient: h.plain})
+	ws, _, err := websocket.Dial(ctx, h.url(sandbox, 8000, "/ws"), &websocket.DialOptions{HTTPClient: h.Plain})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -508,9 +509,9 @@ func testProxy(t *testing.T, h *host, sandbox string) {
 	}
 	ws.CloseNow()
 
-	before := peak(t, h.cmd.Process.Pid)
+	before := peak(t, h.Cmd.Process.Pid)
 	begin := time.Now()
-	resp, err := h.plain.Get(h.url(sandbox, 8000, "/big/"+strconv.Itoa(200<<20)))
+	resp, err := h.Plain.Get(h.url(sandbox, 8000, "/big/"+strconv.Itoa(200<<20)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -520,7 +521,7 @@ func testProxy(t *testing.T, h *host, sandbox string) {
 		t.Errorf("%d bytes, %v", n, err)
 	}
 	t.Logf("a download at %.0f MiB/s", float64(n)/(1<<20)/time.Since(begin).Seconds())
-	if grown := peak(t, h.cmd.Process.Pid) - before; grown > 32<<10 {
+	if grown := peak(t, h.Cmd.Process.Pid) - before; grown > 32<<10 {
 		t.Errorf("the agent grew by %d MiB for it", grown>>10)
 	}
 
@@ -561,7 +562,7 @@ func testReports(t *testing.T, h *host, sandbox string) {
 	if err != nil || len(ts.Msg.GetTemplates()) == 0 || ts.Msg.GetTemplates()[0].GetName() != "minimal" {
 		t.Errorf("templates %v %v", ts, err)
 	}
-	code, body := h.get(t, h.base+"/metrics", nil)
+	code, body := h.get(t, h.Base+"/metrics", nil)
 	for _, want := range []string{`wrenn_agent_sandboxes{state="running"} 1`, `wrenn_agent_step_seconds_count{step="restore"} 1`, "wrenn_agent_memory_reserved_bytes", `wrenn_agent_proxy_requests_total{result="forwarded"}`} {
 		if code != 200 || !strings.Contains(body, want) {
 			t.Errorf("%d: the metrics lack %s", code, want)
@@ -626,11 +627,11 @@ func testBadRequests(t *testing.T, h *host, sandbox string) {
 
 	// Without the token, or with another, there is nothing to be had.
 	for _, wrong := range []string{"", "Bearer ", "Bearer wrong", "Bearer " + token + "x", "Basic " + token} {
-		c := hostagentv1connect.NewHostAgentClient(&http.Client{Transport: headers{h.client.Transport, wrong}}, h.base)
+		c := hostagentv1connect.NewHostAgentClient(&http.Client{Transport: headers{h.HTTP.Transport, wrong}}, h.Base)
 		_, err := c.List(t.Context(), connect.NewRequest(&pb.ListRequest{}))
 		bad("token "+wrong, connect.CodeUnauthenticated, err)
 		for _, path := range []string{"/metrics", "/proxy/" + sandbox + "/8000/"} {
-			resp, err := (&http.Client{Transport: headers{h.client.Transport, wrong}}).Get(h.base + path)
+			resp, err := (&http.Client{Transport: headers{h.HTTP.Transport, wrong}}).Get(h.Base + path)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -673,7 +674,7 @@ func TestExpiryAndUse(t *testing.T) {
 		t.Errorf("after a ping it expires in %v", left)
 	}
 	// So does a connection through the proxy that does nothing.
-	conn, err := net.Dial("unix", h.dir.AgentSocket())
+	conn, err := net.Dial("unix", h.Dir.AgentSocket())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -707,7 +708,7 @@ func (h *host) awaitGone(t *testing.T, sandbox string) {
 func TestMachineIsKilled(t *testing.T) {
 	h := newHost(t)
 	sandbox := h.create(t, request())
-	if err := syscall.Kill(qemu(sandbox), syscall.SIGKILL); err != nil {
+	if err := syscall.Kill(agenttest.QEMU(sandbox), syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	if e := h.event(t, sandbox); e.GetKind() != pb.Event_KIND_EXITED {
@@ -744,7 +745,7 @@ func TestFailedCreates(t *testing.T) {
 				t.Fatal("no machine starts")
 			}
 			time.Sleep(2 * time.Millisecond)
-			pid = qemu(r.SandboxId)
+			pid = agenttest.QEMU(r.SandboxId)
 		}
 		return pid, created
 	}
@@ -783,7 +784,7 @@ func TestFailedCreates(t *testing.T) {
 			_, err := h.Create(ctx, connect.NewRequest(r))
 			created <- err
 		}()
-		for qemu(r.SandboxId) == 0 {
+		for agenttest.QEMU(r.SandboxId) == 0 {
 			time.Sleep(2 * time.Millisecond)
 		}
 		cancel()
@@ -830,20 +831,20 @@ func TestAgentRestarts(t *testing.T) {
 	kept := h.create(t, r)
 	lost := h.create(t, request())
 	h.exec(t, kept, sh("echo remembered > note"), nil)
-	pid := qemu(kept)
+	pid := agenttest.QEMU(kept)
 
 	for _, sig := range []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM} {
-		h.kill(t, sig)
-		if qemu(kept) != pid {
+		h.Kill(t, sig)
+		if agenttest.QEMU(kept) != pid {
 			t.Fatal("the machine did not outlive its agent")
 		}
 		if sig == syscall.SIGKILL {
-			if err := syscall.Kill(qemu(lost), syscall.SIGKILL); err != nil {
+			if err := syscall.Kill(agenttest.QEMU(lost), syscall.SIGKILL); err != nil {
 				t.Fatal(err)
 			}
 		}
-		h.start(t)
-		if got := h.exec(t, kept, &pb.Command{Cmd: "cat", Args: []string{"note"}}, nil); string(got.GetStdout()) != "remembered\n" || qemu(kept) != pid {
+		h.Start(t)
+		if got := h.exec(t, kept, &pb.Command{Cmd: "cat", Args: []string{"note"}}, nil); string(got.GetStdout()) != "remembered\n" || agenttest.QEMU(kept) != pid {
 			t.Errorf("after %v: %v", sig, got)
 		}
 		g, err := h.Get(t.Context(), connect.NewRequest(&pb.GetRequest{SandboxId: kept}))
@@ -862,16 +863,16 @@ func TestAgentRestarts(t *testing.T) {
 	// Killed in the middle of a create: the next agent removes the half.
 	half := request()
 	go func() { _, _ = h.Create(context.Background(), connect.NewRequest(half)) }()
-	for qemu(half.SandboxId) == 0 {
+	for agenttest.QEMU(half.SandboxId) == 0 {
 		time.Sleep(2 * time.Millisecond)
 	}
-	h.kill(t, syscall.SIGKILL)
-	h.start(t)
+	h.Kill(t, syscall.SIGKILL)
+	h.Start(t)
 	h.awaitGone(t, half.SandboxId)
 	h.gone(t, half.SandboxId)
 	// A second agent on the same data is refused.
 	second := exec.Command("/proc/self/exe")
-	second.Env = h.cmd.Env
+	second.Env = h.Cmd.Env
 	if out, err := second.CombinedOutput(); err == nil || !strings.Contains(string(out), "another host agent") {
 		t.Errorf("a second agent: %v %s", err, out)
 	}
@@ -911,8 +912,8 @@ func TestTwentyAtOnce(t *testing.T) {
 	}
 	wg.Wait()
 	t.Logf("10 destroyed in %v", time.Since(begin))
-	h.finish(t)
-	if _, err := os.Stat(h.dir.AgentSocket()); err == nil {
+	h.Finish(t)
+	if _, err := os.Stat(h.Dir.AgentSocket()); err == nil {
 		t.Error("the socket is left")
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
@@ -29,7 +30,7 @@ func (h *host) pause(t *testing.T, sandbox string) {
 	if s := res.Msg.GetSandbox().GetState(); s != pb.SandboxState_SANDBOX_STATE_PAUSED {
 		t.Fatalf("after a pause it is %v", s)
 	}
-	if pid := qemu(sandbox); pid != 0 {
+	if pid := agenttest.QEMU(sandbox); pid != 0 {
 		t.Errorf("the machine of a paused sandbox is left: %d", pid)
 	}
 	t.Logf("paused in %v", time.Since(begin).Round(time.Millisecond))
@@ -216,7 +217,7 @@ func TestSnapshot(t *testing.T) {
 		t.Errorf("another team's template: %v", err)
 	}
 	team, template := h.home(t, tpl)
-	capture := filepath.Join(h.dir.Captures(team, template), "captured", "capture.json")
+	capture := filepath.Join(h.Dir.Captures(team, template), "captured", "capture.json")
 	if n := links(t, capture); n != 3 {
 		t.Errorf("the capture's files have %d names", n)
 	}
@@ -235,7 +236,7 @@ func TestSnapshot(t *testing.T) {
 	h.destroy(t, one)
 	h.destroy(t, two)
 	h.gone(t, one)
-	if open := deleted(t, h.cmd.Process.Pid, string(h.dir)); len(open) > 0 {
+	if open := deleted(t, h.Cmd.Process.Pid, string(h.Dir)); len(open) > 0 {
 		t.Errorf("files that are gone are open: %v", open)
 	}
 	if _, err := h.DeleteTemplate(t.Context(), connect.NewRequest(&pb.DeleteTemplateRequest{TeamId: id.Format(id.Team, uuid.Nil), TemplateId: id.Format(id.Template, uuid.Nil)})); connect.CodeOf(err) != connect.CodeFailedPrecondition {
@@ -320,7 +321,7 @@ func TestFork(t *testing.T) {
 	h.destroy(t, sandbox)
 	h.counts(t, child, pid, last)
 	h.counted(t, child, pid)
-	_, metrics := h.get(t, h.base+"/metrics", nil)
+	_, metrics := h.get(t, h.Base+"/metrics", nil)
 	for line := range strings.Lines(metrics) {
 		if strings.HasPrefix(line, `wrenn_agent_step_seconds_sum{step="held"}`) {
 			t.Logf("held for %s", line)
@@ -395,21 +396,21 @@ func TestFullDisk(t *testing.T) {
 // this one may count the machine's loop devices.
 func (h *host) ownDisk(t *testing.T) {
 	t.Helper()
-	own := string(h.dir) + ".own"
+	own := string(h.Dir) + ".own"
 	if err := os.Mkdir(own, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	for _, args := range [][]string{
 		{"mount", "-t", "tmpfs", "-o", "size=2G,mode=755", "tmpfs", own},
-		{"cp", "-a", "--sparse=always", string(h.dir) + "/.", own},
-		{"mount", "--move", own, string(h.dir)},
+		{"cp", "-a", "--sparse=always", string(h.Dir) + "/.", own},
+		{"mount", "--move", own, string(h.Dir)},
 	} {
 		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
 			t.Fatalf("%v: %v: %s", args, err, out)
 		}
 	}
 	t.Cleanup(func() {
-		_ = exec.Command("umount", string(h.dir)).Run()
+		_ = exec.Command("umount", string(h.Dir)).Run()
 		_ = os.Remove(own)
 	})
 }
@@ -418,10 +419,10 @@ func (h *host) ownDisk(t *testing.T) {
 func (h *host) fill(t *testing.T, left int64) (name string) {
 	t.Helper()
 	var fs syscall.Statfs_t
-	if err := syscall.Statfs(string(h.dir), &fs); err != nil {
+	if err := syscall.Statfs(string(h.Dir), &fs); err != nil {
 		t.Fatal(err)
 	}
-	f, err := os.Create(filepath.Join(string(h.dir), "fill"))
+	f, err := os.Create(filepath.Join(string(h.Dir), "fill"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -436,7 +437,7 @@ func (h *host) fill(t *testing.T, left int64) (name string) {
 func (h *host) tree(t *testing.T) string {
 	t.Helper()
 	var all []string
-	for _, dir := range []string{h.dir.Sandboxes(), h.dir.Images(), h.dir.Forks()} {
+	for _, dir := range []string{h.Dir.Sandboxes(), h.Dir.Images(), h.Dir.Forks()} {
 		err := filepath.WalkDir(dir, func(path string, _ os.DirEntry, err error) error {
 			if errors.Is(err, os.ErrNotExist) {
 				return nil
@@ -453,9 +454,9 @@ func (h *host) tree(t *testing.T) string {
 
 // TestWarm: a sandbox begins with a machine that waits, and is itself.
 func TestWarm(t *testing.T) {
-	h := newHostWith(t, func(h *host) { h.env["WRENN_WARM"] = "1" })
+	h := newHostWith(t, func(h *host) { h.Env["WRENN_WARM"] = "1" })
 	h.create(t, request())
-	for deadline := time.Now().Add(60 * time.Second); !strings.Contains(h.log(), "a machine waits"); time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(60 * time.Second); !strings.Contains(h.Log(), "a machine waits"); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("no machine waits")
 		}
@@ -463,7 +464,7 @@ func TestWarm(t *testing.T) {
 	r := request()
 	sandbox := h.create(t, r)
 	h.isItself(t, sandbox)
-	if !strings.Contains(h.log(), "steps.take=") {
+	if !strings.Contains(h.Log(), "steps.take=") {
 		t.Error("it did not begin with a machine that waited")
 	}
 	h.startCounter(t, sandbox)
@@ -548,7 +549,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 		{"clean: told", destroy},
 	} {
 		t.Run(test.at, func(t *testing.T) {
-			if err := os.WriteFile(killAt(h.dir), []byte(test.at), 0o600); err != nil {
+			if err := os.WriteFile(agenttest.KillAt(h.Dir), []byte(test.at), 0o600); err != nil {
 				t.Fatal(err)
 			}
 			if err := test.do(); err == nil {
@@ -566,7 +567,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 			case <-time.After(time.Duration(5+20*i) * time.Millisecond):
 			case <-took:
 			}
-			_ = h.cmd.Process.Kill()
+			_ = h.Cmd.Process.Kill()
 			h.afterKill(t, sandbox, "", "", pid, &last)
 		})
 	}
@@ -577,15 +578,15 @@ func TestKilledAtEveryStep(t *testing.T) {
 func (h *host) afterKill(t *testing.T, sandbox, second, template string, pid int, last *int) {
 	t.Helper()
 	select {
-	case <-h.ended:
+	case <-h.Ended:
 	case <-time.After(30 * time.Second):
 		t.Fatal("the agent goes on")
 	}
-	h.client.CloseIdleConnections()
-	if err := os.Remove(killAt(h.dir)); err != nil && !errors.Is(err, os.ErrNotExist) {
+	h.HTTP.CloseIdleConnections()
+	if err := os.Remove(agenttest.KillAt(h.Dir)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		t.Fatal(err)
 	}
-	h.start(t)
+	h.Start(t)
 	if second != "" {
 		h.awaitGone(t, second)
 	}
@@ -622,22 +623,22 @@ func (h *host) afterKill(t *testing.T, sandbox, second, template string, pid int
 			t.Error(err)
 		}
 	}
-	for _, dir := range []string{h.dir.Forks(), h.dir.Images()} {
+	for _, dir := range []string{h.Dir.Forks(), h.Dir.Images()} {
 		if hidden, _ := filepath.Glob(filepath.Join(dir, ".tmp-*")); len(hidden) > 0 {
 			t.Errorf("left: %v", hidden)
 		}
 	}
-	if folders, _ := filepath.Glob(filepath.Join(h.dir.Sandboxes(), "*")); len(folders) != 1 {
+	if folders, _ := filepath.Glob(filepath.Join(h.Dir.Sandboxes(), "*")); len(folders) != 1 {
 		t.Errorf("folders %v", folders)
 	}
-	if m := h.machines(); len(m) != 1 {
+	if m := h.Machines(); len(m) != 1 {
 		t.Errorf("machines %v", m)
 	}
-	if forks, _ := filepath.Glob(filepath.Join(h.dir.Forks(), "*")); len(forks) != 0 {
+	if forks, _ := filepath.Glob(filepath.Join(h.Dir.Forks(), "*")); len(forks) != 0 {
 		t.Errorf("forks %v", forks)
 	}
 	u, _ := id.Parse(id.Sandbox, sandbox)
-	if saved, _ := filepath.Glob(filepath.Join(h.dir.Sandbox(u), "state-*")); len(saved) > 1 {
+	if saved, _ := filepath.Glob(filepath.Join(h.Dir.Sandbox(u), "state-*")); len(saved) > 1 {
 		t.Errorf("states %v", saved)
 	}
 }

@@ -1,0 +1,475 @@
+// Package agenttest gives tests real host agents, with real virtual machines.
+//
+// They run in a network and a mount namespace of their own, which stand for a
+// whole host: what is left in them, an agent has left. The agent is a process
+// of its own, so that it can be killed; it is the test's program too. A test
+// package's TestMain calls [Main].
+package agenttest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/google/uuid"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/agent"
+	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
+	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
+)
+
+// roleEnv tells a process of the test's program what it is.
+const roleEnv = "WRENN_AGENT_TEST_ROLE"
+
+// Main is a package's TestMain. The package has a test named TestImages that
+// calls [imagetest.Prepare]: it is run before all others, outside of the
+// namespaces. Main does not return.
+func Main(m *testing.M) {
+	switch os.Getenv(roleEnv) {
+	case "":
+		os.Exit(outside(m))
+	case "agent":
+		if err := runAgent(); err != nil {
+			fmt.Fprintln(os.Stderr, "agent:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	case "inside":
+		if err := prepareHost(); err != nil {
+			fmt.Fprintln(os.Stderr, "prepare the test's host:", err)
+			os.Exit(1)
+		}
+	}
+	os.Exit(m.Run())
+}
+
+// outside starts the tests in their namespaces. Images may have to be
+// downloaded, which is possible only before that.
+func outside(m *testing.M) int {
+	if os.Geteuid() != 0 {
+		return m.Run() // they skip
+	}
+	run := func(role string, flags uintptr, args ...string) int {
+		cmd := exec.Command("/proc/self/exe", args...)
+		cmd.Env = append(os.Environ(), roleEnv+"="+role)
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags, Pdeathsig: syscall.SIGKILL}
+		runtime.LockOSThread() // Pdeathsig follows the thread
+		defer runtime.UnlockOSThread()
+		if err := cmd.Run(); err != nil {
+			if cmd.ProcessState == nil {
+				fmt.Fprintln(os.Stderr, err)
+			}
+			return 1
+		}
+		return 0
+	}
+	if code := run("prepare", 0, "-test.run=^TestImages$"); code != 0 {
+		return code
+	}
+	return run("inside", syscall.CLONE_NEWNET|syscall.CLONE_NEWNS, os.Args[1:]...)
+}
+
+func prepareHost() error {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("make mounts private: %w", err)
+	}
+	if err := unix.Mount("run", "/run", "tmpfs", 0, ""); err != nil {
+		return fmt.Errorf("mount /run: %w", err)
+	}
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	return netlink.LinkSetUp(lo)
+}
+
+// Token is what the agents want to be shown.
+const Token = "the-agents-token"
+
+// runAgent is the agent's process, as "wrenn agent" is.
+func runAgent() error {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer stop()
+	memory, err := strconv.Atoi(os.Getenv("WRENN_MEMORY_MIB"))
+	if err != nil {
+		return err
+	}
+	a, err := agent.New(ctx, agent.Config{
+		Dir: layout.Dir(os.Getenv("WRENN_DIR")), Token: Token, Accel: os.Getenv("WRENN_VMM_ACCEL"), Envd: os.Getenv("WRENN_ENVD"),
+		DefaultVCPUs: number("WRENN_DEFAULT_VCPUS"), DefaultMemoryMiB: 256, Warm: number("WRENN_WARM"), Hook: hook(layout.Dir(os.Getenv("WRENN_DIR"))),
+		DNS: []netip.Addr{netip.MustParseAddr("192.0.2.53")}, MemoryMiB: memory, Version: "test",
+		Log: slog.New(slog.NewTextHandler(os.Stderr, nil)),
+	})
+	if err != nil {
+		return err
+	}
+	l, err := netaddr.Listen(ctx, "unix:"+layout.Dir(os.Getenv("WRENN_DIR")).AgentSocket(), 0o600)
+	if err != nil {
+		return errors.Join(err, a.Close())
+	}
+	srv := netaddr.Server(a.Handler())
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(l) }()
+	err = a.Run(ctx)
+	drain, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	if srv.Shutdown(drain) != nil {
+		_ = srv.Close()
+	}
+	<-served
+	return errors.Join(err, a.Close())
+}
+
+func number(env string) int {
+	n, _ := strconv.Atoi(os.Getenv(env))
+	return n
+}
+
+// KillAt names a file that says at which step the agent on dir kills itself.
+func KillAt(dir layout.Dir) string { return filepath.Join(string(dir), "kill-at") }
+
+// hook has the agent die at a step, as if it was killed there.
+func hook(dir layout.Dir) func(string) {
+	return func(step string) {
+		if read(KillAt(dir)) == step {
+			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+			select {}
+		}
+	}
+}
+
+// Agent is an installation and the agent on it.
+type Agent struct {
+	hostagentv1connect.HostAgentClient
+
+	Dir    layout.Dir
+	Images imagetest.Images
+	// MemoryMiB is what its sandboxes may have together.
+	MemoryMiB int
+	// Env is the agent's environment besides the test's own.
+	Env map[string]string
+	// Base is the URL at which HTTP, with which Connect is served, and Plain,
+	// which speaks HTTP/1.1 and shows the token, find the agent.
+	Base  string
+	HTTP  *http.Client
+	Plain *http.Client
+	// Cmd is the agent's process.
+	Cmd *exec.Cmd
+	// Ended is closed when that has ended.
+	Ended chan struct{}
+
+	mounts     string
+	groups     string
+	finished   bool
+	namespaces map[uint64]bool // inodes of those that its agents made
+}
+
+// New starts an agent, after prepare, if that is not nil. When the test ends
+// the agent is terminated, and the test fails if anything is left of it.
+func New(t testing.TB, prepare func(*Agent)) *Agent {
+	t.Helper()
+	if os.Getenv(roleEnv) != "inside" {
+		t.Skip("needs root: makes namespaces and starts virtual machines")
+	}
+	if _, err := os.Stat("/usr/bin/qemu-system-x86_64"); err != nil {
+		t.Skip("needs QEMU")
+	}
+	if _, err := os.Stat("/dev/net/tun"); err != nil {
+		t.Skip("needs /dev/net/tun")
+	}
+	a := &Agent{Images: imagetest.Prepare(t), MemoryMiB: 8192, Env: map[string]string{"WRENN_WARM": "0", "WRENN_DEFAULT_VCPUS": "0"}}
+	// Beside the images, so that there can be links to them, and not t.TempDir:
+	// a socket's path must be short.
+	dir, err := os.MkdirTemp(string(a.Images.Dir), "host-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	a.Dir = layout.Dir(dir)
+	a.link(t)
+	if prepare != nil {
+		prepare(a)
+	}
+	a.mounts, a.groups = read("/proc/self/mounts"), Groups()
+	addr := "unix:" + a.Dir.AgentSocket()
+	a.HTTP, a.Base = netaddr.HTTPClient(addr)
+	a.Plain = &http.Client{Transport: bearer{netaddr.Transport(addr, false)}}
+	a.HostAgentClient = hostagentv1connect.NewHostAgentClient(&http.Client{Transport: bearer{a.HTTP.Transport}}, a.Base)
+	a.Start(t)
+	t.Cleanup(func() { a.Finish(t) })
+	return a
+}
+
+// seed is where the captures of minimal lie that an earlier test's agent has made.
+func (a *Agent) seed() string { return filepath.Join(string(a.Images.Dir), "captures") }
+
+// link gives the host its images: links to those that are made once for all
+// tests.
+func (a *Agent) link(t testing.TB) {
+	t.Helper()
+	if err := os.Symlink(a.Images.Dir.Kernels(), a.Dir.Kernels()); err != nil {
+		t.Fatal(err)
+	}
+	minimal := a.Dir.Template(uuid.Nil, uuid.Nil)
+	if err := os.MkdirAll(a.Dir.Captures(uuid.Nil, uuid.Nil), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"template.json", "rootfs.ext4"} {
+		if err := os.Link(filepath.Join(a.Images.Dir.Template(uuid.Nil, uuid.Nil), name), filepath.Join(minimal, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	linkAll(t, a.seed(), a.Dir.Captures(uuid.Nil, uuid.Nil))
+}
+
+// linkAll links the folders in one to another, which may have them.
+func linkAll(t testing.TB, from, to string) {
+	t.Helper()
+	all, err := os.ReadDir(from)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
+	}
+	for _, e := range all {
+		if err := image.LinkTree(filepath.Join(from, e.Name()), filepath.Join(to, e.Name())); err != nil && !errors.Is(err, os.ErrExist) {
+			t.Fatal(err)
+		}
+	}
+}
+
+// bearer shows the agent's token.
+type bearer struct{ next http.RoundTripper }
+
+func (b bearer) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context())
+	r.Header.Set("Authorization", "Bearer "+Token)
+	return b.next.RoundTrip(r)
+}
+
+func read(name string) string {
+	b, _ := os.ReadFile(name)
+	return string(b)
+}
+
+// Start starts the agent's process and waits until it answers.
+func (a *Agent) Start(t testing.TB) {
+	t.Helper()
+	a.Cmd = exec.Command("/proc/self/exe")
+	a.Cmd.Env = append(os.Environ(), roleEnv+"=agent", "WRENN_DIR="+string(a.Dir), "WRENN_ENVD="+a.Images.Envd, "WRENN_VMM_ACCEL=tcg", "WRENN_MEMORY_MIB="+strconv.Itoa(a.MemoryMiB))
+	for k, v := range a.Env {
+		a.Cmd.Env = append(a.Cmd.Env, k+"="+v)
+	}
+	out, err := os.OpenFile(a.LogFile(), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	a.Cmd.Stdout, a.Cmd.Stderr = out, out
+	if err := a.Cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	a.Ended = ended
+	go func(cmd *exec.Cmd) {
+		_ = cmd.Wait()
+		close(ended)
+	}(a.Cmd)
+	deadline := time.Now().Add(90 * time.Second)
+	for {
+		_, err := a.Host(t.Context(), connect.NewRequest(&pb.HostRequest{}))
+		if err == nil {
+			return
+		}
+		select {
+		case <-a.Ended:
+			t.Fatalf("the agent ended: %s", a.Log())
+		case <-time.After(50 * time.Millisecond):
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the agent does not answer: %v: %s", err, a.Log())
+		}
+	}
+}
+
+// LogFile is where the agents log.
+func (a *Agent) LogFile() string { return filepath.Join(string(a.Dir), "agent.log") }
+
+// Log is the end of what the agents have logged.
+func (a *Agent) Log() string {
+	s := read(a.LogFile())
+	return s[max(0, len(s)-20000):]
+}
+
+// Kill ends the agent's process with a signal.
+func (a *Agent) Kill(t testing.TB, sig syscall.Signal) {
+	t.Helper()
+	if err := a.Cmd.Process.Signal(sig); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-a.Ended:
+	case <-time.After(60 * time.Second):
+		t.Fatal("the agent does not end")
+	}
+	a.HTTP.CloseIdleConnections()
+}
+
+// Finish terminates the agent and checks that nothing is left on the host. That
+// it was called is no error.
+func (a *Agent) Finish(t testing.TB) {
+	t.Helper()
+	if a.finished {
+		return
+	}
+	a.finished = true
+	a.noteNamespaces()
+	if t.Failed() {
+		defer func() { t.Logf("the agent's log:\n%s", a.Log()) }()
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 120*time.Second)
+	defer cancel()
+	list, err := a.List(ctx, connect.NewRequest(&pb.ListRequest{}))
+	if err != nil {
+		t.Errorf("list: %v", err)
+	} else {
+		for _, s := range list.Msg.GetSandboxes() {
+			if _, err := a.Destroy(ctx, connect.NewRequest(&pb.DestroyRequest{SandboxId: s.GetSandboxId()})); err != nil {
+				t.Errorf("destroy: %v", err)
+			}
+		}
+	}
+	if _, err := a.Terminate(ctx, connect.NewRequest(&pb.TerminateRequest{})); err != nil {
+		t.Errorf("terminate: %v", err)
+		_ = a.Cmd.Process.Signal(syscall.SIGTERM)
+	}
+	select {
+	case <-a.Ended:
+	case <-time.After(60 * time.Second):
+		_ = a.Cmd.Process.Kill()
+		t.Error("the agent did not end after its termination")
+		return
+	}
+	if code := a.Cmd.ProcessState.ExitCode(); code != 0 {
+		t.Errorf("the agent exited with %d", code)
+	}
+	nothing := func(what string, left []string) {
+		if len(left) > 0 {
+			t.Errorf("%s left: %v", what, left)
+		}
+	}
+	names, _ := filepath.Glob("/run/netns/wrenn-*")
+	nothing("namespaces", names)
+	var links []string
+	all, err := netlink.LinkList()
+	if err != nil {
+		t.Error(err)
+	}
+	for _, l := range all {
+		if l.Attrs().Name != "lo" {
+			links = append(links, l.Attrs().Name)
+		}
+	}
+	nothing("links", links)
+	out, err := exec.Command("nft", "list", "tables").CombinedOutput()
+	if err != nil || strings.Contains(string(out), "wrenn") {
+		t.Errorf("tables left: %s %v", out, err)
+	}
+	folders, _ := filepath.Glob(filepath.Join(a.Dir.Sandboxes(), "*"))
+	nothing("folders", folders)
+	// Those below this namespace's own, of others on the machine, may go.
+	for line := range strings.Lines(read("/proc/self/mounts")) {
+		if !strings.Contains(a.mounts, line) {
+			t.Errorf("a mount is left: %s", line)
+		}
+	}
+	nothing("machines", a.Machines())
+	for _, dir := range []string{a.Dir.Forks(), a.Dir.Images()} {
+		hidden, _ := filepath.Glob(filepath.Join(dir, ".tmp-*"))
+		nothing("unpublished", hidden)
+	}
+	if !t.Failed() {
+		if err := os.MkdirAll(a.seed(), 0o700); err != nil {
+			t.Error(err)
+		}
+		linkAll(t, a.Dir.Captures(uuid.Nil, uuid.Nil), a.seed())
+	}
+	if got := Groups(); got != a.groups {
+		t.Logf("control groups were %s and are %s (another test may run beside)", a.groups, got)
+	}
+}
+
+// Groups are the control groups of sandboxes.
+func Groups() string {
+	var all []string
+	for _, pattern := range []string{"/sys/fs/cgroup/wrenn/*-*", "/sys/fs/cgroup/memory/wrenn/*-*"} {
+		m, _ := filepath.Glob(pattern)
+		all = append(all, m...)
+	}
+	return strings.Join(all, " ")
+}
+
+// Machines are the pids of the virtual machines in namespaces that the host's
+// agents have made.
+func (a *Agent) Machines() (pids []string) {
+	a.noteNamespaces()
+	procs, _ := filepath.Glob("/proc/[0-9]*")
+	for _, p := range procs {
+		var st syscall.Stat_t
+		if strings.HasPrefix(read(p+"/cmdline"), "/usr/bin/qemu-system-x86_64\x00") && syscall.Stat(p+"/ns/net", &st) == nil && a.namespaces[st.Ino] {
+			pids = append(pids, filepath.Base(p))
+		}
+	}
+	return pids
+}
+
+// noteNamespaces notes which namespaces there are, to know them when they
+// have no name any more.
+func (a *Agent) noteNamespaces() {
+	if a.namespaces == nil {
+		a.namespaces = map[uint64]bool{}
+	}
+	names, _ := filepath.Glob("/run/netns/wrenn-*")
+	for _, name := range names {
+		var st syscall.Stat_t
+		if syscall.Stat(name, &st) == nil {
+			a.namespaces[st.Ino] = true
+		}
+	}
+}
+
+// QEMU is the pid of the machine that was made for a sandbox; 0: there is none.
+func QEMU(sandbox string) int {
+	u, err := id.Parse(id.Sandbox, sandbox)
+	if err != nil {
+		return 0
+	}
+	procs, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, p := range procs {
+		if strings.Contains(read(p), "\x00-name\x00wrenn-"+u.String()+"\x00") {
+			pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(p)))
+			return pid
+		}
+	}
+	return 0
+}
