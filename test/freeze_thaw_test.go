@@ -300,9 +300,9 @@ func TestFork(t *testing.T) {
 	}
 }
 
-// TestServerKilled kills the control plane while a sandbox is paused, resumed,
-// captured and forked: the next one finds out how that went.
-func TestServerKilled(t *testing.T) {
+// TestKilledUnderWay kills the control plane, or the host agent, while a sandbox
+// is paused, resumed, captured and forked: the next one finds out how that went.
+func TestKilledUnderWay(t *testing.T) {
 	i := up(t)
 	c := i.client(t)
 	// Without retries: what it was told is what one server knew.
@@ -346,32 +346,42 @@ func TestServerKilled(t *testing.T) {
 		}
 		return "deleted"
 	}
-	for _, call := range []struct {
-		name  string
+	type call struct {
 		do    func(context.Context) error
 		begun func() bool // the table says that it is under way
-	}{
-		{"pause", func(ctx context.Context) error { _, err := once.Pause(ctx, sandbox); return err }, func() bool { return i.state(t, sandbox) == "pausing" }},
-		{"resume", func(ctx context.Context) error { _, err := once.Resume(ctx, sandbox); return err }, func() bool { return i.state(t, sandbox) == "resuming" }},
-		{"snapshot", func(ctx context.Context) error { _, err := once.Snapshot(ctx, sandbox, name); return err }, func() bool { return captured() == "conflict" }},
-		{"fork", func(ctx context.Context) error { _, err := once.Fork(ctx, sandbox, 2); return err }, func() bool { return len(mine("starting")) > 0 }},
+	}
+	calls := map[string]call{
+		"pause": {
+			func(ctx context.Context) error { _, err := once.Pause(ctx, sandbox); return err },
+			func() bool { return i.state(t, sandbox) == "pausing" },
+		},
+		"resume": {
+			func(ctx context.Context) error { _, err := once.Resume(ctx, sandbox); return err },
+			func() bool { return i.state(t, sandbox) == "resuming" },
+		},
+		"capture": {
+			func(ctx context.Context) error { _, err := once.Snapshot(ctx, sandbox, name); return err },
+			func() bool { return captured() == "conflict" },
+		},
+		"fork": {
+			func(ctx context.Context) error { _, err := once.Fork(ctx, sandbox, 2); return err },
+			func() bool { return len(mine("starting")) > 0 },
+		},
+	}
+	for _, kill := range []struct{ what, victim string }{
+		{"pause", "server"}, {"resume", "server"}, {"capture", "server"}, {"fork", "server"}, {"pause", "agent"}, {"fork", "agent"},
 	} {
-		switch call.name {
-		case "resume":
-			i.ok(t, "pause", sandbox)
-		default:
-			i.ok(t, "resume", sandbox)
-		}
-		pids := i.roles(t)["server"]
+		i.ok(t, map[bool]string{true: "pause", false: "resume"}[kill.what == "resume"], sandbox)
+		pids := i.roles(t)[kill.victim]
 		if len(pids) != 1 {
-			t.Fatalf("servers: %v", pids)
+			t.Fatalf("%s: %v", kill.victim, pids)
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 		defer cancel()
 		answer := make(chan error, 1)
-		go func() { answer <- call.do(ctx) }()
+		go func() { answer <- calls[kill.what].do(ctx) }()
 		// Looked at without a break: it does not stay under way for long.
-		for len(answer) == 0 && !call.begun() {
+		for len(answer) == 0 && !calls[kill.what].begun() {
 		}
 		under := len(answer) == 0
 		if err := syscall.Kill(pids[0], syscall.SIGKILL); err != nil {
@@ -379,19 +389,27 @@ func TestServerKilled(t *testing.T) {
 		}
 		told := <-answer
 		eventually(t, func() error {
+			if now := i.roles(t)[kill.victim]; len(now) != 1 || now[0] == pids[0] {
+				return fmt.Errorf("the %s is not back", kill.victim)
+			}
 			s, err := once.Get(t.Context(), sandbox)
 			if err != nil {
 				return err
 			}
 			if n := i.machines(t, sandbox); !(s.State == "paused" && n == 0 || s.State == "running" && n == 1) {
-				return fmt.Errorf("after %s it is %s and has %d virtual machines", call.name, s.State, n)
+				return fmt.Errorf("after %s it is %s and has %d virtual machines", kill.what, s.State, n)
+			}
+			if s.State == "running" { // and can be used, once its host is there
+				if _, err := once.Ping(t.Context(), sandbox); err != nil {
+					return err
+				}
 			}
 			if left := mine("pending", "starting", "stopping"); len(left) > 0 {
 				return fmt.Errorf("under way: %v", left)
 			}
 			return nil
 		})
-		t.Logf("%s: killed under way: %v; the client was told %v; the sandbox is %s", call.name, under, told, i.state(t, sandbox))
+		t.Logf("%s, %s killed under way: %v; the client was told %v; the sandbox is %s", kill.what, kill.victim, under, told, i.state(t, sandbox))
 	}
 	i.ok(t, "resume", sandbox)
 	i.goesOn(t, sandbox, was)
@@ -401,7 +419,16 @@ func TestServerKilled(t *testing.T) {
 		}
 		i.goesOn(t, id, was)
 	}
-	t.Logf("the sandbox and its copies: %v; ended: %v", mine(), mine("stopped", "error"))
+	ended := mine("stopped", "error")
+	t.Logf("the sandbox and its copies: %v; ended: %v", mine(), ended)
+	eventually(t, func() error {
+		for _, id := range ended {
+			if n := i.machines(t, id); n != 0 {
+				return fmt.Errorf("%s has ended and has %d virtual machines", id, n)
+			}
+		}
+		return nil
+	})
 	// The capture is there, or its name is free.
 	eventually(t, func() error {
 		if got := captured(); got != "deleted" && got != "not_found" {
