@@ -463,6 +463,9 @@ func TestWarm(t *testing.T) {
 	}
 	r := request()
 	sandbox := h.create(t, r)
+	first := time.Now()
+	h.exec(t, sandbox, sh("true"), nil)
+	t.Logf("its first command took %v", time.Since(first))
 	h.isItself(t, sandbox)
 	if !strings.Contains(h.Log(), "steps.take=") {
 		t.Error("it did not begin with a machine that waited")

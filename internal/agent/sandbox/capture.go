@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -84,8 +85,9 @@ func digest(parts ...string) string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// makeCapture boots a template and captures it as soon as its guest daemon
-// answers: before it has a token, or runs anything of anybody's.
+// makeCapture boots a template and captures it once its guest daemon has done
+// all that it is asked for when a sandbox begins, and before it runs anything
+// of anybody's.
 func (m *Manager) makeCapture(t image.Template, vcpus, memoryMiB int, inputs, name string) (*image.Capture, error) {
 	home := uuid.New()
 	b := newBox(m, record{
@@ -186,6 +188,13 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 	if err != nil {
 		return nil, err
 	}
+	err = b.step("warm up", func() error {
+		into.Token = rand.Text()
+		return b.warmUp(ctx, "", into.Token, "python3 -c pass")
+	})
+	if err != nil {
+		return nil, err
+	}
 	err = b.step("save", func() error { return full(b.save(ctx, into)) })
 	if err != nil {
 		return nil, err
@@ -208,6 +217,28 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 	})
 	return into, err
 }
+
+// warmUp has a guest do, in vain, what it will do for a sandbox: what it runs
+// is in its memory then, prepared, and translated where it is emulated. token
+// is what it must be shown from then on.
+func (b *box) warmUp(ctx context.Context, shown, token, command string) error {
+	return b.guarded(ctx, func(ctx context.Context) error {
+		g := guest.New(b.slot.Address(), shown)
+		defer g.Close()
+		if _, err := g.Init(ctx, guest.Settings{Token: token, Hostname: "sandbox", Thaw: true}); err != nil {
+			return err
+		}
+		// A template need not have what is run.
+		cmd := guest.Command{Cmd: "/bin/sh", Args: []string{"-c", command}, Timeout: warmUpTimeout}
+		if _, err := g.Exec(ctx, cmd, nil); err != nil {
+			b.log.Info("the guest runs no command", "error", firstLine(err.Error()))
+		}
+		return nil
+	})
+}
+
+// warmUpTimeout bounds the command.
+const warmUpTimeout = 15 * time.Second
 
 // save saves a booted machine's devices and memory.
 func (b *box) save(ctx context.Context, into *image.Capture) error {

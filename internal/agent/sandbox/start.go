@@ -239,7 +239,11 @@ func (b *box) awake(ctx context.Context) error {
 		return err
 	}
 	err = b.step("init", func() error {
-		return b.init(ctx, origin.Token, spec.DiskMiB > origin.DiskMiB)
+		shown := origin.Token
+		if w := b.begin.ready; w != nil {
+			shown = w.rec.Spec.Token
+		}
+		return b.init(ctx, shown, spec.DiskMiB > origin.DiskMiB)
 	})
 	if err != nil {
 		return err

@@ -2,12 +2,12 @@ package sandbox
 
 import (
 	"context"
+	"crypto/rand"
 	"slices"
 	"time"
 
 	"github.com/google/uuid"
 
-	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 )
 
@@ -231,21 +231,16 @@ func (b *box) wait(ctx context.Context, c *image.Capture) error {
 	if err := b.prepare(ctx, c); err != nil {
 		return err
 	}
-	if c.Token != "" { // what runs in it is to know at once that it is another's
+	b.rec.Spec.Token = c.Token
+	if c.Inputs == "" { // what runs in it is to know at once that it is another's
 		return nil
 	}
-	// A guest that has answered once answers the next time sooner: what it ran
-	// is translated, where it is emulated, and in its caches.
 	return b.step("warm up", func() error {
 		if err := b.vm.Run(ctx); err != nil {
 			return err
 		}
-		err := b.guarded(ctx, func(ctx context.Context) error {
-			g := guest.New(b.slot.Address(), "")
-			defer g.Close()
-			return g.Wait(ctx)
-		})
-		if err != nil {
+		b.rec.Spec.Token = rand.Text()
+		if err := b.warmUp(ctx, c.Token, b.rec.Spec.Token, ":"); err != nil {
 			return err
 		}
 		return b.vm.Hold(ctx)
