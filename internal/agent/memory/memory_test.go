@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -130,6 +131,8 @@ type world struct {
 	dir         string // of image
 	baseMem     []byte
 	dirty       map[uint64]bool // what a driver would report: all since base
+	longest     int             // how many blocks in a row are written
+	merges      int
 }
 
 func (w *world) blocks() int { return len(w.mem) / BlockSize }
@@ -148,7 +151,7 @@ func (w *world) fill(b uint64) {
 
 func (w *world) run() {
 	for range w.rng.IntN(30) {
-		b, run := w.rng.IntN(w.blocks()), 1+w.rng.IntN(10)
+		b, run := w.rng.IntN(w.blocks()), 1+w.rng.IntN(w.longest)
 		for i := b; i < min(b+run, w.blocks()); i++ {
 			w.dirty[uint64(i)] = true
 			if w.rng.IntN(8) > 0 { // else reported dirty, and unchanged
@@ -165,6 +168,8 @@ func (w *world) pause() {
 		w.t.Fatalf("%d of the base's %d layers are left", kept, len(w.base.h.layers))
 	} else if n := len(w.image.h.layers); n > kept+MaxGenerations || n > maxLayers {
 		w.t.Fatalf("%d layers above %d, after %d", n, kept, before)
+	} else if before == kept+MaxGenerations && n == kept+1 {
+		w.merges++
 	}
 }
 
@@ -191,11 +196,23 @@ func (w *world) reopen() {
 // TestAgainstByteArray drives random writes, zeroings, pauses, captures,
 // merges and reopenings against a plain byte array.
 func TestAgainstByteArray(t *testing.T) {
+	var merges atomic.Int64
+	t.Cleanup(func() {
+		if n := merges.Load(); !t.Failed() && n < 8 {
+			t.Errorf("generations were merged %d times", n)
+		}
+	})
 	for seed := range uint64(12) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			t.Parallel() // it waits for the disk
 			rng := rand.New(rand.NewPCG(seed, 1))
-			w := &world{t: t, rng: rng, mem: make([]byte, (1+rng.IntN(100))*BlockSize), dirty: map[uint64]bool{}}
+			blocks := 1 + rng.IntN(100)
+			w := &world{t: t, rng: rng, longest: 10, dirty: map[uint64]bool{}}
+			if seed%3 == 0 { // no generation is hidden by the next ones
+				blocks, w.longest = blocks+300, 1
+			}
+			w.mem = make([]byte, blocks*BlockSize)
+			defer func() { merges.Add(int64(w.merges)) }()
 			for b := range w.blocks() {
 				if rng.IntN(2) == 0 {
 					w.fill(uint64(b))
