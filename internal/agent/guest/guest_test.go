@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -22,6 +23,8 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // The tests run the real guest daemon on this machine, each at a loopback
@@ -37,7 +40,20 @@ var daemon = sync.OnceValues(func() (string, error) {
 	return bin, nil
 })
 
+// roleEnv tells this program what it is: nothing, the maker of images, or the
+// tests, in namespaces of their own that stand for a host.
+const roleEnv = "WRENN_GUEST_TEST_ROLE"
+
 func TestMain(m *testing.M) {
+	if os.Geteuid() == 0 && os.Getenv(roleEnv) == "" {
+		os.Exit(outside())
+	}
+	if os.Getenv(roleEnv) == "inside" {
+		if err := prepareHost(); err != nil {
+			fmt.Fprintln(os.Stderr, "prepare the test's host:", err)
+			os.Exit(1)
+		}
+	}
 	var err error
 	if binDir, err = os.MkdirTemp("", "wrenn-envd-"); err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -46,6 +62,41 @@ func TestMain(m *testing.M) {
 	code := m.Run()
 	_ = os.RemoveAll(binDir)
 	os.Exit(code)
+}
+
+// outside starts the tests in their namespaces. Images may have to be
+// downloaded, which is possible only before that.
+func outside() int {
+	run := func(role string, flags uintptr, args ...string) int {
+		cmd := exec.Command("/proc/self/exe", args...)
+		cmd.Env = append(os.Environ(), roleEnv+"="+role)
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags, Pdeathsig: syscall.SIGKILL}
+		runtime.LockOSThread() // Pdeathsig follows the thread
+		defer runtime.UnlockOSThread()
+		if err := cmd.Run(); err != nil {
+			if cmd.ProcessState == nil {
+				fmt.Fprintln(os.Stderr, err)
+			}
+			return 1
+		}
+		return 0
+	}
+	if code := run("prepare", 0, "-test.run=^TestImages$"); code != 0 {
+		return code
+	}
+	return run("inside", syscall.CLONE_NEWNET|syscall.CLONE_NEWNS, os.Args[1:]...)
+}
+
+func prepareHost() error {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("make mounts private: %w", err)
+	}
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	return netlink.LinkSetUp(lo)
 }
 
 var lastAddr atomic.Uint32

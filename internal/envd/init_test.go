@@ -1,0 +1,232 @@
+package envd
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
+	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
+)
+
+// notes is a machine that notes what it is told.
+type notes struct {
+	mu   sync.Mutex
+	told []string
+	fail map[string]error
+	look func() // called at each
+}
+
+func (n *notes) note(what, detail string) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.look != nil {
+		n.look()
+	}
+	n.told = append(n.told, what+" "+detail)
+	return n.fail[what]
+}
+
+func (n *notes) Reseed(b []byte) error      { return n.note("reseed", string(b[:1])) }
+func (n *notes) Rename(s string) error      { return n.note("rename", s) }
+func (n *notes) SetClock(t time.Time) error { return n.note("clock", t.Format(time.RFC3339)) }
+func (n *notes) Grow(context.Context, int64) (int64, error) {
+	return 4096, n.note("grow", "")
+}
+
+// bare is a daemon without processes of users.
+func bare(t *testing.T, m Machine) *Server {
+	t.Helper()
+	s, err := New(Config{DefaultUser: "root", Machine: m})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close(context.Background()) })
+	return s
+}
+
+func post(s *Server, token, body string) *httptest.ResponseRecorder {
+	w := httptest.NewRecorder()
+	r := httptest.NewRequest(http.MethodPost, "/init", strings.NewReader(body))
+	if token != "" {
+		r.Header.Set(TokenHeader, token)
+	}
+	s.Handler().ServeHTTP(w, r)
+	return w
+}
+
+const whole = `{"accessToken":"new","timestamp":"2026-01-02T03:04:05Z","entropy":"QUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUE=","hostname":"h","growDisk":4096,"thaw":true}`
+
+func TestInitOrder(t *testing.T) {
+	n := &notes{fail: map[string]error{}}
+	s := bare(t, n)
+	w := post(s, "", whole)
+	if w.Code != 200 || strings.TrimSpace(w.Body.String()) != `{"disk":4096}` {
+		t.Errorf("answers %d %s", w.Code, w.Body)
+	}
+	if want := []string{"reseed A", "clock 2026-01-02T03:04:05Z", "rename h", "grow "}; !slices.Equal(n.told, want) {
+		t.Errorf("the machine was told %q", n.told)
+	}
+	// Nobody without the token tells it anything.
+	n.told = nil
+	for _, token := range []string{"", "old"} {
+		if w := post(s, token, whole); w.Code != 401 || len(n.told) > 0 {
+			t.Errorf("with token %q: %d, told %q", token, w.Code, n.told)
+		}
+	}
+	// What can fail without harm is told of.
+	n.fail = map[string]error{"rename": errors.New("no room"), "grow": errors.New("no ext4"), "clock": errors.New("no clock")}
+	w = post(s, "new", whole)
+	var r initReply
+	if err := json.Unmarshal(w.Body.Bytes(), &r); err != nil || w.Code != 200 || !slices.Equal(r.Warnings, []string{"no clock", "no room", "no ext4"}) {
+		t.Errorf("answers %d %s", w.Code, w.Body)
+	}
+	// Without random numbers of its own a guest must not go on: nothing changes.
+	n.fail, n.told = map[string]error{"reseed": errors.New("no pool")}, nil
+	if w := post(s, "new", strings.Replace(whole, `"new"`, `"newer"`, 1)); w.Code != 500 || len(n.told) != 1 || s.current().token != "new" {
+		t.Errorf("answers %d, told %q, token %q", w.Code, n.told, s.current().token)
+	}
+	for _, bad := range []string{`{"entropy":"QUE="}`, `{"entropy":"?"}`, `{"hostname":"a b"}`, `{"growDisk":-1}`, `{"growDisk":1e30}`, `{"thaw":1}`} {
+		if w := post(s, "new", bad); w.Code != 400 {
+			t.Errorf("%s answers %d", bad, w.Code)
+		}
+	}
+	// A client of another kind tells the time in its own way, or nothing.
+	n.told = nil
+	for _, other := range []string{`{"timestamp":1}`, `{"timestamp":null}`, `{"timestamp":"noon"}`, `{}`} {
+		if w := post(s, "new", other); w.Code != 204 || len(n.told) > 0 {
+			t.Errorf("%s answers %d, told %q", other, w.Code, n.told)
+		}
+	}
+}
+
+func FuzzInit(f *testing.F) {
+	f.Add(whole)
+	f.Add(`{"accessToken":"t","envVars":{"A":"b"},"defaultUser":"root","defaultWorkdir":"/"}`)
+	f.Fuzz(func(t *testing.T, body string) {
+		n := &notes{}
+		s, err := New(Config{DefaultUser: "root", Machine: n})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close(context.Background())
+		w := post(s, "", body)
+		taken := w.Code == 200 || w.Code == 204
+		if taken != (s.current().token != "") || !taken && (w.Code != 400 || len(n.told) > 0) {
+			t.Errorf("%q answers %d, token %q, told %q", body, w.Code, s.current().token, n.told)
+		}
+		for k := range s.current().envs {
+			if k == "" || strings.ContainsAny(k, "=\x00") {
+				t.Errorf("environment has %q", k)
+			}
+		}
+	})
+}
+
+// The guest was frozen before its memory was captured.
+func TestInitThawsLast(t *testing.T) {
+	g := boot(t)
+	if g.cgroup == "" {
+		t.Skip("needs a cgroup2 mount")
+	}
+	n := &notes{}
+	g.server.cfg.Machine = n
+	file := filepath.Join(g.dir, "n")
+	p := g.start("", &pb.StartRequest{Process: sh("while :; do date +%s%N >> " + file + "; sleep 0.02; done")})
+	defer p.Close()
+	size := func() int64 {
+		info, err := os.Stat(file)
+		if err != nil {
+			return 0
+		}
+		return info.Size()
+	}
+	eventually(t, "output", func() bool { return size() > 0 })
+	if a := g.do("POST", "/freeze", testToken, nil, nil); a.code != 204 {
+		t.Fatalf("/freeze answers %d %s", a.code, a.body)
+	}
+	frozen := size()
+	n.look = func() {
+		time.Sleep(50 * time.Millisecond)
+		if size() != frozen {
+			t.Error("a process goes on before the guest is its sandbox's own")
+		}
+	}
+	// Not asked for: they stay.
+	g.init(map[string]any{"entropy": make([]byte, 64), "hostname": "h"}, testToken, 204)
+	n.look()
+	g.init(map[string]any{"entropy": make([]byte, 64), "hostname": "h", "thaw": true}, testToken, 204)
+	eventually(t, "output after the thaw", func() bool { return size() > frozen })
+	g.init(map[string]any{"thaw": true}, testToken, 204) // again
+}
+
+// Streams of the captured memory end; their processes go on.
+func TestInitShedsConnections(t *testing.T) {
+	s := bare(t, nil)
+	addr := "unix:" + filepath.Join(t.TempDir(), "s")
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx, addr) }()
+	defer func() { cancel(); <-done }()
+	opened := func() int {
+		s.open.mu.Lock()
+		defer s.open.mu.Unlock()
+		return len(s.open.open)
+	}
+	h2, base := netaddr.HTTPClient(addr)
+	h1 := &http.Client{Transport: netaddr.Transport(addr, false)}
+	fresh := &http.Client{Transport: netaddr.Transport(addr, false)}
+	defer func() { h2.CloseIdleConnections(); h1.CloseIdleConnections(); fresh.CloseIdleConnections() }()
+	initWith := func(c *http.Client) {
+		t.Helper()
+		var res *http.Response
+		eventually(t, "/init", func() bool {
+			req, _ := http.NewRequestWithContext(t.Context(), "POST", base+"/init", strings.NewReader(`{"accessToken":"`+testToken+`"}`))
+			req.Header.Set(TokenHeader, testToken)
+			var err error
+			if res, err = c.Do(req); err != nil {
+				return false
+			}
+			return true
+		})
+		res.Body.Close()
+		if res.StatusCode != 204 {
+			t.Fatalf("/init answers %d", res.StatusCode)
+		}
+	}
+	initWith(fresh)
+	for _, c := range []*http.Client{h1, h2} {
+		client := processconnect.NewProcessClient(c, base)
+		stream, err := client.Start(t.Context(), as("root", &pb.StartRequest{Process: sh("exec sleep 60")}))
+		if err != nil || !stream.Receive() {
+			t.Fatalf("start: %v, %v", err, stream.Err())
+		}
+		pid := stream.Msg().GetEvent().GetStart().GetPid()
+		initWith(fresh)
+		for stream.Receive() {
+		}
+		if stream.Err() == nil {
+			t.Error("the stream ends without an error")
+		}
+		stream.Close()
+		eventually(t, "connections end", func() bool { return opened() == 1 })
+		again, err := client.Connect(t.Context(), as("root", &pb.ConnectRequest{Process: &pb.ProcessSelector{Selector: &pb.ProcessSelector_Pid{Pid: pid}}}))
+		if err != nil || !again.Receive() {
+			t.Fatalf("connect again: %v, %v", err, again.Err())
+		}
+		again.Close()
+	}
+	// The connection that it comes on stays, over HTTP/2 too.
+	initWith(h2)
+	eventually(t, "connections end", func() bool { return opened() == 1 })
+}
