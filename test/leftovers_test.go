@@ -321,6 +321,25 @@ func TestKillUp(t *testing.T) {
 	if err := again.stop(); err != nil {
 		t.Error(err)
 	}
+	// Stopped for good, it has paused what ran.
+	last, err := start(dir, listen)
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		got, err := last.client(t).Get(t.Context(), s.ID)
+		if err == nil && got.State != "paused" {
+			err = fmt.Errorf("after a stop it is %s", got.State)
+		}
+		return err
+	})
+	last.ok(t, "resume", s.ID)
+	if r, err := last.client(t).Exec(t.Context(), s.ID, client.Command{Cmd: "hostname"}, nil); err != nil || strings.TrimSpace(string(r.Stdout)) != s.ID {
+		t.Errorf("the sandbox does not go on after a stop: %+v, %v", r, err)
+	}
+	if err := last.stop(); err != nil {
+		t.Error(err)
+	}
 	for what, was := range before {
 		if now := machine(t)[what]; now != was {
 			t.Errorf("%s were\n%s\nand are\n%s", what, was, now)
