@@ -326,6 +326,8 @@ func up(t testing.TB) *installation {
 }
 
 func TestMain(m *testing.M) {
+	// Tests count the machines that there are: none comes by itself.
+	os.Setenv("WRENN_WARM", "0")
 	code := m.Run()
 	if sharedUsed {
 		if i, err := shared(); err == nil {

@@ -163,7 +163,9 @@ func TestOnceLeavesNothing(t *testing.T) {
 	}
 	before := machine(t)
 	// Beside the one that runs: two installations share a machine.
-	out, err := exec.Command(i.wrenn, "up", "--dir", dir, "--listen", listen, "--once").CombinedOutput()
+	cmd := exec.Command(i.wrenn, "up", "--dir", dir, "--listen", listen, "--once")
+	cmd.Env = append(os.Environ(), "WRENN_WARM=2") // machines that wait go too
+	out, err := cmd.CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "42") {
 		t.Fatalf("%v: %s", err, out)
 	}

@@ -50,7 +50,7 @@ type Config struct {
 	DefaultMemoryMiB int `env:"WRENN_DEFAULT_MEMORY_MIB" envDefault:"512"`
 	// Warm is how many machines of each template that is in use wait to become
 	// sandboxes; 0: none.
-	Warm int `env:"WRENN_WARM"`
+	Warm int `env:"WRENN_WARM" envDefault:"1"`
 	// WarmMemoryMiB is what all that wait may have together; 0: an eighth of
 	// MemoryMiB.
 	WarmMemoryMiB int `env:"WRENN_WARM_MEMORY_MIB"`

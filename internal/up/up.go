@@ -212,9 +212,11 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 
 	agent := "unix:" + s.dir.AgentSocket()
 	server := "unix:" + s.dir.ServerSocket()
-	hostAgent := s.own(self, "agent", []string{
-		"WRENN_DIR=" + string(s.dir), "WRENN_LISTEN=" + agent, "WRENN_AGENT_TOKEN=" + s.secrets.AgentToken, "WRENN_ENVD=" + envd,
-	}, func(ctx context.Context) error {
+	hostAgent := s.own(self, "agent", append(passed(
+		"WRENN_VMM_ACCEL", "WRENN_DNS", "WRENN_MEMORY_MIB", "WRENN_DEFAULT_VCPUS", "WRENN_DEFAULT_MEMORY_MIB", "WRENN_WARM", "WRENN_WARM_MEMORY_MIB",
+	),
+		"WRENN_DIR="+string(s.dir), "WRENN_LISTEN="+agent, "WRENN_AGENT_TOKEN="+s.secrets.AgentToken, "WRENN_ENVD="+envd,
+	), func(ctx context.Context) error {
 		_, err := s.agent().Host(ctx, connect.NewRequest(&hostagentv1.HostRequest{}))
 		return err
 	})
@@ -256,6 +258,16 @@ func (s *service) own(self, role string, env []string, ready func(context.Contex
 		ready: func(ctx context.Context) error { return poll(ctx, ready) },
 		quit:  syscall.SIGTERM,
 	}
+}
+
+// passed are those of this program's environment variables that are set.
+func passed(names ...string) (env []string) {
+	for _, name := range names {
+		if v, ok := os.LookupEnv(name); ok {
+			env = append(env, name+"="+v)
+		}
+	}
+	return env
 }
 
 // healthy asks the server whether all is well.
