@@ -20,7 +20,8 @@ func Cmdline(hostname string) string {
 		"tsc=reliable", "no_timer_check", "noreplace-smp",
 		"random.trust_cpu=on",
 		"ipv6.disable=1",
-		"root=/dev/vda", "rw",
+		// Tables of inodes that were never used need not be written to.
+		"root=/dev/vda", "rw", "rootflags=noinit_itable",
 		"wrenn.ip=" + Address, "wrenn.gw=" + Gateway, "wrenn.dns=" + Gateway, "wrenn.ntp=" + Gateway,
 		"wrenn.hostname=" + hostname,
 	}, " ")

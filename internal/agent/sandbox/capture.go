@@ -190,7 +190,18 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 	}
 	err = b.step("warm up", func() error {
 		into.Token = rand.Text()
-		return b.warmUp(ctx, "", into.Token, "python3 -c pass")
+		if err := b.warmUp(ctx, "", into.Token, "python3 -c pass; sync"); err != nil {
+			return err
+		}
+		// What a guest is in the middle of, each machine goes on with.
+		t := time.NewTimer(b.m.Settle)
+		defer t.Stop()
+		select {
+		case <-t.C:
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
 	})
 	if err != nil {
 		return nil, err

@@ -305,12 +305,12 @@ func (b *box) step(name string, f func() error) error {
 	return nil
 }
 
-// connect makes what talks to the guest.
-func (b *box) connect() {
+// connect makes what talks to the guest, which wants to be shown token.
+func (b *box) connect(token string) {
 	d := net.Dialer{Timeout: 10 * time.Second}
 	host := b.slot.Address().String()
 	b.set(func() {
-		b.guest = guest.New(b.slot.Address(), b.rec.Spec.Token)
+		b.guest = guest.New(b.slot.Address(), token)
 		if b.life.Err() != nil {
 			b.life, b.endLife = context.WithCancelCause(context.Background())
 		}

@@ -43,6 +43,9 @@ type Config struct {
 	Boots int
 	// BootTimeout bounds one boot, counted from when it starts; 0: two minutes.
 	BootTimeout time.Duration
+	// Settle is how long a guest that has booted is left alone before it is
+	// captured; 0: a second.
+	Settle time.Duration
 	// DefaultVCPUs and DefaultMemoryMiB are what of the built-in template is
 	// captured at once; 0: nothing is.
 	DefaultVCPUs, DefaultMemoryMiB int
@@ -61,6 +64,7 @@ type Config struct {
 
 const (
 	defaultBootTimeout = 2 * time.Minute
+	defaultSettle      = time.Second
 
 	// overheadMiB is counted for each sandbox beside its memory.
 	overheadMiB = 64
@@ -106,6 +110,9 @@ func Open(ctx context.Context, c Config, r *Recovery) (*Manager, error) {
 	}
 	if c.BootTimeout == 0 {
 		c.BootTimeout = defaultBootTimeout
+	}
+	if c.Settle == 0 {
+		c.Settle = defaultSettle
 	}
 	if c.WarmMemoryMiB == 0 {
 		c.WarmMemoryMiB = c.MemoryMiB / 8

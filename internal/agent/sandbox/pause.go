@@ -342,7 +342,7 @@ func (b *box) goOn(ctx context.Context) (err error) {
 	}
 	committed = true
 	b.m.Hook("resume: committed")
-	b.connect()
+	b.connect(b.rec.Spec.Token)
 	err = b.step("run", func() error {
 		if err := b.slot.Describe(b.rec.Spec.metadata()); err != nil {
 			return fmt.Errorf("set metadata: %w", err)
@@ -351,7 +351,7 @@ func (b *box) goOn(ctx context.Context) (err error) {
 	})
 	b.m.Hook("resume: runs")
 	if err == nil {
-		err = b.step("init", func() error { return b.init(ctx, b.rec.Spec.Token, false) })
+		err = b.step("init", func() error { return b.init(ctx, false) })
 	}
 	if err == nil {
 		return nil

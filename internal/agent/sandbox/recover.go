@@ -182,14 +182,14 @@ func (m *Manager) adopt(ctx context.Context, f found) {
 		})
 		return
 	}
-	b.connect()
+	b.connect(b.rec.Spec.Token)
 	b.log.Info("sandbox taken back", "slot", slot.Index(), "pid", b.vm.PID())
 	m.wg.Go(func() {
 		// What a killed agent may have left undone: nothing of this harms one
 		// that has just gone on.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), freezeTimeout)
 		defer cancel()
-		if err := b.init(ctx, b.rec.Spec.Token, false); err != nil {
+		if err := b.init(ctx, false); err != nil {
 			b.log.Warn("a sandbox that was taken back does not answer", "error", firstLine(err.Error()))
 		}
 		b.serve()

@@ -459,7 +459,7 @@ func (w *world) open(dir layout.Dir) *host {
 	w.mu.Unlock()
 	m, err := Open(context.Background(), Config{
 		Dir: dir, Driver: w, Networks: w, Journal: j, Kernel: "k", Initrd: "i", MemoryMiB: 4096, Boots: 3,
-		BootTimeout: 2 * time.Second, Log: log, Warm: w.warm, WarmMemoryMiB: 1024,
+		BootTimeout: 2 * time.Second, Settle: time.Nanosecond, Log: log, Warm: w.warm, WarmMemoryMiB: 1024,
 		Template: func(team, template uuid.UUID) (image.Template, error) {
 			t, err := image.Find(dir, team, template)
 			if template != uuid.Nil && err != nil {

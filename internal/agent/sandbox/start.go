@@ -243,12 +243,12 @@ func (b *box) awake(ctx context.Context) error {
 		if w := b.begin.ready; w != nil {
 			shown = w.rec.Spec.Token
 		}
-		return b.init(ctx, shown, spec.DiskMiB > origin.DiskMiB)
+		b.connect(shown)
+		return b.init(ctx, spec.DiskMiB > origin.DiskMiB)
 	})
 	if err != nil {
 		return err
 	}
-	b.connect()
 	return b.step("commit", func() error {
 		next := b.rec
 		next.State = Running
@@ -261,18 +261,16 @@ func (b *box) awake(ctx context.Context) error {
 }
 
 // init makes the guest the sandbox's own: its token, environment and name,
-// random numbers and clock. token is what the guest wants to be shown. When
-// the machine ends or time is up the error has the console's end.
-func (b *box) init(ctx context.Context, token string, grow bool) error {
+// random numbers and clock. When the machine ends or time is up the error has
+// the console's end.
+func (b *box) init(ctx context.Context, grow bool) error {
 	spec := &b.rec.Spec
 	settings := guest.Settings{Token: spec.Token, Envs: spec.Envs, Hostname: id.Format(id.Sandbox, spec.ID), Thaw: true}
 	if grow {
 		settings.GrowDisk = int64(spec.DiskMiB) << 20
 	}
 	return b.guarded(ctx, func(ctx context.Context) error {
-		g := guest.New(b.slot.Address(), token)
-		defer g.Close()
-		report, err := g.Init(ctx, settings)
+		report, err := b.guest.Init(ctx, settings)
 		for _, w := range report.Warnings {
 			b.log.Warn("the guest warns", "warning", firstLine(w))
 		}

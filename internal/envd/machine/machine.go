@@ -146,10 +146,10 @@ func hosts(old []byte, name string) []byte {
 // maxText is the size in bytes of a file that replace still reads.
 const maxText = 1 << 20
 
-// replace writes a file of m.etc anew, if its text changes, in one step. What
-// is there and is no file (a user of the guest can put anything there) is
-// replaced too. It is not synced: it must outlive the machine's memory no more
-// than anything else does.
+// replace writes a file of m.etc anew, if its text changes. What is there and
+// is no file (a user of the guest can put anything there) is replaced too. It
+// is not synced: it must outlive the machine's memory no more than anything
+// else does.
 func (m *Machine) replace(name string, mode fs.FileMode, edit func(old []byte) []byte) error {
 	path := filepath.Join(m.etc, name)
 	old, err := readText(path)
@@ -159,6 +159,11 @@ func (m *Machine) replace(name string, mode fs.FileMode, edit func(old []byte) [
 	text := edit(old)
 	if old != nil && bytes.Equal(text, old) {
 		return nil
+	}
+	if old != nil {
+		if done, err := overwrite(path, text); done || err != nil {
+			return err
+		}
 	}
 	temp := filepath.Join(m.etc, ".wrenn-"+name)
 	if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -177,6 +182,29 @@ func (m *Machine) replace(name string, mode fs.FileMode, edit func(old []byte) [
 		return fmt.Errorf("write %s: %w", path, err)
 	}
 	return nil
+}
+
+// overwrite writes over a file that has one name. Users' processes stand still
+// meanwhile, so that nobody sees half of it; and making a file anew is a good
+// part of what a guest does before it answers for the first time. done tells
+// whether it was such a file.
+func overwrite(path string, text []byte) (done bool, err error) {
+	f, err := os.OpenFile(path, os.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return false, nil
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1 {
+		return false, nil
+	}
+	if _, err := f.WriteAt(text, 0); err != nil {
+		return true, fmt.Errorf("write %s: %w", path, err)
+	}
+	if st.Size <= int64(len(text)) {
+		return true, nil
+	}
+	return true, f.Truncate(int64(len(text)))
 }
 
 // readText reads a plain file; what is none counts as missing: nil.

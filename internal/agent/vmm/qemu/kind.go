@@ -19,7 +19,7 @@ import (
 
 // machineVersion is raised with every change of QEMU's arguments that a guest
 // or its devices' state could notice.
-const machineVersion = 1
+const machineVersion = 2
 
 // commands are those of QEMU's that the driver cannot do without.
 var commands = []string{
