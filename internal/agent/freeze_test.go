@@ -3,6 +3,8 @@ package agent_test
 import (
 	"errors"
 	"fmt"
+	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,6 +18,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
+	"github.com/wrenn-dev/wrenn/internal/agent/memory"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
@@ -67,7 +70,7 @@ import hashlib, http.server, os, threading, time
 block = bytearray(os.urandom(8 << 20))
 want = hashlib.sha256(block).hexdigest()
 log = open("/tmp/count.log", "w")
-count = 0
+count, begun = 0, ""
 def run():
     global count
     while True:
@@ -77,7 +80,10 @@ def run():
         time.sleep(0.02)
 class H(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        body = os.urandom(16).hex().encode() if self.path == "/random" else ("%d %d %s" % (os.getpid(), count, hashlib.sha256(block).hexdigest() == want)).encode()
+        global begun
+        if self.path.startswith("/slow/"):
+            begun = self.path[6:]; time.sleep(int(begun)); self.send_response(200); self.end_headers(); self.wfile.write(b"slow"); return
+        body = os.urandom(16).hex().encode() if self.path == "/random" else begun.encode() if self.path == "/begun" else ("%d %d %s" % (os.getpid(), count, hashlib.sha256(block).hexdigest() == want)).encode()
         self.send_response(200); self.send_header("Content-Length", str(len(body))); self.end_headers(); self.wfile.write(body)
     def log_message(self, *a): pass
 threading.Thread(target=run, daemon=True).start()
@@ -312,6 +318,12 @@ func TestFork(t *testing.T) {
 		}
 		seen[numbers] = true
 	}
+	for i, want := range []int{200, 401, 401} {
+		token := fmt.Sprintf("token-%d", i)
+		if code, body := h.get(t, h.url(req.GetCopies()[0].GetSandboxId(), 49983, "/envs"), http.Header{"X-Access-Token": {token}}); code != want {
+			t.Errorf("the first copy's daemon is shown %s: %d %s", token, code, body)
+		}
+	}
 	// They are apart.
 	h.exec(t, sandbox, sh("echo parent > /tmp/who"), nil)
 	child := res.Msg.GetSandboxes()[0].GetSandboxId()
@@ -326,6 +338,72 @@ func TestFork(t *testing.T) {
 		if strings.HasPrefix(line, `wrenn_agent_step_seconds_sum{step="held"}`) {
 			t.Logf("held for %s", line)
 		}
+	}
+}
+
+// TestPauseDrains: what is in flight may end within two seconds, nothing new
+// begins, and what takes longer is broken off.
+func TestPauseDrains(t *testing.T) {
+	h := newHost(t)
+	sandbox := h.create(t, request())
+	h.startCounter(t, sandbox)
+	pid, last := h.count(t, sandbox)
+	for _, test := range []struct {
+		takes string
+		ends  bool
+	}{{"1", true}, {"60", false}} {
+		type answer struct {
+			code int
+			body string
+			err  error
+		}
+		answered := make(chan answer, 1)
+		go func() {
+			resp, err := h.Plain.Get(h.url(sandbox, 8000, "/slow/"+test.takes))
+			if err != nil {
+				answered <- answer{err: err}
+				return
+			}
+			defer resp.Body.Close()
+			b, err := io.ReadAll(resp.Body)
+			answered <- answer{resp.StatusCode, string(b), err}
+		}()
+		for begun := ""; begun != test.takes; {
+			_, begun = h.get(t, h.url(sandbox, 8000, "/begun"), nil)
+		}
+		paused := make(chan error, 1)
+		begin := time.Now()
+		go func() {
+			_, err := h.Pause(t.Context(), connect.NewRequest(&pb.PauseRequest{SandboxId: sandbox}))
+			paused <- err
+		}()
+		for {
+			got, err := h.Get(t.Context(), connect.NewRequest(&pb.GetRequest{SandboxId: sandbox}))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got.Msg.GetSandbox().GetState() != pb.SandboxState_SANDBOX_STATE_RUNNING {
+				break
+			}
+		}
+		if code, body := h.get(t, h.url(sandbox, 8000, "/"), nil); code != 503 {
+			t.Errorf("a request during a pause: %d %s", code, body)
+		}
+		a := <-answered
+		if test.ends && (a.code != 200 || a.body != "slow" || a.err != nil) {
+			t.Errorf("a request that takes a second: %+v", a)
+		}
+		if !test.ends && a.err == nil && a.code == 200 {
+			t.Errorf("a request that takes a minute: %+v", a)
+		}
+		if err := <-paused; err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(begin); !test.ends && took < 2*time.Second {
+			t.Errorf("a pause with a request in flight took %v", took)
+		}
+		h.resume(t, sandbox)
+		last = h.counts(t, sandbox, pid, last)
 	}
 }
 
@@ -561,13 +639,19 @@ func TestKilledAtEveryStep(t *testing.T) {
 			h.afterKill(t, sandbox, second, template, pid, &last)
 		})
 	}
-	// At any moment of pauses that merge generations, and others.
-	for i := range 10 {
-		t.Run(fmt.Sprintf("any moment %d", i), func(t *testing.T) {
+	// At any moment of a pause that merges generations. One that was killed
+	// before it was there leaves as many as before.
+	for i := range 8 {
+		t.Run(fmt.Sprintf("merge %d", i), func(t *testing.T) {
+			for h.generations(t, sandbox) < 1+memory.MaxGenerations {
+				if err := resume(); err != nil {
+					t.Fatal(err)
+				}
+			}
 			took := make(chan error, 1)
 			go func() { took <- pause() }()
 			select {
-			case <-time.After(time.Duration(5+20*i) * time.Millisecond):
+			case <-time.After(time.Duration(10+25*i) * time.Millisecond):
 			case <-took:
 			}
 			_ = h.Cmd.Process.Kill()
@@ -575,6 +659,17 @@ func TestKilledAtEveryStep(t *testing.T) {
 		})
 	}
 	h.counted(t, sandbox, pid)
+}
+
+// generations counts the layers of a sandbox's saved memory.
+func (h *host) generations(t *testing.T, sandbox string) int {
+	t.Helper()
+	u, err := id.Parse(id.Sandbox, sandbox)
+	if err != nil {
+		t.Fatal(err)
+	}
+	layers, _ := filepath.Glob(filepath.Join(h.Dir.Sandbox(u), "state-*", "memory", "*.mem"))
+	return len(layers)
 }
 
 // afterKill starts the next agent after one was killed, and checks what it has.

@@ -180,10 +180,9 @@ type Agent struct {
 	// Ended is closed when that has ended.
 	Ended chan struct{}
 
-	mounts     string
-	groups     string
-	finished   bool
-	namespaces map[uint64]bool // inodes of those that its agents made
+	mounts   string
+	groups   string
+	finished bool
 }
 
 // New starts an agent, after prepare, if that is not nil. When the test ends
@@ -343,7 +342,8 @@ func (a *Agent) Finish(t testing.TB) {
 		return
 	}
 	a.finished = true
-	a.noteNamespaces()
+	ns := openNamespaces() // they will have no names
+	defer ns.close()
 	if t.Failed() {
 		defer func() { t.Logf("the agent's log:\n%s", a.Log()) }()
 	}
@@ -403,7 +403,7 @@ func (a *Agent) Finish(t testing.TB) {
 			t.Errorf("a mount is left: %s", line)
 		}
 	}
-	nothing("machines", a.Machines())
+	nothing("machines", ns.machines())
 	for _, dir := range []string{a.Dir.Forks(), a.Dir.Images()} {
 		hidden, _ := filepath.Glob(filepath.Join(dir, ".tmp-*"))
 		nothing("unpublished", hidden)
@@ -429,33 +429,52 @@ func Groups() string {
 	return strings.Join(all, " ")
 }
 
-// Machines are the pids of the virtual machines in namespaces that the host's
-// agents have made.
+// Machines are the pids of the virtual machines in the namespaces of the
+// host's slots.
 func (a *Agent) Machines() (pids []string) {
-	a.noteNamespaces()
+	ns := openNamespaces()
+	defer ns.close()
+	return ns.machines()
+}
+
+// namespaces are the namespaces of slots, by inode. They are open: else a
+// number would soon be another one's, of a test beside this one perhaps.
+type namespaces map[uint64]*os.File
+
+func openNamespaces() namespaces {
+	ns := namespaces{}
+	names, _ := filepath.Glob("/run/netns/wrenn-*")
+	for _, name := range names {
+		f, err := os.Open(name)
+		if err != nil {
+			continue
+		}
+		var st syscall.Stat_t
+		if syscall.Fstat(int(f.Fd()), &st) != nil || ns[st.Ino] != nil {
+			f.Close()
+			continue
+		}
+		ns[st.Ino] = f
+	}
+	return ns
+}
+
+func (ns namespaces) close() {
+	for _, f := range ns {
+		f.Close()
+	}
+}
+
+// machines are the pids of the virtual machines in them.
+func (ns namespaces) machines() (pids []string) {
 	procs, _ := filepath.Glob("/proc/[0-9]*")
 	for _, p := range procs {
 		var st syscall.Stat_t
-		if strings.HasPrefix(read(p+"/cmdline"), "/usr/bin/qemu-system-x86_64\x00") && syscall.Stat(p+"/ns/net", &st) == nil && a.namespaces[st.Ino] {
+		if strings.HasPrefix(read(p+"/cmdline"), "/usr/bin/qemu-system-x86_64\x00") && syscall.Stat(p+"/ns/net", &st) == nil && ns[st.Ino] != nil {
 			pids = append(pids, filepath.Base(p))
 		}
 	}
 	return pids
-}
-
-// noteNamespaces notes which namespaces there are, to know them when they
-// have no name any more.
-func (a *Agent) noteNamespaces() {
-	if a.namespaces == nil {
-		a.namespaces = map[uint64]bool{}
-	}
-	names, _ := filepath.Glob("/run/netns/wrenn-*")
-	for _, name := range names {
-		var st syscall.Stat_t
-		if syscall.Stat(name, &st) == nil {
-			a.namespaces[st.Ino] = true
-		}
-	}
 }
 
 // QEMU is the pid of the machine that was made for a sandbox; 0: there is none.
