@@ -1,4 +1,5 @@
-# What a newcomer needs: make run. What CI runs: make test.
+# What a newcomer needs: make run. What CI runs: make test. What docs/benchmarks.md
+# has: make bench.
 
 SHELL   := /bin/bash
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
@@ -17,7 +18,7 @@ GO_PACKAGES := ./...
 # Where .ci/go puts a toolchain when the machine has none that will do.
 export PATH := $(CURDIR)/.cache/go/bin:$(PATH)
 
-.PHONY: go build run deps test-deps lint test generate
+.PHONY: go build run deps test-deps lint test bench generate
 
 go:
 	@.ci/go .cache/go
@@ -48,6 +49,14 @@ lint: go
 # The race detector is on: no package that needs a VM is in this run yet.
 test: test-deps lint build
 	go test -race -count=1 -timeout 35m $(GO_PACKAGES)
+
+# Prints tables in Markdown, and nothing else, on its standard output; how it is
+# getting on goes to the other. BENCH='Machine|Create' does a part.
+BENCH ?= .
+bench: deps go
+	@mkdir -p .cache
+	@go test -c -o .cache/bench.test ./test/bench
+	@cd test/bench && WRENN_BENCH=1 $(CURDIR)/.cache/bench.test -test.v -test.timeout 40m -test.run '$(BENCH)'
 
 # Regenerates internal/gen with the generators that the checked-in files name.
 GENERATORS := github.com/bufbuild/buf/cmd/buf@v1.75.0 \

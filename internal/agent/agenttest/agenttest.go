@@ -64,16 +64,19 @@ func Main(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+// Inside tells whether this process is the one that runs the tests.
+func Inside() bool { return os.Getenv(roleEnv) == "inside" }
+
 // outside starts the tests in their namespaces. Images may have to be
 // downloaded, which is possible only before that.
 func outside(m *testing.M) int {
 	if os.Geteuid() != 0 {
 		return m.Run() // they skip
 	}
-	run := func(role string, flags uintptr, args ...string) int {
+	run := func(role string, stdout *os.File, flags uintptr, args ...string) int {
 		cmd := exec.Command("/proc/self/exe", args...)
 		cmd.Env = append(os.Environ(), roleEnv+"="+role)
-		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, stdout, os.Stderr
 		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags, Pdeathsig: syscall.SIGKILL}
 		runtime.LockOSThread() // Pdeathsig follows the thread
 		defer runtime.UnlockOSThread()
@@ -85,10 +88,10 @@ func outside(m *testing.M) int {
 		}
 		return 0
 	}
-	if code := run("prepare", 0, "-test.run=^TestImages$"); code != 0 {
+	if code := run("prepare", os.Stderr, 0, "-test.run=^TestImages$"); code != 0 {
 		return code
 	}
-	return run("inside", syscall.CLONE_NEWNET|syscall.CLONE_NEWNS, os.Args[1:]...)
+	return run("inside", os.Stdout, syscall.CLONE_NEWNET|syscall.CLONE_NEWNS, os.Args[1:]...)
 }
 
 func prepareHost() error {
@@ -185,11 +188,15 @@ type Agent struct {
 	finished bool
 }
 
+// mounts are those that an ordinary thread of this process sees: the first may
+// have become a jail's.
+const mounts = "/proc/thread-self/mounts"
+
 // New starts an agent, after prepare, if that is not nil. When the test ends
 // the agent is terminated, and the test fails if anything is left of it.
 func New(t testing.TB, prepare func(*Agent)) *Agent {
 	t.Helper()
-	if os.Getenv(roleEnv) != "inside" {
+	if !Inside() {
 		t.Skip("needs root: makes namespaces and starts virtual machines")
 	}
 	if _, err := os.Stat("/usr/bin/qemu-system-x86_64"); err != nil {
@@ -211,7 +218,7 @@ func New(t testing.TB, prepare func(*Agent)) *Agent {
 	if prepare != nil {
 		prepare(a)
 	}
-	a.mounts, a.groups = read("/proc/self/mounts"), Groups()
+	a.mounts, a.groups = read(mounts), Groups()
 	addr := "unix:" + a.Dir.AgentSocket()
 	a.HTTP, a.Base = netaddr.HTTPClient(addr)
 	a.Plain = &http.Client{Transport: bearer{netaddr.Transport(addr, false)}}
@@ -398,7 +405,7 @@ func (a *Agent) Finish(t testing.TB) {
 	folders, _ := filepath.Glob(filepath.Join(a.Dir.Sandboxes(), "*"))
 	nothing("folders", folders)
 	// Those below this namespace's own, of others on the machine, may go.
-	for line := range strings.Lines(read("/proc/self/mounts")) {
+	for line := range strings.Lines(read(mounts)) {
 		if !strings.Contains(a.mounts, line) {
 			t.Errorf("a mount is left: %s", line)
 		}

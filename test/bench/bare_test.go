@@ -1,0 +1,355 @@
+package bench
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
+	"github.com/wrenn-dev/wrenn/internal/agent/guest"
+	"github.com/wrenn-dev/wrenn/internal/agent/network"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qemu"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qmp"
+)
+
+// patience bounds everything that is done by hand.
+const patience = 5 * time.Minute
+
+func version(t *testing.T) string {
+	t.Helper()
+	out, err := exec.Command(qemu.Binary, "--version").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	line, _, _ := strings.Cut(string(out), "\n")
+	return strings.TrimPrefix(line, "QEMU emulator version ")
+}
+
+// bare is what a QEMU is started with by hand: the very command line of a
+// machine that the agent has restored, with other files in the place of its.
+// It is not jailed.
+type bare struct {
+	cmdline []string
+	ram     *os.File // the guest's memory at first; nil: memory as QEMU makes it by itself
+	disk    []string // from the lowest on; the last is written to
+	token   string   // what the guest's daemon wants to be shown
+}
+
+// cmdline is how the machine of a sandbox was started.
+func cmdline(t *testing.T, sandbox string) []string {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", agenttest.QEMU(sandbox)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00")
+}
+
+// process is a QEMU that was started by hand.
+type process struct {
+	cmd   *exec.Cmd
+	conn  *net.UnixConn
+	qmp   *qmp.Conn
+	guest *guest.Client
+	end   func()
+}
+
+// incomingFD is the number that the driver gives to the state of devices.
+const incomingFD = 3
+
+var descriptors = struct{ ram, size, control, disk, tap *regexp.Regexp }{
+	regexp.MustCompile(`mem-path=/proc/self/fd/(\d+)`),
+	regexp.MustCompile(`size=\d+M`),
+	regexp.MustCompile(`^socket,id=control,fd=(\d+)`),
+	regexp.MustCompile(`^fd=(\d+),set=(\d+)(,opaque=write)?`),
+	regexp.MustCompile(`^tap,id=net,fd=(\d+)`),
+}
+
+// prepare opens all that a QEMU needs, so that start does nothing but start it.
+// alone has it go on from incoming at once and by itself; otherwise it is held,
+// and told over QMP what to do.
+func (b bare) prepare(t *testing.T, h *host, incoming *os.File, alone bool) (start func() *process) {
+	t.Helper()
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	slot, err := h.pool.Acquire(t.Context())
+	must(err)
+	tap, err := slot.OpenTap()
+	must(err)
+	dir, err := os.MkdirTemp(h.dir, "q-")
+	must(err)
+	socket := filepath.Join(dir, "qmp")
+	control, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket})
+	must(err)
+	listener, err := control.File()
+	must(err)
+	opened := []io.Closer{tap, listener, control}
+
+	// The descriptors, by their numbers in QEMU.
+	files := map[int]*os.File{incomingFD: incoming}
+	var args []string
+	for _, a := range b.cmdline[1:] {
+		number := func(re *regexp.Regexp) int {
+			if m := re.FindStringSubmatch(a); m != nil {
+				n, _ := strconv.Atoi(m[1])
+				return n
+			}
+			return 0
+		}
+		switch {
+		case number(descriptors.ram) > 0:
+			files[number(descriptors.ram)] = b.ram
+			if b.ram == nil {
+				files[number(descriptors.ram)] = listener // to keep the numbers
+				m := descriptors.size.FindStringSubmatch(a)
+				if m == nil {
+					t.Fatalf("how much memory is it: %s", a)
+				}
+				a = "memory-backend-ram,id=ram," + m[0]
+			}
+		case number(descriptors.control) > 0:
+			files[number(descriptors.control)] = listener
+		case number(descriptors.tap) > 0:
+			files[number(descriptors.tap)] = tap
+		case number(descriptors.disk) > 0:
+			m := descriptors.disk.FindStringSubmatch(a)
+			set, _ := strconv.Atoi(m[2])
+			if set < 1 || set > len(b.disk) {
+				t.Fatalf("the disk has %d files, and QEMU wants the one of set %d", len(b.disk), set)
+			}
+			flag := os.O_RDONLY
+			if m[3] != "" {
+				flag = os.O_RDWR
+			}
+			f, err := os.OpenFile(b.disk[set-1], flag, 0)
+			must(err)
+			opened = append(opened, f)
+			files[number(descriptors.disk)] = f
+		case alone && a == "-S":
+			continue
+		case alone && a == "defer":
+			a = fmt.Sprintf("fd:%d", incomingFD)
+		}
+		args = append(args, a)
+	}
+	p := &process{cmd: exec.Command(qemu.Binary, args...), guest: guest.New(slot.Address, b.token)}
+	for n := 3; len(files) > 0; n++ {
+		f := files[n]
+		if f == nil {
+			t.Fatalf("nothing is known of QEMU's descriptor %d: %q", n, b.cmdline)
+		}
+		p.cmd.ExtraFiles = append(p.cmd.ExtraFiles, f)
+		delete(files, n)
+	}
+	var stderr strings.Builder
+	p.cmd.Stderr = &stderr
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	running := false
+	p.end = func() {
+		p.guest.Close()
+		if p.qmp != nil {
+			_ = p.qmp.Close()
+		}
+		if running {
+			_ = p.cmd.Process.Kill()
+			_ = p.cmd.Wait()
+		}
+		for _, f := range opened {
+			_ = f.Close()
+		}
+		if err := errors.Join(h.pool.Release(context.WithoutCancel(t.Context()), slot), os.RemoveAll(dir)); err != nil {
+			t.Error(err)
+		}
+		if t.Failed() && stderr.Len() > 0 {
+			t.Logf("QEMU said: %s", stderr.String())
+		}
+	}
+	return func() *process {
+		if err := within(slot, p.cmd.Start); err != nil {
+			p.end()
+			t.Fatal(err)
+		}
+		running = true
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		p.conn, err = net.DialUnix("unix", nil, &net.UnixAddr{Name: socket})
+		if err == nil {
+			p.qmp, err = qmp.NewConn(ctx, p.conn)
+		}
+		if err != nil {
+			p.end()
+			t.Fatalf("%v: %s", err, stderr.String())
+		}
+		return p
+	}
+}
+
+// within calls f on a thread that is in a slot's network namespace.
+func within(slot *network.Slot, f func() error) (err error) {
+	own, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		return err
+	}
+	defer own.Close()
+	ns, err := os.Open(slot.NetNS())
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	runtime.LockOSThread()
+	if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+		return err
+	}
+	err = f()
+	if e := unix.Setns(int(own.Fd()), unix.CLONE_NEWNET); e != nil {
+		return errors.Join(err, e) // the thread ends with its goroutine
+	}
+	runtime.UnlockOSThread()
+	return err
+}
+
+// pipe is a pipe with what a machine goes on from.
+func pipe(t *testing.T, state []byte) *os.File {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close() })
+	if len(state) > 64<<10 { // what a pipe holds
+		t.Fatalf("the devices' state has %d bytes", len(state))
+	}
+	if _, err := w.Write(state); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	return r
+}
+
+func (p *process) do(t *testing.T, command string, args any) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	if err := p.qmp.Execute(ctx, command, args, nil); err != nil {
+		t.Fatal(err)
+	}
+}
+
+type object = map[string]any
+
+// await waits for an event that is as it should be.
+func (p *process) await(t *testing.T, name string, is func(json.RawMessage) bool) {
+	t.Helper()
+	late := time.After(patience)
+	for {
+		select {
+		case e, ok := <-p.qmp.Events():
+			if !ok {
+				t.Fatalf("QEMU ended before its event %s", name)
+			}
+			if e.Name == name && is(e.Data) {
+				return
+			}
+		case <-late:
+			t.Fatalf("QEMU does not tell of %s", name)
+		}
+	}
+}
+
+// migrated waits for the end of a migration.
+func (p *process) migrated(t *testing.T) {
+	t.Helper()
+	p.await(t, "MIGRATION", func(data json.RawMessage) bool {
+		var m struct{ Status string }
+		if err := json.Unmarshal(data, &m); err != nil || m.Status == "failed" {
+			t.Fatalf("migration: %s %v", data, err)
+		}
+		return m.Status == "completed"
+	})
+}
+
+// runs waits until the guest's processors run.
+func (p *process) runs(t *testing.T) {
+	t.Helper()
+	var s struct{ Status string }
+	if err := p.qmp.Execute(t.Context(), "query-status", nil, &s); err != nil {
+		t.Fatal(err)
+	}
+	if s.Status != "running" {
+		p.await(t, "RESUME", func(json.RawMessage) bool { return true })
+	}
+}
+
+// answers waits until the guest's daemon answers.
+func (p *process) answers(t *testing.T) {
+	t.Helper()
+	wait(t, p.guest)
+}
+
+func wait(t *testing.T, g *guest.Client) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	if err := g.Wait(ctx); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// receive makes a machine that was started to be told go on from what it was
+// started with.
+func (p *process) receive(t *testing.T) {
+	t.Helper()
+	p.do(t, "migrate-set-capabilities", object{"capabilities": []object{{"capability": "events", "state": true}}})
+	p.do(t, "migrate-incoming", object{"uri": fmt.Sprintf("fd:%d", incomingFD)})
+	p.migrated(t)
+}
+
+// dump has QEMU hold the machine and write all of it to a new file. It returns
+// how long that took, until it was on the disk, and what it takes there.
+func (p *process) dump(t *testing.T, name string) (took time.Duration, bytes int64) {
+	t.Helper()
+	out, err := os.Create(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	p.do(t, "migrate-set-capabilities", object{"capabilities": []object{{"capability": "events", "state": true}}})
+	// Otherwise it writes 128 MiB a second at most.
+	p.do(t, "migrate-set-parameters", object{"max-bandwidth": int64(1) << 40})
+	// Nobody waits for the answer: without the descriptor the migration fails.
+	if _, _, err := p.conn.WriteMsgUnix([]byte(`{"execute":"getfd","arguments":{"fdname":"dump"},"id":0}`), unix.UnixRights(int(out.Fd())), nil); err != nil {
+		t.Fatal(err)
+	}
+	begin := time.Now()
+	p.do(t, "stop", nil)
+	p.do(t, "migrate", object{"uri": "fd:dump"})
+	p.migrated(t)
+	if err := out.Sync(); err != nil { // as the agent does
+		t.Fatal(err)
+	}
+	took = time.Since(begin)
+	var st syscall.Stat_t
+	if err := syscall.Fstat(int(out.Fd()), &st); err != nil {
+		t.Fatal(err)
+	}
+	return took, st.Blocks * 512
+}

@@ -1,0 +1,147 @@
+package bench
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
+)
+
+const (
+	idle       = 50
+	idleMemory = 512
+	// settling is how long guests are left alone before they are looked at.
+	settling = 10 * time.Second
+)
+
+// TestIdle measures what many sandboxes that do nothing take.
+func TestIdle(t *testing.T) {
+	h := newHost(t, idle*1024, nil)
+	if have := meminfo(t, "MemAvailable"); have < 10<<30 {
+		t.Skipf("needs 10 GiB of memory, and %s are available", mib(have))
+	}
+	first := h.create(t, idleMemory)
+	h.hello(t, first)
+	free := meminfo(t, "MemAvailable")
+	begin := time.Now()
+	sandboxes := make([]string, idle)
+	took := make(sample, idle)
+	var wg sync.WaitGroup
+	for i := range sandboxes {
+		r := request(idleMemory)
+		sandboxes[i] = r.SandboxId
+		wg.Go(func() {
+			if _, err := h.Create(t.Context(), connect.NewRequest(r)); err != nil {
+				t.Errorf("create: %v", err)
+				return
+			}
+			h.hello(t, r.SandboxId)
+			took[i] = time.Since(begin)
+		})
+	}
+	wg.Wait()
+	all := time.Since(begin)
+	if t.Failed() {
+		t.FailNow()
+	}
+	time.Sleep(settling)
+	fell := free - meminfo(t, "MemAvailable")
+	var pss, own, base, rest []int64
+	for _, s := range sandboxes {
+		u := usage(t, agenttest.QEMU(s))
+		pss, own, base, rest = append(pss, u.pss), append(own, u.own), append(base, u.base), append(rest, u.pss-u.own-u.base)
+	}
+	shared := sum(base) * (idle + 1) / idle // the first has its share too
+	table(fmt.Sprintf("%d sandboxes of one template of %d MiB at once", idle, idleMemory), []string{"what", "is"}, [][]string{
+		{"all created, each with its first command's result", ms(all)},
+		{"a sandbox, on average", ms(all / idle)},
+		{"the first one to have it", ms(min0(took))},
+		{"PSS of an idle sandbox's machine", mib(middle(pss))},
+		{"of that: the guest's own pages, changed since the template", mib(middle(own))},
+		{"of that: its share of the template's memory, which all map", mib(middle(base))},
+		{"of that: QEMU itself", mib(middle(rest))},
+		{"extra memory for one more sandbox: its own pages and QEMU", mib(middle(pss) - middle(base))},
+		{"the template's memory that is mapped, once for all", mib(shared)},
+		{"the host's available memory fell by, for each sandbox", mib(fell / idle)},
+	})
+	for _, s := range append(sandboxes, first) {
+		wg.Go(func() { h.destroy(t, s) })
+	}
+	wg.Wait()
+}
+
+func min0(s sample) time.Duration {
+	least := s[0]
+	for _, d := range s {
+		least = min(least, d)
+	}
+	return least
+}
+
+func sum(all []int64) (n int64) {
+	for _, v := range all {
+		n += v
+	}
+	return n
+}
+
+// memoryUse is what a machine takes, in bytes.
+type memoryUse struct {
+	pss  int64 // proportional: what is shared counts in parts
+	own  int64 // of the guest's memory: what is this guest's alone
+	base int64 // of the guest's memory: its part of what it shares
+}
+
+// usage reads /proc/PID/smaps (proc(5)).
+func usage(t *testing.T, pid int) (u memoryUse) {
+	t.Helper()
+	f, err := os.Open(fmt.Sprintf("/proc/%d/smaps", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	guest := false // the lines are of the guest's memory
+	var inMapping, anonymous int64
+	s := bufio.NewScanner(f)
+	for s.Scan() {
+		f := strings.Fields(s.Text())
+		if len(f) >= 5 && strings.Contains(f[0], "-") {
+			guest = strings.Contains(s.Text(), "/memfd:wrenn-")
+			continue
+		}
+		if len(f) != 3 {
+			continue
+		}
+		kib, err := strconv.ParseInt(f[1], 10, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch f[0] {
+		case "Pss:":
+			u.pss += kib << 10
+			if guest {
+				inMapping += kib << 10
+			}
+		case "Anonymous:":
+			if guest {
+				anonymous += kib << 10
+			}
+		}
+	}
+	if err := s.Err(); err != nil {
+		t.Fatal(err)
+	}
+	if inMapping == 0 {
+		t.Fatalf("process %d does not map the template's memory", pid)
+	}
+	u.own, u.base = anonymous, inMapping-anonymous
+	return u
+}
