@@ -14,6 +14,7 @@ import (
 	"slices"
 
 	"github.com/google/uuid"
+	"golang.org/x/sync/errgroup"
 )
 
 // MaxGenerations is how many layers an image has at most above those of the
@@ -282,23 +283,27 @@ func (m *Image) append(ctx context.Context, dir string, pages Pages, base *Image
 		}
 		h, fresh = merged, l
 	}
+	var g errgroup.Group
 	if fresh != nil {
-		if err := fresh.file.Sync(); err != nil {
-			return nil, err
-		}
+		g.Go(fresh.file.Sync) // beside the header's: a disk does both at once
 	}
-	for _, l := range ordered(h, m.layers) {
-		if l == nil {
-			continue // fresh
-		}
-		if err := l.link(ctx, dir); err != nil {
-			return nil, err
-		}
-	}
-	if err := writeHeader(dir, h); err != nil {
+	if err := errors.Join(m.finish(ctx, dir, h), g.Wait()); err != nil {
 		return nil, err
 	}
 	return Open(dir)
+}
+
+// finish adds to dir what h names of m's layers, and h.
+func (m *Image) finish(ctx context.Context, dir string, h *header) error {
+	for _, l := range ordered(h, m.layers) {
+		if l == nil {
+			continue // the new one
+		}
+		if err := l.link(ctx, dir); err != nil {
+			return err
+		}
+	}
+	return writeHeader(dir, h)
 }
 
 // ordered are the files of h's layers, as far as they are among those given.
@@ -326,7 +331,7 @@ func (m *Image) write(ctx context.Context, dir string, pages Pages) (*header, *l
 	place := uint32(len(m.h.layers))
 	flat := place == 0
 	var changes []extent
-	old := make([]byte, BlockSize)
+	var old window
 	last := int64(-1)
 	if pages == nil {
 		pages = func(func(Page, error) bool) {}
@@ -350,7 +355,7 @@ func (m *Image) write(ctx context.Context, dir string, pages Pages) (*header, *l
 			continue
 		}
 		if e.layer != zeroLayer {
-			same, err := m.layers[e.layer].has(p.Data, e.offset, old)
+			same, err := m.layers[e.layer].has(p.Data, e, &old)
 			if err != nil {
 				return nil, nil, err
 			}
@@ -385,17 +390,49 @@ func (m *Image) write(ctx context.Context, dir string, pages Pages) (*header, *l
 	return h, l, nil
 }
 
-// has tells whether a block has the given data, with buf to read it into. What
-// the checksum says is believed when it says no: a guest can make data of any
-// checksum. A block that is damaged is not the same as anything.
-func (l *layerFile) has(data []byte, block uint64, buf []byte) (bool, error) {
-	if crc32.Checksum(data, castagnoli) != l.sum(block) {
+// window is a part of a layer that was read at once: most blocks that are asked
+// for come one after the other.
+type window struct {
+	layer       *layerFile
+	first, next uint64 // what it holds
+	ahead       uint64 // how many blocks were read
+	buf         []byte
+}
+
+// maxAhead is how many blocks a window holds at most: 256 KiB.
+const maxAhead = 64
+
+// block returns a block of l, of which limit follow one another.
+func (w *window) block(l *layerFile, block, limit uint64) ([]byte, error) {
+	if w.layer != l || block < w.first || block >= w.next {
+		if w.layer == l && block == w.next {
+			w.ahead = min(2*w.ahead, maxAhead)
+		} else {
+			w.ahead = 1
+		}
+		if w.buf == nil {
+			w.buf = make([]byte, maxAhead*BlockSize)
+		}
+		n := min(w.ahead, limit)
+		if _, err := l.file.ReadAt(w.buf[:n*BlockSize], int64(block)*BlockSize); err != nil {
+			w.layer = nil
+			return nil, fmt.Errorf("read layer %s: %w", l.id, err)
+		}
+		w.layer, w.first, w.next = l, block, block+n
+	}
+	at := (block - w.first) * BlockSize
+	return w.buf[at : at+BlockSize], nil
+}
+
+// has tells whether the first block of e, which lies in l, has the given data.
+// What the checksum says is believed when it says no: a guest can make data of
+// any checksum. A block that is damaged is not the same as anything.
+func (l *layerFile) has(data []byte, e extent, old *window) (bool, error) {
+	if crc32.Checksum(data, castagnoli) != l.sum(e.offset) {
 		return false, nil
 	}
-	if _, err := l.file.ReadAt(buf, int64(block)*BlockSize); err != nil {
-		return false, fmt.Errorf("read layer %s: %w", l.id, err)
-	}
-	return bytes.Equal(data, buf), nil
+	have, err := old.block(l, e.offset, e.count)
+	return bytes.Equal(data, have), err
 }
 
 // merge writes all that m has above the layers to keep to one new layer in

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
@@ -141,15 +142,22 @@ func (b *box) saveTo(ctx context.Context, folder string) error {
 	if err := os.Mkdir(folder, 0o700); err != nil {
 		return err
 	}
-	devices, err := b.vm.Devices(ctx)
-	if err != nil {
-		return err
-	}
-	if err := writeFile(filepath.Join(folder, "devices"), devices); err != nil {
-		return fmt.Errorf("write devices: %w", err)
-	}
+	// Beside each other: the devices' state is small, but QEMU and the disk take
+	// their time.
+	var g errgroup.Group
+	g.Go(func() error {
+		devices, err := b.vm.Devices(ctx)
+		if err != nil {
+			return err
+		}
+		if err := writeFile(filepath.Join(folder, "devices"), devices); err != nil {
+			return fmt.Errorf("write devices: %w", err)
+		}
+		return nil
+	})
 	b.m.Hook("pause: saving")
-	if err := b.saveMemory(ctx, filepath.Join(folder, "memory"), b.vm.Pages()); err != nil {
+	err := b.saveMemory(ctx, filepath.Join(folder, "memory"), b.vm.Pages())
+	if err := errors.Join(err, g.Wait()); err != nil {
 		return err
 	}
 	return syncDir(folder)
