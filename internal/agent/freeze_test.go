@@ -740,3 +740,29 @@ func (h *host) afterKill(t *testing.T, sandbox, second, template string, pid int
 		t.Errorf("states %v", saved)
 	}
 }
+
+// TestTrackedPagesOnDebiansKernel runs the driver's test of that name in a
+// sandbox: its kernel marks pages that are written to, this machine's may not.
+func TestTrackedPagesOnDebiansKernel(t *testing.T) {
+	h := newHost(t)
+	binary := filepath.Join(t.TempDir(), "qemu.test")
+	build := exec.Command("go", "test", "-c", "-trimpath", "-ldflags", "-s -w", "-o", binary, "./vmm/qemu")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build: %v: %s", err, out)
+	}
+	f, err := os.Open(binary)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	sandbox := h.create(t, request())
+	if _, err := h.writeStream(t.Context(), &pb.WriteFileStreamRequest_Start{File: ref(sandbox, "/tmp/qemu.test")}, f); err != nil {
+		t.Fatal(err)
+	}
+	cmd := &pb.Command{Cmd: "/bin/sh", Args: []string{"-c", "chmod 755 /tmp/qemu.test && cd /tmp && ./qemu.test -test.v -test.run '^TestTrackedPages$'"}, User: "root"}
+	got := h.exec(t, sandbox, cmd, nil)
+	if got.GetExitCode() != 0 || !strings.Contains(string(got.GetStdout()), "--- PASS: TestTrackedPages") {
+		t.Errorf("%s%s", got.GetStdout(), got.GetStderr())
+	}
+}

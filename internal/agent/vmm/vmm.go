@@ -97,8 +97,8 @@ type VM interface {
 	// kilobytes.
 	Devices(ctx context.Context) ([]byte, error)
 	// Pages are the pages of a held machine's memory that may differ from those
-	// that it began with: from [Saved.Memory], or from zeros when it was
-	// booted.
+	// that it began with: [Saved.Memory] with [Saved.Changed] over it, or zeros
+	// when it was booted.
 	Pages() memory.Pages
 	// Divert makes a held machine write to the new, empty overlay at path from
 	// now on, above its present one, which is not written to any more.
@@ -124,4 +124,7 @@ type State struct {
 	MemoryDevice uint64 `json:"memory_device"`
 	MemoryInode  uint64 `json:"memory_inode"`
 	MemoryBytes  int64  `json:"memory_bytes"`
+	// MemoryTracked says that the kernel marks what the machine writes to since
+	// it was restored.
+	MemoryTracked bool `json:"memory_tracked,omitempty"`
 }

@@ -21,6 +21,11 @@ import (
 // shared by all that map it; a page that it writes to becomes its own: in the
 // kernel's words anonymous. So those that changed need no dirty log, no second
 // copy and no help from QEMU: they are the anonymous ones.
+//
+// A machine that is restored has anonymous pages from the beginning, those that
+// differ from the file. Where the kernel has soft-dirty bits (its
+// Documentation/admin-guide/mm/soft-dirty.rst; Debian's has) they tell which of
+// them were written to since; where it has none all of them may have been.
 
 // seals keep a memory's file as it is, even from those who open it for
 // writing. That is why QEMU, which insists on doing that, may.
@@ -74,8 +79,10 @@ func checkMemory(f *os.File, bytes int64) (*unix.Stat_t, error) {
 type ram struct {
 	start   int64 // its address there
 	blocks  uint64
+	tracked bool // what was not written to since [ram.track] is not marked
 	pagemap *os.File
 	mem     *os.File
+	refs    *os.File // nil: only read
 }
 
 // openRAM finds the guest's memory in the process that st names. A QEMU that
@@ -87,7 +94,7 @@ func openRAM(st vmm.State, flag int) (_ *ram, err error) {
 		return nil, err
 	}
 	defer maps.Close()
-	r := &ram{blocks: uint64(st.MemoryBytes / memory.BlockSize)}
+	r := &ram{blocks: uint64(st.MemoryBytes / memory.BlockSize), tracked: st.MemoryTracked}
 	defer func() {
 		if err != nil {
 			r.close()
@@ -99,6 +106,11 @@ func openRAM(st vmm.State, flag int) (_ *ram, err error) {
 	if r.mem, err = os.OpenFile(proc+"mem", flag, 0); err != nil {
 		return nil, err
 	}
+	if flag != os.O_RDONLY {
+		if r.refs, err = os.OpenFile(proc+"clear_refs", os.O_WRONLY, 0); err != nil {
+			return nil, err
+		}
+	}
 	// Asked after all were opened, so that they are of this process.
 	if start, err := startTime(st.PID); err != nil || start != st.StartTime {
 		return nil, vmm.ErrGone
@@ -108,7 +120,7 @@ func openRAM(st vmm.State, flag int) (_ *ram, err error) {
 }
 
 func (r *ram) close() {
-	for _, f := range []*os.File{r.pagemap, r.mem} {
+	for _, f := range []*os.File{r.pagemap, r.mem, r.refs} {
 		if f != nil {
 			f.Close()
 		}
@@ -162,7 +174,31 @@ func changed(entry uint64) bool {
 	return entry&(present|swapped) != 0 && entry&file == 0
 }
 
-// pages yields the pages that are no longer the file's.
+// softDirty is set in an entry of /proc/PID/pagemap for what was written to
+// since it was cleared, and for all of a mapping that was made since.
+const softDirty = 1 << 55
+
+// track has the kernel mark what is written to from now on, and tells whether
+// it does. The process stands still.
+func (r *ram) track() (bool, error) {
+	marked := func() (bool, error) {
+		var entry [8]byte
+		_, err := r.pagemap.ReadAt(entry[:], r.start/memory.BlockSize*8)
+		return binary.NativeEndian.Uint64(entry[:])&softDirty != 0, err
+	}
+	// All of a new mapping is marked, by a kernel that does mark.
+	if can, err := marked(); err != nil || !can {
+		return false, err
+	}
+	if _, err := r.refs.WriteString("4"); err != nil {
+		return false, err
+	}
+	still, err := marked()
+	return !still, err
+}
+
+// pages yields the pages that are no longer the file's; those of them that
+// were written to since, where that is known.
 func (r *ram) pages(yield func(memory.Page, error) bool) {
 	fail := func(err error) { yield(memory.Page{}, fmt.Errorf("read memory: %w", err)) }
 	entries := make([]byte, 8*mapChunk)
@@ -173,7 +209,10 @@ func (r *ram) pages(yield func(memory.Page, error) bool) {
 			fail(fmt.Errorf("page map: %w", err))
 			return
 		}
-		isChanged := func(i uint64) bool { return changed(binary.NativeEndian.Uint64(entries[8*i:])) }
+		isChanged := func(i uint64) bool {
+			entry := binary.NativeEndian.Uint64(entries[8*i:])
+			return changed(entry) && (!r.tracked || entry&softDirty != 0)
+		}
 		for i := uint64(0); i < n; {
 			if !isChanged(i) {
 				i++

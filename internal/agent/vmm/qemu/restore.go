@@ -48,10 +48,15 @@ func (m *machine) restoreMemory(from vmm.Saved) error {
 		return err
 	}
 	defer r.close()
-	if from.Changed == nil {
-		return nil
+	if from.Changed != nil {
+		if err := r.write(from.Changed); err != nil {
+			return err
+		}
 	}
-	return r.write(from.Changed)
+	if m.state.MemoryTracked, err = r.track(); err != nil {
+		return fmt.Errorf("track changes of memory: %w", err)
+	}
+	return nil
 }
 
 // restoreDevices writes state to w, the other end of the pipe that QEMU was

@@ -1,0 +1,138 @@
+package qemu
+
+import (
+	"bufio"
+	"bytes"
+	"os"
+	"os/exec"
+	"slices"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/memory"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+)
+
+const (
+	writerEnv    = "WRENN_QEMU_TEST_WRITER"
+	writerBlocks = 64
+)
+
+// TestWriter is no test but the process whose memory TestTrackedPages looks
+// at: it maps a file as QEMU does and writes to pages.
+func TestWriter(t *testing.T) {
+	if os.Getenv(writerEnv) == "" {
+		t.Skip("it is what TestTrackedPages starts")
+	}
+	mem, err := unix.Mmap(3, 0, writerBlocks*memory.BlockSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func(blocks ...int) {
+		for _, b := range blocks {
+			mem[b*memory.BlockSize]++
+		}
+		_, _ = os.Stdout.WriteString("wrote\n")
+	}
+	write(1, 2)
+	_, _ = os.Stdin.Read(make([]byte, 1))
+	write(2, 5)
+	_, _ = os.Stdin.Read(make([]byte, 1))
+}
+
+// TestTrackedPages: of the pages that are a process's own, those that it wrote
+// to since are told apart from those that it was given.
+func TestTrackedPages(t *testing.T) {
+	f, err := emptyMemory(writerBlocks * memory.BlockSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	mapped, err := checkMemory(f, writerBlocks*memory.BlockSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("/proc/self/exe", "-test.run=^TestWriter$")
+	cmd.Env = append(os.Environ(), writerEnv+"=1")
+	cmd.ExtraFiles = []*os.File{f}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	in, err1 := cmd.StdinPipe()
+	out, err2 := cmd.StdoutPipe()
+	if err1 != nil || err2 != nil {
+		t.Fatal(err1, err2)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = cmd.Process.Kill(); _ = cmd.Wait() }()
+	said := bufio.NewScanner(out)
+	wrote := func() {
+		t.Helper()
+		for said.Scan() {
+			if said.Text() == "wrote" {
+				return
+			}
+		}
+		t.Fatal("the writer ended")
+	}
+	wrote()
+	start, err := startTime(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	st := vmm.State{PID: cmd.Process.Pid, StartTime: start, MemoryDevice: mapped.Dev, MemoryInode: mapped.Ino, MemoryBytes: writerBlocks * memory.BlockSize}
+	r, err := openRAM(st, os.O_RDWR)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.close()
+	blocks := func() (all []uint64) {
+		t.Helper()
+		for p, err := range r.pages {
+			if err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, p.Block)
+		}
+		return all
+	}
+	given := bytes.Repeat([]byte{9}, memory.BlockSize)
+	err = r.write(func(yield func(memory.Page, error) bool) {
+		_ = yield(memory.Page{Block: 7, Data: given}, nil) && yield(memory.Page{Block: 8, Data: given}, nil)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := blocks(); !slices.Equal(got, []uint64{1, 2, 7, 8}) {
+		t.Errorf("its own are %v", got)
+	}
+	if r.tracked, err = r.track(); err != nil {
+		t.Fatal(err)
+	}
+	if !r.tracked {
+		t.Skip("this kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)")
+	}
+	if got := blocks(); len(got) != 0 {
+		t.Errorf("written since nothing was written: %v", got)
+	}
+	if _, err := in.Write([]byte("\n")); err != nil {
+		t.Fatal(err)
+	}
+	wrote()
+	if got := blocks(); !slices.Equal(got, []uint64{2, 5}) {
+		t.Errorf("written since: %v", got)
+	}
+	// Another agent that goes on sees the same, and all where it is not told.
+	for tracked, want := range map[bool][]uint64{true: {2, 5}, false: {1, 2, 5, 7, 8}} {
+		st.MemoryTracked = tracked
+		r.close()
+		if r, err = openRAM(st, os.O_RDONLY); err != nil {
+			t.Fatal(err)
+		}
+		if got := blocks(); !slices.Equal(got, want) {
+			t.Errorf("tracked: %v: %v", tracked, got)
+		}
+	}
+}
