@@ -25,8 +25,8 @@ const (
 // TestIdle measures what many sandboxes that do nothing take.
 func TestIdle(t *testing.T) {
 	h := newHost(t, idle*1024, nil)
-	if have := meminfo(t, "MemAvailable"); have < 10<<30 {
-		t.Skipf("needs 10 GiB of memory, and %s are available", mib(have))
+	if have := meminfo(t, "MemAvailable"); have < 6<<30 {
+		t.Skipf("needs 6 GiB of memory, and %s are available", mib(have))
 	}
 	first := h.create(t, idleMemory)
 	h.hello(t, first)
