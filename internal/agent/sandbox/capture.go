@@ -190,7 +190,7 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 	}
 	err = b.step("warm up", func() error {
 		into.Token = rand.Text()
-		if err := b.warmUp(ctx, "", into.Token, "python3 -c pass; sync"); err != nil {
+		if err := b.warmUp(ctx, "", into.Token, warmUpCommand+"; sync"); err != nil {
 			return err
 		}
 		// What a guest is in the middle of, each machine goes on with.
@@ -247,6 +247,10 @@ func (b *box) warmUp(ctx context.Context, shown, token, command string) error {
 		return nil
 	})
 }
+
+// warmUpCommand has what most commands need read from the disk, and done by the
+// kernel.
+const warmUpCommand = "ls -l / | cat; echo; id; python3 -c pass"
 
 // warmUpTimeout bounds the command.
 const warmUpTimeout = 15 * time.Second

@@ -240,7 +240,7 @@ func (b *box) wait(ctx context.Context, c *image.Capture) error {
 			return err
 		}
 		b.rec.Spec.Token = rand.Text()
-		if err := b.warmUp(ctx, c.Token, b.rec.Spec.Token, ":"); err != nil {
+		if err := b.warmUp(ctx, c.Token, b.rec.Spec.Token, warmUpCommand); err != nil {
 			return err
 		}
 		return b.vm.Hold(ctx)
