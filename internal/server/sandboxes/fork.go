@@ -31,7 +31,8 @@ func (s *Service) Fork(ctx context.Context, team, sandbox uuid.UUID, count int) 
 			return nil, err
 		}
 		var copies []db.Sandbox
-		_, err = s.turn(ctx, sandbox, "", func() (db.Sandbox, error) {
+		// Read only after it has ended: it goes on when the caller leaves.
+		_, err = s.turn(ctx, sandbox, "", func() (_ db.Sandbox, err error) {
 			copies, err = s.fork(sandbox, host, count)
 			return db.Sandbox{}, err
 		})

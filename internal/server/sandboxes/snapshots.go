@@ -36,7 +36,8 @@ func (s *Service) Snapshot(ctx context.Context, team, sandbox uuid.UUID, name st
 		var template db.Template
 		switch State(row.State) {
 		case Running, Paused:
-			_, err = s.turn(ctx, sandbox, "", func() (db.Sandbox, error) {
+			// Read only after it has ended: it goes on when the caller leaves.
+			_, err = s.turn(ctx, sandbox, "", func() (_ db.Sandbox, err error) {
 				template, err = s.snapshot(row, name)
 				return row, err
 			})
