@@ -73,7 +73,7 @@ func (a *app) forkCommand() *cobra.Command {
 
 func (a *app) snapshotCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "snapshot", Short: "Templates captured from sandboxes"}
-	cmd.AddCommand(a.snapshotCreateCommand(), a.snapshotLsCommand(), a.snapshotRmCommand())
+	cmd.AddCommand(a.snapshotCreateCommand(), a.templatesCommand("List snapshots", (*client.Client).Snapshots), a.snapshotRmCommand())
 	return cmd
 }
 
@@ -100,25 +100,6 @@ func (a *app) snapshotCreateCommand() *cobra.Command {
 			}
 			_, err = fmt.Fprintln(a.out, t.Name)
 			return err
-		},
-	}
-	out.flag(cmd)
-	return cmd
-}
-
-func (a *app) snapshotLsCommand() *cobra.Command {
-	var out output
-	cmd := &cobra.Command{
-		Use: "ls", Aliases: []string{"list"}, Short: "List snapshots", Args: exactly(0),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := out.check(); err != nil {
-				return err
-			}
-			c, err := a.client()
-			if err != nil {
-				return err
-			}
-			return a.templates(c.Snapshots(cmd.Context()), out.format)
 		},
 	}
 	out.flag(cmd)

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"iter"
@@ -288,9 +289,15 @@ func (a *app) metricsCommand() *cobra.Command {
 
 func (a *app) templateCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "template", Short: "What sandboxes start from"}
+	cmd.AddCommand(a.templatesCommand("List templates", (*client.Client).Templates))
+	return cmd
+}
+
+// templatesCommand is "ls" of the templates that all returns.
+func (a *app) templatesCommand(short string, all func(*client.Client, context.Context) iter.Seq2[client.Template, error]) *cobra.Command {
 	var out output
-	ls := &cobra.Command{
-		Use: "ls", Aliases: []string{"list"}, Short: "List templates", Args: exactly(0),
+	cmd := &cobra.Command{
+		Use: "ls", Aliases: []string{"list"}, Short: short, Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := out.check(); err != nil {
 				return err
@@ -299,11 +306,10 @@ func (a *app) templateCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.templates(c.Templates(cmd.Context()), out.format)
+			return a.templates(all(c, cmd.Context()), out.format)
 		},
 	}
-	out.flag(ls)
-	cmd.AddCommand(ls)
+	out.flag(cmd)
 	return cmd
 }
 
