@@ -186,12 +186,24 @@ func (s *bases) mib() int {
 	return int(sum >> 20)
 }
 
-// writeFile writes a new file and syncs it.
-func writeFile(name string, data []byte) error {
-	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o400)
+// saveDevices saves the state of a held machine's devices to a new file.
+func (b *box) saveDevices(ctx context.Context, name string) error {
+	devices, err := b.vm.Devices(ctx)
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(data)
-	return errors.Join(err, f.Sync(), f.Close(), syncDir(filepath.Dir(name)))
+	return writeDevices(name, devices)
+}
+
+// writeDevices writes a state of devices to a new file and syncs it.
+func writeDevices(name string, devices []byte) error {
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o400)
+	if err != nil {
+		return fmt.Errorf("write devices: %w", err)
+	}
+	_, err = f.Write(devices)
+	if err := errors.Join(err, f.Sync(), f.Close(), syncDir(filepath.Dir(name))); err != nil {
+		return fmt.Errorf("write devices: %w", err)
+	}
+	return nil
 }

@@ -159,21 +159,7 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 		return nil, err
 	}
 	err = b.step("vm", func() error {
-		spec, err := b.machine(into.Rootfs(), nil)
-		if err != nil {
-			return err
-		}
-		defer spec.Tap.Close()
-		b.maybeVM = true
-		vm, err := b.m.Driver.Start(ctx, spec)
-		if err != nil && ctx.Err() != nil {
-			return because(ctx, err)
-		}
-		if err != nil {
-			return fmt.Errorf("start the virtual machine: %w", err)
-		}
-		b.hold(vm)
-		return nil
+		return b.launch(ctx, "start", into.Rootfs(), nil, b.m.Driver.Start)
 	})
 	if err != nil {
 		return nil, err
@@ -260,12 +246,8 @@ func (b *box) save(ctx context.Context, into *image.Capture) error {
 	if err := b.vm.Hold(ctx); err != nil {
 		return err
 	}
-	devices, err := b.vm.Devices(ctx)
-	if err != nil {
+	if err := b.saveDevices(ctx, into.Devices()); err != nil {
 		return err
-	}
-	if err := writeFile(into.Devices(), devices); err != nil {
-		return fmt.Errorf("write devices: %w", err)
 	}
 	m, err := memory.Create(ctx, into.Memory(), int64(into.MemoryMiB)<<20, b.vm.Pages())
 	if err != nil {

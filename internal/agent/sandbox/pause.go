@@ -145,16 +145,7 @@ func (b *box) saveTo(ctx context.Context, folder string) error {
 	// Beside each other: the devices' state is small, but QEMU and the disk take
 	// their time.
 	var g errgroup.Group
-	g.Go(func() error {
-		devices, err := b.vm.Devices(ctx)
-		if err != nil {
-			return err
-		}
-		if err := writeFile(filepath.Join(folder, "devices"), devices); err != nil {
-			return fmt.Errorf("write devices: %w", err)
-		}
-		return nil
-	})
+	g.Go(func() error { return b.saveDevices(ctx, filepath.Join(folder, "devices")) })
 	b.m.Hook("pause: saving")
 	err := b.saveMemory(ctx, filepath.Join(folder, "memory"), b.vm.Pages())
 	if err := errors.Join(err, g.Wait()); err != nil {
@@ -400,7 +391,7 @@ func (b *box) restoreSaved(ctx context.Context) (err error) {
 	if err := os.Chown(dir.SandboxDisk(home, b.rec.Disks-1), b.uid(), b.uid()); err != nil {
 		return err
 	}
-	return b.restore(ctx, vmm.Saved{Memory: b.base.file, Changed: own.ChangedFrom(b.base.image), Devices: devices})
+	return b.restore(ctx, origin, vmm.Saved{Memory: b.base.file, Changed: own.ChangedFrom(b.base.image), Devices: devices})
 }
 
 // pausedEvent is an event of a pause that the agent made.

@@ -202,8 +202,8 @@ func (b *box) captureRunning(ctx context.Context, c *image.Capture) error {
 	}
 	b.log.Debug("sandbox goes on", "stopped_for", time.Since(begin))
 	return b.step("save", func() error {
-		if err := writeFile(c.Devices(), devices); err != nil {
-			return fmt.Errorf("write devices: %w", err)
+		if err := writeDevices(c.Devices(), devices); err != nil {
+			return err
 		}
 		return b.saveMemory(ctx, c.Memory(), pages)
 	})

@@ -121,7 +121,7 @@ func (b *box) prepare(ctx context.Context, c *image.Capture) error {
 		if err != nil {
 			return fmt.Errorf("read the captured devices: %w", err)
 		}
-		return b.restore(ctx, vmm.Saved{Memory: b.base.file, Devices: devices})
+		return b.restore(ctx, c, vmm.Saved{Memory: b.base.file, Devices: devices})
 	})
 }
 
@@ -172,28 +172,31 @@ func (b *box) machine(base string, layers []string) (vmm.Spec, error) {
 	}, nil
 }
 
-// restore makes a machine, held, that goes on from what was saved.
-func (b *box) restore(ctx context.Context, from vmm.Saved) error {
-	origin, err := image.OpenCapture(b.m.Dir.SandboxOrigin(b.rec.Home))
-	if err != nil {
-		return err
-	}
+// restore makes a machine, held, that goes on from what was saved above origin.
+func (b *box) restore(ctx context.Context, origin *image.Capture, from vmm.Saved) error {
 	var layers []string
 	for n := range origin.Layers {
 		layers = append(layers, origin.Layer(n))
 	}
-	spec, err := b.machine(origin.Rootfs(), layers)
+	return b.launch(ctx, "restore", origin.Rootfs(), layers, func(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
+		return b.m.Driver.Restore(ctx, spec, from)
+	})
+}
+
+// launch has f make the sandbox's machine; doing says what that is.
+func (b *box) launch(ctx context.Context, doing, base string, layers []string, f func(context.Context, vmm.Spec) (vmm.VM, error)) error {
+	spec, err := b.machine(base, layers)
 	if err != nil {
 		return err
 	}
 	defer spec.Tap.Close()
 	b.maybeVM = true
-	vm, err := b.m.Driver.Restore(ctx, spec, from)
+	vm, err := f(ctx, spec)
 	if err != nil && ctx.Err() != nil {
 		return because(ctx, err)
 	}
 	if err != nil {
-		return fmt.Errorf("restore the virtual machine: %w", err)
+		return fmt.Errorf("%s the virtual machine: %w", doing, err)
 	}
 	b.hold(vm)
 	return nil

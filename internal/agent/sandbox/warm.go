@@ -136,29 +136,19 @@ func (w *warm) keep() {
 	}
 }
 
-// captureDefault captures what most sandboxes will begin with.
+// captureDefault captures what most sandboxes will begin with. A capture ends
+// when the agent does.
 func (w *warm) captureDefault() {
-	ctx, cancel := context.WithCancelCause(context.Background())
-	defer cancel(nil)
-	stop := make(chan struct{})
-	defer close(stop)
-	go func() {
-		select {
-		case <-w.m.closing:
-			cancel(ErrClosing)
-		case <-stop:
-		}
-	}()
 	t, err := w.m.Template(uuid.Nil, uuid.Nil)
 	if err == nil {
 		var c *image.Capture
-		if c, err = w.m.capture(ctx, t, w.m.DefaultVCPUs, w.m.DefaultMemoryMiB); err == nil {
+		if c, err = w.m.capture(context.Background(), t, w.m.DefaultVCPUs, w.m.DefaultMemoryMiB); err == nil {
 			w.m.mu.Lock()
 			w.want(Spec{}, c)
 			w.m.mu.Unlock()
 		}
 	}
-	if err != nil && ctx.Err() == nil {
+	if err != nil && !w.m.isClosed() {
 		w.m.Log.Error("the built-in template is not captured", "error", err)
 	}
 }
