@@ -227,6 +227,7 @@ func (m *Manager) started(b *box, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.starting--
+	m.warm.lastStart = time.Now()
 	if err == nil && b.begin.capture != nil && !b.begin.copied {
 		m.warm.want(b.rec.Spec, b.begin.capture)
 	}

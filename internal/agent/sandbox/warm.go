@@ -11,8 +11,12 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 )
 
-// maxWarm is of how many captures machines wait: those used last.
-const maxWarm = 16
+const (
+	// maxWarm is of how many captures machines wait: those used last.
+	maxWarm = 16
+	// maxRest bounds how long after a start nothing is made.
+	maxRest = time.Second
+)
 
 // warm are machines that were restored and wait to become sandboxes. One
 // goroutine makes them, when nothing else is being started and there is memory
@@ -24,6 +28,9 @@ type warm struct {
 	wanted      []wanted // used last first
 	ready       []*box
 	reservedMiB int
+	lastStart   time.Time // when the start of a sandbox has ended last
+
+	took time.Duration // to make the last one; keep's own
 }
 
 // wanted is a capture of which machines wait.
@@ -130,9 +137,33 @@ func (w *warm) keep() {
 			w.shed(0)
 			return
 		}
-		for next := w.next(); next != nil; next = w.next() {
-			w.make(*next)
+		if !w.rest() {
+			continue // the agent ends
 		}
+		for next := w.next(); next != nil; next = w.next() {
+			begin := time.Now()
+			w.make(*next)
+			w.took = time.Since(begin)
+		}
+	}
+}
+
+// rest leaves a sandbox that has just been started the processors for what it
+// was started for, once, for as long as it takes to make a machine.
+func (w *warm) rest() bool {
+	w.m.mu.Lock()
+	left := min(w.took, maxRest) - time.Since(w.lastStart)
+	w.m.mu.Unlock()
+	if left <= 0 {
+		return true
+	}
+	t := time.NewTimer(left)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-w.m.closing:
+		return false
 	}
 }
 
