@@ -33,10 +33,12 @@ func (h *host) pause(t *testing.T, sandbox string) {
 	if s := res.Msg.GetSandbox().GetState(); s != pb.SandboxState_SANDBOX_STATE_PAUSED {
 		t.Fatalf("after a pause it is %v", s)
 	}
-	if pid := agenttest.QEMU(sandbox); pid != 0 {
-		t.Errorf("the machine of a paused sandbox is left: %d", pid)
-	}
 	t.Logf("paused in %v", time.Since(begin).Round(time.Millisecond))
+	for deadline := time.Now().Add(10 * time.Second); agenttest.QEMU(sandbox) != 0; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("the machine of a paused sandbox is left: %d", agenttest.QEMU(sandbox))
+		}
+	}
 }
 
 func (h *host) resume(t *testing.T, sandbox string) {
@@ -569,6 +571,18 @@ func TestKilledAtEveryStep(t *testing.T) {
 		_, err := h.Pause(t.Context(), connect.NewRequest(&pb.PauseRequest{SandboxId: sandbox}))
 		return err
 	}
+	// The machine ends when the pause has been answered.
+	pauseAndEnd := func() error {
+		if err := pause(); err != nil {
+			return err
+		}
+		select {
+		case <-h.Ended:
+			return errors.New("the agent has ended")
+		case <-time.After(30 * time.Second):
+			return nil
+		}
+	}
 	resume := func() error {
 		if err := pause(); err != nil {
 			return err
@@ -613,7 +627,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 		{"pause: saving", pause},
 		{"pause: saved", pause},
 		{"pause: committed", pause},
-		{"pause: vacated", pause},
+		{"pause: vacated", pauseAndEnd},
 		{"resume: restored", resume},
 		{"resume: committed", resume},
 		{"resume: runs", resume},

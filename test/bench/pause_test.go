@@ -15,6 +15,7 @@ import (
 
 	"connectrpc.com/connect"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
 	"github.com/wrenn-dev/wrenn/internal/agent/disk"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
@@ -142,6 +143,7 @@ func (h *host) measure(t *testing.T, sandbox string, memoryMiB int, s share) row
 		begin := time.Now()
 		h.pause(t, sandbox)
 		r.pause = append(r.pause, time.Since(begin))
+		h.settles(t, sandbox)
 		var written, kept int64
 		for inode, bytes := range h.saved(t, sandbox) {
 			if _, ok := before[inode]; !ok {
@@ -178,6 +180,24 @@ func (h *host) pause(t *testing.T, sandbox string) {
 	t.Helper()
 	if _, err := h.Pause(t.Context(), connect.NewRequest(&pb.PauseRequest{SandboxId: sandbox})); err != nil {
 		t.Fatalf("pause: %v", err)
+	}
+}
+
+// settles waits until a paused sandbox's machine is gone, and what was saved
+// of it before.
+func (h *host) settles(t *testing.T, sandbox string) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
+		states, err := filepath.Glob(filepath.Join(h.folder(t, sandbox), "state-*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if agenttest.QEMU(sandbox) == 0 && len(states) == 1 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("a paused sandbox has %v", states)
+		}
 	}
 }
 

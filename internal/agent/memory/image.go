@@ -159,22 +159,13 @@ func (m *Image) ChangedFrom(base *Image) Pages {
 			return
 		}
 		buf := make([]byte, chunkBytes)
-		for b := uint64(0); b < m.h.blocks; {
-			e, o := m.h.lookup(b), below.lookup(b)
-			e.count = min(e.count, o.count)
-			b = e.end()
+		for e := range m.h.differing(below) {
 			if e.layer == zeroLayer {
-				if o.layer == zeroLayer {
-					continue
-				}
-				for i := e.first; i < b; i++ {
+				for i := e.first; i < e.end(); i++ {
 					if !yield(Page{i, zeros[:]}, nil) {
 						return
 					}
 				}
-				continue
-			}
-			if o.layer != zeroLayer && m.h.layers[e.layer].id == below.layers[o.layer].id && e.offset == o.offset {
 				continue
 			}
 			for p, err := range m.read(context.Background(), e, buf) {
@@ -187,6 +178,38 @@ func (m *Image) ChangedFrom(base *Image) Pages {
 						return
 					}
 				}
+			}
+		}
+	}
+}
+
+// BytesChangedFrom is how many bytes of memory [Image.ChangedFrom] yields for
+// an image of the same size.
+func (m *Image) BytesChangedFrom(base *Image) int64 {
+	var blocks uint64
+	for e := range m.h.differing(base.h) {
+		blocks += e.count
+	}
+	return int64(blocks) * BlockSize
+}
+
+// differing are the extents of h, in parts, that are not the same in other, a
+// header of as many blocks.
+func (h *header) differing(other *header) iter.Seq[extent] {
+	return func(yield func(extent) bool) {
+		for b := uint64(0); b < h.blocks; {
+			e, o := h.lookup(b), other.lookup(b)
+			e.count = min(e.count, o.count)
+			b = e.end()
+			switch {
+			case e.layer == zeroLayer && o.layer == zeroLayer:
+				continue
+			case e.layer != zeroLayer && o.layer != zeroLayer &&
+				h.layers[e.layer].id == other.layers[o.layer].id && e.offset == o.offset:
+				continue
+			}
+			if !yield(e) {
+				return
 			}
 		}
 	}

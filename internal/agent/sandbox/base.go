@@ -30,8 +30,8 @@ type bases struct {
 type base struct {
 	id    uuid.UUID // the capture's
 	ready chan struct{}
-	err   error // once ready is closed, as are those below
-	image *memory.Image
+	err   error         // once ready is closed, as are those below
+	image *memory.Image // what file has; nil: one machine alone has it
 	file  *os.File
 	bytes int64 // what file takes
 
@@ -78,25 +78,51 @@ func (b *base) open(ctx context.Context, c *image.Capture) error {
 	if err != nil {
 		return fmt.Errorf("read the captured memory: %w", err)
 	}
-	f, err := m.Materialize(ctx, "wrenn-"+c.ID.String())
-	if err != nil {
+	if err := b.materialize(ctx, m); err != nil {
 		return errors.Join(err, m.Close())
+	}
+	b.image = m
+	return nil
+}
+
+func (b *base) materialize(ctx context.Context, m *memory.Image) error {
+	f, err := m.Materialize(ctx, "wrenn-"+b.id.String())
+	if err != nil {
+		return err
 	}
 	info, err := f.Stat()
 	if err != nil {
-		return errors.Join(err, f.Close(), m.Close())
+		return errors.Join(err, f.Close())
 	}
-	b.bytes = info.Size()
+	b.file, b.bytes = f, info.Size()
 	if st, ok := info.Sys().(*syscall.Stat_t); ok {
 		b.bytes = st.Blocks * 512
 	}
-	b.image, b.file = m, f
 	return nil
+}
+
+// own makes m a memory that one machine alone begins with. It is m's no more
+// once it is there. The caller releases it.
+func (s *bases) own(ctx context.Context, m *memory.Image) (*base, error) {
+	b := &base{id: uuid.New(), ready: make(chan struct{}), refs: 1, unwanted: true}
+	if err := b.materialize(ctx, m); err != nil {
+		return nil, err
+	}
+	close(b.ready)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.known == nil {
+		s.known = map[uuid.UUID]*base{}
+	}
+	s.known[b.id] = b
+	return b, nil
 }
 
 func (b *base) close() {
 	if b.file != nil {
 		_ = b.file.Close()
+	}
+	if b.image != nil {
 		_ = b.image.Close()
 	}
 }

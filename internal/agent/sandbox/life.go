@@ -455,6 +455,7 @@ func (b *box) clean(why ending, done func(error)) {
 	for pause := firstRetry; ; pause = min(2*pause, lastRetry) {
 		b.set(func() { b.attempts++ })
 		err := b.tryClean(why)
+		b.m.left(b)
 		b.m.Observe("remove", time.Since(begin), err)
 		if err == nil {
 			b.m.remove(b)

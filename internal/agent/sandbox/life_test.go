@@ -117,6 +117,58 @@ func TestPauseAndResume(t *testing.T) {
 	h.nothingLeft()
 }
 
+// TestResumedStandsAlone: a sandbox whose changes outweigh what it shares gets
+// a memory of its own, so that the next pause writes and compares no more than
+// what changed since.
+func TestResumedStandsAlone(t *testing.T) {
+	for _, test := range []struct {
+		name        string
+		tracks, low bool
+		alone       bool
+	}{
+		{name: "alone", alone: true},
+		{name: "tracked", tracks: true},
+		{name: "no room", low: true},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			w := newWorld(t, 1)
+			w.tracks = test.tracks
+			h := w.open(layout.Dir(t.TempDir()))
+			id := h.create(t, nil)
+			b, err := h.find(id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			shared := b.base
+			if test.low {
+				h.mu.Lock()
+				h.MemoryMiB = b.rec.Spec.MemoryMiB + overheadMiB
+				h.mu.Unlock()
+			}
+			for range 3 {
+				n := h.counts(t, id)
+				if _, err := h.Pause(t.Context(), id); err != nil {
+					t.Fatal(err)
+				}
+				h.settles(t, id)
+				if n := len(h.bases.known); n != 1 {
+					t.Errorf("%d memories are left", n)
+				}
+				if _, err := h.Resume(t.Context(), id); err != nil {
+					t.Fatal(err)
+				}
+				h.runs(t, id, n)
+				if alone := b.base != shared; alone != test.alone {
+					t.Errorf("it stands alone: %v", alone)
+				}
+			}
+			h.destroyAll()
+			h.nothingLeft()
+			h.close()
+		})
+	}
+}
+
 func isState(err error, s State) bool {
 	var state *StateError
 	return errors.As(err, &state) && state.State == s
@@ -127,6 +179,10 @@ func (h *host) settles(t testing.TB, id uuid.UUID) {
 	t.Helper()
 	b, err := h.find(id)
 	if err != nil {
+		t.Fatal(err)
+	}
+	// It takes orders once its machine is gone.
+	if err := b.order(t.Context(), func(context.Context) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
 	b.mu.Lock()
@@ -188,10 +244,10 @@ func TestFailedResumeLeavesItPaused(t *testing.T) {
 			if i, err := h.Resume(t.Context(), id); err == nil || i.State != Paused {
 				t.Fatalf("%s %v", i.State, err)
 			}
+			h.settles(t, id)
 			if reserved, _ := h.Memory(); reserved > h.bases.mib() {
 				t.Errorf("%d MiB are reserved", reserved)
 			}
-			h.settles(t, id)
 			h.w.setFailing(nil)
 			if _, err := h.Resume(t.Context(), id); err != nil {
 				t.Fatal(err)
@@ -386,8 +442,8 @@ func TestNextAgentTakesPausedBack(t *testing.T) {
 	if _, err := h.Pause(t.Context(), paused); err != nil {
 		t.Fatal(err)
 	}
-	vm := w.vms[held]
 	h.close()
+	vm := w.vms[held]
 	_ = vm.Hold(t.Context()) // as an agent that was killed in a pause leaves it
 	stray := filepath.Join(dir.Sandbox(paused), "saved-"+uuid.NewString())
 	if err := os.Mkdir(stray, 0o700); err != nil {

@@ -90,7 +90,9 @@ type Manager struct {
 	boxes       map[uuid.UUID]*box
 	nameless    map[*box]struct{} // machines that are no sandbox: captured from, or waiting
 	capturing   map[string]*capturing
-	refuse      error // why no sandbox is created any more
+	leaving     map[*box]struct{} // paused sandboxes whose machines are being ended
+	fewer       chan struct{}     // closed and replaced when leaving has one less
+	refuse      error             // why no sandbox is created any more
 	isClosing   bool
 	starting    int // sandboxes that are being created
 	reservedMiB int // for all but machines that wait
@@ -132,6 +134,7 @@ func Open(ctx context.Context, c Config, r *Recovery) (*Manager, error) {
 	m := &Manager{
 		Config: c, boots: make(chan struct{}, c.Boots), closing: make(chan struct{}),
 		boxes: map[uuid.UUID]*box{}, nameless: map[*box]struct{}{}, capturing: map[string]*capturing{},
+		leaving: map[*box]struct{}{}, fewer: make(chan struct{}),
 	}
 	m.warm.init(m)
 	for _, f := range r.found {
@@ -154,7 +157,7 @@ func hostMemory() (mib int, err error) {
 // under way or returns the one that there is. When all callers have gone before
 // it runs, it is given up.
 func (m *Manager) Create(ctx context.Context, s Spec) (Info, error) {
-	b, err := m.enroll(s, nil)
+	b, err := m.enroll(ctx, s, nil)
 	if err != nil {
 		return Info{}, err
 	}
@@ -163,7 +166,7 @@ func (m *Manager) Create(ctx context.Context, s Spec) (Info, error) {
 
 // enroll finds or makes the sandbox that s speaks of, and counts the caller
 // as one who waits for it. c is what it begins with; nil: its template's.
-func (m *Manager) enroll(s Spec, c *image.Capture) (*box, error) {
+func (m *Manager) enroll(ctx context.Context, s Spec, c *image.Capture) (*box, error) {
 	var t image.Template
 	if c == nil {
 		var err error
@@ -176,8 +179,16 @@ func (m *Manager) enroll(s Spec, c *image.Capture) (*box, error) {
 	if err := s.check(t); err != nil {
 		return nil, err
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
+	var b *box
+	err := m.whenFewer(ctx, func() (err error) {
+		b, err = m.join(s, t, c)
+		return err
+	})
+	return b, err
+}
+
+// join is enroll when t and s are known to be right. The caller holds the lock.
+func (m *Manager) join(s Spec, t image.Template, c *image.Capture) (*box, error) {
 	if b := m.boxes[s.ID]; b != nil {
 		b.mu.Lock()
 		defer b.mu.Unlock()
@@ -264,14 +275,64 @@ func (m *Manager) admit(b *box) error {
 	return nil
 }
 
-// reserve reserves the memory that a sandbox takes.
-func (m *Manager) reserve(b *box) error {
+// hasRoom tells whether nobody would miss so many bytes of memory.
+func (m *Manager) hasRoom(bytes int64) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if b.reservedMiB > 0 {
-		return nil
+	mib := int(bytes>>20) + 1
+	available, err := availableMemory()
+	return err == nil && mib+slackMiB <= available &&
+		m.reservedMiB+m.bases.mib()+m.warm.reservedMiB+mib <= m.MemoryMiB
+}
+
+// reserve reserves the memory that a sandbox takes.
+func (m *Manager) reserve(ctx context.Context, b *box) error {
+	return m.whenFewer(ctx, func() error {
+		if b.reservedMiB > 0 {
+			return nil
+		}
+		return m.admit(b)
+	})
+}
+
+// leaves notes that a sandbox is paused, and that what its machine has will be
+// free in a moment.
+func (m *Manager) leaves(b *box) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.leaving[b] = struct{}{}
+}
+
+// left notes that it is free, or that it cannot be had so soon.
+func (m *Manager) left(b *box) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if _, ok := m.leaving[b]; ok {
+		delete(m.leaving, b)
+		close(m.fewer)
+		m.fewer = make(chan struct{})
 	}
-	return m.admit(b)
+}
+
+// whenFewer calls f with the lock held; again, when the host had no room, each
+// time that a machine has ended which was about to.
+func (m *Manager) whenFewer(ctx context.Context, f func() error) error {
+	for {
+		m.mu.Lock()
+		err := f()
+		fewer, some := m.fewer, len(m.leaving) > 0
+		m.mu.Unlock()
+		if !some || !errors.Is(err, ErrExhausted) {
+			return err
+		}
+		select {
+		case <-fewer:
+		case <-m.closing:
+			return err
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 }
 
 // unreserve gives back what was reserved.

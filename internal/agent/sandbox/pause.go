@@ -27,8 +27,9 @@ const (
 	undoTimeout = 30 * time.Second
 )
 
-// Pause saves a running sandbox and ends its machine. When it fails the sandbox
-// runs as before. Of a sandbox that is paused there is nothing to be done.
+// Pause saves a running sandbox, whose machine then ends. When it fails the
+// sandbox runs as before. Of a sandbox that is paused there is nothing to be
+// done.
 func (m *Manager) Pause(ctx context.Context, id uuid.UUID) (Info, error) {
 	b, err := m.find(id)
 	if err != nil {
@@ -87,7 +88,8 @@ func (b *box) pause(ctx context.Context, why *ending) error {
 	return nil
 }
 
-// savePaused saves the machine and ends it. When it fails the machine goes on.
+// savePaused saves the machine, and leaves it to [box.servePaused] to end it.
+// When it fails the machine goes on.
 func (b *box) savePaused(ctx context.Context, why *ending) (err error) {
 	dir := b.m.Dir
 	next := b.rec
@@ -118,8 +120,7 @@ func (b *box) savePaused(ctx context.Context, why *ending) (err error) {
 	b.m.Hook("pause: committed")
 	b.endLife(&StateError{Paused})
 	b.disconnect()
-	// From here on it is paused, whatever fails.
-	_ = b.step("vacate", func() error { return b.settle(ctx) })
+	b.m.leaves(b)
 	return nil
 }
 
@@ -217,6 +218,7 @@ func (b *box) letGoOn(ctx context.Context) {
 // its network, what was saved before. Then its memory is the host's again. It
 // is called again until it succeeds.
 func (b *box) settle(ctx context.Context) error {
+	defer b.m.left(b)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanTimeout)
 	defer cancel()
 	if err := b.vacate(ctx); err != nil {
@@ -248,7 +250,8 @@ func (b *box) settled() bool {
 func (b *box) servePaused() (end bool) {
 	var again <-chan time.Time
 	if !b.settled() {
-		if err := b.settle(context.Background()); err != nil {
+		err := b.m.observed("vacate", func() error { return b.settle(context.Background()) })
+		if err != nil {
 			b.log.Error("a paused sandbox's machine is left", "error", err)
 			t := time.NewTimer(lastRetry / 12)
 			defer t.Stop()
@@ -312,7 +315,7 @@ func (b *box) goOn(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	if err := b.m.reserve(b); err != nil {
+	if err := b.m.reserve(ctx, b); err != nil {
 		return err
 	}
 	leave, err := b.queue(ctx)
@@ -391,7 +394,27 @@ func (b *box) restoreSaved(ctx context.Context) (err error) {
 	if err := os.Chown(dir.SandboxDisk(home, b.rec.Disks-1), b.uid(), b.uid()); err != nil {
 		return err
 	}
-	return b.restore(ctx, origin, vmm.Saved{Memory: b.base.file, Changed: own.ChangedFrom(b.base.image), Devices: devices})
+	from := vmm.Saved{Memory: b.base.file, Changed: own.ChangedFrom(b.base.image), Devices: devices}
+	if b.standsAlone(own) {
+		alone, err := b.m.bases.own(ctx, own)
+		if err != nil {
+			return err
+		}
+		b.m.bases.release(b.base)
+		b.base = alone
+		from.Memory, from.Changed = alone.file, nil
+	}
+	return b.restore(ctx, origin, from)
+}
+
+// standsAlone tells whether the machine is to have a whole memory of its own
+// under it instead of the one that it shares. What is laid over a shared memory
+// is what the next pause compares, all of it, where the kernel does not tell
+// what of it was written to since; over a memory that is what was saved there is
+// nothing. It takes the host's memory, so it is for those that share little.
+func (b *box) standsAlone(own *memory.Image) bool {
+	changed := own.BytesChangedFrom(b.base.image)
+	return !b.m.Driver.TracksMemory() && changed > b.base.bytes && b.m.hasRoom(changed+b.base.bytes)
 }
 
 // pausedEvent is an event of a pause that the agent made.

@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -50,6 +51,7 @@ type world struct {
 	started  int
 	hold     chan struct{} // machines are healthy once it is closed; nil: at once
 	warm     int           // how many machines of a template wait
+	tracks   bool          // what machines write to is known
 }
 
 // count is how many machines were made.
@@ -64,7 +66,7 @@ var worlds atomic.Uint32
 func newWorld(t testing.TB, seed uint64) *world {
 	return &world{
 		t: t, net: byte(10 + worlds.Add(1)), rng: rand.New(rand.NewPCG(seed, 1)),
-		failing: map[string]float64{}, slots: map[int]*worldSlot{}, vms: map[uuid.UUID]*worldVM{},
+		tracks: seed%2 == 0, failing: map[string]float64{}, slots: map[int]*worldSlot{}, vms: map[uuid.UUID]*worldVM{},
 	}
 }
 
@@ -140,13 +142,15 @@ func (w *world) Release(_ context.Context, s Slot) error {
 func (w *world) Name() string        { return "world" }
 func (w *world) Accelerator() string { return "none" }
 func (w *world) Close() error        { return nil }
+func (w *world) TracksMemory() bool  { return w.tracks }
 
 // Start implements vmm.Driver.
 func (w *world) Start(ctx context.Context, s vmm.Spec) (vmm.VM, error) {
 	if w.fails("start") {
 		return nil, errInjected
 	}
-	vm, err := w.run(s, make([]byte, worldBlocks*memory.BlockSize))
+	const size = worldBlocks * memory.BlockSize
+	vm, err := w.run(s, make([]byte, size), make([]byte, size))
 	if err == nil {
 		vm.data[0] = 1
 		err = vm.Run(context.Background())
@@ -154,13 +158,13 @@ func (w *world) Start(ctx context.Context, s vmm.Spec) (vmm.VM, error) {
 	return vm, err
 }
 
-// run makes a machine, held.
-func (w *world) run(s vmm.Spec, data []byte) (*worldVM, error) {
+// run makes a machine, held, whose memory has changed where it is not base.
+func (w *world) run(s vmm.Spec, data, base []byte) (*worldVM, error) {
 	l, err := net.Listen("tcp", net.JoinHostPort(s.NetNS, fmt.Sprint(guest.Port)))
 	if err != nil {
 		return nil, err
 	}
-	vm := &worldVM{w: w, spec: s, data: data, done: make(chan struct{}), listener: l, runs: make(chan struct{})}
+	vm := &worldVM{w: w, spec: s, data: data, base: base, done: make(chan struct{}), listener: l, runs: make(chan struct{})}
 	w.mu.Lock()
 	if w.vms[s.ID] != nil {
 		w.t.Errorf("sandbox %s has two machines", s.ID)
@@ -193,6 +197,7 @@ func (w *world) Restore(_ context.Context, s vmm.Spec, from vmm.Saved) (vmm.VM, 
 	if _, err := from.Memory.ReadAt(data, 0); err != nil {
 		return nil, err
 	}
+	base := bytes.Clone(data)
 	if from.Changed != nil {
 		for p, err := range from.Changed {
 			if err != nil {
@@ -201,7 +206,10 @@ func (w *world) Restore(_ context.Context, s vmm.Spec, from vmm.Saved) (vmm.VM, 
 			copy(data[p.Block*memory.BlockSize:], p.Data)
 		}
 	}
-	return w.run(s, data)
+	if w.tracks {
+		base = bytes.Clone(data)
+	}
+	return w.run(s, data, base)
 }
 
 // worldBlocks is how much of a machine's memory is ever used.
@@ -233,6 +241,7 @@ type worldVM struct {
 	spec     vmm.Spec
 	mu       sync.Mutex
 	data     []byte        // of its memory
+	base     []byte        // what of that it has not changed is so
 	runs     chan struct{} // closed while it is not held
 	frozen   bool
 	once     sync.Once
@@ -306,7 +315,14 @@ func (v *worldVM) count() (n byte, ok bool) {
 			v.mu.Unlock()
 			return 0, false
 		case <-runs:
-			v.data[2*memory.BlockSize]++
+			for _, other := range []int{1, 3} {
+				if was := v.data[other*memory.BlockSize]; was != v.data[2*memory.BlockSize] {
+					v.w.t.Errorf("page %d was written with %d, and has %d", other, v.data[2*memory.BlockSize], was)
+				}
+			}
+			for page := 1; page < worldBlocks; page++ {
+				v.data[page*memory.BlockSize]++
+			}
 			n = v.data[2*memory.BlockSize]
 			v.mu.Unlock()
 			return n, true
@@ -391,7 +407,8 @@ func (v *worldVM) Pages() memory.Pages {
 			return
 		}
 		for n := range uint64(worldBlocks) {
-			if !yield(memory.Page{Block: n, Data: v.data[n*memory.BlockSize:][:memory.BlockSize]}, nil) {
+			page := v.data[n*memory.BlockSize:][:memory.BlockSize]
+			if !bytes.Equal(page, v.base[n*memory.BlockSize:][:memory.BlockSize]) && !yield(memory.Page{Block: n, Data: page}, nil) {
 				return
 			}
 		}

@@ -321,7 +321,7 @@ func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_
 		s.ID, s.Token = n.ID, n.Token
 		wg.Go(func() {
 			var copied *box
-			if copied, errs[i] = m.enroll(s, c); errs[i] == nil {
+			if copied, errs[i] = m.enroll(ctx, s, c); errs[i] == nil {
 				infos[i], errs[i] = copied.await(ctx)
 			}
 		})

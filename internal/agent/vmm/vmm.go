@@ -61,6 +61,9 @@ type Driver interface {
 	// written to its disk. When it fails nothing is left. What s says of
 	// processors and memory, and Kind, must be as they were for the other.
 	Restore(ctx context.Context, s Spec, from Saved) (VM, error)
+	// TracksMemory says whether [VM.Pages] of a restored machine leaves out those
+	// of [Saved.Changed] that were not written to since.
+	TracksMemory() bool
 	// Kind names all that a saved machine depends on: monitor and its version,
 	// accelerator, and, where the guest sees them, the processor's features. A
 	// machine saved under another kind is not restored.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -177,6 +178,24 @@ func changed(entry uint64) bool {
 // softDirty is set in an entry of /proc/PID/pagemap for what was written to
 // since it was cleared, and for all of a mapping that was made since.
 const softDirty = 1 << 55
+
+// TracksMemory implements vmm.Driver.
+func (d *Driver) TracksMemory() bool {
+	page, err := unix.Mmap(-1, 0, os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return false
+	}
+	defer func() { _ = unix.Munmap(page) }()
+	page[0] = 1
+	f, err := os.Open("/proc/self/pagemap")
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	var entry [8]byte
+	_, err = f.ReadAt(entry[:], int64(uintptr(unsafe.Pointer(&page[0])))/int64(os.Getpagesize())*8)
+	return err == nil && binary.NativeEndian.Uint64(entry[:])&softDirty != 0
+}
 
 // track has the kernel mark what is written to from now on, and tells whether
 // it does. The process stands still.
