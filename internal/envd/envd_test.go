@@ -13,6 +13,7 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -50,6 +51,9 @@ type guest struct {
 func TestMain(m *testing.M) {
 	// As the program does: what the test's own starter left open is no user's.
 	_ = unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC)
+	// What the starter ignores (nohup does), processes would ignore too; what
+	// this one handles they begin with as usual.
+	signal.Notify(make(chan os.Signal, 1), unix.SIGHUP, unix.SIGINT)
 	os.Exit(m.Run())
 }
 
