@@ -67,6 +67,8 @@ type CreateOptions struct {
 	AutoResume *bool             `json:"auto_resume,omitempty"`
 	Envs       map[string]string `json:"envs,omitempty"`
 	Metadata   map[string]string `json:"metadata,omitempty"`
+	// HostTags are tags that the sandbox's host must have.
+	HostTags []string `json:"host_tags,omitempty"`
 
 	// IdempotencyKey makes a repeated call return the first one's sandbox.
 	// Empty: a random one, for the client's own retries.

@@ -70,6 +70,7 @@ func Commands(in io.Reader, out, errw io.Writer) []*cobra.Command {
 		a.runCommand(), a.createCommand(), a.lsCommand(), a.execCommand(), a.cpCommand(), a.rmCommand(),
 		a.pauseCommand(), a.resumeCommand(), a.forkCommand(), a.snapshotCommand(),
 		a.urlCommand(), a.logsCommand(), a.pingCommand(), a.metricsCommand(), a.templateCommand(),
+		a.hostCommand(),
 	}
 	for _, c := range cmds {
 		f := c.PersistentFlags()

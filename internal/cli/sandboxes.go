@@ -21,6 +21,7 @@ type creation struct {
 	onTimeout              string
 	autoResume             *bool
 	envs, metadata         []string
+	hostTags               []string
 }
 
 func (o *creation) flags(cmd *cobra.Command) {
@@ -38,6 +39,7 @@ func (o *creation) flags(cmd *cobra.Command) {
 		return err
 	})
 	f.StringArrayVarP(&o.envs, "env", "e", nil, "environment variable of every command, KEY=VALUE; repeatable")
+	f.StringArrayVar(&o.hostTags, "host-tag", nil, "tag that the host must have; repeatable")
 	f.StringArrayVar(&o.metadata, "metadata", nil, "what to find the sandbox by, KEY=VALUE; repeatable")
 }
 
@@ -59,7 +61,7 @@ func (o *creation) options() (client.CreateOptions, error) {
 	seconds := int(o.timeout / time.Second)
 	return client.CreateOptions{
 		Template: o.template, VCPUs: o.vcpus, MemoryMiB: o.memoryMiB, DiskMiB: o.disk,
-		TimeoutSeconds: &seconds, OnTimeout: o.onTimeout, AutoResume: o.autoResume, Envs: envs, Metadata: metadata,
+		TimeoutSeconds: &seconds, OnTimeout: o.onTimeout, AutoResume: o.autoResume, Envs: envs, Metadata: metadata, HostTags: o.hostTags,
 	}, nil
 }
 

@@ -64,7 +64,7 @@ type agent struct {
 	server *http.Server
 }
 
-func newAgent(t *testing.T) *agent {
+func newAgent(t testing.TB) *agent {
 	a := &agent{
 		socket:    filepath.Join(t.TempDir(), "agent.sock"),
 		token:     agentToken,
@@ -78,7 +78,7 @@ func newAgent(t *testing.T) *agent {
 }
 
 // newTCPAgent is one that registered itself, and listens on loopback.
-func newTCPAgent(t *testing.T, l net.Listener, token string) *agent {
+func newTCPAgent(t testing.TB, l net.Listener, token string) *agent {
 	a := &agent{
 		address: l.Addr().String(), token: token,
 		calls: make(map[string]int), templates: map[string]*hostagentv1.Template{minimal.TemplateId: minimal},
@@ -92,7 +92,7 @@ func newTCPAgent(t *testing.T, l net.Listener, token string) *agent {
 
 func (a *agent) url() string { return "unix:" + a.socket }
 
-func (a *agent) serve(t *testing.T) {
+func (a *agent) serve(t testing.TB) {
 	t.Helper()
 	l, err := netaddr.Listen(context.Background(), a.url(), 0o600)
 	if err != nil {

@@ -20,7 +20,7 @@ import (
 // with the test, or when its end is called.
 func (p *plane) second() *plane {
 	p.Helper()
-	q := &plane{T: p.T, agent: p.agent, config: p.config, router: p.router}
+	q := &plane{TB: p.TB, agent: p.agent, config: p.config, router: p.router}
 	q.start()
 	p.Cleanup(func() { q.end() })
 	return q
@@ -111,7 +111,7 @@ func (p *plane) enroll(name string, tags ...string) *tcpHost {
 	r := p.call("POST", "/v1/hosts/register", map[string]any{
 		"token": added.str("token"), "url": "http://" + l.Addr().String(), "refresh_hash": hex.EncodeToString(hash[:]), "status": report(),
 	}).want(201)
-	h := &tcpHost{agent: newTCPAgent(p.T, l, r.str("agent_token")), id: r.str("host_id"), token: r.str("token")}
+	h := &tcpHost{agent: newTCPAgent(p.TB, l, r.str("agent_token")), id: r.str("host_id"), token: r.str("token")}
 	return h
 }
 

@@ -358,9 +358,9 @@ func TestAutoResume(t *testing.T) {
 	}
 	for what, use := range uses {
 		t.Run(what, func(t *testing.T) {
-			q, old := *p, p.T
-			q.T, p.T = t, t
-			defer func() { p.T = old }()
+			q, old := *p, p.TB
+			q.TB, p.TB = t, t
+			defer func() { p.TB = old }()
 			use()
 			// Paused, and the table knows it.
 			p.call("POST", base+"/pause", nil).want(200)

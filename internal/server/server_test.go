@@ -48,7 +48,7 @@ const adminKey = "wrn_0123456789abcdefghijklmnopqrstuvwxyzABCD"
 
 // plane is a control plane under test, with its host.
 type plane struct {
-	*testing.T
+	testing.TB
 	agent  *agent
 	config server.Config
 	server *server.Server
@@ -59,9 +59,9 @@ type plane struct {
 	router routers.Router
 }
 
-func newPlane(t *testing.T) *plane {
+func newPlane(t testing.TB) *plane {
 	a := newAgent(t)
-	p := &plane{T: t, agent: a, config: server.Config{
+	p := &plane{TB: t, agent: a, config: server.Config{
 		DatabaseURL: pgtest.New(t), RedisURL: startRedis(t).url,
 		Domain: "localhost", PublicURL: "http://localhost:8000", SecretKey: strings.Repeat("ab", 32),
 		AgentURL: a.url(), AgentToken: agentToken,
@@ -315,7 +315,7 @@ func (r *redisServer) stop() {
 }
 
 // startRedis runs a Redis of t's own.
-func startRedis(t *testing.T) *redisServer {
+func startRedis(t testing.TB) *redisServer {
 	t.Helper()
 	bin, err := exec.LookPath("redis-server")
 	if err != nil {
@@ -545,7 +545,7 @@ func TestBadInput(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			q := *p
-			q.T = t
+			q.TB = t
 			q.call(tt.method, tt.path, tt.body, tt.headers...).fails(tt.status, tt.code)
 		})
 	}

@@ -52,11 +52,18 @@ var errMissing = errors.New("PostgreSQL is not installed, or this is not root")
 // Main runs a package's tests and ends the cluster after them; call it from TestMain.
 func Main(m *testing.M) {
 	code := m.Run()
+	End()
+	os.Exit(code)
+}
+
+// End ends the cluster, for a TestMain that does more than Main does.
+func End() {
+	shared.Lock()
+	defer shared.Unlock()
 	if shared.cluster != nil {
 		shared.cluster.Stop()
 		os.RemoveAll(shared.cluster.dir)
 	}
-	os.Exit(code)
 }
 
 // New returns the URL of an empty database of t's own. Without PostgreSQL's

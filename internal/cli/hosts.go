@@ -1,0 +1,268 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/wrenn-dev/wrenn/client"
+)
+
+func (a *app) hostCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "host", Short: "The machines that sandboxes run on",
+		Long: "The machines that sandboxes run on. These commands take an API key of the platform's admins. HOST is a host's id, or its name.",
+	}
+	cmd.AddCommand(a.hostAddCommand(), a.hostListCommand(), a.hostTokenCommand(), a.hostTagCommand(), a.hostDrainCommand(), a.hostUndrainCommand(), a.hostRemoveCommand())
+	return cmd
+}
+
+// registration says how a host's agent is started.
+func (a *app) registration(out output, r *client.HostRegistration) error {
+	if out.format == "json" {
+		return a.json(r)
+	}
+	_, err := fmt.Fprintf(a.out, "%s\n\nOn the new host, as root, until %s:\n\n    wrenn agent --server URL --token %s --listen ADDRESS:7070\n\nURL is where that host reaches this service, ADDRESS the host's own.\n",
+		r.Host.ID, r.ExpiresAt.Local().Format(time.DateTime), r.Token)
+	return err
+}
+
+func (a *app) hostAddCommand() *cobra.Command {
+	var tags []string
+	var out output
+	cmd := &cobra.Command{
+		Use: "add NAME", Short: "Make a host, and the token that its agent registers with", Args: exactly(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := out.check(); err != nil {
+				return err
+			}
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			r, err := c.AddHost(cmd.Context(), args[0], tags)
+			if err != nil {
+				return err
+			}
+			return a.registration(out, r)
+		},
+	}
+	cmd.Flags().StringArrayVar(&tags, "tag", nil, "word that sandboxes can ask for; repeatable")
+	out.flag(cmd)
+	return cmd
+}
+
+func (a *app) hostTokenCommand() *cobra.Command {
+	var out output
+	cmd := &cobra.Command{
+		Use: "token HOST", Short: "Make another registration token for a host", Args: exactly(1), ValidArgsFunction: a.completeHost,
+		Long: "Make another registration token for a host, whose agent goes on as it is until the token is used.",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := out.check(); err != nil {
+				return err
+			}
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			id, err := hostID(cmd.Context(), c, args[0])
+			if err != nil {
+				return err
+			}
+			r, err := c.RenewHostToken(cmd.Context(), id)
+			if err != nil {
+				return err
+			}
+			return a.registration(out, r)
+		},
+	}
+	out.flag(cmd)
+	return cmd
+}
+
+func (a *app) hostListCommand() *cobra.Command {
+	var out output
+	cmd := &cobra.Command{
+		Use: "ls", Short: "List hosts", Args: exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := out.check(); err != nil {
+				return err
+			}
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			hosts, err := c.Hosts(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if out.format == "json" {
+				if hosts == nil {
+					hosts = []client.Host{}
+				}
+				return a.json(hosts)
+			}
+			rows := [][]string{{"ID", "NAME", "STATUS", "SANDBOXES", "MEMORY", "CPUS", "VMM", "TAGS", "URL"}}
+			for _, h := range hosts {
+				rows = append(rows, []string{
+					h.ID, h.Name, h.Status, strconv.Itoa(h.Load.Sandboxes), fmt.Sprintf("%d/%d MiB", h.Load.UsedMemoryMiB, h.CapacityMiB),
+					fmt.Sprintf("%d/%d", h.Load.UsedVCPUs, h.CPUs), h.VMM + " " + h.Accelerator, strings.Join(h.Tags, ","), h.URL,
+				})
+			}
+			return a.table(rows)
+		},
+	}
+	out.flag(cmd)
+	return cmd
+}
+
+// hostChange is a command that does one thing to one host and shows its status.
+func (a *app) hostChange(cmd *cobra.Command, change func(ctx context.Context, c *client.Client, id string, args []string) (*client.Host, error)) *cobra.Command {
+	cmd.ValidArgsFunction = a.completeHost
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		c, err := a.client()
+		if err != nil {
+			return err
+		}
+		id, err := hostID(cmd.Context(), c, args[0])
+		if err != nil {
+			return err
+		}
+		h, err := change(cmd.Context(), c, id, args[1:])
+		if err != nil {
+			return err
+		}
+		return a.table([][]string{{h.ID, h.Name, h.Status, strings.Join(h.Tags, ",")}})
+	}
+	return cmd
+}
+
+func (a *app) hostDrainCommand() *cobra.Command {
+	return a.hostChange(&cobra.Command{
+		Use: "drain HOST", Short: "Place no new sandboxes on a host, and pause those that nobody uses", Args: exactly(1),
+		Long: `Place no new sandboxes on a host, and pause those that nobody uses.
+
+A sandbox that is paused because its host drains is resumed by the next request
+or command for it, on that host. Those that are in use go on.`,
+	}, func(ctx context.Context, c *client.Client, id string, _ []string) (*client.Host, error) {
+		return c.DrainHost(ctx, id, true)
+	})
+}
+
+func (a *app) hostUndrainCommand() *cobra.Command {
+	return a.hostChange(&cobra.Command{Use: "undrain HOST", Short: "Place sandboxes on a host again", Args: exactly(1)},
+		func(ctx context.Context, c *client.Client, id string, _ []string) (*client.Host, error) {
+			return c.DrainHost(ctx, id, false)
+		})
+}
+
+func (a *app) hostTagCommand() *cobra.Command {
+	return a.hostChange(&cobra.Command{
+		Use: "tag HOST [TAG...]", Short: "Give a host these tags and no others", Args: atLeast(1),
+		Long: "Give a host these tags and no others. `wrenn create --host-tag` asks for them.",
+	}, func(ctx context.Context, c *client.Client, id string, tags []string) (*client.Host, error) {
+		return c.TagHost(ctx, id, tags)
+	})
+}
+
+// hostID is the id of the host that a word names, by id or by name.
+func hostID(ctx context.Context, c *client.Client, word string) (string, error) {
+	if strings.HasPrefix(word, "hst-") {
+		return word, nil
+	}
+	hosts, err := c.Hosts(ctx)
+	if err != nil {
+		return "", err
+	}
+	var found []string
+	for _, h := range hosts {
+		if h.Name == word {
+			found = append(found, h.ID)
+		}
+	}
+	switch len(found) {
+	case 0:
+		return "", fmt.Errorf("no host is named %q", word)
+	case 1:
+		return found[0], nil
+	}
+	return "", fmt.Errorf("%d hosts are named %q: say which by its id: %s", len(found), word, strings.Join(found, ", "))
+}
+
+// completeHost completes the id of a host, as the first argument.
+func (a *app) completeHost(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	if len(args) > 0 {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	c, err := a.client()
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	hosts, err := c.Hosts(cmd.Context())
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	ids := make([]string, len(hosts))
+	for i, h := range hosts {
+		ids[i] = h.ID + "\t" + h.Name + ", " + h.Status
+	}
+	return ids, cobra.ShellCompDirectiveNoFileComp
+}
+
+func (a *app) hostRemoveCommand() *cobra.Command {
+	var force bool
+	cmd := &cobra.Command{
+		Use: "rm HOST", Short: "Remove a host", Args: exactly(1), ValidArgsFunction: a.completeHost,
+		Long: "Remove a host. Where sandboxes or templates would be lost it says which, and removes the host with --force alone.",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			id, err := hostID(cmd.Context(), c, args[0])
+			if err != nil {
+				return err
+			}
+			h, err := c.PreviewHost(cmd.Context(), id)
+			if err != nil {
+				return err
+			}
+			if lost := loses(h); lost != "" {
+				if !force {
+					return fmt.Errorf("with host %s (%s) would be lost: %s; --force removes it all the same", h.ID, clean(h.Name), lost)
+				}
+				fmt.Fprintf(a.err, "lost: %s\n", lost)
+			}
+			return c.DeleteHost(cmd.Context(), id, force)
+		},
+	}
+	cmd.Flags().BoolVar(&force, "force", false, "whatever is lost")
+	return cmd
+}
+
+// loses says what would be lost with a host; nothing: "".
+func loses(h *client.Host) string {
+	if h.Loses == nil {
+		return ""
+	}
+	count := func(n int64, one, more string) string {
+		if n != 1 {
+			one = more
+		}
+		return strconv.FormatInt(n, 10) + " " + one
+	}
+	var lost []string
+	for _, state := range slices.Sorted(maps.Keys(h.Loses.Sandboxes)) {
+		lost = append(lost, count(h.Loses.Sandboxes[state], state+" sandbox", state+" sandboxes"))
+	}
+	if h.Loses.Templates > 0 {
+		lost = append(lost, count(h.Loses.Templates, "template", "templates")+" that no other host has")
+	}
+	return strings.Join(lost, ", ")
+}
