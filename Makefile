@@ -6,6 +6,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 
 GOFUMPT     := mvdan.cc/gofumpt@v0.12.0
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+SPECTRAL    := @stoplight/spectral-cli@6.16.3
 
 # Distribution packages: what Wrenn runs with, and what its tests need besides.
 RUN_PACKAGES  := qemu-system-x86 qemu-utils postgresql redis-server caddy mmdebstrap \
@@ -45,6 +46,8 @@ lint: go
 		if [ -n "$$out" ]; then echo "not gofumpt'd:"; echo "$$out"; exit 1; fi
 	go vet $(GO_PACKAGES)
 	go run $(STATICCHECK) $$(go list $(GO_PACKAGES) | grep -v /internal/gen/)
+	@command -v npm >/dev/null || .ci/packages npm
+	npm exec --yes --cache .cache/npm $(SPECTRAL) -- lint --fail-severity=warn --ruleset api/spectral.yaml api/openapi.yaml
 
 # The race detector is on: no package that needs a VM is in this run yet.
 test: test-deps lint build

@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"github.com/wrenn-dev/wrenn/client"
+	"github.com/wrenn-dev/wrenn/internal/apitest"
 )
 
 // installation is one `wrenn up`.
@@ -234,11 +235,28 @@ func (i *installation) stop() error {
 // client is a client with the first admin's key.
 func (i *installation) client(t testing.TB) *client.Client {
 	t.Helper()
-	c, err := client.New("http://"+i.listen, i.creds.APIKey)
+	c, err := client.New("http://"+i.listen, i.creds.APIKey, client.WithHTTPClient(&http.Client{Transport: i.checked(t)}))
 	if err != nil {
 		t.Fatal(err)
 	}
 	return c
+}
+
+// document is the API's OpenAPI document.
+var document = sync.OnceValues(apitest.Load)
+
+// checked is a transport by which every answer that the OpenAPI document does
+// not have fails the test.
+func (i *installation) checked(t testing.TB) http.RoundTripper {
+	t.Helper()
+	d, err := document()
+	if err != nil {
+		t.Fatal(err)
+	}
+	next := http.DefaultTransport.(*http.Transport).Clone()
+	next.DisableCompression = true
+	t.Cleanup(next.CloseIdleConnections)
+	return d.Transport(next, func(err error) { t.Error(err) })
 }
 
 // cli runs a client command.
@@ -267,7 +285,7 @@ func (i *installation) request(t testing.TB, method, host, path string, header h
 	for k, v := range header {
 		req.Header[k] = v
 	}
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := (&http.Client{Transport: i.checked(t)}).Do(req)
 	if err != nil {
 		t.Fatal(err)
 	}

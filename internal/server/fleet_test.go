@@ -20,7 +20,7 @@ import (
 // with the test, or when its end is called.
 func (p *plane) second() *plane {
 	p.Helper()
-	q := &plane{TB: p.TB, agent: p.agent, config: p.config, router: p.router}
+	q := &plane{TB: p.TB, agent: p.agent, config: p.config, document: p.document}
 	q.start()
 	p.Cleanup(func() { q.end() })
 	return q

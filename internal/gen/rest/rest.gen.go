@@ -233,8 +233,6 @@ type CreateSandbox struct {
 	DiskMib *int32 `json:"disk_mib,omitempty"`
 
 	// Envs Environment variables. Names have no `=`; neither names nor values have NUL.
-	//
-	// Example: {"LANG":"C.UTF-8"}
 	Envs *Envs `json:"envs,omitempty"`
 
 	// HostTags Words that tell hosts apart. A sandbox that asks for some is placed on a host that has them all.
@@ -244,8 +242,6 @@ type CreateSandbox struct {
 	MemoryMib *int32 `json:"memory_mib,omitempty"`
 
 	// Metadata The caller's own keys and values, to find sandboxes by. Keys are 1 to 128 characters without `=`.
-	//
-	// Example: {"job":"42"}
 	Metadata *Metadata `json:"metadata,omitempty"`
 
 	// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused.
@@ -264,13 +260,9 @@ type CreateSandbox struct {
 // CreateSnapshot defines model for CreateSnapshot.
 type CreateSnapshot struct {
 	// Name What the template is called. No other of the team's is called so.
-	//
-	// Example: after-setup
 	Name string `json:"name"`
 
 	// SandboxID A sandbox's id.
-	//
-	// Example: cl-0a1b2c3d4e5f6g7h8i9j0k1l2
 	SandboxID SandboxID `json:"sandbox_id"`
 }
 
@@ -278,11 +270,9 @@ type CreateSnapshot struct {
 type Encoding string
 
 // Envs Environment variables. Names have no `=`; neither names nor values have NUL.
-//
-// Example: {"LANG":"C.UTF-8"}
 type Envs map[string]string
 
-// Error Example: {"error":{"code":"not_found","message":"no such sandbox"}}
+// Error defines model for Error.
 type Error struct {
 	Error struct {
 		// Code `invalid_argument` 400, `unauthenticated` 401, `permission_denied` 403,
@@ -309,8 +299,6 @@ type ExecRequest struct {
 	Cwd *string `json:"cwd,omitempty"`
 
 	// Envs Environment variables. Names have no `=`; neither names nor values have NUL.
-	//
-	// Example: {"LANG":"C.UTF-8"}
 	Envs *Envs `json:"envs,omitempty"`
 
 	// Shell Give `cmd` to `sh -c`.
@@ -326,8 +314,6 @@ type ExecRequest struct {
 	TimeoutSeconds *int32 `json:"timeout_seconds,omitempty"`
 
 	// User A user of the guest. The default one is `user`, who may use sudo; `root` is there too.
-	//
-	// Example: root
 	User *UserName `json:"user,omitempty"`
 }
 
@@ -359,8 +345,6 @@ type ExecResult struct {
 }
 
 // ExecStreamControl A text message of the client after the first.
-//
-// Example: {"cols":120,"rows":40,"type":"resize"}
 type ExecStreamControl struct {
 	// Cols With `resize`.
 	Cols *int32 `json:"cols,omitempty"`
@@ -377,8 +361,6 @@ type ExecStreamControl struct {
 type ExecStreamControlType string
 
 // ExecStreamEvent A text message of the server.
-//
-// Example: {"exit_code":0,"timed_out":false,"type":"exited"}
 type ExecStreamEvent struct {
 	// Code With `error`: as in every error.
 	Code *string `json:"code,omitempty"`
@@ -404,8 +386,6 @@ type ExecStreamEvent struct {
 type ExecStreamEventType string
 
 // ExecStreamStart The client's first message on an exec WebSocket.
-//
-// Example: {"cmd":"bash","terminal":{"cols":80,"rows":24}}
 type ExecStreamStart struct {
 	// Args The program's arguments. Not with `shell`.
 	Args *[]string `json:"args,omitempty"`
@@ -417,8 +397,6 @@ type ExecStreamStart struct {
 	Cwd *string `json:"cwd,omitempty"`
 
 	// Envs Environment variables. Names have no `=`; neither names nor values have NUL.
-	//
-	// Example: {"LANG":"C.UTF-8"}
 	Envs *Envs `json:"envs,omitempty"`
 
 	// Shell Give `cmd` to `sh -c`.
@@ -432,12 +410,10 @@ type ExecStreamStart struct {
 	TimeoutSeconds *int32 `json:"timeout_seconds,omitempty"`
 
 	// User A user of the guest. The default one is `user`, who may use sudo; `root` is there too.
-	//
-	// Example: root
 	User *UserName `json:"user,omitempty"`
 }
 
-// FileInfo Example: {"name":"result.json","path":"/home/user/result.json","size":1024}
+// FileInfo defines model for FileInfo.
 type FileInfo struct {
 	// Name Last part of the path.
 	Name string `json:"name"`
@@ -449,7 +425,7 @@ type FileInfo struct {
 	Size int64 `json:"size"`
 }
 
-// ForkRequest Example: {"count":3}
+// ForkRequest defines model for ForkRequest.
 type ForkRequest struct {
 	// Count How many copies.
 	Count *int32 `json:"count,omitempty"`
@@ -603,8 +579,6 @@ type HostReport struct {
 type HostTags = []string
 
 // Metadata The caller's own keys and values, to find sandboxes by. Keys are 1 to 128 characters without `=`.
-//
-// Example: {"job":"42"}
 type Metadata map[string]string
 
 // OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused.
@@ -635,7 +609,7 @@ type RegisterHost struct {
 	URL string `json:"url"`
 }
 
-// Sandbox Example: {"access_token":"4f1d…","auto_resume":false,"created_at":"2026-01-02T03:04:05.678901Z","disk_mib":5120,"expires_at":"2026-01-02T03:09:07.123456Z","host_id":"hst-0000000000000000000000001","id":"cl-0a1b2c3d4e5f6g7h8i9j0k1l2","memory_mib":512,"metadata":{"job":"42"},"on_timeout":"destroy","start_ms":1444,"started_at":"2026-01-02T03:04:07.123456Z","state":"running","team_id":"tm-0000000000000000000000001","template":"minimal","template_id":"tpl-0000000000000000000000000","timeout_seconds":300,"traffic_token":"93ab…","url":"http://{port}-cl-0a1b2c3d4e5f6g7h8i9j0k1l2.localhost:8000","vcpus":1}
+// Sandbox defines model for Sandbox.
 type Sandbox struct {
 	// AccessToken For the guest daemon on port 49983, in `X-Access-Token`.
 	AccessToken string `json:"access_token"`
@@ -669,16 +643,12 @@ type Sandbox struct {
 	HostID *string `json:"host_id,omitempty"`
 
 	// ID A sandbox's id.
-	//
-	// Example: cl-0a1b2c3d4e5f6g7h8i9j0k1l2
 	ID SandboxID `json:"id"`
 
 	// MemoryMib Memory in MiB.
 	MemoryMib int32 `json:"memory_mib"`
 
 	// Metadata The caller's own keys and values, to find sandboxes by. Keys are 1 to 128 characters without `=`.
-	//
-	// Example: {"job":"42"}
 	Metadata Metadata `json:"metadata"`
 
 	// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused.
@@ -716,8 +686,6 @@ type Sandbox struct {
 	TrafficToken string `json:"traffic_token"`
 
 	// URL Where its ports are; put a port number for `{port}`.
-	//
-	// Example: http://{port}-cl-0a1b2c3d4e5f6g7h8i9j0k1l2.localhost:8000
 	URL string `json:"url"`
 
 	// Vcpus Virtual CPUs.
@@ -729,8 +697,6 @@ type Sandbox struct {
 type SandboxEndReason string
 
 // SandboxID A sandbox's id.
-//
-// Example: cl-0a1b2c3d4e5f6g7h8i9j0k1l2
 type SandboxID = string
 
 // SandboxList defines model for SandboxList.
@@ -790,16 +756,12 @@ type Template struct {
 	DiskMib int32 `json:"disk_mib"`
 
 	// ID The template's id.
-	//
-	// Example: tpl-0000000000000000000000000
 	ID string `json:"id"`
 
 	// MemoryMib What its sandboxes have; absent: what they ask for.
 	MemoryMib *int32 `json:"memory_mib,omitempty"`
 
 	// Name Its name.
-	//
-	// Example: minimal
 	Name string `json:"name"`
 
 	// SandboxID The sandbox that it was captured from; absent when it was not.
@@ -809,8 +771,6 @@ type Template struct {
 	SizeBytes int64 `json:"size_bytes"`
 
 	// TeamID The team that owns it; all zeros is the platform.
-	//
-	// Example: tm-0000000000000000000000000
 	TeamID string `json:"team_id"`
 
 	// Vcpus What its sandboxes have; absent: what they ask for.
@@ -834,8 +794,6 @@ type TerminalSize struct {
 type TokenHash = string
 
 // UserName A user of the guest. The default one is `user`, who may use sudo; `root` is there too.
-//
-// Example: root
 type UserName = string
 
 // Cursor defines model for Cursor.
@@ -851,41 +809,39 @@ type Limit = int
 type Path = string
 
 // User A user of the guest. The default one is `user`, who may use sudo; `root` is there too.
-//
-// Example: root
 type User = UserName
 
-// Conflict Example: {"error":{"code":"not_found","message":"no such sandbox"}}
+// Conflict defines model for Conflict.
 type Conflict = Error
 
-// InvalidArgument Example: {"error":{"code":"not_found","message":"no such sandbox"}}
+// InvalidArgument defines model for InvalidArgument.
 type InvalidArgument = Error
 
-// NoSpace Example: {"error":{"code":"not_found","message":"no such sandbox"}}
+// NoSpace defines model for NoSpace.
 type NoSpace = Error
 
-// NotFound Example: {"error":{"code":"not_found","message":"no such sandbox"}}
+// NotFound defines model for NotFound.
 type NotFound = Error
 
-// PayloadTooLarge Example: {"error":{"code":"not_found","message":"no such sandbox"}}
+// PayloadTooLarge defines model for PayloadTooLarge.
 type PayloadTooLarge = Error
 
-// PermissionDenied Example: {"error":{"code":"not_found","message":"no such sandbox"}}
+// PermissionDenied defines model for PermissionDenied.
 type PermissionDenied = Error
 
-// RangeNotSatisfiable Example: {"error":{"code":"not_found","message":"no such sandbox"}}
+// RangeNotSatisfiable defines model for RangeNotSatisfiable.
 type RangeNotSatisfiable = Error
 
-// Timeout Example: {"error":{"code":"not_found","message":"no such sandbox"}}
+// Timeout defines model for Timeout.
 type Timeout = Error
 
-// Unauthenticated Example: {"error":{"code":"not_found","message":"no such sandbox"}}
+// Unauthenticated defines model for Unauthenticated.
 type Unauthenticated = Error
 
-// Unavailable Example: {"error":{"code":"not_found","message":"no such sandbox"}}
+// Unavailable defines model for Unavailable.
 type Unavailable = Error
 
-// Unprocessable Example: {"error":{"code":"not_found","message":"no such sandbox"}}
+// Unprocessable defines model for Unprocessable.
 type Unprocessable = Error
 
 // DeleteHostParams defines parameters for DeleteHost.

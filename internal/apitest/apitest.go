@@ -1,0 +1,172 @@
+// Package apitest checks in tests that every answer of the REST API is one
+// that its OpenAPI document has.
+package apitest
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"regexp"
+	"strings"
+
+	"github.com/getkin/kin-openapi/openapi3"
+	"github.com/getkin/kin-openapi/openapi3filter"
+	"github.com/getkin/kin-openapi/routers"
+	"github.com/getkin/kin-openapi/routers/gorillamux"
+
+	"github.com/wrenn-dev/wrenn/api"
+)
+
+// raw are the operations whose successful answers are no JSON: of those only
+// status, headers and content type are checked.
+var raw = map[string]bool{
+	"execStream":     true, // a WebSocket
+	"readFile":       true,
+	"readArchive":    true,
+	"getSandboxLogs": true,
+	"getMetrics":     true,
+	"getOpenAPI":     true,
+	"getDocs":        true,
+}
+
+// Document is the API's OpenAPI document, made strict: an answer has no field
+// that the document does not have.
+type Document struct {
+	spec   *openapi3.T
+	router routers.Router
+	fault  *openapi3.Schema
+}
+
+// operations are the ids of the document's operations.
+func (d *Document) operations() []string {
+	var ids []string
+	for _, item := range d.spec.Paths.Map() {
+		for _, op := range item.Operations() {
+			ids = append(ids, op.OperationID)
+		}
+	}
+	return ids
+}
+
+// Load returns the document.
+func Load() (*Document, error) {
+	spec, err := openapi3.NewLoader().LoadFromData(api.OpenAPI)
+	if err != nil {
+		return nil, fmt.Errorf("read OpenAPI document: %w", err)
+	}
+	// As the server does, and for its reasons.
+	spec.OpenAPI = "3.0.3"
+	for _, s := range spec.Components.Schemas {
+		seal(s)
+	}
+	d := &Document{spec: spec, fault: spec.Components.Schemas["Error"].Value}
+	if d.router, err = gorillamux.NewRouter(spec); err != nil {
+		return nil, fmt.Errorf("read OpenAPI document: %w", err)
+	}
+	return d, nil
+}
+
+// seal forbids the fields that an object's schema does not name.
+func seal(s *openapi3.SchemaRef) {
+	if s == nil || s.Value == nil {
+		return
+	}
+	v := s.Value
+	if len(v.Properties) > 0 && v.AdditionalProperties.Has == nil && v.AdditionalProperties.Schema == nil {
+		no := false
+		v.AdditionalProperties.Has = &no
+	}
+	if s.Ref != "" {
+		return // Sealed where it is.
+	}
+	for _, p := range v.Properties {
+		seal(p)
+	}
+	seal(v.Items)
+	seal(v.AdditionalProperties.Schema)
+}
+
+// sandboxHost is a Host that stands for a sandbox's port, whose answers are the
+// sandbox's own.
+var sandboxHost = regexp.MustCompile(`^[0-9]+-cl-[0-9a-z]{25}\.`)
+
+// Check says what of an answer is not as the document has it.
+func (d *Document) Check(req *http.Request, status int, header http.Header, body []byte) error {
+	route, params, err := d.router.FindRoute(req)
+	if err != nil {
+		return d.checkNoRoute(status, header, body)
+	}
+	if header.Get("X-Request-Id") == "" {
+		return errors.New("no X-Request-Id")
+	}
+	kind, _, _ := mime.ParseMediaType(header.Get("Content-Type"))
+	isJSON := kind == "application/json"
+	if !isJSON && len(body) > 0 && (!raw[route.Operation.OperationID] || status >= 400) {
+		return fmt.Errorf("a body of the type %q", header.Get("Content-Type"))
+	}
+	return openapi3filter.ValidateResponse(context.Background(), &openapi3filter.ResponseValidationInput{
+		RequestValidationInput: &openapi3filter.RequestValidationInput{Request: req, PathParams: params, Route: route},
+		Status:                 status, Header: header, Body: io.NopCloser(bytes.NewReader(body)),
+		Options: &openapi3filter.Options{IncludeResponseStatus: true, ExcludeResponseBody: !isJSON},
+	})
+}
+
+// checkNoRoute checks the answer to what the document has no operation for.
+func (d *Document) checkNoRoute(status int, header http.Header, body []byte) error {
+	if status != http.StatusNotFound && status != http.StatusMethodNotAllowed {
+		return fmt.Errorf("%d where there is no operation", status)
+	}
+	if kind := header.Get("Content-Type"); kind != "application/json" {
+		return fmt.Errorf("%d as %q", status, kind)
+	}
+	var v any
+	if err := json.Unmarshal(body, &v); err != nil {
+		return err
+	}
+	return d.fault.VisitJSON(v)
+}
+
+// Transport returns a transport that sends requests by next and has report
+// called for each answer that the document does not have. Requests to
+// sandboxes' ports are passed on as they are. Bodies that are JSON are read to
+// their end before the answer is returned.
+func (d *Document) Transport(next http.RoundTripper, report func(error)) http.RoundTripper {
+	return transport{d, next, report}
+}
+
+type transport struct {
+	document *Document
+	next     http.RoundTripper
+	report   func(error)
+}
+
+func (t transport) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := t.next.RoundTrip(req)
+	host := req.Host
+	if host == "" {
+		host = req.URL.Host
+	}
+	if err != nil || sandboxHost.MatchString(host) {
+		return resp, err
+	}
+	var body []byte
+	if strings.HasPrefix(resp.Header.Get("Content-Type"), "application/json") {
+		body, err = io.ReadAll(resp.Body)
+		if err != nil {
+			return nil, errors.Join(err, resp.Body.Close())
+		}
+		if err := resp.Body.Close(); err != nil {
+			return nil, err
+		}
+		resp.Body = io.NopCloser(bytes.NewReader(body))
+	}
+	if err := t.document.Check(req, resp.StatusCode, resp.Header, body); err != nil {
+		t.report(fmt.Errorf("%s %s: answer %d is not in the OpenAPI document: %w", req.Method, req.URL.Path, resp.StatusCode, err))
+	}
+	return resp, nil
+}
