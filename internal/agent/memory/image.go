@@ -21,6 +21,11 @@ import (
 // base that it began with: when there would be one more they are merged.
 const MaxGenerations = 8
 
+// thin is the share of a layer's blocks, one in so many, that are so few that a
+// pause takes them over into the layer that it writes: the others take space
+// and are of use to nobody.
+const thin = 8
+
 const (
 	headerFile = "header"
 	layerExt   = ".mem"
@@ -277,7 +282,7 @@ func (m *Image) append(ctx context.Context, dir string, pages Pages, base *Image
 	if base != nil {
 		keep = m.h.shared(base.h)
 	}
-	h, fresh, err := m.write(ctx, dir, pages)
+	h, fresh, err := m.write(ctx, dir, pages, max(keep, 1))
 	if err != nil {
 		return nil, err
 	}
@@ -342,10 +347,11 @@ func ordered(h *header, files []*layerFile) []*layerFile {
 	return list
 }
 
-// write writes the pages that differ from m's to a new layer in dir. It
-// returns the header with them and the layer, which is nil when there are none.
+// write writes the pages that differ from m's to a new layer in dir, and what
+// is left of the layers from the given one on of which little is. It returns
+// the header with them and the layer, which is nil when there are none.
 // Generation 0 is written even then, and every block of it at its own place.
-func (m *Image) write(ctx context.Context, dir string, pages Pages) (*header, *layerFile, error) {
+func (m *Image) write(ctx context.Context, dir string, pages Pages, from int) (*header, *layerFile, error) {
 	w, err := newLayerWriter(dir)
 	if err != nil {
 		return nil, nil, err
@@ -401,6 +407,8 @@ func (m *Image) write(ctx context.Context, dir string, pages Pages) (*header, *l
 		if err := w.skipTo(m.h.blocks); err != nil {
 			return nil, nil, err
 		}
+	} else if err := m.takeOver(ctx, w, h, from); err != nil {
+		return nil, nil, err
 	}
 	if w.blocks == 0 {
 		return h, nil, os.Remove(w.file.Name())
@@ -411,6 +419,34 @@ func (m *Image) write(ctx context.Context, dir string, pages Pages) (*header, *l
 	}
 	h.layers = append(h.layers, l.layer)
 	return h, l, nil
+}
+
+// takeOver writes to w, the layer after all that h has, what h names of those
+// layers from the given one on that have become thin, and has h name it there.
+func (m *Image) takeOver(ctx context.Context, w *layerWriter, h *header, from int) error {
+	used := make([]uint64, len(h.layers)+1)
+	for _, e := range h.extents {
+		used[e.layer] += e.count
+	}
+	buf := make([]byte, chunkBytes)
+	extents := h.extents
+	h.extents = nil
+	for _, e := range extents {
+		if l := int(e.layer); l >= from && l < len(h.layers) && used[l]*thin <= h.layers[l].blocks {
+			at := w.blocks
+			for p, err := range m.read(ctx, e, buf) {
+				if err == nil {
+					err = w.write(p.data)
+				}
+				if err != nil {
+					return fmt.Errorf("take over blocks: %w", err)
+				}
+			}
+			e.layer, e.offset = uint32(len(h.layers)), at
+		}
+		h.extents = join(h.extents, e)
+	}
+	return nil
 }
 
 // window is a part of a layer that was read at once: most blocks that are asked

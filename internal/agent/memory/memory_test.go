@@ -198,7 +198,7 @@ func (w *world) reopen() {
 func TestAgainstByteArray(t *testing.T) {
 	var merges atomic.Int64
 	t.Cleanup(func() {
-		if n := merges.Load(); !t.Failed() && n < 8 {
+		if n := merges.Load(); !t.Failed() && n < 4 {
 			t.Errorf("generations were merged %d times", n)
 		}
 	})
@@ -238,6 +238,42 @@ func TestAgainstByteArray(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestThinLayersGo: a layer of which little is left is not kept for that.
+func TestThinLayersGo(t *testing.T) {
+	const blocks = 64
+	mem := make([]byte, blocks*BlockSize)
+	base, _ := create(t, mem)
+	m := base
+	for n := byte(1); n < 6; n++ {
+		dirty := everyBlock(blocks)
+		for left := range uint64(blocks / thin) { // these stay as the first one wrote them
+			if n > 1 {
+				delete(dirty, 8*left)
+			}
+		}
+		for b := range dirty {
+			mem[b*BlockSize] = n
+		}
+		m, _ = appended(t, m, mem, dirty, base)
+		same(t, m, mem)
+		if got := m.h.layers[len(m.h.layers)-1].blocks; len(m.h.layers) != 2 || got != blocks {
+			t.Fatalf("%d layers, the last has %d blocks", len(m.h.layers), got)
+		}
+	}
+	// One block more that is in use, and the layer stays.
+	dirty := everyBlock(blocks)
+	for left := range uint64(blocks/thin + 1) {
+		delete(dirty, 7*left)
+	}
+	for b := range dirty {
+		mem[b*BlockSize] = 6
+	}
+	if m, _ = appended(t, m, mem, dirty, base); len(m.h.layers) != 3 {
+		t.Errorf("%d layers", len(m.h.layers))
+	}
+	same(t, m, mem)
 }
 
 // TestLayersAreBounded captures templates of templates until no layer more can
