@@ -124,28 +124,6 @@ func (c *Client) List(ctx context.Context, o ListOptions) iter.Seq2[Sandbox, err
 	return pages(ctx, c, "/v1/sandboxes", q, func(p page) ([]Sandbox, string) { return p.Sandboxes, p.Next })
 }
 
-// Template is what sandboxes can start from.
-type Template struct {
-	ID        string    `json:"id"`
-	TeamID    string    `json:"team_id"`
-	Name      string    `json:"name"`
-	SizeBytes int64     `json:"size_bytes"`           // what it takes on the host's disk
-	VCPUs     int       `json:"vcpus,omitempty"`      // its sandboxes have; 0: what they ask for
-	MemoryMiB int       `json:"memory_mib,omitempty"` // its sandboxes have; 0: what they ask for
-	DiskMiB   int       `json:"disk_mib"`             // its sandboxes have at least; 0: not known
-	SandboxID string    `json:"sandbox_id,omitempty"` // that it was captured from
-	CreatedAt time.Time `json:"created_at"`
-}
-
-// Templates lists templates by name. An error ends the list.
-func (c *Client) Templates(ctx context.Context) iter.Seq2[Template, error] {
-	type page struct {
-		Templates []Template `json:"templates"`
-		Next      string     `json:"next_cursor"`
-	}
-	return pages(ctx, c, "/v1/templates", url.Values{}, func(p page) ([]Template, string) { return p.Templates, p.Next })
-}
-
 // pages walks a list page by page.
 func pages[P, T any](ctx context.Context, c *Client, path string, q url.Values, split func(P) ([]T, string)) iter.Seq2[T, error] {
 	return func(yield func(T, error) bool) {

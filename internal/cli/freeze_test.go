@@ -26,7 +26,9 @@ func TestFreeze(t *testing.T) {
 		case strings.HasSuffix(r.URL.Path, "/fork"):
 			io.WriteString(w, `{"sandboxes":[{"id":"cl-2"},{"id":"cl-3"}]}`)
 		case r.URL.Path == "/v1/snapshots" && r.Method == http.MethodGet:
-			io.WriteString(w, `{"snapshots":[{"id":"tpl-1","name":"snap","size_bytes":1048576}]}`)
+			io.WriteString(w, `{"snapshots":[{"id":"tpl-1","name":"snap","version":1,"tags":["latest"],"size_bytes":1048576}]}`)
+		case r.Method == http.MethodPut:
+			io.WriteString(w, `{"id":"tpl-1","name":"snap","version":1,"tags":["latest","stable"]}`)
 		case r.URL.Path == "/v1/snapshots":
 			io.WriteString(w, `{"id":"tpl-1","name":"snap"}`)
 		default:
@@ -46,7 +48,11 @@ func TestFreeze(t *testing.T) {
 		"fork cl-1":                            {0, "cl-2\ncl-3\n", []string{`POST /v1/sandboxes/cl-1/fork {"count":1}`}},
 		"fork -n 2 cl-1":                       {0, "cl-2\ncl-3\n", []string{`POST /v1/sandboxes/cl-1/fork {"count":2}`}},
 		"snapshot create cl-1 snap":            {0, "snap\n", []string{`POST /v1/snapshots {"sandbox_id":"cl-1","name":"snap"}`}},
-		"snapshot ls":                          {0, "NAME  ID     SIZE   CREATED\nsnap  tpl-1  1 MiB  0001-01-01 00:00:00\n", []string{"GET /v1/snapshots"}},
+		"snapshot ls":                          {0, "NAME  VERSION  TAGS    ID     SIZE   CREATED\nsnap  1        latest  tpl-1  1 MiB  0001-01-01 00:00:00\n", []string{"GET /v1/snapshots"}},
+		"template rm snap other@2":             {0, "snap\nother@2\n", []string{"DELETE /v1/templates/snap", "DELETE /v1/templates/other@2"}},
+		"template tag snap@1 stable":           {0, "snap:stable is version 1\n", []string{"PUT /v1/templates/snap@1/tags/stable"}},
+		"template untag snap:stable":           {0, "snap:stable\n", []string{"DELETE /v1/templates/snap/tags/stable"}},
+		"template untag snap":                  {ExitUsage, "", nil},
 		"snapshot rm snap other":               {0, "snap\nother\n", []string{"DELETE /v1/snapshots/snap", "DELETE /v1/snapshots/other"}},
 		"create":                               {0, "cl-1\n", []string{create + `"on_timeout":"destroy"}`}},
 		"create --on-timeout pause":            {0, "cl-1\n", []string{create + `"on_timeout":"pause"}`}},

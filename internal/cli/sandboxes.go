@@ -1,10 +1,8 @@
 package cli
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"iter"
 	"strconv"
 	"time"
 
@@ -287,48 +285,4 @@ func (a *app) metricsCommand() *cobra.Command {
 	}
 	out.flag(cmd)
 	return cmd
-}
-
-func (a *app) templateCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "template", Short: "What sandboxes start from"}
-	cmd.AddCommand(a.templatesCommand("List templates", (*client.Client).Templates))
-	return cmd
-}
-
-// templatesCommand is "ls" of the templates that all returns.
-func (a *app) templatesCommand(short string, all func(*client.Client, context.Context) iter.Seq2[client.Template, error]) *cobra.Command {
-	var out output
-	cmd := &cobra.Command{
-		Use: "ls", Aliases: []string{"list"}, Short: short, Args: exactly(0),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := out.check(); err != nil {
-				return err
-			}
-			c, err := a.client()
-			if err != nil {
-				return err
-			}
-			return a.templates(all(c, cmd.Context()), out.format)
-		},
-	}
-	out.flag(cmd)
-	return cmd
-}
-
-func (a *app) templates(all iter.Seq2[client.Template, error], format string) error {
-	list := []client.Template{}
-	for t, err := range all {
-		if err != nil {
-			return err
-		}
-		list = append(list, t)
-	}
-	if format == "json" {
-		return a.json(list)
-	}
-	rows := [][]string{{"NAME", "ID", "SIZE", "CREATED"}}
-	for _, t := range list {
-		rows = append(rows, []string{t.Name, t.ID, fmt.Sprintf("%d MiB", t.SizeBytes>>20), t.CreatedAt.Format(time.DateTime)})
-	}
-	return a.table(rows)
 }

@@ -21,6 +21,49 @@ type APIKey struct {
 	LastUsedAt *time.Time
 }
 
+type Build struct {
+	ID         uuid.UUID
+	TeamID     uuid.UUID
+	Name       string
+	Tags       []string
+	Recipe     string
+	Archive    *string
+	Options    []byte
+	State      string
+	TotalSteps int32
+	DoneSteps  int32
+	Error      string
+	TemplateID *uuid.UUID
+	Version    *int32
+	Worker     *uuid.UUID
+	LeaseUntil *time.Time
+	Attempts   int32
+	Cancelling bool
+	CreatedAt  time.Time
+	StartedAt  *time.Time
+	EndedAt    *time.Time
+}
+
+type BuildArchive struct {
+	TeamID    uuid.UUID
+	Digest    string
+	SizeBytes int64
+	UsedAt    time.Time
+}
+
+type BuildArchiveChunk struct {
+	TeamID uuid.UUID
+	Digest string
+	Number int32
+	Data   []byte
+}
+
+type BuildStep struct {
+	BuildID uuid.UUID
+	Number  int32
+	Log     []byte
+}
+
 type Host struct {
 	ID                    uuid.UUID
 	URL                   *string
@@ -98,6 +141,7 @@ type Sandbox struct {
 	AutoResume     bool
 	PausedAt       *time.Time
 	ForkedFrom     *uuid.UUID
+	BuildID        *uuid.UUID
 }
 
 type Server struct {
@@ -130,6 +174,18 @@ type Template struct {
 	DiskMiB      int32
 	CapturedFrom *uuid.UUID
 	Worker       *uuid.UUID
+	Kind         string
+	Version      int32
+	BuildID      *uuid.UUID
+	LayerKey     []byte
+	UsedAt       time.Time
+}
+
+type TemplateTag struct {
+	TeamID     uuid.UUID
+	Name       string
+	Tag        string
+	TemplateID uuid.UUID
 }
 
 type User struct {

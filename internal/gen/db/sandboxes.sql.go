@@ -107,7 +107,7 @@ func (q *Queries) GetIdempotencyKey(ctx context.Context, arg GetIdempotencyKeyPa
 }
 
 const getSandbox = `-- name: GetSandbox :one
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from FROM sandboxes WHERE id = $1
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id FROM sandboxes WHERE id = $1
 `
 
 func (q *Queries) GetSandbox(ctx context.Context, id uuid.UUID) (Sandbox, error) {
@@ -137,12 +137,13 @@ func (q *Queries) GetSandbox(ctx context.Context, id uuid.UUID) (Sandbox, error)
 		&i.AutoResume,
 		&i.PausedAt,
 		&i.ForkedFrom,
+		&i.BuildID,
 	)
 	return i, err
 }
 
 const getTeamSandbox = `-- name: GetTeamSandbox :one
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from FROM sandboxes WHERE id = $1 AND team_id = $2
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id FROM sandboxes WHERE id = $1 AND team_id = $2
 `
 
 type GetTeamSandboxParams struct {
@@ -177,6 +178,7 @@ func (q *Queries) GetTeamSandbox(ctx context.Context, arg GetTeamSandboxParams) 
 		&i.AutoResume,
 		&i.PausedAt,
 		&i.ForkedFrom,
+		&i.BuildID,
 	)
 	return i, err
 }
@@ -185,7 +187,7 @@ const insertSandbox = `-- name: InsertSandbox :one
 
 INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, on_timeout, auto_resume, forked_from)
 VALUES ($1, $2, $3, $4, $5, 'starting', $6, $7, $8, $9, $10, $11, $12, $13, $14)
-RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
+RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
 `
 
 type InsertSandboxParams struct {
@@ -249,12 +251,13 @@ func (q *Queries) InsertSandbox(ctx context.Context, arg InsertSandboxParams) (S
 		&i.AutoResume,
 		&i.PausedAt,
 		&i.ForkedFrom,
+		&i.BuildID,
 	)
 	return i, err
 }
 
 const listHostSandboxes = `-- name: ListHostSandboxes :many
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from FROM sandboxes WHERE host_id = $1 AND state NOT IN ('stopped', 'error')
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id FROM sandboxes WHERE host_id = $1 AND state NOT IN ('stopped', 'error')
 `
 
 func (q *Queries) ListHostSandboxes(ctx context.Context, hostID *uuid.UUID) ([]Sandbox, error) {
@@ -290,6 +293,7 @@ func (q *Queries) ListHostSandboxes(ctx context.Context, hostID *uuid.UUID) ([]S
 			&i.AutoResume,
 			&i.PausedAt,
 			&i.ForkedFrom,
+			&i.BuildID,
 		); err != nil {
 			return nil, err
 		}
@@ -302,7 +306,7 @@ func (q *Queries) ListHostSandboxes(ctx context.Context, hostID *uuid.UUID) ([]S
 }
 
 const listLiveSandboxes = `-- name: ListLiveSandboxes :many
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from FROM sandboxes
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id FROM sandboxes
 WHERE team_id = $1
   AND state NOT IN ('stopped', 'error')
   AND metadata @> $2::jsonb
@@ -359,6 +363,7 @@ func (q *Queries) ListLiveSandboxes(ctx context.Context, arg ListLiveSandboxesPa
 			&i.AutoResume,
 			&i.PausedAt,
 			&i.ForkedFrom,
+			&i.BuildID,
 		); err != nil {
 			return nil, err
 		}
@@ -371,7 +376,7 @@ func (q *Queries) ListLiveSandboxes(ctx context.Context, arg ListLiveSandboxesPa
 }
 
 const listSandboxes = `-- name: ListSandboxes :many
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from FROM sandboxes
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id FROM sandboxes
 WHERE team_id = $1
   AND state = ANY ($2::text[])
   AND metadata @> $3::jsonb
@@ -429,6 +434,7 @@ func (q *Queries) ListSandboxes(ctx context.Context, arg ListSandboxesParams) ([
 			&i.AutoResume,
 			&i.PausedAt,
 			&i.ForkedFrom,
+			&i.BuildID,
 		); err != nil {
 			return nil, err
 		}
@@ -442,7 +448,7 @@ func (q *Queries) ListSandboxes(ctx context.Context, arg ListSandboxesParams) ([
 
 const sandboxEnded = `-- name: SandboxEnded :one
 UPDATE sandboxes SET state = 'stopped', end_reason = $1::text, error = $2, ended_at = $3::timestamptz
-WHERE id = $4 AND state IN ('running', 'missing', 'pausing', 'paused', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
+WHERE id = $4 AND state IN ('running', 'missing', 'pausing', 'paused', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
 `
 
 type SandboxEndedParams struct {
@@ -485,12 +491,13 @@ func (q *Queries) SandboxEnded(ctx context.Context, arg SandboxEndedParams) (San
 		&i.AutoResume,
 		&i.PausedAt,
 		&i.ForkedFrom,
+		&i.BuildID,
 	)
 	return i, err
 }
 
 const sandboxExpires = `-- name: SandboxExpires :one
-UPDATE sandboxes SET expires_at = $1 WHERE id = $2 AND state = 'running' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
+UPDATE sandboxes SET expires_at = $1 WHERE id = $2 AND state = 'running' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
 `
 
 type SandboxExpiresParams struct {
@@ -525,13 +532,14 @@ func (q *Queries) SandboxExpires(ctx context.Context, arg SandboxExpiresParams) 
 		&i.AutoResume,
 		&i.PausedAt,
 		&i.ForkedFrom,
+		&i.BuildID,
 	)
 	return i, err
 }
 
 const sandboxFailed = `-- name: SandboxFailed :one
 UPDATE sandboxes SET state = 'error', end_reason = 'failed', error = $1, ended_at = now()
-WHERE id = $2 AND state IN ('pending', 'starting') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
+WHERE id = $2 AND state IN ('pending', 'starting') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
 `
 
 type SandboxFailedParams struct {
@@ -566,13 +574,14 @@ func (q *Queries) SandboxFailed(ctx context.Context, arg SandboxFailedParams) (S
 		&i.AutoResume,
 		&i.PausedAt,
 		&i.ForkedFrom,
+		&i.BuildID,
 	)
 	return i, err
 }
 
 const sandboxGoesOn = `-- name: SandboxGoesOn :one
 UPDATE sandboxes SET state = 'running', paused_at = NULL, expires_at = $1
-WHERE id = $2 AND state IN ('pausing', 'paused', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
+WHERE id = $2 AND state IN ('pausing', 'paused', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
 `
 
 type SandboxGoesOnParams struct {
@@ -608,13 +617,14 @@ func (q *Queries) SandboxGoesOn(ctx context.Context, arg SandboxGoesOnParams) (S
 		&i.AutoResume,
 		&i.PausedAt,
 		&i.ForkedFrom,
+		&i.BuildID,
 	)
 	return i, err
 }
 
 const sandboxPaused = `-- name: SandboxPaused :one
 UPDATE sandboxes SET state = 'paused', paused_at = COALESCE(paused_at, $1::timestamptz), expires_at = NULL
-WHERE id = $2 AND state = ANY ($3::text[]) AND state IN ('running', 'missing', 'pausing', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
+WHERE id = $2 AND state = ANY ($3::text[]) AND state IN ('running', 'missing', 'pausing', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
 `
 
 type SandboxPausedParams struct {
@@ -650,12 +660,13 @@ func (q *Queries) SandboxPaused(ctx context.Context, arg SandboxPausedParams) (S
 		&i.AutoResume,
 		&i.PausedAt,
 		&i.ForkedFrom,
+		&i.BuildID,
 	)
 	return i, err
 }
 
 const sandboxPausing = `-- name: SandboxPausing :one
-UPDATE sandboxes SET state = 'pausing' WHERE id = $1 AND state = 'running' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
+UPDATE sandboxes SET state = 'pausing' WHERE id = $1 AND state = 'running' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
 `
 
 func (q *Queries) SandboxPausing(ctx context.Context, id uuid.UUID) (Sandbox, error) {
@@ -685,12 +696,13 @@ func (q *Queries) SandboxPausing(ctx context.Context, id uuid.UUID) (Sandbox, er
 		&i.AutoResume,
 		&i.PausedAt,
 		&i.ForkedFrom,
+		&i.BuildID,
 	)
 	return i, err
 }
 
 const sandboxResuming = `-- name: SandboxResuming :one
-UPDATE sandboxes SET state = 'resuming' WHERE id = $1 AND state = 'paused' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
+UPDATE sandboxes SET state = 'resuming' WHERE id = $1 AND state = 'paused' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
 `
 
 func (q *Queries) SandboxResuming(ctx context.Context, id uuid.UUID) (Sandbox, error) {
@@ -720,6 +732,7 @@ func (q *Queries) SandboxResuming(ctx context.Context, id uuid.UUID) (Sandbox, e
 		&i.AutoResume,
 		&i.PausedAt,
 		&i.ForkedFrom,
+		&i.BuildID,
 	)
 	return i, err
 }
@@ -727,7 +740,7 @@ func (q *Queries) SandboxResuming(ctx context.Context, id uuid.UUID) (Sandbox, e
 const sandboxRunning = `-- name: SandboxRunning :one
 UPDATE sandboxes SET state = 'running', started_at = COALESCE(started_at, $1), expires_at = $2,
     disk_mib = $3, start_ms = COALESCE(start_ms, $4)
-WHERE id = $5 AND state IN ('pending', 'starting') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
+WHERE id = $5 AND state IN ('pending', 'starting') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
 `
 
 type SandboxRunningParams struct {
@@ -771,13 +784,14 @@ func (q *Queries) SandboxRunning(ctx context.Context, arg SandboxRunningParams) 
 		&i.AutoResume,
 		&i.PausedAt,
 		&i.ForkedFrom,
+		&i.BuildID,
 	)
 	return i, err
 }
 
 const sandboxStopped = `-- name: SandboxStopped :one
 UPDATE sandboxes SET state = 'stopped', end_reason = COALESCE(end_reason, 'deleted'), ended_at = now()
-WHERE id = $1 AND state = 'stopping' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
+WHERE id = $1 AND state = 'stopping' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
 `
 
 func (q *Queries) SandboxStopped(ctx context.Context, id uuid.UUID) (Sandbox, error) {
@@ -807,13 +821,14 @@ func (q *Queries) SandboxStopped(ctx context.Context, id uuid.UUID) (Sandbox, er
 		&i.AutoResume,
 		&i.PausedAt,
 		&i.ForkedFrom,
+		&i.BuildID,
 	)
 	return i, err
 }
 
 const sandboxStopping = `-- name: SandboxStopping :one
 UPDATE sandboxes SET state = 'stopping'
-WHERE id = $1 AND state IN ('pending', 'starting', 'running', 'missing', 'pausing', 'paused', 'resuming', 'stopping') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from
+WHERE id = $1 AND state IN ('pending', 'starting', 'running', 'missing', 'pausing', 'paused', 'resuming', 'stopping') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
 `
 
 // Stopping a sandbox that stops is no change, yet answers with the row.
@@ -844,6 +859,7 @@ func (q *Queries) SandboxStopping(ctx context.Context, id uuid.UUID) (Sandbox, e
 		&i.AutoResume,
 		&i.PausedAt,
 		&i.ForkedFrom,
+		&i.BuildID,
 	)
 	return i, err
 }

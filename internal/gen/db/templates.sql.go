@@ -27,9 +27,17 @@ func (q *Queries) AddHostTemplate(ctx context.Context, arg AddHostTemplateParams
 }
 
 const addTemplate = `-- name: AddTemplate :execrows
-INSERT INTO templates (id, team_id, name, size_bytes, created_at, vcpus, memory_mib, disk_mib)
-SELECT $1, $2, $3, $4, $5, $6, $7, $8 WHERE EXISTS (SELECT 1 FROM teams WHERE teams.id = $2)
-ON CONFLICT DO NOTHING
+WITH made AS (
+    INSERT INTO templates (id, team_id, name, size_bytes, created_at, vcpus, memory_mib, disk_mib)
+    SELECT $1, $2, $3, $4, $5, $6, $7, $8
+    WHERE EXISTS (SELECT 1 FROM teams WHERE teams.id = $2)
+      AND NOT EXISTS (SELECT 1 FROM templates AS other WHERE other.team_id = $2 AND other.name = $3 AND other.kind = 'template' AND other.state <> 'deleting')
+    ON CONFLICT DO NOTHING
+    RETURNING id, team_id, name
+)
+INSERT INTO template_tags (team_id, name, tag, template_id)
+SELECT team_id, name, 'latest', id FROM made
+ON CONFLICT (team_id, name, tag) DO UPDATE SET template_id = EXCLUDED.template_id
 `
 
 type AddTemplateParams struct {
@@ -64,9 +72,10 @@ func (q *Queries) AddTemplate(ctx context.Context, arg AddTemplateParams) (int64
 
 const claimTemplate = `-- name: ClaimTemplate :one
 INSERT INTO templates (id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker)
-VALUES ($1, $2, $3, 0, $4, 'pending', $5, $6, $7, $8, $9)
+SELECT $1, $2, $3::text, 0, $4, 'pending', $5, $6, $7, $8, $9
+WHERE NOT EXISTS (SELECT 1 FROM templates AS other WHERE other.team_id = $2 AND other.name = $3::text AND other.kind = 'template' AND other.state <> 'deleting')
 ON CONFLICT DO NOTHING
-RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker
+RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at
 `
 
 type ClaimTemplateParams struct {
@@ -81,7 +90,8 @@ type ClaimTemplateParams struct {
 	Worker       *uuid.UUID
 }
 
-// No row: the team has a template of that name.
+// A template that is captured from a sandbox under a name of its own. No row:
+// the team has a template of that name.
 func (q *Queries) ClaimTemplate(ctx context.Context, arg ClaimTemplateParams) (Template, error) {
 	row := q.db.QueryRow(ctx, claimTemplate,
 		arg.ID,
@@ -107,6 +117,11 @@ func (q *Queries) ClaimTemplate(ctx context.Context, arg ClaimTemplateParams) (T
 		&i.DiskMiB,
 		&i.CapturedFrom,
 		&i.Worker,
+		&i.Kind,
+		&i.Version,
+		&i.BuildID,
+		&i.LayerKey,
+		&i.UsedAt,
 	)
 	return i, err
 }
@@ -127,7 +142,7 @@ func (q *Queries) DropHostTemplates(ctx context.Context, arg DropHostTemplatesPa
 
 const dropLostTemplates = `-- name: DropLostTemplates :many
 DELETE FROM templates WHERE id = ANY ($1::uuid[]) AND state = 'ready' AND team_id <> '00000000-0000-0000-0000-000000000000'
-    AND NOT EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id) RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker
+    AND NOT EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id) RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at
 `
 
 // A team's template that no host has any more.
@@ -152,6 +167,11 @@ func (q *Queries) DropLostTemplates(ctx context.Context, ids []uuid.UUID) ([]Tem
 			&i.DiskMiB,
 			&i.CapturedFrom,
 			&i.Worker,
+			&i.Kind,
+			&i.Version,
+			&i.BuildID,
+			&i.LayerKey,
+			&i.UsedAt,
 		); err != nil {
 			return nil, err
 		}
@@ -173,22 +193,32 @@ func (q *Queries) DropTemplate(ctx context.Context, id uuid.UUID) error {
 }
 
 const findTemplate = `-- name: FindTemplate :one
-SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker FROM templates
-WHERE team_id IN ($1, '00000000-0000-0000-0000-000000000000')
-  AND (id = $2 OR name = $3)
-ORDER BY team_id = $1 DESC, state = 'deleting'
+SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at FROM templates
+WHERE templates.team_id IN ($1, '00000000-0000-0000-0000-000000000000')
+  AND (templates.id = $2 OR templates.name = $3 AND (version = $4 OR state = 'deleting' AND $5 = 'latest'
+    OR EXISTS (SELECT 1 FROM template_tags WHERE template_id = templates.id AND template_tags.tag = $5)))
+  AND kind = 'template'
+ORDER BY templates.team_id = $1 DESC, state = 'deleting'
 LIMIT 1
 `
 
 type FindTemplateParams struct {
-	TeamID uuid.UUID
-	ID     *uuid.UUID
-	Name   *string
+	TeamID  uuid.UUID
+	ID      *uuid.UUID
+	Name    *string
+	Version *int32
+	Tag     interface{}
 }
 
 // Like ResolveTemplate, in any state: the one that is there before those that go.
 func (q *Queries) FindTemplate(ctx context.Context, arg FindTemplateParams) (Template, error) {
-	row := q.db.QueryRow(ctx, findTemplate, arg.TeamID, arg.ID, arg.Name)
+	row := q.db.QueryRow(ctx, findTemplate,
+		arg.TeamID,
+		arg.ID,
+		arg.Name,
+		arg.Version,
+		arg.Tag,
+	)
 	var i Template
 	err := row.Scan(
 		&i.ID,
@@ -202,12 +232,17 @@ func (q *Queries) FindTemplate(ctx context.Context, arg FindTemplateParams) (Tem
 		&i.DiskMiB,
 		&i.CapturedFrom,
 		&i.Worker,
+		&i.Kind,
+		&i.Version,
+		&i.BuildID,
+		&i.LayerKey,
+		&i.UsedAt,
 	)
 	return i, err
 }
 
 const getTemplate = `-- name: GetTemplate :one
-SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker FROM templates WHERE id = $1
+SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at FROM templates WHERE id = $1
 `
 
 func (q *Queries) GetTemplate(ctx context.Context, id uuid.UUID) (Template, error) {
@@ -225,12 +260,17 @@ func (q *Queries) GetTemplate(ctx context.Context, id uuid.UUID) (Template, erro
 		&i.DiskMiB,
 		&i.CapturedFrom,
 		&i.Worker,
+		&i.Kind,
+		&i.Version,
+		&i.BuildID,
+		&i.LayerKey,
+		&i.UsedAt,
 	)
 	return i, err
 }
 
 const listHostTemplates = `-- name: ListHostTemplates :many
-SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker FROM templates JOIN host_templates ON template_id = templates.id WHERE host_id = $1
+SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker, templates.kind, templates.version, templates.build_id, templates.layer_key, templates.used_at FROM templates JOIN host_templates ON template_id = templates.id WHERE host_id = $1
 `
 
 // Those that a host has, is to have, or is to be rid of.
@@ -255,6 +295,11 @@ func (q *Queries) ListHostTemplates(ctx context.Context, hostID uuid.UUID) ([]Te
 			&i.DiskMiB,
 			&i.CapturedFrom,
 			&i.Worker,
+			&i.Kind,
+			&i.Version,
+			&i.BuildID,
+			&i.LayerKey,
+			&i.UsedAt,
 		); err != nil {
 			return nil, err
 		}
@@ -267,13 +312,14 @@ func (q *Queries) ListHostTemplates(ctx context.Context, hostID uuid.UUID) ([]Te
 }
 
 const listSnapshots = `-- name: ListSnapshots :many
-SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker FROM templates
-WHERE team_id = $1
+SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker, templates.kind, templates.version, templates.build_id, templates.layer_key, templates.used_at, ARRAY(SELECT tag FROM template_tags WHERE template_id = templates.id ORDER BY tag)::text[] AS tags FROM templates
+WHERE templates.team_id = $1
   AND captured_from IS NOT NULL
+  AND build_id IS NULL
   AND state = 'ready'
   AND EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id)
-  AND (name, id) > ($2::text, $3::uuid)
-ORDER BY name, id
+  AND (templates.name, templates.id) > ($2::text, $3::uuid)
+ORDER BY templates.name, templates.id
 LIMIT $4
 `
 
@@ -284,7 +330,12 @@ type ListSnapshotsParams struct {
 	MaxRows   int32
 }
 
-func (q *Queries) ListSnapshots(ctx context.Context, arg ListSnapshotsParams) ([]Template, error) {
+type ListSnapshotsRow struct {
+	Template Template
+	Tags     []string
+}
+
+func (q *Queries) ListSnapshots(ctx context.Context, arg ListSnapshotsParams) ([]ListSnapshotsRow, error) {
 	rows, err := q.db.Query(ctx, listSnapshots,
 		arg.TeamID,
 		arg.AfterName,
@@ -295,25 +346,55 @@ func (q *Queries) ListSnapshots(ctx context.Context, arg ListSnapshotsParams) ([
 		return nil, err
 	}
 	defer rows.Close()
-	var items []Template
+	var items []ListSnapshotsRow
 	for rows.Next() {
-		var i Template
+		var i ListSnapshotsRow
 		if err := rows.Scan(
-			&i.ID,
-			&i.TeamID,
-			&i.Name,
-			&i.SizeBytes,
-			&i.CreatedAt,
-			&i.State,
-			&i.VCPUs,
-			&i.MemoryMiB,
-			&i.DiskMiB,
-			&i.CapturedFrom,
-			&i.Worker,
+			&i.Template.ID,
+			&i.Template.TeamID,
+			&i.Template.Name,
+			&i.Template.SizeBytes,
+			&i.Template.CreatedAt,
+			&i.Template.State,
+			&i.Template.VCPUs,
+			&i.Template.MemoryMiB,
+			&i.Template.DiskMiB,
+			&i.Template.CapturedFrom,
+			&i.Template.Worker,
+			&i.Template.Kind,
+			&i.Template.Version,
+			&i.Template.BuildID,
+			&i.Template.LayerKey,
+			&i.Template.UsedAt,
+			&i.Tags,
 		); err != nil {
 			return nil, err
 		}
 		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
+const listTags = `-- name: ListTags :many
+SELECT tag FROM template_tags WHERE template_id = $1 ORDER BY tag
+`
+
+func (q *Queries) ListTags(ctx context.Context, templateID uuid.UUID) ([]string, error) {
+	rows, err := q.db.Query(ctx, listTags, templateID)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []string
+	for rows.Next() {
+		var tag string
+		if err := rows.Scan(&tag); err != nil {
+			return nil, err
+		}
+		items = append(items, tag)
 	}
 	if err := rows.Err(); err != nil {
 		return nil, err
@@ -346,12 +427,13 @@ func (q *Queries) ListTemplateHosts(ctx context.Context, templateID uuid.UUID) (
 }
 
 const listTemplates = `-- name: ListTemplates :many
-SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker FROM templates
-WHERE team_id IN ($1, '00000000-0000-0000-0000-000000000000')
+SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker, templates.kind, templates.version, templates.build_id, templates.layer_key, templates.used_at, ARRAY(SELECT tag FROM template_tags WHERE template_id = templates.id ORDER BY tag)::text[] AS tags FROM templates
+WHERE templates.team_id IN ($1, '00000000-0000-0000-0000-000000000000')
+  AND kind = 'template'
   AND state = 'ready'
   AND EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id)
-  AND (name, id) > ($2::text, $3::uuid)
-ORDER BY name, id
+  AND (templates.name, templates.id) > ($2::text, $3::uuid)
+ORDER BY templates.name, templates.id
 LIMIT $4
 `
 
@@ -362,7 +444,12 @@ type ListTemplatesParams struct {
 	MaxRows   int32
 }
 
-func (q *Queries) ListTemplates(ctx context.Context, arg ListTemplatesParams) ([]Template, error) {
+type ListTemplatesRow struct {
+	Template Template
+	Tags     []string
+}
+
+func (q *Queries) ListTemplates(ctx context.Context, arg ListTemplatesParams) ([]ListTemplatesRow, error) {
 	rows, err := q.db.Query(ctx, listTemplates,
 		arg.TeamID,
 		arg.AfterName,
@@ -373,21 +460,27 @@ func (q *Queries) ListTemplates(ctx context.Context, arg ListTemplatesParams) ([
 		return nil, err
 	}
 	defer rows.Close()
-	var items []Template
+	var items []ListTemplatesRow
 	for rows.Next() {
-		var i Template
+		var i ListTemplatesRow
 		if err := rows.Scan(
-			&i.ID,
-			&i.TeamID,
-			&i.Name,
-			&i.SizeBytes,
-			&i.CreatedAt,
-			&i.State,
-			&i.VCPUs,
-			&i.MemoryMiB,
-			&i.DiskMiB,
-			&i.CapturedFrom,
-			&i.Worker,
+			&i.Template.ID,
+			&i.Template.TeamID,
+			&i.Template.Name,
+			&i.Template.SizeBytes,
+			&i.Template.CreatedAt,
+			&i.Template.State,
+			&i.Template.VCPUs,
+			&i.Template.MemoryMiB,
+			&i.Template.DiskMiB,
+			&i.Template.CapturedFrom,
+			&i.Template.Worker,
+			&i.Template.Kind,
+			&i.Template.Version,
+			&i.Template.BuildID,
+			&i.Template.LayerKey,
+			&i.Template.UsedAt,
+			&i.Tags,
 		); err != nil {
 			return nil, err
 		}
@@ -430,25 +523,148 @@ func (q *Queries) ListTemplatesAtWork(ctx context.Context, arg ListTemplatesAtWo
 	return items, nil
 }
 
+const listUnusedVersions = `-- name: ListUnusedVersions :many
+SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at FROM templates
+WHERE build_id IS NOT NULL AND kind = 'template' AND state = 'ready'
+  AND NOT EXISTS (SELECT 1 FROM template_tags WHERE template_id = templates.id)
+  AND NOT EXISTS (SELECT 1 FROM sandboxes WHERE template_id = templates.id AND state NOT IN ('stopped', 'error'))
+ORDER BY id
+LIMIT 100
+`
+
+// Built templates that no tag names any more and no sandbox was started from
+// that is still there.
+func (q *Queries) ListUnusedVersions(ctx context.Context) ([]Template, error) {
+	rows, err := q.db.Query(ctx, listUnusedVersions)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []Template
+	for rows.Next() {
+		var i Template
+		if err := rows.Scan(
+			&i.ID,
+			&i.TeamID,
+			&i.Name,
+			&i.SizeBytes,
+			&i.CreatedAt,
+			&i.State,
+			&i.VCPUs,
+			&i.MemoryMiB,
+			&i.DiskMiB,
+			&i.CapturedFrom,
+			&i.Worker,
+			&i.Kind,
+			&i.Version,
+			&i.BuildID,
+			&i.LayerKey,
+			&i.UsedAt,
+		); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
+const listVersions = `-- name: ListVersions :many
+SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at FROM templates WHERE team_id = $1 AND name = $2 AND kind = 'template' ORDER BY version
+`
+
+type ListVersionsParams struct {
+	TeamID uuid.UUID
+	Name   string
+}
+
+// Those of one name that a team has, whatever becomes of them.
+func (q *Queries) ListVersions(ctx context.Context, arg ListVersionsParams) ([]Template, error) {
+	rows, err := q.db.Query(ctx, listVersions, arg.TeamID, arg.Name)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []Template
+	for rows.Next() {
+		var i Template
+		if err := rows.Scan(
+			&i.ID,
+			&i.TeamID,
+			&i.Name,
+			&i.SizeBytes,
+			&i.CreatedAt,
+			&i.State,
+			&i.VCPUs,
+			&i.MemoryMiB,
+			&i.DiskMiB,
+			&i.CapturedFrom,
+			&i.Worker,
+			&i.Kind,
+			&i.Version,
+			&i.BuildID,
+			&i.LayerKey,
+			&i.UsedAt,
+		); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
+const removeTag = `-- name: RemoveTag :execrows
+DELETE FROM template_tags WHERE team_id = $1 AND name = $2 AND tag = $3
+`
+
+type RemoveTagParams struct {
+	TeamID uuid.UUID
+	Name   string
+	Tag    string
+}
+
+func (q *Queries) RemoveTag(ctx context.Context, arg RemoveTagParams) (int64, error) {
+	result, err := q.db.Exec(ctx, removeTag, arg.TeamID, arg.Name, arg.Tag)
+	if err != nil {
+		return 0, err
+	}
+	return result.RowsAffected(), nil
+}
+
 const resolveTemplate = `-- name: ResolveTemplate :one
-SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker FROM templates
-WHERE team_id IN ($1, '00000000-0000-0000-0000-000000000000')
-  AND (id = $2 OR name = $3)
+SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at FROM templates
+WHERE templates.team_id IN ($1, '00000000-0000-0000-0000-000000000000')
+  AND (templates.id = $2 OR templates.name = $3 AND (version = $4
+    OR EXISTS (SELECT 1 FROM template_tags WHERE template_id = templates.id AND template_tags.tag = $5)))
+  AND kind = 'template'
   AND state = 'ready'
   AND EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id)
-ORDER BY team_id = $1 DESC
+ORDER BY templates.team_id = $1 DESC
 LIMIT 1
 `
 
 type ResolveTemplateParams struct {
-	TeamID uuid.UUID
-	ID     *uuid.UUID
-	Name   *string
+	TeamID  uuid.UUID
+	ID      *uuid.UUID
+	Name    *string
+	Version *int32
+	Tag     *string
 }
 
 // A team's own template goes before the platform's of the same name.
 func (q *Queries) ResolveTemplate(ctx context.Context, arg ResolveTemplateParams) (Template, error) {
-	row := q.db.QueryRow(ctx, resolveTemplate, arg.TeamID, arg.ID, arg.Name)
+	row := q.db.QueryRow(ctx, resolveTemplate,
+		arg.TeamID,
+		arg.ID,
+		arg.Name,
+		arg.Version,
+		arg.Tag,
+	)
 	var i Template
 	err := row.Scan(
 		&i.ID,
@@ -462,12 +678,40 @@ func (q *Queries) ResolveTemplate(ctx context.Context, arg ResolveTemplateParams
 		&i.DiskMiB,
 		&i.CapturedFrom,
 		&i.Worker,
+		&i.Kind,
+		&i.Version,
+		&i.BuildID,
+		&i.LayerKey,
+		&i.UsedAt,
 	)
 	return i, err
 }
 
+const setTag = `-- name: SetTag :execrows
+INSERT INTO template_tags (team_id, name, tag, template_id)
+SELECT team_id, name, $1, id FROM templates WHERE id = $2 AND state <> 'deleting'
+ON CONFLICT (team_id, name, tag) DO UPDATE SET template_id = EXCLUDED.template_id
+`
+
+type SetTagParams struct {
+	Tag string
+	ID  uuid.UUID
+}
+
+// No row: the template goes.
+func (q *Queries) SetTag(ctx context.Context, arg SetTagParams) (int64, error) {
+	result, err := q.db.Exec(ctx, setTag, arg.Tag, arg.ID)
+	if err != nil {
+		return 0, err
+	}
+	return result.RowsAffected(), nil
+}
+
 const templateDeleting = `-- name: TemplateDeleting :one
-UPDATE templates SET state = 'deleting', worker = $1 WHERE id = $2 AND state IN ('ready', 'deleting') RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker
+WITH unnamed AS (
+    DELETE FROM template_tags WHERE template_id = (SELECT going.id FROM templates AS going WHERE going.id = $2 AND going.state IN ('ready', 'deleting'))
+)
+UPDATE templates SET state = 'deleting', worker = $1 WHERE templates.id = $2 AND state IN ('ready', 'deleting') RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at
 `
 
 type TemplateDeletingParams struct {
@@ -491,14 +735,24 @@ func (q *Queries) TemplateDeleting(ctx context.Context, arg TemplateDeletingPara
 		&i.DiskMiB,
 		&i.CapturedFrom,
 		&i.Worker,
+		&i.Kind,
+		&i.Version,
+		&i.BuildID,
+		&i.LayerKey,
+		&i.UsedAt,
 	)
 	return i, err
 }
 
 const templateReady = `-- name: TemplateReady :one
+WITH renamed AS (
+    UPDATE template_tags SET name = $6 FROM templates
+    WHERE templates.id = $7 AND templates.build_id IS NULL AND template_tags.template_id = $7
+      AND template_tags.team_id = '00000000-0000-0000-0000-000000000000' AND template_tags.name <> $6
+)
 UPDATE templates SET state = 'ready', size_bytes = $1, created_at = $2, vcpus = $3, memory_mib = $4, disk_mib = $5,
-    name = CASE WHEN team_id = '00000000-0000-0000-0000-000000000000' THEN $6 ELSE name END
-WHERE id = $7 AND state IN ('pending', 'ready') RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker
+    name = CASE WHEN templates.team_id = '00000000-0000-0000-0000-000000000000' AND build_id IS NULL THEN $6 ELSE templates.name END
+WHERE templates.id = $7 AND state IN ('pending', 'ready') RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at
 `
 
 type TemplateReadyParams struct {
@@ -511,7 +765,8 @@ type TemplateReadyParams struct {
 	ID        uuid.UUID
 }
 
-// The names of teams' templates are the table's, those of the platform's the hosts'.
+// The names of teams' templates are the table's, those of the platform's the
+// hosts' unless they were built.
 func (q *Queries) TemplateReady(ctx context.Context, arg TemplateReadyParams) (Template, error) {
 	row := q.db.QueryRow(ctx, templateReady,
 		arg.SizeBytes,
@@ -535,6 +790,11 @@ func (q *Queries) TemplateReady(ctx context.Context, arg TemplateReadyParams) (T
 		&i.DiskMiB,
 		&i.CapturedFrom,
 		&i.Worker,
+		&i.Kind,
+		&i.Version,
+		&i.BuildID,
+		&i.LayerKey,
+		&i.UsedAt,
 	)
 	return i, err
 }

@@ -247,7 +247,7 @@ type CreateSandbox struct {
 	// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused.
 	OnTimeout *OnTimeout `json:"on_timeout,omitempty"`
 
-	// Template A template's name or id. A team's own template goes before the platform's of the same name.
+	// Template A template's name, with `:tag` or `@version` where not the latest is meant, or its id. A team's own template goes before the platform's of the same name.
 	Template *string `json:"template,omitempty"`
 
 	// TimeoutSeconds Seconds without use after which the sandbox is destroyed, or paused; 0: never.
@@ -770,11 +770,21 @@ type Template struct {
 	// SizeBytes What it takes on the host's disk.
 	SizeBytes int64 `json:"size_bytes"`
 
+	// Tags What else it is: `name:tag`, and `latest` the name alone.
+	//
+	// Example: ["latest"]
+	Tags []string `json:"tags"`
+
 	// TeamID The team that owns it; all zeros is the platform.
 	TeamID string `json:"team_id"`
 
 	// Vcpus What its sandboxes have; absent: what they ask for.
 	Vcpus *int32 `json:"vcpus,omitempty"`
+
+	// Version Counts the templates of its name: `name@version` is this one.
+	//
+	// Example: 1
+	Version int32 `json:"version"`
 }
 
 // TemplateList defines model for TemplateList.
@@ -807,6 +817,12 @@ type Limit = int
 
 // Path defines model for Path.
 type Path = string
+
+// TemplateRef defines model for TemplateRef.
+type TemplateRef = string
+
+// TemplateTag defines model for TemplateTag.
+type TemplateTag = string
 
 // User A user of the guest. The default one is `user`, who may use sudo; `root` is there too.
 type User = UserName
@@ -1068,6 +1084,18 @@ type ServerInterface interface {
 	// ListTemplates List templates
 	// (GET /v1/templates)
 	ListTemplates(w http.ResponseWriter, r *http.Request, params ListTemplatesParams)
+	// DeleteTemplate Delete a template of the team
+	// (DELETE /v1/templates/{template})
+	DeleteTemplate(w http.ResponseWriter, r *http.Request, template TemplateRef)
+	// GetTemplate Show a template
+	// (GET /v1/templates/{template})
+	GetTemplate(w http.ResponseWriter, r *http.Request, template TemplateRef)
+	// RemoveTag Take a tag away
+	// (DELETE /v1/templates/{template}/tags/{tag})
+	RemoveTag(w http.ResponseWriter, r *http.Request, template TemplateRef, tag TemplateTag)
+	// SetTag Have a tag mean a template of the team
+	// (PUT /v1/templates/{template}/tags/{tag})
+	SetTag(w http.ResponseWriter, r *http.Request, template TemplateRef, tag TemplateTag)
 }
 
 // Unimplemented server implementation that returns http.StatusNotImplemented for each endpoint.
@@ -1269,6 +1297,30 @@ func (_ Unimplemented) DeleteSnapshot(w http.ResponseWriter, r *http.Request, na
 // ListTemplates List templates
 // (GET /v1/templates)
 func (_ Unimplemented) ListTemplates(w http.ResponseWriter, r *http.Request, params ListTemplatesParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// DeleteTemplate Delete a template of the team
+// (DELETE /v1/templates/{template})
+func (_ Unimplemented) DeleteTemplate(w http.ResponseWriter, r *http.Request, template TemplateRef) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// GetTemplate Show a template
+// (GET /v1/templates/{template})
+func (_ Unimplemented) GetTemplate(w http.ResponseWriter, r *http.Request, template TemplateRef) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// RemoveTag Take a tag away
+// (DELETE /v1/templates/{template}/tags/{tag})
+func (_ Unimplemented) RemoveTag(w http.ResponseWriter, r *http.Request, template TemplateRef, tag TemplateTag) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// SetTag Have a tag mean a template of the team
+// (PUT /v1/templates/{template}/tags/{tag})
+func (_ Unimplemented) SetTag(w http.ResponseWriter, r *http.Request, template TemplateRef, tag TemplateTag) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -2317,6 +2369,128 @@ func (siw *ServerInterfaceWrapper) ListTemplates(w http.ResponseWriter, r *http.
 	handler.ServeHTTP(w, r)
 }
 
+// DeleteTemplate operation middleware
+func (siw *ServerInterfaceWrapper) DeleteTemplate(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "template" -------------
+	var template TemplateRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "template", chi.URLParam(r, "template"), &template, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "template", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.DeleteTemplate(w, r, template)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetTemplate operation middleware
+func (siw *ServerInterfaceWrapper) GetTemplate(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "template" -------------
+	var template TemplateRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "template", chi.URLParam(r, "template"), &template, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "template", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetTemplate(w, r, template)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// RemoveTag operation middleware
+func (siw *ServerInterfaceWrapper) RemoveTag(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "template" -------------
+	var template TemplateRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "template", chi.URLParam(r, "template"), &template, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "template", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "tag" -------------
+	var tag TemplateTag
+
+	err = runtime.BindStyledParameterWithOptions("simple", "tag", chi.URLParam(r, "tag"), &tag, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "tag", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.RemoveTag(w, r, template, tag)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// SetTag operation middleware
+func (siw *ServerInterfaceWrapper) SetTag(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "template" -------------
+	var template TemplateRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "template", chi.URLParam(r, "template"), &template, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "template", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "tag" -------------
+	var tag TemplateTag
+
+	err = runtime.BindStyledParameterWithOptions("simple", "tag", chi.URLParam(r, "tag"), &tag, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "tag", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.SetTag(w, r, template, tag)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 type UnescapedCookieParamError struct {
 	ParamName string
 	Err       error
@@ -2489,6 +2663,18 @@ func HandlerWithOptions(si ServerInterface, options ChiServerOptions) http.Handl
 	})
 	r.Group(func(r chi.Router) {
 		r.Delete(options.BaseURL+"/v1/snapshots/{name}", wrapper.DeleteSnapshot)
+	})
+	r.Group(func(r chi.Router) {
+		r.Delete(options.BaseURL+"/v1/templates/{template}", wrapper.DeleteTemplate)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/templates/{template}", wrapper.GetTemplate)
+	})
+	r.Group(func(r chi.Router) {
+		r.Delete(options.BaseURL+"/v1/templates/{template}/tags/{tag}", wrapper.RemoveTag)
+	})
+	r.Group(func(r chi.Router) {
+		r.Put(options.BaseURL+"/v1/templates/{template}/tags/{tag}", wrapper.SetTag)
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/health", wrapper.GetHealth)

@@ -6,11 +6,13 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/templates"
 )
 
 // templateOf is a row as the wire has it.
-func templateOf(row db.Template) rest.Template {
+func templateOf(row db.Template, tags []string) rest.Template {
 	t := rest.Template{
+		Version: row.Version, Tags: append([]string{}, tags...),
 		ID: id.Format(id.Template, row.ID), TeamID: id.Format(id.Team, row.TeamID), Name: row.Name, SizeBytes: row.SizeBytes,
 		Vcpus: some(row.VCPUs), MemoryMib: some(row.MemoryMiB), DiskMib: row.DiskMiB, CreatedAt: row.CreatedAt.UTC(),
 	}
@@ -20,10 +22,10 @@ func templateOf(row db.Template) rest.Template {
 	return t
 }
 
-func templateList(rows []db.Template) []rest.Template {
+func templateList(rows []templates.Listed) []rest.Template {
 	list := make([]rest.Template, len(rows))
 	for i, row := range rows {
-		list[i] = templateOf(row)
+		list[i] = templateOf(row.Template, row.Tags)
 	}
 	return list
 }
@@ -67,12 +69,50 @@ func (a *API) CreateSnapshot(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Location", "/v1/snapshots/"+row.Name)
-	answer(w, http.StatusCreated, templateOf(row))
+	answer(w, http.StatusCreated, templateOf(row, []string{templates.Latest}))
 }
 
 // DeleteSnapshot answers DELETE /v1/snapshots/{name}.
 func (a *API) DeleteSnapshot(w http.ResponseWriter, r *http.Request, name string) {
-	if err := a.Sandboxes.DeleteSnapshot(r.Context(), caller(r).Team, name); err != nil {
+	if err := a.Sandboxes.DeleteTemplate(r.Context(), caller(r).Team, name); err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// GetTemplate answers GET /v1/templates/{template}.
+func (a *API) GetTemplate(w http.ResponseWriter, r *http.Request, template rest.TemplateRef) {
+	t, err := a.Templates.Show(r.Context(), caller(r).Team, template)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	answer(w, http.StatusOK, templateOf(t.Template, t.Tags))
+}
+
+// DeleteTemplate answers DELETE /v1/templates/{template}.
+func (a *API) DeleteTemplate(w http.ResponseWriter, r *http.Request, template rest.TemplateRef) {
+	if err := a.Sandboxes.DeleteVersions(r.Context(), caller(r).Team, template); err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// SetTag answers PUT /v1/templates/{template}/tags/{tag}.
+func (a *API) SetTag(w http.ResponseWriter, r *http.Request, template rest.TemplateRef, tag rest.TemplateTag) {
+	t, err := a.Templates.SetTag(r.Context(), caller(r).Team, template, tag)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	answer(w, http.StatusOK, templateOf(t.Template, t.Tags))
+}
+
+// RemoveTag answers DELETE /v1/templates/{template}/tags/{tag}.
+func (a *API) RemoveTag(w http.ResponseWriter, r *http.Request, template rest.TemplateRef, tag rest.TemplateTag) {
+	if err := a.Templates.RemoveTag(r.Context(), caller(r).Team, template, tag); err != nil {
 		a.Fail(w, r, err)
 		return
 	}

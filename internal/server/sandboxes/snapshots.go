@@ -79,6 +79,9 @@ func (s *Service) snapshot(row db.Sandbox, name string) (db.Template, error) {
 		if err != nil {
 			return err
 		}
+		if _, err := q.SetTag(ctx, db.SetTagParams{ID: template, Tag: templates.Latest}); err != nil {
+			return err
+		}
 		return q.AddHostTemplate(ctx, db.AddHostTemplateParams{HostID: *row.HostID, TemplateID: template})
 	})
 	if errors.Is(err, store.ErrNoRows) {
@@ -143,10 +146,10 @@ func (s *Service) hostOf(sandbox uuid.UUID) (*hosts.Host, error) {
 	return s.Hosts.Get(row.HostID)
 }
 
-// DeleteSnapshot removes a team's template, by name or id, and returns when
+// DeleteTemplate removes a team's template, by name or id, and returns when
 // its files are gone. Sandboxes that started from it go on. It goes on when
 // ctx ends before, and again when a host was unreachable and is back.
-func (s *Service) DeleteSnapshot(ctx context.Context, team uuid.UUID, ref string) error {
+func (s *Service) DeleteTemplate(ctx context.Context, team uuid.UUID, ref string) error {
 	if err := checkText("name", ref); err != nil {
 		return err
 	}
@@ -162,6 +165,41 @@ func (s *Service) DeleteSnapshot(ctx context.Context, team uuid.UUID, ref string
 	case templates.State(row.State) == templates.Pending:
 		return fault.New(fault.Conflict, "template %q is being captured", row.Name)
 	}
+	return s.Remove(ctx, row)
+}
+
+// DeleteVersions is DeleteTemplate for all versions of a name, if ref is no
+// more than that.
+func (s *Service) DeleteVersions(ctx context.Context, team uuid.UUID, ref string) error {
+	r, ok := templates.ParseRef(ref)
+	if !ok || !r.Bare {
+		return s.DeleteTemplate(ctx, team, ref)
+	}
+	rows, err := s.Store.ListVersions(ctx, db.ListVersionsParams{TeamID: team, Name: r.Name})
+	if err != nil {
+		return fmt.Errorf("list template's versions: %w", err)
+	}
+	if len(rows) == 0 {
+		return s.DeleteTemplate(ctx, team, ref) // which says why not
+	}
+	for _, row := range rows {
+		switch {
+		case row.ID == uuid.Nil:
+			err = fault.New(fault.PermissionDenied, "template %q is built in", row.Name)
+		case templates.State(row.State) == templates.Pending:
+			err = fault.New(fault.Conflict, "template %q is being captured", row.Name)
+		default:
+			err = s.Remove(ctx, row)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Remove is DeleteTemplate for a template that is known and may be removed.
+func (s *Service) Remove(ctx context.Context, row db.Template) error {
 	if err := s.begin(func() { s.templates[row.ID]++ }); err != nil {
 		return err
 	}

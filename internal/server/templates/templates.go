@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"log/slog"
 	"regexp"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 	"unicode/utf8"
@@ -63,14 +65,59 @@ func CheckName(s string) error {
 	return nil
 }
 
-// Resolve finds the template that a team means by a name or an id: its own, or
-// else the platform's. It fails with not_found.
+// tag is what may stand behind a name and a colon, as in Docker's references.
+var tag = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$`)
+
+// Latest is the tag that a name without one means.
+const Latest = "latest"
+
+// CheckTag fails with invalid_argument for what cannot be a tag.
+func CheckTag(s string) error {
+	if !tag.MatchString(s) {
+		return fault.New(fault.InvalidArgument, "tag: want 1 to 128 of A-Z, a-z, 0-9, '_', and after the first '.' and '-'")
+	}
+	return nil
+}
+
+// Ref is what names a template: "name", "name:tag", "name@version" or an id.
+type Ref struct {
+	ID      *uuid.UUID
+	Name    string
+	Tag     string // "latest" where none was said
+	Version int32  // 0: Tag
+	Bare    bool   // it is a name alone
+}
+
+// ParseRef reads what names a template. What cannot be one names none: ok is
+// false.
+func ParseRef(s string) (r Ref, ok bool) {
+	if u, err := id.Parse(id.Template, s); err == nil {
+		return Ref{ID: &u}, true
+	}
+	if n, v, versioned := strings.Cut(s, "@"); versioned {
+		number, err := strconv.ParseInt(v, 10, 32)
+		return Ref{Name: n, Version: int32(number)}, err == nil && number > 0 && name.MatchString(n)
+	}
+	n, t, tagged := strings.Cut(s, ":")
+	if !tagged {
+		t = Latest
+	}
+	return Ref{Name: n, Tag: t, Bare: !tagged}, name.MatchString(n) && tag.MatchString(t)
+}
+
+// Resolve finds the template that a team means by what ParseRef reads: its
+// own, or else the platform's. It fails with not_found.
 func (s *Service) Resolve(ctx context.Context, team uuid.UUID, ref string) (db.Template, error) {
-	p := db.ResolveTemplateParams{TeamID: team}
-	if u, err := id.Parse(id.Template, ref); err == nil {
-		p.ID = &u
-	} else {
-		p.Name = &ref
+	r, ok := ParseRef(ref)
+	if !ok {
+		return db.Template{}, fault.New(fault.NotFound, "no template %q", ref)
+	}
+	p := db.ResolveTemplateParams{TeamID: team, ID: r.ID}
+	switch {
+	case r.Version > 0:
+		p.Name, p.Version = &r.Name, &r.Version
+	case r.ID == nil:
+		p.Name, p.Tag = &r.Name, &r.Tag
 	}
 	row, err := s.store.ResolveTemplate(ctx, p)
 	if errors.Is(err, store.ErrNoRows) {
@@ -85,11 +132,16 @@ func (s *Service) Resolve(ctx context.Context, team uuid.UUID, ref string) (db.T
 // Find is Resolve for a template in any state. A team's own goes before the
 // platform's, and one that is there before one that is being removed.
 func (s *Service) Find(ctx context.Context, team uuid.UUID, ref string) (db.Template, error) {
-	p := db.FindTemplateParams{TeamID: team}
-	if u, err := id.Parse(id.Template, ref); err == nil {
-		p.ID = &u
-	} else {
-		p.Name = &ref
+	r, ok := ParseRef(ref)
+	if !ok {
+		return db.Template{}, fault.New(fault.NotFound, "no template %q", ref)
+	}
+	p := db.FindTemplateParams{TeamID: team, ID: r.ID}
+	switch {
+	case r.Version > 0:
+		p.Name, p.Version = &r.Name, &r.Version
+	case r.ID == nil:
+		p.Name, p.Tag = &r.Name, &r.Tag
 	}
 	row, err := s.store.FindTemplate(ctx, p)
 	if errors.Is(err, store.ErrNoRows) {
@@ -99,6 +151,71 @@ func (s *Service) Find(ctx context.Context, team uuid.UUID, ref string) (db.Temp
 		return row, fmt.Errorf("look up template: %w", err)
 	}
 	return row, nil
+}
+
+// Listed is a template with the tags that it has.
+type Listed struct {
+	db.Template
+	Tags []string
+}
+
+// Show returns the template that a team means, with its tags.
+func (s *Service) Show(ctx context.Context, team uuid.UUID, ref string) (Listed, error) {
+	row, err := s.Resolve(ctx, team, ref)
+	if err != nil {
+		return Listed{}, err
+	}
+	return s.tagged(ctx, row)
+}
+
+func (s *Service) tagged(ctx context.Context, row db.Template) (Listed, error) {
+	tags, err := s.store.ListTags(ctx, row.ID)
+	if err != nil {
+		return Listed{}, fmt.Errorf("list template's tags: %w", err)
+	}
+	return Listed{row, tags}, nil
+}
+
+// Own is Resolve for what changes a template, which must be the team's own: it
+// fails with permission_denied for the platform's.
+func (s *Service) Own(ctx context.Context, team uuid.UUID, ref string) (db.Template, error) {
+	row, err := s.Resolve(ctx, team, ref)
+	if err == nil && row.TeamID != team {
+		err = fault.New(fault.PermissionDenied, "template %q is the platform's", row.Name)
+	}
+	return row, err
+}
+
+// SetTag has a tag of a team's template mean that one from now on.
+func (s *Service) SetTag(ctx context.Context, team uuid.UUID, ref, tag string) (Listed, error) {
+	if err := CheckTag(tag); err != nil {
+		return Listed{}, err
+	}
+	row, err := s.Own(ctx, team, ref)
+	if err != nil {
+		return Listed{}, err
+	}
+	n, err := s.store.SetTag(ctx, db.SetTagParams{ID: row.ID, Tag: tag})
+	if err != nil {
+		return Listed{}, fmt.Errorf("write tag: %w", err)
+	}
+	if n == 0 {
+		return Listed{}, fault.New(fault.NotFound, "no template %q", ref)
+	}
+	return s.tagged(ctx, row)
+}
+
+// RemoveTag takes a tag away from the team's templates of a name. A built
+// template that has none left is removed once no sandbox of it is there.
+func (s *Service) RemoveTag(ctx context.Context, team uuid.UUID, name, tag string) error {
+	n, err := s.store.RemoveTag(ctx, db.RemoveTagParams{TeamID: team, Name: name, Tag: tag})
+	if err != nil {
+		return fmt.Errorf("remove tag: %w", err)
+	}
+	if n == 0 {
+		return fault.New(fault.NotFound, "no template %q has a tag %q", name, tag)
+	}
+	return nil
 }
 
 // page is where a page of a list of templates starts.
@@ -121,7 +238,7 @@ func parseCursor(cursor string) (p page, err error) {
 }
 
 // cut makes a page of rows that are one more where there is another page.
-func cut(rows []db.Template, limit int) ([]db.Template, string) {
+func cut(rows []Listed, limit int) ([]Listed, string) {
 	if len(rows) <= limit {
 		return rows, ""
 	}
@@ -132,7 +249,7 @@ func cut(rows []db.Template, limit int) ([]db.Template, string) {
 
 // List returns a page of the templates that a team sees, by name, and the
 // cursor of the next one ("" on the last page).
-func (s *Service) List(ctx context.Context, team uuid.UUID, cursor string, limit int) ([]db.Template, string, error) {
+func (s *Service) List(ctx context.Context, team uuid.UUID, cursor string, limit int) ([]Listed, string, error) {
 	after, err := parseCursor(cursor)
 	if err != nil {
 		return nil, "", err
@@ -141,13 +258,17 @@ func (s *Service) List(ctx context.Context, team uuid.UUID, cursor string, limit
 	if err != nil {
 		return nil, "", fmt.Errorf("list templates: %w", err)
 	}
-	rows, next := cut(rows, limit)
-	return rows, next, nil
+	list := make([]Listed, len(rows))
+	for i, row := range rows {
+		list[i] = Listed{row.Template, row.Tags}
+	}
+	list, next := cut(list, limit)
+	return list, next, nil
 }
 
 // Snapshots is List for the templates that were captured from the team's
 // sandboxes.
-func (s *Service) Snapshots(ctx context.Context, team uuid.UUID, cursor string, limit int) ([]db.Template, string, error) {
+func (s *Service) Snapshots(ctx context.Context, team uuid.UUID, cursor string, limit int) ([]Listed, string, error) {
 	after, err := parseCursor(cursor)
 	if err != nil {
 		return nil, "", err
@@ -156,8 +277,12 @@ func (s *Service) Snapshots(ctx context.Context, team uuid.UUID, cursor string, 
 	if err != nil {
 		return nil, "", fmt.Errorf("list snapshots: %w", err)
 	}
-	rows, next := cut(rows, limit)
-	return rows, next, nil
+	list := make([]Listed, len(rows))
+	for i, row := range rows {
+		list[i] = Listed{row.Template, row.Tags}
+	}
+	list, next := cut(list, limit)
+	return list, next, nil
 }
 
 // Known returns what the table says that a host has, is to have, or is to be

@@ -1,26 +1,45 @@
 -- name: AddTemplate :execrows
 -- What a host has and the table does not know. No row: its team is not there,
 -- or has something else under its name.
-INSERT INTO templates (id, team_id, name, size_bytes, created_at, vcpus, memory_mib, disk_mib)
-SELECT @id, @team_id, @name, @size_bytes, @created_at, @vcpus, @memory_mib, @disk_mib WHERE EXISTS (SELECT 1 FROM teams WHERE teams.id = @team_id)
-ON CONFLICT DO NOTHING;
+WITH made AS (
+    INSERT INTO templates (id, team_id, name, size_bytes, created_at, vcpus, memory_mib, disk_mib)
+    SELECT @id, @team_id, @name, @size_bytes, @created_at, @vcpus, @memory_mib, @disk_mib
+    WHERE EXISTS (SELECT 1 FROM teams WHERE teams.id = @team_id)
+      AND NOT EXISTS (SELECT 1 FROM templates AS other WHERE other.team_id = @team_id AND other.name = @name AND other.kind = 'template' AND other.state <> 'deleting')
+    ON CONFLICT DO NOTHING
+    RETURNING id, team_id, name
+)
+INSERT INTO template_tags (team_id, name, tag, template_id)
+SELECT team_id, name, 'latest', id FROM made
+ON CONFLICT (team_id, name, tag) DO UPDATE SET template_id = EXCLUDED.template_id;
 
 -- name: ClaimTemplate :one
--- No row: the team has a template of that name.
+-- A template that is captured from a sandbox under a name of its own. No row:
+-- the team has a template of that name.
 INSERT INTO templates (id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker)
-VALUES ($1, $2, $3, 0, $4, 'pending', $5, $6, $7, $8, $9)
+SELECT @id, @team_id, @name::text, 0, @created_at, 'pending', @vcpus, @memory_mib, @disk_mib, @captured_from, @worker
+WHERE NOT EXISTS (SELECT 1 FROM templates AS other WHERE other.team_id = @team_id AND other.name = @name::text AND other.kind = 'template' AND other.state <> 'deleting')
 ON CONFLICT DO NOTHING
 RETURNING *;
 
 -- name: TemplateReady :one
--- The names of teams' templates are the table's, those of the platform's the hosts'.
+-- The names of teams' templates are the table's, those of the platform's the
+-- hosts' unless they were built.
+WITH renamed AS (
+    UPDATE template_tags SET name = @name FROM templates
+    WHERE templates.id = @id AND templates.build_id IS NULL AND template_tags.template_id = @id
+      AND template_tags.team_id = '00000000-0000-0000-0000-000000000000' AND template_tags.name <> @name
+)
 UPDATE templates SET state = 'ready', size_bytes = @size_bytes, created_at = @created_at, vcpus = @vcpus, memory_mib = @memory_mib, disk_mib = @disk_mib,
-    name = CASE WHEN team_id = '00000000-0000-0000-0000-000000000000' THEN @name ELSE name END
-WHERE id = @id AND state IN ('pending', 'ready') RETURNING *;
+    name = CASE WHEN templates.team_id = '00000000-0000-0000-0000-000000000000' AND build_id IS NULL THEN @name ELSE templates.name END
+WHERE templates.id = @id AND state IN ('pending', 'ready') RETURNING *;
 
 -- name: TemplateDeleting :one
 -- Deleting what is being deleted is no change, yet answers with the row.
-UPDATE templates SET state = 'deleting', worker = @worker WHERE id = @id AND state IN ('ready', 'deleting') RETURNING *;
+WITH unnamed AS (
+    DELETE FROM template_tags WHERE template_id = (SELECT going.id FROM templates AS going WHERE going.id = @id AND going.state IN ('ready', 'deleting'))
+)
+UPDATE templates SET state = 'deleting', worker = @worker WHERE templates.id = @id AND state IN ('ready', 'deleting') RETURNING *;
 
 -- name: DropTemplate :exec
 DELETE FROM templates WHERE id = $1 AND state IN ('pending', 'deleting');
@@ -54,36 +73,68 @@ SELECT * FROM templates WHERE id = $1;
 -- name: ResolveTemplate :one
 -- A team's own template goes before the platform's of the same name.
 SELECT * FROM templates
-WHERE team_id IN (@team_id, '00000000-0000-0000-0000-000000000000')
-  AND (id = sqlc.narg('id') OR name = sqlc.narg('name'))
+WHERE templates.team_id IN (@team_id, '00000000-0000-0000-0000-000000000000')
+  AND (templates.id = sqlc.narg('id') OR templates.name = sqlc.narg('name') AND (version = sqlc.narg('version')
+    OR EXISTS (SELECT 1 FROM template_tags WHERE template_id = templates.id AND template_tags.tag = sqlc.narg('tag'))))
+  AND kind = 'template'
   AND state = 'ready'
   AND EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id)
-ORDER BY team_id = @team_id DESC
+ORDER BY templates.team_id = @team_id DESC
 LIMIT 1;
 
 -- name: FindTemplate :one
 -- Like ResolveTemplate, in any state: the one that is there before those that go.
 SELECT * FROM templates
-WHERE team_id IN (@team_id, '00000000-0000-0000-0000-000000000000')
-  AND (id = sqlc.narg('id') OR name = sqlc.narg('name'))
-ORDER BY team_id = @team_id DESC, state = 'deleting'
+WHERE templates.team_id IN (@team_id, '00000000-0000-0000-0000-000000000000')
+  AND (templates.id = sqlc.narg('id') OR templates.name = sqlc.narg('name') AND (version = sqlc.narg('version') OR state = 'deleting' AND sqlc.narg('tag') = 'latest'
+    OR EXISTS (SELECT 1 FROM template_tags WHERE template_id = templates.id AND template_tags.tag = sqlc.narg('tag'))))
+  AND kind = 'template'
+ORDER BY templates.team_id = @team_id DESC, state = 'deleting'
 LIMIT 1;
 
+-- name: ListVersions :many
+-- Those of one name that a team has, whatever becomes of them.
+SELECT * FROM templates WHERE team_id = @team_id AND name = @name AND kind = 'template' ORDER BY version;
+
 -- name: ListTemplates :many
-SELECT * FROM templates
-WHERE team_id IN (@team_id, '00000000-0000-0000-0000-000000000000')
+SELECT sqlc.embed(templates), ARRAY(SELECT tag FROM template_tags WHERE template_id = templates.id ORDER BY tag)::text[] AS tags FROM templates
+WHERE templates.team_id IN (@team_id, '00000000-0000-0000-0000-000000000000')
+  AND kind = 'template'
   AND state = 'ready'
   AND EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id)
-  AND (name, id) > (@after_name::text, @after_id::uuid)
-ORDER BY name, id
+  AND (templates.name, templates.id) > (@after_name::text, @after_id::uuid)
+ORDER BY templates.name, templates.id
 LIMIT @max_rows;
 
 -- name: ListSnapshots :many
-SELECT * FROM templates
-WHERE team_id = @team_id
+SELECT sqlc.embed(templates), ARRAY(SELECT tag FROM template_tags WHERE template_id = templates.id ORDER BY tag)::text[] AS tags FROM templates
+WHERE templates.team_id = @team_id
   AND captured_from IS NOT NULL
+  AND build_id IS NULL
   AND state = 'ready'
   AND EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id)
-  AND (name, id) > (@after_name::text, @after_id::uuid)
-ORDER BY name, id
+  AND (templates.name, templates.id) > (@after_name::text, @after_id::uuid)
+ORDER BY templates.name, templates.id
 LIMIT @max_rows;
+
+-- name: ListTags :many
+SELECT tag FROM template_tags WHERE template_id = $1 ORDER BY tag;
+
+-- name: SetTag :execrows
+-- No row: the template goes.
+INSERT INTO template_tags (team_id, name, tag, template_id)
+SELECT team_id, name, @tag, id FROM templates WHERE id = @id AND state <> 'deleting'
+ON CONFLICT (team_id, name, tag) DO UPDATE SET template_id = EXCLUDED.template_id;
+
+-- name: RemoveTag :execrows
+DELETE FROM template_tags WHERE team_id = @team_id AND name = @name AND tag = @tag;
+
+-- name: ListUnusedVersions :many
+-- Built templates that no tag names any more and no sandbox was started from
+-- that is still there.
+SELECT * FROM templates
+WHERE build_id IS NOT NULL AND kind = 'template' AND state = 'ready'
+  AND NOT EXISTS (SELECT 1 FROM template_tags WHERE template_id = templates.id)
+  AND NOT EXISTS (SELECT 1 FROM sandboxes WHERE template_id = templates.id AND state NOT IN ('stopped', 'error'))
+ORDER BY id
+LIMIT 100;
