@@ -31,6 +31,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/scheduler"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
+	"github.com/wrenn-dev/wrenn/internal/server/usage"
 )
 
 // The Redis client logs to standard error, in a form of its own; what it finds
@@ -94,6 +95,7 @@ type Server struct {
 	bus       *events.Bus
 	keys      *auth.Keys
 	sandboxes *sandboxes.Service
+	usage     *usage.Service
 	handler   http.Handler
 
 	stop sync.Once
@@ -184,6 +186,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	s.keys = auth.NewKeys(s.store, s.log)
 	tpl := templates.New(s.store, s.log)
 	s.sandboxes = sandboxes.New(sandboxes.Config{Store: s.store, Hosts: s.hosts, Templates: tpl, Tokens: tokens, Tell: s.bus.Changed, Log: s.log})
+	s.usage = usage.New(s.store, s.log)
 
 	registry := prometheus.NewRegistry()
 	requests := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "wrenn_http_requests_total", Help: "Answered requests of the REST API."}, []string{"method", "route", "status"})
@@ -194,7 +197,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), requests, durations)
 	registry.MustRegister(s.sandboxes.Collectors()...)
 	api, err := rest.New(ctx, rest.Config{
-		Sandboxes: s.sandboxes, Templates: tpl, Hosts: s.hosts, Keys: s.keys, Tokens: tokens,
+		Sandboxes: s.sandboxes, Templates: tpl, Hosts: s.hosts, Usage: s.usage, Keys: s.keys, Tokens: tokens,
 		PublicURL: c.PublicURL, Domain: c.Domain, Log: s.log,
 		Checks: checks,
 		// A metric that cannot be had, with the database down, must not hide the others.
@@ -235,6 +238,7 @@ func (s *Server) Run(ctx context.Context) error {
 	wg.Go(func() { s.hosts.Run(ctx) })
 	wg.Go(func() { s.bus.Run(ctx, s.sandboxes) })
 	wg.Go(func() { s.sandboxes.Run(ctx) })
+	wg.Go(func() { s.usage.Run(ctx) })
 	wg.Wait()
 	return nil
 }

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5/pgtype"
 )
 
 type APIKey struct {
@@ -19,6 +20,22 @@ type APIKey struct {
 	Hash       []byte
 	CreatedAt  time.Time
 	LastUsedAt *time.Time
+}
+
+type AuditRecord struct {
+	ID        uuid.UUID
+	At        time.Time
+	TeamID    *uuid.UUID
+	Actor     string
+	ActorID   *uuid.UUID
+	UserID    *uuid.UUID
+	Action    string
+	Object    string
+	ObjectID  string
+	Address   string
+	RequestID string
+	Result    string
+	Code      string
 }
 
 type Build struct {
@@ -62,6 +79,35 @@ type BuildStep struct {
 	BuildID uuid.UUID
 	Number  int32
 	Log     []byte
+}
+
+type Channel struct {
+	ID             uuid.UUID
+	TeamID         uuid.UUID
+	Name           string
+	Kind           string
+	Events         []string
+	Target         string
+	Sealed         []byte
+	Enabled        bool
+	DisabledReason string
+	FailingSince   *time.Time
+	CreatedAt      time.Time
+}
+
+type Delivery struct {
+	ID        uuid.UUID
+	ChannelID uuid.UUID
+	Event     string
+	Body      []byte
+	State     string
+	CreatedAt time.Time
+	Attempts  int32
+	NextAt    time.Time
+	TriedAt   *time.Time
+	TookMs    int64
+	Status    int32
+	Error     string
 }
 
 type Host struct {
@@ -117,6 +163,12 @@ type IdempotencyKey struct {
 	CreatedAt   time.Time
 }
 
+type Lease struct {
+	Name   string
+	Server uuid.UUID
+	Until  time.Time
+}
+
 type Sandbox struct {
 	ID             uuid.UUID
 	TeamID         uuid.UUID
@@ -142,6 +194,18 @@ type Sandbox struct {
 	PausedAt       *time.Time
 	ForkedFrom     *uuid.UUID
 	BuildID        *uuid.UUID
+}
+
+type SandboxRun struct {
+	ID        int64
+	SandboxID uuid.UUID
+	TeamID    uuid.UUID
+	VCPUs     int32
+	MemoryMiB int32
+	First     bool
+	StartedAt time.Time
+	MissingAt *time.Time
+	EndedAt   *time.Time
 }
 
 type Server struct {
@@ -186,6 +250,18 @@ type TemplateTag struct {
 	Name       string
 	Tag        string
 	TemplateID uuid.UUID
+}
+
+type UsageDay struct {
+	TeamID           uuid.UUID
+	Day              pgtype.Date
+	VcpuSeconds      pgtype.Numeric
+	MemoryMibSeconds pgtype.Numeric
+	Starts           int64
+}
+
+type UsageRollup struct {
+	Day pgtype.Date
 }
 
 type User struct {

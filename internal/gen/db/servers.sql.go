@@ -87,3 +87,23 @@ func (q *Queries) ServerLeaves(ctx context.Context, id uuid.UUID) error {
 	_, err := q.db.Exec(ctx, serverLeaves, id)
 	return err
 }
+
+const takeLease = `-- name: TakeLease :execrows
+INSERT INTO leases (name, server, until) VALUES ($1, $2, now() + make_interval(secs => $3::float8))
+ON CONFLICT (name) DO UPDATE SET server = EXCLUDED.server, until = EXCLUDED.until
+WHERE leases.server = EXCLUDED.server OR leases.until < now()
+`
+
+type TakeLeaseParams struct {
+	Name   string
+	Server uuid.UUID
+	Secs   float64
+}
+
+func (q *Queries) TakeLease(ctx context.Context, arg TakeLeaseParams) (int64, error) {
+	result, err := q.db.Exec(ctx, takeLease, arg.Name, arg.Server, arg.Secs)
+	if err != nil {
+		return 0, err
+	}
+	return result.RowsAffected(), nil
+}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/go-chi/chi/v5"
 	"github.com/oapi-codegen/runtime"
+	openapi_types "github.com/oapi-codegen/runtime/types"
 )
 
 // Defines values for Encoding.
@@ -747,6 +748,17 @@ type SnapshotList struct {
 	Snapshots  []Template `json:"snapshots"`
 }
 
+// TeamUsage defines model for TeamUsage.
+type TeamUsage struct {
+	Amount UsageAmount `json:"amount"`
+
+	// Name The team's name; absent: it was deleted.
+	Name *string `json:"name,omitempty"`
+
+	// TeamID The team's id.
+	TeamID string `json:"team_id"`
+}
+
 // Template defines model for Template.
 type Template struct {
 	// CreatedAt When it was made.
@@ -771,8 +783,6 @@ type Template struct {
 	SizeBytes int64 `json:"size_bytes"`
 
 	// Tags What else it is: `name:tag`, and `latest` the name alone.
-	//
-	// Example: ["latest"]
 	Tags []string `json:"tags"`
 
 	// TeamID The team that owns it; all zeros is the platform.
@@ -782,8 +792,6 @@ type Template struct {
 	Vcpus *int32 `json:"vcpus,omitempty"`
 
 	// Version Counts the templates of its name: `name@version` is this one.
-	//
-	// Example: 1
 	Version int32 `json:"version"`
 }
 
@@ -803,11 +811,60 @@ type TerminalSize struct {
 // TokenHash The SHA-256 of a token, in hexadecimal.
 type TokenHash = string
 
+// Usage defines model for Usage.
+type Usage struct {
+	// Days Days on which anything was used.
+	Days []UsageDay `json:"days"`
+
+	// From The first day.
+	From openapi_types.Date `json:"from"`
+
+	// To The last day.
+	To    openapi_types.Date `json:"to"`
+	Total UsageAmount        `json:"total"`
+}
+
+// UsageAmount defines model for UsageAmount.
+type UsageAmount struct {
+	// MemoryGibSeconds Memory in GiB times the seconds that it was there.
+	MemoryGibSeconds float64 `json:"memory_gib_seconds"`
+
+	// SandboxStarts Sandboxes that were started, copies too; a resume is no start.
+	SandboxStarts int64 `json:"sandbox_starts"`
+
+	// VcpuSeconds Virtual CPUs times the seconds that they were there.
+	VcpuSeconds float64 `json:"vcpu_seconds"`
+}
+
+// UsageByTeam defines model for UsageByTeam.
+type UsageByTeam struct {
+	// From The first day.
+	From openapi_types.Date `json:"from"`
+
+	// NextCursor Where the next page starts; absent on the last page.
+	NextCursor *string     `json:"next_cursor,omitempty"`
+	Teams      []TeamUsage `json:"teams"`
+
+	// To The last day.
+	To openapi_types.Date `json:"to"`
+}
+
+// UsageDay defines model for UsageDay.
+type UsageDay struct {
+	Amount UsageAmount `json:"amount"`
+
+	// Day The day, UTC.
+	Day openapi_types.Date `json:"day"`
+}
+
 // UserName A user of the guest. The default one is `user`, who may use sudo; `root` is there too.
 type UserName = string
 
 // Cursor defines model for Cursor.
 type Cursor = string
+
+// FromDay defines model for FromDay.
+type FromDay = openapi_types.Date
 
 // HostID defines model for HostID.
 type HostID = string
@@ -823,6 +880,9 @@ type TemplateRef = string
 
 // TemplateTag defines model for TemplateTag.
 type TemplateTag = string
+
+// ToDay defines model for ToDay.
+type ToDay = openapi_types.Date
 
 // User A user of the guest. The default one is `user`, who may use sudo; `root` is there too.
 type User = UserName
@@ -870,6 +930,21 @@ type DeleteHostParams struct {
 type GetHostParams struct {
 	// Preview Say what would be lost with the host, too.
 	Preview *bool `form:"preview,omitempty" json:"preview,omitempty"`
+}
+
+// GetUsageByTeamParams defines parameters for GetUsageByTeam.
+type GetUsageByTeamParams struct {
+	// From The first day, UTC. Absent: the first of this month.
+	From *FromDay `form:"from,omitempty" json:"from,omitempty"`
+
+	// To The last day, UTC, at most 399 after the first. Absent: today.
+	To *ToDay `form:"to,omitempty" json:"to,omitempty"`
+
+	// Limit The most entries to return.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
 // ListSandboxesParams defines parameters for ListSandboxes.
@@ -956,6 +1031,15 @@ type ListTemplatesParams struct {
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
+// GetUsageParams defines parameters for GetUsage.
+type GetUsageParams struct {
+	// From The first day, UTC. Absent: the first of this month.
+	From *FromDay `form:"from,omitempty" json:"from,omitempty"`
+
+	// To The last day, UTC, at most 399 after the first. Absent: today.
+	To *ToDay `form:"to,omitempty" json:"to,omitempty"`
+}
+
 // AddHostJSONRequestBody defines body for AddHost for application/json ContentType.
 type AddHostJSONRequestBody = AddHost
 
@@ -1015,6 +1099,9 @@ type ServerInterface interface {
 	// RenewHostToken Make another registration token
 	// (POST /v1/admin/hosts/{host_id}/token)
 	RenewHostToken(w http.ResponseWriter, r *http.Request, hostID HostID)
+	// GetUsageByTeam What each team used
+	// (GET /v1/admin/usage)
+	GetUsageByTeam(w http.ResponseWriter, r *http.Request, params GetUsageByTeamParams)
 	// HostHeartbeat Say that an agent is there, or that it goes
 	// (POST /v1/hosts/heartbeat)
 	HostHeartbeat(w http.ResponseWriter, r *http.Request)
@@ -1096,6 +1183,9 @@ type ServerInterface interface {
 	// SetTag Have a tag mean a template of the team
 	// (PUT /v1/templates/{template}/tags/{tag})
 	SetTag(w http.ResponseWriter, r *http.Request, template TemplateRef, tag TemplateTag)
+	// GetUsage What the team used, by day
+	// (GET /v1/usage)
+	GetUsage(w http.ResponseWriter, r *http.Request, params GetUsageParams)
 }
 
 // Unimplemented server implementation that returns http.StatusNotImplemented for each endpoint.
@@ -1159,6 +1249,12 @@ func (_ Unimplemented) ChangeHost(w http.ResponseWriter, r *http.Request, hostID
 // RenewHostToken Make another registration token
 // (POST /v1/admin/hosts/{host_id}/token)
 func (_ Unimplemented) RenewHostToken(w http.ResponseWriter, r *http.Request, hostID HostID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// GetUsageByTeam What each team used
+// (GET /v1/admin/usage)
+func (_ Unimplemented) GetUsageByTeam(w http.ResponseWriter, r *http.Request, params GetUsageByTeamParams) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -1321,6 +1417,12 @@ func (_ Unimplemented) RemoveTag(w http.ResponseWriter, r *http.Request, templat
 // SetTag Have a tag mean a template of the team
 // (PUT /v1/templates/{template}/tags/{tag})
 func (_ Unimplemented) SetTag(w http.ResponseWriter, r *http.Request, template TemplateRef, tag TemplateTag) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// GetUsage What the team used, by day
+// (GET /v1/usage)
+func (_ Unimplemented) GetUsage(w http.ResponseWriter, r *http.Request, params GetUsageParams) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -1544,6 +1646,78 @@ func (siw *ServerInterfaceWrapper) RenewHostToken(w http.ResponseWriter, r *http
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.RenewHostToken(w, r, hostID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetUsageByTeam operation middleware
+func (siw *ServerInterfaceWrapper) GetUsageByTeam(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params GetUsageByTeamParams
+
+	// ------------- Optional query parameter "from" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "from", r.URL.Query(), &params.From, runtime.BindQueryParameterOptions{Type: "string", Format: "date"})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "from"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "from", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "to" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "to", r.URL.Query(), &params.To, runtime.BindQueryParameterOptions{Type: "string", Format: "date"})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "to"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "to", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "cursor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "cursor", r.URL.Query(), &params.Cursor, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "cursor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cursor", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetUsageByTeam(w, r, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -2491,6 +2665,52 @@ func (siw *ServerInterfaceWrapper) SetTag(w http.ResponseWriter, r *http.Request
 	handler.ServeHTTP(w, r)
 }
 
+// GetUsage operation middleware
+func (siw *ServerInterfaceWrapper) GetUsage(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params GetUsageParams
+
+	// ------------- Optional query parameter "from" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "from", r.URL.Query(), &params.From, runtime.BindQueryParameterOptions{Type: "string", Format: "date"})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "from"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "from", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "to" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "to", r.URL.Query(), &params.To, runtime.BindQueryParameterOptions{Type: "string", Format: "date"})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "to"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "to", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetUsage(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 type UnescapedCookieParamError struct {
 	ParamName string
 	Err       error
@@ -2675,6 +2895,12 @@ func HandlerWithOptions(si ServerInterface, options ChiServerOptions) http.Handl
 	})
 	r.Group(func(r chi.Router) {
 		r.Put(options.BaseURL+"/v1/templates/{template}/tags/{tag}", wrapper.SetTag)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/usage", wrapper.GetUsage)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/admin/usage", wrapper.GetUsageByTeam)
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/health", wrapper.GetHealth)

@@ -22,6 +22,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
+	"github.com/wrenn-dev/wrenn/internal/server/usage"
 )
 
 // Config is what the API works with.
@@ -29,6 +30,7 @@ type Config struct {
 	Sandboxes *sandboxes.Service
 	Templates *templates.Service
 	Hosts     *hosts.Registry
+	Usage     *usage.Service
 	Keys      *auth.Keys
 	Tokens    auth.Tokens
 	// PublicURL is where clients reach the service, Domain what sandboxes'

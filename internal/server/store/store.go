@@ -95,6 +95,16 @@ func (s *Store) InTx(ctx context.Context, f func(*db.Queries) error) error {
 	return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error { return f(s.WithTx(tx)) })
 }
 
+// Lease says whether it is this server's turn at what name stands for: of
+// several, one server has it, until d has gone by since it last asked.
+func (s *Store) Lease(ctx context.Context, name string, d time.Duration) (bool, error) {
+	n, err := s.TakeLease(ctx, db.TakeLeaseParams{Name: name, Server: s.Server, Secs: d.Seconds()})
+	if err != nil {
+		return false, fmt.Errorf("take the lease %q: %w", name, err)
+	}
+	return n > 0, nil
+}
+
 // ErrNoRows is what a query for one row returns, wrapped, when there is none.
 var ErrNoRows = pgx.ErrNoRows
 

@@ -18,3 +18,8 @@ WHERE deleted_at IS NULL AND url IS NOT NULL AND watcher IS DISTINCT FROM @serve
 SELECT sandboxes.id FROM sandboxes JOIN servers ON servers.id = sandboxes.worker
 WHERE sandboxes.host_id = @host_id AND sandboxes.state NOT IN ('stopped', 'error')
   AND servers.id <> @server AND servers.seen_at > now() - make_interval(secs => @within::float8);
+
+-- name: TakeLease :execrows
+INSERT INTO leases (name, server, until) VALUES (@name, @server, now() + make_interval(secs => @secs::float8))
+ON CONFLICT (name) DO UPDATE SET server = EXCLUDED.server, until = EXCLUDED.until
+WHERE leases.server = EXCLUDED.server OR leases.until < now();

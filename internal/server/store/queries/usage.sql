@@ -1,0 +1,62 @@
+-- Of a run that is missing what counts ends when it was last heard of.
+
+-- name: LockUsage :exec
+-- Held to the end of the transaction.
+SELECT pg_advisory_xact_lock(hashtext('wrenn.usage'));
+
+-- name: FirstRunDay :one
+SELECT COALESCE(min(started_at), now())::timestamptz AS first FROM sandbox_runs;
+
+-- name: ListRolledDays :many
+SELECT day FROM usage_rollups WHERE day BETWEEN @from_day::date AND @to_day::date ORDER BY day;
+
+-- name: ForgetUsageDay :exec
+DELETE FROM usage_days WHERE day = @day::date;
+
+-- name: RollUsageDay :exec
+INSERT INTO usage_days (team_id, day, vcpu_seconds, memory_mib_seconds, starts)
+SELECT r.team_id, d.day,
+    sum(r.vcpus * seconds_of_day(d.day, r.started_at, COALESCE(r.ended_at, r.missing_at))),
+    sum(r.memory_mib * seconds_of_day(d.day, r.started_at, COALESCE(r.ended_at, r.missing_at))),
+    count(*) FILTER (WHERE r.first AND r.started_at >= utc_day(d.day))
+FROM (SELECT @day::date AS day) d
+JOIN sandbox_runs r ON r.started_at < utc_day(d.day + 1) AND (r.ended_at IS NULL OR r.ended_at >= utc_day(d.day))
+GROUP BY r.team_id, d.day;
+
+-- name: MarkUsageDay :exec
+INSERT INTO usage_rollups (day) VALUES (@day::date) ON CONFLICT DO NOTHING;
+
+-- name: ForgetRuns :execrows
+-- In small batches. Their days are computed, and are not changed any more.
+DELETE FROM sandbox_runs WHERE id IN (
+    SELECT r.id FROM sandbox_runs r WHERE r.ended_at < @before LIMIT @max_rows);
+
+-- name: ListUsageDays :many
+SELECT day, vcpu_seconds::float8 AS vcpu_seconds, memory_mib_seconds::float8 AS memory_mib_seconds, starts
+FROM usage_days WHERE team_id = @team_id AND day = ANY (@days::date[]) ORDER BY day;
+
+-- name: ListLiveUsage :many
+-- Days that are not computed yet.
+SELECT d.day::date AS day,
+    sum(r.vcpus * seconds_of_day(d.day, r.started_at, COALESCE(r.ended_at, r.missing_at)))::float8 AS vcpu_seconds,
+    sum(r.memory_mib * seconds_of_day(d.day, r.started_at, COALESCE(r.ended_at, r.missing_at)))::float8 AS memory_mib_seconds,
+    count(*) FILTER (WHERE r.first AND r.started_at >= utc_day(d.day)) AS starts
+FROM (SELECT unnest(@days::date[]) AS day) d
+JOIN sandbox_runs r ON r.team_id = @team_id AND r.started_at < utc_day(d.day + 1) AND (r.ended_at IS NULL OR r.ended_at >= utc_day(d.day))
+GROUP BY d.day ORDER BY d.day;
+
+-- name: ListUsageByTeam :many
+SELECT parts.team_id, COALESCE((SELECT teams.name FROM teams WHERE teams.id = parts.team_id), '')::text AS name,
+    sum(parts.vcpu_seconds)::float8 AS vcpu_seconds, sum(parts.memory_mib_seconds)::float8 AS memory_mib_seconds, sum(parts.starts)::bigint AS starts
+FROM (
+    SELECT u.team_id, u.vcpu_seconds, u.memory_mib_seconds, u.starts FROM usage_days u WHERE u.day = ANY (@rolled::date[])
+    UNION ALL
+    SELECT r.team_id,
+        r.vcpus * seconds_of_day(d.day, r.started_at, COALESCE(r.ended_at, r.missing_at)),
+        r.memory_mib * seconds_of_day(d.day, r.started_at, COALESCE(r.ended_at, r.missing_at)),
+        CASE WHEN r.first AND r.started_at >= utc_day(d.day) THEN 1 ELSE 0 END
+    FROM (SELECT unnest(@live::date[]) AS day) d
+    JOIN sandbox_runs r ON r.started_at < utc_day(d.day + 1) AND (r.ended_at IS NULL OR r.ended_at >= utc_day(d.day))
+) parts
+WHERE parts.team_id > @after_team::uuid
+GROUP BY parts.team_id ORDER BY parts.team_id LIMIT @max_rows;

@@ -1,0 +1,234 @@
+// Package usage says what teams used: how long their sandboxes ran, times
+// their processors and memory, and how many they started, by day (UTC).
+//
+// The database itself writes down when a sandbox begins and ceases to run, in
+// the transaction that changes its state. Days that are over are added up, by
+// one server at a time; today, and a day that a later word on an earlier time
+// has changed, is added up when it is asked for.
+package usage
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"slices"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5/pgtype"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+)
+
+const (
+	// rollEvery is how often it is looked whether days are to be added up.
+	rollEvery = time.Minute
+	// settled is how long after its end a day is added up: transactions that
+	// began on it have ended by then.
+	settled = 10 * time.Minute
+	// runsKept is how long runs are kept. The days that they are of may change
+	// for 30 days.
+	runsKept = 40 * 24 * time.Hour
+	// batch is how many rows are removed at a time.
+	batch = 1000
+	// MaxDays is how many days can be asked for at once.
+	MaxDays = 400
+)
+
+// Amount is what was used.
+type Amount struct {
+	VCPUSeconds float64
+	// GiBSeconds is memory, in GiB, times seconds.
+	GiBSeconds float64
+	// Starts counts sandboxes that began, copies too; to resume one is not to
+	// start it.
+	Starts int64
+}
+
+// Add returns the sum of both.
+func (a Amount) Add(b Amount) Amount {
+	return Amount{a.VCPUSeconds + b.VCPUSeconds, a.GiBSeconds + b.GiBSeconds, a.Starts + b.Starts}
+}
+
+// Day is what was used on a day.
+type Day struct {
+	Day time.Time // midnight, UTC
+	Amount
+}
+
+// Team is what a team used.
+type Team struct {
+	ID   uuid.UUID
+	Name string // empty: it was deleted
+	Amount
+}
+
+// Service is every team's usage.
+type Service struct {
+	store *store.Store
+	log   *slog.Logger
+}
+
+// New returns the usage of a store. Run must run for past days to be added up.
+func New(s *store.Store, log *slog.Logger) *Service { return &Service{s, log} }
+
+// Today is the day that it is, in UTC.
+func Today() time.Time { return day(time.Now()) }
+
+func day(t time.Time) time.Time { return t.UTC().Truncate(24 * time.Hour) }
+
+func date(t time.Time) pgtype.Date { return pgtype.Date{Time: t, Valid: true} }
+
+// span returns the days from one to another, both included, as those that are
+// added up and those that are not.
+func (s *Service) span(ctx context.Context, from, to time.Time) (rolled, live []pgtype.Date, err error) {
+	from, to = day(from), day(to)
+	if to.Before(from) {
+		return nil, nil, fault.New(fault.InvalidArgument, "to: before from")
+	}
+	if to.Sub(from) >= MaxDays*24*time.Hour {
+		return nil, nil, fault.New(fault.InvalidArgument, "to: at most %d days after from", MaxDays-1)
+	}
+	if rolled, err = s.store.ListRolledDays(ctx, db.ListRolledDaysParams{FromDay: date(from), ToDay: date(to)}); err != nil {
+		return nil, nil, fmt.Errorf("list days: %w", err)
+	}
+	first, err := s.store.FirstRunDay(ctx)
+	if err != nil {
+		return nil, nil, fmt.Errorf("look for the first day: %w", err)
+	}
+	if f := day(first); f.After(from) {
+		from = f
+	}
+	if t := Today(); to.After(t) {
+		to = t
+	}
+	for d := from; !d.After(to); d = d.AddDate(0, 0, 1) {
+		if !slices.ContainsFunc(rolled, func(r pgtype.Date) bool { return r.Time.Equal(d) }) {
+			live = append(live, date(d))
+		}
+	}
+	return rolled, live, nil
+}
+
+// Of returns what a team used, on each day from one to another on which it
+// used anything, the earliest first.
+func (s *Service) Of(ctx context.Context, team uuid.UUID, from, to time.Time) ([]Day, error) {
+	rolled, live, err := s.span(ctx, from, to)
+	if err != nil {
+		return nil, err
+	}
+	past, err := s.store.ListUsageDays(ctx, db.ListUsageDaysParams{TeamID: team, Days: rolled})
+	if err != nil {
+		return nil, fmt.Errorf("read usage: %w", err)
+	}
+	now, err := s.store.ListLiveUsage(ctx, db.ListLiveUsageParams{TeamID: team, Days: live})
+	if err != nil {
+		return nil, fmt.Errorf("add up usage: %w", err)
+	}
+	var days []Day
+	for _, r := range past {
+		days = append(days, Day{r.Day.Time, amount(r.VcpuSeconds, r.MemoryMibSeconds, r.Starts)})
+	}
+	for _, r := range now {
+		days = append(days, Day{r.Day.Time, amount(r.VcpuSeconds, r.MemoryMibSeconds, r.Starts)})
+	}
+	slices.SortFunc(days, func(a, b Day) int { return a.Day.Compare(b.Day) })
+	return days, nil
+}
+
+// ByTeam returns what each team used from one day to another, at most limit of
+// them in the order of their ids, from the one that follows after.
+func (s *Service) ByTeam(ctx context.Context, from, to time.Time, after uuid.UUID, limit int) ([]Team, error) {
+	rolled, live, err := s.span(ctx, from, to)
+	if err != nil {
+		return nil, err
+	}
+	rows, err := s.store.ListUsageByTeam(ctx, db.ListUsageByTeamParams{Rolled: rolled, Live: live, AfterTeam: after, MaxRows: int32(limit)})
+	if err != nil {
+		return nil, fmt.Errorf("add up usage: %w", err)
+	}
+	teams := make([]Team, len(rows))
+	for i, r := range rows {
+		teams[i] = Team{r.TeamID, r.Name, amount(r.VcpuSeconds, r.MemoryMibSeconds, r.Starts)}
+	}
+	return teams, nil
+}
+
+func amount(vcpuSeconds, mibSeconds float64, starts int64) Amount {
+	return Amount{VCPUSeconds: vcpuSeconds, GiBSeconds: mibSeconds / 1024, Starts: starts}
+}
+
+// Run adds up the days that are over until ctx is done.
+func (s *Service) Run(ctx context.Context) {
+	tick := time.NewTicker(rollEvery)
+	defer tick.Stop()
+	failing := false
+	for {
+		mine, err := s.store.Lease(ctx, "usage", 3*rollEvery)
+		if err == nil && mine {
+			err = s.Roll(ctx)
+		}
+		if err != nil && !failing && ctx.Err() == nil {
+			s.log.Warn("add up usage", "error", err)
+		}
+		failing = err != nil
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// Roll adds up each day that is over and is not, and forgets runs that are old
+// enough. It changes nothing the second time.
+func (s *Service) Roll(ctx context.Context) error {
+	first, err := s.store.FirstRunDay(ctx)
+	if err != nil {
+		return fmt.Errorf("look for the first day: %w", err)
+	}
+	from, to := day(first), day(time.Now().Add(-settled)).AddDate(0, 0, -1)
+	if to.Before(from) {
+		return nil
+	}
+	rolled, err := s.store.ListRolledDays(ctx, db.ListRolledDaysParams{FromDay: date(from), ToDay: date(to)})
+	if err != nil {
+		return fmt.Errorf("list days: %w", err)
+	}
+	for d := from; !d.After(to); d = d.AddDate(0, 0, 1) {
+		if slices.ContainsFunc(rolled, func(r pgtype.Date) bool { return r.Time.Equal(d) }) {
+			continue
+		}
+		if err := s.roll(ctx, d); err != nil {
+			return fmt.Errorf("add up %s: %w", d.Format(time.DateOnly), err)
+		}
+	}
+	for {
+		before := time.Now().Add(-runsKept)
+		n, err := s.store.ForgetRuns(ctx, db.ForgetRunsParams{Before: &before, MaxRows: batch})
+		if err != nil {
+			return fmt.Errorf("forget old runs: %w", err)
+		}
+		if n < batch {
+			return nil
+		}
+	}
+}
+
+// roll adds up one day. Whoever changes a day that is over waits for it.
+func (s *Service) roll(ctx context.Context, d time.Time) error {
+	return s.store.InTx(ctx, func(q *db.Queries) error {
+		if err := q.LockUsage(ctx); err != nil {
+			return err
+		}
+		if err := q.ForgetUsageDay(ctx, date(d)); err != nil {
+			return err
+		}
+		if err := q.RollUsageDay(ctx, date(d)); err != nil {
+			return err
+		}
+		return q.MarkUsageDay(ctx, date(d))
+	})
+}
