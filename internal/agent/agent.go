@@ -56,6 +56,10 @@ type Config struct {
 	WarmMemoryMiB int `env:"WRENN_WARM_MEMORY_MIB"`
 	// Envd is the path of the guest daemon's binary; empty: beside this program.
 	Envd string `env:"WRENN_ENVD"`
+	// LocalRegistries lets images be imported from registries on this machine,
+	// which are asked over plain HTTP. Whoever may import an image can then ask
+	// whatever listens on loopback.
+	LocalRegistries bool `env:"WRENN_LOCAL_REGISTRIES"`
 	// Hook, if not nil, is told each step between which the agent may be killed.
 	Hook func(step string) `env:"-"`
 	// Version is this program's.
@@ -79,6 +83,8 @@ type Agent struct {
 	proxy     *proxy.Proxy
 	metrics   *metrics
 	handler   http.Handler
+	envd      string // the guest daemon's path
+	imports   imports
 
 	stopping  chan struct{} // closed: streams without an end of their own end
 	stop      func()
@@ -187,6 +193,7 @@ func (a *Agent) prepare(ctx context.Context) (image.KernelFiles, error) {
 			return image.KernelFiles{}, err
 		}
 	}
+	a.envd = envd
 	progress := func(step string) { a.log.Info(step) }
 	kernel, err := image.Kernel(ctx, a.cfg.Dir, envd, progress)
 	if err != nil {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/agent/image/oci"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
@@ -65,6 +66,9 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 		{sandbox.ErrExhausted, connect.CodeResourceExhausted},
 		{sandbox.ErrClosing, connect.CodeUnavailable},
 		{sandbox.ErrStart, connect.CodeUnavailable},
+		{oci.ErrRefused, connect.CodeInvalidArgument},
+		{oci.ErrDenied, connect.CodePermissionDenied},
+		{oci.ErrNotFound, connect.CodeNotFound},
 		{context.Canceled, connect.CodeCanceled},
 		{context.DeadlineExceeded, connect.CodeDeadlineExceeded},
 		{journal.ErrClosed, connect.CodeUnavailable},
@@ -212,11 +216,33 @@ func (s *service) Snapshot(ctx context.Context, req *connect.Request[pb.Snapshot
 	if name := req.Msg.GetName(); name == "" || len(name) > maxName {
 		return nil, invalid("name: must have 1 to %d bytes", maxName)
 	}
-	t, err := s.sandboxes.Snapshot(ctx, u, template, req.Msg.GetName())
+	defaults, err := defaultsOf(req.Msg.GetDefaults())
+	if err != nil {
+		return nil, err
+	}
+	t, err := s.sandboxes.Snapshot(ctx, u, template, req.Msg.GetName(), defaults)
 	if err != nil {
 		return nil, s.fault(ctx, "capture sandbox", err)
 	}
 	return connect.NewResponse(&pb.SnapshotResponse{Template: templateMessage(t)}), nil
+}
+
+// defaultsOf checks a template's defaults; nil: none are given.
+func defaultsOf(m *pb.Defaults) (*image.Defaults, error) {
+	if m == nil {
+		return nil, nil
+	}
+	if err := checkEnvs(m.GetEnvs(), maxEnvs); err != nil {
+		return nil, err
+	}
+	name, group, ok := strings.Cut(m.GetUser(), ":")
+	if err := errors.Join(checkUser(name), checkUser(group)); err != nil || ok && (name == "" || group == "") {
+		return nil, invalid("defaults: %.100q is no user", m.GetUser())
+	}
+	if w := m.GetWorkdir(); w != "" && w[0] != '/' || len(w) > maxPath || strings.ContainsRune(w, 0) {
+		return nil, invalid("defaults: %.100q is no absolute path of a working directory", w)
+	}
+	return &image.Defaults{Envs: m.GetEnvs(), User: m.GetUser(), Workdir: m.GetWorkdir()}, nil
 }
 
 // Fork implements hostagentv1connect.HostAgentHandler.
@@ -755,6 +781,7 @@ func templateMessage(t image.Template) *pb.Template {
 	return &pb.Template{
 		TemplateId: id.Format(id.Template, t.ID), TeamId: id.Format(id.Team, t.Team), Name: t.Name, SizeBytes: t.SizeBytes,
 		CreatedAt: timestamppb.New(t.CreatedAt), DiskMib: int32(t.DiskMiB), Vcpus: int32(t.VCPUs), MemoryMib: int32(t.MemoryMiB),
+		Defaults: &pb.Defaults{Envs: t.Defaults.Envs, User: t.Defaults.User, Workdir: t.Defaults.Workdir},
 	}
 }
 

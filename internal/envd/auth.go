@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -66,6 +67,11 @@ func (s *Server) identify(next http.Handler) http.Handler {
 		name := ""
 		if r.URL.Path == "/files" || r.URL.Path == "/archive" {
 			name = r.URL.Query().Get("username")
+		}
+		// What is signed must mean one thing.
+		if strings.Contains(name, ":") {
+			fault.WriteError(w, account.ErrUnknown)
+			return
 		}
 		if name == "" && r.Header.Get(TokenHeader) != "" {
 			name, _, _ = r.BasicAuth()

@@ -63,7 +63,8 @@ func (req *initRequest) check(first bool) error {
 			return fmt.Errorf("environment variable %q cannot be set", k)
 		}
 	}
-	if req.DefaultUser != "" {
+	// Later a user of the guest may have removed it.
+	if first && req.DefaultUser != "" {
 		if _, err := account.Lookup(req.DefaultUser); err != nil {
 			return err
 		}
@@ -154,6 +155,13 @@ func (s *Server) become(ctx context.Context, req *initRequest) (initReply, error
 	}
 	s.open.shed(ctx)
 
+	user := req.DefaultUser
+	if user != "" {
+		if _, err := account.Lookup(user); err != nil {
+			warn(fmt.Errorf("the default user stays: %w", err))
+			user = ""
+		}
+	}
 	s.mu.Lock()
 	if req.EnvVars != nil {
 		s.state.envs = req.EnvVars
@@ -161,8 +169,8 @@ func (s *Server) become(ctx context.Context, req *initRequest) (initReply, error
 	if req.AccessToken != "" {
 		s.state.token = req.AccessToken
 	}
-	if req.DefaultUser != "" {
-		s.state.user = req.DefaultUser
+	if user != "" {
+		s.state.user = user
 	}
 	if req.DefaultWorkdir != nil {
 		s.state.workdir = *req.DefaultWorkdir

@@ -122,7 +122,7 @@ func runAgent() error {
 	a, err := agent.New(ctx, agent.Config{
 		Dir: layout.Dir(os.Getenv("WRENN_DIR")), Token: Token, Accel: os.Getenv("WRENN_VMM_ACCEL"), Envd: os.Getenv("WRENN_ENVD"),
 		DefaultVCPUs: number("WRENN_DEFAULT_VCPUS"), DefaultMemoryMiB: 256, Warm: number("WRENN_WARM"), Hook: hook(layout.Dir(os.Getenv("WRENN_DIR"))),
-		DNS: []netip.Addr{netip.MustParseAddr("192.0.2.53")}, MemoryMiB: memory, Version: "test",
+		DNS: []netip.Addr{netip.MustParseAddr("192.0.2.53")}, MemoryMiB: memory, LocalRegistries: os.Getenv("WRENN_LOCAL_REGISTRIES") != "", Version: "test",
 		Log: slog.New(slog.NewTextHandler(os.Stderr, nil)),
 	})
 	if err != nil {

@@ -270,6 +270,17 @@ func (p *Process) Close() {
 	}
 }
 
+// Launch starts a command that nobody waits for: it goes on.
+func (c *Client) Launch(ctx context.Context, cmd Command) error {
+	p, err := c.Start(ctx, cmd, nil, false)
+	if err != nil {
+		return err
+	}
+	p.ended = true // for whoever follows it
+	p.Close()
+	return nil
+}
+
 // Result is what a command printed and how it ended.
 type Result struct {
 	Exit

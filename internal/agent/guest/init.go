@@ -33,6 +33,9 @@ type Settings struct {
 	Token string
 	// Envs is the environment of every process that starts from now on.
 	Envs map[string]string
+	// User and Workdir are the defaults of requests that name none; empty: they
+	// stay.
+	User, Workdir string
 	// Hostname is the guest's name; empty: it stays.
 	Hostname string
 	// GrowDisk is how many bytes the guest's disk has by now, when its file
@@ -151,13 +154,15 @@ func newInitMessage(token string, s Settings) (*initMessage, error) {
 	entropy := make([]byte, entropySize)
 	_, _ = rand.Read(entropy) // never fails
 	body, err := json.Marshal(struct {
-		AccessToken string            `json:"accessToken"`
-		EnvVars     map[string]string `json:"envVars"`
-		Entropy     []byte            `json:"entropy"`
-		Hostname    string            `json:"hostname,omitempty"`
-		GrowDisk    int64             `json:"growDisk,omitempty"`
-		Thaw        bool              `json:"thaw,omitempty"`
-	}{token, envs, entropy, s.Hostname, s.GrowDisk, s.Thaw})
+		AccessToken    string            `json:"accessToken"`
+		EnvVars        map[string]string `json:"envVars"`
+		DefaultUser    string            `json:"defaultUser,omitempty"`
+		DefaultWorkdir string            `json:"defaultWorkdir,omitempty"`
+		Entropy        []byte            `json:"entropy"`
+		Hostname       string            `json:"hostname,omitempty"`
+		GrowDisk       int64             `json:"growDisk,omitempty"`
+		Thaw           bool              `json:"thaw,omitempty"`
+	}{token, envs, s.User, s.Workdir, entropy, s.Hostname, s.GrowDisk, s.Thaw})
 	if err != nil {
 		return nil, connect.NewError(connect.CodeInternal, fmt.Errorf("encode settings: %w", err))
 	}

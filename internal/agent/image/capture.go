@@ -34,7 +34,10 @@ type Capture struct {
 	// Layers is how many overlays there are over the file system.
 	Layers int `json:"layers"`
 	// Token is what the guest's daemon must be shown; empty: nothing.
-	Token string `json:"token,omitempty"`
+	Token    string   `json:"token,omitempty"`
+	Defaults Defaults `json:"defaults,omitzero"`
+	// Runs says that something of the template's own runs in it.
+	Runs bool `json:"runs,omitempty"`
 
 	// Dir is the folder.
 	Dir string `json:"-"`
@@ -182,10 +185,18 @@ func publishTemplate(dir layout.Dir, tmp string, t Template) error {
 	if err := os.Link(filepath.Join(captures, Captured, rootfsFile), filepath.Join(tmp, rootfsFile)); err != nil {
 		return err
 	}
+	if err := syncPath(captures); err != nil {
+		return err
+	}
+	return place(dir, tmp, t)
+}
+
+// place makes the folder tmp, which has all but the record, the template t.
+func place(dir layout.Dir, tmp string, t Template) error {
 	if err := t.write(tmp); err != nil {
 		return err
 	}
-	if err := errors.Join(syncPath(captures), syncTree(tmp)); err != nil {
+	if err := syncTree(tmp); err != nil {
 		return err
 	}
 	home := dir.Template(t.Team, t.ID)

@@ -1,14 +1,99 @@
 package image
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"os"
+	"path"
 	"path/filepath"
+	"slices"
+	"strings"
+	"time"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci"
+	"github.com/wrenn-dev/wrenn/internal/agent/image/tree"
+	"github.com/wrenn-dev/wrenn/internal/layout"
 )
+
+// DefaultDiskMiB is the size of a template's file system unless another is
+// asked for.
+const DefaultDiskMiB = minimalDiskMiB
+
+// maxEnvs bounds the environment that an image sets, in bytes.
+const maxEnvs = 1 << 20
+
+// Import makes a template of an image, with the guest daemon at envd. What t
+// says of its id, team, name and disk holds; what processes have by default is
+// the image's, and so is the command that is started when the template is
+// captured, unless inert. After an error nothing of it is there. It needs
+// root's rights.
+func Import(ctx context.Context, dir layout.Dir, img *oci.Image, envd string, t Template, inert bool) (Template, error) {
+	t, err := importImage(ctx, dir, img, envd, t, inert)
+	if err != nil {
+		return Template{}, fmt.Errorf("import image: %w", err)
+	}
+	return t, nil
+}
+
+func importImage(ctx context.Context, dir layout.Dir, img *oci.Image, envd string, t Template, inert bool) (_ Template, err error) {
+	c := img.Config()
+	size := 0
+	for k, v := range c.Env {
+		size += len(k) + len(v) + 2
+	}
+	if size > maxEnvs {
+		return Template{}, fmt.Errorf("its environment has %d bytes: %w", size, oci.ErrRefused)
+	}
+	t.Defaults = Defaults{Envs: c.Env, User: cmp.Or(c.User, "root")}
+	if c.WorkingDir != "" {
+		t.Defaults.Workdir = path.Join("/", c.WorkingDir)
+	}
+	if !inert {
+		t.Start = slices.Concat(c.Entrypoint, c.Cmd)
+	}
+	sum, err := img.Digest()
+	if err != nil {
+		return Template{}, err
+	}
+	daemon, err := fileDigest(envd)
+	if err != nil {
+		return Template{}, fmt.Errorf("read guest daemon: %w", err)
+	}
+	t.Inputs = digest(append([]string{"import", sum, daemon, fmt.Sprint(t.DiskMiB)}, t.Start...)...)
+	t.CreatedAt = time.Now().UTC().Truncate(time.Second)
+	tmp, err := TempTemplate(dir)
+	if err != nil {
+		return Template{}, err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
+	if _, err := WriteRootfs(ctx, img, tmp, envd, t.DiskMiB); err != nil {
+		return Template{}, err
+	}
+	if err := place(dir, tmp, t); err != nil {
+		return Template{}, err
+	}
+	return read(dir, t.Team, t.ID)
+}
+
+// makeWorkdir makes an image's working directory where its layers have none,
+// as container runtimes do.
+func makeWorkdir(dir, name string) error {
+	if name == "" {
+		return nil
+	}
+	t, err := tree.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer t.Close()
+	d, err := t.MakeDir(name)
+	if err != nil {
+		return fmt.Errorf("make the working directory: %w: %w", err, oci.ErrRefused)
+	}
+	return d.Close()
+}
 
 // WriteRootfs writes an image's layers, with the guest daemon at envd, as an
 // ext4 file system of diskMiB to the folder home, which must be there, and
@@ -37,7 +122,13 @@ func WriteRootfs(ctx context.Context, img *oci.Image, home, envd string, diskMiB
 	if err := injectDaemon(dir, envd); err != nil {
 		return "", err
 	}
+	if err := makeWorkdir(dir, img.Config().WorkingDir); err != nil {
+		return "", err
+	}
 	if err := makeFilesystem(ctx, made, dir, diskMiB); err != nil {
+		if strings.Contains(err.Error(), "Could not allocate") { // libext2fs's EXT2_ET_*_ALLOC_FAIL
+			return "", fmt.Errorf("it does not fit on a disk of %d MiB: %w", diskMiB, oci.ErrRefused)
+		}
 		return "", err
 	}
 	return rootfs, os.Rename(made, rootfs)

@@ -28,11 +28,27 @@ type Template struct {
 	VCPUs     int `json:"vcpus,omitempty"`
 	MemoryMiB int `json:"memory_mib,omitempty"`
 
+	Defaults Defaults `json:"defaults,omitzero"`
+	// Start is a command, which no shell reads, that is started when the
+	// template is booted to be captured, and left running; empty: none.
+	Start []string `json:"start,omitempty"`
+
 	// Rootfs is the path of the raw ext4 file system, sparse.
 	Rootfs string `json:"-"`
 	// SizeBytes is what the template takes on disk. Files that it shares with
 	// others count for each.
 	SizeBytes int64 `json:"-"`
+}
+
+// Defaults are what the processes of a template's sandboxes have unless they
+// or their sandbox say otherwise.
+type Defaults struct {
+	Envs map[string]string `json:"envs,omitempty"`
+	// User is a name or a number, and perhaps a group behind a colon; empty: the
+	// guest daemon's own default.
+	User string `json:"user,omitempty"`
+	// Workdir is where processes start; empty: in their user's home.
+	Workdir string `json:"workdir,omitempty"`
 }
 
 // The names of a template's files.

@@ -74,6 +74,22 @@ func (m *Manager) capture(ctx context.Context, t image.Template, vcpus, memoryMi
 	}
 }
 
+// Prepare captures a template for sandboxes with the given processors and
+// memory, unless it is.
+func (m *Manager) Prepare(ctx context.Context, t image.Template, vcpus, memoryMiB int) error {
+	spec := Spec{Team: t.Team, Template: t.ID, VCPUs: vcpus, MemoryMiB: memoryMiB, Token: "none"}
+	if err := spec.check(t); err != nil {
+		return err
+	}
+	place := newBox(m, record{Spec: spec})
+	if err := m.reserve(place); err != nil {
+		return err
+	}
+	defer m.unreserve(place)
+	_, err := m.capture(ctx, t, spec.VCPUs, spec.MemoryMiB)
+	return err
+}
+
 // inputs is a digest of what a template's guests boot from.
 func (m *Manager) inputs(t image.Template) string { return digest(t.Inputs, m.KernelInputs) }
 
@@ -134,6 +150,7 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 	into := &image.Capture{
 		ID: uuid.New(), Kind: b.m.Driver.Kind(), Inputs: inputs,
 		VCPUs: b.rec.Spec.VCPUs, MemoryMiB: b.rec.Spec.MemoryMiB, DiskMiB: t.DiskMiB, Layers: 1,
+		Defaults: t.Defaults, Runs: len(t.Start) > 0,
 		Dir: filepath.Join(dir.Sandbox(home), "capture"),
 	}
 	if err := b.step("slot", func() error { return b.acquire(ctx) }); err != nil {
@@ -144,7 +161,7 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 			return fmt.Errorf("make folder: %w", err)
 		}
 		if err := b.rec.jot(dir); err != nil {
-			return full(err)
+			return Full(err)
 		}
 		if err := os.MkdirAll(into.Memory(), 0o700); err != nil {
 			return err
@@ -153,7 +170,7 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 			return err
 		}
 		b.rec.Disks = 1
-		return full(disk.CreateOverlay(dir.SandboxDisk(home, 0), int64(t.DiskMiB)<<20, b.uid()))
+		return Full(disk.CreateOverlay(dir.SandboxDisk(home, 0), int64(t.DiskMiB)<<20, b.uid()))
 	})
 	if err != nil {
 		return nil, err
@@ -176,8 +193,13 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 	}
 	err = b.step("warm up", func() error {
 		into.Token = rand.Text()
-		if err := b.warmUp(ctx, "", into.Token, warmUpCommand+"; sync"); err != nil {
+		if err := b.warmUp(ctx, into, "", into.Token, warmUpCommand+"; sync"); err != nil {
 			return err
+		}
+		if into.Runs {
+			if err := b.startOwn(ctx, into.Token, t.Start); err != nil {
+				return err
+			}
 		}
 		// What a guest is in the middle of, each machine goes on with.
 		t := time.NewTimer(b.m.Settle)
@@ -192,7 +214,7 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 	if err != nil {
 		return nil, err
 	}
-	err = b.step("save", func() error { return full(b.save(ctx, into)) })
+	err = b.step("save", func() error { return Full(b.save(ctx, into)) })
 	if err != nil {
 		return nil, err
 	}
@@ -207,7 +229,7 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 			return err
 		}
 		if err := into.Write(); err != nil {
-			return full(err)
+			return Full(err)
 		}
 		into, err = t.Publish(dir, into.Dir, name)
 		return err
@@ -218,11 +240,13 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 // warmUp has a guest do, in vain, what it will do for a sandbox: what it runs
 // is in its memory then, prepared, and translated where it is emulated. token
 // is what it must be shown from then on.
-func (b *box) warmUp(ctx context.Context, shown, token, command string) error {
+func (b *box) warmUp(ctx context.Context, c *image.Capture, shown, token, command string) error {
 	return b.guarded(ctx, func(ctx context.Context) error {
 		g := guest.New(b.slot.Address(), shown)
 		defer g.Close()
-		if _, err := g.Init(ctx, guest.Settings{Token: token, Hostname: "sandbox", Thaw: true}); err != nil {
+		settings := defaults(c.Defaults)
+		settings.Token, settings.Hostname, settings.Thaw = token, "sandbox", true
+		if _, err := g.Init(ctx, settings); err != nil {
 			return err
 		}
 		// A template need not have what is run.
@@ -231,6 +255,21 @@ func (b *box) warmUp(ctx context.Context, shown, token, command string) error {
 			b.log.Info("the guest runs no command", "error", firstLine(err.Error()))
 		}
 		return nil
+	})
+}
+
+// startOwn starts a template's own command. One that does not start, or ends at
+// once as an interpreter without a terminal does, keeps nobody from the rest.
+func (b *box) startOwn(ctx context.Context, token string, command []string) error {
+	return b.guarded(ctx, func(ctx context.Context) error {
+		g := guest.New(b.slot.Address(), token)
+		defer g.Close()
+		err := g.Launch(ctx, guest.Command{Cmd: command[0], Args: command[1:]})
+		if err != nil && guest.Said(err) {
+			b.log.Warn("the template's own command does not start", "error", firstLine(err.Error()))
+			return nil
+		}
+		return err
 	})
 }
 
@@ -243,6 +282,14 @@ const warmUpTimeout = 15 * time.Second
 
 // save saves a booted machine's devices and memory.
 func (b *box) save(ctx context.Context, into *image.Capture) error {
+	if into.Runs {
+		// It goes on once its guest is a sandbox's own.
+		g := guest.New(b.slot.Address(), into.Token)
+		defer g.Close()
+		if err := g.Freeze(ctx); err != nil {
+			b.log.Warn("the guest does not freeze its programs", "error", err)
+		}
+	}
 	if err := b.vm.Hold(ctx); err != nil {
 		return err
 	}

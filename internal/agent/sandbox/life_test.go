@@ -287,7 +287,7 @@ func TestSnapshot(t *testing.T) {
 		}
 		tpl := uuid.New()
 		for range 2 { // the second returns what there is
-			got, err := h.Snapshot(t.Context(), id, tpl, "mine")
+			got, err := h.Snapshot(t.Context(), id, tpl, "mine", nil)
 			if err != nil || got.ID != tpl || got.MemoryMiB != 128 || got.VCPUs != 1 {
 				t.Fatalf("%+v %v", got, err)
 			}
@@ -321,7 +321,7 @@ func TestSnapshot(t *testing.T) {
 		}
 		h.runs(t, second, 2)
 		third := uuid.New()
-		if _, err := h.Snapshot(t.Context(), second, third, ""); err != nil {
+		if _, err := h.Snapshot(t.Context(), second, third, "", nil); err != nil {
 			t.Fatal(err)
 		}
 		h.destroyAll()
@@ -345,7 +345,7 @@ func TestFailedSnapshotLeavesNothing(t *testing.T) {
 			h.counts(t, id)
 			tpl := uuid.New()
 			h.w.setFailing(map[string]float64{step: 1})
-			if _, err := h.Snapshot(t.Context(), id, tpl, "mine"); !errors.Is(err, errInjected) {
+			if _, err := h.Snapshot(t.Context(), id, tpl, "mine", nil); !errors.Is(err, errInjected) {
 				t.Fatalf("snapshot: %v", err)
 			}
 			h.w.setFailing(nil)
@@ -354,7 +354,7 @@ func TestFailedSnapshotLeavesNothing(t *testing.T) {
 				t.Error("there is a template")
 			}
 			h.noneHidden(t)
-			if _, err := h.Snapshot(t.Context(), id, tpl, "mine"); err != nil {
+			if _, err := h.Snapshot(t.Context(), id, tpl, "mine", nil); err != nil {
 				t.Fatal(err)
 			}
 			h.runs(t, id, 2)
@@ -595,7 +595,7 @@ func (h *host) change(ctx context.Context, n int, id, template uuid.UUID) {
 	case 2, 3:
 		_, _ = h.Resume(ctx, id)
 	case 4:
-		_, _ = h.Snapshot(ctx, id, template, "")
+		_, _ = h.Snapshot(ctx, id, template, "", nil)
 	case 5:
 		_ = h.DeleteTemplate(uuid.Nil, template)
 	case 6:

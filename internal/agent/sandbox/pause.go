@@ -99,7 +99,7 @@ func (b *box) savePaused(ctx context.Context, why *ending) (err error) {
 	folder := dir.SandboxSaved(b.rec.Home, id)
 	defer func() {
 		if err != nil {
-			err = full(err)
+			err = Full(err)
 			b.letGoOn(ctx)
 			if e := os.RemoveAll(folder); e != nil {
 				b.log.Warn("what a failed pause has written stays", "error", e)
@@ -329,7 +329,7 @@ func (b *box) goOn(ctx context.Context) (err error) {
 	if err := b.step("slot", func() error { return b.acquire(ctx) }); err != nil {
 		return err
 	}
-	if err := b.step("restore", func() error { return full(b.restoreSaved(ctx)) }); err != nil {
+	if err := b.step("restore", func() error { return Full(b.restoreSaved(ctx)) }); err != nil {
 		return err
 	}
 	b.m.Hook("resume: restored")
@@ -337,7 +337,7 @@ func (b *box) goOn(ctx context.Context) (err error) {
 	err = b.step("commit", func() error {
 		next := b.rec
 		next.State = Running
-		return full(b.commit(next))
+		return Full(b.commit(next))
 	})
 	if err != nil {
 		return err

@@ -22,8 +22,9 @@ import (
 const maxDisks = 64
 
 // Snapshot captures a running or paused sandbox, which stays as it is, as a
-// template of its team. It is idempotent by the template's id.
-func (m *Manager) Snapshot(ctx context.Context, sandbox, template uuid.UUID, name string) (image.Template, error) {
+// template of its team. It is idempotent by the template's id. The template has
+// the defaults that are given; nil: those that the sandbox's own has.
+func (m *Manager) Snapshot(ctx context.Context, sandbox, template uuid.UUID, name string, defaults *image.Defaults) (image.Template, error) {
 	if template == uuid.Nil {
 		return image.Template{}, fail(ErrInvalid, "the built-in template is not to be replaced")
 	}
@@ -33,7 +34,7 @@ func (m *Manager) Snapshot(ctx context.Context, sandbox, template uuid.UUID, nam
 	}
 	var t image.Template
 	err = b.order(ctx, func(ctx context.Context) (err error) {
-		t, err = b.snapshot(ctx, template, name)
+		t, err = b.snapshot(ctx, template, name, defaults)
 		return err
 	})
 	if err != nil { // it may go on: t is not to be read
@@ -42,7 +43,7 @@ func (m *Manager) Snapshot(ctx context.Context, sandbox, template uuid.UUID, nam
 	return t, nil
 }
 
-func (b *box) snapshot(ctx context.Context, template uuid.UUID, name string) (_ image.Template, err error) {
+func (b *box) snapshot(ctx context.Context, template uuid.UUID, name string, defaults *image.Defaults) (_ image.Template, err error) {
 	dir, spec := b.m.Dir, &b.rec.Spec
 	if t, err := image.Find(dir, spec.Team, template); err == nil {
 		return t, nil
@@ -54,50 +55,55 @@ func (b *box) snapshot(ctx context.Context, template uuid.UUID, name string) (_ 
 	b.set(func() { b.steps = nil })
 	tmp, err := image.TempTemplate(dir)
 	if err != nil {
-		return image.Template{}, full(err)
+		return image.Template{}, Full(err)
 	}
 	defer os.RemoveAll(tmp)
 	captures := filepath.Join(tmp, "captures")
 	if err := os.Mkdir(captures, 0o700); err != nil {
-		return image.Template{}, full(err)
+		return image.Template{}, Full(err)
 	}
-	if err := b.capture(ctx, filepath.Join(captures, image.Captured)); err != nil {
-		return image.Template{}, fmt.Errorf("snapshot: %w", full(err))
+	c, err := b.capture(ctx, filepath.Join(captures, image.Captured), defaults)
+	if err != nil {
+		return image.Template{}, fmt.Errorf("snapshot: %w", Full(err))
 	}
 	b.m.Hook("snapshot: captured")
 	t := image.Template{
 		ID: template, Team: spec.Team, Name: name, DiskMiB: spec.DiskMiB, CreatedAt: time.Now().UTC().Truncate(time.Second),
-		VCPUs: spec.VCPUs, MemoryMiB: spec.MemoryMiB,
+		VCPUs: spec.VCPUs, MemoryMiB: spec.MemoryMiB, Defaults: c.Defaults,
 	}
 	err = b.step("publish", func() error { return image.PublishTemplate(dir, tmp, t) })
 	if err != nil {
-		return image.Template{}, fmt.Errorf("snapshot: %w", full(err))
+		return image.Template{}, fmt.Errorf("snapshot: %w", Full(err))
 	}
 	b.m.Hook("snapshot: published")
 	b.log.Info("sandbox captured", "template", id.Format(id.Template, template), "took", time.Since(begin), "steps", stepsValue(b.steps))
 	return image.Find(dir, spec.Team, template)
 }
 
-// capture captures the sandbox into a new folder. The sandbox goes on.
-func (b *box) capture(ctx context.Context, into string) (err error) {
+// capture captures the sandbox into a new folder. The sandbox goes on. What
+// begins with it has the defaults that are given, or else the sandbox's own.
+func (b *box) capture(ctx context.Context, into string, defaults *image.Defaults) (_ *image.Capture, err error) {
 	dir, home, spec := b.m.Dir, b.rec.Home, &b.rec.Spec
 	running := b.rec.State == Running
 	if !running && b.rec.State != Paused {
-		return &StateError{b.rec.State}
+		return nil, &StateError{b.rec.State}
 	}
 	if b.rec.Disks >= maxDisks {
-		return fail(ErrExhausted, "the sandbox has been captured %d times, and cannot be once more", maxDisks)
+		return nil, fail(ErrExhausted, "the sandbox has been captured %d times, and cannot be once more", maxDisks)
 	}
 	origin, err := image.OpenCapture(dir.SandboxOrigin(home))
 	if err != nil {
-		return err
+		return nil, err
+	}
+	if defaults == nil {
+		defaults = &origin.Defaults
 	}
 	c := &image.Capture{
 		ID: uuid.New(), Kind: origin.Kind, VCPUs: spec.VCPUs, MemoryMiB: spec.MemoryMiB, DiskMiB: spec.DiskMiB,
-		Layers: origin.Layers + b.rec.Disks, Token: spec.Token, Dir: into,
+		Layers: origin.Layers + b.rec.Disks, Token: spec.Token, Defaults: *defaults, Dir: into,
 	}
 	if err := os.Mkdir(into, 0o700); err != nil {
-		return err
+		return nil, err
 	}
 	defer func() {
 		if err != nil {
@@ -107,7 +113,7 @@ func (b *box) capture(ctx context.Context, into string) (err error) {
 	// What the disk is now becomes a layer that nobody writes to any more.
 	disks := b.rec.Disks
 	if err := b.step("overlay", func() error { return b.addDisk() }); err != nil {
-		return err
+		return nil, err
 	}
 	b.m.Hook("snapshot: overlay")
 	if running {
@@ -117,10 +123,10 @@ func (b *box) capture(ctx context.Context, into string) (err error) {
 		err = errors.Join(image.LinkTree(filepath.Join(saved, "memory"), c.Memory()), os.Link(filepath.Join(saved, "devices"), c.Devices()))
 	}
 	if err != nil {
-		return err
+		return nil, err
 	}
 	b.m.Hook("snapshot: saved")
-	return b.step("disks", func() error {
+	return c, b.step("disks", func() error {
 		if err := os.Link(origin.Rootfs(), c.Rootfs()); err != nil {
 			return err
 		}
@@ -286,15 +292,15 @@ func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_
 			return &StateError{b.rec.State}
 		}
 		if err := os.MkdirAll(m.Dir.Forks(), 0o700); err != nil {
-			return full(err)
+			return Full(err)
 		}
 		b.set(func() { b.steps = nil })
 		spec = b.rec.Spec
-		err := b.capture(ctx, hidden)
+		_, err := b.capture(ctx, hidden, nil)
 		if caller.Err() != nil { // nobody is to have what came of it
 			err = errors.Join(err, os.RemoveAll(hidden))
 		}
-		return full(err)
+		return Full(err)
 	})
 	defer func() { err = errors.Join(err, os.RemoveAll(hidden)) }()
 	if err != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"time"
 
@@ -87,14 +88,14 @@ func (b *box) prepare(ctx context.Context, c *image.Capture) error {
 			return fmt.Errorf("make folder: %w", err)
 		}
 		if err := b.rec.jot(dir); err != nil {
-			return full(err)
+			return Full(err)
 		}
 		// What is linked to stays, whatever becomes of the template.
 		err := image.LinkTree(c.Dir, dir.SandboxOrigin(home))
 		if errors.Is(err, fs.ErrNotExist) {
 			return fail(ErrNotFound, "the template is gone")
 		}
-		return full(err)
+		return Full(err)
 	})
 	if err != nil {
 		return err
@@ -111,7 +112,7 @@ func (b *box) prepare(ctx context.Context, c *image.Capture) error {
 	}
 	err = b.step("disk", func() error {
 		b.rec.Disks = 1
-		return full(disk.CreateOverlay(dir.SandboxDisk(home, 0), int64(c.DiskMiB)<<20, b.uid()))
+		return Full(disk.CreateOverlay(dir.SandboxDisk(home, 0), int64(c.DiskMiB)<<20, b.uid()))
 	})
 	if err != nil {
 		return err
@@ -142,13 +143,13 @@ func (b *box) acquire(ctx context.Context) error {
 // uid is the user that the sandbox's machine runs as.
 func (b *box) uid() int { return firstUID + b.slot.Index() }
 
-// full makes clear that a disk is.
-func full(err error) error {
+// Full makes clear that a disk is: then the error is an [ErrExhausted].
+func Full(err error) error {
 	switch {
 	case errors.Is(err, disk.ErrNoSpace): // says how much there is
-		return fail(ErrExhausted, "this host has no disk space for a sandbox: %v", err)
+		return fail(ErrExhausted, "this host has no disk space left: %v", err)
 	case isFull(err):
-		return fail(ErrExhausted, "this host has no disk space for a sandbox")
+		return fail(ErrExhausted, "this host has no disk space left")
 	}
 	return err
 }
@@ -216,7 +217,7 @@ func (b *box) take(w *box) error {
 		b.rec.Home, b.rec.Slot, b.rec.VM = w.rec.Home, w.rec.Slot, w.rec.VM
 		b.rec.Disks, b.rec.Sealed = w.rec.Disks, w.rec.Sealed
 	})
-	return full(b.rec.jot(b.m.Dir))
+	return Full(b.rec.jot(b.m.Dir))
 }
 
 // awake lets a held machine that has what is in its capture go on as the
@@ -256,7 +257,7 @@ func (b *box) awake(ctx context.Context) error {
 		next := b.rec
 		next.State = Running
 		if err := next.save(b.m.Dir); err != nil {
-			return full(err)
+			return Full(err)
 		}
 		b.set(func() { b.rec = next })
 		return nil
@@ -268,7 +269,13 @@ func (b *box) awake(ctx context.Context) error {
 // the console's end.
 func (b *box) init(ctx context.Context, grow bool) error {
 	spec := &b.rec.Spec
-	settings := guest.Settings{Token: spec.Token, Envs: spec.Envs, Hostname: id.Format(id.Sandbox, spec.ID), Thaw: true}
+	origin, err := image.OpenCapture(b.m.Dir.SandboxOrigin(b.rec.Home))
+	if err != nil {
+		return err
+	}
+	settings := defaults(origin.Defaults)
+	maps.Copy(settings.Envs, spec.Envs)
+	settings.Token, settings.Hostname, settings.Thaw = spec.Token, id.Format(id.Sandbox, spec.ID), true
 	if grow {
 		settings.GrowDisk = int64(spec.DiskMiB) << 20
 	}
@@ -279,6 +286,13 @@ func (b *box) init(ctx context.Context, grow bool) error {
 		}
 		return err
 	})
+}
+
+// defaults are a template's settings of every guest.
+func defaults(d image.Defaults) guest.Settings {
+	s := guest.Settings{Envs: map[string]string{}, User: d.User, Workdir: d.Workdir}
+	maps.Copy(s.Envs, d.Envs)
+	return s
 }
 
 // guarded calls f with a context that ends when the machine does.

@@ -253,7 +253,7 @@ func (b *box) wait(ctx context.Context, c *image.Capture) error {
 		return err
 	}
 	b.rec.Spec.Token = c.Token
-	if c.Inputs == "" { // what runs in it is to know at once that it is another's
+	if c.Inputs == "" || c.Runs { // what runs in it is to know at once that it is another's
 		return nil
 	}
 	return b.step("warm up", func() error {
@@ -261,7 +261,7 @@ func (b *box) wait(ctx context.Context, c *image.Capture) error {
 			return err
 		}
 		b.rec.Spec.Token = rand.Text()
-		if err := b.warmUp(ctx, c.Token, b.rec.Spec.Token, warmUpCommand); err != nil {
+		if err := b.warmUp(ctx, c, c.Token, b.rec.Spec.Token, warmUpCommand); err != nil {
 			return err
 		}
 		return b.vm.Hold(ctx)

@@ -36,12 +36,51 @@ type Account struct {
 // Lookup finds a user by name, or by uid where no user has the number for a
 // name. The tables are read afresh: the guest's users may change. An image may
 // have none: root is always there, and a number that is no user's is one whose
-// group is root's and whose home is "/", as container runtimes have it.
+// group is root's and whose home is "/", as container runtimes have it. As they
+// have it, too, a group behind a colon, by name or number, is the user's only one.
 func Lookup(name string) (*Account, error) {
 	return lookup(name, "/etc/passwd", "/etc/group")
 }
 
 func lookup(name, passwd, group string) (*Account, error) {
+	user, in, ok := strings.Cut(name, ":")
+	a, err := lookupUser(user, passwd, group)
+	if err != nil || !ok {
+		return a, err
+	}
+	gid, err := lookupGroup(in, group)
+	if err != nil {
+		return nil, err
+	}
+	a.GID, a.Groups = gid, []uint32{gid}
+	return a, nil
+}
+
+// lookupGroup finds a group by name, or by number where none has it for a name.
+func lookupGroup(name, group string) (gid uint32, err error) {
+	n, err := strconv.ParseUint(name, 10, 32)
+	// The number that stands for "unchanged" (chown(2)) is nobody's.
+	gid, found := uint32(n), err == nil && n != 1<<32-1
+	err = eachLine(group, func(f []string) bool {
+		if len(f) < 3 || f[0] != name {
+			return true
+		}
+		n, err := strconv.ParseUint(f[2], 10, 32)
+		if err == nil {
+			gid, found = uint32(n), true
+		}
+		return err != nil
+	})
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return 0, fmt.Errorf("look up group %q: %w", name, err)
+	}
+	if !found {
+		return 0, fmt.Errorf("group %q: %w", name, ErrUnknown)
+	}
+	return gid, nil
+}
+
+func lookupUser(name, passwd, group string) (*Account, error) {
 	if name == "" || strings.ContainsAny(name, ":\n\x00") {
 		return nil, fmt.Errorf("user %q: %w", name, ErrUnknown)
 	}

@@ -45,7 +45,18 @@ func TestLookup(t *testing.T) {
 	if a, err = lookup("0", passwd, group); err != nil || a.Name != "root" {
 		t.Errorf("0 is %+v, %v", a, err)
 	}
-	for _, name := range []string{"", "nobody", "broken", "short", "us", "user:x", "user\n", "user\x00", "y"} {
+	// A group by name, by number, and one that nobody has a name for.
+	for in, gid := range map[string]uint32{"sudo": 27, "27": 27, "4711": 4711, "bad": 0} {
+		a, err := lookup("user:"+in, passwd, group)
+		if in == "bad" {
+			if !errors.Is(err, ErrUnknown) {
+				t.Errorf("user:bad is %+v, %v", a, err)
+			}
+		} else if err != nil || a.UID != 1000 || a.GID != gid || !slices.Equal(a.Groups, []uint32{gid}) {
+			t.Errorf("user:%s is %+v, %v", in, a, err)
+		}
+	}
+	for _, name := range []string{":", "user:", ":user", "user:user:user", "", "nobody", "broken", "short", "us", "user:x", "user\n", "user\x00", "y"} {
 		if a, err := lookup(name, passwd, group); !errors.Is(err, ErrUnknown) {
 			t.Errorf("%q is %+v, %v", name, a, err)
 		}

@@ -2,11 +2,9 @@ package oci
 
 import (
 	"archive/tar"
-	"bufio"
 	"bytes"
 	"compress/gzip"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -16,10 +14,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -30,102 +26,35 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
-	"github.com/google/go-containerregistry/pkg/v1/tarball"
-	"golang.org/x/crypto/bcrypt"
 	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/image/oci/ocitest"
+	"github.com/wrenn-dev/wrenn/internal/agent/image/oci/ocitest/listing"
 )
+
+// Shorter, for what follows.
+type entry = ocitest.Entry
+
+var (
+	dir, file, symlink, hardlink, device = ocitest.Dir, ocitest.File, ocitest.Symlink, ocitest.Hardlink, ocitest.Device
+	xattrs, archive, build, variety      = ocitest.Xattrs, ocitest.Archive, ocitest.Build, ocitest.Variety
+	epoch                                = time.Unix(1_600_000_000, 0)
+)
+
+func describeTree(t testing.TB, root string) []string {
+	t.Helper()
+	lines, err := listing.Of(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return lines
+}
 
 func needRoot(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root to make devices and give files away")
 	}
-}
-
-// entry is one entry of a layer with a file's text.
-type entry struct {
-	tar.Header
-	text string
-}
-
-var epoch = time.Unix(1_600_000_000, 0)
-
-func dir(name string, mode int64) entry {
-	return entry{Header: tar.Header{Typeflag: tar.TypeDir, Name: name + "/", Mode: mode, ModTime: epoch}}
-}
-
-func file(name, text string) entry {
-	return entry{Header: tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644, ModTime: epoch}, text: text}
-}
-
-func symlink(name, to string) entry {
-	return entry{Header: tar.Header{Typeflag: tar.TypeSymlink, Name: name, Linkname: to, Mode: 0o777, ModTime: epoch}}
-}
-
-func hardlink(name, to string) entry {
-	return entry{Header: tar.Header{Typeflag: tar.TypeLink, Name: name, Linkname: to, Mode: 0o644, ModTime: epoch}}
-}
-
-func device(kind byte, name string, major, minor int64) entry {
-	return entry{Header: tar.Header{Typeflag: kind, Name: name, Mode: 0o620, Devmajor: major, Devminor: minor, ModTime: epoch}}
-}
-
-func (e entry) with(change func(*tar.Header)) entry { change(&e.Header); return e }
-
-func xattrs(kv ...string) func(*tar.Header) {
-	return func(h *tar.Header) {
-		h.PAXRecords = map[string]string{}
-		for i := 0; i < len(kv); i += 2 {
-			h.PAXRecords["SCHILY.xattr."+kv[i]] = kv[i+1]
-		}
-	}
-}
-
-func archive(t testing.TB, entries []entry) []byte {
-	t.Helper()
-	var b bytes.Buffer
-	w := tar.NewWriter(&b)
-	for _, e := range entries {
-		h := e.Header
-		if h.Typeflag == tar.TypeReg {
-			h.Size = int64(len(e.text))
-		}
-		if err := w.WriteHeader(&h); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := io.WriteString(w, e.text); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return b.Bytes()
-}
-
-// build makes an image of layers' archives.
-func build(t testing.TB, layers ...[]byte) v1.Image {
-	t.Helper()
-	img, err := mutate.ConfigFile(empty.Image, &v1.ConfigFile{
-		OS: platformOS, Architecture: platformArch, RootFS: v1.RootFS{Type: "layers"},
-		Config: v1.Config{
-			Entrypoint: []string{"/bin/x"}, Cmd: []string{"a", "b"}, Env: []string{"A=1", "B=2=3", "A=4"},
-			User: "1000:100", WorkingDir: "/srv",
-		},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, data := range layers {
-		l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(data)), nil })
-		if err != nil {
-			t.Fatal(err)
-		}
-		if img, err = mutate.AppendLayers(img, l); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return img
 }
 
 func ofLayers(t testing.TB, layers ...[]entry) *Image {
@@ -141,163 +70,6 @@ func ofLayers(t testing.TB, layers ...[]entry) *Image {
 	return img
 }
 
-// describeTree lists all that there is to know of a root file system but the
-// times of folders, of which tools differ.
-func describeTree(t testing.TB, root string) []string {
-	t.Helper()
-	var lines []string
-	err := filepath.WalkDir(root, func(p string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		var st unix.Stat_t
-		if err := unix.Lstat(p, &st); err != nil {
-			return err
-		}
-		rel, err := filepath.Rel(root, p)
-		if err != nil {
-			return err
-		}
-		line := fmt.Sprintf("%q mode %o owner %d:%d", rel, st.Mode, st.Uid, st.Gid)
-		if !d.IsDir() {
-			line += fmt.Sprintf(" links %d device %x size %d time %d", st.Nlink, st.Rdev, st.Size, st.Mtim.Sec)
-		}
-		switch {
-		case d.Type().IsRegular():
-			data, err := os.ReadFile(p)
-			if err != nil {
-				return err
-			}
-			line += fmt.Sprintf(" sha256 %x", sha256.Sum256(data))
-		case d.Type()&fs.ModeSymlink != 0:
-			to, err := os.Readlink(p)
-			if err != nil {
-				return err
-			}
-			line += fmt.Sprintf(" to %q", to)
-		}
-		names := make([]byte, 4096)
-		n, err := unix.Llistxattr(p, names)
-		if err != nil {
-			return err
-		}
-		attributes := strings.Split(strings.TrimSuffix(string(names[:n]), "\x00"), "\x00")
-		slices.Sort(attributes)
-		for _, a := range attributes {
-			if a == "" {
-				continue
-			}
-			value := make([]byte, 4096)
-			n, err := unix.Lgetxattr(p, a, value)
-			if err != nil {
-				return err
-			}
-			line += fmt.Sprintf(" %s=%q", a, value[:n])
-		}
-		lines = append(lines, line)
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return lines
-}
-
-// ping is cap_net_raw=ep, as the kernel stores it (struct vfs_cap_data, version 2).
-const ping = "\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
-
-// variety is an image with everything that layers can have.
-func variety() [][]entry {
-	owner := func(uid, gid int) func(*tar.Header) { return func(h *tar.Header) { h.Uid, h.Gid = uid, gid } }
-	mode := func(m int64) func(*tar.Header) { return func(h *tar.Header) { h.Mode = m } }
-	long := strings.Repeat("long-name/", 20)
-	return [][]entry{
-		{
-			dir(".", 0o755), dir("etc", 0o755), file("etc/passwd", "root:x:0:0::/:\n"), dir("usr", 0o755), dir("usr/lib", 0o755), symlink("lib", "usr/lib"),
-			dir("run", 0o755), dir("var", 0o755), symlink("var/run", "/run"), dir("bin", 0o755),
-			file("bin/su", "setuid").with(mode(0o4755)), file("bin/ping", "caps").with(mode(0o755)).with(xattrs("security.capability", ping)),
-			file("bin/tagged", "x").with(xattrs("user.note", "a\x00b", "user.empty-ish", "1", "trusted.overlay.opaque", "y", "security.selinux", "label\x00")),
-			dir("home", 0o750).with(owner(1000, 100)), file("home/mine", "me").with(owner(1000, 4_000_000_000)), dir("tmp", 0o1777),
-			dir("gone", 0o755), file("gone/a", "a"), file("gone/b", "b"), dir("gone/deep", 0o755), file("gone/deep/c", "c"),
-			dir("opaque", 0o700), file("opaque/old", "old"), dir("opaque/sub", 0o755), file("opaque/sub/old", "old"),
-			file("victim", "v"), file("was-file", "f"), dir("was-dir", 0o755), file("was-dir/x", "x"), symlink("was-link", "etc"),
-			file("first", "linked"), hardlink("second", "first"), hardlink("etc/third", "second"), symlink("sym", "nowhere"), hardlink("sym2", "sym"),
-			device(tar.TypeChar, "null", 1, 3), device(tar.TypeBlock, "loop", 7, 300), device(tar.TypeFifo, "pipe", 0, 0).with(owner(5, 6)),
-			file("odd \n \"name\" ünï\xff", "odd"), file(long+"file", "long"), symlink("far", strings.Repeat("x/", 300)),
-			file("zeros", strings.Repeat("\x00", 100_000)+"end"), file("holes", "start"+strings.Repeat("\x00", 100_000)), file("empty", ""),
-		},
-		{
-			file("lib/by-link", "in usr/lib"), file("var/run/by-absolute-link", "in run"), file("no/entry/of/parents", "p"),
-			file(".wh.gone", ""), file(".wh.victim", ""), file(".wh.never-was", ""), file("never/.wh.was", ""),
-			dir("opaque", 0o711), file("opaque/.wh..wh..opq", ""), file("opaque/new", "new"), dir("opaque/sub", 0o755), file("opaque/sub/new", "new"),
-			dir("was-file", 0o755), file("was-file/x", "x"), file("was-dir", "now a file"), dir("was-link", 0o755), file("was-link/x", "not in etc"),
-			hardlink("fourth", "etc/third"), file("bin/su", "setuid, new").with(mode(0o6711)),
-			dir("home", 0o700).with(owner(7, 8)).with(xattrs("user.dir", "d")),
-		},
-		{
-			file(".wh.first", ""), file("second", "another"), dir("gone", 0o755), file("gone/back", "back"),
-			file("etc/.wh.third", ""), file("usr/lib/.wh.by-link", ""), file("twice", "1"), file("twice", "2"), hardlink("bin/su2", "bin/su"),
-		},
-	}
-}
-
-// startRegistry runs the distribution's registry server with a user.
-func startRegistry(t *testing.T, user, password string) (host string) {
-	t.Helper()
-	program, err := exec.LookPath("docker-registry")
-	if err != nil {
-		t.Skip("needs docker-registry to serve images")
-	}
-	home := t.TempDir()
-	hash, err := bcrypt.GenerateFromPassword([]byte(password), bcrypt.MinCost)
-	if err != nil {
-		t.Fatal(err)
-	}
-	write := func(name, text string) string {
-		p := filepath.Join(home, name)
-		if err := os.WriteFile(p, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return p
-	}
-	users := write("htpasswd", user+":"+string(hash)+"\n")
-	config := write("config.yml", fmt.Sprintf("version: 0.1\nlog: {level: info, formatter: text}\nstorage: {filesystem: {rootdirectory: %q}}\nhttp: {addr: \"127.0.0.1:0\", secret: test}\nauth: {htpasswd: {realm: test, path: %q}}\n", filepath.Join(home, "data"), users))
-	cmd := exec.Command(program, "serve", config)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	log, err := cmd.StderrPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	address := make(chan string, 1)
-	done := make(chan struct{})
-	go func() { // until the server's end
-		defer close(done)
-		listening := regexp.MustCompile(`listening on (127\.0\.0\.1:[0-9]+)`)
-		for s := bufio.NewScanner(log); s.Scan(); {
-			if m := listening.FindStringSubmatch(s.Text()); m != nil {
-				address <- m[1]
-			}
-		}
-	}()
-	t.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		<-done
-		_ = cmd.Wait()
-	})
-	select {
-	case a := <-address:
-		return a
-	case <-done:
-		t.Fatal("the registry ended")
-	case <-time.After(time.Minute):
-		t.Fatal("the registry does not listen")
-	}
-	return ""
-}
-
 func run(t *testing.T, program string, args ...string) {
 	t.Helper()
 	if out, err := exec.CommandContext(t.Context(), program, args...).CombinedOutput(); err != nil {
@@ -310,7 +82,7 @@ func run(t *testing.T, program string, args ...string) {
 // archives: all are, to the last attribute, what umoci makes of it.
 func TestAsReference(t *testing.T) {
 	needRoot(t)
-	host := startRegistry(t, "reader", "s3cret")
+	host := ocitest.Registry(t, "reader", "s3cret")
 	var archives [][]byte
 	for _, l := range variety() {
 		archives = append(archives, archive(t, l))
@@ -553,7 +325,7 @@ func TestHostile(t *testing.T) {
 		"write through links' links":  {one(dir("d", 0o755), symlink("a", "b"), symlink("b", "/d/.."), file("a/secret", "evil")), false, "secret"},
 		"write onto a link":           {one(symlink("l", "../secret"), file("l", "evil")), false, "l"},
 		"write onto a link, by layer": {[][]entry{{symlink("l", "../secret")}, {file("l", "evil")}}, false, "l"},
-		"chmod a link":                {one(symlink("l", "../secret").with(func(h *tar.Header) { h.Mode = 0o777; h.Uid = 5 })), false, ""},
+		"chmod a link":                {one(symlink("l", "../secret").With(func(h *tar.Header) { h.Mode = 0o777; h.Uid = 5 })), false, ""},
 		"folder onto a link":          {[][]entry{{symlink("l", "..")}, {dir("l", 0o777), file("l/secret", "evil")}}, false, "l/secret"},
 		"through a loop":              {one(symlink("a", "b"), symlink("b", "a"), file("a/x", "evil")), true, ""},
 		"through a link to nowhere":   {one(symlink("a", "/none/at/all"), file("a/x", "evil")), true, ""},
@@ -581,14 +353,14 @@ func TestHostile(t *testing.T) {
 		"device onto a link":          {one(symlink("x", "../secret"), device(tar.TypeChar, "x", 1, 3)), false, ""},
 		"root as a file":              {one(file(".", "")), true, ""},
 		"root as a link":              {one(symlink("./", "/")), true, ""},
-		"unchanged owner":             {one(file("x", "").with(func(h *tar.Header) { h.Uid = 1<<32 - 1 })), true, ""},
-		"negative owner":              {one(file("x", "").with(func(h *tar.Header) { h.Gid = -1; h.Format = tar.FormatGNU })), true, ""},
+		"unchanged owner":             {one(file("x", "").With(func(h *tar.Header) { h.Uid = 1<<32 - 1 })), true, ""},
+		"negative owner":              {one(file("x", "").With(func(h *tar.Header) { h.Gid = -1; h.Format = tar.FormatGNU })), true, ""},
 		"deep":                        {one(file(strings.Repeat("a/", maxDepth+1)+"x", "")), true, ""},
 		"long":                        {one(file(strings.Repeat(strings.Repeat("a", 200)+"/", 21)+"x", "")), true, ""},
 		"component too long":          {one(file(strings.Repeat("a", 256), "")), true, ""},
 		"unknown type":                {one(entry{Header: tar.Header{Typeflag: 'Z', Name: "x"}}), true, ""},
 		"twice, other kinds":          {one(dir("x", 0o755), file("x/y", ""), file("x", "file"), dir("x", 0o755), symlink("x", "y"), file("x", "last")), false, "x"},
-		"bad capability":              {one(file("x", "").with(xattrs("security.capability", "?"))), true, ""},
+		"bad capability":              {one(file("x", "").With(xattrs("security.capability", "?"))), true, ""},
 		"too many":                    {one(slices.Repeat([]entry{file("x", "")}, 101)...), true, ""},
 		"too large":                   {one(file("x", strings.Repeat("x", 1<<20))), true, ""},
 		"too large together":          {[][]entry{{file("x", strings.Repeat("x", 600<<10))}, {file("x", strings.Repeat("y", 600<<10))}}, true, ""},

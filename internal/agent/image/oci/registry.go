@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	remotetransport "github.com/google/go-containerregistry/pkg/v1/remote/transport"
 )
 
 // Access says how a registry is asked. The zero Access asks as nobody.
@@ -60,9 +61,31 @@ func pull(ctx context.Context, reference string, access Access) (*Image, error) 
 	)
 	if err != nil {
 		transport.base.CloseIdleConnections()
-		return nil, err
+		return nil, answered(err)
 	}
 	return newImage(img, func() error { transport.base.CloseIdleConnections(); return nil })
+}
+
+// What registries answer.
+var (
+	ErrDenied   = errors.New("the registry lets nobody with these credentials read it")
+	ErrNotFound = errors.New("the registry does not have it")
+)
+
+// answered is what a registry's refusal means. What else it says is left out:
+// it may be something else that answers.
+func answered(err error) error {
+	var e *remotetransport.Error
+	if !errors.As(err, &e) {
+		return err
+	}
+	switch e.StatusCode {
+	case http.StatusUnauthorized, http.StatusForbidden:
+		return ErrDenied
+	case http.StatusNotFound:
+		return ErrNotFound
+	}
+	return fmt.Errorf("the registry answered %d %s", e.StatusCode, http.StatusText(e.StatusCode))
 }
 
 // transport lets requests go only where a registry may be: neither names nor

@@ -137,7 +137,7 @@ func (x Event_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Event_Kind.Descriptor instead.
 func (Event_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{46, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{49, 0}
 }
 
 type Sandbox struct {
@@ -601,19 +601,85 @@ func (x *ResumeResponse) GetSandbox() *Sandbox {
 	return nil
 }
 
+// What processes have unless they, or their sandbox, say otherwise.
+type Defaults struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Envs  map[string]string      `protobuf:"bytes,1,rep,name=envs,proto3" json:"envs,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// A name or a number, and perhaps a group behind a colon; empty: "user", or
+	// root where there is no such user.
+	User string `protobuf:"bytes,2,opt,name=user,proto3" json:"user,omitempty"`
+	// Empty: the user's home directory.
+	Workdir       string `protobuf:"bytes,3,opt,name=workdir,proto3" json:"workdir,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Defaults) Reset() {
+	*x = Defaults{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Defaults) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Defaults) ProtoMessage() {}
+
+func (x *Defaults) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Defaults.ProtoReflect.Descriptor instead.
+func (*Defaults) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Defaults) GetEnvs() map[string]string {
+	if x != nil {
+		return x.Envs
+	}
+	return nil
+}
+
+func (x *Defaults) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *Defaults) GetWorkdir() string {
+	if x != nil {
+		return x.Workdir
+	}
+	return ""
+}
+
 type SnapshotRequest struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	SandboxId  string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
 	TemplateId string                 `protobuf:"bytes,2,opt,name=template_id,json=templateId,proto3" json:"template_id,omitempty"`
 	// The template's name, which the server keeps unique in a team.
-	Name          string `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	Name string `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	// Absent: those of the sandbox's own template.
+	Defaults      *Defaults `protobuf:"bytes,4,opt,name=defaults,proto3" json:"defaults,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SnapshotRequest) Reset() {
 	*x = SnapshotRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[7]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -625,7 +691,7 @@ func (x *SnapshotRequest) String() string {
 func (*SnapshotRequest) ProtoMessage() {}
 
 func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[7]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -638,7 +704,7 @@ func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{7}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *SnapshotRequest) GetSandboxId() string {
@@ -662,6 +728,13 @@ func (x *SnapshotRequest) GetName() string {
 	return ""
 }
 
+func (x *SnapshotRequest) GetDefaults() *Defaults {
+	if x != nil {
+		return x.Defaults
+	}
+	return nil
+}
+
 type SnapshotResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Template      *Template              `protobuf:"bytes,1,opt,name=template,proto3" json:"template,omitempty"`
@@ -671,7 +744,7 @@ type SnapshotResponse struct {
 
 func (x *SnapshotResponse) Reset() {
 	*x = SnapshotResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[8]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -683,7 +756,7 @@ func (x *SnapshotResponse) String() string {
 func (*SnapshotResponse) ProtoMessage() {}
 
 func (x *SnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[8]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -696,7 +769,7 @@ func (x *SnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{8}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *SnapshotResponse) GetTemplate() *Template {
@@ -716,7 +789,7 @@ type ForkRequest struct {
 
 func (x *ForkRequest) Reset() {
 	*x = ForkRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[9]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -728,7 +801,7 @@ func (x *ForkRequest) String() string {
 func (*ForkRequest) ProtoMessage() {}
 
 func (x *ForkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[9]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -741,7 +814,7 @@ func (x *ForkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForkRequest.ProtoReflect.Descriptor instead.
 func (*ForkRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{9}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ForkRequest) GetSandboxId() string {
@@ -768,7 +841,7 @@ type ForkResponse struct {
 
 func (x *ForkResponse) Reset() {
 	*x = ForkResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[10]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -780,7 +853,7 @@ func (x *ForkResponse) String() string {
 func (*ForkResponse) ProtoMessage() {}
 
 func (x *ForkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[10]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -793,7 +866,7 @@ func (x *ForkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForkResponse.ProtoReflect.Descriptor instead.
 func (*ForkResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{10}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ForkResponse) GetSandboxes() []*Sandbox {
@@ -813,7 +886,7 @@ type DeleteTemplateRequest struct {
 
 func (x *DeleteTemplateRequest) Reset() {
 	*x = DeleteTemplateRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[11]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -825,7 +898,7 @@ func (x *DeleteTemplateRequest) String() string {
 func (*DeleteTemplateRequest) ProtoMessage() {}
 
 func (x *DeleteTemplateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[11]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -838,7 +911,7 @@ func (x *DeleteTemplateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteTemplateRequest.ProtoReflect.Descriptor instead.
 func (*DeleteTemplateRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{11}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *DeleteTemplateRequest) GetTeamId() string {
@@ -863,7 +936,7 @@ type DeleteTemplateResponse struct {
 
 func (x *DeleteTemplateResponse) Reset() {
 	*x = DeleteTemplateResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[12]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -875,7 +948,7 @@ func (x *DeleteTemplateResponse) String() string {
 func (*DeleteTemplateResponse) ProtoMessage() {}
 
 func (x *DeleteTemplateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[12]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -888,7 +961,7 @@ func (x *DeleteTemplateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteTemplateResponse.ProtoReflect.Descriptor instead.
 func (*DeleteTemplateResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{12}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{13}
 }
 
 type DestroyRequest struct {
@@ -900,7 +973,7 @@ type DestroyRequest struct {
 
 func (x *DestroyRequest) Reset() {
 	*x = DestroyRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[13]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -912,7 +985,7 @@ func (x *DestroyRequest) String() string {
 func (*DestroyRequest) ProtoMessage() {}
 
 func (x *DestroyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[13]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -925,7 +998,7 @@ func (x *DestroyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DestroyRequest.ProtoReflect.Descriptor instead.
 func (*DestroyRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{13}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DestroyRequest) GetSandboxId() string {
@@ -943,7 +1016,7 @@ type DestroyResponse struct {
 
 func (x *DestroyResponse) Reset() {
 	*x = DestroyResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[14]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -955,7 +1028,7 @@ func (x *DestroyResponse) String() string {
 func (*DestroyResponse) ProtoMessage() {}
 
 func (x *DestroyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[14]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -968,7 +1041,7 @@ func (x *DestroyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DestroyResponse.ProtoReflect.Descriptor instead.
 func (*DestroyResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{14}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{15}
 }
 
 type ListRequest struct {
@@ -979,7 +1052,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[15]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -991,7 +1064,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[15]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1004,7 +1077,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{15}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{16}
 }
 
 type ListResponse struct {
@@ -1016,7 +1089,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[16]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1028,7 +1101,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[16]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1041,7 +1114,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{16}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListResponse) GetSandboxes() []*Sandbox {
@@ -1060,7 +1133,7 @@ type GetRequest struct {
 
 func (x *GetRequest) Reset() {
 	*x = GetRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[17]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1072,7 +1145,7 @@ func (x *GetRequest) String() string {
 func (*GetRequest) ProtoMessage() {}
 
 func (x *GetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[17]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1085,7 +1158,7 @@ func (x *GetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRequest.ProtoReflect.Descriptor instead.
 func (*GetRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{17}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *GetRequest) GetSandboxId() string {
@@ -1104,7 +1177,7 @@ type GetResponse struct {
 
 func (x *GetResponse) Reset() {
 	*x = GetResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[18]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1116,7 +1189,7 @@ func (x *GetResponse) String() string {
 func (*GetResponse) ProtoMessage() {}
 
 func (x *GetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[18]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1129,7 +1202,7 @@ func (x *GetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetResponse.ProtoReflect.Descriptor instead.
 func (*GetResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{18}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *GetResponse) GetSandbox() *Sandbox {
@@ -1157,7 +1230,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[19]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1169,7 +1242,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[19]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1182,7 +1255,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{19}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Command) GetCmd() string {
@@ -1238,7 +1311,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[20]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1250,7 +1323,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[20]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1263,7 +1336,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{20}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ExecRequest) GetSandboxId() string {
@@ -1303,7 +1376,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[21]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1315,7 +1388,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[21]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1328,7 +1401,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{21}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ExecResponse) GetStdout() []byte {
@@ -1383,7 +1456,7 @@ type TerminalSize struct {
 
 func (x *TerminalSize) Reset() {
 	*x = TerminalSize{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[22]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1395,7 +1468,7 @@ func (x *TerminalSize) String() string {
 func (*TerminalSize) ProtoMessage() {}
 
 func (x *TerminalSize) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[22]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1408,7 +1481,7 @@ func (x *TerminalSize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TerminalSize.ProtoReflect.Descriptor instead.
 func (*TerminalSize) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{22}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *TerminalSize) GetCols() uint32 {
@@ -1441,7 +1514,7 @@ type ExecStreamRequest struct {
 
 func (x *ExecStreamRequest) Reset() {
 	*x = ExecStreamRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[23]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1453,7 +1526,7 @@ func (x *ExecStreamRequest) String() string {
 func (*ExecStreamRequest) ProtoMessage() {}
 
 func (x *ExecStreamRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[23]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1466,7 +1539,7 @@ func (x *ExecStreamRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamRequest.ProtoReflect.Descriptor instead.
 func (*ExecStreamRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{23}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ExecStreamRequest) GetMessage() isExecStreamRequest_Message {
@@ -1572,7 +1645,7 @@ type ExecStreamResponse struct {
 
 func (x *ExecStreamResponse) Reset() {
 	*x = ExecStreamResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[24]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1584,7 +1657,7 @@ func (x *ExecStreamResponse) String() string {
 func (*ExecStreamResponse) ProtoMessage() {}
 
 func (x *ExecStreamResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[24]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1597,7 +1670,7 @@ func (x *ExecStreamResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamResponse.ProtoReflect.Descriptor instead.
 func (*ExecStreamResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{24}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ExecStreamResponse) GetMessage() isExecStreamResponse_Message {
@@ -1700,7 +1773,7 @@ type FileRef struct {
 
 func (x *FileRef) Reset() {
 	*x = FileRef{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[25]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1712,7 +1785,7 @@ func (x *FileRef) String() string {
 func (*FileRef) ProtoMessage() {}
 
 func (x *FileRef) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[25]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1725,7 +1798,7 @@ func (x *FileRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileRef.ProtoReflect.Descriptor instead.
 func (*FileRef) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{25}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *FileRef) GetSandboxId() string {
@@ -1760,7 +1833,7 @@ type FileInfo struct {
 
 func (x *FileInfo) Reset() {
 	*x = FileInfo{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[26]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1772,7 +1845,7 @@ func (x *FileInfo) String() string {
 func (*FileInfo) ProtoMessage() {}
 
 func (x *FileInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[26]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1785,7 +1858,7 @@ func (x *FileInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileInfo.ProtoReflect.Descriptor instead.
 func (*FileInfo) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{26}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *FileInfo) GetPath() string {
@@ -1819,7 +1892,7 @@ type WriteFileRequest struct {
 
 func (x *WriteFileRequest) Reset() {
 	*x = WriteFileRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[27]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1831,7 +1904,7 @@ func (x *WriteFileRequest) String() string {
 func (*WriteFileRequest) ProtoMessage() {}
 
 func (x *WriteFileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[27]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1844,7 +1917,7 @@ func (x *WriteFileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteFileRequest.ProtoReflect.Descriptor instead.
 func (*WriteFileRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{27}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *WriteFileRequest) GetFile() *FileRef {
@@ -1870,7 +1943,7 @@ type WriteFileResponse struct {
 
 func (x *WriteFileResponse) Reset() {
 	*x = WriteFileResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[28]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1882,7 +1955,7 @@ func (x *WriteFileResponse) String() string {
 func (*WriteFileResponse) ProtoMessage() {}
 
 func (x *WriteFileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[28]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1895,7 +1968,7 @@ func (x *WriteFileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteFileResponse.ProtoReflect.Descriptor instead.
 func (*WriteFileResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{28}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *WriteFileResponse) GetFile() *FileInfo {
@@ -1914,7 +1987,7 @@ type ReadFileRequest struct {
 
 func (x *ReadFileRequest) Reset() {
 	*x = ReadFileRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[29]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1926,7 +1999,7 @@ func (x *ReadFileRequest) String() string {
 func (*ReadFileRequest) ProtoMessage() {}
 
 func (x *ReadFileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[29]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1939,7 +2012,7 @@ func (x *ReadFileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadFileRequest.ProtoReflect.Descriptor instead.
 func (*ReadFileRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{29}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ReadFileRequest) GetFile() *FileRef {
@@ -1958,7 +2031,7 @@ type ReadFileResponse struct {
 
 func (x *ReadFileResponse) Reset() {
 	*x = ReadFileResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[30]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1970,7 +2043,7 @@ func (x *ReadFileResponse) String() string {
 func (*ReadFileResponse) ProtoMessage() {}
 
 func (x *ReadFileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[30]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1983,7 +2056,7 @@ func (x *ReadFileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadFileResponse.ProtoReflect.Descriptor instead.
 func (*ReadFileResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{30}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ReadFileResponse) GetContent() []byte {
@@ -2006,7 +2079,7 @@ type WriteFileStreamRequest struct {
 
 func (x *WriteFileStreamRequest) Reset() {
 	*x = WriteFileStreamRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[31]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2018,7 +2091,7 @@ func (x *WriteFileStreamRequest) String() string {
 func (*WriteFileStreamRequest) ProtoMessage() {}
 
 func (x *WriteFileStreamRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[31]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2031,7 +2104,7 @@ func (x *WriteFileStreamRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteFileStreamRequest.ProtoReflect.Descriptor instead.
 func (*WriteFileStreamRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{31}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *WriteFileStreamRequest) GetMessage() isWriteFileStreamRequest_Message {
@@ -2084,7 +2157,7 @@ type WriteFileStreamResponse struct {
 
 func (x *WriteFileStreamResponse) Reset() {
 	*x = WriteFileStreamResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[32]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2096,7 +2169,7 @@ func (x *WriteFileStreamResponse) String() string {
 func (*WriteFileStreamResponse) ProtoMessage() {}
 
 func (x *WriteFileStreamResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[32]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2109,7 +2182,7 @@ func (x *WriteFileStreamResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteFileStreamResponse.ProtoReflect.Descriptor instead.
 func (*WriteFileStreamResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{32}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *WriteFileStreamResponse) GetFile() *FileInfo {
@@ -2133,7 +2206,7 @@ type ReadFileStreamRequest struct {
 
 func (x *ReadFileStreamRequest) Reset() {
 	*x = ReadFileStreamRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[33]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2145,7 +2218,7 @@ func (x *ReadFileStreamRequest) String() string {
 func (*ReadFileStreamRequest) ProtoMessage() {}
 
 func (x *ReadFileStreamRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[33]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2158,7 +2231,7 @@ func (x *ReadFileStreamRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadFileStreamRequest.ProtoReflect.Descriptor instead.
 func (*ReadFileStreamRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{33}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ReadFileStreamRequest) GetFile() *FileRef {
@@ -2202,7 +2275,7 @@ type ReadFileStreamResponse struct {
 
 func (x *ReadFileStreamResponse) Reset() {
 	*x = ReadFileStreamResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[34]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2214,7 +2287,7 @@ func (x *ReadFileStreamResponse) String() string {
 func (*ReadFileStreamResponse) ProtoMessage() {}
 
 func (x *ReadFileStreamResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[34]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2227,7 +2300,7 @@ func (x *ReadFileStreamResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadFileStreamResponse.ProtoReflect.Descriptor instead.
 func (*ReadFileStreamResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{34}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ReadFileStreamResponse) GetMessage() isReadFileStreamResponse_Message {
@@ -2280,7 +2353,7 @@ type PingRequest struct {
 
 func (x *PingRequest) Reset() {
 	*x = PingRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[35]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2292,7 +2365,7 @@ func (x *PingRequest) String() string {
 func (*PingRequest) ProtoMessage() {}
 
 func (x *PingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[35]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2305,7 +2378,7 @@ func (x *PingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingRequest.ProtoReflect.Descriptor instead.
 func (*PingRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{35}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *PingRequest) GetSandboxId() string {
@@ -2324,7 +2397,7 @@ type PingResponse struct {
 
 func (x *PingResponse) Reset() {
 	*x = PingResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[36]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2336,7 +2409,7 @@ func (x *PingResponse) String() string {
 func (*PingResponse) ProtoMessage() {}
 
 func (x *PingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[36]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2349,7 +2422,7 @@ func (x *PingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingResponse.ProtoReflect.Descriptor instead.
 func (*PingResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{36}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *PingResponse) GetSandbox() *Sandbox {
@@ -2368,7 +2441,7 @@ type MetricsRequest struct {
 
 func (x *MetricsRequest) Reset() {
 	*x = MetricsRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[37]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2380,7 +2453,7 @@ func (x *MetricsRequest) String() string {
 func (*MetricsRequest) ProtoMessage() {}
 
 func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[37]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2393,7 +2466,7 @@ func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsRequest.ProtoReflect.Descriptor instead.
 func (*MetricsRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{37}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *MetricsRequest) GetSandboxId() string {
@@ -2421,7 +2494,7 @@ type MetricsResponse struct {
 
 func (x *MetricsResponse) Reset() {
 	*x = MetricsResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[38]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2433,7 +2506,7 @@ func (x *MetricsResponse) String() string {
 func (*MetricsResponse) ProtoMessage() {}
 
 func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[38]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2446,7 +2519,7 @@ func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsResponse.ProtoReflect.Descriptor instead.
 func (*MetricsResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{38}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *MetricsResponse) GetTime() *timestamppb.Timestamp {
@@ -2514,7 +2587,7 @@ type ConsoleRequest struct {
 
 func (x *ConsoleRequest) Reset() {
 	*x = ConsoleRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2526,7 +2599,7 @@ func (x *ConsoleRequest) String() string {
 func (*ConsoleRequest) ProtoMessage() {}
 
 func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2539,7 +2612,7 @@ func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleRequest.ProtoReflect.Descriptor instead.
 func (*ConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{39}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ConsoleRequest) GetSandboxId() string {
@@ -2558,7 +2631,7 @@ type ConsoleResponse struct {
 
 func (x *ConsoleResponse) Reset() {
 	*x = ConsoleResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2570,7 +2643,7 @@ func (x *ConsoleResponse) String() string {
 func (*ConsoleResponse) ProtoMessage() {}
 
 func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2583,7 +2656,7 @@ func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleResponse.ProtoReflect.Descriptor instead.
 func (*ConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{40}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ConsoleResponse) GetOutput() []byte {
@@ -2602,15 +2675,16 @@ type Template struct {
 	CreatedAt  *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
 	DiskMib    int32                  `protobuf:"varint,6,opt,name=disk_mib,json=diskMib,proto3" json:"disk_mib,omitempty"`
 	// Of a template that was captured from a sandbox; else 0: any.
-	Vcpus         int32 `protobuf:"varint,7,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
-	MemoryMib     int32 `protobuf:"varint,8,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
+	Vcpus         int32     `protobuf:"varint,7,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
+	MemoryMib     int32     `protobuf:"varint,8,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
+	Defaults      *Defaults `protobuf:"bytes,9,opt,name=defaults,proto3" json:"defaults,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Template) Reset() {
 	*x = Template{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2622,7 +2696,7 @@ func (x *Template) String() string {
 func (*Template) ProtoMessage() {}
 
 func (x *Template) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2635,7 +2709,7 @@ func (x *Template) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Template.ProtoReflect.Descriptor instead.
 func (*Template) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{41}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Template) GetTemplateId() string {
@@ -2694,6 +2768,148 @@ func (x *Template) GetMemoryMib() int32 {
 	return 0
 }
 
+func (x *Template) GetDefaults() *Defaults {
+	if x != nil {
+		return x.Defaults
+	}
+	return nil
+}
+
+type ImportTemplateRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Message:
+	//
+	//	*ImportTemplateRequest_Start_
+	//	*ImportTemplateRequest_Chunk
+	Message       isImportTemplateRequest_Message `protobuf_oneof:"message"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportTemplateRequest) Reset() {
+	*x = ImportTemplateRequest{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportTemplateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportTemplateRequest) ProtoMessage() {}
+
+func (x *ImportTemplateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportTemplateRequest.ProtoReflect.Descriptor instead.
+func (*ImportTemplateRequest) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *ImportTemplateRequest) GetMessage() isImportTemplateRequest_Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *ImportTemplateRequest) GetStart() *ImportTemplateRequest_Start {
+	if x != nil {
+		if x, ok := x.Message.(*ImportTemplateRequest_Start_); ok {
+			return x.Start
+		}
+	}
+	return nil
+}
+
+func (x *ImportTemplateRequest) GetChunk() []byte {
+	if x != nil {
+		if x, ok := x.Message.(*ImportTemplateRequest_Chunk); ok {
+			return x.Chunk
+		}
+	}
+	return nil
+}
+
+type isImportTemplateRequest_Message interface {
+	isImportTemplateRequest_Message()
+}
+
+type ImportTemplateRequest_Start_ struct {
+	Start *ImportTemplateRequest_Start `protobuf:"bytes,1,opt,name=start,proto3,oneof"`
+}
+
+type ImportTemplateRequest_Chunk struct {
+	Chunk []byte `protobuf:"bytes,2,opt,name=chunk,proto3,oneof"`
+}
+
+func (*ImportTemplateRequest_Start_) isImportTemplateRequest_Message() {}
+
+func (*ImportTemplateRequest_Chunk) isImportTemplateRequest_Message() {}
+
+type ImportTemplateResponse struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Template *Template              `protobuf:"bytes,1,opt,name=template,proto3" json:"template,omitempty"`
+	// Of the image's configuration: "sha256:" and hexadecimal digits.
+	Digest        string `protobuf:"bytes,2,opt,name=digest,proto3" json:"digest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportTemplateResponse) Reset() {
+	*x = ImportTemplateResponse{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportTemplateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportTemplateResponse) ProtoMessage() {}
+
+func (x *ImportTemplateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportTemplateResponse.ProtoReflect.Descriptor instead.
+func (*ImportTemplateResponse) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *ImportTemplateResponse) GetTemplate() *Template {
+	if x != nil {
+		return x.Template
+	}
+	return nil
+}
+
+func (x *ImportTemplateResponse) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
 type TemplatesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2702,7 +2918,7 @@ type TemplatesRequest struct {
 
 func (x *TemplatesRequest) Reset() {
 	*x = TemplatesRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[42]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2714,7 +2930,7 @@ func (x *TemplatesRequest) String() string {
 func (*TemplatesRequest) ProtoMessage() {}
 
 func (x *TemplatesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[42]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2727,7 +2943,7 @@ func (x *TemplatesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TemplatesRequest.ProtoReflect.Descriptor instead.
 func (*TemplatesRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{42}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{45}
 }
 
 type TemplatesResponse struct {
@@ -2739,7 +2955,7 @@ type TemplatesResponse struct {
 
 func (x *TemplatesResponse) Reset() {
 	*x = TemplatesResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[43]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2751,7 +2967,7 @@ func (x *TemplatesResponse) String() string {
 func (*TemplatesResponse) ProtoMessage() {}
 
 func (x *TemplatesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[43]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2764,7 +2980,7 @@ func (x *TemplatesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TemplatesResponse.ProtoReflect.Descriptor instead.
 func (*TemplatesResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{43}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *TemplatesResponse) GetTemplates() []*Template {
@@ -2782,7 +2998,7 @@ type HostRequest struct {
 
 func (x *HostRequest) Reset() {
 	*x = HostRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[44]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2794,7 +3010,7 @@ func (x *HostRequest) String() string {
 func (*HostRequest) ProtoMessage() {}
 
 func (x *HostRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[44]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2807,7 +3023,7 @@ func (x *HostRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostRequest.ProtoReflect.Descriptor instead.
 func (*HostRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{44}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{47}
 }
 
 type HostResponse struct {
@@ -2837,7 +3053,7 @@ type HostResponse struct {
 
 func (x *HostResponse) Reset() {
 	*x = HostResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[45]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2849,7 +3065,7 @@ func (x *HostResponse) String() string {
 func (*HostResponse) ProtoMessage() {}
 
 func (x *HostResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[45]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2862,7 +3078,7 @@ func (x *HostResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostResponse.ProtoReflect.Descriptor instead.
 func (*HostResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{45}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *HostResponse) GetVersion() string {
@@ -2976,7 +3192,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[46]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2988,7 +3204,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[46]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3001,7 +3217,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{46}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -3047,7 +3263,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[47]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3059,7 +3275,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[47]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3072,7 +3288,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{47}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{50}
 }
 
 type EventsResponse struct {
@@ -3084,7 +3300,7 @@ type EventsResponse struct {
 
 func (x *EventsResponse) Reset() {
 	*x = EventsResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3096,7 +3312,7 @@ func (x *EventsResponse) String() string {
 func (*EventsResponse) ProtoMessage() {}
 
 func (x *EventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3109,7 +3325,7 @@ func (x *EventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsResponse.ProtoReflect.Descriptor instead.
 func (*EventsResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{48}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *EventsResponse) GetEvent() *Event {
@@ -3128,7 +3344,7 @@ type AckEventsRequest struct {
 
 func (x *AckEventsRequest) Reset() {
 	*x = AckEventsRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3140,7 +3356,7 @@ func (x *AckEventsRequest) String() string {
 func (*AckEventsRequest) ProtoMessage() {}
 
 func (x *AckEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3153,7 +3369,7 @@ func (x *AckEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AckEventsRequest.ProtoReflect.Descriptor instead.
 func (*AckEventsRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{49}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *AckEventsRequest) GetSeq() uint64 {
@@ -3171,7 +3387,7 @@ type AckEventsResponse struct {
 
 func (x *AckEventsResponse) Reset() {
 	*x = AckEventsResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[50]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3183,7 +3399,7 @@ func (x *AckEventsResponse) String() string {
 func (*AckEventsResponse) ProtoMessage() {}
 
 func (x *AckEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[50]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3196,7 +3412,7 @@ func (x *AckEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AckEventsResponse.ProtoReflect.Descriptor instead.
 func (*AckEventsResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{50}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{53}
 }
 
 type TerminateRequest struct {
@@ -3207,7 +3423,7 @@ type TerminateRequest struct {
 
 func (x *TerminateRequest) Reset() {
 	*x = TerminateRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[51]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3219,7 +3435,7 @@ func (x *TerminateRequest) String() string {
 func (*TerminateRequest) ProtoMessage() {}
 
 func (x *TerminateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[51]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3232,7 +3448,7 @@ func (x *TerminateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TerminateRequest.ProtoReflect.Descriptor instead.
 func (*TerminateRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{51}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{54}
 }
 
 type TerminateResponse struct {
@@ -3243,7 +3459,7 @@ type TerminateResponse struct {
 
 func (x *TerminateResponse) Reset() {
 	*x = TerminateResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[52]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3255,7 +3471,7 @@ func (x *TerminateResponse) String() string {
 func (*TerminateResponse) ProtoMessage() {}
 
 func (x *TerminateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[52]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3268,7 +3484,7 @@ func (x *TerminateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TerminateResponse.ProtoReflect.Descriptor instead.
 func (*TerminateResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{52}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{55}
 }
 
 type ForkRequest_Copy struct {
@@ -3281,7 +3497,7 @@ type ForkRequest_Copy struct {
 
 func (x *ForkRequest_Copy) Reset() {
 	*x = ForkRequest_Copy{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[54]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3293,7 +3509,7 @@ func (x *ForkRequest_Copy) String() string {
 func (*ForkRequest_Copy) ProtoMessage() {}
 
 func (x *ForkRequest_Copy) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[54]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3306,7 +3522,7 @@ func (x *ForkRequest_Copy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForkRequest_Copy.ProtoReflect.Descriptor instead.
 func (*ForkRequest_Copy) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{9, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{10, 0}
 }
 
 func (x *ForkRequest_Copy) GetSandboxId() string {
@@ -3337,7 +3553,7 @@ type ExecStreamRequest_Start struct {
 
 func (x *ExecStreamRequest_Start) Reset() {
 	*x = ExecStreamRequest_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[56]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3349,7 +3565,7 @@ func (x *ExecStreamRequest_Start) String() string {
 func (*ExecStreamRequest_Start) ProtoMessage() {}
 
 func (x *ExecStreamRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[56]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3362,7 +3578,7 @@ func (x *ExecStreamRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamRequest_Start.ProtoReflect.Descriptor instead.
 func (*ExecStreamRequest_Start) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{23, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{24, 0}
 }
 
 func (x *ExecStreamRequest_Start) GetSandboxId() string {
@@ -3401,7 +3617,7 @@ type ExecStreamRequest_CloseStdin struct {
 
 func (x *ExecStreamRequest_CloseStdin) Reset() {
 	*x = ExecStreamRequest_CloseStdin{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[57]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3413,7 +3629,7 @@ func (x *ExecStreamRequest_CloseStdin) String() string {
 func (*ExecStreamRequest_CloseStdin) ProtoMessage() {}
 
 func (x *ExecStreamRequest_CloseStdin) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[57]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3426,7 +3642,7 @@ func (x *ExecStreamRequest_CloseStdin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamRequest_CloseStdin.ProtoReflect.Descriptor instead.
 func (*ExecStreamRequest_CloseStdin) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{23, 1}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{24, 1}
 }
 
 type ExecStreamResponse_Started struct {
@@ -3438,7 +3654,7 @@ type ExecStreamResponse_Started struct {
 
 func (x *ExecStreamResponse_Started) Reset() {
 	*x = ExecStreamResponse_Started{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[58]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3450,7 +3666,7 @@ func (x *ExecStreamResponse_Started) String() string {
 func (*ExecStreamResponse_Started) ProtoMessage() {}
 
 func (x *ExecStreamResponse_Started) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[58]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3463,7 +3679,7 @@ func (x *ExecStreamResponse_Started) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamResponse_Started.ProtoReflect.Descriptor instead.
 func (*ExecStreamResponse_Started) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{24, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{25, 0}
 }
 
 func (x *ExecStreamResponse_Started) GetPid() uint32 {
@@ -3484,7 +3700,7 @@ type ExecStreamResponse_Exited struct {
 
 func (x *ExecStreamResponse_Exited) Reset() {
 	*x = ExecStreamResponse_Exited{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[59]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3496,7 +3712,7 @@ func (x *ExecStreamResponse_Exited) String() string {
 func (*ExecStreamResponse_Exited) ProtoMessage() {}
 
 func (x *ExecStreamResponse_Exited) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[59]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3509,7 +3725,7 @@ func (x *ExecStreamResponse_Exited) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamResponse_Exited.ProtoReflect.Descriptor instead.
 func (*ExecStreamResponse_Exited) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{24, 1}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{25, 1}
 }
 
 func (x *ExecStreamResponse_Exited) GetExitCode() int32 {
@@ -3544,7 +3760,7 @@ type WriteFileStreamRequest_Start struct {
 
 func (x *WriteFileStreamRequest_Start) Reset() {
 	*x = WriteFileStreamRequest_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[60]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3556,7 +3772,7 @@ func (x *WriteFileStreamRequest_Start) String() string {
 func (*WriteFileStreamRequest_Start) ProtoMessage() {}
 
 func (x *WriteFileStreamRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[60]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3569,7 +3785,7 @@ func (x *WriteFileStreamRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteFileStreamRequest_Start.ProtoReflect.Descriptor instead.
 func (*WriteFileStreamRequest_Start) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{31, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{32, 0}
 }
 
 func (x *WriteFileStreamRequest_Start) GetFile() *FileRef {
@@ -3596,7 +3812,7 @@ type ReadFileStreamResponse_Start struct {
 
 func (x *ReadFileStreamResponse_Start) Reset() {
 	*x = ReadFileStreamResponse_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[61]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3608,7 +3824,7 @@ func (x *ReadFileStreamResponse_Start) String() string {
 func (*ReadFileStreamResponse_Start) ProtoMessage() {}
 
 func (x *ReadFileStreamResponse_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[61]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3621,7 +3837,7 @@ func (x *ReadFileStreamResponse_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadFileStreamResponse_Start.ProtoReflect.Descriptor instead.
 func (*ReadFileStreamResponse_Start) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{34, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{35, 0}
 }
 
 func (x *ReadFileStreamResponse_Start) GetSize() int64 {
@@ -3630,6 +3846,257 @@ func (x *ReadFileStreamResponse_Start) GetSize() int64 {
 	}
 	return 0
 }
+
+type ImportTemplateRequest_Registry struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As `docker pull` takes it.
+	Reference string `protobuf:"bytes,1,opt,name=reference,proto3" json:"reference,omitempty"`
+	// Empty: nobody. Neither is written down anywhere.
+	Username      string `protobuf:"bytes,2,opt,name=username,proto3" json:"username,omitempty"`
+	Password      string `protobuf:"bytes,3,opt,name=password,proto3" json:"password,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportTemplateRequest_Registry) Reset() {
+	*x = ImportTemplateRequest_Registry{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[66]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportTemplateRequest_Registry) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportTemplateRequest_Registry) ProtoMessage() {}
+
+func (x *ImportTemplateRequest_Registry) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[66]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportTemplateRequest_Registry.ProtoReflect.Descriptor instead.
+func (*ImportTemplateRequest_Registry) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{43, 0}
+}
+
+func (x *ImportTemplateRequest_Registry) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+func (x *ImportTemplateRequest_Registry) GetUsername() string {
+	if x != nil {
+		return x.Username
+	}
+	return ""
+}
+
+func (x *ImportTemplateRequest_Registry) GetPassword() string {
+	if x != nil {
+		return x.Password
+	}
+	return ""
+}
+
+// What `docker save` writes or a tar of an OCI image layout, as it is or
+// compressed with gzip.
+type ImportTemplateRequest_Archive struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The image's name in it; empty: it has one image alone.
+	Tag           string `protobuf:"bytes,1,opt,name=tag,proto3" json:"tag,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportTemplateRequest_Archive) Reset() {
+	*x = ImportTemplateRequest_Archive{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[67]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportTemplateRequest_Archive) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportTemplateRequest_Archive) ProtoMessage() {}
+
+func (x *ImportTemplateRequest_Archive) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[67]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportTemplateRequest_Archive.ProtoReflect.Descriptor instead.
+func (*ImportTemplateRequest_Archive) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{43, 1}
+}
+
+func (x *ImportTemplateRequest_Archive) GetTag() string {
+	if x != nil {
+		return x.Tag
+	}
+	return ""
+}
+
+type ImportTemplateRequest_Start struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	TemplateId string                 `protobuf:"bytes,1,opt,name=template_id,json=templateId,proto3" json:"template_id,omitempty"`
+	TeamId     string                 `protobuf:"bytes,2,opt,name=team_id,json=teamId,proto3" json:"team_id,omitempty"`
+	Name       string                 `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	// Types that are valid to be assigned to Source:
+	//
+	//	*ImportTemplateRequest_Start_Registry
+	//	*ImportTemplateRequest_Start_Archive
+	Source isImportTemplateRequest_Start_Source `protobuf_oneof:"source"`
+	// Size of the template's file system; 0: 5120.
+	DiskMib int32 `protobuf:"varint,6,opt,name=disk_mib,json=diskMib,proto3" json:"disk_mib,omitempty"`
+	// The machine that it is captured on at once; 0: it is when it is first
+	// asked for.
+	Vcpus     int32 `protobuf:"varint,7,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
+	MemoryMib int32 `protobuf:"varint,8,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
+	// The image's entry point and command are not started before the capture.
+	Inert         bool `protobuf:"varint,9,opt,name=inert,proto3" json:"inert,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportTemplateRequest_Start) Reset() {
+	*x = ImportTemplateRequest_Start{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[68]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportTemplateRequest_Start) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportTemplateRequest_Start) ProtoMessage() {}
+
+func (x *ImportTemplateRequest_Start) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[68]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportTemplateRequest_Start.ProtoReflect.Descriptor instead.
+func (*ImportTemplateRequest_Start) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{43, 2}
+}
+
+func (x *ImportTemplateRequest_Start) GetTemplateId() string {
+	if x != nil {
+		return x.TemplateId
+	}
+	return ""
+}
+
+func (x *ImportTemplateRequest_Start) GetTeamId() string {
+	if x != nil {
+		return x.TeamId
+	}
+	return ""
+}
+
+func (x *ImportTemplateRequest_Start) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ImportTemplateRequest_Start) GetSource() isImportTemplateRequest_Start_Source {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+func (x *ImportTemplateRequest_Start) GetRegistry() *ImportTemplateRequest_Registry {
+	if x != nil {
+		if x, ok := x.Source.(*ImportTemplateRequest_Start_Registry); ok {
+			return x.Registry
+		}
+	}
+	return nil
+}
+
+func (x *ImportTemplateRequest_Start) GetArchive() *ImportTemplateRequest_Archive {
+	if x != nil {
+		if x, ok := x.Source.(*ImportTemplateRequest_Start_Archive); ok {
+			return x.Archive
+		}
+	}
+	return nil
+}
+
+func (x *ImportTemplateRequest_Start) GetDiskMib() int32 {
+	if x != nil {
+		return x.DiskMib
+	}
+	return 0
+}
+
+func (x *ImportTemplateRequest_Start) GetVcpus() int32 {
+	if x != nil {
+		return x.Vcpus
+	}
+	return 0
+}
+
+func (x *ImportTemplateRequest_Start) GetMemoryMib() int32 {
+	if x != nil {
+		return x.MemoryMib
+	}
+	return 0
+}
+
+func (x *ImportTemplateRequest_Start) GetInert() bool {
+	if x != nil {
+		return x.Inert
+	}
+	return false
+}
+
+type isImportTemplateRequest_Start_Source interface {
+	isImportTemplateRequest_Start_Source()
+}
+
+type ImportTemplateRequest_Start_Registry struct {
+	Registry *ImportTemplateRequest_Registry `protobuf:"bytes,4,opt,name=registry,proto3,oneof"`
+}
+
+type ImportTemplateRequest_Start_Archive struct {
+	Archive *ImportTemplateRequest_Archive `protobuf:"bytes,5,opt,name=archive,proto3,oneof"`
+}
+
+func (*ImportTemplateRequest_Start_Registry) isImportTemplateRequest_Start_Source() {}
+
+func (*ImportTemplateRequest_Start_Archive) isImportTemplateRequest_Start_Source() {}
 
 var File_hostagent_v1_hostagent_proto protoreflect.FileDescriptor
 
@@ -3682,13 +4149,21 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"A\n" +
 	"\x0eResumeResponse\x12/\n" +
-	"\asandbox\x18\x01 \x01(\v2\x15.hostagent.v1.SandboxR\asandbox\"e\n" +
+	"\asandbox\x18\x01 \x01(\v2\x15.hostagent.v1.SandboxR\asandbox\"\xa7\x01\n" +
+	"\bDefaults\x124\n" +
+	"\x04envs\x18\x01 \x03(\v2 .hostagent.v1.Defaults.EnvsEntryR\x04envs\x12\x12\n" +
+	"\x04user\x18\x02 \x01(\tR\x04user\x12\x18\n" +
+	"\aworkdir\x18\x03 \x01(\tR\aworkdir\x1a7\n" +
+	"\tEnvsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x99\x01\n" +
 	"\x0fSnapshotRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1f\n" +
 	"\vtemplate_id\x18\x02 \x01(\tR\n" +
 	"templateId\x12\x12\n" +
-	"\x04name\x18\x03 \x01(\tR\x04name\"F\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\x122\n" +
+	"\bdefaults\x18\x04 \x01(\v2\x16.hostagent.v1.DefaultsR\bdefaults\"F\n" +
 	"\x10SnapshotResponse\x122\n" +
 	"\btemplate\x18\x01 \x01(\v2\x16.hostagent.v1.TemplateR\btemplate\"\xae\x01\n" +
 	"\vForkRequest\x12\x1d\n" +
@@ -3834,7 +4309,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\")\n" +
 	"\x0fConsoleResponse\x12\x16\n" +
-	"\x06output\x18\x01 \x01(\fR\x06output\"\x82\x02\n" +
+	"\x06output\x18\x01 \x01(\fR\x06output\"\xb6\x02\n" +
 	"\bTemplate\x12\x1f\n" +
 	"\vtemplate_id\x18\x01 \x01(\tR\n" +
 	"templateId\x12\x17\n" +
@@ -3847,7 +4322,34 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\bdisk_mib\x18\x06 \x01(\x05R\adiskMib\x12\x14\n" +
 	"\x05vcpus\x18\a \x01(\x05R\x05vcpus\x12\x1d\n" +
 	"\n" +
-	"memory_mib\x18\b \x01(\x05R\tmemoryMib\"\x12\n" +
+	"memory_mib\x18\b \x01(\x05R\tmemoryMib\x122\n" +
+	"\bdefaults\x18\t \x01(\v2\x16.hostagent.v1.DefaultsR\bdefaults\"\xd9\x04\n" +
+	"\x15ImportTemplateRequest\x12A\n" +
+	"\x05start\x18\x01 \x01(\v2).hostagent.v1.ImportTemplateRequest.StartH\x00R\x05start\x12\x16\n" +
+	"\x05chunk\x18\x02 \x01(\fH\x00R\x05chunk\x1a`\n" +
+	"\bRegistry\x12\x1c\n" +
+	"\treference\x18\x01 \x01(\tR\treference\x12\x1a\n" +
+	"\busername\x18\x02 \x01(\tR\busername\x12\x1a\n" +
+	"\bpassword\x18\x03 \x01(\tR\bpassword\x1a\x1b\n" +
+	"\aArchive\x12\x10\n" +
+	"\x03tag\x18\x01 \x01(\tR\x03tag\x1a\xda\x02\n" +
+	"\x05Start\x12\x1f\n" +
+	"\vtemplate_id\x18\x01 \x01(\tR\n" +
+	"templateId\x12\x17\n" +
+	"\ateam_id\x18\x02 \x01(\tR\x06teamId\x12\x12\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\x12J\n" +
+	"\bregistry\x18\x04 \x01(\v2,.hostagent.v1.ImportTemplateRequest.RegistryH\x00R\bregistry\x12G\n" +
+	"\aarchive\x18\x05 \x01(\v2+.hostagent.v1.ImportTemplateRequest.ArchiveH\x00R\aarchive\x12\x19\n" +
+	"\bdisk_mib\x18\x06 \x01(\x05R\adiskMib\x12\x14\n" +
+	"\x05vcpus\x18\a \x01(\x05R\x05vcpus\x12\x1d\n" +
+	"\n" +
+	"memory_mib\x18\b \x01(\x05R\tmemoryMib\x12\x14\n" +
+	"\x05inert\x18\t \x01(\bR\x05inertB\b\n" +
+	"\x06sourceB\t\n" +
+	"\amessage\"d\n" +
+	"\x16ImportTemplateResponse\x122\n" +
+	"\btemplate\x18\x01 \x01(\v2\x16.hostagent.v1.TemplateR\btemplate\x12\x16\n" +
+	"\x06digest\x18\x02 \x01(\tR\x06digest\"\x12\n" +
 	"\x10TemplatesRequest\"I\n" +
 	"\x11TemplatesResponse\x124\n" +
 	"\ttemplates\x18\x01 \x03(\v2\x16.hostagent.v1.TemplateR\ttemplates\"\r\n" +
@@ -3897,7 +4399,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x16SANDBOX_STATE_STOPPING\x10\x03\x12\x19\n" +
 	"\x15SANDBOX_STATE_PAUSING\x10\x04\x12\x18\n" +
 	"\x14SANDBOX_STATE_PAUSED\x10\x05\x12\x1a\n" +
-	"\x16SANDBOX_STATE_RESUMING\x10\x062\xae\r\n" +
+	"\x16SANDBOX_STATE_RESUMING\x10\x062\x8d\x0e\n" +
 	"\tHostAgent\x12C\n" +
 	"\x06Create\x12\x1b.hostagent.v1.CreateRequest\x1a\x1c.hostagent.v1.CreateResponse\x12F\n" +
 	"\aDestroy\x12\x1c.hostagent.v1.DestroyRequest\x1a\x1d.hostagent.v1.DestroyResponse\x12=\n" +
@@ -3921,7 +4423,8 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x06Resume\x12\x1b.hostagent.v1.ResumeRequest\x1a\x1c.hostagent.v1.ResumeResponse\x12I\n" +
 	"\bSnapshot\x12\x1d.hostagent.v1.SnapshotRequest\x1a\x1e.hostagent.v1.SnapshotResponse\x12=\n" +
 	"\x04Fork\x12\x19.hostagent.v1.ForkRequest\x1a\x1a.hostagent.v1.ForkResponse\x12[\n" +
-	"\x0eDeleteTemplate\x12#.hostagent.v1.DeleteTemplateRequest\x1a$.hostagent.v1.DeleteTemplateResponse\x12L\n" +
+	"\x0eDeleteTemplate\x12#.hostagent.v1.DeleteTemplateRequest\x1a$.hostagent.v1.DeleteTemplateResponse\x12]\n" +
+	"\x0eImportTemplate\x12#.hostagent.v1.ImportTemplateRequest\x1a$.hostagent.v1.ImportTemplateResponse(\x01\x12L\n" +
 	"\tTerminate\x12\x1e.hostagent.v1.TerminateRequest\x1a\x1f.hostagent.v1.TerminateResponseB\xb5\x01\n" +
 	"\x10com.hostagent.v1B\x0eHostagentProtoP\x01Z@github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1;hostagentv1\xa2\x02\x03HXX\xaa\x02\fHostagent.V1\xca\x02\fHostagent\\V1\xe2\x02\x18Hostagent\\V1\\GPBMetadata\xea\x02\rHostagent::V1b\x06proto3"
 
@@ -3938,162 +4441,178 @@ func file_hostagent_v1_hostagent_proto_rawDescGZIP() []byte {
 }
 
 var file_hostagent_v1_hostagent_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 62)
+var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 69)
 var file_hostagent_v1_hostagent_proto_goTypes = []any{
-	(SandboxState)(0),                    // 0: hostagent.v1.SandboxState
-	(Event_Kind)(0),                      // 1: hostagent.v1.Event.Kind
-	(*Sandbox)(nil),                      // 2: hostagent.v1.Sandbox
-	(*CreateRequest)(nil),                // 3: hostagent.v1.CreateRequest
-	(*CreateResponse)(nil),               // 4: hostagent.v1.CreateResponse
-	(*PauseRequest)(nil),                 // 5: hostagent.v1.PauseRequest
-	(*PauseResponse)(nil),                // 6: hostagent.v1.PauseResponse
-	(*ResumeRequest)(nil),                // 7: hostagent.v1.ResumeRequest
-	(*ResumeResponse)(nil),               // 8: hostagent.v1.ResumeResponse
-	(*SnapshotRequest)(nil),              // 9: hostagent.v1.SnapshotRequest
-	(*SnapshotResponse)(nil),             // 10: hostagent.v1.SnapshotResponse
-	(*ForkRequest)(nil),                  // 11: hostagent.v1.ForkRequest
-	(*ForkResponse)(nil),                 // 12: hostagent.v1.ForkResponse
-	(*DeleteTemplateRequest)(nil),        // 13: hostagent.v1.DeleteTemplateRequest
-	(*DeleteTemplateResponse)(nil),       // 14: hostagent.v1.DeleteTemplateResponse
-	(*DestroyRequest)(nil),               // 15: hostagent.v1.DestroyRequest
-	(*DestroyResponse)(nil),              // 16: hostagent.v1.DestroyResponse
-	(*ListRequest)(nil),                  // 17: hostagent.v1.ListRequest
-	(*ListResponse)(nil),                 // 18: hostagent.v1.ListResponse
-	(*GetRequest)(nil),                   // 19: hostagent.v1.GetRequest
-	(*GetResponse)(nil),                  // 20: hostagent.v1.GetResponse
-	(*Command)(nil),                      // 21: hostagent.v1.Command
-	(*ExecRequest)(nil),                  // 22: hostagent.v1.ExecRequest
-	(*ExecResponse)(nil),                 // 23: hostagent.v1.ExecResponse
-	(*TerminalSize)(nil),                 // 24: hostagent.v1.TerminalSize
-	(*ExecStreamRequest)(nil),            // 25: hostagent.v1.ExecStreamRequest
-	(*ExecStreamResponse)(nil),           // 26: hostagent.v1.ExecStreamResponse
-	(*FileRef)(nil),                      // 27: hostagent.v1.FileRef
-	(*FileInfo)(nil),                     // 28: hostagent.v1.FileInfo
-	(*WriteFileRequest)(nil),             // 29: hostagent.v1.WriteFileRequest
-	(*WriteFileResponse)(nil),            // 30: hostagent.v1.WriteFileResponse
-	(*ReadFileRequest)(nil),              // 31: hostagent.v1.ReadFileRequest
-	(*ReadFileResponse)(nil),             // 32: hostagent.v1.ReadFileResponse
-	(*WriteFileStreamRequest)(nil),       // 33: hostagent.v1.WriteFileStreamRequest
-	(*WriteFileStreamResponse)(nil),      // 34: hostagent.v1.WriteFileStreamResponse
-	(*ReadFileStreamRequest)(nil),        // 35: hostagent.v1.ReadFileStreamRequest
-	(*ReadFileStreamResponse)(nil),       // 36: hostagent.v1.ReadFileStreamResponse
-	(*PingRequest)(nil),                  // 37: hostagent.v1.PingRequest
-	(*PingResponse)(nil),                 // 38: hostagent.v1.PingResponse
-	(*MetricsRequest)(nil),               // 39: hostagent.v1.MetricsRequest
-	(*MetricsResponse)(nil),              // 40: hostagent.v1.MetricsResponse
-	(*ConsoleRequest)(nil),               // 41: hostagent.v1.ConsoleRequest
-	(*ConsoleResponse)(nil),              // 42: hostagent.v1.ConsoleResponse
-	(*Template)(nil),                     // 43: hostagent.v1.Template
-	(*TemplatesRequest)(nil),             // 44: hostagent.v1.TemplatesRequest
-	(*TemplatesResponse)(nil),            // 45: hostagent.v1.TemplatesResponse
-	(*HostRequest)(nil),                  // 46: hostagent.v1.HostRequest
-	(*HostResponse)(nil),                 // 47: hostagent.v1.HostResponse
-	(*Event)(nil),                        // 48: hostagent.v1.Event
-	(*EventsRequest)(nil),                // 49: hostagent.v1.EventsRequest
-	(*EventsResponse)(nil),               // 50: hostagent.v1.EventsResponse
-	(*AckEventsRequest)(nil),             // 51: hostagent.v1.AckEventsRequest
-	(*AckEventsResponse)(nil),            // 52: hostagent.v1.AckEventsResponse
-	(*TerminateRequest)(nil),             // 53: hostagent.v1.TerminateRequest
-	(*TerminateResponse)(nil),            // 54: hostagent.v1.TerminateResponse
-	nil,                                  // 55: hostagent.v1.CreateRequest.EnvsEntry
-	(*ForkRequest_Copy)(nil),             // 56: hostagent.v1.ForkRequest.Copy
-	nil,                                  // 57: hostagent.v1.Command.EnvsEntry
-	(*ExecStreamRequest_Start)(nil),      // 58: hostagent.v1.ExecStreamRequest.Start
-	(*ExecStreamRequest_CloseStdin)(nil), // 59: hostagent.v1.ExecStreamRequest.CloseStdin
-	(*ExecStreamResponse_Started)(nil),   // 60: hostagent.v1.ExecStreamResponse.Started
-	(*ExecStreamResponse_Exited)(nil),    // 61: hostagent.v1.ExecStreamResponse.Exited
-	(*WriteFileStreamRequest_Start)(nil), // 62: hostagent.v1.WriteFileStreamRequest.Start
-	(*ReadFileStreamResponse_Start)(nil), // 63: hostagent.v1.ReadFileStreamResponse.Start
-	(*timestamppb.Timestamp)(nil),        // 64: google.protobuf.Timestamp
+	(SandboxState)(0),                      // 0: hostagent.v1.SandboxState
+	(Event_Kind)(0),                        // 1: hostagent.v1.Event.Kind
+	(*Sandbox)(nil),                        // 2: hostagent.v1.Sandbox
+	(*CreateRequest)(nil),                  // 3: hostagent.v1.CreateRequest
+	(*CreateResponse)(nil),                 // 4: hostagent.v1.CreateResponse
+	(*PauseRequest)(nil),                   // 5: hostagent.v1.PauseRequest
+	(*PauseResponse)(nil),                  // 6: hostagent.v1.PauseResponse
+	(*ResumeRequest)(nil),                  // 7: hostagent.v1.ResumeRequest
+	(*ResumeResponse)(nil),                 // 8: hostagent.v1.ResumeResponse
+	(*Defaults)(nil),                       // 9: hostagent.v1.Defaults
+	(*SnapshotRequest)(nil),                // 10: hostagent.v1.SnapshotRequest
+	(*SnapshotResponse)(nil),               // 11: hostagent.v1.SnapshotResponse
+	(*ForkRequest)(nil),                    // 12: hostagent.v1.ForkRequest
+	(*ForkResponse)(nil),                   // 13: hostagent.v1.ForkResponse
+	(*DeleteTemplateRequest)(nil),          // 14: hostagent.v1.DeleteTemplateRequest
+	(*DeleteTemplateResponse)(nil),         // 15: hostagent.v1.DeleteTemplateResponse
+	(*DestroyRequest)(nil),                 // 16: hostagent.v1.DestroyRequest
+	(*DestroyResponse)(nil),                // 17: hostagent.v1.DestroyResponse
+	(*ListRequest)(nil),                    // 18: hostagent.v1.ListRequest
+	(*ListResponse)(nil),                   // 19: hostagent.v1.ListResponse
+	(*GetRequest)(nil),                     // 20: hostagent.v1.GetRequest
+	(*GetResponse)(nil),                    // 21: hostagent.v1.GetResponse
+	(*Command)(nil),                        // 22: hostagent.v1.Command
+	(*ExecRequest)(nil),                    // 23: hostagent.v1.ExecRequest
+	(*ExecResponse)(nil),                   // 24: hostagent.v1.ExecResponse
+	(*TerminalSize)(nil),                   // 25: hostagent.v1.TerminalSize
+	(*ExecStreamRequest)(nil),              // 26: hostagent.v1.ExecStreamRequest
+	(*ExecStreamResponse)(nil),             // 27: hostagent.v1.ExecStreamResponse
+	(*FileRef)(nil),                        // 28: hostagent.v1.FileRef
+	(*FileInfo)(nil),                       // 29: hostagent.v1.FileInfo
+	(*WriteFileRequest)(nil),               // 30: hostagent.v1.WriteFileRequest
+	(*WriteFileResponse)(nil),              // 31: hostagent.v1.WriteFileResponse
+	(*ReadFileRequest)(nil),                // 32: hostagent.v1.ReadFileRequest
+	(*ReadFileResponse)(nil),               // 33: hostagent.v1.ReadFileResponse
+	(*WriteFileStreamRequest)(nil),         // 34: hostagent.v1.WriteFileStreamRequest
+	(*WriteFileStreamResponse)(nil),        // 35: hostagent.v1.WriteFileStreamResponse
+	(*ReadFileStreamRequest)(nil),          // 36: hostagent.v1.ReadFileStreamRequest
+	(*ReadFileStreamResponse)(nil),         // 37: hostagent.v1.ReadFileStreamResponse
+	(*PingRequest)(nil),                    // 38: hostagent.v1.PingRequest
+	(*PingResponse)(nil),                   // 39: hostagent.v1.PingResponse
+	(*MetricsRequest)(nil),                 // 40: hostagent.v1.MetricsRequest
+	(*MetricsResponse)(nil),                // 41: hostagent.v1.MetricsResponse
+	(*ConsoleRequest)(nil),                 // 42: hostagent.v1.ConsoleRequest
+	(*ConsoleResponse)(nil),                // 43: hostagent.v1.ConsoleResponse
+	(*Template)(nil),                       // 44: hostagent.v1.Template
+	(*ImportTemplateRequest)(nil),          // 45: hostagent.v1.ImportTemplateRequest
+	(*ImportTemplateResponse)(nil),         // 46: hostagent.v1.ImportTemplateResponse
+	(*TemplatesRequest)(nil),               // 47: hostagent.v1.TemplatesRequest
+	(*TemplatesResponse)(nil),              // 48: hostagent.v1.TemplatesResponse
+	(*HostRequest)(nil),                    // 49: hostagent.v1.HostRequest
+	(*HostResponse)(nil),                   // 50: hostagent.v1.HostResponse
+	(*Event)(nil),                          // 51: hostagent.v1.Event
+	(*EventsRequest)(nil),                  // 52: hostagent.v1.EventsRequest
+	(*EventsResponse)(nil),                 // 53: hostagent.v1.EventsResponse
+	(*AckEventsRequest)(nil),               // 54: hostagent.v1.AckEventsRequest
+	(*AckEventsResponse)(nil),              // 55: hostagent.v1.AckEventsResponse
+	(*TerminateRequest)(nil),               // 56: hostagent.v1.TerminateRequest
+	(*TerminateResponse)(nil),              // 57: hostagent.v1.TerminateResponse
+	nil,                                    // 58: hostagent.v1.CreateRequest.EnvsEntry
+	nil,                                    // 59: hostagent.v1.Defaults.EnvsEntry
+	(*ForkRequest_Copy)(nil),               // 60: hostagent.v1.ForkRequest.Copy
+	nil,                                    // 61: hostagent.v1.Command.EnvsEntry
+	(*ExecStreamRequest_Start)(nil),        // 62: hostagent.v1.ExecStreamRequest.Start
+	(*ExecStreamRequest_CloseStdin)(nil),   // 63: hostagent.v1.ExecStreamRequest.CloseStdin
+	(*ExecStreamResponse_Started)(nil),     // 64: hostagent.v1.ExecStreamResponse.Started
+	(*ExecStreamResponse_Exited)(nil),      // 65: hostagent.v1.ExecStreamResponse.Exited
+	(*WriteFileStreamRequest_Start)(nil),   // 66: hostagent.v1.WriteFileStreamRequest.Start
+	(*ReadFileStreamResponse_Start)(nil),   // 67: hostagent.v1.ReadFileStreamResponse.Start
+	(*ImportTemplateRequest_Registry)(nil), // 68: hostagent.v1.ImportTemplateRequest.Registry
+	(*ImportTemplateRequest_Archive)(nil),  // 69: hostagent.v1.ImportTemplateRequest.Archive
+	(*ImportTemplateRequest_Start)(nil),    // 70: hostagent.v1.ImportTemplateRequest.Start
+	(*timestamppb.Timestamp)(nil),          // 71: google.protobuf.Timestamp
 }
 var file_hostagent_v1_hostagent_proto_depIdxs = []int32{
 	0,  // 0: hostagent.v1.Sandbox.state:type_name -> hostagent.v1.SandboxState
-	64, // 1: hostagent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
-	64, // 2: hostagent.v1.Sandbox.expires_at:type_name -> google.protobuf.Timestamp
-	55, // 3: hostagent.v1.CreateRequest.envs:type_name -> hostagent.v1.CreateRequest.EnvsEntry
+	71, // 1: hostagent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
+	71, // 2: hostagent.v1.Sandbox.expires_at:type_name -> google.protobuf.Timestamp
+	58, // 3: hostagent.v1.CreateRequest.envs:type_name -> hostagent.v1.CreateRequest.EnvsEntry
 	2,  // 4: hostagent.v1.CreateResponse.sandbox:type_name -> hostagent.v1.Sandbox
 	2,  // 5: hostagent.v1.PauseResponse.sandbox:type_name -> hostagent.v1.Sandbox
 	2,  // 6: hostagent.v1.ResumeResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	43, // 7: hostagent.v1.SnapshotResponse.template:type_name -> hostagent.v1.Template
-	56, // 8: hostagent.v1.ForkRequest.copies:type_name -> hostagent.v1.ForkRequest.Copy
-	2,  // 9: hostagent.v1.ForkResponse.sandboxes:type_name -> hostagent.v1.Sandbox
-	2,  // 10: hostagent.v1.ListResponse.sandboxes:type_name -> hostagent.v1.Sandbox
-	2,  // 11: hostagent.v1.GetResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	57, // 12: hostagent.v1.Command.envs:type_name -> hostagent.v1.Command.EnvsEntry
-	21, // 13: hostagent.v1.ExecRequest.command:type_name -> hostagent.v1.Command
-	58, // 14: hostagent.v1.ExecStreamRequest.start:type_name -> hostagent.v1.ExecStreamRequest.Start
-	59, // 15: hostagent.v1.ExecStreamRequest.close_stdin:type_name -> hostagent.v1.ExecStreamRequest.CloseStdin
-	24, // 16: hostagent.v1.ExecStreamRequest.resize:type_name -> hostagent.v1.TerminalSize
-	60, // 17: hostagent.v1.ExecStreamResponse.started:type_name -> hostagent.v1.ExecStreamResponse.Started
-	61, // 18: hostagent.v1.ExecStreamResponse.exited:type_name -> hostagent.v1.ExecStreamResponse.Exited
-	27, // 19: hostagent.v1.WriteFileRequest.file:type_name -> hostagent.v1.FileRef
-	28, // 20: hostagent.v1.WriteFileResponse.file:type_name -> hostagent.v1.FileInfo
-	27, // 21: hostagent.v1.ReadFileRequest.file:type_name -> hostagent.v1.FileRef
-	62, // 22: hostagent.v1.WriteFileStreamRequest.start:type_name -> hostagent.v1.WriteFileStreamRequest.Start
-	28, // 23: hostagent.v1.WriteFileStreamResponse.file:type_name -> hostagent.v1.FileInfo
-	27, // 24: hostagent.v1.ReadFileStreamRequest.file:type_name -> hostagent.v1.FileRef
-	63, // 25: hostagent.v1.ReadFileStreamResponse.start:type_name -> hostagent.v1.ReadFileStreamResponse.Start
-	2,  // 26: hostagent.v1.PingResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	64, // 27: hostagent.v1.MetricsResponse.time:type_name -> google.protobuf.Timestamp
-	64, // 28: hostagent.v1.Template.created_at:type_name -> google.protobuf.Timestamp
-	43, // 29: hostagent.v1.TemplatesResponse.templates:type_name -> hostagent.v1.Template
-	1,  // 30: hostagent.v1.Event.kind:type_name -> hostagent.v1.Event.Kind
-	64, // 31: hostagent.v1.Event.time:type_name -> google.protobuf.Timestamp
-	48, // 32: hostagent.v1.EventsResponse.event:type_name -> hostagent.v1.Event
-	21, // 33: hostagent.v1.ExecStreamRequest.Start.command:type_name -> hostagent.v1.Command
-	24, // 34: hostagent.v1.ExecStreamRequest.Start.terminal:type_name -> hostagent.v1.TerminalSize
-	27, // 35: hostagent.v1.WriteFileStreamRequest.Start.file:type_name -> hostagent.v1.FileRef
-	3,  // 36: hostagent.v1.HostAgent.Create:input_type -> hostagent.v1.CreateRequest
-	15, // 37: hostagent.v1.HostAgent.Destroy:input_type -> hostagent.v1.DestroyRequest
-	17, // 38: hostagent.v1.HostAgent.List:input_type -> hostagent.v1.ListRequest
-	19, // 39: hostagent.v1.HostAgent.Get:input_type -> hostagent.v1.GetRequest
-	22, // 40: hostagent.v1.HostAgent.Exec:input_type -> hostagent.v1.ExecRequest
-	25, // 41: hostagent.v1.HostAgent.ExecStream:input_type -> hostagent.v1.ExecStreamRequest
-	29, // 42: hostagent.v1.HostAgent.WriteFile:input_type -> hostagent.v1.WriteFileRequest
-	31, // 43: hostagent.v1.HostAgent.ReadFile:input_type -> hostagent.v1.ReadFileRequest
-	33, // 44: hostagent.v1.HostAgent.WriteFileStream:input_type -> hostagent.v1.WriteFileStreamRequest
-	35, // 45: hostagent.v1.HostAgent.ReadFileStream:input_type -> hostagent.v1.ReadFileStreamRequest
-	37, // 46: hostagent.v1.HostAgent.Ping:input_type -> hostagent.v1.PingRequest
-	39, // 47: hostagent.v1.HostAgent.Metrics:input_type -> hostagent.v1.MetricsRequest
-	41, // 48: hostagent.v1.HostAgent.Console:input_type -> hostagent.v1.ConsoleRequest
-	44, // 49: hostagent.v1.HostAgent.Templates:input_type -> hostagent.v1.TemplatesRequest
-	46, // 50: hostagent.v1.HostAgent.Host:input_type -> hostagent.v1.HostRequest
-	49, // 51: hostagent.v1.HostAgent.Events:input_type -> hostagent.v1.EventsRequest
-	51, // 52: hostagent.v1.HostAgent.AckEvents:input_type -> hostagent.v1.AckEventsRequest
-	5,  // 53: hostagent.v1.HostAgent.Pause:input_type -> hostagent.v1.PauseRequest
-	7,  // 54: hostagent.v1.HostAgent.Resume:input_type -> hostagent.v1.ResumeRequest
-	9,  // 55: hostagent.v1.HostAgent.Snapshot:input_type -> hostagent.v1.SnapshotRequest
-	11, // 56: hostagent.v1.HostAgent.Fork:input_type -> hostagent.v1.ForkRequest
-	13, // 57: hostagent.v1.HostAgent.DeleteTemplate:input_type -> hostagent.v1.DeleteTemplateRequest
-	53, // 58: hostagent.v1.HostAgent.Terminate:input_type -> hostagent.v1.TerminateRequest
-	4,  // 59: hostagent.v1.HostAgent.Create:output_type -> hostagent.v1.CreateResponse
-	16, // 60: hostagent.v1.HostAgent.Destroy:output_type -> hostagent.v1.DestroyResponse
-	18, // 61: hostagent.v1.HostAgent.List:output_type -> hostagent.v1.ListResponse
-	20, // 62: hostagent.v1.HostAgent.Get:output_type -> hostagent.v1.GetResponse
-	23, // 63: hostagent.v1.HostAgent.Exec:output_type -> hostagent.v1.ExecResponse
-	26, // 64: hostagent.v1.HostAgent.ExecStream:output_type -> hostagent.v1.ExecStreamResponse
-	30, // 65: hostagent.v1.HostAgent.WriteFile:output_type -> hostagent.v1.WriteFileResponse
-	32, // 66: hostagent.v1.HostAgent.ReadFile:output_type -> hostagent.v1.ReadFileResponse
-	34, // 67: hostagent.v1.HostAgent.WriteFileStream:output_type -> hostagent.v1.WriteFileStreamResponse
-	36, // 68: hostagent.v1.HostAgent.ReadFileStream:output_type -> hostagent.v1.ReadFileStreamResponse
-	38, // 69: hostagent.v1.HostAgent.Ping:output_type -> hostagent.v1.PingResponse
-	40, // 70: hostagent.v1.HostAgent.Metrics:output_type -> hostagent.v1.MetricsResponse
-	42, // 71: hostagent.v1.HostAgent.Console:output_type -> hostagent.v1.ConsoleResponse
-	45, // 72: hostagent.v1.HostAgent.Templates:output_type -> hostagent.v1.TemplatesResponse
-	47, // 73: hostagent.v1.HostAgent.Host:output_type -> hostagent.v1.HostResponse
-	50, // 74: hostagent.v1.HostAgent.Events:output_type -> hostagent.v1.EventsResponse
-	52, // 75: hostagent.v1.HostAgent.AckEvents:output_type -> hostagent.v1.AckEventsResponse
-	6,  // 76: hostagent.v1.HostAgent.Pause:output_type -> hostagent.v1.PauseResponse
-	8,  // 77: hostagent.v1.HostAgent.Resume:output_type -> hostagent.v1.ResumeResponse
-	10, // 78: hostagent.v1.HostAgent.Snapshot:output_type -> hostagent.v1.SnapshotResponse
-	12, // 79: hostagent.v1.HostAgent.Fork:output_type -> hostagent.v1.ForkResponse
-	14, // 80: hostagent.v1.HostAgent.DeleteTemplate:output_type -> hostagent.v1.DeleteTemplateResponse
-	54, // 81: hostagent.v1.HostAgent.Terminate:output_type -> hostagent.v1.TerminateResponse
-	59, // [59:82] is the sub-list for method output_type
-	36, // [36:59] is the sub-list for method input_type
-	36, // [36:36] is the sub-list for extension type_name
-	36, // [36:36] is the sub-list for extension extendee
-	0,  // [0:36] is the sub-list for field type_name
+	59, // 7: hostagent.v1.Defaults.envs:type_name -> hostagent.v1.Defaults.EnvsEntry
+	9,  // 8: hostagent.v1.SnapshotRequest.defaults:type_name -> hostagent.v1.Defaults
+	44, // 9: hostagent.v1.SnapshotResponse.template:type_name -> hostagent.v1.Template
+	60, // 10: hostagent.v1.ForkRequest.copies:type_name -> hostagent.v1.ForkRequest.Copy
+	2,  // 11: hostagent.v1.ForkResponse.sandboxes:type_name -> hostagent.v1.Sandbox
+	2,  // 12: hostagent.v1.ListResponse.sandboxes:type_name -> hostagent.v1.Sandbox
+	2,  // 13: hostagent.v1.GetResponse.sandbox:type_name -> hostagent.v1.Sandbox
+	61, // 14: hostagent.v1.Command.envs:type_name -> hostagent.v1.Command.EnvsEntry
+	22, // 15: hostagent.v1.ExecRequest.command:type_name -> hostagent.v1.Command
+	62, // 16: hostagent.v1.ExecStreamRequest.start:type_name -> hostagent.v1.ExecStreamRequest.Start
+	63, // 17: hostagent.v1.ExecStreamRequest.close_stdin:type_name -> hostagent.v1.ExecStreamRequest.CloseStdin
+	25, // 18: hostagent.v1.ExecStreamRequest.resize:type_name -> hostagent.v1.TerminalSize
+	64, // 19: hostagent.v1.ExecStreamResponse.started:type_name -> hostagent.v1.ExecStreamResponse.Started
+	65, // 20: hostagent.v1.ExecStreamResponse.exited:type_name -> hostagent.v1.ExecStreamResponse.Exited
+	28, // 21: hostagent.v1.WriteFileRequest.file:type_name -> hostagent.v1.FileRef
+	29, // 22: hostagent.v1.WriteFileResponse.file:type_name -> hostagent.v1.FileInfo
+	28, // 23: hostagent.v1.ReadFileRequest.file:type_name -> hostagent.v1.FileRef
+	66, // 24: hostagent.v1.WriteFileStreamRequest.start:type_name -> hostagent.v1.WriteFileStreamRequest.Start
+	29, // 25: hostagent.v1.WriteFileStreamResponse.file:type_name -> hostagent.v1.FileInfo
+	28, // 26: hostagent.v1.ReadFileStreamRequest.file:type_name -> hostagent.v1.FileRef
+	67, // 27: hostagent.v1.ReadFileStreamResponse.start:type_name -> hostagent.v1.ReadFileStreamResponse.Start
+	2,  // 28: hostagent.v1.PingResponse.sandbox:type_name -> hostagent.v1.Sandbox
+	71, // 29: hostagent.v1.MetricsResponse.time:type_name -> google.protobuf.Timestamp
+	71, // 30: hostagent.v1.Template.created_at:type_name -> google.protobuf.Timestamp
+	9,  // 31: hostagent.v1.Template.defaults:type_name -> hostagent.v1.Defaults
+	70, // 32: hostagent.v1.ImportTemplateRequest.start:type_name -> hostagent.v1.ImportTemplateRequest.Start
+	44, // 33: hostagent.v1.ImportTemplateResponse.template:type_name -> hostagent.v1.Template
+	44, // 34: hostagent.v1.TemplatesResponse.templates:type_name -> hostagent.v1.Template
+	1,  // 35: hostagent.v1.Event.kind:type_name -> hostagent.v1.Event.Kind
+	71, // 36: hostagent.v1.Event.time:type_name -> google.protobuf.Timestamp
+	51, // 37: hostagent.v1.EventsResponse.event:type_name -> hostagent.v1.Event
+	22, // 38: hostagent.v1.ExecStreamRequest.Start.command:type_name -> hostagent.v1.Command
+	25, // 39: hostagent.v1.ExecStreamRequest.Start.terminal:type_name -> hostagent.v1.TerminalSize
+	28, // 40: hostagent.v1.WriteFileStreamRequest.Start.file:type_name -> hostagent.v1.FileRef
+	68, // 41: hostagent.v1.ImportTemplateRequest.Start.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
+	69, // 42: hostagent.v1.ImportTemplateRequest.Start.archive:type_name -> hostagent.v1.ImportTemplateRequest.Archive
+	3,  // 43: hostagent.v1.HostAgent.Create:input_type -> hostagent.v1.CreateRequest
+	16, // 44: hostagent.v1.HostAgent.Destroy:input_type -> hostagent.v1.DestroyRequest
+	18, // 45: hostagent.v1.HostAgent.List:input_type -> hostagent.v1.ListRequest
+	20, // 46: hostagent.v1.HostAgent.Get:input_type -> hostagent.v1.GetRequest
+	23, // 47: hostagent.v1.HostAgent.Exec:input_type -> hostagent.v1.ExecRequest
+	26, // 48: hostagent.v1.HostAgent.ExecStream:input_type -> hostagent.v1.ExecStreamRequest
+	30, // 49: hostagent.v1.HostAgent.WriteFile:input_type -> hostagent.v1.WriteFileRequest
+	32, // 50: hostagent.v1.HostAgent.ReadFile:input_type -> hostagent.v1.ReadFileRequest
+	34, // 51: hostagent.v1.HostAgent.WriteFileStream:input_type -> hostagent.v1.WriteFileStreamRequest
+	36, // 52: hostagent.v1.HostAgent.ReadFileStream:input_type -> hostagent.v1.ReadFileStreamRequest
+	38, // 53: hostagent.v1.HostAgent.Ping:input_type -> hostagent.v1.PingRequest
+	40, // 54: hostagent.v1.HostAgent.Metrics:input_type -> hostagent.v1.MetricsRequest
+	42, // 55: hostagent.v1.HostAgent.Console:input_type -> hostagent.v1.ConsoleRequest
+	47, // 56: hostagent.v1.HostAgent.Templates:input_type -> hostagent.v1.TemplatesRequest
+	49, // 57: hostagent.v1.HostAgent.Host:input_type -> hostagent.v1.HostRequest
+	52, // 58: hostagent.v1.HostAgent.Events:input_type -> hostagent.v1.EventsRequest
+	54, // 59: hostagent.v1.HostAgent.AckEvents:input_type -> hostagent.v1.AckEventsRequest
+	5,  // 60: hostagent.v1.HostAgent.Pause:input_type -> hostagent.v1.PauseRequest
+	7,  // 61: hostagent.v1.HostAgent.Resume:input_type -> hostagent.v1.ResumeRequest
+	10, // 62: hostagent.v1.HostAgent.Snapshot:input_type -> hostagent.v1.SnapshotRequest
+	12, // 63: hostagent.v1.HostAgent.Fork:input_type -> hostagent.v1.ForkRequest
+	14, // 64: hostagent.v1.HostAgent.DeleteTemplate:input_type -> hostagent.v1.DeleteTemplateRequest
+	45, // 65: hostagent.v1.HostAgent.ImportTemplate:input_type -> hostagent.v1.ImportTemplateRequest
+	56, // 66: hostagent.v1.HostAgent.Terminate:input_type -> hostagent.v1.TerminateRequest
+	4,  // 67: hostagent.v1.HostAgent.Create:output_type -> hostagent.v1.CreateResponse
+	17, // 68: hostagent.v1.HostAgent.Destroy:output_type -> hostagent.v1.DestroyResponse
+	19, // 69: hostagent.v1.HostAgent.List:output_type -> hostagent.v1.ListResponse
+	21, // 70: hostagent.v1.HostAgent.Get:output_type -> hostagent.v1.GetResponse
+	24, // 71: hostagent.v1.HostAgent.Exec:output_type -> hostagent.v1.ExecResponse
+	27, // 72: hostagent.v1.HostAgent.ExecStream:output_type -> hostagent.v1.ExecStreamResponse
+	31, // 73: hostagent.v1.HostAgent.WriteFile:output_type -> hostagent.v1.WriteFileResponse
+	33, // 74: hostagent.v1.HostAgent.ReadFile:output_type -> hostagent.v1.ReadFileResponse
+	35, // 75: hostagent.v1.HostAgent.WriteFileStream:output_type -> hostagent.v1.WriteFileStreamResponse
+	37, // 76: hostagent.v1.HostAgent.ReadFileStream:output_type -> hostagent.v1.ReadFileStreamResponse
+	39, // 77: hostagent.v1.HostAgent.Ping:output_type -> hostagent.v1.PingResponse
+	41, // 78: hostagent.v1.HostAgent.Metrics:output_type -> hostagent.v1.MetricsResponse
+	43, // 79: hostagent.v1.HostAgent.Console:output_type -> hostagent.v1.ConsoleResponse
+	48, // 80: hostagent.v1.HostAgent.Templates:output_type -> hostagent.v1.TemplatesResponse
+	50, // 81: hostagent.v1.HostAgent.Host:output_type -> hostagent.v1.HostResponse
+	53, // 82: hostagent.v1.HostAgent.Events:output_type -> hostagent.v1.EventsResponse
+	55, // 83: hostagent.v1.HostAgent.AckEvents:output_type -> hostagent.v1.AckEventsResponse
+	6,  // 84: hostagent.v1.HostAgent.Pause:output_type -> hostagent.v1.PauseResponse
+	8,  // 85: hostagent.v1.HostAgent.Resume:output_type -> hostagent.v1.ResumeResponse
+	11, // 86: hostagent.v1.HostAgent.Snapshot:output_type -> hostagent.v1.SnapshotResponse
+	13, // 87: hostagent.v1.HostAgent.Fork:output_type -> hostagent.v1.ForkResponse
+	15, // 88: hostagent.v1.HostAgent.DeleteTemplate:output_type -> hostagent.v1.DeleteTemplateResponse
+	46, // 89: hostagent.v1.HostAgent.ImportTemplate:output_type -> hostagent.v1.ImportTemplateResponse
+	57, // 90: hostagent.v1.HostAgent.Terminate:output_type -> hostagent.v1.TerminateResponse
+	67, // [67:91] is the sub-list for method output_type
+	43, // [43:67] is the sub-list for method input_type
+	43, // [43:43] is the sub-list for extension type_name
+	43, // [43:43] is the sub-list for extension extendee
+	0,  // [0:43] is the sub-list for field type_name
 }
 
 func init() { file_hostagent_v1_hostagent_proto_init() }
@@ -4101,36 +4620,44 @@ func file_hostagent_v1_hostagent_proto_init() {
 	if File_hostagent_v1_hostagent_proto != nil {
 		return
 	}
-	file_hostagent_v1_hostagent_proto_msgTypes[23].OneofWrappers = []any{
+	file_hostagent_v1_hostagent_proto_msgTypes[24].OneofWrappers = []any{
 		(*ExecStreamRequest_Start_)(nil),
 		(*ExecStreamRequest_Stdin)(nil),
 		(*ExecStreamRequest_CloseStdin_)(nil),
 		(*ExecStreamRequest_Resize)(nil),
 		(*ExecStreamRequest_Signal)(nil),
 	}
-	file_hostagent_v1_hostagent_proto_msgTypes[24].OneofWrappers = []any{
+	file_hostagent_v1_hostagent_proto_msgTypes[25].OneofWrappers = []any{
 		(*ExecStreamResponse_Started_)(nil),
 		(*ExecStreamResponse_Stdout)(nil),
 		(*ExecStreamResponse_Stderr)(nil),
 		(*ExecStreamResponse_Terminal)(nil),
 		(*ExecStreamResponse_Exited_)(nil),
 	}
-	file_hostagent_v1_hostagent_proto_msgTypes[31].OneofWrappers = []any{
+	file_hostagent_v1_hostagent_proto_msgTypes[32].OneofWrappers = []any{
 		(*WriteFileStreamRequest_Start_)(nil),
 		(*WriteFileStreamRequest_Chunk)(nil),
 	}
-	file_hostagent_v1_hostagent_proto_msgTypes[34].OneofWrappers = []any{
+	file_hostagent_v1_hostagent_proto_msgTypes[35].OneofWrappers = []any{
 		(*ReadFileStreamResponse_Start_)(nil),
 		(*ReadFileStreamResponse_Chunk)(nil),
 	}
-	file_hostagent_v1_hostagent_proto_msgTypes[56].OneofWrappers = []any{}
+	file_hostagent_v1_hostagent_proto_msgTypes[43].OneofWrappers = []any{
+		(*ImportTemplateRequest_Start_)(nil),
+		(*ImportTemplateRequest_Chunk)(nil),
+	}
+	file_hostagent_v1_hostagent_proto_msgTypes[60].OneofWrappers = []any{}
+	file_hostagent_v1_hostagent_proto_msgTypes[68].OneofWrappers = []any{
+		(*ImportTemplateRequest_Start_Registry)(nil),
+		(*ImportTemplateRequest_Start_Archive)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hostagent_v1_hostagent_proto_rawDesc), len(file_hostagent_v1_hostagent_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   62,
+			NumMessages:   69,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -81,6 +81,9 @@ const (
 	// HostAgentDeleteTemplateProcedure is the fully-qualified name of the HostAgent's DeleteTemplate
 	// RPC.
 	HostAgentDeleteTemplateProcedure = "/hostagent.v1.HostAgent/DeleteTemplate"
+	// HostAgentImportTemplateProcedure is the fully-qualified name of the HostAgent's ImportTemplate
+	// RPC.
+	HostAgentImportTemplateProcedure = "/hostagent.v1.HostAgent/ImportTemplate"
 	// HostAgentTerminateProcedure is the fully-qualified name of the HostAgent's Terminate RPC.
 	HostAgentTerminateProcedure = "/hostagent.v1.HostAgent/Terminate"
 )
@@ -135,6 +138,12 @@ type HostAgentClient interface {
 	// DeleteTemplate removes a template's files. Sandboxes that were started
 	// from it go on. Idempotent; failed_precondition for a built-in template.
 	DeleteTemplate(context.Context, *connect.Request[v1.DeleteTemplateRequest]) (*connect.Response[v1.DeleteTemplateResponse], error)
+	// ImportTemplate makes a template of an OCI image and, where it is told how
+	// large, captures it. The first message is start; the archive's chunks
+	// follow, if there is one. Idempotent by template id. When it fails, or the
+	// caller leaves, nothing of the template is there; permission_denied and
+	// not_found are the registry's words.
+	ImportTemplate(context.Context) *connect.ClientStreamForClient[v1.ImportTemplateRequest, v1.ImportTemplateResponse]
 	// Terminate stops the agent for good: every running sandbox is paused, then
 	// the process exits.
 	Terminate(context.Context, *connect.Request[v1.TerminateRequest]) (*connect.Response[v1.TerminateResponse], error)
@@ -283,6 +292,12 @@ func NewHostAgentClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(hostAgentMethods.ByName("DeleteTemplate")),
 			connect.WithClientOptions(opts...),
 		),
+		importTemplate: connect.NewClient[v1.ImportTemplateRequest, v1.ImportTemplateResponse](
+			httpClient,
+			baseURL+HostAgentImportTemplateProcedure,
+			connect.WithSchema(hostAgentMethods.ByName("ImportTemplate")),
+			connect.WithClientOptions(opts...),
+		),
 		terminate: connect.NewClient[v1.TerminateRequest, v1.TerminateResponse](
 			httpClient,
 			baseURL+HostAgentTerminateProcedure,
@@ -316,6 +331,7 @@ type hostAgentClient struct {
 	snapshot        *connect.Client[v1.SnapshotRequest, v1.SnapshotResponse]
 	fork            *connect.Client[v1.ForkRequest, v1.ForkResponse]
 	deleteTemplate  *connect.Client[v1.DeleteTemplateRequest, v1.DeleteTemplateResponse]
+	importTemplate  *connect.Client[v1.ImportTemplateRequest, v1.ImportTemplateResponse]
 	terminate       *connect.Client[v1.TerminateRequest, v1.TerminateResponse]
 }
 
@@ -429,6 +445,11 @@ func (c *hostAgentClient) DeleteTemplate(ctx context.Context, req *connect.Reque
 	return c.deleteTemplate.CallUnary(ctx, req)
 }
 
+// ImportTemplate calls hostagent.v1.HostAgent.ImportTemplate.
+func (c *hostAgentClient) ImportTemplate(ctx context.Context) *connect.ClientStreamForClient[v1.ImportTemplateRequest, v1.ImportTemplateResponse] {
+	return c.importTemplate.CallClientStream(ctx)
+}
+
 // Terminate calls hostagent.v1.HostAgent.Terminate.
 func (c *hostAgentClient) Terminate(ctx context.Context, req *connect.Request[v1.TerminateRequest]) (*connect.Response[v1.TerminateResponse], error) {
 	return c.terminate.CallUnary(ctx, req)
@@ -484,6 +505,12 @@ type HostAgentHandler interface {
 	// DeleteTemplate removes a template's files. Sandboxes that were started
 	// from it go on. Idempotent; failed_precondition for a built-in template.
 	DeleteTemplate(context.Context, *connect.Request[v1.DeleteTemplateRequest]) (*connect.Response[v1.DeleteTemplateResponse], error)
+	// ImportTemplate makes a template of an OCI image and, where it is told how
+	// large, captures it. The first message is start; the archive's chunks
+	// follow, if there is one. Idempotent by template id. When it fails, or the
+	// caller leaves, nothing of the template is there; permission_denied and
+	// not_found are the registry's words.
+	ImportTemplate(context.Context, *connect.ClientStream[v1.ImportTemplateRequest]) (*connect.Response[v1.ImportTemplateResponse], error)
 	// Terminate stops the agent for good: every running sandbox is paused, then
 	// the process exits.
 	Terminate(context.Context, *connect.Request[v1.TerminateRequest]) (*connect.Response[v1.TerminateResponse], error)
@@ -628,6 +655,12 @@ func NewHostAgentHandler(svc HostAgentHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(hostAgentMethods.ByName("DeleteTemplate")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostAgentImportTemplateHandler := connect.NewClientStreamHandler(
+		HostAgentImportTemplateProcedure,
+		svc.ImportTemplate,
+		connect.WithSchema(hostAgentMethods.ByName("ImportTemplate")),
+		connect.WithHandlerOptions(opts...),
+	)
 	hostAgentTerminateHandler := connect.NewUnaryHandler(
 		HostAgentTerminateProcedure,
 		svc.Terminate,
@@ -680,6 +713,8 @@ func NewHostAgentHandler(svc HostAgentHandler, opts ...connect.HandlerOption) (s
 			hostAgentForkHandler.ServeHTTP(w, r)
 		case HostAgentDeleteTemplateProcedure:
 			hostAgentDeleteTemplateHandler.ServeHTTP(w, r)
+		case HostAgentImportTemplateProcedure:
+			hostAgentImportTemplateHandler.ServeHTTP(w, r)
 		case HostAgentTerminateProcedure:
 			hostAgentTerminateHandler.ServeHTTP(w, r)
 		default:
@@ -777,6 +812,10 @@ func (UnimplementedHostAgentHandler) Fork(context.Context, *connect.Request[v1.F
 
 func (UnimplementedHostAgentHandler) DeleteTemplate(context.Context, *connect.Request[v1.DeleteTemplateRequest]) (*connect.Response[v1.DeleteTemplateResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgent.DeleteTemplate is not implemented"))
+}
+
+func (UnimplementedHostAgentHandler) ImportTemplate(context.Context, *connect.ClientStream[v1.ImportTemplateRequest]) (*connect.Response[v1.ImportTemplateResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgent.ImportTemplate is not implemented"))
 }
 
 func (UnimplementedHostAgentHandler) Terminate(context.Context, *connect.Request[v1.TerminateRequest]) (*connect.Response[v1.TerminateResponse], error) {

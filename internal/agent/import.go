@@ -1,0 +1,279 @@
+package agent
+
+import (
+	"bufio"
+	"compress/gzip"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/agent/image/oci"
+	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
+	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/id"
+)
+
+const (
+	// maxImports is how many images are unpacked at once; more wait.
+	maxImports = 2
+	// maxReference bounds a reference, a tag, a user's name and a password.
+	maxReference = 4096
+)
+
+// imports are the images that are being made into templates.
+type imports struct {
+	mu      sync.Mutex
+	running map[uuid.UUID]chan struct{} // closed at its end
+	room    chan struct{}
+}
+
+// enter waits until nobody else makes the template, and few others are made.
+func (i *imports) enter(ctx context.Context, template uuid.UUID) (leave func(), err error) {
+	i.mu.Lock()
+	for i.running[template] != nil {
+		other := i.running[template]
+		i.mu.Unlock()
+		select {
+		case <-other:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+		i.mu.Lock()
+	}
+	if i.running == nil {
+		i.running, i.room = map[uuid.UUID]chan struct{}{}, make(chan struct{}, maxImports)
+	}
+	done := make(chan struct{})
+	i.running[template] = done
+	room := i.room
+	i.mu.Unlock()
+	end := func() {
+		i.mu.Lock()
+		delete(i.running, template)
+		i.mu.Unlock()
+		close(done)
+	}
+	select {
+	case room <- struct{}{}:
+	case <-ctx.Done():
+		end()
+		return nil, context.Cause(ctx)
+	}
+	return func() { <-room; end() }, nil
+}
+
+// ImportTemplate implements hostagentv1connect.HostAgentHandler.
+func (s *service) ImportTemplate(ctx context.Context, stream *connect.ClientStream[pb.ImportTemplateRequest]) (*connect.Response[pb.ImportTemplateResponse], error) {
+	if !stream.Receive() {
+		if err := stream.Err(); err != nil {
+			return nil, err
+		}
+		return nil, invalid("the first message must be start")
+	}
+	start := stream.Msg().GetStart()
+	if start == nil {
+		return nil, invalid("the first message must be start")
+	}
+	t, err := importedTemplate(start)
+	if err != nil {
+		return nil, err
+	}
+	// It is undone when the agent stops, too.
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	ended := make(chan struct{})
+	defer func() { cancel(nil); <-ended }()
+	go func() {
+		defer close(ended)
+		select {
+		case <-s.stopping:
+			cancel(sandbox.ErrClosing)
+			endReceiving(ctx)
+		case <-ctx.Done():
+		}
+	}()
+	begin := time.Now()
+	made, sum, err := s.importTemplate(ctx, start, t, &chunks{stream: stream})
+	if err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			err = cause
+		}
+		endReceiving(ctx)
+		return nil, s.fault(ctx, "import image", err)
+	}
+	s.log.InfoContext(ctx, "image imported", "template", start.GetTemplateId(), "name", t.Name, "digest", sum, "took", time.Since(begin))
+	return connect.NewResponse(&pb.ImportTemplateResponse{Template: templateMessage(made), Digest: sum}), nil
+}
+
+// importedTemplate checks what is asked for.
+func importedTemplate(m *pb.ImportTemplateRequest_Start) (t image.Template, err error) {
+	t = image.Template{Name: m.GetName(), DiskMiB: int(m.GetDiskMib())}
+	if t.ID, err = parse(id.Template, "template_id", m.GetTemplateId()); err != nil {
+		return t, err
+	}
+	if t.Team, err = parse(id.Team, "team_id", m.GetTeamId()); err != nil {
+		return t, err
+	}
+	if t.DiskMiB == 0 {
+		t.DiskMiB = image.DefaultDiskMiB
+	}
+	r := m.GetRegistry()
+	switch {
+	case t.ID == uuid.Nil:
+		return t, invalid("template_id: the built-in template is not to be replaced")
+	case t.Name == "" || len(t.Name) > maxName:
+		return t, invalid("name: must have 1 to %d bytes", maxName)
+	case t.DiskMiB < 1 || t.DiskMiB > sandbox.MaxDiskMiB:
+		return t, invalid("disk_mib: must be between 1 and %d", sandbox.MaxDiskMiB)
+	case m.GetSource() == nil:
+		return t, invalid("source: a registry or an archive is needed")
+	case r != nil && r.GetReference() == "":
+		return t, invalid("reference: must not be empty")
+	case max(len(r.GetReference()), len(r.GetUsername()), len(r.GetPassword()), len(m.GetArchive().GetTag())) > maxReference:
+		return t, invalid("reference, username, password, tag: must have %d bytes at most", maxReference)
+	case r.GetUsername() == "" && r.GetPassword() != "":
+		return t, invalid("username: a password needs one")
+	case (m.GetVcpus() == 0) != (m.GetMemoryMib() == 0):
+		return t, invalid("vcpus and memory_mib: go together")
+	}
+	return t, nil
+}
+
+// importTemplate makes the template, and captures it. After an error nothing
+// of it is there.
+func (s *service) importTemplate(ctx context.Context, m *pb.ImportTemplateRequest_Start, t image.Template, archive io.Reader) (_ image.Template, sum string, err error) {
+	leave, err := s.imports.enter(ctx, t.ID)
+	if err != nil {
+		return t, "", err
+	}
+	defer leave()
+	made, err := image.Find(s.cfg.Dir, t.Team, t.ID)
+	if errors.Is(err, fs.ErrNotExist) {
+		made, sum, err = s.importImage(ctx, m, t, archive)
+	}
+	if err != nil {
+		return t, "", err
+	}
+	if m.GetVcpus() > 0 {
+		if err := s.sandboxes.Prepare(ctx, made, int(m.GetVcpus()), int(m.GetMemoryMib())); err != nil {
+			return t, "", errors.Join(err, s.sandboxes.DeleteTemplate(t.Team, t.ID))
+		}
+		if made, err = image.Find(s.cfg.Dir, t.Team, t.ID); err != nil { // its size has changed
+			return t, "", err
+		}
+	}
+	return made, sum, nil
+}
+
+// importImage finds the image and unpacks it.
+func (s *service) importImage(ctx context.Context, m *pb.ImportTemplateRequest_Start, t image.Template, archive io.Reader) (_ image.Template, sum string, err error) {
+	tmp, err := image.TempTemplate(s.cfg.Dir)
+	if err != nil {
+		return t, "", sandbox.Full(err)
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
+	// Layers may be compressed or not, and upper ones replace what lower ones have.
+	limits := oci.Limits{Bytes: 2 * int64(t.DiskMiB) << 20}
+	var img *oci.Image
+	if r := m.GetRegistry(); r != nil {
+		img, err = oci.Registry(ctx, r.GetReference(), oci.Access{Username: r.GetUsername(), Password: r.GetPassword(), Loopback: s.cfg.LocalRegistries})
+	} else {
+		file := filepath.Join(tmp, "archive.tar")
+		if err := keep(file, archive, limits.Bytes); err != nil {
+			return t, "", sandbox.Full(err)
+		}
+		img, err = oci.Archive(ctx, file, m.GetArchive().GetTag(), tmp, limits)
+	}
+	if err != nil {
+		return t, "", blame(m, err)
+	}
+	defer func() { err = errors.Join(err, img.Close()) }()
+	if sum, err = img.Digest(); err != nil {
+		return t, "", err
+	}
+	t, err = image.Import(ctx, s.cfg.Dir, img, s.envd, t, m.GetInert())
+	return t, sum, blame(m, err)
+}
+
+// blame says whose fault it is that an image is not imported: the image's or
+// the registry's, unless it is known to be another's.
+func blame(m *pb.ImportTemplateRequest_Start, err error) error {
+	var file *fs.PathError
+	var exit *exec.ExitError
+	var said *connect.Error
+	switch err = sandbox.Full(err); {
+	case err == nil, errors.Is(err, sandbox.ErrExhausted), errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded),
+		errors.Is(err, oci.ErrRefused), errors.Is(err, oci.ErrDenied), errors.Is(err, oci.ErrNotFound),
+		errors.As(err, &exit), errors.As(err, &said), errors.As(err, &file) && !errors.Is(err, fs.ErrNotExist):
+		return err
+	case m.GetRegistry() != nil:
+		return connect.NewError(connect.CodeUnavailable, err)
+	}
+	return fmt.Errorf("%w: %w", err, oci.ErrRefused)
+}
+
+// keep writes an archive, which may be compressed, to a file as it is without
+// that: so many bytes at most.
+func keep(file string, archive io.Reader, most int64) error {
+	in := bufio.NewReader(archive)
+	r := io.Reader(in)
+	if magic, err := in.Peek(2); err == nil && magic[0] == 0x1f && magic[1] == 0x8b { // RFC 1952
+		z, err := gzip.NewReader(in)
+		if err != nil {
+			return invalid("archive: %w", err)
+		}
+		defer z.Close()
+		r = z
+	}
+	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	n, err := io.Copy(f, io.LimitReader(r, most+1))
+	if errors.Is(err, gzip.ErrHeader) || errors.Is(err, gzip.ErrChecksum) || errors.Is(err, io.ErrUnexpectedEOF) {
+		err = invalid("archive: %w", err)
+	}
+	if err := errors.Join(err, f.Close()); err != nil {
+		return fmt.Errorf("receive archive: %w", err)
+	}
+	if n > most {
+		return invalid("archive: has more than %d bytes, twice the disk's size", most)
+	}
+	return nil
+}
+
+// chunks reads a stream's archive.
+type chunks struct {
+	stream *connect.ClientStream[pb.ImportTemplateRequest]
+	rest   []byte
+}
+
+func (c *chunks) Read(p []byte) (int, error) {
+	for len(c.rest) == 0 {
+		if !c.stream.Receive() {
+			if err := c.stream.Err(); err != nil {
+				return 0, err
+			}
+			return 0, io.EOF
+		}
+		m, ok := c.stream.Msg().GetMessage().(*pb.ImportTemplateRequest_Chunk)
+		if !ok {
+			return 0, invalid("every message after the first must be a chunk")
+		}
+		c.rest = m.Chunk
+	}
+	n := copy(p, c.rest)
+	c.rest = c.rest[n:]
+	return n, nil
+}
