@@ -82,7 +82,7 @@ func (m *Manager) Prepare(ctx context.Context, t image.Template, vcpus, memoryMi
 		return err
 	}
 	place := newBox(m, record{Spec: spec})
-	if err := m.reserve(place); err != nil {
+	if err := m.reserve(ctx, place); err != nil {
 		return err
 	}
 	defer m.unreserve(place)
