@@ -24,6 +24,7 @@ const (
 	Template Kind = "tpl-"
 	Build    Kind = "bld-"
 	APIKey   Kind = "key-"
+	Channel  Kind = "chn-"
 )
 
 // ErrMalformed is what Parse returns, wrapped, for text that is no id of the kind.

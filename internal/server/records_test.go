@@ -1,8 +1,16 @@
 package server_test
 
 import (
+	"bytes"
+	"encoding/csv"
+	"fmt"
+	"strings"
 	"testing"
 	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 )
 
 // TestUsage runs a sandbox through a pause and a fork and looks at what it used.
@@ -38,4 +46,140 @@ func TestUsage(t *testing.T) {
 	p.call("GET", "/v1/usage?from=2026-01-02&to=2026-01-01", nil).fails(400, "invalid_argument")
 	p.call("GET", "/v1/usage?from=yesterday", nil).fails(400, "invalid_argument")
 	p.call("GET", "/v1/usage?from=2020-01-01&to=2026-01-01", nil).fails(400, "invalid_argument")
+}
+
+// audit returns records by action, the newest of each.
+func (p *plane) audit(query string) map[string]map[string]any {
+	p.Helper()
+	records := make(map[string]map[string]any)
+	for _, r := range p.call("GET", "/v1/audit?limit=1000&"+query, nil).want(200).list("records") {
+		record := r.(map[string]any)
+		if action := record["action"].(string); records[action] == nil {
+			records[action] = record
+		}
+	}
+	return records
+}
+
+func TestAudit(t *testing.T) {
+	p := newPlane(t)
+	sandbox := p.create(map[string]any{"envs": map[string]string{"SECRET": "hunter2"}, "metadata": map[string]string{"k": "hunter2"}})
+	base := "/v1/sandboxes/" + sandbox
+	p.call("POST", base+"/exec", map[string]any{"cmd": "hunter2"}, "X-Request-Id", "called-so", "X-Forwarded-For", "203.0.113.9, 198.51.100.7")
+	p.call("POST", base+"/pause", nil).want(200)
+	p.call("POST", "/v1/sandboxes", map[string]any{"template": "nothing"}).fails(404, "not_found")
+	p.call("POST", "/v1/sandboxes", nil, "X-API-Key", "wrn_00000000000000000000000000").fails(401, "unauthenticated")
+	p.call("POST", "/v1/sandboxes", nil, "X-API-Key", p.newTeam()).fails(400, "invalid_argument")
+	p.call("DELETE", base, nil).want(204)
+
+	all := p.audit("")
+	for action, want := range map[string][3]string{
+		"createSandbox": {"", "refused", "not_found"}, "pauseSandbox": {sandbox, "ok", ""}, "deleteSandbox": {sandbox, "ok", ""},
+	} {
+		r := all[action]
+		if r == nil || r["object"] != want[0] || r["result"] != want[1] || r["code"] != want[2] || r["object_kind"] != "sandbox" || r["actor_kind"] != "key" ||
+			!strings.HasPrefix(fmt.Sprint(r["actor"]), "key-") || r["team_id"] == nil || r["address"] != "127.0.0.1" {
+			t.Errorf("%s: %v", action, r)
+		}
+	}
+	if r := all["exec"]; r == nil || r["request_id"] != "called-so" || r["address"] != "198.51.100.7" {
+		t.Errorf("exec: %v", r)
+	}
+	if made := p.audit("action=createSandbox&result=ok")["createSandbox"]; made == nil || made["object"] != sandbox {
+		t.Errorf("what was made: %v", made)
+	}
+	for query, want := range map[string]int{
+		"object=" + sandbox: 4, "object=cl-0000000000000000000000000": 0, "actor=key": 5, "actor=platform": 0,
+		"actor=" + all["exec"]["actor"].(string): 5, "result=refused": 2, "from=2100-01-01T00:00:00Z": 0, "to=2000-01-01T00:00:00Z": 0,
+	} {
+		if got := len(p.call("GET", "/v1/audit?"+query, nil).want(200).list("records")); got != want {
+			t.Errorf("%s: %d records, want %d", query, got, want)
+		}
+	}
+	// Page by page is the same as all at once.
+	var paged []any
+	for cursor := ""; ; {
+		page := p.call("GET", "/v1/audit?limit=2"+cursor, nil).want(200)
+		paged = append(paged, page.list("records")...)
+		if page.str("next_cursor") == "" {
+			break
+		}
+		cursor = "&cursor=" + page.str("next_cursor")
+	}
+	if len(paged) != 5 {
+		t.Errorf("%d records by pages", len(paged))
+	}
+	p.call("GET", "/v1/audit?cursor=x", nil).fails(400, "invalid_argument")
+	lines := p.call("GET", "/v1/audit?format=ndjson", nil).want(200)
+	if n := strings.Count(string(lines.Body), "\n"); n != 5 || lines.Header.Get("Content-Type") != "application/x-ndjson" {
+		t.Errorf("%d lines of %s", n, lines.Header.Get("Content-Type"))
+	}
+	table, err := csv.NewReader(bytes.NewReader(p.call("GET", "/v1/audit?format=csv", nil).want(200).Body)).ReadAll()
+	if err != nil || len(table) != 6 || table[0][0] != "at" {
+		t.Errorf("CSV: %v, %v", table, err)
+	}
+	if strings.Contains(string(lines.Body), "hunter2") {
+		t.Error("a body was recorded")
+	}
+	if n := len(p.call("GET", "/v1/admin/audit", nil).want(200).list("records")); n != 6 {
+		t.Errorf("%d records of all, want 6", n)
+	}
+}
+
+// TestAuditOfItself checks that what nobody asked for is recorded, once, and
+// by whom.
+func TestAuditOfItself(t *testing.T) {
+	p := newPlane(t)
+	expired, missing := p.create(map[string]any{"timeout_seconds": 1}), ""
+	p.agent.happened(hostagentv1.Event_KIND_EXPIRED, expired, "")
+	p.eventually("it is recorded that the sandbox expired", func() bool { return p.audit("")["sandbox.expired"] != nil })
+	if r := p.audit("")["sandbox.expired"]; r["object"] != expired || r["actor_kind"] != "host" || !strings.HasPrefix(r["actor"].(string), "hst-") {
+		t.Errorf("expired: %v", r)
+	}
+	missing = p.create(map[string]any{})
+	conn, err := pgx.Connect(t.Context(), p.config.DatabaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(t.Context())
+	for _, sql := range []string{
+		"UPDATE sandboxes SET state = 'missing' WHERE state = 'running'", "UPDATE hosts SET status = 'unreachable'",
+	} {
+		if _, err := conn.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if r := p.audit("")["sandbox.missing"]; r == nil || r["object"] != missing || r["actor"] != "platform" {
+		t.Errorf("missing: %v", r)
+	}
+	found := false
+	for _, r := range p.call("GET", "/v1/admin/audit?action=host.unreachable", nil).want(200).list("records") {
+		found = found || strings.HasPrefix(r.(map[string]any)["object"].(string), "hst-")
+	}
+	if !found {
+		t.Error("the host's absence is not recorded")
+	}
+	if p.audit("")["host.unreachable"] != nil {
+		t.Error("a team sees the platform's records")
+	}
+}
+
+// TestAuditBeforeAnswer checks that nothing is acknowledged whose record
+// cannot be written.
+func TestAuditBeforeAnswer(t *testing.T) {
+	p := newPlane(t)
+	sandbox := p.create(map[string]any{})
+	conn, err := pgx.Connect(t.Context(), p.config.DatabaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(t.Context())
+	if _, err := conn.Exec(t.Context(), "ALTER TABLE audit_records ADD CONSTRAINT broken CHECK (action <> 'pingSandbox')"); err != nil {
+		t.Fatal(err)
+	}
+	p.call("POST", "/v1/sandboxes/"+sandbox+"/ping", nil).fails(503, "unavailable")
+	if p.call("GET", "/v1/sandboxes/"+sandbox, nil).want(200).str("state") != "running" {
+		t.Error("reads need records")
+	}
+	p.call("DELETE", "/v1/sandboxes/"+sandbox, nil).want(204)
 }

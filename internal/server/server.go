@@ -22,6 +22,7 @@ import (
 
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/pki"
+	"github.com/wrenn-dev/wrenn/internal/server/audit"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/events"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
@@ -77,6 +78,8 @@ type Config struct {
 	// processors may be promised to sandboxes; 0: without bound.
 	OvercommitMemory float64 `env:"WRENN_OVERCOMMIT_MEMORY" envDefault:"1"`
 	OvercommitVCPUs  float64 `env:"WRENN_OVERCOMMIT_VCPUS" envDefault:"32"`
+	// AuditRetention is how long audit records are kept; 0: for ever.
+	AuditRetention time.Duration `env:"WRENN_AUDIT_RETENTION" envDefault:"2160h"`
 	// The first admin, made when there is no user at all.
 	AdminEmail    string `env:"WRENN_ADMIN_EMAIL"`
 	AdminPassword string `env:"WRENN_ADMIN_PASSWORD"`
@@ -96,6 +99,7 @@ type Server struct {
 	keys      *auth.Keys
 	sandboxes *sandboxes.Service
 	usage     *usage.Service
+	audit     *audit.Log
 	handler   http.Handler
 
 	stop sync.Once
@@ -187,6 +191,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	tpl := templates.New(s.store, s.log)
 	s.sandboxes = sandboxes.New(sandboxes.Config{Store: s.store, Hosts: s.hosts, Templates: tpl, Tokens: tokens, Tell: s.bus.Changed, Log: s.log})
 	s.usage = usage.New(s.store, s.log)
+	s.audit = audit.New(s.store, c.AuditRetention, s.log)
 
 	registry := prometheus.NewRegistry()
 	requests := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "wrenn_http_requests_total", Help: "Answered requests of the REST API."}, []string{"method", "route", "status"})
@@ -197,7 +202,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), requests, durations)
 	registry.MustRegister(s.sandboxes.Collectors()...)
 	api, err := rest.New(ctx, rest.Config{
-		Sandboxes: s.sandboxes, Templates: tpl, Hosts: s.hosts, Usage: s.usage, Keys: s.keys, Tokens: tokens,
+		Sandboxes: s.sandboxes, Templates: tpl, Hosts: s.hosts, Usage: s.usage, Audit: s.audit, Keys: s.keys, Tokens: tokens,
 		PublicURL: c.PublicURL, Domain: c.Domain, Log: s.log,
 		Checks: checks,
 		// A metric that cannot be had, with the database down, must not hide the others.
@@ -239,6 +244,7 @@ func (s *Server) Run(ctx context.Context) error {
 	wg.Go(func() { s.bus.Run(ctx, s.sandboxes) })
 	wg.Go(func() { s.sandboxes.Run(ctx) })
 	wg.Go(func() { s.usage.Run(ctx) })
+	wg.Go(func() { s.audit.Run(ctx) })
 	wg.Wait()
 	return nil
 }

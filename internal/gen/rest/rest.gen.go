@@ -14,6 +14,54 @@ import (
 	openapi_types "github.com/oapi-codegen/runtime/types"
 )
 
+// Defines values for AuditRecordActorKind.
+const (
+	AuditRecordActorKindAnonymous AuditRecordActorKind = "anonymous"
+	AuditRecordActorKindHost      AuditRecordActorKind = "host"
+	AuditRecordActorKindKey       AuditRecordActorKind = "key"
+	AuditRecordActorKindPlatform  AuditRecordActorKind = "platform"
+	AuditRecordActorKindUser      AuditRecordActorKind = "user"
+)
+
+// Valid indicates whether the value is a known member of the AuditRecordActorKind enum.
+func (e AuditRecordActorKind) Valid() bool {
+	switch e {
+	case AuditRecordActorKindAnonymous:
+		return true
+	case AuditRecordActorKindHost:
+		return true
+	case AuditRecordActorKindKey:
+		return true
+	case AuditRecordActorKindPlatform:
+		return true
+	case AuditRecordActorKindUser:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for AuditResult.
+const (
+	AuditResultFailed  AuditResult = "failed"
+	AuditResultOk      AuditResult = "ok"
+	AuditResultRefused AuditResult = "refused"
+)
+
+// Valid indicates whether the value is a known member of the AuditResult enum.
+func (e AuditResult) Valid() bool {
+	switch e {
+	case AuditResultFailed:
+		return true
+	case AuditResultOk:
+		return true
+	case AuditResultRefused:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for Encoding.
 const (
 	Base64 Encoding = "base64"
@@ -206,6 +254,69 @@ func (e SandboxState) Valid() bool {
 	}
 }
 
+// Defines values for AuditFormat.
+const (
+	AuditFormatCsv    AuditFormat = "csv"
+	AuditFormatJSON   AuditFormat = "json"
+	AuditFormatNdjson AuditFormat = "ndjson"
+)
+
+// Valid indicates whether the value is a known member of the AuditFormat enum.
+func (e AuditFormat) Valid() bool {
+	switch e {
+	case AuditFormatCsv:
+		return true
+	case AuditFormatJSON:
+		return true
+	case AuditFormatNdjson:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for ListAllAuditParamsFormat.
+const (
+	ListAllAuditParamsFormatCsv    ListAllAuditParamsFormat = "csv"
+	ListAllAuditParamsFormatJSON   ListAllAuditParamsFormat = "json"
+	ListAllAuditParamsFormatNdjson ListAllAuditParamsFormat = "ndjson"
+)
+
+// Valid indicates whether the value is a known member of the ListAllAuditParamsFormat enum.
+func (e ListAllAuditParamsFormat) Valid() bool {
+	switch e {
+	case ListAllAuditParamsFormatCsv:
+		return true
+	case ListAllAuditParamsFormatJSON:
+		return true
+	case ListAllAuditParamsFormatNdjson:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for ListAuditParamsFormat.
+const (
+	ListAuditParamsFormatCsv    ListAuditParamsFormat = "csv"
+	ListAuditParamsFormatJSON   ListAuditParamsFormat = "json"
+	ListAuditParamsFormatNdjson ListAuditParamsFormat = "ndjson"
+)
+
+// Valid indicates whether the value is a known member of the ListAuditParamsFormat enum.
+func (e ListAuditParamsFormat) Valid() bool {
+	switch e {
+	case ListAuditParamsFormatCsv:
+		return true
+	case ListAuditParamsFormatJSON:
+		return true
+	case ListAuditParamsFormatNdjson:
+		return true
+	default:
+		return false
+	}
+}
+
 // AddHost defines model for AddHost.
 type AddHost struct {
 	Name HostName `json:"name"`
@@ -213,6 +324,61 @@ type AddHost struct {
 	// Tags Words that tell hosts apart. A sandbox that asks for some is placed on a host that has them all.
 	Tags *HostTags `json:"tags,omitempty"`
 }
+
+// AuditList defines model for AuditList.
+type AuditList struct {
+	// NextCursor Where the next page starts; absent on the last page.
+	NextCursor *string       `json:"next_cursor,omitempty"`
+	Records    []AuditRecord `json:"records"`
+}
+
+// AuditRecord defines model for AuditRecord.
+type AuditRecord struct {
+	// Action The API's operation, or what happened.
+	Action string `json:"action"`
+
+	// Actor Their id, or their kind where they have none.
+	Actor string `json:"actor"`
+
+	// ActorKind Who; `platform`: nobody asked for it.
+	ActorKind AuditRecordActorKind `json:"actor_kind"`
+
+	// Address Where the request came from; empty where that is this machine.
+	Address string `json:"address"`
+
+	// At When it was answered, or happened.
+	At time.Time `json:"at"`
+
+	// Code The error's code; empty for `ok`. `canceled`: who asked left before there was an answer, and it may have been done.
+	Code string `json:"code"`
+
+	// ID The record's own id.
+	ID openapi_types.UUID `json:"id"`
+
+	// Object Its id or name; empty where there is none.
+	Object string `json:"object"`
+
+	// ObjectKind The kind of what was changed.
+	ObjectKind string `json:"object_kind"`
+
+	// RequestID The request's id; empty for what happened by itself.
+	RequestID string `json:"request_id"`
+
+	// Result `ok`; `refused`, because of who asked or what for; `failed`.
+	Result AuditResult `json:"result"`
+
+	// TeamID Whose record it is; absent: the platform's.
+	TeamID *string `json:"team_id,omitempty"`
+
+	// UserID The user, for a key the one who made it; absent: not known.
+	UserID *string `json:"user_id,omitempty"`
+}
+
+// AuditRecordActorKind Who; `platform`: nobody asked for it.
+type AuditRecordActorKind string
+
+// AuditResult `ok`; `refused`, because of who asked or what for; `failed`.
+type AuditResult string
 
 // ChangeHost defines model for ChangeHost.
 type ChangeHost struct {
@@ -860,6 +1026,24 @@ type UsageDay struct {
 // UserName A user of the guest. The default one is `user`, who may use sudo; `root` is there too.
 type UserName = string
 
+// AuditAction defines model for AuditAction.
+type AuditAction = string
+
+// AuditActor defines model for AuditActor.
+type AuditActor = string
+
+// AuditFormat defines model for AuditFormat.
+type AuditFormat string
+
+// AuditFrom defines model for AuditFrom.
+type AuditFrom = time.Time
+
+// AuditObject defines model for AuditObject.
+type AuditObject = string
+
+// AuditTo defines model for AuditTo.
+type AuditTo = time.Time
+
 // Cursor defines model for Cursor.
 type Cursor = string
 
@@ -920,6 +1104,39 @@ type Unavailable = Error
 // Unprocessable defines model for Unprocessable.
 type Unprocessable = Error
 
+// ListAllAuditParams defines parameters for ListAllAudit.
+type ListAllAuditParams struct {
+	// Actor The id of a user, a key or a host, or one of `user`, `key`, `host`, `platform`, `anonymous`. Of a user's id, what their keys did too.
+	Actor *AuditActor `form:"actor,omitempty" json:"actor,omitempty"`
+
+	// Action An operation's id, or what happened.
+	Action *AuditAction `form:"action,omitempty" json:"action,omitempty"`
+
+	// Object The id or name of what was changed.
+	Object *AuditObject `form:"object,omitempty" json:"object,omitempty"`
+
+	// Result What became of it.
+	Result *AuditResult `form:"result,omitempty" json:"result,omitempty"`
+
+	// From Not before this time.
+	From *AuditFrom `form:"from,omitempty" json:"from,omitempty"`
+
+	// To Before this time.
+	To *AuditTo `form:"to,omitempty" json:"to,omitempty"`
+
+	// Format `json`: a page. `ndjson` and `csv`: everything from the cursor on, as a stream; one that breaks off before its end is not whole.
+	Format *ListAllAuditParamsFormat `form:"format,omitempty" json:"format,omitempty"`
+
+	// Limit The most entries to return.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
+}
+
+// ListAllAuditParamsFormat defines parameters for ListAllAudit.
+type ListAllAuditParamsFormat string
+
 // DeleteHostParams defines parameters for DeleteHost.
 type DeleteHostParams struct {
 	// Force Whatever is lost.
@@ -946,6 +1163,39 @@ type GetUsageByTeamParams struct {
 	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
+
+// ListAuditParams defines parameters for ListAudit.
+type ListAuditParams struct {
+	// Actor The id of a user, a key or a host, or one of `user`, `key`, `host`, `platform`, `anonymous`. Of a user's id, what their keys did too.
+	Actor *AuditActor `form:"actor,omitempty" json:"actor,omitempty"`
+
+	// Action An operation's id, or what happened.
+	Action *AuditAction `form:"action,omitempty" json:"action,omitempty"`
+
+	// Object The id or name of what was changed.
+	Object *AuditObject `form:"object,omitempty" json:"object,omitempty"`
+
+	// Result What became of it.
+	Result *AuditResult `form:"result,omitempty" json:"result,omitempty"`
+
+	// From Not before this time.
+	From *AuditFrom `form:"from,omitempty" json:"from,omitempty"`
+
+	// To Before this time.
+	To *AuditTo `form:"to,omitempty" json:"to,omitempty"`
+
+	// Format `json`: a page. `ndjson` and `csv`: everything from the cursor on, as a stream; one that breaks off before its end is not whole.
+	Format *ListAuditParamsFormat `form:"format,omitempty" json:"format,omitempty"`
+
+	// Limit The most entries to return.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
+}
+
+// ListAuditParamsFormat defines parameters for ListAudit.
+type ListAuditParamsFormat string
 
 // ListSandboxesParams defines parameters for ListSandboxes.
 type ListSandboxesParams struct {
@@ -1081,6 +1331,9 @@ type ServerInterface interface {
 	// GetOpenAPI This document
 	// (GET /openapi.yaml)
 	GetOpenAPI(w http.ResponseWriter, r *http.Request)
+	// ListAllAudit Who changed what, of all teams and the platform
+	// (GET /v1/admin/audit)
+	ListAllAudit(w http.ResponseWriter, r *http.Request, params ListAllAuditParams)
 	// ListHosts List hosts
 	// (GET /v1/admin/hosts)
 	ListHosts(w http.ResponseWriter, r *http.Request)
@@ -1102,6 +1355,9 @@ type ServerInterface interface {
 	// GetUsageByTeam What each team used
 	// (GET /v1/admin/usage)
 	GetUsageByTeam(w http.ResponseWriter, r *http.Request, params GetUsageByTeamParams)
+	// ListAudit Who changed what
+	// (GET /v1/audit)
+	ListAudit(w http.ResponseWriter, r *http.Request, params ListAuditParams)
 	// HostHeartbeat Say that an agent is there, or that it goes
 	// (POST /v1/hosts/heartbeat)
 	HostHeartbeat(w http.ResponseWriter, r *http.Request)
@@ -1216,6 +1472,12 @@ func (_ Unimplemented) GetOpenAPI(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
+// ListAllAudit Who changed what, of all teams and the platform
+// (GET /v1/admin/audit)
+func (_ Unimplemented) ListAllAudit(w http.ResponseWriter, r *http.Request, params ListAllAuditParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
 // ListHosts List hosts
 // (GET /v1/admin/hosts)
 func (_ Unimplemented) ListHosts(w http.ResponseWriter, r *http.Request) {
@@ -1255,6 +1517,12 @@ func (_ Unimplemented) RenewHostToken(w http.ResponseWriter, r *http.Request, ho
 // GetUsageByTeam What each team used
 // (GET /v1/admin/usage)
 func (_ Unimplemented) GetUsageByTeam(w http.ResponseWriter, r *http.Request, params GetUsageByTeamParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ListAudit Who changed what
+// (GET /v1/audit)
+func (_ Unimplemented) ListAudit(w http.ResponseWriter, r *http.Request, params ListAuditParams) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -1491,6 +1759,143 @@ func (siw *ServerInterfaceWrapper) GetOpenAPI(w http.ResponseWriter, r *http.Req
 	handler.ServeHTTP(w, r)
 }
 
+// ListAllAudit operation middleware
+func (siw *ServerInterfaceWrapper) ListAllAudit(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ListAllAuditParams
+
+	// ------------- Optional query parameter "actor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "actor", r.URL.Query(), &params.Actor, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "actor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "actor", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "action" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "action", r.URL.Query(), &params.Action, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "action"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "action", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "object" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "object", r.URL.Query(), &params.Object, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "object"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "object", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "result" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "result", r.URL.Query(), &params.Result, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "result"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "result", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "from" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "from", r.URL.Query(), &params.From, runtime.BindQueryParameterOptions{Type: "string", Format: "date-time"})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "from"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "from", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "to" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "to", r.URL.Query(), &params.To, runtime.BindQueryParameterOptions{Type: "string", Format: "date-time"})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "to"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "to", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "format" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "format", r.URL.Query(), &params.Format, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "format"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "format", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "cursor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "cursor", r.URL.Query(), &params.Cursor, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "cursor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cursor", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListAllAudit(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // ListHosts operation middleware
 func (siw *ServerInterfaceWrapper) ListHosts(w http.ResponseWriter, r *http.Request) {
 
@@ -1718,6 +2123,143 @@ func (siw *ServerInterfaceWrapper) GetUsageByTeam(w http.ResponseWriter, r *http
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.GetUsageByTeam(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListAudit operation middleware
+func (siw *ServerInterfaceWrapper) ListAudit(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ListAuditParams
+
+	// ------------- Optional query parameter "actor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "actor", r.URL.Query(), &params.Actor, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "actor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "actor", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "action" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "action", r.URL.Query(), &params.Action, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "action"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "action", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "object" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "object", r.URL.Query(), &params.Object, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "object"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "object", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "result" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "result", r.URL.Query(), &params.Result, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "result"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "result", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "from" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "from", r.URL.Query(), &params.From, runtime.BindQueryParameterOptions{Type: "string", Format: "date-time"})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "from"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "from", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "to" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "to", r.URL.Query(), &params.To, runtime.BindQueryParameterOptions{Type: "string", Format: "date-time"})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "to"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "to", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "format" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "format", r.URL.Query(), &params.Format, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "format"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "format", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "cursor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "cursor", r.URL.Query(), &params.Cursor, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "cursor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cursor", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListAudit(w, r, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -2901,6 +3443,12 @@ func HandlerWithOptions(si ServerInterface, options ChiServerOptions) http.Handl
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/v1/admin/usage", wrapper.GetUsageByTeam)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/audit", wrapper.ListAudit)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/admin/audit", wrapper.ListAllAudit)
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/health", wrapper.GetHealth)

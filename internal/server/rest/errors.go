@@ -49,6 +49,9 @@ func (a *API) Fail(w http.ResponseWriter, r *http.Request, err error) {
 		return
 	}
 	f := classify(err)
+	if o := observed(r); o != nil {
+		o.code = string(f.Code)
+	}
 	level := slog.LevelDebug
 	if f.Code.Status() >= 500 {
 		level = slog.LevelError

@@ -62,6 +62,7 @@ func (a *API) AddHost(w http.ResponseWriter, r *http.Request) {
 		a.Fail(w, r, err)
 		return
 	}
+	w.Header().Set("Location", "/v1/admin/hosts/"+id.Format(id.Host, row.ID))
 	answer(w, http.StatusCreated, rest.HostRegistration{Host: host(row), Token: token, ExpiresAt: row.RegistrationExpiresAt.UTC()})
 }
 
@@ -150,6 +151,7 @@ func (a *API) RegisterHost(w http.ResponseWriter, r *http.Request) {
 		a.Fail(w, r, err)
 		return
 	}
+	observed(r).host = c.Host
 	answer(w, http.StatusCreated, credentials(c))
 }
 
@@ -170,6 +172,7 @@ func (a *API) RefreshHost(w http.ResponseWriter, r *http.Request) {
 		a.Fail(w, r, err)
 		return
 	}
+	observed(r).host = c.Host
 	answer(w, http.StatusOK, credentials(c))
 }
 

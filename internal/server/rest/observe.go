@@ -12,6 +12,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/auth"
 )
 
 // statusGone is what is recorded where the client went away before an answer.
@@ -32,7 +33,12 @@ type observation struct {
 	http.ResponseWriter
 	id     string
 	status int
-	team   uuid.UUID
+	// who called, as far as that is known.
+	who auth.Principal
+	// code is that of the error that was answered.
+	code string
+	// host is the one whose agent called.
+	host uuid.UUID
 }
 
 type observationKey struct{}
@@ -93,8 +99,8 @@ func (a *API) observe(next http.Handler) http.Handler {
 				level = slog.LevelDebug
 			}
 			attrs := []any{"request_id", o.id, "method", r.Method, "route", seen.Route, "status", status, "took", took}
-			if o.team != uuid.Nil {
-				attrs = append(attrs, "team_id", id.Format(id.Team, o.team))
+			if o.who.Team != uuid.Nil {
+				attrs = append(attrs, "team_id", id.Format(id.Team, o.who.Team))
 			}
 			if sandbox := rc.URLParam("sandbox_id"); sandbox != "" {
 				attrs = append(attrs, "sandbox_id", sandbox)

@@ -17,6 +17,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/api"
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
+	"github.com/wrenn-dev/wrenn/internal/server/audit"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
@@ -31,6 +32,7 @@ type Config struct {
 	Templates *templates.Service
 	Hosts     *hosts.Registry
 	Usage     *usage.Service
+	Audit     *audit.Log
 	Keys      *auth.Keys
 	Tokens    auth.Tokens
 	// PublicURL is where clients reach the service, Domain what sandboxes'
@@ -104,7 +106,7 @@ func New(ctx context.Context, c Config) (*API, error) {
 	})
 	r.Group(func(r chi.Router) {
 		// In a group these run after routing, so they know the operation.
-		r.Use(a.authenticate, a.limit, a.validate)
+		r.Use(a.audit, a.authenticate, a.limit, a.validate)
 		rest.HandlerWithOptions(a, rest.ChiServerOptions{
 			BaseRouter: r,
 			ErrorHandlerFunc: func(w http.ResponseWriter, r *http.Request, err error) {
@@ -149,7 +151,7 @@ func (a *API) authenticate(next http.Handler) http.Handler {
 			return
 		}
 		if o := observed(r); o != nil {
-			o.team = who.Team
+			o.who = who
 		}
 		if err := a.admitAdmin(r, who); err != nil {
 			a.Fail(w, r, err)

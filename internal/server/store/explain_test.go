@@ -36,6 +36,10 @@ func TestPlans(t *testing.T) {
 		`INSERT INTO api_keys (id, team_id, name, prefix, hash) SELECT gen_random_uuid(), id, 'k', 'wrn_', sha256(convert_to(id::text || n, 'UTF8')) FROM teams, generate_series(1, 300) n`,
 		`INSERT INTO host_certificates SELECT n::text, (array(SELECT id FROM hosts))[1 + n % 3], now() FROM generate_series(1, 10000) n`,
 		`INSERT INTO idempotency_keys (team_id, key, request_hash, sandbox_id) SELECT team_id, id::text, '\x00', id FROM sandboxes`,
+		`INSERT INTO sandbox_runs (sandbox_id, team_id, vcpus, memory_mib, first, started_at, ended_at) SELECT id, team_id, 1, 512, true, created_at, created_at + interval '1 second' FROM sandboxes WHERE state = 'stopped'`,
+		`INSERT INTO audit_records SELECT gen_random_uuid(), created_at, team_id, 'key', NULL, NULL, 'exec', 'sandbox', id::text, '', '', 'ok', '' FROM sandboxes`,
+		`INSERT INTO channels (id, team_id, name, kind, events, target, sealed) SELECT gen_random_uuid(), id, 'c', 'webhook', '{}', '', '' FROM teams`,
+		`INSERT INTO deliveries (id, channel_id, event, body, state, created_at) SELECT gen_random_uuid(), (array(SELECT id FROM channels))[1 + n % 30], 'e', '{}', 'delivered', now() - n * interval '1 second' FROM generate_series(1, 10000) n`,
 		`ANALYZE`,
 	} {
 		if _, err := conn.Exec(ctx, sql); err != nil {
@@ -57,6 +61,13 @@ func TestPlans(t *testing.T) {
 		"certificate": `SELECT EXISTS (SELECT 1 FROM host_certificates WHERE serial = '1' AND host_id = HOST AND not_after > now())`,
 		"lost":        `UPDATE sandboxes SET state = 'stopped' WHERE host_id = HOST AND state NOT IN ('stopped', 'error')`,
 		"count":       `SELECT state, count(*) FROM sandboxes WHERE state NOT IN ('stopped', 'error') GROUP BY state`,
+		"a run":       `SELECT * FROM sandbox_runs WHERE sandbox_id = '00000000-0000-0000-0000-000000000001' AND ended_at IS NULL`,
+		"today":       `SELECT sum(vcpus) FROM sandbox_runs WHERE team_id = TEAM AND started_at < now() AND (ended_at IS NULL OR ended_at >= now() - interval '1 hour')`,
+		"audit":       `SELECT * FROM audit_records WHERE team_id = TEAM AND (at, id) < (now(), 'ffffffff-ffff-ffff-ffff-ffffffffffff') AND at >= '-infinity' ORDER BY at DESC, id DESC LIMIT 101`,
+		"all audit":   `SELECT * FROM audit_records WHERE (at, id) < (now(), 'ffffffff-ffff-ffff-ffff-ffffffffffff') AND at >= '-infinity' ORDER BY at DESC, id DESC LIMIT 101`,
+		"old audit":   `DELETE FROM audit_records WHERE id IN (SELECT a.id FROM audit_records a WHERE a.at < now() - interval '90 days' ORDER BY a.at LIMIT 1000)`,
+		"deliveries":  `SELECT * FROM deliveries WHERE channel_id = (SELECT id FROM channels LIMIT 1) AND (created_at, id) < (now(), 'ffffffff-ffff-ffff-ffff-ffffffffffff') ORDER BY created_at DESC, id DESC LIMIT 101`,
+		"due":         `SELECT id FROM deliveries WHERE state = 'pending' AND next_at <= now() ORDER BY next_at LIMIT 16 FOR UPDATE SKIP LOCKED`,
 		"idempotency": `SELECT * FROM idempotency_keys WHERE team_id = TEAM AND key = 'x'`,
 		"free a key":  `DELETE FROM idempotency_keys WHERE sandbox_id = '00000000-0000-0000-0000-000000000001'`,
 		"old keys":    `DELETE FROM idempotency_keys WHERE created_at < now() - interval '1 day'`,
@@ -71,7 +82,7 @@ func TestPlans(t *testing.T) {
 			t.Fatalf("%s: %v", name, err)
 		}
 		for _, line := range plan {
-			for _, table := range []string{"sandboxes", "api_keys", "idempotency_keys", "host_certificates"} {
+			for _, table := range []string{"sandboxes", "api_keys", "idempotency_keys", "host_certificates", "sandbox_runs", "audit_records", "deliveries"} {
 				if strings.Contains(line, "Seq Scan on "+table) {
 					t.Errorf("%s reads all of %s:\n%s", name, table, strings.Join(plan, "\n"))
 				}

@@ -1,0 +1,260 @@
+// Package audit keeps the record of who changed what: of every change that the
+// API is asked for, whatever became of it, and of what hosts and the platform
+// change by themselves. Records are never changed, and go when they are old.
+//
+// A change that somebody asked for is recorded before it is answered: nothing
+// is acknowledged that has no record. It is not one transaction with the change,
+// which mostly is a host's work and takes as long as that; a server that dies
+// between the two leaves a change that nobody was told of and no record of it.
+// What happens by itself is recorded by the database, in the transaction that
+// writes it down.
+package audit
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/binary"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+)
+
+// Who acts.
+const (
+	User      = "user"
+	Key       = "key"
+	Host      = "host"
+	Platform  = "platform"
+	Anonymous = "anonymous"
+)
+
+// What became of it: it was done, it was not because of who asked or what
+// was asked for, or it could not be.
+const (
+	OK      = "ok"
+	Refused = "refused"
+	Failed  = "failed"
+)
+
+const (
+	pruneEvery = 10 * time.Minute
+	// batch is how many records are removed, or read for an export, at a time.
+	batch = 1000
+	// maxText bounds what a record quotes.
+	maxText = 200
+)
+
+// Record is one change, or one that was asked for.
+type Record struct {
+	ID uuid.UUID
+	At time.Time
+	// Team is whose record it is; nil: the platform's alone.
+	Team *uuid.UUID
+	// Actor is what kind of one it was, ActorID which; User, for a key, who made it.
+	Actor   string
+	ActorID *uuid.UUID
+	User    *uuid.UUID
+	// Action is the API's operation, or what happened.
+	Action string
+	// Object is the kind of what was changed, ObjectID its id on the wire, or its
+	// name; empty where there is none.
+	Object, ObjectID string
+	// Address is where the request came from, RequestID what it was called.
+	Address, RequestID string
+	Result             string
+	// Code is the error's where Result is not OK.
+	Code string
+}
+
+// prefixes of ids, by the kinds of objects that have them.
+var prefixes = map[string]id.Kind{
+	"sandbox": id.Sandbox, "team": id.Team, "user": id.User, "host": id.Host, "template": id.Template, "build": id.Build, "key": id.APIKey, "channel": id.Channel,
+}
+
+// inside is an object's id as records have it: a UUID where it is one.
+func inside(object, text string) string {
+	if len(text) > maxText {
+		text = text[:maxText]
+	}
+	if u, err := id.Parse(prefixes[object], text); prefixes[object] != "" && err == nil {
+		return u.String()
+	}
+	return text
+}
+
+// outside undoes inside.
+func outside(object, text string) string {
+	if u, err := uuid.Parse(text); prefixes[object] != "" && err == nil {
+		return id.Format(prefixes[object], u)
+	}
+	return text
+}
+
+// ActorName is who acted, as people are shown it: an id, or what it is that
+// has none.
+func (r Record) ActorName() string {
+	if r.ActorID == nil {
+		return r.Actor
+	}
+	return id.Format(prefixes[r.Actor], *r.ActorID)
+}
+
+// Log is the record of everything.
+type Log struct {
+	store *store.Store
+	keep  time.Duration
+	log   *slog.Logger
+}
+
+// New returns the log of a store, whose records go after keep (0: never) if
+// Run runs.
+func New(s *store.Store, keep time.Duration, log *slog.Logger) *Log { return &Log{s, keep, log} }
+
+// Write writes a record; the database says when it was.
+func (l *Log) Write(ctx context.Context, r Record) error {
+	u, err := uuid.NewV7()
+	if err != nil {
+		return err
+	}
+	err = l.store.InsertAudit(ctx, db.InsertAuditParams{
+		ID: u, TeamID: r.Team, Actor: r.Actor, ActorID: r.ActorID, UserID: r.User, Action: r.Action, Object: r.Object, ObjectID: inside(r.Object, r.ObjectID),
+		Address: r.Address, RequestID: r.RequestID, Result: r.Result, Code: r.Code,
+	})
+	if err != nil {
+		return fmt.Errorf("write audit record: %w", err)
+	}
+	return nil
+}
+
+// Filter says which records are listed; what is zero is not looked at.
+type Filter struct {
+	// Team: nil is every team and the platform.
+	Team *uuid.UUID
+	// Actor is an id of a user, key or host on the wire, or a kind of actor.
+	Actor string
+	// Action, Object (an id on the wire, or a name) and Result are as records have them.
+	Action, Object, Result string
+	From, To               time.Time
+	// Cursor of the page, as the page before it gave; empty: the first.
+	Cursor string
+	Limit  int
+}
+
+// List returns a page of records, newest first, and the cursor of the next page
+// ("" on the last).
+func (l *Log) List(ctx context.Context, f Filter) ([]Record, string, error) {
+	p := db.ListTeamAuditParams{BeforeAt: time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC), BeforeID: uuid.Max, FromAt: f.From, Action: f.Action, Result: f.Result, MaxRows: int32(f.Limit) + 1}
+	if !f.To.IsZero() {
+		p.BeforeAt, p.BeforeID = f.To, uuid.Nil
+	}
+	if f.Cursor != "" {
+		raw, err := base64.RawURLEncoding.DecodeString(f.Cursor)
+		if err != nil || len(raw) != 24 || binary.BigEndian.Uint64(raw) > uint64(p.BeforeAt.UnixMicro()) {
+			return nil, "", fault.New(fault.InvalidArgument, "cursor: not one of this list")
+		}
+		p.BeforeAt, p.BeforeID = time.UnixMicro(int64(binary.BigEndian.Uint64(raw))), uuid.UUID(raw[8:])
+	}
+	for _, kind := range []string{User, Key, Host} {
+		if u, err := id.Parse(prefixes[kind], f.Actor); err == nil {
+			p.Actor = &u
+		}
+	}
+	if p.Actor == nil {
+		p.ActorKind = f.Actor
+	}
+	p.ObjectID = f.Object
+	for kind := range prefixes {
+		if text := inside(kind, f.Object); text != f.Object {
+			p.ObjectID = text
+		}
+	}
+	var rows []db.AuditRecord
+	var err error
+	if f.Team != nil {
+		p.TeamID = *f.Team
+		rows, err = l.store.ListTeamAudit(ctx, p)
+	} else {
+		rows, err = l.store.ListAudit(ctx, db.ListAuditParams{
+			BeforeAt: p.BeforeAt, BeforeID: p.BeforeID, FromAt: p.FromAt, ActorKind: p.ActorKind, Actor: p.Actor, Action: p.Action, ObjectID: p.ObjectID, Result: p.Result, MaxRows: p.MaxRows,
+		})
+	}
+	if err != nil {
+		return nil, "", fmt.Errorf("list audit records: %w", err)
+	}
+	next := ""
+	if len(rows) > f.Limit {
+		rows = rows[:f.Limit]
+		last := rows[f.Limit-1]
+		cursor := binary.BigEndian.AppendUint64(nil, uint64(last.At.UnixMicro()))
+		next = base64.RawURLEncoding.EncodeToString(append(cursor, last.ID[:]...))
+	}
+	records := make([]Record, len(rows))
+	for i, r := range rows {
+		records[i] = Record{
+			ID: r.ID, At: r.At.UTC(), Team: r.TeamID, Actor: r.Actor, ActorID: r.ActorID, User: r.UserID, Action: r.Action, Object: r.Object, ObjectID: outside(r.Object, r.ObjectID),
+			Address: r.Address, RequestID: r.RequestID, Result: r.Result, Code: r.Code,
+		}
+	}
+	return records, next, nil
+}
+
+// Each calls f with every record that the filter lists, whatever its limit,
+// until f fails.
+func (l *Log) Each(ctx context.Context, f Filter, do func(Record) error) error {
+	f.Limit = batch
+	for {
+		records, next, err := l.List(ctx, f)
+		if err != nil {
+			return err
+		}
+		for _, r := range records {
+			if err := do(r); err != nil {
+				return err
+			}
+		}
+		if next == "" {
+			return nil
+		}
+		f.Cursor = next
+	}
+}
+
+// Run forgets records that are old enough, until ctx is done. Of several
+// servers one does.
+func (l *Log) Run(ctx context.Context) {
+	if l.keep <= 0 {
+		return
+	}
+	tick := time.NewTicker(pruneEvery)
+	defer tick.Stop()
+	for {
+		if err := l.prune(ctx); err != nil && ctx.Err() == nil {
+			l.log.Warn("forget old audit records", "error", err)
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (l *Log) prune(ctx context.Context) error {
+	before := time.Now().Add(-l.keep)
+	for {
+		if mine, err := l.store.Lease(ctx, "audit", 2*pruneEvery); err != nil || !mine {
+			return err
+		}
+		n, err := l.store.ForgetAudit(ctx, db.ForgetAuditParams{Before: before, MaxRows: batch})
+		if err != nil || n < batch {
+			return err
+		}
+	}
+}

@@ -1,0 +1,309 @@
+package rest
+
+import (
+	"context"
+	"encoding/csv"
+	"encoding/json"
+	"net/http"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/getkin/kin-openapi/openapi3"
+	"github.com/go-chi/chi/v5"
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/rest"
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/audit"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+)
+
+// recordWithin bounds how long an answer waits for its record.
+const recordWithin = 5 * time.Second
+
+// changes says whether an operation is to be recorded: all but those that the
+// document says only read. What is not said is known by the method.
+func changes(method string, op *openapi3.Operation) bool {
+	switch op.OperationID {
+	case "hostHeartbeat": // It says that nothing has changed.
+		return false
+	case "execStream": // A WebSocket begins with GET.
+		return true
+	}
+	access, ok := op.Extensions["x-wrenn-access"].(map[string]any)
+	if read, says := access["read"].(bool); ok && says {
+		return !read
+	}
+	return method != http.MethodGet
+}
+
+// open says whether anybody may call an operation.
+func open(op *openapi3.Operation) bool { return op.Security != nil && len(*op.Security) == 0 }
+
+// audit has every change that is asked for recorded before it is answered.
+func (a *API) audit(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _, op := a.operation(r)
+		if op == nil || !changes(r.Method, op) {
+			next.ServeHTTP(w, r)
+			return
+		}
+		rec := &recorder{ResponseWriter: w, api: a, r: r, op: op}
+		defer func() {
+			if rec.began {
+				return
+			}
+			// The handler broke off, or the client did.
+			code := "canceled"
+			if r.Context().Err() == nil {
+				code = string(fault.Internal)
+			}
+			if err := rec.write(audit.Failed, code); err != nil {
+				a.log(r).Error("write audit record", "error", err)
+			}
+		}()
+		next.ServeHTTP(rec, r)
+	})
+}
+
+// recorder writes the record of a request when it is about to be answered. If
+// it cannot, the answer is that the database does not answer.
+type recorder struct {
+	http.ResponseWriter
+	api *API
+	r   *http.Request
+	op  *openapi3.Operation
+	// began: an answer was begun. mute: the handler's own is not the one.
+	began, mute bool
+}
+
+// Unwrap lets http.ResponseController reach the connection.
+func (rec *recorder) Unwrap() http.ResponseWriter { return rec.ResponseWriter }
+
+// WriteHeader writes the record, then the header.
+func (rec *recorder) WriteHeader(status int) {
+	if rec.mute {
+		return
+	}
+	if !rec.began && (status >= 200 || status == http.StatusSwitchingProtocols) {
+		rec.began = true
+		result, code := audit.OK, ""
+		if status >= 400 {
+			result, code = audit.Refused, observed(rec.r).code
+		}
+		if status >= 500 {
+			result = audit.Failed
+		}
+		if err := rec.write(result, code); err != nil {
+			rec.mute = true
+			rec.Header().Del("Location")
+			rec.api.Fail(rec.ResponseWriter, rec.r, fault.Because(err, fault.Unavailable, "it could not be recorded, and may have been done"))
+			return
+		}
+	}
+	rec.ResponseWriter.WriteHeader(status)
+}
+
+func (rec *recorder) Write(b []byte) (int, error) {
+	if !rec.began {
+		rec.WriteHeader(http.StatusOK)
+	}
+	if rec.mute {
+		return len(b), nil
+	}
+	return rec.ResponseWriter.Write(b)
+}
+
+// write writes the record, except of those who did not show who they are where
+// that is asked for: they change nothing, and could fill the log.
+func (rec *recorder) write(result, code string) error {
+	o := observed(rec.r)
+	record := audit.Record{Actor: audit.Anonymous, Action: rec.op.OperationID, Address: address(rec.r), RequestID: o.id, Result: result, Code: code}
+	switch {
+	case o.host != uuid.Nil:
+		record.Actor, record.ActorID = audit.Host, &o.host
+	default:
+		actor(&record, o)
+		if record.Actor == audit.Anonymous && (!open(rec.op) || result != audit.OK && code == "rate_limited") {
+			return nil
+		}
+	}
+	if strings.HasPrefix(chi.RouteContext(rec.r.Context()).RoutePattern(), "/v1/admin/") {
+		record.Team = nil
+	}
+	record.Object, record.ObjectID = object(rec.r, rec.Header().Get("Location"))
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(rec.r.Context()), recordWithin)
+	defer cancel()
+	return rec.api.Audit.Write(ctx, record)
+}
+
+// actor writes down who called.
+func actor(r *audit.Record, o *observation) {
+	if o.who.Key != uuid.Nil {
+		r.Actor, r.ActorID = audit.Key, &o.who.Key
+	}
+	if o.who.Team != uuid.Nil {
+		r.Team = &o.who.Team
+	}
+}
+
+// kinds are the objects that paths have collections of.
+var kinds = map[string]string{"sandboxes": "sandbox", "snapshots": "template", "members": "user"}
+
+// object says what a request is about: what it made, as its answer's location
+// says, or the last thing that its path names.
+func object(r *http.Request, location string) (kind, name string) {
+	if parts := strings.Split(location, "/"); len(parts) > 2 {
+		kind, name = parts[len(parts)-2], parts[len(parts)-1]
+	} else {
+		rc := chi.RouteContext(r.Context())
+		named := false
+		parts := strings.Split(strings.Trim(rc.RoutePattern(), "/"), "/")
+		for i, part := range parts {
+			if param, ok := strings.CutPrefix(part, "{"); ok && i > 0 {
+				kind, name, named = parts[i-1], rc.URLParam(strings.TrimSuffix(param, "}")), true
+			} else if !named {
+				kind = part
+			}
+		}
+	}
+	if k, ok := kinds[kind]; ok {
+		return k, name
+	}
+	return strings.TrimSuffix(kind, "s"), name
+}
+
+// address is where a request comes from. What X-Forwarded-For says last is
+// believed of this machine's front door; a request without it is this machine's.
+func address(r *http.Request) string {
+	peer, err := netip.ParseAddrPort(r.RemoteAddr)
+	if err == nil && !peer.Addr().Unmap().IsLoopback() {
+		return peer.Addr().Unmap().String()
+	}
+	forwarded := strings.Join(r.Header.Values("X-Forwarded-For"), ",")
+	hop, err := netip.ParseAddr(strings.TrimSpace(forwarded[strings.LastIndex(forwarded, ",")+1:]))
+	if err == nil {
+		return hop.Unmap().String()
+	}
+	if peer.IsValid() {
+		return peer.Addr().Unmap().String()
+	}
+	return ""
+}
+
+// ListAudit answers GET /v1/audit.
+func (a *API) ListAudit(w http.ResponseWriter, r *http.Request, p rest.ListAuditParams) {
+	team := caller(r).Team
+	a.listAudit(w, r, &team, p)
+}
+
+// ListAllAudit answers GET /v1/admin/audit.
+func (a *API) ListAllAudit(w http.ResponseWriter, r *http.Request, p rest.ListAllAuditParams) {
+	a.listAudit(w, r, nil, rest.ListAuditParams{
+		Actor: p.Actor, Action: p.Action, Object: p.Object, Result: p.Result, From: p.From, To: p.To, Limit: p.Limit, Cursor: p.Cursor,
+		Format: (*rest.ListAuditParamsFormat)(p.Format),
+	})
+}
+
+func (a *API) listAudit(w http.ResponseWriter, r *http.Request, team *uuid.UUID, p rest.ListAuditParams) {
+	f := audit.Filter{
+		Team: team, Actor: or(p.Actor, ""), Action: or(p.Action, ""), Object: or(p.Object, ""), Result: string(or(p.Result, "")),
+		From: or(p.From, time.Time{}), To: or(p.To, time.Time{}), Cursor: or(p.Cursor, ""), Limit: or(p.Limit, defaultLimit),
+	}
+	if format := string(or(p.Format, "json")); format != "json" {
+		a.exportAudit(w, r, f, format)
+		return
+	}
+	records, next, err := a.Audit.List(r.Context(), f)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	list := rest.AuditList{Records: make([]rest.AuditRecord, len(records)), NextCursor: some(next)}
+	for i, record := range records {
+		list.Records[i] = auditRecord(record)
+	}
+	answer(w, http.StatusOK, list)
+}
+
+func auditRecord(r audit.Record) rest.AuditRecord {
+	out := rest.AuditRecord{
+		ID: r.ID, At: r.At, ActorKind: rest.AuditRecordActorKind(r.Actor), Actor: r.ActorName(), Action: r.Action, ObjectKind: r.Object, Object: r.ObjectID,
+		Address: r.Address, RequestID: r.RequestID, Result: rest.AuditResult(r.Result), Code: r.Code,
+	}
+	if r.Team != nil {
+		out.TeamID = some(id.Format(id.Team, *r.Team))
+	}
+	if r.User != nil {
+		out.UserID = some(id.Format(id.User, *r.User))
+	}
+	return out
+}
+
+// exportAudit streams all records. Where that fails on the way the connection
+// breaks, so that nobody takes a part for the whole.
+func (a *API) exportAudit(w http.ResponseWriter, r *http.Request, f audit.Filter, format string) {
+	begun := false
+	begin := func() {
+		if begun {
+			return
+		}
+		begun = true
+		kind := "application/x-ndjson"
+		if format == "csv" {
+			kind = "text/csv; charset=utf-8"
+		}
+		w.Header().Set("Content-Type", kind)
+		w.Header().Set("Cache-Control", "no-store")
+		w.Header().Set("Content-Disposition", `attachment; filename="audit.`+format+`"`)
+		w.WriteHeader(http.StatusOK)
+	}
+	enc, table := json.NewEncoder(w), csv.NewWriter(w)
+	enc.SetEscapeHTML(false)
+	head := func() error {
+		begin()
+		if format != "csv" {
+			return nil
+		}
+		return table.Write([]string{"at", "team_id", "actor_kind", "actor", "user_id", "action", "object_kind", "object", "result", "code", "address", "request_id", "id"})
+	}
+	err := a.Audit.Each(r.Context(), f, func(record audit.Record) error {
+		if !begun {
+			if err := head(); err != nil {
+				return err
+			}
+		}
+		out := auditRecord(record)
+		if format != "csv" {
+			return enc.Encode(out)
+		}
+		return table.Write([]string{
+			out.At.Format(time.RFC3339Nano), or(out.TeamID, ""), string(out.ActorKind), out.Actor, or(out.UserID, ""), cell(out.Action), cell(out.ObjectKind), cell(out.Object),
+			string(out.Result), out.Code, out.Address, cell(out.RequestID), out.ID.String(),
+		})
+	})
+	if err == nil && !begun {
+		err = head()
+	}
+	if err == nil {
+		table.Flush()
+		err = table.Error()
+	}
+	if err != nil && !begun {
+		a.Fail(w, r, err)
+		return
+	}
+	if err != nil {
+		a.log(r).Warn("export of audit records broke off", "error", err)
+		panic(http.ErrAbortHandler)
+	}
+}
+
+// cell keeps a spreadsheet from taking text for a formula.
+func cell(text string) string {
+	if text != "" && strings.ContainsRune("=+-@\t\r", rune(text[0])) {
+		return "'" + text
+	}
+	return text
+}
