@@ -545,6 +545,19 @@ func testReports(t *testing.T, h *host, sandbox string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	all, err := h.Samples(t.Context(), connect.NewRequest(&pb.SamplesRequest{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	sampled := false
+	for _, r := range all.Msg.Samples {
+		if r.SandboxId == sandbox {
+			sampled = r.Vcpus == 1 && r.CpuUs > 0 && r.MemoryBytes > 50<<20 && r.DiskBytes > 0
+		}
+	}
+	if !sampled {
+		t.Errorf("samples: %v", all.Msg)
+	}
 	if r := m.Msg; r.GetCpuCount() != 1 || r.GetMemoryTotalBytes() < 150<<20 || r.GetMemoryTotalBytes() > 256<<20 || r.GetDiskTotalBytes() < 4<<30 || r.GetHostMemoryBytes() < 50<<20 {
 		t.Errorf("metrics %v", r)
 	}

@@ -764,6 +764,17 @@ func (s *service) Metrics(ctx context.Context, req *connect.Request[pb.MetricsRe
 	}), nil
 }
 
+// Samples implements hostagentv1connect.HostAgentHandler.
+func (s *service) Samples(context.Context, *connect.Request[pb.SamplesRequest]) (*connect.Response[pb.SamplesResponse], error) {
+	r := &pb.SamplesResponse{Time: timestamppb.Now()}
+	for _, sample := range s.sandboxes.Samples() {
+		r.Samples = append(r.Samples, &pb.SamplesResponse_Sample{
+			SandboxId: id.Format(id.Sandbox, sample.ID), Vcpus: int32(sample.VCPUs), CpuUs: sample.CPU.Microseconds(), MemoryBytes: sample.MemoryBytes, DiskBytes: sample.DiskBytes,
+		})
+	}
+	return connect.NewResponse(r), nil
+}
+
 // Console implements hostagentv1connect.HostAgentHandler.
 func (s *service) Console(ctx context.Context, req *connect.Request[pb.ConsoleRequest]) (*connect.Response[pb.ConsoleResponse], error) {
 	u, err := parse(id.Sandbox, "sandbox_id", req.Msg.GetSandboxId())

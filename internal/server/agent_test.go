@@ -405,6 +405,20 @@ func (a *agent) Host(context.Context, *connect.Request[hostagentv1.HostRequest])
 	return connect.NewResponse(&hostagentv1.HostResponse{Version: "test", Cpus: 2, Vmm: "none", Accelerator: "none", MemoryLimitMib: 4096}), nil
 }
 
+// Samples says that each sandbox that runs has used a second since the last time.
+func (a *agent) Samples(context.Context, *connect.Request[hostagentv1.SamplesRequest]) (*connect.Response[hostagentv1.SamplesResponse], error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.calls["samples"]++
+	r := &hostagentv1.SamplesResponse{Time: timestamppb.Now()}
+	for name, sb := range a.sandboxes {
+		if sb.State == hostagentv1.SandboxState_SANDBOX_STATE_RUNNING {
+			r.Samples = append(r.Samples, &hostagentv1.SamplesResponse_Sample{SandboxId: name, Vcpus: 2, CpuUs: int64(a.calls["samples"]) * 1e6, MemoryBytes: 1 << 28, DiskBytes: 1 << 20})
+		}
+	}
+	return connect.NewResponse(r), nil
+}
+
 // happened adds an event to the journal.
 func (a *agent) happened(kind hostagentv1.Event_Kind, sandbox, reason string) {
 	a.mu.Lock()

@@ -4,13 +4,17 @@ import (
 	"bytes"
 	"encoding/csv"
 	"fmt"
+	"log/slog"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
+	"github.com/redis/go-redis/v9"
 
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/server/metrics"
 )
 
 // TestUsage runs a sandbox through a pause and a fork and looks at what it used.
@@ -182,4 +186,66 @@ func TestAuditBeforeAnswer(t *testing.T) {
 		t.Error("reads need records")
 	}
 	p.call("DELETE", "/v1/sandboxes/"+sandbox, nil).want(204)
+}
+
+func TestMetricsHistory(t *testing.T) {
+	p := newPlane(t)
+	sandbox := p.create(map[string]any{})
+	base := "/v1/sandboxes/" + sandbox
+	points := func(window string) []any {
+		p.Helper()
+		return p.call("GET", base+"/metrics/history"+window, nil).want(200).list("points")
+	}
+	p.eventually("there are two points", func() bool { return len(points("")) >= 2 })
+	last := points("?window=10m")[1].(map[string]any)
+	if pct, _ := last["cpu_used_pct"].(float64); pct < 5 || pct > 50 || last["memory_bytes"] != float64(1<<28) || last["disk_bytes"] != float64(1<<20) {
+		t.Errorf("point: %v", last)
+	}
+	for _, window := range []string{"2h", "24h"} {
+		if n := len(points("?window=" + window)); n != 1 && n != 2 {
+			t.Errorf("%s: %d points", window, n)
+		}
+	}
+	if n := p.agent.called("samples"); n > len(points(""))+1 {
+		t.Errorf("%d calls for %d points", n, len(points("")))
+	}
+	p.call("POST", base+"/pause", nil).want(200)
+	if len(points("")) < 2 {
+		t.Error("a pause loses points")
+	}
+	p.call("GET", base+"/metrics/history?window=1h", nil).fails(400, "invalid_argument")
+	p.call("GET", base+"/metrics/history", nil, "X-API-Key", p.newTeam()).fails(404, "not_found")
+	p.call("DELETE", base, nil).want(204)
+	if len(points("")) != 0 {
+		t.Error("an ended sandbox has points")
+	}
+	options, err := redis.ParseURL(p.config.RedisURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := redis.NewClient(options)
+	defer client.Close()
+	if left := client.Keys(t.Context(), "wrenn:metrics:*").Val(); len(left) > 0 {
+		t.Errorf("left in Redis: %v", left)
+	}
+
+	// However often it is sampled, a window has its bound.
+	h := metrics.New(client, slog.New(slog.DiscardHandler))
+	other, at := uuid.New(), time.Now().Add(-time.Hour)
+	for n := range 400 {
+		at = at.Add(5 * time.Second)
+		if err := h.Record(t.Context(), map[uuid.UUID]metrics.Sample{other: {Time: at, CPU: time.Duration(n) * time.Second, VCPUs: 1}}); err != nil {
+			t.Fatal(err)
+		}
+		if n == 200 { // Another server that believes it is its to sample.
+			if err := h.Record(t.Context(), map[uuid.UUID]metrics.Sample{other: {Time: at.Add(time.Millisecond), VCPUs: 1}}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for name, want := range map[string][2]int64{"10m": {121, 121}, "2h": {66, 68}, "24h": {6, 8}} {
+		if n := client.LLen(t.Context(), "wrenn:metrics:"+other.String()+":"+name).Val(); n < want[0] || n > want[1] {
+			t.Errorf("%s: %d samples kept, want %v", name, n, want)
+		}
+	}
 }

@@ -26,6 +26,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/events"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/metrics"
 	"github.com/wrenn-dev/wrenn/internal/server/proxy"
 	"github.com/wrenn-dev/wrenn/internal/server/rest"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
@@ -189,7 +190,8 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	s.bus = events.New(s.redis, s.store.Server, s.log)
 	s.keys = auth.NewKeys(s.store, s.log)
 	tpl := templates.New(s.store, s.log)
-	s.sandboxes = sandboxes.New(sandboxes.Config{Store: s.store, Hosts: s.hosts, Templates: tpl, Tokens: tokens, Tell: s.bus.Changed, Log: s.log})
+	history := metrics.New(s.redis, s.log)
+	s.sandboxes = sandboxes.New(sandboxes.Config{Store: s.store, Hosts: s.hosts, Templates: tpl, Tokens: tokens, Tell: s.bus.Changed, Watching: history.Watch, Ended: history.Forget, Log: s.log})
 	s.usage = usage.New(s.store, s.log)
 	s.audit = audit.New(s.store, c.AuditRetention, s.log)
 
@@ -202,7 +204,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), requests, durations)
 	registry.MustRegister(s.sandboxes.Collectors()...)
 	api, err := rest.New(ctx, rest.Config{
-		Sandboxes: s.sandboxes, Templates: tpl, Hosts: s.hosts, Usage: s.usage, Audit: s.audit, Keys: s.keys, Tokens: tokens,
+		Sandboxes: s.sandboxes, Templates: tpl, Hosts: s.hosts, Usage: s.usage, Audit: s.audit, History: history, Keys: s.keys, Tokens: tokens,
 		PublicURL: c.PublicURL, Domain: c.Domain, Log: s.log,
 		Checks: checks,
 		// A metric that cannot be had, with the database down, must not hide the others.

@@ -167,6 +167,27 @@ func (e HostStatus) Valid() bool {
 	}
 }
 
+// Defines values for MetricsWindow.
+const (
+	N10M MetricsWindow = "10m"
+	N24H MetricsWindow = "24h"
+	N2H  MetricsWindow = "2h"
+)
+
+// Valid indicates whether the value is a known member of the MetricsWindow enum.
+func (e MetricsWindow) Valid() bool {
+	switch e {
+	case N10M:
+		return true
+	case N24H:
+		return true
+	case N2H:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for OnTimeout.
 const (
 	Destroy OnTimeout = "destroy"
@@ -748,6 +769,24 @@ type HostTags = []string
 // Metadata The caller's own keys and values, to find sandboxes by. Keys are 1 to 128 characters without `=`.
 type Metadata map[string]string
 
+// MetricsPoint defines model for MetricsPoint.
+type MetricsPoint struct {
+	// CPUUsedPct Percent of all virtual CPUs together since the point before; absent where there is none or the sandbox was paused in between.
+	CPUUsedPct *float64 `json:"cpu_used_pct,omitempty"`
+
+	// DiskBytes What its own files take on the host's disk.
+	DiskBytes int64 `json:"disk_bytes"`
+
+	// MemoryBytes Memory of the host that its virtual machine takes.
+	MemoryBytes int64 `json:"memory_bytes"`
+
+	// Time When it was measured.
+	Time time.Time `json:"time"`
+}
+
+// MetricsWindow How far back, which says how far apart.
+type MetricsWindow string
+
 // OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused.
 type OnTimeout string
 
@@ -898,6 +937,17 @@ type SandboxMetrics struct {
 
 	// Time When it was measured.
 	Time time.Time `json:"time"`
+}
+
+// SandboxMetricsHistory defines model for SandboxMetricsHistory.
+type SandboxMetricsHistory struct {
+	Points []MetricsPoint `json:"points"`
+
+	// StepSeconds How far apart points are.
+	StepSeconds int32 `json:"step_seconds"`
+
+	// Window How far back, which says how far apart.
+	Window MetricsWindow `json:"window"`
 }
 
 // SandboxState `pending` and `starting`: being created; `running`: it runs; `missing`: it ran when
@@ -1263,6 +1313,12 @@ type WriteFileParams struct {
 	User *User `form:"user,omitempty" json:"user,omitempty"`
 }
 
+// GetSandboxMetricsHistoryParams defines parameters for GetSandboxMetricsHistory.
+type GetSandboxMetricsHistoryParams struct {
+	// Window How far back.
+	Window *MetricsWindow `form:"window,omitempty" json:"window,omitempty"`
+}
+
 // ListSnapshotsParams defines parameters for ListSnapshots.
 type ListSnapshotsParams struct {
 	// Limit The most entries to return.
@@ -1406,6 +1462,9 @@ type ServerInterface interface {
 	// GetSandboxMetrics What a sandbox uses now
 	// (GET /v1/sandboxes/{sandbox_id}/metrics)
 	GetSandboxMetrics(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	// GetSandboxMetricsHistory What a sandbox used lately
+	// (GET /v1/sandboxes/{sandbox_id}/metrics/history)
+	GetSandboxMetricsHistory(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params GetSandboxMetricsHistoryParams)
 	// PauseSandbox Pause a sandbox
 	// (POST /v1/sandboxes/{sandbox_id}/pause)
 	PauseSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
@@ -1619,6 +1678,12 @@ func (_ Unimplemented) GetSandboxLogs(w http.ResponseWriter, r *http.Request, sa
 // GetSandboxMetrics What a sandbox uses now
 // (GET /v1/sandboxes/{sandbox_id}/metrics)
 func (_ Unimplemented) GetSandboxMetrics(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// GetSandboxMetricsHistory What a sandbox used lately
+// (GET /v1/sandboxes/{sandbox_id}/metrics/history)
+func (_ Unimplemented) GetSandboxMetricsHistory(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params GetSandboxMetricsHistoryParams) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -2875,6 +2940,48 @@ func (siw *ServerInterfaceWrapper) GetSandboxMetrics(w http.ResponseWriter, r *h
 	handler.ServeHTTP(w, r)
 }
 
+// GetSandboxMetricsHistory operation middleware
+func (siw *ServerInterfaceWrapper) GetSandboxMetricsHistory(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandbox_id" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandbox_id", chi.URLParam(r, "sandbox_id"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandbox_id", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params GetSandboxMetricsHistoryParams
+
+	// ------------- Optional query parameter "window" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "window", r.URL.Query(), &params.Window, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "window"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "window", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetSandboxMetricsHistory(w, r, sandboxID, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // PauseSandbox operation middleware
 func (siw *ServerInterfaceWrapper) PauseSandbox(w http.ResponseWriter, r *http.Request) {
 
@@ -3449,6 +3556,9 @@ func HandlerWithOptions(si ServerInterface, options ChiServerOptions) http.Handl
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/v1/admin/audit", wrapper.ListAllAudit)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/sandboxes/{sandbox_id}/metrics/history", wrapper.GetSandboxMetricsHistory)
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/health", wrapper.GetHealth)

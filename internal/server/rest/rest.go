@@ -21,6 +21,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/metrics"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
 	"github.com/wrenn-dev/wrenn/internal/server/usage"
@@ -33,8 +34,10 @@ type Config struct {
 	Hosts     *hosts.Registry
 	Usage     *usage.Service
 	Audit     *audit.Log
-	Keys      *auth.Keys
-	Tokens    auth.Tokens
+	// History is what sandboxes used lately.
+	History *metrics.History
+	Keys    *auth.Keys
+	Tokens  auth.Tokens
 	// PublicURL is where clients reach the service, Domain what sandboxes'
 	// host names end with.
 	PublicURL, Domain string

@@ -10,6 +10,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/metrics"
+	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 	"github.com/wrenn-dev/wrenn/internal/server/usage"
 )
 
@@ -73,4 +75,36 @@ func (a *API) GetUsageByTeam(w http.ResponseWriter, r *http.Request, params rest
 		u.Teams = append(u.Teams, rest.TeamUsage{TeamID: id.Format(id.Team, t.ID), Name: some(t.Name), Amount: amount(t.Amount)})
 	}
 	answer(w, http.StatusOK, u)
+}
+
+// GetSandboxMetricsHistory answers GET /v1/sandboxes/{sandbox_id}/metrics/history.
+func (a *API) GetSandboxMetricsHistory(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID, params rest.GetSandboxMetricsHistoryParams) {
+	u, err := sandboxID(sandbox)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	row, err := a.Sandboxes.Get(r.Context(), caller(r).Team, u)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	window := metrics.Windows[0]
+	for _, known := range metrics.Windows {
+		if params.Window != nil && known.Name == string(*params.Window) {
+			window = known
+		}
+	}
+	h := rest.SandboxMetricsHistory{Window: rest.MetricsWindow(window.Name), StepSeconds: int32(window.Step.Seconds()), Points: []rest.MetricsPoint{}}
+	if !sandboxes.State(row.State).Ended() {
+		points, err := a.History.Read(r.Context(), u, window)
+		if err != nil {
+			a.Fail(w, r, err)
+			return
+		}
+		for _, p := range points {
+			h.Points = append(h.Points, rest.MetricsPoint{Time: p.Time, CPUUsedPct: p.CPUPercent, MemoryBytes: p.MemoryBytes, DiskBytes: p.DiskBytes})
+		}
+	}
+	answer(w, http.StatusOK, h)
 }

@@ -203,6 +203,7 @@ func (w *watch) ended(ctx context.Context, sandbox uuid.UUID, reason, why string
 		return err
 	}
 	w.changed(sandbox)
+	w.over(sandbox)
 	w.log.Info("sandbox ended", "sandbox_id", id.Format(id.Sandbox, sandbox), "reason", reason, "error", why)
 	return nil
 }

@@ -81,7 +81,13 @@ type Config struct {
 	// Tell tells the other servers that a sandbox changed; nil: there are none.
 	// It must not block.
 	Tell func(sandbox uuid.UUID)
-	Log  *slog.Logger
+	// Watching runs beside the watch over a host, until its context is done;
+	// nil: nothing does.
+	Watching func(context.Context, *hosts.Host)
+	// Ended is told that a sandbox has ended, by the server that wrote it down;
+	// nil: nobody is.
+	Ended func(ctx context.Context, sandbox uuid.UUID) error
+	Log   *slog.Logger
 }
 
 // Service is every team's sandboxes.
@@ -776,8 +782,22 @@ func (s *Service) stop(row db.Sandbox) error {
 		return fmt.Errorf("write that sandbox stopped: %w", err)
 	}
 	s.changed(row.ID)
+	s.over(row.ID)
 	log.Info("sandbox deleted")
 	return nil
+}
+
+// over drops what is kept beside the table of a sandbox that has ended. What
+// this does not reach goes by itself when it is old.
+func (s *Service) over(sandbox uuid.UUID) {
+	if s.Ended == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, 2*time.Second)
+	defer cancel()
+	if err := s.Ended(ctx, sandbox); err != nil {
+		s.Log.Debug("drop what was kept of an ended sandbox", "sandbox_id", id.Format(id.Sandbox, sandbox), "error", err)
+	}
 }
 
 // expiry is when the host will end the sandbox; nil: never.

@@ -122,6 +122,9 @@ func (s *Service) watch(ctx context.Context, h *hosts.Host) watching {
 	var wg sync.WaitGroup
 	wg.Go(func() { w.listen(ctx) })
 	wg.Go(func() { w.compareLoop(ctx) })
+	if s.Watching != nil {
+		wg.Go(func() { s.Watching(ctx, h) })
+	}
 	return watching{host: h, stop: func() { cancel(); wg.Wait() }}
 }
 

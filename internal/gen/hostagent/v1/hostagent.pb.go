@@ -137,7 +137,7 @@ func (x Event_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Event_Kind.Descriptor instead.
 func (Event_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{49, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{51, 0}
 }
 
 type Sandbox struct {
@@ -2432,6 +2432,94 @@ func (x *PingResponse) GetSandbox() *Sandbox {
 	return nil
 }
 
+type SamplesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SamplesRequest) Reset() {
+	*x = SamplesRequest{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SamplesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SamplesRequest) ProtoMessage() {}
+
+func (x *SamplesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SamplesRequest.ProtoReflect.Descriptor instead.
+func (*SamplesRequest) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{38}
+}
+
+type SamplesResponse struct {
+	state         protoimpl.MessageState    `protogen:"open.v1"`
+	Time          *timestamppb.Timestamp    `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
+	Samples       []*SamplesResponse_Sample `protobuf:"bytes,2,rep,name=samples,proto3" json:"samples,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SamplesResponse) Reset() {
+	*x = SamplesResponse{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SamplesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SamplesResponse) ProtoMessage() {}
+
+func (x *SamplesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SamplesResponse.ProtoReflect.Descriptor instead.
+func (*SamplesResponse) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *SamplesResponse) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *SamplesResponse) GetSamples() []*SamplesResponse_Sample {
+	if x != nil {
+		return x.Samples
+	}
+	return nil
+}
+
 type MetricsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
@@ -2441,7 +2529,7 @@ type MetricsRequest struct {
 
 func (x *MetricsRequest) Reset() {
 	*x = MetricsRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[38]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2453,7 +2541,7 @@ func (x *MetricsRequest) String() string {
 func (*MetricsRequest) ProtoMessage() {}
 
 func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[38]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2466,7 +2554,7 @@ func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsRequest.ProtoReflect.Descriptor instead.
 func (*MetricsRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{38}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *MetricsRequest) GetSandboxId() string {
@@ -2494,7 +2582,7 @@ type MetricsResponse struct {
 
 func (x *MetricsResponse) Reset() {
 	*x = MetricsResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2506,7 +2594,7 @@ func (x *MetricsResponse) String() string {
 func (*MetricsResponse) ProtoMessage() {}
 
 func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2519,7 +2607,7 @@ func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsResponse.ProtoReflect.Descriptor instead.
 func (*MetricsResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{39}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *MetricsResponse) GetTime() *timestamppb.Timestamp {
@@ -2587,7 +2675,7 @@ type ConsoleRequest struct {
 
 func (x *ConsoleRequest) Reset() {
 	*x = ConsoleRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2599,7 +2687,7 @@ func (x *ConsoleRequest) String() string {
 func (*ConsoleRequest) ProtoMessage() {}
 
 func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2612,7 +2700,7 @@ func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleRequest.ProtoReflect.Descriptor instead.
 func (*ConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{40}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ConsoleRequest) GetSandboxId() string {
@@ -2631,7 +2719,7 @@ type ConsoleResponse struct {
 
 func (x *ConsoleResponse) Reset() {
 	*x = ConsoleResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2643,7 +2731,7 @@ func (x *ConsoleResponse) String() string {
 func (*ConsoleResponse) ProtoMessage() {}
 
 func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2656,7 +2744,7 @@ func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleResponse.ProtoReflect.Descriptor instead.
 func (*ConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{41}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ConsoleResponse) GetOutput() []byte {
@@ -2684,7 +2772,7 @@ type Template struct {
 
 func (x *Template) Reset() {
 	*x = Template{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[42]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2696,7 +2784,7 @@ func (x *Template) String() string {
 func (*Template) ProtoMessage() {}
 
 func (x *Template) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[42]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2709,7 +2797,7 @@ func (x *Template) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Template.ProtoReflect.Descriptor instead.
 func (*Template) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{42}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Template) GetTemplateId() string {
@@ -2788,7 +2876,7 @@ type ImportTemplateRequest struct {
 
 func (x *ImportTemplateRequest) Reset() {
 	*x = ImportTemplateRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[43]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2800,7 +2888,7 @@ func (x *ImportTemplateRequest) String() string {
 func (*ImportTemplateRequest) ProtoMessage() {}
 
 func (x *ImportTemplateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[43]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2813,7 +2901,7 @@ func (x *ImportTemplateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportTemplateRequest.ProtoReflect.Descriptor instead.
 func (*ImportTemplateRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{43}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ImportTemplateRequest) GetMessage() isImportTemplateRequest_Message {
@@ -2868,7 +2956,7 @@ type ImportTemplateResponse struct {
 
 func (x *ImportTemplateResponse) Reset() {
 	*x = ImportTemplateResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[44]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2880,7 +2968,7 @@ func (x *ImportTemplateResponse) String() string {
 func (*ImportTemplateResponse) ProtoMessage() {}
 
 func (x *ImportTemplateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[44]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2893,7 +2981,7 @@ func (x *ImportTemplateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportTemplateResponse.ProtoReflect.Descriptor instead.
 func (*ImportTemplateResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{44}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ImportTemplateResponse) GetTemplate() *Template {
@@ -2918,7 +3006,7 @@ type TemplatesRequest struct {
 
 func (x *TemplatesRequest) Reset() {
 	*x = TemplatesRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[45]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2930,7 +3018,7 @@ func (x *TemplatesRequest) String() string {
 func (*TemplatesRequest) ProtoMessage() {}
 
 func (x *TemplatesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[45]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2943,7 +3031,7 @@ func (x *TemplatesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TemplatesRequest.ProtoReflect.Descriptor instead.
 func (*TemplatesRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{45}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{47}
 }
 
 type TemplatesResponse struct {
@@ -2955,7 +3043,7 @@ type TemplatesResponse struct {
 
 func (x *TemplatesResponse) Reset() {
 	*x = TemplatesResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[46]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2967,7 +3055,7 @@ func (x *TemplatesResponse) String() string {
 func (*TemplatesResponse) ProtoMessage() {}
 
 func (x *TemplatesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[46]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2980,7 +3068,7 @@ func (x *TemplatesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TemplatesResponse.ProtoReflect.Descriptor instead.
 func (*TemplatesResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{46}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *TemplatesResponse) GetTemplates() []*Template {
@@ -2998,7 +3086,7 @@ type HostRequest struct {
 
 func (x *HostRequest) Reset() {
 	*x = HostRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[47]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3010,7 +3098,7 @@ func (x *HostRequest) String() string {
 func (*HostRequest) ProtoMessage() {}
 
 func (x *HostRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[47]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3023,7 +3111,7 @@ func (x *HostRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostRequest.ProtoReflect.Descriptor instead.
 func (*HostRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{47}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{49}
 }
 
 type HostResponse struct {
@@ -3053,7 +3141,7 @@ type HostResponse struct {
 
 func (x *HostResponse) Reset() {
 	*x = HostResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3065,7 +3153,7 @@ func (x *HostResponse) String() string {
 func (*HostResponse) ProtoMessage() {}
 
 func (x *HostResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3078,7 +3166,7 @@ func (x *HostResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostResponse.ProtoReflect.Descriptor instead.
 func (*HostResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{48}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *HostResponse) GetVersion() string {
@@ -3192,7 +3280,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3204,7 +3292,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3217,7 +3305,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{49}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -3263,7 +3351,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[50]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3275,7 +3363,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[50]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3288,7 +3376,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{50}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{52}
 }
 
 type EventsResponse struct {
@@ -3300,7 +3388,7 @@ type EventsResponse struct {
 
 func (x *EventsResponse) Reset() {
 	*x = EventsResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[51]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3312,7 +3400,7 @@ func (x *EventsResponse) String() string {
 func (*EventsResponse) ProtoMessage() {}
 
 func (x *EventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[51]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3325,7 +3413,7 @@ func (x *EventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsResponse.ProtoReflect.Descriptor instead.
 func (*EventsResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{51}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *EventsResponse) GetEvent() *Event {
@@ -3344,7 +3432,7 @@ type AckEventsRequest struct {
 
 func (x *AckEventsRequest) Reset() {
 	*x = AckEventsRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[52]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3356,7 +3444,7 @@ func (x *AckEventsRequest) String() string {
 func (*AckEventsRequest) ProtoMessage() {}
 
 func (x *AckEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[52]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3369,7 +3457,7 @@ func (x *AckEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AckEventsRequest.ProtoReflect.Descriptor instead.
 func (*AckEventsRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{52}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *AckEventsRequest) GetSeq() uint64 {
@@ -3387,7 +3475,7 @@ type AckEventsResponse struct {
 
 func (x *AckEventsResponse) Reset() {
 	*x = AckEventsResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[53]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3399,7 +3487,7 @@ func (x *AckEventsResponse) String() string {
 func (*AckEventsResponse) ProtoMessage() {}
 
 func (x *AckEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[53]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3412,7 +3500,7 @@ func (x *AckEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AckEventsResponse.ProtoReflect.Descriptor instead.
 func (*AckEventsResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{53}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{55}
 }
 
 type TerminateRequest struct {
@@ -3423,7 +3511,7 @@ type TerminateRequest struct {
 
 func (x *TerminateRequest) Reset() {
 	*x = TerminateRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[54]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3435,7 +3523,7 @@ func (x *TerminateRequest) String() string {
 func (*TerminateRequest) ProtoMessage() {}
 
 func (x *TerminateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[54]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3448,7 +3536,7 @@ func (x *TerminateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TerminateRequest.ProtoReflect.Descriptor instead.
 func (*TerminateRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{54}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{56}
 }
 
 type TerminateResponse struct {
@@ -3459,7 +3547,7 @@ type TerminateResponse struct {
 
 func (x *TerminateResponse) Reset() {
 	*x = TerminateResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[55]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3471,7 +3559,7 @@ func (x *TerminateResponse) String() string {
 func (*TerminateResponse) ProtoMessage() {}
 
 func (x *TerminateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[55]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3484,7 +3572,7 @@ func (x *TerminateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TerminateResponse.ProtoReflect.Descriptor instead.
 func (*TerminateResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{55}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{57}
 }
 
 type ForkRequest_Copy struct {
@@ -3497,7 +3585,7 @@ type ForkRequest_Copy struct {
 
 func (x *ForkRequest_Copy) Reset() {
 	*x = ForkRequest_Copy{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[58]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3509,7 +3597,7 @@ func (x *ForkRequest_Copy) String() string {
 func (*ForkRequest_Copy) ProtoMessage() {}
 
 func (x *ForkRequest_Copy) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[58]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3553,7 +3641,7 @@ type ExecStreamRequest_Start struct {
 
 func (x *ExecStreamRequest_Start) Reset() {
 	*x = ExecStreamRequest_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[60]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3565,7 +3653,7 @@ func (x *ExecStreamRequest_Start) String() string {
 func (*ExecStreamRequest_Start) ProtoMessage() {}
 
 func (x *ExecStreamRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[60]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3617,7 +3705,7 @@ type ExecStreamRequest_CloseStdin struct {
 
 func (x *ExecStreamRequest_CloseStdin) Reset() {
 	*x = ExecStreamRequest_CloseStdin{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[61]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3629,7 +3717,7 @@ func (x *ExecStreamRequest_CloseStdin) String() string {
 func (*ExecStreamRequest_CloseStdin) ProtoMessage() {}
 
 func (x *ExecStreamRequest_CloseStdin) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[61]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3654,7 +3742,7 @@ type ExecStreamResponse_Started struct {
 
 func (x *ExecStreamResponse_Started) Reset() {
 	*x = ExecStreamResponse_Started{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[62]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3666,7 +3754,7 @@ func (x *ExecStreamResponse_Started) String() string {
 func (*ExecStreamResponse_Started) ProtoMessage() {}
 
 func (x *ExecStreamResponse_Started) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[62]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3700,7 +3788,7 @@ type ExecStreamResponse_Exited struct {
 
 func (x *ExecStreamResponse_Exited) Reset() {
 	*x = ExecStreamResponse_Exited{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[63]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3712,7 +3800,7 @@ func (x *ExecStreamResponse_Exited) String() string {
 func (*ExecStreamResponse_Exited) ProtoMessage() {}
 
 func (x *ExecStreamResponse_Exited) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[63]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3760,7 +3848,7 @@ type WriteFileStreamRequest_Start struct {
 
 func (x *WriteFileStreamRequest_Start) Reset() {
 	*x = WriteFileStreamRequest_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[64]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3772,7 +3860,7 @@ func (x *WriteFileStreamRequest_Start) String() string {
 func (*WriteFileStreamRequest_Start) ProtoMessage() {}
 
 func (x *WriteFileStreamRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[64]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3812,7 +3900,7 @@ type ReadFileStreamResponse_Start struct {
 
 func (x *ReadFileStreamResponse_Start) Reset() {
 	*x = ReadFileStreamResponse_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[65]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3824,7 +3912,7 @@ func (x *ReadFileStreamResponse_Start) String() string {
 func (*ReadFileStreamResponse_Start) ProtoMessage() {}
 
 func (x *ReadFileStreamResponse_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[65]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3847,6 +3935,86 @@ func (x *ReadFileStreamResponse_Start) GetSize() int64 {
 	return 0
 }
 
+type SamplesResponse_Sample struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	Vcpus     int32                  `protobuf:"varint,2,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
+	// Time that its virtual machine has computed since it began; a resume
+	// begins another.
+	CpuUs int64 `protobuf:"varint,3,opt,name=cpu_us,json=cpuUs,proto3" json:"cpu_us,omitempty"`
+	// Memory of the host that the virtual machine takes.
+	MemoryBytes int64 `protobuf:"varint,4,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	// What the sandbox's own files take on the host's disk.
+	DiskBytes     int64 `protobuf:"varint,5,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SamplesResponse_Sample) Reset() {
+	*x = SamplesResponse_Sample{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[68]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SamplesResponse_Sample) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SamplesResponse_Sample) ProtoMessage() {}
+
+func (x *SamplesResponse_Sample) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[68]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SamplesResponse_Sample.ProtoReflect.Descriptor instead.
+func (*SamplesResponse_Sample) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{39, 0}
+}
+
+func (x *SamplesResponse_Sample) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *SamplesResponse_Sample) GetVcpus() int32 {
+	if x != nil {
+		return x.Vcpus
+	}
+	return 0
+}
+
+func (x *SamplesResponse_Sample) GetCpuUs() int64 {
+	if x != nil {
+		return x.CpuUs
+	}
+	return 0
+}
+
+func (x *SamplesResponse_Sample) GetMemoryBytes() int64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
+func (x *SamplesResponse_Sample) GetDiskBytes() int64 {
+	if x != nil {
+		return x.DiskBytes
+	}
+	return 0
+}
+
 type ImportTemplateRequest_Registry struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// As `docker pull` takes it.
@@ -3860,7 +4028,7 @@ type ImportTemplateRequest_Registry struct {
 
 func (x *ImportTemplateRequest_Registry) Reset() {
 	*x = ImportTemplateRequest_Registry{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[66]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3872,7 +4040,7 @@ func (x *ImportTemplateRequest_Registry) String() string {
 func (*ImportTemplateRequest_Registry) ProtoMessage() {}
 
 func (x *ImportTemplateRequest_Registry) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[66]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3885,7 +4053,7 @@ func (x *ImportTemplateRequest_Registry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportTemplateRequest_Registry.ProtoReflect.Descriptor instead.
 func (*ImportTemplateRequest_Registry) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{43, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{45, 0}
 }
 
 func (x *ImportTemplateRequest_Registry) GetReference() string {
@@ -3921,7 +4089,7 @@ type ImportTemplateRequest_Archive struct {
 
 func (x *ImportTemplateRequest_Archive) Reset() {
 	*x = ImportTemplateRequest_Archive{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[67]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3933,7 +4101,7 @@ func (x *ImportTemplateRequest_Archive) String() string {
 func (*ImportTemplateRequest_Archive) ProtoMessage() {}
 
 func (x *ImportTemplateRequest_Archive) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[67]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3946,7 +4114,7 @@ func (x *ImportTemplateRequest_Archive) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportTemplateRequest_Archive.ProtoReflect.Descriptor instead.
 func (*ImportTemplateRequest_Archive) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{43, 1}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{45, 1}
 }
 
 func (x *ImportTemplateRequest_Archive) GetTag() string {
@@ -3980,7 +4148,7 @@ type ImportTemplateRequest_Start struct {
 
 func (x *ImportTemplateRequest_Start) Reset() {
 	*x = ImportTemplateRequest_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[68]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3992,7 +4160,7 @@ func (x *ImportTemplateRequest_Start) String() string {
 func (*ImportTemplateRequest_Start) ProtoMessage() {}
 
 func (x *ImportTemplateRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[68]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4005,7 +4173,7 @@ func (x *ImportTemplateRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportTemplateRequest_Start.ProtoReflect.Descriptor instead.
 func (*ImportTemplateRequest_Start) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{43, 2}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{45, 2}
 }
 
 func (x *ImportTemplateRequest_Start) GetTemplateId() string {
@@ -4291,7 +4459,19 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"?\n" +
 	"\fPingResponse\x12/\n" +
-	"\asandbox\x18\x01 \x01(\v2\x15.hostagent.v1.SandboxR\asandbox\"/\n" +
+	"\asandbox\x18\x01 \x01(\v2\x15.hostagent.v1.SandboxR\asandbox\"\x10\n" +
+	"\x0eSamplesRequest\"\x9a\x02\n" +
+	"\x0fSamplesResponse\x12.\n" +
+	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12>\n" +
+	"\asamples\x18\x02 \x03(\v2$.hostagent.v1.SamplesResponse.SampleR\asamples\x1a\x96\x01\n" +
+	"\x06Sample\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x14\n" +
+	"\x05vcpus\x18\x02 \x01(\x05R\x05vcpus\x12\x15\n" +
+	"\x06cpu_us\x18\x03 \x01(\x03R\x05cpuUs\x12!\n" +
+	"\fmemory_bytes\x18\x04 \x01(\x03R\vmemoryBytes\x12\x1d\n" +
+	"\n" +
+	"disk_bytes\x18\x05 \x01(\x03R\tdiskBytes\"/\n" +
 	"\x0eMetricsRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"\xd8\x02\n" +
@@ -4399,7 +4579,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x16SANDBOX_STATE_STOPPING\x10\x03\x12\x19\n" +
 	"\x15SANDBOX_STATE_PAUSING\x10\x04\x12\x18\n" +
 	"\x14SANDBOX_STATE_PAUSED\x10\x05\x12\x1a\n" +
-	"\x16SANDBOX_STATE_RESUMING\x10\x062\x8d\x0e\n" +
+	"\x16SANDBOX_STATE_RESUMING\x10\x062\xd5\x0e\n" +
 	"\tHostAgent\x12C\n" +
 	"\x06Create\x12\x1b.hostagent.v1.CreateRequest\x1a\x1c.hostagent.v1.CreateResponse\x12F\n" +
 	"\aDestroy\x12\x1c.hostagent.v1.DestroyRequest\x1a\x1d.hostagent.v1.DestroyResponse\x12=\n" +
@@ -4414,6 +4594,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x0eReadFileStream\x12#.hostagent.v1.ReadFileStreamRequest\x1a$.hostagent.v1.ReadFileStreamResponse0\x01\x12=\n" +
 	"\x04Ping\x12\x19.hostagent.v1.PingRequest\x1a\x1a.hostagent.v1.PingResponse\x12F\n" +
 	"\aMetrics\x12\x1c.hostagent.v1.MetricsRequest\x1a\x1d.hostagent.v1.MetricsResponse\x12F\n" +
+	"\aSamples\x12\x1c.hostagent.v1.SamplesRequest\x1a\x1d.hostagent.v1.SamplesResponse\x12F\n" +
 	"\aConsole\x12\x1c.hostagent.v1.ConsoleRequest\x1a\x1d.hostagent.v1.ConsoleResponse\x12L\n" +
 	"\tTemplates\x12\x1e.hostagent.v1.TemplatesRequest\x1a\x1f.hostagent.v1.TemplatesResponse\x12=\n" +
 	"\x04Host\x12\x19.hostagent.v1.HostRequest\x1a\x1a.hostagent.v1.HostResponse\x12E\n" +
@@ -4441,7 +4622,7 @@ func file_hostagent_v1_hostagent_proto_rawDescGZIP() []byte {
 }
 
 var file_hostagent_v1_hostagent_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 69)
+var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 72)
 var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(SandboxState)(0),                      // 0: hostagent.v1.SandboxState
 	(Event_Kind)(0),                        // 1: hostagent.v1.Event.Kind
@@ -4483,136 +4664,143 @@ var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(*ReadFileStreamResponse)(nil),         // 37: hostagent.v1.ReadFileStreamResponse
 	(*PingRequest)(nil),                    // 38: hostagent.v1.PingRequest
 	(*PingResponse)(nil),                   // 39: hostagent.v1.PingResponse
-	(*MetricsRequest)(nil),                 // 40: hostagent.v1.MetricsRequest
-	(*MetricsResponse)(nil),                // 41: hostagent.v1.MetricsResponse
-	(*ConsoleRequest)(nil),                 // 42: hostagent.v1.ConsoleRequest
-	(*ConsoleResponse)(nil),                // 43: hostagent.v1.ConsoleResponse
-	(*Template)(nil),                       // 44: hostagent.v1.Template
-	(*ImportTemplateRequest)(nil),          // 45: hostagent.v1.ImportTemplateRequest
-	(*ImportTemplateResponse)(nil),         // 46: hostagent.v1.ImportTemplateResponse
-	(*TemplatesRequest)(nil),               // 47: hostagent.v1.TemplatesRequest
-	(*TemplatesResponse)(nil),              // 48: hostagent.v1.TemplatesResponse
-	(*HostRequest)(nil),                    // 49: hostagent.v1.HostRequest
-	(*HostResponse)(nil),                   // 50: hostagent.v1.HostResponse
-	(*Event)(nil),                          // 51: hostagent.v1.Event
-	(*EventsRequest)(nil),                  // 52: hostagent.v1.EventsRequest
-	(*EventsResponse)(nil),                 // 53: hostagent.v1.EventsResponse
-	(*AckEventsRequest)(nil),               // 54: hostagent.v1.AckEventsRequest
-	(*AckEventsResponse)(nil),              // 55: hostagent.v1.AckEventsResponse
-	(*TerminateRequest)(nil),               // 56: hostagent.v1.TerminateRequest
-	(*TerminateResponse)(nil),              // 57: hostagent.v1.TerminateResponse
-	nil,                                    // 58: hostagent.v1.CreateRequest.EnvsEntry
-	nil,                                    // 59: hostagent.v1.Defaults.EnvsEntry
-	(*ForkRequest_Copy)(nil),               // 60: hostagent.v1.ForkRequest.Copy
-	nil,                                    // 61: hostagent.v1.Command.EnvsEntry
-	(*ExecStreamRequest_Start)(nil),        // 62: hostagent.v1.ExecStreamRequest.Start
-	(*ExecStreamRequest_CloseStdin)(nil),   // 63: hostagent.v1.ExecStreamRequest.CloseStdin
-	(*ExecStreamResponse_Started)(nil),     // 64: hostagent.v1.ExecStreamResponse.Started
-	(*ExecStreamResponse_Exited)(nil),      // 65: hostagent.v1.ExecStreamResponse.Exited
-	(*WriteFileStreamRequest_Start)(nil),   // 66: hostagent.v1.WriteFileStreamRequest.Start
-	(*ReadFileStreamResponse_Start)(nil),   // 67: hostagent.v1.ReadFileStreamResponse.Start
-	(*ImportTemplateRequest_Registry)(nil), // 68: hostagent.v1.ImportTemplateRequest.Registry
-	(*ImportTemplateRequest_Archive)(nil),  // 69: hostagent.v1.ImportTemplateRequest.Archive
-	(*ImportTemplateRequest_Start)(nil),    // 70: hostagent.v1.ImportTemplateRequest.Start
-	(*timestamppb.Timestamp)(nil),          // 71: google.protobuf.Timestamp
+	(*SamplesRequest)(nil),                 // 40: hostagent.v1.SamplesRequest
+	(*SamplesResponse)(nil),                // 41: hostagent.v1.SamplesResponse
+	(*MetricsRequest)(nil),                 // 42: hostagent.v1.MetricsRequest
+	(*MetricsResponse)(nil),                // 43: hostagent.v1.MetricsResponse
+	(*ConsoleRequest)(nil),                 // 44: hostagent.v1.ConsoleRequest
+	(*ConsoleResponse)(nil),                // 45: hostagent.v1.ConsoleResponse
+	(*Template)(nil),                       // 46: hostagent.v1.Template
+	(*ImportTemplateRequest)(nil),          // 47: hostagent.v1.ImportTemplateRequest
+	(*ImportTemplateResponse)(nil),         // 48: hostagent.v1.ImportTemplateResponse
+	(*TemplatesRequest)(nil),               // 49: hostagent.v1.TemplatesRequest
+	(*TemplatesResponse)(nil),              // 50: hostagent.v1.TemplatesResponse
+	(*HostRequest)(nil),                    // 51: hostagent.v1.HostRequest
+	(*HostResponse)(nil),                   // 52: hostagent.v1.HostResponse
+	(*Event)(nil),                          // 53: hostagent.v1.Event
+	(*EventsRequest)(nil),                  // 54: hostagent.v1.EventsRequest
+	(*EventsResponse)(nil),                 // 55: hostagent.v1.EventsResponse
+	(*AckEventsRequest)(nil),               // 56: hostagent.v1.AckEventsRequest
+	(*AckEventsResponse)(nil),              // 57: hostagent.v1.AckEventsResponse
+	(*TerminateRequest)(nil),               // 58: hostagent.v1.TerminateRequest
+	(*TerminateResponse)(nil),              // 59: hostagent.v1.TerminateResponse
+	nil,                                    // 60: hostagent.v1.CreateRequest.EnvsEntry
+	nil,                                    // 61: hostagent.v1.Defaults.EnvsEntry
+	(*ForkRequest_Copy)(nil),               // 62: hostagent.v1.ForkRequest.Copy
+	nil,                                    // 63: hostagent.v1.Command.EnvsEntry
+	(*ExecStreamRequest_Start)(nil),        // 64: hostagent.v1.ExecStreamRequest.Start
+	(*ExecStreamRequest_CloseStdin)(nil),   // 65: hostagent.v1.ExecStreamRequest.CloseStdin
+	(*ExecStreamResponse_Started)(nil),     // 66: hostagent.v1.ExecStreamResponse.Started
+	(*ExecStreamResponse_Exited)(nil),      // 67: hostagent.v1.ExecStreamResponse.Exited
+	(*WriteFileStreamRequest_Start)(nil),   // 68: hostagent.v1.WriteFileStreamRequest.Start
+	(*ReadFileStreamResponse_Start)(nil),   // 69: hostagent.v1.ReadFileStreamResponse.Start
+	(*SamplesResponse_Sample)(nil),         // 70: hostagent.v1.SamplesResponse.Sample
+	(*ImportTemplateRequest_Registry)(nil), // 71: hostagent.v1.ImportTemplateRequest.Registry
+	(*ImportTemplateRequest_Archive)(nil),  // 72: hostagent.v1.ImportTemplateRequest.Archive
+	(*ImportTemplateRequest_Start)(nil),    // 73: hostagent.v1.ImportTemplateRequest.Start
+	(*timestamppb.Timestamp)(nil),          // 74: google.protobuf.Timestamp
 }
 var file_hostagent_v1_hostagent_proto_depIdxs = []int32{
 	0,  // 0: hostagent.v1.Sandbox.state:type_name -> hostagent.v1.SandboxState
-	71, // 1: hostagent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
-	71, // 2: hostagent.v1.Sandbox.expires_at:type_name -> google.protobuf.Timestamp
-	58, // 3: hostagent.v1.CreateRequest.envs:type_name -> hostagent.v1.CreateRequest.EnvsEntry
+	74, // 1: hostagent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
+	74, // 2: hostagent.v1.Sandbox.expires_at:type_name -> google.protobuf.Timestamp
+	60, // 3: hostagent.v1.CreateRequest.envs:type_name -> hostagent.v1.CreateRequest.EnvsEntry
 	2,  // 4: hostagent.v1.CreateResponse.sandbox:type_name -> hostagent.v1.Sandbox
 	2,  // 5: hostagent.v1.PauseResponse.sandbox:type_name -> hostagent.v1.Sandbox
 	2,  // 6: hostagent.v1.ResumeResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	59, // 7: hostagent.v1.Defaults.envs:type_name -> hostagent.v1.Defaults.EnvsEntry
+	61, // 7: hostagent.v1.Defaults.envs:type_name -> hostagent.v1.Defaults.EnvsEntry
 	9,  // 8: hostagent.v1.SnapshotRequest.defaults:type_name -> hostagent.v1.Defaults
-	44, // 9: hostagent.v1.SnapshotResponse.template:type_name -> hostagent.v1.Template
-	60, // 10: hostagent.v1.ForkRequest.copies:type_name -> hostagent.v1.ForkRequest.Copy
+	46, // 9: hostagent.v1.SnapshotResponse.template:type_name -> hostagent.v1.Template
+	62, // 10: hostagent.v1.ForkRequest.copies:type_name -> hostagent.v1.ForkRequest.Copy
 	2,  // 11: hostagent.v1.ForkResponse.sandboxes:type_name -> hostagent.v1.Sandbox
 	2,  // 12: hostagent.v1.ListResponse.sandboxes:type_name -> hostagent.v1.Sandbox
 	2,  // 13: hostagent.v1.GetResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	61, // 14: hostagent.v1.Command.envs:type_name -> hostagent.v1.Command.EnvsEntry
+	63, // 14: hostagent.v1.Command.envs:type_name -> hostagent.v1.Command.EnvsEntry
 	22, // 15: hostagent.v1.ExecRequest.command:type_name -> hostagent.v1.Command
-	62, // 16: hostagent.v1.ExecStreamRequest.start:type_name -> hostagent.v1.ExecStreamRequest.Start
-	63, // 17: hostagent.v1.ExecStreamRequest.close_stdin:type_name -> hostagent.v1.ExecStreamRequest.CloseStdin
+	64, // 16: hostagent.v1.ExecStreamRequest.start:type_name -> hostagent.v1.ExecStreamRequest.Start
+	65, // 17: hostagent.v1.ExecStreamRequest.close_stdin:type_name -> hostagent.v1.ExecStreamRequest.CloseStdin
 	25, // 18: hostagent.v1.ExecStreamRequest.resize:type_name -> hostagent.v1.TerminalSize
-	64, // 19: hostagent.v1.ExecStreamResponse.started:type_name -> hostagent.v1.ExecStreamResponse.Started
-	65, // 20: hostagent.v1.ExecStreamResponse.exited:type_name -> hostagent.v1.ExecStreamResponse.Exited
+	66, // 19: hostagent.v1.ExecStreamResponse.started:type_name -> hostagent.v1.ExecStreamResponse.Started
+	67, // 20: hostagent.v1.ExecStreamResponse.exited:type_name -> hostagent.v1.ExecStreamResponse.Exited
 	28, // 21: hostagent.v1.WriteFileRequest.file:type_name -> hostagent.v1.FileRef
 	29, // 22: hostagent.v1.WriteFileResponse.file:type_name -> hostagent.v1.FileInfo
 	28, // 23: hostagent.v1.ReadFileRequest.file:type_name -> hostagent.v1.FileRef
-	66, // 24: hostagent.v1.WriteFileStreamRequest.start:type_name -> hostagent.v1.WriteFileStreamRequest.Start
+	68, // 24: hostagent.v1.WriteFileStreamRequest.start:type_name -> hostagent.v1.WriteFileStreamRequest.Start
 	29, // 25: hostagent.v1.WriteFileStreamResponse.file:type_name -> hostagent.v1.FileInfo
 	28, // 26: hostagent.v1.ReadFileStreamRequest.file:type_name -> hostagent.v1.FileRef
-	67, // 27: hostagent.v1.ReadFileStreamResponse.start:type_name -> hostagent.v1.ReadFileStreamResponse.Start
+	69, // 27: hostagent.v1.ReadFileStreamResponse.start:type_name -> hostagent.v1.ReadFileStreamResponse.Start
 	2,  // 28: hostagent.v1.PingResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	71, // 29: hostagent.v1.MetricsResponse.time:type_name -> google.protobuf.Timestamp
-	71, // 30: hostagent.v1.Template.created_at:type_name -> google.protobuf.Timestamp
-	9,  // 31: hostagent.v1.Template.defaults:type_name -> hostagent.v1.Defaults
-	70, // 32: hostagent.v1.ImportTemplateRequest.start:type_name -> hostagent.v1.ImportTemplateRequest.Start
-	44, // 33: hostagent.v1.ImportTemplateResponse.template:type_name -> hostagent.v1.Template
-	44, // 34: hostagent.v1.TemplatesResponse.templates:type_name -> hostagent.v1.Template
-	1,  // 35: hostagent.v1.Event.kind:type_name -> hostagent.v1.Event.Kind
-	71, // 36: hostagent.v1.Event.time:type_name -> google.protobuf.Timestamp
-	51, // 37: hostagent.v1.EventsResponse.event:type_name -> hostagent.v1.Event
-	22, // 38: hostagent.v1.ExecStreamRequest.Start.command:type_name -> hostagent.v1.Command
-	25, // 39: hostagent.v1.ExecStreamRequest.Start.terminal:type_name -> hostagent.v1.TerminalSize
-	28, // 40: hostagent.v1.WriteFileStreamRequest.Start.file:type_name -> hostagent.v1.FileRef
-	68, // 41: hostagent.v1.ImportTemplateRequest.Start.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
-	69, // 42: hostagent.v1.ImportTemplateRequest.Start.archive:type_name -> hostagent.v1.ImportTemplateRequest.Archive
-	3,  // 43: hostagent.v1.HostAgent.Create:input_type -> hostagent.v1.CreateRequest
-	16, // 44: hostagent.v1.HostAgent.Destroy:input_type -> hostagent.v1.DestroyRequest
-	18, // 45: hostagent.v1.HostAgent.List:input_type -> hostagent.v1.ListRequest
-	20, // 46: hostagent.v1.HostAgent.Get:input_type -> hostagent.v1.GetRequest
-	23, // 47: hostagent.v1.HostAgent.Exec:input_type -> hostagent.v1.ExecRequest
-	26, // 48: hostagent.v1.HostAgent.ExecStream:input_type -> hostagent.v1.ExecStreamRequest
-	30, // 49: hostagent.v1.HostAgent.WriteFile:input_type -> hostagent.v1.WriteFileRequest
-	32, // 50: hostagent.v1.HostAgent.ReadFile:input_type -> hostagent.v1.ReadFileRequest
-	34, // 51: hostagent.v1.HostAgent.WriteFileStream:input_type -> hostagent.v1.WriteFileStreamRequest
-	36, // 52: hostagent.v1.HostAgent.ReadFileStream:input_type -> hostagent.v1.ReadFileStreamRequest
-	38, // 53: hostagent.v1.HostAgent.Ping:input_type -> hostagent.v1.PingRequest
-	40, // 54: hostagent.v1.HostAgent.Metrics:input_type -> hostagent.v1.MetricsRequest
-	42, // 55: hostagent.v1.HostAgent.Console:input_type -> hostagent.v1.ConsoleRequest
-	47, // 56: hostagent.v1.HostAgent.Templates:input_type -> hostagent.v1.TemplatesRequest
-	49, // 57: hostagent.v1.HostAgent.Host:input_type -> hostagent.v1.HostRequest
-	52, // 58: hostagent.v1.HostAgent.Events:input_type -> hostagent.v1.EventsRequest
-	54, // 59: hostagent.v1.HostAgent.AckEvents:input_type -> hostagent.v1.AckEventsRequest
-	5,  // 60: hostagent.v1.HostAgent.Pause:input_type -> hostagent.v1.PauseRequest
-	7,  // 61: hostagent.v1.HostAgent.Resume:input_type -> hostagent.v1.ResumeRequest
-	10, // 62: hostagent.v1.HostAgent.Snapshot:input_type -> hostagent.v1.SnapshotRequest
-	12, // 63: hostagent.v1.HostAgent.Fork:input_type -> hostagent.v1.ForkRequest
-	14, // 64: hostagent.v1.HostAgent.DeleteTemplate:input_type -> hostagent.v1.DeleteTemplateRequest
-	45, // 65: hostagent.v1.HostAgent.ImportTemplate:input_type -> hostagent.v1.ImportTemplateRequest
-	56, // 66: hostagent.v1.HostAgent.Terminate:input_type -> hostagent.v1.TerminateRequest
-	4,  // 67: hostagent.v1.HostAgent.Create:output_type -> hostagent.v1.CreateResponse
-	17, // 68: hostagent.v1.HostAgent.Destroy:output_type -> hostagent.v1.DestroyResponse
-	19, // 69: hostagent.v1.HostAgent.List:output_type -> hostagent.v1.ListResponse
-	21, // 70: hostagent.v1.HostAgent.Get:output_type -> hostagent.v1.GetResponse
-	24, // 71: hostagent.v1.HostAgent.Exec:output_type -> hostagent.v1.ExecResponse
-	27, // 72: hostagent.v1.HostAgent.ExecStream:output_type -> hostagent.v1.ExecStreamResponse
-	31, // 73: hostagent.v1.HostAgent.WriteFile:output_type -> hostagent.v1.WriteFileResponse
-	33, // 74: hostagent.v1.HostAgent.ReadFile:output_type -> hostagent.v1.ReadFileResponse
-	35, // 75: hostagent.v1.HostAgent.WriteFileStream:output_type -> hostagent.v1.WriteFileStreamResponse
-	37, // 76: hostagent.v1.HostAgent.ReadFileStream:output_type -> hostagent.v1.ReadFileStreamResponse
-	39, // 77: hostagent.v1.HostAgent.Ping:output_type -> hostagent.v1.PingResponse
-	41, // 78: hostagent.v1.HostAgent.Metrics:output_type -> hostagent.v1.MetricsResponse
-	43, // 79: hostagent.v1.HostAgent.Console:output_type -> hostagent.v1.ConsoleResponse
-	48, // 80: hostagent.v1.HostAgent.Templates:output_type -> hostagent.v1.TemplatesResponse
-	50, // 81: hostagent.v1.HostAgent.Host:output_type -> hostagent.v1.HostResponse
-	53, // 82: hostagent.v1.HostAgent.Events:output_type -> hostagent.v1.EventsResponse
-	55, // 83: hostagent.v1.HostAgent.AckEvents:output_type -> hostagent.v1.AckEventsResponse
-	6,  // 84: hostagent.v1.HostAgent.Pause:output_type -> hostagent.v1.PauseResponse
-	8,  // 85: hostagent.v1.HostAgent.Resume:output_type -> hostagent.v1.ResumeResponse
-	11, // 86: hostagent.v1.HostAgent.Snapshot:output_type -> hostagent.v1.SnapshotResponse
-	13, // 87: hostagent.v1.HostAgent.Fork:output_type -> hostagent.v1.ForkResponse
-	15, // 88: hostagent.v1.HostAgent.DeleteTemplate:output_type -> hostagent.v1.DeleteTemplateResponse
-	46, // 89: hostagent.v1.HostAgent.ImportTemplate:output_type -> hostagent.v1.ImportTemplateResponse
-	57, // 90: hostagent.v1.HostAgent.Terminate:output_type -> hostagent.v1.TerminateResponse
-	67, // [67:91] is the sub-list for method output_type
-	43, // [43:67] is the sub-list for method input_type
-	43, // [43:43] is the sub-list for extension type_name
-	43, // [43:43] is the sub-list for extension extendee
-	0,  // [0:43] is the sub-list for field type_name
+	74, // 29: hostagent.v1.SamplesResponse.time:type_name -> google.protobuf.Timestamp
+	70, // 30: hostagent.v1.SamplesResponse.samples:type_name -> hostagent.v1.SamplesResponse.Sample
+	74, // 31: hostagent.v1.MetricsResponse.time:type_name -> google.protobuf.Timestamp
+	74, // 32: hostagent.v1.Template.created_at:type_name -> google.protobuf.Timestamp
+	9,  // 33: hostagent.v1.Template.defaults:type_name -> hostagent.v1.Defaults
+	73, // 34: hostagent.v1.ImportTemplateRequest.start:type_name -> hostagent.v1.ImportTemplateRequest.Start
+	46, // 35: hostagent.v1.ImportTemplateResponse.template:type_name -> hostagent.v1.Template
+	46, // 36: hostagent.v1.TemplatesResponse.templates:type_name -> hostagent.v1.Template
+	1,  // 37: hostagent.v1.Event.kind:type_name -> hostagent.v1.Event.Kind
+	74, // 38: hostagent.v1.Event.time:type_name -> google.protobuf.Timestamp
+	53, // 39: hostagent.v1.EventsResponse.event:type_name -> hostagent.v1.Event
+	22, // 40: hostagent.v1.ExecStreamRequest.Start.command:type_name -> hostagent.v1.Command
+	25, // 41: hostagent.v1.ExecStreamRequest.Start.terminal:type_name -> hostagent.v1.TerminalSize
+	28, // 42: hostagent.v1.WriteFileStreamRequest.Start.file:type_name -> hostagent.v1.FileRef
+	71, // 43: hostagent.v1.ImportTemplateRequest.Start.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
+	72, // 44: hostagent.v1.ImportTemplateRequest.Start.archive:type_name -> hostagent.v1.ImportTemplateRequest.Archive
+	3,  // 45: hostagent.v1.HostAgent.Create:input_type -> hostagent.v1.CreateRequest
+	16, // 46: hostagent.v1.HostAgent.Destroy:input_type -> hostagent.v1.DestroyRequest
+	18, // 47: hostagent.v1.HostAgent.List:input_type -> hostagent.v1.ListRequest
+	20, // 48: hostagent.v1.HostAgent.Get:input_type -> hostagent.v1.GetRequest
+	23, // 49: hostagent.v1.HostAgent.Exec:input_type -> hostagent.v1.ExecRequest
+	26, // 50: hostagent.v1.HostAgent.ExecStream:input_type -> hostagent.v1.ExecStreamRequest
+	30, // 51: hostagent.v1.HostAgent.WriteFile:input_type -> hostagent.v1.WriteFileRequest
+	32, // 52: hostagent.v1.HostAgent.ReadFile:input_type -> hostagent.v1.ReadFileRequest
+	34, // 53: hostagent.v1.HostAgent.WriteFileStream:input_type -> hostagent.v1.WriteFileStreamRequest
+	36, // 54: hostagent.v1.HostAgent.ReadFileStream:input_type -> hostagent.v1.ReadFileStreamRequest
+	38, // 55: hostagent.v1.HostAgent.Ping:input_type -> hostagent.v1.PingRequest
+	42, // 56: hostagent.v1.HostAgent.Metrics:input_type -> hostagent.v1.MetricsRequest
+	40, // 57: hostagent.v1.HostAgent.Samples:input_type -> hostagent.v1.SamplesRequest
+	44, // 58: hostagent.v1.HostAgent.Console:input_type -> hostagent.v1.ConsoleRequest
+	49, // 59: hostagent.v1.HostAgent.Templates:input_type -> hostagent.v1.TemplatesRequest
+	51, // 60: hostagent.v1.HostAgent.Host:input_type -> hostagent.v1.HostRequest
+	54, // 61: hostagent.v1.HostAgent.Events:input_type -> hostagent.v1.EventsRequest
+	56, // 62: hostagent.v1.HostAgent.AckEvents:input_type -> hostagent.v1.AckEventsRequest
+	5,  // 63: hostagent.v1.HostAgent.Pause:input_type -> hostagent.v1.PauseRequest
+	7,  // 64: hostagent.v1.HostAgent.Resume:input_type -> hostagent.v1.ResumeRequest
+	10, // 65: hostagent.v1.HostAgent.Snapshot:input_type -> hostagent.v1.SnapshotRequest
+	12, // 66: hostagent.v1.HostAgent.Fork:input_type -> hostagent.v1.ForkRequest
+	14, // 67: hostagent.v1.HostAgent.DeleteTemplate:input_type -> hostagent.v1.DeleteTemplateRequest
+	47, // 68: hostagent.v1.HostAgent.ImportTemplate:input_type -> hostagent.v1.ImportTemplateRequest
+	58, // 69: hostagent.v1.HostAgent.Terminate:input_type -> hostagent.v1.TerminateRequest
+	4,  // 70: hostagent.v1.HostAgent.Create:output_type -> hostagent.v1.CreateResponse
+	17, // 71: hostagent.v1.HostAgent.Destroy:output_type -> hostagent.v1.DestroyResponse
+	19, // 72: hostagent.v1.HostAgent.List:output_type -> hostagent.v1.ListResponse
+	21, // 73: hostagent.v1.HostAgent.Get:output_type -> hostagent.v1.GetResponse
+	24, // 74: hostagent.v1.HostAgent.Exec:output_type -> hostagent.v1.ExecResponse
+	27, // 75: hostagent.v1.HostAgent.ExecStream:output_type -> hostagent.v1.ExecStreamResponse
+	31, // 76: hostagent.v1.HostAgent.WriteFile:output_type -> hostagent.v1.WriteFileResponse
+	33, // 77: hostagent.v1.HostAgent.ReadFile:output_type -> hostagent.v1.ReadFileResponse
+	35, // 78: hostagent.v1.HostAgent.WriteFileStream:output_type -> hostagent.v1.WriteFileStreamResponse
+	37, // 79: hostagent.v1.HostAgent.ReadFileStream:output_type -> hostagent.v1.ReadFileStreamResponse
+	39, // 80: hostagent.v1.HostAgent.Ping:output_type -> hostagent.v1.PingResponse
+	43, // 81: hostagent.v1.HostAgent.Metrics:output_type -> hostagent.v1.MetricsResponse
+	41, // 82: hostagent.v1.HostAgent.Samples:output_type -> hostagent.v1.SamplesResponse
+	45, // 83: hostagent.v1.HostAgent.Console:output_type -> hostagent.v1.ConsoleResponse
+	50, // 84: hostagent.v1.HostAgent.Templates:output_type -> hostagent.v1.TemplatesResponse
+	52, // 85: hostagent.v1.HostAgent.Host:output_type -> hostagent.v1.HostResponse
+	55, // 86: hostagent.v1.HostAgent.Events:output_type -> hostagent.v1.EventsResponse
+	57, // 87: hostagent.v1.HostAgent.AckEvents:output_type -> hostagent.v1.AckEventsResponse
+	6,  // 88: hostagent.v1.HostAgent.Pause:output_type -> hostagent.v1.PauseResponse
+	8,  // 89: hostagent.v1.HostAgent.Resume:output_type -> hostagent.v1.ResumeResponse
+	11, // 90: hostagent.v1.HostAgent.Snapshot:output_type -> hostagent.v1.SnapshotResponse
+	13, // 91: hostagent.v1.HostAgent.Fork:output_type -> hostagent.v1.ForkResponse
+	15, // 92: hostagent.v1.HostAgent.DeleteTemplate:output_type -> hostagent.v1.DeleteTemplateResponse
+	48, // 93: hostagent.v1.HostAgent.ImportTemplate:output_type -> hostagent.v1.ImportTemplateResponse
+	59, // 94: hostagent.v1.HostAgent.Terminate:output_type -> hostagent.v1.TerminateResponse
+	70, // [70:95] is the sub-list for method output_type
+	45, // [45:70] is the sub-list for method input_type
+	45, // [45:45] is the sub-list for extension type_name
+	45, // [45:45] is the sub-list for extension extendee
+	0,  // [0:45] is the sub-list for field type_name
 }
 
 func init() { file_hostagent_v1_hostagent_proto_init() }
@@ -4642,12 +4830,12 @@ func file_hostagent_v1_hostagent_proto_init() {
 		(*ReadFileStreamResponse_Start_)(nil),
 		(*ReadFileStreamResponse_Chunk)(nil),
 	}
-	file_hostagent_v1_hostagent_proto_msgTypes[43].OneofWrappers = []any{
+	file_hostagent_v1_hostagent_proto_msgTypes[45].OneofWrappers = []any{
 		(*ImportTemplateRequest_Start_)(nil),
 		(*ImportTemplateRequest_Chunk)(nil),
 	}
-	file_hostagent_v1_hostagent_proto_msgTypes[60].OneofWrappers = []any{}
-	file_hostagent_v1_hostagent_proto_msgTypes[68].OneofWrappers = []any{
+	file_hostagent_v1_hostagent_proto_msgTypes[62].OneofWrappers = []any{}
+	file_hostagent_v1_hostagent_proto_msgTypes[71].OneofWrappers = []any{
 		(*ImportTemplateRequest_Start_Registry)(nil),
 		(*ImportTemplateRequest_Start_Archive)(nil),
 	}
@@ -4657,7 +4845,7 @@ func file_hostagent_v1_hostagent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hostagent_v1_hostagent_proto_rawDesc), len(file_hostagent_v1_hostagent_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   69,
+			NumMessages:   72,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -60,6 +60,8 @@ const (
 	HostAgentPingProcedure = "/hostagent.v1.HostAgent/Ping"
 	// HostAgentMetricsProcedure is the fully-qualified name of the HostAgent's Metrics RPC.
 	HostAgentMetricsProcedure = "/hostagent.v1.HostAgent/Metrics"
+	// HostAgentSamplesProcedure is the fully-qualified name of the HostAgent's Samples RPC.
+	HostAgentSamplesProcedure = "/hostagent.v1.HostAgent/Samples"
 	// HostAgentConsoleProcedure is the fully-qualified name of the HostAgent's Console RPC.
 	HostAgentConsoleProcedure = "/hostagent.v1.HostAgent/Console"
 	// HostAgentTemplatesProcedure is the fully-qualified name of the HostAgent's Templates RPC.
@@ -111,6 +113,9 @@ type HostAgentClient interface {
 	// Ping extends a sandbox's life by its timeout, counted from now.
 	Ping(context.Context, *connect.Request[v1.PingRequest]) (*connect.Response[v1.PingResponse], error)
 	Metrics(context.Context, *connect.Request[v1.MetricsRequest]) (*connect.Response[v1.MetricsResponse], error)
+	// Samples measures all sandboxes that run, by what the host knows of them:
+	// no guest is asked.
+	Samples(context.Context, *connect.Request[v1.SamplesRequest]) (*connect.Response[v1.SamplesResponse], error)
 	// Console returns the last output of the guest's serial console.
 	Console(context.Context, *connect.Request[v1.ConsoleRequest]) (*connect.Response[v1.ConsoleResponse], error)
 	// Templates lists what sandboxes can be started from on this host.
@@ -232,6 +237,12 @@ func NewHostAgentClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(hostAgentMethods.ByName("Metrics")),
 			connect.WithClientOptions(opts...),
 		),
+		samples: connect.NewClient[v1.SamplesRequest, v1.SamplesResponse](
+			httpClient,
+			baseURL+HostAgentSamplesProcedure,
+			connect.WithSchema(hostAgentMethods.ByName("Samples")),
+			connect.WithClientOptions(opts...),
+		),
 		console: connect.NewClient[v1.ConsoleRequest, v1.ConsoleResponse](
 			httpClient,
 			baseURL+HostAgentConsoleProcedure,
@@ -321,6 +332,7 @@ type hostAgentClient struct {
 	readFileStream  *connect.Client[v1.ReadFileStreamRequest, v1.ReadFileStreamResponse]
 	ping            *connect.Client[v1.PingRequest, v1.PingResponse]
 	metrics         *connect.Client[v1.MetricsRequest, v1.MetricsResponse]
+	samples         *connect.Client[v1.SamplesRequest, v1.SamplesResponse]
 	console         *connect.Client[v1.ConsoleRequest, v1.ConsoleResponse]
 	templates       *connect.Client[v1.TemplatesRequest, v1.TemplatesResponse]
 	host            *connect.Client[v1.HostRequest, v1.HostResponse]
@@ -393,6 +405,11 @@ func (c *hostAgentClient) Ping(ctx context.Context, req *connect.Request[v1.Ping
 // Metrics calls hostagent.v1.HostAgent.Metrics.
 func (c *hostAgentClient) Metrics(ctx context.Context, req *connect.Request[v1.MetricsRequest]) (*connect.Response[v1.MetricsResponse], error) {
 	return c.metrics.CallUnary(ctx, req)
+}
+
+// Samples calls hostagent.v1.HostAgent.Samples.
+func (c *hostAgentClient) Samples(ctx context.Context, req *connect.Request[v1.SamplesRequest]) (*connect.Response[v1.SamplesResponse], error) {
+	return c.samples.CallUnary(ctx, req)
 }
 
 // Console calls hostagent.v1.HostAgent.Console.
@@ -478,6 +495,9 @@ type HostAgentHandler interface {
 	// Ping extends a sandbox's life by its timeout, counted from now.
 	Ping(context.Context, *connect.Request[v1.PingRequest]) (*connect.Response[v1.PingResponse], error)
 	Metrics(context.Context, *connect.Request[v1.MetricsRequest]) (*connect.Response[v1.MetricsResponse], error)
+	// Samples measures all sandboxes that run, by what the host knows of them:
+	// no guest is asked.
+	Samples(context.Context, *connect.Request[v1.SamplesRequest]) (*connect.Response[v1.SamplesResponse], error)
 	// Console returns the last output of the guest's serial console.
 	Console(context.Context, *connect.Request[v1.ConsoleRequest]) (*connect.Response[v1.ConsoleResponse], error)
 	// Templates lists what sandboxes can be started from on this host.
@@ -595,6 +615,12 @@ func NewHostAgentHandler(svc HostAgentHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(hostAgentMethods.ByName("Metrics")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostAgentSamplesHandler := connect.NewUnaryHandler(
+		HostAgentSamplesProcedure,
+		svc.Samples,
+		connect.WithSchema(hostAgentMethods.ByName("Samples")),
+		connect.WithHandlerOptions(opts...),
+	)
 	hostAgentConsoleHandler := connect.NewUnaryHandler(
 		HostAgentConsoleProcedure,
 		svc.Console,
@@ -693,6 +719,8 @@ func NewHostAgentHandler(svc HostAgentHandler, opts ...connect.HandlerOption) (s
 			hostAgentPingHandler.ServeHTTP(w, r)
 		case HostAgentMetricsProcedure:
 			hostAgentMetricsHandler.ServeHTTP(w, r)
+		case HostAgentSamplesProcedure:
+			hostAgentSamplesHandler.ServeHTTP(w, r)
 		case HostAgentConsoleProcedure:
 			hostAgentConsoleHandler.ServeHTTP(w, r)
 		case HostAgentTemplatesProcedure:
@@ -772,6 +800,10 @@ func (UnimplementedHostAgentHandler) Ping(context.Context, *connect.Request[v1.P
 
 func (UnimplementedHostAgentHandler) Metrics(context.Context, *connect.Request[v1.MetricsRequest]) (*connect.Response[v1.MetricsResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgent.Metrics is not implemented"))
+}
+
+func (UnimplementedHostAgentHandler) Samples(context.Context, *connect.Request[v1.SamplesRequest]) (*connect.Response[v1.SamplesResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgent.Samples is not implemented"))
 }
 
 func (UnimplementedHostAgentHandler) Console(context.Context, *connect.Request[v1.ConsoleRequest]) (*connect.Response[v1.ConsoleResponse], error) {

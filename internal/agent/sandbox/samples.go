@@ -1,0 +1,75 @@
+package sandbox
+
+import (
+	"os"
+	"syscall"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/prometheus/procfs"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+)
+
+// Sample is what the host knows of what a sandbox uses, without asking the
+// guest.
+type Sample struct {
+	ID    uuid.UUID
+	VCPUs int
+	// CPU is how long the machine's process has computed since it began: a resume
+	// begins another.
+	CPU time.Duration
+	// MemoryBytes is host memory that the machine takes, DiskBytes what the
+	// sandbox's own files take.
+	MemoryBytes, DiskBytes int64
+}
+
+// Samples measures every sandbox that runs. One that ends meanwhile is left out.
+func (m *Manager) Samples() []Sample {
+	m.mu.Lock()
+	boxes := make([]*box, 0, len(m.boxes))
+	for _, b := range m.boxes {
+		boxes = append(boxes, b)
+	}
+	m.mu.Unlock()
+	var samples []Sample
+	for _, b := range boxes {
+		b.mu.Lock()
+		s, home, vm := Sample{ID: b.rec.Spec.ID, VCPUs: b.rec.Spec.VCPUs}, b.rec.Home, b.vm
+		running := b.rec.State == Running && vm != nil
+		b.mu.Unlock()
+		if running && s.measure(vm, m.Dir.Sandbox(home)) == nil {
+			samples = append(samples, s)
+		}
+	}
+	return samples
+}
+
+func (s *Sample) measure(vm vmm.VM, dir string) error {
+	p, err := procfs.NewProc(vm.PID())
+	if err != nil {
+		return err
+	}
+	stat, err := p.Stat()
+	if err != nil {
+		return err
+	}
+	s.CPU = time.Duration(stat.CPUTime() * float64(time.Second))
+	if s.MemoryBytes, err = vm.Memory(); err != nil {
+		return err
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		info, err := e.Info()
+		if err != nil {
+			continue // It is gone.
+		}
+		if st, ok := info.Sys().(*syscall.Stat_t); ok && info.Mode().IsRegular() {
+			s.DiskBytes += st.Blocks * 512
+		}
+	}
+	return nil
+}
