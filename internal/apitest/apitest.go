@@ -33,6 +33,7 @@ var raw = map[string]bool{
 	"getOpenAPI":     true,
 	"getDocs":        true,
 	"listAudit":      true, // an export
+	"runCode":        true, // a stream of lines
 	"listAllAudit":   true,
 }
 

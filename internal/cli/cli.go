@@ -67,7 +67,7 @@ type app struct {
 func Commands(in io.Reader, out, errw io.Writer) []*cobra.Command {
 	a := &app{streams: streams{in, out, errw}}
 	cmds := []*cobra.Command{
-		a.runCommand(), a.createCommand(), a.lsCommand(), a.execCommand(), a.cpCommand(), a.rmCommand(),
+		a.runCommand(), a.codeCommand(), a.createCommand(), a.lsCommand(), a.execCommand(), a.cpCommand(), a.rmCommand(),
 		a.pauseCommand(), a.resumeCommand(), a.forkCommand(), a.snapshotCommand(),
 		a.urlCommand(), a.logsCommand(), a.pingCommand(), a.metricsCommand(), a.templateCommand(),
 		a.hostCommand(),

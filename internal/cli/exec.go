@@ -66,11 +66,20 @@ func (a *app) execCommand() *cobra.Command {
 
 func (a *app) runCommand() *cobra.Command {
 	var o execution
+	var code coding
 	var from creation
 	cmd := &cobra.Command{
-		Use: "run [-t TEMPLATE] [--] CMD [ARG…]", Short: "Run a command in a sandbox of its own", Args: atLeast(1),
+		Use: "run [-t TEMPLATE] [--] CMD [ARG…]", Short: "Run a command in a sandbox of its own",
 		Long: "Create a sandbox, run a command in it with standard input, output and exit code passed through, and destroy it.\n" +
-			"Exits with the command's exit code, and with 125 when wrenn itself fails.",
+			"Exits with the command's exit code, and with 125 when wrenn itself fails.\n\n" +
+			"With -t " + interpreter + ", what is run is Python, unless it stands behind --: the argument, the file that it names, or\n" +
+			"standard input.",
+		Args: func(cmd *cobra.Command, args []string) error {
+			if takesCode(from.template) && cmd.ArgsLenAtDash() < 0 {
+				return counted(cobra.MaximumNArgs(1))(cmd, args)
+			}
+			return atLeast(1)(cmd, args)
+		},
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			options, err := from.options()
 			if err != nil {
@@ -98,12 +107,17 @@ func (a *app) runCommand() *cobra.Command {
 					}
 				}
 			}()
+			if takesCode(from.template) && cmd.ArgsLenAtDash() < 0 {
+				code.limit = o.limit
+				return a.code(cmd.Context(), c, s.ID, args, code)
+			}
 			return a.stream(cmd.Context(), c, s.ID, o, args)
 		},
 	}
 	f := cmd.Flags()
 	f.SetInterspersed(false)
 	from.flags(cmd)
+	code.flags(cmd)
 	f.StringVarP(&o.cwd, "workdir", "w", "", "working directory (default the user's home)")
 	f.StringVarP(&o.user, "user", "u", "", "user to run as (default user)")
 	f.DurationVar(&o.limit, "time-limit", 0, "time after which the command is killed (default none)")

@@ -70,6 +70,56 @@ func (q *Queries) AddTemplate(ctx context.Context, arg AddTemplateParams) (int64
 	return result.RowsAffected(), nil
 }
 
+const claimImport = `-- name: ClaimImport :one
+INSERT INTO templates (id, team_id, name, version, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, worker)
+SELECT $1, $2, $3::text, (SELECT coalesce(max(other.version), 0) + 1 FROM templates AS other WHERE other.team_id = $2 AND other.name = $3::text AND other.kind = 'template'),
+    0, $4, 'pending', 0, 0, $5, $6
+ON CONFLICT DO NOTHING
+RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at
+`
+
+type ClaimImportParams struct {
+	ID        uuid.UUID
+	TeamID    uuid.UUID
+	Name      string
+	CreatedAt time.Time
+	DiskMiB   int32
+	Worker    *uuid.UUID
+}
+
+// The next version of a name, made of an image. No row: somebody else has
+// claimed that version meanwhile.
+func (q *Queries) ClaimImport(ctx context.Context, arg ClaimImportParams) (Template, error) {
+	row := q.db.QueryRow(ctx, claimImport,
+		arg.ID,
+		arg.TeamID,
+		arg.Name,
+		arg.CreatedAt,
+		arg.DiskMiB,
+		arg.Worker,
+	)
+	var i Template
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.Name,
+		&i.SizeBytes,
+		&i.CreatedAt,
+		&i.State,
+		&i.VCPUs,
+		&i.MemoryMiB,
+		&i.DiskMiB,
+		&i.CapturedFrom,
+		&i.Worker,
+		&i.Kind,
+		&i.Version,
+		&i.BuildID,
+		&i.LayerKey,
+		&i.UsedAt,
+	)
+	return i, err
+}
+
 const claimTemplate = `-- name: ClaimTemplate :one
 INSERT INTO templates (id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker)
 SELECT $1, $2, $3::text, 0, $4, 'pending', $5, $6, $7, $8, $9

@@ -62,6 +62,21 @@ func (e AuditResult) Valid() bool {
 	}
 }
 
+// Defines values for CreateContextLanguage.
+const (
+	CreateContextLanguagePython CreateContextLanguage = "python"
+)
+
+// Valid indicates whether the value is a known member of the CreateContextLanguage enum.
+func (e CreateContextLanguage) Valid() bool {
+	switch e {
+	case CreateContextLanguagePython:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for Encoding.
 const (
 	Base64 Encoding = "base64"
@@ -200,6 +215,21 @@ func (e OnTimeout) Valid() bool {
 	case Destroy:
 		return true
 	case Pause:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for RunCodeLanguage.
+const (
+	RunCodeLanguagePython RunCodeLanguage = "python"
+)
+
+// Valid indicates whether the value is a known member of the RunCodeLanguage enum.
+func (e RunCodeLanguage) Valid() bool {
+	switch e {
+	case RunCodeLanguagePython:
 		return true
 	default:
 		return false
@@ -409,6 +439,66 @@ type ChangeHost struct {
 	// Tags Words that tell hosts apart. A sandbox that asks for some is placed on a host that has them all.
 	Tags *HostTags `json:"tags,omitempty"`
 }
+
+// CodeContext defines model for CodeContext.
+type CodeContext struct {
+	Cwd      string `json:"cwd"`
+	ID       string `json:"id"`
+	Language string `json:"language"`
+}
+
+// CodeError defines model for CodeError.
+type CodeError struct {
+	Name      string `json:"name"`
+	Traceback string `json:"traceback"`
+	Value     string `json:"value"`
+}
+
+// CodeOutput A value or a picture, in every form that the code has of it.
+type CodeOutput struct {
+	// Extra Other forms, by media type.
+	Extra *map[string]interface{} `json:"extra,omitempty"`
+	HTML  *string                 `json:"html,omitempty"`
+
+	// IsMainResult It is the value of the last expression.
+	IsMainResult bool    `json:"is_main_result"`
+	Javascript   *string `json:"javascript,omitempty"`
+
+	// Jpeg base64
+	Jpeg *string `json:"jpeg,omitempty"`
+
+	// JSON Any JSON value.
+	JSON     interface{} `json:"json,omitempty"`
+	Latex    *string     `json:"latex,omitempty"`
+	Markdown *string     `json:"markdown,omitempty"`
+
+	// Pdf base64
+	Pdf *string `json:"pdf,omitempty"`
+
+	// Png base64
+	Png  *string `json:"png,omitempty"`
+	Svg  *string `json:"svg,omitempty"`
+	Text *string `json:"text,omitempty"`
+}
+
+// CodeResult defines model for CodeResult.
+type CodeResult struct {
+	Error          *CodeError   `json:"error,omitempty"`
+	ExecutionCount *int32       `json:"execution_count,omitempty"`
+	Results        []CodeOutput `json:"results"`
+	Stderr         string       `json:"stderr"`
+	Stdout         string       `json:"stdout"`
+}
+
+// CreateContext defines model for CreateContext.
+type CreateContext struct {
+	// Cwd Where it begins. The default is the user's home.
+	Cwd      *string                `json:"cwd,omitempty"`
+	Language *CreateContextLanguage `json:"language,omitempty"`
+}
+
+// CreateContextLanguage defines model for CreateContext.Language.
+type CreateContextLanguage string
 
 // CreateSandbox defines model for CreateSandbox.
 type CreateSandbox struct {
@@ -766,6 +856,23 @@ type HostReport struct {
 // HostTags Words that tell hosts apart. A sandbox that asks for some is placed on a host that has them all.
 type HostTags = []string
 
+// ImportTemplate defines model for ImportTemplate.
+type ImportTemplate struct {
+	// DiskMib Size of the template's disk.
+	DiskMib *int32 `json:"disk_mib,omitempty"`
+
+	// Inert Do not start the image's entry point and command.
+	Inert *bool `json:"inert,omitempty"`
+
+	// Name What the template is called.
+	Name     string  `json:"name"`
+	Password *string `json:"password,omitempty"`
+
+	// Reference The image as `docker pull` takes it.
+	Reference string  `json:"reference"`
+	Username  *string `json:"username,omitempty"`
+}
+
 // Metadata The caller's own keys and values, to find sandboxes by. Keys are 1 to 128 characters without `=`.
 type Metadata map[string]string
 
@@ -814,6 +921,29 @@ type RegisterHost struct {
 	// URL Where the agent listens.
 	URL string `json:"url"`
 }
+
+// RunCode defines model for RunCode.
+type RunCode struct {
+	Code string `json:"code"`
+
+	// ContextID Where to run it. The default is `default`.
+	ContextID *string `json:"context_id,omitempty"`
+
+	// Envs Environment variables while it runs.
+	Envs *map[string]string `json:"envs,omitempty"`
+
+	// Language What the code is written in.
+	Language *RunCodeLanguage `json:"language,omitempty"`
+
+	// Stream Answer with what happens as it happens.
+	Stream *bool `json:"stream,omitempty"`
+
+	// TimeoutSeconds The code is interrupted after this. The default is 300.
+	TimeoutSeconds *int32 `json:"timeout_seconds,omitempty"`
+}
+
+// RunCodeLanguage What the code is written in.
+type RunCodeLanguage string
 
 // Sandbox defines model for Sandbox.
 type Sandbox struct {
@@ -1094,6 +1224,9 @@ type AuditObject = string
 // AuditTo defines model for AuditTo.
 type AuditTo = time.Time
 
+// ContextID defines model for ContextID.
+type ContextID = string
+
 // Cursor defines model for Cursor.
 type Cursor = string
 
@@ -1197,6 +1330,21 @@ type DeleteHostParams struct {
 type GetHostParams struct {
 	// Preview Say what would be lost with the host, too.
 	Preview *bool `form:"preview,omitempty" json:"preview,omitempty"`
+}
+
+// ImportPlatformArchiveParams defines parameters for ImportPlatformArchive.
+type ImportPlatformArchiveParams struct {
+	// Name What the template is called.
+	Name string `form:"name" json:"name"`
+
+	// Tag The image's name in the archive, which may be left out if there is one alone.
+	Tag *string `form:"tag,omitempty" json:"tag,omitempty"`
+
+	// DiskMib Size of the template's disk.
+	DiskMib *int32 `form:"disk_mib,omitempty" json:"disk_mib,omitempty"`
+
+	// Inert Do not start the image's entry point and command.
+	Inert *bool `form:"inert,omitempty" json:"inert,omitempty"`
 }
 
 // GetUsageByTeamParams defines parameters for GetUsageByTeam.
@@ -1337,6 +1485,21 @@ type ListTemplatesParams struct {
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
+// ImportArchiveParams defines parameters for ImportArchive.
+type ImportArchiveParams struct {
+	// Name What the template is called.
+	Name string `form:"name" json:"name"`
+
+	// Tag The image's name in the archive, which may be left out if there is one alone.
+	Tag *string `form:"tag,omitempty" json:"tag,omitempty"`
+
+	// DiskMib Size of the template's disk.
+	DiskMib *int32 `form:"disk_mib,omitempty" json:"disk_mib,omitempty"`
+
+	// Inert Do not start the image's entry point and command.
+	Inert *bool `form:"inert,omitempty" json:"inert,omitempty"`
+}
+
 // GetUsageParams defines parameters for GetUsage.
 type GetUsageParams struct {
 	// From The first day, UTC. Absent: the first of this month.
@@ -1352,6 +1515,9 @@ type AddHostJSONRequestBody = AddHost
 // ChangeHostJSONRequestBody defines body for ChangeHost for application/json ContentType.
 type ChangeHostJSONRequestBody = ChangeHost
 
+// ImportPlatformTemplateJSONRequestBody defines body for ImportPlatformTemplate for application/json ContentType.
+type ImportPlatformTemplateJSONRequestBody = ImportTemplate
+
 // HostHeartbeatJSONRequestBody defines body for HostHeartbeat for application/json ContentType.
 type HostHeartbeatJSONRequestBody = HostHeartbeat
 
@@ -1364,6 +1530,12 @@ type RegisterHostJSONRequestBody = RegisterHost
 // CreateSandboxJSONRequestBody defines body for CreateSandbox for application/json ContentType.
 type CreateSandboxJSONRequestBody = CreateSandbox
 
+// RunCodeJSONRequestBody defines body for RunCode for application/json ContentType.
+type RunCodeJSONRequestBody = RunCode
+
+// CreateContextJSONRequestBody defines body for CreateContext for application/json ContentType.
+type CreateContextJSONRequestBody = CreateContext
+
 // ExecJSONRequestBody defines body for Exec for application/json ContentType.
 type ExecJSONRequestBody = ExecRequest
 
@@ -1372,6 +1544,9 @@ type ForkSandboxJSONRequestBody = ForkRequest
 
 // CreateSnapshotJSONRequestBody defines body for CreateSnapshot for application/json ContentType.
 type CreateSnapshotJSONRequestBody = CreateSnapshot
+
+// ImportTemplateJSONRequestBody defines body for ImportTemplate for application/json ContentType.
+type ImportTemplateJSONRequestBody = ImportTemplate
 
 // ServerInterface represents all server handlers.
 type ServerInterface interface {
@@ -1408,6 +1583,12 @@ type ServerInterface interface {
 	// RenewHostToken Make another registration token
 	// (POST /v1/admin/hosts/{host_id}/token)
 	RenewHostToken(w http.ResponseWriter, r *http.Request, hostID HostID)
+	// ImportPlatformTemplate Make a template of an OCI image for every team
+	// (POST /v1/admin/templates/import)
+	ImportPlatformTemplate(w http.ResponseWriter, r *http.Request)
+	// ImportPlatformArchive Make a template of an archive for every team
+	// (POST /v1/admin/templates/import/archive)
+	ImportPlatformArchive(w http.ResponseWriter, r *http.Request, params ImportPlatformArchiveParams)
 	// GetUsageByTeam What each team used
 	// (GET /v1/admin/usage)
 	GetUsageByTeam(w http.ResponseWriter, r *http.Request, params GetUsageByTeamParams)
@@ -1441,6 +1622,21 @@ type ServerInterface interface {
 	// WriteArchive Unpack a tar archive into a folder
 	// (PUT /v1/sandboxes/{sandbox_id}/archive)
 	WriteArchive(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params WriteArchiveParams)
+	// RunCode Run code in a context
+	// (POST /v1/sandboxes/{sandbox_id}/code)
+	RunCode(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	// ListContexts List a sandbox's contexts
+	// (GET /v1/sandboxes/{sandbox_id}/code/contexts)
+	ListContexts(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	// CreateContext Make a context
+	// (POST /v1/sandboxes/{sandbox_id}/code/contexts)
+	CreateContext(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	// DeleteContext Remove a context, whatever runs in it
+	// (DELETE /v1/sandboxes/{sandbox_id}/code/contexts/{context_id})
+	DeleteContext(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, contextID ContextID)
+	// ChangeContext Interrupt or restart a context
+	// (POST /v1/sandboxes/{sandbox_id}/code/contexts/{context_id}/{action})
+	ChangeContext(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, contextID ContextID, action string)
 	// Exec Run a command to its end
 	// (POST /v1/sandboxes/{sandbox_id}/exec)
 	Exec(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
@@ -1486,6 +1682,12 @@ type ServerInterface interface {
 	// ListTemplates List templates
 	// (GET /v1/templates)
 	ListTemplates(w http.ResponseWriter, r *http.Request, params ListTemplatesParams)
+	// ImportTemplate Make a template of an OCI image
+	// (POST /v1/templates/import)
+	ImportTemplate(w http.ResponseWriter, r *http.Request)
+	// ImportArchive Make a template of an OCI image in an archive
+	// (POST /v1/templates/import/archive)
+	ImportArchive(w http.ResponseWriter, r *http.Request, params ImportArchiveParams)
 	// DeleteTemplate Delete a template of the team
 	// (DELETE /v1/templates/{template})
 	DeleteTemplate(w http.ResponseWriter, r *http.Request, template TemplateRef)
@@ -1573,6 +1775,18 @@ func (_ Unimplemented) RenewHostToken(w http.ResponseWriter, r *http.Request, ho
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
+// ImportPlatformTemplate Make a template of an OCI image for every team
+// (POST /v1/admin/templates/import)
+func (_ Unimplemented) ImportPlatformTemplate(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ImportPlatformArchive Make a template of an archive for every team
+// (POST /v1/admin/templates/import/archive)
+func (_ Unimplemented) ImportPlatformArchive(w http.ResponseWriter, r *http.Request, params ImportPlatformArchiveParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
 // GetUsageByTeam What each team used
 // (GET /v1/admin/usage)
 func (_ Unimplemented) GetUsageByTeam(w http.ResponseWriter, r *http.Request, params GetUsageByTeamParams) {
@@ -1636,6 +1850,36 @@ func (_ Unimplemented) ReadArchive(w http.ResponseWriter, r *http.Request, sandb
 // WriteArchive Unpack a tar archive into a folder
 // (PUT /v1/sandboxes/{sandbox_id}/archive)
 func (_ Unimplemented) WriteArchive(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params WriteArchiveParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// RunCode Run code in a context
+// (POST /v1/sandboxes/{sandbox_id}/code)
+func (_ Unimplemented) RunCode(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ListContexts List a sandbox's contexts
+// (GET /v1/sandboxes/{sandbox_id}/code/contexts)
+func (_ Unimplemented) ListContexts(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// CreateContext Make a context
+// (POST /v1/sandboxes/{sandbox_id}/code/contexts)
+func (_ Unimplemented) CreateContext(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// DeleteContext Remove a context, whatever runs in it
+// (DELETE /v1/sandboxes/{sandbox_id}/code/contexts/{context_id})
+func (_ Unimplemented) DeleteContext(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, contextID ContextID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ChangeContext Interrupt or restart a context
+// (POST /v1/sandboxes/{sandbox_id}/code/contexts/{context_id}/{action})
+func (_ Unimplemented) ChangeContext(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, contextID ContextID, action string) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -1726,6 +1970,18 @@ func (_ Unimplemented) DeleteSnapshot(w http.ResponseWriter, r *http.Request, na
 // ListTemplates List templates
 // (GET /v1/templates)
 func (_ Unimplemented) ListTemplates(w http.ResponseWriter, r *http.Request, params ListTemplatesParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ImportTemplate Make a template of an OCI image
+// (POST /v1/templates/import)
+func (_ Unimplemented) ImportTemplate(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ImportArchive Make a template of an OCI image in an archive
+// (POST /v1/templates/import/archive)
+func (_ Unimplemented) ImportArchive(w http.ResponseWriter, r *http.Request, params ImportArchiveParams) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -2116,6 +2372,92 @@ func (siw *ServerInterfaceWrapper) RenewHostToken(w http.ResponseWriter, r *http
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.RenewHostToken(w, r, hostID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ImportPlatformTemplate operation middleware
+func (siw *ServerInterfaceWrapper) ImportPlatformTemplate(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ImportPlatformTemplate(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ImportPlatformArchive operation middleware
+func (siw *ServerInterfaceWrapper) ImportPlatformArchive(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ImportPlatformArchiveParams
+
+	// ------------- Required query parameter "name" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, true, "name", r.URL.Query(), &params.Name, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "name"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "name", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "tag" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "tag", r.URL.Query(), &params.Tag, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "tag"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "tag", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "disk_mib" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "disk_mib", r.URL.Query(), &params.DiskMib, runtime.BindQueryParameterOptions{Type: "integer", Format: "int32"})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "disk_mib"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "disk_mib", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "inert" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "inert", r.URL.Query(), &params.Inert, runtime.BindQueryParameterOptions{Type: "boolean", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "inert"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "inert", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ImportPlatformArchive(w, r, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -2642,6 +2984,163 @@ func (siw *ServerInterfaceWrapper) WriteArchive(w http.ResponseWriter, r *http.R
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.WriteArchive(w, r, sandboxID, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// RunCode operation middleware
+func (siw *ServerInterfaceWrapper) RunCode(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandbox_id" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandbox_id", chi.URLParam(r, "sandbox_id"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandbox_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.RunCode(w, r, sandboxID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListContexts operation middleware
+func (siw *ServerInterfaceWrapper) ListContexts(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandbox_id" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandbox_id", chi.URLParam(r, "sandbox_id"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandbox_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListContexts(w, r, sandboxID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CreateContext operation middleware
+func (siw *ServerInterfaceWrapper) CreateContext(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandbox_id" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandbox_id", chi.URLParam(r, "sandbox_id"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandbox_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CreateContext(w, r, sandboxID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// DeleteContext operation middleware
+func (siw *ServerInterfaceWrapper) DeleteContext(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandbox_id" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandbox_id", chi.URLParam(r, "sandbox_id"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandbox_id", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "context_id" -------------
+	var contextID ContextID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "context_id", chi.URLParam(r, "context_id"), &contextID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "context_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.DeleteContext(w, r, sandboxID, contextID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ChangeContext operation middleware
+func (siw *ServerInterfaceWrapper) ChangeContext(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandbox_id" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandbox_id", chi.URLParam(r, "sandbox_id"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandbox_id", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "context_id" -------------
+	var contextID ContextID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "context_id", chi.URLParam(r, "context_id"), &contextID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "context_id", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "action" -------------
+	var action string
+
+	err = runtime.BindStyledParameterWithOptions("simple", "action", chi.URLParam(r, "action"), &action, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "action", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ChangeContext(w, r, sandboxID, contextID, action)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -3192,6 +3691,92 @@ func (siw *ServerInterfaceWrapper) ListTemplates(w http.ResponseWriter, r *http.
 	handler.ServeHTTP(w, r)
 }
 
+// ImportTemplate operation middleware
+func (siw *ServerInterfaceWrapper) ImportTemplate(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ImportTemplate(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ImportArchive operation middleware
+func (siw *ServerInterfaceWrapper) ImportArchive(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ImportArchiveParams
+
+	// ------------- Required query parameter "name" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, true, "name", r.URL.Query(), &params.Name, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "name"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "name", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "tag" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "tag", r.URL.Query(), &params.Tag, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "tag"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "tag", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "disk_mib" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "disk_mib", r.URL.Query(), &params.DiskMib, runtime.BindQueryParameterOptions{Type: "integer", Format: "int32"})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "disk_mib"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "disk_mib", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "inert" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "inert", r.URL.Query(), &params.Inert, runtime.BindQueryParameterOptions{Type: "boolean", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "inert"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "inert", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ImportArchive(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // DeleteTemplate operation middleware
 func (siw *ServerInterfaceWrapper) DeleteTemplate(w http.ResponseWriter, r *http.Request) {
 
@@ -3523,6 +4108,33 @@ func HandlerWithOptions(si ServerInterface, options ChiServerOptions) http.Handl
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/v1/templates", wrapper.ListTemplates)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/templates/import", wrapper.ImportTemplate)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/templates/import/archive", wrapper.ImportArchive)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/admin/templates/import", wrapper.ImportPlatformTemplate)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/admin/templates/import/archive", wrapper.ImportPlatformArchive)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/sandboxes/{sandbox_id}/code", wrapper.RunCode)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/sandboxes/{sandbox_id}/code/contexts", wrapper.ListContexts)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/sandboxes/{sandbox_id}/code/contexts", wrapper.CreateContext)
+	})
+	r.Group(func(r chi.Router) {
+		r.Delete(options.BaseURL+"/v1/sandboxes/{sandbox_id}/code/contexts/{context_id}", wrapper.DeleteContext)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/sandboxes/{sandbox_id}/code/contexts/{context_id}/{action}", wrapper.ChangeContext)
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/v1/snapshots", wrapper.ListSnapshots)

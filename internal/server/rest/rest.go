@@ -191,7 +191,14 @@ const (
 
 // streams says whether an operation's body is passed on as it comes.
 func streams(op *openapi3.Operation) bool {
-	return op != nil && (op.OperationID == "writeFile" || op.OperationID == "writeArchive")
+	if op == nil {
+		return false
+	}
+	switch op.OperationID {
+	case "writeFile", "writeArchive", "importArchive", "importPlatformArchive":
+		return true
+	}
+	return false
 }
 
 // limit bounds bodies, except for those that are streamed on.
@@ -203,7 +210,7 @@ func (a *API) limit(next http.Handler) http.Handler {
 			return
 		}
 		most := int64(maxBody)
-		if op != nil && op.OperationID == "exec" {
+		if op != nil && (op.OperationID == "exec" || op.OperationID == "runCode") {
 			most = maxExecBody
 		}
 		if r.ContentLength > most {

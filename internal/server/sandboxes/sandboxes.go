@@ -111,6 +111,8 @@ type Service struct {
 	turns map[uuid.UUID]*turn
 	// templates counts the captures and removals of templates that it works on.
 	templates map[uuid.UUID]int
+	// importing counts the images that it imports for each team.
+	importing map[uuid.UUID]int
 	// waiting are closed when the sandbox's row changes.
 	waiting map[uuid.UUID]chan struct{}
 	hooks   []func(uuid.UUID)
@@ -130,7 +132,7 @@ func New(c Config) *Service {
 	s := &Service{
 		Config: c, metrics: newMetrics(c.Store),
 		creating: make(map[uuid.UUID]*creation), deleting: make(map[uuid.UUID]int),
-		turns: make(map[uuid.UUID]*turn), templates: make(map[uuid.UUID]int), waiting: make(map[uuid.UUID]chan struct{}),
+		turns: make(map[uuid.UUID]*turn), templates: make(map[uuid.UUID]int), importing: make(map[uuid.UUID]int), waiting: make(map[uuid.UUID]chan struct{}),
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s

@@ -278,7 +278,13 @@ func (w *watch) settleTemplates(ctx context.Context, known []db.Template, has []
 			continue
 		}
 		if t := there[id.Format(id.Template, row.ID)]; t != nil && state == templates.Pending {
-			if _, err := w.Store.TemplateReady(ctx, templates.Measured(row.ID, t)); err != nil && !errors.Is(err, store.ErrNoRows) {
+			var err error
+			if isImport(row) {
+				_, err = w.imported(ctx, row.ID, t)
+			} else {
+				_, err = w.Store.TemplateReady(ctx, templates.Measured(row.ID, t))
+			}
+			if err != nil && !errors.Is(err, store.ErrNoRows) {
 				return fmt.Errorf("write that template is ready: %w", err)
 			}
 			continue
@@ -302,6 +308,10 @@ func (w *watch) settleTemplates(ctx context.Context, known []db.Template, has []
 func (w *watch) settleTemplate(row db.Template) error {
 	if templates.State(row.State) == templates.Deleting {
 		return w.removeTemplate(row)
+	}
+	if isImport(row) {
+		// It was broken off; what it was made from is not written down.
+		return w.persist(func(ctx context.Context) error { return w.Store.DropTemplate(ctx, row.ID) })
 	}
 	_, err := w.turn(w.ctx, *row.CapturedFrom, "", func() (db.Sandbox, error) {
 		is, err := w.Store.GetTemplate(w.ctx, row.ID)

@@ -22,6 +22,15 @@ WHERE NOT EXISTS (SELECT 1 FROM templates AS other WHERE other.team_id = @team_i
 ON CONFLICT DO NOTHING
 RETURNING *;
 
+-- name: ClaimImport :one
+-- The next version of a name, made of an image. No row: somebody else has
+-- claimed that version meanwhile.
+INSERT INTO templates (id, team_id, name, version, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, worker)
+SELECT @id, @team_id, @name::text, (SELECT coalesce(max(other.version), 0) + 1 FROM templates AS other WHERE other.team_id = @team_id AND other.name = @name::text AND other.kind = 'template'),
+    0, @created_at, 'pending', 0, 0, @disk_mib, @worker
+ON CONFLICT DO NOTHING
+RETURNING *;
+
 -- name: TemplateReady :one
 -- The names of teams' templates are the table's, those of the platform's the
 -- hosts' unless they were built.

@@ -1,0 +1,142 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/wrenn-dev/wrenn/client"
+)
+
+// interpreter is the name of the template whose sandboxes run code.
+const interpreter = "code-interpreter"
+
+// takesCode says whether what is run in a template's sandboxes is code, unless
+// it stands behind "--".
+func takesCode(template string) bool {
+	name, _, _ := strings.Cut(template, ":")
+	name, _, _ = strings.Cut(name, "@")
+	return name == interpreter
+}
+
+// coding are the flags of code in a sandbox.
+type coding struct {
+	context, out string
+	limit        time.Duration
+}
+
+func (o *coding) flags(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&o.out, "out", "", "folder to save pictures in, which is made (default none are saved)")
+}
+
+func (a *app) codeCommand() *cobra.Command {
+	var o coding
+	cmd := &cobra.Command{
+		Use: "code SANDBOX [CODE | FILE]", Short: "Run code in a sandbox of the template " + interpreter, Args: counted(cobra.RangeArgs(1, 2)), ValidArgsFunction: a.completeSandbox,
+		Long: "Run Python in a sandbox of the template " + interpreter + ": an argument, the file that it names, or standard input. What it\n" +
+			"defines is there the next time. Exits with 1 when the code ends with an exception.",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			return a.code(cmd.Context(), c, args[0], args[1:], o)
+		},
+	}
+	o.flags(cmd)
+	cmd.Flags().StringVar(&o.context, "context", "", "context to run it in (default the one that is always there)")
+	cmd.Flags().DurationVar(&o.limit, "time-limit", 0, "time after which the code is interrupted (default 5m)")
+	return cmd
+}
+
+// code runs code in a sandbox and shows what it prints and shows.
+func (a *app) code(ctx context.Context, c *client.Client, sandbox string, args []string, o coding) error {
+	text, err := a.source(args)
+	if err != nil {
+		return err
+	}
+	if o.limit < 0 || o.limit%time.Second != 0 {
+		return usage("--time-limit %v: want whole seconds", o.limit)
+	}
+	if o.out != "" {
+		if err := os.MkdirAll(o.out, 0o755); err != nil {
+			return err
+		}
+	}
+	failed := false
+	pictures := 0
+	err = c.StreamCode(ctx, sandbox, client.Code{Code: text, ContextID: o.context, TimeoutSeconds: int(o.limit / time.Second)}, func(e client.CodeEvent) error {
+		switch {
+		case e.Stdout != "":
+			_, err := io.WriteString(a.out, e.Stdout)
+			return err
+		case e.Stderr != "":
+			_, err := io.WriteString(a.err, e.Stderr)
+			return err
+		case e.Error != nil:
+			failed = true
+			said := e.Error.Traceback
+			if said == "" {
+				said = e.Error.Name + ": " + e.Error.Value
+			}
+			_, err := fmt.Fprintln(a.err, said)
+			return err
+		case e.Result != nil:
+			return a.result(e.Result, o.out, &pictures)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if failed {
+		return &ExitError{1}
+	}
+	return nil
+}
+
+// source is the code that the arguments mean.
+func (a *app) source(args []string) (string, error) {
+	if len(args) == 0 || args[0] == "-" {
+		b, err := io.ReadAll(a.in)
+		return string(b), err
+	}
+	b, err := os.ReadFile(args[0])
+	if err == nil {
+		return string(b), nil
+	}
+	// Code is seldom a name that a file may have; what looks like one is one.
+	if errors.Is(err, fs.ErrNotExist) && filepath.Ext(args[0]) == ".py" && !strings.ContainsAny(args[0], "\n (") {
+		return "", err
+	}
+	return args[0], nil
+}
+
+// result saves a result's picture, or prints its text.
+func (a *app) result(r *client.CodeOutput, out string, pictures *int) error {
+	for suffix, data := range map[string][]byte{".png": r.PNG, ".jpeg": r.JPEG, ".svg": []byte(r.SVG), ".pdf": r.PDF} {
+		if len(data) == 0 || out == "" {
+			continue
+		}
+		*pictures++
+		name := filepath.Join(out, fmt.Sprintf("chart-%d%s", *pictures, suffix))
+		if err := os.WriteFile(name, data, 0o644); err != nil {
+			return err
+		}
+		_, err := fmt.Fprintln(a.err, "saved "+name)
+		return err
+	}
+	if r.Text == "" {
+		return nil
+	}
+	_, err := fmt.Fprintln(a.out, r.Text)
+	return err
+}

@@ -1,0 +1,184 @@
+package server_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"testing"
+
+	"connectrpc.com/connect"
+	"github.com/jackc/pgx/v5"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+)
+
+// ImportTemplate knows the image "there", which asks for a password, and takes
+// any archive for one.
+func (a *agent) ImportTemplate(ctx context.Context, stream *connect.ClientStream[hostagentv1.ImportTemplateRequest]) (*connect.Response[hostagentv1.ImportTemplateResponse], error) {
+	if !stream.Receive() {
+		return nil, stream.Err()
+	}
+	start := stream.Msg().GetStart()
+	var archive bytes.Buffer
+	for stream.Receive() {
+		archive.Write(stream.Msg().GetChunk())
+	}
+	if err := stream.Err(); err != nil {
+		return nil, err
+	}
+	if err := a.decide(ctx, "import"); err != nil {
+		return nil, err
+	}
+	size := int64(archive.Len())
+	if r := start.GetRegistry(); r != nil {
+		switch {
+		case r.GetReference() != "registry.example/there:1":
+			return nil, connect.NewError(connect.CodeNotFound, errors.New("the registry does not have it"))
+		case r.GetUsername() != "reader" || r.GetPassword() != "s3cret":
+			return nil, connect.NewError(connect.CodePermissionDenied, errors.New("the registry lets nobody with these credentials read it"))
+		}
+		size = 1
+	}
+	t := &hostagentv1.Template{TemplateId: start.TemplateId, TeamId: start.TeamId, Name: start.Name, SizeBytes: size, CreatedAt: timestamppb.Now(), DiskMib: 5120}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.templates[start.TemplateId] = t
+	return connect.NewResponse(&hostagentv1.ImportTemplateResponse{Template: t, Digest: "sha256:0"}), nil
+}
+
+// brokenReader ends with an error.
+type brokenReader struct{ io.Reader }
+
+func (b brokenReader) Read(p []byte) (int, error) {
+	n, err := b.Reader.Read(p)
+	if errors.Is(err, io.EOF) {
+		err = errors.New("the client fell over")
+	}
+	return n, err
+}
+
+func TestImports(t *testing.T) {
+	p := newPlane(t)
+	from := func(name, reference, user, password string) response {
+		return p.call("POST", "/v1/templates/import", map[string]any{"name": name, "reference": reference, "username": user, "password": password})
+	}
+	from("app", "registry.example/there:1", "reader", "wrong").fails(403, "permission_denied")
+	from("app", "registry.example/none:1", "reader", "s3cret").fails(404, "not_found")
+	from("app", "registry.example/there:1", "", "s3cret").fails(400, "invalid_argument")
+	from("No Name", "registry.example/there:1", "reader", "s3cret").fails(400, "invalid_argument")
+	p.call("GET", "/v1/templates/app", nil).fails(404, "not_found")
+	if v := from("app", "registry.example/there:1", "reader", "s3cret").want(201).object(); v["version"] != 1. || v["size_bytes"] != 1. {
+		t.Errorf("imported %v", v)
+	}
+	// An archive is streamed through, and becomes the next version.
+	archive := bytes.Repeat([]byte("archive"), 1<<20)
+	tar := []string{"Content-Type", "application/x-tar"}
+	v := p.call("POST", "/v1/templates/import/archive?name=app", io.MultiReader(bytes.NewReader(archive)), tar...).want(201).object()
+	if v["version"] != 2. || v["size_bytes"] != float64(len(archive)) {
+		t.Errorf("imported %v", v)
+	}
+	if now := p.call("GET", "/v1/templates/app", nil).want(200).object(); now["id"] != v["id"] {
+		t.Errorf("app is %v", now)
+	}
+	p.call("POST", "/v1/sandboxes", map[string]any{"template": "app"}).want(201)
+	// Half an archive makes no template.
+	if r, err := p.try("POST", "/v1/templates/import/archive?name=half", brokenReader{bytes.NewReader(archive)}, tar...); err == nil && r.Status < 400 {
+		t.Errorf("half an archive: %d %s", r.Status, r.Body)
+	}
+	db, err := pgx.Connect(t.Context(), p.config.DatabaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close(t.Context())
+	p.eventually("half a template is forgotten", func() bool {
+		var n int
+		return db.QueryRow(t.Context(), "SELECT count(*) FROM templates WHERE name = 'half'").Scan(&n) == nil && n == 0
+	})
+
+	// Other teams see what the platform has, and nothing else.
+	other := p.newTeam()
+	p.call("GET", "/v1/templates/app", nil, "X-API-Key", other).fails(404, "not_found")
+	p.call("POST", "/v1/admin/templates/import/archive?name=ours", bytes.NewReader(archive), append(tar, "X-API-Key", other)...).fails(403, "permission_denied")
+	p.call("POST", "/v1/admin/templates/import/archive?name=ours", bytes.NewReader(archive), tar...).want(201)
+	p.call("GET", "/v1/templates/ours", nil, "X-API-Key", other).want(200)
+
+	// It goes on when the client leaves.
+	g := newGate()
+	p.agent.hook(g.on)
+	ctx, cancel := context.WithCancel(t.Context())
+	req, _ := http.NewRequestWithContext(ctx, "POST", p.http.URL+"/v1/templates/import", strings.NewReader(`{"name":"later","reference":"registry.example/there:1","username":"reader","password":"s3cret"}`))
+	req.Header.Set("X-API-Key", adminKey)
+	req.Header.Set("Content-Type", "application/json")
+	go func() { <-g.asked; cancel() }()
+	if _, err := http.DefaultClient.Do(req); !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	p.call("GET", "/v1/templates/later", nil).fails(404, "not_found")
+	g.release <- nil
+	p.eventually("it is imported", func() bool { return p.call("GET", "/v1/templates/later", nil).Status == 200 })
+}
+
+// gateway is a guest's code interpreter, or what says that it is one.
+func gateway(w http.ResponseWriter, r *http.Request) {
+	switch r.Method + r.URL.Path[strings.Index(r.URL.Path, "/49999")+6:] {
+	case "POST/execute":
+		body, _ := io.ReadAll(r.Body)
+		switch {
+		case bytes.Contains(body, []byte("broken")):
+			fmt.Fprintln(w, `{"type":"stdout","text":"half"}`)
+			return
+		case bytes.Contains(body, []byte("nonsense")):
+			fmt.Fprintln(w, `<html>`)
+			return
+		}
+		fmt.Fprintln(w, `{"type":"stdout","text":"a"}
+{"type":"stdout","text":"b"}
+{"type":"stderr","text":"c"}
+{"type":"result","is_main_result":true,"text":"42","html":"<b>42</b>","extra":{"x/y":1}}
+{"type":"error","name":"E","value":"v","traceback":"t"}
+{"type":"number_of_executions","execution_count":3}
+{"type":"end_of_execution"}`)
+	case "GET/contexts":
+		fmt.Fprintln(w, `[{"id":"default","language":"python","cwd":"/home/user","evil":"<"}]`)
+	case "POST/contexts":
+		w.WriteHeader(201)
+		fmt.Fprintln(w, `{"id":"x","language":"python","cwd":"/tmp"}`)
+	case "DELETE/contexts/x", "POST/contexts/x/restart":
+		w.WriteHeader(204)
+	default:
+		w.WriteHeader(404)
+		fmt.Fprintln(w, `{"code":404,"message":"no such context"}`)
+	}
+}
+
+func TestCode(t *testing.T) {
+	p := newPlane(t)
+	sandbox := p.create(map[string]any{})
+	base := "/v1/sandboxes/" + sandbox + "/code"
+	p.call("POST", base, map[string]any{"code": "1"}).fails(409, "conflict") // nothing listens
+	p.agent.guest = http.HandlerFunc(gateway)
+	got := string(p.call("POST", base, map[string]any{"code": "1"}).want(200).Body)
+	want := `{"error":{"name":"E","traceback":"t","value":"v"},"execution_count":3,"results":[{"extra":{"x/y":1},"html":"<b>42</b>","is_main_result":true,"text":"42"}],"stderr":"c","stdout":"ab"}`
+	if strings.TrimSpace(got) != want {
+		t.Errorf("code: %s", got)
+	}
+	if got := string(p.call("POST", base, map[string]any{"code": "1", "stream": true}).want(200).Body); strings.Count(got, "\n") != 7 || !strings.HasSuffix(got, "{\"type\":\"end_of_execution\"}\n") {
+		t.Errorf("a stream: %s", got)
+	}
+	p.call("POST", base, map[string]any{"code": "broken"}).fails(502, "bad_gateway")
+	p.call("POST", base, map[string]any{"code": "nonsense"}).fails(502, "bad_gateway")
+	p.call("POST", base, map[string]any{"code": "1", "timeout_seconds": 0}).fails(400, "invalid_argument")
+	if all := string(p.call("GET", base+"/contexts", nil).want(200).Body); strings.Contains(all, "evil") {
+		t.Errorf("contexts: %s", all)
+	}
+	p.call("POST", base+"/contexts", map[string]any{}).want(201)
+	p.call("DELETE", base+"/contexts/x", nil).want(204)
+	p.call("POST", base+"/contexts/x/restart", nil).want(204)
+	p.call("DELETE", base+"/contexts/y", nil).fails(404, "not_found")
+	p.call("POST", base, map[string]any{"code": "1"}, "X-API-Key", p.newTeam()).fails(404, "not_found")
+}

@@ -1,0 +1,189 @@
+package rest
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
+	"net/url"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/rest"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+)
+
+const (
+	// gatewayPort is where a sandbox's code interpreter listens.
+	gatewayPort = 49999
+	// maxCodeOutput bounds what code may print and show where it is answered in
+	// one piece, in bytes of JSON; the gateway itself stops at less.
+	maxCodeOutput = 64 << 20
+	// defaultCodeTimeout is how long code may run, in seconds.
+	defaultCodeTimeout = 300
+)
+
+// gateway asks the code interpreter of the caller's sandbox. The answer is a
+// success, and its body is the guest's: hostile.
+func (a *API) gateway(r *http.Request, sandbox, method, path string, body any) (*http.Response, error) {
+	u, err := sandboxID(sandbox)
+	if err != nil {
+		return nil, err
+	}
+	var b []byte
+	if body != nil {
+		if b, err = json.Marshal(body); err != nil {
+			return nil, err
+		}
+	}
+	resp, err := a.Sandboxes.Port(r.Context(), caller(r).Team, u, gatewayPort, method, path, b)
+	if err != nil {
+		return nil, err
+	}
+	if resp.StatusCode < 300 {
+		return resp, nil
+	}
+	defer resp.Body.Close()
+	var said struct {
+		Message string `json:"message"`
+	}
+	_ = json.NewDecoder(io.LimitReader(resp.Body, 4<<10)).Decode(&said)
+	switch {
+	case resp.StatusCode == http.StatusNotFound && said.Message != "":
+		return nil, fault.New(fault.NotFound, "%.300s", said.Message)
+	case resp.StatusCode == http.StatusBadRequest && said.Message != "":
+		return nil, fault.New(fault.InvalidArgument, "%.300s", said.Message)
+	case resp.StatusCode == http.StatusConflict && said.Message != "":
+		return nil, fault.New(fault.Conflict, "%.300s", said.Message)
+	}
+	return nil, fault.New(fault.Conflict, "no code interpreter answers on port %d of the sandbox: is its template code-interpreter?", gatewayPort)
+}
+
+// RunCode answers POST /v1/sandboxes/{sandbox_id}/code.
+func (a *API) RunCode(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID) {
+	var req rest.RunCode
+	if err := decode(r, &req); err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	resp, err := a.gateway(r, sandbox, http.MethodPost, "/execute", map[string]any{
+		"code": req.Code, "context_id": or(req.ContextID, "default"), "env_vars": or(req.Envs, nil), "timeout": or(req.TimeoutSeconds, defaultCodeTimeout),
+	})
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	defer resp.Body.Close()
+	if !or(req.Stream, false) {
+		result, err := collectCode(resp.Body)
+		if err != nil {
+			a.Fail(w, r, err)
+			return
+		}
+		answer(w, http.StatusOK, result)
+		return
+	}
+	h := w.Header()
+	h.Set("Content-Type", "application/x-ndjson")
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("Cache-Control", "no-store")
+	w.WriteHeader(http.StatusOK)
+	flush := http.NewResponseController(w)
+	buf := make([]byte, chunk)
+	for {
+		_ = flush.Flush()
+		n, err := resp.Body.Read(buf)
+		if _, e := w.Write(buf[:n]); e != nil || errors.Is(err, io.EOF) {
+			return
+		}
+		if err != nil {
+			panic(http.ErrAbortHandler) // lest the client take a part for the whole
+		}
+	}
+}
+
+// codeEvent is a line of what a code interpreter answers.
+type codeEvent struct {
+	rest.CodeOutput
+	Type           string `json:"type"`
+	Name           string `json:"name"`
+	Value          string `json:"value"`
+	Traceback      string `json:"traceback"`
+	ExecutionCount int32  `json:"execution_count"`
+}
+
+// endOfExecution is the type of the last line.
+const endOfExecution = "end_of_execution"
+
+// collectCode makes one answer of a guest's lines.
+func collectCode(body io.Reader) (rest.CodeResult, error) {
+	result := rest.CodeResult{Results: []rest.CodeOutput{}}
+	bound := &io.LimitedReader{R: body, N: maxCodeOutput}
+	lines := json.NewDecoder(bufio.NewReader(bound))
+	for {
+		var e codeEvent
+		if err := lines.Decode(&e); err != nil {
+			if bound.N <= 0 {
+				return result, fault.New(fault.PayloadTooLarge, "the code's output is longer than %d bytes: ask for a stream", maxCodeOutput)
+			}
+			return result, fault.Because(err, fault.BadGateway, "the sandbox's code interpreter broke off its answer")
+		}
+		switch e.Type {
+		case "stdout":
+			result.Stdout += or(e.Text, "")
+		case "stderr":
+			result.Stderr += or(e.Text, "")
+		case "result":
+			result.Results = append(result.Results, e.CodeOutput)
+		case "error":
+			result.Error = &rest.CodeError{Name: e.Name, Value: e.Value, Traceback: e.Traceback}
+		case "number_of_executions":
+			result.ExecutionCount = &e.ExecutionCount
+		case endOfExecution:
+			return result, nil
+		}
+	}
+}
+
+// relay answers with the JSON that a code interpreter answers, read as into.
+func (a *API) relay(w http.ResponseWriter, r *http.Request, sandbox, method, path string, body any, status int, into any) {
+	resp, err := a.gateway(r, sandbox, method, path, body)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	defer resp.Body.Close()
+	if into == nil {
+		w.WriteHeader(status)
+		return
+	}
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxBody)).Decode(into); err != nil {
+		a.Fail(w, r, fault.Because(err, fault.BadGateway, "the sandbox's code interpreter answers with no JSON"))
+		return
+	}
+	answer(w, status, into)
+}
+
+// ListContexts answers GET /v1/sandboxes/{sandbox_id}/code/contexts.
+func (a *API) ListContexts(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID) {
+	a.relay(w, r, sandbox, http.MethodGet, "/contexts", nil, http.StatusOK, &[]rest.CodeContext{})
+}
+
+// CreateContext answers POST /v1/sandboxes/{sandbox_id}/code/contexts.
+func (a *API) CreateContext(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID) {
+	var req rest.CreateContext
+	if err := decode(r, &req); err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	a.relay(w, r, sandbox, http.MethodPost, "/contexts", req, http.StatusCreated, &rest.CodeContext{})
+}
+
+// DeleteContext answers DELETE /v1/sandboxes/{sandbox_id}/code/contexts/{context_id}.
+func (a *API) DeleteContext(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID, context rest.ContextID) {
+	a.relay(w, r, sandbox, http.MethodDelete, "/contexts/"+url.PathEscape(context), nil, http.StatusNoContent, nil)
+}
+
+// ChangeContext answers POST /v1/sandboxes/{sandbox_id}/code/contexts/{context_id}/{action}.
+func (a *API) ChangeContext(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID, context rest.ContextID, action string) {
+	a.relay(w, r, sandbox, http.MethodPost, "/contexts/"+url.PathEscape(context)+"/"+url.PathEscape(action), nil, http.StatusNoContent, nil)
+}

@@ -1,0 +1,215 @@
+package sandboxes
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/scheduler"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/server/templates"
+)
+
+const (
+	// importTimeout bounds the import of an image, the upload of an archive too.
+	importTimeout = time.Hour
+	// maxImports is how many images a team may import at once through one server.
+	maxImports = 4
+	// importChunk is how much of an archive is in one message, in bytes.
+	importChunk = 256 << 10
+)
+
+// Image is an OCI image to make a template of.
+type Image struct {
+	// Name is the template's. It becomes the latest version of that name.
+	Name string
+	// Reference is where a registry has it, with or without credentials, which
+	// are passed on and written down nowhere.
+	Reference, Username, Password string
+	// Archive, if there is no Reference, is what `docker save` writes or a tar of
+	// an OCI image layout, and Tag the image's name in it.
+	Archive io.Reader
+	Tag     string
+	DiskMiB int32 // 0: the host's default
+	// Inert keeps the image's entry point from being started.
+	Inert bool
+}
+
+func (i Image) check() error {
+	if err := templates.CheckName(i.Name); err != nil {
+		return err
+	}
+	for field, s := range map[string]string{"reference": i.Reference, "username": i.Username, "password": i.Password, "tag": i.Tag} {
+		if err := checkText(field, s); err != nil {
+			return err
+		}
+	}
+	if i.Username == "" && i.Password != "" {
+		return fault.New(fault.InvalidArgument, "username: a password needs one")
+	}
+	return nil
+}
+
+// Import makes a template of an image for a team and returns when it can be
+// started from. Once the image's archive, if there is one, has been read, it
+// goes on when ctx ends before.
+func (s *Service) Import(ctx context.Context, team uuid.UUID, i Image) (db.Template, error) {
+	var row db.Template
+	if err := i.check(); err != nil {
+		return row, err
+	}
+	// Every host has the built-in template.
+	places, err := s.Hosts.Places(ctx, uuid.Nil, scheduler.Request{MemoryMiB: defaultMemoryMiB, VCPUs: defaultVCPUs})
+	if err != nil {
+		return row, err
+	}
+	template := uuid.New()
+	full := false
+	err = s.begin(func() {
+		if full = s.importing[team] >= maxImports; !full {
+			s.importing[team]++
+			s.templates[template]++
+		}
+	})
+	if err != nil {
+		return row, err
+	}
+	if full {
+		s.finish(func() {})
+		return row, fault.New(fault.Conflict, "the team imports %d images at this moment: wait for one of them", maxImports)
+	}
+	type outcome struct {
+		row db.Template
+		err error
+	}
+	done := make(chan outcome, 1)
+	go func() {
+		defer s.finish(func() {
+			if s.importing[team]--; s.importing[team] == 0 {
+				delete(s.importing, team)
+			}
+			if s.templates[template]--; s.templates[template] == 0 {
+				delete(s.templates, template)
+			}
+		})
+		row, err := s.importTo(places[0], team, template, i)
+		done <- outcome{row, err}
+	}()
+	select {
+	case o := <-done:
+		return o.row, o.err
+	case <-ctx.Done():
+		return row, ctx.Err()
+	}
+}
+
+// importTo claims the template's name and has a host make it.
+func (s *Service) importTo(host *hosts.Host, team, template uuid.UUID, i Image) (db.Template, error) {
+	ctx, cancel := context.WithTimeout(s.ctx, importTimeout)
+	defer cancel()
+	log := s.Log.With("template_id", id.Format(id.Template, template), "name", i.Name)
+	var claimed db.Template
+	err := s.Store.InTx(ctx, func(q *db.Queries) error {
+		var err error
+		claimed, err = q.ClaimImport(ctx, db.ClaimImportParams{ID: template, TeamID: team, Name: i.Name, CreatedAt: now(), DiskMiB: i.DiskMiB, Worker: &s.Store.Server})
+		if err != nil {
+			return err
+		}
+		return q.AddHostTemplate(ctx, db.AddHostTemplateParams{HostID: host.ID, TemplateID: template})
+	})
+	if errors.Is(err, store.ErrNoRows) {
+		return claimed, fault.New(fault.Conflict, "another template %q is being made", i.Name)
+	}
+	if err != nil {
+		return claimed, fmt.Errorf("write template: %w", err)
+	}
+	begun := time.Now()
+	answer, err := s.send(ctx, host, claimed, i)
+	if err != nil {
+		log.Warn("import image", "error", err)
+		// Where it is not certain that the host is done with it, whoever watches
+		// the host looks.
+		if definite(err) && s.ctx.Err() == nil {
+			if err := s.persist(func(ctx context.Context) error { return s.Store.DropTemplate(ctx, template) }); err != nil {
+				log.Error("write that there is no template", "error", err)
+			}
+		}
+		var f *fault.Error
+		if errors.As(err, &f) {
+			return claimed, f
+		}
+		return claimed, hosts.Fault(err)
+	}
+	var ready db.Template
+	err = s.persist(func(ctx context.Context) error {
+		var err error
+		ready, err = s.imported(ctx, template, answer.GetTemplate())
+		return err
+	})
+	if err != nil {
+		return claimed, fmt.Errorf("write that template is ready: %w", err)
+	}
+	log.Info("image imported", "digest", answer.GetDigest(), "version", ready.Version, "took", time.Since(begun))
+	return ready, nil
+}
+
+// imported writes that a template is there, which its name means from now on.
+func (s *Service) imported(ctx context.Context, template uuid.UUID, t *hostagentv1.Template) (row db.Template, err error) {
+	err = s.Store.InTx(ctx, func(q *db.Queries) error {
+		if row, err = q.TemplateReady(ctx, templates.Measured(template, t)); err != nil {
+			return err
+		}
+		_, err := q.SetTag(ctx, db.SetTagParams{ID: template, Tag: templates.Latest})
+		return err
+	})
+	return row, err
+}
+
+// send gives a host an image to import.
+func (s *Service) send(ctx context.Context, host *hosts.Host, row db.Template, i Image) (*hostagentv1.ImportTemplateResponse, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	start := &hostagentv1.ImportTemplateRequest_Start{
+		TemplateId: id.Format(id.Template, row.ID), TeamId: id.Format(id.Team, row.TeamID), Name: row.Name,
+		DiskMib: i.DiskMiB, Vcpus: defaultVCPUs, MemoryMib: defaultMemoryMiB, Inert: i.Inert,
+	}
+	if i.Archive == nil {
+		start.Source = &hostagentv1.ImportTemplateRequest_Start_Registry{Registry: &hostagentv1.ImportTemplateRequest_Registry{Reference: i.Reference, Username: i.Username, Password: i.Password}}
+	} else {
+		start.Source = &hostagentv1.ImportTemplateRequest_Start_Archive{Archive: &hostagentv1.ImportTemplateRequest_Archive{Tag: i.Tag}}
+	}
+	stream := host.Agent.ImportTemplate(ctx)
+	err := stream.Send(&hostagentv1.ImportTemplateRequest{Message: &hostagentv1.ImportTemplateRequest_Start_{Start: start}})
+	buf := make([]byte, importChunk)
+	for err == nil && i.Archive != nil {
+		n, readErr := i.Archive.Read(buf)
+		if n > 0 {
+			err = stream.Send(&hostagentv1.ImportTemplateRequest{Message: &hostagentv1.ImportTemplateRequest_Chunk{Chunk: buf[:n]}})
+		}
+		if errors.Is(readErr, io.EOF) {
+			break
+		}
+		if readErr != nil {
+			cancel() // not closed: to the host that would be the archive's end
+			return nil, fault.Because(readErr, fault.InvalidArgument, "body: broke off")
+		}
+	}
+	// An error of Send says only that the host has one; it is received here.
+	res, err := stream.CloseAndReceive()
+	if err != nil {
+		return nil, err
+	}
+	return res.Msg, nil
+}
+
+// isImport says whether a template that is pending is made of an image.
+func isImport(row db.Template) bool { return row.CapturedFrom == nil && row.BuildID == nil }

@@ -1,0 +1,56 @@
+package sandboxes
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"net/http"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+)
+
+// refusal is in a host's own answers, and in no guest's: for a sandbox that
+// does not run, its state.
+const refusal = "X-Wrenn-Error"
+
+// Port sends a request with a JSON body, if any, to what listens on a port of a
+// team's sandbox, which runs or is resumed first. The answer, whatever its
+// status, is the guest's or the host's, of one that is not there.
+func (s *Service) Port(ctx context.Context, team, sandbox uuid.UUID, port int, method, path string, body []byte) (*http.Response, error) {
+	_, host, err := s.Wake(ctx, team, sandbox)
+	for try := 1; err == nil; try++ {
+		url := fmt.Sprintf("http://agent/proxy/%s/%d%s", id.Format(id.Sandbox, sandbox), port, path)
+		req, invalid := http.NewRequestWithContext(ctx, method, url, bytes.NewReader(body))
+		if invalid != nil {
+			return nil, invalid
+		}
+		if body != nil {
+			req.Header.Set("Content-Type", "application/json")
+		}
+		host.Authorize(req.Header)
+		resp, failed := host.Transport().RoundTrip(req)
+		if failed != nil {
+			if ctx.Err() != nil {
+				return nil, ctx.Err()
+			}
+			return nil, fault.Because(failed, fault.HostUnreachable, "the sandbox's host does not answer")
+		}
+		said := resp.Header.Get(refusal)
+		switch State(said) {
+		case Pausing, Paused, Resuming:
+		default:
+			return resp, nil
+		}
+		resp.Body.Close()
+		if try == tries {
+			return nil, fault.New(fault.Conflict, "the sandbox is %s", said)
+		}
+		if _, host, err = s.Refused(ctx, team, sandbox); err != nil {
+			return nil, err
+		}
+	}
+	return nil, err
+}

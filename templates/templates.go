@@ -1,0 +1,27 @@
+// Package templates has the recipes of the templates that Wrenn ships. Each is
+// a folder with a file Recipe and what this copies; docs/recipes.md has the
+// language.
+package templates
+
+import (
+	"embed"
+	"fmt"
+	"io/fs"
+)
+
+//go:embed code-interpreter/* node/* python/*
+var files embed.FS
+
+// Names are those of the templates, in order.
+func Names() []string { return []string{"code-interpreter", "node", "python"} }
+
+// Folder is a template's folder, or an error that is [fs.ErrNotExist].
+func Folder(name string) (fs.FS, error) {
+	if !fs.ValidPath(name) || name == "." {
+		return nil, fmt.Errorf("shipped template %q: %w", name, fs.ErrNotExist)
+	}
+	if _, err := fs.Stat(files, name+"/Recipe"); err != nil {
+		return nil, fmt.Errorf("shipped template %q: %w", name, err)
+	}
+	return fs.Sub(files, name)
+}
