@@ -12,6 +12,7 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
@@ -63,6 +64,7 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 		{sandbox.ErrNotFound, connect.CodeNotFound},
 		{sandbox.ErrExists, connect.CodeAlreadyExists},
 		{sandbox.ErrState, connect.CodeFailedPrecondition},
+		{sandbox.ErrInUse, connect.CodeAborted},
 		{sandbox.ErrExhausted, connect.CodeResourceExhausted},
 		{sandbox.ErrClosing, connect.CodeUnavailable},
 		{sandbox.ErrStart, connect.CodeUnavailable},
@@ -136,6 +138,9 @@ func message(i sandbox.Info) *pb.Sandbox {
 	if !i.ExpiresAt.IsZero() {
 		m.ExpiresAt = timestamppb.New(i.ExpiresAt)
 	}
+	if i.State == sandbox.Running {
+		m.Idle = durationpb.New(i.Idle)
+	}
 	return m
 }
 
@@ -183,7 +188,7 @@ func (s *service) Pause(ctx context.Context, req *connect.Request[pb.PauseReques
 	if err != nil {
 		return nil, err
 	}
-	i, err := s.sandboxes.Pause(ctx, u)
+	i, err := s.sandboxes.PauseIdle(ctx, u, req.Msg.GetIdle().AsDuration())
 	if err != nil {
 		return nil, s.fault(ctx, "pause sandbox", err)
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/coder/websocket"
 	"github.com/google/uuid"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
@@ -188,6 +189,13 @@ func (a *agent) set(sandbox string, state hostagentv1.SandboxState) {
 	a.sandboxes[sandbox].State = state
 }
 
+// unused says for how long nothing has used a sandbox.
+func (a *agent) unused(sandbox string, idle time.Duration) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.sandboxes[sandbox].Idle = durationpb.New(idle)
+}
+
 func (a *agent) stateOf(sandbox string) hostagentv1.SandboxState {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -251,6 +259,14 @@ func (a *agent) turn(ctx context.Context, sandbox, call string, from, by, to hos
 }
 
 func (a *agent) Pause(ctx context.Context, req *connect.Request[hostagentv1.PauseRequest]) (*connect.Response[hostagentv1.PauseResponse], error) {
+	if least := req.Msg.GetIdle(); least != nil {
+		a.mu.Lock()
+		is := a.sandboxes[req.Msg.SandboxId].GetIdle().AsDuration()
+		a.mu.Unlock()
+		if is < least.AsDuration() {
+			return nil, connect.NewError(connect.CodeAborted, errors.New("the sandbox is in use"))
+		}
+	}
 	sb, err := a.turn(ctx, req.Msg.SandboxId, "pause", hostagentv1.SandboxState_SANDBOX_STATE_RUNNING, hostagentv1.SandboxState_SANDBOX_STATE_PAUSING, hostagentv1.SandboxState_SANDBOX_STATE_PAUSED)
 	if err != nil {
 		return nil, err

@@ -102,7 +102,7 @@ type tcpHost struct {
 // enroll adds a host as an admin does and registers an agent as an agent does.
 func (p *plane) enroll(name string, tags ...string) *tcpHost {
 	p.Helper()
-	added := p.call("POST", "/v1/admin/hosts", map[string]any{"name": name, "tags": tags}).want(201)
+	added := p.call("POST", "/v1/admin/hosts", map[string]any{"name": name, "tags": append([]string{}, tags...)}).want(201)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		p.Fatal(err)

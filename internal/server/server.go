@@ -81,6 +81,9 @@ type Config struct {
 	OvercommitVCPUs  float64 `env:"WRENN_OVERCOMMIT_VCPUS" envDefault:"32"`
 	// AuditRetention is how long audit records are kept; 0: for ever.
 	AuditRetention time.Duration `env:"WRENN_AUDIT_RETENTION" envDefault:"2160h"`
+	// DrainIdle is for how long nothing must have used a sandbox for it to be
+	// paused on a host that drains.
+	DrainIdle time.Duration `env:"WRENN_DRAIN_IDLE" envDefault:"30s"`
 	// The first admin, made when there is no user at all.
 	AdminEmail    string `env:"WRENN_ADMIN_EMAIL"`
 	AdminPassword string `env:"WRENN_ADMIN_PASSWORD"`
@@ -191,7 +194,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	s.keys = auth.NewKeys(s.store, s.log)
 	tpl := templates.New(s.store, s.log)
 	history := metrics.New(s.redis, s.log)
-	s.sandboxes = sandboxes.New(sandboxes.Config{Store: s.store, Hosts: s.hosts, Templates: tpl, Tokens: tokens, Tell: s.bus.Changed, Watching: history.Watch, Ended: history.Forget, Log: s.log})
+	s.sandboxes = sandboxes.New(sandboxes.Config{Store: s.store, Hosts: s.hosts, Templates: tpl, Tokens: tokens, DrainIdle: c.DrainIdle, Tell: s.bus.Changed, Watching: history.Watch, Ended: history.Forget, Log: s.log})
 	s.usage = usage.New(s.store, s.log)
 	s.audit = audit.New(s.store, c.AuditRetention, s.log)
 

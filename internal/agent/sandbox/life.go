@@ -106,7 +106,7 @@ func (b *box) infoLocked() Info {
 	i := Info{
 		ID: s.ID, Team: s.Team, Template: s.Template, State: b.rec.State,
 		VCPUs: s.VCPUs, MemoryMiB: s.MemoryMiB, DiskMiB: s.DiskMiB, CreatedAt: b.rec.CreatedAt, PauseOnTimeout: s.PauseOnTimeout,
-		InFlight: b.tracker.InFlight(), Steps: append([]Step(nil), b.steps...),
+		InFlight: b.tracker.InFlight(), Idle: b.tracker.Idle(), Steps: append([]Step(nil), b.steps...),
 	}
 	if b.stopping() {
 		i.State = Stopping

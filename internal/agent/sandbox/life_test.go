@@ -117,6 +117,38 @@ func TestPauseAndResume(t *testing.T) {
 	h.nothingLeft()
 }
 
+// TestPauseIdle: one that is in use, or was a moment ago, is left alone.
+func TestPauseIdle(t *testing.T) {
+	h := newHost(t)
+	id := h.create(t, nil)
+	use, err := h.Use(t.Context(), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.PauseIdle(t.Context(), id, time.Nanosecond); !errors.Is(err, ErrInUse) {
+		t.Errorf("in use: %v", err)
+	}
+	if i, err := h.Get(id); err != nil || i.Idle != 0 {
+		t.Errorf("in use: idle for %v (%v)", i.Idle, err)
+	}
+	use.Leave()
+	if _, err := h.PauseIdle(t.Context(), id, time.Hour); !errors.Is(err, ErrInUse) {
+		t.Errorf("used a moment ago: %v", err)
+	}
+	if use, err = h.Use(t.Context(), id); err != nil {
+		t.Fatalf("use of what was not paused: %v", err)
+	}
+	use.Leave()
+	if i, err := h.Get(id); err != nil || i.Idle <= 0 || i.Idle > time.Hour {
+		t.Errorf("idle for %v (%v)", i.Idle, err)
+	}
+	for range 2 { // the second has nothing to do
+		if i, err := h.PauseIdle(t.Context(), id, time.Nanosecond); err != nil || i.State != Paused {
+			t.Fatalf("%+v %v", i, err)
+		}
+	}
+}
+
 // TestResumedStandsAlone: a sandbox whose changes outweigh what it shares gets
 // a memory of its own, so that the next pause writes and compares no more than
 // what changed since.

@@ -31,11 +31,25 @@ const (
 // sandbox runs as before. Of a sandbox that is paused there is nothing to be
 // done.
 func (m *Manager) Pause(ctx context.Context, id uuid.UUID) (Info, error) {
+	return m.PauseIdle(ctx, id, 0)
+}
+
+// PauseIdle is Pause for a sandbox that nothing has used for the time idle; it
+// fails with [ErrInUse] where something has. idle 0: whoever uses it.
+func (m *Manager) PauseIdle(ctx context.Context, id uuid.UUID, idle time.Duration) (Info, error) {
 	b, err := m.find(id)
 	if err != nil {
 		return Info{}, err
 	}
-	err = b.order(ctx, func(ctx context.Context) error { return b.pause(ctx, nil) })
+	err = b.order(ctx, func(ctx context.Context) error {
+		if b.rec.State == Running && idle > 0 {
+			// From here on nothing can: a pause that fails takes uses again.
+			if unused, _, _ := b.tracker.expire(idle); !unused {
+				return ErrInUse
+			}
+		}
+		return b.pause(ctx, nil)
+	})
 	return b.info(), err
 }
 

@@ -21,7 +21,9 @@ var (
 	ErrNotFound = errors.New("not found")
 	ErrExists   = errors.New("it exists already")
 	// ErrState is what a [StateError] is.
-	ErrState     = errors.New("the sandbox is in the wrong state")
+	ErrState = errors.New("the sandbox is in the wrong state")
+	// ErrInUse is why an idle sandbox was not paused.
+	ErrInUse     = errors.New("the sandbox is in use")
 	ErrExhausted = errors.New("this host has no room")
 	ErrClosing   = errors.New("the host agent is stopping")
 	// ErrStart is wrapped by what went wrong while a sandbox was started.
@@ -157,6 +159,8 @@ type Info struct {
 	PauseOnTimeout bool
 	// InFlight is how many requests are under way.
 	InFlight int
+	// Idle is for how long there was no use; 0: there is one.
+	Idle time.Duration
 	// Steps are those of its start so far, or of the last thing done with it.
 	Steps []Step
 }

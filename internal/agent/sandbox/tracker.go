@@ -64,6 +64,16 @@ func (t *Tracker) LastUse() time.Time {
 	return t.last
 }
 
+// Idle is for how long nothing has used the sandbox; 0: something does.
+func (t *Tracker) Idle() time.Duration {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.n > 0 {
+		return 0
+	}
+	return time.Since(t.last)
+}
+
 // Touch counts as a use that is over at once.
 func (t *Tracker) Touch() {
 	t.mu.Lock()

@@ -853,7 +853,7 @@ func (q *Queries) RotateHostRefresh(ctx context.Context, arg RotateHostRefreshPa
 
 const sandboxFound = `-- name: SandboxFound :one
 UPDATE sandboxes SET state = 'running', expires_at = $1
-WHERE sandboxes.id = $2 AND state = 'missing' AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.status = 'online') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
+WHERE sandboxes.id = $2 AND state = 'missing' AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.status = 'online') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
 `
 
 type SandboxFoundParams struct {
@@ -890,12 +890,13 @@ func (q *Queries) SandboxFound(ctx context.Context, arg SandboxFoundParams) (San
 		&i.PausedAt,
 		&i.ForkedFrom,
 		&i.BuildID,
+		&i.Drained,
 	)
 	return i, err
 }
 
 const sandboxMoves = `-- name: SandboxMoves :one
-UPDATE sandboxes SET host_id = $1 WHERE id = $2 AND state = 'starting' AND host_id = $3 RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
+UPDATE sandboxes SET host_id = $1 WHERE id = $2 AND state = 'starting' AND host_id = $3 RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
 `
 
 type SandboxMovesParams struct {
@@ -933,6 +934,7 @@ func (q *Queries) SandboxMoves(ctx context.Context, arg SandboxMovesParams) (San
 		&i.PausedAt,
 		&i.ForkedFrom,
 		&i.BuildID,
+		&i.Drained,
 	)
 	return i, err
 }

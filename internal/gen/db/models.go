@@ -194,6 +194,7 @@ type Sandbox struct {
 	PausedAt       *time.Time
 	ForkedFrom     *uuid.UUID
 	BuildID        *uuid.UUID
+	Drained        bool
 }
 
 type SandboxRun struct {

@@ -66,6 +66,32 @@ func (q *Queries) CountLiveSandboxes(ctx context.Context) ([]CountLiveSandboxesR
 	return items, nil
 }
 
+const drainedExpire = `-- name: DrainedExpire :many
+UPDATE sandboxes SET state = 'stopping', end_reason = 'expired'
+WHERE host_id = $1 AND state NOT IN ('stopped', 'error') AND state = 'paused' AND drained AND expires_at < now() RETURNING id
+`
+
+// Sandboxes of a host that nobody has resumed and whose time is over.
+func (q *Queries) DrainedExpire(ctx context.Context, hostID *uuid.UUID) ([]uuid.UUID, error) {
+	rows, err := q.db.Query(ctx, drainedExpire, hostID)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []uuid.UUID
+	for rows.Next() {
+		var id uuid.UUID
+		if err := rows.Scan(&id); err != nil {
+			return nil, err
+		}
+		items = append(items, id)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
 const forgetIdempotencyKeys = `-- name: ForgetIdempotencyKeys :exec
 DELETE FROM idempotency_keys WHERE created_at < $1
 `
@@ -107,7 +133,7 @@ func (q *Queries) GetIdempotencyKey(ctx context.Context, arg GetIdempotencyKeyPa
 }
 
 const getSandbox = `-- name: GetSandbox :one
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id FROM sandboxes WHERE id = $1
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained FROM sandboxes WHERE id = $1
 `
 
 func (q *Queries) GetSandbox(ctx context.Context, id uuid.UUID) (Sandbox, error) {
@@ -138,12 +164,13 @@ func (q *Queries) GetSandbox(ctx context.Context, id uuid.UUID) (Sandbox, error)
 		&i.PausedAt,
 		&i.ForkedFrom,
 		&i.BuildID,
+		&i.Drained,
 	)
 	return i, err
 }
 
 const getTeamSandbox = `-- name: GetTeamSandbox :one
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id FROM sandboxes WHERE id = $1 AND team_id = $2
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained FROM sandboxes WHERE id = $1 AND team_id = $2
 `
 
 type GetTeamSandboxParams struct {
@@ -179,6 +206,7 @@ func (q *Queries) GetTeamSandbox(ctx context.Context, arg GetTeamSandboxParams) 
 		&i.PausedAt,
 		&i.ForkedFrom,
 		&i.BuildID,
+		&i.Drained,
 	)
 	return i, err
 }
@@ -187,7 +215,7 @@ const insertSandbox = `-- name: InsertSandbox :one
 
 INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, on_timeout, auto_resume, forked_from)
 VALUES ($1, $2, $3, $4, $5, 'starting', $6, $7, $8, $9, $10, $11, $12, $13, $14)
-RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
+RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
 `
 
 type InsertSandboxParams struct {
@@ -252,12 +280,13 @@ func (q *Queries) InsertSandbox(ctx context.Context, arg InsertSandboxParams) (S
 		&i.PausedAt,
 		&i.ForkedFrom,
 		&i.BuildID,
+		&i.Drained,
 	)
 	return i, err
 }
 
 const listHostSandboxes = `-- name: ListHostSandboxes :many
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id FROM sandboxes WHERE host_id = $1 AND state NOT IN ('stopped', 'error')
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained FROM sandboxes WHERE host_id = $1 AND state NOT IN ('stopped', 'error')
 `
 
 func (q *Queries) ListHostSandboxes(ctx context.Context, hostID *uuid.UUID) ([]Sandbox, error) {
@@ -294,6 +323,7 @@ func (q *Queries) ListHostSandboxes(ctx context.Context, hostID *uuid.UUID) ([]S
 			&i.PausedAt,
 			&i.ForkedFrom,
 			&i.BuildID,
+			&i.Drained,
 		); err != nil {
 			return nil, err
 		}
@@ -306,7 +336,7 @@ func (q *Queries) ListHostSandboxes(ctx context.Context, hostID *uuid.UUID) ([]S
 }
 
 const listLiveSandboxes = `-- name: ListLiveSandboxes :many
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id FROM sandboxes
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained FROM sandboxes
 WHERE team_id = $1
   AND state NOT IN ('stopped', 'error')
   AND metadata @> $2::jsonb
@@ -364,6 +394,7 @@ func (q *Queries) ListLiveSandboxes(ctx context.Context, arg ListLiveSandboxesPa
 			&i.PausedAt,
 			&i.ForkedFrom,
 			&i.BuildID,
+			&i.Drained,
 		); err != nil {
 			return nil, err
 		}
@@ -376,7 +407,7 @@ func (q *Queries) ListLiveSandboxes(ctx context.Context, arg ListLiveSandboxesPa
 }
 
 const listSandboxes = `-- name: ListSandboxes :many
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id FROM sandboxes
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained FROM sandboxes
 WHERE team_id = $1
   AND state = ANY ($2::text[])
   AND metadata @> $3::jsonb
@@ -435,6 +466,7 @@ func (q *Queries) ListSandboxes(ctx context.Context, arg ListSandboxesParams) ([
 			&i.PausedAt,
 			&i.ForkedFrom,
 			&i.BuildID,
+			&i.Drained,
 		); err != nil {
 			return nil, err
 		}
@@ -446,9 +478,48 @@ func (q *Queries) ListSandboxes(ctx context.Context, arg ListSandboxesParams) ([
 	return items, nil
 }
 
+const sandboxDrains = `-- name: SandboxDrains :one
+UPDATE sandboxes SET state = 'pausing', drained = true
+WHERE sandboxes.id = $1 AND state = 'running' AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.draining) RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
+`
+
+// It is to be paused because its host drains, if that still does.
+func (q *Queries) SandboxDrains(ctx context.Context, id uuid.UUID) (Sandbox, error) {
+	row := q.db.QueryRow(ctx, sandboxDrains, id)
+	var i Sandbox
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.HostID,
+		&i.TemplateID,
+		&i.TemplateName,
+		&i.State,
+		&i.VCPUs,
+		&i.MemoryMiB,
+		&i.DiskMiB,
+		&i.TimeoutSeconds,
+		&i.Metadata,
+		&i.CreatedAt,
+		&i.StartedAt,
+		&i.ExpiresAt,
+		&i.EndedAt,
+		&i.EndReason,
+		&i.Error,
+		&i.StartMs,
+		&i.Worker,
+		&i.OnTimeout,
+		&i.AutoResume,
+		&i.PausedAt,
+		&i.ForkedFrom,
+		&i.BuildID,
+		&i.Drained,
+	)
+	return i, err
+}
+
 const sandboxEnded = `-- name: SandboxEnded :one
 UPDATE sandboxes SET state = 'stopped', end_reason = $1::text, error = $2, ended_at = $3::timestamptz
-WHERE id = $4 AND state IN ('running', 'missing', 'pausing', 'paused', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
+WHERE id = $4 AND state IN ('running', 'missing', 'pausing', 'paused', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
 `
 
 type SandboxEndedParams struct {
@@ -492,12 +563,13 @@ func (q *Queries) SandboxEnded(ctx context.Context, arg SandboxEndedParams) (San
 		&i.PausedAt,
 		&i.ForkedFrom,
 		&i.BuildID,
+		&i.Drained,
 	)
 	return i, err
 }
 
 const sandboxExpires = `-- name: SandboxExpires :one
-UPDATE sandboxes SET expires_at = $1 WHERE id = $2 AND state = 'running' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
+UPDATE sandboxes SET expires_at = $1 WHERE id = $2 AND state = 'running' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
 `
 
 type SandboxExpiresParams struct {
@@ -533,13 +605,14 @@ func (q *Queries) SandboxExpires(ctx context.Context, arg SandboxExpiresParams) 
 		&i.PausedAt,
 		&i.ForkedFrom,
 		&i.BuildID,
+		&i.Drained,
 	)
 	return i, err
 }
 
 const sandboxFailed = `-- name: SandboxFailed :one
 UPDATE sandboxes SET state = 'error', end_reason = 'failed', error = $1, ended_at = now()
-WHERE id = $2 AND state IN ('pending', 'starting') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
+WHERE id = $2 AND state IN ('pending', 'starting') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
 `
 
 type SandboxFailedParams struct {
@@ -575,13 +648,14 @@ func (q *Queries) SandboxFailed(ctx context.Context, arg SandboxFailedParams) (S
 		&i.PausedAt,
 		&i.ForkedFrom,
 		&i.BuildID,
+		&i.Drained,
 	)
 	return i, err
 }
 
 const sandboxGoesOn = `-- name: SandboxGoesOn :one
-UPDATE sandboxes SET state = 'running', paused_at = NULL, expires_at = $1
-WHERE id = $2 AND state IN ('pausing', 'paused', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
+UPDATE sandboxes SET state = 'running', drained = false, paused_at = NULL, expires_at = $1
+WHERE id = $2 AND state IN ('pausing', 'paused', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
 `
 
 type SandboxGoesOnParams struct {
@@ -618,13 +692,15 @@ func (q *Queries) SandboxGoesOn(ctx context.Context, arg SandboxGoesOnParams) (S
 		&i.PausedAt,
 		&i.ForkedFrom,
 		&i.BuildID,
+		&i.Drained,
 	)
 	return i, err
 }
 
 const sandboxPaused = `-- name: SandboxPaused :one
-UPDATE sandboxes SET state = 'paused', paused_at = COALESCE(paused_at, $1::timestamptz), expires_at = NULL
-WHERE id = $2 AND state = ANY ($3::text[]) AND state IN ('running', 'missing', 'pausing', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
+UPDATE sandboxes SET state = 'paused', paused_at = COALESCE(paused_at, $1::timestamptz),
+    expires_at = CASE WHEN drained AND on_timeout = 'destroy' THEN expires_at END
+WHERE id = $2 AND state = ANY ($3::text[]) AND state IN ('running', 'missing', 'pausing', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
 `
 
 type SandboxPausedParams struct {
@@ -661,12 +737,13 @@ func (q *Queries) SandboxPaused(ctx context.Context, arg SandboxPausedParams) (S
 		&i.PausedAt,
 		&i.ForkedFrom,
 		&i.BuildID,
+		&i.Drained,
 	)
 	return i, err
 }
 
 const sandboxPausing = `-- name: SandboxPausing :one
-UPDATE sandboxes SET state = 'pausing' WHERE id = $1 AND state = 'running' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
+UPDATE sandboxes SET state = 'pausing' WHERE id = $1 AND state = 'running' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
 `
 
 func (q *Queries) SandboxPausing(ctx context.Context, id uuid.UUID) (Sandbox, error) {
@@ -697,12 +774,13 @@ func (q *Queries) SandboxPausing(ctx context.Context, id uuid.UUID) (Sandbox, er
 		&i.PausedAt,
 		&i.ForkedFrom,
 		&i.BuildID,
+		&i.Drained,
 	)
 	return i, err
 }
 
 const sandboxResuming = `-- name: SandboxResuming :one
-UPDATE sandboxes SET state = 'resuming' WHERE id = $1 AND state = 'paused' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
+UPDATE sandboxes SET state = 'resuming' WHERE id = $1 AND state = 'paused' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
 `
 
 func (q *Queries) SandboxResuming(ctx context.Context, id uuid.UUID) (Sandbox, error) {
@@ -733,6 +811,7 @@ func (q *Queries) SandboxResuming(ctx context.Context, id uuid.UUID) (Sandbox, e
 		&i.PausedAt,
 		&i.ForkedFrom,
 		&i.BuildID,
+		&i.Drained,
 	)
 	return i, err
 }
@@ -740,7 +819,7 @@ func (q *Queries) SandboxResuming(ctx context.Context, id uuid.UUID) (Sandbox, e
 const sandboxRunning = `-- name: SandboxRunning :one
 UPDATE sandboxes SET state = 'running', started_at = COALESCE(started_at, $1), expires_at = $2,
     disk_mib = $3, start_ms = COALESCE(start_ms, $4)
-WHERE id = $5 AND state IN ('pending', 'starting') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
+WHERE id = $5 AND state IN ('pending', 'starting') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
 `
 
 type SandboxRunningParams struct {
@@ -785,13 +864,52 @@ func (q *Queries) SandboxRunning(ctx context.Context, arg SandboxRunningParams) 
 		&i.PausedAt,
 		&i.ForkedFrom,
 		&i.BuildID,
+		&i.Drained,
+	)
+	return i, err
+}
+
+const sandboxStaysPaused = `-- name: SandboxStaysPaused :one
+UPDATE sandboxes SET drained = false, expires_at = NULL WHERE id = $1 AND state = 'paused' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
+`
+
+// Somebody asked for it to be paused, which so far it was because its host drains.
+func (q *Queries) SandboxStaysPaused(ctx context.Context, id uuid.UUID) (Sandbox, error) {
+	row := q.db.QueryRow(ctx, sandboxStaysPaused, id)
+	var i Sandbox
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.HostID,
+		&i.TemplateID,
+		&i.TemplateName,
+		&i.State,
+		&i.VCPUs,
+		&i.MemoryMiB,
+		&i.DiskMiB,
+		&i.TimeoutSeconds,
+		&i.Metadata,
+		&i.CreatedAt,
+		&i.StartedAt,
+		&i.ExpiresAt,
+		&i.EndedAt,
+		&i.EndReason,
+		&i.Error,
+		&i.StartMs,
+		&i.Worker,
+		&i.OnTimeout,
+		&i.AutoResume,
+		&i.PausedAt,
+		&i.ForkedFrom,
+		&i.BuildID,
+		&i.Drained,
 	)
 	return i, err
 }
 
 const sandboxStopped = `-- name: SandboxStopped :one
 UPDATE sandboxes SET state = 'stopped', end_reason = COALESCE(end_reason, 'deleted'), ended_at = now()
-WHERE id = $1 AND state = 'stopping' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
+WHERE id = $1 AND state = 'stopping' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
 `
 
 func (q *Queries) SandboxStopped(ctx context.Context, id uuid.UUID) (Sandbox, error) {
@@ -822,13 +940,14 @@ func (q *Queries) SandboxStopped(ctx context.Context, id uuid.UUID) (Sandbox, er
 		&i.PausedAt,
 		&i.ForkedFrom,
 		&i.BuildID,
+		&i.Drained,
 	)
 	return i, err
 }
 
 const sandboxStopping = `-- name: SandboxStopping :one
 UPDATE sandboxes SET state = 'stopping'
-WHERE id = $1 AND state IN ('pending', 'starting', 'running', 'missing', 'pausing', 'paused', 'resuming', 'stopping') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id
+WHERE id = $1 AND state IN ('pending', 'starting', 'running', 'missing', 'pausing', 'paused', 'resuming', 'stopping') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
 `
 
 // Stopping a sandbox that stops is no change, yet answers with the row.
@@ -860,6 +979,7 @@ func (q *Queries) SandboxStopping(ctx context.Context, id uuid.UUID) (Sandbox, e
 		&i.PausedAt,
 		&i.ForkedFrom,
 		&i.BuildID,
+		&i.Drained,
 	)
 	return i, err
 }

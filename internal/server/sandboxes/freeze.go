@@ -11,6 +11,7 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
@@ -140,7 +141,13 @@ func (s *Service) Pause(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbo
 		}
 		switch State(row.State) {
 		case Paused:
-			return row, nil
+			if !row.Drained {
+				return row, nil
+			}
+			if row, err = s.Store.SandboxStaysPaused(ctx, sandbox); errors.Is(err, store.ErrNoRows) {
+				continue
+			}
+			return row, err
 		case Running:
 			row, err = s.turn(ctx, sandbox, Paused, func() (db.Sandbox, error) { return s.pause(row) })
 		case Pausing, Resuming:
@@ -174,12 +181,12 @@ func (s *Service) wake(ctx context.Context, row db.Sandbox, asked bool) (db.Sand
 		case Running:
 			return row, nil
 		case Paused:
-			if !asked && !row.AutoResume {
+			if !asked && !row.AutoResume && !row.Drained {
 				return row, notRunning(row)
 			}
 			row, err = s.turn(ctx, sandbox, Running, func() (db.Sandbox, error) { return s.resume(was) })
 		case Pausing, Resuming:
-			if !asked && !row.AutoResume && row.State == string(Pausing) {
+			if !asked && !row.AutoResume && !row.Drained && row.State == string(Pausing) {
 				return row, notRunning(row)
 			}
 			row, err = s.wait(ctx, row, Running, deadline)
@@ -212,19 +219,29 @@ func (s *Service) mark(sandbox uuid.UUID, write func(context.Context, uuid.UUID)
 
 // pause has the host pause a running sandbox and writes down how that went.
 func (s *Service) pause(row db.Sandbox) (db.Sandbox, error) {
+	return s.pauseIdle(row, 0)
+}
+
+// pauseIdle is pause for a sandbox that drains: it is paused if its host still
+// drains and nothing has used it for the time idle. idle 0: in any case.
+func (s *Service) pauseIdle(row db.Sandbox, idle time.Duration) (db.Sandbox, error) {
 	log := s.Log.With("sandbox_id", id.Format(id.Sandbox, row.ID))
 	host, err := s.Hosts.Get(row.HostID)
 	if err != nil {
 		return row, err
 	}
-	if err := s.mark(row.ID, s.Store.SandboxPausing); err != nil {
+	mark, ask := s.Store.SandboxPausing, &hostagentv1.PauseRequest{SandboxId: id.Format(id.Sandbox, row.ID)}
+	if idle > 0 {
+		mark, ask.Idle = s.Store.SandboxDrains, durationpb.New(idle)
+	}
+	if err := s.mark(row.ID, mark); err != nil {
 		return row, err
 	}
 	defer s.changed(row.ID)
 	ctx, cancel := context.WithTimeout(s.ctx, pauseTimeout)
 	defer cancel()
 	begun := time.Now()
-	_, err = host.Agent.Pause(ctx, connect.NewRequest(&hostagentv1.PauseRequest{SandboxId: id.Format(id.Sandbox, row.ID)}))
+	_, err = host.Agent.Pause(ctx, connect.NewRequest(ask))
 	if err != nil {
 		return row, s.turnFailed("pause", err, log, func(ctx context.Context) error {
 			_, err := s.Store.SandboxGoesOn(ctx, db.SandboxGoesOnParams{ID: row.ID, ExpiresAt: row.ExpiresAt})
@@ -299,7 +316,11 @@ func (s *Service) turnFailed(doing string, err error, log *slog.Logger, undo fun
 		// The row stays as it is, the next server looks.
 		return fault.New(fault.Unavailable, "the server is stopping")
 	}
-	log.Error(doing+" sandbox", "error", err)
+	if connect.CodeOf(err) == connect.CodeAborted {
+		log.Info(doing+" sandbox", "error", err) // It is in use after all.
+	} else {
+		log.Error(doing+" sandbox", "error", err)
+	}
 	if definite(err) {
 		if err := s.persist(undo); err != nil && !errors.Is(err, store.ErrNoRows) {
 			log.Error("write that sandbox is as before", "error", err)

@@ -59,6 +59,8 @@ type watch struct {
 	// not know, and since when. Only the
 	// goroutine that compares touches them.
 	missing, stray map[uuid.UUID]time.Time
+	// idle are the sandboxes that nothing has used lately, where the host drains.
+	idle chan []db.Sandbox
 }
 
 // listen hears what the host did on its own, writes it down and acknowledges it.
@@ -272,6 +274,9 @@ func (w *watch) compare(ctx context.Context) error {
 	if err := w.settleTemplates(ctx, known, templates.Msg.Templates); err != nil {
 		return err
 	}
+	if err := w.expireDrained(ctx); err != nil {
+		return err
+	}
 	rows, err := w.Store.ListHostSandboxes(ctx, &w.host.ID)
 	if err != nil {
 		return fmt.Errorf("list host's rows: %w", err)
@@ -306,6 +311,7 @@ func (w *watch) compare(ctx context.Context) error {
 		return true
 	}
 	var expire db.SandboxesExpireParams
+	var idle []db.Sandbox
 	inTable := make(map[uuid.UUID]bool, len(rows))
 	for _, row := range rows {
 		inTable[row.ID] = true
@@ -342,6 +348,9 @@ func (w *watch) compare(ctx context.Context) error {
 					err = unlessGone(w.settleLeft(ctx, row.ID))
 				}
 			case is == onHostRunning:
+				if sb.GetIdle().AsDuration() > w.DrainIdle {
+					idle = append(idle, row)
+				}
 				if ends := expiry(sb); ends != nil && (row.ExpiresAt == nil || !row.ExpiresAt.Equal(*ends)) {
 					expire.Ids, expire.Ats = append(expire.Ids, row.ID), append(expire.Ats, *ends)
 				}
@@ -366,6 +375,9 @@ func (w *watch) compare(ctx context.Context) error {
 		if err := w.Store.SandboxesExpire(ctx, expire); err != nil {
 			return fmt.Errorf("write when sandboxes end: %w", err)
 		}
+	}
+	if err := w.drainSoon(ctx, idle); err != nil {
+		return err
 	}
 	return w.removeStrays(ctx, has, inTable, at)
 }

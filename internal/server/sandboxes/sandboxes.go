@@ -78,6 +78,9 @@ type Config struct {
 	Hosts     *hosts.Registry
 	Templates *templates.Service
 	Tokens    auth.Tokens
+	// DrainIdle is for how long nothing must have used a sandbox for it to be
+	// paused because its host drains; 0: [DefaultDrainIdle].
+	DrainIdle time.Duration
 	// Tell tells the other servers that a sandbox changed; nil: there are none.
 	// It must not block.
 	Tell func(sandbox uuid.UUID)
@@ -129,6 +132,7 @@ type creation struct {
 
 // New returns the service of a store. Run keeps it in agreement with the hosts.
 func New(c Config) *Service {
+	c.DrainIdle = cmp.Or(c.DrainIdle, DefaultDrainIdle)
 	s := &Service{
 		Config: c, metrics: newMetrics(c.Store),
 		creating: make(map[uuid.UUID]*creation), deleting: make(map[uuid.UUID]int),

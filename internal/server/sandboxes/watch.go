@@ -118,13 +118,14 @@ func (s *Service) watchHosts(ctx context.Context, watched map[uuid.UUID]watching
 // watch begins to watch a host.
 func (s *Service) watch(ctx context.Context, h *hosts.Host) watching {
 	ctx, cancel := context.WithCancel(ctx)
-	w := &watch{Service: s, host: h, log: s.Log.With("host", h.URL), poke: make(chan struct{}, 1), missing: make(map[uuid.UUID]time.Time), stray: make(map[uuid.UUID]time.Time)}
+	w := &watch{Service: s, host: h, log: s.Log.With("host", h.URL), poke: make(chan struct{}, 1), missing: make(map[uuid.UUID]time.Time), stray: make(map[uuid.UUID]time.Time), idle: make(chan []db.Sandbox)}
 	var wg sync.WaitGroup
 	wg.Go(func() { w.listen(ctx) })
 	wg.Go(func() { w.compareLoop(ctx) })
 	if s.Watching != nil {
 		wg.Go(func() { s.Watching(ctx, h) })
 	}
+	wg.Go(func() { w.drainLoop(ctx) })
 	return watching{host: h, stop: func() { cancel(); wg.Wait() }}
 }
 

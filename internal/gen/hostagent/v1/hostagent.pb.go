@@ -11,6 +11,7 @@ package hostagentv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
@@ -154,8 +155,11 @@ type Sandbox struct {
 	// absent: never, or it is paused.
 	ExpiresAt      *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
 	PauseOnTimeout bool                   `protobuf:"varint,10,opt,name=pause_on_timeout,json=pauseOnTimeout,proto3" json:"pause_on_timeout,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// For how long nothing has used it; 0: something does. Absent where nothing
+	// can: it does not run.
+	Idle          *durationpb.Duration `protobuf:"bytes,11,opt,name=idle,proto3" json:"idle,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Sandbox) Reset() {
@@ -256,6 +260,13 @@ func (x *Sandbox) GetPauseOnTimeout() bool {
 		return x.PauseOnTimeout
 	}
 	return false
+}
+
+func (x *Sandbox) GetIdle() *durationpb.Duration {
+	if x != nil {
+		return x.Idle
+	}
+	return nil
 }
 
 type CreateRequest struct {
@@ -426,8 +437,11 @@ func (x *CreateResponse) GetSandbox() *Sandbox {
 }
 
 type PauseRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	// Only if nothing has used the sandbox for this long, else the call fails
+	// with ABORTED; absent: whoever uses it.
+	Idle          *durationpb.Duration `protobuf:"bytes,2,opt,name=idle,proto3" json:"idle,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -467,6 +481,13 @@ func (x *PauseRequest) GetSandboxId() string {
 		return x.SandboxId
 	}
 	return ""
+}
+
+func (x *PauseRequest) GetIdle() *durationpb.Duration {
+	if x != nil {
+		return x.Idle
+	}
+	return nil
 }
 
 type PauseResponse struct {
@@ -4270,7 +4291,7 @@ var File_hostagent_v1_hostagent_proto protoreflect.FileDescriptor
 
 const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\n" +
-	"\x1chostagent/v1/hostagent.proto\x12\fhostagent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x84\x03\n" +
+	"\x1chostagent/v1/hostagent.proto\x12\fhostagent.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb3\x03\n" +
 	"\aSandbox\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1f\n" +
@@ -4287,7 +4308,8 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\n" +
 	"expires_at\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\x12(\n" +
 	"\x10pause_on_timeout\x18\n" +
-	" \x01(\bR\x0epauseOnTimeout\"\xa2\x03\n" +
+	" \x01(\bR\x0epauseOnTimeout\x12-\n" +
+	"\x04idle\x18\v \x01(\v2\x19.google.protobuf.DurationR\x04idle\"\xa2\x03\n" +
 	"\rCreateRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x17\n" +
@@ -4307,10 +4329,11 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"A\n" +
 	"\x0eCreateResponse\x12/\n" +
-	"\asandbox\x18\x01 \x01(\v2\x15.hostagent.v1.SandboxR\asandbox\"-\n" +
+	"\asandbox\x18\x01 \x01(\v2\x15.hostagent.v1.SandboxR\asandbox\"\\\n" +
 	"\fPauseRequest\x12\x1d\n" +
 	"\n" +
-	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"@\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12-\n" +
+	"\x04idle\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x04idle\"@\n" +
 	"\rPauseResponse\x12/\n" +
 	"\asandbox\x18\x01 \x01(\v2\x15.hostagent.v1.SandboxR\asandbox\".\n" +
 	"\rResumeRequest\x12\x1d\n" +
@@ -4699,108 +4722,111 @@ var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(*ImportTemplateRequest_Archive)(nil),  // 72: hostagent.v1.ImportTemplateRequest.Archive
 	(*ImportTemplateRequest_Start)(nil),    // 73: hostagent.v1.ImportTemplateRequest.Start
 	(*timestamppb.Timestamp)(nil),          // 74: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),            // 75: google.protobuf.Duration
 }
 var file_hostagent_v1_hostagent_proto_depIdxs = []int32{
 	0,  // 0: hostagent.v1.Sandbox.state:type_name -> hostagent.v1.SandboxState
 	74, // 1: hostagent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
 	74, // 2: hostagent.v1.Sandbox.expires_at:type_name -> google.protobuf.Timestamp
-	60, // 3: hostagent.v1.CreateRequest.envs:type_name -> hostagent.v1.CreateRequest.EnvsEntry
-	2,  // 4: hostagent.v1.CreateResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	2,  // 5: hostagent.v1.PauseResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	2,  // 6: hostagent.v1.ResumeResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	61, // 7: hostagent.v1.Defaults.envs:type_name -> hostagent.v1.Defaults.EnvsEntry
-	9,  // 8: hostagent.v1.SnapshotRequest.defaults:type_name -> hostagent.v1.Defaults
-	46, // 9: hostagent.v1.SnapshotResponse.template:type_name -> hostagent.v1.Template
-	62, // 10: hostagent.v1.ForkRequest.copies:type_name -> hostagent.v1.ForkRequest.Copy
-	2,  // 11: hostagent.v1.ForkResponse.sandboxes:type_name -> hostagent.v1.Sandbox
-	2,  // 12: hostagent.v1.ListResponse.sandboxes:type_name -> hostagent.v1.Sandbox
-	2,  // 13: hostagent.v1.GetResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	63, // 14: hostagent.v1.Command.envs:type_name -> hostagent.v1.Command.EnvsEntry
-	22, // 15: hostagent.v1.ExecRequest.command:type_name -> hostagent.v1.Command
-	64, // 16: hostagent.v1.ExecStreamRequest.start:type_name -> hostagent.v1.ExecStreamRequest.Start
-	65, // 17: hostagent.v1.ExecStreamRequest.close_stdin:type_name -> hostagent.v1.ExecStreamRequest.CloseStdin
-	25, // 18: hostagent.v1.ExecStreamRequest.resize:type_name -> hostagent.v1.TerminalSize
-	66, // 19: hostagent.v1.ExecStreamResponse.started:type_name -> hostagent.v1.ExecStreamResponse.Started
-	67, // 20: hostagent.v1.ExecStreamResponse.exited:type_name -> hostagent.v1.ExecStreamResponse.Exited
-	28, // 21: hostagent.v1.WriteFileRequest.file:type_name -> hostagent.v1.FileRef
-	29, // 22: hostagent.v1.WriteFileResponse.file:type_name -> hostagent.v1.FileInfo
-	28, // 23: hostagent.v1.ReadFileRequest.file:type_name -> hostagent.v1.FileRef
-	68, // 24: hostagent.v1.WriteFileStreamRequest.start:type_name -> hostagent.v1.WriteFileStreamRequest.Start
-	29, // 25: hostagent.v1.WriteFileStreamResponse.file:type_name -> hostagent.v1.FileInfo
-	28, // 26: hostagent.v1.ReadFileStreamRequest.file:type_name -> hostagent.v1.FileRef
-	69, // 27: hostagent.v1.ReadFileStreamResponse.start:type_name -> hostagent.v1.ReadFileStreamResponse.Start
-	2,  // 28: hostagent.v1.PingResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	74, // 29: hostagent.v1.SamplesResponse.time:type_name -> google.protobuf.Timestamp
-	70, // 30: hostagent.v1.SamplesResponse.samples:type_name -> hostagent.v1.SamplesResponse.Sample
-	74, // 31: hostagent.v1.MetricsResponse.time:type_name -> google.protobuf.Timestamp
-	74, // 32: hostagent.v1.Template.created_at:type_name -> google.protobuf.Timestamp
-	9,  // 33: hostagent.v1.Template.defaults:type_name -> hostagent.v1.Defaults
-	73, // 34: hostagent.v1.ImportTemplateRequest.start:type_name -> hostagent.v1.ImportTemplateRequest.Start
-	46, // 35: hostagent.v1.ImportTemplateResponse.template:type_name -> hostagent.v1.Template
-	46, // 36: hostagent.v1.TemplatesResponse.templates:type_name -> hostagent.v1.Template
-	1,  // 37: hostagent.v1.Event.kind:type_name -> hostagent.v1.Event.Kind
-	74, // 38: hostagent.v1.Event.time:type_name -> google.protobuf.Timestamp
-	53, // 39: hostagent.v1.EventsResponse.event:type_name -> hostagent.v1.Event
-	22, // 40: hostagent.v1.ExecStreamRequest.Start.command:type_name -> hostagent.v1.Command
-	25, // 41: hostagent.v1.ExecStreamRequest.Start.terminal:type_name -> hostagent.v1.TerminalSize
-	28, // 42: hostagent.v1.WriteFileStreamRequest.Start.file:type_name -> hostagent.v1.FileRef
-	71, // 43: hostagent.v1.ImportTemplateRequest.Start.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
-	72, // 44: hostagent.v1.ImportTemplateRequest.Start.archive:type_name -> hostagent.v1.ImportTemplateRequest.Archive
-	3,  // 45: hostagent.v1.HostAgent.Create:input_type -> hostagent.v1.CreateRequest
-	16, // 46: hostagent.v1.HostAgent.Destroy:input_type -> hostagent.v1.DestroyRequest
-	18, // 47: hostagent.v1.HostAgent.List:input_type -> hostagent.v1.ListRequest
-	20, // 48: hostagent.v1.HostAgent.Get:input_type -> hostagent.v1.GetRequest
-	23, // 49: hostagent.v1.HostAgent.Exec:input_type -> hostagent.v1.ExecRequest
-	26, // 50: hostagent.v1.HostAgent.ExecStream:input_type -> hostagent.v1.ExecStreamRequest
-	30, // 51: hostagent.v1.HostAgent.WriteFile:input_type -> hostagent.v1.WriteFileRequest
-	32, // 52: hostagent.v1.HostAgent.ReadFile:input_type -> hostagent.v1.ReadFileRequest
-	34, // 53: hostagent.v1.HostAgent.WriteFileStream:input_type -> hostagent.v1.WriteFileStreamRequest
-	36, // 54: hostagent.v1.HostAgent.ReadFileStream:input_type -> hostagent.v1.ReadFileStreamRequest
-	38, // 55: hostagent.v1.HostAgent.Ping:input_type -> hostagent.v1.PingRequest
-	42, // 56: hostagent.v1.HostAgent.Metrics:input_type -> hostagent.v1.MetricsRequest
-	40, // 57: hostagent.v1.HostAgent.Samples:input_type -> hostagent.v1.SamplesRequest
-	44, // 58: hostagent.v1.HostAgent.Console:input_type -> hostagent.v1.ConsoleRequest
-	49, // 59: hostagent.v1.HostAgent.Templates:input_type -> hostagent.v1.TemplatesRequest
-	51, // 60: hostagent.v1.HostAgent.Host:input_type -> hostagent.v1.HostRequest
-	54, // 61: hostagent.v1.HostAgent.Events:input_type -> hostagent.v1.EventsRequest
-	56, // 62: hostagent.v1.HostAgent.AckEvents:input_type -> hostagent.v1.AckEventsRequest
-	5,  // 63: hostagent.v1.HostAgent.Pause:input_type -> hostagent.v1.PauseRequest
-	7,  // 64: hostagent.v1.HostAgent.Resume:input_type -> hostagent.v1.ResumeRequest
-	10, // 65: hostagent.v1.HostAgent.Snapshot:input_type -> hostagent.v1.SnapshotRequest
-	12, // 66: hostagent.v1.HostAgent.Fork:input_type -> hostagent.v1.ForkRequest
-	14, // 67: hostagent.v1.HostAgent.DeleteTemplate:input_type -> hostagent.v1.DeleteTemplateRequest
-	47, // 68: hostagent.v1.HostAgent.ImportTemplate:input_type -> hostagent.v1.ImportTemplateRequest
-	58, // 69: hostagent.v1.HostAgent.Terminate:input_type -> hostagent.v1.TerminateRequest
-	4,  // 70: hostagent.v1.HostAgent.Create:output_type -> hostagent.v1.CreateResponse
-	17, // 71: hostagent.v1.HostAgent.Destroy:output_type -> hostagent.v1.DestroyResponse
-	19, // 72: hostagent.v1.HostAgent.List:output_type -> hostagent.v1.ListResponse
-	21, // 73: hostagent.v1.HostAgent.Get:output_type -> hostagent.v1.GetResponse
-	24, // 74: hostagent.v1.HostAgent.Exec:output_type -> hostagent.v1.ExecResponse
-	27, // 75: hostagent.v1.HostAgent.ExecStream:output_type -> hostagent.v1.ExecStreamResponse
-	31, // 76: hostagent.v1.HostAgent.WriteFile:output_type -> hostagent.v1.WriteFileResponse
-	33, // 77: hostagent.v1.HostAgent.ReadFile:output_type -> hostagent.v1.ReadFileResponse
-	35, // 78: hostagent.v1.HostAgent.WriteFileStream:output_type -> hostagent.v1.WriteFileStreamResponse
-	37, // 79: hostagent.v1.HostAgent.ReadFileStream:output_type -> hostagent.v1.ReadFileStreamResponse
-	39, // 80: hostagent.v1.HostAgent.Ping:output_type -> hostagent.v1.PingResponse
-	43, // 81: hostagent.v1.HostAgent.Metrics:output_type -> hostagent.v1.MetricsResponse
-	41, // 82: hostagent.v1.HostAgent.Samples:output_type -> hostagent.v1.SamplesResponse
-	45, // 83: hostagent.v1.HostAgent.Console:output_type -> hostagent.v1.ConsoleResponse
-	50, // 84: hostagent.v1.HostAgent.Templates:output_type -> hostagent.v1.TemplatesResponse
-	52, // 85: hostagent.v1.HostAgent.Host:output_type -> hostagent.v1.HostResponse
-	55, // 86: hostagent.v1.HostAgent.Events:output_type -> hostagent.v1.EventsResponse
-	57, // 87: hostagent.v1.HostAgent.AckEvents:output_type -> hostagent.v1.AckEventsResponse
-	6,  // 88: hostagent.v1.HostAgent.Pause:output_type -> hostagent.v1.PauseResponse
-	8,  // 89: hostagent.v1.HostAgent.Resume:output_type -> hostagent.v1.ResumeResponse
-	11, // 90: hostagent.v1.HostAgent.Snapshot:output_type -> hostagent.v1.SnapshotResponse
-	13, // 91: hostagent.v1.HostAgent.Fork:output_type -> hostagent.v1.ForkResponse
-	15, // 92: hostagent.v1.HostAgent.DeleteTemplate:output_type -> hostagent.v1.DeleteTemplateResponse
-	48, // 93: hostagent.v1.HostAgent.ImportTemplate:output_type -> hostagent.v1.ImportTemplateResponse
-	59, // 94: hostagent.v1.HostAgent.Terminate:output_type -> hostagent.v1.TerminateResponse
-	70, // [70:95] is the sub-list for method output_type
-	45, // [45:70] is the sub-list for method input_type
-	45, // [45:45] is the sub-list for extension type_name
-	45, // [45:45] is the sub-list for extension extendee
-	0,  // [0:45] is the sub-list for field type_name
+	75, // 3: hostagent.v1.Sandbox.idle:type_name -> google.protobuf.Duration
+	60, // 4: hostagent.v1.CreateRequest.envs:type_name -> hostagent.v1.CreateRequest.EnvsEntry
+	2,  // 5: hostagent.v1.CreateResponse.sandbox:type_name -> hostagent.v1.Sandbox
+	75, // 6: hostagent.v1.PauseRequest.idle:type_name -> google.protobuf.Duration
+	2,  // 7: hostagent.v1.PauseResponse.sandbox:type_name -> hostagent.v1.Sandbox
+	2,  // 8: hostagent.v1.ResumeResponse.sandbox:type_name -> hostagent.v1.Sandbox
+	61, // 9: hostagent.v1.Defaults.envs:type_name -> hostagent.v1.Defaults.EnvsEntry
+	9,  // 10: hostagent.v1.SnapshotRequest.defaults:type_name -> hostagent.v1.Defaults
+	46, // 11: hostagent.v1.SnapshotResponse.template:type_name -> hostagent.v1.Template
+	62, // 12: hostagent.v1.ForkRequest.copies:type_name -> hostagent.v1.ForkRequest.Copy
+	2,  // 13: hostagent.v1.ForkResponse.sandboxes:type_name -> hostagent.v1.Sandbox
+	2,  // 14: hostagent.v1.ListResponse.sandboxes:type_name -> hostagent.v1.Sandbox
+	2,  // 15: hostagent.v1.GetResponse.sandbox:type_name -> hostagent.v1.Sandbox
+	63, // 16: hostagent.v1.Command.envs:type_name -> hostagent.v1.Command.EnvsEntry
+	22, // 17: hostagent.v1.ExecRequest.command:type_name -> hostagent.v1.Command
+	64, // 18: hostagent.v1.ExecStreamRequest.start:type_name -> hostagent.v1.ExecStreamRequest.Start
+	65, // 19: hostagent.v1.ExecStreamRequest.close_stdin:type_name -> hostagent.v1.ExecStreamRequest.CloseStdin
+	25, // 20: hostagent.v1.ExecStreamRequest.resize:type_name -> hostagent.v1.TerminalSize
+	66, // 21: hostagent.v1.ExecStreamResponse.started:type_name -> hostagent.v1.ExecStreamResponse.Started
+	67, // 22: hostagent.v1.ExecStreamResponse.exited:type_name -> hostagent.v1.ExecStreamResponse.Exited
+	28, // 23: hostagent.v1.WriteFileRequest.file:type_name -> hostagent.v1.FileRef
+	29, // 24: hostagent.v1.WriteFileResponse.file:type_name -> hostagent.v1.FileInfo
+	28, // 25: hostagent.v1.ReadFileRequest.file:type_name -> hostagent.v1.FileRef
+	68, // 26: hostagent.v1.WriteFileStreamRequest.start:type_name -> hostagent.v1.WriteFileStreamRequest.Start
+	29, // 27: hostagent.v1.WriteFileStreamResponse.file:type_name -> hostagent.v1.FileInfo
+	28, // 28: hostagent.v1.ReadFileStreamRequest.file:type_name -> hostagent.v1.FileRef
+	69, // 29: hostagent.v1.ReadFileStreamResponse.start:type_name -> hostagent.v1.ReadFileStreamResponse.Start
+	2,  // 30: hostagent.v1.PingResponse.sandbox:type_name -> hostagent.v1.Sandbox
+	74, // 31: hostagent.v1.SamplesResponse.time:type_name -> google.protobuf.Timestamp
+	70, // 32: hostagent.v1.SamplesResponse.samples:type_name -> hostagent.v1.SamplesResponse.Sample
+	74, // 33: hostagent.v1.MetricsResponse.time:type_name -> google.protobuf.Timestamp
+	74, // 34: hostagent.v1.Template.created_at:type_name -> google.protobuf.Timestamp
+	9,  // 35: hostagent.v1.Template.defaults:type_name -> hostagent.v1.Defaults
+	73, // 36: hostagent.v1.ImportTemplateRequest.start:type_name -> hostagent.v1.ImportTemplateRequest.Start
+	46, // 37: hostagent.v1.ImportTemplateResponse.template:type_name -> hostagent.v1.Template
+	46, // 38: hostagent.v1.TemplatesResponse.templates:type_name -> hostagent.v1.Template
+	1,  // 39: hostagent.v1.Event.kind:type_name -> hostagent.v1.Event.Kind
+	74, // 40: hostagent.v1.Event.time:type_name -> google.protobuf.Timestamp
+	53, // 41: hostagent.v1.EventsResponse.event:type_name -> hostagent.v1.Event
+	22, // 42: hostagent.v1.ExecStreamRequest.Start.command:type_name -> hostagent.v1.Command
+	25, // 43: hostagent.v1.ExecStreamRequest.Start.terminal:type_name -> hostagent.v1.TerminalSize
+	28, // 44: hostagent.v1.WriteFileStreamRequest.Start.file:type_name -> hostagent.v1.FileRef
+	71, // 45: hostagent.v1.ImportTemplateRequest.Start.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
+	72, // 46: hostagent.v1.ImportTemplateRequest.Start.archive:type_name -> hostagent.v1.ImportTemplateRequest.Archive
+	3,  // 47: hostagent.v1.HostAgent.Create:input_type -> hostagent.v1.CreateRequest
+	16, // 48: hostagent.v1.HostAgent.Destroy:input_type -> hostagent.v1.DestroyRequest
+	18, // 49: hostagent.v1.HostAgent.List:input_type -> hostagent.v1.ListRequest
+	20, // 50: hostagent.v1.HostAgent.Get:input_type -> hostagent.v1.GetRequest
+	23, // 51: hostagent.v1.HostAgent.Exec:input_type -> hostagent.v1.ExecRequest
+	26, // 52: hostagent.v1.HostAgent.ExecStream:input_type -> hostagent.v1.ExecStreamRequest
+	30, // 53: hostagent.v1.HostAgent.WriteFile:input_type -> hostagent.v1.WriteFileRequest
+	32, // 54: hostagent.v1.HostAgent.ReadFile:input_type -> hostagent.v1.ReadFileRequest
+	34, // 55: hostagent.v1.HostAgent.WriteFileStream:input_type -> hostagent.v1.WriteFileStreamRequest
+	36, // 56: hostagent.v1.HostAgent.ReadFileStream:input_type -> hostagent.v1.ReadFileStreamRequest
+	38, // 57: hostagent.v1.HostAgent.Ping:input_type -> hostagent.v1.PingRequest
+	42, // 58: hostagent.v1.HostAgent.Metrics:input_type -> hostagent.v1.MetricsRequest
+	40, // 59: hostagent.v1.HostAgent.Samples:input_type -> hostagent.v1.SamplesRequest
+	44, // 60: hostagent.v1.HostAgent.Console:input_type -> hostagent.v1.ConsoleRequest
+	49, // 61: hostagent.v1.HostAgent.Templates:input_type -> hostagent.v1.TemplatesRequest
+	51, // 62: hostagent.v1.HostAgent.Host:input_type -> hostagent.v1.HostRequest
+	54, // 63: hostagent.v1.HostAgent.Events:input_type -> hostagent.v1.EventsRequest
+	56, // 64: hostagent.v1.HostAgent.AckEvents:input_type -> hostagent.v1.AckEventsRequest
+	5,  // 65: hostagent.v1.HostAgent.Pause:input_type -> hostagent.v1.PauseRequest
+	7,  // 66: hostagent.v1.HostAgent.Resume:input_type -> hostagent.v1.ResumeRequest
+	10, // 67: hostagent.v1.HostAgent.Snapshot:input_type -> hostagent.v1.SnapshotRequest
+	12, // 68: hostagent.v1.HostAgent.Fork:input_type -> hostagent.v1.ForkRequest
+	14, // 69: hostagent.v1.HostAgent.DeleteTemplate:input_type -> hostagent.v1.DeleteTemplateRequest
+	47, // 70: hostagent.v1.HostAgent.ImportTemplate:input_type -> hostagent.v1.ImportTemplateRequest
+	58, // 71: hostagent.v1.HostAgent.Terminate:input_type -> hostagent.v1.TerminateRequest
+	4,  // 72: hostagent.v1.HostAgent.Create:output_type -> hostagent.v1.CreateResponse
+	17, // 73: hostagent.v1.HostAgent.Destroy:output_type -> hostagent.v1.DestroyResponse
+	19, // 74: hostagent.v1.HostAgent.List:output_type -> hostagent.v1.ListResponse
+	21, // 75: hostagent.v1.HostAgent.Get:output_type -> hostagent.v1.GetResponse
+	24, // 76: hostagent.v1.HostAgent.Exec:output_type -> hostagent.v1.ExecResponse
+	27, // 77: hostagent.v1.HostAgent.ExecStream:output_type -> hostagent.v1.ExecStreamResponse
+	31, // 78: hostagent.v1.HostAgent.WriteFile:output_type -> hostagent.v1.WriteFileResponse
+	33, // 79: hostagent.v1.HostAgent.ReadFile:output_type -> hostagent.v1.ReadFileResponse
+	35, // 80: hostagent.v1.HostAgent.WriteFileStream:output_type -> hostagent.v1.WriteFileStreamResponse
+	37, // 81: hostagent.v1.HostAgent.ReadFileStream:output_type -> hostagent.v1.ReadFileStreamResponse
+	39, // 82: hostagent.v1.HostAgent.Ping:output_type -> hostagent.v1.PingResponse
+	43, // 83: hostagent.v1.HostAgent.Metrics:output_type -> hostagent.v1.MetricsResponse
+	41, // 84: hostagent.v1.HostAgent.Samples:output_type -> hostagent.v1.SamplesResponse
+	45, // 85: hostagent.v1.HostAgent.Console:output_type -> hostagent.v1.ConsoleResponse
+	50, // 86: hostagent.v1.HostAgent.Templates:output_type -> hostagent.v1.TemplatesResponse
+	52, // 87: hostagent.v1.HostAgent.Host:output_type -> hostagent.v1.HostResponse
+	55, // 88: hostagent.v1.HostAgent.Events:output_type -> hostagent.v1.EventsResponse
+	57, // 89: hostagent.v1.HostAgent.AckEvents:output_type -> hostagent.v1.AckEventsResponse
+	6,  // 90: hostagent.v1.HostAgent.Pause:output_type -> hostagent.v1.PauseResponse
+	8,  // 91: hostagent.v1.HostAgent.Resume:output_type -> hostagent.v1.ResumeResponse
+	11, // 92: hostagent.v1.HostAgent.Snapshot:output_type -> hostagent.v1.SnapshotResponse
+	13, // 93: hostagent.v1.HostAgent.Fork:output_type -> hostagent.v1.ForkResponse
+	15, // 94: hostagent.v1.HostAgent.DeleteTemplate:output_type -> hostagent.v1.DeleteTemplateResponse
+	48, // 95: hostagent.v1.HostAgent.ImportTemplate:output_type -> hostagent.v1.ImportTemplateResponse
+	59, // 96: hostagent.v1.HostAgent.Terminate:output_type -> hostagent.v1.TerminateResponse
+	72, // [72:97] is the sub-list for method output_type
+	47, // [47:72] is the sub-list for method input_type
+	47, // [47:47] is the sub-list for extension type_name
+	47, // [47:47] is the sub-list for extension extendee
+	0,  // [0:47] is the sub-list for field type_name
 }
 
 func init() { file_hostagent_v1_hostagent_proto_init() }

@@ -62,8 +62,23 @@ WHERE id = @id AND state IN ('pending', 'starting') RETURNING *;
 -- name: SandboxPausing :one
 UPDATE sandboxes SET state = 'pausing' WHERE id = $1 AND state = 'running' RETURNING *;
 
+-- name: SandboxDrains :one
+-- It is to be paused because its host drains, if that still does.
+UPDATE sandboxes SET state = 'pausing', drained = true
+WHERE sandboxes.id = $1 AND state = 'running' AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.draining) RETURNING *;
+
+-- name: SandboxStaysPaused :one
+-- Somebody asked for it to be paused, which so far it was because its host drains.
+UPDATE sandboxes SET drained = false, expires_at = NULL WHERE id = $1 AND state = 'paused' RETURNING *;
+
+-- name: DrainedExpire :many
+-- Sandboxes of a host that nobody has resumed and whose time is over.
+UPDATE sandboxes SET state = 'stopping', end_reason = 'expired'
+WHERE host_id = $1 AND state NOT IN ('stopped', 'error') AND state = 'paused' AND drained AND expires_at < now() RETURNING id;
+
 -- name: SandboxPaused :one
-UPDATE sandboxes SET state = 'paused', paused_at = COALESCE(paused_at, @paused_at::timestamptz), expires_at = NULL
+UPDATE sandboxes SET state = 'paused', paused_at = COALESCE(paused_at, @paused_at::timestamptz),
+    expires_at = CASE WHEN drained AND on_timeout = 'destroy' THEN expires_at END
 WHERE id = @id AND state = ANY (@came_from::text[]) AND state IN ('running', 'missing', 'pausing', 'resuming') RETURNING *;
 
 -- name: SandboxResuming :one
@@ -71,7 +86,7 @@ UPDATE sandboxes SET state = 'resuming' WHERE id = $1 AND state = 'paused' RETUR
 
 -- name: SandboxGoesOn :one
 -- It was resumed, or its pause failed.
-UPDATE sandboxes SET state = 'running', paused_at = NULL, expires_at = @expires_at
+UPDATE sandboxes SET state = 'running', drained = false, paused_at = NULL, expires_at = @expires_at
 WHERE id = @id AND state IN ('pausing', 'paused', 'resuming') RETURNING *;
 
 -- name: SandboxStopping :one

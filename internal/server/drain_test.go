@@ -1,0 +1,103 @@
+package server_test
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+)
+
+// TestDrain has a host drain: what nobody uses is paused there, and is used
+// again as if it were not.
+func TestDrain(t *testing.T) {
+	p := newPlane(t)
+	p.end()
+	const beat, idle = 200 * time.Millisecond, 5 * time.Second
+	p.config.Heartbeat, p.config.DrainIdle, p.config.AgentURL, p.config.AgentToken = beat, idle, "", ""
+	p.start()
+	h := p.enroll("a")
+	stop := h.beat(p, beat)
+	defer func() { stop() }()
+	p.eventually("the host is online", func() bool { return p.hostStatus(h.id) == "online" })
+	create := func(body map[string]any) string {
+		var sandbox string
+		p.eventually("the host takes a sandbox", func() bool {
+			r := p.call("POST", "/v1/sandboxes", body)
+			sandbox, _ = r.object()["id"].(string)
+			return r.Status == 201
+		})
+		return sandbox
+	}
+	unused, used, ends := create(map[string]any{"timeout_seconds": 0}), create(map[string]any{}), create(map[string]any{"timeout_seconds": 1})
+	refuses, mine := create(map[string]any{"timeout_seconds": 0}), create(map[string]any{"timeout_seconds": 0})
+	drain := func(is bool) {
+		p.call("PATCH", "/v1/admin/hosts/"+h.id, map[string]any{"draining": is}).want(200)
+	}
+	settle := func() { time.Sleep(4 * beat) } // a few comparisons
+
+	// A host that does not drain pauses nobody.
+	h.unused(unused, time.Hour)
+	settle()
+	if got := p.state(unused); got != "running" {
+		t.Fatalf("an idle sandbox of a host that takes sandboxes is %s", got)
+	}
+
+	h.unused(used, idle/2)
+	h.unused(ends, time.Hour)
+	h.unused(mine, time.Hour)
+	drain(true)
+	for _, sandbox := range []string{unused, ends, mine} {
+		p.eventually("it is paused", func() bool { return p.state(sandbox) != "running" && p.state(sandbox) != "pausing" })
+	}
+	settle()
+	if got := p.state(used); got != "running" {
+		t.Errorf("one that was used lately is %s", got)
+	}
+	// The next use resumes it, though it was not made to be resumed by uses. It
+	// is not idle then.
+	if row := p.call("GET", "/v1/sandboxes/"+unused, nil).want(200); row.object()["auto_resume"] != false {
+		t.Errorf("auto_resume: %s", row.Body)
+	}
+	h.unused(unused, 0)
+	p.call("POST", "/v1/sandboxes/"+unused+"/exec", map[string]any{"cmd": "cat"}).want(200)
+	settle()
+	if got := p.state(unused); got != "running" {
+		t.Errorf("after a use it is %s", got)
+	}
+	// One whose time is over ends, though it was paused.
+	p.eventually("it ends", func() bool { return p.state(ends) == "stopped" })
+	if got := p.call("GET", "/v1/sandboxes/"+ends, nil).want(200).str("end_reason"); got != "expired" {
+		t.Errorf("its end: %s", got)
+	}
+	if h.has(ends) {
+		t.Error("the host still has it")
+	}
+	// One that somebody pauses is theirs: nothing but them resumes it.
+	p.call("POST", "/v1/sandboxes/"+mine+"/pause", nil).want(200)
+	p.call("POST", "/v1/sandboxes/"+mine+"/exec", map[string]any{"cmd": "cat"}).fails(409, "sandbox_paused")
+	p.call("POST", "/v1/sandboxes/"+mine+"/resume", nil).want(200)
+
+	// The host has the last word on who is idle.
+	h.hook(func(_ context.Context, call string) error {
+		if call == "pause" {
+			return connect.NewError(connect.CodeAborted, errors.New("the sandbox is in use"))
+		}
+		return nil
+	})
+	before := h.called("pause")
+	h.unused(refuses, time.Hour)
+	p.eventually("it is tried", func() bool { return h.called("pause") >= before+2 })
+	h.unused(refuses, 0)
+	h.hook(nil)
+	p.eventually("it runs", func() bool { return p.state(refuses) == "running" })
+
+	// Undrained: no one is paused any more.
+	drain(false)
+	h.unused(used, time.Hour)
+	settle()
+	if got := p.state(used); got != "running" {
+		t.Errorf("after the host takes sandboxes again it is %s", got)
+	}
+}
