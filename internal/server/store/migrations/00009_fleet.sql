@@ -5,5 +5,9 @@ ALTER TABLE sandboxes
     -- the next use resumes it, and the time after which it ends unused goes on.
     ADD drained boolean NOT NULL DEFAULT false;
 
+-- For those that are being deleted too, which templates_name leaves out.
+CREATE INDEX templates_team ON templates (team_id);
+
 -- +goose Down
+DROP INDEX templates_team;
 ALTER TABLE sandboxes DROP drained;

@@ -1,0 +1,182 @@
+package store
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"maps"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+)
+
+// small are the tables that do not grow with use: reading all of one is fine.
+var small = map[string]bool{
+	"hosts":   true, // machines
+	"servers": true, // processes
+}
+
+// readsAll are the queries that may read all of a table that grows, and why.
+// There is no other: a query that is to be here has to say.
+var readsAll = map[string]string{}
+
+// TestEveryQuery plans each query of internal/gen/db, those that are asked
+// seldom too, and fails for one that has to read all of a table that grows.
+// PostgreSQL is told to do without sequential scans wherever it can, so that
+// the answer does not depend on how much is in the tables.
+func TestEveryQuery(t *testing.T) {
+	ctx := context.Background()
+	url := pgtest.New(t)
+	s, err := Open(ctx, url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	conn, err := pgx.Connect(ctx, url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(ctx)
+	// Plans that hold for any arguments, and that go from one table to the next
+	// by index if that is possible at all.
+	for _, setting := range []string{"plan_cache_mode = force_generic_plan", "enable_seqscan = off", "enable_hashjoin = off", "enable_mergejoin = off", "enable_material = off"} {
+		if _, err := conn.Exec(ctx, "SET "+setting); err != nil {
+			t.Fatal(err)
+		}
+	}
+	partial := make(map[string]bool)
+	rows, err := conn.Query(ctx, "SELECT indexrelid::regclass::text FROM pg_index WHERE indpred IS NOT NULL")
+	if err != nil {
+		t.Fatal(err)
+	}
+	names, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range names {
+		partial[n] = true
+	}
+
+	queries := generated(t)
+	if len(queries) < 50 {
+		t.Fatalf("found %d queries", len(queries))
+	}
+	for _, name := range slices.Sorted(maps.Keys(queries)) {
+		scans := plan(t, conn, name, queries[name]).scans(partial, false)
+		why, may := readsAll[name]
+		switch {
+		case len(scans) > 0 && !may:
+			t.Errorf("%s reads all of %s", name, strings.Join(scans, " and of "))
+		case len(scans) == 0 && may:
+			t.Errorf("%s reads all of nothing: it need not be excused (%s)", name, why)
+		}
+	}
+	for name := range readsAll {
+		if queries[name] == "" {
+			t.Errorf("there is no query %s to excuse", name)
+		}
+	}
+	t.Logf("%d queries", len(queries))
+}
+
+// generated returns the text of each query that sqlc made code for.
+func generated(t *testing.T) map[string]string {
+	t.Helper()
+	files, err := filepath.Glob("../../gen/db/*.sql.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	queries := make(map[string]string)
+	for _, file := range files {
+		tree, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.SkipObjectResolution)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ast.Inspect(tree, func(n ast.Node) bool {
+			l, ok := n.(*ast.BasicLit)
+			if !ok || l.Kind != token.STRING {
+				return true
+			}
+			text, err := strconv.Unquote(l.Value)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if head, sql, ok := strings.Cut(text, "\n"); ok && strings.HasPrefix(head, "-- name: ") {
+				queries[strings.Fields(head)[2]] = sql
+			}
+			return true
+		})
+	}
+	return queries
+}
+
+// node is a node of a plan as EXPLAIN (FORMAT JSON) has it.
+type node struct {
+	Type      string `json:"Node Type"`
+	Table     string `json:"Relation Name"`
+	Index     string `json:"Index Name"`
+	Condition string `json:"Index Cond"`
+	Plans     []node
+}
+
+var parameter = regexp.MustCompile(`\$(\d+)`)
+
+// plan returns how PostgreSQL would answer a query.
+func plan(t *testing.T, conn *pgx.Conn, name, sql string) node {
+	t.Helper()
+	ctx := context.Background()
+	n := 0
+	for _, m := range parameter.FindAllStringSubmatch(sql, -1) {
+		i, _ := strconv.Atoi(m[1])
+		n = max(n, i)
+	}
+	args := ""
+	if n > 0 {
+		args = "(" + strings.TrimSuffix(strings.Repeat("NULL,", n), ",") + ")"
+	}
+	// The simple protocol: what is prepared here is so by its own text.
+	if _, err := conn.PgConn().Exec(ctx, fmt.Sprintf("PREPARE q AS %s", sql)).ReadAll(); err != nil {
+		t.Fatalf("%s: %v", name, err)
+	}
+	results, err := conn.PgConn().Exec(ctx, "EXPLAIN (FORMAT JSON) EXECUTE q"+args+"; DEALLOCATE q").ReadAll()
+	if err != nil {
+		t.Fatalf("%s: %v", name, err)
+	}
+	var plans []struct{ Plan node }
+	if err := json.Unmarshal(results[0].Rows[0][0], &plans); err != nil {
+		t.Fatalf("%s: %v", name, err)
+	}
+	return plans[0].Plan
+}
+
+// scans are the tables that grow and that a plan reads all of. Below a limit
+// an index is read in its order, and only as far as needed; a partial index is
+// of a part that does not grow.
+func (n node) scans(partial map[string]bool, limited bool) []string {
+	var all []string
+	if !small[n.Table] {
+		switch n.Type {
+		case "Seq Scan":
+			all = append(all, n.Table)
+		case "Index Scan", "Index Only Scan":
+			if n.Condition == "" && !partial[n.Index] && !limited {
+				all = append(all, n.Table)
+			}
+		}
+	}
+	for _, p := range n.Plans {
+		// A sort reads all that is below it, limit or not.
+		all = append(all, p.scans(partial, (limited || n.Type == "Limit") && n.Type != "Sort")...)
+	}
+	return all
+}
