@@ -8,6 +8,9 @@ ALTER TABLE sandboxes
 -- For those that are being deleted too, which templates_name leaves out.
 CREATE INDEX templates_team ON templates (team_id);
 
+-- The first of them all is asked for.
+CREATE INDEX sandbox_runs_started ON sandbox_runs (started_at);
+
 -- +goose Down
-DROP INDEX templates_team;
+DROP INDEX sandbox_runs_started, templates_team;
 ALTER TABLE sandboxes DROP drained;
