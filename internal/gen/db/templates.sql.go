@@ -71,9 +71,10 @@ func (q *Queries) AddTemplate(ctx context.Context, arg AddTemplateParams) (int64
 }
 
 const claimImport = `-- name: ClaimImport :one
-INSERT INTO templates (id, team_id, name, version, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, worker)
-SELECT $1, $2, $3::text, (SELECT coalesce(max(other.version), 0) + 1 FROM templates AS other WHERE other.team_id = $2 AND other.name = $3::text AND other.kind = 'template'),
-    0, $4, 'pending', 0, 0, $5, $6
+INSERT INTO templates (id, team_id, name, kind, version, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, worker, build_id, layer_key)
+SELECT $1, $2, $3::text, $4::text,
+    CASE WHEN $4::text = 'layer' THEN 0 ELSE (SELECT coalesce(max(other.version), 0) + 1 FROM templates AS other WHERE other.team_id = $2 AND other.name = $3::text AND other.kind = 'template') END,
+    0, $5, 'pending', 0, 0, $6, $7, $8, $9
 ON CONFLICT DO NOTHING
 RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at
 `
@@ -82,21 +83,27 @@ type ClaimImportParams struct {
 	ID        uuid.UUID
 	TeamID    uuid.UUID
 	Name      string
+	Kind      string
 	CreatedAt time.Time
 	DiskMiB   int32
 	Worker    *uuid.UUID
+	BuildID   *uuid.UUID
+	LayerKey  []byte
 }
 
-// The next version of a name, made of an image. No row: somebody else has
-// claimed that version meanwhile.
+// What is made of an image: the next version of a name, or for a build a layer.
+// No row: somebody else has claimed that version meanwhile.
 func (q *Queries) ClaimImport(ctx context.Context, arg ClaimImportParams) (Template, error) {
 	row := q.db.QueryRow(ctx, claimImport,
 		arg.ID,
 		arg.TeamID,
 		arg.Name,
+		arg.Kind,
 		arg.CreatedAt,
 		arg.DiskMiB,
 		arg.Worker,
+		arg.BuildID,
+		arg.LayerKey,
 	)
 	var i Template
 	err := row.Scan(
@@ -240,6 +247,45 @@ DELETE FROM templates WHERE id = $1 AND state IN ('pending', 'deleting')
 func (q *Queries) DropTemplate(ctx context.Context, id uuid.UUID) error {
 	_, err := q.db.Exec(ctx, dropTemplate, id)
 	return err
+}
+
+const findImported = `-- name: FindImported :one
+SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at FROM templates
+WHERE templates.team_id = $1 AND kind = 'layer' AND templates.state = 'ready' AND layer_key = $2 AND templates.created_at > $3
+  AND EXISTS (SELECT 1 FROM host_templates JOIN hosts ON hosts.id = host_id WHERE template_id = templates.id AND hosts.status = 'online')
+ORDER BY templates.created_at DESC
+LIMIT 1
+`
+
+type FindImportedParams struct {
+	TeamID   uuid.UUID
+	LayerKey []byte
+	Since    time.Time
+}
+
+// What was made of an image for builds of a team, and not long ago.
+func (q *Queries) FindImported(ctx context.Context, arg FindImportedParams) (Template, error) {
+	row := q.db.QueryRow(ctx, findImported, arg.TeamID, arg.LayerKey, arg.Since)
+	var i Template
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.Name,
+		&i.SizeBytes,
+		&i.CreatedAt,
+		&i.State,
+		&i.VCPUs,
+		&i.MemoryMiB,
+		&i.DiskMiB,
+		&i.CapturedFrom,
+		&i.Worker,
+		&i.Kind,
+		&i.Version,
+		&i.BuildID,
+		&i.LayerKey,
+		&i.UsedAt,
+	)
+	return i, err
 }
 
 const findTemplate = `-- name: FindTemplate :one

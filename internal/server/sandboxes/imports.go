@@ -2,6 +2,7 @@ package sandboxes
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -42,6 +43,38 @@ type Image struct {
 	DiskMiB int32 // 0: the host's default
 	// Inert keeps the image's entry point from being started.
 	Inert bool
+
+	// What is made for a build has no name but a key, by which it is found again.
+	build *uuid.UUID
+	key   []byte
+}
+
+// imageLasts is how long builds begin with what was made of an image before its
+// registry is asked again.
+const imageLasts = time.Hour
+
+// ImportLayer makes what a build begins with of an image in a registry, which
+// is asked as nobody, or finds what was made of it less than an hour ago.
+func (s *Service) ImportLayer(ctx context.Context, team, build uuid.UUID, reference string) (db.Template, error) {
+	key := sha256.Sum256([]byte("oci image " + reference))
+	row, err := s.Store.FindImported(ctx, db.FindImportedParams{TeamID: team, LayerKey: key[:], Since: now().Add(-imageLasts)})
+	if err == nil || !errors.Is(err, store.ErrNoRows) {
+		return row, err
+	}
+	return s.Import(ctx, team, Image{Name: "image", Reference: reference, Inert: true, build: &build, key: key[:]})
+}
+
+// The kinds of templates.
+const (
+	kindTemplate = "template"
+	kindLayer    = "layer"
+)
+
+func (i Image) kind() string {
+	if i.build != nil {
+		return kindLayer
+	}
+	return kindTemplate
 }
 
 func (i Image) check() error {
@@ -120,7 +153,9 @@ func (s *Service) importTo(host *hosts.Host, team, template uuid.UUID, i Image) 
 	var claimed db.Template
 	err := s.Store.InTx(ctx, func(q *db.Queries) error {
 		var err error
-		claimed, err = q.ClaimImport(ctx, db.ClaimImportParams{ID: template, TeamID: team, Name: i.Name, CreatedAt: now(), DiskMiB: i.DiskMiB, Worker: &s.Store.Server})
+		claimed, err = q.ClaimImport(ctx, db.ClaimImportParams{
+			ID: template, TeamID: team, Name: i.Name, Kind: i.kind(), CreatedAt: now(), DiskMiB: i.DiskMiB, Worker: &s.Store.Server, BuildID: i.build, LayerKey: i.key,
+		})
 		if err != nil {
 			return err
 		}
@@ -165,7 +200,7 @@ func (s *Service) importTo(host *hosts.Host, team, template uuid.UUID, i Image) 
 // imported writes that a template is there, which its name means from now on.
 func (s *Service) imported(ctx context.Context, template uuid.UUID, t *hostagentv1.Template) (row db.Template, err error) {
 	err = s.Store.InTx(ctx, func(q *db.Queries) error {
-		if row, err = q.TemplateReady(ctx, templates.Measured(template, t)); err != nil {
+		if row, err = q.TemplateReady(ctx, templates.Measured(template, t)); err != nil || row.Kind != kindTemplate {
 			return err
 		}
 		_, err := q.SetTag(ctx, db.SetTagParams{ID: template, Tag: templates.Latest})

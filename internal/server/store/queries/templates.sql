@@ -23,13 +23,22 @@ ON CONFLICT DO NOTHING
 RETURNING *;
 
 -- name: ClaimImport :one
--- The next version of a name, made of an image. No row: somebody else has
--- claimed that version meanwhile.
-INSERT INTO templates (id, team_id, name, version, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, worker)
-SELECT @id, @team_id, @name::text, (SELECT coalesce(max(other.version), 0) + 1 FROM templates AS other WHERE other.team_id = @team_id AND other.name = @name::text AND other.kind = 'template'),
-    0, @created_at, 'pending', 0, 0, @disk_mib, @worker
+-- What is made of an image: the next version of a name, or for a build a layer.
+-- No row: somebody else has claimed that version meanwhile.
+INSERT INTO templates (id, team_id, name, kind, version, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, worker, build_id, layer_key)
+SELECT @id, @team_id, @name::text, @kind::text,
+    CASE WHEN @kind::text = 'layer' THEN 0 ELSE (SELECT coalesce(max(other.version), 0) + 1 FROM templates AS other WHERE other.team_id = @team_id AND other.name = @name::text AND other.kind = 'template') END,
+    0, @created_at, 'pending', 0, 0, @disk_mib, @worker, sqlc.narg('build_id'), sqlc.narg('layer_key')
 ON CONFLICT DO NOTHING
 RETURNING *;
+
+-- name: FindImported :one
+-- What was made of an image for builds of a team, and not long ago.
+SELECT * FROM templates
+WHERE templates.team_id = @team_id AND kind = 'layer' AND templates.state = 'ready' AND layer_key = @layer_key AND templates.created_at > @since
+  AND EXISTS (SELECT 1 FROM host_templates JOIN hosts ON hosts.id = host_id WHERE template_id = templates.id AND hosts.status = 'online')
+ORDER BY templates.created_at DESC
+LIMIT 1;
 
 -- name: TemplateReady :one
 -- The names of teams' templates are the table's, those of the platform's the
