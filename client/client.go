@@ -39,8 +39,8 @@ type Option func(*Client)
 func WithHTTPClient(h *http.Client) Option { return func(c *Client) { c.http = h } }
 
 // WithRetries sets how often a call that may be repeated is, when the service
-// does not answer or says that it cannot now. The default is 5, over about
-// 10 seconds.
+// does not answer or says that it cannot now; so is any other call that had no
+// connection to be sent over. The default is 6, over about 10 seconds.
 func WithRetries(n int) Option { return func(c *Client) { c.retries = n } }
 
 // WithUserAgent sets the User-Agent of every request.
@@ -58,7 +58,7 @@ func New(baseURL, key string, opts ...Option) (*Client, error) {
 	}
 	u.Path = strings.TrimSuffix(u.Path, "/")
 	u.RawQuery, u.Fragment = "", ""
-	c := &Client{base: u, key: key, retries: 5, agent: "wrenn-go"}
+	c := &Client{base: u, key: key, retries: 6, agent: "wrenn-go"}
 	for _, o := range opts {
 		o(c)
 	}
@@ -119,7 +119,7 @@ func (c *Client) do(ctx context.Context, r request) (*http.Response, error) {
 		if err == nil {
 			return resp, nil
 		}
-		if !r.repeatable || r.body != nil || try >= c.retries || !transient(err) {
+		if r.body != nil || try >= c.retries || !unsent(err) && !(r.repeatable && transient(err)) {
 			return nil, err
 		}
 		// From 0.2 s, doubled each time, by chance between half and all of it,
@@ -132,6 +132,13 @@ func (c *Client) do(ctx context.Context, r request) (*http.Response, error) {
 		case <-time.After(wait):
 		}
 	}
+}
+
+// unsent tells whether a call failed before any of it was sent: there was no
+// connection.
+func unsent(err error) bool {
+	var op *net.OpError
+	return errors.As(err, &op) && op.Op == "dial"
 }
 
 // transient tells whether a call that failed with err may succeed later.

@@ -69,6 +69,14 @@ func TestFreeze(t *testing.T) {
 			}
 			return nil
 		}, "GET /v1/snapshots ", `{"snapshots":[` + snap + `]}`, true},
+		"exec": {func(c *Client) error {
+			_, err := c.Exec(t.Context(), "cl-1", Command{Cmd: "true"}, nil)
+			return err
+		}, `POST /v1/sandboxes/cl-1/exec {"cmd":"true"}`, "{}", false},
+		"exec, repeatable": {func(c *Client) error {
+			_, err := c.Exec(t.Context(), "cl-1", Command{Cmd: "true", Repeatable: true}, nil)
+			return err
+		}, `POST /v1/sandboxes/cl-1/exec {"cmd":"true"}`, "{}", true},
 		"create": {func(c *Client) error {
 			_, err := c.Create(t.Context(), CreateOptions{OnTimeout: PauseOnTimeout, AutoResume: new(bool)})
 			return err

@@ -209,6 +209,8 @@ type Command struct {
 	Cwd            string            `json:"cwd,omitempty"`             // empty: the user's home
 	User           string            `json:"user,omitempty"`            // empty: "user"
 	TimeoutSeconds int               `json:"timeout_seconds,omitempty"` // 0: 60 for Exec, none for ExecStream
+	// Repeatable lets Exec run it again when it is not known whether it ran.
+	Repeatable bool `json:"-"`
 }
 
 // Result is how a command ended.
@@ -243,8 +245,7 @@ func (c *Client) Exec(ctx context.Context, id string, cmd Command, stdin []byte)
 		Truncated  bool   `json:"truncated"`
 		DurationMS int64  `json:"duration_ms"`
 	}
-	// Not repeated: the command may have run.
-	if err := c.call(ctx, request{method: http.MethodPost, path: sandboxPath(id, "/exec"), json: body}, &r); err != nil {
+	if err := c.call(ctx, request{method: http.MethodPost, path: sandboxPath(id, "/exec"), json: body, repeatable: cmd.Repeatable}, &r); err != nil {
 		return nil, fmt.Errorf("run command: %w", err)
 	}
 	out := &Result{

@@ -1,0 +1,72 @@
+package client
+
+import (
+	"net"
+	"net/http/httptest"
+	"testing"
+	"time"
+)
+
+// TestUnsent: a service that is not there yet is waited for, also with what may
+// be done once only. One that took the call and said nothing is not asked again.
+func TestUnsent(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := l.Addr().String()
+	l.Close()
+	c, err := New("http://"+address, "key")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &service{answers: []string{`{"sandboxes":[]}`}}
+	server := httptest.NewUnstartedServer(s)
+	done := make(chan struct{})
+	time.AfterFunc(300*time.Millisecond, func() {
+		defer close(done)
+		l, err := net.Listen("tcp", address)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		server.Listener.Close()
+		server.Listener = l
+		server.Start()
+	})
+	_, err = c.Fork(t.Context(), "cl-1", 2)
+	<-done
+	defer server.Close()
+	if err != nil || len(s.asked) != 1 {
+		t.Errorf("asked %q: %v", s.asked, err)
+	}
+
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	taken := make(chan int)
+	go func() {
+		n := 0
+		defer func() { taken <- n }()
+		for ; ; n++ {
+			conn, err := silent.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = conn.Read(make([]byte, 1))
+			conn.Close()
+		}
+	}()
+	if c, err = New("http://"+silent.Addr().String(), "key"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Fork(t.Context(), "cl-1", 2); err == nil {
+		t.Error("no error")
+	}
+	silent.Close()
+	if n := <-taken; n != 1 {
+		t.Errorf("asked %d times", n)
+	}
+}
