@@ -1,0 +1,132 @@
+package server_test
+
+import (
+	"context"
+	"net/http"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// TestTwoServersTakeTurns has two servers do to one sandbox what one would
+// have done: once, and with one end.
+func TestTwoServersTakeTurns(t *testing.T) {
+	p := newPlane(t)
+	p.end()
+	p.config.Heartbeat = time.Second
+	p.start()
+	q := p.second()
+	sandbox := p.create(map[string]any{"auto_resume": true})
+	base := "/v1/sandboxes/" + sandbox
+	// both has each server asked n times at once; all must be answered alike.
+	both := func(n int, method, path string, body any, headers ...string) {
+		t.Helper()
+		var wg sync.WaitGroup
+		for _, s := range []*plane{p, q} {
+			for range n {
+				wg.Go(func() {
+					r, err := s.try(method, path, body, headers...)
+					if err != nil || r.Status != http.StatusOK {
+						t.Errorf("%s %s: %d %s %v", method, path, r.Status, r.Body, err)
+					}
+				})
+			}
+		}
+		wg.Wait()
+	}
+	// A pause that takes its time, so that all of them meet in it.
+	p.agent.hook(func(context.Context, string) error {
+		time.Sleep(200 * time.Millisecond)
+		return nil
+	})
+	both(5, "POST", base+"/pause", nil)
+	if n := p.agent.called("pause"); n != 1 {
+		t.Errorf("the host was asked to pause %d times", n)
+	}
+	// Requests by way of both wake it once.
+	both(5, "POST", base+"/exec", map[string]any{"cmd": "cat"})
+	if n := p.agent.called("resume"); n != 1 {
+		t.Errorf("the host was asked to resume %d times", n)
+	}
+	p.agent.hook(nil)
+	for _, s := range []*plane{p, q} {
+		if got := s.state(sandbox); got != "running" {
+			t.Errorf("it is %s", got)
+		}
+	}
+}
+
+// TestTwoServersWatch: one of two servers watches a host, and the other does
+// once that one is dead.
+func TestTwoServersWatch(t *testing.T) {
+	p := newPlane(t)
+	p.end()
+	p.config.Heartbeat = 500 * time.Millisecond
+	p.start()
+	q := p.second()
+	conn, err := pgx.Connect(t.Context(), p.config.DatabaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.Background())
+	watcher := func() (id string, alive bool) {
+		err := conn.QueryRow(t.Context(), "SELECT servers.id::text, seen_at > now() - interval '500 ms' FROM hosts JOIN servers ON servers.id = watcher").Scan(&id, &alive)
+		if err != nil {
+			return "", false
+		}
+		return id, alive
+	}
+	var first string
+	p.eventually("one watches the host", func() bool {
+		var alive bool
+		first, alive = watcher()
+		return alive
+	})
+	// It stays with that one.
+	for range 10 {
+		time.Sleep(p.config.Heartbeat / 4)
+		if now, _ := watcher(); now != first {
+			t.Fatalf("the host goes from %s to %s, and both live", first, now)
+		}
+	}
+	p.halt() // The first to come has it: no word of farewell.
+	q.eventually("the other one watches it", func() bool {
+		now, alive := watcher()
+		return alive && now != first
+	})
+	// What the host says reaches it.
+	sandbox := q.create(map[string]any{})
+	p.agent.forget(sandbox)
+	q.eventually("what the host lost is written down", func() bool { return q.state(sandbox) == "stopped" })
+}
+
+// TestTwoServersWithoutRedis: servers that cannot tell one another what
+// changed believe nothing that they remember.
+func TestTwoServersWithoutRedis(t *testing.T) {
+	p := newPlane(t)
+	r := startRedis(t)
+	p.end()
+	p.config.RedisURL = r.url
+	p.start()
+	q := p.second()
+	p.agent.guest = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusTeapot) })
+	sandbox := p.create(map[string]any{})
+	port := func(s *plane) int {
+		r, err := s.try("GET", "/", nil, "Host", "80-"+sandbox+".localhost")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r.Status
+	}
+	for _, s := range []*plane{p, q} {
+		if got := port(s); got != http.StatusTeapot {
+			t.Fatalf("port answers %d", got)
+		}
+	}
+	r.stop()
+	q.eventually("without Redis it works on", func() bool { return port(q) == http.StatusTeapot })
+	p.call("DELETE", "/v1/sandboxes/"+sandbox, nil).want(204)
+	q.eventually("the other server's proxy forgets the sandbox", func() bool { return port(q) == http.StatusNotFound })
+}
