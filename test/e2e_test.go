@@ -24,6 +24,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/client"
 	"github.com/wrenn-dev/wrenn/internal/apitest"
+	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
 // installation is one `wrenn up`.
@@ -347,6 +348,7 @@ func TestMain(m *testing.M) {
 	// Tests count the machines that there are: none comes by itself.
 	os.Setenv("WRENN_WARM", "0")
 	code := m.Run()
+	pgtest.End()
 	if sharedUsed {
 		if i, err := shared(); err == nil {
 			if err := i.stop(); err != nil {

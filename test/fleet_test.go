@@ -1,0 +1,363 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/wrenn-dev/wrenn/client"
+	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
+	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+)
+
+// role is one process of an installation that the test puts together itself.
+type role struct {
+	cmd   *exec.Cmd
+	ended chan struct{}
+	log   *os.File
+}
+
+// launch starts a program whose output goes to a file of the test's.
+func launch(t *testing.T, name string, env []string, program string, args ...string) *role {
+	t.Helper()
+	log, err := os.CreateTemp(t.TempDir(), name+"-*.log")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &role{cmd: exec.Command(program, args...), ended: make(chan struct{}), log: log}
+	r.cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "HOME=/root"}, env...)
+	r.cmd.Stdout, r.cmd.Stderr = log, log
+	if err := r.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() { defer close(r.ended); _ = r.cmd.Wait() }()
+	t.Cleanup(func() {
+		r.signal(syscall.SIGTERM)
+		if t.Failed() {
+			text, _ := os.ReadFile(log.Name())
+			if len(text) > 6000 {
+				text = text[len(text)-6000:]
+			}
+			t.Logf("%s said:\n%s", name, text)
+		}
+	})
+	return r
+}
+
+// signal sends a signal and waits for the end.
+func (r *role) signal(s syscall.Signal) {
+	_ = r.cmd.Process.Signal(s)
+	select {
+	case <-r.ended:
+	case <-time.After(2 * time.Minute):
+		_ = r.cmd.Process.Kill()
+		<-r.ended
+	}
+}
+
+// within waits for what has no event outside of the programs.
+func within(t *testing.T, limit time.Duration, what string, ok func() bool) time.Duration {
+	t.Helper()
+	began := time.Now()
+	for !ok() {
+		if time.Since(began) > limit {
+			t.Fatalf("not within %v: %s", limit, what)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	return time.Since(began)
+}
+
+// control is a control plane of its own, for hosts that register.
+type control struct {
+	*testing.T
+	wrenn    string // the program
+	dir      string
+	listen   string
+	url      string
+	key      string
+	database string
+	// dirs are the data of the hosts that it added.
+	dirs          map[string]string
+	server, redis *role
+	*client.Client
+}
+
+const (
+	fleetAdmin    = "admin@example.com"
+	fleetPassword = "correct horse battery staple"
+	fleetBeat     = 2 * time.Second
+)
+
+// call calls the API as the platform's admin.
+func (c *control) call(method, path string, body any) (int, map[string]any) {
+	c.Helper()
+	raw, err := json.Marshal(body)
+	if err != nil {
+		c.Fatal(err)
+	}
+	var rd io.Reader
+	if body != nil {
+		rd = bytes.NewReader(raw)
+	}
+	req, err := http.NewRequest(method, c.url+path, rd)
+	if err != nil {
+		c.Fatal(err)
+	}
+	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set("X-API-Key", c.key)
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return 0, nil
+	}
+	defer resp.Body.Close()
+	var m map[string]any
+	_ = json.NewDecoder(resp.Body).Decode(&m)
+	return resp.StatusCode, m
+}
+
+// host makes a host and the environment that its agent runs with.
+func (c *control) host(name, listen string) (id string, env []string) {
+	c.Helper()
+	status, m := c.call("POST", "/v1/admin/hosts", map[string]any{"name": name})
+	if status != http.StatusCreated {
+		c.Fatalf("add host: %d %v", status, m)
+	}
+	dir, err := newDir()
+	if err != nil {
+		c.Fatal(err)
+	}
+	c.Cleanup(func() { os.RemoveAll(dir) })
+	bin, err := programs()
+	if err != nil {
+		c.Fatal(err)
+	}
+	id = m["host"].(map[string]any)["id"].(string)
+	c.dirs[id] = dir
+	return id, []string{
+		"WRENN_DIR=" + dir, "WRENN_LISTEN=" + listen, "WRENN_SERVER_URL=" + c.url, "WRENN_HOST_TOKEN=" + m["token"].(string),
+		"WRENN_MEMORY_MIB=6144", "WRENN_WARM=0", "WRENN_ENVD=" + filepath.Join(bin, "envd"),
+	}
+}
+
+func (c *control) status(host string) string {
+	_, m := c.call("GET", "/v1/admin/hosts/"+host, nil)
+	s, _ := m["status"].(string)
+	return s
+}
+
+func (c *control) state(sandbox string) string {
+	s, err := c.Get(context.Background(), sandbox)
+	if err != nil {
+		return err.Error()
+	}
+	return s.State
+}
+
+// destroy destroys sandboxes. What their hosts do not, it does itself: no test
+// leaves a machine behind.
+func (c *control) destroy(sandboxes []string) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	defer cancel()
+	var wg sync.WaitGroup
+	turn := make(chan struct{}, 4)
+	for _, sandbox := range sandboxes {
+		wg.Go(func() {
+			turn <- struct{}{}
+			defer func() { <-turn }()
+			if err := c.Delete(ctx, sandbox); err != nil {
+				c.Errorf("delete %s: %v", sandbox, err)
+			}
+			if pid := agenttest.QEMU(sandbox); pid != 0 {
+				c.Errorf("the machine of %s, which was deleted, runs", sandbox)
+				_ = syscall.Kill(pid, syscall.SIGKILL)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// newControl starts a server with a certificate authority on real databases.
+func newControl(t *testing.T) *control {
+	t.Helper()
+	bin, err := programs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	c := &control{T: t, wrenn: filepath.Join(bin, "wrenn"), dir: dir, key: "wrn_" + strings.Repeat("k", 40), database: pgtest.New(t), dirs: make(map[string]string)}
+	if out, err := exec.Command(c.wrenn, "ca", "init", "--dir", dir).CombinedOutput(); err != nil {
+		t.Fatalf("wrenn ca init: %v\n%s", err, out)
+	}
+	if c.listen, err = freeAddress(); err != nil {
+		t.Fatal(err)
+	}
+	c.url = "http://" + c.listen
+	c.redis = c.startRedis()
+	c.server = c.startServer()
+	within(t, time.Minute, "the server answers", func() bool {
+		status, _ := c.call("GET", "/health", nil)
+		return status == http.StatusOK
+	})
+	if c.Client, err = client.New(c.url, c.key); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func (c *control) redisSocket() string { return filepath.Join(c.dir, "redis.sock") }
+
+func (c *control) startRedis() *role {
+	c.Helper()
+	return launch(c.T, "redis", nil, "redis-server", "--port", "0", "--unixsocket", c.redisSocket(), "--save", "", "--dir", c.dir)
+}
+
+func (c *control) startServer() *role {
+	c.Helper()
+	return launch(c.T, "server", []string{
+		"DATABASE_URL=" + c.database, "REDIS_URL=unix://" + c.redisSocket(), "WRENN_LISTEN=" + c.listen, "WRENN_SECRET_KEY=" + strings.Repeat("ab", 32),
+		"WRENN_CA_CERT=" + filepath.Join(c.dir, "ca.crt"), "WRENN_CA_KEY=" + filepath.Join(c.dir, "ca.key"), "WRENN_HEARTBEAT=" + fleetBeat.String(),
+		"WRENN_ADMIN_EMAIL=" + fleetAdmin, "WRENN_ADMIN_PASSWORD=" + fleetPassword, "WRENN_ADMIN_API_KEY=" + c.key,
+	}, c.wrenn, "server")
+}
+
+// TestFleet has two hosts on this machine, called over mutual TLS: sandboxes
+// spread over both, those of a host whose agent is killed are missing, and are
+// there again with their memory when it is back.
+func TestFleet(t *testing.T) {
+	if why := unable(); why != "" {
+		t.Skip(why)
+	}
+	const boxes, atOnce = 30, 4
+	c := newControl(t)
+	bin, _ := programs()
+	wrenn := filepath.Join(bin, "wrenn")
+	ctx, cancel := context.WithTimeout(context.Background(), 25*time.Minute)
+	defer cancel()
+	a, envA := c.host("a", "127.0.0.2:7070")
+	b, envB := c.host("b", "127.0.0.3:7070")
+	agentA := launch(t, "a", envA, wrenn, "agent")
+	launch(t, "b", envB, wrenn, "agent")
+	for _, h := range []string{a, b} {
+		within(t, 5*time.Minute, "the host is online", func() bool { return c.status(h) == "online" })
+	}
+	// Whoever has no certificate of the control plane's is not let in.
+	if resp, err := http.Get("http://127.0.0.2:7070/health"); err == nil {
+		resp.Body.Close()
+		if resp.StatusCode < 400 {
+			t.Error("an agent answers in clear")
+		}
+	}
+
+	on := map[string][]string{}
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	turn := make(chan struct{}, atOnce)
+	never := 0
+	began := time.Now()
+	create := func() (*client.Sandbox, error) {
+		return c.Create(ctx, client.CreateOptions{MemoryMiB: 128, TimeoutSeconds: &never})
+	}
+	// Before the programs end, which t.Cleanup sees to.
+	defer func() { c.destroy(slices.Concat(on[a], on[b])) }()
+	for range boxes {
+		wg.Go(func() {
+			turn <- struct{}{}
+			defer func() { <-turn }()
+			s, err := create()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			on[s.HostID] = append(on[s.HostID], s.ID)
+		})
+	}
+	wg.Wait()
+	if t.Failed() {
+		t.FailNow()
+	}
+	t.Logf("%d sandboxes in %v: %d on one host, %d on the other", boxes, time.Since(began).Round(time.Second), len(on[a]), len(on[b]))
+	if len(on[a]) < boxes/3 || len(on[b]) < boxes/3 {
+		t.Errorf("%d and %d of %d sandboxes are not spread", len(on[a]), len(on[b]), boxes)
+	}
+
+	// What counts in memory alone. Any of the commands may run twice.
+	shell := func(id, cmd string) string {
+		t.Helper()
+		r, err := c.Exec(ctx, id, client.Command{Cmd: cmd, Shell: true, TimeoutSeconds: 120, Repeatable: true}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSpace(string(r.Stdout))
+	}
+	kept := on[a][0]
+	shell(kept, `[ -s /tmp/pid ] && exit; nohup python3 -c 'import time
+n = 0
+while True:
+    n += 1
+    open("/tmp/n.new", "w").write(str(n)); __import__("os").rename("/tmp/n.new", "/tmp/n")
+    time.sleep(0.1)' >/dev/null 2>&1 & echo $! > /tmp/pid; while [ ! -s /tmp/n ]; do sleep 0.1; done`)
+	pid := shell(kept, "cat /tmp/pid")
+	count := func() (n int) { fmt.Sscan(shell(kept, "cat /tmp/n"), &n); return n }
+	before := count()
+
+	agentA.signal(syscall.SIGKILL)
+	took := within(t, 2*time.Minute, "the sandboxes are missing", func() bool { return c.state(kept) == "missing" })
+	t.Logf("missing %v after the agent was killed; heartbeats are %v apart", took.Round(time.Millisecond), fleetBeat)
+	if took > 2*fleetBeat+time.Second {
+		t.Errorf("missing after %v, more than two heartbeats of %v", took, fleetBeat)
+	}
+	for _, id := range on[a] {
+		if s := c.state(id); s != "missing" {
+			t.Errorf("%s is %s, want missing", id, s)
+		}
+	}
+	if s := c.state(on[b][0]); s != "running" {
+		t.Errorf("the other host's sandbox is %s", s)
+	}
+	for range 2 {
+		s, err := create()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if on[s.HostID] = append(on[s.HostID], s.ID); s.HostID != b {
+			t.Error("a new sandbox is on the host that is gone")
+		}
+	}
+
+	launch(t, "a-again", envA, wrenn, "agent")
+	took = within(t, 3*time.Minute, "the sandboxes run again", func() bool {
+		for _, id := range on[a] {
+			if c.state(id) != "running" {
+				return false
+			}
+		}
+		return true
+	})
+	t.Logf("all %d run again %v after the agent was started again", len(on[a]), took.Round(time.Millisecond))
+	if now := shell(kept, "cat /tmp/pid; ps -o pid= -p $(cat /tmp/pid) | tr -d ' '"); now != pid+"\n"+pid {
+		t.Errorf("the process: %q, want %s twice", now, pid)
+	}
+	after := count()
+	if after <= before {
+		t.Errorf("it counted to %d, before that to %d", after, before)
+	}
+	t.Logf("a process went on counting, from %d to %d", before, after)
+	if s := c.status(a); s != "online" {
+		t.Errorf("the host is %s", s)
+	}
+}
