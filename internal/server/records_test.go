@@ -4,7 +4,10 @@ import (
 	"bytes"
 	"encoding/csv"
 	"fmt"
+	"io"
 	"log/slog"
+	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
@@ -13,6 +16,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/redis/go-redis/v9"
 
+	"github.com/wrenn-dev/wrenn/client"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/server/metrics"
 )
@@ -223,14 +227,14 @@ func TestMetricsHistory(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	client := redis.NewClient(options)
-	defer client.Close()
-	if left := client.Keys(t.Context(), "wrenn:metrics:*").Val(); len(left) > 0 {
+	kept := redis.NewClient(options)
+	defer kept.Close()
+	if left := kept.Keys(t.Context(), "wrenn:metrics:*").Val(); len(left) > 0 {
 		t.Errorf("left in Redis: %v", left)
 	}
 
 	// However often it is sampled, a window has its bound.
-	h := metrics.New(client, slog.New(slog.DiscardHandler))
+	h := metrics.New(kept, slog.New(slog.DiscardHandler))
 	other, at := uuid.New(), time.Now().Add(-time.Hour)
 	for n := range 400 {
 		at = at.Add(5 * time.Second)
@@ -244,8 +248,73 @@ func TestMetricsHistory(t *testing.T) {
 		}
 	}
 	for name, want := range map[string][2]int64{"10m": {121, 121}, "2h": {66, 68}, "24h": {6, 8}} {
-		if n := client.LLen(t.Context(), "wrenn:metrics:"+other.String()+":"+name).Val(); n < want[0] || n > want[1] {
+		if n := kept.LLen(t.Context(), "wrenn:metrics:"+other.String()+":"+name).Val(); n < want[0] || n > want[1] {
 			t.Errorf("%s: %d samples kept, want %v", name, n, want)
 		}
 	}
+}
+
+func TestChannels(t *testing.T) {
+	p := newPlane(t)
+	p.end()
+	p.config.NotifyPrivate = true
+	p.start()
+	told := make(chan string, 100)
+	hook := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		if err := client.VerifyWebhook(r.Header, body, "0123456789abcdef", time.Minute); err != nil {
+			t.Error(err)
+		}
+		told <- string(body)
+	}))
+	defer hook.Close()
+	body := map[string]any{"name": "ops", "kind": "webhook", "url": hook.URL + "/hunter2", "secret": "0123456789abcdef", "events": []string{"sandbox.started", "host.unreachable"}}
+	made := p.call("POST", "/v1/channels", body).want(201)
+	base := "/v1/channels/" + made.str("id")
+	if made.str("target") != hook.URL || strings.Contains(string(made.Body), "hunter2") || strings.Contains(string(made.Body), "0123456789abcdef") {
+		t.Errorf("channel: %s", made.Body)
+	}
+	if d := p.call("POST", base+"/test", nil).want(200); d.str("state") != "delivered" || d.object()["status"] != 200. {
+		t.Errorf("test: %s", d.Body)
+	}
+	if m := <-told; !strings.Contains(m, `"event":"test"`) {
+		t.Errorf("told %s", m)
+	}
+	sandbox := p.create(map[string]any{})
+	if m := <-told; !strings.Contains(m, sandbox) || !strings.Contains(m, `"event":"sandbox.started"`) {
+		t.Errorf("told %s", m)
+	}
+	p.eventually("the delivery is listed", func() bool {
+		list := p.call("GET", base+"/deliveries", nil).want(200).list("deliveries")
+		return len(list) == 2 && list[0].(map[string]any)["state"] == "delivered"
+	})
+	if next := p.call("GET", base+"/deliveries?limit=1", nil).want(200).str("next_cursor"); len(p.call("GET", base+"/deliveries?cursor="+next, nil).want(200).list("deliveries")) != 1 {
+		t.Error("the second page has not one delivery")
+	}
+	p.call("GET", base+"/deliveries?cursor=x", nil).fails(400, "invalid_argument")
+
+	other := p.newTeam()
+	for _, call := range []string{"GET ", "DELETE ", "GET /deliveries", "POST /test"} {
+		method, rest, _ := strings.Cut(call, " ")
+		p.call(method, base+rest, nil, "X-API-Key", other).fails(404, "not_found")
+	}
+	p.call("PATCH", base, map[string]any{"name": "x"}, "X-API-Key", other).fails(404, "not_found")
+	p.call("POST", "/v1/channels", body, "X-API-Key", other).fails(403, "permission_denied") // Of hosts the platform's admins alone are told.
+	p.call("POST", "/v1/channels", map[string]any{"name": "n", "kind": "webhook", "url": "ftp://x", "secret": "0123456789abcdef", "events": []string{"sandbox.lost"}}).fails(400, "invalid_argument")
+	p.call("POST", "/v1/channels", map[string]any{"name": "n", "kind": "email", "address": "nobody", "events": []string{"sandbox.lost"}}).fails(400, "invalid_argument")
+	p.call("POST", "/v1/channels", map[string]any{"name": "n", "kind": "email", "address": "a@example.com", "events": []string{"sandbox.none"}}).fails(400, "invalid_argument")
+
+	changed := p.call("PATCH", base, map[string]any{"enabled": false, "events": []string{"sandbox.lost"}}).want(200).object()
+	if changed["enabled"] != false || fmt.Sprint(changed["events"]) != "[sandbox.lost]" || changed["name"] != "ops" {
+		t.Errorf("changed: %v", changed)
+	}
+	if n := len(p.call("GET", "/v1/channels", nil).want(200).list("channels")); n != 1 {
+		t.Errorf("%d channels", n)
+	}
+	if r := p.audit("")["changeChannel"]; r == nil || r["object"] != made.str("id") || r["object_kind"] != "channel" {
+		t.Errorf("audit: %v", r)
+	}
+	p.call("DELETE", base, nil).want(204)
+	p.call("GET", base, nil).fails(404, "not_found")
+	p.call("GET", "/v1/channels/x", nil).fails(400, "invalid_argument")
 }

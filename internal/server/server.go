@@ -26,7 +26,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/events"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/mail"
 	"github.com/wrenn-dev/wrenn/internal/server/metrics"
+	"github.com/wrenn-dev/wrenn/internal/server/notify"
 	"github.com/wrenn-dev/wrenn/internal/server/proxy"
 	"github.com/wrenn-dev/wrenn/internal/server/rest"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
@@ -84,6 +86,12 @@ type Config struct {
 	// DrainIdle is for how long nothing must have used a sandbox for it to be
 	// paused on a host that drains.
 	DrainIdle time.Duration `env:"WRENN_DRAIN_IDLE" envDefault:"30s"`
+	// SMTPURL is the mail server, smtp://user:password@host:port or smtps://…;
+	// without one letters are written to the log. MailFrom is their sender.
+	SMTPURL  string `env:"WRENN_SMTP_URL"`
+	MailFrom string `env:"WRENN_MAIL_FROM"`
+	// NotifyPrivate lets notifications go to addresses that are not public.
+	NotifyPrivate bool `env:"WRENN_NOTIFY_PRIVATE"`
 	// The first admin, made when there is no user at all.
 	AdminEmail    string `env:"WRENN_ADMIN_EMAIL"`
 	AdminPassword string `env:"WRENN_ADMIN_PASSWORD"`
@@ -104,6 +112,7 @@ type Server struct {
 	sandboxes *sandboxes.Service
 	usage     *usage.Service
 	audit     *audit.Log
+	channels  *notify.Service
 	handler   http.Handler
 
 	stop sync.Once
@@ -197,6 +206,13 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	s.sandboxes = sandboxes.New(sandboxes.Config{Store: s.store, Hosts: s.hosts, Templates: tpl, Tokens: tokens, DrainIdle: c.DrainIdle, Tell: s.bus.Changed, Watching: history.Watch, Ended: history.Forget, Log: s.log})
 	s.usage = usage.New(s.store, s.log)
 	s.audit = audit.New(s.store, c.AuditRetention, s.log)
+	letters, err := mail.New(c.SMTPURL, c.MailFrom, s.log)
+	if err != nil {
+		return nil, err
+	}
+	if s.channels, err = notify.New(notify.Config{Store: s.store, Secret: secret, Mail: letters, Private: c.NotifyPrivate, Log: s.log}); err != nil {
+		return nil, err
+	}
 
 	registry := prometheus.NewRegistry()
 	requests := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "wrenn_http_requests_total", Help: "Answered requests of the REST API."}, []string{"method", "route", "status"})
@@ -207,7 +223,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), requests, durations)
 	registry.MustRegister(s.sandboxes.Collectors()...)
 	api, err := rest.New(ctx, rest.Config{
-		Sandboxes: s.sandboxes, Templates: tpl, Hosts: s.hosts, Usage: s.usage, Audit: s.audit, History: history, Keys: s.keys, Tokens: tokens,
+		Sandboxes: s.sandboxes, Templates: tpl, Hosts: s.hosts, Usage: s.usage, Audit: s.audit, History: history, Channels: s.channels, Keys: s.keys, Tokens: tokens,
 		PublicURL: c.PublicURL, Domain: c.Domain, Log: s.log,
 		Checks: checks,
 		// A metric that cannot be had, with the database down, must not hide the others.
@@ -250,6 +266,7 @@ func (s *Server) Run(ctx context.Context) error {
 	wg.Go(func() { s.sandboxes.Run(ctx) })
 	wg.Go(func() { s.usage.Run(ctx) })
 	wg.Go(func() { s.audit.Run(ctx) })
+	wg.Go(func() { s.channels.Run(ctx) })
 	wg.Wait()
 	return nil
 }

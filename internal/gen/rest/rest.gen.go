@@ -62,6 +62,93 @@ func (e AuditResult) Valid() bool {
 	}
 }
 
+// Defines values for ChannelDeliveryState.
+const (
+	ChannelDeliveryStateDelivered ChannelDeliveryState = "delivered"
+	ChannelDeliveryStateFailed    ChannelDeliveryState = "failed"
+	ChannelDeliveryStatePending   ChannelDeliveryState = "pending"
+)
+
+// Valid indicates whether the value is a known member of the ChannelDeliveryState enum.
+func (e ChannelDeliveryState) Valid() bool {
+	switch e {
+	case ChannelDeliveryStateDelivered:
+		return true
+	case ChannelDeliveryStateFailed:
+		return true
+	case ChannelDeliveryStatePending:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for ChannelEvent.
+const (
+	BuildFinished   ChannelEvent = "build.finished"
+	HostOnline      ChannelEvent = "host.online"
+	HostUnreachable ChannelEvent = "host.unreachable"
+	QuotaReached    ChannelEvent = "quota.reached"
+	SandboxEnded    ChannelEvent = "sandbox.ended"
+	SandboxFailed   ChannelEvent = "sandbox.failed"
+	SandboxLost     ChannelEvent = "sandbox.lost"
+	SandboxMissing  ChannelEvent = "sandbox.missing"
+	SandboxPaused   ChannelEvent = "sandbox.paused"
+	SandboxStarted  ChannelEvent = "sandbox.started"
+)
+
+// Valid indicates whether the value is a known member of the ChannelEvent enum.
+func (e ChannelEvent) Valid() bool {
+	switch e {
+	case BuildFinished:
+		return true
+	case HostOnline:
+		return true
+	case HostUnreachable:
+		return true
+	case QuotaReached:
+		return true
+	case SandboxEnded:
+		return true
+	case SandboxFailed:
+		return true
+	case SandboxLost:
+		return true
+	case SandboxMissing:
+		return true
+	case SandboxPaused:
+		return true
+	case SandboxStarted:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for ChannelKind.
+const (
+	Discord ChannelKind = "discord"
+	Email   ChannelKind = "email"
+	Slack   ChannelKind = "slack"
+	Webhook ChannelKind = "webhook"
+)
+
+// Valid indicates whether the value is a known member of the ChannelKind enum.
+func (e ChannelKind) Valid() bool {
+	switch e {
+	case Discord:
+		return true
+	case Email:
+		return true
+	case Slack:
+		return true
+	case Webhook:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for CreateContextLanguage.
 const (
 	CreateContextLanguagePython CreateContextLanguage = "python"
@@ -431,6 +518,25 @@ type AuditRecordActorKind string
 // AuditResult `ok`; `refused`, because of who asked or what for; `failed`.
 type AuditResult string
 
+// ChangeChannel defines model for ChangeChannel.
+type ChangeChannel struct {
+	// Address The address of `email`.
+	Address *string `json:"address,omitempty"`
+
+	// Enabled Whether it is told of anything.
+	Enabled *bool          `json:"enabled,omitempty"`
+	Events  *ChannelEvents `json:"events,omitempty"`
+
+	// Name For people.
+	Name *string `json:"name,omitempty"`
+
+	// Secret What messages of a `webhook` are signed with.
+	Secret *string `json:"secret,omitempty"`
+
+	// URL Where messages are posted. Not for `email`.
+	URL *string `json:"url,omitempty"`
+}
+
 // ChangeHost defines model for ChangeHost.
 type ChangeHost struct {
 	Draining *bool     `json:"draining,omitempty"`
@@ -438,6 +544,115 @@ type ChangeHost struct {
 
 	// Tags Words that tell hosts apart. A sandbox that asks for some is placed on a host that has them all.
 	Tags *HostTags `json:"tags,omitempty"`
+}
+
+// Channel defines model for Channel.
+type Channel struct {
+	// CreatedAt When it was made.
+	CreatedAt time.Time `json:"created_at"`
+
+	// DisabledReason Why it was disabled; absent where nobody but people did.
+	DisabledReason *string `json:"disabled_reason,omitempty"`
+
+	// Enabled Whether it is told of anything.
+	Enabled bool          `json:"enabled"`
+	Events  ChannelEvents `json:"events"`
+
+	// FailingSince Since when nothing could be delivered; absent: all is well.
+	FailingSince *time.Time `json:"failing_since,omitempty"`
+
+	// ID The channel's id.
+	ID   string      `json:"id"`
+	Kind ChannelKind `json:"kind"`
+
+	// Name For people.
+	Name string `json:"name"`
+
+	// Target Where it goes: the mail address, or the URL without its path and query, which may be secret.
+	Target string `json:"target"`
+
+	// TeamID The team that owns it.
+	TeamID string `json:"team_id"`
+}
+
+// ChannelDelivery defines model for ChannelDelivery.
+type ChannelDelivery struct {
+	// Attempts How often it was tried.
+	Attempts int32 `json:"attempts"`
+
+	// CreatedAt When it happened.
+	CreatedAt time.Time `json:"created_at"`
+
+	// Error What went wrong with the last attempt; absent when nothing did.
+	Error *string `json:"error,omitempty"`
+
+	// Event What is told.
+	Event string `json:"event"`
+
+	// ID The message's id.
+	ID openapi_types.UUID `json:"id"`
+
+	// NextAt When it is tried next; absent unless it is pending.
+	NextAt *time.Time `json:"next_at,omitempty"`
+
+	// State `pending`: it is tried again; `failed`: it was tried often enough.
+	State ChannelDeliveryState `json:"state"`
+
+	// Status The last answer's HTTP status; 0: there was none.
+	Status int32 `json:"status"`
+
+	// TookMs How long the last attempt took.
+	TookMs int64 `json:"took_ms"`
+
+	// TriedAt When it was tried last; absent: not yet.
+	TriedAt *time.Time `json:"tried_at,omitempty"`
+}
+
+// ChannelDeliveryState `pending`: it is tried again; `failed`: it was tried often enough.
+type ChannelDeliveryState string
+
+// ChannelDeliveryList defines model for ChannelDeliveryList.
+type ChannelDeliveryList struct {
+	Deliveries []ChannelDelivery `json:"deliveries"`
+
+	// NextCursor Where the next page starts; absent on the last page.
+	NextCursor *string `json:"next_cursor,omitempty"`
+}
+
+// ChannelEvent `sandbox.started`, `sandbox.paused`, `sandbox.ended` (asked for, expired or exited, as
+// `reason` says), `sandbox.failed` (it did not start), `sandbox.missing` (its host is not
+// heard of), `sandbox.lost`; `build.finished` (`state` says how); `quota.reached` (something
+// was refused for the team's quota; once an hour). For the platform's admins alone:
+// `host.unreachable`, `host.online`.
+type ChannelEvent string
+
+// ChannelEvents defines model for ChannelEvents.
+type ChannelEvents = []ChannelEvent
+
+// ChannelKind defines model for ChannelKind.
+type ChannelKind string
+
+// ChannelList defines model for ChannelList.
+type ChannelList struct {
+	Channels []Channel `json:"channels"`
+}
+
+// ChannelMessage The body that a webhook gets.
+type ChannelMessage struct {
+	// At When.
+	At time.Time `json:"at"`
+
+	// Data Of a sandbox: `sandbox_id`, `template`, `state`, `metadata`, and `reason` and `error` where there are any; of a build: `build_id`, `name`, `version`, `state`, `error`; of a host: `host_id`, `name`.
+	Data map[string]interface{} `json:"data"`
+
+	// Event What happened, or `test`.
+	Event string `json:"event"`
+
+	// ID The message's id, the same however often it is sent.
+	ID openapi_types.UUID `json:"id"`
+
+	// TeamID The team that the channel is of.
+	TeamID string `json:"team_id"`
 }
 
 // CodeContext defines model for CodeContext.
@@ -488,6 +703,23 @@ type CodeResult struct {
 	Results        []CodeOutput `json:"results"`
 	Stderr         string       `json:"stderr"`
 	Stdout         string       `json:"stdout"`
+}
+
+// CreateChannel defines model for CreateChannel.
+type CreateChannel struct {
+	// Address The address of `email`.
+	Address *string       `json:"address,omitempty"`
+	Events  ChannelEvents `json:"events"`
+	Kind    ChannelKind   `json:"kind"`
+
+	// Name For people.
+	Name string `json:"name"`
+
+	// Secret What messages of a `webhook` are signed with, which must have one.
+	Secret *string `json:"secret,omitempty"`
+
+	// URL Where messages are posted. Not for `email`.
+	URL *string `json:"url,omitempty"`
 }
 
 // CreateContext defines model for CreateContext.
@@ -1224,6 +1456,9 @@ type AuditObject = string
 // AuditTo defines model for AuditTo.
 type AuditTo = time.Time
 
+// ChannelID defines model for ChannelID.
+type ChannelID = string
+
 // ContextID defines model for ContextID.
 type ContextID = string
 
@@ -1395,6 +1630,15 @@ type ListAuditParams struct {
 // ListAuditParamsFormat defines parameters for ListAudit.
 type ListAuditParamsFormat string
 
+// ListDeliveriesParams defines parameters for ListDeliveries.
+type ListDeliveriesParams struct {
+	// Limit The most entries to return.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
+}
+
 // ListSandboxesParams defines parameters for ListSandboxes.
 type ListSandboxesParams struct {
 	// State Only sandboxes in this state; repeat it for several.
@@ -1518,6 +1762,12 @@ type ChangeHostJSONRequestBody = ChangeHost
 // ImportPlatformTemplateJSONRequestBody defines body for ImportPlatformTemplate for application/json ContentType.
 type ImportPlatformTemplateJSONRequestBody = ImportTemplate
 
+// CreateChannelJSONRequestBody defines body for CreateChannel for application/json ContentType.
+type CreateChannelJSONRequestBody = CreateChannel
+
+// ChangeChannelJSONRequestBody defines body for ChangeChannel for application/json ContentType.
+type ChangeChannelJSONRequestBody = ChangeChannel
+
 // HostHeartbeatJSONRequestBody defines body for HostHeartbeat for application/json ContentType.
 type HostHeartbeatJSONRequestBody = HostHeartbeat
 
@@ -1595,6 +1845,27 @@ type ServerInterface interface {
 	// ListAudit Who changed what
 	// (GET /v1/audit)
 	ListAudit(w http.ResponseWriter, r *http.Request, params ListAuditParams)
+	// ListChannels List notification channels
+	// (GET /v1/channels)
+	ListChannels(w http.ResponseWriter, r *http.Request)
+	// CreateChannel Have events told
+	// (POST /v1/channels)
+	CreateChannel(w http.ResponseWriter, r *http.Request)
+	// DeleteChannel Delete a channel
+	// (DELETE /v1/channels/{channel_id})
+	DeleteChannel(w http.ResponseWriter, r *http.Request, channelID ChannelID)
+	// GetChannel Get a channel
+	// (GET /v1/channels/{channel_id})
+	GetChannel(w http.ResponseWriter, r *http.Request, channelID ChannelID)
+	// ChangeChannel Change a channel
+	// (PATCH /v1/channels/{channel_id})
+	ChangeChannel(w http.ResponseWriter, r *http.Request, channelID ChannelID)
+	// ListDeliveries What a channel was told
+	// (GET /v1/channels/{channel_id}/deliveries)
+	ListDeliveries(w http.ResponseWriter, r *http.Request, channelID ChannelID, params ListDeliveriesParams)
+	// TestChannel Try a channel
+	// (POST /v1/channels/{channel_id}/test)
+	TestChannel(w http.ResponseWriter, r *http.Request, channelID ChannelID)
 	// HostHeartbeat Say that an agent is there, or that it goes
 	// (POST /v1/hosts/heartbeat)
 	HostHeartbeat(w http.ResponseWriter, r *http.Request)
@@ -1796,6 +2067,48 @@ func (_ Unimplemented) GetUsageByTeam(w http.ResponseWriter, r *http.Request, pa
 // ListAudit Who changed what
 // (GET /v1/audit)
 func (_ Unimplemented) ListAudit(w http.ResponseWriter, r *http.Request, params ListAuditParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ListChannels List notification channels
+// (GET /v1/channels)
+func (_ Unimplemented) ListChannels(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// CreateChannel Have events told
+// (POST /v1/channels)
+func (_ Unimplemented) CreateChannel(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// DeleteChannel Delete a channel
+// (DELETE /v1/channels/{channel_id})
+func (_ Unimplemented) DeleteChannel(w http.ResponseWriter, r *http.Request, channelID ChannelID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// GetChannel Get a channel
+// (GET /v1/channels/{channel_id})
+func (_ Unimplemented) GetChannel(w http.ResponseWriter, r *http.Request, channelID ChannelID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ChangeChannel Change a channel
+// (PATCH /v1/channels/{channel_id})
+func (_ Unimplemented) ChangeChannel(w http.ResponseWriter, r *http.Request, channelID ChannelID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ListDeliveries What a channel was told
+// (GET /v1/channels/{channel_id}/deliveries)
+func (_ Unimplemented) ListDeliveries(w http.ResponseWriter, r *http.Request, channelID ChannelID, params ListDeliveriesParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// TestChannel Try a channel
+// (POST /v1/channels/{channel_id}/test)
+func (_ Unimplemented) TestChannel(w http.ResponseWriter, r *http.Request, channelID ChannelID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -2667,6 +2980,193 @@ func (siw *ServerInterfaceWrapper) ListAudit(w http.ResponseWriter, r *http.Requ
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.ListAudit(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListChannels operation middleware
+func (siw *ServerInterfaceWrapper) ListChannels(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListChannels(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CreateChannel operation middleware
+func (siw *ServerInterfaceWrapper) CreateChannel(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CreateChannel(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// DeleteChannel operation middleware
+func (siw *ServerInterfaceWrapper) DeleteChannel(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "channel_id" -------------
+	var channelID ChannelID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "channel_id", chi.URLParam(r, "channel_id"), &channelID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "channel_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.DeleteChannel(w, r, channelID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetChannel operation middleware
+func (siw *ServerInterfaceWrapper) GetChannel(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "channel_id" -------------
+	var channelID ChannelID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "channel_id", chi.URLParam(r, "channel_id"), &channelID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "channel_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetChannel(w, r, channelID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ChangeChannel operation middleware
+func (siw *ServerInterfaceWrapper) ChangeChannel(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "channel_id" -------------
+	var channelID ChannelID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "channel_id", chi.URLParam(r, "channel_id"), &channelID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "channel_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ChangeChannel(w, r, channelID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListDeliveries operation middleware
+func (siw *ServerInterfaceWrapper) ListDeliveries(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "channel_id" -------------
+	var channelID ChannelID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "channel_id", chi.URLParam(r, "channel_id"), &channelID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "channel_id", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ListDeliveriesParams
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "cursor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "cursor", r.URL.Query(), &params.Cursor, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "cursor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cursor", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListDeliveries(w, r, channelID, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// TestChannel operation middleware
+func (siw *ServerInterfaceWrapper) TestChannel(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "channel_id" -------------
+	var channelID ChannelID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "channel_id", chi.URLParam(r, "channel_id"), &channelID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "channel_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.TestChannel(w, r, channelID)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -4171,6 +4671,27 @@ func HandlerWithOptions(si ServerInterface, options ChiServerOptions) http.Handl
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/v1/sandboxes/{sandbox_id}/metrics/history", wrapper.GetSandboxMetricsHistory)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/channels", wrapper.ListChannels)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/channels", wrapper.CreateChannel)
+	})
+	r.Group(func(r chi.Router) {
+		r.Delete(options.BaseURL+"/v1/channels/{channel_id}", wrapper.DeleteChannel)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/channels/{channel_id}", wrapper.GetChannel)
+	})
+	r.Group(func(r chi.Router) {
+		r.Patch(options.BaseURL+"/v1/channels/{channel_id}", wrapper.ChangeChannel)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/channels/{channel_id}/test", wrapper.TestChannel)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/channels/{channel_id}/deliveries", wrapper.ListDeliveries)
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/health", wrapper.GetHealth)

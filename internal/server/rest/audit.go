@@ -135,6 +135,11 @@ func (rec *recorder) write(result, code string) error {
 	record.Object, record.ObjectID = object(rec.r, rec.Header().Get("Location"))
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(rec.r.Context()), recordWithin)
 	defer cancel()
+	if code == "quota_exceeded" && record.Team != nil {
+		if err := rec.api.Channels.Quota(ctx, *record.Team, ""); err != nil {
+			rec.api.log(rec.r).Warn("tell that a quota is reached", "error", err)
+		}
+	}
 	return rec.api.Audit.Write(ctx, record)
 }
 

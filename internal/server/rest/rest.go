@@ -22,6 +22,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/metrics"
+	"github.com/wrenn-dev/wrenn/internal/server/notify"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
 	"github.com/wrenn-dev/wrenn/internal/server/usage"
@@ -36,8 +37,10 @@ type Config struct {
 	Audit     *audit.Log
 	// History is what sandboxes used lately.
 	History *metrics.History
-	Keys    *auth.Keys
-	Tokens  auth.Tokens
+	// Channels are told of events.
+	Channels *notify.Service
+	Keys     *auth.Keys
+	Tokens   auth.Tokens
 	// PublicURL is where clients reach the service, Domain what sandboxes'
 	// host names end with.
 	PublicURL, Domain string
@@ -100,7 +103,7 @@ func New(ctx context.Context, c Config) (*API, error) {
 		a.Fail(w, r, fault.New(fault.NotFound, "no such route"))
 	})
 	r.MethodNotAllowed(func(w http.ResponseWriter, r *http.Request) {
-		for _, m := range []string{http.MethodGet, http.MethodPost, http.MethodPut, http.MethodDelete} {
+		for _, m := range []string{http.MethodGet, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete} {
 			if a.router.Match(chi.NewRouteContext(), m, r.URL.Path) {
 				w.Header().Add("Allow", m)
 			}

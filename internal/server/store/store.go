@@ -95,6 +95,30 @@ func (s *Store) InTx(ctx context.Context, f func(*db.Queries) error) error {
 	return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error { return f(s.WithTx(tx)) })
 }
 
+// Listen calls heard once it listens to a channel of NOTIFY, whose name is an
+// identifier, and then for each message, until ctx is done or the connection
+// breaks. It has a connection of its own.
+func (s *Store) Listen(ctx context.Context, channel string, heard func()) error {
+	pooled, err := s.pool.Acquire(ctx)
+	if err != nil {
+		return fmt.Errorf("listen to the database: %w", err)
+	}
+	conn := pooled.Hijack()
+	defer func() {
+		bye, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+		defer cancel()
+		_ = conn.Close(bye)
+	}()
+	if _, err := conn.Exec(ctx, "LISTEN "+pgx.Identifier{channel}.Sanitize()); err != nil {
+		return fmt.Errorf("listen to the database: %w", err)
+	}
+	for heard(); ; heard() {
+		if _, err := conn.WaitForNotification(ctx); err != nil {
+			return fmt.Errorf("listen to the database: %w", err)
+		}
+	}
+}
+
 // Lease says whether it is this server's turn at what name stands for: of
 // several, one server has it, until d has gone by since it last asked.
 func (s *Store) Lease(ctx context.Context, name string, d time.Duration) (bool, error) {

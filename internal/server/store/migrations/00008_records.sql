@@ -138,7 +138,6 @@ CREATE INDEX audit_records_at ON audit_records (at DESC, id DESC);
 -- Notifications.
 CREATE TABLE channels (
     id              uuid PRIMARY KEY,
-    -- The platform's team: its admins'.
     team_id         uuid NOT NULL REFERENCES teams ON DELETE CASCADE,
     name            text NOT NULL,
     kind            text NOT NULL CHECK (kind IN ('webhook', 'slack', 'discord', 'email')),
@@ -179,13 +178,14 @@ CREATE INDEX deliveries_due ON deliveries (next_at) WHERE state = 'pending';
 CREATE INDEX deliveries_channel ON deliveries (channel_id, created_at DESC, id DESC);
 CREATE INDEX deliveries_age ON deliveries (created_at);
 
--- notify_channels has an event told to those of a team's channels that want it.
--- It is part of the transaction in which the event happens.
+-- notify_channels has an event told to those of a team's channels that want it;
+-- team null: to all that do. It is part of the transaction in which the event
+-- happens.
 -- +goose StatementBegin
 CREATE FUNCTION notify_channels(team uuid, what text, said jsonb) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO deliveries (id, channel_id, event, body)
-    SELECT gen_random_uuid(), id, what, said FROM channels WHERE team_id = team AND enabled AND what = ANY (events);
+    SELECT gen_random_uuid(), id, what, said FROM channels WHERE (team_id = team OR team IS NULL) AND enabled AND what = ANY (events);
     IF FOUND THEN
         PERFORM pg_notify('wrenn_deliveries', '');
     END IF;
@@ -232,14 +232,14 @@ END $$;
 CREATE TRIGGER sandboxes_told AFTER UPDATE OF state ON sandboxes
     FOR EACH ROW EXECUTE FUNCTION sandboxes_told();
 
--- And to hosts: told to the platform's channels.
+-- And to hosts: told to the channels that its admins made for that.
 -- +goose StatementBegin
 CREATE FUNCTION hosts_told() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF NEW.status = OLD.status OR NEW.deleted_at IS NOT NULL OR NEW.status NOT IN ('unreachable', 'online') OR OLD.status = 'pending' THEN
         RETURN NULL;
     END IF;
-    PERFORM notify_channels('00000000-0000-0000-0000-000000000000', 'host.' || NEW.status, jsonb_build_object('host', NEW.id, 'name', NEW.name, 'at', now()));
+    PERFORM notify_channels(NULL, 'host.' || NEW.status, jsonb_build_object('host', NEW.id, 'name', NEW.name, 'at', now()));
     INSERT INTO audit_records (id, at, actor, action, object, object_id, address, request_id, result, code)
     VALUES (gen_random_uuid(), now(), 'platform', 'host.' || NEW.status, 'host', NEW.id::text, '', '', 'ok', '');
     RETURN NULL;
@@ -247,6 +247,20 @@ END $$;
 -- +goose StatementEnd
 CREATE TRIGGER hosts_told AFTER UPDATE OF status ON hosts
     FOR EACH ROW EXECUTE FUNCTION hosts_told();
+
+-- And that builds end.
+-- +goose StatementBegin
+CREATE FUNCTION builds_told() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF NEW.state <> OLD.state AND NEW.state IN ('succeeded', 'failed', 'cancelled') THEN
+        PERFORM notify_channels(NEW.team_id, 'build.finished', jsonb_build_object('build', NEW.id, 'name', NEW.name, 'version', NEW.version,
+            'state', NEW.state, 'error', NULLIF(NEW.error, ''), 'at', now()));
+    END IF;
+    RETURN NULL;
+END $$;
+-- +goose StatementEnd
+CREATE TRIGGER builds_told AFTER UPDATE OF state ON builds
+    FOR EACH ROW EXECUTE FUNCTION builds_told();
 
 -- What one server at a time does, such as rolling up and pruning: whose turn it
 -- is, and until when.
@@ -260,5 +274,6 @@ CREATE TABLE leases (
 DROP TRIGGER sandboxes_run ON sandboxes;
 DROP TRIGGER sandboxes_told ON sandboxes;
 DROP TRIGGER hosts_told ON hosts;
-DROP FUNCTION sandboxes_run, usage_changed, seconds_of_day, utc_day, sandboxes_told, hosts_told, notify_channels;
+DROP TRIGGER builds_told ON builds;
+DROP FUNCTION sandboxes_run, usage_changed, seconds_of_day, utc_day, sandboxes_told, hosts_told, builds_told, notify_channels;
 DROP TABLE leases, deliveries, channels, audit_records, usage_rollups, usage_days, sandbox_runs;

@@ -1,0 +1,142 @@
+package client
+
+import (
+	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"iter"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Channel is where a team's events are told.
+type Channel struct {
+	ID             string     `json:"id"`
+	TeamID         string     `json:"team_id"`
+	Name           string     `json:"name"`
+	Kind           string     `json:"kind"` // "webhook", "slack", "discord" or "email"
+	Events         []string   `json:"events"`
+	Target         string     `json:"target"` // without what is secret of it
+	Enabled        bool       `json:"enabled"`
+	DisabledReason string     `json:"disabled_reason,omitempty"`
+	FailingSince   *time.Time `json:"failing_since,omitempty"`
+	CreatedAt      time.Time  `json:"created_at"`
+}
+
+// ChannelOptions is what a new channel is to be.
+type ChannelOptions struct {
+	Name    string   `json:"name"`
+	Kind    string   `json:"kind"`
+	Events  []string `json:"events"`
+	URL     string   `json:"url,omitempty"`     // of a webhook, Slack, Discord
+	Secret  string   `json:"secret,omitempty"`  // of a webhook: what its messages are signed with
+	Address string   `json:"address,omitempty"` // of mail
+}
+
+// Delivery is an event that a channel was told, or is to be.
+type Delivery struct {
+	ID        string     `json:"id"`
+	Event     string     `json:"event"`
+	State     string     `json:"state"` // "pending", "delivered" or "failed"
+	CreatedAt time.Time  `json:"created_at"`
+	Attempts  int        `json:"attempts"`
+	TriedAt   *time.Time `json:"tried_at,omitempty"`
+	NextAt    *time.Time `json:"next_at,omitempty"`
+	Status    int        `json:"status"` // HTTP's; 0: there was no answer
+	TookMS    int64      `json:"took_ms"`
+	Error     string     `json:"error,omitempty"`
+}
+
+func channelPath(id, rest string) string { return "/v1/channels/" + url.PathEscape(id) + rest }
+
+// AddChannel has the team's events told.
+func (c *Client) AddChannel(ctx context.Context, o ChannelOptions) (*Channel, error) {
+	var ch Channel
+	// Not repeated: it may have been made.
+	if err := c.call(ctx, request{method: http.MethodPost, path: "/v1/channels", json: o}, &ch); err != nil {
+		return nil, fmt.Errorf("add channel: %w", err)
+	}
+	return &ch, nil
+}
+
+// Channels lists the team's channels.
+func (c *Client) Channels(ctx context.Context) ([]Channel, error) {
+	var list struct {
+		Channels []Channel `json:"channels"`
+	}
+	if err := c.call(ctx, request{method: http.MethodGet, path: "/v1/channels", repeatable: true}, &list); err != nil {
+		return nil, fmt.Errorf("list channels: %w", err)
+	}
+	return list.Channels, nil
+}
+
+// EnableChannel has a channel told of events, or not any more.
+func (c *Client) EnableChannel(ctx context.Context, id string, enabled bool) (*Channel, error) {
+	body := struct {
+		Enabled bool `json:"enabled"`
+	}{enabled}
+	var ch Channel
+	if err := c.call(ctx, request{method: http.MethodPatch, path: channelPath(id, ""), json: body, repeatable: true}, &ch); err != nil {
+		return nil, fmt.Errorf("change channel: %w", err)
+	}
+	return &ch, nil
+}
+
+// DeleteChannel removes a channel.
+func (c *Client) DeleteChannel(ctx context.Context, id string) error {
+	if err := c.call(ctx, request{method: http.MethodDelete, path: channelPath(id, ""), repeatable: true}, nil); err != nil {
+		return fmt.Errorf("delete channel: %w", err)
+	}
+	return nil
+}
+
+// TestChannel sends a channel a test, once, and returns how that went.
+func (c *Client) TestChannel(ctx context.Context, id string) (*Delivery, error) {
+	var d Delivery
+	if err := c.call(ctx, request{method: http.MethodPost, path: channelPath(id, "/test")}, &d); err != nil {
+		return nil, fmt.Errorf("test channel: %w", err)
+	}
+	return &d, nil
+}
+
+// Deliveries lists what a channel was told, the newest first. An error ends the list.
+func (c *Client) Deliveries(ctx context.Context, id string) iter.Seq2[Delivery, error] {
+	type page struct {
+		Deliveries []Delivery `json:"deliveries"`
+		Next       string     `json:"next_cursor"`
+	}
+	return pages(ctx, c, channelPath(id, "/deliveries"), url.Values{}, func(p page) ([]Delivery, string) { return p.Deliveries, p.Next })
+}
+
+// VerifyWebhook checks that a webhook's request, of which body is the body as it
+// came, was signed with the channel's secret, no longer than tolerance ago
+// (0: 5 minutes). Call it before anything of the body is believed.
+func VerifyWebhook(header http.Header, body []byte, secret string, tolerance time.Duration) error {
+	if tolerance == 0 {
+		tolerance = 5 * time.Minute
+	}
+	stamp, signature, _ := strings.Cut(header.Get("Wrenn-Signature"), ",")
+	t, timed := strings.CutPrefix(stamp, "t=")
+	v1, signed := strings.CutPrefix(signature, "v1=")
+	secs, err := strconv.ParseInt(t, 10, 64)
+	got, hexErr := hex.DecodeString(v1)
+	if !timed || !signed || err != nil || hexErr != nil {
+		return errors.New("the request has no signature of Wrenn's")
+	}
+	m := hmac.New(sha256.New, []byte(secret))
+	m.Write([]byte(t + "."))
+	m.Write(body)
+	if !hmac.Equal(got, m.Sum(nil)) {
+		return errors.New("the signature is not of this body under this secret")
+	}
+	if age := time.Since(time.Unix(secs, 0)); age > tolerance || age < -tolerance {
+		return fmt.Errorf("the signature is of another time: %v ago", age.Round(time.Second))
+	}
+	return nil
+}

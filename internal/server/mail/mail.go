@@ -1,0 +1,146 @@
+// Package mail sends letters, or writes them to the log where no mail server
+// is configured.
+package mail
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/url"
+	"strconv"
+	"time"
+
+	"github.com/sethvargo/go-retry"
+	gomail "github.com/wneessen/go-mail"
+)
+
+const (
+	// sendWithin bounds one try at a letter.
+	sendWithin = 30 * time.Second
+	// waiting is how many letters may wait; more are dropped, and that is logged.
+	waiting = 256
+	// lastWords is how long letters that wait may take when the server stops.
+	lastWords = 5 * time.Second
+)
+
+// Letter is plain text for one address.
+type Letter struct{ To, Subject, Text string }
+
+// Sender sends letters, one after the other, while Run runs.
+type Sender struct {
+	client *gomail.Client
+	from   string
+	log    *slog.Logger
+	queue  chan Letter
+}
+
+// New returns a sender. server is smtp://user:password@host:port, where the
+// connection must become TLS before the password is sent, or smtps://…, TLS
+// from the start; smtp://…?tls=none is for a relay on the same machine. Empty:
+// letters are written to the log. from is the sender's address.
+func New(server, from string, log *slog.Logger) (*Sender, error) {
+	s := &Sender{from: from, log: log, queue: make(chan Letter, waiting)}
+	if server == "" {
+		return s, nil
+	}
+	bad := errors.New("read WRENN_SMTP_URL: want smtp://user:password@host:port or smtps://…")
+	u, err := url.Parse(server)
+	if err != nil || u.Hostname() == "" || u.Scheme != "smtp" && u.Scheme != "smtps" {
+		return nil, bad // Not wrapped: the error may quote the URL, password and all.
+	}
+	if from == "" {
+		return nil, errors.New("WRENN_MAIL_FROM must be set to the address that mail comes from")
+	}
+	opts := []gomail.Option{gomail.WithTimeout(sendWithin), gomail.WithTLSPolicy(gomail.TLSMandatory)}
+	if u.Scheme == "smtps" {
+		opts = append(opts, gomail.WithSSL())
+	} else if u.Query().Get("tls") == "none" {
+		opts = append(opts, gomail.WithTLSPolicy(gomail.NoTLS))
+	}
+	if p := u.Port(); p != "" {
+		n, err := strconv.Atoi(p)
+		if err != nil {
+			return nil, bad
+		}
+		opts = append(opts, gomail.WithPort(n))
+	} else if u.Scheme == "smtps" {
+		opts = append(opts, gomail.WithPort(465))
+	} else {
+		opts = append(opts, gomail.WithPort(587))
+	}
+	if u.User != nil {
+		password, _ := u.User.Password()
+		opts = append(opts, gomail.WithSMTPAuth(gomail.SMTPAuthAutoDiscover), gomail.WithUsername(u.User.Username()), gomail.WithPassword(password))
+	}
+	if s.client, err = gomail.NewClient(u.Hostname(), opts...); err != nil {
+		return nil, bad
+	}
+	return s, nil
+}
+
+// Send has a letter sent, and does not wait for that.
+func (s *Sender) Send(l Letter) {
+	select {
+	case s.queue <- l:
+	default:
+		s.log.Error("too many letters wait: one is dropped", "subject", l.Subject)
+	}
+}
+
+// Run sends letters until ctx is done, and those that wait then for a short
+// while after it.
+func (s *Sender) Run(ctx context.Context) {
+	for {
+		select {
+		case l := <-s.queue:
+			s.deliver(ctx, l)
+			continue
+		case <-ctx.Done():
+		}
+		break
+	}
+	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastWords)
+	defer cancel()
+	for {
+		select {
+		case l := <-s.queue:
+			s.deliver(last, l)
+		default:
+			return
+		}
+	}
+}
+
+// deliver sends one letter, and again when that did not work.
+func (s *Sender) deliver(ctx context.Context, l Letter) {
+	if s.client == nil {
+		s.log.Info("no mail server is configured; a letter goes to the log", "to", l.To, "subject", l.Subject, "text", l.Text)
+		return
+	}
+	backoff := retry.WithMaxRetries(3, retry.NewExponential(time.Second))
+	err := retry.Do(ctx, backoff, func(ctx context.Context) error {
+		if err := s.try(ctx, l); err != nil {
+			return retry.RetryableError(err)
+		}
+		return nil
+	})
+	if err != nil {
+		s.log.Error("send mail", "subject", l.Subject, "error", err)
+	}
+}
+
+func (s *Sender) try(ctx context.Context, l Letter) error {
+	m := gomail.NewMsg()
+	if err := m.From(s.from); err != nil {
+		return fmt.Errorf("sender's address: %w", err)
+	}
+	if err := m.To(l.To); err != nil {
+		return fmt.Errorf("recipient's address: %w", err)
+	}
+	m.Subject(l.Subject)
+	m.SetBodyString(gomail.TypeTextPlain, l.Text)
+	ctx, cancel := context.WithTimeout(ctx, sendWithin)
+	defer cancel()
+	return s.client.DialAndSendWithContext(ctx, m)
+}

@@ -1,0 +1,255 @@
+package notify
+
+import (
+	"bytes"
+	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/mail"
+)
+
+// errPrivate is why an address is not called.
+var errPrivate = errors.New("addresses that are not public are not called, unless the platform's admin allows it")
+
+// closed are the addresses that no delivery goes to: those that are not of the
+// public internet (RFC 6890), those that stand for such IPv4 addresses in IPv6,
+// and those of more than one.
+var closed = func() []netip.Prefix {
+	var all []netip.Prefix
+	for _, p := range []string{
+		"0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24",
+		"192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
+		"::/96", "::ffff:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48", "100::/64", "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20", "5f00::/16", "fc00::/7", "fe80::/9", "ff00::/8",
+	} {
+		all = append(all, netip.MustParsePrefix(p))
+	}
+	return all
+}()
+
+// public says whether an address is one of the public internet.
+func public(ip netip.Addr) bool {
+	ip = ip.Unmap().WithZone("")
+	if !ip.IsValid() {
+		return false
+	}
+	for _, p := range closed {
+		if p.Contains(ip) {
+			return false
+		}
+	}
+	return true
+}
+
+// client sends messages over HTTP. The address is looked at when it is dialled,
+// after it was resolved, so neither a name that resolves otherwise the second
+// time nor a redirect (none is followed) leads elsewhere. No proxy is used: it
+// would resolve by itself.
+type client struct{ http *http.Client }
+
+func newClient(private bool) *client {
+	d := &net.Dialer{Timeout: 10 * time.Second, Control: func(_, address string, _ syscall.RawConn) error {
+		at, err := netip.ParseAddrPort(address)
+		if err != nil || !private && !public(at.Addr()) {
+			return errPrivate
+		}
+		return nil
+	}}
+	return &client{&http.Client{
+		Transport: &http.Transport{
+			DialContext: d.DialContext, ForceAttemptHTTP2: true, TLSHandshakeTimeout: 10 * time.Second, ResponseHeaderTimeout: tryWithin,
+			MaxResponseHeaderBytes: 64 << 10, MaxIdleConnsPerHost: 1, IdleConnTimeout: 30 * time.Second,
+		},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}}
+}
+
+// outcome is how an attempt went. status is HTTP's, 0 without an answer.
+type outcome struct {
+	status int
+	took   time.Duration
+	err    error
+}
+
+// problem says what went wrong, without where it was sent to, which may be a secret.
+func (o outcome) problem() string {
+	if o.err == nil {
+		return ""
+	}
+	err := o.err
+	var u *url.Error
+	if errors.As(err, &u) {
+		err = u.Err // Leaves out the URL.
+	}
+	if errors.Is(err, errPrivate) {
+		return errPrivate.Error()
+	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		return "no answer in time"
+	}
+	text := err.Error()
+	if len(text) > 200 {
+		text = text[:200]
+	}
+	return strings.ToValidUTF8(text, "?")
+}
+
+// deliver tells a channel of an event, once.
+func (s *Service) deliver(ctx context.Context, c db.Channel, d db.Delivery) outcome {
+	ctx, cancel := context.WithTimeout(ctx, tryWithin)
+	defer cancel()
+	begun := time.Now()
+	status, err := s.send(ctx, c, d)
+	return outcome{status, time.Since(begun), err}
+}
+
+func (s *Service) send(ctx context.Context, c db.Channel, d db.Delivery) (int, error) {
+	t, err := s.open(c)
+	if err != nil {
+		return 0, err
+	}
+	m, err := message(c, d)
+	if err != nil {
+		return 0, err
+	}
+	header := http.Header{}
+	var body any
+	switch c.Kind {
+	case Email:
+		return 0, s.Mail.SendNow(ctx, mail.Letter{To: t.Address, Subject: "Wrenn: " + m.Event, Text: m.text() + "\n"})
+	case Slack:
+		body = map[string]any{"text": strings.NewReplacer("&", "&amp;", "<", "&lt;", ">", "&gt;").Replace(m.text())}
+	case Discord:
+		// Nobody is called by a name that somebody put into a template's.
+		body = map[string]any{"content": m.text(), "allowed_mentions": map[string]any{"parse": []string{}}}
+	default:
+		body = m
+	}
+	raw, err := json.Marshal(body)
+	if err != nil {
+		return 0, err
+	}
+	if c.Kind == Webhook {
+		header.Set("Wrenn-Event", m.Event)
+		header.Set("Wrenn-Delivery", m.ID.String())
+		header.Set("Wrenn-Signature", Sign(t.Secret, time.Now(), raw))
+	}
+	return s.client.post(ctx, t.URL, header, raw)
+}
+
+func (c *client) post(ctx context.Context, to string, header http.Header, body []byte) (int, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, to, bytes.NewReader(body))
+	if err != nil {
+		return 0, err
+	}
+	req.Header = header
+	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set("User-Agent", "wrenn-notify")
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return 0, err
+	}
+	defer resp.Body.Close()
+	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10)) // So that the connection can be used again.
+	if resp.StatusCode < 200 || resp.StatusCode > 299 {
+		return resp.StatusCode, fmt.Errorf("answered %d", resp.StatusCode)
+	}
+	return resp.StatusCode, nil
+}
+
+// Sign returns the signature of a webhook's body, as the header Wrenn-Signature
+// has it: "t=SECONDS,v1=HEX", where SECONDS is the time since 1970 and HEX the
+// HMAC-SHA256, under the channel's secret, of SECONDS, a dot and the body.
+func Sign(secret string, at time.Time, body []byte) string {
+	t := strconv.FormatInt(at.Unix(), 10)
+	m := hmac.New(sha256.New, []byte(secret))
+	m.Write([]byte(t + "."))
+	m.Write(body)
+	return "t=" + t + ",v1=" + hex.EncodeToString(m.Sum(nil))
+}
+
+// Message is the body of a webhook.
+type Message struct {
+	ID     uuid.UUID      `json:"id"`
+	Event  string         `json:"event"`
+	At     string         `json:"at"`
+	TeamID string         `json:"team_id"`
+	Data   map[string]any `json:"data"`
+}
+
+// prefixes are of the ids that events have.
+var prefixes = map[string]id.Kind{"sandbox": id.Sandbox, "host": id.Host, "build": id.Build}
+
+// message is what a channel is told: ids are in their wire form.
+func message(c db.Channel, d db.Delivery) (Message, error) {
+	m := Message{ID: d.ID, Event: d.Event, TeamID: id.Format(id.Team, c.TeamID), Data: map[string]any{}}
+	var said map[string]any
+	if err := json.Unmarshal(d.Body, &said); err != nil {
+		return m, fmt.Errorf("read event: %w", err)
+	}
+	for name, v := range said {
+		text, _ := v.(string)
+		kind, isID := prefixes[name]
+		u, err := uuid.Parse(text)
+		switch {
+		case v == nil:
+		case name == "at":
+			m.At = text
+		case isID && err == nil:
+			m.Data[name+"_id"] = id.Format(kind, u)
+		default:
+			m.Data[name] = v
+		}
+	}
+	return m, nil
+}
+
+// text is the message for people, on one line.
+func (m Message) text() string {
+	field := func(name string) string {
+		text, _ := m.Data[name].(string)
+		return strings.Map(func(r rune) rune {
+			if r < ' ' {
+				return ' '
+			}
+			return r
+		}, text)
+	}
+	var text string
+	switch m.Event {
+	case TestEvent:
+		text = "This is a test of a notification channel."
+	case QuotaReached:
+		text = "The team's quota is reached."
+	case "build.finished":
+		text = fmt.Sprintf("Build of %s %s (%s).", field("name"), field("state"), field("build_id"))
+	case "host.unreachable", "host.online":
+		text = fmt.Sprintf("Host %s (%s) is %s.", field("name"), field("host_id"), strings.TrimPrefix(m.Event, platformPrefix))
+	default:
+		text = fmt.Sprintf("Sandbox %s (%s): %s.", field("sandbox_id"), field("template"), strings.TrimPrefix(m.Event, "sandbox."))
+		if why := field("reason"); why != "" {
+			text += " Reason: " + why + "."
+		}
+	}
+	if why := field("error"); why != "" {
+		text += " " + why
+	}
+	return text
+}

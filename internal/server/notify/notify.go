@@ -1,0 +1,382 @@
+// Package notify tells teams what happens: by webhook, Slack, Discord or mail.
+//
+// An event becomes a row for each channel that wants it, in the transaction in
+// which it happens. Every server takes rows that are due, each row one server,
+// and tries them until they are delivered or it was often enough; the database
+// says when there are new ones. A server that dies while it tries leaves a row
+// that is due again after a while, so a receiver may be told twice: the
+// delivery's id is the same then.
+package notify
+
+import (
+	"context"
+	"crypto/hkdf"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	netmail "net/mail"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/google/uuid"
+	"golang.org/x/crypto/chacha20poly1305"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/mail"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+)
+
+// Kinds of channels.
+const (
+	Webhook = "webhook"
+	Slack   = "slack"
+	Discord = "discord"
+	Email   = "email"
+)
+
+// platformPrefix begins events of the platform, which only its admins may ask for.
+const platformPrefix = "host."
+
+// TestEvent is what the test of a channel tells.
+const TestEvent = "test"
+
+// QuotaReached is the event that something was refused for a team's quota.
+const QuotaReached = "quota.reached"
+
+// quotaEvery is how often a team is told that it reached its quota.
+const quotaEvery = time.Hour
+
+const (
+	maxChannels = 50 // of a team
+	maxURL      = 2048
+	minSecret   = 16
+)
+
+// Config is what a Service works with.
+type Config struct {
+	Store *store.Store
+	// Secret is the installation's.
+	Secret []byte
+	Mail   *mail.Sender
+	// Private allows deliveries to private addresses.
+	Private bool
+	Log     *slog.Logger
+}
+
+// Service is every team's channels.
+type Service struct {
+	Config
+	client *client
+	key    []byte
+	wake   chan struct{}
+}
+
+// New returns the channels of a store. Run must run for anything to be delivered.
+func New(c Config) (*Service, error) {
+	key, err := hkdf.Key(sha256.New, c.Secret, nil, "wrenn notification channels", chacha20poly1305.KeySize)
+	if err != nil {
+		return nil, fmt.Errorf("make the key of channels' secrets: %w", err)
+	}
+	return &Service{Config: c, client: newClient(c.Private), key: key, wake: make(chan struct{}, 1)}, nil
+}
+
+// target is where a channel's messages go; it is encrypted at rest.
+type target struct {
+	// URL of a webhook; Slack's and Discord's are secrets by themselves.
+	URL string `json:"url,omitempty"`
+	// Secret that a webhook's messages are signed with.
+	Secret string `json:"secret,omitempty"`
+	// Address of mail.
+	Address string `json:"address,omitempty"`
+}
+
+// seal encrypts a channel's target: a random nonce of 24 bytes, then
+// XChaCha20-Poly1305 of its JSON, bound to the channel's id.
+func (s *Service) seal(channel uuid.UUID, t target) ([]byte, error) {
+	plain, err := json.Marshal(t)
+	if err != nil {
+		return nil, err
+	}
+	aead, err := chacha20poly1305.NewX(s.key)
+	if err != nil {
+		return nil, err
+	}
+	nonce := nonce()
+	return aead.Seal(nonce, nonce, plain, channel[:]), nil
+}
+
+func (s *Service) open(c db.Channel) (target, error) {
+	var t target
+	aead, err := chacha20poly1305.NewX(s.key)
+	if err != nil {
+		return t, err
+	}
+	if len(c.Sealed) < aead.NonceSize() {
+		return t, errors.New("the channel's secrets are malformed")
+	}
+	plain, err := aead.Open(nil, c.Sealed[:aead.NonceSize()], c.Sealed[aead.NonceSize():], c.ID[:])
+	if err != nil {
+		return t, errors.New("the channel's secrets cannot be decrypted: they were made under another WRENN_SECRET_KEY")
+	}
+	return t, json.Unmarshal(plain, &t)
+}
+
+// Params is what a channel is to be. Of a change, what is nil stays; the kind does always.
+type Params struct {
+	Kind    string
+	Name    *string
+	Events  []string
+	URL     *string
+	Secret  *string
+	Address *string
+	Enabled *bool
+}
+
+// check fails with invalid_argument for what a channel cannot be.
+func (s *Service) check(kind string, t target) error {
+	if kind == Email {
+		if t.URL != "" || t.Secret != "" {
+			return fault.New(fault.InvalidArgument, "url and secret are not for mail")
+		}
+		a, err := netmail.ParseAddress(t.Address)
+		if err != nil || a.Address != t.Address || len(t.Address) > 254 || strings.ContainsAny(t.Address, "\r\n") {
+			return fault.New(fault.InvalidArgument, "address: not a mail address")
+		}
+		return nil
+	}
+	u, err := url.Parse(t.URL)
+	switch {
+	case t.Address != "":
+		return fault.New(fault.InvalidArgument, "address is for mail")
+	case err != nil || len(t.URL) > maxURL || u.Hostname() == "" || u.Scheme != "https" && u.Scheme != "http":
+		return fault.New(fault.InvalidArgument, "url: want https://host/…")
+	case u.User != nil:
+		return fault.New(fault.InvalidArgument, "url: must not have a user and a password")
+	case kind != Webhook && t.Secret != "":
+		return fault.New(fault.InvalidArgument, "secret is for webhooks")
+	case kind == Webhook && len(t.Secret) < minSecret:
+		return fault.New(fault.InvalidArgument, "secret: a webhook's has at least %d characters", minSecret)
+	}
+	// Names are looked at when they are resolved.
+	if ip, err := netip.ParseAddr(u.Hostname()); err == nil && !s.Private && !public(ip) {
+		return fault.New(fault.InvalidArgument, "url: %v", errPrivate)
+	}
+	return nil
+}
+
+// shown is what people see of where a channel goes.
+func (t target) shown() string {
+	if t.Address != "" {
+		return t.Address
+	}
+	u, err := url.Parse(t.URL)
+	if err != nil {
+		return ""
+	}
+	return u.Scheme + "://" + u.Host
+}
+
+func checkEvents(events []string, admin bool) error {
+	for _, e := range events {
+		if strings.HasPrefix(e, platformPrefix) && !admin {
+			return fault.New(fault.PermissionDenied, "events: only the platform's admins are told of %q", e)
+		}
+	}
+	return nil
+}
+
+// Create makes a channel of a team. admin says whether who asks is one of the
+// platform's.
+func (s *Service) Create(ctx context.Context, team uuid.UUID, admin bool, p Params) (db.Channel, error) {
+	t := target{}
+	t.apply(p)
+	if err := errors.Join(s.check(p.Kind, t), checkEvents(p.Events, admin)); err != nil {
+		return db.Channel{}, first(err)
+	}
+	n, err := s.Store.CountChannels(ctx, team)
+	if err != nil {
+		return db.Channel{}, fmt.Errorf("count channels: %w", err)
+	}
+	if n >= maxChannels {
+		return db.Channel{}, fault.New(fault.Conflict, "a team has at most %d channels", maxChannels)
+	}
+	channel := uuid.New()
+	sealed, err := s.seal(channel, t)
+	if err != nil {
+		return db.Channel{}, fmt.Errorf("encrypt channel's secrets: %w", err)
+	}
+	row, err := s.Store.InsertChannel(ctx, db.InsertChannelParams{ID: channel, TeamID: team, Name: *p.Name, Kind: p.Kind, Events: unique(p.Events), Target: t.shown(), Sealed: sealed})
+	if err != nil {
+		return row, fmt.Errorf("write channel: %w", err)
+	}
+	return row, nil
+}
+
+func (t *target) apply(p Params) {
+	for _, f := range []struct{ to, from *string }{{&t.URL, p.URL}, {&t.Secret, p.Secret}, {&t.Address, p.Address}} {
+		if f.from != nil {
+			*f.to = *f.from
+		}
+	}
+}
+
+// first is the first of joined errors.
+func first(err error) error {
+	var f *fault.Error
+	if errors.As(err, &f) {
+		return f
+	}
+	return err
+}
+
+func unique(events []string) []string {
+	events = slices.Clone(events)
+	slices.Sort(events)
+	return slices.Compact(events)
+}
+
+// Get returns a team's channel, or fails with not_found.
+func (s *Service) Get(ctx context.Context, team, channel uuid.UUID) (db.Channel, error) {
+	row, err := s.Store.GetTeamChannel(ctx, db.GetTeamChannelParams{ID: channel, TeamID: team})
+	if errors.Is(err, store.ErrNoRows) {
+		return row, fault.New(fault.NotFound, "no such channel")
+	}
+	if err != nil {
+		return row, fmt.Errorf("look up channel: %w", err)
+	}
+	return row, nil
+}
+
+// List returns a team's channels, the oldest first.
+func (s *Service) List(ctx context.Context, team uuid.UUID) ([]db.Channel, error) {
+	rows, err := s.Store.ListChannels(ctx, team)
+	if err != nil {
+		return nil, fmt.Errorf("list channels: %w", err)
+	}
+	return rows, nil
+}
+
+// Update changes a channel. To enable it forgives what went wrong before.
+func (s *Service) Update(ctx context.Context, team, channel uuid.UUID, admin bool, p Params) (db.Channel, error) {
+	row, err := s.Get(ctx, team, channel)
+	if err != nil {
+		return row, err
+	}
+	change := db.UpdateChannelParams{ID: channel, TeamID: team, Name: p.Name, Enabled: p.Enabled}
+	if p.Events != nil {
+		if err := checkEvents(p.Events, admin); err != nil {
+			return row, err
+		}
+		change.Events = unique(p.Events)
+	}
+	if p.URL != nil || p.Secret != nil || p.Address != nil {
+		// What it goes to is said anew, all of it, if what there was cannot be read.
+		t, _ := s.open(row)
+		t.apply(p)
+		if err := s.check(row.Kind, t); err != nil {
+			return row, err
+		}
+		if change.Sealed, err = s.seal(channel, t); err != nil {
+			return row, fmt.Errorf("encrypt channel's secrets: %w", err)
+		}
+		shown := t.shown()
+		change.Target = &shown
+	}
+	if row, err = s.Store.UpdateChannel(ctx, change); errors.Is(err, store.ErrNoRows) {
+		return row, fault.New(fault.NotFound, "no such channel")
+	}
+	if err != nil {
+		return row, fmt.Errorf("change channel: %w", err)
+	}
+	return row, nil
+}
+
+// Delete removes a channel, and what was to be told to it.
+func (s *Service) Delete(ctx context.Context, team, channel uuid.UUID) error {
+	n, err := s.Store.DeleteChannel(ctx, db.DeleteChannelParams{ID: channel, TeamID: team})
+	if err != nil {
+		return fmt.Errorf("delete channel: %w", err)
+	}
+	if n == 0 {
+		return fault.New(fault.NotFound, "no such channel")
+	}
+	return nil
+}
+
+// Test tells a team's channel of nothing, once and now, and returns how that went.
+func (s *Service) Test(ctx context.Context, team, channel uuid.UUID) (db.Delivery, error) {
+	row, err := s.Get(ctx, team, channel)
+	if err != nil {
+		return db.Delivery{}, err
+	}
+	body, err := json.Marshal(map[string]any{"at": time.Now().UTC()})
+	if err != nil {
+		return db.Delivery{}, err
+	}
+	d, err := s.Store.InsertDelivery(ctx, db.InsertDeliveryParams{ID: uuid.New(), ChannelID: row.ID, Event: TestEvent, Body: body})
+	if err != nil {
+		return d, fmt.Errorf("write delivery: %w", err)
+	}
+	out := s.deliver(ctx, row, d)
+	d.State, d.Status, d.Error, d.TookMs = "delivered", int32(out.status), out.problem(), out.took.Milliseconds()
+	if out.err != nil {
+		d.State = "failed"
+	}
+	err = s.Store.DeliveryTried(context.WithoutCancel(ctx), db.DeliveryTriedParams{ID: d.ID, State: d.State, TookMs: d.TookMs, Status: d.Status, Error: d.Error})
+	if err != nil {
+		return d, fmt.Errorf("write delivery: %w", err)
+	}
+	return d, nil
+}
+
+// Deliveries returns a page of what a team's channel was told, the newest first,
+// and the cursor of the next page ("" on the last).
+func (s *Service) Deliveries(ctx context.Context, team, channel uuid.UUID, cursor string, limit int) ([]db.Delivery, string, error) {
+	if _, err := s.Get(ctx, team, channel); err != nil {
+		return nil, "", err
+	}
+	p := db.ListDeliveriesParams{ChannelID: channel, BeforeAt: time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC), BeforeID: uuid.Max, MaxRows: int32(limit) + 1}
+	if cursor != "" {
+		raw, err := base64.RawURLEncoding.DecodeString(cursor)
+		if err != nil || len(raw) != 24 || binary.BigEndian.Uint64(raw) > uint64(p.BeforeAt.UnixMicro()) {
+			return nil, "", fault.New(fault.InvalidArgument, "cursor: not one of this list")
+		}
+		p.BeforeAt, p.BeforeID = time.UnixMicro(int64(binary.BigEndian.Uint64(raw))), uuid.UUID(raw[8:])
+	}
+	rows, err := s.Store.ListDeliveries(ctx, p)
+	if err != nil {
+		return nil, "", fmt.Errorf("list deliveries: %w", err)
+	}
+	if len(rows) <= limit {
+		return rows, "", nil
+	}
+	rows = rows[:limit]
+	last := rows[limit-1]
+	next := binary.BigEndian.AppendUint64(nil, uint64(last.CreatedAt.UnixMicro()))
+	return rows, base64.RawURLEncoding.EncodeToString(append(next, last.ID[:]...)), nil
+}
+
+// Quota has a team told that something was refused for its quota, at most once an hour.
+func (s *Service) Quota(ctx context.Context, team uuid.UUID, why string) error {
+	told, err := s.Store.WasTold(ctx, db.WasToldParams{TeamID: team, Event: QuotaReached, Secs: quotaEvery.Seconds()})
+	if err != nil || told {
+		return err
+	}
+	if !utf8.ValidString(why) {
+		why = ""
+	}
+	body, err := json.Marshal(map[string]any{"at": time.Now().UTC(), "error": why})
+	if err != nil {
+		return err
+	}
+	return s.Store.EmitEvent(ctx, db.EmitEventParams{Team: team, Event: QuotaReached, Body: body})
+}

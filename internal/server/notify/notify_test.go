@@ -1,0 +1,362 @@
+package notify
+
+import (
+	"context"
+	"encoding/json"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/mail"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+)
+
+func TestMain(m *testing.M) { pgtest.Main(m) }
+
+// TestPublic checks which addresses are called.
+func TestPublic(t *testing.T) {
+	for address, want := range map[string]bool{
+		"1.1.1.1": true, "8.8.8.8": true, "172.32.0.1": true, "100.128.0.1": true, "2606:4700::1111": true,
+		"127.0.0.1": false, "127.255.255.254": false, "0.0.0.0": false, "10.0.0.1": false, "172.16.0.1": false, "172.31.255.255": false, "192.168.1.1": false,
+		"169.254.169.254": false, "100.64.0.1": false, "100.127.255.255": false, "198.18.0.1": false, "224.0.0.1": false, "239.255.255.255": false, "255.255.255.255": false, "240.0.0.1": false,
+		"::": false, "::1": false, "fe80::1": false, "fe80::1%eth0": false, "fec0::1": false, "fc00::1": false, "fd12::1": false, "ff02::1": false,
+		"::ffff:127.0.0.1": false, "::ffff:10.0.0.1": false, "::ffff:1.1.1.1": true, "::127.0.0.1": false, "64:ff9b::7f00:1": false, "2002:7f00:1::": false, "2001::1": false,
+	} {
+		if got := public(netip.MustParseAddr(address)); got != want {
+			t.Errorf("%s: %v, want %v", address, got, want)
+		}
+	}
+	if public(netip.Addr{}) {
+		t.Error("no address is public")
+	}
+}
+
+// TestDial checks that what is dialled counts, whatever a name or a redirect says.
+func TestDial(t *testing.T) {
+	reached := false
+	inside := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { reached = true }))
+	defer inside.Close()
+	_, port, _ := net.SplitHostPort(inside.Listener.Addr().String())
+	c := newClient(false)
+	for _, to := range []string{inside.URL, "http://localhost:" + port, "http://[::ffff:127.0.0.1]:" + port, "http://2130706433:" + port, "http://0x7f.1:" + port, "http://[::1]:" + port, "http://0:" + port} {
+		if status, err := c.post(t.Context(), to, http.Header{}, nil); err == nil || status != 0 {
+			t.Errorf("%s: %d, %v", to, status, err)
+		}
+	}
+	if reached {
+		t.Error("an address of this machine was called")
+	}
+	// No redirect is followed, even where private addresses are allowed.
+	away := httptest.NewServer(http.RedirectHandler(inside.URL, http.StatusTemporaryRedirect))
+	defer away.Close()
+	if status, err := newClient(true).post(t.Context(), away.URL, http.Header{}, nil); err == nil || status != 307 || reached {
+		t.Errorf("redirect: %d, %v, %v", status, err, reached)
+	}
+	for _, to := range []string{"http://[::1]/", "https://10.0.0.1/", "http://169.254.169.254/latest"} {
+		if err := (&Service{}).check(Slack, target{URL: to}); !fault.Is(err, fault.InvalidArgument) {
+			t.Errorf("%s: %v", to, err)
+		}
+	}
+}
+
+// TestSeal checks that a target comes back for its own channel alone.
+func TestSeal(t *testing.T) {
+	s, err := New(Config{Secret: []byte(strings.Repeat("k", 32))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := db.Channel{ID: uuid.New()}
+	want := target{URL: "https://example.com/token", Secret: "hunter2hunter2hunter2"}
+	if c.Sealed, err = s.seal(c.ID, want); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := s.open(c); err != nil || got != want {
+		t.Errorf("%v, %v", got, err)
+	}
+	if strings.Contains(string(c.Sealed), "hunter2") || strings.Contains(string(c.Sealed), "example") {
+		t.Error("it is not encrypted")
+	}
+	other := c
+	other.ID = uuid.New()
+	if _, err := s.open(other); err == nil {
+		t.Error("another channel's target was read")
+	}
+	other = c
+	other.Sealed = slices.Clone(c.Sealed)
+	other.Sealed[len(other.Sealed)-1] ^= 1
+	if _, err := s.open(other); err == nil {
+		t.Error("a changed target was read")
+	}
+	second, err := New(Config{Secret: []byte(strings.Repeat("x", 32))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := second.open(c); err == nil {
+		t.Error("another installation read it")
+	}
+}
+
+func TestWait(t *testing.T) {
+	for n := int32(1); n < 40; n++ {
+		if d := wait(n); d < minWait/2 || d > maxWait*3/2 {
+			t.Errorf("after %d: %v", n, d)
+		}
+	}
+}
+
+// receiver is a webhook that fails as it is told to.
+type receiver struct {
+	*httptest.Server
+	mu     sync.Mutex
+	fail   bool
+	got    []*http.Request
+	bodies []string
+}
+
+func newReceiver(t *testing.T) *receiver {
+	r := &receiver{}
+	r.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		body, _ := io.ReadAll(req.Body)
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if r.fail {
+			http.Error(w, "not now", http.StatusServiceUnavailable)
+			return
+		}
+		r.got, r.bodies = append(r.got, req), append(r.bodies, string(body))
+	}))
+	t.Cleanup(r.Close)
+	return r
+}
+
+func (r *receiver) received() []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.bodies)
+}
+
+type bench struct {
+	*testing.T
+	*Service
+	conn *pgx.Conn
+	team uuid.UUID
+}
+
+func newBench(t *testing.T, url string) *bench {
+	st, err := store.Open(context.Background(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(st.Close)
+	letters, err := mail.New("", "", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := New(Config{Store: st, Secret: []byte(strings.Repeat("k", 32)), Mail: letters, Private: true, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := pgx.Connect(context.Background(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close(context.Background()) })
+	return &bench{T: t, Service: s, conn: conn, team: uuid.New()}
+}
+
+func (b *bench) exec(sql string, args ...any) {
+	b.Helper()
+	if _, err := b.conn.Exec(context.Background(), sql, args...); err != nil {
+		b.Fatalf("%s: %v", sql, err)
+	}
+}
+
+func (b *bench) run() (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { defer close(done); b.Service.Run(ctx) }()
+	stop = sync.OnceFunc(func() { cancel(); <-done })
+	b.Cleanup(stop)
+	return stop
+}
+
+func (b *bench) eventually(what string, ok func() bool) {
+	b.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			b.Fatalf("not within 20 s: %s", what)
+		}
+	}
+}
+
+func (b *bench) channel(kind, url string, events ...string) db.Channel {
+	b.Helper()
+	name, secret := "c", strings.Repeat("s", 20)
+	p := Params{Kind: kind, Name: &name, Events: events, URL: &url}
+	if kind == Webhook {
+		p.Secret = &secret
+	}
+	c, err := b.Create(context.Background(), b.team, true, p)
+	if err != nil {
+		b.Fatal(err)
+	}
+	return c
+}
+
+// TestDeliveries tells of real changes, by two servers, and has the receiver
+// fail in between.
+func TestDeliveries(t *testing.T) {
+	url := pgtest.New(t)
+	b := newBench(t, url)
+	b.exec("INSERT INTO teams (id, name) VALUES ($1, 'team')", b.team)
+	hook, slack, discord := newReceiver(t), newReceiver(t), newReceiver(t)
+	c := b.channel(Webhook, hook.URL+"/in?token=secret", "sandbox.started", "sandbox.ended")
+	b.channel(Slack, slack.URL, "sandbox.started")
+	b.channel(Discord, discord.URL, "sandbox.ended", "host.unreachable", "build.finished")
+	if c.Target != hook.URL {
+		t.Errorf("target %q", c.Target)
+	}
+	second := newBench(t, url)
+	b.run()
+	second.run()
+
+	sandbox := uuid.New()
+	b.exec(`INSERT INTO sandboxes (id, team_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at)
+		VALUES ($1, $2, $3, '<minimal>', 'starting', 1, 128, 0, 0, '{"k":"v"}', now())`, sandbox, b.team, uuid.Nil)
+	b.exec("UPDATE sandboxes SET state = 'running', started_at = now() WHERE id = $1", sandbox)
+	b.eventually("the start is told", func() bool { return len(hook.received()) == 1 && len(slack.received()) == 1 })
+	var m Message
+	if err := json.Unmarshal([]byte(hook.received()[0]), &m); err != nil || m.Event != "sandbox.started" || !strings.HasPrefix(m.Data["sandbox_id"].(string), "cl-") || m.At == "" {
+		t.Errorf("message %+v, %v", m, err)
+	}
+	header := hook.got[0].Header
+	stamp, _, _ := strings.Cut(strings.TrimPrefix(header.Get("Wrenn-Signature"), "t="), ",")
+	var secs int64
+	if err := json.Unmarshal([]byte(stamp), &secs); err != nil || Sign(strings.Repeat("s", 20), time.Unix(secs, 0), []byte(hook.received()[0])) != header.Get("Wrenn-Signature") {
+		t.Errorf("signature %q", header.Get("Wrenn-Signature"))
+	}
+	if s := slack.received()[0]; !strings.Contains(s, "\\u0026lt;minimal\\u0026gt;") {
+		t.Errorf("Slack was told %s", s)
+	}
+
+	// What fails is tried again, and told once.
+	hook.mu.Lock()
+	hook.fail = true
+	hook.mu.Unlock()
+	b.exec("UPDATE sandboxes SET state = 'stopped', end_reason = 'expired', ended_at = now() WHERE id = $1", sandbox)
+	b.eventually("the end is told elsewhere", func() bool { return len(discord.received()) == 1 })
+	last := func() db.Delivery {
+		rows, _, err := b.Deliveries(t.Context(), b.team, c.ID, "", 10)
+		if err != nil || len(rows) == 0 {
+			t.Fatalf("deliveries: %v, %v", rows, err)
+		}
+		return rows[0]
+	}
+	b.eventually("it failed", func() bool { return last().Status == 503 })
+	if d := last(); d.State != "pending" || d.Error == "" || strings.Contains(d.Error, "secret") || !d.NextAt.After(time.Now()) {
+		t.Errorf("delivery: %+v", d)
+	}
+	if got, err := b.Get(t.Context(), b.team, c.ID); err != nil || got.FailingSince == nil {
+		t.Errorf("channel: %+v, %v", got, err)
+	}
+	hook.mu.Lock()
+	hook.fail = false
+	hook.mu.Unlock()
+	b.exec("UPDATE deliveries SET next_at = now()")
+	b.exec("SELECT pg_notify('wrenn_deliveries', '')")
+	b.eventually("it is delivered", func() bool { return last().State == "delivered" })
+	b.eventually("the channel is well", func() bool {
+		got, err := b.Get(t.Context(), b.team, c.ID)
+		return err == nil && got.FailingSince == nil
+	})
+	if n := len(hook.received()); n != 2 {
+		t.Errorf("told %d times", n)
+	}
+
+	// Many, by two servers: each once.
+	for range 40 {
+		b.exec("SELECT notify_channels($1, 'sandbox.started', '{}')", b.team)
+	}
+	b.eventually("all is told", func() bool { return len(hook.received()) >= 42 })
+	seen := make(map[string]int)
+	for _, body := range hook.received() {
+		var m Message
+		if err := json.Unmarshal([]byte(body), &m); err != nil {
+			t.Fatal(err)
+		}
+		if seen[m.ID.String()]++; seen[m.ID.String()] > 1 {
+			t.Errorf("%s was told twice", m.ID)
+		}
+	}
+
+	// The platform's events go to whoever may ask for them.
+	b.exec("INSERT INTO hosts (id, name, status) VALUES ($1, 'h', 'online')", uuid.New())
+	b.exec("UPDATE hosts SET status = 'unreachable'")
+	b.eventually("the host's absence is told", func() bool { return len(discord.received()) == 2 })
+	if _, err := b.Create(t.Context(), b.team, false, Params{Kind: Slack, Name: new(string), Events: []string{"host.online"}, URL: &slack.URL}); !fault.Is(err, fault.PermissionDenied) {
+		t.Errorf("a team's channel is told of hosts: %v", err)
+	}
+	if err := b.Quota(t.Context(), b.team, "no more"); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestGivingUp checks that a channel that does not work for long is disabled.
+func TestGivingUp(t *testing.T) {
+	b := newBench(t, pgtest.New(t))
+	b.exec("INSERT INTO teams (id, name) VALUES ($1, 'team')", b.team)
+	hook := newReceiver(t)
+	hook.fail = true
+	c := b.channel(Slack, hook.URL, "quota.reached")
+	b.exec("UPDATE channels SET failing_since = now() - interval '4 days'")
+	b.run()
+	if err := b.Quota(t.Context(), b.team, ""); err != nil {
+		t.Fatal(err)
+	}
+	b.eventually("the channel is disabled", func() bool {
+		got, err := b.Get(t.Context(), b.team, c.ID)
+		return err == nil && !got.Enabled && strings.Contains(got.DisabledReason, "503")
+	})
+	yes := true
+	got, err := b.Update(t.Context(), b.team, c.ID, true, Params{Enabled: &yes})
+	if err != nil || !got.Enabled || got.FailingSince != nil || got.DisabledReason != "" {
+		t.Errorf("enabled again: %+v, %v", got, err)
+	}
+	// The last attempt is the last.
+	b.exec("UPDATE deliveries SET state = 'pending', attempts = $1, next_at = now()", attempts-1)
+	b.exec("SELECT pg_notify('wrenn_deliveries', '')")
+	b.eventually("it is given up", func() bool {
+		rows, _, err := b.Deliveries(t.Context(), b.team, c.ID, "", 10)
+		return err == nil && len(rows) == 1 && rows[0].State == "failed" && rows[0].Attempts == attempts
+	})
+	b.exec("UPDATE deliveries SET created_at = now() - interval '8 days'")
+	if err := b.forget(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if rows, _, err := b.Deliveries(t.Context(), b.team, c.ID, "", 10); err != nil || len(rows) != 0 {
+		t.Errorf("old deliveries: %v, %v", rows, err)
+	}
+	// Mail without a mail server says so.
+	address := "a@example.com"
+	c, err = b.Create(t.Context(), b.team, false, Params{Kind: Email, Name: new(string), Events: []string{"quota.reached"}, Address: &address})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d, err := b.Test(t.Context(), b.team, c.ID); err != nil || d.State != "failed" || d.Error != mail.ErrNoServer.Error() {
+		t.Errorf("test: %+v, %v", d, err)
+	}
+}

@@ -1,0 +1,73 @@
+-- name: InsertChannel :one
+INSERT INTO channels (id, team_id, name, kind, events, target, sealed) VALUES ($1, $2, $3, $4, $5, $6, $7) RETURNING *;
+
+-- name: CountChannels :one
+SELECT count(*) FROM channels WHERE team_id = $1;
+
+-- name: ListChannels :many
+SELECT * FROM channels WHERE team_id = $1 ORDER BY created_at, id;
+
+-- name: GetTeamChannel :one
+SELECT * FROM channels WHERE id = $1 AND team_id = $2;
+
+-- name: GetChannel :one
+SELECT * FROM channels WHERE id = $1;
+
+-- name: UpdateChannel :one
+-- To enable it is to begin anew.
+UPDATE channels SET name = COALESCE(sqlc.narg('name'), name), events = COALESCE(sqlc.narg('events')::text[], events),
+    target = COALESCE(sqlc.narg('target'), target), sealed = COALESCE(sqlc.narg('sealed')::bytea, sealed),
+    enabled = COALESCE(sqlc.narg('enabled')::boolean, enabled),
+    failing_since = CASE WHEN sqlc.narg('enabled')::boolean THEN NULL ELSE failing_since END,
+    disabled_reason = CASE WHEN sqlc.narg('enabled')::boolean IS NOT NULL THEN '' ELSE disabled_reason END
+WHERE id = @id AND team_id = @team_id RETURNING *;
+
+-- name: DeleteChannel :execrows
+DELETE FROM channels WHERE id = $1 AND team_id = $2;
+
+-- name: ChannelWorks :exec
+UPDATE channels SET failing_since = NULL WHERE id = $1 AND failing_since IS NOT NULL;
+
+-- name: ChannelFails :one
+UPDATE channels SET failing_since = COALESCE(failing_since, now()),
+    enabled = enabled AND COALESCE(failing_since, now()) > now() - make_interval(secs => @secs::float8),
+    disabled_reason = CASE WHEN COALESCE(failing_since, now()) > now() - make_interval(secs => @secs::float8) THEN disabled_reason ELSE @reason::text END
+WHERE id = @id RETURNING enabled;
+
+-- name: EmitEvent :exec
+SELECT notify_channels(@team::uuid, @event::text, @body::jsonb);
+
+-- name: WasTold :one
+-- Whether a team's channels were told of an event lately.
+SELECT EXISTS (SELECT 1 FROM deliveries JOIN channels ON channels.id = deliveries.channel_id
+    WHERE channels.team_id = @team_id AND deliveries.event = @event AND deliveries.created_at > now() - make_interval(secs => @secs::float8));
+
+-- name: InsertDelivery :one
+-- One that is being tried.
+INSERT INTO deliveries (id, channel_id, event, body, attempts, tried_at, state) VALUES ($1, $2, $3, $4, 1, now(), 'failed') RETURNING *;
+
+-- name: ClaimDeliveries :many
+-- Those that are due, which nobody else tries until they are due again.
+UPDATE deliveries SET attempts = attempts + 1, tried_at = now(), next_at = now() + make_interval(secs => @secs::float8)
+WHERE id IN (SELECT d.id FROM deliveries d WHERE d.state = 'pending' AND d.next_at <= now() ORDER BY d.next_at LIMIT @max_rows FOR UPDATE SKIP LOCKED)
+RETURNING *;
+
+-- name: NextDelivery :one
+-- Seconds until the next is due.
+SELECT COALESCE(EXTRACT(EPOCH FROM min(next_at) - now()), 3600)::float8 AS secs FROM deliveries WHERE state = 'pending';
+
+-- name: DeliveryTried :exec
+UPDATE deliveries SET state = @state, next_at = now() + make_interval(secs => @secs::float8), took_ms = @took_ms, status = @status, error = @error WHERE id = @id;
+
+-- name: ListDeliveries :many
+SELECT * FROM deliveries WHERE channel_id = @channel_id AND (created_at, id) < (@before_at::timestamptz, @before_id::uuid)
+ORDER BY created_at DESC, id DESC LIMIT @max_rows;
+
+-- name: ForgetDeliveries :execrows
+DELETE FROM deliveries WHERE id IN (SELECT d.id FROM deliveries d WHERE d.created_at < @before ORDER BY d.created_at LIMIT @max_rows);
+
+-- name: TrimDeliveries :execrows
+-- Of each channel the newest stay.
+DELETE FROM deliveries WHERE id IN (
+    SELECT many.id FROM (SELECT d.id, row_number() OVER (PARTITION BY d.channel_id ORDER BY d.created_at DESC, d.id DESC) AS n FROM deliveries d) many
+    WHERE many.n > @keep::bigint LIMIT @max_rows);
