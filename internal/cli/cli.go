@@ -71,6 +71,7 @@ func Commands(in io.Reader, out, errw io.Writer) []*cobra.Command {
 		a.pauseCommand(), a.resumeCommand(), a.forkCommand(), a.snapshotCommand(),
 		a.urlCommand(), a.logsCommand(), a.pingCommand(), a.metricsCommand(), a.templateCommand(),
 		a.hostCommand(),
+		a.usageCommand(), a.auditCommand(), a.channelCommand(),
 	}
 	for _, c := range cmds {
 		f := c.PersistentFlags()
