@@ -225,7 +225,12 @@ func (s *service) Snapshot(ctx context.Context, req *connect.Request[pb.Snapshot
 	if err != nil {
 		return nil, err
 	}
-	t, err := s.sandboxes.Snapshot(ctx, u, template, req.Msg.GetName(), defaults)
+	var t image.Template
+	if req.Msg.GetDiskOnly() {
+		t, err = s.sandboxes.SnapshotDisk(ctx, u, template, req.Msg.GetName(), defaults, req.Msg.GetStart())
+	} else {
+		t, err = s.sandboxes.Snapshot(ctx, u, template, req.Msg.GetName(), defaults)
+	}
 	if err != nil {
 		return nil, s.fault(ctx, "capture sandbox", err)
 	}
@@ -248,6 +253,19 @@ func defaultsOf(m *pb.Defaults) (*image.Defaults, error) {
 		return nil, invalid("defaults: %.100q is no absolute path of a working directory", w)
 	}
 	return &image.Defaults{Envs: m.GetEnvs(), User: m.GetUser(), Workdir: m.GetWorkdir()}, nil
+}
+
+// Settle implements hostagentv1connect.HostAgentHandler.
+func (s *service) Settle(ctx context.Context, req *connect.Request[pb.SettleRequest]) (*connect.Response[pb.SettleResponse], error) {
+	use, err := s.use(ctx, req.Msg.GetSandboxId())
+	if err != nil {
+		return nil, err
+	}
+	defer use.End()
+	if err := use.Guest.Settle(use.Context); err != nil {
+		return nil, s.fault(ctx, "settle sandbox", ofUse(use, err))
+	}
+	return connect.NewResponse(&pb.SettleResponse{}), nil
 }
 
 // Fork implements hostagentv1connect.HostAgentHandler.
@@ -643,6 +661,9 @@ func (s *service) WriteFileStream(ctx context.Context, stream *connect.ClientStr
 	if err := file(f); err != nil {
 		return nil, err
 	}
+	if err := checkUser(strings.Replace(start.GetOwner(), ":", "", 1)); err != nil {
+		return nil, err
+	}
 	use, err := s.use(ctx, f.GetSandboxId())
 	if err != nil {
 		return nil, err
@@ -659,7 +680,7 @@ func (s *service) WriteFileStream(ctx context.Context, stream *connect.ClientStr
 	}()
 	res := &pb.WriteFileStreamResponse{}
 	if archive {
-		err = use.Guest.Unpack(use.Context, f.GetUser(), f.GetPath(), r)
+		err = use.Guest.Unpack(use.Context, f.GetUser(), f.GetPath(), start.GetOwner(), r)
 		res.File = &pb.FileInfo{Path: f.GetPath()}
 	} else {
 		var i guest.FileInfo

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/envd/cgroup"
 	"github.com/wrenn-dev/wrenn/internal/envd/fault"
@@ -123,6 +124,7 @@ func New(cfg Config) (*Server, error) {
 	mux.Handle("GET /metrics", s.guard(metrics.NewReader()))
 	mux.Handle("GET /envs", s.guard(http.HandlerFunc(s.envs)))
 	mux.Handle("POST /freeze", s.guard(s.toTree((*cgroup.Tree).Freeze)))
+	mux.Handle("POST /settle", s.guard(s.toTree(settle)))
 	mux.Handle("POST /thaw", s.guard(s.toTree((*cgroup.Tree).Thaw)))
 	mux.Handle("/", s.guard(s.identify(user)))
 	s.handler = mux
@@ -215,6 +217,16 @@ func (s *Server) toTree(do func(*cgroup.Tree, context.Context) error) http.Handl
 		}
 		w.WriteHeader(http.StatusNoContent)
 	})
+}
+
+// settle ends users' processes, and returns once all that is written is on the
+// disk.
+func settle(t *cgroup.Tree, ctx context.Context) error {
+	if err := t.Empty(ctx); err != nil {
+		return err
+	}
+	unix.Sync()
+	return nil
 }
 
 func (s *Server) onTree(ctx context.Context, do func(*cgroup.Tree, context.Context) error) error {

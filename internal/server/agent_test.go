@@ -61,6 +61,7 @@ type agent struct {
 	acked     uint64
 	news      chan struct{}
 	resized   []string
+	ran       []string // lines for the shell that streams were asked for
 
 	server *http.Server
 }
@@ -520,6 +521,10 @@ func (a *agent) Exec(ctx context.Context, req *connect.Request[hostagentv1.ExecR
 	switch c.Cmd {
 	case "cat":
 		r.Stdout = req.Msg.Stdin
+	case "/bin/sh": // there is apt-get, and no folder
+		if strings.HasPrefix(c.Args[1], "test ") {
+			r.ExitCode = 1
+		}
 	case "say", "sh":
 		r.Stdout = []byte(strings.Join(c.Args, " "))
 	case "bytes":
@@ -555,6 +560,9 @@ func (a *agent) ExecStream(ctx context.Context, s *connect.BidiStream[hostagentv
 	}
 	if err := a.usable(start.SandboxId); err != nil {
 		return err
+	}
+	if start.Command.Cmd == "/bin/sh" {
+		return a.shell(ctx, start, s)
 	}
 	if err := s.Send(&hostagentv1.ExecStreamResponse{Message: &hostagentv1.ExecStreamResponse_Started_{Started: &hostagentv1.ExecStreamResponse_Started{Pid: 42}}}); err != nil {
 		return err
@@ -594,6 +602,63 @@ func (a *agent) ExecStream(ctx context.Context, s *connect.BidiStream[hostagentv
 			return exit(128 + m.Signal)
 		}
 	}
+}
+
+// shell runs a line: "exit N" ends with N; "hang" waits to be given up, or for
+// its time-out; all others print themselves, and go through on as "run".
+func (a *agent) shell(ctx context.Context, start *hostagentv1.ExecStreamRequest_Start, s *connect.BidiStream[hostagentv1.ExecStreamRequest, hostagentv1.ExecStreamResponse]) error {
+	line := start.Command.Args[1]
+	a.mu.Lock()
+	a.ran = append(a.ran, line)
+	a.mu.Unlock()
+	if err := s.Send(&hostagentv1.ExecStreamResponse{Message: &hostagentv1.ExecStreamResponse_Stdout{Stdout: []byte(line + "\n")}}); err != nil {
+		return err
+	}
+	exited := &hostagentv1.ExecStreamResponse_Exited{}
+	switch code, exits := strings.CutPrefix(line, "exit "); {
+	case exits:
+		n, _ := strconv.Atoi(code)
+		exited.ExitCode = int32(n)
+	case line == "hang":
+		var late <-chan time.Time
+		if n := start.Command.TimeoutSeconds; n > 0 {
+			late = time.After(time.Duration(n) * time.Second)
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-late:
+			exited.TimedOut, exited.ExitCode = true, 137
+		}
+	default:
+		if err := a.decide(ctx, "run"); err != nil {
+			return err
+		}
+	}
+	return s.Send(&hostagentv1.ExecStreamResponse{Message: &hostagentv1.ExecStreamResponse_Exited_{Exited: exited}})
+}
+
+// lines are those that were run since it was asked last.
+func (a *agent) lines() []string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	ran := a.ran
+	a.ran = nil
+	return ran
+}
+
+func (a *agent) Settle(ctx context.Context, req *connect.Request[hostagentv1.SettleRequest]) (*connect.Response[hostagentv1.SettleResponse], error) {
+	if err := a.usable(req.Msg.SandboxId); err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&hostagentv1.SettleResponse{}), a.decide(ctx, "settle")
+}
+
+// left is how many sandboxes and templates there are.
+func (a *agent) left() (sandboxes, templates int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.sandboxes), len(a.templates)
 }
 
 // breakAfter is a path whose reading breaks off after some bytes.

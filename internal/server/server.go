@@ -24,6 +24,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/pki"
 	"github.com/wrenn-dev/wrenn/internal/server/audit"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
+	"github.com/wrenn-dev/wrenn/internal/server/builds"
 	"github.com/wrenn-dev/wrenn/internal/server/events"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/mail"
@@ -97,6 +98,9 @@ type Config struct {
 	AdminPassword string `env:"WRENN_ADMIN_PASSWORD"`
 	AdminAPIKey   string `env:"WRENN_ADMIN_API_KEY"`
 
+	// Builds bounds builds of templates.
+	Builds builds.Settings
+
 	// Log is where the server says what it does; nil is slog.Default.
 	Log *slog.Logger `env:"-"`
 }
@@ -113,6 +117,7 @@ type Server struct {
 	usage     *usage.Service
 	audit     *audit.Log
 	channels  *notify.Service
+	builds    *builds.Service
 	handler   http.Handler
 
 	stop sync.Once
@@ -214,6 +219,8 @@ func New(ctx context.Context, c Config) (*Server, error) {
 		return nil, err
 	}
 
+	s.builds = builds.New(builds.Config{Settings: c.Builds, Store: s.store, Redis: s.redis, Hosts: s.hosts, Sandboxes: s.sandboxes, Templates: tpl, Log: s.log})
+
 	registry := prometheus.NewRegistry()
 	requests := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "wrenn_http_requests_total", Help: "Answered requests of the REST API."}, []string{"method", "route", "status"})
 	durations := prometheus.NewHistogramVec(prometheus.HistogramOpts{
@@ -223,7 +230,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), requests, durations)
 	registry.MustRegister(s.sandboxes.Collectors()...)
 	api, err := rest.New(ctx, rest.Config{
-		Sandboxes: s.sandboxes, Templates: tpl, Hosts: s.hosts, Usage: s.usage, Audit: s.audit, History: history, Channels: s.channels, Keys: s.keys, Tokens: tokens,
+		Sandboxes: s.sandboxes, Templates: tpl, Builds: s.builds, Hosts: s.hosts, Usage: s.usage, Audit: s.audit, History: history, Channels: s.channels, Keys: s.keys, Tokens: tokens,
 		PublicURL: c.PublicURL, Domain: c.Domain, Log: s.log,
 		Checks: checks,
 		// A metric that cannot be had, with the database down, must not hide the others.
@@ -264,6 +271,7 @@ func (s *Server) Run(ctx context.Context) error {
 	wg.Go(func() { s.hosts.Run(ctx) })
 	wg.Go(func() { s.bus.Run(ctx, s.sandboxes) })
 	wg.Go(func() { s.sandboxes.Run(ctx) })
+	wg.Go(func() { s.builds.Run(ctx) })
 	wg.Go(func() { s.usage.Run(ctx) })
 	wg.Go(func() { s.audit.Run(ctx) })
 	wg.Go(func() { s.channels.Run(ctx) })

@@ -212,9 +212,14 @@ func (c *counter) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Unpack unpacks a tar archive into the directory path, which is made.
-func (c *Client) Unpack(ctx context.Context, user, path string, archive io.Reader) error {
-	resp, err := c.do(ctx, http.MethodPost, "/archive", fileQuery(user, path), archive, -1)
+// Unpack unpacks a tar archive into the directory path, which is made. owner is
+// whose all of it is, with exactly the archive's modes; empty: the user's.
+func (c *Client) Unpack(ctx context.Context, user, path, owner string, archive io.Reader) error {
+	q := fileQuery(user, path)
+	if owner != "" {
+		q.Set("owner", owner)
+	}
+	resp, err := c.do(ctx, http.MethodPost, "/archive", q, archive, -1)
 	if err != nil {
 		return err
 	}

@@ -366,7 +366,7 @@ func TestFiles(t *testing.T) {
 	if err != nil || first.Name != "deep/" {
 		t.Fatal(first, err)
 	}
-	if err := c.Unpack(t.Context(), "", filepath.Join(dir, "copy"), bytes.NewReader(packed)); err != nil {
+	if err := c.Unpack(t.Context(), "", filepath.Join(dir, "copy"), "", bytes.NewReader(packed)); err != nil {
 		t.Fatal(err)
 	}
 	got, err := os.ReadFile(filepath.Join(dir, "copy/deep/er/file"))

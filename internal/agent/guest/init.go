@@ -22,6 +22,9 @@ const (
 	// freezeTimeout bounds [Client.Freeze] and [Client.Thaw]; the guest itself
 	// gives up after 5 seconds.
 	freezeTimeout = 10 * time.Second
+	// settleTimeout bounds [Client.Settle], which writes all that is in the
+	// guest's memory and not on its disk.
+	settleTimeout = 2 * time.Minute
 	// entropySize is how many secret bytes a guest gets.
 	entropySize = 64
 	maxWarnings = 16
@@ -191,13 +194,17 @@ func (r *initReader) Read(p []byte) (int, error) {
 // Freeze makes users' processes stand still and returns when they do; when
 // they cannot be made to within 5 seconds they go on, and the error's code is
 // deadline_exceeded.
-func (c *Client) Freeze(ctx context.Context) error { return c.bid(ctx, "/freeze") }
+func (c *Client) Freeze(ctx context.Context) error { return c.bid(ctx, "/freeze", freezeTimeout) }
 
 // Thaw lets users' processes go on. That they do already is no error.
-func (c *Client) Thaw(ctx context.Context) error { return c.bid(ctx, "/thaw") }
+func (c *Client) Thaw(ctx context.Context) error { return c.bid(ctx, "/thaw", freezeTimeout) }
 
-func (c *Client) bid(ctx context.Context, path string) error {
-	ctx, cancel := context.WithTimeout(ctx, freezeTimeout)
+// Settle ends users' processes and returns once all that the guest has written
+// is on its disk.
+func (c *Client) Settle(ctx context.Context) error { return c.bid(ctx, "/settle", settleTimeout) }
+
+func (c *Client) bid(ctx context.Context, path string, most time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, most)
 	defer cancel()
 	resp, err := c.do(ctx, http.MethodPost, path, nil, nil, -1)
 	if err != nil {

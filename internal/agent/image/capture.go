@@ -191,6 +191,19 @@ func publishTemplate(dir layout.Dir, tmp string, t Template) error {
 	return place(dir, tmp, t)
 }
 
+// TempRootfs is where the file system of a template that is made in the folder
+// tmp goes.
+func TempRootfs(tmp string) string { return filepath.Join(tmp, rootfsFile) }
+
+// PublishRootfs makes the folder tmp, which holds a file system alone, the
+// template t.
+func PublishRootfs(dir layout.Dir, tmp string, t Template) error {
+	if err := place(dir, tmp, t); err != nil {
+		return fmt.Errorf("publish template: %w", err)
+	}
+	return nil
+}
+
 // place makes the folder tmp, which has all but the record, the template t.
 func place(dir layout.Dir, tmp string, t Template) error {
 	if err := t.write(tmp); err != nil {

@@ -86,6 +86,8 @@ type Manager struct {
 	bases bases
 	warm  warm
 
+	flattening sync.Mutex // held while a file system is flattened
+
 	mu          sync.Mutex
 	boxes       map[uuid.UUID]*box
 	nameless    map[*box]struct{} // machines that are no sandbox: captured from, or waiting

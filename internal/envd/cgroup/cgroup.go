@@ -172,13 +172,21 @@ func (t *Tree) Thaw(ctx context.Context) error {
 // Kill kills every process in the tree.
 func (t *Tree) Kill() error { return t.write("cgroup.kill", "1") }
 
-// Close kills whatever lives in the tree and removes it.
-func (t *Tree) Close(ctx context.Context) error {
+// Empty kills every process in the tree and returns when none is left.
+func (t *Tree) Empty(ctx context.Context) error {
 	if err := t.Kill(); err != nil {
 		return err
 	}
 	if err := t.await(ctx, "populated 0"); err != nil {
 		return fmt.Errorf("end users' processes: %w", err)
+	}
+	return nil
+}
+
+// Close kills whatever lives in the tree and removes it.
+func (t *Tree) Close(ctx context.Context) error {
+	if err := t.Empty(ctx); err != nil {
+		return err
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -158,7 +158,13 @@ func unpack(w http.ResponseWriter, r *http.Request) {
 		body, err = decoded(r)
 	}
 	if err == nil {
-		err = who.Do(func() error { return unpackTree(body, dir) })
+		var to *account.Account
+		if owner := r.URL.Query().Get("owner"); owner != "" {
+			to, err = account.Lookup(owner)
+		}
+		if err == nil {
+			err = who.Do(func() error { return unpackTree(body, dir, to) })
+		}
 	}
 	if err != nil {
 		fault.WriteError(w, err)
@@ -174,8 +180,10 @@ const maxArchived = 1_000_000
 // unpackTree does so with the rights of the calling thread. Nothing outside
 // dir is touched, whatever names and links the archive has: os.Root sees to
 // that in each step. Owners are the thread's, modes and times the archive's;
-// bits that lend rights (setuid, setgid) are dropped.
-func unpackTree(body io.Reader, dir string) error {
+// bits that lend rights (setuid, setgid) are dropped. With an owner all that the
+// archive has is that one's, which takes the rights to give files away, and
+// modes are the archive's to the last bit.
+func unpackTree(body io.Reader, dir string, owner *account.Account) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
@@ -191,6 +199,16 @@ func unpackTree(body io.Reader, dir string) error {
 		time time.Time
 	}
 	var dirs []made
+	// give makes what was unpacked the owner's. To change owners takes bits away.
+	give := func(name string, mode int64) error {
+		if owner == nil {
+			return nil
+		}
+		if err := root.Lchown(name, int(owner.UID), int(owner.GID)); err != nil || mode < 0 {
+			return confined(err)
+		}
+		return confined(root.Chmod(name, fileMode(mode)))
+	}
 	buf := make([]byte, buffer)
 	t := tar.NewReader(body)
 	for n := 0; ; n++ {
@@ -227,10 +245,19 @@ func unpackTree(body io.Reader, dir string) error {
 			if err := root.MkdirAll(name, 0o700|mode); err != nil {
 				return confined(err)
 			}
+			if owner != nil {
+				mode = fileMode(h.Mode)
+				if err := give(name, -1); err != nil {
+					return err
+				}
+			}
 			dirs = append(dirs, made{name, mode, h.ModTime})
 		case tar.TypeReg, tar.TypeGNUSparse:
 			if err := unpackFile(root, name, mode, h.ModTime, clientReader{t}, buf); err != nil {
 				return confined(err)
+			}
+			if err := give(name, h.Mode); err != nil {
+				return err
 			}
 		case tar.TypeSymlink:
 			if err := replaceable(root, name); err != nil {
@@ -239,6 +266,9 @@ func unpackTree(body io.Reader, dir string) error {
 			// The link may say anything: nothing here follows it out of dir.
 			if err := root.Symlink(h.Linkname, name); err != nil {
 				return confined(err)
+			}
+			if err := give(name, -1); err != nil {
+				return err
 			}
 		case tar.TypeLink:
 			old, err := local(h.Linkname)
@@ -275,6 +305,17 @@ func unpackTree(body io.Reader, dir string) error {
 		}
 	}
 	return nil
+}
+
+// fileMode is a tar header's mode: the bits of chmod(2).
+func fileMode(bits int64) fs.FileMode {
+	mode := fs.FileMode(bits) & fs.ModePerm
+	for bit, special := range map[int64]fs.FileMode{0o4000: fs.ModeSetuid, 0o2000: fs.ModeSetgid, 0o1000: fs.ModeSticky} {
+		if bits&bit != 0 {
+			mode |= special
+		}
+	}
+	return mode
 }
 
 // local is an entry's name as a path below the root; a slash before it does
@@ -339,6 +380,9 @@ func unpackFile(root *os.Root, name string, mode fs.FileMode, at time.Time, from
 // confined says of os.Root's refusal to leave the folder that it is the
 // archive's fault. The standard library has no name for that error.
 func confined(err error) error {
+	if err == nil {
+		return nil
+	}
 	if strings.Contains(err.Error(), "path escapes from parent") {
 		return fmt.Errorf("%w: %w", err, fs.ErrInvalid)
 	}

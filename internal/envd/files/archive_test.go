@@ -60,7 +60,7 @@ func FuzzUnpack(f *testing.F) {
 		}
 		_ = w.Close()
 		for _, archive := range [][]byte{b.Bytes(), in} {
-			_ = unpackTree(bytes.NewReader(archive), box)
+			_ = unpackTree(bytes.NewReader(archive), box, nil)
 			info, err := os.Lstat(secret)
 			if err != nil {
 				t.Fatal(err)

@@ -170,7 +170,7 @@ func (q *Queries) GetSandbox(ctx context.Context, id uuid.UUID) (Sandbox, error)
 }
 
 const getTeamSandbox = `-- name: GetTeamSandbox :one
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained FROM sandboxes WHERE id = $1 AND team_id = $2
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained FROM sandboxes WHERE id = $1 AND team_id = $2 AND build_id IS NULL
 `
 
 type GetTeamSandboxParams struct {
@@ -178,6 +178,7 @@ type GetTeamSandboxParams struct {
 	TeamID uuid.UUID
 }
 
+// A build's sandbox is nobody's but the build's.
 func (q *Queries) GetTeamSandbox(ctx context.Context, arg GetTeamSandboxParams) (Sandbox, error) {
 	row := q.db.QueryRow(ctx, getTeamSandbox, arg.ID, arg.TeamID)
 	var i Sandbox
@@ -213,8 +214,8 @@ func (q *Queries) GetTeamSandbox(ctx context.Context, arg GetTeamSandboxParams) 
 
 const insertSandbox = `-- name: InsertSandbox :one
 
-INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, on_timeout, auto_resume, forked_from)
-VALUES ($1, $2, $3, $4, $5, 'starting', $6, $7, $8, $9, $10, $11, $12, $13, $14)
+INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, on_timeout, auto_resume, forked_from, build_id)
+VALUES ($1, $2, $3, $4, $5, 'starting', $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
 RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
 `
 
@@ -233,6 +234,7 @@ type InsertSandboxParams struct {
 	OnTimeout      string
 	AutoResume     bool
 	ForkedFrom     *uuid.UUID
+	BuildID        *uuid.UUID
 }
 
 // Every change of state names the states that it may come from, so that of two
@@ -253,6 +255,7 @@ func (q *Queries) InsertSandbox(ctx context.Context, arg InsertSandboxParams) (S
 		arg.OnTimeout,
 		arg.AutoResume,
 		arg.ForkedFrom,
+		arg.BuildID,
 	)
 	var i Sandbox
 	err := row.Scan(
@@ -339,6 +342,7 @@ const listLiveSandboxes = `-- name: ListLiveSandboxes :many
 SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained FROM sandboxes
 WHERE team_id = $1
   AND state NOT IN ('stopped', 'error')
+  AND build_id IS NULL
   AND metadata @> $2::jsonb
   AND (created_at, id) < ($3::timestamptz, $4::uuid)
 ORDER BY created_at DESC, id DESC
@@ -410,6 +414,7 @@ const listSandboxes = `-- name: ListSandboxes :many
 SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained FROM sandboxes
 WHERE team_id = $1
   AND state = ANY ($2::text[])
+  AND build_id IS NULL
   AND metadata @> $3::jsonb
   AND (created_at, id) < ($4::timestamptz, $5::uuid)
 ORDER BY created_at DESC, id DESC

@@ -62,6 +62,111 @@ func (e AuditResult) Valid() bool {
 	}
 }
 
+// Defines values for BuildState.
+const (
+	BuildStateCancelled BuildState = "cancelled"
+	BuildStateFailed    BuildState = "failed"
+	BuildStateQueued    BuildState = "queued"
+	BuildStateRunning   BuildState = "running"
+	BuildStateSucceeded BuildState = "succeeded"
+)
+
+// Valid indicates whether the value is a known member of the BuildState enum.
+func (e BuildState) Valid() bool {
+	switch e {
+	case BuildStateCancelled:
+		return true
+	case BuildStateFailed:
+		return true
+	case BuildStateQueued:
+		return true
+	case BuildStateRunning:
+		return true
+	case BuildStateSucceeded:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for BuildEventType.
+const (
+	End    BuildEventType = "end"
+	Output BuildEventType = "output"
+	Step   BuildEventType = "step"
+)
+
+// Valid indicates whether the value is a known member of the BuildEventType enum.
+func (e BuildEventType) Valid() bool {
+	switch e {
+	case End:
+		return true
+	case Output:
+		return true
+	case Step:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for BuildStepPhase.
+const (
+	Capture BuildStepPhase = "capture"
+	Post    BuildStepPhase = "post"
+	Pre     BuildStepPhase = "pre"
+	Recipe  BuildStepPhase = "recipe"
+)
+
+// Valid indicates whether the value is a known member of the BuildStepPhase enum.
+func (e BuildStepPhase) Valid() bool {
+	switch e {
+	case Capture:
+		return true
+	case Post:
+		return true
+	case Pre:
+		return true
+	case Recipe:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for BuildStepState.
+const (
+	BuildStepStateCached    BuildStepState = "cached"
+	BuildStepStateCancelled BuildStepState = "cancelled"
+	BuildStepStateFailed    BuildStepState = "failed"
+	BuildStepStatePending   BuildStepState = "pending"
+	BuildStepStateRunning   BuildStepState = "running"
+	BuildStepStateSkipped   BuildStepState = "skipped"
+	BuildStepStateSucceeded BuildStepState = "succeeded"
+)
+
+// Valid indicates whether the value is a known member of the BuildStepState enum.
+func (e BuildStepState) Valid() bool {
+	switch e {
+	case BuildStepStateCached:
+		return true
+	case BuildStepStateCancelled:
+		return true
+	case BuildStepStateFailed:
+		return true
+	case BuildStepStatePending:
+		return true
+	case BuildStepStateRunning:
+		return true
+	case BuildStepStateSkipped:
+		return true
+	case BuildStepStateSucceeded:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for ChannelDeliveryState.
 const (
 	ChannelDeliveryStateDelivered ChannelDeliveryState = "delivered"
@@ -518,6 +623,105 @@ type AuditRecordActorKind string
 // AuditResult `ok`; `refused`, because of who asked or what for; `failed`.
 type AuditResult string
 
+// Build defines model for Build.
+type Build struct {
+	// Attempts How often it was begun; more than once where a server died.
+	Attempts  *int32     `json:"attempts,omitempty"`
+	CreatedAt time.Time  `json:"created_at"`
+	DoneSteps int32      `json:"done_steps"`
+	EndedAt   *time.Time `json:"ended_at,omitempty"`
+
+	// Error Why it failed.
+	Error *string `json:"error,omitempty"`
+
+	// ID The build's id.
+	ID string `json:"id"`
+
+	// Name What the template is called.
+	Name      string     `json:"name"`
+	Recipe    *string    `json:"recipe,omitempty"`
+	StartedAt *time.Time `json:"started_at,omitempty"`
+	State     BuildState `json:"state"`
+
+	// Steps Absent in lists.
+	Steps *[]BuildStep `json:"steps,omitempty"`
+	Tags  []string     `json:"tags"`
+
+	// TeamID The team that owns it; all zeros is the platform.
+	TeamID string `json:"team_id"`
+
+	// TemplateID What came of it.
+	TemplateID *string `json:"template_id,omitempty"`
+
+	// TotalSteps All steps, those of the phases before and after the recipe too.
+	TotalSteps int32 `json:"total_steps"`
+
+	// Version The template's.
+	Version *int32 `json:"version,omitempty"`
+}
+
+// BuildState defines model for Build.State.
+type BuildState string
+
+// BuildEvent defines model for BuildEvent.
+type BuildEvent struct {
+	Build *Build `json:"build,omitempty"`
+
+	// Data What it has printed.
+	Data *string `json:"data,omitempty"`
+
+	// Number The step that has printed something.
+	Number *int32         `json:"number,omitempty"`
+	Step   *BuildStep     `json:"step,omitempty"`
+	Type   BuildEventType `json:"type"`
+}
+
+// BuildEventType defines model for BuildEvent.Type.
+type BuildEventType string
+
+// BuildList defines model for BuildList.
+type BuildList struct {
+	Builds []Build `json:"builds"`
+
+	// NextCursor Where the next page starts; absent on the last page.
+	NextCursor *string `json:"next_cursor,omitempty"`
+}
+
+// BuildStep defines model for BuildStep.
+type BuildStep struct {
+	DurationMs *int64 `json:"duration_ms,omitempty"`
+
+	// Error Why it failed.
+	Error *string `json:"error,omitempty"`
+
+	// ExitCode Its command's, if it had one that ended.
+	ExitCode *int32 `json:"exit_code,omitempty"`
+
+	// Number From 1.
+	Number int32 `json:"number"`
+
+	// Output What it printed: the first 128 KiB.
+	Output    string         `json:"output"`
+	Phase     BuildStepPhase `json:"phase"`
+	StartedAt *time.Time     `json:"started_at,omitempty"`
+
+	// State `cached`: an earlier build's layer has what it does.
+	State BuildStepState `json:"state"`
+	Tail  *string        `json:"tail,omitempty"`
+
+	// Text What it does.
+	Text string `json:"text"`
+
+	// Truncated There was more; `tail` is its end.
+	Truncated *bool `json:"truncated,omitempty"`
+}
+
+// BuildStepPhase defines model for BuildStep.Phase.
+type BuildStepPhase string
+
+// BuildStepState `cached`: an earlier build's layer has what it does.
+type BuildStepState string
+
 // ChangeChannel defines model for ChangeChannel.
 type ChangeChannel struct {
 	// Address The address of `email`.
@@ -703,6 +907,42 @@ type CodeResult struct {
 	Results        []CodeOutput `json:"results"`
 	Stderr         string       `json:"stderr"`
 	Stdout         string       `json:"stdout"`
+}
+
+// CreateBuild defines model for CreateBuild.
+type CreateBuild struct {
+	// Archive The folder that it copies from, which was uploaded; absent: it copies nothing.
+	Archive *string `json:"archive,omitempty"`
+
+	// DiskMib Disk in MiB; absent: the base's, which is the least.
+	DiskMib *int32 `json:"disk_mib,omitempty"`
+
+	// MemoryMib Memory in MiB, likewise; absent: the base's, else 512.
+	MemoryMib *int32 `json:"memory_mib,omitempty"`
+
+	// Name What the template is called.
+	Name string `json:"name"`
+
+	// NoCache Run every step, and keep nothing for later builds.
+	NoCache *bool `json:"no_cache,omitempty"`
+
+	// PhaseTimeoutSeconds How long a step of the phases before and after may take; absent: the server's default, 600 unless it is set otherwise.
+	PhaseTimeoutSeconds *int32 `json:"phase_timeout_seconds,omitempty"`
+
+	// Recipe The recipe's text. docs/recipes.md has the language.
+	Recipe string `json:"recipe"`
+
+	// SkipPrePost Leave out the phases before and after the recipe, which update and clean up apt's lists.
+	SkipPrePost *bool `json:"skip_pre_post,omitempty"`
+
+	// StepTimeoutSeconds How long a step of the recipe may take; absent: the server's default, 30 unless it is set otherwise.
+	StepTimeoutSeconds *int32 `json:"step_timeout_seconds,omitempty"`
+
+	// Tags What the new version is to be besides its number; absent: `latest`.
+	Tags *[]string `json:"tags,omitempty"`
+
+	// Vcpus Virtual CPUs of the build, and of what is captured running; absent: the base's, else 1.
+	Vcpus *int32 `json:"vcpus,omitempty"`
 }
 
 // CreateChannel defines model for CreateChannel.
@@ -1438,6 +1678,9 @@ type UsageDay struct {
 // UserName A user of the guest. The default one is `user`, who may use sudo; `root` is there too.
 type UserName = string
 
+// ArchiveDigest defines model for ArchiveDigest.
+type ArchiveDigest = string
+
 // AuditAction defines model for AuditAction.
 type AuditAction = string
 
@@ -1455,6 +1698,9 @@ type AuditObject = string
 
 // AuditTo defines model for AuditTo.
 type AuditTo = time.Time
+
+// BuildID defines model for BuildID.
+type BuildID = string
 
 // ChannelID defines model for ChannelID.
 type ChannelID = string
@@ -1554,6 +1800,15 @@ type ListAllAuditParams struct {
 
 // ListAllAuditParamsFormat defines parameters for ListAllAudit.
 type ListAllAuditParamsFormat string
+
+// ListBuildsAdminParams defines parameters for ListBuildsAdmin.
+type ListBuildsAdminParams struct {
+	// Limit The most entries to return.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
+}
 
 // DeleteHostParams defines parameters for DeleteHost.
 type DeleteHostParams struct {
@@ -1729,6 +1984,15 @@ type ListTemplatesParams struct {
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
+// ListBuildsParams defines parameters for ListBuilds.
+type ListBuildsParams struct {
+	// Limit The most entries to return.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
+}
+
 // ImportArchiveParams defines parameters for ImportArchive.
 type ImportArchiveParams struct {
 	// Name What the template is called.
@@ -1752,6 +2016,9 @@ type GetUsageParams struct {
 	// To The last day, UTC, at most 399 after the first. Absent: today.
 	To *ToDay `form:"to,omitempty" json:"to,omitempty"`
 }
+
+// CreateBuildAdminJSONRequestBody defines body for CreateBuildAdmin for application/json ContentType.
+type CreateBuildAdminJSONRequestBody = CreateBuild
 
 // AddHostJSONRequestBody defines body for AddHost for application/json ContentType.
 type AddHostJSONRequestBody = AddHost
@@ -1795,6 +2062,9 @@ type ForkSandboxJSONRequestBody = ForkRequest
 // CreateSnapshotJSONRequestBody defines body for CreateSnapshot for application/json ContentType.
 type CreateSnapshotJSONRequestBody = CreateSnapshot
 
+// CreateBuildJSONRequestBody defines body for CreateBuild for application/json ContentType.
+type CreateBuildJSONRequestBody = CreateBuild
+
 // ImportTemplateJSONRequestBody defines body for ImportTemplate for application/json ContentType.
 type ImportTemplateJSONRequestBody = ImportTemplate
 
@@ -1815,6 +2085,24 @@ type ServerInterface interface {
 	// ListAllAudit Who changed what, of all teams and the platform
 	// (GET /v1/admin/audit)
 	ListAllAudit(w http.ResponseWriter, r *http.Request, params ListAllAuditParams)
+	// ListBuildsAdmin List builds of the platform
+	// (GET /v1/admin/builds)
+	ListBuildsAdmin(w http.ResponseWriter, r *http.Request, params ListBuildsAdminParams)
+	// CreateBuildAdmin Build a template of the platform
+	// (POST /v1/admin/builds)
+	CreateBuildAdmin(w http.ResponseWriter, r *http.Request)
+	// PutBuildArchiveAdmin Upload a folder that builds copy from
+	// (PUT /v1/admin/builds/archives/{digest})
+	PutBuildArchiveAdmin(w http.ResponseWriter, r *http.Request, digest ArchiveDigest)
+	// GetBuildAdmin Show a build with its steps
+	// (GET /v1/admin/builds/{build_id})
+	GetBuildAdmin(w http.ResponseWriter, r *http.Request, buildID BuildID)
+	// CancelBuildAdmin Cancel a build
+	// (POST /v1/admin/builds/{build_id}/cancel)
+	CancelBuildAdmin(w http.ResponseWriter, r *http.Request, buildID BuildID)
+	// FollowBuildAdmin Follow a build
+	// (GET /v1/admin/builds/{build_id}/logs)
+	FollowBuildAdmin(w http.ResponseWriter, r *http.Request, buildID BuildID)
 	// ListHosts List hosts
 	// (GET /v1/admin/hosts)
 	ListHosts(w http.ResponseWriter, r *http.Request)
@@ -1953,6 +2241,24 @@ type ServerInterface interface {
 	// ListTemplates List templates
 	// (GET /v1/templates)
 	ListTemplates(w http.ResponseWriter, r *http.Request, params ListTemplatesParams)
+	// ListBuilds List builds of the team
+	// (GET /v1/templates/builds)
+	ListBuilds(w http.ResponseWriter, r *http.Request, params ListBuildsParams)
+	// CreateBuild Build a template of the team
+	// (POST /v1/templates/builds)
+	CreateBuild(w http.ResponseWriter, r *http.Request)
+	// PutBuildArchive Upload a folder that builds copy from
+	// (PUT /v1/templates/builds/archives/{digest})
+	PutBuildArchive(w http.ResponseWriter, r *http.Request, digest ArchiveDigest)
+	// GetBuild Show a build with its steps
+	// (GET /v1/templates/builds/{build_id})
+	GetBuild(w http.ResponseWriter, r *http.Request, buildID BuildID)
+	// CancelBuild Cancel a build
+	// (POST /v1/templates/builds/{build_id}/cancel)
+	CancelBuild(w http.ResponseWriter, r *http.Request, buildID BuildID)
+	// FollowBuild Follow a build
+	// (GET /v1/templates/builds/{build_id}/logs)
+	FollowBuild(w http.ResponseWriter, r *http.Request, buildID BuildID)
 	// ImportTemplate Make a template of an OCI image
 	// (POST /v1/templates/import)
 	ImportTemplate(w http.ResponseWriter, r *http.Request)
@@ -2007,6 +2313,42 @@ func (_ Unimplemented) GetOpenAPI(w http.ResponseWriter, r *http.Request) {
 // ListAllAudit Who changed what, of all teams and the platform
 // (GET /v1/admin/audit)
 func (_ Unimplemented) ListAllAudit(w http.ResponseWriter, r *http.Request, params ListAllAuditParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ListBuildsAdmin List builds of the platform
+// (GET /v1/admin/builds)
+func (_ Unimplemented) ListBuildsAdmin(w http.ResponseWriter, r *http.Request, params ListBuildsAdminParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// CreateBuildAdmin Build a template of the platform
+// (POST /v1/admin/builds)
+func (_ Unimplemented) CreateBuildAdmin(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// PutBuildArchiveAdmin Upload a folder that builds copy from
+// (PUT /v1/admin/builds/archives/{digest})
+func (_ Unimplemented) PutBuildArchiveAdmin(w http.ResponseWriter, r *http.Request, digest ArchiveDigest) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// GetBuildAdmin Show a build with its steps
+// (GET /v1/admin/builds/{build_id})
+func (_ Unimplemented) GetBuildAdmin(w http.ResponseWriter, r *http.Request, buildID BuildID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// CancelBuildAdmin Cancel a build
+// (POST /v1/admin/builds/{build_id}/cancel)
+func (_ Unimplemented) CancelBuildAdmin(w http.ResponseWriter, r *http.Request, buildID BuildID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// FollowBuildAdmin Follow a build
+// (GET /v1/admin/builds/{build_id}/logs)
+func (_ Unimplemented) FollowBuildAdmin(w http.ResponseWriter, r *http.Request, buildID BuildID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -2286,6 +2628,42 @@ func (_ Unimplemented) ListTemplates(w http.ResponseWriter, r *http.Request, par
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
+// ListBuilds List builds of the team
+// (GET /v1/templates/builds)
+func (_ Unimplemented) ListBuilds(w http.ResponseWriter, r *http.Request, params ListBuildsParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// CreateBuild Build a template of the team
+// (POST /v1/templates/builds)
+func (_ Unimplemented) CreateBuild(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// PutBuildArchive Upload a folder that builds copy from
+// (PUT /v1/templates/builds/archives/{digest})
+func (_ Unimplemented) PutBuildArchive(w http.ResponseWriter, r *http.Request, digest ArchiveDigest) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// GetBuild Show a build with its steps
+// (GET /v1/templates/builds/{build_id})
+func (_ Unimplemented) GetBuild(w http.ResponseWriter, r *http.Request, buildID BuildID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// CancelBuild Cancel a build
+// (POST /v1/templates/builds/{build_id}/cancel)
+func (_ Unimplemented) CancelBuild(w http.ResponseWriter, r *http.Request, buildID BuildID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// FollowBuild Follow a build
+// (GET /v1/templates/builds/{build_id}/logs)
+func (_ Unimplemented) FollowBuild(w http.ResponseWriter, r *http.Request, buildID BuildID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
 // ImportTemplate Make a template of an OCI image
 // (POST /v1/templates/import)
 func (_ Unimplemented) ImportTemplate(w http.ResponseWriter, r *http.Request) {
@@ -2521,6 +2899,170 @@ func (siw *ServerInterfaceWrapper) ListAllAudit(w http.ResponseWriter, r *http.R
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.ListAllAudit(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListBuildsAdmin operation middleware
+func (siw *ServerInterfaceWrapper) ListBuildsAdmin(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ListBuildsAdminParams
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "cursor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "cursor", r.URL.Query(), &params.Cursor, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "cursor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cursor", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListBuildsAdmin(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CreateBuildAdmin operation middleware
+func (siw *ServerInterfaceWrapper) CreateBuildAdmin(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CreateBuildAdmin(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// PutBuildArchiveAdmin operation middleware
+func (siw *ServerInterfaceWrapper) PutBuildArchiveAdmin(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "digest" -------------
+	var digest ArchiveDigest
+
+	err = runtime.BindStyledParameterWithOptions("simple", "digest", chi.URLParam(r, "digest"), &digest, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "digest", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.PutBuildArchiveAdmin(w, r, digest)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetBuildAdmin operation middleware
+func (siw *ServerInterfaceWrapper) GetBuildAdmin(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "build_id" -------------
+	var buildID BuildID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "build_id", chi.URLParam(r, "build_id"), &buildID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "build_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetBuildAdmin(w, r, buildID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CancelBuildAdmin operation middleware
+func (siw *ServerInterfaceWrapper) CancelBuildAdmin(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "build_id" -------------
+	var buildID BuildID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "build_id", chi.URLParam(r, "build_id"), &buildID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "build_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CancelBuildAdmin(w, r, buildID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// FollowBuildAdmin operation middleware
+func (siw *ServerInterfaceWrapper) FollowBuildAdmin(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "build_id" -------------
+	var buildID BuildID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "build_id", chi.URLParam(r, "build_id"), &buildID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "build_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.FollowBuildAdmin(w, r, buildID)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -4191,6 +4733,170 @@ func (siw *ServerInterfaceWrapper) ListTemplates(w http.ResponseWriter, r *http.
 	handler.ServeHTTP(w, r)
 }
 
+// ListBuilds operation middleware
+func (siw *ServerInterfaceWrapper) ListBuilds(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ListBuildsParams
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "cursor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "cursor", r.URL.Query(), &params.Cursor, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "cursor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cursor", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListBuilds(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CreateBuild operation middleware
+func (siw *ServerInterfaceWrapper) CreateBuild(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CreateBuild(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// PutBuildArchive operation middleware
+func (siw *ServerInterfaceWrapper) PutBuildArchive(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "digest" -------------
+	var digest ArchiveDigest
+
+	err = runtime.BindStyledParameterWithOptions("simple", "digest", chi.URLParam(r, "digest"), &digest, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "digest", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.PutBuildArchive(w, r, digest)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetBuild operation middleware
+func (siw *ServerInterfaceWrapper) GetBuild(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "build_id" -------------
+	var buildID BuildID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "build_id", chi.URLParam(r, "build_id"), &buildID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "build_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetBuild(w, r, buildID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CancelBuild operation middleware
+func (siw *ServerInterfaceWrapper) CancelBuild(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "build_id" -------------
+	var buildID BuildID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "build_id", chi.URLParam(r, "build_id"), &buildID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "build_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CancelBuild(w, r, buildID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// FollowBuild operation middleware
+func (siw *ServerInterfaceWrapper) FollowBuild(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "build_id" -------------
+	var buildID BuildID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "build_id", chi.URLParam(r, "build_id"), &buildID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "build_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.FollowBuild(w, r, buildID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // ImportTemplate operation middleware
 func (siw *ServerInterfaceWrapper) ImportTemplate(w http.ResponseWriter, r *http.Request) {
 
@@ -4704,6 +5410,42 @@ func HandlerWithOptions(si ServerInterface, options ChiServerOptions) http.Handl
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/docs", wrapper.GetDocs)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/templates/builds", wrapper.ListBuilds)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/templates/builds", wrapper.CreateBuild)
+	})
+	r.Group(func(r chi.Router) {
+		r.Put(options.BaseURL+"/v1/templates/builds/archives/{digest}", wrapper.PutBuildArchive)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/templates/builds/{build_id}", wrapper.GetBuild)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/templates/builds/{build_id}/cancel", wrapper.CancelBuild)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/templates/builds/{build_id}/logs", wrapper.FollowBuild)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/admin/builds", wrapper.ListBuildsAdmin)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/admin/builds", wrapper.CreateBuildAdmin)
+	})
+	r.Group(func(r chi.Router) {
+		r.Put(options.BaseURL+"/v1/admin/builds/archives/{digest}", wrapper.PutBuildArchiveAdmin)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/admin/builds/{build_id}", wrapper.GetBuildAdmin)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/admin/builds/{build_id}/cancel", wrapper.CancelBuildAdmin)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/admin/builds/{build_id}/logs", wrapper.FollowBuildAdmin)
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/v1/admin/hosts", wrapper.ListHosts)

@@ -88,25 +88,37 @@ func Unpack(ctx context.Context, r io.Reader, want Digest, dir string, limits Li
 		return err
 	}
 	defer root.Close()
+	u := unpacker{root: root, dirs: map[string]fs.FileMode{".": 0o700}}
+	if err := Read(ctx, r, want, limits, u.entry); err != nil {
+		return err
+	}
+	return u.finish()
+}
+
+// Read calls visit with each entry of an archive, whose name must be want, in
+// its order: folders (without the slash), files, which may be read, and symbolic
+// links. What Pack does not write is refused; what visit was given counts only
+// if Read returns nil.
+func Read(ctx context.Context, r io.Reader, want Digest, limits Limits, visit func(h *tar.Header, content io.Reader) error) error {
 	sum := sha256.New()
-	u := unpacker{root: root, budget: newBudget(limits), dirs: map[string]fs.FileMode{".": 0o700}}
-	if err := u.all(io.TeeReader(contextReader{ctx, r}, sum)); err != nil {
+	c := checker{budget: newBudget(limits), dirs: map[string]bool{".": true}}
+	if err := c.all(io.TeeReader(contextReader{ctx, r}, sum), visit); err != nil {
 		return err
 	}
 	if got := digestOf(sum.Sum(nil)); subtle.ConstantTimeCompare([]byte(got), []byte(want)) != 1 {
 		return fmt.Errorf("it is %s, not %.100q: %w", got, want, ErrRefused)
 	}
-	return u.finish()
+	return nil
 }
 
-type unpacker struct {
-	root   *os.Root
+// checker refuses what Pack does not write.
+type checker struct {
 	budget *budget
-	dirs   map[string]fs.FileMode // folders that were made, and the modes they get
-	last   string                 // name of the last entry
+	dirs   map[string]bool // names that entries have come below, or may
+	last   string          // name of the last entry
 }
 
-func (u *unpacker) all(in io.Reader) error {
+func (c *checker) all(in io.Reader, visit func(*tar.Header, io.Reader) error) error {
 	t := tar.NewReader(in)
 	for {
 		h, err := t.Next()
@@ -116,7 +128,10 @@ func (u *unpacker) all(in io.Reader) error {
 		if err != nil {
 			return fmt.Errorf("read archive: %w", err)
 		}
-		if err := u.entry(t, h); err != nil {
+		if err := c.check(h); err != nil {
+			return err
+		}
+		if err := visit(h, t); err != nil {
 			return err
 		}
 	}
@@ -132,8 +147,9 @@ func (u *unpacker) all(in io.Reader) error {
 	return nil
 }
 
-func (u *unpacker) entry(t io.Reader, h *tar.Header) error {
-	if err := u.budget.entry(h.Name, h.Linkname, h.Size); err != nil {
+// check checks an entry, whose name it leaves without a final slash.
+func (c *checker) check(h *tar.Header) error {
+	if err := c.budget.entry(h.Name, h.Linkname, h.Size); err != nil {
 		return err
 	}
 	name := h.Name
@@ -145,10 +161,53 @@ func (u *unpacker) entry(t io.Reader, h *tar.Header) error {
 	}
 	// In the order that Pack writes, none can come twice, and none before its
 	// folder.
-	if u.last != "" && compare(u.last, name) >= 0 {
+	if c.last != "" && compare(c.last, name) >= 0 {
 		return fmt.Errorf("entry %q comes twice or out of order: %w", h.Name, ErrRefused)
 	}
-	u.last = name
+	c.last, h.Name = name, name
+	if err := c.parents(path.Dir(name)); err != nil {
+		return err
+	}
+	c.dirs[name] = h.Typeflag == tar.TypeDir
+	switch h.Typeflag {
+	case tar.TypeDir, tar.TypeReg:
+		return nil
+	case tar.TypeSymlink:
+		if err := checkLink(name, h.Linkname); err != nil {
+			return fmt.Errorf("%w: %w", err, ErrRefused)
+		}
+		if h.Linkname == "" {
+			return fmt.Errorf("link %s leads nowhere: %w", name, ErrRefused)
+		}
+		return nil
+	}
+	return fmt.Errorf("entry %q is of type %q: %w", h.Name, h.Typeflag, ErrRefused)
+}
+
+// parents takes in the folders that the archive has no entry of: those that
+// were ignored but for something in them.
+func (c *checker) parents(dir string) error {
+	is, ok := c.dirs[dir]
+	if is {
+		return nil
+	}
+	if ok {
+		return fmt.Errorf("%q is not a folder, but has entries: %w", dir, ErrRefused)
+	}
+	if err := c.parents(path.Dir(dir)); err != nil {
+		return err
+	}
+	c.dirs[dir] = true
+	return c.budget.entry(dir, "", 0)
+}
+
+type unpacker struct {
+	root *os.Root
+	dirs map[string]fs.FileMode // folders that were made, and the modes they get
+}
+
+func (u *unpacker) entry(h *tar.Header, t io.Reader) error {
+	name := h.Name
 	if err := u.parents(path.Dir(name)); err != nil {
 		return err
 	}
@@ -158,12 +217,6 @@ func (u *unpacker) entry(t io.Reader, h *tar.Header) error {
 		u.dirs[name] = mode
 		return u.root.Mkdir(name, 0o700)
 	case tar.TypeSymlink:
-		if err := checkLink(name, h.Linkname); err != nil {
-			return fmt.Errorf("%w: %w", err, ErrRefused)
-		}
-		if h.Linkname == "" {
-			return fmt.Errorf("link %s leads nowhere: %w", name, ErrRefused)
-		}
 		return u.root.Symlink(h.Linkname, name)
 	case tar.TypeReg:
 		f, err := u.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
@@ -179,19 +232,12 @@ func (u *unpacker) entry(t io.Reader, h *tar.Header) error {
 	return fmt.Errorf("entry %q is of type %q: %w", h.Name, h.Typeflag, ErrRefused)
 }
 
-// parents makes the folders that the archive has no entry of: those that were
-// ignored but for something in them.
+// parents makes the folders that the archive has no entry of.
 func (u *unpacker) parents(dir string) error {
 	if _, ok := u.dirs[dir]; ok {
 		return nil
 	}
-	if info, err := u.root.Lstat(dir); err == nil && !info.IsDir() {
-		return fmt.Errorf("%q is not a folder, but has entries: %w", dir, ErrRefused)
-	}
 	if err := u.parents(path.Dir(dir)); err != nil {
-		return err
-	}
-	if err := u.budget.entry(dir, "", 0); err != nil {
 		return err
 	}
 	u.dirs[dir] = 0o755

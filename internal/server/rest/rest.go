@@ -19,6 +19,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
 	"github.com/wrenn-dev/wrenn/internal/server/audit"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
+	"github.com/wrenn-dev/wrenn/internal/server/builds"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/metrics"
@@ -32,6 +33,7 @@ import (
 type Config struct {
 	Sandboxes *sandboxes.Service
 	Templates *templates.Service
+	Builds    *builds.Service
 	Hosts     *hosts.Registry
 	Usage     *usage.Service
 	Audit     *audit.Log
@@ -198,7 +200,7 @@ func streams(op *openapi3.Operation) bool {
 		return false
 	}
 	switch op.OperationID {
-	case "writeFile", "writeArchive", "importArchive", "importPlatformArchive":
+	case "writeFile", "writeArchive", "importArchive", "importPlatformArchive", "putBuildArchive", "putBuildArchiveAdmin":
 		return true
 	}
 	return false

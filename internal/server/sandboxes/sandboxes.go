@@ -297,6 +297,8 @@ type CreateParams struct {
 	// AutoResume lets calls and requests resume the sandbox; nil: if it is
 	// paused when its timeout ends.
 	AutoResume *bool
+
+	build *uuid.UUID // it is made for
 }
 
 // normal returns p with what is left open said, where that does not depend on
@@ -469,6 +471,20 @@ func (s *Service) create(ctx context.Context, team uuid.UUID, p CreateParams, ke
 	if err != nil {
 		return db.Sandbox{}, err
 	}
+	return s.createFrom(ctx, team, template, p, key, hash)
+}
+
+// CreateFor makes a sandbox of a template, which need not have a name, for a
+// build, and returns when it runs. It is nobody's but the build's, and counts as
+// any other of the team's. It goes on when ctx ends before: see [Service.End].
+func (s *Service) CreateFor(ctx context.Context, team, build uuid.UUID, template db.Template, p CreateParams) (db.Sandbox, error) {
+	p = p.normal()
+	p.build = &build
+	return s.createFrom(ctx, team, template, p, "", nil)
+}
+
+func (s *Service) createFrom(ctx context.Context, team uuid.UUID, template db.Template, p CreateParams, key string, hash []byte) (db.Sandbox, error) {
+	var err error
 	if p, err = p.fit(template); err != nil {
 		return db.Sandbox{}, err
 	}
@@ -496,7 +512,7 @@ func (s *Service) create(ctx context.Context, team uuid.UUID, p CreateParams, ke
 		row, err = q.InsertSandbox(ctx, db.InsertSandboxParams{
 			ID: sandbox, TeamID: team, HostID: &host, TemplateID: template.ID, TemplateName: template.Name,
 			VCPUs: p.VCPUs, MemoryMiB: p.MemoryMiB, DiskMiB: p.DiskMiB, TimeoutSeconds: p.TimeoutSeconds,
-			Metadata: metadata, CreatedAt: now(), OnTimeout: p.OnTimeout, AutoResume: *p.AutoResume,
+			Metadata: metadata, CreatedAt: now(), OnTimeout: p.OnTimeout, AutoResume: *p.AutoResume, BuildID: p.build,
 		})
 		if err != nil || key == "" {
 			return err
@@ -737,6 +753,12 @@ func (s *Service) Delete(ctx context.Context, team, sandbox uuid.UUID) error {
 	if err != nil || State(row.State).Ended() {
 		return err
 	}
+	return s.End(ctx, row)
+}
+
+// End is Delete for any sandbox that has not ended.
+func (s *Service) End(ctx context.Context, row db.Sandbox) error {
+	sandbox := row.ID
 	if err := s.begin(func() { s.deleting[sandbox]++ }); err != nil {
 		return err
 	}

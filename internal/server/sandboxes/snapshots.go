@@ -274,6 +274,9 @@ func (w *watch) settleTemplates(ctx context.Context, known []db.Template, has []
 	}
 	for _, row := range known {
 		state := templates.State(row.State)
+		if state == templates.Pending && row.BuildID != nil {
+			continue // The build's worker, or who takes its place, sees to it.
+		}
 		if state == templates.Ready || w.busyTemplate(row.ID) || slices.Contains(elsewhere, row.ID) {
 			continue
 		}

@@ -68,6 +68,9 @@ func CheckName(s string) error {
 // tag is what may stand behind a name and a colon, as in Docker's references.
 var tag = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$`)
 
+// LayerPrefix begins what hosts call builds' layers, which have no names.
+const LayerPrefix = "layer:"
+
 // Latest is the tag that a name without one means.
 const Latest = "latest"
 
@@ -345,7 +348,7 @@ func (s *Service) Sync(ctx context.Context, host uuid.UUID, known []db.Template,
 func same(row db.Template, t *hostagentv1.Template) bool {
 	return row.SizeBytes == t.SizeBytes && row.CreatedAt.Equal(t.CreatedAt.AsTime().Truncate(time.Microsecond)) &&
 		row.VCPUs == t.Vcpus && row.MemoryMiB == t.MemoryMib && row.DiskMiB == t.DiskMib &&
-		(row.TeamID != uuid.Nil || row.Name == t.Name)
+		(row.TeamID != uuid.Nil || row.BuildID != nil || row.Name == t.Name)
 }
 
 // learn writes down a template that is new on a host, or another than it was.
@@ -353,6 +356,9 @@ func (s *Service) learn(ctx context.Context, host, tid uuid.UUID, t *hostagentv1
 	team, err := id.Parse(id.Team, t.TeamId)
 	if err != nil {
 		return err
+	}
+	if strings.HasPrefix(t.Name, LayerPrefix) {
+		return nil // A build's, which knows its own.
 	}
 	return s.store.InTx(ctx, func(q *db.Queries) error {
 		_, err := q.AddTemplate(ctx, db.AddTemplateParams{

@@ -138,7 +138,7 @@ func (x Event_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Event_Kind.Descriptor instead.
 func (Event_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{51, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{53, 0}
 }
 
 type Sandbox struct {
@@ -693,7 +693,12 @@ type SnapshotRequest struct {
 	// The template's name, which the server keeps unique in a team.
 	Name string `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
 	// Absent: those of the sandbox's own template.
-	Defaults      *Defaults `protobuf:"bytes,4,opt,name=defaults,proto3" json:"defaults,omitempty"`
+	Defaults *Defaults `protobuf:"bytes,4,opt,name=defaults,proto3" json:"defaults,omitempty"`
+	// Only the disk is captured, as a file system of its own, without what was
+	// its template's. The host boots it once before it answers.
+	DiskOnly bool `protobuf:"varint,5,opt,name=disk_only,json=diskOnly,proto3" json:"disk_only,omitempty"`
+	// With disk_only: what is started when it is booted, and left running.
+	Start         []string `protobuf:"bytes,6,rep,name=start,proto3" json:"start,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -756,6 +761,20 @@ func (x *SnapshotRequest) GetDefaults() *Defaults {
 	return nil
 }
 
+func (x *SnapshotRequest) GetDiskOnly() bool {
+	if x != nil {
+		return x.DiskOnly
+	}
+	return false
+}
+
+func (x *SnapshotRequest) GetStart() []string {
+	if x != nil {
+		return x.Start
+	}
+	return nil
+}
+
 type SnapshotResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Template      *Template              `protobuf:"bytes,1,opt,name=template,proto3" json:"template,omitempty"`
@@ -800,6 +819,86 @@ func (x *SnapshotResponse) GetTemplate() *Template {
 	return nil
 }
 
+type SettleRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SettleRequest) Reset() {
+	*x = SettleRequest{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SettleRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SettleRequest) ProtoMessage() {}
+
+func (x *SettleRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SettleRequest.ProtoReflect.Descriptor instead.
+func (*SettleRequest) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *SettleRequest) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+type SettleResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SettleResponse) Reset() {
+	*x = SettleResponse{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SettleResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SettleResponse) ProtoMessage() {}
+
+func (x *SettleResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SettleResponse.ProtoReflect.Descriptor instead.
+func (*SettleResponse) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{11}
+}
+
 type ForkRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
@@ -810,7 +909,7 @@ type ForkRequest struct {
 
 func (x *ForkRequest) Reset() {
 	*x = ForkRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[10]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -822,7 +921,7 @@ func (x *ForkRequest) String() string {
 func (*ForkRequest) ProtoMessage() {}
 
 func (x *ForkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[10]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -835,7 +934,7 @@ func (x *ForkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForkRequest.ProtoReflect.Descriptor instead.
 func (*ForkRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{10}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ForkRequest) GetSandboxId() string {
@@ -862,7 +961,7 @@ type ForkResponse struct {
 
 func (x *ForkResponse) Reset() {
 	*x = ForkResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[11]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -874,7 +973,7 @@ func (x *ForkResponse) String() string {
 func (*ForkResponse) ProtoMessage() {}
 
 func (x *ForkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[11]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -887,7 +986,7 @@ func (x *ForkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForkResponse.ProtoReflect.Descriptor instead.
 func (*ForkResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{11}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ForkResponse) GetSandboxes() []*Sandbox {
@@ -907,7 +1006,7 @@ type DeleteTemplateRequest struct {
 
 func (x *DeleteTemplateRequest) Reset() {
 	*x = DeleteTemplateRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[12]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -919,7 +1018,7 @@ func (x *DeleteTemplateRequest) String() string {
 func (*DeleteTemplateRequest) ProtoMessage() {}
 
 func (x *DeleteTemplateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[12]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -932,7 +1031,7 @@ func (x *DeleteTemplateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteTemplateRequest.ProtoReflect.Descriptor instead.
 func (*DeleteTemplateRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{12}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DeleteTemplateRequest) GetTeamId() string {
@@ -957,7 +1056,7 @@ type DeleteTemplateResponse struct {
 
 func (x *DeleteTemplateResponse) Reset() {
 	*x = DeleteTemplateResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[13]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -969,7 +1068,7 @@ func (x *DeleteTemplateResponse) String() string {
 func (*DeleteTemplateResponse) ProtoMessage() {}
 
 func (x *DeleteTemplateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[13]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -982,7 +1081,7 @@ func (x *DeleteTemplateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteTemplateResponse.ProtoReflect.Descriptor instead.
 func (*DeleteTemplateResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{13}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{15}
 }
 
 type DestroyRequest struct {
@@ -994,7 +1093,7 @@ type DestroyRequest struct {
 
 func (x *DestroyRequest) Reset() {
 	*x = DestroyRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[14]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1006,7 +1105,7 @@ func (x *DestroyRequest) String() string {
 func (*DestroyRequest) ProtoMessage() {}
 
 func (x *DestroyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[14]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1019,7 +1118,7 @@ func (x *DestroyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DestroyRequest.ProtoReflect.Descriptor instead.
 func (*DestroyRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{14}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DestroyRequest) GetSandboxId() string {
@@ -1037,7 +1136,7 @@ type DestroyResponse struct {
 
 func (x *DestroyResponse) Reset() {
 	*x = DestroyResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[15]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1049,7 +1148,7 @@ func (x *DestroyResponse) String() string {
 func (*DestroyResponse) ProtoMessage() {}
 
 func (x *DestroyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[15]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1062,7 +1161,7 @@ func (x *DestroyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DestroyResponse.ProtoReflect.Descriptor instead.
 func (*DestroyResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{15}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{17}
 }
 
 type ListRequest struct {
@@ -1073,7 +1172,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[16]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1085,7 +1184,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[16]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1098,7 +1197,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{16}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{18}
 }
 
 type ListResponse struct {
@@ -1110,7 +1209,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[17]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1122,7 +1221,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[17]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1135,7 +1234,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{17}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ListResponse) GetSandboxes() []*Sandbox {
@@ -1154,7 +1253,7 @@ type GetRequest struct {
 
 func (x *GetRequest) Reset() {
 	*x = GetRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[18]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1166,7 +1265,7 @@ func (x *GetRequest) String() string {
 func (*GetRequest) ProtoMessage() {}
 
 func (x *GetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[18]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1179,7 +1278,7 @@ func (x *GetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRequest.ProtoReflect.Descriptor instead.
 func (*GetRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{18}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *GetRequest) GetSandboxId() string {
@@ -1198,7 +1297,7 @@ type GetResponse struct {
 
 func (x *GetResponse) Reset() {
 	*x = GetResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[19]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1210,7 +1309,7 @@ func (x *GetResponse) String() string {
 func (*GetResponse) ProtoMessage() {}
 
 func (x *GetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[19]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1223,7 +1322,7 @@ func (x *GetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetResponse.ProtoReflect.Descriptor instead.
 func (*GetResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{19}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *GetResponse) GetSandbox() *Sandbox {
@@ -1251,7 +1350,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[20]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1263,7 +1362,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[20]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1276,7 +1375,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{20}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Command) GetCmd() string {
@@ -1332,7 +1431,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[21]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1344,7 +1443,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[21]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1357,7 +1456,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{21}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ExecRequest) GetSandboxId() string {
@@ -1397,7 +1496,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[22]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1409,7 +1508,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[22]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1422,7 +1521,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{22}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ExecResponse) GetStdout() []byte {
@@ -1477,7 +1576,7 @@ type TerminalSize struct {
 
 func (x *TerminalSize) Reset() {
 	*x = TerminalSize{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[23]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1489,7 +1588,7 @@ func (x *TerminalSize) String() string {
 func (*TerminalSize) ProtoMessage() {}
 
 func (x *TerminalSize) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[23]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1502,7 +1601,7 @@ func (x *TerminalSize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TerminalSize.ProtoReflect.Descriptor instead.
 func (*TerminalSize) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{23}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *TerminalSize) GetCols() uint32 {
@@ -1535,7 +1634,7 @@ type ExecStreamRequest struct {
 
 func (x *ExecStreamRequest) Reset() {
 	*x = ExecStreamRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[24]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1547,7 +1646,7 @@ func (x *ExecStreamRequest) String() string {
 func (*ExecStreamRequest) ProtoMessage() {}
 
 func (x *ExecStreamRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[24]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1560,7 +1659,7 @@ func (x *ExecStreamRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamRequest.ProtoReflect.Descriptor instead.
 func (*ExecStreamRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{24}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ExecStreamRequest) GetMessage() isExecStreamRequest_Message {
@@ -1666,7 +1765,7 @@ type ExecStreamResponse struct {
 
 func (x *ExecStreamResponse) Reset() {
 	*x = ExecStreamResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[25]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1678,7 +1777,7 @@ func (x *ExecStreamResponse) String() string {
 func (*ExecStreamResponse) ProtoMessage() {}
 
 func (x *ExecStreamResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[25]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1691,7 +1790,7 @@ func (x *ExecStreamResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamResponse.ProtoReflect.Descriptor instead.
 func (*ExecStreamResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{25}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ExecStreamResponse) GetMessage() isExecStreamResponse_Message {
@@ -1794,7 +1893,7 @@ type FileRef struct {
 
 func (x *FileRef) Reset() {
 	*x = FileRef{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[26]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1806,7 +1905,7 @@ func (x *FileRef) String() string {
 func (*FileRef) ProtoMessage() {}
 
 func (x *FileRef) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[26]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1819,7 +1918,7 @@ func (x *FileRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileRef.ProtoReflect.Descriptor instead.
 func (*FileRef) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{26}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *FileRef) GetSandboxId() string {
@@ -1854,7 +1953,7 @@ type FileInfo struct {
 
 func (x *FileInfo) Reset() {
 	*x = FileInfo{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[27]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1866,7 +1965,7 @@ func (x *FileInfo) String() string {
 func (*FileInfo) ProtoMessage() {}
 
 func (x *FileInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[27]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1879,7 +1978,7 @@ func (x *FileInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileInfo.ProtoReflect.Descriptor instead.
 func (*FileInfo) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{27}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *FileInfo) GetPath() string {
@@ -1913,7 +2012,7 @@ type WriteFileRequest struct {
 
 func (x *WriteFileRequest) Reset() {
 	*x = WriteFileRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[28]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1925,7 +2024,7 @@ func (x *WriteFileRequest) String() string {
 func (*WriteFileRequest) ProtoMessage() {}
 
 func (x *WriteFileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[28]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1938,7 +2037,7 @@ func (x *WriteFileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteFileRequest.ProtoReflect.Descriptor instead.
 func (*WriteFileRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{28}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *WriteFileRequest) GetFile() *FileRef {
@@ -1964,7 +2063,7 @@ type WriteFileResponse struct {
 
 func (x *WriteFileResponse) Reset() {
 	*x = WriteFileResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[29]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1976,7 +2075,7 @@ func (x *WriteFileResponse) String() string {
 func (*WriteFileResponse) ProtoMessage() {}
 
 func (x *WriteFileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[29]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1989,7 +2088,7 @@ func (x *WriteFileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteFileResponse.ProtoReflect.Descriptor instead.
 func (*WriteFileResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{29}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *WriteFileResponse) GetFile() *FileInfo {
@@ -2008,7 +2107,7 @@ type ReadFileRequest struct {
 
 func (x *ReadFileRequest) Reset() {
 	*x = ReadFileRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[30]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2020,7 +2119,7 @@ func (x *ReadFileRequest) String() string {
 func (*ReadFileRequest) ProtoMessage() {}
 
 func (x *ReadFileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[30]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2033,7 +2132,7 @@ func (x *ReadFileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadFileRequest.ProtoReflect.Descriptor instead.
 func (*ReadFileRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{30}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ReadFileRequest) GetFile() *FileRef {
@@ -2052,7 +2151,7 @@ type ReadFileResponse struct {
 
 func (x *ReadFileResponse) Reset() {
 	*x = ReadFileResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[31]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2064,7 +2163,7 @@ func (x *ReadFileResponse) String() string {
 func (*ReadFileResponse) ProtoMessage() {}
 
 func (x *ReadFileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[31]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2077,7 +2176,7 @@ func (x *ReadFileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadFileResponse.ProtoReflect.Descriptor instead.
 func (*ReadFileResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{31}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ReadFileResponse) GetContent() []byte {
@@ -2100,7 +2199,7 @@ type WriteFileStreamRequest struct {
 
 func (x *WriteFileStreamRequest) Reset() {
 	*x = WriteFileStreamRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[32]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2112,7 +2211,7 @@ func (x *WriteFileStreamRequest) String() string {
 func (*WriteFileStreamRequest) ProtoMessage() {}
 
 func (x *WriteFileStreamRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[32]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2125,7 +2224,7 @@ func (x *WriteFileStreamRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteFileStreamRequest.ProtoReflect.Descriptor instead.
 func (*WriteFileStreamRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{32}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *WriteFileStreamRequest) GetMessage() isWriteFileStreamRequest_Message {
@@ -2178,7 +2277,7 @@ type WriteFileStreamResponse struct {
 
 func (x *WriteFileStreamResponse) Reset() {
 	*x = WriteFileStreamResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[33]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2190,7 +2289,7 @@ func (x *WriteFileStreamResponse) String() string {
 func (*WriteFileStreamResponse) ProtoMessage() {}
 
 func (x *WriteFileStreamResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[33]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2203,7 +2302,7 @@ func (x *WriteFileStreamResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteFileStreamResponse.ProtoReflect.Descriptor instead.
 func (*WriteFileStreamResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{33}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *WriteFileStreamResponse) GetFile() *FileInfo {
@@ -2227,7 +2326,7 @@ type ReadFileStreamRequest struct {
 
 func (x *ReadFileStreamRequest) Reset() {
 	*x = ReadFileStreamRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[34]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2239,7 +2338,7 @@ func (x *ReadFileStreamRequest) String() string {
 func (*ReadFileStreamRequest) ProtoMessage() {}
 
 func (x *ReadFileStreamRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[34]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2252,7 +2351,7 @@ func (x *ReadFileStreamRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadFileStreamRequest.ProtoReflect.Descriptor instead.
 func (*ReadFileStreamRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{34}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ReadFileStreamRequest) GetFile() *FileRef {
@@ -2296,7 +2395,7 @@ type ReadFileStreamResponse struct {
 
 func (x *ReadFileStreamResponse) Reset() {
 	*x = ReadFileStreamResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[35]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2308,7 +2407,7 @@ func (x *ReadFileStreamResponse) String() string {
 func (*ReadFileStreamResponse) ProtoMessage() {}
 
 func (x *ReadFileStreamResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[35]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2321,7 +2420,7 @@ func (x *ReadFileStreamResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadFileStreamResponse.ProtoReflect.Descriptor instead.
 func (*ReadFileStreamResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{35}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ReadFileStreamResponse) GetMessage() isReadFileStreamResponse_Message {
@@ -2374,7 +2473,7 @@ type PingRequest struct {
 
 func (x *PingRequest) Reset() {
 	*x = PingRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[36]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2386,7 +2485,7 @@ func (x *PingRequest) String() string {
 func (*PingRequest) ProtoMessage() {}
 
 func (x *PingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[36]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2399,7 +2498,7 @@ func (x *PingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingRequest.ProtoReflect.Descriptor instead.
 func (*PingRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{36}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *PingRequest) GetSandboxId() string {
@@ -2418,7 +2517,7 @@ type PingResponse struct {
 
 func (x *PingResponse) Reset() {
 	*x = PingResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[37]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2430,7 +2529,7 @@ func (x *PingResponse) String() string {
 func (*PingResponse) ProtoMessage() {}
 
 func (x *PingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[37]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2443,7 +2542,7 @@ func (x *PingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingResponse.ProtoReflect.Descriptor instead.
 func (*PingResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{37}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *PingResponse) GetSandbox() *Sandbox {
@@ -2461,7 +2560,7 @@ type SamplesRequest struct {
 
 func (x *SamplesRequest) Reset() {
 	*x = SamplesRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[38]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2473,7 +2572,7 @@ func (x *SamplesRequest) String() string {
 func (*SamplesRequest) ProtoMessage() {}
 
 func (x *SamplesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[38]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2486,7 +2585,7 @@ func (x *SamplesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SamplesRequest.ProtoReflect.Descriptor instead.
 func (*SamplesRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{38}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{40}
 }
 
 type SamplesResponse struct {
@@ -2499,7 +2598,7 @@ type SamplesResponse struct {
 
 func (x *SamplesResponse) Reset() {
 	*x = SamplesResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2511,7 +2610,7 @@ func (x *SamplesResponse) String() string {
 func (*SamplesResponse) ProtoMessage() {}
 
 func (x *SamplesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2524,7 +2623,7 @@ func (x *SamplesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SamplesResponse.ProtoReflect.Descriptor instead.
 func (*SamplesResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{39}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *SamplesResponse) GetTime() *timestamppb.Timestamp {
@@ -2550,7 +2649,7 @@ type MetricsRequest struct {
 
 func (x *MetricsRequest) Reset() {
 	*x = MetricsRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2562,7 +2661,7 @@ func (x *MetricsRequest) String() string {
 func (*MetricsRequest) ProtoMessage() {}
 
 func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2575,7 +2674,7 @@ func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsRequest.ProtoReflect.Descriptor instead.
 func (*MetricsRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{40}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *MetricsRequest) GetSandboxId() string {
@@ -2603,7 +2702,7 @@ type MetricsResponse struct {
 
 func (x *MetricsResponse) Reset() {
 	*x = MetricsResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2615,7 +2714,7 @@ func (x *MetricsResponse) String() string {
 func (*MetricsResponse) ProtoMessage() {}
 
 func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2628,7 +2727,7 @@ func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsResponse.ProtoReflect.Descriptor instead.
 func (*MetricsResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{41}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *MetricsResponse) GetTime() *timestamppb.Timestamp {
@@ -2696,7 +2795,7 @@ type ConsoleRequest struct {
 
 func (x *ConsoleRequest) Reset() {
 	*x = ConsoleRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[42]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2708,7 +2807,7 @@ func (x *ConsoleRequest) String() string {
 func (*ConsoleRequest) ProtoMessage() {}
 
 func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[42]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2721,7 +2820,7 @@ func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleRequest.ProtoReflect.Descriptor instead.
 func (*ConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{42}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ConsoleRequest) GetSandboxId() string {
@@ -2740,7 +2839,7 @@ type ConsoleResponse struct {
 
 func (x *ConsoleResponse) Reset() {
 	*x = ConsoleResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[43]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2752,7 +2851,7 @@ func (x *ConsoleResponse) String() string {
 func (*ConsoleResponse) ProtoMessage() {}
 
 func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[43]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2765,7 +2864,7 @@ func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleResponse.ProtoReflect.Descriptor instead.
 func (*ConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{43}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ConsoleResponse) GetOutput() []byte {
@@ -2793,7 +2892,7 @@ type Template struct {
 
 func (x *Template) Reset() {
 	*x = Template{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[44]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2805,7 +2904,7 @@ func (x *Template) String() string {
 func (*Template) ProtoMessage() {}
 
 func (x *Template) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[44]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2818,7 +2917,7 @@ func (x *Template) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Template.ProtoReflect.Descriptor instead.
 func (*Template) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{44}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Template) GetTemplateId() string {
@@ -2897,7 +2996,7 @@ type ImportTemplateRequest struct {
 
 func (x *ImportTemplateRequest) Reset() {
 	*x = ImportTemplateRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[45]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2909,7 +3008,7 @@ func (x *ImportTemplateRequest) String() string {
 func (*ImportTemplateRequest) ProtoMessage() {}
 
 func (x *ImportTemplateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[45]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2922,7 +3021,7 @@ func (x *ImportTemplateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportTemplateRequest.ProtoReflect.Descriptor instead.
 func (*ImportTemplateRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{45}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ImportTemplateRequest) GetMessage() isImportTemplateRequest_Message {
@@ -2977,7 +3076,7 @@ type ImportTemplateResponse struct {
 
 func (x *ImportTemplateResponse) Reset() {
 	*x = ImportTemplateResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[46]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2989,7 +3088,7 @@ func (x *ImportTemplateResponse) String() string {
 func (*ImportTemplateResponse) ProtoMessage() {}
 
 func (x *ImportTemplateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[46]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3002,7 +3101,7 @@ func (x *ImportTemplateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportTemplateResponse.ProtoReflect.Descriptor instead.
 func (*ImportTemplateResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{46}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ImportTemplateResponse) GetTemplate() *Template {
@@ -3027,7 +3126,7 @@ type TemplatesRequest struct {
 
 func (x *TemplatesRequest) Reset() {
 	*x = TemplatesRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[47]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3039,7 +3138,7 @@ func (x *TemplatesRequest) String() string {
 func (*TemplatesRequest) ProtoMessage() {}
 
 func (x *TemplatesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[47]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3052,7 +3151,7 @@ func (x *TemplatesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TemplatesRequest.ProtoReflect.Descriptor instead.
 func (*TemplatesRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{47}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{49}
 }
 
 type TemplatesResponse struct {
@@ -3064,7 +3163,7 @@ type TemplatesResponse struct {
 
 func (x *TemplatesResponse) Reset() {
 	*x = TemplatesResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3076,7 +3175,7 @@ func (x *TemplatesResponse) String() string {
 func (*TemplatesResponse) ProtoMessage() {}
 
 func (x *TemplatesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3089,7 +3188,7 @@ func (x *TemplatesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TemplatesResponse.ProtoReflect.Descriptor instead.
 func (*TemplatesResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{48}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *TemplatesResponse) GetTemplates() []*Template {
@@ -3107,7 +3206,7 @@ type HostRequest struct {
 
 func (x *HostRequest) Reset() {
 	*x = HostRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3119,7 +3218,7 @@ func (x *HostRequest) String() string {
 func (*HostRequest) ProtoMessage() {}
 
 func (x *HostRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3132,7 +3231,7 @@ func (x *HostRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostRequest.ProtoReflect.Descriptor instead.
 func (*HostRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{49}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{51}
 }
 
 type HostResponse struct {
@@ -3162,7 +3261,7 @@ type HostResponse struct {
 
 func (x *HostResponse) Reset() {
 	*x = HostResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[50]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3174,7 +3273,7 @@ func (x *HostResponse) String() string {
 func (*HostResponse) ProtoMessage() {}
 
 func (x *HostResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[50]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3187,7 +3286,7 @@ func (x *HostResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostResponse.ProtoReflect.Descriptor instead.
 func (*HostResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{50}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *HostResponse) GetVersion() string {
@@ -3301,7 +3400,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[51]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3313,7 +3412,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[51]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3326,7 +3425,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{51}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -3372,7 +3471,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[52]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3384,7 +3483,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[52]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3397,7 +3496,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{52}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{54}
 }
 
 type EventsResponse struct {
@@ -3409,7 +3508,7 @@ type EventsResponse struct {
 
 func (x *EventsResponse) Reset() {
 	*x = EventsResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[53]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3421,7 +3520,7 @@ func (x *EventsResponse) String() string {
 func (*EventsResponse) ProtoMessage() {}
 
 func (x *EventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[53]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3434,7 +3533,7 @@ func (x *EventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsResponse.ProtoReflect.Descriptor instead.
 func (*EventsResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{53}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *EventsResponse) GetEvent() *Event {
@@ -3453,7 +3552,7 @@ type AckEventsRequest struct {
 
 func (x *AckEventsRequest) Reset() {
 	*x = AckEventsRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[54]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3465,7 +3564,7 @@ func (x *AckEventsRequest) String() string {
 func (*AckEventsRequest) ProtoMessage() {}
 
 func (x *AckEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[54]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3478,7 +3577,7 @@ func (x *AckEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AckEventsRequest.ProtoReflect.Descriptor instead.
 func (*AckEventsRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{54}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *AckEventsRequest) GetSeq() uint64 {
@@ -3496,7 +3595,7 @@ type AckEventsResponse struct {
 
 func (x *AckEventsResponse) Reset() {
 	*x = AckEventsResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[55]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3508,7 +3607,7 @@ func (x *AckEventsResponse) String() string {
 func (*AckEventsResponse) ProtoMessage() {}
 
 func (x *AckEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[55]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3521,7 +3620,7 @@ func (x *AckEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AckEventsResponse.ProtoReflect.Descriptor instead.
 func (*AckEventsResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{55}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{57}
 }
 
 type TerminateRequest struct {
@@ -3532,7 +3631,7 @@ type TerminateRequest struct {
 
 func (x *TerminateRequest) Reset() {
 	*x = TerminateRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[56]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3544,7 +3643,7 @@ func (x *TerminateRequest) String() string {
 func (*TerminateRequest) ProtoMessage() {}
 
 func (x *TerminateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[56]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3557,7 +3656,7 @@ func (x *TerminateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TerminateRequest.ProtoReflect.Descriptor instead.
 func (*TerminateRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{56}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{58}
 }
 
 type TerminateResponse struct {
@@ -3568,7 +3667,7 @@ type TerminateResponse struct {
 
 func (x *TerminateResponse) Reset() {
 	*x = TerminateResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[57]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3580,7 +3679,7 @@ func (x *TerminateResponse) String() string {
 func (*TerminateResponse) ProtoMessage() {}
 
 func (x *TerminateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[57]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3593,7 +3692,7 @@ func (x *TerminateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TerminateResponse.ProtoReflect.Descriptor instead.
 func (*TerminateResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{57}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{59}
 }
 
 type ForkRequest_Copy struct {
@@ -3606,7 +3705,7 @@ type ForkRequest_Copy struct {
 
 func (x *ForkRequest_Copy) Reset() {
 	*x = ForkRequest_Copy{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[60]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3618,7 +3717,7 @@ func (x *ForkRequest_Copy) String() string {
 func (*ForkRequest_Copy) ProtoMessage() {}
 
 func (x *ForkRequest_Copy) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[60]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3631,7 +3730,7 @@ func (x *ForkRequest_Copy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForkRequest_Copy.ProtoReflect.Descriptor instead.
 func (*ForkRequest_Copy) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{10, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{12, 0}
 }
 
 func (x *ForkRequest_Copy) GetSandboxId() string {
@@ -3662,7 +3761,7 @@ type ExecStreamRequest_Start struct {
 
 func (x *ExecStreamRequest_Start) Reset() {
 	*x = ExecStreamRequest_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[62]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3674,7 +3773,7 @@ func (x *ExecStreamRequest_Start) String() string {
 func (*ExecStreamRequest_Start) ProtoMessage() {}
 
 func (x *ExecStreamRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[62]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3687,7 +3786,7 @@ func (x *ExecStreamRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamRequest_Start.ProtoReflect.Descriptor instead.
 func (*ExecStreamRequest_Start) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{24, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{26, 0}
 }
 
 func (x *ExecStreamRequest_Start) GetSandboxId() string {
@@ -3726,7 +3825,7 @@ type ExecStreamRequest_CloseStdin struct {
 
 func (x *ExecStreamRequest_CloseStdin) Reset() {
 	*x = ExecStreamRequest_CloseStdin{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[63]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3738,7 +3837,7 @@ func (x *ExecStreamRequest_CloseStdin) String() string {
 func (*ExecStreamRequest_CloseStdin) ProtoMessage() {}
 
 func (x *ExecStreamRequest_CloseStdin) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[63]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3751,7 +3850,7 @@ func (x *ExecStreamRequest_CloseStdin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamRequest_CloseStdin.ProtoReflect.Descriptor instead.
 func (*ExecStreamRequest_CloseStdin) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{24, 1}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{26, 1}
 }
 
 type ExecStreamResponse_Started struct {
@@ -3763,7 +3862,7 @@ type ExecStreamResponse_Started struct {
 
 func (x *ExecStreamResponse_Started) Reset() {
 	*x = ExecStreamResponse_Started{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[64]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3775,7 +3874,7 @@ func (x *ExecStreamResponse_Started) String() string {
 func (*ExecStreamResponse_Started) ProtoMessage() {}
 
 func (x *ExecStreamResponse_Started) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[64]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3788,7 +3887,7 @@ func (x *ExecStreamResponse_Started) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamResponse_Started.ProtoReflect.Descriptor instead.
 func (*ExecStreamResponse_Started) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{25, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{27, 0}
 }
 
 func (x *ExecStreamResponse_Started) GetPid() uint32 {
@@ -3809,7 +3908,7 @@ type ExecStreamResponse_Exited struct {
 
 func (x *ExecStreamResponse_Exited) Reset() {
 	*x = ExecStreamResponse_Exited{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[65]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3821,7 +3920,7 @@ func (x *ExecStreamResponse_Exited) String() string {
 func (*ExecStreamResponse_Exited) ProtoMessage() {}
 
 func (x *ExecStreamResponse_Exited) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[65]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3834,7 +3933,7 @@ func (x *ExecStreamResponse_Exited) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamResponse_Exited.ProtoReflect.Descriptor instead.
 func (*ExecStreamResponse_Exited) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{25, 1}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{27, 1}
 }
 
 func (x *ExecStreamResponse_Exited) GetExitCode() int32 {
@@ -3862,14 +3961,18 @@ type WriteFileStreamRequest_Start struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	File  *FileRef               `protobuf:"bytes,1,opt,name=file,proto3" json:"file,omitempty"`
 	// The content is a tar archive to unpack at path, a directory.
-	Archive       bool `protobuf:"varint,2,opt,name=archive,proto3" json:"archive,omitempty"`
+	Archive bool `protobuf:"varint,2,opt,name=archive,proto3" json:"archive,omitempty"`
+	// With archive: whose all is that is unpacked, "user" or "user:group" by
+	// names or numbers; modes are the archive's then, setuid, setgid and sticky
+	// bits too. Empty: the file's user's, without these bits.
+	Owner         string `protobuf:"bytes,3,opt,name=owner,proto3" json:"owner,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *WriteFileStreamRequest_Start) Reset() {
 	*x = WriteFileStreamRequest_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[66]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3881,7 +3984,7 @@ func (x *WriteFileStreamRequest_Start) String() string {
 func (*WriteFileStreamRequest_Start) ProtoMessage() {}
 
 func (x *WriteFileStreamRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[66]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3894,7 +3997,7 @@ func (x *WriteFileStreamRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteFileStreamRequest_Start.ProtoReflect.Descriptor instead.
 func (*WriteFileStreamRequest_Start) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{32, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{34, 0}
 }
 
 func (x *WriteFileStreamRequest_Start) GetFile() *FileRef {
@@ -3911,6 +4014,13 @@ func (x *WriteFileStreamRequest_Start) GetArchive() bool {
 	return false
 }
 
+func (x *WriteFileStreamRequest_Start) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
 type ReadFileStreamResponse_Start struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Size of the whole file in bytes; -1 where it is not known (archives).
@@ -3921,7 +4031,7 @@ type ReadFileStreamResponse_Start struct {
 
 func (x *ReadFileStreamResponse_Start) Reset() {
 	*x = ReadFileStreamResponse_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[67]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3933,7 +4043,7 @@ func (x *ReadFileStreamResponse_Start) String() string {
 func (*ReadFileStreamResponse_Start) ProtoMessage() {}
 
 func (x *ReadFileStreamResponse_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[67]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3946,7 +4056,7 @@ func (x *ReadFileStreamResponse_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadFileStreamResponse_Start.ProtoReflect.Descriptor instead.
 func (*ReadFileStreamResponse_Start) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{35, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{37, 0}
 }
 
 func (x *ReadFileStreamResponse_Start) GetSize() int64 {
@@ -3973,7 +4083,7 @@ type SamplesResponse_Sample struct {
 
 func (x *SamplesResponse_Sample) Reset() {
 	*x = SamplesResponse_Sample{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[68]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3985,7 +4095,7 @@ func (x *SamplesResponse_Sample) String() string {
 func (*SamplesResponse_Sample) ProtoMessage() {}
 
 func (x *SamplesResponse_Sample) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[68]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3998,7 +4108,7 @@ func (x *SamplesResponse_Sample) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SamplesResponse_Sample.ProtoReflect.Descriptor instead.
 func (*SamplesResponse_Sample) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{39, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{41, 0}
 }
 
 func (x *SamplesResponse_Sample) GetSandboxId() string {
@@ -4049,7 +4159,7 @@ type ImportTemplateRequest_Registry struct {
 
 func (x *ImportTemplateRequest_Registry) Reset() {
 	*x = ImportTemplateRequest_Registry{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[69]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4061,7 +4171,7 @@ func (x *ImportTemplateRequest_Registry) String() string {
 func (*ImportTemplateRequest_Registry) ProtoMessage() {}
 
 func (x *ImportTemplateRequest_Registry) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[69]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4074,7 +4184,7 @@ func (x *ImportTemplateRequest_Registry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportTemplateRequest_Registry.ProtoReflect.Descriptor instead.
 func (*ImportTemplateRequest_Registry) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{45, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{47, 0}
 }
 
 func (x *ImportTemplateRequest_Registry) GetReference() string {
@@ -4110,7 +4220,7 @@ type ImportTemplateRequest_Archive struct {
 
 func (x *ImportTemplateRequest_Archive) Reset() {
 	*x = ImportTemplateRequest_Archive{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[70]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4122,7 +4232,7 @@ func (x *ImportTemplateRequest_Archive) String() string {
 func (*ImportTemplateRequest_Archive) ProtoMessage() {}
 
 func (x *ImportTemplateRequest_Archive) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[70]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4135,7 +4245,7 @@ func (x *ImportTemplateRequest_Archive) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportTemplateRequest_Archive.ProtoReflect.Descriptor instead.
 func (*ImportTemplateRequest_Archive) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{45, 1}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{47, 1}
 }
 
 func (x *ImportTemplateRequest_Archive) GetTag() string {
@@ -4169,7 +4279,7 @@ type ImportTemplateRequest_Start struct {
 
 func (x *ImportTemplateRequest_Start) Reset() {
 	*x = ImportTemplateRequest_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[71]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4181,7 +4291,7 @@ func (x *ImportTemplateRequest_Start) String() string {
 func (*ImportTemplateRequest_Start) ProtoMessage() {}
 
 func (x *ImportTemplateRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[71]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4194,7 +4304,7 @@ func (x *ImportTemplateRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportTemplateRequest_Start.ProtoReflect.Descriptor instead.
 func (*ImportTemplateRequest_Start) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{45, 2}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{47, 2}
 }
 
 func (x *ImportTemplateRequest_Start) GetTemplateId() string {
@@ -4347,16 +4457,22 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\aworkdir\x18\x03 \x01(\tR\aworkdir\x1a7\n" +
 	"\tEnvsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x99\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xcc\x01\n" +
 	"\x0fSnapshotRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1f\n" +
 	"\vtemplate_id\x18\x02 \x01(\tR\n" +
 	"templateId\x12\x12\n" +
 	"\x04name\x18\x03 \x01(\tR\x04name\x122\n" +
-	"\bdefaults\x18\x04 \x01(\v2\x16.hostagent.v1.DefaultsR\bdefaults\"F\n" +
+	"\bdefaults\x18\x04 \x01(\v2\x16.hostagent.v1.DefaultsR\bdefaults\x12\x1b\n" +
+	"\tdisk_only\x18\x05 \x01(\bR\bdiskOnly\x12\x14\n" +
+	"\x05start\x18\x06 \x03(\tR\x05start\"F\n" +
 	"\x10SnapshotResponse\x122\n" +
-	"\btemplate\x18\x01 \x01(\v2\x16.hostagent.v1.TemplateR\btemplate\"\xae\x01\n" +
+	"\btemplate\x18\x01 \x01(\v2\x16.hostagent.v1.TemplateR\btemplate\".\n" +
+	"\rSettleRequest\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"\x10\n" +
+	"\x0eSettleResponse\"\xae\x01\n" +
 	"\vForkRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x126\n" +
@@ -4457,13 +4573,14 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x0fReadFileRequest\x12)\n" +
 	"\x04file\x18\x01 \x01(\v2\x15.hostagent.v1.FileRefR\x04file\",\n" +
 	"\x10ReadFileResponse\x12\x18\n" +
-	"\acontent\x18\x01 \x01(\fR\acontent\"\xcd\x01\n" +
+	"\acontent\x18\x01 \x01(\fR\acontent\"\xe3\x01\n" +
 	"\x16WriteFileStreamRequest\x12B\n" +
 	"\x05start\x18\x01 \x01(\v2*.hostagent.v1.WriteFileStreamRequest.StartH\x00R\x05start\x12\x16\n" +
-	"\x05chunk\x18\x02 \x01(\fH\x00R\x05chunk\x1aL\n" +
+	"\x05chunk\x18\x02 \x01(\fH\x00R\x05chunk\x1ab\n" +
 	"\x05Start\x12)\n" +
 	"\x04file\x18\x01 \x01(\v2\x15.hostagent.v1.FileRefR\x04file\x12\x18\n" +
-	"\aarchive\x18\x02 \x01(\bR\aarchiveB\t\n" +
+	"\aarchive\x18\x02 \x01(\bR\aarchive\x12\x14\n" +
+	"\x05owner\x18\x03 \x01(\tR\x05ownerB\t\n" +
 	"\amessage\"E\n" +
 	"\x17WriteFileStreamResponse\x12*\n" +
 	"\x04file\x18\x01 \x01(\v2\x16.hostagent.v1.FileInfoR\x04file\"\x8c\x01\n" +
@@ -4602,7 +4719,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x16SANDBOX_STATE_STOPPING\x10\x03\x12\x19\n" +
 	"\x15SANDBOX_STATE_PAUSING\x10\x04\x12\x18\n" +
 	"\x14SANDBOX_STATE_PAUSED\x10\x05\x12\x1a\n" +
-	"\x16SANDBOX_STATE_RESUMING\x10\x062\xd5\x0e\n" +
+	"\x16SANDBOX_STATE_RESUMING\x10\x062\x9a\x0f\n" +
 	"\tHostAgent\x12C\n" +
 	"\x06Create\x12\x1b.hostagent.v1.CreateRequest\x1a\x1c.hostagent.v1.CreateResponse\x12F\n" +
 	"\aDestroy\x12\x1c.hostagent.v1.DestroyRequest\x1a\x1d.hostagent.v1.DestroyResponse\x12=\n" +
@@ -4625,7 +4742,8 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\tAckEvents\x12\x1e.hostagent.v1.AckEventsRequest\x1a\x1f.hostagent.v1.AckEventsResponse\x12@\n" +
 	"\x05Pause\x12\x1a.hostagent.v1.PauseRequest\x1a\x1b.hostagent.v1.PauseResponse\x12C\n" +
 	"\x06Resume\x12\x1b.hostagent.v1.ResumeRequest\x1a\x1c.hostagent.v1.ResumeResponse\x12I\n" +
-	"\bSnapshot\x12\x1d.hostagent.v1.SnapshotRequest\x1a\x1e.hostagent.v1.SnapshotResponse\x12=\n" +
+	"\bSnapshot\x12\x1d.hostagent.v1.SnapshotRequest\x1a\x1e.hostagent.v1.SnapshotResponse\x12C\n" +
+	"\x06Settle\x12\x1b.hostagent.v1.SettleRequest\x1a\x1c.hostagent.v1.SettleResponse\x12=\n" +
 	"\x04Fork\x12\x19.hostagent.v1.ForkRequest\x1a\x1a.hostagent.v1.ForkResponse\x12[\n" +
 	"\x0eDeleteTemplate\x12#.hostagent.v1.DeleteTemplateRequest\x1a$.hostagent.v1.DeleteTemplateResponse\x12]\n" +
 	"\x0eImportTemplate\x12#.hostagent.v1.ImportTemplateRequest\x1a$.hostagent.v1.ImportTemplateResponse(\x01\x12L\n" +
@@ -4645,7 +4763,7 @@ func file_hostagent_v1_hostagent_proto_rawDescGZIP() []byte {
 }
 
 var file_hostagent_v1_hostagent_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 72)
+var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 74)
 var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(SandboxState)(0),                      // 0: hostagent.v1.SandboxState
 	(Event_Kind)(0),                        // 1: hostagent.v1.Event.Kind
@@ -4659,171 +4777,175 @@ var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(*Defaults)(nil),                       // 9: hostagent.v1.Defaults
 	(*SnapshotRequest)(nil),                // 10: hostagent.v1.SnapshotRequest
 	(*SnapshotResponse)(nil),               // 11: hostagent.v1.SnapshotResponse
-	(*ForkRequest)(nil),                    // 12: hostagent.v1.ForkRequest
-	(*ForkResponse)(nil),                   // 13: hostagent.v1.ForkResponse
-	(*DeleteTemplateRequest)(nil),          // 14: hostagent.v1.DeleteTemplateRequest
-	(*DeleteTemplateResponse)(nil),         // 15: hostagent.v1.DeleteTemplateResponse
-	(*DestroyRequest)(nil),                 // 16: hostagent.v1.DestroyRequest
-	(*DestroyResponse)(nil),                // 17: hostagent.v1.DestroyResponse
-	(*ListRequest)(nil),                    // 18: hostagent.v1.ListRequest
-	(*ListResponse)(nil),                   // 19: hostagent.v1.ListResponse
-	(*GetRequest)(nil),                     // 20: hostagent.v1.GetRequest
-	(*GetResponse)(nil),                    // 21: hostagent.v1.GetResponse
-	(*Command)(nil),                        // 22: hostagent.v1.Command
-	(*ExecRequest)(nil),                    // 23: hostagent.v1.ExecRequest
-	(*ExecResponse)(nil),                   // 24: hostagent.v1.ExecResponse
-	(*TerminalSize)(nil),                   // 25: hostagent.v1.TerminalSize
-	(*ExecStreamRequest)(nil),              // 26: hostagent.v1.ExecStreamRequest
-	(*ExecStreamResponse)(nil),             // 27: hostagent.v1.ExecStreamResponse
-	(*FileRef)(nil),                        // 28: hostagent.v1.FileRef
-	(*FileInfo)(nil),                       // 29: hostagent.v1.FileInfo
-	(*WriteFileRequest)(nil),               // 30: hostagent.v1.WriteFileRequest
-	(*WriteFileResponse)(nil),              // 31: hostagent.v1.WriteFileResponse
-	(*ReadFileRequest)(nil),                // 32: hostagent.v1.ReadFileRequest
-	(*ReadFileResponse)(nil),               // 33: hostagent.v1.ReadFileResponse
-	(*WriteFileStreamRequest)(nil),         // 34: hostagent.v1.WriteFileStreamRequest
-	(*WriteFileStreamResponse)(nil),        // 35: hostagent.v1.WriteFileStreamResponse
-	(*ReadFileStreamRequest)(nil),          // 36: hostagent.v1.ReadFileStreamRequest
-	(*ReadFileStreamResponse)(nil),         // 37: hostagent.v1.ReadFileStreamResponse
-	(*PingRequest)(nil),                    // 38: hostagent.v1.PingRequest
-	(*PingResponse)(nil),                   // 39: hostagent.v1.PingResponse
-	(*SamplesRequest)(nil),                 // 40: hostagent.v1.SamplesRequest
-	(*SamplesResponse)(nil),                // 41: hostagent.v1.SamplesResponse
-	(*MetricsRequest)(nil),                 // 42: hostagent.v1.MetricsRequest
-	(*MetricsResponse)(nil),                // 43: hostagent.v1.MetricsResponse
-	(*ConsoleRequest)(nil),                 // 44: hostagent.v1.ConsoleRequest
-	(*ConsoleResponse)(nil),                // 45: hostagent.v1.ConsoleResponse
-	(*Template)(nil),                       // 46: hostagent.v1.Template
-	(*ImportTemplateRequest)(nil),          // 47: hostagent.v1.ImportTemplateRequest
-	(*ImportTemplateResponse)(nil),         // 48: hostagent.v1.ImportTemplateResponse
-	(*TemplatesRequest)(nil),               // 49: hostagent.v1.TemplatesRequest
-	(*TemplatesResponse)(nil),              // 50: hostagent.v1.TemplatesResponse
-	(*HostRequest)(nil),                    // 51: hostagent.v1.HostRequest
-	(*HostResponse)(nil),                   // 52: hostagent.v1.HostResponse
-	(*Event)(nil),                          // 53: hostagent.v1.Event
-	(*EventsRequest)(nil),                  // 54: hostagent.v1.EventsRequest
-	(*EventsResponse)(nil),                 // 55: hostagent.v1.EventsResponse
-	(*AckEventsRequest)(nil),               // 56: hostagent.v1.AckEventsRequest
-	(*AckEventsResponse)(nil),              // 57: hostagent.v1.AckEventsResponse
-	(*TerminateRequest)(nil),               // 58: hostagent.v1.TerminateRequest
-	(*TerminateResponse)(nil),              // 59: hostagent.v1.TerminateResponse
-	nil,                                    // 60: hostagent.v1.CreateRequest.EnvsEntry
-	nil,                                    // 61: hostagent.v1.Defaults.EnvsEntry
-	(*ForkRequest_Copy)(nil),               // 62: hostagent.v1.ForkRequest.Copy
-	nil,                                    // 63: hostagent.v1.Command.EnvsEntry
-	(*ExecStreamRequest_Start)(nil),        // 64: hostagent.v1.ExecStreamRequest.Start
-	(*ExecStreamRequest_CloseStdin)(nil),   // 65: hostagent.v1.ExecStreamRequest.CloseStdin
-	(*ExecStreamResponse_Started)(nil),     // 66: hostagent.v1.ExecStreamResponse.Started
-	(*ExecStreamResponse_Exited)(nil),      // 67: hostagent.v1.ExecStreamResponse.Exited
-	(*WriteFileStreamRequest_Start)(nil),   // 68: hostagent.v1.WriteFileStreamRequest.Start
-	(*ReadFileStreamResponse_Start)(nil),   // 69: hostagent.v1.ReadFileStreamResponse.Start
-	(*SamplesResponse_Sample)(nil),         // 70: hostagent.v1.SamplesResponse.Sample
-	(*ImportTemplateRequest_Registry)(nil), // 71: hostagent.v1.ImportTemplateRequest.Registry
-	(*ImportTemplateRequest_Archive)(nil),  // 72: hostagent.v1.ImportTemplateRequest.Archive
-	(*ImportTemplateRequest_Start)(nil),    // 73: hostagent.v1.ImportTemplateRequest.Start
-	(*timestamppb.Timestamp)(nil),          // 74: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),            // 75: google.protobuf.Duration
+	(*SettleRequest)(nil),                  // 12: hostagent.v1.SettleRequest
+	(*SettleResponse)(nil),                 // 13: hostagent.v1.SettleResponse
+	(*ForkRequest)(nil),                    // 14: hostagent.v1.ForkRequest
+	(*ForkResponse)(nil),                   // 15: hostagent.v1.ForkResponse
+	(*DeleteTemplateRequest)(nil),          // 16: hostagent.v1.DeleteTemplateRequest
+	(*DeleteTemplateResponse)(nil),         // 17: hostagent.v1.DeleteTemplateResponse
+	(*DestroyRequest)(nil),                 // 18: hostagent.v1.DestroyRequest
+	(*DestroyResponse)(nil),                // 19: hostagent.v1.DestroyResponse
+	(*ListRequest)(nil),                    // 20: hostagent.v1.ListRequest
+	(*ListResponse)(nil),                   // 21: hostagent.v1.ListResponse
+	(*GetRequest)(nil),                     // 22: hostagent.v1.GetRequest
+	(*GetResponse)(nil),                    // 23: hostagent.v1.GetResponse
+	(*Command)(nil),                        // 24: hostagent.v1.Command
+	(*ExecRequest)(nil),                    // 25: hostagent.v1.ExecRequest
+	(*ExecResponse)(nil),                   // 26: hostagent.v1.ExecResponse
+	(*TerminalSize)(nil),                   // 27: hostagent.v1.TerminalSize
+	(*ExecStreamRequest)(nil),              // 28: hostagent.v1.ExecStreamRequest
+	(*ExecStreamResponse)(nil),             // 29: hostagent.v1.ExecStreamResponse
+	(*FileRef)(nil),                        // 30: hostagent.v1.FileRef
+	(*FileInfo)(nil),                       // 31: hostagent.v1.FileInfo
+	(*WriteFileRequest)(nil),               // 32: hostagent.v1.WriteFileRequest
+	(*WriteFileResponse)(nil),              // 33: hostagent.v1.WriteFileResponse
+	(*ReadFileRequest)(nil),                // 34: hostagent.v1.ReadFileRequest
+	(*ReadFileResponse)(nil),               // 35: hostagent.v1.ReadFileResponse
+	(*WriteFileStreamRequest)(nil),         // 36: hostagent.v1.WriteFileStreamRequest
+	(*WriteFileStreamResponse)(nil),        // 37: hostagent.v1.WriteFileStreamResponse
+	(*ReadFileStreamRequest)(nil),          // 38: hostagent.v1.ReadFileStreamRequest
+	(*ReadFileStreamResponse)(nil),         // 39: hostagent.v1.ReadFileStreamResponse
+	(*PingRequest)(nil),                    // 40: hostagent.v1.PingRequest
+	(*PingResponse)(nil),                   // 41: hostagent.v1.PingResponse
+	(*SamplesRequest)(nil),                 // 42: hostagent.v1.SamplesRequest
+	(*SamplesResponse)(nil),                // 43: hostagent.v1.SamplesResponse
+	(*MetricsRequest)(nil),                 // 44: hostagent.v1.MetricsRequest
+	(*MetricsResponse)(nil),                // 45: hostagent.v1.MetricsResponse
+	(*ConsoleRequest)(nil),                 // 46: hostagent.v1.ConsoleRequest
+	(*ConsoleResponse)(nil),                // 47: hostagent.v1.ConsoleResponse
+	(*Template)(nil),                       // 48: hostagent.v1.Template
+	(*ImportTemplateRequest)(nil),          // 49: hostagent.v1.ImportTemplateRequest
+	(*ImportTemplateResponse)(nil),         // 50: hostagent.v1.ImportTemplateResponse
+	(*TemplatesRequest)(nil),               // 51: hostagent.v1.TemplatesRequest
+	(*TemplatesResponse)(nil),              // 52: hostagent.v1.TemplatesResponse
+	(*HostRequest)(nil),                    // 53: hostagent.v1.HostRequest
+	(*HostResponse)(nil),                   // 54: hostagent.v1.HostResponse
+	(*Event)(nil),                          // 55: hostagent.v1.Event
+	(*EventsRequest)(nil),                  // 56: hostagent.v1.EventsRequest
+	(*EventsResponse)(nil),                 // 57: hostagent.v1.EventsResponse
+	(*AckEventsRequest)(nil),               // 58: hostagent.v1.AckEventsRequest
+	(*AckEventsResponse)(nil),              // 59: hostagent.v1.AckEventsResponse
+	(*TerminateRequest)(nil),               // 60: hostagent.v1.TerminateRequest
+	(*TerminateResponse)(nil),              // 61: hostagent.v1.TerminateResponse
+	nil,                                    // 62: hostagent.v1.CreateRequest.EnvsEntry
+	nil,                                    // 63: hostagent.v1.Defaults.EnvsEntry
+	(*ForkRequest_Copy)(nil),               // 64: hostagent.v1.ForkRequest.Copy
+	nil,                                    // 65: hostagent.v1.Command.EnvsEntry
+	(*ExecStreamRequest_Start)(nil),        // 66: hostagent.v1.ExecStreamRequest.Start
+	(*ExecStreamRequest_CloseStdin)(nil),   // 67: hostagent.v1.ExecStreamRequest.CloseStdin
+	(*ExecStreamResponse_Started)(nil),     // 68: hostagent.v1.ExecStreamResponse.Started
+	(*ExecStreamResponse_Exited)(nil),      // 69: hostagent.v1.ExecStreamResponse.Exited
+	(*WriteFileStreamRequest_Start)(nil),   // 70: hostagent.v1.WriteFileStreamRequest.Start
+	(*ReadFileStreamResponse_Start)(nil),   // 71: hostagent.v1.ReadFileStreamResponse.Start
+	(*SamplesResponse_Sample)(nil),         // 72: hostagent.v1.SamplesResponse.Sample
+	(*ImportTemplateRequest_Registry)(nil), // 73: hostagent.v1.ImportTemplateRequest.Registry
+	(*ImportTemplateRequest_Archive)(nil),  // 74: hostagent.v1.ImportTemplateRequest.Archive
+	(*ImportTemplateRequest_Start)(nil),    // 75: hostagent.v1.ImportTemplateRequest.Start
+	(*timestamppb.Timestamp)(nil),          // 76: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),            // 77: google.protobuf.Duration
 }
 var file_hostagent_v1_hostagent_proto_depIdxs = []int32{
 	0,  // 0: hostagent.v1.Sandbox.state:type_name -> hostagent.v1.SandboxState
-	74, // 1: hostagent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
-	74, // 2: hostagent.v1.Sandbox.expires_at:type_name -> google.protobuf.Timestamp
-	75, // 3: hostagent.v1.Sandbox.idle:type_name -> google.protobuf.Duration
-	60, // 4: hostagent.v1.CreateRequest.envs:type_name -> hostagent.v1.CreateRequest.EnvsEntry
+	76, // 1: hostagent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
+	76, // 2: hostagent.v1.Sandbox.expires_at:type_name -> google.protobuf.Timestamp
+	77, // 3: hostagent.v1.Sandbox.idle:type_name -> google.protobuf.Duration
+	62, // 4: hostagent.v1.CreateRequest.envs:type_name -> hostagent.v1.CreateRequest.EnvsEntry
 	2,  // 5: hostagent.v1.CreateResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	75, // 6: hostagent.v1.PauseRequest.idle:type_name -> google.protobuf.Duration
+	77, // 6: hostagent.v1.PauseRequest.idle:type_name -> google.protobuf.Duration
 	2,  // 7: hostagent.v1.PauseResponse.sandbox:type_name -> hostagent.v1.Sandbox
 	2,  // 8: hostagent.v1.ResumeResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	61, // 9: hostagent.v1.Defaults.envs:type_name -> hostagent.v1.Defaults.EnvsEntry
+	63, // 9: hostagent.v1.Defaults.envs:type_name -> hostagent.v1.Defaults.EnvsEntry
 	9,  // 10: hostagent.v1.SnapshotRequest.defaults:type_name -> hostagent.v1.Defaults
-	46, // 11: hostagent.v1.SnapshotResponse.template:type_name -> hostagent.v1.Template
-	62, // 12: hostagent.v1.ForkRequest.copies:type_name -> hostagent.v1.ForkRequest.Copy
+	48, // 11: hostagent.v1.SnapshotResponse.template:type_name -> hostagent.v1.Template
+	64, // 12: hostagent.v1.ForkRequest.copies:type_name -> hostagent.v1.ForkRequest.Copy
 	2,  // 13: hostagent.v1.ForkResponse.sandboxes:type_name -> hostagent.v1.Sandbox
 	2,  // 14: hostagent.v1.ListResponse.sandboxes:type_name -> hostagent.v1.Sandbox
 	2,  // 15: hostagent.v1.GetResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	63, // 16: hostagent.v1.Command.envs:type_name -> hostagent.v1.Command.EnvsEntry
-	22, // 17: hostagent.v1.ExecRequest.command:type_name -> hostagent.v1.Command
-	64, // 18: hostagent.v1.ExecStreamRequest.start:type_name -> hostagent.v1.ExecStreamRequest.Start
-	65, // 19: hostagent.v1.ExecStreamRequest.close_stdin:type_name -> hostagent.v1.ExecStreamRequest.CloseStdin
-	25, // 20: hostagent.v1.ExecStreamRequest.resize:type_name -> hostagent.v1.TerminalSize
-	66, // 21: hostagent.v1.ExecStreamResponse.started:type_name -> hostagent.v1.ExecStreamResponse.Started
-	67, // 22: hostagent.v1.ExecStreamResponse.exited:type_name -> hostagent.v1.ExecStreamResponse.Exited
-	28, // 23: hostagent.v1.WriteFileRequest.file:type_name -> hostagent.v1.FileRef
-	29, // 24: hostagent.v1.WriteFileResponse.file:type_name -> hostagent.v1.FileInfo
-	28, // 25: hostagent.v1.ReadFileRequest.file:type_name -> hostagent.v1.FileRef
-	68, // 26: hostagent.v1.WriteFileStreamRequest.start:type_name -> hostagent.v1.WriteFileStreamRequest.Start
-	29, // 27: hostagent.v1.WriteFileStreamResponse.file:type_name -> hostagent.v1.FileInfo
-	28, // 28: hostagent.v1.ReadFileStreamRequest.file:type_name -> hostagent.v1.FileRef
-	69, // 29: hostagent.v1.ReadFileStreamResponse.start:type_name -> hostagent.v1.ReadFileStreamResponse.Start
+	65, // 16: hostagent.v1.Command.envs:type_name -> hostagent.v1.Command.EnvsEntry
+	24, // 17: hostagent.v1.ExecRequest.command:type_name -> hostagent.v1.Command
+	66, // 18: hostagent.v1.ExecStreamRequest.start:type_name -> hostagent.v1.ExecStreamRequest.Start
+	67, // 19: hostagent.v1.ExecStreamRequest.close_stdin:type_name -> hostagent.v1.ExecStreamRequest.CloseStdin
+	27, // 20: hostagent.v1.ExecStreamRequest.resize:type_name -> hostagent.v1.TerminalSize
+	68, // 21: hostagent.v1.ExecStreamResponse.started:type_name -> hostagent.v1.ExecStreamResponse.Started
+	69, // 22: hostagent.v1.ExecStreamResponse.exited:type_name -> hostagent.v1.ExecStreamResponse.Exited
+	30, // 23: hostagent.v1.WriteFileRequest.file:type_name -> hostagent.v1.FileRef
+	31, // 24: hostagent.v1.WriteFileResponse.file:type_name -> hostagent.v1.FileInfo
+	30, // 25: hostagent.v1.ReadFileRequest.file:type_name -> hostagent.v1.FileRef
+	70, // 26: hostagent.v1.WriteFileStreamRequest.start:type_name -> hostagent.v1.WriteFileStreamRequest.Start
+	31, // 27: hostagent.v1.WriteFileStreamResponse.file:type_name -> hostagent.v1.FileInfo
+	30, // 28: hostagent.v1.ReadFileStreamRequest.file:type_name -> hostagent.v1.FileRef
+	71, // 29: hostagent.v1.ReadFileStreamResponse.start:type_name -> hostagent.v1.ReadFileStreamResponse.Start
 	2,  // 30: hostagent.v1.PingResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	74, // 31: hostagent.v1.SamplesResponse.time:type_name -> google.protobuf.Timestamp
-	70, // 32: hostagent.v1.SamplesResponse.samples:type_name -> hostagent.v1.SamplesResponse.Sample
-	74, // 33: hostagent.v1.MetricsResponse.time:type_name -> google.protobuf.Timestamp
-	74, // 34: hostagent.v1.Template.created_at:type_name -> google.protobuf.Timestamp
+	76, // 31: hostagent.v1.SamplesResponse.time:type_name -> google.protobuf.Timestamp
+	72, // 32: hostagent.v1.SamplesResponse.samples:type_name -> hostagent.v1.SamplesResponse.Sample
+	76, // 33: hostagent.v1.MetricsResponse.time:type_name -> google.protobuf.Timestamp
+	76, // 34: hostagent.v1.Template.created_at:type_name -> google.protobuf.Timestamp
 	9,  // 35: hostagent.v1.Template.defaults:type_name -> hostagent.v1.Defaults
-	73, // 36: hostagent.v1.ImportTemplateRequest.start:type_name -> hostagent.v1.ImportTemplateRequest.Start
-	46, // 37: hostagent.v1.ImportTemplateResponse.template:type_name -> hostagent.v1.Template
-	46, // 38: hostagent.v1.TemplatesResponse.templates:type_name -> hostagent.v1.Template
+	75, // 36: hostagent.v1.ImportTemplateRequest.start:type_name -> hostagent.v1.ImportTemplateRequest.Start
+	48, // 37: hostagent.v1.ImportTemplateResponse.template:type_name -> hostagent.v1.Template
+	48, // 38: hostagent.v1.TemplatesResponse.templates:type_name -> hostagent.v1.Template
 	1,  // 39: hostagent.v1.Event.kind:type_name -> hostagent.v1.Event.Kind
-	74, // 40: hostagent.v1.Event.time:type_name -> google.protobuf.Timestamp
-	53, // 41: hostagent.v1.EventsResponse.event:type_name -> hostagent.v1.Event
-	22, // 42: hostagent.v1.ExecStreamRequest.Start.command:type_name -> hostagent.v1.Command
-	25, // 43: hostagent.v1.ExecStreamRequest.Start.terminal:type_name -> hostagent.v1.TerminalSize
-	28, // 44: hostagent.v1.WriteFileStreamRequest.Start.file:type_name -> hostagent.v1.FileRef
-	71, // 45: hostagent.v1.ImportTemplateRequest.Start.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
-	72, // 46: hostagent.v1.ImportTemplateRequest.Start.archive:type_name -> hostagent.v1.ImportTemplateRequest.Archive
+	76, // 40: hostagent.v1.Event.time:type_name -> google.protobuf.Timestamp
+	55, // 41: hostagent.v1.EventsResponse.event:type_name -> hostagent.v1.Event
+	24, // 42: hostagent.v1.ExecStreamRequest.Start.command:type_name -> hostagent.v1.Command
+	27, // 43: hostagent.v1.ExecStreamRequest.Start.terminal:type_name -> hostagent.v1.TerminalSize
+	30, // 44: hostagent.v1.WriteFileStreamRequest.Start.file:type_name -> hostagent.v1.FileRef
+	73, // 45: hostagent.v1.ImportTemplateRequest.Start.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
+	74, // 46: hostagent.v1.ImportTemplateRequest.Start.archive:type_name -> hostagent.v1.ImportTemplateRequest.Archive
 	3,  // 47: hostagent.v1.HostAgent.Create:input_type -> hostagent.v1.CreateRequest
-	16, // 48: hostagent.v1.HostAgent.Destroy:input_type -> hostagent.v1.DestroyRequest
-	18, // 49: hostagent.v1.HostAgent.List:input_type -> hostagent.v1.ListRequest
-	20, // 50: hostagent.v1.HostAgent.Get:input_type -> hostagent.v1.GetRequest
-	23, // 51: hostagent.v1.HostAgent.Exec:input_type -> hostagent.v1.ExecRequest
-	26, // 52: hostagent.v1.HostAgent.ExecStream:input_type -> hostagent.v1.ExecStreamRequest
-	30, // 53: hostagent.v1.HostAgent.WriteFile:input_type -> hostagent.v1.WriteFileRequest
-	32, // 54: hostagent.v1.HostAgent.ReadFile:input_type -> hostagent.v1.ReadFileRequest
-	34, // 55: hostagent.v1.HostAgent.WriteFileStream:input_type -> hostagent.v1.WriteFileStreamRequest
-	36, // 56: hostagent.v1.HostAgent.ReadFileStream:input_type -> hostagent.v1.ReadFileStreamRequest
-	38, // 57: hostagent.v1.HostAgent.Ping:input_type -> hostagent.v1.PingRequest
-	42, // 58: hostagent.v1.HostAgent.Metrics:input_type -> hostagent.v1.MetricsRequest
-	40, // 59: hostagent.v1.HostAgent.Samples:input_type -> hostagent.v1.SamplesRequest
-	44, // 60: hostagent.v1.HostAgent.Console:input_type -> hostagent.v1.ConsoleRequest
-	49, // 61: hostagent.v1.HostAgent.Templates:input_type -> hostagent.v1.TemplatesRequest
-	51, // 62: hostagent.v1.HostAgent.Host:input_type -> hostagent.v1.HostRequest
-	54, // 63: hostagent.v1.HostAgent.Events:input_type -> hostagent.v1.EventsRequest
-	56, // 64: hostagent.v1.HostAgent.AckEvents:input_type -> hostagent.v1.AckEventsRequest
+	18, // 48: hostagent.v1.HostAgent.Destroy:input_type -> hostagent.v1.DestroyRequest
+	20, // 49: hostagent.v1.HostAgent.List:input_type -> hostagent.v1.ListRequest
+	22, // 50: hostagent.v1.HostAgent.Get:input_type -> hostagent.v1.GetRequest
+	25, // 51: hostagent.v1.HostAgent.Exec:input_type -> hostagent.v1.ExecRequest
+	28, // 52: hostagent.v1.HostAgent.ExecStream:input_type -> hostagent.v1.ExecStreamRequest
+	32, // 53: hostagent.v1.HostAgent.WriteFile:input_type -> hostagent.v1.WriteFileRequest
+	34, // 54: hostagent.v1.HostAgent.ReadFile:input_type -> hostagent.v1.ReadFileRequest
+	36, // 55: hostagent.v1.HostAgent.WriteFileStream:input_type -> hostagent.v1.WriteFileStreamRequest
+	38, // 56: hostagent.v1.HostAgent.ReadFileStream:input_type -> hostagent.v1.ReadFileStreamRequest
+	40, // 57: hostagent.v1.HostAgent.Ping:input_type -> hostagent.v1.PingRequest
+	44, // 58: hostagent.v1.HostAgent.Metrics:input_type -> hostagent.v1.MetricsRequest
+	42, // 59: hostagent.v1.HostAgent.Samples:input_type -> hostagent.v1.SamplesRequest
+	46, // 60: hostagent.v1.HostAgent.Console:input_type -> hostagent.v1.ConsoleRequest
+	51, // 61: hostagent.v1.HostAgent.Templates:input_type -> hostagent.v1.TemplatesRequest
+	53, // 62: hostagent.v1.HostAgent.Host:input_type -> hostagent.v1.HostRequest
+	56, // 63: hostagent.v1.HostAgent.Events:input_type -> hostagent.v1.EventsRequest
+	58, // 64: hostagent.v1.HostAgent.AckEvents:input_type -> hostagent.v1.AckEventsRequest
 	5,  // 65: hostagent.v1.HostAgent.Pause:input_type -> hostagent.v1.PauseRequest
 	7,  // 66: hostagent.v1.HostAgent.Resume:input_type -> hostagent.v1.ResumeRequest
 	10, // 67: hostagent.v1.HostAgent.Snapshot:input_type -> hostagent.v1.SnapshotRequest
-	12, // 68: hostagent.v1.HostAgent.Fork:input_type -> hostagent.v1.ForkRequest
-	14, // 69: hostagent.v1.HostAgent.DeleteTemplate:input_type -> hostagent.v1.DeleteTemplateRequest
-	47, // 70: hostagent.v1.HostAgent.ImportTemplate:input_type -> hostagent.v1.ImportTemplateRequest
-	58, // 71: hostagent.v1.HostAgent.Terminate:input_type -> hostagent.v1.TerminateRequest
-	4,  // 72: hostagent.v1.HostAgent.Create:output_type -> hostagent.v1.CreateResponse
-	17, // 73: hostagent.v1.HostAgent.Destroy:output_type -> hostagent.v1.DestroyResponse
-	19, // 74: hostagent.v1.HostAgent.List:output_type -> hostagent.v1.ListResponse
-	21, // 75: hostagent.v1.HostAgent.Get:output_type -> hostagent.v1.GetResponse
-	24, // 76: hostagent.v1.HostAgent.Exec:output_type -> hostagent.v1.ExecResponse
-	27, // 77: hostagent.v1.HostAgent.ExecStream:output_type -> hostagent.v1.ExecStreamResponse
-	31, // 78: hostagent.v1.HostAgent.WriteFile:output_type -> hostagent.v1.WriteFileResponse
-	33, // 79: hostagent.v1.HostAgent.ReadFile:output_type -> hostagent.v1.ReadFileResponse
-	35, // 80: hostagent.v1.HostAgent.WriteFileStream:output_type -> hostagent.v1.WriteFileStreamResponse
-	37, // 81: hostagent.v1.HostAgent.ReadFileStream:output_type -> hostagent.v1.ReadFileStreamResponse
-	39, // 82: hostagent.v1.HostAgent.Ping:output_type -> hostagent.v1.PingResponse
-	43, // 83: hostagent.v1.HostAgent.Metrics:output_type -> hostagent.v1.MetricsResponse
-	41, // 84: hostagent.v1.HostAgent.Samples:output_type -> hostagent.v1.SamplesResponse
-	45, // 85: hostagent.v1.HostAgent.Console:output_type -> hostagent.v1.ConsoleResponse
-	50, // 86: hostagent.v1.HostAgent.Templates:output_type -> hostagent.v1.TemplatesResponse
-	52, // 87: hostagent.v1.HostAgent.Host:output_type -> hostagent.v1.HostResponse
-	55, // 88: hostagent.v1.HostAgent.Events:output_type -> hostagent.v1.EventsResponse
-	57, // 89: hostagent.v1.HostAgent.AckEvents:output_type -> hostagent.v1.AckEventsResponse
-	6,  // 90: hostagent.v1.HostAgent.Pause:output_type -> hostagent.v1.PauseResponse
-	8,  // 91: hostagent.v1.HostAgent.Resume:output_type -> hostagent.v1.ResumeResponse
-	11, // 92: hostagent.v1.HostAgent.Snapshot:output_type -> hostagent.v1.SnapshotResponse
-	13, // 93: hostagent.v1.HostAgent.Fork:output_type -> hostagent.v1.ForkResponse
-	15, // 94: hostagent.v1.HostAgent.DeleteTemplate:output_type -> hostagent.v1.DeleteTemplateResponse
-	48, // 95: hostagent.v1.HostAgent.ImportTemplate:output_type -> hostagent.v1.ImportTemplateResponse
-	59, // 96: hostagent.v1.HostAgent.Terminate:output_type -> hostagent.v1.TerminateResponse
-	72, // [72:97] is the sub-list for method output_type
-	47, // [47:72] is the sub-list for method input_type
+	12, // 68: hostagent.v1.HostAgent.Settle:input_type -> hostagent.v1.SettleRequest
+	14, // 69: hostagent.v1.HostAgent.Fork:input_type -> hostagent.v1.ForkRequest
+	16, // 70: hostagent.v1.HostAgent.DeleteTemplate:input_type -> hostagent.v1.DeleteTemplateRequest
+	49, // 71: hostagent.v1.HostAgent.ImportTemplate:input_type -> hostagent.v1.ImportTemplateRequest
+	60, // 72: hostagent.v1.HostAgent.Terminate:input_type -> hostagent.v1.TerminateRequest
+	4,  // 73: hostagent.v1.HostAgent.Create:output_type -> hostagent.v1.CreateResponse
+	19, // 74: hostagent.v1.HostAgent.Destroy:output_type -> hostagent.v1.DestroyResponse
+	21, // 75: hostagent.v1.HostAgent.List:output_type -> hostagent.v1.ListResponse
+	23, // 76: hostagent.v1.HostAgent.Get:output_type -> hostagent.v1.GetResponse
+	26, // 77: hostagent.v1.HostAgent.Exec:output_type -> hostagent.v1.ExecResponse
+	29, // 78: hostagent.v1.HostAgent.ExecStream:output_type -> hostagent.v1.ExecStreamResponse
+	33, // 79: hostagent.v1.HostAgent.WriteFile:output_type -> hostagent.v1.WriteFileResponse
+	35, // 80: hostagent.v1.HostAgent.ReadFile:output_type -> hostagent.v1.ReadFileResponse
+	37, // 81: hostagent.v1.HostAgent.WriteFileStream:output_type -> hostagent.v1.WriteFileStreamResponse
+	39, // 82: hostagent.v1.HostAgent.ReadFileStream:output_type -> hostagent.v1.ReadFileStreamResponse
+	41, // 83: hostagent.v1.HostAgent.Ping:output_type -> hostagent.v1.PingResponse
+	45, // 84: hostagent.v1.HostAgent.Metrics:output_type -> hostagent.v1.MetricsResponse
+	43, // 85: hostagent.v1.HostAgent.Samples:output_type -> hostagent.v1.SamplesResponse
+	47, // 86: hostagent.v1.HostAgent.Console:output_type -> hostagent.v1.ConsoleResponse
+	52, // 87: hostagent.v1.HostAgent.Templates:output_type -> hostagent.v1.TemplatesResponse
+	54, // 88: hostagent.v1.HostAgent.Host:output_type -> hostagent.v1.HostResponse
+	57, // 89: hostagent.v1.HostAgent.Events:output_type -> hostagent.v1.EventsResponse
+	59, // 90: hostagent.v1.HostAgent.AckEvents:output_type -> hostagent.v1.AckEventsResponse
+	6,  // 91: hostagent.v1.HostAgent.Pause:output_type -> hostagent.v1.PauseResponse
+	8,  // 92: hostagent.v1.HostAgent.Resume:output_type -> hostagent.v1.ResumeResponse
+	11, // 93: hostagent.v1.HostAgent.Snapshot:output_type -> hostagent.v1.SnapshotResponse
+	13, // 94: hostagent.v1.HostAgent.Settle:output_type -> hostagent.v1.SettleResponse
+	15, // 95: hostagent.v1.HostAgent.Fork:output_type -> hostagent.v1.ForkResponse
+	17, // 96: hostagent.v1.HostAgent.DeleteTemplate:output_type -> hostagent.v1.DeleteTemplateResponse
+	50, // 97: hostagent.v1.HostAgent.ImportTemplate:output_type -> hostagent.v1.ImportTemplateResponse
+	61, // 98: hostagent.v1.HostAgent.Terminate:output_type -> hostagent.v1.TerminateResponse
+	73, // [73:99] is the sub-list for method output_type
+	47, // [47:73] is the sub-list for method input_type
 	47, // [47:47] is the sub-list for extension type_name
 	47, // [47:47] is the sub-list for extension extendee
 	0,  // [0:47] is the sub-list for field type_name
@@ -4834,34 +4956,34 @@ func file_hostagent_v1_hostagent_proto_init() {
 	if File_hostagent_v1_hostagent_proto != nil {
 		return
 	}
-	file_hostagent_v1_hostagent_proto_msgTypes[24].OneofWrappers = []any{
+	file_hostagent_v1_hostagent_proto_msgTypes[26].OneofWrappers = []any{
 		(*ExecStreamRequest_Start_)(nil),
 		(*ExecStreamRequest_Stdin)(nil),
 		(*ExecStreamRequest_CloseStdin_)(nil),
 		(*ExecStreamRequest_Resize)(nil),
 		(*ExecStreamRequest_Signal)(nil),
 	}
-	file_hostagent_v1_hostagent_proto_msgTypes[25].OneofWrappers = []any{
+	file_hostagent_v1_hostagent_proto_msgTypes[27].OneofWrappers = []any{
 		(*ExecStreamResponse_Started_)(nil),
 		(*ExecStreamResponse_Stdout)(nil),
 		(*ExecStreamResponse_Stderr)(nil),
 		(*ExecStreamResponse_Terminal)(nil),
 		(*ExecStreamResponse_Exited_)(nil),
 	}
-	file_hostagent_v1_hostagent_proto_msgTypes[32].OneofWrappers = []any{
+	file_hostagent_v1_hostagent_proto_msgTypes[34].OneofWrappers = []any{
 		(*WriteFileStreamRequest_Start_)(nil),
 		(*WriteFileStreamRequest_Chunk)(nil),
 	}
-	file_hostagent_v1_hostagent_proto_msgTypes[35].OneofWrappers = []any{
+	file_hostagent_v1_hostagent_proto_msgTypes[37].OneofWrappers = []any{
 		(*ReadFileStreamResponse_Start_)(nil),
 		(*ReadFileStreamResponse_Chunk)(nil),
 	}
-	file_hostagent_v1_hostagent_proto_msgTypes[45].OneofWrappers = []any{
+	file_hostagent_v1_hostagent_proto_msgTypes[47].OneofWrappers = []any{
 		(*ImportTemplateRequest_Start_)(nil),
 		(*ImportTemplateRequest_Chunk)(nil),
 	}
-	file_hostagent_v1_hostagent_proto_msgTypes[62].OneofWrappers = []any{}
-	file_hostagent_v1_hostagent_proto_msgTypes[71].OneofWrappers = []any{
+	file_hostagent_v1_hostagent_proto_msgTypes[64].OneofWrappers = []any{}
+	file_hostagent_v1_hostagent_proto_msgTypes[73].OneofWrappers = []any{
 		(*ImportTemplateRequest_Start_Registry)(nil),
 		(*ImportTemplateRequest_Start_Archive)(nil),
 	}
@@ -4871,7 +4993,7 @@ func file_hostagent_v1_hostagent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hostagent_v1_hostagent_proto_rawDesc), len(file_hostagent_v1_hostagent_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   72,
+			NumMessages:   74,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -2,8 +2,8 @@
 -- that race one wins and the other learns of it (no row comes back).
 
 -- name: InsertSandbox :one
-INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, on_timeout, auto_resume, forked_from)
-VALUES ($1, $2, $3, $4, $5, 'starting', $6, $7, $8, $9, $10, $11, $12, $13, $14)
+INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, on_timeout, auto_resume, forked_from, build_id)
+VALUES ($1, $2, $3, $4, $5, 'starting', $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
 RETURNING *;
 
 -- name: ClaimIdempotencyKey :execrows
@@ -23,13 +23,15 @@ DELETE FROM idempotency_keys WHERE created_at < @before;
 SELECT * FROM sandboxes WHERE id = $1;
 
 -- name: GetTeamSandbox :one
-SELECT * FROM sandboxes WHERE id = $1 AND team_id = $2;
+-- A build's sandbox is nobody's but the build's.
+SELECT * FROM sandboxes WHERE id = $1 AND team_id = $2 AND build_id IS NULL;
 
 -- name: ListLiveSandboxes :many
 -- Written out as the partial index has it, which serves it.
 SELECT * FROM sandboxes
 WHERE team_id = @team_id
   AND state NOT IN ('stopped', 'error')
+  AND build_id IS NULL
   AND metadata @> @metadata::jsonb
   AND (created_at, id) < (@before_at::timestamptz, @before_id::uuid)
 ORDER BY created_at DESC, id DESC
@@ -39,6 +41,7 @@ LIMIT @max_rows;
 SELECT * FROM sandboxes
 WHERE team_id = @team_id
   AND state = ANY (@states::text[])
+  AND build_id IS NULL
   AND metadata @> @metadata::jsonb
   AND (created_at, id) < (@before_at::timestamptz, @before_id::uuid)
 ORDER BY created_at DESC, id DESC

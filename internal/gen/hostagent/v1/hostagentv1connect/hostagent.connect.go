@@ -78,6 +78,8 @@ const (
 	HostAgentResumeProcedure = "/hostagent.v1.HostAgent/Resume"
 	// HostAgentSnapshotProcedure is the fully-qualified name of the HostAgent's Snapshot RPC.
 	HostAgentSnapshotProcedure = "/hostagent.v1.HostAgent/Snapshot"
+	// HostAgentSettleProcedure is the fully-qualified name of the HostAgent's Settle RPC.
+	HostAgentSettleProcedure = "/hostagent.v1.HostAgent/Settle"
 	// HostAgentForkProcedure is the fully-qualified name of the HostAgent's Fork RPC.
 	HostAgentForkProcedure = "/hostagent.v1.HostAgent/Fork"
 	// HostAgentDeleteTemplateProcedure is the fully-qualified name of the HostAgent's DeleteTemplate
@@ -138,6 +140,9 @@ type HostAgentClient interface {
 	// template of its team. It goes on when the caller leaves. Idempotent by
 	// template id.
 	Snapshot(context.Context, *connect.Request[v1.SnapshotRequest]) (*connect.Response[v1.SnapshotResponse], error)
+	// Settle ends all processes of a sandbox's users, and has its guest write to
+	// its disk what it has not yet.
+	Settle(context.Context, *connect.Request[v1.SettleRequest]) (*connect.Response[v1.SettleResponse], error)
 	// Fork makes copies of a running sandbox, which goes on: all or none.
 	Fork(context.Context, *connect.Request[v1.ForkRequest]) (*connect.Response[v1.ForkResponse], error)
 	// DeleteTemplate removes a template's files. Sandboxes that were started
@@ -291,6 +296,12 @@ func NewHostAgentClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(hostAgentMethods.ByName("Snapshot")),
 			connect.WithClientOptions(opts...),
 		),
+		settle: connect.NewClient[v1.SettleRequest, v1.SettleResponse](
+			httpClient,
+			baseURL+HostAgentSettleProcedure,
+			connect.WithSchema(hostAgentMethods.ByName("Settle")),
+			connect.WithClientOptions(opts...),
+		),
 		fork: connect.NewClient[v1.ForkRequest, v1.ForkResponse](
 			httpClient,
 			baseURL+HostAgentForkProcedure,
@@ -341,6 +352,7 @@ type hostAgentClient struct {
 	pause           *connect.Client[v1.PauseRequest, v1.PauseResponse]
 	resume          *connect.Client[v1.ResumeRequest, v1.ResumeResponse]
 	snapshot        *connect.Client[v1.SnapshotRequest, v1.SnapshotResponse]
+	settle          *connect.Client[v1.SettleRequest, v1.SettleResponse]
 	fork            *connect.Client[v1.ForkRequest, v1.ForkResponse]
 	deleteTemplate  *connect.Client[v1.DeleteTemplateRequest, v1.DeleteTemplateResponse]
 	importTemplate  *connect.Client[v1.ImportTemplateRequest, v1.ImportTemplateResponse]
@@ -452,6 +464,11 @@ func (c *hostAgentClient) Snapshot(ctx context.Context, req *connect.Request[v1.
 	return c.snapshot.CallUnary(ctx, req)
 }
 
+// Settle calls hostagent.v1.HostAgent.Settle.
+func (c *hostAgentClient) Settle(ctx context.Context, req *connect.Request[v1.SettleRequest]) (*connect.Response[v1.SettleResponse], error) {
+	return c.settle.CallUnary(ctx, req)
+}
+
 // Fork calls hostagent.v1.HostAgent.Fork.
 func (c *hostAgentClient) Fork(ctx context.Context, req *connect.Request[v1.ForkRequest]) (*connect.Response[v1.ForkResponse], error) {
 	return c.fork.CallUnary(ctx, req)
@@ -520,6 +537,9 @@ type HostAgentHandler interface {
 	// template of its team. It goes on when the caller leaves. Idempotent by
 	// template id.
 	Snapshot(context.Context, *connect.Request[v1.SnapshotRequest]) (*connect.Response[v1.SnapshotResponse], error)
+	// Settle ends all processes of a sandbox's users, and has its guest write to
+	// its disk what it has not yet.
+	Settle(context.Context, *connect.Request[v1.SettleRequest]) (*connect.Response[v1.SettleResponse], error)
 	// Fork makes copies of a running sandbox, which goes on: all or none.
 	Fork(context.Context, *connect.Request[v1.ForkRequest]) (*connect.Response[v1.ForkResponse], error)
 	// DeleteTemplate removes a template's files. Sandboxes that were started
@@ -669,6 +689,12 @@ func NewHostAgentHandler(svc HostAgentHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(hostAgentMethods.ByName("Snapshot")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostAgentSettleHandler := connect.NewUnaryHandler(
+		HostAgentSettleProcedure,
+		svc.Settle,
+		connect.WithSchema(hostAgentMethods.ByName("Settle")),
+		connect.WithHandlerOptions(opts...),
+	)
 	hostAgentForkHandler := connect.NewUnaryHandler(
 		HostAgentForkProcedure,
 		svc.Fork,
@@ -737,6 +763,8 @@ func NewHostAgentHandler(svc HostAgentHandler, opts ...connect.HandlerOption) (s
 			hostAgentResumeHandler.ServeHTTP(w, r)
 		case HostAgentSnapshotProcedure:
 			hostAgentSnapshotHandler.ServeHTTP(w, r)
+		case HostAgentSettleProcedure:
+			hostAgentSettleHandler.ServeHTTP(w, r)
 		case HostAgentForkProcedure:
 			hostAgentForkHandler.ServeHTTP(w, r)
 		case HostAgentDeleteTemplateProcedure:
@@ -836,6 +864,10 @@ func (UnimplementedHostAgentHandler) Resume(context.Context, *connect.Request[v1
 
 func (UnimplementedHostAgentHandler) Snapshot(context.Context, *connect.Request[v1.SnapshotRequest]) (*connect.Response[v1.SnapshotResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgent.Snapshot is not implemented"))
+}
+
+func (UnimplementedHostAgentHandler) Settle(context.Context, *connect.Request[v1.SettleRequest]) (*connect.Response[v1.SettleResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgent.Settle is not implemented"))
 }
 
 func (UnimplementedHostAgentHandler) Fork(context.Context, *connect.Request[v1.ForkRequest]) (*connect.Response[v1.ForkResponse], error) {

@@ -1,0 +1,114 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/disk"
+	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/id"
+)
+
+// flattenUID is the user that works on file systems while they are flattened,
+// one at a time; no machine has it.
+const flattenUID = firstUID - 1
+
+// SnapshotDisk makes a template of a sandbox's disk alone: a file system of its
+// own, without what was the sandbox's template's, which is booted and captured
+// once before this returns. start is what is started then and left running;
+// nil: nothing. It is otherwise as Snapshot is. What has not been written to the
+// guest's disk, see Settle, may not be there.
+func (m *Manager) SnapshotDisk(ctx context.Context, sandbox, template uuid.UUID, name string, defaults *image.Defaults, start []string) (image.Template, error) {
+	if template == uuid.Nil {
+		return image.Template{}, fail(ErrInvalid, "the built-in template is not to be replaced")
+	}
+	b, err := m.find(sandbox)
+	if err != nil {
+		return image.Template{}, err
+	}
+	var t image.Template
+	err = b.order(ctx, func(ctx context.Context) (err error) {
+		t, err = b.snapshotDisk(ctx, template, name, defaults, start)
+		return err
+	})
+	if err != nil { // it may go on: t is not to be read
+		return image.Template{}, err
+	}
+	vcpus, memoryMiB := b.machineSize()
+	err = m.Prepare(ctx, t, vcpus, memoryMiB)
+	switch {
+	case errors.Is(err, ErrExhausted):
+		// It is captured for the first sandbox that asks for it.
+		m.Log.Warn("no room to capture a template at once", "template", id.Format(id.Template, template), "error", err)
+	case err != nil && ctx.Err() == nil:
+		return image.Template{}, errors.Join(fmt.Errorf("boot the template: %w", err), m.DeleteTemplate(t.Team, t.ID))
+	case err != nil:
+		return image.Template{}, err
+	}
+	return image.Find(m.Dir, t.Team, t.ID)
+}
+
+func (b *box) machineSize() (vcpus, memoryMiB int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.rec.Spec.VCPUs, b.rec.Spec.MemoryMiB
+}
+
+func (b *box) snapshotDisk(ctx context.Context, template uuid.UUID, name string, defaults *image.Defaults, start []string) (_ image.Template, err error) {
+	dir, spec := b.m.Dir, &b.rec.Spec
+	if t, err := image.Find(dir, spec.Team, template); err == nil {
+		return t, nil
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return image.Template{}, err
+	}
+	begin := time.Now()
+	defer func() { b.m.Observe("snapshot disk", time.Since(begin), err) }()
+	b.set(func() { b.steps = nil })
+	tmp, err := image.TempTemplate(dir)
+	if err != nil {
+		return image.Template{}, Full(err)
+	}
+	defer os.RemoveAll(tmp)
+	// The memory that is captured too is of no use: its disk is a moment's.
+	captured := filepath.Join(tmp, image.Captured)
+	c, err := b.capture(ctx, captured, defaults)
+	if err != nil {
+		return image.Template{}, fmt.Errorf("snapshot: %w", Full(err))
+	}
+	size := int64(c.DiskMiB) << 20
+	chain := disk.Chain{Base: c.Rootfs(), Size: size}
+	for n := range c.Layers {
+		chain.Layers = append(chain.Layers, c.Layer(n))
+	}
+	err = b.step("flatten", func() error {
+		b.m.flattening.Lock()
+		defer b.m.flattening.Unlock()
+		if err := disk.Flatten(ctx, image.TempRootfs(tmp), chain, flattenUID); err != nil {
+			return err
+		}
+		return disk.Expand(ctx, image.TempRootfs(tmp), size, flattenUID)
+	})
+	if err == nil {
+		err = os.RemoveAll(captured)
+	}
+	if err != nil {
+		return image.Template{}, fmt.Errorf("snapshot: %w", Full(err))
+	}
+	t := image.Template{
+		ID: template, Team: spec.Team, Name: name, DiskMiB: spec.DiskMiB, CreatedAt: time.Now().UTC().Truncate(time.Second),
+		Inputs: digest("disk", template.String()), Defaults: c.Defaults, Start: start,
+	}
+	err = b.step("publish", func() error { return image.PublishRootfs(dir, tmp, t) })
+	if err != nil {
+		return image.Template{}, fmt.Errorf("snapshot: %w", Full(err))
+	}
+	b.log.Info("sandbox's disk captured", "template", id.Format(id.Template, template), "took", time.Since(begin), "steps", stepsValue(b.steps))
+	return image.Find(dir, spec.Team, template)
+}

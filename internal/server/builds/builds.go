@@ -1,0 +1,395 @@
+// Package builds turns recipes into templates: it keeps the queue, runs the
+// steps in sandboxes of their own, and has what comes of them captured.
+//
+// PostgreSQL has every build's truth; Redis only says that there is something
+// to look at. A build is one server's for as long as it renews its lease.
+package builds
+
+import (
+	"cmp"
+	"context"
+	"encoding/base64"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/redis/go-redis/v9"
+	"github.com/sethvargo/go-retry"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	"github.com/wrenn-dev/wrenn/internal/recipe"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/server/templates"
+)
+
+// State is where a build is in its life.
+type State string
+
+// The states of a build.
+const (
+	Queued    State = "queued"
+	Running   State = "running"
+	Succeeded State = "succeeded"
+	Failed    State = "failed"
+	Cancelled State = "cancelled"
+)
+
+// Ended says whether nothing more becomes of the build.
+func (s State) Ended() bool { return s != Queued && s != Running }
+
+// Settings bound builds. Its tags are the environment variables that they are
+// read from; see New for what holds where they are 0.
+type Settings struct {
+	// Workers is how many builds one server works on at once.
+	Workers int `env:"WRENN_BUILD_WORKERS"`
+	// TeamRunning and TeamOpen are how many builds of a team may run, and run or
+	// wait, at once.
+	TeamRunning int `env:"WRENN_BUILD_TEAM_RUNNING"`
+	TeamOpen    int `env:"WRENN_BUILD_TEAM_OPEN"`
+	// StepTimeout and PhaseTimeout bound one step of a recipe, and one of the
+	// phases before and after, unless a build asks for something else.
+	StepTimeout  time.Duration `env:"WRENN_BUILD_STEP_TIMEOUT"`
+	PhaseTimeout time.Duration `env:"WRENN_BUILD_PHASE_TIMEOUT"`
+	// Lease is how long a build is left to a server that is not heard of.
+	Lease time.Duration `env:"WRENN_BUILD_LEASE"`
+	// ArchiveMiB bounds one folder that is copied from, TeamArchivesMiB all that
+	// a team has uploaded and not used for ArchivesLast.
+	ArchiveMiB      int64         `env:"WRENN_BUILD_ARCHIVE_MIB"`
+	TeamArchivesMiB int64         `env:"WRENN_BUILD_TEAM_ARCHIVES_MIB"`
+	ArchivesLast    time.Duration `env:"WRENN_BUILD_ARCHIVES_LAST"`
+	// Layers is how many layers of a team are kept for later builds, LayersLast
+	// for how long one that none begins with.
+	Layers     int           `env:"WRENN_BUILD_LAYERS"`
+	LayersLast time.Duration `env:"WRENN_BUILD_LAYERS_LAST"`
+}
+
+// Config is what a Service works with.
+type Config struct {
+	Settings
+	Store     *store.Store
+	Redis     *redis.Client
+	Hosts     *hosts.Registry
+	Sandboxes *sandboxes.Service
+	Templates *templates.Service
+	// Import makes the template that FROM oci: names, for a build; nil: there is
+	// no such thing yet.
+	Import func(ctx context.Context, team, build uuid.UUID, image string) (db.Template, error)
+	Log    *slog.Logger
+}
+
+// Service is every team's builds.
+type Service struct {
+	Config
+
+	mu sync.Mutex
+	// waiting are closed when something changes about the build.
+	waiting map[uuid.UUID]chan struct{}
+}
+
+// New returns the builds of a store. Run works on them. Settings that are 0 are
+// their defaults.
+func New(c Config) *Service {
+	c.Workers, c.TeamRunning, c.TeamOpen = cmp.Or(c.Workers, 2), cmp.Or(c.TeamRunning, 2), cmp.Or(c.TeamOpen, 20)
+	c.StepTimeout, c.PhaseTimeout = cmp.Or(c.StepTimeout, 30*time.Second), cmp.Or(c.PhaseTimeout, 10*time.Minute)
+	c.Lease = cmp.Or(c.Lease, 30*time.Second)
+	c.ArchiveMiB, c.TeamArchivesMiB = cmp.Or(c.ArchiveMiB, 512), cmp.Or(c.TeamArchivesMiB, 2048)
+	c.ArchivesLast, c.LayersLast = cmp.Or(c.ArchivesLast, 24*time.Hour), cmp.Or(c.LayersLast, 7*24*time.Hour)
+	c.Layers = cmp.Or(c.Layers, 40)
+	return &Service{Config: c, waiting: make(map[uuid.UUID]chan struct{})}
+}
+
+// Request is what a build is asked to be.
+type Request struct {
+	Name    string
+	Tags    []string // none: latest
+	Recipe  string
+	Archive string // digest of the folder; empty: nothing is copied
+	Options Options
+}
+
+// Options are how a build is done.
+type Options struct {
+	VCPUs     int32 `json:"vcpus,omitempty"`
+	MemoryMiB int32 `json:"memory_mib,omitempty"`
+	DiskMiB   int32 `json:"disk_mib,omitempty"`
+	// NoCache runs every step, whatever layers there are.
+	NoCache bool `json:"no_cache,omitempty"`
+	// SkipPrePost leaves the phases before and after the recipe out.
+	SkipPrePost bool `json:"skip_pre_post,omitempty"`
+	// Seconds; 0: the server's.
+	StepTimeout  int32 `json:"step_timeout,omitempty"`
+	PhaseTimeout int32 `json:"phase_timeout,omitempty"`
+}
+
+// seconds returns what a build asks for, or else the server's.
+func seconds(n int32, otherwise time.Duration) time.Duration {
+	if n == 0 {
+		return otherwise
+	}
+	return time.Duration(n) * time.Second
+}
+
+// Start puts a build into the queue. It fails with invalid_argument where the
+// recipe is not one, says all that is wrong with it, and with unprocessable where
+// it copies from a folder that was not uploaded.
+func (s *Service) Start(ctx context.Context, team uuid.UUID, r Request) (db.Build, error) {
+	if err := templates.CheckName(r.Name); err != nil {
+		return db.Build{}, err
+	}
+	if len(r.Tags) == 0 {
+		r.Tags = []string{templates.Latest}
+	}
+	for _, t := range r.Tags {
+		if err := templates.CheckTag(t); err != nil {
+			return db.Build{}, err
+		}
+	}
+	parsed, err := recipe.Parse(r.Recipe)
+	if err != nil {
+		return db.Build{}, fault.New(fault.InvalidArgument, "recipe: %v", err)
+	}
+	copies := slices.ContainsFunc(parsed.Steps, func(s recipe.Step) bool { _, is := s.(*recipe.Copy); return is })
+	var archive *string
+	switch {
+	case copies && r.Archive == "":
+		return db.Build{}, fault.New(fault.InvalidArgument, "archive: the recipe copies files, so it needs the folder")
+	case copies:
+		archive = &r.Archive
+		n, err := s.Store.UseArchive(ctx, db.UseArchiveParams{TeamID: team, Digest: r.Archive})
+		if err != nil {
+			return db.Build{}, fmt.Errorf("look up archive: %w", err)
+		}
+		if n == 0 {
+			return db.Build{}, fault.New(fault.Unprocessable, "archive %.100q is not there: upload it first", r.Archive)
+		}
+	}
+	options, err := json.Marshal(r.Options)
+	if err != nil {
+		return db.Build{}, err
+	}
+	row, err := s.Store.InsertBuild(ctx, db.InsertBuildParams{
+		ID: uuid.New(), TeamID: team, Name: r.Name, Tags: r.Tags, Recipe: r.Recipe, Archive: archive, Options: options,
+		TotalSteps: int32(len(outline(parsed, r.Options.SkipPrePost))), CreatedAt: time.Now().UTC().Truncate(time.Microsecond), Most: int64(s.TeamOpen),
+	})
+	if errors.Is(err, store.ErrNoRows) {
+		return row, fault.New(fault.Conflict, "the team has %d builds that wait or run, which is the most", s.TeamOpen)
+	}
+	if err != nil {
+		return row, fmt.Errorf("write build: %w", err)
+	}
+	s.wake(ctx)
+	return row, nil
+}
+
+// Get returns a team's build, or fails with not_found.
+func (s *Service) Get(ctx context.Context, team, build uuid.UUID) (db.Build, error) {
+	row, err := s.Store.GetTeamBuild(ctx, db.GetTeamBuildParams{ID: build, TeamID: team})
+	if errors.Is(err, store.ErrNoRows) {
+		return row, fault.New(fault.NotFound, "no such build")
+	}
+	if err != nil {
+		return row, fmt.Errorf("look up build: %w", err)
+	}
+	return row, nil
+}
+
+// Steps returns what a build has done and what is to come, once it has begun.
+func (s *Service) Steps(ctx context.Context, build uuid.UUID) ([]Step, error) {
+	rows, err := s.Store.ListBuildSteps(ctx, build)
+	if err != nil {
+		return nil, fmt.Errorf("list build's steps: %w", err)
+	}
+	steps := make([]Step, len(rows))
+	for i, row := range rows {
+		if err := json.Unmarshal(row.Log, &steps[i]); err != nil {
+			return nil, fmt.Errorf("read build's step: %w", err)
+		}
+	}
+	return steps, nil
+}
+
+// List returns a page of a team's builds, newest first, and the cursor of the
+// next one ("" on the last page).
+func (s *Service) List(ctx context.Context, team uuid.UUID, cursor string, limit int) ([]db.Build, string, error) {
+	at, before := time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC), uuid.Max
+	if cursor != "" {
+		raw, err := base64.RawURLEncoding.DecodeString(cursor)
+		if err != nil || len(raw) != 24 {
+			return nil, "", fault.New(fault.InvalidArgument, "cursor: not one of this list")
+		}
+		micros := int64(binary.BigEndian.Uint64(raw))
+		if micros < 0 || micros > at.UnixMicro() {
+			return nil, "", fault.New(fault.InvalidArgument, "cursor: not one of this list")
+		}
+		at, before = time.UnixMicro(micros), uuid.UUID(raw[8:])
+	}
+	rows, err := s.Store.ListBuilds(ctx, db.ListBuildsParams{TeamID: team, BeforeAt: at, BeforeID: before, MaxRows: int32(limit) + 1})
+	if err != nil {
+		return nil, "", fmt.Errorf("list builds: %w", err)
+	}
+	if len(rows) <= limit {
+		return rows, "", nil
+	}
+	rows = rows[:limit]
+	last := rows[limit-1]
+	next := binary.BigEndian.AppendUint64(nil, uint64(last.CreatedAt.UnixMicro()))
+	return rows, base64.RawURLEncoding.EncodeToString(append(next, last.ID[:]...)), nil
+}
+
+// Cancel has a build end. One that waits has ended when this returns; one that
+// runs ends as soon as what it does can be broken off and nothing of it is left.
+// That it has ended already is no error.
+func (s *Service) Cancel(ctx context.Context, team, build uuid.UUID) (db.Build, error) {
+	row, err := s.Store.CancelBuild(ctx, db.CancelBuildParams{ID: build, TeamID: team})
+	if errors.Is(err, store.ErrNoRows) {
+		return s.Get(ctx, team, build)
+	}
+	if err != nil {
+		return row, fmt.Errorf("write that build is to end: %w", err)
+	}
+	s.changed(ctx, build)
+	return row, nil
+}
+
+// The Redis list that workers wait for, and the channel of builds' changes.
+const (
+	queueKey = "wrenn:builds"
+	channel  = "wrenn:builds:changed"
+)
+
+// redisTimeout bounds a word to Redis, on which nothing rests.
+const redisTimeout = 2 * time.Second
+
+// wake lets one worker, wherever it is, look for something to do.
+func (s *Service) wake(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), redisTimeout)
+	defer cancel()
+	// A list that nobody empties, with all servers away, does not grow.
+	pipe := s.Redis.Pipeline()
+	pipe.LPush(ctx, queueKey, "look")
+	pipe.LTrim(ctx, queueKey, 0, 1023)
+	if _, err := pipe.Exec(ctx); err != nil {
+		s.Log.Debug("wake a worker", "error", err)
+	}
+}
+
+// changed tells everybody who follows the build, here and elsewhere.
+func (s *Service) changed(ctx context.Context, build uuid.UUID) {
+	s.heard(build)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), redisTimeout)
+	defer cancel()
+	if err := s.Redis.Publish(ctx, channel, build[:]).Err(); err != nil {
+		s.Log.Debug("tell of a build", "error", err)
+	}
+}
+
+func (s *Service) heard(build uuid.UUID) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if c, ok := s.waiting[build]; ok {
+		close(c)
+		delete(s.waiting, build)
+	}
+}
+
+// change returns a channel that is closed when something changes about the build.
+func (s *Service) change(build uuid.UUID) <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c, ok := s.waiting[build]
+	if !ok {
+		c = make(chan struct{})
+		s.waiting[build] = c
+	}
+	return c
+}
+
+// listen hears what other servers tell. The client connects again by itself;
+// who waits looks by itself too, now and then.
+func (s *Service) listen(ctx context.Context) {
+	sub := s.Redis.Subscribe(ctx, channel)
+	defer sub.Close()
+	messages := sub.Channel()
+	for {
+		select {
+		case m, ok := <-messages:
+			if !ok {
+				return
+			}
+			if build, err := uuid.FromBytes([]byte(m.Payload)); err == nil {
+				s.heard(build)
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// lookAgain is how long another server's word is waited for before the table is
+// looked at all the same.
+const lookAgain = 2 * time.Second
+
+// Follow calls see with a team's build and its steps, at once and after each
+// change, until the build has ended, see fails or ctx is done.
+func (s *Service) Follow(ctx context.Context, team, build uuid.UUID, see func(db.Build, []Step) error) error {
+	for {
+		change := s.change(build)
+		row, err := s.Get(ctx, team, build)
+		if err != nil {
+			return err
+		}
+		steps, err := s.Steps(ctx, build)
+		if err != nil {
+			return err
+		}
+		if err := see(row, steps); err != nil || State(row.State).Ended() {
+			return err
+		}
+		look := time.NewTimer(lookAgain)
+		select {
+		case <-change:
+		case <-look.C:
+		case <-ctx.Done():
+		}
+		look.Stop()
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+	}
+}
+
+// persistTimeout bounds how long it is tried to write what has happened.
+const persistTimeout = 30 * time.Second
+
+// persist runs f, which writes what has already happened, until it works or the
+// time for it is over; it goes on when ctx ends.
+func persist(ctx context.Context, f func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), persistTimeout)
+	defer cancel()
+	backoff := retry.WithCappedDuration(2*time.Second, retry.NewExponential(50*time.Millisecond))
+	return retry.Do(ctx, backoff, func(ctx context.Context) error {
+		err := f(ctx)
+		if store.Unreachable(err) {
+			return retry.RetryableError(err)
+		}
+		return err
+	})
+}
+
+// told is what an error says to the build's owner.
+func told(err error) string {
+	var f *fault.Error
+	if errors.As(err, &f) {
+		return f.Message
+	}
+	return cmp.Or(map[bool]string{true: "the server stopped"}[errors.Is(err, context.Canceled)], "internal error; the server's log has more")
+}

@@ -1,0 +1,359 @@
+package builds
+
+import (
+	"archive/tar"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"path"
+	"slices"
+	"strings"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	"github.com/wrenn-dev/wrenn/internal/recipe"
+	"github.com/wrenn-dev/wrenn/internal/recipe/buildcontext"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+)
+
+// file is one entry of a build's folder.
+type file struct {
+	name, link string
+	kind       byte // of a tar header
+	mode       int64
+	sum        [sha256.Size]byte
+}
+
+// selection is what a COPY takes, and where it goes.
+type selection struct {
+	// target is an absolute path. It is a folder; or, if not, the one file's
+	// unless the guest has a folder there.
+	target string
+	folder bool
+	mode   *uint32
+	// to is where each entry goes, below target; of a file that target is, its
+	// own name.
+	to    map[string][]string
+	files map[string]file
+}
+
+// selectFiles finds what a COPY takes.
+func selectFiles(index []file, c *recipe.Copy, dir string, lookup func(string) (string, bool)) (_ *selection, owner string, err error) {
+	target, err := c.Target.Expand(lookup)
+	if err != nil {
+		return nil, "", err
+	}
+	if target == "" {
+		return nil, "", &recipe.Error{Pos: c.Pos, Message: "COPY has no target once its variables are put in"}
+	}
+	if c.Owner != nil {
+		if owner, err = c.Owner.Expand(lookup); err != nil {
+			return nil, "", err
+		}
+	}
+	if owner == "" {
+		owner = "root:root"
+	}
+	s := &selection{
+		target: target, mode: c.Mode, to: map[string][]string{}, files: map[string]file{},
+		folder: len(c.Sources) > 1 || strings.HasSuffix(target, "/") || path.Base(target) == "." || path.Base(target) == "..",
+	}
+	if !path.IsAbs(target) {
+		s.target = path.Join(dir, target)
+	}
+	s.target = path.Clean(s.target)
+	all := make(map[string]file, len(index))
+	for _, f := range index {
+		all[f.name] = f
+	}
+	for _, word := range c.Sources {
+		source, err := word.Expand(lookup)
+		if err != nil {
+			return nil, "", err
+		}
+		if slices.Contains(strings.Split(source, "/"), "..") {
+			return nil, "", &recipe.Error{Pos: word.Pos, Message: "COPY's sources cannot lead upwards"}
+		}
+		pattern := strings.TrimPrefix(path.Clean("/"+source), "/")
+		if strings.ContainsAny(pattern, `*?[`) {
+			s.folder = true
+		}
+		found := false
+		for _, f := range index {
+			if pattern == "" {
+				break
+			}
+			match, err := path.Match(pattern, f.name)
+			if err != nil {
+				return nil, "", &recipe.Error{Pos: word.Pos, Message: fmt.Sprintf("%.200q is not a pattern", source)}
+			}
+			if !match {
+				continue
+			}
+			found = true
+			if err := s.take(index, all, f); err != nil {
+				return nil, "", &recipe.Error{Pos: word.Pos, Message: err.Error()}
+			}
+		}
+		if pattern == "" {
+			found = true
+			s.takeBelow(index, "")
+		}
+		// A folder that was left out, but for something in it, has no entry.
+		if !found && slices.ContainsFunc(index, func(f file) bool { return strings.HasPrefix(f.name, pattern+"/") }) {
+			found = true
+			s.takeBelow(index, pattern+"/")
+		}
+		if !found {
+			return nil, "", &recipe.Error{Pos: word.Pos, Message: fmt.Sprintf("the folder has no %.200q", source)}
+		}
+	}
+	return s, owner, nil
+}
+
+// take adds a source: what is in it, if it is a folder.
+func (s *selection) take(index []file, all map[string]file, f file) error {
+	name := path.Base(f.name)
+	// As docker has it, a link that is a source itself is followed.
+	for range 16 {
+		if f.kind != tar.TypeSymlink {
+			break
+		}
+		next := path.Join(path.Dir(f.name), f.link)
+		to, ok := all[next]
+		if !ok {
+			return fmt.Errorf("%.200q is a link to what the folder does not have", f.name)
+		}
+		f = to
+	}
+	if f.kind == tar.TypeDir {
+		s.takeBelow(index, f.name+"/")
+		return nil
+	}
+	s.add(f, name)
+	return nil
+}
+
+func (s *selection) takeBelow(index []file, prefix string) {
+	s.folder = true
+	for _, f := range index {
+		if rel, ok := strings.CutPrefix(f.name, prefix); ok {
+			s.add(f, rel)
+		}
+	}
+}
+
+func (s *selection) add(f file, to string) {
+	if !slices.Contains(s.to[f.name], to) {
+		s.to[f.name] = append(s.to[f.name], to)
+		s.files[f.name] = f
+	}
+}
+
+// digest names what is copied: contents, names and modes.
+func (s *selection) digest() string {
+	var parts []string
+	for name, to := range s.to {
+		f := s.files[name]
+		for _, t := range to {
+			parts = append(parts, fmt.Sprintf("%q %c %o %q %x", t, f.kind, f.mode, f.link, f.sum))
+		}
+	}
+	slices.Sort(parts)
+	sum := digest(parts...)
+	return hex.EncodeToString(sum[:])
+}
+
+// write writes a tar of the selection, whose one file is called name if that is
+// not empty, from the archive that it was made of.
+func (s *selection) write(ctx context.Context, w io.Writer, archive io.Reader, want buildcontext.Digest, limits buildcontext.Limits, name string) error {
+	t := tar.NewWriter(w)
+	err := buildcontext.Read(ctx, archive, want, limits, func(h *tar.Header, content io.Reader) error {
+		for i, to := range s.to[h.Name] {
+			if name != "" {
+				to = name
+			}
+			out := &tar.Header{Name: to, Typeflag: h.Typeflag, Mode: h.Mode, Linkname: h.Linkname, Format: tar.FormatPAX}
+			if s.mode != nil && h.Typeflag != tar.TypeSymlink {
+				out.Mode = int64(*s.mode)
+			}
+			switch {
+			case h.Typeflag == tar.TypeDir:
+				out.Name += "/"
+			case h.Typeflag == tar.TypeReg && i > 0:
+				out.Typeflag, out.Linkname = tar.TypeLink, s.to[h.Name][0] // what is in it can be read once
+			case h.Typeflag == tar.TypeReg:
+				out.Size = h.Size
+			}
+			if err := t.WriteHeader(out); err != nil {
+				return err
+			}
+			if out.Size > 0 {
+				if _, err := io.Copy(t, content); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return t.Close()
+}
+
+// chunkSize is how many bytes of an archive are in one row.
+const chunkSize = 1 << 20
+
+// PutArchive keeps the archive of a folder for builds of a team. Its name must
+// be that of its content, and it must be one that buildcontext packs.
+func (s *Service) PutArchive(ctx context.Context, team uuid.UUID, want string, r io.Reader) error {
+	if n, err := s.Store.UseArchive(ctx, db.UseArchiveParams{TeamID: team, Digest: want}); err != nil {
+		return fmt.Errorf("look up archive: %w", err)
+	} else if n > 0 {
+		return nil
+	}
+	has, err := s.Store.SizeOfArchives(ctx, team)
+	if err != nil {
+		return fmt.Errorf("measure archives: %w", err)
+	}
+	if has >= s.TeamArchivesMiB<<20 {
+		return fault.New(fault.Conflict, "the team's uploaded folders have %d MiB together, which is the most; they are forgotten a day after they were used", s.TeamArchivesMiB)
+	}
+	var kept *keeper
+	err = s.Store.InTx(ctx, func(q *db.Queries) error {
+		n, err := q.AddArchive(ctx, db.AddArchiveParams{TeamID: team, Digest: want})
+		if err != nil || n == 0 {
+			return err // n = 0: somebody else has just uploaded the same
+		}
+		kept = &keeper{ctx: ctx, q: q, team: team, digest: want, most: s.ArchiveMiB << 20}
+		err = buildcontext.Read(ctx, io.TeeReader(r, kept), buildcontext.Digest(want), s.limits(), func(*tar.Header, io.Reader) error { return nil })
+		if kept.err != nil {
+			return kept.err
+		}
+		if errors.Is(err, buildcontext.ErrRefused) || errors.Is(err, tar.ErrHeader) || errors.Is(err, io.ErrUnexpectedEOF) {
+			return fault.Because(err, fault.InvalidArgument, "the archive is refused: %v", err)
+		}
+		if err == nil {
+			err = kept.flush()
+		}
+		if err == nil {
+			err = q.SetArchiveSize(ctx, db.SetArchiveSizeParams{TeamID: team, Digest: want, SizeBytes: kept.size})
+		}
+		return err
+	})
+	var f *fault.Error
+	if err != nil && !errors.As(err, &f) {
+		return fmt.Errorf("keep archive: %w", err)
+	}
+	return err
+}
+
+// limits bound what an archive unpacks to.
+func (s *Service) limits() buildcontext.Limits {
+	return buildcontext.Limits{Bytes: s.ArchiveMiB << 20}
+}
+
+// keeper writes what is written to it to the table, in rows of one size.
+type keeper struct {
+	ctx    context.Context
+	q      *db.Queries
+	team   uuid.UUID
+	digest string
+	most   int64
+
+	buf    []byte
+	number int32
+	size   int64
+	err    error
+}
+
+func (k *keeper) Write(p []byte) (int, error) {
+	if k.err == nil && k.size+int64(len(p)) > k.most {
+		k.err = fault.New(fault.PayloadTooLarge, "the folder has more than %d MiB: list what is not needed in .wrennignore", k.most>>20)
+	}
+	if k.err != nil {
+		return 0, k.err
+	}
+	k.size += int64(len(p))
+	k.buf = append(k.buf, p...)
+	for len(k.buf) >= chunkSize && k.err == nil {
+		rest := k.buf[chunkSize:]
+		k.err = k.row(k.buf[:chunkSize])
+		k.buf = append(k.buf[:0], rest...)
+	}
+	return len(p), k.err
+}
+
+func (k *keeper) row(data []byte) error {
+	k.number++
+	return k.q.AddArchiveChunk(k.ctx, db.AddArchiveChunkParams{TeamID: k.team, Digest: k.digest, Number: k.number, Data: data})
+}
+
+func (k *keeper) flush() error {
+	if len(k.buf) == 0 {
+		return nil
+	}
+	return k.row(k.buf)
+}
+
+// archive reads what a keeper has written.
+type archive struct {
+	ctx    context.Context
+	store  *store.Store
+	team   uuid.UUID
+	digest string
+
+	number int32
+	rest   []byte
+}
+
+func (a *archive) Read(p []byte) (int, error) {
+	for len(a.rest) == 0 {
+		a.number++
+		data, err := a.store.GetArchiveChunk(a.ctx, db.GetArchiveChunkParams{TeamID: a.team, Digest: a.digest, Number: a.number})
+		if errors.Is(err, store.ErrNoRows) {
+			return 0, io.EOF
+		}
+		if err != nil {
+			return 0, fmt.Errorf("read archive: %w", err)
+		}
+		a.rest = data
+	}
+	n := copy(p, a.rest)
+	a.rest = a.rest[n:]
+	return n, nil
+}
+
+// index lists what is in a build's folder.
+func (s *Service) index(ctx context.Context, row db.Build) ([]file, error) {
+	if row.Archive == nil {
+		return nil, nil
+	}
+	var all []file
+	err := buildcontext.Read(ctx, s.archive(ctx, row), buildcontext.Digest(*row.Archive), s.limits(), func(h *tar.Header, content io.Reader) error {
+		f := file{name: h.Name, link: h.Linkname, kind: h.Typeflag, mode: h.Mode & 0o777}
+		if h.Typeflag == tar.TypeReg {
+			sum := sha256.New()
+			if _, err := io.Copy(sum, content); err != nil {
+				return err
+			}
+			sum.Sum(f.sum[:0])
+		}
+		all = append(all, f)
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read the build's folder: %w", err)
+	}
+	return all, nil
+}
+
+func (s *Service) archive(ctx context.Context, row db.Build) io.Reader {
+	return &archive{ctx: ctx, store: s.Store, team: row.TeamID, digest: *row.Archive}
+}

@@ -1,0 +1,103 @@
+package builds
+
+import (
+	"strings"
+	"sync"
+	"time"
+	"unicode/utf8"
+)
+
+// The most of a step's output that is kept, in bytes: its beginning and, where
+// it is longer, its end.
+const (
+	maxOutput = 128 << 10
+	maxTail   = 8 << 10
+)
+
+// The states of a step.
+const (
+	stepPending   = "pending"
+	stepRunning   = "running"
+	stepSucceeded = "succeeded"
+	stepFailed    = "failed"
+	stepCached    = "cached" // what it did is in the layer that was begun with
+	stepSkipped   = "skipped"
+	stepCancelled = "cancelled"
+)
+
+// Step is what is known of one step of a build.
+type Step struct {
+	Number int    `json:"number"` // from 1
+	Phase  string `json:"phase"`
+	Text   string `json:"text"`
+	State  string `json:"state"`
+	// Output is what it printed: its beginning and, if that is not all
+	// (Truncated), Tail, its end.
+	Output    string `json:"output"`
+	Truncated bool   `json:"truncated,omitempty"`
+	Tail      string `json:"tail,omitempty"`
+	// ExitCode is its command's, where it had one that ended.
+	ExitCode   *int32     `json:"exit_code,omitempty"`
+	Error      string     `json:"error,omitempty"`
+	StartedAt  *time.Time `json:"started_at,omitempty"`
+	DurationMS int64      `json:"duration_ms,omitempty"`
+}
+
+// output gathers what a step prints. It is safe for concurrent use.
+type output struct {
+	mu    sync.Mutex
+	head  []byte
+	tail  []byte
+	cut   bool
+	fresh chan struct{} // has one when something was written
+}
+
+func newOutput() *output { return &output{fresh: make(chan struct{}, 1)} }
+
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	n := min(len(p), maxOutput-len(o.head))
+	o.head = append(o.head, p[:n]...)
+	if n < len(p) {
+		o.cut = true
+		o.tail = append(o.tail, p[n:]...)
+		if len(o.tail) > 2*maxTail {
+			o.tail = append(o.tail[:0], o.tail[len(o.tail)-maxTail:]...)
+		}
+	}
+	o.mu.Unlock()
+	select {
+	case o.fresh <- struct{}{}:
+	default:
+	}
+	return len(p), nil
+}
+
+// fill puts what was printed so far into a step.
+func (o *output) fill(s *Step) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	s.Output, s.Truncated = text(whole(o.head)), o.cut
+	if o.cut {
+		s.Tail = text(o.tail[max(0, len(o.tail)-maxTail):])
+	}
+}
+
+// whole leaves out a character of which the end is not there yet, so that what
+// is shown is never taken back.
+func whole(b []byte) []byte {
+	for n := 1; n < utf8.UTFMax && n <= len(b); n++ {
+		if c := b[len(b)-n]; utf8.RuneStart(c) {
+			if !utf8.FullRune(b[len(b)-n:]) {
+				return b[:len(b)-n]
+			}
+			break
+		}
+	}
+	return b
+}
+
+// text is what JSONB can hold.
+func text(b []byte) string {
+	return strings.ReplaceAll(strings.ToValidUTF8(string(b), "\uFFFD"), "\x00", "\uFFFD")
+}

@@ -1,0 +1,189 @@
+package builds
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/binary"
+	"fmt"
+	"maps"
+	"path"
+	"slices"
+	"strings"
+
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/recipe"
+)
+
+// The phases of a build.
+const (
+	phasePre     = "pre"
+	phaseRecipe  = "recipe"
+	phasePost    = "post"
+	phaseCapture = "capture"
+)
+
+// What is run before and after a recipe's steps, where there is apt-get.
+var (
+	before = []string{"apt-get update"}
+	after  = []string{"apt-get -y autoremove", "apt-get clean", "rm -rf /var/lib/apt/lists/*"}
+)
+
+// defaultPath is the guest daemon's PATH where nothing sets another.
+const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/games:/usr/local/games"
+
+// entry is one step of a build, as it is known before it begins.
+type entry struct {
+	phase, text string
+	step        recipe.Step // of the recipe phase
+}
+
+// outline says which steps a recipe's build has.
+func outline(r *recipe.Recipe, skipPrePost bool) []entry {
+	var all []entry
+	if !skipPrePost {
+		for _, line := range before {
+			all = append(all, entry{phase: phasePre, text: line})
+		}
+	}
+	for _, step := range r.Steps {
+		all = append(all, entry{phase: phaseRecipe, text: step.String(), step: step})
+	}
+	if !skipPrePost {
+		for _, line := range after {
+			all = append(all, entry{phase: phasePost, text: line})
+		}
+	}
+	if checked(r) {
+		if r.Start != nil {
+			all = append(all, entry{phase: phaseCapture, text: r.Start.String()})
+		}
+		all = append(all, entry{phase: phaseCapture, text: r.HealthCheck.String()})
+	}
+	return append(all, entry{phase: phaseCapture, text: "capture"})
+}
+
+// checked says whether a recipe's template is captured running.
+func checked(r *recipe.Recipe) bool { return r.HealthCheck != nil && !r.HealthCheck.None }
+
+// surroundings are what a command runs in.
+type surroundings struct {
+	envs      map[string]string
+	dir, user string
+}
+
+// action is what is to be done for one step.
+type action struct {
+	entry
+	surroundings
+	// Of a copy.
+	files *selection
+	owner string
+	// key names all that the guest is made of once this is done.
+	key [sha256.Size]byte
+	// keeps says that what it makes is worth a layer.
+	keeps bool
+}
+
+// plan is what a build does, and what its template's processes have by default.
+type plan struct {
+	actions  []action
+	defaults *hostagentv1.Defaults
+}
+
+// makePlan works out what a recipe means: all that it does depends on its
+// text, what it starts from, named by base, and the folder that it copies from.
+func makePlan(r *recipe.Recipe, base string, has *hostagentv1.Defaults, index []file, skipPrePost bool) (*plan, error) {
+	now := surroundings{envs: maps.Clone(has.GetEnvs()), dir: cmp.Or(has.GetWorkdir(), "/"), user: cmp.Or(has.GetUser(), "root")}
+	if now.envs == nil {
+		now.envs = map[string]string{}
+	}
+	lookup := func(name string) (string, bool) {
+		v, ok := now.envs[name]
+		if !ok && name == "PATH" {
+			return defaultPath, true
+		}
+		return v, ok
+	}
+	p := &plan{defaults: &hostagentv1.Defaults{User: has.GetUser(), Workdir: has.GetWorkdir()}}
+	key := digest("wrenn build 1", base)
+	for _, e := range outline(r, skipPrePost) {
+		a := action{entry: e, surroundings: now}
+		var extra []string
+		switch s := e.step.(type) {
+		case nil:
+			a.keeps = e.phase == phasePre
+			if e.phase != phaseCapture {
+				a.surroundings = surroundings{envs: map[string]string{"DEBIAN_FRONTEND": "noninteractive"}, dir: "/", user: "root"}
+			}
+		case *recipe.Run:
+			a.keeps = true
+		case *recipe.Env:
+			next := maps.Clone(now.envs)
+			for _, v := range s.Vars {
+				value, err := v.Value.Expand(lookup)
+				if err != nil {
+					return nil, err
+				}
+				next[v.Name] = value
+			}
+			now.envs = next
+		case *recipe.Workdir:
+			dir, err := s.Path.Expand(lookup)
+			if err != nil {
+				return nil, err
+			}
+			if dir == "" {
+				return nil, &recipe.Error{Pos: s.Pos, Message: "WORKDIR names no folder once its variables are put in"}
+			}
+			if !path.IsAbs(dir) {
+				dir = path.Join(now.dir, dir)
+			}
+			now.dir = path.Clean(dir)
+			p.defaults.Workdir = now.dir
+			a.surroundings = now
+		case *recipe.User:
+			user, err := s.Name.Expand(lookup)
+			if err != nil {
+				return nil, err
+			}
+			if user == "" {
+				return nil, &recipe.Error{Pos: s.Pos, Message: "USER names nobody once its variables are put in"}
+			}
+			now.user, p.defaults.User = user, user
+			a.surroundings = now
+		case *recipe.Copy:
+			var err error
+			if a.files, a.owner, err = selectFiles(index, s, now.dir, lookup); err != nil {
+				return nil, err
+			}
+			extra = []string{a.files.target, fmt.Sprint(a.files.folder), a.owner, a.files.digest()}
+			a.keeps = true
+		}
+		parts := append([]string{string(key[:]), e.phase, e.text, a.dir, a.user}, extra...)
+		for _, name := range slices.Sorted(maps.Keys(a.envs)) {
+			parts = append(parts, name+"="+a.envs[name])
+		}
+		key = digest(parts...)
+		a.key = key
+		p.actions = append(p.actions, a)
+	}
+	p.defaults.Envs = now.envs
+	return p, nil
+}
+
+// digest is of parts, each with its length.
+func digest(parts ...string) (sum [sha256.Size]byte) {
+	h := sha256.New()
+	for _, p := range parts {
+		_ = binary.Write(h, binary.BigEndian, uint64(len(p))) // never fails
+		h.Write([]byte(p))
+	}
+	h.Sum(sum[:0])
+	return sum
+}
+
+// userOf is the user alone of what USER or --chown say.
+func userOf(owner string) string {
+	user, _, _ := strings.Cut(owner, ":")
+	return user
+}

@@ -1,0 +1,345 @@
+package server_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/jackc/pgx/v5"
+
+	"github.com/wrenn-dev/wrenn/internal/recipe/buildcontext"
+)
+
+// build starts a build and returns its id.
+func (p *plane) build(body map[string]any) string {
+	p.Helper()
+	if body["name"] == nil {
+		body["name"] = "hello"
+	}
+	return p.call("POST", "/v1/templates/builds", body).want(202).str("id")
+}
+
+// ended waits for a build's end and returns it.
+func (p *plane) ended(build string) (b map[string]any) {
+	p.Helper()
+	p.eventually("the build has ended", func() bool {
+		b = p.call("GET", "/v1/templates/builds/"+build, nil).want(200).object()
+		return b["state"] != "queued" && b["state"] != "running"
+	})
+	return b
+}
+
+// steps are a build's, each its state and text.
+func steps(b map[string]any) (all []string) {
+	for _, s := range b["steps"].([]any) {
+		step := s.(map[string]any)
+		all = append(all, step["state"].(string)+" "+step["text"].(string))
+	}
+	return all
+}
+
+// clean fails the test unless nothing is left of builds but their templates.
+func (p *plane) clean(templates int) {
+	p.Helper()
+	p.eventually("nothing is left", func() bool {
+		boxes, has := p.agent.left()
+		return boxes == 0 && has == templates
+	})
+	c, err := pgx.Connect(context.Background(), p.config.DatabaseURL)
+	if err != nil {
+		p.Fatal(err)
+	}
+	defer c.Close(context.Background())
+	var boxes, half int
+	if err := c.QueryRow(context.Background(), `SELECT (SELECT count(*) FROM sandboxes WHERE state NOT IN ('stopped', 'error')), (SELECT count(*) FROM templates WHERE state <> 'ready')`).Scan(&boxes, &half); err != nil || boxes+half != 0 {
+		p.Errorf("the table has %d sandboxes and %d unfinished templates, %v", boxes, half, err)
+	}
+}
+
+func TestBuild(t *testing.T) {
+	p := newPlane(t)
+	text := "FROM minimal\nENV A=1\nRUN one\nWORKDIR /srv\nRUN two\n"
+	b := p.ended(p.build(map[string]any{"recipe": text, "tags": []string{"latest", "v1"}}))
+	want := []string{
+		"succeeded apt-get update", "succeeded ENV A=1", "succeeded RUN one", "succeeded WORKDIR /srv", "succeeded RUN two",
+		"succeeded apt-get -y autoremove", "succeeded apt-get clean", "succeeded rm -rf /var/lib/apt/lists/*", "succeeded capture",
+	}
+	if b["state"] != "succeeded" || !slices.Equal(steps(b), want) || b["done_steps"] != 9. || b["total_steps"] != 9. || b["version"] != 1. {
+		t.Fatalf("%v\n%q", b, steps(b))
+	}
+	if out := b["steps"].([]any)[2].(map[string]any); out["output"] != "one\n" || out["exit_code"] != 0. || out["phase"] != "recipe" {
+		t.Errorf("a step is %v", out)
+	}
+	p.agent.lines()
+	p.clean(1 + 1 + 3) // minimal, the template, and layers after update and both RUNs
+	for _, ref := range []string{"hello", "hello:v1", "hello@1"} {
+		if got := p.call("GET", "/v1/templates/"+ref, nil).want(200).str("id"); got != b["template_id"] {
+			t.Errorf("%s is %s", ref, got)
+		}
+	}
+	// Layers and the build's sandbox are nobody's to see.
+	if n := len(p.call("GET", "/v1/templates", nil).list("templates")); n != 2 {
+		t.Errorf("%d templates", n)
+	}
+	if n := len(p.call("GET", "/v1/sandboxes?state=stopped", nil).list("sandboxes")); n != 0 {
+		t.Errorf("%d sandboxes", n)
+	}
+
+	// Again, with the last step changed: no other is run.
+	b = p.ended(p.build(map[string]any{"recipe": strings.Replace(text, "two", "other", 1)}))
+	if got := p.agent.lines(); b["version"] != 2. || !slices.Equal(got, []string{"other", "apt-get -y autoremove", "apt-get clean", "rm -rf /var/lib/apt/lists/*"}) {
+		t.Errorf("version %v ran %q", b["version"], got)
+	}
+	if got := steps(b)[:4]; !slices.Equal(got, []string{"cached apt-get update", "cached ENV A=1", "cached RUN one", "succeeded WORKDIR /srv"}) {
+		t.Errorf("steps %q", got)
+	}
+	// A changed variable is another input of all that follows.
+	p.ended(p.build(map[string]any{"recipe": strings.Replace(text, "A=1", "A=2", 1)}))
+	if got := p.agent.lines(); got[0] != "one" {
+		t.Errorf("with another variable it ran %q", got)
+	}
+	b = p.ended(p.build(map[string]any{"recipe": text, "no_cache": true, "skip_pre_post": true}))
+	if got := p.agent.lines(); !slices.Equal(got, []string{"one", "two"}) || b["total_steps"] != 5. {
+		t.Errorf("without a cache it ran %q", got)
+	}
+	// Versions 2 and 3 have no tag left; 1 has.
+	if got := p.call("GET", "/v1/templates/hello", nil).want(200).object()["version"]; got != 4. {
+		t.Errorf("hello is version %v", got)
+	}
+	p.call("GET", "/v1/templates/hello@1", nil).want(200)
+	p.call("GET", "/v1/templates/builds?limit=2", nil).want(200)
+	other := p.newTeam()
+	p.call("GET", "/v1/templates/builds/"+b["id"].(string), nil, "X-API-Key", other).fails(404, "not_found")
+	p.call("POST", "/v1/templates/builds/"+b["id"].(string)+"/cancel", nil, "X-API-Key", other).fails(404, "not_found")
+
+	// The log, after the end: all of it, then the end.
+	req := httptest.NewRequest(http.MethodGet, p.http.URL+"/v1/templates/builds/"+b["id"].(string)+"/logs", nil)
+	req.RequestURI = ""
+	req.Header.Set("X-API-Key", adminKey)
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	var log bytes.Buffer
+	if _, err := log.ReadFrom(resp.Body); err != nil || !strings.Contains(log.String(), `"data":"two\n"`) || !strings.Contains(log.String(), `"type":"end"`) {
+		t.Errorf("log: %s, %v", log.String(), err)
+	}
+}
+
+func TestBuildWrong(t *testing.T) {
+	p := newPlane(t)
+	for what, body := range map[string]map[string]any{
+		"no recipe": {"name": "x", "recipe": "RUN x"}, "an instruction": {"name": "x", "recipe": "FROM minimal\nEXPOSE 1"},
+		"name": {"name": "X", "recipe": "FROM minimal"}, "tag": {"name": "x", "tags": []string{".x"}, "recipe": "FROM minimal"}, "no folder": {"name": "x", "recipe": "FROM minimal\nCOPY a b"},
+	} {
+		if r := p.call("POST", "/v1/templates/builds", body); r.Status != 400 {
+			t.Errorf("%s: %d %s", what, r.Status, r.Body)
+		}
+	}
+	p.call("POST", "/v1/templates/builds", map[string]any{"name": "x", "recipe": "FROM minimal\nCOPY a b", "archive": "sha256:" + strings.Repeat("0", 64)}).fails(422, "unprocessable")
+	for recipe, why := range map[string]string{
+		"FROM minimal\nRUN exit 3":    "step 1 (RUN exit 3) ended with exit code 3",
+		"FROM nope\nRUN x":            `no template "nope:latest"`,
+		"FROM minimal\nWORKDIR /full": "no space left on the disk",
+		"FROM minimal\nRUN hang":      "step 1 (RUN hang) did not end within 1s",
+		"FROM minimal\nSTART exit 4\nHEALTHCHECK --interval=1s CMD exit 1":                "",
+		"FROM minimal\nHEALTHCHECK --interval=1ms --retries=2 CMD exit 5":                 "the health check failed 2 times, with exit code 5 at last",
+		"FROM minimal\nRUN echo fine\nENV X=${Y:-}\nWORKDIR $X\nRUN never":                "",
+		"FROM minimal\nRUN before\nRUN exit 1\nRUN never\nSTART never\nHEALTHCHECK CMD x": "step 2 (RUN exit 1) ended with exit code 1",
+	} {
+		b := p.ended(p.build(map[string]any{"name": "broken", "recipe": recipe, "skip_pre_post": true, "step_timeout_seconds": 1, "no_cache": true}))
+		if b["state"] != "failed" || b["error"] == "" || why != "" && b["error"] != why {
+			t.Errorf("%s: %v %v", recipe, b["state"], b["error"])
+		}
+		for _, s := range steps(b) {
+			if strings.Contains(s, "never") && strings.HasPrefix(s, "succeeded") || strings.HasPrefix(s, "running") || strings.HasPrefix(s, "pending") {
+				t.Errorf("%s: step %s", recipe, s)
+			}
+		}
+	}
+	p.clean(1)
+	p.call("GET", "/v1/templates/broken", nil).fails(404, "not_found")
+}
+
+// TestBuildCopies uploads a folder and has it copied.
+func TestBuildCopies(t *testing.T) {
+	p := newPlane(t)
+	dir := t.TempDir()
+	for name, text := range map[string]string{"a.txt": "a", "sub/b": "b"} {
+		f := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(f), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(f, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pack := func() string {
+		var packed bytes.Buffer
+		digest, err := buildcontext.Pack(t.Context(), &packed, dir, buildcontext.Limits{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		path := "/v1/templates/builds/archives/"
+		p.call("PUT", path+"sha256:"+strings.Repeat("1", 64), packed.Bytes(), "Content-Type", "application/x-tar").fails(400, "invalid_argument")
+		p.call("PUT", path+string(digest), packed.Bytes(), "Content-Type", "application/x-tar").want(204)
+		p.call("PUT", path+string(digest), packed.Bytes(), "Content-Type", "application/x-tar").want(204)
+		return string(digest)
+	}
+	digest := pack()
+	recipe := "FROM minimal\nCOPY a.txt /etc/motd\nCOPY . /srv/\nRUN x\n"
+	b := p.ended(p.build(map[string]any{"recipe": recipe, "archive": digest, "skip_pre_post": true}))
+	if b["state"] != "succeeded" {
+		t.Fatalf("%v %q", b["error"], steps(b))
+	}
+	p.agent.mu.Lock()
+	if got := string(p.agent.files["/etc"]); !strings.Contains(got, "motd") {
+		t.Errorf("copied to /etc: %q", got)
+	}
+	if got := string(p.agent.files["/srv"]); !strings.Contains(got, "sub/b") || !strings.Contains(got, "a.txt") {
+		t.Errorf("copied to /srv: %q", got)
+	}
+	p.agent.mu.Unlock()
+	// What is in a file that the first COPY does not take changes the second alone.
+	if err := os.WriteFile(filepath.Join(dir, "sub/b"), []byte("c"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	b = p.ended(p.build(map[string]any{"recipe": recipe, "archive": pack(), "skip_pre_post": true}))
+	if got := steps(b); !slices.Equal(got[:3], []string{"cached COPY a.txt /etc/motd", "succeeded COPY . /srv/", "succeeded RUN x"}) {
+		t.Errorf("steps %q", got)
+	}
+	b = p.ended(p.build(map[string]any{"recipe": "FROM minimal\nCOPY nope /x\n", "archive": digest, "skip_pre_post": true}))
+	if b["state"] != "failed" || b["error"] != `recipe: 2:6: the folder has no "nope"` {
+		t.Errorf("%v %v", b["state"], b["error"])
+	}
+}
+
+// TestBuildCancelled cancels a build in each of its phases.
+func TestBuildCancelled(t *testing.T) {
+	p := newPlane(t)
+	recipe := "FROM minimal\nRUN one\nSTART hang\nHEALTHCHECK --interval=1s CMD well\n"
+	for _, at := range []struct {
+		call string
+		n    int // which of them
+	}{{"run", 1}, {"settle", 1}, {"snapshot", 1}, {"run", 2}, {"run", 4}, {"run", 6}, {"snapshot", 2}} {
+		reached, seen := make(chan struct{}), 0
+		p.agent.hook(func(ctx context.Context, call string) error {
+			if call != at.call {
+				return nil
+			}
+			if seen++; seen != at.n {
+				return nil
+			}
+			close(reached)
+			<-ctx.Done()
+			return ctx.Err()
+		})
+		build := p.build(map[string]any{"name": "never", "recipe": recipe, "no_cache": at.n > 3 && at.call == "run"})
+		select {
+		case <-reached:
+		case <-time.After(20 * time.Second):
+			t.Fatalf("%v is not reached: %q", at, steps(p.call("GET", "/v1/templates/builds/"+build, nil).object()))
+		}
+		p.call("POST", "/v1/templates/builds/"+build+"/cancel", nil).want(200)
+		b := p.ended(build)
+		if b["state"] != "cancelled" {
+			t.Errorf("%v: %v %v", at, b["state"], b["error"])
+		}
+		for _, s := range steps(b) {
+			if strings.HasPrefix(s, "running") || strings.HasPrefix(s, "pending") || strings.HasPrefix(s, "failed") {
+				t.Errorf("%v: step %s", at, s)
+			}
+		}
+		p.agent.hook(nil)
+		p.eventually("no sandbox is left", func() bool { n, _ := p.agent.left(); return n == 0 })
+	}
+	p.call("GET", "/v1/templates/never", nil).fails(404, "not_found")
+	// What waits ends at once.
+	hold := p.newHold("run")
+	running := []string{p.build(map[string]any{"recipe": "FROM minimal\nRUN a"}), p.build(map[string]any{"recipe": "FROM minimal\nRUN b"})}
+	<-hold.asked
+	<-hold.asked
+	waits := p.build(map[string]any{"recipe": "FROM minimal\nRUN c"})
+	if got := p.call("POST", "/v1/templates/builds/"+waits+"/cancel", nil).want(200).str("state"); got != "cancelled" {
+		t.Errorf("what waits is %s", got)
+	}
+	for _, b := range running {
+		p.call("POST", "/v1/templates/builds/"+b+"/cancel", nil).want(200)
+		p.ended(b)
+	}
+}
+
+// newHold has calls of the agent wait until they are given up.
+func (p *plane) newHold(call string) *gate {
+	g := newGate()
+	p.agent.hook(func(ctx context.Context, is string) error {
+		if is == call {
+			return g.on(ctx, is)
+		}
+		return nil
+	})
+	return g
+}
+
+// TestBuildWorkerDies has the server of a build stop, and another finish it.
+func TestBuildWorkerDies(t *testing.T) {
+	p := newPlane(t)
+	p.end()
+	p.config.Heartbeat, p.config.Builds.Lease = time.Second, time.Second
+	p.start()
+	for _, call := range []string{"run", "settle", "snapshot"} {
+		hold := p.newHold(call)
+		build := p.build(map[string]any{"recipe": "FROM minimal\nRUN " + call + "\n", "skip_pre_post": true, "no_cache": call == "run"})
+		<-hold.asked
+		p.agent.hook(nil)
+		p.end() // cleanly: it gives the build back
+		p.start()
+		if b := p.ended(build); b["state"] != "succeeded" {
+			t.Errorf("%s: %v %v", call, b["state"], b["error"])
+		}
+		// Now one that is not there any more says nothing: its lease ends.
+		hold = p.newHold(call)
+		build = p.build(map[string]any{"recipe": "FROM minimal\nRUN " + call + " dies\n", "skip_pre_post": true, "no_cache": call == "run"})
+		<-hold.asked
+		c, err := pgx.Connect(context.Background(), p.config.DatabaseURL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// As if another server had it, which is dead.
+		if _, err := c.Exec(context.Background(), `UPDATE builds SET worker = gen_random_uuid(), lease_until = now() + interval '1 second' WHERE state = 'running'`); err != nil {
+			t.Fatal(err)
+		}
+		c.Close(context.Background())
+		p.agent.hook(nil)
+		if b := p.ended(build); b["state"] != "succeeded" || b["attempts"] != 2. {
+			t.Errorf("%s: %v %v, attempt %v", call, b["state"], b["error"], b["attempts"])
+		}
+	}
+	p.eventually("no sandbox is left", func() bool { n, _ := p.agent.left(); return n == 0 })
+}
+
+// TestBuildHostFull has a host without room for what is to be captured.
+func TestBuildHostFull(t *testing.T) {
+	p := newPlane(t)
+	p.agent.hook(func(_ context.Context, call string) error {
+		if call == "snapshot" {
+			return connect.NewError(connect.CodeResourceExhausted, errors.New("this host has no disk space left"))
+		}
+		return nil
+	})
+	b := p.ended(p.build(map[string]any{"recipe": "FROM minimal\nRUN one\n", "skip_pre_post": true}))
+	if b["state"] != "failed" || b["error"] != "this host has no disk space left" {
+		t.Errorf("%v %v", b["state"], b["error"])
+	}
+	p.clean(1)
+}

@@ -1,0 +1,269 @@
+package rest
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	"github.com/wrenn-dev/wrenn/internal/gen/rest"
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/builds"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+)
+
+func buildID(s string) (uuid.UUID, error) {
+	u, err := id.Parse(id.Build, s)
+	if err != nil {
+		return u, fault.New(fault.InvalidArgument, "build_id: %v", err)
+	}
+	return u, nil
+}
+
+// buildOf is a row as the wire has it.
+func buildOf(row db.Build) rest.Build {
+	b := rest.Build{
+		ID: id.Format(id.Build, row.ID), TeamID: id.Format(id.Team, row.TeamID), Name: row.Name, Tags: append([]string{}, row.Tags...),
+		State: rest.BuildState(row.State), Error: some(row.Error), TotalSteps: row.TotalSteps, DoneSteps: row.DoneSteps, Attempts: some(row.Attempts),
+		Version: row.Version, CreatedAt: row.CreatedAt.UTC(), StartedAt: row.StartedAt, EndedAt: row.EndedAt,
+	}
+	if row.TemplateID != nil {
+		b.TemplateID = some(id.Format(id.Template, *row.TemplateID))
+	}
+	return b
+}
+
+func stepOf(s builds.Step) rest.BuildStep {
+	return rest.BuildStep{
+		Number: int32(s.Number), Phase: rest.BuildStepPhase(s.Phase), Text: s.Text, State: rest.BuildStepState(s.State), Output: s.Output,
+		Truncated: some(s.Truncated), Tail: some(s.Tail), ExitCode: s.ExitCode, Error: some(s.Error), StartedAt: s.StartedAt, DurationMs: some(s.DurationMS),
+	}
+}
+
+// CreateBuild answers POST /v1/templates/builds.
+func (a *API) CreateBuild(w http.ResponseWriter, r *http.Request) {
+	a.createBuild(w, r, caller(r).Team)
+}
+
+// CreateBuildAdmin answers POST /v1/admin/builds.
+func (a *API) CreateBuildAdmin(w http.ResponseWriter, r *http.Request) { a.createBuild(w, r, uuid.Nil) }
+
+func (a *API) createBuild(w http.ResponseWriter, r *http.Request, team uuid.UUID) {
+	var req rest.CreateBuild
+	if err := decode(r, &req); err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	row, err := a.Builds.Start(r.Context(), team, builds.Request{
+		Name: req.Name, Tags: or(req.Tags, nil), Recipe: req.Recipe, Archive: or(req.Archive, ""),
+		Options: builds.Options{
+			VCPUs: or(req.Vcpus, 0), MemoryMiB: or(req.MemoryMib, 0), DiskMiB: or(req.DiskMib, 0),
+			NoCache: or(req.NoCache, false), SkipPrePost: or(req.SkipPrePost, false),
+			StepTimeout: or(req.StepTimeoutSeconds, 0), PhaseTimeout: or(req.PhaseTimeoutSeconds, 0),
+		},
+	})
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	answer(w, http.StatusAccepted, buildOf(row))
+}
+
+// ListBuilds answers GET /v1/templates/builds.
+func (a *API) ListBuilds(w http.ResponseWriter, r *http.Request, params rest.ListBuildsParams) {
+	a.listBuilds(w, r, caller(r).Team, or(params.Cursor, ""), or(params.Limit, defaultLimit))
+}
+
+// ListBuildsAdmin answers GET /v1/admin/builds.
+func (a *API) ListBuildsAdmin(w http.ResponseWriter, r *http.Request, params rest.ListBuildsAdminParams) {
+	a.listBuilds(w, r, uuid.Nil, or(params.Cursor, ""), or(params.Limit, defaultLimit))
+}
+
+func (a *API) listBuilds(w http.ResponseWriter, r *http.Request, team uuid.UUID, cursor string, limit int) {
+	rows, next, err := a.Builds.List(r.Context(), team, cursor, limit)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	list := make([]rest.Build, len(rows))
+	for i, row := range rows {
+		list[i] = buildOf(row)
+	}
+	answer(w, http.StatusOK, rest.BuildList{Builds: list, NextCursor: some(next)})
+}
+
+// PutBuildArchive answers PUT /v1/templates/builds/archives/{digest}.
+func (a *API) PutBuildArchive(w http.ResponseWriter, r *http.Request, digest rest.ArchiveDigest) {
+	a.putArchive(w, r, caller(r).Team, digest)
+}
+
+// PutBuildArchiveAdmin answers PUT /v1/admin/builds/archives/{digest}.
+func (a *API) PutBuildArchiveAdmin(w http.ResponseWriter, r *http.Request, digest rest.ArchiveDigest) {
+	a.putArchive(w, r, uuid.Nil, digest)
+}
+
+func (a *API) putArchive(w http.ResponseWriter, r *http.Request, team uuid.UUID, digest string) {
+	if err := a.Builds.PutArchive(r.Context(), team, digest, r.Body); err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// GetBuild answers GET /v1/templates/builds/{build_id}.
+func (a *API) GetBuild(w http.ResponseWriter, r *http.Request, build rest.BuildID) {
+	a.getBuild(w, r, caller(r).Team, build)
+}
+
+// GetBuildAdmin answers GET /v1/admin/builds/{build_id}.
+func (a *API) GetBuildAdmin(w http.ResponseWriter, r *http.Request, build rest.BuildID) {
+	a.getBuild(w, r, uuid.Nil, build)
+}
+
+func (a *API) getBuild(w http.ResponseWriter, r *http.Request, team uuid.UUID, build string) {
+	b, err := a.build(r.Context(), team, build, a.Builds.Get)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	answer(w, http.StatusOK, b)
+}
+
+// CancelBuild answers POST /v1/templates/builds/{build_id}/cancel.
+func (a *API) CancelBuild(w http.ResponseWriter, r *http.Request, build rest.BuildID) {
+	a.cancelBuild(w, r, caller(r).Team, build)
+}
+
+// CancelBuildAdmin answers POST /v1/admin/builds/{build_id}/cancel.
+func (a *API) CancelBuildAdmin(w http.ResponseWriter, r *http.Request, build rest.BuildID) {
+	a.cancelBuild(w, r, uuid.Nil, build)
+}
+
+func (a *API) cancelBuild(w http.ResponseWriter, r *http.Request, team uuid.UUID, build string) {
+	b, err := a.build(r.Context(), team, build, a.Builds.Cancel)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	answer(w, http.StatusOK, b)
+}
+
+// build is a build with its steps, found by find.
+func (a *API) build(ctx context.Context, team uuid.UUID, build string, find func(context.Context, uuid.UUID, uuid.UUID) (db.Build, error)) (rest.Build, error) {
+	u, err := buildID(build)
+	if err != nil {
+		return rest.Build{}, err
+	}
+	row, err := find(ctx, team, u)
+	if err != nil {
+		return rest.Build{}, err
+	}
+	steps, err := a.Builds.Steps(ctx, u)
+	return withSteps(row, steps), err
+}
+
+func withSteps(row db.Build, steps []builds.Step) rest.Build {
+	b := buildOf(row)
+	list := make([]rest.BuildStep, len(steps))
+	for i, s := range steps {
+		list[i] = stepOf(s)
+	}
+	b.Steps, b.Recipe = &list, &row.Recipe
+	return b
+}
+
+// FollowBuild answers GET /v1/templates/builds/{build_id}/logs.
+func (a *API) FollowBuild(w http.ResponseWriter, r *http.Request, build rest.BuildID) {
+	a.followBuild(w, r, caller(r).Team, build)
+}
+
+// FollowBuildAdmin answers GET /v1/admin/builds/{build_id}/logs.
+func (a *API) FollowBuildAdmin(w http.ResponseWriter, r *http.Request, build rest.BuildID) {
+	a.followBuild(w, r, uuid.Nil, build)
+}
+
+func (a *API) followBuild(w http.ResponseWriter, r *http.Request, team uuid.UUID, build string) {
+	u, err := buildID(build)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	begun := false
+	say := func(e rest.BuildEvent) error {
+		b, err := json.Marshal(e)
+		if err != nil {
+			return err
+		}
+		_, err = fmt.Fprintf(w, "data: %s\n\n", b)
+		return err
+	}
+	told := map[int]*builds.Step{} // what the client was told of each step
+	err = a.Builds.Follow(r.Context(), team, u, func(row db.Build, steps []builds.Step) error {
+		if !begun {
+			w.Header().Set("Content-Type", "text/event-stream")
+			w.Header().Set("Cache-Control", "no-store")
+			begun = true
+		}
+		for _, s := range steps {
+			if err := tell(told, s, say); err != nil {
+				return err
+			}
+		}
+		if builds.State(row.State).Ended() {
+			b := buildOf(row)
+			if err := say(rest.BuildEvent{Type: rest.End, Build: &b}); err != nil {
+				return err
+			}
+		}
+		return http.NewResponseController(w).Flush()
+	})
+	if err != nil && !begun {
+		a.Fail(w, r, err)
+		return
+	}
+	if err != nil && r.Context().Err() == nil {
+		a.log(r).Debug("follow build", "error", err)
+	}
+}
+
+// tell tells what is new of a step.
+func tell(told map[int]*builds.Step, s builds.Step, say func(rest.BuildEvent) error) error {
+	before := told[s.Number]
+	if before == nil || len(s.Output) < len(before.Output) { // the first time, or begun again
+		before = &builds.Step{Number: s.Number, State: "pending"}
+		told[s.Number] = before
+	}
+	event := func() error {
+		before.State = s.State
+		bare := stepOf(s)
+		bare.Output, bare.Tail = "", nil
+		return say(rest.BuildEvent{Type: rest.Step, Step: &bare})
+	}
+	output := func(data string) error {
+		if data == "" {
+			return nil
+		}
+		return say(rest.BuildEvent{Type: rest.Output, Number: some(int32(s.Number)), Data: &data})
+	}
+	if s.State != before.State && s.State == "running" {
+		if err := event(); err != nil {
+			return err
+		}
+	}
+	if err := output(s.Output[len(before.Output):]); err != nil {
+		return err
+	}
+	before.Output = s.Output
+	if s.State == before.State {
+		return nil
+	}
+	if s.Truncated {
+		if err := output("\n[…]\n" + s.Tail); err != nil {
+			return err
+		}
+	}
+	return event()
+}

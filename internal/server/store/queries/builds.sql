@@ -1,0 +1,138 @@
+-- name: InsertBuild :one
+-- No row: the team has as many builds waiting and running as it may.
+INSERT INTO builds (id, team_id, name, tags, recipe, archive, options, state, total_steps, created_at)
+SELECT @id, @team_id, @name, @tags, @recipe, sqlc.narg('archive'), @options, 'queued', @total_steps, @created_at
+WHERE (SELECT count(*) FROM builds AS other WHERE other.team_id = @team_id AND other.state IN ('queued', 'running')) < @most::bigint
+RETURNING *;
+
+-- name: GetBuild :one
+SELECT * FROM builds WHERE id = $1;
+
+-- name: GetTeamBuild :one
+SELECT * FROM builds WHERE id = $1 AND team_id = $2;
+
+-- name: ListBuilds :many
+SELECT * FROM builds
+WHERE team_id = @team_id AND (created_at, id) < (@before_at::timestamptz, @before_id::uuid)
+ORDER BY created_at DESC, id DESC
+LIMIT @max_rows;
+
+-- name: LockBuilds :exec
+-- One claim at a time, so that a team's builds are counted right.
+SELECT pg_advisory_xact_lock(7239150284);
+
+-- name: ClaimBuild :one
+-- The oldest that waits, or whose worker is not heard of, of a team that may
+-- have one more running.
+UPDATE builds SET state = 'running', worker = @worker, lease_until = now() + make_interval(secs => @lease::float8),
+    attempts = builds.attempts + 1, started_at = COALESCE(builds.started_at, now())
+WHERE builds.id = (
+    SELECT b.id FROM builds AS b
+    WHERE (b.state = 'queued' AND (SELECT count(*) FROM builds AS other WHERE other.team_id = b.team_id AND other.state = 'running') < @most::bigint)
+       OR (b.state = 'running' AND b.lease_until < now())
+    ORDER BY b.created_at LIMIT 1)
+RETURNING *;
+
+-- name: RenewBuild :one
+-- No row: another works on it by now, or it has ended.
+UPDATE builds SET lease_until = now() + make_interval(secs => @lease::float8)
+WHERE id = @id AND state = 'running' AND worker = @worker AND attempts = @attempts RETURNING cancelling;
+
+-- name: ReleaseBuild :exec
+-- It is somebody else's to begin again, and this attempt does not count.
+UPDATE builds SET state = 'queued', worker = NULL, lease_until = NULL, attempts = attempts - 1, done_steps = 0
+WHERE id = @id AND state = 'running' AND worker = @worker;
+
+-- name: BuildProgress :exec
+UPDATE builds SET done_steps = @done_steps WHERE id = @id AND state = 'running' AND worker = @worker;
+
+-- name: BuildEnds :one
+UPDATE builds SET state = @state, error = @error, ended_at = now(), worker = NULL, lease_until = NULL
+WHERE id = @id AND state = 'running' AND worker = @worker RETURNING *;
+
+-- name: BuildSucceeds :one
+-- No row: it was cancelled meanwhile, or is another worker's.
+UPDATE builds SET state = 'succeeded', done_steps = total_steps, template_id = @template_id, version = @version, ended_at = now(), worker = NULL, lease_until = NULL
+WHERE id = @id AND state = 'running' AND worker = @worker AND NOT cancelling RETURNING *;
+
+-- name: CancelBuild :one
+-- What waits has ended at once; what runs is ended by who works on it.
+UPDATE builds SET cancelling = true,
+    state = CASE WHEN state = 'queued' THEN 'cancelled' ELSE state END,
+    ended_at = CASE WHEN state = 'queued' THEN now() ELSE ended_at END
+WHERE id = @id AND team_id = @team_id AND state IN ('queued', 'running') RETURNING *;
+
+-- name: ClearBuildSteps :exec
+DELETE FROM build_steps WHERE build_id = $1;
+
+-- name: WriteBuildStep :exec
+INSERT INTO build_steps (build_id, number, log) VALUES ($1, $2, $3)
+ON CONFLICT (build_id, number) DO UPDATE SET log = EXCLUDED.log;
+
+-- name: ListBuildSteps :many
+SELECT * FROM build_steps WHERE build_id = $1 ORDER BY number;
+
+-- name: ListBuildSandboxes :many
+SELECT * FROM sandboxes WHERE build_id = @build_id AND state NOT IN ('stopped', 'error');
+
+-- name: BuildTemplatesGo :many
+-- What a build began to capture, and did not finish, is to be removed.
+UPDATE templates SET state = 'deleting', worker = @worker WHERE build_id = @build_id AND state = 'pending' RETURNING *;
+
+-- name: ListBuildLeftovers :many
+-- Builds that have ended, and left something behind.
+SELECT id FROM builds
+WHERE state NOT IN ('queued', 'running')
+  AND id IN (SELECT build_id FROM sandboxes WHERE build_id IS NOT NULL AND sandboxes.state NOT IN ('stopped', 'error')
+       UNION SELECT build_id FROM templates WHERE build_id IS NOT NULL AND templates.state = 'pending');
+
+-- name: ClaimBuilt :one
+-- What a build captures: the next version of its name, or a layer, which has none.
+INSERT INTO templates (id, team_id, name, size_bytes, created_at, state, kind, version, vcpus, memory_mib, disk_mib, captured_from, worker, build_id, layer_key)
+SELECT @id, @team_id, @name::text, 0, @created_at, 'pending', @kind::text,
+    CASE WHEN @kind::text = 'layer' THEN 0 ELSE 1 + GREATEST(
+        (SELECT COALESCE(max(t.version), 0) FROM templates AS t WHERE t.team_id = @team_id AND t.name = @name::text AND t.kind = 'template'),
+        (SELECT COALESCE(max(b.version), 0) FROM builds AS b WHERE b.team_id = @team_id AND b.name = @name::text)) END,
+    @vcpus, @memory_mib, @disk_mib, @captured_from, @worker, @build_id, sqlc.narg('layer_key')
+RETURNING *;
+
+-- name: FindLayers :many
+-- The layers that a build can begin with.
+SELECT * FROM templates
+WHERE team_id = @team_id AND kind = 'layer' AND state = 'ready' AND layer_key = ANY (@keys::bytea[])
+  AND EXISTS (SELECT 1 FROM host_templates JOIN hosts ON hosts.id = host_id WHERE template_id = templates.id AND hosts.status = 'online');
+
+-- name: UseLayer :exec
+UPDATE templates SET used_at = now() WHERE id = $1;
+
+-- name: ListUnusedLayers :many
+-- Layers that nothing was begun with for long, or that a team has too many of.
+SELECT * FROM templates
+WHERE templates.kind = 'layer' AND templates.state = 'ready' AND (templates.used_at < @before
+   OR (SELECT count(*) FROM templates AS newer WHERE newer.team_id = templates.team_id AND newer.kind = 'layer' AND newer.state = 'ready'
+       AND newer.used_at > templates.used_at) >= @most::bigint)
+ORDER BY templates.used_at
+LIMIT 100;
+
+-- name: AddArchive :execrows
+INSERT INTO build_archives (team_id, digest, size_bytes) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING;
+
+-- name: UseArchive :execrows
+UPDATE build_archives SET used_at = now() WHERE team_id = $1 AND digest = $2;
+
+-- name: AddArchiveChunk :exec
+INSERT INTO build_archive_chunks (team_id, digest, number, data) VALUES ($1, $2, $3, $4);
+
+-- name: GetArchiveChunk :one
+SELECT data FROM build_archive_chunks WHERE team_id = $1 AND digest = $2 AND number = $3;
+
+-- name: SizeOfArchives :one
+SELECT COALESCE(sum(size_bytes), 0)::bigint FROM build_archives WHERE team_id = $1;
+
+-- name: SetArchiveSize :exec
+UPDATE build_archives SET size_bytes = $3 WHERE team_id = $1 AND digest = $2;
+
+-- name: ForgetArchives :exec
+-- Those that no build that is still to come, or under way, copies from.
+DELETE FROM build_archives WHERE used_at < @before
+  AND NOT EXISTS (SELECT 1 FROM builds WHERE builds.team_id = build_archives.team_id AND builds.archive = build_archives.digest AND builds.state IN ('queued', 'running'));
