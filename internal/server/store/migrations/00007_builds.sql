@@ -77,6 +77,7 @@ CREATE TABLE build_archives (
     used_at    timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (team_id, digest)
 );
+CREATE INDEX build_archives_age ON build_archives (used_at);
 CREATE TABLE build_archive_chunks (
     team_id uuid NOT NULL,
     digest  text NOT NULL,
