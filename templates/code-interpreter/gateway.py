@@ -97,7 +97,7 @@ class Context:
         self.manager.start_kernel(cwd=self.cwd, env={**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1", **self.env}, stdout=sys.stderr, stderr=sys.stderr)
         self.client = self.manager.client()
         self.client.start_channels(stdin=False, hb=False)
-        self.client.wait_for_ready(timeout=120)
+        self.client.wait_for_ready(timeout=900)
         # The client's own sockets are asyncio's.
         self.iopub = zmq.Socket.shadow(self.client.iopub_channel.socket.underlying)
         self.shell = zmq.Socket.shadow(self.client.shell_channel.socket.underlying)
@@ -126,7 +126,9 @@ class Context:
 
     def run(self, code, timeout, connection, silent=False):
         """Yields what happens. The caller holds the lock."""
-        request = self.client.execute(code, silent=silent, store_history=not silent, allow_stdin=False, stop_on_error=True)
+        # One at a time: there is no queue that an error would have to clear, and
+        # a kernel that clears it takes what comes a moment later for a part.
+        request = self.client.execute(code, silent=silent, store_history=not silent, allow_stdin=False, stop_on_error=False)
         poller = zmq.Poller()
         for s in (self.iopub, self.shell, self.death):
             poller.register(s, zmq.POLLIN)
@@ -173,6 +175,8 @@ class Context:
                     return
                 stopping, deadline = True, time.monotonic() + PATIENCE
                 self.manager.interrupt_kernel()
+            if reply is not None and reply.get("status") == "aborted":
+                yield failure("Aborted", "the kernel has not run the code")
             if reply is not None and not silent and "execution_count" in reply:
                 yield {"type": "number_of_executions", "execution_count": reply["execution_count"]}
         except GeneratorExit:
@@ -365,9 +369,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refused(413, "the body is longer than %d bytes" % MAX_BODY)
         data = self.rfile.read(size)
         try:
-            body = json.loads(data or b"{}")
+            body = json.loads(data or b"null")
         except ValueError:
             raise Refused(400, "the body is no JSON")
+        if body is None:
+            body = {}
         if not isinstance(body, dict):
             raise Refused(400, "the body is no JSON object")
         return body

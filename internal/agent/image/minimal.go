@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -43,14 +44,27 @@ rm -rf "$1"/var/cache/apt/* "$1"/var/lib/apt/lists/* "$1"/var/log/*.log "$1"/var
 // own package sources and the guest daemon at envd unless one made from the
 // same is there. progress is told each step that takes a while.
 func EnsureMinimal(ctx context.Context, dir layout.Dir, envd string, progress func(string)) (Template, error) {
-	t, err := ensureMinimal(ctx, dir, envd, progress)
+	return EnsureMore(ctx, dir, envd, More{Name: "minimal"}, progress)
+}
+
+// More is what a template has beyond minimal.
+type More struct {
+	Name     string
+	Packages []string
+	// Customize is a line for the shell, in which $1 is the tree's folder.
+	Customize string
+}
+
+// EnsureMore is EnsureMinimal with more in it.
+func EnsureMore(ctx context.Context, dir layout.Dir, envd string, more More, progress func(string)) (Template, error) {
+	t, err := ensureMinimal(ctx, dir, envd, more, progress)
 	if err != nil {
-		return Template{}, fmt.Errorf("template minimal: %w", err)
+		return Template{}, fmt.Errorf("template %s: %w", more.Name, err)
 	}
 	return t, nil
 }
 
-func ensureMinimal(ctx context.Context, dir layout.Dir, envd string, progress func(string)) (Template, error) {
+func ensureMinimal(ctx context.Context, dir layout.Dir, envd string, more More, progress func(string)) (Template, error) {
 	home := dir.Template(uuid.Nil, uuid.Nil)
 	parent := filepath.Dir(home)
 	unlock, err := lock(ctx, parent)
@@ -67,7 +81,8 @@ func ensureMinimal(ctx context.Context, dir layout.Dir, envd string, progress fu
 	if err != nil {
 		return Template{}, err
 	}
-	base := digest("1", customize, strings.Join(minimalPackages, " "), fmt.Sprint(sources))
+	packages, custom := slices.Concat(minimalPackages, more.Packages), customize+more.Customize
+	base := digest("1", custom, strings.Join(packages, " "), fmt.Sprint(sources))
 	inputs := digest("1", base, daemon, fmt.Sprint(minimalDiskMiB))
 	if t, err := read(dir, uuid.Nil, uuid.Nil); err == nil && t.Inputs == inputs {
 		return t, nil
@@ -78,11 +93,11 @@ func ensureMinimal(ctx context.Context, dir layout.Dir, envd string, progress fu
 		return Template{}, err
 	}
 	defer os.RemoveAll(tmp)
-	tar, err := ensureBase(ctx, parent, tmp, base, sources, progress)
+	tar, err := ensureBase(ctx, parent, tmp, base, packages, custom, sources, progress)
 	if err != nil {
 		return Template{}, err
 	}
-	progress("minimal: writing the file system")
+	progress(more.Name + ": writing the file system")
 	files, out := filepath.Join(tmp, "tree"), filepath.Join(tmp, "out")
 	for _, d := range []string{files, out} {
 		if err := os.Mkdir(d, 0o755); err != nil {
@@ -98,7 +113,7 @@ func ensureMinimal(ctx context.Context, dir layout.Dir, envd string, progress fu
 	if err := makeFilesystem(ctx, filepath.Join(out, rootfsFile), files, minimalDiskMiB); err != nil {
 		return Template{}, err
 	}
-	t := Template{Name: "minimal", DiskMiB: minimalDiskMiB, CreatedAt: time.Now().UTC().Truncate(time.Second), Inputs: inputs}
+	t := Template{Name: more.Name, DiskMiB: minimalDiskMiB, CreatedAt: time.Now().UTC().Truncate(time.Second), Inputs: inputs}
 	if err := t.write(out); err != nil {
 		return Template{}, err
 	}
@@ -110,22 +125,23 @@ func ensureMinimal(ctx context.Context, dir layout.Dir, envd string, progress fu
 
 // ensureBase returns the path of an archive of the distribution's packages,
 // which is kept so that a new guest daemon does not fetch them again.
-func ensureBase(ctx context.Context, parent, tmp, inputs string, sources []source, progress func(string)) (string, error) {
+func ensureBase(ctx context.Context, parent, tmp, inputs string, packages []string, custom string, sources []source, progress func(string)) (string, error) {
 	kept := filepath.Join(parent, "base-"+inputs[:16]+".tar")
 	if _, err := os.Stat(kept); err == nil {
 		return kept, nil
 	}
-	progress("minimal: installing Debian's packages")
+	progress("installing Debian's packages")
 	tar := filepath.Join(tmp, "base.tar")
 	args := []string{
 		"--variant=minbase", "--mode=root", "--quiet", "--format=tar",
-		"--include=" + strings.Join(minimalPackages, ","),
+		"--include=" + strings.Join(packages, ","),
 		"--aptopt=Apt::Install-Recommends \"false\"",
+		"--dpkgopt=force-unsafe-io", // a machine that fails meanwhile begins anew
 		"--dpkgopt=path-exclude=/usr/share/man/*",
 		"--dpkgopt=path-exclude=/usr/share/locale/*",
 		"--dpkgopt=path-exclude=/usr/share/doc/*",
 		"--dpkgopt=path-include=/usr/share/doc/*/copyright",
-		"--customize-hook=" + customize,
+		"--customize-hook=" + custom,
 		sources[0].suite, tar,
 	}
 	for _, s := range sources {

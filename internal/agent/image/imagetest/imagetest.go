@@ -3,14 +3,17 @@
 package imagetest
 
 import (
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/layout"
+	"github.com/wrenn-dev/wrenn/templates"
 )
 
 // Images are what a test's virtual machines start from.
@@ -54,6 +57,32 @@ func Prepare(t testing.TB) Images {
 		t.Fatal(err)
 	}
 	return in
+}
+
+// Interpreter returns minimal with the packages that the recipe of
+// code-interpreter installs, made like minimal on this machine: in an emulated
+// guest that would take many minutes. Its ids are minimal's, its folder is
+// another.
+func Interpreter(t testing.TB, in Images) image.Template {
+	t.Helper()
+	folder, err := templates.Folder("code-interpreter")
+	if err != nil {
+		t.Fatal(err)
+	}
+	recipe, err := fs.ReadFile(folder, "Recipe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := layout.Dir(filepath.Join(string(in.Dir), "interpreter"))
+	more := image.More{Name: "code-interpreter", Packages: regexp.MustCompile(`python3-[a-z0-9-]+`).FindAllString(string(recipe), -1)}
+	if len(more.Packages) == 0 {
+		t.Fatal("the recipe installs no packages")
+	}
+	made, err := image.EnsureMore(t.Context(), dir, in.Envd, more, func(s string) { t.Log(s) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return made
 }
 
 // build builds the guest daemon, the same bytes from the same source.
