@@ -16,7 +16,7 @@ import (
 
 func (a *app) templateCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "template", Short: "What sandboxes start from"}
-	cmd.AddCommand(a.templatesCommand("List templates", (*client.Client).Templates), a.templateShowCommand(), a.templateImportCommand(), a.templateRmCommand(), a.templateTagCommand(), a.templateUntagCommand())
+	cmd.AddCommand(a.templatesCommand("List templates", (*client.Client).Templates), a.templateShowCommand(), a.templateImportCommand(), a.templateBuildCommand(), a.templateRmCommand(), a.templateTagCommand(), a.templateUntagCommand())
 	return cmd
 }
 
