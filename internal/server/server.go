@@ -9,7 +9,9 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"net/netip"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -26,17 +28,22 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/builds"
 	"github.com/wrenn-dev/wrenn/internal/server/events"
+	"github.com/wrenn-dev/wrenn/internal/server/github"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/mail"
 	"github.com/wrenn-dev/wrenn/internal/server/metrics"
 	"github.com/wrenn-dev/wrenn/internal/server/notify"
+	"github.com/wrenn-dev/wrenn/internal/server/platform"
 	"github.com/wrenn-dev/wrenn/internal/server/proxy"
+	"github.com/wrenn-dev/wrenn/internal/server/ratelimit"
 	"github.com/wrenn-dev/wrenn/internal/server/rest"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 	"github.com/wrenn-dev/wrenn/internal/server/scheduler"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/server/teams"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
 	"github.com/wrenn-dev/wrenn/internal/server/usage"
+	"github.com/wrenn-dev/wrenn/internal/server/users"
 )
 
 // The Redis client logs to standard error, in a form of its own; what it finds
@@ -93,6 +100,20 @@ type Config struct {
 	MailFrom string `env:"WRENN_MAIL_FROM"`
 	// NotifyPrivate lets notifications go to addresses that are not public.
 	NotifyPrivate bool `env:"WRENN_NOTIFY_PRIVATE"`
+	// GitHubClientID and GitHubClientSecret are an OAuth application's; with
+	// them people can log in with GitHub, or with the GitHub Enterprise whose
+	// site and API are at GitHubURL and GitHubAPIURL.
+	GitHubClientID     string `env:"WRENN_GITHUB_CLIENT_ID"`
+	GitHubClientSecret string `env:"WRENN_GITHUB_CLIENT_SECRET"`
+	GitHubURL          string `env:"WRENN_GITHUB_URL"`
+	GitHubAPIURL       string `env:"WRENN_GITHUB_API_URL"`
+	// GitHubCallback is where GitHub sends browsers back to; empty: the public
+	// URL with /api/v1/auth/github/callback, as the front door has it.
+	GitHubCallback string `env:"WRENN_GITHUB_CALLBACK"`
+	// TrustedProxies are the networks (in CIDR form) of front doors on other
+	// machines, which are believed what they say in X-Forwarded-For. This
+	// machine's are believed anyway.
+	TrustedProxies []netip.Prefix `env:"WRENN_TRUSTED_PROXIES"`
 	// The first admin, made when there is no user at all.
 	AdminEmail    string `env:"WRENN_ADMIN_EMAIL"`
 	AdminPassword string `env:"WRENN_ADMIN_PASSWORD"`
@@ -113,6 +134,10 @@ type Server struct {
 	hosts     *hosts.Registry
 	bus       *events.Bus
 	keys      *auth.Keys
+	sessions  *auth.Sessions
+	users     *users.Service
+	teams     *teams.Service
+	mail      *mail.Sender
 	sandboxes *sandboxes.Service
 	usage     *usage.Service
 	audit     *audit.Log
@@ -168,7 +193,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	}
 	redisOptions.DialerRetries = 1
 	s.redis = redis.NewClient(redisOptions)
-	made, err := auth.Bootstrap(ctx, s.store, auth.Admin{Email: c.AdminEmail, Password: c.AdminPassword, APIKey: c.AdminAPIKey})
+	made, err := auth.Bootstrap(ctx, s.store, auth.FirstAdmin{Email: c.AdminEmail, Password: c.AdminPassword, APIKey: c.AdminAPIKey})
 	if err != nil {
 		return nil, err
 	}
@@ -211,12 +236,22 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	s.sandboxes = sandboxes.New(sandboxes.Config{Store: s.store, Hosts: s.hosts, Templates: tpl, Tokens: tokens, DrainIdle: c.DrainIdle, Tell: s.bus.Changed, Watching: history.Watch, Ended: history.Forget, Log: s.log})
 	s.usage = usage.New(s.store, s.log)
 	s.audit = audit.New(s.store, c.AuditRetention, s.log)
-	letters, err := mail.New(c.SMTPURL, c.MailFrom, s.log)
-	if err != nil {
+	if s.mail, err = mail.New(c.SMTPURL, c.MailFrom, s.log); err != nil {
 		return nil, err
 	}
-	if s.channels, err = notify.New(notify.Config{Store: s.store, Secret: secret, Mail: letters, Private: c.NotifyPrivate, Log: s.log}); err != nil {
+	if s.channels, err = notify.New(notify.Config{Store: s.store, Secret: secret, Mail: s.mail, Private: c.NotifyPrivate, Log: s.log}); err != nil {
 		return nil, err
+	}
+	s.sessions = auth.NewSessions(s.store, secret, s.log)
+	limiter := ratelimit.New(s.redis, s.log)
+	s.users = users.New(users.Config{Store: s.store, Sessions: s.sessions, Limiter: limiter, Mail: s.mail, PublicURL: c.PublicURL, Log: s.log})
+	s.teams = teams.New(teams.Config{Store: s.store, Sandboxes: s.sandboxes, Log: s.log})
+	var hub *github.Client
+	if c.GitHubClientID != "" {
+		if c.GitHubCallback == "" {
+			c.GitHubCallback = strings.TrimSuffix(c.PublicURL, "/") + "/api/v1/auth/github/callback"
+		}
+		hub = github.New(github.Config{ClientID: c.GitHubClientID, ClientSecret: c.GitHubClientSecret, URL: c.GitHubURL, APIURL: c.GitHubAPIURL, Callback: c.GitHubCallback})
 	}
 
 	s.builds = builds.New(builds.Config{Settings: c.Builds, Store: s.store, Redis: s.redis, Hosts: s.hosts, Sandboxes: s.sandboxes, Templates: tpl, Log: s.log})
@@ -230,7 +265,9 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), requests, durations)
 	registry.MustRegister(s.sandboxes.Collectors()...)
 	api, err := rest.New(ctx, rest.Config{
-		Sandboxes: s.sandboxes, Templates: tpl, Builds: s.builds, Hosts: s.hosts, Usage: s.usage, Audit: s.audit, History: history, Channels: s.channels, Keys: s.keys, Tokens: tokens,
+		Sandboxes: s.sandboxes, Templates: tpl, Builds: s.builds, Usage: s.usage, Audit: s.audit, History: history, Channels: s.channels, Keys: s.keys, Tokens: tokens,
+		Sessions: s.sessions, Users: s.users, Teams: s.teams, Platform: platform.New(s.store), Hosts: s.hosts,
+		GitHub: hub, GitHubKey: auth.Derive(secret, "github"), Limiter: limiter, TrustedProxies: c.TrustedProxies,
 		PublicURL: c.PublicURL, Domain: c.Domain, Log: s.log,
 		Checks: checks,
 		// A metric that cannot be had, with the database down, must not hide the others.
@@ -275,6 +312,10 @@ func (s *Server) Run(ctx context.Context) error {
 	wg.Go(func() { s.usage.Run(ctx) })
 	wg.Go(func() { s.audit.Run(ctx) })
 	wg.Go(func() { s.channels.Run(ctx) })
+	wg.Go(func() { s.sessions.Run(ctx) })
+	wg.Go(func() { s.users.Run(ctx) })
+	wg.Go(func() { s.teams.Run(ctx) })
+	wg.Go(func() { s.mail.Run(ctx) })
 	wg.Wait()
 	return nil
 }

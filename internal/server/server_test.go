@@ -54,12 +54,16 @@ type plane struct {
 	// halt stops what the server does on its own; what it was asked for goes on.
 	halt     func()
 	document *apitest.Document
+	redis    *redisServer
+	// conn and sessions are made when they are first needed.
+	conn     *pgx.Conn
+	sessions func(user uuid.UUID) string
 }
 
 func newPlane(t testing.TB) *plane {
-	a := newAgent(t)
-	p := &plane{TB: t, agent: a, config: server.Config{
-		DatabaseURL: pgtest.New(t), RedisURL: startRedis(t).url,
+	a, rd := newAgent(t), startRedis(t)
+	p := &plane{TB: t, agent: a, redis: rd, config: server.Config{
+		DatabaseURL: pgtest.New(t), RedisURL: rd.url,
 		Domain: "localhost", PublicURL: "http://localhost:8000", SecretKey: strings.Repeat("ab", 32),
 		AgentURL: a.url(), AgentToken: agentToken,
 		AdminEmail: "admin@example.com", AdminPassword: "correct horse", AdminAPIKey: adminKey,
@@ -256,6 +260,13 @@ func (p *plane) state(sandbox string) string {
 	return p.call("GET", "/v1/sandboxes/"+sandbox, nil).want(200).str("state")
 }
 
+// newKey makes up an API key, and what the table has of it.
+func newKey() (key string, hash []byte) {
+	key = "wrn_" + strings.ReplaceAll(uuid.NewString()+uuid.NewString(), "-", "")[:40]
+	sum := sha256.Sum256([]byte(key))
+	return key, sum[:]
+}
+
 // newTeam makes another team and returns its key.
 func (p *plane) newTeam() string {
 	p.Helper()
@@ -266,12 +277,11 @@ func (p *plane) newTeam() string {
 	}
 	defer conn.Close(ctx)
 	team := uuid.New()
-	key := "wrn_" + strings.ReplaceAll(uuid.NewString()+uuid.NewString(), "-", "")[:40]
-	hash := sha256.Sum256([]byte(key))
+	key, hash := newKey()
 	if _, err := conn.Exec(ctx, "INSERT INTO teams (id, name) VALUES ($1, 'other')", team); err != nil {
 		p.Fatal(err)
 	}
-	if _, err := conn.Exec(ctx, "INSERT INTO api_keys (id, team_id, name, prefix, hash) VALUES ($1, $2, 'k', $3, $4)", uuid.New(), team, key[:8], hash[:]); err != nil {
+	if _, err := conn.Exec(ctx, "INSERT INTO api_keys (id, team_id, name, prefix, hash) VALUES ($1, $2, 'k', $3, $4)", uuid.New(), team, key[:8], hash); err != nil {
 		p.Fatal(err)
 	}
 	return key

@@ -13,9 +13,10 @@ import (
 )
 
 const countUsers = `-- name: CountUsers :one
-SELECT count(*) FROM users
+SELECT count(*) FROM (SELECT 1 FROM users WHERE verified_at IS NOT NULL LIMIT 1) u
 `
 
+// 1: there is somebody, 0: there is nobody yet.
 func (q *Queries) CountUsers(ctx context.Context) (int64, error) {
 	row := q.db.QueryRow(ctx, countUsers)
 	var count int64
@@ -23,12 +24,51 @@ func (q *Queries) CountUsers(ctx context.Context) (int64, error) {
 	return count, err
 }
 
-const getAPIKeyByHash = `-- name: GetAPIKeyByHash :one
-SELECT id, team_id, user_id, name, prefix, hash, created_at, last_used_at FROM api_keys WHERE hash = $1
+const deleteAPIKey = `-- name: DeleteAPIKey :execrows
+DELETE FROM api_keys WHERE id = $1 AND team_id = $2
 `
 
-func (q *Queries) GetAPIKeyByHash(ctx context.Context, hash []byte) (APIKey, error) {
-	row := q.db.QueryRow(ctx, getAPIKeyByHash, hash)
+type DeleteAPIKeyParams struct {
+	ID     uuid.UUID
+	TeamID uuid.UUID
+}
+
+func (q *Queries) DeleteAPIKey(ctx context.Context, arg DeleteAPIKeyParams) (int64, error) {
+	result, err := q.db.Exec(ctx, deleteAPIKey, arg.ID, arg.TeamID)
+	if err != nil {
+		return 0, err
+	}
+	return result.RowsAffected(), nil
+}
+
+const deleteMakersAPIKeys = `-- name: DeleteMakersAPIKeys :execrows
+DELETE FROM api_keys WHERE team_id = $1 AND user_id = $2
+`
+
+type DeleteMakersAPIKeysParams struct {
+	TeamID uuid.UUID
+	UserID *uuid.UUID
+}
+
+func (q *Queries) DeleteMakersAPIKeys(ctx context.Context, arg DeleteMakersAPIKeysParams) (int64, error) {
+	result, err := q.db.Exec(ctx, deleteMakersAPIKeys, arg.TeamID, arg.UserID)
+	if err != nil {
+		return 0, err
+	}
+	return result.RowsAffected(), nil
+}
+
+const getAPIKey = `-- name: GetAPIKey :one
+SELECT id, team_id, user_id, name, prefix, hash, created_at, last_used_at, scopes, expires_at FROM api_keys WHERE id = $1 AND team_id = $2
+`
+
+type GetAPIKeyParams struct {
+	ID     uuid.UUID
+	TeamID uuid.UUID
+}
+
+func (q *Queries) GetAPIKey(ctx context.Context, arg GetAPIKeyParams) (APIKey, error) {
+	row := q.db.QueryRow(ctx, getAPIKey, arg.ID, arg.TeamID)
 	var i APIKey
 	err := row.Scan(
 		&i.ID,
@@ -39,21 +79,96 @@ func (q *Queries) GetAPIKeyByHash(ctx context.Context, hash []byte) (APIKey, err
 		&i.Hash,
 		&i.CreatedAt,
 		&i.LastUsedAt,
+		&i.Scopes,
+		&i.ExpiresAt,
+	)
+	return i, err
+}
+
+const getAPIKeyByHash = `-- name: GetAPIKeyByHash :one
+SELECT k.id, k.team_id, k.user_id, k.name, k.prefix, k.hash, k.created_at, k.last_used_at, k.scopes, k.expires_at, COALESCE(u.admin, false)::boolean AS admin FROM api_keys k JOIN teams t ON t.id = k.team_id LEFT JOIN users u ON u.id = k.user_id
+WHERE k.hash = $1 AND (k.expires_at IS NULL OR k.expires_at > now()) AND t.deleting_at IS NULL AND COALESCE(u.active, true)
+`
+
+type GetAPIKeyByHashRow struct {
+	APIKey APIKey
+	Admin  bool
+}
+
+// A key whose maker was deactivated, or whose team is being deleted, is none.
+func (q *Queries) GetAPIKeyByHash(ctx context.Context, hash []byte) (GetAPIKeyByHashRow, error) {
+	row := q.db.QueryRow(ctx, getAPIKeyByHash, hash)
+	var i GetAPIKeyByHashRow
+	err := row.Scan(
+		&i.APIKey.ID,
+		&i.APIKey.TeamID,
+		&i.APIKey.UserID,
+		&i.APIKey.Name,
+		&i.APIKey.Prefix,
+		&i.APIKey.Hash,
+		&i.APIKey.CreatedAt,
+		&i.APIKey.LastUsedAt,
+		&i.APIKey.Scopes,
+		&i.APIKey.ExpiresAt,
+		&i.Admin,
+	)
+	return i, err
+}
+
+const getCaller = `-- name: GetCaller :one
+SELECT u.id, u.email, u.admin, COALESCE(m.team_id, '00000000-0000-0000-0000-000000000000')::uuid AS team_id, COALESCE(m.role, '')::text AS role
+FROM sessions s
+JOIN users u ON u.id = s.user_id
+LEFT JOIN LATERAL (
+    SELECT tm.team_id, tm.role FROM team_members tm JOIN teams t ON t.id = tm.team_id
+    WHERE tm.user_id = u.id AND t.deleting_at IS NULL AND ($1::uuid IS NULL OR tm.team_id = $1)
+    ORDER BY tm.created_at, tm.team_id LIMIT 1
+) m ON true
+WHERE s.id = $2 AND s.user_id = $3 AND s.expires_at > now() AND u.active
+`
+
+type GetCallerParams struct {
+	Team    *uuid.UUID
+	Session uuid.UUID
+	UserID  uuid.UUID
+}
+
+type GetCallerRow struct {
+	ID     uuid.UUID
+	Email  string
+	Admin  bool
+	TeamID uuid.UUID
+	Role   string
+}
+
+// Who holds a session and, where they have one, their team: the one asked for,
+// else the one that they have been in for longest.
+func (q *Queries) GetCaller(ctx context.Context, arg GetCallerParams) (GetCallerRow, error) {
+	row := q.db.QueryRow(ctx, getCaller, arg.Team, arg.Session, arg.UserID)
+	var i GetCallerRow
+	err := row.Scan(
+		&i.ID,
+		&i.Email,
+		&i.Admin,
+		&i.TeamID,
+		&i.Role,
 	)
 	return i, err
 }
 
 const insertAPIKey = `-- name: InsertAPIKey :exec
-INSERT INTO api_keys (id, team_id, user_id, name, prefix, hash) VALUES ($1, $2, $3, $4, $5, $6)
+INSERT INTO api_keys (id, team_id, user_id, name, prefix, hash, scopes, expires_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
 `
 
 type InsertAPIKeyParams struct {
-	ID     uuid.UUID
-	TeamID uuid.UUID
-	UserID *uuid.UUID
-	Name   string
-	Prefix string
-	Hash   []byte
+	ID        uuid.UUID
+	TeamID    uuid.UUID
+	UserID    *uuid.UUID
+	Name      string
+	Prefix    string
+	Hash      []byte
+	Scopes    []string
+	ExpiresAt *time.Time
 }
 
 func (q *Queries) InsertAPIKey(ctx context.Context, arg InsertAPIKeyParams) error {
@@ -64,6 +179,8 @@ func (q *Queries) InsertAPIKey(ctx context.Context, arg InsertAPIKeyParams) erro
 		arg.Name,
 		arg.Prefix,
 		arg.Hash,
+		arg.Scopes,
+		arg.ExpiresAt,
 	)
 	return err
 }
@@ -104,7 +221,7 @@ INSERT INTO users (id, email, password_hash, admin) VALUES ($1, $2, $3, $4)
 type InsertUserParams struct {
 	ID           uuid.UUID
 	Email        string
-	PasswordHash string
+	PasswordHash *string
 	Admin        bool
 }
 
@@ -118,15 +235,60 @@ func (q *Queries) InsertUser(ctx context.Context, arg InsertUserParams) error {
 	return err
 }
 
-const isAdminsKey = `-- name: IsAdminsKey :one
-SELECT EXISTS (SELECT 1 FROM api_keys JOIN users ON users.id = api_keys.user_id WHERE api_keys.id = $1 AND users.admin)
+const listAPIKeys = `-- name: ListAPIKeys :many
+SELECT k.id, k.team_id, k.user_id, k.name, k.prefix, k.hash, k.created_at, k.last_used_at, k.scopes, k.expires_at, u.email FROM api_keys k LEFT JOIN users u ON u.id = k.user_id
+WHERE k.team_id = $1 AND (k.created_at, k.id) < ($2::timestamptz, $3::uuid)
+ORDER BY k.created_at DESC, k.id DESC
+LIMIT $4
 `
 
-func (q *Queries) IsAdminsKey(ctx context.Context, id uuid.UUID) (bool, error) {
-	row := q.db.QueryRow(ctx, isAdminsKey, id)
-	var exists bool
-	err := row.Scan(&exists)
-	return exists, err
+type ListAPIKeysParams struct {
+	TeamID   uuid.UUID
+	BeforeAt time.Time
+	BeforeID uuid.UUID
+	MaxRows  int32
+}
+
+type ListAPIKeysRow struct {
+	APIKey APIKey
+	Email  *string
+}
+
+func (q *Queries) ListAPIKeys(ctx context.Context, arg ListAPIKeysParams) ([]ListAPIKeysRow, error) {
+	rows, err := q.db.Query(ctx, listAPIKeys,
+		arg.TeamID,
+		arg.BeforeAt,
+		arg.BeforeID,
+		arg.MaxRows,
+	)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []ListAPIKeysRow
+	for rows.Next() {
+		var i ListAPIKeysRow
+		if err := rows.Scan(
+			&i.APIKey.ID,
+			&i.APIKey.TeamID,
+			&i.APIKey.UserID,
+			&i.APIKey.Name,
+			&i.APIKey.Prefix,
+			&i.APIKey.Hash,
+			&i.APIKey.CreatedAt,
+			&i.APIKey.LastUsedAt,
+			&i.APIKey.Scopes,
+			&i.APIKey.ExpiresAt,
+			&i.Email,
+		); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
 }
 
 const lockBootstrap = `-- name: LockBootstrap :exec

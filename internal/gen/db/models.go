@@ -20,6 +20,8 @@ type APIKey struct {
 	Hash       []byte
 	CreatedAt  time.Time
 	LastUsedAt *time.Time
+	Scopes     []string
+	ExpiresAt  *time.Time
 }
 
 type AuditRecord struct {
@@ -163,10 +165,33 @@ type IdempotencyKey struct {
 	CreatedAt   time.Time
 }
 
+type Identity struct {
+	Provider  string
+	Subject   string
+	UserID    uuid.UUID
+	CreatedAt time.Time
+}
+
 type Lease struct {
 	Name   string
 	Server uuid.UUID
 	Until  time.Time
+}
+
+type MailToken struct {
+	Hash      []byte
+	UserID    uuid.UUID
+	Purpose   string
+	ExpiresAt time.Time
+}
+
+type PlatformSetting struct {
+	ID           bool
+	SignupOpen   bool
+	MaxRunning   *int32
+	MaxVCPUs     *int32
+	MaxMemoryMiB *int64
+	MaxDiskMiB   *int64
 }
 
 type Sandbox struct {
@@ -214,10 +239,23 @@ type Server struct {
 	SeenAt time.Time
 }
 
+type Session struct {
+	ID           uuid.UUID
+	UserID       uuid.UUID
+	RefreshHash  []byte
+	PreviousHash []byte
+	RotatedAt    time.Time
+	CreatedAt    time.Time
+	ExpiresAt    time.Time
+	UserAgent    string
+	Address      string
+}
+
 type Team struct {
-	ID        uuid.UUID
-	Name      string
-	CreatedAt time.Time
+	ID         uuid.UUID
+	Name       string
+	CreatedAt  time.Time
+	DeletingAt *time.Time
 }
 
 type TeamMember struct {
@@ -225,6 +263,22 @@ type TeamMember struct {
 	UserID    uuid.UUID
 	Role      string
 	CreatedAt time.Time
+}
+
+type TeamQuota struct {
+	TeamID       uuid.UUID
+	MaxRunning   *int32
+	MaxVCPUs     *int32
+	MaxMemoryMiB *int64
+	MaxDiskMiB   *int64
+}
+
+type TeamUsage struct {
+	TeamID    uuid.UUID
+	Running   int32
+	VCPUs     int32
+	MemoryMiB int64
+	DiskMiB   int64
 }
 
 type Template struct {
@@ -268,7 +322,9 @@ type UsageRollup struct {
 type User struct {
 	ID           uuid.UUID
 	Email        string
-	PasswordHash string
+	PasswordHash *string
 	Admin        bool
 	CreatedAt    time.Time
+	Active       bool
+	VerifiedAt   *time.Time
 }

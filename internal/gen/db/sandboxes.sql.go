@@ -483,6 +483,17 @@ func (q *Queries) ListSandboxes(ctx context.Context, arg ListSandboxesParams) ([
 	return items, nil
 }
 
+const lockSandboxes = `-- name: LockSandboxes :exec
+SELECT FROM sandboxes WHERE id = ANY ($1::uuid[]) ORDER BY id FOR UPDATE
+`
+
+// Before a transaction changes several: rows come before what the teams have
+// (see charge_team), and in one order.
+func (q *Queries) LockSandboxes(ctx context.Context, ids []uuid.UUID) error {
+	_, err := q.db.Exec(ctx, lockSandboxes, ids)
+	return err
+}
+
 const sandboxDrains = `-- name: SandboxDrains :one
 UPDATE sandboxes SET state = 'pausing', drained = true
 WHERE sandboxes.id = $1 AND state = 'running' AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.draining) RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained

@@ -232,22 +232,22 @@ func (e ChannelEvent) Valid() bool {
 
 // Defines values for ChannelKind.
 const (
-	Discord ChannelKind = "discord"
-	Email   ChannelKind = "email"
-	Slack   ChannelKind = "slack"
-	Webhook ChannelKind = "webhook"
+	ChannelKindDiscord ChannelKind = "discord"
+	ChannelKindEmail   ChannelKind = "email"
+	ChannelKindSlack   ChannelKind = "slack"
+	ChannelKindWebhook ChannelKind = "webhook"
 )
 
 // Valid indicates whether the value is a known member of the ChannelKind enum.
 func (e ChannelKind) Valid() bool {
 	switch e {
-	case Discord:
+	case ChannelKindDiscord:
 		return true
-	case Email:
+	case ChannelKindEmail:
 		return true
-	case Slack:
+	case ChannelKindSlack:
 		return true
-	case Webhook:
+	case ChannelKindWebhook:
 		return true
 	default:
 		return false
@@ -368,6 +368,30 @@ func (e HostStatus) Valid() bool {
 	case HostStatusPending:
 		return true
 	case HostStatusUnreachable:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for KeyScope.
+const (
+	KeyScopePlatform  KeyScope = "platform"
+	KeyScopeReadOnly  KeyScope = "read-only"
+	KeyScopeSandboxes KeyScope = "sandboxes"
+	KeyScopeTemplates KeyScope = "templates"
+)
+
+// Valid indicates whether the value is a known member of the KeyScope enum.
+func (e KeyScope) Valid() bool {
+	switch e {
+	case KeyScopePlatform:
+		return true
+	case KeyScopeReadOnly:
+		return true
+	case KeyScopeSandboxes:
+		return true
+	case KeyScopeTemplates:
 		return true
 	default:
 		return false
@@ -497,6 +521,27 @@ func (e SandboxState) Valid() bool {
 	}
 }
 
+// Defines values for TeamRole.
+const (
+	TeamRoleAdmin  TeamRole = "admin"
+	TeamRoleMember TeamRole = "member"
+	TeamRoleOwner  TeamRole = "owner"
+)
+
+// Valid indicates whether the value is a known member of the TeamRole enum.
+func (e TeamRole) Valid() bool {
+	switch e {
+	case TeamRoleAdmin:
+		return true
+	case TeamRoleMember:
+		return true
+	case TeamRoleOwner:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for AuditFormat.
 const (
 	AuditFormatCsv    AuditFormat = "csv"
@@ -560,12 +605,49 @@ func (e ListAuditParamsFormat) Valid() bool {
 	}
 }
 
+// Account defines model for Account.
+type Account struct {
+	// Email Their e-mail address.
+	Email string `json:"email"`
+
+	// ID The user's id.
+	ID string `json:"id"`
+}
+
 // AddHost defines model for AddHost.
 type AddHost struct {
 	Name HostName `json:"name"`
 
 	// Tags Words that tell hosts apart. A sandbox that asks for some is placed on a host that has them all.
 	Tags *HostTags `json:"tags,omitempty"`
+}
+
+// AdminUser defines model for AdminUser.
+type AdminUser struct {
+	// Active Whether they may log in.
+	Active bool `json:"active"`
+
+	// Admin Whether they are an admin of the platform.
+	Admin bool `json:"admin"`
+
+	// CreatedAt When the account was made.
+	CreatedAt time.Time `json:"created_at"`
+
+	// Email Their e-mail address.
+	Email string `json:"email"`
+
+	// ID The user's id.
+	ID string `json:"id"`
+
+	// Verified Whether they showed that the address is theirs.
+	Verified bool `json:"verified"`
+}
+
+// AdminUserList defines model for AdminUserList.
+type AdminUserList struct {
+	// NextCursor Where the next page starts; absent on the last page.
+	NextCursor *string     `json:"next_cursor,omitempty"`
+	Users      []AdminUser `json:"users"`
 }
 
 // AuditList defines model for AuditList.
@@ -622,6 +704,15 @@ type AuditRecordActorKind string
 
 // AuditResult `ok`; `refused`, because of who asked or what for; `failed`.
 type AuditResult string
+
+// AuthMethods defines model for AuthMethods.
+type AuthMethods struct {
+	// Github Whether one can log in with GitHub.
+	Github bool `json:"github"`
+
+	// SignupOpen Whether anybody may sign up.
+	SignupOpen bool `json:"signup_open"`
+}
 
 // Build defines model for Build.
 type Build struct {
@@ -748,6 +839,24 @@ type ChangeHost struct {
 
 	// Tags Words that tell hosts apart. A sandbox that asks for some is placed on a host that has them all.
 	Tags *HostTags `json:"tags,omitempty"`
+}
+
+// ChangePassword defines model for ChangePassword.
+type ChangePassword struct {
+	// CurrentPassword The one that holds.
+	CurrentPassword string `json:"current_password"`
+
+	// NewPassword 10 characters or more.
+	NewPassword Password `json:"new_password"`
+}
+
+// ChangeUser defines model for ChangeUser.
+type ChangeUser struct {
+	// Active Whether they may log in.
+	Active *bool `json:"active,omitempty"`
+
+	// Admin Whether they are an admin of the platform.
+	Admin *bool `json:"admin,omitempty"`
 }
 
 // Channel defines model for Channel.
@@ -1016,6 +1125,41 @@ type CreateSnapshot struct {
 	SandboxID SandboxID `json:"sandbox_id"`
 }
 
+// CreatedKey defines model for CreatedKey.
+type CreatedKey struct {
+	// CreatedAt When it was made.
+	CreatedAt time.Time `json:"created_at"`
+
+	// CreatedBy The e-mail address of who made it.
+	CreatedBy *string `json:"created_by,omitempty"`
+
+	// ExpiresAt When it ceases to hold.
+	ExpiresAt *time.Time `json:"expires_at,omitempty"`
+
+	// ID The key's id.
+	ID string `json:"id"`
+
+	// Key The key, shown this once.
+	Key string `json:"key"`
+
+	// Name What it is for.
+	Name string `json:"name"`
+
+	// Prefix Its first characters.
+	Prefix string     `json:"prefix"`
+	Scopes []KeyScope `json:"scopes"`
+}
+
+// CreatedUser defines model for CreatedUser.
+type CreatedUser struct {
+	// ResetURL Where they set their password.
+	ResetURL string    `json:"reset_url"`
+	User     AdminUser `json:"user"`
+}
+
+// Email An e-mail address.
+type Email = string
+
 // Encoding How bytes are written in JSON: as they are (`utf-8`) or in standard base64.
 type Encoding string
 
@@ -1025,9 +1169,11 @@ type Envs map[string]string
 // Error defines model for Error.
 type Error struct {
 	Error struct {
-		// Code `invalid_argument` 400, `unauthenticated` 401, `permission_denied` 403,
+		// Code `invalid_argument` 400, `unauthenticated` 401, `permission_denied` and
+		// `quota_exceeded` 403,
 		// `not_found` 404, `method_not_allowed` 405, `conflict` and `sandbox_paused` 409,
 		// `payload_too_large` 413, `range_not_satisfiable` 416, `unprocessable` 422,
+		// `rate_limited` 429,
 		// `internal` 500, `unimplemented` 501, `bad_gateway` 502, `no_capacity`,
 		// `host_unreachable` and `unavailable` 503, `timeout` 504, `no_space` 507.
 		Code string `json:"code"`
@@ -1173,6 +1319,12 @@ type FileInfo struct {
 
 	// Size Bytes that were written.
 	Size int64 `json:"size"`
+}
+
+// ForgotPassword defines model for ForgotPassword.
+type ForgotPassword struct {
+	// Email The user's e-mail address.
+	Email string `json:"email"`
 }
 
 // ForkRequest defines model for ForkRequest.
@@ -1345,6 +1497,112 @@ type ImportTemplate struct {
 	Username  *string `json:"username,omitempty"`
 }
 
+// Key defines model for Key.
+type Key struct {
+	// CreatedAt When it was made.
+	CreatedAt time.Time `json:"created_at"`
+
+	// CreatedBy The e-mail address of who made it.
+	CreatedBy *string `json:"created_by,omitempty"`
+
+	// ExpiresAt When it ceases to hold.
+	ExpiresAt *time.Time `json:"expires_at,omitempty"`
+
+	// ID The key's id.
+	ID string `json:"id"`
+
+	// LastUsedAt Some seconds behind.
+	LastUsedAt *time.Time `json:"last_used_at,omitempty"`
+
+	// Name What it is for.
+	Name string `json:"name"`
+
+	// Prefix Its first characters.
+	Prefix string     `json:"prefix"`
+	Scopes []KeyScope `json:"scopes"`
+}
+
+// KeyList defines model for KeyList.
+type KeyList struct {
+	Keys []Key `json:"keys"`
+
+	// NextCursor Where the next page starts; absent on the last page.
+	NextCursor *string `json:"next_cursor,omitempty"`
+}
+
+// KeyScope `sandboxes` and `templates`: the key is for these alone; `read-only`: it changes nothing; `platform`: it may also do what the platform's admins may, as long as who made it is one.
+type KeyScope string
+
+// LogIn defines model for LogIn.
+type LogIn struct {
+	// Email The user's e-mail address.
+	Email string `json:"email"`
+
+	// Password The user's password.
+	Password string `json:"password"`
+
+	// Tokens Give the tokens in the answer instead of in cookies.
+	Tokens *bool `json:"tokens,omitempty"`
+}
+
+// Login defines model for Login.
+type Login struct {
+	// AccessExpiresAt When to refresh at the latest.
+	AccessExpiresAt time.Time `json:"access_expires_at"`
+
+	// AccessToken For programs that asked for it.
+	AccessToken *string `json:"access_token,omitempty"`
+
+	// RefreshToken For programs that asked for it.
+	RefreshToken *string `json:"refresh_token,omitempty"`
+	User         Account `json:"user"`
+}
+
+// Me defines model for Me.
+type Me struct {
+	// Admin Whether they are an admin of the platform.
+	Admin bool `json:"admin"`
+
+	// Email Their e-mail address.
+	Email string `json:"email"`
+
+	// Github Whether they can log in with GitHub.
+	Github bool `json:"github"`
+
+	// HasPassword Whether they can log in with a password.
+	HasPassword bool `json:"has_password"`
+
+	// ID The user's id.
+	ID    string `json:"id"`
+	Teams []Team `json:"teams"`
+}
+
+// Member defines model for Member.
+type Member struct {
+	// Email Their e-mail address.
+	Email string `json:"email"`
+
+	// ID The user's id.
+	ID string `json:"id"`
+
+	// JoinedAt Since when.
+	JoinedAt time.Time `json:"joined_at"`
+
+	// Role `member`: works with what the team owns; `admin`: also says who is in it and revokes keys; `owner`: also deletes it and makes owners.
+	Role TeamRole `json:"role"`
+}
+
+// MemberList defines model for MemberList.
+type MemberList struct {
+	Members []Member `json:"members"`
+}
+
+// MemberRole defines model for MemberRole.
+type MemberRole struct {
+	// Role `member`: works with what the team owns; `admin`: also says who is in it and revokes keys; `owner`: also deletes it and makes owners.
+	Role TeamRole `json:"role"`
+}
+
 // Metadata The caller's own keys and values, to find sandboxes by. Keys are 1 to 128 characters without `=`.
 type Metadata map[string]string
 
@@ -1366,8 +1624,68 @@ type MetricsPoint struct {
 // MetricsWindow How far back, which says how far apart.
 type MetricsWindow string
 
+// NewKey defines model for NewKey.
+type NewKey struct {
+	// ExpiresAt When it ceases to hold; absent: never.
+	ExpiresAt *time.Time `json:"expires_at,omitempty"`
+
+	// Name What it is for.
+	Name string `json:"name"`
+
+	// Scopes What it may do; none is everything a key may.
+	Scopes *[]KeyScope `json:"scopes,omitempty"`
+}
+
+// NewMember defines model for NewMember.
+type NewMember struct {
+	// Email Their account's e-mail address.
+	Email string `json:"email"`
+
+	// Role `member`: works with what the team owns; `admin`: also says who is in it and revokes keys; `owner`: also deletes it and makes owners.
+	Role TeamRole `json:"role"`
+}
+
+// NewTeam defines model for NewTeam.
+type NewTeam struct {
+	// Name What people call it.
+	Name string `json:"name"`
+}
+
+// NewUser defines model for NewUser.
+type NewUser struct {
+	// Admin Whether they are to be an admin of the platform.
+	Admin *bool `json:"admin,omitempty"`
+
+	// Email An e-mail address.
+	Email Email `json:"email"`
+}
+
 // OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused.
 type OnTimeout string
+
+// Password 10 characters or more.
+type Password = string
+
+// Quota Bounds on what a team has at once. One that is absent is none.
+type Quota struct {
+	// MaxDiskMib The disks of all sandboxes that have not ended, paused ones too, in MiB.
+	MaxDiskMib *int64 `json:"max_disk_mib,omitempty"`
+
+	// MaxMemoryMib Their memory in MiB.
+	MaxMemoryMib *int64 `json:"max_memory_mib,omitempty"`
+
+	// MaxRunning Sandboxes that are not paused.
+	MaxRunning *int32 `json:"max_running,omitempty"`
+
+	// MaxVcpus Their virtual CPUs.
+	MaxVcpus *int32 `json:"max_vcpus,omitempty"`
+}
+
+// Refresh defines model for Refresh.
+type Refresh struct {
+	// RefreshToken The refresh token; absent: the cookie's.
+	RefreshToken *string `json:"refresh_token,omitempty"`
+}
 
 // RefreshHost defines model for RefreshHost.
 type RefreshHost struct {
@@ -1392,6 +1710,15 @@ type RegisterHost struct {
 
 	// URL Where the agent listens.
 	URL string `json:"url"`
+}
+
+// ResetPassword defines model for ResetPassword.
+type ResetPassword struct {
+	// Password 10 characters or more.
+	Password Password `json:"password"`
+
+	// Token What the link ends with.
+	Token string `json:"token"`
 }
 
 // RunCode defines model for RunCode.
@@ -1419,8 +1746,8 @@ type RunCodeLanguage string
 
 // Sandbox defines model for Sandbox.
 type Sandbox struct {
-	// AccessToken For the guest daemon on port 49983, in `X-Access-Token`.
-	AccessToken string `json:"access_token"`
+	// AccessToken For the guest daemon on port 49983, in `X-Access-Token`. Not shown to read-only keys.
+	AccessToken *string `json:"access_token,omitempty"`
 
 	// AutoResume Whether requests and calls resume it when it is paused.
 	AutoResume bool `json:"auto_resume"`
@@ -1490,8 +1817,8 @@ type Sandbox struct {
 	// TimeoutSeconds Seconds without use after which it is destroyed, or paused; 0: never.
 	TimeoutSeconds int32 `json:"timeout_seconds"`
 
-	// TrafficToken For the sandbox's other ports, in `X-Traffic-Token`.
-	TrafficToken string `json:"traffic_token"`
+	// TrafficToken For the sandbox's other ports, in `X-Traffic-Token`. Not shown to read-only keys.
+	TrafficToken *string `json:"traffic_token,omitempty"`
 
 	// URL Where its ports are; put a port number for `{port}`.
 	URL string `json:"url"`
@@ -1559,12 +1886,79 @@ type SandboxMetricsHistory struct {
 // `error`: it failed to start.
 type SandboxState string
 
+// Settings defines model for Settings.
+type Settings struct {
+	// DefaultQuota Bounds on what a team has at once. One that is absent is none.
+	DefaultQuota Quota `json:"default_quota"`
+
+	// SignupOpen Whether anybody may sign up.
+	SignupOpen bool `json:"signup_open"`
+}
+
+// SignUp defines model for SignUp.
+type SignUp struct {
+	// Email An e-mail address.
+	Email Email `json:"email"`
+
+	// Password 10 characters or more.
+	Password Password `json:"password"`
+
+	// Tokens Give the tokens in the answer instead of in cookies.
+	Tokens *bool `json:"tokens,omitempty"`
+}
+
 // SnapshotList defines model for SnapshotList.
 type SnapshotList struct {
 	// NextCursor Where the next page starts; absent on the last page.
 	NextCursor *string    `json:"next_cursor,omitempty"`
 	Snapshots  []Template `json:"snapshots"`
 }
+
+// Team defines model for Team.
+type Team struct {
+	// CreatedAt When it was made.
+	CreatedAt time.Time `json:"created_at"`
+
+	// ID The team's id.
+	ID string `json:"id"`
+
+	// Name What people call it.
+	Name string `json:"name"`
+
+	// Role `member`: works with what the team owns; `admin`: also says who is in it and revokes keys; `owner`: also deletes it and makes owners.
+	Role *TeamRole `json:"role,omitempty"`
+}
+
+// TeamList defines model for TeamList.
+type TeamList struct {
+	// NextCursor Where the next page starts; absent on the last page.
+	NextCursor *string `json:"next_cursor,omitempty"`
+	Teams      []Team  `json:"teams"`
+}
+
+// TeamQuota defines model for TeamQuota.
+type TeamQuota struct {
+	// DiskMib The disks of all sandboxes that have not ended, in MiB.
+	DiskMib int64 `json:"disk_mib"`
+
+	// MemoryMib Their memory in MiB.
+	MemoryMib int64 `json:"memory_mib"`
+
+	// OwnQuota Whether the quota is the team's own, or the platform's.
+	OwnQuota bool `json:"own_quota"`
+
+	// Quota Bounds on what a team has at once. One that is absent is none.
+	Quota Quota `json:"quota"`
+
+	// Running Sandboxes that are not paused.
+	Running int32 `json:"running"`
+
+	// Vcpus Their virtual CPUs.
+	Vcpus int32 `json:"vcpus"`
+}
+
+// TeamRole `member`: works with what the team owns; `admin`: also says who is in it and revokes keys; `owner`: also deletes it and makes owners.
+type TeamRole string
 
 // TeamUsage defines model for TeamUsage.
 type TeamUsage struct {
@@ -1675,8 +2069,25 @@ type UsageDay struct {
 	Day openapi_types.Date `json:"day"`
 }
 
+// UserList defines model for UserList.
+type UserList struct {
+	Users []Account `json:"users"`
+}
+
 // UserName A user of the guest. The default one is `user`, who may use sudo; `root` is there too.
 type UserName = string
+
+// VerifyEmail defines model for VerifyEmail.
+type VerifyEmail struct {
+	// Password The account's password.
+	Password string `json:"password"`
+
+	// Token What the link ends with.
+	Token string `json:"token"`
+
+	// Tokens Give the tokens in the answer instead of in cookies.
+	Tokens *bool `json:"tokens,omitempty"`
+}
 
 // ArchiveDigest defines model for ArchiveDigest.
 type ArchiveDigest = string
@@ -1717,11 +2128,23 @@ type FromDay = openapi_types.Date
 // HostID defines model for HostID.
 type HostID = string
 
+// KeyID defines model for KeyID.
+type KeyID = string
+
 // Limit defines model for Limit.
 type Limit = int
 
 // Path defines model for Path.
 type Path = string
+
+// TeamHeader defines model for TeamHeader.
+type TeamHeader = string
+
+// TeamID defines model for TeamID.
+type TeamID = string
+
+// TemplateIDPath defines model for TemplateIDPath.
+type TemplateIDPath = string
 
 // TemplateRef defines model for TemplateRef.
 type TemplateRef = string
@@ -1734,6 +2157,9 @@ type ToDay = openapi_types.Date
 
 // User A user of the guest. The default one is `user`, who may use sudo; `root` is there too.
 type User = UserName
+
+// UserID defines model for UserID.
+type UserID = string
 
 // Conflict defines model for Conflict.
 type Conflict = Error
@@ -1755,6 +2181,9 @@ type PermissionDenied = Error
 
 // RangeNotSatisfiable defines model for RangeNotSatisfiable.
 type RangeNotSatisfiable = Error
+
+// RateLimited defines model for RateLimited.
+type RateLimited = Error
 
 // Timeout defines model for Timeout.
 type Timeout = Error
@@ -1822,6 +2251,33 @@ type GetHostParams struct {
 	Preview *bool `form:"preview,omitempty" json:"preview,omitempty"`
 }
 
+// AdminListSandboxesParams defines parameters for AdminListSandboxes.
+type AdminListSandboxesParams struct {
+	// Limit The most entries to return.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
+}
+
+// AdminListTeamsParams defines parameters for AdminListTeams.
+type AdminListTeamsParams struct {
+	// Limit The most entries to return.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
+}
+
+// AdminListTemplatesParams defines parameters for AdminListTemplates.
+type AdminListTemplatesParams struct {
+	// Limit The most entries to return.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
+}
+
 // ImportPlatformArchiveParams defines parameters for ImportPlatformArchive.
 type ImportPlatformArchiveParams struct {
 	// Name What the template is called.
@@ -1844,6 +2300,18 @@ type GetUsageByTeamParams struct {
 
 	// To The last day, UTC, at most 399 after the first. Absent: today.
 	To *ToDay `form:"to,omitempty" json:"to,omitempty"`
+
+	// Limit The most entries to return.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
+}
+
+// AdminListUsersParams defines parameters for AdminListUsers.
+type AdminListUsersParams struct {
+	// EmailPrefix Only addresses that begin so.
+	EmailPrefix *string `form:"email_prefix,omitempty" json:"email_prefix,omitempty"`
 
 	// Limit The most entries to return.
 	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
@@ -1885,6 +2353,24 @@ type ListAuditParams struct {
 // ListAuditParamsFormat defines parameters for ListAudit.
 type ListAuditParamsFormat string
 
+// StartGitHubParams defines parameters for StartGitHub.
+type StartGitHubParams struct {
+	// Link Connect GitHub with the account that is logged in.
+	Link *bool `form:"link,omitempty" json:"link,omitempty"`
+}
+
+// FinishGitHubParams defines parameters for FinishGitHub.
+type FinishGitHubParams struct {
+	// Code What GitHub gave.
+	Code *string `form:"code,omitempty" json:"code,omitempty"`
+
+	// State What the login began with.
+	State *string `form:"state,omitempty" json:"state,omitempty"`
+
+	// Error Why GitHub gave nothing.
+	Error *string `form:"error,omitempty" json:"error,omitempty"`
+}
+
 // ListDeliveriesParams defines parameters for ListDeliveries.
 type ListDeliveriesParams struct {
 	// Limit The most entries to return.
@@ -1892,6 +2378,30 @@ type ListDeliveriesParams struct {
 
 	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
+}
+
+// ListKeysParams defines parameters for ListKeys.
+type ListKeysParams struct {
+	// Limit The most entries to return.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
+	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
+
+	// XTeam The team that somebody who is logged in acts for; absent, the first that they joined. Every operation that works on a team takes it; API keys are for one team.
+	XTeam *TeamHeader `json:"X-Team,omitempty"`
+}
+
+// CreateKeyParams defines parameters for CreateKey.
+type CreateKeyParams struct {
+	// XTeam The team that somebody who is logged in acts for; absent, the first that they joined. Every operation that works on a team takes it; API keys are for one team.
+	XTeam *TeamHeader `json:"X-Team,omitempty"`
+}
+
+// RevokeKeyParams defines parameters for RevokeKey.
+type RevokeKeyParams struct {
+	// XTeam The team that somebody who is logged in acts for; absent, the first that they joined. Every operation that works on a team takes it; API keys are for one team.
+	XTeam *TeamHeader `json:"X-Team,omitempty"`
 }
 
 // ListSandboxesParams defines parameters for ListSandboxes.
@@ -2017,6 +2527,12 @@ type GetUsageParams struct {
 	To *ToDay `form:"to,omitempty" json:"to,omitempty"`
 }
 
+// FindUsersParams defines parameters for FindUsers.
+type FindUsersParams struct {
+	// EmailPrefix At least 3 characters.
+	EmailPrefix string `form:"email_prefix" json:"email_prefix"`
+}
+
 // CreateBuildAdminJSONRequestBody defines body for CreateBuildAdmin for application/json ContentType.
 type CreateBuildAdminJSONRequestBody = CreateBuild
 
@@ -2026,8 +2542,44 @@ type AddHostJSONRequestBody = AddHost
 // ChangeHostJSONRequestBody defines body for ChangeHost for application/json ContentType.
 type ChangeHostJSONRequestBody = ChangeHost
 
+// SetSettingsJSONRequestBody defines body for SetSettings for application/json ContentType.
+type SetSettingsJSONRequestBody = Settings
+
+// AdminSetQuotaJSONRequestBody defines body for AdminSetQuota for application/json ContentType.
+type AdminSetQuotaJSONRequestBody = Quota
+
 // ImportPlatformTemplateJSONRequestBody defines body for ImportPlatformTemplate for application/json ContentType.
 type ImportPlatformTemplateJSONRequestBody = ImportTemplate
+
+// AdminCreateUserJSONRequestBody defines body for AdminCreateUser for application/json ContentType.
+type AdminCreateUserJSONRequestBody = NewUser
+
+// AdminChangeUserJSONRequestBody defines body for AdminChangeUser for application/json ContentType.
+type AdminChangeUserJSONRequestBody = ChangeUser
+
+// LogInJSONRequestBody defines body for LogIn for application/json ContentType.
+type LogInJSONRequestBody = LogIn
+
+// LogOutJSONRequestBody defines body for LogOut for application/json ContentType.
+type LogOutJSONRequestBody = Refresh
+
+// ChangePasswordJSONRequestBody defines body for ChangePassword for application/json ContentType.
+type ChangePasswordJSONRequestBody = ChangePassword
+
+// ForgotPasswordJSONRequestBody defines body for ForgotPassword for application/json ContentType.
+type ForgotPasswordJSONRequestBody = ForgotPassword
+
+// ResetPasswordJSONRequestBody defines body for ResetPassword for application/json ContentType.
+type ResetPasswordJSONRequestBody = ResetPassword
+
+// RefreshJSONRequestBody defines body for Refresh for application/json ContentType.
+type RefreshJSONRequestBody = Refresh
+
+// SignUpJSONRequestBody defines body for SignUp for application/json ContentType.
+type SignUpJSONRequestBody = SignUp
+
+// VerifyEmailJSONRequestBody defines body for VerifyEmail for application/json ContentType.
+type VerifyEmailJSONRequestBody = VerifyEmail
 
 // CreateChannelJSONRequestBody defines body for CreateChannel for application/json ContentType.
 type CreateChannelJSONRequestBody = CreateChannel
@@ -2043,6 +2595,9 @@ type RefreshHostJSONRequestBody = RefreshHost
 
 // RegisterHostJSONRequestBody defines body for RegisterHost for application/json ContentType.
 type RegisterHostJSONRequestBody = RegisterHost
+
+// CreateKeyJSONRequestBody defines body for CreateKey for application/json ContentType.
+type CreateKeyJSONRequestBody = NewKey
 
 // CreateSandboxJSONRequestBody defines body for CreateSandbox for application/json ContentType.
 type CreateSandboxJSONRequestBody = CreateSandbox
@@ -2061,6 +2616,18 @@ type ForkSandboxJSONRequestBody = ForkRequest
 
 // CreateSnapshotJSONRequestBody defines body for CreateSnapshot for application/json ContentType.
 type CreateSnapshotJSONRequestBody = CreateSnapshot
+
+// CreateTeamJSONRequestBody defines body for CreateTeam for application/json ContentType.
+type CreateTeamJSONRequestBody = NewTeam
+
+// RenameTeamJSONRequestBody defines body for RenameTeam for application/json ContentType.
+type RenameTeamJSONRequestBody = NewTeam
+
+// AddMemberJSONRequestBody defines body for AddMember for application/json ContentType.
+type AddMemberJSONRequestBody = NewMember
+
+// ChangeMemberJSONRequestBody defines body for ChangeMember for application/json ContentType.
+type ChangeMemberJSONRequestBody = MemberRole
 
 // CreateBuildJSONRequestBody defines body for CreateBuild for application/json ContentType.
 type CreateBuildJSONRequestBody = CreateBuild
@@ -2121,18 +2688,96 @@ type ServerInterface interface {
 	// RenewHostToken Make another registration token
 	// (POST /v1/admin/hosts/{host_id}/token)
 	RenewHostToken(w http.ResponseWriter, r *http.Request, hostID HostID)
+	// AdminListSandboxes List every team's sandboxes
+	// (GET /v1/admin/sandboxes)
+	AdminListSandboxes(w http.ResponseWriter, r *http.Request, params AdminListSandboxesParams)
+	// AdminDeleteSandbox Destroy any sandbox
+	// (DELETE /v1/admin/sandboxes/{sandbox_id})
+	AdminDeleteSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	// GetSettings The platform's settings
+	// (GET /v1/admin/settings)
+	GetSettings(w http.ResponseWriter, r *http.Request)
+	// SetSettings Change the platform's settings
+	// (PUT /v1/admin/settings)
+	SetSettings(w http.ResponseWriter, r *http.Request)
+	// AdminListTeams List all teams
+	// (GET /v1/admin/teams)
+	AdminListTeams(w http.ResponseWriter, r *http.Request, params AdminListTeamsParams)
+	// AdminDeleteTeam Delete any team
+	// (DELETE /v1/admin/teams/{team_id})
+	AdminDeleteTeam(w http.ResponseWriter, r *http.Request, teamID TeamID)
+	// AdminDeleteQuota Let the platform's quota hold for a team
+	// (DELETE /v1/admin/teams/{team_id}/quota)
+	AdminDeleteQuota(w http.ResponseWriter, r *http.Request, teamID TeamID)
+	// AdminGetQuota A team's usage and quota
+	// (GET /v1/admin/teams/{team_id}/quota)
+	AdminGetQuota(w http.ResponseWriter, r *http.Request, teamID TeamID)
+	// AdminSetQuota Give a team a quota of its own
+	// (PUT /v1/admin/teams/{team_id}/quota)
+	AdminSetQuota(w http.ResponseWriter, r *http.Request, teamID TeamID)
+	// AdminListTemplates List every team's templates
+	// (GET /v1/admin/templates)
+	AdminListTemplates(w http.ResponseWriter, r *http.Request, params AdminListTemplatesParams)
 	// ImportPlatformTemplate Make a template of an OCI image for every team
 	// (POST /v1/admin/templates/import)
 	ImportPlatformTemplate(w http.ResponseWriter, r *http.Request)
 	// ImportPlatformArchive Make a template of an archive for every team
 	// (POST /v1/admin/templates/import/archive)
 	ImportPlatformArchive(w http.ResponseWriter, r *http.Request, params ImportPlatformArchiveParams)
+	// AdminDeleteTemplate Delete any template
+	// (DELETE /v1/admin/templates/{template_id})
+	AdminDeleteTemplate(w http.ResponseWriter, r *http.Request, templateID TemplateIDPath)
 	// GetUsageByTeam What each team used
 	// (GET /v1/admin/usage)
 	GetUsageByTeam(w http.ResponseWriter, r *http.Request, params GetUsageByTeamParams)
+	// AdminListUsers List users
+	// (GET /v1/admin/users)
+	AdminListUsers(w http.ResponseWriter, r *http.Request, params AdminListUsersParams)
+	// AdminCreateUser Make an account for somebody
+	// (POST /v1/admin/users)
+	AdminCreateUser(w http.ResponseWriter, r *http.Request)
+	// AdminChangeUser Activate, deactivate, or make admin
+	// (PATCH /v1/admin/users/{user_id})
+	AdminChangeUser(w http.ResponseWriter, r *http.Request, userID UserID)
 	// ListAudit Who changed what
 	// (GET /v1/audit)
 	ListAudit(w http.ResponseWriter, r *http.Request, params ListAuditParams)
+	// StartGitHub Log in with GitHub
+	// (GET /v1/auth/github)
+	StartGitHub(w http.ResponseWriter, r *http.Request, params StartGitHubParams)
+	// FinishGitHub Come back from GitHub
+	// (GET /v1/auth/github/callback)
+	FinishGitHub(w http.ResponseWriter, r *http.Request, params FinishGitHubParams)
+	// LogIn Log in
+	// (POST /v1/auth/login)
+	LogIn(w http.ResponseWriter, r *http.Request)
+	// LogOut Log out
+	// (POST /v1/auth/logout)
+	LogOut(w http.ResponseWriter, r *http.Request)
+	// LogOutAll Log out everywhere
+	// (POST /v1/auth/logout-all)
+	LogOutAll(w http.ResponseWriter, r *http.Request)
+	// GetAuthMethods How one can log in here
+	// (GET /v1/auth/methods)
+	GetAuthMethods(w http.ResponseWriter, r *http.Request)
+	// ChangePassword Change the password
+	// (POST /v1/auth/password)
+	ChangePassword(w http.ResponseWriter, r *http.Request)
+	// ForgotPassword Ask for a reset link
+	// (POST /v1/auth/password/forgot)
+	ForgotPassword(w http.ResponseWriter, r *http.Request)
+	// ResetPassword Set a new password with a reset link
+	// (POST /v1/auth/password/reset)
+	ResetPassword(w http.ResponseWriter, r *http.Request)
+	// Refresh Change the refresh token for new ones
+	// (POST /v1/auth/refresh)
+	Refresh(w http.ResponseWriter, r *http.Request)
+	// SignUp Make an account
+	// (POST /v1/auth/signup)
+	SignUp(w http.ResponseWriter, r *http.Request)
+	// VerifyEmail Open an account with the link that was mailed
+	// (POST /v1/auth/verify)
+	VerifyEmail(w http.ResponseWriter, r *http.Request)
 	// ListChannels List notification channels
 	// (GET /v1/channels)
 	ListChannels(w http.ResponseWriter, r *http.Request)
@@ -2163,6 +2808,18 @@ type ServerInterface interface {
 	// RegisterHost Register an agent
 	// (POST /v1/hosts/register)
 	RegisterHost(w http.ResponseWriter, r *http.Request)
+	// ListKeys List a team's API keys
+	// (GET /v1/keys)
+	ListKeys(w http.ResponseWriter, r *http.Request, params ListKeysParams)
+	// CreateKey Make an API key
+	// (POST /v1/keys)
+	CreateKey(w http.ResponseWriter, r *http.Request, params CreateKeyParams)
+	// RevokeKey Revoke an API key
+	// (DELETE /v1/keys/{key_id})
+	RevokeKey(w http.ResponseWriter, r *http.Request, keyID KeyID, params RevokeKeyParams)
+	// GetMe Who is logged in
+	// (GET /v1/me)
+	GetMe(w http.ResponseWriter, r *http.Request)
 	// ListSandboxes List sandboxes
 	// (GET /v1/sandboxes)
 	ListSandboxes(w http.ResponseWriter, r *http.Request, params ListSandboxesParams)
@@ -2238,6 +2895,39 @@ type ServerInterface interface {
 	// DeleteSnapshot Delete a template of the team
 	// (DELETE /v1/snapshots/{name})
 	DeleteSnapshot(w http.ResponseWriter, r *http.Request, name string)
+	// ListTeams List the teams that one is in
+	// (GET /v1/teams)
+	ListTeams(w http.ResponseWriter, r *http.Request)
+	// CreateTeam Make a team
+	// (POST /v1/teams)
+	CreateTeam(w http.ResponseWriter, r *http.Request)
+	// DeleteTeam Delete a team
+	// (DELETE /v1/teams/{team_id})
+	DeleteTeam(w http.ResponseWriter, r *http.Request, teamID TeamID)
+	// GetTeam Get a team
+	// (GET /v1/teams/{team_id})
+	GetTeam(w http.ResponseWriter, r *http.Request, teamID TeamID)
+	// RenameTeam Rename a team
+	// (PATCH /v1/teams/{team_id})
+	RenameTeam(w http.ResponseWriter, r *http.Request, teamID TeamID)
+	// LeaveTeam Leave a team
+	// (POST /v1/teams/{team_id}/leave)
+	LeaveTeam(w http.ResponseWriter, r *http.Request, teamID TeamID)
+	// ListMembers List a team's members
+	// (GET /v1/teams/{team_id}/members)
+	ListMembers(w http.ResponseWriter, r *http.Request, teamID TeamID)
+	// AddMember Add a member
+	// (POST /v1/teams/{team_id}/members)
+	AddMember(w http.ResponseWriter, r *http.Request, teamID TeamID)
+	// RemoveMember Remove a member
+	// (DELETE /v1/teams/{team_id}/members/{user_id})
+	RemoveMember(w http.ResponseWriter, r *http.Request, teamID TeamID, userID UserID)
+	// ChangeMember Change a member's role
+	// (PATCH /v1/teams/{team_id}/members/{user_id})
+	ChangeMember(w http.ResponseWriter, r *http.Request, teamID TeamID, userID UserID)
+	// GetTeamQuota What a team has and may have
+	// (GET /v1/teams/{team_id}/quota)
+	GetTeamQuota(w http.ResponseWriter, r *http.Request, teamID TeamID)
 	// ListTemplates List templates
 	// (GET /v1/templates)
 	ListTemplates(w http.ResponseWriter, r *http.Request, params ListTemplatesParams)
@@ -2280,6 +2970,9 @@ type ServerInterface interface {
 	// GetUsage What the team used, by day
 	// (GET /v1/usage)
 	GetUsage(w http.ResponseWriter, r *http.Request, params GetUsageParams)
+	// FindUsers Find users by the beginning of their e-mail address
+	// (GET /v1/users)
+	FindUsers(w http.ResponseWriter, r *http.Request, params FindUsersParams)
 }
 
 // Unimplemented server implementation that returns http.StatusNotImplemented for each endpoint.
@@ -2388,6 +3081,66 @@ func (_ Unimplemented) RenewHostToken(w http.ResponseWriter, r *http.Request, ho
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
+// AdminListSandboxes List every team's sandboxes
+// (GET /v1/admin/sandboxes)
+func (_ Unimplemented) AdminListSandboxes(w http.ResponseWriter, r *http.Request, params AdminListSandboxesParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// AdminDeleteSandbox Destroy any sandbox
+// (DELETE /v1/admin/sandboxes/{sandbox_id})
+func (_ Unimplemented) AdminDeleteSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// GetSettings The platform's settings
+// (GET /v1/admin/settings)
+func (_ Unimplemented) GetSettings(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// SetSettings Change the platform's settings
+// (PUT /v1/admin/settings)
+func (_ Unimplemented) SetSettings(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// AdminListTeams List all teams
+// (GET /v1/admin/teams)
+func (_ Unimplemented) AdminListTeams(w http.ResponseWriter, r *http.Request, params AdminListTeamsParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// AdminDeleteTeam Delete any team
+// (DELETE /v1/admin/teams/{team_id})
+func (_ Unimplemented) AdminDeleteTeam(w http.ResponseWriter, r *http.Request, teamID TeamID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// AdminDeleteQuota Let the platform's quota hold for a team
+// (DELETE /v1/admin/teams/{team_id}/quota)
+func (_ Unimplemented) AdminDeleteQuota(w http.ResponseWriter, r *http.Request, teamID TeamID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// AdminGetQuota A team's usage and quota
+// (GET /v1/admin/teams/{team_id}/quota)
+func (_ Unimplemented) AdminGetQuota(w http.ResponseWriter, r *http.Request, teamID TeamID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// AdminSetQuota Give a team a quota of its own
+// (PUT /v1/admin/teams/{team_id}/quota)
+func (_ Unimplemented) AdminSetQuota(w http.ResponseWriter, r *http.Request, teamID TeamID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// AdminListTemplates List every team's templates
+// (GET /v1/admin/templates)
+func (_ Unimplemented) AdminListTemplates(w http.ResponseWriter, r *http.Request, params AdminListTemplatesParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
 // ImportPlatformTemplate Make a template of an OCI image for every team
 // (POST /v1/admin/templates/import)
 func (_ Unimplemented) ImportPlatformTemplate(w http.ResponseWriter, r *http.Request) {
@@ -2400,15 +3153,111 @@ func (_ Unimplemented) ImportPlatformArchive(w http.ResponseWriter, r *http.Requ
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
+// AdminDeleteTemplate Delete any template
+// (DELETE /v1/admin/templates/{template_id})
+func (_ Unimplemented) AdminDeleteTemplate(w http.ResponseWriter, r *http.Request, templateID TemplateIDPath) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
 // GetUsageByTeam What each team used
 // (GET /v1/admin/usage)
 func (_ Unimplemented) GetUsageByTeam(w http.ResponseWriter, r *http.Request, params GetUsageByTeamParams) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
+// AdminListUsers List users
+// (GET /v1/admin/users)
+func (_ Unimplemented) AdminListUsers(w http.ResponseWriter, r *http.Request, params AdminListUsersParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// AdminCreateUser Make an account for somebody
+// (POST /v1/admin/users)
+func (_ Unimplemented) AdminCreateUser(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// AdminChangeUser Activate, deactivate, or make admin
+// (PATCH /v1/admin/users/{user_id})
+func (_ Unimplemented) AdminChangeUser(w http.ResponseWriter, r *http.Request, userID UserID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
 // ListAudit Who changed what
 // (GET /v1/audit)
 func (_ Unimplemented) ListAudit(w http.ResponseWriter, r *http.Request, params ListAuditParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// StartGitHub Log in with GitHub
+// (GET /v1/auth/github)
+func (_ Unimplemented) StartGitHub(w http.ResponseWriter, r *http.Request, params StartGitHubParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// FinishGitHub Come back from GitHub
+// (GET /v1/auth/github/callback)
+func (_ Unimplemented) FinishGitHub(w http.ResponseWriter, r *http.Request, params FinishGitHubParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// LogIn Log in
+// (POST /v1/auth/login)
+func (_ Unimplemented) LogIn(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// LogOut Log out
+// (POST /v1/auth/logout)
+func (_ Unimplemented) LogOut(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// LogOutAll Log out everywhere
+// (POST /v1/auth/logout-all)
+func (_ Unimplemented) LogOutAll(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// GetAuthMethods How one can log in here
+// (GET /v1/auth/methods)
+func (_ Unimplemented) GetAuthMethods(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ChangePassword Change the password
+// (POST /v1/auth/password)
+func (_ Unimplemented) ChangePassword(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ForgotPassword Ask for a reset link
+// (POST /v1/auth/password/forgot)
+func (_ Unimplemented) ForgotPassword(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ResetPassword Set a new password with a reset link
+// (POST /v1/auth/password/reset)
+func (_ Unimplemented) ResetPassword(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// Refresh Change the refresh token for new ones
+// (POST /v1/auth/refresh)
+func (_ Unimplemented) Refresh(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// SignUp Make an account
+// (POST /v1/auth/signup)
+func (_ Unimplemented) SignUp(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// VerifyEmail Open an account with the link that was mailed
+// (POST /v1/auth/verify)
+func (_ Unimplemented) VerifyEmail(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -2469,6 +3318,30 @@ func (_ Unimplemented) RefreshHost(w http.ResponseWriter, r *http.Request) {
 // RegisterHost Register an agent
 // (POST /v1/hosts/register)
 func (_ Unimplemented) RegisterHost(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ListKeys List a team's API keys
+// (GET /v1/keys)
+func (_ Unimplemented) ListKeys(w http.ResponseWriter, r *http.Request, params ListKeysParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// CreateKey Make an API key
+// (POST /v1/keys)
+func (_ Unimplemented) CreateKey(w http.ResponseWriter, r *http.Request, params CreateKeyParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// RevokeKey Revoke an API key
+// (DELETE /v1/keys/{key_id})
+func (_ Unimplemented) RevokeKey(w http.ResponseWriter, r *http.Request, keyID KeyID, params RevokeKeyParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// GetMe Who is logged in
+// (GET /v1/me)
+func (_ Unimplemented) GetMe(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -2622,6 +3495,72 @@ func (_ Unimplemented) DeleteSnapshot(w http.ResponseWriter, r *http.Request, na
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
+// ListTeams List the teams that one is in
+// (GET /v1/teams)
+func (_ Unimplemented) ListTeams(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// CreateTeam Make a team
+// (POST /v1/teams)
+func (_ Unimplemented) CreateTeam(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// DeleteTeam Delete a team
+// (DELETE /v1/teams/{team_id})
+func (_ Unimplemented) DeleteTeam(w http.ResponseWriter, r *http.Request, teamID TeamID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// GetTeam Get a team
+// (GET /v1/teams/{team_id})
+func (_ Unimplemented) GetTeam(w http.ResponseWriter, r *http.Request, teamID TeamID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// RenameTeam Rename a team
+// (PATCH /v1/teams/{team_id})
+func (_ Unimplemented) RenameTeam(w http.ResponseWriter, r *http.Request, teamID TeamID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// LeaveTeam Leave a team
+// (POST /v1/teams/{team_id}/leave)
+func (_ Unimplemented) LeaveTeam(w http.ResponseWriter, r *http.Request, teamID TeamID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ListMembers List a team's members
+// (GET /v1/teams/{team_id}/members)
+func (_ Unimplemented) ListMembers(w http.ResponseWriter, r *http.Request, teamID TeamID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// AddMember Add a member
+// (POST /v1/teams/{team_id}/members)
+func (_ Unimplemented) AddMember(w http.ResponseWriter, r *http.Request, teamID TeamID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// RemoveMember Remove a member
+// (DELETE /v1/teams/{team_id}/members/{user_id})
+func (_ Unimplemented) RemoveMember(w http.ResponseWriter, r *http.Request, teamID TeamID, userID UserID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// ChangeMember Change a member's role
+// (PATCH /v1/teams/{team_id}/members/{user_id})
+func (_ Unimplemented) ChangeMember(w http.ResponseWriter, r *http.Request, teamID TeamID, userID UserID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// GetTeamQuota What a team has and may have
+// (GET /v1/teams/{team_id}/quota)
+func (_ Unimplemented) GetTeamQuota(w http.ResponseWriter, r *http.Request, teamID TeamID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
 // ListTemplates List templates
 // (GET /v1/templates)
 func (_ Unimplemented) ListTemplates(w http.ResponseWriter, r *http.Request, params ListTemplatesParams) {
@@ -2703,6 +3642,12 @@ func (_ Unimplemented) SetTag(w http.ResponseWriter, r *http.Request, template T
 // GetUsage What the team used, by day
 // (GET /v1/usage)
 func (_ Unimplemented) GetUsage(w http.ResponseWriter, r *http.Request, params GetUsageParams) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// FindUsers Find users by the beginning of their e-mail address
+// (GET /v1/users)
+func (_ Unimplemented) FindUsers(w http.ResponseWriter, r *http.Request, params FindUsersParams) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -3236,6 +4181,302 @@ func (siw *ServerInterfaceWrapper) RenewHostToken(w http.ResponseWriter, r *http
 	handler.ServeHTTP(w, r)
 }
 
+// AdminListSandboxes operation middleware
+func (siw *ServerInterfaceWrapper) AdminListSandboxes(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params AdminListSandboxesParams
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "cursor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "cursor", r.URL.Query(), &params.Cursor, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "cursor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cursor", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.AdminListSandboxes(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// AdminDeleteSandbox operation middleware
+func (siw *ServerInterfaceWrapper) AdminDeleteSandbox(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandbox_id" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandbox_id", chi.URLParam(r, "sandbox_id"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandbox_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.AdminDeleteSandbox(w, r, sandboxID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetSettings operation middleware
+func (siw *ServerInterfaceWrapper) GetSettings(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetSettings(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// SetSettings operation middleware
+func (siw *ServerInterfaceWrapper) SetSettings(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.SetSettings(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// AdminListTeams operation middleware
+func (siw *ServerInterfaceWrapper) AdminListTeams(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params AdminListTeamsParams
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "cursor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "cursor", r.URL.Query(), &params.Cursor, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "cursor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cursor", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.AdminListTeams(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// AdminDeleteTeam operation middleware
+func (siw *ServerInterfaceWrapper) AdminDeleteTeam(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "team_id" -------------
+	var teamID TeamID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "team_id", chi.URLParam(r, "team_id"), &teamID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "team_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.AdminDeleteTeam(w, r, teamID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// AdminDeleteQuota operation middleware
+func (siw *ServerInterfaceWrapper) AdminDeleteQuota(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "team_id" -------------
+	var teamID TeamID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "team_id", chi.URLParam(r, "team_id"), &teamID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "team_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.AdminDeleteQuota(w, r, teamID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// AdminGetQuota operation middleware
+func (siw *ServerInterfaceWrapper) AdminGetQuota(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "team_id" -------------
+	var teamID TeamID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "team_id", chi.URLParam(r, "team_id"), &teamID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "team_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.AdminGetQuota(w, r, teamID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// AdminSetQuota operation middleware
+func (siw *ServerInterfaceWrapper) AdminSetQuota(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "team_id" -------------
+	var teamID TeamID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "team_id", chi.URLParam(r, "team_id"), &teamID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "team_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.AdminSetQuota(w, r, teamID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// AdminListTemplates operation middleware
+func (siw *ServerInterfaceWrapper) AdminListTemplates(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params AdminListTemplatesParams
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "cursor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "cursor", r.URL.Query(), &params.Cursor, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "cursor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cursor", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.AdminListTemplates(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // ImportPlatformTemplate operation middleware
 func (siw *ServerInterfaceWrapper) ImportPlatformTemplate(w http.ResponseWriter, r *http.Request) {
 
@@ -3322,6 +4563,32 @@ func (siw *ServerInterfaceWrapper) ImportPlatformArchive(w http.ResponseWriter, 
 	handler.ServeHTTP(w, r)
 }
 
+// AdminDeleteTemplate operation middleware
+func (siw *ServerInterfaceWrapper) AdminDeleteTemplate(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "template_id" -------------
+	var templateID TemplateIDPath
+
+	err = runtime.BindStyledParameterWithOptions("simple", "template_id", chi.URLParam(r, "template_id"), &templateID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "template_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.AdminDeleteTemplate(w, r, templateID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // GetUsageByTeam operation middleware
 func (siw *ServerInterfaceWrapper) GetUsageByTeam(w http.ResponseWriter, r *http.Request) {
 
@@ -3385,6 +4652,105 @@ func (siw *ServerInterfaceWrapper) GetUsageByTeam(w http.ResponseWriter, r *http
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.GetUsageByTeam(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// AdminListUsers operation middleware
+func (siw *ServerInterfaceWrapper) AdminListUsers(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params AdminListUsersParams
+
+	// ------------- Optional query parameter "email_prefix" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "email_prefix", r.URL.Query(), &params.EmailPrefix, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "email_prefix"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "email_prefix", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "cursor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "cursor", r.URL.Query(), &params.Cursor, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "cursor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cursor", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.AdminListUsers(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// AdminCreateUser operation middleware
+func (siw *ServerInterfaceWrapper) AdminCreateUser(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.AdminCreateUser(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// AdminChangeUser operation middleware
+func (siw *ServerInterfaceWrapper) AdminChangeUser(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "user_id" -------------
+	var userID UserID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "user_id", chi.URLParam(r, "user_id"), &userID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "user_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.AdminChangeUser(w, r, userID)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -3522,6 +4888,238 @@ func (siw *ServerInterfaceWrapper) ListAudit(w http.ResponseWriter, r *http.Requ
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.ListAudit(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// StartGitHub operation middleware
+func (siw *ServerInterfaceWrapper) StartGitHub(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params StartGitHubParams
+
+	// ------------- Optional query parameter "link" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "link", r.URL.Query(), &params.Link, runtime.BindQueryParameterOptions{Type: "boolean", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "link"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "link", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.StartGitHub(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// FinishGitHub operation middleware
+func (siw *ServerInterfaceWrapper) FinishGitHub(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params FinishGitHubParams
+
+	// ------------- Optional query parameter "code" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "code", r.URL.Query(), &params.Code, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "code"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "code", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "state" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "state", r.URL.Query(), &params.State, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "state"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "state", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "error" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "error", r.URL.Query(), &params.Error, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "error"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "error", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.FinishGitHub(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// LogIn operation middleware
+func (siw *ServerInterfaceWrapper) LogIn(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.LogIn(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// LogOut operation middleware
+func (siw *ServerInterfaceWrapper) LogOut(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.LogOut(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// LogOutAll operation middleware
+func (siw *ServerInterfaceWrapper) LogOutAll(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.LogOutAll(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetAuthMethods operation middleware
+func (siw *ServerInterfaceWrapper) GetAuthMethods(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetAuthMethods(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ChangePassword operation middleware
+func (siw *ServerInterfaceWrapper) ChangePassword(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ChangePassword(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ForgotPassword operation middleware
+func (siw *ServerInterfaceWrapper) ForgotPassword(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ForgotPassword(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ResetPassword operation middleware
+func (siw *ServerInterfaceWrapper) ResetPassword(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ResetPassword(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// Refresh operation middleware
+func (siw *ServerInterfaceWrapper) Refresh(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.Refresh(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// SignUp operation middleware
+func (siw *ServerInterfaceWrapper) SignUp(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.SignUp(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// VerifyEmail operation middleware
+func (siw *ServerInterfaceWrapper) VerifyEmail(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.VerifyEmail(w, r)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -3751,6 +5349,178 @@ func (siw *ServerInterfaceWrapper) RegisterHost(w http.ResponseWriter, r *http.R
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.RegisterHost(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListKeys operation middleware
+func (siw *ServerInterfaceWrapper) ListKeys(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ListKeysParams
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "cursor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "cursor", r.URL.Query(), &params.Cursor, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "cursor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cursor", Err: err})
+		}
+		return
+	}
+
+	headers := r.Header
+
+	// ------------- Optional header parameter "X-Team" -------------
+	if valueList, found := headers[http.CanonicalHeaderKey("X-Team")]; found {
+		var XTeam TeamHeader
+		n := len(valueList)
+		if n != 1 {
+			siw.ErrorHandlerFunc(w, r, &TooManyValuesForParamError{ParamName: "X-Team", Count: n})
+			return
+		}
+
+		err = runtime.BindStyledParameterWithOptions("simple", "X-Team", valueList[0], &XTeam, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""})
+		if err != nil {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "X-Team", Err: err})
+			return
+		}
+
+		params.XTeam = &XTeam
+
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListKeys(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CreateKey operation middleware
+func (siw *ServerInterfaceWrapper) CreateKey(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params CreateKeyParams
+
+	headers := r.Header
+
+	// ------------- Optional header parameter "X-Team" -------------
+	if valueList, found := headers[http.CanonicalHeaderKey("X-Team")]; found {
+		var XTeam TeamHeader
+		n := len(valueList)
+		if n != 1 {
+			siw.ErrorHandlerFunc(w, r, &TooManyValuesForParamError{ParamName: "X-Team", Count: n})
+			return
+		}
+
+		err = runtime.BindStyledParameterWithOptions("simple", "X-Team", valueList[0], &XTeam, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""})
+		if err != nil {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "X-Team", Err: err})
+			return
+		}
+
+		params.XTeam = &XTeam
+
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CreateKey(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// RevokeKey operation middleware
+func (siw *ServerInterfaceWrapper) RevokeKey(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "key_id" -------------
+	var keyID KeyID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "key_id", chi.URLParam(r, "key_id"), &keyID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "key_id", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params RevokeKeyParams
+
+	headers := r.Header
+
+	// ------------- Optional header parameter "X-Team" -------------
+	if valueList, found := headers[http.CanonicalHeaderKey("X-Team")]; found {
+		var XTeam TeamHeader
+		n := len(valueList)
+		if n != 1 {
+			siw.ErrorHandlerFunc(w, r, &TooManyValuesForParamError{ParamName: "X-Team", Count: n})
+			return
+		}
+
+		err = runtime.BindStyledParameterWithOptions("simple", "X-Team", valueList[0], &XTeam, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""})
+		if err != nil {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "X-Team", Err: err})
+			return
+		}
+
+		params.XTeam = &XTeam
+
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.RevokeKey(w, r, keyID, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetMe operation middleware
+func (siw *ServerInterfaceWrapper) GetMe(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetMe(w, r)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -4687,6 +6457,286 @@ func (siw *ServerInterfaceWrapper) DeleteSnapshot(w http.ResponseWriter, r *http
 	handler.ServeHTTP(w, r)
 }
 
+// ListTeams operation middleware
+func (siw *ServerInterfaceWrapper) ListTeams(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListTeams(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CreateTeam operation middleware
+func (siw *ServerInterfaceWrapper) CreateTeam(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CreateTeam(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// DeleteTeam operation middleware
+func (siw *ServerInterfaceWrapper) DeleteTeam(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "team_id" -------------
+	var teamID TeamID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "team_id", chi.URLParam(r, "team_id"), &teamID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "team_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.DeleteTeam(w, r, teamID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetTeam operation middleware
+func (siw *ServerInterfaceWrapper) GetTeam(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "team_id" -------------
+	var teamID TeamID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "team_id", chi.URLParam(r, "team_id"), &teamID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "team_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetTeam(w, r, teamID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// RenameTeam operation middleware
+func (siw *ServerInterfaceWrapper) RenameTeam(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "team_id" -------------
+	var teamID TeamID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "team_id", chi.URLParam(r, "team_id"), &teamID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "team_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.RenameTeam(w, r, teamID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// LeaveTeam operation middleware
+func (siw *ServerInterfaceWrapper) LeaveTeam(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "team_id" -------------
+	var teamID TeamID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "team_id", chi.URLParam(r, "team_id"), &teamID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "team_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.LeaveTeam(w, r, teamID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListMembers operation middleware
+func (siw *ServerInterfaceWrapper) ListMembers(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "team_id" -------------
+	var teamID TeamID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "team_id", chi.URLParam(r, "team_id"), &teamID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "team_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListMembers(w, r, teamID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// AddMember operation middleware
+func (siw *ServerInterfaceWrapper) AddMember(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "team_id" -------------
+	var teamID TeamID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "team_id", chi.URLParam(r, "team_id"), &teamID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "team_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.AddMember(w, r, teamID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// RemoveMember operation middleware
+func (siw *ServerInterfaceWrapper) RemoveMember(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "team_id" -------------
+	var teamID TeamID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "team_id", chi.URLParam(r, "team_id"), &teamID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "team_id", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "user_id" -------------
+	var userID UserID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "user_id", chi.URLParam(r, "user_id"), &userID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "user_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.RemoveMember(w, r, teamID, userID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ChangeMember operation middleware
+func (siw *ServerInterfaceWrapper) ChangeMember(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "team_id" -------------
+	var teamID TeamID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "team_id", chi.URLParam(r, "team_id"), &teamID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "team_id", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "user_id" -------------
+	var userID UserID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "user_id", chi.URLParam(r, "user_id"), &userID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "user_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ChangeMember(w, r, teamID, userID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetTeamQuota operation middleware
+func (siw *ServerInterfaceWrapper) GetTeamQuota(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "team_id" -------------
+	var teamID TeamID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "team_id", chi.URLParam(r, "team_id"), &teamID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "team_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetTeamQuota(w, r, teamID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // ListTemplates operation middleware
 func (siw *ServerInterfaceWrapper) ListTemplates(w http.ResponseWriter, r *http.Request) {
 
@@ -5151,6 +7201,39 @@ func (siw *ServerInterfaceWrapper) GetUsage(w http.ResponseWriter, r *http.Reque
 	handler.ServeHTTP(w, r)
 }
 
+// FindUsers operation middleware
+func (siw *ServerInterfaceWrapper) FindUsers(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params FindUsersParams
+
+	// ------------- Required query parameter "email_prefix" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, true, "email_prefix", r.URL.Query(), &params.EmailPrefix, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "email_prefix"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "email_prefix", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.FindUsers(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 type UnescapedCookieParamError struct {
 	ParamName string
 	Err       error
@@ -5473,6 +7556,132 @@ func HandlerWithOptions(si ServerInterface, options ChiServerOptions) http.Handl
 	})
 	r.Group(func(r chi.Router) {
 		r.Post(options.BaseURL+"/v1/hosts/heartbeat", wrapper.HostHeartbeat)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/auth/methods", wrapper.GetAuthMethods)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/auth/signup", wrapper.SignUp)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/auth/verify", wrapper.VerifyEmail)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/auth/login", wrapper.LogIn)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/auth/refresh", wrapper.Refresh)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/auth/logout", wrapper.LogOut)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/auth/logout-all", wrapper.LogOutAll)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/auth/password", wrapper.ChangePassword)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/auth/password/forgot", wrapper.ForgotPassword)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/auth/password/reset", wrapper.ResetPassword)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/auth/github", wrapper.StartGitHub)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/auth/github/callback", wrapper.FinishGitHub)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/me", wrapper.GetMe)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/users", wrapper.FindUsers)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/teams", wrapper.ListTeams)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/teams", wrapper.CreateTeam)
+	})
+	r.Group(func(r chi.Router) {
+		r.Delete(options.BaseURL+"/v1/teams/{team_id}", wrapper.DeleteTeam)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/teams/{team_id}", wrapper.GetTeam)
+	})
+	r.Group(func(r chi.Router) {
+		r.Patch(options.BaseURL+"/v1/teams/{team_id}", wrapper.RenameTeam)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/teams/{team_id}/quota", wrapper.GetTeamQuota)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/teams/{team_id}/members", wrapper.ListMembers)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/teams/{team_id}/members", wrapper.AddMember)
+	})
+	r.Group(func(r chi.Router) {
+		r.Delete(options.BaseURL+"/v1/teams/{team_id}/members/{user_id}", wrapper.RemoveMember)
+	})
+	r.Group(func(r chi.Router) {
+		r.Patch(options.BaseURL+"/v1/teams/{team_id}/members/{user_id}", wrapper.ChangeMember)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/teams/{team_id}/leave", wrapper.LeaveTeam)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/keys", wrapper.ListKeys)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/keys", wrapper.CreateKey)
+	})
+	r.Group(func(r chi.Router) {
+		r.Delete(options.BaseURL+"/v1/keys/{key_id}", wrapper.RevokeKey)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/admin/settings", wrapper.GetSettings)
+	})
+	r.Group(func(r chi.Router) {
+		r.Put(options.BaseURL+"/v1/admin/settings", wrapper.SetSettings)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/admin/users", wrapper.AdminListUsers)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/admin/users", wrapper.AdminCreateUser)
+	})
+	r.Group(func(r chi.Router) {
+		r.Patch(options.BaseURL+"/v1/admin/users/{user_id}", wrapper.AdminChangeUser)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/admin/teams", wrapper.AdminListTeams)
+	})
+	r.Group(func(r chi.Router) {
+		r.Delete(options.BaseURL+"/v1/admin/teams/{team_id}", wrapper.AdminDeleteTeam)
+	})
+	r.Group(func(r chi.Router) {
+		r.Delete(options.BaseURL+"/v1/admin/teams/{team_id}/quota", wrapper.AdminDeleteQuota)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/admin/teams/{team_id}/quota", wrapper.AdminGetQuota)
+	})
+	r.Group(func(r chi.Router) {
+		r.Put(options.BaseURL+"/v1/admin/teams/{team_id}/quota", wrapper.AdminSetQuota)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/admin/sandboxes", wrapper.AdminListSandboxes)
+	})
+	r.Group(func(r chi.Router) {
+		r.Delete(options.BaseURL+"/v1/admin/sandboxes/{sandbox_id}", wrapper.AdminDeleteSandbox)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/v1/admin/templates", wrapper.AdminListTemplates)
+	})
+	r.Group(func(r chi.Router) {
+		r.Delete(options.BaseURL+"/v1/admin/templates/{template_id}", wrapper.AdminDeleteTemplate)
 	})
 
 	return r

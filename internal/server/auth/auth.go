@@ -2,19 +2,24 @@ package auth
 
 import (
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"time"
+	"unicode/utf8"
 
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/page"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
@@ -30,15 +35,7 @@ const (
 // flushEvery is how long the last use of a key may stay unwritten.
 const flushEvery = 15 * time.Second
 
-// Principal is who calls.
-type Principal struct {
-	// Team is whose sandboxes the caller acts on.
-	Team uuid.UUID
-	// Key is the API key that was shown.
-	Key uuid.UUID
-}
-
-// Keys checks API keys.
+// Keys are the API keys.
 type Keys struct {
 	store *store.Store
 	log   *slog.Logger
@@ -62,26 +59,26 @@ func (k *Keys) Check(ctx context.Context, key string) (Principal, error) {
 		return Principal{}, invalid
 	}
 	hash := sha256.Sum256([]byte(key))
-	row, err := k.store.GetAPIKeyByHash(ctx, hash[:])
-	if errors.Is(err, store.ErrNoRows) || err == nil && subtle.ConstantTimeCompare(hash[:], row.Hash) != 1 {
+	found, err := k.store.GetAPIKeyByHash(ctx, hash[:])
+	if errors.Is(err, store.ErrNoRows) || err == nil && subtle.ConstantTimeCompare(hash[:], found.APIKey.Hash) != 1 {
 		return Principal{}, invalid
 	}
 	if err != nil {
 		return Principal{}, fmt.Errorf("look up API key: %w", err)
 	}
+	row := found.APIKey
 	k.mu.Lock()
 	k.used[row.ID] = time.Now()
 	k.mu.Unlock()
-	return Principal{Team: row.TeamID, Key: row.ID}, nil
-}
-
-// OfAdmin says whether a platform's admin made the key.
-func (k *Keys) OfAdmin(ctx context.Context, key uuid.UUID) (bool, error) {
-	admin, err := k.store.IsAdminsKey(ctx, key)
-	if err != nil {
-		return false, fmt.Errorf("look up who made the key: %w", err)
+	p := Principal{Team: row.TeamID, Key: row.ID, Scopes: make([]Scope, len(row.Scopes))}
+	for i, s := range row.Scopes {
+		p.Scopes[i] = Scope(s)
 	}
-	return admin, nil
+	if row.UserID != nil {
+		p.User = *row.UserID
+	}
+	p.Platform = found.Admin && slices.Contains(p.Scopes, PlatformScope)
+	return p, nil
 }
 
 // Run writes the keys' last uses, many at once, until ctx is done, and once
@@ -119,8 +116,8 @@ func (k *Keys) flush(ctx context.Context) {
 	}
 }
 
-// Admin is the first user of an installation.
-type Admin struct {
+// FirstAdmin is the first user of an installation.
+type FirstAdmin struct {
 	Email, Password string
 	// APIKey is a key of the admin's team; none is made when it is empty.
 	APIKey string
@@ -128,7 +125,7 @@ type Admin struct {
 
 // Bootstrap makes the first admin, its team and its API key when there is no
 // user at all. It says whether it did.
-func Bootstrap(ctx context.Context, s *store.Store, a Admin) (bool, error) {
+func Bootstrap(ctx context.Context, s *store.Store, a FirstAdmin) (bool, error) {
 	if a.Email == "" {
 		return false, nil
 	}
@@ -149,8 +146,12 @@ func Bootstrap(ctx context.Context, s *store.Store, a Admin) (bool, error) {
 		if n, err := q.CountUsers(ctx); err != nil || n > 0 {
 			return err
 		}
-		user, team := uuid.New(), uuid.New()
-		if err := q.InsertUser(ctx, db.InsertUserParams{ID: user, Email: a.Email, PasswordHash: HashPassword(a.Password), Admin: true}); err != nil {
+		user, team, hash := uuid.New(), uuid.New(), HashPassword(a.Password)
+		if err := q.InsertUser(ctx, db.InsertUserParams{ID: user, Email: a.Email, PasswordHash: &hash, Admin: true}); err != nil {
+			return err
+		}
+		// Who configured the address need not show that it is theirs.
+		if _, err := q.VerifyUser(ctx, user); err != nil {
 			return err
 		}
 		if err := q.InsertTeam(ctx, db.InsertTeamParams{ID: team, Name: "default"}); err != nil {
@@ -159,11 +160,16 @@ func Bootstrap(ctx context.Context, s *store.Store, a Admin) (bool, error) {
 		if err := q.InsertTeamMember(ctx, db.InsertTeamMemberParams{TeamID: team, UserID: user, Role: "owner"}); err != nil {
 			return err
 		}
+		// The machine's owner is bound by the machine alone.
+		if err := q.SetQuota(ctx, db.SetQuotaParams{TeamID: team}); err != nil {
+			return err
+		}
 		made = true
 		if a.APIKey == "" {
 			return nil
 		}
-		return insertKey(ctx, q, team, &user, "first", a.APIKey)
+		_, err := insertKey(ctx, q, db.InsertAPIKeyParams{TeamID: team, UserID: &user, Name: "first", Scopes: []string{string(PlatformScope)}}, a.APIKey)
+		return err
 	})
 	if err != nil {
 		return false, fmt.Errorf("make first admin: %w", err)
@@ -171,7 +177,97 @@ func Bootstrap(ctx context.Context, s *store.Store, a Admin) (bool, error) {
 	return made, nil
 }
 
-func insertKey(ctx context.Context, q *db.Queries, team uuid.UUID, user *uuid.UUID, name, key string) error {
+// insertKey writes a key of which p has all but what follows from the key.
+func insertKey(ctx context.Context, q *db.Queries, p db.InsertAPIKeyParams, key string) (uuid.UUID, error) {
 	hash := sha256.Sum256([]byte(key))
-	return q.InsertAPIKey(ctx, db.InsertAPIKeyParams{ID: uuid.New(), TeamID: team, UserID: user, Name: name, Prefix: key[:shownChars], Hash: hash[:]})
+	p.ID, p.Prefix, p.Hash = uuid.New(), key[:shownChars], hash[:]
+	return p.ID, q.InsertAPIKey(ctx, p)
+}
+
+// NewKey is what an API key is asked to be.
+type NewKey struct {
+	Name   string
+	Scopes []Scope
+	// ExpiresAt is when it ceases to hold; nil: never.
+	ExpiresAt *time.Time
+}
+
+// Create makes a key of the team that a user acts for. The key itself is
+// returned this once and never again.
+func (k *Keys) Create(ctx context.Context, by Principal, n NewKey) (key string, row db.APIKey, err error) {
+	if n.ExpiresAt != nil && !n.ExpiresAt.After(time.Now()) {
+		return "", row, fault.New(fault.InvalidArgument, "expires_at: has passed")
+	}
+	if strings.Contains(n.Name, "\x00") || !utf8.ValidString(n.Name) {
+		return "", row, fault.New(fault.InvalidArgument, "name: must be UTF-8 without NUL")
+	}
+	if slices.Contains(n.Scopes, PlatformScope) && !by.Platform {
+		return "", row, fault.New(fault.PermissionDenied, "only the platform's admins make keys with the scope %q", PlatformScope)
+	}
+	scopes := []string{}
+	for _, s := range n.Scopes {
+		if !slices.Contains(scopes, string(s)) {
+			scopes = append(scopes, string(s))
+		}
+	}
+	var random [20]byte
+	rand.Read(random[:])
+	key = keyPrefix + hex.EncodeToString(random[:])
+	err = k.store.InTx(ctx, func(q *db.Queries) error {
+		// Read under the lock that removing a member takes: no key is made for
+		// somebody who has just gone.
+		if _, err := q.LockTeam(ctx, by.Team); err != nil {
+			return err
+		}
+		if _, err := q.GetMember(ctx, db.GetMemberParams{TeamID: by.Team, UserID: by.User}); err != nil {
+			return err
+		}
+		made, err := insertKey(ctx, q, db.InsertAPIKeyParams{TeamID: by.Team, UserID: &by.User, Name: n.Name, Scopes: scopes, ExpiresAt: n.ExpiresAt}, key)
+		if err != nil {
+			return err
+		}
+		row, err = q.GetAPIKey(ctx, db.GetAPIKeyParams{ID: made, TeamID: by.Team})
+		return err
+	})
+	if errors.Is(err, store.ErrNoRows) {
+		return "", row, fault.New(fault.NotFound, "no such team")
+	}
+	if err != nil {
+		return "", row, fmt.Errorf("make API key: %w", err)
+	}
+	return key, row, nil
+}
+
+// List returns a page of a team's keys, the newest first, and the cursor of
+// the next one ("" on the last page).
+func (k *Keys) List(ctx context.Context, team uuid.UUID, cursor string, limit int) ([]db.ListAPIKeysRow, string, error) {
+	at, before, err := page.Newest(cursor)
+	if err != nil {
+		return nil, "", err
+	}
+	rows, err := k.store.ListAPIKeys(ctx, db.ListAPIKeysParams{TeamID: team, BeforeAt: at, BeforeID: before, MaxRows: int32(limit) + 1})
+	if err != nil {
+		return nil, "", fmt.Errorf("list API keys: %w", err)
+	}
+	rows, next := page.Cut(rows, limit, func(r db.ListAPIKeysRow) string { return page.Time(r.APIKey.CreatedAt, r.APIKey.ID) })
+	return rows, next, nil
+}
+
+// Revoke removes a team's key, at once and for good. Members may revoke what
+// they made, admins all of the team's.
+func (k *Keys) Revoke(ctx context.Context, by Principal, key uuid.UUID) error {
+	row, err := k.store.GetAPIKey(ctx, db.GetAPIKeyParams{ID: key, TeamID: by.Team})
+	if errors.Is(err, store.ErrNoRows) {
+		return fault.New(fault.NotFound, "no such API key")
+	}
+	if err != nil {
+		return fmt.Errorf("look up API key: %w", err)
+	}
+	if !by.Role.AtLeast(Admin) && (row.UserID == nil || *row.UserID != by.User) {
+		return fault.New(fault.PermissionDenied, "you may revoke the keys that you made; the team's admins may revoke all")
+	}
+	if _, err := k.store.DeleteAPIKey(ctx, db.DeleteAPIKeyParams{ID: key, TeamID: by.Team}); err != nil {
+		return fmt.Errorf("revoke API key: %w", err)
+	}
+	return nil
 }

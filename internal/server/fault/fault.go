@@ -16,6 +16,7 @@ const (
 	InvalidArgument     Code = "invalid_argument"
 	Unauthenticated     Code = "unauthenticated"
 	PermissionDenied    Code = "permission_denied"
+	QuotaExceeded       Code = "quota_exceeded"
 	NotFound            Code = "not_found"
 	MethodNotAllowed    Code = "method_not_allowed"
 	Conflict            Code = "conflict"
@@ -23,6 +24,7 @@ const (
 	PayloadTooLarge     Code = "payload_too_large"
 	RangeNotSatisfiable Code = "range_not_satisfiable"
 	Unprocessable       Code = "unprocessable"
+	RateLimited         Code = "rate_limited"
 	Internal            Code = "internal"
 	BadGateway          Code = "bad_gateway"
 	NoCapacity          Code = "no_capacity"
@@ -40,7 +42,7 @@ func (c Code) Status() int {
 		return http.StatusBadRequest
 	case Unauthenticated:
 		return http.StatusUnauthorized
-	case PermissionDenied:
+	case PermissionDenied, QuotaExceeded:
 		return http.StatusForbidden
 	case NotFound:
 		return http.StatusNotFound
@@ -54,6 +56,8 @@ func (c Code) Status() int {
 		return http.StatusRequestedRangeNotSatisfiable
 	case Unprocessable:
 		return http.StatusUnprocessableEntity
+	case RateLimited:
+		return http.StatusTooManyRequests
 	case BadGateway:
 		return http.StatusBadGateway
 	case NoCapacity, HostUnreachable, Unavailable:

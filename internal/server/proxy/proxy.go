@@ -162,6 +162,9 @@ type caller struct {
 
 var errUnproven = fault.New(fault.SandboxPaused, "the sandbox is paused, and a signed URL resumes none: resume it first")
 
+// use is what sending requests to a sandbox's ports asks of an API key.
+var use = auth.Access{Role: auth.Member, Scopes: []auth.Scope{auth.Sandboxes}}
+
 // resolve finds out where a request goes and whether it may.
 func (p *Proxy) resolve(r *http.Request) (destination, error) {
 	var none destination
@@ -232,6 +235,9 @@ func (p *Proxy) authorize(r *http.Request, sandbox uuid.UUID, port int) (caller,
 	}
 	if key := r.Header.Get("X-API-Key"); key != "" {
 		who, err := p.Keys.Check(r.Context(), key)
+		if err == nil {
+			err = use.Check(who)
+		}
 		return caller{team: who.Team}, err
 	}
 	return none, fault.New(fault.Unauthenticated, "send the team's API key in X-API-Key, or the sandbox's traffic token in X-Traffic-Token")

@@ -5,7 +5,6 @@ import (
 	"encoding/csv"
 	"encoding/json"
 	"net/http"
-	"net/netip"
 	"strings"
 	"time"
 
@@ -119,7 +118,7 @@ func (rec *recorder) Write(b []byte) (int, error) {
 // that is asked for: they change nothing, and could fill the log.
 func (rec *recorder) write(result, code string) error {
 	o := observed(rec.r)
-	record := audit.Record{Actor: audit.Anonymous, Action: rec.op.OperationID, Address: address(rec.r), RequestID: o.id, Result: result, Code: code}
+	record := audit.Record{Actor: audit.Anonymous, Action: rec.op.OperationID, Address: rec.api.addressText(rec.r), RequestID: o.id, Result: result, Code: code}
 	switch {
 	case o.host != uuid.Nil:
 		record.Actor, record.ActorID = audit.Host, &o.host
@@ -133,6 +132,8 @@ func (rec *recorder) write(result, code string) error {
 		record.Team = nil
 	}
 	record.Object, record.ObjectID = object(rec.r, rec.Header().Get("Location"))
+	// What a client wrote in a path may be no text that the database takes.
+	record.ObjectID = strings.ReplaceAll(strings.ToValidUTF8(record.ObjectID, "\uFFFD"), "\x00", "\uFFFD")
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(rec.r.Context()), recordWithin)
 	defer cancel()
 	if code == "quota_exceeded" && record.Team != nil {
@@ -145,8 +146,11 @@ func (rec *recorder) write(result, code string) error {
 
 // actor writes down who called.
 func actor(r *audit.Record, o *observation) {
-	if o.who.Key != uuid.Nil {
+	switch {
+	case o.who.Key != uuid.Nil:
 		r.Actor, r.ActorID = audit.Key, &o.who.Key
+	case o.who.User != uuid.Nil:
+		r.Actor, r.ActorID = audit.User, &o.who.User
 	}
 	if o.who.Team != uuid.Nil {
 		r.Team = &o.who.Team
@@ -177,24 +181,6 @@ func object(r *http.Request, location string) (kind, name string) {
 		return k, name
 	}
 	return strings.TrimSuffix(kind, "s"), name
-}
-
-// address is where a request comes from. What X-Forwarded-For says last is
-// believed of this machine's front door; a request without it is this machine's.
-func address(r *http.Request) string {
-	peer, err := netip.ParseAddrPort(r.RemoteAddr)
-	if err == nil && !peer.Addr().Unmap().IsLoopback() {
-		return peer.Addr().Unmap().String()
-	}
-	forwarded := strings.Join(r.Header.Values("X-Forwarded-For"), ",")
-	hop, err := netip.ParseAddr(strings.TrimSpace(forwarded[strings.LastIndex(forwarded, ",")+1:]))
-	if err == nil {
-		return hop.Unmap().String()
-	}
-	if peer.IsValid() {
-		return peer.Addr().Unmap().String()
-	}
-	return ""
 }
 
 // ListAudit answers GET /v1/audit.

@@ -56,11 +56,6 @@ func delivery(row db.Delivery) rest.ChannelDelivery {
 	return d
 }
 
-// isAdmin says whether who calls is one of the platform's admins.
-func (a *API) isAdmin(r *http.Request) (bool, error) {
-	return a.Keys.OfAdmin(r.Context(), caller(r).Key)
-}
-
 // ListChannels answers GET /v1/channels.
 func (a *API) ListChannels(w http.ResponseWriter, r *http.Request) {
 	rows, err := a.Channels.List(r.Context(), caller(r).Team)
@@ -79,13 +74,9 @@ func (a *API) ListChannels(w http.ResponseWriter, r *http.Request) {
 func (a *API) CreateChannel(w http.ResponseWriter, r *http.Request) {
 	var req rest.CreateChannel
 	err := decode(r, &req)
-	var admin bool
-	if err == nil {
-		admin, err = a.isAdmin(r)
-	}
 	var row db.Channel
 	if err == nil {
-		row, err = a.Channels.Create(r.Context(), caller(r).Team, admin, notify.Params{
+		row, err = a.Channels.Create(r.Context(), caller(r).Team, caller(r).Platform, notify.Params{
 			Kind: string(req.Kind), Name: &req.Name, Events: eventNames(&req.Events), URL: req.URL, Secret: req.Secret, Address: req.Address,
 		})
 	}
@@ -119,13 +110,9 @@ func (a *API) ChangeChannel(w http.ResponseWriter, r *http.Request, text rest.Ch
 	if err == nil {
 		err = decode(r, &req)
 	}
-	var admin bool
-	if err == nil {
-		admin, err = a.isAdmin(r)
-	}
 	var row db.Channel
 	if err == nil {
-		row, err = a.Channels.Update(r.Context(), caller(r).Team, u, admin, notify.Params{
+		row, err = a.Channels.Update(r.Context(), caller(r).Team, u, caller(r).Platform, notify.Params{
 			Name: req.Name, Events: eventNames(req.Events), URL: req.URL, Secret: req.Secret, Address: req.Address, Enabled: req.Enabled,
 		})
 	}

@@ -25,12 +25,17 @@ func stack() string { return string(debug.Stack()) }
 func classify(err error) *fault.Error {
 	var f *fault.Error
 	var long *http.MaxBytesError
+	if why, ok := store.OverQuota(err); ok {
+		return fault.Because(err, fault.QuotaExceeded, "%s", why)
+	}
 	switch {
 	case errors.As(err, &f):
 		return f
 	case errors.As(err, &long):
 		errors.As(tooLarge(long.Limit), &f)
 		return f
+	case store.TeamGone(err):
+		return fault.Because(err, fault.NotFound, "no such team")
 	case store.Unreachable(err):
 		return fault.Because(err, fault.Unavailable, "the database does not answer")
 	case errors.Is(err, context.DeadlineExceeded):

@@ -134,6 +134,11 @@ func (a *API) ExecStream(w http.ResponseWriter, r *http.Request, sandbox rest.Sa
 		a.Fail(w, r, err)
 		return
 	}
+	// What the library would refuse in a shape of its own.
+	if !strings.Contains(strings.ToLower(r.Header.Get("Connection")), "upgrade") || r.Header.Get("Sec-WebSocket-Key") == "" || r.Header.Get("Sec-WebSocket-Version") != "13" {
+		a.Fail(w, r, fault.New(fault.InvalidArgument, "not the handshake of a WebSocket, version 13"))
+		return
+	}
 	// The origin was checked above, with an answer in the API's one shape.
 	ws, err := websocket.Accept(w, r, &websocket.AcceptOptions{InsecureSkipVerify: true, CompressionMode: websocket.CompressionDisabled})
 	if err != nil {

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"strings"
 
@@ -21,12 +22,17 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/builds"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/github"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/metrics"
 	"github.com/wrenn-dev/wrenn/internal/server/notify"
+	"github.com/wrenn-dev/wrenn/internal/server/platform"
+	"github.com/wrenn-dev/wrenn/internal/server/ratelimit"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
+	"github.com/wrenn-dev/wrenn/internal/server/teams"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
 	"github.com/wrenn-dev/wrenn/internal/server/usage"
+	"github.com/wrenn-dev/wrenn/internal/server/users"
 )
 
 // Config is what the API works with.
@@ -42,7 +48,19 @@ type Config struct {
 	// Channels are told of events.
 	Channels *notify.Service
 	Keys     *auth.Keys
+	Sessions *auth.Sessions
+	Users    *users.Service
+	Teams    *teams.Service
+	Platform *platform.Service
 	Tokens   auth.Tokens
+	// GitHub is asked who people are; nil: they cannot log in with it. GitHubKey
+	// signs what such a login begins with.
+	GitHub    *github.Client
+	GitHubKey []byte
+	// Limiter bounds what anybody may call.
+	Limiter *ratelimit.Limiter
+	// TrustedProxies are believed what they say of a request's origin.
+	TrustedProxies []netip.Prefix
 	// PublicURL is where clients reach the service, Domain what sandboxes'
 	// host names end with.
 	PublicURL, Domain string
@@ -59,8 +77,11 @@ type Config struct {
 type API struct {
 	Config
 	spec   *openapi3.T
+	access map[*openapi3.Operation]auth.Access
 	docs   []byte
 	public *url.URL
+	// crossOrigin refuses what other sites make browsers send.
+	crossOrigin http.CrossOriginProtection
 	// pattern is sandboxes' URLs with %s for the id.
 	pattern string
 	health  health
@@ -91,6 +112,12 @@ func New(ctx context.Context, c Config) (*API, error) {
 		return nil, fmt.Errorf("read WRENN_PUBLIC_URL: %q is not a URL like http://localhost:8000", c.PublicURL)
 	}
 	a := &API{Config: c, spec: spec, public: public}
+	if a.access, err = accessOf(spec); err != nil {
+		return nil, fmt.Errorf("read OpenAPI document: %w", err)
+	}
+	if err := a.crossOrigin.AddTrustedOrigin(public.Scheme + "://" + public.Host); err != nil {
+		return nil, fmt.Errorf("read WRENN_PUBLIC_URL: %w", err)
+	}
 	a.pattern = public.Scheme + "://{port}-%s." + c.Domain
 	if p := public.Port(); p != "" {
 		a.pattern += ":" + p
@@ -114,7 +141,7 @@ func New(ctx context.Context, c Config) (*API, error) {
 	})
 	r.Group(func(r chi.Router) {
 		// In a group these run after routing, so they know the operation.
-		r.Use(a.audit, a.authenticate, a.limit, a.validate)
+		r.Use(a.audit, a.authorize, a.limit, a.validate)
 		rest.HandlerWithOptions(a, rest.ChiServerOptions{
 			BaseRouter: r,
 			ErrorHandlerFunc: func(w http.ResponseWriter, r *http.Request, err error) {
@@ -136,56 +163,6 @@ func (a *API) operation(r *http.Request) (route string, item *openapi3.PathItem,
 		op = item.GetOperation(r.Method)
 	}
 	return route, item, op
-}
-
-type principalKey struct{}
-
-// caller returns who calls, in an operation that needs a key.
-func caller(r *http.Request) auth.Principal {
-	p, _ := r.Context().Value(principalKey{}).(auth.Principal)
-	return p
-}
-
-// authenticate checks the API key wherever the document does not say that none is needed.
-func (a *API) authenticate(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if _, _, op := a.operation(r); op != nil && op.Security != nil && len(*op.Security) == 0 {
-			next.ServeHTTP(w, r)
-			return
-		}
-		who, err := a.Keys.Check(r.Context(), r.Header.Get("X-API-Key"))
-		if err != nil {
-			a.Fail(w, r, err)
-			return
-		}
-		if o := observed(r); o != nil {
-			o.who = who
-		}
-		if err := a.admitAdmin(r, who); err != nil {
-			a.Fail(w, r, err)
-			return
-		}
-		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), principalKey{}, who)))
-	})
-}
-
-// admitAdmin lets nobody but the platform's admins call the operations that
-// the document keeps for them. Until people can log in, an admin is who shows a
-// key that an admin made.
-func (a *API) admitAdmin(r *http.Request, who auth.Principal) error {
-	_, _, op := a.operation(r)
-	if op == nil || op.Security == nil {
-		return nil
-	}
-	access, ok := op.Extensions["x-wrenn-access"].(map[string]any)
-	if !ok || access["role"] != "platform" {
-		return fault.New(fault.PermissionDenied, "nobody may do this")
-	}
-	admin, err := a.Keys.OfAdmin(r.Context(), who.Key)
-	if err == nil && !admin {
-		err = fault.New(fault.PermissionDenied, "only the platform's admins may do this")
-	}
-	return err
 }
 
 // Bounds of bodies that are JSON, in bytes.

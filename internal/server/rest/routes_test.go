@@ -52,7 +52,7 @@ func TestDocumented(t *testing.T) {
 		for method, op := range item.Operations() {
 			open := op.Security != nil && len(*op.Security) == 0
 			// Agents have tokens of their own, which their operations check.
-			if open != (!strings.HasPrefix(path, "/v1/") || strings.HasPrefix(path, "/v1/hosts/")) {
+			if open != (!strings.HasPrefix(path, "/v1/") || strings.HasPrefix(path, "/v1/hosts/") || op.Tags[0] == "login") {
 				t.Errorf("%s %s: open = %v", method, path, open)
 			}
 			if op.Summary == "" || op.OperationID == "" || len(op.Tags) != 1 {

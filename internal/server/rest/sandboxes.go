@@ -47,8 +47,9 @@ func sandboxID(text string) (uuid.UUID, error) {
 	return u, nil
 }
 
-// sandbox is a row as the wire has it.
-func (a *API) sandbox(row db.Sandbox) rest.Sandbox {
+// sandbox is a row as the wire has it. Only who may use the sandbox is shown
+// the tokens that open it: no read-only key is, and no admin of another team.
+func (a *API) sandbox(r *http.Request, row db.Sandbox) rest.Sandbox {
 	wire := id.Format(id.Sandbox, row.ID)
 	s := rest.Sandbox{
 		ID: wire, TeamID: id.Format(id.Team, row.TeamID), TemplateID: id.Format(id.Template, row.TemplateID), Template: row.TemplateName,
@@ -56,7 +57,10 @@ func (a *API) sandbox(row db.Sandbox) rest.Sandbox {
 		OnTimeout: rest.OnTimeout(row.OnTimeout), AutoResume: row.AutoResume,
 		Metadata: row.Metadata, CreatedAt: row.CreatedAt.UTC(), StartedAt: utc(row.StartedAt), ExpiresAt: utc(row.ExpiresAt), PausedAt: utc(row.PausedAt), EndedAt: utc(row.EndedAt),
 		Error: some(row.Error), StartMs: row.StartMs,
-		AccessToken: a.Tokens.Access(row.ID), TrafficToken: a.Tokens.Traffic(row.ID), URL: a.sandboxURL(wire),
+		URL: a.sandboxURL(wire),
+	}
+	if who := caller(r); who.Team == row.TeamID && who.CanWrite() {
+		s.AccessToken, s.TrafficToken = some(a.Tokens.Access(row.ID)), some(a.Tokens.Traffic(row.ID))
 	}
 	if row.HostID != nil {
 		s.HostID = some(id.Format(id.Host, *row.HostID))
@@ -101,7 +105,7 @@ func (a *API) CreateSandbox(w http.ResponseWriter, r *http.Request, params rest.
 	if replayed {
 		w.Header().Set("Idempotent-Replayed", "true")
 	}
-	sb := a.sandbox(row)
+	sb := a.sandbox(r, row)
 	w.Header().Set("Location", "/v1/sandboxes/"+sb.ID)
 	answer(w, http.StatusCreated, sb)
 }
@@ -131,7 +135,7 @@ func (a *API) ListSandboxes(w http.ResponseWriter, r *http.Request, params rest.
 	}
 	list := rest.SandboxList{Sandboxes: make([]rest.Sandbox, len(rows)), NextCursor: some(next)}
 	for i, row := range rows {
-		list.Sandboxes[i] = a.sandbox(row)
+		list.Sandboxes[i] = a.sandbox(r, row)
 	}
 	answer(w, http.StatusOK, list)
 }
@@ -148,7 +152,7 @@ func (a *API) GetSandbox(w http.ResponseWriter, r *http.Request, sandbox rest.Sa
 		a.Fail(w, r, err)
 		return
 	}
-	answer(w, http.StatusOK, a.sandbox(row))
+	answer(w, http.StatusOK, a.sandbox(r, row))
 }
 
 // DeleteSandbox answers DELETE /v1/sandboxes/{sandbox_id}.
@@ -191,7 +195,7 @@ func (a *API) change(w http.ResponseWriter, r *http.Request, sandbox string, f f
 		a.Fail(w, r, err)
 		return
 	}
-	answer(w, http.StatusOK, a.sandbox(row))
+	answer(w, http.StatusOK, a.sandbox(r, row))
 }
 
 // ForkSandbox answers POST /v1/sandboxes/{sandbox_id}/fork.
@@ -213,7 +217,7 @@ func (a *API) ForkSandbox(w http.ResponseWriter, r *http.Request, sandbox rest.S
 	}
 	made := rest.ForkResult{Sandboxes: make([]rest.Sandbox, len(rows))}
 	for i, row := range rows {
-		made.Sandboxes[i] = a.sandbox(row)
+		made.Sandboxes[i] = a.sandbox(r, row)
 	}
 	answer(w, http.StatusCreated, made)
 }

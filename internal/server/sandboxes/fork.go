@@ -87,8 +87,7 @@ func (s *Service) fork(parent uuid.UUID, host *hosts.Host, count int) ([]db.Sand
 			if err := s.Hosts.Reserve(short, q, host.ID, room); err != nil {
 				return err
 			}
-			var err error
-			rows[i], err = q.InsertSandbox(short, db.InsertSandboxParams{
+			copied, err := q.InsertSandbox(short, db.InsertSandboxParams{
 				ID: rows[i].ID, TeamID: row.TeamID, HostID: row.HostID, TemplateID: row.TemplateID, TemplateName: row.TemplateName,
 				VCPUs: row.VCPUs, MemoryMiB: row.MemoryMiB, DiskMiB: row.DiskMiB, TimeoutSeconds: row.TimeoutSeconds, Metadata: row.Metadata,
 				CreatedAt: now(), OnTimeout: row.OnTimeout, AutoResume: row.AutoResume, ForkedFrom: &parent,
@@ -96,6 +95,7 @@ func (s *Service) fork(parent uuid.UUID, host *hosts.Host, count int) ([]db.Sand
 			if err != nil {
 				return err
 			}
+			rows[i] = copied
 		}
 		return nil
 	})
@@ -138,6 +138,9 @@ func (s *Service) forked(rows []db.Sandbox, made []*hostagentv1.Sandbox, took ti
 	err := s.persist(func(ctx context.Context) error {
 		deleted = nil
 		return s.Store.InTx(ctx, func(q *db.Queries) error {
+			if err := q.LockSandboxes(ctx, ids(rows)); err != nil {
+				return err
+			}
 			for i, sb := range made {
 				row, err := q.SandboxRunning(ctx, db.SandboxRunningParams{ID: rows[i].ID, StartedAt: &at, ExpiresAt: expiry(sb), DiskMiB: max(sb.GetDiskMib(), rows[i].DiskMiB), StartMs: &ms})
 				if errors.Is(err, store.ErrNoRows) {
@@ -182,4 +185,12 @@ func (s *Service) forkFailed(rows []db.Sandbox, host *hosts.Host, err error, log
 		}
 	}
 	return f
+}
+
+func ids(rows []db.Sandbox) []uuid.UUID {
+	all := make([]uuid.UUID, len(rows))
+	for i, row := range rows {
+		all[i] = row.ID
+	}
+	return all
 }

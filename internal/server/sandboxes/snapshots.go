@@ -157,9 +157,26 @@ func (s *Service) DeleteTemplate(ctx context.Context, team uuid.UUID, ref string
 	if err != nil {
 		return err
 	}
-	switch {
-	case row.TeamID == uuid.Nil && team != uuid.Nil:
+	if row.TeamID == uuid.Nil && team != uuid.Nil {
 		return fault.New(fault.PermissionDenied, "template %q is the platform's", row.Name)
+	}
+	return s.deleteTemplate(ctx, row)
+}
+
+// DeleteAnyTemplate is DeleteTemplate for any team's, or the platform's.
+func (s *Service) DeleteAnyTemplate(ctx context.Context, template uuid.UUID) error {
+	row, err := s.Store.GetTemplate(ctx, template)
+	if errors.Is(err, store.ErrNoRows) {
+		return fault.New(fault.NotFound, "no such template")
+	}
+	if err != nil {
+		return fmt.Errorf("look up template: %w", err)
+	}
+	return s.deleteTemplate(ctx, row)
+}
+
+func (s *Service) deleteTemplate(ctx context.Context, row db.Template) error {
+	switch {
 	case row.ID == uuid.Nil:
 		return fault.New(fault.PermissionDenied, "template %q is built in", row.Name)
 	case templates.State(row.State) == templates.Pending:

@@ -27,6 +27,7 @@ func TestPlans(t *testing.T) {
 	defer conn.Close(ctx)
 	// 30,000 sandboxes of 30 teams on 3 hosts, one in a hundred of them alive.
 	for _, sql := range []string{
+		`UPDATE platform_settings SET max_running = NULL, max_vcpus = NULL, max_memory_mib = NULL, max_disk_mib = NULL`,
 		`INSERT INTO teams (id, name) SELECT gen_random_uuid(), 'team' || n FROM generate_series(1, 30) n`,
 		`INSERT INTO hosts (id, url, status) SELECT gen_random_uuid(), 'unix:/' || n, 'online' FROM generate_series(1, 3) n`,
 		`INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at)
@@ -40,6 +41,11 @@ func TestPlans(t *testing.T) {
 		`INSERT INTO audit_records SELECT gen_random_uuid(), created_at, team_id, 'key', NULL, NULL, 'exec', 'sandbox', id::text, '', '', 'ok', '' FROM sandboxes`,
 		`INSERT INTO channels (id, team_id, name, kind, events, target, sealed) SELECT gen_random_uuid(), id, 'c', 'webhook', '{}', '', '' FROM teams`,
 		`INSERT INTO deliveries (id, channel_id, event, body, state, created_at) SELECT gen_random_uuid(), (array(SELECT id FROM channels))[1 + n % 30], 'e', '{}', 'delivered', now() - n * interval '1 second' FROM generate_series(1, 10000) n`,
+		`INSERT INTO users (id, email, verified_at) SELECT gen_random_uuid(), 'u' || n || '@example.com', now() FROM generate_series(1, 20000) n`,
+		`INSERT INTO team_members (team_id, user_id, role) SELECT (array(SELECT id FROM teams WHERE name LIKE 'team%'))[1 + n % 30], id, 'member' FROM (SELECT id, row_number() OVER () AS n FROM users) u`,
+		`INSERT INTO sessions (id, user_id, refresh_hash, expires_at, user_agent, address) SELECT gen_random_uuid(), id, '\x00', now() + interval '1 day', '', '' FROM users`,
+		`INSERT INTO identities (provider, subject, user_id) SELECT 'github', id::text, id FROM users`,
+		`INSERT INTO mail_tokens (hash, user_id, purpose, expires_at) SELECT sha256(convert_to(id::text, 'UTF8')), id, 'reset', now() + interval '1 hour' FROM users`,
 		`ANALYZE`,
 	} {
 		if _, err := conn.Exec(ctx, sql); err != nil {
@@ -70,7 +76,22 @@ func TestPlans(t *testing.T) {
 		"due":         `SELECT id FROM deliveries WHERE state = 'pending' AND next_at <= now() ORDER BY next_at LIMIT 16 FOR UPDATE SKIP LOCKED`,
 		"idempotency": `SELECT * FROM idempotency_keys WHERE team_id = TEAM AND key = 'x'`,
 		"free a key":  `DELETE FROM idempotency_keys WHERE sandbox_id = '00000000-0000-0000-0000-000000000001'`,
-		"old keys":    `DELETE FROM idempotency_keys WHERE created_at < now() - interval '1 day'`,
+		"caller": `SELECT u.id, m.team_id, m.role FROM sessions s JOIN users u ON u.id = s.user_id LEFT JOIN LATERAL (
+			SELECT tm.team_id, tm.role FROM team_members tm JOIN teams t ON t.id = tm.team_id WHERE tm.user_id = u.id AND t.deleting_at IS NULL ORDER BY tm.created_at LIMIT 1) m ON true
+			WHERE s.id = '00000000-0000-0000-0000-000000000001' AND s.user_id = '00000000-0000-0000-0000-000000000001' AND u.active`,
+		"user":            `SELECT * FROM users WHERE lower(email) = lower('U7@example.com')`,
+		"users by prefix": `SELECT * FROM users WHERE lower(email) LIKE 'u77%' AND active ORDER BY lower(email) LIMIT 10`,
+		"page of users":   `SELECT * FROM users WHERE lower(email) LIKE '%' AND lower(email) > 'u7' ORDER BY lower(email) LIMIT 100`,
+		"identity":        `SELECT u.* FROM identities i JOIN users u ON u.id = i.user_id WHERE i.provider = 'github' AND i.subject = 'x'`,
+		"log out":         `DELETE FROM sessions WHERE user_id = '00000000-0000-0000-0000-000000000001'`,
+		"old sessions":    `DELETE FROM sessions WHERE expires_at < now()`,
+		"old links":       `DELETE FROM mail_tokens WHERE expires_at < now()`,
+		"a user's links":  `DELETE FROM mail_tokens WHERE user_id = '00000000-0000-0000-0000-000000000001'`,
+		"unverified":      `DELETE FROM users WHERE verified_at IS NULL AND created_at < now() - interval '7 days'`,
+		"members":         `SELECT * FROM team_members WHERE team_id = TEAM AND user_id = '00000000-0000-0000-0000-000000000001'`,
+		"team's keys":     `SELECT * FROM api_keys WHERE team_id = TEAM AND (created_at, id) < (now(), 'ffffffff-ffff-ffff-ffff-ffffffffffff') ORDER BY created_at DESC, id DESC LIMIT 101`,
+		"everybody's":     `SELECT * FROM sandboxes WHERE (created_at, id) < (now(), 'ffffffff-ffff-ffff-ffff-ffffffffffff') ORDER BY created_at DESC, id DESC LIMIT 101`,
+		"old keys":        `DELETE FROM idempotency_keys WHERE created_at < now() - interval '1 day'`,
 	} {
 		sql = strings.NewReplacer("TEAM", team, "HOST", host).Replace(sql)
 		rows, err := conn.Query(ctx, "EXPLAIN "+sql)
@@ -82,7 +103,7 @@ func TestPlans(t *testing.T) {
 			t.Fatalf("%s: %v", name, err)
 		}
 		for _, line := range plan {
-			for _, table := range []string{"sandboxes", "api_keys", "idempotency_keys", "host_certificates", "sandbox_runs", "audit_records", "deliveries"} {
+			for _, table := range []string{"sandboxes", "api_keys", "idempotency_keys", "host_certificates", "sandbox_runs", "audit_records", "deliveries", "users", "sessions", "identities", "mail_tokens", "team_members"} {
 				if strings.Contains(line, "Seq Scan on "+table) {
 					t.Errorf("%s reads all of %s:\n%s", name, table, strings.Join(plan, "\n"))
 				}

@@ -76,7 +76,8 @@ func migrate(ctx context.Context, pool *pgxpool.Pool) error {
 	}
 	conn := stdlib.OpenDBFromPool(pool)
 	defer conn.Close()
-	p, err := goose.NewProvider(goose.DialectPostgres, conn, files, goose.WithSessionLocker(locker))
+	// Out of order: numbers are given before migrations are done.
+	p, err := goose.NewProvider(goose.DialectPostgres, conn, files, goose.WithSessionLocker(locker), goose.WithAllowOutofOrder(true))
 	if err != nil {
 		return err
 	}
@@ -144,4 +145,30 @@ func Unreachable(err error) bool {
 	// 08: connection failures; 53: out of connections; 57P: shutting down, starting up.
 	return errors.As(err, &pg) && (strings.HasPrefix(pg.Code, "08") || strings.HasPrefix(pg.Code, "53") || strings.HasPrefix(pg.Code, "57P")) ||
 		err != nil && strings.Contains(err.Error(), "unexpected EOF")
+}
+
+// Duplicate says whether err means that a row of that name is there already.
+func Duplicate(err error) bool {
+	var pg *pgconn.PgError
+	return errors.As(err, &pg) && pg.Code == "23505"
+}
+
+// OverQuota returns what the database says where it refused a change because
+// a team would have more than it may (see charge_team in the migrations).
+func OverQuota(err error) (message string, ok bool) { return raised(err, "WQ001") }
+
+// TeamGone says whether the database refused a change because its team is
+// being deleted, or has been.
+func TeamGone(err error) bool {
+	_, ok := raised(err, "WQ002")
+	var pg *pgconn.PgError
+	return ok || errors.As(err, &pg) && pg.ConstraintName == "sandboxes_team_id_fkey"
+}
+
+func raised(err error, code string) (message string, ok bool) {
+	var pg *pgconn.PgError
+	if !errors.As(err, &pg) || pg.Code != code {
+		return "", false
+	}
+	return pg.Message, true
 }

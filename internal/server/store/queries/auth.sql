@@ -1,5 +1,6 @@
 -- name: CountUsers :one
-SELECT count(*) FROM users;
+-- 1: there is somebody, 0: there is nobody yet.
+SELECT count(*) FROM (SELECT 1 FROM users WHERE verified_at IS NOT NULL LIMIT 1) u;
 
 -- name: InsertUser :exec
 INSERT INTO users (id, email, password_hash, admin) VALUES ($1, $2, $3, $4);
@@ -11,18 +12,45 @@ INSERT INTO teams (id, name) VALUES ($1, $2);
 INSERT INTO team_members (team_id, user_id, role) VALUES ($1, $2, $3);
 
 -- name: InsertAPIKey :exec
-INSERT INTO api_keys (id, team_id, user_id, name, prefix, hash) VALUES ($1, $2, $3, $4, $5, $6);
+INSERT INTO api_keys (id, team_id, user_id, name, prefix, hash, scopes, expires_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8);
 
 -- name: GetAPIKeyByHash :one
-SELECT * FROM api_keys WHERE hash = $1;
+-- A key whose maker was deactivated, or whose team is being deleted, is none.
+SELECT sqlc.embed(k), COALESCE(u.admin, false)::boolean AS admin FROM api_keys k JOIN teams t ON t.id = k.team_id LEFT JOIN users u ON u.id = k.user_id
+WHERE k.hash = $1 AND (k.expires_at IS NULL OR k.expires_at > now()) AND t.deleting_at IS NULL AND COALESCE(u.active, true);
+
+-- name: ListAPIKeys :many
+SELECT sqlc.embed(k), u.email FROM api_keys k LEFT JOIN users u ON u.id = k.user_id
+WHERE k.team_id = @team_id AND (k.created_at, k.id) < (@before_at::timestamptz, @before_id::uuid)
+ORDER BY k.created_at DESC, k.id DESC
+LIMIT @max_rows;
+
+-- name: GetAPIKey :one
+SELECT * FROM api_keys WHERE id = $1 AND team_id = $2;
+
+-- name: DeleteAPIKey :execrows
+DELETE FROM api_keys WHERE id = $1 AND team_id = $2;
+
+-- name: DeleteMakersAPIKeys :execrows
+DELETE FROM api_keys WHERE team_id = $1 AND user_id = $2;
+
+-- name: GetCaller :one
+-- Who holds a session and, where they have one, their team: the one asked for,
+-- else the one that they have been in for longest.
+SELECT u.id, u.email, u.admin, COALESCE(m.team_id, '00000000-0000-0000-0000-000000000000')::uuid AS team_id, COALESCE(m.role, '')::text AS role
+FROM sessions s
+JOIN users u ON u.id = s.user_id
+LEFT JOIN LATERAL (
+    SELECT tm.team_id, tm.role FROM team_members tm JOIN teams t ON t.id = tm.team_id
+    WHERE tm.user_id = u.id AND t.deleting_at IS NULL AND (sqlc.narg('team')::uuid IS NULL OR tm.team_id = sqlc.narg('team'))
+    ORDER BY tm.created_at, tm.team_id LIMIT 1
+) m ON true
+WHERE s.id = @session AND s.user_id = @user_id AND s.expires_at > now() AND u.active;
 
 -- name: TouchAPIKeys :exec
 UPDATE api_keys SET last_used_at = GREATEST(last_used_at, used.at)
 FROM (SELECT unnest(@ids::uuid[]) AS id, unnest(@ats::timestamptz[]) AS at) AS used
 WHERE api_keys.id = used.id;
-
--- name: IsAdminsKey :one
-SELECT EXISTS (SELECT 1 FROM api_keys JOIN users ON users.id = api_keys.user_id WHERE api_keys.id = $1 AND users.admin);
 
 -- name: LockBootstrap :exec
 -- Held to the end of the transaction: of several servers one makes the first admin.

@@ -113,3 +113,8 @@ UPDATE sandboxes SET expires_at = @expires_at WHERE id = @id AND state = 'runnin
 UPDATE sandboxes SET expires_at = seen.at
 FROM (SELECT unnest(@ids::uuid[]) AS id, unnest(@ats::timestamptz[]) AS at) AS seen
 WHERE sandboxes.id = seen.id AND sandboxes.state = 'running' AND sandboxes.expires_at IS DISTINCT FROM seen.at;
+
+-- name: LockSandboxes :exec
+-- Before a transaction changes several: rows come before what the teams have
+-- (see charge_team), and in one order.
+SELECT FROM sandboxes WHERE id = ANY (@ids::uuid[]) ORDER BY id FOR UPDATE;

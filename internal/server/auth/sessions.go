@@ -1,0 +1,269 @@
+package auth
+
+import (
+	"context"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"time"
+
+	"github.com/golang-jwt/jwt/v5"
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+)
+
+const (
+	// AccessLasts is how long an access token is good for.
+	AccessLasts = 15 * time.Minute
+	// RefreshLasts is how long a refresh token is good for when it is not used,
+	// sessionLasts how long a session can be kept alive by using it.
+	RefreshLasts = 30 * 24 * time.Hour
+	sessionLasts = 180 * 24 * time.Hour
+	// overlap is how long the refresh token before the current one is taken for
+	// a second window's, or an answer lost on the way, and not for a thief's.
+	overlap = 10 * time.Second
+
+	refreshPrefix = "wrr_"
+	issuer        = "wrenn"
+	maxAgent      = 256
+)
+
+// Derive returns a key for one purpose, made from the server's secret.
+func Derive(secret []byte, purpose string) []byte {
+	m := hmac.New(sha256.New, secret)
+	m.Write([]byte("key:" + purpose))
+	return m.Sum(nil)
+}
+
+// Sessions are users' logins. A session is a row; its access token is a signed
+// statement that lasts minutes, its refresh token is random, kept as a hash,
+// and good for one use.
+type Sessions struct {
+	store *store.Store
+	log   *slog.Logger
+	key   []byte
+}
+
+// NewSessions returns the sessions of a store; secret is the server's.
+func NewSessions(s *store.Store, secret []byte, log *slog.Logger) *Sessions {
+	return &Sessions{store: s, log: log, key: Derive(secret, "session")}
+}
+
+// Grant is what a login or a refresh gives.
+type Grant struct {
+	User            uuid.UUID
+	Access, Refresh string
+	AccessExpires   time.Time
+	RefreshExpires  time.Time
+}
+
+type claims struct {
+	jwt.RegisteredClaims
+	Session string `json:"sid"`
+}
+
+// Start begins a session of a user, in q's transaction. agent and address say
+// to the user where it is from.
+func (s *Sessions) Start(ctx context.Context, q *db.Queries, user uuid.UUID, agent, address string) (Grant, error) {
+	session := uuid.New()
+	refresh, hash := newRefresh(session)
+	now := time.Now()
+	expires := now.Add(RefreshLasts).UTC().Truncate(time.Microsecond)
+	if len(agent) > maxAgent {
+		agent = agent[:maxAgent]
+	}
+	err := q.InsertSession(ctx, db.InsertSessionParams{
+		ID: session, UserID: user, RefreshHash: hash, ExpiresAt: expires,
+		UserAgent: strings.ToValidUTF8(strings.ReplaceAll(agent, "\x00", ""), "?"), Address: address,
+	})
+	if err != nil {
+		return Grant{}, fmt.Errorf("write session: %w", err)
+	}
+	return s.grant(user, session, refresh, now, expires)
+}
+
+func (s *Sessions) grant(user, session uuid.UUID, refresh string, now, expires time.Time) (Grant, error) {
+	g := Grant{User: user, Refresh: refresh, RefreshExpires: expires, AccessExpires: now.Add(AccessLasts)}
+	var err error
+	g.Access, err = jwt.NewWithClaims(jwt.SigningMethodHS256, claims{
+		RegisteredClaims: jwt.RegisteredClaims{
+			Issuer: issuer, Subject: user.String(), IssuedAt: jwt.NewNumericDate(now), ExpiresAt: jwt.NewNumericDate(g.AccessExpires),
+		},
+		Session: session.String(),
+	}).SignedString(s.key)
+	if err != nil {
+		return Grant{}, fmt.Errorf("sign access token: %w", err)
+	}
+	return g, nil
+}
+
+// newRefresh returns a refresh token of a session and its hash.
+func newRefresh(session uuid.UUID) (string, []byte) {
+	var random [32]byte
+	rand.Read(random[:])
+	token := refreshPrefix + base64.RawURLEncoding.EncodeToString(append(session[:], random[:]...))
+	hash := sha256.Sum256([]byte(token))
+	return token, hash[:]
+}
+
+// refreshSession returns whose refresh token it says it is.
+func refreshSession(token string) (uuid.UUID, bool) {
+	raw, err := base64.RawURLEncoding.DecodeString(strings.TrimPrefix(token, refreshPrefix))
+	if err != nil || len(raw) != 48 || !strings.HasPrefix(token, refreshPrefix) {
+		return uuid.Nil, false
+	}
+	return uuid.UUID(raw[:16]), true
+}
+
+// errNoSession is what every token that does not hold gets.
+func errNoSession() error { return fault.New(fault.Unauthenticated, "not logged in, or no longer") }
+
+// Refresh changes a session's refresh token and gives a new access token. A
+// refresh token that was used before ends the session, for one of its two
+// holders stole it; right after its use it fails with conflict instead.
+func (s *Sessions) Refresh(ctx context.Context, token string) (Grant, error) {
+	session, ok := refreshSession(token)
+	if !ok {
+		return Grant{}, errNoSession()
+	}
+	shown := sha256.Sum256([]byte(token))
+	var g Grant
+	var refused error
+	err := s.store.InTx(ctx, func(q *db.Queries) error {
+		row, err := q.LockSession(ctx, session)
+		if errors.Is(err, store.ErrNoRows) {
+			refused = errNoSession()
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		now := time.Now()
+		switch {
+		case now.After(row.ExpiresAt) || !row.Active:
+			refused = errNoSession()
+			return q.DeleteSession(ctx, session)
+		case !Equal(string(shown[:]), string(row.RefreshHash)):
+			if Equal(string(shown[:]), string(row.PreviousHash)) && now.Sub(row.RotatedAt) < overlap {
+				refused = fault.New(fault.Conflict, "this refresh token was used a moment ago: use the one that was given for it")
+				return nil
+			}
+			s.log.Warn("a refresh token was used twice: its session ends", "session", session, "user", row.UserID)
+			refused = errNoSession()
+			return q.DeleteSession(ctx, session)
+		}
+		refresh, hash := newRefresh(session)
+		expires := now.Add(RefreshLasts)
+		if end := row.CreatedAt.Add(sessionLasts); expires.After(end) {
+			expires = end
+		}
+		if err := q.RotateSession(ctx, db.RotateSessionParams{ID: session, RefreshHash: hash, RotatedAt: now, ExpiresAt: expires}); err != nil {
+			return err
+		}
+		g, err = s.grant(row.UserID, session, refresh, now, expires)
+		return err
+	})
+	if err == nil {
+		err = refused
+	}
+	var f *fault.Error
+	if err != nil && !errors.As(err, &f) {
+		err = fmt.Errorf("refresh session: %w", err)
+	}
+	return g, err
+}
+
+// parse returns what an access token says, when it is one that holds.
+func (s *Sessions) parse(token string) (user, session uuid.UUID, err error) {
+	var c claims
+	_, err = jwt.ParseWithClaims(token, &c, func(*jwt.Token) (any, error) { return s.key, nil },
+		jwt.WithValidMethods([]string{jwt.SigningMethodHS256.Alg()}), jwt.WithIssuer(issuer), jwt.WithExpirationRequired())
+	if err != nil {
+		return user, session, fault.Because(err, fault.Unauthenticated, "not logged in, or no longer")
+	}
+	if user, err = uuid.Parse(c.Subject); err == nil {
+		session, err = uuid.Parse(c.Session)
+	}
+	if err != nil {
+		err = errNoSession()
+	}
+	return user, session, err
+}
+
+// Check returns who an access token is of, acting for a team of theirs: the
+// one given, or else the first that they were in. A token whose session ended
+// is none, however long it would last.
+func (s *Sessions) Check(ctx context.Context, token string, team *uuid.UUID) (Principal, error) {
+	user, session, err := s.parse(token)
+	if err != nil {
+		return Principal{}, err
+	}
+	row, err := s.store.GetCaller(ctx, db.GetCallerParams{Session: session, UserID: user, Team: team})
+	if errors.Is(err, store.ErrNoRows) {
+		return Principal{}, errNoSession()
+	}
+	if err != nil {
+		return Principal{}, fmt.Errorf("look up session: %w", err)
+	}
+	return Principal{Team: row.TeamID, Role: Role(row.Role), User: user, Session: session, Email: row.Email, Platform: row.Admin}, nil
+}
+
+// End ends the session that a token, access or refresh, belongs to. What is
+// no such token ends nothing.
+func (s *Sessions) End(ctx context.Context, token string) error {
+	session, ok := refreshSession(token)
+	if ok {
+		row, err := s.store.LockSession(ctx, session)
+		if errors.Is(err, store.ErrNoRows) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("look up session: %w", err)
+		}
+		shown := sha256.Sum256([]byte(token))
+		if !Equal(string(shown[:]), string(row.RefreshHash)) && !Equal(string(shown[:]), string(row.PreviousHash)) {
+			return nil
+		}
+	} else {
+		var err error
+		if _, session, err = s.parse(token); err != nil {
+			return nil
+		}
+	}
+	if err := s.store.DeleteSession(ctx, session); err != nil {
+		return fmt.Errorf("end session: %w", err)
+	}
+	return nil
+}
+
+// EndAll ends all sessions of a user but for one (uuid.Nil: all).
+func (s *Sessions) EndAll(ctx context.Context, user, keep uuid.UUID) error {
+	if err := s.store.DeleteUserSessions(ctx, db.DeleteUserSessionsParams{UserID: user, Keep: keep}); err != nil {
+		return fmt.Errorf("end sessions: %w", err)
+	}
+	return nil
+}
+
+// Run forgets what has expired until ctx is done.
+func (s *Sessions) Run(ctx context.Context) {
+	tick := time.NewTicker(time.Hour)
+	defer tick.Stop()
+	for {
+		if err := errors.Join(s.store.DeleteOldSessions(ctx), s.store.DeleteOldMailTokens(ctx), s.store.DeleteUnverifiedUsers(ctx)); err != nil && ctx.Err() == nil {
+			s.log.Warn("forget old sessions", "error", err)
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}

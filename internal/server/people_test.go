@@ -1,0 +1,773 @@
+package server_test
+
+import (
+	"bufio"
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/coder/websocket"
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/auth"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+)
+
+const password = "correct horse battery"
+
+// sql runs a statement on the plane's database.
+func (p *plane) sql(query string, args ...any) {
+	p.Helper()
+	if _, err := p.db().Exec(context.Background(), query, args...); err != nil {
+		p.Fatalf("%s: %v", query, err)
+	}
+}
+
+func (p *plane) db() *pgx.Conn {
+	p.Helper()
+	if p.conn == nil {
+		conn, err := pgx.Connect(context.Background(), p.config.DatabaseURL)
+		if err != nil {
+			p.Fatal(err)
+		}
+		p.conn = conn
+		p.Cleanup(func() { conn.Close(context.Background()) })
+	}
+	return p.conn
+}
+
+// person makes an account without a password.
+func (p *plane) person(email string) uuid.UUID {
+	p.Helper()
+	u := uuid.New()
+	p.sql("INSERT INTO users (id, email, verified_at) VALUES ($1, $2, now())", u, email)
+	return u
+}
+
+// bearer logs somebody in, whatever their password is.
+func (p *plane) bearer(user uuid.UUID) string {
+	p.Helper()
+	if p.sessions == nil {
+		s, err := store.Open(context.Background(), p.config.DatabaseURL)
+		if err != nil {
+			p.Fatal(err)
+		}
+		p.Cleanup(s.Close)
+		p.sessions = func(user uuid.UUID) string {
+			sessions := auth.NewSessions(s, []byte(strings.Repeat("\xab", 32)), slog.Default())
+			var g auth.Grant
+			err := s.InTx(context.Background(), func(q *db.Queries) (err error) {
+				g, err = sessions.Start(context.Background(), q, user, "test", "")
+				return err
+			})
+			if err != nil {
+				p.Fatal(err)
+			}
+			return g.Access
+		}
+	}
+	return p.sessions(user)
+}
+
+// as is what call needs to act as who has a token.
+func as(token string, more ...string) []string {
+	return append([]string{"X-API-Key", "", "Authorization", "Bearer " + token}, more...)
+}
+
+var nobody = []string{"X-API-Key", ""}
+
+// login logs in with a password and returns access and refresh token.
+func (p *plane) login(email, password string) (access, refresh string) {
+	p.Helper()
+	r := p.call("POST", "/v1/auth/login", map[string]any{"email": email, "password": password, "tokens": true}, nobody...).want(200)
+	return r.str("access_token"), r.str("refresh_token")
+}
+
+func TestPeople(t *testing.T) {
+	p := newPlane(t)
+	letters := p.mailed()
+	signUp := map[string]any{"email": "ada@example.com", "password": password}
+	if m := p.call("GET", "/v1/auth/methods", nil, nobody...).want(200).object(); m["signup_open"] != false || m["github"] != false {
+		t.Errorf("methods: %v", m)
+	}
+	p.call("POST", "/v1/auth/signup", signUp, nobody...).fails(403, "permission_denied")
+	admin, _ := p.login("admin@example.com", "correct horse")
+	p.call("PUT", "/v1/admin/settings", map[string]any{"signup_open": true, "default_quota": map[string]any{"max_running": 3}}, as(admin)...).want(200)
+	p.call("POST", "/v1/auth/signup", map[string]any{"email": "ada@example.com", "password": "short"}, nobody...).fails(400, "invalid_argument")
+
+	// A browser: tokens are in cookies that no script reads.
+	p.call("POST", "/v1/auth/signup", signUp, append(nobody, "Origin", "http://localhost:8000")...).want(202)
+	stale := p.linked(letters(), "verify")
+	p.call("POST", "/v1/auth/login", signUp, nobody...).fails(403, "permission_denied")
+	p.linked(letters(), "verify") // To log in sends another link.
+	p.call("POST", "/v1/auth/login", map[string]any{"email": "ada@example.com", "password": "wrong"}, nobody...).fails(401, "unauthenticated")
+	// An account that was not opened is whoever's signs up last.
+	p.call("POST", "/v1/auth/signup", map[string]any{"email": "Ada@example.com", "password": "a stranger's"}, nobody...).want(202)
+	strange := p.linked(letters(), "verify")
+	p.call("POST", "/v1/auth/signup", signUp, nobody...).want(202)
+	link := p.linked(letters(), "verify")
+	for _, c := range []struct{ token, password string }{{stale, password}, {strange, "a stranger's"}, {link, "a stranger's"}, {link + "x", password}, {"", password}} {
+		p.call("POST", "/v1/auth/verify", map[string]any{"token": c.token, "password": c.password}, nobody...).fails(401, "unauthenticated")
+	}
+	r := p.call("POST", "/v1/auth/verify", map[string]any{"token": link, "password": password}, append(nobody, "Origin", "http://localhost:8000")...).want(200)
+	p.call("POST", "/v1/auth/verify", map[string]any{"token": link, "password": password}, nobody...).fails(401, "unauthenticated")
+	if r.str("access_token") != "" || r.str("refresh_token") != "" {
+		t.Error("a browser's answer has tokens in the body")
+	}
+	cookies := (&http.Response{Header: r.Header}).Cookies()
+	if len(cookies) != 2 {
+		t.Fatalf("cookies: %v", r.Header["Set-Cookie"])
+	}
+	var jar []string
+	for _, c := range cookies {
+		if !c.HttpOnly || c.SameSite != http.SameSiteStrictMode || c.Path != "/" || c.Domain != "" || c.MaxAge <= 0 {
+			t.Errorf("cookie %+v", c)
+		}
+		jar = append(jar, c.Name+"="+c.Value)
+	}
+	cookie := []string{"X-API-Key", "", "Cookie", strings.Join(jar, "; ")}
+	me := p.call("GET", "/v1/me", nil, cookie...).want(200).object()
+	if me["email"] != "ada@example.com" || me["admin"] != false || me["has_password"] != true || len(me["teams"].([]any)) != 1 {
+		t.Errorf("me: %v", me)
+	}
+	// Whether an address has an account is told to the address alone.
+	p.call("POST", "/v1/auth/signup", map[string]any{"email": "ADA@example.com", "password": "a stranger's"}, nobody...).want(202)
+	if letter := letters(); strings.Contains(letter, "token=") || !strings.Contains(letter, "has an account") {
+		t.Errorf("letter to somebody who has an account:\n%s", letter)
+	}
+
+	// Another site's page cannot use them.
+	for _, headers := range [][]string{{"Origin", "http://evil.example"}, {"Origin", "null"}, {"Sec-Fetch-Site", "cross-site"}, {"Sec-Fetch-Site", "same-site"}} {
+		p.call("POST", "/v1/teams", map[string]any{"name": "x"}, append(cookie, headers...)...).fails(403, "permission_denied")
+		p.call("POST", "/v1/auth/login", signUp, append(nobody, headers...)...).fails(403, "permission_denied")
+	}
+	p.call("POST", "/v1/teams", map[string]any{"name": "second"}, append(cookie, "Sec-Fetch-Site", "same-origin")...).want(201)
+	sandbox := p.call("POST", "/v1/sandboxes", map[string]any{}, append(cookie, "Origin", p.http.URL)...).want(201).str("id")
+	for origin, want := range map[string]int{"http://evil.example": 403, "http://localhost:8000": 101} {
+		ws, res, err := websocket.Dial(context.Background(), p.http.URL+"/v1/sandboxes/"+sandbox+"/exec/stream", &websocket.DialOptions{HTTPHeader: http.Header{"Cookie": {cookie[3]}, "Origin": {origin}}})
+		if res == nil || res.StatusCode != want {
+			t.Errorf("WebSocket from %s: %v, %v; want %d", origin, res, err, want)
+		}
+		if err == nil {
+			ws.CloseNow()
+		}
+	}
+
+	// Refresh tokens are good for one use.
+	access, refresh := p.login("ada@example.com", password)
+	other, _ := p.login("Ada@Example.com", password)
+	next := p.call("POST", "/v1/auth/refresh", map[string]any{"refresh_token": refresh}, nobody...).want(200)
+	p.call("POST", "/v1/auth/refresh", map[string]any{"refresh_token": refresh}, nobody...).fails(409, "conflict")
+	p.call("GET", "/v1/me", nil, as(access)...).want(200)
+	p.sql("UPDATE sessions SET rotated_at = rotated_at - interval '11 seconds'")
+	p.call("POST", "/v1/auth/refresh", map[string]any{"refresh_token": refresh}, nobody...).fails(401, "unauthenticated")
+	for _, token := range []string{access, next.str("access_token")} {
+		p.call("GET", "/v1/me", nil, as(token)...).fails(401, "unauthenticated")
+	}
+	p.call("POST", "/v1/auth/refresh", map[string]any{"refresh_token": next.str("refresh_token")}, nobody...).fails(401, "unauthenticated")
+	p.call("GET", "/v1/me", nil, as(other)...).want(200)
+	for _, forged := range []string{"", "wrr_", "x", other, other[:len(other)-2] + "AA", strings.Join(append([]string{base64.RawURLEncoding.EncodeToString([]byte(`{"alg":"none"}`))}, strings.Split(other, ".")[1], ""), ".")} {
+		if len(forged) <= 256 {
+			p.call("POST", "/v1/auth/refresh", map[string]any{"refresh_token": forged}, nobody...).fails(401, "unauthenticated")
+		}
+		if forged != other {
+			p.call("GET", "/v1/me", nil, as(forged)...).fails(401, "unauthenticated")
+		}
+	}
+	if p.call("POST", "/v1/auth/refresh", nil, append(cookie, "Origin", "http://localhost:8000")...).want(200); len(p.call("POST", "/v1/auth/refresh", nil, cookie...).fails(409, "conflict").Header["Set-Cookie"]) != 0 {
+		t.Error("a second window's cookies are changed")
+	}
+
+	// A new password ends the other sessions.
+	third, _ := p.login("ada@example.com", password)
+	p.call("POST", "/v1/auth/password", map[string]any{"current_password": "wrong", "new_password": password + "!"}, as(third)...).fails(403, "permission_denied")
+	p.call("POST", "/v1/auth/password", map[string]any{"current_password": password, "new_password": password + "!"}, as(third)...).want(204)
+	p.call("GET", "/v1/me", nil, as(third)...).want(200)
+	p.call("GET", "/v1/me", nil, as(other)...).fails(401, "unauthenticated")
+	p.call("GET", "/v1/me", nil, cookie...).fails(401, "unauthenticated")
+	p.call("POST", "/v1/auth/login", map[string]any{"email": "ada@example.com", "password": password}, nobody...).fails(401, "unauthenticated")
+
+	fourth, _ := p.login("ada@example.com", password+"!")
+	p.call("POST", "/v1/auth/logout", nil, as(fourth)...).want(204)
+	p.call("GET", "/v1/me", nil, as(fourth)...).fails(401, "unauthenticated")
+	p.call("GET", "/v1/me", nil, as(third)...).want(200)
+	p.call("POST", "/v1/auth/logout-all", nil, as(third)...).want(204)
+	p.call("GET", "/v1/me", nil, as(third)...).fails(401, "unauthenticated")
+	// The secrets are nowhere in the database.
+	for _, secret := range []string{refresh, next.str("refresh_token")} {
+		var n int
+		if err := p.db().QueryRow(context.Background(), "SELECT count(*) FROM sessions s WHERE s::text LIKE '%' || $1 || '%'", secret).Scan(&n); err != nil || n != 0 {
+			t.Errorf("%d sessions hold a token: %v", n, err)
+		}
+	}
+}
+
+func TestGuessing(t *testing.T) {
+	p := newPlane(t)
+	guess := map[string]any{"email": "Admin@example.com", "password": "wrong"}
+	// At once: a try is counted before its password is looked at.
+	refused := func() (n int) {
+		t.Helper()
+		answers := make(chan response, 14)
+		var wg sync.WaitGroup
+		for range cap(answers) {
+			wg.Go(func() {
+				r, err := p.try("POST", "/v1/auth/login", guess, nobody...)
+				if err != nil {
+					t.Error(err)
+				}
+				answers <- r
+			})
+		}
+		wg.Wait()
+		close(answers)
+		for r := range answers {
+			if r.Status == 429 {
+				n++
+				r.fails(429, "rate_limited")
+			} else {
+				r.fails(401, "unauthenticated")
+			}
+		}
+		return n
+	}
+	if n := refused(); n != 4 {
+		t.Errorf("%d of 14 guesses at once were refused, want 4", n)
+	}
+	// From one address, whatever the accounts are; X-Forwarded-For is this machine's front door's.
+	limited := 0
+	for i := range 40 {
+		r := p.call("POST", "/v1/auth/refresh", map[string]any{"refresh_token": "x"}, append(nobody, "X-Forwarded-For", "203.0.113.7, 127.0.0.1")...)
+		if r.Status == 429 {
+			limited++
+		} else if i < 30 && r.Status != 401 {
+			t.Errorf("try %d: %d", i, r.Status)
+		}
+	}
+	if limited < 5 {
+		t.Errorf("%d of 40 tries from one address were refused", limited)
+	}
+	p.call("POST", "/v1/auth/refresh", map[string]any{"refresh_token": "x"}, append(nobody, "X-Forwarded-For", "203.0.113.8")...).fails(401, "unauthenticated")
+	// Without Redis a server counts by itself.
+	p.redis.stop()
+	if n := refused(); n != 4 {
+		t.Errorf("without Redis %d of 14 guesses at once were refused, want 4", n)
+	}
+}
+
+func TestTeams(t *testing.T) {
+	p := newPlane(t)
+	ada, bob, eve := p.person("ada@example.com"), p.person("bob@example.com"), p.person("eve@example.com")
+	asAda, asBob, asEve := as(p.bearer(ada)), as(p.bearer(bob)), as(p.bearer(eve))
+	p.call("GET", "/v1/keys", nil, asAda...).fails(403, "permission_denied") // In no team.
+	team := p.call("POST", "/v1/teams", map[string]any{"name": "one"}, asAda...).want(201).str("id")
+	base := "/v1/teams/" + team
+	p.call("GET", base, nil, asEve...).fails(404, "not_found")
+	p.call("GET", "/v1/teams/"+id.Format(id.Team, uuid.New()), nil, asEve...).fails(404, "not_found")
+	p.call("GET", "/v1/teams/"+id.Format(id.Team, uuid.Nil), nil, asEve...).fails(404, "not_found")
+	if got := p.call("PATCH", base, map[string]any{"name": "new"}, asAda...).want(200).str("name"); got != "new" {
+		t.Errorf("name = %q", got)
+	}
+	p.call("PATCH", base, map[string]any{"name": " "}, asAda...).fails(400, "invalid_argument")
+	p.call("POST", base+"/members", map[string]any{"email": "nobody@example.com", "role": "member"}, asAda...).fails(404, "not_found")
+	p.call("POST", base+"/members", map[string]any{"email": "BOB@example.com", "role": "admin"}, asAda...).want(201)
+	p.call("POST", base+"/members", map[string]any{"email": "bob@example.com", "role": "admin"}, asAda...).fails(409, "conflict")
+	// An admin adds members, and no owners; and does nothing to owners.
+	p.call("POST", base+"/members", map[string]any{"email": "eve@example.com", "role": "owner"}, asBob...).fails(403, "permission_denied")
+	p.call("POST", base+"/members", map[string]any{"email": "eve@example.com", "role": "member"}, asBob...).want(201)
+	member := func(u uuid.UUID) string { return base + "/members/" + id.Format(id.User, u) }
+	p.call("PATCH", member(ada), map[string]any{"role": "member"}, asBob...).fails(403, "permission_denied")
+	p.call("DELETE", member(ada), nil, asBob...).fails(403, "permission_denied")
+	p.call("PATCH", member(bob), map[string]any{"role": "owner"}, asBob...).fails(403, "permission_denied")
+	p.call("DELETE", member(bob), nil, asEve...).fails(403, "permission_denied")
+	// The last owner stays, also when two go at once.
+	p.call("POST", base+"/leave", nil, asAda...).fails(409, "conflict")
+	p.call("PATCH", member(ada), map[string]any{"role": "admin"}, asAda...).fails(409, "conflict")
+	p.call("PATCH", member(bob), map[string]any{"role": "owner"}, asAda...).want(200)
+	var wg sync.WaitGroup
+	statuses := make(chan int, 2)
+	for _, who := range [][]string{asAda, asBob} {
+		wg.Go(func() {
+			r, err := p.try("POST", base+"/leave", nil, who...)
+			if err != nil {
+				t.Error(err)
+			}
+			statuses <- r.Status
+		})
+	}
+	wg.Wait()
+	if a, b := <-statuses, <-statuses; a+b != 204+409 {
+		t.Errorf("two owners left at once: %d, %d", a, b)
+	}
+	if p.call("GET", base, nil, asAda...).Status == 404 {
+		ada, asAda = bob, asBob
+	}
+	// A key goes with who made it.
+	key := p.call("POST", "/v1/keys", map[string]any{"name": "eve's"}, append(asEve, "X-Team", team)...).want(201).str("key")
+	p.call("GET", "/v1/sandboxes", nil, "X-API-Key", key).want(200)
+	p.call("DELETE", member(eve), nil, asAda...).want(204)
+	p.call("GET", "/v1/sandboxes", nil, "X-API-Key", key).fails(401, "unauthenticated")
+	p.call("GET", base, nil, asEve...).fails(404, "not_found")
+	p.call("GET", "/v1/sandboxes", nil, append(asEve, "X-Team", team)...).fails(404, "not_found")
+
+	users := p.call("GET", "/v1/users?email_prefix=BOB", nil, asAda...).want(200).list("users")
+	if len(users) != 1 {
+		t.Errorf("users: %v", users)
+	}
+	p.call("GET", "/v1/users?email_prefix=b%25", nil, asAda...).fails(400, "invalid_argument")
+	if users := p.call("GET", "/v1/users?email_prefix=%25%25%25", nil, asAda...).want(200).list("users"); len(users) != 0 {
+		t.Errorf("%%%%%% finds %v", users)
+	}
+}
+
+// TestDeleteTeam deletes a team whose host does not answer at first.
+func TestDeleteTeam(t *testing.T) {
+	p := newPlane(t)
+	ada := p.person("ada@example.com")
+	asAda := as(p.bearer(ada))
+	team := p.call("POST", "/v1/teams", map[string]any{"name": "one"}, asAda...).want(201).str("id")
+	teamID, _ := id.Parse(id.Team, team)
+	key := p.call("POST", "/v1/keys", map[string]any{"name": "k"}, asAda...).want(201).str("key")
+	sandbox := p.call("POST", "/v1/sandboxes", map[string]any{}, "X-API-Key", key).want(201).str("id")
+	paused := p.call("POST", "/v1/sandboxes", map[string]any{}, "X-API-Key", key).want(201).str("id")
+	p.call("POST", "/v1/sandboxes/"+paused+"/pause", nil, "X-API-Key", key).want(200)
+	template := p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandbox, "name": "mine"}, "X-API-Key", key).want(201).str("id")
+	p.agent.mu.Lock()
+	p.agent.onDestroy = func(context.Context, *hostagentv1.DestroyRequest) error {
+		return connect.NewError(connect.CodeUnavailable, fmt.Errorf("not now"))
+	}
+	p.agent.mu.Unlock()
+	p.call("DELETE", "/v1/teams/"+team, nil, asAda...).want(202)
+	// Gone for everybody at once.
+	p.call("GET", "/v1/teams/"+team, nil, asAda...).fails(404, "not_found")
+	p.call("GET", "/v1/sandboxes", nil, "X-API-Key", key).fails(401, "unauthenticated")
+	if !p.agent.has(sandbox) {
+		t.Fatal("the sandbox is gone already")
+	}
+	p.agent.mu.Lock()
+	p.agent.onDestroy = nil
+	p.agent.mu.Unlock()
+	p.eventually("the team's rows are gone", func() bool {
+		var n int
+		err := p.db().QueryRow(context.Background(), "SELECT (SELECT count(*) FROM teams WHERE id = $1) + (SELECT count(*) FROM sandboxes WHERE team_id = $1) + (SELECT count(*) FROM templates WHERE team_id = $1) + (SELECT count(*) FROM api_keys WHERE team_id = $1)", teamID).Scan(&n)
+		return err == nil && n == 0
+	})
+	if p.agent.has(sandbox) || p.agent.has(paused) {
+		t.Error("the host still has a sandbox")
+	}
+	if p.agent.hasTemplate(template) {
+		t.Error("the host still has the template")
+	}
+}
+
+func TestKeys(t *testing.T) {
+	p := newPlane(t)
+	admin := as(p.bearerOf("admin@example.com"))
+	make := func(body map[string]any) string {
+		t.Helper()
+		body["name"] = "k"
+		return p.call("POST", "/v1/keys", body, admin...).want(201).str("key")
+	}
+	sandbox := p.create(map[string]any{})
+	read := make(map[string]any{"scopes": []string{"read-only"}})
+	sb := p.call("GET", "/v1/sandboxes/"+sandbox, nil, "X-API-Key", read).want(200).object()
+	if sb["access_token"] != nil || sb["traffic_token"] != nil {
+		t.Error("a read-only key is shown the sandbox's tokens")
+	}
+	p.call("DELETE", "/v1/sandboxes/"+sandbox, nil, "X-API-Key", read).fails(403, "permission_denied")
+	p.call("GET", "/", nil, "Host", "8000-"+sandbox+".localhost", "X-API-Key", read).fails(403, "permission_denied")
+	p.call("GET", "/v1/sandboxes", nil, "X-API-Key", make(map[string]any{"scopes": []string{"templates"}})).fails(403, "permission_denied")
+	p.call("GET", "/v1/sandboxes", nil, "X-API-Key", make(map[string]any{"scopes": []string{"sandboxes"}})).want(200)
+	p.call("POST", "/v1/keys", map[string]any{"name": "late", "expires_at": time.Now().Add(-time.Minute)}, admin...).fails(400, "invalid_argument")
+	short := make(map[string]any{"expires_at": time.Now().Add(time.Hour)})
+	p.call("GET", "/v1/sandboxes", nil, "X-API-Key", short).want(200)
+	p.sql("UPDATE api_keys SET expires_at = now() WHERE expires_at IS NOT NULL")
+	p.call("GET", "/v1/sandboxes", nil, "X-API-Key", short).fails(401, "unauthenticated")
+	keys := p.call("GET", "/v1/keys?limit=2", nil, admin...).want(200)
+	if strings.Contains(string(keys.Body), read) || len(keys.list("keys")) != 2 || keys.str("next_cursor") == "" {
+		t.Errorf("keys: %s", keys.Body)
+	}
+	rest := p.call("GET", "/v1/keys?limit=100&cursor="+keys.str("next_cursor"), nil, admin...).want(200).list("keys")
+	if len(rest) != 3 {
+		t.Errorf("the second page has %d keys", len(rest))
+	}
+	first := rest[len(rest)-1].(map[string]any)
+	p.call("DELETE", "/v1/keys/"+first["id"].(string), nil, admin...).want(204)
+	p.call("GET", "/v1/sandboxes", nil).fails(401, "unauthenticated")
+	p.call("DELETE", "/v1/keys/"+first["id"].(string), nil, admin...).fails(404, "not_found")
+}
+
+// bearerOf is bearer for somebody who is there.
+func (p *plane) bearerOf(email string) string {
+	p.Helper()
+	var u uuid.UUID
+	if err := p.db().QueryRow(context.Background(), "SELECT id FROM users WHERE email = $1", email).Scan(&u); err != nil {
+		p.Fatal(err)
+	}
+	return p.bearer(u)
+}
+
+func TestAdmin(t *testing.T) {
+	p := newPlane(t)
+	admin := as(p.bearerOf("admin@example.com"))
+	made := p.call("POST", "/v1/admin/users", map[string]any{"email": "ada@example.com"}, admin...).want(201)
+	ada := made.object()["user"].(map[string]any)["id"].(string)
+	_, token, _ := strings.Cut(made.str("reset_url"), "#token=")
+	p.call("POST", "/v1/auth/password/reset", map[string]any{"token": token, "password": password}, nobody...).want(204)
+	p.call("POST", "/v1/auth/password/reset", map[string]any{"token": token, "password": password}, nobody...).fails(401, "unauthenticated")
+	access, _ := p.login("ada@example.com", password)
+	key := p.call("POST", "/v1/keys", map[string]any{"name": "k"}, as(access)...).want(201).str("key")
+	p.call("POST", "/v1/keys", map[string]any{"name": "k", "scopes": []string{"platform"}}, as(access)...).fails(403, "permission_denied")
+	p.call("GET", "/v1/admin/users", nil, "X-API-Key", key).fails(403, "permission_denied")
+	if n := len(p.call("GET", "/v1/admin/users?email_prefix=ad&limit=1", nil, admin...).want(200).list("users")); n != 1 {
+		t.Errorf("%d users", n)
+	}
+	p.call("GET", "/v1/admin/users", nil).want(200) // The installation's first key.
+	// Who is deactivated is out, with their keys, and back with them.
+	p.call("PATCH", "/v1/admin/users/"+ada, map[string]any{"active": false}, admin...).want(200)
+	p.call("GET", "/v1/me", nil, as(access)...).fails(401, "unauthenticated")
+	p.call("GET", "/v1/sandboxes", nil, "X-API-Key", key).fails(401, "unauthenticated")
+	p.call("POST", "/v1/auth/login", map[string]any{"email": "ada@example.com", "password": password}, nobody...).fails(401, "unauthenticated")
+	p.call("PATCH", "/v1/admin/users/"+ada, map[string]any{"active": true}, admin...).want(200)
+	p.call("GET", "/v1/sandboxes", nil, "X-API-Key", key).want(200)
+	var me uuid.UUID
+	if err := p.db().QueryRow(context.Background(), "SELECT id FROM users WHERE admin").Scan(&me); err != nil {
+		t.Fatal(err)
+	}
+	for _, body := range []map[string]any{{"active": false}, {"admin": false}} {
+		p.call("PATCH", "/v1/admin/users/"+id.Format(id.User, me), body, admin...).fails(409, "conflict")
+	}
+	sandbox := p.call("POST", "/v1/sandboxes", map[string]any{}, "X-API-Key", key).want(201).str("id")
+	list := p.call("GET", "/v1/admin/sandboxes", nil, admin...).want(200).list("sandboxes")
+	if len(list) != 1 || list[0].(map[string]any)["access_token"] != nil {
+		t.Errorf("all sandboxes: %v", list)
+	}
+	p.call("DELETE", "/v1/admin/sandboxes/"+sandbox, nil, admin...).want(204)
+	p.call("DELETE", "/v1/admin/templates/"+id.Format(id.Template, uuid.Nil), nil, admin...).fails(403, "permission_denied")
+	if n := len(p.call("GET", "/v1/admin/templates", nil, admin...).want(200).list("templates")); n != 1 {
+		t.Errorf("%d templates", n)
+	}
+	if n := len(p.call("GET", "/v1/admin/teams", nil, admin...).want(200).list("teams")); n != 2 {
+		t.Errorf("%d teams", n)
+	}
+}
+
+// TestQuota asks for many sandboxes at once through the API.
+func TestQuota(t *testing.T) {
+	p := newPlane(t)
+	admin := as(p.bearerOf("admin@example.com"))
+	ada := p.person("ada@example.com")
+	team := p.call("POST", "/v1/teams", map[string]any{"name": "one"}, as(p.bearer(ada))...).want(201).str("id")
+	key := p.call("POST", "/v1/keys", map[string]any{"name": "k"}, as(p.bearer(ada))...).want(201).str("key")
+	p.call("PUT", "/v1/admin/teams/"+team+"/quota", map[string]any{"max_running": 4}, admin...).want(200)
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	var ids []string
+	refused := 0
+	for range 100 {
+		wg.Go(func() {
+			r, err := p.try("POST", "/v1/sandboxes", map[string]any{}, "X-API-Key", key)
+			mu.Lock()
+			defer mu.Unlock()
+			switch {
+			case err != nil:
+				t.Error(err)
+			case r.Status == 201:
+				ids = append(ids, r.str("id"))
+			default:
+				r.fails(403, "quota_exceeded")
+				refused++
+			}
+		})
+	}
+	wg.Wait()
+	if len(ids) != 4 || refused != 96 {
+		t.Fatalf("%d made, %d refused; want 4 and 96", len(ids), refused)
+	}
+	u := p.call("GET", "/v1/teams/"+team+"/quota", nil, as(p.bearer(ada))...).want(200).object()
+	if u["running"] != 4. || u["own_quota"] != true || u["quota"].(map[string]any)["max_running"] != 4. {
+		t.Errorf("usage: %v", u)
+	}
+	p.call("DELETE", "/v1/sandboxes/"+ids[0], nil, "X-API-Key", key).want(204)
+	p.call("POST", "/v1/sandboxes", map[string]any{}, "X-API-Key", key).want(201)
+	p.call("DELETE", "/v1/admin/teams/"+team+"/quota", nil, admin...).want(204)
+	p.call("POST", "/v1/sandboxes", map[string]any{}, "X-API-Key", key).want(201)
+}
+
+// mailServer is as much of an SMTP server as it takes to receive letters.
+func mailServer(t testing.TB) (addr string, letters <-chan string) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	got := make(chan string, 8)
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			fmt.Fprint(c, "220 test\r\n")
+			lines := bufio.NewScanner(c)
+			var letter strings.Builder
+			data := false
+			for lines.Scan() {
+				line := lines.Text()
+				switch {
+				case data && line == ".":
+					data = false
+					got <- letter.String()
+					fmt.Fprint(c, "250 ok\r\n")
+				case data:
+					letter.WriteString(line + "\n")
+				case line == "DATA":
+					data = true
+					fmt.Fprint(c, "354 go on\r\n")
+				case line == "QUIT":
+					fmt.Fprint(c, "221 bye\r\n")
+				default:
+					fmt.Fprint(c, "250 ok\r\n")
+				}
+			}
+			c.Close()
+		}
+	}()
+	return l.Addr().String(), got
+}
+
+// mailed starts the server anew with a mail server, and returns what that gets.
+func (p *plane) mailed() func() string {
+	p.Helper()
+	addr, letters := mailServer(p.TB)
+	p.end()
+	p.config.SMTPURL, p.config.MailFrom = "smtp://"+addr+"?tls=none", "wrenn@example.com"
+	p.start()
+	return func() string {
+		p.Helper()
+		select {
+		case letter := <-letters:
+			return strings.ReplaceAll(strings.ReplaceAll(letter, "=\n", ""), "=3D", "=")
+		case <-time.After(20 * time.Second):
+			p.Fatal("no letter came in 20 s")
+			return ""
+		}
+	}
+}
+
+// linked returns the token of the link in a letter.
+func (p *plane) linked(letter, page string) string {
+	p.Helper()
+	link := regexp.MustCompile(`http://localhost:8000/` + page + `#token=(wr[pv]_[\w-]+)`).FindStringSubmatch(letter)
+	if link == nil {
+		p.Fatalf("no link in:\n%s", letter)
+	}
+	return link[1]
+}
+
+func TestForgotPassword(t *testing.T) {
+	p := newPlane(t)
+	letters := p.mailed()
+	session := p.bearerOf("admin@example.com")
+	p.call("POST", "/v1/auth/password/forgot", map[string]any{"email": "stranger@example.com"}, nobody...).want(202)
+	p.call("POST", "/v1/auth/password/forgot", map[string]any{"email": "ADMIN@example.com"}, nobody...).want(202)
+	letter := letters()
+	if !strings.Contains(letter, "To: <admin@example.com>") {
+		t.Errorf("letter:\n%s", letter)
+	}
+	link := p.linked(letter, "reset-password")
+	p.call("POST", "/v1/auth/password/reset", map[string]any{"token": link + "x", "password": password}, nobody...).fails(401, "unauthenticated")
+	p.call("POST", "/v1/auth/password/reset", map[string]any{"token": link, "password": password}, nobody...).want(204)
+	p.call("GET", "/v1/me", nil, as(session)...).fails(401, "unauthenticated")
+	p.login("admin@example.com", password)
+	p.call("POST", "/v1/auth/password/reset", map[string]any{"token": link, "password": password}, nobody...).fails(401, "unauthenticated")
+	for range 2 {
+		p.call("POST", "/v1/auth/password/forgot", map[string]any{"email": "admin@example.com"}, nobody...).want(202)
+	}
+	p.call("POST", "/v1/auth/password/forgot", map[string]any{"email": "admin@example.com"}, nobody...).fails(429, "rate_limited")
+}
+
+// oauthServer is a GitHub with one account: it checks redirect, challenge and
+// code as the real one does.
+type oauthServer struct {
+	*httptest.Server
+	mu       sync.Mutex
+	codes    map[string]string // code → challenge
+	user     int
+	email    string
+	verified bool
+}
+
+func newOAuthServer(t *testing.T, callback string) *oauthServer {
+	o := &oauthServer{codes: make(map[string]string), user: 7, email: "octo@example.com", verified: true}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /login/oauth/authorize", func(w http.ResponseWriter, r *http.Request) {
+		q := r.URL.Query()
+		if q.Get("client_id") != "client" || q.Get("redirect_uri") != callback || q.Get("code_challenge_method") != "S256" || q.Get("response_type") != "code" || q.Get("state") == "" {
+			http.Error(w, "bad request", 400)
+			return
+		}
+		code := uuid.NewString()
+		o.mu.Lock()
+		o.codes[code] = q.Get("code_challenge")
+		o.mu.Unlock()
+		http.Redirect(w, r, callback+"?"+url.Values{"code": {code}, "state": {q.Get("state")}}.Encode(), http.StatusFound)
+	})
+	mux.HandleFunc("POST /login/oauth/access_token", func(w http.ResponseWriter, r *http.Request) {
+		o.mu.Lock()
+		challenge, ok := o.codes[r.FormValue("code")]
+		delete(o.codes, r.FormValue("code"))
+		o.mu.Unlock()
+		sum := sha256.Sum256([]byte(r.FormValue("code_verifier")))
+		w.Header().Set("Content-Type", "application/json")
+		if !ok || r.FormValue("client_secret") != "secret" || base64.RawURLEncoding.EncodeToString(sum[:]) != challenge {
+			json.NewEncoder(w).Encode(map[string]string{"error": "bad_verification_code"})
+			return
+		}
+		json.NewEncoder(w).Encode(map[string]string{"access_token": "token-of-7", "token_type": "bearer"})
+	})
+	authorized := func(f func() any) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			if r.Header.Get("Authorization") != "Bearer token-of-7" {
+				http.Error(w, "no", http.StatusUnauthorized)
+				return
+			}
+			o.mu.Lock()
+			defer o.mu.Unlock()
+			json.NewEncoder(w).Encode(f())
+		}
+	}
+	mux.HandleFunc("GET /user", authorized(func() any { return map[string]any{"id": o.user} }))
+	mux.HandleFunc("GET /user/emails", authorized(func() any {
+		return []map[string]any{{"email": "other@example.com", "primary": false, "verified": true}, {"email": o.email, "primary": true, "verified": o.verified}}
+	}))
+	o.Server = httptest.NewServer(mux)
+	t.Cleanup(o.Close)
+	return o
+}
+
+func TestGitHub(t *testing.T) {
+	p := newPlane(t)
+	const callback = "http://localhost:8000/api/v1/auth/github/callback"
+	o := newOAuthServer(t, callback)
+	p.call("GET", "/v1/auth/github", nil, nobody...).fails(404, "not_found")
+	p.end()
+	p.config.GitHubClientID, p.config.GitHubClientSecret, p.config.GitHubURL, p.config.GitHubAPIURL = "client", "secret", o.URL, o.URL
+	p.start()
+	browser := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	get := func(url string, cookies ...*http.Cookie) *http.Response {
+		t.Helper()
+		req, _ := http.NewRequest("GET", url, nil)
+		for _, c := range cookies {
+			req.AddCookie(c)
+		}
+		res, err := browser.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		return res
+	}
+	// login goes to GitHub and comes back; how is what the callback is changed by.
+	login := func(start string, change func(url.Values, *http.Cookie), cookies ...*http.Cookie) *http.Response {
+		t.Helper()
+		begun := get(p.http.URL+start, cookies...)
+		if begun.StatusCode != 302 {
+			t.Fatalf("start: %s", begun.Status)
+		}
+		c := begun.Cookies()[0]
+		if !c.HttpOnly || c.SameSite != http.SameSiteLaxMode {
+			t.Errorf("cookie %+v", c)
+		}
+		back := get(begun.Header.Get("Location"))
+		u, err := url.Parse(back.Header.Get("Location"))
+		if err != nil || back.StatusCode != 302 {
+			t.Fatalf("GitHub: %s %v", back.Status, err)
+		}
+		q := u.Query()
+		if change != nil {
+			change(q, c)
+		}
+		return get(p.http.URL+"/v1/auth/github/callback?"+q.Encode(), &http.Cookie{Name: c.Name, Value: c.Value})
+	}
+	failed := func(res *http.Response, code string) {
+		t.Helper()
+		if got := res.Header.Get("Location"); got != "http://localhost:8000/?login_error="+code {
+			t.Errorf("came back to %q, want the error %s", got, code)
+		}
+		for _, c := range res.Cookies() {
+			if c.Value != "" {
+				t.Errorf("a failed login set %v", c)
+			}
+		}
+	}
+	failed(login("/v1/auth/github", nil), "permission_denied") // Sign-up is closed.
+	p.sql("UPDATE platform_settings SET signup_open = true")
+	failed(login("/v1/auth/github", func(q url.Values, _ *http.Cookie) { q.Set("state", "other") }), "invalid_argument")
+	failed(login("/v1/auth/github", func(_ url.Values, c *http.Cookie) { c.Value += "x" }), "invalid_argument")
+	failed(login("/v1/auth/github", func(q url.Values, _ *http.Cookie) { q.Set("code", "other") }), "bad_gateway")
+	failed(login("/v1/auth/github", func(q url.Values, _ *http.Cookie) { q.Del("code"); q.Set("error", "access_denied") }), "permission_denied")
+	// Another browser's code does not fit this one's verifier.
+	var stolen string
+	login("/v1/auth/github", func(q url.Values, _ *http.Cookie) { stolen = q.Get("code"); q.Set("state", "x") })
+	failed(login("/v1/auth/github", func(q url.Values, _ *http.Cookie) { q.Set("code", stolen) }), "bad_gateway")
+	o.mu.Lock()
+	o.verified = false
+	o.mu.Unlock()
+	failed(login("/v1/auth/github", nil), "permission_denied")
+	o.mu.Lock()
+	o.verified = true
+	o.mu.Unlock()
+
+	var access string
+	for range 2 { // The second time it is the same user.
+		res := login("/v1/auth/github", nil)
+		if res.Header.Get("Location") != "http://localhost:8000/" {
+			t.Fatalf("came back to %q", res.Header.Get("Location"))
+		}
+		for _, c := range res.Cookies() {
+			if c.Name == "wrenn_access" {
+				access = c.Value
+			}
+		}
+		me := p.call("GET", "/v1/me", nil, as(access)...).want(200).object()
+		if me["email"] != "octo@example.com" || me["has_password"] != false || me["github"] != true {
+			t.Errorf("me: %v", me)
+		}
+	}
+	// Somebody else's GitHub account with the address of an account here is not
+	// that account's; its user connects the two.
+	o.mu.Lock()
+	o.user, o.email = 8, "admin@example.com"
+	o.mu.Unlock()
+	failed(login("/v1/auth/github", nil), "conflict")
+	res := login("/v1/auth/github?link=true", nil, &http.Cookie{Name: "wrenn_access", Value: p.bearerOf("admin@example.com")})
+	if res.Header.Get("Location") != "http://localhost:8000/" {
+		t.Errorf("link came back to %q", res.Header.Get("Location"))
+	}
+	for _, c := range login("/v1/auth/github", nil).Cookies() {
+		if c.Name == "wrenn_access" {
+			if me := p.call("GET", "/v1/me", nil, as(c.Value)...).want(200); me.str("email") != "admin@example.com" {
+				t.Errorf("logged in as %s", me.Body)
+			}
+		}
+	}
+}

@@ -1,0 +1,157 @@
+// Package platform holds what concerns all teams: the settings, and how much
+// each team may have. The bounds themselves are kept by the database (see
+// charge_team in the migrations), whoever changes sandboxes.
+package platform
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/page"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/server/templates"
+)
+
+// Service is the platform of a store.
+type Service struct{ store *store.Store }
+
+// New returns the platform of a store.
+func New(s *store.Store) *Service { return &Service{s} }
+
+// Quota bounds what a team has at once; nil is no bound. Running, VCPUs and
+// MemoryMiB are of sandboxes that run, DiskMiB is of paused ones too.
+type Quota struct {
+	Running, VCPUs     *int32
+	MemoryMiB, DiskMiB *int64
+}
+
+// Settings are the platform's.
+type Settings struct {
+	// SignUpOpen says that anybody may make an account.
+	SignUpOpen bool
+	// Quota is of every team that has none of its own.
+	Quota Quota
+}
+
+func settings(row db.PlatformSetting) Settings {
+	return Settings{SignUpOpen: row.SignupOpen, Quota: Quota{row.MaxRunning, row.MaxVCPUs, row.MaxMemoryMiB, row.MaxDiskMiB}}
+}
+
+// Settings returns the settings.
+func (s *Service) Settings(ctx context.Context) (Settings, error) {
+	row, err := s.store.GetSettings(ctx)
+	if err != nil {
+		return Settings{}, fmt.Errorf("read settings: %w", err)
+	}
+	return settings(row), nil
+}
+
+// SetSettings changes the settings. A quota that is lowered ends nothing.
+func (s *Service) SetSettings(ctx context.Context, to Settings) (Settings, error) {
+	q := to.Quota
+	row, err := s.store.SetSettings(ctx, db.SetSettingsParams{SignupOpen: to.SignUpOpen, MaxRunning: q.Running, MaxVCPUs: q.VCPUs, MaxMemoryMiB: q.MemoryMiB, MaxDiskMiB: q.DiskMiB})
+	if err != nil {
+		return Settings{}, fmt.Errorf("write settings: %w", err)
+	}
+	return settings(row), nil
+}
+
+// Usage is what a team has, and may have.
+type Usage struct {
+	Running, VCPUs     int32
+	MemoryMiB, DiskMiB int64
+	Quota              Quota
+	// Own says that the quota is the team's own, and not the settings'.
+	Own bool
+}
+
+// Usage returns what a team has and may have, or fails with not_found.
+func (s *Service) Usage(ctx context.Context, team uuid.UUID) (Usage, error) {
+	var u Usage
+	if err := s.team(ctx, team); err != nil {
+		return u, err
+	}
+	row, err := s.store.GetUsage(ctx, team)
+	if err != nil && !errors.Is(err, store.ErrNoRows) {
+		return u, fmt.Errorf("read usage: %w", err)
+	}
+	u.Running, u.VCPUs, u.MemoryMiB, u.DiskMiB = row.Running, row.VCPUs, row.MemoryMiB, row.DiskMiB
+	own, err := s.store.GetQuota(ctx, team)
+	switch {
+	case err == nil:
+		u.Own, u.Quota = true, Quota{own.MaxRunning, own.MaxVCPUs, own.MaxMemoryMiB, own.MaxDiskMiB}
+		return u, nil
+	case !errors.Is(err, store.ErrNoRows):
+		return u, fmt.Errorf("read quota: %w", err)
+	}
+	all, err := s.Settings(ctx)
+	u.Quota = all.Quota
+	return u, err
+}
+
+func (s *Service) team(ctx context.Context, team uuid.UUID) error {
+	_, err := s.store.GetTeam(ctx, team)
+	if errors.Is(err, store.ErrNoRows) || team == uuid.Nil {
+		return fault.New(fault.NotFound, "no such team")
+	}
+	if err != nil {
+		return fmt.Errorf("look up team: %w", err)
+	}
+	return nil
+}
+
+// SetQuota gives a team a quota of its own, nil: takes it away.
+func (s *Service) SetQuota(ctx context.Context, team uuid.UUID, q *Quota) error {
+	if err := s.team(ctx, team); err != nil {
+		return err
+	}
+	var err error
+	if q == nil {
+		err = s.store.DeleteQuota(ctx, team)
+	} else {
+		err = s.store.SetQuota(ctx, db.SetQuotaParams{TeamID: team, MaxRunning: q.Running, MaxVCPUs: q.VCPUs, MaxMemoryMiB: q.MemoryMiB, MaxDiskMiB: q.DiskMiB})
+	}
+	if err != nil {
+		return fmt.Errorf("write quota: %w", err)
+	}
+	return nil
+}
+
+// Sandboxes returns a page of every team's sandboxes, the newest first, and
+// the cursor of the next one.
+func (s *Service) Sandboxes(ctx context.Context, cursor string, limit int) ([]db.Sandbox, string, error) {
+	at, before, err := page.Newest(cursor)
+	if err != nil {
+		return nil, "", err
+	}
+	rows, err := s.store.AdminListSandboxes(ctx, db.AdminListSandboxesParams{BeforeAt: at, BeforeID: before, MaxRows: int32(limit) + 1})
+	if err != nil {
+		return nil, "", fmt.Errorf("list sandboxes: %w", err)
+	}
+	rows, next := page.Cut(rows, limit, func(r db.Sandbox) string { return page.Time(r.CreatedAt, r.ID) })
+	return rows, next, nil
+}
+
+// Templates returns a page of every team's templates and the cursor of the next one.
+func (s *Service) Templates(ctx context.Context, cursor string, limit int) ([]templates.Listed, string, error) {
+	after, err := page.AfterID(cursor)
+	if err != nil {
+		return nil, "", err
+	}
+	// The first id of all is the built-in template's.
+	rows, err := s.store.AdminListTemplates(ctx, db.AdminListTemplatesParams{AfterID: after, First: cursor == "", MaxRows: int32(limit) + 1})
+	if err != nil {
+		return nil, "", fmt.Errorf("list templates: %w", err)
+	}
+	list := make([]templates.Listed, len(rows))
+	for i, row := range rows {
+		list[i] = templates.Listed{Template: row.Template, Tags: row.Tags}
+	}
+	list, next := page.Cut(list, limit, func(l templates.Listed) string { return page.Text(l.ID.String()) })
+	return list, next, nil
+}

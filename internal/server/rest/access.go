@@ -1,0 +1,192 @@
+package rest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+
+	"github.com/getkin/kin-openapi/openapi3"
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/auth"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+)
+
+// accessOf reads what every operation of the document asks of its caller. An
+// operation that does not say is an error: nothing is open by oversight.
+func accessOf(spec *openapi3.T) (map[*openapi3.Operation]auth.Access, error) {
+	all := make(map[*openapi3.Operation]auth.Access)
+	var errs []error
+	for path, item := range spec.Paths.Map() {
+		for method, op := range item.Operations() {
+			a, err := auth.ParseAccess(op.Extensions["x-wrenn-access"])
+			if err == nil {
+				err = agrees(spec, path, op, a)
+			}
+			if err != nil {
+				errs = append(errs, fmt.Errorf("%s %s: %w", method, path, err))
+			}
+			all[op] = a
+		}
+	}
+	return all, errors.Join(errs...)
+}
+
+// agrees checks that what the document says to clients is what is enforced.
+func agrees(spec *openapi3.T, path string, op *openapi3.Operation, a auth.Access) error {
+	requirements := spec.Security
+	if op.Security != nil {
+		requirements = *op.Security
+	}
+	var says []string
+	for _, r := range requirements {
+		says = append(says, slices.Sorted(maps.Keys(r))...)
+	}
+	var want []string
+	switch {
+	case a.Role == auth.Anybody:
+	case len(a.Scopes) > 0:
+		want = []string{"apiKey", "bearer", "cookie"}
+	default:
+		want = []string{"bearer", "cookie"}
+	}
+	if !slices.Equal(says, want) {
+		return fmt.Errorf("security says %v, x-wrenn-access means %v", says, want)
+	}
+	if strings.Contains(path, "{team_id}") && !a.Role.OfTeam() && a.Role != auth.Platform {
+		return fmt.Errorf("a path with a team's id needs a role of a team, not %q", a.Role)
+	}
+	return nil
+}
+
+type principalKey struct{}
+
+// caller returns who calls, in an operation that not anybody may call.
+func caller(r *http.Request) auth.Principal {
+	p, _ := r.Context().Value(principalKey{}).(auth.Principal)
+	return p
+}
+
+// authorize finds out who calls and whether they may, as the document says.
+// It comes before anything of the request but its address is looked at.
+func (a *API) authorize(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _, op := a.operation(r)
+		access, ok := a.access[op]
+		if !ok {
+			a.Fail(w, r, errors.New("route is not in the OpenAPI document"))
+			return
+		}
+		if err := a.sameSite(r); err != nil {
+			a.Fail(w, r, err)
+			return
+		}
+		if access.Role == auth.Anybody {
+			if err := a.admit(r, op); err != nil {
+				a.Fail(w, r, err)
+				return
+			}
+			next.ServeHTTP(w, r)
+			return
+		}
+		who, err := a.identify(r, access)
+		if err == nil {
+			if o := observed(r); o != nil {
+				o.who = who
+			}
+			err = access.Check(who)
+		}
+		if err != nil {
+			a.Fail(w, r, err)
+			return
+		}
+		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), principalKey{}, who)))
+	})
+}
+
+// identify returns who calls: by API key, or by an access token in the header
+// Authorization, or by the cookie that has it.
+func (a *API) identify(r *http.Request, access auth.Access) (auth.Principal, error) {
+	team, err := a.teamOf(r, access)
+	if err != nil {
+		return auth.Principal{}, err
+	}
+	if key := r.Header.Get("X-API-Key"); key != "" {
+		who, err := a.Keys.Check(r.Context(), key)
+		if err == nil && team != nil && *team != who.Team {
+			err = fault.New(fault.NotFound, "no such team")
+		}
+		return who, err
+	}
+	token := a.accessToken(r)
+	if token == "" {
+		return auth.Principal{}, fault.New(fault.Unauthenticated, "no credentials: send an API key in X-API-Key, or log in")
+	}
+	who, err := a.Sessions.Check(r.Context(), token, team)
+	if err == nil && team != nil && who.Team == uuid.Nil {
+		// Not theirs, or not there: the answer is the same.
+		err = fault.New(fault.NotFound, "no such team")
+	}
+	return who, err
+}
+
+// teamOf returns the team that a call is for: the one in its path, or the one
+// it names in X-Team (in a browser's WebSocket, which cannot have headers, in
+// the query's team). nil: it does not say.
+func (a *API) teamOf(r *http.Request, access auth.Access) (*uuid.UUID, error) {
+	if !access.Role.OfTeam() {
+		return nil, nil
+	}
+	where, text := "team_id", r.PathValue("team_id")
+	if text == "" {
+		where, text = "X-Team", r.Header.Get("X-Team")
+	}
+	if text == "" && r.Header.Get("Upgrade") != "" {
+		where, text = "team", r.URL.Query().Get("team")
+	}
+	if text == "" {
+		return nil, nil
+	}
+	u, err := id.Parse(id.Team, text)
+	if err != nil {
+		return nil, fault.New(fault.InvalidArgument, "%s: %v", where, err)
+	}
+	return &u, nil
+}
+
+// accessToken returns the access token that a request shows ("": none).
+func (a *API) accessToken(r *http.Request) string {
+	if header := r.Header.Get("Authorization"); header != "" {
+		scheme, token, _ := strings.Cut(header, " ")
+		if !strings.EqualFold(scheme, "Bearer") {
+			return ""
+		}
+		return token
+	}
+	if c, err := r.Cookie(a.cookieName(accessCookie)); err == nil {
+		return c.Value
+	}
+	return ""
+}
+
+// sameSite refuses what another site's page makes a browser send along with
+// the user's cookies. A request that shows a key or a token in a header was
+// made by somebody who has it.
+func (a *API) sameSite(r *http.Request) error {
+	if r.Header.Get("X-API-Key") != "" || r.Header.Get("Authorization") != "" {
+		return nil
+	}
+	if err := a.crossOrigin.Check(r); err != nil {
+		return fault.Because(err, fault.PermissionDenied, "origin not allowed")
+	}
+	// Browsers ask for WebSockets with GET, which is otherwise harmless.
+	if r.Header.Get("Upgrade") != "" && !a.originAllowed(r) {
+		return fault.New(fault.PermissionDenied, "origin not allowed")
+	}
+	return nil
+}

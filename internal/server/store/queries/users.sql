@@ -1,0 +1,81 @@
+-- name: GetUser :one
+SELECT * FROM users WHERE id = $1;
+
+-- name: GetUserByEmail :one
+SELECT * FROM users WHERE lower(email) = lower(@email);
+
+-- name: LockUser :one
+SELECT * FROM users WHERE id = $1 FOR UPDATE;
+
+-- name: FindUsers :many
+-- The pattern is a prefix in small letters, escaped, with % at its end.
+SELECT * FROM users WHERE lower(email) LIKE @pattern::text AND active AND verified_at IS NOT NULL ORDER BY lower(email) LIMIT @max_rows;
+
+-- name: ListUsers :many
+SELECT * FROM users WHERE lower(email) LIKE @pattern::text AND lower(email) > @after::text ORDER BY lower(email) LIMIT @max_rows;
+
+-- name: SetUserPassword :exec
+UPDATE users SET password_hash = $2 WHERE id = $1;
+
+-- name: VerifyUser :execrows
+UPDATE users SET verified_at = now() WHERE id = $1 AND verified_at IS NULL;
+
+-- name: SignUpAgain :exec
+-- An account that was never opened is whoever's signed up last.
+UPDATE users SET password_hash = @password_hash, admin = admin OR @admin::boolean, created_at = now() WHERE id = @id AND verified_at IS NULL;
+
+-- name: UpdateUser :one
+UPDATE users SET active = COALESCE(sqlc.narg('active'), active), admin = COALESCE(sqlc.narg('admin'), admin) WHERE id = @id RETURNING *;
+
+-- name: CountAdmins :one
+SELECT count(*) FROM users WHERE admin AND active AND verified_at IS NOT NULL;
+
+-- name: GetIdentityUser :one
+SELECT u.* FROM identities i JOIN users u ON u.id = i.user_id WHERE i.provider = $1 AND i.subject = $2;
+
+-- name: InsertIdentity :execrows
+INSERT INTO identities (provider, subject, user_id) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING;
+
+-- name: ListIdentities :many
+SELECT provider FROM identities WHERE user_id = $1 ORDER BY provider;
+
+-- name: InsertSession :exec
+INSERT INTO sessions (id, user_id, refresh_hash, expires_at, user_agent, address) VALUES ($1, $2, $3, $4, $5, $6);
+
+-- name: LockSession :one
+SELECT s.*, u.active FROM sessions s JOIN users u ON u.id = s.user_id WHERE s.id = $1 FOR UPDATE OF s;
+
+-- name: RotateSession :exec
+UPDATE sessions SET previous_hash = refresh_hash, refresh_hash = @refresh_hash, rotated_at = @rotated_at, expires_at = @expires_at WHERE id = @id;
+
+-- name: DeleteSession :exec
+DELETE FROM sessions WHERE id = $1;
+
+-- name: DeleteUserSessions :exec
+-- All of a user's, but for one.
+DELETE FROM sessions WHERE user_id = @user_id AND id <> @keep;
+
+-- name: DeleteOldSessions :exec
+DELETE FROM sessions WHERE expires_at < now();
+
+-- name: InsertMailToken :exec
+INSERT INTO mail_tokens (hash, user_id, purpose, expires_at) VALUES ($1, $2, $3, $4);
+
+-- name: GetMailToken :one
+SELECT user_id FROM mail_tokens WHERE hash = $1 AND purpose = $2 AND expires_at > now();
+
+-- name: TakeMailToken :one
+DELETE FROM mail_tokens WHERE hash = $1 AND purpose = $2 AND expires_at > now() RETURNING user_id;
+
+-- name: DeleteMailTokens :exec
+DELETE FROM mail_tokens WHERE user_id = $1;
+
+-- name: DeleteVerifyTokens :exec
+DELETE FROM mail_tokens WHERE user_id = $1 AND purpose = 'verify';
+
+-- name: DeleteOldMailTokens :exec
+DELETE FROM mail_tokens WHERE expires_at < now();
+
+-- name: DeleteUnverifiedUsers :exec
+-- Who did not use their link in a week may sign up again, and so may whom the address belongs to.
+DELETE FROM users WHERE verified_at IS NULL AND created_at < now() - interval '7 days';

@@ -1,0 +1,175 @@
+package store
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+)
+
+// quotaTest is a store with a team, and the connections below it.
+func quotaTest(t *testing.T) (*Store, *pgxpool.Pool, uuid.UUID) {
+	t.Helper()
+	s, err := Open(context.Background(), pgtest.New(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	team := uuid.New()
+	if err := s.InsertTeam(context.Background(), db.InsertTeamParams{ID: team, Name: "t"}); err != nil {
+		t.Fatal(err)
+	}
+	return s, s.pool, team
+}
+
+func (s *Store) quota(t *testing.T, team uuid.UUID, running, vcpus int32, memory, disk int64) {
+	t.Helper()
+	err := s.SetQuota(context.Background(), db.SetQuotaParams{TeamID: team, MaxRunning: &running, MaxVCPUs: &vcpus, MaxMemoryMiB: &memory, MaxDiskMiB: &disk})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+const insertSandbox = `INSERT INTO sandboxes (id, team_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at)
+	VALUES ($1, $2, gen_random_uuid(), 'x', 'starting', $3, $4, $5, 0, '{}', now())`
+
+// TestQuotaTogether has a hundred sandboxes asked for at once, of which the
+// quota has room for seven.
+func TestQuotaTogether(t *testing.T) {
+	s, pool, team := quotaTest(t)
+	s.quota(t, team, 7, 1000, 1<<40, 1<<40)
+	var made, refused atomic.Int32
+	var wg sync.WaitGroup
+	for range 100 {
+		wg.Go(func() {
+			_, err := pool.Exec(context.Background(), insertSandbox, uuid.New(), team, 1, 512, 0)
+			if why, over := OverQuota(err); over && why != "" {
+				refused.Add(1)
+			} else if err != nil {
+				t.Errorf("insert: %v", err)
+			} else {
+				made.Add(1)
+			}
+		})
+	}
+	wg.Wait()
+	if made.Load() != 7 || refused.Load() != 93 {
+		t.Errorf("%d made, %d refused; want 7 and 93", made.Load(), refused.Load())
+	}
+}
+
+func TestQuotaBounds(t *testing.T) {
+	s, pool, team := quotaTest(t)
+	ctx := context.Background()
+	insert := func(vcpus, memory, disk int) error {
+		_, err := pool.Exec(ctx, insertSandbox, uuid.New(), team, vcpus, memory, disk)
+		return err
+	}
+	refused := func(what string, err error) {
+		t.Helper()
+		if _, over := OverQuota(err); !over {
+			t.Errorf("%s: %v; want a refusal", what, err)
+		}
+	}
+	s.quota(t, team, 10, 4, 2048, 12000)
+	refused("vCPUs", insert(5, 512, 1))
+	refused("memory", insert(1, 2049, 1))
+	refused("disk", insert(1, 512, 12001))
+	if err := insert(2, 1024, 5120); err != nil {
+		t.Fatal(err)
+	}
+	// A disk of unknown size counts as 5120: two fit, three do not.
+	if err := insert(1, 512, 0); err != nil {
+		t.Fatal(err)
+	}
+	refused("unknown disk", insert(1, 512, 0))
+	// What is known later is counted, and never refused.
+	if _, err := pool.Exec(ctx, "UPDATE sandboxes SET state = 'running', disk_mib = 9000 WHERE disk_mib = 0"); err != nil {
+		t.Error(err)
+	}
+	u, err := s.GetUsage(ctx, team)
+	if err != nil || u.Running != 2 || u.VCPUs != 3 || u.MemoryMiB != 1536 || u.DiskMiB != 14120 {
+		t.Errorf("usage %+v, %v", u, err)
+	}
+	// A quota that is lowered below what is used ends nothing, and lets things end.
+	s.quota(t, team, 0, 0, 0, 0)
+	if _, err := pool.Exec(ctx, "UPDATE sandboxes SET state = 'stopping'"); err != nil {
+		t.Error(err)
+	}
+	if _, err := pool.Exec(ctx, "UPDATE sandboxes SET state = 'stopped'"); err != nil {
+		t.Error(err)
+	}
+	if u, err = s.GetUsage(ctx, team); err != nil || u != (db.TeamUsage{TeamID: team}) {
+		t.Errorf("after the end: usage %+v, %v", u, err)
+	}
+	// A team that is being deleted gets nothing.
+	s.quota(t, team, 10, 10, 10000, 100000)
+	if n, err := s.MarkTeamDeleting(ctx, team); n != 1 || err != nil {
+		t.Fatal(n, err)
+	}
+	if err := insert(1, 512, 0); !TeamGone(err) {
+		t.Errorf("insert for a team that is being deleted: %v", err)
+	}
+}
+
+// TestUsageAgrees changes sandboxes of several teams at random, many in one
+// statement and from many sides at once; what the teams are said to have is
+// what they have all along.
+func TestUsageAgrees(t *testing.T) {
+	_, pool, _ := quotaTest(t)
+	ctx := context.Background()
+	for _, sql := range []string{
+		"UPDATE platform_settings SET max_running = NULL, max_vcpus = NULL, max_memory_mib = NULL, max_disk_mib = NULL",
+		"ALTER TABLE sandboxes DROP CONSTRAINT sandboxes_state_check", // for the states to come
+		"INSERT INTO teams (id, name) SELECT gen_random_uuid(), 'team' || n FROM generate_series(1, 5) n",
+	} {
+		if _, err := pool.Exec(ctx, sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const states = "(array['starting', 'running', 'pausing', 'paused', 'resuming', 'stopping', 'stopped', 'error'])[1 + floor(random() * 8)::int]"
+	var wg sync.WaitGroup
+	for range 6 {
+		wg.Go(func() {
+			for range 40 {
+				n := 1 + rand.IntN(5)
+				var sql string
+				switch rand.IntN(4) {
+				case 0, 1:
+					sql = fmt.Sprintf(`INSERT INTO sandboxes (id, team_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at)
+						SELECT gen_random_uuid(), t.id, gen_random_uuid(), 'x', %s, 1 + n, 128 * n, CASE WHEN n %% 2 = 0 THEN 0 ELSE 1000 * n END, 0, '{}', now()
+						FROM (SELECT id FROM teams ORDER BY random() LIMIT 2) t, generate_series(1, %d) n`, states, n)
+				case 2:
+					sql = fmt.Sprintf("UPDATE sandboxes SET state = %s, disk_mib = disk_mib + 10 WHERE id IN (SELECT id FROM sandboxes ORDER BY random() LIMIT %d FOR UPDATE SKIP LOCKED)", states, n)
+				case 3:
+					sql = fmt.Sprintf("DELETE FROM sandboxes WHERE id IN (SELECT id FROM sandboxes ORDER BY random() LIMIT %d FOR UPDATE SKIP LOCKED)", n)
+				}
+				if _, err := pool.Exec(ctx, sql); err != nil {
+					t.Errorf("%s: %v", sql, err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	var wrong, some int
+	err := pool.QueryRow(ctx, `
+		SELECT count(*) FILTER (WHERE (COALESCE(u.running, 0), COALESCE(u.vcpus, 0), COALESCE(u.memory_mib, 0), COALESCE(u.disk_mib, 0))
+			IS DISTINCT FROM (COALESCE(h.running, 0), COALESCE(h.vcpus, 0), COALESCE(h.memory, 0), COALESCE(h.disk, 0))), count(*) FILTER (WHERE h.running > 0)
+		FROM teams t LEFT JOIN team_usage u ON u.team_id = t.id LEFT JOIN (
+			SELECT team_id, count(*) FILTER (WHERE state NOT IN ('paused', 'stopped', 'error')) AS running,
+				sum(vcpus) FILTER (WHERE state NOT IN ('paused', 'stopped', 'error')) AS vcpus,
+				sum(memory_mib) FILTER (WHERE state NOT IN ('paused', 'stopped', 'error')) AS memory,
+				sum(CASE disk_mib WHEN 0 THEN 5120 ELSE disk_mib END) FILTER (WHERE state NOT IN ('stopped', 'error')) AS disk
+			FROM sandboxes GROUP BY team_id) h ON h.team_id = t.id`).Scan(&wrong, &some)
+	if err != nil || wrong > 0 || some == 0 {
+		t.Errorf("usage of %d teams is wrong, %d have sandboxes: %v", wrong, some, err)
+	}
+}

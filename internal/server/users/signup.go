@@ -1,0 +1,298 @@
+package users
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	"github.com/wrenn-dev/wrenn/internal/server/auth"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/mail"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+)
+
+// What a link in a letter is for.
+const (
+	verify = "verify"
+	reset  = "reset"
+)
+
+// verifyLasts is how long a link to verify an address is good for.
+const verifyLasts = 24 * time.Hour
+
+// prefixes and pages are of the links' tokens, and where people open them.
+var (
+	prefixes = map[string]string{verify: "wrv_", reset: "wrp_"}
+	pages    = map[string]string{verify: "/verify", reset: "/reset-password"}
+)
+
+// newLink writes what a link in a letter to a user holds, and returns it.
+func newLink(ctx context.Context, q *db.Queries, user uuid.UUID, purpose string, lasts time.Duration) (token string, err error) {
+	var random [32]byte
+	rand.Read(random[:])
+	token = prefixes[purpose] + base64.RawURLEncoding.EncodeToString(random[:])
+	sum := sha256.Sum256([]byte(token))
+	return token, q.InsertMailToken(ctx, db.InsertMailTokenParams{Hash: sum[:], UserID: user, Purpose: purpose, ExpiresAt: time.Now().Add(lasts)})
+}
+
+// link has the token where browsers do not pass it on.
+func (s *Service) link(purpose, token string) string {
+	return strings.TrimSuffix(s.PublicURL, "/") + pages[purpose] + "#token=" + token
+}
+
+func errTaken() error {
+	return fault.New(fault.Conflict, "there is an account with this e-mail address")
+}
+
+func errClosed() error {
+	return fault.New(fault.PermissionDenied, "sign-up is closed: ask the platform's admin for an account")
+}
+
+// claim makes an account that is not open yet. One that somebody made with the
+// address and never opened is taken over: they may not have had it. It fails
+// with conflict where an account is open.
+func claim(ctx context.Context, q *db.Queries, email string, hash *string, admin bool) (uuid.UUID, error) {
+	is, err := q.GetUserByEmail(ctx, email)
+	switch {
+	case errors.Is(err, store.ErrNoRows):
+		user := uuid.New()
+		return user, q.InsertUser(ctx, db.InsertUserParams{ID: user, Email: email, PasswordHash: hash, Admin: admin})
+	case err != nil:
+		return is.ID, err
+	case is.VerifiedAt != nil:
+		return is.ID, errTaken()
+	}
+	if err := q.DeleteVerifyTokens(ctx, is.ID); err != nil {
+		return is.ID, err
+	}
+	return is.ID, q.SignUpAgain(ctx, db.SignUpAgainParams{ID: is.ID, PasswordHash: hash, Admin: admin})
+}
+
+// open writes that an account's address is its user's. With that they get a
+// team of their own.
+func open(ctx context.Context, q *db.Queries, user uuid.UUID) error {
+	n, err := q.VerifyUser(ctx, user)
+	if err != nil || n == 0 {
+		return err
+	}
+	row, err := q.GetUser(ctx, user)
+	if err != nil {
+		return err
+	}
+	team := uuid.New()
+	name, _, _ := strings.Cut(row.Email, "@")
+	if err := q.InsertTeam(ctx, db.InsertTeamParams{ID: team, Name: name}); err != nil {
+		return err
+	}
+	return q.InsertTeamMember(ctx, db.InsertTeamMemberParams{TeamID: team, UserID: user, Role: string(auth.Owner)})
+}
+
+// SignUpOpen says whether anybody may sign up.
+func (s *Service) SignUpOpen(ctx context.Context) (bool, error) {
+	settings, err := s.Store.GetSettings(ctx)
+	if err != nil {
+		return false, fmt.Errorf("read settings: %w", err)
+	}
+	if settings.SignupOpen {
+		return true, nil
+	}
+	n, err := s.Store.CountUsers(ctx)
+	if err != nil {
+		return false, fmt.Errorf("count users: %w", err)
+	}
+	return n == 0, nil
+}
+
+// SignUp makes an account and mails the link that opens it. Where the address
+// has an account the letter says so, and the answer does not. The first user
+// of all becomes the platform's admin; their account is open and they are
+// logged in (g is not nil). It fails with permission_denied where sign-up is
+// closed.
+func (s *Service) SignUp(ctx context.Context, email, password string, from Origin) (g *auth.Grant, user db.User, err error) {
+	if err := checkEmail(email); err != nil {
+		return nil, user, err
+	}
+	may, err := s.SignUpOpen(ctx)
+	if err != nil {
+		return nil, user, err
+	}
+	if !may {
+		return nil, user, errClosed()
+	}
+	if err := s.Limiter.Allow(ctx, limitSignUp, strings.ToLower(email)); err != nil {
+		return nil, user, err
+	}
+	hash, err := s.hash(ctx, password)
+	if err != nil {
+		return nil, user, err
+	}
+	var letter mail.Letter
+	err = s.join(ctx, func(q *db.Queries, first bool) error {
+		g = nil
+		made, err := claim(ctx, q, email, &hash, first)
+		if fault.Is(err, fault.Conflict) {
+			letter = mail.Letter{To: email, Subject: "Your Wrenn account", Text: "Somebody, you we hope, signed up with this address, which has an account.\nLog in at " + s.PublicURL + "; if you forgot the password, ask for a new one there.\n"}
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if !first {
+			letter, err = s.verifyLetter(ctx, q, made, email)
+			return err
+		}
+		if err := open(ctx, q, made); err != nil {
+			return err
+		}
+		if user, err = q.GetUser(ctx, made); err != nil {
+			return err
+		}
+		grant, err := s.Sessions.Start(ctx, q, made, from.Agent, from.Address)
+		g = &grant
+		return err
+	})
+	if err != nil {
+		return nil, user, err
+	}
+	if g == nil {
+		s.Mail.Send(letter)
+	}
+	return g, user, nil
+}
+
+func (s *Service) verifyLetter(ctx context.Context, q *db.Queries, user uuid.UUID, email string) (mail.Letter, error) {
+	token, err := newLink(ctx, q, user, verify, verifyLasts)
+	return mail.Letter{To: email, Subject: "Your Wrenn account", Text: "Somebody, you we hope, signed up with this address.\nOpen the account within a day, with the password that you chose:\n\n" + s.link(verify, token) + "\n\nIf it was not you, there is nothing to do.\n"}, err
+}
+
+// remind mails another link to verify an address.
+func (s *Service) remind(ctx context.Context, user db.User) error {
+	if err := s.Limiter.Allow(ctx, limitForgot, "verify:"+user.ID.String()); err != nil {
+		return err
+	}
+	letter, err := s.verifyLetter(ctx, s.Store.Queries, user.ID, user.Email)
+	if err != nil {
+		return fmt.Errorf("make link: %w", err)
+	}
+	s.Mail.Send(letter)
+	return nil
+}
+
+// join runs f, which makes an account, where sign-up is open; first says that
+// it is the first of all. One at a time.
+func (s *Service) join(ctx context.Context, f func(q *db.Queries, first bool) error) error {
+	err := s.Store.InTx(ctx, func(q *db.Queries) error {
+		if err := q.LockBootstrap(ctx); err != nil {
+			return err
+		}
+		n, err := q.CountUsers(ctx)
+		if err != nil {
+			return err
+		}
+		settings, err := q.GetSettings(ctx)
+		if err != nil {
+			return err
+		}
+		if n > 0 && !settings.SignupOpen {
+			return errClosed()
+		}
+		return f(q, n == 0)
+	})
+	if store.Duplicate(err) {
+		return errTaken()
+	}
+	return wrap(err, "make account")
+}
+
+// joinGitHub makes an account for an identity on GitHub, which verified the
+// address, and logs it in.
+func (s *Service) joinGitHub(ctx context.Context, subject, email string, from Origin) (g auth.Grant, err error) {
+	if err := checkEmail(email); err != nil {
+		return g, err
+	}
+	err = s.join(ctx, func(q *db.Queries, first bool) error {
+		made, err := claim(ctx, q, email, nil, first)
+		if err != nil {
+			return err
+		}
+		if err := q.DeleteMailTokens(ctx, made); err != nil {
+			return err
+		}
+		if err := open(ctx, q, made); err != nil {
+			return err
+		}
+		n, err := q.InsertIdentity(ctx, db.InsertIdentityParams{Provider: github, Subject: subject, UserID: made})
+		if err == nil && n == 0 {
+			err = errors.New("the identity was connected meanwhile")
+		}
+		if err != nil {
+			return err
+		}
+		g, err = s.Sessions.Start(ctx, q, made, from.Agent, from.Address)
+		return err
+	})
+	return g, err
+}
+
+// Verify opens the account that a mailed link is of and logs it in. The
+// password is asked for as well: who reads the mail need not be who signed up,
+// and would else open an account whose password a stranger knows.
+func (s *Service) Verify(ctx context.Context, token, password string, from Origin) (g auth.Grant, user db.User, err error) {
+	invalid := fault.New(fault.Unauthenticated, "the link is not valid, or no longer, or the password is wrong")
+	if !strings.HasPrefix(token, prefixes[verify]) {
+		return g, user, invalid
+	}
+	sum := sha256.Sum256([]byte(token))
+	of, err := s.Store.GetMailToken(ctx, db.GetMailTokenParams{Hash: sum[:], Purpose: verify})
+	if errors.Is(err, store.ErrNoRows) {
+		return g, user, invalid
+	}
+	if err != nil {
+		return g, user, fmt.Errorf("look up link: %w", err)
+	}
+	if err := s.Limiter.Allow(ctx, limitGuesses, "verify:"+of.String()); err != nil {
+		return g, user, err
+	}
+	if user, err = s.Store.GetUser(ctx, of); err != nil {
+		return g, user, fmt.Errorf("look up user: %w", err)
+	}
+	ok, err := s.check(ctx, user.PasswordHash, password)
+	if err != nil {
+		return g, user, fmt.Errorf("check password: %w", err)
+	}
+	if !ok {
+		return g, user, invalid
+	}
+	err = s.Store.InTx(ctx, func(q *db.Queries) error {
+		now, err := q.LockUser(ctx, of)
+		if err != nil {
+			return err
+		}
+		if !now.Active || now.PasswordHash == nil || *now.PasswordHash != *user.PasswordHash {
+			return invalid
+		}
+		if _, err := q.TakeMailToken(ctx, db.TakeMailTokenParams{Hash: sum[:], Purpose: verify}); err != nil {
+			return err
+		}
+		if err := q.DeleteVerifyTokens(ctx, of); err != nil {
+			return err
+		}
+		if err := open(ctx, q, of); err != nil {
+			return err
+		}
+		g, err = s.Sessions.Start(ctx, q, of, from.Agent, from.Address)
+		return err
+	})
+	if errors.Is(err, store.ErrNoRows) {
+		return g, user, invalid
+	}
+	return g, user, wrap(err, "verify address")
+}

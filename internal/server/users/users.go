@@ -1,0 +1,465 @@
+// Package users holds the rules of accounts: how people come to have one, how
+// they log in, and how they get back in.
+package users
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	"github.com/wrenn-dev/wrenn/internal/server/auth"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/mail"
+	"github.com/wrenn-dev/wrenn/internal/server/page"
+	"github.com/wrenn-dev/wrenn/internal/server/ratelimit"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+)
+
+// How often an account may be tried, whatever addresses that comes from.
+var (
+	limitGuesses = ratelimit.Limit{Name: "account", Burst: 10, Per: 5 * time.Minute}
+	limitForgot  = ratelimit.Limit{Name: "forgot", Burst: 3, Per: time.Hour}
+	limitSignUp  = ratelimit.Limit{Name: "signup", Burst: 5, Per: time.Hour}
+	limitFind    = ratelimit.Limit{Name: "find", Burst: 60, Per: time.Minute}
+)
+
+const (
+	// resetLasts is how long a reset link is good for that somebody asked for,
+	// inviteLasts one that an admin made.
+	resetLasts  = time.Hour
+	inviteLasts = 24 * time.Hour
+	// found is the most users that a search shows.
+	found = 10
+	// github is the name of that provider in identities.
+	github = "github"
+)
+
+// Config is what a Service works with.
+type Config struct {
+	Store    *store.Store
+	Sessions *auth.Sessions
+	Limiter  *ratelimit.Limiter
+	Mail     *mail.Sender
+	// PublicURL is where people reach the service.
+	PublicURL string
+	Log       *slog.Logger
+}
+
+// Service is everybody's account.
+type Service struct {
+	Config
+	// hashing bounds how many passwords are worked on at once: each takes
+	// 64 MiB.
+	hashing chan struct{}
+	// nobody is the hash of no password, to be as slow for users that do not
+	// exist as for those that do.
+	nobody string
+	// forgotten are the addresses that reset links were asked for.
+	forgotten chan string
+}
+
+// New returns the accounts of a store. Run must run for reset links to be sent.
+func New(c Config) *Service {
+	return &Service{
+		Config: c, hashing: make(chan struct{}, max(2, runtime.NumCPU())),
+		nobody: auth.HashPassword(rand.Text()), forgotten: make(chan string, 256),
+	}
+}
+
+// Run makes the reset links that were asked for until ctx is done. It is apart
+// from the asking, so that how long that takes says nothing.
+func (s *Service) Run(ctx context.Context) {
+	for {
+		select {
+		case email := <-s.forgotten:
+			if err := s.sendReset(ctx, email); err != nil {
+				s.Log.Error("make reset link", "error", err)
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// Origin is where a call comes from, as users are told of their sessions.
+type Origin struct{ Agent, Address string }
+
+func checkEmail(email string) error {
+	bad := func(r rune) bool { return unicode.IsControl(r) || unicode.IsSpace(r) }
+	local, domain, ok := strings.Cut(email, "@")
+	if !ok || local == "" || domain == "" || len(email) > 254 || !utf8.ValidString(email) || strings.ContainsFunc(email, bad) || strings.ContainsAny(email, `<>(),;:"\`) {
+		return fault.New(fault.InvalidArgument, "email: not an address")
+	}
+	return nil
+}
+
+// hash is auth.HashPassword when it is this caller's turn.
+func (s *Service) hash(ctx context.Context, password string) (string, error) {
+	select {
+	case s.hashing <- struct{}{}:
+	case <-ctx.Done():
+		return "", ctx.Err()
+	}
+	defer func() { <-s.hashing }()
+	return auth.HashPassword(password), nil
+}
+
+// check says whether the password is the one of the hash; nil is a user
+// without one.
+func (s *Service) check(ctx context.Context, hash *string, password string) (bool, error) {
+	select {
+	case s.hashing <- struct{}{}:
+	case <-ctx.Done():
+		return false, ctx.Err()
+	}
+	defer func() { <-s.hashing }()
+	if hash == nil {
+		_, err := auth.CheckPassword(s.nobody, password)
+		return false, err
+	}
+	return auth.CheckPassword(*hash, password)
+}
+
+// wrap says what was being done, unless err is for the caller.
+func wrap(err error, doing string) error {
+	var f *fault.Error
+	if err == nil || errors.As(err, &f) {
+		return err
+	}
+	return fmt.Errorf("%s: %w", doing, err)
+}
+
+// LogIn begins a session. Whatever is wrong, the answer and the time it takes
+// are the same.
+func (s *Service) LogIn(ctx context.Context, email, password string, from Origin) (auth.Grant, db.User, error) {
+	var g auth.Grant
+	account := strings.ToLower(email)
+	if err := s.Limiter.Allow(ctx, limitGuesses, account); err != nil {
+		return g, db.User{}, err
+	}
+	user, err := s.byEmail(ctx, email)
+	if err != nil {
+		return g, user, err
+	}
+	ok, err := s.check(ctx, user.PasswordHash, password)
+	if err != nil {
+		return g, user, fmt.Errorf("check password: %w", err)
+	}
+	if !ok || !user.Active {
+		return g, user, fault.New(fault.Unauthenticated, "wrong e-mail address or password")
+	}
+	if user.VerifiedAt == nil {
+		if err := s.remind(ctx, user); err != nil {
+			return g, user, err
+		}
+		return g, user, fault.New(fault.PermissionDenied, "open the link that was mailed to you first: the address is not verified")
+	}
+	s.Limiter.Forget(ctx, limitGuesses, account)
+	err = s.Store.InTx(ctx, func(q *db.Queries) error {
+		// Under the lock that a change of the password takes: a session that
+		// begins with the old one is ended by it.
+		now, err := q.LockUser(ctx, user.ID)
+		if err != nil {
+			return err
+		}
+		if !now.Active || now.PasswordHash == nil || *now.PasswordHash != *user.PasswordHash {
+			return fault.New(fault.Unauthenticated, "wrong e-mail address or password")
+		}
+		g, err = s.Sessions.Start(ctx, q, user.ID, from.Agent, from.Address)
+		return err
+	})
+	return g, user, wrap(err, "log in")
+}
+
+// byEmail returns the user with an address; the zero user where there is none.
+func (s *Service) byEmail(ctx context.Context, email string) (db.User, error) {
+	if strings.Contains(email, "\x00") || !utf8.ValidString(email) {
+		return db.User{}, nil
+	}
+	user, err := s.Store.GetUserByEmail(ctx, email)
+	if errors.Is(err, store.ErrNoRows) {
+		return db.User{}, nil
+	}
+	if err != nil {
+		return user, fmt.Errorf("look up user: %w", err)
+	}
+	return user, nil
+}
+
+// ChangePassword sets a user's password and ends their other sessions.
+func (s *Service) ChangePassword(ctx context.Context, who auth.Principal, current, next string) error {
+	if err := s.Limiter.Allow(ctx, limitGuesses, "change:"+who.User.String()); err != nil {
+		return err
+	}
+	user, err := s.Store.GetUser(ctx, who.User)
+	if err != nil {
+		return fmt.Errorf("look up user: %w", err)
+	}
+	ok, err := s.check(ctx, user.PasswordHash, current)
+	if err != nil {
+		return fmt.Errorf("check password: %w", err)
+	}
+	if !ok {
+		return fault.New(fault.PermissionDenied, "wrong current password")
+	}
+	s.Limiter.Forget(ctx, limitGuesses, "change:"+who.User.String())
+	return s.setPassword(ctx, who.User, who.Session, next)
+}
+
+// setPassword also ends every session but one, and every reset link.
+func (s *Service) setPassword(ctx context.Context, user, keep uuid.UUID, password string) error {
+	hash, err := s.hash(ctx, password)
+	if err != nil {
+		return err
+	}
+	err = s.Store.InTx(ctx, func(q *db.Queries) error { return setPassword(ctx, q, user, keep, hash) })
+	return wrap(err, "set password")
+}
+
+func setPassword(ctx context.Context, q *db.Queries, user, keep uuid.UUID, hash string) error {
+	if _, err := q.LockUser(ctx, user); err != nil {
+		return err
+	}
+	if err := q.SetUserPassword(ctx, db.SetUserPasswordParams{ID: user, PasswordHash: &hash}); err != nil {
+		return err
+	}
+	if err := q.DeleteMailTokens(ctx, user); err != nil {
+		return err
+	}
+	return q.DeleteUserSessions(ctx, db.DeleteUserSessionsParams{UserID: user, Keep: keep})
+}
+
+// ForgotPassword has a reset link sent to an address, if it is a user's. It
+// fails only where that was asked for too often.
+func (s *Service) ForgotPassword(ctx context.Context, email string) error {
+	if err := s.Limiter.Allow(ctx, limitForgot, strings.ToLower(email)); err != nil {
+		return err
+	}
+	select {
+	case s.forgotten <- email:
+	default:
+		s.Log.Error("too many reset links are asked for: one is dropped")
+	}
+	return nil
+}
+
+func (s *Service) sendReset(ctx context.Context, email string) error {
+	user, err := s.byEmail(ctx, email)
+	if err != nil || !user.Active {
+		return err
+	}
+	token, err := newLink(ctx, s.Store.Queries, user.ID, reset, resetLasts)
+	if err != nil {
+		return err
+	}
+	s.Mail.Send(mail.Letter{To: user.Email, Subject: "Your Wrenn password", Text: "Somebody, you we hope, asked for a new password of your account.\nSet it here within the hour:\n\n" + s.link(reset, token) + "\n\nIf it was not you, there is nothing to do.\n"})
+	return nil
+}
+
+// ResetPassword sets the password of whoever a reset link was made for and
+// ends their sessions. The link also shows that the address is theirs.
+func (s *Service) ResetPassword(ctx context.Context, token, password string) error {
+	invalid := fault.New(fault.Unauthenticated, "the reset link is not valid, or no longer")
+	if !strings.HasPrefix(token, prefixes[reset]) {
+		return invalid
+	}
+	hash, err := s.hash(ctx, password)
+	if err != nil {
+		return err
+	}
+	sum := sha256.Sum256([]byte(token))
+	err = s.Store.InTx(ctx, func(q *db.Queries) error {
+		user, err := q.TakeMailToken(ctx, db.TakeMailTokenParams{Hash: sum[:], Purpose: reset})
+		if errors.Is(err, store.ErrNoRows) {
+			return invalid
+		}
+		if err != nil {
+			return err
+		}
+		if err := setPassword(ctx, q, user, uuid.Nil, hash); err != nil {
+			return err
+		}
+		return open(ctx, q, user)
+	})
+	return wrap(err, "reset password")
+}
+
+// GitHub logs in whoever an identity on GitHub belongs to. Somebody new gets
+// an account where sign-up is open. Where the address has an account it fails
+// with conflict, and the account's user connects the two with Link: whoever
+// has an address now need not be who had it then.
+func (s *Service) GitHub(ctx context.Context, subject, email string, from Origin) (g auth.Grant, err error) {
+	user, err := s.Store.GetIdentityUser(ctx, db.GetIdentityUserParams{Provider: github, Subject: subject})
+	if errors.Is(err, store.ErrNoRows) {
+		return s.joinGitHub(ctx, subject, email, from)
+	}
+	if err != nil {
+		return g, fmt.Errorf("look up identity: %w", err)
+	}
+	err = s.Store.InTx(ctx, func(q *db.Queries) error {
+		now, err := q.LockUser(ctx, user.ID)
+		if err != nil {
+			return err
+		}
+		if !now.Active {
+			return fault.New(fault.Unauthenticated, "the account is not active")
+		}
+		g, err = s.Sessions.Start(ctx, q, user.ID, from.Agent, from.Address)
+		return err
+	})
+	return g, wrap(err, "log in")
+}
+
+// Link lets a user log in with an identity on GitHub from now on.
+func (s *Service) Link(ctx context.Context, user uuid.UUID, subject string) error {
+	n, err := s.Store.InsertIdentity(ctx, db.InsertIdentityParams{Provider: github, Subject: subject, UserID: user})
+	if err != nil {
+		return fmt.Errorf("connect identity: %w", err)
+	}
+	if n > 0 {
+		return nil
+	}
+	owner, err := s.Store.GetIdentityUser(ctx, db.GetIdentityUserParams{Provider: github, Subject: subject})
+	if err == nil && owner.ID == user {
+		return nil
+	}
+	if err != nil && !errors.Is(err, store.ErrNoRows) {
+		return fmt.Errorf("look up identity: %w", err)
+	}
+	return fault.New(fault.Conflict, "this GitHub account, or another one of yours, is connected already")
+}
+
+// Account is a user, and how they can log in.
+type Account struct {
+	db.User
+	GitHub bool
+}
+
+// Get returns a user.
+func (s *Service) Get(ctx context.Context, user uuid.UUID) (Account, error) {
+	row, err := s.Store.GetUser(ctx, user)
+	if err != nil {
+		return Account{}, fmt.Errorf("look up user: %w", err)
+	}
+	identities, err := s.Store.ListIdentities(ctx, user)
+	if err != nil {
+		return Account{}, fmt.Errorf("look up identities: %w", err)
+	}
+	return Account{User: row, GitHub: len(identities) > 0}, nil
+}
+
+// pattern is a LIKE pattern for what begins with prefix.
+func pattern(prefix string) (string, error) {
+	if strings.Contains(prefix, "\x00") || !utf8.ValidString(prefix) {
+		return "", fault.New(fault.InvalidArgument, "email_prefix: must be UTF-8 without NUL")
+	}
+	return strings.NewReplacer(`\`, `\\`, `%`, `\%`, `_`, `\_`).Replace(strings.ToLower(prefix)) + "%", nil
+}
+
+// Find returns a few active users whose addresses begin with prefix.
+func (s *Service) Find(ctx context.Context, by auth.Principal, prefix string) ([]db.User, error) {
+	if err := s.Limiter.Allow(ctx, limitFind, by.User.String()); err != nil {
+		return nil, err
+	}
+	p, err := pattern(prefix)
+	if err != nil {
+		return nil, err
+	}
+	rows, err := s.Store.FindUsers(ctx, db.FindUsersParams{Pattern: p, MaxRows: found})
+	if err != nil {
+		return nil, fmt.Errorf("find users: %w", err)
+	}
+	return rows, nil
+}
+
+// List returns a page of all users by address, and the next one's cursor.
+func (s *Service) List(ctx context.Context, prefix, cursor string, limit int) ([]db.User, string, error) {
+	p, err := pattern(prefix)
+	if err != nil {
+		return nil, "", err
+	}
+	after, err := page.After(cursor)
+	if err != nil {
+		return nil, "", err
+	}
+	rows, err := s.Store.ListUsers(ctx, db.ListUsersParams{Pattern: p, After: after, MaxRows: int32(limit) + 1})
+	if err != nil {
+		return nil, "", fmt.Errorf("list users: %w", err)
+	}
+	rows, next := page.Cut(rows, limit, func(u db.User) string { return page.Text(strings.ToLower(u.Email)) })
+	return rows, next, nil
+}
+
+// Create makes an account for somebody and the link with which they set its
+// password, which is mailed to them too.
+func (s *Service) Create(ctx context.Context, email string, admin bool) (user db.User, link string, err error) {
+	if err := checkEmail(email); err != nil {
+		return user, "", err
+	}
+	var token string
+	err = s.Store.InTx(ctx, func(q *db.Queries) error {
+		made, err := claim(ctx, q, email, nil, admin)
+		if err != nil {
+			return err
+		}
+		if token, err = newLink(ctx, q, made, reset, inviteLasts); err != nil {
+			return err
+		}
+		user, err = q.GetUser(ctx, made)
+		return err
+	})
+	if store.Duplicate(err) {
+		err = errTaken()
+	}
+	if err != nil {
+		return user, "", wrap(err, "make account")
+	}
+	link = s.link(reset, token)
+	s.Mail.Send(mail.Letter{To: email, Subject: "Your Wrenn account", Text: "You have an account. Set its password within a day:\n\n" + link + "\n"})
+	return user, link, nil
+}
+
+// Change says whether a user may log in and whether they are an admin of the
+// platform (nil: as it is). It fails with conflict where no active admin would
+// be left.
+func (s *Service) Change(ctx context.Context, user uuid.UUID, active, admin *bool) (db.User, error) {
+	var row db.User
+	err := s.Store.InTx(ctx, func(q *db.Queries) error {
+		// One at a time: of two admins who remove each other one stays.
+		if err := q.LockBootstrap(ctx); err != nil {
+			return err
+		}
+		var err error
+		row, err = q.UpdateUser(ctx, db.UpdateUserParams{ID: user, Active: active, Admin: admin})
+		if errors.Is(err, store.ErrNoRows) {
+			return fault.New(fault.NotFound, "no such user")
+		}
+		if err != nil {
+			return err
+		}
+		if n, err := q.CountAdmins(ctx); err != nil {
+			return err
+		} else if n == 0 {
+			return fault.New(fault.Conflict, "this is the last active admin")
+		}
+		if row.Active {
+			return nil
+		}
+		if err := q.DeleteMailTokens(ctx, user); err != nil {
+			return err
+		}
+		return q.DeleteUserSessions(ctx, db.DeleteUserSessionsParams{UserID: user})
+	})
+	return row, wrap(err, "change user")
+}
