@@ -26,6 +26,8 @@ import (
 type Client struct {
 	base    *url.URL
 	key     string
+	access  string // access token of who is logged in, instead of the key
+	team    string // that they act for
 	http    *http.Client
 	retries int
 	agent   string
@@ -173,7 +175,7 @@ func (c *Client) once(ctx context.Context, r request, encoded []byte) (*http.Res
 	for k, v := range r.header {
 		req.Header[k] = v
 	}
-	req.Header.Set("X-API-Key", c.key)
+	c.identify(req.Header)
 	req.Header.Set("User-Agent", c.agent)
 	switch {
 	case r.json != nil:
@@ -190,6 +192,19 @@ func (c *Client) once(ctx context.Context, r request, encoded []byte) (*http.Res
 		return nil, readError(resp)
 	}
 	return resp, nil
+}
+
+// identify says in a request's header who asks.
+func (c *Client) identify(h http.Header) {
+	switch {
+	case c.access != "":
+		h.Set("Authorization", "Bearer "+c.access)
+		if c.team != "" {
+			h.Set("X-Team", c.team)
+		}
+	case c.key != "":
+		h.Set("X-API-Key", c.key)
+	}
 }
 
 // readError is what an answer that is no success says.

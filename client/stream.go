@@ -55,10 +55,9 @@ func (c *Client) ExecStream(ctx context.Context, id string, s Stream) (*Result, 
 func (c *Client) execStream(ctx context.Context, id string, s Stream) (*Result, error) {
 	u := *c.base
 	u.Path += sandboxPath(id, "/exec/stream")
-	conn, resp, err := websocket.Dial(ctx, u.String(), &websocket.DialOptions{
-		HTTPClient: c.http,
-		HTTPHeader: http.Header{"X-Api-Key": {c.key}, "User-Agent": {c.agent}},
-	})
+	header := http.Header{"User-Agent": {c.agent}}
+	c.identify(header)
+	conn, resp, err := websocket.Dial(ctx, u.String(), &websocket.DialOptions{HTTPClient: c.http, HTTPHeader: header})
 	if err != nil {
 		if resp != nil && resp.StatusCode >= 300 {
 			return nil, readError(resp)

@@ -72,40 +72,42 @@ func Commands(in io.Reader, out, errw io.Writer) []*cobra.Command {
 		a.urlCommand(), a.logsCommand(), a.pingCommand(), a.metricsCommand(), a.templateCommand(), a.buildCommand(),
 		a.hostCommand(),
 		a.usageCommand(), a.auditCommand(), a.channelCommand(),
+		a.loginCommand(), a.logoutCommand(), a.keyCommand(), a.teamCommand(),
 	}
 	for _, c := range cmds {
 		f := c.PersistentFlags()
-		f.StringVar(&a.url, "url", "", "the service's URL (default $WRENN_URL, else the one in DIR/credentials.json)")
-		f.StringVar(&a.key, "api-key", "", "API key (default $WRENN_API_KEY, else the one in DIR/credentials.json)")
+		f.StringVar(&a.url, "url", "", "the service's URL (default $WRENN_URL, else that of `wrenn login`, else the one in DIR/credentials.json)")
+		f.StringVar(&a.key, "api-key", "", "API key (default $WRENN_API_KEY, else that of `wrenn login`, else the one in DIR/credentials.json)")
 		f.StringVar(&a.dir, "dir", "", "data directory of `wrenn up` on this machine (default $WRENN_DIR, else "+layout.DefaultDir+")")
 	}
 	return cmds
 }
 
-// client connects to the service that flags, environment or credentials name.
+// agent is the User-Agent of the commands.
+const agent = "wrenn-cli"
+
+// client connects to the service that flags, environment, the user's login, or
+// the credentials of this machine's `wrenn up` name, in this order.
 func (a *app) client() (*client.Client, error) {
 	url, key := first(a.url, os.Getenv("WRENN_URL")), first(a.key, os.Getenv("WRENN_API_KEY"))
-	if url == "" || key == "" {
-		file := layout.Dir(first(a.dir, os.Getenv("WRENN_DIR"), layout.DefaultDir)).Credentials()
-		b, err := os.ReadFile(file)
-		switch {
-		case errors.Is(err, os.ErrPermission):
-			return nil, fmt.Errorf("may not read %s: run this as root, or set WRENN_URL and WRENN_API_KEY", file)
-		case errors.Is(err, os.ErrNotExist):
-			return nil, fmt.Errorf("no service to talk to: there is no %s; start one with `wrenn up`, or set WRENN_URL and WRENN_API_KEY", file)
-		case err != nil:
+	if (url == "" || key == "") && !a.here() {
+		l, err := readLogin()
+		if err != nil {
 			return nil, err
 		}
-		var have struct {
-			URL    string `json:"url"`
-			APIKey string `json:"api_key"`
+		// A login's key is for its own service.
+		if l != nil && (url == "" || url == l.URL) {
+			url, key = l.URL, first(key, l.APIKey)
 		}
-		if err := json.Unmarshal(b, &have); err != nil {
-			return nil, fmt.Errorf("read %s: %w", file, err)
+	}
+	if url == "" || key == "" {
+		have, err := a.credentials()
+		if err != nil {
+			return nil, err
 		}
 		url, key = first(url, have.URL), first(key, have.APIKey)
 	}
-	c, err := client.New(url, key, client.WithUserAgent("wrenn-cli"))
+	c, err := client.New(url, key, client.WithUserAgent(agent))
 	if err != nil {
 		return nil, &UsageError{err}
 	}
@@ -124,6 +126,7 @@ func first(values ...string) string {
 // exactly, atLeast and noMore check how many arguments there are.
 func exactly(n int) cobra.PositionalArgs { return counted(cobra.ExactArgs(n)) }
 func atLeast(n int) cobra.PositionalArgs { return counted(cobra.MinimumNArgs(n)) }
+func noMore(n int) cobra.PositionalArgs  { return counted(cobra.MaximumNArgs(n)) }
 
 func counted(check cobra.PositionalArgs) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
