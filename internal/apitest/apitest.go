@@ -25,16 +25,18 @@ import (
 // raw are the operations whose successful answers are no JSON: of those only
 // status, headers and content type are checked.
 var raw = map[string]bool{
-	"execStream":     true, // a WebSocket
-	"readFile":       true,
-	"readArchive":    true,
-	"getSandboxLogs": true,
-	"getMetrics":     true,
-	"getOpenAPI":     true,
-	"getDocs":        true,
-	"listAudit":      true, // an export
-	"runCode":        true, // a stream of lines
-	"listAllAudit":   true,
+	"execStream":       true, // a WebSocket
+	"readFile":         true,
+	"readArchive":      true,
+	"getSandboxLogs":   true,
+	"getMetrics":       true,
+	"getOpenAPI":       true,
+	"getDocs":          true,
+	"listAudit":        true, // an export
+	"runCode":          true, // a stream of lines
+	"followBuild":      true, // a stream of events
+	"followBuildAdmin": true,
+	"listAllAudit":     true,
 }
 
 // Document is the API's OpenAPI document, made strict: an answer has no field
