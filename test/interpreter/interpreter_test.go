@@ -28,8 +28,20 @@ import (
 
 func TestMain(m *testing.M) { agenttest.Main(m) }
 
+// slow skips what takes longer than all other tests together, unless it is
+// asked for.
+func slow(t *testing.T) {
+	t.Helper()
+	if os.Getenv("WRENN_SLOW") == "" {
+		t.Skip("installs Jupyter and starts it in an emulated guest, which takes 20 minutes: make test WRENN_SLOW=1")
+	}
+}
+
 // TestImages makes what the other test starts from, where there is a network.
-func TestImages(t *testing.T) { imagetest.Interpreter(t, imagetest.Prepare(t)) }
+func TestImages(t *testing.T) {
+	slow(t)
+	imagetest.Interpreter(t, imagetest.Prepare(t))
+}
 
 // host is an installation with an agent on it.
 type host struct{ *agenttest.Agent }
@@ -108,6 +120,7 @@ func (h *host) code(t *testing.T, sandbox, context, code string, timeout int) ma
 // captured; sandboxes of that remember, draw, fail, are interrupted, and go on
 // after a pause.
 func TestCode(t *testing.T) {
+	slow(t)
 	const team = "code's team"
 	owner, base := uuid.NewSHA1(uuid.Nil, []byte(team)), uuid.New()
 	h := &host{agenttest.New(t, func(a *agenttest.Agent) {
