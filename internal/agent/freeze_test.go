@@ -481,7 +481,7 @@ func (h *host) ownDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, args := range [][]string{
-		{"mount", "-t", "tmpfs", "-o", "size=2G,mode=755", "tmpfs", own},
+		{"mount", "-t", "tmpfs", "-o", "size=3G,mode=755", "tmpfs", own},
 		{"cp", "-a", "--sparse=always", string(h.Dir) + "/.", own},
 		{"mount", "--move", own, string(h.Dir)},
 	} {

@@ -42,6 +42,7 @@ type box struct {
 	maybeVM bool  // there may be a machine that vm does not show
 
 	booted chan struct{} // closed when its start has ended, well or not
+	taken  chan struct{} // closed when it was taken back, well or not; nil: it was made by this agent
 	over   chan struct{} // closed when it takes no orders any more
 	gone   chan struct{} // closed when nothing is left of it
 	retry  chan struct{} // somebody wants it cleaned now

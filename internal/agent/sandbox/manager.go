@@ -536,6 +536,14 @@ func (m *Manager) Use(ctx context.Context, id uuid.UUID) (*Use, error) {
 	if err != nil {
 		return nil, err
 	}
+	// Its guest closes all connections when it is taken back.
+	if b.taken != nil {
+		select {
+		case <-b.taken:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
 	leave, ok := b.tracker.Enter()
 	b.mu.Lock()
 	defer b.mu.Unlock()

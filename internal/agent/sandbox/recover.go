@@ -183,6 +183,7 @@ func (m *Manager) adopt(ctx context.Context, f found) {
 		return
 	}
 	b.connect(b.rec.Spec.Token)
+	b.taken = make(chan struct{})
 	b.log.Info("sandbox taken back", "slot", slot.Index(), "pid", b.vm.PID())
 	m.wg.Go(func() {
 		// What a killed agent may have left undone: nothing of this harms one
@@ -192,6 +193,7 @@ func (m *Manager) adopt(ctx context.Context, f found) {
 		if err := b.init(ctx, false); err != nil {
 			b.log.Warn("a sandbox that was taken back does not answer", "error", firstLine(err.Error()))
 		}
+		close(b.taken)
 		b.serve()
 	})
 }
