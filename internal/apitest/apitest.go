@@ -98,7 +98,7 @@ func seal(s *openapi3.SchemaRef) {
 
 // sandboxHost is a Host that stands for a sandbox's port, whose answers are the
 // sandbox's own.
-var sandboxHost = regexp.MustCompile(`^[0-9]+-cl-[0-9a-z]{25}\.`)
+var sandboxHost = regexp.MustCompile(`^[0-9]+-cl-[0-9a-z]*\.`)
 
 // Check says what of an answer is not as the document has it.
 func (d *Document) Check(req *http.Request, status int, header http.Header, body []byte) error {
@@ -158,6 +158,9 @@ func (t transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 	if err != nil || sandboxHost.MatchString(host) {
 		return resp, err
+	}
+	if resp.StatusCode == http.StatusBadGateway && resp.ContentLength == 0 && resp.Header.Get("X-Request-Id") == "" {
+		return resp, nil // The front door's own, while there is no server behind it.
 	}
 	var body []byte
 	if strings.HasPrefix(resp.Header.Get("Content-Type"), "application/json") {

@@ -49,6 +49,8 @@ type output struct {
 	head  []byte
 	tail  []byte
 	cut   bool
+	exit  *int32        // the exit code of what was run last
+	skip  bool          // there was nothing to do
 	fresh chan struct{} // has one when something was written
 }
 
@@ -73,10 +75,28 @@ func (o *output) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// fill puts what was printed so far into a step.
+// exited notes with which exit code a command has ended.
+func (o *output) exited(code int32) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.exit = &code
+}
+
+// skipped notes that the step had nothing to do.
+func (o *output) skipped() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.skip = true
+}
+
+// fill puts what is known so far into a step.
 func (o *output) fill(s *Step) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	s.ExitCode = o.exit
+	if o.skip {
+		s.State = stepSkipped
+	}
 	s.Output, s.Truncated = text(whole(o.head)), o.cut
 	if o.cut {
 		s.Tail = text(o.tail[max(0, len(o.tail)-maxTail):])

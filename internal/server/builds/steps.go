@@ -296,7 +296,7 @@ func (b *box) do(ctx context.Context, act *action, step *Step, out *output) erro
 			return err
 		}
 		if !has {
-			step.State = stepSkipped
+			out.skipped()
 			_, _ = fmt.Fprintln(out, "skipped: there is no apt-get")
 			return nil
 		}
@@ -345,7 +345,7 @@ func (b *box) command(ctx context.Context, c recipe.Command, act *action, step *
 	if err != nil {
 		return err
 	}
-	step.ExitCode = &exit.ExitCode
+	out.exited(exit.GetExitCode())
 	switch {
 	case exit.GetTimedOut():
 		return fault.New(fault.Timeout, "step %d (%s) did not end within %v", step.Number, brief(step.Text), limit)
@@ -578,7 +578,7 @@ func (a *attempt) capture(ctx context.Context, b *box, r *recipe.Recipe, p *plan
 			}
 			check := &a.steps[at+1]
 			err := a.step(ctx, check, a.checkLimit(r.HealthCheck), func(ctx context.Context, log *output) error {
-				return b.healthy(ctx, r.HealthCheck, in, check, ended, log)
+				return b.healthy(ctx, r.HealthCheck, in, ended, log)
 			})
 			out.fill(step)
 			step.DurationMS = time.Since(begun).Milliseconds()
@@ -598,7 +598,7 @@ func (a *attempt) capture(ctx context.Context, b *box, r *recipe.Recipe, p *plan
 		} else {
 			check := &a.steps[at]
 			err := a.step(ctx, check, a.checkLimit(r.HealthCheck), func(ctx context.Context, log *output) error {
-				return b.healthy(ctx, r.HealthCheck, in, check, ended, log)
+				return b.healthy(ctx, r.HealthCheck, in, ended, log)
 			})
 			if err != nil {
 				return err
@@ -636,7 +636,7 @@ func (a *attempt) checkLimit(h *recipe.HealthCheck) time.Duration {
 }
 
 // healthy checks until what was started is ready.
-func (b *box) healthy(ctx context.Context, h *recipe.HealthCheck, in surroundings, step *Step, ended <-chan error, out *output) error {
+func (b *box) healthy(ctx context.Context, h *recipe.HealthCheck, in surroundings, ended <-chan error, out *output) error {
 	interval, timeout, retries := cmp.Or(h.Interval, checkInterval), cmp.Or(h.Timeout, checkTimeout), cmp.Or(h.Retries, checkRetries)
 	begun := time.Now()
 	for failures := 0; ; {
@@ -644,7 +644,7 @@ func (b *box) healthy(ctx context.Context, h *recipe.HealthCheck, in surrounding
 		if err != nil {
 			return err
 		}
-		step.ExitCode = &exit.ExitCode
+		out.exited(exit.GetExitCode())
 		if exit.GetExitCode() == 0 && !exit.GetTimedOut() {
 			return nil
 		}
