@@ -159,7 +159,7 @@ func (t transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err != nil || sandboxHost.MatchString(host) {
 		return resp, err
 	}
-	if resp.StatusCode == http.StatusBadGateway && resp.ContentLength == 0 && resp.Header.Get("X-Request-Id") == "" {
+	if resp.StatusCode == http.StatusBadGateway && resp.Header.Get("X-Request-Id") == "" && resp.Header.Get("Server") == "Caddy" {
 		return resp, nil // The front door's own, while there is no server behind it.
 	}
 	var body []byte

@@ -1,0 +1,213 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/wrenn-dev/wrenn/client"
+	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
+	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+)
+
+// failures counts what a client has to hide: requests without an answer, and
+// answers that the service cannot now.
+type failures struct {
+	next http.RoundTripper
+	n    atomic.Int64
+}
+
+func (f *failures) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := f.next.RoundTrip(r)
+	if err != nil || resp.StatusCode >= http.StatusInternalServerError {
+		f.n.Add(1)
+	}
+	return resp, err
+}
+
+// TestOutage has clients create, use and destroy sandboxes in a loop while the
+// database, Redis and the server go and come back. The client library hides
+// it: no call fails, each sandbox is there until it is destroyed, and in the
+// end the table, the host and the machines agree.
+func TestOutage(t *testing.T) {
+	if why := unable(); why != "" {
+		t.Skip(why)
+	}
+	c := newControl(t)
+	wrenn := c.wrenn
+	hidden := &failures{next: http.DefaultTransport.(*http.Transport).Clone()}
+	var err error
+	if c.Client, err = client.New(c.url, c.key, client.WithHTTPClient(&http.Client{Transport: hidden})); err != nil {
+		t.Fatal(err)
+	}
+	host, env := c.host("only", "127.0.0.4:7070")
+	launch(t, "agent", env, wrenn, "agent")
+	within(t, 5*time.Minute, "the host is online", func() bool { return c.status(host) == "online" })
+
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
+	defer cancel()
+	var mu sync.Mutex
+	var all []string // whatever was acknowledged
+	create := func() (*client.Sandbox, error) {
+		s, err := c.Create(ctx, client.CreateOptions{MemoryMiB: 128})
+		if err == nil {
+			mu.Lock()
+			all = append(all, s.ID)
+			mu.Unlock()
+		}
+		return s, err
+	}
+	echo := func(id, word string) error {
+		// It may run twice: nobody is told of the first time if that was cut off.
+		r, err := c.Exec(ctx, id, client.Command{Cmd: "echo " + word + "; cat /proc/sys/kernel/random/boot_id", Shell: true, TimeoutSeconds: 120, Repeatable: true}, nil)
+		if err == nil && !strings.HasPrefix(string(r.Stdout), word+"\n") {
+			err = fmt.Errorf("it printed %q", r.Stdout)
+		}
+		return err
+	}
+	// One that lives through all of it.
+	lasting, err := create()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { c.destroy([]string{lasting.ID}) }()
+	rounds := make(chan struct{}, 100)
+	stop := make(chan struct{})
+	var workers sync.WaitGroup
+	for n := range 2 {
+		workers.Go(func() {
+			for i := 0; ; i++ {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				s, err := create()
+				if err != nil {
+					t.Errorf("create: %v", err)
+					return
+				}
+				if err := echo(s.ID, fmt.Sprint("round-", n, "-", i)); err != nil {
+					t.Errorf("run in %s: %v", s.ID, err)
+				}
+				if err := c.Delete(ctx, s.ID); err != nil {
+					t.Errorf("destroy %s: %v", s.ID, err)
+					return
+				}
+				rounds <- struct{}{}
+			}
+		})
+	}
+	ended := make(chan struct{})
+	go func() { workers.Wait(); close(ended) }()
+	// turns waits for rounds that begin and end.
+	turns := func(n int) {
+		for range n {
+			select {
+			case <-rounds:
+			case <-ended:
+				return
+			case <-ctx.Done():
+				t.Error("the clients do not get on")
+				return
+			}
+		}
+	}
+	outages := []struct {
+		what string
+		do   func()
+	}{
+		{"PostgreSQL is restarted", func() {
+			cluster := pgtest.Shared(t)
+			cluster.Stop()
+			time.Sleep(time.Second)
+			if err := cluster.Start(); err != nil {
+				t.Fatal(err)
+			}
+		}},
+		{"Redis is restarted", func() {
+			c.redis.signal(syscall.SIGKILL)
+			time.Sleep(time.Second)
+			c.redis = c.startRedis()
+		}},
+		{"the server is killed and started again", func() {
+			c.server.signal(syscall.SIGKILL)
+			c.server = c.startServer()
+		}},
+	}
+	turns(2)
+	for _, o := range outages {
+		begin := time.Now()
+		o.do()
+		if t.Failed() {
+			break
+		}
+		turns(3) // at least one of them began before
+		t.Logf("%s: three more rounds after %v", o.what, time.Since(begin).Round(100*time.Millisecond))
+	}
+	close(stop)
+	<-ended
+	t.Logf("%d sandboxes were acknowledged; %d failures were hidden", len(all), hidden.n.Load())
+	if hidden.n.Load() == 0 {
+		t.Error("nothing failed: there was nothing to hide")
+	}
+	if err := echo(lasting.ID, "still-there"); err != nil {
+		t.Errorf("the sandbox that lived through it: %v", err)
+	}
+
+	// Every row agrees with the host: nothing is in transit, nothing is left.
+	conn, err := pgx.Connect(ctx, c.database)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(ctx)
+	live := func() []string {
+		rows, err := conn.Query(ctx, "SELECT state FROM sandboxes WHERE state NOT IN ('stopped', 'error')")
+		if err != nil {
+			t.Fatal(err)
+		}
+		states, err := pgx.CollectRows(rows, pgx.RowTo[string])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return states
+	}
+	has := func() int {
+		entries, err := os.ReadDir(filepath.Join(c.dirs[host], "sandboxes"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(entries)
+	}
+	// What nobody owns the host is rid of after half a minute.
+	took := within(t, 2*time.Minute, "table and host agree", func() bool { return slices.Equal(live(), []string{"running"}) && has() == 1 })
+	t.Logf("table and host agree %v after the last call", took.Round(100*time.Millisecond))
+	for _, id := range all {
+		s, err := c.Get(ctx, id)
+		if err != nil {
+			t.Errorf("%s, which was acknowledged: %v", id, err)
+			continue
+		}
+		if want := map[bool]string{true: "running", false: "stopped"}[id == lasting.ID]; s.State != want {
+			t.Errorf("%s is %s, want %s", id, s.State, want)
+		}
+		if runs := agenttest.QEMU(id) != 0; runs != (id == lasting.ID) {
+			t.Errorf("%s has a machine: %v", id, runs)
+		}
+	}
+	var lost int
+	if err := conn.QueryRow(ctx, "SELECT count(*) FROM sandboxes WHERE end_reason = 'lost'").Scan(&lost); err != nil || lost != 0 {
+		t.Errorf("%d sandboxes were lost (%v)", lost, err)
+	}
+}
