@@ -66,6 +66,8 @@ func newBench(t *testing.T) *bench {
 	for n := range 3 {
 		b.teams = append(b.teams, uuid.New())
 		b.exec("INSERT INTO teams (id, name) VALUES ($1, $2)", b.teams[n], fmt.Sprint("team", n))
+		// Random lives keep to no quota: an empty one bounds nothing.
+		b.exec("INSERT INTO team_quotas (team_id) VALUES ($1)", b.teams[n])
 	}
 	return b
 }
