@@ -122,6 +122,9 @@ type Config struct {
 	// Builds bounds builds of templates.
 	Builds builds.Settings
 
+	// PasswordCost is what hashes of passwords take, for tests that log in often.
+	PasswordCost auth.Cost `env:"-"`
+
 	// Log is where the server says what it does; nil is slog.Default.
 	Log *slog.Logger `env:"-"`
 }
@@ -193,7 +196,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	}
 	redisOptions.DialerRetries = 1
 	s.redis = redis.NewClient(redisOptions)
-	made, err := auth.Bootstrap(ctx, s.store, auth.FirstAdmin{Email: c.AdminEmail, Password: c.AdminPassword, APIKey: c.AdminAPIKey})
+	made, err := auth.Bootstrap(ctx, s.store, auth.FirstAdmin{Email: c.AdminEmail, Password: c.AdminPassword, APIKey: c.AdminAPIKey, PasswordCost: c.PasswordCost})
 	if err != nil {
 		return nil, err
 	}
@@ -244,7 +247,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	}
 	s.sessions = auth.NewSessions(s.store, secret, s.log)
 	limiter := ratelimit.New(s.redis, s.log)
-	s.users = users.New(users.Config{Store: s.store, Sessions: s.sessions, Limiter: limiter, Mail: s.mail, PublicURL: c.PublicURL, Log: s.log})
+	s.users = users.New(users.Config{Store: s.store, Sessions: s.sessions, Limiter: limiter, Mail: s.mail, PublicURL: c.PublicURL, PasswordCost: c.PasswordCost, Log: s.log})
 	s.teams = teams.New(teams.Config{Store: s.store, Sandboxes: s.sandboxes, Log: s.log})
 	var hub *github.Client
 	if c.GitHubClientID != "" {

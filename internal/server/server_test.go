@@ -36,6 +36,7 @@ import (
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server"
+	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
@@ -67,6 +68,8 @@ func newPlane(t testing.TB) *plane {
 		Domain: "localhost", PublicURL: "http://localhost:8000", SecretKey: strings.Repeat("ab", 32),
 		AgentURL: a.url(), AgentToken: agentToken,
 		AdminEmail: "admin@example.com", AdminPassword: "correct horse", AdminAPIKey: adminKey,
+		// The race detector makes the usual cost seconds.
+		PasswordCost: auth.Cost{Passes: 1, MemoryKiB: 64, Threads: 1},
 	}}
 	var err error
 	if p.document, err = apitest.Load(); err != nil {

@@ -121,6 +121,8 @@ type FirstAdmin struct {
 	Email, Password string
 	// APIKey is a key of the admin's team; none is made when it is empty.
 	APIKey string
+	// PasswordCost is what the password's hash takes.
+	PasswordCost Cost
 }
 
 // Bootstrap makes the first admin, its team and its API key when there is no
@@ -146,7 +148,7 @@ func Bootstrap(ctx context.Context, s *store.Store, a FirstAdmin) (bool, error) 
 		if n, err := q.CountUsers(ctx); err != nil || n > 0 {
 			return err
 		}
-		user, team, hash := uuid.New(), uuid.New(), HashPassword(a.Password)
+		user, team, hash := uuid.New(), uuid.New(), a.PasswordCost.Hash(a.Password)
 		if err := q.InsertUser(ctx, db.InsertUserParams{ID: user, Email: a.Email, PasswordHash: &hash, Admin: true}); err != nil {
 			return err
 		}

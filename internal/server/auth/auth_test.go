@@ -8,8 +8,8 @@ import (
 )
 
 func TestPassword(t *testing.T) {
-	hash := HashPassword("correct horse")
-	if strings.Contains(hash, "correct") || hash == HashPassword("correct horse") {
+	hash := Cost{}.Hash("correct horse")
+	if strings.Contains(hash, "correct") || hash == (Cost{}).Hash("correct horse") {
 		t.Errorf("hash %q tells", hash)
 	}
 	for password, want := range map[string]bool{"correct horse": true, "correct horse ": false, "": false} {

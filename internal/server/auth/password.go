@@ -11,20 +11,28 @@ import (
 	"golang.org/x/crypto/argon2"
 )
 
-// Cost of a new password hash, as RFC 9106 recommends where memory is scarce.
-const (
-	argonTime    = 3
-	argonMemory  = 64 << 10 // KiB
-	argonThreads = 4
-	argonKey     = 32
-)
+// Cost is what it takes to make a password's hash, and to check it. The zero
+// value is what RFC 9106 recommends where memory is scarce (its section 4,
+// second choice); a service that people use has no other.
+type Cost struct {
+	Passes uint32
+	// MemoryKiB is in KiB.
+	MemoryKiB uint32
+	Threads   uint8
+}
 
-// HashPassword returns the password's argon2id hash in PHC form.
-func HashPassword(password string) string {
+// argonKey is the length of a hash, in bytes.
+const argonKey = 32
+
+// Hash returns the password's argon2id hash in PHC form.
+func (c Cost) Hash(password string) string {
+	if c == (Cost{}) {
+		c = Cost{Passes: 3, MemoryKiB: 64 << 10, Threads: 4}
+	}
 	salt := make([]byte, 16)
 	rand.Read(salt)
-	key := argon2.IDKey([]byte(password), salt, argonTime, argonMemory, argonThreads, argonKey)
-	return fmt.Sprintf("$argon2id$v=%d$m=%d,t=%d,p=%d$%s$%s", argon2.Version, argonMemory, argonTime, argonThreads,
+	key := argon2.IDKey([]byte(password), salt, c.Passes, c.MemoryKiB, c.Threads, argonKey)
+	return fmt.Sprintf("$argon2id$v=%d$m=%d,t=%d,p=%d$%s$%s", argon2.Version, c.MemoryKiB, c.Passes, c.Threads,
 		base64.RawStdEncoding.EncodeToString(salt), base64.RawStdEncoding.EncodeToString(key))
 }
 

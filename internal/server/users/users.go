@@ -53,7 +53,9 @@ type Config struct {
 	Mail     *mail.Sender
 	// PublicURL is where people reach the service.
 	PublicURL string
-	Log       *slog.Logger
+	// PasswordCost is what the hashes of passwords take.
+	PasswordCost auth.Cost
+	Log          *slog.Logger
 }
 
 // Service is everybody's account.
@@ -73,7 +75,7 @@ type Service struct {
 func New(c Config) *Service {
 	return &Service{
 		Config: c, hashing: make(chan struct{}, max(2, runtime.NumCPU())),
-		nobody: auth.HashPassword(rand.Text()), forgotten: make(chan string, 256),
+		nobody: c.PasswordCost.Hash(rand.Text()), forgotten: make(chan string, 256),
 	}
 }
 
@@ -104,7 +106,7 @@ func checkEmail(email string) error {
 	return nil
 }
 
-// hash is auth.HashPassword when it is this caller's turn.
+// hash returns a password's hash when it is this caller's turn.
 func (s *Service) hash(ctx context.Context, password string) (string, error) {
 	select {
 	case s.hashing <- struct{}{}:
@@ -112,7 +114,7 @@ func (s *Service) hash(ctx context.Context, password string) (string, error) {
 		return "", ctx.Err()
 	}
 	defer func() { <-s.hashing }()
-	return auth.HashPassword(password), nil
+	return s.PasswordCost.Hash(password), nil
 }
 
 // check says whether the password is the one of the hash; nil is a user
