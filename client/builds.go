@@ -20,15 +20,23 @@ type BuildOptions struct {
 	Tags []string `json:"tags,omitempty"` // none: "latest"
 	// Recipe is the recipe's text, Archive the name of the folder that it copies
 	// from, see UploadArchive; empty: it copies nothing.
-	Recipe              string `json:"recipe"`
-	Archive             string `json:"archive,omitempty"`
-	VCPUs               int    `json:"vcpus,omitempty"`
-	MemoryMiB           int    `json:"memory_mib,omitempty"`
-	DiskMiB             int    `json:"disk_mib,omitempty"`
-	NoCache             bool   `json:"no_cache,omitempty"`      // run every step
-	SkipPrePost         bool   `json:"skip_pre_post,omitempty"` // leave apt's lists alone
-	StepTimeoutSeconds  int    `json:"step_timeout_seconds,omitempty"`
-	PhaseTimeoutSeconds int    `json:"phase_timeout_seconds,omitempty"`
+	Recipe  string `json:"recipe"`
+	Archive string `json:"archive,omitempty"`
+	// Registry is as whom the registry of FROM oci: is asked; nil: as nobody.
+	Registry            *Registry `json:"registry,omitempty"`
+	VCPUs               int       `json:"vcpus,omitempty"`
+	MemoryMiB           int       `json:"memory_mib,omitempty"`
+	DiskMiB             int       `json:"disk_mib,omitempty"`
+	NoCache             bool      `json:"no_cache,omitempty"`      // run every step
+	SkipPrePost         bool      `json:"skip_pre_post,omitempty"` // leave apt's lists alone
+	StepTimeoutSeconds  int       `json:"step_timeout_seconds,omitempty"`
+	PhaseTimeoutSeconds int       `json:"phase_timeout_seconds,omitempty"`
+}
+
+// Registry is as whom a registry of images is asked.
+type Registry struct {
+	Username string `json:"username"`
+	Password string `json:"password"`
 }
 
 // Build is a recipe that becomes a template.

@@ -34,15 +34,43 @@ const (
 // imports are the images that are being made into templates.
 type imports struct {
 	mu      sync.Mutex
-	running map[uuid.UUID]chan struct{} // closed at its end
+	running map[uuid.UUID]*importing
 	room    chan struct{}
 }
 
+// importing is one of them.
+type importing struct {
+	off  func(why error) // breaks it off
+	done chan struct{}   // closed at its end
+}
+
+// errRemoved ends the import of a template that is removed.
+var errRemoved = connect.NewError(connect.CodeAborted, errors.New("the template was removed while it was made"))
+
+// end breaks off whoever makes the template, and waits until nothing of that
+// is under way.
+func (i *imports) end(ctx context.Context, template uuid.UUID) error {
+	i.mu.Lock()
+	is := i.running[template]
+	i.mu.Unlock()
+	if is == nil {
+		return nil
+	}
+	is.off(errRemoved)
+	select {
+	case <-is.done:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
 // enter waits until nobody else makes the template, and few others are made.
-func (i *imports) enter(ctx context.Context, template uuid.UUID) (leave func(), err error) {
+// off is what breaks the caller off.
+func (i *imports) enter(ctx context.Context, off func(error), template uuid.UUID) (leave func(), err error) {
 	i.mu.Lock()
 	for i.running[template] != nil {
-		other := i.running[template]
+		other := i.running[template].done
 		i.mu.Unlock()
 		select {
 		case <-other:
@@ -52,10 +80,10 @@ func (i *imports) enter(ctx context.Context, template uuid.UUID) (leave func(), 
 		i.mu.Lock()
 	}
 	if i.running == nil {
-		i.running, i.room = map[uuid.UUID]chan struct{}{}, make(chan struct{}, maxImports)
+		i.running, i.room = map[uuid.UUID]*importing{}, make(chan struct{}, maxImports)
 	}
 	done := make(chan struct{})
-	i.running[template] = done
+	i.running[template] = &importing{off, done}
 	room := i.room
 	i.mu.Unlock()
 	end := func() {
@@ -92,19 +120,19 @@ func (s *service) ImportTemplate(ctx context.Context, stream *connect.ClientStre
 	// It is undone when the agent stops, too.
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	off := func(why error) { cancel(why); endReceiving(ctx) }
 	ended := make(chan struct{})
 	defer func() { cancel(nil); <-ended }()
 	go func() {
 		defer close(ended)
 		select {
 		case <-s.stopping:
-			cancel(sandbox.ErrClosing)
-			endReceiving(ctx)
+			off(sandbox.ErrClosing)
 		case <-ctx.Done():
 		}
 	}()
 	begin := time.Now()
-	made, sum, err := s.importTemplate(ctx, start, t, &chunks{stream: stream})
+	made, sum, err := s.importTemplate(ctx, off, start, t, &chunks{stream: stream})
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil {
 			err = cause
@@ -128,7 +156,6 @@ func importedTemplate(m *pb.ImportTemplateRequest_Start) (t image.Template, err 
 	if t.DiskMiB == 0 {
 		t.DiskMiB = image.DefaultDiskMiB
 	}
-	r := m.GetRegistry()
 	switch {
 	case t.ID == uuid.Nil:
 		return t, invalid("template_id: the built-in template is not to be replaced")
@@ -138,22 +165,56 @@ func importedTemplate(m *pb.ImportTemplateRequest_Start) (t image.Template, err 
 		return t, invalid("disk_mib: must be between 1 and %d", sandbox.MaxDiskMiB)
 	case m.GetSource() == nil:
 		return t, invalid("source: a registry or an archive is needed")
-	case r != nil && r.GetReference() == "":
-		return t, invalid("reference: must not be empty")
-	case max(len(r.GetReference()), len(r.GetUsername()), len(r.GetPassword()), len(m.GetArchive().GetTag())) > maxReference:
-		return t, invalid("reference, username, password, tag: must have %d bytes at most", maxReference)
-	case r.GetUsername() == "" && r.GetPassword() != "":
-		return t, invalid("username: a password needs one")
+	case len(m.GetArchive().GetTag()) > maxReference:
+		return t, invalid("tag: must have %d bytes at most", maxReference)
 	case (m.GetVcpus() == 0) != (m.GetMemoryMib() == 0):
 		return t, invalid("vcpus and memory_mib: go together")
+	}
+	if r := m.GetRegistry(); r != nil {
+		return t, checkRegistry(r)
 	}
 	return t, nil
 }
 
+func checkRegistry(r *pb.ImportTemplateRequest_Registry) error {
+	switch {
+	case r.GetReference() == "":
+		return invalid("reference: must not be empty")
+	case max(len(r.GetReference()), len(r.GetUsername()), len(r.GetPassword())) > maxReference:
+		return invalid("reference, username, password: must have %d bytes at most", maxReference)
+	case r.GetUsername() == "" && r.GetPassword() != "":
+		return invalid("username: a password needs one")
+	}
+	return nil
+}
+
+// access is with what a registry is asked.
+func (s *service) access(r *pb.ImportTemplateRequest_Registry) oci.Access {
+	return oci.Access{Username: r.GetUsername(), Password: r.GetPassword(), Loopback: s.cfg.LocalRegistries}
+}
+
+// resolveTimeout bounds how long a registry is asked what a reference means.
+const resolveTimeout = time.Minute
+
+// ResolveImage implements hostagentv1connect.HostAgentHandler.
+func (s *service) ResolveImage(ctx context.Context, req *connect.Request[pb.ResolveImageRequest]) (*connect.Response[pb.ResolveImageResponse], error) {
+	r := req.Msg.GetRegistry()
+	if err := checkRegistry(r); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
+	defer cancel()
+	pinned, err := oci.Pin(ctx, r.GetReference(), s.access(r))
+	if err != nil {
+		return nil, s.fault(ctx, "resolve image", blame(true, err))
+	}
+	return connect.NewResponse(&pb.ResolveImageResponse{Pinned: pinned}), nil
+}
+
 // importTemplate makes the template, and captures it. After an error nothing
 // of it is there.
-func (s *service) importTemplate(ctx context.Context, m *pb.ImportTemplateRequest_Start, t image.Template, archive io.Reader) (_ image.Template, sum string, err error) {
-	leave, err := s.imports.enter(ctx, t.ID)
+func (s *service) importTemplate(ctx context.Context, off func(error), m *pb.ImportTemplateRequest_Start, t image.Template, archive io.Reader) (_ image.Template, sum string, err error) {
+	leave, err := s.imports.enter(ctx, off, t.ID)
 	if err != nil {
 		return t, "", err
 	}
@@ -187,7 +248,7 @@ func (s *service) importImage(ctx context.Context, m *pb.ImportTemplateRequest_S
 	limits := oci.Limits{Bytes: 2 * int64(t.DiskMiB) << 20}
 	var img *oci.Image
 	if r := m.GetRegistry(); r != nil {
-		img, err = oci.Registry(ctx, r.GetReference(), oci.Access{Username: r.GetUsername(), Password: r.GetPassword(), Loopback: s.cfg.LocalRegistries})
+		img, err = oci.Registry(ctx, r.GetReference(), s.access(r))
 	} else {
 		file := filepath.Join(tmp, "archive.tar")
 		if err := keep(file, archive, limits.Bytes); err != nil {
@@ -196,19 +257,19 @@ func (s *service) importImage(ctx context.Context, m *pb.ImportTemplateRequest_S
 		img, err = oci.Archive(ctx, file, m.GetArchive().GetTag(), tmp, limits)
 	}
 	if err != nil {
-		return t, "", blame(m, err)
+		return t, "", blame(m.GetRegistry() != nil, err)
 	}
 	defer func() { err = errors.Join(err, img.Close()) }()
 	if sum, err = img.Digest(); err != nil {
 		return t, "", err
 	}
 	t, err = image.Import(ctx, s.cfg.Dir, img, s.envd, t, m.GetInert())
-	return t, sum, blame(m, err)
+	return t, sum, blame(m.GetRegistry() != nil, err)
 }
 
 // blame says whose fault it is that an image is not imported: the image's or
 // the registry's, unless it is known to be another's.
-func blame(m *pb.ImportTemplateRequest_Start, err error) error {
+func blame(registry bool, err error) error {
 	var file *fs.PathError
 	var exit *exec.ExitError
 	var said *connect.Error
@@ -217,7 +278,7 @@ func blame(m *pb.ImportTemplateRequest_Start, err error) error {
 		errors.Is(err, oci.ErrRefused), errors.Is(err, oci.ErrDenied), errors.Is(err, oci.ErrNotFound),
 		errors.As(err, &exit), errors.As(err, &said), errors.As(err, &file) && !errors.Is(err, fs.ErrNotExist):
 		return err
-	case m.GetRegistry() != nil:
+	case registry:
 		return connect.NewError(connect.CodeUnavailable, err)
 	}
 	return fmt.Errorf("%w: %w", err, oci.ErrRefused)

@@ -183,6 +183,53 @@ func TestImport(t *testing.T) {
 			t.Errorf("left: %v", left)
 		}
 	})
+	t.Run("resolved", func(t *testing.T) {
+		resolve := func(s *pb.ImportTemplateRequest_Start) (string, error) {
+			res, err := h.ResolveImage(t.Context(), connect.NewRequest(&pb.ResolveImageRequest{Registry: s.GetRegistry()}))
+			if err != nil {
+				return "", err
+			}
+			return res.Msg.GetPinned(), nil
+		}
+		sum, err := img.Digest()
+		if err != nil {
+			t.Fatal(err)
+		}
+		pinned, err := resolve(registry(ref.String(), password))
+		if err != nil || pinned != ref.Context().Name()+"@"+sum.String() {
+			t.Errorf("%q, %v", pinned, err)
+		}
+		if again, err := resolve(registry(pinned, password)); again != pinned {
+			t.Errorf("%q means %q, %v", pinned, again, err)
+		}
+		for want, s := range map[connect.Code]*pb.ImportTemplateRequest_Start{
+			connect.CodePermissionDenied: registry(pinned, "wrong"),
+			connect.CodeNotFound:         registry(ref.Context().Name()+":none", password),
+			connect.CodeInvalidArgument:  start(),
+			connect.CodeUnavailable:      registry("169.254.169.254/x/y", password),
+		} {
+			if _, err := resolve(s); connect.CodeOf(err) != want || strings.Contains(err.Error(), password) {
+				t.Errorf("%v: %v", want, err)
+			}
+		}
+	})
+	t.Run("removed while it is made", func(t *testing.T) {
+		a := archive("")
+		s := h.ImportTemplate(t.Context())
+		if err := s.Send(&pb.ImportTemplateRequest{Message: &pb.ImportTemplateRequest_Start_{Start: a}}); err != nil {
+			t.Fatal(err)
+		}
+		h.await(t, func() bool { return len(h.templates(t)) > 0 })
+		if _, err := h.DeleteTemplate(t.Context(), connect.NewRequest(&pb.DeleteTemplateRequest{TeamId: team, TemplateId: a.TemplateId})); err != nil && connect.CodeOf(err) != connect.CodeNotFound {
+			t.Error(err)
+		}
+		if left := h.templates(t); len(left) > 0 { // at once
+			t.Errorf("left: %v", left)
+		}
+		if _, err := s.CloseAndReceive(); connect.CodeOf(err) != connect.CodeAborted {
+			t.Errorf("the import: %v", err)
+		}
+	})
 	t.Run("the caller leaves", func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		s := h.ImportTemplate(ctx)

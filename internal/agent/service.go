@@ -316,6 +316,10 @@ func (s *service) DeleteTemplate(ctx context.Context, req *connect.Request[pb.De
 	if err != nil {
 		return nil, err
 	}
+	// What is being made would be there after all.
+	if err := s.imports.end(ctx, template); err != nil {
+		return nil, s.fault(ctx, "delete template", err)
+	}
 	if err := s.sandboxes.DeleteTemplate(team, template); err != nil {
 		return nil, s.fault(ctx, "delete template", err)
 	}

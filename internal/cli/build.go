@@ -28,6 +28,8 @@ func (a *app) buildCommand() *cobra.Command {
 		file        string
 		step, phase time.Duration
 		detach      bool
+		registry    client.Registry
+		fromInput   bool
 	)
 	cmd := &cobra.Command{
 		Use: "build -t NAME[:TAG] [FOLDER]", Short: "Build a template from a recipe, and print its name and version",
@@ -55,6 +57,17 @@ func (a *app) buildCommand() *cobra.Command {
 				return usage("-t NAME: say what the template is to be called")
 			}
 			o.StepTimeoutSeconds, o.PhaseTimeoutSeconds = int(step.Seconds()), int(phase.Seconds())
+			if fromInput != (registry.Username != "") {
+				return usage("--username and --password-stdin go together")
+			}
+			if fromInput {
+				password, err := a.readPassword()
+				if err != nil {
+					return err
+				}
+				registry.Password = password
+				o.Registry = &registry
+			}
 			c, err := a.client()
 			if err != nil {
 				return err
@@ -90,6 +103,8 @@ func (a *app) buildCommand() *cobra.Command {
 	f.IntVar(&o.DiskMiB, "disk", 0, "disk in MiB (default: the base's)")
 	f.DurationVar(&step, "step-timeout", 0, "how long a step may take (default: the server's, 30s)")
 	f.DurationVar(&phase, "phase-timeout", 0, "how long a step before or after the recipe may take (default: the server's, 10m)")
+	f.StringVarP(&registry.Username, "username", "u", "", "user of the registry of FROM oci:")
+	f.BoolVar(&fromInput, "password-stdin", false, "read the registry's password from standard input")
 	f.BoolVarP(&detach, "detach", "d", false, "print the build's id and do not wait for it")
 	cmd.AddCommand(a.buildLsCommand(), a.buildShowCommand(), a.buildFollowCommand(), a.buildCancelCommand())
 	return cmd

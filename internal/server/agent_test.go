@@ -45,6 +45,8 @@ type agent struct {
 	onCreate func(context.Context, *hostagentv1.CreateRequest) error
 	// onDestroy likewise.
 	onDestroy func(context.Context, *hostagentv1.DestroyRequest) error
+	// digest is what a registry's image has.
+	digest string
 	// on decides how pauses, resumes, snapshots, forks and removals of templates
 	// go, by the name of the call; nil: well.
 	on func(ctx context.Context, call string) error

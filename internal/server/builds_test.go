@@ -140,7 +140,7 @@ func TestBuildWrong(t *testing.T) {
 	p := newPlane(t)
 	for what, body := range map[string]map[string]any{
 		"no recipe": {"name": "x", "recipe": "RUN x"}, "an instruction": {"name": "x", "recipe": "FROM minimal\nEXPOSE 1"},
-		"name": {"name": "X", "recipe": "FROM minimal"}, "tag": {"name": "x", "tags": []string{".x"}, "recipe": "FROM minimal"}, "no folder": {"name": "x", "recipe": "FROM minimal\nCOPY a b"},
+		"name": {"name": "X", "recipe": "FROM minimal"}, "a path's name": {"name": "builds", "recipe": "FROM minimal"}, "another": {"name": "import", "recipe": "FROM minimal"}, "tag": {"name": "x", "tags": []string{".x"}, "recipe": "FROM minimal"}, "no folder": {"name": "x", "recipe": "FROM minimal\nCOPY a b"},
 	} {
 		if r := p.call("POST", "/v1/templates/builds", body); r.Status != 400 {
 			t.Errorf("%s: %d %s", what, r.Status, r.Body)
@@ -342,4 +342,86 @@ func TestBuildHostFull(t *testing.T) {
 		t.Errorf("%v %v", b["state"], b["error"])
 	}
 	p.clean(1)
+}
+
+// TestBuildImage builds from an image in a registry that asks for a password: it
+// is imported once for as long as it is the same, and not at all for a build
+// that is cancelled.
+func TestBuildImage(t *testing.T) {
+	p := newPlane(t)
+	p.agent.digest = strings.Repeat("1", 64)
+	const password = "s3cret"
+	body := func(reference, password, last string) map[string]any {
+		b := map[string]any{"recipe": "FROM oci:" + reference + "\nRUN one\nRUN " + last + "\n", "skip_pre_post": true}
+		if password != "" {
+			b["registry"] = map[string]any{"username": "reader", "password": password}
+		}
+		return b
+	}
+	const there = "registry.example/there:1"
+	for what, c := range map[string]struct {
+		body map[string]any
+		why  string
+	}{
+		"a wrong password": {body(there, "wrong", "two"), "the registry lets nobody with these credentials read it"},
+		"nobody":           {body(there, "", "two"), "the registry lets nobody with these credentials read it"},
+		"no such image":    {body("registry.example/none:1", password, "two"), "the registry does not have it"},
+	} {
+		if b := p.ended(p.build(c.body)); b["state"] != "failed" || b["error"] != c.why {
+			t.Errorf("%s: %v %v", what, b["state"], b["error"])
+		}
+	}
+	p.call("POST", "/v1/templates/builds", map[string]any{"name": "x", "recipe": "FROM minimal\nRUN x", "registry": map[string]any{"username": "reader", "password": password}}).fails(400, "invalid_argument")
+	p.clean(1)
+
+	b := p.ended(p.build(body(there, password, "two")))
+	if b["state"] != "succeeded" {
+		t.Fatalf("%v %q", b["error"], steps(b))
+	}
+	p.ended(p.build(body(there, password, "other")))
+	if got, n := p.agent.lines(), p.agent.called("import"); !slices.Equal(got, []string{"one", "two", "other"}) || n != 1 {
+		t.Errorf("it ran %q and imported %d times", got, n)
+	}
+	// The cache lets nobody in.
+	if b := p.ended(p.build(body(there, "wrong", "two"))); b["state"] != "failed" {
+		t.Errorf("with a wrong password and the image there: %v", b["state"])
+	}
+	// The tag means another image now: nothing of the first counts.
+	p.agent.mu.Lock()
+	p.agent.digest = strings.Repeat("2", 64)
+	p.agent.mu.Unlock()
+	p.ended(p.build(body(there, password, "two")))
+	if got, n := p.agent.lines(), p.agent.called("import"); !slices.Equal(got, []string{"one", "two"}) || n != 2 {
+		t.Errorf("of another image it ran %q, after %d imports", got, n)
+	}
+
+	// Its import is broken off with the build.
+	db, err := pgx.Connect(t.Context(), p.config.DatabaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close(context.Background())
+	p.agent.mu.Lock()
+	p.agent.digest = strings.Repeat("3", 64)
+	p.agent.mu.Unlock()
+	_, has := p.agent.left()
+	for _, call := range []string{"resolve", "import"} {
+		hold := p.newHold(call)
+		build := p.build(body(there, password, "two"))
+		<-hold.asked
+		var sealed []byte
+		if err := db.QueryRow(t.Context(), "SELECT registry FROM builds WHERE state = 'running'").Scan(&sealed); err != nil || len(sealed) == 0 || bytes.Contains(sealed, []byte(password)) {
+			t.Errorf("while it runs the table has %q, %v", sealed, err)
+		}
+		p.call("POST", "/v1/templates/builds/"+build+"/cancel", nil).want(200)
+		if b := p.ended(build); b["state"] != "cancelled" {
+			t.Errorf("cancelled in %s: %v %v", call, b["state"], b["error"])
+		}
+		p.agent.hook(nil)
+		p.clean(has)
+	}
+	var kept int
+	if err := db.QueryRow(t.Context(), "SELECT count(*) FROM builds WHERE registry IS NOT NULL").Scan(&kept); err != nil || kept != 0 {
+		t.Errorf("%d builds have credentials after their end, %v", kept, err)
+	}
 }

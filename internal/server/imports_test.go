@@ -37,7 +37,7 @@ func (a *agent) ImportTemplate(ctx context.Context, stream *connect.ClientStream
 	size := int64(archive.Len())
 	if r := start.GetRegistry(); r != nil {
 		switch {
-		case r.GetReference() != "registry.example/there:1":
+		case r.GetReference() != "registry.example/there:1" && !strings.HasPrefix(r.GetReference(), "registry.example/there@sha256:"):
 			return nil, connect.NewError(connect.CodeNotFound, errors.New("the registry does not have it"))
 		case r.GetUsername() != "reader" || r.GetPassword() != "s3cret":
 			return nil, connect.NewError(connect.CodePermissionDenied, errors.New("the registry lets nobody with these credentials read it"))
@@ -49,6 +49,22 @@ func (a *agent) ImportTemplate(ctx context.Context, stream *connect.ClientStream
 	defer a.mu.Unlock()
 	a.templates[start.TemplateId] = t
 	return connect.NewResponse(&hostagentv1.ImportTemplateResponse{Template: t, Digest: "sha256:0"}), nil
+}
+
+// ResolveImage says that the image "there" is what a test has set it to.
+func (a *agent) ResolveImage(ctx context.Context, req *connect.Request[hostagentv1.ResolveImageRequest]) (*connect.Response[hostagentv1.ResolveImageResponse], error) {
+	if err := a.decide(ctx, "resolve"); err != nil {
+		return nil, err
+	}
+	switch r := req.Msg.GetRegistry(); {
+	case r.GetReference() != "registry.example/there:1":
+		return nil, connect.NewError(connect.CodeNotFound, errors.New("the registry does not have it"))
+	case r.GetUsername() != "reader" || r.GetPassword() != "s3cret":
+		return nil, connect.NewError(connect.CodePermissionDenied, errors.New("the registry lets nobody with these credentials read it"))
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return connect.NewResponse(&hostagentv1.ResolveImageResponse{Pinned: "registry.example/there@sha256:" + a.digest}), nil
 }
 
 // brokenReader ends with an error.

@@ -257,7 +257,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 		hub = github.New(github.Config{ClientID: c.GitHubClientID, ClientSecret: c.GitHubClientSecret, URL: c.GitHubURL, APIURL: c.GitHubAPIURL, Callback: c.GitHubCallback})
 	}
 
-	s.builds = builds.New(builds.Config{Settings: c.Builds, Store: s.store, Redis: s.redis, Hosts: s.hosts, Sandboxes: s.sandboxes, Templates: tpl, Log: s.log})
+	s.builds = builds.New(builds.Config{Settings: c.Builds, Secret: secret, Store: s.store, Redis: s.redis, Hosts: s.hosts, Sandboxes: s.sandboxes, Templates: tpl, Log: s.log})
 
 	registry := prometheus.NewRegistry()
 	requests := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "wrenn_http_requests_total", Help: "Answered requests of the REST API."}, []string{"method", "route", "status"})

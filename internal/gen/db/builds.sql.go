@@ -52,8 +52,8 @@ func (q *Queries) AddArchiveChunk(ctx context.Context, arg AddArchiveChunkParams
 }
 
 const buildEnds = `-- name: BuildEnds :one
-UPDATE builds SET state = $1, error = $2, ended_at = now(), worker = NULL, lease_until = NULL
-WHERE id = $3 AND state = 'running' AND worker = $4 RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at
+UPDATE builds SET state = $1, error = $2, ended_at = now(), worker = NULL, lease_until = NULL, registry = NULL
+WHERE id = $3 AND state = 'running' AND worker = $4 RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry
 `
 
 type BuildEndsParams struct {
@@ -92,6 +92,7 @@ func (q *Queries) BuildEnds(ctx context.Context, arg BuildEndsParams) (Build, er
 		&i.CreatedAt,
 		&i.StartedAt,
 		&i.EndedAt,
+		&i.Registry,
 	)
 	return i, err
 }
@@ -112,8 +113,8 @@ func (q *Queries) BuildProgress(ctx context.Context, arg BuildProgressParams) er
 }
 
 const buildSucceeds = `-- name: BuildSucceeds :one
-UPDATE builds SET state = 'succeeded', done_steps = total_steps, template_id = $1, version = $2, ended_at = now(), worker = NULL, lease_until = NULL
-WHERE id = $3 AND state = 'running' AND worker = $4 AND NOT cancelling RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at
+UPDATE builds SET state = 'succeeded', done_steps = total_steps, template_id = $1, version = $2, ended_at = now(), worker = NULL, lease_until = NULL, registry = NULL
+WHERE id = $3 AND state = 'running' AND worker = $4 AND NOT cancelling RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry
 `
 
 type BuildSucceedsParams struct {
@@ -153,6 +154,7 @@ func (q *Queries) BuildSucceeds(ctx context.Context, arg BuildSucceedsParams) (B
 		&i.CreatedAt,
 		&i.StartedAt,
 		&i.EndedAt,
+		&i.Registry,
 	)
 	return i, err
 }
@@ -207,8 +209,9 @@ func (q *Queries) BuildTemplatesGo(ctx context.Context, arg BuildTemplatesGoPara
 const cancelBuild = `-- name: CancelBuild :one
 UPDATE builds SET cancelling = true,
     state = CASE WHEN state = 'queued' THEN 'cancelled' ELSE state END,
-    ended_at = CASE WHEN state = 'queued' THEN now() ELSE ended_at END
-WHERE id = $1 AND team_id = $2 AND state IN ('queued', 'running') RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at
+    ended_at = CASE WHEN state = 'queued' THEN now() ELSE ended_at END,
+    registry = CASE WHEN state = 'queued' THEN NULL ELSE registry END
+WHERE id = $1 AND team_id = $2 AND state IN ('queued', 'running') RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry
 `
 
 type CancelBuildParams struct {
@@ -241,6 +244,7 @@ func (q *Queries) CancelBuild(ctx context.Context, arg CancelBuildParams) (Build
 		&i.CreatedAt,
 		&i.StartedAt,
 		&i.EndedAt,
+		&i.Registry,
 	)
 	return i, err
 }
@@ -253,7 +257,7 @@ WHERE builds.id = (
     WHERE (b.state = 'queued' AND (SELECT count(*) FROM builds AS other WHERE other.team_id = b.team_id AND other.state = 'running') < $3::bigint)
        OR (b.state = 'running' AND b.lease_until < now())
     ORDER BY b.created_at LIMIT 1)
-RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at
+RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry
 `
 
 type ClaimBuildParams struct {
@@ -288,6 +292,7 @@ func (q *Queries) ClaimBuild(ctx context.Context, arg ClaimBuildParams) (Build, 
 		&i.CreatedAt,
 		&i.StartedAt,
 		&i.EndedAt,
+		&i.Registry,
 	)
 	return i, err
 }
@@ -442,7 +447,7 @@ func (q *Queries) GetArchiveChunk(ctx context.Context, arg GetArchiveChunkParams
 }
 
 const getBuild = `-- name: GetBuild :one
-SELECT id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at FROM builds WHERE id = $1
+SELECT id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry FROM builds WHERE id = $1
 `
 
 func (q *Queries) GetBuild(ctx context.Context, id uuid.UUID) (Build, error) {
@@ -469,12 +474,13 @@ func (q *Queries) GetBuild(ctx context.Context, id uuid.UUID) (Build, error) {
 		&i.CreatedAt,
 		&i.StartedAt,
 		&i.EndedAt,
+		&i.Registry,
 	)
 	return i, err
 }
 
 const getTeamBuild = `-- name: GetTeamBuild :one
-SELECT id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at FROM builds WHERE id = $1 AND team_id = $2
+SELECT id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry FROM builds WHERE id = $1 AND team_id = $2
 `
 
 type GetTeamBuildParams struct {
@@ -506,15 +512,16 @@ func (q *Queries) GetTeamBuild(ctx context.Context, arg GetTeamBuildParams) (Bui
 		&i.CreatedAt,
 		&i.StartedAt,
 		&i.EndedAt,
+		&i.Registry,
 	)
 	return i, err
 }
 
 const insertBuild = `-- name: InsertBuild :one
-INSERT INTO builds (id, team_id, name, tags, recipe, archive, options, state, total_steps, created_at)
-SELECT $1, $2, $3, $4, $5, $6, $7, 'queued', $8, $9
-WHERE (SELECT count(*) FROM builds AS other WHERE other.team_id = $2 AND other.state IN ('queued', 'running')) < $10::bigint
-RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at
+INSERT INTO builds (id, team_id, name, tags, recipe, archive, options, registry, state, total_steps, created_at)
+SELECT $1, $2, $3, $4, $5, $6, $7, $8, 'queued', $9, $10
+WHERE (SELECT count(*) FROM builds AS other WHERE other.team_id = $2 AND other.state IN ('queued', 'running')) < $11::bigint
+RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry
 `
 
 type InsertBuildParams struct {
@@ -525,6 +532,7 @@ type InsertBuildParams struct {
 	Recipe     string
 	Archive    *string
 	Options    []byte
+	Registry   []byte
 	TotalSteps int32
 	CreatedAt  time.Time
 	Most       int64
@@ -540,6 +548,7 @@ func (q *Queries) InsertBuild(ctx context.Context, arg InsertBuildParams) (Build
 		arg.Recipe,
 		arg.Archive,
 		arg.Options,
+		arg.Registry,
 		arg.TotalSteps,
 		arg.CreatedAt,
 		arg.Most,
@@ -566,6 +575,7 @@ func (q *Queries) InsertBuild(ctx context.Context, arg InsertBuildParams) (Build
 		&i.CreatedAt,
 		&i.StartedAt,
 		&i.EndedAt,
+		&i.Registry,
 	)
 	return i, err
 }
@@ -673,7 +683,7 @@ func (q *Queries) ListBuildSteps(ctx context.Context, buildID uuid.UUID) ([]Buil
 }
 
 const listBuilds = `-- name: ListBuilds :many
-SELECT id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at FROM builds
+SELECT id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry FROM builds
 WHERE team_id = $1 AND (created_at, id) < ($2::timestamptz, $3::uuid)
 ORDER BY created_at DESC, id DESC
 LIMIT $4
@@ -721,6 +731,7 @@ func (q *Queries) ListBuilds(ctx context.Context, arg ListBuildsParams) ([]Build
 			&i.CreatedAt,
 			&i.StartedAt,
 			&i.EndedAt,
+			&i.Registry,
 		); err != nil {
 			return nil, err
 		}

@@ -61,6 +61,7 @@ type Build struct {
 	CreatedAt  time.Time
 	StartedAt  *time.Time
 	EndedAt    *time.Time
+	Registry   []byte
 }
 
 type BuildArchive struct {

@@ -249,45 +249,6 @@ func (q *Queries) DropTemplate(ctx context.Context, id uuid.UUID) error {
 	return err
 }
 
-const findImported = `-- name: FindImported :one
-SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at FROM templates
-WHERE templates.team_id = $1 AND kind = 'layer' AND templates.state = 'ready' AND layer_key = $2 AND templates.created_at > $3
-  AND EXISTS (SELECT 1 FROM host_templates JOIN hosts ON hosts.id = host_id WHERE template_id = templates.id AND hosts.status = 'online')
-ORDER BY templates.created_at DESC
-LIMIT 1
-`
-
-type FindImportedParams struct {
-	TeamID   uuid.UUID
-	LayerKey []byte
-	Since    time.Time
-}
-
-// What was made of an image for builds of a team, and not long ago.
-func (q *Queries) FindImported(ctx context.Context, arg FindImportedParams) (Template, error) {
-	row := q.db.QueryRow(ctx, findImported, arg.TeamID, arg.LayerKey, arg.Since)
-	var i Template
-	err := row.Scan(
-		&i.ID,
-		&i.TeamID,
-		&i.Name,
-		&i.SizeBytes,
-		&i.CreatedAt,
-		&i.State,
-		&i.VCPUs,
-		&i.MemoryMiB,
-		&i.DiskMiB,
-		&i.CapturedFrom,
-		&i.Worker,
-		&i.Kind,
-		&i.Version,
-		&i.BuildID,
-		&i.LayerKey,
-		&i.UsedAt,
-	)
-	return i, err
-}
-
 const findTemplate = `-- name: FindTemplate :one
 SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at FROM templates
 WHERE templates.team_id IN ($1, '00000000-0000-0000-0000-000000000000')
@@ -873,6 +834,46 @@ func (q *Queries) TemplateReady(ctx context.Context, arg TemplateReadyParams) (T
 		arg.Name,
 		arg.ID,
 	)
+	var i Template
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.Name,
+		&i.SizeBytes,
+		&i.CreatedAt,
+		&i.State,
+		&i.VCPUs,
+		&i.MemoryMiB,
+		&i.DiskMiB,
+		&i.CapturedFrom,
+		&i.Worker,
+		&i.Kind,
+		&i.Version,
+		&i.BuildID,
+		&i.LayerKey,
+		&i.UsedAt,
+	)
+	return i, err
+}
+
+const useImported = `-- name: UseImported :one
+UPDATE templates SET used_at = now() WHERE templates.id = (
+    SELECT made.id FROM templates AS made
+    WHERE made.team_id = $1 AND made.kind = 'layer' AND made.state = 'ready' AND made.layer_key = $2
+      AND EXISTS (SELECT 1 FROM host_templates JOIN hosts ON hosts.id = host_id WHERE template_id = made.id AND hosts.status = 'online')
+    ORDER BY made.created_at DESC
+    LIMIT 1)
+RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at
+`
+
+type UseImportedParams struct {
+	TeamID   uuid.UUID
+	LayerKey []byte
+}
+
+// What was made of an image for builds of a team.
+func (q *Queries) UseImported(ctx context.Context, arg UseImportedParams) (Template, error) {
+	row := q.db.QueryRow(ctx, useImported, arg.TeamID, arg.LayerKey)
 	var i Template
 	err := row.Scan(
 		&i.ID,

@@ -1041,6 +1041,12 @@ type CreateBuild struct {
 	// Recipe The recipe's text. docs/recipes.md has the language.
 	Recipe string `json:"recipe"`
 
+	// Registry As whom the registry of `FROM oci:` is asked; absent: as nobody. It is kept, encrypted, until the build has ended, and never shown.
+	Registry *struct {
+		Password string `json:"password"`
+		Username string `json:"username"`
+	} `json:"registry,omitempty"`
+
 	// SkipPrePost Leave out the phases before and after the recipe, which update and clean up apt's lists.
 	SkipPrePost *bool `json:"skip_pre_post,omitempty"`
 

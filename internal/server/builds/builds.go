@@ -80,9 +80,9 @@ type Config struct {
 	Hosts     *hosts.Registry
 	Sandboxes *sandboxes.Service
 	Templates *templates.Service
-	// Import makes the template that FROM oci: names, for a build; nil: there is
-	// no such thing yet.
-	Import func(ctx context.Context, team, build uuid.UUID, image string) (db.Template, error)
+	// Secret is what registries' credentials are encrypted with while a build
+	// waits and runs.
+	Secret []byte
 	Log    *slog.Logger
 }
 
@@ -113,7 +113,9 @@ type Request struct {
 	Tags    []string // none: latest
 	Recipe  string
 	Archive string // digest of the folder; empty: nothing is copied
-	Options Options
+	// Registry is as whom the registry of FROM oci: is asked; nil: as nobody.
+	Registry *Registry
+	Options  Options
 }
 
 // Options are how a build is done.
@@ -176,8 +178,19 @@ func (s *Service) Start(ctx context.Context, team uuid.UUID, r Request) (db.Buil
 	if err != nil {
 		return db.Build{}, err
 	}
+	build := uuid.New()
+	var sealed []byte
+	switch {
+	case r.Registry == nil:
+	case parsed.From.Image == "":
+		return db.Build{}, fault.New(fault.InvalidArgument, "registry: only a recipe that is FROM oci: has one")
+	default:
+		if sealed, err = s.sealRegistry(build, *r.Registry); err != nil {
+			return db.Build{}, err
+		}
+	}
 	row, err := s.Store.InsertBuild(ctx, db.InsertBuildParams{
-		ID: uuid.New(), TeamID: team, Name: r.Name, Tags: r.Tags, Recipe: r.Recipe, Archive: archive, Options: options,
+		ID: build, TeamID: team, Name: r.Name, Tags: r.Tags, Recipe: r.Recipe, Archive: archive, Options: options, Registry: sealed,
 		TotalSteps: int32(len(outline(parsed, r.Options.SkipPrePost))), CreatedAt: time.Now().UTC().Truncate(time.Microsecond), Most: int64(s.TeamOpen),
 	})
 	if errors.Is(err, store.ErrNoRows) {

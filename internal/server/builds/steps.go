@@ -135,10 +135,11 @@ func (a *attempt) base(ctx context.Context, from recipe.From) (db.Template, erro
 	if from.Image == "" {
 		return a.Templates.Resolve(ctx, a.row.TeamID, from.Template+":"+cmp.Or(from.Tag, templates.Latest))
 	}
-	if a.Import == nil {
-		return db.Template{}, fault.New(fault.Unimplemented, "FROM oci: is not to be had in builds yet: import the image as a template first, and write FROM and its name")
+	as, err := a.openRegistry(a.row)
+	if err != nil {
+		return db.Template{}, err
 	}
-	return a.Import(ctx, a.row.TeamID, a.row.ID, from.Image)
+	return a.Sandboxes.ImportLayer(ctx, a.row.TeamID, a.row.ID, sandboxes.Image{Reference: from.Image, Username: as.Username, Password: as.Password, DiskMiB: a.options.DiskMiB})
 }
 
 // defaults asks a host what the processes of a template have by default.

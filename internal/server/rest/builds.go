@@ -57,8 +57,12 @@ func (a *API) createBuild(w http.ResponseWriter, r *http.Request, team uuid.UUID
 		a.Fail(w, r, err)
 		return
 	}
+	var registry *builds.Registry
+	if req.Registry != nil {
+		registry = &builds.Registry{Username: req.Registry.Username, Password: req.Registry.Password}
+	}
 	row, err := a.Builds.Start(r.Context(), team, builds.Request{
-		Name: req.Name, Tags: or(req.Tags, nil), Recipe: req.Recipe, Archive: or(req.Archive, ""),
+		Name: req.Name, Tags: or(req.Tags, nil), Recipe: req.Recipe, Archive: or(req.Archive, ""), Registry: registry,
 		Options: builds.Options{
 			VCPUs: or(req.Vcpus, 0), MemoryMiB: or(req.MemoryMib, 0), DiskMiB: or(req.DiskMib, 0),
 			NoCache: or(req.NoCache, false), SkipPrePost: or(req.SkipPrePost, false),

@@ -8,6 +8,7 @@ import (
 	"io"
 	"time"
 
+	"connectrpc.com/connect"
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
@@ -49,19 +50,45 @@ type Image struct {
 	key   []byte
 }
 
-// imageLasts is how long builds begin with what was made of an image before its
-// registry is asked again.
-const imageLasts = time.Hour
+// resolveTimeout bounds how long a host asks a registry what a reference means.
+const resolveTimeout = 90 * time.Second
 
-// ImportLayer makes what a build begins with of an image in a registry, which
-// is asked as nobody, or finds what was made of it less than an hour ago.
-func (s *Service) ImportLayer(ctx context.Context, team, build uuid.UUID, reference string) (db.Template, error) {
-	key := sha256.Sum256([]byte("oci image " + reference))
-	row, err := s.Store.FindImported(ctx, db.FindImportedParams{TeamID: team, LayerKey: key[:], Since: now().Add(-imageLasts)})
+// ImportLayer makes what a build begins with of the image that a registry has
+// under a reference at this moment, or finds what a build of the team made of
+// the same image. When ctx ends before it does, nothing of it goes on.
+func (s *Service) ImportLayer(ctx context.Context, team, build uuid.UUID, i Image) (db.Template, error) {
+	i.Name, i.Inert, i.build = "image", true, &build
+	var row db.Template
+	if err := i.check(); err != nil {
+		return row, err
+	}
+	places, err := s.importPlaces(ctx)
+	if err != nil {
+		return row, err
+	}
+	call, cancel := context.WithTimeout(ctx, resolveTimeout)
+	defer cancel()
+	is, err := places[0].Agent.ResolveImage(call, connect.NewRequest(&hostagentv1.ResolveImageRequest{
+		Registry: &hostagentv1.ImportTemplateRequest_Registry{Reference: i.Reference, Username: i.Username, Password: i.Password},
+	}))
+	if err != nil {
+		return row, hosts.Fault(err)
+	}
+	// What is imported is what the registry said, whatever it says by then.
+	i.Reference = is.Msg.GetPinned()
+	key := sha256.Sum256([]byte("oci image " + i.Reference))
+	i.key = key[:]
+	row, err = s.Store.UseImported(ctx, db.UseImportedParams{TeamID: team, LayerKey: i.key})
 	if err == nil || !errors.Is(err, store.ErrNoRows) {
 		return row, err
 	}
-	return s.Import(ctx, team, Image{Name: "image", Reference: reference, Inert: true, build: &build, key: key[:]})
+	return s.Import(ctx, team, i)
+}
+
+// importPlaces are the hosts that can import an image, the best first. Every
+// host has the built-in template.
+func (s *Service) importPlaces(ctx context.Context) ([]*hosts.Host, error) {
+	return s.Hosts.Places(ctx, uuid.Nil, scheduler.Request{MemoryMiB: defaultMemoryMiB, VCPUs: defaultVCPUs})
 }
 
 // The kinds of templates.
@@ -94,14 +121,13 @@ func (i Image) check() error {
 
 // Import makes a template of an image for a team and returns when it can be
 // started from. Once the image's archive, if there is one, has been read, it
-// goes on when ctx ends before.
+// goes on when ctx ends before, unless it is for a build.
 func (s *Service) Import(ctx context.Context, team uuid.UUID, i Image) (db.Template, error) {
 	var row db.Template
 	if err := i.check(); err != nil {
 		return row, err
 	}
-	// Every host has the built-in template.
-	places, err := s.Hosts.Places(ctx, uuid.Nil, scheduler.Request{MemoryMiB: defaultMemoryMiB, VCPUs: defaultVCPUs})
+	places, err := s.importPlaces(ctx)
 	if err != nil {
 		return row, err
 	}
@@ -125,7 +151,13 @@ func (s *Service) Import(ctx context.Context, team uuid.UUID, i Image) (db.Templ
 		err error
 	}
 	done := make(chan outcome, 1)
+	run, cancel := context.WithTimeout(s.ctx, importTimeout)
+	if i.build != nil {
+		stop := context.AfterFunc(ctx, cancel)
+		defer stop()
+	}
 	go func() {
+		defer cancel()
 		defer s.finish(func() {
 			if s.importing[team]--; s.importing[team] == 0 {
 				delete(s.importing, team)
@@ -134,21 +166,22 @@ func (s *Service) Import(ctx context.Context, team uuid.UUID, i Image) (db.Templ
 				delete(s.templates, template)
 			}
 		})
-		row, err := s.importTo(places[0], team, template, i)
+		row, err := s.importTo(run, places[0], team, template, i)
 		done <- outcome{row, err}
 	}()
 	select {
 	case o := <-done:
 		return o.row, o.err
 	case <-ctx.Done():
+		if i.build != nil {
+			<-done // Whoever ended it removes what is left.
+		}
 		return row, ctx.Err()
 	}
 }
 
 // importTo claims the template's name and has a host make it.
-func (s *Service) importTo(host *hosts.Host, team, template uuid.UUID, i Image) (db.Template, error) {
-	ctx, cancel := context.WithTimeout(s.ctx, importTimeout)
-	defer cancel()
+func (s *Service) importTo(ctx context.Context, host *hosts.Host, team, template uuid.UUID, i Image) (db.Template, error) {
 	log := s.Log.With("template_id", id.Format(id.Template, template), "name", i.Name)
 	var claimed db.Template
 	err := s.Store.InTx(ctx, func(q *db.Queries) error {
@@ -173,7 +206,7 @@ func (s *Service) importTo(host *hosts.Host, team, template uuid.UUID, i Image) 
 		log.Warn("import image", "error", err)
 		// Where it is not certain that the host is done with it, whoever watches
 		// the host looks.
-		if definite(err) && s.ctx.Err() == nil {
+		if definite(err) && ctx.Err() == nil {
 			if err := s.persist(func(ctx context.Context) error { return s.Store.DropTemplate(ctx, template) }); err != nil {
 				log.Error("write that there is no template", "error", err)
 			}

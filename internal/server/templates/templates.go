@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -54,10 +55,16 @@ func New(s *store.Store, log *slog.Logger) *Service {
 // it is.
 var name = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
 
+// reserved are what follows /v1/templates/ and is no template.
+var reserved = []string{"builds", "import"}
+
 // CheckName fails with invalid_argument for what cannot be a template's name.
 func CheckName(s string) error {
 	if !name.MatchString(s) {
 		return fault.New(fault.InvalidArgument, "name: want 1 to 63 of a-z, 0-9, '.', '_' and '-', the first a letter or digit")
+	}
+	if slices.Contains(reserved, s) {
+		return fault.New(fault.InvalidArgument, "name: %q has another meaning in the API's paths", s)
 	}
 	if _, err := id.Parse(id.Template, s); err == nil {
 		return fault.New(fault.InvalidArgument, "name: %s is a template's id", s)

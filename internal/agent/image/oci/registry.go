@@ -33,17 +33,31 @@ type Access struct {
 // machine are asked over TLS, wherever they send the request on to. ctx bounds
 // also what Image does.
 func Registry(ctx context.Context, reference string, access Access) (*Image, error) {
-	img, err := pull(ctx, reference, access)
+	_, img, err := pull(ctx, reference, access)
 	if err != nil {
 		return nil, fmt.Errorf("image %.200s: %w", reference, err)
 	}
 	return img, nil
 }
 
-func pull(ctx context.Context, reference string, access Access) (*Image, error) {
+// Pin returns what a reference means at this moment: the same, with the digest
+// of the image's manifest in the place of its tag. Its errors are Registry's.
+func Pin(ctx context.Context, reference string, access Access) (string, error) {
+	ref, img, err := pull(ctx, reference, access)
+	if err != nil {
+		return "", fmt.Errorf("image %.200s: %w", reference, err)
+	}
+	digest, err := img.img.Digest()
+	if err := errors.Join(err, img.Close()); err != nil {
+		return "", fmt.Errorf("image %.200s: %w", reference, err)
+	}
+	return ref.Context().Digest(digest.String()).Name(), nil
+}
+
+func pull(ctx context.Context, reference string, access Access) (name.Reference, *Image, error) {
 	ref, err := name.ParseReference(reference)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", err, ErrRefused)
+		return nil, nil, fmt.Errorf("%w: %w", err, ErrRefused)
 	}
 	auth := authn.Anonymous
 	switch {
@@ -51,19 +65,20 @@ func pull(ctx context.Context, reference string, access Access) (*Image, error) 
 		auth = &authn.Basic{Username: access.Username, Password: access.Password}
 	case access.Keychain:
 		if auth, err = authn.DefaultKeychain.Resolve(ref.Context()); err != nil {
-			return nil, fmt.Errorf("read credentials: %w", err)
+			return nil, nil, fmt.Errorf("read credentials: %w", err)
 		}
 	}
 	transport := newTransport(access.Loopback)
-	img, err := remote.Image(
+	found, err := remote.Image(
 		ref, remote.WithContext(ctx), remote.WithAuth(auth), remote.WithTransport(transport),
 		remote.WithPlatform(v1.Platform{OS: platformOS, Architecture: platformArch}),
 	)
 	if err != nil {
 		transport.base.CloseIdleConnections()
-		return nil, answered(err)
+		return nil, nil, answered(err)
 	}
-	return newImage(img, func() error { transport.base.CloseIdleConnections(); return nil })
+	img, err := newImage(found, func() error { transport.base.CloseIdleConnections(); return nil })
+	return ref, img, err
 }
 
 // What registries answer.

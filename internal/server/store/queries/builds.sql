@@ -1,7 +1,7 @@
 -- name: InsertBuild :one
 -- No row: the team has as many builds waiting and running as it may.
-INSERT INTO builds (id, team_id, name, tags, recipe, archive, options, state, total_steps, created_at)
-SELECT @id, @team_id, @name, @tags, @recipe, sqlc.narg('archive'), @options, 'queued', @total_steps, @created_at
+INSERT INTO builds (id, team_id, name, tags, recipe, archive, options, registry, state, total_steps, created_at)
+SELECT @id, @team_id, @name, @tags, @recipe, sqlc.narg('archive'), @options, sqlc.narg('registry'), 'queued', @total_steps, @created_at
 WHERE (SELECT count(*) FROM builds AS other WHERE other.team_id = @team_id AND other.state IN ('queued', 'running')) < @most::bigint
 RETURNING *;
 
@@ -47,19 +47,20 @@ WHERE id = @id AND state = 'running' AND worker = @worker;
 UPDATE builds SET done_steps = @done_steps WHERE id = @id AND state = 'running' AND worker = @worker;
 
 -- name: BuildEnds :one
-UPDATE builds SET state = @state, error = @error, ended_at = now(), worker = NULL, lease_until = NULL
+UPDATE builds SET state = @state, error = @error, ended_at = now(), worker = NULL, lease_until = NULL, registry = NULL
 WHERE id = @id AND state = 'running' AND worker = @worker RETURNING *;
 
 -- name: BuildSucceeds :one
 -- No row: it was cancelled meanwhile, or is another worker's.
-UPDATE builds SET state = 'succeeded', done_steps = total_steps, template_id = @template_id, version = @version, ended_at = now(), worker = NULL, lease_until = NULL
+UPDATE builds SET state = 'succeeded', done_steps = total_steps, template_id = @template_id, version = @version, ended_at = now(), worker = NULL, lease_until = NULL, registry = NULL
 WHERE id = @id AND state = 'running' AND worker = @worker AND NOT cancelling RETURNING *;
 
 -- name: CancelBuild :one
 -- What waits has ended at once; what runs is ended by who works on it.
 UPDATE builds SET cancelling = true,
     state = CASE WHEN state = 'queued' THEN 'cancelled' ELSE state END,
-    ended_at = CASE WHEN state = 'queued' THEN now() ELSE ended_at END
+    ended_at = CASE WHEN state = 'queued' THEN now() ELSE ended_at END,
+    registry = CASE WHEN state = 'queued' THEN NULL ELSE registry END
 WHERE id = @id AND team_id = @team_id AND state IN ('queued', 'running') RETURNING *;
 
 -- name: ClearBuildSteps :exec

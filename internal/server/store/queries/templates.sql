@@ -32,13 +32,15 @@ SELECT @id, @team_id, @name::text, @kind::text,
 ON CONFLICT DO NOTHING
 RETURNING *;
 
--- name: FindImported :one
--- What was made of an image for builds of a team, and not long ago.
-SELECT * FROM templates
-WHERE templates.team_id = @team_id AND kind = 'layer' AND templates.state = 'ready' AND layer_key = @layer_key AND templates.created_at > @since
-  AND EXISTS (SELECT 1 FROM host_templates JOIN hosts ON hosts.id = host_id WHERE template_id = templates.id AND hosts.status = 'online')
-ORDER BY templates.created_at DESC
-LIMIT 1;
+-- name: UseImported :one
+-- What was made of an image for builds of a team.
+UPDATE templates SET used_at = now() WHERE templates.id = (
+    SELECT made.id FROM templates AS made
+    WHERE made.team_id = @team_id AND made.kind = 'layer' AND made.state = 'ready' AND made.layer_key = @layer_key
+      AND EXISTS (SELECT 1 FROM host_templates JOIN hosts ON hosts.id = host_id WHERE template_id = made.id AND hosts.status = 'online')
+    ORDER BY made.created_at DESC
+    LIMIT 1)
+RETURNING *;
 
 -- name: TemplateReady :one
 -- The names of teams' templates are the table's, those of the platform's the

@@ -88,6 +88,8 @@ const (
 	// HostAgentImportTemplateProcedure is the fully-qualified name of the HostAgent's ImportTemplate
 	// RPC.
 	HostAgentImportTemplateProcedure = "/hostagent.v1.HostAgent/ImportTemplate"
+	// HostAgentResolveImageProcedure is the fully-qualified name of the HostAgent's ResolveImage RPC.
+	HostAgentResolveImageProcedure = "/hostagent.v1.HostAgent/ResolveImage"
 	// HostAgentTerminateProcedure is the fully-qualified name of the HostAgent's Terminate RPC.
 	HostAgentTerminateProcedure = "/hostagent.v1.HostAgent/Terminate"
 )
@@ -154,6 +156,8 @@ type HostAgentClient interface {
 	// caller leaves, nothing of the template is there; permission_denied and
 	// not_found are the registry's words.
 	ImportTemplate(context.Context) *connect.ClientStreamForClient[v1.ImportTemplateRequest, v1.ImportTemplateResponse]
+	// ResolveImage asks a registry what a reference means at this moment.
+	ResolveImage(context.Context, *connect.Request[v1.ResolveImageRequest]) (*connect.Response[v1.ResolveImageResponse], error)
 	// Terminate stops the agent for good: every running sandbox is paused, then
 	// the process exits.
 	Terminate(context.Context, *connect.Request[v1.TerminateRequest]) (*connect.Response[v1.TerminateResponse], error)
@@ -320,6 +324,12 @@ func NewHostAgentClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(hostAgentMethods.ByName("ImportTemplate")),
 			connect.WithClientOptions(opts...),
 		),
+		resolveImage: connect.NewClient[v1.ResolveImageRequest, v1.ResolveImageResponse](
+			httpClient,
+			baseURL+HostAgentResolveImageProcedure,
+			connect.WithSchema(hostAgentMethods.ByName("ResolveImage")),
+			connect.WithClientOptions(opts...),
+		),
 		terminate: connect.NewClient[v1.TerminateRequest, v1.TerminateResponse](
 			httpClient,
 			baseURL+HostAgentTerminateProcedure,
@@ -356,6 +366,7 @@ type hostAgentClient struct {
 	fork            *connect.Client[v1.ForkRequest, v1.ForkResponse]
 	deleteTemplate  *connect.Client[v1.DeleteTemplateRequest, v1.DeleteTemplateResponse]
 	importTemplate  *connect.Client[v1.ImportTemplateRequest, v1.ImportTemplateResponse]
+	resolveImage    *connect.Client[v1.ResolveImageRequest, v1.ResolveImageResponse]
 	terminate       *connect.Client[v1.TerminateRequest, v1.TerminateResponse]
 }
 
@@ -484,6 +495,11 @@ func (c *hostAgentClient) ImportTemplate(ctx context.Context) *connect.ClientStr
 	return c.importTemplate.CallClientStream(ctx)
 }
 
+// ResolveImage calls hostagent.v1.HostAgent.ResolveImage.
+func (c *hostAgentClient) ResolveImage(ctx context.Context, req *connect.Request[v1.ResolveImageRequest]) (*connect.Response[v1.ResolveImageResponse], error) {
+	return c.resolveImage.CallUnary(ctx, req)
+}
+
 // Terminate calls hostagent.v1.HostAgent.Terminate.
 func (c *hostAgentClient) Terminate(ctx context.Context, req *connect.Request[v1.TerminateRequest]) (*connect.Response[v1.TerminateResponse], error) {
 	return c.terminate.CallUnary(ctx, req)
@@ -551,6 +567,8 @@ type HostAgentHandler interface {
 	// caller leaves, nothing of the template is there; permission_denied and
 	// not_found are the registry's words.
 	ImportTemplate(context.Context, *connect.ClientStream[v1.ImportTemplateRequest]) (*connect.Response[v1.ImportTemplateResponse], error)
+	// ResolveImage asks a registry what a reference means at this moment.
+	ResolveImage(context.Context, *connect.Request[v1.ResolveImageRequest]) (*connect.Response[v1.ResolveImageResponse], error)
 	// Terminate stops the agent for good: every running sandbox is paused, then
 	// the process exits.
 	Terminate(context.Context, *connect.Request[v1.TerminateRequest]) (*connect.Response[v1.TerminateResponse], error)
@@ -713,6 +731,12 @@ func NewHostAgentHandler(svc HostAgentHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(hostAgentMethods.ByName("ImportTemplate")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostAgentResolveImageHandler := connect.NewUnaryHandler(
+		HostAgentResolveImageProcedure,
+		svc.ResolveImage,
+		connect.WithSchema(hostAgentMethods.ByName("ResolveImage")),
+		connect.WithHandlerOptions(opts...),
+	)
 	hostAgentTerminateHandler := connect.NewUnaryHandler(
 		HostAgentTerminateProcedure,
 		svc.Terminate,
@@ -771,6 +795,8 @@ func NewHostAgentHandler(svc HostAgentHandler, opts ...connect.HandlerOption) (s
 			hostAgentDeleteTemplateHandler.ServeHTTP(w, r)
 		case HostAgentImportTemplateProcedure:
 			hostAgentImportTemplateHandler.ServeHTTP(w, r)
+		case HostAgentResolveImageProcedure:
+			hostAgentResolveImageHandler.ServeHTTP(w, r)
 		case HostAgentTerminateProcedure:
 			hostAgentTerminateHandler.ServeHTTP(w, r)
 		default:
@@ -880,6 +906,10 @@ func (UnimplementedHostAgentHandler) DeleteTemplate(context.Context, *connect.Re
 
 func (UnimplementedHostAgentHandler) ImportTemplate(context.Context, *connect.ClientStream[v1.ImportTemplateRequest]) (*connect.Response[v1.ImportTemplateResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgent.ImportTemplate is not implemented"))
+}
+
+func (UnimplementedHostAgentHandler) ResolveImage(context.Context, *connect.Request[v1.ResolveImageRequest]) (*connect.Response[v1.ResolveImageResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgent.ResolveImage is not implemented"))
 }
 
 func (UnimplementedHostAgentHandler) Terminate(context.Context, *connect.Request[v1.TerminateRequest]) (*connect.Response[v1.TerminateResponse], error) {
