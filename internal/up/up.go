@@ -214,6 +214,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 	server := "unix:" + s.dir.ServerSocket()
 	hostAgent := s.own(self, "agent", append(passed(
 		"WRENN_VMM_ACCEL", "WRENN_DNS", "WRENN_MEMORY_MIB", "WRENN_DEFAULT_VCPUS", "WRENN_DEFAULT_MEMORY_MIB", "WRENN_WARM", "WRENN_WARM_MEMORY_MIB",
+		"WRENN_LOCAL_REGISTRIES",
 	),
 		"WRENN_DIR="+string(s.dir), "WRENN_LISTEN="+agent, "WRENN_AGENT_TOKEN="+s.secrets.AgentToken, "WRENN_ENVD="+envd,
 	), func(ctx context.Context) error {
@@ -227,11 +228,14 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 	if err := s.launch(ctx, hostAgent); err != nil {
 		return err
 	}
-	err = s.launch(ctx, s.own(self, "server", []string{
-		"DATABASE_URL=" + pg.url("wrenn"), "REDIS_URL=" + rd.url(), "WRENN_LISTEN=" + server, "WRENN_DOMAIN=" + domain,
-		"WRENN_PUBLIC_URL=" + url, "WRENN_SECRET_KEY=" + s.secrets.SecretKey, "WRENN_AGENT_URL=" + agent, "WRENN_AGENT_TOKEN=" + s.secrets.AgentToken,
-		"WRENN_ADMIN_EMAIL=" + adminEmail, "WRENN_ADMIN_PASSWORD=" + s.secrets.AdminPassword, "WRENN_ADMIN_API_KEY=" + s.secrets.AdminAPIKey,
-	}, func(ctx context.Context) error {
+	err = s.launch(ctx, s.own(self, "server", append(passed(
+		"WRENN_BUILD_WORKERS", "WRENN_BUILD_TEAM_RUNNING", "WRENN_BUILD_TEAM_OPEN", "WRENN_BUILD_STEP_TIMEOUT", "WRENN_BUILD_PHASE_TIMEOUT", "WRENN_BUILD_LEASE",
+		"WRENN_BUILD_ARCHIVE_MIB", "WRENN_BUILD_TEAM_ARCHIVES_MIB", "WRENN_BUILD_ARCHIVES_LAST", "WRENN_BUILD_LAYERS", "WRENN_BUILD_LAYERS_LAST",
+	),
+		"DATABASE_URL="+pg.url("wrenn"), "REDIS_URL="+rd.url(), "WRENN_LISTEN="+server, "WRENN_DOMAIN="+domain,
+		"WRENN_PUBLIC_URL="+url, "WRENN_SECRET_KEY="+s.secrets.SecretKey, "WRENN_AGENT_URL="+agent, "WRENN_AGENT_TOKEN="+s.secrets.AgentToken,
+		"WRENN_ADMIN_EMAIL="+adminEmail, "WRENN_ADMIN_PASSWORD="+s.secrets.AdminPassword, "WRENN_ADMIN_API_KEY="+s.secrets.AdminAPIKey,
+	), func(ctx context.Context) error {
 		if err := healthy(ctx, server); err != nil {
 			return err
 		}
