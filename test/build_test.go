@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"archive/tar"
 	"io"
 	"net/http"
 	"os"
@@ -11,7 +12,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+
 	"github.com/wrenn-dev/wrenn/client"
+	"github.com/wrenn-dev/wrenn/internal/agent/image/oci/ocitest"
 )
 
 // greeting makes a Debian package with one program, greet.
@@ -35,6 +41,24 @@ func greeting(t *testing.T, file string) {
 	}
 }
 
+// repository makes a folder with a Debian package as apt's repository.
+func repository(t *testing.T, dir string) {
+	t.Helper()
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	greeting(t, filepath.Join(dir, "greet.deb"))
+	cmd := exec.Command("dpkg-scanpackages", ".")
+	cmd.Dir = dir
+	list, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("dpkg-scanpackages: %v", err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "Packages"), list, 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestBuild builds a template that installs a package, copies a folder, sets
 // variables, and runs a web server with a health check; and again with its last
 // step changed.
@@ -51,12 +75,12 @@ func TestBuild(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// The package is copied in: a test must not need the distribution's servers.
-	greeting(t, filepath.Join(dir, "greet.deb"))
-	recipe := `FROM minimal
+	// The base has a package's repository, because a test must not need the
+	// distribution's servers; all else that apt does is as with these.
+	repository(t, filepath.Join(dir, "repository"))
+	recipe := `FROM debian:test
 ENV PORT=8000 GREETING="hello there"
-COPY greet.deb /tmp/
-RUN dpkg -i /tmp/greet.deb && rm /tmp/greet.deb
+RUN apt-get install -y greet
 WORKDIR /srv/site
 COPY --chown=user:user --chmod=0640 site/ ./
 RUN sleep 1000 >/dev/null 2>&1 & echo step one
@@ -65,15 +89,15 @@ RUN id -un; greet "$GREETING" > /tmp/greeting; echo LAST
 START python3 -m http.server ${PORT}
 HEALTHCHECK --interval=1s --retries=60 CMD curl -fs http://localhost:8000/
 `
-	build := func(text string, args ...string) (*client.Build, time.Duration) {
+	build := func(name, text string, args ...string) (*client.Build, time.Duration) {
 		t.Helper()
 		if err := os.WriteFile(filepath.Join(dir, "Recipe"), []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}
 		begun := time.Now()
-		out, errs, code := i.cli(t, "", slices.Concat([]string{"build", "-t", "hello", "--skip-pre-post", "--step-timeout", "5m"}, args, []string{dir})...)
+		out, errs, code := i.cli(t, "", slices.Concat([]string{"build", "-t", name, "--step-timeout", "5m"}, args, []string{dir})...)
 		took := time.Since(begun)
-		if code != 0 || !strings.HasPrefix(out, "hello@") {
+		if code != 0 || !strings.HasPrefix(out, strings.TrimSuffix(name, ":test")+"@") {
 			t.Fatalf("wrenn build: exit code %d: %s\n%s", code, out, errs)
 		}
 		id := strings.Fields(errs)[1]
@@ -89,7 +113,13 @@ HEALTHCHECK --interval=1s --retries=60 CMD curl -fs http://localhost:8000/
 		}
 		return s
 	}
-	first, took := build(recipe)
+	defer func() { _ = c.DeleteTemplate(t.Context(), "debian:test") }()
+	build("debian:test", `FROM minimal
+COPY repository/ /srv/repository/
+RUN echo 'deb [trusted=yes] file:/srv/repository ./' > /etc/apt/sources.list
+HEALTHCHECK CMD apt-config shell X APT
+`, "--skip-pre-post")
+	first, took := build("hello", recipe)
 	t.Logf("the first build took %v", took)
 	for _, s := range first.Steps {
 		t.Logf("%d %s %q: %s, %d ms: %s", s.Number, s.Phase, s.Text, s.State, s.DurationMS, s.Output)
@@ -134,7 +164,7 @@ HEALTHCHECK --interval=1s --retries=60 CMD curl -fs http://localhost:8000/
 		t.Fatal(err)
 	}
 	defer func() { _ = c.Delete(t.Context(), sb.ID) }()
-	r, err := c.Exec(t.Context(), sb.ID, client.Command{Shell: true, Cmd: `id -un; pwd; echo "$GREETING $MORE"; cat /tmp/greeting; stat -c '%U:%G %a' index.html; ls; pgrep -c sleep`}, nil)
+	r, err := c.Exec(t.Context(), sb.ID, client.Command{Shell: true, Cmd: `id -un; pwd; echo "$GREETING $MORE"; cat /tmp/greeting; stat -c '%U:%G %a' index.html; ls; pgrep -c sleep; ls -A /var/lib/apt/lists /var/cache/apt/archives/*.deb 2>/dev/null | grep -v ^/`}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -143,11 +173,20 @@ HEALTHCHECK --interval=1s --retries=60 CMD curl -fs http://localhost:8000/
 	}
 
 	// One changed last step: the others are not run again.
-	second, took := build(strings.Replace(recipe, "LAST", "OTHER", 1))
+	second, took := build("hello", strings.Replace(recipe, "LAST", "OTHER", 1))
 	t.Logf("with one changed step it took %v", took)
 	// (USER keeps nothing: it only looks whether there is one.)
-	if got, want := states(second), []string{"cached", "cached", "cached", "cached", "cached", "cached", "succeeded", "succeeded", "succeeded", "succeeded", "succeeded"}; !slices.Equal(got, want) {
+	if got, want := states(second), slices.Concat(slices.Repeat([]string{"cached"}, 6), slices.Repeat([]string{"succeeded"}, 8)); !slices.Equal(got, want) {
 		t.Errorf("the second build's steps were %q, not %q", got, want)
+	}
+	for _, b := range []*client.Build{first, second} {
+		for _, s := range b.Steps {
+			switch out := s.Output; {
+			case b == first && s.Phase == "pre" && !strings.Contains(out, "file:/srv/repository"),
+				b == first && strings.Contains(s.Text, "install") && !strings.Contains(out, "Setting up greet (1.0)"):
+				t.Errorf("%s prints %q", s.Text, out)
+			}
+		}
 	}
 	if second.Version != first.Version+1 {
 		t.Errorf("version %d after %d", second.Version, first.Version)
@@ -157,7 +196,7 @@ HEALTHCHECK --interval=1s --retries=60 CMD curl -fs http://localhost:8000/
 		t.Errorf("after a rebuild the sandbox answers %q", got)
 	}
 	// Without a health check it is the disk alone, which is booted once.
-	third, took := build("FROM hello\nUSER root\nRUN greet again > /tmp/greeting && sync\n")
+	third, took := build("hello", "FROM hello\nUSER root\nRUN greet again > /tmp/greeting && sync\n", "--skip-pre-post")
 	t.Logf("of the disk alone it took %v", took)
 	of, err := c.Create(t.Context(), client.CreateOptions{Template: third.TemplateID})
 	if err != nil {
@@ -178,5 +217,78 @@ HEALTHCHECK --interval=1s --retries=60 CMD curl -fs http://localhost:8000/
 	}
 	if _, err := c.Template(t.Context(), "broken"); !client.IsNotFound(err) {
 		t.Errorf("a build that failed left a template: %v", err)
+	}
+}
+
+// TestBuildImage builds from an image in a registry that asks for a password.
+func TestBuildImage(t *testing.T) {
+	i := up(t)
+	c := i.client(t)
+	// This machine's shell, and what it is linked with.
+	shell := []ocitest.Entry{ocitest.Dir("bin", 0o755), ocitest.Dir("lib64", 0o755), ocitest.Dir("lib", 0o755), ocitest.Dir("lib/x86_64-linux-gnu", 0o755)}
+	for to, from := range map[string]string{"bin/sh": "/bin/dash", "lib64/ld-linux-x86-64.so.2": "/lib64/ld-linux-x86-64.so.2", "lib/x86_64-linux-gnu/libc.so.6": "/lib/x86_64-linux-gnu/libc.so.6"} {
+		b, err := os.ReadFile(from)
+		if err != nil {
+			t.Skipf("needs this machine's shell for the image: %v", err)
+		}
+		shell = append(shell, ocitest.File(to, string(b)).With(func(h *tar.Header) { h.Mode = 0o755 }))
+	}
+	const password = "s3cret-of-the-registry"
+	ref, err := name.ParseReference(ocitest.Registry(t, "reader", password) + "/team/box:v1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	push := func(text string) {
+		t.Helper()
+		img := ocitest.Build(t, ocitest.Archive(t, shell), ocitest.Archive(t, []ocitest.Entry{ocitest.Dir("srv", 0o777), ocitest.File("srv/text", text)}))
+		if err := remote.Write(ref, img, remote.WithAuth(&authn.Basic{Username: "reader", Password: password}), remote.WithContext(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dir := t.TempDir()
+	build := func(stdin string, last string) (*client.Build, string) {
+		t.Helper()
+		recipe := "FROM oci:" + ref.String() + "\nRUN read x < text; echo \"$B $x\" > made; echo made\nRUN echo " + last + "\nHEALTHCHECK CMD read x < made\n"
+		if err := os.WriteFile(filepath.Join(dir, "Recipe"), []byte(recipe), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		begun := time.Now()
+		_, errs, _ := i.cli(t, stdin, "build", "-t", "box", "--step-timeout", "2m", "--skip-pre-post", "--username", "reader", "--password-stdin", dir)
+		if !strings.HasPrefix(errs, "build ") {
+			t.Fatalf("wrenn build: %s", errs)
+		}
+		b, err := c.GetBuild(t.Context(), strings.Fields(errs)[1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("%s %s after %v", b.State, b.Error, time.Since(begun))
+		return b, errs
+	}
+	defer func() { _ = c.DeleteTemplate(t.Context(), "box") }()
+	states := func(b *client.Build) (s string) {
+		for _, step := range b.Steps {
+			s += step.State + " "
+		}
+		return s
+	}
+	push("one\n")
+	if b, errs := build("wrong\n", "last"); b.State != "failed" || !strings.Contains(b.Error, "the registry lets nobody with these credentials read it") {
+		t.Errorf("with a wrong password: %s %s\n%s", b.State, b.Error, errs)
+	}
+	if b, errs := build(password+"\n", "last"); b.State != "succeeded" {
+		t.Fatalf("%s %s\n%s", b.State, b.Error, errs)
+	}
+	if b, errs := build(password+"\n", "other"); states(b) != "cached succeeded succeeded succeeded " {
+		t.Errorf("again: %s %s\n%s", states(b), b.Error, errs)
+	}
+	// The tag means another image: nothing that came of the first is used.
+	push("two\n")
+	if b, errs := build(password+"\n", "last"); states(b) != "succeeded succeeded succeeded succeeded " {
+		t.Errorf("of another image: %s %s\n%s", states(b), b.Error, errs)
+	}
+	sb := i.sandbox(t, client.CreateOptions{Template: "box"})
+	r, err := c.Exec(t.Context(), sb.ID, client.Command{Cmd: "/bin/sh", Args: []string{"-c", `pwd; read x < made; echo "$x"`}}, nil)
+	if err != nil || string(r.Stdout) != "/srv\n2=3 two\n" {
+		t.Errorf("in the sandbox: %q %q, %v", r.Stdout, r.Stderr, err)
 	}
 }

@@ -347,6 +347,7 @@ func up(t testing.TB) *installation {
 func TestMain(m *testing.M) {
 	// Tests count the machines that there are: none comes by itself.
 	os.Setenv("WRENN_WARM", "0")
+	os.Setenv("WRENN_LOCAL_REGISTRIES", "true")
 	code := m.Run()
 	pgtest.End()
 	if sharedUsed {
