@@ -425,3 +425,39 @@ func TestBuildImage(t *testing.T) {
 		t.Errorf("%d builds have credentials after their end, %v", kept, err)
 	}
 }
+
+// TestBuildVersionsGo has a version that no tag names go once no sandbox of it is
+// there, paused ones included, and not before; and what layers are too many.
+func TestBuildVersionsGo(t *testing.T) {
+	p := newPlane(t)
+	p.end()
+	p.config.Builds.Sweep, p.config.Builds.Layers = 50*time.Millisecond, 1
+	p.start()
+	version := func(line string) map[string]any {
+		t.Helper()
+		b := p.ended(p.build(map[string]any{"recipe": "FROM minimal\nRUN " + line + "\n", "skip_pre_post": true}))
+		if b["state"] != "succeeded" {
+			t.Fatalf("%v", b["error"])
+		}
+		return b
+	}
+	has := func(ref string) bool { return p.call("GET", "/v1/templates/"+ref, nil).Status == 200 }
+	one := version("one")
+	sandbox := p.create(map[string]any{"template": "hello"})
+	p.call("POST", "/v1/sandboxes/"+sandbox+"/pause", nil).want(200)
+	version("two")
+	version("three")
+	p.eventually("a version that nothing uses goes", func() bool { return !has("hello@2") })
+	if !has("hello@1") || !has("hello@3") {
+		t.Error("a version that is used went")
+	}
+	// minimal, two versions, and the layer that may stay.
+	p.eventually("layers that are too many go", func() bool { _, n := p.agent.left(); return n == 1+2+1 })
+	p.call("POST", "/v1/sandboxes/"+sandbox+"/resume", nil).want(200)
+	p.call("DELETE", "/v1/sandboxes/"+sandbox, nil)
+	p.eventually("it goes with its last sandbox", func() bool { return !has("hello@1") && !p.agent.hasTemplate(one["template_id"].(string)) })
+	// The number is not given again.
+	if b := version("four"); b["version"] != 4. {
+		t.Errorf("the next version is %v", b["version"])
+	}
+}

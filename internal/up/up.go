@@ -231,6 +231,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 	err = s.launch(ctx, s.own(self, "server", append(passed(
 		"WRENN_BUILD_WORKERS", "WRENN_BUILD_TEAM_RUNNING", "WRENN_BUILD_TEAM_OPEN", "WRENN_BUILD_STEP_TIMEOUT", "WRENN_BUILD_PHASE_TIMEOUT", "WRENN_BUILD_LEASE",
 		"WRENN_BUILD_ARCHIVE_MIB", "WRENN_BUILD_TEAM_ARCHIVES_MIB", "WRENN_BUILD_ARCHIVES_LAST", "WRENN_BUILD_LAYERS", "WRENN_BUILD_LAYERS_LAST",
+		"WRENN_BUILD_SWEEP",
 	),
 		"DATABASE_URL="+pg.url("wrenn"), "REDIS_URL="+rd.url(), "WRENN_LISTEN="+server, "WRENN_DOMAIN="+domain,
 		"WRENN_PUBLIC_URL="+url, "WRENN_SECRET_KEY="+s.secrets.SecretKey, "WRENN_AGENT_URL="+agent, "WRENN_AGENT_TOKEN="+s.secrets.AgentToken,

@@ -70,6 +70,8 @@ type Settings struct {
 	// for how long one that none begins with.
 	Layers     int           `env:"WRENN_BUILD_LAYERS"`
 	LayersLast time.Duration `env:"WRENN_BUILD_LAYERS_LAST"`
+	// Sweep is how often what nobody needs any more is looked for.
+	Sweep time.Duration `env:"WRENN_BUILD_SWEEP"`
 }
 
 // Config is what a Service works with.
@@ -100,7 +102,7 @@ type Service struct {
 func New(c Config) *Service {
 	c.Workers, c.TeamRunning, c.TeamOpen = cmp.Or(c.Workers, 2), cmp.Or(c.TeamRunning, 2), cmp.Or(c.TeamOpen, 20)
 	c.StepTimeout, c.PhaseTimeout = cmp.Or(c.StepTimeout, 30*time.Second), cmp.Or(c.PhaseTimeout, 10*time.Minute)
-	c.Lease = cmp.Or(c.Lease, 30*time.Second)
+	c.Lease, c.Settings.Sweep = cmp.Or(c.Lease, 30*time.Second), cmp.Or(c.Settings.Sweep, 30*time.Second)
 	c.ArchiveMiB, c.TeamArchivesMiB = cmp.Or(c.ArchiveMiB, 512), cmp.Or(c.TeamArchivesMiB, 2048)
 	c.ArchivesLast, c.LayersLast = cmp.Or(c.ArchivesLast, 24*time.Hour), cmp.Or(c.LayersLast, 7*24*time.Hour)
 	c.Layers = cmp.Or(c.Layers, 40)

@@ -21,8 +21,6 @@ import (
 const (
 	// maxAttempts is how often a build is begun whose workers die.
 	maxAttempts = 3
-	// sweepEvery is how often what nobody needs any more is looked for.
-	sweepEvery = 30 * time.Second
 	// cleanTimeout bounds the removal of what a build leaves behind.
 	cleanTimeout = 90 * time.Second
 )
@@ -222,7 +220,7 @@ func (s *Service) clean(ctx context.Context, build uuid.UUID) error {
 // sweep removes, now and then, what builds that have ended could not, versions
 // that nothing names or uses, layers and archives that nobody needs.
 func (s *Service) sweep(ctx context.Context) {
-	tick := time.NewTicker(sweepEvery)
+	tick := time.NewTicker(s.Settings.Sweep)
 	defer tick.Stop()
 	for {
 		select {
