@@ -12,6 +12,7 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -53,6 +54,11 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 	}
 	var ce *connect.Error
 	if errors.As(err, &ce) {
+		if ce.Code() == connect.CodeDeadlineExceeded && s.full() {
+			// A machine that cannot write to its disk stops until it can: its guest
+			// does not know why it does not answer.
+			return connect.NewError(connect.CodeResourceExhausted, errors.New("this host has no disk space left"))
+		}
 		return ce
 	}
 	code := connect.CodeInternal
@@ -89,6 +95,15 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 		ce.Meta().Set(stateHeader, string(state.State))
 	}
 	return ce
+}
+
+// leastRoom is how much of the file system's space, in bytes, is as good as none.
+const leastRoom = 16 << 20
+
+// full says whether the file system with everything of the agent is full.
+func (s *service) full() bool {
+	var fs unix.Statfs_t
+	return unix.Statfs(string(s.cfg.Dir), &fs) == nil && fs.Bavail*uint64(fs.Bsize) < leastRoom
 }
 
 // stateHeader is, with an error, the state of a sandbox that is not running.
