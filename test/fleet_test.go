@@ -93,6 +93,7 @@ type control struct {
 	database string
 	// dirs are the data of the hosts that it added.
 	dirs          map[string]string
+	env           []string // more of the server's environment
 	server, redis *role
 	*client.Client
 }
@@ -191,8 +192,9 @@ func (c *control) destroy(sandboxes []string) {
 	wg.Wait()
 }
 
-// newControl starts a server with a certificate authority on real databases.
-func newControl(t *testing.T) *control {
+// newControl starts a server with a certificate authority on real databases,
+// and more of an environment.
+func newControl(t *testing.T, env ...string) *control {
 	t.Helper()
 	up(t) // It has made the images, which each host would have to make for itself.
 	bin, err := programs()
@@ -200,7 +202,7 @@ func newControl(t *testing.T) *control {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	c := &control{T: t, wrenn: filepath.Join(bin, "wrenn"), dir: dir, key: "wrn_" + strings.Repeat("k", 40), database: pgtest.New(t), dirs: make(map[string]string)}
+	c := &control{T: t, wrenn: filepath.Join(bin, "wrenn"), dir: dir, key: "wrn_" + strings.Repeat("k", 40), database: pgtest.New(t), dirs: make(map[string]string), env: env}
 	if out, err := exec.Command(c.wrenn, "ca", "init", "--dir", dir).CombinedOutput(); err != nil {
 		t.Fatalf("wrenn ca init: %v\n%s", err, out)
 	}
@@ -229,11 +231,11 @@ func (c *control) startRedis() *role {
 
 func (c *control) startServer() *role {
 	c.Helper()
-	return launch(c.T, "server", []string{
+	return launch(c.T, "server", append([]string{
 		"DATABASE_URL=" + c.database, "REDIS_URL=unix://" + c.redisSocket(), "WRENN_LISTEN=" + c.listen, "WRENN_SECRET_KEY=" + strings.Repeat("ab", 32),
 		"WRENN_CA_CERT=" + filepath.Join(c.dir, "ca.crt"), "WRENN_CA_KEY=" + filepath.Join(c.dir, "ca.key"), "WRENN_HEARTBEAT=" + fleetBeat.String(),
 		"WRENN_ADMIN_EMAIL=" + fleetAdmin, "WRENN_ADMIN_PASSWORD=" + fleetPassword, "WRENN_ADMIN_API_KEY=" + c.key,
-	}, c.wrenn, "server")
+	}, c.env...), c.wrenn, "server")
 }
 
 // TestAgentRefuses: an agent takes calls of its control plane, and of nobody
