@@ -207,6 +207,31 @@ HEALTHCHECK CMD apt-config shell X APT
 		t.Errorf("of the disk alone: %q %q %v", r.Stdout, r.Stderr, err)
 	}
 
+	// Versions and tags, from the command line.
+	version := func(ref string) int {
+		t.Helper()
+		tpl, err := c.Template(t.Context(), ref)
+		if client.IsNotFound(err) {
+			return 0
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return tpl.Version
+	}
+	if got := i.ok(t, "template", "ls"); !slices.Contains(got, "hello") {
+		t.Errorf("template ls: %q", got)
+	}
+	i.ok(t, "template", "tag", "hello@1", "kept")
+	if got := i.ok(t, "template", "show", "hello:kept"); version("hello:kept") != 1 || !slices.Contains(got, first.TemplateID) {
+		t.Errorf("hello:kept is version %d: %q", version("hello:kept"), got)
+	}
+	i.ok(t, "template", "untag", "hello:kept")
+	i.ok(t, "template", "rm", "hello@3")
+	if version("hello:kept") != 0 || version("hello@3") != 0 || version("hello@1") != 1 {
+		t.Errorf("hello:kept is version %d, hello@3 %d, hello@1 %d", version("hello:kept"), version("hello@3"), version("hello@1"))
+	}
+
 	// A step that fails says so, and leaves nothing.
 	if err := os.WriteFile(filepath.Join(dir, "Recipe"), []byte("FROM minimal\nRUN echo so far; exit 3\n"), 0o644); err != nil {
 		t.Fatal(err)
