@@ -106,7 +106,14 @@ func (p *plane) start() {
 	}()
 	web := httptest.NewServer(s.Handler())
 	p.server, p.http = s, web
-	halt := func() { cancel(); <-done }
+	halt := func() {
+		begun := time.Now()
+		cancel()
+		<-done
+		if took := time.Since(begun); took > 10*time.Second {
+			p.Errorf("the server took %v to stop", took)
+		}
+	}
 	p.halt = halt
 	p.end = sync.OnceFunc(func() {
 		web.CloseClientConnections()

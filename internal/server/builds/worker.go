@@ -34,17 +34,29 @@ var (
 // Run works on builds until ctx is done. What is under way then is left to
 // others, or to the next server.
 func (s *Service) Run(ctx context.Context) {
+	// A client of its own: only the close of its connections ends a wait for Redis
+	// early, and waits take none from others.
+	options := *s.Redis.Options()
+	options.PoolSize, options.MaxRetries = s.Workers, -1
+	queue := redis.NewClient(&options)
+	stop := context.AfterFunc(ctx, func() { _ = queue.Close() })
+	defer func() {
+		if stop() {
+			_ = queue.Close()
+		}
+	}()
+
 	var wg sync.WaitGroup
 	wg.Go(func() { s.listen(ctx) })
 	wg.Go(func() { s.sweep(ctx) })
 	for range s.Workers {
-		wg.Go(func() { s.work(ctx) })
+		wg.Go(func() { s.work(ctx, queue) })
 	}
 	wg.Wait()
 }
 
 // work works on one build after the other.
-func (s *Service) work(ctx context.Context) {
+func (s *Service) work(ctx context.Context, queue *redis.Client) {
 	for ctx.Err() == nil {
 		row, err := s.claim(ctx)
 		switch {
@@ -57,15 +69,15 @@ func (s *Service) work(ctx context.Context) {
 			if !errors.Is(err, store.ErrNoRows) {
 				s.Log.Error("look for a build", "error", err)
 			}
-			s.wait(ctx)
+			s.wait(ctx, queue)
 		}
 	}
 }
 
 // wait returns when there may be something to do: somebody says so, or a lease
 // may have ended.
-func (s *Service) wait(ctx context.Context) {
-	err := s.Redis.BLPop(ctx, s.Lease/2, queueKey).Err()
+func (s *Service) wait(ctx context.Context, queue *redis.Client) {
+	err := queue.BLPop(ctx, s.Lease/2, queueKey).Err()
 	if err == nil || errors.Is(err, redis.Nil) || ctx.Err() != nil {
 		return
 	}
