@@ -308,7 +308,11 @@ func TestFork(t *testing.T) {
 	numbers, _ := h.random(t, sandbox)
 	seen := map[string]bool{numbers: true}
 	h.counts(t, sandbox, pid, last)
+	under := mapsMemory(t, sandbox)
 	for i, c := range res.Msg.GetSandboxes() {
+		if got := mapsMemory(t, c.GetSandboxId()); got != under {
+			t.Errorf("a copy maps %s, and what it is a copy of %s", got, under)
+		}
 		if c.GetSandboxId() != req.GetCopies()[i].GetSandboxId() || c.GetState() != pb.SandboxState_SANDBOX_STATE_RUNNING {
 			t.Errorf("a copy is %v", c)
 		}
@@ -341,6 +345,23 @@ func TestFork(t *testing.T) {
 			t.Logf("held for %s", line)
 		}
 	}
+}
+
+// mapsMemory is the memory, by device, inode and name, that a sandbox's machine
+// shares with others.
+func mapsMemory(t *testing.T, sandbox string) string {
+	t.Helper()
+	maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", agenttest.QEMU(sandbox)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(maps)) {
+		if f := strings.Fields(line); len(f) > 5 && strings.HasPrefix(f[5], "/memfd:wrenn-") {
+			return strings.Join(f[3:6], " ")
+		}
+	}
+	t.Fatalf("the machine of %s shares no memory", sandbox)
+	return ""
 }
 
 // TestPauseDrains: what is in flight may end within two seconds, nothing new

@@ -73,6 +73,18 @@ func (s *bases) acquire(ctx context.Context, c *image.Capture) (*base, error) {
 	return b, nil
 }
 
+// share makes one more user of a memory; false: nobody uses it any more, and it
+// may be closed. The caller releases it.
+func (s *bases) share(b *base) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if b.refs == 0 {
+		return false
+	}
+	b.refs++
+	return true
+}
+
 func (b *base) open(ctx context.Context, c *image.Capture) error {
 	m, err := memory.Open(c.Memory())
 	if err != nil {

@@ -3,6 +3,7 @@ package sandbox
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -462,6 +463,72 @@ func TestFork(t *testing.T) {
 	h.runs(t, copies[0].ID, 3)
 	h.destroyAll()
 	h.nothingLeft()
+}
+
+// TestForkShares: copies have the memory that lies under the sandbox under
+// theirs too, as long as a whole new one for all of them would take more.
+func TestForkShares(t *testing.T) {
+	for _, test := range []struct {
+		name    string
+		tracks  bool
+		changed bool
+		copies  int
+		shares  bool
+	}{
+		{name: "unchanged", copies: 3, shares: true},
+		{name: "changed, one copy", tracks: true, changed: true, copies: 1, shares: true},
+		{name: "changed, one copy, not tracked", changed: true, copies: 1},
+		{name: "changed, three copies", tracks: true, changed: true, copies: 3},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			w := newWorld(t, 1)
+			w.tracks = test.tracks
+			h := w.open(layout.Dir(t.TempDir()))
+			id := h.create(t, nil)
+			var n byte
+			if test.changed { // three times as much as its template has
+				n = h.counts(t, id)
+			}
+			copies := make([]Copy, test.copies)
+			for i := range copies {
+				copies[i] = Copy{uuid.New(), fmt.Sprint(i)}
+			}
+			if _, err := h.Fork(t.Context(), id, copies); err != nil {
+				t.Fatal(err)
+			}
+			parent, err := h.find(id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, c := range copies {
+				b, err := h.find(c.ID)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if shares := b.base == parent.base; shares != test.shares {
+					t.Errorf("a copy shares its origin's memory: %v", shares)
+				}
+				h.runs(t, c.ID, n)
+			}
+			if err := h.Destroy(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+			// What it shared outlives it, and a pause.
+			for _, c := range copies {
+				n := h.counts(t, c.ID)
+				if _, err := h.Pause(t.Context(), c.ID); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := h.Resume(t.Context(), c.ID); err != nil {
+					t.Fatal(err)
+				}
+				h.runs(t, c.ID, n)
+			}
+			h.destroyAll()
+			h.nothingLeft()
+			h.close()
+		})
+	}
 }
 
 func TestNextAgentTakesPausedBack(t *testing.T) {

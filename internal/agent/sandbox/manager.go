@@ -159,7 +159,7 @@ func hostMemory() (mib int, err error) {
 // under way or returns the one that there is. When all callers have gone before
 // it runs, it is given up.
 func (m *Manager) Create(ctx context.Context, s Spec) (Info, error) {
-	b, err := m.enroll(ctx, s, nil)
+	b, err := m.enroll(ctx, s, start{})
 	if err != nil {
 		return Info{}, err
 	}
@@ -167,30 +167,30 @@ func (m *Manager) Create(ctx context.Context, s Spec) (Info, error) {
 }
 
 // enroll finds or makes the sandbox that s speaks of, and counts the caller
-// as one who waits for it. c is what it begins with; nil: its template's.
-func (m *Manager) enroll(ctx context.Context, s Spec, c *image.Capture) (*box, error) {
-	var t image.Template
-	if c == nil {
+// as one who waits for it.
+func (m *Manager) enroll(ctx context.Context, s Spec, begin start) (*box, error) {
+	t := &begin.template
+	if c := begin.capture; c == nil {
 		var err error
-		if t, err = m.Template(s.Team, s.Template); err != nil {
+		if *t, err = m.Template(s.Team, s.Template); err != nil {
 			return nil, err
 		}
 	} else {
-		t = image.Template{ID: s.Template, Team: s.Team, DiskMiB: c.DiskMiB, VCPUs: c.VCPUs, MemoryMiB: c.MemoryMiB}
+		*t = image.Template{ID: s.Template, Team: s.Team, DiskMiB: c.DiskMiB, VCPUs: c.VCPUs, MemoryMiB: c.MemoryMiB}
 	}
-	if err := s.check(t); err != nil {
+	if err := s.check(*t); err != nil {
 		return nil, err
 	}
 	var b *box
 	err := m.whenFewer(ctx, func() (err error) {
-		b, err = m.join(s, t, c)
+		b, err = m.join(s, begin)
 		return err
 	})
 	return b, err
 }
 
-// join is enroll when t and s are known to be right. The caller holds the lock.
-func (m *Manager) join(s Spec, t image.Template, c *image.Capture) (*box, error) {
+// join is enroll when s is known to be right. The caller holds the lock.
+func (m *Manager) join(s Spec, begin start) (*box, error) {
 	if b := m.boxes[s.ID]; b != nil {
 		b.mu.Lock()
 		defer b.mu.Unlock()
@@ -207,8 +207,8 @@ func (m *Manager) join(s Spec, t image.Template, c *image.Capture) (*box, error)
 		return nil, m.refuse
 	}
 	b := newBox(m, record{Version: recordVersion, Home: s.ID, Spec: s, State: Starting, CreatedAt: time.Now().UTC()})
-	b.begin = start{template: t, capture: c, copied: c != nil}
-	if c == nil {
+	b.begin = begin
+	if b.begin.capture == nil {
 		b.begin.ready = m.warm.take(s)
 	}
 	if err := m.admit(b); err != nil {

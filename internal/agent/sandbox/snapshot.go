@@ -286,6 +286,7 @@ func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_
 	defer func() { m.Observe("fork", time.Since(begin), err) }()
 	hidden := filepath.Join(m.Dir.Forks(), uuid.NewString())
 	var spec Spec
+	var under *base
 	caller := ctx
 	err = b.order(ctx, func(ctx context.Context) error {
 		if b.rec.State != Running {
@@ -295,7 +296,7 @@ func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_
 			return Full(err)
 		}
 		b.set(func() { b.steps = nil })
-		spec = b.rec.Spec
+		spec, under = b.rec.Spec, b.base
 		_, err := b.capture(ctx, hidden, nil)
 		if caller.Err() != nil { // nobody is to have what came of it
 			err = errors.Join(err, os.RemoveAll(hidden))
@@ -310,15 +311,26 @@ func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_
 	if err != nil {
 		return nil, fmt.Errorf("fork: %w", err)
 	}
-	// Made once for all, and not dropped between them.
-	base, err := m.bases.acquire(ctx, c)
-	if err != nil {
-		return nil, fmt.Errorf("fork: %w", err)
+	shares := false
+	if under != nil && under.image != nil && m.bases.share(under) {
+		defer m.bases.release(under)
+		if shares, err = m.sharesMemory(c, under, len(copies)); err != nil {
+			return nil, fmt.Errorf("fork: %w", err)
+		}
 	}
-	defer func() {
-		m.bases.release(base)
-		m.bases.forget(c.ID)
-	}()
+	begins := start{capture: c, copied: true, base: under}
+	if !shares {
+		// Made once for all, and not dropped between them.
+		begins.base = nil
+		one, err := m.bases.acquire(ctx, c)
+		if err != nil {
+			return nil, fmt.Errorf("fork: %w", err)
+		}
+		defer func() {
+			m.bases.release(one)
+			m.bases.forget(c.ID)
+		}()
+	}
 
 	infos, errs := make([]Info, len(copies)), make([]error, len(copies))
 	var wg sync.WaitGroup
@@ -327,7 +339,7 @@ func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_
 		s.ID, s.Token = n.ID, n.Token
 		wg.Go(func() {
 			var copied *box
-			if copied, errs[i] = m.enroll(ctx, s, c); errs[i] == nil {
+			if copied, errs[i] = m.enroll(ctx, s, begins); errs[i] == nil {
 				infos[i], errs[i] = copied.await(ctx)
 			}
 		})
@@ -344,6 +356,23 @@ func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_
 		return nil, fmt.Errorf("fork: %w", err)
 	}
 	return infos, nil
+}
+
+// sharesMemory tells whether n copies that begin with c are to have the memory
+// of the sandbox that they are copies of under theirs, each with all that had
+// changed in it, or together a new one that has it all: whichever takes less.
+// One who has changed more than it shares pauses slowly, though, where the
+// kernel does not tell what is written to.
+func (m *Manager) sharesMemory(c *image.Capture, under *base, n int) (bool, error) {
+	all, err := memory.Open(c.Memory())
+	if err != nil {
+		return false, err
+	}
+	changed := all.BytesChangedFrom(under.image)
+	if err := all.Close(); err != nil {
+		return false, err
+	}
+	return int64(n-1)*changed <= under.bytes && (changed <= under.bytes || m.Driver.TracksMemory()), nil
 }
 
 // DeleteTemplate removes a template's files. Sandboxes that began with it have

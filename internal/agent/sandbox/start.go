@@ -12,6 +12,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/disk"
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/agent/memory"
 	"github.com/wrenn-dev/wrenn/internal/agent/network"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/id"
@@ -22,6 +23,7 @@ type start struct {
 	template image.Template
 	capture  *image.Capture // nil: the template's for what the sandbox is to have
 	copied   bool           // it is a copy of a sandbox: the capture will be gone
+	base     *base          // not nil: a memory to begin with, under what differs in the capture's
 	ready    *box           // a machine that waits, not nil: it begins with that
 }
 
@@ -104,6 +106,10 @@ func (b *box) prepare(ctx context.Context, c *image.Capture) error {
 		if c, err = image.OpenCapture(dir.SandboxOrigin(home)); err != nil {
 			return err
 		}
+		if under := b.begin.base; under != nil && b.m.bases.share(under) {
+			b.base = under
+			return nil
+		}
 		b.base, err = b.m.bases.acquire(ctx, c)
 		return err
 	})
@@ -117,12 +123,21 @@ func (b *box) prepare(ctx context.Context, c *image.Capture) error {
 	if err != nil {
 		return err
 	}
-	return b.step("restore", func() error {
+	return b.step("restore", func() (err error) {
 		devices, err := os.ReadFile(c.Devices())
 		if err != nil {
 			return fmt.Errorf("read the captured devices: %w", err)
 		}
-		return b.restore(ctx, c, vmm.Saved{Memory: b.base.file, Devices: devices})
+		from := vmm.Saved{Memory: b.base.file, Devices: devices}
+		if b.base == b.begin.base {
+			m, e := memory.Open(c.Memory())
+			if e != nil {
+				return fmt.Errorf("read the captured memory: %w", e)
+			}
+			defer func() { err = errors.Join(err, m.Close()) }()
+			from.Changed = m.ChangedFrom(b.base.image)
+		}
+		return b.restore(ctx, c, from)
 	})
 }
 
