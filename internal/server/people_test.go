@@ -265,6 +265,7 @@ func TestGuessing(t *testing.T) {
 		t.Errorf("%d of 40 tries from one address were refused", limited)
 	}
 	p.call("POST", "/v1/auth/refresh", map[string]any{"refresh_token": "x"}, append(nobody, "X-Forwarded-For", "203.0.113.8")...).fails(401, "unauthenticated")
+	checkRates(t, p)
 	// Without Redis a server counts by itself.
 	p.redis.stop()
 	if n := refused(); n != 4 {

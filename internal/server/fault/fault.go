@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"time"
 )
 
 // Code is an error's stable name on the wire.
@@ -76,6 +77,8 @@ func (c Code) Status() int {
 type Error struct {
 	Code    Code
 	Message string
+	// RetryAfter is when the same may work; 0: that is not known.
+	RetryAfter time.Duration
 	// cause is for the log alone.
 	cause error
 }

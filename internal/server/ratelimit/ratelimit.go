@@ -8,7 +8,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"fmt"
 	"log/slog"
 	"math"
 	"net/netip"
@@ -124,7 +123,10 @@ func (l *Limiter) say(err error) {
 }
 
 func tooOften(wait time.Duration) error {
-	return fault.New(fault.RateLimited, "too often: try again in %s", fmt.Sprintf("%d s", int(math.Ceil(wait.Seconds()))))
+	secs := math.Ceil(wait.Seconds())
+	f := fault.New(fault.RateLimited, "too often: try again in %.0f s", secs)
+	f.RetryAfter = time.Duration(secs) * time.Second
+	return f
 }
 
 // Address is what is counted of a client's address: with IPv6 its network, of

@@ -61,6 +61,9 @@ func TestDocumented(t *testing.T) {
 			if !open && (op.Responses.Status(401) == nil || op.Responses.Default() == nil) {
 				t.Errorf("%s %s: does not say how it fails", method, path)
 			}
+			if open && op.Responses.Status(429) == nil {
+				t.Errorf("%s %s: does not say that how often it may be called is bounded", method, path)
+			}
 			for _, p := range append(slices.Clone(item.Parameters), op.Parameters...) {
 				if p.Value.Description == "" {
 					t.Errorf("%s %s: parameter %s has no description", method, path, p.Value.Name)
