@@ -281,6 +281,9 @@ func (d *Driver) arguments(s vmm.Spec, ram, incoming *os.File, h *handed) ([]str
 		"-S", // nothing of the guest's runs before it is in all its bounds
 		// No page of it is merged with others' (mem-merge): that tells guests of one another.
 		"-machine", "microvm,x-option-roms=off,rtc=on,isa-serial=on,memory-backend=ram,mem-merge=off",
+		// Named, as newer ones have SeaBIOS for this machine, which starts no
+		// kernel without an option ROM.
+		"-bios", "qboot.rom",
 		"-accel", accel, "-cpu", cpu,
 		"-smp", strconv.Itoa(s.VCPUs), "-m", fmt.Sprintf("%dM", s.MemoryMiB),
 		"-object", fmt.Sprintf("memory-backend-file,id=ram,size=%dM,share=off,mem-path=/proc/self/fd/%d", s.MemoryMiB, h.add(ram)),
