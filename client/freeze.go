@@ -6,6 +6,8 @@ import (
 	"iter"
 	"net/http"
 	"net/url"
+
+	"github.com/google/uuid"
 )
 
 // Pause writes a sandbox's whole state to its host's disk and returns when it
@@ -38,8 +40,7 @@ func (c *Client) Fork(ctx context.Context, id string, count int) ([]Sandbox, err
 	var made struct {
 		Sandboxes []Sandbox `json:"sandboxes"`
 	}
-	// Not repeated: the copies may have been made.
-	if err := c.call(ctx, request{method: http.MethodPost, path: sandboxPath(id, "/fork"), json: body}, &made); err != nil {
+	if err := c.call(ctx, request{method: http.MethodPost, path: sandboxPath(id, "/fork"), json: body, repeatable: true, header: once()}, &made); err != nil {
 		return nil, fmt.Errorf("fork sandbox: %w", err)
 	}
 	return made.Sandboxes, nil
@@ -53,12 +54,15 @@ func (c *Client) Snapshot(ctx context.Context, id, name string) (*Template, erro
 		Name      string `json:"name"`
 	}{id, name}
 	var t Template
-	// Not repeated: where it was captured the name is taken.
-	if err := c.call(ctx, request{method: http.MethodPost, path: "/v1/snapshots", json: body}, &t); err != nil {
+	if err := c.call(ctx, request{method: http.MethodPost, path: "/v1/snapshots", json: body, repeatable: true, header: once()}, &t); err != nil {
 		return nil, fmt.Errorf("capture sandbox: %w", err)
 	}
 	return &t, nil
 }
+
+// once names a call, so that the service takes what the client repeats of it
+// for the same.
+func once() http.Header { return http.Header{"Idempotency-Key": {uuid.NewString()}} }
 
 // Snapshots lists the templates that were captured from the team's sandboxes,
 // by name. An error ends the list.

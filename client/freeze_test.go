@@ -13,11 +13,13 @@ import (
 type service struct {
 	answers []string // "503" fails
 	asked   []string
+	keys    []string // that calls were named by
 }
 
 func (s *service) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	b, _ := io.ReadAll(r.Body)
 	s.asked = append(s.asked, r.Method+" "+r.URL.EscapedPath()+" "+string(b))
+	s.keys = append(s.keys, r.Header.Get("Idempotency-Key"))
 	answer := s.answers[0]
 	s.answers = s.answers[1:]
 	if answer == "503" {
@@ -55,11 +57,11 @@ func TestFreeze(t *testing.T) {
 		"fork": {func(c *Client) error {
 			made, err := c.Fork(t.Context(), "cl-1", 2)
 			return check(len(made) == 1 && made[0].ID == "cl-1", err)
-		}, `POST /v1/sandboxes/cl-1/fork {"count":2}`, `{"sandboxes":[` + box + `]}`, false},
+		}, `POST /v1/sandboxes/cl-1/fork {"count":2}`, `{"sandboxes":[` + box + `]}`, true},
 		"snapshot": {func(c *Client) error {
 			s, err := c.Snapshot(t.Context(), "cl-1", "a")
 			return check(err == nil && s.Name == "a" && s.VCPUs == 2 && s.MemoryMiB == 256 && s.DiskMiB == 5120 && s.SandboxID == "cl-1", err)
-		}, `POST /v1/snapshots {"sandbox_id":"cl-1","name":"a"}`, snap, false},
+		}, `POST /v1/snapshots {"sandbox_id":"cl-1","name":"a"}`, snap, true},
 		"delete": {func(c *Client) error { return c.DeleteSnapshot(t.Context(), "../a b") }, "DELETE /v1/snapshots/..%2Fa%20b ", "", true},
 		"list": {func(c *Client) error {
 			for s, err := range c.Snapshots(t.Context()) {
@@ -100,6 +102,13 @@ func TestFreeze(t *testing.T) {
 			}
 			if err != nil || !slices.Equal(s.asked, want) {
 				t.Errorf("asked %q, want %q: %v", s.asked, want, err)
+			}
+			// What is repeated is the same call; made again it is another.
+			if makes := slices.Contains([]string{"fork", "snapshot", "create"}, name); makes {
+				s.answers = []string{c.answer}
+				if err := c.call(client); err != nil || len(s.keys) != 3 || s.keys[0] == "" || s.keys[1] != s.keys[0] || s.keys[2] == s.keys[0] {
+					t.Errorf("under the keys %q: %v", s.keys, err)
+				}
 			}
 		})
 	}

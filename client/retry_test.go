@@ -20,7 +20,7 @@ func TestUnsent(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &service{answers: []string{`{"sandboxes":[]}`}}
+	s := &service{answers: []string{`{}`}}
 	server := httptest.NewUnstartedServer(s)
 	done := make(chan struct{})
 	time.AfterFunc(300*time.Millisecond, func() {
@@ -34,7 +34,7 @@ func TestUnsent(t *testing.T) {
 		server.Listener = l
 		server.Start()
 	})
-	_, err = c.Fork(t.Context(), "cl-1", 2)
+	_, err = c.Exec(t.Context(), "cl-1", Command{Cmd: "true"}, nil)
 	<-done
 	defer server.Close()
 	if err != nil || len(s.asked) != 1 {
@@ -62,7 +62,7 @@ func TestUnsent(t *testing.T) {
 	if c, err = New("http://"+silent.Addr().String(), "key"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.Fork(t.Context(), "cl-1", 2); err == nil {
+	if _, err := c.Exec(t.Context(), "cl-1", Command{Cmd: "true"}, nil); err == nil {
 		t.Error("no error")
 	}
 	silent.Close()

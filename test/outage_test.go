@@ -36,7 +36,7 @@ func (f *failures) RoundTrip(r *http.Request) (*http.Response, error) {
 	return resp, err
 }
 
-// TestOutage has clients create, use and destroy sandboxes in a loop while the
+// TestOutage has clients create, use, fork and destroy sandboxes in a loop while the
 // database, Redis and the server go and come back. The client library hides
 // it: no call fails, each sandbox is there until it is destroyed, and in the
 // end the table, the host and the machines agree.
@@ -76,6 +76,21 @@ func TestOutage(t *testing.T) {
 		}
 		return err
 	}
+	// copyOf forks a sandbox and uses the copy.
+	copyOf := func(id, word string) (made []string) {
+		copies, err := c.Fork(ctx, id, 1)
+		if err != nil {
+			t.Errorf("fork %s: %v", id, err)
+			return nil
+		}
+		mu.Lock()
+		all = append(all, copies[0].ID)
+		mu.Unlock()
+		if err := echo(copies[0].ID, word); err != nil {
+			t.Errorf("run in a copy of %s: %v", id, err)
+		}
+		return []string{copies[0].ID}
+	}
 	// One that lives through all of it.
 	lasting, err := create()
 	if err != nil {
@@ -101,9 +116,12 @@ func TestOutage(t *testing.T) {
 				if err := echo(s.ID, fmt.Sprint("round-", n, "-", i)); err != nil {
 					t.Errorf("run in %s: %v", s.ID, err)
 				}
-				if err := c.Delete(ctx, s.ID); err != nil {
-					t.Errorf("destroy %s: %v", s.ID, err)
-					return
+				copies := copyOf(s.ID, fmt.Sprint("copy-", n, "-", i))
+				for _, id := range append(copies, s.ID) {
+					if err := c.Delete(ctx, id); err != nil {
+						t.Errorf("destroy %s: %v", id, err)
+						return
+					}
 				}
 				rounds <- struct{}{}
 			}

@@ -162,8 +162,10 @@ type IdempotencyKey struct {
 	TeamID      uuid.UUID
 	Key         string
 	RequestHash []byte
-	SandboxID   uuid.UUID
+	SandboxID   *uuid.UUID
 	CreatedAt   time.Time
+	Copies      []uuid.UUID
+	TemplateID  *uuid.UUID
 }
 
 type Identity struct {

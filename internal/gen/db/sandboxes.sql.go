@@ -13,7 +13,7 @@ import (
 )
 
 const claimIdempotencyKey = `-- name: ClaimIdempotencyKey :execrows
-INSERT INTO idempotency_keys (team_id, key, request_hash, sandbox_id) VALUES ($1, $2, $3, $4)
+INSERT INTO idempotency_keys (team_id, key, request_hash, sandbox_id, copies, template_id) VALUES ($1, $2, $3, $4, COALESCE($5::uuid[], '{}'), $6)
 ON CONFLICT DO NOTHING
 `
 
@@ -21,7 +21,9 @@ type ClaimIdempotencyKeyParams struct {
 	TeamID      uuid.UUID
 	Key         string
 	RequestHash []byte
-	SandboxID   uuid.UUID
+	SandboxID   *uuid.UUID
+	Copies      []uuid.UUID
+	TemplateID  *uuid.UUID
 }
 
 func (q *Queries) ClaimIdempotencyKey(ctx context.Context, arg ClaimIdempotencyKeyParams) (int64, error) {
@@ -30,6 +32,8 @@ func (q *Queries) ClaimIdempotencyKey(ctx context.Context, arg ClaimIdempotencyK
 		arg.Key,
 		arg.RequestHash,
 		arg.SandboxID,
+		arg.Copies,
+		arg.TemplateID,
 	)
 	if err != nil {
 		return 0, err
@@ -105,13 +109,13 @@ const freeIdempotencyKeys = `-- name: FreeIdempotencyKeys :exec
 DELETE FROM idempotency_keys WHERE sandbox_id = $1
 `
 
-func (q *Queries) FreeIdempotencyKeys(ctx context.Context, sandboxID uuid.UUID) error {
+func (q *Queries) FreeIdempotencyKeys(ctx context.Context, sandboxID *uuid.UUID) error {
 	_, err := q.db.Exec(ctx, freeIdempotencyKeys, sandboxID)
 	return err
 }
 
 const getIdempotencyKey = `-- name: GetIdempotencyKey :one
-SELECT team_id, key, request_hash, sandbox_id, created_at FROM idempotency_keys WHERE team_id = $1 AND key = $2
+SELECT team_id, key, request_hash, sandbox_id, created_at, copies, template_id FROM idempotency_keys WHERE team_id = $1 AND key = $2
 `
 
 type GetIdempotencyKeyParams struct {
@@ -128,6 +132,8 @@ func (q *Queries) GetIdempotencyKey(ctx context.Context, arg GetIdempotencyKeyPa
 		&i.RequestHash,
 		&i.SandboxID,
 		&i.CreatedAt,
+		&i.Copies,
+		&i.TemplateID,
 	)
 	return i, err
 }

@@ -2134,6 +2134,9 @@ type FromDay = openapi_types.Date
 // HostID defines model for HostID.
 type HostID = string
 
+// IdempotencyKey defines model for IdempotencyKey.
+type IdempotencyKey = string
+
 // KeyID defines model for KeyID.
 type KeyID = string
 
@@ -2427,8 +2430,8 @@ type ListSandboxesParams struct {
 
 // CreateSandboxParams defines parameters for CreateSandbox.
 type CreateSandboxParams struct {
-	// IdempotencyKey Any text of the caller's choice that names this creation, for example a random UUID.
-	IdempotencyKey *string `json:"Idempotency-Key,omitempty"`
+	// IdempotencyKey Any text of the caller's choice that names this call, for example a random UUID.
+	IdempotencyKey *IdempotencyKey `json:"Idempotency-Key,omitempty"`
 }
 
 // ReadArchiveParams defines parameters for ReadArchive.
@@ -2476,6 +2479,12 @@ type WriteFileParams struct {
 	User *User `form:"user,omitempty" json:"user,omitempty"`
 }
 
+// ForkSandboxParams defines parameters for ForkSandbox.
+type ForkSandboxParams struct {
+	// IdempotencyKey Any text of the caller's choice that names this call, for example a random UUID.
+	IdempotencyKey *IdempotencyKey `json:"Idempotency-Key,omitempty"`
+}
+
 // GetSandboxMetricsHistoryParams defines parameters for GetSandboxMetricsHistory.
 type GetSandboxMetricsHistoryParams struct {
 	// Window How far back.
@@ -2489,6 +2498,12 @@ type ListSnapshotsParams struct {
 
 	// Cursor A page's `next_cursor`, to get the page after it. Keep the other parameters the same.
 	Cursor *Cursor `form:"cursor,omitempty" json:"cursor,omitempty"`
+}
+
+// CreateSnapshotParams defines parameters for CreateSnapshot.
+type CreateSnapshotParams struct {
+	// IdempotencyKey Any text of the caller's choice that names this call, for example a random UUID.
+	IdempotencyKey *IdempotencyKey `json:"Idempotency-Key,omitempty"`
 }
 
 // ListTemplatesParams defines parameters for ListTemplates.
@@ -2873,7 +2888,7 @@ type ServerInterface interface {
 	WriteFile(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params WriteFileParams)
 	// ForkSandbox Copy a running sandbox
 	// (POST /v1/sandboxes/{sandbox_id}/fork)
-	ForkSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	ForkSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params ForkSandboxParams)
 	// GetSandboxLogs The guest's console
 	// (GET /v1/sandboxes/{sandbox_id}/logs)
 	GetSandboxLogs(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
@@ -2897,7 +2912,7 @@ type ServerInterface interface {
 	ListSnapshots(w http.ResponseWriter, r *http.Request, params ListSnapshotsParams)
 	// CreateSnapshot Capture a sandbox as a template
 	// (POST /v1/snapshots)
-	CreateSnapshot(w http.ResponseWriter, r *http.Request)
+	CreateSnapshot(w http.ResponseWriter, r *http.Request, params CreateSnapshotParams)
 	// DeleteSnapshot Delete a template of the team
 	// (DELETE /v1/snapshots/{name})
 	DeleteSnapshot(w http.ResponseWriter, r *http.Request, name string)
@@ -3443,7 +3458,7 @@ func (_ Unimplemented) WriteFile(w http.ResponseWriter, r *http.Request, sandbox
 
 // ForkSandbox Copy a running sandbox
 // (POST /v1/sandboxes/{sandbox_id}/fork)
-func (_ Unimplemented) ForkSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
+func (_ Unimplemented) ForkSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params ForkSandboxParams) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -3491,7 +3506,7 @@ func (_ Unimplemented) ListSnapshots(w http.ResponseWriter, r *http.Request, par
 
 // CreateSnapshot Capture a sandbox as a template
 // (POST /v1/snapshots)
-func (_ Unimplemented) CreateSnapshot(w http.ResponseWriter, r *http.Request) {
+func (_ Unimplemented) CreateSnapshot(w http.ResponseWriter, r *http.Request, params CreateSnapshotParams) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -5621,7 +5636,7 @@ func (siw *ServerInterfaceWrapper) CreateSandbox(w http.ResponseWriter, r *http.
 
 	// ------------- Optional header parameter "Idempotency-Key" -------------
 	if valueList, found := headers[http.CanonicalHeaderKey("Idempotency-Key")]; found {
-		var IdempotencyKey string
+		var IdempotencyKey IdempotencyKey
 		n := len(valueList)
 		if n != 1 {
 			siw.ErrorHandlerFunc(w, r, &TooManyValuesForParamError{ParamName: "Idempotency-Key", Count: n})
@@ -6194,8 +6209,32 @@ func (siw *ServerInterfaceWrapper) ForkSandbox(w http.ResponseWriter, r *http.Re
 		return
 	}
 
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ForkSandboxParams
+
+	headers := r.Header
+
+	// ------------- Optional header parameter "Idempotency-Key" -------------
+	if valueList, found := headers[http.CanonicalHeaderKey("Idempotency-Key")]; found {
+		var IdempotencyKey IdempotencyKey
+		n := len(valueList)
+		if n != 1 {
+			siw.ErrorHandlerFunc(w, r, &TooManyValuesForParamError{ParamName: "Idempotency-Key", Count: n})
+			return
+		}
+
+		err = runtime.BindStyledParameterWithOptions("simple", "Idempotency-Key", valueList[0], &IdempotencyKey, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""})
+		if err != nil {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "Idempotency-Key", Err: err})
+			return
+		}
+
+		params.IdempotencyKey = &IdempotencyKey
+
+	}
+
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		siw.Handler.ForkSandbox(w, r, sandboxID)
+		siw.Handler.ForkSandbox(w, r, sandboxID, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -6426,8 +6465,35 @@ func (siw *ServerInterfaceWrapper) ListSnapshots(w http.ResponseWriter, r *http.
 // CreateSnapshot operation middleware
 func (siw *ServerInterfaceWrapper) CreateSnapshot(w http.ResponseWriter, r *http.Request) {
 
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params CreateSnapshotParams
+
+	headers := r.Header
+
+	// ------------- Optional header parameter "Idempotency-Key" -------------
+	if valueList, found := headers[http.CanonicalHeaderKey("Idempotency-Key")]; found {
+		var IdempotencyKey IdempotencyKey
+		n := len(valueList)
+		if n != 1 {
+			siw.ErrorHandlerFunc(w, r, &TooManyValuesForParamError{ParamName: "Idempotency-Key", Count: n})
+			return
+		}
+
+		err = runtime.BindStyledParameterWithOptions("simple", "Idempotency-Key", valueList[0], &IdempotencyKey, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""})
+		if err != nil {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "Idempotency-Key", Err: err})
+			return
+		}
+
+		params.IdempotencyKey = &IdempotencyKey
+
+	}
+
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		siw.Handler.CreateSnapshot(w, r)
+		siw.Handler.CreateSnapshot(w, r, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {

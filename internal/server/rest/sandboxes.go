@@ -102,12 +102,18 @@ func (a *API) CreateSandbox(w http.ResponseWriter, r *http.Request, params rest.
 		a.Fail(w, r, err)
 		return
 	}
-	if replayed {
-		w.Header().Set("Idempotent-Replayed", "true")
-	}
+	markReplayed(w, replayed)
 	sb := a.sandbox(r, row)
 	w.Header().Set("Location", "/v1/sandboxes/"+sb.ID)
 	answer(w, http.StatusCreated, sb)
+}
+
+// markReplayed says in the answer whether an earlier call of the same key made
+// what it has.
+func markReplayed(w http.ResponseWriter, replayed bool) {
+	if replayed {
+		w.Header().Set("Idempotent-Replayed", "true")
+	}
 }
 
 // ListSandboxes answers GET /v1/sandboxes.
@@ -199,7 +205,7 @@ func (a *API) change(w http.ResponseWriter, r *http.Request, sandbox string, f f
 }
 
 // ForkSandbox answers POST /v1/sandboxes/{sandbox_id}/fork.
-func (a *API) ForkSandbox(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID) {
+func (a *API) ForkSandbox(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID, params rest.ForkSandboxParams) {
 	u, err := sandboxID(sandbox)
 	if err != nil {
 		a.Fail(w, r, err)
@@ -210,11 +216,12 @@ func (a *API) ForkSandbox(w http.ResponseWriter, r *http.Request, sandbox rest.S
 		a.Fail(w, r, err)
 		return
 	}
-	rows, err := a.Sandboxes.Fork(r.Context(), caller(r).Team, u, int(or(req.Count, 1)))
+	rows, replayed, err := a.Sandboxes.Fork(r.Context(), caller(r).Team, u, int(or(req.Count, 1)), or(params.IdempotencyKey, ""))
 	if err != nil {
 		a.Fail(w, r, err)
 		return
 	}
+	markReplayed(w, replayed)
 	made := rest.ForkResult{Sandboxes: make([]rest.Sandbox, len(rows))}
 	for i, row := range rows {
 		made.Sandboxes[i] = a.sandbox(r, row)

@@ -51,7 +51,7 @@ func (a *API) ListSnapshots(w http.ResponseWriter, r *http.Request, params rest.
 }
 
 // CreateSnapshot answers POST /v1/snapshots.
-func (a *API) CreateSnapshot(w http.ResponseWriter, r *http.Request) {
+func (a *API) CreateSnapshot(w http.ResponseWriter, r *http.Request, params rest.CreateSnapshotParams) {
 	var req rest.CreateSnapshot
 	err := decode(r, &req)
 	if err != nil {
@@ -63,11 +63,12 @@ func (a *API) CreateSnapshot(w http.ResponseWriter, r *http.Request) {
 		a.Fail(w, r, err)
 		return
 	}
-	row, err := a.Sandboxes.Snapshot(r.Context(), caller(r).Team, u, req.Name)
+	row, replayed, err := a.Sandboxes.Snapshot(r.Context(), caller(r).Team, u, req.Name, or(params.IdempotencyKey, ""))
 	if err != nil {
 		a.Fail(w, r, err)
 		return
 	}
+	markReplayed(w, replayed)
 	w.Header().Set("Location", "/v1/snapshots/"+row.Name)
 	answer(w, http.StatusCreated, templateOf(row, []string{templates.Latest}))
 }

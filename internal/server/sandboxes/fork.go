@@ -22,30 +22,38 @@ import (
 
 // Fork makes copies of a team's running sandbox, which goes on, and returns
 // when they run: all or none. A paused sandbox that calls resume is resumed
-// first. It goes on when ctx ends before.
-func (s *Service) Fork(ctx context.Context, team, sandbox uuid.UUID, count int) ([]db.Sandbox, error) {
+// first. It goes on when ctx ends before. With a key, the copies that the same
+// key made before are returned, and replayed is true.
+func (s *Service) Fork(ctx context.Context, team, sandbox uuid.UUID, count int, key string) (copies []db.Sandbox, replayed bool, err error) {
+	o, err := onceFor(team, key, map[string]any{"fork": sandbox, "count": count})
+	if err != nil {
+		return nil, false, err
+	}
 	for {
+		if copies, found, err := s.replay(ctx, o); found || err != nil {
+			return copies, found, err
+		}
 		// A use: it does not fall asleep before its turn comes.
 		host, err := s.Use(ctx, team, sandbox)
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
 		var copies []db.Sandbox
 		// Read only after it has ended: it goes on when the caller leaves.
 		_, err = s.turn(ctx, sandbox, "", func() (_ db.Sandbox, err error) {
-			copies, err = s.fork(sandbox, host, count)
+			copies, err = s.fork(sandbox, host, count, o)
 			return db.Sandbox{}, err
 		})
 		if err == nil {
-			return copies, nil
+			return copies, false, nil
 		}
-		if !errors.Is(err, errMoved) {
-			return nil, err
+		if !errors.Is(err, errMoved) && !errors.Is(err, errTaken) {
+			return nil, false, err
 		}
 	}
 }
 
-func (s *Service) fork(parent uuid.UUID, host *hosts.Host, count int) ([]db.Sandbox, error) {
+func (s *Service) fork(parent uuid.UUID, host *hosts.Host, count int, o once) ([]db.Sandbox, error) {
 	log := s.Log.With("sandbox_id", id.Format(id.Sandbox, parent), "host", host.URL)
 	short, cancel := context.WithTimeout(s.ctx, shortCall)
 	defer cancel()
@@ -97,7 +105,8 @@ func (s *Service) fork(parent uuid.UUID, host *hosts.Host, count int) ([]db.Sand
 			}
 			rows[i] = copied
 		}
-		return nil
+		all := ids(rows)
+		return o.claim(short, q, db.ClaimIdempotencyKeyParams{SandboxID: &all[0], Copies: all[1:]})
 	})
 	if fault.Is(err, fault.NoCapacity) {
 		err = fault.New(fault.NoCapacity, "the sandbox's host has no room for %d copies", count)

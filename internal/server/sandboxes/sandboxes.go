@@ -7,10 +7,8 @@
 package sandboxes
 
 import (
-	"bytes"
 	"cmp"
 	"context"
-	"crypto/sha256"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/json"
@@ -312,17 +310,11 @@ func (p CreateParams) normal() CreateParams {
 	return p
 }
 
-// hash tells what is asked for from everything else.
-func (p CreateParams) hash() ([]byte, error) {
+// asked is what is asked for, however it was said.
+func (p CreateParams) asked() CreateParams {
 	p = p.normal()
 	p.VCPUs, p.MemoryMiB = cmp.Or(p.VCPUs, defaultVCPUs), cmp.Or(p.MemoryMiB, defaultMemoryMiB)
-	// Maps are marshalled in the order of their keys.
-	asked, err := json.Marshal(p)
-	if err != nil {
-		return nil, err
-	}
-	hash := sha256.Sum256(asked)
-	return hash[:], nil
+	return p
 }
 
 // fit returns p with the sizes that a sandbox of the template gets, or fails
@@ -384,9 +376,6 @@ func checkText(name, s string) error {
 	return nil
 }
 
-// errTaken is why a creation's transaction is rolled back when its key is in use.
-var errTaken = errors.New("idempotency key in use")
-
 // Create makes a sandbox of a team and returns when it runs. It goes on when
 // ctx ends before. With a key, the sandbox that the same key made before is
 // returned, and replayed is true.
@@ -394,84 +383,32 @@ func (s *Service) Create(ctx context.Context, team uuid.UUID, p CreateParams, ke
 	if err := p.check(); err != nil {
 		return row, false, err
 	}
-	if err := checkText("Idempotency-Key", key); err != nil {
-		return row, false, err
-	}
-	hash, err := p.hash()
+	o, err := onceFor(team, key, p.asked())
 	if err != nil {
 		return row, false, err
 	}
 	p = p.normal()
 	for {
-		if key != "" {
-			row, found, err := s.replay(ctx, team, key, hash)
-			if found || err != nil {
-				return row, found, err
-			}
+		rows, found, err := s.replay(ctx, o)
+		if err != nil {
+			return row, found, err
 		}
-		row, err = s.create(ctx, team, p, key, hash)
+		if found {
+			return rows[0], true, nil
+		}
+		row, err = s.create(ctx, team, p, o)
 		if !errors.Is(err, errTaken) {
 			return row, false, err
 		}
 	}
 }
 
-// replay returns the sandbox that the key made, waiting for it while it is
-// being made; found is false where the key is free.
-func (s *Service) replay(ctx context.Context, team uuid.UUID, key string, hash []byte) (row db.Sandbox, found bool, err error) {
-	for {
-		k, err := s.Store.GetIdempotencyKey(ctx, db.GetIdempotencyKeyParams{TeamID: team, Key: key})
-		if errors.Is(err, store.ErrNoRows) {
-			return row, false, nil
-		}
-		if err != nil {
-			return row, false, fmt.Errorf("look up idempotency key: %w", err)
-		}
-		if !bytes.Equal(k.RequestHash, hash) {
-			return row, false, fault.New(fault.Unprocessable, "this Idempotency-Key was used with another body")
-		}
-		s.mu.Lock()
-		c := s.creating[k.SandboxID]
-		s.mu.Unlock()
-		if c != nil {
-			select {
-			case <-c.done:
-				return c.row, true, c.err
-			case <-ctx.Done():
-				return row, false, ctx.Err()
-			}
-		}
-		change := s.change(k.SandboxID)
-		row, err := s.Store.GetSandbox(ctx, k.SandboxID)
-		if err != nil {
-			return row, false, fmt.Errorf("look up sandbox: %w", err)
-		}
-		switch State(row.State) {
-		case Failed:
-			continue // Its key was freed in the same moment.
-		case Pending, Starting:
-		default:
-			return row, true, nil
-		}
-		// Another server began it, and says how it ended, or the reconciler does.
-		look := time.NewTimer(lookAgain)
-		select {
-		case <-change:
-		case <-look.C:
-		case <-ctx.Done():
-			look.Stop()
-			return row, false, ctx.Err()
-		}
-		look.Stop()
-	}
-}
-
-func (s *Service) create(ctx context.Context, team uuid.UUID, p CreateParams, key string, hash []byte) (db.Sandbox, error) {
+func (s *Service) create(ctx context.Context, team uuid.UUID, p CreateParams, o once) (db.Sandbox, error) {
 	template, err := s.resolve(ctx, team, p.Template)
 	if err != nil {
 		return db.Sandbox{}, err
 	}
-	return s.createFrom(ctx, team, template, p, key, hash)
+	return s.createFrom(ctx, team, template, p, o)
 }
 
 // CreateFor makes a sandbox of a template, which need not have a name, for a
@@ -480,10 +417,10 @@ func (s *Service) create(ctx context.Context, team uuid.UUID, p CreateParams, ke
 func (s *Service) CreateFor(ctx context.Context, team, build uuid.UUID, template db.Template, p CreateParams) (db.Sandbox, error) {
 	p = p.normal()
 	p.build = &build
-	return s.createFrom(ctx, team, template, p, "", nil)
+	return s.createFrom(ctx, team, template, p, once{})
 }
 
-func (s *Service) createFrom(ctx context.Context, team uuid.UUID, template db.Template, p CreateParams, key string, hash []byte) (db.Sandbox, error) {
+func (s *Service) createFrom(ctx context.Context, team uuid.UUID, template db.Template, p CreateParams, o once) (db.Sandbox, error) {
 	var err error
 	if p, err = p.fit(template); err != nil {
 		return db.Sandbox{}, err
@@ -514,14 +451,10 @@ func (s *Service) createFrom(ctx context.Context, team uuid.UUID, template db.Te
 			VCPUs: p.VCPUs, MemoryMiB: p.MemoryMiB, DiskMiB: p.DiskMiB, TimeoutSeconds: p.TimeoutSeconds,
 			Metadata: metadata, CreatedAt: now(), OnTimeout: p.OnTimeout, AutoResume: *p.AutoResume, BuildID: p.build,
 		})
-		if err != nil || key == "" {
+		if err != nil {
 			return err
 		}
-		n, err := q.ClaimIdempotencyKey(ctx, db.ClaimIdempotencyKeyParams{TeamID: team, Key: key, RequestHash: hash, SandboxID: sandbox})
-		if err == nil && n == 0 {
-			err = errTaken
-		}
-		return err
+		return o.claim(ctx, q, db.ClaimIdempotencyKeyParams{SandboxID: &sandbox})
 	}
 	// A host that others filled meanwhile is passed over.
 	for err = s.Store.InTx(ctx, insert); fault.Is(err, fault.NoCapacity) && len(places) > 1; err = s.Store.InTx(ctx, insert) {
@@ -638,7 +571,7 @@ func (s *Service) startFailed(row db.Sandbox, host *hosts.Host, err error, log *
 func (s *Service) fail(sandbox uuid.UUID, why string) error {
 	return s.persist(func(ctx context.Context) error {
 		return s.Store.InTx(ctx, func(q *db.Queries) error {
-			if err := q.FreeIdempotencyKeys(ctx, sandbox); err != nil {
+			if err := q.FreeIdempotencyKeys(ctx, &sandbox); err != nil {
 				return err
 			}
 			_, err := q.SandboxFailed(ctx, db.SandboxFailedParams{ID: sandbox, Error: why})

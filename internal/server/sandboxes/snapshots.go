@@ -22,23 +22,32 @@ import (
 // Snapshot captures a team's running or paused sandbox, which stays as it is,
 // as a template of that name, and returns when it can be started from. It goes
 // on when ctx ends before, and again when the host did not answer and is back.
-func (s *Service) Snapshot(ctx context.Context, team, sandbox uuid.UUID, name string) (db.Template, error) {
+// With a key, the template that the same key made before is returned, and
+// replayed is true.
+func (s *Service) Snapshot(ctx context.Context, team, sandbox uuid.UUID, name, key string) (_ db.Template, replayed bool, err error) {
 	var none db.Template
 	if err := templates.CheckName(name); err != nil {
-		return none, err
+		return none, false, err
+	}
+	o, err := onceFor(team, key, map[string]any{"snapshot": sandbox, "name": name})
+	if err != nil {
+		return none, false, err
 	}
 	deadline := now().Add(settleWithin)
 	for {
+		if template, found, err := s.replayTemplate(ctx, o); found || err != nil {
+			return template, found, err
+		}
 		row, err := s.Get(ctx, team, sandbox)
 		if err != nil {
-			return none, err
+			return none, false, err
 		}
 		var template db.Template
 		switch State(row.State) {
 		case Running, Paused:
 			// Read only after it has ended: it goes on when the caller leaves.
 			_, err = s.turn(ctx, sandbox, "", func() (_ db.Sandbox, err error) {
-				template, err = s.snapshot(row, name)
+				template, err = s.snapshot(row, name, o)
 				return row, err
 			})
 		case Pausing, Resuming:
@@ -47,16 +56,16 @@ func (s *Service) Snapshot(ctx context.Context, team, sandbox uuid.UUID, name st
 			err = notRunning(row)
 		}
 		if err == nil {
-			return template, nil
+			return template, false, nil
 		}
-		if !errors.Is(err, errMoved) {
-			return none, err
+		if !errors.Is(err, errMoved) && !errors.Is(err, errTaken) {
+			return none, false, err
 		}
 	}
 }
 
 // snapshot claims the name and has the sandbox captured.
-func (s *Service) snapshot(row db.Sandbox, name string) (db.Template, error) {
+func (s *Service) snapshot(row db.Sandbox, name string, o once) (db.Template, error) {
 	ctx, cancel := context.WithTimeout(s.ctx, shortCall)
 	defer cancel()
 	is, err := s.Lookup(ctx, row.ID)
@@ -82,9 +91,16 @@ func (s *Service) snapshot(row db.Sandbox, name string) (db.Template, error) {
 		if _, err := q.SetTag(ctx, db.SetTagParams{ID: template, Tag: templates.Latest}); err != nil {
 			return err
 		}
-		return q.AddHostTemplate(ctx, db.AddHostTemplateParams{HostID: *row.HostID, TemplateID: template})
+		if err := q.AddHostTemplate(ctx, db.AddHostTemplateParams{HostID: *row.HostID, TemplateID: template}); err != nil {
+			return err
+		}
+		return o.claim(ctx, q, db.ClaimIdempotencyKeyParams{TemplateID: &template})
 	})
 	if errors.Is(err, store.ErrNoRows) {
+		// By this very call, to another server?
+		if _, found, err := s.made(ctx, o); found || err != nil {
+			return db.Template{}, cmp.Or(err, errTaken)
+		}
 		return db.Template{}, fault.New(fault.Conflict, "the team has a template %q", name)
 	}
 	if err != nil {
@@ -105,6 +121,7 @@ func (s *Service) finishTemplate(template uuid.UUID) {
 // how that went.
 func (s *Service) capture(row db.Template) (db.Template, error) {
 	log := s.Log.With("template_id", id.Format(id.Template, row.ID), "sandbox_id", id.Format(id.Sandbox, *row.CapturedFrom))
+	defer s.changed(*row.CapturedFrom) // Whoever waits for the template looks again.
 	drop := func(ctx context.Context) error { return s.Store.DropTemplate(ctx, row.ID) }
 	host, err := s.hostOf(*row.CapturedFrom)
 	if err != nil {

@@ -7,7 +7,7 @@ VALUES ($1, $2, $3, $4, $5, 'starting', $6, $7, $8, $9, $10, $11, $12, $13, $14,
 RETURNING *;
 
 -- name: ClaimIdempotencyKey :execrows
-INSERT INTO idempotency_keys (team_id, key, request_hash, sandbox_id) VALUES ($1, $2, $3, $4)
+INSERT INTO idempotency_keys (team_id, key, request_hash, sandbox_id, copies, template_id) VALUES (@team_id, @key, @request_hash, @sandbox_id, COALESCE(@copies::uuid[], '{}'), @template_id)
 ON CONFLICT DO NOTHING;
 
 -- name: GetIdempotencyKey :one

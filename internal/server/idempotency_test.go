@@ -1,0 +1,140 @@
+package server_test
+
+import (
+	"errors"
+	"slices"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+)
+
+// TestIdempotentForkAndSnapshot names forks and captures by a key, which two
+// servers are asked for at once: what is repeated does nothing more.
+func TestIdempotentForkAndSnapshot(t *testing.T) {
+	p := newPlane(t)
+	p.end()
+	p.config.Heartbeat = time.Second
+	p.start()
+	q := p.second()
+	sandbox := p.create(map[string]any{"timeout_seconds": 0})
+	fork := "/v1/sandboxes/" + sandbox + "/fork"
+	tests := []struct {
+		call, path        string
+		body, other, once map[string]any
+		// made are the ids of what an answer has.
+		made func(response) []string
+	}{
+		{"fork", fork, map[string]any{"count": 3}, map[string]any{"count": 2}, map[string]any{"count": 1}, func(r response) (all []string) {
+			for _, c := range r.want(201).list("sandboxes") {
+				all = append(all, c.(map[string]any)["id"].(string))
+			}
+			return all
+		}},
+		{"snapshot", "/v1/snapshots", map[string]any{"sandbox_id": sandbox, "name": "a"}, map[string]any{"sandbox_id": sandbox, "name": "b"}, map[string]any{"sandbox_id": sandbox, "name": "c"}, func(r response) []string {
+			return []string{r.want(201).str("id")}
+		}},
+	}
+	for _, tt := range tests {
+		g := newGate()
+		p.agent.hook(g.on)
+		var answers []<-chan response
+		for range 3 {
+			for _, s := range []*plane{p, q} {
+				answers = append(answers, s.later("POST", tt.path, tt.body, "Idempotency-Key", tt.call))
+			}
+		}
+		<-g.asked
+		time.Sleep(100 * time.Millisecond) // so that the others find it under way
+		close(g.release)
+		var first []string
+		fresh := 0
+		for _, a := range answers {
+			r := <-a
+			all := tt.made(r)
+			if first == nil {
+				first = all
+			}
+			if !slices.Equal(all, first) {
+				t.Errorf("%s: one key made %v and %v", tt.call, first, all)
+			}
+			if r.Header.Get("Idempotent-Replayed") == "" {
+				fresh++
+			}
+		}
+		if n := p.agent.called(tt.call); n != 1 || fresh != 1 {
+			t.Errorf("%s: the host was asked %d times, %d answers are not replayed", tt.call, n, fresh)
+		}
+		p.agent.hook(nil)
+		q.call("POST", tt.path, tt.other, "Idempotency-Key", tt.call).fails(422, "unprocessable")
+		q.call("POST", "/v1/sandboxes", map[string]any{}, "Idempotency-Key", tt.call).fails(422, "unprocessable")
+		// Without a key, and with another, it is another call.
+		if all := tt.made(p.call("POST", tt.path, tt.other)); slices.Equal(all, first) {
+			t.Errorf("%s: without a key it made %v again", tt.call, all)
+		}
+
+		// What failed frees its key.
+		g = newGate()
+		p.agent.hook(g.on)
+		g.release <- connect.NewError(connect.CodeInternal, errors.New("the disk is broken"))
+		p.call("POST", tt.path, tt.once, "Idempotency-Key", "fails "+tt.call).fails(500, "internal")
+		p.agent.hook(nil)
+		r := q.call("POST", tt.path, tt.once, "Idempotency-Key", "fails "+tt.call)
+		if tt.made(r); r.Header.Get("Idempotent-Replayed") != "" {
+			t.Errorf("%s: what failed is replayed", tt.call)
+		}
+		if again := tt.made(p.call("POST", tt.path, tt.once, "Idempotency-Key", "fails "+tt.call)); !slices.Equal(again, tt.made(r)) {
+			t.Errorf("%s: one key made %v and %v", tt.call, tt.made(r), again)
+		}
+	}
+
+	// A team's keys are its own, and the end of what was copied changes nothing.
+	p.call("POST", fork, map[string]any{"count": 3}, "Idempotency-Key", "fork", "X-API-Key", p.newTeam()).fails(404, "not_found")
+	p.call("DELETE", "/v1/sandboxes/"+sandbox, nil).want(204)
+	for _, tt := range tests {
+		if r := q.call("POST", tt.path, tt.body, "Idempotency-Key", tt.call).want(201); r.Header.Get("Idempotent-Replayed") != "true" {
+			t.Errorf("%s: not replayed after the sandbox's end", tt.call)
+		}
+	}
+	// A template that was deleted takes its key along.
+	p.call("DELETE", "/v1/snapshots/a", nil).want(204)
+	p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandbox, "name": "a"}, "Idempotency-Key", "snapshot").fails(409, "conflict")
+}
+
+// TestReplayWithoutServer repeats calls whose server died in the middle, by way
+// of another one: what the host made of them is theirs.
+func TestReplayWithoutServer(t *testing.T) {
+	p := newPlane(t)
+	p.end()
+	p.config.Heartbeat = time.Second
+	p.start()
+	q := p.second()
+	sandbox := p.create(map[string]any{"timeout_seconds": 0})
+	for call, c := range map[string]struct {
+		path string
+		body map[string]any
+	}{
+		"fork":     {"/v1/sandboxes/" + sandbox + "/fork", map[string]any{"count": 2}},
+		"snapshot": {"/v1/snapshots", map[string]any{"sandbox_id": sandbox, "name": "a"}},
+	} {
+		dying := p.second()
+		g := newGate()
+		p.agent.hook(g.on)
+		go dying.try("POST", c.path, c.body, "Idempotency-Key", call)
+		<-g.asked
+		dying.halt()
+		again := q.later("POST", c.path, c.body, "Idempotency-Key", call)
+		p.agent.hook(nil)
+		close(g.release) // The host made it, or its call ended with the server.
+		r := (<-again).want(201)
+		if more := p.call("POST", c.path, c.body, "Idempotency-Key", call).want(201); more.Header.Get("Idempotent-Replayed") != "true" {
+			t.Errorf("%s: a second answer is not replayed: %s", call, more.Body)
+		}
+		if call == "fork" && len(r.list("sandboxes")) != 2 {
+			t.Errorf("%s", r.Body)
+		}
+	}
+	if got := len(p.call("GET", "/v1/sandboxes", nil).list("sandboxes")); got != 3 {
+		t.Errorf("%d sandboxes, want the one and its two copies", got)
+	}
+}
