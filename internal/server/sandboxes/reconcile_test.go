@@ -7,6 +7,9 @@ import (
 	"log/slog"
 	"net/http"
 	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -165,7 +168,7 @@ const (
 	paused   = hostagentv1.SandboxState_SANDBOX_STATE_PAUSED
 	resuming = hostagentv1.SandboxState_SANDBOX_STATE_RESUMING
 
-	absent = State("no row")
+	absent = State("(no-row)")
 )
 
 // add puts a sandbox into the table and on the host, past the rules that lead
@@ -202,53 +205,121 @@ type outcome struct {
 	reason string
 }
 
-// TestCompare is every pair of what the table says of a sandbox and what the
-// host does, and what becomes of it: at first sight, and after the grace.
+// outcomes is every pair of what the table says of a sandbox (the rows) and
+// what its host does (the columns), and what becomes of it:
+//
+//	=            nothing
+//	a state      that is written
+//	lost failed  its end is written, with that reason
+//	deleted      it is destroyed on the host, and its end is written
+//	gone         it is destroyed on the host
+//
+// With a ~ only when it still is so after the grace: what explains it may be on
+// its way.
+const outcomes = `
+          none     starting  running   stopping  pausing   paused    resuming
+pending   failed~  =         running   =         =         paused    =
+starting  failed~  =         running   =         =         paused    =
+running   lost~    =         =         =         =         paused    =
+missing   lost~    =         running   =         =         paused    =
+pausing   lost~    =         running~  =         =         paused    =
+paused    lost~    =         running~  =         =         =         =
+resuming  lost~    =         running   =         =         paused~   =
+stopping  deleted  deleted   deleted   deleted   deleted   deleted   deleted
+stopped   =        gone      gone      =         gone      gone      gone
+error     =        gone      gone      =         gone      gone      gone
+(no-row)  =        gone~     gone~     =         gone~     gone~     gone~
+`
+
+// pair is what the table says of a sandbox and what its host does.
+type pair struct {
+	row State
+	on  hostagentv1.SandboxState
+}
+
+// table reads outcomes, which must have every state that the database takes
+// and every one that a host can say: what becomes at first sight, and after
+// the grace.
+func table(t *testing.T, conn *pgx.Conn) (atOnce, later map[pair]outcome) {
+	t.Helper()
+	lines := strings.Split(strings.TrimSpace(outcomes), "\n")
+	var onHost []hostagentv1.SandboxState
+	for _, name := range strings.Fields(lines[0]) {
+		if name == "none" {
+			name = "unspecified"
+		}
+		on, ok := hostagentv1.SandboxState_value["SANDBOX_STATE_"+strings.ToUpper(name)]
+		if !ok {
+			t.Fatalf("no host says %q", name)
+		}
+		onHost = append(onHost, hostagentv1.SandboxState(on))
+	}
+	for on, name := range hostagentv1.SandboxState_name {
+		if !slices.Contains(onHost, hostagentv1.SandboxState(on)) {
+			t.Errorf("outcomes have no column for %s", name)
+		}
+	}
+	var check string
+	if err := conn.QueryRow(t.Context(), "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = 'sandboxes_state_check'").Scan(&check); err != nil {
+		t.Fatal(err)
+	}
+	states := map[State]bool{absent: true}
+	for _, m := range regexp.MustCompile(`'(\w+)'`).FindAllStringSubmatch(check, -1) {
+		states[State(m[1])] = true
+	}
+	atOnce, later = make(map[pair]outcome), make(map[pair]outcome)
+	for _, line := range lines[1:] {
+		cells := strings.Fields(line)
+		row := State(cells[0])
+		if !states[row] {
+			t.Fatalf("the database takes no %q", row)
+		}
+		delete(states, row)
+		if len(cells) != len(onHost)+1 {
+			t.Fatalf("%d cells in the row of %q", len(cells)-1, row)
+		}
+		for i, on := range onHost {
+			p, is := pair{row, on}, outcome{row, on != none, ""}
+			cell, waits := strings.CutSuffix(cells[i+1], "~")
+			becomes := is
+			switch cell {
+			case "=":
+			case "lost":
+				becomes = outcome{Stopped, false, "lost"}
+			case "failed":
+				becomes = outcome{Failed, false, "failed"}
+			case "deleted":
+				becomes = outcome{Stopped, false, "deleted"}
+			case "gone":
+				becomes.has = false
+			default:
+				becomes.state = State(cell)
+			}
+			atOnce[p], later[p] = becomes, becomes
+			if waits {
+				atOnce[p] = is
+			}
+		}
+	}
+	for row := range states {
+		t.Errorf("outcomes have no row for %q", row)
+	}
+	return atOnce, later
+}
+
+// TestCompare is that each pair of what the table says of a sandbox and what
+// the host does becomes what it should, at first sight and after the grace.
 func TestCompare(t *testing.T) {
 	b := newBench(t)
 	ctx := context.Background()
-	onHost := []hostagentv1.SandboxState{none, starting, running, stopping, pausing, paused, resuming}
-	rows := []State{Pending, Starting, Running, Missing, Pausing, Paused, Resuming, Stopping, Stopped, Failed, absent}
-	type pair struct {
-		row State
-		on  hostagentv1.SandboxState
+	atOnce, later := table(t, b.conn)
+	if t.Failed() {
+		t.FailNow()
 	}
-	// Each pair that changes, at once or only after the grace. Every other one
-	// stays as it is.
-	atOnce := map[pair]outcome{
-		// What an earlier server asked for and the host made.
-		{Pending, running}: {Running, true, ""}, {Starting, running}: {Running, true, ""},
-		{Pending, paused}: {Paused, true, ""}, {Starting, paused}: {Paused, true, ""},
-		// What the host did by itself, or was asked for.
-		{Running, paused}: {Paused, true, ""}, {Pausing, paused}: {Paused, true, ""},
-		{Resuming, running}: {Running, true, ""},
-		// Its host is back.
-		{Missing, running}: {Running, true, ""}, {Missing, paused}: {Paused, true, ""},
-	}
-	later := map[pair]outcome{
-		{Pending, none}: {Failed, false, "failed"}, {Starting, none}: {Failed, false, "failed"},
-		{Running, none}: {Stopped, false, "lost"}, {Missing, none}: {Stopped, false, "lost"}, {Pausing, none}: {Stopped, false, "lost"},
-		{Paused, none}: {Stopped, false, "lost"}, {Resuming, none}: {Stopped, false, "lost"},
-		// What an earlier server asked for and the host did not do.
-		{Pausing, running}: {Running, true, ""}, {Resuming, paused}: {Paused, true, ""},
-		// What was done and could not be written down.
-		{Paused, running}: {Running, true, ""},
-	}
-	for _, on := range onHost {
-		atOnce[pair{Stopping, on}] = outcome{Stopped, false, "deleted"}
-		if on == none || on == stopping {
-			continue
-		}
-		// Nobody's: at once where it ended, after the grace where it is not known.
-		atOnce[pair{Stopped, on}] = outcome{Stopped, false, ""}
-		atOnce[pair{Failed, on}] = outcome{Failed, false, ""}
-		later[pair{absent, on}] = outcome{absent, false, ""}
-	}
+	t.Logf("%d pairs", len(later))
 	ids := make(map[pair]uuid.UUID)
-	for _, row := range rows {
-		for _, on := range onHost {
-			ids[pair{row, on}] = b.add(row, on)
-		}
+	for p := range later {
+		ids[p] = b.add(p.row, p.on)
 	}
 	// What this process is at work on is none of the reconciler's business.
 	busy, moving := b.add(Starting, none), b.add(Pausing, running)
@@ -273,7 +344,7 @@ func TestCompare(t *testing.T) {
 			t.Fatalf("%s: %v", sql, err)
 		}
 	}
-	check := func(when string, want func(pair) outcome) {
+	check := func(when string, want map[pair]outcome) {
 		t.Helper()
 		for p, u := range ids {
 			got := outcome{state: absent}
@@ -292,7 +363,7 @@ func TestCompare(t *testing.T) {
 			b.agent.mu.Lock()
 			got.has = b.agent.has[id.Format(id.Sandbox, u)] != nil
 			b.agent.mu.Unlock()
-			if w := want(p); got != w {
+			if w := want[p]; got != w {
 				t.Errorf("%s: row %q and host %v became %+v, want %+v", when, p.row, p.on, got, w)
 			}
 		}
@@ -302,16 +373,10 @@ func TestCompare(t *testing.T) {
 			}
 		}
 	}
-	first := func(p pair) outcome {
-		if o, ok := atOnce[p]; ok {
-			return o
-		}
-		return outcome{p.row, p.on != none, ""}
-	}
 	if err := b.compare(ctx); err != nil {
 		t.Fatal(err)
 	}
-	check("at first sight", first)
+	check("at first sight", atOnce)
 	for _, seen := range []map[uuid.UUID]time.Time{b.missing, b.stray} {
 		for u, at := range seen {
 			seen[u] = at.Add(-strayAfter)
@@ -320,12 +385,7 @@ func TestCompare(t *testing.T) {
 	if err := b.compare(ctx); err != nil {
 		t.Fatal(err)
 	}
-	check("after the grace", func(p pair) outcome {
-		if o, ok := later[p]; ok {
-			return o
-		}
-		return first(p)
-	})
+	check("after the grace", later)
 	delete(b.creating, busy)
 	delete(b.turns, moving)
 	for what, want := range map[uuid.UUID]State{othersWork: Starting, othersPause: Pausing, leftWork: Failed, moved: Running} {
