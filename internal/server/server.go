@@ -204,9 +204,11 @@ func New(ctx context.Context, c Config) (*Server, error) {
 		s.log.Info("made the first admin", "email", c.AdminEmail)
 	}
 	tokens := auth.NewTokens(secret)
+	s.bus = events.New(s.redis, s.store.Server, s.log)
 	s.hosts, err = hosts.Open(hosts.Config{
 		Store: s.store, Tokens: tokens, Authority: authority, Heartbeat: c.Heartbeat, Log: s.log,
 		Policy: scheduler.Policy{MemoryFactor: c.OvercommitMemory, VCPUFactor: c.OvercommitVCPUs, OverheadMiB: sandboxOverheadMiB},
+		Tell:   s.bus.Changed,
 	})
 	if err != nil {
 		return nil, err
@@ -232,7 +234,6 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	if err := s.store.ServerAlive(ctx, s.store.Server); err != nil {
 		return nil, fmt.Errorf("say that this server is alive: %w", err)
 	}
-	s.bus = events.New(s.redis, s.store.Server, s.log)
 	s.keys = auth.NewKeys(s.store, s.log)
 	tpl := templates.New(s.store, s.log)
 	history := metrics.New(s.redis, s.log)

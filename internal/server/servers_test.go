@@ -2,6 +2,8 @@ package server_test
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"net/http"
 	"sync"
 	"testing"
@@ -129,4 +131,50 @@ func TestTwoServersWithoutRedis(t *testing.T) {
 	q.eventually("without Redis it works on", func() bool { return port(q) == http.StatusTeapot })
 	p.call("DELETE", "/v1/sandboxes/"+sandbox, nil).want(204)
 	q.eventually("the other server's proxy forgets the sandbox", func() bool { return port(q) == http.StatusNotFound })
+}
+
+// TestRevokedEverywhere revokes a host by way of one server: no other calls it
+// any more either, long before it would look at its hosts by itself.
+func TestRevokedEverywhere(t *testing.T) {
+	p := newPlane(t)
+	p.end()
+	p.config.Heartbeat, p.config.AgentURL, p.config.AgentToken = 500*time.Millisecond, "", ""
+	p.start()
+	h := p.enroll("a")
+	stop := h.beat(p, p.config.Heartbeat)
+	p.eventually("the host is online", func() bool { return p.hostStatus(h.id) == "online" })
+	var sandbox string
+	p.eventually("the host takes a sandbox", func() bool {
+		r := p.call("POST", "/v1/sandboxes", map[string]any{"timeout_seconds": 0})
+		sandbox, _ = r.object()["id"].(string)
+		return r.Status == 201
+	})
+	stop()
+	// From now on they look at their hosts every minute.
+	p.end()
+	p.config.Heartbeat = 5 * time.Minute
+	p.start()
+	q := p.second()
+	exec := func(s *plane) response {
+		r, err := s.try("POST", "/v1/sandboxes/"+sandbox+"/exec", map[string]any{"cmd": "cat"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	for _, s := range []*plane{p, q} {
+		s.eventually("it is used", func() bool { return exec(s).Status == 200 })
+	}
+	refresh := func(next string) response {
+		hash := sha256.Sum256([]byte(next))
+		return p.call("POST", "/v1/hosts/refresh", map[string]any{"refresh_token": "refresh of a", "next_hash": hex.EncodeToString(hash[:])})
+	}
+	refresh("the host's next").want(200)
+	refresh("a thief's").fails(401, "unauthenticated")
+	exec(p).fails(503, "host_unreachable") // in the same moment
+	q.eventually("the other server does not call it", func() bool { return exec(q).Status == 503 })
+	if got := p.hostStatus(h.id); got != "offline" {
+		t.Errorf("the host is %s", got)
+	}
+	p.call("POST", "/v1/hosts/heartbeat", map[string]any{"status": report()}, "Authorization", "Bearer "+h.token).fails(401, "unauthenticated")
 }

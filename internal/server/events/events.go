@@ -48,7 +48,8 @@ func New(client *redis.Client, self uuid.UUID, log *slog.Logger) *Bus {
 	return &Bus{redis: client, self: self, log: log, pending: make(map[uuid.UUID]uint64), wake: make(chan struct{}, 1)}
 }
 
-// Changed tells the other servers that a sandbox changed. It does not block.
+// Changed tells the other servers that a sandbox changed, or a host. It does
+// not block.
 func (b *Bus) Changed(sandbox uuid.UUID) {
 	b.mu.Lock()
 	if len(b.pending) >= maxPending && b.pending[sandbox] == 0 {
@@ -68,7 +69,7 @@ func (b *Bus) Changed(sandbox uuid.UUID) {
 
 // Listener is what hears. Its methods are called one after another.
 type Listener interface {
-	// Heard is told that a sandbox changed.
+	// Heard is told that a sandbox, or a host, changed.
 	Heard(sandbox uuid.UUID)
 	// Deaf is told whether changes can be missed from now on. After they could,
 	// and before Deaf(false), anything may have changed.

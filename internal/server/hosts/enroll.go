@@ -173,6 +173,9 @@ func (r *Registry) Enroll(ctx context.Context, g Registration) (Credentials, err
 		return Credentials{}, wrap("register host", err)
 	}
 	r.Log.Info("host registered", "host_id", id.Format(id.Host, c.Host), "url", g.URL)
+	if err := r.moved(ctx, c.Host); err != nil {
+		r.Log.Warn("look at the hosts again", "error", err) // It is done before long.
+	}
 	return c, nil
 }
 
@@ -229,6 +232,10 @@ func (r *Registry) RefreshCredentials(ctx context.Context, n Renewal) (Credentia
 	}
 	if reused {
 		r.Log.Error("a refresh token was used twice: the host is revoked", "host_id", id.Format(id.Host, c.Host))
+		// Even if the caller, who may be the thief, leaves.
+		if err := r.moved(context.WithoutCancel(ctx), c.Host); err != nil {
+			r.Log.Error("drop the connections of a revoked host", "host_id", id.Format(id.Host, c.Host), "error", err)
+		}
 		return Credentials{}, refused
 	}
 	return c, nil

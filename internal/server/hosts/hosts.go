@@ -231,7 +231,10 @@ type Config struct {
 	Heartbeat time.Duration
 	// Policy is how far hosts are filled.
 	Policy scheduler.Policy
-	Log    *slog.Logger
+	// Tell is called with a host that other servers must look at again; nil: there
+	// are none. It must not block.
+	Tell func(host uuid.UUID)
+	Log  *slog.Logger
 }
 
 // Registry is every host that the control plane knows.
@@ -334,6 +337,28 @@ func (r *Registry) Refresh(ctx context.Context) ([]db.Host, error) {
 		}
 	}
 	return rows, nil
+}
+
+// moved has every server look at a host again, this one before it returns:
+// what it had until now opens nothing any more.
+func (r *Registry) moved(ctx context.Context, host uuid.UUID) error {
+	r.tell(host)
+	_, err := r.Refresh(ctx)
+	return err
+}
+
+func (r *Registry) tell(host uuid.UUID) {
+	if r.Tell != nil {
+		r.Tell(host)
+	}
+}
+
+// Knows says whether there is a way to a host with the id.
+func (r *Registry) Knows(host uuid.UUID) bool {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	_, ok := r.hosts[host]
+	return ok
 }
 
 // Close drops every connection.

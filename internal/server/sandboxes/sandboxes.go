@@ -117,6 +117,8 @@ type Service struct {
 	// waiting are closed when the sandbox's row changes.
 	waiting map[uuid.UUID]chan struct{}
 	hooks   []func(uuid.UUID)
+	// moved asks for the hosts to be looked at now.
+	moved chan struct{}
 	// deafness is told whether other servers' changes can be missed.
 	deafness []func(bool)
 }
@@ -134,7 +136,7 @@ func New(c Config) *Service {
 	s := &Service{
 		Config: c, metrics: newMetrics(c.Store),
 		creating: make(map[uuid.UUID]*creation), deleting: make(map[uuid.UUID]int),
-		turns: make(map[uuid.UUID]*turn), templates: make(map[uuid.UUID]int), importing: make(map[uuid.UUID]int), waiting: make(map[uuid.UUID]chan struct{}),
+		turns: make(map[uuid.UUID]*turn), templates: make(map[uuid.UUID]int), importing: make(map[uuid.UUID]int), waiting: make(map[uuid.UUID]chan struct{}), moved: make(chan struct{}, 1),
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
@@ -208,8 +210,16 @@ func (s *Service) Changed(sandboxes ...uuid.UUID) {
 }
 
 // Heard tells everybody here who waits or caches that another server changed
-// the sandbox.
+// the sandbox. For a host it has the hosts looked at again now: what one had
+// may be void.
 func (s *Service) Heard(sandbox uuid.UUID) {
+	if s.Hosts.Knows(sandbox) {
+		select {
+		case s.moved <- struct{}{}:
+		default:
+		}
+		return
+	}
 	s.mu.Lock()
 	if c, ok := s.waiting[sandbox]; ok {
 		close(c)

@@ -72,6 +72,7 @@ func (s *Service) Run(ctx context.Context) {
 		failing = err != nil
 		select {
 		case <-tick.C:
+		case <-s.moved:
 		case <-ctx.Done():
 			return
 		}
