@@ -210,11 +210,29 @@ func TestPeople(t *testing.T) {
 	p.call("GET", "/v1/me", nil, as(third)...).want(200)
 	p.call("POST", "/v1/auth/logout-all", nil, as(third)...).want(204)
 	p.call("GET", "/v1/me", nil, as(third)...).fails(401, "unauthenticated")
+	p.recorded(me["id"].(string), "verifyEmail ok", "logIn ok", "refresh ok", "changePassword ok", "changePassword refused", "logOut ok", "logOutAll ok")
 	// The secrets are nowhere in the database.
 	for _, secret := range []string{refresh, next.str("refresh_token")} {
 		var n int
 		if err := p.db().QueryRow(context.Background(), "SELECT count(*) FROM sessions s WHERE s::text LIKE '%' || $1 || '%'", secret).Scan(&n); err != nil || n != 0 {
 			t.Errorf("%d sessions hold a token: %v", n, err)
+		}
+	}
+}
+
+// recorded checks that what somebody did, or tried to, is recorded as theirs.
+func (p *plane) recorded(user string, what ...string) {
+	p.Helper()
+	found := make(map[string]bool)
+	for _, r := range p.call("GET", "/v1/admin/audit?limit=1000&actor="+user, nil).want(200).list("records") {
+		r := r.(map[string]any)
+		if r["actor"] == user && r["actor_kind"] == "user" && r["address"] == "127.0.0.1" {
+			found[fmt.Sprint(r["action"], " ", r["result"])] = true
+		}
+	}
+	for _, w := range what {
+		if !found[w] {
+			p.Errorf("there is no record of %q by %s, only of %v", w, user, found)
 		}
 	}
 }
@@ -598,11 +616,16 @@ func TestForgotPassword(t *testing.T) {
 	p.call("POST", "/v1/auth/password/reset", map[string]any{"token": link + "x", "password": password}, nobody...).fails(401, "unauthenticated")
 	p.call("POST", "/v1/auth/password/reset", map[string]any{"token": link, "password": password}, nobody...).want(204)
 	p.call("GET", "/v1/me", nil, as(session)...).fails(401, "unauthenticated")
-	p.login("admin@example.com", password)
+	again, _ := p.login("admin@example.com", password)
+	p.recorded(p.call("GET", "/v1/me", nil, as(again)...).want(200).str("id"), "resetPassword ok")
 	p.call("POST", "/v1/auth/password/reset", map[string]any{"token": link, "password": password}, nobody...).fails(401, "unauthenticated")
-	for range 2 {
-		p.call("POST", "/v1/auth/password/forgot", map[string]any{"email": "admin@example.com"}, nobody...).want(202)
-	}
+	// One that nobody opens in time.
+	p.call("POST", "/v1/auth/password/forgot", map[string]any{"email": "admin@example.com"}, nobody...).want(202)
+	late := p.linked(letters(), "reset-password")
+	p.sql("UPDATE mail_tokens SET expires_at = expires_at - interval '1 hour'")
+	p.call("POST", "/v1/auth/password/reset", map[string]any{"token": late, "password": password + "!"}, nobody...).fails(401, "unauthenticated")
+	p.login("admin@example.com", password)
+	p.call("POST", "/v1/auth/password/forgot", map[string]any{"email": "admin@example.com"}, nobody...).want(202)
 	p.call("POST", "/v1/auth/password/forgot", map[string]any{"email": "admin@example.com"}, nobody...).fails(429, "rate_limited")
 }
 
@@ -750,6 +773,7 @@ func TestGitHub(t *testing.T) {
 			}
 		}
 		me := p.call("GET", "/v1/me", nil, as(access)...).want(200).object()
+		p.recorded(me["id"].(string), "finishGitHub ok")
 		if me["email"] != "octo@example.com" || me["has_password"] != false || me["github"] != true {
 			t.Errorf("me: %v", me)
 		}

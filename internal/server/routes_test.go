@@ -1,14 +1,23 @@
 package server_test
 
 import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/go-redis/redis_rate/v10"
+	"github.com/google/uuid"
 	"github.com/redis/go-redis/v9"
+
+	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
 // What holds for every operation of the OpenAPI document is checked for every
@@ -89,4 +98,221 @@ func checkRates(t *testing.T, p *plane) {
 		t.Errorf("only %d operations that anybody may call", checked)
 	}
 	t.Logf("rates of %d operations that anybody may call", checked)
+}
+
+// asked is a call that was made, and what its record must say.
+type asked struct {
+	operation
+	caller
+	response
+	id, address string
+	// actor is who calls, and user who made the key where that is one.
+	actor, user string
+	// named is what the path names.
+	named []string
+}
+
+// actor returns who shows these headers: their id on the wire, and that of who
+// made the key.
+func (w *world) actor(headers []string) (actor, user string) {
+	w.Helper()
+	for i := 0; i < len(headers); i += 2 {
+		switch v := headers[i+1]; {
+		case headers[i] == "X-API-Key" && v != "":
+			var key uuid.UUID
+			var maker *uuid.UUID
+			hash := sha256.Sum256([]byte(v))
+			if w.db().QueryRow(context.Background(), "SELECT id, user_id FROM api_keys WHERE hash = $1", hash[:]).Scan(&key, &maker) != nil {
+				return "", ""
+			}
+			if maker != nil {
+				user = id.Format(id.User, *maker)
+			}
+			return id.Format(id.APIKey, key), user
+		case headers[i] == "Authorization":
+			var claims struct{ Sub string }
+			parts := strings.Split(v, ".")
+			raw, err := base64.RawURLEncoding.DecodeString(parts[1])
+			if err == nil {
+				err = json.Unmarshal(raw, &claims)
+			}
+			u, bad := uuid.Parse(claims.Sub)
+			if err != nil || bad != nil {
+				w.Fatalf("token: %v, %v", err, bad)
+			}
+			return id.Format(id.User, u), ""
+		}
+	}
+	return "", ""
+}
+
+// changing says whether an operation's calls are to be recorded.
+func (o operation) changing() bool {
+	switch o.OperationID {
+	case "hostHeartbeat": // It says that nothing has changed.
+		return false
+	case "execStream", "finishGitHub": // What browsers do with GET.
+		return true
+	}
+	return o.method != http.MethodGet && !o.rule.Read
+}
+
+// elsewhere are the operations for changes that the walk, which makes up what
+// it says, is always refused: they take a password or token that holds, a guest
+// that answers, a recipe, an archive or a build that runs. Their records when
+// they are done are written by the same code; of those by which people log in
+// other tests check them too.
+var elsewhere = []string{
+	"signUp", "verifyEmail", "logIn", "refresh", "resetPassword", "finishGitHub", "changePassword", "registerHost", "refreshHost",
+	"execStream", "runCode", "createContext", "changeContext", "deleteContext",
+	"createBuild", "createBuildAdmin", "cancelBuildAdmin", "putBuildArchive", "putBuildArchiveAdmin", "importTemplate", "importPlatformTemplate",
+}
+
+// checkRecords checks that of each call that asked for a change there is one
+// record, which says who asked for what, from where, and what became of it;
+// and of no other.
+func checkRecords(t *testing.T, p *plane, all []asked) {
+	type record struct {
+		Action, Actor, Address, Object, Result, Code string
+		ActorKind                                    string `json:"actor_kind"`
+		ObjectKind                                   string `json:"object_kind"`
+		RequestID                                    string `json:"request_id"`
+		UserID                                       string `json:"user_id"`
+	}
+	written := make(map[string][]record)
+	for line := range bytes.Lines(p.call("GET", "/v1/admin/audit?format=ndjson", nil).want(200).Body) {
+		var r record
+		if err := json.Unmarshal(line, &r); err != nil {
+			t.Fatalf("%v in %s", err, line)
+		}
+		written[r.RequestID] = append(written[r.RequestID], r)
+	}
+	type seen struct{ ok, refused bool }
+	of := make(map[string]seen)
+	checked := 0
+	for _, a := range all {
+		got := written[a.id]
+		known := a.Status != http.StatusUnauthorized && a.actor != ""
+		if !a.changing() || !known && !a.anybody() {
+			if len(got) != 0 {
+				t.Errorf("%s as %s, answered %d, is recorded: %+v", a.operation, a.caller.name, a.Status, got)
+			}
+			continue
+		}
+		checked++
+		want := record{Action: a.OperationID, Address: a.address, RequestID: a.id, Actor: a.actor, UserID: a.user, ActorKind: "user", Result: "ok"}
+		if a.caller.key {
+			want.ActorKind = "key"
+		}
+		if a.Status >= 400 {
+			var body struct{ Error struct{ Code string } }
+			_ = json.Unmarshal(a.Body, &body)
+			want.Result, want.Code = "refused", body.Error.Code
+		}
+		if a.Status >= 500 {
+			want.Result = "failed"
+		}
+		if a.OperationID == "finishGitHub" && strings.Contains(a.Header.Get("Location"), "login_error") {
+			want.Result, want.Code = "refused", a.Header.Get("Location")[strings.LastIndex(a.Header.Get("Location"), "=")+1:]
+		}
+		if len(got) != 1 {
+			t.Errorf("%s as %s, answered %d: %d records", a.operation, a.caller.name, a.Status, len(got))
+			continue
+		}
+		r := got[0]
+		// What was made is in the answer; else it is what the path names last.
+		object := ""
+		if at := a.Header.Get("Location"); at != "" && a.OperationID != "finishGitHub" {
+			object = at[strings.LastIndex(at, "/")+1:]
+		} else if len(a.named) > 0 {
+			object = a.named[len(a.named)-1]
+		}
+		if object != "" && r.Object != object {
+			t.Errorf("%s as %s: the record is about %q, want %q", a.operation, a.caller.name, r.Object, object)
+		}
+		if r.ObjectKind == "" {
+			t.Errorf("%s as %s: the record does not say what it is about", a.operation, a.caller.name)
+		}
+		r.Object, r.ObjectKind = "", ""
+		if a.anybody() {
+			// Who they are they may have shown in the body.
+			want.Actor, want.ActorKind, want.UserID = r.Actor, r.ActorKind, r.UserID
+		}
+		if r != want {
+			t.Errorf("%s as %s, answered %d: record %+v, want %+v", a.operation, a.caller.name, a.Status, r, want)
+		}
+		s := of[a.OperationID]
+		s.ok, s.refused = s.ok || a.Status < 300 || a.Status == 101, s.refused || a.Status >= 400
+		of[a.OperationID] = s
+	}
+	for _, o := range operations(t) {
+		if !o.changing() {
+			continue
+		}
+		s := of[o.OperationID]
+		if !s.refused && !o.anybody() {
+			t.Errorf("%s was never refused", o)
+		}
+		if s.ok == slices.Contains(elsewhere, o.OperationID) {
+			t.Errorf("%s was done by the walk: %v", o, s.ok)
+		}
+	}
+	t.Logf("audit: %d calls for changes by %d operations have the record that they must have", checked, len(of))
+	if checked < 1500 {
+		t.Errorf("only %d records", checked)
+	}
+}
+
+// checkOrigins has another site's page make a browser call every operation
+// that changes something, with its user's cookies: all are refused, and
+// nothing changes. n is where the numbers of its calls begin.
+func checkOrigins(t *testing.T, p *plane, n int) {
+	w := p.world()
+	before := w.state()
+	cookies := func(token string, more ...string) func(*world) []string {
+		return func(*world) []string {
+			return append([]string{"X-API-Key", "", "Cookie", "wrenn_access=" + token}, more...)
+		}
+	}
+	owner, staff, loner := w.bearer(w.teams[ours].owner), w.bearer(w.staff), w.bearer(w.loner)
+	checked := 0
+	for _, o := range operations(t) {
+		if o.method == http.MethodGet && o.OperationID != "execStream" {
+			continue
+		}
+		checked++
+		token := owner
+		if o.rule.Role == "platform" {
+			token = staff
+		}
+		for _, header := range [][]string{
+			{"Origin", "https://evil.example"},
+			{"Origin", "null"},
+			{"Origin", "http://8000-" + w.teams[ours].wireSandbox + ".localhost:8000"},
+			{"Sec-Fetch-Site", "cross-site"},
+			{"Sec-Fetch-Site", "same-site", "Origin", "http://other.localhost:8000"},
+		} {
+			if o.OperationID == "execStream" && header[0] != "Origin" {
+				continue // Browsers send the origin of every WebSocket.
+			}
+			n++
+			r := w.send(o, caller{name: o.OperationID + strings.Join(header, "="), show: cookies(token, header...)}, targets[0], n)
+			if r.Status != http.StatusForbidden || !strings.Contains(string(r.Body), "origin not allowed") {
+				t.Errorf("%s by a page with %v: %d %s", o, header, r.Status, r.Body)
+			}
+		}
+		// The service's own pages may.
+		n++
+		r := w.send(o, caller{name: o.OperationID + " of ours", show: cookies(loner, "Origin", "http://localhost:8000", "Sec-Fetch-Site", "same-origin")}, targets[0], n)
+		if strings.Contains(string(r.Body), "origin not allowed") {
+			t.Errorf("%s by a page of the service's: %d %s", o, r.Status, r.Body)
+		}
+	}
+	if after := w.state(); after != before {
+		t.Errorf("another site's page changed something: before\n%s\n\nafter\n%s", before, after)
+	}
+	if checked < 50 {
+		t.Errorf("only %d operations", checked)
+	}
+	t.Logf("origins: %d operations refuse other sites' pages", checked)
 }

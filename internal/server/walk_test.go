@@ -58,6 +58,7 @@ type world struct {
 	left     uuid.UUID // A deactivated owner of the first.
 	host     string
 	shown    map[string][]string // Headers by caller, once made.
+	records  *[]asked            // What was asked for, where that is wanted.
 }
 
 func insertUser(b *pgx.Batch, admin, active bool) uuid.UUID {
@@ -315,6 +316,8 @@ func (w *world) fields(o operation, t target) map[string]any {
 		all["name"] = "n" + strings.ReplaceAll(uuid.NewString(), "-", "")
 	case "changeHost":
 		all["draining"] = true
+	case "createChannel":
+		all["url"], all["secret"] = "https://hooks.example.com/walk", strings.Repeat("s", 32)
 	case "changePassword":
 		all["current_password"] = "wrong"
 	}
@@ -373,8 +376,12 @@ func (w *world) send(o operation, c caller, t target, n int) response {
 		headers = c.show(w)
 		w.shown[c.name] = headers
 	}
+	ask := asked{operation: o, caller: c, id: fmt.Sprintf("walk-%d", n), address: fmt.Sprintf("198.18.%d.%d", n/250, n%250)}
+	if w.records != nil {
+		ask.actor, ask.user = w.actor(headers)
+	}
 	// Each from an address of its own: how often one may try is another test's.
-	headers = append(slices.Clone(headers), "X-Forwarded-For", fmt.Sprintf("198.18.%d.%d", n/250, n%250))
+	headers = append(slices.Clone(headers), "X-Forwarded-For", ask.address, "X-Request-Id", ask.id)
 	if t.named >= 0 {
 		headers = append(headers, "X-Team", w.teams[t.named].wireTeam)
 	}
@@ -392,6 +399,7 @@ func (w *world) send(o operation, c caller, t target, n int) response {
 		switch p.Value.In {
 		case "path":
 			path = strings.ReplaceAll(path, "{"+p.Value.Name+"}", url.PathEscape(text))
+			ask.named = append(ask.named, text)
 		case "query":
 			query.Set(p.Value.Name, text)
 		case "header":
@@ -416,6 +424,9 @@ func (w *world) send(o operation, c caller, t target, n int) response {
 	r, err := w.try(o.method, path, body, headers...)
 	if err != nil {
 		w.Fatalf("%s as %s, %s: %v", o, c.name, t.name, err)
+	}
+	if ask.response = r; w.records != nil {
+		*w.records = append(*w.records, ask)
 	}
 	return r
 }
@@ -487,7 +498,13 @@ func TestAuthorization(t *testing.T) {
 	p.agent.mu.Lock()
 	p.agent.files["/walk"] = []byte("walk")
 	p.agent.mu.Unlock()
-	shared := p.world()
+	var records []asked
+	world := func() *world {
+		w := p.world()
+		w.records = &records
+		return w
+	}
+	shared := world()
 	before := shared.state()
 	calls, admitted := 0, 0
 	all := operations(t)
@@ -498,7 +515,7 @@ func TestAuthorization(t *testing.T) {
 			for _, c := range callers() {
 				w := shared
 				if o.method != http.MethodGet {
-					w = p.world() // To log out, for one, is a change.
+					w = world() // To log out, for one, is a change.
 				}
 				r := w.send(o, c, targets[0], calls)
 				calls++
@@ -515,7 +532,7 @@ func TestAuthorization(t *testing.T) {
 			for _, tg := range targets {
 				want, w := o.expected(c, tg), shared
 				if want == 0 && o.method != http.MethodGet {
-					w = p.world()
+					w = world()
 				}
 				r := w.send(o, c, tg, calls)
 				calls++
@@ -541,6 +558,8 @@ func TestAuthorization(t *testing.T) {
 	if after := shared.state(); after != before {
 		t.Errorf("calls that were refused changed something: before\n%s\n\nafter\n%s", before, after)
 	}
+	checkRecords(t, p, records)
+	checkOrigins(t, p, calls)
 	t.Logf("authorization walk: %d operations, %d callers, %s calls, %d of them admitted", len(all), len(callers()), strconv.Itoa(calls), admitted)
 	if calls < 3000 {
 		t.Errorf("only %d calls", calls)

@@ -216,32 +216,30 @@ func (s *Sessions) Check(ctx context.Context, token string, team *uuid.UUID) (Pr
 	return Principal{Team: row.TeamID, Role: Role(row.Role), User: user, Session: session, Email: row.Email, Platform: row.Admin}, nil
 }
 
-// End ends the session that a token, access or refresh, belongs to. What is
-// no such token ends nothing.
-func (s *Sessions) End(ctx context.Context, token string) error {
+// End ends the session that a token, access or refresh, belongs to, and
+// returns whose it was. What is no such token ends nothing, and is nobody's.
+func (s *Sessions) End(ctx context.Context, token string) (user uuid.UUID, err error) {
 	session, ok := refreshSession(token)
 	if ok {
 		row, err := s.store.LockSession(ctx, session)
 		if errors.Is(err, store.ErrNoRows) {
-			return nil
+			return uuid.Nil, nil
 		}
 		if err != nil {
-			return fmt.Errorf("look up session: %w", err)
+			return uuid.Nil, fmt.Errorf("look up session: %w", err)
 		}
 		shown := sha256.Sum256([]byte(token))
 		if !Equal(string(shown[:]), string(row.RefreshHash)) && !Equal(string(shown[:]), string(row.PreviousHash)) {
-			return nil
+			return uuid.Nil, nil
 		}
-	} else {
-		var err error
-		if _, session, err = s.parse(token); err != nil {
-			return nil
-		}
+		user = row.UserID
+	} else if user, session, err = s.parse(token); err != nil {
+		return uuid.Nil, nil
 	}
 	if err := s.store.DeleteSession(ctx, session); err != nil {
-		return fmt.Errorf("end session: %w", err)
+		return user, fmt.Errorf("end session: %w", err)
 	}
-	return nil
+	return user, nil
 }
 
 // EndAll ends all sessions of a user but for one (uuid.Nil: all).

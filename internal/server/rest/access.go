@@ -95,10 +95,10 @@ func (a *API) authorize(next http.Handler) http.Handler {
 			return
 		}
 		who, err := a.identify(r, access)
+		if o := observed(r); o != nil {
+			o.who = who // Known also where they ask for what is another team's.
+		}
 		if err == nil {
-			if o := observed(r); o != nil {
-				o.who = who
-			}
 			err = access.Check(who)
 		}
 		if err != nil {
@@ -110,16 +110,17 @@ func (a *API) authorize(next http.Handler) http.Handler {
 }
 
 // identify returns who calls: by API key, or by an access token in the header
-// Authorization, or by the cookie that has it.
+// Authorization, or by the cookie that has it. Where they act for no team that
+// is theirs it fails, and returns who they are all the same.
 func (a *API) identify(r *http.Request, access auth.Access) (auth.Principal, error) {
-	team, err := a.teamOf(r, access)
-	if err != nil {
-		return auth.Principal{}, err
-	}
+	team, malformed := a.teamOf(r, access)
 	if key := r.Header.Get("X-API-Key"); key != "" {
 		who, err := a.Keys.Check(r.Context(), key)
 		if err == nil && team != nil && *team != who.Team {
 			err = fault.New(fault.NotFound, "no such team")
+		}
+		if err == nil {
+			err = malformed
 		}
 		return who, err
 	}
@@ -131,6 +132,9 @@ func (a *API) identify(r *http.Request, access auth.Access) (auth.Principal, err
 	if err == nil && team != nil && who.Team == uuid.Nil {
 		// Not theirs, or not there: the answer is the same.
 		err = fault.New(fault.NotFound, "no such team")
+	}
+	if err == nil {
+		err = malformed
 	}
 	return who, err
 }

@@ -87,9 +87,9 @@ func (rec *recorder) WriteHeader(status int) {
 	}
 	if !rec.began && (status >= 200 || status == http.StatusSwitchingProtocols) {
 		rec.began = true
-		result, code := audit.OK, ""
-		if status >= 400 {
-			result, code = audit.Refused, observed(rec.r).code
+		result, code := audit.OK, observed(rec.r).code
+		if status >= 400 || code != "" { // A browser that is sent back is told in the URL.
+			result = audit.Refused
 		}
 		if status >= 500 {
 			result = audit.Failed
@@ -149,6 +149,9 @@ func actor(r *audit.Record, o *observation) {
 	switch {
 	case o.who.Key != uuid.Nil:
 		r.Actor, r.ActorID = audit.Key, &o.who.Key
+		if o.who.User != uuid.Nil {
+			r.User = &o.who.User
+		}
 	case o.who.User != uuid.Nil:
 		r.Actor, r.ActorID = audit.User, &o.who.User
 	}

@@ -65,7 +65,8 @@ func (a *API) dropSession(w http.ResponseWriter) {
 
 // login answers with a session: its tokens in the body for programs that ask
 // for them, else in cookies.
-func (a *API) login(w http.ResponseWriter, status int, g auth.Grant, user db.User, tokens bool) {
+func (a *API) login(w http.ResponseWriter, r *http.Request, status int, g auth.Grant, user db.User, tokens bool) {
+	provedToBe(r, user.ID)
 	l := rest.Login{User: account(user), AccessExpiresAt: g.AccessExpires.UTC()}
 	if tokens {
 		l.AccessToken, l.RefreshToken = &g.Access, &g.Refresh
@@ -73,6 +74,13 @@ func (a *API) login(w http.ResponseWriter, status int, g auth.Grant, user db.Use
 		a.setSession(w, g)
 	}
 	answer(w, status, l)
+}
+
+// provedToBe notes, for the record, who made a request that anybody may make.
+func provedToBe(r *http.Request, user uuid.UUID) {
+	if o := observed(r); o != nil && user != uuid.Nil {
+		o.who.User = user
+	}
 }
 
 func account(u db.User) rest.Account {
@@ -114,7 +122,7 @@ func (a *API) SignUp(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusAccepted)
 		return
 	}
-	a.login(w, http.StatusCreated, *g, user, or(req.Tokens, false))
+	a.login(w, r, http.StatusCreated, *g, user, or(req.Tokens, false))
 }
 
 // VerifyEmail answers POST /v1/auth/verify.
@@ -129,7 +137,7 @@ func (a *API) VerifyEmail(w http.ResponseWriter, r *http.Request) {
 		a.Fail(w, r, err)
 		return
 	}
-	a.login(w, http.StatusOK, g, user, or(req.Tokens, false))
+	a.login(w, r, http.StatusOK, g, user, or(req.Tokens, false))
 }
 
 // LogIn answers POST /v1/auth/login.
@@ -144,7 +152,7 @@ func (a *API) LogIn(w http.ResponseWriter, r *http.Request) {
 		a.Fail(w, r, err)
 		return
 	}
-	a.login(w, http.StatusOK, g, user, or(req.Tokens, false))
+	a.login(w, r, http.StatusOK, g, user, or(req.Tokens, false))
 }
 
 // shownRefresh returns the refresh token of a request and whether the body has it.
@@ -186,7 +194,7 @@ func (a *API) Refresh(w http.ResponseWriter, r *http.Request) {
 		a.Fail(w, r, err)
 		return
 	}
-	a.login(w, http.StatusOK, g, user.User, inBody)
+	a.login(w, r, http.StatusOK, g, user.User, inBody)
 }
 
 // LogOut answers POST /v1/auth/logout.
@@ -200,10 +208,12 @@ func (a *API) LogOut(w http.ResponseWriter, r *http.Request) {
 		if token == "" {
 			continue
 		}
-		if err := a.Sessions.End(r.Context(), token); err != nil {
+		user, err := a.Sessions.End(r.Context(), token)
+		if err != nil {
 			a.Fail(w, r, err)
 			return
 		}
+		provedToBe(r, user)
 	}
 	a.dropSession(w)
 	w.WriteHeader(http.StatusNoContent)
@@ -257,7 +267,9 @@ func (a *API) ResetPassword(w http.ResponseWriter, r *http.Request) {
 	var req rest.ResetPassword
 	err := decode(r, &req)
 	if err == nil {
-		err = a.Users.ResetPassword(r.Context(), req.Token, req.Password)
+		var user uuid.UUID
+		user, err = a.Users.ResetPassword(r.Context(), req.Token, req.Password)
+		provedToBe(r, user)
 	}
 	a.done(w, r, err)
 }
@@ -311,6 +323,9 @@ func (a *API) FinishGitHub(w http.ResponseWriter, r *http.Request, params rest.F
 	to := strings.TrimSuffix(a.PublicURL, "/") + "/"
 	if err != nil {
 		code := classify(err).Code
+		if o := observed(r); o != nil {
+			o.code = string(code)
+		}
 		a.log(r).Info("login with GitHub failed", "code", code, "error", err)
 		to += "?login_error=" + url.QueryEscape(string(code))
 	}
@@ -344,6 +359,7 @@ func (a *API) finishGitHub(w http.ResponseWriter, r *http.Request, params rest.F
 		if err != nil {
 			return err
 		}
+		provedToBe(r, g.User)
 		a.setSession(w, g)
 		return nil
 	}
@@ -353,6 +369,7 @@ func (a *API) finishGitHub(w http.ResponseWriter, r *http.Request, params rest.F
 	if err != nil {
 		return stale
 	}
+	provedToBe(r, user)
 	return a.Users.Link(r.Context(), user, who.Subject)
 }
 

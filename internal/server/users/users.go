@@ -270,31 +270,33 @@ func (s *Service) sendReset(ctx context.Context, email string) error {
 }
 
 // ResetPassword sets the password of whoever a reset link was made for and
-// ends their sessions. The link also shows that the address is theirs.
-func (s *Service) ResetPassword(ctx context.Context, token, password string) error {
+// ends their sessions. The link also shows that the address is theirs. It
+// returns who that is.
+func (s *Service) ResetPassword(ctx context.Context, token, password string) (user uuid.UUID, err error) {
 	invalid := fault.New(fault.Unauthenticated, "the reset link is not valid, or no longer")
 	if !strings.HasPrefix(token, prefixes[reset]) {
-		return invalid
+		return user, invalid
 	}
 	hash, err := s.hash(ctx, password)
 	if err != nil {
-		return err
+		return user, err
 	}
 	sum := sha256.Sum256([]byte(token))
 	err = s.Store.InTx(ctx, func(q *db.Queries) error {
-		user, err := q.TakeMailToken(ctx, db.TakeMailTokenParams{Hash: sum[:], Purpose: reset})
+		of, err := q.TakeMailToken(ctx, db.TakeMailTokenParams{Hash: sum[:], Purpose: reset})
 		if errors.Is(err, store.ErrNoRows) {
 			return invalid
 		}
 		if err != nil {
 			return err
 		}
-		if err := setPassword(ctx, q, user, uuid.Nil, hash); err != nil {
+		if err := setPassword(ctx, q, of, uuid.Nil, hash); err != nil {
 			return err
 		}
-		return open(ctx, q, user)
+		user = of
+		return open(ctx, q, of)
 	})
-	return wrap(err, "reset password")
+	return user, wrap(err, "reset password")
 }
 
 // GitHub logs in whoever an identity on GitHub belongs to. Somebody new gets
