@@ -155,7 +155,7 @@ func (q *Queries) EmitEvent(ctx context.Context, arg EmitEventParams) error {
 }
 
 const forgetDeliveries = `-- name: ForgetDeliveries :execrows
-DELETE FROM deliveries WHERE id IN (SELECT d.id FROM deliveries d WHERE d.created_at < $1 ORDER BY d.created_at LIMIT $2)
+DELETE FROM deliveries WHERE id = ANY (ARRAY(SELECT d.id FROM deliveries d WHERE d.created_at < $1 ORDER BY d.created_at LIMIT $2))
 `
 
 type ForgetDeliveriesParams struct {
@@ -399,9 +399,9 @@ func (q *Queries) NextDelivery(ctx context.Context) (float64, error) {
 }
 
 const trimDeliveries = `-- name: TrimDeliveries :execrows
-DELETE FROM deliveries WHERE id IN (
+DELETE FROM deliveries WHERE id = ANY (ARRAY(
     SELECT many.id FROM (SELECT d.id, row_number() OVER (PARTITION BY d.channel_id ORDER BY d.created_at DESC, d.id DESC) AS n FROM deliveries d) many
-    WHERE many.n > $1::bigint LIMIT $2)
+    WHERE many.n > $1::bigint LIMIT $2))
 `
 
 type TrimDeliveriesParams struct {

@@ -25,8 +25,8 @@ func (q *Queries) FirstRunDay(ctx context.Context) (time.Time, error) {
 }
 
 const forgetRuns = `-- name: ForgetRuns :execrows
-DELETE FROM sandbox_runs WHERE id IN (
-    SELECT r.id FROM sandbox_runs r WHERE r.ended_at < $1 LIMIT $2)
+DELETE FROM sandbox_runs WHERE id = ANY (ARRAY(
+    SELECT r.id FROM sandbox_runs r WHERE r.ended_at < $1 ORDER BY r.ended_at LIMIT $2))
 `
 
 type ForgetRunsParams struct {

@@ -28,8 +28,8 @@ INSERT INTO usage_rollups (day) VALUES (@day::date) ON CONFLICT DO NOTHING;
 
 -- name: ForgetRuns :execrows
 -- In small batches. Their days are computed, and are not changed any more.
-DELETE FROM sandbox_runs WHERE id IN (
-    SELECT r.id FROM sandbox_runs r WHERE r.ended_at < @before LIMIT @max_rows);
+DELETE FROM sandbox_runs WHERE id = ANY (ARRAY(
+    SELECT r.id FROM sandbox_runs r WHERE r.ended_at < @before ORDER BY r.ended_at LIMIT @max_rows));
 
 -- name: ListUsageDays :many
 SELECT day, vcpu_seconds::float8 AS vcpu_seconds, memory_mib_seconds::float8 AS memory_mib_seconds, starts
