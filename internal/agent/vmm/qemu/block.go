@@ -87,8 +87,9 @@ func chain(s vmm.Spec, h *handed) (object, []string, error) {
 
 // node is a node of QEMU's block graph.
 type node struct {
-	Name  string `json:"node-name"`
-	Image struct {
+	Name   string `json:"node-name"`
+	Active *bool  `json:"active"` // nil: this QEMU does not tell, and it is
+	Image  struct {
 		Bytes int64 `json:"virtual-size"`
 	} `json:"image"`
 }
@@ -189,6 +190,13 @@ func (m *machine) Grow(ctx context.Context, bytes int64) error {
 	}
 	if bytes < now.Image.Bytes {
 		return fmt.Errorf("grow disk: it has %d bytes, more than %d", now.Image.Bytes, bytes)
+	}
+	// The disk of a restored machine that never ran is not QEMU's to change yet,
+	// since QEMU 10.
+	if now.Active != nil && !*now.Active {
+		if err := m.qmp.Execute(ctx, "blockdev-set-active", object{"active": true}, nil); err != nil {
+			return fmt.Errorf("grow disk: %w", err)
+		}
 	}
 	if err := m.qmp.Execute(ctx, "block_resize", object{"node-name": now.Name, "size": bytes}, nil); err != nil {
 		return fmt.Errorf("grow disk: %w", err)
