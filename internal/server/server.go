@@ -138,6 +138,7 @@ type Server struct {
 	bus       *events.Bus
 	keys      *auth.Keys
 	sessions  *auth.Sessions
+	watch     *auth.Watch
 	users     *users.Service
 	teams     *teams.Service
 	mail      *mail.Sender
@@ -247,6 +248,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 		return nil, err
 	}
 	s.sessions = auth.NewSessions(s.store, secret, s.log)
+	s.watch = auth.NewWatch(s.store, s.log)
 	limiter := ratelimit.New(s.redis, s.log)
 	s.users = users.New(users.Config{Store: s.store, Sessions: s.sessions, Limiter: limiter, Mail: s.mail, PublicURL: c.PublicURL, PasswordCost: c.PasswordCost, Log: s.log})
 	s.teams = teams.New(teams.Config{Store: s.store, Sandboxes: s.sandboxes, Log: s.log})
@@ -270,7 +272,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	registry.MustRegister(s.sandboxes.Collectors()...)
 	api, err := rest.New(ctx, rest.Config{
 		Sandboxes: s.sandboxes, Templates: tpl, Builds: s.builds, Usage: s.usage, Audit: s.audit, History: history, Channels: s.channels, Keys: s.keys, Tokens: tokens,
-		Sessions: s.sessions, Users: s.users, Teams: s.teams, Platform: platform.New(s.store), Hosts: s.hosts,
+		Sessions: s.sessions, Watch: s.watch, Users: s.users, Teams: s.teams, Platform: platform.New(s.store), Hosts: s.hosts,
 		GitHub: hub, GitHubKey: auth.Derive(secret, "github"), Limiter: limiter, TrustedProxies: c.TrustedProxies,
 		PublicURL: c.PublicURL, Domain: c.Domain, Log: s.log,
 		Checks: checks,
@@ -286,7 +288,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	px := proxy.New(proxy.Config{Domain: c.Domain, Sandboxes: s.sandboxes, Hosts: s.hosts, Keys: s.keys, Tokens: tokens, Fail: api.Fail, Log: s.log})
+	px := proxy.New(proxy.Config{Domain: c.Domain, Sandboxes: s.sandboxes, Hosts: s.hosts, Keys: s.keys, Watch: s.watch, Tokens: tokens, Fail: api.Fail, Log: s.log})
 	registry.MustRegister(px.Collectors()...)
 	rest := api.Handler()
 	s.handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -317,6 +319,7 @@ func (s *Server) Run(ctx context.Context) error {
 	wg.Go(func() { s.audit.Run(ctx) })
 	wg.Go(func() { s.channels.Run(ctx) })
 	wg.Go(func() { s.sessions.Run(ctx) })
+	wg.Go(func() { s.watch.Run(ctx) })
 	wg.Go(func() { s.users.Run(ctx) })
 	wg.Go(func() { s.teams.Run(ctx) })
 	wg.Go(func() { s.mail.Run(ctx) })

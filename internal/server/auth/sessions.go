@@ -206,6 +206,20 @@ func (s *Sessions) Check(ctx context.Context, token string, team *uuid.UUID) (Pr
 	if err != nil {
 		return Principal{}, err
 	}
+	return s.caller(ctx, user, session, team)
+}
+
+// Again returns who somebody is now whom Check returned before, acting for the
+// same team; it fails where their session has ended.
+func (s *Sessions) Again(ctx context.Context, who Principal) (Principal, error) {
+	team := &who.Team
+	if who.Team == uuid.Nil {
+		team = nil
+	}
+	return s.caller(ctx, who.User, who.Session, team)
+}
+
+func (s *Sessions) caller(ctx context.Context, user, session uuid.UUID, team *uuid.UUID) (Principal, error) {
 	row, err := s.store.GetCaller(ctx, db.GetCallerParams{Session: session, UserID: user, Team: team})
 	if errors.Is(err, store.ErrNoRows) {
 		return Principal{}, errNoSession()

@@ -73,7 +73,7 @@ func (s *Service) Run(ctx context.Context) {
 // listen hears from the database that there is something to deliver.
 func (s *Service) listen(ctx context.Context) {
 	for ctx.Err() == nil {
-		err := s.Store.Listen(ctx, "wrenn_deliveries", func() {
+		err := s.Store.Listen(ctx, "wrenn_deliveries", func(string) {
 			select {
 			case s.wake <- struct{}{}:
 			default:

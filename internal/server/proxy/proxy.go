@@ -40,7 +40,9 @@ type Config struct {
 	Sandboxes *sandboxes.Service
 	Hosts     *hosts.Registry
 	Keys      *auth.Keys
-	Tokens    auth.Tokens
+	// Watch ends requests whose key no longer holds.
+	Watch  *auth.Watch
+	Tokens auth.Tokens
 	// Fail answers a request with an error.
 	Fail func(http.ResponseWriter, *http.Request, error)
 	Log  *slog.Logger
@@ -87,7 +89,19 @@ func (p *Proxy) label(host string) (string, bool) {
 
 // ServeHTTP forwards a request to its sandbox.
 func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	mark := p.Watch.Mark()
 	target, err := p.resolve(r)
+	if err == nil && target.who.HasKey() {
+		ctx, done := p.Watch.While(r.Context(), target.who, mark, func(ctx context.Context) error {
+			now, err := p.Keys.Check(ctx, r.Header.Get("X-API-Key"))
+			if err == nil {
+				err = use.Check(now)
+			}
+			return err
+		})
+		defer done()
+		r = r.WithContext(ctx)
+	}
 	if err == nil {
 		err = p.hold(w, r, &target)
 	}
@@ -148,6 +162,8 @@ type destination struct {
 	port    int
 	// unproven requests wake no sandbox: see caller.
 	unproven bool
+	// who showed an API key; zero where something else was shown.
+	who auth.Principal
 }
 
 // caller is what a request showed.
@@ -158,6 +174,7 @@ type caller struct {
 	// unproven is set where only the guest daemon can tell whether the request
 	// may do what it wants.
 	unproven bool
+	who      auth.Principal
 }
 
 var errUnproven = fault.New(fault.SandboxPaused, "the sandbox is paused, and a signed URL resumes none: resume it first")
@@ -193,7 +210,7 @@ func (p *Proxy) resolve(r *http.Request) (destination, error) {
 	if team != uuid.Nil && team != t.team {
 		return none, fault.New(fault.NotFound, "no such sandbox")
 	}
-	d := destination{team: t.team, sandbox: sandbox, port: port, unproven: who.unproven}
+	d := destination{team: t.team, sandbox: sandbox, port: port, unproven: who.unproven, who: who.who}
 	switch t.state {
 	case sandboxes.Running:
 		d.host, err = p.Hosts.Get(&t.host)
@@ -238,7 +255,7 @@ func (p *Proxy) authorize(r *http.Request, sandbox uuid.UUID, port int) (caller,
 		if err == nil {
 			err = use.Check(who)
 		}
-		return caller{team: who.Team}, err
+		return caller{team: who.Team, who: who}, err
 	}
 	return none, fault.New(fault.Unauthenticated, "send the team's API key in X-API-Key, or the sandbox's traffic token in X-Traffic-Token")
 }
@@ -296,10 +313,13 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 			}
 		},
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
-			if r.Context().Err() != nil {
-				panic(http.ErrAbortHandler) // Nobody is there to tell.
-			}
 			var f *fault.Error
+			if r.Context().Err() != nil {
+				if !errors.As(context.Cause(r.Context()), &f) {
+					panic(http.ErrAbortHandler) // Nobody is there to tell.
+				}
+				err = f
+			}
 			if errors.As(err, &f) {
 				p.fail(w, r, err)
 				return

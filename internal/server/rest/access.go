@@ -94,6 +94,7 @@ func (a *API) authorize(next http.Handler) http.Handler {
 			next.ServeHTTP(w, r)
 			return
 		}
+		mark := a.Watch.Mark()
 		who, err := a.identify(r, access)
 		if o := observed(r); o != nil {
 			o.who = who // Known also where they ask for what is another team's.
@@ -105,8 +106,37 @@ func (a *API) authorize(next http.Handler) http.Handler {
 			a.Fail(w, r, err)
 			return
 		}
-		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), principalKey{}, who)))
+		ctx := context.WithValue(r.Context(), principalKey{}, who)
+		if lasts(op) {
+			var done func()
+			ctx, done = a.Watch.While(ctx, who, mark, func(ctx context.Context) error { return a.again(ctx, r, access, who) })
+			defer done()
+		}
+		next.ServeHTTP(w, r.WithContext(ctx))
 	})
+}
+
+// lasts says whether an operation goes on for as long as its client or a guest
+// likes, so that who asked for it may have lost what they were when it began.
+func lasts(op *openapi3.Operation) bool {
+	switch op.OperationID {
+	case "exec", "execStream", "runCode", "readFile", "writeFile", "readArchive", "writeArchive", "followBuild", "followBuildAdmin":
+		return true
+	}
+	return false
+}
+
+// again says whether who made a request may still do so.
+func (a *API) again(ctx context.Context, r *http.Request, access auth.Access, who auth.Principal) (err error) {
+	if who.HasKey() {
+		who, err = a.Keys.Check(ctx, r.Header.Get("X-API-Key"))
+	} else {
+		who, err = a.Sessions.Again(ctx, who)
+	}
+	if err == nil {
+		err = access.Check(who)
+	}
+	return err
 }
 
 // identify returns who calls: by API key, or by an access token in the header

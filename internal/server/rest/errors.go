@@ -48,7 +48,10 @@ func classify(err error) *fault.Error {
 
 // Fail answers a request with an error; what is internal is logged, not shown.
 func (a *API) Fail(w http.ResponseWriter, r *http.Request, err error) {
-	if r.Context().Err() != nil && errors.Is(err, context.Canceled) {
+	var ended *fault.Error
+	if r.Context().Err() != nil && errors.As(context.Cause(r.Context()), &ended) {
+		err = ended // Who asked for it may no longer.
+	} else if r.Context().Err() != nil && errors.Is(err, context.Canceled) {
 		a.log(r).Debug("client went away")
 		if o := observed(r); o != nil {
 			o.status = statusGone

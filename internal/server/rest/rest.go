@@ -49,6 +49,8 @@ type Config struct {
 	Channels *notify.Service
 	Keys     *auth.Keys
 	Sessions *auth.Sessions
+	// Watch ends what goes on for who may no longer.
+	Watch    *auth.Watch
 	Users    *users.Service
 	Teams    *teams.Service
 	Platform *platform.Service

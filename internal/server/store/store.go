@@ -98,9 +98,9 @@ func (s *Store) InTx(ctx context.Context, f func(*db.Queries) error) error {
 }
 
 // Listen calls heard once it listens to a channel of NOTIFY, whose name is an
-// identifier, and then for each message, until ctx is done or the connection
-// breaks. It has a connection of its own.
-func (s *Store) Listen(ctx context.Context, channel string, heard func()) error {
+// identifier, with an empty message, and then with each message, until ctx is
+// done or the connection breaks. It has a connection of its own.
+func (s *Store) Listen(ctx context.Context, channel string, heard func(message string)) error {
 	pooled, err := s.pool.Acquire(ctx)
 	if err != nil {
 		return fmt.Errorf("listen to the database: %w", err)
@@ -114,10 +114,13 @@ func (s *Store) Listen(ctx context.Context, channel string, heard func()) error 
 	if _, err := conn.Exec(ctx, "LISTEN "+pgx.Identifier{channel}.Sanitize()); err != nil {
 		return fmt.Errorf("listen to the database: %w", err)
 	}
-	for heard(); ; heard() {
-		if _, err := conn.WaitForNotification(ctx); err != nil {
+	heard("")
+	for {
+		n, err := conn.WaitForNotification(ctx)
+		if err != nil {
 			return fmt.Errorf("listen to the database: %w", err)
 		}
+		heard(n.Payload)
 	}
 }
 

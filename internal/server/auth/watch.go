@@ -1,0 +1,162 @@
+package auth
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+)
+
+const (
+	// lookAgain is how long something may go on for somebody of whom nothing was
+	// heard: keys expire without a word.
+	lookAgain = time.Minute
+	// lookWithin bounds one look.
+	lookWithin = 5 * time.Second
+)
+
+// Watch ends what goes on for as long as a client likes, a terminal for one,
+// when who asked for it may no longer. Servers hear from the database that
+// somebody may do less than before, whichever of them was asked for it.
+type Watch struct {
+	store *store.Store
+	log   *slog.Logger
+
+	mu sync.Mutex
+	// heard counts what was heard.
+	heard int
+	held  map[*held]struct{}
+}
+
+// held is something that goes on.
+type held struct {
+	who   Principal
+	may   func(context.Context) error
+	end   context.CancelCauseFunc
+	doubt bool // It is to be looked at again.
+}
+
+// NewWatch returns a watch that hears from a store. Run must run for anything
+// to be ended.
+func NewWatch(s *store.Store, log *slog.Logger) *Watch {
+	return &Watch{store: s, log: log, held: make(map[*held]struct{})}
+}
+
+// Mark returns what [Watch.While] must be given that was taken before it was
+// looked at who calls.
+func (w *Watch) Mark() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.heard
+}
+
+// While returns a context that ends when may, which is asked again whenever
+// something of the caller's is changed, fails with a fault: the cause is that
+// fault. done must be called when it is over.
+func (w *Watch) While(ctx context.Context, who Principal, mark int, may func(context.Context) error) (while context.Context, done func()) {
+	while, end := context.WithCancelCause(ctx)
+	h := &held{who: who, may: may, end: end}
+	w.mu.Lock()
+	w.held[h] = struct{}{}
+	missed := w.heard != mark
+	w.mu.Unlock()
+	if missed {
+		w.look(while, h)
+	}
+	return while, func() {
+		w.mu.Lock()
+		delete(w.held, h)
+		w.mu.Unlock()
+		end(nil)
+	}
+}
+
+// look asks whether something may go on, and ends it if not.
+func (w *Watch) look(ctx context.Context, h *held) {
+	ctx, cancel := context.WithTimeout(ctx, lookWithin)
+	defer cancel()
+	err := h.may(ctx)
+	var f *fault.Error
+	switch {
+	case errors.As(err, &f):
+		h.end(f)
+	case err != nil && ctx.Err() == nil:
+		w.log.Warn("look whether somebody may go on", "error", err)
+	}
+}
+
+// Run hears until ctx is done.
+func (w *Watch) Run(ctx context.Context) {
+	wake := make(chan struct{}, 1)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() { w.listen(ctx, wake) })
+	tick := time.NewTicker(lookAgain)
+	defer tick.Stop()
+	for {
+		select {
+		case <-wake:
+		case <-tick.C:
+			w.doubt("")
+		case <-ctx.Done():
+			return
+		}
+		w.mu.Lock()
+		var look []*held
+		for h := range w.held {
+			if h.doubt {
+				h.doubt = false
+				look = append(look, h)
+			}
+		}
+		w.mu.Unlock()
+		for _, h := range look {
+			w.look(ctx, h)
+		}
+	}
+}
+
+// listen hears from the database, and tells wake.
+func (w *Watch) listen(ctx context.Context, wake chan<- struct{}) {
+	for ctx.Err() == nil {
+		// The first word, after what may have been missed, is about everybody.
+		err := w.store.Listen(ctx, "wrenn_access", func(whose string) {
+			w.doubt(whose)
+			select {
+			case wake <- struct{}{}:
+			default:
+			}
+		})
+		if ctx.Err() != nil {
+			return
+		}
+		w.log.Warn("hear who may do less than before", "error", err)
+		t := time.NewTimer(2 * time.Second)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+		}
+	}
+}
+
+// doubt marks what goes on for a session, key, user or team; for everybody
+// where it is no id.
+func (w *Watch) doubt(whose string) {
+	one, err := uuid.Parse(whose)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.heard++
+	for h := range w.held {
+		if err != nil || slices.Contains([]uuid.UUID{h.who.Session, h.who.Key, h.who.User, h.who.Team}, one) {
+			h.doubt = true
+		}
+	}
+}

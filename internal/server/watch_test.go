@@ -1,0 +1,157 @@
+package server_test
+
+import (
+	"context"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/coder/websocket"
+
+	"github.com/wrenn-dev/wrenn/internal/id"
+)
+
+// TestAccessEnds takes from people what they may do while they are doing it,
+// by another server than the one that they do it by.
+func TestAccessEnds(t *testing.T) {
+	p := newPlane(t)
+	p.agent.guest = guestHandler()
+	q := p.second()
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	admin := as(p.bearerOf("admin@example.com"))
+	ada, bob := p.person("ada@example.com"), p.person("bob@example.com")
+	asAda := as(p.bearer(ada))
+
+	// A terminal by the API, or a WebSocket of a guest's, that answers.
+	open := func(host, path string, headers []string) *websocket.Conn {
+		t.Helper()
+		o := &websocket.DialOptions{Host: host, HTTPHeader: http.Header{}}
+		for i := 0; i < len(headers); i += 2 {
+			if headers[i+1] != "" {
+				o.HTTPHeader.Set(headers[i], headers[i+1])
+			}
+		}
+		ws, res, err := websocket.Dial(ctx, q.http.URL+path, o)
+		if err != nil {
+			t.Fatalf("%s: %v, %v", path, res, err)
+		}
+		t.Cleanup(func() { ws.CloseNow() })
+		first := "ping"
+		if host == "" {
+			first = `{"cmd":"cat"}`
+		}
+		if err := ws.Write(ctx, websocket.MessageText, []byte(first)); err != nil {
+			t.Fatal(err)
+		}
+		if _, b, err := ws.Read(ctx); err != nil || !strings.Contains(string(b), "ping") && !strings.Contains(string(b), "started") {
+			t.Fatalf("%s: %q, %v", path, b, err)
+		}
+		return ws
+	}
+	ended := func(what string, ws *websocket.Conn) {
+		t.Helper()
+		begun := time.Now()
+		wait, cancel := context.WithTimeout(ctx, time.Minute)
+		defer cancel()
+		_, b, err := ws.Read(wait)
+		for err == nil && strings.Contains(string(b), "error") {
+			_, b, err = ws.Read(wait) // Why, before it is closed.
+		}
+		if err == nil || wait.Err() != nil {
+			t.Errorf("%s: a WebSocket goes on after %v: %q, %v", what, time.Since(begun), b, err)
+		}
+	}
+	goesOn := func(what string, ws *websocket.Conn) {
+		t.Helper()
+		kind, text := websocket.MessageBinary, "\x00pong"
+		if err := ws.Write(ctx, kind, []byte(text)); err != nil {
+			t.Errorf("%s: a WebSocket that has nothing to do with it: %v", what, err)
+			return
+		}
+		if _, b, err := ws.Read(ctx); err != nil || !strings.Contains(string(b), "pong") {
+			t.Errorf("%s: a WebSocket that has nothing to do with it: %q, %v", what, b, err)
+		}
+	}
+	for _, how := range []struct {
+		name string
+		do   func(team, key string)
+		// session and key say which of the two are ended by it.
+		session, key bool
+	}{
+		{"log out everywhere", func(string, string) {
+			p.call("POST", "/v1/auth/logout-all", nil, asAda...).want(204)
+			q.call("GET", "/v1/me", nil, asAda...).fails(401, "unauthenticated")
+		}, true, false},
+		{"revoke the key", func(_, key string) { p.call("DELETE", "/v1/keys/"+key, nil, asAda...).want(204) }, false, true},
+		{"remove from the team", func(team, _ string) {
+			p.sql("INSERT INTO team_members (team_id, user_id, role) SELECT team_id, $1, 'owner' FROM team_members WHERE user_id = $2", bob, ada)
+			p.call("DELETE", "/v1/teams/"+team+"/members/"+id.Format(id.User, ada), nil, as(p.bearer(bob))...).want(204)
+		}, true, true},
+		{"delete the team", func(team, _ string) { p.call("DELETE", "/v1/teams/"+team, nil, asAda...) }, true, true},
+		{"deactivate the user", func(string, string) {
+			p.call("PATCH", "/v1/admin/users/"+id.Format(id.User, ada), map[string]any{"active": false}, admin...).want(200)
+			q.call("GET", "/v1/me", nil, asAda...).fails(401, "unauthenticated")
+			p.call("PATCH", "/v1/admin/users/"+id.Format(id.User, ada), map[string]any{"active": true}, admin...).want(200)
+		}, true, true},
+	} {
+		p.sql("DELETE FROM team_members WHERE user_id = $1", ada)
+		asAda = as(p.bearer(ada))
+		team := p.call("POST", "/v1/teams", map[string]any{"name": how.name}, asAda...).want(201).str("id")
+		made := p.call("POST", "/v1/keys", map[string]any{"name": "k"}, asAda...).want(201)
+		byKey := []string{"X-API-Key", made.str("key")}
+		sandbox := p.call("POST", "/v1/sandboxes", map[string]any{}, asAda...).want(201)
+		terminal, guest := "/v1/sandboxes/"+sandbox.str("id")+"/exec/stream", "8000-"+sandbox.str("id")+".localhost"
+		one, two, three := open("", terminal, asAda), open("", terminal, byKey), open(guest, "/ws", byKey)
+		// What the sandbox itself opens with its own token is nobody's.
+		own := open(guest, "/ws", []string{"X-Traffic-Token", sandbox.str("traffic_token")})
+		how.do(team, made.object()["id"].(string))
+		if how.session {
+			ended(how.name, one)
+		} else {
+			goesOn(how.name, one)
+		}
+		for _, ws := range []*websocket.Conn{two, three} {
+			if how.key {
+				ended(how.name, ws)
+			} else {
+				goesOn(how.name, ws)
+			}
+		}
+		if how.name != "delete the team" {
+			goesOn(how.name, own)
+		}
+	}
+
+	// A key that expires while it is used, with nothing said of it: within a
+	// minute, or when there is another reason to look.
+	asBob := as(p.bearer(bob))
+	p.sql("DELETE FROM team_members WHERE user_id = $1", bob)
+	p.call("POST", "/v1/teams", map[string]any{"name": "bob's"}, asBob...).want(201)
+	made := p.call("POST", "/v1/keys", map[string]any{"name": "k", "expires_at": time.Now().Add(time.Hour)}, asBob...).want(201)
+	sandbox := p.call("POST", "/v1/sandboxes", map[string]any{}, asBob...).want(201).str("id")
+	ws := open("", "/v1/sandboxes/"+sandbox+"/exec/stream", []string{"X-API-Key", made.str("key")})
+	keyID, err := id.Parse(id.APIKey, made.str("id"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.sql("UPDATE api_keys SET expires_at = now() WHERE id = $1", keyID)
+	ended("expire the key", ws)
+
+	// At rest a key is its hash, and what is shown of it.
+	key := p.call("POST", "/v1/keys", map[string]any{"name": "k"}, asBob...).want(201).str("key")
+	var rows int
+	err = p.db().QueryRow(ctx, "SELECT count(*) FROM api_keys k WHERE k::text LIKE '%' || $1 || '%'", key[len("wrn_xxxx"):]).Scan(&rows)
+	if err != nil || rows != 0 {
+		t.Errorf("%d rows hold a key: %v", rows, err)
+	}
+	p.call("GET", "/v1/sandboxes", nil, "X-API-Key", key).want(200)
+	p.end() // What the server remembers of last uses it writes when it stops.
+	var used bool
+	var prefix string
+	err = p.db().QueryRow(ctx, "SELECT prefix, last_used_at > now() - interval '5 minutes' FROM api_keys WHERE hash = sha256($1::text::bytea)", key).Scan(&prefix, &used)
+	if err != nil || !used || prefix != key[:8] {
+		t.Errorf("key: prefix %q, used: %v; %v", prefix, used, err)
+	}
+}
