@@ -1,14 +1,12 @@
 package server_test
 
 import (
-	"bufio"
 	"context"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -27,6 +25,7 @@ import (
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
+	"github.com/wrenn-dev/wrenn/internal/server/mail/mailtest"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
@@ -530,63 +529,20 @@ func TestQuota(t *testing.T) {
 	p.call("POST", "/v1/sandboxes", map[string]any{}, "X-API-Key", key).want(201)
 }
 
-// mailServer is as much of an SMTP server as it takes to receive letters.
-func mailServer(t testing.TB) (addr string, letters <-chan string) {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	got := make(chan string, 8)
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			fmt.Fprint(c, "220 test\r\n")
-			lines := bufio.NewScanner(c)
-			var letter strings.Builder
-			data := false
-			for lines.Scan() {
-				line := lines.Text()
-				switch {
-				case data && line == ".":
-					data = false
-					got <- letter.String()
-					fmt.Fprint(c, "250 ok\r\n")
-				case data:
-					letter.WriteString(line + "\n")
-				case line == "DATA":
-					data = true
-					fmt.Fprint(c, "354 go on\r\n")
-				case line == "QUIT":
-					fmt.Fprint(c, "221 bye\r\n")
-				default:
-					fmt.Fprint(c, "250 ok\r\n")
-				}
-			}
-			c.Close()
-		}
-	}()
-	return l.Addr().String(), got
-}
-
 // mailed starts the server anew with a mail server, and returns what that gets.
 func (p *plane) mailed() func() string {
 	p.Helper()
-	addr, letters := mailServer(p.TB)
+	post := mailtest.Start(p.TB, mailtest.Options{})
 	p.end()
-	p.config.SMTPURL, p.config.MailFrom = "smtp://"+addr+"?tls=none", "wrenn@example.com"
+	p.config.SMTPURL, p.config.MailFrom = "smtp://"+post.Addr+"?tls=none", "wrenn@example.com"
 	p.start()
 	return func() string {
 		p.Helper()
 		select {
-		case letter := <-letters:
-			return strings.ReplaceAll(strings.ReplaceAll(letter, "=\n", ""), "=3D", "=")
-		case <-time.After(20 * time.Second):
-			p.Fatal("no letter came in 20 s")
+		case l := <-post.Letters:
+			return "To: " + l.To + "\nSubject: " + l.Subject + "\n\n" + l.Text
+		case <-time.After(2 * time.Minute):
+			p.Fatal("no letter came in 2 minutes")
 			return ""
 		}
 	}
@@ -609,7 +565,7 @@ func TestForgotPassword(t *testing.T) {
 	p.call("POST", "/v1/auth/password/forgot", map[string]any{"email": "stranger@example.com"}, nobody...).want(202)
 	p.call("POST", "/v1/auth/password/forgot", map[string]any{"email": "ADMIN@example.com"}, nobody...).want(202)
 	letter := letters()
-	if !strings.Contains(letter, "To: <admin@example.com>") {
+	if !strings.Contains(letter, "To: admin@example.com\n") {
 		t.Errorf("letter:\n%s", letter)
 	}
 	link := p.linked(letter, "reset-password")

@@ -1,0 +1,161 @@
+package mail_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/server/mail"
+	"github.com/wrenn-dev/wrenn/internal/server/mail/mailtest"
+)
+
+// log is a log that can be read while it is written.
+type log struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *log) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *log) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+const secret = "hunter2%"
+
+// url is a server's URL; scheme says how it is talked to.
+func url(scheme string, s *mailtest.Server, query string) string {
+	return scheme + "://wrenn:hunter2%25@" + s.Addr + query
+}
+
+// TestSender sends letters by real SMTP, over TLS, to a server that wants a
+// user to log in; and none to servers that are not who they say they are, or
+// that would have the password in clear.
+func TestSender(t *testing.T) {
+	ours, others := mailtest.NewAuthority(t), mailtest.NewAuthority(t)
+	// Whom the system trusts is read when it is first asked, which is below.
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "ca.pem"), ours.PEM, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("SSL_CERT_FILE", filepath.Join(dir, "ca.pem"))
+	t.Setenv("SSL_CERT_DIR", t.TempDir())
+	letter := mail.Letter{To: "ada@example.com", Subject: "Grüße", Text: "One line that is far longer than what fits into one of a letter's lines, with = and ü: http://localhost:8000/verify#token=wrv_x\nand another.\n"}
+	for name, c := range map[string]struct {
+		scheme, query string
+		options       mailtest.Options
+		arrives, tls  bool
+		logins        int
+	}{
+		"STARTTLS":             {"smtp", "", mailtest.Options{Certificate: ours.Certificate(t), User: "wrenn", Password: secret}, true, true, 1},
+		"TLS from the start":   {"smtps", "", mailtest.Options{Certificate: ours.Certificate(t), Implicit: true, User: "wrenn", Password: secret}, true, true, 1},
+		"a wrong password":     {"smtp", "", mailtest.Options{Certificate: ours.Certificate(t), User: "wrenn", Password: "another"}, false, true, 1},
+		"no TLS":               {"smtp", "", mailtest.Options{User: "wrenn", Password: secret}, false, false, 0},
+		"somebody else's":      {"smtp", "", mailtest.Options{Certificate: others.Certificate(t), User: "wrenn", Password: secret}, false, false, 0},
+		"somebody else's, TLS": {"smtps", "", mailtest.Options{Certificate: others.Certificate(t), Implicit: true, User: "wrenn", Password: secret}, false, false, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			server := mailtest.Start(t, c.options)
+			s, err := mail.New(url(c.scheme, server, c.query), "wrenn@example.com", slog.New(slog.DiscardHandler))
+			if err != nil {
+				t.Fatal(err)
+			}
+			err = s.SendNow(t.Context(), letter)
+			if (err == nil) != c.arrives || err != nil && strings.Contains(err.Error(), secret) {
+				t.Errorf("sent: %v", err)
+			}
+			if n := server.Logins(); n != c.logins {
+				t.Errorf("%d logins, want %d", n, c.logins)
+			}
+			if !c.arrives {
+				return
+			}
+			want := mailtest.Letter{From: "wrenn@example.com", To: letter.To, Subject: letter.Subject, Text: letter.Text, TLS: c.tls, User: "wrenn"}
+			got := <-server.Letters
+			got.Text = strings.ReplaceAll(got.Text, "\r\n", "\n")
+			if got != want {
+				t.Errorf("%+v, want %+v", got, want)
+			}
+		})
+	}
+
+	// One that is busy gets it later; a letter's text never gets to be a header.
+	var said log
+	server := mailtest.Start(t, mailtest.Options{Certificate: ours.Certificate(t), User: "wrenn", Password: secret, Busy: 1})
+	s, err := mail.New(url("smtp", server, ""), "wrenn@example.com", slog.New(slog.NewTextHandler(&said, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.SendNow(t.Context(), mail.Letter{To: "ada@example.com\r\nBcc: eve@example.com", Subject: "x"}); err == nil {
+		t.Error("a line break in an address is no mistake")
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); s.Run(ctx) }()
+	s.Send(letter)
+	select {
+	case got := <-server.Letters:
+		if got.To != letter.To {
+			t.Errorf("%+v", got)
+		}
+	case <-time.After(2 * time.Minute):
+		t.Errorf("no letter came; log:\n%s", said.String())
+	}
+	// What waits when the server stops is sent.
+	s.Send(mail.Letter{To: "bob@example.com", Subject: "last", Text: "x"})
+	cancel()
+	<-done
+	select {
+	case got := <-server.Letters:
+		if got.To != "bob@example.com" {
+			t.Errorf("%+v", got)
+		}
+	default:
+		t.Error("the last letter was not sent")
+	}
+	if strings.Contains(said.String(), secret) {
+		t.Errorf("the log has the password:\n%s", said.String())
+	}
+}
+
+// TestLog has no mail server: a letter can be read in the log.
+func TestLog(t *testing.T) {
+	var said log
+	s, err := mail.New("", "", slog.New(slog.NewTextHandler(&said, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	s.Send(mail.Letter{To: "ada@example.com", Subject: "Your Wrenn password", Text: "http://localhost:8000/reset-password#token=wrp_x"})
+	s.Run(ctx)
+	for _, want := range []string{"ada@example.com", "Your Wrenn password", "token=wrp_x"} {
+		if !strings.Contains(said.String(), want) {
+			t.Errorf("the log has no %q:\n%s", want, said.String())
+		}
+	}
+	if err := s.SendNow(t.Context(), mail.Letter{}); !errors.Is(err, mail.ErrNoServer) {
+		t.Errorf("SendNow: %v", err)
+	}
+	for _, bad := range []string{"mail.example.com", "http://mail.example.com", "smtp://", "smtp://wrenn:hunter2%25@mail.example.com:x", "smtp://wrenn:hunter2%@mail"} {
+		if _, err := mail.New(bad, "wrenn@example.com", slog.Default()); err == nil || strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("%s: %v", bad, err)
+		}
+	}
+	if _, err := mail.New("smtp://mail.example.com", "", slog.Default()); err == nil {
+		t.Error("letters are from nobody")
+	}
+}

@@ -1,0 +1,221 @@
+// Package mailtest is a mail server for tests.
+package mailtest
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"io"
+	"math/big"
+	"mime"
+	"mime/quotedprintable"
+	"net"
+	"net/mail"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/emersion/go-sasl"
+	"github.com/emersion/go-smtp"
+)
+
+// Letter is what the server took.
+type Letter struct {
+	From, To, Subject, Text string
+	// TLS says whether it came over TLS, User who logged in to send it.
+	TLS  bool
+	User string
+}
+
+// Options are what a server is like.
+type Options struct {
+	// Certificate, where there is one, is what it can do TLS with: after
+	// STARTTLS, or from the start where Implicit says so.
+	Certificate *tls.Certificate
+	Implicit    bool
+	// User must log in with Password; empty: anybody may send.
+	User, Password string
+	// Busy is how many letters it turns away for now before it takes one.
+	Busy int
+}
+
+// Server is a mail server on loopback.
+type Server struct {
+	// Addr is where it listens, Letters what it takes.
+	Addr    string
+	Letters <-chan Letter
+
+	options Options
+	letters chan Letter
+
+	mu     sync.Mutex
+	busy   int
+	logins int
+}
+
+// Start starts a server that ends with the test.
+func Start(t testing.TB, o Options) *Server {
+	t.Helper()
+	s := &Server{options: o, letters: make(chan Letter, 16), busy: o.Busy}
+	s.Letters = s.letters
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Addr = l.Addr().String()
+	server := smtp.NewServer(smtp.BackendFunc(func(c *smtp.Conn) (smtp.Session, error) { return &session{server: s, conn: c}, nil }))
+	server.AllowInsecureAuth = true // So that who sends a password in clear is found out.
+	server.ErrorLog = quiet{}
+	if o.Certificate != nil {
+		server.TLSConfig = &tls.Config{Certificates: []tls.Certificate{*o.Certificate}, MinVersion: tls.VersionTLS12}
+	}
+	if o.Implicit {
+		l = tls.NewListener(l, server.TLSConfig)
+	}
+	done := make(chan struct{})
+	go func() { defer close(done); _ = server.Serve(l) }()
+	t.Cleanup(func() {
+		_ = server.Close()
+		<-done
+	})
+	return s
+}
+
+// Logins is how often somebody tried to log in.
+func (s *Server) Logins() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.logins
+}
+
+type quiet struct{}
+
+func (quiet) Printf(string, ...any) {}
+func (quiet) Println(...any)        {}
+
+type session struct {
+	server *Server
+	conn   *smtp.Conn
+	user   string
+	letter Letter
+}
+
+// AuthMechanisms implements [smtp.AuthSession].
+func (s *session) AuthMechanisms() []string { return []string{sasl.Plain} }
+
+// Auth implements [smtp.AuthSession].
+func (s *session) Auth(string) (sasl.Server, error) {
+	return sasl.NewPlainServer(func(_, user, password string) error {
+		s.server.mu.Lock()
+		s.server.logins++
+		s.server.mu.Unlock()
+		if user != s.server.options.User || password != s.server.options.Password {
+			return smtp.ErrAuthFailed
+		}
+		s.user = user
+		return nil
+	}), nil
+}
+
+// Reset implements [smtp.Session].
+func (s *session) Reset() { s.letter = Letter{} }
+
+// Logout implements [smtp.Session].
+func (s *session) Logout() error { return nil }
+
+// Mail implements [smtp.Session].
+func (s *session) Mail(from string, _ *smtp.MailOptions) error {
+	if s.server.options.User != "" && s.user == "" {
+		return smtp.ErrAuthRequired
+	}
+	s.server.mu.Lock()
+	defer s.server.mu.Unlock()
+	if s.server.busy > 0 {
+		s.server.busy--
+		return &smtp.SMTPError{Code: 451, EnhancedCode: smtp.EnhancedCode{4, 3, 2}, Message: "busy"}
+	}
+	s.letter.From = from
+	return nil
+}
+
+// Rcpt implements [smtp.Session].
+func (s *session) Rcpt(to string, _ *smtp.RcptOptions) error {
+	s.letter.To += to
+	return nil
+}
+
+// Data implements [smtp.Session].
+func (s *session) Data(r io.Reader) error {
+	m, err := mail.ReadMessage(r)
+	if err != nil {
+		return err
+	}
+	if s.letter.Subject, err = new(mime.WordDecoder).DecodeHeader(m.Header.Get("Subject")); err != nil {
+		return err
+	}
+	body := m.Body
+	if m.Header.Get("Content-Transfer-Encoding") == "quoted-printable" {
+		body = quotedprintable.NewReader(body)
+	}
+	text, err := io.ReadAll(body)
+	if err != nil {
+		return err
+	}
+	s.letter.Text, s.letter.User = string(text), s.user
+	_, s.letter.TLS = s.conn.TLSConnectionState()
+	if s.server.options.Implicit {
+		s.letter.TLS = true
+	}
+	s.server.letters <- s.letter
+	return nil
+}
+
+// Authority makes certificates for servers on loopback.
+type Authority struct {
+	// PEM is its own certificate.
+	PEM  []byte
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+}
+
+// NewAuthority returns an authority of the test's own.
+func NewAuthority(t testing.TB) *Authority {
+	t.Helper()
+	a := &Authority{}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
+	var raw []byte
+	raw, a.key = a.sign(t, template, template, nil)
+	a.PEM = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: raw})
+	var err error
+	if a.cert, err = x509.ParseCertificate(raw); err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+// Certificate returns a certificate for 127.0.0.1.
+func (a *Authority) Certificate(t testing.TB) *tls.Certificate {
+	t.Helper()
+	raw, key := a.sign(t, &x509.Certificate{SerialNumber: big.NewInt(2), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}, a.cert, a.key)
+	return &tls.Certificate{Certificate: [][]byte{raw}, PrivateKey: key}
+}
+
+// sign makes a key and its certificate; by nil it signs itself.
+func (a *Authority) sign(t testing.TB, template, parent *x509.Certificate, by *ecdsa.PrivateKey) ([]byte, *ecdsa.PrivateKey) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if by == nil {
+		by = key
+	}
+	raw, err := x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, by)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return raw, key
+}
