@@ -2,7 +2,12 @@ package notify
 
 import (
 	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -10,17 +15,21 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
+	"golang.org/x/net/dns/dnsmessage"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/mail"
+	"github.com/wrenn-dev/wrenn/internal/server/mail/mailtest"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
@@ -60,6 +69,20 @@ func TestDial(t *testing.T) {
 	if reached {
 		t.Error("an address of this machine was called")
 	}
+	// A name is what it resolves to when it is dialled, however often it changes.
+	var lookups atomic.Int32
+	names(t, func() []netip.Addr {
+		all := [][]netip.Addr{{netip.MustParseAddr("192.0.2.1")}, {netip.MustParseAddr("127.0.0.1")}, {netip.MustParseAddr("10.1.2.3"), netip.MustParseAddr("127.0.0.1")}, {netip.MustParseAddr("169.254.169.254"), netip.MustParseAddr("127.0.0.1")}}
+		return all[int(lookups.Add(1)-1)%len(all)]
+	})
+	for range 6 {
+		if status, err := c.post(t.Context(), "http://rebinds.example:"+port, http.Header{}, nil); !errors.Is(err, errPrivate) || status != 0 || reached {
+			t.Errorf("a name that changes: %d, %v, reached: %v", status, err, reached)
+		}
+	}
+	if n := lookups.Load(); n < 6 {
+		t.Errorf("%d look-ups for 6 tries", n)
+	}
 	// No redirect is followed, even where private addresses are allowed.
 	away := httptest.NewServer(http.RedirectHandler(inside.URL, http.StatusTemporaryRedirect))
 	defer away.Close()
@@ -71,6 +94,50 @@ func TestDial(t *testing.T) {
 			t.Errorf("%s: %v", to, err)
 		}
 	}
+}
+
+// names has every name looked up be what answer says for IPv4, by a name server
+// of the test's.
+func names(t *testing.T, answer func() []netip.Addr) {
+	t.Helper()
+	conn, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		buf := make([]byte, 1500)
+		for {
+			n, from, err := conn.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			var m dnsmessage.Message
+			if m.Unpack(buf[:n]) != nil || len(m.Questions) != 1 {
+				continue
+			}
+			q := m.Questions[0]
+			m.Response, m.Additionals = true, nil
+			if q.Type == dnsmessage.TypeA {
+				for _, a := range answer() {
+					m.Answers = append(m.Answers, dnsmessage.Resource{Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class}, Body: &dnsmessage.AResource{A: a.As4()}})
+				}
+			}
+			if b, err := m.Pack(); err == nil {
+				_, _ = conn.WriteTo(b, from)
+			}
+		}
+	}()
+	before := net.DefaultResolver
+	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "udp", conn.LocalAddr().String())
+	}}
+	t.Cleanup(func() {
+		net.DefaultResolver = before
+		conn.Close()
+		<-done
+	})
 }
 
 // TestSeal checks that a target comes back for its own channel alone.
@@ -230,7 +297,22 @@ func TestDeliveries(t *testing.T) {
 	if c.Target != hook.URL {
 		t.Errorf("target %q", c.Target)
 	}
+	post := mailtest.Start(t, mailtest.Options{})
+	letters, err := mail.New("smtp://"+post.Addr+"?tls=none", "wrenn@example.com", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	name, address := "c", "ops@example.com"
+	if _, err := b.Create(t.Context(), b.team, true, Params{Kind: Email, Name: &name, Events: []string{"sandbox.ended"}, Address: &address}); err != nil {
+		t.Fatal(err)
+	}
+	// What could be used by who reads the database is not in it.
+	var plain int
+	if err := b.conn.QueryRow(t.Context(), "SELECT count(*) FROM channels c WHERE c::text LIKE '%token=secret%' OR c::text LIKE '%ssssssss%' OR position('secret'::bytea in sealed) > 0").Scan(&plain); err != nil || plain != 0 {
+		t.Errorf("%d channels show their secrets: %v", plain, err)
+	}
 	second := newBench(t, url)
+	b.Mail, second.Mail = letters, letters
 	b.run()
 	second.run()
 
@@ -243,14 +325,20 @@ func TestDeliveries(t *testing.T) {
 	if err := json.Unmarshal([]byte(hook.received()[0]), &m); err != nil || m.Event != "sandbox.started" || !strings.HasPrefix(m.Data["sandbox_id"].(string), "cl-") || m.At == "" {
 		t.Errorf("message %+v, %v", m, err)
 	}
+	// The signature as a receiver would check it, with nothing of this package.
 	header := hook.got[0].Header
-	stamp, _, _ := strings.Cut(strings.TrimPrefix(header.Get("Wrenn-Signature"), "t="), ",")
-	var secs int64
-	if err := json.Unmarshal([]byte(stamp), &secs); err != nil || Sign(strings.Repeat("s", 20), time.Unix(secs, 0), []byte(hook.received()[0])) != header.Get("Wrenn-Signature") {
-		t.Errorf("signature %q", header.Get("Wrenn-Signature"))
+	stamp, sum, _ := strings.Cut(header.Get("Wrenn-Signature"), ",v1=")
+	stamp = strings.TrimPrefix(stamp, "t=")
+	mac := hmac.New(sha256.New, []byte(strings.Repeat("s", 20)))
+	fmt.Fprintf(mac, "%s.%s", stamp, hook.received()[0])
+	secs, err := strconv.ParseInt(stamp, 10, 64)
+	if err != nil || sum != hex.EncodeToString(mac.Sum(nil)) || time.Since(time.Unix(secs, 0)).Abs() > 5*time.Minute || header.Get("Wrenn-Delivery") != m.ID.String() || header.Get("Wrenn-Event") != m.Event {
+		t.Errorf("header %v, %v", header, err)
 	}
-	if s := slack.received()[0]; !strings.Contains(s, "\\u0026lt;minimal\\u0026gt;") {
-		t.Errorf("Slack was told %s", s)
+	var said map[string]any
+	wire := m.Data["sandbox_id"].(string)
+	if err := json.Unmarshal([]byte(slack.received()[0]), &said); err != nil || len(said) != 1 || said["text"] != "Sandbox "+wire+" (&lt;minimal&gt;): started." {
+		t.Errorf("Slack was told %v", said)
 	}
 
 	// What fails is tried again, and told once.
@@ -259,6 +347,12 @@ func TestDeliveries(t *testing.T) {
 	hook.mu.Unlock()
 	b.exec("UPDATE sandboxes SET state = 'stopped', end_reason = 'expired', ended_at = now() WHERE id = $1", sandbox)
 	b.eventually("the end is told elsewhere", func() bool { return len(discord.received()) == 1 })
+	if err := json.Unmarshal([]byte(discord.received()[0]), &said); err != nil || said["content"] != "Sandbox "+wire+" (<minimal>): ended. Reason: expired." || fmt.Sprint(said["allowed_mentions"]) != "map[parse:[]]" {
+		t.Errorf("Discord was told %v", said)
+	}
+	if l := <-post.Letters; l.To != address || l.From != "wrenn@example.com" || l.Subject != "Wrenn: sandbox.ended" || strings.TrimSpace(l.Text) != "Sandbox "+wire+" (<minimal>): ended. Reason: expired." {
+		t.Errorf("letter %+v", l)
+	}
 	last := func() db.Delivery {
 		rows, _, err := b.Deliveries(t.Context(), b.team, c.ID, "", 10)
 		if err != nil || len(rows) == 0 {
