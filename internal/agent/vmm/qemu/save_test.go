@@ -108,6 +108,10 @@ func (b *bench) run(from *vmm.Saved, shown, token string) {
 		b.vm, err = b.d.Restore(b.Context(), b.spec, *from)
 		b.must(err)
 		b.took("exec to ready")
+		// A disk can be made larger before its guest runs.
+		disk, err := b.vm.(*machine).top(b.Context())
+		b.must(err)
+		b.must(b.vm.Grow(b.Context(), disk.Image.Bytes))
 		b.must(b.vm.Run(b.Context()))
 		b.took("run")
 	}
