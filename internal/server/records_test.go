@@ -19,6 +19,8 @@ import (
 	"github.com/wrenn-dev/wrenn/client"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/server/metrics"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/server/usage"
 )
 
 // TestUsage runs a sandbox through a pause and a fork and looks at what it used.
@@ -30,6 +32,9 @@ func TestUsage(t *testing.T) {
 	p.call("POST", "/v1/sandboxes/"+sandbox+"/resume", nil).want(200)
 	p.call("POST", "/v1/sandboxes/"+sandbox+"/fork", map[string]any{"count": 2}).want(201)
 	p.call("DELETE", "/v1/sandboxes/"+sandbox, nil).want(204)
+	// Another server goes on with what this one began.
+	p.end()
+	p.start()
 
 	today := time.Now().UTC().Format(time.DateOnly)
 	u := p.call("GET", "/v1/usage?from="+begun.UTC().Format(time.DateOnly)+"&to="+today, nil).want(200).object()
@@ -41,6 +46,34 @@ func TestUsage(t *testing.T) {
 	cpu, mem := total["vcpu_seconds"].(float64), total["memory_gib_seconds"].(float64)
 	if cpu <= 0 || cpu > most || mem < 0.999*cpu || mem > 1.001*cpu {
 		t.Errorf("%v vCPU-seconds and %v GiB-seconds, of at most %v", cpu, mem, most)
+	}
+	// What runs on over midnight is used on both days, and began on the first;
+	// the day that is over is what it was once it has been added up, too.
+	p.sql("UPDATE sandbox_runs SET started_at = (date_trunc('day', now() AT TIME ZONE 'UTC') - interval '1 hour') AT TIME ZONE 'UTC' WHERE ended_at IS NULL")
+	yesterday := time.Now().UTC().AddDate(0, 0, -1).Format(time.DateOnly)
+	before := func() map[string]any {
+		t.Helper()
+		for _, d := range p.call("GET", "/v1/usage?from="+yesterday+"&to="+today, nil).want(200).list("days") {
+			if d := d.(map[string]any); d["day"] == yesterday {
+				return d["amount"].(map[string]any)
+			}
+		}
+		t.Fatal("nothing was used yesterday")
+		return nil
+	}
+	for range 2 {
+		if a := before(); a["vcpu_seconds"] != 2*2*3600. || a["memory_gib_seconds"] != 2*2*3600. || a["sandbox_starts"] != 2. {
+			t.Errorf("used by two sandboxes in an hour before midnight: %v", a)
+		}
+		rolled, err := store.Open(t.Context(), p.config.DatabaseURL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = usage.New(rolled, slog.New(slog.DiscardHandler)).Roll(t.Context())
+		rolled.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
 	other := p.newTeam()
 	if days := p.call("GET", "/v1/usage", nil, "X-API-Key", other).want(200).list("days"); len(days) != 0 {
@@ -213,9 +246,18 @@ func TestMetricsHistory(t *testing.T) {
 	if n := p.agent.called("samples"); n > len(points(""))+1 {
 		t.Errorf("%d calls for %d points", n, len(points("")))
 	}
+	kinds := []string{"?window=10m", "?window=2h", "?window=24h"}
+	had := make(map[string]int)
+	for _, window := range kinds {
+		had[window] = len(points(window))
+	}
 	p.call("POST", base+"/pause", nil).want(200)
-	if len(points("")) < 2 {
-		t.Error("a pause loses points")
+	p.call("POST", base+"/resume", nil).want(200)
+	p.call("POST", base+"/pause", nil).want(200)
+	for _, window := range kinds {
+		if n := len(points(window)); n < had[window] || n < 1 {
+			t.Errorf("%s: of %d points a pause leaves %d", window, had[window], n)
+		}
 	}
 	p.call("GET", base+"/metrics/history?window=1h", nil).fails(400, "invalid_argument")
 	p.call("GET", base+"/metrics/history", nil, "X-API-Key", p.newTeam()).fails(404, "not_found")
