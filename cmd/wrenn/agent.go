@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"strings"
 	"sync"
 	"syscall"
 
@@ -85,6 +86,9 @@ func runAgent(ctx context.Context, c agent.Config, e enrollment) error {
 	if e.URL == "" {
 		e.URL = "https://" + c.Listen
 	}
+	if !strings.HasPrefix(e.URL, "https://") && !netaddr.Local(c.Listen) {
+		return fmt.Errorf("without certificates an agent listens on this machine alone, not on %s: say that it is called over https (--url)", c.Listen)
+	}
 	if err := os.MkdirAll(string(c.Dir), 0o755); err != nil {
 		return err
 	}
@@ -96,17 +100,13 @@ func runAgent(ctx context.Context, c agent.Config, e enrollment) error {
 	if err != nil {
 		return err
 	}
-	identity := host.TLS()
-	if identity == nil && !netaddr.Local(c.Listen) {
-		return fmt.Errorf("without certificates an agent listens on this machine alone, not on %s", c.Listen)
-	}
 	c.Token = host.AgentToken()
 	a, err := agent.New(ctx, c)
 	if err != nil {
 		return err
 	}
 	c.Log.Info("this machine is a host", "host_id", host.ID(), "url", e.URL)
-	return errors.Join(serve(ctx, c.Listen, identity, a.Handler(), func(ctx context.Context) error {
+	return errors.Join(serve(ctx, c.Listen, host.TLS(), a.Handler(), func(ctx context.Context) error {
 		return both(ctx, a.Run, func(ctx context.Context) error {
 			return host.Run(ctx, func() (enroll.Status, error) {
 				m, err := a.Describe()

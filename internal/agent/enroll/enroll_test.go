@@ -34,6 +34,7 @@ type plane struct {
 	beats             []heartbeat
 	news              chan struct{}
 	registered        int
+	every             time.Duration // between heartbeats
 }
 
 func newPlane(t *testing.T) *plane {
@@ -41,7 +42,7 @@ func newPlane(t *testing.T) *plane {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &plane{ca: ca, host: uuid.New(), news: make(chan struct{}, 100)}
+	p := &plane{ca: ca, host: uuid.New(), news: make(chan struct{}, 100), every: 10 * time.Millisecond}
 	p.Server = httptest.NewServer(http.HandlerFunc(p.serve))
 	t.Cleanup(p.Close)
 	return p
@@ -95,14 +96,14 @@ func (p *plane) serve(w http.ResponseWriter, r *http.Request) {
 		}
 		p.beats = append(p.beats, m.heartbeat)
 		p.news <- struct{}{}
-		json.NewEncoder(w).Encode(map[string]any{"heartbeat_ms": 10})
+		json.NewEncoder(w).Encode(map[string]any{"heartbeat_ms": p.every.Milliseconds()})
 		return
 	}
 	if p.lose > 0 {
 		p.lose--
 		panic(http.ErrAbortHandler)
 	}
-	a := answer{HostID: "hst-1", Token: "jwt", ExpiresAt: time.Now().Add(time.Hour), AgentToken: "agent-token", HeartbeatMS: 10}
+	a := answer{HostID: "hst-1", Token: "jwt", ExpiresAt: time.Now().Add(time.Hour), AgentToken: "agent-token", HeartbeatMS: p.every.Milliseconds()}
 	if m.CSR != "" {
 		leaf, _, err := p.ca.SignHost([]byte(m.CSR), p.host, "127.0.0.1")
 		if err != nil {

@@ -1,0 +1,81 @@
+package main
+
+import (
+	"context"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/wrenn-dev/wrenn/internal/agent"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+	"github.com/wrenn-dev/wrenn/internal/pki"
+)
+
+// TestCAInit makes an authority that a server takes, and never another over it.
+func TestCAInit(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "etc")
+	run := func() (string, error) {
+		var out strings.Builder
+		cmd := caCommand(&out)
+		cmd.SilenceErrors, cmd.SilenceUsage = true, true
+		cmd.SetArgs([]string{"init", "--dir", dir})
+		err := cmd.Execute()
+		return out.String(), err
+	}
+	said, err := run()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, key := filepath.Join(dir, "ca.crt"), filepath.Join(dir, "ca.key")
+	if said != "WRENN_CA_CERT="+cert+"\nWRENN_CA_KEY="+key+"\n" {
+		t.Errorf("it said %q", said)
+	}
+	if _, err := pki.LoadAuthority(cert, key); err != nil {
+		t.Error(err)
+	}
+	for _, path := range []string{cert, key} {
+		if info, err := os.Stat(path); err != nil || info.Mode() != 0o600 {
+			t.Errorf("%s: %v, %v", path, info.Mode(), err)
+		}
+	}
+	before, err := os.ReadFile(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := run(); err == nil {
+		t.Error("made another over it")
+	}
+	if after, err := os.ReadFile(key); err != nil || string(after) != string(before) {
+		t.Errorf("the key is another: %v", err)
+	}
+}
+
+// TestAgentListensAtHome: without certificates an agent listens on its own
+// machine alone, and says so before it registers or touches anything.
+func TestAgentListensAtHome(t *testing.T) {
+	asked := 0
+	control := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked++ }))
+	defer control.Close()
+	for _, listen := range []string{"0.0.0.0:0", ":0", "[::]:0", "192.0.2.1:7070", "[2001:db8::1]:7070", "host.example:7070", ""} {
+		for _, e := range []enrollment{
+			{},
+			{Server: control.URL, Token: "wrnh_x", URL: "http://127.0.0.1:7070"},
+			{Server: control.URL, Token: "wrnh_x", URL: "unix:/run/wrenn.sock"},
+		} {
+			dir := filepath.Join(t.TempDir(), "data")
+			err := runAgent(context.Background(), agent.Config{Dir: layout.Dir(dir), Listen: listen}, e)
+			if err == nil || listen != "" && !strings.Contains(err.Error(), "this machine") {
+				t.Errorf("listening on %q, called at %q: %v", listen, e.URL, err)
+			}
+			if _, err := os.Stat(dir); err == nil {
+				t.Errorf("listening on %q, called at %q: it wrote something", listen, e.URL)
+			}
+		}
+	}
+	if asked != 0 {
+		t.Errorf("the control plane was asked %d times", asked)
+	}
+}
