@@ -303,6 +303,11 @@ func TestFleet(t *testing.T) {
 	for _, h := range []string{a, b} {
 		within(t, 5*time.Minute, "the host is online", func() bool { return c.status(h) == "online" })
 	}
+	_, isA := c.call("GET", "/v1/admin/hosts/"+a, nil)
+	_, isB := c.call("GET", "/v1/admin/hosts/"+b, nil)
+	if isA["network_block"] == isB["network_block"] || isA["url"] != "https://127.0.0.2:7070" || isB["url"] != "https://127.0.0.3:7070" {
+		t.Errorf("the hosts are %v and %v", isA, isB)
+	}
 	on := map[string][]string{}
 	var mu sync.Mutex
 	var wg sync.WaitGroup
@@ -346,16 +351,45 @@ func TestFleet(t *testing.T) {
 		}
 		return strings.TrimSpace(string(r.Stdout))
 	}
+	// each runs a command in every sandbox of the host that goes.
+	each := func(cmd string, got func(id, out string)) {
+		t.Helper()
+		var wg sync.WaitGroup
+		for _, id := range on[a] {
+			wg.Go(func() {
+				turn <- struct{}{}
+				defer func() { <-turn }()
+				r, err := c.Exec(ctx, id, client.Command{Cmd: cmd, Shell: true, TimeoutSeconds: 120, Repeatable: true}, nil)
+				if err != nil {
+					t.Errorf("%s: %v", id, err)
+					return
+				}
+				got(id, strings.TrimSpace(string(r.Stdout)))
+			})
+		}
+		wg.Wait()
+	}
+	// A file of a tmpfs is the guest's memory.
+	each(`echo "memory of $(hostname)" > /dev/shm/mine; cat /dev/shm/mine`, func(id, out string) {
+		if out != "memory of "+id {
+			t.Errorf("%s says %q", id, out)
+		}
+	})
 	kept := on[a][0]
-	shell(kept, `[ -s /tmp/pid ] && exit; nohup python3 -c 'import time
-n = 0
+	shell(kept, `[ -s /tmp/pid ] && exit; nohup python3 -c 'import os, time
+n, secret = 0, os.urandom(16).hex()
 while True:
     n += 1
-    open("/tmp/n.new", "w").write(str(n)); __import__("os").rename("/tmp/n.new", "/tmp/n")
-    time.sleep(0.1)' >/dev/null 2>&1 & echo $! > /tmp/pid; while [ ! -s /tmp/n ]; do sleep 0.1; done`)
+    open("/tmp/n.new", "w").write("%d %s" % (n, secret)); os.rename("/tmp/n.new", "/tmp/n")
+    time.sleep(0.1)' >/dev/null 2>&1 & echo $! > /tmp/pid`)
 	pid := shell(kept, "cat /tmp/pid")
-	count := func() (n int) { fmt.Sscan(shell(kept, "cat /tmp/n"), &n); return n }
-	before := count()
+	// count is how far the process has come and what it drew when it began: what
+	// it wrote before is gone, so both are from its memory.
+	count := func() (n int, secret string) {
+		fmt.Sscan(shell(kept, "rm -f /tmp/n; while [ ! -s /tmp/n ]; do sleep 0.1; done; cat /tmp/n"), &n, &secret)
+		return n, secret
+	}
+	before, secret := count()
 
 	agentA.signal(syscall.SIGKILL)
 	took := within(t, 2*time.Minute, "the sandboxes are missing", func() bool { return c.state(kept) == "missing" })
@@ -394,11 +428,16 @@ while True:
 	if now := shell(kept, "cat /tmp/pid; ps -o pid= -p $(cat /tmp/pid) | tr -d ' '"); now != pid+"\n"+pid {
 		t.Errorf("the process: %q, want %s twice", now, pid)
 	}
-	after := count()
-	if after <= before {
-		t.Errorf("it counted to %d, before that to %d", after, before)
+	after, is := count()
+	if after <= before || is != secret || len(secret) != 32 {
+		t.Errorf("it counted to %d and remembers %q, before that %d and %q", after, is, before, secret)
 	}
 	t.Logf("a process went on counting, from %d to %d", before, after)
+	each("cat /dev/shm/mine", func(id, out string) {
+		if out != "memory of "+id {
+			t.Errorf("%s, which is back, has %q in its memory", id, out)
+		}
+	})
 	if s := c.status(a); s != "online" {
 		t.Errorf("the host is %s", s)
 	}
