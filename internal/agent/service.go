@@ -153,6 +153,9 @@ func message(i sandbox.Info) *pb.Sandbox {
 	if !i.ExpiresAt.IsZero() {
 		m.ExpiresAt = timestamppb.New(i.ExpiresAt)
 	}
+	if !i.PausedAt.IsZero() {
+		m.PausedAt = timestamppb.New(i.PausedAt)
+	}
 	if i.State == sandbox.Running {
 		m.Idle = durationpb.New(i.Idle)
 	}

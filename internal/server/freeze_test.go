@@ -16,6 +16,7 @@ import (
 	"github.com/coder/websocket"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/id"
@@ -443,6 +444,47 @@ func TestAutoResume(t *testing.T) {
 }
 
 // TestPausedByHost hears of pauses that the host made by itself.
+// TestPausedWithoutServer has a host pause a sandbox while there is no server:
+// from then on, and not from when the next one hears of it, nothing is counted,
+// and whoever wants to know of pauses is told.
+func TestPausedWithoutServer(t *testing.T) {
+	p := newPlane(t)
+	sandbox := p.create(map[string]any{"on_timeout": "pause", "vcpus": 2})
+	db, err := pgx.Connect(context.Background(), p.config.DatabaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close(context.Background())
+	p.end()
+	// As if it had begun two hours ago, and been paused an hour ago.
+	u, err := id.Parse(id.Sandbox, sandbox)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := db.Exec(context.Background(), "UPDATE sandbox_runs SET started_at = now() - interval '2 hours' WHERE sandbox_id = $1", u); err != nil {
+		t.Fatal(err)
+	}
+	at := time.Now().Add(-time.Hour)
+	p.agent.mu.Lock()
+	p.agent.sandboxes[sandbox].PausedAt = timestamppb.New(at)
+	p.agent.mu.Unlock()
+	p.agent.happened(hostagentv1.Event_KIND_PAUSED, sandbox, "expired")
+	p.start()
+	p.eventually("it is paused", func() bool { return p.state(sandbox) == "paused" })
+	var seconds float64
+	var ended time.Time
+	if err := db.QueryRow(context.Background(), "SELECT extract(epoch FROM ended_at - started_at), ended_at FROM sandbox_runs WHERE sandbox_id = $1", u).Scan(&seconds, &ended); err != nil {
+		t.Fatal(err)
+	}
+	if off := ended.Sub(at).Abs(); off > time.Millisecond || seconds < 3500 || seconds > 3700 {
+		t.Errorf("counted are %.0f s, to %v; it was paused at %v", seconds, ended, at)
+	}
+	var who string
+	if err := db.QueryRow(context.Background(), "SELECT actor FROM audit_records WHERE object_id = $1 AND action = 'sandbox.paused'", u.String()).Scan(&who); err != nil || who != "host" {
+		t.Errorf("the audit says that %q paused it: %v", who, err)
+	}
+}
+
 func TestPausedByHost(t *testing.T) {
 	p := newPlane(t)
 	a, b := p.create(map[string]any{"on_timeout": "pause", "auto_resume": false}), p.create(map[string]any{"on_timeout": "pause"})

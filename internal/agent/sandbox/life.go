@@ -112,6 +112,9 @@ func (b *box) infoLocked() Info {
 	if b.stopping() {
 		i.State = Stopping
 	}
+	if i.State == Paused && b.rec.PausedAt != nil {
+		i.PausedAt = *b.rec.PausedAt
+	}
 	if s.Timeout > 0 && i.State != Paused && i.State != Resuming {
 		i.ExpiresAt = b.tracker.LastUse().Add(s.Timeout)
 	}

@@ -123,6 +123,8 @@ func (b *box) savePaused(ctx context.Context, why *ending) (err error) {
 	if err := b.step("hold", func() error { return b.freezeAndHold(ctx) }); err != nil {
 		return err
 	}
+	at := time.Now().UTC()
+	next.PausedAt = &at
 	b.m.Hook("pause: held")
 	if err := b.step("save", func() error { return b.saveTo(ctx, folder) }); err != nil {
 		return err

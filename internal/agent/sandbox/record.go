@@ -38,8 +38,10 @@ type record struct {
 	// Saved is what the last pause has saved. A paused sandbox goes on from
 	// it; once it runs again its disk has changed, and all that this is good
 	// for is that the next pause writes no more than what changed since.
-	Saved  *uuid.UUID `json:"saved,omitempty"`
-	Ending *ending    `json:"ending,omitempty"`
+	Saved *uuid.UUID `json:"saved,omitempty"`
+	// PausedAt is when the last pause held the machine.
+	PausedAt *time.Time `json:"paused_at,omitempty"`
+	Ending   *ending    `json:"ending,omitempty"`
 	// Untold is an event that is not in the journal yet.
 	Untold *ending `json:"untold,omitempty"`
 }

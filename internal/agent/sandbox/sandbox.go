@@ -157,6 +157,8 @@ type Info struct {
 	// before; zero: never, or it is paused.
 	ExpiresAt      time.Time
 	PauseOnTimeout bool
+	// PausedAt is since when it is paused; zero: it is not, or that is not known.
+	PausedAt time.Time
 	// InFlight is how many requests are under way.
 	InFlight int
 	// Idle is for how long there was no use; 0: there is one.

@@ -418,7 +418,12 @@ func (s *Service) look(ctx context.Context, sandbox uuid.UUID, from []State) (ro
 		if was == Paused {
 			return row, true, nil
 		}
-		row, err = s.Store.SandboxPaused(ctx, db.SandboxPausedParams{ID: sandbox, PausedAt: now(), CameFrom: []string{string(was)}})
+		// Since when, the host knows: it may have been a while without a server.
+		at := now()
+		if has.GetPausedAt() != nil && has.GetPausedAt().AsTime().Before(at) {
+			at = has.GetPausedAt().AsTime()
+		}
+		row, err = s.Store.SandboxPaused(ctx, db.SandboxPausedParams{ID: sandbox, PausedAt: at, CameFrom: []string{string(was)}})
 	case onHostRunning:
 		if was == Running || was == Missing {
 			return row, true, nil // Whoever compares the host finds the missing.

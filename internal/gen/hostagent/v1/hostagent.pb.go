@@ -157,7 +157,9 @@ type Sandbox struct {
 	PauseOnTimeout bool                   `protobuf:"varint,10,opt,name=pause_on_timeout,json=pauseOnTimeout,proto3" json:"pause_on_timeout,omitempty"`
 	// For how long nothing has used it; 0: something does. Absent where nothing
 	// can: it does not run.
-	Idle          *durationpb.Duration `protobuf:"bytes,11,opt,name=idle,proto3" json:"idle,omitempty"`
+	Idle *durationpb.Duration `protobuf:"bytes,11,opt,name=idle,proto3" json:"idle,omitempty"`
+	// Since when it is paused; absent: it is not, or that is not known.
+	PausedAt      *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=paused_at,json=pausedAt,proto3" json:"paused_at,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -265,6 +267,13 @@ func (x *Sandbox) GetPauseOnTimeout() bool {
 func (x *Sandbox) GetIdle() *durationpb.Duration {
 	if x != nil {
 		return x.Idle
+	}
+	return nil
+}
+
+func (x *Sandbox) GetPausedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.PausedAt
 	}
 	return nil
 }
@@ -4491,7 +4500,7 @@ var File_hostagent_v1_hostagent_proto protoreflect.FileDescriptor
 
 const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\n" +
-	"\x1chostagent/v1/hostagent.proto\x12\fhostagent.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb3\x03\n" +
+	"\x1chostagent/v1/hostagent.proto\x12\fhostagent.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xec\x03\n" +
 	"\aSandbox\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1f\n" +
@@ -4509,7 +4518,8 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"expires_at\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\x12(\n" +
 	"\x10pause_on_timeout\x18\n" +
 	" \x01(\bR\x0epauseOnTimeout\x12-\n" +
-	"\x04idle\x18\v \x01(\v2\x19.google.protobuf.DurationR\x04idle\"\xa2\x03\n" +
+	"\x04idle\x18\v \x01(\v2\x19.google.protobuf.DurationR\x04idle\x127\n" +
+	"\tpaused_at\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\bpausedAt\"\xa2\x03\n" +
 	"\rCreateRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x17\n" +
@@ -4946,109 +4956,110 @@ var file_hostagent_v1_hostagent_proto_depIdxs = []int32{
 	78, // 1: hostagent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
 	78, // 2: hostagent.v1.Sandbox.expires_at:type_name -> google.protobuf.Timestamp
 	79, // 3: hostagent.v1.Sandbox.idle:type_name -> google.protobuf.Duration
-	64, // 4: hostagent.v1.CreateRequest.envs:type_name -> hostagent.v1.CreateRequest.EnvsEntry
-	2,  // 5: hostagent.v1.CreateResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	79, // 6: hostagent.v1.PauseRequest.idle:type_name -> google.protobuf.Duration
-	2,  // 7: hostagent.v1.PauseResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	2,  // 8: hostagent.v1.ResumeResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	65, // 9: hostagent.v1.Defaults.envs:type_name -> hostagent.v1.Defaults.EnvsEntry
-	9,  // 10: hostagent.v1.SnapshotRequest.defaults:type_name -> hostagent.v1.Defaults
-	48, // 11: hostagent.v1.SnapshotResponse.template:type_name -> hostagent.v1.Template
-	66, // 12: hostagent.v1.ForkRequest.copies:type_name -> hostagent.v1.ForkRequest.Copy
-	2,  // 13: hostagent.v1.ForkResponse.sandboxes:type_name -> hostagent.v1.Sandbox
-	2,  // 14: hostagent.v1.ListResponse.sandboxes:type_name -> hostagent.v1.Sandbox
-	2,  // 15: hostagent.v1.GetResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	67, // 16: hostagent.v1.Command.envs:type_name -> hostagent.v1.Command.EnvsEntry
-	24, // 17: hostagent.v1.ExecRequest.command:type_name -> hostagent.v1.Command
-	68, // 18: hostagent.v1.ExecStreamRequest.start:type_name -> hostagent.v1.ExecStreamRequest.Start
-	69, // 19: hostagent.v1.ExecStreamRequest.close_stdin:type_name -> hostagent.v1.ExecStreamRequest.CloseStdin
-	27, // 20: hostagent.v1.ExecStreamRequest.resize:type_name -> hostagent.v1.TerminalSize
-	70, // 21: hostagent.v1.ExecStreamResponse.started:type_name -> hostagent.v1.ExecStreamResponse.Started
-	71, // 22: hostagent.v1.ExecStreamResponse.exited:type_name -> hostagent.v1.ExecStreamResponse.Exited
-	30, // 23: hostagent.v1.WriteFileRequest.file:type_name -> hostagent.v1.FileRef
-	31, // 24: hostagent.v1.WriteFileResponse.file:type_name -> hostagent.v1.FileInfo
-	30, // 25: hostagent.v1.ReadFileRequest.file:type_name -> hostagent.v1.FileRef
-	72, // 26: hostagent.v1.WriteFileStreamRequest.start:type_name -> hostagent.v1.WriteFileStreamRequest.Start
-	31, // 27: hostagent.v1.WriteFileStreamResponse.file:type_name -> hostagent.v1.FileInfo
-	30, // 28: hostagent.v1.ReadFileStreamRequest.file:type_name -> hostagent.v1.FileRef
-	73, // 29: hostagent.v1.ReadFileStreamResponse.start:type_name -> hostagent.v1.ReadFileStreamResponse.Start
-	2,  // 30: hostagent.v1.PingResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	78, // 31: hostagent.v1.SamplesResponse.time:type_name -> google.protobuf.Timestamp
-	74, // 32: hostagent.v1.SamplesResponse.samples:type_name -> hostagent.v1.SamplesResponse.Sample
-	78, // 33: hostagent.v1.MetricsResponse.time:type_name -> google.protobuf.Timestamp
-	78, // 34: hostagent.v1.Template.created_at:type_name -> google.protobuf.Timestamp
-	9,  // 35: hostagent.v1.Template.defaults:type_name -> hostagent.v1.Defaults
-	77, // 36: hostagent.v1.ImportTemplateRequest.start:type_name -> hostagent.v1.ImportTemplateRequest.Start
-	48, // 37: hostagent.v1.ImportTemplateResponse.template:type_name -> hostagent.v1.Template
-	75, // 38: hostagent.v1.ResolveImageRequest.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
-	48, // 39: hostagent.v1.TemplatesResponse.templates:type_name -> hostagent.v1.Template
-	1,  // 40: hostagent.v1.Event.kind:type_name -> hostagent.v1.Event.Kind
-	78, // 41: hostagent.v1.Event.time:type_name -> google.protobuf.Timestamp
-	57, // 42: hostagent.v1.EventsResponse.event:type_name -> hostagent.v1.Event
-	24, // 43: hostagent.v1.ExecStreamRequest.Start.command:type_name -> hostagent.v1.Command
-	27, // 44: hostagent.v1.ExecStreamRequest.Start.terminal:type_name -> hostagent.v1.TerminalSize
-	30, // 45: hostagent.v1.WriteFileStreamRequest.Start.file:type_name -> hostagent.v1.FileRef
-	75, // 46: hostagent.v1.ImportTemplateRequest.Start.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
-	76, // 47: hostagent.v1.ImportTemplateRequest.Start.archive:type_name -> hostagent.v1.ImportTemplateRequest.Archive
-	3,  // 48: hostagent.v1.HostAgent.Create:input_type -> hostagent.v1.CreateRequest
-	18, // 49: hostagent.v1.HostAgent.Destroy:input_type -> hostagent.v1.DestroyRequest
-	20, // 50: hostagent.v1.HostAgent.List:input_type -> hostagent.v1.ListRequest
-	22, // 51: hostagent.v1.HostAgent.Get:input_type -> hostagent.v1.GetRequest
-	25, // 52: hostagent.v1.HostAgent.Exec:input_type -> hostagent.v1.ExecRequest
-	28, // 53: hostagent.v1.HostAgent.ExecStream:input_type -> hostagent.v1.ExecStreamRequest
-	32, // 54: hostagent.v1.HostAgent.WriteFile:input_type -> hostagent.v1.WriteFileRequest
-	34, // 55: hostagent.v1.HostAgent.ReadFile:input_type -> hostagent.v1.ReadFileRequest
-	36, // 56: hostagent.v1.HostAgent.WriteFileStream:input_type -> hostagent.v1.WriteFileStreamRequest
-	38, // 57: hostagent.v1.HostAgent.ReadFileStream:input_type -> hostagent.v1.ReadFileStreamRequest
-	40, // 58: hostagent.v1.HostAgent.Ping:input_type -> hostagent.v1.PingRequest
-	44, // 59: hostagent.v1.HostAgent.Metrics:input_type -> hostagent.v1.MetricsRequest
-	42, // 60: hostagent.v1.HostAgent.Samples:input_type -> hostagent.v1.SamplesRequest
-	46, // 61: hostagent.v1.HostAgent.Console:input_type -> hostagent.v1.ConsoleRequest
-	53, // 62: hostagent.v1.HostAgent.Templates:input_type -> hostagent.v1.TemplatesRequest
-	55, // 63: hostagent.v1.HostAgent.Host:input_type -> hostagent.v1.HostRequest
-	58, // 64: hostagent.v1.HostAgent.Events:input_type -> hostagent.v1.EventsRequest
-	60, // 65: hostagent.v1.HostAgent.AckEvents:input_type -> hostagent.v1.AckEventsRequest
-	5,  // 66: hostagent.v1.HostAgent.Pause:input_type -> hostagent.v1.PauseRequest
-	7,  // 67: hostagent.v1.HostAgent.Resume:input_type -> hostagent.v1.ResumeRequest
-	10, // 68: hostagent.v1.HostAgent.Snapshot:input_type -> hostagent.v1.SnapshotRequest
-	12, // 69: hostagent.v1.HostAgent.Settle:input_type -> hostagent.v1.SettleRequest
-	14, // 70: hostagent.v1.HostAgent.Fork:input_type -> hostagent.v1.ForkRequest
-	16, // 71: hostagent.v1.HostAgent.DeleteTemplate:input_type -> hostagent.v1.DeleteTemplateRequest
-	49, // 72: hostagent.v1.HostAgent.ImportTemplate:input_type -> hostagent.v1.ImportTemplateRequest
-	51, // 73: hostagent.v1.HostAgent.ResolveImage:input_type -> hostagent.v1.ResolveImageRequest
-	62, // 74: hostagent.v1.HostAgent.Terminate:input_type -> hostagent.v1.TerminateRequest
-	4,  // 75: hostagent.v1.HostAgent.Create:output_type -> hostagent.v1.CreateResponse
-	19, // 76: hostagent.v1.HostAgent.Destroy:output_type -> hostagent.v1.DestroyResponse
-	21, // 77: hostagent.v1.HostAgent.List:output_type -> hostagent.v1.ListResponse
-	23, // 78: hostagent.v1.HostAgent.Get:output_type -> hostagent.v1.GetResponse
-	26, // 79: hostagent.v1.HostAgent.Exec:output_type -> hostagent.v1.ExecResponse
-	29, // 80: hostagent.v1.HostAgent.ExecStream:output_type -> hostagent.v1.ExecStreamResponse
-	33, // 81: hostagent.v1.HostAgent.WriteFile:output_type -> hostagent.v1.WriteFileResponse
-	35, // 82: hostagent.v1.HostAgent.ReadFile:output_type -> hostagent.v1.ReadFileResponse
-	37, // 83: hostagent.v1.HostAgent.WriteFileStream:output_type -> hostagent.v1.WriteFileStreamResponse
-	39, // 84: hostagent.v1.HostAgent.ReadFileStream:output_type -> hostagent.v1.ReadFileStreamResponse
-	41, // 85: hostagent.v1.HostAgent.Ping:output_type -> hostagent.v1.PingResponse
-	45, // 86: hostagent.v1.HostAgent.Metrics:output_type -> hostagent.v1.MetricsResponse
-	43, // 87: hostagent.v1.HostAgent.Samples:output_type -> hostagent.v1.SamplesResponse
-	47, // 88: hostagent.v1.HostAgent.Console:output_type -> hostagent.v1.ConsoleResponse
-	54, // 89: hostagent.v1.HostAgent.Templates:output_type -> hostagent.v1.TemplatesResponse
-	56, // 90: hostagent.v1.HostAgent.Host:output_type -> hostagent.v1.HostResponse
-	59, // 91: hostagent.v1.HostAgent.Events:output_type -> hostagent.v1.EventsResponse
-	61, // 92: hostagent.v1.HostAgent.AckEvents:output_type -> hostagent.v1.AckEventsResponse
-	6,  // 93: hostagent.v1.HostAgent.Pause:output_type -> hostagent.v1.PauseResponse
-	8,  // 94: hostagent.v1.HostAgent.Resume:output_type -> hostagent.v1.ResumeResponse
-	11, // 95: hostagent.v1.HostAgent.Snapshot:output_type -> hostagent.v1.SnapshotResponse
-	13, // 96: hostagent.v1.HostAgent.Settle:output_type -> hostagent.v1.SettleResponse
-	15, // 97: hostagent.v1.HostAgent.Fork:output_type -> hostagent.v1.ForkResponse
-	17, // 98: hostagent.v1.HostAgent.DeleteTemplate:output_type -> hostagent.v1.DeleteTemplateResponse
-	50, // 99: hostagent.v1.HostAgent.ImportTemplate:output_type -> hostagent.v1.ImportTemplateResponse
-	52, // 100: hostagent.v1.HostAgent.ResolveImage:output_type -> hostagent.v1.ResolveImageResponse
-	63, // 101: hostagent.v1.HostAgent.Terminate:output_type -> hostagent.v1.TerminateResponse
-	75, // [75:102] is the sub-list for method output_type
-	48, // [48:75] is the sub-list for method input_type
-	48, // [48:48] is the sub-list for extension type_name
-	48, // [48:48] is the sub-list for extension extendee
-	0,  // [0:48] is the sub-list for field type_name
+	78, // 4: hostagent.v1.Sandbox.paused_at:type_name -> google.protobuf.Timestamp
+	64, // 5: hostagent.v1.CreateRequest.envs:type_name -> hostagent.v1.CreateRequest.EnvsEntry
+	2,  // 6: hostagent.v1.CreateResponse.sandbox:type_name -> hostagent.v1.Sandbox
+	79, // 7: hostagent.v1.PauseRequest.idle:type_name -> google.protobuf.Duration
+	2,  // 8: hostagent.v1.PauseResponse.sandbox:type_name -> hostagent.v1.Sandbox
+	2,  // 9: hostagent.v1.ResumeResponse.sandbox:type_name -> hostagent.v1.Sandbox
+	65, // 10: hostagent.v1.Defaults.envs:type_name -> hostagent.v1.Defaults.EnvsEntry
+	9,  // 11: hostagent.v1.SnapshotRequest.defaults:type_name -> hostagent.v1.Defaults
+	48, // 12: hostagent.v1.SnapshotResponse.template:type_name -> hostagent.v1.Template
+	66, // 13: hostagent.v1.ForkRequest.copies:type_name -> hostagent.v1.ForkRequest.Copy
+	2,  // 14: hostagent.v1.ForkResponse.sandboxes:type_name -> hostagent.v1.Sandbox
+	2,  // 15: hostagent.v1.ListResponse.sandboxes:type_name -> hostagent.v1.Sandbox
+	2,  // 16: hostagent.v1.GetResponse.sandbox:type_name -> hostagent.v1.Sandbox
+	67, // 17: hostagent.v1.Command.envs:type_name -> hostagent.v1.Command.EnvsEntry
+	24, // 18: hostagent.v1.ExecRequest.command:type_name -> hostagent.v1.Command
+	68, // 19: hostagent.v1.ExecStreamRequest.start:type_name -> hostagent.v1.ExecStreamRequest.Start
+	69, // 20: hostagent.v1.ExecStreamRequest.close_stdin:type_name -> hostagent.v1.ExecStreamRequest.CloseStdin
+	27, // 21: hostagent.v1.ExecStreamRequest.resize:type_name -> hostagent.v1.TerminalSize
+	70, // 22: hostagent.v1.ExecStreamResponse.started:type_name -> hostagent.v1.ExecStreamResponse.Started
+	71, // 23: hostagent.v1.ExecStreamResponse.exited:type_name -> hostagent.v1.ExecStreamResponse.Exited
+	30, // 24: hostagent.v1.WriteFileRequest.file:type_name -> hostagent.v1.FileRef
+	31, // 25: hostagent.v1.WriteFileResponse.file:type_name -> hostagent.v1.FileInfo
+	30, // 26: hostagent.v1.ReadFileRequest.file:type_name -> hostagent.v1.FileRef
+	72, // 27: hostagent.v1.WriteFileStreamRequest.start:type_name -> hostagent.v1.WriteFileStreamRequest.Start
+	31, // 28: hostagent.v1.WriteFileStreamResponse.file:type_name -> hostagent.v1.FileInfo
+	30, // 29: hostagent.v1.ReadFileStreamRequest.file:type_name -> hostagent.v1.FileRef
+	73, // 30: hostagent.v1.ReadFileStreamResponse.start:type_name -> hostagent.v1.ReadFileStreamResponse.Start
+	2,  // 31: hostagent.v1.PingResponse.sandbox:type_name -> hostagent.v1.Sandbox
+	78, // 32: hostagent.v1.SamplesResponse.time:type_name -> google.protobuf.Timestamp
+	74, // 33: hostagent.v1.SamplesResponse.samples:type_name -> hostagent.v1.SamplesResponse.Sample
+	78, // 34: hostagent.v1.MetricsResponse.time:type_name -> google.protobuf.Timestamp
+	78, // 35: hostagent.v1.Template.created_at:type_name -> google.protobuf.Timestamp
+	9,  // 36: hostagent.v1.Template.defaults:type_name -> hostagent.v1.Defaults
+	77, // 37: hostagent.v1.ImportTemplateRequest.start:type_name -> hostagent.v1.ImportTemplateRequest.Start
+	48, // 38: hostagent.v1.ImportTemplateResponse.template:type_name -> hostagent.v1.Template
+	75, // 39: hostagent.v1.ResolveImageRequest.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
+	48, // 40: hostagent.v1.TemplatesResponse.templates:type_name -> hostagent.v1.Template
+	1,  // 41: hostagent.v1.Event.kind:type_name -> hostagent.v1.Event.Kind
+	78, // 42: hostagent.v1.Event.time:type_name -> google.protobuf.Timestamp
+	57, // 43: hostagent.v1.EventsResponse.event:type_name -> hostagent.v1.Event
+	24, // 44: hostagent.v1.ExecStreamRequest.Start.command:type_name -> hostagent.v1.Command
+	27, // 45: hostagent.v1.ExecStreamRequest.Start.terminal:type_name -> hostagent.v1.TerminalSize
+	30, // 46: hostagent.v1.WriteFileStreamRequest.Start.file:type_name -> hostagent.v1.FileRef
+	75, // 47: hostagent.v1.ImportTemplateRequest.Start.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
+	76, // 48: hostagent.v1.ImportTemplateRequest.Start.archive:type_name -> hostagent.v1.ImportTemplateRequest.Archive
+	3,  // 49: hostagent.v1.HostAgent.Create:input_type -> hostagent.v1.CreateRequest
+	18, // 50: hostagent.v1.HostAgent.Destroy:input_type -> hostagent.v1.DestroyRequest
+	20, // 51: hostagent.v1.HostAgent.List:input_type -> hostagent.v1.ListRequest
+	22, // 52: hostagent.v1.HostAgent.Get:input_type -> hostagent.v1.GetRequest
+	25, // 53: hostagent.v1.HostAgent.Exec:input_type -> hostagent.v1.ExecRequest
+	28, // 54: hostagent.v1.HostAgent.ExecStream:input_type -> hostagent.v1.ExecStreamRequest
+	32, // 55: hostagent.v1.HostAgent.WriteFile:input_type -> hostagent.v1.WriteFileRequest
+	34, // 56: hostagent.v1.HostAgent.ReadFile:input_type -> hostagent.v1.ReadFileRequest
+	36, // 57: hostagent.v1.HostAgent.WriteFileStream:input_type -> hostagent.v1.WriteFileStreamRequest
+	38, // 58: hostagent.v1.HostAgent.ReadFileStream:input_type -> hostagent.v1.ReadFileStreamRequest
+	40, // 59: hostagent.v1.HostAgent.Ping:input_type -> hostagent.v1.PingRequest
+	44, // 60: hostagent.v1.HostAgent.Metrics:input_type -> hostagent.v1.MetricsRequest
+	42, // 61: hostagent.v1.HostAgent.Samples:input_type -> hostagent.v1.SamplesRequest
+	46, // 62: hostagent.v1.HostAgent.Console:input_type -> hostagent.v1.ConsoleRequest
+	53, // 63: hostagent.v1.HostAgent.Templates:input_type -> hostagent.v1.TemplatesRequest
+	55, // 64: hostagent.v1.HostAgent.Host:input_type -> hostagent.v1.HostRequest
+	58, // 65: hostagent.v1.HostAgent.Events:input_type -> hostagent.v1.EventsRequest
+	60, // 66: hostagent.v1.HostAgent.AckEvents:input_type -> hostagent.v1.AckEventsRequest
+	5,  // 67: hostagent.v1.HostAgent.Pause:input_type -> hostagent.v1.PauseRequest
+	7,  // 68: hostagent.v1.HostAgent.Resume:input_type -> hostagent.v1.ResumeRequest
+	10, // 69: hostagent.v1.HostAgent.Snapshot:input_type -> hostagent.v1.SnapshotRequest
+	12, // 70: hostagent.v1.HostAgent.Settle:input_type -> hostagent.v1.SettleRequest
+	14, // 71: hostagent.v1.HostAgent.Fork:input_type -> hostagent.v1.ForkRequest
+	16, // 72: hostagent.v1.HostAgent.DeleteTemplate:input_type -> hostagent.v1.DeleteTemplateRequest
+	49, // 73: hostagent.v1.HostAgent.ImportTemplate:input_type -> hostagent.v1.ImportTemplateRequest
+	51, // 74: hostagent.v1.HostAgent.ResolveImage:input_type -> hostagent.v1.ResolveImageRequest
+	62, // 75: hostagent.v1.HostAgent.Terminate:input_type -> hostagent.v1.TerminateRequest
+	4,  // 76: hostagent.v1.HostAgent.Create:output_type -> hostagent.v1.CreateResponse
+	19, // 77: hostagent.v1.HostAgent.Destroy:output_type -> hostagent.v1.DestroyResponse
+	21, // 78: hostagent.v1.HostAgent.List:output_type -> hostagent.v1.ListResponse
+	23, // 79: hostagent.v1.HostAgent.Get:output_type -> hostagent.v1.GetResponse
+	26, // 80: hostagent.v1.HostAgent.Exec:output_type -> hostagent.v1.ExecResponse
+	29, // 81: hostagent.v1.HostAgent.ExecStream:output_type -> hostagent.v1.ExecStreamResponse
+	33, // 82: hostagent.v1.HostAgent.WriteFile:output_type -> hostagent.v1.WriteFileResponse
+	35, // 83: hostagent.v1.HostAgent.ReadFile:output_type -> hostagent.v1.ReadFileResponse
+	37, // 84: hostagent.v1.HostAgent.WriteFileStream:output_type -> hostagent.v1.WriteFileStreamResponse
+	39, // 85: hostagent.v1.HostAgent.ReadFileStream:output_type -> hostagent.v1.ReadFileStreamResponse
+	41, // 86: hostagent.v1.HostAgent.Ping:output_type -> hostagent.v1.PingResponse
+	45, // 87: hostagent.v1.HostAgent.Metrics:output_type -> hostagent.v1.MetricsResponse
+	43, // 88: hostagent.v1.HostAgent.Samples:output_type -> hostagent.v1.SamplesResponse
+	47, // 89: hostagent.v1.HostAgent.Console:output_type -> hostagent.v1.ConsoleResponse
+	54, // 90: hostagent.v1.HostAgent.Templates:output_type -> hostagent.v1.TemplatesResponse
+	56, // 91: hostagent.v1.HostAgent.Host:output_type -> hostagent.v1.HostResponse
+	59, // 92: hostagent.v1.HostAgent.Events:output_type -> hostagent.v1.EventsResponse
+	61, // 93: hostagent.v1.HostAgent.AckEvents:output_type -> hostagent.v1.AckEventsResponse
+	6,  // 94: hostagent.v1.HostAgent.Pause:output_type -> hostagent.v1.PauseResponse
+	8,  // 95: hostagent.v1.HostAgent.Resume:output_type -> hostagent.v1.ResumeResponse
+	11, // 96: hostagent.v1.HostAgent.Snapshot:output_type -> hostagent.v1.SnapshotResponse
+	13, // 97: hostagent.v1.HostAgent.Settle:output_type -> hostagent.v1.SettleResponse
+	15, // 98: hostagent.v1.HostAgent.Fork:output_type -> hostagent.v1.ForkResponse
+	17, // 99: hostagent.v1.HostAgent.DeleteTemplate:output_type -> hostagent.v1.DeleteTemplateResponse
+	50, // 100: hostagent.v1.HostAgent.ImportTemplate:output_type -> hostagent.v1.ImportTemplateResponse
+	52, // 101: hostagent.v1.HostAgent.ResolveImage:output_type -> hostagent.v1.ResolveImageResponse
+	63, // 102: hostagent.v1.HostAgent.Terminate:output_type -> hostagent.v1.TerminateResponse
+	76, // [76:103] is the sub-list for method output_type
+	49, // [49:76] is the sub-list for method input_type
+	49, // [49:49] is the sub-list for extension type_name
+	49, // [49:49] is the sub-list for extension extendee
+	0,  // [0:49] is the sub-list for field type_name
 }
 
 func init() { file_hostagent_v1_hostagent_proto_init() }
