@@ -33,6 +33,9 @@ func (h *host) pause(t *testing.T, sandbox string) {
 	if s := res.Msg.GetSandbox().GetState(); s != pb.SandboxState_SANDBOX_STATE_PAUSED {
 		t.Fatalf("after a pause it is %v", s)
 	}
+	if at := res.Msg.GetSandbox().GetPausedAt().AsTime(); at.Before(begin) || at.After(time.Now()) {
+		t.Errorf("it says that it is paused since %v; that began at %v", at, begin)
+	}
 	t.Logf("paused in %v", time.Since(begin).Round(time.Millisecond))
 	for deadline := time.Now().Add(10 * time.Second); agenttest.QEMU(sandbox) != 0; time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
