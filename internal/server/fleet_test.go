@@ -7,6 +7,7 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"strings"
 	"testing"
 	"time"
 
@@ -103,6 +104,9 @@ type tcpHost struct {
 func (p *plane) enroll(name string, tags ...string) *tcpHost {
 	p.Helper()
 	added := p.call("POST", "/v1/admin/hosts", map[string]any{"name": name, "tags": append([]string{}, tags...)}).want(201)
+	if got := added.object()["host"].(map[string]any)["status"]; got != "pending" {
+		p.Errorf("a host that nobody registered yet is %v", got)
+	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		p.Fatal(err)
@@ -192,8 +196,32 @@ func TestFleet(t *testing.T) {
 			t.Errorf("a sandbox for red hosts is on %s", got)
 		}
 	}
-	p.call("POST", "/v1/sandboxes", map[string]any{"host_tags": []string{"red", "blue"}}).fails(503, "no_capacity")
-	p.call("POST", "/v1/sandboxes", map[string]any{"memory_mib": 8192}).fails(503, "no_capacity")
+	for why, body := range map[string]map[string]any{
+		"tags [red blue]":    {"host_tags": []string{"red", "blue"}},
+		"8192 MiB of memory": {"memory_mib": 8192},
+		"4 virtual CPUs":     {"vcpus": 4},
+	} {
+		r := p.call("POST", "/v1/sandboxes", body).fails(503, "no_capacity")
+		if !strings.Contains(string(r.Body), why) {
+			t.Errorf("%v: it does not say %q: %s", body, why, r.Body)
+		}
+	}
+
+	// What is on one host alone stays there, however full that is: the sandboxes
+	// of a template that was captured there, and whoever was paused there.
+	p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": on[a.id][3], "name": "local"}).want(201)
+	for range 3 {
+		if got := where(p.create(map[string]any{"template": "local"})); got != a.id {
+			t.Errorf("a sandbox is on %s, which does not have its template", got)
+		}
+	}
+	rests := p.create(map[string]any{"template": "local"})
+	p.call("POST", "/v1/sandboxes/"+rests+"/pause", nil).want(200)
+	p.call("POST", "/v1/sandboxes/"+rests+"/resume", nil).want(200)
+	if got := where(rests); got != a.id || !a.has(rests) || b.has(rests) {
+		t.Errorf("a sandbox that was paused on one host goes on on %s", got)
+	}
+	p.call("POST", "/v1/sandboxes/"+rests+"/pause", nil).want(200)
 
 	// A host that cannot: another does it.
 	b.mu.Lock()
@@ -222,6 +250,11 @@ func TestFleet(t *testing.T) {
 		t.Errorf("the host is %s", got)
 	}
 	p.call("POST", "/v1/sandboxes/"+missing+"/exec", map[string]any{"cmd": "cat"}).fails(503, "host_unreachable")
+	p.call("POST", "/v1/sandboxes/"+rests+"/resume", nil).fails(503, "host_unreachable")
+	if got := p.state(rests); got != "paused" {
+		t.Errorf("a paused sandbox whose host is gone is %s", got)
+	}
+	p.call("POST", "/v1/sandboxes", map[string]any{"template": "local"}).fails(503, "no_capacity")
 	for range 3 {
 		if got := where(p.create(map[string]any{"memory_mib": 128})); got != b.id {
 			t.Errorf("a new sandbox is on the host that vanished")

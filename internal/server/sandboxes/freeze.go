@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"slices"
 	"time"
 
@@ -299,7 +300,10 @@ func (s *Service) resume(row db.Sandbox) (db.Sandbox, error) {
 // not happen and will not.
 func definite(err error) bool {
 	if !connect.IsWireError(err) {
-		return false // The host may have got the call and still be at it.
+		// Without a connection nothing was sent; else the host may have got the
+		// call and still be at it.
+		var failed *net.OpError
+		return errors.As(err, &failed) && failed.Op == "dial"
 	}
 	switch connect.CodeOf(err) {
 	case connect.CodeCanceled, connect.CodeDeadlineExceeded:
