@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -393,6 +394,75 @@ func TestDeleteTeam(t *testing.T) {
 	}
 	if p.agent.hasTemplate(template) {
 		t.Error("the host still has the template")
+	}
+}
+
+// TestDeleteTeamHostAway deletes a team while one of the hosts that have
+// something of it is away, and has the server restart before that is back.
+func TestDeleteTeamHostAway(t *testing.T) {
+	p := newPlane(t)
+	p.end()
+	const beat = 500 * time.Millisecond
+	p.config.Heartbeat = beat
+	p.start()
+	far := p.enroll("far", "far")
+	stop := far.beat(p, beat)
+	p.eventually("the host is online", func() bool { return p.hostStatus(far.id) == "online" })
+	p.eventually("it has the template", func() bool {
+		var n int
+		err := p.db().QueryRow(t.Context(), "SELECT count(*) FROM host_templates JOIN hosts ON id = host_id WHERE enrolled").Scan(&n)
+		return err == nil && n == 1
+	})
+	asAda := as(p.bearer(p.person("ada@example.com")))
+	team := p.call("POST", "/v1/teams", map[string]any{"name": "one"}, asAda...).want(201).str("id")
+	teamID, _ := id.Parse(id.Team, team)
+	p.call("POST", "/v1/channels", map[string]any{"name": "c", "kind": "email", "address": "ops@example.com", "events": []string{"sandbox.lost"}}, asAda...).want(201)
+	near := p.call("POST", "/v1/sandboxes", map[string]any{}, asAda...).want(201).str("id")
+	away := p.call("POST", "/v1/sandboxes", map[string]any{"host_tags": []string{"far"}}, asAda...).want(201).str("id")
+	paused := p.call("POST", "/v1/sandboxes", map[string]any{"host_tags": []string{"far"}}, asAda...).want(201).str("id")
+	template := p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": away, "name": "mine"}, asAda...).want(201).str("id")
+	p.call("POST", "/v1/sandboxes/"+paused+"/pause", nil, asAda...).want(200)
+	if !far.has(away) || !far.has(paused) || !far.hasTemplate(template) || p.agent.has(near) == far.has(near) {
+		t.Fatal("what is where is not as this test wants it")
+	}
+	stop()
+	far.close()
+	p.eventually("the host is away", func() bool { return p.hostStatus(far.id) == "unreachable" })
+	p.call("DELETE", "/v1/teams/"+team, nil, asAda...).want(202)
+	p.call("GET", "/v1/teams/"+team, nil, asAda...).fails(404, "not_found")
+	if !far.has(near) {
+		p.eventually("the other host has nothing of it", func() bool { return !p.agent.has(near) })
+	}
+	p.end()
+	p.start()
+	var n int
+	if err := p.db().QueryRow(t.Context(), "SELECT count(*) FROM sandboxes WHERE team_id = $1 AND state NOT IN ('stopped', 'error')", teamID).Scan(&n); err != nil || n < 2 {
+		t.Errorf("while the host is away %d sandboxes are known to be there: %v", n, err)
+	}
+	if !far.has(away) || !far.hasTemplate(template) {
+		t.Error("a host that is away lost something")
+	}
+	l, err := net.Listen("tcp", far.address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	far.serveOn(l)
+	t.Cleanup(far.close)
+	defer far.beat(p, beat)()
+	begun := time.Now()
+	for n = 1; n > 0; time.Sleep(100 * time.Millisecond) {
+		err := p.db().QueryRow(t.Context(), `SELECT (SELECT count(*) FROM teams WHERE id = $1) + (SELECT count(*) FROM sandboxes WHERE team_id = $1) + (SELECT count(*) FROM templates WHERE team_id = $1)
+			+ (SELECT count(*) FROM api_keys WHERE team_id = $1) + (SELECT count(*) FROM channels WHERE team_id = $1) + (SELECT count(*) FROM team_members WHERE team_id = $1)`, teamID).Scan(&n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if time.Since(begun) > 3*time.Minute {
+			t.Fatalf("3 minutes after the host came back %d rows of the team are left", n)
+		}
+	}
+	t.Logf("the team was gone %v after its host came back", time.Since(begun).Round(time.Second))
+	if p.agent.has(near) || far.has(near) || far.has(away) || far.has(paused) || far.hasTemplate(template) {
+		t.Error("a host still has something of the team")
 	}
 }
 
