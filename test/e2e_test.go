@@ -11,8 +11,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"net"
 	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -236,7 +240,7 @@ func (i *installation) stop() error {
 // client is a client with the first admin's key.
 func (i *installation) client(t testing.TB) *client.Client {
 	t.Helper()
-	c, err := client.New("http://"+i.listen, i.creds.APIKey, client.WithHTTPClient(&http.Client{Transport: i.checked(t)}))
+	c, err := client.New("http://"+i.listen, i.creds.APIKey, client.WithHTTPClient(&http.Client{Transport: checked(t)}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -248,7 +252,7 @@ var document = sync.OnceValues(apitest.Load)
 
 // checked is a transport by which every answer that the OpenAPI document does
 // not have fails the test.
-func (i *installation) checked(t testing.TB) http.RoundTripper {
+func checked(t testing.TB) http.RoundTripper {
 	t.Helper()
 	d, err := document()
 	if err != nil {
@@ -260,11 +264,26 @@ func (i *installation) checked(t testing.TB) http.RoundTripper {
 	return d.Transport(next, func(err error) { t.Error(err) })
 }
 
+// front is a front door that passes on to the installation's, and by which
+// every answer that the OpenAPI document does not have fails the test.
+func (i *installation) front(t testing.TB) *httptest.Server {
+	t.Helper()
+	return httptest.NewServer(&httputil.ReverseProxy{
+		Transport: checked(t), FlushInterval: -1, ErrorLog: log.New(io.Discard, "", 0),
+		Rewrite: func(r *httputil.ProxyRequest) {
+			r.SetURL(&url.URL{Scheme: "http", Host: i.listen})
+			r.Out.Host = i.listen
+		},
+	})
+}
+
 // cli runs a client command.
 func (i *installation) cli(t testing.TB, stdin string, args ...string) (stdout, stderr string, code int) {
 	t.Helper()
+	front := i.front(t)
+	defer front.Close()
 	cmd := exec.CommandContext(t.Context(), i.wrenn, args...)
-	cmd.Env = append(os.Environ(), "WRENN_URL=http://"+i.listen, "WRENN_API_KEY="+i.creds.APIKey)
+	cmd.Env = append(os.Environ(), "WRENN_URL="+front.URL, "WRENN_API_KEY="+i.creds.APIKey)
 	var out, errb bytes.Buffer
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &out, &errb
 	err := cmd.Run()
@@ -286,7 +305,7 @@ func (i *installation) request(t testing.TB, method, host, path string, header h
 	for k, v := range header {
 		req.Header[k] = v
 	}
-	resp, err := (&http.Client{Transport: i.checked(t)}).Do(req)
+	resp, err := (&http.Client{Transport: checked(t)}).Do(req)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -95,6 +95,7 @@ type control struct {
 	dirs          map[string]string
 	env           []string // more of the server's environment
 	server, redis *role
+	web           *http.Client // whose answers are checked
 	*client.Client
 }
 
@@ -121,7 +122,7 @@ func (c *control) call(method, path string, body any) (int, map[string]any) {
 	}
 	req.Header.Set("Content-Type", "application/json")
 	req.Header.Set("X-API-Key", c.key)
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := c.web.Do(req)
 	if err != nil {
 		return 0, nil
 	}
@@ -202,7 +203,7 @@ func newControl(t *testing.T, env ...string) *control {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	c := &control{T: t, wrenn: filepath.Join(bin, "wrenn"), dir: dir, key: "wrn_" + strings.Repeat("k", 40), database: pgtest.New(t), dirs: make(map[string]string), env: env}
+	c := &control{T: t, wrenn: filepath.Join(bin, "wrenn"), dir: dir, key: "wrn_" + strings.Repeat("k", 40), database: pgtest.New(t), dirs: make(map[string]string), env: env, web: &http.Client{Transport: checked(t)}}
 	if out, err := exec.Command(c.wrenn, "ca", "init", "--dir", dir).CombinedOutput(); err != nil {
 		t.Fatalf("wrenn ca init: %v\n%s", err, out)
 	}
@@ -216,7 +217,7 @@ func newControl(t *testing.T, env ...string) *control {
 		status, _ := c.call("GET", "/health", nil)
 		return status == http.StatusOK
 	})
-	if c.Client, err = client.New(c.url, c.key); err != nil {
+	if c.Client, err = client.New(c.url, c.key, client.WithHTTPClient(c.web)); err != nil {
 		t.Fatal(err)
 	}
 	return c

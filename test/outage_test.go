@@ -46,7 +46,7 @@ func TestOutage(t *testing.T) {
 	}
 	c := newControl(t)
 	wrenn := c.wrenn
-	hidden := &failures{next: http.DefaultTransport.(*http.Transport).Clone()}
+	hidden := &failures{next: checked(t)}
 	var err error
 	if c.Client, err = client.New(c.url, c.key, client.WithHTTPClient(&http.Client{Transport: hidden})); err != nil {
 		t.Fatal(err)
