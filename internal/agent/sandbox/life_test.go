@@ -294,6 +294,77 @@ func TestFailedResumeLeavesItPaused(t *testing.T) {
 	}
 }
 
+// TestUpgradedMonitor: what runs, is paused or was captured under a monitor
+// goes on under a later one, and is refused, and kept, by an earlier one.
+func TestUpgradedMonitor(t *testing.T) {
+	w := newWorld(t, 1)
+	dir := layout.Dir(t.TempDir())
+	w.version = "1"
+	h := w.open(dir)
+	paused, runs, tpl := h.create(t, nil), h.create(t, nil), uuid.New()
+	h.counts(t, paused)
+	h.counts(t, runs)
+	if _, err := h.Snapshot(t.Context(), paused, tpl, "first", nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Pause(t.Context(), paused); err != nil {
+		t.Fatal(err)
+	}
+	h.close()
+
+	w.version = "2"
+	h = w.open(dir)
+	if _, err := h.Resume(t.Context(), paused); err != nil {
+		t.Fatal(err)
+	}
+	h.runs(t, paused, 1)
+	of := func(template uuid.UUID) func(*Spec) { return func(s *Spec) { s.Template = template } }
+	h.runs(t, h.create(t, of(tpl)), 1)
+	later := uuid.New()
+	if _, err := h.Snapshot(t.Context(), paused, later, "second", nil); err != nil {
+		t.Fatal(err)
+	}
+	// One that began under the former still runs under it.
+	before := uuid.New()
+	if _, err := h.Snapshot(t.Context(), runs, before, "third", nil); err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []uuid.UUID{paused, runs} {
+		if _, err := h.Pause(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		h.settles(t, id)
+	}
+	h.close()
+
+	w.version = "1"
+	h = w.open(dir)
+	if i, err := h.Resume(t.Context(), paused); !errors.Is(err, ErrState) || !strings.Contains(err.Error(), "a later world") || i.State != Paused {
+		t.Fatalf("%s %v", i.State, err)
+	}
+	if _, err := h.Resume(t.Context(), runs); err != nil {
+		t.Fatal(err)
+	}
+	h.runs(t, runs, 1)
+	h.runs(t, h.create(t, of(before)), 1)
+	s := spec()
+	s.Template = later
+	if _, err := h.Create(t.Context(), s); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "a later world") {
+		t.Fatal(err)
+	}
+	h.close()
+
+	w.version = "3"
+	h = w.open(dir)
+	defer h.close()
+	if _, err := h.Resume(t.Context(), paused); err != nil {
+		t.Fatal(err)
+	}
+	h.runs(t, paused, 2)
+	h.destroyAll()
+	h.nothingLeft()
+}
+
 func TestUnusedSandboxIsPaused(t *testing.T) {
 	h := newHost(t)
 	id := h.create(t, func(s *Spec) { s.Timeout, s.PauseOnTimeout = 200*time.Millisecond, true })

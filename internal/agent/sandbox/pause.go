@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -391,8 +392,8 @@ func (b *box) restoreSaved(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	if kind := b.m.Driver.Kind(); origin.Kind != kind {
-		return fail(ErrState, "the sandbox was paused on %s, this host has %s now", origin.Kind, kind)
+	if err := b.m.Driver.Restores(b.savedBy(origin)); err != nil {
+		return fail(ErrState, "the paused sandbox cannot go on here: %v", err)
 	}
 	saved := dir.SandboxSaved(home, *b.rec.Saved)
 	own, err := memory.Open(filepath.Join(saved, "memory"))
@@ -421,6 +422,15 @@ func (b *box) restoreSaved(ctx context.Context) (err error) {
 		from.Memory, from.Changed = alone.file, nil
 	}
 	return b.restore(ctx, origin, from)
+}
+
+// savedBy is the kind of the machine that the sandbox has, or had when it was
+// paused; origin is what it began with.
+func (b *box) savedBy(origin *image.Capture) string {
+	if b.rec.VM == nil {
+		return origin.Kind
+	}
+	return cmp.Or(b.rec.VM.Kind, origin.Kind)
 }
 
 // standsAlone tells whether the machine is to have a whole memory of its own

@@ -52,6 +52,7 @@ type world struct {
 	hold     chan struct{} // machines are healthy once it is closed; nil: at once
 	warm     int           // how many machines of a template wait
 	tracks   bool          // what machines write to is known
+	version  string        // of the monitor: it restores what was saved under the same, or an earlier one
 }
 
 // count is how many machines were made.
@@ -164,7 +165,7 @@ func (w *world) run(s vmm.Spec, data, base []byte) (*worldVM, error) {
 	if err != nil {
 		return nil, err
 	}
-	vm := &worldVM{w: w, spec: s, data: data, base: base, done: make(chan struct{}), listener: l, runs: make(chan struct{})}
+	vm := &worldVM{w: w, spec: s, kind: w.Kind(), data: data, base: base, done: make(chan struct{}), listener: l, runs: make(chan struct{})}
 	w.mu.Lock()
 	if w.vms[s.ID] != nil {
 		w.t.Errorf("sandbox %s has two machines", s.ID)
@@ -178,7 +179,15 @@ func (w *world) run(s vmm.Spec, data, base []byte) (*worldVM, error) {
 }
 
 // Kind implements vmm.Driver.
-func (w *world) Kind() string { return "world" }
+func (w *world) Kind() string { return "world" + w.version }
+
+// Restores implements vmm.Driver.
+func (w *world) Restores(kind string) error {
+	if kind > w.Kind() {
+		return errors.New("a later world")
+	}
+	return nil
+}
 
 // Restore implements vmm.Driver.
 func (w *world) Restore(_ context.Context, s vmm.Spec, from vmm.Saved) (vmm.VM, error) {
@@ -239,6 +248,7 @@ func (w *world) Reap(_ context.Context, st vmm.State) error {
 type worldVM struct {
 	w        *world
 	spec     vmm.Spec
+	kind     string // what it was made under
 	mu       sync.Mutex
 	data     []byte        // of its memory
 	base     []byte        // what of that it has not changed is so
@@ -347,7 +357,7 @@ func (v *worldVM) die() {
 	})
 }
 
-func (v *worldVM) State() vmm.State      { return vmm.State{ID: v.spec.ID, PID: 1} }
+func (v *worldVM) State() vmm.State      { return vmm.State{ID: v.spec.ID, PID: 1, Kind: v.kind} }
 func (v *worldVM) PID() int              { return 1 }
 func (v *worldVM) Done() <-chan struct{} { return v.done }
 func (v *worldVM) Err() error            { return errors.New("it died") }

@@ -99,7 +99,7 @@ func (b *box) capture(ctx context.Context, into string, defaults *image.Defaults
 		defaults = &origin.Defaults
 	}
 	c := &image.Capture{
-		ID: uuid.New(), Kind: origin.Kind, VCPUs: spec.VCPUs, MemoryMiB: spec.MemoryMiB, DiskMiB: spec.DiskMiB,
+		ID: uuid.New(), Kind: b.savedBy(origin), VCPUs: spec.VCPUs, MemoryMiB: spec.MemoryMiB, DiskMiB: spec.DiskMiB,
 		Layers: origin.Layers + b.rec.Disks, Token: spec.Token, Defaults: *defaults, Dir: into,
 	}
 	if err := os.Mkdir(into, 0o700); err != nil {

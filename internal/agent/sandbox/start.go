@@ -79,8 +79,8 @@ func (b *box) queue(ctx context.Context) (leave func(), err error) {
 // prepare makes a machine that is held where c was captured.
 func (b *box) prepare(ctx context.Context, c *image.Capture) error {
 	dir, home := b.m.Dir, b.rec.Home
-	if kind := b.m.Driver.Kind(); c.Kind != kind {
-		return fail(ErrInvalid, "the template was captured on %s, this host has %s", c.Kind, kind)
+	if err := b.m.Driver.Restores(c.Kind); err != nil {
+		return fail(ErrInvalid, "the template cannot be used here: %v", err)
 	}
 	if err := b.step("slot", func() error { return b.acquire(ctx) }); err != nil {
 		return err

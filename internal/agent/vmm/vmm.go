@@ -59,15 +59,19 @@ type Driver interface {
 	// Restore makes a virtual machine that is held where another was when it
 	// was saved: until [VM.Run] nothing of the guest's runs and nothing is
 	// written to its disk. When it fails nothing is left. What s says of
-	// processors and memory, and Kind, must be as they were for the other.
+	// processors and memory must be as it was for the other, and Restores must
+	// have nothing against its kind.
 	Restore(ctx context.Context, s Spec, from Saved) (VM, error)
 	// TracksMemory says whether [VM.Pages] of a restored machine leaves out those
 	// of [Saved.Changed] that were not written to since.
 	TracksMemory() bool
 	// Kind names all that a saved machine depends on: monitor and its version,
-	// accelerator, and, where the guest sees them, the processor's features. A
-	// machine saved under another kind is not restored.
+	// accelerator, and, where the guest sees them, the processor's features.
 	Kind() string
+	// Restores says why a machine that was saved under a kind cannot be restored
+	// under this one. That it is another need be no reason: a newer version reads
+	// what an older one has saved.
+	Restores(kind string) error
 	// Attach takes back a virtual machine, running or held, that outlived the
 	// agent which started it, or fails with ErrGone.
 	Attach(ctx context.Context, st State) (VM, error)
@@ -121,6 +125,9 @@ type State struct {
 	StartTime uint64    `json:"start_time"` // field 22 of /proc/PID/stat: pids are used again
 	BootID    string    `json:"boot_id"`    // the host's boot in which the above holds
 	Socket    string    `json:"socket"`     // the monitor's control socket
+	// Kind is the driver's when the machine was made: the monitor may have been
+	// upgraded since. Empty: not known.
+	Kind string `json:"kind,omitempty"`
 
 	// The file that the guest's memory is a private mapping of, and its size
 	// in bytes: how the memory is found in the monitor's process.

@@ -108,6 +108,44 @@ func kind(accel string) (_ string, err error) {
 		machineVersion, v.Major, v.Minor, v.Micro, version.Package, accel, cpu)), " "), nil
 }
 
+// kindOf are the parts of a kind that matter to a restore.
+type kindOf struct {
+	machine      string
+	major, minor int
+	accel, cpu   string
+}
+
+func parseKind(kind string) (k kindOf, ok bool) {
+	f := strings.Fields(kind)
+	if len(f) < 4 {
+		return kindOf{}, false
+	}
+	k = kindOf{machine: f[0], accel: f[len(f)-2], cpu: f[len(f)-1]}
+	n, _ := fmt.Sscanf(f[1], "%d.%d.", &k.major, &k.minor)
+	return k, n == 2
+}
+
+// Restores implements vmm.Driver. QEMU reads what an older one has saved of
+// these devices; what a newer one has it may not know.
+func (d *Driver) Restores(kind string) error {
+	if kind == d.kind {
+		return nil
+	}
+	saved, ok := parseKind(kind)
+	here, _ := parseKind(d.kind)
+	switch {
+	case !ok || saved.machine != here.machine:
+		return fmt.Errorf("it was saved as %q, which no machine is here", kind)
+	case saved.accel != here.accel:
+		return fmt.Errorf("it ran by %s, and machines here by %s", saved.accel, here.accel)
+	case saved.cpu != here.cpu:
+		return errors.New("it ran on another model of processor, or one that has other features")
+	case saved.major > here.major || saved.major == here.major && saved.minor > here.minor:
+		return fmt.Errorf("it was saved by QEMU %d.%d, which is newer than %d.%d here", saved.major, saved.minor, here.major, here.minor)
+	}
+	return nil
+}
+
 // processor is a digest of what a guest sees of the host's processor: under
 // KVM all its features; under emulation the rate of its time stamp counter,
 // which goes with its model.

@@ -1,15 +1,87 @@
 package qemu
 
 import (
+	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/memory"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 )
 
 // underNewer is set in the environment of the tests that TestNewerQEMU runs.
 const underNewer = "WRENN_NEWER_QEMU"
+
+// older has, in the environment, the folder with a machine that an older QEMU
+// has saved.
+const older = "WRENN_OLDER_QEMU"
+
+// saved is a machine in such a folder, beside its memory and its devices.
+type saved struct {
+	Spec vmm.Spec
+	Kind string
+}
+
+// TestRestoreOfOlder restores what TestNewerQEMU has saved with an older QEMU.
+func TestRestoreOfOlder(t *testing.T) {
+	dir := os.Getenv(older)
+	if dir == "" {
+		t.Skip("it is what TestNewerQEMU starts")
+	}
+	b := newBench(t)
+	text, err := os.ReadFile(filepath.Join(dir, "saved.json"))
+	b.must(err)
+	var s saved
+	b.must(json.Unmarshal(text, &s))
+	if s.Kind == b.d.Kind() {
+		t.Fatalf("both have %s", s.Kind)
+	}
+	b.must(b.d.Restores(s.Kind))
+	image, err := memory.Open(filepath.Join(dir, "memory"))
+	b.must(err)
+	defer image.Close()
+	ram, err := image.Materialize(t.Context(), "older")
+	b.must(err)
+	defer ram.Close()
+	devices, err := os.ReadFile(filepath.Join(dir, "devices"))
+	b.must(err)
+	b.spec.Base, b.spec.Overlay = s.Spec.Base, s.Spec.Overlay
+	b.run(&vmm.Saved{Memory: ram, Devices: devices}, "first", "second")
+	before := b.number("cat /dev/shm/count")
+	b.sh("sha256sum -c /dev/shm/sum; cat /root/mark; echo more >/root/more; sync")
+	b.sh(fmt.Sprintf("for i in 1 2 3 4 5 6 7 8 9; do [ $(cat /dev/shm/count) -gt %d ] && exit; sleep 0.2; done; exit 1", before))
+	// And what this one saves, it restores.
+	again, devices := b.save(image)
+	b.kill()
+	b.fresh(b.spec.Overlay)
+	b.run(&vmm.Saved{Memory: ram, Changed: again.ChangedFrom(image), Devices: devices}, "second", "third")
+	b.sh("sha256sum -c /dev/shm/sum; cat /root/mark /root/more")
+}
+
+// saveForNewer saves a machine in dir.
+func saveForNewer(t *testing.T, dir string) {
+	t.Helper()
+	b := newBench(t)
+	b.run(nil, "", "first")
+	b.sh(count + "; echo mark >/root/mark; sync")
+	b.must(b.vm.Hold(t.Context()))
+	devices, err := b.vm.Devices(t.Context())
+	b.must(err)
+	b.must(os.WriteFile(filepath.Join(dir, "devices"), devices, 0o600))
+	b.must(os.Mkdir(filepath.Join(dir, "memory"), 0o700))
+	image, err := memory.Create(t.Context(), filepath.Join(dir, "memory"), int64(b.spec.MemoryMiB)<<20, b.vm.Pages())
+	b.must(err)
+	b.must(image.Close())
+	text, err := json.Marshal(saved{b.spec, b.d.Kind()})
+	b.must(err)
+	b.must(os.WriteFile(filepath.Join(dir, "saved.json"), text, 0o600))
+	b.kill()
+}
 
 // TestNewerQEMU runs the tests that do most with the QEMU of the distribution's
 // backports, which is what the distribution's next release has.
@@ -17,14 +89,15 @@ func TestNewerQEMU(t *testing.T) {
 	if os.Getenv(underNewer) != "" {
 		t.Skip("it is what TestNewerQEMU starts")
 	}
-	open(t) // skips where no machine can be started, and makes what they start from
-	const tests = "^(TestBootBoundsAttachKill|TestGuestThatEndsLeavesItsConsole|TestSaveRestoreDivert)$"
+	dir := t.TempDir()
+	saveForNewer(t, dir)
+	const tests = "^(TestBootBoundsAttachKill|TestGuestThatEndsLeavesItsConsole|TestSaveRestoreDivert|TestRestoreOfOlder)$"
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.CommandContext(t.Context(), "../../../../.ci/newer-qemu", self, "-test.v", "-test.run", tests)
-	cmd.Env = append(os.Environ(), underNewer+"=1")
+	cmd.Env = append(os.Environ(), underNewer+"=1", older+"="+dir)
 	out, err := cmd.CombinedOutput()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.ExitCode() == 75 {
@@ -36,6 +109,29 @@ func TestNewerQEMU(t *testing.T) {
 	for line := range strings.Lines(string(out)) {
 		if strings.HasPrefix(line, "--- ") {
 			t.Log(strings.TrimSpace(line))
+		}
+	}
+}
+
+func TestRestores(t *testing.T) {
+	d := &Driver{kind: "qemu-2 7.2.22 Debian 1:7.2+dfsg-7+deb12u18+b3 tcg 0123456789abcdef"}
+	for kind, want := range map[string]string{
+		d.kind: "",
+		"qemu-2 7.2.15 Debian 1:7.2+dfsg-7+deb12u12 tcg 0123456789abcdef": "",
+		"qemu-2 7.2.30 tcg 0123456789abcdef":                              "",
+		"qemu-2 6.9.1 tcg 0123456789abcdef":                               "",
+		"qemu-2 7.10.0 tcg 0123456789abcdef":                              "newer than 7.2",
+		"qemu-2 10.0.2 tcg 0123456789abcdef":                              "newer than 7.2",
+		"qemu-2 7.2.22 kvm 0123456789abcdef":                              "it ran by kvm",
+		"qemu-2 7.2.22 tcg fedcba9876543210":                              "another model",
+		"qemu-1 7.2.22 tcg 0123456789abcdef":                              "no machine is here",
+		"qemu-2 seven tcg 0123456789abcdef":                               "no machine is here",
+		"firecracker":                                                     "no machine is here",
+		"":                                                                "no machine is here",
+	} {
+		err := d.Restores(kind)
+		if (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v, want %q", kind, err, want)
 		}
 	}
 }

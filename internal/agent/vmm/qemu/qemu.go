@@ -190,7 +190,7 @@ func (d *Driver) launch(ctx context.Context, s vmm.Spec, ram, incoming *os.File,
 	}
 	m := &machine{
 		state: vmm.State{
-			ID: s.ID, PID: cmd.Process.Pid, StartTime: start, BootID: d.bootID, Socket: socket,
+			ID: s.ID, PID: cmd.Process.Pid, StartTime: start, BootID: d.bootID, Socket: socket, Kind: d.kind,
 			MemoryDevice: mapped.Dev, MemoryInode: mapped.Ino, MemoryBytes: memoryBytes,
 		},
 		group: group, done: make(chan struct{}), log: d.log,
