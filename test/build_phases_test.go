@@ -202,7 +202,7 @@ HEALTHCHECK CMD true
 			build := start(client.BuildOptions{Recipe: text})
 			reach(build, number)
 			c.server.signal(syscall.SIGKILL)
-			c.server = c.startServer()
+			c.server = c.startServer(c.listen)
 			within(t, time.Minute, "the server answers", func() bool { return show(build).State != "" })
 			if b := ended(build); b.State != "succeeded" || b.DoneSteps != b.TotalSteps {
 				t.Errorf("killed in %s: %s %s %d of %d", phase, b.State, b.Error, b.DoneSteps, b.TotalSteps)

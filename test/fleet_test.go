@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -87,8 +88,9 @@ type control struct {
 	*testing.T
 	wrenn    string // the program
 	dir      string
-	listen   string
-	url      string
+	listen   string // where its server is
+	spare    string // where another one may be
+	url      string // by which either is reached
 	key      string
 	database string
 	// dirs are the data of the hosts that it added.
@@ -193,6 +195,47 @@ func (c *control) destroy(sandboxes []string) {
 	wg.Wait()
 }
 
+// front is what stands before several servers: it hands each connection to the
+// first of them that takes it, until the test ends.
+func front(t *testing.T, servers ...string) (address string) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	carry := func(from net.Conn) {
+		defer from.Close()
+		for _, s := range servers {
+			to, err := net.Dial("tcp", s)
+			if err != nil {
+				continue
+			}
+			defer to.Close()
+			back := make(chan struct{})
+			go func() {
+				defer close(back)
+				defer from.Close()
+				_, _ = io.Copy(from, to)
+			}()
+			_, _ = io.Copy(to, from)
+			to.Close()
+			<-back
+			return
+		}
+	}
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go carry(conn)
+		}
+	}()
+	return l.Addr().String()
+}
+
 // newControl starts a server with a certificate authority on real databases,
 // and more of an environment.
 func newControl(t *testing.T, env ...string) *control {
@@ -207,12 +250,14 @@ func newControl(t *testing.T, env ...string) *control {
 	if out, err := exec.Command(c.wrenn, "ca", "init", "--dir", dir).CombinedOutput(); err != nil {
 		t.Fatalf("wrenn ca init: %v\n%s", err, out)
 	}
-	if c.listen, err = freeAddress(); err != nil {
-		t.Fatal(err)
+	for _, address := range []*string{&c.listen, &c.spare} {
+		if *address, err = freeAddress(); err != nil {
+			t.Fatal(err)
+		}
 	}
-	c.url = "http://" + c.listen
+	c.url = "http://" + front(t, c.listen, c.spare)
 	c.redis = c.startRedis()
-	c.server = c.startServer()
+	c.server = c.startServer(c.listen)
 	within(t, time.Minute, "the server answers", func() bool {
 		status, _ := c.call("GET", "/health", nil)
 		return status == http.StatusOK
@@ -230,10 +275,10 @@ func (c *control) startRedis() *role {
 	return launch(c.T, "redis", nil, "redis-server", "--port", "0", "--unixsocket", c.redisSocket(), "--save", "", "--dir", c.dir)
 }
 
-func (c *control) startServer() *role {
+func (c *control) startServer(listen string) *role {
 	c.Helper()
 	return launch(c.T, "server", append([]string{
-		"DATABASE_URL=" + c.database, "REDIS_URL=unix://" + c.redisSocket(), "WRENN_LISTEN=" + c.listen, "WRENN_SECRET_KEY=" + strings.Repeat("ab", 32),
+		"DATABASE_URL=" + c.database, "REDIS_URL=unix://" + c.redisSocket(), "WRENN_LISTEN=" + listen, "WRENN_SECRET_KEY=" + strings.Repeat("ab", 32),
 		"WRENN_CA_CERT=" + filepath.Join(c.dir, "ca.crt"), "WRENN_CA_KEY=" + filepath.Join(c.dir, "ca.key"), "WRENN_HEARTBEAT=" + fleetBeat.String(),
 		"WRENN_ADMIN_EMAIL=" + fleetAdmin, "WRENN_ADMIN_PASSWORD=" + fleetPassword, "WRENN_ADMIN_API_KEY=" + c.key,
 	}, c.env...), c.wrenn, "server")

@@ -37,7 +37,8 @@ func (f *failures) RoundTrip(r *http.Request) (*http.Response, error) {
 }
 
 // TestOutage has clients create, use, fork and destroy sandboxes in a loop while the
-// database, Redis and the server go and come back. The client library hides
+// database, Redis and the server go and come back, and one of two servers goes
+// and does not. The client library hides
 // it: no call fails, each sandbox is there until it is destroyed, and in the
 // end the table, the host and the machines agree.
 func TestOutage(t *testing.T) {
@@ -161,7 +162,16 @@ func TestOutage(t *testing.T) {
 		}},
 		{"the server is killed and started again", func() {
 			c.server.signal(syscall.SIGKILL)
-			c.server = c.startServer()
+			c.server = c.startServer(c.listen)
+		}},
+		{"one of two servers is killed, for good", func() {
+			other := &control{T: t, url: "http://" + c.spare, key: c.key}
+			c.startServer(c.spare)
+			within(t, time.Minute, "the other server answers", func() bool {
+				status, _ := other.call("GET", "/health", nil)
+				return status == http.StatusOK
+			})
+			c.server.signal(syscall.SIGKILL)
 		}},
 	}
 	turns(2)
