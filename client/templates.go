@@ -22,6 +22,15 @@ type Template struct {
 	DiskMiB   int       `json:"disk_mib"`             // its sandboxes have at least; 0: not known
 	SandboxID string    `json:"sandbox_id,omitempty"` // that it was captured from
 	CreatedAt time.Time `json:"created_at"`
+	// FailedImport is the last import of its name, where that has failed; only
+	// [Client.Template] says so.
+	FailedImport *FailedImport `json:"failed_import,omitempty"`
+}
+
+// FailedImport is an import of an image that came to nothing.
+type FailedImport struct {
+	Error    string    `json:"error"` // why
+	FailedAt time.Time `json:"failed_at"`
 }
 
 // Templates lists templates by name. An error ends the list.

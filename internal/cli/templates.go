@@ -84,7 +84,7 @@ func (a *app) templateShowCommand() *cobra.Command {
 				}
 				return strconv.Itoa(n) + unit
 			}
-			return a.table([][]string{
+			rows := [][]string{
 				{"NAME", t.Name},
 				{"VERSION", strconv.Itoa(t.Version)},
 				{"TAGS", strings.Join(t.Tags, ",")},
@@ -96,7 +96,11 @@ func (a *app) templateShowCommand() *cobra.Command {
 				{"DISK", any(t.DiskMiB, " MiB at least")},
 				{"CAPTURED FROM", cmp.Or(t.SandboxID, "-")},
 				{"CREATED", t.CreatedAt.Format(time.DateTime)},
-			})
+			}
+			if f := t.FailedImport; f != nil {
+				rows = append(rows, []string{"FAILED IMPORT", f.FailedAt.Format(time.DateTime) + ": " + f.Error})
+			}
+			return a.table(rows)
 		},
 	}
 	out.flag(cmd)

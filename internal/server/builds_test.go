@@ -461,3 +461,82 @@ func TestBuildVersionsGo(t *testing.T) {
 		t.Errorf("the next version is %v", b["version"])
 	}
 }
+
+// TestBuildQuota has builds' sandboxes count as others do: what they have is in
+// the team's usage while they run, where there is no room the build says so, and
+// afterwards nothing of them counts.
+func TestBuildQuota(t *testing.T) {
+	p := newPlane(t)
+	admin := as(p.bearerOf("admin@example.com"))
+	ada := p.person("ada@example.com")
+	team := p.call("POST", "/v1/teams", map[string]any{"name": "one"}, as(p.bearer(ada))...).want(201).str("id")
+	key := []string{"X-API-Key", p.call("POST", "/v1/keys", map[string]any{"name": "k"}, as(p.bearer(ada))...).want(201).str("key")}
+	p.call("PUT", "/v1/admin/teams/"+team+"/quota", map[string]any{"max_running": 1}, admin...).want(200)
+	running := func() any {
+		return p.call("GET", "/v1/teams/"+team+"/quota", nil, as(p.bearer(ada))...).want(200).object()["running"]
+	}
+	build := func() string {
+		t.Helper()
+		return p.call("POST", "/v1/templates/builds", map[string]any{"name": "x", "recipe": "FROM minimal\nRUN one\n", "skip_pre_post": true, "no_cache": true}, key...).want(202).str("id")
+	}
+	ended := func(build string) (b map[string]any) {
+		t.Helper()
+		p.eventually("the build has ended", func() bool {
+			b = p.call("GET", "/v1/templates/builds/"+build, nil, key...).want(200).object()
+			return b["state"] != "queued" && b["state"] != "running"
+		})
+		return b
+	}
+	hold := p.newHold("run")
+	under := build()
+	<-hold.asked
+	if n := running(); n != 1. {
+		t.Errorf("while a build runs the team has %v sandboxes", n)
+	}
+	p.call("POST", "/v1/sandboxes", map[string]any{}, key...).fails(403, "quota_exceeded")
+	hold.release <- nil
+	p.agent.hook(nil)
+	if b := ended(under); b["state"] != "succeeded" {
+		t.Errorf("%v %v", b["state"], b["error"])
+	}
+	p.eventually("after a build the team has no sandbox", func() bool { return running() == 0. })
+	sandbox := p.call("POST", "/v1/sandboxes", map[string]any{}, key...).want(201).str("id")
+	b := ended(build())
+	if why, _ := b["error"].(string); b["state"] != "failed" || !strings.HasPrefix(why, "the team may run 1 sandboxes at once") {
+		t.Errorf("without room: %v %v", b["state"], b["error"])
+	}
+	p.call("DELETE", "/v1/sandboxes/"+sandbox, nil, key...).want(204)
+	if b := ended(build()); b["state"] != "succeeded" {
+		t.Errorf("with room again: %v %v", b["state"], b["error"])
+	}
+}
+
+// TestBuildOtherSecret has a build begin under another WRENN_SECRET_KEY than its
+// registry's credentials were encrypted with: it fails, says why, and asks no
+// registry for anything.
+func TestBuildOtherSecret(t *testing.T) {
+	p := newPlane(t)
+	p.agent.digest = strings.Repeat("1", 64)
+	hold := p.newHold("resolve")
+	build := p.build(map[string]any{
+		"recipe": "FROM oci:registry.example/there:1\nRUN one\n", "skip_pre_post": true,
+		"registry": map[string]any{"username": "reader", "password": "s3cret"},
+	})
+	<-hold.asked
+	p.end() // it gives the build back
+	p.agent.hook(nil)
+	asked := p.agent.called("resolve")
+	p.config.SecretKey = strings.Repeat("cd", 32)
+	p.start()
+	b := p.ended(build)
+	if b["state"] != "failed" || b["error"] != "the registry's credentials cannot be decrypted: they were made under another WRENN_SECRET_KEY" {
+		t.Errorf("%v %v", b["state"], b["error"])
+	}
+	if n := p.agent.called("resolve"); n != asked {
+		t.Errorf("the registry was asked %d times more", n-asked)
+	}
+	if b = p.ended(p.build(map[string]any{"recipe": "FROM minimal\nRUN one\n", "skip_pre_post": true})); b["state"] != "succeeded" {
+		t.Errorf("another: %v %v", b["state"], b["error"])
+	}
+	p.clean(1 + 1 + 1)
+}

@@ -3,6 +3,7 @@ package server_test
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -115,6 +116,9 @@ func TestImports(t *testing.T) {
 		var n int
 		return db.QueryRow(t.Context(), "SELECT count(*) FROM templates WHERE name = 'half'").Scan(&n) == nil && n == 0
 	})
+	if r := p.call("GET", "/v1/templates/half", nil); !strings.Contains(string(r.Body), "body: broke off") {
+		t.Errorf("of half an archive it is said: %s", r.Body)
+	}
 
 	// Other teams see what the platform has, and nothing else.
 	other := p.newTeam()
@@ -137,6 +141,93 @@ func TestImports(t *testing.T) {
 	p.call("GET", "/v1/templates/later", nil).fails(404, "not_found")
 	g.release <- nil
 	p.eventually("it is imported", func() bool { return p.call("GET", "/v1/templates/later", nil).Status == 200 })
+}
+
+// TestFailedImport has an import fail whose caller has left: why is still there
+// to be asked for, by the team alone, until an import of that name succeeds.
+func TestFailedImport(t *testing.T) {
+	p := newPlane(t)
+	const why = "the registry lets nobody with these credentials read it"
+	body := func(password string) map[string]any {
+		return map[string]any{"name": "app", "reference": "registry.example/there:1", "username": "reader", "password": password}
+	}
+	leave := func(password string) {
+		t.Helper()
+		g := newGate()
+		p.agent.hook(g.on)
+		ctx, cancel := context.WithCancel(t.Context())
+		raw, err := json.Marshal(body(password))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req, err := http.NewRequestWithContext(ctx, "POST", p.http.URL+"/v1/templates/import", bytes.NewReader(raw))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("X-API-Key", adminKey)
+		req.Header.Set("Content-Type", "application/json")
+		go func() { <-g.asked; cancel() }()
+		if _, err := http.DefaultClient.Do(req); !errors.Is(err, context.Canceled) {
+			t.Fatal(err)
+		}
+		p.agent.hook(nil)
+		g.release <- nil
+	}
+	show := func(headers ...string) response { return p.call("GET", "/v1/templates/app", nil, headers...) }
+
+	show().fails(404, "not_found")
+	leave("wrong")
+	p.eventually("why it failed is said", func() bool { return strings.Contains(string(show().Body), why) })
+	show().fails(404, "not_found")
+	if r := p.call("GET", "/v1/templates/app@1", nil); !strings.Contains(string(r.Body), why) {
+		t.Errorf("of a version that is not there: %s", r.Body)
+	}
+	if r := show("X-API-Key", p.newTeam()); strings.Contains(string(r.Body), why) {
+		t.Errorf("another team sees %s", r.Body)
+	}
+	p.call("POST", "/v1/templates/import", body("s3cret")).want(201)
+	if got := show().want(200).object(); got["failed_import"] != nil {
+		t.Errorf("after one that succeeded: %v", got)
+	}
+	// Where there is a version it goes on, and the failure is told beside it.
+	leave("wrong")
+	p.eventually("the failure of the next version is said", func() bool { return show().want(200).object()["failed_import"] != nil })
+	got := show().object()
+	if f := got["failed_import"].(map[string]any); f["error"] != why || got["version"] != 1. {
+		t.Errorf("with a version before: %v", got)
+	}
+	p.call("POST", "/v1/sandboxes", map[string]any{"template": "app"}).want(201)
+
+	// Of a host that went away meanwhile nothing is known but that.
+	g := newGate()
+	p.agent.hook(g.on)
+	gone := p.later("POST", "/v1/templates/import", map[string]any{"name": "lost", "reference": "registry.example/there:1", "username": "reader", "password": "s3cret"})
+	<-g.asked
+	p.agent.hook(nil)
+	p.agent.close()
+	if r := <-gone; r.Status != 503 {
+		t.Errorf("with its host away: %d %s", r.Status, r.Body)
+	}
+	p.agent.serve(t)
+	if r := p.call("GET", "/v1/templates/lost", nil); r.Status != 404 || !strings.Contains(string(r.Body), "the sandbox's host does not answer") {
+		t.Errorf("of an import whose host went away: %d %s", r.Status, r.Body)
+	}
+	// Nobody fills the table.
+	for n := range 30 {
+		p.call("POST", "/v1/templates/import", map[string]any{"name": fmt.Sprintf("no%d", n), "reference": "registry.example/none:1"}).fails(404, "not_found")
+	}
+	db, err := pgx.Connect(t.Context(), p.config.DatabaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close(context.Background())
+	var n int
+	if err := db.QueryRow(t.Context(), "SELECT count(*) FROM failed_imports").Scan(&n); err != nil || n > 20 {
+		t.Errorf("%d failures are kept, %v", n, err)
+	}
+	if r := p.call("GET", "/v1/templates/no29", nil); !strings.Contains(string(r.Body), "the registry does not have it") {
+		t.Errorf("of the last: %s", r.Body)
+	}
 }
 
 // gateway is a guest's code interpreter, or what says that it is one.

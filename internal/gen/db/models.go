@@ -113,6 +113,13 @@ type Delivery struct {
 	Error     string
 }
 
+type FailedImport struct {
+	TeamID   uuid.UUID
+	Name     string
+	Error    string
+	FailedAt time.Time
+}
+
 type Host struct {
 	ID                    uuid.UUID
 	URL                   *string

@@ -298,6 +298,41 @@ func (q *Queries) FindTemplate(ctx context.Context, arg FindTemplateParams) (Tem
 	return i, err
 }
 
+const forgetFailedImport = `-- name: ForgetFailedImport :exec
+DELETE FROM failed_imports WHERE team_id = $1 AND name = $2
+`
+
+type ForgetFailedImportParams struct {
+	TeamID uuid.UUID
+	Name   string
+}
+
+func (q *Queries) ForgetFailedImport(ctx context.Context, arg ForgetFailedImportParams) error {
+	_, err := q.db.Exec(ctx, forgetFailedImport, arg.TeamID, arg.Name)
+	return err
+}
+
+const getFailedImport = `-- name: GetFailedImport :one
+SELECT team_id, name, error, failed_at FROM failed_imports WHERE team_id = $1 AND name = $2
+`
+
+type GetFailedImportParams struct {
+	TeamID uuid.UUID
+	Name   string
+}
+
+func (q *Queries) GetFailedImport(ctx context.Context, arg GetFailedImportParams) (FailedImport, error) {
+	row := q.db.QueryRow(ctx, getFailedImport, arg.TeamID, arg.Name)
+	var i FailedImport
+	err := row.Scan(
+		&i.TeamID,
+		&i.Name,
+		&i.Error,
+		&i.FailedAt,
+	)
+	return i, err
+}
+
 const getTemplate = `-- name: GetTemplate :one
 SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at FROM templates WHERE id = $1
 `
@@ -673,6 +708,31 @@ func (q *Queries) ListVersions(ctx context.Context, arg ListVersionsParams) ([]T
 		return nil, err
 	}
 	return items, nil
+}
+
+const noteFailedImport = `-- name: NoteFailedImport :exec
+WITH older AS (
+    DELETE FROM failed_imports USING templates
+    WHERE templates.id = $2 AND failed_imports.team_id = templates.team_id AND failed_imports.name <> templates.name
+      AND (SELECT count(*) FROM failed_imports AS newer WHERE newer.team_id = templates.team_id AND newer.failed_at > failed_imports.failed_at) >= 19
+)
+INSERT INTO failed_imports (team_id, name, error, failed_at)
+SELECT templates.team_id, templates.name, $1, now() FROM templates WHERE templates.id = $2 AND templates.state = 'pending' AND templates.kind = 'template'
+ON CONFLICT (team_id, name) DO UPDATE SET error = EXCLUDED.error, failed_at = EXCLUDED.failed_at
+WHERE failed_imports.failed_at < $3
+`
+
+type NoteFailedImportParams struct {
+	Error string
+	ID    uuid.UUID
+	Since time.Time
+}
+
+// The newest twenty of a team are remembered, and of a name the newest, unless
+// that was noted since.
+func (q *Queries) NoteFailedImport(ctx context.Context, arg NoteFailedImportParams) error {
+	_, err := q.db.Exec(ctx, noteFailedImport, arg.Error, arg.ID, arg.Since)
+	return err
 }
 
 const removeTag = `-- name: RemoveTag :execrows

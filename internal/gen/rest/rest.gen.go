@@ -1315,6 +1315,16 @@ type ExecStreamStart struct {
 	User *UserName `json:"user,omitempty"`
 }
 
+// FailedImport The last import of the template's name, where it has failed; only `GET /v1/templates/{template}`
+// says so. Where there is no version of that name at all, its answer 404 says the same in words.
+type FailedImport struct {
+	// Error Why.
+	Error string `json:"error"`
+
+	// FailedAt When.
+	FailedAt time.Time `json:"failed_at"`
+}
+
 // FileInfo defines model for FileInfo.
 type FileInfo struct {
 	// Name Last part of the path.
@@ -1984,6 +1994,10 @@ type Template struct {
 
 	// DiskMib The least that its sandboxes have; 0 where that is not known.
 	DiskMib int32 `json:"disk_mib"`
+
+	// FailedImport The last import of the template's name, where it has failed; only `GET /v1/templates/{template}`
+	// says so. Where there is no version of that name at all, its answer 404 says the same in words.
+	FailedImport *FailedImport `json:"failed_import,omitempty"`
 
 	// ID The template's id.
 	ID string `json:"id"`

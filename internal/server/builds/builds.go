@@ -406,5 +406,14 @@ func told(err error) string {
 	if errors.As(err, &f) {
 		return f.Message
 	}
-	return cmp.Or(map[bool]string{true: "the server stopped"}[errors.Is(err, context.Canceled)], "internal error; the server's log has more")
+	if why, over := store.OverQuota(err); over {
+		return why
+	}
+	switch {
+	case store.TeamGone(err):
+		return "the team is being deleted"
+	case errors.Is(err, context.Canceled):
+		return "the server stopped"
+	}
+	return "internal error; the server's log has more"
 }

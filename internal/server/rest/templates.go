@@ -89,7 +89,11 @@ func (a *API) GetTemplate(w http.ResponseWriter, r *http.Request, template rest.
 		a.Fail(w, r, err)
 		return
 	}
-	answer(w, http.StatusOK, templateOf(t.Template, t.Tags))
+	shown := templateOf(t.Template, t.Tags)
+	if t.Failed != nil {
+		shown.FailedImport = &rest.FailedImport{Error: t.Failed.Error, FailedAt: t.Failed.FailedAt.UTC()}
+	}
+	answer(w, http.StatusOK, shown)
 }
 
 // DeleteTemplate answers DELETE /v1/templates/{template}.

@@ -206,16 +206,17 @@ func (s *Service) importTo(ctx context.Context, host *hosts.Host, team, template
 		log.Warn("import image", "error", err)
 		// Where it is not certain that the host is done with it, whoever watches
 		// the host looks.
-		if definite(err) && ctx.Err() == nil {
-			if err := s.persist(func(ctx context.Context) error { return s.Store.DropTemplate(ctx, template) }); err != nil {
-				log.Error("write that there is no template", "error", err)
+		done := definite(err) && ctx.Err() == nil
+		var f *fault.Error
+		if !errors.As(err, &f) {
+			err = hosts.Fault(err)
+		}
+		if errors.As(err, &f) && s.ctx.Err() == nil {
+			if err := s.importFails(claimed, f.Message, now(), done); err != nil {
+				log.Error("write that the import failed", "error", err)
 			}
 		}
-		var f *fault.Error
-		if errors.As(err, &f) {
-			return claimed, f
-		}
-		return claimed, hosts.Fault(err)
+		return claimed, err
 	}
 	var ready db.Template
 	err = s.persist(func(ctx context.Context) error {
@@ -230,10 +231,26 @@ func (s *Service) importTo(ctx context.Context, host *hosts.Host, team, template
 	return ready, nil
 }
 
+// importFails writes why there is no template, unless something was written of
+// that after since, and where the host is done with it that its name is free.
+func (s *Service) importFails(row db.Template, why string, since time.Time, done bool) error {
+	return s.persist(func(ctx context.Context) error {
+		return s.Store.InTx(ctx, func(q *db.Queries) error {
+			if err := q.NoteFailedImport(ctx, db.NoteFailedImportParams{ID: row.ID, Error: why, Since: since}); err != nil || !done {
+				return err
+			}
+			return q.DropTemplate(ctx, row.ID)
+		})
+	})
+}
+
 // imported writes that a template is there, which its name means from now on.
 func (s *Service) imported(ctx context.Context, template uuid.UUID, t *hostagentv1.Template) (row db.Template, err error) {
 	err = s.Store.InTx(ctx, func(q *db.Queries) error {
 		if row, err = q.TemplateReady(ctx, templates.Measured(template, t)); err != nil || row.Kind != kindTemplate {
+			return err
+		}
+		if err := q.ForgetFailedImport(ctx, db.ForgetFailedImportParams{TeamID: row.TeamID, Name: row.Name}); err != nil {
 			return err
 		}
 		_, err := q.SetTag(ctx, db.SetTagParams{ID: template, Tag: templates.Latest})

@@ -348,7 +348,7 @@ func (w *watch) settleTemplate(row db.Template) error {
 	}
 	if isImport(row) {
 		// It was broken off; what it was made from is not written down.
-		return w.persist(func(ctx context.Context) error { return w.Store.DropTemplate(ctx, row.ID) })
+		return w.importFails(row, "the server or the host that was at it went away", row.CreatedAt, true)
 	}
 	_, err := w.turn(w.ctx, *row.CapturedFrom, "", func() (db.Sandbox, error) {
 		is, err := w.Store.GetTemplate(w.ctx, row.ID)

@@ -46,6 +46,7 @@ func fill(t *testing.T, conn *pgx.Conn) {
 		`INSERT INTO templates (id, team_id, name, kind, layer_key, size_bytes, created_at) SELECT gen_random_uuid(), id, '', 'layer', sha256(convert_to(id::text, 'UTF8')), 1, now() FROM teams WHERE name LIKE 'quiet%'`,
 		`INSERT INTO template_tags (team_id, name, tag, template_id) SELECT team_id, name, 'latest', id FROM templates WHERE kind = 'template' AND version = 2`,
 		`INSERT INTO host_templates SELECT (array(SELECT id FROM hosts))[1 + n % 30], id FROM (SELECT id, row_number() OVER () AS n FROM templates) t`,
+		`INSERT INTO failed_imports SELECT id, 't', 'why', now() FROM teams`,
 		`INSERT INTO builds (id, team_id, name, tags, recipe, options, state, total_steps, template_id, version, created_at)
 		 SELECT gen_random_uuid(), team_id, name, '{}', '', '{}', 'succeeded', 1, id, version, now() FROM templates WHERE kind = 'template'`,
 		`INSERT INTO build_steps SELECT id, n, '{}' FROM builds, generate_series(1, 2) n`,

@@ -167,15 +167,45 @@ func (s *Service) Find(ctx context.Context, team uuid.UUID, ref string) (db.Temp
 type Listed struct {
 	db.Template
 	Tags []string
+	// Failed is the import of a further version that failed, where one did; only
+	// Show says so.
+	Failed *db.FailedImport
 }
 
-// Show returns the template that a team means, with its tags.
+// Show returns the template that a team means, with its tags and, if it is the
+// team's own, the failure of the last import of its name. That is what it says,
+// too, where it fails with not_found because that import would have been the
+// first.
 func (s *Service) Show(ctx context.Context, team uuid.UUID, ref string) (Listed, error) {
 	row, err := s.Resolve(ctx, team, ref)
+	var none *fault.Error
+	if errors.As(err, &none) && none.Code == fault.NotFound {
+		r, _ := ParseRef(ref)
+		if failed, _ := s.failed(ctx, team, r.Name); failed != nil {
+			err = fault.New(fault.NotFound, "%s: its import failed at %s: %s", none.Message, failed.FailedAt.UTC().Format(time.RFC3339), failed.Error)
+		}
+	}
 	if err != nil {
 		return Listed{}, err
 	}
-	return s.tagged(ctx, row)
+	t, err := s.tagged(ctx, row)
+	if err != nil || row.TeamID != team {
+		return t, err
+	}
+	t.Failed, err = s.failed(ctx, team, row.Name)
+	return t, err
+}
+
+// failed is why the last import of a team's name failed; nil: it did not.
+func (s *Service) failed(ctx context.Context, team uuid.UUID, name string) (*db.FailedImport, error) {
+	row, err := s.store.GetFailedImport(ctx, db.GetFailedImportParams{TeamID: team, Name: name})
+	if errors.Is(err, store.ErrNoRows) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("look up failed import: %w", err)
+	}
+	return &row, nil
 }
 
 func (s *Service) tagged(ctx context.Context, row db.Template) (Listed, error) {
@@ -183,7 +213,7 @@ func (s *Service) tagged(ctx context.Context, row db.Template) (Listed, error) {
 	if err != nil {
 		return Listed{}, fmt.Errorf("list template's tags: %w", err)
 	}
-	return Listed{row, tags}, nil
+	return Listed{Template: row, Tags: tags}, nil
 }
 
 // Own is Resolve for what changes a template, which must be the team's own: it
@@ -270,7 +300,7 @@ func (s *Service) List(ctx context.Context, team uuid.UUID, cursor string, limit
 	}
 	list := make([]Listed, len(rows))
 	for i, row := range rows {
-		list[i] = Listed{row.Template, row.Tags}
+		list[i] = Listed{Template: row.Template, Tags: row.Tags}
 	}
 	list, next := cut(list, limit)
 	return list, next, nil
@@ -289,7 +319,7 @@ func (s *Service) Snapshots(ctx context.Context, team uuid.UUID, cursor string, 
 	}
 	list := make([]Listed, len(rows))
 	for i, row := range rows {
-		list[i] = Listed{row.Template, row.Tags}
+		list[i] = Listed{Template: row.Template, Tags: row.Tags}
 	}
 	list, next := cut(list, limit)
 	return list, next, nil

@@ -158,3 +158,22 @@ WHERE build_id IS NOT NULL AND kind = 'template' AND state = 'ready'
   AND NOT EXISTS (SELECT 1 FROM sandboxes WHERE template_id = templates.id AND state NOT IN ('stopped', 'error'))
 ORDER BY id
 LIMIT 100;
+
+-- name: NoteFailedImport :exec
+-- The newest twenty of a team are remembered, and of a name the newest, unless
+-- that was noted since.
+WITH older AS (
+    DELETE FROM failed_imports USING templates
+    WHERE templates.id = @id AND failed_imports.team_id = templates.team_id AND failed_imports.name <> templates.name
+      AND (SELECT count(*) FROM failed_imports AS newer WHERE newer.team_id = templates.team_id AND newer.failed_at > failed_imports.failed_at) >= 19
+)
+INSERT INTO failed_imports (team_id, name, error, failed_at)
+SELECT templates.team_id, templates.name, @error, now() FROM templates WHERE templates.id = @id AND templates.state = 'pending' AND templates.kind = 'template'
+ON CONFLICT (team_id, name) DO UPDATE SET error = EXCLUDED.error, failed_at = EXCLUDED.failed_at
+WHERE failed_imports.failed_at < @since;
+
+-- name: ForgetFailedImport :exec
+DELETE FROM failed_imports WHERE team_id = @team_id AND name = @name;
+
+-- name: GetFailedImport :one
+SELECT * FROM failed_imports WHERE team_id = @team_id AND name = @name;
