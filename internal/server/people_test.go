@@ -29,6 +29,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/mail/mailtest"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
 const password = "correct horse battery"
@@ -548,6 +549,29 @@ func TestAdmin(t *testing.T) {
 	if len(list) != 1 || list[0].(map[string]any)["access_token"] != nil {
 		t.Errorf("all sandboxes: %v", list)
 	}
+	// A team's template is there until its host has removed it.
+	p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandbox, "name": "mine"}, "X-API-Key", key).want(201)
+	var mine uuid.UUID
+	if err := p.db().QueryRow(context.Background(), "SELECT id FROM templates WHERE name = 'mine'").Scan(&mine); err != nil {
+		t.Fatal(err)
+	}
+	template := id.Format(id.Template, mine)
+	rows := func() (n int) {
+		if err := p.db().QueryRow(context.Background(), "SELECT count(*) FROM templates WHERE id = $1", mine).Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	hold := p.newHold("delete template")
+	deleted := p.later("DELETE", "/v1/admin/templates/"+template, nil, admin...)
+	<-hold.asked
+	if n := rows(); n != 1 || !p.agent.hasTemplate(template) {
+		t.Errorf("%d rows of a template whose host has not removed it", n)
+	}
+	p.agent.hook(nil)
+	hold.release <- nil
+	(<-deleted).want(204)
+	p.eventually("the template is gone", func() bool { return rows() == 0 && !p.agent.hasTemplate(template) })
 	p.call("DELETE", "/v1/admin/sandboxes/"+sandbox, nil, admin...).want(204)
 	p.call("DELETE", "/v1/admin/templates/"+id.Format(id.Template, uuid.Nil), nil, admin...).fails(403, "permission_denied")
 	if n := len(p.call("GET", "/v1/admin/templates", nil, admin...).want(200).list("templates")); n != 1 {
@@ -555,6 +579,37 @@ func TestAdmin(t *testing.T) {
 	}
 	if n := len(p.call("GET", "/v1/admin/teams", nil, admin...).want(200).list("teams")); n != 2 {
 		t.Errorf("%d teams", n)
+	}
+}
+
+// TestFirstSignUp has several sign up at once where nobody is yet: one becomes
+// the platform's admin, and to the others it is closed.
+func TestFirstSignUp(t *testing.T) {
+	p := newPlane(t)
+	p.end()
+	p.config.DatabaseURL = pgtest.New(t)
+	p.config.AdminEmail, p.config.AdminPassword, p.config.AdminAPIKey = "", "", ""
+	p.start()
+	emails := make(map[string]<-chan response)
+	for n := range 6 {
+		email := fmt.Sprintf("u%d@example.com", n)
+		emails[email] = p.later("POST", "/v1/auth/signup", map[string]any{"email": email, "password": password}, nobody...)
+	}
+	var admins []string
+	for email, answer := range emails {
+		if r := <-answer; r.Status == 201 {
+			admins = append(admins, email)
+		} else {
+			r.fails(403, "permission_denied")
+		}
+	}
+	if len(admins) != 1 {
+		t.Fatalf("admins are %v", admins)
+	}
+	access, _ := p.login(admins[0], password)
+	users := p.call("GET", "/v1/admin/users", nil, as(access)...).want(200).list("users")
+	if len(users) != 1 || users[0].(map[string]any)["admin"] != true {
+		t.Errorf("users are %v", users)
 	}
 }
 
