@@ -165,7 +165,8 @@ func TestOutage(t *testing.T) {
 			c.server = c.startServer(c.listen)
 		}},
 		{"one of two servers is killed, for good", func() {
-			other := &control{T: t, url: "http://" + c.spare, key: c.key}
+			other := *c
+			other.url = "http://" + c.spare
 			c.startServer(c.spare)
 			within(t, time.Minute, "the other server answers", func() bool {
 				status, _ := other.call("GET", "/health", nil)

@@ -88,20 +88,22 @@ func (s *Sender) Send(l Letter) {
 	}
 }
 
-// Run sends letters until ctx is done, and those that wait then for a short
-// while after it.
+// Run sends letters until ctx is done, and the one that is on its way then, and
+// those that wait, for a short while after it.
 func (s *Sender) Run(ctx context.Context) {
+	last, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { time.AfterFunc(lastWords, cancel) })
+	defer stop()
 	for {
 		select {
 		case l := <-s.queue:
-			s.deliver(ctx, l)
+			s.deliver(last, l)
 			continue
 		case <-ctx.Done():
 		}
 		break
 	}
-	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastWords)
-	defer cancel()
 	for {
 		select {
 		case l := <-s.queue:

@@ -79,6 +79,7 @@ func Start(t testing.TB, o Options) *Server {
 	go func() { defer close(done); _ = server.Serve(l) }()
 	t.Cleanup(func() {
 		_ = server.Close()
+		_ = l.Close() // should it not have begun to serve
 		<-done
 	})
 	return s
