@@ -80,7 +80,7 @@ func TestSender(t *testing.T) {
 			if n := server.Logins(); n != c.logins {
 				t.Errorf("%d logins, want %d", n, c.logins)
 			}
-			if !c.arrives {
+			if !c.arrives || err != nil {
 				return
 			}
 			want := mailtest.Letter{From: "wrenn@example.com", To: letter.To, Subject: letter.Subject, Text: letter.Text, TLS: c.tls, User: "wrenn"}
