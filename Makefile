@@ -12,14 +12,14 @@ SPECTRAL    := @stoplight/spectral-cli@6.16.3
 RUN_PACKAGES  := qemu-system-x86 qemu-utils postgresql redis-server caddy mmdebstrap \
 	nftables iproute2 e2fsprogs kmod xz-utils
 # (gcc: for the race detector.)
-TEST_PACKAGES := socat gcc libc6-dev docker-registry skopeo umoci
+TEST_PACKAGES := socat gcc libc6-dev dpkg-dev docker-registry skopeo umoci chromium fonts-dejavu-core
 
 GO_PACKAGES := ./...
 
 # Where .ci/go puts a toolchain when the machine has none that will do.
 export PATH := $(CURDIR)/.cache/go/bin:$(PATH)
 
-.PHONY: go build run deps test-deps lint test bench generate
+.PHONY: go build run deps npm test-deps lint test bench generate
 
 go:
 	@.ci/go .cache/go
@@ -38,15 +38,18 @@ run: deps build
 deps:
 	@.ci/packages $(RUN_PACKAGES)
 
-test-deps: deps
-	@.ci/packages $(TEST_PACKAGES)
+npm:
+	@command -v npm >/dev/null || .ci/packages npm
 
-lint: go
+test-deps: deps npm
+	@.ci/packages $(TEST_PACKAGES)
+	@npm ci --no-audit --no-fund --loglevel=error --prefix test/browser --cache .cache/npm >/dev/null
+
+lint: go npm
 	@out=$$(go run $(GOFUMPT) -l $$(git ls-files '*.go' | grep -v '^internal/gen/')); \
 		if [ -n "$$out" ]; then echo "not gofumpt'd:"; echo "$$out"; exit 1; fi
 	go vet $(GO_PACKAGES)
 	go run $(STATICCHECK) $$(go list $(GO_PACKAGES) | grep -v /internal/gen/)
-	@command -v npm >/dev/null || .ci/packages npm
 	npm exec --yes --cache .cache/npm $(SPECTRAL) -- lint --fail-severity=warn --ruleset api/spectral.yaml api/openapi.yaml
 
 # WRENN_SLOW=1 runs what takes longer than all the rest together, too.

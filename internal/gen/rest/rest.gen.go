@@ -2684,6 +2684,9 @@ type ServerInterface interface {
 	// GetOpenAPI This document
 	// (GET /openapi.yaml)
 	GetOpenAPI(w http.ResponseWriter, r *http.Request)
+	// GetResetPage The page that sets a new password
+	// (GET /reset-password)
+	GetResetPage(w http.ResponseWriter, r *http.Request)
 	// ListAllAudit Who changed what, of all teams and the platform
 	// (GET /v1/admin/audit)
 	ListAllAudit(w http.ResponseWriter, r *http.Request, params ListAllAuditParams)
@@ -3008,6 +3011,9 @@ type ServerInterface interface {
 	// FindUsers Find users by the beginning of their e-mail address
 	// (GET /v1/users)
 	FindUsers(w http.ResponseWriter, r *http.Request, params FindUsersParams)
+	// GetVerifyPage The page that opens an account
+	// (GET /verify)
+	GetVerifyPage(w http.ResponseWriter, r *http.Request)
 }
 
 // Unimplemented server implementation that returns http.StatusNotImplemented for each endpoint.
@@ -3035,6 +3041,12 @@ func (_ Unimplemented) GetMetrics(w http.ResponseWriter, r *http.Request) {
 // GetOpenAPI This document
 // (GET /openapi.yaml)
 func (_ Unimplemented) GetOpenAPI(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// GetResetPage The page that sets a new password
+// (GET /reset-password)
+func (_ Unimplemented) GetResetPage(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -3686,6 +3698,12 @@ func (_ Unimplemented) FindUsers(w http.ResponseWriter, r *http.Request, params 
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
+// GetVerifyPage The page that opens an account
+// (GET /verify)
+func (_ Unimplemented) GetVerifyPage(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
 // ServerInterfaceWrapper converts contexts to parameters.
 type ServerInterfaceWrapper struct {
 	Handler            ServerInterface
@@ -3742,6 +3760,20 @@ func (siw *ServerInterfaceWrapper) GetOpenAPI(w http.ResponseWriter, r *http.Req
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.GetOpenAPI(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetResetPage operation middleware
+func (siw *ServerInterfaceWrapper) GetResetPage(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetResetPage(w, r)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -7320,6 +7352,20 @@ func (siw *ServerInterfaceWrapper) FindUsers(w http.ResponseWriter, r *http.Requ
 	handler.ServeHTTP(w, r)
 }
 
+// GetVerifyPage operation middleware
+func (siw *ServerInterfaceWrapper) GetVerifyPage(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetVerifyPage(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 type UnescapedCookieParamError struct {
 	ParamName string
 	Err       error
@@ -7579,6 +7625,12 @@ func HandlerWithOptions(si ServerInterface, options ChiServerOptions) http.Handl
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/docs", wrapper.GetDocs)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/verify", wrapper.GetVerifyPage)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/reset-password", wrapper.GetResetPage)
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/v1/templates/builds", wrapper.ListBuilds)

@@ -81,7 +81,9 @@ type API struct {
 	spec   *openapi3.T
 	access map[*openapi3.Operation]auth.Access
 	docs   []byte
-	public *url.URL
+	// letters are the pages of links in letters.
+	letters letterPages
+	public  *url.URL
 	// crossOrigin refuses what other sites make browsers send.
 	crossOrigin http.CrossOriginProtection
 	// pattern is sandboxes' URLs with %s for the id.
@@ -126,6 +128,9 @@ func New(ctx context.Context, c Config) (*API, error) {
 	}
 	if a.docs, err = renderDocs(spec); err != nil {
 		return nil, fmt.Errorf("render OpenAPI document: %w", err)
+	}
+	if a.letters, err = renderLetterPages(strings.TrimSuffix(c.PublicURL, "/")); err != nil {
+		return nil, fmt.Errorf("render pages of letters: %w", err)
 	}
 	a.health.checks = c.Checks
 

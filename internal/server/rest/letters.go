@@ -1,0 +1,81 @@
+package rest
+
+import (
+	"bytes"
+	"crypto/sha256"
+	_ "embed"
+	"encoding/base64"
+	"fmt"
+	"html/template"
+	"net/http"
+)
+
+var (
+	//go:embed letters.html
+	letterPage string
+	//go:embed letters.js
+	letterScript string
+)
+
+// letterPages are the pages that links in letters open: each takes the token
+// that its address ends with, asks for a password, and sends both to the API.
+type letterPages struct {
+	verify, reset []byte
+	// policy lets a page run the one script and talk to the API, and nothing else.
+	policy string
+}
+
+// letter is what a page says.
+type letter struct {
+	Title, Says, Label, Done string
+	// Action is where the password goes, as seen from the page.
+	Action, Autocomplete string
+	// Again asks for the password twice.
+	Again  bool
+	URL    string
+	Script template.JS
+}
+
+func renderLetterPages(publicURL string) (letterPages, error) {
+	page, err := template.New("letters").Parse(letterPage)
+	if err != nil {
+		return letterPages{}, err
+	}
+	render := func(l letter) ([]byte, error) {
+		l.URL, l.Script = publicURL, template.JS(letterScript)
+		var out bytes.Buffer
+		err := page.Execute(&out, l)
+		return out.Bytes(), err
+	}
+	sum := sha256.Sum256([]byte(letterScript))
+	p := letterPages{policy: fmt.Sprintf("default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-%s'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'", base64.StdEncoding.EncodeToString(sum[:]))}
+	p.verify, err = render(letter{
+		Title: "Open your account", Says: "Type the password that you signed up with.", Label: "Password",
+		Done: "Your account is open", Action: "v1/auth/verify", Autocomplete: "current-password",
+	})
+	if err != nil {
+		return letterPages{}, err
+	}
+	p.reset, err = render(letter{
+		Title: "Set a new password", Says: "You will be logged out everywhere.", Label: "New password",
+		Done: "The new password is set", Action: "v1/auth/password/reset", Autocomplete: "new-password", Again: true,
+	})
+	return p, err
+}
+
+func (p letterPages) serve(w http.ResponseWriter, page []byte) {
+	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	w.Header().Set("Content-Security-Policy", p.policy)
+	w.Header().Set("Referrer-Policy", "no-referrer")
+	_, _ = w.Write(page)
+}
+
+// GetVerifyPage answers GET /verify.
+func (a *API) GetVerifyPage(w http.ResponseWriter, _ *http.Request) {
+	a.letters.serve(w, a.letters.verify)
+}
+
+// GetResetPage answers GET /reset-password.
+func (a *API) GetResetPage(w http.ResponseWriter, _ *http.Request) {
+	a.letters.serve(w, a.letters.reset)
+}

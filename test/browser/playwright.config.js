@@ -1,0 +1,20 @@
+import {defineConfig} from '@playwright/test'
+
+// The browser is the distribution's, and the service under test that of WRENN_URL.
+export default defineConfig({
+	testDir: '.',
+	outputDir: process.env.WRENN_BROWSER_OUT ?? '../../.cache/browser',
+	forbidOnly: true,
+	workers: 1,
+	timeout: 120_000,
+	expect: {timeout: 30_000},
+	reporter: 'list',
+	use: {
+		baseURL: process.env.WRENN_URL,
+		screenshot: 'on',
+		launchOptions: {
+			executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium',
+			args: ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--no-first-run'],
+		},
+	},
+})

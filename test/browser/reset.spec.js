@@ -1,0 +1,33 @@
+// What the link in the letter to who forgot their password opens. WRENN_PASSWORD
+// is the one to set.
+import {expect, test} from './page.js'
+
+const {WRENN_LINK: link, WRENN_PASSWORD: password} = process.env
+
+test('a link sets a new password', async ({page}) => {
+	await page.goto(link)
+	await page.getByLabel('New password').fill(password)
+	await page.getByLabel('The same again').fill('not ' + password)
+	await page.getByRole('button').click()
+	await expect(page.getByRole('alert')).toContainText('not the same')
+	await page.getByLabel('New password').fill('short')
+	await page.getByLabel('The same again').fill('short')
+	await page.getByRole('button').click()
+	await expect(page.getByRole('alert')).toContainText('password')
+	await page.getByLabel('New password').fill(password)
+	await page.getByLabel('The same again').fill(password)
+	await page.getByRole('button').click()
+	await expect(page.getByRole('status')).toContainText('The new password is set')
+})
+
+test('a link that is not whole is refused, and so is one by a page around it', async ({page, baseURL}) => {
+	await page.goto('/reset-password')
+	await page.getByLabel('New password').fill(password)
+	await page.getByLabel('The same again').fill(password)
+	await page.getByRole('button').click()
+	await expect(page.getByRole('alert')).toContainText('not whole')
+	const headers = (await page.request.get('/verify')).headers()
+	expect(headers['content-security-policy']).toContain("frame-ancestors 'none'")
+	expect(headers['referrer-policy']).toBe('no-referrer')
+	expect(new URL(link).origin).toBe(baseURL)
+})
