@@ -20,41 +20,25 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci/ocitest"
 )
 
-// greeting makes a Debian package with one program, greet.
-func greeting(t *testing.T, file string) {
-	t.Helper()
-	dir := filepath.Join(t.TempDir(), "greet")
-	for name, text := range map[string]string{
-		"DEBIAN/control":  "Package: greet\nVersion: 1.0\nArchitecture: all\nMaintainer: nobody <nobody@localhost>\nDescription: says something\n",
-		"usr/games/greet": "#!/bin/sh\necho \"< $* >\"\n",
-	} {
-		p := filepath.Join(dir, name)
-		if err := os.MkdirAll(filepath.Dir(p), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(p, []byte(text), 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if out, err := exec.Command("dpkg-deb", "--build", "--root-owner-group", dir, file).CombinedOutput(); err != nil {
-		t.Fatalf("dpkg-deb: %v: %s", err, out)
-	}
-}
-
-// repository makes a folder with a Debian package as apt's repository.
+// repository makes a folder with the distribution's cowsay, and what it needs
+// that minimal has not, as apt's repository.
 func repository(t *testing.T, dir string) {
 	t.Helper()
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	greeting(t, filepath.Join(dir, "greet.deb"))
-	cmd := exec.Command("dpkg-scanpackages", ".")
-	cmd.Dir = dir
-	list, err := cmd.Output()
-	if err != nil {
-		t.Fatalf("dpkg-scanpackages: %v", err)
+	run := func(program string, args ...string) []byte {
+		t.Helper()
+		cmd := exec.Command(program, args...)
+		cmd.Dir = dir
+		out, err := cmd.Output()
+		if err != nil {
+			t.Fatalf("%s: %v", cmd, err)
+		}
+		return out
 	}
-	if err := os.WriteFile(filepath.Join(dir, "Packages"), list, 0o644); err != nil {
+	run("apt-get", "download", "cowsay", "libtext-charwidth-perl")
+	if err := os.WriteFile(filepath.Join(dir, "Packages"), run("dpkg-scanpackages", "."), 0o644); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -75,17 +59,17 @@ func TestBuild(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// The base has a package's repository, because a test must not need the
-	// distribution's servers; all else that apt does is as with these.
+	// The base has the package's repository, because a guest need not reach the
+	// distribution's servers from here; all else that apt does is as with these.
 	repository(t, filepath.Join(dir, "repository"))
 	recipe := `FROM debian:test
 ENV PORT=8000 GREETING="hello there"
-RUN apt-get install -y greet
+RUN apt-get install -y cowsay
 WORKDIR /srv/site
 COPY --chown=user:user --chmod=0640 site/ ./
 RUN sleep 1000 >/dev/null 2>&1 & echo step one
 USER user
-RUN id -un; greet "$GREETING" > /tmp/greeting; echo LAST
+RUN id -un; cowsay "$GREETING" > /tmp/greeting; echo LAST
 START python3 -m http.server ${PORT}
 HEALTHCHECK --interval=1s --retries=60 CMD curl -fs http://localhost:8000/
 `
@@ -164,7 +148,7 @@ HEALTHCHECK CMD apt-config shell X APT
 		t.Fatal(err)
 	}
 	defer func() { _ = c.Delete(t.Context(), sb.ID) }()
-	r, err := c.Exec(t.Context(), sb.ID, client.Command{Shell: true, Cmd: `id -un; pwd; echo "$GREETING $MORE"; cat /tmp/greeting; stat -c '%U:%G %a' index.html; ls; pgrep -c sleep; ls -A /var/lib/apt/lists /var/cache/apt/archives/*.deb 2>/dev/null | grep -v ^/`}, nil)
+	r, err := c.Exec(t.Context(), sb.ID, client.Command{Shell: true, Cmd: `id -un; pwd; echo "$GREETING $MORE"; grep '<' /tmp/greeting; stat -c '%U:%G %a' index.html; ls; pgrep -c sleep; ls -A /var/lib/apt/lists /var/cache/apt/archives/*.deb 2>/dev/null | grep -v ^/`}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -183,7 +167,7 @@ HEALTHCHECK CMD apt-config shell X APT
 		for _, s := range b.Steps {
 			switch out := s.Output; {
 			case b == first && s.Phase == "pre" && !strings.Contains(out, "file:/srv/repository"),
-				b == first && strings.Contains(s.Text, "install") && !strings.Contains(out, "Setting up greet (1.0)"):
+				b == first && strings.Contains(s.Text, "install") && !strings.Contains(out, "Setting up cowsay ("):
 				t.Errorf("%s prints %q", s.Text, out)
 			}
 		}
@@ -196,14 +180,14 @@ HEALTHCHECK CMD apt-config shell X APT
 		t.Errorf("after a rebuild the sandbox answers %q", got)
 	}
 	// Without a health check it is the disk alone, which is booted once.
-	third, took := build("hello", "FROM hello\nUSER root\nRUN greet again > /tmp/greeting && sync\n", "--skip-pre-post")
+	third, took := build("hello", "FROM hello\nUSER root\nRUN cowsay again > /tmp/greeting && sync\n", "--skip-pre-post")
 	t.Logf("of the disk alone it took %v", took)
 	of, err := c.Create(t.Context(), client.CreateOptions{Template: third.TemplateID})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = c.Delete(t.Context(), of.ID) }()
-	if r, err = c.Exec(t.Context(), of.ID, client.Command{Shell: true, Cmd: `id -un; cat /tmp/greeting; cat /srv/site/sub/page; echo $PORT`}, nil); err != nil || string(r.Stdout) != "root\n< again >\npage\n8000\n" {
+	if r, err = c.Exec(t.Context(), of.ID, client.Command{Shell: true, Cmd: `id -un; grep '<' /tmp/greeting; cat /srv/site/sub/page; echo $PORT`}, nil); err != nil || string(r.Stdout) != "root\n< again >\npage\n8000\n" {
 		t.Errorf("of the disk alone: %q %q %v", r.Stdout, r.Stderr, err)
 	}
 
