@@ -68,7 +68,9 @@ func (a *API) AdminCreateUser(w http.ResponseWriter, r *http.Request) {
 		a.Fail(w, r, err)
 		return
 	}
-	answer(w, http.StatusCreated, rest.CreatedUser{User: adminUser(user), ResetURL: link})
+	u := adminUser(user)
+	w.Header().Set("Location", "/v1/admin/users/"+u.ID)
+	answer(w, http.StatusCreated, rest.CreatedUser{User: u, ResetURL: link})
 }
 
 // AdminChangeUser answers PATCH /v1/admin/users/{user_id}.

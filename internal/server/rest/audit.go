@@ -173,7 +173,8 @@ func object(r *http.Request, location string) (kind, name string) {
 		named := false
 		parts := strings.Split(strings.Trim(rc.RoutePattern(), "/"), "/")
 		for i, part := range parts {
-			if param, ok := strings.CutPrefix(part, "{"); ok && i > 0 {
+			// After what is named there may be what is to be done with it.
+			if param, ok := strings.CutPrefix(part, "{"); ok && i > 0 && !strings.HasPrefix(parts[i-1], "{") {
 				kind, name, named = parts[i-1], rc.URLParam(strings.TrimSuffix(param, "}")), true
 			} else if !named {
 				kind = part

@@ -45,13 +45,16 @@ func stepOf(s builds.Step) rest.BuildStep {
 
 // CreateBuild answers POST /v1/templates/builds.
 func (a *API) CreateBuild(w http.ResponseWriter, r *http.Request) {
-	a.createBuild(w, r, caller(r).Team)
+	a.createBuild(w, r, caller(r).Team, "/v1/templates/builds/")
 }
 
 // CreateBuildAdmin answers POST /v1/admin/builds.
-func (a *API) CreateBuildAdmin(w http.ResponseWriter, r *http.Request) { a.createBuild(w, r, uuid.Nil) }
+func (a *API) CreateBuildAdmin(w http.ResponseWriter, r *http.Request) {
+	a.createBuild(w, r, uuid.Nil, "/v1/admin/builds/")
+}
 
-func (a *API) createBuild(w http.ResponseWriter, r *http.Request, team uuid.UUID) {
+// createBuild starts a build, which is then below the path at.
+func (a *API) createBuild(w http.ResponseWriter, r *http.Request, team uuid.UUID, at string) {
 	var req rest.CreateBuild
 	if err := decode(r, &req); err != nil {
 		a.Fail(w, r, err)
@@ -73,7 +76,9 @@ func (a *API) createBuild(w http.ResponseWriter, r *http.Request, team uuid.UUID
 		a.Fail(w, r, err)
 		return
 	}
-	answer(w, http.StatusAccepted, buildOf(row))
+	b := buildOf(row)
+	w.Header().Set("Location", at+b.ID)
+	answer(w, http.StatusAccepted, b)
 }
 
 // ListBuilds answers GET /v1/templates/builds.

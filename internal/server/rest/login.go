@@ -308,7 +308,13 @@ func (a *API) StartGitHub(w http.ResponseWriter, r *http.Request, params rest.St
 	// Lax: the browser comes back from another site.
 	a.setCookie(w, githubCookie, signed, expires, http.SameSiteLaxMode)
 	w.Header().Set("Cache-Control", "no-store")
-	http.Redirect(w, r, a.GitHub.AuthorizeURL(begun.State, begun.Verifier), http.StatusFound)
+	goTo(w, a.GitHub.AuthorizeURL(begun.State, begun.Verifier))
+}
+
+// goTo sends a browser elsewhere, with nothing for people to read on the way.
+func goTo(w http.ResponseWriter, to string) {
+	w.Header().Set("Location", to)
+	w.WriteHeader(http.StatusFound)
 }
 
 // FinishGitHub answers GET /v1/auth/github/callback.
@@ -329,7 +335,7 @@ func (a *API) FinishGitHub(w http.ResponseWriter, r *http.Request, params rest.F
 		a.log(r).Info("login with GitHub failed", "code", code, "error", err)
 		to += "?login_error=" + url.QueryEscape(string(code))
 	}
-	http.Redirect(w, r, to, http.StatusFound)
+	goTo(w, to)
 }
 
 func (a *API) finishGitHub(w http.ResponseWriter, r *http.Request, params rest.FinishGitHubParams) error {

@@ -142,7 +142,7 @@ func (a *API) ListMembers(w http.ResponseWriter, r *http.Request, _ rest.TeamID)
 }
 
 // AddMember answers POST /v1/teams/{team_id}/members.
-func (a *API) AddMember(w http.ResponseWriter, r *http.Request, _ rest.TeamID) {
+func (a *API) AddMember(w http.ResponseWriter, r *http.Request, text rest.TeamID) {
 	var req rest.NewMember
 	if err := decode(r, &req); err != nil {
 		a.Fail(w, r, err)
@@ -153,7 +153,9 @@ func (a *API) AddMember(w http.ResponseWriter, r *http.Request, _ rest.TeamID) {
 		a.Fail(w, r, err)
 		return
 	}
-	answer(w, http.StatusCreated, teamMember(row))
+	m := teamMember(row)
+	w.Header().Set("Location", "/v1/teams/"+text+"/members/"+m.ID)
+	answer(w, http.StatusCreated, m)
 }
 
 // ChangeMember answers PATCH /v1/teams/{team_id}/members/{user_id}.
@@ -233,6 +235,7 @@ func (a *API) CreateKey(w http.ResponseWriter, r *http.Request, _ rest.CreateKey
 		return
 	}
 	k := apiKey(row, some(caller(r).Email))
+	w.Header().Set("Location", "/v1/keys/"+k.ID)
 	answer(w, http.StatusCreated, rest.CreatedKey{
 		ID: k.ID, Name: k.Name, Prefix: k.Prefix, Scopes: k.Scopes, CreatedBy: k.CreatedBy, CreatedAt: k.CreatedAt, ExpiresAt: k.ExpiresAt, Key: key,
 	})
