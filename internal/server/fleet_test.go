@@ -3,8 +3,8 @@ package server_test
 import (
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"strings"
@@ -103,21 +103,28 @@ type tcpHost struct {
 // enroll adds a host as an admin does and registers an agent as an agent does.
 func (p *plane) enroll(name string, tags ...string) *tcpHost {
 	p.Helper()
-	added := p.call("POST", "/v1/admin/hosts", map[string]any{"name": name, "tags": append([]string{}, tags...)}).want(201)
-	if got := added.object()["host"].(map[string]any)["status"]; got != "pending" {
-		p.Errorf("a host that nobody registered yet is %v", got)
-	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		p.Fatal(err)
 	}
-	hash := sha256.Sum256([]byte("refresh of " + name))
-	r := p.call("POST", "/v1/hosts/register", map[string]any{
-		"token": added.str("token"), "url": "http://" + l.Addr().String(), "refresh_hash": hex.EncodeToString(hash[:]), "status": report(),
-	}).want(201)
+	r := p.call("POST", "/v1/hosts/register", p.addHost(name, l.Addr().String(), tags...)).want(201)
 	h := &tcpHost{agent: newTCPAgent(p.TB, l, r.str("agent_token")), id: r.str("host_id"), token: r.str("token")}
 	return h
 }
+
+// addHost adds a host as an admin does, and returns what an agent registers
+// it with.
+func (p *plane) addHost(name, address string, tags ...string) map[string]any {
+	p.Helper()
+	added := p.call("POST", "/v1/admin/hosts", map[string]any{"name": name, "tags": append([]string{}, tags...)}).want(201)
+	if got := added.object()["host"].(map[string]any)["status"]; got != "pending" {
+		p.Errorf("a host that nobody registered yet is %v", got)
+	}
+	return map[string]any{"token": added.str("token"), "url": "http://" + address, "refresh_hash": hashOf("refresh of " + name), "status": report()}
+}
+
+// hashOf is what a refresh token is known by.
+func hashOf(token string) string { return fmt.Sprintf("%x", sha256.Sum256([]byte(token))) }
 
 func report() map[string]any {
 	return map[string]any{

@@ -792,7 +792,7 @@ type oauthServer struct {
 	verified bool
 }
 
-func newOAuthServer(t *testing.T, callback string) *oauthServer {
+func newOAuthServer(t testing.TB, callback string) *oauthServer {
 	o := &oauthServer{codes: make(map[string]string), user: 7, email: "octo@example.com", verified: true}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /login/oauth/authorize", func(w http.ResponseWriter, r *http.Request) {
@@ -840,49 +840,62 @@ func newOAuthServer(t *testing.T, callback string) *oauthServer {
 	return o
 }
 
-func TestGitHub(t *testing.T) {
-	p := newPlane(t)
-	const callback = "http://localhost:8000/api/v1/auth/github/callback"
-	o := newOAuthServer(t, callback)
-	p.call("GET", "/v1/auth/github", nil, nobody...).fails(404, "not_found")
+// withGitHub starts the server anew with a GitHub.
+func (p *plane) withGitHub() *oauthServer {
+	p.Helper()
+	o := newOAuthServer(p.TB, "http://localhost:8000/api/v1/auth/github/callback")
 	p.end()
 	p.config.GitHubClientID, p.config.GitHubClientSecret, p.config.GitHubURL, p.config.GitHubAPIURL = "client", "secret", o.URL, o.URL
 	p.start()
-	browser := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-	get := func(url string, cookies ...*http.Cookie) *http.Response {
-		t.Helper()
-		req, _ := http.NewRequest("GET", url, nil)
-		for _, c := range cookies {
-			req.AddCookie(c)
-		}
-		res, err := browser.Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		res.Body.Close()
-		return res
+	return o
+}
+
+// browse gets a page as a browser does that has these cookies.
+func (p *plane) browse(url string, cookies ...*http.Cookie) *http.Response {
+	p.Helper()
+	req, _ := http.NewRequest("GET", url, nil)
+	for _, c := range cookies {
+		req.AddCookie(c)
 	}
-	// login goes to GitHub and comes back; how is what the callback is changed by.
+	res, err := browser.Do(req)
+	if err != nil {
+		p.Fatal(err)
+	}
+	res.Body.Close()
+	return res
+}
+
+// toGitHub goes to GitHub, and returns what the browser comes back with.
+func (p *plane) toGitHub(start string, cookies ...*http.Cookie) (url.Values, *http.Cookie) {
+	p.Helper()
+	begun := p.browse(p.http.URL+start, cookies...)
+	if begun.StatusCode != 302 {
+		p.Fatalf("start: %s", begun.Status)
+	}
+	c := begun.Cookies()[0]
+	if !c.HttpOnly || c.SameSite != http.SameSiteLaxMode {
+		p.Errorf("cookie %+v", c)
+	}
+	back := p.browse(begun.Header.Get("Location"))
+	u, err := url.Parse(back.Header.Get("Location"))
+	if err != nil || back.StatusCode != 302 {
+		p.Fatalf("GitHub: %s %v", back.Status, err)
+	}
+	return u.Query(), &http.Cookie{Name: c.Name, Value: c.Value}
+}
+
+func TestGitHub(t *testing.T) {
+	p := newPlane(t)
+	p.call("GET", "/v1/auth/github", nil, nobody...).fails(404, "not_found")
+	o := p.withGitHub()
+	// login goes to GitHub and comes back; change is what the callback is changed by.
 	login := func(start string, change func(url.Values, *http.Cookie), cookies ...*http.Cookie) *http.Response {
 		t.Helper()
-		begun := get(p.http.URL+start, cookies...)
-		if begun.StatusCode != 302 {
-			t.Fatalf("start: %s", begun.Status)
-		}
-		c := begun.Cookies()[0]
-		if !c.HttpOnly || c.SameSite != http.SameSiteLaxMode {
-			t.Errorf("cookie %+v", c)
-		}
-		back := get(begun.Header.Get("Location"))
-		u, err := url.Parse(back.Header.Get("Location"))
-		if err != nil || back.StatusCode != 302 {
-			t.Fatalf("GitHub: %s %v", back.Status, err)
-		}
-		q := u.Query()
+		q, c := p.toGitHub(start, cookies...)
 		if change != nil {
 			change(q, c)
 		}
-		return get(p.http.URL+"/v1/auth/github/callback?"+q.Encode(), &http.Cookie{Name: c.Name, Value: c.Value})
+		return p.browse(p.http.URL+"/v1/auth/github/callback?"+q.Encode(), c)
 	}
 	failed := func(res *http.Response, code string) {
 		t.Helper()

@@ -7,12 +7,13 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"net/http"
-	"slices"
+	"net/url"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/getkin/kin-openapi/openapi3"
 	"github.com/go-redis/redis_rate/v10"
 	"github.com/google/uuid"
 	"github.com/redis/go-redis/v9"
@@ -106,23 +107,33 @@ type asked struct {
 	caller
 	response
 	id, address string
-	// actor is who calls, and user who made the key where that is one.
+	// actor is who calls, "" where only what they say can tell; user is who made
+	// the key where that is one.
 	actor, user string
 	// named is what the path names.
 	named []string
 }
 
+// fill puts a parameter into a path. It names something, unless it is one of a
+// few words, which say what to do.
+func (a *asked) fill(path string, p *openapi3.Parameter, text string) string {
+	if len(p.Schema.Value.Enum) == 0 {
+		a.named = append(a.named, text)
+	}
+	return strings.ReplaceAll(path, "{"+p.Name+"}", url.PathEscape(text))
+}
+
 // actor returns who shows these headers: their id on the wire, and that of who
 // made the key.
-func (w *world) actor(headers []string) (actor, user string) {
-	w.Helper()
+func (p *plane) actor(headers []string) (actor, user string) {
+	p.Helper()
 	for i := 0; i < len(headers); i += 2 {
 		switch v := headers[i+1]; {
 		case headers[i] == "X-API-Key" && v != "":
 			var key uuid.UUID
 			var maker *uuid.UUID
 			hash := sha256.Sum256([]byte(v))
-			if w.db().QueryRow(context.Background(), "SELECT id, user_id FROM api_keys WHERE hash = $1", hash[:]).Scan(&key, &maker) != nil {
+			if p.db().QueryRow(context.Background(), "SELECT id, user_id FROM api_keys WHERE hash = $1", hash[:]).Scan(&key, &maker) != nil {
 				return "", ""
 			}
 			if maker != nil {
@@ -138,7 +149,7 @@ func (w *world) actor(headers []string) (actor, user string) {
 			}
 			u, bad := uuid.Parse(claims.Sub)
 			if err != nil || bad != nil {
-				w.Fatalf("token: %v, %v", err, bad)
+				p.Fatalf("token: %v, %v", err, bad)
 			}
 			return id.Format(id.User, u), ""
 		}
@@ -157,21 +168,21 @@ func (o operation) changing() bool {
 	return o.method != http.MethodGet && !o.rule.Read
 }
 
-// elsewhere are the operations for changes that the walk, which makes up what
-// it says, is always refused: they take a password or token that holds, a guest
-// that answers, a recipe, an archive or a build that runs. Their records when
-// they are done are written by the same code; of those by which people log in
-// other tests check them too.
-var elsewhere = []string{
-	"signUp", "verifyEmail", "logIn", "refresh", "resetPassword", "finishGitHub", "changePassword", "registerHost", "refreshHost",
-	"execStream", "runCode", "createContext", "changeContext", "deleteContext",
-	"createBuild", "createBuildAdmin", "cancelBuildAdmin", "putBuildArchive", "putBuildArchiveAdmin", "importTemplate", "importPlatformTemplate",
+// actors are the kinds of those who call, by how their ids begin.
+var actors = map[string]string{"usr": "user", "key": "key", "hst": "host", "anonymous": "anonymous"}
+
+// kinds are the kinds of what has an id.
+var kinds = map[string]id.Kind{
+	"sandbox": id.Sandbox, "team": id.Team, "user": id.User, "host": id.Host, "template": id.Template, "build": id.Build, "key": id.APIKey, "channel": id.Channel,
 }
+
+// outcomes are how often an operation was done and refused.
+type outcomes struct{ done, refused int }
 
 // checkRecords checks that of each call that asked for a change there is one
 // record, which says who asked for what, from where, and what became of it;
-// and of no other.
-func checkRecords(t *testing.T, p *plane, all []asked) {
+// and of no other. It returns what became of the operations for changes.
+func checkRecords(t *testing.T, p *plane, all []asked) map[string]outcomes {
 	type record struct {
 		Action, Actor, Address, Object, Result, Code string
 		ActorKind                                    string `json:"actor_kind"`
@@ -187,9 +198,7 @@ func checkRecords(t *testing.T, p *plane, all []asked) {
 		}
 		written[r.RequestID] = append(written[r.RequestID], r)
 	}
-	type seen struct{ ok, refused bool }
-	of := make(map[string]seen)
-	checked := 0
+	of := make(map[string]outcomes)
 	for _, a := range all {
 		got := written[a.id]
 		known := a.Status != http.StatusUnauthorized && a.actor != ""
@@ -199,11 +208,8 @@ func checkRecords(t *testing.T, p *plane, all []asked) {
 			}
 			continue
 		}
-		checked++
-		want := record{Action: a.OperationID, Address: a.address, RequestID: a.id, Actor: a.actor, UserID: a.user, ActorKind: "user", Result: "ok"}
-		if a.caller.key {
-			want.ActorKind = "key"
-		}
+		kind, _, _ := strings.Cut(a.actor, "-")
+		want := record{Action: a.OperationID, Address: a.address, RequestID: a.id, Actor: a.actor, UserID: a.user, ActorKind: actors[kind], Result: "ok"}
 		if a.Status >= 400 {
 			var body struct{ Error struct{ Code string } }
 			_ = json.Unmarshal(a.Body, &body)
@@ -215,6 +221,13 @@ func checkRecords(t *testing.T, p *plane, all []asked) {
 		if a.OperationID == "finishGitHub" && strings.Contains(a.Header.Get("Location"), "login_error") {
 			want.Result, want.Code = "refused", a.Header.Get("Location")[strings.LastIndex(a.Header.Get("Location"), "=")+1:]
 		}
+		o := of[a.OperationID]
+		if want.Result == "ok" {
+			o.done++
+		} else {
+			o.refused++
+		}
+		of[a.OperationID] = o
 		if len(got) != 1 {
 			t.Errorf("%s as %s, answered %d: %d records", a.operation, a.caller.name, a.Status, len(got))
 			continue
@@ -230,31 +243,47 @@ func checkRecords(t *testing.T, p *plane, all []asked) {
 		if object != "" && r.Object != object {
 			t.Errorf("%s as %s: the record is about %q, want %q", a.operation, a.caller.name, r.Object, object)
 		}
-		if r.ObjectKind == "" {
+		made := !a.anybody() && (a.Status == http.StatusCreated || a.Status == http.StatusAccepted)
+		if r.ObjectKind == "" || made && r.Object == "" {
 			t.Errorf("%s as %s: the record does not say what it is about", a.operation, a.caller.name)
 		}
+		var said struct{ ID, Name string }
+		_ = json.Unmarshal(a.Body, &said)
+		for kind, prefix := range kinds {
+			if made && strings.HasPrefix(said.ID, string(prefix)) && r.Object != said.ID && r.Object != said.Name {
+				t.Errorf("%s as %s made %s, and is recorded of %q", a.operation, a.caller.name, said.ID, r.Object)
+			}
+			if strings.HasPrefix(r.Object, string(prefix)) && r.ObjectKind != kind {
+				t.Errorf("%s as %s: %s is recorded as a %s", a.operation, a.caller.name, r.Object, r.ObjectKind)
+			}
+		}
 		r.Object, r.ObjectKind = "", ""
-		if a.anybody() {
-			// Who they are they may have shown in the body.
+		if a.actor == "" {
 			want.Actor, want.ActorKind, want.UserID = r.Actor, r.ActorKind, r.UserID
 		}
 		if r != want {
 			t.Errorf("%s as %s, answered %d: record %+v, want %+v", a.operation, a.caller.name, a.Status, r, want)
 		}
-		s := of[a.OperationID]
-		s.ok, s.refused = s.ok || a.Status < 300 || a.Status == 101, s.refused || a.Status >= 400
-		of[a.OperationID] = s
 	}
+	return of
+}
+
+// checkChanges checks the records of a walk, and that each operation for
+// changes was refused by it, and was done by it or is elsewhere.
+func checkChanges(t *testing.T, p *plane, all []asked) {
+	of := checkRecords(t, p, all)
+	checked := 0
 	for _, o := range operations(t) {
 		if !o.changing() {
 			continue
 		}
-		s := of[o.OperationID]
-		if !s.refused && !o.anybody() {
+		n := of[o.OperationID]
+		checked += n.done + n.refused
+		if n.refused == 0 && !o.anybody() {
 			t.Errorf("%s was never refused", o)
 		}
-		if s.ok == slices.Contains(elsewhere, o.OperationID) {
-			t.Errorf("%s was done by the walk: %v", o, s.ok)
+		if (n.done > 0) == (elsewhere[o.OperationID] != nil) {
+			t.Errorf("%s was done %d times by the walk, and is elsewhere: %v", o, n.done, elsewhere[o.OperationID] != nil)
 		}
 	}
 	t.Logf("audit: %d calls for changes by %d operations have the record that they must have", checked, len(of))
