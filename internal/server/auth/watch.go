@@ -97,7 +97,16 @@ func (w *Watch) Run(ctx context.Context) {
 	wake := make(chan struct{}, 1)
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	wg.Go(func() { w.listen(ctx, wake) })
+	wg.Go(func() {
+		// The first word, after what may have been missed, is about everybody.
+		w.store.Listen(ctx, w.log, "wrenn_access", func(whose string) {
+			w.doubt(whose)
+			select {
+			case wake <- struct{}{}:
+			default:
+			}
+		})
+	})
 	tick := time.NewTicker(lookAgain)
 	defer tick.Stop()
 	for {
@@ -119,30 +128,6 @@ func (w *Watch) Run(ctx context.Context) {
 		w.mu.Unlock()
 		for _, h := range look {
 			w.look(ctx, h)
-		}
-	}
-}
-
-// listen hears from the database, and tells wake.
-func (w *Watch) listen(ctx context.Context, wake chan<- struct{}) {
-	for ctx.Err() == nil {
-		// The first word, after what may have been missed, is about everybody.
-		err := w.store.Listen(ctx, "wrenn_access", func(whose string) {
-			w.doubt(whose)
-			select {
-			case wake <- struct{}{}:
-			default:
-			}
-		})
-		if ctx.Err() != nil {
-			return
-		}
-		w.log.Warn("hear who may do less than before", "error", err)
-		t := time.NewTimer(2 * time.Second)
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			t.Stop()
 		}
 	}
 }

@@ -55,7 +55,14 @@ func wait(n int32) time.Duration {
 // Run delivers until ctx is done.
 func (s *Service) Run(ctx context.Context) {
 	var wg sync.WaitGroup
-	wg.Go(func() { s.listen(ctx) })
+	wg.Go(func() {
+		s.Store.Listen(ctx, s.Log, "wrenn_deliveries", func(string) {
+			select {
+			case s.wake <- struct{}{}:
+			default:
+			}
+		})
+	})
 	wg.Go(func() { s.prune(ctx) })
 	defer wg.Wait()
 	for ctx.Err() == nil {
@@ -67,28 +74,6 @@ func (s *Service) Run(ctx context.Context) {
 		case <-ctx.Done():
 		}
 		t.Stop()
-	}
-}
-
-// listen hears from the database that there is something to deliver.
-func (s *Service) listen(ctx context.Context) {
-	for ctx.Err() == nil {
-		err := s.Store.Listen(ctx, "wrenn_deliveries", func(string) {
-			select {
-			case s.wake <- struct{}{}:
-			default:
-			}
-		})
-		if ctx.Err() != nil {
-			return
-		}
-		s.Log.Warn("hear of deliveries", "error", err)
-		t := time.NewTimer(2 * time.Second)
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			t.Stop()
-		}
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"net"
 	"strings"
 	"time"
@@ -29,6 +30,9 @@ var migrations embed.FS
 // connections is how many the pool may hold unless the URL says otherwise
 // with pool_max_conns.
 const connections = 16
+
+// listenAgain is how long after its connection broke Listen makes another.
+const listenAgain = 2 * time.Second
 
 // Store is the database. Its methods are the queries, each run on its own;
 // InTx runs several as one.
@@ -97,13 +101,31 @@ func (s *Store) InTx(ctx context.Context, f func(*db.Queries) error) error {
 	return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error { return f(s.WithTx(tx)) })
 }
 
-// Listen calls heard once it listens to a channel of NOTIFY, whose name is an
-// identifier, with an empty message, and then with each message, until ctx is
-// done or the connection breaks. It has a connection of its own.
-func (s *Store) Listen(ctx context.Context, channel string, heard func(message string)) error {
+// Listen calls heard with each message to a channel of NOTIFY, whose name is an
+// identifier, until ctx is done; at first, and whenever messages may have been
+// missed because the connection broke, with an empty one. It has a connection of
+// its own.
+func (s *Store) Listen(ctx context.Context, log *slog.Logger, channel string, heard func(message string)) {
+	for ctx.Err() == nil {
+		err := s.listen(ctx, channel, heard)
+		if ctx.Err() != nil {
+			return
+		}
+		log.Warn("listen to the database", "channel", channel, "error", err)
+		t := time.NewTimer(listenAgain)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+		}
+	}
+}
+
+// listen is Listen until the connection breaks.
+func (s *Store) listen(ctx context.Context, channel string, heard func(message string)) error {
 	pooled, err := s.pool.Acquire(ctx)
 	if err != nil {
-		return fmt.Errorf("listen to the database: %w", err)
+		return err
 	}
 	conn := pooled.Hijack()
 	defer func() {
@@ -112,13 +134,13 @@ func (s *Store) Listen(ctx context.Context, channel string, heard func(message s
 		_ = conn.Close(bye)
 	}()
 	if _, err := conn.Exec(ctx, "LISTEN "+pgx.Identifier{channel}.Sanitize()); err != nil {
-		return fmt.Errorf("listen to the database: %w", err)
+		return err
 	}
 	heard("")
 	for {
 		n, err := conn.WaitForNotification(ctx)
 		if err != nil {
-			return fmt.Errorf("listen to the database: %w", err)
+			return err
 		}
 		heard(n.Payload)
 	}

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"log/slog"
 	"strings"
 	"sync"
 	"testing"
@@ -67,4 +68,36 @@ func TestUnreachable(t *testing.T) {
 	if err != nil {
 		t.Errorf("after the restart: %v", err)
 	}
+}
+
+// TestListen breaks the connection that is listened on: what is said after that
+// is heard, and that something may have been missed.
+func TestListen(t *testing.T) {
+	ctx, cancel := context.WithCancel(context.Background())
+	s, err := Open(ctx, pgtest.New(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	heard, done := make(chan string), make(chan struct{})
+	go func() {
+		defer close(done)
+		s.Listen(ctx, slog.New(slog.DiscardHandler), "a channel", func(message string) { heard <- message })
+	}()
+	for range 2 {
+		if message := <-heard; message != "" {
+			t.Errorf("the first word is %q", message)
+		}
+		if _, err := s.pool.Exec(ctx, `SELECT pg_notify('a channel', 'x')`); err != nil {
+			t.Fatal(err)
+		}
+		if message := <-heard; message != "x" {
+			t.Errorf("heard %q", message)
+		}
+		if _, err := s.pool.Exec(ctx, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN %'`); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cancel()
+	<-done
 }
