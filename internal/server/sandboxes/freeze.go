@@ -120,15 +120,7 @@ func (s *Service) wait(ctx context.Context, row db.Sandbox, to State, deadline t
 	if time.Now().After(deadline) {
 		return row, fault.New(fault.Conflict, "the sandbox is %s", row.State)
 	}
-	t := time.NewTimer(lookAgain)
-	defer t.Stop()
-	select {
-	case <-change:
-	case <-t.C:
-	case <-ctx.Done():
-		return row, ctx.Err()
-	}
-	return row, errMoved
+	return row, cmp.Or(lookAgainAfter(ctx, change, lookAgain), errMoved)
 }
 
 // Pause writes a team's running sandbox to its host's disk and returns when it
@@ -379,15 +371,9 @@ func (s *Service) settleFrom(ctx context.Context, sandbox uuid.UUID, wait bool, 
 			if settled || err != nil || !wait {
 				return row, err
 			}
-			t := time.NewTimer(askEvery)
-			select {
-			case <-change:
-			case <-t.C:
-			case <-ctx.Done():
-				t.Stop()
+			if lookAgainAfter(ctx, change, askEvery) != nil {
 				return row, fault.New(fault.Conflict, "the sandbox is pausing or resuming")
 			}
-			t.Stop()
 		}
 	})
 	if errors.Is(err, errMoved) {

@@ -129,7 +129,7 @@ func (s *Service) begun(ctx context.Context, sandbox uuid.UUID) (db.Sandbox, err
 			return row, nil
 		}
 		// Another server began it, and says how it ended, or the reconciler does.
-		if err := lookAgainAfter(ctx, change); err != nil {
+		if err := lookAgainAfter(ctx, change, lookAgain); err != nil {
 			return row, err
 		}
 	}
@@ -161,16 +161,16 @@ func (s *Service) replayTemplate(ctx context.Context, o once) (row db.Template, 
 		if !s.busyTemplate(row.ID) && now().After(deadline) {
 			return row, true, fault.New(fault.Unavailable, "the sandbox is captured as soon as its host answers")
 		}
-		if err := lookAgainAfter(ctx, change); err != nil {
+		if err := lookAgainAfter(ctx, change, lookAgain); err != nil {
 			return row, true, err
 		}
 	}
 }
 
-// lookAgainAfter waits for a change of which other servers tell, and no longer
-// than is waited for their word.
-func lookAgainAfter(ctx context.Context, change <-chan struct{}) error {
-	look := time.NewTimer(lookAgain)
+// lookAgainAfter waits for a change, but no longer than most: there may be no
+// word of it.
+func lookAgainAfter(ctx context.Context, change <-chan struct{}, most time.Duration) error {
+	look := time.NewTimer(most)
 	defer look.Stop()
 	select {
 	case <-change:

@@ -159,12 +159,8 @@ func (s *Service) Import(ctx context.Context, team uuid.UUID, i Image) (db.Templ
 	go func() {
 		defer cancel()
 		defer s.finish(func() {
-			if s.importing[team]--; s.importing[team] == 0 {
-				delete(s.importing, team)
-			}
-			if s.templates[template]--; s.templates[template] == 0 {
-				delete(s.templates, template)
-			}
+			less(s.importing, team)
+			less(s.templates, template)
 		})
 		row, err := s.importTo(run, places[0], team, template, i)
 		done <- outcome{row, err}

@@ -419,15 +419,10 @@ func (w *watch) abandoned(row db.Sandbox) error {
 
 // stopAgain finishes a deletion that was begun.
 func (w *watch) stopAgain(row db.Sandbox) error {
-	err := w.begin(func() { w.deleting[row.ID]++ })
-	if err != nil {
+	if err := w.begin(func() { w.deleting[row.ID]++ }); err != nil {
 		return err
 	}
-	defer w.finish(func() {
-		if w.deleting[row.ID]--; w.deleting[row.ID] == 0 {
-			delete(w.deleting, row.ID)
-		}
-	})
+	defer w.finish(func() { less(w.deleting, row.ID) })
 	return w.stop(row)
 }
 

@@ -193,6 +193,13 @@ func (s *Service) finish(unregister func()) {
 	s.work.Done()
 }
 
+// less takes one away from a count, which is there while it is not 0.
+func less(counts map[uuid.UUID]int, of uuid.UUID) {
+	if counts[of]--; counts[of] == 0 {
+		delete(counts, of)
+	}
+}
+
 // changed tells everybody who waits or caches that the sandbox changed, here
 // and in other servers.
 func (s *Service) changed(sandbox uuid.UUID) {
@@ -607,19 +614,16 @@ func (s *Service) destroy(sandbox uuid.UUID, host *hosts.Host, log *slog.Logger)
 
 // Get returns a team's sandbox, or fails with not_found.
 func (s *Service) Get(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox, error) {
-	row, err := s.Store.GetTeamSandbox(ctx, db.GetTeamSandboxParams{ID: sandbox, TeamID: team})
-	if errors.Is(err, store.ErrNoRows) {
-		return row, fault.New(fault.NotFound, "no such sandbox")
-	}
-	if err != nil {
-		return row, fmt.Errorf("look up sandbox: %w", err)
-	}
-	return row, nil
+	return found(s.Store.GetTeamSandbox(ctx, db.GetTeamSandboxParams{ID: sandbox, TeamID: team}))
 }
 
 // Lookup returns any team's sandbox, or fails with not_found.
 func (s *Service) Lookup(ctx context.Context, sandbox uuid.UUID) (db.Sandbox, error) {
-	row, err := s.Store.GetSandbox(ctx, sandbox)
+	return found(s.Store.GetSandbox(ctx, sandbox))
+}
+
+// found is what a query for one sandbox came to.
+func found(row db.Sandbox, err error) (db.Sandbox, error) {
 	if errors.Is(err, store.ErrNoRows) {
 		return row, fault.New(fault.NotFound, "no such sandbox")
 	}
@@ -707,11 +711,7 @@ func (s *Service) End(ctx context.Context, row db.Sandbox) error {
 	}
 	done := make(chan error, 1)
 	go func() {
-		defer s.finish(func() {
-			if s.deleting[sandbox]--; s.deleting[sandbox] == 0 {
-				delete(s.deleting, sandbox)
-			}
-		})
+		defer s.finish(func() { less(s.deleting, sandbox) })
 		done <- s.stop(row)
 	}()
 	select {

@@ -110,11 +110,7 @@ func (s *Service) snapshot(row db.Sandbox, name string, o once) (db.Template, er
 }
 
 func (s *Service) finishTemplate(template uuid.UUID) {
-	s.finish(func() {
-		if s.templates[template]--; s.templates[template] == 0 {
-			delete(s.templates, template)
-		}
-	})
+	s.finish(func() { less(s.templates, template) })
 }
 
 // capture has the host make a template whose row is pending and writes down
@@ -217,15 +213,7 @@ func (s *Service) DeleteVersions(ctx context.Context, team uuid.UUID, ref string
 		return s.DeleteTemplate(ctx, team, ref) // which says why not
 	}
 	for _, row := range rows {
-		switch {
-		case row.ID == uuid.Nil:
-			err = fault.New(fault.PermissionDenied, "template %q is built in", row.Name)
-		case templates.State(row.State) == templates.Pending:
-			err = fault.New(fault.Conflict, "template %q is being captured", row.Name)
-		default:
-			err = s.Remove(ctx, row)
-		}
-		if err != nil {
+		if err := s.deleteTemplate(ctx, row); err != nil {
 			return err
 		}
 	}
