@@ -12,8 +12,6 @@ package audit
 
 import (
 	"context"
-	"encoding/base64"
-	"encoding/binary"
 	"fmt"
 	"log/slog"
 	"time"
@@ -22,7 +20,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	"github.com/wrenn-dev/wrenn/internal/id"
-	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/page"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
@@ -150,16 +148,15 @@ type Filter struct {
 // List returns a page of records, newest first, and the cursor of the next page
 // ("" on the last).
 func (l *Log) List(ctx context.Context, f Filter) ([]Record, string, error) {
-	p := db.ListTeamAuditParams{BeforeAt: time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC), BeforeID: uuid.Max, FromAt: f.From, Action: f.Action, Result: f.Result, MaxRows: int32(f.Limit) + 1}
-	if !f.To.IsZero() {
-		p.BeforeAt, p.BeforeID = f.To, uuid.Nil
+	p := db.ListTeamAuditParams{FromAt: f.From, Action: f.Action, Result: f.Result, MaxRows: int32(f.Limit) + 1}
+	var err error
+	if f.To.IsZero() {
+		p.BeforeAt, p.BeforeID, err = page.Newest(f.Cursor)
+	} else {
+		p.BeforeAt, p.BeforeID, err = page.Before(f.Cursor, f.To)
 	}
-	if f.Cursor != "" {
-		raw, err := base64.RawURLEncoding.DecodeString(f.Cursor)
-		if err != nil || len(raw) != 24 || binary.BigEndian.Uint64(raw) > uint64(p.BeforeAt.UnixMicro()) {
-			return nil, "", fault.New(fault.InvalidArgument, "cursor: not one of this list")
-		}
-		p.BeforeAt, p.BeforeID = time.UnixMicro(int64(binary.BigEndian.Uint64(raw))), uuid.UUID(raw[8:])
+	if err != nil {
+		return nil, "", err
 	}
 	for _, kind := range []string{User, Key, Host} {
 		if u, err := id.Parse(prefixes[kind], f.Actor); err == nil {
@@ -176,7 +173,6 @@ func (l *Log) List(ctx context.Context, f Filter) ([]Record, string, error) {
 		}
 	}
 	var rows []db.AuditRecord
-	var err error
 	if f.Team != nil {
 		p.TeamID = *f.Team
 		rows, err = l.store.ListTeamAudit(ctx, p)
@@ -188,13 +184,7 @@ func (l *Log) List(ctx context.Context, f Filter) ([]Record, string, error) {
 	if err != nil {
 		return nil, "", fmt.Errorf("list audit records: %w", err)
 	}
-	next := ""
-	if len(rows) > f.Limit {
-		rows = rows[:f.Limit]
-		last := rows[f.Limit-1]
-		cursor := binary.BigEndian.AppendUint64(nil, uint64(last.At.UnixMicro()))
-		next = base64.RawURLEncoding.EncodeToString(append(cursor, last.ID[:]...))
-	}
+	rows, next := page.Cut(rows, f.Limit, func(r db.AuditRecord) string { return page.Time(r.At, r.ID) })
 	records := make([]Record, len(rows))
 	for i, r := range rows {
 		records[i] = Record{

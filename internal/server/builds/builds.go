@@ -8,8 +8,6 @@ package builds
 import (
 	"cmp"
 	"context"
-	"encoding/base64"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -26,6 +24,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/recipe"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/page"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
@@ -235,29 +234,16 @@ func (s *Service) Steps(ctx context.Context, build uuid.UUID) ([]Step, error) {
 // List returns a page of a team's builds, newest first, and the cursor of the
 // next one ("" on the last page).
 func (s *Service) List(ctx context.Context, team uuid.UUID, cursor string, limit int) ([]db.Build, string, error) {
-	at, before := time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC), uuid.Max
-	if cursor != "" {
-		raw, err := base64.RawURLEncoding.DecodeString(cursor)
-		if err != nil || len(raw) != 24 {
-			return nil, "", fault.New(fault.InvalidArgument, "cursor: not one of this list")
-		}
-		micros := int64(binary.BigEndian.Uint64(raw))
-		if micros < 0 || micros > at.UnixMicro() {
-			return nil, "", fault.New(fault.InvalidArgument, "cursor: not one of this list")
-		}
-		at, before = time.UnixMicro(micros), uuid.UUID(raw[8:])
+	at, before, err := page.Newest(cursor)
+	if err != nil {
+		return nil, "", err
 	}
 	rows, err := s.Store.ListBuilds(ctx, db.ListBuildsParams{TeamID: team, BeforeAt: at, BeforeID: before, MaxRows: int32(limit) + 1})
 	if err != nil {
 		return nil, "", fmt.Errorf("list builds: %w", err)
 	}
-	if len(rows) <= limit {
-		return rows, "", nil
-	}
-	rows = rows[:limit]
-	last := rows[limit-1]
-	next := binary.BigEndian.AppendUint64(nil, uint64(last.CreatedAt.UnixMicro()))
-	return rows, base64.RawURLEncoding.EncodeToString(append(next, last.ID[:]...)), nil
+	rows, next := page.Cut(rows, limit, func(b db.Build) string { return page.Time(b.CreatedAt, b.ID) })
+	return rows, next, nil
 }
 
 // Cancel has a build end. One that waits has ended when this returns; one that

@@ -12,8 +12,6 @@ import (
 	"context"
 	"crypto/hkdf"
 	"crypto/sha256"
-	"encoding/base64"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -32,6 +30,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/mail"
+	"github.com/wrenn-dev/wrenn/internal/server/page"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
@@ -344,25 +343,16 @@ func (s *Service) Deliveries(ctx context.Context, team, channel uuid.UUID, curso
 	if _, err := s.Get(ctx, team, channel); err != nil {
 		return nil, "", err
 	}
-	p := db.ListDeliveriesParams{ChannelID: channel, BeforeAt: time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC), BeforeID: uuid.Max, MaxRows: int32(limit) + 1}
-	if cursor != "" {
-		raw, err := base64.RawURLEncoding.DecodeString(cursor)
-		if err != nil || len(raw) != 24 || binary.BigEndian.Uint64(raw) > uint64(p.BeforeAt.UnixMicro()) {
-			return nil, "", fault.New(fault.InvalidArgument, "cursor: not one of this list")
-		}
-		p.BeforeAt, p.BeforeID = time.UnixMicro(int64(binary.BigEndian.Uint64(raw))), uuid.UUID(raw[8:])
+	at, before, err := page.Newest(cursor)
+	if err != nil {
+		return nil, "", err
 	}
-	rows, err := s.Store.ListDeliveries(ctx, p)
+	rows, err := s.Store.ListDeliveries(ctx, db.ListDeliveriesParams{ChannelID: channel, BeforeAt: at, BeforeID: before, MaxRows: int32(limit) + 1})
 	if err != nil {
 		return nil, "", fmt.Errorf("list deliveries: %w", err)
 	}
-	if len(rows) <= limit {
-		return rows, "", nil
-	}
-	rows = rows[:limit]
-	last := rows[limit-1]
-	next := binary.BigEndian.AppendUint64(nil, uint64(last.CreatedAt.UnixMicro()))
-	return rows, base64.RawURLEncoding.EncodeToString(append(next, last.ID[:]...)), nil
+	rows, next := page.Cut(rows, limit, func(d db.Delivery) string { return page.Time(d.CreatedAt, d.ID) })
+	return rows, next, nil
 }
 
 // Quota has a team told that something was refused for its quota, at most once an hour.

@@ -40,7 +40,15 @@ func Newest(cursor string) (time.Time, uuid.UUID, error) {
 	if cursor == "" {
 		return end, uuid.Max, nil
 	}
-	return parse(cursor)
+	return parse(cursor, end)
+}
+
+// Before is Newest for a list that has only what is from before a time.
+func Before(cursor string, until time.Time) (time.Time, uuid.UUID, error) {
+	if cursor == "" {
+		return until, uuid.Nil, nil
+	}
+	return parse(cursor, until)
 }
 
 // Oldest is Newest for a list with the oldest first: the page has what comes after.
@@ -48,16 +56,17 @@ func Oldest(cursor string) (time.Time, uuid.UUID, error) {
 	if cursor == "" {
 		return time.Unix(0, 0), uuid.Nil, nil
 	}
-	return parse(cursor)
+	return parse(cursor, end)
 }
 
-func parse(cursor string) (time.Time, uuid.UUID, error) {
+// parse reads a cursor that Time made of a row that is not later than latest.
+func parse(cursor string, latest time.Time) (time.Time, uuid.UUID, error) {
 	raw, err := base64.RawURLEncoding.DecodeString(cursor)
 	if err != nil || len(raw) != 24 {
 		return end, uuid.Nil, invalid()
 	}
 	micros := int64(binary.BigEndian.Uint64(raw))
-	if micros < 0 || micros > end.UnixMicro() {
+	if micros < 0 || micros > latest.UnixMicro() {
 		return end, uuid.Nil, invalid()
 	}
 	return time.UnixMicro(micros), uuid.UUID(raw[8:]), nil

@@ -9,8 +9,6 @@ package sandboxes
 import (
 	"cmp"
 	"context"
-	"encoding/base64"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -31,6 +29,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/page"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
 )
@@ -651,27 +650,17 @@ func (s *Service) List(ctx context.Context, team uuid.UUID, f Filter) ([]db.Sand
 	if err := checkMetadata(f.Metadata); err != nil {
 		return nil, "", err
 	}
-	at, before := time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC), uuid.Max
-	if f.Cursor != "" {
-		raw, err := base64.RawURLEncoding.DecodeString(f.Cursor)
-		if err != nil || len(raw) != 24 {
-			return nil, "", fault.New(fault.InvalidArgument, "cursor: not one of this list")
-		}
-		micros := int64(binary.BigEndian.Uint64(raw))
-		if micros < 0 || micros > at.UnixMicro() {
-			return nil, "", fault.New(fault.InvalidArgument, "cursor: not one of this list")
-		}
-		at, before = time.UnixMicro(micros), uuid.UUID(raw[8:])
+	at, before, err := page.Newest(f.Cursor)
+	if err != nil {
+		return nil, "", err
 	}
 	metadata := []byte("{}")
 	if len(f.Metadata) > 0 {
-		var err error
 		if metadata, err = json.Marshal(f.Metadata); err != nil {
 			return nil, "", err
 		}
 	}
 	var rows []db.Sandbox
-	var err error
 	if len(f.States) == 0 {
 		rows, err = s.Store.ListLiveSandboxes(ctx, db.ListLiveSandboxesParams{TeamID: team, Metadata: metadata, BeforeAt: at, BeforeID: before, MaxRows: int32(f.Limit) + 1})
 	} else {
@@ -684,13 +673,8 @@ func (s *Service) List(ctx context.Context, team uuid.UUID, f Filter) ([]db.Sand
 	if err != nil {
 		return nil, "", fmt.Errorf("list sandboxes: %w", err)
 	}
-	if len(rows) <= f.Limit {
-		return rows, "", nil
-	}
-	rows = rows[:f.Limit]
-	last := rows[f.Limit-1]
-	cursor := binary.BigEndian.AppendUint64(nil, uint64(last.CreatedAt.UnixMicro()))
-	return rows, base64.RawURLEncoding.EncodeToString(append(cursor, last.ID[:]...)), nil
+	rows, next := page.Cut(rows, f.Limit, func(row db.Sandbox) string { return page.Time(row.CreatedAt, row.ID) })
+	return rows, next, nil
 }
 
 // Delete ends a team's sandbox and returns when nothing of it is left. It goes
