@@ -118,6 +118,19 @@ func ParseRef(s string) (r Ref, ok bool) {
 // Resolve finds the template that a team means by what ParseRef reads: its
 // own, or else the platform's. It fails with not_found.
 func (s *Service) Resolve(ctx context.Context, team uuid.UUID, ref string) (db.Template, error) {
+	return named(team, ref, func(p db.ResolveTemplateParams) (db.Template, error) { return s.store.ResolveTemplate(ctx, p) })
+}
+
+// Find is Resolve for a template in any state. A team's own goes before the
+// platform's, and one that is there before one that is being removed.
+func (s *Service) Find(ctx context.Context, team uuid.UUID, ref string) (db.Template, error) {
+	return named(team, ref, func(p db.ResolveTemplateParams) (db.Template, error) {
+		return s.store.FindTemplate(ctx, db.FindTemplateParams{TeamID: p.TeamID, ID: p.ID, Name: p.Name, Version: p.Version, Tag: p.Tag})
+	})
+}
+
+// named is the template that query finds for what ParseRef reads.
+func named(team uuid.UUID, ref string, query func(db.ResolveTemplateParams) (db.Template, error)) (db.Template, error) {
 	r, ok := ParseRef(ref)
 	if !ok {
 		return db.Template{}, fault.New(fault.NotFound, "no template %q", ref)
@@ -129,31 +142,7 @@ func (s *Service) Resolve(ctx context.Context, team uuid.UUID, ref string) (db.T
 	case r.ID == nil:
 		p.Name, p.Tag = &r.Name, &r.Tag
 	}
-	row, err := s.store.ResolveTemplate(ctx, p)
-	if errors.Is(err, store.ErrNoRows) {
-		return row, fault.New(fault.NotFound, "no template %q", ref)
-	}
-	if err != nil {
-		return row, fmt.Errorf("look up template: %w", err)
-	}
-	return row, nil
-}
-
-// Find is Resolve for a template in any state. A team's own goes before the
-// platform's, and one that is there before one that is being removed.
-func (s *Service) Find(ctx context.Context, team uuid.UUID, ref string) (db.Template, error) {
-	r, ok := ParseRef(ref)
-	if !ok {
-		return db.Template{}, fault.New(fault.NotFound, "no template %q", ref)
-	}
-	p := db.FindTemplateParams{TeamID: team, ID: r.ID}
-	switch {
-	case r.Version > 0:
-		p.Name, p.Version = &r.Name, &r.Version
-	case r.ID == nil:
-		p.Name, p.Tag = &r.Name, &r.Tag
-	}
-	row, err := s.store.FindTemplate(ctx, p)
+	row, err := query(p)
 	if errors.Is(err, store.ErrNoRows) {
 		return row, fault.New(fault.NotFound, "no template %q", ref)
 	}
