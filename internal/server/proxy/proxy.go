@@ -93,10 +93,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	target, err := p.resolve(r)
 	if err == nil && target.who.HasKey() {
 		ctx, done := p.Watch.While(r.Context(), target.who, mark, func(ctx context.Context) error {
-			now, err := p.Keys.Check(ctx, r.Header.Get("X-API-Key"))
-			if err == nil {
-				err = use.Check(now)
-			}
+			_, err := p.holder(ctx, r.Header.Get("X-API-Key"))
 			return err
 		})
 		defer done()
@@ -156,25 +153,21 @@ func (p *Proxy) hold(w http.ResponseWriter, r *http.Request, d *destination) err
 
 // destination is where one request goes.
 type destination struct {
+	caller
 	host    *hosts.Host
 	team    uuid.UUID
 	sandbox uuid.UUID
 	port    int
-	// unproven requests wake no sandbox: see caller.
-	unproven bool
-	// who showed an API key; zero where something else was shown.
-	who auth.Principal
 }
 
 // caller is what a request showed.
 type caller struct {
-	// team whose sandbox it must be, or the zero UUID where a token of the
-	// sandbox itself was shown.
-	team uuid.UUID
+	// who showed an API key, whose team's the sandbox must be; zero where a token
+	// of the sandbox itself was shown.
+	who auth.Principal
 	// unproven is set where only the guest daemon can tell whether the request
-	// may do what it wants.
+	// may do what it wants: it wakes no sandbox.
 	unproven bool
-	who      auth.Principal
 }
 
 var errUnproven = fault.New(fault.SandboxPaused, "the sandbox is paused, and a signed URL resumes none: resume it first")
@@ -198,19 +191,18 @@ func (p *Proxy) resolve(r *http.Request) (destination, error) {
 	if !strings.HasPrefix(r.URL.Path, "/") {
 		return none, fault.New(fault.InvalidArgument, "path: must begin with /")
 	}
-	who, err := p.authorize(r, sandbox, port)
+	shown, err := p.authorize(r, sandbox, port)
 	if err != nil {
 		return none, err
 	}
-	team := who.team
 	t, err := p.cache.get(r.Context(), sandbox, p.lookup)
 	if err != nil {
 		return none, err
 	}
-	if team != uuid.Nil && team != t.team {
+	if team := shown.who.Team; team != uuid.Nil && team != t.team {
 		return none, fault.New(fault.NotFound, "no such sandbox")
 	}
-	d := destination{team: t.team, sandbox: sandbox, port: port, unproven: who.unproven, who: who.who}
+	d := destination{caller: shown, team: t.team, sandbox: sandbox, port: port}
 	switch t.state {
 	case sandboxes.Running:
 		d.host, err = p.Hosts.Get(&t.host)
@@ -251,13 +243,19 @@ func (p *Proxy) authorize(r *http.Request, sandbox uuid.UUID, port int) (caller,
 		return none, fault.New(fault.Unauthenticated, "invalid traffic token")
 	}
 	if key := r.Header.Get("X-API-Key"); key != "" {
-		who, err := p.Keys.Check(r.Context(), key)
-		if err == nil {
-			err = use.Check(who)
-		}
-		return caller{team: who.Team, who: who}, err
+		who, err := p.holder(r.Context(), key)
+		return caller{who: who}, err
 	}
 	return none, fault.New(fault.Unauthenticated, "send the team's API key in X-API-Key, or the sandbox's traffic token in X-Traffic-Token")
+}
+
+// holder is who has an API key that lets requests through to ports.
+func (p *Proxy) holder(ctx context.Context, key string) (auth.Principal, error) {
+	who, err := p.Keys.Check(ctx, key)
+	if err == nil {
+		err = use.Check(who)
+	}
+	return who, err
 }
 
 func (p *Proxy) lookup(ctx context.Context, sandbox uuid.UUID) (target, error) {
