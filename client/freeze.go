@@ -1,6 +1,7 @@
 package client
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"iter"
@@ -40,7 +41,7 @@ func (c *Client) Fork(ctx context.Context, id string, count int) ([]Sandbox, err
 	var made struct {
 		Sandboxes []Sandbox `json:"sandboxes"`
 	}
-	if err := c.call(ctx, request{method: http.MethodPost, path: sandboxPath(id, "/fork"), json: body, repeatable: true, header: once()}, &made); err != nil {
+	if err := c.call(ctx, request{method: http.MethodPost, path: sandboxPath(id, "/fork"), json: body, repeatable: true, header: once("")}, &made); err != nil {
 		return nil, fmt.Errorf("fork sandbox: %w", err)
 	}
 	return made.Sandboxes, nil
@@ -54,15 +55,17 @@ func (c *Client) Snapshot(ctx context.Context, id, name string) (*Template, erro
 		Name      string `json:"name"`
 	}{id, name}
 	var t Template
-	if err := c.call(ctx, request{method: http.MethodPost, path: "/v1/snapshots", json: body, repeatable: true, header: once()}, &t); err != nil {
+	if err := c.call(ctx, request{method: http.MethodPost, path: "/v1/snapshots", json: body, repeatable: true, header: once("")}, &t); err != nil {
 		return nil, fmt.Errorf("capture sandbox: %w", err)
 	}
 	return &t, nil
 }
 
-// once names a call, so that the service takes what the client repeats of it
-// for the same.
-func once() http.Header { return http.Header{"Idempotency-Key": {uuid.NewString()}} }
+// once names a call, so that the service takes what is repeated of it for the
+// same. Without a key the name is random, and the client alone repeats it.
+func once(key string) http.Header {
+	return http.Header{"Idempotency-Key": {cmp.Or(key, uuid.NewString())}}
+}
 
 // Snapshots lists the templates that were captured from the team's sandboxes,
 // by name. An error ends the list.

@@ -11,8 +11,6 @@ import (
 	"strconv"
 	"time"
 	"unicode/utf8"
-
-	"github.com/google/uuid"
 )
 
 // Sandbox is one virtual machine. Times that have not come are nil.
@@ -77,16 +75,8 @@ type CreateOptions struct {
 
 // Create creates a sandbox and returns when it runs.
 func (c *Client) Create(ctx context.Context, o CreateOptions) (*Sandbox, error) {
-	key := o.IdempotencyKey
-	if key == "" {
-		key = uuid.NewString()
-	}
 	var s Sandbox
-	err := c.call(ctx, request{
-		method: http.MethodPost, path: "/v1/sandboxes", json: o, repeatable: true,
-		header: http.Header{"Idempotency-Key": {key}},
-	}, &s)
-	if err != nil {
+	if err := c.call(ctx, request{method: http.MethodPost, path: "/v1/sandboxes", json: o, repeatable: true, header: once(o.IdempotencyKey)}, &s); err != nil {
 		return nil, fmt.Errorf("create sandbox: %w", err)
 	}
 	return &s, nil
