@@ -162,11 +162,7 @@ func (a *API) AdminListSandboxes(w http.ResponseWriter, r *http.Request, params 
 		a.Fail(w, r, err)
 		return
 	}
-	list := rest.SandboxList{Sandboxes: make([]rest.Sandbox, len(rows)), NextCursor: some(next)}
-	for i, row := range rows {
-		list.Sandboxes[i] = a.sandbox(r, row)
-	}
-	answer(w, http.StatusOK, list)
+	a.answerSandboxes(w, r, rows, next)
 }
 
 // AdminDeleteSandbox answers DELETE /v1/admin/sandboxes/{sandbox_id}.

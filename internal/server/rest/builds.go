@@ -124,54 +124,42 @@ func (a *API) putArchive(w http.ResponseWriter, r *http.Request, team uuid.UUID,
 
 // GetBuild answers GET /v1/templates/builds/{build_id}.
 func (a *API) GetBuild(w http.ResponseWriter, r *http.Request, build rest.BuildID) {
-	a.getBuild(w, r, caller(r).Team, build)
+	a.answerBuild(w, r, caller(r).Team, build, a.Builds.Get)
 }
 
 // GetBuildAdmin answers GET /v1/admin/builds/{build_id}.
 func (a *API) GetBuildAdmin(w http.ResponseWriter, r *http.Request, build rest.BuildID) {
-	a.getBuild(w, r, uuid.Nil, build)
-}
-
-func (a *API) getBuild(w http.ResponseWriter, r *http.Request, team uuid.UUID, build string) {
-	b, err := a.build(r.Context(), team, build, a.Builds.Get)
-	if err != nil {
-		a.Fail(w, r, err)
-		return
-	}
-	answer(w, http.StatusOK, b)
+	a.answerBuild(w, r, uuid.Nil, build, a.Builds.Get)
 }
 
 // CancelBuild answers POST /v1/templates/builds/{build_id}/cancel.
 func (a *API) CancelBuild(w http.ResponseWriter, r *http.Request, build rest.BuildID) {
-	a.cancelBuild(w, r, caller(r).Team, build)
+	a.answerBuild(w, r, caller(r).Team, build, a.Builds.Cancel)
 }
 
 // CancelBuildAdmin answers POST /v1/admin/builds/{build_id}/cancel.
 func (a *API) CancelBuildAdmin(w http.ResponseWriter, r *http.Request, build rest.BuildID) {
-	a.cancelBuild(w, r, uuid.Nil, build)
+	a.answerBuild(w, r, uuid.Nil, build, a.Builds.Cancel)
 }
 
-func (a *API) cancelBuild(w http.ResponseWriter, r *http.Request, team uuid.UUID, build string) {
-	b, err := a.build(r.Context(), team, build, a.Builds.Cancel)
+// answerBuild answers with a build, found by find, and its steps.
+func (a *API) answerBuild(w http.ResponseWriter, r *http.Request, team uuid.UUID, build string, find func(context.Context, uuid.UUID, uuid.UUID) (db.Build, error)) {
+	u, err := buildID(build)
 	if err != nil {
 		a.Fail(w, r, err)
 		return
 	}
-	answer(w, http.StatusOK, b)
-}
-
-// build is a build with its steps, found by find.
-func (a *API) build(ctx context.Context, team uuid.UUID, build string, find func(context.Context, uuid.UUID, uuid.UUID) (db.Build, error)) (rest.Build, error) {
-	u, err := buildID(build)
+	row, err := find(r.Context(), team, u)
 	if err != nil {
-		return rest.Build{}, err
+		a.Fail(w, r, err)
+		return
 	}
-	row, err := find(ctx, team, u)
+	steps, err := a.Builds.Steps(r.Context(), u)
 	if err != nil {
-		return rest.Build{}, err
+		a.Fail(w, r, err)
+		return
 	}
-	steps, err := a.Builds.Steps(ctx, u)
-	return withSteps(row, steps), err
+	answer(w, http.StatusOK, withSteps(row, steps))
 }
 
 func withSteps(row db.Build, steps []builds.Step) rest.Build {

@@ -139,6 +139,11 @@ func (a *API) ListSandboxes(w http.ResponseWriter, r *http.Request, params rest.
 		a.Fail(w, r, err)
 		return
 	}
+	a.answerSandboxes(w, r, rows, next)
+}
+
+// answerSandboxes answers with a page of sandboxes.
+func (a *API) answerSandboxes(w http.ResponseWriter, r *http.Request, rows []db.Sandbox, next string) {
 	list := rest.SandboxList{Sandboxes: make([]rest.Sandbox, len(rows)), NextCursor: some(next)}
 	for i, row := range rows {
 		list.Sandboxes[i] = a.sandbox(r, row)
