@@ -17,6 +17,17 @@ import (
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 )
 
+// newTwo returns two servers on one database, Redis and host, whose heartbeats
+// are so far apart.
+func newTwo(t *testing.T, heartbeat time.Duration) (p, q *plane) {
+	t.Helper()
+	p = newPlane(t)
+	p.end()
+	p.config.Heartbeat = heartbeat
+	p.start()
+	return p, p.second()
+}
+
 // second starts another server on the same database, Redis and host. It ends
 // with the test, or when its end is called.
 func (p *plane) second() *plane {
@@ -29,11 +40,7 @@ func (p *plane) second() *plane {
 
 // TestTwoServers has two servers behave as one.
 func TestTwoServers(t *testing.T) {
-	p := newPlane(t)
-	p.end()
-	p.config.Heartbeat = time.Second
-	p.start()
-	q := p.second()
+	p, q := newTwo(t, time.Second)
 	p.agent.guest = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusTeapot) })
 
 	// What one has in transit the other leaves alone, long past its grace, and

@@ -12,11 +12,7 @@ import (
 // TestIdempotentForkAndSnapshot names forks and captures by a key, which two
 // servers are asked for at once: what is repeated does nothing more.
 func TestIdempotentForkAndSnapshot(t *testing.T) {
-	p := newPlane(t)
-	p.end()
-	p.config.Heartbeat = time.Second
-	p.start()
-	q := p.second()
+	p, q := newTwo(t, time.Second)
 	sandbox := p.create(map[string]any{"timeout_seconds": 0})
 	fork := "/v1/sandboxes/" + sandbox + "/fork"
 	tests := []struct {
@@ -104,11 +100,7 @@ func TestIdempotentForkAndSnapshot(t *testing.T) {
 // TestReplayWithoutServer repeats calls whose server died in the middle, by way
 // of another one: what the host made of them is theirs.
 func TestReplayWithoutServer(t *testing.T) {
-	p := newPlane(t)
-	p.end()
-	p.config.Heartbeat = time.Second
-	p.start()
-	q := p.second()
+	p, q := newTwo(t, time.Second)
 	sandbox := p.create(map[string]any{"timeout_seconds": 0})
 	for call, c := range map[string]struct {
 		path string

@@ -15,11 +15,7 @@ import (
 // TestTwoServersTakeTurns has two servers do to one sandbox what one would
 // have done: once, and with one end.
 func TestTwoServersTakeTurns(t *testing.T) {
-	p := newPlane(t)
-	p.end()
-	p.config.Heartbeat = time.Second
-	p.start()
-	q := p.second()
+	p, q := newTwo(t, time.Second)
 	sandbox := p.create(map[string]any{"auto_resume": true})
 	base := "/v1/sandboxes/" + sandbox
 	// both has each server asked n times at once; all must be answered alike.
@@ -63,11 +59,7 @@ func TestTwoServersTakeTurns(t *testing.T) {
 // TestTwoServersWatch: one of two servers watches a host, and the other does
 // once that one is dead.
 func TestTwoServersWatch(t *testing.T) {
-	p := newPlane(t)
-	p.end()
-	p.config.Heartbeat = 500 * time.Millisecond
-	p.start()
-	q := p.second()
+	p, q := newTwo(t, 500*time.Millisecond)
 	conn, err := pgx.Connect(t.Context(), p.config.DatabaseURL)
 	if err != nil {
 		t.Fatal(err)
