@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
-	"github.com/jackc/pgx/v5"
 
 	"github.com/wrenn-dev/wrenn/internal/recipe/buildcontext"
 )
@@ -54,13 +53,8 @@ func (p *plane) clean(templates int) {
 		boxes, has := p.agent.left()
 		return boxes == 0 && has == templates
 	})
-	c, err := pgx.Connect(context.Background(), p.config.DatabaseURL)
-	if err != nil {
-		p.Fatal(err)
-	}
-	defer c.Close(context.Background())
 	var boxes, half int
-	if err := c.QueryRow(context.Background(), `SELECT (SELECT count(*) FROM sandboxes WHERE state NOT IN ('stopped', 'error')), (SELECT count(*) FROM templates WHERE state <> 'ready')`).Scan(&boxes, &half); err != nil || boxes+half != 0 {
+	if err := p.db().QueryRow(context.Background(), `SELECT (SELECT count(*) FROM sandboxes WHERE state NOT IN ('stopped', 'error')), (SELECT count(*) FROM templates WHERE state <> 'ready')`).Scan(&boxes, &half); err != nil || boxes+half != 0 {
 		p.Errorf("the table has %d sandboxes and %d unfinished templates, %v", boxes, half, err)
 	}
 }
@@ -311,15 +305,8 @@ func TestBuildWorkerDies(t *testing.T) {
 		hold = p.newHold(call)
 		build = p.build(map[string]any{"recipe": "FROM minimal\nRUN " + call + " dies\n", "skip_pre_post": true, "no_cache": call == "run"})
 		<-hold.asked
-		c, err := pgx.Connect(context.Background(), p.config.DatabaseURL)
-		if err != nil {
-			t.Fatal(err)
-		}
 		// As if another server had it, which is dead.
-		if _, err := c.Exec(context.Background(), `UPDATE builds SET worker = gen_random_uuid(), lease_until = now() + interval '1 second' WHERE state = 'running'`); err != nil {
-			t.Fatal(err)
-		}
-		c.Close(context.Background())
+		p.sql(`UPDATE builds SET worker = gen_random_uuid(), lease_until = now() + interval '1 second' WHERE state = 'running'`)
 		p.agent.hook(nil)
 		if b := p.ended(build); b["state"] != "succeeded" || b["attempts"] != 2. {
 			t.Errorf("%s: %v %v, attempt %v", call, b["state"], b["error"], b["attempts"])
@@ -396,11 +383,6 @@ func TestBuildImage(t *testing.T) {
 	}
 
 	// Its import is broken off with the build.
-	db, err := pgx.Connect(t.Context(), p.config.DatabaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer db.Close(context.Background())
 	p.agent.mu.Lock()
 	p.agent.digest = strings.Repeat("3", 64)
 	p.agent.mu.Unlock()
@@ -410,7 +392,7 @@ func TestBuildImage(t *testing.T) {
 		build := p.build(body(there, password, "two"))
 		<-hold.asked
 		var sealed []byte
-		if err := db.QueryRow(t.Context(), "SELECT registry FROM builds WHERE state = 'running'").Scan(&sealed); err != nil || len(sealed) == 0 || bytes.Contains(sealed, []byte(password)) {
+		if err := p.db().QueryRow(t.Context(), "SELECT registry FROM builds WHERE state = 'running'").Scan(&sealed); err != nil || len(sealed) == 0 || bytes.Contains(sealed, []byte(password)) {
 			t.Errorf("while it runs the table has %q, %v", sealed, err)
 		}
 		p.call("POST", "/v1/templates/builds/"+build+"/cancel", nil).want(200)
@@ -421,7 +403,7 @@ func TestBuildImage(t *testing.T) {
 		p.clean(has)
 	}
 	var kept int
-	if err := db.QueryRow(t.Context(), "SELECT count(*) FROM builds WHERE registry IS NOT NULL").Scan(&kept); err != nil || kept != 0 {
+	if err := p.db().QueryRow(t.Context(), "SELECT count(*) FROM builds WHERE registry IS NOT NULL").Scan(&kept); err != nil || kept != 0 {
 		t.Errorf("%d builds have credentials after their end, %v", kept, err)
 	}
 }

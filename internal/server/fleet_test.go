@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
-	"github.com/jackc/pgx/v5"
 
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 )
@@ -170,15 +169,8 @@ func TestFleet(t *testing.T) {
 	const beat = 500 * time.Millisecond
 	p.config.Heartbeat, p.config.AgentURL, p.config.AgentToken = beat, "", ""
 	p.config.OvercommitMemory, p.config.OvercommitVCPUs = 1, 32
-	db, err := pgx.Connect(context.Background(), p.config.DatabaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer db.Close(context.Background())
 	// The host that the configuration named is not there any more.
-	if _, err := db.Exec(context.Background(), "UPDATE hosts SET status = 'unreachable'"); err != nil {
-		t.Fatal(err)
-	}
+	p.sql("UPDATE hosts SET status = 'unreachable'")
 	p.start()
 	p.call("POST", "/v1/sandboxes", map[string]any{}).fails(503, "no_capacity")
 	p.call("POST", "/v1/admin/hosts", map[string]any{"name": "x"}, "X-API-Key", p.newTeam()).fails(403, "permission_denied")
@@ -191,7 +183,7 @@ func TestFleet(t *testing.T) {
 	}
 	p.eventually("both have the template", func() bool {
 		var n int
-		err := db.QueryRow(context.Background(), "SELECT count(*) FROM host_templates JOIN hosts ON id = host_id WHERE enrolled").Scan(&n)
+		err := p.db().QueryRow(context.Background(), "SELECT count(*) FROM host_templates JOIN hosts ON id = host_id WHERE enrolled").Scan(&n)
 		return err == nil && n == 2
 	})
 	where := func(sandbox string) string {

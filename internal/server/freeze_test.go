@@ -450,20 +450,13 @@ func TestAutoResume(t *testing.T) {
 func TestPausedWithoutServer(t *testing.T) {
 	p := newPlane(t)
 	sandbox := p.create(map[string]any{"on_timeout": "pause", "vcpus": 2})
-	db, err := pgx.Connect(context.Background(), p.config.DatabaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer db.Close(context.Background())
 	p.end()
 	// As if it had begun two hours ago, and been paused an hour ago.
 	u, err := id.Parse(id.Sandbox, sandbox)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := db.Exec(context.Background(), "UPDATE sandbox_runs SET started_at = now() - interval '2 hours' WHERE sandbox_id = $1", u); err != nil {
-		t.Fatal(err)
-	}
+	p.sql("UPDATE sandbox_runs SET started_at = now() - interval '2 hours' WHERE sandbox_id = $1", u)
 	at := time.Now().Add(-time.Hour)
 	p.agent.mu.Lock()
 	p.agent.sandboxes[sandbox].PausedAt = timestamppb.New(at)
@@ -473,14 +466,14 @@ func TestPausedWithoutServer(t *testing.T) {
 	p.eventually("it is paused", func() bool { return p.state(sandbox) == "paused" })
 	var seconds float64
 	var ended time.Time
-	if err := db.QueryRow(context.Background(), "SELECT extract(epoch FROM ended_at - started_at), ended_at FROM sandbox_runs WHERE sandbox_id = $1", u).Scan(&seconds, &ended); err != nil {
+	if err := p.db().QueryRow(context.Background(), "SELECT extract(epoch FROM ended_at - started_at), ended_at FROM sandbox_runs WHERE sandbox_id = $1", u).Scan(&seconds, &ended); err != nil {
 		t.Fatal(err)
 	}
 	if off := ended.Sub(at).Abs(); off > time.Millisecond || seconds < 3500 || seconds > 3700 {
 		t.Errorf("counted are %.0f s, to %v; it was paused at %v", seconds, ended, at)
 	}
 	var who string
-	if err := db.QueryRow(context.Background(), "SELECT actor FROM audit_records WHERE object_id = $1 AND action = 'sandbox.paused'", u.String()).Scan(&who); err != nil || who != "host" {
+	if err := p.db().QueryRow(context.Background(), "SELECT actor FROM audit_records WHERE object_id = $1 AND action = 'sandbox.paused'", u.String()).Scan(&who); err != nil || who != "host" {
 		t.Errorf("the audit says that %q paused it: %v", who, err)
 	}
 }
@@ -791,18 +784,13 @@ func TestServerDiesInMove(t *testing.T) {
 	fire("POST", "/v1/sandboxes/"+sandboxes[6]+"/fork", map[string]any{"count": 2})
 	fire("POST", "/v1/sandboxes/"+sandboxes[7]+"/fork", map[string]any{"count": 2})
 	fire("DELETE", "/v1/snapshots/removed", nil)
-	db, err := pgx.Connect(context.Background(), p.config.DatabaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer db.Close(context.Background())
 	// What the host did of that: one pause, one resume and one fork.
 	p.agent.set(sandboxes[0], paused)
 	p.agent.set(sandboxes[1], running)
 	p.agent.set(sandboxes[2], running)
 	p.agent.set(sandboxes[3], paused)
 	from, _ := id.Parse(id.Sandbox, sandboxes[6])
-	rows, err := db.Query(context.Background(), "SELECT id FROM sandboxes WHERE forked_from = $1", from)
+	rows, err := p.db().Query(context.Background(), "SELECT id FROM sandboxes WHERE forked_from = $1", from)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,7 +12,6 @@ import (
 	"testing"
 
 	"connectrpc.com/connect"
-	"github.com/jackc/pgx/v5"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
@@ -107,14 +106,9 @@ func TestImports(t *testing.T) {
 	if r, err := p.try("POST", "/v1/templates/import/archive?name=half", brokenReader{bytes.NewReader(archive)}, tar...); err == nil && r.Status < 400 {
 		t.Errorf("half an archive: %d %s", r.Status, r.Body)
 	}
-	db, err := pgx.Connect(t.Context(), p.config.DatabaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer db.Close(t.Context())
 	p.eventually("half a template is forgotten", func() bool {
 		var n int
-		return db.QueryRow(t.Context(), "SELECT count(*) FROM templates WHERE name = 'half'").Scan(&n) == nil && n == 0
+		return p.db().QueryRow(t.Context(), "SELECT count(*) FROM templates WHERE name = 'half'").Scan(&n) == nil && n == 0
 	})
 	if r := p.call("GET", "/v1/templates/half", nil); !strings.Contains(string(r.Body), "body: broke off") {
 		t.Errorf("of half an archive it is said: %s", r.Body)
@@ -216,13 +210,8 @@ func TestFailedImport(t *testing.T) {
 	for n := range 30 {
 		p.call("POST", "/v1/templates/import", map[string]any{"name": fmt.Sprintf("no%d", n), "reference": "registry.example/none:1"}).fails(404, "not_found")
 	}
-	db, err := pgx.Connect(t.Context(), p.config.DatabaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer db.Close(context.Background())
 	var n int
-	if err := db.QueryRow(t.Context(), "SELECT count(*) FROM failed_imports").Scan(&n); err != nil || n > 20 {
+	if err := p.db().QueryRow(t.Context(), "SELECT count(*) FROM failed_imports").Scan(&n); err != nil || n > 20 {
 		t.Errorf("%d failures are kept, %v", n, err)
 	}
 	if r := p.call("GET", "/v1/templates/no29", nil); !strings.Contains(string(r.Body), "the registry does not have it") {

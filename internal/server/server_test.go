@@ -283,20 +283,10 @@ func newKey() (key string, hash []byte) {
 // newTeam makes another team and returns its key.
 func (p *plane) newTeam() string {
 	p.Helper()
-	ctx := context.Background()
-	conn, err := pgx.Connect(ctx, p.config.DatabaseURL)
-	if err != nil {
-		p.Fatal(err)
-	}
-	defer conn.Close(ctx)
 	team := uuid.New()
 	key, hash := newKey()
-	if _, err := conn.Exec(ctx, "INSERT INTO teams (id, name) VALUES ($1, 'other')", team); err != nil {
-		p.Fatal(err)
-	}
-	if _, err := conn.Exec(ctx, "INSERT INTO api_keys (id, team_id, name, prefix, hash) VALUES ($1, $2, 'k', $3, $4)", uuid.New(), team, key[:8], hash); err != nil {
-		p.Fatal(err)
-	}
+	p.sql("INSERT INTO teams (id, name) VALUES ($1, 'other')", team)
+	p.sql("INSERT INTO api_keys (id, team_id, name, prefix, hash) VALUES ($1, $2, 'k', $3, $4)", uuid.New(), team, key[:8], hash)
 	return key
 }
 
@@ -882,15 +872,8 @@ func TestServerDies(t *testing.T) {
 	first, second := <-asked, <-asked
 	third := id.Format(id.Sandbox, uuid.New())
 	stray := id.Format(id.Sandbox, uuid.New())
-	db, err := pgx.Connect(context.Background(), p.config.DatabaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer db.Close(context.Background())
 	thirdID, _ := id.Parse(id.Sandbox, third)
-	if _, err := db.Exec(context.Background(), `INSERT INTO sandboxes SELECT $1, team_id, host_id, template_id, template_name, 'stopping', vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at FROM sandboxes LIMIT 1`, thirdID); err != nil {
-		t.Fatal(err)
-	}
+	p.sql(`INSERT INTO sandboxes SELECT $1, team_id, host_id, template_id, template_name, 'stopping', vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at FROM sandboxes LIMIT 1`, thirdID)
 	// What the first server asked for came to be, in one case.
 	p.agent.add(first, 60)
 	p.agent.add(third, 60)
@@ -1438,15 +1421,9 @@ func TestFirstAdmin(t *testing.T) {
 	p.call("GET", "/v1/sandboxes", nil, "X-API-Key", p.config.AdminAPIKey).fails(401, "unauthenticated")
 	p.call("GET", "/v1/sandboxes", nil).want(200)
 	p.end() // Last uses are written now at the latest.
-	ctx := context.Background()
-	conn, err := pgx.Connect(ctx, p.config.DatabaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close(ctx)
 	var email, hash, prefix, role string
 	var admin, used bool
-	err = conn.QueryRow(ctx, `SELECT email, password_hash, admin, role, prefix, last_used_at IS NOT NULL FROM users JOIN team_members m ON m.user_id = users.id JOIN api_keys k ON k.team_id = m.team_id`).Scan(&email, &hash, &admin, &role, &prefix, &used)
+	err := p.db().QueryRow(context.Background(), `SELECT email, password_hash, admin, role, prefix, last_used_at IS NOT NULL FROM users JOIN team_members m ON m.user_id = users.id JOIN api_keys k ON k.team_id = m.team_id`).Scan(&email, &hash, &admin, &role, &prefix, &used)
 	if err != nil || email != "admin@example.com" || !admin || role != "owner" || prefix != adminKey[:8] || !used || !strings.HasPrefix(hash, "$argon2id$") {
 		t.Errorf("%s %s %s %s admin=%v used=%v: %v", email, hash, role, prefix, admin, used, err)
 	}

@@ -8,8 +8,6 @@ import (
 	"sync"
 	"testing"
 	"time"
-
-	"github.com/jackc/pgx/v5"
 )
 
 // TestTwoServersTakeTurns has two servers do to one sandbox what one would
@@ -60,13 +58,8 @@ func TestTwoServersTakeTurns(t *testing.T) {
 // once that one is dead.
 func TestTwoServersWatch(t *testing.T) {
 	p, q := newTwo(t, 500*time.Millisecond)
-	conn, err := pgx.Connect(t.Context(), p.config.DatabaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close(context.Background())
 	watcher := func() (id string, alive bool) {
-		err := conn.QueryRow(t.Context(), "SELECT servers.id::text, seen_at > now() - interval '500 ms' FROM hosts JOIN servers ON servers.id = watcher").Scan(&id, &alive)
+		err := p.db().QueryRow(t.Context(), "SELECT servers.id::text, seen_at > now() - interval '500 ms' FROM hosts JOIN servers ON servers.id = watcher").Scan(&id, &alive)
 		if err != nil {
 			return "", false
 		}
