@@ -45,12 +45,7 @@ func (p *plane) sql(query string, args ...any) {
 func (p *plane) db() *pgx.Conn {
 	p.Helper()
 	if p.conn == nil {
-		conn, err := pgx.Connect(context.Background(), p.config.DatabaseURL)
-		if err != nil {
-			p.Fatal(err)
-		}
-		p.conn = conn
-		p.Cleanup(func() { conn.Close(context.Background()) })
+		p.conn = pgtest.Connect(p, p.config.DatabaseURL)
 	}
 	return p.conn
 }

@@ -53,12 +53,7 @@ func newFleet(t *testing.T, c Config) *fleet {
 		t.Fatal(err)
 	}
 	t.Cleanup(r.Close)
-	sql, err := pgx.Connect(ctx, url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { sql.Close(ctx) })
-	return &fleet{t, r, sql}
+	return &fleet{t, r, pgtest.Connect(t, url)}
 }
 
 func (f *fleet) exec(sql string, args ...any) {

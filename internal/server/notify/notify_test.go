@@ -237,12 +237,7 @@ func newBench(t *testing.T, url string) *bench {
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn, err := pgx.Connect(context.Background(), url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close(context.Background()) })
-	return &bench{T: t, Service: s, conn: conn, team: uuid.New()}
+	return &bench{T: t, Service: s, conn: pgtest.Connect(t, url), team: uuid.New()}
 }
 
 func (b *bench) exec(sql string, args ...any) {

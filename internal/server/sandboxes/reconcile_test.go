@@ -127,11 +127,6 @@ func newBench(t *testing.T) *bench {
 		t.Fatal(err)
 	}
 	t.Cleanup(st.Close)
-	conn, err := pgx.Connect(ctx, url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close(ctx) })
 	agent := &lister{has: make(map[string]*hostagentv1.Sandbox), templates: make(map[string]*hostagentv1.Template)}
 	addr := "unix:" + filepath.Join(t.TempDir(), "a.sock")
 	l, err := netaddr.Listen(ctx, addr, 0o600)
@@ -156,7 +151,7 @@ func newBench(t *testing.T) *bench {
 	s := New(Config{Store: st, Hosts: registry, Templates: templates.New(st, log), Tokens: auth.NewTokens([]byte("secret")), Log: log})
 	t.Cleanup(func() { s.Close(ctx) })
 	w := &watch{Service: s, host: host, log: log, poke: make(chan struct{}, 1), missing: map[uuid.UUID]time.Time{}, stray: map[uuid.UUID]time.Time{}}
-	return &bench{T: t, watch: w, agent: agent, conn: conn}
+	return &bench{T: t, watch: w, agent: agent, conn: pgtest.Connect(t, url)}
 }
 
 const (

@@ -6,8 +6,6 @@ import (
 	"testing"
 
 	"github.com/jackc/pgx/v5"
-
-	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
 // fill puts rows into every table that grows: an installation that has been
@@ -64,18 +62,7 @@ func fill(t *testing.T, conn *pgx.Conn) {
 
 // TestPlans checks, with tables that have grown, that no query reads all of one.
 func TestPlans(t *testing.T) {
-	ctx := context.Background()
-	url := pgtest.New(t)
-	s, err := Open(ctx, url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	conn, err := pgx.Connect(ctx, url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close(ctx)
+	conn := connect(t)
 	fill(t, conn)
 	t.Run("typical", func(t *testing.T) { typicalPlans(t, conn) })
 	t.Run("every", func(t *testing.T) { everyPlan(t, conn) })

@@ -52,18 +52,7 @@ const hostsPart = "a host has a good part of all templates: PostgreSQL joins the
 // PostgreSQL is told to do without sequential scans wherever it can, so that
 // the answer does not depend on how much is in the tables.
 func TestEveryQuery(t *testing.T) {
-	ctx := context.Background()
-	url := pgtest.New(t)
-	s, err := Open(ctx, url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	conn, err := pgx.Connect(ctx, url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close(ctx)
+	ctx, conn := context.Background(), connect(t)
 	// Plans that hold for any arguments, and that go from one table to the next
 	// by index if that is possible at all.
 	for _, setting := range []string{"plan_cache_mode = force_generic_plan", "enable_seqscan = off", "enable_hashjoin = off", "enable_mergejoin = off", "enable_material = off"} {
@@ -90,26 +79,7 @@ func TestEveryQuery(t *testing.T) {
 		partial[n] = true
 	}
 
-	queries := generated(t)
-	if len(queries) < 50 {
-		t.Fatalf("found %d queries", len(queries))
-	}
-	for _, name := range slices.Sorted(maps.Keys(queries)) {
-		scans := plan(t, conn, name, queries[name]).scans(partial, false)
-		why, may := readsAll[name]
-		switch {
-		case len(scans) > 0 && !may:
-			t.Errorf("%s reads all of %s", name, strings.Join(scans, " and of "))
-		case len(scans) == 0 && may:
-			t.Errorf("%s reads all of nothing: it need not be excused (%s)", name, why)
-		}
-	}
-	for name := range readsAll {
-		if queries[name] == "" {
-			t.Errorf("there is no query %s to excuse", name)
-		}
-	}
-	t.Logf("%d queries", len(queries))
+	planAll(t, conn, readsAll, func(n node) []string { return n.scans(partial, false) })
 }
 
 // everyPlan plans each query of internal/gen/db as PostgreSQL would in an
@@ -120,22 +90,45 @@ func everyPlan(t *testing.T, conn *pgx.Conn) {
 	if _, err := conn.Exec(context.Background(), "SET plan_cache_mode = force_generic_plan"); err != nil {
 		t.Fatal(err)
 	}
+	planAll(t, conn, maySequential, node.sequential)
+}
+
+// connect returns a connection to a database of the test's own that has the schema.
+func connect(t *testing.T) *pgx.Conn {
+	t.Helper()
+	url := pgtest.New(t)
+	s, err := Open(context.Background(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	return pgtest.Connect(t, url)
+}
+
+// planAll plans each query of internal/gen/db: reads are the tables that a plan
+// reads all of, which the queries that are excused do, and no other.
+func planAll(t *testing.T, conn *pgx.Conn, excused map[string]string, reads func(node) []string) {
+	t.Helper()
 	queries := generated(t)
+	if len(queries) < 50 {
+		t.Fatalf("found %d queries", len(queries))
+	}
 	for _, name := range slices.Sorted(maps.Keys(queries)) {
-		scans := plan(t, conn, name, queries[name]).sequential()
-		why, may := maySequential[name]
+		tables := reads(plan(t, conn, name, queries[name]))
+		why, may := excused[name]
 		switch {
-		case len(scans) > 0 && !may:
-			t.Errorf("%s reads all of %s", name, strings.Join(scans, " and of "))
-		case len(scans) == 0 && may:
+		case len(tables) > 0 && !may:
+			t.Errorf("%s reads all of %s", name, strings.Join(tables, " and of "))
+		case len(tables) == 0 && may:
 			t.Errorf("%s reads all of nothing: it need not be excused (%s)", name, why)
 		}
 	}
-	for name := range maySequential {
+	for name := range excused {
 		if queries[name] == "" {
 			t.Errorf("there is no query %s to excuse", name)
 		}
 	}
+	t.Logf("%d queries", len(queries))
 }
 
 // sequential are the tables that grow and that a plan reads from end to end.

@@ -57,12 +57,7 @@ func newBench(t *testing.T) *bench {
 		t.Fatal(err)
 	}
 	t.Cleanup(st.Close)
-	conn, err := pgx.Connect(ctx, url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close(ctx) })
-	b := &bench{T: t, conn: conn, usage: New(st, slog.New(slog.DiscardHandler))}
+	b := &bench{T: t, conn: pgtest.Connect(t, url), usage: New(st, slog.New(slog.DiscardHandler))}
 	for n := range 3 {
 		b.teams = append(b.teams, uuid.New())
 		b.exec("INSERT INTO teams (id, name) VALUES ($1, $2)", b.teams[n], fmt.Sprint("team", n))

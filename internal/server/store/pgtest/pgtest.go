@@ -88,6 +88,18 @@ func New(t testing.TB) string {
 	return c.URL(name)
 }
 
+// Connect returns a connection to a database that New made, which is closed
+// when t ends.
+func Connect(t testing.TB, url string) *pgx.Conn {
+	t.Helper()
+	conn, err := pgx.Connect(context.Background(), url)
+	if err != nil {
+		t.Fatalf("connect to test database: %v", err)
+	}
+	t.Cleanup(func() { conn.Close(context.Background()) })
+	return conn
+}
+
 // Shared returns the cluster, for tests that stop and start it.
 func Shared(t testing.TB) *Cluster {
 	t.Helper()
