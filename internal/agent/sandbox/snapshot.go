@@ -311,17 +311,19 @@ func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_
 	if err != nil {
 		return nil, fmt.Errorf("fork: %w", err)
 	}
-	shares := false
+	begins := start{capture: c, copied: true}
 	if under != nil && under.image != nil && m.bases.share(under) {
 		defer m.bases.release(under)
-		if shares, err = m.sharesMemory(c, under, len(copies)); err != nil {
+		shares, err := m.sharesMemory(c, under, len(copies))
+		if err != nil {
 			return nil, fmt.Errorf("fork: %w", err)
 		}
+		if shares {
+			begins.base = under
+		}
 	}
-	begins := start{capture: c, copied: true, base: under}
-	if !shares {
+	if begins.base == nil {
 		// Made once for all, and not dropped between them.
-		begins.base = nil
 		one, err := m.bases.acquire(ctx, c)
 		if err != nil {
 			return nil, fmt.Errorf("fork: %w", err)
