@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/wrenn-dev/wrenn/internal/pki"
 	"github.com/wrenn-dev/wrenn/internal/server/mail"
 	"github.com/wrenn-dev/wrenn/internal/server/mail/mailtest"
 )
@@ -45,10 +46,17 @@ func url(scheme string, s *mailtest.Server, query string) string {
 // user to log in; and none to servers that are not who they say they are, or
 // that would have the password in clear.
 func TestSender(t *testing.T) {
-	ours, others := mailtest.NewAuthority(t), mailtest.NewAuthority(t)
+	ours, err := pki.NewAuthority()
+	if err != nil {
+		t.Fatal(err)
+	}
+	others, err := pki.NewAuthority()
+	if err != nil {
+		t.Fatal(err)
+	}
 	// Whom the system trusts is read when it is first asked, which is below.
 	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, "ca.pem"), ours.PEM, 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "ca.pem"), ours.PEM(), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	t.Setenv("SSL_CERT_FILE", filepath.Join(dir, "ca.pem"))
@@ -60,12 +68,12 @@ func TestSender(t *testing.T) {
 		arrives, tls  bool
 		logins        int
 	}{
-		"STARTTLS":             {"smtp", "", mailtest.Options{Certificate: ours.Certificate(t), User: "wrenn", Password: secret}, true, true, 1},
-		"TLS from the start":   {"smtps", "", mailtest.Options{Certificate: ours.Certificate(t), Implicit: true, User: "wrenn", Password: secret}, true, true, 1},
-		"a wrong password":     {"smtp", "", mailtest.Options{Certificate: ours.Certificate(t), User: "wrenn", Password: "another"}, false, true, 1},
+		"STARTTLS":             {"smtp", "", mailtest.Options{Certificate: mailtest.Certificate(t, ours), User: "wrenn", Password: secret}, true, true, 1},
+		"TLS from the start":   {"smtps", "", mailtest.Options{Certificate: mailtest.Certificate(t, ours), Implicit: true, User: "wrenn", Password: secret}, true, true, 1},
+		"a wrong password":     {"smtp", "", mailtest.Options{Certificate: mailtest.Certificate(t, ours), User: "wrenn", Password: "another"}, false, true, 1},
 		"no TLS":               {"smtp", "", mailtest.Options{User: "wrenn", Password: secret}, false, false, 0},
-		"somebody else's":      {"smtp", "", mailtest.Options{Certificate: others.Certificate(t), User: "wrenn", Password: secret}, false, false, 0},
-		"somebody else's, TLS": {"smtps", "", mailtest.Options{Certificate: others.Certificate(t), Implicit: true, User: "wrenn", Password: secret}, false, false, 0},
+		"somebody else's":      {"smtp", "", mailtest.Options{Certificate: mailtest.Certificate(t, others), User: "wrenn", Password: secret}, false, false, 0},
+		"somebody else's, TLS": {"smtps", "", mailtest.Options{Certificate: mailtest.Certificate(t, others), Implicit: true, User: "wrenn", Password: secret}, false, false, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			server := mailtest.Start(t, c.options)
@@ -94,7 +102,7 @@ func TestSender(t *testing.T) {
 
 	// One that is busy gets it later; a letter's text never gets to be a header.
 	var said log
-	server := mailtest.Start(t, mailtest.Options{Certificate: ours.Certificate(t), User: "wrenn", Password: secret, Busy: 1})
+	server := mailtest.Start(t, mailtest.Options{Certificate: mailtest.Certificate(t, ours), User: "wrenn", Password: secret, Busy: 1})
 	s, err := mail.New(url("smtp", server, ""), "wrenn@example.com", slog.New(slog.NewTextHandler(&said, nil)))
 	if err != nil {
 		t.Fatal(err)

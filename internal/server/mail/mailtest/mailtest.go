@@ -2,24 +2,20 @@
 package mailtest
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"encoding/pem"
 	"io"
-	"math/big"
 	"mime"
 	"mime/quotedprintable"
 	"net"
 	"net/mail"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/emersion/go-sasl"
 	"github.com/emersion/go-smtp"
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/pki"
 )
 
 // Letter is what the server took.
@@ -174,49 +170,20 @@ func (s *session) Data(r io.Reader) error {
 	return nil
 }
 
-// Authority makes certificates for servers on loopback.
-type Authority struct {
-	// PEM is its own certificate.
-	PEM  []byte
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-}
-
-// NewAuthority returns an authority of the test's own.
-func NewAuthority(t testing.TB) *Authority {
+// Certificate returns a certificate for 127.0.0.1 by an authority.
+func Certificate(t testing.TB, a *pki.Authority) *tls.Certificate {
 	t.Helper()
-	a := &Authority{}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
-	var raw []byte
-	raw, a.key = a.sign(t, template, template, nil)
-	a.PEM = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: raw})
-	var err error
-	if a.cert, err = x509.ParseCertificate(raw); err != nil {
-		t.Fatal(err)
-	}
-	return a
-}
-
-// Certificate returns a certificate for 127.0.0.1.
-func (a *Authority) Certificate(t testing.TB) *tls.Certificate {
-	t.Helper()
-	raw, key := a.sign(t, &x509.Certificate{SerialNumber: big.NewInt(2), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}, a.cert, a.key)
-	return &tls.Certificate{Certificate: [][]byte{raw}, PrivateKey: key}
-}
-
-// sign makes a key and its certificate; by nil it signs itself.
-func (a *Authority) sign(t testing.TB, template, parent *x509.Certificate, by *ecdsa.PrivateKey) ([]byte, *ecdsa.PrivateKey) {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	key, err := pki.NewKey()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if by == nil {
-		by = key
-	}
-	raw, err := x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, by)
+	request, err := pki.NewRequest(key, "127.0.0.1")
 	if err != nil {
 		t.Fatal(err)
 	}
-	return raw, key
+	_, leaf, err := a.SignHost(request, uuid.New(), "127.0.0.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &tls.Certificate{Certificate: [][]byte{leaf.Raw}, PrivateKey: key}
 }
