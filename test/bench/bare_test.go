@@ -22,6 +22,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
+	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/network"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qemu"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qmp"
@@ -48,6 +49,15 @@ type bare struct {
 	ram     *os.File // the guest's memory at first; nil: memory as QEMU makes it by itself
 	disk    []string // from the lowest on; the last is written to
 	token   string   // what the guest's daemon wants to be shown
+}
+
+// under are the files of a capture's disk, from the lowest on.
+func under(c *image.Capture) []string {
+	files := []string{c.Rootfs()}
+	for n := range c.Layers {
+		files = append(files, c.Layer(n))
+	}
+	return files
 }
 
 // cmdline is how the machine of a sandbox was started.

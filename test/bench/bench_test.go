@@ -267,19 +267,25 @@ func TestMachine(t *testing.T) {
 // meminfo is a value of /proc/meminfo, in bytes.
 func meminfo(t *testing.T, key string) int64 {
 	t.Helper()
-	b, err := os.ReadFile("/proc/meminfo")
+	return kib(t, "/proc/meminfo", key)
+}
+
+// kib is a value of a file of /proc that has it in KiB, in bytes.
+func kib(t *testing.T, file, key string) int64 {
+	t.Helper()
+	b, err := os.ReadFile(file)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for line := range strings.Lines(string(b)) {
 		if f := strings.Fields(line); len(f) > 1 && f[0] == key+":" {
-			kib, err := strconv.ParseInt(f[1], 10, 64)
+			n, err := strconv.ParseInt(f[1], 10, 64)
 			if err != nil {
 				t.Fatal(err)
 			}
-			return kib << 10
+			return n << 10
 		}
 	}
-	t.Fatalf("/proc/meminfo has no %s", key)
+	t.Fatalf("%s has no %s", file, key)
 	return 0
 }

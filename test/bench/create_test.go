@@ -269,12 +269,8 @@ func (h *host) floors(t *testing.T, line []string) func(*start, *sample) {
 		if err := disk.CreateOverlay(overlay, int64(c.DiskMiB)<<20, 0); err != nil {
 			t.Fatal(err)
 		}
-		files := []string{c.Rootfs()}
-		for n := range c.Layers {
-			files = append(files, c.Layer(n))
-		}
 		incoming := pipe(t, devices)
-		launch := bare{cmdline: line, ram: ram, disk: append(files, overlay), token: c.Token}.prepare(t, h, incoming, true)
+		launch := bare{cmdline: line, ram: ram, disk: append(under(c), overlay), token: c.Token}.prepare(t, h, incoming, true)
 		var p *process
 		begin := time.Now()
 		s.time(func() {

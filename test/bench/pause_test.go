@@ -278,11 +278,7 @@ func (h *host) dumps(t *testing.T, sandbox string, line []string, r *row) {
 		t.Fatal(err)
 	}
 	overlay := filepath.Join(h.dir, "overlay.qcow2")
-	files := []string{origin.Rootfs()}
-	for n := range origin.Layers {
-		files = append(files, origin.Layer(n))
-	}
-	files = append(files, overlay)
+	files := append(under(origin), overlay)
 	own, err := filepath.Glob(filepath.Join(folder, "disk-*.qcow2"))
 	if err != nil || len(own) != 1 {
 		t.Fatal(own, err)

@@ -148,21 +148,7 @@ func storm(t *testing.T, n int, ask func(int) error) sample {
 // rss is how much of a process's memory is resident, in bytes.
 func rss(t *testing.T, pid int) int64 {
 	t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for line := range strings.Lines(string(b)) {
-		if f := strings.Fields(line); f[0] == "VmRSS:" {
-			kib, err := strconv.ParseInt(f[1], 10, 64)
-			if err != nil {
-				t.Fatal(err)
-			}
-			return kib << 10
-		}
-	}
-	t.Fatalf("process %d has no memory", pid)
-	return 0
+	return kib(t, fmt.Sprintf("/proc/%d/status", pid), "VmRSS")
 }
 
 // newServer starts `wrenn server` and returns its URL and process.
