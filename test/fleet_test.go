@@ -389,13 +389,20 @@ func TestFleet(t *testing.T) {
 	}
 
 	// What counts in memory alone. Any of the commands may run twice.
+	run := func(id, cmd string) (string, error) {
+		r, err := c.Exec(ctx, id, client.Command{Cmd: cmd, Shell: true, TimeoutSeconds: 120, Repeatable: true}, nil)
+		if err != nil {
+			return "", err
+		}
+		return strings.TrimSpace(string(r.Stdout)), nil
+	}
 	shell := func(id, cmd string) string {
 		t.Helper()
-		r, err := c.Exec(ctx, id, client.Command{Cmd: cmd, Shell: true, TimeoutSeconds: 120, Repeatable: true}, nil)
+		out, err := run(id, cmd)
 		if err != nil {
 			t.Fatal(err)
 		}
-		return strings.TrimSpace(string(r.Stdout))
+		return out
 	}
 	// each runs a command in every sandbox of the host that goes.
 	each := func(cmd string, got func(id, out string)) {
@@ -405,12 +412,12 @@ func TestFleet(t *testing.T) {
 			wg.Go(func() {
 				turn <- struct{}{}
 				defer func() { <-turn }()
-				r, err := c.Exec(ctx, id, client.Command{Cmd: cmd, Shell: true, TimeoutSeconds: 120, Repeatable: true}, nil)
+				out, err := run(id, cmd)
 				if err != nil {
 					t.Errorf("%s: %v", id, err)
 					return
 				}
-				got(id, strings.TrimSpace(string(r.Stdout)))
+				got(id, out)
 			})
 		}
 		wg.Wait()
