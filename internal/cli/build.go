@@ -72,16 +72,7 @@ func (a *app) buildCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			copies, err := readRecipe(&o, dir, file)
-			if err != nil {
-				return err
-			}
-			if copies {
-				if o.Archive, err = upload(cmd.Context(), c, dir); err != nil {
-					return err
-				}
-			}
-			b, err := c.Build(cmd.Context(), o)
+			b, err := startBuild(cmd.Context(), c, o, dir, file)
 			if err != nil {
 				return err
 			}
@@ -108,6 +99,20 @@ func (a *app) buildCommand() *cobra.Command {
 	f.BoolVarP(&detach, "detach", "d", false, "print the build's id and do not wait for it")
 	cmd.AddCommand(a.buildLsCommand(), a.buildShowCommand(), a.buildFollowCommand(), a.buildCancelCommand())
 	return cmd
+}
+
+// startBuild starts the build of a folder's recipe, with what it copies.
+func startBuild(ctx context.Context, c *client.Client, o client.BuildOptions, dir, file string) (*client.Build, error) {
+	copies, err := readRecipe(&o, dir, file)
+	if err != nil {
+		return nil, err
+	}
+	if copies {
+		if o.Archive, err = upload(ctx, c, dir); err != nil {
+			return nil, err
+		}
+	}
+	return c.Build(ctx, o)
 }
 
 // readRecipe reads the recipe, and says whether it copies files.
@@ -226,9 +231,6 @@ func (a *app) buildLsCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "ls", Aliases: []string{"list"}, Short: "List builds, the newest first", Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := out.check(); err != nil {
-				return err
-			}
 			c, err := a.client()
 			if err != nil {
 				return err

@@ -140,22 +140,31 @@ func counted(check cobra.PositionalArgs) cobra.PositionalArgs {
 // output is the -o flag.
 type output struct{ format string }
 
+// flag gives a command the choice of a form, which is checked before it runs.
 func (o *output) flag(cmd *cobra.Command) {
 	cmd.Flags().StringVarP(&o.format, "output", "o", "table", "table or json")
 	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json"}, cobra.ShellCompDirectiveNoFileComp))
-}
-
-func (o *output) check() error {
-	if o.format != "table" && o.format != "json" {
-		return usage("-o %s: want table or json", o.format)
+	cmd.PreRunE = func(*cobra.Command, []string) error {
+		if o.format != "table" && o.format != "json" {
+			return usage("-o %s: want table or json", o.format)
+		}
+		return nil
 	}
-	return nil
 }
 
 func (a *app) json(v any) error {
 	e := json.NewEncoder(a.out)
 	e.SetIndent("", "  ")
 	return e.Encode(v)
+}
+
+// made writes what was made: what it is called alone, or all as JSON.
+func (a *app) made(out output, what any, name string) error {
+	if out.format == "json" {
+		return a.json(what)
+	}
+	_, err := fmt.Fprintln(a.out, name)
+	return err
 }
 
 // table writes rows, the first of which is the head.

@@ -41,9 +41,6 @@ func (a *app) forkCommand() *cobra.Command {
 		Long: "Copy a running sandbox, which goes on. The copies go on from the same moment, with the same processes,\n" +
 			"memory and files, and each with an id, tokens, host name and random numbers of its own.",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := out.check(); err != nil {
-				return err
-			}
 			if count < 1 {
 				return usage("-n %d: want at least 1", count)
 			}
@@ -84,9 +81,6 @@ func (a *app) snapshotCreateCommand() *cobra.Command {
 		Long: "Capture a sandbox, running or paused, which stays as it is. `wrenn create -t NAME` makes sandboxes that\n" +
 			"go on from there, memory, processes and all.",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := out.check(); err != nil {
-				return err
-			}
 			c, err := a.client()
 			if err != nil {
 				return err
@@ -95,11 +89,7 @@ func (a *app) snapshotCreateCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if out.format == "json" {
-				return a.json(t)
-			}
-			_, err = fmt.Fprintln(a.out, t.Name)
-			return err
+			return a.made(out, t, t.Name)
 		},
 	}
 	out.flag(cmd)

@@ -39,9 +39,6 @@ func (a *app) hostAddCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "add NAME", Short: "Make a host, and the token that its agent registers with", Args: exactly(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := out.check(); err != nil {
-				return err
-			}
 			c, err := a.client()
 			if err != nil {
 				return err
@@ -64,9 +61,6 @@ func (a *app) hostTokenCommand() *cobra.Command {
 		Use: "token HOST", Short: "Make another registration token for a host", Args: exactly(1), ValidArgsFunction: a.completeHost,
 		Long: "Make another registration token for a host, whose agent goes on as it is until the token is used.",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := out.check(); err != nil {
-				return err
-			}
 			c, err := a.client()
 			if err != nil {
 				return err
@@ -91,9 +85,6 @@ func (a *app) hostListCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "ls", Short: "List hosts", Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := out.check(); err != nil {
-				return err
-			}
 			c, err := a.client()
 			if err != nil {
 				return err

@@ -14,11 +14,6 @@ import (
 // as makes a command of what somebody who is logged in does.
 func (a *app) as(cmd *cobra.Command, out *output, do func(ctx context.Context, p *person, args []string) error) *cobra.Command {
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		if out != nil {
-			if err := out.check(); err != nil {
-				return err
-			}
-		}
 		p, err := a.person(cmd.Context())
 		if err != nil {
 			return err
@@ -57,11 +52,7 @@ func (a *app) keyCreateCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		if out.format == "json" {
-			return a.json(k)
-		}
-		_, err = fmt.Fprintln(a.out, k.Key)
-		return err
+		return a.made(out, k, k.Key)
 	})
 	cmd.Flags().StringSliceVar(&scopes, "scope", nil, "what it is for: sandboxes, templates, read-only, platform; repeatable (default: sandboxes and templates)")
 	cmd.Flags().DurationVar(&expires, "expires", 0, "how long it holds, as in 720h (default: until it is revoked)")
@@ -183,11 +174,7 @@ func (a *app) teamCreateCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		if out.format == "json" {
-			return a.json(t)
-		}
-		_, err = fmt.Fprintln(a.out, t.ID)
-		return err
+		return a.made(out, t, t.ID)
 	})
 }
 

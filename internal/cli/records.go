@@ -32,9 +32,6 @@ func (a *app) usageCommand() *cobra.Command {
 		Long: "Show how long the team's sandboxes ran, times their virtual CPUs and their memory, and how many were started,\n" +
 			"by day (UTC), from the first of this month unless said otherwise.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := out.check(); err != nil {
-				return err
-			}
 			first, err := dayFlag("from", from)
 			if err != nil {
 				return err
@@ -142,9 +139,6 @@ func (a *app) channelAddCommand() *cobra.Command {
 			"Events: sandbox.started, sandbox.paused, sandbox.ended, sandbox.failed, sandbox.missing, sandbox.lost,\n" +
 			"build.finished, quota.reached; for the platform's admins host.unreachable, host.online.",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := out.check(); err != nil {
-				return err
-			}
 			if len(o.Events) == 0 {
 				return usage("want at least one --event")
 			}
@@ -174,11 +168,7 @@ func (a *app) channelAddCommand() *cobra.Command {
 			if made {
 				fmt.Fprintf(a.err, "secret: %s\n", o.Secret)
 			}
-			if out.format == "json" {
-				return a.json(ch)
-			}
-			_, err = fmt.Fprintln(a.out, ch.ID)
-			return err
+			return a.made(out, ch, ch.ID)
 		},
 	}
 	cmd.Flags().StringSliceVar(&o.Events, "event", nil, "an event that is told; may be repeated")
@@ -192,9 +182,6 @@ func (a *app) channelLsCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "ls", Short: "List channels", Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := out.check(); err != nil {
-				return err
-			}
 			c, err := a.client()
 			if err != nil {
 				return err

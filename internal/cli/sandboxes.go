@@ -69,9 +69,6 @@ func (a *app) createCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "create", Short: "Create a sandbox and print its id", Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := out.check(); err != nil {
-				return err
-			}
 			options, err := o.options()
 			if err != nil {
 				return err
@@ -84,11 +81,7 @@ func (a *app) createCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if out.format == "json" {
-				return a.json(s)
-			}
-			_, err = fmt.Fprintln(a.out, s.ID)
-			return err
+			return a.made(out, s, s.ID)
 		},
 	}
 	o.flags(cmd)
@@ -103,9 +96,6 @@ func (a *app) lsCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "ls", Aliases: []string{"list"}, Short: "List sandboxes", Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := out.check(); err != nil {
-				return err
-			}
 			meta, err := pairs("metadata", metadata)
 			if err != nil {
 				return err
@@ -260,9 +250,6 @@ func (a *app) metricsCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "metrics SANDBOX", Short: "Print what a sandbox uses", Args: exactly(1), ValidArgsFunction: a.completeSandbox,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := out.check(); err != nil {
-				return err
-			}
 			c, err := a.client()
 			if err != nil {
 				return err

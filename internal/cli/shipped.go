@@ -49,16 +49,7 @@ func (a *app) buildShipped(cmd *cobra.Command, c *client.Client, name string) (e
 		return err
 	}
 	o := client.BuildOptions{Name: name, StepTimeoutSeconds: shippedStepTimeout, PhaseTimeoutSeconds: shippedStepTimeout}
-	copies, err := readRecipe(&o, dir, "")
-	if err != nil {
-		return err
-	}
-	if copies {
-		if o.Archive, err = upload(cmd.Context(), c, dir); err != nil {
-			return err
-		}
-	}
-	b, err := c.Build(cmd.Context(), o)
+	b, err := startBuild(cmd.Context(), c, o, dir, "")
 	if err != nil {
 		return err
 	}

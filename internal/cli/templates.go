@@ -26,9 +26,6 @@ func (a *app) templatesCommand(short string, all func(*client.Client, context.Co
 	cmd := &cobra.Command{
 		Use: "ls", Aliases: []string{"list"}, Short: short, Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := out.check(); err != nil {
-				return err
-			}
 			c, err := a.client()
 			if err != nil {
 				return err
@@ -64,9 +61,6 @@ func (a *app) templateShowCommand() *cobra.Command {
 		Use: "show TEMPLATE", Short: "Show a template", Args: exactly(1), ValidArgsFunction: a.completeTemplate,
 		Long: "Show a template: NAME (its latest version), NAME:TAG, NAME@VERSION or an id.",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := out.check(); err != nil {
-				return err
-			}
 			c, err := a.client()
 			if err != nil {
 				return err
