@@ -32,6 +32,8 @@ var raw = map[string]bool{
 	"getMetrics":       true,
 	"getOpenAPI":       true,
 	"getDocs":          true,
+	"getVerifyPage":    true,
+	"getResetPage":     true,
 	"listAudit":        true, // an export
 	"runCode":          true, // a stream of lines
 	"followBuild":      true, // a stream of events
