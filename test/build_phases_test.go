@@ -85,14 +85,19 @@ func TestBuildPhases(t *testing.T) {
 		}
 		return b
 	}
-	ended := func(build string) *client.Build {
+	endedWhile := func(build string, doing func()) *client.Build {
 		t.Helper()
 		var b *client.Build
 		within(t, 3*time.Minute, "the build has ended", func() bool {
+			doing()
 			b = show(build)
 			return b.State != "" && b.State != "queued" && b.State != "running"
 		})
 		return b
+	}
+	ended := func(build string) *client.Build {
+		t.Helper()
+		return endedWhile(build, func() {})
 	}
 	count := func(query string) (n int) {
 		t.Helper()
@@ -232,14 +237,17 @@ HEALTHCHECK CMD true
 		// The host's disk is full when the build writes to it.
 		build := start(client.BuildOptions{Recipe: text, SkipPrePost: true})
 		reach(build, 1)
-		filler := filepath.Join(room, "filler")
-		fill(t, room, filler)
-		b := ended(build)
+		fillers := filepath.Join(room, "fillers")
+		if err := os.Mkdir(fillers, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		// It stays full, though templates of earlier builds are removed meanwhile.
+		b := endedWhile(build, func() { fill(t, fillers) })
 		t.Logf("on a full disk: %s %s", b.State, b.Error)
 		if b.State != "failed" || b.Error != "this host has no disk space left" {
 			t.Errorf("on a full disk: %s %s", b.State, b.Error)
 		}
-		if err := os.Remove(filler); err != nil {
+		if err := os.RemoveAll(fillers); err != nil {
 			t.Fatal(err)
 		}
 		nothing("a full disk")
@@ -250,22 +258,27 @@ HEALTHCHECK CMD true
 	})
 }
 
-// fill writes a file until its file system is full.
-func fill(t *testing.T, dir, file string) {
+// fill writes a file into a folder that takes all the space of its file system.
+func fill(t *testing.T, dir string) {
 	t.Helper()
 	var fs syscall.Statfs_t
 	if err := syscall.Statfs(dir, &fs); err != nil {
 		t.Fatal(err)
 	}
-	f, err := os.Create(file)
+	if fs.Bavail == 0 {
+		return
+	}
+	f, err := os.CreateTemp(dir, "")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	for size := int64(fs.Bavail) * fs.Bsize; size >= 4096; {
-		if err := syscall.Fallocate(int(f.Fd()), 0, 0, size); err == nil {
-			return
+	at := int64(0)
+	for size := int64(fs.Bavail) * fs.Bsize; size >= fs.Bsize; {
+		if syscall.Fallocate(int(f.Fd()), 0, at, size) != nil {
+			size /= 2
+			continue
 		}
-		size -= 4 << 20
+		at += size
 	}
 }

@@ -472,7 +472,7 @@ func TestFullDisk(t *testing.T) {
 	h.pause(t, sandbox)
 	h.resume(t, sandbox)
 	// More than there will be room for.
-	h.exec(t, sandbox, sh("setsid python3 -c 'import os,time;b=os.urandom(60<<20);time.sleep(600)' >/dev/null 2>&1 </dev/null & sleep 2"), nil)
+	h.exec(t, sandbox, sh("setsid python3 -c 'import os,time;b=os.urandom(60<<20);open(\"/tmp/have\",\"w\");time.sleep(600)' >/dev/null 2>&1 </dev/null & until [ -e /tmp/have ]; do sleep 0.1; done"), nil)
 	before := h.tree(t)
 	fill := h.fill(t, 20<<20)
 	_, err := h.Pause(t.Context(), connect.NewRequest(&pb.PauseRequest{SandboxId: sandbox}))
@@ -489,8 +489,22 @@ func TestFullDisk(t *testing.T) {
 		t.Errorf("a snapshot on a full disk: %v", err)
 	}
 	last = h.counts(t, sandbox, pid, last)
+	// A guest that writes waits for space, and does not see that there was none.
+	h.exec(t, sandbox, sh("(head -c 30M /dev/urandom > /tmp/more; sync; sha256sum /tmp/more > /tmp/more.sum) >/dev/null 2>&1 </dev/null &"), nil)
+	h.await(t, func() bool { return strings.Contains(h.Log(), "the guest waits for space") })
+	// It has moments in which it tries again: what it is asked for may yet be done.
+	ask := sh("python3 -c pass")
+	ask.TimeoutSeconds = 1
+	_, err = h.Exec(t.Context(), connect.NewRequest(&pb.ExecRequest{SandboxId: sandbox, Command: ask}))
+	if err != nil && (connect.CodeOf(err) != connect.CodeResourceExhausted || !strings.Contains(err.Error(), "disk space")) {
+		t.Errorf("a guest that writes to a full disk: %v", err)
+	}
 	if err := os.Remove(fill); err != nil {
 		t.Fatal(err)
+	}
+	last = h.counts(t, sandbox, pid, last)
+	if got := h.exec(t, sandbox, sh("until [ -s /tmp/more.sum ]; do sleep 0.1; done; sha256sum -c /tmp/more.sum"), nil); got.GetExitCode() != 0 {
+		t.Errorf("what it wrote: %s %s", got.GetStdout(), got.GetStderr())
 	}
 	h.pause(t, sandbox)
 	h.resume(t, sandbox)

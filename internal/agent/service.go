@@ -54,7 +54,8 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 	}
 	var ce *connect.Error
 	if errors.As(err, &ce) {
-		if ce.Code() == connect.CodeDeadlineExceeded && s.full() {
+		lost := ce.Code() == connect.CodeDeadlineExceeded || ce.Code() == connect.CodeUnavailable
+		if lost && ce.Meta().Get(guest.SourceHeader) == "" && s.full() {
 			// A machine that cannot write to its disk stops until it can: its guest
 			// does not know why it does not answer.
 			return connect.NewError(connect.CodeResourceExhausted, errors.New("this host has no disk space left"))

@@ -442,7 +442,7 @@ func lost(ctx context.Context, err error) error {
 	if errors.As(err, &ce) {
 		return ce
 	}
-	return connect.NewError(connect.CodeUnavailable, fmt.Errorf("the sandbox does not answer: %w", err))
+	return connect.NewError(connect.CodeUnavailable, fmt.Errorf("the sandbox does not answer: %w", reason(err)))
 }
 
 // unreadable is the error of an answer that the daemon does not give.
@@ -466,5 +466,14 @@ func fromConnect(ctx context.Context, err error) error {
 	case ce != nil && ce.Code() == connect.CodeUnauthenticated:
 		return own(ce.Code(), "the sandbox has no such user") // a bare status 401
 	}
-	return connect.NewError(connect.CodeUnavailable, fmt.Errorf("the sandbox does not answer: %s", clean(err.Error())))
+	return connect.NewError(connect.CodeUnavailable, fmt.Errorf("the sandbox does not answer: %s", clean(reason(err).Error())))
+}
+
+// reason is an error of a request without its address: where the guest is on
+// its host is nobody's business.
+func reason(err error) error {
+	if at := (*url.Error)(nil); errors.As(err, &at) {
+		return at.Err
+	}
+	return err
 }

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -19,6 +20,10 @@ import (
 // consoleBytes is how much of the console's end is kept, a power of two.
 const consoleBytes = 64 << 10
 
+// spaceInterval is how often a machine that was stopped because its host's disk
+// is full tries again to write: nothing tells when there is space.
+const spaceInterval = time.Second
+
 // machine implements vmm.VM.
 type machine struct {
 	state vmm.State
@@ -26,6 +31,10 @@ type machine struct {
 	qmp   *qmp.Conn
 	done  chan struct{} // closed when the process has ended
 	log   *slog.Logger
+
+	// running is held by what makes the guest run or stop: one that is held must
+	// not be made to go on because there is space on its disk.
+	running sync.Mutex
 
 	mu      sync.Mutex
 	stale   bool // QEMU may hold descriptors that it does not need
@@ -56,13 +65,54 @@ func (m *machine) Err() error {
 }
 
 // watch follows what QEMU tells until its end. A guest that has shut down or
-// crashed is held by QEMU: its console is read, and it is ended.
-func (m *machine) watch() {
-	for e := range m.qmp.Events() {
-		if e.Name == "SHUTDOWN" {
-			m.shutdown(e)
+// crashed is held by QEMU: its console is read, and it is ended. One whose write
+// found no space is stopped by QEMU, and goes on when there is some; waits says
+// that it has been already.
+func (m *machine) watch(waits bool) {
+	var retry <-chan time.Time
+	if waits {
+		retry = time.After(spaceInterval)
+	}
+	for {
+		select {
+		case e, ok := <-m.qmp.Events():
+			if !ok {
+				return
+			}
+			switch {
+			case e.Name == "SHUTDOWN":
+				m.shutdown(e)
+			case e.Name == "BLOCK_IO_ERROR" && retry == nil:
+				m.log.Warn("the guest waits for space on the host's disk", "sandbox", m.state.ID)
+				retry = time.After(spaceInterval)
+			}
+		case <-retry:
+			retry = nil
+			switch waited, err := m.retry(); {
+			case errors.Is(err, qmp.ErrClosed):
+			case err != nil:
+				m.log.Warn("make the guest write again", "sandbox", m.state.ID, "error", err)
+				retry = time.After(spaceInterval)
+			case waited:
+				retry = time.After(spaceInterval)
+			default:
+				m.log.Info("the guest waits for space no more", "sandbox", m.state.ID)
+			}
 		}
 	}
+}
+
+// retry makes a machine that is stopped for want of space go on, to be stopped
+// again by its next write if there still is none. It says whether it was.
+func (m *machine) retry() (waited bool, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), commandTimeout)
+	defer cancel()
+	m.running.Lock()
+	defer m.running.Unlock()
+	if status, err := m.status(ctx); err != nil || status != stateNoSpace {
+		return false, err
+	}
+	return true, m.qmp.Execute(ctx, "cont", nil, nil)
 }
 
 func (m *machine) shutdown(e qmp.Event) {
@@ -146,7 +196,7 @@ func (d *Driver) Attach(ctx context.Context, st vmm.State) (_ vmm.VM, err error)
 	default:
 		return fail(errors.Join(vmm.ErrGone, fmt.Errorf("its state is %q", status), m.qmp.Close()))
 	}
-	go m.watch()
+	go m.watch(status == stateNoSpace)
 	return m, nil
 }
 

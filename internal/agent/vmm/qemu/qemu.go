@@ -212,7 +212,7 @@ func (d *Driver) launch(ctx context.Context, s vmm.Spec, ram, incoming *os.File,
 	if err != nil {
 		return nil, errors.Join(err, complaint(stderr))
 	}
-	go m.watch()
+	go m.watch(false)
 	return m, nil
 }
 

@@ -44,6 +44,8 @@ func (m *machine) status(ctx context.Context) (string, error) {
 func (m *machine) Hold(ctx context.Context) error {
 	ctx, cancel := unbroken(ctx)
 	defer cancel()
+	m.running.Lock()
+	defer m.running.Unlock()
 	if err := m.qmp.Execute(ctx, "stop", nil, nil); err != nil {
 		return fmt.Errorf("hold: %w", err)
 	}
@@ -63,7 +65,10 @@ func (m *machine) Hold(ctx context.Context) error {
 func (m *machine) Run(ctx context.Context) error {
 	ctx, cancel := unbroken(ctx)
 	defer cancel()
-	if err := m.qmp.Execute(ctx, "cont", nil, nil); err != nil {
+	m.running.Lock()
+	err := m.qmp.Execute(ctx, "cont", nil, nil)
+	m.running.Unlock()
+	if err != nil {
 		return fmt.Errorf("run: %w", err)
 	}
 	if err := m.dropDescriptors(ctx); err != nil {
