@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -17,28 +16,60 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image/tree"
 	"github.com/wrenn-dev/wrenn/internal/layout"
+	"github.com/wrenn-dev/wrenn/internal/recipe"
+	"github.com/wrenn-dev/wrenn/templates"
 )
 
 // minimalDiskMiB is the size of minimal's file system, and of a sandbox's
 // disk unless it asks for another.
 const minimalDiskMiB = 5 << 10
 
-// minimalPackages are what minimal has beyond Debian's essential packages.
-var minimalPackages = []string{
-	"apt", "bash", "ca-certificates", "chrony", "coreutils", "curl", "git", "iproute2", "less", "nano",
-	"procps", "python3", "socat", "sudo", "tini", "wget",
-}
-
-// customize finishes the tree that mmdebstrap made, given as $1: the user, and
-// nothing that every guest would share by mistake.
-const customize = `set -e
-chroot "$1" useradd --create-home --uid 1000 --shell /bin/bash --groups sudo user
-printf 'user ALL=(ALL) NOPASSWD:ALL\n' >"$1/etc/sudoers.d/user"
-chmod 0440 "$1/etc/sudoers.d/user"
+// clean takes from the tree that mmdebstrap made, given as $1, what every guest
+// would share by mistake.
+const clean = `set -e
 : >"$1/etc/machine-id"
 rm -f "$1/etc/hostname" "$1/etc/resolv.conf" "$1/var/lib/dbus/machine-id"
 rm -rf "$1"/var/cache/apt/* "$1"/var/lib/apt/lists/* "$1"/var/log/*.log "$1"/var/log/apt
 `
+
+// install is how a step of minimal's recipe begins that installs packages.
+const install = "apt-get install -y --no-install-recommends "
+
+// plan is what mmdebstrap is to do.
+type plan struct {
+	packages []string // beyond Debian's essential ones
+	hooks    []string // commands for the shell afterwards, in which $1 is the tree
+}
+
+// planOf makes a plan of minimal's recipe. The steps that install are one, the
+// first: mmdebstrap fetches all packages at once, with the sources, keys and
+// proxies of the machine, of which nothing is to be in the tree.
+func planOf(text string) (plan, error) {
+	var p plan
+	r, err := recipe.Parse(text)
+	if err != nil {
+		return p, err
+	}
+	for _, step := range r.Steps {
+		run, ok := step.(*recipe.Run)
+		if !ok {
+			return p, fmt.Errorf("%v: only RUN can be done without a guest", step.Position())
+		}
+		packages, installs := strings.CutPrefix(run.Command.Shell, install)
+		switch {
+		case !installs:
+			p.hooks = append(p.hooks, `chroot "$1" /bin/sh -c `+quote(run.Command.Shell))
+		case len(p.hooks) == 0:
+			p.packages = append(p.packages, strings.Fields(packages)...)
+		default:
+			return p, fmt.Errorf("%v: packages are installed before all else", step.Position())
+		}
+	}
+	return p, nil
+}
+
+// quote makes one word of the shell's of s.
+func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
 // EnsureMinimal returns the built-in template minimal, made from the machine's
 // own package sources and the guest daemon at envd unless one made from the
@@ -81,8 +112,13 @@ func ensureMinimal(ctx context.Context, dir layout.Dir, envd string, more More, 
 	if err != nil {
 		return Template{}, err
 	}
-	packages, custom := slices.Concat(minimalPackages, more.Packages), customize+more.Customize
-	base := digest("1", custom, strings.Join(packages, " "), fmt.Sprint(sources))
+	todo, err := planOf(templates.Minimal)
+	if err != nil {
+		return Template{}, fmt.Errorf("recipe of minimal: %w", err)
+	}
+	todo.packages = append(todo.packages, more.Packages...)
+	todo.hooks = append(todo.hooks, clean+more.Customize)
+	base := digest("2", strings.Join(todo.hooks, "\x00"), strings.Join(todo.packages, " "), fmt.Sprint(sources))
 	inputs := digest("1", base, daemon, fmt.Sprint(minimalDiskMiB))
 	if t, err := read(dir, uuid.Nil, uuid.Nil); err == nil && t.Inputs == inputs {
 		return t, nil
@@ -93,7 +129,7 @@ func ensureMinimal(ctx context.Context, dir layout.Dir, envd string, more More, 
 		return Template{}, err
 	}
 	defer os.RemoveAll(tmp)
-	tar, err := ensureBase(ctx, parent, tmp, base, packages, custom, sources, progress)
+	tar, err := ensureBase(ctx, parent, tmp, base, todo, sources, progress)
 	if err != nil {
 		return Template{}, err
 	}
@@ -125,7 +161,7 @@ func ensureMinimal(ctx context.Context, dir layout.Dir, envd string, more More, 
 
 // ensureBase returns the path of an archive of the distribution's packages,
 // which is kept so that a new guest daemon does not fetch them again.
-func ensureBase(ctx context.Context, parent, tmp, inputs string, packages []string, custom string, sources []source, progress func(string)) (string, error) {
+func ensureBase(ctx context.Context, parent, tmp, inputs string, todo plan, sources []source, progress func(string)) (string, error) {
 	kept := filepath.Join(parent, "base-"+inputs[:16]+".tar")
 	if _, err := os.Stat(kept); err == nil {
 		return kept, nil
@@ -134,16 +170,18 @@ func ensureBase(ctx context.Context, parent, tmp, inputs string, packages []stri
 	tar := filepath.Join(tmp, "base.tar")
 	args := []string{
 		"--variant=minbase", "--mode=root", "--quiet", "--format=tar",
-		"--include=" + strings.Join(packages, ","),
+		"--include=" + strings.Join(todo.packages, ","),
 		"--aptopt=Apt::Install-Recommends \"false\"",
 		"--dpkgopt=force-unsafe-io", // a machine that fails meanwhile begins anew
 		"--dpkgopt=path-exclude=/usr/share/man/*",
 		"--dpkgopt=path-exclude=/usr/share/locale/*",
 		"--dpkgopt=path-exclude=/usr/share/doc/*",
 		"--dpkgopt=path-include=/usr/share/doc/*/copyright",
-		"--customize-hook=" + custom,
-		sources[0].suite, tar,
 	}
+	for _, hook := range todo.hooks {
+		args = append(args, "--customize-hook="+hook)
+	}
+	args = append(args, sources[0].suite, tar)
 	for _, s := range sources {
 		args = append(args, s.line())
 	}
