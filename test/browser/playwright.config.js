@@ -1,3 +1,4 @@
+// Of Playwright, 1.61 is the last release that runs on Debian 12's Node.js.
 import {defineConfig} from '@playwright/test'
 
 // The browser is the distribution's, and the service under test that of WRENN_URL.
