@@ -163,6 +163,10 @@ func actor(r *audit.Record, o *observation) {
 // kinds are the objects that paths have collections of.
 var kinds = map[string]string{"sandboxes": "sandbox", "snapshots": "template", "members": "user"}
 
+// inner are the collections whose objects have names that mean something only
+// together with what they are of.
+var inner = map[string]bool{"tags": true, "contexts": true}
+
 // object says what a request is about: what it made, as its answer's location
 // says, or the last thing that its path names.
 func object(r *http.Request, location string) (kind, name string) {
@@ -175,7 +179,11 @@ func object(r *http.Request, location string) (kind, name string) {
 		for i, part := range parts {
 			// After what is named there may be what is to be done with it.
 			if param, ok := strings.CutPrefix(part, "{"); ok && i > 0 && !strings.HasPrefix(parts[i-1], "{") {
-				kind, name, named = parts[i-1], rc.URLParam(strings.TrimSuffix(param, "}")), true
+				of := ""
+				if inner[parts[i-1]] {
+					of = name + "/"
+				}
+				kind, name, named = parts[i-1], of+rc.URLParam(strings.TrimSuffix(param, "}")), true
 			} else if !named {
 				kind = part
 			}
