@@ -138,6 +138,7 @@ func (s *stage) do(o operation, n int) asked {
 	if !o.anybody() {
 		a.actor, a.user = s.actor(d.headers)
 	}
+	a.teams = s.teamsOf(a.actor)
 	headers := slices.Concat(d.headers, []string{"X-Forwarded-For", a.address, "X-Request-Id", a.id})
 	path := o.path
 	for _, p := range slices.Concat(o.item.Parameters, o.Parameters) {

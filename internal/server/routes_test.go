@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -16,6 +17,7 @@ import (
 	"github.com/getkin/kin-openapi/openapi3"
 	"github.com/go-redis/redis_rate/v10"
 	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
 	"github.com/redis/go-redis/v9"
 
 	"github.com/wrenn-dev/wrenn/internal/id"
@@ -110,6 +112,8 @@ type asked struct {
 	// actor is who calls, "" where only what they say can tell; user is who made
 	// the key where that is one.
 	actor, user string
+	// teams are those in whose log the record may be.
+	teams []string
 	// named is what the path names.
 	named []string
 }
@@ -157,6 +161,29 @@ func (p *plane) actor(headers []string) (actor, user string) {
 	return "", ""
 }
 
+// teamsOf are the teams of a user, or the one of a key.
+func (p *plane) teamsOf(actor string) (teams []string) {
+	p.Helper()
+	for _, kind := range []id.Kind{id.User, id.APIKey} {
+		u, err := id.Parse(kind, actor)
+		if err != nil {
+			continue
+		}
+		rows, err := p.db().Query(context.Background(), "SELECT team_id FROM team_members WHERE user_id = $1 UNION SELECT team_id FROM api_keys WHERE id = $1", u)
+		if err != nil {
+			p.Fatal(err)
+		}
+		ids, err := pgx.CollectRows(rows, pgx.RowTo[uuid.UUID])
+		if err != nil {
+			p.Fatal(err)
+		}
+		for _, team := range ids {
+			teams = append(teams, id.Format(id.Team, team))
+		}
+	}
+	return teams
+}
+
 // changing says whether an operation's calls are to be recorded.
 func (o operation) changing() bool {
 	switch o.OperationID {
@@ -189,6 +216,7 @@ func checkRecords(t *testing.T, p *plane, all []asked) map[string]outcomes {
 		ObjectKind                                   string `json:"object_kind"`
 		RequestID                                    string `json:"request_id"`
 		UserID                                       string `json:"user_id"`
+		TeamID                                       string `json:"team_id"`
 	}
 	written := make(map[string][]record)
 	for line := range bytes.Lines(p.call("GET", "/v1/admin/audit?format=ndjson", nil).want(200).Body) {
@@ -260,7 +288,14 @@ func checkRecords(t *testing.T, p *plane, all []asked) map[string]outcomes {
 				t.Errorf("%s as %s: %s is recorded as a %s", a.operation, a.caller.name, r.Object, r.ObjectKind)
 			}
 		}
-		r.Object, r.ObjectKind = "", ""
+		// Other teams' members read their own logs; the platform's is its admins'.
+		switch platform := strings.HasPrefix(a.path, "/v1/admin/"); {
+		case r.TeamID == "" && !platform && r.ActorKind == "key":
+			t.Errorf("%s as %s: the record is in no team's log", a.operation, a.caller.name)
+		case r.TeamID != "" && (platform || !slices.Contains(a.teams, r.TeamID)):
+			t.Errorf("%s as %s: the record is in the log of %s, and may be in that of %v", a.operation, a.caller.name, r.TeamID, a.teams)
+		}
+		r.Object, r.ObjectKind, r.TeamID = "", "", ""
 		if a.actor == "" {
 			want.Actor, want.ActorKind, want.UserID = r.Actor, r.ActorKind, r.UserID
 		}

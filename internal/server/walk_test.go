@@ -379,6 +379,7 @@ func (w *world) send(o operation, c caller, t target, n int) response {
 	ask := asked{operation: o, caller: c, id: fmt.Sprintf("walk-%d", n), address: fmt.Sprintf("198.18.%d.%d", n/250, n%250)}
 	if w.records != nil && !o.anybody() {
 		ask.actor, ask.user = w.actor(headers)
+		ask.teams = w.teamsOf(ask.actor)
 	}
 	// Each from an address of its own: how often one may try is another test's.
 	headers = append(slices.Clone(headers), "X-Forwarded-For", ask.address, "X-Request-Id", ask.id)
