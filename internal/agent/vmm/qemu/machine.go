@@ -87,32 +87,36 @@ func (m *machine) watch(waits bool) {
 				retry = time.After(spaceInterval)
 			}
 		case <-retry:
-			retry = nil
-			switch waited, err := m.retry(); {
-			case errors.Is(err, qmp.ErrClosed):
-			case err != nil:
-				m.log.Warn("make the guest write again", "sandbox", m.state.ID, "error", err)
+			if retry = nil; m.retry() {
 				retry = time.After(spaceInterval)
-			case waited:
-				retry = time.After(spaceInterval)
-			default:
-				m.log.Info("the guest waits for space no more", "sandbox", m.state.ID)
 			}
 		}
 	}
 }
 
 // retry makes a machine that is stopped for want of space go on, to be stopped
-// again by its next write if there still is none. It says whether it was.
-func (m *machine) retry() (waited bool, err error) {
+// again by its next write if there still is none. It says whether that is to be
+// looked at again.
+func (m *machine) retry() (again bool) {
 	ctx, cancel := context.WithTimeout(context.Background(), commandTimeout)
 	defer cancel()
 	m.running.Lock()
 	defer m.running.Unlock()
-	if status, err := m.status(ctx); err != nil || status != stateNoSpace {
-		return false, err
+	status, err := m.status(ctx)
+	if err == nil && status != stateNoSpace {
+		m.log.Info("the guest waits for space no more", "sandbox", m.state.ID)
+		return false
 	}
-	return true, m.qmp.Execute(ctx, "cont", nil, nil)
+	if err == nil {
+		err = m.qmp.Execute(ctx, "cont", nil, nil)
+	}
+	if errors.Is(err, qmp.ErrClosed) {
+		return false
+	}
+	if err != nil {
+		m.log.Warn("make the guest write again", "sandbox", m.state.ID, "error", err)
+	}
+	return true
 }
 
 func (m *machine) shutdown(e qmp.Event) {
