@@ -150,12 +150,7 @@ type Filter struct {
 func (l *Log) List(ctx context.Context, f Filter) ([]Record, string, error) {
 	p := db.ListTeamAuditParams{FromAt: f.From, Action: f.Action, Result: f.Result, MaxRows: int32(f.Limit) + 1}
 	var err error
-	if f.To.IsZero() {
-		p.BeforeAt, p.BeforeID, err = page.Newest(f.Cursor)
-	} else {
-		p.BeforeAt, p.BeforeID, err = page.Before(f.Cursor, f.To)
-	}
-	if err != nil {
+	if p.BeforeAt, p.BeforeID, err = page.Before(f.Cursor, f.To); err != nil {
 		return nil, "", err
 	}
 	for _, kind := range []string{User, Key, Host} {

@@ -43,8 +43,12 @@ func Newest(cursor string) (time.Time, uuid.UUID, error) {
 	return parse(cursor, end)
 }
 
-// Before is Newest for a list that has only what is from before a time.
+// Before is Newest for a list that has only what is from before a time, if that
+// is not zero.
 func Before(cursor string, until time.Time) (time.Time, uuid.UUID, error) {
+	if until.IsZero() {
+		return Newest(cursor)
+	}
 	if cursor == "" {
 		return until, uuid.Nil, nil
 	}
