@@ -6,7 +6,6 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"strings"
 	"time"
 
 	"github.com/golang-jwt/jwt/v5"
@@ -326,7 +325,7 @@ func (a *API) FinishGitHub(w http.ResponseWriter, r *http.Request, params rest.F
 	err := a.finishGitHub(w, r, params)
 	a.setCookie(w, githubCookie, "", time.Unix(1, 0), http.SameSiteLaxMode)
 	w.Header().Set("Cache-Control", "no-store")
-	to := strings.TrimSuffix(a.PublicURL, "/") + "/"
+	to := a.PublicURL + "/"
 	if err != nil {
 		code := classify(err).Code
 		if o := observed(r); o != nil {

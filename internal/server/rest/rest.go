@@ -115,6 +115,7 @@ func New(ctx context.Context, c Config) (*API, error) {
 	if err != nil || public.Host == "" {
 		return nil, fmt.Errorf("read WRENN_PUBLIC_URL: %q is not a URL like http://localhost:8000", c.PublicURL)
 	}
+	c.PublicURL = strings.TrimSuffix(c.PublicURL, "/")
 	a := &API{Config: c, spec: spec, public: public}
 	if a.access, err = accessOf(spec); err != nil {
 		return nil, fmt.Errorf("read OpenAPI document: %w", err)
@@ -129,7 +130,7 @@ func New(ctx context.Context, c Config) (*API, error) {
 	if a.docs, err = renderDocs(spec); err != nil {
 		return nil, fmt.Errorf("render OpenAPI document: %w", err)
 	}
-	if a.letters, err = renderLetterPages(strings.TrimSuffix(c.PublicURL, "/")); err != nil {
+	if a.letters, err = renderLetterPages(c.PublicURL); err != nil {
 		return nil, fmt.Errorf("render pages of letters: %w", err)
 	}
 	a.health.checks = c.Checks
