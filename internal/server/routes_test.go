@@ -17,7 +17,6 @@ import (
 	"github.com/getkin/kin-openapi/openapi3"
 	"github.com/go-redis/redis_rate/v10"
 	"github.com/google/uuid"
-	"github.com/jackc/pgx/v5"
 	"github.com/redis/go-redis/v9"
 
 	"github.com/wrenn-dev/wrenn/internal/id"
@@ -164,22 +163,19 @@ func (p *plane) actor(headers []string) (actor, user string) {
 // teamsOf are the teams of a user, or the one of a key.
 func (p *plane) teamsOf(actor string) (teams []string) {
 	p.Helper()
-	for _, kind := range []id.Kind{id.User, id.APIKey} {
-		u, err := id.Parse(kind, actor)
-		if err != nil {
-			continue
-		}
-		rows, err := p.db().Query(context.Background(), "SELECT team_id FROM team_members WHERE user_id = $1 UNION SELECT team_id FROM api_keys WHERE id = $1", u)
-		if err != nil {
-			p.Fatal(err)
-		}
-		ids, err := pgx.CollectRows(rows, pgx.RowTo[uuid.UUID])
-		if err != nil {
-			p.Fatal(err)
-		}
-		for _, team := range ids {
-			teams = append(teams, id.Format(id.Team, team))
-		}
+	u, err := id.Parse(id.User, actor)
+	if err != nil {
+		u, err = id.Parse(id.APIKey, actor)
+	}
+	if err != nil {
+		return nil
+	}
+	var of []uuid.UUID
+	if err := p.db().QueryRow(context.Background(), "SELECT array(SELECT team_id FROM team_members WHERE user_id = $1 UNION SELECT team_id FROM api_keys WHERE id = $1)", u).Scan(&of); err != nil {
+		p.Fatal(err)
+	}
+	for _, team := range of {
+		teams = append(teams, id.Format(id.Team, team))
 	}
 	return teams
 }
