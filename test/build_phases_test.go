@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -237,17 +238,18 @@ HEALTHCHECK CMD true
 		// The host's disk is full when the build writes to it.
 		build := start(client.BuildOptions{Recipe: text, SkipPrePost: true})
 		reach(build, 1)
-		fillers := filepath.Join(room, "fillers")
-		if err := os.Mkdir(fillers, 0o700); err != nil {
+		filler, err := os.Create(filepath.Join(room, "filler"))
+		if err != nil {
 			t.Fatal(err)
 		}
+		defer filler.Close()
 		// It stays full, though templates of earlier builds are removed meanwhile.
-		b := endedWhile(build, func() { fill(t, fillers) })
+		b := endedWhile(build, func() { fill(t, filler) })
 		t.Logf("on a full disk: %s %s", b.State, b.Error)
 		if b.State != "failed" || b.Error != "this host has no disk space left" {
 			t.Errorf("on a full disk: %s %s", b.State, b.Error)
 		}
-		if err := os.RemoveAll(fillers); err != nil {
+		if err := filler.Truncate(0); err != nil {
 			t.Fatal(err)
 		}
 		nothing("a full disk")
@@ -258,22 +260,17 @@ HEALTHCHECK CMD true
 	})
 }
 
-// fill writes a file into a folder that takes all the space of its file system.
-func fill(t *testing.T, dir string) {
+// fill makes a file larger, until it takes all the space of its file system.
+func fill(t *testing.T, f *os.File) {
 	t.Helper()
 	var fs syscall.Statfs_t
-	if err := syscall.Statfs(dir, &fs); err != nil {
+	if err := syscall.Fstatfs(int(f.Fd()), &fs); err != nil {
 		t.Fatal(err)
 	}
-	if fs.Bavail == 0 {
-		return
-	}
-	f, err := os.CreateTemp(dir, "")
+	at, err := f.Seek(0, io.SeekEnd)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
-	at := int64(0)
 	for size := int64(fs.Bavail) * fs.Bsize; size >= fs.Bsize; {
 		if syscall.Fallocate(int(f.Fd()), 0, at, size) != nil {
 			size /= 2
