@@ -119,20 +119,28 @@ func (m *machine) retry() (again bool) {
 	return true
 }
 
+// shutdown reads the console of a guest that has ended, then ends QEMU. Only
+// the first SHUTDOWN event says why the guest ended.
 func (m *machine) shutdown(e qmp.Event) {
 	var data struct {
 		Guest  bool   `json:"guest"`
 		Reason string `json:"reason"`
 	}
 	_ = json.Unmarshal(e.Data, &data) // the reason is for people
+	m.mu.Lock()
+	first := m.reason == nil
+	if first {
+		m.reason = fmt.Errorf("the guest shut down (%s)", data.Reason)
+	}
+	m.mu.Unlock()
+	if !first {
+		return // QEMU reports our own "quit" as a shutdown too (host-qmp-quit)
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
 	if _, err := m.Console(ctx); err != nil {
-		m.log.Warn("console of an ended guest", "sandbox", m.state.ID, "error", err)
+		m.log.Warn("read the console of an ended guest", "sandbox", m.state.ID, "error", err)
 	}
-	m.mu.Lock()
-	m.reason = fmt.Errorf("the guest shut down (%s)", data.Reason)
-	m.mu.Unlock()
 	if err := m.qmp.Execute(ctx, "quit", nil, nil); err != nil && !errors.Is(err, qmp.ErrClosed) {
 		m.log.Warn("ended guest does not quit", "sandbox", m.state.ID, "error", err)
 	}
