@@ -211,7 +211,7 @@ func (a *Agent) openDriver(ctx context.Context, kernel image.KernelFiles) error 
 	accel := a.cfg.Accel
 	if accel == "" || accel == "auto" {
 		accel = qemu.KVM
-		if err := qemu.ProbeKVM(ctx, kernel.Vmlinux, kernel.Initrd, dir, a.log); err != nil {
+		if err := qemu.KVMWorks(ctx, kernel.Vmlinux, kernel.Initrd, dir, a.log); err != nil {
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}

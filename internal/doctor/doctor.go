@@ -204,11 +204,12 @@ func hasKVM(ctx context.Context, dir layout.Dir) (string, error) {
 		kernels = []string{k.Vmlinux}
 	}
 	kernel := kernels[len(kernels)-1]
-	if err := os.MkdirAll(dir.Run(), 0o711); err != nil {
+	// Where the agent keeps its answer too: what doctor finds out, it believes.
+	if err := os.MkdirAll(dir.VMM(), 0o700); err != nil {
 		return "", err
 	}
 	log := slog.New(slog.DiscardHandler)
-	if err := qemu.ProbeKVM(ctx, kernel, filepath.Join(filepath.Dir(kernel), "initrd"), dir.Run(), log); err != nil {
+	if err := qemu.ProbeKVM(ctx, kernel, filepath.Join(filepath.Dir(kernel), "initrd"), dir.VMM(), log); err != nil {
 		return "", err
 	}
 	return "a kernel boots", nil

@@ -56,11 +56,16 @@ func (m *machine) Memory() (int64, error) { return m.group.Memory() }
 
 // Err implements vmm.VM.
 func (m *machine) Err() error {
+	if err := m.reported(); err != nil {
+		return err
+	}
+	return errors.New("QEMU ended")
+}
+
+// reported is why the guest ended, if QEMU has said so.
+func (m *machine) reported() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.reason == nil {
-		return errors.New("QEMU ended")
-	}
 	return m.reason
 }
 

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -16,53 +17,113 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 )
 
-// probeTimeout bounds the boot of a kernel under KVM, which takes a fraction
-// of a second where KVM works.
-const probeTimeout = 10 * time.Second
+const (
+	// probeStall is how long a probe's guest may print nothing (10 s). A kernel
+	// that KVM cannot run prints nothing at all; a slow one keeps printing.
+	probeStall = 10 * time.Second
+	// probeTimeout bounds a whole probe (60 s).
+	probeTimeout = 60 * time.Second
+	// probeInterval is how often the guest's console is read: QEMU sends no
+	// event for new output.
+	probeInterval = 200 * time.Millisecond
+)
 
-// probeMarker is what the initrd prints when a kernel has got that far.
+// probeMarker is what the initrd prints when a kernel has reached user space.
 const probeMarker = "wrenn-init:"
 
-// verdict is what a probe found out, and for which host.
+// probeUID is the user that a probe's QEMU runs as.
+const probeUID = 1_999_999
+
+// verdict is the outcome of a probe and the host that it holds for.
 type verdict struct {
 	Key string `json:"key"`
-	Why string `json:"why"` // empty: KVM works
+	Why string `json:"why"` // why KVM does not work; empty: it works
 }
 
-// ProbeKVM boots a kernel under KVM to find out whether that works here: a
-// host can have /dev/kvm and still be unable to. It returns nil or why not.
-// The answer is remembered in dir until the host boots again or QEMU or the
-// kernel changes.
-func ProbeKVM(ctx context.Context, kernel, initrd, dir string, log *slog.Logger) error {
-	if _, err := os.Stat("/dev/kvm"); err != nil {
-		return fmt.Errorf("no KVM: %w", err)
+// brokenError is a reason against KVM that QEMU or the guest reported, so it
+// holds until the host, QEMU or the kernel changes. A time-out is none.
+type brokenError struct{ err error }
+
+func (e brokenError) Error() string { return e.err.Error() }
+func (e brokenError) Unwrap() error { return e.err }
+
+// KVMWorks reports whether a kernel boots under KVM, as nil or the reason why
+// not: a host can have /dev/kvm and still be unable to boot one. dir keeps the
+// answer until the host boots again or QEMU or the kernel changes; an answer
+// that is there is used.
+func KVMWorks(ctx context.Context, kernel, initrd, dir string, log *slog.Logger) error {
+	if err := haveKVM(); err != nil {
+		return err
 	}
 	key, err := probeKey(kernel, initrd)
 	if err != nil {
 		return fmt.Errorf("probe KVM: %w", err)
 	}
-	cache := filepath.Join(dir, "kvm-probe.json")
-	var v verdict
-	if b, err := os.ReadFile(cache); err != nil || json.Unmarshal(b, &v) != nil || v.Key != key {
-		v = verdict{Key: key}
-		if err := bootKVM(ctx, kernel, initrd, dir, log); err != nil {
-			if ctx.Err() != nil {
-				return fmt.Errorf("probe KVM: %w", ctx.Err())
-			}
-			v.Why = err.Error()
+	if v, err := readVerdict(dir); err == nil && v.Key == key {
+		if v.Why != "" {
+			return errors.New(v.Why)
 		}
-		b, err := json.Marshal(v)
-		if err != nil {
-			return err
-		}
-		if err := os.WriteFile(cache, b, 0o600); err != nil {
-			return fmt.Errorf("probe KVM: %w", err)
-		}
+		return nil
 	}
-	if v.Why != "" {
-		return errors.New(v.Why)
+	return ProbeKVM(ctx, kernel, initrd, dir, log)
+}
+
+// ProbeKVM is [KVMWorks], but boots a kernel even if the answer is known, and
+// replaces it. It forgets an answer that it could neither confirm nor refute.
+func ProbeKVM(ctx context.Context, kernel, initrd, dir string, log *slog.Logger) error {
+	if err := haveKVM(); err != nil {
+		return err
+	}
+	key, err := probeKey(kernel, initrd)
+	if err != nil {
+		return fmt.Errorf("probe KVM: %w", err)
+	}
+	why := bootKVM(ctx, kernel, initrd, dir, log)
+	if ctx.Err() != nil {
+		return fmt.Errorf("probe KVM: %w", ctx.Err())
+	}
+	if err := remember(dir, key, why); err != nil {
+		return fmt.Errorf("probe KVM: %w", err)
+	}
+	return why
+}
+
+func haveKVM() error {
+	if _, err := os.Stat("/dev/kvm"); err != nil {
+		return fmt.Errorf("no KVM: %w", err)
 	}
 	return nil
+}
+
+func verdictFile(dir string) string { return filepath.Join(dir, "kvm-probe.json") }
+
+func readVerdict(dir string) (v verdict, err error) {
+	b, err := os.ReadFile(verdictFile(dir))
+	if err != nil {
+		return v, err
+	}
+	return v, json.Unmarshal(b, &v)
+}
+
+// remember keeps what a probe found out. A probe that was merely too slow, or
+// failed for a reason of its own, found out nothing.
+func remember(dir, key string, why error) error {
+	v := verdict{Key: key}
+	if why != nil {
+		if !errors.As(why, new(brokenError)) {
+			err := os.Remove(verdictFile(dir))
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil
+			}
+			return err
+		}
+		v.Why = why.Error()
+	}
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(verdictFile(dir), b, 0o600)
 }
 
 // probeKey changes when the answer may.
@@ -81,7 +142,8 @@ func probeKey(kernel, initrd string) (string, error) {
 	return string(key), nil
 }
 
-// bootKVM boots a machine without a disk, which gets as far as saying so.
+// bootKVM boots a machine without a disk, whose guest says so when it reaches
+// user space.
 func bootKVM(ctx context.Context, kernel, initrd, dir string, log *slog.Logger) (err error) {
 	tmp, err := os.MkdirTemp(dir, "probe-")
 	if err != nil {
@@ -100,6 +162,9 @@ func bootKVM(ctx context.Context, kernel, initrd, dir string, log *slog.Logger) 
 		Cmdline: "console=ttyS0 reboot=t panic=-1",
 	})
 	if err != nil {
+		if deadline.Err() == nil && !errors.Is(err, context.DeadlineExceeded) && errors.As(err, new(complaintError)) {
+			return brokenError{err}
+		}
 		return err
 	}
 	defer func() {
@@ -107,21 +172,44 @@ func bootKVM(ctx context.Context, kernel, initrd, dir string, log *slog.Logger) 
 		defer cancel()
 		err = errors.Join(err, vm.Kill(kill))
 	}()
-	// Without a disk the guest reboots, which ends the machine.
-	select {
-	case <-vm.Done():
-	case <-deadline.Done():
-		return fmt.Errorf("KVM is there, but a kernel does not boot on it within %v", probeTimeout)
-	}
-	console, err := vm.Console(ctx)
-	if err != nil {
-		return err
-	}
-	if !bytes.Contains(console, []byte(probeMarker)) {
-		return fmt.Errorf("KVM is there, but a kernel does not get to user space: %w", vm.Err())
-	}
-	return nil
+	return awaitUserSpace(deadline, vm.(*machine))
 }
 
-// probeUID is the user that a probe's QEMU runs as.
-const probeUID = 1_999_999
+// awaitUserSpace returns nil when the guest has reached user space.
+func awaitUserSpace(ctx context.Context, m *machine) error {
+	tick := time.NewTicker(probeInterval)
+	defer tick.Stop()
+	printed, at := 0, time.Now()
+	for {
+		ended := false
+		select {
+		case <-m.Done(): // without a disk the guest reboots, which ends the machine
+			ended = true
+		case <-tick.C:
+		case <-ctx.Done():
+			return fmt.Errorf("no kernel reached user space under KVM within %v", probeTimeout)
+		}
+		console, err := m.Console(ctx)
+		if err != nil && !ended {
+			return err
+		}
+		if bytes.Contains(console, []byte(probeMarker)) {
+			return nil
+		}
+		if ended {
+			if err := m.reported(); err != nil {
+				return brokenError{fmt.Errorf("KVM is there, but a kernel does not reach user space: %w", err)}
+			}
+			return m.Err()
+		}
+		if status, err := m.status(ctx); err == nil && status == stateInternalError {
+			return brokenError{errors.New("KVM is there, but cannot run a kernel (QEMU stopped with an internal error)")}
+		}
+		if len(console) > printed {
+			printed, at = len(console), time.Now()
+		}
+		if time.Since(at) > probeStall {
+			return fmt.Errorf("a kernel under KVM printed nothing for %v", probeStall)
+		}
+	}
+}

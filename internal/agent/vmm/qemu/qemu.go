@@ -400,8 +400,12 @@ func memfd(name string) (*os.File, error) {
 	return os.NewFile(uintptr(fd), name), nil
 }
 
-// complaint is the end of what QEMU wrote to its standard error, as an error;
-// nil when it wrote nothing.
+// complaintError is the end of what QEMU wrote to its standard error.
+type complaintError string
+
+func (e complaintError) Error() string { return "QEMU says: " + string(e) }
+
+// complaint returns a [complaintError], or nil if QEMU wrote nothing.
 func complaint(stderr *os.File) error {
 	const most = 4 << 10
 	info, err := stderr.Stat()
@@ -414,7 +418,7 @@ func complaint(stderr *os.File) error {
 		return err
 	}
 	if text := bytes.TrimSpace(buf[:n]); len(text) > 0 {
-		return fmt.Errorf("QEMU says: %s", text)
+		return complaintError(text)
 	}
 	return nil
 }

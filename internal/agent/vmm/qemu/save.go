@@ -29,6 +29,8 @@ const (
 	// stateNoSpace: the guest's write to its disk failed, and is tried again
 	// when the machine goes on.
 	stateNoSpace = "io-error"
+	// stateInternalError: KVM cannot run the guest's instructions.
+	stateInternalError = "internal-error"
 )
 
 // status is QEMU's state.

@@ -1,0 +1,94 @@
+package qemu
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
+)
+
+// TestProbeIsRemembered keeps an answer that QEMU or the guest gave, and
+// forgets one that a time-out would make wrong.
+func TestProbeIsRemembered(t *testing.T) {
+	if _, err := os.Stat("/dev/kvm"); err != nil {
+		t.Skip("needs /dev/kvm")
+	}
+	if _, err := os.Stat(Binary); err != nil {
+		t.Skip("needs QEMU")
+	}
+	dir := t.TempDir()
+	kernel, initrd := filepath.Join(dir, "vmlinux"), filepath.Join(dir, "initrd")
+	for _, name := range []string{kernel, initrd} {
+		if err := os.WriteFile(name, []byte("x"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	key, err := probeKey(kernel, initrd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	works := func() error { return KVMWorks(t.Context(), kernel, initrd, dir, slog.New(slog.DiscardHandler)) }
+	for _, c := range []struct {
+		name string
+		why  error
+		kept bool
+		want string
+	}{
+		{"works", nil, true, ""},
+		{"QEMU's word", brokenError{errors.New("internal error")}, true, "internal error"},
+		{"a time-out", context.DeadlineExceeded, false, ""},
+		{"a time-out again", errors.New("printed nothing"), false, ""},
+		{"works again", nil, true, ""},
+	} {
+		if err := remember(dir, key, c.why); err != nil {
+			t.Fatalf("%s: %v", c.name, err)
+		}
+		_, err := os.Stat(verdictFile(dir))
+		if kept := !errors.Is(err, fs.ErrNotExist); kept != c.kept {
+			t.Fatalf("%s: kept is %v", c.name, kept)
+		}
+		if !c.kept {
+			continue
+		}
+		if got := works(); c.want == "" && got != nil || c.want != "" && (got == nil || got.Error() != c.want) {
+			t.Errorf("%s: KVMWorks is %v", c.name, got)
+		}
+	}
+}
+
+// TestProbe boots a kernel under this machine's KVM, whatever comes of it: the
+// record must say what the probe said, or nothing.
+func TestProbe(t *testing.T) {
+	if _, err := os.Stat("/dev/kvm"); err != nil {
+		t.Skip("needs /dev/kvm")
+	}
+	open(t) // skips where virtual machines cannot run
+	in := imagetest.Prepare(t)
+	dir := t.TempDir()
+	err := ProbeKVM(t.Context(), in.Kernel.Vmlinux, in.Kernel.Initrd, dir, slog.New(slog.NewTextHandler(t.Output(), nil)))
+	t.Logf("KVM here: %v", err)
+	v, readErr := readVerdict(dir)
+	switch {
+	case err == nil:
+		if readErr != nil || v.Why != "" {
+			t.Errorf("the record is %+v, %v", v, readErr)
+		}
+	case errors.As(err, new(brokenError)):
+		if readErr != nil || v.Why != err.Error() {
+			t.Errorf("the record is %+v, %v", v, readErr)
+		}
+	default:
+		if !errors.Is(readErr, fs.ErrNotExist) {
+			t.Errorf("an answer was kept: %+v, %v", v, readErr)
+		}
+	}
+	// Nothing of the probe is left.
+	if left, _ := filepath.Glob(filepath.Join(dir, "probe-*")); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
+}
