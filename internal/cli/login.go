@@ -18,6 +18,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/wrenn-dev/wrenn/client"
+	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -68,24 +69,10 @@ func (l *login) write() error {
 	if err != nil {
 		return err
 	}
-	b, err := json.MarshalIndent(l, "", "  ")
-	if err != nil {
-		return err
-	}
 	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(filepath.Dir(file), ".login-*") // 0600
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(append(b, '\n'))
-	err = errors.Join(err, f.Sync(), f.Close())
-	if err == nil {
-		err = os.Rename(f.Name(), file)
-	}
-	if err != nil {
-		os.Remove(f.Name())
+	if err := atomicfile.WriteJSON(file, l); err != nil {
 		return fmt.Errorf("write %s: %w", file, err)
 	}
 	return nil

@@ -8,8 +8,8 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 
+	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -47,7 +47,10 @@ func loadSecrets(dir layout.Dir) (secrets, error) {
 		return secrets{}, fmt.Errorf("read secrets: %w", err)
 	}
 	s := secrets{SecretKey: random(32), AgentToken: random(32), AdminPassword: rand.Text(), AdminAPIKey: "wrn_" + random(20)}
-	return s, writeJSON(path, s)
+	if err := atomicfile.WriteJSON(path, s); err != nil {
+		return secrets{}, fmt.Errorf("write secrets: %w", err)
+	}
+	return s, nil
 }
 
 // random is n random bytes in hexadecimal.
@@ -55,25 +58,4 @@ func random(n int) string {
 	b := make([]byte, n)
 	_, _ = rand.Read(b) // never fails
 	return hex.EncodeToString(b)
-}
-
-// writeJSON writes a file that only root may read, whole or not at all.
-func writeJSON(path string, v any) (err error) {
-	b, err := json.MarshalIndent(v, "", "  ")
-	if err != nil {
-		return err
-	}
-	f, err := os.CreateTemp(filepath.Dir(path), ".tmp-") // mode 0600
-	if err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	_, err = f.Write(append(b, '\n'))
-	err = errors.Join(err, f.Sync(), f.Close())
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		return errors.Join(fmt.Errorf("write %s: %w", path, err), os.Remove(f.Name()))
-	}
-	return nil
 }

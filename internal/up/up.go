@@ -23,6 +23,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/client"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -171,7 +172,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 	}
 	// Before the server makes the admin: a crash in between must not lose the password.
 	url := publicURL(o.listen)
-	err = writeJSON(s.dir.Credentials(), credentials{URL: url, APIKey: s.secrets.AdminAPIKey, Email: adminEmail, Password: s.secrets.AdminPassword})
+	err = atomicfile.WriteJSON(s.dir.Credentials(), credentials{URL: url, APIKey: s.secrets.AdminAPIKey, Email: adminEmail, Password: s.secrets.AdminPassword})
 	if err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/sparse"
+	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 )
 
 // Copy makes dst, which must not be there, the same as the file src and
@@ -48,9 +49,5 @@ func create(path string, write func(f *os.File) error) (err error) {
 	if err = errors.Join(err, f.Close()); err != nil {
 		return err
 	}
-	d, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return atomicfile.Sync(filepath.Dir(path))
 }

@@ -32,6 +32,7 @@ import (
 
 	"github.com/sethvargo/go-retry"
 
+	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
@@ -490,32 +491,16 @@ func (h *Host) load() error {
 }
 
 // save writes the credentials durably, whole or not at all.
-func (h *Host) save(c credentials) (err error) {
-	b, err := json.MarshalIndent(c, "", "  ")
-	if err != nil {
-		return err
-	}
+func (h *Host) save(c credentials) error {
 	path := h.cfg.Dir.Enrollment()
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return fmt.Errorf("write credentials: %w", err)
-	}
-	f, err := os.CreateTemp(filepath.Dir(path), "host-") // mode 0600
-	if err != nil {
-		return fmt.Errorf("write credentials: %w", err)
-	}
-	_, err = f.Write(append(b, '\n'))
-	err = errors.Join(err, f.Sync(), f.Close())
+	err := os.MkdirAll(filepath.Dir(path), 0o755)
 	if err == nil {
-		err = os.Rename(f.Name(), path)
+		err = atomicfile.WriteJSON(path, c)
 	}
-	if err != nil {
-		return errors.Join(fmt.Errorf("write credentials: %w", err), os.Remove(f.Name()))
-	}
-	d, err := os.Open(filepath.Dir(path))
 	if err != nil {
 		return fmt.Errorf("write credentials: %w", err)
 	}
-	return errors.Join(d.Sync(), d.Close())
+	return nil
 }
 
 // random is a refresh token.

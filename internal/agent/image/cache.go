@@ -12,6 +12,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 )
 
 // tmpPrefix begins the names of what is still being made.
@@ -70,7 +72,7 @@ func publish(tmp, dir string) error {
 	if err := os.Rename(tmp, dir); err != nil {
 		return errors.Join(err, os.Rename(old, dir))
 	}
-	if err := syncPath(filepath.Dir(dir)); err != nil {
+	if err := atomicfile.Sync(filepath.Dir(dir)); err != nil {
 		return err
 	}
 	return os.RemoveAll(old)
@@ -84,21 +86,12 @@ func syncTree(dir string) error {
 	}
 	for _, e := range entries {
 		if e.Type().IsRegular() {
-			if err := syncPath(filepath.Join(dir, e.Name())); err != nil {
+			if err := atomicfile.Sync(filepath.Join(dir, e.Name())); err != nil {
 				return err
 			}
 		}
 	}
-	return syncPath(dir)
-}
-
-func syncPath(name string) error {
-	f, err := os.Open(name)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	return f.Sync()
+	return atomicfile.Sync(dir)
 }
 
 // digest is the hexadecimal SHA-256 of its parts, each with its length.

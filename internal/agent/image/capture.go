@@ -10,6 +10,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -159,7 +160,7 @@ func (t *Template) Publish(dir layout.Dir, tmp string, name string) (*Capture, e
 		err = errors.Join(os.RemoveAll(home), os.Rename(tmp, home))
 	}
 	if err == nil {
-		err = errors.Join(syncPath(parent), syncPath(filepath.Dir(parent)))
+		err = errors.Join(atomicfile.Sync(parent), atomicfile.Sync(filepath.Dir(parent)))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("publish capture: %w", err)
@@ -185,7 +186,7 @@ func publishTemplate(dir layout.Dir, tmp string, t Template) error {
 	if err := os.Link(filepath.Join(captures, Captured, rootfsFile), filepath.Join(tmp, rootfsFile)); err != nil {
 		return err
 	}
-	if err := syncPath(captures); err != nil {
+	if err := atomicfile.Sync(captures); err != nil {
 		return err
 	}
 	return place(dir, tmp, t)
@@ -220,7 +221,7 @@ func place(dir layout.Dir, tmp string, t Template) error {
 	if err := os.Rename(tmp, home); err != nil {
 		return err
 	}
-	return errors.Join(syncPath(team), syncPath(filepath.Dir(team)))
+	return errors.Join(atomicfile.Sync(team), atomicfile.Sync(filepath.Dir(team)))
 }
 
 // TempTemplate makes a folder for a template that is being made. It is removed
@@ -244,7 +245,7 @@ func Delete(dir layout.Dir, team, id uuid.UUID, between func(step string)) error
 	between("delete: renamed")
 	if err == nil {
 		_ = os.Remove(filepath.Dir(home)) // the team's folder, if it was the last
-		err = errors.Join(syncPath(dir.Images()), os.RemoveAll(gone))
+		err = errors.Join(atomicfile.Sync(dir.Images()), os.RemoveAll(gone))
 	}
 	if err != nil {
 		return fmt.Errorf("delete template: %w", err)

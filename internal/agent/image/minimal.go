@@ -15,6 +15,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image/tree"
+	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/recipe"
 	"github.com/wrenn-dev/wrenn/templates"
@@ -188,7 +189,7 @@ func ensureBase(ctx context.Context, parent, tmp, inputs string, todo plan, sour
 	if _, err := output(ctx, "", "mmdebstrap", args...); err != nil {
 		return "", err
 	}
-	if err := syncPath(tar); err != nil {
+	if err := atomicfile.Sync(tar); err != nil {
 		return "", err
 	}
 	old, err := filepath.Glob(filepath.Join(parent, "base-*.tar"))

@@ -15,6 +15,8 @@ import (
 
 	"github.com/google/uuid"
 	"golang.org/x/sync/errgroup"
+
+	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 )
 
 // MaxGenerations is how many layers an image has at most above those of the
@@ -551,17 +553,8 @@ func writeHeader(dir string, h *header) error {
 	if err := h.check(); err != nil {
 		return err
 	}
-	f, err := os.OpenFile(filepath.Join(dir, headerFile), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o400)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(h.encode())
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+	if err := atomicfile.Create(filepath.Join(dir, headerFile), h.encode(), 0o400); err != nil {
 		return fmt.Errorf("write header: %w", err)
 	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return nil
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"sync"
 	"syscall"
 
@@ -13,6 +12,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
+	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 )
 
 // maxIdleBases is how many memories that no machine uses are kept.
@@ -235,12 +235,7 @@ func (b *box) saveDevices(ctx context.Context, name string) error {
 
 // writeDevices writes a state of devices to a new file and syncs it.
 func writeDevices(name string, devices []byte) error {
-	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o400)
-	if err != nil {
-		return fmt.Errorf("write devices: %w", err)
-	}
-	_, err = f.Write(devices)
-	if err := errors.Join(err, f.Sync(), f.Close(), syncDir(filepath.Dir(name))); err != nil {
+	if err := atomicfile.Create(name, devices, 0o400); err != nil {
 		return fmt.Errorf("write devices: %w", err)
 	}
 	return nil

@@ -16,6 +16,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 )
 
 const (
@@ -169,7 +170,7 @@ func (b *box) saveTo(ctx context.Context, folder string) error {
 	if err := errors.Join(err, g.Wait()); err != nil {
 		return err
 	}
-	return syncDir(folder)
+	return atomicfile.Sync(folder)
 }
 
 // saveMemory writes a memory image into a new folder: what was saved last with

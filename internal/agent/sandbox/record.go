@@ -14,6 +14,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -65,40 +66,14 @@ func (r *record) write(dir layout.Dir, durable bool) error {
 	if err != nil {
 		return fmt.Errorf("encode record: %w", err)
 	}
-	path := dir.SandboxRecord(r.Home)
-	f, err := os.CreateTemp(filepath.Dir(path), "record-") // mode 0600
-	if err != nil {
-		return fmt.Errorf("write record: %w", err)
+	write := atomicfile.WriteNoSync
+	if durable {
+		write = atomicfile.Write
 	}
-	_, err = f.Write(b)
-	if err == nil && durable {
-		err = f.Sync()
-	}
-	if e := f.Close(); err == nil {
-		err = e
-	}
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		return errors.Join(fmt.Errorf("write record: %w", err), os.Remove(f.Name()))
-	}
-	if !durable {
-		return nil
-	}
-	if err := syncDir(filepath.Dir(path)); err != nil {
+	if err := write(dir.SandboxRecord(r.Home), b, 0o600); err != nil {
 		return fmt.Errorf("write record: %w", err)
 	}
 	return nil
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
 }
 
 // load reads the record in a folder.
