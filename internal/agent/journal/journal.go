@@ -12,12 +12,13 @@ import (
 	"hash/crc32"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 )
 
 // Kind says what happened.
@@ -78,7 +79,8 @@ type Journal struct {
 	path string
 
 	mu      sync.Mutex
-	file    *os.File // nil: closed
+	closed  bool
+	file    *os.File // nil: closed, or the last rewrite failed
 	size    int64    // bytes of whole records
 	dead    int64    // bytes that compaction would save
 	last    uint64   // seq of the youngest event ever
@@ -196,55 +198,36 @@ func (j *Journal) rewrite() error {
 		}
 		content = append(content, b...)
 	}
-	f, err := replace(j.path, content)
-	if err != nil {
-		return fmt.Errorf("write journal: %w", err)
-	}
+	// Should a step below fail, the file may have its new content or the old
+	// one, so the one that is open may have no name any more.
 	if j.file != nil {
 		j.file.Close()
+		j.file = nil
+	}
+	if err := atomicfile.Write(j.path, content, 0o600); err != nil {
+		return fmt.Errorf("write journal: %w", err)
+	}
+	f, err := os.OpenFile(j.path, os.O_RDWR, 0)
+	if err != nil {
+		return fmt.Errorf("write journal: %w", err)
 	}
 	j.file, j.size, j.dead = f, int64(len(content)), 0
 	return nil
 }
 
-// replace puts content at path, durably, and returns the open file.
-func replace(path string, content []byte) (_ *os.File, err error) {
-	tmp := path + ".tmp"
-	f, err := os.OpenFile(tmp, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			f.Close()
-			os.Remove(tmp)
-		}
-	}()
-	if _, err = f.Write(content); err != nil {
-		return nil, err
-	}
-	if err = f.Sync(); err != nil {
-		return nil, err
-	}
-	if err = os.Rename(tmp, path); err != nil {
-		return nil, err
-	}
-	d, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return nil, err
-	}
-	defer d.Close()
-	return f, d.Sync()
-}
-
 // write appends a record; with an error the file is as before.
 func (j *Journal) write(e entry, durable bool) (int64, error) {
-	if j.file == nil {
+	if j.closed {
 		return 0, ErrClosed
 	}
 	b, err := encode(e)
 	if err != nil {
 		return 0, err
+	}
+	if j.file == nil {
+		if err := j.rewrite(); err != nil {
+			return 0, err
+		}
 	}
 	_, err = j.file.WriteAt(b, j.size)
 	if err == nil && durable {
@@ -316,7 +299,7 @@ func (j *Journal) Follow(ctx context.Context, f func(Event) error) error {
 	var told uint64
 	for {
 		j.mu.Lock()
-		changed, open := j.changed, j.file != nil
+		changed, closed := j.changed, j.closed
 		var fresh []Event
 		for _, e := range j.pending {
 			if e.Seq > told {
@@ -324,7 +307,7 @@ func (j *Journal) Follow(ctx context.Context, f func(Event) error) error {
 			}
 		}
 		j.mu.Unlock()
-		if !open {
+		if closed {
 			return ErrClosed
 		}
 		for _, e := range fresh {
@@ -346,7 +329,7 @@ func (j *Journal) Follow(ctx context.Context, f func(Event) error) error {
 func (j *Journal) Drained(ctx context.Context) {
 	for {
 		j.mu.Lock()
-		changed, done := j.changed, j.file == nil || len(j.pending) == 0
+		changed, done := j.changed, j.closed || len(j.pending) == 0
 		j.mu.Unlock()
 		if done {
 			return
@@ -363,11 +346,15 @@ func (j *Journal) Drained(ctx context.Context) {
 func (j *Journal) Close() error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if j.closed {
+		return nil
+	}
+	j.closed = true
+	close(j.changed)
 	if j.file == nil {
 		return nil
 	}
 	err := errors.Join(j.file.Sync(), j.file.Close())
 	j.file = nil
-	close(j.changed)
 	return err
 }

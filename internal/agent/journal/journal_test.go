@@ -114,6 +114,34 @@ func TestTornAnywhere(t *testing.T) {
 	}
 }
 
+// TestRewriteFails makes a compaction fail after the file lost its name: later
+// events must not go to a file that nobody finds again.
+func TestRewriteFails(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "events")
+	j := open(t, path)
+	add(t, j, "a")
+	if err := errors.Join(os.Remove(path), os.Mkdir(path, 0o700)); err != nil { // nothing can replace it
+		t.Fatal(err)
+	}
+	if err := j.rewrite(); err == nil {
+		t.Fatal("the rewrite did not fail")
+	}
+	if e, err := j.Append(Event{Kind: Expired, Reason: "refused"}); err == nil {
+		t.Fatalf("an event was kept nowhere: %v", e)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	add(t, j, "b")
+	var got []string
+	for _, e := range open(t, path).Pending() {
+		got = append(got, e.Reason)
+	}
+	if !slices.Equal(got, []string{"a", "b"}) {
+		t.Errorf("the next agent finds %q", got)
+	}
+}
+
 func TestCompacts(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "events")
 	j := open(t, path)
