@@ -10,7 +10,7 @@ SPECTRAL    := @stoplight/spectral-cli@6.16.3
 
 # Distribution packages: what Wrenn runs with, and what its tests need besides.
 RUN_PACKAGES  := qemu-system-x86 qemu-utils postgresql redis-server caddy mmdebstrap \
-	nftables iproute2 e2fsprogs kmod xz-utils
+	nftables iproute2 e2fsprogs kmod
 # (gcc: for the race detector.)
 TEST_PACKAGES := socat gcc libc6-dev dpkg-dev docker-registry skopeo umoci chromium fonts-dejavu-core
 

@@ -117,7 +117,6 @@ func Examine(ctx context.Context, dir layout.Dir) []Finding {
 		installed("mmdebstrap", "mmdebstrap", "mmdebstrap"),
 		installed("e2fsprogs", "e2fsprogs", "mke2fs"),
 		installed("kmod", "kmod", "depmod"),
-		installed("xz", "xz-utils", "xz"),
 		{"disk", true, fmt.Sprintf("free %d MiB, or choose another place with --dir", minDiskMiB), hasDisk},
 		{"memory", true, fmt.Sprintf("at least %d MiB that are free", minMemoryMiB), hasMemory},
 		{"firewall", false, "let the other firewall forward from interfaces named wrenn-veth-*", noObstacles},

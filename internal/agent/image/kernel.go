@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -114,7 +113,7 @@ func buildKernel(ctx context.Context, tmp, name, version, envd, inputs string) e
 	if err != nil {
 		return err
 	}
-	kernel, err := vmlinux(ctx, bzImage)
+	kernel, err := vmlinux(bzImage)
 	if err != nil {
 		return err
 	}
@@ -167,7 +166,7 @@ func writeInitrd(ctx context.Context, name, tree, release, envd string) (err err
 	}
 	var list bytes.Buffer
 	for i, m := range order {
-		data, err := readModule(ctx, filepath.Join(modules, m))
+		data, err := readModule(filepath.Join(modules, m))
 		if err != nil {
 			return err
 		}
@@ -198,17 +197,20 @@ func add(w *cpio.Writer, name string, mode cpio.FileMode, data []byte) error {
 	return err
 }
 
-func readModule(ctx context.Context, file string) ([]byte, error) {
-	if strings.HasSuffix(file, ".xz") {
-		out, err := output(ctx, "", "xz", "-dc", file)
-		return []byte(out), err
-	}
-	f, err := os.Open(file)
+// maxModule bounds the size of a module, in bytes.
+const maxModule = 64 << 20
+
+// readModule returns a module, unpacked if the distribution packs its modules.
+func readModule(file string) ([]byte, error) {
+	data, err := os.ReadFile(file)
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close()
-	return io.ReadAll(f)
+	data, err = unpack(data, maxModule)
+	if err != nil {
+		return nil, fmt.Errorf("module %s: %w", filepath.Base(file), err)
+	}
+	return data, nil
 }
 
 // output runs a tool in dir and returns what it prints; an error has the end

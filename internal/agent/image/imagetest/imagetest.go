@@ -31,7 +31,7 @@ func Prepare(t testing.TB) Images {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root to make a root file system")
 	}
-	for _, tool := range []string{"apt-get", "dpkg-deb", "mmdebstrap", "mke2fs", "depmod", "xz"} {
+	for _, tool := range []string{"apt-get", "dpkg-deb", "mmdebstrap", "mke2fs", "depmod"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			t.Skipf("needs %s to make images", tool)
 		}
