@@ -30,13 +30,23 @@ type Host struct {
 		UsedVCPUs     int   `json:"used_vcpus"`
 		DiskFreeBytes int64 `json:"disk_free_bytes"`
 	} `json:"load"`
-	LastSeenAt *time.Time `json:"last_seen_at"`
+	// Problems are what is wrong with the host and its agent could not repair.
+	Problems   []HostProblem `json:"problems"`
+	LastSeenAt *time.Time    `json:"last_seen_at"`
 	// Loses is what would be lost with the host: sandboxes by state, and teams'
 	// templates that no other host has. Only PreviewHost says it.
 	Loses *struct {
 		Sandboxes map[string]int64 `json:"sandboxes"`
 		Templates int64            `json:"templates"`
 	} `json:"loses"`
+}
+
+// HostProblem is one thing that is wrong with a host.
+type HostProblem struct {
+	Kind    string    `json:"kind"`   // a word that stays the same between releases
+	Object  string    `json:"object"` // what of that kind it concerns; empty: the host
+	Message string    `json:"message"`
+	Since   time.Time `json:"since"`
 }
 
 // HostRegistration is a host that waits for its agent, and the token that the

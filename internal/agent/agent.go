@@ -21,6 +21,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/network"
+	"github.com/wrenn-dev/wrenn/internal/agent/problem"
 	"github.com/wrenn-dev/wrenn/internal/agent/proxy"
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
@@ -76,6 +77,7 @@ type Agent struct {
 	cfg       Config
 	log       *slog.Logger
 	lock      *os.File
+	problems  *problem.List
 	driver    vmm.Driver
 	journal   *journal.Journal
 	pool      *network.Pool
@@ -127,6 +129,9 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 		}
 	}
 	if a.lock, err = lock(c.Dir.AgentLock()); err != nil {
+		return nil, err
+	}
+	if a.problems, err = problem.Open(c.Dir.Problems(), a.log); err != nil {
 		return nil, err
 	}
 	kernel, err := a.prepare(ctx)
@@ -278,6 +283,9 @@ func (a *Agent) close() error {
 	}
 	if a.journal != nil {
 		errs = append(errs, a.journal.Close())
+	}
+	if a.problems != nil {
+		errs = append(errs, a.problems.Close())
 	}
 	if a.lock != nil {
 		errs = append(errs, a.lock.Close())

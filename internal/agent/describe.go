@@ -5,6 +5,7 @@ import (
 	"runtime"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -44,5 +45,8 @@ func (a *Agent) Describe() (*pb.HostResponse, error) {
 	}
 	block, slots := a.pool.Share()
 	m.NetworkBlock, m.Slots = int32(block), int32(slots)
+	for _, p := range a.problems.All() {
+		m.Problems = append(m.Problems, &pb.Problem{Kind: string(p.Kind), Object: p.Object, Message: p.Message, Since: timestamppb.New(p.Since)})
+	}
 	return m, nil
 }

@@ -45,6 +45,7 @@ func (m *metrics) watch(a *Agent) {
 		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, f))
 	}
 	m.registry.MustRegister(a.proxy.Collectors()...)
+	m.registry.MustRegister(a.problems)
 	m.registry.MustRegister(&states{a.sandboxes, prometheus.NewDesc("wrenn_agent_sandboxes", "Sandboxes by state.", []string{"state"}, nil)})
 	gauge("wrenn_agent_memory_reserved_bytes", "Memory promised to sandboxes, and taken by what they began with.", func() float64 {
 		reserved, _ := a.sandboxes.Memory()

@@ -99,18 +99,40 @@ func (a *app) hostListCommand() *cobra.Command {
 				}
 				return a.json(hosts)
 			}
-			rows := [][]string{{"ID", "NAME", "STATUS", "SANDBOXES", "MEMORY", "CPUS", "VMM", "TAGS", "URL"}}
+			rows := [][]string{{"ID", "NAME", "STATUS", "SANDBOXES", "MEMORY", "CPUS", "VMM", "TAGS", "URL", "PROBLEMS"}}
 			for _, h := range hosts {
 				rows = append(rows, []string{
 					h.ID, h.Name, h.Status, strconv.Itoa(h.Load.Sandboxes), fmt.Sprintf("%d/%d MiB", h.Load.UsedMemoryMiB, h.CapacityMiB),
-					fmt.Sprintf("%d/%d", h.Load.UsedVCPUs, h.CPUs), h.VMM + " " + h.Accelerator, strings.Join(h.Tags, ","), h.URL,
+					fmt.Sprintf("%d/%d", h.Load.UsedVCPUs, h.CPUs), h.VMM + " " + h.Accelerator, strings.Join(h.Tags, ","), h.URL, kinds(h.Problems),
 				})
 			}
-			return a.table(rows)
+			if err := a.table(rows); err != nil {
+				return err
+			}
+			for _, h := range hosts {
+				for _, p := range h.Problems {
+					// The host chose the text.
+					fmt.Fprintf(a.err, "%s: %s (since %s)\n", clean(h.Name), clean(p.Message), p.Since.Local().Format(time.DateTime))
+				}
+			}
+			return nil
 		},
 	}
 	out.flag(cmd)
 	return cmd
+}
+
+// kinds returns the kinds of a host's problems, each once.
+func kinds(problems []client.HostProblem) string {
+	if len(problems) == 0 {
+		return "-"
+	}
+	var all []string
+	for _, p := range problems {
+		all = append(all, p.Kind)
+	}
+	slices.Sort(all)
+	return strings.Join(slices.Compact(all), ",")
 }
 
 // hostChange is a command that does one thing to one host and shows its status.

@@ -28,7 +28,8 @@ func TestHosts(t *testing.T) {
 			w.WriteHeader(http.StatusCreated)
 			io.WriteString(w, registration)
 		case "GET /v1/admin/hosts":
-			io.WriteString(w, `{"hosts":[{"id":"hst-1","name":"rack","status":"online","cpus":4,"capacity_mib":8192,"vmm":"qemu","accelerator":"kvm","tags":["gpu","ssd"],"url":"https://192.0.2.1:7070","load":{"sandboxes":3,"used_memory_mib":1536,"used_vcpus":3}},
+			io.WriteString(w, `{"hosts":[{"id":"hst-1","name":"rack","status":"online","cpus":4,"capacity_mib":8192,"vmm":"qemu","accelerator":"kvm","tags":["gpu","ssd"],"url":"https://192.0.2.1:7070","load":{"sandboxes":3,"used_memory_mib":1536,"used_vcpus":3},
+				"problems":[{"kind":"firewall","message":"fi\u001bre","since":"2030-01-01T00:00:00Z"},{"kind":"cgroup","object":"a","message":"gone","since":"2030-01-01T00:00:00Z"},{"kind":"cgroup","object":"b","message":"gone","since":"2030-01-01T00:00:00Z"}]},
 				{"id":"hst-2","name":"twin","status":"pending"},{"id":"hst-3","name":"twin","status":"pending"}]}`)
 		case "GET /v1/admin/hosts/hst-1":
 			io.WriteString(w, `{"id":"hst-1","name":"rack","loses":{"sandboxes":{"running":1,"paused":2},"templates":1}}`)
@@ -52,7 +53,7 @@ func TestHosts(t *testing.T) {
 		"host add rack":                        {0, "wrenn agent --server URL --token wrnh_secret", []string{`POST /v1/admin/hosts {"name":"rack"}`}},
 		"host add rack --tag gpu --tag ssd":    {0, "hst-1\n", []string{`POST /v1/admin/hosts {"name":"rack","tags":["gpu","ssd"]}`}},
 		"host add rack -o json":                {0, `"token": "wrnh_secret"`, []string{`POST /v1/admin/hosts {"name":"rack"}`}},
-		"host ls":                              {0, "hst-1  rack  online   3          1536/8192 MiB  3/4   qemu kvm  gpu,ssd  https://192.0.2.1:7070\n", []string{list}},
+		"host ls":                              {0, "hst-1  rack  online   3          1536/8192 MiB  3/4   qemu kvm  gpu,ssd  https://192.0.2.1:7070  cgroup,firewall\n", []string{list}},
 		"host token hst-1":                     {0, "wrnh_secret", []string{"POST " + one + "/token"}},
 		"host drain hst-1":                     {0, "hst-1  rack  draining  gpu\n", []string{"PATCH " + one + ` {"draining":true}`}},
 		"host undrain rack":                    {0, "", []string{list, "PATCH " + one + ` {"draining":false}`}},
@@ -69,10 +70,10 @@ func TestHosts(t *testing.T) {
 	} {
 		t.Run(line, func(t *testing.T) {
 			asked = nil
-			var out bytes.Buffer
+			var out, said bytes.Buffer
 			root := &cobra.Command{Use: "wrenn", SilenceErrors: true, SilenceUsage: true}
 			root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &UsageError{err} })
-			root.AddCommand(Commands(strings.NewReader(""), &out, io.Discard)...)
+			root.AddCommand(Commands(strings.NewReader(""), &out, &said)...)
 			root.SetArgs(append(strings.Fields(line), "--url", service.URL, "--api-key", "k"))
 			err := root.ExecuteContext(context.Background())
 			if code := ExitCode(err); code != want.code {
@@ -83,6 +84,9 @@ func TestHosts(t *testing.T) {
 			}
 			if !slices.Equal(asked, want.asked) {
 				t.Errorf("asked %q, want %q", asked, want.asked)
+			}
+			if line == "host ls" && (!strings.Contains(said.String(), "rack: fi?re (since ") || strings.Count(said.String(), "\n") != 3) {
+				t.Errorf("said of problems: %q", said.String())
 			}
 			if line == "host rm hst-1" && !strings.Contains(err.Error(), "2 paused sandboxes, 1 running sandbox, 1 template that") {
 				t.Errorf("preview: %v", err)

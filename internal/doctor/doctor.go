@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/spf13/cobra"
@@ -21,6 +22,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/network"
+	"github.com/wrenn-dev/wrenn/internal/agent/problem"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qemu"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
@@ -129,6 +131,19 @@ func Examine(ctx context.Context, dir layout.Dir) []Finding {
 			f.Detail, f.Fix = err.Error(), c.fix
 		}
 		findings = append(findings, f)
+	}
+	return append(findings, reported(dir)...)
+}
+
+// reported is what a running agent says is wrong with the host.
+func reported(dir layout.Dir) []Finding {
+	problems, err := problem.Read(dir.Problems())
+	if err != nil {
+		return []Finding{{Name: "problems", Detail: err.Error()}}
+	}
+	var findings []Finding
+	for _, p := range problems {
+		findings = append(findings, Finding{Name: string(p.Kind), Detail: fmt.Sprintf("the agent reports since %s: %s", p.Since.Local().Format(time.DateTime), p.Message)})
 	}
 	return findings
 }

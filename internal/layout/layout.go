@@ -97,6 +97,9 @@ func (d Dir) Credentials() string { return d.join("credentials.json") }
 // NetworkBlock remembers which block of network slots the host agent has.
 func (d Dir) NetworkBlock() string { return d.join("run", "network-block") }
 
+// Problems lists what is wrong with the host, as the agent that runs says.
+func (d Dir) Problems() string { return d.join("run", "problems.json") }
+
 // Logs holds the logs of the programs that wrenn up runs.
 func (d Dir) Logs() string { return d.join("logs") }
 

@@ -110,7 +110,7 @@ func (q *Queries) EndHostRegistration(ctx context.Context, id uuid.UUID) error {
 }
 
 const getHost = `-- name: GetHost :one
-SELECT id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher FROM hosts WHERE id = $1 AND deleted_at IS NULL
+SELECT id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher, problems FROM hosts WHERE id = $1 AND deleted_at IS NULL
 `
 
 func (q *Queries) GetHost(ctx context.Context, id uuid.UUID) (Host, error) {
@@ -147,6 +147,7 @@ func (q *Queries) GetHost(ctx context.Context, id uuid.UUID) (Host, error) {
 		&i.UsedVcpus,
 		&i.DiskFreeBytes,
 		&i.Watcher,
+		&i.Problems,
 	)
 	return i, err
 }
@@ -155,7 +156,7 @@ const hostBeat = `-- name: HostBeat :one
 UPDATE hosts SET heartbeat_at = now(), version = $1, vmm = $2, accelerator = $3, cpus = $4,
     memory_bytes = $5, disk_bytes = $6, capacity_mib = $7, slots = $8, network_block = $9,
     sandboxes = $10, used_memory_mib = $11, used_vcpus = $12, disk_free_bytes = $13
-WHERE id = $14 AND epoch = $15 AND refresh_hash IS NOT NULL AND deleted_at IS NULL RETURNING id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher
+WHERE id = $14 AND epoch = $15 AND refresh_hash IS NOT NULL AND deleted_at IS NULL RETURNING id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher, problems
 `
 
 type HostBeatParams struct {
@@ -227,6 +228,7 @@ func (q *Queries) HostBeat(ctx context.Context, arg HostBeatParams) (Host, error
 		&i.UsedVcpus,
 		&i.DiskFreeBytes,
 		&i.Watcher,
+		&i.Problems,
 	)
 	return i, err
 }
@@ -252,9 +254,9 @@ func (q *Queries) HostLeaves(ctx context.Context, arg HostLeavesParams) (int64, 
 const hostSeen = `-- name: HostSeen :one
 UPDATE hosts SET last_seen_at = now(), version = $1, vmm = $2, accelerator = $3, cpus = $4, memory_bytes = $5, disk_bytes = $6,
     capacity_mib = $7, slots = $8, network_block = $9,
-    sandboxes = $10, used_memory_mib = $11, used_vcpus = $12, disk_free_bytes = $13,
-    status = CASE WHEN enrolled AND COALESCE(heartbeat_at < now() - make_interval(secs => $14::float8), true) THEN status ELSE 'online' END
-WHERE id = $15 AND deleted_at IS NULL RETURNING id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher
+    sandboxes = $10, used_memory_mib = $11, used_vcpus = $12, disk_free_bytes = $13, problems = $14,
+    status = CASE WHEN enrolled AND COALESCE(heartbeat_at < now() - make_interval(secs => $15::float8), true) THEN status ELSE 'online' END
+WHERE id = $16 AND deleted_at IS NULL RETURNING id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher, problems
 `
 
 type HostSeenParams struct {
@@ -271,6 +273,7 @@ type HostSeenParams struct {
 	UsedMemoryMib int64
 	UsedVcpus     int32
 	DiskFreeBytes int64
+	Problems      []byte
 	Within        float64
 	ID            uuid.UUID
 }
@@ -291,6 +294,7 @@ func (q *Queries) HostSeen(ctx context.Context, arg HostSeenParams) (Host, error
 		arg.UsedMemoryMib,
 		arg.UsedVcpus,
 		arg.DiskFreeBytes,
+		arg.Problems,
 		arg.Within,
 		arg.ID,
 	)
@@ -326,6 +330,7 @@ func (q *Queries) HostSeen(ctx context.Context, arg HostSeenParams) (Host, error
 		&i.UsedVcpus,
 		&i.DiskFreeBytes,
 		&i.Watcher,
+		&i.Problems,
 	)
 	return i, err
 }
@@ -367,7 +372,7 @@ func (q *Queries) HostsUnreachable(ctx context.Context, within float64) ([]Hosts
 const insertHost = `-- name: InsertHost :one
 INSERT INTO hosts (id, name, tags, status, enrolled, registration_hash, registration_expires_at)
 VALUES ($1, $2, $3, 'pending', true, $4, $5)
-RETURNING id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher
+RETURNING id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher, problems
 `
 
 type InsertHostParams struct {
@@ -419,6 +424,7 @@ func (q *Queries) InsertHost(ctx context.Context, arg InsertHostParams) (Host, e
 		&i.UsedVcpus,
 		&i.DiskFreeBytes,
 		&i.Watcher,
+		&i.Problems,
 	)
 	return i, err
 }
@@ -439,7 +445,7 @@ func (q *Queries) InsertHostCertificate(ctx context.Context, arg InsertHostCerti
 }
 
 const listHosts = `-- name: ListHosts :many
-SELECT id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher FROM hosts WHERE deleted_at IS NULL ORDER BY created_at, id
+SELECT id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher, problems FROM hosts WHERE deleted_at IS NULL ORDER BY created_at, id
 `
 
 // There are few: every server knows them all.
@@ -483,6 +489,7 @@ func (q *Queries) ListHosts(ctx context.Context) ([]Host, error) {
 			&i.UsedVcpus,
 			&i.DiskFreeBytes,
 			&i.Watcher,
+			&i.Problems,
 		); err != nil {
 			return nil, err
 		}
@@ -558,7 +565,7 @@ func (q *Queries) LockHost(ctx context.Context, id uuid.UUID) (uuid.UUID, error)
 }
 
 const lockHostByRefresh = `-- name: LockHostByRefresh :one
-SELECT id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher FROM hosts WHERE (refresh_hash = $1 OR previous_hash = $1) AND deleted_at IS NULL FOR NO KEY UPDATE
+SELECT id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher, problems FROM hosts WHERE (refresh_hash = $1 OR previous_hash = $1) AND deleted_at IS NULL FOR NO KEY UPDATE
 `
 
 func (q *Queries) LockHostByRefresh(ctx context.Context, hash []byte) (Host, error) {
@@ -595,12 +602,13 @@ func (q *Queries) LockHostByRefresh(ctx context.Context, hash []byte) (Host, err
 		&i.UsedVcpus,
 		&i.DiskFreeBytes,
 		&i.Watcher,
+		&i.Problems,
 	)
 	return i, err
 }
 
 const lockHostByRegistration = `-- name: LockHostByRegistration :one
-SELECT id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher FROM hosts WHERE registration_hash = $1 AND registration_expires_at > now() AND deleted_at IS NULL FOR NO KEY UPDATE
+SELECT id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher, problems FROM hosts WHERE registration_hash = $1 AND registration_expires_at > now() AND deleted_at IS NULL FOR NO KEY UPDATE
 `
 
 func (q *Queries) LockHostByRegistration(ctx context.Context, registrationHash []byte) (Host, error) {
@@ -637,6 +645,7 @@ func (q *Queries) LockHostByRegistration(ctx context.Context, registrationHash [
 		&i.UsedVcpus,
 		&i.DiskFreeBytes,
 		&i.Watcher,
+		&i.Problems,
 	)
 	return i, err
 }
@@ -708,7 +717,7 @@ const registerHost = `-- name: RegisterHost :one
 UPDATE hosts SET url = $1, refresh_hash = $2, previous_hash = $3, epoch = epoch + 1, heartbeat_at = now(),
     version = $4, vmm = $5, accelerator = $6, cpus = $7, memory_bytes = $8, disk_bytes = $9,
     capacity_mib = $10, slots = $11, network_block = $12
-WHERE id = $13 RETURNING id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher
+WHERE id = $13 RETURNING id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher, problems
 `
 
 type RegisterHostParams struct {
@@ -775,13 +784,14 @@ func (q *Queries) RegisterHost(ctx context.Context, arg RegisterHostParams) (Hos
 		&i.UsedVcpus,
 		&i.DiskFreeBytes,
 		&i.Watcher,
+		&i.Problems,
 	)
 	return i, err
 }
 
 const renewHostRegistration = `-- name: RenewHostRegistration :one
 UPDATE hosts SET registration_hash = $1, registration_expires_at = $2
-WHERE id = $3 AND enrolled AND deleted_at IS NULL RETURNING id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher
+WHERE id = $3 AND enrolled AND deleted_at IS NULL RETURNING id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher, problems
 `
 
 type RenewHostRegistrationParams struct {
@@ -824,6 +834,7 @@ func (q *Queries) RenewHostRegistration(ctx context.Context, arg RenewHostRegist
 		&i.UsedVcpus,
 		&i.DiskFreeBytes,
 		&i.Watcher,
+		&i.Problems,
 	)
 	return i, err
 }
@@ -984,7 +995,7 @@ func (q *Queries) TrustsHostCertificate(ctx context.Context, arg TrustsHostCerti
 
 const updateHost = `-- name: UpdateHost :one
 UPDATE hosts SET draining = COALESCE($1, draining), name = COALESCE($2, name), tags = COALESCE($3::text[], tags)
-WHERE id = $4 AND deleted_at IS NULL RETURNING id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher
+WHERE id = $4 AND deleted_at IS NULL RETURNING id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher, problems
 `
 
 type UpdateHostParams struct {
@@ -1033,6 +1044,7 @@ func (q *Queries) UpdateHost(ctx context.Context, arg UpdateHostParams) (Host, e
 		&i.UsedVcpus,
 		&i.DiskFreeBytes,
 		&i.Watcher,
+		&i.Problems,
 	)
 	return i, err
 }
@@ -1040,7 +1052,7 @@ func (q *Queries) UpdateHost(ctx context.Context, arg UpdateHostParams) (Host, e
 const upsertHost = `-- name: UpsertHost :one
 INSERT INTO hosts (id, url, status) VALUES ($1, $2, 'pending')
 ON CONFLICT (url) DO UPDATE SET url = EXCLUDED.url
-RETURNING id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher
+RETURNING id, url, status, version, vmm, accelerator, cpus, memory_bytes, disk_bytes, created_at, last_seen_at, name, tags, enrolled, draining, deleted_at, registration_hash, registration_expires_at, refresh_hash, previous_hash, epoch, heartbeat_at, capacity_mib, slots, network_block, sandboxes, used_memory_mib, used_vcpus, disk_free_bytes, watcher, problems
 `
 
 type UpsertHostParams struct {
@@ -1083,6 +1095,7 @@ func (q *Queries) UpsertHost(ctx context.Context, arg UpsertHostParams) (Host, e
 		&i.UsedVcpus,
 		&i.DiskFreeBytes,
 		&i.Watcher,
+		&i.Problems,
 	)
 	return i, err
 }

@@ -151,6 +151,7 @@ type Host struct {
 	UsedVcpus             int32
 	DiskFreeBytes         int64
 	Watcher               *uuid.UUID
+	Problems              []byte
 }
 
 type HostCertificate struct {

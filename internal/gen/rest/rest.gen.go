@@ -1389,6 +1389,9 @@ type Host struct {
 	// NetworkBlock Which share of its machine's network slots it has.
 	NetworkBlock int32 `json:"network_block"`
 
+	// Problems What is wrong with the host and its agent could not repair, as the agent said last, oldest first.
+	Problems []HostProblem `json:"problems"`
+
 	// Slots How many sandboxes can run at once.
 	Slots int32 `json:"slots"`
 
@@ -1466,6 +1469,19 @@ type HostLoses struct {
 
 // HostName defines model for HostName.
 type HostName = string
+
+// HostProblem One thing that is wrong with a host. `wrenn doctor` on the host shows the same.
+type HostProblem struct {
+	// Kind What kind of problem it is: a word that stays the same between releases.
+	Kind string `json:"kind"`
+
+	// Message What happened and what to do.
+	Message string `json:"message"`
+
+	// Object What of that kind it concerns, such as a network slot; absent: the host.
+	Object *string   `json:"object,omitempty"`
+	Since  time.Time `json:"since"`
+}
 
 // HostRegistration defines model for HostRegistration.
 type HostRegistration struct {

@@ -409,6 +409,7 @@ func (r *Registry) Contact(ctx context.Context, h *Host) error {
 		ID: h.ID, Within: r.within(), Version: m.Version, VMM: m.Vmm, Accelerator: m.Accelerator, CPUs: m.Cpus, MemoryBytes: m.MemoryBytes, DiskBytes: m.DiskBytes,
 		CapacityMib: m.MemoryLimitMib, Slots: m.Slots, NetworkBlock: m.NetworkBlock,
 		Sandboxes: m.Sandboxes, UsedMemoryMib: m.MemoryUsedMib, UsedVcpus: m.VcpusUsed, DiskFreeBytes: m.DiskFreeBytes,
+		Problems: encodeProblems(m.Problems, time.Now()),
 	})
 	if errors.Is(err, store.ErrNoRows) {
 		return errors.New("the host was removed")

@@ -225,7 +225,7 @@ type server struct {
 }
 
 func (server) Host(context.Context, *connect.Request[hostagentv1.HostRequest]) (*connect.Response[hostagentv1.HostResponse], error) {
-	return connect.NewResponse(&hostagentv1.HostResponse{Cpus: 3, MemoryLimitMib: 2048}), nil
+	return connect.NewResponse(&hostagentv1.HostResponse{Cpus: 3, MemoryLimitMib: 2048, Problems: []*hostagentv1.Problem{{Kind: "firewall", Message: "closed\x00"}}}), nil
 }
 
 // TestCertificates calls a host over real TLS: with what it was given, with
@@ -304,7 +304,7 @@ func TestCertificates(t *testing.T) {
 		t.Fatal(err)
 	}
 	row, _, err := f.Describe(ctx, host)
-	if err != nil || row.Status != "online" || row.CPUs != 3 || row.CapacityMib != 2048 {
+	if err != nil || row.Status != "online" || row.CPUs != 3 || row.CapacityMib != 2048 || len(Problems(row)) != 1 || Problems(row)[0].Message != "closed " {
 		t.Errorf("%+v, %v", row, err)
 	}
 	h, err := f.Get(&host)

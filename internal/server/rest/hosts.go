@@ -31,7 +31,11 @@ func host(row db.Host) rest.Host {
 		Load: rest.HostLoad{
 			Sandboxes: row.Sandboxes, UsedMemoryMib: row.UsedMemoryMib, UsedVcpus: row.UsedVcpus, DiskFreeBytes: row.DiskFreeBytes,
 		},
+		Problems:  []rest.HostProblem{},
 		CreatedAt: row.CreatedAt.UTC(), LastSeenAt: utc(row.LastSeenAt),
+	}
+	for _, p := range hosts.Problems(row) {
+		h.Problems = append(h.Problems, rest.HostProblem{Kind: p.Kind, Object: some(p.Object), Message: p.Message, Since: p.Since.UTC()})
 	}
 	return h
 }

@@ -138,7 +138,7 @@ func (x Event_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Event_Kind.Descriptor instead.
 func (Event_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{55, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{56, 0}
 }
 
 type Sandbox struct {
@@ -3352,8 +3352,10 @@ type HostResponse struct {
 	VcpusUsed      int32 `protobuf:"varint,12,opt,name=vcpus_used,json=vcpusUsed,proto3" json:"vcpus_used,omitempty"`
 	// How many sandboxes can be at once, and which share of the machine's
 	// network slots the agent has.
-	Slots         int32 `protobuf:"varint,13,opt,name=slots,proto3" json:"slots,omitempty"`
-	NetworkBlock  int32 `protobuf:"varint,14,opt,name=network_block,json=networkBlock,proto3" json:"network_block,omitempty"`
+	Slots        int32 `protobuf:"varint,13,opt,name=slots,proto3" json:"slots,omitempty"`
+	NetworkBlock int32 `protobuf:"varint,14,opt,name=network_block,json=networkBlock,proto3" json:"network_block,omitempty"`
+	// What is wrong with the host and the agent could not repair, oldest first.
+	Problems      []*Problem `protobuf:"bytes,15,rep,name=problems,proto3" json:"problems,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3486,6 +3488,87 @@ func (x *HostResponse) GetNetworkBlock() int32 {
 	return 0
 }
 
+func (x *HostResponse) GetProblems() []*Problem {
+	if x != nil {
+		return x.Problems
+	}
+	return nil
+}
+
+// Problem is one thing that is wrong with a host. It is reported until it is
+// over; kind and object together identify it.
+type Problem struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A lower-case word that stays the same between releases, such as "firewall".
+	Kind string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	// What of that kind it concerns, such as a slot's number; empty: the host.
+	Object string `protobuf:"bytes,2,opt,name=object,proto3" json:"object,omitempty"`
+	// What happened and what to do, in one or two sentences for an admin.
+	Message string `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
+	// When the agent first saw it.
+	Since         *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=since,proto3" json:"since,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Problem) Reset() {
+	*x = Problem{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Problem) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Problem) ProtoMessage() {}
+
+func (x *Problem) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Problem.ProtoReflect.Descriptor instead.
+func (*Problem) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *Problem) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Problem) GetObject() string {
+	if x != nil {
+		return x.Object
+	}
+	return ""
+}
+
+func (x *Problem) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *Problem) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
 type Event struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Seq           uint64                 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"`
@@ -3499,7 +3582,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[55]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3511,7 +3594,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[55]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3524,7 +3607,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{55}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -3570,7 +3653,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[56]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3582,7 +3665,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[56]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3595,7 +3678,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{56}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{57}
 }
 
 type EventsResponse struct {
@@ -3607,7 +3690,7 @@ type EventsResponse struct {
 
 func (x *EventsResponse) Reset() {
 	*x = EventsResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[57]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3619,7 +3702,7 @@ func (x *EventsResponse) String() string {
 func (*EventsResponse) ProtoMessage() {}
 
 func (x *EventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[57]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3632,7 +3715,7 @@ func (x *EventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsResponse.ProtoReflect.Descriptor instead.
 func (*EventsResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{57}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *EventsResponse) GetEvent() *Event {
@@ -3651,7 +3734,7 @@ type AckEventsRequest struct {
 
 func (x *AckEventsRequest) Reset() {
 	*x = AckEventsRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[58]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3663,7 +3746,7 @@ func (x *AckEventsRequest) String() string {
 func (*AckEventsRequest) ProtoMessage() {}
 
 func (x *AckEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[58]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3676,7 +3759,7 @@ func (x *AckEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AckEventsRequest.ProtoReflect.Descriptor instead.
 func (*AckEventsRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{58}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *AckEventsRequest) GetSeq() uint64 {
@@ -3694,7 +3777,7 @@ type AckEventsResponse struct {
 
 func (x *AckEventsResponse) Reset() {
 	*x = AckEventsResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[59]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3706,7 +3789,7 @@ func (x *AckEventsResponse) String() string {
 func (*AckEventsResponse) ProtoMessage() {}
 
 func (x *AckEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[59]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3719,7 +3802,7 @@ func (x *AckEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AckEventsResponse.ProtoReflect.Descriptor instead.
 func (*AckEventsResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{59}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{60}
 }
 
 type TerminateRequest struct {
@@ -3730,7 +3813,7 @@ type TerminateRequest struct {
 
 func (x *TerminateRequest) Reset() {
 	*x = TerminateRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[60]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3742,7 +3825,7 @@ func (x *TerminateRequest) String() string {
 func (*TerminateRequest) ProtoMessage() {}
 
 func (x *TerminateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[60]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3755,7 +3838,7 @@ func (x *TerminateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TerminateRequest.ProtoReflect.Descriptor instead.
 func (*TerminateRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{60}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{61}
 }
 
 type TerminateResponse struct {
@@ -3766,7 +3849,7 @@ type TerminateResponse struct {
 
 func (x *TerminateResponse) Reset() {
 	*x = TerminateResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[61]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3778,7 +3861,7 @@ func (x *TerminateResponse) String() string {
 func (*TerminateResponse) ProtoMessage() {}
 
 func (x *TerminateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[61]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3791,7 +3874,7 @@ func (x *TerminateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TerminateResponse.ProtoReflect.Descriptor instead.
 func (*TerminateResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{61}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{62}
 }
 
 type ForkRequest_Copy struct {
@@ -3804,7 +3887,7 @@ type ForkRequest_Copy struct {
 
 func (x *ForkRequest_Copy) Reset() {
 	*x = ForkRequest_Copy{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[64]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3816,7 +3899,7 @@ func (x *ForkRequest_Copy) String() string {
 func (*ForkRequest_Copy) ProtoMessage() {}
 
 func (x *ForkRequest_Copy) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[64]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3860,7 +3943,7 @@ type ExecStreamRequest_Start struct {
 
 func (x *ExecStreamRequest_Start) Reset() {
 	*x = ExecStreamRequest_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[66]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3872,7 +3955,7 @@ func (x *ExecStreamRequest_Start) String() string {
 func (*ExecStreamRequest_Start) ProtoMessage() {}
 
 func (x *ExecStreamRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[66]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3924,7 +4007,7 @@ type ExecStreamRequest_CloseStdin struct {
 
 func (x *ExecStreamRequest_CloseStdin) Reset() {
 	*x = ExecStreamRequest_CloseStdin{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[67]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3936,7 +4019,7 @@ func (x *ExecStreamRequest_CloseStdin) String() string {
 func (*ExecStreamRequest_CloseStdin) ProtoMessage() {}
 
 func (x *ExecStreamRequest_CloseStdin) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[67]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3961,7 +4044,7 @@ type ExecStreamResponse_Started struct {
 
 func (x *ExecStreamResponse_Started) Reset() {
 	*x = ExecStreamResponse_Started{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[68]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3973,7 +4056,7 @@ func (x *ExecStreamResponse_Started) String() string {
 func (*ExecStreamResponse_Started) ProtoMessage() {}
 
 func (x *ExecStreamResponse_Started) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[68]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4007,7 +4090,7 @@ type ExecStreamResponse_Exited struct {
 
 func (x *ExecStreamResponse_Exited) Reset() {
 	*x = ExecStreamResponse_Exited{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[69]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4019,7 +4102,7 @@ func (x *ExecStreamResponse_Exited) String() string {
 func (*ExecStreamResponse_Exited) ProtoMessage() {}
 
 func (x *ExecStreamResponse_Exited) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[69]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4071,7 +4154,7 @@ type WriteFileStreamRequest_Start struct {
 
 func (x *WriteFileStreamRequest_Start) Reset() {
 	*x = WriteFileStreamRequest_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[70]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4083,7 +4166,7 @@ func (x *WriteFileStreamRequest_Start) String() string {
 func (*WriteFileStreamRequest_Start) ProtoMessage() {}
 
 func (x *WriteFileStreamRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[70]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4130,7 +4213,7 @@ type ReadFileStreamResponse_Start struct {
 
 func (x *ReadFileStreamResponse_Start) Reset() {
 	*x = ReadFileStreamResponse_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[71]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4142,7 +4225,7 @@ func (x *ReadFileStreamResponse_Start) String() string {
 func (*ReadFileStreamResponse_Start) ProtoMessage() {}
 
 func (x *ReadFileStreamResponse_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[71]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4182,7 +4265,7 @@ type SamplesResponse_Sample struct {
 
 func (x *SamplesResponse_Sample) Reset() {
 	*x = SamplesResponse_Sample{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[72]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4194,7 +4277,7 @@ func (x *SamplesResponse_Sample) String() string {
 func (*SamplesResponse_Sample) ProtoMessage() {}
 
 func (x *SamplesResponse_Sample) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[72]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4258,7 +4341,7 @@ type ImportTemplateRequest_Registry struct {
 
 func (x *ImportTemplateRequest_Registry) Reset() {
 	*x = ImportTemplateRequest_Registry{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[73]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4270,7 +4353,7 @@ func (x *ImportTemplateRequest_Registry) String() string {
 func (*ImportTemplateRequest_Registry) ProtoMessage() {}
 
 func (x *ImportTemplateRequest_Registry) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[73]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4319,7 +4402,7 @@ type ImportTemplateRequest_Archive struct {
 
 func (x *ImportTemplateRequest_Archive) Reset() {
 	*x = ImportTemplateRequest_Archive{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[74]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4331,7 +4414,7 @@ func (x *ImportTemplateRequest_Archive) String() string {
 func (*ImportTemplateRequest_Archive) ProtoMessage() {}
 
 func (x *ImportTemplateRequest_Archive) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[74]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4378,7 +4461,7 @@ type ImportTemplateRequest_Start struct {
 
 func (x *ImportTemplateRequest_Start) Reset() {
 	*x = ImportTemplateRequest_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[75]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4390,7 +4473,7 @@ func (x *ImportTemplateRequest_Start) String() string {
 func (*ImportTemplateRequest_Start) ProtoMessage() {}
 
 func (x *ImportTemplateRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[75]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4777,7 +4860,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x10TemplatesRequest\"I\n" +
 	"\x11TemplatesResponse\x124\n" +
 	"\ttemplates\x18\x01 \x03(\v2\x16.hostagent.v1.TemplateR\ttemplates\"\r\n" +
-	"\vHostRequest\"\xd0\x03\n" +
+	"\vHostRequest\"\x83\x04\n" +
 	"\fHostResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x12\n" +
 	"\x04cpus\x18\x02 \x01(\x05R\x04cpus\x12!\n" +
@@ -4795,7 +4878,13 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\n" +
 	"vcpus_used\x18\f \x01(\x05R\tvcpusUsed\x12\x14\n" +
 	"\x05slots\x18\r \x01(\x05R\x05slots\x12#\n" +
-	"\rnetwork_block\x18\x0e \x01(\x05R\fnetworkBlock\"\x80\x02\n" +
+	"\rnetwork_block\x18\x0e \x01(\x05R\fnetworkBlock\x121\n" +
+	"\bproblems\x18\x0f \x03(\v2\x15.hostagent.v1.ProblemR\bproblems\"\x81\x01\n" +
+	"\aProblem\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x16\n" +
+	"\x06object\x18\x02 \x01(\tR\x06object\x12\x18\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\x120\n" +
+	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\"\x80\x02\n" +
 	"\x05Event\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12,\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x18.hostagent.v1.Event.KindR\x04kind\x12\x1d\n" +
@@ -4868,7 +4957,7 @@ func file_hostagent_v1_hostagent_proto_rawDescGZIP() []byte {
 }
 
 var file_hostagent_v1_hostagent_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 76)
+var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 77)
 var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(SandboxState)(0),                      // 0: hostagent.v1.SandboxState
 	(Event_Kind)(0),                        // 1: hostagent.v1.Event.Kind
@@ -4927,139 +5016,142 @@ var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(*TemplatesResponse)(nil),              // 54: hostagent.v1.TemplatesResponse
 	(*HostRequest)(nil),                    // 55: hostagent.v1.HostRequest
 	(*HostResponse)(nil),                   // 56: hostagent.v1.HostResponse
-	(*Event)(nil),                          // 57: hostagent.v1.Event
-	(*EventsRequest)(nil),                  // 58: hostagent.v1.EventsRequest
-	(*EventsResponse)(nil),                 // 59: hostagent.v1.EventsResponse
-	(*AckEventsRequest)(nil),               // 60: hostagent.v1.AckEventsRequest
-	(*AckEventsResponse)(nil),              // 61: hostagent.v1.AckEventsResponse
-	(*TerminateRequest)(nil),               // 62: hostagent.v1.TerminateRequest
-	(*TerminateResponse)(nil),              // 63: hostagent.v1.TerminateResponse
-	nil,                                    // 64: hostagent.v1.CreateRequest.EnvsEntry
-	nil,                                    // 65: hostagent.v1.Defaults.EnvsEntry
-	(*ForkRequest_Copy)(nil),               // 66: hostagent.v1.ForkRequest.Copy
-	nil,                                    // 67: hostagent.v1.Command.EnvsEntry
-	(*ExecStreamRequest_Start)(nil),        // 68: hostagent.v1.ExecStreamRequest.Start
-	(*ExecStreamRequest_CloseStdin)(nil),   // 69: hostagent.v1.ExecStreamRequest.CloseStdin
-	(*ExecStreamResponse_Started)(nil),     // 70: hostagent.v1.ExecStreamResponse.Started
-	(*ExecStreamResponse_Exited)(nil),      // 71: hostagent.v1.ExecStreamResponse.Exited
-	(*WriteFileStreamRequest_Start)(nil),   // 72: hostagent.v1.WriteFileStreamRequest.Start
-	(*ReadFileStreamResponse_Start)(nil),   // 73: hostagent.v1.ReadFileStreamResponse.Start
-	(*SamplesResponse_Sample)(nil),         // 74: hostagent.v1.SamplesResponse.Sample
-	(*ImportTemplateRequest_Registry)(nil), // 75: hostagent.v1.ImportTemplateRequest.Registry
-	(*ImportTemplateRequest_Archive)(nil),  // 76: hostagent.v1.ImportTemplateRequest.Archive
-	(*ImportTemplateRequest_Start)(nil),    // 77: hostagent.v1.ImportTemplateRequest.Start
-	(*timestamppb.Timestamp)(nil),          // 78: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),            // 79: google.protobuf.Duration
+	(*Problem)(nil),                        // 57: hostagent.v1.Problem
+	(*Event)(nil),                          // 58: hostagent.v1.Event
+	(*EventsRequest)(nil),                  // 59: hostagent.v1.EventsRequest
+	(*EventsResponse)(nil),                 // 60: hostagent.v1.EventsResponse
+	(*AckEventsRequest)(nil),               // 61: hostagent.v1.AckEventsRequest
+	(*AckEventsResponse)(nil),              // 62: hostagent.v1.AckEventsResponse
+	(*TerminateRequest)(nil),               // 63: hostagent.v1.TerminateRequest
+	(*TerminateResponse)(nil),              // 64: hostagent.v1.TerminateResponse
+	nil,                                    // 65: hostagent.v1.CreateRequest.EnvsEntry
+	nil,                                    // 66: hostagent.v1.Defaults.EnvsEntry
+	(*ForkRequest_Copy)(nil),               // 67: hostagent.v1.ForkRequest.Copy
+	nil,                                    // 68: hostagent.v1.Command.EnvsEntry
+	(*ExecStreamRequest_Start)(nil),        // 69: hostagent.v1.ExecStreamRequest.Start
+	(*ExecStreamRequest_CloseStdin)(nil),   // 70: hostagent.v1.ExecStreamRequest.CloseStdin
+	(*ExecStreamResponse_Started)(nil),     // 71: hostagent.v1.ExecStreamResponse.Started
+	(*ExecStreamResponse_Exited)(nil),      // 72: hostagent.v1.ExecStreamResponse.Exited
+	(*WriteFileStreamRequest_Start)(nil),   // 73: hostagent.v1.WriteFileStreamRequest.Start
+	(*ReadFileStreamResponse_Start)(nil),   // 74: hostagent.v1.ReadFileStreamResponse.Start
+	(*SamplesResponse_Sample)(nil),         // 75: hostagent.v1.SamplesResponse.Sample
+	(*ImportTemplateRequest_Registry)(nil), // 76: hostagent.v1.ImportTemplateRequest.Registry
+	(*ImportTemplateRequest_Archive)(nil),  // 77: hostagent.v1.ImportTemplateRequest.Archive
+	(*ImportTemplateRequest_Start)(nil),    // 78: hostagent.v1.ImportTemplateRequest.Start
+	(*timestamppb.Timestamp)(nil),          // 79: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),            // 80: google.protobuf.Duration
 }
 var file_hostagent_v1_hostagent_proto_depIdxs = []int32{
 	0,  // 0: hostagent.v1.Sandbox.state:type_name -> hostagent.v1.SandboxState
-	78, // 1: hostagent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
-	78, // 2: hostagent.v1.Sandbox.expires_at:type_name -> google.protobuf.Timestamp
-	79, // 3: hostagent.v1.Sandbox.idle:type_name -> google.protobuf.Duration
-	78, // 4: hostagent.v1.Sandbox.paused_at:type_name -> google.protobuf.Timestamp
-	64, // 5: hostagent.v1.CreateRequest.envs:type_name -> hostagent.v1.CreateRequest.EnvsEntry
+	79, // 1: hostagent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
+	79, // 2: hostagent.v1.Sandbox.expires_at:type_name -> google.protobuf.Timestamp
+	80, // 3: hostagent.v1.Sandbox.idle:type_name -> google.protobuf.Duration
+	79, // 4: hostagent.v1.Sandbox.paused_at:type_name -> google.protobuf.Timestamp
+	65, // 5: hostagent.v1.CreateRequest.envs:type_name -> hostagent.v1.CreateRequest.EnvsEntry
 	2,  // 6: hostagent.v1.CreateResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	79, // 7: hostagent.v1.PauseRequest.idle:type_name -> google.protobuf.Duration
+	80, // 7: hostagent.v1.PauseRequest.idle:type_name -> google.protobuf.Duration
 	2,  // 8: hostagent.v1.PauseResponse.sandbox:type_name -> hostagent.v1.Sandbox
 	2,  // 9: hostagent.v1.ResumeResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	65, // 10: hostagent.v1.Defaults.envs:type_name -> hostagent.v1.Defaults.EnvsEntry
+	66, // 10: hostagent.v1.Defaults.envs:type_name -> hostagent.v1.Defaults.EnvsEntry
 	9,  // 11: hostagent.v1.SnapshotRequest.defaults:type_name -> hostagent.v1.Defaults
 	48, // 12: hostagent.v1.SnapshotResponse.template:type_name -> hostagent.v1.Template
-	66, // 13: hostagent.v1.ForkRequest.copies:type_name -> hostagent.v1.ForkRequest.Copy
+	67, // 13: hostagent.v1.ForkRequest.copies:type_name -> hostagent.v1.ForkRequest.Copy
 	2,  // 14: hostagent.v1.ForkResponse.sandboxes:type_name -> hostagent.v1.Sandbox
 	2,  // 15: hostagent.v1.ListResponse.sandboxes:type_name -> hostagent.v1.Sandbox
 	2,  // 16: hostagent.v1.GetResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	67, // 17: hostagent.v1.Command.envs:type_name -> hostagent.v1.Command.EnvsEntry
+	68, // 17: hostagent.v1.Command.envs:type_name -> hostagent.v1.Command.EnvsEntry
 	24, // 18: hostagent.v1.ExecRequest.command:type_name -> hostagent.v1.Command
-	68, // 19: hostagent.v1.ExecStreamRequest.start:type_name -> hostagent.v1.ExecStreamRequest.Start
-	69, // 20: hostagent.v1.ExecStreamRequest.close_stdin:type_name -> hostagent.v1.ExecStreamRequest.CloseStdin
+	69, // 19: hostagent.v1.ExecStreamRequest.start:type_name -> hostagent.v1.ExecStreamRequest.Start
+	70, // 20: hostagent.v1.ExecStreamRequest.close_stdin:type_name -> hostagent.v1.ExecStreamRequest.CloseStdin
 	27, // 21: hostagent.v1.ExecStreamRequest.resize:type_name -> hostagent.v1.TerminalSize
-	70, // 22: hostagent.v1.ExecStreamResponse.started:type_name -> hostagent.v1.ExecStreamResponse.Started
-	71, // 23: hostagent.v1.ExecStreamResponse.exited:type_name -> hostagent.v1.ExecStreamResponse.Exited
+	71, // 22: hostagent.v1.ExecStreamResponse.started:type_name -> hostagent.v1.ExecStreamResponse.Started
+	72, // 23: hostagent.v1.ExecStreamResponse.exited:type_name -> hostagent.v1.ExecStreamResponse.Exited
 	30, // 24: hostagent.v1.WriteFileRequest.file:type_name -> hostagent.v1.FileRef
 	31, // 25: hostagent.v1.WriteFileResponse.file:type_name -> hostagent.v1.FileInfo
 	30, // 26: hostagent.v1.ReadFileRequest.file:type_name -> hostagent.v1.FileRef
-	72, // 27: hostagent.v1.WriteFileStreamRequest.start:type_name -> hostagent.v1.WriteFileStreamRequest.Start
+	73, // 27: hostagent.v1.WriteFileStreamRequest.start:type_name -> hostagent.v1.WriteFileStreamRequest.Start
 	31, // 28: hostagent.v1.WriteFileStreamResponse.file:type_name -> hostagent.v1.FileInfo
 	30, // 29: hostagent.v1.ReadFileStreamRequest.file:type_name -> hostagent.v1.FileRef
-	73, // 30: hostagent.v1.ReadFileStreamResponse.start:type_name -> hostagent.v1.ReadFileStreamResponse.Start
+	74, // 30: hostagent.v1.ReadFileStreamResponse.start:type_name -> hostagent.v1.ReadFileStreamResponse.Start
 	2,  // 31: hostagent.v1.PingResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	78, // 32: hostagent.v1.SamplesResponse.time:type_name -> google.protobuf.Timestamp
-	74, // 33: hostagent.v1.SamplesResponse.samples:type_name -> hostagent.v1.SamplesResponse.Sample
-	78, // 34: hostagent.v1.MetricsResponse.time:type_name -> google.protobuf.Timestamp
-	78, // 35: hostagent.v1.Template.created_at:type_name -> google.protobuf.Timestamp
+	79, // 32: hostagent.v1.SamplesResponse.time:type_name -> google.protobuf.Timestamp
+	75, // 33: hostagent.v1.SamplesResponse.samples:type_name -> hostagent.v1.SamplesResponse.Sample
+	79, // 34: hostagent.v1.MetricsResponse.time:type_name -> google.protobuf.Timestamp
+	79, // 35: hostagent.v1.Template.created_at:type_name -> google.protobuf.Timestamp
 	9,  // 36: hostagent.v1.Template.defaults:type_name -> hostagent.v1.Defaults
-	77, // 37: hostagent.v1.ImportTemplateRequest.start:type_name -> hostagent.v1.ImportTemplateRequest.Start
+	78, // 37: hostagent.v1.ImportTemplateRequest.start:type_name -> hostagent.v1.ImportTemplateRequest.Start
 	48, // 38: hostagent.v1.ImportTemplateResponse.template:type_name -> hostagent.v1.Template
-	75, // 39: hostagent.v1.ResolveImageRequest.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
+	76, // 39: hostagent.v1.ResolveImageRequest.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
 	48, // 40: hostagent.v1.TemplatesResponse.templates:type_name -> hostagent.v1.Template
-	1,  // 41: hostagent.v1.Event.kind:type_name -> hostagent.v1.Event.Kind
-	78, // 42: hostagent.v1.Event.time:type_name -> google.protobuf.Timestamp
-	57, // 43: hostagent.v1.EventsResponse.event:type_name -> hostagent.v1.Event
-	24, // 44: hostagent.v1.ExecStreamRequest.Start.command:type_name -> hostagent.v1.Command
-	27, // 45: hostagent.v1.ExecStreamRequest.Start.terminal:type_name -> hostagent.v1.TerminalSize
-	30, // 46: hostagent.v1.WriteFileStreamRequest.Start.file:type_name -> hostagent.v1.FileRef
-	75, // 47: hostagent.v1.ImportTemplateRequest.Start.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
-	76, // 48: hostagent.v1.ImportTemplateRequest.Start.archive:type_name -> hostagent.v1.ImportTemplateRequest.Archive
-	3,  // 49: hostagent.v1.HostAgent.Create:input_type -> hostagent.v1.CreateRequest
-	18, // 50: hostagent.v1.HostAgent.Destroy:input_type -> hostagent.v1.DestroyRequest
-	20, // 51: hostagent.v1.HostAgent.List:input_type -> hostagent.v1.ListRequest
-	22, // 52: hostagent.v1.HostAgent.Get:input_type -> hostagent.v1.GetRequest
-	25, // 53: hostagent.v1.HostAgent.Exec:input_type -> hostagent.v1.ExecRequest
-	28, // 54: hostagent.v1.HostAgent.ExecStream:input_type -> hostagent.v1.ExecStreamRequest
-	32, // 55: hostagent.v1.HostAgent.WriteFile:input_type -> hostagent.v1.WriteFileRequest
-	34, // 56: hostagent.v1.HostAgent.ReadFile:input_type -> hostagent.v1.ReadFileRequest
-	36, // 57: hostagent.v1.HostAgent.WriteFileStream:input_type -> hostagent.v1.WriteFileStreamRequest
-	38, // 58: hostagent.v1.HostAgent.ReadFileStream:input_type -> hostagent.v1.ReadFileStreamRequest
-	40, // 59: hostagent.v1.HostAgent.Ping:input_type -> hostagent.v1.PingRequest
-	44, // 60: hostagent.v1.HostAgent.Metrics:input_type -> hostagent.v1.MetricsRequest
-	42, // 61: hostagent.v1.HostAgent.Samples:input_type -> hostagent.v1.SamplesRequest
-	46, // 62: hostagent.v1.HostAgent.Console:input_type -> hostagent.v1.ConsoleRequest
-	53, // 63: hostagent.v1.HostAgent.Templates:input_type -> hostagent.v1.TemplatesRequest
-	55, // 64: hostagent.v1.HostAgent.Host:input_type -> hostagent.v1.HostRequest
-	58, // 65: hostagent.v1.HostAgent.Events:input_type -> hostagent.v1.EventsRequest
-	60, // 66: hostagent.v1.HostAgent.AckEvents:input_type -> hostagent.v1.AckEventsRequest
-	5,  // 67: hostagent.v1.HostAgent.Pause:input_type -> hostagent.v1.PauseRequest
-	7,  // 68: hostagent.v1.HostAgent.Resume:input_type -> hostagent.v1.ResumeRequest
-	10, // 69: hostagent.v1.HostAgent.Snapshot:input_type -> hostagent.v1.SnapshotRequest
-	12, // 70: hostagent.v1.HostAgent.Settle:input_type -> hostagent.v1.SettleRequest
-	14, // 71: hostagent.v1.HostAgent.Fork:input_type -> hostagent.v1.ForkRequest
-	16, // 72: hostagent.v1.HostAgent.DeleteTemplate:input_type -> hostagent.v1.DeleteTemplateRequest
-	49, // 73: hostagent.v1.HostAgent.ImportTemplate:input_type -> hostagent.v1.ImportTemplateRequest
-	51, // 74: hostagent.v1.HostAgent.ResolveImage:input_type -> hostagent.v1.ResolveImageRequest
-	62, // 75: hostagent.v1.HostAgent.Terminate:input_type -> hostagent.v1.TerminateRequest
-	4,  // 76: hostagent.v1.HostAgent.Create:output_type -> hostagent.v1.CreateResponse
-	19, // 77: hostagent.v1.HostAgent.Destroy:output_type -> hostagent.v1.DestroyResponse
-	21, // 78: hostagent.v1.HostAgent.List:output_type -> hostagent.v1.ListResponse
-	23, // 79: hostagent.v1.HostAgent.Get:output_type -> hostagent.v1.GetResponse
-	26, // 80: hostagent.v1.HostAgent.Exec:output_type -> hostagent.v1.ExecResponse
-	29, // 81: hostagent.v1.HostAgent.ExecStream:output_type -> hostagent.v1.ExecStreamResponse
-	33, // 82: hostagent.v1.HostAgent.WriteFile:output_type -> hostagent.v1.WriteFileResponse
-	35, // 83: hostagent.v1.HostAgent.ReadFile:output_type -> hostagent.v1.ReadFileResponse
-	37, // 84: hostagent.v1.HostAgent.WriteFileStream:output_type -> hostagent.v1.WriteFileStreamResponse
-	39, // 85: hostagent.v1.HostAgent.ReadFileStream:output_type -> hostagent.v1.ReadFileStreamResponse
-	41, // 86: hostagent.v1.HostAgent.Ping:output_type -> hostagent.v1.PingResponse
-	45, // 87: hostagent.v1.HostAgent.Metrics:output_type -> hostagent.v1.MetricsResponse
-	43, // 88: hostagent.v1.HostAgent.Samples:output_type -> hostagent.v1.SamplesResponse
-	47, // 89: hostagent.v1.HostAgent.Console:output_type -> hostagent.v1.ConsoleResponse
-	54, // 90: hostagent.v1.HostAgent.Templates:output_type -> hostagent.v1.TemplatesResponse
-	56, // 91: hostagent.v1.HostAgent.Host:output_type -> hostagent.v1.HostResponse
-	59, // 92: hostagent.v1.HostAgent.Events:output_type -> hostagent.v1.EventsResponse
-	61, // 93: hostagent.v1.HostAgent.AckEvents:output_type -> hostagent.v1.AckEventsResponse
-	6,  // 94: hostagent.v1.HostAgent.Pause:output_type -> hostagent.v1.PauseResponse
-	8,  // 95: hostagent.v1.HostAgent.Resume:output_type -> hostagent.v1.ResumeResponse
-	11, // 96: hostagent.v1.HostAgent.Snapshot:output_type -> hostagent.v1.SnapshotResponse
-	13, // 97: hostagent.v1.HostAgent.Settle:output_type -> hostagent.v1.SettleResponse
-	15, // 98: hostagent.v1.HostAgent.Fork:output_type -> hostagent.v1.ForkResponse
-	17, // 99: hostagent.v1.HostAgent.DeleteTemplate:output_type -> hostagent.v1.DeleteTemplateResponse
-	50, // 100: hostagent.v1.HostAgent.ImportTemplate:output_type -> hostagent.v1.ImportTemplateResponse
-	52, // 101: hostagent.v1.HostAgent.ResolveImage:output_type -> hostagent.v1.ResolveImageResponse
-	63, // 102: hostagent.v1.HostAgent.Terminate:output_type -> hostagent.v1.TerminateResponse
-	76, // [76:103] is the sub-list for method output_type
-	49, // [49:76] is the sub-list for method input_type
-	49, // [49:49] is the sub-list for extension type_name
-	49, // [49:49] is the sub-list for extension extendee
-	0,  // [0:49] is the sub-list for field type_name
+	57, // 41: hostagent.v1.HostResponse.problems:type_name -> hostagent.v1.Problem
+	79, // 42: hostagent.v1.Problem.since:type_name -> google.protobuf.Timestamp
+	1,  // 43: hostagent.v1.Event.kind:type_name -> hostagent.v1.Event.Kind
+	79, // 44: hostagent.v1.Event.time:type_name -> google.protobuf.Timestamp
+	58, // 45: hostagent.v1.EventsResponse.event:type_name -> hostagent.v1.Event
+	24, // 46: hostagent.v1.ExecStreamRequest.Start.command:type_name -> hostagent.v1.Command
+	27, // 47: hostagent.v1.ExecStreamRequest.Start.terminal:type_name -> hostagent.v1.TerminalSize
+	30, // 48: hostagent.v1.WriteFileStreamRequest.Start.file:type_name -> hostagent.v1.FileRef
+	76, // 49: hostagent.v1.ImportTemplateRequest.Start.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
+	77, // 50: hostagent.v1.ImportTemplateRequest.Start.archive:type_name -> hostagent.v1.ImportTemplateRequest.Archive
+	3,  // 51: hostagent.v1.HostAgent.Create:input_type -> hostagent.v1.CreateRequest
+	18, // 52: hostagent.v1.HostAgent.Destroy:input_type -> hostagent.v1.DestroyRequest
+	20, // 53: hostagent.v1.HostAgent.List:input_type -> hostagent.v1.ListRequest
+	22, // 54: hostagent.v1.HostAgent.Get:input_type -> hostagent.v1.GetRequest
+	25, // 55: hostagent.v1.HostAgent.Exec:input_type -> hostagent.v1.ExecRequest
+	28, // 56: hostagent.v1.HostAgent.ExecStream:input_type -> hostagent.v1.ExecStreamRequest
+	32, // 57: hostagent.v1.HostAgent.WriteFile:input_type -> hostagent.v1.WriteFileRequest
+	34, // 58: hostagent.v1.HostAgent.ReadFile:input_type -> hostagent.v1.ReadFileRequest
+	36, // 59: hostagent.v1.HostAgent.WriteFileStream:input_type -> hostagent.v1.WriteFileStreamRequest
+	38, // 60: hostagent.v1.HostAgent.ReadFileStream:input_type -> hostagent.v1.ReadFileStreamRequest
+	40, // 61: hostagent.v1.HostAgent.Ping:input_type -> hostagent.v1.PingRequest
+	44, // 62: hostagent.v1.HostAgent.Metrics:input_type -> hostagent.v1.MetricsRequest
+	42, // 63: hostagent.v1.HostAgent.Samples:input_type -> hostagent.v1.SamplesRequest
+	46, // 64: hostagent.v1.HostAgent.Console:input_type -> hostagent.v1.ConsoleRequest
+	53, // 65: hostagent.v1.HostAgent.Templates:input_type -> hostagent.v1.TemplatesRequest
+	55, // 66: hostagent.v1.HostAgent.Host:input_type -> hostagent.v1.HostRequest
+	59, // 67: hostagent.v1.HostAgent.Events:input_type -> hostagent.v1.EventsRequest
+	61, // 68: hostagent.v1.HostAgent.AckEvents:input_type -> hostagent.v1.AckEventsRequest
+	5,  // 69: hostagent.v1.HostAgent.Pause:input_type -> hostagent.v1.PauseRequest
+	7,  // 70: hostagent.v1.HostAgent.Resume:input_type -> hostagent.v1.ResumeRequest
+	10, // 71: hostagent.v1.HostAgent.Snapshot:input_type -> hostagent.v1.SnapshotRequest
+	12, // 72: hostagent.v1.HostAgent.Settle:input_type -> hostagent.v1.SettleRequest
+	14, // 73: hostagent.v1.HostAgent.Fork:input_type -> hostagent.v1.ForkRequest
+	16, // 74: hostagent.v1.HostAgent.DeleteTemplate:input_type -> hostagent.v1.DeleteTemplateRequest
+	49, // 75: hostagent.v1.HostAgent.ImportTemplate:input_type -> hostagent.v1.ImportTemplateRequest
+	51, // 76: hostagent.v1.HostAgent.ResolveImage:input_type -> hostagent.v1.ResolveImageRequest
+	63, // 77: hostagent.v1.HostAgent.Terminate:input_type -> hostagent.v1.TerminateRequest
+	4,  // 78: hostagent.v1.HostAgent.Create:output_type -> hostagent.v1.CreateResponse
+	19, // 79: hostagent.v1.HostAgent.Destroy:output_type -> hostagent.v1.DestroyResponse
+	21, // 80: hostagent.v1.HostAgent.List:output_type -> hostagent.v1.ListResponse
+	23, // 81: hostagent.v1.HostAgent.Get:output_type -> hostagent.v1.GetResponse
+	26, // 82: hostagent.v1.HostAgent.Exec:output_type -> hostagent.v1.ExecResponse
+	29, // 83: hostagent.v1.HostAgent.ExecStream:output_type -> hostagent.v1.ExecStreamResponse
+	33, // 84: hostagent.v1.HostAgent.WriteFile:output_type -> hostagent.v1.WriteFileResponse
+	35, // 85: hostagent.v1.HostAgent.ReadFile:output_type -> hostagent.v1.ReadFileResponse
+	37, // 86: hostagent.v1.HostAgent.WriteFileStream:output_type -> hostagent.v1.WriteFileStreamResponse
+	39, // 87: hostagent.v1.HostAgent.ReadFileStream:output_type -> hostagent.v1.ReadFileStreamResponse
+	41, // 88: hostagent.v1.HostAgent.Ping:output_type -> hostagent.v1.PingResponse
+	45, // 89: hostagent.v1.HostAgent.Metrics:output_type -> hostagent.v1.MetricsResponse
+	43, // 90: hostagent.v1.HostAgent.Samples:output_type -> hostagent.v1.SamplesResponse
+	47, // 91: hostagent.v1.HostAgent.Console:output_type -> hostagent.v1.ConsoleResponse
+	54, // 92: hostagent.v1.HostAgent.Templates:output_type -> hostagent.v1.TemplatesResponse
+	56, // 93: hostagent.v1.HostAgent.Host:output_type -> hostagent.v1.HostResponse
+	60, // 94: hostagent.v1.HostAgent.Events:output_type -> hostagent.v1.EventsResponse
+	62, // 95: hostagent.v1.HostAgent.AckEvents:output_type -> hostagent.v1.AckEventsResponse
+	6,  // 96: hostagent.v1.HostAgent.Pause:output_type -> hostagent.v1.PauseResponse
+	8,  // 97: hostagent.v1.HostAgent.Resume:output_type -> hostagent.v1.ResumeResponse
+	11, // 98: hostagent.v1.HostAgent.Snapshot:output_type -> hostagent.v1.SnapshotResponse
+	13, // 99: hostagent.v1.HostAgent.Settle:output_type -> hostagent.v1.SettleResponse
+	15, // 100: hostagent.v1.HostAgent.Fork:output_type -> hostagent.v1.ForkResponse
+	17, // 101: hostagent.v1.HostAgent.DeleteTemplate:output_type -> hostagent.v1.DeleteTemplateResponse
+	50, // 102: hostagent.v1.HostAgent.ImportTemplate:output_type -> hostagent.v1.ImportTemplateResponse
+	52, // 103: hostagent.v1.HostAgent.ResolveImage:output_type -> hostagent.v1.ResolveImageResponse
+	64, // 104: hostagent.v1.HostAgent.Terminate:output_type -> hostagent.v1.TerminateResponse
+	78, // [78:105] is the sub-list for method output_type
+	51, // [51:78] is the sub-list for method input_type
+	51, // [51:51] is the sub-list for extension type_name
+	51, // [51:51] is the sub-list for extension extendee
+	0,  // [0:51] is the sub-list for field type_name
 }
 
 func init() { file_hostagent_v1_hostagent_proto_init() }
@@ -5093,8 +5185,8 @@ func file_hostagent_v1_hostagent_proto_init() {
 		(*ImportTemplateRequest_Start_)(nil),
 		(*ImportTemplateRequest_Chunk)(nil),
 	}
-	file_hostagent_v1_hostagent_proto_msgTypes[66].OneofWrappers = []any{}
-	file_hostagent_v1_hostagent_proto_msgTypes[75].OneofWrappers = []any{
+	file_hostagent_v1_hostagent_proto_msgTypes[67].OneofWrappers = []any{}
+	file_hostagent_v1_hostagent_proto_msgTypes[76].OneofWrappers = []any{
 		(*ImportTemplateRequest_Start_Registry)(nil),
 		(*ImportTemplateRequest_Start_Archive)(nil),
 	}
@@ -5104,7 +5196,7 @@ func file_hostagent_v1_hostagent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hostagent_v1_hostagent_proto_rawDesc), len(file_hostagent_v1_hostagent_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   76,
+			NumMessages:   77,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

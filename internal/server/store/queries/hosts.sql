@@ -81,7 +81,7 @@ WHERE id = @id AND epoch = @epoch AND refresh_hash IS NOT NULL AND deleted_at IS
 -- It answered. One whose heartbeats stopped is not back before they come again.
 UPDATE hosts SET last_seen_at = now(), version = @version, vmm = @vmm, accelerator = @accelerator, cpus = @cpus, memory_bytes = @memory_bytes, disk_bytes = @disk_bytes,
     capacity_mib = @capacity_mib, slots = @slots, network_block = @network_block,
-    sandboxes = @sandboxes, used_memory_mib = @used_memory_mib, used_vcpus = @used_vcpus, disk_free_bytes = @disk_free_bytes,
+    sandboxes = @sandboxes, used_memory_mib = @used_memory_mib, used_vcpus = @used_vcpus, disk_free_bytes = @disk_free_bytes, problems = @problems,
     status = CASE WHEN enrolled AND COALESCE(heartbeat_at < now() - make_interval(secs => @within::float8), true) THEN status ELSE 'online' END
 WHERE id = @id AND deleted_at IS NULL RETURNING *;
 

@@ -1,0 +1,182 @@
+// Package problem keeps the list of what is wrong with a host and its agent
+// could not repair. The control plane, wrenn doctor and Prometheus read it.
+package problem
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// Kind says what is wrong. Its text stays the same between releases.
+type Kind string
+
+// kinds are all kinds with what each means.
+var kinds = map[Kind]string{}
+
+func kind(name, meaning string) Kind {
+	kinds[Kind(name)] = meaning
+	return Kind(name)
+}
+
+// The kinds of problems.
+var (
+	// Firewall reports another program's rules that drop guests' packets.
+	Firewall = kind("firewall", "another program's firewall rules drop guests' packets")
+)
+
+// Problem is one thing that is wrong with a host.
+type Problem struct {
+	Kind Kind `json:"kind"`
+	// Object is what of that kind it concerns, such as a network slot's number;
+	// empty: the host.
+	Object string `json:"object,omitempty"`
+	// Message says what happened and what to do, for an admin.
+	Message string    `json:"message"`
+	Since   time.Time `json:"since"`
+}
+
+func (p Problem) is(k Kind, object string) bool { return p.Kind == k && p.Object == object }
+
+// List is the list of a host's problems. Its methods are safe for concurrent
+// use, and a nil *List keeps nothing.
+type List struct {
+	path string
+	log  *slog.Logger
+
+	mu  sync.Mutex
+	all []Problem // oldest first
+}
+
+// Open starts an empty list, of which the file at path is a copy.
+func Open(path string, log *slog.Logger) (*List, error) {
+	l := &List{path: path, log: log}
+	if err := l.write(); err != nil {
+		return nil, fmt.Errorf("start list of problems: %w", err)
+	}
+	return l, nil
+}
+
+// Report says that something is wrong, until [List.Clear] is called with the
+// same kind and object.
+func (l *List) Report(k Kind, object, message string) {
+	if l == nil {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	i := slices.IndexFunc(l.all, func(p Problem) bool { return p.is(k, object) })
+	switch {
+	case i < 0:
+		l.all = append(l.all, Problem{Kind: k, Object: object, Message: message, Since: time.Now().UTC()})
+	case l.all[i].Message == message:
+		return
+	default:
+		l.all[i].Message = message
+	}
+	l.log.Error("problem with this host", "kind", k, "object", object, "message", message)
+	l.save()
+}
+
+// Clear says that a problem is over. It does nothing if there was none.
+func (l *List) Clear(k Kind, object string) {
+	if l == nil {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	i := slices.IndexFunc(l.all, func(p Problem) bool { return p.is(k, object) })
+	if i < 0 {
+		return
+	}
+	l.log.Info("problem with this host is over", "kind", k, "object", object, "lasted", time.Since(l.all[i].Since).Round(time.Millisecond))
+	l.all = slices.Delete(l.all, i, i+1)
+	l.save()
+}
+
+// All returns the problems that there are, oldest first.
+func (l *List) All() []Problem {
+	if l == nil {
+		return nil
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Clone(l.all)
+}
+
+// Close removes the list's file.
+func (l *List) Close() error {
+	if err := os.Remove(l.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove list of problems: %w", err)
+	}
+	return nil
+}
+
+func (l *List) save() {
+	if err := l.write(); err != nil {
+		l.log.Error("cannot write the list of problems", "error", err)
+	}
+}
+
+// write needs no sync: the file tells of a running agent.
+func (l *List) write() error {
+	b, err := json.Marshal(l.all)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(l.path+".tmp", b, 0o644); err != nil {
+		return err
+	}
+	return os.Rename(l.path+".tmp", l.path)
+}
+
+// Read returns the problems of the list that an agent keeps at path, or none
+// if no agent runs.
+func Read(path string) ([]Problem, error) {
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read list of problems: %w", err)
+	}
+	var all []Problem
+	if err := json.Unmarshal(b, &all); err != nil {
+		return nil, fmt.Errorf("read list of problems: %w", err)
+	}
+	return all, nil
+}
+
+var gauge = prometheus.NewDesc("wrenn_agent_problems", "What is wrong with the host and the agent could not repair, by kind: "+meanings()+".", []string{"kind"}, nil)
+
+func meanings() string {
+	var all []string
+	for k, meaning := range kinds {
+		all = append(all, string(k)+": "+meaning)
+	}
+	slices.Sort(all)
+	return strings.Join(all, "; ")
+}
+
+// Describe implements [prometheus.Collector].
+func (l *List) Describe(ch chan<- *prometheus.Desc) { ch <- gauge }
+
+// Collect implements [prometheus.Collector]. Kinds without a problem are 0.
+func (l *List) Collect(ch chan<- prometheus.Metric) {
+	n := map[Kind]int{}
+	for _, p := range l.All() {
+		n[p.Kind]++
+	}
+	for k := range kinds {
+		ch <- prometheus.MustNewConstMetric(gauge, prometheus.GaugeValue, float64(n[k]), string(k))
+	}
+}
