@@ -61,6 +61,9 @@ type Config struct {
 	// which are asked over plain HTTP. Whoever may import an image can then ask
 	// whatever listens on loopback.
 	LocalRegistries bool `env:"WRENN_LOCAL_REGISTRIES"`
+	// PrivateRegistries lets images be imported from registries in private
+	// networks. Whoever may import an image can then ask whatever listens there.
+	PrivateRegistries bool `env:"WRENN_PRIVATE_REGISTRIES"`
 	// Hook, if not nil, is told each step between which the agent may be killed.
 	Hook func(step string) `env:"-"`
 	// Version is this program's.

@@ -190,7 +190,7 @@ func checkRegistry(r *pb.ImportTemplateRequest_Registry) error {
 
 // access is with what a registry is asked.
 func (s *service) access(r *pb.ImportTemplateRequest_Registry) oci.Access {
-	return oci.Access{Username: r.GetUsername(), Password: r.GetPassword(), Loopback: s.cfg.LocalRegistries}
+	return oci.Access{Username: r.GetUsername(), Password: r.GetPassword(), Loopback: s.cfg.LocalRegistries, Private: s.cfg.PrivateRegistries}
 }
 
 // resolveTimeout bounds how long a registry is asked what a reference means.

@@ -11,6 +11,8 @@ import (
 	"github.com/google/nftables/expr"
 	mdnetlink "github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
 // Limits on what one guest can make the host's kernel and agent do.
@@ -22,21 +24,6 @@ const (
 // nftTimeout bounds one transaction with nftables, which other programs'
 // transactions may hold up.
 const nftTimeout = 30 * time.Second
-
-// closed are the destinations that no guest reaches: private and special
-// networks, and a cloud's own service addresses. In ascending order, apart.
-var closed = []netip.Prefix{
-	netip.MustParsePrefix("0.0.0.0/8"),
-	netip.MustParsePrefix("10.0.0.0/8"),
-	netip.MustParsePrefix("100.64.0.0/10"),
-	netip.MustParsePrefix("127.0.0.0/8"),
-	netip.MustParsePrefix("168.63.129.16/32"), // Azure's host agent
-	netip.MustParsePrefix("169.254.0.0/16"),
-	netip.MustParsePrefix("172.16.0.0/12"),
-	netip.MustParsePrefix("192.0.0.0/24"), // IETF assignments; Oracle's metadata
-	netip.MustParsePrefix("192.168.0.0/16"),
-	netip.MustParsePrefix("224.0.0.0/3"), // multicast, reserved, broadcast
-}
 
 // A rule is what a packet must match and what then happens to it.
 type rule []expr.Any
@@ -211,7 +198,7 @@ func (r *ruleset) closedSet() *nftables.Set {
 	// The ID is the transaction's alone, in which there is no other set.
 	s := &nftables.Set{Table: r.table, ID: 1, Name: "closed", Interval: true, Constant: true, KeyType: nftables.TypeIPAddr}
 	var elements []nftables.SetElement
-	for _, p := range closed {
+	for _, p := range netaddr.Closed() {
 		start := binary.BigEndian.Uint32(p.Addr().AsSlice())
 		elements = append(elements, nftables.SetElement{Key: p.Addr().AsSlice()})
 		if end := uint64(start) + 1<<(32-p.Bits()); end < 1<<32 {

@@ -18,6 +18,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/metadata"
 	"github.com/wrenn-dev/wrenn/internal/agent/network/ntp"
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
 const (
@@ -41,7 +42,11 @@ func namespacePath(i int) string { return filepath.Join(netnsDir, namespacePrefi
 func linkName(i int) string      { return linkPrefix + strconv.Itoa(i) }
 
 // hostAddr and outsideAddr are the two ends of slot i's veth, a /31.
-func hostAddr(i int) netip.Addr    { return netip.AddrFrom4([4]byte{10, 11, byte(i >> 7), byte(i << 1)}) }
+func hostAddr(i int) netip.Addr {
+	all := netaddr.Slots.Addr().As4()
+	return netip.AddrFrom4([4]byte{all[0], all[1], byte(i >> 7), byte(i << 1)})
+}
+
 func outsideAddr(i int) netip.Addr { return hostAddr(i).Next() }
 
 // blockPrefix holds all addresses of a block's slots.

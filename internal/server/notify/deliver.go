@@ -12,66 +12,30 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/netip"
 	"net/url"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	"github.com/wrenn-dev/wrenn/internal/server/mail"
 )
 
-// errPrivate is why an address is not called.
-var errPrivate = errors.New("addresses that are not public are not called, unless the platform's admin allows it")
-
-// closed are the addresses that no delivery goes to: those that are not of the
-// public internet (RFC 6890), those that stand for such IPv4 addresses in IPv6,
-// and those of more than one.
-var closed = func() []netip.Prefix {
-	var all []netip.Prefix
-	for _, p := range []string{
-		"0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24",
-		"192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
-		"::/96", "::ffff:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48", "100::/64", "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20", "5f00::/16", "fc00::/7", "fe80::/9", "ff00::/8",
-	} {
-		all = append(all, netip.MustParsePrefix(p))
-	}
-	return all
-}()
-
-// public says whether an address is one of the public internet.
-func public(ip netip.Addr) bool {
-	ip = ip.Unmap().WithZone("")
-	if !ip.IsValid() {
-		return false
-	}
-	for _, p := range closed {
-		if p.Contains(ip) {
-			return false
-		}
-	}
-	return true
-}
-
-// client sends messages over HTTP. The address is looked at when it is dialled,
-// after it was resolved, so neither a name that resolves otherwise the second
-// time nor a redirect (none is followed) leads elsewhere. No proxy is used: it
-// would resolve by itself.
+// client sends messages over HTTP to the addresses that its policy allows. It
+// follows no redirect, and uses no proxy, which would resolve names by itself.
 type client struct{ http *http.Client }
 
+// policy says where messages may go; private is the platform's setting.
+func policy(private bool) netaddr.Policy {
+	return netaddr.Policy{Loopback: private, Private: private}
+}
+
 func newClient(private bool) *client {
-	d := &net.Dialer{Timeout: 10 * time.Second, Control: func(_, address string, _ syscall.RawConn) error {
-		at, err := netip.ParseAddrPort(address)
-		if err != nil || !private && !public(at.Addr()) {
-			return errPrivate
-		}
-		return nil
-	}}
+	d := &net.Dialer{Timeout: 10 * time.Second, Control: policy(private).Control}
 	return &client{&http.Client{
 		Transport: &http.Transport{
 			DialContext: d.DialContext, ForceAttemptHTTP2: true, TLSHandshakeTimeout: 10 * time.Second, ResponseHeaderTimeout: tryWithin,
@@ -98,8 +62,8 @@ func (o outcome) problem() string {
 	if errors.As(err, &u) {
 		err = u.Err // Leaves out the URL.
 	}
-	if errors.Is(err, errPrivate) {
-		return errPrivate.Error()
+	if errors.Is(err, netaddr.ErrNotAllowed) {
+		return netaddr.ErrNotAllowed.Error()
 	}
 	if errors.Is(err, context.DeadlineExceeded) {
 		return "no answer in time"

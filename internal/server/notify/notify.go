@@ -28,6 +28,7 @@ import (
 	"golang.org/x/crypto/chacha20poly1305"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/mail"
 	"github.com/wrenn-dev/wrenn/internal/server/page"
@@ -166,8 +167,8 @@ func (s *Service) check(kind string, t target) error {
 		return fault.New(fault.InvalidArgument, "secret: a webhook's has at least %d characters", minSecret)
 	}
 	// Names are looked at when they are resolved.
-	if ip, err := netip.ParseAddr(u.Hostname()); err == nil && !s.Private && !public(ip) {
-		return fault.New(fault.InvalidArgument, "url: %v", errPrivate)
+	if ip, err := netip.ParseAddr(u.Hostname()); err == nil && policy(s.Private).Check(ip) != nil {
+		return fault.New(fault.InvalidArgument, "url: %v", netaddr.ErrNotAllowed)
 	}
 	return nil
 }

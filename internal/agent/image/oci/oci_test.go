@@ -30,6 +30,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci/ocitest"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci/ocitest/listing"
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
 // Shorter, for what follows.
@@ -624,14 +625,14 @@ func TestCancel(t *testing.T) {
 func TestTransport(t *testing.T) {
 	target := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusTeapot) }))
 	defer target.Close()
-	get := func(loopback bool, url string) (*http.Response, error) {
+	get := func(p netaddr.Policy, url string) (*http.Response, error) {
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 		defer cancel()
 		r, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
-		tr := newTransport(loopback)
+		tr := newTransport(p)
 		defer tr.base.CloseIdleConnections()
 		resp, err := tr.RoundTrip(r)
 		if err == nil {
@@ -639,12 +640,18 @@ func TestTransport(t *testing.T) {
 		}
 		return resp, err
 	}
-	if r, err := get(true, target.URL); err != nil || r.StatusCode != http.StatusTeapot {
+	if r, err := get(netaddr.Policy{Loopback: true}, target.URL); err != nil || r.StatusCode != http.StatusTeapot {
 		t.Errorf("loopback, allowed: %v", err)
 	}
-	for _, url := range []string{target.URL, "https://localhost:1", "https://[::1]:1", "https://169.254.169.254/latest", "https://0.0.0.0:1", "https://[::ffff:127.0.0.1]:1", "https://[fe80::1]:1", "https://224.0.0.1"} {
-		if _, err := get(false, url); !errors.Is(err, errAddress) {
+	for _, url := range []string{target.URL, "https://localhost:1", "https://[::1]:1", "https://169.254.169.254/latest", "https://0.0.0.0:1", "https://[::ffff:127.0.0.1]:1", "https://[fe80::1]:1", "https://224.0.0.1", "https://10.0.0.1:8443", "https://192.168.1.1", "https://100.64.0.1", "https://[fd12::1]"} {
+		if _, err := get(netaddr.Policy{}, url); !errors.Is(err, netaddr.ErrNotAllowed) {
 			t.Errorf("%s: %v", url, err)
+		}
+	}
+	// Guests and metadata services are asked for nobody, whatever is set.
+	for _, url := range []string{"https://10.11.0.7:8443", "https://[::ffff:10.11.0.7]:8443", "https://[64:ff9b::a0b:7]:8443", "https://169.254.169.254/latest"} {
+		if _, err := get(netaddr.Policy{Loopback: true, Private: true}, url); !errors.Is(err, netaddr.ErrNotAllowed) {
+			t.Errorf("%s, where private registries are allowed: %v", url, err)
 		}
 	}
 	for url, want := range map[string]string{
@@ -655,10 +662,10 @@ func TestTransport(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := newTransport(true).secured(r).URL.Scheme; got != want {
+		if got := newTransport(netaddr.Policy{Loopback: true}).secured(r).URL.Scheme; got != want {
 			t.Errorf("%s is asked over %s", url, got)
 		}
-		if got := newTransport(false).secured(r).URL.Scheme; got != "https" {
+		if got := newTransport(netaddr.Policy{}).secured(r).URL.Scheme; got != "https" {
 			t.Errorf("%s is asked over %s where loopback is not allowed", url, got)
 		}
 	}

@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"syscall"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -15,6 +14,8 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	remotetransport "github.com/google/go-containerregistry/pkg/v1/remote/transport"
+
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
 // Access says how a registry is asked. The zero Access asks as nobody.
@@ -27,6 +28,9 @@ type Access struct {
 	// HTTP. Who is not the machine's owner must not have it: they could ask
 	// whatever listens there.
 	Loopback bool
+	// Private allows registries in private networks. Whoever may name an image
+	// can then ask whatever listens there.
+	Private bool
 }
 
 // Registry finds an image in a registry. All others than those on this
@@ -68,7 +72,7 @@ func pull(ctx context.Context, reference string, access Access) (name.Reference,
 			return nil, nil, fmt.Errorf("read credentials: %w", err)
 		}
 	}
-	transport := newTransport(access.Loopback)
+	transport := newTransport(netaddr.Policy{Loopback: access.Loopback, Private: access.Private})
 	found, err := remote.Image(
 		ref, remote.WithContext(ctx), remote.WithAuth(auth), remote.WithTransport(transport),
 		remote.WithPlatform(v1.Platform{OS: platformOS, Architecture: platformArch}),
@@ -110,28 +114,9 @@ type transport struct {
 	loopback bool
 }
 
-var errAddress = errors.New("no registry may be at this address")
-
-func newTransport(loopback bool) *transport {
-	dialer := &net.Dialer{
-		Timeout: 30 * time.Second,
-		// Called with the address that a name has, when it is used.
-		Control: func(_, address string, _ syscall.RawConn) error {
-			ap, err := netip.ParseAddrPort(address)
-			if err != nil {
-				return err
-			}
-			ip := ap.Addr().Unmap()
-			if ip.IsLoopback() && loopback {
-				return nil
-			}
-			if ip.IsLoopback() || ip.IsLinkLocalUnicast() || ip.IsMulticast() || ip.IsUnspecified() {
-				return fmt.Errorf("%v: %w", ip, errAddress)
-			}
-			return nil
-		},
-	}
-	return &transport{loopback: loopback, base: &http.Transport{
+func newTransport(p netaddr.Policy) *transport {
+	dialer := &net.Dialer{Timeout: 30 * time.Second, Control: p.Control}
+	return &transport{loopback: p.Loopback, base: &http.Transport{
 		DialContext: dialer.DialContext, ForceAttemptHTTP2: true, MaxIdleConnsPerHost: 4, IdleConnTimeout: time.Minute,
 		TLSHandshakeTimeout: 30 * time.Second, ResponseHeaderTimeout: time.Minute, MaxResponseHeaderBytes: 1 << 20,
 	}}
