@@ -7,6 +7,7 @@ package events
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"sync"
@@ -22,12 +23,15 @@ import (
 const channel = "wrenn:sandboxes"
 
 const (
-	// maxPending bounds what waits to be sent. Beyond it nothing is told one
-	// by one: everybody looks at everything again.
+	// maxPending bounds what waits to be sent. Beyond it the bus sends everything
+	// instead, and every server looks at everything again.
 	maxPending = 16384
 	// pingEvery is how often a silent Redis is asked whether it is there.
 	pingEvery = 3 * time.Second
 )
+
+// everything stands for all sandboxes and hosts in a message.
+var everything = uuid.Nil
 
 // Bus tells and hears.
 type Bus struct {
@@ -35,36 +39,54 @@ type Bus struct {
 	self  uuid.UUID
 	log   *slog.Logger
 
+	wake chan struct{}
+
 	mu sync.Mutex
-	// pending are the sandboxes to tell of, and at which count they changed last.
-	pending map[uuid.UUID]uint64
-	count   uint64
-	flood   bool
-	wake    chan struct{}
+	// pending are the changes that no message has yet, at most maxPending;
+	// everything stands alone.
+	pending map[uuid.UUID]struct{}
 }
 
 // New returns a bus of the server self. Run must run for anything to be told or heard.
 func New(client *redis.Client, self uuid.UUID, log *slog.Logger) *Bus {
-	return &Bus{redis: client, self: self, log: log, pending: make(map[uuid.UUID]uint64), wake: make(chan struct{}, 1)}
+	return &Bus{redis: client, self: self, log: log, pending: make(map[uuid.UUID]struct{}), wake: make(chan struct{}, 1)}
 }
 
 // Changed tells the other servers that a sandbox changed, or a host. It does
 // not block.
 func (b *Bus) Changed(sandbox uuid.UUID) {
-	b.mu.Lock()
-	if len(b.pending) >= maxPending && b.pending[sandbox] == 0 {
-		b.flood = true
-		clear(b.pending)
-	}
-	if !b.flood {
-		b.count++
-		b.pending[sandbox] = b.count
-	}
-	b.mu.Unlock()
+	b.add(sandbox)
 	select {
 	case b.wake <- struct{}{}:
 	default:
 	}
+}
+
+// add adds changes to those that are pending.
+func (b *Bus) add(changed ...uuid.UUID) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, sandbox := range changed {
+		if _, ok := b.pending[everything]; ok {
+			return
+		}
+		b.pending[sandbox] = struct{}{}
+		if sandbox == everything || len(b.pending) > maxPending {
+			b.pending = map[uuid.UUID]struct{}{everything: {}}
+		}
+	}
+}
+
+// take returns the pending changes and leaves none.
+func (b *Bus) take() []uuid.UUID {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	taken := make([]uuid.UUID, 0, len(b.pending))
+	for sandbox := range b.pending {
+		taken = append(taken, sandbox)
+	}
+	clear(b.pending)
+	return taken
 }
 
 // Listener is what hears. Its methods are called one after another.
@@ -99,37 +121,28 @@ func (b *Bus) tell(ctx context.Context) {
 	}
 }
 
-// send sends what is pending now.
+// send publishes the pending changes. Changes that come meanwhile are another
+// message's: whoever reads this one may look at the database before them.
 func (b *Bus) send(ctx context.Context) error {
-	message := append([]byte{}, b.self[:]...)
-	b.mu.Lock()
-	sent := make([]uuid.UUID, 0, len(b.pending))
-	for sandbox := range b.pending {
-		sent = append(sent, sandbox)
-	}
-	flood, until := b.flood, b.count
-	b.mu.Unlock()
-	if len(sent) == 0 && !flood {
+	changed := b.take()
+	if len(changed) == 0 {
 		return nil
 	}
-	if flood {
-		sent = []uuid.UUID{uuid.Nil} // Which stands for all.
-	}
-	for _, sandbox := range sent {
+	message := append([]byte{}, b.self[:]...)
+	for _, sandbox := range changed {
 		message = append(message, sandbox[:]...)
 	}
-	if err := b.redis.Publish(ctx, channel, message).Err(); err != nil {
-		return err
+	err := b.redis.Publish(ctx, channel, message).Err()
+	if err != nil {
+		b.add(changed...)
 	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if flood {
-		b.flood = false
-	}
-	for _, sandbox := range sent {
-		if b.pending[sandbox] <= until { // It has not changed again meanwhile.
-			delete(b.pending, sandbox)
-		}
+	return err
+}
+
+// Flush publishes the changes that Run had no time for before it ended.
+func (b *Bus) Flush(ctx context.Context) error {
+	if err := b.send(ctx); err != nil {
+		return fmt.Errorf("publish changes: %w", err)
 	}
 	return nil
 }
@@ -202,7 +215,7 @@ func (b *Bus) heard(payload []byte, l Listener) {
 		return
 	}
 	for payload = payload[n:]; len(payload) > 0; payload = payload[n:] {
-		if sandbox := uuid.UUID(payload[:n]); sandbox != uuid.Nil {
+		if sandbox := uuid.UUID(payload[:n]); sandbox != everything {
 			l.Heard(sandbox)
 			continue
 		}

@@ -3,6 +3,7 @@ package events
 import (
 	"bufio"
 	"context"
+	"errors"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -174,4 +175,98 @@ func TestFlood(t *testing.T) {
 		t.Fatal(err)
 	}
 	e.hears(t, uuid.UUID{15: 1})
+}
+
+// published is a hook of a Redis client: after is called when a message has
+// been published, before the publisher knows.
+type published struct{ after func() error }
+
+func (p published) DialHook(next redis.DialHook) redis.DialHook { return next }
+
+func (p published) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return next
+}
+
+func (p published) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
+	return func(ctx context.Context, cmd redis.Cmder) error {
+		if err := next(ctx, cmd); err != nil || cmd.Name() != "publish" {
+			return err
+		}
+		err := p.after()
+		cmd.SetErr(err)
+		return err
+	}
+}
+
+// TestChangeWhileSent changes sandboxes after a message was published and
+// before its sender knows: they are in the next one, whatever the first was.
+func TestChangeWhileSent(t *testing.T) {
+	for name, flood := range map[string]int{"a few": 3, "a burst": maxPending + 1} {
+		for end, failure := range map[string]error{"published": nil, "failed": errors.New("connection broke")} {
+			t.Run(name+", "+end, func(t *testing.T) {
+				socket := filepath.Join(t.TempDir(), "r.sock")
+				serve(t, socket)
+				client := redis.NewClient(&redis.Options{Network: "unix", Addr: socket, MaxRetries: -1})
+				defer client.Close()
+				a := New(client, uuid.New(), slog.New(slog.DiscardHandler))
+				again, late := uuid.New(), uuid.New()
+				first := true
+				client.AddHook(published{func() error {
+					if !first {
+						return nil
+					}
+					first = false
+					a.Changed(again)
+					a.Changed(late)
+					return failure
+				}})
+				a.Changed(again)
+				for range flood - 1 {
+					a.Changed(uuid.New())
+				}
+				if err := a.send(t.Context()); !errors.Is(err, failure) {
+					t.Fatalf("send: %v", err)
+				}
+				// Whoever listens from here on heard nothing of the first message.
+				_, e := newBus(t, socket)
+				e.until(t, false)
+				if err := a.send(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				if failure != nil && flood > maxPending {
+					e.until(t, false)
+					return // They are among everything.
+				}
+				want := map[uuid.UUID]bool{again: true, late: true}
+				for timeout := time.After(time.Minute); len(want) > 0; {
+					select {
+					case sandbox := <-e.heard:
+						delete(want, sandbox)
+					case <-timeout:
+						t.Fatalf("%d changes were not told", len(want))
+					}
+				}
+			})
+		}
+	}
+}
+
+// TestFlush tells of changes after Run has ended.
+func TestFlush(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "r.sock")
+	serve(t, socket)
+	_, e := newBus(t, socket)
+	e.until(t, false)
+	client := redis.NewClient(&redis.Options{Network: "unix", Addr: socket})
+	defer client.Close()
+	a := New(client, uuid.New(), slog.New(slog.DiscardHandler))
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	a.Run(ctx, &ear{heard: make(chan uuid.UUID, 1), deaf: make(chan bool, 10)})
+	last := uuid.New()
+	a.Changed(last)
+	if err := a.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	e.hears(t, last)
 }
