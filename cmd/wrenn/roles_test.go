@@ -6,12 +6,17 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/caarlos0/env/v11"
 
 	"github.com/wrenn-dev/wrenn/internal/agent"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/pki"
+	"github.com/wrenn-dev/wrenn/internal/server"
 )
 
 // TestCAInit makes an authority that a server takes, and never another over it.
@@ -78,4 +83,36 @@ func TestAgentListensAtHome(t *testing.T) {
 	if asked != 0 {
 		t.Errorf("the control plane was asked %d times", asked)
 	}
+}
+
+// TestUnitWaits: systemd lets the server take as long to stop as it may.
+func TestUnitWaits(t *testing.T) {
+	unit, err := os.ReadFile("../../deploy/systemd/wrenn-server.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := regexp.MustCompile(`(?m)^TimeoutStopSec=(\d+)$`).FindSubmatch(unit)
+	if found == nil {
+		t.Fatal("the unit does not say how long a stop may take")
+	}
+	c, err := env.ParseAsWithOptions[server.Config](env.Options{Environment: map[string]string{"DATABASE_URL": "x", "REDIS_URL": "x", "WRENN_SECRET_KEY": "x"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const rest = 4 * time.Second // the last words to Redis and PostgreSQL
+	if allowed, takes := string(found[1])+"s", drainTimeout+c.StopTimeout+rest; takes > duration(t, allowed) {
+		t.Errorf("systemd kills the server after %s, and it may take %v", allowed, takes)
+	}
+	if c.StopTimeout < time.Minute {
+		t.Errorf("creations have %v to finish", c.StopTimeout)
+	}
+}
+
+func duration(t *testing.T, text string) time.Duration {
+	t.Helper()
+	d, err := time.ParseDuration(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
 }

@@ -56,6 +56,13 @@ const minSecret = 32
 // minHeartbeat is the shortest time between agents' heartbeats.
 const minHeartbeat = 100 * time.Millisecond
 
+const (
+	// flushWithin bounds the last message to other servers.
+	flushWithin = 2 * time.Second
+	// forgetEvery is how often crashed servers are looked for.
+	forgetEvery = time.Hour
+)
+
 // sandboxOverheadMiB is counted for each sandbox beside its memory, as agents do.
 const sandboxOverheadMiB = 64
 
@@ -94,6 +101,9 @@ type Config struct {
 	// DrainIdle is for how long nothing must have used a sandbox for it to be
 	// paused on a host that drains.
 	DrainIdle time.Duration `env:"WRENN_DRAIN_IDLE" envDefault:"30s"`
+	// StopTimeout is how long creations, pauses and deletions under way may take
+	// when the server stops. deploy/systemd allows for it, and for requests before it.
+	StopTimeout time.Duration `env:"WRENN_STOP_TIMEOUT" envDefault:"75s"`
 	// SMTPURL is the mail server, smtp://user:password@host:port or smtps://…;
 	// without one letters are written to the log. MailFrom is their sender.
 	SMTPURL  string `env:"WRENN_SMTP_URL"`
@@ -149,7 +159,8 @@ type Server struct {
 	builds    *builds.Service
 	handler   http.Handler
 
-	stop sync.Once
+	stopTimeout time.Duration
+	stop        sync.Once
 }
 
 // New connects to the database (which must answer), migrates it, makes the
@@ -186,7 +197,10 @@ func New(ctx context.Context, c Config) (*Server, error) {
 		// Not wrapped: the error may quote the URL, password and all.
 		return nil, errors.New("read REDIS_URL: want redis://, rediss:// or unix://")
 	}
-	s := &Server{log: c.Log}
+	if c.StopTimeout < 0 {
+		return nil, errors.New("WRENN_STOP_TIMEOUT must not be negative")
+	}
+	s := &Server{log: c.Log, stopTimeout: c.StopTimeout}
 	defer func() {
 		if s.handler == nil {
 			s.release()
@@ -310,6 +324,7 @@ func (s *Server) Run(ctx context.Context) error {
 		s.log.Error("Redis does not answer; going on without it", "error", err)
 	}
 	var wg sync.WaitGroup
+	wg.Go(func() { s.forgetServers(ctx) })
 	wg.Go(func() { s.keys.Run(ctx) })
 	wg.Go(func() { s.hosts.Run(ctx) })
 	wg.Go(func() { s.bus.Run(ctx, s.sandboxes) })
@@ -327,16 +342,38 @@ func (s *Server) Run(ctx context.Context) error {
 	return nil
 }
 
-// Close waits a while for creations and deletions under way and lets go of
-// everything. Call it after Run has returned and requests have ended.
+// Close waits for creations and deletions under way, for as long as the
+// configuration says, and lets go of everything. Call it after Run has returned
+// and requests have ended.
 func (s *Server) Close() error {
 	s.stop.Do(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-		defer cancel()
+		ctx, cancel := context.WithTimeout(context.Background(), s.stopTimeout)
 		s.sandboxes.Close(ctx)
+		cancel()
+		ctx, cancel = context.WithTimeout(context.Background(), flushWithin)
+		defer cancel()
+		if err := s.bus.Flush(ctx); err != nil {
+			s.log.Warn("tell other servers of the last changes", "error", err)
+		}
 		s.release()
 	})
 	return nil
+}
+
+// forgetServers removes the rows of servers that crashed, until ctx is done.
+func (s *Server) forgetServers(ctx context.Context) {
+	tick := time.NewTicker(forgetEvery)
+	defer tick.Stop()
+	for {
+		if err := s.store.ForgetServers(ctx); err != nil && ctx.Err() == nil {
+			s.log.Warn("forget servers that crashed", "error", err)
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // release lets go of what New got hold of.

@@ -68,6 +68,7 @@ func newPlane(t testing.TB) *plane {
 		Domain: "localhost", PublicURL: "http://localhost:8000", SecretKey: strings.Repeat("ab", 32),
 		AgentURL: a.url(), AgentToken: agentToken,
 		AdminEmail: "admin@example.com", AdminPassword: "correct horse", AdminAPIKey: adminKey,
+		StopTimeout: 5 * time.Second,
 		// The race detector makes the usual cost seconds.
 		PasswordCost: auth.Cost{Passes: 1, MemoryKiB: 64, Threads: 1},
 	}}

@@ -8,6 +8,11 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/google/uuid"
+	"github.com/redis/go-redis/v9"
+
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 )
 
 // TestTwoServersTakeTurns has two servers do to one sandbox what one would
@@ -162,4 +167,80 @@ func TestRevokedEverywhere(t *testing.T) {
 		t.Errorf("the host is %s", got)
 	}
 	p.call("POST", "/v1/hosts/heartbeat", map[string]any{"status": report()}, "Authorization", "Bearer "+h.token).fails(401, "unauthenticated")
+}
+
+// TestForgetServers removes the row of a server that crashed long ago, and of
+// no other.
+func TestForgetServers(t *testing.T) {
+	p := newPlane(t)
+	p.end()
+	old, lately := uuid.New(), uuid.New()
+	p.sql("INSERT INTO servers (id, seen_at) VALUES ($1, now() - interval '2 days'), ($2, now() - interval '2 hours')", old, lately)
+	p.start()
+	there := func(server uuid.UUID) (is bool) {
+		if err := p.db().QueryRow(t.Context(), "SELECT EXISTS (SELECT 1 FROM servers WHERE id = $1)", server).Scan(&is); err != nil {
+			t.Fatal(err)
+		}
+		return is
+	}
+	p.eventually("the server that crashed is forgotten", func() bool { return !there(old) })
+	if !there(lately) {
+		t.Error("a server that may live was forgotten")
+	}
+}
+
+// TestCloseWaits stops a server while it creates a sandbox: Close returns when
+// the host has answered, and other servers hear of the sandbox.
+func TestCloseWaits(t *testing.T) {
+	p := newPlane(t)
+	p.end()
+	p.config.StopTimeout = 2 * time.Minute
+	p.start()
+	begun, let := make(chan struct{}), make(chan struct{})
+	p.agent.mu.Lock()
+	p.agent.onCreate = func(ctx context.Context, _ *hostagentv1.CreateRequest) error {
+		close(begun)
+		select {
+		case <-let:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	p.agent.mu.Unlock()
+	redisOptions, err := redis.ParseURL(p.redis.url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := redis.NewClient(redisOptions)
+	defer client.Close()
+	answered := make(chan struct{})
+	go func() {
+		defer close(answered)
+		_, _ = p.try("POST", "/v1/sandboxes", map[string]any{})
+	}()
+	<-begun
+	p.halt()
+	heard := client.Subscribe(t.Context(), "wrenn:sandboxes")
+	defer heard.Close()
+	if _, err := heard.Receive(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	closed := make(chan struct{})
+	go func() { defer close(closed); _ = p.server.Close() }()
+	select {
+	case <-closed:
+		t.Fatal("the server did not wait for the creation")
+	case <-time.After(6 * time.Second): // It used to wait for 5.
+	}
+	close(let)
+	<-closed
+	<-answered
+	var state string
+	if err := p.db().QueryRow(t.Context(), "SELECT state FROM sandboxes").Scan(&state); err != nil || state != "running" {
+		t.Errorf("the sandbox is %q, %v", state, err)
+	}
+	if _, err := heard.ReceiveTimeout(t.Context(), time.Minute); err != nil {
+		t.Errorf("other servers do not hear of it: %v", err)
+	}
 }

@@ -236,6 +236,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 		"WRENN_SMTP_URL", "WRENN_MAIL_FROM", "WRENN_NOTIFY_PRIVATE", "WRENN_AUDIT_RETENTION",
 		"WRENN_GITHUB_CLIENT_ID", "WRENN_GITHUB_CLIENT_SECRET", "WRENN_GITHUB_URL", "WRENN_GITHUB_API_URL", "WRENN_GITHUB_CALLBACK",
 	),
+		"WRENN_STOP_TIMEOUT="+(stopTimeout/2).String(),
 		"DATABASE_URL="+pg.url("wrenn"), "REDIS_URL="+rd.url(), "WRENN_LISTEN="+server, "WRENN_DOMAIN="+domain,
 		"WRENN_PUBLIC_URL="+url, "WRENN_SECRET_KEY="+s.secrets.SecretKey, "WRENN_AGENT_URL="+agent, "WRENN_AGENT_TOKEN="+s.secrets.AgentToken,
 		"WRENN_ADMIN_EMAIL="+adminEmail, "WRENN_ADMIN_PASSWORD="+s.secrets.AdminPassword, "WRENN_ADMIN_API_KEY="+s.secrets.AdminAPIKey,
