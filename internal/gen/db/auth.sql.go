@@ -86,13 +86,14 @@ func (q *Queries) GetAPIKey(ctx context.Context, arg GetAPIKeyParams) (APIKey, e
 }
 
 const getAPIKeyByHash = `-- name: GetAPIKeyByHash :one
-SELECT k.id, k.team_id, k.user_id, k.name, k.prefix, k.hash, k.created_at, k.last_used_at, k.scopes, k.expires_at, COALESCE(u.admin, false)::boolean AS admin FROM api_keys k JOIN teams t ON t.id = k.team_id LEFT JOIN users u ON u.id = k.user_id
+SELECT k.id, k.team_id, k.user_id, k.name, k.prefix, k.hash, k.created_at, k.last_used_at, k.scopes, k.expires_at, COALESCE(u.admin, false)::boolean AS admin, COALESCE(u.epoch, 0)::integer AS epoch FROM api_keys k JOIN teams t ON t.id = k.team_id LEFT JOIN users u ON u.id = k.user_id
 WHERE k.hash = $1 AND (k.expires_at IS NULL OR k.expires_at > now()) AND t.deleting_at IS NULL AND COALESCE(u.active, true)
 `
 
 type GetAPIKeyByHashRow struct {
 	APIKey APIKey
 	Admin  bool
+	Epoch  int32
 }
 
 // A key whose maker was deactivated, or whose team is being deleted, is none.
@@ -111,16 +112,17 @@ func (q *Queries) GetAPIKeyByHash(ctx context.Context, hash []byte) (GetAPIKeyBy
 		&i.APIKey.Scopes,
 		&i.APIKey.ExpiresAt,
 		&i.Admin,
+		&i.Epoch,
 	)
 	return i, err
 }
 
 const getCaller = `-- name: GetCaller :one
-SELECT u.id, u.email, u.admin, COALESCE(m.team_id, '00000000-0000-0000-0000-000000000000')::uuid AS team_id, COALESCE(m.role, '')::text AS role
+SELECT u.id, u.email, u.admin, u.epoch, COALESCE(m.created_at, 'epoch')::timestamptz AS joined_at, COALESCE(m.team_id, '00000000-0000-0000-0000-000000000000')::uuid AS team_id, COALESCE(m.role, '')::text AS role
 FROM sessions s
 JOIN users u ON u.id = s.user_id
 LEFT JOIN LATERAL (
-    SELECT tm.team_id, tm.role FROM team_members tm JOIN teams t ON t.id = tm.team_id
+    SELECT tm.team_id, tm.role, tm.created_at FROM team_members tm JOIN teams t ON t.id = tm.team_id
     WHERE tm.user_id = u.id AND t.deleting_at IS NULL AND ($1::uuid IS NULL OR tm.team_id = $1)
     ORDER BY tm.created_at, tm.team_id LIMIT 1
 ) m ON true
@@ -134,11 +136,13 @@ type GetCallerParams struct {
 }
 
 type GetCallerRow struct {
-	ID     uuid.UUID
-	Email  string
-	Admin  bool
-	TeamID uuid.UUID
-	Role   string
+	ID       uuid.UUID
+	Email    string
+	Admin    bool
+	Epoch    int32
+	JoinedAt time.Time
+	TeamID   uuid.UUID
+	Role     string
 }
 
 // Who holds a session and, where they have one, their team: the one asked for,
@@ -150,6 +154,8 @@ func (q *Queries) GetCaller(ctx context.Context, arg GetCallerParams) (GetCaller
 		&i.ID,
 		&i.Email,
 		&i.Admin,
+		&i.Epoch,
+		&i.JoinedAt,
 		&i.TeamID,
 		&i.Role,
 	)

@@ -338,4 +338,5 @@ type User struct {
 	CreatedAt    time.Time
 	Active       bool
 	VerifiedAt   *time.Time
+	Epoch        int32
 }

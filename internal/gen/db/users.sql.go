@@ -94,7 +94,7 @@ func (q *Queries) DeleteVerifyTokens(ctx context.Context, userID uuid.UUID) erro
 }
 
 const findUsers = `-- name: FindUsers :many
-SELECT id, email, password_hash, admin, created_at, active, verified_at FROM users WHERE lower(email) LIKE $1::text AND active AND verified_at IS NOT NULL ORDER BY lower(email) LIMIT $2
+SELECT id, email, password_hash, admin, created_at, active, verified_at, epoch FROM users WHERE lower(email) LIKE $1::text AND active AND verified_at IS NOT NULL ORDER BY lower(email) LIMIT $2
 `
 
 type FindUsersParams struct {
@@ -120,6 +120,7 @@ func (q *Queries) FindUsers(ctx context.Context, arg FindUsersParams) ([]User, e
 			&i.CreatedAt,
 			&i.Active,
 			&i.VerifiedAt,
+			&i.Epoch,
 		); err != nil {
 			return nil, err
 		}
@@ -132,7 +133,7 @@ func (q *Queries) FindUsers(ctx context.Context, arg FindUsersParams) ([]User, e
 }
 
 const getIdentityUser = `-- name: GetIdentityUser :one
-SELECT u.id, u.email, u.password_hash, u.admin, u.created_at, u.active, u.verified_at FROM identities i JOIN users u ON u.id = i.user_id WHERE i.provider = $1 AND i.subject = $2
+SELECT u.id, u.email, u.password_hash, u.admin, u.created_at, u.active, u.verified_at, u.epoch FROM identities i JOIN users u ON u.id = i.user_id WHERE i.provider = $1 AND i.subject = $2
 `
 
 type GetIdentityUserParams struct {
@@ -151,6 +152,7 @@ func (q *Queries) GetIdentityUser(ctx context.Context, arg GetIdentityUserParams
 		&i.CreatedAt,
 		&i.Active,
 		&i.VerifiedAt,
+		&i.Epoch,
 	)
 	return i, err
 }
@@ -172,7 +174,7 @@ func (q *Queries) GetMailToken(ctx context.Context, arg GetMailTokenParams) (uui
 }
 
 const getUser = `-- name: GetUser :one
-SELECT id, email, password_hash, admin, created_at, active, verified_at FROM users WHERE id = $1
+SELECT id, email, password_hash, admin, created_at, active, verified_at, epoch FROM users WHERE id = $1
 `
 
 func (q *Queries) GetUser(ctx context.Context, id uuid.UUID) (User, error) {
@@ -186,12 +188,13 @@ func (q *Queries) GetUser(ctx context.Context, id uuid.UUID) (User, error) {
 		&i.CreatedAt,
 		&i.Active,
 		&i.VerifiedAt,
+		&i.Epoch,
 	)
 	return i, err
 }
 
 const getUserByEmail = `-- name: GetUserByEmail :one
-SELECT id, email, password_hash, admin, created_at, active, verified_at FROM users WHERE lower(email) = lower($1)
+SELECT id, email, password_hash, admin, created_at, active, verified_at, epoch FROM users WHERE lower(email) = lower($1)
 `
 
 func (q *Queries) GetUserByEmail(ctx context.Context, email string) (User, error) {
@@ -205,6 +208,7 @@ func (q *Queries) GetUserByEmail(ctx context.Context, email string) (User, error
 		&i.CreatedAt,
 		&i.Active,
 		&i.VerifiedAt,
+		&i.Epoch,
 	)
 	return i, err
 }
@@ -298,7 +302,7 @@ func (q *Queries) ListIdentities(ctx context.Context, userID uuid.UUID) ([]strin
 }
 
 const listUsers = `-- name: ListUsers :many
-SELECT id, email, password_hash, admin, created_at, active, verified_at FROM users WHERE lower(email) LIKE $1::text AND lower(email) > $2::text ORDER BY lower(email) LIMIT $3
+SELECT id, email, password_hash, admin, created_at, active, verified_at, epoch FROM users WHERE lower(email) LIKE $1::text AND lower(email) > $2::text ORDER BY lower(email) LIMIT $3
 `
 
 type ListUsersParams struct {
@@ -324,6 +328,7 @@ func (q *Queries) ListUsers(ctx context.Context, arg ListUsersParams) ([]User, e
 			&i.CreatedAt,
 			&i.Active,
 			&i.VerifiedAt,
+			&i.Epoch,
 		); err != nil {
 			return nil, err
 		}
@@ -371,7 +376,7 @@ func (q *Queries) LockSession(ctx context.Context, id uuid.UUID) (LockSessionRow
 }
 
 const lockUser = `-- name: LockUser :one
-SELECT id, email, password_hash, admin, created_at, active, verified_at FROM users WHERE id = $1 FOR UPDATE
+SELECT id, email, password_hash, admin, created_at, active, verified_at, epoch FROM users WHERE id = $1 FOR UPDATE
 `
 
 func (q *Queries) LockUser(ctx context.Context, id uuid.UUID) (User, error) {
@@ -385,6 +390,7 @@ func (q *Queries) LockUser(ctx context.Context, id uuid.UUID) (User, error) {
 		&i.CreatedAt,
 		&i.Active,
 		&i.VerifiedAt,
+		&i.Epoch,
 	)
 	return i, err
 }
@@ -457,7 +463,7 @@ func (q *Queries) TakeMailToken(ctx context.Context, arg TakeMailTokenParams) (u
 }
 
 const updateUser = `-- name: UpdateUser :one
-UPDATE users SET active = COALESCE($1, active), admin = COALESCE($2, admin) WHERE id = $3 RETURNING id, email, password_hash, admin, created_at, active, verified_at
+UPDATE users SET active = COALESCE($1, active), admin = COALESCE($2, admin) WHERE id = $3 RETURNING id, email, password_hash, admin, created_at, active, verified_at, epoch
 `
 
 type UpdateUserParams struct {
@@ -477,6 +483,7 @@ func (q *Queries) UpdateUser(ctx context.Context, arg UpdateUserParams) (User, e
 		&i.CreatedAt,
 		&i.Active,
 		&i.VerifiedAt,
+		&i.Epoch,
 	)
 	return i, err
 }

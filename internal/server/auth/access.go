@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -60,6 +61,21 @@ type Principal struct {
 	// Platform says that the user is one of the platform's admins; of a key, that
 	// one made it for what admins do.
 	Platform bool
+
+	// epoch counts the revocations of the user's rights. joined is when they
+	// joined the team; keys of a member who leaves are deleted.
+	epoch  int32
+	joined time.Time
+}
+
+// since returns an error unless the caller has had their rights without a break
+// from when they were p until now: a revocation counts even if it was undone.
+func (p Principal) since(now Principal) error {
+	rejoined := p.Team == now.Team && !p.joined.Equal(now.joined)
+	if p.epoch != now.epoch || rejoined {
+		return fault.New(fault.Unauthenticated, "access was revoked: authenticate again")
+	}
+	return nil
 }
 
 // HasKey says whether the caller showed an API key.

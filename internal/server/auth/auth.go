@@ -70,7 +70,7 @@ func (k *Keys) Check(ctx context.Context, key string) (Principal, error) {
 	k.mu.Lock()
 	k.used[row.ID] = time.Now()
 	k.mu.Unlock()
-	p := Principal{Team: row.TeamID, Key: row.ID, Scopes: make([]Scope, len(row.Scopes))}
+	p := Principal{Team: row.TeamID, Key: row.ID, Scopes: make([]Scope, len(row.Scopes)), epoch: found.Epoch}
 	for i, s := range row.Scopes {
 		p.Scopes[i] = Scope(s)
 	}
@@ -79,6 +79,17 @@ func (k *Keys) Check(ctx context.Context, key string) (Principal, error) {
 	}
 	p.Platform = found.Admin && slices.Contains(p.Scopes, PlatformScope)
 	return p, nil
+}
+
+// Again returns what [Keys.Check] returns for a key whose holder was who when
+// their request began. It fails with unauthenticated if the holder's rights were
+// revoked since then, even if they were given back.
+func (k *Keys) Again(ctx context.Context, key string, who Principal) (Principal, error) {
+	now, err := k.Check(ctx, key)
+	if err == nil {
+		err = who.since(now)
+	}
+	return now, err
 }
 
 // Run writes the keys' last uses, many at once, until ctx is done, and once

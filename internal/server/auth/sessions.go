@@ -210,13 +210,18 @@ func (s *Sessions) Check(ctx context.Context, token string, team *uuid.UUID) (Pr
 }
 
 // Again returns who somebody is now whom Check returned before, acting for the
-// same team; it fails where their session has ended.
+// same team. It fails with unauthenticated if their session has ended or their
+// rights were revoked since then, even if they were given back.
 func (s *Sessions) Again(ctx context.Context, who Principal) (Principal, error) {
 	team := &who.Team
 	if who.Team == uuid.Nil {
 		team = nil
 	}
-	return s.caller(ctx, who.User, who.Session, team)
+	now, err := s.caller(ctx, who.User, who.Session, team)
+	if err == nil {
+		err = who.since(now)
+	}
+	return now, err
 }
 
 func (s *Sessions) caller(ctx context.Context, user, session uuid.UUID, team *uuid.UUID) (Principal, error) {
@@ -227,7 +232,10 @@ func (s *Sessions) caller(ctx context.Context, user, session uuid.UUID, team *uu
 	if err != nil {
 		return Principal{}, fmt.Errorf("look up session: %w", err)
 	}
-	return Principal{Team: row.TeamID, Role: Role(row.Role), User: user, Session: session, Email: row.Email, Platform: row.Admin}, nil
+	return Principal{
+		Team: row.TeamID, Role: Role(row.Role), User: user, Session: session, Email: row.Email, Platform: row.Admin,
+		epoch: row.Epoch, joined: row.JoinedAt,
+	}, nil
 }
 
 // End ends the session that a token, access or refresh, belongs to, and

@@ -93,7 +93,10 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	target, err := p.resolve(r)
 	if err == nil && target.who.HasKey() {
 		ctx, done := p.Watch.While(r.Context(), target.who, mark, func(ctx context.Context) error {
-			_, err := p.holder(ctx, r.Header.Get("X-API-Key"))
+			now, err := p.Keys.Again(ctx, r.Header.Get("X-API-Key"), target.who)
+			if err == nil {
+				err = use.Check(now)
+			}
 			return err
 		})
 		defer done()

@@ -129,7 +129,7 @@ func lasts(op *openapi3.Operation) bool {
 // again says whether who made a request may still do so.
 func (a *API) again(ctx context.Context, r *http.Request, access auth.Access, who auth.Principal) (err error) {
 	if who.HasKey() {
-		who, err = a.Keys.Check(ctx, r.Header.Get("X-API-Key"))
+		who, err = a.Keys.Again(ctx, r.Header.Get("X-API-Key"), who)
 	} else {
 		who, err = a.Sessions.Again(ctx, who)
 	}

@@ -16,7 +16,7 @@ INSERT INTO api_keys (id, team_id, user_id, name, prefix, hash, scopes, expires_
 
 -- name: GetAPIKeyByHash :one
 -- A key whose maker was deactivated, or whose team is being deleted, is none.
-SELECT sqlc.embed(k), COALESCE(u.admin, false)::boolean AS admin FROM api_keys k JOIN teams t ON t.id = k.team_id LEFT JOIN users u ON u.id = k.user_id
+SELECT sqlc.embed(k), COALESCE(u.admin, false)::boolean AS admin, COALESCE(u.epoch, 0)::integer AS epoch FROM api_keys k JOIN teams t ON t.id = k.team_id LEFT JOIN users u ON u.id = k.user_id
 WHERE k.hash = $1 AND (k.expires_at IS NULL OR k.expires_at > now()) AND t.deleting_at IS NULL AND COALESCE(u.active, true);
 
 -- name: ListAPIKeys :many
@@ -37,11 +37,11 @@ DELETE FROM api_keys WHERE team_id = $1 AND user_id = $2;
 -- name: GetCaller :one
 -- Who holds a session and, where they have one, their team: the one asked for,
 -- else the one that they have been in for longest.
-SELECT u.id, u.email, u.admin, COALESCE(m.team_id, '00000000-0000-0000-0000-000000000000')::uuid AS team_id, COALESCE(m.role, '')::text AS role
+SELECT u.id, u.email, u.admin, u.epoch, COALESCE(m.created_at, 'epoch')::timestamptz AS joined_at, COALESCE(m.team_id, '00000000-0000-0000-0000-000000000000')::uuid AS team_id, COALESCE(m.role, '')::text AS role
 FROM sessions s
 JOIN users u ON u.id = s.user_id
 LEFT JOIN LATERAL (
-    SELECT tm.team_id, tm.role FROM team_members tm JOIN teams t ON t.id = tm.team_id
+    SELECT tm.team_id, tm.role, tm.created_at FROM team_members tm JOIN teams t ON t.id = tm.team_id
     WHERE tm.user_id = u.id AND t.deleting_at IS NULL AND (sqlc.narg('team')::uuid IS NULL OR tm.team_id = sqlc.narg('team'))
     ORDER BY tm.created_at, tm.team_id LIMIT 1
 ) m ON true
