@@ -66,6 +66,8 @@ type agent struct {
 	ran       []string // lines for the shell that streams were asked for
 
 	server *http.Server
+	// serving is held for reading by every call that the agent answers.
+	serving sync.RWMutex
 }
 
 func newAgent(t testing.TB) *agent {
@@ -109,6 +111,8 @@ func (a *agent) serveOn(l net.Listener) {
 	mux := http.NewServeMux()
 	mux.Handle(hostagentv1connect.NewHostAgentHandler(a))
 	s := netaddr.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		a.serving.RLock()
+		defer a.serving.RUnlock()
 		if subtle.ConstantTimeCompare([]byte(r.Header.Get("Authorization")), []byte("Bearer "+a.token)) != 1 {
 			http.Error(w, "bad token", http.StatusUnauthorized)
 			return
@@ -129,8 +133,17 @@ func (a *agent) serveOn(l net.Listener) {
 	go s.Serve(l)
 }
 
-// close makes the host vanish; its sandboxes stay.
+// close makes the host unreachable; its sandboxes stay. A call that it answers
+// may go on for a while.
 func (a *agent) close() { a.server.Close() }
+
+// vanish is close that returns when every call has ended, so that none changes
+// a sandbox afterwards.
+func (a *agent) vanish() {
+	a.close()
+	a.serving.Lock()
+	defer a.serving.Unlock()
+}
 
 func (a *agent) Create(ctx context.Context, req *connect.Request[hostagentv1.CreateRequest]) (*connect.Response[hostagentv1.CreateResponse], error) {
 	m := req.Msg

@@ -248,7 +248,7 @@ func TestFleet(t *testing.T) {
 	// One vanishes: its sandboxes are missing, new ones go to the other.
 	vanished := time.Now()
 	stopA()
-	a.close()
+	a.vanish()
 	missing := on[a.id][0]
 	p.eventually("the sandbox is missing", func() bool { return p.state(missing) == "missing" })
 	t.Logf("missing %v after the host vanished, heartbeats being %v apart", time.Since(vanished).Round(time.Millisecond), beat)

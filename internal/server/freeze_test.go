@@ -59,6 +59,17 @@ func (p *plane) later(method, path string, body any, headers ...string) <-chan r
 	return answer
 }
 
+// waiting returns how many calls wait for what the server does to a sandbox.
+func (p *plane) waiting() int {
+	p.Helper()
+	var n int
+	_, rest, found := strings.Cut(string(p.call("GET", "/metrics", nil).want(200).Body), "\nwrenn_sandbox_waiting_calls ")
+	if _, err := fmt.Sscan(rest, &n); err != nil || !found {
+		p.Fatalf("metrics: no number of waiting calls: %v", err)
+	}
+	return n
+}
+
 func TestPauseAndResume(t *testing.T) {
 	p := newPlane(t)
 	sandbox := p.create(map[string]any{"timeout_seconds": 60})
@@ -242,6 +253,7 @@ func TestTurns(t *testing.T) {
 	<-g.asked
 	same := p.later("POST", base+"/pause", nil)
 	other := p.later("POST", base+"/resume", nil)
+	p.eventually("both wait for the first", func() bool { return p.waiting() == 2 })
 	// It has no auto_resume: there is nothing to wait for.
 	p.call("POST", base+"/exec", map[string]any{"cmd": "cat"}).fails(409, "sandbox_paused")
 	g.release <- nil
@@ -625,7 +637,7 @@ func TestSnapshots(t *testing.T) {
 	g.release <- nil
 	(<-slow).want(201)
 	// A host that does not answer is rid of it when it is back.
-	p.agent.close()
+	p.agent.vanish()
 	p.call("DELETE", "/v1/snapshots/frozen", nil).fails(503, "host_unreachable")
 	if got := names(p.call("GET", "/v1/snapshots", nil), "snapshots"); slices.Contains(got, "frozen") {
 		t.Errorf("still listed: %v", got)
@@ -686,13 +698,23 @@ func TestFork(t *testing.T) {
 	if p.agent.has(one) {
 		t.Error("the host has the copy that was deleted")
 	}
-	// The host goes in the middle: none is left.
+	// The host becomes unreachable and makes the copies all the same: none is left.
+	asked, let := make(chan struct{}), make(chan struct{})
+	p.agent.hook(func(context.Context, string) error {
+		close(asked)
+		<-let
+		return nil
+	})
 	lost := p.later("POST", base+"/fork", map[string]any{"count": 2})
-	<-g.asked
+	<-asked
 	before := len(p.call("GET", "/v1/sandboxes?state=running", nil).list("sandboxes"))
 	p.agent.close()
 	(<-lost).fails(503, "host_unreachable")
-	g.release <- nil // The host made them all the same.
+	close(let)
+	p.agent.vanish()
+	if has, _ := p.agent.left(); has != before+2 {
+		t.Errorf("the host has %d sandboxes, want %d", has, before+2)
+	}
 	p.agent.hook(nil)
 	p.agent.serve(t)
 	p.eventually("the host has only what the table has", func() bool {
@@ -727,7 +749,7 @@ func TestHostDiesInMove(t *testing.T) {
 			}
 			answer := p.later("POST", c.path, c.body)
 			<-g.asked
-			p.agent.close()
+			p.agent.vanish()
 			(<-answer).fails(503, "host_unreachable")
 			p.agent.hook(nil)
 			want := c.done
@@ -746,7 +768,7 @@ func TestHostDiesInMove(t *testing.T) {
 	p.agent.hook(g.on)
 	answer := p.later("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandbox, "name": "later"})
 	<-g.asked
-	p.agent.close()
+	p.agent.vanish()
 	(<-answer).fails(503, "host_unreachable")
 	p.agent.hook(nil)
 	p.agent.serve(t)

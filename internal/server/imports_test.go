@@ -198,7 +198,7 @@ func TestFailedImport(t *testing.T) {
 	gone := p.later("POST", "/v1/templates/import", map[string]any{"name": "lost", "reference": "registry.example/there:1", "username": "reader", "password": "s3cret"})
 	<-g.asked
 	p.agent.hook(nil)
-	p.agent.close()
+	p.agent.vanish()
 	if r := <-gone; r.Status != 503 {
 		t.Errorf("with its host away: %d %s", r.Status, r.Body)
 	}

@@ -422,7 +422,7 @@ func TestDeleteTeamHostAway(t *testing.T) {
 		t.Fatal("what is where is not as this test wants it")
 	}
 	stop()
-	far.close()
+	far.vanish()
 	p.eventually("the host is away", func() bool { return p.hostStatus(far.id) == "unreachable" })
 	p.call("DELETE", "/v1/teams/"+team, nil, asAda...).want(202)
 	p.call("GET", "/v1/teams/"+team, nil, asAda...).fails(404, "not_found")

@@ -79,6 +79,9 @@ func (s *Service) turn(ctx context.Context, sandbox uuid.UUID, to State, f func(
 			})
 			m.row, m.err = f()
 		}()
+	} else {
+		s.metrics.waiting.Inc()
+		defer s.metrics.waiting.Dec()
 	}
 	select {
 	case <-m.done:
@@ -104,6 +107,8 @@ func (s *Service) current(sandbox uuid.UUID) *turn {
 func (s *Service) wait(ctx context.Context, row db.Sandbox, to State, deadline time.Time) (db.Sandbox, error) {
 	change := s.change(row.ID)
 	if m := s.current(row.ID); m != nil {
+		s.metrics.waiting.Inc()
+		defer s.metrics.waiting.Dec()
 		select {
 		case <-m.done:
 		case <-ctx.Done():

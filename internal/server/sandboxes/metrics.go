@@ -12,6 +12,7 @@ import (
 type metrics struct {
 	creations *prometheus.CounterVec
 	latency   prometheus.Histogram
+	waiting   prometheus.Gauge
 	states    *states
 }
 
@@ -24,12 +25,15 @@ func newMetrics(s *store.Store) metrics {
 			Name: "wrenn_sandbox_create_seconds", Help: "Time from asking a host for a sandbox until it was ready.",
 			Buckets: []float64{.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 120},
 		}),
+		waiting: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "wrenn_sandbox_waiting_calls", Help: "Calls that wait until this server has paused, resumed or settled their sandbox for an earlier call.",
+		}),
 		states: &states{store: s, desc: prometheus.NewDesc("wrenn_sandboxes", "Sandboxes that have not ended, by state.", []string{"state"}, nil)},
 	}
 }
 
 func (m metrics) collectors() []prometheus.Collector {
-	return []prometheus.Collector{m.creations, m.latency, m.states}
+	return []prometheus.Collector{m.creations, m.latency, m.waiting, m.states}
 }
 
 func (m metrics) created(result string, took time.Duration) {
