@@ -412,7 +412,7 @@ func (b *box) restoreSaved(ctx context.Context) (err error) {
 	if err := os.Chown(dir.SandboxDisk(home, b.rec.Disks-1), b.uid(), b.uid()); err != nil {
 		return err
 	}
-	from := vmm.Saved{Memory: b.base.file, Changed: own.ChangedFrom(b.base.image), Devices: devices}
+	from := vmm.Saved{Memory: b.base.file, Changed: own.ChangedFrom(b.base.image), Devices: devices, Kind: b.savedBy(origin)}
 	if b.standsAlone(own) {
 		alone, err := b.m.bases.own(ctx, own)
 		if err != nil {

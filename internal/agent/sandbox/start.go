@@ -128,7 +128,7 @@ func (b *box) prepare(ctx context.Context, c *image.Capture) error {
 		if err != nil {
 			return fmt.Errorf("read the captured devices: %w", err)
 		}
-		from := vmm.Saved{Memory: b.base.file, Devices: devices}
+		from := vmm.Saved{Memory: b.base.file, Devices: devices, Kind: c.Kind}
 		if b.base == b.begin.base {
 			m, e := memory.Open(c.Memory())
 			if e != nil {

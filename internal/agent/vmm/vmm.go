@@ -45,6 +45,9 @@ type Saved struct {
 	Changed memory.Pages
 	// Devices is what [VM.Devices] gave.
 	Devices []byte
+	// Kind is the saved machine's, from its [State] or its [Driver]; empty: the
+	// present driver's.
+	Kind string
 }
 
 // Driver makes virtual machines.

@@ -17,9 +17,56 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qmp"
 )
 
-// machineVersion is raised with every change of QEMU's arguments that a guest
-// or its devices' state could notice.
-const machineVersion = 2
+// model is a version of the machine that guests see: what QEMU's arguments make
+// of it, as far as a guest or the state of its devices can notice. A model never
+// changes, because saved machines depend on it.
+type model struct {
+	version  int
+	machine  string // options of -machine beside those that all models have
+	accel    string
+	cpu      string
+	repaired bool // see [redeliver]
+}
+
+// models are each accelerator's: machines boot as the first; the others restore
+// what an earlier release saved.
+var models = map[string][]model{
+	TCG: {
+		{version: 2, accel: fmt.Sprintf("tcg,tb-size=%d", translationMiB), cpu: "max"},
+	},
+	KVM: {
+		// With a split irqchip, microvm's default, a stop can lose the end of a
+		// level-triggered interrupt: see [redeliver]. The kernel's I/O APIC cannot.
+		// Guests get no nested virtualization and no performance counters.
+		{version: 3, machine: ",ioapic2=off", accel: "kvm,kernel-irqchip=on", cpu: "host,svm=off,vmx=off,pmu=off"},
+		{version: 2, accel: "kvm", cpu: "host", repaired: true},
+	},
+}
+
+// model returns the model that a machine of the kind was saved as. An empty kind
+// stands for the present one.
+func (d *Driver) model(kind string) (model, error) {
+	of := models[d.accel]
+	if kind == "" {
+		return of[0], nil
+	}
+	saved, ok := parseKind(kind)
+	for _, m := range of {
+		if ok && m.name() == saved.machine {
+			return m, nil
+		}
+	}
+	return model{}, fmt.Errorf("it was saved as %q, a machine that this release does not have", kind)
+}
+
+// name is the first part of the model's kind.
+func (m model) name() string { return fmt.Sprintf("qemu-%d", m.version) }
+
+// kindAs is the kind of a machine of the model.
+func (d *Driver) kindAs(m model) string {
+	_, rest, _ := strings.Cut(d.kind, " ")
+	return m.name() + " " + rest
+}
 
 // commands are those of QEMU's that the driver cannot do without.
 var commands = []string{
@@ -104,8 +151,8 @@ func kind(accel string) (_ string, err error) {
 		return "", err
 	}
 	v := version.QEMU
-	return strings.Join(strings.Fields(fmt.Sprintf("qemu-%d %d.%d.%d %s %s %s",
-		machineVersion, v.Major, v.Minor, v.Micro, version.Package, accel, cpu)), " "), nil
+	return strings.Join(strings.Fields(fmt.Sprintf("%s %d.%d.%d %s %s %s",
+		models[accel][0].name(), v.Major, v.Minor, v.Micro, version.Package, accel, cpu)), " "), nil
 }
 
 // kindOf are the parts of a kind that matter to a restore.
@@ -132,12 +179,17 @@ func (d *Driver) Restores(kind string) error {
 		return nil
 	}
 	saved, ok := parseKind(kind)
+	if !ok {
+		return fmt.Errorf("it was saved as %q, which is no kind of machine", kind)
+	}
 	here, _ := parseKind(d.kind)
-	switch {
-	case !ok || saved.machine != here.machine:
-		return fmt.Errorf("it was saved as %q, which no machine is here", kind)
-	case saved.accel != here.accel:
+	if saved.accel != here.accel {
 		return fmt.Errorf("it ran by %s, and machines here by %s", saved.accel, here.accel)
+	}
+	if _, err := d.model(kind); err != nil {
+		return err
+	}
+	switch {
 	case saved.cpu != here.cpu:
 		return errors.New("it ran on another model of processor, or one that has other features")
 	case saved.major > here.major || saved.major == here.major && saved.minor > here.minor:

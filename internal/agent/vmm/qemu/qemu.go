@@ -131,7 +131,7 @@ func (d *Driver) Start(ctx context.Context, s vmm.Spec) (vmm.VM, error) {
 		return nil, fmt.Errorf("start QEMU: %w", err)
 	}
 	defer ram.Close()
-	vm, err := d.launch(ctx, s, ram, nil, func(ctx context.Context, m *machine) error {
+	vm, err := d.launch(ctx, s, models[d.accel][0], ram, nil, func(ctx context.Context, m *machine) error {
 		return m.qmp.Execute(ctx, "cont", nil, nil)
 	})
 	if err != nil {
@@ -140,10 +140,10 @@ func (d *Driver) Start(ctx context.Context, s vmm.Spec) (vmm.VM, error) {
 	return vm, nil
 }
 
-// launch starts a QEMU whose guest's memory is mapped from ram, and which
+// launch starts a QEMU of the model, whose guest's memory is mapped from ram, and which
 // reads the state of its devices from incoming unless that is nil. ready makes
 // of it what is wanted. When launch fails nothing is left.
-func (d *Driver) launch(ctx context.Context, s vmm.Spec, ram, incoming *os.File, ready func(context.Context, *machine) error) (_ *machine, err error) {
+func (d *Driver) launch(ctx context.Context, s vmm.Spec, as model, ram, incoming *os.File, ready func(context.Context, *machine) error) (_ *machine, err error) {
 	var undo []func() error
 	defer func() {
 		if err == nil {
@@ -168,7 +168,7 @@ func (d *Driver) launch(ctx context.Context, s vmm.Spec, ram, incoming *os.File,
 	h := &handed{}
 	defer h.close()
 	socket := filepath.Join(s.Dir, socketName)
-	args, err := d.arguments(s, ram, incoming, h)
+	args, err := d.arguments(s, as, ram, incoming, h)
 	if err != nil {
 		return nil, err
 	}
@@ -190,7 +190,7 @@ func (d *Driver) launch(ctx context.Context, s vmm.Spec, ram, incoming *os.File,
 	}
 	m := &machine{
 		state: vmm.State{
-			ID: s.ID, PID: cmd.Process.Pid, StartTime: start, BootID: d.bootID, Socket: socket, Kind: d.kind,
+			ID: s.ID, PID: cmd.Process.Pid, StartTime: start, BootID: d.bootID, Socket: socket, Kind: d.kindAs(as),
 			MemoryDevice: mapped.Dev, MemoryInode: mapped.Ino, MemoryBytes: memoryBytes,
 		},
 		group: group, done: make(chan struct{}), log: d.log,
@@ -260,8 +260,8 @@ func (h *handed) close() {
 // arguments are QEMU's, with the files that they speak of in h.
 //
 // What the guest sees of the machine must be the same when it is restored from
-// incoming as when it was started: whoever changes that changes [machineVersion].
-func (d *Driver) arguments(s vmm.Spec, ram, incoming *os.File, h *handed) ([]string, error) {
+// incoming as when it was started: whoever changes that adds a [model].
+func (d *Driver) arguments(s vmm.Spec, as model, ram, incoming *os.File, h *handed) ([]string, error) {
 	if incoming != nil {
 		h.add(incoming) // the first, as incomingFD
 	}
@@ -270,21 +270,17 @@ func (d *Driver) arguments(s vmm.Spec, ram, incoming *os.File, h *handed) ([]str
 		return nil, err
 	}
 	h.opened = append(h.opened, control)
-	accel, cpu := "kvm", "host"
-	if d.accel == TCG {
-		accel, cpu = fmt.Sprintf("tcg,tb-size=%d", translationMiB), "max"
-	}
 	args := []string{
 		"-name", "wrenn-" + s.ID.String(),
 		"-nodefaults", "-no-user-config", "-display", "none",
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
 		"-S", // nothing of the guest's runs before it is in all its bounds
 		// No page of it is merged with others' (mem-merge): that tells guests of one another.
-		"-machine", "microvm,x-option-roms=off,rtc=on,isa-serial=on,memory-backend=ram,mem-merge=off",
+		"-machine", "microvm,x-option-roms=off,rtc=on,isa-serial=on,memory-backend=ram,mem-merge=off" + as.machine,
 		// Named, as newer ones have SeaBIOS for this machine, which starts no
 		// kernel without an option ROM.
 		"-bios", "qboot.rom",
-		"-accel", accel, "-cpu", cpu,
+		"-accel", as.accel, "-cpu", as.cpu,
 		"-smp", strconv.Itoa(s.VCPUs), "-m", fmt.Sprintf("%dM", s.MemoryMiB),
 		"-object", fmt.Sprintf("memory-backend-file,id=ram,size=%dM,share=off,mem-path=/proc/self/fd/%d", s.MemoryMiB, h.add(ram)),
 		// A guest that ends, by a panic too, is held until its console was read.

@@ -21,6 +21,17 @@ func (d *Driver) Restore(ctx context.Context, s vmm.Spec, from vmm.Saved) (vmm.V
 	if len(from.Devices) == 0 {
 		return fail(errors.New("there is no state of devices")) // QEMU would wait for it
 	}
+	as, err := d.model(from.Kind)
+	if err != nil {
+		return fail(err)
+	}
+	devices := from.Devices
+	if as.repaired {
+		var lost int
+		if devices, lost = redeliver(devices); lost > 0 {
+			d.log.Warn("the saved machine had lost the end of an interrupt, which is delivered again", "sandbox", s.ID, "interrupts", lost)
+		}
+	}
 	// A pipe: of what a migration may come from, all versions take that.
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -28,13 +39,13 @@ func (d *Driver) Restore(ctx context.Context, s vmm.Spec, from vmm.Saved) (vmm.V
 	}
 	defer r.Close()
 	defer w.Close()
-	vm, err := d.launch(ctx, s, from.Memory, r, func(ctx context.Context, m *machine) error {
+	vm, err := d.launch(ctx, s, as, from.Memory, r, func(ctx context.Context, m *machine) error {
 		// The memory first: the devices look at it as they are restored, and
 		// a machine that has its devices is taken for one that has all.
 		if err := m.restoreMemory(from); err != nil {
 			return err
 		}
-		return m.restoreDevices(ctx, from.Devices, w)
+		return m.restoreDevices(ctx, devices, w)
 	})
 	if err != nil {
 		return fail(err)

@@ -160,6 +160,14 @@ func (b *bench) save(over *memory.Image) (*memory.Image, []byte) {
 	devices, err := b.vm.Devices(b.Context())
 	b.must(err)
 	b.took("save devices")
+	// The controllers are found where QEMU's sources put them, and no interrupt is lost.
+	apics, ioapics := sections(devices, "apic", apicVersion, apicBytes, false), sections(devices, "ioapic", ioapicVersion, ioapicBytes, true)
+	if len(apics) != b.spec.VCPUs || len(ioapics) == 0 {
+		b.Errorf("the state has %d local and %d I/O APICs", len(apics), len(ioapics))
+	}
+	if lost := lostInterrupts(devices); len(lost) > 0 {
+		b.Errorf("the state has lost the ends of %d interrupts", len(lost))
+	}
 	dir := b.TempDir()
 	var m *memory.Image
 	if over == nil {
