@@ -26,6 +26,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
 	"github.com/wrenn-dev/wrenn/internal/id"
@@ -567,7 +568,7 @@ func testReports(t *testing.T, h *host, sandbox string) {
 	}
 	t.Logf("console: %d bytes", len(c.Msg.GetOutput()))
 	hi, err := h.Host(t.Context(), connect.NewRequest(&pb.HostRequest{}))
-	if r := hi.Msg; err != nil || r.GetVersion() != "test" || r.GetVmm() != "qemu" || r.GetAccelerator() != "tcg" || r.GetSandboxes() != 1 || r.GetCpus() < 1 ||
+	if r := hi.Msg; err != nil || r.GetVersion() != "test" || r.GetVmm() != "qemu" || r.GetAccelerator() != vmmtest.Accelerator() || r.GetSandboxes() != 1 || r.GetCpus() < 1 ||
 		r.GetMemoryFreeBytes() >= 8192<<20 || r.GetDiskFreeBytes() == 0 || r.GetDiskFreeBytes() > r.GetDiskBytes() {
 		t.Errorf("host %v %v", r, err)
 	}

@@ -32,6 +32,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
 	"github.com/wrenn-dev/wrenn/internal/id"
@@ -284,7 +285,7 @@ func read(name string) string {
 func (a *Agent) Start(t testing.TB) {
 	t.Helper()
 	a.Cmd = exec.Command("/proc/self/exe")
-	a.Cmd.Env = append(os.Environ(), roleEnv+"=agent", "WRENN_DIR="+string(a.Dir), "WRENN_ENVD="+a.Images.Envd, "WRENN_VMM_ACCEL=tcg", "WRENN_MEMORY_MIB="+strconv.Itoa(a.MemoryMiB))
+	a.Cmd.Env = append(os.Environ(), roleEnv+"=agent", "WRENN_DIR="+string(a.Dir), "WRENN_ENVD="+a.Images.Envd, "WRENN_VMM_ACCEL="+vmmtest.Accelerator(), "WRENN_MEMORY_MIB="+strconv.Itoa(a.MemoryMiB))
 	for k, v := range a.Env {
 		a.Cmd.Env = append(a.Cmd.Env, k+"="+v)
 	}
@@ -303,7 +304,7 @@ func (a *Agent) Start(t testing.TB) {
 		_ = cmd.Wait()
 		close(ended)
 	}(a.Cmd)
-	deadline := time.Now().Add(90 * time.Second)
+	deadline := time.Now().Add(vmmtest.Within(t, 90*time.Second))
 	for {
 		_, err := a.Host(t.Context(), connect.NewRequest(&pb.HostRequest{}))
 		if err == nil {
@@ -337,7 +338,7 @@ func (a *Agent) Kill(t testing.TB, sig syscall.Signal) {
 	}
 	select {
 	case <-a.Ended:
-	case <-time.After(60 * time.Second):
+	case <-time.After(vmmtest.Within(t, 60*time.Second)):
 		t.Fatal("the agent does not end")
 	}
 	a.HTTP.CloseIdleConnections()
@@ -356,7 +357,7 @@ func (a *Agent) Finish(t testing.TB) {
 	if t.Failed() {
 		defer func() { t.Logf("the agent's log:\n%s", a.Log()) }()
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 120*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), vmmtest.Within(t, 120*time.Second))
 	defer cancel()
 	list, err := a.List(ctx, connect.NewRequest(&pb.ListRequest{}))
 	if err != nil {
@@ -374,7 +375,7 @@ func (a *Agent) Finish(t testing.TB) {
 	}
 	select {
 	case <-a.Ended:
-	case <-time.After(60 * time.Second):
+	case <-time.After(vmmtest.Within(t, 60*time.Second)):
 		_ = a.Cmd.Process.Kill()
 		t.Error("the agent did not end after its termination")
 		return

@@ -23,6 +23,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
 )
 
 const testUID = 1_999_998
@@ -39,7 +40,7 @@ func open(t *testing.T) (*Driver, vmm.Spec) {
 		t.Skip(err)
 	}
 	in := imagetest.Prepare(t)
-	d, err := Open(TCG, t.TempDir(), slog.New(slog.NewTextHandler(t.Output(), nil)))
+	d, err := Open(vmmtest.Accelerator(), t.TempDir(), slog.New(slog.NewTextHandler(t.Output(), nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,7 +68,7 @@ const bootTime = 5 * time.Minute
 // awaitConsole waits until the guest has printed text. Nothing tells when.
 func awaitConsole(t *testing.T, vm vmm.VM, text string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), bootTime)
+	ctx, cancel := context.WithTimeout(t.Context(), vmmtest.Within(t, bootTime))
 	defer cancel()
 	var console []byte
 	for {
@@ -149,7 +150,7 @@ func TestBootBoundsAttachKill(t *testing.T) {
 
 	// The agent is restarted.
 	_ = vm.(*machine).qmp.Close()
-	other, err := Open(TCG, t.TempDir(), d.log)
+	other, err := Open(vmmtest.Accelerator(), t.TempDir(), d.log)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -234,7 +235,7 @@ func TestKilledQEMUIsNoticed(t *testing.T) {
 	}
 	select {
 	case <-vm.Done():
-	case <-time.After(10 * time.Second):
+	case <-time.After(vmmtest.Within(t, 60*time.Second)):
 		t.Fatal("Done is not closed")
 	}
 	if err := vm.Kill(t.Context()); err != nil {
@@ -252,7 +253,7 @@ func TestGuestThatEndsLeavesItsConsole(t *testing.T) {
 	}
 	select {
 	case <-vm.Done():
-	case <-time.After(60 * time.Second):
+	case <-time.After(vmmtest.Within(t, 60*time.Second)):
 		t.Error("a guest that rebooted still runs")
 	}
 	console, err := vm.Console(t.Context())

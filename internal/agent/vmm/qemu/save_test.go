@@ -26,6 +26,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
 	"github.com/wrenn-dev/wrenn/internal/agent/network"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -124,7 +125,7 @@ func (b *bench) init(shown, token string) {
 		b.guest.Close()
 	}
 	b.guest = guest.New(b.slot.Address, shown)
-	ctx, cancel := context.WithTimeout(b.Context(), 90*time.Second)
+	ctx, cancel := context.WithTimeout(b.Context(), vmmtest.Within(b, 90*time.Second))
 	defer cancel()
 	_, err := b.guest.Init(ctx, guest.Settings{Token: token, Envs: map[string]string{}, Hostname: "saved"})
 	b.must(err)
@@ -134,7 +135,7 @@ func (b *bench) init(shown, token string) {
 // sh runs a script in the guest as root.
 func (b *bench) sh(script string) string {
 	b.Helper()
-	ctx, cancel := context.WithTimeout(b.Context(), 90*time.Second)
+	ctx, cancel := context.WithTimeout(b.Context(), vmmtest.Within(b, 90*time.Second))
 	defer cancel()
 	r, err := b.guest.Exec(ctx, guest.Command{Cmd: "sh", Args: []string{"-c", script}, User: "root"}, nil)
 	b.must(err)

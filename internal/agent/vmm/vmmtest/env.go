@@ -1,0 +1,35 @@
+// Package vmmtest is what the tests of virtual machines share: on what they run
+// them and for how long they wait.
+package vmmtest
+
+import (
+	"os"
+	"strconv"
+	"testing"
+	"time"
+)
+
+// Accelerator is what tests run guests with: WRENN_TEST_ACCEL, "kvm" or "tcg"
+// (emulation, the default, which works everywhere).
+func Accelerator() string {
+	if accel := os.Getenv("WRENN_TEST_ACCEL"); accel != "" {
+		return accel
+	}
+	return "tcg"
+}
+
+// Within is a time-out of d on a machine of the ordinary kind, multiplied by
+// WRENN_TEST_TIMEOUT_FACTOR (1), which is larger where the host itself is
+// emulated. Time-outs only end tests that hang.
+func Within(t testing.TB, d time.Duration) time.Duration {
+	t.Helper()
+	text := os.Getenv("WRENN_TEST_TIMEOUT_FACTOR")
+	if text == "" {
+		return d
+	}
+	factor, err := strconv.ParseFloat(text, 64)
+	if err != nil || factor <= 0 {
+		t.Fatalf("WRENN_TEST_TIMEOUT_FACTOR is %q, which is no positive number", text)
+	}
+	return time.Duration(factor * float64(d))
+}
