@@ -8,11 +8,11 @@ GOFUMPT     := mvdan.cc/gofumpt@v0.12.0
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 SPECTRAL    := @stoplight/spectral-cli@6.16.3
 
-# Distribution packages: what Wrenn runs with, and what its tests need besides.
-RUN_PACKAGES  := qemu-system-x86 qemu-utils postgresql redis-server caddy mmdebstrap \
-	nftables iproute2 e2fsprogs kmod
+# Distribution packages: what Wrenn runs with (a test compares them with the table
+# in internal/programs), and what its tests need besides.
+RUN_PACKAGES  := qemu-system-x86 postgresql redis-server caddy mmdebstrap e2fsprogs kmod
 # (gcc: for the race detector.)
-TEST_PACKAGES := socat gcc libc6-dev dpkg-dev docker-registry skopeo umoci chromium fonts-dejavu-core
+TEST_PACKAGES := qemu-utils nftables iproute2 socat gcc libc6-dev dpkg-dev docker-registry skopeo umoci chromium fonts-dejavu-core
 
 GO_PACKAGES := ./...
 

@@ -9,9 +9,9 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -25,6 +25,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qemu"
 	"github.com/wrenn-dev/wrenn/internal/layout"
+	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
 // What a fresh installation takes, and a few sandboxes.
@@ -40,6 +41,7 @@ type Finding struct {
 	Required bool   `json:"required"` // nothing works without
 	Detail   string `json:"detail,omitempty"`
 	Fix      string `json:"fix,omitempty"`
+	Package  string `json:"package,omitempty"` // Debian package to install
 }
 
 // errFindings is returned when something required is missing.
@@ -48,10 +50,11 @@ var errFindings = errors.New("this machine lacks what wrenn needs")
 // Command is `wrenn doctor`.
 func Command(out io.Writer) *cobra.Command {
 	var dir, format string
+	var agent bool
 	cmd := &cobra.Command{
-		Use: "doctor", Short: "Say what this machine lacks, and the fix", Args: cobra.NoArgs,
+		Use: "doctor", Short: "Check this machine and suggest fixes", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			findings := Examine(cmd.Context(), layout.Dir(dir))
+			findings := Examine(cmd.Context(), layout.Dir(dir), agent)
 			if err := report(out, format, findings); err != nil {
 				return err
 			}
@@ -68,6 +71,7 @@ func Command(out io.Writer) *cobra.Command {
 		def = layout.DefaultDir
 	}
 	cmd.Flags().StringVar(&dir, "dir", def, "data directory ($WRENN_DIR)")
+	cmd.Flags().BoolVar(&agent, "agent", false, "check only what a host agent needs, without PostgreSQL, Redis and Caddy")
 	cmd.Flags().StringVarP(&format, "output", "o", "table", "table or json")
 	return cmd
 }
@@ -78,6 +82,7 @@ func report(out io.Writer, format string, findings []Finding) error {
 		e.SetIndent("", "  ")
 		return e.Encode(findings)
 	}
+	var missing []string
 	for _, f := range findings {
 		mark := "ok     "
 		switch {
@@ -86,10 +91,16 @@ func report(out io.Writer, format string, findings []Finding) error {
 		case !f.OK:
 			mark = "note   "
 		}
-		fmt.Fprintf(out, "%s  %-12s %s\n", mark, f.Name, f.Detail)
+		fmt.Fprintf(out, "%s  %-15s %s\n", mark, f.Name, f.Detail)
 		if !f.OK && f.Fix != "" {
-			fmt.Fprintf(out, "%22s fix: %s\n", "", f.Fix)
+			fmt.Fprintf(out, "%25s fix: %s\n", "", f.Fix)
 		}
+		if !f.OK && f.Package != "" {
+			missing = append(missing, f.Package)
+		}
+	}
+	if len(missing) > 0 {
+		fmt.Fprintf(out, "\nTo install every missing package:\n\n    apt-get update && apt-get install -y --no-install-recommends %s\n", strings.Join(missing, " "))
 	}
 	return nil
 }
@@ -102,23 +113,16 @@ type check struct {
 	do       func(context.Context, layout.Dir) (string, error)
 }
 
-// Examine examines the machine. dir is where data will be kept; nothing is
-// written there but what the probe for KVM remembers.
-func Examine(ctx context.Context, dir layout.Dir) []Finding {
+// Examine checks the machine for `wrenn up`, or for a host agent alone. dir is
+// the data directory; only the result of the KVM probe is written there.
+func Examine(ctx context.Context, dir layout.Dir, agent bool) []Finding {
 	checks := []check{
 		{"root", true, "run as root: sudo wrenn …", isRoot},
 		{"tun", true, "modprobe tun, or a kernel with CONFIG_TUN", hasTun},
 		{"namespaces", true, "a kernel with network, mount and IPC namespaces, and the right to use them", hasNamespaces},
 		{"nftables", true, "a kernel with CONFIG_NF_TABLES, and NAT", hasNftables},
 		{"cgroups", true, "mount control groups (version 2, or version 1 with memory, cpu and pids)", hasCgroups},
-		installed("QEMU", "qemu-system-x86", qemu.Binary),
 		{"KVM", false, "without it guests are emulated, about 10 times slower: enable virtualization in the firmware, or nested virtualization in the hypervisor", hasKVM},
-		{"PostgreSQL", true, "apt-get install postgresql", hasPostgres},
-		installed("Redis", "redis-server", "redis-server"),
-		installed("Caddy", "caddy", "caddy"),
-		installed("mmdebstrap", "mmdebstrap", "mmdebstrap"),
-		installed("e2fsprogs", "e2fsprogs", "mke2fs"),
-		installed("kmod", "kmod", "depmod"),
 		{"disk", true, fmt.Sprintf("free %d MiB, or choose another place with --dir", minDiskMiB), hasDisk},
 		{"memory", true, fmt.Sprintf("at least %d MiB that are free", minMemoryMiB), hasMemory},
 		{"firewall", false, "let the other firewall forward from interfaces named wrenn-veth-*", noObstacles},
@@ -132,7 +136,7 @@ func Examine(ctx context.Context, dir layout.Dir) []Finding {
 		}
 		findings = append(findings, f)
 	}
-	return append(findings, reported(dir)...)
+	return slices.Concat(findings, installed(agent), reported(dir))
 }
 
 // reported is what a running agent says is wrong with the host.
@@ -148,11 +152,29 @@ func reported(dir layout.Dir) []Finding {
 	return findings
 }
 
-// installed checks that a package's program is there.
-func installed(name, pkg, program string) check {
-	return check{name, true, "apt-get install " + pkg, func(context.Context, layout.Dir) (string, error) {
-		return exec.LookPath(program)
-	}}
+// installed checks for every program in the table, one finding per package.
+func installed(agent bool) []Finding {
+	var findings []Finding
+	for _, p := range programs.All() {
+		if agent && p.UpOnly {
+			continue
+		}
+		i := slices.IndexFunc(findings, func(f Finding) bool { return f.Name == p.Package })
+		if i < 0 {
+			findings = append(findings, Finding{Name: p.Package, OK: true, Required: true})
+			i = len(findings) - 1
+		}
+		f := &findings[i]
+		path, err := p.Find()
+		switch {
+		case err != nil:
+			f.OK, f.Detail, f.Package = false, "no program "+p.File, p.Package
+			f.Fix = "apt-get install " + p.Package
+		case f.OK:
+			f.Detail = strings.TrimSpace(f.Detail + " " + path)
+		}
+	}
+	return findings
 }
 
 func isRoot(context.Context, layout.Dir) (string, error) {
@@ -227,14 +249,6 @@ func hasKVM(ctx context.Context, dir layout.Dir) (string, error) {
 		return "", err
 	}
 	return "a kernel boots", nil
-}
-
-func hasPostgres(context.Context, layout.Dir) (string, error) {
-	bins, err := filepath.Glob("/usr/lib/postgresql/*/bin/postgres")
-	if err != nil || len(bins) == 0 {
-		return "", errors.New("no server program")
-	}
-	return strings.Join(bins, " "), nil
 }
 
 // existing is the nearest folder above path that is there.

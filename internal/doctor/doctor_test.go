@@ -17,7 +17,7 @@ func TestExamineThisMachine(t *testing.T) {
 	}
 	in := imagetest.Prepare(t)
 	t.Setenv("WRENN_ENVD", in.Envd)
-	for _, f := range Examine(t.Context(), in.Dir) {
+	for _, f := range Examine(t.Context(), in.Dir, false) {
 		t.Logf("%+v", f)
 		if f.Required && !f.OK {
 			t.Errorf("%s: %s", f.Name, f.Detail) // the tests' set-up installs all of it
@@ -31,14 +31,14 @@ func TestExamineThisMachine(t *testing.T) {
 func TestReport(t *testing.T) {
 	findings := []Finding{
 		{Name: "a", OK: true, Required: true, Detail: "there"},
-		{Name: "b", Required: true, Detail: "gone", Fix: "get b"},
+		{Name: "b", Required: true, Detail: "gone", Fix: "get b", Package: "b-server"},
 		{Name: "c", Detail: "gone", Fix: "get c"},
 	}
 	var table, js bytes.Buffer
 	if err := errors.Join(report(&table, "table", findings), report(&js, "json", findings)); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"ok       a", "MISSING  b", "fix: get b", "note     c"} {
+	for _, want := range []string{"ok       a", "MISSING  b", "fix: get b", "note     c", "--no-install-recommends b-server\n"} {
 		if !strings.Contains(table.String(), want) {
 			t.Errorf("no %q in\n%s", want, table.String())
 		}

@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"syscall"
 
@@ -19,6 +18,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/deploy"
 	"github.com/wrenn-dev/wrenn/internal/layout"
+	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
 // account is a system user that a program runs as.
@@ -54,16 +54,15 @@ func (a account) ownDir(dir string) error {
 // enter, and therefore asks for no password.
 type postgres struct {
 	dir  string
-	bin  string
 	user account
 }
 
 func newPostgres(ctx context.Context, dir layout.Dir) (*postgres, error) {
-	bins, err := filepath.Glob("/usr/lib/postgresql/*/bin/postgres")
-	if err != nil || len(bins) == 0 {
-		return nil, errors.New("no PostgreSQL: apt-get install postgresql")
+	if _, err := programs.Postgres.Find(); err != nil {
+		return nil, err
 	}
-	p := &postgres{dir: dir.Postgres(), bin: filepath.Dir(slices.MaxFunc(bins, byVersion))}
+	p := &postgres{dir: dir.Postgres()}
+	var err error
 	if p.user, err = lookup("postgres"); err != nil {
 		return nil, err
 	}
@@ -78,7 +77,7 @@ func newPostgres(ctx context.Context, dir layout.Dir) (*postgres, error) {
 	if err := os.RemoveAll(tmp); err != nil {
 		return nil, err
 	}
-	cmd := exec.CommandContext(ctx, filepath.Join(p.bin, "initdb"), "-D", tmp, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8")
+	cmd := programs.InitDB.CommandContext(ctx, "-D", tmp, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8")
 	cmd.Dir, cmd.SysProcAttr = p.dir, p.user.attributes()
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("make PostgreSQL's cluster: %w: %s", err, out)
@@ -87,15 +86,6 @@ func newPostgres(ctx context.Context, dir layout.Dir) (*postgres, error) {
 		return nil, fmt.Errorf("make PostgreSQL's cluster: %w", err)
 	}
 	return p, nil
-}
-
-// byVersion orders paths of different PostgreSQLs by their version.
-func byVersion(a, b string) int {
-	version := func(path string) int {
-		n, _ := strconv.Atoi(filepath.Base(filepath.Dir(filepath.Dir(path))))
-		return n
-	}
-	return version(a) - version(b)
 }
 
 func (p *postgres) data() string { return filepath.Join(p.dir, "data") }
@@ -108,7 +98,7 @@ func (p *postgres) program() program {
 	return program{
 		name: "PostgreSQL",
 		command: func() *exec.Cmd {
-			cmd := exec.Command(filepath.Join(p.bin, "postgres"), "-D", p.data(), "-k", p.dir,
+			cmd := programs.Postgres.Command("-D", p.data(), "-k", p.dir,
 				"-c", "listen_addresses=", "-c", "unix_socket_permissions=0700", "-c", "max_connections=100")
 			cmd.Dir, cmd.SysProcAttr = p.dir, p.user.attributes()
 			return cmd
@@ -153,8 +143,8 @@ type redisServer struct {
 }
 
 func newRedis(dir layout.Dir) (*redisServer, error) {
-	if _, err := exec.LookPath("redis-server"); err != nil {
-		return nil, errors.New("no redis-server: apt-get install redis-server")
+	if _, err := programs.Redis.Find(); err != nil {
+		return nil, err
 	}
 	r := &redisServer{dir: dir.Redis()}
 	var err error
@@ -172,7 +162,7 @@ func (r *redisServer) program() program {
 	return program{
 		name: "Redis",
 		command: func() *exec.Cmd {
-			cmd := exec.Command("redis-server", "--port", "0", "--unixsocket", r.socket(), "--unixsocketperm", "700",
+			cmd := programs.Redis.Command("--port", "0", "--unixsocket", r.socket(), "--unixsocketperm", "700",
 				"--dir", r.dir, "--appendonly", "yes", "--save", "", "--daemonize", "no")
 			cmd.Dir, cmd.SysProcAttr = r.dir, r.user.attributes()
 			return cmd
@@ -198,8 +188,8 @@ type caddy struct {
 // newCaddy writes Caddy's configuration for an address to listen on and the
 // server's socket.
 func newCaddy(dir layout.Dir, listen, domain string) (*caddy, error) {
-	if _, err := exec.LookPath("caddy"); err != nil {
-		return nil, errors.New("no caddy: apt-get install caddy")
+	if _, err := programs.Caddy.Find(); err != nil {
+		return nil, err
 	}
 	host, port, err := net.SplitHostPort(listen)
 	if err != nil {
@@ -249,7 +239,7 @@ func (c *caddy) program() program {
 	return program{
 		name: "Caddy",
 		command: func() *exec.Cmd {
-			cmd := exec.Command("caddy", "run", "--config", c.config, "--adapter", "caddyfile")
+			cmd := programs.Caddy.Command("run", "--config", c.config, "--adapter", "caddyfile")
 			cmd.Dir, cmd.Env, cmd.SysProcAttr = c.home, c.env, c.user.attributes()
 			if low {
 				cmd.SysProcAttr.AmbientCaps = []uintptr{10} // CAP_NET_BIND_SERVICE

@@ -28,6 +28,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
+	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
 // domain is what sandboxes' host names end with; browsers take all names
@@ -176,7 +177,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 	if err != nil {
 		return err
 	}
-	self, err := os.Executable()
+	self, err := programs.Self()
 	if err != nil {
 		return err
 	}
@@ -256,11 +257,11 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 }
 
 // own is a program of this binary.
-func (s *service) own(self, role string, env []string, ready func(context.Context) error) program {
+func (s *service) own(self programs.Program, role string, env []string, ready func(context.Context) error) program {
 	return program{
 		name: "wrenn " + role,
 		command: func() *exec.Cmd {
-			cmd := exec.Command(self, role)
+			cmd := self.Command(role)
 			cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "HOME=/root"}, env...)
 			return cmd
 		},

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/jail"
+	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
 const (
@@ -48,7 +49,7 @@ func Flatten(ctx context.Context, dst string, c Chain, uid int) error {
 			if err := t.fsck(ctx); err != nil {
 				return err
 			}
-			if err := t.run(ctx, "resize2fs", "-M"); err != nil {
+			if err := t.run(ctx, programs.Resize2fs, "-M"); err != nil {
 				return err
 			}
 			size, err := fileSystemSize(f)
@@ -96,7 +97,7 @@ func Expand(ctx context.Context, path string, size int64, uid int) (err error) {
 	if err := f.Truncate(size); err != nil {
 		return err
 	}
-	err = lend(f, uid, func(t *tools) error { return t.run(ctx, "resize2fs") })
+	err = lend(f, uid, func(t *tools) error { return t.run(ctx, programs.Resize2fs) })
 	if err != nil {
 		return err
 	}
@@ -210,7 +211,7 @@ func lend(f *os.File, uid int, use func(t *tools) error) (err error) {
 
 // fsck repairs the file system.
 func (t *tools) fsck(ctx context.Context, options ...string) error {
-	err := t.run(ctx, "e2fsck", append([]string{"-fy"}, options...)...)
+	err := t.run(ctx, programs.E2fsck, append([]string{"-fy"}, options...)...)
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.ExitCode() > 0 && exit.ExitCode()&^3 == 0 {
 		return nil // something was wrong, and is not any more: e2fsck(8)
@@ -220,11 +221,11 @@ func (t *tools) fsck(ctx context.Context, options ...string) error {
 
 // run runs one of e2fsprogs on the file. Nothing that it started is left when
 // run returns.
-func (t *tools) run(ctx context.Context, program string, args ...string) error {
+func (t *tools) run(ctx context.Context, program programs.Program, args ...string) error {
 	var said tail
-	cmd := exec.CommandContext(ctx, "/usr/bin/prlimit", "--core=0", "--nofile=64", "--nproc=64",
+	cmd := programs.Prlimit.CommandContext(ctx, "--core=0", "--nofile=64", "--nproc=64",
 		fmt.Sprintf("--cpu=%d", maxCPU), fmt.Sprintf("--as=%d", maxSpace), "--fsize="+strconv.FormatInt(t.size, 10),
-		"/sbin/"+program)
+		program.File)
 	cmd.Args = append(append(cmd.Args, args...), "/proc/self/fd/3")
 	cmd.Env, cmd.Dir = []string{"PATH=/usr/sbin:/usr/bin", "LC_ALL=C"}, "/"
 	cmd.Stdout, cmd.Stderr = &said, &said
@@ -237,13 +238,13 @@ func (t *tools) run(ctx context.Context, program string, args ...string) error {
 		Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWPID,
 	}
 	if err := t.jail.Do(cmd.Start); err != nil {
-		return fmt.Errorf("run %s: %w", program, err)
+		return fmt.Errorf("run %s: %w", program.File, err)
 	}
 	if err := cmd.Wait(); err != nil {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		return fmt.Errorf("run %s: %w: it says %q", program, err, said.b)
+		return fmt.Errorf("run %s: %w: it says %q", program.File, err, said.b)
 	}
 	return nil
 }

@@ -8,13 +8,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 
 	"github.com/cavaliergopher/cpio"
 
 	"github.com/wrenn-dev/wrenn/internal/layout"
+	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
 // kernelPackage is the distribution's, which depends on the newest kernel.
@@ -70,7 +70,7 @@ func Kernel(ctx context.Context, dir layout.Dir, envd string, progress func(stri
 
 // newestKernel asks apt which package the kernel's depends on, and its version.
 func newestKernel(ctx context.Context) (name, version string, err error) {
-	out, err := output(ctx, "", "apt-cache", "depends", "--important", kernelPackage)
+	out, err := output(ctx, "", programs.AptCache, "depends", "--important", kernelPackage)
 	if err != nil {
 		return "", "", err
 	}
@@ -82,7 +82,7 @@ func newestKernel(ctx context.Context) (name, version string, err error) {
 	if name == "" {
 		return "", "", fmt.Errorf("apt knows no package %s: run apt-get update", kernelPackage)
 	}
-	out, err = output(ctx, "", "apt-cache", "show", "--no-all-versions", name)
+	out, err = output(ctx, "", programs.AptCache, "show", "--no-all-versions", name)
 	if err != nil {
 		return "", "", err
 	}
@@ -97,7 +97,7 @@ func newestKernel(ctx context.Context) (name, version string, err error) {
 // buildKernel makes tmp/out.
 func buildKernel(ctx context.Context, tmp, name, version, envd, inputs string) error {
 	// apt drops its rights to download, and could not write to a folder of root's.
-	if _, err := output(ctx, tmp, "apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", name+"="+version); err != nil {
+	if _, err := output(ctx, tmp, programs.AptGet, "-qq", "-o", "APT::Sandbox::User=root", "download", name+"="+version); err != nil {
 		return err
 	}
 	debs, err := filepath.Glob(filepath.Join(tmp, "*.deb"))
@@ -105,7 +105,7 @@ func buildKernel(ctx context.Context, tmp, name, version, envd, inputs string) e
 		return fmt.Errorf("apt downloaded %d files, not one package", len(debs))
 	}
 	tree := filepath.Join(tmp, "tree")
-	if _, err := output(ctx, tmp, "dpkg-deb", "-x", debs[0], tree); err != nil {
+	if _, err := output(ctx, tmp, programs.DpkgDeb, "-x", debs[0], tree); err != nil {
 		return err
 	}
 	release := strings.TrimPrefix(name, "linux-image-")
@@ -135,7 +135,7 @@ func buildKernel(ctx context.Context, tmp, name, version, envd, inputs string) e
 // than it saves where the processor is emulated.
 func writeInitrd(ctx context.Context, name, tree, release, envd string) (err error) {
 	modules := filepath.Join(tree, "lib", "modules", release)
-	if _, err := output(ctx, "", "depmod", "-b", tree, release); err != nil {
+	if _, err := output(ctx, "", programs.Depmod, "-b", tree, release); err != nil {
 		return err
 	}
 	dep, err := os.ReadFile(filepath.Join(modules, "modules.dep"))
@@ -215,8 +215,8 @@ func readModule(file string) ([]byte, error) {
 
 // output runs a tool in dir and returns what it prints; an error has the end
 // of what it complains of.
-func output(ctx context.Context, dir, name string, args ...string) (string, error) {
-	cmd := exec.CommandContext(ctx, name, args...)
+func output(ctx context.Context, dir string, program programs.Program, args ...string) (string, error) {
+	cmd := program.CommandContext(ctx, args...)
 	cmd.Dir = dir
 	cmd.Env = append(os.Environ(), "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive")
 	var stderr bytes.Buffer
@@ -224,7 +224,7 @@ func output(ctx context.Context, dir, name string, args ...string) (string, erro
 	out, err := cmd.Output()
 	if err != nil {
 		said := bytes.TrimSpace(stderr.Bytes())
-		return "", fmt.Errorf("%s: %w: %s", name, err, said[max(0, len(said)-2000):])
+		return "", fmt.Errorf("%s: %w: %s", program.File, err, said[max(0, len(said)-2000):])
 	}
 	return string(out), nil
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/image/tree"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/layout"
+	"github.com/wrenn-dev/wrenn/internal/programs"
 	"github.com/wrenn-dev/wrenn/internal/recipe"
 	"github.com/wrenn-dev/wrenn/templates"
 )
@@ -141,7 +142,7 @@ func ensureMinimal(ctx context.Context, dir layout.Dir, envd string, more More, 
 			return Template{}, err
 		}
 	}
-	if _, err := output(ctx, "", "tar", "-C", files, "--numeric-owner", "--xattrs", "--xattrs-include=*", "-xf", tar); err != nil {
+	if _, err := output(ctx, "", programs.Tar, "-C", files, "--numeric-owner", "--xattrs", "--xattrs-include=*", "-xf", tar); err != nil {
 		return Template{}, err
 	}
 	if err := injectDaemon(files, envd); err != nil {
@@ -186,7 +187,7 @@ func ensureBase(ctx context.Context, parent, tmp, inputs string, todo plan, sour
 	for _, s := range sources {
 		args = append(args, s.line())
 	}
-	if _, err := output(ctx, "", "mmdebstrap", args...); err != nil {
+	if _, err := output(ctx, "", programs.Mmdebstrap, args...); err != nil {
 		return "", err
 	}
 	if err := atomicfile.Sync(tar); err != nil {
@@ -296,7 +297,7 @@ func mountPoints(t *tree.Tree) error {
 // dir. Its tables are left for the guest's kernel to zero when it first uses
 // them, so that it takes little more than its files.
 func makeFilesystem(ctx context.Context, name, dir string, sizeMiB int) error {
-	_, err := output(ctx, "", "mke2fs", "-q", "-t", "ext4", "-L", "wrenn", "-m", "0",
+	_, err := output(ctx, "", programs.Mke2fs, "-q", "-t", "ext4", "-L", "wrenn", "-m", "0",
 		"-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0",
 		"-d", dir, name, fmt.Sprintf("%dM", sizeMiB))
 	return err

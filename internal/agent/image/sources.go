@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+
+	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
 // targetFormat makes apt print what newSource reads, one line a package index.
@@ -25,7 +27,7 @@ func (s source) line() string {
 // debianSources are the machine's own sources of the distribution, the main
 // suite first: those that a guest is built from. Other vendors' are left out.
 func debianSources(ctx context.Context) ([]source, error) {
-	out, err := output(ctx, "", "apt-get", "indextargets", "--format", targetFormat, "Created-By: Packages")
+	out, err := output(ctx, "", programs.AptGet, "indextargets", "--format", targetFormat, "Created-By: Packages")
 	if err != nil {
 		return nil, err
 	}

@@ -8,13 +8,13 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"os/exec"
 	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qmp"
+	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
 // model is a version of the machine that guests see: what QEMU's arguments make
@@ -99,7 +99,7 @@ func kind(accel string) (_ string, err error) {
 		return "", fmt.Errorf("ask QEMU: %w", err)
 	}
 	defer conn.Close()
-	cmd := exec.CommandContext(ctx, Binary, "-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-S",
+	cmd := programs.QEMU.CommandContext(ctx, "-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-S",
 		"-global", "migration.send-configuration=off",
 		"-chardev", "socket,id=control,fd=3", "-mon", "chardev=control,mode=control")
 	cmd.ExtraFiles = []*os.File{theirs}

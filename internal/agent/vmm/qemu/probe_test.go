@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
+	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
 // TestProbeIsRemembered keeps an answer that QEMU or the guest gave, and
@@ -18,7 +19,7 @@ func TestProbeIsRemembered(t *testing.T) {
 	if _, err := os.Stat("/dev/kvm"); err != nil {
 		t.Skip("needs /dev/kvm")
 	}
-	if _, err := os.Stat(Binary); err != nil {
+	if _, err := os.Stat(programs.QEMU.File); err != nil {
 		t.Skip("needs QEMU")
 	}
 	dir := t.TempDir()

@@ -28,10 +28,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qmp"
+	"github.com/wrenn-dev/wrenn/internal/programs"
 )
-
-// Binary is where the distribution has QEMU.
-const Binary = "/usr/bin/qemu-system-x86_64"
 
 // The accelerators.
 const (
@@ -70,7 +68,7 @@ func Open(accel, dir string, log *slog.Logger) (*Driver, error) {
 	if accel != KVM && accel != TCG {
 		return nil, fmt.Errorf("open QEMU driver: unknown accelerator %q", accel)
 	}
-	if _, err := os.Stat(Binary); err != nil {
+	if _, err := programs.QEMU.Find(); err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
 	}
 	if err := cgroup.Available(); err != nil {
@@ -337,14 +335,13 @@ func (d *Driver) exec(s vmm.Spec, group cgroup.Group, args []string, files []*os
 	if err != nil {
 		return nil, err
 	}
-	cmd := &exec.Cmd{
-		Path: Binary, Args: append([]string{Binary}, args...), Env: []string{"PATH=/usr/bin"}, Dir: "/",
-		Stderr: stderr, ExtraFiles: files,
-		SysProcAttr: &syscall.SysProcAttr{
-			Credential: &syscall.Credential{Uid: uint32(s.UID), Gid: uint32(s.UID)},
-			Setsid:     true, // it outlives the agent
-			Cloneflags: unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
-		},
+	cmd := programs.QEMU.Command(args...)
+	cmd.Env, cmd.Dir = []string{"PATH=/usr/bin"}, "/"
+	cmd.Stderr, cmd.ExtraFiles = stderr, files
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Credential: &syscall.Credential{Uid: uint32(s.UID), Gid: uint32(s.UID)},
+		Setsid:     true, // it outlives the agent
+		Cloneflags: unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
 	}
 	if groupDir != nil {
 		defer groupDir.Close()

@@ -24,6 +24,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
+	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
 const testUID = 1_999_998
@@ -33,7 +34,7 @@ func open(t *testing.T) (*Driver, vmm.Spec) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root to start virtual machines")
 	}
-	if _, err := os.Stat(Binary); err != nil {
+	if _, err := programs.QEMU.Find(); err != nil {
 		t.Skip("needs QEMU")
 	}
 	if err := cgroup.Available(); err != nil {

@@ -1,0 +1,116 @@
+// Package programs is the table of the distribution's programs that Wrenn
+// runs, and the only package that makes commands of them. A program that is
+// not in the table cannot be run, so doctor, the Makefile and the README know
+// of every package that a machine needs.
+package programs
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// Program is one of the distribution's programs.
+type Program struct {
+	// File is the program's name, to be found in $PATH, or its absolute path,
+	// which can have the pattern * for a version.
+	File string
+	// Package is the Debian package that has it.
+	Package string
+	// Base says that every Debian has the package.
+	Base bool
+	// UpOnly says that `wrenn up` alone runs the program, and a host agent does not.
+	UpOnly bool
+}
+
+// The programs that Wrenn runs.
+var (
+	QEMU = add(Program{File: "/usr/bin/qemu-system-x86_64", Package: "qemu-system-x86"})
+
+	AptCache   = add(Program{File: "apt-cache", Package: "apt", Base: true})
+	AptGet     = add(Program{File: "apt-get", Package: "apt", Base: true})
+	DpkgDeb    = add(Program{File: "dpkg-deb", Package: "dpkg", Base: true})
+	Tar        = add(Program{File: "tar", Package: "tar", Base: true})
+	Depmod     = add(Program{File: "depmod", Package: "kmod"})
+	Mmdebstrap = add(Program{File: "mmdebstrap", Package: "mmdebstrap"})
+	Mke2fs     = add(Program{File: "mke2fs", Package: "e2fsprogs"})
+
+	// These run in a jail, which has no $PATH.
+	Prlimit   = add(Program{File: "/usr/bin/prlimit", Package: "util-linux", Base: true})
+	E2fsck    = add(Program{File: "/sbin/e2fsck", Package: "e2fsprogs"})
+	Resize2fs = add(Program{File: "/sbin/resize2fs", Package: "e2fsprogs"})
+
+	Postgres = add(Program{File: "/usr/lib/postgresql/*/bin/postgres", Package: "postgresql", UpOnly: true})
+	InitDB   = add(Program{File: "/usr/lib/postgresql/*/bin/initdb", Package: "postgresql", UpOnly: true})
+	Redis    = add(Program{File: "redis-server", Package: "redis-server", UpOnly: true})
+	Caddy    = add(Program{File: "caddy", Package: "caddy", UpOnly: true})
+)
+
+var table []Program
+
+func add(p Program) Program {
+	table = append(table, p)
+	return p
+}
+
+// All returns the table.
+func All() []Program { return slices.Clone(table) }
+
+// Find returns the program's path, with the newest version where there are
+// several. An error says which package to install.
+func (p Program) Find() (string, error) {
+	path, err := p.find()
+	if err != nil && p.Package != "" {
+		return "", fmt.Errorf("%w: apt-get install %s", err, p.Package)
+	}
+	return path, err
+}
+
+func (p Program) find() (string, error) {
+	if !strings.Contains(p.File, "*") {
+		return exec.LookPath(p.File)
+	}
+	found, err := filepath.Glob(p.File)
+	if err != nil {
+		return "", err
+	}
+	if len(found) == 0 {
+		return "", fmt.Errorf("%s: %w", p.File, os.ErrNotExist)
+	}
+	before, after, _ := strings.Cut(p.File, "*")
+	version := func(path string) int {
+		n, _ := strconv.Atoi(strings.TrimSuffix(strings.TrimPrefix(path, before), after))
+		return n
+	}
+	return slices.MaxFunc(found, func(a, b string) int { return version(a) - version(b) }), nil
+}
+
+// Command returns a command that runs the program. Starting it fails if the
+// program is not there.
+func (p Program) Command(args ...string) *exec.Cmd {
+	return p.CommandContext(context.Background(), args...)
+}
+
+// CommandContext is Command with a context that kills the process when it ends.
+func (p Program) CommandContext(ctx context.Context, args ...string) *exec.Cmd {
+	path, err := p.Find()
+	if err != nil {
+		path = p.File
+	}
+	cmd := exec.CommandContext(ctx, path, args...)
+	if err != nil {
+		cmd.Err = err
+	}
+	return cmd
+}
+
+// Self returns the program that is running, which is not in the table.
+func Self() (Program, error) {
+	path, err := os.Executable()
+	return Program{File: path}, err
+}
