@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -36,6 +37,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/platform"
 	"github.com/wrenn-dev/wrenn/internal/server/proxy"
 	"github.com/wrenn-dev/wrenn/internal/server/ratelimit"
+	"github.com/wrenn-dev/wrenn/internal/server/reconcile"
 	"github.com/wrenn-dev/wrenn/internal/server/rest"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 	"github.com/wrenn-dev/wrenn/internal/server/scheduler"
@@ -153,6 +155,7 @@ type Server struct {
 	teams     *teams.Service
 	mail      *mail.Sender
 	sandboxes *sandboxes.Service
+	reconcile *reconcile.Controller
 	usage     *usage.Service
 	audit     *audit.Log
 	channels  *notify.Service
@@ -252,7 +255,8 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	s.keys = auth.NewKeys(s.store, s.log)
 	tpl := templates.New(s.store, s.log)
 	history := metrics.New(s.redis, s.log)
-	s.sandboxes = sandboxes.New(sandboxes.Config{Store: s.store, Hosts: s.hosts, Templates: tpl, Tokens: tokens, DrainIdle: c.DrainIdle, Tell: s.bus.Changed, Watching: history.Watch, Ended: history.Forget, Log: s.log})
+	s.sandboxes = sandboxes.New(sandboxes.Config{Store: s.store, Hosts: s.hosts, Templates: tpl, Tokens: tokens, Tell: s.bus.Changed, Ended: history.Forget, Log: s.log})
+	s.reconcile = reconcile.New(reconcile.Config{Store: s.store, Hosts: s.hosts, Sandboxes: s.sandboxes, Templates: tpl, DrainIdle: c.DrainIdle, Watching: history.Watch, Log: s.log})
 	s.usage = usage.New(s.store, s.log)
 	s.audit = audit.New(s.store, c.AuditRetention, s.log)
 	if s.mail, err = mail.New(c.SMTPURL, c.MailFrom, s.log); err != nil {
@@ -284,6 +288,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	}, []string{"method", "route"})
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), requests, durations)
 	registry.MustRegister(s.sandboxes.Collectors()...)
+	registry.MustRegister(s.reconcile.Collectors()...)
 	api, err := rest.New(ctx, rest.Config{
 		Sandboxes: s.sandboxes, Templates: tpl, Builds: s.builds, Usage: s.usage, Audit: s.audit, History: history, Channels: s.channels, Keys: s.keys, Tokens: tokens,
 		Sessions: s.sessions, Watch: s.watch, Users: s.users, Teams: s.teams, Platform: platform.New(s.store), Hosts: s.hosts,
@@ -318,6 +323,21 @@ func New(ctx context.Context, c Config) (*Server, error) {
 // Handler serves the REST API, and sandboxes' ports by host name.
 func (s *Server) Handler() http.Handler { return s.handler }
 
+// listener passes on what other servers tell.
+type listener struct {
+	*sandboxes.Service
+	server *Server
+}
+
+// Heard has the hosts looked at again where one changed: what it had may be void.
+func (l listener) Heard(changed uuid.UUID) {
+	if l.server.hosts.Knows(changed) {
+		l.server.reconcile.Look()
+		return
+	}
+	l.Service.Heard(changed)
+}
+
 // Run keeps the database and the hosts in agreement until ctx is done.
 func (s *Server) Run(ctx context.Context) error {
 	if err := s.redis.Ping(ctx).Err(); err != nil && ctx.Err() == nil {
@@ -327,8 +347,9 @@ func (s *Server) Run(ctx context.Context) error {
 	wg.Go(func() { s.forgetServers(ctx) })
 	wg.Go(func() { s.keys.Run(ctx) })
 	wg.Go(func() { s.hosts.Run(ctx) })
-	wg.Go(func() { s.bus.Run(ctx, s.sandboxes) })
+	wg.Go(func() { s.bus.Run(ctx, listener{s.sandboxes, s}) })
 	wg.Go(func() { s.sandboxes.Run(ctx) })
+	wg.Go(func() { s.reconcile.Run(ctx) })
 	wg.Go(func() { s.builds.Run(ctx) })
 	wg.Go(func() { s.usage.Run(ctx) })
 	wg.Go(func() { s.audit.Run(ctx) })

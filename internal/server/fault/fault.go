@@ -5,7 +5,9 @@ package fault
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
+	"runtime/debug"
 	"time"
 )
 
@@ -109,4 +111,21 @@ func Because(cause error, code Code, format string, args ...any) *Error {
 func Is(err error, code Code) bool {
 	var e *Error
 	return errors.As(err, &e) && e.Code == code
+}
+
+// Panic is what [Guard] makes of a panic.
+type Panic struct{ Value any }
+
+func (p *Panic) Error() string { return fmt.Sprintf("panic: %v", p.Value) }
+
+// Guard calls f and returns its error. A panic of f is logged with its stack
+// and returned as a [*Panic], so that it ends what f did and not the server.
+func Guard(log *slog.Logger, f func() error) (err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			log.Error("panic", "value", v, "stack", string(debug.Stack()))
+			err = &Panic{v}
+		}
+	}()
+	return f()
 }

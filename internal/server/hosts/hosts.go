@@ -392,10 +392,14 @@ func (r *Registry) Get(id *uuid.UUID) (*Host, error) {
 	return nil, fault.New(fault.HostUnreachable, "the sandbox's host is not connected")
 }
 
-// Contact asks the host how it is and writes the answer down. That it did not
-// answer is written down by [Registry.Sweep], once it is too long ago that it did.
+// contactWithin bounds the question how a host is, and writing the answer down.
+const contactWithin = 5 * time.Second
+
+// Contact asks the host how it is and writes the answer down, both within a
+// bound. That it did not answer is written down by [Registry.Sweep], once it is
+// too long ago that it did.
 func (r *Registry) Contact(ctx context.Context, h *Host) error {
-	ask, cancel := context.WithTimeout(ctx, 5*time.Second)
+	ask, cancel := context.WithTimeout(ctx, contactWithin)
 	defer cancel()
 	answer, err := h.Agent.Host(ask, connect.NewRequest(&hostagentv1.HostRequest{}))
 	if ctx.Err() != nil {
@@ -405,7 +409,9 @@ func (r *Registry) Contact(ctx context.Context, h *Host) error {
 		return err
 	}
 	m := answer.Msg
-	_, err = r.Store.HostSeen(ctx, db.HostSeenParams{
+	write, stop := context.WithTimeout(ctx, contactWithin)
+	defer stop()
+	_, err = r.Store.HostSeen(write, db.HostSeenParams{
 		ID: h.ID, Within: r.within(), Version: m.Version, VMM: m.Vmm, Accelerator: m.Accelerator, CPUs: m.Cpus, MemoryBytes: m.MemoryBytes, DiskBytes: m.DiskBytes,
 		CapacityMib: m.MemoryLimitMib, Slots: m.Slots, NetworkBlock: m.NetworkBlock,
 		Sandboxes: m.Sandboxes, UsedMemoryMib: m.MemoryUsedMib, UsedVcpus: m.VcpusUsed, DiskFreeBytes: m.DiskFreeBytes,

@@ -144,14 +144,14 @@ func (s *Service) forked(rows []db.Sandbox, made []*hostagentv1.Sandbox, took ti
 	at, ms := now(), took.Milliseconds()
 	running := make([]db.Sandbox, len(rows))
 	var deleted []uuid.UUID
-	err := s.persist(func(ctx context.Context) error {
+	err := s.persist(s.ctx, func(ctx context.Context) error {
 		deleted = nil
 		return s.Store.InTx(ctx, func(q *db.Queries) error {
 			if err := q.LockSandboxes(ctx, ids(rows)); err != nil {
 				return err
 			}
 			for i, sb := range made {
-				row, err := q.SandboxRunning(ctx, db.SandboxRunningParams{ID: rows[i].ID, StartedAt: &at, ExpiresAt: expiry(sb), DiskMiB: max(sb.GetDiskMib(), rows[i].DiskMiB), StartMs: &ms})
+				row, err := q.SandboxRunning(ctx, db.SandboxRunningParams{ID: rows[i].ID, StartedAt: &at, ExpiresAt: Expiry(sb), DiskMiB: max(sb.GetDiskMib(), rows[i].DiskMiB), StartMs: &ms})
 				if errors.Is(err, store.ErrNoRows) {
 					deleted = append(deleted, rows[i].ID)
 					row, err = q.GetSandbox(ctx, rows[i].ID)
@@ -169,7 +169,7 @@ func (s *Service) forked(rows []db.Sandbox, made []*hostagentv1.Sandbox, took ti
 	}
 	for _, c := range deleted {
 		// The deletion's own call may have come before ours.
-		s.destroy(c, host, log)
+		s.destroy(s.ctx, c, host, log)
 	}
 	for range running {
 		s.metrics.created("ok", took)
@@ -186,10 +186,10 @@ func (s *Service) forkFailed(rows []db.Sandbox, host *hosts.Host, err error, log
 	errors.As(told, &f)
 	for _, row := range rows {
 		if !definite(err) {
-			s.destroy(row.ID, host, log)
+			s.destroy(s.ctx, row.ID, host, log)
 		}
 		s.metrics.created(string(f.Code), 0)
-		if err := s.fail(row.ID, f.Message); err != nil && !errors.Is(err, store.ErrNoRows) {
+		if err := s.fail(s.ctx, row.ID, f.Message); err != nil && !errors.Is(err, store.ErrNoRows) {
 			log.Error("write that copy failed", "error", err)
 		}
 	}

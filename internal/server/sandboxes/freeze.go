@@ -77,7 +77,10 @@ func (s *Service) turn(ctx context.Context, sandbox uuid.UUID, to State, f func(
 				delete(s.turns, sandbox)
 				close(m.done)
 			})
-			m.row, m.err = f()
+			m.err = fault.Guard(s.Log, func() (err error) {
+				m.row, err = f()
+				return err
+			})
 		}()
 	} else {
 		s.metrics.waiting.Inc()
@@ -247,7 +250,7 @@ func (s *Service) pauseIdle(row db.Sandbox, idle time.Duration) (db.Sandbox, err
 		})
 	}
 	var paused db.Sandbox
-	err = s.persist(func(ctx context.Context) error {
+	err = s.persist(s.ctx, func(ctx context.Context) error {
 		var err error
 		paused, err = s.Store.SandboxPaused(ctx, db.SandboxPausedParams{ID: row.ID, PausedAt: now(), CameFrom: []string{string(Pausing)}})
 		return err
@@ -281,9 +284,9 @@ func (s *Service) resume(row db.Sandbox) (db.Sandbox, error) {
 		})
 	}
 	var running db.Sandbox
-	err = s.persist(func(ctx context.Context) error {
+	err = s.persist(s.ctx, func(ctx context.Context) error {
 		var err error
-		running, err = s.Store.SandboxGoesOn(ctx, db.SandboxGoesOnParams{ID: row.ID, ExpiresAt: expiry(answer.Msg.GetSandbox())})
+		running, err = s.Store.SandboxGoesOn(ctx, db.SandboxGoesOnParams{ID: row.ID, ExpiresAt: Expiry(answer.Msg.GetSandbox())})
 		return err
 	})
 	if err != nil {
@@ -323,7 +326,7 @@ func (s *Service) turnFailed(doing string, err error, log *slog.Logger, undo fun
 		log.Error(doing+" sandbox", "error", err)
 	}
 	if definite(err) {
-		if err := s.persist(undo); err != nil && !errors.Is(err, store.ErrNoRows) {
+		if err := s.persist(s.ctx, undo); err != nil && !errors.Is(err, store.ErrNoRows) {
 			log.Error("write that sandbox is as before", "error", err)
 		}
 	}
@@ -358,12 +361,6 @@ func (s *Service) turnLost(doing string, err error, log *slog.Logger) error {
 // is waited for.
 func (s *Service) settle(ctx context.Context, sandbox uuid.UUID, wait bool) error {
 	return s.settleFrom(ctx, sandbox, wait, Running, Missing)
-}
-
-// settleLeft is settle for what a dead server, or a lost host, left in transit
-// as well. Nobody must be at work on it.
-func (s *Service) settleLeft(ctx context.Context, sandbox uuid.UUID) error {
-	return s.settleFrom(ctx, sandbox, false, Running, Missing, Pausing, Paused, Resuming)
 }
 
 func (s *Service) settleFrom(ctx context.Context, sandbox uuid.UUID, wait bool, from ...State) error {
@@ -423,7 +420,7 @@ func (s *Service) look(ctx context.Context, sandbox uuid.UUID, from []State) (ro
 		if was == Running || was == Missing {
 			return row, true, nil // Whoever compares the host finds the missing.
 		}
-		row, err = s.Store.SandboxGoesOn(ctx, db.SandboxGoesOnParams{ID: sandbox, ExpiresAt: expiry(has)})
+		row, err = s.Store.SandboxGoesOn(ctx, db.SandboxGoesOnParams{ID: sandbox, ExpiresAt: Expiry(has)})
 	case hostagentv1.SandboxState_SANDBOX_STATE_STOPPING:
 		return row, true, nil // Its end is on its way.
 	default:

@@ -158,7 +158,7 @@ func (s *Service) replayTemplate(ctx context.Context, o once) (row db.Template, 
 			return row, true, nil
 		}
 		change := s.change(*row.CapturedFrom)
-		if !s.busyTemplate(row.ID) && now().After(deadline) {
+		if !s.BusyTemplate(row.ID) && now().After(deadline) {
 			return row, true, fault.New(fault.Unavailable, "the sandbox is captured as soon as its host answers")
 		}
 		if err := lookAgainAfter(ctx, change, lookAgain); err != nil {

@@ -162,8 +162,12 @@ func (s *Service) Import(ctx context.Context, team uuid.UUID, i Image) (db.Templ
 			less(s.importing, team)
 			less(s.templates, template)
 		})
-		row, err := s.importTo(run, places[0], team, template, i)
-		done <- outcome{row, err}
+		var o outcome
+		o.err = fault.Guard(s.Log, func() (err error) {
+			o.row, err = s.importTo(run, places[0], team, template, i)
+			return err
+		})
+		done <- o
 	}()
 	select {
 	case o := <-done:
@@ -208,14 +212,14 @@ func (s *Service) importTo(ctx context.Context, host *hosts.Host, team, template
 			err = hosts.Fault(err)
 		}
 		if errors.As(err, &f) && s.ctx.Err() == nil {
-			if err := s.importFails(claimed, f.Message, now(), done); err != nil {
+			if err := s.importFails(s.ctx, claimed, f.Message, now(), done); err != nil {
 				log.Error("write that the import failed", "error", err)
 			}
 		}
 		return claimed, err
 	}
 	var ready db.Template
-	err = s.persist(func(ctx context.Context) error {
+	err = s.persist(s.ctx, func(ctx context.Context) error {
 		var err error
 		ready, err = s.imported(ctx, template, answer.GetTemplate())
 		return err
@@ -229,8 +233,8 @@ func (s *Service) importTo(ctx context.Context, host *hosts.Host, team, template
 
 // importFails writes why there is no template, unless something was written of
 // that after since, and where the host is done with it that its name is free.
-func (s *Service) importFails(row db.Template, why string, since time.Time, done bool) error {
-	return s.persist(func(ctx context.Context) error {
+func (s *Service) importFails(ctx context.Context, row db.Template, why string, since time.Time, done bool) error {
+	return s.persist(ctx, func(ctx context.Context) error {
 		return s.Store.InTx(ctx, func(q *db.Queries) error {
 			if err := q.NoteFailedImport(ctx, db.NoteFailedImportParams{ID: row.ID, Error: why, Since: since}); err != nil || !done {
 				return err

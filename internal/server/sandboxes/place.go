@@ -96,7 +96,7 @@ func (s *Service) giveUp(row db.Sandbox, why error) error {
 		f = fault.Because(why, fault.Internal, "the sandbox could not be placed")
 	}
 	s.metrics.created(string(f.Code), 0)
-	if err := s.fail(row.ID, f.Message); err != nil && !errors.Is(err, store.ErrNoRows) {
+	if err := s.fail(s.ctx, row.ID, f.Message); err != nil && !errors.Is(err, store.ErrNoRows) {
 		s.Log.Error("write that sandbox failed", "sandbox_id", id.Format(id.Sandbox, row.ID), "error", err)
 	}
 	return f
@@ -105,7 +105,7 @@ func (s *Service) giveUp(row db.Sandbox, why error) error {
 // move reserves room for a sandbox that is starting on another host.
 func (s *Service) move(row db.Sandbox, to *hosts.Host, p CreateParams) (db.Sandbox, error) {
 	var moved db.Sandbox
-	err := s.persist(func(ctx context.Context) error {
+	err := s.persist(s.ctx, func(ctx context.Context) error {
 		return s.Store.InTx(ctx, func(q *db.Queries) error {
 			if err := s.Hosts.Reserve(ctx, q, to.ID, p.needs()); err != nil {
 				return err

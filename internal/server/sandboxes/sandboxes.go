@@ -75,15 +75,9 @@ type Config struct {
 	Hosts     *hosts.Registry
 	Templates *templates.Service
 	Tokens    auth.Tokens
-	// DrainIdle is for how long nothing must have used a sandbox for it to be
-	// paused because its host drains; 0: [DefaultDrainIdle].
-	DrainIdle time.Duration
 	// Tell tells the other servers that a sandbox changed; nil: there are none.
 	// It must not block.
 	Tell func(sandbox uuid.UUID)
-	// Watching runs beside the watch over a host, until its context is done;
-	// nil: nothing does.
-	Watching func(context.Context, *hosts.Host)
 	// Ended is told that a sandbox has ended, by the server that wrote it down;
 	// nil: nobody is.
 	Ended func(ctx context.Context, sandbox uuid.UUID) error
@@ -116,8 +110,6 @@ type Service struct {
 	// waiting are closed when the sandbox's row changes.
 	waiting map[uuid.UUID]chan struct{}
 	hooks   []func(uuid.UUID)
-	// moved asks for the hosts to be looked at now.
-	moved chan struct{}
 	// deafness is told whether other servers' changes can be missed.
 	deafness []func(bool)
 }
@@ -129,13 +121,12 @@ type creation struct {
 	err  error
 }
 
-// New returns the service of a store. Run keeps it in agreement with the hosts.
+// New returns the service of a store.
 func New(c Config) *Service {
-	c.DrainIdle = cmp.Or(c.DrainIdle, DefaultDrainIdle)
 	s := &Service{
 		Config: c, metrics: newMetrics(c.Store),
 		creating: make(map[uuid.UUID]*creation), deleting: make(map[uuid.UUID]int),
-		turns: make(map[uuid.UUID]*turn), templates: make(map[uuid.UUID]int), importing: make(map[uuid.UUID]int), waiting: make(map[uuid.UUID]chan struct{}), moved: make(chan struct{}, 1),
+		turns: make(map[uuid.UUID]*turn), templates: make(map[uuid.UUID]int), importing: make(map[uuid.UUID]int), waiting: make(map[uuid.UUID]chan struct{}),
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
@@ -147,6 +138,22 @@ func (s *Service) Collectors() []prometheus.Collector { return s.metrics.collect
 // OnChange has f called after every change of a sandbox's state, by whichever
 // server it was changed. Call it before the service is used; f must not block.
 func (s *Service) OnChange(f func(sandbox uuid.UUID)) { s.hooks = append(s.hooks, f) }
+
+// Run forgets idempotency keys that are old enough until ctx is done.
+func (s *Service) Run(ctx context.Context) {
+	tick := time.NewTicker(time.Hour)
+	defer tick.Stop()
+	for {
+		if err := s.Store.ForgetIdempotencyKeys(ctx, time.Now().Add(-keysLast)); err != nil && ctx.Err() == nil {
+			s.Log.Warn("forget old idempotency keys", "error", err)
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
 
 // Close waits for creations and deletions under way until ctx is done, then
 // gives up on them; the next server finds out how they ended.
@@ -216,16 +223,8 @@ func (s *Service) Changed(sandboxes ...uuid.UUID) {
 }
 
 // Heard tells everybody here who waits or caches that another server changed
-// the sandbox. For a host it has the hosts looked at again now: what one had
-// may be void.
+// the sandbox.
 func (s *Service) Heard(sandbox uuid.UUID) {
-	if s.Hosts.Knows(sandbox) {
-		select {
-		case s.moved <- struct{}{}:
-		default:
-		}
-		return
-	}
 	s.mu.Lock()
 	if c, ok := s.waiting[sandbox]; ok {
 		close(c)
@@ -269,8 +268,8 @@ func (s *Service) change(sandbox uuid.UUID) <-chan struct{} {
 
 // persist runs f, which writes what has already happened, until it works or
 // the time for it is over; the reconciler sets right what could not be written.
-func (s *Service) persist(f func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(s.ctx, persistTimeout)
+func (s *Service) persist(ctx context.Context, f func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, persistTimeout)
 	defer cancel()
 	backoff := retry.WithCappedDuration(2*time.Second, retry.NewExponential(50*time.Millisecond))
 	return retry.Do(ctx, backoff, func(ctx context.Context) error {
@@ -489,7 +488,10 @@ func (s *Service) createFrom(ctx context.Context, team uuid.UUID, template db.Te
 		defer s.finish(func() { delete(s.creating, sandbox) })
 		defer s.changed(sandbox)
 		defer close(c.done)
-		c.row, c.err = s.startOn(row, places, p)
+		c.err = fault.Guard(s.Log, func() (err error) {
+			c.row, err = s.startOn(row, places, p)
+			return err
+		})
 	}()
 	select {
 	case <-c.done:
@@ -521,7 +523,7 @@ func (s *Service) start(row db.Sandbox, host *hosts.Host, envs map[string]string
 		log.Warn("create sandbox; another host is tried", "error", err)
 		if !connect.IsWireError(err) {
 			// It may have got the call. What this does not reach is a stray there.
-			_ = s.destroy(row.ID, host, log)
+			_ = s.destroy(s.ctx, row.ID, host, log)
 		}
 		return row, &elsewhere{hosts.Fault(err)}
 	}
@@ -531,17 +533,17 @@ func (s *Service) start(row db.Sandbox, host *hosts.Host, envs map[string]string
 	made := answer.Msg.GetSandbox()
 	ms, at := took.Milliseconds(), now()
 	var running db.Sandbox
-	err = s.persist(func(ctx context.Context) error {
+	err = s.persist(s.ctx, func(ctx context.Context) error {
 		var err error
 		running, err = s.Store.SandboxRunning(ctx, db.SandboxRunningParams{
-			ID: row.ID, StartedAt: &at, ExpiresAt: expiry(made), DiskMiB: max(made.GetDiskMib(), row.DiskMiB), StartMs: &ms,
+			ID: row.ID, StartedAt: &at, ExpiresAt: Expiry(made), DiskMiB: max(made.GetDiskMib(), row.DiskMiB), StartMs: &ms,
 		})
 		return err
 	})
 	switch {
 	case errors.Is(err, store.ErrNoRows):
 		// Deleted meanwhile. The deletion's own call may have come before ours.
-		s.destroy(row.ID, host, log)
+		s.destroy(s.ctx, row.ID, host, log)
 		s.metrics.created("deleted", took)
 		return row, fault.New(fault.Conflict, "the sandbox was deleted while it started")
 	case err != nil:
@@ -559,7 +561,7 @@ func (s *Service) startFailed(row db.Sandbox, host *hosts.Host, err error, log *
 	log.Error("create sandbox", "error", err)
 	if !connect.IsWireError(err) {
 		// The host may have got the call and still be at it.
-		s.destroy(row.ID, host, log)
+		s.destroy(s.ctx, row.ID, host, log)
 	}
 	told := hosts.Fault(err)
 	if fault.Is(told, fault.NotFound) {
@@ -577,15 +579,15 @@ func (s *Service) startFailed(row db.Sandbox, host *hosts.Host, err error, log *
 		f = fault.Because(err, fault.Internal, "the host could not start the sandbox")
 	}
 	s.metrics.created(string(f.Code), 0)
-	if err := s.fail(row.ID, f.Message); err != nil && !errors.Is(err, store.ErrNoRows) {
+	if err := s.fail(s.ctx, row.ID, f.Message); err != nil && !errors.Is(err, store.ErrNoRows) {
 		log.Error("write that sandbox failed", "error", err)
 	}
 	return f
 }
 
 // fail writes that a sandbox did not start and frees its idempotency key.
-func (s *Service) fail(sandbox uuid.UUID, why string) error {
-	return s.persist(func(ctx context.Context) error {
+func (s *Service) fail(ctx context.Context, sandbox uuid.UUID, why string) error {
+	return s.persist(ctx, func(ctx context.Context) error {
 		return s.Store.InTx(ctx, func(q *db.Queries) error {
 			if err := q.FreeIdempotencyKeys(ctx, &sandbox); err != nil {
 				return err
@@ -598,8 +600,8 @@ func (s *Service) fail(sandbox uuid.UUID, why string) error {
 
 // destroy asks the host to end a sandbox; that it could not is logged, and
 // found out by the reconciler.
-func (s *Service) destroy(sandbox uuid.UUID, host *hosts.Host, log *slog.Logger) error {
-	ctx, cancel := context.WithTimeout(s.ctx, destroyTimeout)
+func (s *Service) destroy(ctx context.Context, sandbox uuid.UUID, host *hosts.Host, log *slog.Logger) error {
+	ctx, cancel := context.WithTimeout(ctx, destroyTimeout)
 	defer cancel()
 	_, err := host.Agent.Destroy(ctx, connect.NewRequest(&hostagentv1.DestroyRequest{SandboxId: id.Format(id.Sandbox, sandbox)}))
 	if connect.CodeOf(err) == connect.CodeNotFound && connect.IsWireError(err) {
@@ -696,7 +698,7 @@ func (s *Service) End(ctx context.Context, row db.Sandbox) error {
 	done := make(chan error, 1)
 	go func() {
 		defer s.finish(func() { less(s.deleting, sandbox) })
-		done <- s.stop(row)
+		done <- fault.Guard(s.Log, func() error { return s.stop(s.ctx, row) })
 	}()
 	select {
 	case err := <-done:
@@ -707,9 +709,9 @@ func (s *Service) End(ctx context.Context, row db.Sandbox) error {
 }
 
 // stop writes that the sandbox is to end, has its host end it, and writes that.
-func (s *Service) stop(row db.Sandbox) error {
+func (s *Service) stop(ctx context.Context, row db.Sandbox) error {
 	log := s.Log.With("sandbox_id", id.Format(id.Sandbox, row.ID))
-	err := s.persist(func(ctx context.Context) error {
+	err := s.persist(ctx, func(ctx context.Context) error {
 		_, err := s.Store.SandboxStopping(ctx, row.ID)
 		return err
 	})
@@ -725,11 +727,11 @@ func (s *Service) stop(row db.Sandbox) error {
 		if err != nil {
 			return err
 		}
-		if err := s.destroy(row.ID, host, log); err != nil {
+		if err := s.destroy(ctx, row.ID, host, log); err != nil {
 			return hosts.Fault(err)
 		}
 	}
-	err = s.persist(func(ctx context.Context) error {
+	err = s.persist(ctx, func(ctx context.Context) error {
 		_, err := s.Store.SandboxStopped(ctx, row.ID)
 		return err
 	})
@@ -742,21 +744,24 @@ func (s *Service) stop(row db.Sandbox) error {
 	return nil
 }
 
-// over drops what is kept beside the table of a sandbox that has ended. What
-// this does not reach goes by itself when it is old.
+// over drops what is kept beside the table of a sandbox that has ended, and
+// does not wait for it. What this does not reach goes by itself when it is old.
 func (s *Service) over(sandbox uuid.UUID) {
-	if s.Ended == nil {
+	if s.Ended == nil || s.begin(func() {}) != nil {
 		return
 	}
-	ctx, cancel := context.WithTimeout(s.ctx, 2*time.Second)
-	defer cancel()
-	if err := s.Ended(ctx, sandbox); err != nil {
-		s.Log.Debug("drop what was kept of an ended sandbox", "sandbox_id", id.Format(id.Sandbox, sandbox), "error", err)
-	}
+	go func() {
+		defer s.finish(func() {})
+		ctx, cancel := context.WithTimeout(s.ctx, 2*time.Second)
+		defer cancel()
+		if err := s.Ended(ctx, sandbox); err != nil {
+			s.Log.Debug("drop what was kept of an ended sandbox", "sandbox_id", id.Format(id.Sandbox, sandbox), "error", err)
+		}
+	}()
 }
 
-// expiry is when the host will end the sandbox; nil: never.
-func expiry(sb *hostagentv1.Sandbox) *time.Time {
+// Expiry is when the host will end the sandbox; nil: never.
+func Expiry(sb *hostagentv1.Sandbox) *time.Time {
 	if sb.GetExpiresAt() == nil {
 		return nil
 	}

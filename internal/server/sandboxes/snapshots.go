@@ -5,10 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
+	"log/slog"
 
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
@@ -121,7 +122,7 @@ func (s *Service) capture(row db.Template) (db.Template, error) {
 	drop := func(ctx context.Context) error { return s.Store.DropTemplate(ctx, row.ID) }
 	host, err := s.hostOf(*row.CapturedFrom)
 	if err != nil {
-		if err := s.persist(drop); err != nil {
+		if err := s.persist(s.ctx, drop); err != nil {
 			log.Error("write that there is no template", "error", err)
 		}
 		return row, err
@@ -136,7 +137,7 @@ func (s *Service) capture(row db.Template) (db.Template, error) {
 		return row, s.turnFailed("capture", err, log, drop)
 	}
 	var ready db.Template
-	err = s.persist(func(ctx context.Context) error {
+	err = s.persist(s.ctx, func(ctx context.Context) error {
 		var err error
 		ready, err = s.Store.TemplateReady(ctx, templates.Measured(row.ID, answer.Msg.GetTemplate()))
 		return err
@@ -228,7 +229,7 @@ func (s *Service) Remove(ctx context.Context, row db.Template) error {
 	done := make(chan error, 1)
 	go func() {
 		defer s.finishTemplate(row.ID)
-		done <- s.removeTemplate(row)
+		done <- fault.Guard(s.Log, func() error { return s.removeTemplate(s.ctx, row) })
 	}()
 	select {
 	case err := <-done:
@@ -239,10 +240,10 @@ func (s *Service) Remove(ctx context.Context, row db.Template) error {
 }
 
 // removeTemplate writes that a template is to go, has every host that has it
-// remove it, and writes that.
-func (s *Service) removeTemplate(row db.Template) error {
+// remove it, and writes that. What one host does keeps no other from doing it.
+func (s *Service) removeTemplate(ctx context.Context, row db.Template) error {
 	log := s.Log.With("template_id", id.Format(id.Template, row.ID))
-	err := s.persist(func(ctx context.Context) error {
+	err := s.persist(ctx, func(ctx context.Context) error {
 		_, err := s.Store.TemplateDeleting(ctx, db.TemplateDeletingParams{ID: row.ID, Worker: &s.Store.Server})
 		return err
 	})
@@ -252,27 +253,21 @@ func (s *Service) removeTemplate(row db.Template) error {
 	if err != nil {
 		return fmt.Errorf("write that template goes: %w", err)
 	}
-	ctx, cancel := context.WithTimeout(s.ctx, destroyTimeout)
+	ctx, cancel := context.WithTimeout(ctx, destroyTimeout)
 	defer cancel()
 	on, err := s.Store.ListTemplateHosts(ctx, row.ID)
 	if err != nil {
 		return fmt.Errorf("list template's hosts: %w", err)
 	}
+	var g errgroup.Group
+	g.SetLimit(removesAtOnce)
 	for _, h := range on {
-		host, err := s.Hosts.Get(&h)
-		if err != nil {
-			return err
-		}
-		_, err = host.Agent.DeleteTemplate(ctx, connect.NewRequest(&hostagentv1.DeleteTemplateRequest{TeamId: id.Format(id.Team, row.TeamID), TemplateId: id.Format(id.Template, row.ID)}))
-		if err != nil && !(connect.IsWireError(err) && connect.CodeOf(err) == connect.CodeNotFound) {
-			log.Error("remove template", "host", host.URL, "error", err)
-			return hosts.Fault(err)
-		}
-		if err := s.Store.DropHostTemplates(ctx, db.DropHostTemplatesParams{HostID: h, Ids: []uuid.UUID{row.ID}}); err != nil {
-			return fmt.Errorf("write that host has no template: %w", err)
-		}
+		g.Go(func() error { return s.removeFrom(ctx, row, h, log) })
 	}
-	err = s.persist(func(ctx context.Context) error { return s.Store.DropTemplate(ctx, row.ID) })
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	err = s.persist(ctx, func(ctx context.Context) error { return s.Store.DropTemplate(ctx, row.ID) })
 	if err != nil {
 		return fmt.Errorf("write that template is gone: %w", err)
 	}
@@ -280,71 +275,63 @@ func (s *Service) removeTemplate(row db.Template) error {
 	return nil
 }
 
-// settleTemplates goes on with what an earlier server, or one that lost its
-// host, began and did not finish.
-func (w *watch) settleTemplates(ctx context.Context, known []db.Template, has []*hostagentv1.Template) error {
-	there := make(map[string]*hostagentv1.Template, len(has))
-	for _, t := range has {
-		there[t.TemplateId] = t
-	}
-	if !slices.ContainsFunc(known, func(row db.Template) bool { return templates.State(row.State) != templates.Ready }) {
-		return nil
-	}
-	elsewhere, err := w.Store.ListTemplatesAtWork(ctx, db.ListTemplatesAtWorkParams{Server: w.Store.Server, Within: w.Hosts.Heartbeat.Seconds()})
+// removesAtOnce is from how many hosts a template is removed at once.
+const removesAtOnce = 16
+
+// removeFrom has one host remove a template and writes that.
+func (s *Service) removeFrom(ctx context.Context, row db.Template, from uuid.UUID, log *slog.Logger) error {
+	host, err := s.Hosts.Get(&from)
 	if err != nil {
-		return fmt.Errorf("list templates that other servers work on: %w", err)
+		return err
 	}
-	for _, row := range known {
-		state := templates.State(row.State)
-		if state == templates.Pending && row.BuildID != nil {
-			continue // The build's worker, or who takes its place, sees to it.
-		}
-		if state == templates.Ready || w.busyTemplate(row.ID) || slices.Contains(elsewhere, row.ID) {
-			continue
-		}
-		if t := there[id.Format(id.Template, row.ID)]; t != nil && state == templates.Pending {
-			var err error
-			if isImport(row) {
-				_, err = w.imported(ctx, row.ID, t)
-			} else {
-				_, err = w.Store.TemplateReady(ctx, templates.Measured(row.ID, t))
-			}
-			if err != nil && !errors.Is(err, store.ErrNoRows) {
-				return fmt.Errorf("write that template is ready: %w", err)
-			}
-			continue
-		}
-		if err := w.begin(func() { w.templates[row.ID]++ }); err != nil {
-			return err
-		}
-		// Not waited for: to capture a sandbox may take long.
-		go func() {
-			defer w.finishTemplate(row.ID)
-			if err := w.settleTemplate(row); err != nil {
-				w.log.Warn("finish what was begun with a template", "template_id", id.Format(id.Template, row.ID), "state", row.State, "error", err)
-			}
-		}()
+	_, err = host.Agent.DeleteTemplate(ctx, connect.NewRequest(&hostagentv1.DeleteTemplateRequest{TeamId: id.Format(id.Team, row.TeamID), TemplateId: id.Format(id.Template, row.ID)}))
+	if err != nil && !(connect.IsWireError(err) && connect.CodeOf(err) == connect.CodeNotFound) {
+		log.Error("remove template", "host", host.URL, "error", err)
+		return hosts.Fault(err)
+	}
+	if err := s.Store.DropHostTemplates(ctx, db.DropHostTemplatesParams{HostID: from, Ids: []uuid.UUID{row.ID}}); err != nil {
+		return fmt.Errorf("write that host has no template: %w", err)
 	}
 	return nil
 }
 
-// settleTemplate captures or removes a template once more: to do what was
-// done changes nothing.
-func (w *watch) settleTemplate(row db.Template) error {
+// TemplateMade writes that a pending template, which nobody works on any more,
+// is there after all.
+func (s *Service) TemplateMade(ctx context.Context, row db.Template, has *hostagentv1.Template) error {
+	var err error
+	if isImport(row) {
+		_, err = s.imported(ctx, row.ID, has)
+	} else {
+		_, err = s.Store.TemplateReady(ctx, templates.Measured(row.ID, has))
+	}
+	if err != nil && !errors.Is(err, store.ErrNoRows) {
+		return fmt.Errorf("write that template is ready: %w", err)
+	}
+	return nil
+}
+
+// FinishTemplate goes on with what an earlier server, or one that lost the
+// host, began with a template: it captures or removes it once more, since to do
+// what was done changes nothing, or gives an import up.
+func (s *Service) FinishTemplate(ctx context.Context, row db.Template) error {
+	if err := s.begin(func() { s.templates[row.ID]++ }); err != nil {
+		return err
+	}
+	defer s.finishTemplate(row.ID)
 	if templates.State(row.State) == templates.Deleting {
-		return w.removeTemplate(row)
+		return s.removeTemplate(ctx, row)
 	}
 	if isImport(row) {
 		// It was broken off; what it was made from is not written down.
-		return w.importFails(row, "the server or the host that was at it went away", row.CreatedAt, true)
+		return s.importFails(ctx, row, "the server or the host that was at it went away", row.CreatedAt, true)
 	}
-	_, err := w.turn(w.ctx, *row.CapturedFrom, "", func() (db.Sandbox, error) {
-		is, err := w.Store.GetTemplate(w.ctx, row.ID)
+	_, err := s.turn(ctx, *row.CapturedFrom, "", func() (db.Sandbox, error) {
+		is, err := s.Store.GetTemplate(s.ctx, row.ID)
 		if errors.Is(err, store.ErrNoRows) || err == nil && is.State != row.State {
 			return db.Sandbox{}, nil // Somebody else finished it.
 		}
 		if err == nil {
-			_, err = w.capture(is)
+			_, err = s.capture(is)
 		}
 		return db.Sandbox{}, err
 	})
@@ -354,8 +341,8 @@ func (w *watch) settleTemplate(row db.Template) error {
 	return err
 }
 
-// busyTemplate says whether this process captures or removes the template.
-func (s *Service) busyTemplate(template uuid.UUID) bool {
+// BusyTemplate says whether this server makes or removes the template.
+func (s *Service) BusyTemplate(template uuid.UUID) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.templates[template] > 0

@@ -117,7 +117,7 @@ func (s *Service) Ping(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox
 	if err != nil {
 		return db.Sandbox{}, err
 	}
-	row, err := s.Store.SandboxExpires(ctx, db.SandboxExpiresParams{ID: sandbox, ExpiresAt: expiry(pinged)})
+	row, err := s.Store.SandboxExpires(ctx, db.SandboxExpiresParams{ID: sandbox, ExpiresAt: Expiry(pinged)})
 	if errors.Is(err, store.ErrNoRows) {
 		// It is on its way to another state.
 		return s.Get(ctx, team, sandbox)

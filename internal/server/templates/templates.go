@@ -325,59 +325,68 @@ func (s *Service) Known(ctx context.Context, host uuid.UUID) ([]db.Template, err
 }
 
 // Sync writes down what a host says it has, given what was known before it was
-// asked. What is being captured or removed is left to those who do that.
+// asked. What is being captured or removed is left to those who do that. What
+// fails of one template keeps no other from being written.
 func (s *Service) Sync(ctx context.Context, host uuid.UUID, known []db.Template, has []*hostagentv1.Template) error {
 	rows := make(map[uuid.UUID]db.Template, len(known))
 	for _, row := range known {
 		rows[row.ID] = row
 	}
-	there := make(map[uuid.UUID]bool, len(has))
+	var errs []error
 	for _, t := range has {
 		tid, err := id.Parse(id.Template, t.TemplateId)
 		if err != nil {
-			return fmt.Errorf("host's template: %w", err)
-		}
-		there[tid] = true
-		row, ok := rows[tid]
-		if ok && (State(row.State) != Ready || same(row, t)) {
+			errs = append(errs, fmt.Errorf("host's template: %w", err))
 			continue
 		}
-		if err := s.learn(ctx, host, tid, t); err != nil {
-			return fmt.Errorf("write down template %s: %w", t.TemplateId, err)
+		if row, ok := rows[tid]; ok && (State(row.State) != Ready || Same(row, t)) {
+			continue
 		}
+		errs = append(errs, s.Learn(ctx, host, t))
 	}
-	var gone []uuid.UUID
-	for _, row := range known {
-		if State(row.State) == Ready && !there[row.ID] {
-			gone = append(gone, row.ID)
-		}
-	}
-	if len(gone) == 0 {
-		return nil
-	}
-	return s.store.InTx(ctx, func(q *db.Queries) error {
-		if err := q.DropHostTemplates(ctx, db.DropHostTemplatesParams{HostID: host, Ids: gone}); err != nil {
-			return fmt.Errorf("write down that host's templates are gone: %w", err)
-		}
-		lost, err := q.DropLostTemplates(ctx, gone)
-		if err != nil {
-			return fmt.Errorf("drop lost templates: %w", err)
-		}
-		for _, row := range lost {
-			s.log.Error("no host has a team's template any more", "template_id", id.Format(id.Template, row.ID), "team_id", id.Format(id.Team, row.TeamID), "name", row.Name)
-		}
-		return nil
-	})
+	return errors.Join(errs...)
 }
 
-// same says whether a row has all that a host says of the template.
-func same(row db.Template, t *hostagentv1.Template) bool {
+// Forget writes down that a host no longer has a template that was ready there.
+// A team's that no other host has is gone.
+func (s *Service) Forget(ctx context.Context, host, template uuid.UUID) error {
+	gone := []uuid.UUID{template}
+	var lost []db.Template
+	err := s.store.InTx(ctx, func(q *db.Queries) error {
+		err := q.DropHostTemplates(ctx, db.DropHostTemplatesParams{HostID: host, Ids: gone})
+		if err == nil {
+			lost, err = q.DropLostTemplates(ctx, gone)
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("write down that host's template is gone: %w", err)
+	}
+	for _, row := range lost {
+		s.log.Error("no host has a team's template any more", "template_id", id.Format(id.Template, row.ID), "team_id", id.Format(id.Team, row.TeamID), "name", row.Name)
+	}
+	return nil
+}
+
+// Same says whether a row has all that a host says of the template.
+func Same(row db.Template, t *hostagentv1.Template) bool {
 	return row.SizeBytes == t.SizeBytes && row.CreatedAt.Equal(t.CreatedAt.AsTime().Truncate(time.Microsecond)) &&
 		row.VCPUs == t.Vcpus && row.MemoryMiB == t.MemoryMib && row.DiskMiB == t.DiskMib &&
 		(row.TeamID != uuid.Nil || row.BuildID != nil || row.Name == t.Name)
 }
 
-// learn writes down a template that is new on a host, or another than it was.
+// Learn writes down a template that is new on a host, or another than it was.
+func (s *Service) Learn(ctx context.Context, host uuid.UUID, t *hostagentv1.Template) error {
+	tid, err := id.Parse(id.Template, t.TemplateId)
+	if err != nil {
+		return fmt.Errorf("host's template: %w", err)
+	}
+	if err := s.learn(ctx, host, tid, t); err != nil {
+		return fmt.Errorf("write down template %s: %w", t.TemplateId, err)
+	}
+	return nil
+}
+
 func (s *Service) learn(ctx context.Context, host, tid uuid.UUID, t *hostagentv1.Template) error {
 	team, err := id.Parse(id.Team, t.TeamId)
 	if err != nil {
@@ -406,7 +415,7 @@ func (s *Service) learn(ctx context.Context, host, tid uuid.UUID, t *hostagentv1
 		if err != nil {
 			return err
 		}
-		if State(row.State) == Ready && !same(row, t) {
+		if State(row.State) == Ready && !Same(row, t) {
 			if _, err := q.TemplateReady(ctx, Measured(tid, t)); err != nil {
 				return err
 			}

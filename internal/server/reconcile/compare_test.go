@@ -1,0 +1,320 @@
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"regexp"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/google/uuid"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/server/templates"
+)
+
+// TestTable is that the table has a row for every state that the database
+// takes, a column for every one that a host can say, and a lane for every kind.
+func TestTable(t *testing.T) {
+	b := newBench(t, time.Minute)
+	var check string
+	if err := b.conn.QueryRow(t.Context(), "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = 'sandboxes_state_check'").Scan(&check); err != nil {
+		t.Fatal(err)
+	}
+	states := map[sandboxes.State]bool{NoRow: true}
+	for _, m := range regexp.MustCompile(`'(\w+)'`).FindAllStringSubmatch(check, -1) {
+		states[sandboxes.State(m[1])] = true
+	}
+	for state := range states {
+		if _, ok := table[state]; !ok {
+			t.Errorf("the table has no row for %q", state)
+		}
+	}
+	for state, rules := range table {
+		if !states[state] {
+			t.Errorf("the database takes no %q", state)
+		}
+		for _, r := range rules {
+			if r.do != Leave && r.do != Follow && lanes[r.do] == nil {
+				t.Errorf("%s is in no lane", r.do)
+			}
+		}
+	}
+	if len(hostagentv1.SandboxState_name) != hostStates {
+		t.Errorf("hosts say %d states, the table has %d", len(hostagentv1.SandboxState_name), hostStates)
+	}
+	for on := range hostagentv1.SandboxState_name {
+		if on < 0 || on >= hostStates {
+			t.Errorf("the table has no column for %d", on)
+		}
+	}
+	if r := (pair{sandboxes.Running, hostStates}).rule(); r != ____ {
+		t.Errorf("a state that a newer agent says leads to %+v", r)
+	}
+}
+
+// outcome is what has become of a pair.
+type outcome struct {
+	state  sandboxes.State
+	has    bool
+	reason string
+}
+
+// outcome is what a pair becomes by the rule for it.
+func (p pair) outcome(t *testing.T, late bool) outcome {
+	is := outcome{p.row, p.host != none, ""}
+	r := p.rule()
+	if r.grace > 0 && !late {
+		return is
+	}
+	switch r.do {
+	case Leave, Follow:
+	case Adopt, Find, Settle:
+		is.state = map[hostagentv1.SandboxState]sandboxes.State{running: sandboxes.Running, paused: sandboxes.Paused}[p.host]
+	case Fail:
+		is = outcome{sandboxes.Failed, false, "failed"}
+	case Lose:
+		is = outcome{sandboxes.Stopped, false, "lost"}
+	case Stop:
+		is = outcome{sandboxes.Stopped, false, "deleted"}
+	case Destroy:
+		is.has = false
+	default:
+		t.Fatalf("%+v leads to %s", p, r.do)
+	}
+	return is
+}
+
+// TestCompare is that each pair of what the table says of a sandbox and what
+// the host does becomes what it should, at first sight and after the grace.
+func TestCompare(t *testing.T) {
+	b := newBench(t, time.Minute)
+	ctx := context.Background()
+	b.offer()
+	all := make(map[pair]uuid.UUID)
+	for row := range table {
+		for on := range hostStates {
+			p := pair{row, hostagentv1.SandboxState(on)}
+			all[p] = b.add(p.row, p.host)
+		}
+	}
+	// What this server is at work on is none of the controller's business.
+	moving := b.add(sandboxes.Running, running)
+	creation, pause := newGate("create", ""), newGate("pause", "")
+	b.agent.hook(func(ctx context.Context, call, object string) error {
+		return errors.Join(creation.on(ctx, call, object), pause.on(ctx, call, object))
+	})
+	ended := make(chan error, 2)
+	go func() {
+		_, _, err := b.Controller.Sandboxes.Create(ctx, uuid.Nil, sandboxes.CreateParams{Template: "minimal"}, "")
+		ended <- err
+	}()
+	go func() {
+		_, err := b.Controller.Sandboxes.Pause(ctx, uuid.Nil, moving)
+		ended <- err
+	}()
+	busy, err := id.Parse(id.Sandbox, creation.wait(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pause.wait(t)
+	// Nor is what another living server is at work on; a dead one's is.
+	living, dead := uuid.New(), uuid.New()
+	othersWork, othersPause, leftWork := b.add(sandboxes.Starting, none), b.add(sandboxes.Pausing, running), b.add(sandboxes.Starting, none)
+	// A sandbox that is another host's is a stray on this one.
+	elsewhere, err := b.Hosts.Register(ctx, "unix:/nowhere", "token")
+	if err != nil {
+		t.Fatal(err)
+	}
+	moved := b.add(sandboxes.Running, running)
+	b.sql("INSERT INTO servers VALUES ($1, now()), ($2, now() - interval '10 minutes')", living, dead)
+	b.sql("UPDATE sandboxes SET worker = $1 WHERE id IN ($2, $3)", living, othersWork, othersPause)
+	b.sql("UPDATE sandboxes SET worker = $1 WHERE id = $2", dead, leftWork)
+	b.sql("UPDATE sandboxes SET host_id = $1 WHERE id = $2", elsewhere.ID, moved)
+
+	check := func(when string, late bool) {
+		t.Helper()
+		for p, u := range all {
+			got := outcome{state: NoRow}
+			if row, err := b.Store.GetSandbox(ctx, u); err == nil {
+				got.state = sandboxes.State(row.State)
+				if row.EndReason != nil {
+					got.reason = *row.EndReason
+				}
+				if (got.state == sandboxes.Paused) == (row.PausedAt == nil) && p.row != sandboxes.Paused {
+					t.Errorf("%s: row %q and host %v: %q with paused_at %v", when, p.row, p.host, got.state, row.PausedAt)
+				}
+				if p.host == running && got.state == sandboxes.Running && row.ExpiresAt == nil {
+					t.Errorf("%s: row %q and host %v: expires_at is not the host's", when, p.row, p.host)
+				}
+			}
+			got.has = b.agent.there(u)
+			if want := p.outcome(t, late); got != want {
+				t.Errorf("%s: row %q and host %v became %+v, want %+v", when, p.row, p.host, got, want)
+			}
+		}
+		for u, want := range map[uuid.UUID]sandboxes.State{busy: sandboxes.Starting, moving: sandboxes.Pausing} {
+			if got := b.is(u); got != want {
+				t.Errorf("%s: what is worked on became %q; want %q", when, got, want)
+			}
+		}
+	}
+	first := time.Now()
+	b.look(first)
+	check("at first sight", false)
+	b.look(first.Add(strayAfter))
+	check("after the grace", true)
+	for what, want := range map[uuid.UUID]sandboxes.State{othersWork: sandboxes.Starting, othersPause: sandboxes.Pausing, leftWork: sandboxes.Failed, moved: sandboxes.Running} {
+		if got := b.is(what); got != want {
+			t.Errorf("another server's or host's sandbox became %q; want %q", got, want)
+		}
+	}
+	if b.agent.there(moved) {
+		t.Error("the host still has what is another's")
+	}
+	close(creation.open)
+	close(pause.open)
+	for range 2 {
+		if err := <-ended; err != nil {
+			t.Errorf("what was under way: %v", err)
+		}
+	}
+}
+
+// TestCompareTemplates is every pair of what the table says of a template and
+// what the host does.
+func TestCompareTemplates(t *testing.T) {
+	b := newBench(t, time.Minute)
+	ctx := context.Background()
+	team := uuid.New()
+	if err := b.Store.InsertTeam(ctx, db.InsertTeamParams{ID: team, Name: "team"}); err != nil {
+		t.Fatal(err)
+	}
+	live := b.add(sandboxes.Running, running)
+	add := func(state templates.State, owner uuid.UUID, on bool, from uuid.UUID, name string) uuid.UUID {
+		t.Helper()
+		u := uuid.New()
+		if state != "" {
+			b.sql(`INSERT INTO templates (id, team_id, name, size_bytes, created_at, state, captured_from) VALUES ($1, $2, $3, 0, now(), $4, $5)`, u, owner, name, string(state), from)
+			if err := b.Store.AddHostTemplate(ctx, db.AddHostTemplateParams{HostID: b.host.ID, TemplateID: u}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if on {
+			wire := id.Format(id.Template, u)
+			b.agent.templates[wire] = &hostagentv1.Template{TemplateId: wire, TeamId: id.Format(id.Team, owner), Name: name, SizeBytes: 7, Vcpus: 2, MemoryMib: 256, DiskMib: 1024, CreatedAt: timestamppb.Now()}
+		}
+		return u
+	}
+	const dropped = templates.State("")
+	tests := []struct {
+		name  string
+		state templates.State
+		owner uuid.UUID
+		on    bool
+		from  uuid.UUID
+		want  templates.State
+		has   bool
+	}{
+		{"pending", templates.Pending, team, true, live, templates.Ready, true},
+		{"pending-not-there", templates.Pending, team, false, live, templates.Ready, true},
+		{"pending-without-sandbox", templates.Pending, team, false, uuid.New(), dropped, false},
+		{"ready", templates.Ready, team, true, live, templates.Ready, true},
+		{"ready-lost", templates.Ready, team, false, live, dropped, false},
+		{"platform-lost", templates.Ready, uuid.Nil, false, live, templates.Ready, false},
+		{"deleting", templates.Deleting, team, true, live, dropped, false},
+		{"deleting-not-there", templates.Deleting, team, false, live, dropped, false},
+		{"new", "", team, true, uuid.Nil, templates.Ready, true},
+		{"new-of-platform", "", uuid.Nil, true, uuid.Nil, templates.Ready, true},
+		{"new-of-nobody", "", uuid.New(), true, uuid.Nil, dropped, true},
+	}
+	ids := make([]uuid.UUID, len(tests))
+	for i, tt := range tests {
+		ids[i] = add(tt.state, tt.owner, tt.on, tt.from, tt.name)
+	}
+	// Of two of one name the one in the table keeps it.
+	second := add("", team, true, uuid.Nil, "ready")
+	// One whose id nobody can read keeps no other from being looked at.
+	b.agent.templates["x"] = &hostagentv1.Template{TemplateId: "x", Name: "x"}
+	// What this server, or another living one, is at work on is left alone.
+	living := uuid.New()
+	others := add(templates.Deleting, team, true, live, "others")
+	b.sql("INSERT INTO servers VALUES ($1, now())", living)
+	b.sql("UPDATE templates SET worker = $1 WHERE id = $2", living, others)
+	busy := add(templates.Ready, team, true, live, "busy")
+	removal := newGate("delete template", id.Format(id.Template, busy))
+	b.agent.hook(removal.on)
+	row, err := b.Store.GetTemplate(ctx, busy)
+	if err != nil {
+		t.Fatal(err)
+	}
+	removed := make(chan error, 1)
+	go func() { removed <- b.Controller.Sandboxes.Remove(ctx, row) }()
+	removal.wait(t)
+
+	state := func(u uuid.UUID) templates.State {
+		row, err := b.Store.GetTemplate(ctx, u)
+		if errors.Is(err, store.ErrNoRows) {
+			return ""
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return templates.State(row.State)
+	}
+	// Twice: what comes to be at the first look is new at the second.
+	for range 2 {
+		b.look(time.Now())
+	}
+	for i, tt := range tests {
+		b.agent.mu.Lock()
+		has := b.agent.templates[id.Format(id.Template, ids[i])] != nil
+		b.agent.mu.Unlock()
+		if got := state(ids[i]); got != tt.want || has != tt.has {
+			t.Errorf("%s: became %q and on the host: %v; want %q and %v", tt.name, got, has, tt.want, tt.has)
+		}
+		row, err := b.Store.GetTemplate(ctx, ids[i])
+		if tt.on && tt.want == templates.Ready && (err != nil || row.VCPUs != 2 || row.MemoryMiB != 256 || row.DiskMiB != 1024 || row.SizeBytes != 7) {
+			t.Errorf("%s: the row is %+v, %v", tt.name, row, err)
+		}
+	}
+	if got := state(second); got != "" {
+		t.Errorf("a second template of one name is %q", got)
+	}
+	if got := state(others); got != templates.Deleting {
+		t.Errorf("what another server removes became %q", got)
+	}
+	if n := b.agent.count("delete template"); n != 3 {
+		t.Errorf("the host was asked %d times to remove a template, want 3 times: what is worked on once", n)
+	}
+	close(removal.open)
+	if err := <-removed; err != nil {
+		t.Errorf("remove: %v", err)
+	}
+
+	// What may have come to be is asked for again, what fails for good is dropped.
+	unsure := add(templates.Pending, team, false, live, "unsure")
+	b.agent.hook(func(_ context.Context, call, _ string) error {
+		if call == "snapshot" {
+			return connect.NewError(connect.CodeDeadlineExceeded, errors.New("slow"))
+		}
+		return nil
+	})
+	b.look(time.Now())
+	if got := state(unsure); got != templates.Pending {
+		t.Errorf("what may have been captured became %q", got)
+	}
+	b.agent.hook(func(_ context.Context, call, _ string) error {
+		if call == "snapshot" {
+			return connect.NewError(connect.CodeResourceExhausted, errors.New("no space"))
+		}
+		return nil
+	})
+	b.eventually("what could not be captured is dropped", func() bool { return state(unsure) == "" })
+}

@@ -1,0 +1,217 @@
+package reconcile
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/sethvargo/go-retry"
+
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+)
+
+const (
+	// steadyAfter is how long events must have been followed for the next attempt
+	// to come at once when they break off.
+	steadyAfter = 5 * time.Second
+	// ackWithin bounds an acknowledgement.
+	ackWithin = 10 * time.Second
+	// eventRetries is how often an event is written again that the database
+	// refuses, before it is left to the comparison.
+	eventRetries = 3
+)
+
+// listen hears what the host did on its own, writes it down and acknowledges it.
+func (w *watch) listen() {
+	fresh := func() retry.Backoff {
+		return retry.WithCappedDuration(5*time.Second, retry.NewExponential(200*time.Millisecond))
+	}
+	backoff := fresh()
+	down := false
+	for {
+		heard, err := w.hear(w.ctx)
+		if w.ctx.Err() != nil {
+			return
+		}
+		if heard {
+			backoff, down = fresh(), false
+		}
+		if !down {
+			w.log.Warn("host's events broke off", "error", err)
+			down = true
+			w.compareSoon()
+		}
+		wait, _ := backoff.Next()
+		t := time.NewTimer(wait)
+		select {
+		case <-t.C:
+		case <-w.ctx.Done():
+			t.Stop()
+			return
+		}
+	}
+}
+
+// hear follows the host's events until they break off. heard says whether
+// that went on for long enough that the host can be said to have been there.
+func (w *watch) hear(ctx context.Context) (heard bool, err error) {
+	if err := w.Hosts.Contact(ctx, w.host); err != nil {
+		return false, err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	var later sync.WaitGroup
+	defer later.Wait()
+	defer cancel(nil)
+	begun := time.Now()
+	stream, err := w.host.Agent.Events(ctx, connect.NewRequest(&hostagentv1.EventsRequest{}))
+	if err != nil {
+		return false, err
+	}
+	defer stream.Close()
+	w.log.Info("host is there")
+	w.compareSoon()
+	var open ledger
+	for stream.Receive() {
+		e := stream.Msg().GetEvent()
+		open.begin(e.GetSeq())
+		created := w.created(e)
+		if created == nil {
+			if err := w.settleEvent(ctx, &open, e); err != nil {
+				return heard, err
+			}
+			heard = true
+			continue
+		}
+		// This server still creates the sandbox, and may not have written yet that
+		// it ran. The events of others do not wait for that.
+		later.Go(func() {
+			select {
+			case <-created:
+				if err := w.settleEvent(ctx, &open, e); err != nil {
+					cancel(err)
+				}
+			case <-ctx.Done():
+			}
+		})
+	}
+	if cause := context.Cause(ctx); cause != nil {
+		return heard, cause
+	}
+	return heard || time.Since(begun) > steadyAfter, stream.Err()
+}
+
+// created returns a channel that is closed when this server no longer creates
+// the event's sandbox; nil: it does not.
+func (w *watch) created(e *hostagentv1.Event) <-chan struct{} {
+	u, err := id.Parse(id.Sandbox, e.GetSandboxId())
+	if err != nil {
+		return nil
+	}
+	return w.Sandboxes.Created(u)
+}
+
+// settleEvent writes an event down and acknowledges those up to which all are.
+func (w *watch) settleEvent(ctx context.Context, open *ledger, e *hostagentv1.Event) error {
+	backoff := retry.WithMaxRetries(eventRetries, retry.NewExponential(50*time.Millisecond))
+	err := retry.Do(ctx, backoff, func(ctx context.Context) error {
+		err := w.apply(ctx, e)
+		if err == nil || store.Unreachable(err) {
+			return err
+		}
+		return retry.RetryableError(err)
+	})
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if store.Unreachable(err) {
+		return fmt.Errorf("write event %d down: %w", e.GetSeq(), err)
+	}
+	if err != nil {
+		// It would keep all later ones from being heard. The comparison finds what it
+		// led to, though not why.
+		w.log.Error("host's event cannot be written down", "seq", e.GetSeq(), "sandbox_id", e.GetSandboxId(), "kind", e.GetKind(), "error", err)
+		w.compareSoon()
+	}
+	seq, ok := open.end(e.GetSeq())
+	if !ok {
+		return nil
+	}
+	ack, cancel := context.WithTimeout(ctx, ackWithin)
+	defer cancel()
+	if _, err := w.host.Agent.AckEvents(ack, connect.NewRequest(&hostagentv1.AckEventsRequest{Seq: seq})); err != nil {
+		return fmt.Errorf("acknowledge event %d: %w", seq, err)
+	}
+	return nil
+}
+
+// ledger says up to which event all are written down. Its zero value is empty.
+type ledger struct {
+	mu sync.Mutex
+	// open are the events that are not written down, in their order, and those
+	// that are but have an open one before them.
+	open []entry
+}
+
+type entry struct {
+	seq  uint64
+	done bool
+}
+
+func (l *ledger) begin(seq uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.open = append(l.open, entry{seq: seq})
+}
+
+// end notes that an event is written down, and returns the last one up to which
+// all are, if that is another than before.
+func (l *ledger) end(seq uint64) (last uint64, ok bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if i := slices.IndexFunc(l.open, func(e entry) bool { return e.seq == seq }); i >= 0 {
+		l.open[i].done = true
+	}
+	for len(l.open) > 0 && l.open[0].done {
+		last, ok = l.open[0].seq, true
+		l.open = l.open[1:]
+	}
+	return last, ok
+}
+
+// apply writes an event into the table.
+func (w *watch) apply(ctx context.Context, e *hostagentv1.Event) error {
+	sandbox, err := id.Parse(id.Sandbox, e.GetSandboxId())
+	if err != nil {
+		w.log.Error("host sent an event with a malformed id", "seq", e.GetSeq())
+		return nil
+	}
+	// PostgreSQL's text has no NUL.
+	why := strings.ReplaceAll(e.Reason, "\x00", "")
+	at := time.Now()
+	if e.GetTime() != nil {
+		at = e.GetTime().AsTime()
+	}
+	switch e.Kind {
+	case hostagentv1.Event_KIND_EXPIRED:
+		return w.Sandboxes.HostEnded(ctx, sandbox, "expired", "", at)
+	case hostagentv1.Event_KIND_EXITED:
+		if why == "" {
+			why = "the virtual machine ended by itself"
+		}
+		return w.Sandboxes.HostEnded(ctx, sandbox, "exited", why, at)
+	case hostagentv1.Event_KIND_PAUSED:
+		// The event may be old, and the sandbox resumed since: the host's list says
+		// what is so now.
+		w.log.Debug("host paused sandbox", "sandbox_id", e.SandboxId, "reason", why)
+		w.compareSoon()
+		return nil
+	}
+	w.log.Warn("host sent an event of an unknown kind", "kind", e.Kind)
+	return nil
+}

@@ -1,0 +1,281 @@
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/google/uuid"
+	"github.com/sethvargo/go-retry"
+
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+)
+
+// subject is what a key's id names.
+type subject string
+
+const (
+	sandbox  subject = "sandbox"
+	template subject = "template"
+)
+
+// key names one object. Of one object at most one action runs.
+type key struct {
+	of subject
+	id uuid.UUID
+}
+
+// lane is a share of a queue's workers, so that actions that take long, or
+// hang, leave workers to the others.
+type lane struct {
+	workers int
+	// within bounds one action. One that takes no notice keeps its object, and
+	// after a while no longer its worker.
+	within time.Duration
+}
+
+// The lanes of a host.
+var (
+	// records are actions that only write to the database.
+	records = &lane{workers: 2, within: 30 * time.Second}
+	// calls are actions that call the host.
+	calls = &lane{workers: 8, within: time.Minute}
+	// captures and drains write guests' memory to disk.
+	captures = &lane{workers: 2, within: 10 * time.Minute}
+	drains   = &lane{workers: 2, within: 10 * time.Minute}
+)
+
+// lanes says which lane each kind of action is in.
+var lanes = map[Kind]*lane{
+	Fail: records, Find: records, Lose: records, Learn: records, Forget: records, Ready: records,
+	Adopt: calls, Settle: calls, Stop: calls, Destroy: calls, Remove: calls,
+	Finish: captures,
+	Drain:  drains,
+}
+
+const (
+	// firstBackoff and mostBackoff are how long an object is left alone after its
+	// first failure and after many.
+	firstBackoff = time.Second
+	mostBackoff  = 30 * time.Second
+	// overdue is how long past its bound an action keeps its worker.
+	overdue = 10 * time.Second
+)
+
+// task is the action that an object needs.
+type task struct {
+	action   Action
+	wanted   time.Time // since when
+	due      time.Time
+	backoff  retry.Backoff
+	running  bool
+	dropped  bool // while it ran it turned out not to be needed any more
+	failures int
+}
+
+// queue does the actions of one host. It is level-triggered: want says what is
+// needed now, and what is no longer said is forgotten unless it runs.
+type queue struct {
+	do      func(context.Context, Action) error
+	log     *slog.Logger
+	metrics *metrics
+
+	ctx    context.Context
+	cancel context.CancelFunc
+	work   sync.WaitGroup
+
+	// mu is held for no call of anything else.
+	mu     sync.Mutex
+	closed bool
+	tasks  map[key]*task
+	// used counts the workers of each lane that are at work.
+	used map[*lane]int
+	// count is how many actions have ended, and ended at which count the latest of
+	// an object did.
+	count uint64
+	ended map[key]uint64
+	wake  *time.Timer
+}
+
+func newQueue(ctx context.Context, do func(context.Context, Action) error, m *metrics, log *slog.Logger) *queue {
+	q := &queue{do: do, log: log, metrics: m, tasks: make(map[key]*task), used: make(map[*lane]int), ended: make(map[key]uint64)}
+	q.ctx, q.cancel = context.WithCancel(ctx)
+	return q
+}
+
+// close ends what runs and returns when it has ended.
+func (q *queue) close() {
+	q.mu.Lock()
+	q.closed = true
+	if q.wake != nil {
+		q.wake.Stop()
+	}
+	q.mu.Unlock()
+	q.cancel()
+	q.work.Wait()
+}
+
+// mark is the time by the queue's own clock, for want.
+func (q *queue) mark() uint64 {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.count
+}
+
+// want says which actions objects of one subject need, as was seen after mark.
+// What an action did since then was not seen, so its object is left to the next
+// call.
+func (q *queue) want(of subject, mark uint64, actions []Action) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	now := time.Now()
+	needed := make(map[key]bool, len(actions))
+	for _, a := range actions {
+		k := key{of, a.ID}
+		needed[k] = true
+		if t := q.tasks[k]; t != nil {
+			t.action, t.dropped = a, false
+		} else if q.ended[k] <= mark {
+			q.tasks[k] = &task{action: a, wanted: now, due: now, backoff: newBackoff()}
+		}
+	}
+	for k, t := range q.tasks {
+		if k.of != of || needed[k] {
+			continue
+		}
+		t.dropped = true
+		if !t.running {
+			delete(q.tasks, k)
+		}
+	}
+	for k, at := range q.ended {
+		if k.of == of && at <= mark {
+			delete(q.ended, k)
+		}
+	}
+	q.dispatch()
+}
+
+func newBackoff() retry.Backoff {
+	return retry.WithJitterPercent(10, retry.WithCappedDuration(mostBackoff, retry.NewExponential(firstBackoff)))
+}
+
+// dispatch starts what is due and has a worker, the longest due first. q.mu is
+// held.
+func (q *queue) dispatch() {
+	if q.closed {
+		return
+	}
+	for {
+		now := time.Now()
+		var first *task
+		var name key
+		var next time.Time
+		for k, t := range q.tasks {
+			l := lanes[t.action.Kind]
+			switch {
+			case t.running:
+			case t.due.After(now):
+				if next.IsZero() || t.due.Before(next) {
+					next = t.due
+				}
+			case q.used[l] < l.workers && (first == nil || t.due.Before(first.due)):
+				first, name = t, k
+			}
+		}
+		if first == nil {
+			q.wakeAt(next)
+			return
+		}
+		q.start(name, first)
+	}
+}
+
+// wakeAt has what is due then started. q.mu is held.
+func (q *queue) wakeAt(at time.Time) {
+	if q.wake != nil {
+		q.wake.Stop()
+		q.wake = nil
+	}
+	if at.IsZero() {
+		return
+	}
+	q.wake = time.AfterFunc(time.Until(at), func() {
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		q.dispatch()
+	})
+}
+
+// start begins a task's action. q.mu is held.
+func (q *queue) start(k key, t *task) {
+	a, l := t.action, lanes[t.action.Kind]
+	t.running = true
+	q.used[l]++
+	free := sync.OnceFunc(func() { q.used[l]-- })
+	late := time.AfterFunc(l.within+overdue, func() {
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		q.log.Error("reconcile: action does not end, and gives its worker up", "action", a.Kind, string(k.of), a.ID)
+		free()
+		q.dispatch()
+	})
+	q.work.Go(func() {
+		ctx, cancel := context.WithTimeout(q.ctx, l.within)
+		defer cancel()
+		begun := time.Now()
+		err := fault.Guard(q.log, func() error { return q.do(ctx, a) })
+		q.metrics.acted(a.Kind, err, time.Since(begun))
+		late.Stop()
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		free()
+		q.finish(k, t, a, err)
+		q.dispatch()
+	})
+}
+
+// finish notes how a task's action went. q.mu is held.
+func (q *queue) finish(k key, t *task, a Action, err error) {
+	t.running = false
+	q.count++
+	q.ended[k] = q.count
+	if err == nil || t.dropped || q.ctx.Err() != nil {
+		delete(q.tasks, k)
+		return
+	}
+	t.failures++
+	wait, _ := t.backoff.Next() // It never stops.
+	t.due = time.Now().Add(wait)
+	q.log.Warn("reconcile", "action", a.Kind, string(k.of), a.ID, "failures", t.failures, "again_in", wait, "error", err)
+}
+
+// depth returns how many objects wait or are worked on, and since when the
+// oldest of them has.
+func (q *queue) depth() (n int, oldest time.Time) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for _, t := range q.tasks {
+		if oldest.IsZero() || t.wanted.Before(oldest) {
+			oldest = t.wanted
+		}
+	}
+	return len(q.tasks), oldest
+}
+
+// result names how an action went in the metrics.
+func result(err error) string {
+	var panicked *fault.Panic
+	switch {
+	case err == nil:
+		return "ok"
+	case errors.As(err, &panicked):
+		return "panic"
+	case errors.Is(err, context.DeadlineExceeded), connect.CodeOf(err) == connect.CodeDeadlineExceeded:
+		return "timeout"
+	}
+	return "error"
+}

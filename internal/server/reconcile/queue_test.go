@@ -1,0 +1,251 @@
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+)
+
+// doer counts and decides how actions go. It is used inside of synctest's
+// bubbles, where time moves when all wait.
+type doer struct {
+	mu   sync.Mutex
+	done map[uuid.UUID]int
+	at   map[uuid.UUID][]time.Time
+	how  map[uuid.UUID]func(context.Context) error
+}
+
+func newDoer() *doer {
+	return &doer{done: make(map[uuid.UUID]int), at: make(map[uuid.UUID][]time.Time), how: make(map[uuid.UUID]func(context.Context) error)}
+}
+
+func (d *doer) do(ctx context.Context, a Action) error {
+	d.mu.Lock()
+	d.at[a.ID] = append(d.at[a.ID], time.Now())
+	how := d.how[a.ID]
+	d.mu.Unlock()
+	if how != nil {
+		if err := how(ctx); err != nil {
+			return err
+		}
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.done[a.ID]++
+	return nil
+}
+
+func (d *doer) ended(u uuid.UUID) int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.done[u]
+}
+
+func (d *doer) begun(u uuid.UUID) []time.Time {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.at[u]
+}
+
+// inQueue runs a test with a queue of its own, in time of its own.
+func inQueue(t *testing.T, f func(t *testing.T, q *queue, d *doer)) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDoer()
+		q := newQueue(t.Context(), d.do, newMetrics(), slog.New(slog.DiscardHandler))
+		defer q.close()
+		f(t, q, d)
+	})
+}
+
+func hangs(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+
+func actions(kind Kind, ids ...uuid.UUID) []Action {
+	all := make([]Action, len(ids))
+	for i, u := range ids {
+		all[i] = Action{Kind: kind, ID: u}
+	}
+	return all
+}
+
+// TestQueueApart: of three objects one fails, one hangs and one panics; a
+// fourth is done at once, each of the three is tried again, ever later, and
+// what has been put right is done.
+func TestQueueApart(t *testing.T) {
+	inQueue(t, func(t *testing.T, q *queue, d *doer) {
+		fails, hanging, panics, works := uuid.New(), uuid.New(), uuid.New(), uuid.New()
+		d.how[fails] = func(context.Context) error { return errors.New("no") }
+		d.how[hanging] = hangs
+		d.how[panics] = func(context.Context) error { panic("no") }
+		q.want(sandbox, q.mark(), actions(Stop, fails, hanging, panics, works))
+		synctest.Wait()
+		if d.ended(works) != 1 {
+			t.Error("what works was not done at once")
+		}
+		if n, since := q.depth(); n != 3 || time.Since(since) != 0 {
+			t.Errorf("%d wait, since %v", n, since)
+		}
+		time.Sleep(5 * time.Minute)
+		for what, u := range map[string]uuid.UUID{"fails": fails, "panics": panics, "hangs": hanging} {
+			at := d.begun(u)
+			if len(at) < 3 {
+				t.Fatalf("what %s was begun %d times", what, len(at))
+			}
+			last := at[len(at)-1].Sub(at[len(at)-2])
+			if first := at[1].Sub(at[0]); last <= first {
+				t.Errorf("what %s was left alone for %v at first and %v at last", what, first, last)
+			}
+			if most := mostBackoff*11/10 + calls.within; last > most {
+				t.Errorf("what %s was left alone for %v", what, last)
+			}
+		}
+		if n, since := q.depth(); n != 3 || time.Since(since) != 5*time.Minute {
+			t.Errorf("%d wait, since %v", n, since)
+		}
+		for how, u := range map[string]uuid.UUID{"error": fails, "panic": panics, "timeout": hanging} {
+			got := testutil.ToFloat64(q.metrics.actions.WithLabelValues(string(Stop), how))
+			if want := len(d.begun(u)); int(got) != want && int(got) != want-1 {
+				t.Errorf("%s was counted %v times of %d", how, got, want)
+			}
+		}
+		d.mu.Lock()
+		clear(d.how)
+		d.mu.Unlock()
+		time.Sleep(2 * time.Minute)
+		for _, u := range []uuid.UUID{fails, hanging, panics} {
+			if d.ended(u) != 1 {
+				t.Error("what was put right was not done")
+			}
+		}
+		if n, _ := q.depth(); n != 0 {
+			t.Errorf("%d wait", n)
+		}
+	})
+}
+
+// TestQueueBound: no more actions of a lane run at once than it has workers;
+// when all of them hang, the other lanes work on, and its own does once they
+// are given up.
+func TestQueueBound(t *testing.T) {
+	inQueue(t, func(t *testing.T, q *queue, d *doer) {
+		var all []uuid.UUID
+		for range 3 * calls.workers {
+			u := uuid.New()
+			d.how[u] = hangs
+			all = append(all, u)
+		}
+		other, write := uuid.New(), uuid.New()
+		q.want(sandbox, q.mark(), append(actions(Stop, all...), actions(Lose, write)...))
+		synctest.Wait()
+		begun := 0
+		for _, u := range all {
+			begun += len(d.begun(u))
+		}
+		if begun != calls.workers {
+			t.Errorf("%d run at once, want %d", begun, calls.workers)
+		}
+		if d.ended(write) != 1 {
+			t.Error("the other lane waits")
+		}
+		q.want(sandbox, q.mark(), append(actions(Stop, all...), actions(Destroy, other)...))
+		time.Sleep(4 * calls.within)
+		if d.ended(other) != 1 {
+			t.Error("what works waits for what hangs, after all of that was given up")
+		}
+		for _, u := range all {
+			if len(d.begun(u)) == 0 {
+				t.Error("one never had its turn")
+			}
+		}
+	})
+}
+
+// TestQueueDeaf: an action that takes no notice of its bound keeps its object,
+// and gives its worker up.
+func TestQueueDeaf(t *testing.T) {
+	inQueue(t, func(t *testing.T, q *queue, d *doer) {
+		let := make(chan struct{})
+		var deaf []uuid.UUID
+		for range calls.workers {
+			u := uuid.New()
+			d.how[u] = func(context.Context) error { <-let; return nil }
+			deaf = append(deaf, u)
+		}
+		works := uuid.New()
+		q.want(sandbox, q.mark(), actions(Stop, deaf...))
+		synctest.Wait()
+		q.want(sandbox, q.mark(), actions(Stop, append(deaf, works)...))
+		time.Sleep(calls.within)
+		if d.ended(works) != 0 {
+			t.Error("there are more workers than there should be")
+		}
+		time.Sleep(2 * overdue)
+		if d.ended(works) != 1 {
+			t.Error("what works waits for what hangs")
+		}
+		time.Sleep(time.Hour)
+		close(let)
+		synctest.Wait()
+		for _, u := range deaf {
+			if n := len(d.begun(u)); n != 1 {
+				t.Errorf("what had not ended was begun %d times", n)
+			}
+		}
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		if q.used[calls] != 0 {
+			t.Errorf("%d workers are at work", q.used[calls])
+		}
+	})
+}
+
+// TestQueueLevel: what is no longer needed is forgotten, what was done after
+// the look is not done again for it, and one object's action is the latest.
+func TestQueueLevel(t *testing.T) {
+	inQueue(t, func(t *testing.T, q *queue, d *doer) {
+		fails, once := uuid.New(), uuid.New()
+		d.how[fails] = func(context.Context) error { return errors.New("no") }
+		before := q.mark()
+		q.want(sandbox, before, actions(Stop, fails, once))
+		synctest.Wait()
+		// This look was from before it was done.
+		q.want(sandbox, before, actions(Stop, fails, once))
+		synctest.Wait()
+		if n := d.ended(once); n != 1 {
+			t.Errorf("it was done %d times", n)
+		}
+		// What another subject needs has nothing to do with it.
+		q.want(template, q.mark(), nil)
+		if n, _ := q.depth(); n != 1 {
+			t.Errorf("%d wait", n)
+		}
+		q.want(sandbox, q.mark(), actions(Lose, fails))
+		d.mu.Lock()
+		clear(d.how)
+		d.mu.Unlock()
+		time.Sleep(time.Minute)
+		if got := testutil.ToFloat64(q.metrics.actions.WithLabelValues(string(Lose), "ok")); got != 1 {
+			t.Errorf("the latest action was done %v times", got)
+		}
+		d.how[fails] = func(context.Context) error { return errors.New("no") }
+		q.want(sandbox, q.mark(), actions(Stop, fails))
+		synctest.Wait()
+		n := len(d.begun(fails))
+		q.want(sandbox, q.mark(), nil)
+		time.Sleep(time.Hour)
+		if got := len(d.begun(fails)); got != n {
+			t.Errorf("what is not needed was done %d times more", got-n)
+		}
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		if len(q.tasks) != 0 || len(q.ended) > 2 {
+			t.Errorf("%d tasks and %d ends are kept", len(q.tasks), len(q.ended))
+		}
+	})
+}

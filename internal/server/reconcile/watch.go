@@ -1,0 +1,304 @@
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/google/uuid"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+)
+
+// listWithin bounds a call for a list of what a host has.
+const listWithin = 10 * time.Second
+
+// watch keeps one host and the database in agreement.
+type watch struct {
+	*Controller
+	host   *hosts.Host
+	log    *slog.Logger
+	queue  *queue
+	ctx    context.Context
+	cancel context.CancelFunc
+	// poke asks for a comparison now.
+	poke chan struct{}
+	// seen is what the last comparison saw. Only the goroutine that compares
+	// touches it.
+	seen Seen
+}
+
+func newWatch(ctx context.Context, c *Controller, h *hosts.Host) *watch {
+	w := &watch{Controller: c, host: h, log: c.Log.With("host", h.URL), poke: make(chan struct{}, 1)}
+	w.ctx, w.cancel = context.WithCancel(ctx)
+	w.queue = newQueue(w.ctx, w.do, c.metrics, w.log)
+	return w
+}
+
+// run watches the host until the watch is cancelled.
+func (w *watch) run() {
+	var loops sync.WaitGroup
+	loops.Go(w.live)
+	loops.Go(w.listen)
+	loops.Go(w.compareLoop)
+	if w.Watching != nil {
+		loops.Go(func() { w.Watching(w.ctx, w.host) })
+	}
+	<-w.ctx.Done()
+	w.queue.close()
+	loops.Wait()
+}
+
+// live hears whether the host is there, and does nothing else. Once it was not
+// for too long, [hosts.Registry.Sweep] says so.
+func (w *watch) live() {
+	// Twice a heartbeat, so that one answer that is late costs nothing.
+	tick := time.NewTicker(w.Hosts.Heartbeat / 2)
+	defer tick.Stop()
+	there := false
+	for {
+		err := w.Hosts.Contact(w.ctx, w.host)
+		if w.ctx.Err() != nil {
+			return
+		}
+		if err == nil && !there {
+			w.compareSoon()
+		}
+		there = err == nil
+		select {
+		case <-tick.C:
+		case <-w.ctx.Done():
+			return
+		}
+	}
+}
+
+func (w *watch) compareSoon() {
+	select {
+	case w.poke <- struct{}{}:
+	default:
+	}
+}
+
+func (w *watch) compareLoop() {
+	failing := false
+	for {
+		again, err := w.compare(time.Now())
+		if w.ctx.Err() != nil {
+			return
+		}
+		if err != nil && !failing {
+			w.log.Warn("compare host with table", "error", err)
+		}
+		failing = err != nil
+		wait := w.Hosts.Heartbeat / 2
+		if again > 0 {
+			wait = min(wait, again)
+		}
+		t := time.NewTimer(wait)
+		select {
+		case <-t.C:
+		case <-w.poke:
+			t.Stop()
+		case <-w.ctx.Done():
+			t.Stop()
+			return
+		}
+	}
+}
+
+// compare reads what the database and the host have and gives the queue what
+// the difference asks for. It returns when a difference will have lasted long
+// enough; 0: there is none that must. Templates and sandboxes fail apart.
+func (w *watch) compare(now time.Time) (again time.Duration, err error) {
+	begun := time.Now()
+	defer func() { w.metrics.compared(err, time.Since(begun)) }()
+	var g errgroup.Group
+	var templatesErr error
+	g.Go(func() error {
+		templatesErr = w.compareTemplates()
+		return nil
+	})
+	again, err = w.compareSandboxes(now)
+	_ = g.Wait()
+	return again, errors.Join(err, templatesErr)
+}
+
+func (w *watch) compareTemplates() error {
+	mark := w.queue.mark()
+	v, err := w.viewTemplates()
+	if err != nil {
+		return err
+	}
+	w.queue.want(template, mark, Templates(v))
+	return nil
+}
+
+// viewTemplates reads a view of the host's templates, the table first: what it
+// says is there was on the host before the host was asked.
+func (w *watch) viewTemplates() (v TemplateView, err error) {
+	ctx, cancel := context.WithTimeout(w.ctx, listWithin+roundWithin)
+	defer cancel()
+	known, err := w.Templates.Known(ctx, w.host.ID)
+	if err != nil {
+		return v, err
+	}
+	ask, stop := context.WithTimeout(ctx, listWithin)
+	defer stop()
+	list, err := w.host.Agent.Templates(ask, connect.NewRequest(&hostagentv1.TemplatesRequest{}))
+	if err != nil {
+		return v, fmt.Errorf("list host's templates: %w", err)
+	}
+	others, err := w.Store.ListTemplatesAtWork(ctx, db.ListTemplatesAtWorkParams{Server: w.Store.Server, Within: w.Hosts.Heartbeat.Seconds()})
+	if err != nil {
+		return v, fmt.Errorf("list templates that other servers work on: %w", err)
+	}
+	v = TemplateView{Rows: make(map[uuid.UUID]db.Template), Has: make(map[uuid.UUID]*hostagentv1.Template), Busy: set(others)}
+	for _, row := range known {
+		v.Rows[row.ID] = row
+		if w.Sandboxes.BusyTemplate(row.ID) {
+			v.Busy[row.ID] = true
+		}
+	}
+	for _, t := range list.Msg.Templates {
+		u, err := id.Parse(id.Template, t.TemplateId)
+		if err != nil {
+			w.log.Error("host has a template with a malformed id", "template_id", t.TemplateId)
+			continue
+		}
+		v.Has[u] = t
+	}
+	return v, nil
+}
+
+func (w *watch) compareSandboxes(now time.Time) (again time.Duration, err error) {
+	mark := w.queue.mark()
+	v, err := w.viewSandboxes()
+	if err != nil {
+		return 0, err
+	}
+	p := Sandboxes(v, w.seen, now)
+	w.seen = p.Seen
+	w.queue.want(sandbox, mark, p.Actions)
+	if len(p.Expire.Ids) > 0 {
+		ctx, cancel := context.WithTimeout(w.ctx, roundWithin)
+		defer cancel()
+		if err := w.Store.SandboxesExpire(ctx, p.Expire); err != nil {
+			return p.Again, fmt.Errorf("write when sandboxes end: %w", err)
+		}
+	}
+	return p.Again, nil
+}
+
+// viewSandboxes reads a view of the host's sandboxes: the table first, then the
+// host, and last who is at work, so that no work is missed that the table or
+// the list show half done.
+func (w *watch) viewSandboxes() (v View, err error) {
+	ctx, cancel := context.WithTimeout(w.ctx, listWithin+roundWithin)
+	defer cancel()
+	if err := w.Sandboxes.ExpireDrained(ctx, w.host.ID); err != nil {
+		return v, err
+	}
+	host, err := w.Store.GetHost(ctx, w.host.ID)
+	if err != nil {
+		return v, fmt.Errorf("look up host: %w", err)
+	}
+	rows, err := w.Store.ListHostSandboxes(ctx, &w.host.ID)
+	if err != nil {
+		return v, fmt.Errorf("list host's rows: %w", err)
+	}
+	ask, stop := context.WithTimeout(ctx, listWithin)
+	defer stop()
+	list, err := w.host.Agent.List(ask, connect.NewRequest(&hostagentv1.ListRequest{}))
+	if err != nil {
+		return v, fmt.Errorf("list host's sandboxes: %w", err)
+	}
+	v = View{
+		Host: w.host.ID, Draining: host.Draining, DrainIdle: w.DrainIdle,
+		Rows: make(map[uuid.UUID]db.Sandbox, len(rows)), Has: make(map[uuid.UUID]*hostagentv1.Sandbox, len(list.Msg.Sandboxes)),
+	}
+	for _, row := range rows {
+		v.Rows[row.ID] = row
+	}
+	for _, sb := range list.Msg.Sandboxes {
+		u, err := id.Parse(id.Sandbox, sb.SandboxId)
+		if err != nil {
+			w.log.Error("host has a sandbox with a malformed id", "sandbox_id", sb.SandboxId)
+			continue
+		}
+		v.Has[u] = sb
+		if _, ok := v.Rows[u]; ok {
+			continue
+		}
+		// It has ended, is another host's, or came after the rows were read.
+		row, err := w.Store.GetSandbox(ctx, u)
+		if err == nil {
+			v.Rows[u] = row
+		} else if !errors.Is(err, store.ErrNoRows) {
+			return v, fmt.Errorf("look up sandbox: %w", err)
+		}
+	}
+	others, err := w.Store.ListAtWork(ctx, db.ListAtWorkParams{HostID: &w.host.ID, Server: w.Store.Server, Within: w.Hosts.Heartbeat.Seconds()})
+	if err != nil {
+		return v, fmt.Errorf("list what other servers work on: %w", err)
+	}
+	v.Busy = set(others)
+	for _, u := range ids(v.Rows, v.Has) {
+		if w.Sandboxes.Busy(u) {
+			v.Busy[u] = true
+		}
+	}
+	return v, nil
+}
+
+func set(ids []uuid.UUID) map[uuid.UUID]bool {
+	all := make(map[uuid.UUID]bool, len(ids))
+	for _, u := range ids {
+		all[u] = true
+	}
+	return all
+}
+
+// do does one action, unless this server has begun to work on its object since
+// it was decided: that writes down what is so.
+func (w *watch) do(ctx context.Context, a Action) error {
+	if w.Sandboxes.Busy(a.ID) {
+		return nil
+	}
+	switch a.Kind {
+	case Fail:
+		return w.Sandboxes.Abandon(ctx, a.Row)
+	case Adopt:
+		return w.Sandboxes.Adopt(ctx, a.Row, a.Has)
+	case Find:
+		return w.Sandboxes.Found(ctx, a.Row, a.Has)
+	case Lose:
+		return w.Sandboxes.HostEnded(ctx, a.ID, "lost", "the host no longer has the sandbox", time.Now())
+	case Settle:
+		return w.Sandboxes.Settle(ctx, a.ID)
+	case Stop:
+		return w.Sandboxes.StopAgain(ctx, a.Row)
+	case Destroy:
+		return w.Sandboxes.DestroyStray(ctx, a.ID, w.host)
+	case Drain:
+		return w.Sandboxes.Drain(ctx, a.Row, w.DrainIdle)
+	case Learn:
+		return w.Templates.Learn(ctx, w.host.ID, a.HasTemplate)
+	case Forget:
+		return w.Templates.Forget(ctx, w.host.ID, a.ID)
+	case Ready:
+		return w.Sandboxes.TemplateMade(ctx, a.Template, a.HasTemplate)
+	case Finish, Remove:
+		return w.Sandboxes.FinishTemplate(ctx, a.Template)
+	}
+	return fmt.Errorf("no such action: %q", a.Kind)
+}
