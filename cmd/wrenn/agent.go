@@ -92,6 +92,9 @@ func runAgent(ctx context.Context, c agent.Config, e enrollment) error {
 	if err := os.MkdirAll(string(c.Dir), 0o755); err != nil {
 		return err
 	}
+	if err := agent.CheckFormats(c.Dir); err != nil {
+		return err
+	}
 	machine, err := agent.Machine(c.Dir, c.Version)
 	if err != nil {
 		return err

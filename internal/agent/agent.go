@@ -134,7 +134,14 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 	if a.lock, err = lock(c.Dir.AgentLock()); err != nil {
 		return nil, err
 	}
+	// Before anything is changed: an older release can still be put back.
+	if err := CheckFormats(c.Dir); err != nil {
+		return nil, err
+	}
 	if a.problems, err = problem.Open(c.Dir.Problems(), a.log); err != nil {
+		return nil, err
+	}
+	if err := a.setAside(); err != nil {
 		return nil, err
 	}
 	kernel, err := a.prepare(ctx)
@@ -144,11 +151,14 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 	if err := a.openDriver(ctx, kernel); err != nil {
 		return nil, err
 	}
-	if a.journal, err = journal.Open(c.Dir.Events()); err != nil {
+	if a.journal, err = journal.Open(c.Dir); err != nil {
 		return nil, err
 	}
 	if n := a.journal.Dropped(); n > 0 {
 		a.log.Warn("the end of the journal was torn", "bytes", n)
+	}
+	if i := a.journal.Damaged(); i != nil {
+		a.log.Error("the journal is damaged; a copy was set aside", "path", i.Path, "reason", i.Reason)
 	}
 	// Machines first: what still runs decides which networks stay.
 	found, err := sandbox.Recover(ctx, c.Dir, a.driver, a.log)

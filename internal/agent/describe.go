@@ -45,6 +45,9 @@ func (a *Agent) Describe() (*pb.HostResponse, error) {
 	}
 	block, slots := a.pool.Share()
 	m.NetworkBlock, m.Slots = int32(block), int32(slots)
+	if err := a.reportUnreadable(); err != nil {
+		return nil, err
+	}
 	for _, p := range a.problems.All() {
 		m.Problems = append(m.Problems, &pb.Problem{Kind: string(p.Kind), Object: p.Object, Message: p.Message, Since: timestamppb.New(p.Since)})
 	}

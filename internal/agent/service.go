@@ -847,7 +847,7 @@ func templateMessage(t image.Template) *pb.Template {
 
 // Templates implements hostagentv1connect.HostAgentHandler.
 func (s *service) Templates(ctx context.Context, _ *connect.Request[pb.TemplatesRequest]) (*connect.Response[pb.TemplatesResponse], error) {
-	all, err := image.Load(s.cfg.Dir)
+	all, err := s.templates()
 	if err != nil {
 		return nil, s.fault(ctx, "list templates", err)
 	}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -19,10 +20,12 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/wrenn-dev/wrenn/internal/agent"
 	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/network"
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
+	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qemu"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/programs"
@@ -136,10 +139,32 @@ func Examine(ctx context.Context, dir layout.Dir, agent bool) []Finding {
 		}
 		findings = append(findings, f)
 	}
-	return slices.Concat(findings, installed(agent), reported(dir))
+	return slices.Concat(findings, installed(agent), kept(dir), reported(dir))
 }
 
-// reported is what a running agent says is wrong with the host.
+// kept lists what the agent could not read on disk, whether or not it runs,
+// and says if it cannot run on what there is.
+func kept(dir layout.Dir) []Finding {
+	var findings []Finding
+	var newer *unreadable.NewerError
+	if err := agent.CheckFormats(dir); errors.As(err, &newer) {
+		findings = append(findings, Finding{Name: "formats", Required: true, Detail: err.Error(), Fix: "install the release that wrote the data, or a later one: see docs/upgrade.md"})
+	}
+	items, err := unreadable.List(dir)
+	if err != nil && !errors.Is(err, fs.ErrPermission) {
+		findings = append(findings, Finding{Name: "unreadable", Detail: err.Error(), Fix: "repair the directory"})
+	}
+	for _, i := range items {
+		findings = append(findings, Finding{
+			Name: "unreadable", Detail: fmt.Sprintf("the agent could not read a %s and keeps it in %s: %s", i.Kind, i.Path, i.Reason),
+			Fix: fmt.Sprintf("stop the agent, repair it and move it back to %s; or delete it", i.From),
+		})
+	}
+	return findings
+}
+
+// reported is what a running agent says is wrong with the host, apart from
+// what [kept] lists.
 func reported(dir layout.Dir) []Finding {
 	problems, err := problem.Read(dir.Problems())
 	if err != nil {
@@ -147,6 +172,9 @@ func reported(dir layout.Dir) []Finding {
 	}
 	var findings []Finding
 	for _, p := range problems {
+		if p.Kind == problem.Unreadable && slices.Contains(unreadable.Kinds(), unreadable.Kind(p.Object)) {
+			continue
+		}
 		findings = append(findings, Finding{Name: string(p.Kind), Detail: fmt.Sprintf("the agent reports since %s: %s", p.Since.Local().Format(time.DateTime), p.Message)})
 	}
 	return findings

@@ -8,7 +8,11 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/uuid"
+
 	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
+	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
+	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
 func TestExamineThisMachine(t *testing.T) {
@@ -46,5 +50,31 @@ func TestReport(t *testing.T) {
 	var back []Finding
 	if err := json.Unmarshal(js.Bytes(), &back); err != nil || len(back) != 3 || back[1] != findings[1] {
 		t.Errorf("got %v, %v", back, err)
+	}
+}
+
+// TestKept: doctor shows what the agent could not read, also while none runs.
+func TestKept(t *testing.T) {
+	dir := layout.Dir(t.TempDir())
+	if got := kept(dir); len(got) != 0 {
+		t.Errorf("of an empty directory it says %+v", got)
+	}
+	home := dir.Sandbox(uuid.New())
+	if err := os.MkdirAll(home, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	item, err := unreadable.Move(dir, unreadable.Sandbox, home, errors.New("torn record"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := kept(dir); len(got) != 1 || got[0].OK || got[0].Required || !strings.Contains(got[0].Detail, item.Path) ||
+		!strings.Contains(got[0].Detail, "torn record") || !strings.Contains(got[0].Fix, home) {
+		t.Errorf("it says %+v", got)
+	}
+	if err := os.WriteFile(dir.Events(), []byte("wrnjrnl9"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := kept(dir); len(got) != 2 || !got[0].Required || !strings.Contains(got[0].Detail, "version 9") || got[0].Fix == "" {
+		t.Errorf("it says %+v", got)
 	}
 }

@@ -64,6 +64,9 @@ func (d Dir) Captures(team, template uuid.UUID) string {
 	return d.join("images", "teams", team.String(), template.String(), "captures")
 }
 
+// Unreadable holds what the host agent found and could not read.
+func (d Dir) Unreadable() string { return d.join("unreadable") }
+
 // Forks holds captures of sandboxes while they are forked.
 func (d Dir) Forks() string { return d.join("forks") }
 

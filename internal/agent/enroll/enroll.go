@@ -32,6 +32,7 @@ import (
 
 	"github.com/sethvargo/go-retry"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -95,8 +96,9 @@ func StatusOf(m *hostagentv1.HostResponse) Status {
 
 // credentials are what is kept on disk, for root alone.
 type credentials struct {
-	Server string `json:"server"`
-	URL    string `json:"url"`
+	Version int    `json:"version"`
+	Server  string `json:"server"`
+	URL     string `json:"url"`
 	// Host is the id; empty until the agent has registered.
 	Host       string `json:"host_id,omitempty"`
 	AgentToken string `json:"agent_token,omitempty"`
@@ -484,14 +486,40 @@ func (h *Host) load() error {
 	if err != nil {
 		return fmt.Errorf("read credentials: %w", err)
 	}
-	if err := json.Unmarshal(b, &h.have); err != nil {
-		return fmt.Errorf("read credentials %s: %w", path, err)
+	err = unreadable.CheckJSON(path, b, oldestVersion, credentialsVersion)
+	if err == nil {
+		var have credentials
+		if err = json.Unmarshal(b, &have); err == nil {
+			h.have = have
+			return nil
+		}
 	}
+	err = fmt.Errorf("read credentials: %w", err)
+	var newer *unreadable.NewerError
+	if errors.As(err, &newer) {
+		return err
+	}
+	if h.cfg.Token == "" {
+		return fmt.Errorf("%w: register this host again with a token from `wrenn host token`", err)
+	}
+	item, e := unreadable.Move(h.cfg.Dir, unreadable.Credentials, path, err)
+	if e != nil {
+		return errors.Join(err, e)
+	}
+	h.cfg.Log.Error("the credentials of this host cannot be read and were set aside; it registers again", "path", item.Path, "error", err)
 	return nil
 }
 
+// credentialsVersion is the version of the credentials that this agent writes,
+// and oldestVersion of the oldest that it reads: those without a version.
+const (
+	credentialsVersion = 1
+	oldestVersion      = 0
+)
+
 // save writes the credentials durably, whole or not at all.
 func (h *Host) save(c credentials) error {
+	c.Version = credentialsVersion
 	path := h.cfg.Dir.Enrollment()
 	err := os.MkdirAll(filepath.Dir(path), 0o755)
 	if err == nil {

@@ -10,12 +10,20 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// captureVersion changes when older agents cannot read captures any more.
-const captureVersion = 1
+// The versions of the records that this agent writes, and the oldest that it
+// reads. docs/upgrade.md has the rules. A template's record without a version
+// is of version 0.
+const (
+	captureVersion  = 1
+	oldestCapture   = 1
+	templateVersion = 1
+	oldestTemplate  = 0
+)
 
 // Capture is a machine as it was when it was captured: a folder that holds all
 // that is needed to go on from there. docs/formats.md has its files. They are
@@ -62,11 +70,12 @@ func (c *Capture) Devices() string { return filepath.Join(c.Dir, "devices") }
 
 // OpenCapture reads the record of the capture in a folder.
 func OpenCapture(dir string) (*Capture, error) {
-	b, err := os.ReadFile(filepath.Join(dir, captureFile))
+	path := filepath.Join(dir, captureFile)
+	b, err := os.ReadFile(path)
 	if err != nil {
 		return nil, fmt.Errorf("read capture: %w", err)
 	}
-	c, err := parseCapture(b)
+	c, err := parseCapture(path, b)
 	if err != nil {
 		return nil, fmt.Errorf("read capture %s: %w", dir, err)
 	}
@@ -74,15 +83,15 @@ func OpenCapture(dir string) (*Capture, error) {
 	return c, nil
 }
 
-func parseCapture(b []byte) (*Capture, error) {
+func parseCapture(path string, b []byte) (*Capture, error) {
+	if err := unreadable.CheckJSON(path, b, oldestCapture, captureVersion); err != nil {
+		return nil, err
+	}
 	c := &Capture{}
 	if err := json.Unmarshal(b, c); err != nil {
 		return nil, err
 	}
-	switch {
-	case c.Version != captureVersion:
-		return nil, fmt.Errorf("version %d is not %d", c.Version, captureVersion)
-	case c.ID == uuid.Nil || c.VCPUs < 1 || c.MemoryMiB < 1 || c.DiskMiB < 1 || c.Layers < 1:
+	if c.ID == uuid.Nil || c.VCPUs < 1 || c.MemoryMiB < 1 || c.DiskMiB < 1 || c.Layers < 1 {
 		return nil, errors.New("it lacks something")
 	}
 	return c, nil
@@ -154,10 +163,13 @@ func (t *Template) Publish(dir layout.Dir, tmp string, name string) (*Capture, e
 	home := filepath.Join(parent, name)
 	err := os.Rename(tmp, home)
 	if errors.Is(err, fs.ErrExist) {
-		if c, err := OpenCapture(home); err == nil {
+		c, e := OpenCapture(home)
+		if e == nil {
 			return c, nil
 		}
-		err = errors.Join(os.RemoveAll(home), os.Rename(tmp, home))
+		if _, err = unreadable.Move(dir, unreadable.Capture, home, e); err == nil {
+			err = os.Rename(tmp, home)
+		}
 	}
 	if err == nil {
 		err = errors.Join(atomicfile.Sync(parent), atomicfile.Sync(filepath.Dir(parent)))

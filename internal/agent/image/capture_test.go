@@ -1,12 +1,14 @@
 package image
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -71,6 +73,96 @@ func TestTemplateOfACaptureIsPublishedWholeAndDeleted(t *testing.T) {
 	}
 }
 
+// One template that cannot be read hides no other, and is set aside.
+func TestDamagedTemplates(t *testing.T) {
+	dir := layout.Dir(t.TempDir())
+	publish := func() Template {
+		tmp, err := TempTemplate(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := captured(t, filepath.Join(tmp, "captures", Captured))
+		h := filepath.Join(c.Memory(), "header")
+		if err := errors.Join(os.Remove(h), os.WriteFile(h, []byte("WRNMEMH\x00\x01\x00\x00\x00"), 0o400)); err != nil {
+			t.Fatal(err)
+		}
+		want := Template{ID: uuid.New(), Team: uuid.New(), Name: "mine", DiskMiB: 64}
+		if err := PublishTemplate(dir, tmp, want); err != nil {
+			t.Fatal(err)
+		}
+		return want
+	}
+	write := func(path, text string) {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	good, torn, bare, uncaptured, newer := publish(), publish(), publish(), publish(), publish()
+	of := func(t Template) string { return dir.Template(t.Team, t.ID) }
+	write(filepath.Join(of(torn), templateFile), `{"name":`)
+	if err := os.Remove(filepath.Join(of(bare), rootfsFile)); err != nil {
+		t.Fatal(err)
+	}
+	capture := filepath.Join(dir.Captures(uncaptured.Team, uncaptured.ID), Captured)
+	write(filepath.Join(capture, captureFile), "")
+	write(filepath.Join(of(newer), templateFile), `{"version": 2, "name": {"new": "shape"}}`)
+
+	all, damaged, err := Load(dir)
+	if err != nil || len(all) != 2 || len(damaged) != 3 {
+		t.Fatalf("loaded %+v, damaged %+v, %v", all, damaged, err)
+	}
+	damaged, err = Examine(dir)
+	if err != nil || len(damaged) != 4 {
+		t.Fatalf("damaged are %+v, %v", damaged, err)
+	}
+	var later []string
+	for _, d := range damaged {
+		var n *unreadable.NewerError
+		if errors.As(d.Err, &n) {
+			later = append(later, n.Path)
+		}
+	}
+	if len(later) != 1 || later[0] != filepath.Join(of(newer), templateFile) {
+		t.Errorf("a later release wrote %q", later)
+	}
+	items, err := SetAside(dir, damaged)
+	if err != nil || len(items) != 4 {
+		t.Fatalf("set aside %+v, %v", items, err)
+	}
+	for _, i := range items {
+		if _, err := os.Stat(i.Path); err != nil {
+			t.Error(err)
+		}
+		if i.From == capture && i.Kind != unreadable.Capture || i.From != capture && i.Kind != unreadable.Template {
+			t.Errorf("set aside %+v", i)
+		}
+	}
+	all, damaged, err = Load(dir)
+	if err != nil || len(all) != 2 || len(damaged) != 0 {
+		t.Errorf("then loaded %+v, damaged %+v, %v", all, damaged, err)
+	}
+	if got, err := Find(dir, good.Team, good.ID); err != nil || got.Version != templateVersion {
+		t.Errorf("the good one is %+v, %v", got, err)
+	}
+}
+
+// A record without a version is of the releases before there was one.
+func TestTemplateWithoutVersion(t *testing.T) {
+	dir := layout.Dir(t.TempDir())
+	home := dir.Template(uuid.Nil, uuid.Nil)
+	if err := os.MkdirAll(home, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{templateFile: `{"name":"old","disk_mib":64}`, rootfsFile: "x"} {
+		if err := os.WriteFile(filepath.Join(home, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, err := Find(dir, uuid.Nil, uuid.Nil); err != nil || got.Name != "old" {
+		t.Errorf("read %+v, %v", got, err)
+	}
+}
+
 func TestSweepRemovesWhatWasNotPublished(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	tmp, err := TempTemplate(dir)
@@ -94,7 +186,7 @@ func FuzzParseCapture(f *testing.F) {
 	f.Add(b)
 	f.Add([]byte(`{}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if c, err := parseCapture(b); err == nil && (c.Layers < 1 || c.MemoryMiB < 1 || c.ID == uuid.Nil) {
+		if c, err := parseCapture("capture.json", b); err == nil && (c.Layers < 1 || c.MemoryMiB < 1 || c.ID == uuid.Nil) {
 			t.Errorf("%+v was read", c)
 		}
 	})

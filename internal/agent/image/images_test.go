@@ -46,9 +46,9 @@ func TestImages(t *testing.T) {
 	if err != nil || !reflect.DeepEqual(again, in.Minimal) {
 		t.Errorf("got %+v, %v", again, err)
 	}
-	all, err := image.Load(in.Dir)
-	if err != nil || len(all) != 1 || !reflect.DeepEqual(all[0], in.Minimal) {
-		t.Errorf("loaded %+v, %v", all, err)
+	all, damaged, err := image.Load(in.Dir)
+	if err != nil || len(damaged) != 0 || len(all) != 1 || !reflect.DeepEqual(all[0], in.Minimal) {
+		t.Errorf("loaded %+v, damaged %v, %v", all, damaged, err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()

@@ -13,11 +13,14 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/memory"
+	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
 // Template is what a sandbox starts from.
 type Template struct {
+	Version   int       `json:"version"`
 	ID        uuid.UUID `json:"id"`
 	Team      uuid.UUID `json:"team"`
 	Name      string    `json:"name"`
@@ -57,17 +60,23 @@ const (
 	templateFile = "template.json"
 )
 
-// Load returns every template below dir. A folder without a readable record
-// is an error: it was published whole.
-func Load(dir layout.Dir) ([]Template, error) {
+// Damage is a template or a capture that cannot be read.
+type Damage struct {
+	Kind unreadable.Kind
+	Path string
+	Err  error
+}
+
+// Load returns every template below dir that can be read, and those that
+// cannot: they were published whole, so they are damaged.
+func Load(dir layout.Dir) (all []Template, damaged []Damage, err error) {
 	teams, err := os.ReadDir(dir.Images())
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
+		return nil, nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("list templates: %w", err)
+		return nil, nil, fmt.Errorf("list templates: %w", err)
 	}
-	var all []Template
 	for _, t := range teams {
 		team, err := uuid.Parse(t.Name())
 		if err != nil {
@@ -75,7 +84,7 @@ func Load(dir layout.Dir) ([]Template, error) {
 		}
 		entries, err := os.ReadDir(filepath.Join(dir.Images(), t.Name()))
 		if err != nil {
-			return nil, fmt.Errorf("list templates: %w", err)
+			return nil, nil, fmt.Errorf("list templates: %w", err)
 		}
 		for _, e := range entries {
 			id, err := uuid.Parse(e.Name())
@@ -89,12 +98,53 @@ func Load(dir layout.Dir) ([]Template, error) {
 				}
 			}
 			if err != nil {
-				return nil, err
+				damaged = append(damaged, Damage{unreadable.Template, dir.Template(team, id), err})
+				continue
 			}
 			all = append(all, tpl)
 		}
 	}
-	return all, nil
+	return all, damaged, nil
+}
+
+// Examine returns every template and capture that cannot be read.
+func Examine(dir layout.Dir) ([]Damage, error) {
+	all, damaged, err := Load(dir)
+	if err != nil {
+		return nil, err
+	}
+	for _, t := range all {
+		captures := dir.Captures(t.Team, t.ID)
+		entries, err := os.ReadDir(captures)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("list captures: %w", err)
+		}
+		for _, e := range entries {
+			home := filepath.Join(captures, e.Name())
+			c, err := OpenCapture(home)
+			if err == nil {
+				err = memory.Check(c.Memory())
+			}
+			if err != nil {
+				damaged = append(damaged, Damage{unreadable.Capture, home, err})
+			}
+		}
+	}
+	return damaged, nil
+}
+
+// SetAside moves damaged templates and captures to where nothing looks for
+// them. Nobody else may be working with templates meanwhile.
+func SetAside(dir layout.Dir, damaged []Damage) ([]unreadable.Item, error) {
+	var items []unreadable.Item
+	for _, d := range damaged {
+		item, err := unreadable.Move(dir, d.Kind, d.Path, d.Err)
+		if err != nil {
+			return items, err
+		}
+		items = append(items, item)
+	}
+	return items, nil
 }
 
 // Find returns a template, or an error that is [fs.ErrNotExist].
@@ -103,9 +153,13 @@ func Find(dir layout.Dir, team, id uuid.UUID) (Template, error) { return read(di
 // read reads the record of one template. Its ids are those of its folder.
 func read(dir layout.Dir, team, id uuid.UUID) (Template, error) {
 	home := dir.Template(team, id)
-	b, err := os.ReadFile(filepath.Join(home, templateFile))
+	path := filepath.Join(home, templateFile)
+	b, err := os.ReadFile(path)
 	if err != nil {
 		return Template{}, fmt.Errorf("read template: %w", err)
+	}
+	if err := unreadable.CheckJSON(path, b, oldestTemplate, templateVersion); err != nil {
+		return Template{}, err
 	}
 	var t Template
 	if err := json.Unmarshal(b, &t); err != nil {
@@ -153,6 +207,7 @@ func size(dir string) (int64, error) {
 
 // write writes the record of t to the folder home.
 func (t Template) write(home string) error {
+	t.Version = templateVersion
 	b, err := json.MarshalIndent(t, "", "\t")
 	if err != nil {
 		return err

@@ -10,15 +10,20 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io"
 	"io/fs"
 	"os"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
+	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
 // Kind says what happened.
@@ -58,7 +63,9 @@ var (
 // A file is a magic word and records. A record is the length of its payload
 // and its CRC-32C, both little-endian uint32, and the payload: a JSON entry.
 const (
-	magic     = "wrnjrnl1"
+	magicWord = "wrnjrnl" // the version's digit follows
+	version   = 1
+	magic     = magicWord + "1"
 	headLen   = 8
 	maxRecord = 64 << 10 // bytes of one payload
 
@@ -88,18 +95,32 @@ type Journal struct {
 	pending []Event       // not acknowledged, oldest first
 	changed chan struct{} // closed and replaced at each change and at the end
 	dropped int64
+	kept    *unreadable.Item
 }
 
-// Open opens the journal at path, which is made when there is none. What is
-// behind the first record that is not whole (the agent or the machine died
-// while it was written) is cut off; see [Journal.Dropped].
-func Open(path string) (*Journal, error) {
+// Open opens the journal of an installation, and creates it if there is none.
+// It cuts off a record that an agent was killed while writing; see
+// [Journal.Dropped]. It keeps a copy of a journal that is damaged in any other
+// way as unreadable, and returns an [unreadable.NewerError] if a later release
+// wrote the journal.
+func Open(dir layout.Dir) (*Journal, error) {
+	path := dir.Events()
+	if err := Check(path); err != nil {
+		return nil, fmt.Errorf("read journal: %w", err)
+	}
 	j := &Journal{path: path, changed: make(chan struct{})}
 	data, err := os.ReadFile(path)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("read journal: %w", err)
 	}
-	j.dropped = int64(len(data) - j.load(data))
+	whole := j.load(data)
+	j.dropped = int64(len(data) - whole)
+	if len(data) > 0 && whole == 0 || !unfinished(data[whole:]) {
+		damage := fmt.Errorf("the journal is damaged at byte %d of %d", whole, len(data))
+		if j.kept, err = keep(dir, path, damage); err != nil {
+			return nil, err
+		}
+	}
 	// A file without anything dead or broken would do as it is, but a fresh
 	// one is certain, and as small as it gets.
 	if err := j.rewrite(); err != nil {
@@ -108,8 +129,61 @@ func Open(path string) (*Journal, error) {
 	return j, nil
 }
 
+// Check returns an [unreadable.NewerError] if a later release wrote the journal
+// at path. It changes nothing, and is nil for a journal that does not exist or
+// that Open keeps as damaged.
+func Check(path string) error {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	var head [len(magic)]byte
+	if _, err := io.ReadFull(f, head[:]); err != nil {
+		return nil // shorter: Open decides
+	}
+	digits, ok := strings.CutPrefix(string(head[:]), magicWord)
+	written, err := strconv.Atoi(digits)
+	if !ok || err != nil || written <= version {
+		return nil
+	}
+	return unreadable.Check(path, written, version, version)
+}
+
+// unfinished reports whether b, the end of a journal, can be a record that was
+// being written when the agent or the machine died: no whole record follows.
+func unfinished(b []byte) bool {
+	for i := 1; i < len(b); i++ {
+		if _, _, err := decode(b[i:]); err == nil {
+			return false
+		}
+	}
+	return true
+}
+
+// keep keeps a copy of a damaged journal.
+func keep(dir layout.Dir, path string, damage error) (*unreadable.Item, error) {
+	copied := path + ".damaged"
+	// A link is a copy: the journal is never written over, but replaced.
+	if err := os.Remove(copied); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("keep damaged journal: %w", err)
+	}
+	if err := os.Link(path, copied); err != nil {
+		return nil, fmt.Errorf("keep damaged journal: %w", err)
+	}
+	item, err := unreadable.Move(dir, unreadable.Journal, copied, damage)
+	return &item, err
+}
+
 // Dropped is how many bytes were unreadable when the journal was opened.
 func (j *Journal) Dropped() int64 { return j.dropped }
+
+// Damaged returns the copy of the journal that was opened, if it was damaged,
+// or nil.
+func (j *Journal) Damaged() *unreadable.Item { return j.kept }
 
 // load takes over what a file says and returns how much of it is whole.
 func (j *Journal) load(data []byte) int {

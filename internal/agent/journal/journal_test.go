@@ -1,21 +1,24 @@
 package journal
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
+	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-func open(t testing.TB, path string) *Journal {
+func open(t testing.TB, dir layout.Dir) *Journal {
 	t.Helper()
-	j, err := Open(path)
+	j, err := Open(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -33,11 +36,11 @@ func add(t testing.TB, j *Journal, reason string) Event {
 }
 
 func TestEventsOutliveTheJournal(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "events")
-	j := open(t, path)
+	dir := layout.Dir(t.TempDir())
+	j := open(t, dir)
 	want := []Event{add(t, j, "a"), add(t, j, "b"), add(t, j, "c")}
 	// Not closed: as after a kill.
-	j2 := open(t, path)
+	j2 := open(t, dir)
 	if got := j2.Pending(); !slices.EqualFunc(got, want, func(a, b Event) bool {
 		return a.Seq == b.Seq && a.Kind == b.Kind && a.Sandbox == b.Sandbox && a.Time.Equal(b.Time) && a.Reason == b.Reason
 	}) {
@@ -58,7 +61,7 @@ func TestEventsOutliveTheJournal(t *testing.T) {
 	if err := j2.Close(); err != nil {
 		t.Fatal(err)
 	}
-	j3 := open(t, path)
+	j3 := open(t, dir)
 	if got := j3.Pending(); len(got) != 0 {
 		t.Errorf("acknowledged events came again: %v", got)
 	}
@@ -73,8 +76,9 @@ func TestEventsOutliveTheJournal(t *testing.T) {
 // TestTornAnywhere cuts and flips a journal at every byte: what comes before
 // is kept, and the journal goes on.
 func TestTornAnywhere(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "events")
-	j := open(t, path)
+	dir := layout.Dir(t.TempDir())
+	path := dir.Events()
+	j := open(t, dir)
 	var ends []int64
 	for range 3 {
 		add(t, j, "reason")
@@ -84,11 +88,14 @@ func TestTornAnywhere(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	try := func(data []byte, at int) {
+	try := func(data []byte, at int, damaged bool) {
 		if err := os.WriteFile(path, data, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		j := open(t, path)
+		j := open(t, dir)
+		if (j.Damaged() != nil) != damaged {
+			t.Fatalf("broken at byte %d: the copy is %v", at, j.Damaged())
+		}
 		want := 0
 		for _, e := range ends {
 			if int64(at) >= e {
@@ -102,23 +109,26 @@ func TestTornAnywhere(t *testing.T) {
 		if err := j.Close(); err != nil {
 			t.Fatal(err)
 		}
-		if got := len(open(t, path).Pending()); got != want+1 {
+		if got := len(open(t, dir).Pending()); got != want+1 {
 			t.Fatalf("broken at byte %d: %d events after one more, want %d", at, got, want+1)
 		}
 	}
 	for at := range data {
-		try(slices.Clone(data[:at]), at)
+		// A record that is cut off was being written when the agent died, so
+		// nobody was told that it is kept. Anything else is damage.
+		try(slices.Clone(data[:at]), at, 0 < at && at < len(magic))
 		flipped := slices.Clone(data)
 		flipped[at] ^= 0x41
-		try(flipped, at)
+		try(flipped, at, int64(at) < ends[1])
 	}
 }
 
 // TestRewriteFails makes a compaction fail after the file lost its name: later
 // events must not go to a file that nobody finds again.
 func TestRewriteFails(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "events")
-	j := open(t, path)
+	dir := layout.Dir(t.TempDir())
+	path := dir.Events()
+	j := open(t, dir)
 	add(t, j, "a")
 	if err := errors.Join(os.Remove(path), os.Mkdir(path, 0o700)); err != nil { // nothing can replace it
 		t.Fatal(err)
@@ -134,7 +144,7 @@ func TestRewriteFails(t *testing.T) {
 	}
 	add(t, j, "b")
 	var got []string
-	for _, e := range open(t, path).Pending() {
+	for _, e := range open(t, dir).Pending() {
 		got = append(got, e.Reason)
 	}
 	if !slices.Equal(got, []string{"a", "b"}) {
@@ -142,9 +152,52 @@ func TestRewriteFails(t *testing.T) {
 	}
 }
 
+// A journal that is damaged is kept as it was found.
+func TestDamagedJournalIsKept(t *testing.T) {
+	dir := layout.Dir(t.TempDir())
+	j := open(t, dir)
+	add(t, j, "a")
+	add(t, j, "b")
+	data, err := os.ReadFile(dir.Events())
+	if err != nil {
+		t.Fatal(err)
+	}
+	data[len(magic)+headLen] ^= 1
+	if err := os.WriteFile(dir.Events(), data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	j = open(t, dir)
+	add(t, j, "c")
+	items, err := unreadable.List(dir)
+	if err != nil || len(items) != 1 || items[0].Kind != unreadable.Journal || *j.Damaged() != items[0] {
+		t.Fatalf("kept %+v, %v; the journal says %+v", items, err, j.Damaged())
+	}
+	if kept, err := os.ReadFile(items[0].Path); err != nil || !bytes.Equal(kept, data) {
+		t.Errorf("the copy is another: %v", err)
+	}
+}
+
+// A journal of a later release is left alone.
+func TestNewerJournal(t *testing.T) {
+	dir := layout.Dir(t.TempDir())
+	data := []byte(magicWord + "2and whatever it holds")
+	if err := os.WriteFile(dir.Events(), data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err := Open(dir)
+	var newer *unreadable.NewerError
+	if !errors.As(err, &newer) || newer.Version != 2 || newer.Known != version || newer.Path != dir.Events() {
+		t.Fatalf("the error is %v", err)
+	}
+	if now, err := os.ReadFile(dir.Events()); err != nil || !bytes.Equal(now, data) {
+		t.Errorf("the journal has changed: %v", err)
+	}
+}
+
 func TestCompacts(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "events")
-	j := open(t, path)
+	dir := layout.Dir(t.TempDir())
+	path := dir.Events()
+	j := open(t, dir)
 	var biggest int64
 	for range 2000 {
 		e := add(t, j, "the virtual machine ended by itself")
@@ -166,7 +219,7 @@ func TestCompacts(t *testing.T) {
 }
 
 func TestFollow(t *testing.T) {
-	j := open(t, filepath.Join(t.TempDir(), "events"))
+	j := open(t, layout.Dir(t.TempDir()))
 	add(t, j, "old")
 	got := make(chan Event)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -197,8 +250,9 @@ func TestFollow(t *testing.T) {
 }
 
 func FuzzOpen(f *testing.F) {
-	path := filepath.Join(f.TempDir(), "events")
-	j := open(f, path)
+	dir := layout.Dir(f.TempDir())
+	path := dir.Events()
+	j := open(f, dir)
 	add(f, j, "reason")
 	_ = j.Ack(1)
 	add(f, j, "reason")

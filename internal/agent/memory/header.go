@@ -10,11 +10,16 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io"
 	"math"
+	"os"
+	"path/filepath"
 	"slices"
 	"sort"
 
 	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 )
 
 // BlockSize is what memory is divided in, in bytes: a page of x86-64.
@@ -97,6 +102,22 @@ func (h *header) encode() []byte {
 		b = le.AppendUint64(b, e.offset)
 	}
 	return le.AppendUint32(b, crc32.Checksum(b, castagnoli))
+}
+
+// Check returns an [unreadable.NewerError] if a later release wrote the memory
+// image in dir. It reads no more than the version.
+func Check(dir string) error {
+	path := filepath.Join(dir, headerFile)
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	b := make([]byte, len(magic)+4)
+	if _, err := io.ReadFull(f, b); err != nil || string(b[:len(magic)]) != magic {
+		return fmt.Errorf("%w: %s has no header", ErrCorrupt, path)
+	}
+	return unreadable.Check(path, int(binary.LittleEndian.Uint32(b[len(magic):])), version, version)
 }
 
 // decodeHeader reads what encode wrote and takes nothing else.

@@ -32,6 +32,8 @@ func kind(name, meaning string) Kind {
 var (
 	// Firewall reports another program's rules that drop guests' packets.
 	Firewall = kind("firewall", "another program's firewall rules drop guests' packets")
+	// Unreadable reports data on disk that the agent could not read and keeps.
+	Unreadable = kind("unreadable", "data on disk cannot be read, and is kept")
 )
 
 // Problem is one thing that is wrong with a host.

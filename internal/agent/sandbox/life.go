@@ -15,6 +15,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
+	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
@@ -40,6 +41,9 @@ type box struct {
 	begin   start // what it begins with
 	base    *base // the memory that its machine maps; nil: not known, or none
 	maybeVM bool  // there may be a machine that vm does not show
+	// unreadable is why its record cannot be read, or its machine not be taken
+	// back: its files are kept, and rec is not written over the record.
+	unreadable error
 
 	booted chan struct{} // closed when its start has ended, well or not
 	taken  chan struct{} // closed when it was taken back, well or not; nil: it was made by this agent
@@ -501,6 +505,9 @@ func (b *box) tryClean(why ending) error {
 	ctx, cancel := context.WithTimeout(context.Background(), cleanTimeout)
 	defer cancel()
 	dir, home := b.m.Dir, b.rec.Home
+	if b.unreadable != nil {
+		return b.setAside(ctx, why)
+	}
 	if b.rec.Ending == nil {
 		// So that the next agent, if this one dies now, does not take the end of
 		// the machine for its own doing.
@@ -529,6 +536,22 @@ func (b *box) tryClean(why ending) error {
 	if err := os.RemoveAll(dir.Sandbox(home)); err != nil {
 		return fmt.Errorf("remove folder: %w", err)
 	}
+	return nil
+}
+
+// setAside is tryClean of a sandbox whose files are kept.
+func (b *box) setAside(ctx context.Context, why ending) error {
+	if err := b.vacate(ctx); err != nil {
+		return err
+	}
+	if err := b.tell(why); err != nil {
+		return err
+	}
+	item, err := unreadable.Move(b.m.Dir, unreadable.Sandbox, b.m.Dir.Sandbox(b.rec.Home), b.unreadable)
+	if err != nil {
+		return err
+	}
+	b.log.Error("the files of a sandbox were set aside", "path", item.Path, "error", b.unreadable)
 	return nil
 }
 

@@ -13,13 +13,18 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
+	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// recordVersion changes when older agents cannot read the record any more.
-const recordVersion = 2
+// recordVersion is the version of the records that this agent writes, and
+// oldestRecord of the oldest that it reads. docs/upgrade.md has the rules.
+const (
+	recordVersion = 2
+	oldestRecord  = 2
+)
 
 // record is what is on disk of a sandbox: enough for the next agent to take
 // it back, or to remove it. It holds the sandbox's token.
@@ -82,17 +87,18 @@ func load(dir layout.Dir, home uuid.UUID) (record, error) {
 	if err != nil {
 		return record{}, err
 	}
-	return parseRecord(b, home)
+	return parseRecord(dir.SandboxRecord(home), b, home)
 }
 
-func parseRecord(b []byte, home uuid.UUID) (record, error) {
+func parseRecord(path string, b []byte, home uuid.UUID) (record, error) {
+	if err := unreadable.CheckJSON(path, b, oldestRecord, recordVersion); err != nil {
+		return record{}, err
+	}
 	var r record
 	if err := json.Unmarshal(b, &r); err != nil {
 		return record{}, fmt.Errorf("read record: %w", err)
 	}
 	switch {
-	case r.Version != recordVersion:
-		return record{}, fmt.Errorf("read record: version %d is not %d", r.Version, recordVersion)
 	case r.Home != home:
 		return record{}, fmt.Errorf("read record: it is of folder %s", r.Home)
 	case r.Sealed < 0 || r.Sealed > r.Disks || r.Disks > maxDisks+1:

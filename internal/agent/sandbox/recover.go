@@ -7,15 +7,21 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
 	"github.com/google/uuid"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
+	"github.com/wrenn-dev/wrenn/internal/agent/memory"
+	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -29,14 +35,46 @@ type found struct {
 	rec      record
 	vm       vmm.VM // nil: it is paused, or to be removed, as rec.Ending says
 	leftover bool   // there may be a machine all the same
+	// unreadable is why the record cannot be read, so that rec stands for it, or
+	// why its machine cannot be taken back; the files are kept.
+	unreadable error
 }
 
 // recoverTimeout bounds what is done for one sandbox.
 const recoverTimeout = 45 * time.Second
 
+// Newer returns an error for each record that a later release wrote. It changes
+// nothing.
+func Newer(dir layout.Dir) []*unreadable.NewerError {
+	var all []*unreadable.NewerError
+	look := func(err error) {
+		var newer *unreadable.NewerError
+		if errors.As(err, &newer) {
+			all = append(all, newer)
+		}
+	}
+	entries, _ := os.ReadDir(dir.Sandboxes()) // Recover reports the error
+	for _, e := range entries {
+		home, err := uuid.Parse(e.Name())
+		if err != nil {
+			continue
+		}
+		rec, err := load(dir, home)
+		look(err)
+		_, err = image.OpenCapture(dir.SandboxOrigin(home))
+		look(err)
+		if rec.Saved != nil {
+			look(memory.Check(filepath.Join(dir.SandboxSaved(home, *rec.Saved), "memory")))
+		}
+	}
+	return all
+}
+
 // Recover looks through the folders of sandboxes. It takes back the machines
 // that run and ends those of sandboxes that were half-made or half-removed,
-// so that nothing but what [Recovery.Slots] names is in use afterwards.
+// so that nothing but what [Recovery.Slots] names is in use afterwards. It
+// ends a machine whose record it cannot read or that it cannot take back,
+// because nothing can confine or stop it any more; the files are kept.
 func Recover(ctx context.Context, dir layout.Dir, d vmm.Driver, log *slog.Logger) (*Recovery, error) {
 	entries, err := os.ReadDir(dir.Sandboxes())
 	if errors.Is(err, fs.ErrNotExist) {
@@ -91,11 +129,21 @@ func (r *Recovery) Slots() []int {
 func find(ctx context.Context, dir layout.Dir, home uuid.UUID, d vmm.Driver, log *slog.Logger) found {
 	log = log.With("machine", home)
 	now := time.Now().UTC()
+	var lost error // why the files are kept
 	rec, err := load(dir, home)
 	switch {
-	case err != nil:
-		log.Warn("removing a sandbox without a readable record", "error", err)
+	case errors.Is(err, fs.ErrNotExist) && unused(dir, home):
+		log.Info("removing a folder in which nothing was made yet")
 		rec = record{Version: recordVersion, Home: home, Spec: Spec{ID: home}, CreatedAt: now, Ending: &ending{Reason: "it has no record", Time: now}}
+	case err != nil:
+		log.Error("the record of a sandbox cannot be read; its machine ends, and its files are kept", "error", err)
+		// Its home is its id, unless it began as a machine that waited. For the
+		// others the control plane notices that the host lacks them.
+		rec = record{
+			Version: recordVersion, Home: home, Spec: Spec{ID: home}, CreatedAt: now,
+			Ending: &ending{journal.Exited, "the host could not read the sandbox's record; it keeps the files", now},
+		}
+		lost = err
 	case rec.Ending != nil:
 		log.Info("removing a sandbox that was half-removed", "reason", firstLine(rec.Ending.Reason))
 	case rec.State == Paused:
@@ -119,17 +167,33 @@ func find(ctx context.Context, dir layout.Dir, home uuid.UUID, d vmm.Driver, log
 				return found{rec: rec, vm: vm}
 			}
 		}
+		if ctx.Err() == context.Canceled {
+			return found{rec: rec} // the agent stops, and has learned nothing about the machine
+		}
 		log.Warn("a sandbox's machine is not to be taken back", "error", err)
 		rec.Ending = &ending{journal.Exited, "the virtual machine ended while no host agent ran", now}
 		if !errors.Is(err, vmm.ErrGone) {
 			rec.Ending.Reason = "the virtual machine could not be taken back: " + err.Error()
+			lost = err
 		}
 	}
 	if err := d.Reap(ctx, leftover(rec)); err != nil {
 		log.Error("a machine cannot be ended", "error", err) // tried again when the sandbox is removed
 	}
-	return found{rec: rec}
+	return found{rec: rec, unreadable: lost}
 }
+
+// unused reports whether the folder of a sandbox has nothing but files that an
+// agent was killed while writing.
+func unused(dir layout.Dir, home uuid.UUID) bool {
+	entries, err := os.ReadDir(dir.Sandbox(home))
+	return err == nil && !slices.ContainsFunc(entries, func(e fs.DirEntry) bool {
+		return !atomicfile.IsTemporary(e.Name()) && !strings.HasPrefix(e.Name(), oldTemporary)
+	})
+}
+
+// oldTemporary begins the names of records that earlier agents were writing.
+const oldTemporary = "record-"
 
 // leftover names the machine of a sandbox whose machine may never have been
 // recorded.
@@ -148,7 +212,7 @@ func (m *Manager) adopt(ctx context.Context, f found) {
 	m.boxes[f.rec.Spec.ID] = b
 	m.mu.Unlock()
 	if f.rec.Ending != nil {
-		b.maybeVM = true
+		b.maybeVM, b.unreadable = true, f.unreadable
 		b.refuse()
 		m.wg.Go(func() { b.clean(*f.rec.Ending, nil) })
 		return

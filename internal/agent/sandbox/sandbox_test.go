@@ -225,7 +225,13 @@ func (w *world) Restore(_ context.Context, s vmm.Spec, from vmm.Saved) (vmm.VM, 
 const worldBlocks = 4
 
 // Attach implements vmm.Driver.
-func (w *world) Attach(_ context.Context, st vmm.State) (vmm.VM, error) {
+func (w *world) Attach(ctx context.Context, st vmm.State) (vmm.VM, error) {
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	if w.fails("attach") {
+		return nil, errInjected
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if vm := w.vms[st.ID]; vm != nil {
@@ -467,7 +473,7 @@ func (w *world) open(dir layout.Dir) *host {
 			}
 		}
 	}
-	j, err := journal.Open(dir.Events())
+	j, err := journal.Open(dir)
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -1095,7 +1101,7 @@ func FuzzParseRecord(f *testing.F) {
 	}
 	f.Add([]byte(`{}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		r, err := parseRecord(b, id)
+		r, err := parseRecord("sandbox.json", b, id)
 		if err == nil && r.State == Running && (r.Slot == nil || r.VM == nil) {
 			t.Error("a running sandbox without a place was read")
 		}

@@ -1,0 +1,93 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/agent/journal"
+	"github.com/wrenn-dev/wrenn/internal/agent/problem"
+	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
+	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+// CheckFormats returns an error if a later release wrote any of the data in
+// dir. It changes nothing.
+func CheckFormats(dir layout.Dir) error {
+	newer := sandbox.Newer(dir)
+	damaged, err := image.Examine(dir)
+	if err != nil {
+		return err
+	}
+	look := func(err error) {
+		var e *unreadable.NewerError
+		if errors.As(err, &e) {
+			newer = append(newer, e)
+		}
+	}
+	for _, d := range damaged {
+		look(d.Err)
+	}
+	look(journal.Check(dir.Events()))
+	switch len(newer) {
+	case 0:
+		return nil
+	case 1:
+		return newer[0]
+	}
+	return fmt.Errorf("%w (and %d more like it)", newer[0], len(newer)-1)
+}
+
+// setAside moves the templates and captures that cannot be read away, so that
+// the agent can start without them.
+func (a *Agent) setAside() error {
+	damaged, err := image.Examine(a.cfg.Dir)
+	if err != nil {
+		return err
+	}
+	items, err := image.SetAside(a.cfg.Dir, damaged)
+	for _, i := range items {
+		a.log.Error("unreadable data was set aside", "kind", i.Kind, "path", i.Path, "from", i.From, "reason", i.Reason)
+	}
+	return err
+}
+
+// templates returns the templates that can be read, and reports the others.
+func (a *Agent) templates() ([]image.Template, error) {
+	all, damaged, err := image.Load(a.cfg.Dir)
+	if err != nil {
+		return nil, err
+	}
+	if len(damaged) == 0 {
+		a.problems.Clear(problem.Unreadable, damagedTemplates)
+		return all, nil
+	}
+	a.problems.Report(problem.Unreadable, damagedTemplates, fmt.Sprintf(
+		"%d templates cannot be used, of which the first is in %s: %v. Repair it, or restart the agent, which then sets it aside.", len(damaged), damaged[0].Path, damaged[0].Err))
+	return all, nil
+}
+
+// damagedTemplates are those that were damaged while the agent ran.
+const damagedTemplates = "template in use"
+
+// reportUnreadable reports what was set aside for as long as it is there.
+func (a *Agent) reportUnreadable() error {
+	items, err := unreadable.List(a.cfg.Dir)
+	if err != nil {
+		return err
+	}
+	n := map[unreadable.Kind]int{}
+	for _, i := range items {
+		n[i.Kind]++
+	}
+	for _, kind := range unreadable.Kinds() {
+		if n[kind] == 0 {
+			a.problems.Clear(problem.Unreadable, string(kind))
+			continue
+		}
+		a.problems.Report(problem.Unreadable, string(kind), fmt.Sprintf(
+			"The agent could not read this and keeps it in %s: %s (%d). See \"wrenn doctor\" and docs/upgrade.md, then put it back or delete it.", a.cfg.Dir.Unreadable(), kind, n[kind]))
+	}
+	return nil
+}

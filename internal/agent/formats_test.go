@@ -1,0 +1,132 @@
+package agent
+
+import (
+	"errors"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/problem"
+	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+func put(t *testing.T, path, text string) {
+	t.Helper()
+	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, []byte(text), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestRefusesNewerData: an agent starts on nothing that a later release wrote,
+// and changes nothing.
+func TestRefusesNewerData(t *testing.T) {
+	const newer = `{"version": 1000, "other": {"new": "shape"}}`
+	team, template, home := uuid.New(), uuid.New(), uuid.New()
+	for name, path := range map[string]func(layout.Dir) string{
+		"sandbox":  func(d layout.Dir) string { return d.SandboxRecord(home) },
+		"origin":   func(d layout.Dir) string { return filepath.Join(d.SandboxOrigin(home), "capture.json") },
+		"template": func(d layout.Dir) string { return filepath.Join(d.Template(team, template), "template.json") },
+		"journal":  func(d layout.Dir) string { return d.Events() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := layout.Dir(t.TempDir())
+			text := newer
+			if name == "journal" {
+				text = "wrnjrnl2"
+			}
+			put(t, path(dir), text)
+			// What cannot be read must stay too, until it is known what to do.
+			put(t, dir.SandboxRecord(uuid.New()), "{")
+			before := list(t, dir)
+			_, err := New(t.Context(), Config{Dir: dir, Token: "token", Log: slog.New(slog.DiscardHandler)})
+			var e *unreadable.NewerError
+			if !errors.As(err, &e) || e.Path != path(dir) || e.Version <= e.Known {
+				t.Fatalf("the error is %v", err)
+			}
+			for _, says := range []string{e.Path, "nothing was changed", "docs/upgrade.md"} {
+				if !strings.Contains(err.Error(), says) {
+					t.Errorf("%q does not say %q", err, says)
+				}
+			}
+			if after := list(t, dir); after != before {
+				t.Errorf("there was %s, and is %s", before, after)
+			}
+		})
+	}
+}
+
+// list lists all files but those of running processes.
+func list(t *testing.T, dir layout.Dir) string {
+	t.Helper()
+	var b strings.Builder
+	err := filepath.WalkDir(string(dir), func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if path == dir.Run() {
+			return fs.SkipDir
+		}
+		text := ""
+		if !d.IsDir() {
+			var content []byte
+			content, err = os.ReadFile(path)
+			text = string(content)
+		}
+		b.WriteString(path + " " + text + "\n")
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
+}
+
+// TestUnreadableIsReported: for as long as it is kept.
+func TestUnreadableIsReported(t *testing.T) {
+	dir := layout.Dir(t.TempDir())
+	log := slog.New(slog.DiscardHandler)
+	path := filepath.Join(t.TempDir(), "problems")
+	problems, err := problem.Open(path, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &Agent{cfg: Config{Dir: dir}, log: log, problems: problems}
+	broken := dir.Template(uuid.New(), uuid.New())
+	put(t, filepath.Join(broken, "template.json"), "{")
+
+	// While the agent runs, it is left where it is.
+	if all, err := a.templates(); err != nil || len(all) != 0 {
+		t.Fatalf("the templates are %v, %v", all, err)
+	}
+	reported := problems.All()
+	if len(reported) != 1 || reported[0].Kind != problem.Unreadable || !strings.Contains(reported[0].Message, broken) {
+		t.Errorf("reported %+v", reported)
+	}
+	// The next start sets it aside.
+	if err := errors.Join(a.setAside(), a.reportUnreadable()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.templates(); err != nil {
+		t.Fatal(err)
+	}
+	reported = problems.All()
+	if len(reported) != 1 || reported[0].Object != string(unreadable.Template) || !strings.Contains(reported[0].Message, dir.Unreadable()) {
+		t.Errorf("then reported %+v", reported)
+	}
+	items, err := unreadable.List(dir)
+	if err != nil || len(items) != 1 || items[0].From != broken {
+		t.Fatalf("set aside %+v, %v", items, err)
+	}
+	if err := errors.Join(os.RemoveAll(items[0].Path), a.reportUnreadable()); err != nil {
+		t.Fatal(err)
+	}
+	if reported := problems.All(); len(reported) != 0 {
+		t.Errorf("at last reported %+v", reported)
+	}
+}

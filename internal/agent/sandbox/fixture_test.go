@@ -1,0 +1,349 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/agent/journal"
+	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+// testdata/data-N.tar.gz is what an agent of an earlier release has left: a
+// paused sandbox that counted to 3, one that ran, a template captured from the
+// first, and an event. Whoever changes a format first writes another one:
+//
+//	WRENN_FIXTURE=$PWD/internal/agent/sandbox/testdata/data-N.tar.gz go test -run TestWriteFixture ./internal/agent/sandbox
+var (
+	fixturePaused   = uuid.MustParse("00000000-0000-4000-8000-000000000001")
+	fixtureRan      = uuid.MustParse("00000000-0000-4000-8000-000000000002")
+	fixtureTemplate = uuid.MustParse("00000000-0000-4000-8000-000000000003")
+)
+
+func TestWriteFixture(t *testing.T) {
+	out := os.Getenv("WRENN_FIXTURE")
+	if out == "" {
+		t.Skip("writes a file where WRENN_FIXTURE says")
+	}
+	dir := layout.Dir(t.TempDir())
+	h := newWorld(t, 1).open(dir)
+	h.create(t, func(s *Spec) {
+		s.ID, s.Timeout, s.PauseOnTimeout, s.Envs = fixturePaused, time.Hour, true, map[string]string{"A": "b"}
+	})
+	h.create(t, func(s *Spec) { s.ID = fixtureRan })
+	for range 3 {
+		h.counts(t, fixturePaused)
+	}
+	if _, err := h.Pause(t.Context(), fixturePaused); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Snapshot(t.Context(), fixturePaused, fixtureTemplate, "snap", nil); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 2 {
+		e := journal.Event{Kind: journal.Paused, Sandbox: fixturePaused, Time: time.Date(2026, 11, 29, 12, 0, i, 0, time.UTC), Reason: "it was not used"}
+		if _, err := h.Journal.Append(e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := h.Journal.Ack(1); err != nil {
+		t.Fatal(err)
+	}
+	h.close()
+	tar := exec.Command("tar", "-C", string(dir), "--sparse", "--sort=name", "--mtime=2026-11-29", "--owner=0", "--group=0", "--numeric-owner", "-czf", out, ".")
+	if b, err := tar.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, b)
+	}
+}
+
+// fixtures unpacks what each earlier release has left.
+func fixtures(t *testing.T, f func(t *testing.T, dir layout.Dir)) {
+	all, err := filepath.Glob("testdata/data-*.tar.gz")
+	if err != nil || len(all) == 0 {
+		t.Fatalf("no fixtures: %v", err)
+	}
+	for _, name := range all {
+		t.Run(filepath.Base(name), func(t *testing.T) {
+			dir := t.TempDir()
+			if b, err := exec.Command("tar", "-C", dir, "-xzf", name).CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, b)
+			}
+			f(t, layout.Dir(dir))
+		})
+	}
+}
+
+// TestEarlierFormats starts an agent on what each earlier release has left.
+func TestEarlierFormats(t *testing.T) {
+	fixtures(t, func(t *testing.T, dir layout.Dir) {
+		if n := Newer(dir); len(n) != 0 {
+			t.Fatalf("a later release wrote %v", n[0])
+		}
+		if damaged, err := image.Examine(dir); err != nil || len(damaged) != 0 {
+			t.Fatalf("damaged are %v, %v", damaged, err)
+		}
+		h := newWorld(t, 1).open(dir)
+		defer h.close()
+		pending := h.Journal.Pending()
+		if len(pending) == 0 || pending[0].Seq != 2 || pending[0].Kind != journal.Paused || pending[0].Sandbox != fixturePaused {
+			t.Errorf("the journal has %+v", pending)
+		}
+		i := h.info(fixturePaused)
+		if i.State != Paused || !i.PauseOnTimeout || i.VCPUs != 1 || i.MemoryMiB != 128 || i.PausedAt.IsZero() {
+			t.Errorf("the paused sandbox is %+v", i)
+		}
+		if _, err := h.Resume(t.Context(), fixturePaused); err != nil {
+			t.Fatal(err)
+		}
+		h.runs(t, fixturePaused, 3)
+		// The machine of the other ended with its host.
+		h.awaitGone(t, fixtureRan)
+		if e := h.event(t, fixtureRan); e.Kind != journal.Exited {
+			t.Errorf("the event is %+v", e)
+		}
+		fromSnapshot := h.create(t, func(s *Spec) { s.Template, s.VCPUs, s.MemoryMiB = fixtureTemplate, 0, 0 })
+		h.runs(t, fromSnapshot, 3)
+		if items, err := unreadable.List(dir); err != nil || len(items) != 0 {
+			t.Errorf("set aside %+v, %v", items, err)
+		}
+	})
+}
+
+// edit replaces old in a file that was there.
+func edit(t *testing.T, path, old, new string) {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(b), old) {
+		t.Fatalf("%s has no %q", path, old)
+	}
+	// A new file: others have links to this one.
+	if err := errors.Join(os.Remove(path), os.WriteFile(path, []byte(strings.Replace(string(b), old, new, 1)), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestNewerFormats finds what a later release wrote, wherever it is.
+func TestNewerFormats(t *testing.T) {
+	fixtures(t, func(t *testing.T, dir layout.Dir) {
+		rec, err := load(dir, fixturePaused)
+		if err != nil {
+			t.Fatal(err)
+		}
+		origin := filepath.Join(dir.SandboxOrigin(fixtureRan), "capture.json")
+		header := filepath.Join(dir.SandboxSaved(fixturePaused, *rec.Saved), "memory", "header")
+		edit(t, header, "WRNMEMH\x00\x01", "WRNMEMH\x00\x02")
+		edit(t, origin, `"version": 1`, `"version": 7`)
+		got := map[string]int{}
+		for _, e := range Newer(dir) {
+			got[e.Path] = e.Version
+		}
+		if len(got) != 2 || got[header] != 2 || got[origin] != 7 {
+			t.Errorf("a later release wrote %v", got)
+		}
+		record := dir.SandboxRecord(fixturePaused)
+		edit(t, record, `"version": 2`, `"version": 3, "disks": {"new": "shape"}, "old": 0`)
+		if all := Newer(dir); len(all) != 2 || all[0].Path != record || all[0].Version != 3 || all[0].Known != recordVersion {
+			t.Errorf("a later release wrote %v", all)
+		}
+	})
+}
+
+// TestUnreadableSandboxIsKept: whatever an agent cannot read, it keeps.
+func TestUnreadableSandboxIsKept(t *testing.T) {
+	for name, damage := range map[string]func(path string) error{
+		"torn":            func(path string) error { return os.WriteFile(path, []byte(`{"version": 2,`), 0o600) },
+		"empty":           func(path string) error { return os.Truncate(path, 0) },
+		"gone":            os.Remove,
+		"an old version":  func(path string) error { return os.WriteFile(path, []byte(`{"version": 1}`), 0o600) },
+		"of another":      func(path string) error { return os.WriteFile(path, []byte(`{"version": 2}`), 0o600) },
+		"not even a file": func(path string) error { return errors.Join(os.Remove(path), os.Mkdir(path, 0o700)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, 1)
+			dir := layout.Dir(t.TempDir())
+			h := w.open(dir)
+			paused, running := h.create(t, nil), h.create(t, nil)
+			if _, err := h.Pause(t.Context(), paused); err != nil {
+				t.Fatal(err)
+			}
+			h.close()
+			before := map[uuid.UUID]map[string]int64{}
+			for _, id := range []uuid.UUID{paused, running} {
+				if err := damage(dir.SandboxRecord(id)); err != nil {
+					t.Fatal(err)
+				}
+				before[id] = sizes(t, dir.Sandbox(id))
+			}
+			h = w.open(dir)
+			defer h.close()
+			items := map[string]unreadable.Item{}
+			for id := range before {
+				h.awaitGone(t, id)
+				if e := h.event(t, id); e.Kind != journal.Exited || strings.Contains(e.Reason, string(dir)) {
+					t.Errorf("the event is %+v", e)
+				}
+			}
+			all, err := unreadable.List(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, i := range all {
+				items[i.From] = i
+			}
+			for id, want := range before {
+				i, ok := items[dir.Sandbox(id)]
+				if !ok || i.Kind != unreadable.Sandbox || i.Reason == "" {
+					t.Fatalf("set aside %+v", all)
+				}
+				got := sizes(t, i.Path)
+				for name, size := range want {
+					if got[name] != size {
+						t.Errorf("%s has %d bytes, before %d", name, got[name], size)
+					}
+				}
+			}
+			h.nothingLeft() // no machine that nobody can stop
+		})
+	}
+}
+
+// sizes returns the size of each file below a folder.
+func sizes(t *testing.T, dir string) map[string]int64 {
+	t.Helper()
+	all := map[string]int64{}
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		name, err := filepath.Rel(dir, path)
+		all[name] = info.Size()
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// TestNotTakenBackIsKept: a machine that does not let itself be taken back ends,
+// but its disks are kept.
+func TestNotTakenBackIsKept(t *testing.T) {
+	w := newWorld(t, 1)
+	dir := layout.Dir(t.TempDir())
+	h := w.open(dir)
+	id := h.create(t, nil)
+	h.close()
+	want := sizes(t, dir.Sandbox(id))
+	w.setFailing(map[string]float64{"attach": 1})
+	h = w.open(dir)
+	defer h.close()
+	h.awaitGone(t, id)
+	if e := h.event(t, id); e.Kind != journal.Exited {
+		t.Errorf("the event is %+v", e)
+	}
+	items, err := unreadable.List(dir)
+	if err != nil || len(items) != 1 {
+		t.Fatalf("set aside %+v, %v", items, err)
+	}
+	if got := sizes(t, items[0].Path); !maps.Equal(got, want) {
+		t.Errorf("kept %v of %v", got, want)
+	}
+	h.nothingLeft()
+}
+
+// TestStoppedWhileItStarts: an agent that is stopped while it looks for what
+// runs ends nothing.
+func TestStoppedWhileItStarts(t *testing.T) {
+	w := newWorld(t, 1)
+	dir := layout.Dir(t.TempDir())
+	h := w.open(dir)
+	id := h.create(t, nil)
+	h.close()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := Recover(ctx, dir, w, slog.New(slog.DiscardHandler)); err == nil {
+		t.Error("it did not stop")
+	}
+	h = w.open(dir)
+	defer h.close()
+	h.runs(t, id, 0)
+	h.destroyAll()
+	h.nothingLeft()
+}
+
+// TestSetAsideIsTriedAgain: a machine that does not end, or a full disk, only
+// delays it.
+func TestSetAsideIsTriedAgain(t *testing.T) {
+	w := newWorld(t, 1)
+	dir := layout.Dir(t.TempDir())
+	h := w.open(dir)
+	id := h.create(t, nil)
+	h.close()
+	if err := os.Truncate(dir.SandboxRecord(id), 0); err != nil {
+		t.Fatal(err)
+	}
+	w.setFailing(map[string]float64{"kill": 1})
+	h = w.open(dir)
+	if err := h.Destroy(t.Context(), id); err == nil {
+		t.Error("it is gone while its machine runs")
+	}
+	if items, err := unreadable.List(dir); err != nil || len(items) != 0 {
+		t.Errorf("set aside under a machine that runs: %+v, %v", items, err)
+	}
+	h.close()
+	w.setFailing(nil)
+	h = w.open(dir)
+	defer h.close()
+	h.awaitGone(t, id)
+	if items, err := unreadable.List(dir); err != nil || len(items) != 1 {
+		t.Errorf("set aside %+v, %v", items, err)
+	}
+	h.nothingLeft()
+}
+
+// TestKilledBeforeRecord: what an agent was killed while making is removed.
+func TestKilledBeforeRecord(t *testing.T) {
+	w := newWorld(t, 1)
+	dir := layout.Dir(t.TempDir())
+	w.open(dir).close()
+	for _, name := range []string{"", ".sandbox.json.tmp-1", "record-1"} {
+		home := dir.Sandbox(uuid.New())
+		if err := os.Mkdir(home, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if name == "" {
+			continue
+		}
+		if err := os.WriteFile(filepath.Join(home, name), []byte("{"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h := w.open(dir)
+	defer h.close()
+	for _, i := range h.List() {
+		h.awaitGone(t, i.ID)
+	}
+	h.nothingLeft()
+	if items, err := unreadable.List(dir); err != nil || len(items) != 0 {
+		t.Errorf("set aside %+v, %v", items, err)
+	}
+}

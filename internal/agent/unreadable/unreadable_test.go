@@ -1,0 +1,81 @@
+package unreadable
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+func TestMove(t *testing.T) {
+	dir := layout.Dir(t.TempDir())
+	if got, err := List(dir); err != nil || len(got) != 0 {
+		t.Fatalf("an installation without such data has %v, %v", got, err)
+	}
+	from := filepath.Join(string(dir), "thing")
+	for range 2 { // two of one name
+		if err := os.MkdirAll(filepath.Join(from, "inside"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		item, err := Move(dir, Sandbox, from, errors.New("broken"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := os.Stat(filepath.Join(item.Path, "inside")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := os.Stat(from); err == nil {
+			t.Fatal("it is still where it was")
+		}
+	}
+	got, err := List(dir)
+	if err != nil || len(got) != 2 || got[0].Path == got[1].Path {
+		t.Fatalf("listed %+v, %v", got, err)
+	}
+	for _, i := range got {
+		if i.Kind != Sandbox || i.From != from || i.Reason != "broken" || i.Time.IsZero() {
+			t.Errorf("listed %+v", i)
+		}
+	}
+	// A note that is damaged hides nothing.
+	if err := os.WriteFile(got[0].Path+noteSuffix, []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if again, err := List(dir); err != nil || len(again) != 2 || again[0].Kind != Sandbox {
+		t.Fatalf("listed %+v, %v", again, err)
+	}
+}
+
+func TestMoveNothing(t *testing.T) {
+	dir := layout.Dir(t.TempDir())
+	if _, err := Move(dir, Template, filepath.Join(string(dir), "none"), errors.New("broken")); err == nil {
+		t.Fatal("moved what does not exist")
+	}
+	if entries, err := os.ReadDir(dir.Unreadable()); err != nil || len(entries) != 0 {
+		t.Fatalf("left %v, %v", entries, err)
+	}
+}
+
+func TestCheck(t *testing.T) {
+	for version := 1; version <= 3; version++ {
+		if err := Check("file", version, 1, 3); err != nil {
+			t.Error(err)
+		}
+	}
+	var newer *NewerError
+	err := Check("/data/file", 4, 1, 3)
+	if !errors.As(err, &newer) {
+		t.Fatalf("the error is %v", err)
+	}
+	for _, says := range []string{"/data/file", "version 4", "up to 3", "nothing was changed"} {
+		if !strings.Contains(err.Error(), says) {
+			t.Errorf("%q does not say %q", err, says)
+		}
+	}
+	if err := Check("file", 0, 1, 3); err == nil || errors.As(err, &newer) {
+		t.Errorf("the error is %v", err)
+	}
+}
