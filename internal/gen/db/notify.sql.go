@@ -41,49 +41,41 @@ func (q *Queries) ChannelWorks(ctx context.Context, id uuid.UUID) error {
 	return err
 }
 
-const claimDeliveries = `-- name: ClaimDeliveries :many
+const claimDelivery = `-- name: ClaimDelivery :one
 UPDATE deliveries SET attempts = attempts + 1, tried_at = now(), next_at = now() + make_interval(secs => $1::float8)
-WHERE id IN (SELECT d.id FROM deliveries d WHERE d.state = 'pending' AND d.next_at <= now() ORDER BY d.next_at LIMIT $2 FOR UPDATE SKIP LOCKED)
+WHERE id = (
+    SELECT d.id FROM deliveries d JOIN channels c ON c.id = d.channel_id
+    WHERE d.state = 'pending' AND d.next_at <= now() AND c.id <> ALL ($2::uuid[]) AND c.team_id <> ALL ($3::uuid[])
+    ORDER BY d.next_at LIMIT 1 FOR UPDATE OF d SKIP LOCKED)
 RETURNING id, channel_id, event, body, state, created_at, attempts, next_at, tried_at, took_ms, status, error
 `
 
-type ClaimDeliveriesParams struct {
-	Secs    float64
-	MaxRows int32
+type ClaimDeliveryParams struct {
+	Secs         float64
+	BusyChannels []uuid.UUID
+	BusyTeams    []uuid.UUID
 }
 
-// Those that are due, which nobody else tries until they are due again.
-func (q *Queries) ClaimDeliveries(ctx context.Context, arg ClaimDeliveriesParams) ([]Delivery, error) {
-	rows, err := q.db.Query(ctx, claimDeliveries, arg.Secs, arg.MaxRows)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	var items []Delivery
-	for rows.Next() {
-		var i Delivery
-		if err := rows.Scan(
-			&i.ID,
-			&i.ChannelID,
-			&i.Event,
-			&i.Body,
-			&i.State,
-			&i.CreatedAt,
-			&i.Attempts,
-			&i.NextAt,
-			&i.TriedAt,
-			&i.TookMs,
-			&i.Status,
-			&i.Error,
-		); err != nil {
-			return nil, err
-		}
-		items = append(items, i)
-	}
-	if err := rows.Err(); err != nil {
-		return nil, err
-	}
-	return items, nil
+// One that is due, which nobody else tries until it is due again: of no channel
+// and no team that has as many under way as it may.
+func (q *Queries) ClaimDelivery(ctx context.Context, arg ClaimDeliveryParams) (Delivery, error) {
+	row := q.db.QueryRow(ctx, claimDelivery, arg.Secs, arg.BusyChannels, arg.BusyTeams)
+	var i Delivery
+	err := row.Scan(
+		&i.ID,
+		&i.ChannelID,
+		&i.Event,
+		&i.Body,
+		&i.State,
+		&i.CreatedAt,
+		&i.Attempts,
+		&i.NextAt,
+		&i.TriedAt,
+		&i.TookMs,
+		&i.Status,
+		&i.Error,
+	)
+	return i, err
 }
 
 const countChannels = `-- name: CountChannels :one
@@ -387,12 +379,18 @@ func (q *Queries) ListDeliveries(ctx context.Context, arg ListDeliveriesParams) 
 }
 
 const nextDelivery = `-- name: NextDelivery :one
-SELECT COALESCE(EXTRACT(EPOCH FROM min(next_at) - now()), 3600)::float8 AS secs FROM deliveries WHERE state = 'pending'
+SELECT COALESCE(EXTRACT(EPOCH FROM min(d.next_at) - now()), 3600)::float8 AS secs FROM deliveries d JOIN channels c ON c.id = d.channel_id
+WHERE d.state = 'pending' AND c.id <> ALL ($1::uuid[]) AND c.team_id <> ALL ($2::uuid[])
 `
 
-// Seconds until the next is due.
-func (q *Queries) NextDelivery(ctx context.Context) (float64, error) {
-	row := q.db.QueryRow(ctx, nextDelivery)
+type NextDeliveryParams struct {
+	BusyChannels []uuid.UUID
+	BusyTeams    []uuid.UUID
+}
+
+// Seconds until the next is due that [ClaimDelivery] would return.
+func (q *Queries) NextDelivery(ctx context.Context, arg NextDeliveryParams) (float64, error) {
+	row := q.db.QueryRow(ctx, nextDelivery, arg.BusyChannels, arg.BusyTeams)
 	var secs float64
 	err := row.Scan(&secs)
 	return secs, err

@@ -19,11 +19,15 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/each"
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	"github.com/wrenn-dev/wrenn/internal/server/mail"
 )
+
+// errInternal is what people see of a fault of ours.
+var errInternal = errors.New("internal error")
 
 // client sends messages over HTTP to the addresses that its policy allows. It
 // follows no redirect, and uses no proxy, which would resolve names by itself.
@@ -80,7 +84,16 @@ func (s *Service) deliver(ctx context.Context, c db.Channel, d db.Delivery) outc
 	ctx, cancel := context.WithTimeout(ctx, tryWithin)
 	defer cancel()
 	begun := time.Now()
-	status, err := s.send(ctx, c, d)
+	var status int
+	err := each.Safely(func() (err error) {
+		status, err = s.send(ctx, c, d)
+		return err
+	})
+	var bug *each.PanicError
+	if errors.As(err, &bug) {
+		s.Log.Error("deliver", "delivery", d.ID, "channel", c.ID, "kind", c.Kind, "error", err)
+		err = errInternal
+	}
 	return outcome{status, time.Since(begun), err}
 }
 

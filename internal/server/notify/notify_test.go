@@ -447,3 +447,51 @@ func TestGivingUp(t *testing.T) {
 		t.Errorf("test: %+v, %v", d, err)
 	}
 }
+
+// TestHangingReceivers has receivers of one team hang, and one of its channels
+// panic: what another team and another channel of the team are told is not held up.
+func TestHangingReceivers(t *testing.T) {
+	b := newBench(t, pgtest.New(t))
+	other := newBench(t, b.conn.Config().ConnString())
+	b.exec("INSERT INTO teams (id, name) VALUES ($1, 'team'), ($2, 'other')", b.team, other.team)
+	let, hanging := make(chan struct{}), make(chan struct{}, 1000)
+	hangs := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		hanging <- struct{}{}
+		select {
+		case <-let:
+		case <-r.Context().Done():
+		}
+	}))
+	defer hangs.Close()
+	defer close(let)
+	works, others := newReceiver(t), newReceiver(t)
+	for range 3 {
+		b.channel(Slack, hangs.URL, "sandbox.started")
+	}
+	b.channel(Slack, works.URL, "sandbox.ended")
+	other.channel(Slack, others.URL, "sandbox.started")
+	name, address := "c", "ops@example.com"
+	if _, err := b.Create(t.Context(), b.team, true, Params{Kind: Email, Name: &name, Events: []string{"quota.reached"}, Address: &address}); err != nil {
+		t.Fatal(err)
+	}
+	b.Mail = nil // whose use panics
+	// Older than all else, and more than a server tries at once.
+	for range 2 * workers {
+		b.exec("SELECT notify_channels($1, 'sandbox.started', '{}')", b.team)
+	}
+	b.exec("SELECT notify_channels($1, 'quota.reached', '{}')", b.team)
+	b.exec("SELECT notify_channels($1, 'sandbox.ended', '{}')", b.team)
+	b.exec("SELECT notify_channels($1, 'sandbox.started', '{}')", other.team)
+	b.run()
+	<-hanging
+	b.eventually("others are told", func() bool { return len(works.received()) == 1 && len(others.received()) == 1 })
+	b.eventually("the panic is a failed attempt", func() (ok bool) {
+		err := b.conn.QueryRow(t.Context(), "SELECT count(*) = 1 FROM deliveries WHERE event = 'quota.reached' AND error = 'internal error' AND state = 'pending'").Scan(&ok)
+		return err == nil && ok
+	})
+	var waits bool
+	if err := b.conn.QueryRow(t.Context(), "SELECT bool_and(attempts <= 1 AND error = '') FROM deliveries WHERE event = 'sandbox.started' AND state = 'pending'").Scan(&waits); err != nil || !waits {
+		t.Errorf("others had to wait until a receiver's time was over: %v", err)
+	}
+}

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/google/uuid"
 	"golang.org/x/crypto/chacha20poly1305"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
@@ -15,8 +16,12 @@ import (
 )
 
 const (
-	// workers is how many deliveries a server tries at once.
-	workers = 8
+	// workers is how many deliveries a server tries at once, ofChannel how many of
+	// one channel and ofTeam of one team, so that receivers that hang hold up their
+	// own channel alone, and a team that has only such ones no other.
+	workers   = 32
+	ofChannel = 2
+	ofTeam    = 8
 	// tryWithin bounds one attempt, claimFor is how long nobody else makes one.
 	tryWithin = 15 * time.Second
 	claimFor  = 2 * time.Minute
@@ -52,22 +57,60 @@ func wait(n int32) time.Duration {
 	return d/2 + mathrand.N(d)
 }
 
+// underWay are the deliveries that a server tries now.
+type underWay struct {
+	wg sync.WaitGroup
+
+	mu       sync.Mutex
+	all      int
+	channels map[uuid.UUID]int
+	teams    map[uuid.UUID]int
+}
+
+// count adds n to what is under way of a channel.
+func (u *underWay) count(n int, c db.Channel) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.all += n
+	u.channels[c.ID] += n
+	u.teams[c.TeamID] += n
+	if u.channels[c.ID] == 0 {
+		delete(u.channels, c.ID)
+	}
+	if u.teams[c.TeamID] == 0 {
+		delete(u.teams, c.TeamID)
+	}
+}
+
+// busy returns the channels and teams of which no more may be begun, and
+// whether nothing may.
+func (u *underWay) busy() (channels, teams []uuid.UUID, full bool) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	channels, teams = []uuid.UUID{}, []uuid.UUID{}
+	for of, n := range u.channels {
+		if n >= ofChannel {
+			channels = append(channels, of)
+		}
+	}
+	for of, n := range u.teams {
+		if n >= ofTeam {
+			teams = append(teams, of)
+		}
+	}
+	return channels, teams, u.all >= workers
+}
+
 // Run delivers until ctx is done.
 func (s *Service) Run(ctx context.Context) {
 	var wg sync.WaitGroup
-	wg.Go(func() {
-		s.Store.Listen(ctx, s.Log, "wrenn_deliveries", func(string) {
-			select {
-			case s.wake <- struct{}{}:
-			default:
-			}
-		})
-	})
+	wg.Go(func() { s.Store.Listen(ctx, s.Log, "wrenn_deliveries", func(string) { s.look() }) })
 	wg.Go(func() { s.prune(ctx) })
+	u := &underWay{channels: make(map[uuid.UUID]int), teams: make(map[uuid.UUID]int)}
 	defer wg.Wait()
+	defer u.wg.Wait()
 	for ctx.Err() == nil {
-		pause := s.round(ctx)
-		t := time.NewTimer(pause)
+		t := time.NewTimer(s.begin(ctx, u))
 		select {
 		case <-s.wake:
 		case <-t.C:
@@ -77,45 +120,57 @@ func (s *Service) Run(ctx context.Context) {
 	}
 }
 
-// round tries all that is due, and returns how long there is nothing to do.
-func (s *Service) round(ctx context.Context) time.Duration {
+// look has Run look for deliveries.
+func (s *Service) look() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// begin begins all that is due and may be, and returns how long there is
+// nothing to do unless something happens: the end of a delivery wakes Run.
+func (s *Service) begin(ctx context.Context, u *underWay) time.Duration {
 	for {
-		due, err := s.Store.ClaimDeliveries(ctx, db.ClaimDeliveriesParams{Secs: claimFor.Seconds(), MaxRows: workers})
+		channels, teams, full := u.busy()
+		if full {
+			return time.Minute
+		}
+		d, err := s.Store.ClaimDelivery(ctx, db.ClaimDeliveryParams{Secs: claimFor.Seconds(), BusyChannels: channels, BusyTeams: teams})
+		if errors.Is(err, store.ErrNoRows) {
+			secs, err := s.Store.NextDelivery(ctx, db.NextDeliveryParams{BusyChannels: channels, BusyTeams: teams})
+			if err != nil {
+				return minWait
+			}
+			return min(max(time.Duration(secs*float64(time.Second)), 100*time.Millisecond), time.Minute)
+		}
 		if err != nil {
 			if ctx.Err() == nil {
 				s.Log.Warn("look for deliveries", "error", err)
 			}
 			return minWait
 		}
-		var wg sync.WaitGroup
-		for _, d := range due {
-			wg.Go(func() {
-				if err := s.try(ctx, d); err != nil && ctx.Err() == nil {
-					s.Log.Warn("write what became of a delivery", "delivery", d.ID, "error", err)
-				}
-			})
+		c, err := s.Store.GetChannel(ctx, d.ChannelID)
+		if errors.Is(err, store.ErrNoRows) {
+			continue // It was deleted, and the delivery with it.
 		}
-		wg.Wait()
-		if len(due) == workers {
-			continue
-		}
-		secs, err := s.Store.NextDelivery(ctx)
 		if err != nil {
-			return minWait
+			s.Log.Warn("look up channel", "error", err)
+			return minWait // The delivery is due again in a while.
 		}
-		return min(max(time.Duration(secs*float64(time.Second)), 100*time.Millisecond), time.Minute)
+		u.count(1, c)
+		u.wg.Go(func() {
+			defer s.look()
+			defer u.count(-1, c)
+			if err := s.try(ctx, c, d); err != nil && ctx.Err() == nil {
+				s.Log.Warn("write what became of a delivery", "delivery", d.ID, "error", err)
+			}
+		})
 	}
 }
 
 // try tries a delivery and writes down how that went.
-func (s *Service) try(ctx context.Context, d db.Delivery) error {
-	c, err := s.Store.GetChannel(ctx, d.ChannelID)
-	if errors.Is(err, store.ErrNoRows) {
-		return nil // It was deleted, and the delivery with it.
-	}
-	if err != nil {
-		return err
-	}
+func (s *Service) try(ctx context.Context, c db.Channel, d db.Delivery) error {
 	if !c.Enabled {
 		return s.Store.DeliveryTried(ctx, db.DeliveryTriedParams{ID: d.ID, State: "failed", Error: "the channel is disabled"})
 	}
@@ -134,7 +189,7 @@ func (s *Service) try(ctx context.Context, d db.Delivery) error {
 	if d.Attempts < attempts {
 		tried.State, tried.Secs = "pending", wait(d.Attempts).Seconds()
 	}
-	err = s.Store.DeliveryTried(ctx, tried)
+	err := s.Store.DeliveryTried(ctx, tried)
 	enabled, failErr := s.Store.ChannelFails(ctx, db.ChannelFailsParams{ID: c.ID, Secs: giveUpAfter.Seconds(), Reason: "nothing was delivered for 3 days: " + out.problem()})
 	if failErr == nil && !enabled {
 		s.Log.Warn("channel disabled", "channel", c.ID, "kind", c.Kind)
@@ -160,11 +215,24 @@ func (s *Service) prune(ctx context.Context) {
 
 func (s *Service) forget(ctx context.Context) error {
 	mine, err := s.Store.Lease(ctx, "deliveries", 2*pruneEvery)
-	for n := int64(batch); mine && err == nil && n == batch; {
-		n, err = s.Store.ForgetDeliveries(ctx, db.ForgetDeliveriesParams{Before: time.Now().Add(-kept), MaxRows: batch})
+	if err != nil || !mine {
+		return err
 	}
-	for n := int64(batch); mine && err == nil && n == batch; {
-		n, err = s.Store.TrimDeliveries(ctx, db.TrimDeliveriesParams{Keep: keep, MaxRows: batch})
+	var errs []error
+	for _, forget := range []func() (int64, error){
+		func() (int64, error) {
+			return s.Store.ForgetDeliveries(ctx, db.ForgetDeliveriesParams{Before: time.Now().Add(-kept), MaxRows: batch})
+		},
+		func() (int64, error) {
+			return s.Store.TrimDeliveries(ctx, db.TrimDeliveriesParams{Keep: keep, MaxRows: batch})
+		},
+	} {
+		for n := int64(batch); n == batch; {
+			if n, err = forget(); err != nil {
+				errs = append(errs, err)
+				break
+			}
+		}
 	}
-	return err
+	return errors.Join(errs...)
 }

@@ -46,15 +46,20 @@ SELECT EXISTS (SELECT 1 FROM deliveries JOIN channels ON channels.id = deliverie
 -- One that is being tried.
 INSERT INTO deliveries (id, channel_id, event, body, attempts, tried_at, state) VALUES ($1, $2, $3, $4, 1, now(), 'failed') RETURNING *;
 
--- name: ClaimDeliveries :many
--- Those that are due, which nobody else tries until they are due again.
+-- name: ClaimDelivery :one
+-- One that is due, which nobody else tries until it is due again: of no channel
+-- and no team that has as many under way as it may.
 UPDATE deliveries SET attempts = attempts + 1, tried_at = now(), next_at = now() + make_interval(secs => @secs::float8)
-WHERE id IN (SELECT d.id FROM deliveries d WHERE d.state = 'pending' AND d.next_at <= now() ORDER BY d.next_at LIMIT @max_rows FOR UPDATE SKIP LOCKED)
+WHERE id = (
+    SELECT d.id FROM deliveries d JOIN channels c ON c.id = d.channel_id
+    WHERE d.state = 'pending' AND d.next_at <= now() AND c.id <> ALL (@busy_channels::uuid[]) AND c.team_id <> ALL (@busy_teams::uuid[])
+    ORDER BY d.next_at LIMIT 1 FOR UPDATE OF d SKIP LOCKED)
 RETURNING *;
 
 -- name: NextDelivery :one
--- Seconds until the next is due.
-SELECT COALESCE(EXTRACT(EPOCH FROM min(next_at) - now()), 3600)::float8 AS secs FROM deliveries WHERE state = 'pending';
+-- Seconds until the next is due that [ClaimDelivery] would return.
+SELECT COALESCE(EXTRACT(EPOCH FROM min(d.next_at) - now()), 3600)::float8 AS secs FROM deliveries d JOIN channels c ON c.id = d.channel_id
+WHERE d.state = 'pending' AND c.id <> ALL (@busy_channels::uuid[]) AND c.team_id <> ALL (@busy_teams::uuid[]);
 
 -- name: DeliveryTried :exec
 UPDATE deliveries SET state = @state, next_at = now() + make_interval(secs => @secs::float8), took_ms = @took_ms, status = @status, error = @error WHERE id = @id;
