@@ -52,7 +52,7 @@ type box struct {
 	retry  chan struct{} // somebody wants it cleaned now
 	orders chan *order
 
-	mu        sync.Mutex
+	mu        sync.Mutex // locked after the manager's, see [Manager]
 	rec       record
 	steps     []Step
 	slot      Slot

@@ -80,7 +80,7 @@ const (
 type Manager struct {
 	Config
 	boots   chan struct{} // one taken a boot
-	closing chan struct{} // closed: sandboxes are let go of
+	closing chan struct{} // closed, under mu: sandboxes are let go of
 	wg      sync.WaitGroup
 
 	bases bases
@@ -88,6 +88,8 @@ type Manager struct {
 
 	flattening sync.Mutex // held while a file system is flattened
 
+	// mu is locked before a box's mu, which is locked before those of bases and
+	// trackers. Who holds a box's mu calls nothing that locks this one.
 	mu          sync.Mutex
 	boxes       map[uuid.UUID]*box
 	nameless    map[*box]struct{} // machines that are no sandbox: captured from, or waiting
@@ -95,9 +97,8 @@ type Manager struct {
 	leaving     map[*box]struct{} // paused sandboxes whose machines are being ended
 	fewer       chan struct{}     // closed and replaced when leaving has one less
 	refuse      error             // why no sandbox is created any more
-	isClosing   bool
-	starting    int // sandboxes that are being created
-	reservedMiB int // for all but machines that wait
+	starting    int               // sandboxes that are being created
+	reservedMiB int               // for all but machines that wait
 }
 
 // Open makes a manager that goes on with what r found.
@@ -357,10 +358,14 @@ func (m *Manager) remove(b *box) {
 	}
 }
 
+// isClosed takes no lock, so that it can be called under a box's.
 func (m *Manager) isClosed() bool {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.isClosing
+	select {
+	case <-m.closing:
+		return true
+	default:
+		return false
+	}
 }
 
 func (m *Manager) find(id uuid.UUID) (*box, error) {
@@ -481,8 +486,7 @@ func (m *Manager) Terminate(ctx context.Context) error {
 func (m *Manager) Close(ctx context.Context) (slots []int, err error) {
 	m.mu.Lock()
 	m.refuse = ErrClosing
-	if !m.isClosing {
-		m.isClosing = true
+	if !m.isClosed() {
 		close(m.closing)
 	}
 	m.mu.Unlock()

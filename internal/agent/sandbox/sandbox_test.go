@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -956,6 +957,68 @@ func TestNextAgentTakesBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.nothingLeft()
+}
+
+// TestLockOrder: whoever looks at a sandbox, refuses to use it, waits for it or
+// lets go of it, in whatever order, nobody waits for ever.
+func TestLockOrder(t *testing.T) {
+	w := newWorld(t, 1)
+	h := w.open(layout.Dir(t.TempDir()))
+	s := spec()
+	if _, err := h.Create(t.Context(), s); err != nil {
+		t.Fatal(err)
+	}
+	b, err := h.find(s.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.tracker.Shut() // as it is in the moment in which a sandbox expires
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	for range 2 {
+		for _, call := range []func(){
+			func() {
+				if u, err := h.Use(t.Context(), s.ID); err == nil {
+					u.End()
+					t.Error("it was used")
+				}
+			},
+			func() { _, _ = h.Create(t.Context(), s) },
+			func() { h.List(); h.Memory() },
+			func() { _, _ = h.Get(s.ID) },
+		} {
+			wg.Go(func() {
+				for {
+					select {
+					case <-stop:
+						return
+					default:
+						call()
+					}
+				}
+			})
+		}
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for range 1000 {
+			_, _ = h.Create(t.Context(), s)
+			_, _ = h.Use(t.Context(), s.ID)
+		}
+		h.close()
+		for range 100 { // what is closed is asked, too
+			_, _ = h.Use(t.Context(), s.ID)
+		}
+		close(stop)
+		wg.Wait()
+	}()
+	select {
+	case <-done:
+	case <-time.After(2 * time.Minute):
+		buf := make([]byte, 1<<20)
+		t.Fatalf("it hangs:\n%s", buf[:runtime.Stack(buf, true)])
+	}
 }
 
 // TestRandomLives lets many callers do random things while steps fail at
