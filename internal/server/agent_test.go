@@ -218,7 +218,8 @@ func (a *agent) stateOf(sandbox string) hostagentv1.SandboxState {
 	return a.sandboxes[sandbox].GetState()
 }
 
-// called is how often one of the calls of on was made.
+// called is how often the host was asked for one of the calls of on, for a
+// sandbox ("get"), for all ("list") or for what they use ("samples").
 func (a *agent) called(call string) int {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -363,6 +364,7 @@ func (a *agent) hasTemplate(template string) bool {
 func (a *agent) Get(_ context.Context, req *connect.Request[hostagentv1.GetRequest]) (*connect.Response[hostagentv1.GetResponse], error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.calls["get"]++
 	sb := a.sandboxes[req.Msg.SandboxId]
 	if sb == nil {
 		return nil, connect.NewError(connect.CodeNotFound, errors.New("no such sandbox"))
@@ -416,6 +418,7 @@ func (a *agent) Destroy(ctx context.Context, req *connect.Request[hostagentv1.De
 func (a *agent) List(context.Context, *connect.Request[hostagentv1.ListRequest]) (*connect.Response[hostagentv1.ListResponse], error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.calls["list"]++
 	var r hostagentv1.ListResponse
 	for _, sb := range a.sandboxes {
 		r.Sandboxes = append(r.Sandboxes, proto.CloneOf(sb))

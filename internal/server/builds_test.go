@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -15,6 +16,7 @@ import (
 
 	"connectrpc.com/connect"
 
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/recipe/buildcontext"
 )
 
@@ -239,11 +241,7 @@ func TestBuildCancelled(t *testing.T) {
 			return ctx.Err()
 		})
 		build := p.build(map[string]any{"name": "never", "recipe": recipe, "no_cache": at.n > 3 && at.call == "run"})
-		select {
-		case <-reached:
-		case <-time.After(20 * time.Second):
-			t.Fatalf("%v is not reached: %q", at, steps(p.call("GET", "/v1/templates/builds/"+build, nil).object()))
-		}
+		await.Recv(t, fmt.Sprintf("%v is reached", at), reached)
 		p.call("POST", "/v1/templates/builds/"+build+"/cancel", nil).want(200)
 		b := p.ended(build)
 		if b["state"] != "cancelled" {

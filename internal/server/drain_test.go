@@ -14,7 +14,7 @@ import (
 func TestDrain(t *testing.T) {
 	p := newPlane(t)
 	p.end()
-	const beat, idle = 200 * time.Millisecond, 5 * time.Second
+	const beat, idle = time.Second, 5 * time.Second
 	p.config.Heartbeat, p.config.DrainIdle, p.config.AgentURL, p.config.AgentToken = beat, idle, "", ""
 	p.start()
 	h := p.enroll("a")
@@ -35,7 +35,7 @@ func TestDrain(t *testing.T) {
 	drain := func(is bool) {
 		p.call("PATCH", "/v1/admin/hosts/"+h.id, map[string]any{"draining": is}).want(200)
 	}
-	settle := func() { time.Sleep(4 * beat) } // a few comparisons
+	settle := func() { p.compared(h.agent) }
 
 	// A host that does not drain pauses nobody.
 	h.unused(unused, time.Hour)

@@ -39,7 +39,7 @@ func (p *plane) second() *plane {
 
 // TestTwoServers has two servers behave as one.
 func TestTwoServers(t *testing.T) {
-	p, q := newTwo(t, time.Second)
+	p, q := newTwo(t, 2*time.Second)
 	p.agent.guest = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusTeapot) })
 
 	// What one has in transit the other leaves alone, long past its grace, and
@@ -166,7 +166,7 @@ func (p *plane) hostStatus(host string) string {
 func TestFleet(t *testing.T) {
 	p := newPlane(t)
 	p.end()
-	const beat = 500 * time.Millisecond
+	const beat = 2 * time.Second
 	p.config.Heartbeat, p.config.AgentURL, p.config.AgentToken = beat, "", ""
 	p.config.OvercommitMemory, p.config.OvercommitVCPUs = 1, 32
 	// The host that the configuration named is not there any more.

@@ -18,6 +18,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/wrenn-dev/wrenn/internal/await"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
@@ -322,8 +323,7 @@ func TestAutoResume(t *testing.T) {
 	dial := func(path, host string) func() {
 		return func() {
 			t.Helper()
-			ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
-			defer cancel()
+			ctx := await.Context(t)
 			ws, _, err := websocket.Dial(ctx, p.http.URL+path, &websocket.DialOptions{Host: host, HTTPHeader: http.Header{"X-Api-Key": {adminKey}}})
 			if err != nil {
 				t.Fatal(err)
@@ -384,11 +384,16 @@ func TestAutoResume(t *testing.T) {
 			use()
 			// Pausing by its host: whoever comes now waits for that.
 			p.agent.set(sandbox, pausing)
+			from, looked := p.agent.called("get"), make(chan struct{})
 			go func() {
-				time.Sleep(50 * time.Millisecond)
+				defer close(looked)
+				for p.agent.called("get") == from {
+					time.Sleep(time.Millisecond)
+				}
 				p.agent.set(sandbox, paused)
 			}()
 			use()
+			<-looked
 			if n := p.agent.called("resume") - before; n != 3 {
 				t.Errorf("resumed %d times, want 3", n)
 			}

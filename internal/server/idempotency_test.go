@@ -12,7 +12,7 @@ import (
 // TestIdempotentForkAndSnapshot names forks and captures by a key, which two
 // servers are asked for at once: what is repeated does nothing more.
 func TestIdempotentForkAndSnapshot(t *testing.T) {
-	p, q := newTwo(t, time.Second)
+	p, q := newTwo(t, 2*time.Second)
 	sandbox := p.create(map[string]any{"timeout_seconds": 0})
 	fork := "/v1/sandboxes/" + sandbox + "/fork"
 	tests := []struct {
@@ -41,7 +41,7 @@ func TestIdempotentForkAndSnapshot(t *testing.T) {
 			}
 		}
 		<-g.asked
-		time.Sleep(100 * time.Millisecond) // so that the others find it under way
+		p.eventually("the others find it under way", func() bool { return p.waiting()+q.waiting() == len(answers)-1 })
 		close(g.release)
 		var first []string
 		fresh := 0
@@ -100,7 +100,7 @@ func TestIdempotentForkAndSnapshot(t *testing.T) {
 // TestReplayWithoutServer repeats calls whose server died in the middle, by way
 // of another one: what the host made of them is theirs.
 func TestReplayWithoutServer(t *testing.T) {
-	p, q := newTwo(t, time.Second)
+	p, q := newTwo(t, 2*time.Second)
 	sandbox := p.create(map[string]any{"timeout_seconds": 0})
 	for call, c := range map[string]struct {
 		path string

@@ -33,6 +33,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/api"
 	"github.com/wrenn-dev/wrenn/internal/apitest"
+	"github.com/wrenn-dev/wrenn/internal/await"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server"
@@ -111,7 +112,7 @@ func (p *plane) start() {
 		begun := time.Now()
 		cancel()
 		<-done
-		if took := time.Since(begun); took > 10*time.Second {
+		if took := time.Since(begun); took > await.Hang {
 			p.Errorf("the server took %v to stop", took)
 		}
 	}
@@ -124,21 +125,19 @@ func (p *plane) start() {
 	})
 }
 
-// hangs is how long a test waits for something before it says that it hangs: no
-// machine is so busy that what works takes that long.
-const hangs = 2 * time.Minute
-
 // eventually waits for what the server does on its own, of which there is no
 // event to wait for from outside.
 func (p *plane) eventually(what string, ok func() bool) {
 	p.Helper()
-	deadline := time.Now().Add(hangs)
-	for !ok() {
-		if time.Now().After(deadline) {
-			p.Fatalf("not within %v: %s", hangs, what)
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
+	await.Until(p, what, ok)
+}
+
+// compared waits until the server has compared what a host has with the table a
+// few times.
+func (p *plane) compared(a *agent) {
+	p.Helper()
+	from := a.called("list")
+	p.eventually("a few comparisons", func() bool { return a.called("list") > from+3 })
 }
 
 // response is an answer, read to its end.
@@ -889,7 +888,7 @@ func TestServerDies(t *testing.T) {
 	p.agent.onCreate, p.agent.onDestroy = nil, nil
 	p.agent.mu.Unlock()
 	// How soon the next one takes the first for dead.
-	p.config.Heartbeat = time.Second
+	p.config.Heartbeat = 2 * time.Second
 	p.start()
 	next := p.end
 	p.end = func() { next(); close(hang); old() }
@@ -1200,8 +1199,7 @@ func TestProxy(t *testing.T) {
 		}
 	}
 	// Streams come as they are made.
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
+	ctx := await.Context(t)
 	req, _ := http.NewRequestWithContext(ctx, "GET", p.http.URL+"/tick", nil)
 	req.Host = host
 	req.Header.Set("X-API-Key", adminKey)
@@ -1244,8 +1242,7 @@ func TestProxy(t *testing.T) {
 func TestExecStream(t *testing.T) {
 	p := newPlane(t)
 	path := "/v1/sandboxes/" + p.create(map[string]any{}) + "/exec/stream"
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
-	defer cancel()
+	ctx := await.Context(t)
 	dial := func(origin string) (*websocket.Conn, *http.Response, error) {
 		h := http.Header{"X-Api-Key": {adminKey}}
 		if origin != "" {

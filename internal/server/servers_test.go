@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
 	"github.com/redis/go-redis/v9"
 
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
@@ -18,7 +19,7 @@ import (
 // TestTwoServersTakeTurns has two servers do to one sandbox what one would
 // have done: once, and with one end.
 func TestTwoServersTakeTurns(t *testing.T) {
-	p, q := newTwo(t, time.Second)
+	p, q := newTwo(t, 2*time.Second)
 	sandbox := p.create(map[string]any{"auto_resume": true})
 	base := "/v1/sandboxes/" + sandbox
 	// both has each server asked n times at once; all must be answered alike.
@@ -37,9 +38,9 @@ func TestTwoServersTakeTurns(t *testing.T) {
 		}
 		wg.Wait()
 	}
-	// A pause that takes its time, so that all of them meet in it.
+	// The host takes until all of them wait for what one of them began.
 	p.agent.hook(func(context.Context, string) error {
-		time.Sleep(200 * time.Millisecond)
+		p.eventually("all but one wait", func() bool { return p.waiting()+q.waiting() == 9 })
 		return nil
 	})
 	both(5, "POST", base+"/pause", nil)
@@ -62,9 +63,9 @@ func TestTwoServersTakeTurns(t *testing.T) {
 // TestTwoServersWatch: one of two servers watches a host, and the other does
 // once that one is dead.
 func TestTwoServersWatch(t *testing.T) {
-	p, q := newTwo(t, 500*time.Millisecond)
+	p, q := newTwo(t, 3*time.Second)
 	watcher := func() (id string, alive bool) {
-		err := p.db().QueryRow(t.Context(), "SELECT servers.id::text, seen_at > now() - interval '500 ms' FROM hosts JOIN servers ON servers.id = watcher").Scan(&id, &alive)
+		err := p.db().QueryRow(t.Context(), "SELECT servers.id::text, seen_at > now() - make_interval(secs => $1) FROM hosts JOIN servers ON servers.id = watcher", p.config.Heartbeat.Seconds()).Scan(&id, &alive)
 		if err != nil {
 			return "", false
 		}
@@ -76,13 +77,32 @@ func TestTwoServersWatch(t *testing.T) {
 		first, alive = watcher()
 		return alive
 	})
-	// It stays with that one.
-	for range 10 {
-		time.Sleep(p.config.Heartbeat / 4)
+	// It stays with that one, however often both say that they are alive.
+	signs := make(map[string]map[time.Time]bool)
+	p.eventually("both have said often that they are alive", func() bool {
 		if now, _ := watcher(); now != first {
 			t.Fatalf("the host goes from %s to %s, and both live", first, now)
 		}
-	}
+		rows, err := p.db().Query(t.Context(), "SELECT id::text, seen_at FROM servers")
+		if err != nil {
+			t.Fatal(err)
+		}
+		often := 0
+		var id string
+		var at time.Time
+		if _, err := pgx.ForEachRow(rows, []any{&id, &at}, func() error {
+			if signs[id] == nil {
+				signs[id] = make(map[time.Time]bool)
+			}
+			if signs[id][at] = true; len(signs[id]) > 5 {
+				often++
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return often == 2
+	})
 	p.halt() // The first to come has it: no word of farewell.
 	q.eventually("the other one watches it", func() bool {
 		now, alive := watcher()
@@ -128,7 +148,7 @@ func TestTwoServersWithoutRedis(t *testing.T) {
 func TestRevokedEverywhere(t *testing.T) {
 	p := newPlane(t)
 	p.end()
-	p.config.Heartbeat, p.config.AgentURL, p.config.AgentToken = 500*time.Millisecond, "", ""
+	p.config.Heartbeat, p.config.AgentURL, p.config.AgentToken = 2*time.Second, "", ""
 	p.start()
 	h := p.enroll("a")
 	stop := h.beat(p, p.config.Heartbeat)

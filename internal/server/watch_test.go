@@ -10,6 +10,7 @@ import (
 	"github.com/coder/websocket"
 	"github.com/jackc/pgx/v5"
 
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
@@ -54,7 +55,7 @@ func TestAccessEnds(t *testing.T) {
 	ended := func(what string, ws *websocket.Conn) {
 		t.Helper()
 		begun := time.Now()
-		wait, cancel := context.WithTimeout(ctx, hangs)
+		wait, cancel := context.WithTimeout(ctx, await.Hang)
 		defer cancel()
 		_, b, err := ws.Read(wait)
 		for err == nil && strings.Contains(string(b), "error") {

@@ -83,8 +83,7 @@ func (s *Service) turn(ctx context.Context, sandbox uuid.UUID, to State, f func(
 			})
 		}()
 	} else {
-		s.metrics.waiting.Inc()
-		defer s.metrics.waiting.Dec()
+		defer s.metrics.wait()()
 	}
 	select {
 	case <-m.done:
@@ -108,10 +107,9 @@ func (s *Service) current(sandbox uuid.UUID) *turn {
 // process does about it is waited for to its end, and shared where it leads to
 // the same; what others do until the deadline.
 func (s *Service) wait(ctx context.Context, row db.Sandbox, to State, deadline time.Time) (db.Sandbox, error) {
+	defer s.metrics.wait()()
 	change := s.change(row.ID)
 	if m := s.current(row.ID); m != nil {
-		s.metrics.waiting.Inc()
-		defer s.metrics.waiting.Dec()
 		select {
 		case <-m.done:
 		case <-ctx.Done():

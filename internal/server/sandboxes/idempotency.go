@@ -80,6 +80,7 @@ func (s *Service) made(ctx context.Context, o once) (k db.IdempotencyKey, found 
 // replay returns the sandboxes that the key made, waiting for them while they
 // are being made; found is false where the key is free.
 func (s *Service) replay(ctx context.Context, o once) (rows []db.Sandbox, found bool, err error) {
+	defer s.metrics.wait()()
 	for {
 		k, found, err := s.made(ctx, o)
 		if !found || err != nil {
@@ -138,6 +139,7 @@ func (s *Service) begun(ctx context.Context, sandbox uuid.UUID) (db.Sandbox, err
 // replayTemplate returns the template that the key made, waiting for it while
 // it is being captured; found is false where the key is free.
 func (s *Service) replayTemplate(ctx context.Context, o once) (row db.Template, found bool, err error) {
+	defer s.metrics.wait()()
 	deadline := now().Add(settleWithin)
 	for {
 		k, found, err := s.made(ctx, o)

@@ -26,7 +26,7 @@ func newMetrics(s *store.Store) metrics {
 			Buckets: []float64{.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 120},
 		}),
 		waiting: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "wrenn_sandbox_waiting_calls", Help: "Calls that wait until this server has paused, resumed or settled their sandbox for an earlier call.",
+			Name: "wrenn_sandbox_waiting_calls", Help: "Calls that wait for what an earlier call does to their sandbox.",
 		}),
 		states: &states{store: s, desc: prometheus.NewDesc("wrenn_sandboxes", "Sandboxes that have not ended, by state.", []string{"state"}, nil)},
 	}
@@ -34,6 +34,12 @@ func newMetrics(s *store.Store) metrics {
 
 func (m metrics) collectors() []prometheus.Collector {
 	return []prometheus.Collector{m.creations, m.latency, m.waiting, m.states}
+}
+
+// wait counts a call that waits, until done is called.
+func (m metrics) wait() (done func()) {
+	m.waiting.Inc()
+	return m.waiting.Dec
 }
 
 func (m metrics) created(result string, took time.Duration) {

@@ -1,0 +1,48 @@
+// Package await lets tests wait for what they cannot make happen themselves.
+//
+// A test orders events by gates and conditions. The bound here is only for
+// hangs: what works never takes that long, however busy the machine is.
+package await
+
+import (
+	"context"
+	"testing"
+	"time"
+)
+
+// Hang is how long a test waits before it reports a hang.
+const Hang = 2 * time.Minute
+
+// Until calls ok until it returns true. It fails the test if that takes longer
+// than [Hang]. Use it for what no channel reports.
+func Until(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	end, pause := time.Now().Add(Hang), time.Millisecond
+	for !ok() {
+		if time.Now().After(end) {
+			t.Fatalf("not within %v: %s", Hang, what)
+		}
+		time.Sleep(pause)
+		pause = min(2*pause, 32*time.Millisecond)
+	}
+}
+
+// Recv receives a value from c, which is the zero value if c is closed. It fails
+// the test if that takes longer than [Hang].
+func Recv[T any](t testing.TB, what string, c <-chan T) (v T) {
+	t.Helper()
+	select {
+	case v = <-c:
+	case <-time.After(Hang):
+		t.Fatalf("not within %v: %s", Hang, what)
+	}
+	return v
+}
+
+// Context returns the context of a test, bounded by [Hang].
+func Context(t testing.TB) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), Hang)
+	t.Cleanup(cancel)
+	return ctx
+}
