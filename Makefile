@@ -10,7 +10,7 @@ SPECTRAL    := @stoplight/spectral-cli@6.16.3
 
 # Distribution packages: what Wrenn runs with (a test compares them with the table
 # in internal/programs), and what its tests need besides.
-RUN_PACKAGES  := qemu-system-x86 postgresql redis-server caddy mmdebstrap e2fsprogs kmod
+RUN_PACKAGES  := qemu-system-x86 postgresql redis-server mmdebstrap e2fsprogs kmod
 # (gcc: for the race detector.)
 TEST_PACKAGES := qemu-utils nftables iproute2 socat gcc libc6-dev dpkg-dev docker-registry skopeo umoci chromium fonts-dejavu-core
 
@@ -24,12 +24,17 @@ export PATH := $(CURDIR)/.cache/go/bin:$(PATH)
 go:
 	@.ci/go .cache/go
 
-build: go
+build: go bin/caddy
 	@mkdir -p bin
 	@for p in $(notdir $(wildcard cmd/*)); do \
 		[ -e cmd/$$p/main.go ] || continue; \
 		CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o bin/$$p ./cmd/$$p || exit 1; \
 	done
+
+# The front door, a module of its own: nothing else needs what it imports.
+bin/caddy: deploy/caddy/main.go deploy/caddy/go.mod deploy/caddy/go.sum | go
+	@mkdir -p bin
+	@CGO_ENABLED=0 go build -C deploy/caddy -trimpath -ldflags "-s -w" -o $(CURDIR)/$@.$$$$ . && mv $@.$$$$ $@
 
 # Installs what is missing, builds, and runs everything in the foreground.
 run: deps build

@@ -4,9 +4,8 @@ package deploy
 
 import _ "embed"
 
-// Caddyfile is the front door's configuration. It reads from its environment:
-// WRENN_PORT, WRENN_BIND (addresses, separated by spaces), WRENN_DOMAIN and
-// WRENN_SERVER (as Caddy names it: unix//path or host:port).
+// Caddyfile is the front door's configuration. It lists the environment
+// variables that it reads.
 //
 //go:embed Caddyfile
 var Caddyfile []byte

@@ -80,7 +80,7 @@ func unable() string {
 	if os.Geteuid() != 0 {
 		return "needs root to make virtual machines and networks"
 	}
-	for _, tool := range []string{"qemu-system-x86_64", "redis-server", "caddy", "mmdebstrap", "mke2fs", "depmod", "make"} {
+	for _, tool := range []string{"qemu-system-x86_64", "redis-server", "mmdebstrap", "mke2fs", "depmod", "make"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			return "needs " + tool
 		}

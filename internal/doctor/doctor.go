@@ -130,6 +130,9 @@ func Examine(ctx context.Context, dir layout.Dir, agent bool) []Finding {
 		{"memory", true, fmt.Sprintf("at least %d MiB that are free", minMemoryMiB), hasMemory},
 		{"firewall", false, "let the other firewall forward from interfaces named wrenn-veth-*", noObstacles},
 	}
+	if !agent {
+		checks = append(checks, check{"Caddy", true, "make build, and have bin/caddy beside wrenn", hasCaddy})
+	}
 	findings := make([]Finding, 0, len(checks))
 	for _, c := range checks {
 		detail, err := c.do(ctx, dir)
@@ -203,6 +206,11 @@ func installed(agent bool) []Finding {
 		}
 	}
 	return findings
+}
+
+func hasCaddy(ctx context.Context, _ layout.Dir) (string, error) {
+	p, err := programs.FindCaddy(ctx)
+	return p.File, err
 }
 
 func isRoot(context.Context, layout.Dir) (string, error) {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/deploy/deploytest"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -20,6 +21,7 @@ func TestExamineThisMachine(t *testing.T) {
 		t.Skip("needs root")
 	}
 	in := imagetest.Prepare(t)
+	deploytest.Caddy(t)
 	t.Setenv("WRENN_ENVD", in.Envd)
 	for _, f := range Examine(t.Context(), in.Dir, false) {
 		t.Logf("%+v", f)

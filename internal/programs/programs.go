@@ -48,7 +48,6 @@ var (
 	Postgres = add(Program{File: "/usr/lib/postgresql/*/bin/postgres", Package: "postgresql", UpOnly: true})
 	InitDB   = add(Program{File: "/usr/lib/postgresql/*/bin/initdb", Package: "postgresql", UpOnly: true})
 	Redis    = add(Program{File: "redis-server", Package: "redis-server", UpOnly: true})
-	Caddy    = add(Program{File: "caddy", Package: "caddy", UpOnly: true})
 )
 
 var table []Program

@@ -2,9 +2,7 @@ package up
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"net"
 	"net/url"
 	"os"
 	"os/exec"
@@ -16,7 +14,6 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/redis/go-redis/v9"
 
-	"github.com/wrenn-dev/wrenn/deploy"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/programs"
 )
@@ -174,111 +171,6 @@ func (r *redisServer) program() program {
 		},
 		quit: syscall.SIGTERM,
 	}
-}
-
-// caddy is the front door.
-type caddy struct {
-	config string
-	home   string
-	user   account
-	env    []string
-	listen string
-}
-
-// newCaddy writes Caddy's configuration for an address to listen on and the
-// server's socket.
-func newCaddy(dir layout.Dir, listen, domain string) (*caddy, error) {
-	if _, err := programs.Caddy.Find(); err != nil {
-		return nil, err
-	}
-	host, port, err := net.SplitHostPort(listen)
-	if err != nil {
-		return nil, fmt.Errorf("--listen: %w", err)
-	}
-	if err := portFree(listen); err != nil {
-		return nil, err
-	}
-	if host == "" {
-		host = "0.0.0.0 ::"
-	}
-	c := &caddy{config: filepath.Join(dir.Run(), "Caddyfile"), home: filepath.Join(dir.Run(), "caddy"), listen: listen}
-	if c.user, err = lookup("caddy"); err != nil {
-		return nil, err
-	}
-	if err := c.user.ownDir(c.home); err != nil {
-		return nil, fmt.Errorf("set up Caddy: %w", err)
-	}
-	if err := os.WriteFile(c.config, deploy.Caddyfile, 0o644); err != nil {
-		return nil, fmt.Errorf("set up Caddy: %w", err)
-	}
-	c.env = []string{
-		"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + c.home, "XDG_DATA_HOME=" + c.home, "XDG_CONFIG_HOME=" + c.home,
-		"WRENN_BIND=" + host, "WRENN_PORT=" + port, "WRENN_DOMAIN=" + domain, "WRENN_SERVER=unix/" + dir.ServerSocket(),
-	}
-	return c, nil
-}
-
-// portFree returns an error that says so when somebody listens on addr.
-func portFree(addr string) error {
-	l, err := net.Listen("tcp", addr)
-	if errors.Is(err, syscall.EADDRINUSE) {
-		return fmt.Errorf("%s is in use by another program: choose another address with --listen", addr)
-	}
-	if err != nil {
-		return fmt.Errorf("--listen: %w", err)
-	}
-	return l.Close()
-}
-
-func (c *caddy) program() program {
-	_, port, _ := net.SplitHostPort(c.listen) // checked by newCaddy
-	low := false
-	if n, err := strconv.Atoi(port); err == nil && n < 1024 {
-		low = true
-	}
-	return program{
-		name: "Caddy",
-		command: func() *exec.Cmd {
-			cmd := programs.Caddy.Command("run", "--config", c.config, "--adapter", "caddyfile")
-			cmd.Dir, cmd.Env, cmd.SysProcAttr = c.home, c.env, c.user.attributes()
-			if low {
-				cmd.SysProcAttr.AmbientCaps = []uintptr{10} // CAP_NET_BIND_SERVICE
-			}
-			return cmd
-		},
-		ready: func(ctx context.Context) error {
-			var d net.Dialer
-			return poll(ctx, func(ctx context.Context) error {
-				conn, err := d.DialContext(ctx, "tcp", dialable(c.listen))
-				if err != nil {
-					return err
-				}
-				return conn.Close()
-			})
-		},
-		quit: syscall.SIGTERM,
-	}
-}
-
-// dialable is an address at which a listener on addr is reached from here.
-func dialable(addr string) string {
-	host, port, _ := net.SplitHostPort(addr)
-	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
-		host = "127.0.0.1"
-	}
-	return net.JoinHostPort(host, port)
-}
-
-// publicURL is how people write an address.
-func publicURL(listen string) string {
-	host, port, _ := net.SplitHostPort(listen)
-	if ip := net.ParseIP(host); host == "" || ip != nil && (ip.IsUnspecified() || ip.IsLoopback()) {
-		host = "localhost"
-	}
-	if port == "80" {
-		return "http://" + host
-	}
-	return "http://" + net.JoinHostPort(host, port)
 }
 
 // openTo lets the account connect to a socket of root's.

@@ -164,10 +164,12 @@ func (s *service) launch(ctx context.Context, p program) error {
 
 // start starts everything.
 func (s *service) start(ctx context.Context, o options) (err error) {
-	front, err := newCaddy(s.dir, o.listen, domain) // first: its port may be taken
+	// First, because its port may be taken.
+	front, err := newFrontDoor(ctx, s.dir, o.listen, domain)
 	if err != nil {
 		return err
 	}
+	s.stack = append(s.stack, front.close)
 	if s.secrets, err = loadSecrets(s.dir); err != nil {
 		return err
 	}

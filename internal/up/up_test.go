@@ -3,9 +3,6 @@ package up
 import (
 	"context"
 	"fmt"
-	"io"
-	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,7 +15,6 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/wrenn-dev/wrenn/internal/layout"
-	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
 // newService is a service in a folder that other users may pass through.
@@ -119,75 +115,6 @@ func TestRedis(t *testing.T) {
 	defer c.Close()
 	if err := c.Set(t.Context(), "k", "v", 0).Err(); err != nil {
 		t.Error(err)
-	}
-}
-
-func TestFrontDoor(t *testing.T) {
-	s := newService(t)
-	need(t, "caddy")
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	listen := l.Addr().String()
-	if _, err := newCaddy(s.dir, listen, "localhost"); err == nil || !strings.Contains(err.Error(), "in use") {
-		t.Errorf("a port that is taken: %v", err)
-	}
-	l.Close()
-	front, err := newCaddy(s.dir, listen, "localhost")
-	if err != nil {
-		t.Fatal(err)
-	}
-	// Stands for the server: says what it is asked for.
-	server, err := netaddr.Listen(t.Context(), "unix:"+s.dir.ServerSocket(), 0o600)
-	if err != nil {
-		t.Fatal(err)
-	}
-	srv := netaddr.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprintf(w, "%s %s", r.Host, r.URL.Path) }))
-	go srv.Serve(server)
-	t.Cleanup(func() { srv.Close() })
-	if err := openTo(front.user, s.dir.ServerSocket()); err != nil {
-		t.Fatal(err)
-	}
-	if err := s.launch(t.Context(), front.program()); err != nil {
-		t.Fatal(err)
-	}
-	_, port, _ := net.SplitHostPort(listen)
-	c := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-	get := func(host, path string) (int, string) {
-		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+listen+path, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		req.Host = host + ":" + port
-		resp, err := c.Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer resp.Body.Close()
-		b, _ := io.ReadAll(resp.Body)
-		return resp.StatusCode, string(b)
-	}
-	for _, want := range []struct {
-		host, path string
-		status     int
-		body       string
-	}{
-		{"localhost", "/v1/x", 200, "localhost:" + port + " /v1/x"},
-		{"localhost", "/api/v1/x", 200, "localhost:" + port + " /v1/x"},
-		{"127.0.0.1", "/health", 200, "127.0.0.1:" + port + " /health"},
-		{"localhost", "/metrics", 200, "localhost:" + port + " /metrics"},
-		{"80-cl-x.localhost", "/api/x", 200, "80-cl-x.localhost:" + port + " /api/x"},
-		{"80-cl-x.localhost", "/", 200, "80-cl-x.localhost:" + port + " /"},
-		{"localhost", "/", 302, ""},
-	} {
-		if status, body := get(want.host, want.path); status != want.status || body != want.body {
-			t.Errorf("%s%s: %d %q, want %d %q", want.host, want.path, status, body, want.status, want.body)
-		}
-	}
-	srv.Close()
-	if status, body := get("localhost", "/v1/x"); status != 502 || !strings.Contains(body, `"error"`) {
-		t.Errorf("without a server: %d %q", status, body)
 	}
 }
 

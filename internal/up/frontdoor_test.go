@@ -1,0 +1,510 @@
+package up
+
+import (
+	"bufio"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"math/big"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/wrenn-dev/wrenn/deploy"
+	"github.com/wrenn-dev/wrenn/deploy/deploytest"
+	"github.com/wrenn-dev/wrenn/internal/gen/process"
+	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
+)
+
+// openDoor is a front door with server behind it, at an address of its own.
+func openDoor(t *testing.T, server http.Handler) (s *service, address string, stopServer func()) {
+	t.Helper()
+	s = newService(t)
+	deploytest.Caddy(t)
+	front, err := newFrontDoor(t.Context(), s.dir, "127.0.0.1:0", "localhost")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.stack = append(s.stack, front.close)
+	// A port that the kernel chose; Caddy is told of the socket, not of the port.
+	l, err := net.FileListener(front.files[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	front.listen = l.Addr().String()
+	l.Close()
+	behind, err := netaddr.Listen(t.Context(), "unix:"+s.dir.ServerSocket(), 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := netaddr.Server(server)
+	go srv.Serve(behind)
+	stopServer = func() { srv.Close() }
+	t.Cleanup(stopServer)
+	if err := openTo(front.user, s.dir.ServerSocket()); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.launch(t.Context(), front.program()); err != nil {
+		t.Fatal(err)
+	}
+	return s, front.listen, stopServer
+}
+
+func TestFrontDoor(t *testing.T) {
+	// Says what it is asked for.
+	_, listen, stopServer := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/breaks" {
+			panic(http.ErrAbortHandler)
+		}
+		fmt.Fprintf(w, "%s %s", r.Host, r.URL.Path)
+	}))
+	_, port, _ := net.SplitHostPort(listen)
+	c := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	get := func(host, path string) (int, string) {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+listen+path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Host = host + ":" + port
+		resp, err := c.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		b, _ := io.ReadAll(resp.Body)
+		if resp.StatusCode >= 400 && resp.Header.Get("Content-Type") != "application/json" {
+			t.Errorf("%s: an error of type %q", path, resp.Header.Get("Content-Type"))
+		}
+		return resp.StatusCode, string(b)
+	}
+	for _, want := range []struct {
+		host, path string
+		status     int
+		body       string
+	}{
+		{"localhost", "/v1/x", 200, "localhost:" + port + " /v1/x"},
+		{"localhost", "/api/v1/x", 200, "localhost:" + port + " /v1/x"},
+		{"127.0.0.1", "/health", 200, "127.0.0.1:" + port + " /health"},
+		{"localhost", "/metrics", 200, "localhost:" + port + " /metrics"},
+		{"80-cl-x.localhost", "/api/x", 200, "80-cl-x.localhost:" + port + " /api/x"},
+		{"80-cl-x.localhost", "/", 200, "80-cl-x.localhost:" + port + " /"},
+		{"localhost", "/", 302, ""},
+		{"localhost", "/breaks", 502, `{"error":{"code":"unavailable","message":"the control plane closed the connection before it answered"}}`},
+	} {
+		if status, body := get(want.host, want.path); status != want.status || body != want.body {
+			t.Errorf("%s%s: %d %q, want %d %q", want.host, want.path, status, body, want.status, want.body)
+		}
+	}
+	stopServer()
+	for _, host := range []string{"localhost", "80-cl-x.localhost"} {
+		want := `{"error":{"code":"unavailable","message":"the front door cannot connect to the control plane: it is starting or has stopped"}}`
+		if status, body := get(host, "/v1/x"); status != 502 || body != want {
+			t.Errorf("%s without a server: %d %q", host, status, body)
+		}
+	}
+}
+
+// TestFrontDoorComesBack kills Caddy: the port stays taken, and the next Caddy
+// answers on the same socket.
+func TestFrontDoorComesBack(t *testing.T) {
+	s, listen, _ := openDoor(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	pids, err := exec.Command("pgrep", "-f", "caddy run --config "+filepath.Join(s.dir.Run(), "Caddyfile")).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var pid int
+	if _, err := fmt.Sscan(string(pids), &pid); err != nil {
+		t.Fatal(err)
+	}
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if want := fmt.Sprintf("\nUid:\t%d\t%[1]d\t%[1]d\t%[1]d\n", caddyID); err != nil || !strings.Contains(string(status), want) {
+		t.Errorf("Caddy runs as another user: %v\n%s", err, status)
+	}
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := bind(t.Context(), listen); err == nil || !strings.Contains(err.Error(), "in use") {
+		t.Errorf("the port of a Caddy that was killed: %v", err)
+	}
+	c := &http.Client{Timeout: 60 * time.Second}
+	err = poll(t.Context(), func(context.Context) error { // The connection under way may have been the dead Caddy's.
+		resp, err := c.Get("http://" + listen + "/v1/x")
+		if err != nil {
+			return err
+		}
+		return resp.Body.Close()
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// TestPortInUse has another program at each address that a client of ours
+// could reach instead.
+func TestPortInUse(t *testing.T) {
+	for _, c := range []struct{ other, ours string }{
+		{"127.0.0.1", "127.0.0.1"},
+		{"127.0.0.1", ""},
+		{"127.0.0.1", "localhost"},
+		{"", "127.0.0.1"},
+		{"", "::1"},
+		{"", ""},
+		{"::1", "::1"},
+		{"::1", ""},
+		{"::1", "localhost"},
+		// Not the same socket, but "localhost" names both.
+		{"::1", "127.0.0.1"},
+		{"127.0.0.1", "::1"},
+	} {
+		l, err := net.Listen("tcp", net.JoinHostPort(c.other, "0"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, port, _ := net.SplitHostPort(l.Addr().String())
+		ours := net.JoinHostPort(c.ours, port)
+		if files, err := bind(t.Context(), ours); err == nil || !strings.Contains(err.Error(), "in use by another program") || files != nil {
+			t.Errorf("%s beside %s: %v", ours, l.Addr(), err)
+		}
+		l.Close()
+		files, err := bind(t.Context(), ours)
+		if err != nil {
+			t.Errorf("%s alone: %v", ours, err)
+			continue
+		}
+		if _, err := net.Listen("tcp", ours); !errors.Is(err, syscall.EADDRINUSE) {
+			t.Errorf("%s is not taken: %v", ours, err)
+		}
+		for _, f := range files {
+			f.Close()
+		}
+	}
+}
+
+// TestUpStopsAtTakenPort runs all of `wrenn up`, which must not get as far as
+// starting anything.
+func TestUpStopsAtTakenPort(t *testing.T) {
+	s := newService(t)
+	deploytest.Caddy(t)
+	other := httptest.NewServer(http.NotFoundHandler()) // another instance
+	defer other.Close()
+	listen := other.Listener.Addr().String()
+	var out strings.Builder
+	err := run(t.Context(), options{dir: string(s.dir), listen: listen}, &out)
+	if err == nil || !strings.Contains(err.Error(), listen+" is in use") {
+		t.Errorf("got %v", err)
+	}
+	if strings.Contains(out.String(), "ready") {
+		t.Errorf("it started something:\n%s", &out)
+	}
+	if _, err := os.Stat(s.dir.Credentials()); err == nil {
+		t.Error("it wrote credentials")
+	}
+}
+
+// broken is a server whose responses break off after a part, with and without
+// a length.
+func broken(w http.ResponseWriter, r *http.Request) {
+	if r.URL.Path == "/length" {
+		w.Header().Set("Content-Length", "1000")
+	}
+	fmt.Fprintln(w, "a part")
+	_ = http.NewResponseController(w).Flush()
+	panic(http.ErrAbortHandler)
+}
+
+// TestBrokenResponse shows that a client can tell a response that broke off
+// from a complete one.
+func TestBrokenResponse(t *testing.T) {
+	_, listen, _ := openDoor(t, http.HandlerFunc(broken))
+	for _, h2 := range []bool{false, true} {
+		c := http.Client{Transport: netaddr.Transport(listen, h2)}
+		breaks(t, &c, "http://80-cl-x.localhost", h2)
+		breaks(t, &c, "http://localhost", h2)
+		c.CloseIdleConnections()
+	}
+}
+
+func breaks(t *testing.T, c *http.Client, base string, h2 bool) {
+	t.Helper()
+	for _, path := range []string{"/length", "/chunks"} {
+		resp, err := c.Get(base + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if string(b) != "a part\n" || err == nil || (resp.ProtoMajor == 2) != h2 {
+			t.Errorf("%s%s over %s: %q, %v", base, path, resp.Proto, b, err)
+		}
+	}
+}
+
+// TestPublicFrontDoor serves HTTPS as the README's "Add a machine" does.
+func TestPublicFrontDoor(t *testing.T) {
+	deploytest.Caddy(t)
+	dir := t.TempDir()
+	cert, err := tlsFiles(dir, "wrenn.example.com", "*.wrenn.example.com")
+	if err != nil {
+		t.Fatal(err)
+	}
+	behind := httptest.NewServer(http.HandlerFunc(broken))
+	defer behind.Close()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	listen := l.Addr().String()
+	_, port, _ := net.SplitHostPort(listen)
+	l.Close()
+	config := filepath.Join(dir, "Caddyfile")
+	if err := os.WriteFile(config, deploy.Caddyfile, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), "caddy", "run", "--config", config, "--adapter", "caddyfile")
+	cmd.Env = []string{
+		"HOME=" + dir, "WRENN_SITES=https://wrenn.example.com:" + port + ", https://*.wrenn.example.com:" + port, "WRENN_BIND=127.0.0.1",
+		"WRENN_DOMAIN=wrenn.example.com", "WRENN_SERVER=" + behind.Listener.Addr().String(), "WRENN_HTTPS=auto_https disable_redirects",
+		"CREDENTIALS_DIRECTORY=" + dir, "WRENN_TLS=tls {env.CREDENTIALS_DIRECTORY}/tls.crt {env.CREDENTIALS_DIRECTORY}/tls.key",
+	}
+	cmd.Stdout, cmd.Stderr = t.Output(), t.Output()
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Wait() }) // After the test's context is done.
+	trust := x509.NewCertPool()
+	trust.AddCert(cert)
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	for _, h2 := range []bool{false, true} {
+		c := http.Client{Transport: netaddr.TLSTransport(listen, h2, &tls.Config{RootCAs: trust})}
+		err := poll(ctx, func(ctx context.Context) error {
+			resp, err := c.Head("https://wrenn.example.com:" + port + "/")
+			if err == nil {
+				resp.Body.Close()
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range []string{"wrenn.example.com:", "80-cl-x.wrenn.example.com:"} {
+			breaks(t, &c, "https://"+name+port, h2)
+		}
+		c.CloseIdleConnections()
+	}
+}
+
+// TestStreamsBothWays answers before the request's body has ended, which a
+// proxy that is half-duplex over HTTP/1.1 breaks.
+func TestStreamsBothWays(t *testing.T) {
+	_, listen, _ := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		rc := http.NewResponseController(w)
+		_ = rc.EnableFullDuplex()
+		for s := bufio.NewScanner(r.Body); s.Scan(); {
+			fmt.Fprintln(w, "echo", s.Text())
+			_ = rc.Flush()
+		}
+	}))
+	for _, h2 := range []bool{false, true} {
+		r, w := io.Pipe()
+		ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+		req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://80-cl-x.localhost/", r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		go fmt.Fprintln(w, "first") // Ends when the request does.
+		context.AfterFunc(ctx, func() { r.CloseWithError(ctx.Err()) })
+		transport := netaddr.Transport(listen, h2)
+		resp, err := transport.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lines := bufio.NewScanner(resp.Body)
+		for _, line := range []string{"first", "second", "third"} {
+			if line != "first" {
+				fmt.Fprintln(w, line)
+			}
+			if !lines.Scan() || lines.Text() != "echo "+line {
+				t.Fatalf("over %s: got %q, %v", resp.Proto, lines.Text(), lines.Err())
+			}
+		}
+		w.Close()
+		if lines.Scan() || lines.Err() != nil {
+			t.Errorf("over %s: more came, or %v", resp.Proto, lines.Err())
+		}
+		resp.Body.Close()
+		transport.CloseIdleConnections()
+		cancel()
+	}
+}
+
+// shortStreams is a guest daemon whose commands end at once. Its gates order
+// each stream so that the end of the request's body comes as the response
+// begins, which is when a half-duplex proxy can lose either.
+type shortStreams struct {
+	processconnect.UnimplementedProcessHandler
+	http.RoundTripper // the client's way to it
+	streams           sync.Map
+}
+
+// gates are one stream's.
+type gates struct {
+	begun chan struct{} // closed when the server has the request's header: its body may end
+	seen  chan struct{} // closed when the client has the first event: the second may be sent
+}
+
+const streamHeader = "X-Stream"
+
+func (s *shortStreams) gates(h http.Header) gates {
+	g, _ := s.streams.Load(h.Get(streamHeader))
+	return g.(gates)
+}
+
+func (s *shortStreams) Start(ctx context.Context, req *connect.Request[process.StartRequest], out *connect.ServerStream[process.StartResponse]) error {
+	g := s.gates(req.Header())
+	err := out.Send(&process.StartResponse{Event: &process.ProcessEvent{Event: &process.ProcessEvent_Start{Start: &process.ProcessEvent_StartEvent{Pid: 7}}}})
+	if err != nil {
+		return err
+	}
+	select {
+	case <-g.seen:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	return out.Send(&process.StartResponse{Event: &process.ProcessEvent{Event: &process.ProcessEvent_End{End: &process.ProcessEvent_EndEvent{Exited: true}}}})
+}
+
+// RoundTrip sends a body of no known length, which ends when the server has its header.
+func (s *shortStreams) RoundTrip(r *http.Request) (*http.Response, error) {
+	r.ContentLength = -1
+	r.Body = &lateBody{r.Body, r.Context(), s.gates(r.Header).begun}
+	return s.RoundTripper.RoundTrip(r)
+}
+
+type lateBody struct {
+	io.ReadCloser
+	ctx   context.Context
+	begun chan struct{}
+}
+
+func (b *lateBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if err == nil || n > 0 {
+		return n, nil // Its error comes again.
+	}
+	select {
+	case <-b.begun:
+	case <-b.ctx.Done():
+	}
+	return 0, err
+}
+
+// run starts a command over HTTP/1.1 and reads its events.
+func (s *shortStreams) run(ctx context.Context, guest processconnect.ProcessClient) error {
+	g, name := gates{make(chan struct{}), make(chan struct{})}, rand.Text()
+	s.streams.Store(name, g)
+	defer s.streams.Delete(name)
+	ctx, cancel := context.WithTimeout(ctx, 60*time.Second)
+	defer cancel()
+	req := connect.NewRequest(&process.StartRequest{Process: &process.ProcessConfig{Cmd: "true"}})
+	req.Header().Set(streamHeader, name)
+	stream, err := guest.Start(ctx, req)
+	if err != nil {
+		return err
+	}
+	defer stream.Close()
+	events := 0
+	for stream.Receive() {
+		if events++; events == 1 {
+			close(g.seen)
+		}
+	}
+	if err := stream.Err(); err != nil || events != 2 {
+		return fmt.Errorf("%d events, %w", events, err)
+	}
+	return nil
+}
+
+// TestShortStreams starts 5,000 commands through Caddy over HTTP/1.1. The fault
+// that it looks for is in the hops, so that no guest is needed.
+func TestShortStreams(t *testing.T) {
+	daemon := &shortStreams{}
+	mux := http.NewServeMux()
+	mux.Handle(processconnect.NewProcessHandler(daemon))
+	_, listen, _ := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_ = http.NewResponseController(w).EnableFullDuplex()
+		if h := r.Header.Get(streamHeader); h != "" {
+			close(daemon.gates(r.Header).begun)
+		}
+		mux.ServeHTTP(w, r)
+	}))
+	transport := netaddr.Transport(listen, false)
+	defer transport.CloseIdleConnections()
+	daemon.RoundTripper = transport
+	guest := processconnect.NewProcessClient(&http.Client{Transport: daemon}, "http://49983-cl-x.localhost")
+	const all, clients = 5000, 8
+	var failed atomic.Int64
+	var wg sync.WaitGroup
+	for range clients {
+		wg.Go(func() {
+			for range all / clients {
+				if err := daemon.run(t.Context(), guest); err != nil {
+					if failed.Add(1) > 2 {
+						return // Enough; each may take its time.
+					}
+					t.Log(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if n := failed.Load(); n > 0 {
+		t.Errorf("%d of %d commands failed", n, all)
+	}
+}
+
+// tlsFiles writes tls.crt and tls.key, a certificate of its own for names.
+func tlsFiles(dir string, names ...string) (*x509.Certificate, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), DNSNames: names,
+		IsCA: true, BasicConstraintsValid: true,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		return nil, err
+	}
+	private, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, err
+	}
+	for name, block := range map[string]*pem.Block{"tls.crt": {Type: "CERTIFICATE", Bytes: der}, "tls.key": {Type: "PRIVATE KEY", Bytes: private}} {
+		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600); err != nil {
+			return nil, err
+		}
+	}
+	return x509.ParseCertificate(der)
+}
