@@ -9,7 +9,9 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/cli"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
 // version is set when the program is built for a release.
@@ -32,5 +34,19 @@ func main() {
 	if err != nil && !errors.As(err, &exit) {
 		fmt.Fprintln(os.Stderr, "wrenn:", err)
 	}
-	os.Exit(cli.ExitCode(err))
+	os.Exit(exitCode(err))
+}
+
+// exitNewer is the exit code of a server or an agent that does not start
+// because a later release wrote its data: sysexits' EX_CONFIG. The systemd
+// units do not start it again.
+const exitNewer = 78
+
+func exitCode(err error) int {
+	var data *unreadable.NewerError
+	var schema *store.NewerError
+	if errors.As(err, &data) || errors.As(err, &schema) {
+		return exitNewer
+	}
+	return cli.ExitCode(err)
 }

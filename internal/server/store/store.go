@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
+	"slices"
 	"strings"
 	"time"
 
@@ -86,8 +87,43 @@ func migrate(ctx context.Context, pool *pgxpool.Pool) error {
 	if err != nil {
 		return err
 	}
+	if err := notNewer(ctx, pool, p.ListSources()); err != nil {
+		return err
+	}
 	_, err = p.Up(ctx)
 	return err
+}
+
+// NewerError means that the schema is that of a later release, whose tables
+// this release does not know.
+type NewerError struct {
+	// Version is the latest migration of the schema that this release does not
+	// know, Known the latest that it does.
+	Version, Known int64
+}
+
+// Error says what to do.
+func (e *NewerError) Error() string {
+	return fmt.Sprintf("the database has schema version %d, and this release of Wrenn knows versions up to %d: a later release migrated it; nothing was changed; install that release again, see docs/upgrade.md", e.Version, e.Known)
+}
+
+// notNewer returns a [NewerError] if the database has a migration that is not
+// one of ours. A migration can have a lower number than one before it.
+func notNewer(ctx context.Context, pool *pgxpool.Pool, ours []*goose.Source) error {
+	known := []int64{0} // goose's own first row
+	for _, s := range ours {
+		known = append(known, s.Version)
+	}
+	var there bool
+	if err := pool.QueryRow(ctx, "SELECT to_regclass($1) IS NOT NULL", goose.DefaultTablename).Scan(&there); err != nil || !there {
+		return err
+	}
+	var newest *int64
+	err := pool.QueryRow(ctx, "SELECT max(version_id) FROM "+goose.DefaultTablename+" WHERE version_id <> ALL ($1)", known).Scan(&newest)
+	if err != nil || newest == nil {
+		return err
+	}
+	return &NewerError{Version: *newest, Known: slices.Max(known)}
 }
 
 // Close waits until every connection is free and closes it.

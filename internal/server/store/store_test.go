@@ -2,6 +2,8 @@ package store
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
 	"strings"
 	"sync"
@@ -32,6 +34,49 @@ func TestOpenTogether(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// TestNewerSchema: on a schema of a later release a server stops at once and
+// says so, also where the migration that it does not know has a low number.
+func TestNewerSchema(t *testing.T) {
+	for _, version := range []int64{2, 99999} {
+		url := pgtest.New(t)
+		s, err := Open(t.Context(), url)
+		if err != nil {
+			t.Fatal(err)
+		}
+		const count = "SELECT count(*) FROM goose_db_version"
+		var before, after int
+		_, err = s.pool.Exec(t.Context(), "INSERT INTO goose_db_version (version_id, is_applied) VALUES ($1, true)", version)
+		err = errors.Join(err, s.pool.QueryRow(t.Context(), count).Scan(&before))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		_, err = Open(t.Context(), url)
+		var newer *NewerError
+		if !errors.As(err, &newer) || newer.Version != version || newer.Known < 15 {
+			t.Fatalf("with version %d: %v", version, err)
+		}
+		for _, says := range []string{fmt.Sprint("version ", version), fmt.Sprint("up to ", newer.Known), "docs/upgrade.md"} {
+			if !strings.Contains(err.Error(), says) {
+				t.Errorf("%q does not say %q", err, says)
+			}
+		}
+		// A server of that release goes on.
+		if err := errors.Join(s.Ping(t.Context()), s.pool.QueryRow(t.Context(), count).Scan(&after)); err != nil || after != before {
+			t.Errorf("there were %d migrations, and are %d: %v", before, after, err)
+		}
+		_, err = s.pool.Exec(t.Context(), "DELETE FROM goose_db_version WHERE version_id = $1", version)
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := Open(t.Context(), url)
+		if err != nil {
+			t.Fatalf("without it: %v", err)
+		}
+		again.Close()
+	}
 }
 
 func TestOpenHidesPassword(t *testing.T) {
