@@ -104,7 +104,15 @@ var sandboxHost = regexp.MustCompile(`^[0-9]+-cl-[0-9a-z]*\.`)
 
 // Check says what of an answer is not as the document has it.
 func (d *Document) Check(req *http.Request, status int, header http.Header, body []byte) error {
-	route, params, err := d.router.FindRoute(req)
+	asked := req
+	if req.Method == http.MethodHead {
+		asked = req.WithContext(req.Context())
+		asked.Method = http.MethodGet
+	}
+	route, params, err := d.router.FindRoute(asked)
+	if req.Method == http.MethodOptions && status == http.StatusNoContent {
+		return checkOptions(header, body)
+	}
 	if err != nil {
 		return d.checkNoRoute(status, header, body)
 	}
@@ -113,6 +121,12 @@ func (d *Document) Check(req *http.Request, status int, header http.Header, body
 	}
 	kind, _, _ := mime.ParseMediaType(header.Get("Content-Type"))
 	isJSON := kind == "application/json"
+	if req.Method == http.MethodHead {
+		if len(body) > 0 {
+			return errors.New("a body for HEAD")
+		}
+		isJSON = false // There is none to be checked.
+	}
 	if !isJSON && len(body) > 0 && (!raw[route.Operation.OperationID] || status >= 400) {
 		return fmt.Errorf("a body of the type %q", header.Get("Content-Type"))
 	}
@@ -121,6 +135,14 @@ func (d *Document) Check(req *http.Request, status int, header http.Header, body
 		Status:                 status, Header: header, Body: io.NopCloser(bytes.NewReader(body)),
 		Options: &openapi3filter.Options{IncludeResponseStatus: true, ExcludeResponseBody: !isJSON},
 	})
+}
+
+// checkOptions checks the answer to OPTIONS, which every path has.
+func checkOptions(header http.Header, body []byte) error {
+	if header.Get("Allow") == "" || len(body) > 0 {
+		return fmt.Errorf("OPTIONS: Allow %q and a body of %d bytes", header.Get("Allow"), len(body))
+	}
+	return nil
 }
 
 // checkNoRoute checks the answer to what the document has no operation for.

@@ -546,7 +546,7 @@ func TestBadInput(t *testing.T) {
 	if got := len(p.call("GET", "/v1/sandboxes?state=error&state=running&state=starting", nil).list("sandboxes")); got != 1 {
 		t.Errorf("%d rows, want 1: refused requests left some", got)
 	}
-	if allow := p.call("PATCH", base, nil).Header.Values("Allow"); !slices.Equal(allow, []string{"GET", "DELETE"}) {
+	if allow := p.call("PATCH", base, nil).Header.Values("Allow"); !slices.Equal(allow, []string{"DELETE, GET, HEAD, OPTIONS"}) {
 		t.Errorf("Allow: %q", allow)
 	}
 }
@@ -1319,10 +1319,10 @@ func TestExecStream(t *testing.T) {
 	p.agent.mu.Unlock()
 
 	for start, message := range map[string]string{
-		`{"cmd":"cat"`:   "message: malformed JSON",
+		`{"cmd":"cat"`:   "JSON: malformed",
 		`{"args":["x"]}`: `cmd: property "cmd" is missing`,
 		`{"cmd":"cat","terminal":{"cols":0,"rows":1}}`:     "terminal.cols: number must be at least 1",
-		`{"cmd":"c\u0000"}`:                                "cmd, args and cwd must not have NUL",
+		`{"cmd":"c\u0000"}`:                                "cmd: must be UTF-8 without NUL",
 		`{"cmd":"cat","envs":{"A=":"b"}}`:                  "",
 		`{"cmd":"cat","timeout_seconds":1e10}`:             "",
 		`{"cmd":"cat","user":"a b"}`:                       "",

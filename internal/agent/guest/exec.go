@@ -16,6 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
+
+	"github.com/wrenn-dev/wrenn/internal/text"
 )
 
 // MaxOutput is how many bytes of each output stream [Client.Exec] keeps.
@@ -159,7 +161,7 @@ func (p *Process) Next() (Output, error) {
 			}
 		case *pb.ProcessEvent_End:
 			p.ended = true
-			exit := &Exit{Code: exitCode(e.End), Error: clean(e.End.GetError())}
+			exit := &Exit{Code: exitCode(e.End), Error: text.Clean(e.End.GetError(), maxError)}
 			exit.TimedOut = p.deadline && exit.Error == timedOut
 			return Output{Exit: exit}, nil
 		}

@@ -15,11 +15,11 @@ import (
 	"strings"
 	"sync/atomic"
 	"time"
-	"unicode/utf8"
 
 	"connectrpc.com/connect"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
+	"github.com/wrenn-dev/wrenn/internal/text"
 )
 
 // Port is where the guest daemon listens.
@@ -198,7 +198,7 @@ func (c *Client) Write(ctx context.Context, user, path string, content io.Reader
 	if err := json.NewDecoder(io.LimitReader(resp.Body, 64<<10)).Decode(&files); err != nil || len(files) != 1 {
 		return FileInfo{}, unreadable(ctx, err)
 	}
-	return FileInfo{clean(files[0].Path), clean(files[0].Name), counted.n}, nil
+	return FileInfo{text.Clean(files[0].Path, maxError), text.Clean(files[0].Name, maxError), counted.n}, nil
 }
 
 type counter struct {
@@ -408,20 +408,9 @@ func own(code connect.Code, message string) error {
 		// The agent has shown the right token: it is the user that is unknown.
 		code = connect.CodeInvalidArgument
 	}
-	err := connect.NewError(code, errors.New(clean(message)))
+	err := connect.NewError(code, errors.New(text.Clean(message, maxError)))
 	err.Meta().Set(SourceHeader, SourceGuest)
 	return err
-}
-
-// clean is a guest's text as one that can be shown: valid, of bounded length.
-func clean(s string) string {
-	if len(s) > maxError {
-		s = s[:maxError]
-		for len(s) > 0 && !utf8.ValidString(s[max(0, len(s)-utf8.UTFMax):]) && !utf8.RuneStart(s[len(s)-1]) {
-			s = s[:len(s)-1]
-		}
-	}
-	return strings.ToValidUTF8(s, "\uFFFD")
 }
 
 // lost is the error of a request that got no whole answer.
@@ -466,7 +455,7 @@ func fromConnect(ctx context.Context, err error) error {
 	case ce != nil && ce.Code() == connect.CodeUnauthenticated:
 		return own(ce.Code(), "the sandbox has no such user") // a bare status 401
 	}
-	return connect.NewError(connect.CodeUnavailable, fmt.Errorf("the sandbox does not answer: %s", clean(reason(err).Error())))
+	return connect.NewError(connect.CodeUnavailable, fmt.Errorf("the sandbox does not answer: %s", text.Clean(reason(err).Error(), maxError)))
 }
 
 // reason is an error of a request without its address: where the guest is on

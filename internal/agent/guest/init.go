@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+
+	"github.com/wrenn-dev/wrenn/internal/text"
 )
 
 const (
@@ -135,7 +137,7 @@ func (c *Client) init(ctx context.Context, token string, m *initMessage) (r Repo
 	}
 	r.Disk = said.Disk
 	for _, w := range said.Warnings[:min(len(said.Warnings), maxWarnings)] {
-		r.Warnings = append(r.Warnings, clean(w))
+		r.Warnings = append(r.Warnings, text.Clean(w, maxError))
 	}
 	return r, resp.StatusCode, nil
 }

@@ -22,6 +22,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/page"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/text"
 )
 
 // Who acts.
@@ -77,22 +78,19 @@ var prefixes = map[string]id.Kind{
 }
 
 // inside is an object's id as records have it: a UUID where it is one.
-func inside(object, text string) string {
-	if len(text) > maxText {
-		text = text[:maxText]
-	}
-	if u, err := id.Parse(prefixes[object], text); prefixes[object] != "" && err == nil {
+func inside(object, name string) string {
+	if u, err := id.Parse(prefixes[object], name); prefixes[object] != "" && err == nil {
 		return u.String()
 	}
-	return text
+	return text.Clean(name, maxText)
 }
 
 // outside undoes inside.
-func outside(object, text string) string {
-	if u, err := uuid.Parse(text); prefixes[object] != "" && err == nil {
+func outside(object, name string) string {
+	if u, err := uuid.Parse(name); prefixes[object] != "" && err == nil {
 		return id.Format(prefixes[object], u)
 	}
-	return text
+	return name
 }
 
 // ActorName is who acted, as people are shown it: an id, or what it is that
@@ -163,8 +161,8 @@ func (l *Log) List(ctx context.Context, f Filter) ([]Record, string, error) {
 	}
 	p.ObjectID = f.Object
 	for kind := range prefixes {
-		if text := inside(kind, f.Object); text != f.Object {
-			p.ObjectID = text
+		if is := inside(kind, f.Object); is != f.Object {
+			p.ObjectID = is
 		}
 	}
 	var rows []db.AuditRecord

@@ -13,7 +13,6 @@ import (
 	"strings"
 	"sync"
 	"time"
-	"unicode/utf8"
 
 	"github.com/google/uuid"
 
@@ -210,9 +209,6 @@ type NewKey struct {
 func (k *Keys) Create(ctx context.Context, by Principal, n NewKey) (key string, row db.APIKey, err error) {
 	if n.ExpiresAt != nil && !n.ExpiresAt.After(time.Now()) {
 		return "", row, fault.New(fault.InvalidArgument, "expires_at: has passed")
-	}
-	if strings.Contains(n.Name, "\x00") || !utf8.ValidString(n.Name) {
-		return "", row, fault.New(fault.InvalidArgument, "name: must be UTF-8 without NUL")
 	}
 	if slices.Contains(n.Scopes, PlatformScope) && !by.Platform {
 		return "", row, fault.New(fault.PermissionDenied, "only the platform's admins make keys with the scope %q", PlatformScope)

@@ -18,6 +18,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/text"
 )
 
 const (
@@ -77,12 +78,9 @@ func (s *Sessions) Start(ctx context.Context, q *db.Queries, user uuid.UUID, age
 	refresh, hash := newRefresh(session)
 	now := time.Now()
 	expires := now.Add(RefreshLasts).UTC().Truncate(time.Microsecond)
-	if len(agent) > maxAgent {
-		agent = agent[:maxAgent]
-	}
 	err := q.InsertSession(ctx, db.InsertSessionParams{
 		ID: session, UserID: user, RefreshHash: hash, ExpiresAt: expires,
-		UserAgent: strings.ToValidUTF8(strings.ReplaceAll(agent, "\x00", ""), "?"), Address: address,
+		UserAgent: text.Clean(agent, maxAgent), Address: address,
 	})
 	if err != nil {
 		return Grant{}, fmt.Errorf("write session: %w", err)

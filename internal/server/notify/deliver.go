@@ -24,6 +24,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	"github.com/wrenn-dev/wrenn/internal/server/mail"
+	"github.com/wrenn-dev/wrenn/internal/text"
 )
 
 // errInternal is what people see of a fault of ours.
@@ -72,11 +73,7 @@ func (o outcome) problem() string {
 	if errors.Is(err, context.DeadlineExceeded) {
 		return "no answer in time"
 	}
-	text := err.Error()
-	if len(text) > 200 {
-		text = text[:200]
-	}
-	return strings.ToValidUTF8(text, "?")
+	return text.Clean(err.Error(), 200)
 }
 
 // deliver tells a channel of an event, once.

@@ -76,12 +76,8 @@ func caller(r *http.Request) auth.Principal {
 // It comes before anything of the request but its address is looked at.
 func (a *API) authorize(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		_, _, op := a.operation(r)
-		access, ok := a.access[op]
-		if !ok {
-			a.Fail(w, r, errors.New("route is not in the OpenAPI document"))
-			return
-		}
+		op := routed(r).op
+		access := a.access[op]
 		if err := a.sameSite(r); err != nil {
 			a.Fail(w, r, err)
 			return
@@ -176,7 +172,7 @@ func (a *API) teamOf(r *http.Request, access auth.Access) (*uuid.UUID, error) {
 	if !access.Role.OfTeam() {
 		return nil, nil
 	}
-	where, text := "team_id", r.PathValue("team_id")
+	where, text := "team_id", routed(r).params["team_id"]
 	if text == "" {
 		where, text = "X-Team", r.Header.Get("X-Team")
 	}

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/getkin/kin-openapi/openapi3"
-	"github.com/go-chi/chi/v5"
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
@@ -23,18 +22,18 @@ const recordWithin = 5 * time.Second
 
 // changes says whether an operation is to be recorded: all but those that the
 // document says only read. What is not said is known by the method.
-func changes(method string, op *openapi3.Operation) bool {
-	switch op.OperationID {
+func changes(m match) bool {
+	switch m.op.OperationID {
 	case "hostHeartbeat": // It says that nothing has changed.
 		return false
 	case "execStream": // A WebSocket begins with GET.
 		return true
 	}
-	access, ok := op.Extensions["x-wrenn-access"].(map[string]any)
+	access, ok := m.op.Extensions["x-wrenn-access"].(map[string]any)
 	if read, says := access["read"].(bool); ok && says {
 		return !read
 	}
-	return method != http.MethodGet
+	return m.method != http.MethodGet
 }
 
 // open says whether anybody may call an operation.
@@ -43,12 +42,12 @@ func open(op *openapi3.Operation) bool { return op.Security != nil && len(*op.Se
 // audit has every change that is asked for recorded before it is answered.
 func (a *API) audit(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		_, _, op := a.operation(r)
-		if op == nil || !changes(r.Method, op) {
+		m := routed(r)
+		if !changes(m) {
 			next.ServeHTTP(w, r)
 			return
 		}
-		rec := &recorder{ResponseWriter: w, api: a, r: r, op: op}
+		rec := &recorder{ResponseWriter: w, api: a, r: r, op: m.op}
 		defer func() {
 			if rec.began {
 				return
@@ -128,12 +127,10 @@ func (rec *recorder) write(result, code string) error {
 			return nil
 		}
 	}
-	if strings.HasPrefix(chi.RouteContext(rec.r.Context()).RoutePattern(), "/v1/admin/") {
+	if strings.HasPrefix(routed(rec.r).path, "/v1/admin/") {
 		record.Team = nil
 	}
 	record.Object, record.ObjectID = object(rec.r, rec.Header().Get("Location"))
-	// What a client wrote in a path may be no text that the database takes.
-	record.ObjectID = strings.ReplaceAll(strings.ToValidUTF8(record.ObjectID, "\uFFFD"), "\x00", "\uFFFD")
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(rec.r.Context()), recordWithin)
 	defer cancel()
 	if code == "quota_exceeded" && record.Team != nil {
@@ -173,17 +170,17 @@ func object(r *http.Request, location string) (kind, name string) {
 	if parts := strings.Split(location, "/"); len(parts) > 2 {
 		kind, name = parts[len(parts)-2], parts[len(parts)-1]
 	} else {
-		rc := chi.RouteContext(r.Context())
+		m := routed(r)
 		named := false
-		parts := strings.Split(strings.Trim(rc.RoutePattern(), "/"), "/")
+		parts := strings.Split(strings.Trim(m.path, "/"), "/")
 		for i, part := range parts {
 			// After what is named there may be what is to be done with it.
-			if param, ok := strings.CutPrefix(part, "{"); ok && i > 0 && !strings.HasPrefix(parts[i-1], "{") {
+			if p, ok := param(part); ok && i > 0 && !strings.HasPrefix(parts[i-1], "{") {
 				of := ""
 				if inner[parts[i-1]] {
 					of = name + "/"
 				}
-				kind, name, named = parts[i-1], of+rc.URLParam(strings.TrimSuffix(param, "}")), true
+				kind, name, named = parts[i-1], of+m.params[p], true
 			} else if !named {
 				kind = part
 			}
@@ -261,6 +258,15 @@ func (a *API) exportAudit(w http.ResponseWriter, r *http.Request, f audit.Filter
 		w.Header().Set("Cache-Control", "no-store")
 		w.Header().Set("Content-Disposition", `attachment; filename="audit.`+format+`"`)
 		w.WriteHeader(http.StatusOK)
+	}
+	if r.Method == http.MethodHead {
+		f.Limit = 1
+		if _, _, err := a.Audit.List(r.Context(), f); err != nil {
+			a.Fail(w, r, err)
+			return
+		}
+		begin()
+		return
 	}
 	enc, table := json.NewEncoder(w), csv.NewWriter(w)
 	enc.SetEscapeHTML(false)

@@ -3,6 +3,7 @@ package rest
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 
@@ -182,6 +183,9 @@ func (a *API) FollowBuildAdmin(w http.ResponseWriter, r *http.Request, build res
 	a.followBuild(w, r, uuid.Nil, build)
 }
 
+// errHead ends what would be streamed where only the header is asked for.
+var errHead = errors.New("HEAD")
+
 func (a *API) followBuild(w http.ResponseWriter, r *http.Request, team uuid.UUID, build string) {
 	u, err := buildID(build)
 	if err != nil {
@@ -202,7 +206,11 @@ func (a *API) followBuild(w http.ResponseWriter, r *http.Request, team uuid.UUID
 		if !begun {
 			w.Header().Set("Content-Type", "text/event-stream")
 			w.Header().Set("Cache-Control", "no-store")
+			w.WriteHeader(http.StatusOK)
 			begun = true
+		}
+		if r.Method == http.MethodHead {
+			return errHead
 		}
 		for _, s := range steps {
 			if err := tell(told, s, say); err != nil {
@@ -221,7 +229,7 @@ func (a *API) followBuild(w http.ResponseWriter, r *http.Request, team uuid.UUID
 		a.Fail(w, r, err)
 		return
 	}
-	if err != nil && r.Context().Err() == nil {
+	if err != nil && !errors.Is(err, errHead) && r.Context().Err() == nil {
 		a.log(r).Debug("follow build", "error", err)
 	}
 }

@@ -14,8 +14,6 @@ import (
 	"github.com/getkin/kin-openapi/openapi3"
 	"github.com/getkin/kin-openapi/openapi3filter"
 	"github.com/getkin/kin-openapi/routers"
-	"github.com/go-chi/chi/v5"
-
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
@@ -86,96 +84,80 @@ func answer(w http.ResponseWriter, status int, v any) {
 	_ = enc.Encode(v)
 }
 
-// validate checks parameters and JSON bodies against the document.
+// validate checks parameters and JSON bodies against the document. Nothing
+// else checks their shape.
 func (a *API) validate(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		route, item, op := a.operation(r)
-		if op == nil {
-			a.Fail(w, r, errors.New("route is not in the OpenAPI document"))
-			return
-		}
-		params := make(map[string]string)
-		keys := chi.RouteContext(r.Context()).URLParams
-		for i, k := range keys.Keys {
-			params[k] = keys.Values[i]
-		}
-		checked := r
-		if streams(op) {
-			checked = r.WithContext(r.Context())
-			checked.Body = http.NoBody
-		}
-		// The key was checked before; left to the validator, it would read the
-		// whole body first.
-		open := *op
+		m := routed(r)
+		// The key was checked before, and readBody reads the body.
+		open := *m.op
 		open.Security = openapi3.NewSecurityRequirements()
+		open.RequestBody = nil
 		err := openapi3filter.ValidateRequest(r.Context(), &openapi3filter.RequestValidationInput{
-			Request: checked, PathParams: params,
-			Route:   &routers.Route{Spec: a.spec, Path: route, PathItem: item, Method: r.Method, Operation: &open},
-			Options: &openapi3filter.Options{ExcludeRequestBody: streams(op), SkipSettingDefaults: true},
+			Request: r, PathParams: m.params,
+			Route:   &routers.Route{Spec: a.spec, Path: m.path, PathItem: m.item, Method: r.Method, Operation: &open},
+			Options: &openapi3filter.Options{SkipSettingDefaults: true},
 		})
 		if err != nil {
-			a.Fail(w, r, invalid(err))
+			err = invalid(err)
+		} else {
+			err = readBody(r, m.op)
+		}
+		if err != nil {
+			a.Fail(w, r, err)
 			return
 		}
 		next.ServeHTTP(w, r)
 	})
 }
 
+// unbound turns the error of a parameter that cannot be bound into one that
+// says which it is.
+func unbound(err error) error {
+	name := "parameter"
+	var format *rest.InvalidParamFormatError
+	var many *rest.TooManyValuesForParamError
+	switch {
+	case errors.As(err, &format):
+		name = format.ParamName
+	case errors.As(err, &many):
+		name = many.ParamName
+	}
+	return fault.Because(err, fault.InvalidArgument, "%s: malformed, or given more than once", name)
+}
+
 // invalid turns the validator's error into one that says what is wrong where,
 // without the schema and without repeating the value.
 func invalid(err error) error {
-	var long *http.MaxBytesError
-	if errors.As(err, &long) {
-		return long
-	}
+	where, reason := "", "malformed"
 	var re *openapi3filter.RequestError
-	where := ""
-	reason := "malformed request"
 	if errors.As(err, &re) {
-		switch {
-		case re.Parameter != nil:
+		if re.Parameter != nil {
 			where = re.Parameter.Name
-			reason = "malformed"
-		case re.RequestBody != nil:
-			where = "body"
-			reason = "malformed JSON"
 		}
 		if re.Reason != "" {
 			reason = re.Reason
 		}
 	}
-	var pe *openapi3filter.ParseError
-	if errors.As(err, &pe) && pe.Kind == openapi3filter.KindInvalidFormat && re != nil && re.RequestBody != nil {
-		reason = "malformed JSON"
-	}
 	if errors.Is(err, openapi3filter.ErrInvalidRequired) {
 		reason = "missing"
+	}
+	var pe *openapi3filter.ParseError
+	if errors.As(err, &pe) {
+		reason = "malformed"
 	}
 	var se *openapi3.SchemaError
 	if errors.As(err, &se) {
 		reason = se.Reason
 		if path := se.JSONPointer(); len(path) > 0 {
-			if where == "body" || where == "" {
-				where = strings.Join(path, ".")
-			} else {
-				where += "." + strings.Join(path, ".")
+			if where != "" {
+				where += "."
 			}
+			where += strings.Join(path, ".")
 		}
 	}
-	if where != "" {
-		reason = where + ": " + reason
+	if where == "" {
+		where = "JSON"
 	}
-	return fault.Because(err, fault.InvalidArgument, "%s", reason)
-}
-
-// decode reads a JSON body that was validated.
-func decode(r *http.Request, v any) error {
-	if err := json.NewDecoder(r.Body).Decode(v); err != nil {
-		var long *http.MaxBytesError
-		if errors.As(err, &long) {
-			return long
-		}
-		return fault.New(fault.InvalidArgument, "body: %v", err)
-	}
-	return nil
+	return fault.Because(err, fault.InvalidArgument, "%s: %s", where, reason)
 }

@@ -47,11 +47,6 @@ func command(cmd string, args []string, shell bool, envs map[string]string, cwd,
 	if err := sandboxes.CheckEnvs(envs); err != nil {
 		return nil, err
 	}
-	for _, s := range append([]string{cmd, cwd}, args...) {
-		if strings.Contains(s, "\x00") {
-			return nil, fault.New(fault.InvalidArgument, "cmd, args and cwd must not have NUL")
-		}
-	}
 	if shell {
 		if len(args) > 0 {
 			return nil, fault.New(fault.InvalidArgument, "args: a line for the shell has none")
@@ -246,17 +241,11 @@ func (a *API) readStart(ctx context.Context, ws *websocket.Conn) (*hostagentv1.E
 
 // parse reads a message that must match one of the document's schemas.
 func (a *API) parse(schema string, b []byte, v any) error {
-	var any any
-	if err := json.Unmarshal(b, &any); err != nil {
-		return fault.New(fault.InvalidArgument, "message: malformed JSON")
+	b, err := conform(a.spec.Components.Schemas[schema].Value, b)
+	if err != nil {
+		return err
 	}
-	if err := a.spec.Components.Schemas[schema].Value.VisitJSON(any); err != nil {
-		return invalid(err)
-	}
-	if err := json.Unmarshal(b, v); err != nil {
-		return fault.New(fault.InvalidArgument, "message: %v", err)
-	}
-	return nil
+	return unmarshal(b, v)
 }
 
 type execStream = connect.BidiStreamForClient[hostagentv1.ExecStreamRequest, hostagentv1.ExecStreamResponse]

@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
-	"unicode/utf8"
 
 	"connectrpc.com/connect"
 
@@ -27,9 +26,6 @@ func (a *API) file(r *http.Request, sandbox, path string, user *string) (*hosts.
 	u, err := sandboxID(sandbox)
 	if err != nil {
 		return nil, nil, err
-	}
-	if strings.Contains(path, "\x00") || !utf8.ValidString(path) {
-		return nil, nil, fault.New(fault.InvalidArgument, "path: must be UTF-8 without NUL")
 	}
 	for part := range strings.SplitSeq(path, "/") {
 		if part == ".." {
@@ -174,6 +170,10 @@ func openRead(r *http.Request, host *hosts.Host, req *hostagentv1.ReadFileStream
 // copyOut sends a stream's chunks. When the stream breaks, so does the
 // connection, lest the client take a part for the whole.
 func (a *API) copyOut(w http.ResponseWriter, r *http.Request, stream *connect.ServerStreamForClient[hostagentv1.ReadFileStreamResponse]) {
+	if r.Method == http.MethodHead {
+		_, _ = w.Write(nil) // The header is all that is asked for.
+		return
+	}
 	for stream.Receive() {
 		if _, err := w.Write(stream.Msg().GetChunk()); err != nil {
 			return

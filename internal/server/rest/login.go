@@ -1,9 +1,7 @@
 package rest
 
 import (
-	"encoding/json"
 	"errors"
-	"io"
 	"net/http"
 	"net/url"
 	"time"
@@ -157,8 +155,8 @@ func (a *API) LogIn(w http.ResponseWriter, r *http.Request) {
 // shownRefresh returns the refresh token of a request and whether the body has it.
 func (a *API) shownRefresh(r *http.Request) (token string, inBody bool, err error) {
 	var req rest.Refresh
-	if err := json.NewDecoder(r.Body).Decode(&req); err != nil && !errors.Is(err, io.EOF) {
-		return "", false, fault.New(fault.InvalidArgument, "body: malformed JSON")
+	if err := decode(r, &req); err != nil {
+		return "", false, err
 	}
 	if req.RefreshToken != nil {
 		return *req.RefreshToken, true, nil

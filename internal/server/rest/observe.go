@@ -33,6 +33,8 @@ type observation struct {
 	http.ResponseWriter
 	id     string
 	status int
+	// match is the operation that the request calls, once that is known.
+	match match
 	// who called, as far as that is known.
 	who auth.Principal
 	// code is that of the error that was answered.
@@ -71,10 +73,8 @@ func (a *API) observe(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		o := &observation{ResponseWriter: w, id: requestID(r)}
 		w.Header().Set("X-Request-Id", o.id)
-		// Routing fills this in; made here, it can be read afterwards.
-		rc := chi.NewRouteContext()
 		ctx := context.WithValue(r.Context(), observationKey{}, o)
-		ctx = context.WithValue(ctx, chi.RouteCtxKey, rc)
+		ctx = context.WithValue(ctx, chi.RouteCtxKey, chi.NewRouteContext())
 		begun := time.Now()
 		defer func() {
 			took := time.Since(begun)
@@ -82,11 +82,10 @@ func (a *API) observe(next http.Handler) http.Handler {
 			if status == 0 {
 				status = statusGone
 			}
-			seen := Observation{Method: r.Method, Route: rc.RoutePattern(), Status: status, Took: took}
-			if item := a.spec.Paths.Value(seen.Route); item == nil || item.GetOperation(r.Method) == nil {
-				seen.Method, seen.Route = "other", "other"
-			} else {
-				switch item.GetOperation(r.Method).OperationID {
+			seen := Observation{Method: "other", Route: "other", Status: status, Took: took}
+			if o.match.op != nil {
+				seen.Method, seen.Route = r.Method, o.match.path
+				switch o.match.op.OperationID {
 				case "exec", "execStream", "readFile", "writeFile", "readArchive", "writeArchive":
 					seen.Streamed = true
 				}
@@ -102,7 +101,7 @@ func (a *API) observe(next http.Handler) http.Handler {
 			if o.who.Team != uuid.Nil {
 				attrs = append(attrs, "team_id", id.Format(id.Team, o.who.Team))
 			}
-			if sandbox := rc.URLParam("sandbox_id"); sandbox != "" {
+			if sandbox := o.match.params["sandbox_id"]; sandbox != "" {
 				attrs = append(attrs, "sandbox_id", sandbox)
 			}
 			a.Log.Log(ctx, level, "request", attrs...)

@@ -89,7 +89,8 @@ type API struct {
 	// pattern is sandboxes' URLs with %s for the id.
 	pattern string
 	health  health
-	router  chi.Router
+	routes  router
+	chi     chi.Router
 }
 
 var _ rest.ServerInterface = (*API)(nil)
@@ -135,43 +136,19 @@ func New(ctx context.Context, c Config) (*API, error) {
 	}
 	a.health.checks = c.Checks
 
+	a.routes = newRouter(spec)
 	r := chi.NewRouter()
-	r.NotFound(func(w http.ResponseWriter, r *http.Request) {
-		a.Fail(w, r, fault.New(fault.NotFound, "no such route"))
+	r.Use(a.audit, a.authorize, a.limit, a.validate)
+	rest.HandlerWithOptions(a, rest.ChiServerOptions{
+		BaseRouter:       r,
+		ErrorHandlerFunc: func(w http.ResponseWriter, r *http.Request, err error) { a.Fail(w, r, unbound(err)) },
 	})
-	r.MethodNotAllowed(func(w http.ResponseWriter, r *http.Request) {
-		for _, m := range []string{http.MethodGet, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete} {
-			if a.router.Match(chi.NewRouteContext(), m, r.URL.Path) {
-				w.Header().Add("Allow", m)
-			}
-		}
-		a.Fail(w, r, fault.New(fault.MethodNotAllowed, "%s is not allowed here", r.Method))
-	})
-	r.Group(func(r chi.Router) {
-		// In a group these run after routing, so they know the operation.
-		r.Use(a.audit, a.authorize, a.limit, a.validate)
-		rest.HandlerWithOptions(a, rest.ChiServerOptions{
-			BaseRouter: r,
-			ErrorHandlerFunc: func(w http.ResponseWriter, r *http.Request, err error) {
-				a.Fail(w, r, fault.New(fault.InvalidArgument, "%v", err))
-			},
-		})
-	})
-	a.router = r
+	a.chi = r
 	return a, nil
 }
 
 // Handler serves the API.
-func (a *API) Handler() http.Handler { return a.observe(a.recover(a.router)) }
-
-// operation returns the operation of a routed request.
-func (a *API) operation(r *http.Request) (route string, item *openapi3.PathItem, op *openapi3.Operation) {
-	route = chi.RouteContext(r.Context()).RoutePattern()
-	if item = a.spec.Paths.Value(route); item != nil {
-		op = item.GetOperation(r.Method)
-	}
-	return route, item, op
-}
+func (a *API) Handler() http.Handler { return a.observe(a.recover(a.route(a.chi))) }
 
 // Bounds of bodies that are JSON, in bytes.
 const (
@@ -181,9 +158,6 @@ const (
 
 // streams says whether an operation's body is passed on as it comes.
 func streams(op *openapi3.Operation) bool {
-	if op == nil {
-		return false
-	}
 	switch op.OperationID {
 	case "writeFile", "writeArchive", "importArchive", "importPlatformArchive", "putBuildArchive", "putBuildArchiveAdmin":
 		return true
@@ -194,13 +168,13 @@ func streams(op *openapi3.Operation) bool {
 // limit bounds bodies, except for those that are streamed on.
 func (a *API) limit(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		_, _, op := a.operation(r)
+		op := routed(r).op
 		if streams(op) {
 			next.ServeHTTP(w, r)
 			return
 		}
 		most := int64(maxBody)
-		if op != nil && (op.OperationID == "exec" || op.OperationID == "runCode") {
+		if op.OperationID == "exec" || op.OperationID == "runCode" {
 			most = maxExecBody
 		}
 		if r.ContentLength > most {

@@ -24,7 +24,7 @@ func newAPI(t *testing.T) *API {
 func TestRoutes(t *testing.T) {
 	a := newAPI(t)
 	var routed, documented []string
-	err := chi.Walk(a.router, func(method, route string, _ http.Handler, _ ...func(http.Handler) http.Handler) error {
+	err := chi.Walk(a.chi, func(method, route string, _ http.Handler, _ ...func(http.Handler) http.Handler) error {
 		routed = append(routed, method+" "+route)
 		return nil
 	})

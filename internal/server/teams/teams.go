@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"strings"
 	"time"
-	"unicode/utf8"
 
 	"github.com/google/uuid"
 
@@ -49,8 +48,8 @@ type Service struct {
 func New(c Config) *Service { return &Service{Config: c, poke: make(chan struct{}, 1)} }
 
 func checkName(name string) error {
-	if strings.TrimSpace(name) == "" || strings.Contains(name, "\x00") || !utf8.ValidString(name) {
-		return fault.New(fault.InvalidArgument, "name: must be UTF-8, not blank, without NUL")
+	if strings.TrimSpace(name) == "" {
+		return fault.New(fault.InvalidArgument, "name: must not be blank")
 	}
 	return nil
 }
@@ -164,9 +163,6 @@ var errOwners = fault.New(fault.PermissionDenied, "only owners make, change and 
 // are in the team.
 func (s *Service) Add(ctx context.Context, by auth.Principal, email string, role auth.Role) (db.GetMemberRow, error) {
 	var row db.GetMemberRow
-	if strings.Contains(email, "\x00") || !utf8.ValidString(email) {
-		return row, fault.New(fault.InvalidArgument, "email: must be UTF-8 without NUL")
-	}
 	err := s.change(ctx, by, auth.Admin, "add member", func(q *db.Queries, mine auth.Role) error {
 		if role == auth.Owner && mine != auth.Owner {
 			return errOwners

@@ -186,9 +186,6 @@ func (s *Service) LogIn(ctx context.Context, email, password string, from Origin
 
 // byEmail returns the user with an address; the zero user where there is none.
 func (s *Service) byEmail(ctx context.Context, email string) (db.User, error) {
-	if strings.Contains(email, "\x00") || !utf8.ValidString(email) {
-		return db.User{}, nil
-	}
 	user, err := s.Store.GetUserByEmail(ctx, email)
 	if errors.Is(err, store.ErrNoRows) {
 		return db.User{}, nil
@@ -364,11 +361,8 @@ func (s *Service) Get(ctx context.Context, user uuid.UUID) (Account, error) {
 }
 
 // pattern is a LIKE pattern for what begins with prefix.
-func pattern(prefix string) (string, error) {
-	if strings.Contains(prefix, "\x00") || !utf8.ValidString(prefix) {
-		return "", fault.New(fault.InvalidArgument, "email_prefix: must be UTF-8 without NUL")
-	}
-	return strings.NewReplacer(`\`, `\\`, `%`, `\%`, `_`, `\_`).Replace(strings.ToLower(prefix)) + "%", nil
+func pattern(prefix string) string {
+	return strings.NewReplacer(`\`, `\\`, `%`, `\%`, `_`, `\_`).Replace(strings.ToLower(prefix)) + "%"
 }
 
 // Find returns a few active users whose addresses begin with prefix.
@@ -376,11 +370,7 @@ func (s *Service) Find(ctx context.Context, by auth.Principal, prefix string) ([
 	if err := s.Limiter.Allow(ctx, limitFind, by.User.String()); err != nil {
 		return nil, err
 	}
-	p, err := pattern(prefix)
-	if err != nil {
-		return nil, err
-	}
-	rows, err := s.Store.FindUsers(ctx, db.FindUsersParams{Pattern: p, MaxRows: found})
+	rows, err := s.Store.FindUsers(ctx, db.FindUsersParams{Pattern: pattern(prefix), MaxRows: found})
 	if err != nil {
 		return nil, fmt.Errorf("find users: %w", err)
 	}
@@ -389,15 +379,11 @@ func (s *Service) Find(ctx context.Context, by auth.Principal, prefix string) ([
 
 // List returns a page of all users by address, and the next one's cursor.
 func (s *Service) List(ctx context.Context, prefix, cursor string, limit int) ([]db.User, string, error) {
-	p, err := pattern(prefix)
-	if err != nil {
-		return nil, "", err
-	}
 	after, err := page.After(cursor)
 	if err != nil {
 		return nil, "", err
 	}
-	rows, err := s.Store.ListUsers(ctx, db.ListUsersParams{Pattern: p, After: after, MaxRows: int32(limit) + 1})
+	rows, err := s.Store.ListUsers(ctx, db.ListUsersParams{Pattern: pattern(prefix), After: after, MaxRows: int32(limit) + 1})
 	if err != nil {
 		return nil, "", fmt.Errorf("list users: %w", err)
 	}

@@ -1,0 +1,138 @@
+package server_test
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strings"
+	"testing"
+
+	"github.com/google/uuid"
+)
+
+// TestPathsHaveOneSpelling checks that an escaped path means what the plain one
+// does, to the operation and to whoever reads its record.
+func TestPathsHaveOneSpelling(t *testing.T) {
+	p := newPlane(t)
+	w := p.world()
+	team := w.teams[ours]
+	key := keyOf(func(w *world) uuid.UUID { return w.teams[ours].owner }, "1 hour")(w)
+	name := team.nameOfTmpl
+	w.call("DELETE", "/v1/templates/%74"+name[1:], nil, key...).want(204)
+	w.call("GET", "/v1/templates/"+name, nil, key...).fails(404, "not_found")
+	admin := as(w.bearer(team.admin))
+	records := w.call("GET", "/v1/audit?action=deleteTemplate&object="+name, nil, admin...).want(200).list("records")
+	if len(records) != 1 || records[0].(map[string]any)["object"] != name {
+		t.Errorf("records of the deletion of %s: %v", name, records)
+	}
+	// Twice escaped is another name.
+	w.call("GET", "/v1/templates/%2574"+name[1:], nil, key...).fails(404, "not_found")
+	archive := []byte("no tar")
+	escaped := fmt.Sprintf("/v1/templates/builds/archives/sha256%%3A%x", sha256.Sum256(archive))
+	plain := strings.Replace(escaped, "%3A", ":", 1)
+	if a, b := w.call("PUT", escaped, archive, key...), w.call("PUT", plain, archive, key...); a.Status != b.Status || string(a.Body) != string(b.Body) {
+		t.Errorf("escaped: %d %s; plain: %d %s", a.Status, a.Body, b.Status, b.Body)
+	}
+	w.call("%47ET", "/v1/templates", nil, key...).fails(405, "method_not_allowed")
+}
+
+// TestTextIsText checks that what PostgreSQL does not store is refused wherever
+// it comes from, and nothing else is.
+func TestTextIsText(t *testing.T) {
+	p := newPlane(t)
+	for _, bad := range []string{"%00", "%ff", "%ed%a0%80"} {
+		for _, path := range []string{"/v1/audit?object=x" + bad, "/v1/audit?action=x" + bad, "/v1/templates/x" + bad, "/v1/snapshots?cursor=" + bad, "/v1/admin/users?email_prefix=" + bad, "/v1/sandboxes?metadata=a=" + bad} {
+			p.call("GET", path, nil).fails(400, "invalid_argument")
+		}
+		p.call("PUT", "/v1/templates/minimal"+bad+"/tags/x", nil).fails(400, "invalid_argument")
+		p.call("DELETE", "/v1/templates/minimal/tags/x"+bad, nil).fails(400, "invalid_argument")
+		p.call("DELETE", "/v1/snapshots/x"+bad, nil).fails(400, "invalid_argument")
+	}
+	for _, bad := range []string{`\u0000`, "\xff", `\ud800`} {
+		p.call("POST", "/v1/channels", `{"name":"x`+bad+`","kind":"email","address":"a@example.com","events":["sandbox.lost"]}`).fails(400, "invalid_argument")
+		p.call("POST", "/v1/sandboxes", `{"metadata":{"k":"`+bad+`"}}`).fails(400, "invalid_argument")
+		p.call("POST", "/v1/sandboxes", `{"metadata":{"`+bad+`":"v"}}`).fails(400, "invalid_argument")
+		p.call("POST", "/v1/admin/hosts", `{"name":"h","tags":["`+bad+`"]}`).fails(400, "invalid_argument")
+	}
+	long := strings.Repeat("é", 99) + "x"
+	p.call("GET", "/v1/audit?object="+url.QueryEscape(long+long[:1]), nil).fails(400, "invalid_argument")
+	p.call("GET", "/v1/audit?object="+url.QueryEscape("x"+long), nil).want(200)
+	// A record quotes whole characters: of 200 bytes, the last would be half of one.
+	key := p.newTeam()
+	p.call("DELETE", "/v1/snapshots/"+url.PathEscape("x"+strings.Repeat("é", 100)), nil, "X-API-Key", key).fails(404, "not_found")
+	sandbox := p.create(map[string]any{})
+	out := p.call("POST", "/v1/sandboxes/"+sandbox+"/exec", `{"cmd":"cat","stdin":"a\u0000b"}`).want(200)
+	if got := out.str("stdout"); got != "a\x00b" {
+		t.Errorf("standard input with NUL came out as %q", got)
+	}
+}
+
+// TestBodiesHaveOneMeaning checks that a body has the one value that was
+// validated.
+func TestBodiesHaveOneMeaning(t *testing.T) {
+	p := newPlane(t)
+	entries := func(from int) string {
+		var all []string
+		for i := range 64 {
+			all = append(all, fmt.Sprintf(`"k%d":"v"`, from+i))
+		}
+		return "{" + strings.Join(all, ",") + "}"
+	}
+	p.call("POST", "/v1/sandboxes", `{"metadata":`+entries(0)+`,"metadata":`+entries(64)+`}`).fails(400, "invalid_argument")
+	p.call("PUT", "/v1/admin/settings", `{"signup_open":false,"default_quota":{"max_running":5},"default_quota":{"max_vcpus":5}}`).fails(400, "invalid_argument")
+	p.call("POST", "/v1/sandboxes", `{} {"vcpus":2}`).fails(400, "invalid_argument")
+	p.call("POST", "/v1/sandboxes", strings.Repeat(`{"metadata":`, 1000)+strings.Repeat("}", 1000)).fails(400, "invalid_argument")
+	if got := p.call("POST", "/v1/sandboxes", `{"vcpus":2.0,"memory_mib":5.12e2}`).want(201).object(); got["vcpus"] != 2. || got["memory_mib"] != 512. {
+		t.Errorf("2.0 and 5.12e2: %v and %v", got["vcpus"], got["memory_mib"])
+	}
+	r := p.call("POST", "/v1/sandboxes", `{"vcpus":1.5}`)
+	r.fails(400, "invalid_argument")
+	if strings.Contains(string(r.Body), "Go") || strings.Contains(string(r.Body), "int32") {
+		t.Errorf("the error names types: %s", r.Body)
+	}
+}
+
+// TestHead checks that HEAD answers as GET does, without a body, wherever GET
+// only reads, and that it is refused nowhere else than there.
+func TestHead(t *testing.T) {
+	p := newPlane(t)
+	p.agent.mu.Lock()
+	p.agent.files["/walk"] = []byte("walk")
+	p.agent.mu.Unlock()
+	w := p.world()
+	var owner, staff caller
+	for _, c := range callers() {
+		switch c.name {
+		case "owner":
+			owner = c
+		case "platform admin":
+			staff = c
+		}
+	}
+	checked := 0
+	for i, o := range operations(t) {
+		if o.method != http.MethodGet || o.changing() {
+			continue
+		}
+		c := owner
+		if o.rule.Role == "platform" {
+			c = staff
+		}
+		head := o
+		head.method = http.MethodHead
+		get, got := w.send(o, c, targets[0], i), w.send(head, c, targets[0], i)
+		if got.Status != get.Status || got.Header.Get("Content-Type") != get.Header.Get("Content-Type") || len(got.Body) > 0 {
+			t.Errorf("%s: %d %s; HEAD: %d %s with %d bytes", o, get.Status, get.Header.Get("Content-Type"), got.Status, got.Header.Get("Content-Type"), len(got.Body))
+		}
+		checked++
+	}
+	if checked < 30 {
+		t.Errorf("only %d operations that read", checked)
+	}
+	base := "/v1/sandboxes/" + w.teams[ours].wireSandbox + "/files?path=/walk"
+	key := keyOf(func(w *world) uuid.UUID { return w.teams[ours].owner }, "1 hour")(w)
+	if got := w.call("HEAD", base, nil, key...).want(200).Header.Get("Content-Length"); got != "4" {
+		t.Errorf("HEAD of a file of 4 bytes: Content-Length: %q", got)
+	}
+}

@@ -1,0 +1,199 @@
+package rest
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"math"
+	"mime"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/getkin/kin-openapi/openapi3"
+	"github.com/go-json-experiment/json/jsontext"
+
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/text"
+)
+
+// maxDepth is how deep arrays and objects may be nested in a JSON body.
+const maxDepth = 64
+
+// maxExact is the largest integer that every JSON implementation keeps.
+const maxExact = 1<<53 - 1
+
+// maxPlace bounds what an error quotes of a body, in bytes.
+const maxPlace = 200
+
+const jsonType = "application/json"
+
+func init() {
+	// What the validator takes for a time must be one for the decoder too.
+	openapi3.DefineStringFormatValidator("date-time", openapi3.NewCallbackValidator(func(s string) error {
+		_, err := time.Parse(time.RFC3339, s)
+		return err
+	}))
+}
+
+// canonical returns the one JSON value in b with every integer written in
+// digits alone. It refuses what parsers read differently: repeated members,
+// anything after the value, and strings that are no text. bytesIn are pointers
+// (RFC 6901) to strings that may have NUL.
+func canonical(b []byte, bytesIn []jsontext.Pointer) ([]byte, error) {
+	var out bytes.Buffer
+	dec, enc := jsontext.NewDecoder(bytes.NewBuffer(b)), jsontext.NewEncoder(&out)
+	for whole := false; ; whole = dec.StackDepth() == 0 {
+		token, err := dec.ReadToken()
+		if errors.Is(err, io.EOF) && whole {
+			return bytes.TrimSuffix(out.Bytes(), []byte("\n")), nil
+		}
+		if err != nil {
+			return nil, malformed(err)
+		}
+		if dec.StackDepth() > maxDepth {
+			return nil, fault.New(fault.InvalidArgument, "JSON: nested more than %d levels deep", maxDepth)
+		}
+		if whole {
+			return nil, fault.New(fault.InvalidArgument, "JSON: something follows the value")
+		}
+		switch token.Kind() {
+		case '"':
+			if strings.Contains(token.String(), "\x00") && !slices.Contains(bytesIn, dec.StackPointer()) {
+				return nil, notText(place(dec.StackPointer()))
+			}
+		case '0':
+			if token, err = number(token); err != nil {
+				return nil, fault.Because(err, fault.InvalidArgument, "%s: number out of range", place(dec.StackPointer()))
+			}
+		}
+		if err := enc.WriteToken(token); err != nil {
+			return nil, malformed(err)
+		}
+	}
+}
+
+// number writes a number that is an integer as one: 5.0 and 5e0 are 5.
+func number(token jsontext.Token) (jsontext.Token, error) {
+	digits := token.String()
+	f, err := strconv.ParseFloat(digits, 64)
+	if err != nil {
+		return token, err
+	}
+	if strings.ContainsAny(digits, ".eE") && f == math.Trunc(f) && math.Abs(f) <= maxExact {
+		return jsontext.Int(int64(f)), nil
+	}
+	return token, nil
+}
+
+// malformed says what is wrong with JSON, and where.
+func malformed(err error) error {
+	var syntax *jsontext.SyntacticError
+	if errors.As(err, &syntax) && errors.Is(err, jsontext.ErrDuplicateName) {
+		return fault.Because(err, fault.InvalidArgument, "%s: given more than once", place(syntax.JSONPointer))
+	}
+	return fault.Because(err, fault.InvalidArgument, "JSON: malformed")
+}
+
+// place names a part of a body: the members that lead to it, with dots between.
+func place(p jsontext.Pointer) string {
+	parts := slices.Collect(p.Tokens())
+	if len(parts) == 0 {
+		return "JSON"
+	}
+	return text.Clean(strings.Join(parts, "."), maxPlace)
+}
+
+// bodySchema is the schema of an operation's JSON body; nil: it has none.
+func bodySchema(op *openapi3.Operation) *openapi3.Schema {
+	if op.RequestBody == nil {
+		return nil
+	}
+	media := op.RequestBody.Value.Content[jsonType]
+	if media == nil {
+		return nil
+	}
+	return media.Schema.Value
+}
+
+// binary are the members of an object that carry bytes rather than text.
+func binary(s *openapi3.Schema) (all []jsontext.Pointer) {
+	for name, p := range s.Properties {
+		if is, _ := p.Value.Extensions["x-wrenn-bytes"].(bool); is {
+			all = append(all, jsontext.Pointer("").AppendToken(name))
+		}
+	}
+	return all
+}
+
+// conform reads JSON that must match a schema, and returns it in the canonical
+// form: whoever decodes that has the value that was checked.
+func conform(s *openapi3.Schema, b []byte) ([]byte, error) {
+	b, err := canonical(b, binary(s))
+	if err != nil {
+		return nil, err
+	}
+	var value any
+	if err := json.Unmarshal(b, &value); err != nil {
+		return nil, malformed(err)
+	}
+	if err := s.VisitJSON(value, openapi3.VisitAsRequest()); err != nil {
+		return nil, invalid(err)
+	}
+	return b, nil
+}
+
+// readBody checks a request's JSON body, and leaves the canonical form of it
+// to be decoded.
+func readBody(r *http.Request, op *openapi3.Operation) error {
+	s := bodySchema(op)
+	if s == nil {
+		return nil
+	}
+	b, err := io.ReadAll(r.Body)
+	var long *http.MaxBytesError
+	switch {
+	case errors.As(err, &long):
+		return long
+	case err != nil:
+		return fault.Because(err, fault.InvalidArgument, "body: broke off")
+	case len(b) == 0 && op.RequestBody.Value.Required:
+		return fault.New(fault.InvalidArgument, "body: missing")
+	case len(b) == 0:
+		r.Body = http.NoBody
+		return nil
+	}
+	if kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || kind != jsonType {
+		return fault.New(fault.InvalidArgument, "Content-Type: must be %s", jsonType)
+	}
+	if b, err = conform(s, b); err != nil {
+		return err
+	}
+	r.Body = io.NopCloser(bytes.NewReader(b))
+	return nil
+}
+
+// decode reads a JSON body that was validated. Where there is none, v stays as
+// it is.
+func decode(r *http.Request, v any) error {
+	if r.Body == http.NoBody {
+		return nil
+	}
+	b, err := io.ReadAll(r.Body)
+	if err != nil {
+		return err
+	}
+	return unmarshal(b, v)
+}
+
+// unmarshal decodes JSON that conforms to the schema of v. That the two differ
+// is this service's fault.
+func unmarshal(b []byte, v any) error {
+	if err := json.Unmarshal(b, v); err != nil {
+		return fault.Because(err, fault.Internal, "internal error")
+	}
+	return nil
+}

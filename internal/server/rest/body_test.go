@@ -1,0 +1,165 @@
+package rest
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http/httptest"
+	"reflect"
+	"strings"
+	"testing"
+	"testing/iotest"
+
+	"github.com/getkin/kin-openapi/openapi3"
+	"github.com/go-json-experiment/json/jsontext"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/rest"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+)
+
+func TestCanonical(t *testing.T) {
+	for in, want := range map[string]string{
+		`{"a":5.0,"b":5e0,"c":1.5,"d":-0.0,"e":1E3,"f":[ 1 , true , null ]}`: `{"a":5,"b":5,"c":1.5,"d":0,"e":1000,"f":[1,true,null]}`,
+		`"é"`:                  `"é"`,
+		` {} `:                 `{}`,
+		`9007199254740993`:     `9007199254740993`,
+		`{"x":"\u0041"}`:       `{"x":"A"}`,
+		`{"bytes":"a\u0000b"}`: `{"bytes":"a\u0000b"}`,
+		strings.Repeat("[", 64) + strings.Repeat("]", 64): strings.Repeat("[", 64) + strings.Repeat("]", 64),
+	} {
+		got, err := canonical([]byte(in), []jsontext.Pointer{"/bytes"})
+		if err != nil || string(got) != want {
+			t.Errorf("%s: %s %v, want %s", in, got, err, want)
+		}
+	}
+	for in, want := range map[string]string{
+		``:                            "JSON: malformed",
+		`{`:                           "JSON: malformed",
+		`{"a":1,}`:                    "JSON: malformed",
+		`{}{}`:                        "JSON: something follows the value",
+		`1 2`:                         "JSON: something follows the value",
+		`{} x`:                        "JSON: malformed",
+		`{"a":1,"a":2}`:               "a: given more than once",
+		`{"m":{"a":1,"b":2,"a":3}}`:   "m.a: given more than once",
+		`{"a":1,"\u0061":2}`:          "a: given more than once",
+		`{"a":"x\u0000"}`:             "a: must be UTF-8 without NUL",
+		`{"a\u0000":1}`:               "a\uFFFD: must be UTF-8 without NUL",
+		`{"m":{"bytes":"\u0000"}}`:    "m.bytes: must be UTF-8 without NUL",
+		"{\"a\":\"\xff\"}":            "JSON: malformed",
+		`{"a":"\ud800"}`:              "JSON: malformed",
+		`{"a":1e999}`:                 "a: number out of range",
+		strings.Repeat("[", 65) + "]": "JSON: nested more than 64 levels deep",
+	} {
+		_, err := canonical([]byte(in), []jsontext.Pointer{"/bytes"})
+		var f *fault.Error
+		if !errors.As(err, &f) || f.Code != fault.InvalidArgument || f.Message != want {
+			t.Errorf("%s: %v, want %s", in, err, want)
+		}
+	}
+}
+
+// TestBodies checks that what the document takes is what the decoder takes, and
+// that what it refuses is refused in words for people.
+func TestBodies(t *testing.T) {
+	a := newAPI(t)
+	for _, tt := range []struct {
+		op, body, wrong string
+		into            any
+	}{
+		{"createSandbox", `{"vcpus":2.0,"memory_mib":1.024e3,"timeout_seconds":0}`, "", &rest.CreateSandbox{}},
+		{"createSandbox", `{"vcpus":1.5}`, "vcpus: ", nil},
+		{"createSandbox", `{"vcpus":1e30}`, "vcpus: ", nil},
+		{"createSandbox", `{"metadata":{"a":"1"},"metadata":{"b":"2"}}`, "metadata: given more than once", nil},
+		{"createSandbox", `{"Vcpus":1}`, "", nil},
+		{"createSandbox", `{} {}`, "JSON: something follows", nil},
+		{"createSandbox", `[]`, "JSON: ", nil},
+		{"createSandbox", `null`, "JSON: ", nil},
+		{"createKey", `{"name":"x","expires_at":"2030-02-28T00:00:00Z"}`, "", &rest.NewKey{}},
+		{"createKey", `{"name":"x","expires_at":"2030-02-30T00:00:00Z"}`, "expires_at: ", nil},
+		{"createKey", `{"name":"x","expires_at":"2030-02-28T23:59:60Z"}`, "expires_at: ", nil},
+		{"setSettings", `{"signup_open":true,"default_quota":{"max_running":1},"default_quota":{"max_running":"x"}}`, "default_quota: given more than once", nil},
+		{"exec", `{"cmd":"cat","stdin":"\u0000"}`, "", &rest.ExecRequest{}},
+		{"exec", `{"cmd":"c\u0000at"}`, "cmd: must be UTF-8 without NUL", nil},
+	} {
+		b, err := conform(bodySchema(operation(t, a, tt.op)), []byte(tt.body))
+		if tt.into == nil {
+			var f *fault.Error
+			if !errors.As(err, &f) || !strings.HasPrefix(f.Message, tt.wrong) || strings.Contains(f.Message, "rest.") || strings.Contains(f.Message, "Go ") {
+				t.Errorf("%s %s: %v, want %q", tt.op, tt.body, err, tt.wrong)
+			}
+			continue
+		}
+		if err == nil {
+			err = unmarshal(b, tt.into)
+		}
+		if err != nil {
+			t.Errorf("%s %s: %v", tt.op, tt.body, err)
+		}
+	}
+}
+
+// operation is the one of the document with an id.
+func operation(t *testing.T, a *API, id string) *openapi3.Operation {
+	t.Helper()
+	for _, item := range a.spec.Paths.Map() {
+		for _, op := range item.Operations() {
+			if op.OperationID == id {
+				return op
+			}
+		}
+	}
+	t.Fatalf("no operation %s", id)
+	return nil
+}
+
+func TestReadBody(t *testing.T) {
+	a := newAPI(t)
+	for _, tt := range []struct {
+		name, op, kind, body, want string
+	}{
+		{"", "createTeam", "application/json", `{"name":"x"}`, ""},
+		{"charset", "createTeam", "application/json; charset=utf-8", `{"name":"x"}`, ""},
+		{"capitals", "createTeam", "Application/JSON", `{"name":"x"}`, ""},
+		{"form", "createTeam", "application/x-www-form-urlencoded", `{"name":"x"}`, "Content-Type: must be application/json"},
+		{"no type", "createTeam", "", `{"name":"x"}`, "Content-Type: must be application/json"},
+		{"none", "createTeam", "application/json", "", "body: missing"},
+		{"none where none must be", "logOut", "", "", ""},
+		{"field", "createTeam", "application/json", `{}`, "name: "},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := httptest.NewRequest("POST", "/", strings.NewReader(tt.body))
+			r.Header.Set("Content-Type", tt.kind)
+			err := readBody(r, operation(t, a, tt.op))
+			var f *fault.Error
+			if tt.want == "" && err != nil || tt.want != "" && (!errors.As(err, &f) || !strings.HasPrefix(f.Message, tt.want)) {
+				t.Errorf("%v, want %q", err, tt.want)
+			}
+		})
+	}
+	r := httptest.NewRequest("POST", "/", iotest.ErrReader(io.ErrUnexpectedEOF))
+	if err := readBody(r, operation(t, a, "createTeam")); !fault.Is(err, fault.InvalidArgument) {
+		t.Errorf("a body that breaks off: %v", err)
+	}
+}
+
+// FuzzCanonical checks that what is taken means one thing: it is taken again as
+// it is, and decodes to the same value.
+func FuzzCanonical(f *testing.F) {
+	for _, s := range []string{`{"a":5.0,"b":[1e3,-0.0]}`, `{"a":1,"a":2}`, `"\ud83d\ude00"`, `{} {}`, "1e308"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		b, err := canonical([]byte(s), nil)
+		if err != nil {
+			return
+		}
+		again, err := canonical(b, nil)
+		if err != nil || string(again) != string(b) {
+			t.Fatalf("%q becomes %q, and that %q, %v", s, b, again, err)
+		}
+		var was, is any
+		if err := errors.Join(json.Unmarshal([]byte(s), &was), json.Unmarshal(b, &is)); err != nil || !reflect.DeepEqual(was, is) {
+			t.Fatalf("%q is %v, %q is %v: %v", s, was, b, is, err)
+		}
+	})
+}
