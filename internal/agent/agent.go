@@ -16,7 +16,6 @@ import (
 	"time"
 
 	"github.com/google/uuid"
-	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
@@ -26,6 +25,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qemu"
+	"github.com/wrenn-dev/wrenn/internal/flock"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -131,7 +131,11 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 			return nil, err
 		}
 	}
-	if a.lock, err = lock(c.Dir.AgentLock()); err != nil {
+	a.lock, err = flock.TryLock(c.Dir.AgentLock())
+	if errors.Is(err, flock.ErrLocked) {
+		return nil, fmt.Errorf("another host agent runs on the same data: %w", err)
+	}
+	if err != nil {
 		return nil, err
 	}
 	// Before anything is changed: an older release can still be put back.
@@ -183,23 +187,6 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 	a.metrics.watch(a)
 	a.handler = a.routes()
 	return a, nil
-}
-
-// lock makes this the only agent on its data until the file is closed.
-func lock(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-	if err == nil {
-		return f, nil
-	}
-	f.Close()
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		return nil, errors.New("another host agent runs on the same data")
-	}
-	return nil, fmt.Errorf("lock %s: %w", path, err)
 }
 
 // prepare makes sure of what guests boot from.

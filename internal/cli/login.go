@@ -14,11 +14,11 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
 	"github.com/wrenn-dev/wrenn/client"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
+	"github.com/wrenn-dev/wrenn/internal/flock"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -80,7 +80,7 @@ func (l *login) write() error {
 
 // lockLogin keeps other commands from refreshing the session at the same time:
 // a refresh token is good for one use.
-func lockLogin() (unlock func(), err error) {
+func lockLogin(ctx context.Context) (unlock func(), err error) {
 	file, err := loginFile()
 	if err != nil {
 		return nil, err
@@ -88,13 +88,9 @@ func lockLogin() (unlock func(), err error) {
 	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
 		return nil, err
 	}
-	f, err := os.OpenFile(file+".lock", os.O_CREATE|os.O_RDWR, 0o600)
+	f, err := flock.Lock(ctx, file+".lock")
 	if err != nil {
 		return nil, err
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
 	}
 	return func() { f.Close() }, nil
 }
@@ -122,7 +118,7 @@ func (a *app) person(ctx context.Context) (*person, error) {
 	if a.here() {
 		return a.machineAdmin(ctx)
 	}
-	unlock, err := lockLogin()
+	unlock, err := lockLogin(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -281,7 +277,7 @@ told of no other. ` + "`wrenn logout`" + ` revokes both.
 			if err != nil {
 				return err
 			}
-			unlock, err := lockLogin()
+			unlock, err := lockLogin(cmd.Context())
 			if err != nil {
 				return err
 			}
@@ -386,7 +382,7 @@ func (a *app) logoutCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "logout", Short: "End the session and revoke the API key of `wrenn login`", Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			unlock, err := lockLogin()
+			unlock, err := lockLogin(cmd.Context())
 			if err != nil {
 				return err
 			}

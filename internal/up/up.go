@@ -19,11 +19,11 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/client"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
+	"github.com/wrenn-dev/wrenn/internal/flock"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -128,15 +128,11 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 
 // lock keeps others out of the data directory.
 func lock(path string) (unlock func(), err error) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
+	f, err := flock.TryLock(path)
+	if errors.Is(err, flock.ErrLocked) {
+		return nil, fmt.Errorf("another `wrenn up` runs on %s: choose another directory with --dir", filepath.Dir(filepath.Dir(path)))
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("another `wrenn up` runs on %s: choose another directory with --dir", filepath.Dir(filepath.Dir(path)))
-		}
+	if err != nil {
 		return nil, fmt.Errorf("lock data directory: %w", err)
 	}
 	return func() { f.Close() }, nil

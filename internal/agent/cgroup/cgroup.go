@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/flock"
 )
 
 // parent is the group below which all of Wrenn's lie.
@@ -124,13 +126,9 @@ func mkdir(dir string) error {
 
 // lock keeps other agents on this machine from making or removing the parent.
 func lock() (unlock func(), err error) {
-	f, err := os.Open(root)
+	f, err := flock.Lock(context.Background(), root) // held for a few system calls
 	if err != nil {
 		return nil, err
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("lock %s: %w", root, err)
 	}
 	return func() { f.Close() }, nil
 }

@@ -11,9 +11,8 @@ import (
 	"path/filepath"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
+	"github.com/wrenn-dev/wrenn/internal/flock"
 )
 
 // tmpPrefix begins the names of what is still being made.
@@ -25,23 +24,9 @@ func lock(ctx context.Context, dir string) (io.Closer, error) {
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return nil, fmt.Errorf("make folder: %w", err)
 	}
-	f, err := os.OpenFile(filepath.Join(dir, ".lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	f, err := flock.Lock(ctx, filepath.Join(dir, ".lock"))
 	if err != nil {
-		return nil, fmt.Errorf("open lock: %w", err)
-	}
-	got := make(chan error, 1)
-	go func() { // ends when the lock is had, or with the file
-		got <- unix.Flock(int(f.Fd()), unix.LOCK_EX)
-	}()
-	select {
-	case err = <-got:
-	case <-ctx.Done():
-		go func() { <-got; f.Close() }()
-		return nil, fmt.Errorf("wait for another build to end: %w", ctx.Err())
-	}
-	if err != nil {
-		f.Close()
-		return nil, fmt.Errorf("lock: %w", err)
+		return nil, fmt.Errorf("wait for another build to end: %w", err)
 	}
 	entries, err := os.ReadDir(dir)
 	if err != nil {

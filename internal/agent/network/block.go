@@ -1,6 +1,7 @@
 package network
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -11,8 +12,8 @@ import (
 	"strconv"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/wrenn-dev/wrenn/internal/atomicfile"
+	"github.com/wrenn-dev/wrenn/internal/flock"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -48,23 +49,11 @@ func lockBlocks() (*os.File, error) {
 	if err := os.MkdirAll(blocksDir, 0o755); err != nil {
 		return nil, fmt.Errorf("make folder of blocks: %w", err)
 	}
-	d, err := os.Open(blocksDir)
+	d, err := flock.Lock(context.Background(), blocksDir) // held for a few system calls
 	if err != nil {
-		return nil, fmt.Errorf("open folder of blocks: %w", err)
-	}
-	if err := flock(d, unix.LOCK_EX); err != nil {
-		d.Close()
 		return nil, fmt.Errorf("lock folder of blocks: %w", err)
 	}
 	return d, nil
-}
-
-func flock(f *os.File, how int) error {
-	for {
-		if err := unix.Flock(int(f.Fd()), how); !errors.Is(err, unix.EINTR) {
-			return err
-		}
-	}
 }
 
 // takeBlock locks the block that holds keep's slots, else the one that dir had
@@ -103,13 +92,13 @@ func takeBlock(dir layout.Dir, keep []int) (*block, error) {
 			b.lock.Close()
 		case owner == dir:
 			return nil, fmt.Errorf("another agent already runs on %s: %w", dir, err)
-		case !errors.Is(err, unix.EWOULDBLOCK):
+		case !errors.Is(err, flock.ErrLocked):
 			return nil, err
 		}
 	}
 	for _, n := range candidates() {
 		b, owner, err := lockBlock(dir, n)
-		if errors.Is(err, unix.EWOULDBLOCK) {
+		if errors.Is(err, flock.ErrLocked) {
 			continue
 		}
 		if err != nil {
@@ -160,16 +149,12 @@ func takenNetworks() []netip.Prefix {
 
 // lockBlock locks block n and says which folder's agent has it or had it last.
 func lockBlock(dir layout.Dir, n int) (_ *block, owner layout.Dir, _ error) {
-	f, err := os.OpenFile(blockFile(n), os.O_RDWR|os.O_CREATE, 0o644)
-	if err != nil {
-		return nil, "", fmt.Errorf("open block %d: %w", n, err)
-	}
+	f, err := flock.TryLock(blockFile(n))
 	if text, err := os.ReadFile(blockFile(n)); err == nil {
 		owner = layout.Dir(strings.TrimSuffix(string(text), "\n"))
 	}
-	if err := flock(f, unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		return nil, owner, fmt.Errorf("lock block %d: %w", n, err)
+	if err != nil {
+		return nil, owner, fmt.Errorf("take block %d: %w", n, err)
 	}
 	return &block{number: n, lock: f, dir: dir}, owner, nil
 }
@@ -200,10 +185,8 @@ func (b *block) claim() error {
 		err = os.MkdirAll(b.dir.Run(), 0o755)
 	}
 	if err == nil {
-		tmp := b.dir.NetworkBlock() + ".tmp"
-		if err = os.WriteFile(tmp, []byte(strconv.Itoa(b.number)+"\n"), 0o644); err == nil {
-			err = os.Rename(tmp, b.dir.NetworkBlock())
-		}
+		// After a power failure there is nothing to find again.
+		err = atomicfile.WriteNoSync(b.dir.NetworkBlock(), []byte(strconv.Itoa(b.number)+"\n"), 0o644)
 	}
 	if err != nil {
 		b.lock.Close()
