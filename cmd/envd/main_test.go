@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"debug/elf"
 	"fmt"
 	"io"
@@ -12,10 +11,10 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"connectrpc.com/connect"
 
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/envd"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
@@ -63,23 +62,19 @@ func TestProgram(t *testing.T) {
 	defer func() { _ = cmd.Process.Kill() }()
 
 	client, base := netaddr.HTTPClient(addr)
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	await.Until(t, "/health", func() bool {
 		res, err := client.Get(base + "/health")
 		if err == nil {
 			res.Body.Close()
-			break
 		}
-		if time.Now().After(end) {
-			t.Fatal("no /health: ", err)
-		}
-	}
+		return err == nil
+	})
 	res, err := client.Post(base+"/init", "application/json", strings.NewReader(`{"accessToken":"token","timestamp":1}`))
 	if err != nil || res.StatusCode != http.StatusNoContent {
 		t.Fatalf("/init: %v, %v", res, err)
 	}
 	res.Body.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-	defer cancel()
+	ctx := await.Context(t)
 	start := func(script string) *connect.ServerStreamForClient[pb.StartResponse] {
 		t.Helper()
 		req := connect.NewRequest(&pb.StartRequest{Process: &pb.ProcessConfig{Cmd: "sh", Args: []string{"-c", script}}})
@@ -113,13 +108,8 @@ func TestProgram(t *testing.T) {
 	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	select {
-	case err := <-exited:
-		if err != nil {
-			t.Errorf("the program ends with %v", err)
-		}
-	case <-time.After(10 * time.Second):
-		t.Fatal("the program does not end")
+	if err := await.Recv(t, "the end of the program", exited); err != nil {
+		t.Errorf("the program ends with %v", err)
 	}
 	if _, err := os.Stat(group); group != "" && err == nil {
 		t.Error("its cgroup is left")

@@ -24,6 +24,7 @@ import (
 	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
 
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/envd/account"
 	"github.com/wrenn-dev/wrenn/internal/gen/filesystem/filesystemconnect"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
@@ -94,7 +95,7 @@ func raw(t *testing.T) *guest {
 	srv.Config = netaddr.Server(g.server.Handler())
 	srv.Start()
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), await.Hang)
 		defer cancel()
 		g.server.Close(ctx)
 		if ctx.Err() != nil {
@@ -368,7 +369,7 @@ func TestFreeze(t *testing.T) {
 		}
 		return info.Size()
 	}
-	eventually(t, "output", func() bool { return size() > 0 })
+	await.Until(t, "output", func() bool { return size() > 0 })
 	if a := g.do("POST", "/freeze", testToken, nil, nil); a.code != 204 {
 		t.Fatalf("/freeze answers %d %s", a.code, a.body)
 	}
@@ -380,7 +381,7 @@ func TestFreeze(t *testing.T) {
 	if a := g.do("POST", "/thaw", testToken, nil, nil); a.code != 204 {
 		t.Fatalf("/thaw answers %d %s", a.code, a.body)
 	}
-	eventually(t, "output after the thaw", func() bool { return size() > before })
+	await.Until(t, "output after the thaw", func() bool { return size() > before })
 }
 
 func TestRun(t *testing.T) {
@@ -393,7 +394,7 @@ func TestRun(t *testing.T) {
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx, addr) }()
 	client, base := netaddr.HTTPClient(addr)
-	eventually(t, "/health", func() bool {
+	await.Until(t, "/health", func() bool {
 		res, err := client.Get(base + "/health")
 		if err == nil {
 			res.Body.Close()
@@ -409,13 +410,8 @@ func TestRun(t *testing.T) {
 		t.Fatalf("start: %v, %v", err, stream.Err())
 	}
 	cancel()
-	select {
-	case err := <-done:
-		if err != nil {
-			t.Errorf("run: %v", err)
-		}
-	case <-time.After(5 * time.Second):
-		t.Fatal("the daemon does not stop")
+	if err := await.Recv(t, "the daemon stops", done); err != nil {
+		t.Errorf("run: %v", err)
 	}
 	var end *pb.ProcessEvent_EndEvent
 	for stream.Receive() {
@@ -423,14 +419,5 @@ func TestRun(t *testing.T) {
 	}
 	if end == nil || end.GetExited() {
 		t.Errorf("the end of a process ended with the daemon is %v, %v", end, stream.Err())
-	}
-}
-
-func eventually(t *testing.T, what string, f func() bool) {
-	t.Helper()
-	for end := time.Now().Add(10 * time.Second); !f(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%s: not in time", what)
-		}
 	}
 }

@@ -23,6 +23,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
 func at(path string, more ...string) string {
@@ -250,7 +252,7 @@ func (g *guest) noTemps() {
 		})
 		return l
 	}
-	eventually(g.t, "temporary files to go", func() bool { return len(left()) == 0 })
+	await.Until(g.t, "temporary files to go", func() bool { return len(left()) == 0 })
 }
 
 func TestUploadMultipart(t *testing.T) {
@@ -338,7 +340,7 @@ func TestUploadBroken(t *testing.T) {
 			t.Fatal(err)
 		}
 		fmt.Fprintf(c, "POST /files%s HTTP/1.1\r\nHost: x\r\n%s: %s\r\nContent-Length: 1000000\r\n\r\nhalf", at(target), TokenHeader, testToken)
-		eventually(t, "temporary file", func() bool {
+		await.Until(t, "temporary file", func() bool {
 			m, _ := filepath.Glob(g.dir + "/.wrenn-upload-*")
 			return len(m) == 1
 		})
@@ -651,5 +653,5 @@ func TestDownloadAbandoned(t *testing.T) {
 	}
 	g.client.CloseIdleConnections()
 	g.plain.CloseIdleConnections()
-	eventually(t, "requests to end", func() bool { return runtime.NumGoroutine() <= before+2 })
+	await.Until(t, "requests to end", func() bool { return runtime.NumGoroutine() <= before+2 })
 }

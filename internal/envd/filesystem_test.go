@@ -12,6 +12,7 @@ import (
 	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
 
+	"github.com/wrenn-dev/wrenn/internal/await"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/filesystem"
 	process "github.com/wrenn-dev/wrenn/internal/gen/process"
 )
@@ -237,7 +238,7 @@ func (w *watched) want(events ...string) []*pb.FilesystemEvent {
 	w.t.Helper()
 	var all []string
 	var found []*pb.FilesystemEvent
-	limit := time.After(5 * time.Second)
+	limit := time.After(await.Hang)
 	for len(found) < len(events) {
 		select {
 		case e := <-w.events:
@@ -287,12 +288,7 @@ func TestWatchDir(t *testing.T) {
 	g.file("up/end", "", 0o644)
 	var got []string
 	for len(got) == 0 || got[len(got)-1] != "CREATE end" {
-		select {
-		case e := <-w.events:
-			got = append(got, describe(e))
-		case <-time.After(5 * time.Second):
-			t.Fatalf("events are %q", got)
-		}
+		got = append(got, describe(await.Recv(t, "an event of uploads", w.events)))
 	}
 	if want := []string{"CREATE u", "WRITE u", "WRITE u", "CREATE end"}; !slices.Equal(got, want) {
 		t.Errorf("events of uploads are %q", got)
@@ -322,7 +318,7 @@ func TestWatchDirRecursive(t *testing.T) {
 	// A renamed folder goes on being watched, under its new name.
 	_ = os.Rename(g.dir+"/a", g.dir+"/z")
 	w.want("RENAME a", "CREATE z")
-	eventually(t, "the renamed folder to be watched", func() bool {
+	await.Until(t, "the renamed folder to be watched", func() bool {
 		g.file("z/b/probe", "x", 0o644)
 		select {
 		case e := <-w.events:
@@ -343,22 +339,16 @@ func TestWatchDirRecursive(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.want("RENAME z")
-	time.Sleep(100 * time.Millisecond)
+	// The watch ends before the next event is told.
+	g.file("next", "", 0o644)
+	w.want("CREATE next")
 	_ = os.WriteFile(out+"/z/b/unseen", nil, 0o644)
 	g.file("seen", "", 0o644)
-	for {
-		select {
-		case e := <-w.events:
-			if strings.Contains(e.GetName(), "unseen") {
-				t.Errorf("seen outside: %s", describe(e))
-			}
-			if e.GetName() != "seen" {
-				continue
-			}
-		case <-time.After(5 * time.Second):
-			t.Error("the watch has stopped")
+	for name := ""; name != "seen"; {
+		e := await.Recv(t, "the watch goes on", w.events)
+		if name = e.GetName(); strings.Contains(name, "unseen") {
+			t.Errorf("seen outside: %s", describe(e))
 		}
-		break
 	}
 	_ = os.RemoveAll(g.dir + "/n")
 	w.want("REMOVE n/e/w", "REMOVE n/e", "REMOVE n")
@@ -392,7 +382,7 @@ func TestWatcher(t *testing.T) {
 		}
 		return nil
 	}
-	eventually(t, "events", func() bool {
+	await.Until(t, "events", func() bool {
 		if err := poll(id, ""); err != nil {
 			t.Fatal(err)
 		}
@@ -405,7 +395,7 @@ func TestWatcher(t *testing.T) {
 	if p.end.GetExitCode() != 0 {
 		t.Fatal(&p.stderr)
 	}
-	eventually(t, "the loss to be told", func() bool { return connect.CodeOf(poll(id, "")) == connect.CodeDataLoss })
+	await.Until(t, "the loss to be told", func() bool { return connect.CodeOf(poll(id, "")) == connect.CodeDataLoss })
 	if err := poll(id, ""); err != nil {
 		t.Error(err)
 	}

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/wrenn-dev/wrenn/internal/await"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
@@ -151,7 +152,7 @@ func TestInitThawsLast(t *testing.T) {
 		}
 		return info.Size()
 	}
-	eventually(t, "output", func() bool { return size() > 0 })
+	await.Until(t, "output", func() bool { return size() > 0 })
 	if a := g.do("POST", "/freeze", testToken, nil, nil); a.code != 204 {
 		t.Fatalf("/freeze answers %d %s", a.code, a.body)
 	}
@@ -166,7 +167,7 @@ func TestInitThawsLast(t *testing.T) {
 	g.init(map[string]any{"entropy": make([]byte, 64), "hostname": "h"}, testToken, 204)
 	n.look()
 	g.init(map[string]any{"entropy": make([]byte, 64), "hostname": "h", "thaw": true}, testToken, 204)
-	eventually(t, "output after the thaw", func() bool { return size() > frozen })
+	await.Until(t, "output after the thaw", func() bool { return size() > frozen })
 	g.init(map[string]any{"thaw": true}, testToken, 204) // again
 }
 
@@ -190,7 +191,7 @@ func TestInitShedsConnections(t *testing.T) {
 	initWith := func(c *http.Client) {
 		t.Helper()
 		var res *http.Response
-		eventually(t, "/init", func() bool {
+		await.Until(t, "/init", func() bool {
 			req, _ := http.NewRequestWithContext(t.Context(), "POST", base+"/init", strings.NewReader(`{"accessToken":"`+testToken+`"}`))
 			req.Header.Set(TokenHeader, testToken)
 			var err error
@@ -219,7 +220,7 @@ func TestInitShedsConnections(t *testing.T) {
 			t.Error("the stream ends without an error")
 		}
 		stream.Close()
-		eventually(t, "connections end", func() bool { return opened() == 1 })
+		await.Until(t, "connections end", func() bool { return opened() == 1 })
 		again, err := client.Connect(t.Context(), as("root", &pb.ConnectRequest{Process: &pb.ProcessSelector{Selector: &pb.ProcessSelector_Pid{Pid: pid}}}))
 		if err != nil || !again.Receive() {
 			t.Fatalf("connect again: %v, %v", err, again.Err())
@@ -228,5 +229,5 @@ func TestInitShedsConnections(t *testing.T) {
 	}
 	// The connection that it comes on stays, over HTTP/2 too.
 	initWith(h2)
-	eventually(t, "connections end", func() bool { return opened() == 1 })
+	await.Until(t, "connections end", func() bool { return opened() == 1 })
 }

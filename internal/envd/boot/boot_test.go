@@ -1,7 +1,6 @@
 package boot
 
 import (
-	"context"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -10,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
 func TestOptions(t *testing.T) {
@@ -35,9 +36,7 @@ func TestReap(t *testing.T) {
 		}
 		return
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, os.Args[0], "-test.run=^TestReap$")
+	cmd := exec.CommandContext(await.Context(t), os.Args[0], "-test.run=^TestReap$")
 	cmd.Env = append(os.Environ(), "WRENN_TEST_REAP=1")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -55,7 +54,7 @@ func TestAwaitFile(t *testing.T) {
 		t.Error("a file that is not there was found")
 	}
 	done := make(chan error, 1)
-	go func() { done <- awaitFile(path, 10*time.Second) }()
+	go func() { done <- awaitFile(path, await.Hang) }()
 	if err := os.WriteFile(path, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -9,6 +9,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
 // tree makes a tree of the test's own.
@@ -94,9 +96,7 @@ func TestFreeze(t *testing.T) {
 		}
 		return info.Size()
 	}
-	for size() == 0 {
-		time.Sleep(10 * time.Millisecond)
-	}
+	await.Until(t, "output", func() bool { return size() > 0 })
 	if err := tr.Freeze(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -108,18 +108,12 @@ func TestFreeze(t *testing.T) {
 	if err := tr.Thaw(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	for end := time.Now().Add(3 * time.Second); size() == before; time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("a thawed process does not go on")
-		}
-	}
+	await.Until(t, "a thawed process goes on", func() bool { return size() > before })
 	// What is frozen can be ended.
 	if err := tr.Freeze(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
-	defer cancel()
-	if err := tr.Close(ctx); err != nil {
+	if err := tr.Close(await.Context(t)); err != nil {
 		t.Errorf("close: %v", err)
 	}
 	_ = cmd.Wait()

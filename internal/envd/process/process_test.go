@@ -1,13 +1,13 @@
 package process
 
 import (
-	"context"
 	"log/slog"
 	"testing"
 	"time"
 
 	"connectrpc.com/connect"
 
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/envd/account"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
 )
@@ -19,7 +19,7 @@ func TestStalledSubscriber(t *testing.T) {
 		t.Skip("needs the user root: ", err)
 	}
 	s := New(Config{Log: slog.New(slog.DiscardHandler), Defaults: func() Defaults { return Defaults{Workdir: "/"} }})
-	s.patience = 200 * time.Millisecond
+	s.patience = 5 * time.Second
 	p, stalled, err := s.start(who, &pb.StartRequest{Process: &pb.ProcessConfig{Cmd: "head", Args: []string{"-c", "8388608", "/dev/zero"}}}, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -49,9 +49,7 @@ func TestStalledSubscriber(t *testing.T) {
 	default:
 		t.Error("the stalled subscriber was not dropped")
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
-	defer cancel()
-	if err := s.Close(ctx); err != nil {
+	if err := s.Close(await.Context(t)); err != nil {
 		t.Error(err)
 	}
 	if _, _, err := s.start(who, &pb.StartRequest{Process: &pb.ProcessConfig{Cmd: "true"}}, 0); connect.CodeOf(err) != connect.CodeUnavailable {
