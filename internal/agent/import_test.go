@@ -24,6 +24,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci/ocitest"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci/ocitest/listing"
+	"github.com/wrenn-dev/wrenn/internal/await"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
@@ -398,9 +399,5 @@ func noSecret(t *testing.T, dir, secret string) {
 // await waits for what the agent does without anybody's being told.
 func (h *host) await(t *testing.T, f func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(time.Minute); !f(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("it does not happen")
-		}
-	}
+	await.Until(t, "the agent does it", f)
 }

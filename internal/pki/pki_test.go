@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
 func authority(t *testing.T) *Authority {
@@ -98,7 +100,7 @@ func talk(t *testing.T, server, client *tls.Config) error {
 			return
 		}
 		defer conn.Close()
-		conn.SetDeadline(time.Now().Add(5 * time.Second))
+		conn.SetDeadline(time.Now().Add(await.Hang))
 		s := tls.Server(conn, server)
 		if err := s.Handshake(); err != nil {
 			served <- err
@@ -112,7 +114,7 @@ func talk(t *testing.T, server, client *tls.Config) error {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(5 * time.Second))
+	conn.SetDeadline(time.Now().Add(await.Hang))
 	c := tls.Client(conn, client)
 	_, err = io.ReadFull(c, make([]byte, 1))
 	if err == nil && c.ConnectionState().Version != tls.VersionTLS13 {

@@ -14,6 +14,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/redis/go-redis/v9"
 
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -90,9 +91,7 @@ func TestPostgresOutlivesItsDeath(t *testing.T) {
 	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-	defer cancel()
-	if err := poll(ctx, func(context.Context) error { return exec1("INSERT INTO kept VALUES (1)") }); err != nil {
+	if err := poll(await.Context(t), func(context.Context) error { return exec1("INSERT INTO kept VALUES (1)") }); err != nil {
 		t.Errorf("it did not come back with its data: %v", err)
 	}
 }

@@ -25,6 +25,8 @@ import (
 	"connectrpc.com/connect"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
 // The tests run the real guest daemon on this machine, each at a loopback
@@ -122,8 +124,7 @@ func start(t *testing.T) *Client {
 	})
 	c := New(addr, "the-token")
 	t.Cleanup(c.Close)
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-	defer cancel()
+	ctx := await.Context(t)
 	if err := c.Wait(ctx); err != nil {
 		t.Fatal(err)
 	}
@@ -189,45 +190,45 @@ func TestExecTruncates(t *testing.T) {
 }
 
 // pidIn waits until file has a pid: the process that writes it was started.
-func pidIn(t *testing.T, file string) int {
+func pidIn(t *testing.T, file string) (pid int) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
-		if b, err := os.ReadFile(file); err == nil && strings.HasSuffix(string(b), "\n") {
-			pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
-			if err != nil {
-				t.Fatal(err)
-			}
-			return pid
+	await.Until(t, "the process starts", func() bool {
+		b, err := os.ReadFile(file)
+		if err != nil || !strings.HasSuffix(string(b), "\n") {
+			return false
 		}
-	}
-	t.Fatal("the process did not start")
-	return 0
+		if pid, err = strconv.Atoi(strings.TrimSpace(string(b))); err != nil {
+			t.Fatal(err)
+		}
+		return true
+	})
+	return pid
 }
 
 // gone waits until a process has ended; a zombie has.
 func gone(t *testing.T, pid int) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+	await.Until(t, fmt.Sprintf("process %d ends", pid), func() bool {
 		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-		if err != nil || strings.Contains(string(b), ") Z ") {
-			return
-		}
-	}
-	t.Errorf("process %d still runs", pid)
+		return err != nil || strings.Contains(string(b), ") Z ")
+	})
 }
 
 func TestExecTimeoutKillsDescendants(t *testing.T) {
 	c := start(t)
 	file := filepath.Join(t.TempDir(), "pid")
-	begin := time.Now()
 	cmd := sh("sleep 600 & echo $! > " + file + "; wait")
-	cmd.Timeout = time.Second
-	got, err := c.Exec(t.Context(), cmd, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !got.TimedOut || got.Exit.Error == "" || time.Since(begin) > 10*time.Second {
-		t.Errorf("got %+v after %v", got.Exit, time.Since(begin))
+	for cmd.Timeout = time.Second; ; cmd.Timeout *= 2 { // until it is long enough to begin
+		got, err := c.Exec(t.Context(), cmd, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !got.TimedOut || got.Exit.Error == "" {
+			t.Errorf("got %+v", got.Exit)
+		}
+		if _, err := os.Stat(file); err == nil {
+			break
+		}
 	}
 	gone(t, pidIn(t, file))
 }

@@ -19,6 +19,8 @@ import (
 
 	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
 // fake is a guest whose daemon does what a test says, at a loopback address of
@@ -49,7 +51,7 @@ func within(t *testing.T, d time.Duration) context.Context {
 
 func TestInitChangesTheToken(t *testing.T) {
 	c := start(t)
-	if _, err := c.Init(within(t, 20*time.Second), Settings{Token: "another", Envs: map[string]string{"FROM": "clone"}, Hostname: "clone", Thaw: true}); err != nil {
+	if _, err := c.Init(await.Context(t), Settings{Token: "another", Envs: map[string]string{"FROM": "clone"}, Hostname: "clone", Thaw: true}); err != nil {
 		t.Fatal(err)
 	}
 	res, err := c.Exec(t.Context(), sh("echo $FROM"), nil)
@@ -60,18 +62,18 @@ func TestInitChangesTheToken(t *testing.T) {
 	addr, _ := netip.ParseAddrPort(strings.TrimPrefix(c.base, "http://"))
 	unsure := New(addr.Addr(), "the-token")
 	defer unsure.Close()
-	if _, err := unsure.Init(within(t, 20*time.Second), Settings{Token: "another"}); err != nil {
+	if _, err := unsure.Init(await.Context(t), Settings{Token: "another"}); err != nil {
 		t.Error("again: ", err)
 	}
 	if res, err := unsure.Exec(t.Context(), sh("echo -$FROM-"), nil); err != nil || string(res.Stdout) != "--\n" {
 		t.Errorf("with an empty environment: %q, %v", res.Stdout, err)
 	}
-	if _, err := unsure.Init(within(t, 20*time.Second), Settings{Hostname: "a/b"}); connect.CodeOf(err) != connect.CodeInvalidArgument {
+	if _, err := unsure.Init(await.Context(t), Settings{Hostname: "a/b"}); connect.CodeOf(err) != connect.CodeInvalidArgument {
 		t.Errorf("a bad host name: %v", err)
 	}
 	late := New(addr.Addr(), "the-token")
 	defer late.Close()
-	if _, err := late.Init(within(t, 20*time.Second), Settings{Token: "mine"}); !Said(err) {
+	if _, err := late.Init(await.Context(t), Settings{Token: "mine"}); !Said(err) {
 		t.Errorf("a stranger's: %v", err)
 	}
 }
@@ -85,7 +87,7 @@ func TestInitEndsOldConnections(t *testing.T) {
 	if out, err := p.Next(); err != nil || string(out.Stdout) != "up\n" {
 		t.Fatal(out, err)
 	}
-	if _, err := c.Init(within(t, 20*time.Second), Settings{}); err != nil {
+	if _, err := c.Init(await.Context(t), Settings{}); err != nil {
 		t.Fatal(err)
 	}
 	for {
@@ -132,7 +134,7 @@ func TestInitAgainWhenTheAnswerIsLost(t *testing.T) {
 		}
 		_, _ = w.Write([]byte(`{"disk":4096,"warnings":["no\u0000","` + strings.Repeat("x", 5000) + `"]}`))
 	})
-	r, err := c.Init(within(t, 20*time.Second), Settings{Token: "new", Hostname: "h", GrowDisk: 4096, Thaw: true})
+	r, err := c.Init(await.Context(t), Settings{Token: "new", Hostname: "h", GrowDisk: 4096, Thaw: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -163,16 +165,15 @@ func TestInitDoesNotBelieveEverything(t *testing.T) {
 	}
 	for i, a := range answers {
 		c, _ := fake(t, a)
-		begin := time.Now()
-		if r, err := c.Init(within(t, 20*time.Second), Settings{Token: "new"}); err == nil || len(err.Error()) > 2*maxError || time.Since(begin) > 10*time.Second {
-			t.Errorf("%d: %v, %.200v after %v", i, r, err, time.Since(begin))
+		if r, err := c.Init(await.Context(t), Settings{Token: "new"}); err == nil || len(err.Error()) > 2*maxError {
+			t.Errorf("%d: %v, %.200v", i, r, err)
 		}
 	}
 	// Many warnings are cut off, an endless answer ends with the context.
 	c, _ := fake(t, func(w http.ResponseWriter, _ *http.Request) {
 		_, _ = w.Write([]byte(`{"warnings":["a"` + strings.Repeat(`,"a"`, 1000) + `]}`))
 	})
-	if r, err := c.Init(within(t, 20*time.Second), Settings{}); err != nil || len(r.Warnings) != maxWarnings {
+	if r, err := c.Init(await.Context(t), Settings{}); err != nil || len(r.Warnings) != maxWarnings {
 		t.Error(len(r.Warnings), err)
 	}
 	c, _ = fake(t, func(_ http.ResponseWriter, r *http.Request) {
@@ -195,25 +196,36 @@ func TestInitReachesAGuestThatWasNotThere(t *testing.T) {
 	srv.Close()
 	done := make(chan error, 1)
 	go func() {
-		_, err := c.Init(within(t, 20*time.Second), Settings{Token: "new"})
+		_, err := c.Init(await.Context(t), Settings{Token: "new"})
 		done <- err
 	}()
-	time.Sleep(100 * time.Millisecond) // refused meanwhile
+	time.Sleep(100 * time.Millisecond) // Connections are refused, which nothing reports.
 	l, err := net.Listen("tcp", addr)
 	if err != nil {
 		t.Fatal(err)
 	}
-	begin := time.Now()
 	go func() {
 		_ = http.Serve(l, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) }))
 	}()
 	defer l.Close()
-	if err := <-done; err != nil || time.Since(begin) > 5*time.Second {
-		t.Errorf("%v after %v", err, time.Since(begin))
+	if err := await.Recv(t, "the guest is reached", done); err != nil {
+		t.Error(err)
 	}
 }
 
+// TestDialDoesNotWaitForTheKernel connects in less than the second after which
+// the kernel repeats a packet. A machine may be too busy for that, but not always.
 func TestDialDoesNotWaitForTheKernel(t *testing.T) {
+	await.Until(t, "a connection before the kernel repeats its packet", func() bool {
+		d := dialLate(t)
+		return d < 900*time.Millisecond
+	})
+}
+
+// dialLate returns how long it takes to connect to a listener that takes
+// connections only after a while.
+func dialLate(t *testing.T) time.Duration {
+	t.Helper()
 	// A listener whose queue is full drops what comes, as a guest that is not
 	// there yet does.
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -243,7 +255,8 @@ func TestDialDoesNotWaitForTheKernel(t *testing.T) {
 		conn.Close()
 		t.Skip("this kernel's queue is larger than asked for")
 	}
-	stop := time.AfterFunc(60*time.Millisecond, func() {
+	const late = 60 * time.Millisecond
+	stop := time.AfterFunc(late, func() {
 		for {
 			conn, err := l.Accept()
 			if err != nil {
@@ -254,12 +267,14 @@ func TestDialDoesNotWaitForTheKernel(t *testing.T) {
 	})
 	defer stop.Stop()
 	begin := time.Now()
-	conn, err := dial(within(t, 20*time.Second), target)
+	conn, err := dial(await.Context(t), target)
 	if err != nil {
 		t.Fatal(err)
 	}
 	conn.Close()
-	if d := time.Since(begin); d < 60*time.Millisecond || d > 900*time.Millisecond {
-		t.Errorf("connected after %v", d)
+	d := time.Since(begin)
+	if d < late {
+		t.Errorf("connected after %v, before the listener took connections", d)
 	}
+	return d
 }

@@ -1,7 +1,6 @@
 package metadata
 
 import (
-	"context"
 	"fmt"
 	"io"
 	"net"
@@ -10,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
 func document(t testing.TB) *Server {
@@ -178,8 +179,7 @@ func TestServeBoundsAGuest(t *testing.T) {
 		defer c.Close()
 		idle = append(idle, c)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
+	ctx := await.Context(t)
 	req, _ := http.NewRequestWithContext(ctx, "PUT", fmt.Sprintf("http://%s%s", l.Addr(), tokenPath), nil)
 	req.Header.Set("X-metadata-token-ttl-seconds", "60")
 	time.AfterFunc(50*time.Millisecond, func() { idle[0].Close() })

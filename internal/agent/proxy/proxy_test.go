@@ -17,13 +17,13 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/coder/websocket"
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
@@ -171,8 +171,7 @@ func TestWebSocketAndItsEnd(t *testing.T) {
 			}
 		}
 	}))
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-	defer cancel()
+	ctx := await.Context(t)
 	c, _, err := websocket.Dial(ctx, o.URL+o.path(port, "/ws"), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -193,9 +192,7 @@ func TestWebSocketAndItsEnd(t *testing.T) {
 	if _, _, err := c.Read(ctx); err == nil || ctx.Err() != nil {
 		t.Errorf("the connection outlived its sandbox: %v", err)
 	}
-	drain, stop := context.WithTimeout(t.Context(), 5*time.Second)
-	defer stop()
-	if err := o.tracker.Drain(drain); err != nil {
+	if err := o.tracker.Drain(await.Context(t)); err != nil {
 		t.Error("the connection is still counted")
 	}
 }
@@ -293,11 +290,7 @@ func TestClientGoes(t *testing.T) {
 	if err := <-done; !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
-	select {
-	case <-left:
-	case <-time.After(10 * time.Second):
-		t.Error("the guest does not hear that its client has gone")
-	}
+	await.Recv(t, "the guest hears that its client has gone", left)
 }
 
 func FuzzParse(f *testing.F) {

@@ -14,6 +14,8 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/redis/go-redis/v9"
+
+	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
 // serve runs a Redis on a socket until the test ends, or until stop.
@@ -51,11 +53,7 @@ func serve(t *testing.T, socket string) (stop func()) {
 		<-ended
 	}
 	t.Cleanup(stop)
-	select {
-	case <-ready:
-	case <-time.After(10 * time.Second):
-		t.Fatal("Redis does not start")
-	}
+	await.Recv(t, "Redis starts", ready)
 	return stop
 }
 
@@ -83,7 +81,7 @@ func newBus(t *testing.T, socket string) (*Bus, *ear) {
 // until reads what a listener was told of its hearing until it is want.
 func (e *ear) until(t *testing.T, want bool) {
 	t.Helper()
-	timeout := time.After(15 * time.Second)
+	timeout := time.After(await.Hang)
 	for {
 		select {
 		case is := <-e.deaf:
@@ -98,13 +96,8 @@ func (e *ear) until(t *testing.T, want bool) {
 
 func (e *ear) hears(t *testing.T, want uuid.UUID) {
 	t.Helper()
-	select {
-	case got := <-e.heard:
-		if got != want {
-			t.Fatalf("heard of %v, want %v", got, want)
-		}
-	case <-time.After(15 * time.Second):
-		t.Fatalf("did not hear of %v", want)
+	if got := await.Recv(t, "news of a sandbox", e.heard); got != want {
+		t.Fatalf("heard of %v, want %v", got, want)
 	}
 }
 
@@ -136,15 +129,7 @@ func TestBus(t *testing.T) {
 	// that it was deaf, which it was; both is how it is here or not by turns.
 	b.Changed(one)
 	a.Changed(one)
-	seen := map[uuid.UUID]bool{}
-	timeout := time.After(15 * time.Second)
-	for !seen[one] {
-		select {
-		case sandbox := <-hearsB.heard:
-			seen[sandbox] = true
-		case <-timeout:
-			t.Fatal("does not hear after Redis came back")
-		}
+	for await.Recv(t, "news after Redis came back", hearsB.heard) != one {
 	}
 }
 
@@ -238,7 +223,7 @@ func TestChangeWhileSent(t *testing.T) {
 					return // They are among everything.
 				}
 				want := map[uuid.UUID]bool{again: true, late: true}
-				for timeout := time.After(time.Minute); len(want) > 0; {
+				for timeout := time.After(await.Hang); len(want) > 0; {
 					select {
 					case sandbox := <-e.heard:
 						delete(want, sandbox)

@@ -26,6 +26,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"golang.org/x/net/dns/dnsmessage"
 
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
@@ -254,11 +255,7 @@ func (b *bench) run() (stop func()) {
 
 func (b *bench) eventually(what string, ok func() bool) {
 	b.Helper()
-	for deadline := time.Now().Add(2 * time.Minute); !ok(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			b.Fatalf("not within 2 minutes: %s", what)
-		}
-	}
+	await.Until(b.T, what, ok)
 }
 
 func (b *bench) channel(kind, url string, events ...string) db.Channel {

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
@@ -32,9 +33,6 @@ import (
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
-
-// hang bounds what a test waits for; it is only reached by what hangs.
-const hang = 90 * time.Second
 
 // lister is a host's agent that only knows what it has: it speaks the real
 // protocol, over a socket, and lets a test say what is on the host.
@@ -329,11 +327,7 @@ func (b *bench) is(sandbox uuid.UUID) sandboxes.State {
 // eventually waits until ok.
 func (b *bench) eventually(what string, ok func() bool) {
 	b.Helper()
-	for deadline := time.Now().Add(hang); !ok(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			b.Fatalf("not within %v: %s", hang, what)
-		}
-	}
+	await.Until(b, what, ok)
 }
 
 // look compares at a time and waits until all that this asks for is done, or
@@ -395,11 +389,5 @@ func (g *gate) on(ctx context.Context, call, object string) error {
 // wait returns what the gate holds, once it does.
 func (g *gate) wait(t testing.TB) string {
 	t.Helper()
-	select {
-	case object := <-g.held:
-		return object
-	case <-time.After(hang):
-		t.Fatalf("no call to %s", g.call)
-		return ""
-	}
+	return await.Recv(t, "a call to "+g.call, g.held)
 }

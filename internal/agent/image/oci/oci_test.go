@@ -30,6 +30,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci/ocitest"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci/ocitest/listing"
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
@@ -626,7 +627,7 @@ func TestTransport(t *testing.T) {
 	target := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusTeapot) }))
 	defer target.Close()
 	get := func(p netaddr.Policy, url string) (*http.Response, error) {
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), await.Hang)
 		defer cancel()
 		r, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 		if err != nil {
