@@ -120,7 +120,8 @@ func machine(t testing.TB) map[string]string {
 		}
 		return string(out)
 	}
-	state["namespaces"] = run("ip", "netns", "list")
+	slots, _ := filepath.Glob("/run/wrenn/netns/wrenn-ns-*")
+	state["namespaces"] = run("ip", "netns", "list") + strings.Join(slots, " ")
 	var links []string
 	for line := range strings.Lines(run("ip", "-brief", "link")) {
 		links = append(links, strings.Fields(line)[0])

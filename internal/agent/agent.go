@@ -169,7 +169,7 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 	if err != nil {
 		return nil, err
 	}
-	a.pool, err = network.Open(ctx, network.Config{Dir: c.Dir, Upstreams: c.DNS, Log: a.log}, found.Slots())
+	a.pool, err = network.Open(ctx, network.Config{Dir: c.Dir, Upstreams: c.DNS, Problems: a.problems, Log: a.log}, found.Slots())
 	if err != nil {
 		return nil, err
 	}

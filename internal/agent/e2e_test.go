@@ -808,12 +808,12 @@ func TestFailedCreates(t *testing.T) {
 	})
 	t.Run("the tap is gone", func(t *testing.T) {
 		// The slots that are ready lose their taps.
-		names, err := filepath.Glob("/run/netns/wrenn-ns-*")
+		names, err := filepath.Glob("/run/wrenn/netns/wrenn-ns-*")
 		if err != nil || len(names) == 0 {
 			t.Fatal(names, err)
 		}
 		for _, n := range names {
-			if out, err := exec.Command("ip", "-n", filepath.Base(n), "link", "del", "tap0").CombinedOutput(); err != nil {
+			if out, err := exec.Command("nsenter", "--net="+n, "ip", "link", "del", "tap0").CombinedOutput(); err != nil {
 				t.Fatalf("%v: %s", err, out)
 			}
 		}

@@ -100,6 +100,29 @@ func (d Dir) Credentials() string { return d.join("credentials.json") }
 // NetworkBlock remembers which block of network slots the host agent has.
 func (d Dir) NetworkBlock() string { return d.join("run", "network-block") }
 
+// Machine holds what all agents of one machine must agree on. It is empty after a
+// boot, as the kernel's network state is.
+const Machine = "/run/wrenn"
+
+// NetworkBlocks holds a file for each block of network slots that is in use.
+func NetworkBlocks() string { return filepath.Join(Machine, "blocks") }
+
+// Forwarding is there if an agent turned IP forwarding on.
+func Forwarding() string { return filepath.Join(Machine, "ip_forward") }
+
+// Namespaces holds the names of the network namespaces of slots. It is a folder
+// of Wrenn's own because ip netns mounts /run/netns over itself, which hides
+// what other programs have mounted there.
+func Namespaces() string { return filepath.Join(Machine, "netns") }
+
+// Namespace is the name of a slot's network namespace.
+func Namespace(slot int) string {
+	return filepath.Join(Namespaces(), fmt.Sprintf("wrenn-ns-%d", slot))
+}
+
+// OldNamespaces is where earlier versions kept the names.
+const OldNamespaces = "/run/netns"
+
 // Problems lists what is wrong with the host, as the agent that runs says.
 func (d Dir) Problems() string { return d.join("run", "problems.json") }
 

@@ -388,7 +388,7 @@ func (a *Agent) Finish(t testing.TB) {
 			t.Errorf("%s left: %v", what, left)
 		}
 	}
-	names, _ := filepath.Glob("/run/netns/wrenn-*")
+	names, _ := filepath.Glob("/run/wrenn/netns/wrenn-*")
 	nothing("namespaces", names)
 	var links []string
 	all, err := netlink.LinkList()
@@ -453,7 +453,7 @@ type namespaces map[uint64]*os.File
 
 func openNamespaces() namespaces {
 	ns := namespaces{}
-	names, _ := filepath.Glob("/run/netns/wrenn-*")
+	names, _ := filepath.Glob("/run/wrenn/netns/wrenn-*")
 	for _, name := range names {
 		f, err := os.Open(name)
 		if err != nil {

@@ -22,14 +22,6 @@ const (
 	blockSlots = 512 // slots that each of them has
 )
 
-// runDir holds what agents on one machine must agree on; it is empty after a
-// boot, as the kernel's network state is.
-const (
-	runDir       = "/run/wrenn"
-	blocksDir    = runDir + "/blocks"
-	forwardingOn = runDir + "/ip_forward"
-)
-
 // ErrNoBlock says that as many agents as the address plan has room for
 // already run on this machine.
 var ErrNoBlock = errors.New("every block of network slots is taken")
@@ -40,16 +32,17 @@ type block struct {
 	number int
 	lock   *os.File
 	dir    layout.Dir
+	left   bool // under lockBlocks
 }
 
-func blockFile(n int) string { return filepath.Join(blocksDir, strconv.Itoa(n)) }
+func blockFile(n int) string { return filepath.Join(layout.NetworkBlocks(), strconv.Itoa(n)) }
 
 // lockBlocks excludes every other agent from taking and leaving blocks.
 func lockBlocks() (*os.File, error) {
-	if err := os.MkdirAll(blocksDir, 0o755); err != nil {
+	if err := os.MkdirAll(layout.NetworkBlocks(), 0o755); err != nil {
 		return nil, fmt.Errorf("make folder of blocks: %w", err)
 	}
-	d, err := flock.Lock(context.Background(), blocksDir) // held for a few system calls
+	d, err := flock.Lock(context.Background(), layout.NetworkBlocks()) // held for a few system calls
 	if err != nil {
 		return nil, fmt.Errorf("lock folder of blocks: %w", err)
 	}
@@ -64,6 +57,9 @@ func takeBlock(dir layout.Dir, keep []int) (*block, error) {
 		return nil, err
 	}
 	defer all.Close()
+	if err := shareNamespaces(); err != nil {
+		return nil, err
+	}
 
 	if len(keep) > 0 {
 		n := keep[0] / blockSlots
@@ -80,14 +76,14 @@ func takeBlock(dir layout.Dir, keep []int) (*block, error) {
 			b.lock.Close()
 			return nil, fmt.Errorf("take back block %d: it now belongs to %s", n, owner)
 		}
-		return b, b.claim()
+		return b.claimed()
 	}
 
 	if n, ok := remembered(dir); ok {
 		b, owner, err := lockBlock(dir, n)
 		switch {
 		case err == nil && (owner == "" || owner == dir || abandoned(owner, n)):
-			return b, b.claim()
+			return b.claimed()
 		case err == nil:
 			b.lock.Close()
 		case owner == dir:
@@ -108,7 +104,7 @@ func takeBlock(dir layout.Dir, keep []int) (*block, error) {
 			b.lock.Close()
 			continue
 		}
-		return b, b.claim()
+		return b.claimed()
 	}
 	return nil, ErrNoBlock
 }
@@ -189,10 +185,45 @@ func (b *block) claim() error {
 		err = atomicfile.WriteNoSync(b.dir.NetworkBlock(), []byte(strconv.Itoa(b.number)+"\n"), 0o644)
 	}
 	if err != nil {
-		b.lock.Close()
 		return fmt.Errorf("claim block %d: %w", b.number, err)
 	}
 	return nil
+}
+
+// claimed is a block that was just locked, claimed; after an error it is free.
+func (b *block) claimed() (*block, error) {
+	if err := b.claim(); err != nil {
+		b.lock.Close()
+		return nil, err
+	}
+	return b, nil
+}
+
+// restore makes the block's files again if somebody removed them, and says
+// whether it had to. The caller holds lockBlocks.
+func (b *block) restore() (lost bool, err error) {
+	held, err := b.lock.Stat()
+	if err != nil {
+		return false, err
+	}
+	if there, err := os.Stat(blockFile(b.number)); err == nil && os.SameFile(held, there) {
+		if n, ok := remembered(b.dir); ok && n == b.number {
+			return false, nil
+		}
+		return true, b.claim()
+	}
+	again, owner, err := lockBlock(b.dir, b.number)
+	if err != nil {
+		return true, err
+	}
+	if owner != "" && owner != b.dir {
+		again.lock.Close()
+		return true, fmt.Errorf("it now belongs to %s", owner)
+	}
+	old := b.lock
+	b.lock = again.lock
+	old.Close()
+	return true, b.claim()
 }
 
 // leave gives the block up. A kept one stays its folder's, without a lock.
@@ -202,11 +233,12 @@ func (b *block) leave(kept bool) error {
 		return err
 	}
 	defer all.Close()
+	b.left = true
 	if !kept {
 		err = errors.Join(
-			os.Remove(blockFile(b.number)),
+			ignore(os.Remove(blockFile(b.number)), os.ErrNotExist),
 			ignore(os.Remove(b.dir.NetworkBlock()), os.ErrNotExist),
-			restoreForwarding(),
+			leaveMachine(),
 		)
 	}
 	return errors.Join(err, b.lock.Close())
@@ -221,40 +253,43 @@ func ignore(err, target error) error {
 
 const ipForward = "net/ipv4/ip_forward"
 
-// enableForwarding lets this machine forward IPv4. Replies come in on whatever
-// interface leads out, which may change at any time, so the switch is the
-// machine-wide one; a file remembers that it was off.
-func enableForwarding() error {
+// enableForwarding lets this machine forward IPv4, and says whether it did not
+// before. Replies come in on whatever interface leads out, which may change at
+// any time, so the switch is the machine-wide one; a file remembers that it was
+// off.
+func enableForwarding() (changed bool, err error) {
 	all, err := lockBlocks()
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer all.Close()
 	now, err := os.ReadFile("/proc/sys/" + ipForward)
 	if err != nil {
-		return fmt.Errorf("read %s: %w", ipForward, err)
+		return false, fmt.Errorf("read %s: %w", ipForward, err)
 	}
 	if strings.TrimSpace(string(now)) != "0" {
-		return nil
+		return false, nil
 	}
-	if err := os.WriteFile(forwardingOn, nil, 0o644); err != nil {
-		return fmt.Errorf("remember that forwarding was off: %w", err)
+	if err := os.WriteFile(layout.Forwarding(), nil, 0o644); err != nil {
+		return false, fmt.Errorf("remember that forwarding was off: %w", err)
 	}
-	return sysctl(ipForward, "1")
+	return true, sysctl(ipForward, "1")
 }
 
-// restoreForwarding turns forwarding off again when an agent turned it on and
-// no block is in use any more. The caller holds lockBlocks.
-func restoreForwarding() error {
-	others, err := os.ReadDir(blocksDir)
+// leaveMachine undoes what agents do to the whole machine, if no block is in
+// use any more. The caller holds lockBlocks.
+func leaveMachine() error {
+	others, err := os.ReadDir(layout.NetworkBlocks())
 	if err != nil || len(others) > 0 {
 		return err
 	}
-	err = os.Remove(forwardingOn)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
+	err = unshareNamespaces()
+	if removed := os.Remove(layout.Forwarding()); removed == nil {
+		err = errors.Join(err, sysctl(ipForward, "0"))
+	} else {
+		err = errors.Join(err, ignore(removed, os.ErrNotExist))
 	}
-	return errors.Join(err, sysctl(ipForward, "0"))
+	return err
 }
 
 // sysctl sets a kernel parameter in the calling thread's namespace.

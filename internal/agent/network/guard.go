@@ -1,126 +1,270 @@
 package network
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/netip"
-	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
-	"github.com/google/nftables"
 	mdnetlink "github.com/mdlayher/netlink"
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/hostwatch"
+	"github.com/wrenn-dev/wrenn/internal/agent/problem"
+	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// A guard puts a block's table on the host back when someone removes it, as
-// every reload of nftables' own service does: it flushes all rules there are.
+const (
+	// pace is the least time between two repairs, for another program may undo
+	// each at once.
+	pace = 250 * time.Millisecond
+	// lookAnyway is how often everything is looked at though nothing was heard.
+	lookAnyway = 30 * time.Second
+)
+
+// A guard notices what other software does to a pool's part of the machine, and
+// has the pool repair it.
 type guard struct {
-	block     int
-	upstreams []netip.Addr
-	log       *slog.Logger
-	host      *netlink.Handle
-	events    *mdnetlink.Conn
-	closing   atomic.Bool
-	watching  sync.WaitGroup
+	pool   *Pool
+	log    *slog.Logger
+	rules  *mdnetlink.Conn // changes of nftables
+	routes *mdnetlink.Conn // changes of links, addresses, routes and their settings
+	files  *hostwatch.Watch
+
+	closing  atomic.Bool
+	quit     chan struct{}
+	wake     chan struct{}
+	watching sync.WaitGroup
+
+	mu   sync.Mutex
+	look look
 }
 
-func newGuard(h *netlink.Handle, block int, upstreams []netip.Addr, log *slog.Logger) (*guard, error) {
-	c, err := mdnetlink.Dial(unix.NETLINK_NETFILTER, &mdnetlink.Config{Groups: 1 << (unix.NFNLGRP_NFTABLES - 1)})
-	if err != nil {
+// look is what may have changed.
+type look struct {
+	rules, names, settings, allLinks bool
+	links                            map[int]bool // by index
+}
+
+func newGuard(p *Pool) (_ *guard, err error) {
+	g := &guard{pool: p, log: p.log, quit: make(chan struct{}), wake: make(chan struct{}, 1)}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, g.closeSources())
+		}
+	}()
+	group := func(n uint) uint32 { return 1 << (n - 1) }
+	if g.rules, err = mdnetlink.Dial(unix.NETLINK_NETFILTER, &mdnetlink.Config{Groups: group(unix.NFNLGRP_NFTABLES)}); err != nil {
 		return nil, fmt.Errorf("watch the host's rules: %w", err)
 	}
-	g := &guard{block: block, upstreams: upstreams, log: log, host: h, events: c}
-	g.watching.Go(g.watch)
+	g.routes, err = mdnetlink.Dial(unix.NETLINK_ROUTE, &mdnetlink.Config{
+		Groups: group(unix.RTNLGRP_LINK) | group(unix.RTNLGRP_IPV4_IFADDR) | group(unix.RTNLGRP_IPV4_ROUTE) | group(unix.RTNLGRP_IPV4_NETCONF),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("watch the host's links: %w", err)
+	}
+	if g.files, err = hostwatch.Open(true, func() { g.notice(func(l *look) { l.names = true }) }); err != nil {
+		return nil, err
+	}
+	g.watchFolders()
+	g.watching.Go(func() { g.receive(g.rules, g.hearRules) })
+	g.watching.Go(func() { g.receive(g.routes, g.hearRoutes) })
+	g.watching.Go(g.run)
 	return g, nil
 }
 
-// close ends the guard's watch; from then on the table can be removed.
+// watchFolders watches the folders that there are; those that were removed are
+// made again first.
+func (g *guard) watchFolders() {
+	for _, dir := range []string{layout.Machine, layout.NetworkBlocks(), layout.Namespaces(), g.pool.config.Dir.Run()} {
+		if err := g.files.Add(dir); err != nil {
+			g.log.Warn("changes of a folder are noticed later", "folder", dir, "error", err)
+		}
+	}
+}
+
+// close ends the guard's watch; from then on everything can be removed.
 func (g *guard) close() {
-	g.closing.Store(true)
-	g.events.Close()
+	if g.closing.Swap(true) {
+		return
+	}
+	close(g.quit)
+	if err := g.closeSources(); err != nil {
+		g.log.Warn("watch of the network does not end in order", "error", err)
+	}
 	g.watching.Wait()
 }
 
-func (g *guard) watch() {
-	const removal = mdnetlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_DELTABLE)
+func (g *guard) closeSources() error {
+	var errs []error
+	for _, c := range []*mdnetlink.Conn{g.rules, g.routes} {
+		if c != nil {
+			errs = append(errs, c.Close())
+		}
+	}
+	if g.files != nil {
+		errs = append(errs, g.files.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// notice has the guard look at what change names.
+func (g *guard) notice(change func(*look)) {
+	g.mu.Lock()
+	change(&g.look)
+	g.mu.Unlock()
+	select {
+	case g.wake <- struct{}{}:
+	default: // it knows
+	}
+}
+
+// receive hands what a connection hears to hear. Without messages it may be
+// anything: more happened than the kernel could tell.
+func (g *guard) receive(c *mdnetlink.Conn, hear func([]mdnetlink.Message)) {
 	for {
-		messages, err := g.events.Receive()
+		messages, err := c.Receive()
 		switch {
 		case g.closing.Load():
 			return
-		case errors.Is(err, unix.ENOBUFS): // more happened than we can be told
+		case errors.Is(err, unix.ENOBUFS):
+			hear(nil)
 		case err != nil:
-			g.log.Error("no longer watching the host's firewall", "error", err)
+			g.log.Error("changes of the host's network are noticed later", "error", err)
 			return
-		case !slices.ContainsFunc(messages, func(m mdnetlink.Message) bool { return m.Header.Type == removal }):
-			continue
-		}
-		if err := g.restore(); err != nil {
-			g.log.Error("cannot restore the rules for guests", "error", err)
+		default:
+			hear(messages)
 		}
 	}
 }
 
-func (g *guard) restore() error {
-	conn, err := nftables.New()
-	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
+func (g *guard) hearRules([]mdnetlink.Message) { g.notice(func(l *look) { l.rules = true }) }
+
+// hearRoutes notices changes of the pool's links and of the whole host's
+// settings; what happens to others' links is no concern.
+func (g *guard) hearRoutes(messages []mdnetlink.Message) {
+	if messages == nil {
+		g.notice(func(l *look) { l.allLinks, l.settings = true, true })
 	}
-	tables, err := conn.ListTablesOfFamily(nftables.TableFamilyINet)
-	if err != nil {
-		return fmt.Errorf("list nftables: %w", err)
-	}
-	for _, t := range tables {
-		if t.Name == hostTable(g.block) {
-			return nil
+	for _, m := range messages {
+		index, ok := subject(m)
+		switch {
+		case !ok:
+		case index < 0:
+			g.notice(func(l *look) { l.settings = true })
+		case g.pool.slotOf(index) != nil:
+			g.notice(func(l *look) {
+				if l.links == nil {
+					l.links = map[int]bool{}
+				}
+				l.links[index] = true
+			})
 		}
 	}
-	g.log.Warn("someone removed the rules for guests; putting them back", "table", hostTable(g.block))
-	if err := hostRules(g.block, g.upstreams); err != nil {
-		return err
-	}
-	_, _ = g.host.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, bare(blockPrefix(g.block)))
-	return nil
 }
 
-// bare matches connections that guests of a block opened while nothing
-// translated their addresses; forgotten, they get a second chance.
-type bare netip.Prefix
-
-// MatchConntrackFlow implements [netlink.CustomConntrackFilter].
-func (b bare) MatchConntrackFlow(f *netlink.ConntrackFlow) bool {
-	src, _ := netip.AddrFromSlice(f.Forward.SrcIP)
-	src = src.Unmap()
-	// The even addresses are the host's ends.
-	return netip.Prefix(b).Contains(src) && src.As4()[3]%2 == 1 && f.Forward.SrcIP.Equal(f.Reverse.DstIP)
+// subject returns the index of the link that a message of route netlink is
+// about; it is negative for settings of all links.
+func subject(m mdnetlink.Message) (index int, ok bool) {
+	var header, attribute int
+	switch m.Header.Type {
+	case unix.RTM_NEWLINK, unix.RTM_DELLINK, unix.RTM_NEWADDR, unix.RTM_DELADDR:
+		if len(m.Data) < 8 {
+			return 0, false
+		}
+		return int(int32(binary.NativeEndian.Uint32(m.Data[4:]))), true
+	case unix.RTM_DELROUTE:
+		header, attribute = unix.SizeofRtMsg, unix.RTA_OIF
+	case unix.RTM_NEWNETCONF:
+		header, attribute = 4, 1 // NETCONFA_IFINDEX
+	default:
+		return 0, false
+	}
+	if len(m.Data) < header {
+		return 0, false
+	}
+	d, err := mdnetlink.NewAttributeDecoder(m.Data[header:])
+	if err != nil {
+		return 0, false
+	}
+	for d.Next() {
+		if d.Type() == uint16(attribute) {
+			index, ok = int(int32(d.Uint32())), true
+		}
+	}
+	return index, ok && d.Err() == nil
 }
 
-// Obstacles are other programs' firewall chains on this machine that may drop
-// what guests send or get: a rule of ours can close a door, not open one that
-// somebody else's closes.
-func Obstacles() []string {
-	conn, err := nftables.New()
-	if err != nil {
-		return nil
-	}
-	chains, err := conn.ListChains()
-	if err != nil {
-		return nil
-	}
-	var found []string
-	for _, c := range chains {
-		if c.Table == nil || c.Hooknum == nil || c.Policy == nil || *c.Hooknum != *nftables.ChainHookForward || *c.Policy != nftables.ChainPolicyDrop {
-			continue
+// run has the pool look, and repair, whenever something was noticed.
+func (g *guard) run() {
+	tick := time.NewTicker(lookAnyway)
+	defer tick.Stop()
+	all := look{rules: true, names: true, settings: true, allLinks: true}
+	next := all
+	for {
+		g.pool.mend(next)
+		if next.names {
+			g.watchFolders()
 		}
-		family, ok := map[nftables.TableFamily]string{nftables.TableFamilyINet: "inet", nftables.TableFamilyIPv4: "ip"}[c.Table.Family]
-		if !ok || c.Table.Name == "wrenn" || strings.HasPrefix(c.Table.Name, "wrenn-") {
-			continue
+		select {
+		case <-g.quit:
+			return
+		case <-time.After(pace):
 		}
-		found = append(found, fmt.Sprintf("the firewall's chain %s %s %s drops what it forwards unless a rule there accepts it: accept what comes in from %s*, and replies to it", family, c.Table.Name, c.Name, linkPrefix))
+		select {
+		case <-g.quit:
+			return
+		case <-tick.C:
+			next = all
+		case <-g.wake:
+			g.mu.Lock()
+			next, g.look = g.look, look{}
+			g.mu.Unlock()
+		}
 	}
-	return found
+}
+
+// mend looks at what may have changed, and repairs it. What cannot be repaired
+// is a problem until it could be.
+func (p *Pool) mend(l look) {
+	if l.rules {
+		p.judge(problem.Firewall, "rules", p.mendRules())
+	}
+	if l.settings {
+		p.judge(problem.Forwarding, "", p.mendForwarding())
+	}
+	if l.names {
+		p.judge(problem.Files, "network", p.mendFiles())
+	}
+	p.mendSlots(l)
+	if l.rules || l.settings || l.allLinks {
+		p.judge(problem.Firewall, "", p.mendPassage())
+	}
+	p.retry()
+}
+
+// judge reports or clears a problem. A nil error says that there is none.
+func (p *Pool) judge(k problem.Kind, object string, err error) {
+	if err != nil {
+		p.config.Problems.Report(k, object, err.Error())
+		return
+	}
+	p.config.Problems.Clear(k, object)
+}
+
+// retry removes what could not be removed before.
+func (p *Pool) retry() {
+	p.mu.Lock()
+	var aside []int
+	for i := range p.aside {
+		aside = append(aside, i)
+	}
+	p.mu.Unlock()
+	if len(aside) > 0 {
+		p.discard(aside...)
+		p.refillSoon()
+	}
 }

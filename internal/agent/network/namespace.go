@@ -6,12 +6,12 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 
 	"golang.org/x/sys/unix"
-)
 
-// netnsDir is where iproute2 looks for named network namespaces.
-const netnsDir = "/run/netns"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
 
 // createNamespace makes a network namespace, names it by a bind mount on
 // path, and runs setup on a thread inside it. When anything fails nothing of
@@ -45,35 +45,194 @@ func createNamespace(path string, setup func(ns *os.File) error) error {
 	return nil
 }
 
+// shareNamespaces makes the folder of namespaces' names a shared mount of its
+// own, as iproute2 does with its own: then names come and go in every mount
+// namespace alike. The caller holds lockBlocks, and there is no name yet.
+func shareNamespaces() error {
+	dir := layout.Namespaces()
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("make folder of namespaces: %w", err)
+	}
+	share := func() error { return unix.Mount("", dir, "", unix.MS_SHARED, "") }
+	err := share()
+	if errors.Is(err, unix.EINVAL) { // not a mount point yet
+		if err = unix.Mount(dir, dir, "", unix.MS_BIND, ""); err == nil {
+			err = share()
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("share folder of namespaces: %w", err)
+	}
+	return nil
+}
+
+func isMountPoint(path string) bool {
+	var st unix.Statx_t
+	err := unix.Statx(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW, 0, &st)
+	return err == nil && st.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0
+}
+
+// unshareNamespaces undoes shareNamespaces.
+func unshareNamespaces() error {
+	dir := layout.Namespaces()
+	if err := unmountAll(dir); err != nil {
+		return err
+	}
+	return ignore(os.Remove(dir), os.ErrNotExist)
+}
+
+// nameNamespace gives a namespace a name that may have been lost.
+func nameNamespace(ns *os.File, path string) error {
+	if isNamespace(ns, path) {
+		return nil
+	}
+	if err := removeNamespace(path); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_RDONLY|os.O_CREATE|os.O_EXCL, 0o444)
+	if err != nil {
+		return fmt.Errorf("name namespace: %w", err)
+	}
+	f.Close()
+	if err := unix.Mount(fmt.Sprintf("/proc/self/fd/%d", ns.Fd()), path, "", unix.MS_BIND, ""); err != nil {
+		return errors.Join(fmt.Errorf("mount namespace on %s: %w", path, err), removeNamespace(path))
+	}
+	return nil
+}
+
+// isNamespace tells whether path is the name of ns.
+func isNamespace(ns *os.File, path string) bool {
+	var own, there unix.Stat_t
+	return unix.Fstat(int(ns.Fd()), &own) == nil && unix.Stat(path, &there) == nil && own.Dev == there.Dev && own.Ino == there.Ino
+}
+
+// openNamespace opens the namespace that path names.
+func openNamespace(path string) (*os.File, error) {
+	ns, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("open namespace: %w", err)
+	}
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(int(ns.Fd()), &fs); err != nil || fs.Type != unix.NSFS_MAGIC {
+		ns.Close()
+		return nil, fmt.Errorf("open namespace: %s is not mounted: %w", path, errors.Join(err, os.ErrNotExist))
+	}
+	return ns, nil
+}
+
+func unmountAll(path string) error {
+	for {
+		err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+			return nil // not, or no longer, a mount point
+		}
+		if err != nil {
+			return fmt.Errorf("unmount %s: %w", path, err)
+		}
+	}
+}
+
 // removeNamespace removes a namespace's name, however far its making got. The
 // namespace itself ends with the last process in it.
 func removeNamespace(path string) error {
-	for {
-		err := unix.Unmount(path, unix.MNT_DETACH)
-		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
-			break // not, or no longer, a mount point
-		}
-		if err != nil {
-			return fmt.Errorf("unmount namespace %s: %w", path, err)
-		}
+	if err := unmountAll(path); err != nil {
+		return err
 	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+	err := os.Remove(path)
+	if errors.Is(err, unix.EBUSY) {
+		err = removeHidden(path)
+	}
+	if err := ignore(err, os.ErrNotExist); err != nil {
 		return fmt.Errorf("remove namespace's name: %w", err)
 	}
 	return nil
 }
 
+// removeHidden removes a name that is still mounted where nobody sees it:
+// somebody has mounted the folder, or one above, over itself. In a mount
+// namespace of its own the thread takes away what covers the name; and who
+// removes a file removes its mounts in all other mount namespaces.
+func removeHidden(path string) error {
+	return onOwnThread(func() error {
+		if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
+			return fmt.Errorf("unshare mounts: %w", err)
+		}
+		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+			return fmt.Errorf("make mounts private: %w", err)
+		}
+		for {
+			over, err := namespaceMounts(filepath.Base(path))
+			if err != nil {
+				return err
+			}
+			if len(over) == 0 {
+				break
+			}
+			for _, at := range over {
+				// A mount point that is covered is none: what covers it goes first.
+				for err := unix.Unmount(at, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil; {
+					if !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) || at == "/" {
+						return fmt.Errorf("unmount %s: %w", at, err)
+					}
+					at = filepath.Dir(at)
+					err = unix.Unmount(at, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+				}
+			}
+		}
+		return os.Remove(path)
+	})
+}
+
+// namespaceMounts are the mount points, in the calling thread's mount namespace,
+// of namespaces whose names end in base.
+func namespaceMounts(base string) ([]string, error) {
+	b, err := os.ReadFile("/proc/thread-self/mountinfo")
+	if err != nil {
+		return nil, fmt.Errorf("list mounts: %w", err)
+	}
+	var found []string
+	for line := range strings.Lines(string(b)) {
+		// 36 35 98:0 /root /mount/point options - type source options
+		fields := strings.Fields(line)
+		if len(fields) > 4 && strings.Contains(line, " - nsfs ") && strings.HasSuffix(fields[4], "/"+base) {
+			found = append(found, fields[4])
+		}
+	}
+	return found, nil
+}
+
+// onOwnThread runs f on a thread that ends afterwards, with whatever f did to it.
+func onOwnThread(f func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // not unlocked: the thread ends with the goroutine
+		if unix.Gettid() == unix.Getpid() {
+			// The main thread cannot end, and /proc/self is what it is in.
+			done <- onOwnThread(f)
+			runtime.UnlockOSThread()
+			return
+		}
+		done <- f()
+	}()
+	return <-done
+}
+
 // inNamespace runs f on a thread inside the namespace at path. Only what f
 // does itself, not goroutines that it starts, happens there.
 func inNamespace(path string, f func() error) error {
-	ns, err := os.Open(path)
+	ns, err := openNamespace(path)
 	if err != nil {
-		return fmt.Errorf("open namespace: %w", err)
+		return err
 	}
 	defer ns.Close()
+	return inside(ns, f)
+}
+
+// inside is [inNamespace] for an open namespace.
+func inside(ns *os.File, f func() error) error {
 	return onThread(func() error {
 		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
-			return fmt.Errorf("enter namespace %s: %w", path, err)
+			return fmt.Errorf("enter namespace: %w", err)
 		}
 		return f()
 	})

@@ -8,8 +8,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -19,6 +21,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/problem"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -40,6 +43,9 @@ type Config struct {
 	// Upstreams are the IPv4 DNS resolvers for guests, usually [Upstreams]();
 	// that is taken when there are none.
 	Upstreams []netip.Addr
+	// Problems gets what is wrong with the machine's network and cannot be
+	// repaired; it may be nil.
+	Problems *problem.List
 	// Log is slog's default when it is nil.
 	Log *slog.Logger
 }
@@ -56,13 +62,21 @@ type Pool struct {
 	cancel context.CancelFunc
 	refill sync.WaitGroup
 	guard  *guard
+	rules  string // the fingerprint of the block's table on the host
+	docker bool   // rules for Docker were added; the guard's alone until it is closed
+	wasOff bool   // an agent turned IP forwarding on; the guard's alone
+	probed sync.Once
 	forgetter
 
+	// Where both are held, a slot's lock is taken before mu, but for that of a
+	// slot that nobody else knows yet.
 	mu     sync.Mutex
 	closed bool
 	free   []int         // indexes of slots that do not exist, longest unused first
 	ready  []*Slot       // prepared, unused
 	used   map[int]*Slot // acquired; nil for one kept and not yet reclaimed
+	aside  map[int]bool  // indexes of slots that could not be removed
+	linked map[int]*Slot // slots that are whole, by their link's index on the host
 }
 
 // Share is which of the machine's blocks of slots is the pool's, and how many
@@ -97,7 +111,7 @@ func Open(ctx context.Context, c Config, keep []int) (*Pool, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open netlink: %w", err), b.leave(len(keep) > 0))
 	}
-	p := &Pool{config: c, log: c.Log, block: b, host: h, wake: make(chan struct{}, 1), used: map[int]*Slot{}}
+	p := &Pool{config: c, log: c.Log, block: b, host: h, wake: make(chan struct{}, 1), used: map[int]*Slot{}, aside: map[int]bool{}, linked: map[int]*Slot{}}
 	for _, i := range keep {
 		p.used[i] = nil
 	}
@@ -132,18 +146,43 @@ func (p *Pool) setUp(ctx context.Context) error {
 	if err := hostRules(p.block.number, p.config.Upstreams); err != nil {
 		return err
 	}
-	if err := p.removeStale(ctx); err != nil {
-		return fmt.Errorf("remove stale slots: %w", err)
+	var err error
+	if p.rules, err = wantedRules(p.block.number, p.config.Upstreams); err != nil {
+		return fmt.Errorf("write rules for comparison: %w", err)
 	}
-	if err := enableForwarding(); err != nil {
+	for i := range p.used {
+		if err := adoptNamespace(i); err != nil {
+			p.log.WarnContext(ctx, "a network namespace cannot be taken over from an earlier version", "slot", i, "error", err)
+		}
+	}
+	p.judge(problem.Slot, "stale", p.removeStale(ctx))
+	if err := ctx.Err(); err != nil {
 		return err
 	}
-	for _, o := range Obstacles() {
-		p.log.WarnContext(ctx, "guests may not reach the internet", "reason", o)
+	if _, err := enableForwarding(); err != nil {
+		return err
 	}
-	var err error
-	p.guard, err = newGuard(p.host, p.block.number, p.config.Upstreams, p.log)
+	_, off := os.Stat(layout.Forwarding())
+	p.wasOff = off == nil
+	p.guard, err = newGuard(p)
 	return err
+}
+
+// adoptNamespace moves the name that an earlier version gave to a slot's
+// namespace to where names are now.
+func adoptNamespace(i int) error {
+	ns, err := openNamespace(oldNamespace(i))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	if err := nameNamespace(ns, layout.Namespace(i)); err != nil {
+		return err
+	}
+	return removeNamespace(oldNamespace(i))
 }
 
 // removeStale removes what there is of slots that are not in use.
@@ -158,27 +197,29 @@ func (p *Pool) removeStale(ctx context.Context) error {
 	}
 	links, err := linkNames(p.host)
 	if err != nil {
-		return err
+		return fmt.Errorf("network slots that an earlier agent left cannot be looked for: %w", err)
 	}
 	for _, name := range links {
 		add(name, linkPrefix)
 	}
-	names, err := os.ReadDir(netnsDir)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("list namespaces: %w", err)
-	}
-	for _, n := range names {
-		add(n.Name(), namespacePrefix)
+	for _, dir := range []string{layout.Namespaces(), layout.OldNamespaces} {
+		names, err := os.ReadDir(dir)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("list namespaces: %w", err)
+		}
+		for _, n := range names {
+			add(n.Name(), strings.TrimSuffix(filepath.Base(layout.Namespace(0)), "0"))
+		}
 	}
 	if len(found) == 0 {
-		return ctx.Err()
+		return nil
 	}
 	p.log.InfoContext(ctx, "removing network slots that an earlier agent left", "count", len(found))
-	stale := make([]int, 0, len(found))
-	for i := range found {
-		stale = append(stale, i)
+	if len(p.used) == 0 {
+		destroyGroup(p.block.number)
 	}
-	return p.destroyAll(stale)
+	p.discard(slices.Collect(maps.Keys(found))...)
+	return nil
 }
 
 func linkNames(h *netlink.Handle) ([]string, error) {
@@ -200,13 +241,11 @@ func linkNames(h *netlink.Handle) ([]string, error) {
 	return nil, fmt.Errorf("list links: %w", netlink.ErrDumpInterrupted)
 }
 
-// destroyAll removes slots side by side: most of each removal is waiting.
-func (p *Pool) destroyAll(indexes []int) error {
+// destroyAll removes slots side by side, for most of each removal is waiting. It
+// returns an error for each that is still there.
+func (p *Pool) destroyAll(indexes []int) map[int]error {
 	if len(indexes) == 0 {
 		return nil
-	}
-	if len(p.used) == 0 {
-		destroyGroup(p.block.number)
 	}
 	var g errgroup.Group
 	g.SetLimit(16)
@@ -219,7 +258,36 @@ func (p *Pool) destroyAll(indexes []int) error {
 	}
 	_ = g.Wait()
 	p.forget(p.host, indexes...)
-	return errors.Join(errs...)
+	failed := map[int]error{}
+	for n, i := range indexes {
+		if errs[n] != nil {
+			failed[i] = errs[n]
+		}
+	}
+	return failed
+}
+
+// discard removes slots that nobody uses any more, and makes their indexes free.
+// What cannot be removed is set aside and tried again.
+func (p *Pool) discard(indexes ...int) {
+	failed := p.destroyAll(indexes)
+	for _, i := range indexes {
+		err := failed[i]
+		if err != nil {
+			err = fmt.Errorf("network slot %d cannot be removed; it is set aside and tried again: %w", i, err)
+		}
+		p.judge(problem.Slot, "remove "+strconv.Itoa(i), err)
+		p.mu.Lock()
+		delete(p.used, i)
+		delete(p.aside, i)
+		p.free = slices.DeleteFunc(p.free, func(f int) bool { return f == i })
+		if err != nil {
+			p.aside[i] = true
+		} else {
+			p.free = append(p.free, i)
+		}
+		p.mu.Unlock()
+	}
 }
 
 // Acquire hands out a slot that no guest has used; its services run.
@@ -243,25 +311,77 @@ func (p *Pool) Acquire(ctx context.Context) (*Slot, error) {
 		return nil, ErrExhausted
 	}
 	p.used[s.Index] = s
-	s.mu.Lock() // not to be taken down before it is up
 	p.mu.Unlock()
-	defer s.mu.Unlock()
 	defer p.refillSoon()
+	s.mu.Lock() // not to be taken down before it is up
+	defer s.mu.Unlock()
+	if s.down {
+		return nil, ErrClosed
+	}
 
 	var err error
 	if !prepared {
-		err = p.create(s.Index)
+		err = p.prepare(s)
 	}
 	if err == nil {
-		if err = s.serve(ctx); err != nil {
-			err = errors.Join(err, destroy(p.host, s.Index))
-		}
+		err = s.serve(ctx)
 	}
 	if err != nil {
-		p.giveBack(s)
+		p.drop(s)
 		return nil, err
 	}
 	return s, nil
+}
+
+// prepare makes all there is of a slot, or nothing. The caller holds the slot's
+// lock, or is the only one that knows it.
+func (p *Pool) prepare(s *Slot) error {
+	err := p.create(s.Index)
+	if err == nil {
+		err = p.adopt(s)
+	}
+	if err != nil {
+		return fmt.Errorf("prepare slot %d: %w", s.Index, err)
+	}
+	return nil
+}
+
+// adopt takes a slot that there is into the pool's care. The caller holds the
+// slot's lock, or is the only one that knows it.
+func (p *Pool) adopt(s *Slot) (err error) {
+	if s.ns, err = openNamespace(s.NetNS()); err != nil {
+		return err
+	}
+	// Its name may have been changed, its index never is.
+	err = s.within(func() error {
+		h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+		if err != nil {
+			return fmt.Errorf("open netlink: %w", err)
+		}
+		defer h.Close()
+		if _, err := h.LinkByName(tapName); err != nil {
+			return fmt.Errorf("find %s: %w", tapName, err)
+		}
+		veth, err := h.LinkByName(vethName)
+		if isMissing(err) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("find %s: %w", vethName, err)
+		}
+		s.link, s.inner = veth.Attrs().ParentIndex, veth.Attrs().Index
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if s.link == 0 {
+		return p.rebuild(s) // somebody deleted its veth
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.linked[s.link] = s
+	return nil
 }
 
 func (p *Pool) create(i int) error {
@@ -269,24 +389,34 @@ func (p *Pool) create(i int) error {
 		return err
 	}
 	if err := raiseHostLink(p.host, i); err != nil {
-		return errors.Join(fmt.Errorf("prepare slot %d: %w", i, err), destroy(p.host, i))
+		return errors.Join(err, destroy(p.host, i))
 	}
 	return nil
 }
 
-// giveBack makes a slot that no longer exists free.
-func (p *Pool) giveBack(s *Slot) {
+// drop ends a slot and removes it. The caller holds the slot's lock.
+func (p *Pool) drop(s *Slot) {
+	p.silence(s)
+	p.discard(s.Index)
+}
+
+// silence ends what the agent does in a slot. The caller holds the slot's lock.
+func (p *Pool) silence(s *Slot) {
+	s.down = true
+	s.silence()
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	if _, ok := p.used[s.Index]; ok {
-		delete(p.used, s.Index)
-		p.free = append(p.free, s.Index)
+	delete(p.linked, s.link)
+	p.mu.Unlock()
+	if s.ns != nil {
+		s.ns.Close()
 	}
 }
 
 // Reclaim takes back a slot that was given to [Open] to keep, with its
-// services. A slot that is not whole any more is removed: [ErrGone].
-func (p *Pool) Reclaim(ctx context.Context, index int) (*Slot, error) {
+// services. Its name is made again from the network namespace of the process
+// pid, its VM's, if it was lost. A slot that is not whole any more, and cannot be
+// made so, is removed: [ErrGone].
+func (p *Pool) Reclaim(ctx context.Context, index, pid int) (*Slot, error) {
 	p.mu.Lock()
 	held, kept := p.used[index]
 	if p.closed || !kept || held != nil {
@@ -298,57 +428,78 @@ func (p *Pool) Reclaim(ctx context.Context, index int) (*Slot, error) {
 	}
 	s := newSlot(index)
 	p.used[index] = s
-	s.mu.Lock()
 	p.mu.Unlock()
+	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.down {
+		return nil, ErrClosed
+	}
 
-	err := inNamespace(s.NetNS(), func() error {
-		inside, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-		if err != nil {
-			return fmt.Errorf("open netlink: %w", err)
-		}
-		defer inside.Close()
-		for _, name := range []string{tapName, vethName} {
-			if _, err := inside.LinkByName(name); err != nil {
-				return fmt.Errorf("find %s: %w", name, err)
-			}
-		}
-		return slotRules(s.Address, p.config.Upstreams, false)
-	})
+	err := p.rename(s, pid)
 	if err == nil {
-		_, err = p.host.LinkByName(linkName(index))
+		err = p.adopt(s)
+	}
+	if err == nil {
+		err = s.within(func() error { return slotRules(s.Address, p.config.Upstreams, false) })
+	}
+	if err == nil {
+		var repaired []string
+		if repaired, err = p.mendLink(s); len(repaired) > 0 {
+			p.config.Problems.Repaired(problem.Slot, strconv.Itoa(index), strings.Join(repaired, ", "))
+		}
 	}
 	if err == nil {
 		err = s.serve(ctx)
 	}
 	if err != nil {
-		err = fmt.Errorf("take back slot %d: %w", index, errors.Join(ErrGone, err, destroy(p.host, index)))
-		p.giveBack(s)
+		p.drop(s)
 		p.refillSoon()
-		return nil, err
+		return nil, fmt.Errorf("take back slot %d: %w", index, errors.Join(ErrGone, err))
 	}
 	return s, nil
 }
 
+// rename gives the namespace of a slot its name again, if a process in it is
+// known.
+func (p *Pool) rename(s *Slot, pid int) error {
+	ns, err := openNamespace(s.NetNS())
+	if err == nil {
+		return ns.Close()
+	}
+	if pid <= 0 {
+		return err
+	}
+	if ns, err = openNamespace(fmt.Sprintf("/proc/%d/ns/net", pid)); err != nil {
+		return err
+	}
+	defer ns.Close()
+	var own, its unix.Stat_t
+	if err := errors.Join(unix.Stat(threadNamespace, &own), unix.Fstat(int(ns.Fd()), &its)); err != nil {
+		return err
+	}
+	if own.Ino == its.Ino {
+		return fmt.Errorf("process %d is in the host's network namespace", pid)
+	}
+	if err := nameNamespace(ns, s.NetNS()); err != nil {
+		return err
+	}
+	p.config.Problems.Repaired(problem.Slot, strconv.Itoa(s.Index), "its namespace had lost its name")
+	return nil
+}
+
 // Release removes a slot with all that its guest left in it; a fresh one is
-// prepared in its place. The guest's VM has ended. After an error the slot is
-// still taken and Release can be called again.
+// prepared in its place. The guest's VM has ended. What cannot be removed is
+// set aside, so that its index is not used, and tried again.
 func (p *Pool) Release(_ context.Context, s *Slot) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	p.mu.Lock()
 	mine := p.used[s.Index] == s
 	p.mu.Unlock()
-	if !mine {
-		return nil // released before
+	if mine && !s.down { // else it was released before
+		p.drop(s)
+		p.refillSoon()
 	}
-	s.silence()
-	if err := destroy(p.host, s.Index); err != nil {
-		return fmt.Errorf("release slot %d: %w", s.Index, err)
-	}
-	p.forget(p.host, s.Index)
-	p.giveBack(s)
-	p.refillSoon()
 	return nil
 }
 
@@ -368,37 +519,52 @@ func (p *Pool) Close(_ context.Context, keep []int) error {
 }
 
 func (p *Pool) tearDown(keep []int) error {
+	if p.guard != nil {
+		p.guard.close() // it would repair what is removed
+	}
 	p.mu.Lock()
 	p.closed = true
 	var gone []int
-	var silent []*Slot
+	open := p.ready
 	for _, s := range p.ready {
 		gone = append(gone, s.Index)
 	}
 	for i, s := range p.used {
 		if s != nil {
-			silent = append(silent, s)
+			open = append(open, s)
 		}
 		if !slices.Contains(keep, i) {
 			gone = append(gone, i)
 			delete(p.used, i)
 		}
 	}
+	for i := range p.aside {
+		gone = append(gone, i)
+	}
 	p.ready = nil
 	p.mu.Unlock()
 
-	for _, s := range silent {
+	for _, s := range open {
 		s.mu.Lock()
-		s.silence()
+		if !s.down {
+			p.silence(s)
+		}
 		s.mu.Unlock()
 	}
-	err := p.destroyAll(gone)
-	kept := len(p.used) > 0
-	if p.guard != nil {
-		p.guard.close()
+	if len(p.used) == 0 && len(gone) > 0 {
+		destroyGroup(p.block.number)
 	}
+	var err error
+	for _, failed := range p.destroyAll(gone) {
+		err = errors.Join(err, failed)
+	}
+	// Whoever has the block next removes what is left of it.
+	kept := len(p.used) > 0 || err != nil
 	if !kept {
-		err = errors.Join(err, removeHostRules(p.block.number))
+		err = removeHostRules(p.block.number)
+	}
+	if p.docker && !kept {
+		leaveDocker(context.Background())
 	}
 	p.host.Close()
 	return errors.Join(err, p.block.leave(kept))
@@ -435,15 +601,16 @@ func (p *Pool) prepareOne(ctx context.Context) bool {
 	p.free = p.free[1:]
 	p.mu.Unlock()
 
-	err := p.create(i)
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if err != nil {
+	slot := newSlot(i)
+	if err := p.prepare(slot); err != nil {
 		// No retry by itself: whoever needs a slot meets the error.
 		p.log.ErrorContext(ctx, "cannot prepare a network slot", "slot", i, "error", err)
-		p.free = append(p.free, i)
+		p.drop(slot)
 		return false
 	}
-	p.ready = append(p.ready, newSlot(i))
+	p.mu.Lock()
+	p.ready = append(p.ready, slot)
+	p.mu.Unlock()
+	p.probed.Do(func() { p.guard.notice(func(l *look) { l.rules = true }) })
 	return true
 }

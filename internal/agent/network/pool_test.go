@@ -212,7 +212,7 @@ func TestNobodyOutsideReachesTheGuest(t *testing.T) {
 	if err != nil || got != gatewayAddr.String() {
 		t.Errorf("host to guest: %q, %v", got, err)
 	}
-	err = inNamespace(filepath.Join(netnsDir, "internet"), func() error {
+	err = inNamespace(internetNS, func() error {
 		link, err := netlink.LinkByName("eth0")
 		must(t, err)
 		must(t, netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: uplinkHost.Addr().AsSlice(), Dst: &net.IPNet{IP: net.IPv4(10, 11, 0, 0).To4(), Mask: net.CIDRMask(16, 32)}}))
@@ -244,7 +244,7 @@ func TestSpoofedPacketsAreDropped(t *testing.T) {
 		return nil
 	}))
 	seen := make(chan string, 10)
-	must(t, inNamespace(filepath.Join(netnsDir, "internet"), func() error {
+	must(t, inNamespace(internetNS, func() error {
 		c, err := net.ListenPacket("udp4", "203.0.113.1:9999")
 		must(t, err)
 		t.Cleanup(func() { c.Close() })
@@ -429,7 +429,8 @@ func TestRestartTakesBack(t *testing.T) {
 
 	// A connection of the guest's that lives through the restart.
 	var conn net.Conn
-	must(t, inNamespace(filepath.Join(netnsDir, "internet"), func() error {
+	accepted := make(chan net.Conn, 1)
+	must(t, inNamespace(internetNS, func() error {
 		l, err := net.Listen("tcp4", "203.0.113.1:8888")
 		must(t, err)
 		t.Cleanup(func() { l.Close() })
@@ -438,7 +439,7 @@ func TestRestartTakesBack(t *testing.T) {
 			if err != nil {
 				return
 			}
-			defer c.Close()
+			accepted <- c
 			b := make([]byte, 1)
 			for {
 				if _, err := c.Read(b); err != nil {
@@ -463,6 +464,8 @@ func TestRestartTakesBack(t *testing.T) {
 		must(t, err)
 	}
 	echo()
+	far := <-accepted
+	defer far.Close() // the guest's own end may go without a word
 
 	must(t, p.Close(context.Background(), []int{s.Index}))
 	echo()
@@ -477,12 +480,12 @@ func TestRestartTakesBack(t *testing.T) {
 	}
 
 	p = openPool(t, dir, 2, s.Index)
-	back, err := p.Reclaim(context.Background(), s.Index)
+	back, err := p.Reclaim(context.Background(), s.Index, 0)
 	must(t, err)
 	if back.Address != s.Address {
 		t.Errorf("came back at %s", back.Address)
 	}
-	if _, err := p.Reclaim(context.Background(), s.Index); err == nil {
+	if _, err := p.Reclaim(context.Background(), s.Index, 0); err == nil {
 		t.Error("reclaimed twice")
 	}
 	echo()
@@ -514,11 +517,11 @@ func TestReclaimOfBrokenSlot(t *testing.T) {
 	}
 	must(t, p.Close(context.Background(), keep))
 
-	must(t, removeNamespace(namespacePath(keep[0])))
+	must(t, removeNamespace(layout.Namespace(keep[0])))
 	link, err := netlink.LinkByName(linkName(keep[1]))
 	must(t, err)
 	must(t, netlink.LinkDel(link))
-	must(t, inNamespace(namespacePath(keep[2]), func() error {
+	must(t, inNamespace(layout.Namespace(keep[2]), func() error {
 		f, err := openTap(tapName, unix.IFF_VNET_HDR)
 		must(t, err)
 		defer f.Close()
@@ -526,10 +529,16 @@ func TestReclaimOfBrokenSlot(t *testing.T) {
 	}))
 
 	p = openPool(t, dir, 1, keep...)
-	for _, i := range keep {
-		if _, err := p.Reclaim(context.Background(), i); !errors.Is(err, ErrGone) {
+	for _, i := range []int{keep[0], keep[2]} {
+		if _, err := p.Reclaim(context.Background(), i, 0); !errors.Is(err, ErrGone) {
 			t.Errorf("slot %d: %v", i, err)
 		}
+	}
+	if _, err := p.Reclaim(context.Background(), keep[1], 0); err != nil {
+		t.Errorf("a slot without its veth: %v", err)
+	}
+	if _, err := netlink.LinkByName(linkName(keep[1])); err != nil {
+		t.Errorf("the veth was not made again: %v", err)
 	}
 }
 
@@ -538,13 +547,14 @@ func crash(t *testing.T, p *Pool) {
 	t.Helper()
 	p.cancel()
 	p.refill.Wait()
+	p.guard.close()
 	p.mu.Lock()
 	p.closed = true
-	for _, s := range p.used {
+	for _, s := range p.linked {
 		s.silence()
+		s.ns.Close()
 	}
 	p.mu.Unlock()
-	p.guard.close()
 	p.host.Close()
 	must(t, p.block.lock.Close())
 }
@@ -561,7 +571,7 @@ func TestCrashLeavesNothingForLong(t *testing.T) {
 	crash(t, p)
 	// Half-made ones too.
 	first := p.block.number * blockSlots
-	must(t, os.WriteFile(namespacePath(first+300), nil, 0o444))
+	must(t, os.WriteFile(layout.Namespace(first+300), nil, 0o444))
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = linkName(first + 301)
 	must(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "half"}))
@@ -576,7 +586,7 @@ func TestCrashLeavesNothingForLong(t *testing.T) {
 	if again.block.number != p.block.number {
 		t.Errorf("came back with block %d after %d", again.block.number, p.block.number)
 	}
-	names, err := filepath.Glob(namespacePath(first)[:len(netnsDir)+1] + namespacePrefix + "*")
+	names, err := filepath.Glob(filepath.Join(layout.Namespaces(), "*"))
 	must(t, err)
 	if len(names) > 4 { // kept, and each pool's own being prepared
 		t.Errorf("stale namespaces: %v", names)
@@ -584,7 +594,7 @@ func TestCrashLeavesNothingForLong(t *testing.T) {
 	if _, err := os.Stat(kept.NetNS()); err != nil {
 		t.Errorf("the kept one is gone: %v", err)
 	}
-	if _, err := again.Reclaim(context.Background(), kept.Index); err != nil {
+	if _, err := again.Reclaim(context.Background(), kept.Index, 0); err != nil {
 		t.Error(err)
 	}
 }
@@ -764,7 +774,7 @@ func TestAcquireFailureLeavesNothing(t *testing.T) {
 	if err := p.create(next); err == nil {
 		t.Error("made a slot over another link")
 	}
-	if _, err := os.Stat(namespacePath(next)); !errors.Is(err, os.ErrNotExist) {
+	if _, err := os.Stat(layout.Namespace(next)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("namespace left: %v", err)
 	}
 	if err := p.create(next); err != nil {

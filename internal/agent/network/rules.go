@@ -21,6 +21,13 @@ const (
 	ntpPerSecond   = 16
 )
 
+// Packets from probePort, the discard service's, go no further than probeChain:
+// they tell whether the host's firewalls let guests' packets pass.
+const (
+	probePort  = 9
+	probeChain = "probe"
+)
+
 // nftTimeout bounds one transaction with nftables, which other programs'
 // transactions may hold up.
 const nftTimeout = 30 * time.Second
@@ -95,6 +102,13 @@ func port(proto byte, port uint16) rule {
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
 		cmp(expr.CmpOpEq, binary.BigEndian.AppendUint16(nil, port)),
 	})
+}
+
+func fromPort(port uint16) rule {
+	return rule{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 2},
+		cmp(expr.CmpOpEq, binary.BigEndian.AppendUint16(nil, port)),
+	}
 }
 
 func ctBits(key expr.CtKey, bits uint32) rule {
@@ -269,6 +283,9 @@ func hostRules(block int, upstreams []netip.Addr) error {
 		when(inGroup(group), established, accept),
 		when(inGroup(group), related, accept),
 		when(inGroup(group), drop),
+	)
+	r.chain(probeChain, nftables.ChainTypeFilter, nftables.ChainHookPostrouting, nftables.ChainPriorityMangle, nftables.ChainPolicyAccept,
+		when(from(ours), protocol(unix.IPPROTO_UDP), fromPort(probePort), rule{&expr.Counter{}}, drop),
 	)
 	r.chain("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource, nftables.ChainPolicyAccept,
 		when(from(ours), outGroup(expr.CmpOpNeq, group), masquerade),

@@ -18,6 +18,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/metadata"
 	"github.com/wrenn-dev/wrenn/internal/agent/network/ntp"
+	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
@@ -25,8 +26,7 @@ const (
 	tapName  = "tap0"  // the guest's side of a namespace
 	vethName = "veth0" // its way out
 
-	namespacePrefix = "wrenn-ns-"
-	linkPrefix      = "wrenn-veth-"
+	linkPrefix = "wrenn-veth-"
 )
 
 // Every guest lives at the same address, so that a snapshot wakes in any slot.
@@ -38,8 +38,12 @@ var (
 	gatewayMAC   = net.HardwareAddr{0x02, 0x57, 0x52, 0x4e, 0x00, 0x02}
 )
 
-func namespacePath(i int) string { return filepath.Join(netnsDir, namespacePrefix+strconv.Itoa(i)) }
-func linkName(i int) string      { return linkPrefix + strconv.Itoa(i) }
+func linkName(i int) string { return linkPrefix + strconv.Itoa(i) }
+
+// oldNamespace is the name of a slot's namespace in earlier versions.
+func oldNamespace(i int) string {
+	return filepath.Join(layout.OldNamespaces, filepath.Base(layout.Namespace(i)))
+}
 
 // hostAddr and outsideAddr are the two ends of slot i's veth, a /31.
 func hostAddr(i int) netip.Addr {
@@ -67,7 +71,12 @@ type Slot struct {
 	// Metadata answers the guest at 169.254.169.254.
 	Metadata *metadata.Server
 
-	mu      sync.Mutex // held while the slot is taken down
+	ns *os.File // its namespace, whatever becomes of the name
+
+	mu      sync.Mutex // held while the slot is made, repaired and taken down
+	down    bool       // it is being taken down
+	link    int        // the index of the host's end of its veth
+	inner   int        // the index of the other end, in its namespace
 	closers []func()   // what ends its services
 	serving sync.WaitGroup
 }
@@ -77,13 +86,16 @@ func newSlot(i int) *Slot {
 }
 
 // NetNS is the path of the slot's network namespace.
-func (s *Slot) NetNS() string { return namespacePath(s.Index) }
+func (s *Slot) NetNS() string { return layout.Namespace(s.Index) }
+
+// within runs f on a thread in the slot's namespace.
+func (s *Slot) within(f func() error) error { return inside(s.ns, f) }
 
 // OpenTap opens the guest's network device, with virtio headers. The caller
 // closes it; one at a time can be open.
 func (s *Slot) OpenTap() (*os.File, error) {
 	var tap *os.File
-	err := inNamespace(s.NetNS(), func() (err error) {
+	err := s.within(func() (err error) {
 		changes, err := nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK)
 		if err != nil {
 			return fmt.Errorf("watch links: %w", err)
@@ -159,7 +171,7 @@ func openTap(name string, flags uint16) (*os.File, error) {
 // Listen listens on an address inside the slot's namespace, a numeric one.
 func (s *Slot) Listen(ctx context.Context, network, address string) (net.Listener, error) {
 	var l net.Listener
-	err := inNamespace(s.NetNS(), func() (err error) {
+	err := s.within(func() (err error) {
 		l, err = new(net.ListenConfig).Listen(ctx, network, address)
 		return err
 	})
@@ -169,7 +181,7 @@ func (s *Slot) Listen(ctx context.Context, network, address string) (net.Listene
 // ListenPacket is [Slot.Listen] for datagrams.
 func (s *Slot) ListenPacket(ctx context.Context, network, address string) (net.PacketConn, error) {
 	var c net.PacketConn
-	err := inNamespace(s.NetNS(), func() (err error) {
+	err := s.within(func() (err error) {
 		c, err = new(net.ListenConfig).ListenPacket(ctx, network, address)
 		return err
 	})
@@ -180,7 +192,7 @@ func (s *Slot) ListenPacket(ctx context.Context, network, address string) (net.P
 func (s *Slot) serve(ctx context.Context) error {
 	var clock net.PacketConn
 	var docs net.Listener
-	err := inNamespace(s.NetNS(), func() (err error) {
+	err := s.within(func() (err error) {
 		var lc net.ListenConfig
 		if clock, err = lc.ListenPacket(ctx, "udp4", netip.AddrPortFrom(gatewayAddr, 123).String()); err != nil {
 			return err
@@ -211,7 +223,7 @@ func (s *Slot) silence() {
 
 // create makes slot i's namespace, links and rules, or nothing.
 func create(h *netlink.Handle, i int, upstreams []netip.Addr) error {
-	err := createNamespace(namespacePath(i), func(ns *os.File) error {
+	err := createNamespace(layout.Namespace(i), func(ns *os.File) error {
 		// Before there is any link: none ever has an IPv6 address, none is
 		// led astray by a redirect.
 		for _, set := range [][2]string{
@@ -260,20 +272,26 @@ func createHostLink(h *netlink.Handle, i int, ns *os.File) error {
 	return nil
 }
 
-// raiseHostLink gives the host's end of slot i's veth its address. It runs on
-// a thread in the host's namespace.
-func raiseHostLink(h *netlink.Handle, i int) error {
-	name := linkName(i)
-	link, err := h.LinkByName(name)
-	if err != nil {
-		return fmt.Errorf("find veth: %w", err)
-	}
-	for _, set := range [][2]string{
+// linkSettings are the kernel's settings of a host link, in the order to write
+// them.
+func linkSettings(name string) [][2]string {
+	return [][2]string{
 		{"net/ipv6/conf/" + name + "/disable_ipv6", "1"},
 		{"net/ipv4/conf/" + name + "/accept_redirects", "0"},
 		{"net/ipv4/conf/" + name + "/send_redirects", "0"},
 		{"net/ipv4/conf/" + name + "/rp_filter", "1"},
-	} {
+		{"net/ipv4/conf/" + name + "/forwarding", "1"},
+	}
+}
+
+// raiseHostLink gives the host's end of slot i's veth its address. It runs on a
+// thread in the host's namespace.
+func raiseHostLink(h *netlink.Handle, i int) error {
+	link, err := h.LinkByName(linkName(i))
+	if err != nil {
+		return fmt.Errorf("find veth: %w", err)
+	}
+	for _, set := range linkSettings(linkName(i)) {
 		if err := ignore(sysctl(set[0], set[1]), os.ErrNotExist); err != nil {
 			return err
 		}
@@ -319,6 +337,11 @@ func createLinks(h *netlink.Handle, i int) error {
 		return fmt.Errorf("set guest's hardware address: %w", err)
 	}
 
+	return createWayOut(h, i)
+}
+
+// createWayOut sets up the namespace's end of slot i's veth.
+func createWayOut(h *netlink.Handle, i int) error {
 	veth, err := h.LinkByName(vethName)
 	if err != nil {
 		return fmt.Errorf("find %s: %w", vethName, err)
@@ -361,7 +384,7 @@ func destroy(h *netlink.Handle, i int) error {
 	if err != nil {
 		err = fmt.Errorf("remove %s: %w", linkName(i), err)
 	}
-	return errors.Join(err, removeNamespace(namespacePath(i)))
+	return errors.Join(err, removeNamespace(layout.Namespace(i)), removeNamespace(oldNamespace(i)))
 }
 
 // destroyGroup removes all host links of a block at once, which takes as long

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -30,10 +31,18 @@ func kind(name, meaning string) Kind {
 
 // The kinds of problems.
 var (
-	// Firewall reports another program's rules that drop guests' packets.
-	Firewall = kind("firewall", "another program's firewall rules drop guests' packets")
 	// Unreadable reports data on disk that the agent could not read and keeps.
 	Unreadable = kind("unreadable", "data on disk cannot be read, and is kept")
+	// Firewall reports other programs' rules that drop guests' packets, or own
+	// rules that cannot be restored.
+	Firewall = kind("firewall", "another program's rules drop guests' packets, or the agent's own cannot be restored")
+	// Forwarding reports a host that does not forward IPv4.
+	Forwarding = kind("forwarding", "the host does not forward IPv4")
+	// Slot reports a network slot that could not be repaired or removed.
+	Slot = kind("slot", "a network slot could not be repaired or removed")
+	// Files reports files of a running agent that were removed and could not be
+	// restored.
+	Files = kind("files", "files of the running agent were removed and could not be restored")
 )
 
 // Problem is one thing that is wrong with a host.
@@ -55,8 +64,9 @@ type List struct {
 	path string
 	log  *slog.Logger
 
-	mu  sync.Mutex
-	all []Problem // oldest first
+	mu      sync.Mutex
+	all     []Problem // oldest first
+	repairs map[Kind]int
 }
 
 // Open starts an empty list, of which the file at path is a copy.
@@ -103,6 +113,20 @@ func (l *List) Clear(k Kind, object string) {
 	l.log.Info("problem with this host is over", "kind", k, "object", object, "lasted", time.Since(l.all[i].Since).Round(time.Millisecond))
 	l.all = slices.Delete(l.all, i, i+1)
 	l.save()
+}
+
+// Repaired says that something was wrong and is repaired.
+func (l *List) Repaired(k Kind, object, message string) {
+	if l == nil {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.repairs == nil {
+		l.repairs = map[Kind]int{}
+	}
+	l.repairs[k]++
+	l.log.Warn("repaired this host", "kind", k, "object", object, "message", message)
 }
 
 // All returns the problems that there are, oldest first.
@@ -158,6 +182,8 @@ func Read(path string) ([]Problem, error) {
 	return all, nil
 }
 
+var counter = prometheus.NewDesc("wrenn_agent_repairs_total", "What was wrong with the host and the agent has repaired, by kind.", []string{"kind"}, nil)
+
 var gauge = prometheus.NewDesc("wrenn_agent_problems", "What is wrong with the host and the agent could not repair, by kind: "+meanings()+".", []string{"kind"}, nil)
 
 func meanings() string {
@@ -170,15 +196,22 @@ func meanings() string {
 }
 
 // Describe implements [prometheus.Collector].
-func (l *List) Describe(ch chan<- *prometheus.Desc) { ch <- gauge }
+func (l *List) Describe(ch chan<- *prometheus.Desc) {
+	ch <- gauge
+	ch <- counter
+}
 
 // Collect implements [prometheus.Collector]. Kinds without a problem are 0.
 func (l *List) Collect(ch chan<- prometheus.Metric) {
 	n := map[Kind]int{}
-	for _, p := range l.All() {
+	l.mu.Lock()
+	for _, p := range l.all {
 		n[p.Kind]++
 	}
+	repairs := maps.Clone(l.repairs)
+	l.mu.Unlock()
 	for k := range kinds {
 		ch <- prometheus.MustNewConstMetric(gauge, prometheus.GaugeValue, float64(n[k]), string(k))
+		ch <- prometheus.MustNewConstMetric(counter, prometheus.CounterValue, float64(repairs[k]), string(k))
 	}
 }

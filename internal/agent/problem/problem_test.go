@@ -44,7 +44,7 @@ func TestList(t *testing.T) {
 	r := prometheus.NewPedanticRegistry()
 	r.MustRegister(l)
 	families, err := r.Gather()
-	if err != nil || len(families) != 1 || len(families[0].Metric) != len(kinds) {
+	if err != nil || len(families) != 2 || len(families[0].Metric) != len(kinds) {
 		t.Fatalf("metrics %v, %v", families, err)
 	}
 	for _, m := range families[0].Metric {

@@ -26,7 +26,8 @@ type Slot interface {
 // Networks hands out networks: in service a [network.Pool], see [Pool].
 type Networks interface {
 	Acquire(ctx context.Context) (Slot, error)
-	Reclaim(ctx context.Context, index int) (Slot, error)
+	// Reclaim takes back the slot of a VM that runs as the process pid.
+	Reclaim(ctx context.Context, index, pid int) (Slot, error)
 	Release(ctx context.Context, s Slot) error
 }
 
@@ -35,8 +36,11 @@ func Pool(p *network.Pool) Networks { return pool{p} }
 
 type pool struct{ p *network.Pool }
 
-func (p pool) Acquire(ctx context.Context) (Slot, error)        { return slotOf(p.p.Acquire(ctx)) }
-func (p pool) Reclaim(ctx context.Context, i int) (Slot, error) { return slotOf(p.p.Reclaim(ctx, i)) }
+func (p pool) Acquire(ctx context.Context) (Slot, error) { return slotOf(p.p.Acquire(ctx)) }
+
+func (p pool) Reclaim(ctx context.Context, i, pid int) (Slot, error) {
+	return slotOf(p.p.Reclaim(ctx, i, pid))
+}
 
 func (p pool) Release(ctx context.Context, s Slot) error {
 	own, ok := s.(slot)

@@ -233,7 +233,7 @@ func (m *Manager) adopt(ctx context.Context, f found) {
 	m.reservedMiB += b.reservedMiB
 	m.mu.Unlock()
 	b.vm = f.vm
-	slot, err := m.Networks.Reclaim(ctx, *f.rec.Slot)
+	slot, err := m.Networks.Reclaim(ctx, *f.rec.Slot, f.vm.PID())
 	if err == nil {
 		b.slot = slot
 		err = slot.Describe(f.rec.Spec.metadata())

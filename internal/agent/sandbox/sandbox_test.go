@@ -116,7 +116,7 @@ func (w *world) Acquire(context.Context) (Slot, error) {
 }
 
 // Reclaim implements Networks.
-func (w *world) Reclaim(_ context.Context, i int) (Slot, error) {
+func (w *world) Reclaim(_ context.Context, i, _ int) (Slot, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if s := w.slots[i]; s != nil {

@@ -1,0 +1,106 @@
+// Package hostwatch tells that other software may have touched files or mounts
+// that Wrenn relies on.
+package hostwatch
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// Watch calls a function after something in its folders, or a mount, changed.
+type Watch struct {
+	wake   func()
+	notify int      // inotify
+	mounts *os.File // the list of mounts; nil: mounts do not matter
+	stop   int      // an eventfd
+	done   sync.WaitGroup
+}
+
+// Open starts a watch without folders. wake is called from a goroutine of the
+// watch, once for any number of changes; it must not block, and must look for
+// itself at what has changed. With mounts, a mount or an unmount is a change.
+func Open(mounts bool, wake func()) (_ *Watch, err error) {
+	w := &Watch{wake: wake, notify: -1, stop: -1}
+	defer func() {
+		if err != nil {
+			w.close()
+			err = fmt.Errorf("watch the host: %w", err)
+		}
+	}()
+	if w.notify, err = unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK); err != nil {
+		return nil, err
+	}
+	if w.stop, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		return nil, err
+	}
+	if mounts {
+		if w.mounts, err = os.Open("/proc/thread-self/mountinfo"); err != nil {
+			return nil, err
+		}
+	}
+	w.done.Go(w.run)
+	return w, nil
+}
+
+// Add watches a folder for names that appear, change or go. A folder that was
+// watched, removed and made again must be added again; adding one twice does
+// no harm.
+func (w *Watch) Add(dir string) error {
+	const what = unix.IN_CREATE | unix.IN_DELETE | unix.IN_MOVED_FROM | unix.IN_MOVED_TO | unix.IN_DELETE_SELF | unix.IN_MOVE_SELF | unix.IN_ATTRIB | unix.IN_ONLYDIR
+	if _, err := unix.InotifyAddWatch(w.notify, dir, what); err != nil {
+		return fmt.Errorf("watch %s: %w", dir, err)
+	}
+	return nil
+}
+
+// Close ends the watch. wake is not called any more once it returns.
+func (w *Watch) Close() error {
+	one := [8]byte{1} // not zero, in either byte order
+	_, err := unix.Write(w.stop, one[:])
+	if err != nil {
+		return fmt.Errorf("end watch of the host: %w", err)
+	}
+	w.done.Wait()
+	w.close()
+	return nil
+}
+
+func (w *Watch) close() {
+	for _, fd := range []int{w.notify, w.stop} {
+		if fd >= 0 {
+			unix.Close(fd)
+		}
+	}
+	if w.mounts != nil {
+		w.mounts.Close()
+	}
+}
+
+func (w *Watch) run() {
+	events := make([]byte, 64<<10)
+	fds := []unix.PollFd{{Fd: int32(w.stop), Events: unix.POLLIN}, {Fd: int32(w.notify), Events: unix.POLLIN}}
+	if w.mounts != nil {
+		fds = append(fds, unix.PollFd{Fd: int32(w.mounts.Fd()), Events: unix.POLLPRI})
+	}
+	for {
+		if _, err := unix.Poll(fds, -1); err != nil {
+			if errors.Is(err, unix.EINTR) {
+				continue
+			}
+			return // not with these arguments
+		}
+		if fds[0].Revents != 0 {
+			return
+		}
+		for {
+			if n, err := unix.Read(w.notify, events); n <= 0 || err != nil {
+				break
+			}
+		}
+		w.wake()
+	}
+}

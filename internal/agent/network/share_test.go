@@ -1,0 +1,529 @@
+package network
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/problem"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+// These tests are of the other software on a host: what it does to the agent's
+// part of the network, while guests run.
+
+// run runs a command of the other software's.
+func run(t testing.TB, args ...string) {
+	t.Helper()
+	feed(t, "", args...)
+}
+
+func feed(t testing.TB, stdin string, args ...string) {
+	t.Helper()
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Stdin = strings.NewReader(stdin)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %v\n%s", args, err, out)
+	}
+}
+
+// await waits for a condition; it fails with what the condition says is wrong.
+func await(t testing.TB, what string, cond func() error) {
+	t.Helper()
+	var err error
+	for deadline := time.Now().Add(90 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		if err = cond(); err == nil {
+			return
+		}
+	}
+	t.Fatalf("%s: %v", what, err)
+}
+
+// online checks that a guest reaches the internet, and the host the guest.
+func (g *guest) online(s *Slot) error {
+	if _, err := g.callWithin(time.Second, "tcp4", internetAddr.String()+":7000"); err != nil {
+		return fmt.Errorf("guest to the internet: %w", err)
+	}
+	if _, err := call(time.Second, "tcp4", s.Address.String()+":7000"); err != nil {
+		return fmt.Errorf("host to the guest: %w", err)
+	}
+	return nil
+}
+
+// serve has the guest answer on port 7000.
+func (g *guest) serve(t testing.TB) {
+	t.Helper()
+	must(t, g.do(func() error {
+		l, err := net.Listen("tcp4", "0.0.0.0:7000")
+		if err == nil {
+			t.Cleanup(func() { l.Close() })
+			go answerTCP(l)
+		}
+		return err
+	}))
+}
+
+// problems says which there are: none is no error.
+func problems(p *Pool) error {
+	if all := p.config.Problems.All(); len(all) > 0 {
+		return fmt.Errorf("problems: %+v", all)
+	}
+	return nil
+}
+
+func has(p *Pool, k problem.Kind, words string) error {
+	for _, x := range p.config.Problems.All() {
+		if x.Kind == k && strings.Contains(x.Message, words) {
+			return nil
+		}
+	}
+	return fmt.Errorf("no problem %s with %q among %+v", k, words, p.config.Problems.All())
+}
+
+// clearRules undoes what other software wrote at the end of a test.
+func clearRules(t testing.TB) {
+	t.Cleanup(func() { run(t, "nft", "flush", "ruleset") })
+}
+
+func TestIPNetns(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	newInternet(t)
+	dir := layout.Dir(t.TempDir())
+	p := openPool(t, dir, 1)
+	s, kept := acquire(t, p), acquire(t, p)
+	g := newGuest(t, s)
+	g.serve(t)
+	run(t, "ip", "netns", "add", "x")
+	t.Cleanup(func() { must(t, unmountAll(layout.OldNamespaces)); os.RemoveAll(layout.OldNamespaces) })
+	must(t, g.online(s))
+	run(t, "ip", "netns", "exec", "x", "true")
+	run(t, "ip", "netns", "del", "x")
+	must(t, g.online(s))
+	must(t, p.Release(context.Background(), s))
+	if _, err := os.Stat(s.NetNS()); !os.IsNotExist(err) {
+		t.Errorf("the name is left: %v", err)
+	}
+	must(t, problems(p))
+	must(t, p.Close(context.Background(), []int{kept.Index}))
+	p = openPool(t, dir, 1, kept.Index)
+	if _, err := p.Reclaim(context.Background(), kept.Index, 0); err != nil {
+		t.Error(err)
+	}
+	must(t, problems(p))
+}
+
+// TestUpgradeOfNames has an agent of an earlier version leave its namespaces
+// where ip netns has its own, and mounts over them.
+func TestUpgradeOfNames(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	newInternet(t)
+	dir := layout.Dir(t.TempDir())
+	p := openPool(t, dir, 2)
+	kept, ended := acquire(t, p), acquire(t, p)
+	g := newGuest(t, kept)
+	g.serve(t)
+	crash(t, p)
+	must(t, os.MkdirAll(layout.OldNamespaces, 0o755))
+	names, err := os.ReadDir(layout.Namespaces())
+	must(t, err)
+	for _, n := range names {
+		at, old := filepath.Join(layout.Namespaces(), n.Name()), filepath.Join(layout.OldNamespaces, n.Name())
+		must(t, os.WriteFile(old, nil, 0o444))
+		must(t, unix.Mount(at, old, "", unix.MS_BIND, ""))
+		must(t, removeNamespace(at))
+	}
+	must(t, unshareNamespaces())
+	run(t, "ip", "netns", "add", "x")
+	t.Cleanup(func() { must(t, unmountAll(layout.OldNamespaces)); os.RemoveAll(layout.OldNamespaces) })
+	if os.Remove(oldNamespace(ended.Index)) == nil {
+		t.Fatal("the name could be removed: nothing is hidden")
+	}
+
+	p = openPool(t, dir, 1, kept.Index)
+	must(t, problems(p))
+	back, err := p.Reclaim(context.Background(), kept.Index, 0)
+	must(t, err)
+	must(t, g.online(back))
+	run(t, "ip", "netns", "del", "x")
+	if left, err := os.ReadDir(layout.OldNamespaces); err != nil || len(left) > 0 {
+		t.Errorf("left in %s: %v, %v", layout.OldNamespaces, left, err)
+	}
+}
+
+// TestHiddenNames has somebody mount the folder of names over itself.
+func TestHiddenNames(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	p := openPool(t, layout.Dir(t.TempDir()), 1)
+	s := acquire(t, p)
+	for range 2 {
+		run(t, "mount", "--rbind", layout.Namespaces(), layout.Namespaces())
+	}
+	must(t, p.Release(context.Background(), s))
+	if _, err := os.Stat(s.NetNS()); !os.IsNotExist(err) {
+		t.Errorf("the name is left: %v", err)
+	}
+	must(t, problems(p))
+}
+
+func TestRulesAreRestored(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	newInternet(t)
+	p := openPool(t, layout.Dir(t.TempDir()), 1)
+	s := acquire(t, p)
+	g := newGuest(t, s)
+	g.serve(t)
+	await(t, "at first", func() error { return g.online(s) })
+	whole := func() error {
+		have, err := fingerprint(hostTable(p.block.number))
+		if err == nil && have != p.rules {
+			err = fmt.Errorf("rules differ:\n%s\nwant:\n%s", have, p.rules)
+		}
+		return err
+	}
+	must(t, whole())
+	clearRules(t)
+	restore := func(file string) func(t *testing.T) {
+		return func(t *testing.T) { feed(t, file, "iptables-restore") }
+	}
+	nft := func(script string) func(t *testing.T) {
+		return func(t *testing.T) { run(t, "nft", script) }
+	}
+	for name, change := range map[string]func(t *testing.T){
+		"flush":              nft("flush ruleset"),
+		"delete table":       nft("delete table inet wrenn"),
+		"flush table":        nft("flush table inet wrenn"),
+		"flush chain":        nft("flush chain inet wrenn forward"),
+		"add rule":           nft("insert rule inet wrenn forward drop"),
+		"policy":             nft("chain inet wrenn forward { policy drop; }"),
+		"iptables-restore":   restore("*filter\n:INPUT ACCEPT [0:0]\n:FORWARD ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]\nCOMMIT\n*nat\n:POSTROUTING ACCEPT [0:0]\nCOMMIT\n"),
+		"a service's reload": nft("flush ruleset; add table inet filter; add chain inet filter input { type filter hook input priority 0; policy accept; }"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			change(t)
+			await(t, "afterwards", whole)
+			await(t, "afterwards", func() error { return g.online(s) })
+			await(t, "afterwards", func() error { return problems(p) })
+		})
+	}
+}
+
+// docker is what Docker's daemon loads for its default bridge.
+const docker = `*filter
+:INPUT ACCEPT [0:0]
+:FORWARD DROP [0:0]
+:OUTPUT ACCEPT [0:0]
+:DOCKER - [0:0]
+:DOCKER-ISOLATION-STAGE-1 - [0:0]
+:DOCKER-ISOLATION-STAGE-2 - [0:0]
+:DOCKER-USER - [0:0]
+-A FORWARD -j DOCKER-USER
+-A FORWARD -j DOCKER-ISOLATION-STAGE-1
+-A FORWARD -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A FORWARD -o docker0 -j DOCKER
+-A FORWARD -i docker0 ! -o docker0 -j ACCEPT
+-A FORWARD -i docker0 -o docker0 -j ACCEPT
+-A DOCKER-ISOLATION-STAGE-1 -i docker0 ! -o docker0 -j DOCKER-ISOLATION-STAGE-2
+-A DOCKER-ISOLATION-STAGE-1 -j RETURN
+-A DOCKER-ISOLATION-STAGE-2 -o docker0 -j DROP
+-A DOCKER-ISOLATION-STAGE-2 -j RETURN
+-A DOCKER-USER -j RETURN
+COMMIT
+*nat
+:PREROUTING ACCEPT [0:0]
+:INPUT ACCEPT [0:0]
+:OUTPUT ACCEPT [0:0]
+:POSTROUTING ACCEPT [0:0]
+:DOCKER - [0:0]
+-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
+-A OUTPUT ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j DOCKER
+-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE
+-A DOCKER -i docker0 -j RETURN
+COMMIT
+`
+
+// firewalld is its table with the zone public alone.
+const firewalld = `table inet firewalld {
+	chain filter_INPUT {
+		type filter hook input priority filter + 10; policy accept;
+		ct state { established, related } accept
+		ct status dnat accept
+		iifname "lo" accept
+		ct state { invalid } drop
+		jump filter_IN_public
+		reject with icmpx admin-prohibited
+	}
+	chain filter_FORWARD {
+		type filter hook forward priority filter + 10; policy accept;
+		ct state { established, related } accept
+		ct status dnat accept
+		iifname "lo" accept
+		ct state { invalid } drop
+		jump filter_FWD_public
+		reject with icmpx admin-prohibited
+	}
+	chain filter_IN_public { tcp dport 22 accept; meta l4proto { icmp, ipv6-icmp } accept; }
+	chain filter_FWD_public { meta l4proto { icmp, ipv6-icmp } accept; }
+	chain nat_POSTROUTING { type nat hook postrouting priority srcnat + 10; policy accept; }
+}
+`
+
+func TestOtherFirewalls(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	newInternet(t)
+	p := openPool(t, layout.Dir(t.TempDir()), 1)
+	s := acquire(t, p)
+	g := newGuest(t, s)
+	g.serve(t)
+	await(t, "at first", func() error { return g.online(s) })
+	clearRules(t)
+
+	// Docker leaves a chain to others, and so it is repaired.
+	feed(t, docker, "iptables-restore")
+	await(t, "with Docker's rules", func() error { return g.online(s) })
+	await(t, "with Docker's rules", func() error { return problems(p) })
+	run(t, "iptables", "-n", "-L") // it still understands its table
+	// The daemon starts again, and writes its rules anew.
+	feed(t, docker, "iptables-restore")
+	await(t, "with Docker's rules written anew", func() error { return g.online(s) })
+	run(t, "nft", "flush", "ruleset")
+	await(t, "without Docker's rules", func() error { return g.online(s) })
+
+	for _, other := range []struct{ name, rules, undo, words string }{
+		{"firewalld", firewalld, "delete table inet firewalld", "inet firewalld filter_FORWARD"},
+		{"policy drop", "table ip filter { chain FORWARD { type filter hook forward priority 0; policy drop; }; }", "delete table ip filter", "ip filter FORWARD"},
+		{"deep", "table ip other { chain a { ip saddr 10.0.0.0/8 drop; }; chain f { type filter hook forward priority 5; policy accept; jump a; }; }", "delete table ip other", "find the rule"},
+	} {
+		t.Run(other.name, func(t *testing.T) {
+			feed(t, other.rules, "nft", "-f", "-")
+			await(t, "with the rules", func() error { return has(p, problem.Firewall, other.words) })
+			if _, err := call(time.Second, "tcp4", s.Address.String()+":7000"); err != nil {
+				t.Errorf("host to guest: %v", err)
+			}
+			run(t, "nft", other.undo)
+			await(t, "without the rules", func() error { return problems(p) })
+			await(t, "without the rules", func() error { return g.online(s) })
+		})
+	}
+	t.Run("accepted by the admin", func(t *testing.T) {
+		feed(t, `table ip filter { chain FORWARD { type filter hook forward priority 0; policy drop; iifname "wrenn-veth-*" accept; ct state established,related accept; }; }`, "nft", "-f", "-")
+		await(t, "with the rules", func() error { return g.online(s) })
+		p.mend(look{rules: true})
+		must(t, problems(p))
+	})
+}
+
+func TestLinksAreRepaired(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	newInternet(t)
+	p := openPool(t, layout.Dir(t.TempDir()), 1)
+	s, other := acquire(t, p), acquire(t, p)
+	g := newGuest(t, s)
+	g.serve(t)
+	await(t, "at first", func() error { return g.online(s) })
+	name := linkName(s.Index)
+	link := func() error {
+		l, err := netlink.LinkByName(name)
+		if err != nil {
+			return err
+		}
+		if a := l.Attrs(); a.Group != linkGroup(p.block.number) || a.MasterIndex != 0 || a.Flags&net.FlagUp == 0 {
+			return fmt.Errorf("link is %+v", a)
+		}
+		return nil
+	}
+	sysctlIs := func(path, want string) error {
+		b, err := os.ReadFile("/proc/sys/" + path)
+		if err == nil && strings.TrimSpace(string(b)) != want {
+			err = fmt.Errorf("%s is %s", path, b)
+		}
+		return err
+	}
+	run(t, "ip", "netns", "add", "elsewhere")
+	t.Cleanup(func() { must(t, unmountAll(layout.OldNamespaces)); os.RemoveAll(layout.OldNamespaces) })
+	t.Cleanup(func() { run(t, "ip", "netns", "del", "elsewhere") })
+	for _, c := range []struct {
+		what   string
+		change func()
+		also   func() error
+	}{
+		{"down", func() { run(t, "ip", "link", "set", name, "down") }, nil},
+		{"addresses flushed", func() { run(t, "ip", "addr", "flush", "dev", name) }, nil},
+		{"renamed", func() {
+			run(t, "ip", "link", "set", name, "down")
+			run(t, "ip", "link", "set", name, "name", "eth7")
+			run(t, "ip", "link", "set", "eth7", "up")
+		}, nil},
+		{"another group", func() { run(t, "ip", "link", "set", name, "group", "0") }, nil},
+		{"in a bridge", func() {
+			run(t, "ip", "link", "add", "cni0", "type", "bridge")
+			t.Cleanup(func() { run(t, "ip", "link", "del", "cni0") })
+			run(t, "ip", "link", "set", name, "master", "cni0")
+		}, nil},
+		{"deleted", func() { run(t, "ip", "link", "del", name) }, nil},
+		{"moved", func() { run(t, "ip", "link", "set", name, "netns", "elsewhere") }, nil},
+		{"routes flushed", func() { run(t, "ip", "route", "flush", "dev", name) }, nil},
+		{"a setting", func() { must(t, sysctl("net/ipv4/conf/"+name+"/rp_filter", "2")) }, func() error { return sysctlIs("net/ipv4/conf/"+name+"/rp_filter", "1") }},
+		{"forwarding off", func() { must(t, sysctl(ipForward, "0")) }, func() error { return sysctlIs(ipForward, "1") }},
+		{"forwarding of the link off", func() { must(t, sysctl("net/ipv4/conf/"+name+"/forwarding", "0")) }, nil},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			c.change()
+			await(t, "afterwards", func() error {
+				if err := link(); err != nil {
+					return err
+				}
+				if c.also != nil {
+					if err := c.also(); err != nil {
+						return err
+					}
+				}
+				return g.online(s)
+			})
+			await(t, "afterwards", func() error { return problems(p) })
+		})
+	}
+	// A neighbour notices nothing, and all can be removed.
+	h := newGuest(t, other)
+	h.serve(t)
+	must(t, h.online(other))
+	must(t, p.Release(context.Background(), s))
+}
+
+// TestRunIsCleaned has somebody remove all that is in the folder of the
+// machine's state.
+func TestRunIsCleaned(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	newInternet(t)
+	dir := layout.Dir(t.TempDir())
+	p := openPool(t, dir, 1)
+	s := acquire(t, p)
+	g := newGuest(t, s)
+	g.serve(t)
+	for _, clean := range []func(){
+		func() { must(t, os.Remove(blockFile(p.block.number))) },
+		func() { must(t, os.RemoveAll(layout.NetworkBlocks())) },
+		func() { must(t, unix.Unmount(s.NetNS(), unix.MNT_DETACH)) },
+		func() { must(t, removeNamespace(s.NetNS())) },
+		func() { must(t, os.RemoveAll(dir.Run())) },
+		func() { run(t, "umount", "-l", layout.Namespaces()); must(t, os.RemoveAll(layout.Machine)) },
+	} {
+		clean()
+		await(t, "afterwards", func() error {
+			if !isNamespace(s.ns, s.NetNS()) {
+				return fmt.Errorf("%s is not the slot's namespace", s.NetNS())
+			}
+			if n, ok := remembered(dir); !ok || n != p.block.number {
+				return fmt.Errorf("the folder remembers block %d, %v", n, ok)
+			}
+			b, owner, err := lockBlock("/elsewhere", p.block.number)
+			if err == nil {
+				b.lock.Close()
+				return fmt.Errorf("block %d of %q can be locked", p.block.number, owner)
+			}
+			if owner != dir {
+				return fmt.Errorf("the block is of %q", owner)
+			}
+			return nil
+		})
+		must(t, g.online(s))
+		await(t, "afterwards", func() error { return problems(p) })
+	}
+	// The next agent takes all back.
+	must(t, p.Close(context.Background(), []int{s.Index}))
+	p = openPool(t, dir, 1, s.Index)
+	back, err := p.Reclaim(context.Background(), s.Index, 0)
+	must(t, err)
+	must(t, g.online(back))
+}
+
+// TestNameIsLostWithoutAgent has a namespace's name go while no agent runs.
+func TestNameIsLostWithoutAgent(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	newInternet(t)
+	dir := layout.Dir(t.TempDir())
+	p := openPool(t, dir, 1)
+	s := acquire(t, p)
+	g := newGuest(t, s)
+	g.serve(t)
+	vm := exec.Command("nsenter", "--net="+s.NetNS(), "sleep", "600")
+	must(t, vm.Start())
+	defer func() { _ = vm.Process.Kill(); _ = vm.Wait() }()
+	await(t, "the process", func() error {
+		a, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", vm.Process.Pid))
+		if own, _ := os.Readlink("/proc/self/ns/net"); err == nil && a == own {
+			err = fmt.Errorf("it is still in the host's namespace")
+		}
+		return err
+	})
+	must(t, p.Close(context.Background(), []int{s.Index}))
+	must(t, removeNamespace(s.NetNS()))
+	run(t, "ip", "link", "set", linkName(s.Index), "down")
+	run(t, "ip", "link", "set", linkName(s.Index), "name", "eth7")
+
+	p = openPool(t, dir, 1, s.Index)
+	back, err := p.Reclaim(context.Background(), s.Index, vm.Process.Pid)
+	must(t, err)
+	await(t, "afterwards", func() error { return g.online(back) })
+	if !isNamespace(back.ns, back.NetNS()) {
+		t.Error("its name is not back")
+	}
+}
+
+// TestSetAside has slots that cannot be removed: they keep no agent from
+// starting, and are removed when they can be.
+func TestSetAside(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	dir := layout.Dir(t.TempDir())
+	p := openPool(t, dir, 1)
+	first := p.block.number * blockSlots
+	crash(t, p)
+	obstacle := func(i int) string {
+		path := filepath.Join(layout.Namespace(i), "x")
+		must(t, os.MkdirAll(path, 0o755))
+		return path
+	}
+	stale := obstacle(first + 300)
+	p = openPool(t, dir, 1)
+	must(t, has(p, problem.Slot, "network slot 300 cannot be removed"))
+
+	s := acquire(t, p)
+	must(t, removeNamespace(s.NetNS()))
+	p.guard.close() // it would name it again
+	released := obstacle(s.Index)
+	must(t, p.Release(context.Background(), s))
+	must(t, has(p, problem.Slot, fmt.Sprintf("network slot %d cannot be removed", s.Index)))
+	for range 3 {
+		if next := acquire(t, p); next.Index == s.Index || next.Index == first+300 {
+			t.Errorf("slot %d is used though it was not removed", next.Index)
+		}
+	}
+	must(t, os.Remove(stale))
+	p.mend(look{})
+	must(t, has(p, problem.Slot, fmt.Sprintf("network slot %d cannot be removed", s.Index)))
+	must(t, os.Remove(released))
+	p.mend(look{})
+	must(t, problems(p))
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.aside) > 0 {
+		t.Errorf("still set aside: %v", p.aside)
+	}
+}
