@@ -13,13 +13,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/backoff"
 )
 
 // Client calls one Wrenn service. Its methods may be called at the same time.
@@ -116,6 +117,9 @@ func (c *Client) do(ctx context.Context, r request) (*http.Response, error) {
 			return nil, fmt.Errorf("encode request: %w", err)
 		}
 	}
+	// From 0.2 s at most, so that clients of a service that comes back do not
+	// come at once.
+	waits := backoff.New(150*time.Millisecond, 5*time.Second)
 	for try := 0; ; try++ {
 		resp, err := c.once(ctx, r, encoded)
 		if err == nil {
@@ -124,14 +128,8 @@ func (c *Client) do(ctx context.Context, r request) (*http.Response, error) {
 		if r.body != nil || try >= c.retries || !unsent(err) && !(r.repeatable && transient(err)) {
 			return nil, err
 		}
-		// From 0.2 s, doubled each time, by chance between half and all of it,
-		// so that clients of a service that comes back do not come at once.
-		wait := 200 * time.Millisecond << min(try, 5)
-		wait = wait/2 + rand.N(wait/2)
-		select {
-		case <-ctx.Done():
+		if waits.Wait(ctx) != nil {
 			return nil, errors.Join(err, ctx.Err())
-		case <-time.After(wait):
 		}
 	}
 }

@@ -10,6 +10,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/backoff"
 )
 
 const (
@@ -144,7 +146,7 @@ func (c *child) await(ctx context.Context, ended <-chan struct{}) error {
 // keep starts the program again whenever it ends, until it is to.
 func (c *child) keep(ctx context.Context, ended <-chan struct{}) {
 	defer close(c.stopped)
-	pause, started := firstPause, time.Now()
+	pauses, started := backoff.New(firstPause, maxPause), time.Now()
 	for {
 		select {
 		case <-ended:
@@ -154,16 +156,16 @@ func (c *child) keep(ctx context.Context, ended <-chan struct{}) {
 			return
 		}
 		if time.Since(started) > soon {
-			pause = firstPause
+			pauses.Reset()
 		}
 		c.say("%s ended (%s), starting it again", c.name, c.cmd.ProcessState)
 		for {
 			select {
-			case <-time.After(pause):
+			case <-time.After(pauses.Next()):
 			case <-c.stop:
 				return
 			}
-			pause, started = min(2*pause, maxPause), time.Now()
+			started = time.Now()
 			next, err := c.start()
 			if err == nil {
 				if err = c.await(ctx, next); err == nil {

@@ -30,10 +30,9 @@ import (
 	"sync"
 	"time"
 
-	"github.com/sethvargo/go-retry"
-
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
+	"github.com/wrenn-dev/wrenn/internal/backoff"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
@@ -231,10 +230,7 @@ func (h *Host) TLS() *tls.Config {
 // Run refreshes the credentials in time and says that the agent is there, with
 // what status returns, until ctx is done; then it says that the agent goes.
 func (h *Host) Run(ctx context.Context, status func() (Status, error)) error {
-	fresh := func() retry.Backoff {
-		return retry.WithCappedDuration(maxPause, retry.WithJitterPercent(10, retry.NewExponential(200*time.Millisecond)))
-	}
-	backoff, down := fresh(), false
+	pauses, down := backoff.New(200*time.Millisecond, maxPause), false
 	for {
 		wait, err := h.beat(ctx, status)
 		if ctx.Err() != nil {
@@ -245,14 +241,15 @@ func (h *Host) Run(ctx context.Context, status func() (Status, error)) error {
 				h.cfg.Log.Warn("the control plane does not hear this host", "error", err)
 			}
 			down = true
-			wait, _ = backoff.Next()
+			wait = pauses.Next()
 			// Not later than it expects to hear of the host.
 			h.mu.Lock()
 			wait = min(wait, max(h.heartbeat, time.Second))
 			h.mu.Unlock()
 		} else if down {
 			h.cfg.Log.Info("the control plane hears this host again")
-			backoff, down = fresh(), false
+			pauses.Reset()
+			down = false
 		}
 		t := time.NewTimer(wait)
 		select {

@@ -18,6 +18,7 @@ import (
 
 	"connectrpc.com/connect"
 
+	"github.com/wrenn-dev/wrenn/internal/backoff"
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
 	"github.com/wrenn-dev/wrenn/internal/text"
 )
@@ -107,20 +108,13 @@ const (
 
 // Wait returns when the daemon is healthy, or with ctx's error.
 func (c *Client) Wait(ctx context.Context) error {
-	pause := firstPause
-	for {
-		if c.healthy(ctx) {
-			return nil
+	attempts := backoff.New(firstPause, lastPause)
+	for !c.healthy(ctx) {
+		if err := attempts.Wait(ctx); err != nil {
+			return err
 		}
-		t := time.NewTimer(pause)
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			t.Stop()
-			return context.Cause(ctx)
-		}
-		pause = min(2*pause, lastPause)
 	}
+	return nil
 }
 
 func (c *Client) healthy(ctx context.Context) bool {

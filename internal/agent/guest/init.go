@@ -14,6 +14,7 @@ import (
 
 	"connectrpc.com/connect"
 
+	"github.com/wrenn-dev/wrenn/internal/backoff"
 	"github.com/wrenn-dev/wrenn/internal/text"
 )
 
@@ -75,7 +76,8 @@ func (c *Client) Init(ctx context.Context, s Settings) (Report, error) {
 		return Report{}, err
 	}
 	c.transport.CloseIdleConnections()
-	for pause := firstPause; ; pause = min(2*pause, lastPause) {
+	attempts := backoff.New(firstPause, lastPause)
+	for {
 		report, status, err := c.init(ctx, shown, m)
 		if err == nil {
 			c.token.Store(&next)
@@ -88,11 +90,7 @@ func (c *Client) Init(ctx context.Context, s Settings) (Report, error) {
 		if status != 0 || ctx.Err() != nil {
 			return Report{}, err
 		}
-		t := time.NewTimer(pause)
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			t.Stop()
+		if attempts.Wait(ctx) != nil {
 			return Report{}, lost(ctx, err)
 		}
 	}

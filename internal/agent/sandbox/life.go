@@ -17,6 +17,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/backoff"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
@@ -460,7 +461,8 @@ func (b *box) clean(why ending, done func(error)) {
 	b.endLife(ended(why.Reason))
 	b.disconnect()
 	b.log.Info("sandbox ends", "reason", firstLine(why.Reason), "event", string(why.Event))
-	for pause := firstRetry; ; pause = min(2*pause, lastRetry) {
+	retries := backoff.New(firstRetry, lastRetry)
+	for {
 		b.set(func() { b.attempts++ })
 		err := b.tryClean(why)
 		b.m.left(b)
@@ -477,6 +479,7 @@ func (b *box) clean(why ending, done func(error)) {
 			close(b.gone)
 			return
 		}
+		pause := retries.Next()
 		b.log.Error("sandbox cannot be removed", "error", err, "again_in", pause)
 		b.set(func() {
 			b.cleanErr = err

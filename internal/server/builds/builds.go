@@ -18,7 +18,6 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/redis/go-redis/v9"
-	"github.com/sethvargo/go-retry"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	"github.com/wrenn-dev/wrenn/internal/recipe"
@@ -376,14 +375,7 @@ const persistTimeout = 30 * time.Second
 func persist(ctx context.Context, f func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), persistTimeout)
 	defer cancel()
-	backoff := retry.WithCappedDuration(2*time.Second, retry.NewExponential(50*time.Millisecond))
-	return retry.Do(ctx, backoff, func(ctx context.Context) error {
-		err := f(ctx)
-		if store.Unreachable(err) {
-			return retry.RetryableError(err)
-		}
-		return err
-	})
+	return store.Persist(ctx, f)
 }
 
 // told is what an error says to the build's owner.

@@ -21,7 +21,6 @@ import (
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/sethvargo/go-retry"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
@@ -271,14 +270,7 @@ func (s *Service) change(sandbox uuid.UUID) <-chan struct{} {
 func (s *Service) persist(ctx context.Context, f func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, persistTimeout)
 	defer cancel()
-	backoff := retry.WithCappedDuration(2*time.Second, retry.NewExponential(50*time.Millisecond))
-	return retry.Do(ctx, backoff, func(ctx context.Context) error {
-		err := f(ctx)
-		if store.Unreachable(err) {
-			return retry.RetryableError(err)
-		}
-		return err
-	})
+	return store.Persist(ctx, f)
 }
 
 // What a sandbox has unless it, or its template, says otherwise.

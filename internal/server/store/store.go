@@ -22,6 +22,7 @@ import (
 	"github.com/pressly/goose/v3"
 	"github.com/pressly/goose/v3/lock"
 
+	"github.com/wrenn-dev/wrenn/internal/backoff"
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 )
 
@@ -207,6 +208,17 @@ func Unreachable(err error) bool {
 	// 08: connection failures; 53: out of connections; 57P: shutting down, starting up.
 	return errors.As(err, &pg) && (strings.HasPrefix(pg.Code, "08") || strings.HasPrefix(pg.Code, "53") || strings.HasPrefix(pg.Code, "57P")) ||
 		err != nil && strings.Contains(err.Error(), "unexpected EOF")
+}
+
+// Persist runs f until the database answers it, or ctx is done.
+func Persist(ctx context.Context, f func(context.Context) error) error {
+	waits := backoff.New(50*time.Millisecond, 2*time.Second)
+	for {
+		err := f(ctx)
+		if !Unreachable(err) || waits.Wait(ctx) != nil {
+			return err
+		}
+	}
 }
 
 // Duplicate says whether err means that a row of that name is there already.
