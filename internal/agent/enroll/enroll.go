@@ -116,11 +116,17 @@ type Host struct {
 	tls    bool
 	listen pki.Listener
 
+	// refreshing is held while credentials are renewed. It is taken before mu,
+	// which is never held during a call.
+	refreshing sync.Mutex
+	beside     sync.WaitGroup // a renewal beside heartbeats
+
 	mu        sync.Mutex
 	have      credentials
 	token     string
 	expires   time.Time
 	heartbeat time.Duration
+	renewing  bool // beside heartbeats
 }
 
 // Error is a refusal of the control plane.
@@ -260,6 +266,7 @@ func (h *Host) Run(ctx context.Context, status func() (Status, error)) error {
 		}
 		break
 	}
+	h.beside.Wait()
 	bye, cancel := context.WithTimeout(context.WithoutCancel(ctx), farewellTimeout)
 	defer cancel()
 	h.mu.Lock()
@@ -280,16 +287,21 @@ type heartbeat struct {
 	Leaving bool    `json:"leaving,omitempty"`
 }
 
-// beat refreshes the credentials if they are half through their life, and says
-// that the agent is there. It returns when to do so again.
+// beat says that the agent is there, and renews the credentials if they are half
+// through their life. It returns when to do so again. While the token is good a
+// renewal runs beside heartbeats, and one that fails or hangs delays none.
 func (h *Host) beat(ctx context.Context, status func() (Status, error)) (time.Duration, error) {
 	h.mu.Lock()
+	good := time.Until(h.expires) > 0
 	old := time.Until(h.expires) < refreshBefore || h.tls && time.Until(h.listen.NotAfter()) < pki.HostLasts/2
 	h.mu.Unlock()
-	if old {
+	switch {
+	case !good:
 		if err := h.refresh(ctx); err != nil {
 			return 0, err
 		}
+	case old:
+		h.renew(ctx)
 	}
 	s, err := status()
 	if err != nil {
@@ -368,13 +380,19 @@ func (h *Host) register(ctx context.Context, s Status) error {
 
 // refresh changes the credentials for new ones.
 func (h *Host) refresh(ctx context.Context) error {
+	h.refreshing.Lock()
+	defer h.refreshing.Unlock()
 	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.have.Next == "" {
-		h.have.Next = random()
-		if err := h.save(h.have); err != nil {
+	next := h.have
+	h.mu.Unlock()
+	if next.Next == "" {
+		next.Next = random()
+		if err := h.save(next); err != nil {
 			return err
 		}
+		h.mu.Lock()
+		h.have = next
+		h.mu.Unlock()
 	}
 	key, csr, err := h.request()
 	if err != nil {
@@ -382,14 +400,34 @@ func (h *Host) refresh(ctx context.Context) error {
 	}
 	var a answer
 	err = h.call(ctx, "/v1/hosts/refresh", "", map[string]any{
-		"refresh_token": h.have.Refresh, "next_hash": hash(h.have.Next), "csr": csr,
+		"refresh_token": next.Refresh, "next_hash": hash(next.Next), "csr": csr,
 	}, &a)
 	if err != nil {
 		return err
 	}
-	next := h.have
-	next.Refresh, next.Next = h.have.Next, ""
+	next.Refresh, next.Next = next.Next, ""
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	return h.take(next, a, key)
+}
+
+// renew refreshes the credentials beside heartbeats, unless that is under way.
+func (h *Host) renew(ctx context.Context) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.renewing {
+		return
+	}
+	h.renewing = true
+	h.beside.Go(func() {
+		err := h.refresh(ctx)
+		if err != nil && ctx.Err() == nil {
+			h.cfg.Log.Warn("renew credentials", "error", err)
+		}
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		h.renewing = false
+	})
 }
 
 // take writes down what came, and uses it. The caller holds the lock.

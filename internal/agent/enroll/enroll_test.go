@@ -31,6 +31,7 @@ type plane struct {
 	current, previous string // hashes of refresh tokens
 	lose              int    // how many answers get lost from now on
 	refuse            bool
+	hold              func() // in a refresh, without the lock; nil: nothing
 	beats             []heartbeat
 	news              chan struct{}
 	registered        int
@@ -51,6 +52,11 @@ func newPlane(t *testing.T) *plane {
 func (p *plane) serve(w http.ResponseWriter, r *http.Request) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if hold := p.hold; hold != nil && r.URL.Path == "/v1/hosts/refresh" {
+		p.mu.Unlock()
+		hold()
+		p.mu.Lock()
+	}
 	var m struct {
 		heartbeat
 		Token   string `json:"token"`
@@ -228,6 +234,69 @@ func TestRun(t *testing.T) {
 	}
 	if p.current == before {
 		t.Error("the refresh token is the one from before")
+	}
+}
+
+// TestRenewalBesideHeartbeats has a renewal hang, and then fail, while the token
+// is good: heartbeats go on, and nobody waits for who the host is.
+func TestRenewalBesideHeartbeats(t *testing.T) {
+	p := newPlane(t)
+	h, err := Open(t.Context(), p.config(t, t.TempDir(), "good"), Status{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	began, let := make(chan struct{}), make(chan struct{})
+	p.mu.Lock()
+	p.refuse = true
+	p.hold = func() {
+		select {
+		case began <- struct{}{}:
+		case <-let:
+		}
+		<-let
+	}
+	p.mu.Unlock()
+	h.mu.Lock()
+	h.expires = time.Now().Add(refreshBefore / 2)
+	h.mu.Unlock()
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- h.Run(ctx, func() (Status, error) { return Status{}, nil }) }()
+	beats := func(n int) {
+		t.Helper()
+		for range n {
+			select {
+			case <-p.news:
+			case <-time.After(time.Minute):
+				t.Fatal("no heartbeat")
+			}
+		}
+	}
+	<-began
+	beats(5)
+	if h.ID() != "hst-1" || h.AgentToken() != "agent-token" {
+		t.Error("the host forgot who it is")
+	}
+	close(let)
+	beats(5)
+	// It is renewed when the control plane is well again.
+	p.mu.Lock()
+	p.refuse = false
+	p.mu.Unlock()
+	for deadline := time.Now().Add(time.Minute); ; beats(1) {
+		h.mu.Lock()
+		fresh := time.Until(h.expires) > refreshBefore
+		h.mu.Unlock()
+		if fresh {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the credentials were not renewed")
+		}
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Fatal(err)
 	}
 }
 
