@@ -15,8 +15,11 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/recipe/buildcontext"
 )
 
@@ -519,4 +522,50 @@ func TestBuildOtherSecret(t *testing.T) {
 		t.Errorf("another: %v %v", b["state"], b["error"])
 	}
 	p.clean(1 + 1 + 1)
+}
+
+// TestSweepOthers has the host hang, fail and answer with ends of sandboxes that
+// builds left behind: those that it answers are ended, and what nothing needs any
+// more is removed, whatever becomes of the others.
+func TestSweepOthers(t *testing.T) {
+	p := newPlane(t)
+	p.end()
+	p.config.Builds.Sweep = 50 * time.Millisecond
+	p.start()
+	template := p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": p.create(map[string]any{}), "name": "old"}).want(201).str("id")
+	var boxes []string
+	hangs, fails := map[string]bool{}, map[string]bool{}
+	for n := range 4 {
+		box := p.create(map[string]any{})
+		boxes = append(boxes, box)
+		hangs[box], fails[box] = n < 2, n == 2
+	}
+	p.agent.mu.Lock()
+	p.agent.onDestroy = func(ctx context.Context, req *hostagentv1.DestroyRequest) error {
+		if hangs[req.SandboxId] {
+			<-ctx.Done()
+			return ctx.Err()
+		}
+		if fails[req.SandboxId] {
+			return connect.NewError(connect.CodeInternal, errors.New("it does not end"))
+		}
+		return nil
+	}
+	p.agent.mu.Unlock()
+	builtBy := func() (build uuid.UUID) {
+		build = uuid.New()
+		p.sql("INSERT INTO builds (id, team_id, name, tags, recipe, options, state, total_steps, created_at) SELECT $1, team_id, 'b', '{latest}', 'FROM minimal', '{}', 'failed', 1, now() FROM sandboxes LIMIT 1", build)
+		return build
+	}
+	p.sql("DELETE FROM template_tags")
+	p.sql("UPDATE templates SET build_id = $1, kind = 'template' WHERE name = 'old'", builtBy())
+	for _, box := range boxes {
+		sandbox, err := id.Parse(id.Sandbox, box)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.sql("UPDATE sandboxes SET build_id = $1 WHERE id = $2", builtBy(), sandbox)
+	}
+	p.eventually("the one that the host ends is gone", func() bool { return !p.agent.has(boxes[3]) })
+	p.eventually("the template is gone", func() bool { return !p.agent.hasTemplate(template) })
 }

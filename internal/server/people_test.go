@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -392,6 +393,49 @@ func TestDeleteTeam(t *testing.T) {
 	if p.agent.hasTemplate(template) {
 		t.Error("the host still has the template")
 	}
+}
+
+// TestDeleteTeamOthers has the host hang with the end of a team's sandbox: its
+// other sandboxes end, and another team goes altogether.
+func TestDeleteTeamOthers(t *testing.T) {
+	p := newPlane(t)
+	var teams []uuid.UUID
+	var boxes []string
+	for n, sandboxes := range []int{4, 1} {
+		asOwner := as(p.bearer(p.person(fmt.Sprintf("owner%d@example.com", n))))
+		wire := p.call("POST", "/v1/teams", map[string]any{"name": "one"}, asOwner...).want(201).str("id")
+		team, err := id.Parse(id.Team, wire)
+		if err != nil {
+			t.Fatal(err)
+		}
+		teams = append(teams, team)
+		for range sandboxes {
+			boxes = append(boxes, p.call("POST", "/v1/sandboxes", map[string]any{}, asOwner...).want(201).str("id"))
+		}
+	}
+	p.agent.mu.Lock()
+	p.agent.onDestroy = func(ctx context.Context, req *hostagentv1.DestroyRequest) error {
+		switch req.SandboxId {
+		case boxes[0], boxes[1]:
+			<-ctx.Done()
+			return ctx.Err()
+		case boxes[2]:
+			return connect.NewError(connect.CodeInternal, errors.New("it does not end"))
+		}
+		return nil
+	}
+	p.agent.mu.Unlock()
+	// As a server leaves them that dies, for this one to find when it starts.
+	p.end()
+	p.sql("UPDATE teams SET deleting_at = now() - interval '1 hour' WHERE id = $1", teams[0])
+	p.sql("UPDATE teams SET deleting_at = now() WHERE id = $1", teams[1])
+	p.start()
+	p.eventually("the sandbox that the host ends is gone", func() bool { return !p.agent.has(boxes[3]) })
+	p.eventually("the other team is gone", func() bool {
+		var n int
+		err := p.db().QueryRow(t.Context(), "SELECT count(*) FROM teams WHERE id = $1", teams[1]).Scan(&n)
+		return err == nil && n == 0
+	})
 }
 
 // TestDeleteTeamHostAway deletes a team while one of the hosts that have

@@ -10,6 +10,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/server/each"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
@@ -18,8 +19,9 @@ const (
 	// lookAgain is how long something may go on for somebody of whom nothing was
 	// heard: keys expire without a word.
 	lookAgain = time.Minute
-	// lookWithin bounds one look.
+	// lookWithin bounds one look, looks is how many there are at once.
 	lookWithin = 5 * time.Second
+	looks      = 8
 )
 
 // Watch ends what goes on for as long as a client likes, a terminal for one,
@@ -126,9 +128,10 @@ func (w *Watch) Run(ctx context.Context) {
 			}
 		}
 		w.mu.Unlock()
-		for _, h := range look {
+		_ = each.Do(ctx, w.log, looks, lookWithin, look, func(ctx context.Context, h *held) error {
 			w.look(ctx, h)
-		}
+			return nil
+		})
 	}
 }
 

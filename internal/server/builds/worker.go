@@ -14,6 +14,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/each"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
@@ -23,6 +24,10 @@ const (
 	maxAttempts = 3
 	// cleanTimeout bounds the removal of what a build leaves behind.
 	cleanTimeout = 90 * time.Second
+	// sweeps is how many removals of one kind run at once, and sweepWithin bounds
+	// all of a sweep.
+	sweeps      = 4
+	sweepWithin = 10 * time.Minute
 )
 
 // Why an attempt is broken off.
@@ -119,7 +124,7 @@ func (s *Service) attempt(ctx context.Context, row db.Build) {
 		err = fault.New(fault.Unavailable, "the servers that worked on it died, %d times", maxAttempts)
 	}
 	if err == nil {
-		err = a.run(run)
+		err = fault.Guard(log, func() error { return a.run(run) })
 	}
 	if cause := context.Cause(run); err != nil && cause != nil {
 		err = cause
@@ -134,7 +139,7 @@ func (s *Service) attempt(ctx context.Context, row db.Build) {
 		log.Warn("build goes on elsewhere")
 		return
 	}
-	if cleanErr := s.clean(ctx, row.ID); cleanErr != nil {
+	if cleanErr := s.clean(context.WithoutCancel(ctx), row.ID); cleanErr != nil {
 		// It is tried again in a while: see sweep.
 		log.Error("remove what the build leaves", "error", cleanErr)
 	}
@@ -206,25 +211,22 @@ func (s *Service) hold(ctx context.Context, row db.Build, off context.CancelCaus
 // clean removes the sandbox of a build, and then what it began to capture: in
 // this order, so that no capture of it ends later.
 func (s *Service) clean(ctx context.Context, build uuid.UUID) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanTimeout)
+	ctx, cancel := context.WithTimeout(ctx, cleanTimeout)
 	defer cancel()
 	boxes, err := s.Store.ListBuildSandboxes(ctx, &build)
 	if err != nil {
 		return fmt.Errorf("list build's sandboxes: %w", err)
 	}
-	for _, box := range boxes {
-		if err := s.Sandboxes.End(ctx, box); err != nil {
-			return fmt.Errorf("end build's sandbox: %w", err)
-		}
+	err = each.Do(ctx, s.Log, sweeps, cleanTimeout, boxes, s.Sandboxes.End)
+	if err != nil {
+		return fmt.Errorf("end build's sandboxes: %w", err)
 	}
 	half, err := s.Store.BuildTemplatesGo(ctx, db.BuildTemplatesGoParams{BuildID: &build, Worker: &s.Store.Server})
 	if err != nil {
 		return fmt.Errorf("list build's templates: %w", err)
 	}
-	for _, t := range half {
-		if err := s.Sandboxes.Remove(ctx, t); err != nil {
-			return fmt.Errorf("remove what was half captured: %w", err)
-		}
+	if err := each.Do(ctx, s.Log, sweeps, cleanTimeout, half, s.Sandboxes.Remove); err != nil {
+		return fmt.Errorf("remove partial captures: %w", err)
 	}
 	return nil
 }
@@ -246,30 +248,45 @@ func (s *Service) sweep(ctx context.Context) {
 	}
 }
 
-// Sweep does so once.
+// Sweep does so once. What of it fails or takes long holds up nothing else.
 func (s *Service) Sweep(ctx context.Context) error {
-	left, err := s.Store.ListBuildLeftovers(ctx)
-	if err != nil {
-		return fmt.Errorf("list leftovers: %w", err)
-	}
-	var errs []error
-	for _, build := range left {
-		errs = append(errs, s.clean(ctx, build))
-	}
-	unused, err := s.Store.ListUnusedVersions(ctx)
-	if err != nil {
-		return errors.Join(append(errs, fmt.Errorf("list unused versions: %w", err))...)
-	}
-	layers, err := s.Store.ListUnusedLayers(ctx, db.ListUnusedLayersParams{Before: time.Now().Add(-s.LayersLast), Most: int64(s.Layers)})
-	if err != nil {
-		return errors.Join(append(errs, fmt.Errorf("list unused layers: %w", err))...)
-	}
-	for _, t := range append(unused, layers...) {
+	return each.Do(ctx, s.Log, 4, sweepWithin, []func(context.Context) error{
+		func(ctx context.Context) error {
+			left, err := s.Store.ListBuildLeftovers(ctx)
+			if err != nil {
+				return fmt.Errorf("list leftovers: %w", err)
+			}
+			return each.Do(ctx, s.Log, sweeps, cleanTimeout, left, s.clean)
+		},
+		func(ctx context.Context) error {
+			unused, err := s.Store.ListUnusedVersions(ctx)
+			if err != nil {
+				return fmt.Errorf("list unused versions: %w", err)
+			}
+			return s.remove(ctx, unused)
+		},
+		func(ctx context.Context) error {
+			layers, err := s.Store.ListUnusedLayers(ctx, db.ListUnusedLayersParams{Before: time.Now().Add(-s.LayersLast), Most: int64(s.Layers)})
+			if err != nil {
+				return fmt.Errorf("list unused layers: %w", err)
+			}
+			return s.remove(ctx, layers)
+		},
+		func(ctx context.Context) error {
+			if err := s.Store.ForgetArchives(ctx, time.Now().Add(-s.ArchivesLast)); err != nil {
+				return fmt.Errorf("forget archives: %w", err)
+			}
+			return nil
+		},
+	}, func(ctx context.Context, part func(context.Context) error) error { return part(ctx) })
+}
+
+// remove removes templates that nothing needs.
+func (s *Service) remove(ctx context.Context, templates []db.Template) error {
+	return each.Do(ctx, s.Log, sweeps, cleanTimeout, templates, func(ctx context.Context, t db.Template) error {
 		s.Log.Info("template is removed: nothing needs it", "template_id", id.Format(id.Template, t.ID), "kind", t.Kind, "name", t.Name, "version", t.Version)
-		errs = append(errs, s.Sandboxes.Remove(ctx, t))
-	}
-	errs = append(errs, s.Store.ForgetArchives(ctx, time.Now().Add(-s.ArchivesLast)))
-	return errors.Join(errs...)
+		return s.Sandboxes.Remove(ctx, t)
+	})
 }
 
 // attempt is one attempt at a build.

@@ -5,16 +5,18 @@ package each
 import (
 	"context"
 	"errors"
-	"fmt"
-	"runtime/debug"
+	"log/slog"
 	"sync"
 	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
 // Do calls f for each item, for at most n at once, and returns when all calls
 // have: the errors that they returned, joined. A call's context ends after
-// within. What is left when ctx ends is not begun.
-func Do[T any](ctx context.Context, n int, within time.Duration, items []T, f func(context.Context, T) error) error {
+// within, and a panic is logged and becomes an error (see [fault.Guard]). What
+// is left when ctx ends is not begun.
+func Do[T any](ctx context.Context, log *slog.Logger, n int, within time.Duration, items []T, f func(context.Context, T) error) error {
 	errs := make([]error, len(items))
 	turn := make(chan struct{}, n)
 	var wg sync.WaitGroup
@@ -29,27 +31,9 @@ func Do[T any](ctx context.Context, n int, within time.Duration, items []T, f fu
 			defer func() { <-turn }()
 			ctx, cancel := context.WithTimeout(ctx, within)
 			defer cancel()
-			errs[i] = Safely(func() error { return f(ctx, item) })
+			errs[i] = fault.Guard(log, func() error { return f(ctx, item) })
 		})
 	}
 	wg.Wait()
 	return errors.Join(errs...)
-}
-
-// PanicError is a panic that was made an error.
-type PanicError struct {
-	Value any
-	Stack []byte
-}
-
-func (e *PanicError) Error() string { return fmt.Sprintf("panic: %v\n%s", e.Value, e.Stack) }
-
-// Safely calls f and returns its error, or a [PanicError] if it panics.
-func Safely(f func() error) (err error) {
-	defer func() {
-		if v := recover(); v != nil {
-			err = &PanicError{v, debug.Stack()}
-		}
-	}()
-	return f()
 }

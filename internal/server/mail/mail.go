@@ -9,10 +9,13 @@ import (
 	"log/slog"
 	"net/url"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/sethvargo/go-retry"
 	gomail "github.com/wneessen/go-mail"
+
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
 const (
@@ -22,12 +25,15 @@ const (
 	waiting = 256
 	// lastWords is how long letters that wait may take when the server stops.
 	lastWords = 5 * time.Second
+	// workers is how many letters are on their way at once: one that the mail
+	// server refuses for now, or takes long to accept, holds up no other.
+	workers = 4
 )
 
 // Letter is plain text for one address.
 type Letter struct{ To, Subject, Text string }
 
-// Sender sends letters, one after the other, while Run runs.
+// Sender sends letters, a few at once, while Run runs.
 type Sender struct {
 	client *gomail.Client
 	from   string
@@ -88,13 +94,22 @@ func (s *Sender) Send(l Letter) {
 	}
 }
 
-// Run sends letters until ctx is done, and the one that is on its way then, and
+// Run sends letters until ctx is done, and those that are on their way then, and
 // those that wait, for a short while after it.
 func (s *Sender) Run(ctx context.Context) {
 	last, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { time.AfterFunc(lastWords, cancel) })
 	defer stop()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for range workers {
+		wg.Go(func() { s.work(ctx, last) })
+	}
+}
+
+// work sends one letter after the other until ctx is done, and then what waits.
+func (s *Sender) work(ctx, last context.Context) {
 	for {
 		select {
 		case l := <-s.queue:
@@ -122,10 +137,7 @@ func (s *Sender) deliver(ctx context.Context, l Letter) {
 	}
 	backoff := retry.WithMaxRetries(3, retry.NewExponential(time.Second))
 	err := retry.Do(ctx, backoff, func(ctx context.Context) error {
-		if err := s.try(ctx, l); err != nil {
-			return retry.RetryableError(err)
-		}
-		return nil
+		return retry.RetryableError(fault.Guard(s.log, func() error { return s.try(ctx, l) }))
 	})
 	if err != nil {
 		s.log.Error("send mail", "subject", l.Subject, "error", err)

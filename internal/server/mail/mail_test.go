@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -166,4 +168,57 @@ func TestLog(t *testing.T) {
 	if _, err := mail.New("smtp://mail.example.com", "", slog.Default()); err == nil {
 		t.Error("letters are from nobody")
 	}
+}
+
+// TestSlowLetter has the mail server hang with one letter: the others arrive.
+func TestSlowLetter(t *testing.T) {
+	server := mailtest.Start(t, mailtest.Options{})
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	hangs := make(chan net.Conn)
+	go func() {
+		for n := 0; ; n++ {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			if n == 0 {
+				hangs <- conn // Nothing is ever said on it.
+				continue
+			}
+			to, err := net.Dial("tcp", server.Addr)
+			if err != nil {
+				conn.Close()
+				continue
+			}
+			go func() { _, _ = io.Copy(to, conn); to.Close() }()
+			go func() { _, _ = io.Copy(conn, to); conn.Close() }()
+		}
+	}()
+	s, err := mail.New("smtp://"+l.Addr().String()+"?tls=none", "wrenn@example.com", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); s.Run(ctx) }()
+	begun := time.Now()
+	s.Send(mail.Letter{To: "slow@example.com", Subject: "x", Text: "x"})
+	slow := <-hangs
+	for _, to := range []string{"ada@example.com", "bob@example.com"} {
+		s.Send(mail.Letter{To: to, Subject: "x", Text: "x"})
+		if got := <-server.Letters; got.To != to {
+			t.Errorf("%+v, want one to %s", got, to)
+		}
+	}
+	if took := time.Since(begun); took > 25*time.Second {
+		t.Errorf("they waited %v for the one that hangs", took)
+	}
+	slow.Close()
+	l.Close()
+	cancel()
+	<-done
 }

@@ -223,12 +223,14 @@ func (h *History) sample(ctx context.Context, host *hosts.Host) error {
 	// The server's clock: a host's may be off.
 	now := time.Now()
 	samples := make(map[uuid.UUID]Sample, len(answer.Msg.Samples))
+	var malformed []error
 	for _, s := range answer.Msg.Samples {
 		sandbox, err := id.Parse(id.Sandbox, s.SandboxId)
 		if err != nil {
-			return fmt.Errorf("host's sample: %w", err)
+			malformed = append(malformed, fmt.Errorf("host's sample: %w", err))
+			continue
 		}
 		samples[sandbox] = Sample{now, time.Duration(s.CpuUs) * time.Microsecond, int(s.Vcpus), s.MemoryBytes, s.DiskBytes}
 	}
-	return h.Record(ctx, samples)
+	return errors.Join(append(malformed, h.Record(ctx, samples))...)
 }

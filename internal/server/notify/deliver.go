@@ -19,10 +19,10 @@ import (
 
 	"github.com/google/uuid"
 
-	"github.com/wrenn-dev/wrenn/internal/each"
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/mail"
 	"github.com/wrenn-dev/wrenn/internal/text"
 )
@@ -82,13 +82,12 @@ func (s *Service) deliver(ctx context.Context, c db.Channel, d db.Delivery) outc
 	defer cancel()
 	begun := time.Now()
 	var status int
-	err := each.Safely(func() (err error) {
+	err := fault.Guard(s.Log, func() (err error) {
 		status, err = s.send(ctx, c, d)
 		return err
 	})
-	var bug *each.PanicError
+	var bug *fault.Panic
 	if errors.As(err, &bug) {
-		s.Log.Error("deliver", "delivery", d.ID, "channel", c.ID, "kind", c.Kind, "error", err)
 		err = errInternal
 	}
 	return outcome{status, time.Since(begun), err}

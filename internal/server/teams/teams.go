@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/google/uuid"
@@ -15,6 +16,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
+	"github.com/wrenn-dev/wrenn/internal/server/each"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/page"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
@@ -28,6 +30,10 @@ const (
 	againAfter = 30 * time.Second
 	// removeWithin bounds one go at removing a team.
 	removeWithin = 5 * time.Minute
+	// removals is how many things of a team are removed at once, teamsAtOnce how
+	// many teams.
+	removals    = 8
+	teamsAtOnce = 8
 )
 
 // Config is what a Service works with.
@@ -292,25 +298,26 @@ func (s *Service) remove(ctx context.Context, team uuid.UUID) error {
 	if err != nil {
 		return fmt.Errorf("list sandboxes: %w", err)
 	}
-	var errs []error
-	for _, sandbox := range live {
+	err = each.Do(ctx, s.Log, removals, removeWithin, live, func(ctx context.Context, sandbox uuid.UUID) error {
 		if err := s.Sandboxes.Delete(ctx, team, sandbox); err != nil && !fault.Is(err, fault.NotFound) {
-			errs = append(errs, fmt.Errorf("delete sandbox %s: %w", id.Format(id.Sandbox, sandbox), err))
+			return fmt.Errorf("delete sandbox %s: %w", id.Format(id.Sandbox, sandbox), err)
 		}
-	}
-	if err := errors.Join(errs...); err != nil {
+		return nil
+	})
+	if err != nil {
 		return err // Templates may be in use still.
 	}
 	owned, err := s.Store.ListTeamTemplates(ctx, team)
 	if err != nil {
 		return fmt.Errorf("list templates: %w", err)
 	}
-	for _, t := range owned {
+	err = each.Do(ctx, s.Log, removals, removeWithin, owned, func(ctx context.Context, t db.Template) error {
 		if err := s.Sandboxes.DeleteAnyTemplate(ctx, t.ID); err != nil && !fault.Is(err, fault.NotFound) {
-			errs = append(errs, fmt.Errorf("delete template %s: %w", id.Format(id.Template, t.ID), err))
+			return fmt.Errorf("delete template %s: %w", id.Format(id.Template, t.ID), err)
 		}
-	}
-	if err := errors.Join(errs...); err != nil {
+		return nil
+	})
+	if err != nil {
 		return err
 	}
 	err = s.Store.InTx(ctx, func(q *db.Queries) error {
@@ -337,8 +344,11 @@ func (s *Service) remove(ctx context.Context, team uuid.UUID) error {
 	return nil
 }
 
-// Run finishes deletions that something stopped, until ctx is done.
+// Run finishes deletions that something stopped, until ctx is done. A team whose
+// removal takes long holds up no other: the others go on beside it.
 func (s *Service) Run(ctx context.Context) {
+	r := remover{Service: s, removing: make(map[uuid.UUID]bool)}
+	defer r.wg.Wait()
 	tick := time.NewTicker(againAfter)
 	defer tick.Stop()
 	for {
@@ -347,9 +357,7 @@ func (s *Service) Run(ctx context.Context) {
 			s.Log.Warn("list teams that are being deleted", "error", err)
 		}
 		for _, team := range teams {
-			if err := s.remove(ctx, team); err != nil && ctx.Err() == nil {
-				s.Log.Warn("remove team", "team_id", id.Format(id.Team, team), "error", err)
-			}
+			r.begin(ctx, team)
 		}
 		select {
 		case <-tick.C:
@@ -366,4 +374,33 @@ func (s *Service) Run(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// remover removes teams side by side, each once at a time.
+type remover struct {
+	*Service
+	wg sync.WaitGroup
+
+	mu       sync.Mutex
+	removing map[uuid.UUID]bool
+}
+
+// begin begins to remove a team unless that is under way. With as many under
+// way as may be, it is left to the next look.
+func (r *remover) begin(ctx context.Context, team uuid.UUID) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.removing[team] || len(r.removing) >= teamsAtOnce {
+		return
+	}
+	r.removing[team] = true
+	r.wg.Go(func() {
+		err := fault.Guard(r.Log, func() error { return r.remove(ctx, team) })
+		if err != nil && ctx.Err() == nil {
+			r.Log.Warn("remove team", "team_id", id.Format(id.Team, team), "error", err)
+		}
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		delete(r.removing, team)
+	})
 }

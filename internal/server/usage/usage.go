@@ -9,6 +9,7 @@ package usage
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -183,7 +184,8 @@ func (s *Service) Run(ctx context.Context) {
 }
 
 // Roll adds up each day that is over and is not, and forgets runs that are old
-// enough. It changes nothing the second time.
+// enough and added up. It changes nothing the second time. A day that cannot be
+// added up holds up no other.
 func (s *Service) Roll(ctx context.Context) error {
 	first, err := s.store.FirstRunDay(ctx)
 	if err != nil {
@@ -197,22 +199,27 @@ func (s *Service) Roll(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("list days: %w", err)
 	}
+	var errs []error
+	before := time.Now().Add(-runsKept)
 	for d := from; !d.After(to); d = d.AddDate(0, 0, 1) {
 		if slices.ContainsFunc(rolled, func(r pgtype.Date) bool { return r.Time.Equal(d) }) {
 			continue
 		}
 		if err := s.roll(ctx, d); err != nil {
-			return fmt.Errorf("add up %s: %w", d.Format(time.DateOnly), err)
+			errs = append(errs, fmt.Errorf("add up %s: %w", d.Format(time.DateOnly), err))
+			// Its runs are kept until it is added up.
+			if d.Before(before) {
+				before = d
+			}
 		}
 	}
 	for {
-		before := time.Now().Add(-runsKept)
 		n, err := s.store.ForgetRuns(ctx, db.ForgetRunsParams{Before: &before, MaxRows: batch})
 		if err != nil {
-			return fmt.Errorf("forget old runs: %w", err)
+			errs = append(errs, fmt.Errorf("forget old runs: %w", err))
 		}
-		if n < batch {
-			return nil
+		if err != nil || n < batch {
+			return errors.Join(errs...)
 		}
 	}
 }

@@ -366,3 +366,51 @@ func TestLease(t *testing.T) {
 		t.Errorf("a lease that is over is not another's: %v, %v", got, err)
 	}
 }
+
+// TestDayFails has one day that cannot be added up: the others are, what runs
+// of it are old is kept until it can be, and older ones go.
+func TestDayFails(t *testing.T) {
+	b := newBench(t)
+	ctx := t.Context()
+	l := b.begin(rand.New(rand.NewPCG(1, 2)))
+	bad := Today().AddDate(0, 0, -50)
+	b.exec("DELETE FROM sandbox_runs")
+	for _, d := range []time.Time{bad.AddDate(0, 0, -2), bad, Today().AddDate(0, 0, -5)} {
+		b.exec("INSERT INTO sandbox_runs (sandbox_id, team_id, vcpus, memory_mib, first, started_at, ended_at) VALUES ($1, $2, 1, 1024, true, $3, $4)", l.id, b.teams[0], d.Add(time.Hour), d.Add(2*time.Hour))
+	}
+	b.exec(`CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no'; END $$`)
+	b.exec(fmt.Sprintf("CREATE TRIGGER refuse BEFORE INSERT ON usage_rollups FOR EACH ROW WHEN (NEW.day = '%s') EXECUTE FUNCTION refuse()", bad.Format(time.DateOnly)))
+	hours := func() (sum float64) {
+		days, err := b.usage.Of(ctx, b.teams[0], bad.AddDate(0, 0, -3), Today())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range days {
+			sum += d.VCPUSeconds / 3600
+		}
+		return sum
+	}
+	runs := func() (n int) {
+		if err := b.conn.QueryRow(ctx, "SELECT count(*) FROM sandbox_runs").Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	if err := b.usage.Roll(ctx); err == nil {
+		t.Error("nobody hears of the failure")
+	}
+	var rolled int
+	if err := b.conn.QueryRow(ctx, "SELECT count(*) FROM usage_rollups WHERE day >= $1", Today().AddDate(0, 0, -49)).Scan(&rolled); err != nil || rolled < 40 {
+		t.Errorf("%d days after it were added up, %v", rolled, err)
+	}
+	if n := runs(); n != 2 || hours() != 3 {
+		t.Errorf("%d runs are left, %v hours", n, hours())
+	}
+	b.exec("DROP TRIGGER refuse ON usage_rollups")
+	if err := b.usage.Roll(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if n := runs(); n != 1 || hours() != 3 {
+		t.Errorf("then %d runs are left, %v hours", n, hours())
+	}
+}
