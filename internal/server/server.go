@@ -31,6 +31,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/events"
 	"github.com/wrenn-dev/wrenn/internal/server/github"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/idempotency"
 	"github.com/wrenn-dev/wrenn/internal/server/mail"
 	"github.com/wrenn-dev/wrenn/internal/server/metrics"
 	"github.com/wrenn-dev/wrenn/internal/server/notify"
@@ -46,6 +47,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
 	"github.com/wrenn-dev/wrenn/internal/server/usage"
 	"github.com/wrenn-dev/wrenn/internal/server/users"
+	"github.com/wrenn-dev/wrenn/internal/server/work"
 )
 
 // The Redis client logs to standard error, in a form of its own; what it finds
@@ -59,7 +61,7 @@ const minSecret = 32
 const minHeartbeat = 100 * time.Millisecond
 
 const (
-	// flushWithin bounds the last message to other servers.
+	// flushWithin bounds the last words to other servers.
 	flushWithin = 2 * time.Second
 	// forgetEvery is how often crashed servers are looked for.
 	forgetEvery = time.Hour
@@ -154,6 +156,7 @@ type Server struct {
 	users     *users.Service
 	teams     *teams.Service
 	mail      *mail.Sender
+	work      *work.Group
 	sandboxes *sandboxes.Service
 	reconcile *reconcile.Controller
 	usage     *usage.Service
@@ -253,9 +256,11 @@ func New(ctx context.Context, c Config) (*Server, error) {
 		return nil, fmt.Errorf("say that this server is alive: %w", err)
 	}
 	s.keys = auth.NewKeys(s.store, s.log)
-	tpl := templates.New(s.store, s.log)
+	s.work = work.New(s.log)
+	catalog := templates.NewCatalog(s.store, s.hosts, s.log)
 	history := metrics.New(s.redis, s.log)
-	s.sandboxes = sandboxes.New(sandboxes.Config{Store: s.store, Hosts: s.hosts, Templates: tpl, Tokens: tokens, Tell: s.bus.Changed, Ended: history.Forget, Log: s.log})
+	s.sandboxes = sandboxes.New(sandboxes.Config{Store: s.store, Hosts: s.hosts, Templates: catalog, Tokens: tokens, Work: s.work, Tell: s.bus.Changed, Ended: history.Forget, Log: s.log})
+	tpl := templates.New(catalog, templates.Config{Store: s.store, Hosts: s.hosts, Sandboxes: s.sandboxes, Work: s.work, Log: s.log})
 	s.reconcile = reconcile.New(reconcile.Config{Store: s.store, Hosts: s.hosts, Sandboxes: s.sandboxes, Templates: tpl, DrainIdle: c.DrainIdle, Watching: history.Watch, Log: s.log})
 	s.usage = usage.New(s.store, s.log)
 	s.audit = audit.New(s.store, c.AuditRetention, s.log)
@@ -269,7 +274,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	s.watch = auth.NewWatch(s.store, s.log)
 	limiter := ratelimit.New(s.redis, s.log)
 	s.users = users.New(users.Config{Store: s.store, Sessions: s.sessions, Limiter: limiter, Mail: s.mail, PublicURL: c.PublicURL, PasswordCost: c.PasswordCost, Log: s.log})
-	s.teams = teams.New(teams.Config{Store: s.store, Sandboxes: s.sandboxes, Log: s.log})
+	s.teams = teams.New(teams.Config{Store: s.store, Sandboxes: s.sandboxes, Templates: tpl, Log: s.log})
 	var hub *github.Client
 	if c.GitHubClientID != "" {
 		if c.GitHubCallback == "" {
@@ -348,7 +353,7 @@ func (s *Server) Run(ctx context.Context) error {
 	wg.Go(func() { s.keys.Run(ctx) })
 	wg.Go(func() { s.hosts.Run(ctx) })
 	wg.Go(func() { s.bus.Run(ctx, listener{s.sandboxes, s}) })
-	wg.Go(func() { s.sandboxes.Run(ctx) })
+	wg.Go(func() { idempotency.Forget(ctx, s.store, s.log) })
 	wg.Go(func() { s.reconcile.Run(ctx) })
 	wg.Go(func() { s.builds.Run(ctx) })
 	wg.Go(func() { s.usage.Run(ctx) })
@@ -369,12 +374,16 @@ func (s *Server) Run(ctx context.Context) error {
 func (s *Server) Close() error {
 	s.stop.Do(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), s.stopTimeout)
-		s.sandboxes.Close(ctx)
+		s.work.Close(ctx)
 		cancel()
 		ctx, cancel = context.WithTimeout(context.Background(), flushWithin)
 		defer cancel()
 		if err := s.bus.Flush(ctx); err != nil {
 			s.log.Warn("tell other servers of the last changes", "error", err)
+		}
+		// Others need not wait to see whether this server is dead.
+		if err := s.store.ServerLeaves(ctx, s.store.Server); err != nil {
+			s.log.Debug("say that this server goes", "error", err)
 		}
 		s.release()
 	})

@@ -139,7 +139,7 @@ func (a *attempt) base(ctx context.Context, from recipe.From) (db.Template, erro
 	if err != nil {
 		return db.Template{}, err
 	}
-	return a.Sandboxes.ImportLayer(ctx, a.row.TeamID, a.row.ID, sandboxes.Image{Reference: from.Image, Username: as.Username, Password: as.Password, DiskMiB: a.options.DiskMiB})
+	return a.Templates.ImportLayer(ctx, a.row.TeamID, a.row.ID, templates.Image{Reference: from.Image, Username: as.Username, Password: as.Password, DiskMiB: a.options.DiskMiB})
 }
 
 // defaults asks a host what the processes of a template have by default.

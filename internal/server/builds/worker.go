@@ -225,7 +225,7 @@ func (s *Service) clean(ctx context.Context, build uuid.UUID) error {
 	if err != nil {
 		return fmt.Errorf("list build's templates: %w", err)
 	}
-	if err := each.Do(ctx, s.Log, sweeps, cleanTimeout, half, s.Sandboxes.Remove); err != nil {
+	if err := each.Do(ctx, s.Log, sweeps, cleanTimeout, half, s.Templates.Remove); err != nil {
 		return fmt.Errorf("remove partial captures: %w", err)
 	}
 	return nil
@@ -285,7 +285,7 @@ func (s *Service) Sweep(ctx context.Context) error {
 func (s *Service) remove(ctx context.Context, templates []db.Template) error {
 	return each.Do(ctx, s.Log, sweeps, cleanTimeout, templates, func(ctx context.Context, t db.Template) error {
 		s.Log.Info("template is removed: nothing needs it", "template_id", id.Format(id.Template, t.ID), "kind", t.Kind, "name", t.Name, "version", t.Version)
-		return s.Sandboxes.Remove(ctx, t)
+		return s.Templates.Remove(ctx, t)
 	})
 }
 

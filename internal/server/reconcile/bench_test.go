@@ -30,6 +30,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
+	"github.com/wrenn-dev/wrenn/internal/server/work"
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
@@ -259,13 +260,15 @@ func newBench(t *testing.T, heartbeat time.Duration) *bench {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tpl := templates.New(st, log)
-	s := sandboxes.New(sandboxes.Config{Store: st, Hosts: registry, Templates: tpl, Tokens: auth.NewTokens([]byte("secret")), Log: log})
+	jobs := work.New(log)
 	t.Cleanup(func() {
 		over, cancel := context.WithCancel(ctx)
 		cancel()
-		s.Close(over)
+		jobs.Close(over)
 	})
+	catalog := templates.NewCatalog(st, registry, log)
+	s := sandboxes.New(sandboxes.Config{Store: st, Hosts: registry, Templates: catalog, Tokens: auth.NewTokens([]byte("secret")), Work: jobs, Log: log})
+	tpl := templates.New(catalog, templates.Config{Store: st, Hosts: registry, Sandboxes: s, Work: jobs, Log: log})
 	w := newWatch(ctx, New(Config{Store: st, Hosts: registry, Sandboxes: s, Templates: tpl, Log: log}), host)
 	t.Cleanup(func() { w.cancel(); w.queue.close() })
 	return &bench{T: t, watch: w, agent: agent, conn: pgtest.Connect(t, url)}

@@ -255,7 +255,7 @@ func TestCompareTemplates(t *testing.T) {
 		t.Fatal(err)
 	}
 	removed := make(chan error, 1)
-	go func() { removed <- b.Controller.Sandboxes.Remove(ctx, row) }()
+	go func() { removed <- b.Templates.Remove(ctx, row) }()
 	removal.wait(t)
 
 	state := func(u uuid.UUID) templates.State {

@@ -165,7 +165,7 @@ func (w *watch) viewTemplates() (v TemplateView, err error) {
 	v = TemplateView{Rows: make(map[uuid.UUID]db.Template), Has: make(map[uuid.UUID]*hostagentv1.Template), Busy: set(others)}
 	for _, row := range known {
 		v.Rows[row.ID] = row
-		if w.Sandboxes.BusyTemplate(row.ID) {
+		if w.Templates.Busy(row.ID) {
 			v.Busy[row.ID] = true
 		}
 	}
@@ -296,9 +296,9 @@ func (w *watch) do(ctx context.Context, a Action) error {
 	case Forget:
 		return w.Templates.Forget(ctx, w.host.ID, a.ID)
 	case Ready:
-		return w.Sandboxes.TemplateMade(ctx, a.Template, a.HasTemplate)
+		return w.Templates.Made(ctx, a.Template, a.HasTemplate)
 	case Finish, Remove:
-		return w.Sandboxes.FinishTemplate(ctx, a.Template)
+		return w.Templates.Finish(ctx, a.Template)
 	}
 	return fmt.Errorf("no such action: %q", a.Kind)
 }

@@ -193,7 +193,7 @@ func (a *API) AdminListTemplates(w http.ResponseWriter, r *http.Request, params 
 func (a *API) AdminDeleteTemplate(w http.ResponseWriter, r *http.Request, template rest.TemplateIDPath) {
 	u, err := parseID(id.Template, "template_id", template)
 	if err == nil {
-		err = a.Sandboxes.DeleteAnyTemplate(r.Context(), u)
+		err = a.Templates.DeleteAny(r.Context(), u)
 	}
 	a.done(w, r, err)
 }

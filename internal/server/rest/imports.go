@@ -6,7 +6,6 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
-	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
 )
 
@@ -22,12 +21,12 @@ func (a *API) ImportPlatformTemplate(w http.ResponseWriter, r *http.Request) {
 
 // ImportArchive answers POST /v1/templates/import/archive.
 func (a *API) ImportArchive(w http.ResponseWriter, r *http.Request, p rest.ImportArchiveParams) {
-	a.importImage(w, r, caller(r).Team, sandboxes.Image{Name: p.Name, Archive: r.Body, Tag: or(p.Tag, ""), DiskMiB: or(p.DiskMib, 0), Inert: or(p.Inert, false)})
+	a.importImage(w, r, caller(r).Team, templates.Image{Name: p.Name, Archive: r.Body, Tag: or(p.Tag, ""), DiskMiB: or(p.DiskMib, 0), Inert: or(p.Inert, false)})
 }
 
 // ImportPlatformArchive answers POST /v1/admin/templates/import/archive.
 func (a *API) ImportPlatformArchive(w http.ResponseWriter, r *http.Request, p rest.ImportPlatformArchiveParams) {
-	a.importImage(w, r, uuid.Nil, sandboxes.Image{Name: p.Name, Archive: r.Body, Tag: or(p.Tag, ""), DiskMiB: or(p.DiskMib, 0), Inert: or(p.Inert, false)})
+	a.importImage(w, r, uuid.Nil, templates.Image{Name: p.Name, Archive: r.Body, Tag: or(p.Tag, ""), DiskMiB: or(p.DiskMib, 0), Inert: or(p.Inert, false)})
 }
 
 func (a *API) importReference(w http.ResponseWriter, r *http.Request, team uuid.UUID) {
@@ -36,14 +35,14 @@ func (a *API) importReference(w http.ResponseWriter, r *http.Request, team uuid.
 		a.Fail(w, r, err)
 		return
 	}
-	a.importImage(w, r, team, sandboxes.Image{
+	a.importImage(w, r, team, templates.Image{
 		Name: req.Name, Reference: req.Reference, Username: or(req.Username, ""), Password: or(req.Password, ""),
 		DiskMiB: or(req.DiskMib, 0), Inert: or(req.Inert, false),
 	})
 }
 
-func (a *API) importImage(w http.ResponseWriter, r *http.Request, team uuid.UUID, i sandboxes.Image) {
-	row, err := a.Sandboxes.Import(r.Context(), team, i)
+func (a *API) importImage(w http.ResponseWriter, r *http.Request, team uuid.UUID, i templates.Image) {
+	row, err := a.Templates.Import(r.Context(), team, i)
 	if err != nil {
 		a.Fail(w, r, err)
 		return

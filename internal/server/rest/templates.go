@@ -63,7 +63,7 @@ func (a *API) CreateSnapshot(w http.ResponseWriter, r *http.Request, params rest
 		a.Fail(w, r, err)
 		return
 	}
-	row, replayed, err := a.Sandboxes.Snapshot(r.Context(), caller(r).Team, u, req.Name, or(params.IdempotencyKey, ""))
+	row, replayed, err := a.Templates.Snapshot(r.Context(), caller(r).Team, u, req.Name, or(params.IdempotencyKey, ""))
 	if err != nil {
 		a.Fail(w, r, err)
 		return
@@ -75,7 +75,7 @@ func (a *API) CreateSnapshot(w http.ResponseWriter, r *http.Request, params rest
 
 // DeleteSnapshot answers DELETE /v1/snapshots/{name}.
 func (a *API) DeleteSnapshot(w http.ResponseWriter, r *http.Request, name string) {
-	if err := a.Sandboxes.DeleteTemplate(r.Context(), caller(r).Team, name); err != nil {
+	if err := a.Templates.Delete(r.Context(), caller(r).Team, name); err != nil {
 		a.Fail(w, r, err)
 		return
 	}
@@ -98,7 +98,7 @@ func (a *API) GetTemplate(w http.ResponseWriter, r *http.Request, template rest.
 
 // DeleteTemplate answers DELETE /v1/templates/{template}.
 func (a *API) DeleteTemplate(w http.ResponseWriter, r *http.Request, template rest.TemplateRef) {
-	if err := a.Sandboxes.DeleteVersions(r.Context(), caller(r).Team, template); err != nil {
+	if err := a.Templates.DeleteVersions(r.Context(), caller(r).Team, template); err != nil {
 		a.Fail(w, r, err)
 		return
 	}

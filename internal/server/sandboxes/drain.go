@@ -26,7 +26,7 @@ func (s *Service) Drain(ctx context.Context, row db.Sandbox, idle time.Duration)
 	// Shared with nobody: it may come to nothing, which whoever asks for a pause
 	// does not mean.
 	_, err := s.turn(ctx, row.ID, "", func() (db.Sandbox, error) { return s.pauseIdle(row, idle) })
-	if errors.Is(err, errMoved) || fault.Is(err, fault.Conflict) {
+	if errors.Is(err, ErrMoved) || fault.Is(err, fault.Conflict) {
 		return nil
 	}
 	return err

@@ -16,8 +16,10 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/idempotency"
 	"github.com/wrenn-dev/wrenn/internal/server/scheduler"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/server/work"
 )
 
 // Fork makes copies of a team's running sandbox, which goes on, and returns
@@ -25,112 +27,67 @@ import (
 // first. It goes on when ctx ends before. With a key, the copies that the same
 // key made before are returned, and replayed is true.
 func (s *Service) Fork(ctx context.Context, team, sandbox uuid.UUID, count int, key string) (copies []db.Sandbox, replayed bool, err error) {
-	o, err := onceFor(team, key, map[string]any{"fork": sandbox, "count": count})
+	o, err := idempotency.Name(team, key, map[string]any{"fork": sandbox, "count": count})
 	if err != nil {
 		return nil, false, err
 	}
-	for {
-		if copies, found, err := s.replay(ctx, o); found || err != nil {
-			return copies, found, err
+	return s.once(ctx, o, func() (copies []db.Sandbox, err error) {
+		for {
+			// A use: it does not fall asleep before its turn comes.
+			host, err := s.Use(ctx, team, sandbox)
+			if err != nil {
+				return nil, err
+			}
+			var made []db.Sandbox
+			// Read only after it has ended: it goes on when the caller leaves.
+			_, err = s.turn(ctx, sandbox, "", func() (_ db.Sandbox, err error) {
+				made, err = s.fork(sandbox, host, count, o)
+				return db.Sandbox{}, err
+			})
+			if err == nil {
+				return made, nil
+			}
+			if !errors.Is(err, ErrMoved) {
+				return nil, err
+			}
 		}
-		// A use: it does not fall asleep before its turn comes.
-		host, err := s.Use(ctx, team, sandbox)
-		if err != nil {
-			return nil, false, err
-		}
-		var copies []db.Sandbox
-		// Read only after it has ended: it goes on when the caller leaves.
-		_, err = s.turn(ctx, sandbox, "", func() (_ db.Sandbox, err error) {
-			copies, err = s.fork(sandbox, host, count, o)
-			return db.Sandbox{}, err
-		})
-		if err == nil {
-			return copies, false, nil
-		}
-		if !errors.Is(err, errMoved) && !errors.Is(err, errTaken) {
-			return nil, false, err
-		}
-	}
+	})
 }
 
-func (s *Service) fork(parent uuid.UUID, host *hosts.Host, count int, o once) ([]db.Sandbox, error) {
-	log := s.Log.With("sandbox_id", id.Format(id.Sandbox, parent), "host", host.URL)
-	short, cancel := context.WithTimeout(s.ctx, shortCall)
-	defer cancel()
-	row, err := s.Lookup(short, parent)
-	if err != nil || State(row.State) != Running {
-		return nil, cmp.Or(err, errMoved)
+// fork makes copies of a sandbox whose turn it is.
+func (s *Service) fork(parent uuid.UUID, host *hosts.Host, count int, o idempotency.Call) (copies []db.Sandbox, err error) {
+	ctx := s.Work.Context()
+	of := make([]uuid.UUID, count)
+	for i := range of {
+		of[i] = uuid.New()
 	}
-	rows := make([]db.Sandbox, count)
-	made := make([]*creation, count)
-	req := &hostagentv1.ForkRequest{SandboxId: id.Format(id.Sandbox, parent)}
-	for i := range rows {
-		rows[i].ID, made[i] = uuid.New(), &creation{done: make(chan struct{})}
-		req.Copies = append(req.Copies, &hostagentv1.ForkRequest_Copy{SandboxId: id.Format(id.Sandbox, rows[i].ID), AccessToken: s.Tokens.Access(rows[i].ID)})
-	}
-	// One piece of work, of which every copy knows.
-	if err := s.begin(func() {
-		for i, c := range rows {
-			s.creating[c.ID] = made[i]
-		}
-	}); err != nil {
-		return nil, err
-	}
-	defer func() {
-		s.finish(func() {
-			for _, c := range rows {
-				delete(s.creating, c.ID)
-			}
-		})
-		for i, c := range rows {
-			made[i].row, made[i].err = c, err
-			close(made[i].done)
-			s.changed(c.ID)
-		}
-	}()
-	room := scheduler.Request{MemoryMiB: int64(row.MemoryMiB), VCPUs: int64(row.VCPUs)}
-	err = s.Store.InTx(short, func(q *db.Queries) error {
-		for i := range rows {
-			// Counts the copies before it too.
-			if err := s.Hosts.Reserve(short, q, host.ID, room); err != nil {
-				return err
-			}
-			copied, err := q.InsertSandbox(short, db.InsertSandboxParams{
-				ID: rows[i].ID, TeamID: row.TeamID, HostID: row.HostID, TemplateID: row.TemplateID, TemplateName: row.TemplateName,
-				VCPUs: row.VCPUs, MemoryMiB: row.MemoryMiB, DiskMiB: row.DiskMiB, TimeoutSeconds: row.TimeoutSeconds, Metadata: row.Metadata,
-				CreatedAt: now(), OnTimeout: row.OnTimeout, AutoResume: row.AutoResume, ForkedFrom: &parent,
-			})
-			if err != nil {
-				return err
-			}
-			rows[i] = copied
-		}
-		all := ids(rows)
-		return o.claim(short, q, db.ClaimIdempotencyKeyParams{SandboxID: &all[0], Copies: all[1:]})
-	})
-	if fault.Is(err, fault.NoCapacity) {
-		err = fault.New(fault.NoCapacity, "the sandbox's host has no room for %d copies", count)
-		return nil, err
-	}
+	end, err := s.beginCreation(of...)
 	if err != nil {
-		err = fmt.Errorf("write copies: %w", err)
 		return nil, err
 	}
-	ctx, end := context.WithTimeout(s.ctx, createTimeout)
-	defer end()
-	begun := time.Now()
-	answer, err := host.Agent.Fork(ctx, connect.NewRequest(req))
-	took := time.Since(begun)
-	if s.ctx.Err() != nil {
-		err = fault.New(fault.Unavailable, "the server is stopping")
+	defer func() { end(copies, err) }()
+	rows, err := s.reserveCopies(ctx, parent, of, host, o)
+	if err != nil {
 		return nil, err
+	}
+	req := &hostagentv1.ForkRequest{SandboxId: id.Format(id.Sandbox, parent)}
+	for _, c := range of {
+		req.Copies = append(req.Copies, &hostagentv1.ForkRequest_Copy{SandboxId: id.Format(id.Sandbox, c), AccessToken: s.Tokens.Access(c)})
+	}
+	call, cancel := context.WithTimeout(ctx, createTimeout)
+	defer cancel()
+	log := s.logOn(parent, host)
+	begun := time.Now()
+	answer, err := host.Agent.Fork(call, connect.NewRequest(req))
+	took := time.Since(begun)
+	if ctx.Err() != nil {
+		return nil, fault.New(fault.Unavailable, "the server is stopping")
 	}
 	if err == nil && len(answer.Msg.Sandboxes) != count {
 		err = fmt.Errorf("host made %d copies of %d", len(answer.Msg.Sandboxes), count)
 	}
 	if err != nil {
-		err = s.forkFailed(rows, host, err, log)
-		return nil, err
+		return nil, s.forkFailed(rows, host, err, log)
 	}
 	if rows, err = s.forked(rows, answer.Msg.Sandboxes, took, host, log); err != nil {
 		return nil, err
@@ -139,12 +96,49 @@ func (s *Service) fork(parent uuid.UUID, host *hosts.Host, count int, o once) ([
 	return rows, nil
 }
 
+// reserveCopies writes the rows of a sandbox's copies, if it still runs and its
+// host has room for all of them.
+func (s *Service) reserveCopies(ctx context.Context, parent uuid.UUID, of []uuid.UUID, host *hosts.Host, o idempotency.Call) ([]db.Sandbox, error) {
+	ctx, cancel := context.WithTimeout(ctx, shortCall)
+	defer cancel()
+	row, err := s.Lookup(ctx, parent)
+	if err != nil || State(row.State) != Running {
+		return nil, cmp.Or(err, ErrMoved)
+	}
+	room := scheduler.Request{MemoryMiB: int64(row.MemoryMiB), VCPUs: int64(row.VCPUs)}
+	rows := make([]db.Sandbox, len(of))
+	err = s.Store.InTx(ctx, func(q *db.Queries) (err error) {
+		for i, c := range of {
+			// Counts the copies before it too.
+			if err := s.Hosts.Reserve(ctx, q, host.ID, room); err != nil {
+				return err
+			}
+			rows[i], err = q.InsertSandbox(ctx, db.InsertSandboxParams{
+				ID: c, TeamID: row.TeamID, HostID: row.HostID, TemplateID: row.TemplateID, TemplateName: row.TemplateName,
+				VCPUs: row.VCPUs, MemoryMiB: row.MemoryMiB, DiskMiB: row.DiskMiB, TimeoutSeconds: row.TimeoutSeconds, Metadata: row.Metadata,
+				CreatedAt: store.Now(), OnTimeout: row.OnTimeout, AutoResume: row.AutoResume, ForkedFrom: &parent,
+			})
+			if err != nil {
+				return err
+			}
+		}
+		return o.Claim(ctx, q, db.ClaimIdempotencyKeyParams{SandboxID: &of[0], Copies: of[1:]})
+	})
+	if fault.Is(err, fault.NoCapacity) {
+		return nil, fault.New(fault.NoCapacity, "the sandbox's host has no room for %d copies", len(of))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("write copies: %w", err)
+	}
+	return rows, nil
+}
+
 // forked writes that copies run.
 func (s *Service) forked(rows []db.Sandbox, made []*hostagentv1.Sandbox, took time.Duration, host *hosts.Host, log *slog.Logger) ([]db.Sandbox, error) {
-	at, ms := now(), took.Milliseconds()
+	at, ms := store.Now(), took.Milliseconds()
 	running := make([]db.Sandbox, len(rows))
 	var deleted []uuid.UUID
-	err := s.persist(s.ctx, func(ctx context.Context) error {
+	err := work.Persist(s.Work.Context(), func(ctx context.Context) error {
 		deleted = nil
 		return s.Store.InTx(ctx, func(q *db.Queries) error {
 			if err := q.LockSandboxes(ctx, ids(rows)); err != nil {
@@ -169,7 +163,7 @@ func (s *Service) forked(rows []db.Sandbox, made []*hostagentv1.Sandbox, took ti
 	}
 	for _, c := range deleted {
 		// The deletion's own call may have come before ours.
-		s.destroy(s.ctx, c, host, log)
+		s.destroy(s.Work.Context(), c, host, log)
 	}
 	for range running {
 		s.metrics.created("ok", took)
@@ -181,15 +175,15 @@ func (s *Service) forked(rows []db.Sandbox, made []*hostagentv1.Sandbox, took ti
 // is told.
 func (s *Service) forkFailed(rows []db.Sandbox, host *hosts.Host, err error, log *slog.Logger) error {
 	log.Error("fork sandbox", "error", err)
-	told := hostFault("fork", err)
+	told := hosts.FaultIn("fork", err)
 	var f *fault.Error
 	errors.As(told, &f)
 	for _, row := range rows {
-		if !definite(err) {
-			s.destroy(s.ctx, row.ID, host, log)
+		if !hosts.Definite(err) {
+			s.destroy(s.Work.Context(), row.ID, host, log)
 		}
 		s.metrics.created(string(f.Code), 0)
-		if err := s.fail(s.ctx, row.ID, f.Message); err != nil && !errors.Is(err, store.ErrNoRows) {
+		if err := s.fail(s.Work.Context(), row.ID, f.Message); err != nil && !errors.Is(err, store.ErrNoRows) {
 			log.Error("write that copy failed", "error", err)
 		}
 	}

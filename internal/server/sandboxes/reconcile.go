@@ -25,24 +25,6 @@ const (
 	onHostPaused  = hostagentv1.SandboxState_SANDBOX_STATE_PAUSED
 )
 
-// Busy says whether this server is at work on the sandbox.
-func (s *Service) Busy(sandbox uuid.UUID) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.creating[sandbox] != nil || s.deleting[sandbox] > 0 || s.turns[sandbox] != nil
-}
-
-// Created returns a channel that is closed when this server no longer creates
-// the sandbox; nil: it does not create it.
-func (s *Service) Created(sandbox uuid.UUID) <-chan struct{} {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if c := s.creating[sandbox]; c != nil {
-		return c.done
-	}
-	return nil
-}
-
 // HostEnded writes that a sandbox ended without being asked to.
 func (s *Service) HostEnded(ctx context.Context, sandbox uuid.UUID, reason, why string, at time.Time) error {
 	_, err := s.Store.SandboxEnded(ctx, db.SandboxEndedParams{ID: sandbox, EndReason: reason, Error: why, EndedAt: at})
@@ -117,10 +99,11 @@ func (s *Service) Settle(ctx context.Context, sandbox uuid.UUID) error {
 
 // StopAgain finishes a deletion that was begun.
 func (s *Service) StopAgain(ctx context.Context, row db.Sandbox) error {
-	if err := s.begin(func() { s.deleting[row.ID]++ }); err != nil {
+	end, err := s.beginDeletion(row.ID)
+	if err != nil {
 		return err
 	}
-	defer s.finish(func() { less(s.deleting, row.ID) })
+	defer end()
 	return s.stop(ctx, row)
 }
 

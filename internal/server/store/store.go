@@ -246,3 +246,6 @@ func raised(err error, code string) (message string, ok bool) {
 	}
 	return pg.Message, true
 }
+
+// Now returns the time as the database keeps it: UTC, in whole microseconds.
+func Now() time.Time { return time.Now().UTC().Truncate(time.Microsecond) }

@@ -21,6 +21,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/page"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/server/templates"
 )
 
 const (
@@ -40,6 +41,7 @@ const (
 type Config struct {
 	Store     *store.Store
 	Sandboxes *sandboxes.Service
+	Templates *templates.Service
 	Log       *slog.Logger
 }
 
@@ -312,7 +314,7 @@ func (s *Service) remove(ctx context.Context, team uuid.UUID) error {
 		return fmt.Errorf("list templates: %w", err)
 	}
 	err = each.Do(ctx, s.Log, removals, removeWithin, owned, func(ctx context.Context, t db.Template) error {
-		if err := s.Sandboxes.DeleteAnyTemplate(ctx, t.ID); err != nil && !fault.Is(err, fault.NotFound) {
+		if err := s.Templates.DeleteAny(ctx, t.ID); err != nil && !fault.Is(err, fault.NotFound) {
 			return fmt.Errorf("delete template %s: %w", id.Format(id.Template, t.ID), err)
 		}
 		return nil

@@ -16,14 +16,20 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"connectrpc.com/connect"
 	"github.com/google/uuid"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
+
+// listWithin bounds asking hosts for the lists of their templates.
+const listWithin = 15 * time.Second
 
 // State is where a template is in its life.
 type State string
@@ -35,20 +41,22 @@ const (
 	Deleting State = "deleting" // to be removed from the hosts that have it
 )
 
-// Service answers for the templates of a store.
-type Service struct {
+// Catalog knows the templates by their names, and which hosts have them.
+type Catalog struct {
 	store *store.Store
+	hosts *hosts.Registry
 	log   *slog.Logger
 
+	// mu guards the map, and is held for no call of anything else.
 	mu sync.Mutex
 	// refused are templates of hosts that could not be written down, which is
 	// logged once.
 	refused map[uuid.UUID]bool
 }
 
-// New returns the templates of a store.
-func New(s *store.Store, log *slog.Logger) *Service {
-	return &Service{store: s, log: log, refused: make(map[uuid.UUID]bool)}
+// NewCatalog returns the catalog of a store.
+func NewCatalog(s *store.Store, h *hosts.Registry, log *slog.Logger) *Catalog {
+	return &Catalog{store: s, hosts: h, log: log, refused: make(map[uuid.UUID]bool)}
 }
 
 // name is what a template may be called: what goes through URLs and shells as
@@ -117,13 +125,54 @@ func ParseRef(s string) (r Ref, ok bool) {
 
 // Resolve finds the template that a team means by what ParseRef reads: its
 // own, or else the platform's. It fails with not_found.
-func (s *Service) Resolve(ctx context.Context, team uuid.UUID, ref string) (db.Template, error) {
+func (s *Catalog) Resolve(ctx context.Context, team uuid.UUID, ref string) (db.Template, error) {
 	return named(team, ref, func(p db.ResolveTemplateParams) (db.Template, error) { return s.store.ResolveTemplate(ctx, p) })
+}
+
+// Locate is Resolve that asks the hosts about a template that is not known: it
+// may be new on one, or none has been asked yet.
+func (s *Catalog) Locate(ctx context.Context, team uuid.UUID, ref string) (db.Template, error) {
+	row, err := s.Resolve(ctx, team, ref)
+	if !fault.Is(err, fault.NotFound) {
+		return row, err
+	}
+	all := s.hosts.All()
+	if len(all) == 0 {
+		return row, fault.New(fault.NoCapacity, "no host is connected")
+	}
+	ask, cancel := context.WithTimeout(ctx, listWithin)
+	defer cancel()
+	failed := make([]error, len(all))
+	var g errgroup.Group
+	for i, host := range all {
+		g.Go(func() error {
+			failed[i] = s.ask(ask, host)
+			return nil
+		})
+	}
+	_ = g.Wait()
+	if !slices.Contains(failed, nil) {
+		return row, hosts.Fault(failed[0])
+	}
+	return s.Resolve(ctx, team, ref)
+}
+
+// ask writes down what a host says that it has.
+func (s *Catalog) ask(ctx context.Context, host *hosts.Host) error {
+	known, err := s.Known(ctx, host.ID)
+	if err != nil {
+		return err
+	}
+	has, err := host.Agent.Templates(ctx, connect.NewRequest(&hostagentv1.TemplatesRequest{}))
+	if err != nil {
+		return err
+	}
+	return s.sync(ctx, host.ID, known, has.Msg.Templates)
 }
 
 // Find is Resolve for a template in any state. A team's own goes before the
 // platform's, and one that is there before one that is being removed.
-func (s *Service) Find(ctx context.Context, team uuid.UUID, ref string) (db.Template, error) {
+func (s *Catalog) Find(ctx context.Context, team uuid.UUID, ref string) (db.Template, error) {
 	return named(team, ref, func(p db.ResolveTemplateParams) (db.Template, error) {
 		return s.store.FindTemplate(ctx, db.FindTemplateParams{TeamID: p.TeamID, ID: p.ID, Name: p.Name, Version: p.Version, Tag: p.Tag})
 	})
@@ -165,7 +214,7 @@ type Listed struct {
 // team's own, the failure of the last import of its name. That is what it says,
 // too, where it fails with not_found because that import would have been the
 // first.
-func (s *Service) Show(ctx context.Context, team uuid.UUID, ref string) (Listed, error) {
+func (s *Catalog) Show(ctx context.Context, team uuid.UUID, ref string) (Listed, error) {
 	row, err := s.Resolve(ctx, team, ref)
 	var none *fault.Error
 	if errors.As(err, &none) && none.Code == fault.NotFound {
@@ -186,7 +235,7 @@ func (s *Service) Show(ctx context.Context, team uuid.UUID, ref string) (Listed,
 }
 
 // failed is why the last import of a team's name failed; nil: it did not.
-func (s *Service) failed(ctx context.Context, team uuid.UUID, name string) (*db.FailedImport, error) {
+func (s *Catalog) failed(ctx context.Context, team uuid.UUID, name string) (*db.FailedImport, error) {
 	row, err := s.store.GetFailedImport(ctx, db.GetFailedImportParams{TeamID: team, Name: name})
 	if errors.Is(err, store.ErrNoRows) {
 		return nil, nil
@@ -197,7 +246,7 @@ func (s *Service) failed(ctx context.Context, team uuid.UUID, name string) (*db.
 	return &row, nil
 }
 
-func (s *Service) tagged(ctx context.Context, row db.Template) (Listed, error) {
+func (s *Catalog) tagged(ctx context.Context, row db.Template) (Listed, error) {
 	tags, err := s.store.ListTags(ctx, row.ID)
 	if err != nil {
 		return Listed{}, fmt.Errorf("list template's tags: %w", err)
@@ -207,7 +256,7 @@ func (s *Service) tagged(ctx context.Context, row db.Template) (Listed, error) {
 
 // Own is Resolve for what changes a template, which must be the team's own: it
 // fails with permission_denied for the platform's.
-func (s *Service) Own(ctx context.Context, team uuid.UUID, ref string) (db.Template, error) {
+func (s *Catalog) Own(ctx context.Context, team uuid.UUID, ref string) (db.Template, error) {
 	row, err := s.Resolve(ctx, team, ref)
 	if err == nil && row.TeamID != team {
 		err = fault.New(fault.PermissionDenied, "template %q is the platform's", row.Name)
@@ -216,7 +265,7 @@ func (s *Service) Own(ctx context.Context, team uuid.UUID, ref string) (db.Templ
 }
 
 // SetTag has a tag of a team's template mean that one from now on.
-func (s *Service) SetTag(ctx context.Context, team uuid.UUID, ref, tag string) (Listed, error) {
+func (s *Catalog) SetTag(ctx context.Context, team uuid.UUID, ref, tag string) (Listed, error) {
 	if err := CheckTag(tag); err != nil {
 		return Listed{}, err
 	}
@@ -236,7 +285,7 @@ func (s *Service) SetTag(ctx context.Context, team uuid.UUID, ref, tag string) (
 
 // RemoveTag takes a tag away from the team's templates of a name. A built
 // template that has none left is removed once no sandbox of it is there.
-func (s *Service) RemoveTag(ctx context.Context, team uuid.UUID, name, tag string) error {
+func (s *Catalog) RemoveTag(ctx context.Context, team uuid.UUID, name, tag string) error {
 	n, err := s.store.RemoveTag(ctx, db.RemoveTagParams{TeamID: team, Name: name, Tag: tag})
 	if err != nil {
 		return fmt.Errorf("remove tag: %w", err)
@@ -278,7 +327,7 @@ func cut(rows []Listed, limit int) ([]Listed, string) {
 
 // List returns a page of the templates that a team sees, by name, and the
 // cursor of the next one ("" on the last page).
-func (s *Service) List(ctx context.Context, team uuid.UUID, cursor string, limit int) ([]Listed, string, error) {
+func (s *Catalog) List(ctx context.Context, team uuid.UUID, cursor string, limit int) ([]Listed, string, error) {
 	after, err := parseCursor(cursor)
 	if err != nil {
 		return nil, "", err
@@ -297,7 +346,7 @@ func (s *Service) List(ctx context.Context, team uuid.UUID, cursor string, limit
 
 // Snapshots is List for the templates that were captured from the team's
 // sandboxes.
-func (s *Service) Snapshots(ctx context.Context, team uuid.UUID, cursor string, limit int) ([]Listed, string, error) {
+func (s *Catalog) Snapshots(ctx context.Context, team uuid.UUID, cursor string, limit int) ([]Listed, string, error) {
 	after, err := parseCursor(cursor)
 	if err != nil {
 		return nil, "", err
@@ -316,7 +365,7 @@ func (s *Service) Snapshots(ctx context.Context, team uuid.UUID, cursor string, 
 
 // Known returns what the table says that a host has, is to have, or is to be
 // rid of. Ask it before the host.
-func (s *Service) Known(ctx context.Context, host uuid.UUID) ([]db.Template, error) {
+func (s *Catalog) Known(ctx context.Context, host uuid.UUID) ([]db.Template, error) {
 	rows, err := s.store.ListHostTemplates(ctx, host)
 	if err != nil {
 		return nil, fmt.Errorf("list host's templates: %w", err)
@@ -324,10 +373,10 @@ func (s *Service) Known(ctx context.Context, host uuid.UUID) ([]db.Template, err
 	return rows, nil
 }
 
-// Sync writes down what a host says it has, given what was known before it was
+// sync writes down what a host says it has, given what was known before it was
 // asked. What is being captured or removed is left to those who do that. What
 // fails of one template keeps no other from being written.
-func (s *Service) Sync(ctx context.Context, host uuid.UUID, known []db.Template, has []*hostagentv1.Template) error {
+func (s *Catalog) sync(ctx context.Context, host uuid.UUID, known []db.Template, has []*hostagentv1.Template) error {
 	rows := make(map[uuid.UUID]db.Template, len(known))
 	for _, row := range known {
 		rows[row.ID] = row
@@ -349,7 +398,7 @@ func (s *Service) Sync(ctx context.Context, host uuid.UUID, known []db.Template,
 
 // Forget writes down that a host no longer has a template that was ready there.
 // A team's that no other host has is gone.
-func (s *Service) Forget(ctx context.Context, host, template uuid.UUID) error {
+func (s *Catalog) Forget(ctx context.Context, host, template uuid.UUID) error {
 	gone := []uuid.UUID{template}
 	var lost []db.Template
 	err := s.store.InTx(ctx, func(q *db.Queries) error {
@@ -376,7 +425,7 @@ func Same(row db.Template, t *hostagentv1.Template) bool {
 }
 
 // Learn writes down a template that is new on a host, or another than it was.
-func (s *Service) Learn(ctx context.Context, host uuid.UUID, t *hostagentv1.Template) error {
+func (s *Catalog) Learn(ctx context.Context, host uuid.UUID, t *hostagentv1.Template) error {
 	tid, err := id.Parse(id.Template, t.TemplateId)
 	if err != nil {
 		return fmt.Errorf("host's template: %w", err)
@@ -387,7 +436,7 @@ func (s *Service) Learn(ctx context.Context, host uuid.UUID, t *hostagentv1.Temp
 	return nil
 }
 
-func (s *Service) learn(ctx context.Context, host, tid uuid.UUID, t *hostagentv1.Template) error {
+func (s *Catalog) learn(ctx context.Context, host, tid uuid.UUID, t *hostagentv1.Template) error {
 	team, err := id.Parse(id.Team, t.TeamId)
 	if err != nil {
 		return err

@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
-	"slices"
 	"time"
 
 	"connectrpc.com/connect"
@@ -20,6 +18,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/server/work"
 )
 
 const (
@@ -38,95 +37,23 @@ const (
 // refuses to use.
 const stateHeader = "Wrenn-Sandbox-State"
 
-// turn is what this process does to one sandbox: there is one at a time.
-type turn struct {
-	// to is the state that it leads to, or "" where nobody can share it.
-	to   State
-	done chan struct{}
-	// row and err are set before done is closed.
-	row db.Sandbox
-	err error
-}
-
-// settling is the turn that finds out which state a sandbox is in.
-const settling State = "settling"
-
-// errMoved is why nothing was done: the sandbox is in another state than was
-// thought, and whoever asked must look again.
-var errMoved = errors.New("the sandbox is in another state by now")
-
-// turn has f lead the sandbox to a state, on a goroutine of the service's own,
-// and returns how that went. Whoever wants the same meanwhile shares it;
-// whoever wants something else gets errMoved when it is over.
-func (s *Service) turn(ctx context.Context, sandbox uuid.UUID, to State, f func() (db.Sandbox, error)) (db.Sandbox, error) {
-	s.mu.Lock()
-	m, taken := s.turns[sandbox]
-	if !taken {
-		if s.closed {
-			s.mu.Unlock()
-			return db.Sandbox{}, fault.New(fault.Unavailable, "the server is stopping")
-		}
-		m = &turn{to: to, done: make(chan struct{})}
-		s.turns[sandbox] = m
-		s.work.Add(1)
-	}
-	s.mu.Unlock()
-	if !taken {
-		go func() {
-			defer s.finish(func() {
-				delete(s.turns, sandbox)
-				close(m.done)
-			})
-			m.err = fault.Guard(s.Log, func() (err error) {
-				m.row, err = f()
-				return err
-			})
-		}()
-	} else {
-		defer s.metrics.wait()()
-	}
-	select {
-	case <-m.done:
-	case <-ctx.Done():
-		return db.Sandbox{}, ctx.Err()
-	}
-	if taken && (to == "" || m.to != to) {
-		return db.Sandbox{}, errMoved
-	}
-	return m.row, m.err
-}
-
-// current is what this process does to the sandbox, or nil.
-func (s *Service) current(sandbox uuid.UUID) *turn {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.turns[sandbox]
-}
-
-// wait returns errMoved when a sandbox in transit may have settled. What this
+// wait returns ErrMoved when a sandbox in transit may have settled. What this
 // process does about it is waited for to its end, and shared where it leads to
 // the same; what others do until the deadline.
 func (s *Service) wait(ctx context.Context, row db.Sandbox, to State, deadline time.Time) (db.Sandbox, error) {
-	defer s.metrics.wait()()
-	change := s.change(row.ID)
-	if m := s.current(row.ID); m != nil {
-		select {
-		case <-m.done:
-		case <-ctx.Done():
-			return row, ctx.Err()
-		}
-		if m.to == to {
-			return m.row, m.err
-		}
-		return row, errMoved
+	changed, stop := s.watch(row.ID)
+	defer stop()
+	if t := s.current(row.ID); t != nil {
+		return s.share(ctx, t, to)
 	}
+	defer s.metrics.wait()()
 	if is, err := s.Lookup(ctx, row.ID); err != nil || is.State != row.State {
-		return row, cmp.Or(err, errMoved)
+		return row, cmp.Or(err, ErrMoved)
 	}
 	if time.Now().After(deadline) {
 		return row, fault.New(fault.Conflict, "the sandbox is %s", row.State)
 	}
-	return row, cmp.Or(lookAgainAfter(ctx, change, lookAgain), errMoved)
+	return row, cmp.Or(waitFor(ctx, changed, lookAgain), ErrMoved)
 }
 
 // Pause writes a team's running sandbox to its host's disk and returns when it
@@ -154,7 +81,7 @@ func (s *Service) Pause(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbo
 		default:
 			return row, notRunning(row)
 		}
-		if !errors.Is(err, errMoved) {
+		if !errors.Is(err, ErrMoved) {
 			return row, err
 		}
 	}
@@ -192,7 +119,7 @@ func (s *Service) wake(ctx context.Context, row db.Sandbox, asked bool) (db.Sand
 		default:
 			return row, notRunning(row)
 		}
-		if !errors.Is(err, errMoved) {
+		if !errors.Is(err, ErrMoved) {
 			return row, err
 		}
 		if row, err = s.Lookup(ctx, sandbox); err != nil {
@@ -203,11 +130,11 @@ func (s *Service) wake(ctx context.Context, row db.Sandbox, asked bool) (db.Sand
 
 // mark writes the state that leads to another one, before a host is asked.
 func (s *Service) mark(sandbox uuid.UUID, write func(context.Context, uuid.UUID) (db.Sandbox, error)) error {
-	ctx, cancel := context.WithTimeout(s.ctx, shortCall)
+	ctx, cancel := context.WithTimeout(s.Work.Context(), shortCall)
 	defer cancel()
 	_, err := write(ctx, sandbox)
 	if errors.Is(err, store.ErrNoRows) {
-		return errMoved
+		return ErrMoved
 	}
 	if err != nil {
 		return fmt.Errorf("write sandbox's state: %w", err)
@@ -237,7 +164,7 @@ func (s *Service) pauseIdle(row db.Sandbox, idle time.Duration) (db.Sandbox, err
 		return row, err
 	}
 	defer s.changed(row.ID)
-	ctx, cancel := context.WithTimeout(s.ctx, pauseTimeout)
+	ctx, cancel := context.WithTimeout(s.Work.Context(), pauseTimeout)
 	defer cancel()
 	begun := time.Now()
 	_, err = host.Agent.Pause(ctx, connect.NewRequest(ask))
@@ -248,9 +175,9 @@ func (s *Service) pauseIdle(row db.Sandbox, idle time.Duration) (db.Sandbox, err
 		})
 	}
 	var paused db.Sandbox
-	err = s.persist(s.ctx, func(ctx context.Context) error {
+	err = work.Persist(s.Work.Context(), func(ctx context.Context) error {
 		var err error
-		paused, err = s.Store.SandboxPaused(ctx, db.SandboxPausedParams{ID: row.ID, PausedAt: now(), CameFrom: []string{string(Pausing)}})
+		paused, err = s.Store.SandboxPaused(ctx, db.SandboxPausedParams{ID: row.ID, PausedAt: store.Now(), CameFrom: []string{string(Pausing)}})
 		return err
 	})
 	if err != nil {
@@ -271,18 +198,18 @@ func (s *Service) resume(row db.Sandbox) (db.Sandbox, error) {
 		return row, err
 	}
 	defer s.changed(row.ID)
-	ctx, cancel := context.WithTimeout(s.ctx, resumeTimeout)
+	ctx, cancel := context.WithTimeout(s.Work.Context(), resumeTimeout)
 	defer cancel()
 	begun := time.Now()
 	answer, err := host.Agent.Resume(ctx, connect.NewRequest(&hostagentv1.ResumeRequest{SandboxId: id.Format(id.Sandbox, row.ID)}))
 	if err != nil {
 		return row, s.turnFailed("resume", err, log, func(ctx context.Context) error {
-			_, err := s.Store.SandboxPaused(ctx, db.SandboxPausedParams{ID: row.ID, PausedAt: now(), CameFrom: []string{string(Resuming)}})
+			_, err := s.Store.SandboxPaused(ctx, db.SandboxPausedParams{ID: row.ID, PausedAt: store.Now(), CameFrom: []string{string(Resuming)}})
 			return err
 		})
 	}
 	var running db.Sandbox
-	err = s.persist(s.ctx, func(ctx context.Context) error {
+	err = work.Persist(s.Work.Context(), func(ctx context.Context) error {
 		var err error
 		running, err = s.Store.SandboxGoesOn(ctx, db.SandboxGoesOnParams{ID: row.ID, ExpiresAt: Expiry(answer.Msg.GetSandbox())})
 		return err
@@ -294,27 +221,11 @@ func (s *Service) resume(row db.Sandbox) (db.Sandbox, error) {
 	return running, nil
 }
 
-// definite says whether an error of a host means that what was asked for did
-// not happen and will not.
-func definite(err error) bool {
-	if !connect.IsWireError(err) {
-		// Without a connection nothing was sent; else the host may have got the
-		// call and still be at it.
-		var failed *net.OpError
-		return errors.As(err, &failed) && failed.Op == "dial"
-	}
-	switch connect.CodeOf(err) {
-	case connect.CodeCanceled, connect.CodeDeadlineExceeded:
-		return false
-	}
-	return true
-}
-
 // turnFailed undoes what was marked where it is certain that the host did not
 // do what it was asked for, and leaves it to the reconciler where it is not.
 // It returns what the caller is told.
 func (s *Service) turnFailed(doing string, err error, log *slog.Logger, undo func(context.Context) error) error {
-	if s.ctx.Err() != nil {
+	if s.Work.Context().Err() != nil {
 		// The row stays as it is, the next server looks.
 		return fault.New(fault.Unavailable, "the server is stopping")
 	}
@@ -323,26 +234,12 @@ func (s *Service) turnFailed(doing string, err error, log *slog.Logger, undo fun
 	} else {
 		log.Error(doing+" sandbox", "error", err)
 	}
-	if definite(err) {
-		if err := s.persist(s.ctx, undo); err != nil && !errors.Is(err, store.ErrNoRows) {
+	if hosts.Definite(err) {
+		if err := work.Persist(s.Work.Context(), undo); err != nil && !errors.Is(err, store.ErrNoRows) {
 			log.Error("write that sandbox is as before", "error", err)
 		}
 	}
-	return hostFault(doing, err)
-}
-
-// hostFault is hosts.Fault for what a host does with a whole sandbox.
-func hostFault(doing string, err error) error {
-	told := hosts.Fault(err)
-	switch {
-	case fault.Is(told, fault.Internal):
-		return fault.Because(err, fault.Internal, "the host could not %s the sandbox", doing)
-	case fault.Is(told, fault.NoCapacity) && doing != "resume" && doing != "fork":
-		var e *connect.Error
-		errors.As(err, &e)
-		return fault.Because(err, fault.NoSpace, "the host could not %s the sandbox: %s", doing, e.Message())
-	}
-	return told
+	return hosts.FaultIn(doing, err)
 }
 
 // turnLost is what the caller is told when what happened could not be written.
@@ -354,92 +251,8 @@ func (s *Service) turnLost(doing string, err error, log *slog.Logger) error {
 	return err
 }
 
-// settle writes down which state the host has a sandbox in, where the host
-// brought it there by itself. With wait, a sandbox that the host is at work on
-// is waited for.
-func (s *Service) settle(ctx context.Context, sandbox uuid.UUID, wait bool) error {
-	return s.settleFrom(ctx, sandbox, wait, Running, Missing)
-}
-
-func (s *Service) settleFrom(ctx context.Context, sandbox uuid.UUID, wait bool, from ...State) error {
-	_, err := s.turn(ctx, sandbox, settling, func() (db.Sandbox, error) {
-		ctx, cancel := context.WithTimeout(s.ctx, settleWithin)
-		defer cancel()
-		for {
-			change := s.change(sandbox)
-			row, settled, err := s.look(ctx, sandbox, from)
-			if settled || err != nil || !wait {
-				return row, err
-			}
-			if lookAgainAfter(ctx, change, askEvery) != nil {
-				return row, fault.New(fault.Conflict, "the sandbox is pausing or resuming")
-			}
-		}
-	})
-	if errors.Is(err, errMoved) {
-		return nil // Whatever that was, it has written what is so.
-	}
-	return err
-}
-
-// look asks the host once and writes down what it says; settled is false
-// while the host is at work on the sandbox.
-func (s *Service) look(ctx context.Context, sandbox uuid.UUID, from []State) (row db.Sandbox, settled bool, err error) {
-	if row, err = s.Lookup(ctx, sandbox); err != nil {
-		return row, false, err
-	}
-	was := State(row.State)
-	if !slices.Contains(from, was) {
-		return row, true, nil
-	}
-	host, err := s.Hosts.Get(row.HostID)
-	if err != nil {
-		return row, false, err
-	}
-	ask, cancel := context.WithTimeout(ctx, shortCall)
-	defer cancel()
-	answer, err := host.Agent.Get(ask, connect.NewRequest(&hostagentv1.GetRequest{SandboxId: id.Format(id.Sandbox, sandbox)}))
-	if err != nil {
-		return row, false, hosts.Fault(err)
-	}
-	has := answer.Msg.GetSandbox()
-	switch has.GetState() {
-	case onHostPaused:
-		if was == Paused {
-			return row, true, nil
-		}
-		// Since when, the host knows: it may have been a while without a server.
-		at := now()
-		if has.GetPausedAt() != nil && has.GetPausedAt().AsTime().Before(at) {
-			at = has.GetPausedAt().AsTime()
-		}
-		row, err = s.Store.SandboxPaused(ctx, db.SandboxPausedParams{ID: sandbox, PausedAt: at, CameFrom: []string{string(was)}})
-	case onHostRunning:
-		if was == Running || was == Missing {
-			return row, true, nil // Whoever compares the host finds the missing.
-		}
-		row, err = s.Store.SandboxGoesOn(ctx, db.SandboxGoesOnParams{ID: sandbox, ExpiresAt: Expiry(has)})
-	case hostagentv1.SandboxState_SANDBOX_STATE_STOPPING:
-		return row, true, nil // Its end is on its way.
-	default:
-		return row, false, nil
-	}
-	if errors.Is(err, store.ErrNoRows) {
-		return row, false, nil
-	}
-	if err != nil {
-		return row, false, fmt.Errorf("write sandbox's state: %w", err)
-	}
-	s.changed(sandbox)
-	s.Log.Info("the host has the sandbox in another state", "sandbox_id", id.Format(id.Sandbox, sandbox), "was", was, "is", row.State)
-	return row, true, nil
-}
-
 // held says whether a host refuses to use a sandbox because of its state.
 func held(err error) bool {
 	var e *connect.Error
 	return errors.As(err, &e) && e.Code() == connect.CodeFailedPrecondition && e.Meta().Get(stateHeader) != ""
 }
-
-// now is the time as the table keeps it.
-func now() time.Time { return time.Now().UTC().Truncate(time.Microsecond) }

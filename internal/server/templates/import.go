@@ -1,4 +1,4 @@
-package sandboxes
+package templates
 
 import (
 	"context"
@@ -16,9 +16,10 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 	"github.com/wrenn-dev/wrenn/internal/server/scheduler"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
-	"github.com/wrenn-dev/wrenn/internal/server/templates"
+	"github.com/wrenn-dev/wrenn/internal/server/work"
 )
 
 const (
@@ -88,7 +89,7 @@ func (s *Service) ImportLayer(ctx context.Context, team, build uuid.UUID, i Imag
 // importPlaces are the hosts that can import an image, the best first. Every
 // host has the built-in template.
 func (s *Service) importPlaces(ctx context.Context) ([]*hosts.Host, error) {
-	return s.Hosts.Places(ctx, uuid.Nil, scheduler.Request{MemoryMiB: defaultMemoryMiB, VCPUs: defaultVCPUs})
+	return s.Hosts.Places(ctx, uuid.Nil, scheduler.Request{MemoryMiB: sandboxes.DefaultMemoryMiB, VCPUs: sandboxes.DefaultVCPUs})
 }
 
 // The kinds of templates.
@@ -105,11 +106,11 @@ func (i Image) kind() string {
 }
 
 func (i Image) check() error {
-	if err := templates.CheckName(i.Name); err != nil {
+	if err := CheckName(i.Name); err != nil {
 		return err
 	}
 	for field, s := range map[string]string{"reference": i.Reference, "username": i.Username, "password": i.Password, "tag": i.Tag} {
-		if err := checkText(field, s); err != nil {
+		if err := fault.Text(field, s); err != nil {
 			return err
 		}
 	}
@@ -132,38 +133,25 @@ func (s *Service) Import(ctx context.Context, team uuid.UUID, i Image) (db.Templ
 		return row, err
 	}
 	template := uuid.New()
-	full := false
-	err = s.begin(func() {
-		if full = s.importing[team] >= maxImports; !full {
-			s.importing[team]++
-			s.templates[template]++
-		}
-	})
+	end, err := s.beginImport(team, template)
 	if err != nil {
 		return row, err
-	}
-	if full {
-		s.finish(func() {})
-		return row, fault.New(fault.Conflict, "the team imports %d images at this moment: wait for one of them", maxImports)
 	}
 	type outcome struct {
 		row db.Template
 		err error
 	}
 	done := make(chan outcome, 1)
-	run, cancel := context.WithTimeout(s.ctx, importTimeout)
+	run, cancel := context.WithTimeout(s.Work.Context(), importTimeout)
 	if i.build != nil {
 		stop := context.AfterFunc(ctx, cancel)
 		defer stop()
 	}
 	go func() {
 		defer cancel()
-		defer s.finish(func() {
-			less(s.importing, team)
-			less(s.templates, template)
-		})
+		defer end()
 		var o outcome
-		o.err = fault.Guard(s.Log, func() (err error) {
+		o.err = s.Work.Guard(func() (err error) {
 			o.row, err = s.importTo(run, places[0], team, template, i)
 			return err
 		})
@@ -187,7 +175,7 @@ func (s *Service) importTo(ctx context.Context, host *hosts.Host, team, template
 	err := s.Store.InTx(ctx, func(q *db.Queries) error {
 		var err error
 		claimed, err = q.ClaimImport(ctx, db.ClaimImportParams{
-			ID: template, TeamID: team, Name: i.Name, Kind: i.kind(), CreatedAt: now(), DiskMiB: i.DiskMiB, Worker: &s.Store.Server, BuildID: i.build, LayerKey: i.key,
+			ID: template, TeamID: team, Name: i.Name, Kind: i.kind(), CreatedAt: store.Now(), DiskMiB: i.DiskMiB, Worker: &s.Store.Server, BuildID: i.build, LayerKey: i.key,
 		})
 		if err != nil {
 			return err
@@ -206,26 +194,26 @@ func (s *Service) importTo(ctx context.Context, host *hosts.Host, team, template
 		log.Warn("import image", "error", err)
 		// Where it is not certain that the host is done with it, whoever watches
 		// the host looks.
-		done := definite(err) && ctx.Err() == nil
+		done := hosts.Definite(err) && ctx.Err() == nil
 		var f *fault.Error
 		if !errors.As(err, &f) {
 			err = hosts.Fault(err)
 		}
-		if errors.As(err, &f) && s.ctx.Err() == nil {
-			if err := s.importFails(s.ctx, claimed, f.Message, now(), done); err != nil {
+		if errors.As(err, &f) && s.Work.Context().Err() == nil {
+			if err := s.importFails(s.Work.Context(), claimed, f.Message, store.Now(), done); err != nil {
 				log.Error("write that the import failed", "error", err)
 			}
 		}
 		return claimed, err
 	}
 	var ready db.Template
-	err = s.persist(s.ctx, func(ctx context.Context) error {
+	err = work.Persist(s.Work.Context(), func(ctx context.Context) error {
 		var err error
 		ready, err = s.imported(ctx, template, answer.GetTemplate())
 		return err
 	})
 	if err != nil {
-		return claimed, fmt.Errorf("write that template is ready: %w", err)
+		return claimed, fmt.Errorf("mark template ready: %w", err)
 	}
 	log.Info("image imported", "digest", answer.GetDigest(), "version", ready.Version, "took", time.Since(begun))
 	return ready, nil
@@ -234,7 +222,7 @@ func (s *Service) importTo(ctx context.Context, host *hosts.Host, team, template
 // importFails writes why there is no template, unless something was written of
 // that after since, and where the host is done with it that its name is free.
 func (s *Service) importFails(ctx context.Context, row db.Template, why string, since time.Time, done bool) error {
-	return s.persist(ctx, func(ctx context.Context) error {
+	return work.Persist(ctx, func(ctx context.Context) error {
 		return s.Store.InTx(ctx, func(q *db.Queries) error {
 			if err := q.NoteFailedImport(ctx, db.NoteFailedImportParams{ID: row.ID, Error: why, Since: since}); err != nil || !done {
 				return err
@@ -247,13 +235,13 @@ func (s *Service) importFails(ctx context.Context, row db.Template, why string, 
 // imported writes that a template is there, which its name means from now on.
 func (s *Service) imported(ctx context.Context, template uuid.UUID, t *hostagentv1.Template) (row db.Template, err error) {
 	err = s.Store.InTx(ctx, func(q *db.Queries) error {
-		if row, err = q.TemplateReady(ctx, templates.Measured(template, t)); err != nil || row.Kind != kindTemplate {
+		if row, err = q.TemplateReady(ctx, Measured(template, t)); err != nil || row.Kind != kindTemplate {
 			return err
 		}
 		if err := q.ForgetFailedImport(ctx, db.ForgetFailedImportParams{TeamID: row.TeamID, Name: row.Name}); err != nil {
 			return err
 		}
-		_, err := q.SetTag(ctx, db.SetTagParams{ID: template, Tag: templates.Latest})
+		_, err := q.SetTag(ctx, db.SetTagParams{ID: template, Tag: Latest})
 		return err
 	})
 	return row, err
@@ -265,7 +253,7 @@ func (s *Service) send(ctx context.Context, host *hosts.Host, row db.Template, i
 	defer cancel()
 	start := &hostagentv1.ImportTemplateRequest_Start{
 		TemplateId: id.Format(id.Template, row.ID), TeamId: id.Format(id.Team, row.TeamID), Name: row.Name,
-		DiskMib: i.DiskMiB, Vcpus: defaultVCPUs, MemoryMib: defaultMemoryMiB, Inert: i.Inert,
+		DiskMib: i.DiskMiB, Vcpus: sandboxes.DefaultVCPUs, MemoryMib: sandboxes.DefaultMemoryMiB, Inert: i.Inert,
 	}
 	if i.Archive == nil {
 		start.Source = &hostagentv1.ImportTemplateRequest_Start_Registry{Registry: &hostagentv1.ImportTemplateRequest_Registry{Reference: i.Reference, Username: i.Username, Password: i.Password}}

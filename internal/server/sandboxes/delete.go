@@ -1,0 +1,119 @@
+package sandboxes
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/server/work"
+)
+
+// Delete ends a team's sandbox and returns when nothing of it is left. It goes
+// on when ctx ends before, and again when the host was unreachable and is back.
+func (s *Service) Delete(ctx context.Context, team, sandbox uuid.UUID) error {
+	row, err := s.Get(ctx, team, sandbox)
+	if err != nil || State(row.State).Ended() {
+		return err
+	}
+	return s.End(ctx, row)
+}
+
+// End is Delete for any sandbox that has not ended.
+func (s *Service) End(ctx context.Context, row db.Sandbox) error {
+	end, err := s.beginDeletion(row.ID)
+	if err != nil {
+		return err
+	}
+	done := make(chan error, 1)
+	go func() {
+		defer end()
+		done <- s.Work.Guard(func() error { return s.stop(s.Work.Context(), row) })
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// stop writes that the sandbox is to end, has its host end it, and writes that.
+func (s *Service) stop(ctx context.Context, row db.Sandbox) error {
+	log := s.Log.With("sandbox_id", id.Format(id.Sandbox, row.ID))
+	err := work.Persist(ctx, func(ctx context.Context) error {
+		_, err := s.Store.SandboxStopping(ctx, row.ID)
+		return err
+	})
+	if errors.Is(err, store.ErrNoRows) {
+		return nil // It ended meanwhile.
+	}
+	if err != nil {
+		return fmt.Errorf("write that sandbox stops: %w", err)
+	}
+	s.changed(row.ID)
+	if row.HostID != nil {
+		host, err := s.Hosts.Get(row.HostID)
+		if err != nil {
+			return err
+		}
+		if err := s.destroy(ctx, row.ID, host, log); err != nil {
+			return hosts.Fault(err)
+		}
+	}
+	err = work.Persist(ctx, func(ctx context.Context) error {
+		_, err := s.Store.SandboxStopped(ctx, row.ID)
+		return err
+	})
+	if err != nil && !errors.Is(err, store.ErrNoRows) {
+		return fmt.Errorf("write that sandbox stopped: %w", err)
+	}
+	s.changed(row.ID)
+	s.over(row.ID)
+	log.Info("sandbox deleted")
+	return nil
+}
+
+// over drops what is kept beside the table of a sandbox that has ended, and
+// does not wait for it. What this does not reach goes by itself when it is old.
+func (s *Service) over(sandbox uuid.UUID) {
+	if s.Ended == nil {
+		return
+	}
+	end, err := s.Work.Begin()
+	if err != nil {
+		return
+	}
+	go func() {
+		defer end()
+		ctx, cancel := context.WithTimeout(s.Work.Context(), 2*time.Second)
+		defer cancel()
+		if err := s.Ended(ctx, sandbox); err != nil {
+			s.Log.Debug("drop what was kept of an ended sandbox", "sandbox_id", id.Format(id.Sandbox, sandbox), "error", err)
+		}
+	}()
+}
+
+// destroy asks the host to end a sandbox; that it could not is logged, and
+// found out by the controller.
+func (s *Service) destroy(ctx context.Context, sandbox uuid.UUID, host *hosts.Host, log *slog.Logger) error {
+	ctx, cancel := context.WithTimeout(ctx, destroyTimeout)
+	defer cancel()
+	_, err := host.Agent.Destroy(ctx, connect.NewRequest(&hostagentv1.DestroyRequest{SandboxId: id.Format(id.Sandbox, sandbox)}))
+	if connect.CodeOf(err) == connect.CodeNotFound && connect.IsWireError(err) {
+		err = nil
+	}
+	if err != nil {
+		log.Error("destroy sandbox", "error", err)
+	}
+	return err
+}

@@ -1,0 +1,230 @@
+package sandboxes
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/work"
+)
+
+// hang bounds what a test waits for; it is only reached by what hangs.
+const hang = time.Minute
+
+// newBoxes returns a service that has boxes, and no database or hosts.
+func newBoxes(t *testing.T) *Service {
+	log := slog.New(slog.DiscardHandler)
+	jobs := work.New(log)
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), hang)
+		defer cancel()
+		jobs.Close(ctx)
+	})
+	return New(Config{Work: jobs, Log: log})
+}
+
+func (s *Service) kept() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.boxes)
+}
+
+// TestTurn: of those who want the same of a sandbox one does it for all; who
+// wants something else is told to look again, after it.
+func TestTurn(t *testing.T) {
+	s := newBoxes(t)
+	sandbox := uuid.New()
+	ran, let := atomic.Int32{}, make(chan struct{})
+	begun := make(chan struct{})
+	f := func() (db.Sandbox, error) {
+		ran.Add(1)
+		close(begun)
+		<-let
+		return db.Sandbox{ID: sandbox}, nil
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if row, err := s.turn(t.Context(), sandbox, Paused, f); err != nil || row.ID != sandbox {
+			t.Errorf("the first: %v, %v", row.ID, err)
+		}
+	})
+	<-begun
+	if !s.Busy(sandbox) {
+		t.Error("nothing is said to be done to it")
+	}
+	// One who leaves stops nothing.
+	gone, leave := context.WithCancel(t.Context())
+	leave()
+	if _, err := s.turn(gone, sandbox, Paused, f); !errors.Is(err, context.Canceled) {
+		t.Errorf("who left: %v", err)
+	}
+	for range 10 {
+		wg.Go(func() {
+			if row, err := s.turn(t.Context(), sandbox, Paused, f); err != nil || row.ID != sandbox {
+				t.Errorf("who wants the same: %v, %v", row.ID, err)
+			}
+		})
+		wg.Go(func() {
+			if _, err := s.turn(t.Context(), sandbox, Running, f); !errors.Is(err, ErrMoved) {
+				t.Errorf("who wants something else: %v", err)
+			}
+		})
+		wg.Go(func() {
+			if err := s.Alone(t.Context(), sandbox, func() error { _, err := f(); return err }); !errors.Is(err, ErrMoved) {
+				t.Errorf("who wants to be alone: %v", err)
+			}
+		})
+	}
+	// All of them wait: the service counts its callers that do.
+	for deadline := time.Now().Add(hang); gauge(t, s) < 30; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("they do not wait")
+		}
+	}
+	close(let)
+	wg.Wait()
+	if n := ran.Load(); n != 1 {
+		t.Errorf("it was done %d times", n)
+	}
+	if n := s.kept(); n != 0 {
+		t.Errorf("%d boxes are kept", n)
+	}
+}
+
+// TestTurnPanics: a turn that panics is over, and the next one has its turn.
+func TestTurnPanics(t *testing.T) {
+	s := newBoxes(t)
+	sandbox := uuid.New()
+	err := s.Alone(t.Context(), sandbox, func() error { panic("no") })
+	var panicked *fault.Panic
+	if !errors.As(err, &panicked) || panicked.Value != "no" {
+		t.Errorf("a panic is %v", err)
+	}
+	if err := s.Alone(t.Context(), sandbox, func() error { return nil }); err != nil {
+		t.Errorf("the next one: %v", err)
+	}
+}
+
+// TestBoxesStress does everything to a few sandboxes at once; in the end nobody
+// waits and no box is kept.
+func TestBoxesStress(t *testing.T) {
+	s := newBoxes(t)
+	sandboxes := make([]uuid.UUID, 4)
+	held := make([]atomic.Int32, len(sandboxes))
+	for i := range sandboxes {
+		sandboxes[i] = uuid.New()
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), hang)
+	defer cancel()
+	var wg sync.WaitGroup
+	for worker := range uint64(8) {
+		wg.Go(func() {
+			r := rand.New(rand.NewPCG(worker, 0))
+			for range 500 {
+				i := r.IntN(len(sandboxes))
+				sandbox := sandboxes[i]
+				switch r.IntN(6) {
+				case 0:
+					err := s.Alone(ctx, sandbox, func() error {
+						if held[i].Add(1) != 1 {
+							t.Error("two have the turn of one sandbox")
+						}
+						s.Changed(sandbox)
+						held[i].Add(-1)
+						return nil
+					})
+					if err != nil && !errors.Is(err, ErrMoved) {
+						t.Error(err)
+					}
+				case 1:
+					end, err := s.beginDeletion(sandbox)
+					if err != nil {
+						t.Error(err)
+						continue
+					}
+					if !s.Busy(sandbox) {
+						t.Error("a sandbox that is deleted is not busy")
+					}
+					end()
+				case 2:
+					fresh := uuid.New()
+					end, err := s.beginCreation(fresh)
+					if err != nil {
+						t.Error(err)
+						continue
+					}
+					created := s.Created(fresh)
+					end([]db.Sandbox{{ID: fresh}}, nil)
+					<-created
+				case 3:
+					looks := 0
+					err := s.Until(ctx, sandbox, time.Millisecond, func() (bool, error) {
+						looks++
+						return looks > 2, nil
+					})
+					if err != nil {
+						t.Error(err)
+					}
+				case 4:
+					s.Changed(sandbox)
+				case 5:
+					s.Deaf(r.IntN(2) == 0)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if n := s.kept(); n != 0 {
+		t.Errorf("%d boxes are kept", n)
+	}
+}
+
+// TestUntil: a change is looked at when it is told, not only after a time.
+func TestUntil(t *testing.T) {
+	s := newBoxes(t)
+	sandbox := uuid.New()
+	ctx, cancel := context.WithTimeout(t.Context(), hang)
+	defer cancel()
+	looked := make(chan struct{})
+	done := make(chan error, 1)
+	var is atomic.Bool
+	go func() {
+		first := true
+		done <- s.Until(ctx, sandbox, 10*hang, func() (bool, error) {
+			if first {
+				first = false
+				close(looked)
+			}
+			return is.Load(), nil
+		})
+	}()
+	<-looked
+	is.Store(true)
+	s.Heard(sandbox)
+	if err := <-done; err != nil {
+		t.Errorf("it was told, and %v", err)
+	}
+	no := errors.New("no")
+	if err := s.Until(ctx, sandbox, hang, func() (bool, error) { return false, no }); !errors.Is(err, no) {
+		t.Errorf("a look that fails: %v", err)
+	}
+	if n := s.kept(); n != 0 {
+		t.Errorf("%d boxes are kept", n)
+	}
+}
+
+// gauge is how many callers wait for another's turn.
+func gauge(t *testing.T, s *Service) int {
+	t.Helper()
+	return int(testutil.ToFloat64(s.metrics.waiting))
+}

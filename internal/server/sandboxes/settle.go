@@ -1,0 +1,100 @@
+package sandboxes
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"connectrpc.com/connect"
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+)
+
+// settle writes down which state the host has a sandbox in, where the host
+// brought it there by itself. With wait, a sandbox that the host is at work on
+// is waited for.
+func (s *Service) settle(ctx context.Context, sandbox uuid.UUID, wait bool) error {
+	return s.settleFrom(ctx, sandbox, wait, Running, Missing)
+}
+
+func (s *Service) settleFrom(ctx context.Context, sandbox uuid.UUID, wait bool, from ...State) error {
+	_, err := s.turn(ctx, sandbox, settling, func() (db.Sandbox, error) {
+		ctx, cancel := context.WithTimeout(s.Work.Context(), settleWithin)
+		defer cancel()
+		var row db.Sandbox
+		err := s.until(ctx, sandbox, askEvery, func() (bool, error) {
+			var settled bool
+			var err error
+			row, settled, err = s.look(ctx, sandbox, from)
+			return settled || !wait, err
+		})
+		if err != nil && ctx.Err() != nil {
+			err = fault.New(fault.Conflict, "the sandbox is pausing or resuming")
+		}
+		return row, err
+	})
+	if errors.Is(err, ErrMoved) {
+		return nil // Whatever that was, it has written what is so.
+	}
+	return err
+}
+
+// look asks the host once and writes down what it says; settled is false
+// while the host is at work on the sandbox.
+func (s *Service) look(ctx context.Context, sandbox uuid.UUID, from []State) (row db.Sandbox, settled bool, err error) {
+	if row, err = s.Lookup(ctx, sandbox); err != nil {
+		return row, false, err
+	}
+	was := State(row.State)
+	if !slices.Contains(from, was) {
+		return row, true, nil
+	}
+	host, err := s.Hosts.Get(row.HostID)
+	if err != nil {
+		return row, false, err
+	}
+	ask, cancel := context.WithTimeout(ctx, shortCall)
+	defer cancel()
+	answer, err := host.Agent.Get(ask, connect.NewRequest(&hostagentv1.GetRequest{SandboxId: id.Format(id.Sandbox, sandbox)}))
+	if err != nil {
+		return row, false, hosts.Fault(err)
+	}
+	has := answer.Msg.GetSandbox()
+	switch has.GetState() {
+	case onHostPaused:
+		if was == Paused {
+			return row, true, nil
+		}
+		// Since when, the host knows: it may have been a while without a server.
+		at := store.Now()
+		if has.GetPausedAt() != nil && has.GetPausedAt().AsTime().Before(at) {
+			at = has.GetPausedAt().AsTime()
+		}
+		row, err = s.Store.SandboxPaused(ctx, db.SandboxPausedParams{ID: sandbox, PausedAt: at, CameFrom: []string{string(was)}})
+	case onHostRunning:
+		if was == Running || was == Missing {
+			return row, true, nil // Whoever compares the host finds the missing.
+		}
+		row, err = s.Store.SandboxGoesOn(ctx, db.SandboxGoesOnParams{ID: sandbox, ExpiresAt: Expiry(has)})
+	case hostagentv1.SandboxState_SANDBOX_STATE_STOPPING:
+		return row, true, nil // Its end is on its way.
+	default:
+		return row, false, nil
+	}
+	if errors.Is(err, store.ErrNoRows) {
+		return row, false, nil
+	}
+	if err != nil {
+		return row, false, fmt.Errorf("write sandbox's state: %w", err)
+	}
+	s.changed(sandbox)
+	s.Log.Info("the host has the sandbox in another state", "sandbox_id", id.Format(id.Sandbox, sandbox), "was", was, "is", row.State)
+	return row, true, nil
+}

@@ -1,0 +1,158 @@
+package templates
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+
+	"connectrpc.com/connect"
+	"github.com/google/uuid"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/server/work"
+)
+
+// Delete removes a team's template, by name or id, and returns when its files
+// are gone. Sandboxes that started from it go on. It goes on when ctx ends
+// before, and again when a host was unreachable and is back.
+func (s *Service) Delete(ctx context.Context, team uuid.UUID, ref string) error {
+	if err := fault.Text("name", ref); err != nil {
+		return err
+	}
+	row, err := s.Find(ctx, team, ref)
+	if err != nil {
+		return err
+	}
+	if row.TeamID == uuid.Nil && team != uuid.Nil {
+		return fault.New(fault.PermissionDenied, "template %q is the platform's", row.Name)
+	}
+	return s.delete(ctx, row)
+}
+
+// DeleteAny is Delete for any team's, or the platform's.
+func (s *Service) DeleteAny(ctx context.Context, template uuid.UUID) error {
+	row, err := s.Store.GetTemplate(ctx, template)
+	if errors.Is(err, store.ErrNoRows) {
+		return fault.New(fault.NotFound, "no such template")
+	}
+	if err != nil {
+		return fmt.Errorf("look up template: %w", err)
+	}
+	return s.delete(ctx, row)
+}
+
+func (s *Service) delete(ctx context.Context, row db.Template) error {
+	switch {
+	case row.ID == uuid.Nil:
+		return fault.New(fault.PermissionDenied, "template %q is built in", row.Name)
+	case State(row.State) == Pending:
+		return fault.New(fault.Conflict, "template %q is being captured", row.Name)
+	}
+	return s.Remove(ctx, row)
+}
+
+// DeleteVersions is Delete for all versions of a name, if ref is no more than
+// that.
+func (s *Service) DeleteVersions(ctx context.Context, team uuid.UUID, ref string) error {
+	r, ok := ParseRef(ref)
+	if !ok || !r.Bare {
+		return s.Delete(ctx, team, ref)
+	}
+	rows, err := s.Store.ListVersions(ctx, db.ListVersionsParams{TeamID: team, Name: r.Name})
+	if err != nil {
+		return fmt.Errorf("list template's versions: %w", err)
+	}
+	if len(rows) == 0 {
+		return s.Delete(ctx, team, ref) // which says why not
+	}
+	for _, row := range rows {
+		if err := s.delete(ctx, row); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Remove is Delete for a template that is known and may be removed.
+func (s *Service) Remove(ctx context.Context, row db.Template) error {
+	end, err := s.begin(row.ID)
+	if err != nil {
+		return err
+	}
+	done := make(chan error, 1)
+	go func() {
+		defer end()
+		done <- s.Work.Guard(func() error { return s.remove(s.Work.Context(), row) })
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// remove writes that a template is to go, has every host that has it remove it,
+// and writes that. What fails on one host, or hangs, is done on the others.
+func (s *Service) remove(ctx context.Context, row db.Template) error {
+	log := s.Log.With("template_id", id.Format(id.Template, row.ID))
+	err := work.Persist(ctx, func(ctx context.Context) error {
+		_, err := s.Store.TemplateDeleting(ctx, db.TemplateDeletingParams{ID: row.ID, Worker: &s.Store.Server})
+		return err
+	})
+	if errors.Is(err, store.ErrNoRows) {
+		return nil // It is gone by now.
+	}
+	if err != nil {
+		return fmt.Errorf("mark template deleting: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, removeWithin)
+	defer cancel()
+	on, err := s.Store.ListTemplateHosts(ctx, row.ID)
+	if err != nil {
+		return fmt.Errorf("list template's hosts: %w", err)
+	}
+	var g errgroup.Group
+	g.SetLimit(removesAtOnce)
+	for _, h := range on {
+		g.Go(func() error {
+			return s.Work.Guard(func() error { return s.removeFrom(ctx, row, h, log) })
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	err = work.Persist(ctx, func(ctx context.Context) error { return s.Store.DropTemplate(ctx, row.ID) })
+	if err != nil {
+		return fmt.Errorf("write that template is gone: %w", err)
+	}
+	log.Info("template removed", "name", row.Name)
+	return nil
+}
+
+// removesAtOnce is from how many hosts a template is removed at once.
+const removesAtOnce = 16
+
+// removeFrom has one host remove a template and writes that.
+func (s *Service) removeFrom(ctx context.Context, row db.Template, from uuid.UUID, log *slog.Logger) error {
+	host, err := s.Hosts.Get(&from)
+	if err != nil {
+		return err
+	}
+	_, err = host.Agent.DeleteTemplate(ctx, connect.NewRequest(&hostagentv1.DeleteTemplateRequest{TeamId: id.Format(id.Team, row.TeamID), TemplateId: id.Format(id.Template, row.ID)}))
+	if err != nil && !(connect.IsWireError(err) && connect.CodeOf(err) == connect.CodeNotFound) {
+		log.Error("remove template", "host", host.URL, "error", err)
+		return hosts.Fault(err)
+	}
+	if err := s.Store.DropHostTemplates(ctx, db.DropHostTemplatesParams{HostID: from, Ids: []uuid.UUID{row.ID}}); err != nil {
+		return fmt.Errorf("write that host has no template: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,162 @@
+package templates
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/server/work"
+)
+
+// Config is what a Service works with.
+type Config struct {
+	Store     *store.Store
+	Hosts     *hosts.Registry
+	Sandboxes *sandboxes.Service
+	// Work runs what was asked for.
+	Work *work.Group
+	Log  *slog.Logger
+}
+
+const (
+	// captureWithin bounds a capture, which writes memory to disk.
+	captureWithin = 10 * time.Minute
+	// removeWithin bounds the removal of a template from all its hosts.
+	removeWithin = time.Minute
+	// shortCall bounds what the database is asked before a host is.
+	shortCall = 15 * time.Second
+	// lookAgain is how long another server's word is waited for before the table
+	// is looked at all the same, and replayWithin how long in all for a template
+	// that nobody is at work on.
+	lookAgain    = 2 * time.Second
+	replayWithin = 30 * time.Second
+)
+
+// Service is the life of every team's templates: how they are captured, imported
+// and removed.
+type Service struct {
+	*Catalog
+	Config
+
+	// mu guards the maps, and is held for no call of anything else. A template is
+	// marked before a sandbox's turn is taken, or in one, but marks wait for
+	// nothing.
+	mu sync.Mutex
+	// working counts what this server does to a template.
+	working map[uuid.UUID]int
+	// importing counts the images that it imports for each team.
+	importing map[uuid.UUID]int
+}
+
+// New returns the life of the templates of a catalog.
+func New(catalog *Catalog, c Config) *Service {
+	return &Service{Catalog: catalog, Config: c, working: make(map[uuid.UUID]int), importing: make(map[uuid.UUID]int)}
+}
+
+// begin marks a template as worked on until end. Call it before the template's
+// row is there, or the controller would take it for a dead server's.
+func (s *Service) begin(template uuid.UUID) (end func(), err error) {
+	over, err := s.Work.Begin()
+	if err != nil {
+		return nil, err
+	}
+	s.count(s.working, template, 1)
+	return func() {
+		s.count(s.working, template, -1)
+		over()
+	}, nil
+}
+
+// beginImport is begin for an import. It fails with conflict if the team has
+// maxImports of them already.
+func (s *Service) beginImport(team, template uuid.UUID) (end func(), err error) {
+	if s.count(s.importing, team, 1) > maxImports {
+		s.count(s.importing, team, -1)
+		return nil, fault.New(fault.Conflict, "the team imports %d images at this moment: wait for one of them", maxImports)
+	}
+	over, err := s.begin(template)
+	if err != nil {
+		s.count(s.importing, team, -1)
+		return nil, err
+	}
+	return func() {
+		s.count(s.importing, team, -1)
+		over()
+	}, nil
+}
+
+// count adds to a count, which is there while it is not 0, and returns it.
+func (s *Service) count(counts map[uuid.UUID]int, of uuid.UUID, n int) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	counts[of] += n
+	if counts[of] == 0 {
+		delete(counts, of)
+	}
+	return counts[of]
+}
+
+// Busy says whether this server makes or removes the template.
+func (s *Service) Busy(template uuid.UUID) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.working[template] > 0
+}
+
+// Made writes that a pending template, which nobody works on any more, is there
+// after all. It is for package reconcile, as Finish is.
+func (s *Service) Made(ctx context.Context, row db.Template, has *hostagentv1.Template) error {
+	var err error
+	if isImport(row) {
+		_, err = s.imported(ctx, row.ID, has)
+	} else {
+		_, err = s.Store.TemplateReady(ctx, Measured(row.ID, has))
+	}
+	if err != nil && !errors.Is(err, store.ErrNoRows) {
+		return fmt.Errorf("mark template ready: %w", err)
+	}
+	return nil
+}
+
+// Finish goes on with what an earlier server, or one that lost the host, began
+// with a template: it captures or removes it once more, which changes nothing if
+// it was done, or gives an import up.
+func (s *Service) Finish(ctx context.Context, row db.Template) error {
+	end, err := s.begin(row.ID)
+	if err != nil {
+		return err
+	}
+	defer end()
+	if State(row.State) == Deleting {
+		return s.remove(ctx, row)
+	}
+	if isImport(row) {
+		// It was broken off; what it was made from is not written down.
+		return s.importFails(ctx, row, "the server or the host that was at it went away", row.CreatedAt, true)
+	}
+	err = s.Sandboxes.Alone(ctx, *row.CapturedFrom, func() error {
+		is, err := s.Store.GetTemplate(s.Work.Context(), row.ID)
+		if errors.Is(err, store.ErrNoRows) || err == nil && is.State != row.State {
+			return nil // Somebody else finished it.
+		}
+		if err == nil {
+			_, err = s.capture(is)
+		}
+		return err
+	})
+	if errors.Is(err, sandboxes.ErrMoved) {
+		return nil // It is something else's turn; this comes up again.
+	}
+	return err
+}
