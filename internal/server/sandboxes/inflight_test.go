@@ -13,20 +13,18 @@ import (
 	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/work"
 )
-
-// hang bounds what a test waits for; it is only reached by what hangs.
-const hang = time.Minute
 
 // newBoxes returns a service that has boxes, and no database or hosts.
 func newBoxes(t *testing.T) *Service {
 	log := slog.New(slog.DiscardHandler)
 	jobs := work.New(log)
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), hang)
+		ctx, cancel := context.WithTimeout(context.Background(), await.Hang)
 		defer cancel()
 		jobs.Close(ctx)
 	})
@@ -85,12 +83,7 @@ func TestTurn(t *testing.T) {
 			}
 		})
 	}
-	// All of them wait: the service counts its callers that do.
-	for deadline := time.Now().Add(hang); gauge(t, s) < 30; time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("they do not wait")
-		}
-	}
+	await.Until(t, "all of them wait", func() bool { return testutil.ToFloat64(s.metrics.waiting) == 30 })
 	close(let)
 	wg.Wait()
 	if n := ran.Load(); n != 1 {
@@ -124,8 +117,7 @@ func TestBoxesStress(t *testing.T) {
 	for i := range sandboxes {
 		sandboxes[i] = uuid.New()
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), hang)
-	defer cancel()
+	ctx := await.Context(t)
 	var wg sync.WaitGroup
 	for worker := range uint64(8) {
 		wg.Go(func() {
@@ -193,14 +185,13 @@ func TestBoxesStress(t *testing.T) {
 func TestUntil(t *testing.T) {
 	s := newBoxes(t)
 	sandbox := uuid.New()
-	ctx, cancel := context.WithTimeout(t.Context(), hang)
-	defer cancel()
+	ctx := await.Context(t)
 	looked := make(chan struct{})
 	done := make(chan error, 1)
 	var is atomic.Bool
 	go func() {
 		first := true
-		done <- s.Until(ctx, sandbox, 10*hang, func() (bool, error) {
+		done <- s.Until(ctx, sandbox, 10*await.Hang, func() (bool, error) {
 			if first {
 				first = false
 				close(looked)
@@ -215,16 +206,10 @@ func TestUntil(t *testing.T) {
 		t.Errorf("it was told, and %v", err)
 	}
 	no := errors.New("no")
-	if err := s.Until(ctx, sandbox, hang, func() (bool, error) { return false, no }); !errors.Is(err, no) {
+	if err := s.Until(ctx, sandbox, await.Hang, func() (bool, error) { return false, no }); !errors.Is(err, no) {
 		t.Errorf("a look that fails: %v", err)
 	}
 	if n := s.kept(); n != 0 {
 		t.Errorf("%d boxes are kept", n)
 	}
-}
-
-// gauge is how many callers wait for another's turn.
-func gauge(t *testing.T, s *Service) int {
-	t.Helper()
-	return int(testutil.ToFloat64(s.metrics.waiting))
 }
