@@ -2,6 +2,7 @@ package up
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/url"
 	"os"
@@ -14,6 +15,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/redis/go-redis/v9"
 
+	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/programs"
 )
@@ -79,7 +81,8 @@ func newPostgres(ctx context.Context, dir layout.Dir) (*postgres, error) {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("make PostgreSQL's cluster: %w: %s", err, out)
 	}
-	if err := os.Rename(tmp, p.data()); err != nil {
+	// Synced, so that no later start takes for cut short what was in use.
+	if err := errors.Join(os.Rename(tmp, p.data()), atomicfile.Sync(p.dir)); err != nil {
 		return nil, fmt.Errorf("make PostgreSQL's cluster: %w", err)
 	}
 	return p, nil

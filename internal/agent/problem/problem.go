@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 )
 
 // Kind says what is wrong. Its text stays the same between releases.
@@ -159,10 +161,7 @@ func (l *List) write() error {
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(l.path+".tmp", b, 0o644); err != nil {
-		return err
-	}
-	return os.Rename(l.path+".tmp", l.path)
+	return atomicfile.WriteNoSync(l.path, b, 0o644)
 }
 
 // Read returns the problems of the list that an agent keeps at path, or none
