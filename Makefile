@@ -6,7 +6,9 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 
 GOFUMPT     := mvdan.cc/gofumpt@v0.12.0
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
-SPECTRAL    := @stoplight/spectral-cli@6.16.3
+# Node.js and Python packages: each folder has its lock file.
+LINTERS  := .ci/lint/node_modules/.package-lock.json
+PACKAGES := test/browser/node_modules/.package-lock.json test/clients/node_modules/.package-lock.json .cache/python/ready
 
 # Distribution packages: what Wrenn runs with (a test compares them with the table
 # in internal/programs), and what its tests need besides.
@@ -19,7 +21,7 @@ GO_PACKAGES := ./...
 # Where .ci/go puts a toolchain when the machine has none that will do.
 export PATH := $(CURDIR)/.cache/go/bin:$(PATH)
 
-.PHONY: go build run deps npm test-deps lint test bench generate
+.PHONY: go build run deps npm python test-deps lint test bench generate
 
 go:
 	@.ci/go .cache/go
@@ -46,16 +48,29 @@ deps:
 npm:
 	@command -v npm >/dev/null || .ci/packages npm
 
-test-deps: deps npm
-	@.ci/packages $(TEST_PACKAGES)
-	@npm ci --no-audit --no-fund --loglevel=error --prefix test/browser --cache .cache/npm >/dev/null
+%/node_modules/.package-lock.json: %/package-lock.json | npm
+	@npm ci --no-audit --no-fund --loglevel=error --prefix $* --cache .cache/npm >/dev/null
+	@touch $@
 
-lint: go npm
+python:
+	@.ci/packages python3-venv
+
+.cache/python/ready: test/fuzz/requirements.txt | python
+	@rm -rf .cache/python
+	@/usr/bin/python3 -m venv .cache/python
+	@.cache/python/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@
+
+test-deps: deps $(PACKAGES)
+	@.ci/packages $(TEST_PACKAGES)
+
+lint: go $(LINTERS)
 	@out=$$(go run $(GOFUMPT) -l $$(git ls-files '*.go' | grep -v '^internal/gen/')); \
 		if [ -n "$$out" ]; then echo "not gofumpt'd:"; echo "$$out"; exit 1; fi
 	go vet $(GO_PACKAGES)
 	go run $(STATICCHECK) $$(go list $(GO_PACKAGES) | grep -v /internal/gen/)
-	npm exec --yes --cache .cache/npm $(SPECTRAL) -- lint --fail-severity=warn --ruleset api/spectral.yaml api/openapi.yaml
+	.ci/lint/node_modules/.bin/spectral lint --fail-severity=warn --ruleset api/spectral.yaml api/openapi.yaml
+	REDOCLY_TELEMETRY=off REDOCLY_SUPPRESS_UPDATE_NOTICE=true .ci/lint/node_modules/.bin/redocly lint --config api/redocly.yaml api/openapi.yaml
 
 # WRENN_SLOW=1 runs what takes longer than all the rest together, too.
 test: export WRENN_SLOW ?=
