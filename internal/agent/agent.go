@@ -81,6 +81,8 @@ type Agent struct {
 	log       *slog.Logger
 	lock      *os.File
 	problems  *problem.List
+	guarding  sync.WaitGroup
+	unguard   context.CancelFunc
 	driver    vmm.Driver
 	journal   *journal.Journal
 	pool      *network.Pool
@@ -183,6 +185,11 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 	if err != nil {
 		return nil, err
 	}
+	guard, unguard := context.WithCancel(context.WithoutCancel(ctx))
+	a.unguard = unguard
+	if err := a.guardHost(guard); err != nil {
+		return nil, err
+	}
 	a.proxy = proxy.New(a.sandboxes.Use, a.log)
 	a.metrics.watch(a)
 	a.handler = a.routes()
@@ -270,6 +277,10 @@ func (a *Agent) close() error {
 	defer cancel()
 	var errs []error
 	var slots []int
+	if a.unguard != nil {
+		a.unguard()
+		a.guarding.Wait()
+	}
 	if a.sandboxes != nil {
 		var err error
 		slots, err = a.sandboxes.Close(ctx)

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -315,6 +316,54 @@ func (g Group) removeDirs() error {
 	}
 	return errors.Join(errs...)
 }
+
+// Confine puts a process into the group if it is not in it any more, and makes
+// the group with the limits if it is gone. It says whether it had to.
+func (g Group) Confine(pid int, l Limits) (repaired bool, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("put process %d back into control group: %w", pid, err)
+		}
+	}()
+	in, err := g.has(pid)
+	if err != nil || in {
+		return false, err
+	}
+	for _, dir := range g.dirs() {
+		if err := mkdir(dir); err != nil && !errors.Is(err, fs.ErrExist) {
+			return false, err
+		}
+	}
+	if err := g.limit(l); err != nil {
+		return false, err
+	}
+	for _, dir := range g.dirs() {
+		if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0); err != nil {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+// has tells whether a process is in the group, in each hierarchy.
+func (g Group) has(pid int) (bool, error) {
+	for _, dir := range g.dirs() {
+		b, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+		if errors.Is(err, fs.ErrNotExist) {
+			return false, nil
+		}
+		if err != nil {
+			return false, err
+		}
+		if !slices.Contains(strings.Fields(string(b)), strconv.Itoa(pid)) {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// Folders are the folders that groups appear and go in.
+func Folders() []string { return Group{}.dirs() }
 
 // RemoveParent removes the group that all of Wrenn's lie in, unless one is
 // left in it.

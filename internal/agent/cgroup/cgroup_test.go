@@ -1,12 +1,16 @@
 package cgroup
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
+	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 )
@@ -153,4 +157,64 @@ func TestParentGoesWhileGroupsAreMade(t *testing.T) {
 	}
 	close(stop)
 	<-removed
+}
+
+// TestConfine has other software move a process out of its group, and remove
+// that.
+func TestConfine(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	if err := Available(); err != nil {
+		t.Skip(err)
+	}
+	limits := Limits{MemoryBytes: 64 << 20, PIDs: 8}
+	g, err := Create(fmt.Sprintf("test-confine-%d", os.Getpid()), limits)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("sleep", "1000")
+	start(t, g, cmd)
+	t.Cleanup(func() {
+		if err := g.Destroy(context.Background()); err != nil {
+			t.Error(err)
+		}
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	pid := cmd.Process.Pid
+	confine := func(want bool) {
+		t.Helper()
+		repaired, err := g.Confine(pid, limits)
+		if err != nil || repaired != want {
+			t.Errorf("repaired: %v, want %v; %v", repaired, want, err)
+		}
+		if in, err := g.has(pid); err != nil || !in {
+			t.Errorf("in the group: %v, %v", in, err)
+		}
+	}
+	confine(false)
+	moveOut := func() {
+		for _, dir := range g.dirs() {
+			out := filepath.Dir(filepath.Dir(dir))
+			if err := os.WriteFile(filepath.Join(out, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	moveOut()
+	confine(true)
+	confine(false)
+	moveOut()
+	if err := g.removeDirs(); err != nil {
+		t.Fatal(err)
+	}
+	confine(true)
+	name := filepath.Join(g.dirs()[0], "memory.max")
+	if !v2() {
+		name = filepath.Join(g.dirs()[0], "memory.limit_in_bytes")
+	}
+	if b, err := os.ReadFile(name); err != nil || strings.TrimSpace(string(b)) != strconv.FormatInt(limits.MemoryBytes, 10) {
+		t.Errorf("the group that was made again allows %s bytes, %v", b, err)
+	}
 }

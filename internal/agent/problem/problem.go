@@ -42,6 +42,9 @@ var (
 	Forwarding = kind("forwarding", "the host does not forward IPv4")
 	// Slot reports a network slot that could not be repaired or removed.
 	Slot = kind("slot", "a network slot could not be repaired or removed")
+	// Cgroup reports a machine that is out of its control group, and so of its
+	// bounds, and could not be put back.
+	Cgroup = kind("cgroup", "a machine is out of its control group and could not be put back")
 	// Files reports files of a running agent that were removed and could not be
 	// restored.
 	Files = kind("files", "files of the running agent were removed and could not be restored")

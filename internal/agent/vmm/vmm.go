@@ -120,6 +120,15 @@ type VM interface {
 	Kill(ctx context.Context) error
 }
 
+// Confiner is implemented by drivers that bound what a machine's process takes
+// of the host in a way that other software on the host could undo.
+type Confiner interface {
+	// Confine puts the process of a machine that runs back into its bounds, and
+	// says whether it was out of them. A process that has ended is no error. Of
+	// the spec it needs VCPUs and MemoryMiB.
+	Confine(st State, s Spec) (repaired bool, err error)
+}
+
 // State identifies a virtual machine across restarts of the agent. It is kept
 // as JSON.
 type State struct {

@@ -168,7 +168,7 @@ func (m *machine) Console(ctx context.Context) ([]byte, error) {
 
 // Kill implements vmm.VM.
 func (m *machine) Kill(ctx context.Context) error {
-	if err := m.group.Destroy(ctx); err != nil {
+	if err := end(ctx, m.state, m.state.BootID); err != nil {
 		return fmt.Errorf("kill QEMU: %w", err)
 	}
 	select {
@@ -185,7 +185,7 @@ func (m *machine) Kill(ctx context.Context) error {
 // Attach implements vmm.Driver.
 func (d *Driver) Attach(ctx context.Context, st vmm.State) (_ vmm.VM, err error) {
 	fail := func(err error) (vmm.VM, error) { return nil, fmt.Errorf("attach to QEMU: %w", err) }
-	pidfd, err := d.open(st)
+	pidfd, err := openProcess(st, d.bootID)
 	if err != nil {
 		return fail(err)
 	}
@@ -217,9 +217,9 @@ func (d *Driver) Attach(ctx context.Context, st vmm.State) (_ vmm.VM, err error)
 	return m, nil
 }
 
-// open returns a descriptor of the process that st names, or ErrGone.
-func (d *Driver) open(st vmm.State) (*os.File, error) {
-	if st.BootID != d.bootID || st.PID <= 1 {
+// openProcess returns a descriptor of the process that st names, or ErrGone.
+func openProcess(st vmm.State, bootID string) (*os.File, error) {
+	if st.BootID != bootID || st.PID <= 1 {
 		return nil, vmm.ErrGone
 	}
 	fd, err := unix.PidfdOpen(st.PID, unix.PIDFD_NONBLOCK)
@@ -252,9 +252,59 @@ func awaitEnd(pidfd *os.File) error {
 
 // Reap implements vmm.Driver.
 func (d *Driver) Reap(ctx context.Context, st vmm.State) error {
-	// All that QEMU may have started is in the group, and nothing else is.
-	if err := (cgroup.Group{Name: st.ID.String()}).Destroy(ctx); err != nil {
+	if err := end(ctx, st, d.bootID); err != nil {
 		return fmt.Errorf("reap QEMU: %w", err)
 	}
 	return removeSocket(st.Socket)
+}
+
+// end kills the process that st names, and all that is in its group: an agent
+// that was killed may not have recorded the one, and other software may have
+// moved it out of the other.
+func end(ctx context.Context, st vmm.State, bootID string) error {
+	pidfd, err := openProcess(st, bootID)
+	if err == nil {
+		defer pidfd.Close()
+		err = unix.PidfdSendSignal(int(pidfd.Fd()), unix.SIGKILL, nil, 0)
+		if errors.Is(err, unix.ESRCH) {
+			err = nil
+		}
+	} else if errors.Is(err, vmm.ErrGone) {
+		pidfd, err = nil, nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := (cgroup.Group{Name: st.ID.String()}).Destroy(ctx); err != nil {
+		return err
+	}
+	if pidfd == nil {
+		return nil
+	}
+	stop := context.AfterFunc(ctx, func() { _ = pidfd.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	if err := awaitEnd(pidfd); err != nil {
+		return errors.Join(err, ctx.Err())
+	}
+	return nil
+}
+
+// Confine implements [vmm.Confiner].
+func (d *Driver) Confine(st vmm.State, s vmm.Spec) (repaired bool, err error) {
+	pidfd, err := openProcess(st, d.bootID)
+	if errors.Is(err, vmm.ErrGone) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("confine QEMU: %w", err)
+	}
+	defer pidfd.Close() // the pid is of no other process until then, even after its end
+	repaired, err = cgroup.Group{Name: st.ID.String()}.Confine(st.PID, d.limits(s))
+	if err != nil {
+		if n, pollErr := unix.Poll([]unix.PollFd{{Fd: int32(pidfd.Fd()), Events: unix.POLLIN}}, 0); pollErr == nil && n > 0 {
+			return false, nil // it has ended
+		}
+		return false, fmt.Errorf("confine QEMU: %w", err)
+	}
+	return repaired, nil
 }

@@ -1,0 +1,134 @@
+package agent_test
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
+	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
+	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+// TestSharedHost has other software do to a host, with a real machine on it, what
+// breaks most. internal/agent/network tests the network in more ways.
+func TestSharedHost(t *testing.T) {
+	h := newHost(t)
+	sandbox := h.create(t, request())
+	works := func(when string) {
+		t.Helper()
+		if got := h.exec(t, sandbox, sh("echo works"), nil); string(got.GetStdout()) != "works\n" {
+			t.Errorf("%s: %v", when, got)
+		}
+	}
+	run := func(args ...string) {
+		t.Helper()
+		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v\n%s", args, err, out)
+		}
+	}
+	await := func(what string, cond func() error) {
+		t.Helper()
+		var err error
+		for deadline := time.Now().Add(90 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+			if err = cond(); err == nil {
+				return
+			}
+		}
+		t.Errorf("%s: %v", what, err)
+	}
+
+	run("ip", "netns", "add", "x")
+	t.Cleanup(func() {
+		_ = unix.Unmount(layout.OldNamespaces, unix.MNT_DETACH)
+		_ = os.RemoveAll(layout.OldNamespaces)
+	})
+	run("ip", "netns", "exec", "x", "true")
+	works("with a named namespace of somebody else's")
+	run("nft", "flush", "ruleset")
+	await("the firewall's rules", func() error {
+		out, err := exec.Command("nft", "list", "table", "inet", "wrenn").CombinedOutput()
+		if err == nil && !strings.Contains(string(out), "masquerade") {
+			err = errors.New(string(out))
+		}
+		return err
+	})
+	works("after the firewall was flushed")
+
+	// Detaching all loop devices (losetup -D) is of no concern: none is used.
+	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	if err != nil {
+		t.Error(err)
+	}
+	for _, f := range files {
+		if strings.HasPrefix(read(f), string(h.Dir)) {
+			t.Errorf("a loop device has %s", read(f))
+		}
+	}
+
+	pid := agenttest.QEMU(sandbox)
+	inGroup := func() error {
+		if b := read(fmt.Sprintf("/proc/%d/cgroup", pid)); strings.Count(b, "/wrenn/") < len(cgroup.Folders()) {
+			return fmt.Errorf("it is in %s", b)
+		}
+		return nil
+	}
+	if err := inGroup(); err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range cgroup.Folders() {
+		if err := os.WriteFile(dir+"/../cgroup.procs", []byte(strconv.Itoa(pid)), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	await("the control group", inGroup)
+	works("after its machine was moved out of its control group")
+
+	if err := os.Remove(h.Dir.AgentLock()); err != nil {
+		t.Fatal(err)
+	}
+	await("the agent's lock", func() error {
+		second := exec.Command("/proc/self/exe")
+		second.Env = h.Cmd.Env
+		if _, err := os.Stat(h.Dir.AgentLock()); err != nil {
+			return err
+		}
+		if out, err := second.CombinedOutput(); err == nil || !strings.Contains(string(out), "another host agent") {
+			return fmt.Errorf("a second agent: %v %s", err, out)
+		}
+		return nil
+	})
+
+	// No agent runs while /run is cleaned.
+	h.Kill(t, syscall.SIGKILL)
+	run("umount", "-l", layout.Namespaces())
+	if err := os.RemoveAll(layout.Machine); err != nil {
+		t.Fatal(err)
+	}
+	h.Start(t)
+	works("after /run was cleaned while no agent ran")
+	if agenttest.QEMU(sandbox) != pid {
+		t.Error("it is another machine")
+	}
+	run("ip", "netns", "del", "x")
+	await("no problem is left", func() error {
+		m, err := h.Host(t.Context(), connect.NewRequest(&pb.HostRequest{}))
+		if err == nil && len(m.Msg.GetProblems()) > 0 {
+			err = fmt.Errorf("%v", m.Msg.GetProblems())
+		}
+		return err
+	})
+	h.destroy(t, sandbox)
+	h.gone(t, sandbox)
+}

@@ -1,0 +1,85 @@
+package qemu
+
+import (
+	"context"
+	"os"
+	"os/exec"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+)
+
+// TestEndOutOfGroup has other software move a machine's process out of its
+// group: it is ended all the same, and no other process is.
+func TestEndOutOfGroup(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	if err := cgroup.Available(); err != nil {
+		t.Skip(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	cmd := exec.Command("sleep", "1000")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	defer func() { _ = cmd.Process.Kill() }()
+	started, err := startTime(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	st := vmm.State{ID: uuid.New(), PID: cmd.Process.Pid, StartTime: started + 1, BootID: "boot"}
+	d := &Driver{bootID: "boot", accel: TCG}
+	if err := end(ctx, st, "boot"); err != nil {
+		t.Error(err)
+	}
+	if repaired, err := d.Confine(st, vmm.Spec{VCPUs: 1, MemoryMiB: 64}); err != nil || repaired {
+		t.Errorf("another process of the same number was confined: %v, %v", repaired, err)
+	}
+	select {
+	case err := <-ended:
+		t.Fatalf("another process of the same number was ended: %v", err)
+	default:
+	}
+
+	st.StartTime = started
+	g := cgroup.Group{Name: st.ID.String()}
+	if repaired, err := d.Confine(st, vmm.Spec{VCPUs: 1, MemoryMiB: 64}); err != nil || !repaired {
+		t.Errorf("a process that is in no group: %v, %v", repaired, err)
+	}
+	if _, err := g.Memory(); err != nil {
+		t.Error(err)
+	}
+	// Out again, by its number alone.
+	if err := moveToRoot(cmd.Process.Pid); err != nil {
+		t.Fatal(err)
+	}
+	if err := end(ctx, st, "boot"); err != nil {
+		t.Fatal(err)
+	}
+	<-ended
+	if _, err := g.Memory(); err == nil {
+		t.Error("its group is left")
+	}
+	if repaired, err := d.Confine(st, vmm.Spec{VCPUs: 1, MemoryMiB: 64}); err != nil || repaired {
+		t.Errorf("a process that has ended was confined: %v, %v", repaired, err)
+	}
+}
+
+// moveToRoot moves a process to the root of each hierarchy.
+func moveToRoot(pid int) error {
+	for _, dir := range cgroup.Folders() {
+		if err := os.WriteFile(dir+"/../cgroup.procs", []byte(strconv.Itoa(pid)), 0); err != nil {
+			return err
+		}
+	}
+	return nil
+}
