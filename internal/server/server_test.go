@@ -15,6 +15,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -934,6 +935,99 @@ func TestDatabaseRestarts(t *testing.T) {
 		return r.Status == 200 && r.str("end_reason") == "expired"
 	})
 	p.create(map[string]any{})
+}
+
+// TestDatabaseFailsOver has a standby take the primary's place.
+func TestDatabaseFailsOver(t *testing.T) {
+	p := newPlane(t)
+	sandbox := p.create(map[string]any{})
+	c := pgtest.Shared(t)
+	standby := c.Standby(t)
+	p.end()
+	u, err := url.Parse(p.config.DatabaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.config.DatabaseURL = c.URL(strings.TrimPrefix(u.Path, "/"), standby)
+	p.start()
+	other := p.create(map[string]any{})
+	p.agent.happened(hostagentv1.Event_KIND_EXPIRED, sandbox, "")
+	c.Stop() // what was acknowledged is on the standby
+	t.Cleanup(func() {
+		if err := c.Start(); err != nil {
+			t.Error(err)
+		}
+	})
+	p.call("GET", "/v1/sandboxes/"+other, nil).fails(503, "unavailable")
+	standby.Do(t, "SELECT pg_promote()")
+	p.eventually("the new primary is found", func() bool {
+		r := p.call("GET", "/v1/sandboxes/"+other, nil)
+		return r.Status == 200 && r.str("state") == "running"
+	})
+	p.eventually("what happened meanwhile is written down", func() bool {
+		r := p.call("GET", "/v1/sandboxes/"+sandbox, nil)
+		return r.Status == 200 && r.str("end_reason") == "expired"
+	})
+	p.create(map[string]any{})
+	p.end() // before the database that it is on goes
+}
+
+// TestDatabaseTakesNoChanges has the primary become one that only reads, as it is
+// after it lost its place, while connections to it stay open.
+func TestDatabaseTakesNoChanges(t *testing.T) {
+	p := newPlane(t)
+	p.create(map[string]any{})
+	c := pgtest.Shared(t)
+	conn := pgtest.Connect(t, c.URL("postgres"))
+	set := func(to string) {
+		for _, s := range []string{"SET default_transaction_read_only = off", "ALTER SYSTEM SET default_transaction_read_only = " + to, "SELECT pg_reload_conf()"} {
+			if _, err := conn.Exec(context.Background(), s); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	defer set("off")
+	set("on")
+	p.eventually("changes are refused for now", func() bool {
+		r, err := p.try("POST", "/v1/sandboxes", map[string]any{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r.Status != 201 && r.Status != 503 {
+			t.Errorf("a change is answered %d: %s", r.Status, r.Body)
+		}
+		return r.Status == 503
+	})
+	set("off")
+	p.eventually("changes are taken again", func() bool {
+		r, err := p.try("POST", "/v1/sandboxes", map[string]any{})
+		return err == nil && r.Status == 201
+	})
+}
+
+// TestRedisFlushed has Redis forget all that it knows while a server works.
+func TestRedisFlushed(t *testing.T) {
+	p := newPlane(t)
+	q := p.second()
+	flush := func() {
+		if out, err := exec.Command("redis-cli", "-s", strings.TrimPrefix(p.redis.url, "unix://"), "FLUSHALL").CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	sandbox := p.create(map[string]any{})
+	flush()
+	if r := q.call("GET", "/v1/sandboxes/"+sandbox, nil).want(200); r.str("state") != "running" {
+		t.Errorf("sandbox is %s", r.str("state"))
+	}
+	p.call("DELETE", "/v1/sandboxes/"+sandbox, nil).want(204)
+	flush()
+	q.eventually("the other server knows of the end", func() bool {
+		return q.call("GET", "/v1/sandboxes/"+sandbox, nil).str("state") == "stopped"
+	})
+	p.create(map[string]any{})
+	if h := p.call("GET", "/health", nil).want(200).object(); h["status"] != "ok" {
+		t.Errorf("health: %v", h)
+	}
 }
 
 func TestRedisDown(t *testing.T) {

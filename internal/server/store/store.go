@@ -58,6 +58,14 @@ func Open(ctx context.Context, url string) (*Store, error) {
 		cfg.MaxConns = connections
 	}
 	cfg.ConnConfig.ConnectTimeout = 5 * time.Second
+	// After a failover, connections to what was the primary may still be there.
+	if cfg.ConnConfig.ValidateConnect == nil {
+		cfg.ConnConfig.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
+	}
+	stays := cfg.ConnConfig.OnPgError
+	cfg.ConnConfig.OnPgError = func(c *pgconn.PgConn, err *pgconn.PgError) bool {
+		return err.Code != readOnly && stays(c, err)
+	}
 	server := uuid.New()
 	cfg.ConnConfig.RuntimeParams["wrenn.server"] = server.String()
 	pool, err := pgxpool.NewWithConfig(ctx, cfg)
@@ -196,8 +204,11 @@ func (s *Store) Lease(ctx context.Context, name string, d time.Duration) (bool, 
 // ErrNoRows is what a query for one row returns, wrapped, when there is none.
 var ErrNoRows = pgx.ErrNoRows
 
-// Unreachable says whether err means that the database does not answer, so
-// that the same may work later.
+// readOnly is PostgreSQL's code for a change that a standby refuses.
+const readOnly = "25006"
+
+// Unreachable says whether err means that the database does not answer, or does
+// not take changes because it is a standby, so that the same may work later.
 func Unreachable(err error) bool {
 	var connect *pgconn.ConnectError
 	var network *net.OpError
@@ -206,7 +217,7 @@ func Unreachable(err error) bool {
 	}
 	var pg *pgconn.PgError
 	// 08: connection failures; 53: out of connections; 57P: shutting down, starting up.
-	return errors.As(err, &pg) && (strings.HasPrefix(pg.Code, "08") || strings.HasPrefix(pg.Code, "53") || strings.HasPrefix(pg.Code, "57P")) ||
+	return errors.As(err, &pg) && (strings.HasPrefix(pg.Code, "08") || strings.HasPrefix(pg.Code, "53") || strings.HasPrefix(pg.Code, "57P") || pg.Code == readOnly) ||
 		err != nil && strings.Contains(err.Error(), "unexpected EOF")
 }
 

@@ -117,9 +117,49 @@ func Shared(t testing.TB) *Cluster {
 	return shared.cluster
 }
 
-// URL returns the URL of a database of the cluster.
-func (c *Cluster) URL(database string) string {
-	return "postgres:///" + database + "?user=postgres&host=" + url.QueryEscape(c.dir)
+// URL returns the URL of a database of the cluster, or where that is not to be
+// reached or takes no changes, of one of its standbys.
+func (c *Cluster) URL(database string, standbys ...*Cluster) string {
+	hosts := []string{c.dir}
+	for _, s := range standbys {
+		hosts = append(hosts, s.dir)
+	}
+	return "postgres:///" + database + "?user=postgres&host=" + url.QueryEscape(strings.Join(hosts, ","))
+}
+
+// Standby starts a standby of the cluster, which ends with the test.
+func (c *Cluster) Standby(t testing.TB) *Cluster {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "wrenn-pgtest-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	s := &Cluster{dir: dir, bin: c.bin, cred: c.cred}
+	if err := os.Chown(dir, int(c.cred.Credential.Uid), int(c.cred.Credential.Gid)); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(filepath.Join(c.bin, "pg_basebackup"), "-h", c.dir, "-U", "postgres", "-D", filepath.Join(dir, "data"), "-R", "-X", "stream", "-c", "fast", "--no-sync")
+	cmd.Dir, cmd.SysProcAttr = dir, &syscall.SysProcAttr{Credential: c.cred.Credential}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("pg_basebackup: %v\n%s", err, out)
+	}
+	if err := s.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Stop)
+	return s
+}
+
+// Do runs statements on the cluster.
+func (c *Cluster) Do(t testing.TB, statements ...string) {
+	t.Helper()
+	conn := Connect(t, c.URL("postgres"))
+	for _, s := range statements {
+		if _, err := conn.Exec(context.Background(), s); err != nil {
+			t.Fatalf("%s: %v", s, err)
+		}
+	}
 }
 
 func create() (*Cluster, error) {
@@ -179,7 +219,7 @@ func (c *Cluster) Start() error {
 		ready := false
 		for !ready && lines.Scan() {
 			fmt.Fprintln(&said, lines.Text())
-			ready = strings.Contains(lines.Text(), "ready to accept connections")
+			ready = strings.Contains(lines.Text(), "ready to accept connections") || strings.Contains(lines.Text(), "ready to accept read-only connections")
 		}
 		if ready {
 			started <- nil
