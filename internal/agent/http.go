@@ -4,7 +4,10 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
+	"errors"
+	"fmt"
 	"net/http"
+	"runtime/debug"
 	"strings"
 	"time"
 
@@ -12,6 +15,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/proxy"
+	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
 )
 
@@ -22,11 +26,7 @@ const maxMessage = 40 << 20
 // routes is the agent's whole interface. Everything but /health needs the token.
 func (a *Agent) routes() http.Handler {
 	rpc := http.NewServeMux()
-	rpc.Handle(hostagentv1connect.NewHostAgentHandler(&service{Agent: a},
-		connect.WithReadMaxBytes(maxMessage),
-		// Both ends are near each other: compressing costs more than it saves.
-		connect.WithCompressMinBytes(1<<30),
-	))
+	rpc.Handle(hostagentv1connect.NewHostAgentHandler(&service{Agent: a}, a.options()...))
 	rpc.Handle("GET /metrics", promhttp.HandlerFor(a.metrics.registry, promhttp.HandlerOpts{}))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/health" {
@@ -46,6 +46,65 @@ func (a *Agent) routes() http.Handler {
 		ctx := context.WithValue(r.Context(), controllerKey{}, http.NewResponseController(w))
 		rpc.ServeHTTP(w, r.WithContext(ctx))
 	})
+}
+
+// options are how the RPCs are served.
+func (a *Agent) options() []connect.HandlerOption {
+	return []connect.HandlerOption{
+		connect.WithReadMaxBytes(maxMessage),
+		connect.WithInterceptors(shown{a}),
+		connect.WithRecover(a.recovered),
+		// Both ends are near each other: compressing costs more than it saves.
+		connect.WithCompressMinBytes(1 << 30),
+	}
+}
+
+// shown lets errors out only with a text for clients, and logs what it hides.
+type shown struct{ *Agent }
+
+func (s shown) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
+	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+		resp, err := next(ctx, req)
+		return resp, s.show(ctx, req.Spec().Procedure, err)
+	}
+}
+
+func (s shown) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
+	return next
+}
+
+func (s shown) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
+	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
+		return s.show(ctx, conn.Spec().Procedure, next(ctx, conn))
+	}
+}
+
+func (s shown) show(ctx context.Context, procedure string, err error) error {
+	if err == nil {
+		return nil
+	}
+	var ce *connect.Error
+	if !errors.As(err, &ce) {
+		code := connect.CodeUnknown
+		switch {
+		case errors.Is(err, context.Canceled):
+			code = connect.CodeCanceled
+		case errors.Is(err, context.DeadlineExceeded):
+			code = connect.CodeDeadlineExceeded
+		}
+		ce = connect.NewError(code, err)
+	}
+	out, hid := told.Shown(ce)
+	if hid {
+		s.log.WarnContext(ctx, "request failed", "procedure", procedure, "code", ce.Code(), "told", out.Message(), "error", err)
+	}
+	return out
+}
+
+// recovered is what a caller is told of a panic.
+func (a *Agent) recovered(ctx context.Context, spec connect.Spec, _ http.Header, v any) error {
+	a.log.ErrorContext(ctx, "panic", "procedure", spec.Procedure, "value", fmt.Sprint(v), "stack", string(debug.Stack()))
+	return connect.NewError(connect.CodeInternal, told.New("the host failed"))
 }
 
 func (a *Agent) allowed(r *http.Request) bool {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,6 +21,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci"
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
+	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
@@ -45,7 +47,7 @@ type importing struct {
 }
 
 // errRemoved ends the import of a template that is removed.
-var errRemoved = connect.NewError(connect.CodeAborted, errors.New("the template was removed while it was made"))
+var errRemoved = connect.NewError(connect.CodeAborted, told.New("the template was removed while it was made"))
 
 // end breaks off whoever makes the template, and waits until nothing of that
 // is under way.
@@ -279,9 +281,21 @@ func blame(registry bool, err error) error {
 		errors.As(err, &exit), errors.As(err, &said), errors.As(err, &file) && !errors.Is(err, fs.ErrNotExist):
 		return err
 	case registry:
-		return connect.NewError(connect.CodeUnavailable, err)
+		return connect.NewError(connect.CodeUnavailable, unanswered(err))
 	}
-	return fmt.Errorf("%w: %w", err, oci.ErrRefused)
+	return oci.Refuse(err, "it is neither an OCI image layout nor what docker save writes")
+}
+
+// unanswered is the error of a registry that did not do what registries do.
+func unanswered(err error) error {
+	if _, ok := told.Text(err); ok {
+		return err
+	}
+	var dns *net.DNSError
+	if errors.As(err, &dns) && dns.IsNotFound {
+		return told.Because(err, "the registry's name has no address")
+	}
+	return told.Because(err, "the registry does not answer as a registry does")
 }
 
 // keep writes an archive, which may be compressed, to a file as it is without
@@ -292,7 +306,7 @@ func keep(file string, archive io.Reader, most int64) error {
 	if magic, err := in.Peek(2); err == nil && magic[0] == 0x1f && magic[1] == 0x8b { // RFC 1952
 		z, err := gzip.NewReader(in)
 		if err != nil {
-			return invalid("archive: %w", err)
+			return connect.NewError(connect.CodeInvalidArgument, told.Because(err, "archive: cannot be read"))
 		}
 		defer z.Close()
 		r = z
@@ -303,7 +317,7 @@ func keep(file string, archive io.Reader, most int64) error {
 	}
 	n, err := io.Copy(f, io.LimitReader(r, most+1))
 	if errors.Is(err, gzip.ErrHeader) || errors.Is(err, gzip.ErrChecksum) || errors.Is(err, io.ErrUnexpectedEOF) {
-		err = invalid("archive: %w", err)
+		err = connect.NewError(connect.CodeInvalidArgument, told.Because(err, "archive: cannot be read"))
 	}
 	if err := errors.Join(err, f.Close()); err != nil {
 		return fmt.Errorf("receive archive: %w", err)

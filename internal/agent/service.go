@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"strings"
@@ -21,8 +20,10 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
+	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
@@ -58,7 +59,7 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 		if lost && ce.Meta().Get(guest.SourceHeader) == "" && s.full() {
 			// A machine that cannot write to its disk stops until it can: its guest
 			// does not know why it does not answer.
-			return connect.NewError(connect.CodeResourceExhausted, errors.New("this host has no disk space left"))
+			return connect.NewError(connect.CodeResourceExhausted, told.New("this host has no disk space left"))
 		}
 		return ce
 	}
@@ -73,6 +74,7 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 		{sandbox.ErrState, connect.CodeFailedPrecondition},
 		{sandbox.ErrInUse, connect.CodeAborted},
 		{sandbox.ErrExhausted, connect.CodeResourceExhausted},
+		{sandbox.ErrCaptures, connect.CodeFailedPrecondition},
 		{sandbox.ErrClosing, connect.CodeUnavailable},
 		{sandbox.ErrStart, connect.CodeUnavailable},
 		{oci.ErrRefused, connect.CodeInvalidArgument},
@@ -91,6 +93,9 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 		s.log.ErrorContext(ctx, doing, "error", err)
 	}
 	ce = connect.NewError(code, err)
+	if errors.Is(err, sandbox.ErrCaptures) {
+		ce.Meta().Set(hostwire.ErrorReason, hostwire.CaptureLimit)
+	}
 	var state *sandbox.StateError
 	if errors.As(err, &state) {
 		ce.Meta().Set(stateHeader, string(state.State))
@@ -111,13 +116,13 @@ func (s *service) full() bool {
 const stateHeader = "Wrenn-Sandbox-State"
 
 func invalid(format string, args ...any) error {
-	return connect.NewError(connect.CodeInvalidArgument, fmt.Errorf(format, args...))
+	return connect.NewError(connect.CodeInvalidArgument, told.New(format, args...))
 }
 
 func parse(k id.Kind, what, s string) (uuid.UUID, error) {
 	u, err := id.Parse(k, s)
 	if err != nil {
-		return uuid.Nil, invalid("%s: %w", what, err)
+		return uuid.Nil, invalid("%s: %v", what, err)
 	}
 	return u, nil
 }
@@ -663,7 +668,7 @@ func (s *service) ReadFile(ctx context.Context, req *connect.Request[pb.ReadFile
 		return nil, s.fault(ctx, "read file", ofUse(use, err))
 	}
 	if len(content) > maxFile {
-		return nil, connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("the file is larger than the %d MiB that are read at once; read it as a stream", maxFile>>20))
+		return nil, connect.NewError(connect.CodeResourceExhausted, told.New("the file is larger than the %d MiB that are read at once; read it as a stream", maxFile>>20))
 	}
 	return connect.NewResponse(&pb.ReadFileResponse{Content: content}), nil
 }
@@ -909,7 +914,7 @@ func (s *service) Events(ctx context.Context, _ *connect.Request[pb.EventsReques
 func (s *service) AckEvents(ctx context.Context, req *connect.Request[pb.AckEventsRequest]) (*connect.Response[pb.AckEventsResponse], error) {
 	err := s.journal.Ack(req.Msg.GetSeq())
 	if errors.Is(err, journal.ErrFuture) {
-		return nil, invalid("seq: %w", err)
+		return nil, invalid("seq: %v", err)
 	}
 	if err != nil {
 		return nil, s.fault(ctx, "acknowledge events", err)

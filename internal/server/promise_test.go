@@ -1,14 +1,19 @@
 package server_test
 
 import (
+	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
 	"strings"
 	"testing"
 
+	"connectrpc.com/connect"
 	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
 // TestPathsHaveOneSpelling checks that an escaped path means what the plain one
@@ -134,5 +139,41 @@ func TestHead(t *testing.T) {
 	key := keyOf(func(w *world) uuid.UUID { return w.teams[ours].owner }, "1 hour")(w)
 	if got := w.call("HEAD", base, nil, key...).want(200).Header.Get("Content-Length"); got != "4" {
 		t.Errorf("HEAD of a file of 4 bytes: Content-Length: %q", got)
+	}
+}
+
+// TestCaptureLimit checks that a sandbox which was captured as often as it can
+// be says so, and that a refused fork leaves nothing.
+func TestCaptureLimit(t *testing.T) {
+	p := newPlane(t)
+	sandbox := p.create(map[string]any{})
+	const why = "the sandbox has been captured 64 times"
+	p.agent.hook(func(_ context.Context, call string) error {
+		if call != "fork" && call != "snapshot" {
+			return nil
+		}
+		err := connect.NewError(connect.CodeFailedPrecondition, errors.New(why))
+		err.Meta().Set(hostwire.ErrorReason, hostwire.CaptureLimit)
+		return err
+	})
+	for _, r := range []response{
+		p.call("POST", "/v1/sandboxes/"+sandbox+"/fork", map[string]any{"count": 3}, "Idempotency-Key", "k"),
+		p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandbox, "name": "a"}),
+	} {
+		r.fails(409, "capture_limit")
+		if !strings.Contains(string(r.Body), why) {
+			t.Errorf("%s: %s does not say why", r.what, r.Body)
+		}
+	}
+	if all := p.call("GET", "/v1/sandboxes?state=error&state=starting&state=running", nil).want(200).list("sandboxes"); len(all) != 1 {
+		t.Errorf("%d sandboxes, want the one that was to be copied: %v", len(all), all)
+	}
+	if all := p.call("GET", "/v1/snapshots", nil).want(200).list("snapshots"); len(all) != 0 {
+		t.Errorf("templates: %v", all)
+	}
+	// The key is free.
+	p.agent.hook(nil)
+	if r := p.call("POST", "/v1/sandboxes/"+sandbox+"/fork", map[string]any{"count": 3}, "Idempotency-Key", "k").want(201); r.Header.Get("Idempotent-Replayed") != "" {
+		t.Error("a fork that was refused is replayed")
 	}
 }

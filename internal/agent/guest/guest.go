@@ -18,6 +18,7 @@ import (
 
 	"connectrpc.com/connect"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	"github.com/wrenn-dev/wrenn/internal/backoff"
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
 	"github.com/wrenn-dev/wrenn/internal/text"
@@ -254,7 +255,7 @@ func (c *Client) Read(ctx context.Context, user, path string, offset, length int
 		if n, err := strconv.ParseInt(total, 10, 64); err == nil && offset <= n && n >= 0 {
 			return io.NopCloser(strings.NewReader("")), n, nil
 		}
-		return nil, 0, connect.NewError(connect.CodeOutOfRange, errors.New("the offset is behind the end of the file"))
+		return nil, 0, connect.NewError(connect.CodeOutOfRange, told.New("the offset is behind the end of the file"))
 	case ranged:
 		// A file whose size the kernel does not tell (in /proc, say) is sent whole.
 		return c.skip(ctx, resp, offset, length)
@@ -267,7 +268,7 @@ func (c *Client) skip(ctx context.Context, resp *http.Response, offset, length i
 	if _, err := io.CopyN(io.Discard, body, offset); err != nil {
 		body.Close()
 		if errors.Is(err, io.EOF) {
-			err = connect.NewError(connect.CodeOutOfRange, errors.New("the offset is behind the end of the file"))
+			err = connect.NewError(connect.CodeOutOfRange, told.New("the offset is behind the end of the file"))
 		}
 		return nil, 0, err
 	}
@@ -402,7 +403,7 @@ func own(code connect.Code, message string) error {
 		// The agent has shown the right token: it is the user that is unknown.
 		code = connect.CodeInvalidArgument
 	}
-	err := connect.NewError(code, errors.New(text.Clean(message, maxError)))
+	err := connect.NewError(code, told.New("%s", text.Clean(message, maxError)))
 	err.Meta().Set(SourceHeader, SourceGuest)
 	return err
 }
@@ -415,9 +416,9 @@ func lost(ctx context.Context, err error) error {
 		case errors.As(cause, &ce):
 			return ce
 		case errors.Is(cause, context.DeadlineExceeded):
-			return connect.NewError(connect.CodeDeadlineExceeded, errors.New("the sandbox did not answer in time"))
+			return connect.NewError(connect.CodeDeadlineExceeded, told.New("the sandbox did not answer in time"))
 		case errors.Is(cause, context.Canceled):
-			return connect.NewError(connect.CodeCanceled, errors.New("the request was cancelled"))
+			return connect.NewError(connect.CodeCanceled, told.New("the request was cancelled"))
 		}
 		return connect.NewError(connect.CodeUnavailable, cause)
 	}
@@ -425,7 +426,7 @@ func lost(ctx context.Context, err error) error {
 	if errors.As(err, &ce) {
 		return ce
 	}
-	return connect.NewError(connect.CodeUnavailable, fmt.Errorf("the sandbox does not answer: %w", reason(err)))
+	return connect.NewError(connect.CodeUnavailable, told.Because(reason(err), "the sandbox does not answer"))
 }
 
 // unreadable is the error of an answer that the daemon does not give.
@@ -433,7 +434,7 @@ func unreadable(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return lost(ctx, err)
 	}
-	return connect.NewError(connect.CodeUnavailable, fmt.Errorf("the sandbox's daemon does not answer as it should: %w", err))
+	return connect.NewError(connect.CodeUnavailable, told.Because(err, "the sandbox's daemon does not answer as it should"))
 }
 
 // fromConnect is an error of the Connect client as one of this package's.
@@ -449,7 +450,7 @@ func fromConnect(ctx context.Context, err error) error {
 	case ce != nil && ce.Code() == connect.CodeUnauthenticated:
 		return own(ce.Code(), "the sandbox has no such user") // a bare status 401
 	}
-	return connect.NewError(connect.CodeUnavailable, fmt.Errorf("the sandbox does not answer: %s", text.Clean(reason(err).Error(), maxError)))
+	return connect.NewError(connect.CodeUnavailable, told.Because(reason(err), "the sandbox does not answer"))
 }
 
 // reason is an error of a request without its address: where the guest is on

@@ -44,7 +44,7 @@ func importImage(ctx context.Context, dir layout.Dir, img *oci.Image, envd strin
 		size += len(k) + len(v) + 2
 	}
 	if size > maxEnvs {
-		return Template{}, fmt.Errorf("its environment has %d bytes: %w", size, oci.ErrRefused)
+		return Template{}, oci.Refuse(nil, "its environment has %d bytes", size)
 	}
 	t.Defaults = Defaults{Envs: c.Env, User: cmp.Or(c.User, "root")}
 	if c.WorkingDir != "" {
@@ -90,7 +90,7 @@ func makeWorkdir(dir, name string) error {
 	defer t.Close()
 	d, err := t.MakeDir(name)
 	if err != nil {
-		return fmt.Errorf("make the working directory: %w: %w", err, oci.ErrRefused)
+		return oci.Refuse(err, "its working directory cannot be made")
 	}
 	return d.Close()
 }
@@ -127,7 +127,7 @@ func WriteRootfs(ctx context.Context, img *oci.Image, home, envd string, diskMiB
 	}
 	if err := makeFilesystem(ctx, made, dir, diskMiB); err != nil {
 		if strings.Contains(err.Error(), "Could not allocate") { // libext2fs's EXT2_ET_*_ALLOC_FAIL
-			return "", fmt.Errorf("it does not fit on a disk of %d MiB: %w", diskMiB, oci.ErrRefused)
+			return "", oci.Refuse(nil, "it does not fit on a disk of %d MiB", diskMiB)
 		}
 		return "", err
 	}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
+	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/backoff"
@@ -286,7 +287,10 @@ func startError(err error) error {
 			return err
 		}
 	}
-	return fmt.Errorf("%w: %w", ErrStart, err)
+	if text, ok := told.Text(err); ok {
+		return failBecause(err, ErrStart, "the sandbox did not start: %s", text)
+	}
+	return failBecause(err, ErrStart, "the sandbox did not start")
 }
 
 type stepsValue []Step

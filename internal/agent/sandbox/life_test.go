@@ -16,6 +16,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
+	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -292,6 +293,28 @@ func TestFailedResumeLeavesItPaused(t *testing.T) {
 			h.nothingLeft()
 		})
 	}
+}
+
+// TestCaptureLimit checks that a sandbox can be captured as often as is
+// documented and no more, and goes on.
+func TestCaptureLimit(t *testing.T) {
+	h := newHost(t)
+	sandbox := h.create(t, nil)
+	for i := range maxDisks {
+		template := uuid.New()
+		tpl, err := h.Snapshot(t.Context(), sandbox, template, "x", nil)
+		if err != nil {
+			t.Fatalf("capture %d: %v", i+1, err)
+		}
+		if err := h.DeleteTemplate(tpl.Team, template); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, err := h.Snapshot(t.Context(), sandbox, uuid.New(), "x", nil)
+	if text, ok := told.Text(err); !errors.Is(err, ErrCaptures) || errors.Is(err, ErrExhausted) || !ok || !strings.Contains(text, "64 times") {
+		t.Errorf("capture %d: %v, told %q", maxDisks+1, err, text)
+	}
+	h.runs(t, sandbox, 0)
 }
 
 // TestUpgradedMonitor: what runs, is paused or was captured under a monitor

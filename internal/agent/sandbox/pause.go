@@ -394,7 +394,7 @@ func (b *box) restoreSaved(ctx context.Context) (err error) {
 		return err
 	}
 	if err := b.m.Driver.Restores(b.savedBy(origin)); err != nil {
-		return fail(ErrState, "the paused sandbox cannot go on here: %v", err)
+		return failBecause(err, ErrState, "the paused sandbox cannot go on on this host: it was saved by another virtual machine monitor")
 	}
 	saved := dir.SandboxSaved(home, *b.rec.Saved)
 	own, err := memory.Open(filepath.Join(saved, "memory"))

@@ -4,43 +4,50 @@
 package sandbox
 
 import (
-	"errors"
 	"fmt"
 	"time"
 
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
 // What can be wrong with a request. Errors wrap these; their text is meant for
 // whoever asked.
 var (
-	ErrInvalid  = errors.New("invalid request")
-	ErrNotFound = errors.New("not found")
-	ErrExists   = errors.New("it exists already")
+	ErrInvalid  = told.New("invalid request")
+	ErrNotFound = told.New("not found")
+	ErrExists   = told.New("it exists already")
 	// ErrState is what a [StateError] is.
-	ErrState = errors.New("the sandbox is in the wrong state")
+	ErrState = told.New("the sandbox is in the wrong state")
 	// ErrInUse is why an idle sandbox was not paused.
-	ErrInUse     = errors.New("the sandbox is in use")
-	ErrExhausted = errors.New("this host has no room")
-	ErrClosing   = errors.New("the host agent is stopping")
+	ErrInUse     = told.New("the sandbox is in use")
+	ErrExhausted = told.New("this host has no room")
+	// ErrCaptures is why a sandbox is not captured: it was as often as it can be.
+	ErrCaptures = told.New("the sandbox has been captured as often as it can be")
+	ErrClosing  = told.New("the host agent is stopping")
 	// ErrStart is wrapped by what went wrong while a sandbox was started.
-	ErrStart = errors.New("the sandbox did not start")
+	ErrStart = told.New("the sandbox did not start")
 )
 
-// failure is an error with a text of its own and one of the kinds above.
+// failure is an error of one of the kinds above, with a text of its own for
+// whoever asked.
 type failure struct {
-	kind error
-	text string
+	error // a [told.Error] without the kind
+	kind  error
 }
 
-func (f *failure) Error() string { return f.text }
-func (f *failure) Unwrap() error { return f.kind }
+func (f *failure) Unwrap() []error { return []error{f.error, f.kind} }
 
 func fail(kind error, format string, args ...any) error {
-	return &failure{kind, fmt.Sprintf(format, args...)}
+	return &failure{told.New(format, args...), kind}
+}
+
+// failBecause is fail with a cause, which only the log has.
+func failBecause(cause, kind error, format string, args ...any) error {
+	return &failure{told.Because(cause, format, args...), kind}
 }
 
 // State is where a sandbox is in its life.
@@ -68,6 +75,9 @@ type StateError struct{ State State }
 
 func (e *StateError) Error() string { return fmt.Sprintf("the sandbox is %s", e.State) }
 func (e *StateError) Unwrap() error { return ErrState }
+
+// Told returns the text, which is for clients.
+func (e *StateError) Told() string { return e.Error() }
 
 // Spec is a sandbox to create.
 type Spec struct {

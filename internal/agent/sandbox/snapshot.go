@@ -18,7 +18,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// maxDisks is how many overlays a sandbox may have: every snapshot adds one.
+// maxDisks is how many overlays a sandbox may have beside its own: every capture adds one.
 const maxDisks = 64
 
 // Snapshot captures a running or paused sandbox, which stays as it is, as a
@@ -88,8 +88,8 @@ func (b *box) capture(ctx context.Context, into string, defaults *image.Defaults
 	if !running && b.rec.State != Paused {
 		return nil, &StateError{b.rec.State}
 	}
-	if b.rec.Disks >= maxDisks {
-		return nil, fail(ErrExhausted, "the sandbox has been captured %d times, and cannot be once more", maxDisks)
+	if b.rec.Disks > maxDisks {
+		return nil, fail(ErrCaptures, "the sandbox has been captured %d times, which is as often as it can be", maxDisks)
 	}
 	origin, err := image.OpenCapture(dir.SandboxOrigin(home))
 	if err != nil {

@@ -80,7 +80,7 @@ func (b *box) queue(ctx context.Context) (leave func(), err error) {
 func (b *box) prepare(ctx context.Context, c *image.Capture) error {
 	dir, home := b.m.Dir, b.rec.Home
 	if err := b.m.Driver.Restores(c.Kind); err != nil {
-		return fail(ErrInvalid, "the template cannot be used here: %v", err)
+		return failBecause(err, ErrInvalid, "the template cannot be used on this host: it was captured by another virtual machine monitor")
 	}
 	if err := b.step("slot", func() error { return b.acquire(ctx) }); err != nil {
 		return err
@@ -161,10 +161,8 @@ func (b *box) uid() int { return firstUID + b.slot.Index() }
 // Full makes clear that a disk is: then the error is an [ErrExhausted].
 func Full(err error) error {
 	switch {
-	case errors.Is(err, disk.ErrNoSpace): // says how much there is
-		return fail(ErrExhausted, "this host has no disk space left: %v", err)
-	case isFull(err):
-		return fail(ErrExhausted, "this host has no disk space left")
+	case errors.Is(err, disk.ErrNoSpace), isFull(err):
+		return failBecause(err, ErrExhausted, "this host has no disk space left")
 	}
 	return err
 }

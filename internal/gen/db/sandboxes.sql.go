@@ -96,6 +96,17 @@ func (q *Queries) DrainedExpire(ctx context.Context, hostID *uuid.UUID) ([]uuid.
 	return items, nil
 }
 
+const dropUnstarted = `-- name: DropUnstarted :exec
+DELETE FROM sandboxes WHERE id = ANY ($1::uuid[]) AND state IN ('pending', 'starting')
+`
+
+// Forgets sandboxes that no host was ever asked for, or that it refused, and
+// their idempotency keys.
+func (q *Queries) DropUnstarted(ctx context.Context, ids []uuid.UUID) error {
+	_, err := q.db.Exec(ctx, dropUnstarted, ids)
+	return err
+}
+
 const forgetIdempotencyKeys = `-- name: ForgetIdempotencyKeys :exec
 DELETE FROM idempotency_keys WHERE created_at < $1
 `

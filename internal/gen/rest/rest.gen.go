@@ -1177,7 +1177,7 @@ type Error struct {
 	Error struct {
 		// Code `invalid_argument` 400, `unauthenticated` 401, `permission_denied` and
 		// `quota_exceeded` 403,
-		// `not_found` 404, `method_not_allowed` 405, `conflict` and `sandbox_paused` 409,
+		// `not_found` 404, `method_not_allowed` 405, `conflict`, `sandbox_paused` and `capture_limit` 409,
 		// `payload_too_large` 413, `range_not_satisfiable` 416, `unprocessable` 422,
 		// `rate_limited` 429,
 		// `internal` 500, `unimplemented` 501, `bad_gateway` 502, `no_capacity`,
@@ -1206,7 +1206,7 @@ type ExecRequest struct {
 	// Shell Give `cmd` to `sh -c`.
 	Shell *bool `json:"shell,omitempty"`
 
-	// Stdin The whole of standard input.
+	// Stdin The whole of standard input. The one string that may have NUL.
 	Stdin *string `json:"stdin,omitempty"`
 
 	// StdinEncoding How bytes are written in JSON: as they are (`utf-8`) or in standard base64.

@@ -26,6 +26,7 @@ const (
 	MethodNotAllowed    Code = "method_not_allowed"
 	Conflict            Code = "conflict"
 	SandboxPaused       Code = "sandbox_paused"
+	CaptureLimit        Code = "capture_limit"
 	PayloadTooLarge     Code = "payload_too_large"
 	RangeNotSatisfiable Code = "range_not_satisfiable"
 	Unprocessable       Code = "unprocessable"
@@ -53,7 +54,7 @@ func (c Code) Status() int {
 		return http.StatusNotFound
 	case MethodNotAllowed:
 		return http.StatusMethodNotAllowed
-	case Conflict, SandboxPaused:
+	case Conflict, SandboxPaused, CaptureLimit:
 		return http.StatusConflict
 	case PayloadTooLarge:
 		return http.StatusRequestEntityTooLarge

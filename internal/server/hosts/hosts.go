@@ -21,6 +21,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	"github.com/wrenn-dev/wrenn/internal/pki"
@@ -465,6 +466,9 @@ func Fault(err error) error {
 			return fault.Because(err, fault.Internal, "the host's answer is too long")
 		}
 		return fault.Because(err, fault.HostUnreachable, "the sandbox's host does not answer")
+	}
+	if ce.Meta().Get(hostwire.ErrorReason) == hostwire.CaptureLimit {
+		return fault.Because(err, fault.CaptureLimit, "%s", message)
 	}
 	code := fault.Internal
 	switch ce.Code() {

@@ -178,11 +178,18 @@ func (s *Service) forkFailed(rows []db.Sandbox, host *hosts.Host, err error, log
 	told := hosts.FaultIn("fork", err)
 	var f *fault.Error
 	errors.As(told, &f)
-	for _, row := range rows {
-		if !hosts.Definite(err) {
-			s.destroy(s.Work.Context(), row.ID, host, log)
-		}
+	for range rows {
 		s.metrics.created(string(f.Code), 0)
+	}
+	if hosts.Definite(err) {
+		// There never was a copy, and nobody knows their ids.
+		if err := work.Persist(s.Work.Context(), func(ctx context.Context) error { return s.Store.DropUnstarted(ctx, ids(rows)) }); err != nil {
+			log.Error("forget copies that were not made", "error", err)
+		}
+		return f
+	}
+	for _, row := range rows {
+		s.destroy(s.Work.Context(), row.ID, host, log)
 		if err := s.fail(s.Work.Context(), row.ID, f.Message); err != nil && !errors.Is(err, store.ErrNoRows) {
 			log.Error("write that copy failed", "error", err)
 		}

@@ -9,6 +9,7 @@ package oci
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -24,10 +25,22 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/told"
 )
 
 // ErrRefused is in the error of an image that is wrong in itself.
 var ErrRefused = errors.New("image refused")
+
+// Refuse returns an [ErrRefused] that tells clients why, and the log the cause
+// too, which may be nil.
+func Refuse(cause error, format string, args ...any) error {
+	cause = cmp.Or(cause, ErrRefused)
+	if !errors.Is(cause, ErrRefused) {
+		cause = fmt.Errorf("%w: %w", ErrRefused, cause)
+	}
+	return told.Because(cause, "the image is refused: "+format, args...)
+}
 
 // The platform that guests have.
 const (
@@ -84,10 +97,10 @@ func newImage(img v1.Image, close func() error) (_ *Image, err error) {
 		return nil, fmt.Errorf("read manifest: %w", err)
 	}
 	if m.Config.Size < 0 || m.Config.Size > maxDocument {
-		return nil, fmt.Errorf("its configuration has %d bytes: %w", m.Config.Size, ErrRefused)
+		return nil, Refuse(nil, "its configuration has %d bytes", m.Config.Size)
 	}
 	if len(m.Layers) > maxLayers {
-		return nil, fmt.Errorf("it has %d layers, more than %d: %w", len(m.Layers), maxLayers, ErrRefused)
+		return nil, Refuse(nil, "it has %d layers, more than %d", len(m.Layers), maxLayers)
 	}
 	raw, err := img.RawConfigFile()
 	if err != nil {
@@ -98,17 +111,17 @@ func newImage(img v1.Image, close func() error) (_ *Image, err error) {
 		return nil, err
 	}
 	if sum != m.Config.Digest {
-		return nil, fmt.Errorf("its configuration is %v, not %v: %w", sum, m.Config.Digest, ErrRefused)
+		return nil, Refuse(nil, "its configuration is %v, not %v", sum, m.Config.Digest)
 	}
 	file, err := v1.ParseConfigFile(bytes.NewReader(raw))
 	if err != nil {
-		return nil, fmt.Errorf("read configuration: %w: %w", err, ErrRefused)
+		return nil, Refuse(err, "its configuration cannot be read")
 	}
 	if file.OS != platformOS || file.Architecture != platformArch {
-		return nil, fmt.Errorf("it is for %.40s/%.40s, not %s/%s: %w", file.OS, file.Architecture, platformOS, platformArch, ErrRefused)
+		return nil, Refuse(nil, "it is for %.40s/%.40s, not %s/%s", file.OS, file.Architecture, platformOS, platformArch)
 	}
 	if len(file.RootFS.DiffIDs) != len(m.Layers) {
-		return nil, fmt.Errorf("it has %d layers, and digests of %d: %w", len(m.Layers), len(file.RootFS.DiffIDs), ErrRefused)
+		return nil, Refuse(nil, "it has %d layers, and digests of %d", len(m.Layers), len(file.RootFS.DiffIDs))
 	}
 	config, err := newConfig(file.Config)
 	if err != nil {
@@ -126,7 +139,7 @@ func newConfig(c v1.Config) (Config, error) {
 	}
 	for _, s := range slices.Concat(c.Entrypoint, c.Cmd, c.Env, []string{c.User, c.WorkingDir}) {
 		if strings.ContainsRune(s, 0) {
-			return Config{}, fmt.Errorf("its configuration has a NUL character: %w", ErrRefused)
+			return Config{}, Refuse(nil, "its configuration has a NUL character")
 		}
 	}
 	return config, nil
@@ -212,7 +225,7 @@ func (f *finder) index(index v1.ImageIndex, tag string, depth int) error {
 				return err
 			}
 			if sum, _, err := v1.SHA256(bytes.NewReader(raw)); err != nil || sum != d.Digest {
-				return fmt.Errorf("its manifest is %v, not %v: %w", sum, d.Digest, ErrRefused)
+				return Refuse(nil, "its manifest is %v, not %v", sum, d.Digest)
 			}
 			config, err := img.Manifest()
 			if err != nil {
@@ -245,7 +258,7 @@ func isDocument(root *os.Root, file string) error {
 		return err
 	}
 	if !info.Mode().IsRegular() || info.Size() > maxDocument {
-		return fmt.Errorf("%s is no file of %d bytes or less: %w", file, maxDocument, ErrRefused)
+		return Refuse(nil, "%s is no file of %d bytes or less", file, maxDocument)
 	}
 	return nil
 }
@@ -304,14 +317,14 @@ func contents(ctx context.Context, f io.Reader) (map[string]int64, error) {
 		}
 		for key := range maps.Keys(h.PAXRecords) {
 			if strings.HasPrefix(key, "GNU.sparse.") {
-				return nil, fmt.Errorf("it holds a sparse file: %w", ErrRefused)
+				return nil, Refuse(nil, "it holds a sparse file")
 			}
 		}
 		if h.Typeflag == tar.TypeGNUSparse {
-			return nil, fmt.Errorf("it holds a sparse file: %w", ErrRefused)
+			return nil, Refuse(nil, "it holds a sparse file")
 		}
 		if sizes[path.Clean(h.Name)] = h.Size; len(sizes) > maxBlobs {
-			return nil, fmt.Errorf("it holds more than %d files: %w", maxBlobs, ErrRefused)
+			return nil, Refuse(nil, "it holds more than %d files", maxBlobs)
 		}
 	}
 }
@@ -320,7 +333,7 @@ func contents(ctx context.Context, f io.Reader) (map[string]int64, error) {
 func openSaved(file, tag string, sizes map[string]int64) (*Image, error) {
 	opener := func() (io.ReadCloser, error) { return os.Open(file) }
 	if size, ok := sizes["manifest.json"]; !ok || size > maxDocument {
-		return nil, fmt.Errorf("it has neither index.json nor manifest.json of %d bytes or less: %w", maxDocument, ErrRefused)
+		return nil, Refuse(nil, "it has neither index.json nor manifest.json of %d bytes or less", maxDocument)
 	}
 	m, err := tarball.LoadManifest(opener)
 	if err != nil {
@@ -345,10 +358,10 @@ func openSaved(file, tag string, sizes map[string]int64) (*Image, error) {
 	}
 	d := m[ids[0]]
 	if size, ok := sizes[path.Clean(d.Config)]; !ok || size > maxDocument {
-		return nil, fmt.Errorf("it has no configuration of %d bytes or less: %w", maxDocument, ErrRefused)
+		return nil, Refuse(nil, "it has no configuration of %d bytes or less", maxDocument)
 	}
 	if len(d.Layers) > maxLayers {
-		return nil, fmt.Errorf("it has %d layers, more than %d: %w", len(d.Layers), maxLayers, ErrRefused)
+		return nil, Refuse(nil, "it has %d layers, more than %d", len(d.Layers), maxLayers)
 	}
 	img, err := tarball.Image(opener, wanted)
 	if err != nil {
@@ -393,7 +406,7 @@ func extractLayout(ctx context.Context, f io.Reader, dir string, limits Limits) 
 			continue // manifest.json's links, for one: nothing of the layout
 		}
 		if left -= h.Size; left < 0 {
-			return fmt.Errorf("it holds more than %d bytes: %w", limits.Bytes, ErrRefused)
+			return Refuse(nil, "it holds more than %d bytes", limits.Bytes)
 		}
 		if err := root.MkdirAll(path.Dir(to), 0o700); err != nil {
 			return err

@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	remotetransport "github.com/google/go-containerregistry/pkg/v1/remote/transport"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
@@ -61,7 +62,7 @@ func Pin(ctx context.Context, reference string, access Access) (string, error) {
 func pull(ctx context.Context, reference string, access Access) (name.Reference, *Image, error) {
 	ref, err := name.ParseReference(reference)
 	if err != nil {
-		return nil, nil, fmt.Errorf("%w: %w", err, ErrRefused)
+		return nil, nil, Refuse(err, "its reference is malformed")
 	}
 	auth := authn.Anonymous
 	switch {
@@ -87,8 +88,8 @@ func pull(ctx context.Context, reference string, access Access) (name.Reference,
 
 // What registries answer.
 var (
-	ErrDenied   = errors.New("the registry lets nobody with these credentials read it")
-	ErrNotFound = errors.New("the registry does not have it")
+	ErrDenied   = told.New("the registry lets nobody with these credentials read it")
+	ErrNotFound = told.New("the registry does not have it")
 )
 
 // answered is what a registry's refusal means. What else it says is left out:
@@ -104,7 +105,7 @@ func answered(err error) error {
 	case http.StatusNotFound:
 		return ErrNotFound
 	}
-	return fmt.Errorf("the registry answered %d %s", e.StatusCode, http.StatusText(e.StatusCode))
+	return told.New("the registry answered %d %s", e.StatusCode, http.StatusText(e.StatusCode))
 }
 
 // transport lets requests go only where a registry may be: neither names nor

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image/tree"
+	"github.com/wrenn-dev/wrenn/internal/agent/told"
 )
 
 // Limits bound an image. Zeros stand for DefaultLimits'.
@@ -118,7 +119,7 @@ type meter struct {
 	left *int64
 }
 
-var errTooLarge = fmt.Errorf("it unpacks to more than is allowed: %w", ErrRefused)
+var errTooLarge = Refuse(nil, "it unpacks to more than is allowed")
 
 func (m meter) Read(b []byte) (int, error) {
 	n, err := m.r.Read(b)
@@ -143,12 +144,15 @@ func (u *unpacker) layer(ctx context.Context, r io.Reader, want string) error {
 			return fmt.Errorf("read layer: %w", err)
 		}
 		if u.entries--; u.entries < 0 || len(u.made) > 2*u.limits.Entries {
-			return fmt.Errorf("it has more than %d entries: %w", u.limits.Entries, ErrRefused)
+			return Refuse(nil, "it has more than %d entries", u.limits.Entries)
 		}
 		if u.names -= int64(len(h.Name)); u.names < 0 {
-			return fmt.Errorf("its entries' names have more than %d bytes: %w", maxNames, ErrRefused)
+			return Refuse(nil, "its entries' names have more than %d bytes", maxNames)
 		}
 		if err := u.entry(t, h); err != nil {
+			if text, ok := told.Text(err); ok {
+				return told.Because(err, "entry %.200q: %s", h.Name, text)
+			}
 			return fmt.Errorf("entry %.200q: %w", h.Name, err)
 		}
 	}
@@ -156,7 +160,7 @@ func (u *unpacker) layer(ctx context.Context, r io.Reader, want string) error {
 		return fmt.Errorf("read layer: %w", err)
 	}
 	if got := "sha256:" + hex.EncodeToString(sum.Sum(nil)); got != want {
-		return fmt.Errorf("it is %s, not %s: %w", got, want, ErrRefused)
+		return Refuse(nil, "it is %s, not %s", got, want)
 	}
 	return nil
 }
@@ -173,14 +177,14 @@ const (
 // root itself.
 func cleanName(name string) (string, error) {
 	if len(name) > maxName || strings.Count(name, "/") > maxDepth {
-		return "", fmt.Errorf("its name is too long: %w", ErrRefused)
+		return "", Refuse(nil, "its name is too long")
 	}
 	if strings.ContainsRune(name, 0) {
-		return "", fmt.Errorf("its name has a NUL character: %w", ErrRefused)
+		return "", Refuse(nil, "its name has a NUL character")
 	}
 	for part := range strings.SplitSeq(name, "/") {
 		if part == ".." {
-			return "", fmt.Errorf("its name leads upwards: %w", ErrRefused)
+			return "", Refuse(nil, "its name leads upwards")
 		}
 	}
 	return strings.TrimPrefix(path.Clean("/"+name), "/"), nil
@@ -195,11 +199,11 @@ func (u *unpacker) entry(r io.Reader, h *tar.Header) error {
 		return err
 	}
 	if h.Uid < 0 || h.Gid < 0 || int64(h.Uid) >= 1<<32-1 || int64(h.Gid) >= 1<<32-1 {
-		return fmt.Errorf("owner %d:%d: %w", h.Uid, h.Gid, ErrRefused)
+		return Refuse(nil, "owner %d:%d", h.Uid, h.Gid)
 	}
 	if name == "" {
 		if h.Typeflag != tar.TypeDir {
-			return fmt.Errorf("the root is no folder: %w", ErrRefused)
+			return Refuse(nil, "the root is no folder")
 		}
 		return u.root(h)
 	}
@@ -270,7 +274,7 @@ func (u *unpacker) put(dir *tree.Dir, base string, r io.Reader, h *tar.Header) e
 		}
 	case tar.TypeSymlink:
 		if len(h.Linkname) > maxName || strings.ContainsRune(h.Linkname, 0) {
-			return fmt.Errorf("its text is too long or has a NUL character: %w", ErrRefused)
+			return Refuse(nil, "its text is too long or has a NUL character")
 		}
 		if err := dir.Symlink(h.Linkname, base); err != nil {
 			return err
@@ -278,10 +282,10 @@ func (u *unpacker) put(dir *tree.Dir, base string, r io.Reader, h *tar.Header) e
 	case tar.TypeChar, tar.TypeBlock:
 		if h.Typeflag == tar.TypeChar && h.Devmajor == 0 && h.Devminor == 0 {
 			// Were the tree on an overlay, this would be gone, and what it covers.
-			return fmt.Errorf("overlayfs's own white-out is no device: %w", ErrRefused)
+			return Refuse(nil, "overlayfs's own white-out is no device")
 		}
 		if h.Devmajor < 0 || h.Devminor < 0 || h.Devmajor >= 1<<12 || h.Devminor >= 1<<20 {
-			return fmt.Errorf("there is no device %d:%d: %w", h.Devmajor, h.Devminor, ErrRefused)
+			return Refuse(nil, "there is no device %d:%d", h.Devmajor, h.Devminor)
 		}
 		kind := uint32(unix.S_IFCHR)
 		if h.Typeflag == tar.TypeBlock {
@@ -295,7 +299,7 @@ func (u *unpacker) put(dir *tree.Dir, base string, r io.Reader, h *tar.Header) e
 			return err
 		}
 	default:
-		return fmt.Errorf("there is no type %q: %w", h.Typeflag, ErrRefused)
+		return Refuse(nil, "there is no type %q", h.Typeflag)
 	}
 	if err := describe(dir, base, h); err != nil {
 		return err
@@ -311,7 +315,7 @@ func (u *unpacker) link(dir *tree.Dir, base string, h *tar.Header) error {
 	}
 	parent, old := path.Split(target)
 	if old == "" {
-		return fmt.Errorf("a link to the root: %w", ErrRefused)
+		return Refuse(nil, "a link to the root")
 	}
 	from, err := u.tree.Dir(parent)
 	if err != nil {
@@ -326,7 +330,7 @@ func (u *unpacker) link(dir *tree.Dir, base string, h *tar.Header) error {
 		return err
 	}
 	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
-		return fmt.Errorf("a link to a folder: %w", ErrRefused)
+		return Refuse(nil, "a link to a folder")
 	}
 	if err := dir.Remove(base); err != nil {
 		return err
@@ -432,7 +436,7 @@ func (u *unpacker) whiteOut(parent, base string) error {
 	}
 	name := strings.TrimPrefix(base, whiteOut)
 	if name == "" || name == "." || name == ".." {
-		return fmt.Errorf("a white-out of nothing below the folder: %w", ErrRefused)
+		return Refuse(nil, "a white-out of nothing below the folder")
 	}
 	return u.removeOne(dir, name)
 }

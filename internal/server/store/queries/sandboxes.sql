@@ -62,6 +62,11 @@ WHERE id = @id AND state IN ('pending', 'starting') RETURNING *;
 UPDATE sandboxes SET state = 'error', end_reason = 'failed', error = @error, ended_at = now()
 WHERE id = @id AND state IN ('pending', 'starting') RETURNING *;
 
+-- name: DropUnstarted :exec
+-- Forgets sandboxes that no host was ever asked for, or that it refused, and
+-- their idempotency keys.
+DELETE FROM sandboxes WHERE id = ANY (@ids::uuid[]) AND state IN ('pending', 'starting');
+
 -- name: SandboxPausing :one
 UPDATE sandboxes SET state = 'pausing' WHERE id = $1 AND state = 'running' RETURNING *;
 

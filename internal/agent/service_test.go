@@ -1,0 +1,74 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+
+	"connectrpc.com/connect"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/image/oci"
+	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
+)
+
+// refusing is an agent whose Host call fails with an error, or panics.
+type refusing struct {
+	hostagentv1connect.UnimplementedHostAgentHandler
+	of  service
+	err error
+}
+
+func (r *refusing) Host(ctx context.Context, _ *connect.Request[hostagentv1.HostRequest]) (*connect.Response[hostagentv1.HostResponse], error) {
+	if r.err == nil {
+		panic("in /var/lib/wrenn")
+	}
+	return nil, r.of.fault(ctx, "host", r.err)
+}
+
+// TestErrorsAreForClients checks what of an error crosses the wire: nothing of
+// the host.
+func TestErrorsAreForClients(t *testing.T) {
+	a := &Agent{log: slog.New(slog.DiscardHandler)}
+	a.cfg.Dir = "/"
+	inner := &fs.PathError{Op: "open", Path: "/var/lib/wrenn/images/x", Err: fs.ErrPermission}
+	for _, tt := range []struct {
+		name string
+		err  error
+		code connect.Code
+		want string
+		why  string
+	}{
+		{"internal", fmt.Errorf("capture: %w", inner), connect.CodeInternal, "the host failed", ""},
+		{"panic", nil, connect.CodeInternal, "the host failed", ""},
+		{"joined", errors.Join(oci.Refuse(inner, "its working directory cannot be made"), inner), connect.CodeInvalidArgument, "the image is refused: its working directory cannot be made", ""},
+		{"an archive", blame(false, fmt.Errorf("read: %w", errors.New("in /var/lib/wrenn"))), connect.CodeInvalidArgument, "the image is refused: it is neither an OCI image layout nor what docker save writes", ""},
+		{"a registry", blame(true, errors.New("dial tcp 10.0.0.1:443")), connect.CodeUnavailable, "the registry does not answer as a registry does", ""},
+		{"a bare code", connect.NewError(connect.CodeUnavailable, inner), connect.CodeUnavailable, "the host cannot do it now", ""},
+		{"captures", fmt.Errorf("snapshot: %w", sandbox.ErrCaptures), connect.CodeFailedPrecondition, "the sandbox has been captured as often as it can be", hostwire.CaptureLimit},
+		{"state", fmt.Errorf("/var/lib: %w", &sandbox.StateError{State: sandbox.Paused}), connect.CodeFailedPrecondition, "the sandbox is paused", ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			mux := http.NewServeMux()
+			mux.Handle(hostagentv1connect.NewHostAgentHandler(&refusing{of: service{a}, err: tt.err}, a.options()...))
+			s := httptest.NewServer(mux)
+			defer s.Close()
+			_, err := hostagentv1connect.NewHostAgentClient(s.Client(), s.URL).Host(t.Context(), connect.NewRequest(&hostagentv1.HostRequest{}))
+			var ce *connect.Error
+			if !errors.As(err, &ce) || ce.Code() != tt.code || ce.Message() != tt.want || ce.Meta().Get(hostwire.ErrorReason) != tt.why {
+				t.Errorf("%v, want %v: %s", err, tt.code, tt.want)
+			}
+			if strings.Contains(fmt.Sprint(err), "/var/lib") {
+				t.Errorf("the host's folders are in %v", err)
+			}
+		})
+	}
+}

@@ -1,0 +1,86 @@
+// Package told marks the errors whose text was written for clients. The agent
+// sends no other text to the control plane, which passes it on: a new error
+// shows nothing of the host until somebody writes what clients are told of it.
+package told
+
+import (
+	"errors"
+	"fmt"
+
+	"connectrpc.com/connect"
+)
+
+// Error is an error with a text for clients, and a cause for the log.
+type Error struct {
+	text  string
+	cause error
+}
+
+// New returns an error with a text for clients.
+func New(format string, args ...any) error { return &Error{text: fmt.Sprintf(format, args...)} }
+
+// Because is New with a cause, which clients are not told.
+func Because(cause error, format string, args ...any) error {
+	return &Error{fmt.Sprintf(format, args...), cause}
+}
+
+// Error returns the text and, for the log, the cause.
+func (e *Error) Error() string {
+	if e.cause == nil {
+		return e.text
+	}
+	return e.text + ": " + e.cause.Error()
+}
+
+// Unwrap returns the cause.
+func (e *Error) Unwrap() error { return e.cause }
+
+// Told returns the text for clients.
+func (e *Error) Told() string { return e.text }
+
+// Text returns what clients are told of err: the text of the outermost error
+// that has one, which is a method Told.
+func Text(err error) (text string, ok bool) {
+	var t interface {
+		error
+		Told() string
+	}
+	if !errors.As(err, &t) {
+		return "", false
+	}
+	return t.Told(), true
+}
+
+// general is what clients are told of an error that has no text for them.
+var general = map[connect.Code]string{
+	connect.CodeCanceled:           "the request was cancelled",
+	connect.CodeInvalidArgument:    "the request is invalid",
+	connect.CodeDeadlineExceeded:   "it took too long",
+	connect.CodeNotFound:           "not found",
+	connect.CodeAlreadyExists:      "it exists already",
+	connect.CodePermissionDenied:   "permission denied",
+	connect.CodeResourceExhausted:  "the host has no room",
+	connect.CodeFailedPrecondition: "not possible in this state",
+	connect.CodeAborted:            "the sandbox was in use",
+	connect.CodeUnavailable:        "the host cannot do it now",
+	connect.CodeUnauthenticated:    "unauthenticated",
+}
+
+// Shown returns err as clients may see it, with its code and metadata. hid says
+// that it had a text that they may not see.
+func Shown(err *connect.Error) (shown *connect.Error, hid bool) {
+	text, ok := Text(err)
+	if !ok {
+		if text, ok = general[err.Code()]; !ok {
+			text = "the host failed"
+		}
+	}
+	if text == err.Message() {
+		return err, false
+	}
+	shown = connect.NewError(err.Code(), errors.New(text))
+	for name, values := range err.Meta() {
+		shown.Meta()[name] = values
+	}
+	return shown, true
+}

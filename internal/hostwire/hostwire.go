@@ -1,0 +1,11 @@
+// Package hostwire states the conventions between server and agent that the
+// RPCs' definitions do not.
+package hostwire
+
+// ErrorReason is, in an error's metadata, why something failed, where Connect
+// has no code for that.
+const ErrorReason = "Wrenn-Error-Reason"
+
+// CaptureLimit is the [ErrorReason] of a sandbox that was captured as often as
+// it can be.
+const CaptureLimit = "capture_limit"
