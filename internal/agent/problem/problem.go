@@ -23,7 +23,7 @@ import (
 // Kind says what is wrong. Its text stays the same between releases.
 type Kind string
 
-// kinds are all kinds with what each means.
+// kinds are all kinds with what each means. docs/sharing.md has them too.
 var kinds = map[Kind]string{}
 
 func kind(name, meaning string) Kind {

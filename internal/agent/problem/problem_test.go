@@ -78,3 +78,16 @@ func TestList(t *testing.T) {
 		t.Error("a nil list keeps problems")
 	}
 }
+
+// TestKindsAreDocumented looks for each kind in the table of docs/sharing.md.
+func TestKindsAreDocumented(t *testing.T) {
+	page, err := os.ReadFile("../../../docs/sharing.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for k := range kinds {
+		if !strings.Contains(string(page), "\n| `"+string(k)+"` |") {
+			t.Errorf("docs/sharing.md does not have %s", k)
+		}
+	}
+}
