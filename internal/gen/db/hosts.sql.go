@@ -338,7 +338,8 @@ func (q *Queries) HostSeen(ctx context.Context, arg HostSeenParams) (Host, error
 const hostsUnreachable = `-- name: HostsUnreachable :many
 UPDATE hosts SET status = 'unreachable'
 WHERE status = 'online' AND deleted_at IS NULL
-  AND (last_seen_at < now() - make_interval(secs => $1::float8) OR enrolled AND heartbeat_at < now() - make_interval(secs => $1::float8))
+  AND (last_seen_at NOT BETWEEN now() - make_interval(secs => $1::float8) AND now() + make_interval(secs => $1::float8)
+    OR enrolled AND heartbeat_at NOT BETWEEN now() - make_interval(secs => $1::float8) AND now() + make_interval(secs => $1::float8))
 RETURNING id, name, url
 `
 
@@ -348,7 +349,8 @@ type HostsUnreachableRow struct {
 	URL  *string
 }
 
-// Those that neither answered nor said that they are there for too long.
+// Those that neither answered nor said that they are there for too long. A time
+// that is yet to come is from before the clock was set back, and says nothing.
 func (q *Queries) HostsUnreachable(ctx context.Context, within float64) ([]HostsUnreachableRow, error) {
 	rows, err := q.db.Query(ctx, hostsUnreachable, within)
 	if err != nil {

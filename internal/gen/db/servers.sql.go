@@ -14,7 +14,7 @@ import (
 const claimHosts = `-- name: ClaimHosts :exec
 UPDATE hosts SET watcher = $1
 WHERE deleted_at IS NULL AND url IS NOT NULL AND watcher IS DISTINCT FROM $1
-  AND NOT EXISTS (SELECT 1 FROM servers WHERE servers.id = hosts.watcher AND servers.seen_at > now() - make_interval(secs => $2::float8))
+  AND NOT EXISTS (SELECT 1 FROM servers WHERE servers.id = hosts.watcher AND servers.seen_at BETWEEN now() - make_interval(secs => $2::float8) AND now() + make_interval(secs => $2::float8))
 `
 
 type ClaimHostsParams struct {
@@ -22,7 +22,8 @@ type ClaimHostsParams struct {
 	Within float64
 }
 
-// Hosts that nobody watches, or whose watcher is dead.
+// Hosts that nobody watches, or whose watcher is dead. A time that is yet to come
+// is from before the clock was set back, and says nothing.
 func (q *Queries) ClaimHosts(ctx context.Context, arg ClaimHostsParams) error {
 	_, err := q.db.Exec(ctx, claimHosts, arg.Server, arg.Within)
 	return err
@@ -40,7 +41,7 @@ func (q *Queries) ForgetServers(ctx context.Context) error {
 const listAtWork = `-- name: ListAtWork :many
 SELECT sandboxes.id FROM sandboxes JOIN servers ON servers.id = sandboxes.worker
 WHERE sandboxes.host_id = $1 AND sandboxes.state NOT IN ('stopped', 'error')
-  AND servers.id <> $2 AND servers.seen_at > now() - make_interval(secs => $3::float8)
+  AND servers.id <> $2 AND servers.seen_at BETWEEN now() - make_interval(secs => $3::float8) AND now() + make_interval(secs => $3::float8)
 `
 
 type ListAtWorkParams struct {
@@ -91,7 +92,7 @@ func (q *Queries) ServerLeaves(ctx context.Context, id uuid.UUID) error {
 const takeLease = `-- name: TakeLease :execrows
 INSERT INTO leases (name, server, until) VALUES ($1, $2, now() + make_interval(secs => $3::float8))
 ON CONFLICT (name) DO UPDATE SET server = EXCLUDED.server, until = EXCLUDED.until
-WHERE leases.server = EXCLUDED.server OR leases.until < now()
+WHERE leases.server = EXCLUDED.server OR leases.until NOT BETWEEN now() AND now() + make_interval(secs => $3::float8)
 `
 
 type TakeLeaseParams struct {

@@ -586,7 +586,7 @@ func (q *Queries) ListTemplates(ctx context.Context, arg ListTemplatesParams) ([
 
 const listTemplatesAtWork = `-- name: ListTemplatesAtWork :many
 SELECT templates.id FROM templates JOIN servers ON servers.id = templates.worker
-WHERE templates.state <> 'ready' AND servers.id <> $1 AND servers.seen_at > now() - make_interval(secs => $2::float8)
+WHERE templates.state <> 'ready' AND servers.id <> $1 AND servers.seen_at BETWEEN now() - make_interval(secs => $2::float8) AND now() + make_interval(secs => $2::float8)
 `
 
 type ListTemplatesAtWorkParams struct {

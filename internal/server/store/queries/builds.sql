@@ -29,7 +29,7 @@ UPDATE builds SET state = 'running', worker = @worker, lease_until = now() + mak
 WHERE builds.id = (
     SELECT b.id FROM builds AS b
     WHERE (b.state = 'queued' AND (SELECT count(*) FROM builds AS other WHERE other.team_id = b.team_id AND other.state = 'running') < @most::bigint)
-       OR (b.state = 'running' AND b.lease_until < now())
+       OR (b.state = 'running' AND b.lease_until NOT BETWEEN now() AND now() + make_interval(secs => @lease::float8))
     ORDER BY b.created_at LIMIT 1)
 RETURNING *;
 

@@ -86,10 +86,12 @@ UPDATE hosts SET last_seen_at = now(), version = @version, vmm = @vmm, accelerat
 WHERE id = @id AND deleted_at IS NULL RETURNING *;
 
 -- name: HostsUnreachable :many
--- Those that neither answered nor said that they are there for too long.
+-- Those that neither answered nor said that they are there for too long. A time
+-- that is yet to come is from before the clock was set back, and says nothing.
 UPDATE hosts SET status = 'unreachable'
 WHERE status = 'online' AND deleted_at IS NULL
-  AND (last_seen_at < now() - make_interval(secs => @within::float8) OR enrolled AND heartbeat_at < now() - make_interval(secs => @within::float8))
+  AND (last_seen_at NOT BETWEEN now() - make_interval(secs => @within::float8) AND now() + make_interval(secs => @within::float8)
+    OR enrolled AND heartbeat_at NOT BETWEEN now() - make_interval(secs => @within::float8) AND now() + make_interval(secs => @within::float8))
 RETURNING id, name, url;
 
 -- name: SandboxesMissing :many

@@ -8,18 +8,19 @@ DELETE FROM servers WHERE id = $1;
 DELETE FROM servers WHERE seen_at < now() - interval '1 day';
 
 -- name: ClaimHosts :exec
--- Hosts that nobody watches, or whose watcher is dead.
+-- Hosts that nobody watches, or whose watcher is dead. A time that is yet to come
+-- is from before the clock was set back, and says nothing.
 UPDATE hosts SET watcher = @server
 WHERE deleted_at IS NULL AND url IS NOT NULL AND watcher IS DISTINCT FROM @server
-  AND NOT EXISTS (SELECT 1 FROM servers WHERE servers.id = hosts.watcher AND servers.seen_at > now() - make_interval(secs => @within::float8));
+  AND NOT EXISTS (SELECT 1 FROM servers WHERE servers.id = hosts.watcher AND servers.seen_at BETWEEN now() - make_interval(secs => @within::float8) AND now() + make_interval(secs => @within::float8));
 
 -- name: ListAtWork :many
 -- A host's sandboxes that another living server is at work on.
 SELECT sandboxes.id FROM sandboxes JOIN servers ON servers.id = sandboxes.worker
 WHERE sandboxes.host_id = @host_id AND sandboxes.state NOT IN ('stopped', 'error')
-  AND servers.id <> @server AND servers.seen_at > now() - make_interval(secs => @within::float8);
+  AND servers.id <> @server AND servers.seen_at BETWEEN now() - make_interval(secs => @within::float8) AND now() + make_interval(secs => @within::float8);
 
 -- name: TakeLease :execrows
 INSERT INTO leases (name, server, until) VALUES (@name, @server, now() + make_interval(secs => @secs::float8))
 ON CONFLICT (name) DO UPDATE SET server = EXCLUDED.server, until = EXCLUDED.until
-WHERE leases.server = EXCLUDED.server OR leases.until < now();
+WHERE leases.server = EXCLUDED.server OR leases.until NOT BETWEEN now() AND now() + make_interval(secs => @secs::float8);

@@ -82,7 +82,7 @@ SELECT templates.* FROM templates JOIN host_templates ON template_id = templates
 -- name: ListTemplatesAtWork :many
 -- Those that another living server captures or removes.
 SELECT templates.id FROM templates JOIN servers ON servers.id = templates.worker
-WHERE templates.state <> 'ready' AND servers.id <> @server AND servers.seen_at > now() - make_interval(secs => @within::float8);
+WHERE templates.state <> 'ready' AND servers.id <> @server AND servers.seen_at BETWEEN now() - make_interval(secs => @within::float8) AND now() + make_interval(secs => @within::float8);
 
 -- name: ListTemplateHosts :many
 SELECT host_id FROM host_templates WHERE template_id = $1;
