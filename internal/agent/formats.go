@@ -39,18 +39,21 @@ func CheckFormats(dir layout.Dir) error {
 	return fmt.Errorf("%w (and %d more like it)", newer[0], len(newer)-1)
 }
 
-// setAside moves the templates and captures that cannot be read away, so that
-// the agent can start without them.
+// setAside moves the templates and captures that cannot be read away. The
+// agent starts, too, where that fails: the next start tries again.
 func (a *Agent) setAside() error {
 	damaged, err := image.Examine(a.cfg.Dir)
 	if err != nil {
 		return err
 	}
 	items, err := image.SetAside(a.cfg.Dir, damaged)
+	if err != nil {
+		a.log.Error("unreadable data cannot be set aside", "error", err)
+	}
 	for _, i := range items {
 		a.log.Error("unreadable data was set aside", "kind", i.Kind, "path", i.Path, "from", i.From, "reason", i.Reason)
 	}
-	return err
+	return nil
 }
 
 // templates returns the templates that can be read, and reports the others.
@@ -87,7 +90,7 @@ func (a *Agent) reportUnreadable() error {
 			continue
 		}
 		a.problems.Report(problem.Unreadable, string(kind), fmt.Sprintf(
-			"The agent could not read this and keeps it in %s: %s (%d). See \"wrenn doctor\" and docs/upgrade.md, then put it back or delete it.", a.cfg.Dir.Unreadable(), kind, n[kind]))
+			"The agent keeps unreadable data in %s (%s: %d). Run \"wrenn doctor\" on the host, then repair it and put it back, or delete it; see docs/upgrade.md.", a.cfg.Dir.Unreadable(), kind, n[kind]))
 	}
 	return nil
 }

@@ -108,7 +108,11 @@ func TestUnreadableIsReported(t *testing.T) {
 	if len(reported) != 1 || reported[0].Kind != problem.Unreadable || !strings.Contains(reported[0].Message, broken) {
 		t.Errorf("reported %+v", reported)
 	}
-	// The next start sets it aside.
+	// The next start sets it aside; what prevents that does not prevent the start.
+	put(t, dir.Unreadable(), "a file")
+	if err := errors.Join(a.setAside(), os.Remove(dir.Unreadable())); err != nil {
+		t.Fatal(err)
+	}
 	if err := errors.Join(a.setAside(), a.reportUnreadable()); err != nil {
 		t.Fatal(err)
 	}

@@ -134,17 +134,17 @@ func Examine(dir layout.Dir) ([]Damage, error) {
 }
 
 // SetAside moves damaged templates and captures to where nothing looks for
-// them. Nobody else may be working with templates meanwhile.
-func SetAside(dir layout.Dir, damaged []Damage) ([]unreadable.Item, error) {
-	var items []unreadable.Item
+// them, as many as it can. Nobody else may be working with templates meanwhile.
+func SetAside(dir layout.Dir, damaged []Damage) (items []unreadable.Item, err error) {
 	for _, d := range damaged {
-		item, err := unreadable.Move(dir, d.Kind, d.Path, d.Err)
-		if err != nil {
-			return items, err
+		item, e := unreadable.Move(dir, d.Kind, d.Path, d.Err)
+		if e != nil {
+			err = errors.Join(err, e)
+			continue
 		}
 		items = append(items, item)
 	}
-	return items, nil
+	return items, err
 }
 
 // Find returns a template, or an error that is [fs.ErrNotExist].
