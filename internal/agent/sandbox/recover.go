@@ -146,6 +146,9 @@ func find(ctx context.Context, dir layout.Dir, home uuid.UUID, d vmm.Driver, log
 		lost = err
 	case rec.Ending != nil:
 		log.Info("removing a sandbox that was half-removed", "reason", firstLine(rec.Ending.Reason))
+		if rec.Keep != "" {
+			lost = errors.New(rec.Keep)
+		}
 	case rec.State == Paused:
 		// What it ran on is left only where an agent was killed during a pause
 		// or a resume.
@@ -175,6 +178,11 @@ func find(ctx context.Context, dir layout.Dir, home uuid.UUID, d vmm.Driver, log
 		if !errors.Is(err, vmm.ErrGone) {
 			rec.Ending.Reason = "the virtual machine could not be taken back: " + err.Error()
 			lost = err
+			// Else an agent after this one would find that the machine is gone.
+			rec.Keep = err.Error()
+			if err := rec.save(dir); err != nil {
+				log.Error("cannot record that a sandbox's files are kept", "error", err)
+			}
 		}
 	}
 	if err := d.Reap(ctx, leftover(rec)); err != nil {
