@@ -20,6 +20,9 @@ import (
 // one at a time; no machine has it.
 const flattenUID = firstUID - 1
 
+// flattenTimeout bounds the work on one file system, for which others wait.
+const flattenTimeout = 30 * time.Minute
+
 // SnapshotDisk makes a template of a sandbox's disk alone: a file system of its
 // own, without what was the sandbox's template's, which is booted and captured
 // once before this returns. start is what is started then and left running;
@@ -88,8 +91,14 @@ func (b *box) snapshotDisk(ctx context.Context, template uuid.UUID, name string,
 		chain.Layers = append(chain.Layers, c.Layer(n))
 	}
 	err = b.step("flatten", func() error {
-		b.m.flattening.Lock()
-		defer b.m.flattening.Unlock()
+		select {
+		case b.m.flattening <- struct{}{}:
+			defer func() { <-b.m.flattening }()
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		ctx, cancel := context.WithTimeout(ctx, flattenTimeout)
+		defer cancel()
 		if err := disk.Flatten(ctx, image.TempRootfs(tmp), chain, flattenUID); err != nil {
 			return err
 		}

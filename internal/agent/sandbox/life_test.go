@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -17,6 +18,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/told"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -750,6 +752,70 @@ func TestWarm(t *testing.T) {
 	if err := h.Terminate(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	h.destroyAll()
+	h.nothingLeft()
+}
+
+// TestWarmBesideDefault has the capture that most sandboxes will begin with take
+// long: machines of other captures wait all the same.
+func TestWarmBesideDefault(t *testing.T) {
+	w := newWorld(t, 1)
+	w.warm, w.usual = 1, 192
+	held := make(chan struct{})
+	let := sync.OnceFunc(func() { close(held) })
+	w.onStart = func(s vmm.Spec) {
+		if s.MemoryMiB == w.usual {
+			<-held
+		}
+	}
+	h := w.open(layout.Dir(t.TempDir()))
+	defer h.close()
+	defer let()
+	h.create(t, nil)
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+		h.mu.Lock()
+		n := len(h.warm.ready)
+		h.mu.Unlock()
+		if n == 1 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Error("no machine waits")
+			break
+		}
+	}
+	let()
+	h.destroyAll()
+}
+
+// TestFlattenWaits has the work on a file system hang: a sandbox whose own waits
+// for it is ended all the same.
+func TestFlattenWaits(t *testing.T) {
+	h := newHost(t)
+	id := h.create(t, nil)
+	h.flattening <- struct{}{}
+	done := make(chan error, 1)
+	go func() {
+		_, err := h.SnapshotDisk(context.Background(), id, uuid.New(), "mine", nil, nil)
+		done <- err
+	}()
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+		if slices.ContainsFunc(h.info(id).Steps, func(s Step) bool { return s.Name == "disks" }) {
+			break // What comes next is the work.
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the sandbox is not captured")
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := h.Destroy(ctx, id); err != nil {
+		t.Errorf("destroy: %v", err)
+	}
+	if err := <-done; err == nil {
+		t.Error("it was captured")
+	}
+	<-h.flattening
 	h.destroyAll()
 	h.nothingLeft()
 }

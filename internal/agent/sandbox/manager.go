@@ -86,7 +86,7 @@ type Manager struct {
 	bases bases
 	warm  warm
 
-	flattening sync.Mutex // held while a file system is flattened
+	flattening chan struct{} // one taken while a file system is flattened
 
 	// mu is locked before a box's mu, which is locked before those of bases and
 	// trackers. Who holds a box's mu calls nothing that locks this one.
@@ -137,7 +137,7 @@ func Open(ctx context.Context, c Config, r *Recovery) (*Manager, error) {
 	m := &Manager{
 		Config: c, boots: make(chan struct{}, c.Boots), closing: make(chan struct{}),
 		boxes: map[uuid.UUID]*box{}, nameless: map[*box]struct{}{}, capturing: map[string]*capturing{},
-		leaving: map[*box]struct{}{}, fewer: make(chan struct{}),
+		leaving: map[*box]struct{}{}, fewer: make(chan struct{}), flattening: make(chan struct{}, 1),
 	}
 	m.warm.init(m)
 	for _, f := range r.found {

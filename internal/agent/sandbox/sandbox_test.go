@@ -50,10 +50,12 @@ type world struct {
 	nextSlot int
 	vms      map[uuid.UUID]*worldVM
 	started  int
-	hold     chan struct{} // machines are healthy once it is closed; nil: at once
-	warm     int           // how many machines of a template wait
-	tracks   bool          // what machines write to is known
-	version  string        // of the monitor: it restores what was saved under the same, or an earlier one
+	hold     chan struct{}  // machines are healthy once it is closed; nil: at once
+	warm     int            // how many machines of a template wait
+	tracks   bool           // what machines write to is known
+	onStart  func(vmm.Spec) // nil: nothing
+	usual    int            // MiB of memory that most sandboxes begin with; 0: nobody knows
+	version  string         // of the monitor: it restores what was saved under the same, or an earlier one
 }
 
 // count is how many machines were made.
@@ -148,6 +150,9 @@ func (w *world) TracksMemory() bool  { return w.tracks }
 
 // Start implements vmm.Driver.
 func (w *world) Start(ctx context.Context, s vmm.Spec) (vmm.VM, error) {
+	if w.onStart != nil {
+		w.onStart(s)
+	}
 	if w.fails("start") {
 		return nil, errInjected
 	}
@@ -492,6 +497,7 @@ func (w *world) open(dir layout.Dir) *host {
 	}
 	w.mu.Unlock()
 	m, err := Open(context.Background(), Config{
+		DefaultVCPUs: min(1, w.usual), DefaultMemoryMiB: w.usual,
 		Dir: dir, Driver: w, Networks: w, Journal: j, Kernel: "k", Initrd: "i", MemoryMiB: 4096, Boots: 3,
 		BootTimeout: 2 * time.Second, Settle: time.Nanosecond, Log: log, Warm: w.warm, WarmMemoryMiB: 1024,
 		Template: func(team, template uuid.UUID) (image.Template, error) {

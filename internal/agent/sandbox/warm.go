@@ -126,7 +126,7 @@ func (w *warm) forget(template uuid.UUID) {
 // keep makes machines until the agent ends.
 func (w *warm) keep() {
 	if w.m.DefaultVCPUs > 0 {
-		w.captureDefault()
+		w.m.wg.Go(w.captureDefault)
 	}
 	for {
 		select {
