@@ -437,6 +437,9 @@ func (a *agent) Templates(context.Context, *connect.Request[hostagentv1.Template
 }
 
 func (a *agent) Host(context.Context, *connect.Request[hostagentv1.HostRequest]) (*connect.Response[hostagentv1.HostResponse], error) {
+	a.mu.Lock()
+	a.calls["host"]++
+	a.mu.Unlock()
 	return connect.NewResponse(&hostagentv1.HostResponse{Version: "test", Cpus: 2, Vmm: "none", Accelerator: "none", MemoryLimitMib: 4096}), nil
 }
 

@@ -9,10 +9,11 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
-	"github.com/sethvargo/go-retry"
 
+	"github.com/wrenn-dev/wrenn/internal/backoff"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
@@ -29,10 +30,7 @@ const (
 
 // listen hears what the host did on its own, writes it down and acknowledges it.
 func (w *watch) listen() {
-	fresh := func() retry.Backoff {
-		return retry.WithCappedDuration(5*time.Second, retry.NewExponential(200*time.Millisecond))
-	}
-	backoff := fresh()
+	waits := backoff.New(200*time.Millisecond, 5*time.Second)
 	down := false
 	for {
 		heard, err := w.hear(w.ctx)
@@ -40,19 +38,15 @@ func (w *watch) listen() {
 			return
 		}
 		if heard {
-			backoff, down = fresh(), false
+			waits.Reset()
+			down = false
 		}
 		if !down {
 			w.log.Warn("host's events broke off", "error", err)
 			down = true
 			w.compareSoon()
 		}
-		wait, _ := backoff.Next()
-		t := time.NewTimer(wait)
-		select {
-		case <-t.C:
-		case <-w.ctx.Done():
-			t.Stop()
+		if waits.Wait(w.ctx) != nil {
 			return
 		}
 	}
@@ -118,14 +112,14 @@ func (w *watch) created(e *hostagentv1.Event) <-chan struct{} {
 
 // settleEvent writes an event down and acknowledges those up to which all are.
 func (w *watch) settleEvent(ctx context.Context, open *ledger, e *hostagentv1.Event) error {
-	backoff := retry.WithMaxRetries(eventRetries, retry.NewExponential(50*time.Millisecond))
-	err := retry.Do(ctx, backoff, func(ctx context.Context) error {
-		err := w.apply(ctx, e)
-		if err == nil || store.Unreachable(err) {
-			return err
+	var err error
+	waits := backoff.New(50*time.Millisecond, time.Second)
+	for range 1 + eventRetries {
+		err = fault.Guard(w.log, func() error { return w.apply(ctx, e) })
+		if err == nil || store.Unreachable(err) || waits.Wait(ctx) != nil {
+			break
 		}
-		return retry.RetryableError(err)
-	})
+	}
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}

@@ -9,8 +9,8 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
-	"github.com/sethvargo/go-retry"
 
+	"github.com/wrenn-dev/wrenn/internal/backoff"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
@@ -70,7 +70,7 @@ type task struct {
 	action   Action
 	wanted   time.Time // since when
 	due      time.Time
-	backoff  retry.Backoff
+	waits    *backoff.Backoff
 	running  bool
 	dropped  bool // while it ran it turned out not to be needed any more
 	failures int
@@ -139,7 +139,7 @@ func (q *queue) want(of subject, mark uint64, actions []Action) {
 		if t := q.tasks[k]; t != nil {
 			t.action, t.dropped = a, false
 		} else if q.ended[k] <= mark {
-			q.tasks[k] = &task{action: a, wanted: now, due: now, backoff: newBackoff()}
+			q.tasks[k] = &task{action: a, wanted: now, due: now, waits: backoff.New(firstBackoff, mostBackoff)}
 		}
 	}
 	for k, t := range q.tasks {
@@ -157,10 +157,6 @@ func (q *queue) want(of subject, mark uint64, actions []Action) {
 		}
 	}
 	q.dispatch()
-}
-
-func newBackoff() retry.Backoff {
-	return retry.WithJitterPercent(10, retry.WithCappedDuration(mostBackoff, retry.NewExponential(firstBackoff)))
 }
 
 // dispatch starts what is due and has a worker, the longest due first. q.mu is
@@ -248,7 +244,7 @@ func (q *queue) finish(k key, t *task, a Action, err error) {
 		return
 	}
 	t.failures++
-	wait, _ := t.backoff.Next() // It never stops.
+	wait := t.waits.Next()
 	t.due = time.Now().Add(wait)
 	q.log.Warn("reconcile", "action", a.Kind, string(k.of), a.ID, "failures", t.failures, "again_in", wait, "error", err)
 }

@@ -101,7 +101,7 @@ func TestQueueApart(t *testing.T) {
 			if first := at[1].Sub(at[0]); last <= first {
 				t.Errorf("what %s was left alone for %v at first and %v at last", what, first, last)
 			}
-			if most := mostBackoff*11/10 + calls.within; last > most {
+			if most := mostBackoff*4/3 + calls.within; last > most {
 				t.Errorf("what %s was left alone for %v", what, last)
 			}
 		}

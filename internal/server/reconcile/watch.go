@@ -10,17 +10,21 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
-	"golang.org/x/sync/errgroup"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/each"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
-// listWithin bounds a call for a list of what a host has.
-const listWithin = 10 * time.Second
+const (
+	// listWithin bounds a call for a list of what a host has.
+	listWithin = 10 * time.Second
+	// compareWithin bounds a comparison: that call, and what the database is asked.
+	compareWithin = listWithin + roundWithin
+)
 
 // watch keeps one host and the database in agreement.
 type watch struct {
@@ -122,20 +126,19 @@ func (w *watch) compareLoop() {
 func (w *watch) compare(now time.Time) (again time.Duration, err error) {
 	begun := time.Now()
 	defer func() { w.metrics.compared(err, time.Since(begun)) }()
-	var g errgroup.Group
-	var templatesErr error
-	g.Go(func() error {
-		templatesErr = w.compareTemplates()
-		return nil
-	})
-	again, err = w.compareSandboxes(now)
-	_ = g.Wait()
-	return again, errors.Join(err, templatesErr)
+	err = each.Do(w.ctx, w.log, 2, compareWithin, []func(context.Context) error{
+		w.compareTemplates,
+		func(ctx context.Context) (err error) {
+			again, err = w.compareSandboxes(ctx, now)
+			return err
+		},
+	}, func(ctx context.Context, part func(context.Context) error) error { return part(ctx) })
+	return again, err
 }
 
-func (w *watch) compareTemplates() error {
+func (w *watch) compareTemplates(ctx context.Context) error {
 	mark := w.queue.mark()
-	v, err := w.viewTemplates()
+	v, err := w.viewTemplates(ctx)
 	if err != nil {
 		return err
 	}
@@ -145,9 +148,7 @@ func (w *watch) compareTemplates() error {
 
 // viewTemplates reads a view of the host's templates, the table first: what it
 // says is there was on the host before the host was asked.
-func (w *watch) viewTemplates() (v TemplateView, err error) {
-	ctx, cancel := context.WithTimeout(w.ctx, listWithin+roundWithin)
-	defer cancel()
+func (w *watch) viewTemplates(ctx context.Context) (v TemplateView, err error) {
 	known, err := w.Templates.Known(ctx, w.host.ID)
 	if err != nil {
 		return v, err
@@ -180,9 +181,9 @@ func (w *watch) viewTemplates() (v TemplateView, err error) {
 	return v, nil
 }
 
-func (w *watch) compareSandboxes(now time.Time) (again time.Duration, err error) {
+func (w *watch) compareSandboxes(ctx context.Context, now time.Time) (again time.Duration, err error) {
 	mark := w.queue.mark()
-	v, err := w.viewSandboxes()
+	v, err := w.viewSandboxes(ctx)
 	if err != nil {
 		return 0, err
 	}
@@ -190,8 +191,6 @@ func (w *watch) compareSandboxes(now time.Time) (again time.Duration, err error)
 	w.seen = p.Seen
 	w.queue.want(sandbox, mark, p.Actions)
 	if len(p.Expire.Ids) > 0 {
-		ctx, cancel := context.WithTimeout(w.ctx, roundWithin)
-		defer cancel()
 		if err := w.Store.SandboxesExpire(ctx, p.Expire); err != nil {
 			return p.Again, fmt.Errorf("write when sandboxes end: %w", err)
 		}
@@ -202,9 +201,7 @@ func (w *watch) compareSandboxes(now time.Time) (again time.Duration, err error)
 // viewSandboxes reads a view of the host's sandboxes: the table first, then the
 // host, and last who is at work, so that no work is missed that the table or
 // the list show half done.
-func (w *watch) viewSandboxes() (v View, err error) {
-	ctx, cancel := context.WithTimeout(w.ctx, listWithin+roundWithin)
-	defer cancel()
+func (w *watch) viewSandboxes(ctx context.Context) (v View, err error) {
 	if err := w.Sandboxes.ExpireDrained(ctx, w.host.ID); err != nil {
 		return v, err
 	}
@@ -271,7 +268,7 @@ func set(ids []uuid.UUID) map[uuid.UUID]bool {
 // do does one action, unless this server has begun to work on its object since
 // it was decided: that writes down what is so.
 func (w *watch) do(ctx context.Context, a Action) error {
-	if w.Sandboxes.Busy(a.ID) {
+	if w.Sandboxes.Busy(a.ID) || w.Templates.Busy(a.ID) {
 		return nil
 	}
 	switch a.Kind {

@@ -8,11 +8,11 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
-	"golang.org/x/sync/errgroup"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/each"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
@@ -119,14 +119,8 @@ func (s *Service) remove(ctx context.Context, row db.Template) error {
 	if err != nil {
 		return fmt.Errorf("list template's hosts: %w", err)
 	}
-	var g errgroup.Group
-	g.SetLimit(removesAtOnce)
-	for _, h := range on {
-		g.Go(func() error {
-			return s.Work.Guard(func() error { return s.removeFrom(ctx, row, h, log) })
-		})
-	}
-	if err := g.Wait(); err != nil {
+	err = each.Do(ctx, s.Log, removesAtOnce, removeWithin, on, func(ctx context.Context, h uuid.UUID) error { return s.removeFrom(ctx, row, h, log) })
+	if err != nil {
 		return err
 	}
 	err = work.Persist(ctx, func(ctx context.Context) error { return s.Store.DropTemplate(ctx, row.ID) })
