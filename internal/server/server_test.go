@@ -1361,6 +1361,56 @@ func TestProxy(t *testing.T) {
 	p.call("GET", "/", nil, "Host", name("80", three)).fails(503, "host_unreachable")
 }
 
+// TestProxyStreamsBothWays answers before the request's body has ended, and
+// breaks off a response, through the server's proxy.
+func TestProxyStreamsBothWays(t *testing.T) {
+	p := newPlane(t)
+	p.agent.guest = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		rc := http.NewResponseController(w)
+		_ = rc.EnableFullDuplex()
+		for s := bufio.NewScanner(r.Body); s.Scan(); {
+			fmt.Fprintln(w, "echo", s.Text())
+			_ = rc.Flush()
+			if s.Text() == "break" {
+				panic(http.ErrAbortHandler)
+			}
+		}
+	})
+	host := "80-" + p.create(map[string]any{}) + ".localhost"
+	for _, last := range []string{"end", "break"} {
+		r, w := io.Pipe()
+		ctx := await.Context(t)
+		context.AfterFunc(ctx, func() { r.CloseWithError(ctx.Err()) })
+		req, err := http.NewRequestWithContext(ctx, http.MethodPost, p.http.URL+"/", r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Host = host
+		req.Header.Set("X-API-Key", adminKey)
+		go fmt.Fprintln(w, "first") // Ends when the request does.
+		resp, err := http.DefaultTransport.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lines := bufio.NewScanner(resp.Body)
+		for _, line := range []string{"first", "second", last} {
+			if line != "first" {
+				fmt.Fprintln(w, line)
+			}
+			if !lines.Scan() || lines.Text() != "echo "+line {
+				t.Fatalf("got %q, %v", lines.Text(), lines.Err())
+			}
+		}
+		if last == "end" {
+			w.Close()
+		}
+		if lines.Scan() || (lines.Err() != nil) != (last == "break") {
+			t.Errorf("after %q: %q, %v", last, lines.Text(), lines.Err())
+		}
+		resp.Body.Close()
+	}
+}
+
 func TestExecStream(t *testing.T) {
 	p := newPlane(t)
 	path := "/v1/sandboxes/" + p.create(map[string]any{}) + "/exec/stream"

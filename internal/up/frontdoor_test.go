@@ -123,6 +123,36 @@ func TestFrontDoor(t *testing.T) {
 	}
 }
 
+// TestBodyThatNobodyReads posts to a control plane that is not there, or that
+// answers without reading.
+func TestBodyThatNobodyReads(t *testing.T) {
+	_, listen, stopServer := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		http.Error(w, "no", http.StatusTeapot)
+	}))
+	for _, want := range []int{http.StatusTeapot, http.StatusBadGateway} {
+		if want == http.StatusBadGateway {
+			stopServer()
+		}
+		for n := range 200 {
+			req, err := http.NewRequest(http.MethodPost, "http://"+listen+"/v1/x", io.NopCloser(strings.NewReader("hello")))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if req.ContentLength = 5; n%2 == 0 {
+				req.ContentLength = -1
+			}
+			resp, err := http.DefaultTransport.RoundTrip(req)
+			if err != nil {
+				t.Fatal(want, n, err)
+			}
+			if _, err := io.Copy(io.Discard, resp.Body); err != nil || resp.StatusCode != want {
+				t.Errorf("%s, %v; want %d", resp.Status, err, want)
+			}
+			resp.Body.Close()
+		}
+	}
+}
+
 // TestFrontDoorComesBack kills Caddy: the port stays taken, and the next Caddy
 // answers on the same socket.
 func TestFrontDoorComesBack(t *testing.T) {

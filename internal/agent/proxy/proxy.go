@@ -22,6 +22,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
+	"github.com/wrenn-dev/wrenn/internal/duplex"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
@@ -137,9 +138,12 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		p.fail(w, err)
 		return
 	}
+	duplex.Serve(w, r, func(w http.ResponseWriter, r *http.Request) { p.forward(w, r, t, u) })
+}
+
+// forward carries a request to its sandbox and ends the use.
+func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, t target, u *sandbox.Use) {
 	defer u.End()
-	// Both directions stream at once, over HTTP/1.1 too.
-	_ = http.NewResponseController(w).EnableFullDuplex()
 	rp := httputil.ReverseProxy{
 		Transport:      u.Transport,
 		FlushInterval:  -1,

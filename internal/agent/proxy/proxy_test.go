@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -118,6 +119,37 @@ func TestBadTargets(t *testing.T) {
 	o.tracker.Shut()
 	if got, _ := o.get(t, o.path(80, "/")); got != 503 {
 		t.Errorf("a sandbox that is shut: %d", got)
+	}
+}
+
+// TestBodyThatNobodyReads posts to a port where nothing listens, which had the
+// server's connection read from twice at once, and panic.
+func TestBodyThatNobodyReads(t *testing.T) {
+	o := start(t)
+	var log bytes.Buffer
+	server := httptest.NewUnstartedServer(o.Config.Handler)
+	server.Config.ErrorLog = slog.NewLogLogger(slog.NewTextHandler(&log, nil), slog.LevelError)
+	server.Start()
+	for _, length := range []int64{5, -1} {
+		for range 100 {
+			req, err := http.NewRequest(http.MethodPost, server.URL+o.path(1, "/"), io.NopCloser(strings.NewReader("hello")))
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.ContentLength = length
+			resp, err := http.DefaultTransport.RoundTrip(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.Copy(io.Discard, resp.Body); err != nil || resp.StatusCode != http.StatusBadGateway {
+				t.Errorf("%s, %v", resp.Status, err)
+			}
+			resp.Body.Close()
+		}
+	}
+	server.Close() // Nothing writes to the log any more.
+	if log.Len() > 0 {
+		t.Errorf("the server logged: %.500s", log.String())
 	}
 }
 

@@ -19,6 +19,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/wrenn-dev/wrenn/internal/duplex"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
@@ -88,7 +89,9 @@ func (p *Proxy) label(host string) (string, bool) {
 }
 
 // ServeHTTP forwards a request to its sandbox.
-func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) { duplex.Serve(w, r, p.serve) }
+
+func (p *Proxy) serve(w http.ResponseWriter, r *http.Request) {
 	mark := p.Watch.Mark()
 	target, err := p.resolve(r)
 	if err == nil && target.who.HasKey() {

@@ -1,0 +1,83 @@
+// Package duplex lets a proxy answer a request whose body is still under way,
+// over HTTP/1.1 as over HTTP/2.
+//
+// Go's HTTP/1.1 server is half-duplex by default: when the response begins, it
+// reads the rest of the request's body itself, and takes it away from a proxy
+// that is about to send it on. Full-duplex, it panics at the next request if a
+// handler left a part of the body unread (golang/go#68560).
+package duplex
+
+import (
+	"io"
+	"net/http"
+	"sync/atomic"
+)
+
+// Serve has h answer a request in full duplex. If the request's body has not
+// ended when the response begins, the connection is closed after the response.
+func Serve(w http.ResponseWriter, r *http.Request, h func(http.ResponseWriter, *http.Request)) {
+	if r.ProtoMajor != 1 || r.Body == nil || r.Body == http.NoBody {
+		h(w, r)
+		return
+	}
+	_ = http.NewResponseController(w).EnableFullDuplex() // Never fails for HTTP/1.1.
+	b := &body{ReadCloser: r.Body}
+	r.Body = b
+	out := &writer{ResponseWriter: w, body: b}
+	h(out, r)
+	out.begin(http.StatusOK)
+}
+
+// body knows whether it was read to its end. Its reader may outlive the handler.
+type body struct {
+	io.ReadCloser
+	ended atomic.Bool
+}
+
+func (b *body) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if err == io.EOF {
+		b.ended.Store(true)
+	}
+	return n, err
+}
+
+// writer has the connection closed if the body has not ended when the response
+// begins: nobody can tell then whether it will be read.
+type writer struct {
+	http.ResponseWriter
+	body  *body
+	begun bool
+}
+
+func (w *writer) begin(status int) {
+	if w.begun || status < 200 && status != http.StatusSwitchingProtocols {
+		return
+	}
+	w.begun = true
+	if status >= 200 && !w.body.ended.Load() {
+		w.Header().Set("Connection", "close")
+	}
+}
+
+func (w *writer) WriteHeader(status int) {
+	w.begin(status)
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *writer) Write(p []byte) (int, error) {
+	w.begin(http.StatusOK)
+	return w.ResponseWriter.Write(p)
+}
+
+// Flush implements [http.Flusher].
+func (w *writer) Flush() { _ = w.FlushError() }
+
+// FlushError is what [http.ResponseController] calls.
+func (w *writer) FlushError() error {
+	w.begin(http.StatusOK)
+	return http.NewResponseController(w.ResponseWriter).Flush()
+}
+
+// Unwrap lets [http.ResponseController] reach the rest.
+func (w *writer) Unwrap() http.ResponseWriter { return w.ResponseWriter }

@@ -1,0 +1,88 @@
+package duplex
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+)
+
+// serve serves h in full duplex and fails the test if the server logs anything.
+func serve(t *testing.T, h func(http.ResponseWriter, *http.Request)) *httptest.Server {
+	t.Helper()
+	var log bytes.Buffer
+	s := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { Serve(w, r, h) }))
+	s.Config.ErrorLog = slog.NewLogLogger(slog.NewTextHandler(&log, nil), slog.LevelError)
+	s.Start()
+	t.Cleanup(func() {
+		s.Close() // Nothing writes to the log any more.
+		if log.Len() > 0 {
+			t.Errorf("the server logged: %.500s", log.String())
+		}
+	})
+	return s
+}
+
+// TestBodyLeftUnread uses one connection again and again for requests whose
+// body the handler does not read.
+func TestBodyLeftUnread(t *testing.T) {
+	s := serve(t, func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no", http.StatusBadGateway) })
+	for n := range 200 {
+		req, err := http.NewRequest(http.MethodPost, s.URL, io.NopCloser(strings.NewReader("hello")))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if req.ContentLength = 5; n%2 == 0 {
+			req.ContentLength = -1
+		}
+		resp, err := http.DefaultTransport.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if b, err := io.ReadAll(resp.Body); err != nil || string(b) != "no\n" {
+			t.Errorf("%q, %v", b, err)
+		}
+		resp.Body.Close()
+	}
+}
+
+// TestResponseDoesNotWaitForBody has clients that send the rest of their body
+// once they have seen all of the response, or go instead.
+func TestResponseDoesNotWaitForBody(t *testing.T) {
+	s := serve(t, func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no", http.StatusBadGateway) })
+	for _, rest := range []string{"hello", ""} {
+		conn, err := net.Dial("tcp", s.Listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if err := conn.SetDeadline(time.Now().Add(60 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprint(conn, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n")
+		r := bufio.NewReader(conn)
+		resp, err := http.ReadResponse(r, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := io.ReadAll(resp.Body)
+		if err != nil || string(b) != "no\n" || !resp.Close {
+			t.Errorf("got %q, %v; the connection will close: %t", b, err, resp.Close)
+		}
+		if rest == "" {
+			conn.Close() // And the server, which waits for all handlers to close, goes on.
+			continue
+		}
+		fmt.Fprint(conn, rest)
+		if more, err := io.ReadAll(r); err != nil || len(more) > 0 {
+			t.Errorf("after the response: %q, %v", more, err)
+		}
+	}
+}
