@@ -10,13 +10,13 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
 	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
+	"github.com/wrenn-dev/wrenn/internal/await"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
@@ -38,15 +38,15 @@ func TestSharedHost(t *testing.T) {
 			t.Fatalf("%v: %v\n%s", args, err, out)
 		}
 	}
-	await := func(what string, cond func() error) {
+	eventually := func(what string, cond func() error) {
 		t.Helper()
 		var err error
-		for deadline := time.Now().Add(90 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
-			if err = cond(); err == nil {
-				return
+		t.Cleanup(func() {
+			if err != nil {
+				t.Logf("%s: %v", what, err)
 			}
-		}
-		t.Errorf("%s: %v", what, err)
+		})
+		await.Until(t, what, func() bool { err = cond(); return err == nil })
 	}
 
 	run("ip", "netns", "add", "x")
@@ -57,7 +57,7 @@ func TestSharedHost(t *testing.T) {
 	run("ip", "netns", "exec", "x", "true")
 	works("with a named namespace of somebody else's")
 	run("nft", "flush", "ruleset")
-	await("the firewall's rules", func() error {
+	eventually("the firewall's rules", func() error {
 		out, err := exec.Command("nft", "list", "table", "inet", "wrenn").CombinedOutput()
 		if err == nil && !strings.Contains(string(out), "masquerade") {
 			err = errors.New(string(out))
@@ -92,13 +92,13 @@ func TestSharedHost(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	await("the control group", inGroup)
+	eventually("the control group", inGroup)
 	works("after its machine was moved out of its control group")
 
 	if err := os.Remove(h.Dir.AgentLock()); err != nil {
 		t.Fatal(err)
 	}
-	await("the agent's lock", func() error {
+	eventually("the agent's lock", func() error {
 		second := exec.Command("/proc/self/exe")
 		second.Env = h.Cmd.Env
 		if _, err := os.Stat(h.Dir.AgentLock()); err != nil {
@@ -122,7 +122,7 @@ func TestSharedHost(t *testing.T) {
 		t.Error("it is another machine")
 	}
 	run("ip", "netns", "del", "x")
-	await("no problem is left", func() error {
+	eventually("no problem is left", func() error {
 		m, err := h.Host(t.Context(), connect.NewRequest(&pb.HostRequest{}))
 		if err == nil && len(m.Msg.GetProblems()) > 0 {
 			err = fmt.Errorf("%v", m.Msg.GetProblems())

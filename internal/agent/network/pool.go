@@ -185,6 +185,18 @@ func adoptNamespace(i int) error {
 	return removeNamespace(oldNamespace(i))
 }
 
+// nameForEarlier gives a slot's namespace the name that an agent of the version
+// before looks for, in case that is the next one. adoptNamespace takes it away.
+func nameForEarlier(s *Slot) error {
+	if s.ns == nil {
+		return nil
+	}
+	if err := os.MkdirAll(layout.OldNamespaces, 0o755); err != nil {
+		return fmt.Errorf("make folder of namespaces: %w", err)
+	}
+	return nameNamespace(s.ns, oldNamespace(s.Index))
+}
+
 // removeStale removes what there is of slots that are not in use.
 func (p *Pool) removeStale(ctx context.Context) error {
 	found := map[int]bool{}
@@ -544,9 +556,13 @@ func (p *Pool) tearDown(keep []int) error {
 	p.ready = nil
 	p.mu.Unlock()
 
+	var err error
 	for _, s := range open {
 		s.mu.Lock()
 		if !s.down {
+			if slices.Contains(keep, s.Index) {
+				err = errors.Join(err, nameForEarlier(s))
+			}
 			p.silence(s)
 		}
 		s.mu.Unlock()
@@ -554,14 +570,14 @@ func (p *Pool) tearDown(keep []int) error {
 	if len(p.used) == 0 && len(gone) > 0 {
 		destroyGroup(p.block.number)
 	}
-	var err error
-	for _, failed := range p.destroyAll(gone) {
-		err = errors.Join(err, failed)
+	failed := p.destroyAll(gone)
+	for _, f := range failed {
+		err = errors.Join(err, f)
 	}
 	// Whoever has the block next removes what is left of it.
-	kept := len(p.used) > 0 || err != nil
+	kept := len(p.used)+len(failed) > 0
 	if !kept {
-		err = removeHostRules(p.block.number)
+		err = errors.Join(err, removeHostRules(p.block.number))
 	}
 	if p.docker && !kept {
 		leaveDocker(context.Background())

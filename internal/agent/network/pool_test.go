@@ -518,6 +518,7 @@ func TestReclaimOfBrokenSlot(t *testing.T) {
 	must(t, p.Close(context.Background(), keep))
 
 	must(t, removeNamespace(layout.Namespace(keep[0])))
+	must(t, removeNamespace(oldNamespace(keep[0])))
 	link, err := netlink.LinkByName(linkName(keep[1]))
 	must(t, err)
 	must(t, netlink.LinkDel(link))

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -36,16 +37,16 @@ func feed(t testing.TB, stdin string, args ...string) {
 	}
 }
 
-// await waits for a condition; it fails with what the condition says is wrong.
-func await(t testing.TB, what string, cond func() error) {
+// eventually waits for a condition; if it never holds, what it says is logged.
+func eventually(t testing.TB, what string, cond func() error) {
 	t.Helper()
 	var err error
-	for deadline := time.Now().Add(90 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
-		if err = cond(); err == nil {
-			return
+	t.Cleanup(func() {
+		if err != nil {
+			t.Logf("%s: %v", what, err)
 		}
-	}
-	t.Fatalf("%s: %v", what, err)
+	})
+	await.Until(t, what, func() bool { err = cond(); return err == nil })
 }
 
 // online checks that a guest reaches the internet, and the host the guest.
@@ -115,7 +116,14 @@ func TestIPNetns(t *testing.T) {
 	}
 	must(t, problems(p))
 	must(t, p.Close(context.Background(), []int{kept.Index}))
+	// While no agent runs, one of the version before finds the name where it looks.
+	if err := inNamespace(oldNamespace(kept.Index), func() error { return nil }); err != nil {
+		t.Errorf("an earlier version does not find the namespace: %v", err)
+	}
 	p = openPool(t, dir, 1, kept.Index)
+	if _, err := os.Stat(oldNamespace(kept.Index)); !os.IsNotExist(err) {
+		t.Errorf("the name for earlier versions is left: %v", err)
+	}
 	if _, err := p.Reclaim(context.Background(), kept.Index, 0); err != nil {
 		t.Error(err)
 	}
@@ -185,7 +193,7 @@ func TestRulesAreRestored(t *testing.T) {
 	s := acquire(t, p)
 	g := newGuest(t, s)
 	g.serve(t)
-	await(t, "at first", func() error { return g.online(s) })
+	eventually(t, "at first", func() error { return g.online(s) })
 	whole := func() error {
 		have, err := fingerprint(hostTable(p.block.number))
 		if err == nil && have != p.rules {
@@ -213,9 +221,9 @@ func TestRulesAreRestored(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			change(t)
-			await(t, "afterwards", whole)
-			await(t, "afterwards", func() error { return g.online(s) })
-			await(t, "afterwards", func() error { return problems(p) })
+			eventually(t, "afterwards", whole)
+			eventually(t, "afterwards", func() error { return g.online(s) })
+			eventually(t, "afterwards", func() error { return problems(p) })
 		})
 	}
 }
@@ -288,19 +296,19 @@ func TestOtherFirewalls(t *testing.T) {
 	s := acquire(t, p)
 	g := newGuest(t, s)
 	g.serve(t)
-	await(t, "at first", func() error { return g.online(s) })
+	eventually(t, "at first", func() error { return g.online(s) })
 	clearRules(t)
 
 	// Docker leaves a chain to others, and so it is repaired.
 	feed(t, docker, "iptables-restore")
-	await(t, "with Docker's rules", func() error { return g.online(s) })
-	await(t, "with Docker's rules", func() error { return problems(p) })
+	eventually(t, "with Docker's rules", func() error { return g.online(s) })
+	eventually(t, "with Docker's rules", func() error { return problems(p) })
 	run(t, "iptables", "-n", "-L") // it still understands its table
 	// The daemon starts again, and writes its rules anew.
 	feed(t, docker, "iptables-restore")
-	await(t, "with Docker's rules written anew", func() error { return g.online(s) })
+	eventually(t, "with Docker's rules written anew", func() error { return g.online(s) })
 	run(t, "nft", "flush", "ruleset")
-	await(t, "without Docker's rules", func() error { return g.online(s) })
+	eventually(t, "without Docker's rules", func() error { return g.online(s) })
 
 	for _, other := range []struct{ name, rules, undo, words string }{
 		{"firewalld", firewalld, "delete table inet firewalld", "inet firewalld filter_FORWARD"},
@@ -309,18 +317,18 @@ func TestOtherFirewalls(t *testing.T) {
 	} {
 		t.Run(other.name, func(t *testing.T) {
 			feed(t, other.rules, "nft", "-f", "-")
-			await(t, "with the rules", func() error { return has(p, problem.Firewall, other.words) })
+			eventually(t, "with the rules", func() error { return has(p, problem.Firewall, other.words) })
 			if _, err := call(time.Second, "tcp4", s.Address.String()+":7000"); err != nil {
 				t.Errorf("host to guest: %v", err)
 			}
 			run(t, "nft", other.undo)
-			await(t, "without the rules", func() error { return problems(p) })
-			await(t, "without the rules", func() error { return g.online(s) })
+			eventually(t, "without the rules", func() error { return problems(p) })
+			eventually(t, "without the rules", func() error { return g.online(s) })
 		})
 	}
 	t.Run("accepted by the admin", func(t *testing.T) {
 		feed(t, `table ip filter { chain FORWARD { type filter hook forward priority 0; policy drop; iifname "wrenn-veth-*" accept; ct state established,related accept; }; }`, "nft", "-f", "-")
-		await(t, "with the rules", func() error { return g.online(s) })
+		eventually(t, "with the rules", func() error { return g.online(s) })
 		p.mend(look{rules: true})
 		must(t, problems(p))
 	})
@@ -334,7 +342,7 @@ func TestLinksAreRepaired(t *testing.T) {
 	s, other := acquire(t, p), acquire(t, p)
 	g := newGuest(t, s)
 	g.serve(t)
-	await(t, "at first", func() error { return g.online(s) })
+	eventually(t, "at first", func() error { return g.online(s) })
 	name := linkName(s.Index)
 	link := func() error {
 		l, err := netlink.LinkByName(name)
@@ -383,7 +391,7 @@ func TestLinksAreRepaired(t *testing.T) {
 	} {
 		t.Run(c.what, func(t *testing.T) {
 			c.change()
-			await(t, "afterwards", func() error {
+			eventually(t, "afterwards", func() error {
 				if err := link(); err != nil {
 					return err
 				}
@@ -394,7 +402,7 @@ func TestLinksAreRepaired(t *testing.T) {
 				}
 				return g.online(s)
 			})
-			await(t, "afterwards", func() error { return problems(p) })
+			eventually(t, "afterwards", func() error { return problems(p) })
 		})
 	}
 	// A neighbour notices nothing, and all can be removed.
@@ -424,7 +432,7 @@ func TestRunIsCleaned(t *testing.T) {
 		func() { run(t, "umount", "-l", layout.Namespaces()); must(t, os.RemoveAll(layout.Machine)) },
 	} {
 		clean()
-		await(t, "afterwards", func() error {
+		eventually(t, "afterwards", func() error {
 			if !isNamespace(s.ns, s.NetNS()) {
 				return fmt.Errorf("%s is not the slot's namespace", s.NetNS())
 			}
@@ -442,7 +450,7 @@ func TestRunIsCleaned(t *testing.T) {
 			return nil
 		})
 		must(t, g.online(s))
-		await(t, "afterwards", func() error { return problems(p) })
+		eventually(t, "afterwards", func() error { return problems(p) })
 	}
 	// The next agent takes all back.
 	must(t, p.Close(context.Background(), []int{s.Index}))
@@ -465,7 +473,7 @@ func TestNameIsLostWithoutAgent(t *testing.T) {
 	vm := exec.Command("nsenter", "--net="+s.NetNS(), "sleep", "600")
 	must(t, vm.Start())
 	defer func() { _ = vm.Process.Kill(); _ = vm.Wait() }()
-	await(t, "the process", func() error {
+	eventually(t, "the process", func() error {
 		a, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", vm.Process.Pid))
 		if own, _ := os.Readlink("/proc/self/ns/net"); err == nil && a == own {
 			err = fmt.Errorf("it is still in the host's namespace")
@@ -474,13 +482,14 @@ func TestNameIsLostWithoutAgent(t *testing.T) {
 	})
 	must(t, p.Close(context.Background(), []int{s.Index}))
 	must(t, removeNamespace(s.NetNS()))
+	must(t, removeNamespace(oldNamespace(s.Index)))
 	run(t, "ip", "link", "set", linkName(s.Index), "down")
 	run(t, "ip", "link", "set", linkName(s.Index), "name", "eth7")
 
 	p = openPool(t, dir, 1, s.Index)
 	back, err := p.Reclaim(context.Background(), s.Index, vm.Process.Pid)
 	must(t, err)
-	await(t, "afterwards", func() error { return g.online(back) })
+	eventually(t, "afterwards", func() error { return g.online(back) })
 	if !isNamespace(back.ns, back.NetNS()) {
 		t.Error("its name is not back")
 	}
