@@ -133,7 +133,7 @@ func transport(addr string, p *http.Protocols) *http.Transport {
 		},
 		TLSHandshakeTimeout: 10 * time.Second,
 		Protocols:           p,
-		MaxIdleConnsPerHost: 64,
+		MaxIdleConnsPerHost: 512, // as many clients at once keep their connections
 		IdleConnTimeout:     90 * time.Second,
 		HTTP2:               &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second},
 	}

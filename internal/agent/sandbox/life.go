@@ -320,7 +320,7 @@ func (b *box) step(name string, f func() error) error {
 
 // connect makes what talks to the guest, which wants to be shown token.
 func (b *box) connect(token string) {
-	d := net.Dialer{Timeout: 10 * time.Second}
+	d := net.Dialer{Timeout: connectTimeout}
 	host := b.slot.Address().String()
 	b.set(func() {
 		b.guest = guest.New(b.slot.Address(), token)
@@ -328,16 +328,16 @@ func (b *box) connect(token string) {
 			b.life, b.endLife = context.WithCancelCause(context.Background())
 		}
 		b.transport = &http.Transport{
-			DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			DialContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
 				_, port, err := net.SplitHostPort(addr)
 				if err != nil {
 					return nil, err
 				}
-				return d.DialContext(ctx, network, net.JoinHostPort(host, port))
+				return dialPort(ctx, &d, net.JoinHostPort(host, port))
 			},
 			DisableCompression:     true,
-			MaxIdleConns:           64,
-			MaxIdleConnsPerHost:    16,
+			MaxIdleConns:           512,
+			MaxIdleConnsPerHost:    256,
 			IdleConnTimeout:        60 * time.Second,
 			ExpectContinueTimeout:  time.Second,
 			MaxResponseHeaderBytes: 1 << 20,
