@@ -9,7 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
+	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/cli"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
@@ -43,7 +43,7 @@ func main() {
 const exitNewer = 78
 
 func exitCode(err error) int {
-	var data *unreadable.NewerError
+	var data *format.NewerError
 	var schema *store.NewerError
 	if errors.As(err, &data) || errors.As(err, &schema) {
 		return exitNewer

@@ -11,7 +11,7 @@ import (
 	"testing"
 
 	"github.com/wrenn-dev/wrenn/internal/agent"
-	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
+	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
@@ -19,7 +19,7 @@ import (
 // TestNewerDataStopsOnce: systemd does not start an agent or a server again
 // that stopped because a later release wrote its data.
 func TestNewerDataStopsOnce(t *testing.T) {
-	for _, err := range []error{&unreadable.NewerError{}, &store.NewerError{}} {
+	for _, err := range []error{&format.NewerError{}, &store.NewerError{}} {
 		if got := exitCode(fmt.Errorf("start: %w", errors.Join(err, errors.New("more")))); got != exitNewer {
 			t.Errorf("exit code %d for %T", got, err)
 		}

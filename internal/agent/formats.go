@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
@@ -21,7 +22,7 @@ func CheckFormats(dir layout.Dir) error {
 		return err
 	}
 	look := func(err error) {
-		var e *unreadable.NewerError
+		var e *format.NewerError
 		if errors.As(err, &e) {
 			newer = append(newer, e)
 		}

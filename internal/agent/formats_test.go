@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -45,7 +46,7 @@ func TestRefusesNewerData(t *testing.T) {
 			put(t, dir.SandboxRecord(uuid.New()), "{")
 			before := list(t, dir)
 			_, err := New(t.Context(), Config{Dir: dir, Token: "token", Log: slog.New(slog.DiscardHandler)})
-			var e *unreadable.NewerError
+			var e *format.NewerError
 			if !errors.As(err, &e) || e.Path != path(dir) || e.Version <= e.Known {
 				t.Fatalf("the error is %v", err)
 			}

@@ -22,6 +22,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent"
 	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
+	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/network"
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
@@ -149,7 +150,7 @@ func Examine(ctx context.Context, dir layout.Dir, agent bool) []Finding {
 // and says if it cannot run on what there is.
 func kept(dir layout.Dir) []Finding {
 	var findings []Finding
-	var newer *unreadable.NewerError
+	var newer *format.NewerError
 	if err := agent.CheckFormats(dir); errors.As(err, &newer) {
 		findings = append(findings, Finding{Name: "formats", Required: true, Detail: err.Error(), Fix: "install the release that wrote the data, or a later one: see docs/upgrade.md"})
 	}

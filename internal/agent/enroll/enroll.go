@@ -30,6 +30,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/backoff"
@@ -521,7 +522,7 @@ func (h *Host) load() error {
 	if err != nil {
 		return fmt.Errorf("read credentials: %w", err)
 	}
-	err = unreadable.CheckJSON(path, b, oldestVersion, credentialsVersion)
+	err = format.Credentials.CheckJSON(path, b)
 	if err == nil {
 		var have credentials
 		if err = json.Unmarshal(b, &have); err == nil {
@@ -530,7 +531,7 @@ func (h *Host) load() error {
 		}
 	}
 	err = fmt.Errorf("read credentials: %w", err)
-	var newer *unreadable.NewerError
+	var newer *format.NewerError
 	if errors.As(err, &newer) {
 		return err
 	}
@@ -545,16 +546,9 @@ func (h *Host) load() error {
 	return nil
 }
 
-// credentialsVersion is the version of the credentials that this agent writes,
-// and oldestVersion of the oldest that it reads: those without a version.
-const (
-	credentialsVersion = 1
-	oldestVersion      = 0
-)
-
 // save writes the credentials durably, whole or not at all.
 func (h *Host) save(c credentials) error {
-	c.Version = credentialsVersion
+	c.Version = format.Credentials.Version
 	path := h.cfg.Dir.Enrollment()
 	err := os.MkdirAll(filepath.Dir(path), 0o755)
 	if err == nil {

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
@@ -47,7 +48,7 @@ func TestCredentialsOfOtherReleases(t *testing.T) {
 	}
 	for _, token := range []string{"", "good"} {
 		_, err := Open(t.Context(), p.config(t, string(dir), token), Status{})
-		var newer *unreadable.NewerError
+		var newer *format.NewerError
 		if !errors.As(err, &newer) || newer.Version != 2 || newer.Path != dir.Enrollment() {
 			t.Errorf("the error is %v", err)
 		}

@@ -10,19 +10,10 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/layout"
-)
-
-// The versions of the records that this agent writes, and the oldest that it
-// reads. docs/upgrade.md has the rules. A template's record without a version
-// is of version 0.
-const (
-	captureVersion  = 1
-	oldestCapture   = 1
-	templateVersion = 1
-	oldestTemplate  = 0
 )
 
 // Capture is a machine as it was when it was captured: a folder that holds all
@@ -84,7 +75,7 @@ func OpenCapture(dir string) (*Capture, error) {
 }
 
 func parseCapture(path string, b []byte) (*Capture, error) {
-	if err := unreadable.CheckJSON(path, b, oldestCapture, captureVersion); err != nil {
+	if err := format.Capture.CheckJSON(path, b); err != nil {
 		return nil, err
 	}
 	c := &Capture{}
@@ -100,7 +91,7 @@ func parseCapture(path string, b []byte) (*Capture, error) {
 // Write writes the record of c, whose other files are there, and syncs the
 // folder. It holds the guest's token.
 func (c *Capture) Write() error {
-	c.Version = captureVersion
+	c.Version = format.Capture.Version
 	b, err := json.MarshalIndent(c, "", "\t")
 	if err == nil {
 		err = os.WriteFile(filepath.Join(c.Dir, captureFile), b, 0o600)

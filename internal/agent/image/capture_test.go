@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
@@ -117,7 +118,7 @@ func TestDamagedTemplates(t *testing.T) {
 	}
 	var later []string
 	for _, d := range damaged {
-		var n *unreadable.NewerError
+		var n *format.NewerError
 		if errors.As(d.Err, &n) {
 			later = append(later, n.Path)
 		}
@@ -141,7 +142,7 @@ func TestDamagedTemplates(t *testing.T) {
 	if err != nil || len(all) != 2 || len(damaged) != 0 {
 		t.Errorf("then loaded %+v, damaged %+v, %v", all, damaged, err)
 	}
-	if got, err := Find(dir, good.Team, good.ID); err != nil || got.Version != templateVersion {
+	if got, err := Find(dir, good.Team, good.ID); err != nil || got.Version != format.Template.Version {
 		t.Errorf("the good one is %+v, %v", got, err)
 	}
 }

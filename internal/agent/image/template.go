@@ -13,6 +13,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -158,7 +159,7 @@ func read(dir layout.Dir, team, id uuid.UUID) (Template, error) {
 	if err != nil {
 		return Template{}, fmt.Errorf("read template: %w", err)
 	}
-	if err := unreadable.CheckJSON(path, b, oldestTemplate, templateVersion); err != nil {
+	if err := format.Template.CheckJSON(path, b); err != nil {
 		return Template{}, err
 	}
 	var t Template
@@ -207,7 +208,7 @@ func size(dir string) (int64, error) {
 
 // write writes the record of t to the folder home.
 func (t Template) write(home string) error {
-	t.Version = templateVersion
+	t.Version = format.Template.Version
 	b, err := json.MarshalIndent(t, "", "\t")
 	if err != nil {
 		return err

@@ -21,6 +21,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -63,9 +64,8 @@ var (
 // A file is a magic word and records. A record is the length of its payload
 // and its CRC-32C, both little-endian uint32, and the payload: a JSON entry.
 const (
-	magicWord = "wrnjrnl" // the version's digit follows
-	version   = 1
-	magic     = magicWord + "1"
+	magicWord = "wrnjrnl"       // the version's digit follows
+	magic     = magicWord + "1" // [format.Journal]'s
 	headLen   = 8
 	maxRecord = 64 << 10 // bytes of one payload
 
@@ -101,7 +101,7 @@ type Journal struct {
 // Open opens the journal of an installation, and creates it if there is none.
 // It cuts off a record that an agent was killed while writing; see
 // [Journal.Dropped]. It keeps a copy of a journal that is damaged in any other
-// way as unreadable, and returns an [unreadable.NewerError] if a later release
+// way as unreadable, and returns a [format.NewerError] if a later release
 // wrote the journal.
 func Open(dir layout.Dir) (*Journal, error) {
 	path := dir.Events()
@@ -129,7 +129,7 @@ func Open(dir layout.Dir) (*Journal, error) {
 	return j, nil
 }
 
-// Check returns an [unreadable.NewerError] if a later release wrote the journal
+// Check returns a [format.NewerError] if a later release wrote the journal
 // at path. It changes nothing, and is nil for a journal that does not exist or
 // that Open keeps as damaged.
 func Check(path string) error {
@@ -147,10 +147,10 @@ func Check(path string) error {
 	}
 	digits, ok := strings.CutPrefix(string(head[:]), magicWord)
 	written, err := strconv.Atoi(digits)
-	if !ok || err != nil || written <= version {
+	if !ok || err != nil || written <= format.Journal.Version {
 		return nil
 	}
-	return unreadable.Check(path, written, version, version)
+	return format.Journal.Check(path, written)
 }
 
 // unfinished reports whether b, the end of a journal, can be a record that was

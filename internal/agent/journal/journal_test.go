@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
@@ -185,8 +186,8 @@ func TestNewerJournal(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err := Open(dir)
-	var newer *unreadable.NewerError
-	if !errors.As(err, &newer) || newer.Version != 2 || newer.Known != version || newer.Path != dir.Events() {
+	var newer *format.NewerError
+	if !errors.As(err, &newer) || newer.Version != 2 || newer.Known != format.Journal.Version || newer.Path != dir.Events() {
 		t.Fatalf("the error is %v", err)
 	}
 	if now, err := os.ReadFile(dir.Events()); err != nil || !bytes.Equal(now, data) {

@@ -19,7 +19,7 @@ import (
 
 	"github.com/google/uuid"
 
-	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
+	"github.com/wrenn-dev/wrenn/internal/agent/format"
 )
 
 // BlockSize is what memory is divided in, in bytes: a page of x86-64.
@@ -29,8 +29,7 @@ const BlockSize = 4096
 var ErrCorrupt = errors.New("memory image is damaged")
 
 const (
-	magic   = "WRNMEMH\x00"
-	version = 1
+	magic = "WRNMEMH\x00"
 
 	headerBytes = 32
 	layerBytes  = 32
@@ -84,7 +83,7 @@ func (h *header) encode() []byte {
 	le := binary.LittleEndian
 	b := make([]byte, 0, headerBytes+len(h.layers)*layerBytes+len(h.extents)*extentBytes+4)
 	b = append(b, magic...)
-	b = le.AppendUint32(b, version)
+	b = le.AppendUint32(b, uint32(format.Memory.Version))
 	b = le.AppendUint32(b, BlockSize)
 	b = le.AppendUint64(b, h.blocks)
 	b = le.AppendUint32(b, uint32(len(h.layers)))
@@ -104,7 +103,7 @@ func (h *header) encode() []byte {
 	return le.AppendUint32(b, crc32.Checksum(b, castagnoli))
 }
 
-// Check returns an [unreadable.NewerError] if a later release wrote the memory
+// Check returns a [format.NewerError] if a later release wrote the memory
 // image in dir. It reads no more than the version.
 func Check(dir string) error {
 	path := filepath.Join(dir, headerFile)
@@ -117,7 +116,7 @@ func Check(dir string) error {
 	if _, err := io.ReadFull(f, b); err != nil || string(b[:len(magic)]) != magic {
 		return fmt.Errorf("%w: %s has no header", ErrCorrupt, path)
 	}
-	return unreadable.Check(path, int(binary.LittleEndian.Uint32(b[len(magic):])), version, version)
+	return format.Memory.Check(path, int(binary.LittleEndian.Uint32(b[len(magic):])))
 }
 
 // decodeHeader reads what encode wrote and takes nothing else.
@@ -130,8 +129,8 @@ func decodeHeader(b []byte) (*header, error) {
 		return bad("not one")
 	}
 	body, sum := b[:len(b)-4], le.Uint32(b[len(b)-4:])
-	if v := le.Uint32(b[8:]); v != version {
-		return nil, fmt.Errorf("memory image has version %d, this program reads %d", v, version)
+	if err := format.Memory.Check("memory image", int(le.Uint32(b[8:]))); err != nil {
+		return nil, err
 	}
 	if got := crc32.Checksum(body, castagnoli); got != sum {
 		return bad("checksum is %08x, not %08x", got, sum)

@@ -14,6 +14,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/disk"
+	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
@@ -107,7 +108,7 @@ func digest(parts ...string) string {
 func (m *Manager) makeCapture(t image.Template, vcpus, memoryMiB int, inputs, name string) (*image.Capture, error) {
 	home := uuid.New()
 	b := newBox(m, record{
-		Version: recordVersion, Home: home, State: Starting, CreatedAt: time.Now().UTC(),
+		Version: format.Sandbox.Version, Home: home, State: Starting, CreatedAt: time.Now().UTC(),
 		Spec: Spec{ID: home, Team: t.Team, Template: t.ID, VCPUs: vcpus, MemoryMiB: memoryMiB, DiskMiB: t.DiskMiB},
 	})
 	// Its memory is not reserved: the sandbox that waits for it has reserved as

@@ -15,6 +15,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
@@ -157,7 +158,7 @@ func TestNewerFormats(t *testing.T) {
 		}
 		record := dir.SandboxRecord(fixturePaused)
 		edit(t, record, `"version": 2`, `"version": 3, "disks": {"new": "shape"}, "old": 0`)
-		if all := Newer(dir); len(all) != 2 || all[0].Path != record || all[0].Version != 3 || all[0].Known != recordVersion {
+		if all := Newer(dir); len(all) != 2 || all[0].Path != record || all[0].Version != 3 || all[0].Known != format.Sandbox.Version {
 			t.Errorf("a later release wrote %v", all)
 		}
 	})

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
@@ -207,7 +208,7 @@ func (m *Manager) join(s Spec, begin start) (*box, error) {
 	if m.refuse != nil {
 		return nil, m.refuse
 	}
-	b := newBox(m, record{Version: recordVersion, Home: s.ID, Spec: s, State: Starting, CreatedAt: time.Now().UTC()})
+	b := newBox(m, record{Version: format.Sandbox.Version, Home: s.ID, Spec: s, State: Starting, CreatedAt: time.Now().UTC()})
 	b.begin = begin
 	if b.begin.capture == nil {
 		b.begin.ready = m.warm.take(s)

@@ -12,18 +12,11 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
-	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/layout"
-)
-
-// recordVersion is the version of the records that this agent writes, and
-// oldestRecord of the oldest that it reads. docs/upgrade.md has the rules.
-const (
-	recordVersion = 2
-	oldestRecord  = 2
 )
 
 // record is what is on disk of a sandbox: enough for the next agent to take
@@ -69,6 +62,7 @@ func (r *record) save(dir layout.Dir) error { return r.write(dir, true) }
 func (r *record) jot(dir layout.Dir) error { return r.write(dir, false) }
 
 func (r *record) write(dir layout.Dir, durable bool) error {
+	r.Version = format.Sandbox.Version // it may have been read in an older one
 	b, err := json.MarshalIndent(r, "", "\t")
 	if err != nil {
 		return fmt.Errorf("encode record: %w", err)
@@ -93,7 +87,7 @@ func load(dir layout.Dir, home uuid.UUID) (record, error) {
 }
 
 func parseRecord(path string, b []byte, home uuid.UUID) (record, error) {
-	if err := unreadable.CheckJSON(path, b, oldestRecord, recordVersion); err != nil {
+	if err := format.Sandbox.CheckJSON(path, b); err != nil {
 		return record{}, err
 	}
 	var r record

@@ -16,10 +16,10 @@ import (
 	"github.com/google/uuid"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
-	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -45,10 +45,10 @@ const recoverTimeout = 45 * time.Second
 
 // Newer returns an error for each record that a later release wrote. It changes
 // nothing.
-func Newer(dir layout.Dir) []*unreadable.NewerError {
-	var all []*unreadable.NewerError
+func Newer(dir layout.Dir) []*format.NewerError {
+	var all []*format.NewerError
 	look := func(err error) {
-		var newer *unreadable.NewerError
+		var newer *format.NewerError
 		if errors.As(err, &newer) {
 			all = append(all, newer)
 		}
@@ -134,13 +134,13 @@ func find(ctx context.Context, dir layout.Dir, home uuid.UUID, d vmm.Driver, log
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && unused(dir, home):
 		log.Info("removing a folder in which nothing was made yet")
-		rec = record{Version: recordVersion, Home: home, Spec: Spec{ID: home}, CreatedAt: now, Ending: &ending{Reason: "it has no record", Time: now}}
+		rec = record{Version: format.Sandbox.Version, Home: home, Spec: Spec{ID: home}, CreatedAt: now, Ending: &ending{Reason: "it has no record", Time: now}}
 	case err != nil:
 		log.Error("the record of a sandbox cannot be read; its machine ends, and its files are kept", "error", err)
 		// Its home is its id, unless it began as a machine that waited. For the
 		// others the control plane notices that the host lacks them.
 		rec = record{
-			Version: recordVersion, Home: home, Spec: Spec{ID: home}, CreatedAt: now,
+			Version: format.Sandbox.Version, Home: home, Spec: Spec{ID: home}, CreatedAt: now,
 			Ending: &ending{journal.Exited, "the host could not read the sandbox's record; it keeps the files", now},
 		}
 		lost = err

@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 )
 
@@ -213,7 +214,7 @@ func (w *warm) next() *wanted {
 func (w *warm) make(of wanted) {
 	m, home := w.m, uuid.New()
 	b := newBox(m, record{
-		Version: recordVersion, Home: home, State: waiting, CreatedAt: time.Now().UTC(),
+		Version: format.Sandbox.Version, Home: home, State: waiting, CreatedAt: time.Now().UTC(),
 		Spec: Spec{ID: home, Template: of.template, VCPUs: of.capture.VCPUs, MemoryMiB: of.capture.MemoryMiB, DiskMiB: of.capture.DiskMiB},
 	})
 	b.log = m.Log.With("machine", home)

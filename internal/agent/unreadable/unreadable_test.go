@@ -4,7 +4,6 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -56,26 +55,5 @@ func TestMoveNothing(t *testing.T) {
 	}
 	if entries, err := os.ReadDir(dir.Unreadable()); err != nil || len(entries) != 0 {
 		t.Fatalf("left %v, %v", entries, err)
-	}
-}
-
-func TestCheck(t *testing.T) {
-	for version := 1; version <= 3; version++ {
-		if err := Check("file", version, 1, 3); err != nil {
-			t.Error(err)
-		}
-	}
-	var newer *NewerError
-	err := Check("/data/file", 4, 1, 3)
-	if !errors.As(err, &newer) {
-		t.Fatalf("the error is %v", err)
-	}
-	for _, says := range []string{"/data/file", "version 4", "up to 3", "nothing was changed"} {
-		if !strings.Contains(err.Error(), says) {
-			t.Errorf("%q does not say %q", err, says)
-		}
-	}
-	if err := Check("file", 0, 1, 3); err == nil || errors.As(err, &newer) {
-		t.Errorf("the error is %v", err)
 	}
 }
