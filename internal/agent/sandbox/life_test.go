@@ -19,6 +19,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -696,19 +697,11 @@ func TestWarm(t *testing.T) {
 	defer h.close()
 	waits := func(n int) {
 		t.Helper()
-		deadline := time.Now().Add(10 * time.Second)
-		for {
+		await.Until(t, fmt.Sprintf("%d machines wait", n), func() bool {
 			h.mu.Lock()
-			got := len(h.warm.ready)
-			h.mu.Unlock()
-			if got == n {
-				return
-			}
-			if time.Now().After(deadline) {
-				t.Fatalf("%d machines wait, not %d", got, n)
-			}
-			time.Sleep(time.Millisecond)
-		}
+			defer h.mu.Unlock()
+			return len(h.warm.ready) == n
+		})
 	}
 	first := h.create(t, nil)
 	waits(2)

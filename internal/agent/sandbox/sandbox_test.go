@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -28,6 +29,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -55,6 +57,7 @@ type world struct {
 	tracks   bool           // what machines write to is known
 	onStart  func(vmm.Spec) // nil: nothing
 	usual    int            // MiB of memory that most sandboxes begin with; 0: nobody knows
+	boots    time.Duration  // how long a guest may take to come up; 0: [await.Hang]
 	version  string         // of the monitor: it restores what was saved under the same, or an earlier one
 }
 
@@ -499,7 +502,7 @@ func (w *world) open(dir layout.Dir) *host {
 	m, err := Open(context.Background(), Config{
 		DefaultVCPUs: min(1, w.usual), DefaultMemoryMiB: w.usual,
 		Dir: dir, Driver: w, Networks: w, Journal: j, Kernel: "k", Initrd: "i", MemoryMiB: 4096, Boots: 3,
-		BootTimeout: 2 * time.Second, Settle: time.Nanosecond, Log: log, Warm: w.warm, WarmMemoryMiB: 1024,
+		BootTimeout: cmp.Or(w.boots, await.Hang), Settle: time.Nanosecond, Log: log, Warm: w.warm, WarmMemoryMiB: 1024,
 		Template: func(team, template uuid.UUID) (image.Template, error) {
 			t, err := image.Find(dir, team, template)
 			if template != uuid.Nil && err != nil {
@@ -520,7 +523,7 @@ func (w *world) open(dir layout.Dir) *host {
 // close lets go of everything as an agent that ends does.
 func (h *host) close() []int {
 	h.w.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), await.Hang)
 	defer cancel()
 	slots, err := h.Close(ctx)
 	if err != nil {
@@ -589,10 +592,8 @@ func spec() Spec {
 
 func (h *host) event(t testing.TB, id uuid.UUID) journal.Event {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-	defer cancel()
 	var got journal.Event
-	err := h.Journal.Follow(ctx, func(e journal.Event) error {
+	err := h.Journal.Follow(await.Context(t), func(e journal.Event) error {
 		if e.Sandbox == id {
 			got = e
 			return errInjected
@@ -611,11 +612,7 @@ func (h *host) awaitGone(t testing.TB, id uuid.UUID) {
 	if err != nil {
 		return
 	}
-	select {
-	case <-b.gone:
-	case <-time.After(10 * time.Second):
-		t.Fatal("the sandbox does not go")
-	}
+	await.Recv(t, "the sandbox goes", b.gone)
 }
 
 func TestCreateUseDestroy(t *testing.T) {
@@ -648,13 +645,9 @@ func TestCreateUseDestroy(t *testing.T) {
 	if err := h.Destroy(t.Context(), s.ID); err != nil {
 		t.Fatal(err)
 	}
-	select {
-	case <-u.Context.Done():
-		if cause := context.Cause(u.Context); !strings.Contains(cause.Error(), "destroyed") {
-			t.Error(cause)
-		}
-	case <-time.After(5 * time.Second):
-		t.Error("a use outlived its sandbox")
+	await.Recv(t, "a use ends with its sandbox", u.Context.Done())
+	if cause := context.Cause(u.Context); !strings.Contains(cause.Error(), "destroyed") {
+		t.Error(cause)
 	}
 	u.End()
 	u.End()
@@ -749,15 +742,16 @@ func TestEveryFailureLeavesNothing(t *testing.T) {
 		"die": "Kernel panic", "hang": "did not come up within 2s", "init": "boot",
 	} {
 		t.Run(step, func(t *testing.T) {
-			h := newHost(t)
+			w := newWorld(t, 1)
+			if step == "hang" {
+				w.boots = 2 * time.Second
+			}
+			h := w.open(layout.Dir(t.TempDir()))
+			defer h.close()
 			h.w.setFailing(map[string]float64{step: 1})
-			begin := time.Now()
 			_, err := h.Create(t.Context(), spec())
 			if err == nil || !strings.Contains(err.Error(), want) {
 				t.Errorf("error %q does not say %q", err, want)
-			}
-			if step != "hang" && time.Since(begin) > 1500*time.Millisecond {
-				t.Errorf("it took %v to see", time.Since(begin))
 			}
 			h.nothingLeft()
 		})
@@ -784,15 +778,14 @@ func TestDestroyWhileCreating(t *testing.T) {
 		_, err := h.Create(context.Background(), s)
 		created <- err
 	}()
-	for h.info(s.ID).State != Starting {
-		time.Sleep(time.Millisecond)
-	}
+	await.Until(t, "it starts", func() bool { return h.info(s.ID).State == Starting })
 	if err := h.Destroy(t.Context(), s.ID); err != nil {
 		t.Fatal(err)
 	}
 	if err := <-created; !errors.Is(err, ErrState) || !strings.Contains(err.Error(), "destroyed") {
 		t.Errorf("create ended with %v", err)
 	}
+	close(h.w.hold) // The capture that it waited for ends.
 	h.nothingLeft()
 }
 
@@ -811,19 +804,17 @@ func TestAbandonedCreate(t *testing.T) {
 	defer leaveSecond()
 	ended := make(chan error)
 	go func() { _, err := h.Create(first, s); ended <- err }()
-	for h.info(s.ID).State != Starting {
-		time.Sleep(time.Millisecond)
-	}
+	await.Until(t, "it starts", func() bool { return h.info(s.ID).State == Starting })
 	go func() { _, err := h.Create(second, s); ended <- err }()
 	b, err := h.find(s.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for waiting := 0; waiting < 2; time.Sleep(time.Millisecond) {
+	await.Until(t, "both wait", func() bool {
 		b.mu.Lock()
-		waiting = b.waiters
-		b.mu.Unlock()
-	}
+		defer b.mu.Unlock()
+		return b.waiters == 2
+	})
 	leaveFirst()
 	if err := <-ended; !errors.Is(err, context.Canceled) {
 		t.Error(err)
@@ -834,35 +825,41 @@ func TestAbandonedCreate(t *testing.T) {
 	leaveSecond()
 	<-ended
 	h.awaitGone(t, s.ID)
+	close(h.w.hold) // The capture that it waited for ends.
 	h.nothingLeft()
 }
 
 func TestExpiry(t *testing.T) {
 	h := newHost(t)
 	s := spec()
-	s.Timeout = 300 * time.Millisecond
-	info, err := h.Create(t.Context(), s)
-	if err != nil {
-		t.Fatal(err)
+	var u *Use
+	for s.Timeout = 300 * time.Millisecond; ; s.Timeout *= 2 { // until it is long enough to use it
+		begun := time.Now()
+		info, err := h.Create(t.Context(), s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if at := info.ExpiresAt; at.Before(begun.Add(s.Timeout)) || at.After(time.Now().Add(s.Timeout)) {
+			t.Errorf("it expires at %v, created between %v and now", at, begun)
+		}
+		if u, err = h.Use(t.Context(), s.ID); err == nil {
+			break
+		}
+		h.awaitGone(t, s.ID)
+		s.ID = uuid.New()
 	}
-	if left := time.Until(info.ExpiresAt); left < 200*time.Millisecond || left > 300*time.Millisecond {
-		t.Errorf("it expires in %v", left)
-	}
-	u, err := h.Use(t.Context(), s.ID)
-	if err != nil {
-		t.Fatal(err)
-	}
-	time.Sleep(600 * time.Millisecond)
+	time.Sleep(2 * s.Timeout)
 	if u.Context.Err() != nil || h.info(s.ID).State != Running {
 		t.Fatal("it expired while it was used")
 	}
+	ended := time.Now()
 	u.End()
-	time.Sleep(150 * time.Millisecond)
-	if h.info(s.ID).State != Running {
-		t.Fatal("it expired too soon after its use")
-	}
-	if e := h.event(t, s.ID); e.Kind != journal.Expired || !strings.Contains(e.Reason, "300ms") {
+	e := h.event(t, s.ID)
+	if e.Kind != journal.Expired || !strings.Contains(e.Reason, s.Timeout.String()) {
 		t.Errorf("event %+v", e)
+	}
+	if e.Time.Before(ended.Add(s.Timeout)) {
+		t.Errorf("it expired at %v, its use having ended at %v", e.Time, ended)
 	}
 	h.awaitGone(t, s.ID)
 	h.nothingLeft()
@@ -1021,7 +1018,7 @@ func TestLockOrder(t *testing.T) {
 	}()
 	select {
 	case <-done:
-	case <-time.After(2 * time.Minute):
+	case <-time.After(await.Hang):
 		buf := make([]byte, 1<<20)
 		t.Fatalf("it hangs:\n%s", buf[:runtime.Stack(buf, true)])
 	}
@@ -1042,7 +1039,7 @@ func randomLives(t *testing.T, seed uint64) {
 	t.Logf("seed %d", seed)
 	w := newWorld(t, seed)
 	dir := layout.Dir(t.TempDir())
-	w.warm = int(seed % 3)
+	w.warm, w.boots = int(seed%3), 2*time.Second
 	ids := make([]uuid.UUID, 5)
 	templates := make([]uuid.UUID, 2)
 	for i := range ids {
