@@ -119,7 +119,7 @@ func TestGuestIsShutIn(t *testing.T) {
 
 	// The listeners answer, so that silence below means a closed door.
 	for _, a := range []string{uplinkHost.Addr().String(), "10.99.0.1", neighbour.Address.String()} {
-		if _, err := call(time.Second, "tcp4", a+":7000"); err != nil {
+		if _, err := call(hang, "tcp4", a+":7000"); err != nil {
 			t.Fatalf("host to %s: %v", a, err)
 		}
 	}
@@ -208,7 +208,7 @@ func TestNobodyOutsideReachesTheGuest(t *testing.T) {
 		}
 		return err
 	}))
-	got, err := call(time.Second, "tcp4", s.Address.String()+":7000")
+	got, err := call(hang, "tcp4", s.Address.String()+":7000")
 	if err != nil || got != gatewayAddr.String() {
 		t.Errorf("host to guest: %q, %v", got, err)
 	}
@@ -276,7 +276,7 @@ func TestSpoofedPacketsAreDropped(t *testing.T) {
 		if got != "169.254.0.21" {
 			t.Errorf("a spoofed packet passed: %s", got)
 		}
-	case <-time.After(3 * time.Second):
+	case <-time.After(hang):
 		t.Error("the honest packet did not pass")
 	}
 }
@@ -319,7 +319,7 @@ func TestGatewayServices(t *testing.T) {
 		c, err := net.Dial("udp4", "169.254.0.22:123")
 		must(t, err)
 		defer c.Close()
-		_ = c.SetDeadline(time.Now().Add(2 * time.Second))
+		_ = c.SetDeadline(time.Now().Add(hang))
 		request := make([]byte, 48)
 		request[0] = 4<<3 | 3
 		copy(request[40:], "whenIsIt")
@@ -451,13 +451,13 @@ func TestRestartTakesBack(t *testing.T) {
 		return nil
 	}))
 	must(t, g.do(func() (err error) {
-		conn, err = net.DialTimeout("tcp4", "203.0.113.1:8888", 2*time.Second)
+		conn, err = net.DialTimeout("tcp4", "203.0.113.1:8888", hang)
 		return err
 	}))
 	defer conn.Close()
 	echo := func() {
 		t.Helper()
-		_ = conn.SetDeadline(time.Now().Add(3 * time.Second))
+		_ = conn.SetDeadline(time.Now().Add(hang))
 		_, err := conn.Write([]byte("x"))
 		must(t, err)
 		_, err = conn.Read(make([]byte, 1))
@@ -493,7 +493,7 @@ func TestRestartTakesBack(t *testing.T) {
 		t.Error("guest to the internet after the restart:", err)
 	}
 	must(t, g.do(func() error {
-		c, err := net.DialTimeout("tcp4", "169.254.169.254:80", 2*time.Second)
+		c, err := net.DialTimeout("tcp4", "169.254.169.254:80", hang)
 		if err == nil {
 			c.Close()
 		}
@@ -654,7 +654,7 @@ func TestTwoPoolsAtOnce(t *testing.T) {
 	if _, err := h.call("tcp4", internetAddr.String()+":7000"); err != nil {
 		t.Error("to the internet after the other pool closed:", err)
 	}
-	if _, err := call(time.Second, "tcp4", b.Address.String()+":7000"); err != nil {
+	if _, err := call(hang, "tcp4", b.Address.String()+":7000"); err != nil {
 		t.Error("host to guest:", err)
 	}
 }
@@ -713,7 +713,7 @@ func TestRulesComeBack(t *testing.T) {
 			t.Fatalf("%v: %s", err, out)
 		}
 		// Begun before the rules are back, it goes through when they are.
-		if _, err := g.callWithin(5*time.Second, "tcp4", internetAddr.String()+":7000"); err != nil {
+		if _, err := g.callWithin(hang, "tcp4", internetAddr.String()+":7000"); err != nil {
 			t.Error("to the internet after the host's firewall was flushed:", err)
 		}
 	}
