@@ -99,12 +99,18 @@ func wantedRules(block int, upstreams []netip.Addr) (want string, err error) {
 // mendRules writes the host's rules anew if anybody has changed them.
 func (p *Pool) mendRules() error {
 	table := hostTable(p.block.number)
-	have, err := fingerprint(table)
-	if err == nil && have == p.rules {
-		return nil
+	var have string
+	var err error
+	for range 10 { // a list that others change meanwhile is incomplete
+		if have, err = fingerprint(table); err == nil {
+			break
+		}
 	}
-	if errors.Is(err, unix.EINTR) {
-		have = "" // somebody changes rules at this moment
+	if err != nil {
+		return fmt.Errorf("the firewall's rules for guests cannot be read: %w", err)
+	}
+	if have == p.rules {
+		return nil
 	}
 	if err := hostRules(p.block.number, p.config.Upstreams); err != nil {
 		return fmt.Errorf("the firewall's rules for guests cannot be restored; guests have no internet: %w", err)

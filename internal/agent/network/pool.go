@@ -187,14 +187,16 @@ func adoptNamespace(i int) error {
 
 // nameForEarlier gives a slot's namespace the name that an agent of the version
 // before looks for, in case that is the next one. adoptNamespace takes it away.
-func nameForEarlier(s *Slot) error {
-	if s.ns == nil {
-		return nil
+func nameForEarlier(i int) error {
+	ns, err := openNamespace(layout.Namespace(i))
+	if err != nil {
+		return ignore(err, os.ErrNotExist) // nothing of it is left
 	}
+	defer ns.Close()
 	if err := os.MkdirAll(layout.OldNamespaces, 0o755); err != nil {
 		return fmt.Errorf("make folder of namespaces: %w", err)
 	}
-	return nameNamespace(s.ns, oldNamespace(s.Index))
+	return nameNamespace(ns, oldNamespace(i))
 }
 
 // removeStale removes what there is of slots that are not in use.
@@ -560,12 +562,12 @@ func (p *Pool) tearDown(keep []int) error {
 	for _, s := range open {
 		s.mu.Lock()
 		if !s.down {
-			if slices.Contains(keep, s.Index) {
-				err = errors.Join(err, nameForEarlier(s))
-			}
 			p.silence(s)
 		}
 		s.mu.Unlock()
+	}
+	for i := range p.used {
+		err = errors.Join(err, nameForEarlier(i))
 	}
 	if len(p.used) == 0 && len(gone) > 0 {
 		destroyGroup(p.block.number)
