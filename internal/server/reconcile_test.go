@@ -3,6 +3,7 @@ package server_test
 import (
 	"context"
 	"errors"
+	"regexp"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -57,6 +58,9 @@ func TestDestroyHangs(t *testing.T) {
 	})
 	if got := p.state(stuck); got != "stopping" {
 		t.Errorf("the one that is destroyed is %s", got)
+	}
+	if got := p.call("GET", "/metrics", nil).want(200).Body; !regexp.MustCompile(`(?m)^wrenn_reconcile_queue_depth\{host="hst-\w+"\} 1$`).Match(got) {
+		t.Errorf("/metrics does not say that one waits:\n%s", got)
 	}
 	close(let)
 	p.eventually("it has ended", func() bool { return p.state(stuck) == "stopped" })

@@ -34,11 +34,12 @@ const (
 	Destroy Kind = "destroy" // destroy it on the host: no row owns it there
 	Drain   Kind = "drain"   // pause it, if it is still idle
 
-	Learn  Kind = "learn"  // write that the host has the template
-	Forget Kind = "forget" // write that the host no longer has it
-	Ready  Kind = "ready"  // write that it was made
-	Finish Kind = "finish" // make it once more, or give it up
-	Remove Kind = "remove" // remove it from its hosts and the database
+	Learn   Kind = "learn"   // write that the host has the template
+	Forget  Kind = "forget"  // write that the host no longer has it
+	Ready   Kind = "ready"   // write that it was made
+	Capture Kind = "capture" // capture it once more
+	GiveUp  Kind = "give up" // write that its import failed
+	Remove  Kind = "remove"  // remove it from its hosts and the database
 )
 
 const (
@@ -238,8 +239,11 @@ func Templates(v TemplateView) []Action {
 			// Whoever works on the build sees to it, or who takes their place.
 		case state == templates.Pending && there:
 			do = Ready
+		case state == templates.Pending && row.CapturedFrom != nil:
+			do = Capture
 		case state == templates.Pending:
-			do = Finish
+			// What an import was made from is not written down.
+			do = GiveUp
 		case state == templates.Deleting:
 			do = Remove
 		}

@@ -258,6 +258,8 @@ func TestPlanTemplates(t *testing.T) {
 	is := func(state templates.State) db.Template {
 		return db.Template{State: string(state), CreatedAt: at.AsTime(), TeamID: uuid.New(), SizeBytes: 7}
 	}
+	captured := is(templates.Pending)
+	captured.CapturedFrom = &build
 	tests := []struct {
 		name  string
 		row   db.Template
@@ -271,7 +273,8 @@ func TestPlanTemplates(t *testing.T) {
 		{"another size", is(templates.Ready), &hostagentv1.Template{CreatedAt: at, SizeBytes: 8}, false, Learn},
 		{"gone", is(templates.Ready), nil, false, Forget},
 		{"made", is(templates.Pending), &hostagentv1.Template{}, false, Ready},
-		{"not made", is(templates.Pending), nil, false, Finish},
+		{"not captured", captured, nil, false, Capture},
+		{"not imported", is(templates.Pending), nil, false, GiveUp},
 		{"being made", is(templates.Pending), nil, true, Leave},
 		{"a build's", db.Template{State: string(templates.Pending), BuildID: &build}, nil, false, Leave},
 		{"a build's, made", db.Template{State: string(templates.Pending), BuildID: &build}, &hostagentv1.Template{}, false, Leave},

@@ -50,10 +50,10 @@ var (
 
 // lanes says which lane each kind of action is in.
 var lanes = map[Kind]*lane{
-	Fail: records, Find: records, Lose: records, Learn: records, Forget: records, Ready: records,
+	Fail: records, Find: records, Lose: records, Learn: records, Forget: records, Ready: records, GiveUp: records,
 	Adopt: calls, Settle: calls, Stop: calls, Destroy: calls, Remove: calls,
-	Finish: captures,
-	Drain:  drains,
+	Capture: captures,
+	Drain:   drains,
 }
 
 const (

@@ -294,8 +294,12 @@ func (w *watch) do(ctx context.Context, a Action) error {
 		return w.Templates.Forget(ctx, w.host.ID, a.ID)
 	case Ready:
 		return w.Templates.Made(ctx, a.Template, a.HasTemplate)
-	case Finish, Remove:
-		return w.Templates.Finish(ctx, a.Template)
+	case Capture:
+		return w.Templates.CaptureAgain(ctx, a.Template)
+	case GiveUp:
+		return w.Templates.GiveUp(ctx, a.Template)
+	case Remove:
+		return w.Templates.RemoveAgain(ctx, a.Template)
 	}
 	return fmt.Errorf("no such action: %q", a.Kind)
 }

@@ -114,8 +114,11 @@ func (s *Service) Busy(template uuid.UUID) bool {
 	return s.working[template] > 0
 }
 
+// What follows is for package reconcile, which decides when it is called. Each
+// may be called twice, and late: what was done changes nothing.
+
 // Made writes that a pending template, which nobody works on any more, is there
-// after all. It is for package reconcile, as Finish is.
+// after all.
 func (s *Service) Made(ctx context.Context, row db.Template, has *hostagentv1.Template) error {
 	var err error
 	if isImport(row) {
@@ -129,22 +132,14 @@ func (s *Service) Made(ctx context.Context, row db.Template, has *hostagentv1.Te
 	return nil
 }
 
-// Finish goes on with what an earlier server, or one that lost the host, began
-// with a template: it captures or removes it once more, which changes nothing if
-// it was done, or gives an import up.
-func (s *Service) Finish(ctx context.Context, row db.Template) error {
+// CaptureAgain finishes a capture that an earlier server, or one that lost the
+// host, began.
+func (s *Service) CaptureAgain(ctx context.Context, row db.Template) error {
 	end, err := s.begin(row.ID)
 	if err != nil {
 		return err
 	}
 	defer end()
-	if State(row.State) == Deleting {
-		return s.remove(ctx, row)
-	}
-	if isImport(row) {
-		// It was broken off; what it was made from is not written down.
-		return s.importFails(ctx, row, "the server or the host that was at it went away", row.CreatedAt, true)
-	}
 	err = s.Sandboxes.Alone(ctx, *row.CapturedFrom, func() error {
 		is, err := s.Store.GetTemplate(s.Work.Context(), row.ID)
 		if errors.Is(err, store.ErrNoRows) || err == nil && is.State != row.State {
@@ -159,4 +154,24 @@ func (s *Service) Finish(ctx context.Context, row db.Template) error {
 		return nil // It is something else's turn; this comes up again.
 	}
 	return err
+}
+
+// GiveUp writes that an import failed which broke off.
+func (s *Service) GiveUp(ctx context.Context, row db.Template) error {
+	end, err := s.begin(row.ID)
+	if err != nil {
+		return err
+	}
+	defer end()
+	return s.importFails(ctx, row, "the server or the host that was at it went away", row.CreatedAt, true)
+}
+
+// RemoveAgain finishes a removal.
+func (s *Service) RemoveAgain(ctx context.Context, row db.Template) error {
+	end, err := s.begin(row.ID)
+	if err != nil {
+		return err
+	}
+	defer end()
+	return s.remove(ctx, row)
 }
