@@ -62,8 +62,9 @@ func (r *record) save(dir layout.Dir) error { return r.write(dir, true) }
 func (r *record) jot(dir layout.Dir) error { return r.write(dir, false) }
 
 func (r *record) write(dir layout.Dir, durable bool) error {
-	r.Version = format.Sandbox.Version // it may have been read in an older one
-	b, err := json.MarshalIndent(r, "", "\t")
+	now := *r
+	now.Version = format.Sandbox.Version // it may have been read in an older one
+	b, err := json.MarshalIndent(now, "", "\t")
 	if err != nil {
 		return fmt.Errorf("encode record: %w", err)
 	}
