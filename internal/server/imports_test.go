@@ -43,6 +43,8 @@ func (a *agent) ImportTemplate(ctx context.Context, stream *connect.ClientStream
 			return nil, connect.NewError(connect.CodePermissionDenied, errors.New("the registry lets nobody with these credentials read it"))
 		}
 		size = 1
+	} else if size == 0 {
+		return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("the archive is empty"))
 	}
 	t := &hostagentv1.Template{TemplateId: start.TemplateId, TeamId: start.TeamId, Name: start.Name, SizeBytes: size, CreatedAt: timestamppb.Now(), DiskMib: 5120}
 	a.mu.Lock()

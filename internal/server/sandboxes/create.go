@@ -121,8 +121,8 @@ func CheckEnvs(envs map[string]string) error {
 
 func checkMetadata(m map[string]string) error {
 	for k, v := range m {
-		if k == "" || len(k) > 128 || strings.ContainsAny(k, "=\x00") || strings.Contains(v, "\x00") || !utf8.ValidString(k) || !utf8.ValidString(v) {
-			return fault.New(fault.InvalidArgument, "metadata: %q cannot be an entry: keys have 1 to 128 bytes without '=', nothing has NUL", k)
+		if k == "" || utf8.RuneCountInString(k) > 128 || strings.ContainsAny(k, "=\x00") || strings.Contains(v, "\x00") || !utf8.ValidString(k) || !utf8.ValidString(v) {
+			return fault.New(fault.InvalidArgument, "metadata: %q cannot be an entry: keys have 1 to 128 characters without '=', nothing has NUL", k)
 		}
 	}
 	return nil
