@@ -50,6 +50,10 @@ var (
 	Redis    = add(Program{File: "redis-server", Package: "redis-server", UpOnly: true})
 )
 
+// Iptables is not in the table: an agent runs it only to change the rules of
+// Docker, which has installed it.
+var Iptables = Program{File: "iptables"}
+
 var table []Program
 
 func add(p Program) Program {

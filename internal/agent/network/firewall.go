@@ -3,11 +3,12 @@ package network
 import (
 	"context"
 	"fmt"
-	"os/exec"
 	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+
+	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
 // Obstacles are other programs' firewall chains on this machine that may drop
@@ -101,5 +102,5 @@ func leaveDocker(ctx context.Context) {
 func iptables(ctx context.Context, args ...string) bool {
 	ctx, cancel := context.WithTimeout(ctx, nftTimeout)
 	defer cancel()
-	return exec.CommandContext(ctx, "iptables", append([]string{"-w", "5"}, args...)...).Run() == nil
+	return programs.Iptables.CommandContext(ctx, append([]string{"-w", "5"}, args...)...).Run() == nil
 }
