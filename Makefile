@@ -14,14 +14,14 @@ PACKAGES := test/browser/node_modules/.package-lock.json test/clients/node_modul
 # in internal/programs), and what its tests need besides.
 RUN_PACKAGES  := qemu-system-x86 postgresql redis-server mmdebstrap e2fsprogs kmod
 # (gcc: for the race detector.)
-TEST_PACKAGES := qemu-utils nftables iproute2 socat gcc libc6-dev dpkg-dev docker-registry skopeo umoci chromium fonts-dejavu-core
+TEST_PACKAGES := qemu-utils busybox-static nftables iproute2 socat gcc libc6-dev dpkg-dev docker-registry skopeo umoci chromium fonts-dejavu-core
 
 GO_PACKAGES := ./...
 
 # Where .ci/go puts a toolchain when the machine has none that will do.
 export PATH := $(CURDIR)/.cache/go/bin:$(PATH)
 
-.PHONY: go build run deps npm python test-deps lint test bench generate
+.PHONY: go build run deps npm python test-deps lint test test-kvm bench generate
 
 go:
 	@.ci/go .cache/go
@@ -76,6 +76,10 @@ lint: go $(LINTERS)
 test: export WRENN_SLOW ?=
 test: test-deps lint build
 	go test -race -count=1 -timeout $(if $(WRENN_SLOW),5h,35m) $(GO_PACKAGES)
+
+# Runs the tests of virtual machines with KVM: this machine's, or a lab's (test/lab).
+test-kvm: test-deps build
+	WRENN_TEST_KVM=1 go test -count=1 -v -timeout 5h ./test/lab
 
 # Prints tables in Markdown, and nothing else, on its standard output; how it is
 # getting on goes to the other. BENCH='Machine|Create' does a part.
