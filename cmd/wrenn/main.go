@@ -32,7 +32,7 @@ func main() {
 	err := root.Execute()
 	var exit *cli.ExitError
 	if err != nil && !errors.As(err, &exit) {
-		fmt.Fprintln(os.Stderr, "wrenn:", err)
+		fmt.Fprintln(os.Stderr, "wrenn:", cli.Printable(err.Error())) // it may quote a guest
 	}
 	os.Exit(exitCode(err))
 }

@@ -96,7 +96,7 @@ func (a *app) client() (*client.Client, error) {
 			return nil, err
 		}
 		// A login's key is for its own service.
-		if l != nil && (url == "" || url == l.URL) {
+		if l != nil && (url == "" || sameService(url, l.URL)) {
 			url, key = l.URL, first(key, l.APIKey)
 		}
 	}
@@ -104,6 +104,9 @@ func (a *app) client() (*client.Client, error) {
 		have, err := a.credentials()
 		if err != nil {
 			return nil, err
+		}
+		if url != "" && !sameService(url, have.URL) {
+			return nil, fmt.Errorf("there is no API key for %s: the one on this machine is for %s; set WRENN_API_KEY or use `wrenn login`", url, have.URL)
 		}
 		url, key = first(url, have.URL), first(key, have.APIKey)
 	}
@@ -113,6 +116,10 @@ func (a *app) client() (*client.Client, error) {
 	}
 	return c, nil
 }
+
+// sameService reports whether two URLs name one service. A secret is only ever
+// sent to the service that it is for.
+func sameService(a, b string) bool { return strings.TrimRight(a, "/") == strings.TrimRight(b, "/") }
 
 func first(values ...string) string {
 	for _, v := range values {
@@ -185,6 +192,15 @@ func clean(s string) string {
 		}
 		return r
 	}, s)
+}
+
+// Printable is clean for text of several lines.
+func Printable(s string) string {
+	lines := strings.Split(strings.ReplaceAll(s, "\r\n", "\n"), "\n")
+	for i, line := range lines {
+		lines[i] = clean(line)
+	}
+	return strings.Join(lines, "\n")
 }
 
 // pairs reads KEY=VALUE words.

@@ -44,11 +44,14 @@ func parsePlace(s string) (place, error) {
 
 func (a *app) cpCommand() *cobra.Command {
 	var user string
+	var receive client.ReceiveOptions
 	cmd := &cobra.Command{
 		Use: "cp SOURCE TARGET", Short: "Copy files and folders to or from a sandbox", Args: exactly(2),
 		Long: "Copy a file or folder. One of the two is SANDBOX:PATH, where a path that is not absolute starts at the\n" +
 			"user's home directory; the other is a path here, or - for standard input or output (files only).\n" +
-			"A target that is a folder, or ends with /, gets the source in it; else the source gets the target's name.",
+			"A target that is a folder, or ends with /, gets the source in it; else the source gets the target's name.\n\n" +
+			"A copy from a sandbox writes nothing but its target, and replaces a file there only when it is complete. A\n" +
+			"folder that exists is left alone unless --merge is given, and links that lead outside are skipped.",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			from, err := parsePlace(args[0])
 			if err != nil {
@@ -66,12 +69,16 @@ func (a *app) cpCommand() *cobra.Command {
 				return err
 			}
 			if from.sandbox != "" {
-				return a.download(cmd.Context(), c, from, to.path, user)
+				receive.User = user
+				return a.download(cmd.Context(), c, from, to.path, receive)
 			}
 			return a.upload(cmd.Context(), c, from.path, to, user)
 		},
 	}
 	cmd.Flags().StringVarP(&user, "user", "u", "", "whose rights and home directory count in the sandbox (default user)")
+	cmd.Flags().BoolVar(&receive.Merge, "merge", false, "copy into a folder that exists here, and replace its files of the same names")
+	cmd.Flags().BoolVar(&receive.Links, "links", false, "keep links that lead outside of what is copied from a sandbox")
+	cmd.Flags().Int64Var(&receive.MaxBytes, "max-bytes", client.MaxReceivedBytes, "most bytes to copy from a sandbox")
 	return cmd
 }
 
@@ -199,9 +206,11 @@ func pack(w io.Writer, dir, name string) error {
 	return t.Close()
 }
 
-func (a *app) download(ctx context.Context, c *client.Client, from place, to, user string) error {
+// download copies from a sandbox to here. What the guest sends is held to what
+// was asked for by [client.Client.Receive].
+func (a *app) download(ctx context.Context, c *client.Client, from place, to string, o client.ReceiveOptions) error {
 	if to == "-" {
-		r, err := c.ReadFile(ctx, from.sandbox, from.path, user)
+		r, err := c.ReadFile(ctx, from.sandbox, from.path, o.User)
 		if err != nil {
 			return err
 		}
@@ -209,80 +218,17 @@ func (a *app) download(ctx context.Context, c *client.Client, from place, to, us
 		_, err = io.Copy(a.out, r)
 		return err
 	}
-	dir, name := filepath.Dir(to), filepath.Base(to)
+	target := to
 	if info, err := os.Stat(to); err == nil && info.IsDir() {
-		dir, name = to, ""
+		// The name is the one that was asked for, never one that the guest sends.
+		name := path.Base(path.Clean(from.path))
+		if name == "." || name == ".." || name == "/" {
+			return usage("%s: %q has no name of its own; give the copy one, as in %s", from.path, from.path, filepath.Join(to, "NAME"))
+		}
+		target = filepath.Join(to, name)
 	} else if strings.HasSuffix(to, "/") {
 		return fmt.Errorf("%s: no such folder", to)
 	}
-	r, err := c.ReadArchive(ctx, from.sandbox, from.path, user)
-	if err != nil {
-		return err
-	}
-	defer r.Close()
-	root, err := os.OpenRoot(dir)
-	if err != nil {
-		return err
-	}
-	defer root.Close()
-	return unpack(root, r, name)
-}
-
-// unpack writes what is in a tar archive below root, its top entry under name
-// unless that is empty. The archive comes from a guest: nothing in it can
-// lead outside of root, and it makes neither devices nor special modes.
-func unpack(root *os.Root, r io.Reader, name string) error {
-	t := tar.NewReader(r)
-	for {
-		h, err := t.Next()
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("read archive: %w", err)
-		}
-		p := path.Clean(h.Name)
-		if !filepath.IsLocal(p) {
-			return fmt.Errorf("the archive names %q, which lies outside of it", h.Name)
-		}
-		if name != "" {
-			_, rest, _ := strings.Cut(p, "/")
-			p = path.Join(name, rest)
-		}
-		if err := unpackEntry(root, t, h, p); err != nil {
-			return fmt.Errorf("write %s: %w", clean(p), err)
-		}
-	}
-}
-
-func unpackEntry(root *os.Root, t io.Reader, h *tar.Header, p string) error {
-	mode := h.FileInfo().Mode().Perm()
-	switch h.Typeflag {
-	case tar.TypeDir:
-		return root.MkdirAll(p, mode|0o700)
-	case tar.TypeReg:
-		if err := root.MkdirAll(path.Dir(p), 0o755); err != nil {
-			return err
-		}
-		// What is there may be a link: it is replaced, not followed.
-		if err := root.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		f, err := root.OpenFile(p, os.O_CREATE|os.O_EXCL|os.O_WRONLY, mode)
-		if err != nil {
-			return err
-		}
-		_, err = io.Copy(f, t)
-		return errors.Join(err, f.Close())
-	case tar.TypeSymlink:
-		if err := root.MkdirAll(path.Dir(p), 0o755); err != nil {
-			return err
-		}
-		if err := root.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		// It may point anywhere, as any link may: nothing here goes through it.
-		return root.Symlink(h.Linkname, p)
-	}
-	return nil // nothing that can be copied
+	o.Skipped = func(name, why string) { fmt.Fprintf(a.err, "wrenn: skipped %s: %s\n", clean(name), clean(why)) }
+	return c.Receive(ctx, from.sandbox, from.path, target, o)
 }

@@ -3,8 +3,11 @@ package cli
 import (
 	"archive/tar"
 	"bytes"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/google/uuid"
@@ -35,7 +38,33 @@ func TestParsePlace(t *testing.T) {
 	}
 }
 
-func TestPackUnpack(t *testing.T) {
+// serveArchive is a service whose guest sends b, whatever it is asked for.
+func serveArchive(t *testing.T, b []byte) {
+	t.Helper()
+	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(b) }))
+	t.Cleanup(web.Close)
+	t.Setenv("WRENN_URL", web.URL)
+	t.Setenv("WRENN_API_KEY", "wrn_x")
+}
+
+// run runs one of the client's commands and returns what it said.
+func run(t *testing.T, args ...string) (stderr string, err error) {
+	t.Helper()
+	var out, said bytes.Buffer
+	for _, c := range Commands(strings.NewReader(""), &out, &said) {
+		if c.Name() != args[0] {
+			continue
+		}
+		c.SilenceErrors, c.SilenceUsage = true, true
+		c.SetArgs(args[1:])
+		err := c.ExecuteContext(t.Context())
+		return said.String(), err
+	}
+	t.Fatalf("no command %s", args[0])
+	return "", nil
+}
+
+func TestPackAndCopyBack(t *testing.T) {
 	src := t.TempDir()
 	for name, text := range map[string]string{"a": "1", "d/b": "2", "d/e/c": ""} {
 		if err := os.MkdirAll(filepath.Join(src, filepath.Dir(name)), 0o755); err != nil {
@@ -52,71 +81,85 @@ func TestPackUnpack(t *testing.T) {
 	if err := pack(&archive, src, "top"); err != nil {
 		t.Fatal(err)
 	}
-	for name, top := range map[string]string{"": "top", "other": "other"} {
-		dir := t.TempDir()
-		root, err := os.OpenRoot(dir)
-		if err != nil {
-			t.Fatal(err)
+	serveArchive(t, archive.Bytes())
+	from := id.Format(id.Sandbox, uuid.New()) + ":/srv/asked"
+	dir := t.TempDir()
+	for target, want := range map[string]string{dir: filepath.Join(dir, "asked"), filepath.Join(dir, "other"): filepath.Join(dir, "other")} {
+		if said, err := run(t, "cp", from, target); err != nil || said != "" {
+			t.Fatalf("%v: %s", err, said)
 		}
-		defer root.Close()
-		if err := unpack(root, bytes.NewReader(archive.Bytes()), name); err != nil {
-			t.Fatal(err)
-		}
-		b, err := os.ReadFile(filepath.Join(dir, top, "d", "b"))
+		b, err := os.ReadFile(filepath.Join(want, "d", "b"))
 		if err != nil || string(b) != "2" {
 			t.Errorf("got %q, %v", b, err)
 		}
-		if info, err := os.Stat(filepath.Join(dir, top, "a")); err != nil || info.Mode().Perm() != 0o750 {
+		if info, err := os.Stat(filepath.Join(want, "a")); err != nil || info.Mode().Perm() != 0o750 {
 			t.Errorf("got %v, %v", info, err)
 		}
-		if to, err := os.Readlink(filepath.Join(dir, top, "d", "link")); err != nil || to != "../a" {
+		if to, err := os.Readlink(filepath.Join(want, "d", "link")); err != nil || to != "../a" {
 			t.Errorf("got %q, %v", to, err)
 		}
 	}
+	if _, err := run(t, "cp", from, dir); err == nil || !strings.Contains(err.Error(), "exists") {
+		t.Errorf("a second copy: %v", err)
+	}
+	if _, err := run(t, "cp", "--merge", from, dir); err != nil {
+		t.Errorf("a second copy with --merge: %v", err)
+	}
 }
 
-// entries makes an archive of what a hostile guest might send.
-func entries(t testing.TB, headers ...*tar.Header) []byte {
+// TestCopyFromAHostileGuest is `wrenn cp SANDBOX:f .` in a home directory, of a
+// guest that sends what nobody asked for.
+func TestCopyFromAHostileGuest(t *testing.T) {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
-	for _, h := range headers {
-		if h.Typeflag == tar.TypeReg {
-			h.Size = 1
-		}
+	for _, h := range []*tar.Header{
+		{Name: ".bashrc", Typeflag: tar.TypeReg, Mode: 0o644, Size: 4},
+		{Name: ".ssh/", Typeflag: tar.TypeDir, Mode: 0o700},
+		{Name: ".ssh/authorized_keys", Typeflag: tar.TypeReg, Mode: 0o600, Size: 4},
+	} {
 		if err := w.WriteHeader(h); err != nil {
 			t.Fatal(err)
 		}
-		if h.Typeflag == tar.TypeReg {
-			if _, err := w.Write([]byte("x")); err != nil {
-				t.Fatal(err)
-			}
+		if h.Size > 0 {
+			_, _ = w.Write([]byte("evil"))
 		}
 	}
 	w.Close()
-	return b.Bytes()
+	serveArchive(t, b.Bytes())
+	home := t.TempDir()
+	if err := os.WriteFile(filepath.Join(home, ".bashrc"), []byte("mine"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := run(t, "cp", id.Format(id.Sandbox, uuid.New())+":f", home); err == nil {
+		t.Error("it was copied")
+	}
+	left, err := os.ReadDir(home)
+	if err != nil || len(left) != 1 {
+		t.Errorf("the home directory has %v, %v", left, err)
+	}
+	if b, _ := os.ReadFile(filepath.Join(home, ".bashrc")); string(b) != "mine" {
+		t.Errorf(".bashrc is %q", b)
+	}
 }
 
-func FuzzUnpackStaysInside(f *testing.F) {
-	for _, name := range []string{"../x", "/x", "a/../../x", "a"} {
-		f.Add(entries(f, &tar.Header{Name: name, Typeflag: tar.TypeReg, Mode: 0o600}))
+// TestKeysStayWithTheirService asks for another service than the one that this
+// machine has a key for.
+func TestKeysStayWithTheirService(t *testing.T) {
+	asked := false
+	web := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked = true }))
+	defer web.Close()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "credentials.json"), []byte(`{"url":"http://localhost:1","api_key":"wrn_secret","email":"a@b","password":"secret"}`), 0o600); err != nil {
+		t.Fatal(err)
 	}
-	f.Add(entries(f, &tar.Header{Name: "l", Typeflag: tar.TypeSymlink, Linkname: ".."}, &tar.Header{Name: "l/x", Typeflag: tar.TypeReg, Mode: 0o600}))
-	f.Add(entries(f, &tar.Header{Name: "l", Typeflag: tar.TypeSymlink, Linkname: "../x"}, &tar.Header{Name: "l", Typeflag: tar.TypeReg, Mode: 0o600}))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		outer := t.TempDir()
-		inner := filepath.Join(outer, "in")
-		if err := os.Mkdir(inner, 0o700); err != nil {
-			t.Fatal(err)
+	t.Setenv("WRENN_URL", web.URL)
+	t.Setenv("WRENN_API_KEY", "")
+	for _, args := range [][]string{{"ls"}, {"team", "ls"}} {
+		if _, err := run(t, append(args, "--dir", dir)...); err == nil || !strings.Contains(err.Error(), "is for http://localhost:1") {
+			t.Errorf("%v: %v", args, err)
 		}
-		root, err := os.OpenRoot(inner)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer root.Close()
-		_ = unpack(root, bytes.NewReader(b), "")
-		left, err := os.ReadDir(outer)
-		if err != nil || len(left) != 1 {
-			t.Errorf("outside of the folder: %v, %v", left, err)
-		}
-	})
+	}
+	if asked {
+		t.Error("another service was asked")
+	}
 }

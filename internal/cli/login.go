@@ -130,7 +130,7 @@ func (a *app) person(ctx context.Context) (*person, error) {
 		}
 		return a.machineAdmin(ctx)
 	}
-	if a.url != "" && a.url != l.URL {
+	if a.url != "" && !sameService(a.url, l.URL) {
 		unlock()
 		return nil, fmt.Errorf("you are logged in to %s, not to %s", l.URL, a.url)
 	}
@@ -163,7 +163,10 @@ func (a *app) machineAdmin(ctx context.Context) (*person, error) {
 	if err != nil {
 		return nil, err
 	}
-	at := first(a.url, have.URL)
+	at := first(a.url, os.Getenv("WRENN_URL"), have.URL)
+	if !sameService(at, have.URL) {
+		return nil, fmt.Errorf("the admin's password on this machine is for %s, not for %s; use `wrenn login`", have.URL, at)
+	}
 	c, err := client.New(at, "", client.WithUserAgent(agent))
 	if err != nil {
 		return nil, err

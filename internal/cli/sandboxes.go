@@ -210,7 +210,8 @@ func (a *app) urlCommand() *cobra.Command {
 }
 
 func (a *app) logsCommand() *cobra.Command {
-	return &cobra.Command{
+	var raw bool
+	cmd := &cobra.Command{
 		Use: "logs SANDBOX", Short: "Print the end of a sandbox's console", Args: exactly(1), ValidArgsFunction: a.completeSandbox,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
@@ -221,10 +222,15 @@ func (a *app) logsCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if !raw {
+				b = []byte(Printable(string(b)))
+			}
 			_, err = a.out.Write(b)
 			return err
 		},
 	}
+	cmd.Flags().BoolVar(&raw, "raw", false, "keep control characters, which can make a terminal do what the guest wants")
+	return cmd
 }
 
 func (a *app) pingCommand() *cobra.Command {
