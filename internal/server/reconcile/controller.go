@@ -5,7 +5,7 @@
 // what the difference asks for. Each of these has goroutines of its own: what
 // hangs on one host, or about one sandbox, delays nothing else. What a
 // difference asks for is decided by pure functions, [Sandboxes] and
-// [Templates], and done by the domain packages.
+// [Templates]; the domain packages do it.
 package reconcile
 
 import (

@@ -23,8 +23,8 @@ const (
 	steadyAfter = 5 * time.Second
 	// ackWithin bounds an acknowledgement.
 	ackWithin = 10 * time.Second
-	// eventRetries is how often an event is written again that the database
-	// refuses, before it is left to the comparison.
+	// eventRetries is how often the watch writes an event again that the database
+	// refuses, before it leaves it to the comparison.
 	eventRetries = 3
 )
 
@@ -110,7 +110,8 @@ func (w *watch) created(e *hostagentv1.Event) <-chan struct{} {
 	return w.Sandboxes.Created(u)
 }
 
-// settleEvent writes an event down and acknowledges those up to which all are.
+// settleEvent writes an event down, and acknowledges the events that have no
+// unwritten one before them.
 func (w *watch) settleEvent(ctx context.Context, open *ledger, e *hostagentv1.Event) error {
 	var err error
 	waits := backoff.New(50*time.Millisecond, time.Second)
@@ -127,8 +128,8 @@ func (w *watch) settleEvent(ctx context.Context, open *ledger, e *hostagentv1.Ev
 		return fmt.Errorf("write event %d down: %w", e.GetSeq(), err)
 	}
 	if err != nil {
-		// It would keep all later ones from being heard. The comparison finds what it
-		// led to, though not why.
+		// Kept, it would hold up all later events. The comparison finds what it led
+		// to, though not why.
 		w.log.Error("host's event cannot be written down", "seq", e.GetSeq(), "sandbox_id", e.GetSandboxId(), "kind", e.GetKind(), "error", err)
 		w.compareSoon()
 	}

@@ -32,8 +32,8 @@ type key struct {
 // hang, leave workers to the others.
 type lane struct {
 	workers int
-	// within bounds one action. One that takes no notice keeps its object, and
-	// after a while no longer its worker.
+	// within bounds one action. An action that ignores its context keeps its
+	// object, but gives its worker up a while later.
 	within time.Duration
 }
 
@@ -76,8 +76,8 @@ type task struct {
 	failures int
 }
 
-// queue does the actions of one host. It is level-triggered: want says what is
-// needed now, and what is no longer said is forgotten unless it runs.
+// queue does the actions of one host. It is level-triggered: want says which
+// actions are needed now, and the queue drops all others, except those that run.
 type queue struct {
 	do      func(context.Context, Action) error
 	log     *slog.Logger
@@ -125,9 +125,9 @@ func (q *queue) mark() uint64 {
 	return q.count
 }
 
-// want says which actions objects of one subject need, as was seen after mark.
-// What an action did since then was not seen, so its object is left to the next
-// call.
+// want replaces the actions that objects of one subject need, as a comparison
+// saw them that began at mark. It may not have seen what actions did since, so
+// it leaves their objects to the next call.
 func (q *queue) want(of subject, mark uint64, actions []Action) {
 	q.mu.Lock()
 	defer q.mu.Unlock()

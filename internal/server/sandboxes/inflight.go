@@ -54,7 +54,7 @@ const settling State = "settling"
 // thought, and whoever asked must look again.
 var ErrMoved = errors.New("the sandbox is in another state by now")
 
-// inBox calls f with a sandbox's box, and the lock. f only reads and sets its
+// inBox calls f with a sandbox's box, under the lock: f only reads and sets its
 // fields.
 func (s *Service) inBox(sandbox uuid.UUID, f func(*box)) {
 	s.mu.Lock()
@@ -249,9 +249,9 @@ func (s *Service) watch(sandbox uuid.UUID) (changed <-chan struct{}, stop func()
 	}
 }
 
-// Until calls look until it is done or fails: at once, after each change of the
-// sandbox, and after every, since there may be no word of a change. It is for
-// calls that wait for what an earlier call does.
+// Until calls look until look is done or fails: at once, after each change of
+// the sandbox, and at least once per every, because the word of a change can get
+// lost. Use it in calls that wait for an earlier call.
 func (s *Service) Until(ctx context.Context, sandbox uuid.UUID, every time.Duration, look func() (done bool, err error)) error {
 	defer s.metrics.wait()()
 	return s.until(ctx, sandbox, every, look)

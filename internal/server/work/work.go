@@ -1,5 +1,5 @@
-// Package work runs what services were asked for: it goes on when whoever
-// asked goes away, and ends with the server.
+// Package work keeps account of what services do on their own context: it goes
+// on when the caller who asked for it leaves, and ends with the server.
 package work
 
 import (
@@ -50,7 +50,7 @@ func (g *Group) Begin() (end func(), err error) {
 	return g.wg.Done, nil
 }
 
-// Guard calls f, of which a panic becomes an error.
+// Guard calls f and turns a panic of it into an error (see [fault.Guard]).
 func (g *Group) Guard(f func() error) error { return fault.Guard(g.log, f) }
 
 // Close waits for the work under way until ctx is done, then gives it up: the
