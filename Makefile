@@ -12,9 +12,9 @@ PACKAGES := test/browser/node_modules/.package-lock.json test/clients/node_modul
 
 # Distribution packages: what Wrenn runs with (a test compares them with the table
 # in internal/programs), and what its tests need besides.
-RUN_PACKAGES  := qemu-system-x86 postgresql redis-server mmdebstrap e2fsprogs kmod
+RUN_PACKAGES  := qemu-system-x86 postgresql redis-server mmdebstrap e2fsprogs kmod ca-certificates
 # (gcc: for the race detector.)
-TEST_PACKAGES := qemu-utils busybox-static nftables iproute2 socat gcc libc6-dev dpkg-dev docker-registry skopeo umoci chromium fonts-dejavu-core
+TEST_PACKAGES := slirp4netns qemu-utils busybox-static nftables iproute2 socat gcc libc6-dev dpkg-dev docker-registry skopeo umoci chromium fonts-dejavu-core
 
 GO_PACKAGES := ./...
 

@@ -40,6 +40,10 @@ var (
 	Mmdebstrap = add(Program{File: "mmdebstrap", Package: "mmdebstrap"})
 	Mke2fs     = add(Program{File: "mke2fs", Package: "e2fsprogs"})
 
+	// Wrenn does not run this one. Its package has the authorities that HTTPS
+	// servers are trusted by.
+	_ = add(Program{File: "update-ca-certificates", Package: "ca-certificates"})
+
 	// These run in a jail, which has no $PATH.
 	Prlimit   = add(Program{File: "/usr/bin/prlimit", Package: "util-linux", Base: true})
 	E2fsck    = add(Program{File: "/sbin/e2fsck", Package: "e2fsprogs"})
