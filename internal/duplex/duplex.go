@@ -11,7 +11,13 @@ import (
 	"io"
 	"net/http"
 	"sync/atomic"
+	"time"
 )
+
+// FlushInterval is for [net/http/httputil.ReverseProxy], which sends what it
+// has of a response with a known length after that time, and all others at
+// once. Sending those at once too takes a goroutine and a packet more for each.
+const FlushInterval = 2 * time.Millisecond
 
 // Serve has h answer a request in full duplex. If the request's body has not
 // ended when the response begins, the connection is closed after the response.

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	stdlog "log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -48,8 +49,11 @@ var forwarded = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Pro
 type Proxy struct {
 	use      func(context.Context, uuid.UUID) (*sandbox.Use, error)
 	log      *slog.Logger
+	errors   *stdlog.Logger // what ReverseProxy logs
 	buffers  buffers
 	requests *prometheus.CounterVec
+	// forwarded is one of requests, looked up once.
+	forwarded prometheus.Counter
 }
 
 // New makes a proxy to the sandboxes that use finds.
@@ -57,6 +61,8 @@ func New(use func(context.Context, uuid.UUID) (*sandbox.Use, error), log *slog.L
 	p := &Proxy{use: use, log: log, requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "wrenn_agent_proxy_requests_total", Help: "Requests to sandboxes' ports, by result: forwarded, or the error's code.",
 	}, []string{"result"})}
+	p.forwarded = p.requests.WithLabelValues("forwarded")
+	p.errors = slog.NewLogLogger(log.Handler(), slog.LevelDebug)
 	p.buffers.New = func() any { b := make([]byte, 32<<10); return &b }
 	return p
 }
@@ -146,9 +152,9 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, t target, u *san
 	defer u.End()
 	rp := httputil.ReverseProxy{
 		Transport:      u.Transport,
-		FlushInterval:  -1,
+		FlushInterval:  duplex.FlushInterval,
 		BufferPool:     &p.buffers,
-		ErrorLog:       slog.NewLogLogger(p.log.Handler(), slog.LevelDebug),
+		ErrorLog:       p.errors,
 		Rewrite:        func(pr *httputil.ProxyRequest) { rewrite(pr, t, u.Address.String()) },
 		ModifyResponse: p.received,
 		ErrorHandler: func(w http.ResponseWriter, out *http.Request, err error) {
@@ -194,7 +200,7 @@ func (p *Proxy) received(resp *http.Response) error {
 			resp.Header.Del(name)
 		}
 	}
-	p.requests.WithLabelValues("forwarded").Inc()
+	p.forwarded.Inc()
 	return nil
 }
 

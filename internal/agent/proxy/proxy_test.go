@@ -268,6 +268,39 @@ func TestStreamsBothWays(t *testing.T) {
 	}
 }
 
+// TestPartOfKnownLengthArrives reads the first part of a response whose length
+// is known while the guest has yet to make the rest.
+func TestPartOfKnownLengthArrives(t *testing.T) {
+	o := start(t)
+	rest := make(chan struct{})
+	port := listen(t, 0, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Length", "10")
+		fmt.Fprint(w, "first")
+		_ = http.NewResponseController(w).Flush()
+		<-rest
+		fmt.Fprint(w, "later")
+	}))
+	release := sync.OnceFunc(func() { close(rest) })
+	defer release()
+	req, err := http.NewRequestWithContext(await.Context(t), http.MethodGet, o.URL+o.path(port, "/"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := http.DefaultTransport.RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	first := make([]byte, 5)
+	if _, err := io.ReadFull(resp.Body, first); err != nil || string(first) != "first" {
+		t.Fatalf("got %q, %v", first, err)
+	}
+	release()
+	if b, err := io.ReadAll(resp.Body); err != nil || string(b) != "later" {
+		t.Errorf("then %q, %v", b, err)
+	}
+}
+
 func TestBigBodiesTakeNoMemory(t *testing.T) {
 	const size = 256 << 20
 	o := start(t)

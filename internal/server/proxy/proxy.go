@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	stdlog "log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -54,8 +55,11 @@ type Proxy struct {
 	Config
 	suffix   string
 	cache    *cache
+	errors   *stdlog.Logger // what ReverseProxy logs
 	buffers  buffers
 	requests *prometheus.CounterVec
+	// forwarded is one of requests, looked up once.
+	forwarded prometheus.Counter
 }
 
 // New returns the proxy of a service; it hears of the service's changes.
@@ -64,6 +68,8 @@ func New(c Config) *Proxy {
 		Config: c, suffix: "." + strings.ToLower(c.Domain), cache: newCache(),
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "wrenn_proxy_requests_total", Help: "Requests to sandboxes' ports, by how they went: forwarded, or the error's code."}, []string{"result"}),
 	}
+	p.forwarded = p.requests.WithLabelValues("forwarded")
+	p.errors = slog.NewLogLogger(c.Log.Handler(), slog.LevelDebug)
 	p.buffers.New = func() any { b := make([]byte, 32<<10); return &b }
 	c.Sandboxes.OnChange(p.cache.drop)
 	c.Sandboxes.OnDeaf(p.cache.deafen)
@@ -283,9 +289,9 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 	prefix := "/proxy/" + id.Format(id.Sandbox, d.sandbox) + "/" + strconv.Itoa(d.port)
 	rp := httputil.ReverseProxy{
 		Transport:     &waker{p, d, r.GetBody},
-		FlushInterval: -1,
+		FlushInterval: duplex.FlushInterval,
 		BufferPool:    &p.buffers,
-		ErrorLog:      slog.NewLogLogger(p.Log.Handler(), slog.LevelDebug),
+		ErrorLog:      p.errors,
 		Rewrite: func(pr *httputil.ProxyRequest) {
 			u := pr.Out.URL
 			u.Scheme, u.Host = "http", "agent"
@@ -364,7 +370,7 @@ func (k *waker) RoundTrip(req *http.Request) (*http.Response, error) {
 			refused = resp.StatusCode == http.StatusServiceUnavailable
 		}
 		if !refused {
-			k.requests.WithLabelValues("forwarded").Inc()
+			k.forwarded.Inc()
 			return resp, nil
 		}
 		resp.Body.Close()
