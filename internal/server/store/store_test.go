@@ -5,12 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/url"
 	"strings"
 	"sync"
 	"testing"
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
@@ -113,6 +115,44 @@ func TestUnreachable(t *testing.T) {
 	if err != nil {
 		t.Errorf("after the restart: %v", err)
 	}
+}
+
+// TestReadOnly fails over while the old primary lives on and takes no changes:
+// the connections to it are left for ones to the new primary.
+func TestReadOnly(t *testing.T) {
+	c := pgtest.Shared(t)
+	created, err := url.Parse(pgtest.New(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	database := strings.TrimPrefix(created.Path, "/")
+	first, err := Open(t.Context(), c.URL(database))
+	if err != nil {
+		t.Fatal(err)
+	}
+	first.Close()
+	standby := c.Standby(t)
+	s, err := Open(t.Context(), c.URL(database, standby))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	change := func() error { return s.ServerAlive(t.Context(), uuid.New()) }
+	if err := change(); err != nil {
+		t.Fatal(err)
+	}
+	standby.Do(t, "SELECT pg_promote()")
+	c.Do(t, "ALTER SYSTEM SET default_transaction_read_only = on", "SELECT pg_reload_conf()")
+	defer c.Do(t, "SET default_transaction_read_only = off", "ALTER SYSTEM SET default_transaction_read_only = off", "SELECT pg_reload_conf()")
+	failed := false
+	await.Until(t, "the new primary is found", func() bool {
+		err := change()
+		if err != nil && !Unreachable(err) {
+			t.Fatalf("Unreachable(%v) = false", err)
+		}
+		failed = failed || err != nil
+		return failed && err == nil
+	})
 }
 
 // TestListen breaks the connection that is listened on: what is said after that
