@@ -1,0 +1,90 @@
+package server_test
+
+import (
+	"net/http"
+	"os"
+	"os/exec"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// fuzzer is somebody as whom requests are made.
+type fuzzer struct {
+	// credential returns the name and value of the header that they show.
+	credential func(p *plane) (header, value string)
+	// succeed is how many operations must have been carried out at least once,
+	// lest nobody notices that most requests are refused at the door.
+	succeed int
+}
+
+var fuzzers = map[string]fuzzer{
+	"key": {func(p *plane) (string, string) { return "X-API-Key", p.newTeam() }, 30},
+	"session": {func(p *plane) (string, string) {
+		return "Authorization", "Bearer " + p.bearer(p.person("ada@example.com"))
+	}, 40},
+	"admin": {func(p *plane) (string, string) {
+		access, _ := p.login("admin@example.com", "correct horse")
+		return "Authorization", "Bearer " + access
+	}, 60},
+}
+
+// TestFuzz has schemathesis make requests of the OpenAPI document and check each
+// answer against it: as a program with a key, as a person, and as the platform's
+// admin. WRENN_SLOW makes many more, of several seeds.
+func TestFuzz(t *testing.T) {
+	st := needs(t, tools, "st")
+	seeds, examples := []int{1}, 5
+	if os.Getenv("WRENN_SLOW") != "" {
+		seeds, examples = []int{1, 2, 3}, 100
+	}
+	for name, f := range fuzzers {
+		t.Run(name, func(t *testing.T) {
+			for _, seed := range seeds {
+				p := newPlane(t)
+				header, value := f.credential(p)
+				p.call("PUT", "/v1/admin/settings", map[string]any{"signup_open": true, "default_quota": map[string]any{}}).want(200)
+				cmd := exec.CommandContext(t.Context(), st, "run", "--url", p.http.URL, "--no-color",
+					"--seed", strconv.Itoa(seed), "--max-examples", strconv.Itoa(examples), "../../api/openapi.yaml")
+				cmd.Dir = absolute("../../test/fuzz")
+				cmd.Env = append(os.Environ(), "HYPOTHESIS_STORAGE_DIRECTORY="+absolute("../../.cache/hypothesis"), "WRENN_FUZZ_HEADER="+header, "WRENN_FUZZ_CREDENTIAL="+value, "WRENN_FUZZ_SPARE=Bearer "+p.bearer(p.person("spare@example.com")))
+				begun := time.Now()
+				out, err := cmd.CombinedOutput()
+				said := strings.TrimSpace(string(out))
+				if err != nil {
+					t.Errorf("schemathesis, seed %d: %v\n%s", seed, err, said)
+				}
+				t.Logf("seed %d: %s, %v", seed, found(said, `(?m)^ *(\d+ generated.*)$`), time.Since(begun).Round(time.Second))
+				// What was tested were answers to somebody who may do things, to the end.
+				p.call("GET", "/v1/sandboxes", nil, "X-API-Key", "", header, value).want(200)
+				if n := p.carriedOut(); n < f.succeed {
+					t.Errorf("%d operations were carried out, want at least %d", n, f.succeed)
+				} else {
+					t.Logf("%d operations were carried out", n)
+				}
+				p.end()
+			}
+		})
+	}
+}
+
+func found(text, pattern string) string {
+	m := regexp.MustCompile(pattern).FindStringSubmatch(text)
+	if m == nil {
+		return "nothing"
+	}
+	return m[1]
+}
+
+// carriedOut counts the operations that succeeded at least once.
+func (p *plane) carriedOut() int {
+	p.Helper()
+	routes := make(map[string]bool)
+	line := regexp.MustCompile(`(?m)^wrenn_http_requests_total\{(method="[A-Z]+",route="/v1/[^"]*"),status="2\d\d"\}`)
+	for _, m := range line.FindAllSubmatch(p.call(http.MethodGet, "/metrics", nil).want(200).Body, -1) {
+		routes[string(m[1])] = true
+	}
+	return len(routes)
+}

@@ -1,0 +1,69 @@
+"""What schemathesis needs to be told of Wrenn's API."""
+
+import itertools
+import os
+import re
+
+import schemathesis
+
+
+@schemathesis.serializer("application/x-tar")
+def tar(_ctx, value):
+    """Sends an archive's bytes as they were generated."""
+    return {"data": value if isinstance(value, bytes) else str(value).encode()}
+
+
+@schemathesis.auth(refresh_interval=None)
+class Credential:
+    """Shows who makes the requests. Somebody else logs out, so that all other
+    operations are tested to the end."""
+
+    def get(self, case, context):
+        return os.environ["WRENN_FUZZ_HEADER"], os.environ["WRENN_FUZZ_CREDENTIAL"]
+
+    def set(self, case, data, context):
+        header, value = data
+        if header == "Authorization" and case.operation.definition.raw.get("operationId") in ("logOut", "logOutAll"):
+            value = os.environ["WRENN_FUZZ_SPARE"]
+        case.headers[header] = value
+
+
+calls = itertools.count(1)
+
+PREFIXES = {
+    "sandbox_id": "cl-",
+    "template_id": "tpl-",
+    "build_id": "bld-",
+    "host_id": "hst-",
+    "team_id": "tm-",
+    "user_id": "usr-",
+    "key_id": "key-",
+    "channel_id": "chn-",
+    "X-Team": "tm-",
+}
+
+
+def well_formed(values):
+    """Makes ids that the service refuses as malformed such as name nothing: of
+    their 25 digits in base 36, which the document's patterns ask for, some are
+    more than 128 bits."""
+    for name, prefix in PREFIXES.items():
+        if values and name in values:
+            digits = re.fullmatch(re.escape(prefix) + "([0-9a-z]{25})", str(values[name]))
+            if not digits or int(digits[1], 36) >= 1 << 128:
+                values[name] = prefix + "1".zfill(25)
+
+
+@schemathesis.hook
+def before_call(context, case, kwargs):
+    # From another address each time: how often an address may try to log in is
+    # bounded, and the front door says where a request came from.
+    n = next(calls)
+    case.headers["X-Forwarded-For"] = f"2001:db8::{n >> 16:x}:{n & 0xFFFF:x}"
+    if case.meta is None or not case.meta.generation.mode.is_positive:
+        return
+    # A cursor is what the page before gave: one that was made up is refused.
+    if case.query and "cursor" in case.query:
+        del case.query["cursor"]
+    well_formed(case.path_parameters)
+    well_formed(case.headers)
