@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"log/slog"
 	"os"
 	"strings"
 	"testing"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/deploy/deploytest"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
+	"github.com/wrenn-dev/wrenn/internal/agent/problem"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
@@ -78,5 +80,28 @@ func TestKept(t *testing.T) {
 	}
 	if got := kept(dir); len(got) != 2 || !got[0].Required || !strings.Contains(got[0].Detail, "version 9") || got[0].Fix == "" {
 		t.Errorf("it says %+v", got)
+	}
+}
+
+// TestReported shows what a running agent says is wrong with the host.
+func TestReported(t *testing.T) {
+	dir := layout.Dir(t.TempDir())
+	if got := reported(dir); len(got) > 0 {
+		t.Errorf("without an agent: %v", got)
+	}
+	if err := os.MkdirAll(dir.Run(), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	l, err := problem.Open(dir.Problems(), slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Report(problem.Firewall, "", "packets are dropped")
+	got := reported(dir)
+	if len(got) != 1 || got[0].OK || got[0].Required || got[0].Name != "firewall" || !strings.Contains(got[0].Detail, "packets are dropped") {
+		t.Errorf("got %+v", got)
+	}
+	if _, err := noObstacles(t.Context(), dir); err != nil {
+		t.Errorf("beside a running agent: %v", err)
 	}
 }
