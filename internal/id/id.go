@@ -4,9 +4,10 @@
 package id
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
-	"math/big"
+	"math/bits"
 	"strings"
 
 	"github.com/google/uuid"
@@ -36,9 +37,16 @@ const digits = 25
 // Format returns u in its wire form, for example
 // "cl-0123456789abcdefghijklmno".
 func Format(k Kind, u uuid.UUID) string {
-	n := new(big.Int).SetBytes(u[:])
-	text := n.Text(36)
-	return string(k) + strings.Repeat("0", digits-len(text)) + text
+	hi, lo := binary.BigEndian.Uint64(u[:8]), binary.BigEndian.Uint64(u[8:])
+	b := make([]byte, len(k)+digits)
+	copy(b, k)
+	for i := len(b) - 1; i >= len(k); i-- {
+		var rest uint64
+		hi, rest = hi/36, hi%36
+		lo, rest = bits.Div64(rest, lo, 36)
+		b[i] = "0123456789abcdefghijklmnopqrstuvwxyz"[rest]
+	}
+	return string(b)
 }
 
 // Parse reads the wire form of an id of kind k. It accepts the one form that
@@ -48,16 +56,29 @@ func Parse(k Kind, s string) (uuid.UUID, error) {
 	if !ok || len(rest) != digits {
 		return uuid.Nil, fmt.Errorf("%w: want %q and %d digits", ErrMalformed, string(k), digits)
 	}
+	var hi, lo uint64
 	for _, c := range []byte(rest) {
-		if (c < '0' || c > '9') && (c < 'a' || c > 'z') {
+		var digit uint64
+		switch {
+		case '0' <= c && c <= '9':
+			digit = uint64(c - '0')
+		case 'a' <= c && c <= 'z':
+			digit = uint64(c-'a') + 10
+		default:
 			return uuid.Nil, fmt.Errorf("%w: want digits 0-9 and a-z after %q", ErrMalformed, string(k))
 		}
-	}
-	n, ok := new(big.Int).SetString(rest, 36)
-	if !ok || n.BitLen() > 128 {
-		return uuid.Nil, fmt.Errorf("%w: number out of range", ErrMalformed)
+		// (hi, lo) = 36 × (hi, lo) + digit, unless that takes more than 128 bits.
+		over, high := bits.Mul64(hi, 36)
+		carry, low := bits.Mul64(lo, 36)
+		low, carryLow := bits.Add64(low, digit, 0)
+		high, carryHigh := bits.Add64(high, carry, carryLow)
+		if over != 0 || carryHigh != 0 {
+			return uuid.Nil, fmt.Errorf("%w: number out of range", ErrMalformed)
+		}
+		hi, lo = high, low
 	}
 	var u uuid.UUID
-	n.FillBytes(u[:])
+	binary.BigEndian.PutUint64(u[:8], hi)
+	binary.BigEndian.PutUint64(u[8:], lo)
 	return u, nil
 }

@@ -2,6 +2,7 @@ package id
 
 import (
 	"errors"
+	"math/big"
 	"strings"
 	"testing"
 
@@ -42,4 +43,39 @@ func FuzzParse(f *testing.F) {
 			t.Errorf("Parse(%q) = %v, which formats as %q", s, u, Format(Sandbox, u))
 		}
 	})
+}
+
+// TestMatchesBig compares the wire form with that of arithmetic on large numbers.
+func TestMatchesBig(t *testing.T) {
+	check := func(u uuid.UUID) {
+		text := new(big.Int).SetBytes(u[:]).Text(36)
+		want := string(Sandbox) + strings.Repeat("0", digits-len(text)) + text
+		if got := Format(Sandbox, u); got != want {
+			t.Errorf("%x: got %s, want %s", u[:], got, want)
+		}
+		if back, err := Parse(Sandbox, want); err != nil || back != u {
+			t.Errorf("%s: got %x, %v", want, back[:], err)
+		}
+	}
+	for range 1000 {
+		u := uuid.New()
+		check(u)
+		for i := range u { // Numbers of every length, and those next to a power of 256.
+			u[i] = 0
+			check(u)
+			var v uuid.UUID
+			for j := i; j < len(v); j++ {
+				v[j] = 0xff
+			}
+			check(v)
+		}
+	}
+	// One more than fits in 128 bits.
+	over := new(big.Int).Lsh(big.NewInt(1), 128)
+	if _, err := Parse(Sandbox, string(Sandbox)+over.Text(36)); !errors.Is(err, ErrMalformed) {
+		t.Errorf("2^128: %v", err)
+	}
+	if allocated := testing.AllocsPerRun(100, func() { _, _ = Parse(Sandbox, "cl-0123456789abcdefghijklmno") }); allocated > 0 {
+		t.Errorf("Parse allocates %v times", allocated)
+	}
 }
