@@ -209,7 +209,7 @@ HEALTHCHECK CMD true
 			reach(build, number)
 			c.server.signal(syscall.SIGKILL)
 			c.server = c.startServer(c.listen)
-			within(t, time.Minute, "the server answers", func() bool { return show(build).State != "" })
+			within(t, 2*time.Minute, "the server answers", func() bool { return show(build).State != "" })
 			if b := ended(build); b.State != "succeeded" || b.DoneSteps != b.TotalSteps {
 				t.Errorf("killed in %s: %s %s %d of %d", phase, b.State, b.Error, b.DoneSteps, b.TotalSteps)
 			}

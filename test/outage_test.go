@@ -168,7 +168,7 @@ func TestOutage(t *testing.T) {
 			other := *c
 			other.url = "http://" + c.spare
 			c.startServer(c.spare)
-			within(t, time.Minute, "the other server answers", func() bool {
+			within(t, 2*time.Minute, "the other server answers", func() bool {
 				status, _ := other.call("GET", "/health", nil)
 				return status == http.StatusOK
 			})
