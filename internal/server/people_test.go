@@ -787,6 +787,29 @@ func (p *plane) linked(letter, page string) string {
 	return link[1]
 }
 
+// TestForgottenOthers has the database hang with one user's reset link: another's
+// is sent.
+func TestForgottenOthers(t *testing.T) {
+	p := newPlane(t)
+	letters := p.mailed()
+	hangs := p.person("hangs@example.com")
+	p.person("ada@example.com")
+	tx, err := p.db().Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback(context.Background())
+	if _, err := tx.Exec(t.Context(), "SELECT FROM users WHERE id = $1 FOR UPDATE", hangs); err != nil {
+		t.Fatal(err)
+	}
+	for _, email := range []string{"hangs@example.com", "ada@example.com"} {
+		p.call("POST", "/v1/auth/password/forgot", map[string]any{"email": email}, nobody...).want(202)
+	}
+	if letter := letters(); !strings.Contains(letter, "To: ada@example.com\n") {
+		t.Errorf("letter:\n%s", letter)
+	}
+}
+
 func TestForgotPassword(t *testing.T) {
 	p := newPlane(t)
 	letters := p.mailed()

@@ -35,6 +35,8 @@ var (
 )
 
 const (
+	// resetWithin bounds the making of one link, for which others wait.
+	resetWithin = 5 * time.Second
 	// resetLasts is how long a reset link is good for that somebody asked for,
 	// inviteLasts one that an admin made.
 	resetLasts  = time.Hour
@@ -85,7 +87,8 @@ func (s *Service) Run(ctx context.Context) {
 	for {
 		select {
 		case email := <-s.forgotten:
-			if err := s.sendReset(ctx, email); err != nil {
+			err := fault.Guard(s.Log, func() error { return s.sendReset(ctx, email) })
+			if err != nil && ctx.Err() == nil {
 				s.Log.Error("make reset link", "error", err)
 			}
 		case <-ctx.Done():
@@ -254,6 +257,8 @@ func (s *Service) ForgotPassword(ctx context.Context, email string) error {
 }
 
 func (s *Service) sendReset(ctx context.Context, email string) error {
+	ctx, cancel := context.WithTimeout(ctx, resetWithin)
+	defer cancel()
 	user, err := s.byEmail(ctx, email)
 	if err != nil || !user.Active {
 		return err
