@@ -372,9 +372,11 @@ func TestLinksAreRepaired(t *testing.T) {
 		{"down", func() { run(t, "ip", "link", "set", name, "down") }, nil},
 		{"addresses flushed", func() { run(t, "ip", "addr", "flush", "dev", name) }, nil},
 		{"renamed", func() {
-			run(t, "ip", "link", "set", name, "down")
-			run(t, "ip", "link", "set", name, "name", "eth7")
-			run(t, "ip", "link", "set", "eth7", "up")
+			// The agent may raise it before it is renamed, which older kernels then refuse.
+			await.Until(t, "it is renamed", func() bool {
+				return exec.Command("ip", "link", "set", name, "down").Run() == nil &&
+					exec.Command("ip", "link", "set", name, "name", "eth7").Run() == nil
+			})
 		}, nil},
 		{"another group", func() { run(t, "ip", "link", "set", name, "group", "0") }, nil},
 		{"in a bridge", func() {
@@ -514,8 +516,8 @@ func TestSetAside(t *testing.T) {
 	must(t, has(p, problem.Slot, "network slot 300 cannot be removed"))
 
 	s := acquire(t, p)
+	p.guard.close() // it would name the namespace again
 	must(t, removeNamespace(s.NetNS()))
-	p.guard.close() // it would name it again
 	released := obstacle(s.Index)
 	must(t, p.Release(context.Background(), s))
 	must(t, has(p, problem.Slot, fmt.Sprintf("network slot %d cannot be removed", s.Index)))
