@@ -115,6 +115,25 @@ func (l *lister) Create(ctx context.Context, req *connect.Request[hostagentv1.Cr
 	return connect.NewResponse(&hostagentv1.CreateResponse{Sandbox: proto.CloneOf(sb)}), nil
 }
 
+func (l *lister) Ping(_ context.Context, req *connect.Request[hostagentv1.PingRequest]) (*connect.Response[hostagentv1.PingResponse], error) {
+	return connect.NewResponse(&hostagentv1.PingResponse{Sandbox: &hostagentv1.Sandbox{SandboxId: req.Msg.SandboxId, State: running}}), nil
+}
+
+func (l *lister) Fork(ctx context.Context, req *connect.Request[hostagentv1.ForkRequest]) (*connect.Response[hostagentv1.ForkResponse], error) {
+	var r hostagentv1.ForkResponse
+	for _, c := range req.Msg.Copies {
+		if err := l.called(ctx, "fork", c.SandboxId); err != nil {
+			return nil, err
+		}
+		sb := &hostagentv1.Sandbox{SandboxId: c.SandboxId, State: running, CreatedAt: timestamppb.Now()}
+		l.mu.Lock()
+		l.has[c.SandboxId] = sb
+		l.mu.Unlock()
+		r.Sandboxes = append(r.Sandboxes, proto.CloneOf(sb))
+	}
+	return connect.NewResponse(&r), nil
+}
+
 func (l *lister) Pause(ctx context.Context, req *connect.Request[hostagentv1.PauseRequest]) (*connect.Response[hostagentv1.PauseResponse], error) {
 	if err := l.called(ctx, "pause", req.Msg.SandboxId); err != nil {
 		return nil, err

@@ -217,3 +217,51 @@ func TestLedger(t *testing.T) {
 		}
 	}
 }
+
+// TestAdoptedMeanwhile: another server takes this one for dead and adopts a
+// sandbox that it creates, or a copy. When the host answers, the sandbox is what
+// was asked for, and is not destroyed.
+func TestAdoptedMeanwhile(t *testing.T) {
+	for call, ask := range map[string]func(context.Context, *sandboxes.Service, uuid.UUID) (sandboxes.State, error){
+		"create": func(ctx context.Context, s *sandboxes.Service, _ uuid.UUID) (sandboxes.State, error) {
+			row, _, err := s.Create(ctx, uuid.Nil, sandboxes.CreateParams{Template: "minimal"}, "")
+			return sandboxes.State(row.State), err
+		},
+		"fork": func(ctx context.Context, s *sandboxes.Service, of uuid.UUID) (sandboxes.State, error) {
+			rows, _, err := s.Fork(ctx, uuid.Nil, of, 1, "")
+			if err != nil {
+				return "", err
+			}
+			return sandboxes.State(rows[0].State), nil
+		},
+	} {
+		t.Run(call, func(t *testing.T) {
+			b := newBench(t, time.Minute)
+			b.offer()
+			of := b.add(sandboxes.Running, running)
+			g := newGate(call, "")
+			b.agent.hook(g.on)
+			type answer struct {
+				state sandboxes.State
+				err   error
+			}
+			answers := make(chan answer, 1)
+			go func() {
+				state, err := ask(t.Context(), b.Controller.Sandboxes, of)
+				answers <- answer{state, err}
+			}()
+			made, err := id.Parse(id.Sandbox, g.wait(t))
+			if err != nil {
+				t.Fatal(err)
+			}
+			b.sql("UPDATE sandboxes SET state = 'running', started_at = now() WHERE id = $1", made)
+			close(g.open)
+			if a := <-answers; a.err != nil || a.state != sandboxes.Running {
+				t.Errorf("it is %q, %v", a.state, a.err)
+			}
+			if b.agent.count("destroy") > 0 || !b.agent.there(made) {
+				t.Error("it was destroyed")
+			}
+		})
+	}
+}

@@ -319,24 +319,35 @@ func (s *Service) started(row db.Sandbox, host *hosts.Host, made *hostagentv1.Sa
 	ms, at := took.Milliseconds(), store.Now()
 	var running db.Sandbox
 	err := work.Persist(s.Work.Context(), func(ctx context.Context) (err error) {
-		running, err = s.Store.SandboxRunning(ctx, db.SandboxRunningParams{
+		running, err = markRunning(ctx, s.Store.Queries, db.SandboxRunningParams{
 			ID: row.ID, StartedAt: &at, ExpiresAt: Expiry(made), DiskMiB: max(made.GetDiskMib(), row.DiskMiB), StartMs: &ms,
 		})
 		return err
 	})
-	if errors.Is(err, store.ErrNoRows) {
+	if err != nil && !errors.Is(err, store.ErrNoRows) {
+		log.Error("write that sandbox runs", "error", err)
+		return row, err
+	}
+	if err != nil || State(running.State).ends() {
 		// Deleted meanwhile. The deletion's own call may have come before ours.
 		_ = s.destroy(s.Work.Context(), row.ID, host, log)
 		s.metrics.created("deleted", took)
 		return row, errDeleted()
 	}
-	if err != nil {
-		log.Error("write that sandbox runs", "error", err)
-		return row, err
-	}
 	s.metrics.created("ok", took)
 	log.Info("sandbox runs", "template", row.TemplateName, "took", took)
 	return running, nil
+}
+
+// markRunning writes that a sandbox which started runs, and returns its row. Of
+// one that was deleted meanwhile, or that another server adopted because it took
+// this one for dead, it returns the row as it is.
+func markRunning(ctx context.Context, q *db.Queries, p db.SandboxRunningParams) (db.Sandbox, error) {
+	row, err := q.SandboxRunning(ctx, p)
+	if errors.Is(err, store.ErrNoRows) {
+		return q.GetSandbox(ctx, p.ID)
+	}
+	return row, err
 }
 
 func errDeleted() error {

@@ -145,13 +145,12 @@ func (s *Service) forked(rows []db.Sandbox, made []*hostagentv1.Sandbox, took ti
 				return err
 			}
 			for i, sb := range made {
-				row, err := q.SandboxRunning(ctx, db.SandboxRunningParams{ID: rows[i].ID, StartedAt: &at, ExpiresAt: Expiry(sb), DiskMiB: max(sb.GetDiskMib(), rows[i].DiskMiB), StartMs: &ms})
-				if errors.Is(err, store.ErrNoRows) {
-					deleted = append(deleted, rows[i].ID)
-					row, err = q.GetSandbox(ctx, rows[i].ID)
-				}
+				row, err := markRunning(ctx, q, db.SandboxRunningParams{ID: rows[i].ID, StartedAt: &at, ExpiresAt: Expiry(sb), DiskMiB: max(sb.GetDiskMib(), rows[i].DiskMiB), StartMs: &ms})
 				if err != nil {
 					return err
+				}
+				if State(row.State).ends() {
+					deleted = append(deleted, rows[i].ID)
 				}
 				running[i] = row
 			}

@@ -47,6 +47,9 @@ const (
 // Ended says whether nothing of the sandbox is left but its row.
 func (s State) Ended() bool { return s == Stopped || s == Failed }
 
+// ends says whether the sandbox has ended, or is about to.
+func (s State) ends() bool { return s == Stopping || s.Ended() }
+
 // Bounds of what the service does on its own once it was asked.
 const (
 	createTimeout  = 5 * time.Minute
