@@ -28,6 +28,9 @@ func (a *Agent) routes() http.Handler {
 	rpc := http.NewServeMux()
 	rpc.Handle(hostagentv1connect.NewHostAgentHandler(&service{Agent: a}, a.options()...))
 	rpc.Handle("GET /metrics", promhttp.HandlerFor(a.metrics.registry, promhttp.HandlerOpts{}))
+	rpc.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
+		proxy.Answer(w, http.StatusNotFound, "not_found", "no such path")
+	})
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/health" {
 			w.WriteHeader(http.StatusNoContent)

@@ -67,7 +67,7 @@ func Load() (*Document, error) {
 		return nil, fmt.Errorf("read OpenAPI document: %w", err)
 	}
 	// As the server does, and for its reasons.
-	spec.OpenAPI = "3.0.3"
+	spec.OpenAPI, spec.Webhooks = "3.0.3", nil
 	for _, s := range spec.Components.Schemas {
 		seal(s)
 	}
@@ -129,6 +129,9 @@ func (d *Document) Check(req *http.Request, status int, header http.Header, body
 	}
 	if !isJSON && len(body) > 0 && (!raw[route.Operation.OperationID] || status >= 400) {
 		return fmt.Errorf("a body of the type %q", header.Get("Content-Type"))
+	}
+	if route.Operation.Responses.Status(status) == nil {
+		return fmt.Errorf("the operation does not say that it may answer %d", status)
 	}
 	return openapi3filter.ValidateResponse(context.Background(), &openapi3filter.ResponseValidationInput{
 		RequestValidationInput: &openapi3filter.RequestValidationInput{Request: req, PathParams: params, Route: route},

@@ -31,6 +31,10 @@ const (
 // ErrMalformed is what Parse returns, wrapped, for text that is no id of the kind.
 var ErrMalformed = errors.New("malformed id")
 
+// ErrNone is what Parse returns, wrapped, for text of the right form whose
+// number is larger than any UUID. It is an [ErrMalformed] too.
+var ErrNone = fmt.Errorf("%w: number out of range", ErrMalformed)
+
 // digits is the number of base 36 digits that hold any 128-bit number.
 const digits = 25
 
@@ -73,7 +77,7 @@ func Parse(k Kind, s string) (uuid.UUID, error) {
 		low, carryLow := bits.Add64(low, digit, 0)
 		high, carryHigh := bits.Add64(high, carry, carryLow)
 		if over != 0 || carryHigh != 0 {
-			return uuid.Nil, fmt.Errorf("%w: number out of range", ErrMalformed)
+			return uuid.Nil, ErrNone
 		}
 		hi, lo = high, low
 	}

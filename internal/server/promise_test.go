@@ -177,3 +177,51 @@ func TestCaptureLimit(t *testing.T) {
 		t.Error("a fork that was refused is replayed")
 	}
 }
+
+// TestIdsThatNameNothing checks that whatever has the form of an id that the
+// document gives is answered as an id, and that nothing else is.
+func TestIdsThatNameNothing(t *testing.T) {
+	p := newPlane(t)
+	admin := as(p.bearerOf("admin@example.com"))
+	most := strings.Repeat("z", 25)
+	for _, tt := range []struct{ method, path string }{
+		{"GET", "/v1/sandboxes/cl-%s"},
+		{"DELETE", "/v1/sandboxes/cl-%s"},
+		{"GET", "/v1/admin/hosts/hst-%s"},
+		{"GET", "/v1/templates/builds/bld-%s"},
+		{"GET", "/v1/channels/chn-%s"},
+		{"DELETE", "/v1/keys/key-%s"},
+		{"DELETE", "/v1/admin/templates/tpl-%s"},
+		{"GET", "/v1/admin/teams/tm-%s/quota"},
+	} {
+		p.call(tt.method, fmt.Sprintf(tt.path, most), nil, admin...).fails(404, "not_found")
+		p.call(tt.method, fmt.Sprintf(tt.path, most[1:]), nil, admin...).fails(400, "invalid_argument")
+	}
+	p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": "cl-" + most, "name": "x"}).fails(404, "not_found")
+	p.call("GET", "/v1/sandboxes", nil, append(admin, "X-Team", "tm-"+most)...).fails(404, "not_found")
+	p.call("GET", "/v1/sandboxes", nil, append(admin, "X-Team", "tm-x")...).fails(400, "invalid_argument")
+	sandbox := p.create(map[string]any{})
+	for _, name := range []string{"builds", "import"} {
+		p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandbox, "name": name}).fails(400, "invalid_argument")
+	}
+}
+
+// TestRefusedHandshakes checks that a WebSocket's handshake is refused in the
+// API's one shape, whatever is wrong with it.
+func TestRefusedHandshakes(t *testing.T) {
+	p := newPlane(t)
+	path := "/v1/sandboxes/" + p.create(map[string]any{}) + "/exec/stream"
+	good := []string{"Connection", "Upgrade", "Upgrade", "websocket", "Sec-WebSocket-Version", "13", "Sec-WebSocket-Key", "AAAAAAAAAAAAAAAAAAAAAA=="}
+	for _, bad := range [][]string{
+		{"Connection", "close"},
+		{"Upgrade", "h2c"},
+		{"Upgrade", ""},
+		{"Sec-WebSocket-Version", "12"},
+		{"Sec-WebSocket-Version", ""},
+		{"Sec-WebSocket-Key", ""},
+		{"Sec-WebSocket-Key", "short"},
+		{"Sec-WebSocket-Key", "\"}"},
+	} {
+		p.call("GET", path, nil, append(good, bad...)...).fails(400, "invalid_argument")
+	}
+}

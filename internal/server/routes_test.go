@@ -26,7 +26,7 @@ import (
 // operation of it, so that a new one cannot be forgotten.
 
 // anybody says whether an operation asks for no credentials.
-func (o operation) anybody() bool { return o.Security != nil && len(*o.Security) == 0 }
+func (o operation) anybody() bool { return o.rule.Role == "none" }
 
 // rates are how often one address may call what anybody may, in a minute, by
 // the operation's tag.

@@ -484,7 +484,7 @@ func TestBadInput(t *testing.T) {
 
 		{"malformed id", "GET", "/v1/sandboxes/nonsense", nil, nil, 400, "invalid_argument"},
 		{"id with NUL", "GET", "/v1/sandboxes/cl-%00" + unknown[4:], nil, nil, 400, "invalid_argument"},
-		{"id out of range", "GET", "/v1/sandboxes/cl-" + strings.Repeat("z", 25), nil, nil, 400, "invalid_argument"},
+		{"id out of range", "GET", "/v1/sandboxes/cl-" + strings.Repeat("z", 25), nil, nil, 404, "not_found"},
 		{"id of another kind", "GET", "/v1/sandboxes/tpl-" + unknown[3:], nil, nil, 400, "invalid_argument"},
 		{"id in capitals", "DELETE", "/v1/sandboxes/" + strings.ToUpper(unknown), nil, nil, 400, "invalid_argument"},
 		{"unknown id", "GET", "/v1/sandboxes/" + unknown, nil, nil, 404, "not_found"},
@@ -1126,6 +1126,12 @@ func TestFiles(t *testing.T) {
 		}
 		if want := fmt.Sprintf("bytes %d-%d/%d", tt.from, tt.to-1, size); tt.status == 206 && r.Header.Get("Content-Range") != want {
 			t.Errorf("Range %s: Content-Range %q, want %q", tt.header, r.Header.Get("Content-Range"), want)
+		}
+	}
+	for _, version := range []string{`"x"`, "Wed, 21 Oct 2015 07:28:00 GMT"} {
+		r := p.call("GET", base+"/files?path=/tmp/f", nil, "Range", "bytes=0-0", "If-Range", version).want(200)
+		if !bytes.Equal(r.Body, content) {
+			t.Errorf("a range of another version, %s: %d bytes", version, len(r.Body))
 		}
 	}
 	p.agent.mu.Lock()

@@ -815,7 +815,7 @@ type BuildStepState string
 
 // ChangeChannel defines model for ChangeChannel.
 type ChangeChannel struct {
-	// Address The address of `email`.
+	// Address The address of `email`, which must have one.
 	Address *string `json:"address,omitempty"`
 
 	// Enabled Whether it is told of anything.
@@ -828,7 +828,7 @@ type ChangeChannel struct {
 	// Secret What messages of a `webhook` are signed with.
 	Secret *string `json:"secret,omitempty"`
 
-	// URL Where messages are posted. Not for `email`.
+	// URL Where messages are posted. All kinds but `email` must have one.
 	URL *string `json:"url,omitempty"`
 }
 
@@ -1029,8 +1029,9 @@ type CreateBuild struct {
 	// MemoryMib Memory in MiB, likewise; absent: the base's, else 512.
 	MemoryMib *int32 `json:"memory_mib,omitempty"`
 
-	// Name What the template is called.
-	Name string `json:"name"`
+	// Name What a template is called. `builds` and `import` have another meaning in the API's paths,
+	// and a template's id names that template.
+	Name TemplateName `json:"name"`
 
 	// NoCache Run every step, and keep nothing for later builds.
 	NoCache *bool `json:"no_cache,omitempty"`
@@ -1062,7 +1063,7 @@ type CreateBuild struct {
 
 // CreateChannel defines model for CreateChannel.
 type CreateChannel struct {
-	// Address The address of `email`.
+	// Address The address of `email`, which must have one.
 	Address *string       `json:"address,omitempty"`
 	Events  ChannelEvents `json:"events"`
 	Kind    ChannelKind   `json:"kind"`
@@ -1073,7 +1074,7 @@ type CreateChannel struct {
 	// Secret What messages of a `webhook` are signed with, which must have one.
 	Secret *string `json:"secret,omitempty"`
 
-	// URL Where messages are posted. Not for `email`.
+	// URL Where messages are posted. All kinds but `email` must have one.
 	URL *string `json:"url,omitempty"`
 }
 
@@ -1097,7 +1098,7 @@ type CreateSandbox struct {
 	// DiskMib Disk in MiB; absent: the template's own size, which is also the least.
 	DiskMib *int32 `json:"disk_mib,omitempty"`
 
-	// Envs Environment variables. Names have no `=`; neither names nor values have NUL.
+	// Envs Environment variables. Names are not empty and have no `=`. All together have 1 MiB at most.
 	Envs *Envs `json:"envs,omitempty"`
 
 	// HostTags Words that tell hosts apart. A sandbox that asks for some is placed on a host that has them all.
@@ -1106,7 +1107,7 @@ type CreateSandbox struct {
 	// MemoryMib Memory in MiB; absent: the template's own where it has some, else 512. A template that was captured with some takes no other size.
 	MemoryMib *int32 `json:"memory_mib,omitempty"`
 
-	// Metadata The caller's own keys and values, to find sandboxes by. Keys are 1 to 128 characters without `=`.
+	// Metadata The caller's own keys and values, to find sandboxes by. Keys have 1 to 128 characters, none of them `=`.
 	Metadata *Metadata `json:"metadata,omitempty"`
 
 	// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused.
@@ -1124,8 +1125,9 @@ type CreateSandbox struct {
 
 // CreateSnapshot defines model for CreateSnapshot.
 type CreateSnapshot struct {
-	// Name What the template is called. No other of the team's is called so.
-	Name string `json:"name"`
+	// Name What a template is called. `builds` and `import` have another meaning in the API's paths,
+	// and a template's id names that template.
+	Name TemplateName `json:"name"`
 
 	// SandboxID A sandbox's id.
 	SandboxID SandboxID `json:"sandbox_id"`
@@ -1163,13 +1165,13 @@ type CreatedUser struct {
 	User     AdminUser `json:"user"`
 }
 
-// Email An e-mail address.
+// Email An e-mail address, of at most 254 bytes.
 type Email = string
 
 // Encoding How bytes are written in JSON: as they are (`utf-8`) or in standard base64.
 type Encoding string
 
-// Envs Environment variables. Names have no `=`; neither names nor values have NUL.
+// Envs Environment variables. Names are not empty and have no `=`. All together have 1 MiB at most.
 type Envs map[string]string
 
 // Error defines model for Error.
@@ -1200,7 +1202,7 @@ type ExecRequest struct {
 	// Cwd Working directory; absent: the user's home directory.
 	Cwd *string `json:"cwd,omitempty"`
 
-	// Envs Environment variables. Names have no `=`; neither names nor values have NUL.
+	// Envs Environment variables. Names are not empty and have no `=`. All together have 1 MiB at most.
 	Envs *Envs `json:"envs,omitempty"`
 
 	// Shell Give `cmd` to `sh -c`.
@@ -1248,13 +1250,13 @@ type ExecResult struct {
 
 // ExecStreamControl A text message of the client after the first.
 type ExecStreamControl struct {
-	// Cols With `resize`.
+	// Cols `resize` needs it.
 	Cols *int32 `json:"cols,omitempty"`
 
-	// Rows With `resize`.
+	// Rows `resize` needs it.
 	Rows *int32 `json:"rows,omitempty"`
 
-	// Signal With `signal`: a number as Linux on x86-64 has it.
+	// Signal `signal` needs it: a number as Linux on x86-64 has it.
 	Signal *int32                `json:"signal,omitempty"`
 	Type   ExecStreamControlType `json:"type"`
 }
@@ -1298,7 +1300,7 @@ type ExecStreamStart struct {
 	// Cwd Working directory; absent: the user's home directory.
 	Cwd *string `json:"cwd,omitempty"`
 
-	// Envs Environment variables. Names have no `=`; neither names nor values have NUL.
+	// Envs Environment variables. Names are not empty and have no `=`. All together have 1 MiB at most.
 	Envs *Envs `json:"envs,omitempty"`
 
 	// Shell Give `cmd` to `sh -c`.
@@ -1438,7 +1440,7 @@ type HostHeard struct {
 
 // HostHeartbeat defines model for HostHeartbeat.
 type HostHeartbeat struct {
-	// Leaving The agent goes: it is not to be waited for.
+	// Leaving The agent goes: it is not to be waited for. Without it there must be a `status`.
 	Leaving *bool `json:"leaving,omitempty"`
 
 	// Status What an agent says of its host.
@@ -1520,9 +1522,10 @@ type ImportTemplate struct {
 	// Inert Do not start the image's entry point and command.
 	Inert *bool `json:"inert,omitempty"`
 
-	// Name What the template is called.
-	Name     string  `json:"name"`
-	Password *string `json:"password,omitempty"`
+	// Name What a template is called. `builds` and `import` have another meaning in the API's paths,
+	// and a template's id names that template.
+	Name     TemplateName `json:"name"`
+	Password *string      `json:"password,omitempty"`
 
 	// Reference The image as `docker pull` takes it.
 	Reference string  `json:"reference"`
@@ -1635,7 +1638,7 @@ type MemberRole struct {
 	Role TeamRole `json:"role"`
 }
 
-// Metadata The caller's own keys and values, to find sandboxes by. Keys are 1 to 128 characters without `=`.
+// Metadata The caller's own keys and values, to find sandboxes by. Keys have 1 to 128 characters, none of them `=`.
 type Metadata map[string]string
 
 // MetricsPoint defines model for MetricsPoint.
@@ -1679,7 +1682,7 @@ type NewMember struct {
 
 // NewTeam defines model for NewTeam.
 type NewTeam struct {
-	// Name What people call it.
+	// Name What people call it. It is not blank.
 	Name string `json:"name"`
 }
 
@@ -1688,7 +1691,7 @@ type NewUser struct {
 	// Admin Whether they are to be an admin of the platform.
 	Admin *bool `json:"admin,omitempty"`
 
-	// Email An e-mail address.
+	// Email An e-mail address, of at most 254 bytes.
 	Email Email `json:"email"`
 }
 
@@ -1757,7 +1760,7 @@ type ResetPassword struct {
 type RunCode struct {
 	Code string `json:"code"`
 
-	// ContextID Where to run it. The default is `default`.
+	// ContextID Where to run it.
 	ContextID *string `json:"context_id,omitempty"`
 
 	// Envs Environment variables while it runs.
@@ -1769,7 +1772,7 @@ type RunCode struct {
 	// Stream Answer with what happens as it happens.
 	Stream *bool `json:"stream,omitempty"`
 
-	// TimeoutSeconds The code is interrupted after this. The default is 300.
+	// TimeoutSeconds The code is interrupted after this.
 	TimeoutSeconds *int32 `json:"timeout_seconds,omitempty"`
 }
 
@@ -1815,7 +1818,7 @@ type Sandbox struct {
 	// MemoryMib Memory in MiB.
 	MemoryMib int32 `json:"memory_mib"`
 
-	// Metadata The caller's own keys and values, to find sandboxes by. Keys are 1 to 128 characters without `=`.
+	// Metadata The caller's own keys and values, to find sandboxes by. Keys have 1 to 128 characters, none of them `=`.
 	Metadata Metadata `json:"metadata"`
 
 	// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused.
@@ -1929,7 +1932,7 @@ type Settings struct {
 
 // SignUp defines model for SignUp.
 type SignUp struct {
-	// Email An e-mail address.
+	// Email An e-mail address, of at most 254 bytes.
 	Email Email `json:"email"`
 
 	// Password 10 characters or more.
@@ -2049,6 +2052,10 @@ type TemplateList struct {
 	NextCursor *string    `json:"next_cursor,omitempty"`
 	Templates  []Template `json:"templates"`
 }
+
+// TemplateName What a template is called. `builds` and `import` have another meaning in the API's paths,
+// and a template's id names that template.
+type TemplateName = string
 
 // TerminalSize defines model for TerminalSize.
 type TerminalSize struct {
@@ -2200,8 +2207,14 @@ type User = UserName
 // UserID defines model for UserID.
 type UserID = string
 
+// BadGateway defines model for BadGateway.
+type BadGateway = Error
+
 // Conflict defines model for Conflict.
 type Conflict = Error
+
+// InternalError defines model for InternalError.
+type InternalError = Error
 
 // InvalidArgument defines model for InvalidArgument.
 type InvalidArgument = Error
@@ -2211,6 +2224,9 @@ type NoSpace = Error
 
 // NotFound defines model for NotFound.
 type NotFound = Error
+
+// NotImplemented defines model for NotImplemented.
+type NotImplemented = Error
 
 // PayloadTooLarge defines model for PayloadTooLarge.
 type PayloadTooLarge = Error
@@ -2320,7 +2336,7 @@ type AdminListTemplatesParams struct {
 // ImportPlatformArchiveParams defines parameters for ImportPlatformArchive.
 type ImportPlatformArchiveParams struct {
 	// Name What the template is called.
-	Name string `form:"name" json:"name"`
+	Name TemplateName `form:"name" json:"name"`
 
 	// Tag The image's name in the archive, which may be left out if there is one alone.
 	Tag *string `form:"tag,omitempty" json:"tag,omitempty"`
@@ -2466,7 +2482,7 @@ type CreateSandboxParams struct {
 
 // ReadArchiveParams defines parameters for ReadArchive.
 type ReadArchiveParams struct {
-	// Path Absolute, or relative to the user's home directory. `..` is no part of it.
+	// Path Absolute, or relative to the user's home directory. `..` is no part of it, and it has at most 4096 bytes.
 	Path Path `form:"path" json:"path"`
 
 	// User Whose rights and home directory count, `user` unless said otherwise.
@@ -2475,7 +2491,7 @@ type ReadArchiveParams struct {
 
 // WriteArchiveParams defines parameters for WriteArchive.
 type WriteArchiveParams struct {
-	// Path Absolute, or relative to the user's home directory. `..` is no part of it.
+	// Path Absolute, or relative to the user's home directory. `..` is no part of it, and it has at most 4096 bytes.
 	Path Path `form:"path" json:"path"`
 
 	// User Whose rights and home directory count, `user` unless said otherwise.
@@ -2490,7 +2506,7 @@ type ExecStreamParams struct {
 
 // ReadFileParams defines parameters for ReadFile.
 type ReadFileParams struct {
-	// Path Absolute, or relative to the user's home directory. `..` is no part of it.
+	// Path Absolute, or relative to the user's home directory. `..` is no part of it, and it has at most 4096 bytes.
 	Path Path `form:"path" json:"path"`
 
 	// User Whose rights and home directory count, `user` unless said otherwise.
@@ -2498,11 +2514,14 @@ type ReadFileParams struct {
 
 	// Range One range, for example `bytes=0-1023`, `bytes=1024-` or `bytes=-512`.
 	Range *string `json:"Range,omitempty"`
+
+	// IfRange The version of the file that the range is of. None is the file's, so the range is ignored.
+	IfRange *string `json:"If-Range,omitempty"`
 }
 
 // WriteFileParams defines parameters for WriteFile.
 type WriteFileParams struct {
-	// Path Absolute, or relative to the user's home directory. `..` is no part of it.
+	// Path Absolute, or relative to the user's home directory. `..` is no part of it, and it has at most 4096 bytes.
 	Path Path `form:"path" json:"path"`
 
 	// User Whose rights and home directory count, `user` unless said otherwise.
@@ -2557,7 +2576,7 @@ type ListBuildsParams struct {
 // ImportArchiveParams defines parameters for ImportArchive.
 type ImportArchiveParams struct {
 	// Name What the template is called.
-	Name string `form:"name" json:"name"`
+	Name TemplateName `form:"name" json:"name"`
 
 	// Tag The image's name in the archive, which may be left out if there is one alone.
 	Tag *string `form:"tag,omitempty" json:"tag,omitempty"`
@@ -2685,6 +2704,9 @@ type CreateBuildJSONRequestBody = CreateBuild
 
 // ImportTemplateJSONRequestBody defines body for ImportTemplate for application/json ContentType.
 type ImportTemplateJSONRequestBody = ImportTemplate
+
+// ChannelMessageJSONRequestBody defines body for ChannelMessage for application/json ContentType.
+type ChannelMessageJSONRequestBody = ChannelMessage
 
 // ServerInterface represents all server handlers.
 type ServerInterface interface {
@@ -6190,6 +6212,25 @@ func (siw *ServerInterfaceWrapper) ReadFile(w http.ResponseWriter, r *http.Reque
 
 	}
 
+	// ------------- Optional header parameter "If-Range" -------------
+	if valueList, found := headers[http.CanonicalHeaderKey("If-Range")]; found {
+		var IfRange string
+		n := len(valueList)
+		if n != 1 {
+			siw.ErrorHandlerFunc(w, r, &TooManyValuesForParamError{ParamName: "If-Range", Count: n})
+			return
+		}
+
+		err = runtime.BindStyledParameterWithOptions("simple", "If-Range", valueList[0], &IfRange, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""})
+		if err != nil {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "If-Range", Err: err})
+			return
+		}
+
+		params.IfRange = &IfRange
+
+	}
+
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.ReadFile(w, r, sandboxID, params)
 	}))
@@ -7839,4 +7880,39 @@ func HandlerWithOptions(si ServerInterface, options ChiServerOptions) http.Handl
 	})
 
 	return r
+}
+
+// WebhookReceiverInterface represents handlers for receiving inbound
+// webhook requests. Each webhook becomes a Handle*Webhook
+// method that the implementation fills in. The caller mounts the per-
+// webhook http.Handler returned by {Op}WebhookHandler at
+// whatever URL path they advertise to senders.
+type WebhookReceiverInterface interface {
+	// Receive a notification
+	// HandleChannelMessageWebhook handles the POST webhook for channelMessage.
+	HandleChannelMessageWebhook(w http.ResponseWriter, r *http.Request)
+}
+
+// WebhookReceiverMiddlewareFunc wraps an http.Handler with cross-
+// cutting behavior (signature verification, logging, rate limiting, ...).
+type WebhookReceiverMiddlewareFunc func(http.Handler) http.Handler
+
+// ChannelMessageWebhookHandler returns the http.Handler for the channelMessage webhook.
+// Mount this at the URL path advertised to webhook senders. errHandler
+// may be nil; if so, parameter-binding errors return 400 with the error
+// message. Middlewares are applied in the order provided -- the last
+// argument becomes the outermost wrapper.
+func ChannelMessageWebhookHandler(si WebhookReceiverInterface, errHandler func(w http.ResponseWriter, r *http.Request, err error), middlewares ...WebhookReceiverMiddlewareFunc) http.Handler {
+	if errHandler == nil {
+		errHandler = func(w http.ResponseWriter, r *http.Request, err error) {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+		}
+	}
+	var h http.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		si.HandleChannelMessageWebhook(w, r)
+	})
+	for _, mw := range middlewares {
+		h = mw(h)
+	}
+	return h
 }

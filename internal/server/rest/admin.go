@@ -80,7 +80,7 @@ func (a *API) AdminChangeUser(w http.ResponseWriter, r *http.Request, user rest.
 		a.Fail(w, r, err)
 		return
 	}
-	u, err := parseID(id.User, "user_id", user)
+	u, err := parseID(id.User, "user", user)
 	if err != nil {
 		a.Fail(w, r, err)
 		return
@@ -109,7 +109,7 @@ func (a *API) AdminListTeams(w http.ResponseWriter, r *http.Request, params rest
 
 // AdminDeleteTeam answers DELETE /v1/admin/teams/{team_id}.
 func (a *API) AdminDeleteTeam(w http.ResponseWriter, r *http.Request, team rest.TeamID) {
-	u, err := parseID(id.Team, "team_id", team)
+	u, err := parseID(id.Team, "team", team)
 	if err != nil {
 		a.Fail(w, r, err)
 		return
@@ -119,7 +119,7 @@ func (a *API) AdminDeleteTeam(w http.ResponseWriter, r *http.Request, team rest.
 
 // AdminGetQuota answers GET /v1/admin/teams/{team_id}/quota.
 func (a *API) AdminGetQuota(w http.ResponseWriter, r *http.Request, team rest.TeamID) {
-	u, err := parseID(id.Team, "team_id", team)
+	u, err := parseID(id.Team, "team", team)
 	if err != nil {
 		a.Fail(w, r, err)
 		return
@@ -134,7 +134,7 @@ func (a *API) AdminSetQuota(w http.ResponseWriter, r *http.Request, team rest.Te
 		a.Fail(w, r, err)
 		return
 	}
-	u, err := parseID(id.Team, "team_id", team)
+	u, err := parseID(id.Team, "team", team)
 	if err == nil {
 		q := bounds(req)
 		err = a.Platform.SetQuota(r.Context(), u, &q)
@@ -148,7 +148,7 @@ func (a *API) AdminSetQuota(w http.ResponseWriter, r *http.Request, team rest.Te
 
 // AdminDeleteQuota answers DELETE /v1/admin/teams/{team_id}/quota.
 func (a *API) AdminDeleteQuota(w http.ResponseWriter, r *http.Request, team rest.TeamID) {
-	u, err := parseID(id.Team, "team_id", team)
+	u, err := parseID(id.Team, "team", team)
 	if err == nil {
 		err = a.Platform.SetQuota(r.Context(), u, nil)
 	}
@@ -191,7 +191,7 @@ func (a *API) AdminListTemplates(w http.ResponseWriter, r *http.Request, params 
 
 // AdminDeleteTemplate answers DELETE /v1/admin/templates/{template_id}.
 func (a *API) AdminDeleteTemplate(w http.ResponseWriter, r *http.Request, template rest.TemplateIDPath) {
-	u, err := parseID(id.Template, "template_id", template)
+	u, err := parseID(id.Template, "template", template)
 	if err == nil {
 		err = a.Templates.DeleteAny(r.Context(), u)
 	}

@@ -13,16 +13,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/builds"
-	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
-func buildID(s string) (uuid.UUID, error) {
-	u, err := id.Parse(id.Build, s)
-	if err != nil {
-		return u, fault.New(fault.InvalidArgument, "build_id: %v", err)
-	}
-	return u, nil
-}
+func buildID(s string) (uuid.UUID, error) { return parseID(id.Build, "build", s) }
 
 // buildOf is a row as the wire has it.
 func buildOf(row db.Build) rest.Build {

@@ -8,17 +8,10 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
 	"github.com/wrenn-dev/wrenn/internal/id"
-	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/notify"
 )
 
-func channelID(text string) (uuid.UUID, error) {
-	u, err := id.Parse(id.Channel, text)
-	if err != nil {
-		return u, fault.New(fault.InvalidArgument, "channel_id: %v", err)
-	}
-	return u, nil
-}
+func channelID(text string) (uuid.UUID, error) { return parseID(id.Channel, "channel", text) }
 
 // channel is a row as the wire has it.
 func channel(row db.Channel) rest.Channel {

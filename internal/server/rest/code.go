@@ -18,6 +18,8 @@ const (
 	// maxCodeOutput bounds what code may print and show where it is answered in
 	// one piece, in bytes of JSON; the gateway itself stops at less.
 	maxCodeOutput = 64 << 20
+	// defaultContext is the context that code runs in.
+	defaultContext = "default"
 	// defaultCodeTimeout is how long code may run, in seconds.
 	defaultCodeTimeout = 300
 )
@@ -66,7 +68,7 @@ func (a *API) RunCode(w http.ResponseWriter, r *http.Request, sandbox rest.Sandb
 		return
 	}
 	resp, err := a.gateway(r, sandbox, http.MethodPost, "/execute", map[string]any{
-		"code": req.Code, "context_id": or(req.ContextID, "default"), "env_vars": or(req.Envs, nil), "timeout": or(req.TimeoutSeconds, defaultCodeTimeout),
+		"code": req.Code, "context_id": or(req.ContextID, defaultContext), "env_vars": or(req.Envs, nil), "timeout": or(req.TimeoutSeconds, defaultCodeTimeout),
 	})
 	if err != nil {
 		a.Fail(w, r, err)

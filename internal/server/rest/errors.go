@@ -149,6 +149,9 @@ func invalid(err error) error {
 	var se *openapi3.SchemaError
 	if errors.As(err, &se) {
 		reason = se.Reason
+		if se.SchemaField == "not" {
+			reason = "has another meaning"
+		}
 		if path := se.JSONPointer(); len(path) > 0 {
 			if where != "" {
 				where += "."

@@ -129,15 +129,10 @@ func (a *API) ExecStream(w http.ResponseWriter, r *http.Request, sandbox rest.Sa
 		a.Fail(w, r, err)
 		return
 	}
-	// What the library would refuse in a shape of its own.
-	if !strings.Contains(strings.ToLower(r.Header.Get("Connection")), "upgrade") || r.Header.Get("Sec-WebSocket-Key") == "" || r.Header.Get("Sec-WebSocket-Version") != "13" {
-		a.Fail(w, r, fault.New(fault.InvalidArgument, "not the handshake of a WebSocket, version 13"))
-		return
-	}
 	// The origin was checked above, with an answer in the API's one shape.
-	ws, err := websocket.Accept(w, r, &websocket.AcceptOptions{InsecureSkipVerify: true, CompressionMode: websocket.CompressionDisabled})
+	ws, err := websocket.Accept(&handshake{ResponseWriter: w}, r, &websocket.AcceptOptions{InsecureSkipVerify: true, CompressionMode: websocket.CompressionDisabled})
 	if err != nil {
-		a.log(r).Debug("accept WebSocket", "error", err)
+		a.Fail(w, r, fault.Because(err, fault.InvalidArgument, "not the handshake of a WebSocket, version 13"))
 		return
 	}
 	defer ws.CloseNow()
@@ -154,6 +149,29 @@ func (a *API) ExecStream(w http.ResponseWriter, r *http.Request, sandbox rest.Sa
 	}
 	_ = ws.Close(websocket.StatusNormalClosure, "")
 }
+
+// handshake keeps the WebSocket library from answering a refused handshake in
+// a shape of its own.
+type handshake struct {
+	http.ResponseWriter
+	refused bool
+}
+
+func (h *handshake) WriteHeader(status int) {
+	if h.refused = status >= 400; !h.refused {
+		h.ResponseWriter.WriteHeader(status)
+	}
+}
+
+func (h *handshake) Write(b []byte) (int, error) {
+	if h.refused {
+		return len(b), nil
+	}
+	return h.ResponseWriter.Write(b)
+}
+
+// Unwrap lets the library reach the connection.
+func (h *handshake) Unwrap() http.ResponseWriter { return h.ResponseWriter }
 
 // say sends an event to the client.
 func say(ctx context.Context, ws *websocket.Conn, e rest.ExecStreamEvent) error {

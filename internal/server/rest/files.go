@@ -96,6 +96,8 @@ func (a *API) ReadFile(w http.ResponseWriter, r *http.Request, sandbox rest.Sand
 		return
 	}
 	rng, partial := parseRange(or(params.Range, ""))
+	// Files have no validators: what an If-Range names is never this file.
+	partial = partial && params.IfRange == nil
 	req := &hostagentv1.ReadFileStreamRequest{File: ref}
 	if partial && rng.first >= 0 {
 		req.Offset = rng.first

@@ -14,13 +14,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 )
 
-func hostID(text string) (uuid.UUID, error) {
-	u, err := id.Parse(id.Host, text)
-	if err != nil {
-		return u, fault.New(fault.InvalidArgument, "host_id: %v", err)
-	}
-	return u, nil
-}
+func hostID(text string) (uuid.UUID, error) { return parseID(id.Host, "host", text) }
 
 // host is a row as the wire has it.
 func host(row db.Host) rest.Host {

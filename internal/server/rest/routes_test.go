@@ -2,13 +2,22 @@ package rest
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/getkin/kin-openapi/openapi3"
 	"github.com/go-chi/chi/v5"
+
+	"github.com/wrenn-dev/wrenn/api"
+	"github.com/wrenn-dev/wrenn/internal/server/auth"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/metrics"
+	"github.com/wrenn-dev/wrenn/internal/server/templates"
 )
 
 func newAPI(t *testing.T) *API {
@@ -48,18 +57,20 @@ func TestRoutes(t *testing.T) {
 
 // TestDocumented checks that the document says of every route what it must.
 func TestDocumented(t *testing.T) {
-	for path, item := range newAPI(t).spec.Paths.Map() {
+	a := newAPI(t)
+	for path, item := range a.spec.Paths.Map() {
 		for method, op := range item.Operations() {
-			open := op.Security != nil && len(*op.Security) == 0
-			// Agents have tokens of their own, which their operations check.
+			open := a.access[op].Role == auth.Anybody
 			if open != (!strings.HasPrefix(path, "/v1/") || strings.HasPrefix(path, "/v1/hosts/") || op.Tags[0] == "login") {
 				t.Errorf("%s %s: open = %v", method, path, open)
 			}
+			for _, status := range must(method, path, op, a.access[op]) {
+				if op.Responses.Status(status) == nil {
+					t.Errorf("%s %s: does not say that it may answer %d", method, path, status)
+				}
+			}
 			if op.Summary == "" || op.OperationID == "" || len(op.Tags) != 1 {
 				t.Errorf("%s %s: wants a summary, an id and a tag", method, path)
-			}
-			if !open && (op.Responses.Status(401) == nil || op.Responses.Default() == nil) {
-				t.Errorf("%s %s: does not say how it fails", method, path)
 			}
 			if open && op.Responses.Status(429) == nil {
 				t.Errorf("%s %s: does not say that how often it may be called is bounded", method, path)
@@ -67,6 +78,119 @@ func TestDocumented(t *testing.T) {
 			for _, p := range append(slices.Clone(item.Parameters), op.Parameters...) {
 				if p.Value.Description == "" {
 					t.Errorf("%s %s: parameter %s has no description", method, path, p.Value.Name)
+				}
+			}
+		}
+	}
+}
+
+// must are the errors that everything in the API's way may answer with.
+func must(method, path string, op *openapi3.Operation, access auth.Access) []int {
+	all := []int{400}
+	if access.Role != auth.Anybody {
+		all = append(all, 401, 403)
+	}
+	if method != http.MethodGet {
+		all = append(all, 403) // From another site's page.
+	}
+	if access.Role.OfTeam() || strings.Contains(path, "{") {
+		all = append(all, 404)
+	}
+	if bodySchema(op) != nil {
+		all = append(all, 413)
+	}
+	if strings.HasPrefix(path, "/v1/") {
+		all = append(all, 500, 503, 504)
+	}
+	if strings.Contains(path, "{sandbox_id}") {
+		all = append(all, 409, 501, 502)
+	}
+	return all
+}
+
+// TestComponents checks that every component of the document is one that an
+// operation refers to.
+func TestComponents(t *testing.T) {
+	document := string(api.OpenAPI)
+	spec := newAPI(t).spec
+	for kind, names := range map[string][]string{
+		"schemas":    slices.Collect(maps.Keys(spec.Components.Schemas)),
+		"responses":  slices.Collect(maps.Keys(spec.Components.Responses)),
+		"parameters": slices.Collect(maps.Keys(spec.Components.Parameters)),
+		"headers":    slices.Collect(maps.Keys(spec.Components.Headers)),
+	} {
+		if len(names) == 0 {
+			t.Errorf("no %s", kind)
+		}
+		for _, name := range names {
+			if !strings.Contains(document, `"#/components/`+kind+"/"+name+`"`) {
+				t.Errorf("nothing refers to %s/%s", kind, name)
+			}
+		}
+	}
+	for name := range spec.Components.SecuritySchemes {
+		if !strings.Contains(document, "- "+name+": []") {
+			t.Errorf("nothing is secured by %s", name)
+		}
+	}
+}
+
+// TestReserved checks that names which paths of the API have taken are those
+// that the document takes from templates.
+func TestReserved(t *testing.T) {
+	a := newAPI(t)
+	var taken []string
+	for path := range a.spec.Paths.Map() {
+		if name, ok := strings.CutPrefix(path, "/v1/templates/"); ok && !strings.ContainsAny(name, "{/") {
+			taken = append(taken, name)
+		}
+	}
+	slices.Sort(taken)
+	var says []string
+	for _, name := range a.spec.Components.Schemas["TemplateName"].Value.Not.Value.Enum {
+		says = append(says, name.(string))
+	}
+	if !slices.Equal(taken, says) || len(taken) == 0 {
+		t.Errorf("the document reserves %q, paths have %q", says, taken)
+	}
+	for _, name := range taken {
+		if err := templates.CheckName(name); !fault.Is(err, fault.InvalidArgument) {
+			t.Errorf("%s: %v", name, err)
+		}
+		body := []byte(`{"name":"` + name + `","sandbox_id":"cl-0000000000000000000000000"}`)
+		if _, err := conform(bodySchema(operation(t, a, "createSnapshot")), body); err == nil {
+			t.Errorf("the document takes %s", body)
+		}
+	}
+}
+
+// TestDefaults checks that the defaults of the document are those of the server.
+func TestDefaults(t *testing.T) {
+	a := newAPI(t)
+	field := func(op, name string) any { return bodySchema(operation(t, a, op)).Properties[name].Value.Default }
+	for _, tt := range []struct {
+		name     string
+		says, is any
+	}{
+		{"template", field("createSandbox", "template"), defaultTemplate},
+		{"timeout", field("createSandbox", "timeout_seconds"), defaultTimeout},
+		{"exec timeout", field("exec", "timeout_seconds"), defaultExecTimeout},
+		{"code timeout", field("runCode", "timeout_seconds"), defaultCodeTimeout},
+		{"code context", field("runCode", "context_id"), defaultContext},
+		{"limit", a.spec.Components.Parameters["Limit"].Value.Schema.Value.Default, defaultLimit},
+		{"window", a.spec.Components.Schemas["MetricsWindow"].Value.Default, metrics.Windows[0].Name},
+		{"copies", field("forkSandbox", "count"), 1},
+	} {
+		if fmt.Sprint(tt.says) != fmt.Sprint(tt.is) {
+			t.Errorf("%s: the document says %v, the server takes %v", tt.name, tt.says, tt.is)
+		}
+	}
+	// Every other default of a body or parameter is what Go has for nothing said.
+	for path, item := range a.spec.Paths.Map() {
+		for method, op := range item.Operations() {
+			for _, p := range append(slices.Clone(item.Parameters), op.Parameters...) {
+				if d := p.Value.Schema.Value.Default; p.Value.Schema.Ref == "" && p.Ref == "" && d != nil && d != false {
+					t.Errorf("%s %s: the default of %s is checked by nothing", method, path, p.Value.Name)
 				}
 			}
 		}

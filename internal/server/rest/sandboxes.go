@@ -11,7 +11,6 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
 	"github.com/wrenn-dev/wrenn/internal/id"
-	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 )
 
@@ -39,13 +38,7 @@ func some[T comparable](v T) *T {
 	return &v
 }
 
-func sandboxID(text string) (uuid.UUID, error) {
-	u, err := id.Parse(id.Sandbox, text)
-	if err != nil {
-		return u, fault.New(fault.InvalidArgument, "sandbox_id: %v", err)
-	}
-	return u, nil
-}
+func sandboxID(text string) (uuid.UUID, error) { return parseID(id.Sandbox, "sandbox", text) }
 
 // sandbox is a row as the wire has it. Only who may use the sandbox is shown
 // the tokens that open it: no read-only key is, and no admin of another team.

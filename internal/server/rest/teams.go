@@ -13,11 +13,12 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/platform"
 )
 
-// parseID reads an id from a path.
-func parseID(kind id.Kind, where, text string) (uuid.UUID, error) {
+// parseID reads an id that has the form of one, as the document says. Of those
+// some name nothing.
+func parseID(kind id.Kind, what, text string) (uuid.UUID, error) {
 	u, err := id.Parse(kind, text)
 	if err != nil {
-		return u, fault.New(fault.InvalidArgument, "%s: %v", where, err)
+		return u, fault.Because(err, fault.NotFound, "no such %s", what)
 	}
 	return u, nil
 }
@@ -165,7 +166,7 @@ func (a *API) ChangeMember(w http.ResponseWriter, r *http.Request, _ rest.TeamID
 		a.Fail(w, r, err)
 		return
 	}
-	u, err := parseID(id.User, "user_id", user)
+	u, err := parseID(id.User, "user", user)
 	if err != nil {
 		a.Fail(w, r, err)
 		return
@@ -180,7 +181,7 @@ func (a *API) ChangeMember(w http.ResponseWriter, r *http.Request, _ rest.TeamID
 
 // RemoveMember answers DELETE /v1/teams/{team_id}/members/{user_id}.
 func (a *API) RemoveMember(w http.ResponseWriter, r *http.Request, _ rest.TeamID, user rest.UserID) {
-	u, err := parseID(id.User, "user_id", user)
+	u, err := parseID(id.User, "user", user)
 	if err == nil {
 		err = a.Teams.Remove(r.Context(), caller(r), u)
 	}
@@ -243,7 +244,7 @@ func (a *API) CreateKey(w http.ResponseWriter, r *http.Request, _ rest.CreateKey
 
 // RevokeKey answers DELETE /v1/keys/{key_id}.
 func (a *API) RevokeKey(w http.ResponseWriter, r *http.Request, key rest.KeyID, _ rest.RevokeKeyParams) {
-	u, err := parseID(id.APIKey, "key_id", key)
+	u, err := parseID(id.APIKey, "API key", key)
 	if err == nil {
 		err = a.Keys.Revoke(r.Context(), caller(r), u)
 	}
