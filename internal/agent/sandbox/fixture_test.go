@@ -3,6 +3,7 @@ package sandbox
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"maps"
@@ -125,17 +126,21 @@ func TestEarlierFormats(t *testing.T) {
 // edit replaces old in a file that was there.
 func edit(t *testing.T, path, old, new string) {
 	t.Helper()
+	if err := replace(path, old, new); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func replace(path, old, new string) error {
 	b, err := os.ReadFile(path)
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
 	if !strings.Contains(string(b), old) {
-		t.Fatalf("%s has no %q", path, old)
+		return fmt.Errorf("%s has no %q", path, old)
 	}
 	// A new file: others have links to this one.
-	if err := errors.Join(os.Remove(path), os.WriteFile(path, []byte(strings.Replace(string(b), old, new, 1)), 0o600)); err != nil {
-		t.Fatal(err)
-	}
+	return errors.Join(os.Remove(path), os.WriteFile(path, []byte(strings.Replace(string(b), old, new, 1)), 0o600))
 }
 
 // TestNewerFormats finds what a later release wrote, wherever it is.
@@ -171,6 +176,7 @@ func TestUnreadableSandboxIsKept(t *testing.T) {
 		"empty":           func(path string) error { return os.Truncate(path, 0) },
 		"gone":            os.Remove,
 		"an old version":  func(path string) error { return os.WriteFile(path, []byte(`{"version": 1}`), 0o600) },
+		"of no state":     func(path string) error { return replace(path, `"state": "`, `"state": "un`) },
 		"of another":      func(path string) error { return os.WriteFile(path, []byte(`{"version": 2}`), 0o600) },
 		"not even a file": func(path string) error { return errors.Join(os.Remove(path), os.Mkdir(path, 0o700)) },
 	} {
@@ -245,9 +251,15 @@ func sizes(t *testing.T, dir string) map[string]int64 {
 	return all
 }
 
-// TestNotTakenBackIsKept: a machine that does not let itself be taken back ends,
-// but its disks are kept.
+// TestNotTakenBackIsKept: a machine that cannot be taken back, or whose network
+// cannot, ends, but its disks are kept.
 func TestNotTakenBackIsKept(t *testing.T) {
+	for _, step := range []string{"attach", "reclaim"} {
+		t.Run(step, func(t *testing.T) { testNotTakenBack(t, step) })
+	}
+}
+
+func testNotTakenBack(t *testing.T, step string) {
 	w := newWorld(t, 1)
 	dir := layout.Dir(t.TempDir())
 	h := w.open(dir)
@@ -255,14 +267,14 @@ func TestNotTakenBackIsKept(t *testing.T) {
 	h.close()
 	want := sizes(t, dir.Sandbox(id))
 	// The agent ends before it has set the files aside, and so does the machine.
-	w.setFailing(map[string]float64{"attach": 1, "kill": 1})
+	w.setFailing(map[string]float64{step: 1, "kill": 1})
 	w.open(dir).close()
 	w.vms[id].die()
 	w.setFailing(nil)
 	h = w.open(dir)
 	defer h.close()
 	h.awaitGone(t, id)
-	if e := h.event(t, id); e.Kind != journal.Exited {
+	if e := h.event(t, id); e.Kind != journal.Exited || strings.Contains(e.Reason, errInjected.Error()) {
 		t.Errorf("the event is %+v", e)
 	}
 	items, err := unreadable.List(dir)

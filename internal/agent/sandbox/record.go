@@ -78,6 +78,10 @@ func (r *record) write(dir layout.Dir, durable bool) error {
 	return nil
 }
 
+// recorded are the states that a record can be in: what a sandbox is doing is
+// written down once it is done.
+var recorded = []State{Starting, Running, Paused, Stopping, waiting}
+
 // load reads the record in a folder.
 func load(dir layout.Dir, home uuid.UUID) (record, error) {
 	b, err := os.ReadFile(dir.SandboxRecord(home))
@@ -98,6 +102,8 @@ func parseRecord(path string, b []byte, home uuid.UUID) (record, error) {
 	switch {
 	case r.Home != home:
 		return record{}, fmt.Errorf("read record: it is of folder %s", r.Home)
+	case !slices.Contains(recorded, r.State):
+		return record{}, fmt.Errorf("read record: it has no state %q", r.State)
 	case r.Sealed < 0 || r.Sealed > r.Disks || r.Disks > maxDisks+1:
 		return record{}, fmt.Errorf("read record: %d of %d disks are sealed", r.Sealed, r.Disks)
 	case r.State == Running && (r.VM == nil || r.Slot == nil || r.VM.ID != home || r.Disks < 1):

@@ -176,19 +176,24 @@ func find(ctx context.Context, dir layout.Dir, home uuid.UUID, d vmm.Driver, log
 		log.Warn("a sandbox's machine is not to be taken back", "error", err)
 		rec.Ending = &ending{journal.Exited, "the virtual machine ended while no host agent ran", now}
 		if !errors.Is(err, vmm.ErrGone) {
-			rec.Ending.Reason = "the virtual machine could not be taken back: " + err.Error()
 			lost = err
-			// Else an agent after this one would find that the machine is gone.
-			rec.Keep = err.Error()
-			if err := rec.save(dir); err != nil {
-				log.Error("cannot record that a sandbox's files are kept", "error", err)
-			}
+			rec.forsake(dir, "the host could not take the virtual machine back; it keeps the files", err, log)
 		}
 	}
 	if err := d.Reap(ctx, leftover(rec)); err != nil {
 		log.Error("a machine cannot be ended", "error", err) // tried again when the sandbox is removed
 	}
 	return found{rec: rec, unreadable: lost}
+}
+
+// forsake records that a sandbox ends because of err, and that its files are
+// kept: an agent after this one would only find that the machine is gone.
+func (r *record) forsake(dir layout.Dir, why string, err error, log *slog.Logger) {
+	r.Ending = &ending{journal.Exited, why, time.Now().UTC()}
+	r.Keep = err.Error()
+	if err := r.save(dir); err != nil {
+		log.Error("cannot record that a sandbox's files are kept", "error", err)
+	}
 }
 
 // unused reports whether the folder of a sandbox has nothing but files that an
@@ -247,11 +252,12 @@ func (m *Manager) adopt(ctx context.Context, f found) {
 		err = slot.Describe(f.rec.Spec.metadata())
 	}
 	if err != nil {
-		b.log.Error("a sandbox's network cannot be taken back", "error", err)
+		b.log.Error("a sandbox's network cannot be taken back; its machine ends, and its files are kept", "error", err)
 		b.refuse()
-		m.wg.Go(func() {
-			b.clean(ending{journal.Exited, "its network was lost: " + err.Error(), time.Now().UTC()}, nil)
-		})
+		next := b.rec
+		next.forsake(m.Dir, "the host could not take the sandbox's network back; it keeps the files", err, b.log)
+		b.set(func() { b.rec, b.unreadable = next, err })
+		m.wg.Go(func() { b.clean(*next.Ending, nil) })
 		return
 	}
 	b.connect(b.rec.Spec.Token)

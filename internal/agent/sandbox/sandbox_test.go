@@ -122,8 +122,13 @@ func (w *world) Acquire(context.Context) (Slot, error) {
 
 // Reclaim implements Networks.
 func (w *world) Reclaim(_ context.Context, i, _ int) (Slot, error) {
+	fails := w.fails("reclaim")
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if fails {
+		delete(w.slots, i) // as a pool does
+		return nil, errInjected
+	}
 	if s := w.slots[i]; s != nil {
 		return s, nil
 	}
