@@ -3,6 +3,7 @@ package sandbox
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"syscall"
 	"testing"
@@ -12,7 +13,7 @@ import (
 // closedPort is an address on which nothing listens.
 func closedPort(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.66.0.2:0")
+	l, err := net.Listen("tcp", fmt.Sprintf("127.%d.255.253:0", claimNet(t)))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -19,6 +19,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -43,7 +44,7 @@ var errInjected = errors.New("injected failure")
 // world is a stand-in of a host. What is in it outlives managers.
 type world struct {
 	t   testing.TB
-	net byte // second byte of its addresses
+	net byte // second byte of its addresses, see [claimNet]
 
 	mu       sync.Mutex
 	rng      *rand.Rand
@@ -68,13 +69,49 @@ func (w *world) count() int {
 	return w.started
 }
 
-var worlds atomic.Uint32
+// nets counts the networks that claimNet has looked at. It begins anywhere, so
+// that processes that run these tests at the same time seldom meet.
+var nets = func() *atomic.Uint32 {
+	n := new(atomic.Uint32)
+	n.Store(rand.Uint32())
+	return n
+}()
+
+// claimNet returns a second byte of loopback addresses that no other world has,
+// in this process or another, until the test ends. The claim is a listener on
+// an address that no slot gets.
+func claimNet(t testing.TB) byte {
+	t.Helper()
+	const first, last = 128, 254
+	for range last - first + 1 {
+		n := byte(first + nets.Add(1)%(last-first+1))
+		l, err := net.Listen("tcp", fmt.Sprintf("127.%d.255.254:%d", n, guest.Port))
+		if errors.Is(err, syscall.EADDRINUSE) {
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { l.Close() })
+		return n
+	}
+	t.Fatal("other tests have all networks of loopback addresses")
+	return 0
+}
 
 func newWorld(t testing.TB, seed uint64) *world {
-	return &world{
-		t: t, net: byte(10 + worlds.Add(1)), rng: rand.New(rand.NewPCG(seed, 1)),
+	w := &world{
+		t: t, net: claimNet(t), rng: rand.New(rand.NewPCG(seed, 1)),
 		tracks: seed%2 == 0, failing: map[string]float64{}, slots: map[int]*worldSlot{}, vms: map[uuid.UUID]*worldVM{},
 	}
+	t.Cleanup(func() { // before the claim ends
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		for _, vm := range w.vms {
+			vm.listener.Close()
+		}
+	})
+	return w
 }
 
 func (w *world) fails(step string) bool {
