@@ -34,6 +34,20 @@ func Serve(w http.ResponseWriter, r *http.Request, h func(http.ResponseWriter, *
 	out.begin(http.StatusOK)
 }
 
+// Abort is deferred by a proxy. If the proxy breaks off a response that has
+// begun, Abort sends what there is of it first: the client would take a
+// connection that closes without a header for a request that was not served.
+func Abort(w http.ResponseWriter, begun *bool) {
+	v := recover()
+	if v == nil {
+		return
+	}
+	if v == http.ErrAbortHandler && *begun {
+		_ = http.NewResponseController(w).Flush()
+	}
+	panic(v)
+}
+
 // body knows whether it was read to its end. Its reader may outlive the handler.
 type body struct {
 	io.ReadCloser

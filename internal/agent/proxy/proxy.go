@@ -150,13 +150,18 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // forward carries a request to its sandbox and ends the use.
 func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, t target, u *sandbox.Use) {
 	defer u.End()
+	begun := false
+	defer duplex.Abort(w, &begun)
 	rp := httputil.ReverseProxy{
-		Transport:      u.Transport,
-		FlushInterval:  duplex.FlushInterval,
-		BufferPool:     &p.buffers,
-		ErrorLog:       p.errors,
-		Rewrite:        func(pr *httputil.ProxyRequest) { rewrite(pr, t, u.Address.String()) },
-		ModifyResponse: p.received,
+		Transport:     u.Transport,
+		FlushInterval: duplex.FlushInterval,
+		BufferPool:    &p.buffers,
+		ErrorLog:      p.errors,
+		Rewrite:       func(pr *httputil.ProxyRequest) { rewrite(pr, t, u.Address.String()) },
+		ModifyResponse: func(resp *http.Response) error {
+			begun = true
+			return p.received(resp)
+		},
 		ErrorHandler: func(w http.ResponseWriter, out *http.Request, err error) {
 			if r.Context().Err() != nil {
 				panic(http.ErrAbortHandler) // nobody is there to tell

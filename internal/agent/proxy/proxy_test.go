@@ -301,6 +301,33 @@ func TestPartOfKnownLengthArrives(t *testing.T) {
 	}
 }
 
+// TestBrokenResponse breaks responses off: what came before arrives, and then
+// an error, not an answer that says that nobody served the request.
+func TestBrokenResponse(t *testing.T) {
+	o := start(t)
+	port := listen(t, 0, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/length" {
+			w.Header().Set("Content-Length", "1000")
+		}
+		fmt.Fprint(w, "a part")
+		_ = http.NewResponseController(w).Flush()
+		panic(http.ErrAbortHandler)
+	}))
+	for range 50 {
+		for _, path := range []string{"/length", "/chunks"} {
+			resp, err := http.Get(o.URL + o.path(port, path))
+			if err != nil {
+				t.Fatal(path, err)
+			}
+			b, err := io.ReadAll(resp.Body)
+			resp.Body.Close()
+			if resp.StatusCode != http.StatusOK || string(b) != "a part" || err == nil {
+				t.Errorf("%s: %s %q, %v", path, resp.Status, b, err)
+			}
+		}
+	}
+}
+
 func TestBigBodiesTakeNoMemory(t *testing.T) {
 	const size = 256 << 20
 	o := start(t)

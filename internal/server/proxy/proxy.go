@@ -287,7 +287,13 @@ var forwarded = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Pro
 
 func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 	prefix := "/proxy/" + id.Format(id.Sandbox, d.sandbox) + "/" + strconv.Itoa(d.port)
+	begun := false
+	defer duplex.Abort(w, &begun)
 	rp := httputil.ReverseProxy{
+		ModifyResponse: func(*http.Response) error {
+			begun = true
+			return nil
+		},
 		Transport:     &waker{p, d, r.GetBody},
 		FlushInterval: duplex.FlushInterval,
 		BufferPool:    &p.buffers,
