@@ -89,6 +89,9 @@ type Config struct {
 // Service is every team's builds.
 type Service struct {
 	Config
+	// queue is a client of its own: only the close of its connections ends a wait
+	// for Redis early, and waits take none from others.
+	queue *redis.Client
 
 	mu sync.Mutex
 	// waiting are closed when something changes about the build.
@@ -104,7 +107,10 @@ func New(c Config) *Service {
 	c.ArchiveMiB, c.TeamArchivesMiB = cmp.Or(c.ArchiveMiB, 512), cmp.Or(c.TeamArchivesMiB, 2048)
 	c.ArchivesLast, c.LayersLast = cmp.Or(c.ArchivesLast, 24*time.Hour), cmp.Or(c.LayersLast, 7*24*time.Hour)
 	c.Layers = cmp.Or(c.Layers, 40)
-	return &Service{Config: c, waiting: make(map[uuid.UUID]chan struct{})}
+	// Copied before the other client is used, which changes its options then.
+	options := *c.Redis.Options()
+	options.PoolSize, options.MaxRetries = c.Workers, -1
+	return &Service{Config: c, queue: redis.NewClient(&options), waiting: make(map[uuid.UUID]chan struct{})}
 }
 
 // Request is what a build is asked to be.

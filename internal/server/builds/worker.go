@@ -39,15 +39,10 @@ var (
 // Run works on builds until ctx is done. What is under way then is left to
 // others, or to the next server.
 func (s *Service) Run(ctx context.Context) {
-	// A client of its own: only the close of its connections ends a wait for Redis
-	// early, and waits take none from others.
-	options := *s.Redis.Options()
-	options.PoolSize, options.MaxRetries = s.Workers, -1
-	queue := redis.NewClient(&options)
-	stop := context.AfterFunc(ctx, func() { _ = queue.Close() })
+	stop := context.AfterFunc(ctx, func() { _ = s.queue.Close() })
 	defer func() {
 		if stop() {
-			_ = queue.Close()
+			_ = s.queue.Close()
 		}
 	}()
 
@@ -55,7 +50,7 @@ func (s *Service) Run(ctx context.Context) {
 	wg.Go(func() { s.listen(ctx) })
 	wg.Go(func() { s.sweep(ctx) })
 	for range s.Workers {
-		wg.Go(func() { s.work(ctx, queue) })
+		wg.Go(func() { s.work(ctx, s.queue) })
 	}
 	wg.Wait()
 }
