@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/wrenn-dev/wrenn/client"
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/gen/process"
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
@@ -66,5 +68,60 @@ func TestShortCommands(t *testing.T) {
 	wg.Wait()
 	if n := failed.Load(); n > 0 {
 		t.Errorf("%d of %d commands failed", n, all)
+	}
+}
+
+// broken answers each request with a part of a response: with a length under
+// /length, else in chunks.
+const broken = `
+import socket
+s = socket.create_server(("", 8000))
+while True:
+    c, _ = s.accept()
+    r = c.recv(65536)
+    head = b"Content-Length: 1000\r\n\r\n" if b" /length " in r else b"Transfer-Encoding: chunked\r\n\r\n7\r\n"
+    c.sendall(b"HTTP/1.1 200 OK\r\n" + head + b"a part\n")
+    c.close()
+`
+
+// TestBrokenResponse has a guest break off its responses: the client can tell
+// that over HTTP/1.1 and HTTP/2, through all hops.
+func TestBrokenResponse(t *testing.T) {
+	i := up(t)
+	c := i.client(t)
+	s := i.sandbox(t, client.CreateOptions{})
+	if _, err := c.Exec(t.Context(), s.ID, client.Command{Cmd: "cat >b.py; nohup python3 b.py >/dev/null 2>&1 &", Shell: true}, []byte(broken)); err != nil {
+		t.Fatal(err)
+	}
+	_, port, err := net.SplitHostPort(i.listen)
+	if err != nil {
+		t.Fatal(err)
+	}
+	host, token := fmt.Sprintf("8000-%s.localhost:%s", s.ID, port), http.Header{"X-Traffic-Token": {s.TrafficToken}}
+	eventually(t, func() error { // The agent waits for the server, but not for ever.
+		if resp := i.request(t, http.MethodGet, host, "/", token, nil); resp.StatusCode != http.StatusOK {
+			return fmt.Errorf("the server in the guest: %s", resp.Status)
+		}
+		return nil
+	})
+	for _, h2 := range []bool{false, true} {
+		transport := netaddr.Transport(i.listen, h2)
+		for _, path := range []string{"/length", "/chunks"} {
+			req, err := http.NewRequestWithContext(await.Context(t), http.MethodGet, "http://"+host+path, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.Header = token.Clone()
+			resp, err := transport.RoundTrip(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b, err := io.ReadAll(resp.Body)
+			resp.Body.Close()
+			if resp.StatusCode != http.StatusOK || string(b) != "a part\n" || err == nil || (resp.ProtoMajor == 2) != h2 {
+				t.Errorf("%s over %s: %s %q, %v", path, resp.Proto, resp.Status, b, err)
+			}
+		}
+		transport.CloseIdleConnections()
 	}
 }
