@@ -374,8 +374,13 @@ func (s *Server) Run(ctx context.Context) error {
 func (s *Server) Close() error {
 	s.stop.Do(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), s.stopTimeout)
+		working, done := context.WithCancel(context.Background())
+		var lingering sync.WaitGroup
+		lingering.Go(func() { s.reconcile.Linger(working) })
 		s.work.Close(ctx)
 		cancel()
+		done()
+		lingering.Wait()
 		ctx, cancel = context.WithTimeout(context.Background(), flushWithin)
 		defer cancel()
 		if err := s.bus.Flush(ctx); err != nil {

@@ -264,3 +264,51 @@ func TestCloseWaits(t *testing.T) {
 		t.Errorf("other servers do not hear of it: %v", err)
 	}
 }
+
+// TestStoppingServerKeepsItsWork stops one of two servers while it creates a
+// sandbox, for far longer than it takes to be believed dead: the other one
+// watches its host meanwhile, and leaves the creation alone.
+func TestStoppingServerKeepsItsWork(t *testing.T) {
+	p := newPlane(t)
+	p.end()
+	p.config.Heartbeat, p.config.StopTimeout = time.Second, 2*time.Minute
+	p.start()
+	q := p.second()
+	begun, let := make(chan struct{}), make(chan struct{})
+	p.agent.mu.Lock()
+	p.agent.onCreate = func(context.Context, *hostagentv1.CreateRequest) error {
+		close(begun)
+		<-let
+		return nil
+	}
+	p.agent.mu.Unlock()
+	go func() { _, _ = p.try("POST", "/v1/sandboxes", map[string]any{}) }()
+	<-begun
+	var creating uuid.UUID
+	state := func(sandbox uuid.UUID) (is string) {
+		if err := q.db().QueryRow(t.Context(), "SELECT state FROM sandboxes WHERE id = $1", sandbox).Scan(&is); err != nil {
+			t.Fatal(err)
+		}
+		return is
+	}
+	if err := q.db().QueryRow(t.Context(), "SELECT id FROM sandboxes").Scan(&creating); err != nil {
+		t.Fatal(err)
+	}
+	p.halt()
+	closed := make(chan struct{})
+	go func() { defer close(closed); _ = p.server.Close() }()
+	// What nobody works on is given up each time after the grace.
+	for range 3 {
+		left := uuid.New()
+		q.sql(`INSERT INTO sandboxes SELECT $1, team_id, host_id, template_id, template_name, 'starting', vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at FROM sandboxes LIMIT 1`, left)
+		q.eventually("the other one gives up what nobody works on", func() bool { return state(left) == "error" })
+	}
+	if is := state(creating); is != "starting" {
+		t.Errorf("what the stopping server creates is %s", is)
+	}
+	close(let)
+	<-closed
+	if is := state(creating); is != "running" {
+		t.Errorf("what the stopping server created is %s", is)
+	}
+}

@@ -71,6 +71,16 @@ func (q *Queries) ListAtWork(ctx context.Context, arg ListAtWorkParams) ([]uuid.
 	return items, nil
 }
 
+const releaseHosts = `-- name: ReleaseHosts :exec
+UPDATE hosts SET watcher = NULL WHERE watcher = $1::uuid
+`
+
+// The server stops: another one may watch its hosts at once.
+func (q *Queries) ReleaseHosts(ctx context.Context, server uuid.UUID) error {
+	_, err := q.db.Exec(ctx, releaseHosts, server)
+	return err
+}
+
 const serverAlive = `-- name: ServerAlive :exec
 INSERT INTO servers (id, seen_at) VALUES ($1, now()) ON CONFLICT (id) DO UPDATE SET seen_at = now()
 `

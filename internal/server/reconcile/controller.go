@@ -10,6 +10,7 @@ package reconcile
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"sync"
@@ -124,6 +125,30 @@ func (c *Controller) Run(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// Linger says that this server is alive, until ctx is done, so that others leave
+// alone what it still works on, and lets them have its hosts. Call it once Run
+// has returned.
+func (c *Controller) Linger(ctx context.Context) {
+	tick := time.NewTicker(c.Hosts.Heartbeat / signsALife)
+	defer tick.Stop()
+	for {
+		if err := c.linger(ctx); err != nil && ctx.Err() == nil {
+			c.Log.Warn("say that this server finishes its work", "error", err)
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (c *Controller) linger(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, roundWithin)
+	defer cancel()
+	return errors.Join(c.Store.ServerAlive(ctx, c.Store.Server), c.Store.ReleaseHosts(ctx, c.Store.Server))
 }
 
 // round is what Run does each time.

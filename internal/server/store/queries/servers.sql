@@ -4,6 +4,10 @@ INSERT INTO servers (id, seen_at) VALUES ($1, now()) ON CONFLICT (id) DO UPDATE 
 -- name: ServerLeaves :exec
 DELETE FROM servers WHERE id = $1;
 
+-- name: ReleaseHosts :exec
+-- The server stops: another one may watch its hosts at once.
+UPDATE hosts SET watcher = NULL WHERE watcher = @server::uuid;
+
 -- name: ForgetServers :exec
 DELETE FROM servers WHERE seen_at < now() - interval '1 day';
 
