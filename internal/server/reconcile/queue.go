@@ -41,8 +41,10 @@ type lane struct {
 var (
 	// records are actions that only write to the database.
 	records = &lane{workers: 2, within: 30 * time.Second}
-	// calls are actions that call the host.
-	calls = &lane{workers: 8, within: time.Minute}
+	// calls are actions that ask the host, removals those that have it remove
+	// something, which is what hangs.
+	calls    = &lane{workers: 4, within: time.Minute}
+	removals = &lane{workers: 8, within: time.Minute}
 	// captures and drains write guests' memory to disk.
 	captures = &lane{workers: 2, within: 10 * time.Minute}
 	drains   = &lane{workers: 2, within: 10 * time.Minute}
@@ -51,7 +53,8 @@ var (
 // lanes says which lane each kind of action is in.
 var lanes = map[Kind]*lane{
 	Fail: records, Find: records, Lose: records, Learn: records, Forget: records, Ready: records, GiveUp: records,
-	Adopt: calls, Settle: calls, Stop: calls, Destroy: calls, Remove: calls,
+	Adopt: calls, Settle: calls,
+	Stop: removals, Destroy: removals, Remove: removals,
 	Capture: captures,
 	Drain:   drains,
 }

@@ -101,7 +101,7 @@ func TestQueueApart(t *testing.T) {
 			if first := at[1].Sub(at[0]); last <= first {
 				t.Errorf("what %s was left alone for %v at first and %v at last", what, first, last)
 			}
-			if most := mostBackoff*4/3 + calls.within; last > most {
+			if most := mostBackoff*4/3 + removals.within; last > most {
 				t.Errorf("what %s was left alone for %v", what, last)
 			}
 		}
@@ -129,13 +129,31 @@ func TestQueueApart(t *testing.T) {
 	})
 }
 
+// TestQueueRemovalsHang: removals that hang, as many as there are workers for,
+// leave workers to what asks the host.
+func TestQueueRemovalsHang(t *testing.T) {
+	inQueue(t, func(t *testing.T, q *queue, d *doer) {
+		all := actions(Settle, uuid.New())
+		for range removals.workers {
+			u := uuid.New()
+			d.how[u] = hangs
+			all = append(all, actions(Destroy, u)...)
+		}
+		q.want(sandbox, q.mark(), all)
+		synctest.Wait()
+		if d.ended(all[0].ID) != 1 {
+			t.Error("destroys that hang hold up what asks the host")
+		}
+	})
+}
+
 // TestQueueBound: no more actions of a lane run at once than it has workers;
 // when all of them hang, the other lanes work on, and its own does once they
 // are given up.
 func TestQueueBound(t *testing.T) {
 	inQueue(t, func(t *testing.T, q *queue, d *doer) {
 		var all []uuid.UUID
-		for range 3 * calls.workers {
+		for range 3 * removals.workers {
 			u := uuid.New()
 			d.how[u] = hangs
 			all = append(all, u)
@@ -147,14 +165,14 @@ func TestQueueBound(t *testing.T) {
 		for _, u := range all {
 			begun += len(d.begun(u))
 		}
-		if begun != calls.workers {
-			t.Errorf("%d run at once, want %d", begun, calls.workers)
+		if begun != removals.workers {
+			t.Errorf("%d run at once, want %d", begun, removals.workers)
 		}
 		if d.ended(write) != 1 {
 			t.Error("the other lane waits")
 		}
 		q.want(sandbox, q.mark(), append(actions(Stop, all...), actions(Destroy, other)...))
-		time.Sleep(4 * calls.within)
+		time.Sleep(4 * removals.within)
 		if d.ended(other) != 1 {
 			t.Error("what works waits for what hangs, after all of that was given up")
 		}
@@ -172,7 +190,7 @@ func TestQueueDeaf(t *testing.T) {
 	inQueue(t, func(t *testing.T, q *queue, d *doer) {
 		let := make(chan struct{})
 		var deaf []uuid.UUID
-		for range calls.workers {
+		for range removals.workers {
 			u := uuid.New()
 			d.how[u] = func(context.Context) error { <-let; return nil }
 			deaf = append(deaf, u)
@@ -181,7 +199,7 @@ func TestQueueDeaf(t *testing.T) {
 		q.want(sandbox, q.mark(), actions(Stop, deaf...))
 		synctest.Wait()
 		q.want(sandbox, q.mark(), actions(Stop, append(deaf, works)...))
-		time.Sleep(calls.within)
+		time.Sleep(removals.within)
 		if d.ended(works) != 0 {
 			t.Error("there are more workers than there should be")
 		}
@@ -199,8 +217,8 @@ func TestQueueDeaf(t *testing.T) {
 		}
 		q.mu.Lock()
 		defer q.mu.Unlock()
-		if q.used[calls] != 0 {
-			t.Errorf("%d workers are at work", q.used[calls])
+		if q.used[removals] != 0 {
+			t.Errorf("%d workers are at work", q.used[removals])
 		}
 	})
 }
