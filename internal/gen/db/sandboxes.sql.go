@@ -849,6 +849,50 @@ func (q *Queries) SandboxResuming(ctx context.Context, id uuid.UUID) (Sandbox, e
 	return i, err
 }
 
+const sandboxRevived = `-- name: SandboxRevived :one
+UPDATE sandboxes SET state = 'paused', paused_at = $1::timestamptz, drained = false, expires_at = NULL, end_reason = NULL, error = '', ended_at = NULL
+WHERE id = $2 AND state = 'stopped' AND end_reason IN ('exited', 'lost') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
+`
+
+type SandboxRevivedParams struct {
+	PausedAt time.Time
+	ID       uuid.UUID
+}
+
+// Its host, which had ended or lost it, has it paused after all.
+func (q *Queries) SandboxRevived(ctx context.Context, arg SandboxRevivedParams) (Sandbox, error) {
+	row := q.db.QueryRow(ctx, sandboxRevived, arg.PausedAt, arg.ID)
+	var i Sandbox
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.HostID,
+		&i.TemplateID,
+		&i.TemplateName,
+		&i.State,
+		&i.VCPUs,
+		&i.MemoryMiB,
+		&i.DiskMiB,
+		&i.TimeoutSeconds,
+		&i.Metadata,
+		&i.CreatedAt,
+		&i.StartedAt,
+		&i.ExpiresAt,
+		&i.EndedAt,
+		&i.EndReason,
+		&i.Error,
+		&i.StartMs,
+		&i.Worker,
+		&i.OnTimeout,
+		&i.AutoResume,
+		&i.PausedAt,
+		&i.ForkedFrom,
+		&i.BuildID,
+		&i.Drained,
+	)
+	return i, err
+}
+
 const sandboxRunning = `-- name: SandboxRunning :one
 UPDATE sandboxes SET state = 'running', started_at = COALESCE(started_at, $1), expires_at = $2,
     disk_mib = $3, start_ms = COALESCE(start_ms, $4)

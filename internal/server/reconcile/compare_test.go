@@ -318,3 +318,29 @@ func TestCompareTemplates(t *testing.T) {
 	})
 	b.eventually("what could not be captured is dropped", func() bool { return state(unsure) == "" })
 }
+
+// TestRevive: a sandbox that its host had ended or lost, and has paused again
+// because somebody has repaired its files, is paused. One that ended because
+// somebody wanted that is destroyed.
+func TestRevive(t *testing.T) {
+	b := newBench(t, time.Minute)
+	all := make(map[string]uuid.UUID)
+	for _, reason := range []string{"exited", "lost", "deleted", "expired"} {
+		all[reason] = b.add(sandboxes.Stopped, paused)
+		b.sql("UPDATE sandboxes SET end_reason = $2, error = 'why', ended_at = now() WHERE id = $1", all[reason], reason)
+	}
+	first := time.Now()
+	b.look(first)
+	for reason, u := range all {
+		if is, there := b.is(u), b.agent.there(u); is != sandboxes.Stopped || there != (reason == "exited" || reason == "lost") {
+			t.Errorf("at first sight what is %s is %s, on its host: %v", reason, is, there)
+		}
+	}
+	b.look(first.Add(lostAfter))
+	for _, reason := range []string{"exited", "lost"} {
+		row, err := b.Store.GetSandbox(t.Context(), all[reason])
+		if err != nil || row.State != string(sandboxes.Paused) || row.PausedAt == nil || row.EndedAt != nil || row.EndReason != nil || row.Error != "" || !b.agent.there(row.ID) {
+			t.Errorf("what was %s is %+v, %v", reason, row, err)
+		}
+	}
+}

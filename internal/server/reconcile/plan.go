@@ -29,6 +29,7 @@ const (
 	Adopt   Kind = "adopt"   // write that it started, and is as the host has it
 	Find    Kind = "find"    // write that it is no longer missing
 	Lose    Kind = "lose"    // write that the host lost it
+	Revive  Kind = "revive"  // write that it is paused after all
 	Settle  Kind = "settle"  // ask the host which state it is in, and write that
 	Stop    Kind = "stop"    // destroy it on the host and write that it has ended
 	Destroy Kind = "destroy" // destroy it on the host: no row owns it there
@@ -59,6 +60,8 @@ type rule struct {
 // hostStates is how many states the protocol has. A newer agent may know
 // more: those are left alone.
 const hostStates = 7
+
+const onHostPaused = hostagentv1.SandboxState_SANDBOX_STATE_PAUSED
 
 // NoRow stands in the table for a sandbox without a row, or one that another
 // host has.
@@ -176,6 +179,9 @@ func Sandboxes(v View, seen Seen, now time.Time) Plan {
 		}
 		is := v.pair(sandbox)
 		r, row, has := is.rule(), v.Rows[sandbox], v.Has[sandbox]
+		if is == (pair{sandboxes.Stopped, onHostPaused}) && sandboxes.Unasked(row) {
+			r = rule{Revive, lostAfter}
+		}
 		switch r.do {
 		case Leave:
 			continue

@@ -53,7 +53,7 @@ var (
 // lanes says which lane each kind of action is in.
 var lanes = map[Kind]*lane{
 	Fail: records, Find: records, Lose: records, Learn: records, Forget: records, Ready: records, GiveUp: records,
-	Adopt: calls, Settle: calls,
+	Adopt: calls, Settle: calls, Revive: calls,
 	Stop: removals, Destroy: removals, Remove: removals,
 	Capture: captures,
 	Drain:   drains,

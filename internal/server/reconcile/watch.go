@@ -280,6 +280,8 @@ func (w *watch) do(ctx context.Context, a Action) error {
 		return w.Sandboxes.Found(ctx, a.Row, a.Has)
 	case Lose:
 		return w.Sandboxes.HostEnded(ctx, a.ID, "lost", "the host no longer has the sandbox", time.Now())
+	case Revive:
+		return w.Sandboxes.Revive(ctx, a.Row, a.Has)
 	case Settle:
 		return w.Sandboxes.Settle(ctx, a.ID)
 	case Stop:

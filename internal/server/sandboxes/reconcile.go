@@ -86,6 +86,27 @@ func (s *Service) Found(ctx context.Context, row db.Sandbox, has *hostagentv1.Sa
 	return nil
 }
 
+// Unasked says whether the row is of a sandbox that its host ended or lost, so
+// that the host may have it again: an operator can repair files that the agent
+// could not read.
+func Unasked(row db.Sandbox) bool {
+	return State(row.State) == Stopped && row.EndReason != nil && (*row.EndReason == "exited" || *row.EndReason == "lost")
+}
+
+// Revive writes that a sandbox which its host had ended or lost is paused there.
+func (s *Service) Revive(ctx context.Context, row db.Sandbox, has *hostagentv1.Sandbox) error {
+	_, err := s.Store.SandboxRevived(ctx, db.SandboxRevivedParams{ID: row.ID, PausedAt: pausedAt(has)})
+	if errors.Is(err, store.ErrNoRows) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("write that sandbox is paused after all: %w", err)
+	}
+	s.changed(row.ID)
+	s.Log.Warn("the host has a sandbox again that had ended", "sandbox_id", id.Format(id.Sandbox, row.ID))
+	return nil
+}
+
 // Settle asks the sandbox's host which state it has it in, and writes that. It
 // is for what the host did by itself, or what a dead server, or a lost host,
 // left in transit. Nobody must be at work on it.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
@@ -72,12 +73,7 @@ func (s *Service) look(ctx context.Context, sandbox uuid.UUID, from []State) (ro
 		if was == Paused {
 			return row, true, nil
 		}
-		// Since when, the host knows: it may have been a while without a server.
-		at := store.Now()
-		if has.GetPausedAt() != nil && has.GetPausedAt().AsTime().Before(at) {
-			at = has.GetPausedAt().AsTime()
-		}
-		row, err = s.Store.SandboxPaused(ctx, db.SandboxPausedParams{ID: sandbox, PausedAt: at, CameFrom: []string{string(was)}})
+		row, err = s.Store.SandboxPaused(ctx, db.SandboxPausedParams{ID: sandbox, PausedAt: pausedAt(has), CameFrom: []string{string(was)}})
 	case onHostRunning:
 		if was == Running || was == Missing {
 			return row, true, nil // Whoever compares the host finds the missing.
@@ -97,4 +93,14 @@ func (s *Service) look(ctx context.Context, sandbox uuid.UUID, from []State) (ro
 	s.changed(sandbox)
 	s.Log.Info("the host has the sandbox in another state", "sandbox_id", id.Format(id.Sandbox, sandbox), "was", was, "is", row.State)
 	return row, true, nil
+}
+
+// pausedAt is since when a sandbox is paused. Its host knows: it may have been a
+// while without a server.
+func pausedAt(has *hostagentv1.Sandbox) time.Time {
+	at := store.Now()
+	if has.GetPausedAt() != nil && has.GetPausedAt().AsTime().Before(at) {
+		at = has.GetPausedAt().AsTime()
+	}
+	return at
 }

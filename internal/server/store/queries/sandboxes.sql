@@ -111,6 +111,11 @@ WHERE id = $1 AND state = 'stopping' RETURNING *;
 UPDATE sandboxes SET state = 'stopped', end_reason = @end_reason::text, error = @error, ended_at = @ended_at::timestamptz
 WHERE id = @id AND state IN ('running', 'missing', 'pausing', 'paused', 'resuming') RETURNING *;
 
+-- name: SandboxRevived :one
+-- Its host, which had ended or lost it, has it paused after all.
+UPDATE sandboxes SET state = 'paused', paused_at = @paused_at::timestamptz, drained = false, expires_at = NULL, end_reason = NULL, error = '', ended_at = NULL
+WHERE id = @id AND state = 'stopped' AND end_reason IN ('exited', 'lost') RETURNING *;
+
 -- name: SandboxExpires :one
 UPDATE sandboxes SET expires_at = @expires_at WHERE id = @id AND state = 'running' RETURNING *;
 
