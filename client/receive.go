@@ -19,6 +19,9 @@ const (
 	MaxReceivedEntries = 1_000_000
 )
 
+// maxLink is the longest target of a symbolic link, in bytes, as Linux has it.
+const maxLink = 4095
+
 // ReceiveOptions says how [Client.Receive] copies. Zero fields have the defaults
 // in parentheses.
 type ReceiveOptions struct {
@@ -169,9 +172,10 @@ func (u *unpacker) entry(t *tar.Reader, h *tar.Header) error {
 		u.modes = append(u.modes, mode{name, mode0 | 0o700})
 		return nil
 	case tar.TypeReg:
-		if u.bytes += h.Size; u.bytes > u.o.MaxBytes {
+		if h.Size > u.o.MaxBytes-u.bytes {
 			return fmt.Errorf("the copy would have more than %d bytes", u.o.MaxBytes)
 		}
+		u.bytes += h.Size
 		f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, mode0|0o600)
 		if err != nil {
 			return err
@@ -182,6 +186,15 @@ func (u *unpacker) entry(t *tar.Reader, h *tar.Header) error {
 		}
 		return errors.Join(err, f.Close())
 	case tar.TypeSymlink:
+		// No link is written before all entries are read: what is there now are
+		// folders and files of this archive.
+		if _, err := os.Lstat(filepath.Dir(name) + string(filepath.Separator)); err != nil {
+			return err
+		}
+		if len(h.Linkname) > maxLink {
+			u.o.Skipped(clean, "the link is too long")
+			return nil
+		}
 		if !u.o.Links && !inside(rest, h.Linkname) {
 			u.o.Skipped(clean, "the link leads outside, to "+h.Linkname)
 			return nil

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -102,6 +103,10 @@ func TestReceive(t *testing.T) {
 		{name: "below a file", sent: []tar.Header{file("d"), file("d/f")}, refused: "no folder"},
 		{name: "through a link", sent: []tar.Header{folder("d"), symlink("d/l", "e"), folder("d/e"), file("d/l/f")}, refused: "no such file"},
 		{name: "through a link to the outside", sent: []tar.Header{folder("d"), symlink("d/l", ".."), file("d/l/old")}, refused: "no such file"},
+		{name: "a link through a link", sent: []tar.Header{folder("d"), symlink("d/p", "."), symlink("d/p/p/out", "../..")}, refused: "no such file"},
+		{name: "a link written outside", sent: []tar.Header{folder("d"), symlink("d/out", ".."), symlink("d/out/.profile", "there/f")}, o: ReceiveOptions{Links: true}, refused: "no such file"},
+		{name: "a link below a file", sent: []tar.Header{folder("d"), file("d/f"), symlink("d/f/l", "g")}, refused: "not a directory"},
+		{name: "a long link", sent: []tar.Header{folder("d"), symlink("d/l", strings.Repeat("x", 5000))}, want: "new/", skipped: "too long"},
 		{name: "a link in the place of a file", sent: []tar.Header{folder("d"), symlink("d/l", "f"), file("d/l")}, want: "new/ new/l=d/l", skipped: "twice"},
 		{name: "a link to the outside", sent: []tar.Header{folder("d"), symlink("d/l", "../old"), symlink("d/m", "/etc/passwd"), symlink("d/n", "x/../../old")}, want: "new/", skipped: "outside"},
 		{name: "a link to the outside, asked for", sent: []tar.Header{folder("d"), symlink("d/l", "../old")}, o: ReceiveOptions{Links: true}, want: "new/ new/l->../old"},
@@ -175,12 +180,27 @@ func TestReceiveBreaksOff(t *testing.T) {
 	}
 }
 
+// TestReceiveCountsWithoutOverflow claims a file so long that its length and
+// the bytes before it make a negative number.
+func TestReceiveCountsWithoutOverflow(t *testing.T) {
+	whole := bytes.NewBuffer(archive(t, folder("d"), file("d/f")))
+	whole.Truncate(whole.Len() - 1024) // the end of the archive
+	if err := tar.NewWriter(whole).WriteHeader(&tar.Header{Name: "d/g", Typeflag: tar.TypeReg, Size: math.MaxInt64}); err != nil {
+		t.Fatal(err)
+	}
+	err := receiveArchive(whole, filepath.Join(t.TempDir(), "new"), ReceiveOptions{})
+	if err == nil || !strings.Contains(err.Error(), "bytes") {
+		t.Errorf("the error is %v", err)
+	}
+}
+
 // FuzzReceive gives it any archive: nothing but the target changes, and nothing
 // in it leads outside.
 func FuzzReceive(f *testing.F) {
 	f.Add(archive(f, folder("d"), symlink("d/l", ".."), file("d/l/x")))
 	f.Add(archive(f, folder("d"), symlink("d/l", "../../x"), file("d/l")))
 	f.Add(archive(f, file("../x")))
+	f.Add(archive(f, folder("d"), symlink("d/p", "."), symlink("d/p/p/out", "../.."), symlink("d/out/x", "y")))
 	f.Add(archive(f, folder("d"), folder("d/e"), symlink("d/e/l", "../f"), file("d/f")))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		outer := t.TempDir()
