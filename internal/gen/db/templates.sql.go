@@ -362,10 +362,13 @@ func (q *Queries) GetTemplate(ctx context.Context, id uuid.UUID) (Template, erro
 }
 
 const listHostTemplates = `-- name: ListHostTemplates :many
-SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker, templates.kind, templates.version, templates.build_id, templates.layer_key, templates.used_at FROM templates JOIN host_templates ON template_id = templates.id WHERE host_id = $1
+SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker, templates.kind, templates.version, templates.build_id, templates.layer_key, templates.used_at FROM templates JOIN host_templates ON template_id = templates.id WHERE host_templates.host_id = $1
+UNION ALL
+SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker, templates.kind, templates.version, templates.build_id, templates.layer_key, templates.used_at FROM templates WHERE templates.state = 'deleting' AND NOT EXISTS (SELECT 1 FROM host_templates AS elsewhere WHERE elsewhere.template_id = templates.id)
 `
 
-// Those that a host has, is to have, or is to be rid of.
+// Those that a host has, is to have, or is to be rid of, and those that every
+// host is rid of, of which only the row is left to remove.
 func (q *Queries) ListHostTemplates(ctx context.Context, hostID uuid.UUID) ([]Template, error) {
 	rows, err := q.db.Query(ctx, listHostTemplates, hostID)
 	if err != nil {

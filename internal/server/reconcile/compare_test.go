@@ -238,6 +238,9 @@ func TestCompareTemplates(t *testing.T) {
 	for i, tt := range tests {
 		ids[i] = add(tt.state, tt.owner, tt.on, tt.from, tt.name)
 	}
+	// The server was killed once the last host had removed it.
+	nowhere := add(templates.Deleting, team, false, live, "deleting-nowhere")
+	b.sql("DELETE FROM host_templates WHERE template_id = $1", nowhere)
 	// Of two of one name the one in the table keeps it.
 	second := add("", team, true, uuid.Nil, "ready")
 	// One whose id nobody can read keeps no other from being looked at.
@@ -283,6 +286,9 @@ func TestCompareTemplates(t *testing.T) {
 		if tt.on && tt.want == templates.Ready && (err != nil || row.VCPUs != 2 || row.MemoryMiB != 256 || row.DiskMiB != 1024 || row.SizeBytes != 7) {
 			t.Errorf("%s: the row is %+v, %v", tt.name, row, err)
 		}
+	}
+	if got := state(nowhere); got != "" {
+		t.Errorf("what no host has any more is %q", got)
 	}
 	if got := state(second); got != "" {
 		t.Errorf("a second template of one name is %q", got)

@@ -76,8 +76,11 @@ INSERT INTO host_templates (host_id, template_id) VALUES ($1, $2) ON CONFLICT DO
 DELETE FROM host_templates WHERE host_id = @host_id AND template_id = ANY (@ids::uuid[]);
 
 -- name: ListHostTemplates :many
--- Those that a host has, is to have, or is to be rid of.
-SELECT templates.* FROM templates JOIN host_templates ON template_id = templates.id WHERE host_id = $1;
+-- Those that a host has, is to have, or is to be rid of, and those that every
+-- host is rid of, of which only the row is left to remove.
+SELECT templates.* FROM templates JOIN host_templates ON template_id = templates.id WHERE host_templates.host_id = @host_id
+UNION ALL
+SELECT templates.* FROM templates WHERE templates.state = 'deleting' AND NOT EXISTS (SELECT 1 FROM host_templates AS elsewhere WHERE elsewhere.template_id = templates.id);
 
 -- name: ListTemplatesAtWork :many
 -- Those that another living server captures or removes.
