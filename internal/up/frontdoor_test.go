@@ -2,6 +2,7 @@ package up
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -38,6 +39,12 @@ import (
 // openDoor is a front door with server behind it, at an address of its own.
 func openDoor(t *testing.T, server http.Handler) (s *service, address string, stopServer func()) {
 	t.Helper()
+	return openDoorOf(t, server, deploy.Caddyfile)
+}
+
+// openDoorOf is openDoor with a configuration of its own.
+func openDoorOf(t *testing.T, server http.Handler, config []byte) (s *service, address string, stopServer func()) {
+	t.Helper()
 	s = newService(t)
 	deploytest.Caddy(t)
 	front, err := newFrontDoor(t.Context(), s.dir, "127.0.0.1:0", "localhost")
@@ -45,6 +52,9 @@ func openDoor(t *testing.T, server http.Handler) (s *service, address string, st
 		t.Fatal(err)
 	}
 	s.stack = append(s.stack, front.close)
+	if err := os.WriteFile(front.config, config, 0o644); err != nil {
+		t.Fatal(err)
+	}
 	// A port that the kernel chose; Caddy is told of the socket, not of the port.
 	l, err := net.FileListener(front.files[0])
 	if err != nil {
@@ -119,6 +129,52 @@ func TestFrontDoor(t *testing.T) {
 		want := `{"error":{"code":"unavailable","message":"the front door cannot connect to the control plane: it is starting or has stopped"}}`
 		if status, body := get(host, "/v1/x"); status != 502 || body != want {
 			t.Errorf("%s without a server: %d %q", host, status, body)
+		}
+	}
+}
+
+// TestFiguresAreForThisMachine asks for the control plane's metrics as another
+// machine does, by every name that leads to them, and for a guest's own.
+func TestFiguresAreForThisMachine(t *testing.T) {
+	const here = "remote_ip 127.0.0.0/8"
+	config := bytes.Replace(deploy.Caddyfile, []byte(here), []byte("remote_ip 192.0.2.0/24"), 1)
+	if bytes.Equal(config, deploy.Caddyfile) {
+		t.Fatalf("the Caddyfile does not say %q", here)
+	}
+	_, listen, _ := openDoorOf(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.URL.EscapedPath()) }), config)
+	for _, c := range []struct {
+		host, path string
+		status     int
+	}{
+		{"localhost", "/metrics", 404},
+		{"localhost", "/%6detrics", 404},
+		{"localhost", "//metrics", 404},
+		{"localhost", "/api/metrics", 404},
+		{"localhost", "/api/%6detrics", 404},
+		{"localhost", "/api//metrics", 404},
+		{"localhost", "/api%2fmetrics", 404},
+		{"192.0.2.1", "/metrics", 404},
+		{"x.localhost", "/metrics", 404},
+		{"80-cl-x.other", "/metrics", 404},
+		{"80-cl-x.y.localhost", "/metrics", 404},
+		{"x.localhost", "/api/metrics", 404},
+		{"80-cl-x.localhost", "/metrics", 200},
+		{"80-CL-X.localhost", "/metrics", 200},
+		{"localhost", "/v1/metrics", 200},
+	} {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+listen+c.path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Host = c.host
+		resp, err := http.DefaultTransport.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, _ := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if resp.StatusCode != c.status {
+			t.Errorf("%s%s: %d %s, want %d", c.host, c.path, resp.StatusCode, b, c.status)
 		}
 	}
 }
