@@ -19,6 +19,10 @@ import (
 // once. Sending those at once too takes a goroutine and a packet more for each.
 const FlushInterval = 2 * time.Millisecond
 
+// linger is how long a client may send on after a response that did not wait
+// for all of its request.
+var linger = 30 * time.Second
+
 // Serve has h answer a request in full duplex. If the request's body has not
 // ended when the response begins, the connection is closed after the response.
 func Serve(w http.ResponseWriter, r *http.Request, h func(http.ResponseWriter, *http.Request)) {
@@ -32,6 +36,11 @@ func Serve(w http.ResponseWriter, r *http.Request, h func(http.ResponseWriter, *
 	out := &writer{ResponseWriter: w, body: b}
 	h(out, r)
 	out.begin(http.StatusOK)
+	if out.closes {
+		// The server waits for the rest before it closes, so that the client gets
+		// the response.
+		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(linger))
+	}
 }
 
 // Abort is deferred by a proxy. If the proxy breaks off a response that has
@@ -51,10 +60,20 @@ func Abort(w http.ResponseWriter, begun *bool) {
 // body knows whether it was read to its end. Its reader may outlive the handler.
 type body struct {
 	io.ReadCloser
-	ended atomic.Bool
+	ended, closed atomic.Bool
+}
+
+// Close leaves the rest to the server. The server's own Close waits for it, and
+// a proxy that cannot send a request on closes it before it answers.
+func (b *body) Close() error {
+	b.closed.Store(true)
+	return nil
 }
 
 func (b *body) Read(p []byte) (int, error) {
+	if b.closed.Load() {
+		return 0, http.ErrBodyReadAfterClose
+	}
 	n, err := b.ReadCloser.Read(p)
 	if err == io.EOF {
 		b.ended.Store(true)
@@ -66,8 +85,8 @@ func (b *body) Read(p []byte) (int, error) {
 // begins: nobody can tell then whether it will be read.
 type writer struct {
 	http.ResponseWriter
-	body  *body
-	begun bool
+	body          *body
+	begun, closes bool
 }
 
 func (w *writer) begin(status int) {
@@ -76,6 +95,7 @@ func (w *writer) begin(status int) {
 	}
 	w.begun = true
 	if status >= 200 && !w.body.ended.Load() {
+		w.closes = true
 		w.Header().Set("Connection", "close")
 	}
 }

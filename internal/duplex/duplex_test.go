@@ -56,8 +56,30 @@ func TestBodyLeftUnread(t *testing.T) {
 // TestResponseDoesNotWaitForBody has clients that send the rest of their body
 // once they have seen all of the response, or go instead.
 func TestResponseDoesNotWaitForBody(t *testing.T) {
-	s := serve(t, func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no", http.StatusBadGateway) })
-	for _, rest := range []string{"hello", ""} {
+	no := func(w http.ResponseWriter) { http.Error(w, "no", http.StatusBadGateway) }
+	for name, h := range map[string]func(http.ResponseWriter, *http.Request){
+		"unread": func(w http.ResponseWriter, _ *http.Request) { no(w) },
+		"closed": func(w http.ResponseWriter, r *http.Request) { r.Body.Close(); no(w) },
+		// As a transport does whose server went away.
+		"closed while it is read": func(w http.ResponseWriter, r *http.Request) {
+			first := make(chan struct{})
+			go func() {
+				_, _ = r.Body.Read(make([]byte, 1))
+				close(first)
+				_, _ = r.Body.Read(make([]byte, 1))
+			}()
+			<-first
+			r.Body.Close()
+			no(w)
+		},
+	} {
+		t.Run(name, func(t *testing.T) { responseDoesNotWait(t, h) })
+	}
+}
+
+func responseDoesNotWait(t *testing.T, h func(http.ResponseWriter, *http.Request)) {
+	s := serve(t, h)
+	for _, rest := range []string{"ello", ""} {
 		conn, err := net.Dial("tcp", s.Listener.Addr().String())
 		if err != nil {
 			t.Fatal(err)
@@ -66,7 +88,7 @@ func TestResponseDoesNotWaitForBody(t *testing.T) {
 		if err := conn.SetDeadline(time.Now().Add(60 * time.Second)); err != nil {
 			t.Fatal(err)
 		}
-		fmt.Fprint(conn, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n")
+		fmt.Fprint(conn, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nh")
 		r := bufio.NewReader(conn)
 		resp, err := http.ReadResponse(r, nil)
 		if err != nil {
@@ -84,5 +106,25 @@ func TestResponseDoesNotWaitForBody(t *testing.T) {
 		if more, err := io.ReadAll(r); err != nil || len(more) > 0 {
 			t.Errorf("after the response: %q, %v", more, err)
 		}
+	}
+}
+
+// TestClientThatDoesNotGo has a client that neither sends the rest of its body
+// nor closes: the server does not keep the connection for it.
+func TestClientThatDoesNotGo(t *testing.T) {
+	defer func(d time.Duration) { linger = d }(linger)
+	linger = 10 * time.Millisecond
+	s := serve(t, func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no", http.StatusBadGateway) })
+	conn, err := net.Dial("tcp", s.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(60 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprint(conn, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nh")
+	if all, err := io.ReadAll(conn); err != nil || !strings.HasSuffix(string(all), "\r\n\r\nno\n") {
+		t.Errorf("got %q, %v", all, err)
 	}
 }
