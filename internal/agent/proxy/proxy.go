@@ -112,8 +112,8 @@ func parse(r *http.Request) (target, error) {
 		t.path = "/"
 	}
 	if raw := r.URL.RawPath; raw != "" {
-		if t.rawPath, ok = strings.CutPrefix(raw, prefix); !ok {
-			return t, badRequest("sandbox id and port must not be escaped")
+		if t.rawPath, ok = strings.CutPrefix(raw, prefix); !ok || t.rawPath != "" && t.rawPath[0] != '/' {
+			return t, badRequest("sandbox id, port and the slash after them must not be escaped")
 		}
 	}
 	if t.port == guest.Port && reserved(t.path) {

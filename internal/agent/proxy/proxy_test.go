@@ -103,9 +103,9 @@ func TestBadTargets(t *testing.T) {
 	for path, want := range map[string]int{
 		o.path(0, "/"): 400, o.path(65536, "/"): 400, o.path(-1, "/"): 400, o.path("080", "/"): 400, o.path("+80", "/"): 400, o.path("x", "/"): 400, o.path("", "/"): 400,
 		Prefix: 400, Prefix + "cl-short/80/": 400, Prefix + strings.ToUpper(id.Format(id.Sandbox, o.sandbox)) + "/80/": 400,
-		strings.Replace(o.path(80, "/%2f"), "cl-", "%63l-", 1): 400,
-		Prefix + id.Format(id.Sandbox, uuid.New()) + "/80/":    404,
-		o.path(guest.Port, "/init"):                            404, o.path(guest.Port, "//init"): 404, o.path(guest.Port, "/%69nit"): 404, o.path(guest.Port, "/x/../init/"): 404,
+		strings.Replace(o.path(80, "/%2f"), "cl-", "%63l-", 1): 400, o.path(80, "%2fx"): 400,
+		Prefix + id.Format(id.Sandbox, uuid.New()) + "/80/": 404,
+		o.path(guest.Port, "/init"):                         404, o.path(guest.Port, "//init"): 404, o.path(guest.Port, "/%69nit"): 404, o.path(guest.Port, "/x/../init/"): 404,
 		o.path(guest.Port, "/freeze"): 404, o.path(guest.Port, "/./thaw"): 404, o.path(guest.Port, "/INIT"): 404, o.path(guest.Port, "/%2finit"): 404,
 		o.path(1, "/"): 502,
 	} {
@@ -387,7 +387,7 @@ func TestClientGoes(t *testing.T) {
 
 func FuzzParse(f *testing.F) {
 	ok := id.Format(id.Sandbox, uuid.New())
-	for _, s := range []string{Prefix + ok + "/49983/init", Prefix + ok + "/80", Prefix + ok + "/65536/", Prefix + "%63l/1/"} {
+	for _, s := range []string{Prefix + ok + "/49983/init", Prefix + ok + "/80", Prefix + ok + "/65536/", Prefix + "%63l/1/", Prefix + ok + "/80%2fx"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
@@ -399,7 +399,7 @@ func FuzzParse(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if to.port < 1 || to.port > 65535 || !strings.HasPrefix(to.path, "/") {
+		if to.port < 1 || to.port > 65535 || !strings.HasPrefix(to.path, "/") || to.rawPath != "" && to.rawPath[0] != '/' {
 			t.Errorf("%q goes to %+v", s, to)
 		}
 	})
