@@ -7,6 +7,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 )
 
@@ -15,11 +17,13 @@ import (
 const (
 	minCaddyMajor = 2
 	minCaddyMinor = 11
+	// caddyModule is one of Wrenn's own, which deploy/Caddyfile uses.
+	caddyModule = "http.handlers.full_duplex"
 )
 
 // FindCaddy returns the Caddy to use: the one beside this program, else the one
-// on PATH. It fails if that one is too old. No package of Debian's has one that
-// is new enough, so it is not in the table.
+// on PATH. It fails if that one is too old or lacks Wrenn's module, as every
+// package's does, so Caddy is not in the table.
 func FindCaddy(ctx context.Context) (Program, error) {
 	var path string
 	if self, err := os.Executable(); err == nil {
@@ -33,7 +37,7 @@ func FindCaddy(ctx context.Context) (Program, error) {
 	return Program{File: path}, checkCaddy(ctx, path)
 }
 
-// checkCaddy fails unless path is a Caddy that is new enough.
+// checkCaddy fails unless path is a Caddy that is new enough and has the module.
 func checkCaddy(ctx context.Context, path string) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
@@ -51,6 +55,12 @@ func checkCaddy(ctx context.Context, path string) error {
 	if major < minCaddyMajor || major == minCaddyMajor && minor < minCaddyMinor {
 		return fmt.Errorf("%s is Caddy %d.%d.%d, which is too old: Wrenn needs %d.%d or newer, such as bin/caddy, which `make build` builds",
 			path, major, minor, patch, minCaddyMajor, minCaddyMinor)
+	}
+	if out, err = exec.CommandContext(ctx, path, "list-modules").Output(); err != nil {
+		return fmt.Errorf("ask %s for its modules: %w", path, err)
+	}
+	if !slices.Contains(strings.Fields(string(out)), caddyModule) {
+		return fmt.Errorf("%s lacks the module %s, which Wrenn's Caddyfile uses: take bin/caddy, which `make build` builds", path, caddyModule)
 	}
 	return nil
 }

@@ -7,6 +7,15 @@ import (
 	"testing"
 )
 
+// fakeCaddy writes a program that says that it is a Caddy.
+func fakeCaddy(t *testing.T, path, version, module string) {
+	t.Helper()
+	script := "#!/bin/sh\ncase $1 in\nversion) echo '" + version + "' ;;\nlist-modules) printf 'admin.api.load\\n%s\\n' '" + module + "' ;;\nesac\n"
+	if err := os.WriteFile(path, []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestCheckCaddy(t *testing.T) {
 	for _, c := range []struct{ prints, want string }{
 		{"v2.11.9 h1:bhZtcRKQOq0=", ""},
@@ -19,13 +28,16 @@ func TestCheckCaddy(t *testing.T) {
 		{"", "does not say which version"},
 	} {
 		path := filepath.Join(t.TempDir(), "caddy")
-		if err := os.WriteFile(path, []byte("#!/bin/sh\nprintf '%s\\n' '"+c.prints+"'\n"), 0o700); err != nil {
-			t.Fatal(err)
-		}
+		fakeCaddy(t, path, c.prints, caddyModule)
 		err := checkCaddy(t.Context(), path)
 		if (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%q: got %v, want %q", c.prints, err, c.want)
 		}
+	}
+	path := filepath.Join(t.TempDir(), "caddy")
+	fakeCaddy(t, path, "v2.11.9", "http.handlers.headers")
+	if err := checkCaddy(t.Context(), path); err == nil || !strings.Contains(err.Error(), "lacks the module") {
+		t.Errorf("a Caddy of the same version that others built: %v", err)
 	}
 }
 
@@ -37,15 +49,11 @@ func TestFindCaddy(t *testing.T) {
 		t.Errorf("without any: %v", err)
 	}
 	path := filepath.Join(dir, "caddy")
-	if err := os.WriteFile(path, []byte("#!/bin/sh\necho 2.6.2\n"), 0o700); err != nil {
-		t.Fatal(err)
-	}
+	fakeCaddy(t, path, "2.6.2", "")
 	if _, err := FindCaddy(t.Context()); err == nil || !strings.Contains(err.Error(), "too old") {
 		t.Errorf("with Debian's: %v", err)
 	}
-	if err := os.WriteFile(path, []byte("#!/bin/sh\necho v2.11.9\n"), 0o700); err != nil {
-		t.Fatal(err)
-	}
+	fakeCaddy(t, path, "v2.11.9", caddyModule)
 	if got, err := FindCaddy(t.Context()); err != nil || got.File != path {
 		t.Errorf("got %s, %v", got.File, err)
 	}
