@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"syscall"
 	"testing"
 	"time"
@@ -60,5 +61,34 @@ func TestDialGivesUp(t *testing.T) {
 	d.Control = func(string, string, syscall.RawConn) error { cancel(); return nil }
 	if _, err := dialPort(ctx, d, closedPort(t)); err == nil || time.Since(began) > 60*time.Second {
 		t.Errorf("cancelled: %v", err)
+	}
+}
+
+// TestDialEndsWithSandbox ends a sandbox while a request waits for a server in
+// it: nobody may connect to its address any more.
+func TestDialEndsWithSandbox(t *testing.T) {
+	life, end := context.WithCancel(t.Context())
+	defer end()
+	tries := 0
+	d := &net.Dialer{Control: func(string, string, syscall.RawConn) error {
+		tries++
+		end()
+		return nil
+	}}
+	host, port, err := net.SplitHostPort(closedPort(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	transport := portTransport(life, d, host)
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+net.JoinHostPort(host, port)+"/", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := transport.RoundTrip(req)
+	if err == nil {
+		resp.Body.Close()
+	}
+	if err == nil || tries != 1 {
+		t.Errorf("%d tries, %v", tries, err)
 	}
 }

@@ -320,28 +320,12 @@ func (b *box) step(name string, f func() error) error {
 
 // connect makes what talks to the guest, which wants to be shown token.
 func (b *box) connect(token string) {
-	d := net.Dialer{Timeout: connectTimeout}
-	host := b.slot.Address().String()
 	b.set(func() {
 		b.guest = guest.New(b.slot.Address(), token)
 		if b.life.Err() != nil {
 			b.life, b.endLife = context.WithCancelCause(context.Background())
 		}
-		b.transport = &http.Transport{
-			DialContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
-				_, port, err := net.SplitHostPort(addr)
-				if err != nil {
-					return nil, err
-				}
-				return dialPort(ctx, &d, net.JoinHostPort(host, port))
-			},
-			DisableCompression:     true,
-			MaxIdleConns:           512,
-			MaxIdleConnsPerHost:    256,
-			IdleConnTimeout:        60 * time.Second,
-			ExpectContinueTimeout:  time.Second,
-			MaxResponseHeaderBytes: 1 << 20,
-		}
+		b.transport = portTransport(b.life, &net.Dialer{Timeout: connectTimeout}, b.slot.Address().String())
 	})
 }
 
