@@ -216,16 +216,20 @@ func (p *Pool) mendSlots(l look) {
 		if !looked {
 			continue
 		}
-		object := strconv.Itoa(s.Index)
-		if len(repaired) > 0 {
-			p.config.Problems.Repaired(problem.Slot, object, strings.Join(repaired, ", "))
-		}
-		err := errors.Join(errs...)
-		if err != nil {
-			err = fmt.Errorf("network slot %d cannot be repaired; its sandbox has no network: %w", s.Index, err)
-		}
-		p.judge(problem.Slot, object, err)
+		p.mended(s, repaired, errors.Join(errs...))
 	}
+}
+
+// mended reports what was repaired of a slot, and err if something could not be.
+func (p *Pool) mended(s *Slot, repaired []string, err error) {
+	object := strconv.Itoa(s.Index)
+	if len(repaired) > 0 {
+		p.config.Problems.Repaired(problem.Slot, object, strings.Join(repaired, ", "))
+	}
+	if err != nil {
+		err = fmt.Errorf("network slot %d cannot be repaired; its sandbox has no network: %w", s.Index, err)
+	}
+	p.judge(problem.Slot, object, err)
 }
 
 // mendName gives the slot's namespace its name again.

@@ -428,8 +428,8 @@ func (p *Pool) silence(s *Slot) {
 
 // Reclaim takes back a slot that was given to [Open] to keep, with its
 // services. Its name is made again from the network namespace of the process
-// pid, its VM's, if it was lost. A slot that is not whole any more, and cannot be
-// made so, is removed: [ErrGone].
+// pid, its VM's, if it was lost. A slot that has lost its namespace or its tap is
+// removed: [ErrGone]. One whose veth cannot be repaired is a problem.
 func (p *Pool) Reclaim(ctx context.Context, index, pid int) (*Slot, error) {
 	p.mu.Lock()
 	held, kept := p.used[index]
@@ -457,12 +457,9 @@ func (p *Pool) Reclaim(ctx context.Context, index, pid int) (*Slot, error) {
 		err = s.within(func() error { return slotRules(s.Address, p.config.Upstreams, false) })
 	}
 	if err == nil {
-		var repaired []string
-		if repaired, err = p.mendLink(s); len(repaired) > 0 {
-			p.config.Problems.Repaired(problem.Slot, strconv.Itoa(index), strings.Join(repaired, ", "))
-		}
-	}
-	if err == nil {
+		// A VM without a way out still has its memory, and the guard tries again.
+		repaired, broken := p.mendLink(s)
+		p.mended(s, repaired, broken)
 		err = s.serve(ctx)
 	}
 	if err != nil {

@@ -2,6 +2,7 @@ package network
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -495,6 +496,33 @@ func TestNameIsLostWithoutAgent(t *testing.T) {
 	if !isNamespace(back.ns, back.NetNS()) {
 		t.Error("its name is not back")
 	}
+}
+
+// TestLinkIsTakenWithoutAgent has the name of a kept slot's link go to another
+// program's while no agent runs: the slot is taken back all the same, because its
+// VM runs, and is repaired once the name is free.
+func TestLinkIsTakenWithoutAgent(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	newInternet(t)
+	dir := layout.Dir(t.TempDir())
+	p := openPool(t, dir, 1)
+	s := acquire(t, p)
+	g := newGuest(t, s)
+	g.serve(t)
+	must(t, p.Close(context.Background(), []int{s.Index}))
+	name := linkName(s.Index)
+	run(t, "ip", "link", "set", name, "down")
+	run(t, "ip", "link", "set", name, "name", "eth7")
+	run(t, "ip", "tuntap", "add", name, "mode", "tap")
+
+	p = openPool(t, dir, 1, s.Index)
+	back, err := p.Reclaim(context.Background(), s.Index, 0)
+	must(t, err)
+	must(t, has(p, problem.Slot, "cannot be repaired"))
+	run(t, "ip", "link", "del", name)
+	p.guard.notice(func(l *look) { l.allLinks = true })
+	eventually(t, "afterwards", func() error { return errors.Join(problems(p), g.online(back)) })
 }
 
 // TestSetAside has slots that cannot be removed: they keep no agent from
