@@ -53,7 +53,7 @@ func newGuard(p *Pool) (_ *guard, err error) {
 	g := &guard{pool: p, log: p.log, quit: make(chan struct{}), wake: make(chan struct{}, 1)}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, g.closeSources())
+			err = errors.Join(err, g.closeConns())
 		}
 	}()
 	group := func(n uint) uint32 { return 1 << (n - 1) }
@@ -92,21 +92,20 @@ func (g *guard) close() {
 		return
 	}
 	close(g.quit)
-	if err := g.closeSources(); err != nil {
+	err := g.closeConns()
+	g.watching.Wait()
+	// Last: the loop adds folders to it, whose descriptor must not be another's by then.
+	if err := errors.Join(err, g.files.Close()); err != nil {
 		g.log.Warn("watch of the network does not end in order", "error", err)
 	}
-	g.watching.Wait()
 }
 
-func (g *guard) closeSources() error {
+func (g *guard) closeConns() error {
 	var errs []error
 	for _, c := range []*mdnetlink.Conn{g.rules, g.routes} {
 		if c != nil {
 			errs = append(errs, c.Close())
 		}
-	}
-	if g.files != nil {
-		errs = append(errs, g.files.Close())
 	}
 	return errors.Join(errs...)
 }
