@@ -360,18 +360,23 @@ func TestPublicFrontDoor(t *testing.T) {
 	}
 	listen := l.Addr().String()
 	_, port, _ := net.SplitHostPort(listen)
-	l.Close()
+	socket, err := l.(*net.TCPListener).File() // So that nobody else takes the port.
+	if err = errors.Join(err, l.Close()); err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
 	config := filepath.Join(dir, "Caddyfile")
 	if err := os.WriteFile(config, deploy.Caddyfile, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.CommandContext(t.Context(), "caddy", "run", "--config", config, "--adapter", "caddyfile")
 	cmd.Env = []string{
-		"HOME=" + dir, "WRENN_SITES=https://wrenn.example.com:" + port + ", https://*.wrenn.example.com:" + port, "WRENN_BIND=127.0.0.1",
+		"HOME=" + dir, "WRENN_SITES=https://wrenn.example.com:" + port + ", https://*.wrenn.example.com:" + port, "WRENN_BIND=fd/3",
 		"WRENN_DOMAIN=wrenn.example.com", "WRENN_SERVER=" + behind.Listener.Addr().String(), "WRENN_HTTPS=auto_https disable_redirects",
 		"CREDENTIALS_DIRECTORY=" + dir, "WRENN_TLS=tls {env.CREDENTIALS_DIRECTORY}/tls.crt {env.CREDENTIALS_DIRECTORY}/tls.key",
 	}
 	cmd.Stdout, cmd.Stderr = t.Output(), t.Output()
+	cmd.ExtraFiles = []*os.File{socket}
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
