@@ -5,7 +5,6 @@ package hostwatch
 import (
 	"errors"
 	"fmt"
-	"os"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -14,31 +13,42 @@ import (
 // Watch calls a function after something in its folders, or a mount, changed.
 type Watch struct {
 	wake   func()
-	notify int      // inotify
-	mounts *os.File // the list of mounts; nil: mounts do not matter
-	stop   int      // an eventfd
+	notify int // inotify; negative: there is none, see ErrExhausted
+	mounts int // the list of mounts; negative: mounts do not matter
+	stop   int // an eventfd
 	done   sync.WaitGroup
 }
+
+// ErrExhausted means that other software has all inotify instances of this user,
+// so folders are not watched.
+var ErrExhausted = errors.New("no inotify instance is left; raise fs.inotify.max_user_instances")
+
+// inotifyInit is what a test replaces.
+var inotifyInit = unix.InotifyInit1
 
 // Open starts a watch without folders. wake is called from a goroutine of the
 // watch, once for any number of changes; it must not block, and must look for
 // itself at what has changed. With mounts, a mount or an unmount is a change.
 func Open(mounts bool, wake func()) (_ *Watch, err error) {
-	w := &Watch{wake: wake, notify: -1, stop: -1}
+	w := &Watch{wake: wake, notify: -1, mounts: -1, stop: -1}
 	defer func() {
 		if err != nil {
 			w.close()
 			err = fmt.Errorf("watch the host: %w", err)
 		}
 	}()
-	if w.notify, err = unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK); err != nil {
+	if w.notify, err = inotifyInit(unix.IN_CLOEXEC | unix.IN_NONBLOCK); errors.Is(err, unix.EMFILE) {
+		w.notify = -1
+	} else if err != nil {
 		return nil, err
 	}
 	if w.stop, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
 		return nil, err
 	}
 	if mounts {
-		if w.mounts, err = os.Open("/proc/thread-self/mountinfo"); err != nil {
+		// Not with os.Open: Go's own poller would take the news before run does,
+		// and each change is news once for a descriptor.
+		if w.mounts, err = unix.Open("/proc/thread-self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
 			return nil, err
 		}
 	}
@@ -48,9 +58,12 @@ func Open(mounts bool, wake func()) (_ *Watch, err error) {
 
 // Add watches a folder for names that appear, change or go. A folder that was
 // watched, removed and made again must be added again; adding one twice does
-// no harm.
+// no harm. The error may be an [ErrExhausted].
 func (w *Watch) Add(dir string) error {
 	const what = unix.IN_CREATE | unix.IN_DELETE | unix.IN_MOVED_FROM | unix.IN_MOVED_TO | unix.IN_DELETE_SELF | unix.IN_MOVE_SELF | unix.IN_ATTRIB | unix.IN_ONLYDIR
+	if w.notify < 0 {
+		return fmt.Errorf("watch %s: %w", dir, ErrExhausted)
+	}
 	if _, err := unix.InotifyAddWatch(w.notify, dir, what); err != nil {
 		return fmt.Errorf("watch %s: %w", dir, err)
 	}
@@ -70,21 +83,18 @@ func (w *Watch) Close() error {
 }
 
 func (w *Watch) close() {
-	for _, fd := range []int{w.notify, w.stop} {
+	for _, fd := range []int{w.notify, w.mounts, w.stop} {
 		if fd >= 0 {
 			unix.Close(fd)
 		}
-	}
-	if w.mounts != nil {
-		w.mounts.Close()
 	}
 }
 
 func (w *Watch) run() {
 	events := make([]byte, 64<<10)
-	fds := []unix.PollFd{{Fd: int32(w.stop), Events: unix.POLLIN}, {Fd: int32(w.notify), Events: unix.POLLIN}}
-	if w.mounts != nil {
-		fds = append(fds, unix.PollFd{Fd: int32(w.mounts.Fd()), Events: unix.POLLPRI})
+	// The kernel passes over negative descriptors.
+	fds := []unix.PollFd{
+		{Fd: int32(w.stop), Events: unix.POLLIN}, {Fd: int32(w.notify), Events: unix.POLLIN}, {Fd: int32(w.mounts), Events: unix.POLLPRI},
 	}
 	for {
 		if _, err := unix.Poll(fds, -1); err != nil {

@@ -33,6 +33,7 @@ type guard struct {
 	rules  *mdnetlink.Conn // changes of nftables
 	routes *mdnetlink.Conn // changes of links, addresses, routes and their settings
 	files  *hostwatch.Watch
+	blind  sync.Once // says that folders are not watched
 
 	closing  atomic.Bool
 	quit     chan struct{}
@@ -80,7 +81,12 @@ func newGuard(p *Pool) (_ *guard, err error) {
 // made again first.
 func (g *guard) watchFolders() {
 	for _, dir := range []string{layout.Machine, layout.NetworkBlocks(), layout.Namespaces(), g.pool.config.Dir.Run()} {
-		if err := g.files.Add(dir); err != nil {
+		err := g.files.Add(dir)
+		if errors.Is(err, hostwatch.ErrExhausted) {
+			g.blind.Do(func() { g.log.Warn("changes of folders are noticed twice a minute", "error", err) })
+			return
+		}
+		if err != nil {
 			g.log.Warn("changes of a folder are noticed later", "folder", dir, "error", err)
 		}
 	}
