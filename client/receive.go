@@ -44,7 +44,7 @@ type ReceiveOptions struct {
 // Receive copies a file or folder of a sandbox to the path target of this
 // machine, whose folder must exist. The guest is not trusted: whatever it sends,
 // only target is written, no write follows a symbolic link, and devices, special
-// modes and links that lead outside are left out. The copy appears under its
+// modes, rights of others to write and links that lead outside are left out. The copy appears under its
 // name when it is complete; if Receive fails, target is as it was, except that a
 // merge may be half done.
 func (c *Client) Receive(ctx context.Context, id, source, target string, o ReceiveOptions) error {
@@ -163,7 +163,7 @@ func (u *unpacker) entry(t *tar.Reader, h *tar.Header) error {
 		return errors.New("the top entry is no folder")
 	}
 	name := filepath.Join(u.dir, filepath.FromSlash(rest))
-	mode0 := h.FileInfo().Mode().Perm()
+	mode0 := h.FileInfo().Mode().Perm() &^ 0o022
 	switch h.Typeflag {
 	case tar.TypeDir:
 		if err := os.Mkdir(name, 0o700); err != nil {

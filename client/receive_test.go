@@ -17,7 +17,7 @@ func archive(t testing.TB, headers ...tar.Header) []byte {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	for _, h := range headers {
-		h.Mode |= 0o4700 // no special mode arrives
+		h.Mode |= 0o4722 // no special mode arrives, and others cannot write
 		if h.Typeflag == tar.TypeReg {
 			h.Size = int64(len(h.Name))
 		}
@@ -52,6 +52,9 @@ func tree(t testing.TB, dir string) string {
 			return err
 		}
 		rel, _ := filepath.Rel(dir, p)
+		if info, err := d.Info(); err == nil && d.Type()&fs.ModeSymlink == 0 && info.Mode().Perm()&0o022 != 0 {
+			rel += " which others can write"
+		}
 		switch {
 		case d.IsDir():
 			rel += "/"
