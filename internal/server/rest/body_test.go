@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http/httptest"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -95,6 +96,46 @@ func TestBodies(t *testing.T) {
 		if err != nil {
 			t.Errorf("%s %s: %v", tt.op, tt.body, err)
 		}
+	}
+}
+
+// TestBodiesAreClosed checks that objects in bodies have no members but those of
+// the document: the decoder would take "Name" for "name" after the validator
+// had let it pass as a member of no meaning.
+func TestBodiesAreClosed(t *testing.T) {
+	a := newAPI(t)
+	seen := make(map[*openapi3.Schema]bool)
+	var closed func(where string, ref *openapi3.SchemaRef)
+	closed = func(where string, ref *openapi3.SchemaRef) {
+		if ref == nil || seen[ref.Value] {
+			return
+		}
+		s := ref.Value
+		seen[s] = true
+		if more := s.AdditionalProperties.Has; len(s.Properties) > 0 && (more == nil || *more) {
+			t.Errorf("%s takes more than its properties", where)
+		}
+		for name, p := range s.Properties {
+			closed(where+"."+name, p)
+		}
+		closed(where+"[]", s.Items)
+		closed(where+".*", s.AdditionalProperties.Schema)
+		for _, part := range slices.Concat(s.AllOf, s.AnyOf, s.OneOf) {
+			closed(where, part)
+		}
+	}
+	for _, item := range a.spec.Paths.Map() {
+		for _, op := range item.Operations() {
+			if s := bodySchema(op); s != nil {
+				closed(op.OperationID, &openapi3.SchemaRef{Value: s})
+			}
+		}
+	}
+	for _, message := range []string{"ExecStreamStart", "ExecStreamControl"} {
+		closed(message, a.spec.Components.Schemas[message])
+	}
+	if len(seen) < 50 {
+		t.Errorf("only %d schemas", len(seen))
 	}
 }
 
