@@ -372,7 +372,7 @@ func TestPublicFrontDoor(t *testing.T) {
 	cmd := exec.CommandContext(t.Context(), "caddy", "run", "--config", config, "--adapter", "caddyfile")
 	cmd.Env = []string{
 		"HOME=" + dir, "WRENN_SITES=https://wrenn.example.com:" + port + ", https://*.wrenn.example.com:" + port, "WRENN_BIND=fd/3",
-		"WRENN_DOMAIN=wrenn.example.com", "WRENN_SERVER=" + behind.Listener.Addr().String(), "WRENN_HTTPS=auto_https disable_redirects",
+		"WRENN_DOMAIN=wrenn.example.com", "WRENN_SERVER=" + behind.Listener.Addr().String(),
 		"CREDENTIALS_DIRECTORY=" + dir, "WRENN_TLS=tls {env.CREDENTIALS_DIRECTORY}/tls.crt {env.CREDENTIALS_DIRECTORY}/tls.key",
 	}
 	cmd.Stdout, cmd.Stderr = t.Output(), t.Output()
