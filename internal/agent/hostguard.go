@@ -40,6 +40,7 @@ func (a *Agent) guardHost(ctx context.Context) error {
 		defer tick.Stop()
 		for ctx.Err() == nil {
 			a.guardLock()
+			a.guardProblems()
 			// Folders come and go: of groups with the first machine and the last.
 			for _, dir := range append(cgroup.Folders(), a.cfg.Dir.Run()) {
 				if err := w.Add(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -86,4 +87,16 @@ func (a *Agent) guardLock() {
 		}
 	}
 	a.problems.Report(problem.Files, path, fmt.Sprintf("somebody removed %s, and another agent may run on the same data; stop one of them: %v", path, err))
+}
+
+// guardProblems writes the list of problems again if its file was removed: else
+// wrenn doctor would take the agent for stopped.
+func (a *Agent) guardProblems() {
+	lost, err := a.problems.Restore()
+	switch {
+	case err != nil:
+		a.log.Error("the list of problems was removed", "error", err)
+	case lost:
+		a.problems.Repaired(problem.Files, a.cfg.Dir.Problems(), "somebody removed the file of the list of problems")
+	}
 }

@@ -95,9 +95,15 @@ func TestSharedHost(t *testing.T) {
 	eventually("the control group", inGroup)
 	works("after its machine was moved out of its control group")
 
-	if err := os.Remove(h.Dir.AgentLock()); err != nil {
-		t.Fatal(err)
+	for _, name := range []string{h.Dir.AgentLock(), h.Dir.Problems()} {
+		if err := os.Remove(name); err != nil {
+			t.Fatal(err)
+		}
 	}
+	eventually("the list of problems", func() error {
+		_, err := os.Stat(h.Dir.Problems())
+		return err
+	})
 	eventually("the agent's lock", func() error {
 		second := exec.Command("/proc/self/exe")
 		second.Env = h.Cmd.Env

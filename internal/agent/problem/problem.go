@@ -144,6 +144,20 @@ func (l *List) All() []Problem {
 	return slices.Clone(l.all)
 }
 
+// Restore writes the list's file again if somebody removed it, and says whether
+// that was so.
+func (l *List) Restore() (lost bool, err error) {
+	if _, err := os.Stat(l.path); !errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err := l.write(); err != nil {
+		return true, fmt.Errorf("restore list of problems: %w", err)
+	}
+	return true, nil
+}
+
 // Close removes the list's file.
 func (l *List) Close() error {
 	if err := os.Remove(l.path); err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -56,6 +56,16 @@ func TestList(t *testing.T) {
 			t.Errorf("metric of %s is %v, want %v", m.Label[0].GetValue(), got, want)
 		}
 	}
+	if lost, err := l.Restore(); lost || err != nil {
+		t.Errorf("the file was lost: %v, %v", lost, err)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if lost, err := l.Restore(); !lost || err != nil {
+		t.Errorf("the file was not lost: %v, %v", lost, err)
+	}
+	is("firewall  c", "firewall slot 1 b")
 	l.Clear(Firewall, "")
 	l.Clear(Firewall, "none")
 	is("firewall slot 1 b")
