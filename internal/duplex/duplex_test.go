@@ -53,6 +53,21 @@ func TestBodyLeftUnread(t *testing.T) {
 	}
 }
 
+// half sends a request with the first byte of a body of five.
+func half(t *testing.T, s *httptest.Server) net.Conn {
+	t.Helper()
+	conn, err := net.Dial("tcp", s.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	if err := conn.SetDeadline(time.Now().Add(60 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprint(conn, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nh")
+	return conn
+}
+
 // TestResponseDoesNotWaitForBody has clients that send the rest of their body
 // once they have seen all of the response, or go instead.
 func TestResponseDoesNotWaitForBody(t *testing.T) {
@@ -80,15 +95,7 @@ func TestResponseDoesNotWaitForBody(t *testing.T) {
 func responseDoesNotWait(t *testing.T, h func(http.ResponseWriter, *http.Request)) {
 	s := serve(t, h)
 	for _, rest := range []string{"ello", ""} {
-		conn, err := net.Dial("tcp", s.Listener.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-		if err := conn.SetDeadline(time.Now().Add(60 * time.Second)); err != nil {
-			t.Fatal(err)
-		}
-		fmt.Fprint(conn, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nh")
+		conn := half(t, s)
 		r := bufio.NewReader(conn)
 		resp, err := http.ReadResponse(r, nil)
 		if err != nil {
@@ -115,15 +122,7 @@ func TestClientThatDoesNotGo(t *testing.T) {
 	defer func(d time.Duration) { linger = d }(linger)
 	linger = 10 * time.Millisecond
 	s := serve(t, func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no", http.StatusBadGateway) })
-	conn, err := net.Dial("tcp", s.Listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	if err := conn.SetDeadline(time.Now().Add(60 * time.Second)); err != nil {
-		t.Fatal(err)
-	}
-	fmt.Fprint(conn, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nh")
+	conn := half(t, s)
 	if all, err := io.ReadAll(conn); err != nil || !strings.HasSuffix(string(all), "\r\n\r\nno\n") {
 		t.Errorf("got %q, %v", all, err)
 	}
