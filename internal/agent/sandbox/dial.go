@@ -7,6 +7,8 @@ import (
 	"net/http"
 	"syscall"
 	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/backoff"
 )
 
 // A port on which nothing listens is tried again for a while: a server may have
@@ -47,15 +49,11 @@ func portTransport(life context.Context, d *net.Dialer, host string) *http.Trans
 // that does not listen yet. No byte of a request is sent before it returns.
 func dialPort(ctx context.Context, d *net.Dialer, address string) (net.Conn, error) {
 	deadline := time.Now().Add(listenWait)
-	for pause := firstRedial; ; pause = min(2*pause, longestRedial) {
+	pauses := backoff.New(firstRedial, longestRedial)
+	for {
 		conn, err := d.DialContext(ctx, "tcp", address)
-		if !errors.Is(err, syscall.ECONNREFUSED) || time.Now().Add(pause).After(deadline) {
+		if !errors.Is(err, syscall.ECONNREFUSED) || time.Now().Add(longestRedial).After(deadline) || pauses.Wait(ctx) != nil {
 			return conn, err
-		}
-		select {
-		case <-time.After(pause):
-		case <-ctx.Done():
-			return nil, err
 		}
 	}
 }
