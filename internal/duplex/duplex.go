@@ -34,7 +34,16 @@ func Serve(w http.ResponseWriter, r *http.Request, h func(http.ResponseWriter, *
 	b := &body{ReadCloser: r.Body}
 	r.Body = b
 	out := &writer{ResponseWriter: w, body: b}
+	returned := false
+	defer func() {
+		if !returned && !b.ended.Load() {
+			// h broke the response off. The server would wait for the rest before
+			// it closes the connection, and the client would not notice.
+			_ = http.NewResponseController(w).SetReadDeadline(time.Unix(1, 0))
+		}
+	}()
 	h(out, r)
+	returned = true
 	out.begin(http.StatusOK)
 	if out.closes {
 		// The server waits for the rest before it closes, so that the client gets

@@ -3,6 +3,7 @@ package duplex
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -10,6 +11,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -125,5 +127,24 @@ func TestClientThatDoesNotGo(t *testing.T) {
 	conn := half(t, s)
 	if all, err := io.ReadAll(conn); err != nil || !strings.HasSuffix(string(all), "\r\n\r\nno\n") {
 		t.Errorf("got %q, %v", all, err)
+	}
+}
+
+// TestBreakDoesNotWaitForBody breaks a response off while the client waits for
+// more of it: the connection ends at once.
+func TestBreakDoesNotWaitForBody(t *testing.T) {
+	s := serve(t, func(w http.ResponseWriter, _ *http.Request) {
+		begun := true
+		defer Abort(w, &begun)
+		fmt.Fprint(w, "a part")
+		panic(http.ErrAbortHandler)
+	})
+	resp, err := http.ReadResponse(bufio.NewReader(half(t, s)), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if b, err := io.ReadAll(resp.Body); string(b) != "a part" || !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("got %q, %v", b, err)
 	}
 }
