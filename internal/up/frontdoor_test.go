@@ -209,6 +209,53 @@ func TestBodyThatNobodyReads(t *testing.T) {
 	}
 }
 
+// TestAnswerDoesNotWaitForBody has the control plane break off while a client
+// sends a request without end: the answer comes all the same.
+func TestAnswerDoesNotWaitForBody(t *testing.T) {
+	_, listen, _ := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.ReadFull(r.Body, make([]byte, 1))
+		if conn, _, err := http.NewResponseController(w).Hijack(); err == nil {
+			conn.Close()
+		}
+	}))
+	conn, err := net.Dial("tcp", listen)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(60 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprint(conn, "POST /v1/x HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+	answered := make(chan struct{})
+	var sending sync.WaitGroup
+	sending.Go(func() {
+		for tick := time.NewTicker(time.Millisecond); ; <-tick.C { // Without end.
+			select {
+			case <-answered:
+				return
+			default:
+			}
+			if _, err := conn.Write([]byte("1\r\nx\r\n")); err != nil {
+				return
+			}
+		}
+	})
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err == nil {
+		b, readErr := io.ReadAll(resp.Body)
+		if readErr != nil || resp.StatusCode != http.StatusBadGateway || !strings.Contains(string(b), "before it answered") {
+			t.Errorf("%s %q, %v", resp.Status, b, readErr)
+		}
+		resp.Body.Close()
+	}
+	close(answered)
+	sending.Wait()
+	if err != nil {
+		t.Error(err)
+	}
+}
+
 // TestFrontDoorComesBack kills Caddy: the port stays taken, and the next Caddy
 // answers on the same socket.
 func TestFrontDoorComesBack(t *testing.T) {
