@@ -218,3 +218,28 @@ func TestConfine(t *testing.T) {
 		t.Errorf("the group that was made again allows %s bytes, %v", b, err)
 	}
 }
+
+// The watcher sees a group go when its process ends, and confines a process
+// that is no more. Nothing of that may stay.
+func TestConfineOfAnEndedProcessLeavesNothing(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	if err := Available(); err != nil {
+		t.Skip(err)
+	}
+	cmd := exec.Command("true")
+	if err := cmd.Run(); err != nil {
+		t.Fatal(err)
+	}
+	g := Group{Name: fmt.Sprintf("test-ended-%d", os.Getpid())}
+	t.Cleanup(func() { _ = g.removeDirs() })
+	if _, err := g.Confine(cmd.Process.Pid, Limits{MemoryBytes: 64 << 20}); err == nil {
+		t.Error("an ended process was put into a group")
+	}
+	for _, dir := range g.dirs() {
+		if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s is left: %v", dir, err)
+		}
+	}
+}
