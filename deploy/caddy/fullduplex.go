@@ -11,9 +11,9 @@ import (
 )
 
 func init() {
-	caddy.RegisterModule(fullDuplex{})
+	caddy.RegisterModule(new(fullDuplex))
 	httpcaddyfile.RegisterHandlerDirective("full_duplex", func(httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
-		return fullDuplex{}, nil
+		return new(fullDuplex), nil
 	})
 	httpcaddyfile.RegisterDirectiveOrder("full_duplex", httpcaddyfile.Before, "handle")
 }
@@ -23,12 +23,12 @@ func init() {
 type fullDuplex struct{}
 
 // CaddyModule implements [caddy.Module].
-func (fullDuplex) CaddyModule() caddy.ModuleInfo {
-	return caddy.ModuleInfo{ID: "http.handlers.full_duplex", New: func() caddy.Module { return fullDuplex{} }}
+func (*fullDuplex) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "http.handlers.full_duplex", New: func() caddy.Module { return new(fullDuplex) }}
 }
 
 // ServeHTTP implements [caddyhttp.MiddlewareHandler].
-func (fullDuplex) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) (err error) {
+func (*fullDuplex) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) (err error) {
 	duplex.Serve(w, r, func(w http.ResponseWriter, r *http.Request) { err = next.ServeHTTP(w, r) })
 	return err
 }
