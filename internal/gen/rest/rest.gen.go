@@ -2335,8 +2335,9 @@ type AdminListTemplatesParams struct {
 
 // ImportPlatformArchiveParams defines parameters for ImportPlatformArchive.
 type ImportPlatformArchiveParams struct {
-	// Name What the template is called.
-	Name TemplateName `form:"name" json:"name"`
+	// Name What the template is called: a TemplateName. `builds` and `import` are refused too; the
+	// validator cannot read a parameter whose schema has a `not`.
+	Name string `form:"name" json:"name"`
 
 	// Tag The image's name in the archive, which may be left out if there is one alone.
 	Tag *string `form:"tag,omitempty" json:"tag,omitempty"`
@@ -2575,8 +2576,9 @@ type ListBuildsParams struct {
 
 // ImportArchiveParams defines parameters for ImportArchive.
 type ImportArchiveParams struct {
-	// Name What the template is called.
-	Name TemplateName `form:"name" json:"name"`
+	// Name What the template is called: a TemplateName. `builds` and `import` are refused too; the
+	// validator cannot read a parameter whose schema has a `not`.
+	Name string `form:"name" json:"name"`
 
 	// Tag The image's name in the archive, which may be left out if there is one alone.
 	Tag *string `form:"tag,omitempty" json:"tag,omitempty"`
