@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
@@ -30,7 +31,9 @@ type machine struct {
 	group cgroup.Group
 	qmp   *qmp.Conn
 	done  chan struct{} // closed when the process has ended
-	log   *slog.Logger
+	// endings is the driver's.
+	endings *endings
+	log     *slog.Logger
 
 	// running is held by what makes the guest run or stop: one that is held must
 	// not be made to go on because there is space on its disk.
@@ -168,7 +171,7 @@ func (m *machine) Console(ctx context.Context) ([]byte, error) {
 
 // Kill implements vmm.VM.
 func (m *machine) Kill(ctx context.Context) error {
-	if err := end(ctx, m.state, m.state.BootID); err != nil {
+	if err := m.endings.end(ctx, m.state, m.state.BootID); err != nil {
 		return fmt.Errorf("kill QEMU: %w", err)
 	}
 	select {
@@ -189,7 +192,7 @@ func (d *Driver) Attach(ctx context.Context, st vmm.State) (_ vmm.VM, err error)
 	if err != nil {
 		return fail(err)
 	}
-	m := &machine{state: st, group: cgroup.Group{Name: st.ID.String()}, done: make(chan struct{}), log: d.log, stale: true}
+	m := &machine{state: st, group: cgroup.Group{Name: st.ID.String()}, done: make(chan struct{}), endings: &d.endings, log: d.log, stale: true}
 	go func() { // ends with QEMU
 		defer close(m.done)
 		defer pidfd.Close()
@@ -252,16 +255,42 @@ func awaitEnd(pidfd *os.File) error {
 
 // Reap implements vmm.Driver.
 func (d *Driver) Reap(ctx context.Context, st vmm.State) error {
-	if err := end(ctx, st, d.bootID); err != nil {
+	if err := d.endings.end(ctx, st, d.bootID); err != nil {
 		return fmt.Errorf("reap QEMU: %w", err)
 	}
 	return removeSocket(st.Socket)
 }
 
+// endings are the machines that are being ended. None of them is confined: the
+// kernel takes a dying process into a control group without a word, and nobody
+// would remove the group.
+type endings struct {
+	mu sync.Mutex // held for some writes to files of control groups at most
+	of map[uuid.UUID]int
+}
+
+// begin marks a machine as being ended until done is called.
+func (e *endings) begin(machine uuid.UUID) (done func()) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.of == nil {
+		e.of = make(map[uuid.UUID]int)
+	}
+	e.of[machine]++
+	return func() {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		if e.of[machine]--; e.of[machine] == 0 {
+			delete(e.of, machine)
+		}
+	}
+}
+
 // end kills the process that st names, and all that is in its group: an agent
 // that was killed may not have recorded the one, and other software may have
 // moved it out of the other.
-func end(ctx context.Context, st vmm.State, bootID string) error {
+func (e *endings) end(ctx context.Context, st vmm.State, bootID string) error {
+	defer e.begin(st.ID)()
 	pidfd, err := openProcess(st, bootID)
 	if err == nil {
 		defer pidfd.Close()
@@ -289,6 +318,12 @@ func end(ctx context.Context, st vmm.State, bootID string) error {
 	return nil
 }
 
+// hasEnded reports whether the process behind a pidfd has ended.
+func hasEnded(pidfd *os.File) bool {
+	n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd.Fd()), Events: unix.POLLIN}}, 0)
+	return err == nil && n > 0
+}
+
 // Confine implements [vmm.Confiner].
 func (d *Driver) Confine(st vmm.State, s vmm.Spec) (repaired bool, err error) {
 	pidfd, err := openProcess(st, d.bootID)
@@ -299,10 +334,15 @@ func (d *Driver) Confine(st vmm.State, s vmm.Spec) (repaired bool, err error) {
 		return false, fmt.Errorf("confine QEMU: %w", err)
 	}
 	defer pidfd.Close() // the pid is of no other process until then, even after its end
+	d.endings.mu.Lock()
+	defer d.endings.mu.Unlock()
+	if d.endings.of[st.ID] > 0 || hasEnded(pidfd) {
+		return false, nil
+	}
 	repaired, err = cgroup.Group{Name: st.ID.String()}.Confine(st.PID, d.limits(s))
 	if err != nil {
-		if n, pollErr := unix.Poll([]unix.PollFd{{Fd: int32(pidfd.Fd()), Events: unix.POLLIN}}, 0); pollErr == nil && n > 0 {
-			return false, nil // it has ended
+		if hasEnded(pidfd) {
+			return false, nil
 		}
 		return false, fmt.Errorf("confine QEMU: %w", err)
 	}

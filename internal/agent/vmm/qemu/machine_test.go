@@ -38,7 +38,7 @@ func TestEndOutOfGroup(t *testing.T) {
 	}
 	st := vmm.State{ID: uuid.New(), PID: cmd.Process.Pid, StartTime: started + 1, BootID: "boot"}
 	d := &Driver{bootID: "boot", accel: TCG}
-	if err := end(ctx, st, "boot"); err != nil {
+	if err := d.endings.end(ctx, st, "boot"); err != nil {
 		t.Error(err)
 	}
 	if repaired, err := d.Confine(st, vmm.Spec{VCPUs: 1, MemoryMiB: 64}); err != nil || repaired {
@@ -58,12 +58,28 @@ func TestEndOutOfGroup(t *testing.T) {
 	if _, err := g.Memory(); err != nil {
 		t.Error(err)
 	}
+	// Other software takes it out while it is being ended: it stays out.
+	if err := moveToRoot(cmd.Process.Pid); err != nil {
+		t.Fatal(err)
+	}
+	done := d.endings.begin(st.ID)
+	if repaired, err := d.Confine(st, vmm.Spec{VCPUs: 1, MemoryMiB: 64}); err != nil || repaired {
+		t.Errorf("a process that is being ended was confined: %v, %v", repaired, err)
+	}
+	done()
+	if repaired, err := d.Confine(st, vmm.Spec{VCPUs: 1, MemoryMiB: 64}); err != nil || !repaired {
+		t.Errorf("a process that was moved out: %v, %v", repaired, err)
+	}
 	// Out again, by its number alone.
 	if err := moveToRoot(cmd.Process.Pid); err != nil {
 		t.Fatal(err)
 	}
-	if err := end(ctx, st, "boot"); err != nil {
+	if err := d.endings.end(ctx, st, "boot"); err != nil {
 		t.Fatal(err)
+	}
+	// It is gone for the driver, although its parent may not know yet.
+	if repaired, err := d.Confine(st, vmm.Spec{VCPUs: 1, MemoryMiB: 64}); err != nil || repaired {
+		t.Errorf("a process that has ended was confined: %v, %v", repaired, err)
 	}
 	<-ended
 	if _, err := g.Memory(); err == nil {

@@ -59,7 +59,9 @@ type Driver struct {
 	bootID string
 	tscKHz int    // of an emulated guest's time stamp counter
 	kind   string // see vmm.Driver
-	log    *slog.Logger
+	// endings are the machines that are being ended.
+	endings endings
+	log     *slog.Logger
 }
 
 // Open returns a driver that uses the accelerator KVM or TCG. dir is a folder
@@ -191,7 +193,7 @@ func (d *Driver) launch(ctx context.Context, s vmm.Spec, as model, ram, incoming
 			ID: s.ID, PID: cmd.Process.Pid, StartTime: start, BootID: d.bootID, Socket: socket, Kind: d.kindAs(as),
 			MemoryDevice: mapped.Dev, MemoryInode: mapped.Ino, MemoryBytes: memoryBytes,
 		},
-		group: group, done: make(chan struct{}), log: d.log,
+		group: group, done: make(chan struct{}), endings: &d.endings, log: d.log,
 	}
 	go func() { // ends with QEMU
 		_ = cmd.Wait()
