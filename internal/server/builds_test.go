@@ -290,7 +290,8 @@ func (p *plane) newHold(call string) *gate {
 func TestBuildWorkerDies(t *testing.T) {
 	p := newPlane(t)
 	p.end()
-	p.config.Heartbeat, p.config.Builds.Lease = time.Second, time.Second
+	// Long enough that a live worker on a busy machine keeps its lease.
+	p.config.Heartbeat, p.config.Builds.Lease = time.Second, 5*time.Second
 	p.start()
 	for _, call := range []string{"run", "settle", "snapshot"} {
 		hold := p.newHold(call)

@@ -255,7 +255,7 @@ UPDATE builds SET state = 'running', worker = $1, lease_until = now() + make_int
 WHERE builds.id = (
     SELECT b.id FROM builds AS b
     WHERE (b.state = 'queued' AND (SELECT count(*) FROM builds AS other WHERE other.team_id = b.team_id AND other.state = 'running') < $3::bigint)
-       OR (b.state = 'running' AND b.lease_until NOT BETWEEN now() AND now() + make_interval(secs => $2::float8))
+       OR (b.state = 'running' AND b.lease_until NOT BETWEEN now() AND now() + make_interval(secs => 2 * $2::float8))
     ORDER BY b.created_at LIMIT 1)
 RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry
 `
@@ -267,7 +267,9 @@ type ClaimBuildParams struct {
 }
 
 // The oldest that waits, or whose worker is not heard of, of a team that may
-// have one more running.
+// have one more running. now() is when this transaction began, so a lease that was
+// renewed since ends later than one from now; one much later is from before the
+// clock was set back.
 func (q *Queries) ClaimBuild(ctx context.Context, arg ClaimBuildParams) (Build, error) {
 	row := q.db.QueryRow(ctx, claimBuild, arg.Worker, arg.Lease, arg.Most)
 	var i Build

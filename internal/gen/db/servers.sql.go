@@ -102,7 +102,7 @@ func (q *Queries) ServerLeaves(ctx context.Context, id uuid.UUID) error {
 const takeLease = `-- name: TakeLease :execrows
 INSERT INTO leases (name, server, until) VALUES ($1, $2, now() + make_interval(secs => $3::float8))
 ON CONFLICT (name) DO UPDATE SET server = EXCLUDED.server, until = EXCLUDED.until
-WHERE leases.server = EXCLUDED.server OR leases.until NOT BETWEEN now() AND now() + make_interval(secs => $3::float8)
+WHERE leases.server = EXCLUDED.server OR leases.until NOT BETWEEN now() AND now() + make_interval(secs => 2 * $3::float8)
 `
 
 type TakeLeaseParams struct {

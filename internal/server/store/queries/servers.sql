@@ -27,4 +27,4 @@ WHERE sandboxes.host_id = @host_id AND sandboxes.state NOT IN ('stopped', 'error
 -- name: TakeLease :execrows
 INSERT INTO leases (name, server, until) VALUES (@name, @server, now() + make_interval(secs => @secs::float8))
 ON CONFLICT (name) DO UPDATE SET server = EXCLUDED.server, until = EXCLUDED.until
-WHERE leases.server = EXCLUDED.server OR leases.until NOT BETWEEN now() AND now() + make_interval(secs => @secs::float8);
+WHERE leases.server = EXCLUDED.server OR leases.until NOT BETWEEN now() AND now() + make_interval(secs => 2 * @secs::float8);
