@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -163,8 +164,9 @@ func bootKVM(ctx context.Context, kernel, initrd, dir string, log *slog.Logger) 
 		Cmdline: "console=ttyS0 reboot=t panic=-1",
 	})
 	if err != nil {
-		if deadline.Err() == nil && !errors.Is(err, context.DeadlineExceeded) && errors.As(err, new(complaintError)) {
-			return brokenError{err}
+		var said complaintError
+		if deadline.Err() == nil && !errors.Is(err, context.DeadlineExceeded) && errors.As(err, &said) {
+			return brokenError{fmt.Errorf("KVM is there, but no machine starts with it: %s", strings.Join(strings.Fields(said.Error()), " "))}
 		}
 		return err
 	}
