@@ -62,6 +62,11 @@ func prepareTestHost() error {
 	if err := unix.Mount("run", "/run", "tmpfs", 0, ""); err != nil {
 		return fmt.Errorf("mount /run: %w", err)
 	}
+	// A new namespace begins with the settings of the machine's own, where an
+	// agent of another test may have turned forwarding on.
+	if err := sysctl(ipForward, "0"); err != nil {
+		return err
+	}
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
 		return err
