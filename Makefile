@@ -16,6 +16,9 @@ RUN_PACKAGES  := qemu-system-x86 postgresql redis-server mmdebstrap e2fsprogs km
 # (gcc: for the race detector.)
 TEST_PACKAGES := slirp4netns qemu-utils busybox-static nftables iproute2 socat gcc libc6-dev dpkg-dev docker-registry skopeo umoci chromium fonts-dejavu-core
 
+# What benchmarks are beside.
+BENCH_PACKAGES := nginx-light wrk iproute2
+
 GO_PACKAGES := ./...
 
 # Where .ci/go puts a toolchain when the machine has none that will do.
@@ -85,6 +88,7 @@ test-kvm: test-deps build
 # getting on goes to the other. BENCH='Machine|Create' does a part.
 BENCH ?= .
 bench: deps go
+	@.ci/packages $(BENCH_PACKAGES)
 	@mkdir -p .cache
 	@go test -c -o .cache/bench.test ./test/bench
 	@cd test/bench && WRENN_BENCH=1 $(CURDIR)/.cache/bench.test -test.v -test.timeout 40m -test.run '$(BENCH)'

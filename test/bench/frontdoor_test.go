@@ -1,0 +1,315 @@
+package bench
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/wrenn-dev/wrenn/client"
+	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+const (
+	doorRounds  = 5
+	doorSeconds = 4
+	doorClients = 200
+	doorPort    = 18080
+)
+
+// TestFrontDoor measures the whole chain of a request to a sandbox's port, beside
+// nginx before the same guest.
+func TestFrontDoor(t *testing.T) {
+	asked(t)
+	for _, tool := range []string{"nginx", "wrk", "ss"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skipf("needs %s", tool)
+		}
+	}
+	d := newDoor(t)
+	d.serve(t)
+	guest := d.guestAddress(t)
+	hops := startNginx(t, net.JoinHostPort(guest, strconv.Itoa(doorPort)))
+	var rows [][]string
+	for _, clients := range []int{1, doorClients} {
+		kinds := []struct {
+			name, url string
+			header    []string
+		}{
+			{"Caddy, server, agent", "http://" + d.listen + "/", []string{"Host: " + d.host(), "X-Traffic-Token: " + d.traffic}},
+			{"the same, with an API key", "http://" + d.listen + "/", []string{"Host: " + d.host(), "X-API-Key: " + d.key}},
+			{"three nginx", "http://" + hops[2] + "/", nil},
+			{"one nginx", "http://" + hops[0] + "/", nil},
+			{"straight to the guest", fmt.Sprintf("http://%s:%d/", guest, doorPort), nil},
+		}
+		rates, tails := make([][]int64, len(kinds)), make([]sample, len(kinds))
+		for range doorRounds {
+			for i, k := range kinds { // In turns, because the machine is not the same all the time.
+				rate, p99 := wrk(t, clients, k.url, k.header)
+				rates[i], tails[i] = append(rates[i], rate), append(tails[i], p99)
+			}
+		}
+		for i, k := range kinds {
+			rows = append(rows, []string{
+				strconv.Itoa(clients), k.name, strconv.FormatInt(middle(rates[i]), 10), ms(tails[i].mid()),
+				times(middle(rates[i]), middle(rates[2])), times(tails[i].mid(), tails[2].mid()),
+			})
+		}
+	}
+	table("Requests to a sandbox's port", []string{"clients", "through", "requests a second", "99 % within", "requests: this ÷ three nginx", "99 %: this ÷ three nginx"}, rows)
+}
+
+// door is one `wrenn up` with a sandbox.
+type door struct {
+	listen, key string
+	api         *client.Client
+	box         string
+	traffic     string // the sandbox's token
+}
+
+func (d *door) host() string { return fmt.Sprintf("%d-%s.localhost", doorPort, d.box) }
+
+// newDoor starts the built programs on images of the tests'.
+func newDoor(t *testing.T) *door {
+	t.Helper()
+	root, err := filepath.Abs("../..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("make", "-s", "-C", root, "build").CombinedOutput(); err != nil {
+		t.Fatalf("make build: %v: %s", err, out)
+	}
+	in := imagetest.Prepare(t)
+	dir, err := os.MkdirTemp("", "wrenn-bench-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	for _, part := range []string{"kernels", "images"} {
+		from := filepath.Join(string(in.Dir), part)
+		if _, err := os.Stat(from); err != nil {
+			continue // wrenn up makes it.
+		}
+		if out, err := exec.Command("cp", "-a", "--sparse=always", from, dir).CombinedOutput(); err != nil {
+			t.Fatalf("copy images: %v: %s", err, out)
+		}
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &door{listen: l.Addr().String()}
+	l.Close()
+	cmd := exec.Command(filepath.Join(root, "bin", "wrenn"), "up", "--dir", dir, "--listen", d.listen)
+	cmd.Env = append(os.Environ(), "WRENN_ENVD="+in.Envd) // which the images are made with
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ready, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		for s := bufio.NewScanner(out); s.Scan(); {
+			fmt.Fprintln(os.Stderr, s.Text())
+			if strings.HasSuffix(s.Text(), "] ready") {
+				close(ready)
+			}
+		}
+	}()
+	t.Cleanup(func() {
+		_ = cmd.Process.Signal(syscall.SIGTERM)
+		<-ended
+		_ = cmd.Wait()
+	})
+	select {
+	case <-ready:
+	case <-ended:
+		t.Fatal("wrenn up ended")
+	case <-t.Context().Done():
+		t.FailNow()
+	}
+	var credentials struct {
+		Key string `json:"api_key"`
+	}
+	b, err := os.ReadFile(layout.Dir(dir).Credentials())
+	if err == nil {
+		err = json.Unmarshal(b, &credentials)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.key = credentials.Key
+	if d.api, err = client.New("http://"+d.listen, d.key); err != nil {
+		t.Fatal(err)
+	}
+	timeout := 3600
+	box, err := d.api.Create(t.Context(), client.CreateOptions{MemoryMiB: 512, TimeoutSeconds: &timeout})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.box, d.traffic = box.ID, box.TrafficToken
+	return d
+}
+
+// put writes a file of this machine's into the guest.
+func (d *door) put(t *testing.T, from, to string) {
+	t.Helper()
+	f, err := os.Open(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := d.api.WriteFile(t.Context(), d.box, to, "root", f); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// sh runs a script in the guest.
+func (d *door) sh(t *testing.T, script string) {
+	t.Helper()
+	r, err := d.api.Exec(t.Context(), d.box, client.Command{Cmd: script, Shell: true, User: "root"}, nil)
+	if err != nil || r.ExitCode != 0 {
+		t.Fatalf("%s: %v, %+v", script, err, r)
+	}
+}
+
+// serve starts the small server in the guest.
+func (d *door) serve(t *testing.T) {
+	t.Helper()
+	program := filepath.Join(t.TempDir(), "upstream")
+	cmd := exec.Command("go", "build", "-o", program, "./testdata/upstream")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build upstream: %v: %s", err, out)
+	}
+	d.put(t, program, "/opt/upstream")
+	d.sh(t, fmt.Sprintf("chmod 755 /opt/upstream; nohup /opt/upstream :%d >/dev/null 2>&1 &", doorPort))
+}
+
+// guestAddress is where the host reaches the guest: the other end of the
+// connection that the agent keeps after a request.
+func (d *door) guestAddress(t *testing.T) string {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+d.listen+"/", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Host = d.host()
+	req.Header.Set("X-API-Key", d.key)
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var body bytes.Buffer
+	_, _ = body.ReadFrom(resp.Body)
+	resp.Body.Close()
+	out, err := exec.Command("ss", "-Htn", "state", "established", "dport", fmt.Sprintf("= :%d", doorPort)).CombinedOutput()
+	found := regexp.MustCompile(`(10\.\d+\.\d+\.\d+):` + strconv.Itoa(doorPort)).FindSubmatch(out)
+	if resp.StatusCode != http.StatusOK || body.String() != "hello, world\n" || err != nil || found == nil {
+		t.Fatalf("%s %q, %v: %s", resp.Status, &body, err, out)
+	}
+	return string(found[1])
+}
+
+// startNginx starts three nginx in a row before an upstream and returns their
+// addresses, the nearest to the upstream first.
+func startNginx(t *testing.T, upstream string) []string {
+	t.Helper()
+	dir := t.TempDir()
+	var hops []string
+	for n := range 3 {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		listen := l.Addr().String()
+		l.Close()
+		home := filepath.Join(dir, strconv.Itoa(n))
+		if err := os.Mkdir(home, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		config := fmt.Sprintf(`daemon off; user root; worker_processes 2; pid %[1]s/pid; error_log stderr;
+events { worker_connections 4096; }
+http {
+	access_log off; keepalive_requests 1000000000;
+	client_body_temp_path %[1]s; proxy_temp_path %[1]s; fastcgi_temp_path %[1]s; uwsgi_temp_path %[1]s; scgi_temp_path %[1]s;
+	upstream next { server %[2]s; keepalive 512; keepalive_requests 1000000000; }
+	server { listen %[3]s; location / { proxy_pass http://next; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_set_header Host $http_host; proxy_buffering off; } }
+}`, home, upstream, listen)
+		file := filepath.Join(home, "nginx.conf")
+		if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.Command("nginx", "-p", home, "-c", file)
+		cmd.Stderr = os.Stderr
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			_ = cmd.Process.Signal(syscall.SIGTERM)
+			_ = cmd.Wait()
+		})
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		for {
+			conn, err := net.Dial("tcp", listen)
+			if err == nil {
+				conn.Close()
+				break
+			}
+			if ctx.Err() != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		cancel()
+		hops, upstream = append(hops, listen), listen
+	}
+	return hops
+}
+
+// wrk asks with so many clients for a while and returns requests a second, and
+// the time within which 99 of 100 were answered.
+func wrk(t *testing.T, clients int, url string, header []string) (rate int64, p99 time.Duration) {
+	t.Helper()
+	args := []string{"-t1", "-c" + strconv.Itoa(clients), "-d" + strconv.Itoa(doorSeconds) + "s", "--timeout", "30s", "--latency"}
+	for _, h := range header {
+		args = append(args, "-H", h)
+	}
+	out, err := exec.CommandContext(t.Context(), "wrk", append(args, url)...).CombinedOutput()
+	if err != nil || bytes.Contains(out, []byte("Non-2xx")) || bytes.Contains(out, []byte("Socket errors")) {
+		t.Fatalf("wrk %s: %v: %s", url, err, out)
+	}
+	perSecond := regexp.MustCompile(`Requests/sec:\s+([\d.]+)`).FindSubmatch(out)
+	tail := regexp.MustCompile(`(?m)^\s+99%\s+(\S+)$`).FindSubmatch(out)
+	if perSecond == nil || tail == nil {
+		t.Fatalf("wrk printed %s", out)
+	}
+	r, err := strconv.ParseFloat(string(perSecond[1]), 64)
+	if err == nil {
+		p99, err = time.ParseDuration(string(tail[1]))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return int64(r), p99
+}
