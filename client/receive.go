@@ -90,7 +90,7 @@ func receiveArchive(r io.Reader, target string, o ReceiveOptions) (err error) {
 	return place(u.dir, target, o.Merge)
 }
 
-// unpacker writes an archive below a folder that nobody else writes to. Links
+// unpacker unpacks an archive into a folder that no other process writes to. Links
 // come last, so that no entry can be written through one.
 type unpacker struct {
 	dir     string // becomes the copy

@@ -11,7 +11,8 @@ import (
 	"testing"
 )
 
-// archive makes what a guest might send; files hold their own name.
+// archive returns a tar archive as a guest might send it. Each file's content is
+// its own name.
 func archive(t testing.TB, headers ...tar.Header) []byte {
 	t.Helper()
 	var b bytes.Buffer

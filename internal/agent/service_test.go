@@ -34,8 +34,8 @@ func (r *refusing) Host(ctx context.Context, _ *connect.Request[hostagentv1.Host
 	return nil, r.of.fault(ctx, "host", r.err)
 }
 
-// TestErrorsAreForClients checks what of an error crosses the wire: nothing of
-// the host.
+// TestErrorsAreForClients checks that an error sent to a client names nothing of
+// the host, such as its paths and addresses.
 func TestErrorsAreForClients(t *testing.T) {
 	a := &Agent{log: slog.New(slog.DiscardHandler)}
 	a.cfg.Dir = "/"

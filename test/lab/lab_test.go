@@ -160,7 +160,7 @@ func boot(t *testing.T, dir, home, root, cache string, todo []job) {
 	console, err := cmd.CombinedOutput()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.ExitCode() == 75 {
-		t.Skipf("QEMU %s: %s", "10, without whose mended SVM one guest in thirty hangs", console)
+		t.Skipf("needs QEMU 10: with an older SVM one guest in thirty hangs: %s", console)
 	}
 	for line := range strings.Lines(string(console)) {
 		if strings.HasPrefix(line, "lab: ") {

@@ -23,7 +23,7 @@ import (
 // These tests are of the other software on a host: what it does to the agent's
 // part of the network, while guests run.
 
-// run runs a command of the other software's.
+// run runs a command as other software on the host would.
 func run(t testing.TB, args ...string) {
 	t.Helper()
 	feed(t, "", args...)

@@ -183,8 +183,8 @@ func (p published) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 	}
 }
 
-// TestChangeWhileSent changes sandboxes after a message was published and
-// before its sender knows: they are in the next one, whatever the first was.
+// TestChangeWhileSent changes sandboxes after Redis has a message and before the
+// sender hears of it. The next message must name them, whatever the first said.
 func TestChangeWhileSent(t *testing.T) {
 	for name, flood := range map[string]int{"a few": 3, "a burst": maxPending + 1} {
 		for end, failure := range map[string]error{"published": nil, "failed": errors.New("connection broke")} {

@@ -92,9 +92,9 @@ func (c *Controller) Look() {
 	}
 }
 
-// Run says that this server is alive, watches the hosts that are its to watch
-// and marks those of which nothing was heard, until ctx is done. It waits for
-// the database, within a bound, and for nothing else.
+// Run renews this server's sign of life, watches the hosts that this server has
+// claimed, and marks hosts that it has not heard from, until ctx is done. It waits
+// for nothing but the database, within a bound.
 func (c *Controller) Run(ctx context.Context) {
 	var watches sync.WaitGroup
 	defer watches.Wait()

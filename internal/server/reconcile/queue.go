@@ -128,9 +128,9 @@ func (q *queue) mark() uint64 {
 	return q.count
 }
 
-// want replaces the actions that objects of one subject need, as a comparison
-// saw them that began at mark. It may not have seen what actions did since, so
-// it leaves their objects to the next call.
+// want replaces the actions of one subject's objects by those that a comparison
+// found necessary. The comparison began at mark: want skips an object whose action
+// ended later, because the comparison may have missed its effect.
 func (q *queue) want(of subject, mark uint64, actions []Action) {
 	q.mu.Lock()
 	defer q.mu.Unlock()

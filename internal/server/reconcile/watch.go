@@ -120,9 +120,9 @@ func (w *watch) compareLoop() {
 	}
 }
 
-// compare reads what the database and the host have and gives the queue what
-// the difference asks for. It returns when a difference will have lasted long
-// enough; 0: there is none that must. Templates and sandboxes fail apart.
+// compare reads the database's and the host's lists and queues the actions that
+// reconcile them. again is how long until the next grace period is over (0: none
+// runs). A failure with templates does not keep it from the sandboxes.
 func (w *watch) compare(now time.Time) (again time.Duration, err error) {
 	begun := time.Now()
 	defer func() { w.metrics.compared(err, time.Since(begun)) }()

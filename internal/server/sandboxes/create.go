@@ -379,8 +379,7 @@ func startFault(row db.Sandbox, err error) *fault.Error {
 		return fault.Because(err, fault.Internal, "the sandbox could not be placed")
 	}
 	if connect.IsWireError(err) && wire.Code() == connect.CodeAborted {
-		// The virtual machine did not make it, and the host says why in words that
-		// are for the caller.
+		// The VM failed to start. The host wrote its message for clients.
 		return fault.Because(err, fault.Internal, "the sandbox did not start: %s", wire.Message())
 	}
 	told := hosts.Fault(err)

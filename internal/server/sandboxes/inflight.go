@@ -296,7 +296,8 @@ func (s *Service) wakeAll() {
 	}
 }
 
-// wake wakes whoever waits for the sandbox to change. Service.mu is held.
+// wake wakes every caller that waits for the sandbox to change. The caller holds
+// Service.mu.
 func (b *box) wake() {
 	if b.changed != nil {
 		close(b.changed)
