@@ -247,14 +247,11 @@ func (i *installation) client(t testing.TB) *client.Client {
 	return c
 }
 
-// document is the API's OpenAPI document.
-var document = sync.OnceValues(apitest.Load)
-
 // checked is a transport by which every answer that the OpenAPI document does
 // not have fails the test.
 func checked(t testing.TB) http.RoundTripper {
 	t.Helper()
-	d, err := document()
+	d, err := apitest.Load()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"regexp"
 	"strings"
+	"sync"
 
 	"github.com/getkin/kin-openapi/openapi3"
 	"github.com/getkin/kin-openapi/openapi3filter"
@@ -60,8 +61,10 @@ func (d *Document) operations() []string {
 	return ids
 }
 
-// Load returns the document.
-func Load() (*Document, error) {
+// Load returns the document. Many tests can share it.
+func Load() (*Document, error) { return load() }
+
+var load = sync.OnceValues(func() (*Document, error) {
 	spec, err := openapi3.NewLoader().LoadFromData(api.OpenAPI)
 	if err != nil {
 		return nil, fmt.Errorf("read OpenAPI document: %w", err)
@@ -76,7 +79,7 @@ func Load() (*Document, error) {
 		return nil, fmt.Errorf("read OpenAPI document: %w", err)
 	}
 	return d, nil
-}
+})
 
 // seal forbids the fields that an object's schema does not name.
 func seal(s *openapi3.SchemaRef) {

@@ -625,7 +625,7 @@ func TestAdmin(t *testing.T) {
 func TestFirstSignUp(t *testing.T) {
 	p := newPlane(t)
 	p.end()
-	p.config.DatabaseURL = pgtest.New(t)
+	p.config.DatabaseURL = migrated.New(t)
 	p.config.AdminEmail, p.config.AdminPassword, p.config.AdminAPIKey = "", "", ""
 	p.start()
 	emails := make(map[string]<-chan response)

@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"net/url"
 	"strings"
+	"sync"
 
 	"github.com/getkin/kin-openapi/openapi3"
 	"github.com/go-chi/chi/v5"
@@ -95,22 +96,31 @@ type API struct {
 
 var _ rest.ServerInterface = (*API)(nil)
 
-// New returns the API. It fails when the OpenAPI document is not valid.
-func New(ctx context.Context, c Config) (*API, error) {
-	loader := openapi3.NewLoader()
-	spec, err := loader.LoadFromData(api.OpenAPI)
+// document returns the OpenAPI document. Checking it takes long, and it is the
+// same for every API of a process, so it is read once; nobody may change it.
+var document = sync.OnceValues(func() (*openapi3.T, error) {
+	spec, err := openapi3.NewLoader().LoadFromData(api.OpenAPI)
 	if err != nil {
 		return nil, fmt.Errorf("read OpenAPI document: %w", err)
 	}
-	if err := spec.Validate(ctx); err != nil {
+	if err := spec.Validate(context.Background()); err != nil {
 		return nil, fmt.Errorf("check OpenAPI document: %w", err)
 	}
 	// Requests are checked as by 3.0, whose validator does not compile schemas
 	// anew for each and does not repeat what it is given in its errors. So the
 	// document keeps to schemas that mean the same in both.
 	spec.OpenAPI, spec.Webhooks = "3.0.3", nil
-	if err := spec.Validate(ctx); err != nil {
+	if err := spec.Validate(context.Background()); err != nil {
 		return nil, fmt.Errorf("check OpenAPI document: it says what 3.0 cannot: %w", err)
+	}
+	return spec, nil
+})
+
+// New returns the API. It fails when the OpenAPI document is not valid.
+func New(c Config) (*API, error) {
+	spec, err := document()
+	if err != nil {
+		return nil, err
 	}
 	public, err := url.Parse(c.PublicURL)
 	if err != nil || public.Host == "" {

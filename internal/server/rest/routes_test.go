@@ -1,7 +1,6 @@
 package rest
 
 import (
-	"context"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -22,7 +21,7 @@ import (
 
 func newAPI(t *testing.T) *API {
 	t.Helper()
-	a, err := New(context.Background(), Config{PublicURL: "http://localhost:8000", Domain: "localhost", Log: slog.New(slog.DiscardHandler)})
+	a, err := New(Config{PublicURL: "http://localhost:8000", Domain: "localhost", Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}

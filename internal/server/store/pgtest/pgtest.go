@@ -21,9 +21,10 @@ import (
 	"sync"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/jackc/pgx/v5"
+
+	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
 // Cluster is a running PostgreSQL.
@@ -70,22 +71,62 @@ func End() {
 // programs t is skipped. The package's TestMain must call Main.
 func New(t testing.TB) string {
 	t.Helper()
+	return Shared(t).database(t, "template1")
+}
+
+// Template is a database that tests get copies of, which takes less time than to
+// fill one for each.
+type Template struct {
+	// Fill fills the empty database at url and closes every connection to it.
+	Fill func(url string) error
+
+	once sync.Once
+	name string
+	err  error
+}
+
+// New returns the URL of a copy of the template, as [New] does. The first call
+// fills the template.
+func (m *Template) New(t testing.TB) string {
+	t.Helper()
 	c := Shared(t)
+	m.once.Do(func() {
+		if m.name, m.err = c.create("template1"); m.err == nil {
+			m.err = m.Fill(c.URL(m.name))
+		}
+	})
+	if m.err != nil {
+		t.Fatalf("fill template of test databases: %v", m.err)
+	}
+	return c.database(t, m.name)
+}
+
+func (c *Cluster) database(t testing.TB, template string) string {
+	t.Helper()
+	name, err := c.create(template)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c.URL(name)
+}
+
+// create creates a database and returns its name.
+func (c *Cluster) create(template string) (name string, err error) {
 	c.mu.Lock()
 	c.n++
-	name := fmt.Sprintf("test%d", c.n)
+	name = fmt.Sprintf("test%d", c.n)
 	c.mu.Unlock()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), await.Hang)
 	defer cancel()
 	conn, err := pgx.Connect(ctx, c.URL("postgres"))
 	if err != nil {
-		t.Fatalf("connect to test cluster: %v", err)
+		return "", fmt.Errorf("connect to test cluster: %w", err)
 	}
 	defer conn.Close(ctx)
-	if _, err := conn.Exec(ctx, "CREATE DATABASE "+name); err != nil {
-		t.Fatalf("create test database: %v", err)
+	if _, err := conn.Exec(ctx, "CREATE DATABASE "+name+" TEMPLATE "+template); err != nil {
+		return "", fmt.Errorf("create test database: %w", err)
 	}
-	return c.URL(name)
+	return name, nil
 }
 
 // Connect returns a connection to a database that New made, which is closed
@@ -106,7 +147,7 @@ func Shared(t testing.TB) *Cluster {
 	shared.Lock()
 	defer shared.Unlock()
 	if shared.cluster == nil && shared.err == nil {
-		shared.cluster, shared.err = create()
+		shared.cluster, shared.err = newCluster()
 	}
 	if errors.Is(shared.err, errMissing) {
 		t.Skip(shared.err)
@@ -162,7 +203,7 @@ func (c *Cluster) Do(t testing.TB, statements ...string) {
 	}
 }
 
-func create() (*Cluster, error) {
+func newCluster() (*Cluster, error) {
 	bins, _ := filepath.Glob("/usr/lib/postgresql/*/bin")
 	account, err := user.Lookup("postgres")
 	if len(bins) == 0 || err != nil || os.Getuid() != 0 {
@@ -199,7 +240,7 @@ func create() (*Cluster, error) {
 func (c *Cluster) Start() error {
 	cmd := exec.Command(filepath.Join(c.bin, "postgres"), "-D", filepath.Join(c.dir, "data"), "-k", c.dir, "-h", "",
 		"-c", "fsync=off", "-c", "full_page_writes=off", "-c", "synchronous_commit=off", "-c", "shared_buffers=32MB",
-		"-c", "max_connections=200", "-c", "lc_messages=C", "-c", "log_min_messages=warning")
+		"-c", "max_connections=500", "-c", "lc_messages=C", "-c", "log_min_messages=warning")
 	cmd.Dir, cmd.SysProcAttr = c.dir, c.cred
 	stderr, err := cmd.StderrPipe()
 	if err != nil {
