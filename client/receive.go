@@ -15,12 +15,14 @@ import (
 
 // Bounds of what [Client.Receive] writes unless its options say otherwise.
 const (
-	MaxReceivedBytes   = 32 << 30
-	MaxReceivedEntries = 1_000_000
+	MaxReceivedBytes     = 32 << 30
+	MaxReceivedEntries   = 1_000_000
+	MaxReceivedNameBytes = 256 << 20
 )
 
-// maxLink is the longest target of a symbolic link, in bytes, as Linux has it.
-const maxLink = 4095
+// maxPath is the longest path, and target of a symbolic link, that Linux takes,
+// in bytes.
+const maxPath = 4095
 
 // ReceiveOptions says how [Client.Receive] copies. Zero fields have the defaults
 // in parentheses.
@@ -33,9 +35,11 @@ type ReceiveOptions struct {
 	// Links keeps symbolic links that lead outside of what is copied.
 	Links bool
 	// MaxBytes and MaxEntries bound what is written ([MaxReceivedBytes] and
-	// [MaxReceivedEntries]).
-	MaxBytes   int64
-	MaxEntries int
+	// [MaxReceivedEntries]), MaxNameBytes the length of all names and links, some
+	// of which Receive keeps in memory ([MaxReceivedNameBytes]).
+	MaxBytes     int64
+	MaxEntries   int
+	MaxNameBytes int64
 	// Skipped is told of each entry that is left out, and why (nobody). The name
 	// is the guest's: it may hold control characters.
 	Skipped func(name, why string)
@@ -66,6 +70,9 @@ func receiveArchive(r io.Reader, target string, o ReceiveOptions) (err error) {
 	}
 	if o.MaxEntries == 0 {
 		o.MaxEntries = MaxReceivedEntries
+	}
+	if o.MaxNameBytes == 0 {
+		o.MaxNameBytes = MaxReceivedNameBytes
 	}
 	if o.Skipped == nil {
 		o.Skipped = func(string, string) {}
@@ -99,6 +106,7 @@ type unpacker struct {
 	folder  bool   // the top entry is a folder
 	entries int
 	bytes   int64
+	names   int64 // bytes of names and links
 	links   []link
 	modes   []mode
 }
@@ -122,6 +130,12 @@ func (u *unpacker) unpack(t *tar.Reader) error {
 		}
 		if u.entries++; u.entries > u.o.MaxEntries {
 			return fmt.Errorf("it has more than %d entries", u.o.MaxEntries)
+		}
+		if u.names += int64(len(h.Name) + len(h.Linkname)); u.names > u.o.MaxNameBytes {
+			return fmt.Errorf("its names and links have more than %d bytes", u.o.MaxNameBytes)
+		}
+		if len(h.Name) > maxPath {
+			return fmt.Errorf("a name has more than %d bytes", maxPath)
 		}
 		if err := u.entry(t, h); err != nil {
 			return fmt.Errorf("write %q: %w", h.Name, err)
@@ -191,7 +205,7 @@ func (u *unpacker) entry(t *tar.Reader, h *tar.Header) error {
 		if _, err := os.Lstat(filepath.Dir(name) + string(filepath.Separator)); err != nil {
 			return err
 		}
-		if len(h.Linkname) > maxLink {
+		if len(h.Linkname) > maxPath {
 			u.o.Skipped(clean, "the link is too long")
 			return nil
 		}

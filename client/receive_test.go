@@ -119,6 +119,9 @@ func TestReceive(t *testing.T) {
 		{name: "a hard link", sent: []tar.Header{folder("d"), {Name: "d/h", Typeflag: tar.TypeLink, Linkname: "old"}}, want: "new/", skipped: "neither"},
 		{name: "too many bytes", sent: []tar.Header{folder("d"), file("d/123"), file("d/456")}, o: ReceiveOptions{MaxBytes: 9}, refused: "more than 9 bytes"},
 		{name: "too many entries", sent: []tar.Header{folder("d"), file("d/1"), file("d/2")}, o: ReceiveOptions{MaxEntries: 2}, refused: "more than 2 entries"},
+		{name: "too many bytes of names", sent: []tar.Header{folder("d"), file("d/123"), file("d/456")}, o: ReceiveOptions{MaxNameBytes: 10}, refused: "more than 10 bytes"},
+		{name: "too many bytes of links", sent: []tar.Header{folder("d"), symlink("d/l", strings.Repeat("/x", 20))}, o: ReceiveOptions{MaxNameBytes: 40}, refused: "more than 40 bytes"},
+		{name: "a long name", sent: []tar.Header{folder("d"), {Name: "d/" + strings.Repeat("y/", 3000) + "dev", Typeflag: tar.TypeChar}}, refused: "name has more than"},
 		{name: "no name of its own", sent: []tar.Header{file("x")}, target: "..", refused: "is a folder"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

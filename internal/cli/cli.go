@@ -10,6 +10,7 @@ import (
 	"os"
 	"strings"
 	"text/tabwriter"
+	"unicode"
 
 	"github.com/spf13/cobra"
 
@@ -183,11 +184,11 @@ func (a *app) table(rows [][]string) error {
 	return w.Flush()
 }
 
-// clean takes control characters out of text that comes from elsewhere, which
-// could otherwise do things to the terminal.
+// clean replaces the control characters in text from elsewhere, which could act
+// on the terminal or, as bidirectional ones do, show something else than it says.
 func clean(s string) string {
 	return strings.Map(func(r rune) rune {
-		if r != '\t' && (r < 0x20 || r >= 0x7f && r < 0xa0) {
+		if r != '\t' && (unicode.IsControl(r) || unicode.Is(unicode.Bidi_Control, r)) {
 			return '?'
 		}
 		return r

@@ -163,3 +163,17 @@ func TestKeysStayWithTheirService(t *testing.T) {
 		t.Error("another service was asked")
 	}
 }
+
+// TestClean keeps text from elsewhere from acting on the terminal, and from
+// looking like other text.
+func TestClean(t *testing.T) {
+	for _, r := range "\x00\x1b\r\n\x7f\u0080\u009b\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069" {
+		if got := clean("a" + string(r) + "b"); got != "a?b" {
+			t.Errorf("%U: %q", r, got)
+		}
+	}
+	const fine = "a\tb é 🐦 \u200d שלום"
+	if got := clean(fine); got != fine {
+		t.Errorf("%q became %q", fine, got)
+	}
+}

@@ -24,7 +24,6 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/mail"
-	"github.com/wrenn-dev/wrenn/internal/text"
 )
 
 // errInternal is what people see of a fault of ours.
@@ -57,23 +56,29 @@ type outcome struct {
 	err    error
 }
 
-// problem says what went wrong, without where it was sent to, which may be a secret.
+// refused is the error of a receiver that answers with another status than 2xx.
+type refused int
+
+func (r refused) Error() string { return fmt.Sprintf("answered %d", int(r)) }
+
+// problem says for the team what went wrong. What the dialler, TLS or the mail
+// server said is for the log alone: it names addresses that teams must not learn.
 func (o outcome) problem() string {
-	if o.err == nil {
+	var status refused
+	var timeout net.Error
+	switch {
+	case o.err == nil:
 		return ""
-	}
-	err := o.err
-	var u *url.Error
-	if errors.As(err, &u) {
-		err = u.Err // Leaves out the URL.
-	}
-	if errors.Is(err, netaddr.ErrNotAllowed) {
+	case errors.As(o.err, &status):
+		return status.Error()
+	case errors.Is(o.err, netaddr.ErrNotAllowed):
 		return netaddr.ErrNotAllowed.Error()
-	}
-	if errors.Is(err, context.DeadlineExceeded) {
+	case errors.Is(o.err, errSealed), errors.Is(o.err, errInternal), errors.Is(o.err, mail.ErrNoServer):
+		return o.err.Error()
+	case errors.Is(o.err, context.DeadlineExceeded), errors.As(o.err, &timeout) && timeout.Timeout():
 		return "no answer in time"
 	}
-	return text.Clean(err.Error(), 200)
+	return "no connection, or it broke off"
 }
 
 // deliver tells a channel of an event, once.
@@ -90,7 +95,20 @@ func (s *Service) deliver(ctx context.Context, c db.Channel, d db.Delivery) outc
 	if errors.As(err, &bug) {
 		err = errInternal
 	}
+	if err != nil {
+		s.Log.Info("deliver event", "channel", c.ID, "delivery", d.ID, "kind", c.Kind, "error", withoutURL(err))
+	}
 	return outcome{status, time.Since(begun), err}
+}
+
+// withoutURL returns what an error of net/http says besides the URL, which can
+// be a secret.
+func withoutURL(err error) error {
+	var u *url.Error
+	if errors.As(err, &u) {
+		return u.Err
+	}
+	return err
 }
 
 func (s *Service) send(ctx context.Context, c db.Channel, d db.Delivery) (int, error) {
@@ -142,7 +160,7 @@ func (c *client) post(ctx context.Context, to string, header http.Header, body [
 	defer resp.Body.Close()
 	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10)) // So that the connection can be used again.
 	if resp.StatusCode < 200 || resp.StatusCode > 299 {
-		return resp.StatusCode, fmt.Errorf("answered %d", resp.StatusCode)
+		return resp.StatusCode, refused(resp.StatusCode)
 	}
 	return resp.StatusCode, nil
 }

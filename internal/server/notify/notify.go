@@ -114,6 +114,9 @@ func (s *Service) seal(channel uuid.UUID, t target) ([]byte, error) {
 	return aead.Seal(nonce, nonce, plain, channel[:]), nil
 }
 
+// errSealed is the error of a channel whose target cannot be read.
+var errSealed = errors.New("the channel's secrets cannot be decrypted: they were made under another WRENN_SECRET_KEY")
+
 func (s *Service) open(c db.Channel) (target, error) {
 	var t target
 	aead, err := chacha20poly1305.NewX(s.key)
@@ -121,11 +124,11 @@ func (s *Service) open(c db.Channel) (target, error) {
 		return t, err
 	}
 	if len(c.Sealed) < aead.NonceSize() {
-		return t, errors.New("the channel's secrets are malformed")
+		return t, errSealed
 	}
 	plain, err := aead.Open(nil, c.Sealed[:aead.NonceSize()], c.Sealed[aead.NonceSize():], c.ID[:])
 	if err != nil {
-		return t, errors.New("the channel's secrets cannot be decrypted: they were made under another WRENN_SECRET_KEY")
+		return t, errSealed
 	}
 	return t, json.Unmarshal(plain, &t)
 }

@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -89,6 +90,45 @@ func TestDial(t *testing.T) {
 	for _, to := range []string{"http://[::1]/", "https://10.0.0.1/", "http://169.254.169.254/latest"} {
 		if err := (&Service{}).check(Slack, target{URL: to}); !fault.Is(err, fault.InvalidArgument) {
 			t.Errorf("%s: %v", to, err)
+		}
+	}
+}
+
+// TestProblems checks that teams are told nothing that the dialler, TLS or a
+// mail server said.
+func TestProblems(t *testing.T) {
+	closed := httptest.NewServer(nil)
+	closed.Close()
+	secured := httptest.NewTLSServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	defer secured.Close()
+	secured.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
+	answers := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(418) }))
+	defer answers.Close()
+	breaks := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }))
+	defer breaks.Close()
+	const lost = "no connection, or it broke off"
+	for to, want := range map[string]string{
+		closed.URL: lost, secured.URL: lost, breaks.URL: lost, "http://x.invalid/": lost,
+		answers.URL: "answered 418", "http://169.254.169.254/": netaddr.ErrNotAllowed.Error(),
+	} {
+		status, err := newClient(true).post(t.Context(), to, http.Header{}, nil)
+		if got := (outcome{status: status, err: err}).problem(); got != want || err == nil {
+			t.Errorf("%s: %q, want %q; %v", to, got, want, err)
+		}
+	}
+	for _, tt := range []struct {
+		err  error
+		want string
+	}{
+		{nil, ""},
+		{fmt.Errorf("post: %w", os.ErrDeadlineExceeded), "no answer in time"},
+		{context.DeadlineExceeded, "no answer in time"},
+		{&net.OpError{Op: "dial", Err: os.ErrDeadlineExceeded, Addr: &net.TCPAddr{IP: net.IPv4(10, 1, 2, 3)}}, "no answer in time"},
+		{errors.New("dial tcp 10.1.2.3:25: connect: connection refused"), lost},
+		{mail.ErrNoServer, mail.ErrNoServer.Error()},
+	} {
+		if got := (outcome{err: tt.err}).problem(); got != tt.want {
+			t.Errorf("%v: %q, want %q", tt.err, got, tt.want)
 		}
 	}
 }
