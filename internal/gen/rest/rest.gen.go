@@ -1055,7 +1055,7 @@ type CreateBuild struct {
 	StepTimeoutSeconds *int32 `json:"step_timeout_seconds,omitempty"`
 
 	// Tags What the new version is to be besides its number; absent: `latest`.
-	Tags *[]string `json:"tags,omitempty"`
+	Tags *[]Tag `json:"tags,omitempty"`
 
 	// Vcpus Virtual CPUs of the build, and of what is captured running; absent: the base's, else 1.
 	Vcpus *int32 `json:"vcpus,omitempty"`
@@ -1949,6 +1949,9 @@ type SnapshotList struct {
 	Snapshots  []Template `json:"snapshots"`
 }
 
+// Tag What stands behind a template's name and a colon.
+type Tag = string
+
 // Team defines model for Team.
 type Team struct {
 	// CreatedAt When it was made.
@@ -2055,7 +2058,10 @@ type TemplateList struct {
 
 // TemplateName What a template is called. `builds` and `import` have another meaning in the API's paths,
 // and a template's id names that template.
-type TemplateName = string
+type TemplateName = TemplateWord
+
+// TemplateWord What a template's name is made of.
+type TemplateWord = string
 
 // TerminalSize defines model for TerminalSize.
 type TerminalSize struct {
@@ -2174,6 +2180,9 @@ type HostID = string
 // IdempotencyKey defines model for IdempotencyKey.
 type IdempotencyKey = string
 
+// ImportName What a template's name is made of.
+type ImportName = TemplateWord
+
 // KeyID defines model for KeyID.
 type KeyID = string
 
@@ -2195,8 +2204,8 @@ type TemplateIDPath = string
 // TemplateRef defines model for TemplateRef.
 type TemplateRef = string
 
-// TemplateTag defines model for TemplateTag.
-type TemplateTag = string
+// TemplateTag What stands behind a template's name and a colon.
+type TemplateTag = Tag
 
 // ToDay defines model for ToDay.
 type ToDay = openapi_types.Date
@@ -2335,9 +2344,9 @@ type AdminListTemplatesParams struct {
 
 // ImportPlatformArchiveParams defines parameters for ImportPlatformArchive.
 type ImportPlatformArchiveParams struct {
-	// Name What the template is called: a TemplateName. `builds` and `import` are refused too; the
-	// validator cannot read a parameter whose schema has a `not`.
-	Name string `form:"name" json:"name"`
+	// Name What the template is called: a TemplateName. `builds` and `import` are refused too,
+	// which a parameter's schema cannot say here: the validator reads no `not` in one.
+	Name ImportName `form:"name" json:"name"`
 
 	// Tag The image's name in the archive, which may be left out if there is one alone.
 	Tag *string `form:"tag,omitempty" json:"tag,omitempty"`
@@ -2576,9 +2585,9 @@ type ListBuildsParams struct {
 
 // ImportArchiveParams defines parameters for ImportArchive.
 type ImportArchiveParams struct {
-	// Name What the template is called: a TemplateName. `builds` and `import` are refused too; the
-	// validator cannot read a parameter whose schema has a `not`.
-	Name string `form:"name" json:"name"`
+	// Name What the template is called: a TemplateName. `builds` and `import` are refused too,
+	// which a parameter's schema cannot say here: the validator reads no `not` in one.
+	Name ImportName `form:"name" json:"name"`
 
 	// Tag The image's name in the archive, which may be left out if there is one alone.
 	Tag *string `form:"tag,omitempty" json:"tag,omitempty"`

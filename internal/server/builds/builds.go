@@ -156,11 +156,6 @@ func (s *Service) Start(ctx context.Context, team uuid.UUID, r Request) (db.Buil
 	if len(r.Tags) == 0 {
 		r.Tags = []string{templates.Latest}
 	}
-	for _, t := range r.Tags {
-		if err := templates.CheckTag(t); err != nil {
-			return db.Build{}, err
-		}
-	}
 	parsed, err := recipe.Parse(r.Recipe)
 	if err != nil {
 		return db.Build{}, fault.New(fault.InvalidArgument, "recipe: %v", err)

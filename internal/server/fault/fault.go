@@ -8,9 +8,7 @@ import (
 	"log/slog"
 	"net/http"
 	"runtime/debug"
-	"strings"
 	"time"
-	"unicode/utf8"
 )
 
 // Code is an error's stable name on the wire.
@@ -131,12 +129,4 @@ func Guard(log *slog.Logger, f func() error) (err error) {
 		}
 	}()
 	return f()
-}
-
-// Text fails with invalid_argument for what PostgreSQL takes for no text.
-func Text(name, s string) error {
-	if strings.Contains(s, "\x00") || !utf8.ValidString(s) {
-		return New(InvalidArgument, "%s: must be UTF-8 without NUL", name)
-	}
-	return nil
 }

@@ -39,9 +39,6 @@ func Name(team uuid.UUID, key string, asked any) (Call, error) {
 	if key == "" {
 		return Call{}, nil
 	}
-	if err := fault.Text("Idempotency-Key", key); err != nil {
-		return Call{}, err
-	}
 	text, err := json.Marshal(asked)
 	if err != nil {
 		return Call{}, err

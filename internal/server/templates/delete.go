@@ -23,9 +23,6 @@ import (
 // are gone. Sandboxes that started from it go on. It goes on when ctx ends
 // before, and again when a host was unreachable and is back.
 func (s *Service) Delete(ctx context.Context, team uuid.UUID, ref string) error {
-	if err := fault.Text("name", ref); err != nil {
-		return err
-	}
 	row, err := s.Find(ctx, team, ref)
 	if err != nil {
 		return err

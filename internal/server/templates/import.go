@@ -109,11 +109,6 @@ func (i Image) check() error {
 	if err := CheckName(i.Name); err != nil {
 		return err
 	}
-	for field, s := range map[string]string{"reference": i.Reference, "username": i.Username, "password": i.Password, "tag": i.Tag} {
-		if err := fault.Text(field, s); err != nil {
-			return err
-		}
-	}
 	if i.Username == "" && i.Password != "" {
 		return fault.New(fault.InvalidArgument, "username: a password needs one")
 	}
