@@ -88,7 +88,8 @@ func (q *Queries) DropHostCertificates(ctx context.Context, hostID uuid.UUID) er
 }
 
 const dropTemplatesOfHost = `-- name: DropTemplatesOfHost :exec
-WITH dropped AS (DELETE FROM host_templates WHERE host_id = $1 RETURNING template_id)
+WITH dropped AS (DELETE FROM host_templates WHERE host_id = $1 RETURNING template_id),
+forgotten AS (DELETE FROM lost_templates WHERE host_id = $1)
 DELETE FROM templates WHERE id IN (SELECT template_id FROM dropped) AND team_id <> '00000000-0000-0000-0000-000000000000'
     AND NOT EXISTS (SELECT 1 FROM host_templates o WHERE o.template_id = templates.id AND o.host_id <> $1)
 `
@@ -866,17 +867,18 @@ func (q *Queries) RotateHostRefresh(ctx context.Context, arg RotateHostRefreshPa
 
 const sandboxFound = `-- name: SandboxFound :one
 UPDATE sandboxes SET state = 'running', expires_at = $1
-WHERE sandboxes.id = $2 AND state = 'missing' AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.status = 'online') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
+WHERE sandboxes.id = $2 AND sandboxes.host_id = $3 AND state = 'missing' AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.status = 'online') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
 `
 
 type SandboxFoundParams struct {
 	ExpiresAt *time.Time
 	ID        uuid.UUID
+	HostID    *uuid.UUID
 }
 
 // Its host is back and has it.
 func (q *Queries) SandboxFound(ctx context.Context, arg SandboxFoundParams) (Sandbox, error) {
-	row := q.db.QueryRow(ctx, sandboxFound, arg.ExpiresAt, arg.ID)
+	row := q.db.QueryRow(ctx, sandboxFound, arg.ExpiresAt, arg.ID, arg.HostID)
 	var i Sandbox
 	err := row.Scan(
 		&i.ID,

@@ -189,6 +189,14 @@ type Lease struct {
 	Until  time.Time
 }
 
+type LostTemplate struct {
+	HostID     uuid.UUID
+	TemplateID uuid.UUID
+	TeamID     uuid.UUID
+	Kept       []byte
+	LostAt     time.Time
+}
+
 type MailToken struct {
 	Hash      []byte
 	UserID    uuid.UUID

@@ -255,7 +255,9 @@ type InsertSandboxParams struct {
 }
 
 // Every change of state names the states that it may come from, so that of two
-// that race one wins and the other learns of it (no row comes back).
+// that race one wins and the other learns of it (no row comes back). A change
+// that a host reports, or is asked for, names the host too: no other host can
+// make it.
 func (q *Queries) InsertSandbox(ctx context.Context, arg InsertSandboxParams) (Sandbox, error) {
 	row := q.db.QueryRow(ctx, insertSandbox,
 		arg.ID,
@@ -551,8 +553,9 @@ func (q *Queries) SandboxDrains(ctx context.Context, id uuid.UUID) (Sandbox, err
 }
 
 const sandboxEnded = `-- name: SandboxEnded :one
-UPDATE sandboxes SET state = 'stopped', end_reason = $1::text, error = $2, ended_at = $3::timestamptz
-WHERE id = $4 AND state IN ('running', 'missing', 'pausing', 'paused', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
+UPDATE sandboxes SET state = 'stopped', end_reason = $1::text, error = $2,
+    ended_at = GREATEST(started_at, created_at, LEAST($3::timestamptz, now()))
+WHERE id = $4 AND host_id = $5 AND state IN ('running', 'missing', 'pausing', 'paused', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
 `
 
 type SandboxEndedParams struct {
@@ -560,6 +563,7 @@ type SandboxEndedParams struct {
 	Error     string
 	EndedAt   time.Time
 	ID        uuid.UUID
+	HostID    *uuid.UUID
 }
 
 // It ended without being asked to.
@@ -569,6 +573,7 @@ func (q *Queries) SandboxEnded(ctx context.Context, arg SandboxEndedParams) (San
 		arg.Error,
 		arg.EndedAt,
 		arg.ID,
+		arg.HostID,
 	)
 	var i Sandbox
 	err := row.Scan(
@@ -602,16 +607,17 @@ func (q *Queries) SandboxEnded(ctx context.Context, arg SandboxEndedParams) (San
 }
 
 const sandboxExpires = `-- name: SandboxExpires :one
-UPDATE sandboxes SET expires_at = $1 WHERE id = $2 AND state = 'running' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
+UPDATE sandboxes SET expires_at = $1 WHERE id = $2 AND host_id = $3 AND state = 'running' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
 `
 
 type SandboxExpiresParams struct {
 	ExpiresAt *time.Time
 	ID        uuid.UUID
+	HostID    *uuid.UUID
 }
 
 func (q *Queries) SandboxExpires(ctx context.Context, arg SandboxExpiresParams) (Sandbox, error) {
-	row := q.db.QueryRow(ctx, sandboxExpires, arg.ExpiresAt, arg.ID)
+	row := q.db.QueryRow(ctx, sandboxExpires, arg.ExpiresAt, arg.ID, arg.HostID)
 	var i Sandbox
 	err := row.Scan(
 		&i.ID,
@@ -645,16 +651,17 @@ func (q *Queries) SandboxExpires(ctx context.Context, arg SandboxExpiresParams) 
 
 const sandboxFailed = `-- name: SandboxFailed :one
 UPDATE sandboxes SET state = 'error', end_reason = 'failed', error = $1, ended_at = now()
-WHERE id = $2 AND state IN ('pending', 'starting') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
+WHERE id = $2 AND host_id = $3 AND state IN ('pending', 'starting') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
 `
 
 type SandboxFailedParams struct {
-	Error string
-	ID    uuid.UUID
+	Error  string
+	ID     uuid.UUID
+	HostID *uuid.UUID
 }
 
 func (q *Queries) SandboxFailed(ctx context.Context, arg SandboxFailedParams) (Sandbox, error) {
-	row := q.db.QueryRow(ctx, sandboxFailed, arg.Error, arg.ID)
+	row := q.db.QueryRow(ctx, sandboxFailed, arg.Error, arg.ID, arg.HostID)
 	var i Sandbox
 	err := row.Scan(
 		&i.ID,
@@ -688,17 +695,18 @@ func (q *Queries) SandboxFailed(ctx context.Context, arg SandboxFailedParams) (S
 
 const sandboxGoesOn = `-- name: SandboxGoesOn :one
 UPDATE sandboxes SET state = 'running', drained = false, paused_at = NULL, expires_at = $1
-WHERE id = $2 AND state IN ('pausing', 'paused', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
+WHERE id = $2 AND host_id = $3 AND state IN ('pausing', 'paused', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
 `
 
 type SandboxGoesOnParams struct {
 	ExpiresAt *time.Time
 	ID        uuid.UUID
+	HostID    *uuid.UUID
 }
 
 // It was resumed, or its pause failed.
 func (q *Queries) SandboxGoesOn(ctx context.Context, arg SandboxGoesOnParams) (Sandbox, error) {
-	row := q.db.QueryRow(ctx, sandboxGoesOn, arg.ExpiresAt, arg.ID)
+	row := q.db.QueryRow(ctx, sandboxGoesOn, arg.ExpiresAt, arg.ID, arg.HostID)
 	var i Sandbox
 	err := row.Scan(
 		&i.ID,
@@ -733,17 +741,23 @@ func (q *Queries) SandboxGoesOn(ctx context.Context, arg SandboxGoesOnParams) (S
 const sandboxPaused = `-- name: SandboxPaused :one
 UPDATE sandboxes SET state = 'paused', paused_at = COALESCE(paused_at, $1::timestamptz),
     expires_at = CASE WHEN drained AND on_timeout = 'destroy' THEN expires_at END
-WHERE id = $2 AND state = ANY ($3::text[]) AND state IN ('running', 'missing', 'pausing', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
+WHERE id = $2 AND host_id = $3 AND state = ANY ($4::text[]) AND state IN ('running', 'missing', 'pausing', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
 `
 
 type SandboxPausedParams struct {
 	PausedAt time.Time
 	ID       uuid.UUID
+	HostID   *uuid.UUID
 	CameFrom []string
 }
 
 func (q *Queries) SandboxPaused(ctx context.Context, arg SandboxPausedParams) (Sandbox, error) {
-	row := q.db.QueryRow(ctx, sandboxPaused, arg.PausedAt, arg.ID, arg.CameFrom)
+	row := q.db.QueryRow(ctx, sandboxPaused,
+		arg.PausedAt,
+		arg.ID,
+		arg.HostID,
+		arg.CameFrom,
+	)
 	var i Sandbox
 	err := row.Scan(
 		&i.ID,
@@ -851,17 +865,18 @@ func (q *Queries) SandboxResuming(ctx context.Context, id uuid.UUID) (Sandbox, e
 
 const sandboxRevived = `-- name: SandboxRevived :one
 UPDATE sandboxes SET state = 'paused', paused_at = $1::timestamptz, drained = false, expires_at = NULL, end_reason = NULL, error = '', ended_at = NULL
-WHERE id = $2 AND state = 'stopped' AND end_reason IN ('exited', 'lost') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
+WHERE id = $2 AND host_id = $3 AND state = 'stopped' AND end_reason IN ('exited', 'lost') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
 `
 
 type SandboxRevivedParams struct {
 	PausedAt time.Time
 	ID       uuid.UUID
+	HostID   *uuid.UUID
 }
 
 // Its host, which had ended or lost it, has it paused after all.
 func (q *Queries) SandboxRevived(ctx context.Context, arg SandboxRevivedParams) (Sandbox, error) {
-	row := q.db.QueryRow(ctx, sandboxRevived, arg.PausedAt, arg.ID)
+	row := q.db.QueryRow(ctx, sandboxRevived, arg.PausedAt, arg.ID, arg.HostID)
 	var i Sandbox
 	err := row.Scan(
 		&i.ID,
@@ -896,7 +911,7 @@ func (q *Queries) SandboxRevived(ctx context.Context, arg SandboxRevivedParams) 
 const sandboxRunning = `-- name: SandboxRunning :one
 UPDATE sandboxes SET state = 'running', started_at = COALESCE(started_at, $1), expires_at = $2,
     disk_mib = $3, start_ms = COALESCE(start_ms, $4)
-WHERE id = $5 AND state IN ('pending', 'starting') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
+WHERE id = $5 AND host_id = $6 AND state IN ('pending', 'starting') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained
 `
 
 type SandboxRunningParams struct {
@@ -905,6 +920,7 @@ type SandboxRunningParams struct {
 	DiskMiB   int32
 	StartMs   *int64
 	ID        uuid.UUID
+	HostID    *uuid.UUID
 }
 
 func (q *Queries) SandboxRunning(ctx context.Context, arg SandboxRunningParams) (Sandbox, error) {
@@ -914,6 +930,7 @@ func (q *Queries) SandboxRunning(ctx context.Context, arg SandboxRunningParams) 
 		arg.DiskMiB,
 		arg.StartMs,
 		arg.ID,
+		arg.HostID,
 	)
 	var i Sandbox
 	err := row.Scan(
@@ -1063,16 +1080,17 @@ func (q *Queries) SandboxStopping(ctx context.Context, id uuid.UUID) (Sandbox, e
 
 const sandboxesExpire = `-- name: SandboxesExpire :exec
 UPDATE sandboxes SET expires_at = seen.at
-FROM (SELECT unnest($1::uuid[]) AS id, unnest($2::timestamptz[]) AS at) AS seen
-WHERE sandboxes.id = seen.id AND sandboxes.state = 'running' AND sandboxes.expires_at IS DISTINCT FROM seen.at
+FROM (SELECT unnest($2::uuid[]) AS id, unnest($3::timestamptz[]) AS at) AS seen
+WHERE sandboxes.id = seen.id AND sandboxes.host_id = $1 AND sandboxes.state = 'running' AND sandboxes.expires_at IS DISTINCT FROM seen.at
 `
 
 type SandboxesExpireParams struct {
-	Ids []uuid.UUID
-	Ats []time.Time
+	HostID *uuid.UUID
+	Ids    []uuid.UUID
+	Ats    []time.Time
 }
 
 func (q *Queries) SandboxesExpire(ctx context.Context, arg SandboxesExpireParams) error {
-	_, err := q.db.Exec(ctx, sandboxesExpire, arg.Ids, arg.Ats)
+	_, err := q.db.Exec(ctx, sandboxesExpire, arg.HostID, arg.Ids, arg.Ats)
 	return err
 }

@@ -26,50 +26,6 @@ func (q *Queries) AddHostTemplate(ctx context.Context, arg AddHostTemplateParams
 	return err
 }
 
-const addTemplate = `-- name: AddTemplate :execrows
-WITH made AS (
-    INSERT INTO templates (id, team_id, name, size_bytes, created_at, vcpus, memory_mib, disk_mib)
-    SELECT $1, $2, $3, $4, $5, $6, $7, $8
-    WHERE EXISTS (SELECT 1 FROM teams WHERE teams.id = $2)
-      AND NOT EXISTS (SELECT 1 FROM templates AS other WHERE other.team_id = $2 AND other.name = $3 AND other.kind = 'template' AND other.state <> 'deleting')
-    ON CONFLICT DO NOTHING
-    RETURNING id, team_id, name
-)
-INSERT INTO template_tags (team_id, name, tag, template_id)
-SELECT team_id, name, 'latest', id FROM made
-ON CONFLICT (team_id, name, tag) DO UPDATE SET template_id = EXCLUDED.template_id
-`
-
-type AddTemplateParams struct {
-	ID        uuid.UUID
-	TeamID    uuid.UUID
-	Name      string
-	SizeBytes int64
-	CreatedAt time.Time
-	VCPUs     int32
-	MemoryMiB int32
-	DiskMiB   int32
-}
-
-// What a host has and the table does not know. No row: its team is not there,
-// or has something else under its name.
-func (q *Queries) AddTemplate(ctx context.Context, arg AddTemplateParams) (int64, error) {
-	result, err := q.db.Exec(ctx, addTemplate,
-		arg.ID,
-		arg.TeamID,
-		arg.Name,
-		arg.SizeBytes,
-		arg.CreatedAt,
-		arg.VCPUs,
-		arg.MemoryMiB,
-		arg.DiskMiB,
-	)
-	if err != nil {
-		return 0, err
-	}
-	return result.RowsAffected(), nil
-}
-
 const claimImport = `-- name: ClaimImport :one
 INSERT INTO templates (id, team_id, name, kind, version, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, worker, build_id, layer_key)
 SELECT $1, $2, $3::text, $4::text,
@@ -249,6 +205,23 @@ func (q *Queries) DropTemplate(ctx context.Context, id uuid.UUID) error {
 	return err
 }
 
+const findLostTemplate = `-- name: FindLostTemplate :one
+SELECT template_found($1, $2)::boolean AS found
+`
+
+type FindLostTemplateParams struct {
+	HostID     uuid.UUID
+	TemplateID uuid.UUID
+}
+
+// A template that a host had lost is there again. False: it had not.
+func (q *Queries) FindLostTemplate(ctx context.Context, arg FindLostTemplateParams) (bool, error) {
+	row := q.db.QueryRow(ctx, findLostTemplate, arg.HostID, arg.TemplateID)
+	var found bool
+	err := row.Scan(&found)
+	return found, err
+}
+
 const findTemplate = `-- name: FindTemplate :one
 SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at FROM templates
 WHERE templates.team_id IN ($1, '00000000-0000-0000-0000-000000000000')
@@ -359,6 +332,57 @@ func (q *Queries) GetTemplate(ctx context.Context, id uuid.UUID) (Template, erro
 		&i.UsedAt,
 	)
 	return i, err
+}
+
+const hostHasTemplate = `-- name: HostHasTemplate :one
+SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker, templates.kind, templates.version, templates.build_id, templates.layer_key, templates.used_at FROM templates JOIN host_templates ON template_id = templates.id WHERE templates.id = $1 AND host_templates.host_id = $2
+`
+
+type HostHasTemplateParams struct {
+	ID     uuid.UUID
+	HostID uuid.UUID
+}
+
+func (q *Queries) HostHasTemplate(ctx context.Context, arg HostHasTemplateParams) (Template, error) {
+	row := q.db.QueryRow(ctx, hostHasTemplate, arg.ID, arg.HostID)
+	var i Template
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.Name,
+		&i.SizeBytes,
+		&i.CreatedAt,
+		&i.State,
+		&i.VCPUs,
+		&i.MemoryMiB,
+		&i.DiskMiB,
+		&i.CapturedFrom,
+		&i.Worker,
+		&i.Kind,
+		&i.Version,
+		&i.BuildID,
+		&i.LayerKey,
+		&i.UsedAt,
+	)
+	return i, err
+}
+
+const keepLostTemplate = `-- name: KeepLostTemplate :exec
+INSERT INTO lost_templates (host_id, template_id, team_id, kept)
+SELECT host_templates.host_id, templates.id, templates.team_id, to_jsonb(templates) FROM templates JOIN host_templates ON template_id = templates.id
+WHERE templates.id = $1 AND host_templates.host_id = $2 AND templates.id <> '00000000-0000-0000-0000-000000000000'
+ON CONFLICT (host_id, template_id) DO UPDATE SET kept = EXCLUDED.kept, lost_at = now()
+`
+
+type KeepLostTemplateParams struct {
+	ID     uuid.UUID
+	HostID uuid.UUID
+}
+
+// Remembers what a host has lost, so that it can have it again.
+func (q *Queries) KeepLostTemplate(ctx context.Context, arg KeepLostTemplateParams) error {
+	_, err := q.db.Exec(ctx, keepLostTemplate, arg.ID, arg.HostID)
+	return err
 }
 
 const listHostTemplates = `-- name: ListHostTemplates :many
@@ -864,15 +888,36 @@ func (q *Queries) TemplateDeleting(ctx context.Context, arg TemplateDeletingPara
 	return i, err
 }
 
+const templateMeasured = `-- name: TemplateMeasured :exec
+UPDATE templates SET size_bytes = $1, disk_mib = CASE WHEN templates.id = '00000000-0000-0000-0000-000000000000' THEN $2::integer ELSE templates.disk_mib END
+WHERE templates.id = $3 AND state = 'ready'
+  AND EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id AND host_id = $4)
+`
+
+type TemplateMeasuredParams struct {
+	SizeBytes int64
+	DiskMiB   int32
+	ID        uuid.UUID
+	HostID    uuid.UUID
+}
+
+// What a template takes on a host that has it. Of the built-in one, which each
+// host makes, the size of the disk is the hosts' too.
+func (q *Queries) TemplateMeasured(ctx context.Context, arg TemplateMeasuredParams) error {
+	_, err := q.db.Exec(ctx, templateMeasured,
+		arg.SizeBytes,
+		arg.DiskMiB,
+		arg.ID,
+		arg.HostID,
+	)
+	return err
+}
+
 const templateReady = `-- name: TemplateReady :one
-WITH renamed AS (
-    UPDATE template_tags SET name = $6 FROM templates
-    WHERE templates.id = $7 AND templates.build_id IS NULL AND template_tags.template_id = $7
-      AND template_tags.team_id = '00000000-0000-0000-0000-000000000000' AND template_tags.name <> $6
-)
-UPDATE templates SET state = 'ready', size_bytes = $1, created_at = $2, vcpus = $3, memory_mib = $4, disk_mib = $5,
-    name = CASE WHEN templates.team_id = '00000000-0000-0000-0000-000000000000' AND build_id IS NULL THEN $6 ELSE templates.name END
-WHERE templates.id = $7 AND state IN ('pending', 'ready') RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at
+UPDATE templates SET state = 'ready', size_bytes = $1, created_at = GREATEST(templates.created_at, LEAST($2, now())),
+    vcpus = $3, memory_mib = $4, disk_mib = $5
+WHERE templates.id = $6 AND state IN ('pending', 'ready')
+  AND EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id AND host_id = $7) RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at
 `
 
 type TemplateReadyParams struct {
@@ -881,12 +926,11 @@ type TemplateReadyParams struct {
 	VCPUs     int32
 	MemoryMiB int32
 	DiskMiB   int32
-	Name      string
 	ID        uuid.UUID
+	HostID    uuid.UUID
 }
 
-// The names of teams' templates are the table's, those of the platform's the
-// hosts' unless they were built.
+// A host that is to make it has made it.
 func (q *Queries) TemplateReady(ctx context.Context, arg TemplateReadyParams) (Template, error) {
 	row := q.db.QueryRow(ctx, templateReady,
 		arg.SizeBytes,
@@ -894,8 +938,8 @@ func (q *Queries) TemplateReady(ctx context.Context, arg TemplateReadyParams) (T
 		arg.VCPUs,
 		arg.MemoryMiB,
 		arg.DiskMiB,
-		arg.Name,
 		arg.ID,
+		arg.HostID,
 	)
 	var i Template
 	err := row.Scan(

@@ -493,7 +493,7 @@ func (a *attempt) layer(ctx context.Context, b *box, act *action) error {
 		return err
 	}
 	err = persist(ctx, func(ctx context.Context) error {
-		_, err := a.Store.TemplateReady(ctx, templates.Measured(claimed, answer))
+		_, err := a.Store.TemplateReady(ctx, templates.Measured(b.host.ID, claimed, answer))
 		return err
 	})
 	if err != nil {
@@ -627,7 +627,7 @@ func (a *attempt) capture(ctx context.Context, b *box, r *recipe.Recipe, p *plan
 	if err != nil {
 		return err
 	}
-	return a.succeed(ctx, template, answer)
+	return a.succeed(ctx, b.host.ID, template, answer)
 }
 
 // checkLimit is how long a health check may go on in all.
@@ -670,10 +670,10 @@ func (b *box) healthy(ctx context.Context, h *recipe.HealthCheck, in surrounding
 
 // succeed makes the template what its name and tags mean, and the build
 // succeeded: both, or neither.
-func (a *attempt) succeed(ctx context.Context, template uuid.UUID, answer *hostagentv1.Template) error {
+func (a *attempt) succeed(ctx context.Context, host, template uuid.UUID, answer *hostagentv1.Template) error {
 	err := persist(ctx, func(ctx context.Context) error {
 		return a.Store.InTx(ctx, func(q *db.Queries) error {
-			ready, err := q.TemplateReady(ctx, templates.Measured(template, answer))
+			ready, err := q.TemplateReady(ctx, templates.Measured(host, template, answer))
 			if err != nil {
 				return err
 			}

@@ -306,10 +306,8 @@ func (r *Registry) checkURL(text string) error {
 		return bad("not a URL like https://192.0.2.1:7070")
 	}
 	if u.Scheme == "unix" {
-		if r.Authority != nil {
-			return bad("hosts are called over TLS: want https://address:port")
-		}
-		return nil
+		// Else whoever has a token could have the server call any socket of its machine.
+		return bad("hosts that register themselves listen on an address: want https://address:port")
 	}
 	port, err := strconv.Atoi(u.Port())
 	if err != nil || port < 1 || port > 65535 || u.Path != "" || u.RawQuery != "" || u.Fragment != "" || u.User != nil || u.Scheme+"://"+u.Host != text {

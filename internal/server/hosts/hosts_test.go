@@ -490,7 +490,7 @@ func TestReserve(t *testing.T) {
 	f := newFleet(t, Config{Policy: scheduler.Policy{MemoryFactor: 1, VCPUFactor: 8}})
 	ctx := context.Background()
 	template := uuid.New()
-	f.exec("INSERT INTO templates (id, team_id, name, size_bytes, created_at) VALUES ($1, $2, 'minimal', 1, now())", template, uuid.Nil)
+	f.exec("INSERT INTO templates (id, team_id, name, size_bytes, created_at) VALUES ($1, $2, 'other', 1, now())", template, uuid.Nil)
 	const each = 6 // sandboxes that fit on a host
 	for i := range 3 {
 		host, err := f.Register(ctx, "unix:/h"+string(rune('0'+i)), "t")

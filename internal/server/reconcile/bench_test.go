@@ -317,7 +317,7 @@ func (b *bench) add(row sandboxes.State, on hostagentv1.SandboxState) uuid.UUID 
 	ctx := context.Background()
 	u := uuid.New()
 	if row != NoRow {
-		if _, err := b.Store.InsertSandbox(ctx, db.InsertSandboxParams{ID: u, TeamID: uuid.Nil, HostID: &b.host.ID, TemplateName: "minimal", VCPUs: 1, MemoryMiB: 128, Metadata: map[string]string{}, CreatedAt: time.Now(), OnTimeout: sandboxes.DestroyOnTimeout}); err != nil {
+		if _, err := b.Store.InsertSandbox(ctx, db.InsertSandboxParams{ID: u, TeamID: uuid.Nil, HostID: &b.host.ID, TemplateName: "minimal", VCPUs: 1, MemoryMiB: 128, Metadata: map[string]string{}, CreatedAt: time.Now(), TimeoutSeconds: 3600, OnTimeout: sandboxes.DestroyOnTimeout}); err != nil {
 			b.Fatal(err)
 		}
 		b.sql("UPDATE sandboxes SET state = $2 WHERE id = $1", u, string(row))

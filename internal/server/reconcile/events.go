@@ -194,12 +194,12 @@ func (w *watch) apply(ctx context.Context, e *hostagentv1.Event) error {
 	}
 	switch e.Kind {
 	case hostagentv1.Event_KIND_EXPIRED:
-		return w.Sandboxes.HostEnded(ctx, sandbox, "expired", "", at)
+		return w.Sandboxes.HostEnded(ctx, w.host.ID, sandbox, "expired", "", at)
 	case hostagentv1.Event_KIND_EXITED:
 		if why == "" {
 			why = "the virtual machine ended by itself"
 		}
-		return w.Sandboxes.HostEnded(ctx, sandbox, "exited", why, at)
+		return w.Sandboxes.HostEnded(ctx, w.host.ID, sandbox, "exited", why, at)
 	case hostagentv1.Event_KIND_PAUSED:
 		// The event may be old, and the sandbox resumed since: the host's list says
 		// what is so now.

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"maps"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -35,7 +34,7 @@ const (
 	Destroy Kind = "destroy" // destroy it on the host: no row owns it there
 	Drain   Kind = "drain"   // pause it, if it is still idle
 
-	Learn   Kind = "learn"   // write that the host has the template
+	Learn   Kind = "learn"   // write that the host has a template that it may have
 	Forget  Kind = "forget"  // write that the host no longer has it
 	Ready   Kind = "ready"   // write that it was made
 	Capture Kind = "capture" // capture it once more
@@ -172,7 +171,7 @@ type Plan struct {
 // Sandboxes decides what to do about the sandboxes of a host. It only reads its
 // arguments: seen is what the call before returned, now the time of the view.
 func Sandboxes(v View, seen Seen, now time.Time) Plan {
-	p := Plan{Seen: make(Seen)}
+	p := Plan{Expire: db.SandboxesExpireParams{HostID: &v.Host}, Seen: make(Seen)}
 	for _, sandbox := range ids(v.Rows, v.Has) {
 		if v.Busy[sandbox] {
 			continue
@@ -186,7 +185,7 @@ func Sandboxes(v View, seen Seen, now time.Time) Plan {
 		case Leave:
 			continue
 		case Follow:
-			if ends := sandboxes.Expiry(has); ends != nil && (row.ExpiresAt == nil || !row.ExpiresAt.Equal(*ends)) {
+			if ends := sandboxes.Expiry(row, has, now); ends != nil && (row.ExpiresAt == nil || !row.ExpiresAt.Equal(*ends)) {
 				p.Expire.Ids, p.Expire.Ats = append(p.Expire.Ids, sandbox), append(p.Expire.Ats, *ends)
 			}
 			if !v.Draining || has.GetIdle().AsDuration() <= v.DrainIdle {
@@ -232,9 +231,7 @@ func Templates(v TemplateView) []Action {
 		do := Leave
 		switch state := templates.State(row.State); {
 		case !known:
-			if !strings.HasPrefix(t.Name, templates.LayerPrefix) { // A build knows its own.
-				do = Learn
-			}
+			do = Learn // The database may know that the host had lost it.
 		case state == templates.Ready && !there:
 			do = Forget
 		case state == templates.Ready:

@@ -236,7 +236,7 @@ func only(v View, u uuid.UUID) View {
 func TestPlanFollows(t *testing.T) {
 	host, u := uuid.New(), uuid.New()
 	ends := time.Unix(2000, 0).UTC()
-	row := db.Sandbox{ID: u, State: string(sandboxes.Running), HostID: &host}
+	row := db.Sandbox{ID: u, State: string(sandboxes.Running), HostID: &host, TimeoutSeconds: 1200}
 	v := View{Host: host, Rows: map[uuid.UUID]db.Sandbox{u: row}, Has: map[uuid.UUID]*hostagentv1.Sandbox{u: {State: running, ExpiresAt: timestamppb.New(ends)}}}
 	p := Sandboxes(v, nil, time.Unix(1000, 0))
 	if !slices.Equal(p.Expire.Ids, []uuid.UUID{u}) || !p.Expire.Ats[0].Equal(ends) || len(p.Actions) > 0 {
@@ -249,6 +249,36 @@ func TestPlanFollows(t *testing.T) {
 	}
 }
 
+// TestPlanOfOthers is the table once more, with what another host reports: only
+// what that host has is ever touched, and not before the longest grace.
+func TestPlanOfOthers(t *testing.T) {
+	owner, reporter := uuid.New(), uuid.New()
+	for row := range table {
+		if row == NoRow {
+			continue
+		}
+		for on := range hostagentv1.SandboxState(hostStates + 1) {
+			u := uuid.New()
+			has := &hostagentv1.Sandbox{State: on, ExpiresAt: timestamppb.New(time.Unix(1, 0)), Idle: durationpb.New(time.Hour)}
+			v := View{
+				Host: reporter, Draining: true,
+				Rows: map[uuid.UUID]db.Sandbox{u: {ID: u, State: string(row), HostID: &owner, TimeoutSeconds: 60}}, Has: map[uuid.UUID]*hostagentv1.Sandbox{u: has},
+			}
+			now := time.Unix(1000, 0)
+			first := Sandboxes(v, nil, now)
+			late := Sandboxes(v, first.Seen, now.Add(strayAfter))
+			if len(first.Actions) > 0 || len(first.Expire.Ids)+len(late.Expire.Ids) > 0 {
+				t.Errorf("%s and %s: %+v at first sight, then %+v", row, on, first, late)
+			}
+			for _, a := range late.Actions {
+				if a.Kind != Destroy {
+					t.Errorf("%s and %s of another host lead to %s", row, on, a.Kind)
+				}
+			}
+		}
+	}
+}
+
 // TestPlanTemplates is every pair of what the table says of a template and
 // whether its host has it.
 func TestPlanTemplates(t *testing.T) {
@@ -256,7 +286,7 @@ func TestPlanTemplates(t *testing.T) {
 	build := uuid.New()
 	at := timestamppb.New(time.Unix(1000, 0))
 	is := func(state templates.State) db.Template {
-		return db.Template{State: string(state), CreatedAt: at.AsTime(), TeamID: uuid.New(), SizeBytes: 7}
+		return db.Template{ID: uuid.New(), State: string(state), TeamID: uuid.New(), SizeBytes: 7}
 	}
 	captured := is(templates.Pending)
 	captured.CapturedFrom = &build
@@ -268,8 +298,8 @@ func TestPlanTemplates(t *testing.T) {
 		wants Kind
 	}{
 		{"unknown", is(absent), &hostagentv1.Template{Name: "a"}, false, Learn},
-		{"unknown layer", is(absent), &hostagentv1.Template{Name: templates.LayerPrefix + "a"}, false, Leave},
-		{"as it was", is(templates.Ready), &hostagentv1.Template{CreatedAt: at, SizeBytes: 7}, false, Leave},
+		{"as it was", is(templates.Ready), &hostagentv1.Template{SizeBytes: 7}, false, Leave},
+		{"another name, owner and time", is(templates.Ready), &hostagentv1.Template{Name: "b", TeamId: "x", CreatedAt: at, SizeBytes: 7}, false, Leave},
 		{"another size", is(templates.Ready), &hostagentv1.Template{CreatedAt: at, SizeBytes: 8}, false, Learn},
 		{"gone", is(templates.Ready), nil, false, Forget},
 		{"made", is(templates.Pending), &hostagentv1.Template{}, false, Ready},

@@ -279,7 +279,7 @@ func (w *watch) do(ctx context.Context, a Action) error {
 	case Find:
 		return w.Sandboxes.Found(ctx, a.Row, a.Has)
 	case Lose:
-		return w.Sandboxes.HostEnded(ctx, a.ID, "lost", "the host no longer has the sandbox", time.Now())
+		return w.Sandboxes.HostEnded(ctx, w.host.ID, a.ID, "lost", "the host no longer has the sandbox", time.Now())
 	case Revive:
 		return w.Sandboxes.Revive(ctx, a.Row, a.Has)
 	case Settle:
@@ -295,7 +295,7 @@ func (w *watch) do(ctx context.Context, a Action) error {
 	case Forget:
 		return w.Templates.Forget(ctx, w.host.ID, a.ID)
 	case Ready:
-		return w.Templates.Made(ctx, a.Template, a.HasTemplate)
+		return w.Templates.Made(ctx, w.host.ID, a.Template, a.HasTemplate)
 	case Capture:
 		return w.Templates.CaptureAgain(ctx, a.Template)
 	case GiveUp:

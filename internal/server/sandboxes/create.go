@@ -318,7 +318,7 @@ func (s *Service) started(row db.Sandbox, host *hosts.Host, made *hostagentv1.Sa
 	var running db.Sandbox
 	err := work.Persist(s.Work.Context(), func(ctx context.Context) (err error) {
 		running, err = markRunning(ctx, s.Store.Queries, db.SandboxRunningParams{
-			ID: row.ID, StartedAt: &at, ExpiresAt: Expiry(made), DiskMiB: max(made.GetDiskMib(), row.DiskMiB), StartMs: &ms,
+			ID: row.ID, HostID: row.HostID, StartedAt: &at, ExpiresAt: Expiry(row, made, at), DiskMiB: disk(row, made), StartMs: &ms,
 		})
 		return err
 	})
@@ -364,7 +364,7 @@ func (s *Service) startFailed(row db.Sandbox, err error) error {
 	}
 	f := startFault(row, err)
 	s.metrics.created(string(f.Code), 0)
-	if err := s.fail(s.Work.Context(), row.ID, f.Message); err != nil && !errors.Is(err, store.ErrNoRows) {
+	if err := s.fail(s.Work.Context(), row, f.Message); err != nil && !errors.Is(err, store.ErrNoRows) {
 		s.Log.Error("write that sandbox failed", "sandbox_id", id.Format(id.Sandbox, row.ID), "error", err)
 	}
 	return f
@@ -393,13 +393,13 @@ func startFault(row db.Sandbox, err error) *fault.Error {
 }
 
 // fail writes that a sandbox did not start and frees its idempotency key.
-func (s *Service) fail(ctx context.Context, sandbox uuid.UUID, why string) error {
+func (s *Service) fail(ctx context.Context, row db.Sandbox, why string) error {
 	return work.Persist(ctx, func(ctx context.Context) error {
 		return s.Store.InTx(ctx, func(q *db.Queries) error {
-			if err := q.FreeIdempotencyKeys(ctx, &sandbox); err != nil {
+			if err := q.FreeIdempotencyKeys(ctx, &row.ID); err != nil {
 				return err
 			}
-			_, err := q.SandboxFailed(ctx, db.SandboxFailedParams{ID: sandbox, Error: why})
+			_, err := q.SandboxFailed(ctx, db.SandboxFailedParams{ID: row.ID, HostID: row.HostID, Error: why})
 			return err
 		})
 	})

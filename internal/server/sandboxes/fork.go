@@ -145,7 +145,7 @@ func (s *Service) forked(rows []db.Sandbox, made []*hostagentv1.Sandbox, took ti
 				return err
 			}
 			for i, sb := range made {
-				row, err := markRunning(ctx, q, db.SandboxRunningParams{ID: rows[i].ID, StartedAt: &at, ExpiresAt: Expiry(sb), DiskMiB: max(sb.GetDiskMib(), rows[i].DiskMiB), StartMs: &ms})
+				row, err := markRunning(ctx, q, db.SandboxRunningParams{ID: rows[i].ID, HostID: rows[i].HostID, StartedAt: &at, ExpiresAt: Expiry(rows[i], sb, at), DiskMiB: disk(rows[i], sb), StartMs: &ms})
 				if err != nil {
 					return err
 				}
@@ -189,7 +189,7 @@ func (s *Service) forkFailed(rows []db.Sandbox, host *hosts.Host, err error, log
 	}
 	for _, row := range rows {
 		s.destroy(s.Work.Context(), row.ID, host, log)
-		if err := s.fail(s.Work.Context(), row.ID, f.Message); err != nil && !errors.Is(err, store.ErrNoRows) {
+		if err := s.fail(s.Work.Context(), row, f.Message); err != nil && !errors.Is(err, store.ErrNoRows) {
 			log.Error("write that copy failed", "error", err)
 		}
 	}

@@ -170,14 +170,14 @@ func (s *Service) pauseIdle(row db.Sandbox, idle time.Duration) (db.Sandbox, err
 	_, err = host.Agent.Pause(ctx, connect.NewRequest(ask))
 	if err != nil {
 		return row, s.turnFailed("pause", err, log, func(ctx context.Context) error {
-			_, err := s.Store.SandboxGoesOn(ctx, db.SandboxGoesOnParams{ID: row.ID, ExpiresAt: row.ExpiresAt})
+			_, err := s.Store.SandboxGoesOn(ctx, db.SandboxGoesOnParams{ID: row.ID, HostID: row.HostID, ExpiresAt: row.ExpiresAt})
 			return err
 		})
 	}
 	var paused db.Sandbox
 	err = work.Persist(s.Work.Context(), func(ctx context.Context) error {
 		var err error
-		paused, err = s.Store.SandboxPaused(ctx, db.SandboxPausedParams{ID: row.ID, PausedAt: store.Now(), CameFrom: []string{string(Pausing)}})
+		paused, err = s.Store.SandboxPaused(ctx, db.SandboxPausedParams{ID: row.ID, HostID: row.HostID, PausedAt: store.Now(), CameFrom: []string{string(Pausing)}})
 		return err
 	})
 	if err != nil {
@@ -204,14 +204,14 @@ func (s *Service) resume(row db.Sandbox) (db.Sandbox, error) {
 	answer, err := host.Agent.Resume(ctx, connect.NewRequest(&hostagentv1.ResumeRequest{SandboxId: id.Format(id.Sandbox, row.ID)}))
 	if err != nil {
 		return row, s.turnFailed("resume", err, log, func(ctx context.Context) error {
-			_, err := s.Store.SandboxPaused(ctx, db.SandboxPausedParams{ID: row.ID, PausedAt: store.Now(), CameFrom: []string{string(Resuming)}})
+			_, err := s.Store.SandboxPaused(ctx, db.SandboxPausedParams{ID: row.ID, HostID: row.HostID, PausedAt: store.Now(), CameFrom: []string{string(Resuming)}})
 			return err
 		})
 	}
 	var running db.Sandbox
 	err = work.Persist(s.Work.Context(), func(ctx context.Context) error {
 		var err error
-		running, err = s.Store.SandboxGoesOn(ctx, db.SandboxGoesOnParams{ID: row.ID, ExpiresAt: Expiry(answer.Msg.GetSandbox())})
+		running, err = s.Store.SandboxGoesOn(ctx, db.SandboxGoesOnParams{ID: row.ID, HostID: row.HostID, ExpiresAt: Expiry(row, answer.Msg.GetSandbox(), store.Now())})
 		return err
 	})
 	if err != nil {

@@ -25,9 +25,9 @@ const (
 	onHostPaused  = hostagentv1.SandboxState_SANDBOX_STATE_PAUSED
 )
 
-// HostEnded writes that a sandbox ended without being asked to.
-func (s *Service) HostEnded(ctx context.Context, sandbox uuid.UUID, reason, why string, at time.Time) error {
-	_, err := s.Store.SandboxEnded(ctx, db.SandboxEndedParams{ID: sandbox, EndReason: reason, Error: why, EndedAt: at})
+// HostEnded writes that a sandbox of the host ended without being asked to.
+func (s *Service) HostEnded(ctx context.Context, host, sandbox uuid.UUID, reason, why string, at time.Time) error {
+	_, err := s.Store.SandboxEnded(ctx, db.SandboxEndedParams{ID: sandbox, HostID: &host, EndReason: reason, Error: why, EndedAt: at})
 	if errors.Is(err, store.ErrNoRows) {
 		return nil
 	}
@@ -42,8 +42,9 @@ func (s *Service) HostEnded(ctx context.Context, sandbox uuid.UUID, reason, why 
 
 // Adopt takes over a sandbox that an earlier server asked for and the host made.
 func (s *Service) Adopt(ctx context.Context, row db.Sandbox, has *hostagentv1.Sandbox) error {
-	at := has.GetCreatedAt().AsTime()
-	_, err := s.Store.SandboxRunning(ctx, db.SandboxRunningParams{ID: row.ID, StartedAt: &at, ExpiresAt: Expiry(has), DiskMiB: max(has.DiskMib, row.DiskMiB)})
+	now := store.Now()
+	at := between(has.GetCreatedAt().AsTime(), row.CreatedAt, now)
+	_, err := s.Store.SandboxRunning(ctx, db.SandboxRunningParams{ID: row.ID, HostID: row.HostID, StartedAt: &at, ExpiresAt: Expiry(row, has, now), DiskMiB: disk(row, has)})
 	if err != nil && !errors.Is(err, store.ErrNoRows) {
 		return fmt.Errorf("take over sandbox: %w", err)
 	}
@@ -60,7 +61,7 @@ func (s *Service) Adopt(ctx context.Context, row db.Sandbox, has *hostagentv1.Sa
 // Abandon gives up a sandbox that an earlier server asked for and the host does
 // not have.
 func (s *Service) Abandon(ctx context.Context, row db.Sandbox) error {
-	err := s.fail(ctx, row.ID, "the server was restarted while the sandbox started")
+	err := s.fail(ctx, row, "the server was restarted while the sandbox started")
 	if errors.Is(err, store.ErrNoRows) {
 		return nil
 	}
@@ -74,7 +75,7 @@ func (s *Service) Abandon(ctx context.Context, row db.Sandbox) error {
 
 // Found writes that a sandbox whose host is back is as it was.
 func (s *Service) Found(ctx context.Context, row db.Sandbox, has *hostagentv1.Sandbox) error {
-	_, err := s.Store.SandboxFound(ctx, db.SandboxFoundParams{ID: row.ID, ExpiresAt: Expiry(has)})
+	_, err := s.Store.SandboxFound(ctx, db.SandboxFoundParams{ID: row.ID, HostID: row.HostID, ExpiresAt: Expiry(row, has, store.Now())})
 	if errors.Is(err, store.ErrNoRows) {
 		return nil
 	}
@@ -95,7 +96,7 @@ func Unasked(row db.Sandbox) bool {
 
 // Revive writes that a sandbox which its host had ended or lost is paused there.
 func (s *Service) Revive(ctx context.Context, row db.Sandbox, has *hostagentv1.Sandbox) error {
-	_, err := s.Store.SandboxRevived(ctx, db.SandboxRevivedParams{ID: row.ID, PausedAt: pausedAt(has)})
+	_, err := s.Store.SandboxRevived(ctx, db.SandboxRevivedParams{ID: row.ID, HostID: row.HostID, PausedAt: pausedAt(row, has)})
 	if errors.Is(err, store.ErrNoRows) {
 		return nil
 	}

@@ -18,7 +18,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
-	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
@@ -167,13 +166,4 @@ func found(row db.Sandbox, err error) (db.Sandbox, error) {
 		return row, fmt.Errorf("look up sandbox: %w", err)
 	}
 	return row, nil
-}
-
-// Expiry is when the host will end the sandbox; nil: never.
-func Expiry(sb *hostagentv1.Sandbox) *time.Time {
-	if sb.GetExpiresAt() == nil {
-		return nil
-	}
-	t := sb.ExpiresAt.AsTime().Truncate(time.Microsecond)
-	return &t
 }

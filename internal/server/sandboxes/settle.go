@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"time"
 
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
@@ -73,12 +72,12 @@ func (s *Service) look(ctx context.Context, sandbox uuid.UUID, from []State) (ro
 		if was == Paused {
 			return row, true, nil
 		}
-		row, err = s.Store.SandboxPaused(ctx, db.SandboxPausedParams{ID: sandbox, PausedAt: pausedAt(has), CameFrom: []string{string(was)}})
+		row, err = s.Store.SandboxPaused(ctx, db.SandboxPausedParams{ID: sandbox, HostID: row.HostID, PausedAt: pausedAt(row, has), CameFrom: []string{string(was)}})
 	case onHostRunning:
 		if was == Running || was == Missing {
 			return row, true, nil // Whoever compares the host finds the missing.
 		}
-		row, err = s.Store.SandboxGoesOn(ctx, db.SandboxGoesOnParams{ID: sandbox, ExpiresAt: Expiry(has)})
+		row, err = s.Store.SandboxGoesOn(ctx, db.SandboxGoesOnParams{ID: sandbox, HostID: row.HostID, ExpiresAt: Expiry(row, has, store.Now())})
 	case hostagentv1.SandboxState_SANDBOX_STATE_STOPPING:
 		return row, true, nil // Its end is on its way.
 	default:
@@ -93,14 +92,4 @@ func (s *Service) look(ctx context.Context, sandbox uuid.UUID, from []State) (ro
 	s.changed(sandbox)
 	s.Log.Info("the host has the sandbox in another state", "sandbox_id", id.Format(id.Sandbox, sandbox), "was", was, "is", row.State)
 	return row, true, nil
-}
-
-// pausedAt is since when a sandbox is paused. Its host knows: it may have been a
-// while without a server.
-func pausedAt(has *hostagentv1.Sandbox) time.Time {
-	at := store.Now()
-	if has.GetPausedAt() != nil && has.GetPausedAt().AsTime().Before(at) {
-		at = has.GetPausedAt().AsTime()
-	}
-	return at
 }

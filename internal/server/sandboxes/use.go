@@ -113,11 +113,15 @@ func notRunning(row db.Sandbox) error {
 // Ping extends the life of a team's sandbox by its timeout from now. It is a
 // use as any other.
 func (s *Service) Ping(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox, error) {
-	pinged, _, err := s.ping(ctx, team, sandbox)
+	pinged, host, err := s.ping(ctx, team, sandbox)
 	if err != nil {
 		return db.Sandbox{}, err
 	}
-	row, err := s.Store.SandboxExpires(ctx, db.SandboxExpiresParams{ID: sandbox, ExpiresAt: Expiry(pinged)})
+	row, err := s.Lookup(ctx, sandbox)
+	if err != nil {
+		return row, err
+	}
+	row, err = s.Store.SandboxExpires(ctx, db.SandboxExpiresParams{ID: sandbox, HostID: &host.ID, ExpiresAt: Expiry(row, pinged, store.Now())})
 	if errors.Is(err, store.ErrNoRows) {
 		// It is on its way to another state.
 		return s.Get(ctx, team, sandbox)

@@ -119,12 +119,12 @@ func (s *Service) Busy(template uuid.UUID) bool {
 
 // Made writes that a pending template, which nobody works on any more, is there
 // after all.
-func (s *Service) Made(ctx context.Context, row db.Template, has *hostagentv1.Template) error {
+func (s *Service) Made(ctx context.Context, host uuid.UUID, row db.Template, has *hostagentv1.Template) error {
 	var err error
 	if isImport(row) {
-		_, err = s.imported(ctx, row.ID, has)
+		_, err = s.imported(ctx, host, row.ID, has)
 	} else {
-		_, err = s.Store.TemplateReady(ctx, Measured(row.ID, has))
+		_, err = s.Store.TemplateReady(ctx, Measured(host, row.ID, has))
 	}
 	if err != nil && !errors.Is(err, store.ErrNoRows) {
 		return fmt.Errorf("mark template ready: %w", err)

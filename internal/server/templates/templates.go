@@ -49,14 +49,19 @@ type Catalog struct {
 
 	// mu guards the map, and is held for no call of anything else.
 	mu sync.Mutex
-	// refused are templates of hosts that could not be written down, which is
-	// logged once.
-	refused map[uuid.UUID]bool
+	// refused are templates that hosts report and may not have. Each is logged
+	// once, and maxRefusals in all.
+	refused map[refusal]bool
 }
+
+// maxRefusals bounds what a host that makes up templates can have remembered.
+const maxRefusals = 1000
+
+type refusal struct{ host, template uuid.UUID }
 
 // NewCatalog returns the catalog of a store.
 func NewCatalog(s *store.Store, h *hosts.Registry, log *slog.Logger) *Catalog {
-	return &Catalog{store: s, hosts: h, log: log, refused: make(map[uuid.UUID]bool)}
+	return &Catalog{store: s, hosts: h, log: log, refused: make(map[refusal]bool)}
 }
 
 // name is what a template may be called: what goes through URLs and shells as
@@ -384,11 +389,14 @@ func (s *Catalog) sync(ctx context.Context, host uuid.UUID, known []db.Template,
 }
 
 // Forget writes down that a host no longer has a template that was ready there.
-// A team's that no other host has is gone.
+// A team's that no other host has is gone, until the host has it again.
 func (s *Catalog) Forget(ctx context.Context, host, template uuid.UUID) error {
 	gone := []uuid.UUID{template}
 	var lost []db.Template
 	err := s.store.InTx(ctx, func(q *db.Queries) error {
+		if err := q.KeepLostTemplate(ctx, db.KeepLostTemplateParams{HostID: host, ID: template}); err != nil {
+			return err
+		}
 		err := q.DropHostTemplates(ctx, db.DropHostTemplatesParams{HostID: host, Ids: gone})
 		if err == nil {
 			lost, err = q.DropLostTemplates(ctx, gone)
@@ -404,67 +412,85 @@ func (s *Catalog) Forget(ctx context.Context, host, template uuid.UUID) error {
 	return nil
 }
 
-// Same says whether a row has all that a host says of the template.
+// Same says whether a row has all that a host may say of the template. Each host
+// makes the built-in template itself, so that its size differs.
 func Same(row db.Template, t *hostagentv1.Template) bool {
-	return row.SizeBytes == t.SizeBytes && row.CreatedAt.Equal(t.CreatedAt.AsTime().Truncate(time.Microsecond)) &&
-		row.VCPUs == t.Vcpus && row.MemoryMiB == t.MemoryMib && row.DiskMiB == t.DiskMib &&
-		(row.TeamID != uuid.Nil || row.BuildID != nil || row.Name == t.Name)
+	m := Measured(uuid.Nil, row.ID, t)
+	if row.ID == uuid.Nil {
+		return row.DiskMiB == m.DiskMiB && row.SizeBytes > 0
+	}
+	return row.SizeBytes == m.SizeBytes
 }
 
-// Learn writes down a template that is new on a host, or another than it was.
+// Learn confirms that a host has a template that it may have: the built-in one,
+// one that it had lost, and one that was made there, whose size it measures.
+// What the database does not know to be there is not taken from a host's word.
 func (s *Catalog) Learn(ctx context.Context, host uuid.UUID, t *hostagentv1.Template) error {
 	tid, err := id.Parse(id.Template, t.TemplateId)
 	if err != nil {
 		return fmt.Errorf("host's template: %w", err)
 	}
 	if err := s.learn(ctx, host, tid, t); err != nil {
-		return fmt.Errorf("write down template %s: %w", t.TemplateId, err)
+		return fmt.Errorf("confirm template %s: %w", t.TemplateId, err)
 	}
 	return nil
 }
 
 func (s *Catalog) learn(ctx context.Context, host, tid uuid.UUID, t *hostagentv1.Template) error {
-	team, err := id.Parse(id.Team, t.TeamId)
+	known, err := s.mayHave(ctx, host, tid)
 	if err != nil {
 		return err
 	}
-	if strings.HasPrefix(t.Name, LayerPrefix) {
-		return nil // A build's, which knows its own.
+	if known {
+		m := Measured(host, tid, t)
+		return s.store.TemplateMeasured(ctx, db.TemplateMeasuredParams{ID: tid, HostID: host, SizeBytes: m.SizeBytes, DiskMiB: m.DiskMiB})
 	}
-	return s.store.InTx(ctx, func(q *db.Queries) error {
-		_, err := q.AddTemplate(ctx, db.AddTemplateParams{
-			ID: tid, TeamID: team, Name: t.Name, SizeBytes: t.SizeBytes, CreatedAt: t.CreatedAt.AsTime(), VCPUs: t.Vcpus, MemoryMiB: t.MemoryMib, DiskMiB: t.DiskMib,
-		})
-		if err != nil {
-			return err
-		}
-		row, err := q.GetTemplate(ctx, tid)
-		if errors.Is(err, store.ErrNoRows) || err == nil && row.TeamID != team {
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			if !s.refused[tid] {
-				s.refused[tid] = true
-				s.log.Warn("host has a template of no team, or whose name another one has", "host_id", host, "template_id", t.TemplateId, "team_id", t.TeamId, "name", t.Name)
-			}
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		if State(row.State) == Ready && !Same(row, t) {
-			if _, err := q.TemplateReady(ctx, Measured(tid, t)); err != nil {
-				return err
-			}
-		}
-		s.log.Info("template of host", "host_id", host, "template_id", t.TemplateId, "name", row.Name)
-		return q.AddHostTemplate(ctx, db.AddHostTemplateParams{HostID: host, TemplateID: tid})
-	})
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if of := (refusal{host, tid}); !s.refused[of] && len(s.refused) < maxRefusals {
+		s.refused[of] = true
+		s.log.Warn("host reports a template that it was not asked to make", "host_id", id.Format(id.Host, host), "template_id", t.TemplateId)
+	}
+	return nil
 }
 
-// Measured is what a host says of a template, as it is written down.
-func Measured(tid uuid.UUID, t *hostagentv1.Template) db.TemplateReadyParams {
+// mayHave says whether a host may have a template, and writes that it has the
+// built-in one and one that it had lost.
+func (s *Catalog) mayHave(ctx context.Context, host, tid uuid.UUID) (bool, error) {
+	if tid == uuid.Nil {
+		return true, s.store.AddHostTemplate(ctx, db.AddHostTemplateParams{HostID: host, TemplateID: tid})
+	}
+	_, err := s.store.HostHasTemplate(ctx, db.HostHasTemplateParams{ID: tid, HostID: host})
+	if err == nil || !errors.Is(err, store.ErrNoRows) {
+		return err == nil, err
+	}
+	found, err := s.store.FindLostTemplate(ctx, db.FindLostTemplateParams{HostID: host, TemplateID: tid})
+	if found {
+		s.log.Warn("host has a template again that it had lost", "host_id", id.Format(id.Host, host), "template_id", id.Format(id.Template, tid))
+	}
+	return found, err
+}
+
+// Bounds of what a host may say of a template.
+const (
+	maxSizeBytes = 1 << 50
+	maxVCPUs     = 1024
+	maxMemoryMiB = 1 << 24
+	maxDiskMiB   = 1 << 20
+	// maxBuiltinMiB bounds the disk of the built-in template, which is the least
+	// that a sandbox of it has.
+	maxBuiltinMiB = 16384
+)
+
+// Measured returns what a host says of a template, within bounds, as it is
+// written down.
+func Measured(host, tid uuid.UUID, t *hostagentv1.Template) db.TemplateReadyParams {
+	largest := int32(maxDiskMiB)
+	if tid == uuid.Nil {
+		largest = maxBuiltinMiB
+	}
 	return db.TemplateReadyParams{
-		ID: tid, Name: t.GetName(), SizeBytes: t.GetSizeBytes(), CreatedAt: t.GetCreatedAt().AsTime(),
-		VCPUs: t.GetVcpus(), MemoryMiB: t.GetMemoryMib(), DiskMiB: t.GetDiskMib(),
+		ID: tid, HostID: host, SizeBytes: min(max(t.GetSizeBytes(), 0), maxSizeBytes), CreatedAt: t.GetCreatedAt().AsTime(),
+		VCPUs: min(max(t.GetVcpus(), 0), maxVCPUs), MemoryMiB: min(max(t.GetMemoryMib(), 0), maxMemoryMiB), DiskMiB: min(max(t.GetDiskMib(), 0), largest),
 	}
 }

@@ -127,7 +127,7 @@ UPDATE sandboxes SET host_id = @to_host WHERE id = @id AND state = 'starting' AN
 -- name: SandboxFound :one
 -- Its host is back and has it.
 UPDATE sandboxes SET state = 'running', expires_at = @expires_at
-WHERE sandboxes.id = @id AND state = 'missing' AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.status = 'online') RETURNING *;
+WHERE sandboxes.id = @id AND sandboxes.host_id = @host_id AND state = 'missing' AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.status = 'online') RETURNING *;
 
 -- name: CountHostLoses :many
 -- What would be lost with a host.
@@ -145,7 +145,8 @@ WHERE host_id = $1 AND state NOT IN ('stopped', 'error') RETURNING id;
 
 -- name: DropTemplatesOfHost :exec
 -- And teams' templates that are nowhere then: their names are free.
-WITH dropped AS (DELETE FROM host_templates WHERE host_id = $1 RETURNING template_id)
+WITH dropped AS (DELETE FROM host_templates WHERE host_id = $1 RETURNING template_id),
+forgotten AS (DELETE FROM lost_templates WHERE host_id = $1)
 DELETE FROM templates WHERE id IN (SELECT template_id FROM dropped) AND team_id <> '00000000-0000-0000-0000-000000000000'
     AND NOT EXISTS (SELECT 1 FROM host_templates o WHERE o.template_id = templates.id AND o.host_id <> $1);
 

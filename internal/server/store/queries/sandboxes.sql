@@ -1,5 +1,7 @@
 -- Every change of state names the states that it may come from, so that of two
--- that race one wins and the other learns of it (no row comes back).
+-- that race one wins and the other learns of it (no row comes back). A change
+-- that a host reports, or is asked for, names the host too: no other host can
+-- make it.
 
 -- name: InsertSandbox :one
 INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, on_timeout, auto_resume, forked_from, build_id)
@@ -56,11 +58,11 @@ SELECT state, count(*) AS n FROM sandboxes WHERE state NOT IN ('stopped', 'error
 -- name: SandboxRunning :one
 UPDATE sandboxes SET state = 'running', started_at = COALESCE(started_at, @started_at), expires_at = @expires_at,
     disk_mib = @disk_mib, start_ms = COALESCE(start_ms, @start_ms)
-WHERE id = @id AND state IN ('pending', 'starting') RETURNING *;
+WHERE id = @id AND host_id = @host_id AND state IN ('pending', 'starting') RETURNING *;
 
 -- name: SandboxFailed :one
 UPDATE sandboxes SET state = 'error', end_reason = 'failed', error = @error, ended_at = now()
-WHERE id = @id AND state IN ('pending', 'starting') RETURNING *;
+WHERE id = @id AND host_id = @host_id AND state IN ('pending', 'starting') RETURNING *;
 
 -- name: DropUnstarted :exec
 -- Forgets sandboxes that no host was ever asked for, or that it refused, and
@@ -87,7 +89,7 @@ WHERE host_id = $1 AND state NOT IN ('stopped', 'error') AND state = 'paused' AN
 -- name: SandboxPaused :one
 UPDATE sandboxes SET state = 'paused', paused_at = COALESCE(paused_at, @paused_at::timestamptz),
     expires_at = CASE WHEN drained AND on_timeout = 'destroy' THEN expires_at END
-WHERE id = @id AND state = ANY (@came_from::text[]) AND state IN ('running', 'missing', 'pausing', 'resuming') RETURNING *;
+WHERE id = @id AND host_id = @host_id AND state = ANY (@came_from::text[]) AND state IN ('running', 'missing', 'pausing', 'resuming') RETURNING *;
 
 -- name: SandboxResuming :one
 UPDATE sandboxes SET state = 'resuming' WHERE id = $1 AND state = 'paused' RETURNING *;
@@ -95,7 +97,7 @@ UPDATE sandboxes SET state = 'resuming' WHERE id = $1 AND state = 'paused' RETUR
 -- name: SandboxGoesOn :one
 -- It was resumed, or its pause failed.
 UPDATE sandboxes SET state = 'running', drained = false, paused_at = NULL, expires_at = @expires_at
-WHERE id = @id AND state IN ('pausing', 'paused', 'resuming') RETURNING *;
+WHERE id = @id AND host_id = @host_id AND state IN ('pausing', 'paused', 'resuming') RETURNING *;
 
 -- name: SandboxStopping :one
 -- Stopping a sandbox that stops is no change, yet answers with the row.
@@ -108,21 +110,22 @@ WHERE id = $1 AND state = 'stopping' RETURNING *;
 
 -- name: SandboxEnded :one
 -- It ended without being asked to.
-UPDATE sandboxes SET state = 'stopped', end_reason = @end_reason::text, error = @error, ended_at = @ended_at::timestamptz
-WHERE id = @id AND state IN ('running', 'missing', 'pausing', 'paused', 'resuming') RETURNING *;
+UPDATE sandboxes SET state = 'stopped', end_reason = @end_reason::text, error = @error,
+    ended_at = GREATEST(started_at, created_at, LEAST(@ended_at::timestamptz, now()))
+WHERE id = @id AND host_id = @host_id AND state IN ('running', 'missing', 'pausing', 'paused', 'resuming') RETURNING *;
 
 -- name: SandboxRevived :one
 -- Its host, which had ended or lost it, has it paused after all.
 UPDATE sandboxes SET state = 'paused', paused_at = @paused_at::timestamptz, drained = false, expires_at = NULL, end_reason = NULL, error = '', ended_at = NULL
-WHERE id = @id AND state = 'stopped' AND end_reason IN ('exited', 'lost') RETURNING *;
+WHERE id = @id AND host_id = @host_id AND state = 'stopped' AND end_reason IN ('exited', 'lost') RETURNING *;
 
 -- name: SandboxExpires :one
-UPDATE sandboxes SET expires_at = @expires_at WHERE id = @id AND state = 'running' RETURNING *;
+UPDATE sandboxes SET expires_at = @expires_at WHERE id = @id AND host_id = @host_id AND state = 'running' RETURNING *;
 
 -- name: SandboxesExpire :exec
 UPDATE sandboxes SET expires_at = seen.at
 FROM (SELECT unnest(@ids::uuid[]) AS id, unnest(@ats::timestamptz[]) AS at) AS seen
-WHERE sandboxes.id = seen.id AND sandboxes.state = 'running' AND sandboxes.expires_at IS DISTINCT FROM seen.at;
+WHERE sandboxes.id = seen.id AND sandboxes.host_id = @host_id AND sandboxes.state = 'running' AND sandboxes.expires_at IS DISTINCT FROM seen.at;
 
 -- name: LockSandboxes :exec
 -- Before a transaction changes several: rows come before what the teams have

@@ -1,17 +1,13 @@
--- name: AddTemplate :execrows
--- What a host has and the table does not know. No row: its team is not there,
--- or has something else under its name.
-WITH made AS (
-    INSERT INTO templates (id, team_id, name, size_bytes, created_at, vcpus, memory_mib, disk_mib)
-    SELECT @id, @team_id, @name, @size_bytes, @created_at, @vcpus, @memory_mib, @disk_mib
-    WHERE EXISTS (SELECT 1 FROM teams WHERE teams.id = @team_id)
-      AND NOT EXISTS (SELECT 1 FROM templates AS other WHERE other.team_id = @team_id AND other.name = @name AND other.kind = 'template' AND other.state <> 'deleting')
-    ON CONFLICT DO NOTHING
-    RETURNING id, team_id, name
-)
-INSERT INTO template_tags (team_id, name, tag, template_id)
-SELECT team_id, name, 'latest', id FROM made
-ON CONFLICT (team_id, name, tag) DO UPDATE SET template_id = EXCLUDED.template_id;
+-- name: FindLostTemplate :one
+-- A template that a host had lost is there again. False: it had not.
+SELECT template_found(@host_id, @template_id)::boolean AS found;
+
+-- name: KeepLostTemplate :exec
+-- Remembers what a host has lost, so that it can have it again.
+INSERT INTO lost_templates (host_id, template_id, team_id, kept)
+SELECT host_templates.host_id, templates.id, templates.team_id, to_jsonb(templates) FROM templates JOIN host_templates ON template_id = templates.id
+WHERE templates.id = @id AND host_templates.host_id = @host_id AND templates.id <> '00000000-0000-0000-0000-000000000000'
+ON CONFLICT (host_id, template_id) DO UPDATE SET kept = EXCLUDED.kept, lost_at = now();
 
 -- name: ClaimTemplate :one
 -- A template that is captured from a sandbox under a name of its own. No row:
@@ -43,16 +39,21 @@ UPDATE templates SET used_at = now() WHERE templates.id = (
 RETURNING *;
 
 -- name: TemplateReady :one
--- The names of teams' templates are the table's, those of the platform's the
--- hosts' unless they were built.
-WITH renamed AS (
-    UPDATE template_tags SET name = @name FROM templates
-    WHERE templates.id = @id AND templates.build_id IS NULL AND template_tags.template_id = @id
-      AND template_tags.team_id = '00000000-0000-0000-0000-000000000000' AND template_tags.name <> @name
-)
-UPDATE templates SET state = 'ready', size_bytes = @size_bytes, created_at = @created_at, vcpus = @vcpus, memory_mib = @memory_mib, disk_mib = @disk_mib,
-    name = CASE WHEN templates.team_id = '00000000-0000-0000-0000-000000000000' AND build_id IS NULL THEN @name ELSE templates.name END
-WHERE templates.id = @id AND state IN ('pending', 'ready') RETURNING *;
+-- A host that is to make it has made it.
+UPDATE templates SET state = 'ready', size_bytes = @size_bytes, created_at = GREATEST(templates.created_at, LEAST(@created_at, now())),
+    vcpus = @vcpus, memory_mib = @memory_mib, disk_mib = @disk_mib
+WHERE templates.id = @id AND state IN ('pending', 'ready')
+  AND EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id AND host_id = @host_id) RETURNING *;
+
+-- name: TemplateMeasured :exec
+-- What a template takes on a host that has it. Of the built-in one, which each
+-- host makes, the size of the disk is the hosts' too.
+UPDATE templates SET size_bytes = @size_bytes, disk_mib = CASE WHEN templates.id = '00000000-0000-0000-0000-000000000000' THEN @disk_mib::integer ELSE templates.disk_mib END
+WHERE templates.id = @id AND state = 'ready'
+  AND EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id AND host_id = @host_id);
+
+-- name: HostHasTemplate :one
+SELECT templates.* FROM templates JOIN host_templates ON template_id = templates.id WHERE templates.id = @id AND host_templates.host_id = @host_id;
 
 -- name: TemplateDeleting :one
 -- Deleting what is being deleted is no change, yet answers with the row.

@@ -1,0 +1,65 @@
+package sandboxes
+
+import (
+	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+)
+
+// A host may be hostile, or its clock wrong: what it reports of a sandbox is
+// kept within what the database knows.
+
+const (
+	// clockSkew is how far a host's clock may be ahead of the server's.
+	clockSkew = 10 * time.Minute
+	// maxDiskMiB is the largest disk that a sandbox may have.
+	maxDiskMiB = 262144
+)
+
+// Expiry returns when the host will end the sandbox of a row, or pause it; nil:
+// never. It is at most the sandbox's timeout after now, but for the host's clock.
+func Expiry(row db.Sandbox, has *hostagentv1.Sandbox, now time.Time) *time.Time {
+	if has.GetExpiresAt() == nil || row.TimeoutSeconds == 0 {
+		return nil
+	}
+	latest := now.Add(time.Duration(row.TimeoutSeconds)*time.Second + clockSkew)
+	at := between(has.GetExpiresAt().AsTime(), row.CreatedAt, latest).Truncate(time.Microsecond)
+	return &at
+}
+
+// pausedAt returns since when the sandbox of a row is paused. Its host knows: it
+// may have been a while without a server.
+func pausedAt(row db.Sandbox, has *hostagentv1.Sandbox) time.Time {
+	now := store.Now()
+	if has.GetPausedAt() == nil {
+		return now
+	}
+	earliest := row.CreatedAt
+	if row.StartedAt != nil {
+		earliest = *row.StartedAt
+	}
+	return between(has.GetPausedAt().AsTime(), earliest, now)
+}
+
+// disk returns the size of a sandbox's disk, which the host decides if nobody
+// asked for one.
+func disk(row db.Sandbox, has *hostagentv1.Sandbox) int32 {
+	if row.DiskMiB > 0 {
+		return row.DiskMiB
+	}
+	return min(max(has.GetDiskMib(), 0), maxDiskMiB)
+}
+
+// between returns the time nearest to at that is neither before earliest nor
+// after latest; latest counts if that is before earliest.
+func between(at, earliest, latest time.Time) time.Time {
+	if at.Before(earliest) {
+		at = earliest
+	}
+	if at.After(latest) {
+		at = latest
+	}
+	return at
+}
