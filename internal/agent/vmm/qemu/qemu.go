@@ -281,7 +281,7 @@ func (d *Driver) arguments(s vmm.Spec, as model, ram, incoming *os.File, h *hand
 		// kernel without an option ROM.
 		"-bios", "qboot.rom",
 		"-accel", as.accel, "-cpu", as.cpu,
-		"-smp", strconv.Itoa(s.VCPUs), "-m", fmt.Sprintf("%dM", s.MemoryMiB),
+		"-smp", processors(as, s.VCPUs), "-m", fmt.Sprintf("%dM", s.MemoryMiB),
 		"-object", fmt.Sprintf("memory-backend-file,id=ram,size=%dM,share=off,mem-path=/proc/self/fd/%d", s.MemoryMiB, h.add(ram)),
 		// A guest that ends, by a panic too, is held until its console was read.
 		"-action", "reboot=shutdown,shutdown=pause",
@@ -305,7 +305,7 @@ func (d *Driver) arguments(s vmm.Spec, as model, ram, incoming *os.File, h *hand
 		if d.accel == TCG {
 			// What a kernel does against speculation protects nothing where its
 			// code is translated to other code, and costs.
-			cmdline += fmt.Sprintf(" tsc_early_khz=%d mitigations=off", d.tscKHz)
+			cmdline += fmt.Sprintf(" tsc_early_khz=%d mitigations=off possible_cpus=%d", d.tscKHz, s.VCPUs)
 		}
 		args = append(args,
 			"-kernel", fmt.Sprintf("/proc/self/fd/%d", kernel),
@@ -329,6 +329,18 @@ func (d *Driver) arguments(s vmm.Spec, as model, ram, incoming *os.File, h *hand
 			"-device", "virtio-net-device,netdev=net,guest_announce=off,mac="+s.MAC)
 	}
 	return args, nil
+}
+
+// processors is the value of -smp. Where QEMU translates code for a machine that
+// can never have a second processor, it leaves the guest's memory barriers out,
+// although its own threads read and write the queues of virtio devices at the
+// same time: then a notification can be lost, and the device stands still for
+// good. So an emulated machine has room for a second one, which it never gets.
+func processors(as model, n int) string {
+	if strings.HasPrefix(as.accel, TCG) {
+		return fmt.Sprintf("%d,maxcpus=%d", n, max(n, 2))
+	}
+	return strconv.Itoa(n)
 }
 
 // exec starts QEMU in its bounds.
