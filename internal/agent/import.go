@@ -253,9 +253,10 @@ func (s *service) importImage(ctx context.Context, m *pb.ImportTemplateRequest_S
 		img, err = oci.Registry(ctx, r.GetReference(), s.access(r))
 	} else {
 		file := filepath.Join(tmp, "archive.tar")
-		if err := keep(file, archive, limits.Bytes); err != nil {
+		if limits.Packed, err = keep(file, archive, limits.Bytes); err != nil {
 			return t, "", sandbox.Full(err)
 		}
+		limits.Bytes = min(limits.Bytes, oci.Unpackable(limits.Packed))
 		img, err = oci.Archive(ctx, file, m.GetArchive().GetTag(), tmp, limits)
 	}
 	if err != nil {
@@ -298,34 +299,62 @@ func unanswered(err error) error {
 	return told.Because(err, "the registry does not answer as a registry does")
 }
 
+// counted counts the bytes that are read.
+type counted struct {
+	io.Reader
+	n int64
+}
+
+func (c *counted) Read(p []byte) (int, error) {
+	n, err := c.Reader.Read(p)
+	c.n += int64(n)
+	return n, err
+}
+
+// ratio reads what an input unpacks to, until that is too much for what has
+// come of the input.
+type ratio struct {
+	counted
+	packed *counted
+}
+
+func (r *ratio) Read(p []byte) (int, error) {
+	n, err := r.counted.Read(p)
+	if r.n > oci.Unpackable(r.packed.n) {
+		return 0, invalid("archive: unpacks to too many bytes for its size")
+	}
+	return n, err
+}
+
 // keep writes an archive, which may be compressed, to a file as it is without
-// that: so many bytes at most.
-func keep(file string, archive io.Reader, most int64) error {
-	in := bufio.NewReader(archive)
+// that: so many bytes at most. It returns how many bytes the archive had.
+func keep(file string, archive io.Reader, most int64) (packed int64, err error) {
+	received := &counted{Reader: archive}
+	in := bufio.NewReader(received)
 	r := io.Reader(in)
 	if magic, err := in.Peek(2); err == nil && magic[0] == 0x1f && magic[1] == 0x8b { // RFC 1952
 		z, err := gzip.NewReader(in)
 		if err != nil {
-			return connect.NewError(connect.CodeInvalidArgument, told.Because(err, "archive: cannot be read"))
+			return 0, connect.NewError(connect.CodeInvalidArgument, told.Because(err, "archive: cannot be read"))
 		}
 		defer z.Close()
-		r = z
+		r = &ratio{counted{Reader: z}, received}
 	}
 	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	n, err := io.Copy(f, io.LimitReader(r, most+1))
 	if errors.Is(err, gzip.ErrHeader) || errors.Is(err, gzip.ErrChecksum) || errors.Is(err, io.ErrUnexpectedEOF) {
 		err = connect.NewError(connect.CodeInvalidArgument, told.Because(err, "archive: cannot be read"))
 	}
 	if err := errors.Join(err, f.Close()); err != nil {
-		return fmt.Errorf("receive archive: %w", err)
+		return 0, fmt.Errorf("receive archive: %w", err)
 	}
 	if n > most {
-		return invalid("archive: has more than %d bytes, twice the disk's size", most)
+		return 0, invalid("archive: has more than %d bytes, twice the disk's size", most)
 	}
-	return nil
+	return received.n, nil
 }
 
 // chunks reads a stream's archive.

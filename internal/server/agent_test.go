@@ -45,6 +45,8 @@ type agent struct {
 	onCreate func(context.Context, *hostagentv1.CreateRequest) error
 	// onDestroy likewise.
 	onDestroy func(context.Context, *hostagentv1.DestroyRequest) error
+	// imports is called with a template that is about to be there; nil: nothing.
+	imports func(*hostagentv1.Template)
 	// digest is what a registry's image has.
 	digest string
 	// on decides how pauses, resumes, snapshots, forks and removals of templates

@@ -48,6 +48,12 @@ func (a *agent) ImportTemplate(ctx context.Context, stream *connect.ClientStream
 	}
 	t := &hostagentv1.Template{TemplateId: start.TemplateId, TeamId: start.TeamId, Name: start.Name, SizeBytes: size, CreatedAt: timestamppb.Now(), DiskMib: 5120}
 	a.mu.Lock()
+	imports := a.imports
+	a.mu.Unlock()
+	if imports != nil {
+		imports(t)
+	}
+	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.templates[start.TemplateId] = t
 	return connect.NewResponse(&hostagentv1.ImportTemplateResponse{Template: t, Digest: "sha256:0"}), nil

@@ -211,6 +211,7 @@ type PlatformSetting struct {
 	MaxVCPUs     *int32
 	MaxMemoryMiB *int64
 	MaxDiskMiB   *int64
+	MaxStoredMiB *int64
 }
 
 type Sandbox struct {
@@ -290,6 +291,7 @@ type TeamQuota struct {
 	MaxVCPUs     *int32
 	MaxMemoryMiB *int64
 	MaxDiskMiB   *int64
+	MaxStoredMiB *int64
 }
 
 type TeamUsage struct {
@@ -298,6 +300,7 @@ type TeamUsage struct {
 	VCPUs     int32
 	MemoryMiB int64
 	DiskMiB   int64
+	StoredMiB int64
 }
 
 type Template struct {

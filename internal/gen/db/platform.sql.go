@@ -137,7 +137,7 @@ func (q *Queries) DeleteQuota(ctx context.Context, teamID uuid.UUID) error {
 }
 
 const getQuota = `-- name: GetQuota :one
-SELECT team_id, max_running, max_vcpus, max_memory_mib, max_disk_mib FROM team_quotas WHERE team_id = $1
+SELECT team_id, max_running, max_vcpus, max_memory_mib, max_disk_mib, max_stored_mib FROM team_quotas WHERE team_id = $1
 `
 
 func (q *Queries) GetQuota(ctx context.Context, teamID uuid.UUID) (TeamQuota, error) {
@@ -149,12 +149,13 @@ func (q *Queries) GetQuota(ctx context.Context, teamID uuid.UUID) (TeamQuota, er
 		&i.MaxVCPUs,
 		&i.MaxMemoryMiB,
 		&i.MaxDiskMiB,
+		&i.MaxStoredMiB,
 	)
 	return i, err
 }
 
 const getSettings = `-- name: GetSettings :one
-SELECT id, signup_open, max_running, max_vcpus, max_memory_mib, max_disk_mib FROM platform_settings
+SELECT id, signup_open, max_running, max_vcpus, max_memory_mib, max_disk_mib, max_stored_mib FROM platform_settings
 `
 
 func (q *Queries) GetSettings(ctx context.Context) (PlatformSetting, error) {
@@ -167,12 +168,13 @@ func (q *Queries) GetSettings(ctx context.Context) (PlatformSetting, error) {
 		&i.MaxVCPUs,
 		&i.MaxMemoryMiB,
 		&i.MaxDiskMiB,
+		&i.MaxStoredMiB,
 	)
 	return i, err
 }
 
 const getUsage = `-- name: GetUsage :one
-SELECT team_id, running, vcpus, memory_mib, disk_mib FROM team_usage WHERE team_id = $1
+SELECT team_id, running, vcpus, memory_mib, disk_mib, stored_mib FROM team_usage WHERE team_id = $1
 `
 
 func (q *Queries) GetUsage(ctx context.Context, teamID uuid.UUID) (TeamUsage, error) {
@@ -184,14 +186,15 @@ func (q *Queries) GetUsage(ctx context.Context, teamID uuid.UUID) (TeamUsage, er
 		&i.VCPUs,
 		&i.MemoryMiB,
 		&i.DiskMiB,
+		&i.StoredMiB,
 	)
 	return i, err
 }
 
 const setQuota = `-- name: SetQuota :exec
-INSERT INTO team_quotas (team_id, max_running, max_vcpus, max_memory_mib, max_disk_mib) VALUES ($1, $2, $3, $4, $5)
+INSERT INTO team_quotas (team_id, max_running, max_vcpus, max_memory_mib, max_disk_mib, max_stored_mib) VALUES ($1, $2, $3, $4, $5, $6)
 ON CONFLICT (team_id) DO UPDATE SET max_running = EXCLUDED.max_running, max_vcpus = EXCLUDED.max_vcpus,
-    max_memory_mib = EXCLUDED.max_memory_mib, max_disk_mib = EXCLUDED.max_disk_mib
+    max_memory_mib = EXCLUDED.max_memory_mib, max_disk_mib = EXCLUDED.max_disk_mib, max_stored_mib = EXCLUDED.max_stored_mib
 `
 
 type SetQuotaParams struct {
@@ -200,6 +203,7 @@ type SetQuotaParams struct {
 	MaxVCPUs     *int32
 	MaxMemoryMiB *int64
 	MaxDiskMiB   *int64
+	MaxStoredMiB *int64
 }
 
 func (q *Queries) SetQuota(ctx context.Context, arg SetQuotaParams) error {
@@ -209,12 +213,13 @@ func (q *Queries) SetQuota(ctx context.Context, arg SetQuotaParams) error {
 		arg.MaxVCPUs,
 		arg.MaxMemoryMiB,
 		arg.MaxDiskMiB,
+		arg.MaxStoredMiB,
 	)
 	return err
 }
 
 const setSettings = `-- name: SetSettings :one
-UPDATE platform_settings SET signup_open = $1, max_running = $2, max_vcpus = $3, max_memory_mib = $4, max_disk_mib = $5 RETURNING id, signup_open, max_running, max_vcpus, max_memory_mib, max_disk_mib
+UPDATE platform_settings SET signup_open = $1, max_running = $2, max_vcpus = $3, max_memory_mib = $4, max_disk_mib = $5, max_stored_mib = $6 RETURNING id, signup_open, max_running, max_vcpus, max_memory_mib, max_disk_mib, max_stored_mib
 `
 
 type SetSettingsParams struct {
@@ -223,6 +228,7 @@ type SetSettingsParams struct {
 	MaxVCPUs     *int32
 	MaxMemoryMiB *int64
 	MaxDiskMiB   *int64
+	MaxStoredMiB *int64
 }
 
 func (q *Queries) SetSettings(ctx context.Context, arg SetSettingsParams) (PlatformSetting, error) {
@@ -232,6 +238,7 @@ func (q *Queries) SetSettings(ctx context.Context, arg SetSettingsParams) (Platf
 		arg.MaxVCPUs,
 		arg.MaxMemoryMiB,
 		arg.MaxDiskMiB,
+		arg.MaxStoredMiB,
 	)
 	var i PlatformSetting
 	err := row.Scan(
@@ -241,6 +248,7 @@ func (q *Queries) SetSettings(ctx context.Context, arg SetSettingsParams) (Platf
 		&i.MaxVCPUs,
 		&i.MaxMemoryMiB,
 		&i.MaxDiskMiB,
+		&i.MaxStoredMiB,
 	)
 	return i, err
 }

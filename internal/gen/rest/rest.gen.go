@@ -1701,7 +1701,7 @@ type OnTimeout string
 // Password 10 characters or more.
 type Password = string
 
-// Quota Bounds on what a team has at once. One that is absent is none.
+// Quota Bounds on what a team has at once. One that is absent is none. The platform's bound all teams of one owner together that have no quota of their own.
 type Quota struct {
 	// MaxDiskMib The disks of all sandboxes that have not ended, paused ones too, in MiB.
 	MaxDiskMib *int64 `json:"max_disk_mib,omitempty"`
@@ -1711,6 +1711,9 @@ type Quota struct {
 
 	// MaxRunning Sandboxes that are not paused.
 	MaxRunning *int32 `json:"max_running,omitempty"`
+
+	// MaxStoredMib What is kept beside them, in MiB: templates, snapshots, builds' layers, the memory of paused sandboxes, and builds' archives.
+	MaxStoredMib *int64 `json:"max_stored_mib,omitempty"`
 
 	// MaxVcpus Their virtual CPUs.
 	MaxVcpus *int32 `json:"max_vcpus,omitempty"`
@@ -1923,7 +1926,7 @@ type SandboxState string
 
 // Settings defines model for Settings.
 type Settings struct {
-	// DefaultQuota Bounds on what a team has at once. One that is absent is none.
+	// DefaultQuota Bounds on what a team has at once. One that is absent is none. The platform's bound all teams of one owner together that have no quota of their own.
 	DefaultQuota Quota `json:"default_quota"`
 
 	// SignupOpen Whether anybody may sign up.
@@ -1985,11 +1988,14 @@ type TeamQuota struct {
 	// OwnQuota Whether the quota is the team's own, or the platform's.
 	OwnQuota bool `json:"own_quota"`
 
-	// Quota Bounds on what a team has at once. One that is absent is none.
+	// Quota Bounds on what a team has at once. One that is absent is none. The platform's bound all teams of one owner together that have no quota of their own.
 	Quota Quota `json:"quota"`
 
 	// Running Sandboxes that are not paused.
 	Running int32 `json:"running"`
+
+	// StoredMib What is kept beside them, in MiB. What is being made counts as the most that it can take.
+	StoredMib int64 `json:"stored_mib"`
 
 	// Vcpus Their virtual CPUs.
 	Vcpus int32 `json:"vcpus"`

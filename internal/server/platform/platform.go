@@ -28,6 +28,8 @@ func New(s *store.Store) *Service { return &Service{s} }
 type Quota struct {
 	Running, VCPUs     *int32
 	MemoryMiB, DiskMiB *int64
+	// StoredMiB is of templates, layers, saved memory and archives.
+	StoredMiB *int64
 }
 
 // Settings are the platform's.
@@ -39,7 +41,7 @@ type Settings struct {
 }
 
 func settings(row db.PlatformSetting) Settings {
-	return Settings{SignUpOpen: row.SignupOpen, Quota: Quota{row.MaxRunning, row.MaxVCPUs, row.MaxMemoryMiB, row.MaxDiskMiB}}
+	return Settings{SignUpOpen: row.SignupOpen, Quota: Quota{row.MaxRunning, row.MaxVCPUs, row.MaxMemoryMiB, row.MaxDiskMiB, row.MaxStoredMiB}}
 }
 
 // Settings returns the settings.
@@ -54,7 +56,7 @@ func (s *Service) Settings(ctx context.Context) (Settings, error) {
 // SetSettings changes the settings. A quota that is lowered ends nothing.
 func (s *Service) SetSettings(ctx context.Context, to Settings) (Settings, error) {
 	q := to.Quota
-	row, err := s.store.SetSettings(ctx, db.SetSettingsParams{SignupOpen: to.SignUpOpen, MaxRunning: q.Running, MaxVCPUs: q.VCPUs, MaxMemoryMiB: q.MemoryMiB, MaxDiskMiB: q.DiskMiB})
+	row, err := s.store.SetSettings(ctx, db.SetSettingsParams{SignupOpen: to.SignUpOpen, MaxRunning: q.Running, MaxVCPUs: q.VCPUs, MaxMemoryMiB: q.MemoryMiB, MaxDiskMiB: q.DiskMiB, MaxStoredMiB: q.StoredMiB})
 	if err != nil {
 		return Settings{}, fmt.Errorf("write settings: %w", err)
 	}
@@ -65,6 +67,7 @@ func (s *Service) SetSettings(ctx context.Context, to Settings) (Settings, error
 type Usage struct {
 	Running, VCPUs     int32
 	MemoryMiB, DiskMiB int64
+	StoredMiB          int64
 	Quota              Quota
 	// Own says that the quota is the team's own, and not the settings'.
 	Own bool
@@ -80,11 +83,11 @@ func (s *Service) Usage(ctx context.Context, team uuid.UUID) (Usage, error) {
 	if err != nil && !errors.Is(err, store.ErrNoRows) {
 		return u, fmt.Errorf("read usage: %w", err)
 	}
-	u.Running, u.VCPUs, u.MemoryMiB, u.DiskMiB = row.Running, row.VCPUs, row.MemoryMiB, row.DiskMiB
+	u.Running, u.VCPUs, u.MemoryMiB, u.DiskMiB, u.StoredMiB = row.Running, row.VCPUs, row.MemoryMiB, row.DiskMiB, row.StoredMiB
 	own, err := s.store.GetQuota(ctx, team)
 	switch {
 	case err == nil:
-		u.Own, u.Quota = true, Quota{own.MaxRunning, own.MaxVCPUs, own.MaxMemoryMiB, own.MaxDiskMiB}
+		u.Own, u.Quota = true, Quota{own.MaxRunning, own.MaxVCPUs, own.MaxMemoryMiB, own.MaxDiskMiB, own.MaxStoredMiB}
 		return u, nil
 	case !errors.Is(err, store.ErrNoRows):
 		return u, fmt.Errorf("read quota: %w", err)
@@ -114,7 +117,7 @@ func (s *Service) SetQuota(ctx context.Context, team uuid.UUID, q *Quota) error 
 	if q == nil {
 		err = s.store.DeleteQuota(ctx, team)
 	} else {
-		err = s.store.SetQuota(ctx, db.SetQuotaParams{TeamID: team, MaxRunning: q.Running, MaxVCPUs: q.VCPUs, MaxMemoryMiB: q.MemoryMiB, MaxDiskMiB: q.DiskMiB})
+		err = s.store.SetQuota(ctx, db.SetQuotaParams{TeamID: team, MaxRunning: q.Running, MaxVCPUs: q.VCPUs, MaxMemoryMiB: q.MemoryMiB, MaxDiskMiB: q.DiskMiB, MaxStoredMiB: q.StoredMiB})
 	}
 	if err != nil {
 		return fmt.Errorf("write quota: %w", err)

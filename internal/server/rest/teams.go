@@ -113,15 +113,15 @@ func (a *API) quota(w http.ResponseWriter, r *http.Request, team uuid.UUID) {
 		a.Fail(w, r, err)
 		return
 	}
-	answer(w, http.StatusOK, rest.TeamQuota{Running: u.Running, Vcpus: u.VCPUs, MemoryMib: u.MemoryMiB, DiskMib: u.DiskMiB, Quota: quota(u.Quota), OwnQuota: u.Own})
+	answer(w, http.StatusOK, rest.TeamQuota{Running: u.Running, Vcpus: u.VCPUs, MemoryMib: u.MemoryMiB, DiskMib: u.DiskMiB, StoredMib: u.StoredMiB, Quota: quota(u.Quota), OwnQuota: u.Own})
 }
 
 func quota(q platform.Quota) rest.Quota {
-	return rest.Quota{MaxRunning: q.Running, MaxVcpus: q.VCPUs, MaxMemoryMib: q.MemoryMiB, MaxDiskMib: q.DiskMiB}
+	return rest.Quota{MaxRunning: q.Running, MaxVcpus: q.VCPUs, MaxMemoryMib: q.MemoryMiB, MaxDiskMib: q.DiskMiB, MaxStoredMib: q.StoredMiB}
 }
 
 func bounds(q rest.Quota) platform.Quota {
-	return platform.Quota{Running: q.MaxRunning, VCPUs: q.MaxVcpus, MemoryMiB: q.MaxMemoryMib, DiskMiB: q.MaxDiskMib}
+	return platform.Quota{Running: q.MaxRunning, VCPUs: q.MaxVcpus, MemoryMiB: q.MaxMemoryMib, DiskMiB: q.MaxDiskMib, StoredMiB: q.MaxStoredMib}
 }
 
 func teamMember(m db.GetMemberRow) rest.Member {

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"sync"
@@ -172,4 +173,133 @@ func TestUsageAgrees(t *testing.T) {
 	if err != nil || wrong > 0 || some == 0 {
 		t.Errorf("usage of %d teams is wrong, %d have sandboxes: %v", wrong, some, err)
 	}
+}
+
+// stored returns what a team has stored, in MiB.
+func (s *Store) stored(t *testing.T, team uuid.UUID) int64 {
+	t.Helper()
+	u, err := s.GetUsage(t.Context(), team)
+	if errors.Is(err, ErrNoRows) {
+		return 0
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return u.StoredMiB
+}
+
+// TestQuotaStored: templates count before they are made, as the most that they
+// can take, and then as what they take; so do saved memory and archives.
+func TestQuotaStored(t *testing.T) {
+	s, pool, team := quotaTest(t)
+	ctx := t.Context()
+	exec := func(query string, args ...any) error {
+		_, err := pool.Exec(ctx, query, args...)
+		return err
+	}
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	refused := func(what string, err error) {
+		t.Helper()
+		if _, over := OverQuota(err); !over {
+			t.Errorf("%s: %v; want a refusal", what, err)
+		}
+	}
+	is := func(when string, want int64) {
+		t.Helper()
+		if got := s.stored(t, team); got != want {
+			t.Errorf("%s: %d MiB are stored, want %d", when, got, want)
+		}
+	}
+	const template = `INSERT INTO templates (id, team_id, name, size_bytes, created_at, state, disk_mib, memory_mib, kind) VALUES ($1, $2, $3, 0, now(), 'pending', $4, $5, $6)`
+	bound := int64(7000)
+	must(s.SetQuota(ctx, db.SetQuotaParams{TeamID: team, MaxStoredMiB: &bound}))
+	refused("a huge image", exec(template, uuid.New(), team, "a", 1048576, 0, "template"))
+	is("a refused import", 0)
+	one := uuid.New()
+	must(exec(template, one, team, "a", 0, 0, "template"))
+	is("an import under way", 5632)
+	refused("a layer beside it", exec(template, uuid.New(), team, "b", 2000, 128, "layer"))
+	must(exec("UPDATE templates SET state = 'ready', size_bytes = 3000::bigint << 20 WHERE id = $1", one))
+	is("an import", 3000)
+	must(exec(template, uuid.New(), team, "b", 2000, 128, "layer"))
+	is("a layer beside it", 5128)
+
+	box := uuid.New()
+	must(exec(insertSandbox, box, team, 1, 1500, 0))
+	must(exec("UPDATE sandboxes SET state = 'running' WHERE id = $1", box))
+	is("a running sandbox", 5128)
+	must(exec("UPDATE sandboxes SET state = 'pausing' WHERE id = $1", box))
+	is("its memory", 6628)
+	must(exec("UPDATE sandboxes SET state = 'paused' WHERE id = $1", box))
+	refused("an archive", exec("INSERT INTO build_archives VALUES ($1, 'x', 400 << 20)", team))
+	must(exec("INSERT INTO build_archives VALUES ($1, 'x', 1)", team))
+	is("an archive of a byte", 6629)
+	must(exec("UPDATE sandboxes SET state = 'running' WHERE id = $1", box))
+	is("it was resumed", 5129)
+	must(exec("UPDATE templates SET size_bytes = 6000::bigint << 20 WHERE id = $1", one))
+	is("a template has grown", 8129)
+	refused("a pause", exec("UPDATE sandboxes SET state = 'pausing' WHERE id = $1", box))
+	// What a host does by itself, or because it drains, is not refused.
+	must(exec("UPDATE sandboxes SET state = 'pausing', drained = true WHERE id = $1", box))
+	must(exec("UPDATE sandboxes SET state = 'stopping' WHERE id = $1", box))
+	must(exec("DELETE FROM build_archives"))
+	must(exec("DELETE FROM templates WHERE team_id = $1", team))
+	is("all is gone", 0)
+
+	// A team that goes takes its templates along.
+	must(exec("DELETE FROM sandboxes"))
+	must(exec(template, uuid.New(), team, "a", 0, 0, "template"))
+	must(exec("DELETE FROM teams WHERE id = $1", team))
+}
+
+// TestQuotaOfOwner: teams of one owner share the platform's quota, however many
+// they are and whichever are asked at once; one with its own has its own.
+func TestQuotaOfOwner(t *testing.T) {
+	s, pool, _ := quotaTest(t)
+	ctx := t.Context()
+	exec := func(query string, args ...any) {
+		t.Helper()
+		if _, err := pool.Exec(ctx, query, args...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exec("UPDATE platform_settings SET max_running = 7")
+	owner, other := uuid.New(), uuid.New()
+	exec("INSERT INTO users (id, email) VALUES ($1, 'a@example.com'), ($2, 'b@example.com')", owner, other)
+	var teams []uuid.UUID
+	for range 50 {
+		team := uuid.New()
+		exec("INSERT INTO teams (id, name) VALUES ($1, 't')", team)
+		exec("INSERT INTO team_members (team_id, user_id, role) VALUES ($1, $2, 'owner')", team, owner)
+		// Who is made an owner later does not have it counted on them.
+		exec("INSERT INTO team_members (team_id, user_id, role, created_at) VALUES ($1, $2, 'owner', now() + interval '1 s')", team, other)
+		teams = append(teams, team)
+	}
+	var made atomic.Int32
+	var wg sync.WaitGroup
+	for _, team := range teams {
+		wg.Go(func() {
+			_, err := pool.Exec(context.Background(), insertSandbox, uuid.New(), team, 1, 512, 0)
+			if _, over := OverQuota(err); err == nil {
+				made.Add(1)
+			} else if !over {
+				t.Errorf("insert: %v", err)
+			}
+		})
+	}
+	wg.Wait()
+	if made.Load() != 7 {
+		t.Errorf("an owner of 50 teams runs %d sandboxes, want 7", made.Load())
+	}
+	s.quota(t, teams[0], 50, 50, 1<<40, 1<<40)
+	exec(insertSandbox, uuid.New(), teams[0], 1, 512, 0)
+	own := uuid.New()
+	exec("INSERT INTO teams (id, name) VALUES ($1, 't')", own)
+	exec("INSERT INTO team_members (team_id, user_id, role) VALUES ($1, $2, 'owner')", own, other)
+	exec(insertSandbox, uuid.New(), own, 1, 512, 0)
 }

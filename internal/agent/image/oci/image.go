@@ -69,6 +69,8 @@ type Image struct {
 	file   *v1.ConfigFile
 	config Config
 	close  func() error
+	// packed is how many bytes it came in.
+	packed int64
 }
 
 // Config is the image's configuration.
@@ -127,7 +129,11 @@ func newImage(img v1.Image, close func() error) (_ *Image, err error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Image{img, file, config, close}, nil
+	var packed int64
+	for _, l := range m.Layers {
+		packed += max(l.Size, 0)
+	}
+	return &Image{img, file, config, close, packed}, nil
 }
 
 func newConfig(c v1.Config) (Config, error) {
@@ -271,6 +277,9 @@ func Archive(ctx context.Context, file, tag, tmp string, limits Limits) (*Image,
 	img, err := openArchive(ctx, file, tag, tmp, limits)
 	if err != nil {
 		return nil, fmt.Errorf("image archive %s: %w", file, err)
+	}
+	if limits.Packed > 0 {
+		img.packed = limits.Packed
 	}
 	return img, nil
 }

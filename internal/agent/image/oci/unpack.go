@@ -24,6 +24,9 @@ import (
 type Limits struct {
 	Bytes   int64 // of all files of all layers together, and of the layers' archives
 	Entries int   // of all layers' archives together
+	// Packed is how many bytes an archive came in before what it was compressed
+	// with was taken off; 0: as many as its layers have.
+	Packed int64
 }
 
 // DefaultLimits are enough for images of several languages' tools.
@@ -37,6 +40,13 @@ func (l Limits) orDefault() Limits {
 		l.Entries = DefaultLimits.Entries
 	}
 	return l
+}
+
+// Unpackable returns to how many bytes an input of so many may unpack. Images
+// seldom shrink to a tenth; what shrinks to a thousandth is there to fill disks.
+func Unpackable(packed int64) int64 {
+	const ratio, always = 100, 64 << 20
+	return always + ratio*min(packed, 1<<50)
 }
 
 const (
@@ -74,6 +84,8 @@ func (i *Image) Unpack(ctx context.Context, dir string, limits Limits) (err erro
 	if err != nil {
 		return err
 	}
+	limits = limits.orDefault()
+	limits.Bytes = min(limits.Bytes, Unpackable(i.packed))
 	u := newUnpacker(t, limits)
 	for n, l := range layers {
 		r, err := l.Uncompressed()

@@ -2,7 +2,7 @@
 SELECT * FROM platform_settings;
 
 -- name: SetSettings :one
-UPDATE platform_settings SET signup_open = $1, max_running = $2, max_vcpus = $3, max_memory_mib = $4, max_disk_mib = $5 RETURNING *;
+UPDATE platform_settings SET signup_open = $1, max_running = $2, max_vcpus = $3, max_memory_mib = $4, max_disk_mib = $5, max_stored_mib = $6 RETURNING *;
 
 -- name: GetQuota :one
 SELECT * FROM team_quotas WHERE team_id = $1;
@@ -11,9 +11,9 @@ SELECT * FROM team_quotas WHERE team_id = $1;
 SELECT * FROM team_usage WHERE team_id = $1;
 
 -- name: SetQuota :exec
-INSERT INTO team_quotas (team_id, max_running, max_vcpus, max_memory_mib, max_disk_mib) VALUES ($1, $2, $3, $4, $5)
+INSERT INTO team_quotas (team_id, max_running, max_vcpus, max_memory_mib, max_disk_mib, max_stored_mib) VALUES ($1, $2, $3, $4, $5, $6)
 ON CONFLICT (team_id) DO UPDATE SET max_running = EXCLUDED.max_running, max_vcpus = EXCLUDED.max_vcpus,
-    max_memory_mib = EXCLUDED.max_memory_mib, max_disk_mib = EXCLUDED.max_disk_mib;
+    max_memory_mib = EXCLUDED.max_memory_mib, max_disk_mib = EXCLUDED.max_disk_mib, max_stored_mib = EXCLUDED.max_stored_mib;
 
 -- name: DeleteQuota :exec
 DELETE FROM team_quotas WHERE team_id = $1;

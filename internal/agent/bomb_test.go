@@ -1,0 +1,107 @@
+package agent
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"connectrpc.com/connect"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/image/oci"
+	"github.com/wrenn-dev/wrenn/internal/agent/image/oci/ocitest"
+)
+
+// zipped compresses as far as gzip can.
+func zipped(t *testing.T, from io.Reader) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	z, err := gzip.NewWriterLevel(&b, gzip.BestCompression)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(z, from); err != nil {
+		t.Fatal(err)
+	}
+	if err := z.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+// TestGzipInGzip: an archive of a few kilobytes, compressed twice, does not
+// become hundreds of megabytes on the host's disk.
+func TestGzipInGzip(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root to unpack an image")
+	}
+	layer := zipped(t, bytes.NewReader(ocitest.Archive(t, []ocitest.Entry{ocitest.File("zeros", string(make([]byte, 256<<20)))})))
+	l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(layer)), nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	img, err := mutate.AppendLayers(ocitest.Build(t), l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	p, err := layout.Write(filepath.Join(dir, "layout"), empty.Index)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.AppendImage(img); err != nil {
+		t.Fatal(err)
+	}
+	var packed bytes.Buffer
+	w := tar.NewWriter(&packed)
+	if err := errors.Join(w.AddFS(os.DirFS(filepath.Join(dir, "layout"))), w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	upload := zipped(t, &packed)
+	if len(upload) > 8192 {
+		t.Fatalf("the upload has %d bytes: it shows nothing", len(upload))
+	}
+	// A disk that would hold it.
+	limits := oci.Limits{Bytes: 2 << 40}
+	file := filepath.Join(dir, "archive.tar")
+	if limits.Packed, err = keep(file, bytes.NewReader(upload), limits.Bytes); err != nil || limits.Packed != int64(len(upload)) {
+		t.Fatalf("the outer archive is not large: %d bytes were received, %v", limits.Packed, err)
+	}
+	found, err := oci.Archive(t.Context(), file, "", dir, limits)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer found.Close()
+	if err := found.Unpack(t.Context(), filepath.Join(dir, "tree"), limits); err == nil || !strings.Contains(err.Error(), "unpacks to more") {
+		t.Errorf("%d bytes unpack to 256 MiB: %v", len(upload), err)
+	}
+}
+
+// TestArchiveRatio: an archive that unpacks to far more than came is not kept.
+func TestArchiveRatio(t *testing.T) {
+	upload := zipped(t, io.LimitReader(zeros{}, 1<<30))
+	file := filepath.Join(t.TempDir(), "archive.tar")
+	_, err := keep(file, bytes.NewReader(upload), 2<<40)
+	if connect.CodeOf(err) != connect.CodeInvalidArgument {
+		t.Errorf("%d bytes unpack to 1 GiB: %v", len(upload), err)
+	}
+	if info, err := os.Stat(file); err != nil || info.Size() > oci.Unpackable(int64(len(upload))) {
+		t.Errorf("it has left a file of %d bytes, %v", info.Size(), err)
+	}
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) {
+	clear(p)
+	return len(p), nil
+}

@@ -1,0 +1,63 @@
+package server_test
+
+import (
+	"bytes"
+	"testing"
+
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+)
+
+// TestStored: what outlives a request counts for its team before it is written,
+// however small the request is.
+func TestStored(t *testing.T) {
+	p := newPlane(t)
+	admin := as(p.bearerOf("admin@example.com"))
+	asAda := as(p.bearer(p.person("ada@example.com")))
+	team := p.call("POST", "/v1/teams", map[string]any{"name": "one"}, asAda...).want(201).str("id")
+	key := p.call("POST", "/v1/keys", map[string]any{"name": "k"}, asAda...).want(201).str("key")
+	quota := func(most int) {
+		t.Helper()
+		p.call("PUT", "/v1/admin/teams/"+team+"/quota", map[string]any{"max_stored_mib": most}, admin...).want(200)
+	}
+	stored := func() float64 {
+		t.Helper()
+		return p.call("GET", "/v1/teams/"+team+"/quota", nil, asAda...).want(200).object()["stored_mib"].(float64)
+	}
+	archive := bytes.Repeat([]byte("x"), 3418)
+	tar := []string{"Content-Type", "application/x-tar", "X-API-Key", key}
+	// A disk of a tebibyte is not for every team.
+	p.call("POST", "/v1/templates/import/archive?name=huge&disk_mib=1048576", archive, tar...).fails(403, "quota_exceeded")
+	if got := stored(); got != 0 {
+		t.Errorf("after a refused import %v MiB are stored", got)
+	}
+	quota(6000)
+	var during float64
+	p.agent.mu.Lock()
+	p.agent.imports = func(tpl *hostagentv1.Template) {
+		during = stored()
+		tpl.SizeBytes = 1690 << 20
+	}
+	p.agent.mu.Unlock()
+	p.call("POST", "/v1/templates/import/archive?name=app", archive, tar...).want(201)
+	if during != 5632 || stored() != 1690 {
+		t.Errorf("an import counts as %v MiB while it is made and as %v afterwards", during, stored())
+	}
+	p.call("POST", "/v1/templates/import/archive?name=app", archive, tar...).fails(403, "quota_exceeded")
+
+	sandbox := p.call("POST", "/v1/sandboxes", map[string]any{"memory_mib": 1024}, "X-API-Key", key).want(201).str("id")
+	p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandbox, "name": "snap"}, "X-API-Key", key).fails(403, "quota_exceeded")
+	p.call("POST", "/v1/sandboxes/"+sandbox+"/pause", nil, "X-API-Key", key).want(200)
+	if got := stored(); got != 1690+1024 {
+		t.Errorf("with a paused sandbox %v MiB are stored", got)
+	}
+	p.call("POST", "/v1/sandboxes/"+sandbox+"/resume", nil, "X-API-Key", key).want(200)
+	quota(2000)
+	p.call("POST", "/v1/sandboxes/"+sandbox+"/pause", nil, "X-API-Key", key).fails(403, "quota_exceeded")
+	if got := p.call("GET", "/v1/sandboxes/"+sandbox, nil, "X-API-Key", key).want(200).str("state"); got != "running" {
+		t.Errorf("a sandbox whose pause was refused is %s", got)
+	}
+	p.call("DELETE", "/v1/templates/app", nil, "X-API-Key", key).want(204)
+	if got := stored(); got != 0 {
+		t.Errorf("when all is gone %v MiB are stored", got)
+	}
+}
