@@ -85,6 +85,9 @@ func (d Dir) VMM() string { return d.join("run", "vmm") }
 // ServerSocket is where the control plane listens under wrenn up.
 func (d Dir) ServerSocket() string { return d.join("run", "server.sock") }
 
+// Spool holds uploads that are under way to the control plane of wrenn up.
+func (d Dir) Spool() string { return d.join("spool") }
+
 // Events is the host agent's journal of what it did on its own.
 func (d Dir) Events() string { return d.join("events") }
 

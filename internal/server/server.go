@@ -3,6 +3,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -10,6 +11,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/netip"
+	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -42,6 +44,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/rest"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 	"github.com/wrenn-dev/wrenn/internal/server/scheduler"
+	"github.com/wrenn-dev/wrenn/internal/server/spool"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/teams"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
@@ -132,6 +135,11 @@ type Config struct {
 	AdminEmail    string `env:"WRENN_ADMIN_EMAIL"`
 	AdminPassword string `env:"WRENN_ADMIN_PASSWORD"`
 	AdminAPIKey   string `env:"WRENN_ADMIN_API_KEY"`
+
+	// SpoolDir holds uploads until all of them has arrived (the folder for
+	// temporary files), SpoolMiB at most, a quarter of that of one team.
+	SpoolDir string `env:"WRENN_SPOOL_DIR"`
+	SpoolMiB int64  `env:"WRENN_SPOOL_MIB"`
 
 	// Builds bounds builds of templates.
 	Builds builds.Settings
@@ -260,7 +268,11 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	catalog := templates.NewCatalog(s.store, s.hosts, s.log)
 	history := metrics.New(s.redis, s.log)
 	s.sandboxes = sandboxes.New(sandboxes.Config{Store: s.store, Hosts: s.hosts, Templates: catalog, Tokens: tokens, Work: s.work, Tell: s.bus.Changed, Ended: history.Forget, Log: s.log})
-	tpl := templates.New(catalog, templates.Config{Store: s.store, Hosts: s.hosts, Sandboxes: s.sandboxes, Work: s.work, Log: s.log})
+	uploads, err := spool.New(cmp.Or(c.SpoolDir, os.TempDir()), cmp.Or(c.SpoolMiB, spool.DefaultMiB))
+	if err != nil {
+		return nil, err
+	}
+	tpl := templates.New(catalog, templates.Config{Store: s.store, Hosts: s.hosts, Sandboxes: s.sandboxes, Spool: uploads, Work: s.work, Log: s.log})
 	s.reconcile = reconcile.New(reconcile.Config{Store: s.store, Hosts: s.hosts, Sandboxes: s.sandboxes, Templates: tpl, DrainIdle: c.DrainIdle, Watching: history.Watch, Log: s.log})
 	s.usage = usage.New(s.store, s.log)
 	s.audit = audit.New(s.store, c.AuditRetention, s.log)
@@ -283,7 +295,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 		hub = github.New(github.Config{ClientID: c.GitHubClientID, ClientSecret: c.GitHubClientSecret, URL: c.GitHubURL, APIURL: c.GitHubAPIURL, Callback: c.GitHubCallback})
 	}
 
-	s.builds = builds.New(builds.Config{Settings: c.Builds, Secret: secret, Store: s.store, Redis: s.redis, Hosts: s.hosts, Sandboxes: s.sandboxes, Templates: tpl, Log: s.log})
+	s.builds = builds.New(builds.Config{Settings: c.Builds, Secret: secret, Store: s.store, Redis: s.redis, Hosts: s.hosts, Sandboxes: s.sandboxes, Templates: tpl, Spool: uploads, Log: s.log})
 
 	registry := prometheus.NewRegistry()
 	requests := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "wrenn_http_requests_total", Help: "Answered requests of the REST API."}, []string{"method", "route", "status"})

@@ -368,26 +368,41 @@ func value(name string, s *openapi3.Schema, fields map[string]any) any {
 // send makes the call.
 func (w *world) send(o operation, c caller, t target, n int) response {
 	w.Helper()
+	ask, path, body, headers := w.compose(o, c, t, n)
+	r, err := w.try(o.method, path, body, headers...)
+	if err != nil {
+		w.Fatalf("%s as %s, %s: %v", o, c.name, t.name, err)
+	}
+	if ask.response = r; w.records != nil {
+		*w.records = append(*w.records, ask)
+	}
+	return r
+}
+
+// compose makes up a call.
+func (w *world) compose(o operation, c caller, t target, n int) (ask asked, path string, body any, headers []string) {
+	w.Helper()
 	if strings.Contains(o.path, "{host_id}") && w.host == "" {
 		w.host = w.call("POST", "/v1/admin/hosts", map[string]any{"name": "h" + strings.ReplaceAll(uuid.NewString(), "-", "")}).want(201).object()["host"].(map[string]any)["id"].(string)
 	}
-	headers, ok := w.shown[c.name]
+	shown, ok := w.shown[c.name]
 	if !ok {
-		headers = c.show(w)
-		w.shown[c.name] = headers
+		shown = c.show(w)
+		w.shown[c.name] = shown
 	}
-	ask := asked{operation: o, caller: c, id: fmt.Sprintf("walk-%d", n), address: fmt.Sprintf("198.18.%d.%d", n/250, n%250)}
+	ask = asked{operation: o, caller: c, id: fmt.Sprintf("walk-%d", n), address: fmt.Sprintf("198.18.%d.%d", n/250, n%250)}
 	if w.records != nil && !o.anybody() {
-		ask.actor, ask.user = w.actor(headers)
+		ask.actor, ask.user = w.actor(shown)
 		ask.teams = w.teamsOf(ask.actor)
 	}
 	// Each from an address of its own: how often one may try is another test's.
-	headers = append(slices.Clone(headers), "X-Forwarded-For", ask.address, "X-Request-Id", ask.id)
+	headers = append(slices.Clone(shown), "X-Forwarded-For", ask.address, "X-Request-Id", ask.id)
 	if t.named >= 0 {
 		headers = append(headers, "X-Team", w.teams[t.named].wireTeam)
 	}
 	fields := w.fields(o, t)
-	path, query := o.path, url.Values{}
+	path = o.path
+	query := url.Values{}
 	for _, p := range slices.Concat(o.item.Parameters, o.Parameters) {
 		if !p.Value.Required {
 			continue
@@ -409,7 +424,6 @@ func (w *world) send(o operation, c caller, t target, n int) response {
 	if len(query) > 0 {
 		path += "?" + query.Encode()
 	}
-	var body any
 	if o.RequestBody != nil {
 		content := o.RequestBody.Value.Content
 		if media := content.Get("application/json"); media != nil && len(content) == 1 {
@@ -421,14 +435,7 @@ func (w *world) send(o operation, c caller, t target, n int) response {
 			}
 		}
 	}
-	r, err := w.try(o.method, path, body, headers...)
-	if err != nil {
-		w.Fatalf("%s as %s, %s: %v", o, c.name, t.name, err)
-	}
-	if ask.response = r; w.records != nil {
-		*w.records = append(*w.records, ask)
-	}
-	return r
+	return ask, path, body, headers
 }
 
 // state is all of a world that calls could change.

@@ -797,6 +797,16 @@ func (q *Queries) ListUnusedLayers(ctx context.Context, arg ListUnusedLayersPara
 	return items, nil
 }
 
+const lockArchives = `-- name: LockArchives :exec
+SELECT pg_advisory_xact_lock(hashtextextended('archives ' || ($1::uuid)::text, 0))
+`
+
+// One of a team's archives at a time is added, so that they are counted right.
+func (q *Queries) LockArchives(ctx context.Context, teamID uuid.UUID) error {
+	_, err := q.db.Exec(ctx, lockArchives, teamID)
+	return err
+}
+
 const lockBuilds = `-- name: LockBuilds :exec
 SELECT pg_advisory_xact_lock(7239150284)
 `
@@ -846,21 +856,6 @@ func (q *Queries) RenewBuild(ctx context.Context, arg RenewBuildParams) (bool, e
 	var cancelling bool
 	err := row.Scan(&cancelling)
 	return cancelling, err
-}
-
-const setArchiveSize = `-- name: SetArchiveSize :exec
-UPDATE build_archives SET size_bytes = $3 WHERE team_id = $1 AND digest = $2
-`
-
-type SetArchiveSizeParams struct {
-	TeamID    uuid.UUID
-	Digest    string
-	SizeBytes int64
-}
-
-func (q *Queries) SetArchiveSize(ctx context.Context, arg SetArchiveSizeParams) error {
-	_, err := q.db.Exec(ctx, setArchiveSize, arg.TeamID, arg.Digest, arg.SizeBytes)
-	return err
 }
 
 const sizeOfArchives = `-- name: SizeOfArchives :one

@@ -25,6 +25,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/page"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
+	"github.com/wrenn-dev/wrenn/internal/server/spool"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
 )
@@ -80,6 +81,8 @@ type Config struct {
 	Hosts     *hosts.Registry
 	Sandboxes *sandboxes.Service
 	Templates *templates.Service
+	// Spool holds folders that are being uploaded.
+	Spool *spool.Spool
 	// Secret is what registries' credentials are encrypted with while a build
 	// waits and runs.
 	Secret []byte
@@ -92,6 +95,8 @@ type Service struct {
 	// queue is a client of its own: only the close of its connections ends a wait
 	// for Redis early, and waits take none from others.
 	queue *redis.Client
+	// keeping has a place for each archive that is written to the database.
+	keeping chan struct{}
 
 	mu sync.Mutex
 	// waiting are closed when something changes about the build.
@@ -110,7 +115,7 @@ func New(c Config) *Service {
 	// Copied before the other client is used, which changes its options then.
 	options := *c.Redis.Options()
 	options.PoolSize, options.MaxRetries = c.Workers, -1
-	return &Service{Config: c, queue: redis.NewClient(&options), waiting: make(map[uuid.UUID]chan struct{})}
+	return &Service{Config: c, queue: redis.NewClient(&options), keeping: make(chan struct{}, 2), waiting: make(map[uuid.UUID]chan struct{})}
 }
 
 // Request is what a build is asked to be.

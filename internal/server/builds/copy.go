@@ -18,6 +18,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/recipe"
 	"github.com/wrenn-dev/wrenn/internal/recipe/buildcontext"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/spool"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
@@ -211,8 +212,9 @@ func (s *selection) write(ctx context.Context, w io.Writer, archive io.Reader, w
 const chunkSize = 1 << 20
 
 // PutArchive keeps the archive of a folder for builds of a team. Its name must
-// be that of its content, and it must be one that buildcontext packs.
-func (s *Service) PutArchive(ctx context.Context, team uuid.UUID, want string, r io.Reader) error {
+// be that of its content, and it must be one that buildcontext packs. Only when
+// all of it has arrived and is right does it take a connection to the database.
+func (s *Service) PutArchive(ctx context.Context, team uuid.UUID, want string, body spool.Body) error {
 	if n, err := s.Store.UseArchive(ctx, db.UseArchiveParams{TeamID: team, Digest: want}); err != nil {
 		return fmt.Errorf("look up archive: %w", err)
 	} else if n > 0 {
@@ -222,31 +224,28 @@ func (s *Service) PutArchive(ctx context.Context, team uuid.UUID, want string, r
 	if err != nil {
 		return fmt.Errorf("measure archives: %w", err)
 	}
-	if has >= s.TeamArchivesMiB<<20 {
-		return fault.New(fault.Conflict, "the team's uploaded folders have %d MiB together, which is the most; they are forgotten a day after they were used", s.TeamArchivesMiB)
+	left := s.TeamArchivesMiB<<20 - has
+	if left <= 0 {
+		return s.archivesFull()
 	}
-	var kept *keeper
-	err = s.Store.InTx(ctx, func(q *db.Queries) error {
-		n, err := q.AddArchive(ctx, db.AddArchiveParams{TeamID: team, Digest: want})
-		if err != nil || n == 0 {
-			return err // n = 0: somebody else has just uploaded the same
-		}
-		kept = &keeper{ctx: ctx, q: q, team: team, digest: want, most: s.ArchiveMiB << 20}
-		err = buildcontext.Read(ctx, io.TeeReader(r, kept), buildcontext.Digest(want), s.limits(), func(*tar.Header, io.Reader) error { return nil })
-		if kept.err != nil {
-			return kept.err
-		}
-		if errors.Is(err, buildcontext.ErrRefused) || errors.Is(err, tar.ErrHeader) || errors.Is(err, io.ErrUnexpectedEOF) {
-			return fault.Because(err, fault.InvalidArgument, "the archive is refused: %v", err)
-		}
-		if err == nil {
-			err = kept.flush()
-		}
-		if err == nil {
-			err = q.SetArchiveSize(ctx, db.SetArchiveSizeParams{TeamID: team, Digest: want, SizeBytes: kept.size})
-		}
+	file, err := s.Spool.Receive(team, body, min(left, s.ArchiveMiB<<20))
+	var long *spool.TooLong
+	switch {
+	case errors.As(err, &long) && long.Most == left:
+		return s.archivesFull()
+	case errors.As(err, &long):
+		return fault.Because(err, fault.PayloadTooLarge, "the folder has more than %d MiB: list what is not needed in .wrennignore", long.Most>>20)
+	case err != nil:
 		return err
-	})
+	}
+	defer file.Close()
+	err = buildcontext.Read(ctx, file, buildcontext.Digest(want), s.limits(), func(*tar.Header, io.Reader) error { return nil })
+	if errors.Is(err, buildcontext.ErrRefused) || errors.Is(err, tar.ErrHeader) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return fault.Because(err, fault.InvalidArgument, "the archive is refused: %v", err)
+	}
+	if err == nil {
+		err = s.keep(ctx, team, want, file)
+	}
 	var f *fault.Error
 	if err != nil && !errors.As(err, &f) {
 		return fmt.Errorf("keep archive: %w", err)
@@ -254,55 +253,60 @@ func (s *Service) PutArchive(ctx context.Context, team uuid.UUID, want string, r
 	return err
 }
 
+func (s *Service) archivesFull() error {
+	return fault.New(fault.Conflict, "the team's uploaded folders have %d MiB together, which is the most; they are forgotten a day after they were used", s.TeamArchivesMiB)
+}
+
+// keep writes an archive to the table, in rows of one size. Few are written at
+// once, so that most connections stay free for others.
+func (s *Service) keep(ctx context.Context, team uuid.UUID, digest string, file *spool.File) error {
+	select {
+	case s.keeping <- struct{}{}:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	defer func() { <-s.keeping }()
+	if _, err := file.Seek(0, io.SeekStart); err != nil {
+		return err
+	}
+	return s.Store.InTx(ctx, func(q *db.Queries) error {
+		// Archives of a team are counted one after the other.
+		if err := q.LockArchives(ctx, team); err != nil {
+			return err
+		}
+		n, err := q.AddArchive(ctx, db.AddArchiveParams{TeamID: team, Digest: digest, SizeBytes: file.Size()})
+		if err != nil || n == 0 {
+			return err // n = 0: somebody else has just uploaded the same
+		}
+		all, err := q.SizeOfArchives(ctx, team)
+		if err != nil {
+			return err
+		}
+		if all > s.TeamArchivesMiB<<20 {
+			return s.archivesFull()
+		}
+		buf := make([]byte, chunkSize)
+		for number := int32(1); ; number++ {
+			n, err := io.ReadFull(file, buf)
+			if errors.Is(err, io.EOF) {
+				return nil
+			}
+			if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) {
+				return err
+			}
+			if err := q.AddArchiveChunk(ctx, db.AddArchiveChunkParams{TeamID: team, Digest: digest, Number: number, Data: buf[:n]}); err != nil {
+				return err
+			}
+		}
+	})
+}
+
 // limits bound what an archive unpacks to.
 func (s *Service) limits() buildcontext.Limits {
 	return buildcontext.Limits{Bytes: s.ArchiveMiB << 20}
 }
 
-// keeper writes what is written to it to the table, in rows of one size.
-type keeper struct {
-	ctx    context.Context
-	q      *db.Queries
-	team   uuid.UUID
-	digest string
-	most   int64
-
-	buf    []byte
-	number int32
-	size   int64
-	err    error
-}
-
-func (k *keeper) Write(p []byte) (int, error) {
-	if k.err == nil && k.size+int64(len(p)) > k.most {
-		k.err = fault.New(fault.PayloadTooLarge, "the folder has more than %d MiB: list what is not needed in .wrennignore", k.most>>20)
-	}
-	if k.err != nil {
-		return 0, k.err
-	}
-	k.size += int64(len(p))
-	k.buf = append(k.buf, p...)
-	for len(k.buf) >= chunkSize && k.err == nil {
-		rest := k.buf[chunkSize:]
-		k.err = k.row(k.buf[:chunkSize])
-		k.buf = append(k.buf[:0], rest...)
-	}
-	return len(p), k.err
-}
-
-func (k *keeper) row(data []byte) error {
-	k.number++
-	return k.q.AddArchiveChunk(k.ctx, db.AddArchiveChunkParams{TeamID: k.team, Digest: k.digest, Number: k.number, Data: data})
-}
-
-func (k *keeper) flush() error {
-	if len(k.buf) == 0 {
-		return nil
-	}
-	return k.row(k.buf)
-}
-
-// archive reads what a keeper has written.
+// archive reads what was kept.
 type archive struct {
 	ctx    context.Context
 	store  *store.Store

@@ -129,7 +129,7 @@ func (s *Service) attempt(ctx context.Context, row db.Build) {
 		return
 	}
 	// What is another's by now must not be removed under it.
-	_, renewErr := s.Store.RenewBuild(context.WithoutCancel(ctx), db.RenewBuildParams{ID: row.ID, Worker: &s.Store.Server, Attempts: row.Attempts, Lease: s.Lease.Seconds()})
+	_, renewErr := s.Store.Vital.RenewBuild(context.WithoutCancel(ctx), db.RenewBuildParams{ID: row.ID, Worker: &s.Store.Server, Attempts: row.Attempts, Lease: s.Lease.Seconds()})
 	if err != nil && errors.Is(renewErr, store.ErrNoRows) {
 		log.Warn("build goes on elsewhere")
 		return
@@ -180,7 +180,7 @@ func (s *Service) hold(ctx context.Context, row db.Build, off context.CancelCaus
 	until := time.Now().Add(s.Lease)
 	for {
 		change := s.change(row.ID)
-		cancelling, err := s.Store.RenewBuild(ctx, db.RenewBuildParams{ID: row.ID, Worker: &s.Store.Server, Attempts: row.Attempts, Lease: s.Lease.Seconds()})
+		cancelling, err := s.Store.Vital.RenewBuild(ctx, db.RenewBuildParams{ID: row.ID, Worker: &s.Store.Server, Attempts: row.Attempts, Lease: s.Lease.Seconds()})
 		switch {
 		case ctx.Err() != nil:
 			return

@@ -338,7 +338,7 @@ func (r *Registry) Beat(ctx context.Context, token string, s Specs) (db.Host, er
 	if err != nil {
 		return db.Host{}, err
 	}
-	row, err := r.Store.HostBeat(ctx, db.HostBeatParams{
+	row, err := r.Store.Vital.HostBeat(ctx, db.HostBeatParams{
 		ID: host, Epoch: epoch, Version: s.Version, VMM: s.VMM, Accelerator: s.Accelerator, CPUs: s.CPUs, MemoryBytes: s.MemoryBytes, DiskBytes: s.DiskBytes,
 		CapacityMib: s.CapacityMiB, Slots: s.Slots, NetworkBlock: s.NetworkBlock,
 		Sandboxes: s.Sandboxes, UsedMemoryMib: s.UsedMemoryMiB, UsedVcpus: s.UsedVCPUs, DiskFreeBytes: s.DiskFreeBytes,
@@ -358,7 +358,7 @@ func (r *Registry) Leave(ctx context.Context, token string) error {
 	if err != nil {
 		return err
 	}
-	n, err := r.Store.HostLeaves(ctx, db.HostLeavesParams{ID: host, Epoch: epoch})
+	n, err := r.Store.Vital.HostLeaves(ctx, db.HostLeavesParams{ID: host, Epoch: epoch})
 	if err != nil {
 		return fmt.Errorf("write that host leaves: %w", err)
 	}

@@ -298,7 +298,7 @@ func (r *Registry) Register(ctx context.Context, url, token string) (*Host, erro
 // Refresh makes the hosts that are known those of the table, and returns them.
 // A host that was deleted, revoked or registered anew loses its connections.
 func (r *Registry) Refresh(ctx context.Context) ([]db.Host, error) {
-	rows, err := r.Store.ListHosts(ctx)
+	rows, err := r.Store.Vital.ListHosts(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("list hosts: %w", err)
 	}
@@ -412,7 +412,7 @@ func (r *Registry) Contact(ctx context.Context, h *Host) error {
 	m := answer.Msg
 	write, stop := context.WithTimeout(ctx, contactWithin)
 	defer stop()
-	_, err = r.Store.HostSeen(write, db.HostSeenParams{
+	_, err = r.Store.Vital.HostSeen(write, db.HostSeenParams{
 		ID: h.ID, Within: r.within(), Version: m.Version, VMM: m.Vmm, Accelerator: m.Accelerator, CPUs: m.Cpus, MemoryBytes: m.MemoryBytes, DiskBytes: m.DiskBytes,
 		CapacityMib: m.MemoryLimitMib, Slots: m.Slots, NetworkBlock: m.NetworkBlock,
 		Sandboxes: m.Sandboxes, UsedMemoryMib: m.MemoryUsedMib, UsedVcpus: m.VcpusUsed, DiskFreeBytes: m.DiskFreeBytes,
@@ -430,7 +430,7 @@ func (r *Registry) Contact(ctx context.Context, h *Host) error {
 // Sweep writes down which hosts have not been heard of for too long, and that
 // what ran on them is missing. It returns the sandboxes that are so now.
 func (r *Registry) Sweep(ctx context.Context) ([]uuid.UUID, error) {
-	gone, err := r.Store.HostsUnreachable(ctx, r.within())
+	gone, err := r.Store.Vital.HostsUnreachable(ctx, r.within())
 	if err != nil {
 		return nil, fmt.Errorf("look for hosts that are gone: %w", err)
 	}

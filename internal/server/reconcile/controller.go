@@ -148,7 +148,7 @@ func (c *Controller) Linger(ctx context.Context) {
 func (c *Controller) linger(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, roundWithin)
 	defer cancel()
-	return errors.Join(c.Store.ServerAlive(ctx, c.Store.Server), c.Store.ReleaseHosts(ctx, c.Store.Server))
+	return errors.Join(c.Store.Vital.ServerAlive(ctx, c.Store.Server), c.Store.Vital.ReleaseHosts(ctx, c.Store.Server))
 }
 
 // round is what Run does each time.
@@ -173,10 +173,10 @@ func (c *Controller) round(ctx context.Context, watches *sync.WaitGroup, judge b
 
 // claim says that this server is alive and returns the hosts that it watches.
 func (c *Controller) claim(ctx context.Context) (map[uuid.UUID]*hosts.Host, error) {
-	if err := c.Store.ServerAlive(ctx, c.Store.Server); err != nil {
+	if err := c.Store.Vital.ServerAlive(ctx, c.Store.Server); err != nil {
 		return nil, fmt.Errorf("say that this server is alive: %w", err)
 	}
-	if err := c.Store.ClaimHosts(ctx, db.ClaimHostsParams{Server: &c.Store.Server, Within: c.Hosts.Heartbeat.Seconds()}); err != nil {
+	if err := c.Store.Vital.ClaimHosts(ctx, db.ClaimHostsParams{Server: &c.Store.Server, Within: c.Hosts.Heartbeat.Seconds()}); err != nil {
 		return nil, fmt.Errorf("claim hosts: %w", err)
 	}
 	rows, err := c.Hosts.Refresh(ctx)

@@ -13,6 +13,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/builds"
+	"github.com/wrenn-dev/wrenn/internal/server/spool"
 )
 
 func buildID(s string) (uuid.UUID, error) { return parseID(id.Build, "build", s) }
@@ -109,7 +110,7 @@ func (a *API) PutBuildArchiveAdmin(w http.ResponseWriter, r *http.Request, diges
 }
 
 func (a *API) putArchive(w http.ResponseWriter, r *http.Request, team uuid.UUID, digest string) {
-	if err := a.Builds.PutArchive(r.Context(), team, digest, r.Body); err != nil {
+	if err := a.Builds.PutArchive(r.Context(), team, digest, spool.Body{Reader: r.Body, Length: r.ContentLength}); err != nil {
 		a.Fail(w, r, err)
 		return
 	}

@@ -6,6 +6,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
+	"github.com/wrenn-dev/wrenn/internal/server/spool"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
 )
 
@@ -21,12 +22,12 @@ func (a *API) ImportPlatformTemplate(w http.ResponseWriter, r *http.Request) {
 
 // ImportArchive answers POST /v1/templates/import/archive.
 func (a *API) ImportArchive(w http.ResponseWriter, r *http.Request, p rest.ImportArchiveParams) {
-	a.importImage(w, r, caller(r).Team, templates.Image{Name: p.Name, Archive: r.Body, Tag: or(p.Tag, ""), DiskMiB: or(p.DiskMib, 0), Inert: or(p.Inert, false)})
+	a.importImage(w, r, caller(r).Team, templates.Image{Name: p.Name, Archive: &spool.Body{Reader: r.Body, Length: r.ContentLength}, Tag: or(p.Tag, ""), DiskMiB: or(p.DiskMib, 0), Inert: or(p.Inert, false)})
 }
 
 // ImportPlatformArchive answers POST /v1/admin/templates/import/archive.
 func (a *API) ImportPlatformArchive(w http.ResponseWriter, r *http.Request, p rest.ImportPlatformArchiveParams) {
-	a.importImage(w, r, uuid.Nil, templates.Image{Name: p.Name, Archive: r.Body, Tag: or(p.Tag, ""), DiskMiB: or(p.DiskMib, 0), Inert: or(p.Inert, false)})
+	a.importImage(w, r, uuid.Nil, templates.Image{Name: p.Name, Archive: &spool.Body{Reader: r.Body, Length: r.ContentLength}, Tag: or(p.Tag, ""), DiskMiB: or(p.DiskMib, 0), Inert: or(p.Inert, false)})
 }
 
 func (a *API) importReference(w http.ResponseWriter, r *http.Request, team uuid.UUID) {

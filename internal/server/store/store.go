@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -29,9 +30,16 @@ import (
 //go:embed migrations/*.sql
 var migrations embed.FS
 
-// connections is how many the pool may hold unless the URL says otherwise
-// with pool_max_conns.
-const connections = 16
+const (
+	// connections is how many the pool may hold unless the URL says otherwise
+	// with pool_max_conns.
+	connections = 16
+	// vital is how many more there are for [Store.Vital].
+	vital = 4
+	// idleInTransaction is when PostgreSQL ends a transaction that does nothing, and
+	// its connection: no code of ours waits for anybody else in one.
+	idleInTransaction = time.Minute
+)
 
 // listenAgain is how long after its connection broke Listen makes another.
 const listenAgain = 2 * time.Second
@@ -40,10 +48,14 @@ const listenAgain = 2 * time.Second
 // InTx runs several as one.
 type Store struct {
 	*db.Queries
+	// Vital runs heartbeats and leases on connections that nothing else takes: they
+	// are in time however busy the others are.
+	Vital *db.Queries
 	// Server names this process among those that work on the database: every
 	// change of a sandbox to a state of transit is marked with it, by a trigger.
 	Server uuid.UUID
 	pool   *pgxpool.Pool
+	kept   *pgxpool.Pool // Vital's
 }
 
 // Open connects to the database at url and brings its schema up to date. Of
@@ -68,6 +80,7 @@ func Open(ctx context.Context, url string) (*Store, error) {
 	}
 	server := uuid.New()
 	cfg.ConnConfig.RuntimeParams["wrenn.server"] = server.String()
+	cfg.ConnConfig.RuntimeParams["idle_in_transaction_session_timeout"] = strconv.FormatInt(idleInTransaction.Milliseconds(), 10)
 	pool, err := pgxpool.NewWithConfig(ctx, cfg)
 	if err != nil {
 		return nil, fmt.Errorf("connect to database: %w", err)
@@ -76,7 +89,14 @@ func Open(ctx context.Context, url string) (*Store, error) {
 		pool.Close()
 		return nil, fmt.Errorf("migrate database: %w", err)
 	}
-	return &Store{Queries: db.New(pool), Server: server, pool: pool}, nil
+	few := cfg.Copy()
+	few.MaxConns, few.MinConns, few.MinIdleConns = vital, 0, 0
+	kept, err := pgxpool.NewWithConfig(ctx, few)
+	if err != nil {
+		pool.Close()
+		return nil, fmt.Errorf("connect to database: %w", err)
+	}
+	return &Store{Queries: db.New(pool), Vital: db.New(kept), Server: server, pool: pool, kept: kept}, nil
 }
 
 func migrate(ctx context.Context, pool *pgxpool.Pool) error {
@@ -136,7 +156,13 @@ func notNewer(ctx context.Context, pool *pgxpool.Pool, ours []*goose.Source) err
 }
 
 // Close waits until every connection is free and closes it.
-func (s *Store) Close() { s.pool.Close() }
+func (s *Store) Close() {
+	s.pool.Close()
+	s.kept.Close()
+}
+
+// Acquired returns how many connections are in use, those of Vital aside.
+func (s *Store) Acquired() int { return int(s.pool.Stat().AcquiredConns()) }
 
 // Ping says whether the database answers.
 func (s *Store) Ping(ctx context.Context) error { return s.pool.Ping(ctx) }
@@ -194,7 +220,7 @@ func (s *Store) listen(ctx context.Context, channel string, heard func(message s
 // Lease says whether it is this server's turn at what name stands for: of
 // several, one server has it, until d has gone by since it last asked.
 func (s *Store) Lease(ctx context.Context, name string, d time.Duration) (bool, error) {
-	n, err := s.TakeLease(ctx, db.TakeLeaseParams{Name: name, Server: s.Server, Secs: d.Seconds()})
+	n, err := s.Vital.TakeLease(ctx, db.TakeLeaseParams{Name: name, Server: s.Server, Secs: d.Seconds()})
 	if err != nil {
 		return false, fmt.Errorf("take the lease %q: %w", name, err)
 	}

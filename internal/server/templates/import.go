@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"time"
 
 	"connectrpc.com/connect"
@@ -18,6 +19,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 	"github.com/wrenn-dev/wrenn/internal/server/scheduler"
+	"github.com/wrenn-dev/wrenn/internal/server/spool"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/work"
 )
@@ -40,7 +42,7 @@ type Image struct {
 	Reference, Username, Password string
 	// Archive, if there is no Reference, is what `docker save` writes or a tar of
 	// an OCI image layout, and Tag the image's name in it.
-	Archive io.Reader
+	Archive *spool.Body
 	Tag     string
 	DiskMiB int32 // 0: the host's default
 	// Inert keeps the image's entry point from being started.
@@ -116,7 +118,7 @@ func (i Image) check() error {
 }
 
 // Import makes a template of an image for a team and returns when it can be
-// started from. Once the image's archive, if there is one, has been read, it
+// started from. Once the image's archive, if there is one, has arrived, it
 // goes on when ctx ends before, unless it is for a build.
 func (s *Service) Import(ctx context.Context, team uuid.UUID, i Image) (db.Template, error) {
 	var row db.Template
@@ -127,10 +129,17 @@ func (s *Service) Import(ctx context.Context, team uuid.UUID, i Image) (db.Templ
 	if err != nil {
 		return row, err
 	}
+	var archive *spool.File
+	if i.Archive != nil {
+		// Nothing is held while it arrives: neither a name nor a place on a host.
+		if archive, err = s.Spool.Receive(team, *i.Archive, math.MaxInt64); err != nil {
+			return row, tooLong(err)
+		}
+	}
 	template := uuid.New()
 	end, err := s.beginImport(team, template)
 	if err != nil {
-		return row, err
+		return row, errors.Join(err, closeFile(archive))
 	}
 	type outcome struct {
 		row db.Template
@@ -147,9 +156,12 @@ func (s *Service) Import(ctx context.Context, team uuid.UUID, i Image) (db.Templ
 		defer end()
 		var o outcome
 		o.err = s.Work.Guard(func() (err error) {
-			o.row, err = s.importTo(run, places[0], team, template, i)
+			o.row, err = s.importTo(run, places[0], team, template, i, archive)
 			return err
 		})
+		if err := closeFile(archive); err != nil {
+			s.Log.Error("remove spooled archive", "error", err)
+		}
 		done <- o
 	}()
 	select {
@@ -163,8 +175,24 @@ func (s *Service) Import(ctx context.Context, team uuid.UUID, i Image) (db.Templ
 	}
 }
 
+// tooLong is what the client is told of an archive that does not fit.
+func tooLong(err error) error {
+	var long *spool.TooLong
+	if errors.As(err, &long) {
+		return fault.Because(err, fault.PayloadTooLarge, "the archive has more than %d MiB", long.Most>>20)
+	}
+	return err
+}
+
+func closeFile(f *spool.File) error {
+	if f == nil {
+		return nil
+	}
+	return f.Close()
+}
+
 // importTo claims the template's name and has a host make it.
-func (s *Service) importTo(ctx context.Context, host *hosts.Host, team, template uuid.UUID, i Image) (db.Template, error) {
+func (s *Service) importTo(ctx context.Context, host *hosts.Host, team, template uuid.UUID, i Image, archive *spool.File) (db.Template, error) {
 	log := s.Log.With("template_id", id.Format(id.Template, template), "name", i.Name)
 	var claimed db.Template
 	err := s.Store.InTx(ctx, func(q *db.Queries) error {
@@ -184,7 +212,7 @@ func (s *Service) importTo(ctx context.Context, host *hosts.Host, team, template
 		return claimed, fmt.Errorf("write template: %w", err)
 	}
 	begun := time.Now()
-	answer, err := s.send(ctx, host, claimed, i)
+	answer, err := s.send(ctx, host, claimed, i, archive)
 	if err != nil {
 		log.Warn("import image", "error", err)
 		// Where it is not certain that the host is done with it, whoever watches
@@ -243,14 +271,14 @@ func (s *Service) imported(ctx context.Context, host, template uuid.UUID, t *hos
 }
 
 // send gives a host an image to import.
-func (s *Service) send(ctx context.Context, host *hosts.Host, row db.Template, i Image) (*hostagentv1.ImportTemplateResponse, error) {
+func (s *Service) send(ctx context.Context, host *hosts.Host, row db.Template, i Image, archive *spool.File) (*hostagentv1.ImportTemplateResponse, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	start := &hostagentv1.ImportTemplateRequest_Start{
 		TemplateId: id.Format(id.Template, row.ID), TeamId: id.Format(id.Team, row.TeamID), Name: row.Name,
 		DiskMib: i.DiskMiB, Vcpus: sandboxes.DefaultVCPUs, MemoryMib: sandboxes.DefaultMemoryMiB, Inert: i.Inert,
 	}
-	if i.Archive == nil {
+	if archive == nil {
 		start.Source = &hostagentv1.ImportTemplateRequest_Start_Registry{Registry: &hostagentv1.ImportTemplateRequest_Registry{Reference: i.Reference, Username: i.Username, Password: i.Password}}
 	} else {
 		start.Source = &hostagentv1.ImportTemplateRequest_Start_Archive{Archive: &hostagentv1.ImportTemplateRequest_Archive{Tag: i.Tag}}
@@ -258,8 +286,8 @@ func (s *Service) send(ctx context.Context, host *hosts.Host, row db.Template, i
 	stream := host.Agent.ImportTemplate(ctx)
 	err := stream.Send(&hostagentv1.ImportTemplateRequest{Message: &hostagentv1.ImportTemplateRequest_Start_{Start: start}})
 	buf := make([]byte, importChunk)
-	for err == nil && i.Archive != nil {
-		n, readErr := i.Archive.Read(buf)
+	for err == nil && archive != nil {
+		n, readErr := archive.Read(buf)
 		if n > 0 {
 			err = stream.Send(&hostagentv1.ImportTemplateRequest{Message: &hostagentv1.ImportTemplateRequest_Chunk{Chunk: buf[:n]}})
 		}
@@ -268,7 +296,7 @@ func (s *Service) send(ctx context.Context, host *hosts.Host, row db.Template, i
 		}
 		if readErr != nil {
 			cancel() // not closed: to the host that would be the archive's end
-			return nil, fault.Because(readErr, fault.InvalidArgument, "body: broke off")
+			return nil, fmt.Errorf("read spooled archive: %w", readErr)
 		}
 	}
 	// An error of Send says only that the host has one; it is received here.

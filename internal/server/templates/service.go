@@ -15,6 +15,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
+	"github.com/wrenn-dev/wrenn/internal/server/spool"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/work"
 )
@@ -24,6 +25,8 @@ type Config struct {
 	Store     *store.Store
 	Hosts     *hosts.Registry
 	Sandboxes *sandboxes.Service
+	// Spool holds archives that are being uploaded.
+	Spool *spool.Spool
 	// Work runs what was asked for.
 	Work *work.Group
 	Log  *slog.Logger

@@ -1,0 +1,123 @@
+package server_test
+
+import (
+	"bufio"
+	"fmt"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/await"
+	"github.com/wrenn-dev/wrenn/internal/server"
+)
+
+// stalled is a request whose body does not end.
+type stalled struct {
+	operation
+	net.Conn
+	in *bufio.Reader
+}
+
+// stall sends all of a request but most of its body, and returns once the
+// server waits for that.
+func (w *world) stall(o operation, c caller) *stalled {
+	w.Helper()
+	_, path, _, headers := w.compose(o, c, targets[0], 0)
+	conn, err := net.Dial("tcp", w.http.Listener.Addr().String())
+	if err != nil {
+		w.Fatal(err)
+	}
+	s := &stalled{o, conn, bufio.NewReader(conn)}
+	w.Cleanup(func() { conn.Close() })
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s %s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nExpect: 100-continue\r\n", o.method, path)
+	typed := false
+	for i := 0; i < len(headers); i += 2 {
+		fmt.Fprintf(&b, "%s: %s\r\n", headers[i], headers[i+1])
+		typed = typed || headers[i] == "Content-Type"
+	}
+	if !typed {
+		b.WriteString("Content-Type: application/json\r\n")
+	}
+	b.WriteString("\r\n")
+	if _, err := conn.Write([]byte(b.String())); err != nil {
+		w.Fatal(err)
+	}
+	_ = conn.SetDeadline(time.Now().Add(await.Hang))
+	// The server says 100 when the body is first read.
+	line, err := s.in.ReadString('\n')
+	if err != nil || !strings.Contains(line, " 100 ") {
+		rest := make([]byte, 1<<10)
+		n, _ := s.in.Read(rest)
+		w.Fatalf("%s: %q, %v: the body was not waited for\n%s", o, line, err, rest[:n])
+	}
+	if _, err := s.in.ReadString('\n'); err != nil {
+		w.Fatal(err)
+	}
+	if _, err := conn.Write([]byte("1\r\n{\r\n")); err != nil {
+		w.Fatal(err)
+	}
+	return s
+}
+
+// withBodies calls f with every operation that takes a body, and who may call it.
+func (w *world) withBodies(f func(o operation, c caller)) {
+	all := callers()
+	for _, o := range operations(w.TB) {
+		if o.RequestBody == nil {
+			continue
+		}
+		for _, c := range all {
+			if !c.dead && o.expected(c, targets[0]) == 0 {
+				f(o, c)
+				break
+			}
+		}
+	}
+}
+
+// TestStalledBodies has bodies of every operation stall, several at once of
+// each, and checks that nothing is held while they do: no connection to the
+// database, of which there are two, and nothing that another team, the host or
+// this server's sign of life needs.
+func TestStalledBodies(t *testing.T) {
+	p := newPlane(t)
+	p.end()
+	p.db() // Ours knows nothing of a pool.
+	p.config.DatabaseURL += "&pool_max_conns=2"
+	p.start()
+	p.agent.mu.Lock()
+	p.agent.files["/walk"] = []byte("walk")
+	p.agent.mu.Unlock()
+	w := p.world()
+	n := 0
+	w.withBodies(func(o operation, c caller) {
+		for range 4 {
+			w.stall(o, c)
+		}
+		n++
+	})
+	if n < 40 {
+		t.Errorf("only %d operations take a body", n)
+	}
+	p.eventually("no connection is in use", func() bool { return server.Acquired(p.server) == 0 })
+	other := p.newTeam()
+	for range 3 {
+		p.call("GET", "/v1/sandboxes", nil, "X-API-Key", other).want(200)
+		p.call("POST", "/v1/auth/login", map[string]any{"email": "admin@example.com", "password": "correct horse"}).want(200)
+	}
+	p.call("POST", "/v1/templates/import/archive?name=other", strings.NewReader("an archive"), "X-API-Key", other, "Content-Type", "application/x-tar").want(201)
+	seen := func() (host, server time.Time) {
+		if err := p.db().QueryRow(t.Context(), "SELECT (SELECT max(last_seen_at) FROM hosts), (SELECT max(seen_at) FROM servers)").Scan(&host, &server); err != nil {
+			t.Fatal(err)
+		}
+		return host, server
+	}
+	host, alive := seen()
+	p.eventually("heartbeats go on", func() bool {
+		h, s := seen()
+		return h.After(host) && s.After(alive)
+	})
+	t.Logf("%d operations, %d stalled bodies", n, 4*n)
+}
