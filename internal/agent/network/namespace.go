@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -138,21 +139,27 @@ func removeNamespace(path string) error {
 	if err := unmountAll(path); err != nil {
 		return err
 	}
-	err := os.Remove(path)
+	err := ignore(os.Remove(path), os.ErrNotExist)
 	if errors.Is(err, unix.EBUSY) {
 		err = removeHidden(path)
 	}
-	if err := ignore(err, os.ErrNotExist); err != nil {
+	if err != nil {
 		return fmt.Errorf("remove namespace's name: %w", err)
 	}
 	return nil
 }
 
 // removeHidden removes a name that is still mounted where nobody sees it:
-// somebody has mounted the folder, or one above, over itself. In a mount
-// namespace of its own the thread takes away what covers the name; and who
-// removes a file removes its mounts in all other mount namespaces.
+// somebody has mounted the folder, or one above, over itself. Whoever removes a
+// file removes its mounts in all other mount namespaces, so the thread does it in
+// one of its own from which it has removed every mount. The folder is opened
+// before, because its path leads elsewhere then: to another agent's /run, perhaps.
 func removeHidden(path string) error {
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
 	return onOwnThread(func() error {
 		if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
 			return fmt.Errorf("unshare mounts: %w", err)
@@ -160,45 +167,44 @@ func removeHidden(path string) error {
 		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 			return fmt.Errorf("make mounts private: %w", err)
 		}
+		points, err := mountPoints()
+		if err != nil {
+			return fmt.Errorf("list mounts: %v", err) // what is missing is not the name
+		}
+		slices.Reverse(points) // what was mounted last covers the others
 		for {
-			over, err := namespaceMounts(filepath.Base(path))
-			if err != nil {
-				return err
+			less := false
+			for _, at := range points {
+				// One that is covered is tried again once what covers it is gone.
+				less = unix.Unmount(at, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW) == nil || less
 			}
-			if len(over) == 0 {
-				break
-			}
-			for _, at := range over {
-				// A mount point that is covered is none: what covers it goes first.
-				for err := unix.Unmount(at, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil; {
-					if !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) || at == "/" {
-						return fmt.Errorf("unmount %s: %w", at, err)
-					}
-					at = filepath.Dir(at)
-					err = unix.Unmount(at, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
-				}
+			err := unix.Unlinkat(int(dir.Fd()), filepath.Base(path), 0)
+			switch {
+			case err == nil, errors.Is(err, unix.ENOENT):
+				return nil
+			case !errors.Is(err, unix.EBUSY) || !less:
+				return &os.PathError{Op: "unlinkat", Path: path, Err: err}
 			}
 		}
-		return os.Remove(path)
 	})
 }
 
-// namespaceMounts are the mount points, in the calling thread's mount namespace,
-// of namespaces whose names end in base.
-func namespaceMounts(base string) ([]string, error) {
+// mountPoints returns those of the calling thread's mount namespace, in the order
+// in which they were mounted.
+func mountPoints() ([]string, error) {
 	b, err := os.ReadFile("/proc/thread-self/mountinfo")
 	if err != nil {
-		return nil, fmt.Errorf("list mounts: %w", err)
+		return nil, err
 	}
-	var found []string
+	plain := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
+	var points []string
 	for line := range strings.Lines(string(b)) {
 		// 36 35 98:0 /root /mount/point options - type source options
-		fields := strings.Fields(line)
-		if len(fields) > 4 && strings.Contains(line, " - nsfs ") && strings.HasSuffix(fields[4], "/"+base) {
-			found = append(found, fields[4])
+		if fields := strings.Fields(line); len(fields) > 4 {
+			points = append(points, plain.Replace(fields[4]))
 		}
 	}
-	return found, nil
+	return points, nil
 }
 
 // onOwnThread runs f on a thread that ends afterwards, with whatever f did to it.

@@ -186,6 +186,49 @@ func TestHiddenNames(t *testing.T) {
 	must(t, problems(p))
 }
 
+// TestHiddenNamesBelowRun has another agent's namespaces, of the same names, under
+// the file system that is mounted on /run, as in a container or a test of the agent.
+func TestHiddenNamesBelowRun(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	must(t, os.MkdirAll(layout.Namespaces(), 0o755))
+	t.Cleanup(func() { must(t, os.RemoveAll(layout.Machine)) })
+	var others []string
+	for i := range 4 {
+		path := layout.Namespace(i)
+		must(t, createNamespace(path, func(*os.File) error { return nil }))
+		t.Cleanup(func() { must(t, removeNamespace(path)) })
+		others = append(others, path)
+	}
+	must(t, unix.Mount("run", "/run", "tmpfs", 0, ""))
+	t.Cleanup(func() {
+		must(t, unix.Unmount("/run", unix.MNT_DETACH))
+		for _, path := range others {
+			if err := inNamespace(path, func() error { return nil }); err != nil {
+				t.Errorf("another agent's namespace is gone: %v", err)
+			}
+		}
+	})
+	p := openPool(t, layout.Dir(t.TempDir()), 1)
+	s := acquire(t, p)
+	if s.Index >= len(others) {
+		t.Fatalf("slot %d has a name that nobody else has", s.Index)
+	}
+	must(t, nameForEarlier(s.Index)) // as an agent of an earlier version
+	for _, dir := range []string{layout.OldNamespaces, layout.Namespaces()} {
+		run(t, "mount", "--rbind", dir, dir)
+	}
+	t.Cleanup(func() { must(t, unmountAll(layout.OldNamespaces)) })
+	must(t, p.Release(context.Background(), s))
+	for _, name := range []string{oldNamespace(s.Index), s.NetNS()} {
+		if _, err := os.Stat(name); !os.IsNotExist(err) {
+			t.Errorf("the name is left: %v", err)
+		}
+	}
+	must(t, problems(p))
+	must(t, p.Close(context.Background(), nil))
+}
+
 func TestRulesAreRestored(t *testing.T) {
 	needRoot(t)
 	sameAfter(t)
