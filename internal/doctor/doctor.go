@@ -28,6 +28,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qemu"
+	"github.com/wrenn-dev/wrenn/internal/flock"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/programs"
 )
@@ -167,22 +168,37 @@ func kept(dir layout.Dir) []Finding {
 	return findings
 }
 
-// reported is what a running agent says is wrong with the host, apart from
-// what [kept] lists.
+// reported is what the agent says is wrong with the host, apart from what [kept]
+// lists. An agent that was killed has left its last list.
 func reported(dir layout.Dir) []Finding {
 	problems, err := problem.Read(dir.Problems())
 	if err != nil {
 		return []Finding{{Name: "problems", Detail: err.Error()}}
 	}
+	runs, err := agentRuns(dir)
+	if err != nil {
+		return []Finding{{Name: "agent", Detail: err.Error()}}
+	}
 	var findings []Finding
+	says := "the agent reports since %s: %s"
+	if info, err := os.Stat(dir.Problems()); err == nil && !runs {
+		findings = append(findings, Finding{
+			Name: "agent", Detail: fmt.Sprintf("no agent runs, and the last one was killed: its list of problems is of %s, %s ago", info.ModTime().Format(time.DateTime), time.Since(info.ModTime()).Round(time.Second)),
+			Fix: "start the agent; sandboxes whose machines run are taken back",
+		})
+		says = "the agent that was killed reported since %s: %s"
+	}
 	for _, p := range problems {
 		if p.Kind == problem.Unreadable && slices.Contains(unreadable.Kinds(), unreadable.Kind(p.Object)) {
 			continue
 		}
-		findings = append(findings, Finding{Name: string(p.Kind), Detail: fmt.Sprintf("the agent reports since %s: %s", p.Since.Local().Format(time.DateTime), p.Message)})
+		findings = append(findings, Finding{Name: string(p.Kind), Detail: fmt.Sprintf(says, p.Since.Local().Format(time.DateTime), p.Message)})
 	}
 	return findings
 }
+
+// agentRuns tells whether an agent runs on dir.
+func agentRuns(dir layout.Dir) (bool, error) { return flock.Held(dir.AgentLock()) }
 
 // installed checks for every program in the table, one finding per package.
 func installed(agent bool) []Finding {
@@ -332,7 +348,7 @@ func hasMemory(context.Context, layout.Dir) (string, error) {
 // noObstacles guesses from other programs' rules. A running agent knows better,
 // because it sends packets.
 func noObstacles(_ context.Context, dir layout.Dir) (string, error) {
-	if _, err := os.Stat(dir.Problems()); err == nil {
+	if runs, err := agentRuns(dir); err == nil && runs {
 		return "the running agent looks whether guests' packets pass", nil
 	}
 	if o := network.Obstacles(); len(o) > 0 {

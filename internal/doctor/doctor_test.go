@@ -8,6 +8,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -15,6 +16,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
+	"github.com/wrenn-dev/wrenn/internal/flock"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -92,6 +94,10 @@ func TestReported(t *testing.T) {
 	if err := os.MkdirAll(dir.Run(), 0o755); err != nil {
 		t.Fatal(err)
 	}
+	lock, err := flock.TryLock(dir.AgentLock())
+	if err != nil {
+		t.Fatal(err)
+	}
 	l, err := problem.Open(dir.Problems(), slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
@@ -103,5 +109,18 @@ func TestReported(t *testing.T) {
 	}
 	if _, err := noObstacles(t.Context(), dir); err != nil {
 		t.Errorf("beside a running agent: %v", err)
+	}
+	// It is killed, and an hour goes by.
+	if err := lock.Close(); err != nil {
+		t.Fatal(err)
+	}
+	then := time.Now().Add(-time.Hour)
+	if err := os.Chtimes(dir.Problems(), then, then); err != nil {
+		t.Fatal(err)
+	}
+	got = reported(dir)
+	if len(got) != 2 || got[0].Name != "agent" || !strings.Contains(got[0].Detail, "no agent runs") || !strings.Contains(got[0].Detail, "1h0m") ||
+		strings.Contains(got[1].Detail, "the agent reports") || !strings.Contains(got[1].Detail, "packets are dropped") {
+		t.Errorf("without its agent: %+v", got)
 	}
 }

@@ -8,6 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -55,6 +57,33 @@ func Lock(ctx context.Context, path string) (*os.File, error) {
 		go func() { <-got; f.Close() }()
 		return nil, fmt.Errorf("lock %s: %w", path, context.Cause(ctx))
 	}
+}
+
+// Held reports whether some process has a lock on path. It does not try to lock it,
+// which could keep another process from doing so.
+func Held(path string) (bool, error) {
+	var st unix.Stat_t
+	err := unix.Stat(path, &st)
+	if errors.Is(err, unix.ENOENT) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("look for lock on %s: %w", path, err)
+	}
+	all, err := os.ReadFile("/proc/locks")
+	if err != nil {
+		return false, fmt.Errorf("look for lock on %s: %w", path, err)
+	}
+	// The device is left out: for some file systems it is not that of stat(2).
+	inode := ":" + strconv.FormatUint(st.Ino, 10)
+	for line := range strings.Lines(string(all)) {
+		// 1: FLOCK ADVISORY WRITE 123 fe:00:456 0 EOF
+		f := strings.Fields(line)
+		if len(f) > 5 && f[1] == "FLOCK" && strings.HasSuffix(f[5], inode) {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 func open(path string) (*os.File, error) {

@@ -109,3 +109,23 @@ func TestProcessDies(t *testing.T) {
 	}
 	f.Close()
 }
+
+func TestHeld(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	held := func(want bool) {
+		t.Helper()
+		if got, err := Held(path); err != nil || got != want {
+			t.Errorf("held: %v, %v", got, err)
+		}
+	}
+	held(false)
+	f, err := TryLock(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	held(true)
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	held(false)
+}
