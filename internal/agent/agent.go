@@ -171,7 +171,7 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 	if err != nil {
 		return nil, err
 	}
-	a.pool, err = network.Open(ctx, network.Config{Dir: c.Dir, Upstreams: c.DNS, Problems: a.problems, Log: a.log}, found.Slots())
+	a.pool, err = network.Open(ctx, network.Config{Dir: c.Dir, Upstreams: c.DNS, Problems: a.problems, Unknown: found.Unknown(), Log: a.log}, found.Slots())
 	if err != nil {
 		return nil, err
 	}
@@ -180,7 +180,7 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 		Dir: c.Dir, Driver: a.driver, Networks: sandbox.Pool(a.pool), Journal: a.journal,
 		Kernel: kernel.Vmlinux, Initrd: kernel.Initrd, KernelInputs: kernel.Inputs, Template: a.template, MemoryMiB: c.MemoryMiB,
 		DefaultVCPUs: c.DefaultVCPUs, DefaultMemoryMiB: c.DefaultMemoryMiB, Warm: c.Warm, WarmMemoryMiB: c.WarmMemoryMiB, Hook: c.Hook,
-		Observe: a.metrics.observe, Log: a.log,
+		Problems: a.problems, Observe: a.metrics.observe, Log: a.log,
 	}, found)
 	if err != nil {
 		return nil, err

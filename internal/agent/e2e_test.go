@@ -892,6 +892,96 @@ func TestAgentRestarts(t *testing.T) {
 	}
 }
 
+// TestSlowMachine has an agent start while a machine does not answer it, and while
+// the record of another names a slot that there is not: both go on.
+func TestSlowMachine(t *testing.T) {
+	h := newHost(t)
+	slow, damaged, other := h.create(t, request()), h.create(t, request()), h.create(t, request())
+	h.exec(t, slow, sh("echo remembered > note"), nil)
+	pid, pidDamaged := agenttest.QEMU(slow), agenttest.QEMU(damaged)
+	signal := func(sig syscall.Signal) {
+		t.Helper()
+		if err := syscall.Kill(pid, sig); err != nil {
+			t.Fatal(err)
+		}
+	}
+	state := func(sandbox string) pb.SandboxState {
+		t.Helper()
+		g, err := h.Get(t.Context(), connect.NewRequest(&pb.GetRequest{SandboxId: sandbox}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return g.Msg.GetSandbox().GetState()
+	}
+	problems := func() map[string]string {
+		t.Helper()
+		d, err := h.Host(t.Context(), connect.NewRequest(&pb.HostRequest{}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		all := map[string]string{}
+		for _, p := range d.Msg.GetProblems() {
+			all[p.GetObject()] = p.GetKind() + ": " + p.GetMessage()
+		}
+		return all
+	}
+	h.Kill(t, syscall.SIGKILL)
+	signal(syscall.SIGSTOP)
+	t.Cleanup(func() { _ = syscall.Kill(pid, syscall.SIGCONT) })
+	records, err := filepath.Glob(filepath.Join(h.Dir.Sandboxes(), "*", "sandbox.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var record, was, wrong string
+	for _, path := range records {
+		text := read(path)
+		if i := strings.Index(text, `"slot": `); strings.Contains(text, fmt.Sprintf(`"pid": %d,`, pidDamaged)) && i >= 0 {
+			record, was = path, text
+			wrong = text[:i] + `"slot": 99999` + text[i+len(`"slot": `):]
+		}
+	}
+	if record == "" {
+		t.Fatalf("no record of the machine %d", pidDamaged)
+	}
+	if err := os.WriteFile(record, []byte(wrong), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h.Start(t)
+	for _, sandbox := range []string{slow, damaged} {
+		if got := state(sandbox); got != pb.SandboxState_SANDBOX_STATE_RESUMING {
+			t.Errorf("a sandbox that is set aside is %v", got)
+		}
+		if p := problems()[sandbox]; !strings.HasPrefix(p, "sandbox: ") {
+			t.Errorf("the problem is %q", p)
+		}
+	}
+	if got := h.exec(t, other, sh("echo works"), nil); string(got.GetStdout()) != "works\n" {
+		t.Errorf("another sandbox: %v", got)
+	}
+	signal(syscall.SIGCONT)
+	await.Until(t, "the machine is taken back", func() bool { return state(slow) == pb.SandboxState_SANDBOX_STATE_RUNNING })
+	if got := h.exec(t, slow, sh("cat note"), nil); string(got.GetStdout()) != "remembered\n" || agenttest.QEMU(slow) != pid {
+		t.Errorf("after it was taken back: %v", got)
+	}
+	if p := problems(); p[slow] != "" || p[damaged] == "" || len(p) != 1 {
+		t.Errorf("the problems are %v", p)
+	}
+
+	// The record is repaired.
+	h.Kill(t, syscall.SIGTERM)
+	if err := os.WriteFile(record, []byte(was), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h.Start(t)
+	await.Until(t, "the machine is taken back", func() bool { return state(damaged) == pb.SandboxState_SANDBOX_STATE_RUNNING })
+	if got := h.exec(t, damaged, sh("echo works"), nil); string(got.GetStdout()) != "works\n" || agenttest.QEMU(damaged) != pidDamaged {
+		t.Errorf("after its record was repaired: %v", got)
+	}
+	if p := problems(); len(p) != 0 {
+		t.Errorf("the problems are %v", p)
+	}
+}
+
 func TestTwentyAtOnce(t *testing.T) {
 	h := newHost(t)
 	var wg sync.WaitGroup

@@ -75,6 +75,7 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 		{sandbox.ErrInUse, connect.CodeAborted},
 		{sandbox.ErrExhausted, connect.CodeResourceExhausted},
 		{sandbox.ErrCaptures, connect.CodeFailedPrecondition},
+		{sandbox.ErrUnread, connect.CodeUnavailable},
 		{sandbox.ErrClosing, connect.CodeUnavailable},
 		{sandbox.ErrStart, connect.CodeUnavailable},
 		{oci.ErrRefused, connect.CodeInvalidArgument},
@@ -364,7 +365,8 @@ func (s *service) Destroy(ctx context.Context, req *connect.Request[pb.DestroyRe
 
 // List implements hostagentv1connect.HostAgentHandler.
 func (s *service) List(context.Context, *connect.Request[pb.ListRequest]) (*connect.Response[pb.ListResponse], error) {
-	res := &pb.ListResponse{}
+	// Asked before the list is made: what is read meanwhile is in it.
+	res := &pb.ListResponse{Incomplete: s.sandboxes.Incomplete()}
 	for _, i := range s.sandboxes.List() {
 		res.Sandboxes = append(res.Sandboxes, message(i))
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -49,8 +50,9 @@ func lockBlocks() (*os.File, error) {
 	return d, nil
 }
 
-// takeBlock locks the block that holds keep's slots, else the one that dir had
-// before, else a free one.
+// takeBlock locks the block that most of keep's slots are of, else the one that
+// dir had before, else a free one. What it cannot have keeps no agent from
+// starting: the slots of other blocks are just not the pool's.
 func takeBlock(dir layout.Dir, keep []int) (*block, error) {
 	all, err := lockBlocks()
 	if err != nil {
@@ -61,25 +63,11 @@ func takeBlock(dir layout.Dir, keep []int) (*block, error) {
 		return nil, err
 	}
 
-	if len(keep) > 0 {
-		n := keep[0] / blockSlots
-		for _, i := range keep {
-			if i < 0 || i >= blocks*blockSlots || i/blockSlots != n {
-				return nil, fmt.Errorf("slots to keep are not of one block: %v", keep)
-			}
-		}
-		b, owner, err := lockBlock(dir, n)
-		switch {
-		case err != nil:
-			return nil, fmt.Errorf("take back block %d: %w", n, err)
-		case owner != "" && owner != dir:
-			b.lock.Close()
-			return nil, fmt.Errorf("take back block %d: it now belongs to %s", n, owner)
-		}
-		return b.claimed()
-	}
-
+	before := blocksOf(keep)
 	if n, ok := remembered(dir); ok {
+		before = append(before, n)
+	}
+	for _, n := range before {
 		b, owner, err := lockBlock(dir, n)
 		switch {
 		case err == nil && (owner == "" || owner == dir || abandoned(owner, n)):
@@ -107,6 +95,23 @@ func takeBlock(dir layout.Dir, keep []int) (*block, error) {
 		return b.claimed()
 	}
 	return nil, ErrNoBlock
+}
+
+// blocksOf returns the blocks of slots, that with the most of them first. Numbers
+// that no slot has are of none.
+func blocksOf(slots []int) []int {
+	count := map[int]int{}
+	for _, i := range slots {
+		if i >= 0 && i < blocks*blockSlots {
+			count[i/blockSlots]++
+		}
+	}
+	return slices.SortedFunc(maps.Keys(count), func(a, b int) int {
+		if count[a] != count[b] {
+			return count[b] - count[a]
+		}
+		return a - b
+	})
 }
 
 // candidates are the blocks in the order to try them: first those that were

@@ -219,9 +219,15 @@ func (g *guard) run() {
 			return
 		case <-time.After(pace):
 		}
+		var again <-chan time.Time
+		if at := g.pool.nextAttempt(); !at.IsZero() {
+			again = time.After(time.Until(at))
+		}
 		select {
 		case <-g.quit:
 			return
+		case <-again:
+			next = look{}
 		case <-tick.C:
 			next = all
 		case <-g.wake:
@@ -260,12 +266,27 @@ func (p *Pool) judge(k problem.Kind, object string, err error) {
 	p.config.Problems.Clear(k, object)
 }
 
-// retry removes what could not be removed before.
+// nextAttempt is when to try next to remove what could not be removed; zero: there
+// is nothing.
+func (p *Pool) nextAttempt() (at time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, a := range p.aside {
+		if at.IsZero() || a.next.Before(at) {
+			at = a.next
+		}
+	}
+	return at
+}
+
+// retry removes what could not be removed before and has waited long enough.
 func (p *Pool) retry() {
 	p.mu.Lock()
 	var aside []int
-	for i := range p.aside {
-		aside = append(aside, i)
+	for i, a := range p.aside {
+		if !a.next.After(time.Now()) {
+			aside = append(aside, i)
+		}
 	}
 	p.mu.Unlock()
 	if len(aside) > 0 {

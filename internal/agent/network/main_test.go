@@ -377,12 +377,17 @@ func hostState(t testing.TB) map[string][]string {
 
 func openPool(t testing.TB, dir layout.Dir, ready int, keep ...int) *Pool {
 	t.Helper()
-	log := slog.New(slog.NewTextHandler(testWriter{t}, nil))
-	problems, err := problem.Open(filepath.Join(t.TempDir(), "problems.json"), log)
+	return openPoolWith(t, Config{Dir: dir, Ready: ready}, keep...)
+}
+
+func openPoolWith(t testing.TB, c Config, keep ...int) *Pool {
+	t.Helper()
+	c.Log = slog.New(slog.NewTextHandler(testWriter{t}, nil))
+	var err error
+	c.Problems, err = problem.Open(filepath.Join(t.TempDir(), "problems.json"), c.Log)
 	must(t, err)
-	p, err := Open(context.Background(), Config{
-		Dir: dir, Ready: ready, Upstreams: []netip.Addr{resolver1, resolver2}, Problems: problems, Log: log,
-	}, keep)
+	c.Upstreams = []netip.Addr{resolver1, resolver2}
+	p, err := Open(context.Background(), c, keep)
 	must(t, err)
 	t.Cleanup(func() {
 		if err := p.Close(context.Background(), nil); err != nil {

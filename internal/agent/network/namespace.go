@@ -121,6 +121,34 @@ func openNamespace(path string) (*os.File, error) {
 	return ns, nil
 }
 
+// namespaces are network namespaces, by device and inode.
+type namespaces map[[2]uint64]bool
+
+// inhabited returns the network namespaces in which processes are.
+func inhabited() (namespaces, error) {
+	processes, err := filepath.Glob("/proc/[0-9]*/ns/net")
+	if err != nil {
+		return nil, fmt.Errorf("list processes: %w", err)
+	}
+	if len(processes) == 0 {
+		return nil, errors.New("list processes: there are none in /proc")
+	}
+	all := namespaces{}
+	for _, path := range processes {
+		var st unix.Stat_t
+		if unix.Stat(path, &st) == nil { // else it has ended
+			all[[2]uint64{st.Dev, st.Ino}] = true
+		}
+	}
+	return all, nil
+}
+
+// has tells whether path names one of them.
+func (n namespaces) has(path string) bool {
+	var st unix.Stat_t
+	return unix.Stat(path, &st) == nil && n[[2]uint64{st.Dev, st.Ino}]
+}
+
 func unmountAll(path string) error {
 	for {
 		err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)

@@ -16,20 +16,20 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
+	"github.com/wrenn-dev/wrenn/internal/backoff"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
 var (
 	// ErrExhausted says that every slot of the agent is in use.
 	ErrExhausted = errors.New("no network slot is free")
-	// ErrGone says that a slot to take back is no longer whole.
-	ErrGone = errors.New("the network slot is gone")
 	// ErrClosed says that the pool was closed.
 	ErrClosed = errors.New("the network pool is closed")
 )
@@ -40,6 +40,9 @@ type Config struct {
 	Dir layout.Dir
 	// Ready is the number of slots kept prepared; 4 when it is 0.
 	Ready int
+	// Unknown says that VMs may run whose slots are not known: then a slot is not
+	// removed while a process is in its namespace.
+	Unknown bool
 	// Upstreams are the IPv4 DNS resolvers for guests, usually [Upstreams]();
 	// that is taken when there are none.
 	Upstreams []netip.Addr
@@ -72,12 +75,25 @@ type Pool struct {
 	// slot that nobody else knows yet.
 	mu     sync.Mutex
 	closed bool
-	free   []int         // indexes of slots that do not exist, longest unused first
-	ready  []*Slot       // prepared, unused
-	used   map[int]*Slot // acquired; nil for one kept and not yet reclaimed
-	aside  map[int]bool  // indexes of slots that could not be removed
-	linked map[int]*Slot // slots that are whole, by their link's index on the host
+	free   []int             // indexes of slots that do not exist, longest unused first
+	ready  []*Slot           // prepared, unused
+	used   map[int]*Slot     // acquired; nil for one kept and not reclaimed
+	aside  map[int]*attempts // indexes of slots that could not be removed
+	linked map[int]*Slot     // slots that are whole, by their link's index on the host
 }
+
+// attempts are those to remove a slot.
+type attempts struct {
+	waits *backoff.Backoff
+	next  time.Time
+}
+
+const (
+	// firstAttempt and lastAttempt are how long a slot that could not be removed is
+	// left alone after the first attempt, and after many.
+	firstAttempt = time.Second
+	lastAttempt  = time.Minute
+)
 
 // Share is which of the machine's blocks of slots is the pool's, and how many
 // slots are in it.
@@ -85,7 +101,7 @@ func (p *Pool) Share() (block, slots int) { return p.block.number, blockSlots }
 
 // Open takes a block of slots for c.Dir, removes what an earlier agent left of
 // it except the slots in keep, whose VMs still run, and starts to prepare
-// slots.
+// slots. A slot in keep that cannot be the pool's is for Reclaim to report.
 func Open(ctx context.Context, c Config, keep []int) (*Pool, error) {
 	if c.Ready == 0 {
 		c.Ready = 4
@@ -111,15 +127,18 @@ func Open(ctx context.Context, c Config, keep []int) (*Pool, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open netlink: %w", err), b.leave(len(keep) > 0))
 	}
-	p := &Pool{config: c, log: c.Log, block: b, host: h, wake: make(chan struct{}, 1), used: map[int]*Slot{}, aside: map[int]bool{}, linked: map[int]*Slot{}}
-	for _, i := range keep {
-		p.used[i] = nil
-	}
+	p := &Pool{config: c, log: c.Log, block: b, host: h, wake: make(chan struct{}, 1), used: map[int]*Slot{}, aside: map[int]*attempts{}, linked: map[int]*Slot{}}
+	kept := 0
 	for i := range p.indexes() {
-		if _, kept := p.used[i]; !kept {
+		if slices.Contains(keep, i) {
+			p.used[i] = nil
+			kept++
+		} else {
 			p.free = append(p.free, i)
 		}
 	}
+	// A VM whose slot cannot be right may be in any.
+	p.config.Unknown = c.Unknown || kept < len(keep)
 	if err := p.setUp(ctx); err != nil {
 		return nil, errors.Join(err, p.tearDown(keep))
 	}
@@ -225,6 +244,11 @@ func (p *Pool) removeStale(ctx context.Context) error {
 			add(n.Name(), strings.TrimSuffix(filepath.Base(layout.Namespace(0)), "0"))
 		}
 	}
+	if p.config.Unknown {
+		if err := p.spare(found); err != nil {
+			return err
+		}
+	}
 	if len(found) == 0 {
 		return nil
 	}
@@ -233,6 +257,27 @@ func (p *Pool) removeStale(ctx context.Context) error {
 		destroyGroup(p.block.number)
 	}
 	p.discard(slices.Collect(maps.Keys(found))...)
+	return nil
+}
+
+// spare keeps those of the stale slots in which processes are, and takes them out
+// of stale.
+func (p *Pool) spare(stale map[int]bool) error {
+	inside, err := inhabited()
+	if err != nil {
+		return err
+	}
+	for i := range stale {
+		if !inside.has(layout.Namespace(i)) {
+			continue
+		}
+		p.log.Warn("a network slot that no known machine has is kept, because a process is in it", "slot", i)
+		delete(stale, i)
+		p.mu.Lock()
+		p.used[i] = nil
+		p.free = slices.DeleteFunc(p.free, func(f int) bool { return f == i })
+		p.mu.Unlock()
+	}
 	return nil
 }
 
@@ -293,14 +338,22 @@ func (p *Pool) discard(indexes ...int) {
 		p.judge(problem.Slot, "remove "+strconv.Itoa(i), err)
 		p.mu.Lock()
 		delete(p.used, i)
-		delete(p.aside, i)
 		p.free = slices.DeleteFunc(p.free, func(f int) bool { return f == i })
 		if err != nil {
-			p.aside[i] = true
+			a := p.aside[i]
+			if a == nil {
+				a = &attempts{waits: backoff.New(firstAttempt, lastAttempt)}
+				p.aside[i] = a
+			}
+			a.next = time.Now().Add(a.waits.Next())
 		} else {
+			delete(p.aside, i)
 			p.free = append(p.free, i)
 		}
 		p.mu.Unlock()
+	}
+	if len(failed) > 0 && p.guard != nil {
+		p.guard.notice(func(*look) {}) // it waits for the next attempt
 	}
 }
 
@@ -428,8 +481,8 @@ func (p *Pool) silence(s *Slot) {
 
 // Reclaim takes back a slot that was given to [Open] to keep, with its
 // services. Its name is made again from the network namespace of the process
-// pid, its VM's, if it was lost. A slot that has lost its namespace or its tap is
-// removed: [ErrGone]. One whose veth cannot be repaired is a problem.
+// pid, its VM's, if it was lost. After an error the slot stays kept, and Reclaim
+// can be called again. A veth that cannot be repaired is a problem and no error.
 func (p *Pool) Reclaim(ctx context.Context, index, pid int) (*Slot, error) {
 	p.mu.Lock()
 	held, kept := p.used[index]
@@ -438,7 +491,7 @@ func (p *Pool) Reclaim(ctx context.Context, index, pid int) (*Slot, error) {
 		if p.closed {
 			return nil, ErrClosed
 		}
-		return nil, fmt.Errorf("slot %d is not one to take back", index)
+		return nil, fmt.Errorf("slot %d is not one that this agent keeps", index)
 	}
 	s := newSlot(index)
 	p.used[index] = s
@@ -463,11 +516,25 @@ func (p *Pool) Reclaim(ctx context.Context, index, pid int) (*Slot, error) {
 		err = s.serve(ctx)
 	}
 	if err != nil {
-		p.drop(s)
-		p.refillSoon()
-		return nil, fmt.Errorf("take back slot %d: %w", index, errors.Join(ErrGone, err))
+		p.silence(s)
+		p.mu.Lock()
+		p.used[index] = nil
+		p.mu.Unlock()
+		return nil, fmt.Errorf("take back slot %d: %w", index, err)
 	}
 	return s, nil
+}
+
+// Forget removes a slot that was given to [Open] to keep and that nobody has
+// reclaimed. Its VM has ended. A slot that the pool does not keep is no error.
+func (p *Pool) Forget(index int) {
+	p.mu.Lock()
+	held, kept := p.used[index]
+	p.mu.Unlock()
+	if kept && held == nil {
+		p.discard(index)
+		p.refillSoon()
+	}
 }
 
 // rename gives the namespace of a slot its name again, if a process in it is
@@ -540,11 +607,18 @@ func (p *Pool) tearDown(keep []int) error {
 	for _, s := range p.ready {
 		gone = append(gone, s.Index)
 	}
+	var inside namespaces
+	if p.config.Unknown {
+		var err error
+		if inside, err = inhabited(); err != nil {
+			p.log.Warn("network slots of machines that are not known may be removed", "error", err)
+		}
+	}
 	for i, s := range p.used {
 		if s != nil {
 			open = append(open, s)
 		}
-		if !slices.Contains(keep, i) {
+		if !slices.Contains(keep, i) && (s != nil || !inside.has(layout.Namespace(i))) {
 			gone = append(gone, i)
 			delete(p.used, i)
 		}

@@ -531,9 +531,19 @@ func TestReclaimOfBrokenSlot(t *testing.T) {
 	}))
 
 	p = openPool(t, dir, 1, keep...)
-	for _, i := range []int{keep[0], keep[2]} {
-		if _, err := p.Reclaim(context.Background(), i, 0); !errors.Is(err, ErrGone) {
-			t.Errorf("slot %d: %v", i, err)
+	for range 2 { // each stays kept, for its machine runs
+		for _, i := range []int{keep[0], keep[2]} {
+			if _, err := p.Reclaim(context.Background(), i, 0); err == nil || strings.Contains(err.Error(), "keeps") {
+				t.Errorf("slot %d: %v", i, err)
+			}
+		}
+	}
+	if err := inNamespace(layout.Namespace(keep[2]), func() error { return nil }); err != nil {
+		t.Errorf("a slot without its tap is gone: %v", err)
+	}
+	for range 5 {
+		if s := acquire(t, p); slices.Contains(keep, s.Index) {
+			t.Errorf("slot %d was handed out, and its machine runs", s.Index)
 		}
 	}
 	if _, err := p.Reclaim(context.Background(), keep[1], 0); err != nil {
@@ -542,6 +552,107 @@ func TestReclaimOfBrokenSlot(t *testing.T) {
 	if _, err := netlink.LinkByName(linkName(keep[1])); err != nil {
 		t.Errorf("the veth was not made again: %v", err)
 	}
+	// Once the machine has ended, nothing of it is left.
+	p.Forget(keep[2])
+	if _, err := os.Stat(layout.Namespace(keep[2])); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a slot that nobody needs is left: %v", err)
+	}
+	p.Forget(keep[1]) // reclaimed
+	if _, err := netlink.LinkByName(linkName(keep[1])); err != nil {
+		t.Errorf("a slot in use was removed: %v", err)
+	}
+}
+
+// TestForeignSlots has records name slots that cannot be this agent's: it starts
+// all the same, and touches nothing of others.
+func TestForeignSlots(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	dir := layout.Dir(t.TempDir())
+	p := openPool(t, dir, 1)
+	s := acquire(t, p)
+	must(t, p.Close(context.Background(), []int{s.Index}))
+	foreign := []int{-5, blocks*blockSlots + 7, s.Index + blockSlots}
+
+	p = openPool(t, dir, 1, append(foreign, s.Index)...)
+	for _, i := range foreign {
+		if _, err := p.Reclaim(context.Background(), i, 0); err == nil {
+			t.Errorf("slot %d was taken back", i)
+		}
+		p.Forget(i)
+	}
+	_, err := p.Reclaim(context.Background(), s.Index, 0)
+	must(t, err)
+	must(t, problems(p))
+	must(t, p.Close(context.Background(), []int{s.Index}))
+
+	// Another agent takes the block.
+	elsewhere := layout.Dir(t.TempDir())
+	must(t, os.MkdirAll(elsewhere.Run(), 0o755))
+	must(t, os.WriteFile(elsewhere.NetworkBlock(), []byte(fmt.Sprintln(p.block.number)), 0o644))
+	must(t, os.WriteFile(blockFile(p.block.number), []byte(string(elsewhere)+"\n"), 0o644))
+	q := openPool(t, elsewhere, 1, s.Index)
+	if q.block.number != p.block.number {
+		t.Fatalf("the other agent has block %d", q.block.number)
+	}
+	for _, running := range []bool{true, false} {
+		p = openPool(t, dir, 1, s.Index)
+		if p.block.number == q.block.number {
+			t.Fatal("one block for two")
+		}
+		if _, err := p.Reclaim(context.Background(), s.Index, 0); err == nil {
+			t.Error("another agent's slot was taken back")
+		}
+		must(t, problems(p))
+		must(t, p.Close(context.Background(), []int{s.Index}))
+		if _, err := os.Stat(s.NetNS()); err != nil {
+			t.Errorf("another agent's slot is gone: %v", err)
+		}
+		if running {
+			must(t, q.Close(context.Background(), []int{s.Index}))
+		}
+	}
+	q = openPool(t, elsewhere, 1) // removes what is left
+}
+
+// TestUnknownMachines has an agent start that cannot read all its records: it
+// keeps the slots in which somebody is.
+func TestUnknownMachines(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	newInternet(t)
+	dir := layout.Dir(t.TempDir())
+	p := openPool(t, dir, 1)
+	s, empty := acquire(t, p), acquire(t, p)
+	g := newGuest(t, s)
+	g.serve(t)
+	vm := exec.Command("nsenter", "--net="+s.NetNS(), "sleep", "600")
+	must(t, vm.Start())
+	defer func() { _ = vm.Process.Kill(); _ = vm.Wait() }()
+	eventually(t, "the process", func() error {
+		all, err := inhabited()
+		if err == nil && !all.has(s.NetNS()) {
+			err = errors.New("it is not in the slot")
+		}
+		return err
+	})
+	crash(t, p)
+	for range 2 {
+		p = openUnknown(t, dir)
+		if _, err := os.Stat(empty.NetNS()); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("a slot in which nobody is stays: %v", err)
+		}
+		must(t, p.Close(context.Background(), nil))
+	}
+	p = openUnknown(t, dir)
+	back, err := p.Reclaim(context.Background(), s.Index, vm.Process.Pid)
+	must(t, err)
+	must(t, g.online(back))
+}
+
+func openUnknown(t testing.TB, dir layout.Dir) *Pool {
+	t.Helper()
+	return openPoolWith(t, Config{Dir: dir, Ready: 1, Unknown: true})
 }
 
 // crash leaves a pool as a killed agent would: nothing undone, the lock gone.

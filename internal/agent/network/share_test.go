@@ -585,6 +585,12 @@ func TestSetAside(t *testing.T) {
 	stale := obstacle(first + 300)
 	p = openPool(t, dir, 1)
 	must(t, has(p, problem.Slot, "network slot 300 cannot be removed"))
+	// The guard tries again by itself.
+	must(t, os.Remove(stale))
+	eventually(t, "the obstacle is gone", func() error { return problems(p) })
+	stale = obstacle(first + 300)
+	p.discard(first + 300)
+	must(t, has(p, problem.Slot, "network slot 300 cannot be removed"))
 
 	s := acquire(t, p)
 	p.guard.close() // it would name the namespace again
@@ -597,11 +603,48 @@ func TestSetAside(t *testing.T) {
 			t.Errorf("slot %d is used though it was not removed", next.Index)
 		}
 	}
+	// It is tried again, each time later, however much is noticed meanwhile.
+	due := func(i int) time.Time {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return p.aside[i].next
+	}
+	last := due(s.Index)
+	if wait := time.Until(last); wait > 2*firstAttempt {
+		t.Errorf("tried again only in %v", wait)
+	}
+	attempt := func() (wait time.Duration) {
+		p.mend(look{})
+		if now := due(s.Index); !now.Equal(last) {
+			t.Errorf("tried again before its time")
+		}
+		p.mu.Lock()
+		p.aside[s.Index].next = time.Now()
+		p.mu.Unlock()
+		before := time.Now()
+		p.mend(look{})
+		last = due(s.Index)
+		return last.Sub(before)
+	}
+	for range 8 {
+		attempt()
+	}
+	if wait := attempt(); wait < lastAttempt/2 {
+		t.Errorf("after ten attempts the wait is %v", wait)
+	}
+	retry := func() {
+		p.mu.Lock()
+		for _, a := range p.aside {
+			a.next = time.Now()
+		}
+		p.mu.Unlock()
+		p.mend(look{})
+	}
 	must(t, os.Remove(stale))
-	p.mend(look{})
+	retry()
 	must(t, has(p, problem.Slot, fmt.Sprintf("network slot %d cannot be removed", s.Index)))
 	must(t, os.Remove(released))
-	p.mend(look{})
+	retry()
 	must(t, problems(p))
 	p.mu.Lock()
 	defer p.mu.Unlock()

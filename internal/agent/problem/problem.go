@@ -40,6 +40,9 @@ var (
 	Firewall = kind("firewall", "another program's rules drop guests' packets, or the agent's own cannot be restored")
 	// Forwarding reports a host that does not forward IPv4.
 	Forwarding = kind("forwarding", "the host does not forward IPv4")
+	// Sandbox reports a sandbox whose machine may run and that the agent could not
+	// take back yet.
+	Sandbox = kind("sandbox", "a sandbox's machine may run, and the agent could not take it back yet")
 	// Slot reports a network slot that could not be repaired or removed.
 	Slot = kind("slot", "a network slot could not be repaired or removed")
 	// Cgroup reports a machine that is out of its control group, and so of its
@@ -181,8 +184,8 @@ func (l *List) write() error {
 	return atomicfile.WriteNoSync(l.path, b, 0o644)
 }
 
-// Read returns the problems of the list that an agent keeps at path, or none
-// if no agent runs.
+// Read returns the problems of the list that an agent keeps at path, or none if
+// there is no list: no agent runs. One that was killed has left its last list.
 func Read(path string) ([]Problem, error) {
 	b, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {

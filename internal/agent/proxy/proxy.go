@@ -237,7 +237,7 @@ func (p *Proxy) fail(w http.ResponseWriter, err error) {
 		own = &problem{http.StatusServiceUnavailable, string(state.State), err.Error()}
 	case errors.Is(err, sandbox.ErrNotFound):
 		own = &problem{http.StatusNotFound, "not_found", err.Error()}
-	case errors.Is(err, sandbox.ErrState), errors.Is(err, sandbox.ErrClosing):
+	case errors.Is(err, sandbox.ErrState), errors.Is(err, sandbox.ErrClosing), errors.Is(err, sandbox.ErrUnread):
 		own = &problem{http.StatusServiceUnavailable, "unavailable", err.Error()}
 	default:
 		p.log.Error("proxy", "error", err)

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -19,7 +20,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
+	"github.com/wrenn-dev/wrenn/internal/agent/problem"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -251,43 +254,159 @@ func sizes(t *testing.T, dir string) map[string]int64 {
 	return all
 }
 
-// TestNotTakenBackIsKept: a machine that cannot be taken back, or whose network
-// cannot, ends, but its disks are kept.
-func TestNotTakenBackIsKept(t *testing.T) {
-	for _, step := range []string{"attach", "reclaim"} {
-		t.Run(step, func(t *testing.T) { testNotTakenBack(t, step) })
+// TestNotTakenBackGoesOn: a machine that cannot be taken back now, or whose network
+// or record cannot, goes on. The agent starts, says so, and tries again.
+func TestNotTakenBackGoesOn(t *testing.T) {
+	for _, step := range []string{"attach", "run", "reclaim", "record"} {
+		for _, end := range []string{"taken back", "taken back by the next agent", "destroyed", "dies"} {
+			t.Run(step+", "+end, func(t *testing.T) { testNotTakenBack(t, step, end) })
+		}
 	}
 }
 
-func testNotTakenBack(t *testing.T, step string) {
+func testNotTakenBack(t *testing.T, step, end string) {
+	w := newWorld(t, 1)
+	dir := layout.Dir(t.TempDir())
+	h := w.open(dir)
+	id := h.create(t, nil)
+	h.counts(t, id)
+	h.close()
+	w.mu.Lock()
+	vm := w.vms[id]
+	w.mu.Unlock()
+	record := dir.SandboxRecord(id)
+	fails := func(now bool) {
+		switch {
+		case step != "record" && now:
+			w.setFailing(map[string]float64{step: 1})
+		case step != "record":
+			w.setFailing(nil)
+		case now: // a link to itself cannot be read, like a bad block
+			if err := errors.Join(os.Rename(record, record+".kept"), os.Symlink(record, record)); err != nil {
+				t.Fatal(err)
+			}
+		default:
+			if err := os.Rename(record+".kept", record); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	fails(true)
+	for range 2 { // the agent ends before it could
+		h = w.open(dir)
+		if all := h.Problems.All(); len(all) != 1 || all[0].Kind != problem.Sandbox {
+			t.Errorf("the problems are %+v", all)
+		}
+		if h.Incomplete() != (step == "record") {
+			t.Errorf("the list is incomplete: %v", h.Incomplete())
+		}
+		var state *StateError
+		_, err := h.Use(t.Context(), id)
+		switch {
+		case step == "record":
+			if !errors.Is(err, ErrUnread) {
+				t.Errorf("used: %v", err)
+			}
+			if err := h.Destroy(t.Context(), id); !errors.Is(err, ErrUnread) {
+				t.Errorf("destroyed: %v", err)
+			}
+		case !errors.As(err, &state) || state.State != Resuming || h.info(id).State != Resuming:
+			t.Errorf("used: %v", err)
+		}
+		if err := h.Terminate(t.Context()); err == nil || !strings.Contains(err.Error(), "go") {
+			t.Errorf("terminated: %v", err)
+		}
+		slots := h.close()
+		if want := min(1, len(h.List())); len(slots) != want {
+			t.Errorf("slots %v are in use", slots)
+		}
+		select {
+		case <-vm.done:
+			t.Fatal("its machine has ended")
+		default:
+		}
+	}
+	h = w.open(dir)
+	switch end {
+	case "taken back":
+		fails(false)
+	case "taken back by the next agent":
+		h.close()
+		fails(false)
+		h = w.open(dir)
+	case "destroyed":
+		if step == "record" {
+			fails(false)
+		}
+		await.Until(t, "it can be destroyed", func() bool { return h.Destroy(t.Context(), id) == nil })
+		w.setFailing(nil)
+	case "dies":
+		vm.die()
+		if step == "record" || step == "attach" {
+			fails(false)
+		}
+		await.Until(t, "it is gone", func() bool { _, err := h.Get(id); return errors.Is(err, ErrNotFound) })
+		if e := h.event(t, id); e.Kind != journal.Exited {
+			t.Errorf("the event is %+v", e)
+		}
+		w.setFailing(nil)
+	}
+	defer func() { h.close() }()
+	if end != "destroyed" && end != "dies" {
+		await.Until(t, "it is taken back", func() bool { i, err := h.Get(id); return err == nil && i.State == Running })
+		h.runs(t, id, 1)
+		if w.vms[id] != vm {
+			t.Error("it is another machine")
+		}
+		h.destroyAll()
+	}
+	await.Until(t, "no problem is left", func() bool { return len(h.Problems.All()) == 0 && !h.Incomplete() })
+	if items, err := unreadable.List(dir); err != nil || len(items) != 0 {
+		t.Errorf("set aside %+v, %v", items, err)
+	}
+	h.nothingLeft()
+}
+
+// TestKeptByEarlierAgent: an agent of the release before has ended a machine that
+// it could not take back, and was killed before it set the files aside.
+func TestKeptByEarlierAgent(t *testing.T) {
 	w := newWorld(t, 1)
 	dir := layout.Dir(t.TempDir())
 	h := w.open(dir)
 	id := h.create(t, nil)
 	h.close()
+	rec, err := load(dir, id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rec.Ending, rec.Keep = &ending{journal.Exited, "it could not be taken back", time.Now().UTC()}, "a reason"
+	if err := rec.save(dir); err != nil {
+		t.Fatal(err)
+	}
 	want := sizes(t, dir.Sandbox(id))
-	// The agent ends before it has set the files aside, and so does the machine.
-	w.setFailing(map[string]float64{step: 1, "kill": 1})
-	w.open(dir).close()
-	w.vms[id].die()
-	w.setFailing(nil)
 	h = w.open(dir)
 	defer h.close()
 	h.awaitGone(t, id)
-	if e := h.event(t, id); e.Kind != journal.Exited || strings.Contains(e.Reason, errInjected.Error()) {
-		t.Errorf("the event is %+v", e)
-	}
 	items, err := unreadable.List(dir)
 	if err != nil || len(items) != 1 {
 		t.Fatalf("set aside %+v, %v", items, err)
 	}
-	got := sizes(t, items[0].Path)
-	delete(got, "sandbox.json") // says why, too
-	delete(want, "sandbox.json")
-	if !maps.Equal(got, want) {
+	if got := sizes(t, items[0].Path); !maps.Equal(got, want) {
 		t.Errorf("kept %v of %v", got, want)
 	}
 	h.nothingLeft()
+}
+
+// TestPassing: only some errors of reading say something about what is on disk.
+func TestPassing(t *testing.T) {
+	for err, want := range map[error]bool{
+		syscall.EMFILE: true, syscall.ENFILE: true, syscall.EIO: true, syscall.ENOMEM: true, syscall.EACCES: true,
+		syscall.ENOENT: false, syscall.EISDIR: false, syscall.ENOTDIR: false, errors.New("it is torn"): false,
+	} {
+		if got := passing(fmt.Errorf("read: %w", &fs.PathError{Op: "read", Path: "x", Err: err})); got != want {
+			t.Errorf("%v: %v", err, got)
+		}
+	}
 }
 
 // TestStoppedWhileItStarts: an agent that is stopped while it looks for what

@@ -43,8 +43,8 @@ type box struct {
 	begin   start // what it begins with
 	base    *base // the memory that its machine maps; nil: not known, or none
 	maybeVM bool  // there may be a machine that vm does not show
-	// unreadable is why its record cannot be read, or its machine not be taken
-	// back: its files are kept, and rec is not written over the record.
+	// unreadable is why its record cannot be read: its files are kept, and rec is
+	// not written over the record.
 	unreadable error
 
 	booted chan struct{} // closed when its start has ended, well or not
@@ -58,6 +58,7 @@ type box struct {
 	rec       record
 	steps     []Step
 	slot      Slot
+	kept      bool // its slot is kept for it on the host, but was not taken back
 	vm        vmm.VM
 	guest     *guest.Client
 	transport *http.Transport
@@ -557,6 +558,12 @@ func (b *box) vacate(ctx context.Context) error {
 			return fmt.Errorf("release network slot: %w", err)
 		}
 		b.set(func() { b.slot = nil })
+	}
+	if b.kept {
+		if !b.m.shares(b) {
+			b.m.Networks.Forget(*b.rec.Slot)
+		}
+		b.set(func() { b.kept = false })
 	}
 	if b.base != nil {
 		b.m.bases.release(b.base)

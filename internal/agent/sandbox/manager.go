@@ -22,6 +22,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
+	"github.com/wrenn-dev/wrenn/internal/agent/problem"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -58,6 +59,8 @@ type Config struct {
 	WarmMemoryMiB int
 	// Hook, if not nil, is told each step between which an agent may be killed.
 	Hook func(step string)
+	// Problems gets what keeps sandboxes from being taken back; it may be nil.
+	Problems *problem.List
 	// Observe, if not nil, is told each step of a sandbox's life.
 	Observe func(step string, took time.Duration, err error)
 	Log     *slog.Logger
@@ -95,11 +98,12 @@ type Manager struct {
 	boxes       map[uuid.UUID]*box
 	nameless    map[*box]struct{} // machines that are no sandbox: captured from, or waiting
 	capturing   map[string]*capturing
-	leaving     map[*box]struct{} // paused sandboxes whose machines are being ended
-	fewer       chan struct{}     // closed and replaced when leaving has one less
-	refuse      error             // why no sandbox is created any more
-	starting    int               // sandboxes that are being created
-	reservedMiB int               // for all but machines that wait
+	unread      map[uuid.UUID]struct{} // homes of sandboxes whose records could not be read yet
+	leaving     map[*box]struct{}      // paused sandboxes whose machines are being ended
+	fewer       chan struct{}          // closed and replaced when leaving has one less
+	refuse      error                  // why no sandbox is created any more
+	starting    int                    // sandboxes that are being created
+	reservedMiB int                    // for all but machines that wait
 }
 
 // Open makes a manager that goes on with what r found.
@@ -138,7 +142,7 @@ func Open(ctx context.Context, c Config, r *Recovery) (*Manager, error) {
 	m := &Manager{
 		Config: c, boots: make(chan struct{}, c.Boots), closing: make(chan struct{}),
 		boxes: map[uuid.UUID]*box{}, nameless: map[*box]struct{}{}, capturing: map[string]*capturing{},
-		leaving: map[*box]struct{}{}, fewer: make(chan struct{}), flattening: make(chan struct{}, 1),
+		unread: map[uuid.UUID]struct{}{}, leaving: map[*box]struct{}{}, fewer: make(chan struct{}), flattening: make(chan struct{}, 1),
 	}
 	m.warm.init(m)
 	for _, f := range r.found {
@@ -375,7 +379,18 @@ func (m *Manager) find(id uuid.UUID) (*box, error) {
 	if b := m.boxes[id]; b != nil {
 		return b, nil
 	}
+	if len(m.unread) > 0 {
+		return nil, fail(ErrUnread, "this host cannot read all of its sandboxes' records now")
+	}
 	return nil, fail(ErrNotFound, "no such sandbox on this host")
+}
+
+// Incomplete says that the host may have sandboxes that List leaves out, because
+// it cannot read their records now.
+func (m *Manager) Incomplete() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.unread) > 0
 }
 
 // Get describes a sandbox.
@@ -417,15 +432,19 @@ func (m *Manager) Memory() (reserved, total int) {
 // nothing of it is left. That there is none is no error.
 func (m *Manager) Destroy(ctx context.Context, id uuid.UUID) error {
 	b, err := m.find(id)
-	if err != nil {
+	if errors.Is(err, ErrNotFound) {
 		return nil
+	}
+	if err != nil {
+		return err
 	}
 	return b.destroy(ctx, "", "it was destroyed")
 }
 
 // Terminate pauses every sandbox that runs, and creates and resumes none any
 // more. The control plane did not ask for these pauses one by one, so they are
-// events. A sandbox that cannot be paused is destroyed: no machine is left.
+// events. A sandbox that cannot be paused is destroyed. A machine that could not
+// be taken back yet goes on, which is an error.
 func (m *Manager) Terminate(ctx context.Context) error {
 	m.mu.Lock()
 	if m.refuse == nil {
@@ -440,6 +459,7 @@ func (m *Manager) Terminate(ctx context.Context) error {
 	for b := range m.nameless {
 		boxes = append(boxes, b)
 	}
+	unread := len(m.unread)
 	m.mu.Unlock()
 	const reason = "the host was shut down"
 	errs := make([]error, len(boxes))
@@ -471,6 +491,10 @@ func (m *Manager) Terminate(ctx context.Context) error {
 			case errors.As(err, &state) && state.State == Stopping:
 				errs[i] = b.destroy(ctx, "", reason) // it may be waiting to be tried again
 				return nil
+			case errors.As(err, &state) && state.State == Resuming:
+				// An order finds a sandbox so only where the next agent may take it back.
+				errs[i] = fmt.Errorf("sandbox %s is not paused: its machine could not be taken back, and goes on", id.Format(id.Sandbox, b.info().ID))
+				return nil
 			}
 			m.Log.Error("a sandbox cannot be paused and is destroyed", "sandbox", id.Format(id.Sandbox, b.info().ID), "error", err)
 			errs[i] = b.destroy(ctx, journal.Exited, reason+"; it could not be paused: "+err.Error())
@@ -478,6 +502,9 @@ func (m *Manager) Terminate(ctx context.Context) error {
 		})
 	}
 	_ = g.Wait()
+	if unread > 0 {
+		errs = append(errs, fmt.Errorf("%d sandboxes are not paused: their records cannot be read, and their machines go on", unread))
+	}
 	return errors.Join(errs...)
 }
 
@@ -505,8 +532,11 @@ func (m *Manager) Close(ctx context.Context) (slots []int, err error) {
 	defer m.mu.Unlock()
 	for _, b := range m.boxes {
 		b.mu.Lock()
-		if b.slot != nil {
+		switch {
+		case b.slot != nil:
 			slots = append(slots, b.slot.Index())
+		case b.kept:
+			slots = append(slots, *b.rec.Slot)
 		}
 		b.mu.Unlock()
 	}

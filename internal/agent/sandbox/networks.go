@@ -26,8 +26,12 @@ type Slot interface {
 // Networks hands out networks: in service a [network.Pool], see [Pool].
 type Networks interface {
 	Acquire(ctx context.Context) (Slot, error)
-	// Reclaim takes back the slot of a VM that runs as the process pid.
+	// Reclaim takes back the slot of a VM that runs as the process pid. It can be
+	// called again after an error.
 	Reclaim(ctx context.Context, index, pid int) (Slot, error)
+	// Forget removes a slot that was kept for a VM that has ended. A slot that is
+	// not kept, or was reclaimed, is no error.
+	Forget(index int)
 	Release(ctx context.Context, s Slot) error
 }
 
@@ -41,6 +45,8 @@ func (p pool) Acquire(ctx context.Context) (Slot, error) { return slotOf(p.p.Acq
 func (p pool) Reclaim(ctx context.Context, i, pid int) (Slot, error) {
 	return slotOf(p.p.Reclaim(ctx, i, pid))
 }
+
+func (p pool) Forget(i int) { p.p.Forget(i) }
 
 func (p pool) Release(ctx context.Context, s Slot) error {
 	own, ok := s.(slot)

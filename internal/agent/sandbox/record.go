@@ -41,7 +41,9 @@ type record struct {
 	// PausedAt is when the last pause held the machine.
 	PausedAt *time.Time `json:"paused_at,omitempty"`
 	Ending   *ending    `json:"ending,omitempty"`
-	// Keep is why its files are kept when it ends; empty: they are removed.
+	// Keep is why its files are kept when it ends; empty: they are removed. This
+	// release only reads it: the one before ended machines that it could not take
+	// back.
 	Keep string `json:"keep,omitempty"`
 	// Untold is an event that is not in the journal yet.
 	Untold *ending `json:"untold,omitempty"`

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -20,8 +21,11 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
+	"github.com/wrenn-dev/wrenn/internal/agent/problem"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
+	"github.com/wrenn-dev/wrenn/internal/backoff"
+	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -35,13 +39,25 @@ type found struct {
 	rec      record
 	vm       vmm.VM // nil: it is paused, or to be removed, as rec.Ending says
 	leftover bool   // there may be a machine all the same
-	// unreadable is why the record cannot be read, so that rec stands for it, or
-	// why its machine cannot be taken back; the files are kept.
+	// unreadable is why the record cannot be read, so that rec stands for it; the
+	// files are kept.
 	unreadable error
+	// untaken is why it is not known yet what becomes of the sandbox: its machine
+	// may run.
+	untaken error
+	// late says that Recover could not say this yet.
+	late bool
+	// unread says that not even the record could be read: rec has only its home.
+	unread bool
 }
 
-// recoverTimeout bounds what is done for one sandbox.
-const recoverTimeout = 45 * time.Second
+const (
+	// recoverTimeout bounds what Recover does. What takes longer goes on while the
+	// agent runs.
+	recoverTimeout = 20 * time.Second
+	// takeTimeout bounds one attempt after that.
+	takeTimeout = 45 * time.Second
+)
 
 // Newer returns an error for each record that a later release wrote. It changes
 // nothing.
@@ -71,10 +87,10 @@ func Newer(dir layout.Dir) []*format.NewerError {
 }
 
 // Recover looks through the folders of sandboxes. It takes back the machines
-// that run and ends those of sandboxes that were half-made or half-removed,
-// so that nothing but what [Recovery.Slots] names is in use afterwards. It
-// ends a machine whose record it cannot read or that it cannot take back,
-// because nothing can confine or stop it any more; the files are kept.
+// that run and ends those of sandboxes that were half-made or half-removed. It
+// ends a machine whose record is damaged, because nothing can confine or stop it
+// any more; the files are kept. A machine that it cannot take back now, or whose
+// record it cannot read now, goes on, and the manager tries again.
 func Recover(ctx context.Context, dir layout.Dir, d vmm.Driver, log *slog.Logger) (*Recovery, error) {
 	entries, err := os.ReadDir(dir.Sandboxes())
 	if errors.Is(err, fs.ErrNotExist) {
@@ -85,6 +101,8 @@ func Recover(ctx context.Context, dir layout.Dir, d vmm.Driver, log *slog.Logger
 	}
 	var g errgroup.Group
 	g.SetLimit(8)
+	bounded, cancel := context.WithTimeout(ctx, recoverTimeout)
+	defer cancel()
 	all := make([]*found, len(entries))
 	for i, e := range entries {
 		id, err := uuid.Parse(e.Name())
@@ -93,9 +111,7 @@ func Recover(ctx context.Context, dir layout.Dir, d vmm.Driver, log *slog.Logger
 			continue
 		}
 		g.Go(func() error {
-			ctx, cancel := context.WithTimeout(ctx, recoverTimeout)
-			defer cancel()
-			f := find(ctx, dir, id, d, log)
+			f := find(bounded, dir, id, d, log)
 			all[i] = &f
 			return nil
 		})
@@ -113,11 +129,16 @@ func Recover(ctx context.Context, dir layout.Dir, d vmm.Driver, log *slog.Logger
 	return r, nil
 }
 
-// Slots are the network slots of the machines that run.
+// Unknown says that machines may run whose network slots are not known.
+func (r *Recovery) Unknown() bool {
+	return slices.ContainsFunc(r.found, func(f found) bool { return f.unread })
+}
+
+// Slots are the network slots of the machines that run, or may run.
 func (r *Recovery) Slots() []int {
 	var slots []int
 	for _, f := range r.found {
-		if f.vm != nil {
+		if f.vm != nil || f.untaken != nil && !f.unread {
 			slots = append(slots, *f.rec.Slot)
 		}
 	}
@@ -131,8 +152,19 @@ func find(ctx context.Context, dir layout.Dir, home uuid.UUID, d vmm.Driver, log
 	now := time.Now().UTC()
 	var lost error // why the files are kept
 	rec, err := load(dir, home)
+	bare := false
+	if errors.Is(err, fs.ErrNotExist) {
+		var e error
+		if bare, e = unused(dir, home); e != nil {
+			err = e
+		}
+	}
+	var newer *format.NewerError
 	switch {
-	case errors.Is(err, fs.ErrNotExist) && unused(dir, home):
+	case err != nil && (passing(err) || errors.As(err, &newer)):
+		log.Error("the record of a sandbox cannot be read now; its machine, if there is one, goes on", "error", err)
+		return found{rec: record{Home: home}, unread: true, untaken: err}
+	case bare:
 		log.Info("removing a folder in which nothing was made yet")
 		rec = record{Version: format.Sandbox.Version, Home: home, Spec: Spec{ID: home}, CreatedAt: now, Ending: &ending{Reason: "it has no record", Time: now}}
 	case err != nil:
@@ -163,22 +195,16 @@ func find(ctx context.Context, dir layout.Dir, home uuid.UUID, d vmm.Driver, log
 		log.Info("removing a sandbox that was half-made")
 		rec.Ending = &ending{Reason: "the host agent ended while it was created", Time: now}
 	default:
-		vm, err := d.Attach(ctx, *rec.VM)
-		if err == nil {
-			// It is held if an agent was killed during a pause or a snapshot.
-			if err = vm.Run(ctx); err == nil {
-				return found{rec: rec, vm: vm}
-			}
+		vm, err := take(ctx, d, nil, *rec.VM)
+		switch {
+		case err == nil:
+			return found{rec: rec, vm: vm}
+		case !errors.Is(err, vmm.ErrGone):
+			log.Error("a sandbox's machine cannot be taken back yet, and goes on", "error", err)
+			return found{rec: rec, vm: vm, untaken: err}
 		}
-		if ctx.Err() == context.Canceled {
-			return found{rec: rec} // the agent stops, and has learned nothing about the machine
-		}
-		log.Warn("a sandbox's machine is not to be taken back", "error", err)
-		rec.Ending = &ending{journal.Exited, "the virtual machine ended while no host agent ran", now}
-		if !errors.Is(err, vmm.ErrGone) {
-			lost = err
-			rec.forsake(dir, "the host could not take the virtual machine back; it keeps the files", err, log)
-		}
+		log.Warn("a sandbox's machine has ended", "error", err)
+		rec.Ending = &ending{journal.Exited, wasGone, now}
 	}
 	if err := d.Reap(ctx, leftover(rec)); err != nil {
 		log.Error("a machine cannot be ended", "error", err) // tried again when the sandbox is removed
@@ -186,23 +212,48 @@ func find(ctx context.Context, dir layout.Dir, home uuid.UUID, d vmm.Driver, log
 	return found{rec: rec, unreadable: lost}
 }
 
-// forsake records that a sandbox ends because of err, and that its files are
-// kept: an agent after this one would only find that the machine is gone.
-func (r *record) forsake(dir layout.Dir, why string, err error, log *slog.Logger) {
-	r.Ending = &ending{journal.Exited, why, time.Now().UTC()}
-	r.Keep = err.Error()
-	if err := r.save(dir); err != nil {
-		log.Error("cannot record that a sandbox's files are kept", "error", err)
+// wasGone is the reason of an end that no agent saw.
+const wasGone = "the virtual machine ended while no host agent ran"
+
+// take attaches to a machine, unless vm is that already, and lets it go on if an
+// agent was killed while it held it. After an error that is no [vmm.ErrGone], vm is
+// for the next attempt: it may be nil.
+func take(ctx context.Context, d vmm.Driver, vm vmm.VM, st vmm.State) (vmm.VM, error) {
+	if vm == nil {
+		var err error
+		if vm, err = d.Attach(ctx, st); err != nil {
+			return nil, err
+		}
 	}
+	err := vm.Run(ctx)
+	if err == nil {
+		return vm, nil
+	}
+	select {
+	case <-vm.Done():
+		return nil, errors.Join(vmm.ErrGone, err)
+	default:
+		return vm, err
+	}
+}
+
+// passing reports whether an error of reading says nothing about what is on disk,
+// as those of a disk that fails and of too many open files do.
+func passing(err error) bool {
+	var errno syscall.Errno
+	return errors.As(err, &errno) && errno != syscall.ENOENT && errno != syscall.EISDIR && errno != syscall.ENOTDIR
 }
 
 // unused reports whether the folder of a sandbox has nothing but files that an
 // agent was killed while writing.
-func unused(dir layout.Dir, home uuid.UUID) bool {
+func unused(dir layout.Dir, home uuid.UUID) (bool, error) {
 	entries, err := os.ReadDir(dir.Sandbox(home))
-	return err == nil && !slices.ContainsFunc(entries, func(e fs.DirEntry) bool {
+	if err != nil {
+		return false, err
+	}
+	return !slices.ContainsFunc(entries, func(e fs.DirEntry) bool {
 		return !atomicfile.IsTemporary(e.Name()) && !strings.HasPrefix(e.Name(), oldTemporary)
-	})
+	}), nil
 }
 
 // oldTemporary begins the names of records that earlier agents were writing.
@@ -219,6 +270,14 @@ func leftover(r record) vmm.State {
 
 // adopt goes on with a sandbox of an earlier agent.
 func (m *Manager) adopt(ctx context.Context, f found) {
+	if f.unread {
+		m.mu.Lock()
+		m.unread[f.rec.Home] = struct{}{}
+		m.mu.Unlock()
+		m.reportUnread(f)
+		m.wg.Go(func() { m.reread(f) })
+		return
+	}
 	b := newBox(m, f.rec)
 	close(b.booted)
 	m.mu.Lock() // of those adopted before, some may be on their way out
@@ -226,6 +285,7 @@ func (m *Manager) adopt(ctx context.Context, f found) {
 	m.mu.Unlock()
 	if f.rec.Ending != nil {
 		b.maybeVM, b.unreadable = true, f.unreadable
+		b.kept = f.late && f.rec.Slot != nil
 		b.refuse()
 		m.wg.Go(func() { b.clean(*f.rec.Ending, nil) })
 		return
@@ -245,35 +305,183 @@ func (m *Manager) adopt(ctx context.Context, f found) {
 	b.reservedMiB = b.rec.Spec.MemoryMiB + overheadMiB
 	m.reservedMiB += b.reservedMiB
 	m.mu.Unlock()
-	b.vm = f.vm
-	slot, err := m.Networks.Reclaim(ctx, *f.rec.Slot, f.vm.PID())
+	b.vm, b.kept = f.vm, true
+	err := f.untaken
 	if err == nil {
-		b.slot = slot
-		err = slot.Describe(f.rec.Spec.metadata())
+		err = b.reclaim(ctx)
 	}
 	if err != nil {
-		b.log.Error("a sandbox's network cannot be taken back; its machine ends, and its files are kept", "error", err)
-		b.refuse()
-		next := b.rec
-		next.forsake(m.Dir, "the host could not take the sandbox's network back; it keeps the files", err, b.log)
-		b.set(func() { b.rec, b.unreadable = next, err })
-		m.wg.Go(func() { b.clean(*next.Ending, nil) })
+		b.tracker.Shut()
+		b.set(func() { b.rec.State = Resuming })
+		b.reportUntaken(err)
+		m.wg.Go(b.regain)
 		return
 	}
-	b.connect(b.rec.Spec.Token)
 	b.taken = make(chan struct{})
-	b.log.Info("sandbox taken back", "slot", slot.Index(), "pid", b.vm.PID())
 	m.wg.Go(func() {
-		// What a killed agent may have left undone: nothing of this harms one
-		// that has just gone on.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), freezeTimeout)
-		defer cancel()
-		if err := b.init(ctx, false); err != nil {
-			b.log.Warn("a sandbox that was taken back does not answer", "error", firstLine(err.Error()))
-		}
+		b.greet()
 		close(b.taken)
 		b.serve()
 	})
+}
+
+// reclaim takes back the network of a machine that was taken back.
+func (b *box) reclaim(ctx context.Context) error {
+	if b.slot == nil {
+		slot, err := b.m.Networks.Reclaim(ctx, *b.rec.Slot, b.vm.PID())
+		if err != nil {
+			return fmt.Errorf("take network back: %w", err)
+		}
+		b.set(func() { b.slot, b.kept = slot, false })
+	}
+	if err := b.slot.Describe(b.rec.Spec.metadata()); err != nil {
+		return fmt.Errorf("set metadata: %w", err)
+	}
+	b.connect(b.rec.Spec.Token)
+	b.log.Info("sandbox taken back", "slot", b.slot.Index(), "pid", b.vm.PID())
+	return nil
+}
+
+// greet does what a killed agent may have left undone: nothing of this harms a
+// guest that has just gone on.
+func (b *box) greet() {
+	ctx, cancel := context.WithTimeout(context.Background(), freezeTimeout)
+	defer cancel()
+	if err := b.init(ctx, false); err != nil {
+		b.log.Warn("a sandbox that was taken back does not answer", "error", firstLine(err.Error()))
+	}
+}
+
+// regain tries again to take back a sandbox whose machine runs, until it does or
+// the sandbox ends. Meanwhile the sandbox is resuming for all others.
+func (b *box) regain() {
+	name := id.Format(id.Sandbox, b.rec.Spec.ID)
+	defer b.m.Problems.Clear(problem.Sandbox, name)
+	waits := backoff.New(firstRetry, lastRetry)
+	for {
+		var died <-chan struct{}
+		if b.vm != nil {
+			died = b.vm.Done()
+		}
+		t := time.NewTimer(waits.Next())
+		select {
+		case <-t.C:
+			err := b.takeBack()
+			if err == nil {
+				b.tracker.Touch()
+				b.tracker.Reopen()
+				b.set(func() { b.rec.State = Running })
+				b.m.Problems.Clear(problem.Sandbox, name)
+				b.serve()
+				return
+			}
+			if errors.Is(err, vmm.ErrGone) {
+				b.clean(ending{journal.Exited, wasGone, time.Now().UTC()}, nil)
+				return
+			}
+			b.reportUntaken(err)
+		case <-died:
+			b.clean(ending{journal.Exited, b.vm.Err().Error(), time.Now().UTC()}, nil)
+			return
+		case o := <-b.orders:
+			b.obey(o)
+		case <-b.stop:
+			b.clean(b.why, nil)
+			return
+		case <-b.m.closing:
+			b.release()
+			return
+		}
+		t.Stop()
+	}
+}
+
+func (b *box) reportUntaken(err error) {
+	name := id.Format(id.Sandbox, b.rec.Spec.ID)
+	b.m.Problems.Report(problem.Sandbox, name, "sandbox "+name+" cannot be used: its machine runs, but the agent cannot take it back, and tries again: "+err.Error())
+}
+
+// shares tells whether the slot that is kept for a sandbox is another's, as only a
+// damaged record, or an old one, can have it.
+func (m *Manager) shares(b *box) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, other := range m.boxes {
+		if other == b {
+			continue
+		}
+		other.mu.Lock()
+		same := other.rec.Slot != nil && *other.rec.Slot == *b.rec.Slot && (other.kept || other.slot != nil)
+		other.mu.Unlock()
+		if same {
+			return true
+		}
+	}
+	return false
+}
+
+// takeBack is one attempt to take back a sandbox whose machine runs.
+func (b *box) takeBack() error {
+	ctx, done := b.bounded()
+	defer done()
+	ctx, cancel := context.WithTimeout(ctx, takeTimeout)
+	defer cancel()
+	vm, err := take(ctx, b.m.Driver, b.vm, *b.rec.VM)
+	b.set(func() { b.vm = vm })
+	if err == nil {
+		err = b.reclaim(ctx)
+	}
+	if err == nil {
+		b.greet()
+	}
+	return err
+}
+
+// look is find, until the manager closes.
+func (m *Manager) look(home uuid.UUID) found {
+	ctx, cancel := context.WithTimeout(context.Background(), takeTimeout)
+	defer cancel()
+	var watch sync.WaitGroup
+	defer watch.Wait()
+	looked := make(chan struct{})
+	defer close(looked)
+	watch.Go(func() {
+		select {
+		case <-m.closing:
+			cancel()
+		case <-looked:
+		}
+	})
+	return find(ctx, m.Dir, home, m.Driver, m.Log)
+}
+
+func (m *Manager) reportUnread(f found) {
+	m.Problems.Report(problem.Sandbox, m.Dir.SandboxRecord(f.rec.Home), fmt.Sprintf("the agent cannot read the record of a sandbox, whose machine may run, and tries again: %v", f.untaken))
+}
+
+// reread tries again to read a record, until it can or the agent ends.
+func (m *Manager) reread(f found) {
+	home := f.rec.Home
+	path := m.Dir.SandboxRecord(home)
+	defer m.Problems.Clear(problem.Sandbox, path)
+	waits := backoff.New(firstRetry, lastRetry)
+	for f.unread {
+		t := time.NewTimer(waits.Next())
+		select {
+		case <-t.C:
+		case <-m.closing:
+			t.Stop()
+			return
+		}
+		if f = m.look(home); f.unread {
+			m.reportUnread(f)
+		}
+	}
+	f.late = true
+	m.adopt(context.Background(), f)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.unread, home)
 }
 
 func isFull(err error) bool {

@@ -27,7 +27,9 @@ var (
 	ErrExhausted = told.New("this host has no room")
 	// ErrCaptures is why a sandbox is not captured: it was as often as it can be.
 	ErrCaptures = told.New("the sandbox has been captured as often as it can be")
-	ErrClosing  = told.New("the host agent is stopping")
+	// ErrUnread is why it is not known whether the host has a sandbox.
+	ErrUnread  = told.New("the host cannot read all of its sandboxes' records now")
+	ErrClosing = told.New("the host agent is stopping")
 	// ErrStart is wrapped by what went wrong while a sandbox was started.
 	ErrStart = told.New("the sandbox did not start")
 )

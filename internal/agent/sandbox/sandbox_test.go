@@ -29,6 +29,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
+	"github.com/wrenn-dev/wrenn/internal/agent/problem"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -159,17 +160,34 @@ func (w *world) Acquire(context.Context) (Slot, error) {
 
 // Reclaim implements Networks.
 func (w *world) Reclaim(_ context.Context, i, _ int) (Slot, error) {
-	fails := w.fails("reclaim")
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if fails {
-		delete(w.slots, i) // as a pool does
+	if w.fails("reclaim") {
 		return nil, errInjected
 	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	if s := w.slots[i]; s != nil {
 		return s, nil
 	}
 	return nil, errors.New("no such slot")
+}
+
+// Forget implements Networks.
+func (w *world) Forget(i int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if s := w.slots[i]; s != nil {
+		w.unusedLocked(s)
+		delete(w.slots, i)
+	}
+}
+
+// unusedLocked checks that no machine runs in a slot that goes.
+func (w *world) unusedLocked(s Slot) {
+	for _, vm := range w.vms {
+		if vm.spec.NetNS == s.NetNS() {
+			w.t.Errorf("slot %d was released under a machine that runs", s.Index())
+		}
+	}
 }
 
 // Release implements Networks.
@@ -179,11 +197,7 @@ func (w *world) Release(_ context.Context, s Slot) error {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for _, vm := range w.vms {
-		if vm.spec.NetNS == s.NetNS() {
-			w.t.Errorf("slot %d was released under a machine that runs", s.Index())
-		}
-	}
+	w.unusedLocked(s)
 	delete(w.slots, s.Index())
 	return nil
 }
@@ -443,6 +457,9 @@ func (v *worldVM) Hold(context.Context) error {
 }
 
 func (v *worldVM) Run(context.Context) error {
+	if v.w.fails("run") {
+		return errInjected
+	}
 	if v.w.fails("die") {
 		v.die()
 		return nil
@@ -535,15 +552,20 @@ func (w *world) open(dir layout.Dir) *host {
 	// As the network pool does: what is not kept is gone.
 	keep := r.Slots()
 	w.mu.Lock()
-	for i := range w.slots {
-		if !slices.Contains(keep, i) {
+	for i, s := range w.slots {
+		used := slices.ContainsFunc(slices.Collect(maps.Values(w.vms)), func(vm *worldVM) bool { return vm.spec.NetNS == s.NetNS() })
+		if !slices.Contains(keep, i) && (!r.Unknown() || !used) {
 			delete(w.slots, i)
 		}
 	}
 	w.mu.Unlock()
+	problems, err := problem.Open(filepath.Join(w.t.TempDir(), "problems.json"), log)
+	if err != nil {
+		w.t.Fatal(err)
+	}
 	m, err := Open(context.Background(), Config{
 		DefaultVCPUs: min(1, w.usual), DefaultMemoryMiB: w.usual,
-		Dir: dir, Driver: w, Networks: w, Journal: j, Kernel: "k", Initrd: "i", MemoryMiB: 4096, Boots: 3,
+		Dir: dir, Driver: w, Networks: w, Journal: j, Problems: problems, Kernel: "k", Initrd: "i", MemoryMiB: 4096, Boots: 3,
 		BootTimeout: cmp.Or(w.boots, await.Hang), Settle: time.Nanosecond, Log: log, Warm: w.warm, WarmMemoryMiB: 1024,
 		Template: func(team, template uuid.UUID) (image.Template, error) {
 			t, err := image.Find(dir, team, template)

@@ -76,7 +76,8 @@ type Driver interface {
 	// what an older one has saved.
 	Restores(kind string) error
 	// Attach takes back a virtual machine, running or held, that outlived the
-	// agent which started it, or fails with ErrGone.
+	// agent which started it. It fails with ErrGone only if the machine has ended or
+	// never ran; after another error it can be called again.
 	Attach(ctx context.Context, st State) (VM, error)
 	// Reap removes all that is left of a virtual machine, running or not.
 	Reap(ctx context.Context, st State) error

@@ -119,6 +119,9 @@ type View struct {
 	Rows map[uuid.UUID]db.Sandbox
 	// Has is the host's list, asked for after the host's rows were read.
 	Has map[uuid.UUID]*hostagentv1.Sandbox
+	// Incomplete says that the host may have more than its list: then no sandbox
+	// ends because the host does not have it.
+	Incomplete bool
 	// Busy are the sandboxes that this server, or another living one, works on.
 	Busy map[uuid.UUID]bool
 	// Draining says that the host pauses what was idle for longer than DrainIdle.
@@ -180,6 +183,9 @@ func Sandboxes(v View, seen Seen, now time.Time) Plan {
 		r, row, has := is.rule(), v.Rows[sandbox], v.Has[sandbox]
 		if is == (pair{sandboxes.Stopped, onHostPaused}) && sandboxes.Unasked(row) {
 			r = rule{Revive, lostAfter}
+		}
+		if v.Incomplete && has == nil && r.do != Stop {
+			continue
 		}
 		switch r.do {
 		case Leave:

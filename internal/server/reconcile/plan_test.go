@@ -233,6 +233,29 @@ func only(v View, u uuid.UUID) View {
 
 // TestPlanFollows is that a running sandbox ends when its host says, and that
 // only then anything is written.
+// TestPlanIncomplete: while a host cannot say all that it has, nothing ends because
+// it did not say it.
+func TestPlanIncomplete(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 0))
+	w := newWorld(r, 300)
+	v := w.view(false)
+	v.Incomplete = true
+	ends := map[Kind]bool{}
+	for now, seen := time.Unix(1000, 0), Seen(nil); now.Unix() < 1100; now = now.Add(strayAfter) {
+		p := Sandboxes(v, seen, now)
+		seen = p.Seen
+		for _, a := range p.Actions {
+			ends[a.Kind] = true
+			if a.Has == nil && a.Kind != Stop {
+				t.Errorf("%s of %v", a.Kind, v.pair(a.ID))
+			}
+		}
+	}
+	if ends[Lose] || ends[Fail] || !ends[Stop] || !ends[Adopt] || !ends[Destroy] {
+		t.Errorf("the actions are %v", ends)
+	}
+}
+
 func TestPlanFollows(t *testing.T) {
 	host, u := uuid.New(), uuid.New()
 	ends := time.Unix(2000, 0).UTC()

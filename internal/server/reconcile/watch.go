@@ -220,7 +220,7 @@ func (w *watch) viewSandboxes(ctx context.Context) (v View, err error) {
 		return v, fmt.Errorf("list host's sandboxes: %w", err)
 	}
 	v = View{
-		Host: w.host.ID, Draining: host.Draining, DrainIdle: w.DrainIdle,
+		Host: w.host.ID, Draining: host.Draining, DrainIdle: w.DrainIdle, Incomplete: list.Msg.GetIncomplete(),
 		Rows: make(map[uuid.UUID]db.Sandbox, len(rows)), Has: make(map[uuid.UUID]*hostagentv1.Sandbox, len(list.Msg.Sandboxes)),
 	}
 	for _, row := range rows {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"sync"
@@ -193,21 +194,32 @@ func (d *Driver) Attach(ctx context.Context, st vmm.State) (_ vmm.VM, err error)
 		return fail(err)
 	}
 	m := &machine{state: st, group: cgroup.Group{Name: st.ID.String()}, done: make(chan struct{}), endings: &d.endings, log: d.log, stale: true}
-	go func() { // ends with QEMU
+	go func() { // ends with QEMU, or when the attempt fails
 		defer close(m.done)
 		defer pidfd.Close()
-		if err := awaitEnd(pidfd); err != nil {
+		if err := awaitEnd(pidfd); err != nil && !errors.Is(err, os.ErrClosed) {
 			d.log.Error("wait for QEMU's end", "sandbox", st.ID, "error", err)
 		}
+	}()
+	defer func() {
+		if err == nil {
+			return
+		}
+		// A QEMU that does not answer is there all the same, unless it has ended.
+		if hasEnded(pidfd) {
+			err = errors.Join(vmm.ErrGone, err)
+		}
+		_ = pidfd.Close()
+		<-m.done
 	}()
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	if err := m.connect(ctx); err != nil {
-		return fail(errors.Join(vmm.ErrGone, err))
+		return fail(err)
 	}
 	status, err := m.status(ctx)
 	if err != nil {
-		return fail(errors.Join(vmm.ErrGone, err, m.qmp.Close()))
+		return fail(errors.Join(err, m.qmp.Close()))
 	}
 	switch status {
 	case stateRunning, statePaused, stateNoSpace:
@@ -234,11 +246,15 @@ func openProcess(st vmm.State, bootID string) (*os.File, error) {
 	}
 	f := os.NewFile(uintptr(fd), "pidfd")
 	// Asked after the process was opened, so that the answer is about it.
-	if start, err := startTime(st.PID); err != nil || start != st.StartTime {
-		f.Close()
-		return nil, vmm.ErrGone
+	start, err := startTime(st.PID)
+	switch {
+	case err == nil && start == st.StartTime:
+		return f, nil
+	case err == nil, errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ESRCH):
+		err = vmm.ErrGone
 	}
-	return f, nil
+	f.Close()
+	return nil, err
 }
 
 // awaitEnd returns when the process behind a pidfd has ended.
