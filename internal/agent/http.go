@@ -17,6 +17,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/proxy"
 	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
+	"github.com/wrenn-dev/wrenn/internal/patience"
 )
 
 // maxMessage bounds one message of a request, in bytes: a file's or a
@@ -40,6 +41,7 @@ func (a *Agent) routes() http.Handler {
 			proxy.Answer(w, http.StatusUnauthorized, "unauthenticated", "the agent's token is needed")
 			return
 		}
+		patience.Trust(r)
 		r.Header.Del("Authorization") // no further than here
 		// Paths of guests' are not ours to clean up: no mux for them.
 		if strings.HasPrefix(r.URL.Path, proxy.Prefix) {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/envd/account"
 	"github.com/wrenn-dev/wrenn/internal/envd/fault"
+	"github.com/wrenn-dev/wrenn/internal/patience"
 )
 
 // TokenHeader is the request header with the sandbox's access token.
@@ -54,6 +55,7 @@ func (s *Server) guard(next http.Handler) http.Handler {
 			unauthenticated(w, "an access token is needed")
 			return
 		}
+		patience.Idle(r) // Files and input are as slow as those who send them.
 		next.ServeHTTP(w, r)
 	})
 }

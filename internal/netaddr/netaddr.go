@@ -15,6 +15,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/patience"
 )
 
 // maxUnixPath is the longest path that fits in Linux's sockaddr_un, less its NUL.
@@ -150,14 +152,15 @@ func HTTPClient(addr string) (client *http.Client, baseURL string) {
 }
 
 // Server returns a server for handler that speaks HTTP/1.1 and HTTP/2, in
-// clear or over TLS. Bodies have no time limit, since streams may last; headers do.
+// clear or over TLS. Headers have a time limit, and bodies that of [patience],
+// which a handler changes for streams.
 func Server(handler http.Handler) *http.Server {
 	var p http.Protocols
 	p.SetHTTP1(true)
 	p.SetUnencryptedHTTP2(true)
 	p.SetHTTP2(true)
 	return &http.Server{
-		Handler:           handler,
+		Handler:           patience.Handler(handler, patience.Default),
 		Protocols:         &p,
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       2 * time.Minute,

@@ -2,11 +2,15 @@ package netaddr
 
 import (
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/wrenn-dev/wrenn/internal/patience"
 )
 
 func TestUnixBothProtocols(t *testing.T) {
@@ -56,5 +60,71 @@ func TestListenRefusesLongPath(t *testing.T) {
 	_, err := Listen(t.Context(), "unix:/"+strings.Repeat("x", 200), 0o600)
 	if err == nil || !strings.Contains(err.Error(), "shorter") {
 		t.Errorf("got %v", err)
+	}
+}
+
+// TestListeners lists every place that serves HTTP. Each bounds how long it waits
+// for headers and bodies: those of Server do, whose bodies package patience tests.
+func TestListeners(t *testing.T) {
+	listeners := map[string]string{
+		"internal/netaddr/netaddr.go":         "Server: control plane, agent, their metrics, and the guest daemon",
+		"internal/agent/metadata/metadata.go": "guests' metadata",
+	}
+	root := filepath.Join("..", "..")
+	found := make(map[string]bool)
+	err := filepath.WalkDir(root, func(file string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		name, _ := filepath.Rel(root, file)
+		if d.IsDir() && (strings.HasPrefix(d.Name(), ".") && file != root || d.Name() == "node_modules" || name == "internal/gen") {
+			return filepath.SkipDir
+		}
+		if !strings.HasSuffix(name, ".go") || strings.HasSuffix(name, "_test.go") || strings.HasPrefix(name, "test/") || strings.HasPrefix(name, "examples/") || strings.Contains(name, "test/") {
+			return nil
+		}
+		text, err := os.ReadFile(file)
+		if err != nil {
+			return err
+		}
+		for _, how := range []string{"http.Server{", "http.ListenAndServe", "http.Serve(", "http.ServeTLS("} {
+			if !strings.Contains(string(text), how) {
+				continue
+			}
+			if listeners[name] == "" {
+				t.Errorf("%s has a listener of its own: use netaddr.Server", name)
+			}
+			if name == "internal/agent/metadata/metadata.go" && !strings.Contains(string(text), "ReadTimeout:") {
+				t.Errorf("%s waits for ever for bodies", name)
+			}
+			found[name] = true
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, what := range listeners {
+		if found[name] {
+			continue
+		}
+		t.Errorf("%s (%s) is not there", name, what)
+	}
+	for file, has := range map[string][]string{
+		"deploy/Caddyfile": {"read_header", "idle", "full_duplex"}, // the front door
+	} {
+		text, err := os.ReadFile(filepath.Join(root, file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, word := range has {
+			if !strings.Contains(string(text), word) {
+				t.Errorf("%s does not say %s", file, word)
+			}
+		}
+	}
+	s := Server(http.NotFoundHandler())
+	if s.ReadHeaderTimeout == 0 || s.IdleTimeout == 0 || s.MaxHeaderBytes == 0 || patience.Default.Whole == 0 || patience.Default.Grace == 0 || patience.Default.Rate == 0 || patience.Default.Idle == 0 {
+		t.Errorf("without a bound: %+v, %+v", s, patience.Default)
 	}
 }

@@ -3,12 +3,16 @@ package server_test
 import (
 	"bufio"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
+	"github.com/wrenn-dev/wrenn/internal/patience"
 	"github.com/wrenn-dev/wrenn/internal/server"
 )
 
@@ -21,10 +25,10 @@ type stalled struct {
 
 // stall sends all of a request but most of its body, and returns once the
 // server waits for that.
-func (w *world) stall(o operation, c caller) *stalled {
+func (w *world) stall(o operation, c caller, address net.Addr) *stalled {
 	w.Helper()
 	_, path, _, headers := w.compose(o, c, targets[0], 0)
-	conn, err := net.Dial("tcp", w.http.Listener.Addr().String())
+	conn, err := net.Dial("tcp", address.String())
 	if err != nil {
 		w.Fatal(err)
 	}
@@ -94,7 +98,7 @@ func TestStalledBodies(t *testing.T) {
 	n := 0
 	w.withBodies(func(o operation, c caller) {
 		for range 4 {
-			w.stall(o, c)
+			w.stall(o, c, p.http.Listener.Addr())
 		}
 		n++
 	})
@@ -120,4 +124,32 @@ func TestStalledBodies(t *testing.T) {
 		return h.After(host) && s.After(alive)
 	})
 	t.Logf("%d operations, %d stalled bodies", n, 4*n)
+}
+
+// TestSlowBodies has bodies of every operation stall: each is refused before
+// long, and its connection ends.
+func TestSlowBodies(t *testing.T) {
+	p := newPlane(t)
+	p.agent.mu.Lock()
+	p.agent.files["/walk"] = []byte("walk")
+	p.agent.mu.Unlock()
+	w := p.world()
+	impatient := httptest.NewServer(patience.Handler(p.server.Handler(), patience.Limits{Whole: 2 * time.Second, Grace: 2 * time.Second, Rate: 1 << 10, Idle: time.Hour}))
+	t.Cleanup(impatient.Close)
+	var all []*stalled
+	w.withBodies(func(o operation, c caller) { all = append(all, w.stall(o, c, impatient.Listener.Addr())) })
+	for _, s := range all {
+		resp, err := http.ReadResponse(s.in, nil)
+		if err != nil {
+			t.Errorf("%s: %v", s, err)
+			continue
+		}
+		body, err := io.ReadAll(resp.Body)
+		if err != nil || resp.StatusCode != http.StatusRequestTimeout || !strings.Contains(string(body), `"request_timeout"`) {
+			t.Errorf("%s: %d %s, %v", s, resp.StatusCode, body, err)
+		}
+		if _, err := s.in.ReadByte(); err != io.EOF {
+			t.Errorf("%s: the connection goes on: %v", s, err)
+		}
+	}
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"os"
 	"runtime/debug"
 	"time"
 )
@@ -28,6 +29,7 @@ const (
 	PayloadTooLarge     Code = "payload_too_large"
 	RangeNotSatisfiable Code = "range_not_satisfiable"
 	Unprocessable       Code = "unprocessable"
+	RequestTimeout      Code = "request_timeout"
 	RateLimited         Code = "rate_limited"
 	Internal            Code = "internal"
 	BadGateway          Code = "bad_gateway"
@@ -58,6 +60,8 @@ func (c Code) Status() int {
 		return http.StatusRequestEntityTooLarge
 	case RangeNotSatisfiable:
 		return http.StatusRequestedRangeNotSatisfiable
+	case RequestTimeout:
+		return http.StatusRequestTimeout
 	case Unprocessable:
 		return http.StatusUnprocessableEntity
 	case RateLimited:
@@ -106,6 +110,15 @@ func Because(cause error, code Code, format string, args ...any) *Error {
 	e := New(code, format, args...)
 	e.cause = cause
 	return e
+}
+
+// Body is the error of a request's body that did not arrive: it broke off, or came
+// too slowly.
+func Body(err error) *Error {
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return Because(err, RequestTimeout, "the body came too slowly")
+	}
+	return Because(err, InvalidArgument, "body: broke off")
 }
 
 // Is says whether err is, or wraps, an error with the code.

@@ -22,6 +22,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/duplex"
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/patience"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
@@ -146,6 +147,7 @@ func (p *Proxy) hold(w http.ResponseWriter, r *http.Request, d *destination) err
 		return nil
 	}
 	if r.ContentLength < 0 || r.ContentLength > maxHeld {
+		patience.Idle(r) // Some go on for as long as a person types.
 		if d.unproven {
 			return nil
 		}
@@ -156,7 +158,7 @@ func (p *Proxy) hold(w http.ResponseWriter, r *http.Request, d *destination) err
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxHeld))
 	if err != nil {
-		return fault.Because(err, fault.InvalidArgument, "body: broke off")
+		return fault.Body(err)
 	}
 	r.Body = io.NopCloser(bytes.NewReader(body))
 	r.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body)), nil }

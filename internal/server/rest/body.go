@@ -159,7 +159,7 @@ func readBody(r *http.Request, op *openapi3.Operation) error {
 	case errors.As(err, &long):
 		return long
 	case err != nil:
-		return fault.Because(err, fault.InvalidArgument, "body: broke off")
+		return fault.Body(err)
 	case len(b) == 0 && op.RequestBody.Value.Required:
 		return fault.New(fault.InvalidArgument, "body: missing")
 	case len(b) == 0:

@@ -230,7 +230,7 @@ func copyIn(r *http.Request, host *hosts.Host, start *hostagentv1.WriteFileStrea
 		if readErr != nil {
 			// Not closed: to the host that would be the body's end.
 			cancel()
-			return nil, fault.Because(readErr, fault.InvalidArgument, "body: broke off")
+			return nil, fault.Body(readErr)
 		}
 	}
 	// An error of Send says only that the host has one; it is received here.

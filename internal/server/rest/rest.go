@@ -19,6 +19,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/api"
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
+	"github.com/wrenn-dev/wrenn/internal/patience"
 	"github.com/wrenn-dev/wrenn/internal/server/audit"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/builds"
@@ -180,11 +181,13 @@ func (a *API) limit(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		op := routed(r).op
 		if streams(op) {
+			patience.Stream(r)
 			next.ServeHTTP(w, r)
 			return
 		}
 		most := int64(maxBody)
 		if op.OperationID == "exec" || op.OperationID == "runCode" {
+			patience.Stream(r)
 			most = maxExecBody
 		}
 		if r.ContentLength > most {

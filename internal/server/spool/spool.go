@@ -147,7 +147,7 @@ func broke(err error) error {
 	case errors.As(err, &long):
 		return &TooLong{long.Limit}
 	}
-	return fault.Because(err, fault.InvalidArgument, "body: broke off")
+	return fault.Body(err)
 }
 
 func (s *Spool) write(f *File, p []byte, most int64) error {

@@ -1,0 +1,152 @@
+package patience
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/await"
+)
+
+// never is longer than any test runs.
+const never = time.Hour
+
+// serve answers with how reading a body ended, over HTTP/1.1.
+func serve(t *testing.T, l Limits, say func(*http.Request)) string {
+	t.Helper()
+	s := httptest.NewServer(Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if say != nil {
+			say(r)
+		}
+		b, err := io.ReadAll(r.Body)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			w.WriteHeader(http.StatusRequestTimeout)
+			return
+		}
+		fmt.Fprintf(w, "%d bytes, %v", len(b), err)
+	}), l))
+	t.Cleanup(s.Close)
+	return s.Listener.Addr().String()
+}
+
+// open sends a request with a body of length bytes, of which it sends begun.
+func open(t *testing.T, address string, length int, begun string) (net.Conn, *bufio.Reader) {
+	t.Helper()
+	c, err := net.Dial("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	_ = c.SetDeadline(time.Now().Add(await.Hang))
+	fmt.Fprintf(c, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", length, begun)
+	return c, bufio.NewReader(c)
+}
+
+func answer(t *testing.T, in *bufio.Reader) (int, string) {
+	t.Helper()
+	resp, err := http.ReadResponse(in, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp.StatusCode, string(b)
+}
+
+func TestStalls(t *testing.T) {
+	long := Limits{Whole: never, Grace: never, Rate: 1 << 10, Idle: never}
+	for name, tt := range map[string]struct {
+		limits func(*Limits)
+		say    func(*http.Request)
+	}{
+		"whole":  {func(l *Limits) { l.Whole = 10 * time.Millisecond }, nil},
+		"stream": {func(l *Limits) { l.Grace = 10 * time.Millisecond }, Stream},
+		"idle":   {func(l *Limits) { l.Idle = 10 * time.Millisecond }, Idle},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := long
+			tt.limits(&l)
+			_, in := open(t, serve(t, l, tt.say), 10, "x")
+			if status, _ := answer(t, in); status != http.StatusRequestTimeout {
+				t.Errorf("status %d", status)
+			}
+			// The server does not wait for the rest of it either.
+			if _, err := in.ReadByte(); err != io.EOF {
+				t.Errorf("the connection goes on: %v", err)
+			}
+		})
+	}
+}
+
+// TestUnread ends a connection whose request was refused before its body was read.
+func TestUnread(t *testing.T) {
+	s := httptest.NewServer(Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(401) }), Limits{Whole: 10 * time.Millisecond}))
+	t.Cleanup(s.Close)
+	_, in := open(t, s.Listener.Addr().String(), 10, "x")
+	if status, _ := answer(t, in); status != 401 {
+		t.Errorf("status %d", status)
+	}
+	if _, err := in.ReadByte(); err != io.EOF {
+		t.Errorf("the connection goes on: %v", err)
+	}
+}
+
+// TestSlow lets a slow body through that is a stream, and what follows it on the
+// same connection.
+func TestSlow(t *testing.T) {
+	l := Limits{Whole: time.Millisecond, Grace: never, Rate: 1, Idle: never}
+	for name, say := range map[string]func(*http.Request){"stream": Stream, "idle": Idle, "trusted": Trust} {
+		t.Run(name, func(t *testing.T) {
+			began := make(chan struct{}, 2)
+			address := serve(t, l, func(r *http.Request) {
+				say(r)
+				began <- struct{}{}
+				time.Sleep(20 * time.Millisecond) // longer than the whole may take
+			})
+			c, in := open(t, address, 3, "")
+			<-began
+			for range 2 {
+				for _, b := range []string{"a", "b", "c"} {
+					if _, err := c.Write([]byte(b)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if status, said := answer(t, in); status != 200 || said != "3 bytes, <nil>" {
+					t.Fatalf("%d %s", status, said)
+				}
+				fmt.Fprint(c, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n")
+			}
+		})
+	}
+}
+
+// TestLongAnswer does not break off a handler that works on after its body.
+func TestLongAnswer(t *testing.T) {
+	s := httptest.NewServer(Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		select {
+		case <-r.Context().Done():
+			w.WriteHeader(500)
+		case <-time.After(1500 * time.Millisecond): // the deadline is over by then
+		}
+	}), Limits{Whole: time.Second}))
+	t.Cleanup(s.Close)
+	resp, err := http.Post(s.URL, "text/plain", strings.NewReader("all"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode != 200 {
+		t.Errorf("status %d", resp.StatusCode)
+	}
+}
