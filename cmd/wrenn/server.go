@@ -38,6 +38,7 @@ func serverCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			context.AfterFunc(ctx, s.Linger)
 			return errors.Join(serve(ctx, c.Listen, nil, s.Handler(), s.Run), s.Close())
 		},
 	}

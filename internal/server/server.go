@@ -174,7 +174,11 @@ type Server struct {
 	handler   http.Handler
 
 	stopTimeout time.Duration
-	stop        sync.Once
+	// lingering ends when finish is called.
+	lingering sync.WaitGroup
+	linger    func()
+	finish    context.CancelFunc
+	stop      sync.Once
 }
 
 // New connects to the database (which must answer), migrates it, makes the
@@ -274,6 +278,9 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	}
 	tpl := templates.New(catalog, templates.Config{Store: s.store, Hosts: s.hosts, Sandboxes: s.sandboxes, Spool: uploads, Work: s.work, Log: s.log})
 	s.reconcile = reconcile.New(reconcile.Config{Store: s.store, Hosts: s.hosts, Sandboxes: s.sandboxes, Templates: tpl, DrainIdle: c.DrainIdle, Watching: history.Watch, Log: s.log})
+	finishing, finish := context.WithCancel(context.Background())
+	s.finish = finish
+	s.linger = sync.OnceFunc(func() { s.lingering.Go(func() { s.reconcile.Linger(finishing) }) })
 	s.usage = usage.New(s.store, s.log)
 	s.audit = audit.New(s.store, c.AuditRetention, s.log)
 	if s.mail, err = mail.New(c.SMTPURL, c.MailFrom, s.log); err != nil {
@@ -380,19 +387,22 @@ func (s *Server) Run(ctx context.Context) error {
 	return nil
 }
 
+// Linger says that this server is alive, from now on until Close returns. Call it
+// when Run's context is done: requests under way still go on then, and other servers
+// must not take their sandboxes for a dead server's.
+func (s *Server) Linger() { s.linger() }
+
 // Close waits for creations and deletions under way, for as long as the
 // configuration says, and lets go of everything. Call it after Run has returned
 // and requests have ended.
 func (s *Server) Close() error {
 	s.stop.Do(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), s.stopTimeout)
-		working, done := context.WithCancel(context.Background())
-		var lingering sync.WaitGroup
-		lingering.Go(func() { s.reconcile.Linger(working) })
+		s.linger()
 		s.work.Close(ctx)
 		cancel()
-		done()
-		lingering.Wait()
+		s.finish()
+		s.lingering.Wait()
 		ctx, cancel = context.WithTimeout(context.Background(), flushWithin)
 		defer cancel()
 		if err := s.bus.Flush(ctx); err != nil {

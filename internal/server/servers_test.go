@@ -312,3 +312,29 @@ func TestStoppingServerKeepsItsWork(t *testing.T) {
 		t.Errorf("what the stopping server created is %s", is)
 	}
 }
+
+// TestSignsOfLifeWhileItStops: from the moment that a server is told to stop until
+// it has, it goes on saying that it is alive, because it still has work.
+func TestSignsOfLifeWhileItStops(t *testing.T) {
+	p := newPlane(t)
+	seen := func() (n int, at time.Time) {
+		if err := p.db().QueryRow(t.Context(), "SELECT count(*), COALESCE(max(seen_at), 'epoch') FROM servers").Scan(&n, &at); err != nil {
+			t.Fatal(err)
+		}
+		return n, at
+	}
+	p.halt()
+	_, last := seen()
+	p.server.Linger()
+	for range 2 {
+		p.eventually("another sign of life", func() bool {
+			_, at := seen()
+			return at.After(last)
+		})
+		_, last = seen()
+	}
+	p.end()
+	if n, _ := seen(); n != 0 {
+		t.Errorf("%d servers are said to be alive", n)
+	}
+}

@@ -65,7 +65,8 @@ const DefaultDrainIdle = 30 * time.Second
 // Controller keeps the database and the hosts in agreement.
 type Controller struct {
 	Config
-	metrics *metrics
+	metrics     *metrics
+	writeWithin time.Duration
 	// again asks for the hosts to be looked at now.
 	again chan struct{}
 
@@ -80,7 +81,7 @@ func New(c Config) *Controller {
 	if c.DrainIdle == 0 {
 		c.DrainIdle = DefaultDrainIdle
 	}
-	return &Controller{Config: c, metrics: newMetrics(), again: make(chan struct{}, 1), watched: make(map[uuid.UUID]*watch)}
+	return &Controller{Config: c, metrics: newMetrics(), writeWithin: writeWithin, again: make(chan struct{}, 1), watched: make(map[uuid.UUID]*watch)}
 }
 
 // Look has the controller look at the hosts of the database now: one may have
@@ -128,8 +129,8 @@ func (c *Controller) Run(ctx context.Context) {
 }
 
 // Linger says that this server is alive, until ctx is done, so that others leave
-// alone what it still works on, and lets them have its hosts. Call it once Run
-// has returned.
+// alone what it still works on, and lets them have its hosts. Call it when Run's
+// context is done.
 func (c *Controller) Linger(ctx context.Context) {
 	tick := time.NewTicker(c.Hosts.Heartbeat / signsALife)
 	defer tick.Stop()

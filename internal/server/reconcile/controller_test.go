@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/wrenn-dev/wrenn/internal/await"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
@@ -199,6 +200,51 @@ func TestEvents(t *testing.T) {
 	b.eventually("all are acknowledged", func() bool { return b.agent.upTo() == 4 })
 	if row, err := b.Store.GetSandbox(ctx, creating); err != nil || row.State != string(sandboxes.Stopped) || row.Error != "while it was created" {
 		t.Errorf("what ended while it was created: %+v, %v", row, err)
+	}
+}
+
+// TestEventHangs: a write that hangs in the database does not hold up a host's
+// events for ever. The event is not acknowledged, and written later.
+func TestEventHangs(t *testing.T) {
+	b := newBench(t, time.Minute)
+	b.Controller.writeWithin = 200 * time.Millisecond
+	ctx := t.Context()
+	held := b.add(sandboxes.Running, running)
+	event := &hostagentv1.Event{Seq: 1, SandboxId: id.Format(id.Sandbox, held), Kind: hostagentv1.Event_KIND_EXITED, Reason: "held", Time: timestamppb.Now()}
+	tx, err := b.conn.Begin(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tx.Exec(ctx, "SELECT 1 FROM sandboxes WHERE id = $1 FOR UPDATE", held); err != nil {
+		t.Fatal(err)
+	}
+	b.agent.events <- event
+	broke := make(chan error, 1)
+	go func() {
+		_, err := b.hear(ctx)
+		broke <- err
+	}()
+	if err := await.Recv(t, "the events break off", broke); err == nil || !strings.Contains(err.Error(), "write event 1 down") {
+		t.Errorf("they broke off with %v", err)
+	}
+	if got := b.agent.upTo(); got != 0 {
+		t.Errorf("event %d is acknowledged, and not written", got)
+	}
+	if err := tx.Rollback(ctx); err != nil {
+		t.Fatal(err)
+	}
+	b.Controller.writeWithin = await.Hang
+	b.agent.events <- event // as an agent does with what is not acknowledged
+	heard, stop := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		b.hear(heard)
+	}()
+	defer func() { stop(); <-done }()
+	b.eventually("it is acknowledged", func() bool { return b.agent.upTo() == 1 })
+	if row, err := b.Store.GetSandbox(ctx, held); err != nil || row.State != string(sandboxes.Stopped) || row.Error != "held" {
+		t.Errorf("the sandbox is %+v, %v", row, err)
 	}
 }
 

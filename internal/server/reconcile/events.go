@@ -2,6 +2,7 @@ package reconcile
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -21,6 +22,8 @@ const (
 	// steadyAfter is how long events must have been followed for the next attempt
 	// to come at once when they break off.
 	steadyAfter = 5 * time.Second
+	// writeWithin bounds one attempt to write an event down.
+	writeWithin = 15 * time.Second
 	// ackWithin bounds an acknowledgement.
 	ackWithin = 10 * time.Second
 	// eventRetries is how often the watch writes an event again that the database
@@ -114,17 +117,23 @@ func (w *watch) created(e *hostagentv1.Event) <-chan struct{} {
 // unwritten one before them.
 func (w *watch) settleEvent(ctx context.Context, open *ledger, e *hostagentv1.Event) error {
 	var err error
+	away := false // the database, or what it waits for
 	waits := backoff.New(50*time.Millisecond, time.Second)
 	for range 1 + eventRetries {
-		err = fault.Guard(w.log, func() error { return w.apply(ctx, e) })
-		if err == nil || store.Unreachable(err) || waits.Wait(ctx) != nil {
+		err = fault.Guard(w.log, func() error {
+			ctx, cancel := context.WithTimeout(ctx, w.writeWithin)
+			defer cancel()
+			return w.apply(ctx, e)
+		})
+		away = store.Unreachable(err) || errors.Is(err, context.DeadlineExceeded)
+		if err == nil || away || waits.Wait(ctx) != nil {
 			break
 		}
 	}
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	if store.Unreachable(err) {
+	if away {
 		return fmt.Errorf("write event %d down: %w", e.GetSeq(), err)
 	}
 	if err != nil {

@@ -64,7 +64,8 @@ const (
 	// first failure and after many.
 	firstBackoff = time.Second
 	mostBackoff  = 30 * time.Second
-	// overdue is how long past its bound an action keeps its worker.
+	// overdue is how long past its bound an action keeps its worker, and how long the
+	// queue's end waits for one that was cancelled.
 	overdue = 10 * time.Second
 )
 
@@ -109,7 +110,8 @@ func newQueue(ctx context.Context, do func(context.Context, Action) error, m *me
 	return q
 }
 
-// close ends what runs and returns when it has ended.
+// close ends what runs and returns when it has ended. An action that ignores its
+// context is left to itself after a while: what it does may be done twice.
 func (q *queue) close() {
 	q.mu.Lock()
 	q.closed = true
@@ -118,7 +120,25 @@ func (q *queue) close() {
 	}
 	q.mu.Unlock()
 	q.cancel()
-	q.work.Wait()
+	ended := make(chan struct{})
+	go func() { // ends with the last action
+		q.work.Wait()
+		close(ended)
+	}()
+	late := time.NewTimer(overdue)
+	defer late.Stop()
+	select {
+	case <-ended:
+		return
+	case <-late.C:
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for k, t := range q.tasks {
+		if t.running {
+			q.log.Error("reconcile: action does not end, and is left to itself", "action", t.action.Kind, string(k.of), k.id)
+		}
+	}
 }
 
 // mark is the time by the queue's own clock, for want.

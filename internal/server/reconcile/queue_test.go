@@ -223,6 +223,25 @@ func TestQueueDeaf(t *testing.T) {
 	})
 }
 
+// TestQueueCloses: an action that ignores its context does not keep the queue from
+// ending.
+func TestQueueCloses(t *testing.T) {
+	inQueue(t, func(t *testing.T, q *queue, d *doer) {
+		let := make(chan struct{})
+		defer close(let)
+		deaf, hanging := uuid.New(), uuid.New()
+		d.how[deaf] = func(context.Context) error { <-let; return nil }
+		d.how[hanging] = hangs
+		q.want(sandbox, q.mark(), actions(Stop, deaf, hanging))
+		synctest.Wait()
+		begun := time.Now()
+		q.close()
+		if took := time.Since(begun); took != overdue {
+			t.Errorf("it ended after %v", took)
+		}
+	})
+}
+
 // TestQueueLevel: what is no longer needed is forgotten, what was done after
 // the look is not done again for it, and one object's action is the latest.
 func TestQueueLevel(t *testing.T) {
