@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -168,6 +169,48 @@ func TestNewerFormats(t *testing.T) {
 		edit(t, record, `"version": 2`, `"version": 3, "disks": {"new": "shape"}, "old": 0`)
 		if all := Newer(dir); len(all) != 2 || all[0].Path != record || all[0].Version != 3 || all[0].Known != format.Sandbox.Version {
 			t.Errorf("a later release wrote %v", all)
+		}
+	})
+}
+
+// TestLaterMembersStay: an agent that was rolled back writes again what it does not
+// know, so that the later release has it when it is back.
+func TestLaterMembersStay(t *testing.T) {
+	fixtures(t, func(t *testing.T, dir layout.Dir) {
+		path := dir.SandboxRecord(fixturePaused)
+		edit(t, path, `"version": 2,`, `"version": 2, "later": {"reason": ["x"]},`)
+		edit(t, path, `"spec": {`, `"spec": {"later_too": 7,`)
+		w := newWorld(t, 1)
+		for range 2 {
+			h := w.open(dir)
+			if _, err := h.Resume(t.Context(), fixturePaused); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := h.Pause(t.Context(), fixturePaused); err != nil {
+				t.Fatal(err)
+			}
+			h.close()
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var r struct {
+			Later map[string][]string
+			Spec  struct {
+				LaterToo int `json:"later_too"`
+				Token    string
+			}
+			State State
+		}
+		if err := json.Unmarshal(b, &r); err != nil {
+			t.Fatal(err)
+		}
+		if len(r.Later["reason"]) != 1 || r.Spec.LaterToo != 7 || r.Spec.Token == "" || r.State != Paused {
+			t.Errorf("the record is %s", b)
+		}
+		if rec, err := load(dir, fixturePaused); err != nil || len(rec.later) != 1 || len(rec.laterSpec) != 1 {
+			t.Errorf("read again: %+v, %v", rec, err)
 		}
 	})
 }

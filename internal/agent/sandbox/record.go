@@ -1,12 +1,16 @@
 package sandbox
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -47,6 +51,39 @@ type record struct {
 	Keep string `json:"keep,omitempty"`
 	// Untold is an event that is not in the journal yet.
 	Untold *ending `json:"untold,omitempty"`
+
+	// later and laterSpec are the members, of the record and of its Spec, that only
+	// a later release knows. They are written again as they were.
+	later, laterSpec members
+}
+
+// members are those of a JSON object.
+type members map[string]json.RawMessage
+
+// unknown returns the members of the object b that v's type has no field for.
+func unknown(b []byte, v any) (members, error) {
+	var all members
+	if err := json.Unmarshal(b, &all); err != nil {
+		return nil, err
+	}
+	for _, f := range reflect.VisibleFields(reflect.TypeOf(v)) {
+		name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
+		delete(all, name)
+	}
+	return all, nil
+}
+
+// add returns the object b with the members of m.
+func (m members) add(b []byte) ([]byte, error) {
+	if len(m) == 0 {
+		return b, nil
+	}
+	all := members{}
+	if err := json.Unmarshal(b, &all); err != nil {
+		return nil, err
+	}
+	maps.Copy(all, m)
+	return json.Marshal(all)
 }
 
 // ending is why a sandbox ends, or is paused by the agent.
@@ -66,7 +103,7 @@ func (r *record) jot(dir layout.Dir) error { return r.write(dir, false) }
 func (r *record) write(dir layout.Dir, durable bool) error {
 	now := *r
 	now.Version = format.Sandbox.Version // it may have been read in an older one
-	b, err := json.MarshalIndent(now, "", "\t")
+	b, err := now.encode()
 	if err != nil {
 		return fmt.Errorf("encode record: %w", err)
 	}
@@ -78,6 +115,31 @@ func (r *record) write(dir layout.Dir, durable bool) error {
 		return fmt.Errorf("write record: %w", err)
 	}
 	return nil
+}
+
+func (r *record) encode() ([]byte, error) {
+	b, err := json.MarshalIndent(r, "", "\t")
+	if err != nil || len(r.later)+len(r.laterSpec) == 0 {
+		return b, err
+	}
+	spec, err := json.Marshal(r.Spec)
+	if err != nil {
+		return nil, err
+	}
+	if spec, err = r.laterSpec.add(spec); err != nil {
+		return nil, err
+	}
+	all := maps.Clone(r.later)
+	if all == nil {
+		all = members{}
+	}
+	all["spec"] = spec
+	if b, err = all.add(b); err != nil {
+		return nil, err
+	}
+	var out bytes.Buffer
+	err = json.Indent(&out, b, "", "\t")
+	return out.Bytes(), err
 }
 
 // recorded are the states that a record can be in: what a sandbox is doing is
@@ -99,6 +161,17 @@ func parseRecord(path string, b []byte, home uuid.UUID) (record, error) {
 	}
 	var r record
 	if err := json.Unmarshal(b, &r); err != nil {
+		return record{}, fmt.Errorf("read record: %w", err)
+	}
+	var parts struct{ Spec json.RawMessage }
+	err := json.Unmarshal(b, &parts)
+	if err == nil {
+		r.later, err = unknown(b, r)
+	}
+	if err == nil && parts.Spec != nil {
+		r.laterSpec, err = unknown(parts.Spec, r.Spec)
+	}
+	if err != nil {
 		return record{}, fmt.Errorf("read record: %w", err)
 	}
 	switch {
