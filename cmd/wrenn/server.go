@@ -39,7 +39,13 @@ func serverCommand() *cobra.Command {
 				return err
 			}
 			context.AfterFunc(ctx, s.Linger)
-			return errors.Join(serve(ctx, c.Listen, nil, s.Handler(), s.Run), s.Close())
+			run := s.Run
+			if c.MetricsListen != "" {
+				run = func(ctx context.Context) error {
+					return serve(ctx, c.MetricsListen, nil, s.Metrics(), s.Run)
+				}
+			}
+			return errors.Join(serve(ctx, c.Listen, nil, s.Handler(), run), s.Close())
 		},
 	}
 }

@@ -171,7 +171,11 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 	if err != nil {
 		return nil, err
 	}
-	a.pool, err = network.Open(ctx, network.Config{Dir: c.Dir, Upstreams: c.DNS, Problems: a.problems, Unknown: found.Unknown(), Log: a.log}, found.Slots())
+	guests, err := sandbox.Most(c.MemoryMiB)
+	if err != nil {
+		return nil, err
+	}
+	a.pool, err = network.Open(ctx, network.Config{Dir: c.Dir, Upstreams: c.DNS, Guests: guests, Problems: a.problems, Unknown: found.Unknown(), Log: a.log}, found.Slots())
 	if err != nil {
 		return nil, err
 	}

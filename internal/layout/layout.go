@@ -88,6 +88,9 @@ func (d Dir) ServerSocket() string { return d.join("run", "server.sock") }
 // Spool holds uploads that are under way to the control plane of wrenn up.
 func (d Dir) Spool() string { return d.join("spool") }
 
+// MetricsSocket is where the server of `wrenn up` serves its metrics.
+func (d Dir) MetricsSocket() string { return d.join("run", "metrics.sock") }
+
 // Events is the host agent's journal of what it did on its own.
 func (d Dir) Events() string { return d.join("events") }
 

@@ -64,7 +64,7 @@ func (p *plane) later(method, path string, body any, headers ...string) <-chan r
 func (p *plane) waiting() int {
 	p.Helper()
 	var n int
-	_, rest, found := strings.Cut(string(p.call("GET", "/metrics", nil).want(200).Body), "\nwrenn_sandbox_waiting_calls ")
+	_, rest, found := strings.Cut(p.metrics(), "\nwrenn_sandbox_waiting_calls ")
 	if _, err := fmt.Sscan(rest, &n); err != nil || !found {
 		p.Fatalf("metrics: no number of waiting calls: %v", err)
 	}

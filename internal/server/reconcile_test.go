@@ -59,7 +59,7 @@ func TestDestroyHangs(t *testing.T) {
 	if got := p.state(stuck); got != "stopping" {
 		t.Errorf("the one that is destroyed is %s", got)
 	}
-	if got := p.call("GET", "/metrics", nil).want(200).Body; !regexp.MustCompile(`(?m)^wrenn_reconcile_queue_depth\{host="hst-\w+"\} 1$`).Match(got) {
+	if got := p.metrics(); !regexp.MustCompile(`(?m)^wrenn_reconcile_queue_depth\{host="hst-\w+"\} 1$`).MatchString(got) {
 		t.Errorf("/metrics does not say that one waits:\n%s", got)
 	}
 	close(let)

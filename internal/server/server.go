@@ -81,6 +81,9 @@ type Config struct {
 	// Listen is where the server listens, "unix:/path" or "host:port". New
 	// does not: whoever serves Handler does.
 	Listen string `env:"WRENN_LISTEN" envDefault:"localhost:8080"`
+	// MetricsListen is where Prometheus reads metrics, at /metrics, without any
+	// credential: "unix:/path" or "host:port"; empty: nowhere.
+	MetricsListen string `env:"WRENN_METRICS_LISTEN"`
 	// Domain that sandboxes' host names end with.
 	Domain string `env:"WRENN_DOMAIN" envDefault:"localhost"`
 	// PublicURL is where clients reach the service.
@@ -172,6 +175,7 @@ type Server struct {
 	channels  *notify.Service
 	builds    *builds.Service
 	handler   http.Handler
+	metrics   http.Handler
 
 	stopTimeout time.Duration
 	// lingering ends when finish is called.
@@ -319,8 +323,6 @@ func New(ctx context.Context, c Config) (*Server, error) {
 		GitHub: hub, GitHubKey: auth.Derive(secret, "github"), Limiter: limiter, TrustedProxies: c.TrustedProxies,
 		PublicURL: c.PublicURL, Domain: c.Domain, Log: s.log,
 		Checks: checks,
-		// A metric that cannot be had, with the database down, must not hide the others.
-		Metrics: promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError}),
 		Observe: func(o rest.Observation) {
 			requests.WithLabelValues(o.Method, o.Route, strconv.Itoa(o.Status)).Inc()
 			if !o.Streamed {
@@ -333,6 +335,10 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	}
 	px := proxy.New(proxy.Config{Domain: c.Domain, Sandboxes: s.sandboxes, Hosts: s.hosts, Keys: s.keys, Watch: s.watch, Tokens: tokens, Fail: api.Fail, Log: s.log})
 	registry.MustRegister(px.Collectors()...)
+	// A metric that cannot be had, with the database down, must not hide the others.
+	metrics := http.NewServeMux()
+	metrics.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError}))
+	s.metrics = metrics
 	rest := api.Handler()
 	s.handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if px.Match(r.Host) {
@@ -346,6 +352,10 @@ func New(ctx context.Context, c Config) (*Server, error) {
 
 // Handler serves the REST API, and sandboxes' ports by host name.
 func (s *Server) Handler() http.Handler { return s.handler }
+
+// Metrics serves /metrics to whoever reaches it, which is why [Server.Handler]
+// does not.
+func (s *Server) Metrics() http.Handler { return s.metrics }
 
 // listener passes on what other servers tell.
 type listener struct {

@@ -127,6 +127,30 @@ func bind(ctx context.Context, listen string) (files []*os.File, err error) {
 	return files, nobodyElse(ctx, listen, files)
 }
 
+// checkListen fails for an address that other machines may reach, where plain
+// HTTP shows passwords and keys to whoever is on the way.
+func checkListen(ctx context.Context, o options) error {
+	host, _, err := net.SplitHostPort(o.listen)
+	if err != nil {
+		return fmt.Errorf("--listen: %w", err)
+	}
+	if o.insecure {
+		return nil
+	}
+	addresses := []string{host}
+	if host != "" && net.ParseIP(host) == nil {
+		if addresses, err = net.DefaultResolver.LookupHost(ctx, host); err != nil {
+			return fmt.Errorf("--listen: %w", err)
+		}
+	}
+	for _, a := range addresses {
+		if ip := net.ParseIP(a); ip == nil || !ip.IsLoopback() {
+			return fmt.Errorf("--listen %s: other machines reach this address, and would send passwords and keys in clear. Put a front door with HTTPS before localhost (see README, Add a machine), or add --insecure on a network that you trust", o.listen)
+		}
+	}
+	return nil
+}
+
 func inUse(address string) error {
 	return fmt.Errorf("%s is in use by another program: choose another address with --listen", address)
 }

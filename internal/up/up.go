@@ -39,7 +39,9 @@ const domain = "localhost"
 type options struct {
 	dir    string
 	listen string
-	once   bool
+	// insecure allows plain HTTP on addresses that other machines reach.
+	insecure bool
+	once     bool
 }
 
 // Command is `wrenn up`.
@@ -60,7 +62,8 @@ func Command(out io.Writer) *cobra.Command {
 		dir = layout.DefaultDir
 	}
 	f.StringVar(&o.dir, "dir", dir, "where all data is kept ($WRENN_DIR)")
-	f.StringVar(&o.listen, "listen", ":8000", "address of the front door")
+	f.StringVar(&o.listen, "listen", "localhost:8000", "address of the front door")
+	f.BoolVar(&o.insecure, "insecure", false, "allow --listen on an address that other machines reach: passwords and keys cross the network in clear")
 	f.BoolVar(&o.once, "once", false, "start everything, run the self-check, stop everything")
 	return cmd
 }
@@ -82,6 +85,9 @@ func (s *service) say(format string, args ...any) {
 func run(ctx context.Context, o options, out io.Writer) (err error) {
 	if os.Geteuid() != 0 {
 		return errors.New("wrenn up makes virtual machines and networks: run it as root")
+	}
+	if err := checkListen(ctx, o); err != nil {
+		return err
 	}
 	abs, err := filepath.Abs(o.dir)
 	if err != nil {
@@ -237,7 +243,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 	),
 		"WRENN_STOP_TIMEOUT="+(stopTimeout/2).String(),
 		"WRENN_SPOOL_DIR="+s.dir.Spool(),
-		"DATABASE_URL="+pg.url("wrenn"), "REDIS_URL="+rd.url(), "WRENN_LISTEN="+server, "WRENN_DOMAIN="+domain,
+		"DATABASE_URL="+pg.url("wrenn"), "REDIS_URL="+rd.url(), "WRENN_LISTEN="+server, "WRENN_METRICS_LISTEN=unix:"+s.dir.MetricsSocket(), "WRENN_DOMAIN="+domain,
 		"WRENN_PUBLIC_URL="+url, "WRENN_SECRET_KEY="+s.secrets.SecretKey, "WRENN_AGENT_URL="+agent, "WRENN_AGENT_TOKEN="+s.secrets.AgentToken,
 		"WRENN_ADMIN_EMAIL="+adminEmail, "WRENN_ADMIN_PASSWORD="+s.secrets.AdminPassword, "WRENN_ADMIN_API_KEY="+s.secrets.AdminAPIKey,
 	), func(ctx context.Context) error {
@@ -341,7 +347,7 @@ func (s *service) selfCheck(ctx context.Context, o options) (err error) {
 	url := publicURL(o.listen)
 	fmt.Fprintf(s.out, "  API      %s/v1   (documentation: %s/docs)\n", url, url)
 	fmt.Fprintf(s.out, "  ports    http://PORT-SANDBOX.%s\n", strings.TrimPrefix(url, "http://"))
-	fmt.Fprintf(s.out, "  login    %s / %s\n  API key  %s\n  (kept in %s)\n\n", adminEmail, s.secrets.AdminPassword, s.secrets.AdminAPIKey, s.dir.Credentials())
+	fmt.Fprintf(s.out, "  login    %s\n  secrets  %s   (the password and the API key)\n\n", adminEmail, s.dir.Credentials())
 	s.say("ready")
 	return nil
 }

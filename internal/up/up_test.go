@@ -201,3 +201,23 @@ func TestOneUpPerDirectory(t *testing.T) {
 	}
 	again()
 }
+
+// TestListen: only loopback is listened on in clear, unless somebody asks for more.
+func TestListen(t *testing.T) {
+	var said strings.Builder
+	cmd := Command(&said)
+	if got := cmd.Flags().Lookup("listen").DefValue; checkListen(t.Context(), options{listen: got}) != nil {
+		t.Errorf("%s, the default, is refused", got)
+	}
+	for listen, ok := range map[string]bool{
+		"localhost:8000": true, "127.0.0.1:1": true, "[::1]:1": true, "127.0.0.2:1": true,
+		":8000": false, "0.0.0.0:1": false, "[::]:1": false, "192.0.2.1:1": false, "[2001:db8::1]:80": false,
+	} {
+		if err := checkListen(t.Context(), options{listen: listen}); (err == nil) != ok || !ok && !strings.Contains(err.Error(), "--insecure") {
+			t.Errorf("%s: %v", listen, err)
+		}
+		if err := checkListen(t.Context(), options{listen: listen, insecure: true}); err != nil {
+			t.Errorf("%s with --insecure: %v", listen, err)
+		}
+	}
+}

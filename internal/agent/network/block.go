@@ -275,10 +275,59 @@ func enableForwarding() (changed bool, err error) {
 	if strings.TrimSpace(string(now)) != "0" {
 		return false, nil
 	}
-	if err := os.WriteFile(layout.Forwarding(), nil, 0o644); err != nil {
-		return false, fmt.Errorf("remember that forwarding was off: %w", err)
-	}
 	return true, sysctl(ipForward, "1")
+}
+
+// noteForwarding remembers that this machine forwards nothing, if so, and which
+// links it has: between those it is to forward nothing later either. Links that
+// other software makes afterwards are that software's business.
+func noteForwarding() error {
+	all, err := lockBlocks()
+	if err != nil {
+		return err
+	}
+	defer all.Close()
+	now, err := os.ReadFile("/proc/sys/" + ipForward)
+	if err != nil {
+		return fmt.Errorf("read %s: %w", ipForward, err)
+	}
+	if strings.TrimSpace(string(now)) != "0" {
+		return nil
+	}
+	if _, err := os.Stat(layout.Forwarding()); err == nil {
+		return nil // Somebody else turned it off since.
+	}
+	links, err := net.Interfaces()
+	if err != nil {
+		return fmt.Errorf("list links: %w", err)
+	}
+	var names []string
+	for _, l := range links {
+		if l.Flags&net.FlagLoopback == 0 && !strings.HasPrefix(l.Name, linkPrefix) {
+			names = append(names, l.Name)
+		}
+	}
+	return writeLinksBefore(names)
+}
+
+func writeLinksBefore(names []string) error {
+	if err := atomicfile.Write(layout.Forwarding(), []byte(strings.Join(names, "\n")), 0o644); err != nil {
+		return fmt.Errorf("remember that forwarding was off: %w", err)
+	}
+	return nil
+}
+
+// linksBefore returns the links that this machine had when it forwarded nothing;
+// none if it did before.
+func linksBefore() ([]string, error) {
+	b, err := os.ReadFile(layout.Forwarding())
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read which links were there before: %w", err)
+	}
+	return strings.Fields(string(b)), nil
 }
 
 // leaveMachine undoes what agents do to the whole machine, if no block is in

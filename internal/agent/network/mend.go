@@ -1,6 +1,7 @@
 package network
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -70,6 +71,9 @@ func fingerprint(name string) (string, error) {
 		if err != nil {
 			return "", fmt.Errorf("list elements of %s: %w", s.Name, err)
 		}
+		if !s.Interval { // The kernel keeps these in no order.
+			slices.SortFunc(elements, func(x, y nftables.SetElement) int { return bytes.Compare(x.Key, y.Key) })
+		}
 		fmt.Fprintf(&b, "set %s", s.Name)
 		for _, e := range elements {
 			fmt.Fprintf(&b, " %x %v", e.Key, e.IntervalEnd)
@@ -112,7 +116,7 @@ func (p *Pool) mendRules() error {
 	if have == p.rules {
 		return nil
 	}
-	if err := hostRules(p.block.number, p.config.Upstreams); err != nil {
+	if err := p.writeRules(); err != nil {
 		return fmt.Errorf("the firewall's rules for guests cannot be restored; guests have no internet: %w", err)
 	}
 	_, _ = p.host.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, bare(blockPrefix(p.block.number)))
@@ -132,12 +136,34 @@ func (b bare) MatchConntrackFlow(f *netlink.ConntrackFlow) bool {
 	return netip.Prefix(b).Contains(src) && src.As4()[3]%2 == 1 && f.Forward.SrcIP.Equal(f.Reverse.DstIP)
 }
 
+// writeRules writes the block's table, and what it must be like from now on.
+func (p *Pool) writeRules() error {
+	if err := hostRules(p.block.number, p.config.Upstreams); err != nil {
+		return err
+	}
+	var err error
+	if p.rules, err = wantedRules(p.block.number, p.config.Upstreams); err != nil {
+		return fmt.Errorf("write rules for comparison: %w", err)
+	}
+	p.before, err = linksBefore()
+	return err
+}
+
 // mendForwarding turns IP forwarding on again.
 func (p *Pool) mendForwarding() error {
-	changed, err := enableForwarding()
+	err := noteForwarding()
+	changed := false
+	if err == nil {
+		changed, err = enableForwarding()
+	}
 	p.wasOff = p.wasOff || changed
 	if err != nil {
 		return fmt.Errorf("IP forwarding is off and cannot be turned on; guests have no internet: %w", err)
+	}
+	if links, err := linksBefore(); err == nil && !slices.Equal(links, p.before) {
+		if err := p.writeRules(); err != nil {
+			return fmt.Errorf("this machine forwards for others than guests: %w", err)
+		}
 	}
 	if changed {
 		p.config.Problems.Repaired(problem.Forwarding, "", "somebody turned IP forwarding off (sysctl net.ipv4.ip_forward)")
@@ -163,7 +189,7 @@ func (p *Pool) mendFiles() error {
 		p.config.Problems.Repaired(problem.Files, "network", "somebody removed or unmounted "+layout.Namespaces())
 	}
 	if _, err := os.Stat(layout.Forwarding()); errors.Is(err, os.ErrNotExist) && p.wasOff {
-		if err := os.WriteFile(layout.Forwarding(), nil, 0o644); err != nil {
+		if err := writeLinksBefore(p.before); err != nil {
 			return fmt.Errorf("%s cannot be restored; IP forwarding will stay on: %w", layout.Forwarding(), err)
 		}
 	}

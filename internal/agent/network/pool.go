@@ -46,6 +46,9 @@ type Config struct {
 	// Upstreams are the IPv4 DNS resolvers for guests, usually [Upstreams]();
 	// that is taken when there are none.
 	Upstreams []netip.Addr
+	// Guests is how many guests there can be at once, who share half of the
+	// connections that the machine tracks; 0: one a slot.
+	Guests int
 	// Problems gets what is wrong with the machine's network and cannot be
 	// repaired; it may be nil.
 	Problems *problem.List
@@ -65,10 +68,13 @@ type Pool struct {
 	cancel context.CancelFunc
 	refill sync.WaitGroup
 	guard  *guard
-	rules  string // the fingerprint of the block's table on the host
-	docker bool   // rules for Docker were added; the guard's alone until it is closed
-	wasOff bool   // an agent turned IP forwarding on; the guard's alone
-	probed sync.Once
+	// connections is how many a guest may have tracked at once.
+	connections uint32
+	rules       string   // the fingerprint of the block's table on the host
+	docker      bool     // rules for Docker were added; the guard's alone until it is closed
+	wasOff      bool     // an agent turned IP forwarding on; the guard's alone
+	before      []string // the links that were there then; the guard's alone
+	probed      sync.Once
 	forgetter
 
 	// Where both are held, a slot's lock is taken before mu, but for that of a
@@ -139,6 +145,11 @@ func Open(ctx context.Context, c Config, keep []int) (*Pool, error) {
 	}
 	// A VM whose slot cannot be right may be in any.
 	p.config.Unknown = c.Unknown || kept < len(keep)
+	guests := blockSlots
+	if c.Guests > 0 {
+		guests = min(guests, c.Guests)
+	}
+	p.connections = shareOfConnections(guests)
 	if err := p.setUp(ctx); err != nil {
 		return nil, errors.Join(err, p.tearDown(keep))
 	}
@@ -161,13 +172,12 @@ func (p *Pool) indexes() func(yield func(int) bool) {
 }
 
 func (p *Pool) setUp(ctx context.Context) error {
-	// The rules first: no slot, not even a kept one, is ever without them.
-	if err := hostRules(p.block.number, p.config.Upstreams); err != nil {
+	if err := noteForwarding(); err != nil {
 		return err
 	}
-	var err error
-	if p.rules, err = wantedRules(p.block.number, p.config.Upstreams); err != nil {
-		return fmt.Errorf("write rules for comparison: %w", err)
+	// The rules first: no slot, not even a kept one, is ever without them.
+	if err := p.writeRules(); err != nil {
+		return err
 	}
 	for i := range p.used {
 		if err := adoptNamespace(i); err != nil {
@@ -183,6 +193,7 @@ func (p *Pool) setUp(ctx context.Context) error {
 	}
 	_, off := os.Stat(layout.Forwarding())
 	p.wasOff = off == nil
+	var err error
 	p.guard, err = newGuard(p)
 	return err
 }
@@ -452,7 +463,7 @@ func (p *Pool) adopt(s *Slot) (err error) {
 }
 
 func (p *Pool) create(i int) error {
-	if err := create(p.host, i, p.config.Upstreams); err != nil {
+	if err := create(p.host, i, p.config.Upstreams, p.connections); err != nil {
 		return err
 	}
 	if err := raiseHostLink(p.host, i); err != nil {
@@ -507,7 +518,7 @@ func (p *Pool) Reclaim(ctx context.Context, index, pid int) (*Slot, error) {
 		err = p.adopt(s)
 	}
 	if err == nil {
-		err = s.within(func() error { return slotRules(s.Address, p.config.Upstreams, false) })
+		err = s.within(func() error { return slotRules(s.Address, p.config.Upstreams, p.connections, false) })
 	}
 	if err == nil {
 		// A VM without a way out still has its memory, and the guard tries again.

@@ -4,6 +4,9 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"os"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/google/nftables"
@@ -17,7 +20,8 @@ import (
 
 // Limits on what one guest can make the host's kernel and agent do.
 const (
-	maxConnections = 8192 // tracked at once, of a machine-wide table of at least 65536
+	maxConnections = 8192 // tracked at once; see shareOfConnections
+	minConnections = 32
 	ntpPerSecond   = 16
 )
 
@@ -31,6 +35,25 @@ const (
 // nftTimeout bounds one transaction with nftables, which other programs'
 // transactions may hold up.
 const nftTimeout = 30 * time.Second
+
+// shareOfConnections returns how many connections each of so many guests may have
+// tracked at once: all together at most half of what the machine tracks.
+func shareOfConnections(guests int) uint32 {
+	table, err := trackedAtMost()
+	if err != nil {
+		table = 65536 // the kernel's file is there once it tracks anything
+	}
+	return uint32(min(max(table/2/uint64(max(guests, 1)), minConnections), maxConnections))
+}
+
+// trackedAtMost is how many connections this machine tracks at most.
+func trackedAtMost() (uint64, error) {
+	b, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_max")
+	if err != nil {
+		return 0, err
+	}
+	return strconv.ParseUint(strings.TrimSpace(string(b)), 10, 32)
+}
 
 // A rule is what a packet must match and what then happens to it.
 type rule []expr.Any
@@ -85,6 +108,11 @@ func host(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
 func from(p netip.Prefix) rule    { return ip(12, expr.CmpOpEq, p) }
 func notFrom(p netip.Prefix) rule { return ip(12, expr.CmpOpNeq, p) }
 func to(a netip.Addr) rule        { return ip(16, expr.CmpOpEq, host(a)) }
+
+// linkIn matches a link's name, which key loads, that is in a set.
+func linkIn(key expr.MetaKey, s *nftables.Set) rule {
+	return rule{&expr.Meta{Key: key, Register: 1}, &expr.Lookup{SourceRegister: 1, SetName: s.Name, SetID: s.ID}}
+}
 
 func toAny(s *nftables.Set) rule {
 	return when(family(expr.CmpOpEq, unix.NFPROTO_IPV4), rule{
@@ -209,7 +237,7 @@ func (r *ruleset) chain(name string, kind nftables.ChainType, hook *nftables.Cha
 }
 
 func (r *ruleset) closedSet() *nftables.Set {
-	// The ID is the transaction's alone, in which there is no other set.
+	// The ID is the transaction's alone.
 	s := &nftables.Set{Table: r.table, ID: 1, Name: "closed", Interval: true, Constant: true, KeyType: nftables.TypeIPAddr}
 	var elements []nftables.SetElement
 	for _, p := range netaddr.Closed() {
@@ -221,6 +249,21 @@ func (r *ruleset) closedSet() *nftables.Set {
 	}
 	if err := r.conn.AddSet(s, elements); err != nil && r.err == nil {
 		r.err = fmt.Errorf("add set of closed networks: %w", err)
+	}
+	return s
+}
+
+// linkSet is a set of links' names.
+func (r *ruleset) linkSet(names []string) *nftables.Set {
+	s := &nftables.Set{Table: r.table, ID: 2, Name: "others", Constant: true, KeyType: nftables.TypeIFName}
+	var elements []nftables.SetElement
+	for _, name := range names {
+		key := make([]byte, unix.IFNAMSIZ)
+		copy(key, name)
+		elements = append(elements, nftables.SetElement{Key: key})
+	}
+	if err := r.conn.AddSet(s, elements); err != nil && r.err == nil {
+		r.err = fmt.Errorf("add set of other links: %w", err)
 	}
 	return s
 }
@@ -254,7 +297,17 @@ func hostRules(block int, upstreams []netip.Addr) error {
 	group, ours := linkGroup(block), blockPrefix(block)
 	closedNets := r.closedSet()
 
-	forward := []rule{
+	// This machine forwards for guests alone where it forwarded for nobody before.
+	var forward []rule
+	links, err := linksBefore()
+	if err != nil {
+		return err
+	}
+	if len(links) > 0 {
+		others := r.linkSet(links)
+		forward = append(forward, when(linkIn(expr.MetaKeyIIFNAME, others), linkIn(expr.MetaKeyOIFNAME, others), drop))
+	}
+	forward = append(forward,
 		when(inGroup(group), clampMSS),
 		when(outGroup(expr.CmpOpEq, group), clampMSS),
 		when(inGroup(group), family(expr.CmpOpNeq, unix.NFPROTO_IPV4), drop),
@@ -263,7 +316,7 @@ func hostRules(block int, upstreams []netip.Addr) error {
 		when(inGroup(group), invalid, drop),
 		when(inGroup(group), established, accept),
 		when(inGroup(group), related, accept),
-	}
+	)
 	for _, u := range upstreams {
 		forward = append(forward,
 			when(inGroup(group), to(u), port(unix.IPPROTO_UDP, 53), accept),
@@ -306,7 +359,7 @@ func removeHostRules(block int) error {
 // slotRules are the rules inside a slot's namespace, the calling thread's. The
 // same networks are closed here as on the host, so that a guest stays shut in
 // while someone reloads the host's firewall.
-func slotRules(outside netip.Addr, upstreams []netip.Addr, fresh bool) error {
+func slotRules(outside netip.Addr, upstreams []netip.Addr, connections uint32, fresh bool) error {
 	r, err := newRuleset("wrenn", fresh)
 	if err != nil {
 		return err
@@ -335,7 +388,7 @@ func slotRules(outside netip.Addr, upstreams []netip.Addr, fresh bool) error {
 		when(established, accept),
 		when(related, accept),
 		when(in(vethName), out(tapName), dnatted(), accept),
-		when(in(tapName), over(maxConnections), drop),
+		when(in(tapName), over(connections), drop),
 	}
 	for _, u := range upstreams {
 		forward = append(forward,
@@ -356,7 +409,7 @@ func slotRules(outside netip.Addr, upstreams []netip.Addr, fresh bool) error {
 		when(invalid, drop),
 		when(established, accept),
 		when(related, accept),
-		when(in(tapName), over(maxConnections), drop),
+		when(in(tapName), over(connections), drop),
 		when(in(tapName), to(metadataAddr), port(unix.IPPROTO_TCP, 80), accept),
 		when(in(tapName), reject),
 	)

@@ -152,6 +152,18 @@ func Open(ctx context.Context, c Config, r *Recovery) (*Manager, error) {
 	return m, nil
 }
 
+// Most returns how many sandboxes there can be at once where they may have so
+// much memory together; 0: most of the host's.
+func Most(memoryMiB int) (int, error) {
+	if memoryMiB == 0 {
+		var err error
+		if memoryMiB, err = hostMemory(); err != nil {
+			return 0, err
+		}
+	}
+	return max(memoryMiB/(MinMemoryMiB+overheadMiB), 1), nil
+}
+
 func hostMemory() (mib int, err error) {
 	var si unix.Sysinfo_t
 	if err := unix.Sysinfo(&si); err != nil {

@@ -94,7 +94,7 @@ func (a *API) observe(next http.Handler) http.Handler {
 				a.Observe(seen)
 			}
 			level := slog.LevelInfo
-			if seen.Route == "/health" || seen.Route == "/metrics" {
+			if seen.Route == "/health" {
 				level = slog.LevelDebug
 			}
 			attrs := []any{"request_id", o.id, "method", r.Method, "route", seen.Route, "status", status, "took", took}

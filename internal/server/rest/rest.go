@@ -70,8 +70,6 @@ type Config struct {
 	PublicURL, Domain string
 	// Checks are what /health asks, by name.
 	Checks map[string]func(context.Context) error
-	// Metrics serves /metrics.
-	Metrics http.Handler
 	// Observe hears of every answered request.
 	Observe func(Observation)
 	Log     *slog.Logger

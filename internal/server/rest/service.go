@@ -67,9 +67,6 @@ func (a *API) GetHealth(w http.ResponseWriter, r *http.Request) {
 	answer(w, status, h)
 }
 
-// GetMetrics answers GET /metrics.
-func (a *API) GetMetrics(w http.ResponseWriter, r *http.Request) { a.Metrics.ServeHTTP(w, r) }
-
 // GetOpenAPI answers GET /openapi.yaml.
 func (a *API) GetOpenAPI(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "application/yaml")

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"os"
 	"os/exec"
@@ -360,6 +361,10 @@ func (d *Driver) exec(s vmm.Spec, group cgroup.Group, args []string, files []*os
 	if groupDir != nil {
 		defer groupDir.Close()
 		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(groupDir.Fd())
+	}
+	// What this process was itself started with is not for a guest's QEMU.
+	if err := unix.CloseRange(3, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("keep descriptors from QEMU: %w", err)
 	}
 	if err := d.jail.do(s.NetNS, group, cmd.Start); err != nil {
 		if cmd.Process != nil { // it runs, but not where it should

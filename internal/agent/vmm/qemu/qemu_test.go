@@ -18,6 +18,8 @@ import (
 
 	"github.com/google/uuid"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
 	"github.com/wrenn-dev/wrenn/internal/agent/disk"
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
@@ -223,6 +225,39 @@ func TestTSC(t *testing.T) {
 	if d := a - b; d > a/1000 || -d > a/1000 {
 		t.Errorf("measured %d and then %d kHz", a, b)
 	}
+}
+
+// TestInheritsNothing: QEMU has no descriptor that this process was started with,
+// or that anything in it opened carelessly.
+func TestInheritsNothing(t *testing.T) {
+	d, s := open(t)
+	secret := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(secret, []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fd, err := unix.Open(secret, unix.O_RDONLY, 0) // without O_CLOEXEC
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	vm, err := d.Start(t.Context(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	home := fmt.Sprintf("/proc/%d/fd", vm.PID())
+	all, err := os.ReadDir(home)
+	if err != nil || len(all) < 3 {
+		t.Fatalf("QEMU has %d descriptors, %v", len(all), err)
+	}
+	for _, e := range all {
+		if target, err := os.Readlink(filepath.Join(home, e.Name())); err == nil && target == secret {
+			t.Errorf("QEMU inherited descriptor %s, of %s", e.Name(), target)
+		}
+	}
+	if err := vm.Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	nothingLeft(t, vm)
 }
 
 func TestKilledQEMUIsNoticed(t *testing.T) {

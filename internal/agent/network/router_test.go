@@ -1,0 +1,128 @@
+package network
+
+import (
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+// neighbour is a machine at a link of its own to the host, whose default route
+// is the host.
+func neighbour(t *testing.T, name string, host, own netip.Prefix) (do func(func() error) error) {
+	t.Helper()
+	path := filepath.Join(testNamespaces, name)
+	must(t, os.MkdirAll(testNamespaces, 0o755))
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	must(t, err)
+	t.Cleanup(h.Close)
+	address := func(p netip.Prefix) *netlink.Addr {
+		return &netlink.Addr{IPNet: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), 32)}}
+	}
+	var l net.Listener
+	must(t, createNamespace(path, func(ns *os.File) error {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = name
+		must(t, h.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(ns.Fd())}))
+		link, err := netlink.LinkByName("eth0")
+		must(t, err)
+		must(t, netlink.AddrAdd(link, address(own)))
+		must(t, netlink.LinkSetUp(link))
+		must(t, netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: host.Addr().AsSlice()}))
+		l, err = net.Listen("tcp4", netip.AddrPortFrom(own.Addr(), 7000).String())
+		return err
+	}))
+	go answerTCP(l)
+	link, err := h.LinkByName(name)
+	must(t, err)
+	must(t, h.AddrAdd(link, address(host)))
+	must(t, h.LinkSetUp(link))
+	t.Cleanup(func() {
+		l.Close()
+		must(t, h.LinkDel(link))
+		must(t, removeNamespace(path))
+	})
+	return func(f func() error) error { return inNamespace(path, f) }
+}
+
+// TestIsNoRouter: a machine that forwarded for nobody forwards for guests alone
+// while an agent runs; links that come later are their makers' business.
+func TestIsNoRouter(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	left := neighbour(t, "left", netip.MustParsePrefix("192.0.2.1/30"), netip.MustParsePrefix("192.0.2.2/30"))
+	neighbour(t, "right", netip.MustParsePrefix("192.0.2.5/30"), netip.MustParsePrefix("192.0.2.6/30"))
+	newInternet(t)
+	p := openPool(t, layout.Dir(t.TempDir()), 1)
+	g := newGuest(t, acquire(t, p))
+	reaches := func(d time.Duration) error {
+		return left(func() error { _, err := call(d, "tcp4", "192.0.2.6:7000"); return err })
+	}
+	if reaches(2*time.Second) == nil {
+		t.Error("the machine has become a router between its neighbours")
+	}
+	if _, err := g.call("tcp4", internetAddr.String()+":7000"); err != nil {
+		t.Error("guest to the internet:", err)
+	}
+	// It stays so when somebody has turned forwarding off, and flushed the rules.
+	must(t, sysctl(ipForward, "0"))
+	run(t, "nft", "flush", "ruleset")
+	if _, err := g.callWithin(hang, "tcp4", internetAddr.String()+":7000"); err != nil {
+		t.Error("guest to the internet after a repair:", err)
+	}
+	if reaches(2*time.Second) == nil {
+		t.Error("after a repair the machine is a router")
+	}
+	neighbour(t, "later", netip.MustParsePrefix("192.0.2.9/30"), netip.MustParsePrefix("192.0.2.10/30"))
+	err := left(func() error { _, err := call(hang, "tcp4", "192.0.2.10:7000"); return err })
+	if err != nil {
+		t.Error("to a link that came later:", err)
+	}
+}
+
+// TestWasRouter: a machine that forwarded before goes on with that.
+func TestWasRouter(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	left := neighbour(t, "left", netip.MustParsePrefix("192.0.2.1/30"), netip.MustParsePrefix("192.0.2.2/30"))
+	neighbour(t, "right", netip.MustParsePrefix("192.0.2.5/30"), netip.MustParsePrefix("192.0.2.6/30"))
+	must(t, sysctl(ipForward, "1"))
+	t.Cleanup(func() { must(t, sysctl(ipForward, "0")) })
+	openPool(t, layout.Dir(t.TempDir()), 1)
+	err := left(func() error { _, err := call(hang, "tcp4", "192.0.2.6:7000"); return err })
+	if err != nil {
+		t.Error("the machine forwards for its neighbours no longer:", err)
+	}
+}
+
+// TestShareOfConnections: all guests together leave half of what the machine
+// tracks to itself, however many they are.
+func TestShareOfConnections(t *testing.T) {
+	needRoot(t)
+	newInternet(t) // whose rules make the kernel track
+	p := openPool(t, layout.Dir(t.TempDir()), 1)
+	acquire(t, p)
+	for _, guests := range []int{16, 100, blockSlots} {
+		if each := shareOfConnections(guests); each < minConnections || each > maxConnections || uint64(each)*uint64(guests) > tracked(t)/2 {
+			t.Errorf("%d guests have %d connections each of %d", guests, each, tracked(t))
+		}
+	}
+	if p.connections != shareOfConnections(blockSlots) {
+		t.Errorf("a guest has %d connections", p.connections)
+	}
+}
+
+// tracked is how many connections this machine tracks.
+func tracked(t *testing.T) (n uint64) {
+	t.Helper()
+	n, err := trackedAtMost()
+	must(t, err)
+	return n
+}
