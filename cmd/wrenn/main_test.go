@@ -10,9 +10,12 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/caarlos0/env/v11"
+
 	"github.com/wrenn-dev/wrenn/internal/agent"
 	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/layout"
+	"github.com/wrenn-dev/wrenn/internal/server"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
@@ -46,5 +49,20 @@ func TestAgentOnNewerData(t *testing.T) {
 		if err := runAgent(context.Background(), c, e); exitCode(err) != exitNewer {
 			t.Errorf("the error is %v", err)
 		}
+	}
+}
+
+// The unit of the server lets it have twice the memory that it keeps to by itself.
+func TestUnitAllowsForTheMemory(t *testing.T) {
+	c, err := env.ParseAsWithOptions[server.Config](env.Options{Environment: map[string]string{"DATABASE_URL": "x", "REDIS_URL": "x", "WRENN_SECRET_KEY": "x"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	unit, err := os.ReadFile("../../deploy/systemd/wrenn-server.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := fmt.Sprintf("\nMemoryMax=%dG\n", 2*c.MemoryLimit()>>30); !strings.Contains(string(unit), want) {
+		t.Errorf("the unit lacks %q", want)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"syscall"
 	"time"
 
@@ -34,6 +35,9 @@ func serverCommand() *cobra.Command {
 				return err
 			}
 			c.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
+			if os.Getenv("GOMEMLIMIT") == "" {
+				debug.SetMemoryLimit(c.MemoryLimit())
+			}
 			s, err := server.New(ctx, c)
 			if err != nil {
 				return err

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -536,15 +537,16 @@ func (a *agent) Console(_ context.Context, req *connect.Request[hostagentv1.Cons
 
 // Exec knows: cat, which prints its input; say, its arguments; bytes, all of
 // them; env, its environment; exit N; hang, to its timeout; lost, a host failure.
-func (a *agent) Exec(ctx context.Context, req *connect.Request[hostagentv1.ExecRequest]) (*connect.Response[hostagentv1.ExecResponse], error) {
-	if err := a.usable(req.Msg.SandboxId); err != nil {
-		return nil, err
-	}
-	c := req.Msg.Command
+func (a *agent) Exec(context.Context, *connect.Request[hostagentv1.ExecRequest]) (*connect.Response[hostagentv1.ExecResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("for servers of the release before"))
+}
+
+// exec runs a command to its end: one that the API waits for.
+func (a *agent) exec(c *hostagentv1.Command, stdin []byte) (*hostagentv1.ExecResponse, error) {
 	var r hostagentv1.ExecResponse
 	switch c.Cmd {
 	case "cat":
-		r.Stdout = req.Msg.Stdin
+		r.Stdout = stdin
 	case "/bin/sh": // there is apt-get, and no folder
 		if strings.HasPrefix(c.Args[1], "test ") {
 			r.ExitCode = 1
@@ -556,6 +558,10 @@ func (a *agent) Exec(ctx context.Context, req *connect.Request[hostagentv1.ExecR
 			r.Stdout = append(r.Stdout, byte(i))
 		}
 		r.Stderr = []byte("plain")
+	case "flood": // prints a character as often as it is told, on both
+		n, _ := strconv.Atoi(c.Args[1])
+		r.Stdout = bytes.Repeat([]byte(c.Args[0]), n)
+		r.Stderr = r.Stdout
 	case "env":
 		r.Stdout = []byte(c.Envs["A"] + " " + c.Cwd + " " + c.User + " " + strconv.Itoa(int(c.TimeoutSeconds)))
 	case "exit":
@@ -568,11 +574,12 @@ func (a *agent) Exec(ctx context.Context, req *connect.Request[hostagentv1.ExecR
 	default:
 		return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("no such command"))
 	}
-	return connect.NewResponse(&r), nil
+	return &r, nil
 }
 
-// ExecStream knows: cat, which prints its input on stdout and its length on
-// stderr when it ends; tty, which prints on the terminal; hang, which waits.
+// ExecStream knows, without a time-out: cat, which prints its input on stdout
+// and its length on stderr when it ends; tty, which prints on the terminal;
+// hang, which waits. With a time-out it knows what exec does.
 func (a *agent) ExecStream(ctx context.Context, s *connect.BidiStream[hostagentv1.ExecStreamRequest, hostagentv1.ExecStreamResponse]) error {
 	first, err := s.Receive()
 	if err != nil {
@@ -590,6 +597,9 @@ func (a *agent) ExecStream(ctx context.Context, s *connect.BidiStream[hostagentv
 	}
 	if err := s.Send(&hostagentv1.ExecStreamResponse{Message: &hostagentv1.ExecStreamResponse_Started_{Started: &hostagentv1.ExecStreamResponse_Started{Pid: 42}}}); err != nil {
 		return err
+	}
+	if start.Command.TimeoutSeconds > 0 && start.Terminal == nil {
+		return a.toEnd(start, s)
 	}
 	exit := func(code int32) error {
 		return s.Send(&hostagentv1.ExecStreamResponse{Message: &hostagentv1.ExecStreamResponse_Exited_{Exited: &hostagentv1.ExecStreamResponse_Exited{ExitCode: code}}})
@@ -626,6 +636,37 @@ func (a *agent) ExecStream(ctx context.Context, s *connect.BidiStream[hostagentv
 			return exit(128 + m.Signal)
 		}
 	}
+}
+
+// toEnd reads a command's input, runs it, and sends what it printed.
+func (a *agent) toEnd(start *hostagentv1.ExecStreamRequest_Start, s *connect.BidiStream[hostagentv1.ExecStreamRequest, hostagentv1.ExecStreamResponse]) error {
+	var stdin []byte
+	for open := start.Stdin; open; {
+		m, err := s.Receive()
+		if err != nil {
+			return err
+		}
+		stdin = append(stdin, m.GetStdin()...)
+		open = m.GetCloseStdin() == nil
+	}
+	r, err := a.exec(start.Command, stdin)
+	if err != nil {
+		return err
+	}
+	const piece = 32 << 10
+	for out := range slices.Chunk(r.Stdout, piece) {
+		if err := s.Send(&hostagentv1.ExecStreamResponse{Message: &hostagentv1.ExecStreamResponse_Stdout{Stdout: out}}); err != nil {
+			return err
+		}
+	}
+	for out := range slices.Chunk(r.Stderr, piece) {
+		if err := s.Send(&hostagentv1.ExecStreamResponse{Message: &hostagentv1.ExecStreamResponse_Stderr{Stderr: out}}); err != nil {
+			return err
+		}
+	}
+	return s.Send(&hostagentv1.ExecStreamResponse{Message: &hostagentv1.ExecStreamResponse_Exited_{Exited: &hostagentv1.ExecStreamResponse_Exited{
+		ExitCode: r.ExitCode, Error: r.Error, TimedOut: r.TimedOut,
+	}}})
 }
 
 // shell runs a line: "exit N" ends with N; "hang" waits to be given up, or for

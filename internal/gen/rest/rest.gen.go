@@ -1238,13 +1238,13 @@ type ExecResult struct {
 	// Stderr Standard error, written as `encoding` says.
 	Stderr string `json:"stderr"`
 
-	// Stdout Standard output, written as `encoding` says.
+	// Stdout Standard output, written as `encoding` says: base64 where it is no text, or long and mostly control characters.
 	Stdout string `json:"stdout"`
 
 	// TimedOut It was killed because its time was over.
 	TimedOut bool `json:"timed_out"`
 
-	// Truncated Output beyond 16 MiB a stream was dropped.
+	// Truncated Output was dropped: what is beyond 16 MiB of a stream, or has no room among the requests under way.
 	Truncated bool `json:"truncated"`
 }
 

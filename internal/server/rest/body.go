@@ -16,12 +16,21 @@ import (
 	"github.com/getkin/kin-openapi/openapi3"
 	"github.com/go-json-experiment/json/jsontext"
 
+	"github.com/wrenn-dev/wrenn/internal/server/budget"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/text"
 )
 
 // maxDepth is how deep arrays and objects may be nested in a JSON body.
 const maxDepth = 64
+
+// maxValues is how many values and names of members a JSON body may have: each
+// takes some hundred bytes, however short it is written.
+const maxValues = 1 << 16
+
+// bodyCost is the memory that a byte of a JSON body takes while it is checked
+// and decoded: the body, its canonical form, and the strings of the two.
+const bodyCost = 4
 
 // maxExact is the largest integer that every JSON implementation keeps.
 const maxExact = 1<<53 - 1
@@ -45,8 +54,9 @@ func init() {
 // (RFC 6901) to strings that may have NUL.
 func canonical(b []byte, bytesIn []jsontext.Pointer) ([]byte, error) {
 	var out bytes.Buffer
+	out.Grow(len(b))
 	dec, enc := jsontext.NewDecoder(bytes.NewBuffer(b)), jsontext.NewEncoder(&out)
-	for whole := false; ; whole = dec.StackDepth() == 0 {
+	for whole, values := false, 0; ; whole, values = dec.StackDepth() == 0, values+1 {
 		token, err := dec.ReadToken()
 		if errors.Is(err, io.EOF) && whole {
 			return bytes.TrimSuffix(out.Bytes(), []byte("\n")), nil
@@ -56,6 +66,9 @@ func canonical(b []byte, bytesIn []jsontext.Pointer) ([]byte, error) {
 		}
 		if dec.StackDepth() > maxDepth {
 			return nil, fault.New(fault.InvalidArgument, "JSON: nested more than %d levels deep", maxDepth)
+		}
+		if values > maxValues {
+			return nil, fault.New(fault.InvalidArgument, "JSON: more than %d values", maxValues)
 		}
 		if whole {
 			return nil, fault.New(fault.InvalidArgument, "JSON: something follows the value")
@@ -147,17 +160,19 @@ func conform(s *openapi3.Schema, b []byte) ([]byte, error) {
 }
 
 // readBody checks a request's JSON body, and leaves the canonical form of it
-// to be decoded.
-func readBody(r *http.Request, op *openapi3.Operation) error {
+// to be decoded. What that takes is held.
+func readBody(r *http.Request, op *openapi3.Operation, held *budget.Held) error {
 	s := bodySchema(op)
 	if s == nil {
 		return nil
 	}
-	b, err := io.ReadAll(r.Body)
+	b, err := io.ReadAll(held.Reader(r.Body, bodyCost))
 	var long *http.MaxBytesError
 	switch {
 	case errors.As(err, &long):
 		return long
+	case fault.Is(err, fault.RateLimited):
+		return err
 	case err != nil:
 		return fault.Body(err)
 	case len(b) == 0 && op.RequestBody.Value.Required:
@@ -172,9 +187,18 @@ func readBody(r *http.Request, op *openapi3.Operation) error {
 	if b, err = conform(s, b); err != nil {
 		return err
 	}
-	r.Body = io.NopCloser(bytes.NewReader(b))
+	r.Body = &checked{Reader: bytes.NewReader(b), json: b}
 	return nil
 }
+
+// checked is a body that was read and conforms to its schema.
+type checked struct {
+	*bytes.Reader
+	json []byte
+}
+
+// Close does nothing: the body that it was made of is the server's to close.
+func (*checked) Close() error { return nil }
 
 // decode reads a JSON body that was validated. Where there is none, v stays as
 // it is.
@@ -182,11 +206,11 @@ func decode(r *http.Request, v any) error {
 	if r.Body == http.NoBody {
 		return nil
 	}
-	b, err := io.ReadAll(r.Body)
-	if err != nil {
-		return err
+	body, ok := r.Body.(*checked)
+	if !ok {
+		return fault.New(fault.Internal, "internal error") // an operation whose document has no body
 	}
-	return unmarshal(b, v)
+	return unmarshal(body.json, v)
 }
 
 // unmarshal decodes JSON that conforms to the schema of v. That the two differ

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"net/http"
 	"net/http/httptest"
 	"reflect"
 	"slices"
@@ -15,6 +16,7 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
+	"github.com/wrenn-dev/wrenn/internal/server/budget"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
@@ -34,22 +36,23 @@ func TestCanonical(t *testing.T) {
 		}
 	}
 	for in, want := range map[string]string{
-		``:                            "JSON: malformed",
-		`{`:                           "JSON: malformed",
-		`{"a":1,}`:                    "JSON: malformed",
-		`{}{}`:                        "JSON: something follows the value",
-		`1 2`:                         "JSON: something follows the value",
-		`{} x`:                        "JSON: malformed",
-		`{"a":1,"a":2}`:               "a: given more than once",
-		`{"m":{"a":1,"b":2,"a":3}}`:   "m.a: given more than once",
-		`{"a":1,"\u0061":2}`:          "a: given more than once",
-		`{"a":"x\u0000"}`:             "a: must be UTF-8 without NUL",
-		`{"a\u0000":1}`:               "a\uFFFD: must be UTF-8 without NUL",
-		`{"m":{"bytes":"\u0000"}}`:    "m.bytes: must be UTF-8 without NUL",
-		"{\"a\":\"\xff\"}":            "JSON: malformed",
-		`{"a":"\ud800"}`:              "JSON: malformed",
-		`{"a":1e999}`:                 "a: number out of range",
-		strings.Repeat("[", 65) + "]": "JSON: nested more than 64 levels deep",
+		``:                          "JSON: malformed",
+		`{`:                         "JSON: malformed",
+		`{"a":1,}`:                  "JSON: malformed",
+		`{}{}`:                      "JSON: something follows the value",
+		`1 2`:                       "JSON: something follows the value",
+		`{} x`:                      "JSON: malformed",
+		`{"a":1,"a":2}`:             "a: given more than once",
+		`{"m":{"a":1,"b":2,"a":3}}`: "m.a: given more than once",
+		`{"a":1,"\u0061":2}`:        "a: given more than once",
+		`{"a":"x\u0000"}`:           "a: must be UTF-8 without NUL",
+		`{"a\u0000":1}`:             "a\uFFFD: must be UTF-8 without NUL",
+		`{"m":{"bytes":"\u0000"}}`:  "m.bytes: must be UTF-8 without NUL",
+		"{\"a\":\"\xff\"}":          "JSON: malformed",
+		`{"a":"\ud800"}`:            "JSON: malformed",
+		`{"a":1e999}`:               "a: number out of range",
+		"[" + strings.Repeat("0,", maxValues) + "0]": "JSON: more than 65536 values",
+		strings.Repeat("[", 65) + "]":                "JSON: nested more than 64 levels deep",
 	} {
 		_, err := canonical([]byte(in), []jsontext.Pointer{"/bytes"})
 		var f *fault.Error
@@ -170,7 +173,7 @@ func TestReadBody(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			r := httptest.NewRequest("POST", "/", strings.NewReader(tt.body))
 			r.Header.Set("Content-Type", tt.kind)
-			err := readBody(r, operation(t, a, tt.op))
+			err := readBody(r, operation(t, a, tt.op), budget.New(1<<20).Hold(""))
 			var f *fault.Error
 			if tt.want == "" && err != nil || tt.want != "" && (!errors.As(err, &f) || !strings.HasPrefix(f.Message, tt.want)) {
 				t.Errorf("%v, want %q", err, tt.want)
@@ -178,8 +181,30 @@ func TestReadBody(t *testing.T) {
 		})
 	}
 	r := httptest.NewRequest("POST", "/", iotest.ErrReader(io.ErrUnexpectedEOF))
-	if err := readBody(r, operation(t, a, "createTeam")); !fault.Is(err, fault.InvalidArgument) {
+	if err := readBody(r, operation(t, a, "createTeam"), budget.New(1<<20).Hold("")); !fault.Is(err, fault.InvalidArgument) {
 		t.Errorf("a body that breaks off: %v", err)
+	}
+}
+
+// What a body takes is held before it is read.
+func TestReadBodyTakesMemory(t *testing.T) {
+	a := newAPI(t)
+	memory := budget.New(4 << 20)
+	held := memory.Hold("a team")
+	body := func(n int) *http.Request {
+		r := httptest.NewRequest("POST", "/", strings.NewReader(`{"cmd":"cat","stdin":"`+strings.Repeat("x", n)+`"}`))
+		r.Header.Set("Content-Type", "application/json")
+		return r
+	}
+	if err := readBody(body(100<<10), operation(t, a, "exec"), held); err != nil || memory.Used() < bodyCost*100<<10 {
+		t.Errorf("%v, %d bytes are held", err, memory.Used())
+	}
+	if err := readBody(body(1<<20), operation(t, a, "exec"), held); !fault.Is(err, fault.RateLimited) {
+		t.Errorf("a body without room: %v", err)
+	}
+	held.Release()
+	if memory.Used() != 0 {
+		t.Errorf("%d bytes are left", memory.Used())
 	}
 }
 

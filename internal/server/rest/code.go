@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"strings"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
@@ -16,8 +17,11 @@ const (
 	// gatewayPort is where a sandbox's code interpreter listens.
 	gatewayPort = 49999
 	// maxCodeOutput bounds what code may print and show where it is answered in
-	// one piece, in bytes of JSON; the gateway itself stops at less.
-	maxCodeOutput = 64 << 20
+	// one piece, in bytes of JSON.
+	maxCodeOutput = 32 << 20
+	// codeCost is the memory that a byte of it takes: in its line, decoded, joined
+	// and encoded again.
+	codeCost = 4
 	// defaultContext is the context that code runs in.
 	defaultContext = "default"
 	// defaultCodeTimeout is how long code may run, in seconds.
@@ -76,7 +80,7 @@ func (a *API) RunCode(w http.ResponseWriter, r *http.Request, sandbox rest.Sandb
 	}
 	defer resp.Body.Close()
 	if !or(req.Stream, false) {
-		result, err := collectCode(resp.Body)
+		result, err := collectCode(observed(r).held.Reader(resp.Body, codeCost))
 		if err != nil {
 			a.Fail(w, r, err)
 			return
@@ -119,11 +123,15 @@ const endOfExecution = "end_of_execution"
 // collectCode makes one answer of a guest's lines.
 func collectCode(body io.Reader) (rest.CodeResult, error) {
 	result := rest.CodeResult{Results: []rest.CodeOutput{}}
+	var stdout, stderr strings.Builder
 	bound := &io.LimitedReader{R: body, N: maxCodeOutput}
 	lines := json.NewDecoder(bufio.NewReader(bound))
 	for {
 		var e codeEvent
 		if err := lines.Decode(&e); err != nil {
+			if fault.Is(err, fault.RateLimited) {
+				return result, err
+			}
 			if bound.N <= 0 {
 				return result, fault.New(fault.PayloadTooLarge, "the code's output is longer than %d bytes: ask for a stream", maxCodeOutput)
 			}
@@ -131,9 +139,9 @@ func collectCode(body io.Reader) (rest.CodeResult, error) {
 		}
 		switch e.Type {
 		case "stdout":
-			result.Stdout += or(e.Text, "")
+			stdout.WriteString(or(e.Text, ""))
 		case "stderr":
-			result.Stderr += or(e.Text, "")
+			stderr.WriteString(or(e.Text, ""))
 		case "result":
 			result.Results = append(result.Results, e.CodeOutput)
 		case "error":
@@ -141,6 +149,7 @@ func collectCode(body io.Reader) (rest.CodeResult, error) {
 		case "number_of_executions":
 			result.ExecutionCount = &e.ExecutionCount
 		case endOfExecution:
+			result.Stdout, result.Stderr = stdout.String(), stderr.String()
 			return result, nil
 		}
 	}

@@ -101,7 +101,7 @@ func (a *API) validate(next http.Handler) http.Handler {
 		if err != nil {
 			err = invalid(err)
 		} else {
-			err = readBody(r, m.op)
+			err = readBody(r, m.op, observed(r).held)
 		}
 		if err != nil {
 			a.Fail(w, r, err)

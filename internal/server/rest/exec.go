@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"strings"
 	"time"
-	"unicode/utf8"
 
 	"connectrpc.com/connect"
 	"github.com/coder/websocket"
@@ -58,16 +57,18 @@ func command(cmd string, args []string, shell bool, envs map[string]string, cwd,
 
 // Exec answers POST /v1/sandboxes/{sandbox_id}/exec.
 func (a *API) Exec(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID) {
-	result, err := a.exec(r, sandbox)
+	begun := time.Now()
+	out, err := a.exec(r, sandbox)
 	if err != nil {
 		a.Fail(w, r, err)
 		return
 	}
-	answer(w, http.StatusOK, result)
+	// An error here is the client's connection; there is nobody to tell.
+	_ = writeResult(w, out, time.Since(begun))
 }
 
-func (a *API) exec(r *http.Request, sandbox string) (rest.ExecResult, error) {
-	var none rest.ExecResult
+func (a *API) exec(r *http.Request, sandbox string) (sandboxes.Ended, error) {
+	var none sandboxes.Ended
 	u, err := sandboxID(sandbox)
 	if err != nil {
 		return none, err
@@ -89,25 +90,11 @@ func (a *API) exec(r *http.Request, sandbox string) (rest.ExecResult, error) {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), time.Duration(timeout)*time.Second+answerGrace)
 	defer cancel()
-	begun := time.Now()
-	out, err := a.Sandboxes.Exec(ctx, caller(r).Team, u, c, stdin)
+	out, err := a.Sandboxes.Exec(ctx, caller(r).Team, u, c, stdin, observed(r).held)
 	if r.Context().Err() != nil {
 		return none, r.Context().Err()
 	}
-	if err != nil {
-		return none, err
-	}
-	result := rest.ExecResult{
-		Encoding: rest.UTF8, ExitCode: out.ExitCode, Error: some(out.Error), TimedOut: out.TimedOut, Truncated: out.Truncated,
-		DurationMs: time.Since(begun).Milliseconds(),
-	}
-	if utf8.Valid(out.Stdout) && utf8.Valid(out.Stderr) {
-		result.Stdout, result.Stderr = string(out.Stdout), string(out.Stderr)
-	} else {
-		result.Encoding = rest.Base64
-		result.Stdout, result.Stderr = base64.StdEncoding.EncodeToString(out.Stdout), base64.StdEncoding.EncodeToString(out.Stderr)
-	}
-	return result, nil
+	return out, err
 }
 
 // ExecStream answers GET /v1/sandboxes/{sandbox_id}/exec/stream.

@@ -13,6 +13,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
+	"github.com/wrenn-dev/wrenn/internal/server/budget"
 )
 
 // statusGone is what is recorded where the client went away before an answer.
@@ -41,6 +42,8 @@ type observation struct {
 	code string
 	// host is the one whose agent called.
 	host uuid.UUID
+	// held is the memory that the request takes, once it is known who called.
+	held *budget.Held
 }
 
 type observationKey struct{}

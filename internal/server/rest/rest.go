@@ -16,12 +16,14 @@ import (
 
 	"github.com/getkin/kin-openapi/openapi3"
 	"github.com/go-chi/chi/v5"
+	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/api"
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
 	"github.com/wrenn-dev/wrenn/internal/patience"
 	"github.com/wrenn-dev/wrenn/internal/server/audit"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
+	"github.com/wrenn-dev/wrenn/internal/server/budget"
 	"github.com/wrenn-dev/wrenn/internal/server/builds"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/github"
@@ -68,6 +70,8 @@ type Config struct {
 	// PublicURL is where clients reach the service, Domain what sandboxes'
 	// host names end with.
 	PublicURL, Domain string
+	// Memory bounds what requests take.
+	Memory *budget.Budget
 	// Checks are what /health asks, by name.
 	Checks map[string]func(context.Context) error
 	// Observe hears of every answered request.
@@ -174,9 +178,17 @@ func streams(op *openapi3.Operation) bool {
 	return false
 }
 
-// limit bounds bodies, except for those that are streamed on.
+// limit bounds bodies, except for those that are streamed on, and begins to
+// count the memory that the request takes. Who has no team is counted by address.
 func (a *API) limit(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		owner := a.addressText(r)
+		if team := caller(r).Team; team != uuid.Nil {
+			owner = team.String()
+		}
+		o := observed(r)
+		o.held = a.Memory.Hold(owner)
+		defer o.held.Release()
 		op := routed(r).op
 		if streams(op) {
 			patience.Stream(r)

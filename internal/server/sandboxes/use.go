@@ -170,16 +170,3 @@ func (s *Service) Console(ctx context.Context, team, sandbox uuid.UUID) ([]byte,
 	})
 	return output, err
 }
-
-// Exec runs a command in a team's sandbox to its end.
-func (s *Service) Exec(ctx context.Context, team, sandbox uuid.UUID, c *hostagentv1.Command, stdin []byte) (*hostagentv1.ExecResponse, error) {
-	var out *hostagentv1.ExecResponse
-	err := s.call(ctx, team, sandbox, func(host *hosts.Host) error {
-		answer, err := host.Agent.Exec(ctx, connect.NewRequest(&hostagentv1.ExecRequest{SandboxId: id.Format(id.Sandbox, sandbox), Command: c, Stdin: stdin}))
-		if err == nil {
-			out = answer.Msg
-		}
-		return err
-	})
-	return out, err
-}

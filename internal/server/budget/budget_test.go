@@ -1,0 +1,85 @@
+package budget
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+)
+
+// One owner gets a share, all together get the whole, and what is given back is there again.
+func TestBounds(t *testing.T) {
+	b := New(100)
+	a := b.Hold("a")
+	if err := a.Grow(50); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Grow(1); !fault.Is(err, fault.RateLimited) {
+		t.Errorf("beyond an owner's share: %v", err)
+	}
+	if err := b.Hold("a").Grow(1); !fault.Is(err, fault.RateLimited) {
+		t.Errorf("beyond an owner's share, of another request: %v", err)
+	}
+	c, d := b.Hold("c"), b.Hold("d")
+	if err := c.Grow(40); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Grow(11); !fault.Is(err, fault.RateLimited) {
+		t.Errorf("beyond the whole: %v", err)
+	}
+	a.Release()
+	a.Release()
+	if err := d.Grow(11); err != nil || b.Used() != 51 {
+		t.Errorf("after a release: %v, %d are used", err, b.Used())
+	}
+}
+
+// Whatever requests do at the same time, the bounds hold, and nothing is left held.
+func TestManyOwners(t *testing.T) {
+	const total = 1000
+	b := New(total)
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			r := rand.New(rand.NewPCG(uint64(i), 1))
+			for range 2000 {
+				h := b.Hold(fmt.Sprint(r.IntN(3)))
+				for range r.IntN(4) {
+					if err := h.Grow(r.Int64N(300)); err != nil && !fault.Is(err, fault.RateLimited) {
+						t.Error(err)
+					}
+				}
+				b.mu.Lock()
+				if b.used > total || b.owners[h.owner] > b.each {
+					t.Errorf("%d are used, %d by one", b.used, b.owners[h.owner])
+				}
+				b.mu.Unlock()
+				h.Release()
+			}
+		})
+	}
+	wg.Wait()
+	if b.Used() != 0 || len(b.owners) != 0 {
+		t.Errorf("%d are left, of %v", b.Used(), b.owners)
+	}
+}
+
+// A reader takes what it reads, not less, and stops where there is no more.
+func TestReader(t *testing.T) {
+	b := New(8 * step)
+	h := b.Hold("a")
+	got, err := io.ReadAll(h.Reader(strings.NewReader(strings.Repeat("x", step+1)), 2))
+	if err != nil || len(got) != step+1 || h.bytes < 2*int64(len(got)) {
+		t.Errorf("%d bytes, %d held, %v", len(got), h.bytes, err)
+	}
+	h.Release()
+	got, err = io.ReadAll(h.Reader(bytes.NewReader(make([]byte, 10*step)), 1))
+	if !fault.Is(err, fault.RateLimited) || len(got) != 4*step {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+}

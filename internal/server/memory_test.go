@@ -1,0 +1,59 @@
+package server_test
+
+import (
+	"net/http"
+	"strings"
+	"testing"
+)
+
+// A team whose commands print all that they may, for clients that read none of
+// it, gets no more of the server's memory than its share; others are answered.
+func TestOneTeamTakesItsShareOfMemory(t *testing.T) {
+	p := newPlane(t)
+	p.end()
+	p.config.RequestMemoryMiB = 128
+	p.start()
+	sandbox := p.create(map[string]any{})
+	path := "/v1/sandboxes/" + sandbox + "/exec"
+	other := p.newTeam()
+	foreign := "/v1/sandboxes/" + p.call("POST", "/v1/sandboxes", map[string]any{}, "X-API-Key", other).want(201).str("id") + "/exec"
+
+	// Both outputs of 16 MiB take all of a share of 64 MiB.
+	req, err := http.NewRequestWithContext(t.Context(), "POST", p.http.URL+path, strings.NewReader(`{"cmd":"flood","args":["\u00e9","16777216"]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("X-API-Key", adminKey)
+	req.Header.Set("Content-Type", "application/json")
+	flood, err := http.DefaultClient.Do(req) // returns once the answer has begun
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer flood.Body.Close()
+	if flood.StatusCode != http.StatusOK {
+		t.Fatalf("the command that floods: %s", flood.Status)
+	}
+	refused := p.call("POST", path, map[string]any{"cmd": "say", "args": []string{"hello"}})
+	refused.fails(429, "rate_limited")
+	if refused.Header.Get("Retry-After") == "" {
+		t.Error("the answer does not say when to try again")
+	}
+	if got := p.call("POST", foreign, map[string]any{"cmd": "say", "args": []string{"hello"}}, "X-API-Key", other).want(200).str("stdout"); got != "hello" {
+		t.Errorf("another team's command printed %q", got)
+	}
+	p.call("GET", "/v1/sandboxes", nil).want(200) // what takes nothing is answered
+	flood.Body.Close()
+	p.eventually("the memory is given back", func() bool {
+		return p.call("POST", path, map[string]any{"cmd": "say", "args": []string{"hello"}}).Status == 200
+	})
+}
+
+// Output that JSON would make six times as long is written as base64.
+func TestFloodOfControlCharacters(t *testing.T) {
+	p := newPlane(t)
+	path := "/v1/sandboxes/" + p.create(map[string]any{}) + "/exec"
+	got := p.call("POST", path, map[string]any{"cmd": "flood", "args": []string{"\u0001", "1048576"}}).want(200)
+	if got.str("encoding") != "base64" || len(got.Body) > 3<<20 {
+		t.Errorf("2 MiB are written as %d bytes of %s", len(got.Body), got.str("encoding"))
+	}
+}

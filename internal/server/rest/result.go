@@ -1,0 +1,107 @@
+package rest
+
+import (
+	"encoding/base64"
+	"encoding/json"
+	"io"
+	"net/http"
+	"time"
+	"unicode/utf8"
+
+	"github.com/go-json-experiment/json/jsontext"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/rest"
+	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
+)
+
+// shortOutput is what is written as text whatever it takes, in bytes: people
+// read it. Of more, the shorter way is used.
+const shortOutput = 64 << 10
+
+// writeResult answers with how a command ended. It writes the output piece by
+// piece: a control character becomes six bytes of JSON.
+func writeResult(w http.ResponseWriter, out sandboxes.Ended, took time.Duration) error {
+	result := rest.ExecResult{
+		Encoding: rest.UTF8, ExitCode: out.ExitCode, Error: some(out.Error), TimedOut: out.TimedOut, Truncated: out.Truncated,
+		DurationMs: took.Milliseconds(),
+	}
+	write := writeText
+	if !textual(out.Stdout, out.Stderr) {
+		result.Encoding, write = rest.Base64, writeBase64
+	}
+	// All members but the two long ones, which are written without being copied.
+	b, err := json.Marshal(result)
+	if err != nil {
+		return err
+	}
+	var others map[string]json.RawMessage
+	if err := json.Unmarshal(b, &others); err != nil {
+		return err
+	}
+	delete(others, "stdout")
+	delete(others, "stderr")
+	if b, err = json.Marshal(others); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", jsonType)
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(http.StatusOK)
+	for _, long := range []struct {
+		before string
+		bytes  []byte
+	}{{`{"stdout":"`, out.Stdout}, {`","stderr":"`, out.Stderr}} {
+		if _, err := io.WriteString(w, long.before); err != nil {
+			return err
+		}
+		if err := write(w, long.bytes); err != nil {
+			return err
+		}
+	}
+	_, err = w.Write(append(append([]byte(`",`), b[1:]...), '\n'))
+	return err
+}
+
+// textual says whether outputs are written as text.
+func textual(all ...[]byte) bool {
+	size, escaped := 0, 0
+	for _, b := range all {
+		if !utf8.Valid(b) {
+			return false
+		}
+		for _, c := range b {
+			if c < ' ' && c != '\n' && c != '\t' && c != '\r' {
+				escaped++
+			}
+		}
+		size += len(b)
+	}
+	return size <= shortOutput || size+5*escaped <= base64.StdEncoding.EncodedLen(size)
+}
+
+func writeBase64(w io.Writer, b []byte) error {
+	enc := base64.NewEncoder(base64.StdEncoding, w)
+	if _, err := enc.Write(b); err != nil {
+		return err
+	}
+	return enc.Close()
+}
+
+// writeText writes what is between the quotes of a JSON string.
+func writeText(w io.Writer, b []byte) error {
+	var quoted []byte
+	for len(b) > 0 {
+		n := min(len(b), chunk)
+		for n < len(b) && !utf8.RuneStart(b[n]) {
+			n--
+		}
+		var err error
+		if quoted, err = jsontext.AppendQuote(quoted[:0], b[:n]); err != nil {
+			return err
+		}
+		if _, err := w.Write(quoted[1 : len(quoted)-1]); err != nil {
+			return err
+		}
+		b = b[n:]
+	}
+	return nil
+}

@@ -1,0 +1,146 @@
+package sandboxes
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+
+	"connectrpc.com/connect"
+	"github.com/google/uuid"
+
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/budget"
+	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+)
+
+const (
+	// maxOutput is how much of each stream of a command is kept, in bytes.
+	maxOutput = 16 << 20
+	// outputCost is the memory that a byte of output takes: as it came, and joined.
+	outputCost = 2
+	// inputChunk is how much input is sent at once, in bytes.
+	inputChunk = 64 << 10
+)
+
+// Ended is what a command printed, and how it ended.
+type Ended struct {
+	Stdout, Stderr []byte
+	ExitCode       int32
+	Error          string // why it ended where it did not exit by itself
+	TimedOut       bool
+	Truncated      bool // output was dropped
+}
+
+// Exec runs a command in a team's sandbox to its end. Its output is taken from
+// held as it comes: what has no room there, or is beyond 16 MiB of a stream, is
+// dropped, because the command has run.
+func (s *Service) Exec(ctx context.Context, team, sandbox uuid.UUID, c *hostagentv1.Command, stdin []byte, held *budget.Held) (Ended, error) {
+	var out Ended
+	err := s.call(ctx, team, sandbox, func(host *hosts.Host) (err error) {
+		start := &hostagentv1.ExecStreamRequest_Start{SandboxId: id.Format(id.Sandbox, sandbox), Command: c, Stdin: len(stdin) > 0}
+		out, err = exec(ctx, host.Agent, start, stdin, held)
+		return err
+	})
+	return out, err
+}
+
+func exec(ctx context.Context, agent hostagentv1connect.HostAgentClient, start *hostagentv1.ExecStreamRequest_Start, stdin []byte, held *budget.Held) (Ended, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	stream := agent.ExecStream(ctx)
+	fed := make(chan struct{})
+	go func() {
+		defer close(fed)
+		feed(stream, start, stdin)
+	}()
+	defer func() {
+		cancel()
+		_ = stream.CloseRequest() // HTTP/2 notices that a call was given up only when its body ends
+		<-fed
+		_ = stream.CloseResponse()
+	}()
+	var end Ended
+	stdout, stderr := kept{held: held}, kept{held: held}
+	for {
+		m, err := stream.Receive()
+		if errors.Is(err, io.EOF) {
+			return Ended{}, io.ErrUnexpectedEOF // the host broke off: how the command ended is not known
+		}
+		if err != nil {
+			return Ended{}, err
+		}
+		switch m := m.Message.(type) {
+		case *hostagentv1.ExecStreamResponse_Stdout:
+			stdout.add(m.Stdout)
+		case *hostagentv1.ExecStreamResponse_Stderr:
+			stderr.add(m.Stderr)
+		case *hostagentv1.ExecStreamResponse_Exited_:
+			end.ExitCode, end.Error, end.TimedOut = m.Exited.ExitCode, m.Exited.Error, m.Exited.TimedOut
+			end.Stdout, end.Stderr = stdout.joined(), stderr.joined()
+			end.Truncated = stdout.dropped || stderr.dropped
+			return end, nil
+		}
+	}
+}
+
+// feed starts the command and sends its input. Why that failed is what the
+// stream's receiver is told.
+func feed(stream *connect.BidiStreamForClient[hostagentv1.ExecStreamRequest, hostagentv1.ExecStreamResponse], start *hostagentv1.ExecStreamRequest_Start, stdin []byte) {
+	err := stream.Send(&hostagentv1.ExecStreamRequest{Message: &hostagentv1.ExecStreamRequest_Start_{Start: start}})
+	if len(stdin) == 0 {
+		return
+	}
+	for len(stdin) > 0 && err == nil {
+		n := min(len(stdin), inputChunk)
+		err = stream.Send(&hostagentv1.ExecStreamRequest{Message: &hostagentv1.ExecStreamRequest_Stdin{Stdin: stdin[:n]}})
+		stdin = stdin[n:]
+	}
+	if err == nil {
+		_ = stream.Send(&hostagentv1.ExecStreamRequest{Message: &hostagentv1.ExecStreamRequest_CloseStdin_{CloseStdin: &hostagentv1.ExecStreamRequest_CloseStdin{}}})
+	}
+}
+
+// kept is a stream's output, in blocks: a guest chooses how small its pieces are.
+type kept struct {
+	held    *budget.Held
+	blocks  [][]byte
+	bytes   int
+	dropped bool
+}
+
+// firstBlock is enough for most commands, block for the rest, in bytes.
+const (
+	firstBlock = 4 << 10
+	block      = 64 << 10
+)
+
+func (k *kept) add(piece []byte) {
+	if k.dropped {
+		return
+	}
+	if room := maxOutput - k.bytes; len(piece) > room {
+		piece, k.dropped = piece[:room], true
+	}
+	for len(piece) > 0 {
+		last := len(k.blocks) - 1
+		if last < 0 || len(k.blocks[last]) == cap(k.blocks[last]) {
+			size := block
+			if last < 0 {
+				size = firstBlock
+			}
+			if k.held.Grow(outputCost*int64(size)) != nil {
+				k.dropped = true
+				return
+			}
+			k.blocks, last = append(k.blocks, make([]byte, 0, size)), last+1
+		}
+		to := &k.blocks[last]
+		n := min(len(piece), cap(*to)-len(*to))
+		*to = append(*to, piece[:n]...)
+		piece, k.bytes = piece[n:], k.bytes+n
+	}
+}
+
+func (k *kept) joined() []byte { return bytes.Join(k.blocks, nil) }
