@@ -33,9 +33,12 @@ type frontDoor struct {
 	env    []string
 	listen string
 	files  []*os.File // the listening sockets
+	// doorman answers until Caddy is started.
+	doorman *doorman
 }
 
-// newFrontDoor listens on listen and writes Caddy's configuration.
+// newFrontDoor listens on listen, where a doorman answers for now, and writes
+// Caddy's configuration.
 func newFrontDoor(ctx context.Context, dir layout.Dir, listen, domain string) (_ *frontDoor, err error) {
 	f := &frontDoor{config: filepath.Join(dir.Run(), "Caddyfile"), home: filepath.Join(dir.Run(), "caddy"), listen: listen, user: account{caddyID, caddyID}}
 	defer func() {
@@ -55,6 +58,9 @@ func newFrontDoor(ctx context.Context, dir layout.Dir, listen, domain string) (_
 		return nil, fmt.Errorf("--listen: %w", err)
 	}
 	if f.files, err = bind(ctx, listen); err != nil {
+		return nil, err
+	}
+	if f.doorman, err = newDoorman(f.files); err != nil {
 		return nil, err
 	}
 	if err := f.user.ownDir(f.home); err != nil {
@@ -199,6 +205,9 @@ func covered(ip net.IP, files []*os.File) bool {
 
 // close gives the port up. Caddy has ended by then.
 func (f *frontDoor) close() {
+	if f.doorman != nil {
+		f.doorman.close()
+	}
 	for _, l := range f.files {
 		_ = l.Close()
 	}
@@ -211,6 +220,7 @@ func (f *frontDoor) program() program {
 	return program{
 		name: "Caddy",
 		command: func() *exec.Cmd {
+			f.doorman.close()
 			cmd := f.caddy.Command("run", "--config", f.config, "--adapter", "caddyfile")
 			cmd.ExtraFiles = append(slices.Clone(f.files), f.binary)
 			cmd.Path = fmt.Sprintf("/proc/self/fd/%d", firstFD+len(f.files))

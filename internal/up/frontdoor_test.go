@@ -78,6 +78,77 @@ func openDoorOf(t *testing.T, server http.Handler, config []byte) (s *service, a
 	return s, front.listen, stopServer
 }
 
+// TestDoorman: from the moment that the port is open, clients hear what the machine
+// prepares, until Caddy answers. None is refused, and none waits.
+func TestDoorman(t *testing.T) {
+	s := newService(t)
+	deploytest.Caddy(t)
+	front, err := newFrontDoor(t.Context(), s.dir, "127.0.0.1:0", "localhost")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.stack = append(s.stack, front.close)
+	l, err := net.FileListener(front.files[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	front.listen = l.Addr().String()
+	l.Close()
+	get := func(method string) (*http.Response, string) {
+		t.Helper()
+		req, err := http.NewRequestWithContext(t.Context(), method, "http://"+front.listen+"/v1/sandboxes", strings.NewReader("{}"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		b, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp, string(b)
+	}
+	front.doorman.prepares("the base image")
+	for _, method := range []string{"GET", "POST", "HEAD"} {
+		resp, body := get(method)
+		if resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" || resp.Header.Get("Content-Type") != "application/json" {
+			t.Errorf("%s: %d %v", method, resp.StatusCode, resp.Header)
+		}
+		if want := `{"error":{"code":"unavailable","message":"Wrenn is starting and prepares the base image: try again in a few seconds"}}` + "\n"; method != "HEAD" && body != want {
+			t.Errorf("%s: %q", method, body)
+		}
+	}
+
+	// Caddy takes over while clients come.
+	behind, err := netaddr.Listen(t.Context(), "unix:"+s.dir.ServerSocket(), 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := netaddr.Server(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "the server") }))
+	go srv.Serve(behind)
+	t.Cleanup(func() { srv.Close() })
+	if err := openTo(front.user, s.dir.ServerSocket()); err != nil {
+		t.Fatal(err)
+	}
+	launched := make(chan error, 1)
+	go func() { launched <- s.launch(t.Context(), front.program()) }()
+	for {
+		resp, body := get("GET")
+		if resp.StatusCode == 200 && body == "the server" {
+			break
+		}
+		if resp.StatusCode != 503 {
+			t.Fatalf("meanwhile: %d %q", resp.StatusCode, body)
+		}
+	}
+	if err := <-launched; err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestFrontDoor(t *testing.T) {
 	// Says what it is asked for.
 	_, listen, stopServer := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -190,6 +190,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 		return err
 	}
 	progress := func(step string) { s.say("%s", step) }
+	front.doorman.prepares("the kernel and the base image, which takes a minute or two the first time")
 	if _, err := image.Kernel(ctx, s.dir, envd, progress); err != nil {
 		return err
 	}
@@ -198,6 +199,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 	}
 	s.say("images are ready")
 
+	front.doorman.prepares("the databases")
 	pg, err := newPostgres(ctx, s.dir)
 	if err != nil {
 		return err
@@ -231,9 +233,11 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 		_, err := s.agent().Terminate(ctx, connect.NewRequest(&hostagentv1.TerminateRequest{}))
 		return err
 	}
+	front.doorman.prepares("the host agent")
 	if err := s.launch(ctx, hostAgent); err != nil {
 		return err
 	}
+	front.doorman.prepares("the control plane")
 	err = s.launch(ctx, s.own(self, "server", append(passed(
 		"WRENN_BUILD_WORKERS", "WRENN_BUILD_TEAM_RUNNING", "WRENN_BUILD_TEAM_OPEN", "WRENN_BUILD_STEP_TIMEOUT", "WRENN_BUILD_PHASE_TIMEOUT", "WRENN_BUILD_LEASE",
 		"WRENN_BUILD_ARCHIVE_MIB", "WRENN_BUILD_TEAM_ARCHIVES_MIB", "WRENN_BUILD_ARCHIVES_LAST", "WRENN_BUILD_LAYERS", "WRENN_BUILD_LAYERS_LAST",
