@@ -14,11 +14,6 @@ import (
 	"time"
 )
 
-// FlushInterval is for [net/http/httputil.ReverseProxy], which sends what it
-// has of a response with a known length after that time, and all others at
-// once. Sending those at once too takes a goroutine and a packet more for each.
-const FlushInterval = 2 * time.Millisecond
-
 // linger is how long a client may send on after a response that did not wait
 // for all of its request.
 var linger = 30 * time.Second
@@ -26,7 +21,9 @@ var linger = 30 * time.Second
 // Serve has h answer a request in full duplex. If the request's body has not
 // ended when the response begins, the connection is closed after the response.
 func Serve(w http.ResponseWriter, r *http.Request, h func(http.ResponseWriter, *http.Request)) {
-	if r.ProtoMajor != 1 || r.Body == nil || r.Body == http.NoBody {
+	// A server that wraps this one, as Caddy does, may have wrapped the body that
+	// is none.
+	if r.ProtoMajor != 1 || r.Body == nil || r.ContentLength == 0 {
 		h(w, r)
 		return
 	}
@@ -50,20 +47,6 @@ func Serve(w http.ResponseWriter, r *http.Request, h func(http.ResponseWriter, *
 		// the response.
 		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(linger))
 	}
-}
-
-// Abort is deferred by a proxy. If the proxy breaks off a response that has
-// begun, Abort sends what there is of it first: the client would take a
-// connection that closes without a header for a request that was not served.
-func Abort(w http.ResponseWriter, begun *bool) {
-	v := recover()
-	if v == nil {
-		return
-	}
-	if v == http.ErrAbortHandler && *begun {
-		_ = http.NewResponseController(w).Flush()
-	}
-	panic(v)
 }
 
 // body knows whether it was read to its end. Its reader may outlive the handler.

@@ -18,7 +18,7 @@ const (
 	minCaddyMajor = 2
 	minCaddyMinor = 11
 	// caddyModule is one of Wrenn's own, which deploy/Caddyfile uses.
-	caddyModule = "http.handlers.full_duplex"
+	caddyModule = "http.handlers.control_plane"
 )
 
 // FindCaddy returns the Caddy to use: the one beside this program, else the one

@@ -19,6 +19,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -199,6 +200,68 @@ func TestFrontDoor(t *testing.T) {
 		if status, body := get(host, "/v1/x"); status != 502 || body != want {
 			t.Errorf("%s without a server: %d %q", host, status, body)
 		}
+	}
+}
+
+// TestConnectionIsKept sends request after request over one connection.
+func TestConnectionIsKept(t *testing.T) {
+	_, listen, _ := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.Copy(w, r.Body) }))
+	conn, err := net.Dial("tcp", listen)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(60 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	r := bufio.NewReader(conn)
+	for n := range 30 {
+		request, want := "GET /v1/x HTTP/1.1\r\nHost: 80-cl-x.localhost\r\n\r\n", ""
+		if n%3 == 1 {
+			request, want = "POST /api/v1/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nhello", "hello"
+		}
+		fmt.Fprint(conn, request)
+		resp, err := http.ReadResponse(r, nil)
+		if err != nil {
+			t.Fatal(n, err)
+		}
+		if b, err := io.ReadAll(resp.Body); err != nil || string(b) != want || resp.Close {
+			t.Errorf("request %d: %q, %v; the connection closes: %t", n, b, err, resp.Close)
+		}
+	}
+}
+
+// TestResponseIsTheGuestsOwn has the front door change nothing of a response.
+func TestResponseIsTheGuestsOwn(t *testing.T) {
+	_, listen, _ := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h := w.Header()
+		h.Set("X-Asked", r.Header.Get("Accept-Encoding"))
+		h["Date"], h["Content-Type"] = nil, nil
+		h.Set("Content-Length", "3")
+		h.Set("Content-Encoding", "gzip")
+		_, _ = io.WriteString(w, "abc")
+	}))
+	for _, h2 := range []bool{false, true} {
+		transport := netaddr.Transport(listen, h2)
+		transport.DisableCompression = true
+		for _, method := range []string{http.MethodGet, http.MethodHead} {
+			req, err := http.NewRequestWithContext(t.Context(), method, "http://80-cl-x.localhost/", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp, err := transport.RoundTrip(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b, err := io.ReadAll(resp.Body)
+			resp.Body.Close()
+			resp.Header.Del("Date") // which a proxy adds if there is none
+			want := http.Header{"X-Asked": {""}, "Content-Length": {"3"}, "Content-Encoding": {"gzip"}}
+			if err != nil || method == http.MethodGet && string(b) != "abc" || !reflect.DeepEqual(resp.Header, want) {
+				t.Errorf("%s over %s: %v %q, %v", method, resp.Proto, resp.Header, b, err)
+			}
+		}
+		transport.CloseIdleConnections()
 	}
 }
 

@@ -15,7 +15,6 @@ import (
 	"path"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 
 	"github.com/google/uuid"
@@ -25,6 +24,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
 	"github.com/wrenn-dev/wrenn/internal/duplex"
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
 // Prefix is what the proxy's paths begin with: "/proxy/{sandbox_id}/{port}/…".
@@ -49,8 +49,7 @@ var forwarded = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Pro
 type Proxy struct {
 	use      func(context.Context, uuid.UUID) (*sandbox.Use, error)
 	log      *slog.Logger
-	errors   *stdlog.Logger // what ReverseProxy logs
-	buffers  buffers
+	errors   *stdlog.Logger // of connections that change protocols
 	requests *prometheus.CounterVec
 	// forwarded is one of requests, looked up once.
 	forwarded prometheus.Counter
@@ -63,7 +62,6 @@ func New(use func(context.Context, uuid.UUID) (*sandbox.Use, error), log *slog.L
 	}, []string{"result"})}
 	p.forwarded = p.requests.WithLabelValues("forwarded")
 	p.errors = slog.NewLogLogger(log.Handler(), slog.LevelDebug)
-	p.buffers.New = func() any { b := make([]byte, 32<<10); return &b }
 	return p
 }
 
@@ -150,18 +148,11 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // forward carries a request to its sandbox and ends the use.
 func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, t target, u *sandbox.Use) {
 	defer u.End()
-	begun := false
-	defer duplex.Abort(w, &begun)
-	rp := httputil.ReverseProxy{
-		Transport:     u.Transport,
-		FlushInterval: duplex.FlushInterval,
-		BufferPool:    &p.buffers,
-		ErrorLog:      p.errors,
-		Rewrite:       func(pr *httputil.ProxyRequest) { rewrite(pr, t, u.Address.String()) },
-		ModifyResponse: func(resp *http.Response) error {
-			begun = true
-			return p.received(resp)
-		},
+	rp := upstream.Proxy{
+		Transport:      u.Transport,
+		ErrorLog:       p.errors,
+		Rewrite:        func(pr *httputil.ProxyRequest) { rewrite(pr, t, u.Address.String()) },
+		ModifyResponse: p.received,
 		ErrorHandler: func(w http.ResponseWriter, out *http.Request, err error) {
 			if r.Context().Err() != nil {
 				panic(http.ErrAbortHandler) // nobody is there to tell
@@ -199,14 +190,13 @@ func rewrite(pr *httputil.ProxyRequest, t target, address string) {
 }
 
 // received takes from a guest's answer what only the agent may say.
-func (p *Proxy) received(resp *http.Response) error {
+func (p *Proxy) received(resp *http.Response) {
 	for name := range resp.Header {
 		if strings.HasPrefix(name, private) {
 			resp.Header.Del(name)
 		}
 	}
 	p.forwarded.Inc()
-	return nil
 }
 
 // explain makes of a failed request what its client may know.
@@ -223,8 +213,12 @@ func explain(ctx context.Context, err error, port int) error {
 		return &problem{http.StatusBadGateway, "bad_gateway", fmt.Sprintf("nothing listens on port %d of the sandbox", port)}
 	case errors.As(err, &timeout) && timeout.Timeout():
 		return &problem{http.StatusGatewayTimeout, "timeout", fmt.Sprintf("port %d of the sandbox does not answer", port)}
+	case errors.Is(err, upstream.ErrNoResponse):
+		return &problem{http.StatusBadGateway, "bad_gateway", fmt.Sprintf("the connection to port %d of the sandbox closed before a response", port)}
+	case errors.Is(err, upstream.ErrHTTP2):
+		return &problem{http.StatusBadGateway, "bad_gateway", fmt.Sprintf("port %d of the sandbox speaks only HTTP/2, which was not known yet: try again", port)}
 	}
-	return &problem{http.StatusBadGateway, "bad_gateway", fmt.Sprintf("what listens on port %d of the sandbox gave no valid answer", port)}
+	return &problem{http.StatusBadGateway, "bad_gateway", fmt.Sprintf("port %d of the sandbox sent no valid response", port)}
 }
 
 // fail answers with an error.
@@ -261,9 +255,3 @@ func Answer(w http.ResponseWriter, status int, code, message string) {
 	}
 	_ = json.NewEncoder(w).Encode(map[string]body{"error": {code, message}})
 }
-
-// buffers lends the memory that bodies are copied through.
-type buffers struct{ sync.Pool }
-
-func (b *buffers) Get() []byte  { return *b.Pool.Get().(*[]byte) }
-func (b *buffers) Put(p []byte) { b.Pool.Put(&p) }

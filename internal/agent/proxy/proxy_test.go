@@ -18,6 +18,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/coder/websocket"
 	"github.com/google/uuid"
@@ -26,6 +27,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
 // one is a proxy to one sandbox, whose address is a loopback one.
@@ -39,8 +41,13 @@ type one struct {
 func start(t *testing.T) *one {
 	t.Helper()
 	address := netip.MustParseAddr("127.66.0.1")
-	transport := &http.Transport{DisableCompression: true}
-	t.Cleanup(transport.CloseIdleConnections)
+	transport := &upstream.Transport{
+		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "tcp", addr)
+		},
+		IdleTimeout: time.Minute, MaxIdle: 100, MaxIdlePerHost: 100, MaxHeaderBytes: 1 << 20,
+	}
+	t.Cleanup(transport.Close)
 	life, end := context.WithCancelCause(t.Context())
 	o := &one{sandbox: uuid.New(), end: end, tracker: sandbox.NewTracker()}
 	p := New(func(ctx context.Context, u uuid.UUID) (*sandbox.Use, error) {
@@ -150,6 +157,36 @@ func TestBodyThatNobodyReads(t *testing.T) {
 	server.Close() // Nothing writes to the log any more.
 	if log.Len() > 0 {
 		t.Errorf("the server logged: %.500s", log.String())
+	}
+}
+
+// TestFailureDoesNotWaitForBody has a client stall in its body while the server
+// in the sandbox goes away: the client hears at once.
+func TestFailureDoesNotWaitForBody(t *testing.T) {
+	o := start(t)
+	port := listen(t, 0, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.ReadFull(r.Body, make([]byte, 1))
+		if conn, _, err := http.NewResponseController(w).Hijack(); err == nil {
+			conn.Close()
+		}
+	}))
+	conn, err := net.Dial("tcp", o.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(await.Hang)); err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nh", o.path(port, "/"))
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if want := fmt.Sprintf("the connection to port %d of the sandbox closed before a response", port); err != nil || resp.StatusCode != http.StatusBadGateway || !strings.Contains(string(b), want) {
+		t.Errorf("%s %q, %v", resp.Status, b, err)
 	}
 }
 

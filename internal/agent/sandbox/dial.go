@@ -5,10 +5,13 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"strings"
+	"sync"
 	"syscall"
 	"time"
 
 	"github.com/wrenn-dev/wrenn/internal/backoff"
+	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
 // A port on which nothing listens is tried again for a while: a server may have
@@ -19,41 +22,102 @@ const (
 	firstRedial    = 10 * time.Millisecond
 	longestRedial  = 250 * time.Millisecond
 	connectTimeout = 10 * time.Second
+	// idleTimeout is how long an unused connection to a guest is kept.
+	idleTimeout = 60 * time.Second
+	// onceIdle is less than servers keep idle connections, which is 2 s or more.
+	onceIdle = time.Second
+	// maxHeader bounds the header of a guest's response.
+	maxHeader = 1 << 20
 )
 
-// portTransport carries requests to the ports of the guest at host. Connecting
-// ends with life, because the address may be another sandbox's soon after; a
-// request that is given up alone does not end it.
-func portTransport(life context.Context, d *net.Dialer, host string) *http.Transport {
-	return &http.Transport{
-		DialContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
-			_, port, err := net.SplitHostPort(addr)
-			if err != nil {
-				return nil, err
-			}
-			ctx, cancel := context.WithCancel(ctx)
-			defer cancel()
-			defer context.AfterFunc(life, cancel)()
-			return dialPort(ctx, d, net.JoinHostPort(host, port))
-		},
-		DisableCompression:     true,
-		MaxIdleConns:           512,
-		MaxIdleConnsPerHost:    256,
-		IdleConnTimeout:        60 * time.Second,
-		ExpectContinueTimeout:  time.Second,
-		MaxResponseHeaderBytes: 1 << 20,
+// ports carries requests to the ports of a guest.
+type ports struct {
+	http1 *upstream.Transport
+	// http2 speaks HTTP/2 without TLS and without asking first.
+	http2 *http.Transport
+	// only2 has the addresses whose servers do not speak HTTP/1.1.
+	only2 sync.Map
+}
+
+// newPorts makes the ports of the guest at host. Connecting ends with life,
+// because the address may be another sandbox's soon after; a request that is
+// given up alone does not end it.
+func newPorts(life context.Context, d *net.Dialer, host string) *ports {
+	dial := func(ctx context.Context, addr string) (net.Conn, error) {
+		_, port, err := net.SplitHostPort(addr)
+		if err != nil {
+			return nil, err
+		}
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		defer context.AfterFunc(life, cancel)()
+		return dialPort(ctx, d, net.JoinHostPort(host, port))
 	}
+	var protocols http.Protocols
+	protocols.SetUnencryptedHTTP2(true)
+	return &ports{
+		http1: &upstream.Transport{
+			Dial: dial, Redial: redial, IdleTimeout: idleTimeout, OnceIdle: onceIdle, MaxIdle: 512, MaxIdlePerHost: 256, MaxHeaderBytes: maxHeader,
+		},
+		http2: &http.Transport{
+			DialContext:        func(ctx context.Context, _, addr string) (net.Conn, error) { return dial(ctx, addr) },
+			Protocols:          &protocols,
+			DisableCompression: true, IdleConnTimeout: idleTimeout, MaxIdleConnsPerHost: 256, MaxResponseHeaderBytes: maxHeader,
+		},
+	}
+}
+
+// RoundTrip implements [http.RoundTripper].
+func (p *ports) RoundTrip(req *http.Request) (*http.Response, error) {
+	_, only2 := p.only2.Load(req.URL.Host)
+	if !only2 && !isGRPC(req) {
+		resp, err := p.http1.RoundTrip(req)
+		if !errors.Is(err, upstream.ErrHTTP2) {
+			return resp, err
+		}
+		p.only2.Store(req.URL.Host, nil)
+		if req.Body != nil && req.Body != http.NoBody {
+			return nil, err // It was read.
+		}
+	}
+	resp, err := p.http2.RoundTrip(req)
+	if err != nil {
+		p.only2.Delete(req.URL.Host)
+	}
+	return resp, err
+}
+
+// isGRPC says whether a request is gRPC's, which needs HTTP/2.
+func isGRPC(req *http.Request) bool {
+	kind, _, _ := strings.Cut(req.Header.Get("Content-Type"), ";")
+	kind, ok := strings.CutPrefix(strings.ToLower(strings.TrimSpace(kind)), "application/grpc")
+	return ok && (kind == "" || kind[0] == '+') // Not grpc-web.
+}
+
+// close closes the connections that no request uses. There are no new ones.
+func (p *ports) close() {
+	p.http1.Close()
+	p.http2.CloseIdleConnections()
 }
 
 // dialPort connects to a guest's port, and waits a short while for a server
 // that does not listen yet. No byte of a request is sent before it returns.
 func dialPort(ctx context.Context, d *net.Dialer, address string) (net.Conn, error) {
-	deadline := time.Now().Add(listenWait)
-	pauses := backoff.New(firstRedial, longestRedial)
+	wait := redial()
 	for {
 		conn, err := d.DialContext(ctx, "tcp", address)
-		if !errors.Is(err, syscall.ECONNREFUSED) || time.Now().Add(longestRedial).After(deadline) || pauses.Wait(ctx) != nil {
+		if !errors.Is(err, syscall.ECONNREFUSED) || !wait(ctx) {
 			return conn, err
 		}
+	}
+}
+
+// redial returns a function that waits before the next attempt to connect, and
+// returns false if there is none.
+func redial() func(context.Context) bool {
+	deadline := time.Now().Add(listenWait)
+	pauses := backoff.New(firstRedial, longestRedial)
+	return func(ctx context.Context) bool {
+		return time.Now().Add(longestRedial).Before(deadline) && pauses.Wait(ctx) == nil
 	}
 }

@@ -4,11 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/await"
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
 // closedPort is an address on which nothing listens.
@@ -79,7 +84,7 @@ func TestDialEndsWithSandbox(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	transport := portTransport(life, d, host)
+	transport := newPorts(life, d, host)
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+net.JoinHostPort(host, port)+"/", nil)
 	if err != nil {
 		t.Fatal(err)
@@ -90,5 +95,44 @@ func TestDialEndsWithSandbox(t *testing.T) {
 	}
 	if err == nil || tries != 1 {
 		t.Errorf("%d tries, %v", tries, err)
+	}
+}
+
+// TestGRPC has requests of gRPC reach a server over HTTP/2, which they need,
+// and others over HTTP/1.1, which every server speaks.
+func TestGRPC(t *testing.T) {
+	l, err := net.Listen("tcp", closedPort(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := netaddr.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		b, _ := io.ReadAll(r.Body)
+		fmt.Fprintf(w, "%s %s", r.Proto, b)
+		_ = http.NewResponseController(w).Flush()
+		w.Header().Set(http.TrailerPrefix+"Grpc-Status", "0")
+	}))
+	go server.Serve(l)
+	defer server.Close()
+	host, _, _ := net.SplitHostPort(l.Addr().String())
+	p := newPorts(t.Context(), new(net.Dialer), host)
+	defer p.close()
+	for kind, want := range map[string]string{
+		"application/grpc": "HTTP/2.0", "application/grpc+proto": "HTTP/2.0", "Application/GRPC; x=y": "HTTP/2.0",
+		"application/grpc-web": "HTTP/1.1", "application/json": "HTTP/1.1", "": "HTTP/1.1",
+	} {
+		req, err := http.NewRequestWithContext(await.Context(t), http.MethodPost, "http://"+l.Addr().String()+"/", strings.NewReader("hello"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Content-Type", kind)
+		resp, err := p.RoundTrip(req)
+		if err != nil {
+			t.Fatal(kind, err)
+		}
+		b, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err != nil || string(b) != want+" hello" || resp.Trailer.Get("Grpc-Status") != "0" {
+			t.Errorf("%q: %q, %v, trailers %v", kind, b, err, resp.Trailer)
+		}
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
 	"os"
 	"strings"
 	"sync"
@@ -61,7 +60,7 @@ type box struct {
 	kept      bool // its slot is kept for it on the host, but was not taken back
 	vm        vmm.VM
 	guest     *guest.Client
-	transport *http.Transport
+	transport *ports
 	life      context.Context // of its uses; ends with a cause
 	endLife   context.CancelCauseFunc
 	bootErr   error // set before booted is closed
@@ -326,7 +325,7 @@ func (b *box) connect(token string) {
 		if b.life.Err() != nil {
 			b.life, b.endLife = context.WithCancelCause(context.Background())
 		}
-		b.transport = portTransport(b.life, &net.Dialer{Timeout: connectTimeout}, b.slot.Address().String())
+		b.transport = newPorts(b.life, &net.Dialer{Timeout: connectTimeout}, b.slot.Address().String())
 	})
 }
 
@@ -437,7 +436,7 @@ func (b *box) release() {
 func (b *box) disconnect() {
 	if b.guest != nil {
 		b.guest.Close()
-		b.transport.CloseIdleConnections()
+		b.transport.close()
 	}
 }
 

@@ -29,11 +29,16 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/scheduler"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
 // maxAnswer bounds one message of an agent: a command's two outputs at their
 // bound of 16 MiB, and room to spare.
 const maxAnswer = 48 << 20
+
+// maxHeader bounds the header of a response that the agent carries: a guest's,
+// of at most a mebibyte, and the agent's own.
+const maxHeader = 1<<20 + 64<<10
 
 // Host is a machine with an agent.
 type Host struct {
@@ -44,7 +49,7 @@ type Host struct {
 
 	token     string
 	epoch     int32
-	transport *http.Transport
+	transport *upstream.Transport
 	client    *http.Client
 	trust     trust
 
@@ -85,6 +90,9 @@ type tracked struct {
 	host *Host
 }
 
+// NetConn returns the connection itself.
+func (c *tracked) NetConn() net.Conn { return c.Conn }
+
 func (c *tracked) Close() error {
 	c.host.mu.Lock()
 	delete(c.host.conns, c.Conn)
@@ -102,7 +110,7 @@ func (h *Host) close() {
 	for c := range conns {
 		_ = c.Close()
 	}
-	h.transport.CloseIdleConnections()
+	h.transport.Close()
 	h.client.CloseIdleConnections()
 }
 
@@ -111,17 +119,22 @@ func (h *Host) close() {
 func (r *Registry) newHost(row db.Host, token string) *Host {
 	url := *row.URL
 	h := &Host{ID: row.ID, URL: url, token: token, epoch: row.Epoch, conns: make(map[net.Conn]struct{})}
+	dial := h.dials(netaddr.Transport(url, false)).DialContext
+	h.transport = &upstream.Transport{
+		Dial:        func(ctx context.Context, addr string) (net.Conn, error) { return dial(ctx, "tcp", addr) },
+		IdleTimeout: 90 * time.Second, // The agent's is two minutes.
+		MaxIdle:     512, MaxIdlePerHost: 512,
+		MaxHeaderBytes: maxHeader,
+	}
 	scheme := "http"
 	if address, ok := secure(url); ok {
 		scheme = "https"
 		c := r.caller.TLS(row.ID, address, func(leaf *x509.Certificate) error { return h.trust.check(r.Store, row.ID, leaf) })
 		h.client = &http.Client{Transport: h.dials(netaddr.TLSTransport(url, true, c.Clone()))}
 		c.NextProtos = []string{"http/1.1"}
-		h.transport = h.dials(netaddr.Transport(url, false))
-		// Requests to be carried need not know: TLS is a matter of the connection.
-		plain := h.transport.DialContext
-		h.transport.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
-			conn, err := plain(ctx, network, addr)
+		plain := h.transport.Dial
+		h.transport.Dial = func(ctx context.Context, addr string) (net.Conn, error) {
+			conn, err := plain(ctx, addr)
 			if err != nil {
 				return nil, err
 			}
@@ -135,9 +148,7 @@ func (r *Registry) newHost(row db.Host, token string) *Host {
 		}
 	} else {
 		h.client = &http.Client{Transport: h.dials(netaddr.Transport(url, true))}
-		h.transport = h.dials(netaddr.Transport(url, false))
 	}
-	h.transport.DisableCompression = true
 	_, address := netaddr.Split(url)
 	if strings.HasPrefix(url, "unix:") {
 		address = "localhost"

@@ -27,6 +27,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
+	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
 // envdPort is the guest daemon's; it asks for a token of its own.
@@ -56,8 +57,7 @@ type Proxy struct {
 	Config
 	suffix   string
 	cache    *cache
-	errors   *stdlog.Logger // what ReverseProxy logs
-	buffers  buffers
+	errors   *stdlog.Logger // of connections that change protocols
 	requests *prometheus.CounterVec
 	// forwarded is one of requests, looked up once.
 	forwarded prometheus.Counter
@@ -71,7 +71,6 @@ func New(c Config) *Proxy {
 	}
 	p.forwarded = p.requests.WithLabelValues("forwarded")
 	p.errors = slog.NewLogLogger(c.Log.Handler(), slog.LevelDebug)
-	p.buffers.New = func() any { b := make([]byte, 32<<10); return &b }
 	c.Sandboxes.OnChange(p.cache.drop)
 	c.Sandboxes.OnDeaf(p.cache.deafen)
 	return p
@@ -289,17 +288,9 @@ var forwarded = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Pro
 
 func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 	prefix := "/proxy/" + id.Format(id.Sandbox, d.sandbox) + "/" + strconv.Itoa(d.port)
-	begun := false
-	defer duplex.Abort(w, &begun)
-	rp := httputil.ReverseProxy{
-		ModifyResponse: func(*http.Response) error {
-			begun = true
-			return nil
-		},
-		Transport:     &waker{p, d, r.GetBody},
-		FlushInterval: duplex.FlushInterval,
-		BufferPool:    &p.buffers,
-		ErrorLog:      p.errors,
+	rp := upstream.Proxy{
+		Transport: &waker{p, d, r.GetBody},
+		ErrorLog:  p.errors,
 		Rewrite: func(pr *httputil.ProxyRequest) {
 			u := pr.Out.URL
 			u.Scheme, u.Host = "http", "agent"
@@ -400,12 +391,6 @@ func (k *waker) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 	}
 }
-
-// buffers lends the memory that bodies are copied through.
-type buffers struct{ sync.Pool }
-
-func (b *buffers) Get() []byte  { return *b.Pool.Get().(*[]byte) }
-func (b *buffers) Put(p []byte) { b.Pool.Put(&p) }
 
 const (
 	// targetsLast is how long a target is believed without looking again.

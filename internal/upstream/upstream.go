@@ -1,0 +1,303 @@
+// Package upstream sends a proxy's requests on over HTTP/1.1.
+//
+// [net/http.Transport] has two goroutines for each connection, which hand every
+// request and response over. A proxy has a goroutine for each request already,
+// and here that one writes the request and reads the response itself: about
+// half of the processor time. Only a request's body, which may be under way
+// while the response is, has a goroutine of its own. A failed exchange does not
+// wait for it.
+package upstream
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+)
+
+var (
+	// ErrNoResponse is why an exchange failed if the connection ended before the
+	// first byte of a response.
+	ErrNoResponse = errors.New("upstream closed the connection before responding")
+	// ErrHTTP2 is why an exchange failed with an upstream that speaks only HTTP/2.
+	// It has not looked at the request.
+	ErrHTTP2 = errors.New("upstream speaks only HTTP/2")
+)
+
+var errClosed = errors.New("upstream: the transport is closed")
+
+// Transport is an [http.RoundTripper] that keeps connections. Its fields must
+// not change once it is used.
+//
+// A request that fails on a kept connection before the first byte of its
+// response is sent once more, over a new connection, if it is idempotent or
+// nothing of it was sent, and its body was not read or can be had again.
+type Transport struct {
+	// Dial connects to addr, the host of a request's URL.
+	Dial func(ctx context.Context, addr string) (net.Conn, error)
+	// Redial makes the wait before each next attempt when new connections fail
+	// before anything was sent over them; the wait returns false to give up. If
+	// Redial is nil, there is one attempt.
+	Redial func() (wait func(context.Context) bool)
+	// IdleTimeout is how long an unused connection is kept.
+	IdleTimeout time.Duration
+	// OnceIdle is the same for requests that cannot be sent twice (IdleTimeout).
+	// Such a request is lost if it meets the upstream closing the connection.
+	OnceIdle time.Duration
+	// MaxIdle bounds the unused connections, MaxIdlePerHost those of one address.
+	MaxIdle, MaxIdlePerHost int
+	// MaxHeaderBytes bounds the header of a response.
+	MaxHeaderBytes int64
+
+	mu     sync.Mutex
+	closed bool
+	idle   map[string][]*conn // each list by when it was used last, the latest at the end
+	n      int                // of idle
+	// waiting has the requests that connect, first come first; each takes one
+	// connection at most, in place of its own.
+	waiting map[string][]chan *conn
+	sweep   *time.Timer // set while there are idle connections
+}
+
+// RoundTrip implements [http.RoundTripper]. Unlike most, it may return while the
+// body is still being read; that ends soon after the body is closed.
+func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
+	ctx := req.Context()
+	body := newBody(req)
+	var wait func(context.Context) bool
+	for fresh := false; ; fresh = true {
+		c, err := t.connect(ctx, req.URL.Host, fresh, body.replayable() && idempotent(req))
+		if err != nil {
+			body.stop()
+			return nil, err
+		}
+		resp, err := c.exchange(req, body)
+		if err == nil {
+			return resp, nil
+		}
+		none := c.kill(body.last)
+		switch {
+		case ctx.Err() != nil:
+			err = context.Cause(ctx)
+		case broken(err) && (none || c.kept && idempotent(req)) && body.rewind():
+			if wait == nil && t.Redial != nil {
+				wait = t.Redial()
+			}
+			if c.kept || wait != nil && wait(ctx) {
+				continue
+			}
+		}
+		body.stop()
+		return nil, err
+	}
+}
+
+// idempotent says whether a request may arrive twice.
+func idempotent(req *http.Request) bool {
+	switch req.Method {
+	case "", http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodPut, http.MethodDelete:
+		return true
+	}
+	return req.Header["Idempotency-Key"] != nil || req.Header["X-Idempotency-Key"] != nil
+}
+
+// broken says whether an exchange failed because the connection ended before a
+// response began.
+func broken(err error) bool {
+	var e *noResponse
+	if !errors.As(err, &e) {
+		return false
+	}
+	for _, cause := range []error{io.EOF, io.ErrUnexpectedEOF, syscall.ECONNRESET, syscall.EPIPE} {
+		if errors.Is(e.cause, cause) {
+			return true
+		}
+	}
+	return false
+}
+
+// connect returns a connection to addr: a kept one unless fresh is set, and only
+// one that was just used unless old is set.
+func (t *Transport) connect(ctx context.Context, addr string, fresh, old bool) (*conn, error) {
+	for !fresh {
+		c, err := t.take(addr, old)
+		if err != nil {
+			return nil, err
+		}
+		if c == nil {
+			break
+		}
+		if c.alive() {
+			return c, nil
+		}
+		c.close()
+	}
+	if fresh {
+		return t.dial(ctx, addr)
+	}
+	return t.dialOrWait(ctx, addr)
+}
+
+func (t *Transport) dial(ctx context.Context, addr string) (*conn, error) {
+	nc, err := t.Dial(ctx, addr)
+	if err != nil {
+		return nil, err
+	}
+	return newConn(t, addr, nc), nil
+}
+
+// dialOrWait returns a new connection, or one that becomes free before: when
+// many requests come at once, connecting takes longer than most of them.
+func (t *Transport) dialOrWait(ctx context.Context, addr string) (*conn, error) {
+	freed := make(chan *conn, 1)
+	t.mu.Lock()
+	if t.waiting == nil {
+		t.waiting = make(map[string][]chan *conn)
+	}
+	t.waiting[addr] = append(t.waiting[addr], freed)
+	t.mu.Unlock()
+	type result struct {
+		*conn
+		error
+	}
+	dialled := make(chan result, 1)
+	go func() {
+		c, err := t.dial(ctx, addr)
+		dialled <- result{c, err}
+	}()
+	select {
+	case c := <-freed:
+		go func() {
+			if r := <-dialled; r.error == nil {
+				t.put(r.conn)
+			}
+		}()
+		return c, nil
+	case r := <-dialled:
+		if c := t.giveUp(addr, freed); c != nil {
+			t.put(c)
+		}
+		return r.conn, r.error
+	}
+}
+
+// giveUp ends a wait, and returns the connection that it ended with, if any.
+func (t *Transport) giveUp(addr string, freed chan *conn) *conn {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	list := t.waiting[addr]
+	i := slices.Index(list, freed)
+	if i < 0 {
+		return <-freed
+	}
+	t.setWaitingLocked(addr, slices.Delete(list, i, i+1))
+	return nil
+}
+
+func (t *Transport) setWaitingLocked(addr string, list []chan *conn) {
+	if len(list) == 0 {
+		delete(t.waiting, addr)
+		return
+	}
+	t.waiting[addr] = list
+}
+
+// take returns the connection to addr that was used last, nil if there is none.
+func (t *Transport) take(addr string, old bool) (*conn, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closed {
+		return nil, errClosed
+	}
+	list := t.idle[addr]
+	if len(list) == 0 {
+		return nil, nil
+	}
+	c := list[len(list)-1]
+	if !old && t.OnceIdle > 0 && time.Since(c.used) > t.OnceIdle {
+		return nil, nil
+	}
+	t.setLocked(addr, list[:len(list)-1])
+	t.n--
+	return c, nil
+}
+
+// put keeps a connection whose exchange is over.
+func (t *Transport) put(c *conn) {
+	c.kept, c.used = true, time.Now()
+	c.state.Store(unsent)
+	t.mu.Lock()
+	if w := t.waiting[c.addr]; len(w) > 0 && !t.closed {
+		w[0] <- c
+		t.setWaitingLocked(c.addr, w[1:])
+		t.mu.Unlock()
+		return
+	}
+	list := t.idle[c.addr]
+	if t.closed || t.n >= t.MaxIdle || len(list) >= t.MaxIdlePerHost {
+		t.mu.Unlock()
+		c.close()
+		return
+	}
+	defer t.mu.Unlock()
+	t.setLocked(c.addr, append(list, c))
+	t.n++
+	if t.sweep == nil {
+		t.sweep = time.AfterFunc(t.IdleTimeout, t.expire)
+	}
+}
+
+func (t *Transport) setLocked(addr string, list []*conn) {
+	if t.idle == nil {
+		t.idle = make(map[string][]*conn)
+	}
+	if len(list) == 0 {
+		delete(t.idle, addr)
+		return
+	}
+	t.idle[addr] = list
+}
+
+// expire closes the connections that were not used for the idle timeout.
+func (t *Transport) expire() {
+	var old []*conn
+	t.mu.Lock()
+	for addr, list := range t.idle {
+		n := 0
+		for n < len(list) && time.Since(list[n].used) >= t.IdleTimeout {
+			n++
+		}
+		old = append(old, list[:n]...)
+		t.n -= n
+		t.setLocked(addr, slices.Delete(list, 0, n))
+	}
+	if t.sweep = nil; t.n > 0 {
+		t.sweep = time.AfterFunc(t.IdleTimeout/2, t.expire)
+	}
+	t.mu.Unlock()
+	for _, c := range old {
+		c.close()
+	}
+}
+
+// Close closes the connections that no request uses, and each of the others
+// when its request is over. There are no new ones.
+func (t *Transport) Close() {
+	t.mu.Lock()
+	idle := t.idle
+	t.closed, t.idle, t.n = true, nil, 0
+	if t.sweep != nil {
+		t.sweep.Stop()
+	}
+	t.mu.Unlock()
+	for _, list := range idle {
+		for _, c := range list {
+			c.close()
+		}
+	}
+}
