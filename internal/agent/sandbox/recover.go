@@ -280,14 +280,18 @@ func (m *Manager) adopt(ctx context.Context, f found) {
 	}
 	b := newBox(m, f.rec)
 	close(b.booted)
-	m.mu.Lock() // of those adopted before, some may be on their way out
-	m.boxes[f.rec.Spec.ID] = b
-	m.mu.Unlock()
+	// The box is known to others, who may ask at once, only when it is complete.
+	begin := func(live func()) {
+		m.mu.Lock()
+		m.boxes[f.rec.Spec.ID] = b
+		m.mu.Unlock()
+		m.wg.Go(live)
+	}
 	if f.rec.Ending != nil {
 		b.maybeVM, b.unreadable = true, f.unreadable
 		b.kept = f.late && f.rec.Slot != nil
 		b.refuse()
-		m.wg.Go(func() { b.clean(*f.rec.Ending, nil) })
+		begin(func() { b.clean(*f.rec.Ending, nil) })
 		return
 	}
 	if err := b.rec.sweep(m.Dir); err != nil {
@@ -297,7 +301,7 @@ func (m *Manager) adopt(ctx context.Context, f found) {
 		b.maybeVM = f.leftover
 		b.tracker.Shut()
 		b.log.Info("paused sandbox found")
-		m.wg.Go(b.serve)
+		begin(b.serve)
 		return
 	}
 	b.maybeVM = true
@@ -314,11 +318,11 @@ func (m *Manager) adopt(ctx context.Context, f found) {
 		b.tracker.Shut()
 		b.set(func() { b.rec.State = Resuming })
 		b.reportUntaken(err)
-		m.wg.Go(b.regain)
+		begin(b.regain)
 		return
 	}
 	b.taken = make(chan struct{})
-	m.wg.Go(func() {
+	begin(func() {
 		b.greet()
 		close(b.taken)
 		b.serve()
