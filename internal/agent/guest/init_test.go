@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -14,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -194,12 +196,24 @@ func TestInitReachesAGuestThatWasNotThere(t *testing.T) {
 	c, srv := fake(t, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
 	addr := srv.Listener.Addr().String()
 	srv.Close()
+	refused := make(chan struct{}, 1)
+	connect := c.transport.DialContext
+	c.transport.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := connect(ctx, network, address)
+		if errors.Is(err, syscall.ECONNREFUSED) {
+			select {
+			case refused <- struct{}{}:
+			default: // it was refused before
+			}
+		}
+		return conn, err
+	}
 	done := make(chan error, 1)
 	go func() {
 		_, err := c.Init(await.Context(t), Settings{Token: "new"})
 		done <- err
 	}()
-	time.Sleep(100 * time.Millisecond) // Connections are refused, which nothing reports.
+	await.Recv(t, "a connection is refused", refused)
 	l, err := net.Listen("tcp", addr)
 	if err != nil {
 		t.Fatal(err)
