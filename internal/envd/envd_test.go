@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -46,6 +47,7 @@ type guest struct {
 	filesystem filesystemconnect.FilesystemClient
 	cgroup     string
 	nobody     *account.Account
+	flying     flights
 	dir        string // nobody's, and nobody can reach it
 }
 
@@ -70,6 +72,39 @@ func testCgroup() string {
 	return ""
 }
 
+// flights counts the requests that the daemon handles, by path.
+type flights struct {
+	mu sync.Mutex
+	of map[string]int
+}
+
+func (f *flights) add(path string, n int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.of == nil {
+		f.of = make(map[string]int)
+	}
+	f.of[path] += n
+}
+
+func (f *flights) count(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		f.add(r.URL.Path, 1)
+		defer f.add(r.URL.Path, -1)
+		next.ServeHTTP(w, r)
+	})
+}
+
+// handles waits until the daemon handles n requests of a path.
+func (g *guest) handles(n int, path string) {
+	g.t.Helper()
+	await.Until(g.t, fmt.Sprintf("the daemon handles %d requests of %s", n, path), func() bool {
+		g.flying.mu.Lock()
+		defer g.flying.mu.Unlock()
+		return g.flying.of[path] == n
+	})
+}
+
 // raw starts a daemon that is not initialised.
 func raw(t *testing.T) *guest {
 	t.Helper()
@@ -92,7 +127,7 @@ func raw(t *testing.T) *guest {
 	srv := httptest.NewUnstartedServer(g.server.Handler())
 	srv.Listener.Close()
 	srv.Listener = l
-	srv.Config = netaddr.Server(g.server.Handler())
+	srv.Config = netaddr.Server(g.flying.count(g.server.Handler()))
 	srv.Start()
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), await.Hang)

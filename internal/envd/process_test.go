@@ -364,12 +364,13 @@ func TestProcessInputBlocked(t *testing.T) {
 	_, err := g.process.SendInput(ctx, as("", &pb.SendInputRequest{Process: byPID(p.pid), Input: stdin(big)}))
 	wantCode(t, "input that nobody reads", err, connect.CodeDeadlineExceeded)
 	// Another that is waiting when the process ends learns of that.
+	g.handles(0, processconnect.ProcessSendInputProcedure)
 	done := make(chan error, 1)
 	go func() {
 		_, err := g.process.SendInput(context.Background(), as("", &pb.SendInputRequest{Process: byPID(p.pid), Input: stdin(big)}))
 		done <- err
 	}()
-	time.Sleep(100 * time.Millisecond)
+	g.handles(1, processconnect.ProcessSendInputProcedure)
 	if err := p.signal(15); err != nil {
 		t.Fatal(err)
 	}
@@ -549,7 +550,7 @@ func TestProcessDisconnect(t *testing.T) {
 	p := g.start("", &pb.StartRequest{Process: sh(`i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done`), Tag: new("t")})
 	p.next()
 	p.Close()
-	time.Sleep(200 * time.Millisecond)
+	g.handles(0, processconnect.ProcessStartProcedure) // It knows that nobody listens.
 	res, err := g.process.List(t.Context(), as("", &pb.ListRequest{}))
 	if err != nil || len(res.Msg.GetProcesses()) != 1 {
 		t.Fatalf("list: %v, %v", res, err)
