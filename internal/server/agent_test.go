@@ -23,6 +23,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/wrenn-dev/wrenn/internal/duplex"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
 	"github.com/wrenn-dev/wrenn/internal/id"
@@ -127,7 +128,8 @@ func (a *agent) serveOn(l net.Listener) {
 				http.Error(w, state, http.StatusServiceUnavailable)
 				return
 			}
-			a.guest.ServeHTTP(w, r)
+			// As the real one: a guest that breaks off a response is seen at once.
+			duplex.Serve(w, r, a.guest.ServeHTTP)
 			return
 		}
 		mux.ServeHTTP(w, r)

@@ -16,6 +16,7 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
@@ -65,6 +66,7 @@ func (p *plane) clean(templates int) {
 }
 
 func TestBuild(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	text := "FROM minimal\nENV A=1\nRUN one\nWORKDIR /srv\nRUN two\n"
 	b := p.ended(p.build(map[string]any{"recipe": text, "tags": []string{"latest", "v1"}}))
@@ -136,6 +138,7 @@ func TestBuild(t *testing.T) {
 }
 
 func TestBuildWrong(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	for what, body := range map[string]map[string]any{
 		"no recipe": {"name": "x", "recipe": "RUN x"}, "an instruction": {"name": "x", "recipe": "FROM minimal\nEXPOSE 1"},
@@ -172,6 +175,7 @@ func TestBuildWrong(t *testing.T) {
 
 // TestBuildCopies uploads a folder and has it copied.
 func TestBuildCopies(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	dir := t.TempDir()
 	for name, text := range map[string]string{"a.txt": "a", "sub/b": "b"} {
@@ -225,6 +229,7 @@ func TestBuildCopies(t *testing.T) {
 
 // TestBuildCancelled cancels a build in each of its phases.
 func TestBuildCancelled(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	recipe := "FROM minimal\nRUN one\nSTART hang\nHEALTHCHECK --interval=1s CMD well\n"
 	for _, at := range []struct {
@@ -288,6 +293,7 @@ func (p *plane) newHold(call string) *gate {
 
 // TestBuildWorkerDies has the server of a build stop, and another finish it.
 func TestBuildWorkerDies(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.end()
 	// Long enough that a live worker on a busy machine keeps its lease.
@@ -319,6 +325,7 @@ func TestBuildWorkerDies(t *testing.T) {
 
 // TestBuildHostFull has a host without room for what is to be captured.
 func TestBuildHostFull(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.agent.hook(func(_ context.Context, call string) error {
 		if call == "snapshot" {
@@ -337,6 +344,7 @@ func TestBuildHostFull(t *testing.T) {
 // is imported once for as long as it is the same, and not at all for a build
 // that is cancelled.
 func TestBuildImage(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.agent.digest = strings.Repeat("1", 64)
 	const password = "s3cret"
@@ -413,6 +421,7 @@ func TestBuildImage(t *testing.T) {
 // TestBuildVersionsGo has a version that no tag names go once no sandbox of it is
 // there, paused ones included, and not before; and what layers are too many.
 func TestBuildVersionsGo(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.end()
 	p.config.Builds.Sweep, p.config.Builds.Layers = 50*time.Millisecond, 1
@@ -450,6 +459,7 @@ func TestBuildVersionsGo(t *testing.T) {
 // the team's usage while they run, where there is no room the build says so, and
 // afterwards nothing of them counts.
 func TestBuildQuota(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	admin := as(p.bearerOf("admin@example.com"))
 	ada := p.person("ada@example.com")
@@ -499,6 +509,7 @@ func TestBuildQuota(t *testing.T) {
 // registry's credentials were encrypted with: it fails, says why, and asks no
 // registry for anything.
 func TestBuildOtherSecret(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.agent.digest = strings.Repeat("1", 64)
 	hold := p.newHold("resolve")
@@ -529,13 +540,15 @@ func TestBuildOtherSecret(t *testing.T) {
 // builds left behind: those that it answers are ended, and what nothing needs any
 // more is removed, whatever becomes of the others.
 func TestSweepOthers(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.end()
 	p.config.Builds.Sweep = 50 * time.Millisecond
 	p.start()
 	template := p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": p.create(map[string]any{}), "name": "old"}).want(201).str("id")
 	var boxes []string
-	hangs, fails := map[string]bool{}, map[string]bool{}
+	hangs, fails, let := map[string]bool{}, map[string]bool{}, make(chan struct{})
+	defer close(let)
 	for n := range 4 {
 		box := p.create(map[string]any{})
 		boxes = append(boxes, box)
@@ -544,8 +557,12 @@ func TestSweepOthers(t *testing.T) {
 	p.agent.mu.Lock()
 	p.agent.onDestroy = func(ctx context.Context, req *hostagentv1.DestroyRequest) error {
 		if hangs[req.SandboxId] {
-			<-ctx.Done()
-			return ctx.Err()
+			select {
+			case <-let:
+				return nil
+			case <-ctx.Done():
+				return ctx.Err()
+			}
 		}
 		if fails[req.SandboxId] {
 			return connect.NewError(connect.CodeInternal, errors.New("it does not end"))
@@ -553,19 +570,29 @@ func TestSweepOthers(t *testing.T) {
 		return nil
 	}
 	p.agent.mu.Unlock()
-	builtBy := func() (build uuid.UUID) {
-		build = uuid.New()
-		p.sql("INSERT INTO builds (id, team_id, name, tags, recipe, options, state, total_steps, created_at) SELECT $1, team_id, 'b', '{latest}', 'FROM minimal', '{}', 'failed', 1, now() FROM sandboxes LIMIT 1", build)
-		return build
-	}
-	p.sql("DELETE FROM template_tags")
-	p.sql("UPDATE templates SET build_id = $1, kind = 'template' WHERE name = 'old'", builtBy())
-	for _, box := range boxes {
-		sandbox, err := id.Parse(id.Sandbox, box)
-		if err != nil {
-			t.Fatal(err)
+	// At once: a sweep of the two that hang alone would keep the next one waiting.
+	err := pgx.BeginFunc(t.Context(), p.db(), func(tx pgx.Tx) error {
+		var all []error
+		sql := func(sql string, args ...any) {
+			_, err := tx.Exec(t.Context(), sql, args...)
+			all = append(all, err)
 		}
-		p.sql("UPDATE sandboxes SET build_id = $1 WHERE id = $2", builtBy(), sandbox)
+		builtBy := func() (build uuid.UUID) {
+			build = uuid.New()
+			sql("INSERT INTO builds (id, team_id, name, tags, recipe, options, state, total_steps, created_at) SELECT $1, team_id, 'b', '{latest}', 'FROM minimal', '{}', 'failed', 1, now() FROM sandboxes LIMIT 1", build)
+			return build
+		}
+		sql("DELETE FROM template_tags")
+		sql("UPDATE templates SET build_id = $1, kind = 'template' WHERE name = 'old'", builtBy())
+		for _, box := range boxes {
+			sandbox, err := id.Parse(id.Sandbox, box)
+			all = append(all, err)
+			sql("UPDATE sandboxes SET build_id = $1 WHERE id = $2", builtBy(), sandbox)
+		}
+		return errors.Join(all...)
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 	p.eventually("the one that the host ends is gone", func() bool { return !p.agent.has(boxes[3]) })
 	p.eventually("the template is gone", func() bool { return !p.agent.hasTemplate(template) })

@@ -37,6 +37,7 @@ func needs(t *testing.T, dir, tool string) string {
 // TestGeneratedClients generates clients from the OpenAPI document and uses
 // them: sandboxes, files, commands, the upload of an archive and its build.
 func TestGeneratedClients(t *testing.T) {
+	t.Parallel()
 	for name, generate := range map[string]func(t *testing.T, dir string, run func(name string, args ...string) string) []string{
 		"Python": func(t *testing.T, dir string, run func(string, ...string) string) []string {
 			generator, python := needs(t, tools, "openapi-python-client"), needs(t, tools, "python")

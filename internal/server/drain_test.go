@@ -12,9 +12,10 @@ import (
 // TestDrain has a host drain: what nobody uses is paused there, and is used
 // again as if it were not.
 func TestDrain(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.end()
-	const beat, idle = time.Second, 5 * time.Second
+	const beat, idle = 2 * time.Second, 5 * time.Second
 	p.config.Heartbeat, p.config.DrainIdle, p.config.AgentURL, p.config.AgentToken = beat, idle, "", ""
 	p.start()
 	h := p.enroll("a")

@@ -177,6 +177,7 @@ func (s *stage) do(o operation, n int) asked {
 
 // TestRecordsElsewhere checks the records of what the walk cannot do.
 func TestRecordsElsewhere(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.withGitHub()
 	s := &stage{plane: p, letters: p.mailed(), admin: p.bearerOf("admin@example.com"), sandbox: p.create(map[string]any{})}

@@ -39,6 +39,7 @@ func (p *plane) second() *plane {
 
 // TestTwoServers has two servers behave as one.
 func TestTwoServers(t *testing.T) {
+	t.Parallel()
 	p, q := newTwo(t, 2*time.Second)
 	p.agent.guest = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusTeapot) })
 
@@ -64,11 +65,15 @@ func TestTwoServers(t *testing.T) {
 	p.agent.onCreate = nil
 	p.agent.mu.Unlock()
 	go create(q)
-	select {
-	case r := <-made:
-		t.Fatalf("creation ended early: %s", r.Body)
-	case <-time.After(5 * time.Second):
-	}
+	from := p.agent.called("list")
+	p.eventually("comparisons, a second apart, for longer than the grace", func() bool {
+		select {
+		case r := <-made:
+			t.Fatalf("creation ended early: %s", r.Body)
+		default:
+		}
+		return p.agent.called("list") > from+5
+	})
 	close(let)
 	one, two := (<-made).want(201), (<-made).want(201)
 	sandbox := one.str("id")
@@ -164,6 +169,7 @@ func (p *plane) hostStatus(host string) string {
 
 // TestFleet has hosts register, fill, fail, vanish, come back, drain and go.
 func TestFleet(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.end()
 	const beat = 2 * time.Second

@@ -72,6 +72,7 @@ func (p *plane) waiting() int {
 }
 
 func TestPauseAndResume(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	sandbox := p.create(map[string]any{"timeout_seconds": 60})
 	base := "/v1/sandboxes/" + sandbox
@@ -146,6 +147,7 @@ func TestPauseAndResume(t *testing.T) {
 // TestPauseFails has the host refuse: everything is as before, and the answer
 // says why.
 func TestPauseFails(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	sandbox := p.create(map[string]any{})
 	base := "/v1/sandboxes/" + sandbox
@@ -200,6 +202,7 @@ func TestPauseFails(t *testing.T) {
 
 // TestPauseGoesOn pauses, resumes and captures for clients that do not wait.
 func TestPauseGoesOn(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	sandbox := p.create(map[string]any{})
 	base := "/v1/sandboxes/" + sandbox
@@ -245,6 +248,7 @@ func TestPauseGoesOn(t *testing.T) {
 
 // TestTurns does several things to one sandbox at once.
 func TestTurns(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	sandbox := p.create(map[string]any{})
 	base := "/v1/sandboxes/" + sandbox
@@ -310,6 +314,7 @@ func TestTurns(t *testing.T) {
 
 // TestAutoResume uses paused sandboxes in every way there is.
 func TestAutoResume(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.agent.guest = guestHandler()
 	p.agent.files["/f"] = []byte("content\n")
@@ -465,6 +470,7 @@ func TestAutoResume(t *testing.T) {
 // from then on, and not from when the next one hears of it, nothing is counted,
 // and whoever wants to know of pauses is told.
 func TestPausedWithoutServer(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	sandbox := p.create(map[string]any{"on_timeout": "pause", "vcpus": 2})
 	p.end()
@@ -496,6 +502,7 @@ func TestPausedWithoutServer(t *testing.T) {
 }
 
 func TestPausedByHost(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	a, b := p.create(map[string]any{"on_timeout": "pause", "auto_resume": false}), p.create(map[string]any{"on_timeout": "pause"})
 	p.agent.happened(hostagentv1.Event_KIND_PAUSED, a, "expired")
@@ -533,6 +540,7 @@ func TestPausedByHost(t *testing.T) {
 }
 
 func TestSnapshots(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	sandbox := p.create(map[string]any{"vcpus": 2, "memory_mib": 256})
 	snap := func(body any, headers ...string) response { return p.call("POST", "/v1/snapshots", body, headers...) }
@@ -653,6 +661,7 @@ func TestSnapshots(t *testing.T) {
 }
 
 func TestFork(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	made := p.call("POST", "/v1/sandboxes", map[string]any{"on_timeout": "pause", "timeout_seconds": 60, "metadata": map[string]string{"job": "1"}}).want(201)
 	sandbox := made.str("id")
@@ -735,6 +744,7 @@ func TestFork(t *testing.T) {
 // TestHostDiesInMove loses the host in the middle of pauses, resumes and
 // snapshots: what became of them is found out when it is back.
 func TestHostDiesInMove(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	g := newGate()
 	for _, done := range []bool{true, false} {
@@ -783,6 +793,7 @@ func TestHostDiesInMove(t *testing.T) {
 // TestServerDiesInMove lets a second server find what a first one left in the
 // middle of everything.
 func TestServerDiesInMove(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	var sandboxes []string
 	for range 8 {

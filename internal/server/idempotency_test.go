@@ -12,6 +12,7 @@ import (
 // TestIdempotentForkAndSnapshot names forks and captures by a key, which two
 // servers are asked for at once: what is repeated does nothing more.
 func TestIdempotentForkAndSnapshot(t *testing.T) {
+	t.Parallel()
 	p, q := newTwo(t, 2*time.Second)
 	sandbox := p.create(map[string]any{"timeout_seconds": 0})
 	fork := "/v1/sandboxes/" + sandbox + "/fork"
@@ -100,6 +101,7 @@ func TestIdempotentForkAndSnapshot(t *testing.T) {
 // TestReplayWithoutServer repeats calls whose server died in the middle, by way
 // of another one: what the host made of them is theirs.
 func TestReplayWithoutServer(t *testing.T) {
+	t.Parallel()
 	p, q := newTwo(t, 2*time.Second)
 	sandbox := p.create(map[string]any{"timeout_seconds": 0})
 	for call, c := range map[string]struct {

@@ -87,6 +87,7 @@ func (b brokenReader) Read(p []byte) (int, error) {
 }
 
 func TestImports(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	from := func(name, reference, user, password string) response {
 		return p.call("POST", "/v1/templates/import", map[string]any{"name": name, "reference": reference, "username": user, "password": password})
@@ -146,6 +147,7 @@ func TestImports(t *testing.T) {
 // TestFailedImport has an import fail whose caller has left: why is still there
 // to be asked for, by the team alone, until an import of that name succeeds.
 func TestFailedImport(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	const why = "the registry lets nobody with these credentials read it"
 	body := func(password string) map[string]any {
@@ -259,6 +261,7 @@ func gateway(w http.ResponseWriter, r *http.Request) {
 }
 
 func TestCode(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	sandbox := p.create(map[string]any{})
 	base := "/v1/sandboxes/" + sandbox + "/code"

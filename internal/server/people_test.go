@@ -100,6 +100,7 @@ func (p *plane) login(email, password string) (access, refresh string) {
 }
 
 func TestPeople(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	letters := p.mailed()
 	signUp := map[string]any{"email": "ada@example.com", "password": password}
@@ -237,6 +238,7 @@ func (p *plane) recorded(user string, what ...string) {
 }
 
 func TestGuessing(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	guess := map[string]any{"email": "Admin@example.com", "password": "wrong"}
 	// At once: a try is counted before its password is looked at.
@@ -291,6 +293,7 @@ func TestGuessing(t *testing.T) {
 }
 
 func TestTeams(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	ada, bob, eve := p.person("ada@example.com"), p.person("bob@example.com"), p.person("eve@example.com")
 	asAda, asBob, asEve := as(p.bearer(ada)), as(p.bearer(bob)), as(p.bearer(eve))
@@ -357,6 +360,7 @@ func TestTeams(t *testing.T) {
 
 // TestDeleteTeam deletes a team whose host does not answer at first.
 func TestDeleteTeam(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	ada := p.person("ada@example.com")
 	asAda := as(p.bearer(ada))
@@ -398,6 +402,7 @@ func TestDeleteTeam(t *testing.T) {
 // TestDeleteTeamOthers has the host hang with the end of a team's sandbox: its
 // other sandboxes end, and another team goes altogether.
 func TestDeleteTeamOthers(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	var teams []uuid.UUID
 	var boxes []string
@@ -441,6 +446,7 @@ func TestDeleteTeamOthers(t *testing.T) {
 // TestDeleteTeamHostAway deletes a team while one of the hosts that have
 // something of it is away, and has the server restart before that is back.
 func TestDeleteTeamHostAway(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.end()
 	const beat = 2 * time.Second
@@ -506,6 +512,7 @@ func TestDeleteTeamHostAway(t *testing.T) {
 }
 
 func TestKeys(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	admin := as(p.bearerOf("admin@example.com"))
 	make := func(body map[string]any) string {
@@ -553,6 +560,7 @@ func (p *plane) bearerOf(email string) string {
 }
 
 func TestAdmin(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	admin := as(p.bearerOf("admin@example.com"))
 	made := p.call("POST", "/v1/admin/users", map[string]any{"email": "ada@example.com"}, admin...).want(201)
@@ -623,6 +631,7 @@ func TestAdmin(t *testing.T) {
 // TestFirstSignUp has several sign up at once where nobody is yet: one becomes
 // the platform's admin, and to the others it is closed.
 func TestFirstSignUp(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.end()
 	p.config.DatabaseURL = migrated.New(t)
@@ -653,6 +662,7 @@ func TestFirstSignUp(t *testing.T) {
 
 // TestQuota asks for many things at once that a team's quota has room for few of.
 func TestQuota(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	admin := as(p.bearerOf("admin@example.com"))
 	ada := p.person("ada@example.com")
@@ -790,6 +800,7 @@ func (p *plane) linked(letter, page string) string {
 // TestForgottenOthers has the database hang with one user's reset link: another's
 // is sent.
 func TestForgottenOthers(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	letters := p.mailed()
 	hangs := p.person("hangs@example.com")
@@ -811,6 +822,7 @@ func TestForgottenOthers(t *testing.T) {
 }
 
 func TestForgotPassword(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	letters := p.mailed()
 	session := p.bearerOf("admin@example.com")
@@ -941,6 +953,7 @@ func (p *plane) toGitHub(start string, cookies ...*http.Cookie) (url.Values, *ht
 }
 
 func TestGitHub(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.call("GET", "/v1/auth/github", nil, nobody...).fails(404, "not_found")
 	o := p.withGitHub()

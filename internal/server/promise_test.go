@@ -19,6 +19,7 @@ import (
 // TestPathsHaveOneSpelling checks that an escaped path means what the plain one
 // does, to the operation and to whoever reads its record.
 func TestPathsHaveOneSpelling(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	w := p.world()
 	team := w.teams[ours]
@@ -45,6 +46,7 @@ func TestPathsHaveOneSpelling(t *testing.T) {
 // TestTextIsText checks that what PostgreSQL does not store is refused wherever
 // it comes from, and nothing else is.
 func TestTextIsText(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	for _, bad := range []string{"%00", "%ff", "%ed%a0%80"} {
 		for _, path := range []string{"/v1/audit?object=x" + bad, "/v1/audit?action=x" + bad, "/v1/templates/x" + bad, "/v1/snapshots?cursor=" + bad, "/v1/admin/users?email_prefix=" + bad, "/v1/sandboxes?metadata=a=" + bad} {
@@ -76,6 +78,7 @@ func TestTextIsText(t *testing.T) {
 // TestBodiesHaveOneMeaning checks that a body has the one value that was
 // validated.
 func TestBodiesHaveOneMeaning(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	entries := func(from int) string {
 		var all []string
@@ -101,6 +104,7 @@ func TestBodiesHaveOneMeaning(t *testing.T) {
 // TestHead checks that HEAD answers as GET does, without a body, wherever GET
 // only reads, and that it is refused nowhere else than there.
 func TestHead(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.agent.mu.Lock()
 	p.agent.files["/walk"] = []byte("walk")
@@ -145,6 +149,7 @@ func TestHead(t *testing.T) {
 // TestCaptureLimit checks that a sandbox which was captured as often as it can
 // be says so, and that a refused fork leaves nothing.
 func TestCaptureLimit(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	sandbox := p.create(map[string]any{})
 	const why = "the sandbox has been captured 64 times"
@@ -181,6 +186,7 @@ func TestCaptureLimit(t *testing.T) {
 // TestIdsThatNameNothing checks that whatever has the form of an id that the
 // document gives is answered as an id, and that nothing else is.
 func TestIdsThatNameNothing(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	admin := as(p.bearerOf("admin@example.com"))
 	most := strings.Repeat("z", 25)
@@ -209,6 +215,7 @@ func TestIdsThatNameNothing(t *testing.T) {
 // TestRefusedHandshakes checks that a WebSocket's handshake is refused in the
 // API's one shape, whatever is wrong with it.
 func TestRefusedHandshakes(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	path := "/v1/sandboxes/" + p.create(map[string]any{}) + "/exec/stream"
 	good := []string{"Connection", "Upgrade", "Upgrade", "websocket", "Sec-WebSocket-Version", "13", "Sec-WebSocket-Key", "AAAAAAAAAAAAAAAAAAAAAA=="}

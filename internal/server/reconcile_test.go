@@ -32,6 +32,7 @@ func (p *plane) dying(sandbox string, heartbeat time.Duration) {
 // TestDestroyHangs: the destroy of one sandbox hangs. Another sandbox of the
 // host is used as ever, since the host is asked how it is as ever.
 func TestDestroyHangs(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	stuck, other := p.create(map[string]any{"timeout_seconds": 0}), p.create(map[string]any{"timeout_seconds": 0})
 	asked, let := make(chan struct{}), make(chan struct{})
@@ -69,6 +70,7 @@ func TestDestroyHangs(t *testing.T) {
 // TestDestroyFails: the destroy of one of nine sandboxes fails. The eight others,
 // which the host no longer has, end all the same.
 func TestDestroyFails(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	var lost []string
 	for range 8 {

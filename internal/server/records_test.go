@@ -25,6 +25,7 @@ import (
 
 // TestUsage runs a sandbox through a pause and a fork and looks at what it used.
 func TestUsage(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	begun := time.Now()
 	sandbox := p.create(map[string]any{"vcpus": 2, "memory_mib": 2048})
@@ -103,6 +104,7 @@ func (p *plane) audit(query string) map[string]map[string]any {
 }
 
 func TestAudit(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	sandbox := p.create(map[string]any{"envs": map[string]string{"SECRET": "hunter2"}, "metadata": map[string]string{"k": "hunter2"}})
 	base := "/v1/sandboxes/" + sandbox
@@ -170,6 +172,7 @@ func TestAudit(t *testing.T) {
 // TestAuditOfItself checks that what nobody asked for is recorded, once, and
 // by whom.
 func TestAuditOfItself(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	expired, missing := p.create(map[string]any{"timeout_seconds": 1}), ""
 	p.agent.happened(hostagentv1.Event_KIND_EXPIRED, expired, "")
@@ -208,6 +211,7 @@ func TestAuditOfItself(t *testing.T) {
 // TestAuditBeforeAnswer checks that nothing is acknowledged whose record
 // cannot be written.
 func TestAuditBeforeAnswer(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	sandbox := p.create(map[string]any{})
 	conn, err := pgx.Connect(t.Context(), p.config.DatabaseURL)
@@ -226,6 +230,7 @@ func TestAuditBeforeAnswer(t *testing.T) {
 }
 
 func TestMetricsHistory(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	sandbox := p.create(map[string]any{})
 	base := "/v1/sandboxes/" + sandbox
@@ -297,6 +302,7 @@ func TestMetricsHistory(t *testing.T) {
 }
 
 func TestChannels(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.end()
 	p.config.NotifyPrivate = true

@@ -8,6 +8,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -39,11 +40,19 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
+	"github.com/wrenn-dev/wrenn/internal/server/events/redistest"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
-func TestMain(m *testing.M) { pgtest.Main(m) }
+func TestMain(m *testing.M) {
+	// The tests have servers, hosts and databases of their own, and wait more
+	// than they compute.
+	if err := flag.Set("test.parallel", "8"); err != nil {
+		panic(err)
+	}
+	pgtest.Main(m)
+}
 
 // migrated is a database with the schema, which takes long to make.
 var migrated = pgtest.Template{Fill: func(url string) error {
@@ -317,57 +326,20 @@ func (p *plane) newTeam() string {
 	return key
 }
 
+// redisServer is a Redis of a test's own.
 type redisServer struct {
 	url  string
-	proc *os.Process
-	done chan struct{}
+	stop func()
 }
 
-func (r *redisServer) stop() {
-	r.proc.Kill()
-	<-r.done
-}
-
-// startRedis runs a Redis of t's own.
 func startRedis(t testing.TB) *redisServer {
 	t.Helper()
-	bin, err := exec.LookPath("redis-server")
-	if err != nil {
-		t.Skip("Redis is not installed")
-	}
-	dir := t.TempDir()
-	cmd := exec.Command(bin, "--port", "0", "--unixsocket", filepath.Join(dir, "redis.sock"), "--save", "", "--dir", dir)
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	r := &redisServer{url: "unix://" + filepath.Join(dir, "redis.sock"), proc: cmd.Process, done: make(chan struct{})}
-	ready := make(chan bool, 1)
-	go func() {
-		defer close(r.done)
-		lines := bufio.NewScanner(out)
-		for lines.Scan() {
-			if strings.Contains(strings.ToLower(lines.Text()), "ready to accept connections") {
-				select {
-				case ready <- true:
-				default:
-				}
-			}
-		}
-		cmd.Wait()
-		close(ready)
-	}()
-	t.Cleanup(r.stop)
-	if !<-ready {
-		t.Fatal("Redis ended")
-	}
-	return r
+	socket := filepath.Join(t.TempDir(), "redis.sock")
+	return &redisServer{url: "unix://" + socket, stop: redistest.Start(t, socket)}
 }
 
 func TestLifecycle(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	made := p.call("POST", "/v1/sandboxes", map[string]any{
 		"vcpus": 2, "memory_mib": 256, "timeout_seconds": 60, "envs": map[string]string{"A": "b"}, "metadata": map[string]string{"job": "1"},
@@ -427,6 +399,7 @@ func TestLifecycle(t *testing.T) {
 }
 
 func TestExec(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	path := "/v1/sandboxes/" + p.create(map[string]any{}) + "/exec"
 	all := make([]byte, 256)
@@ -464,6 +437,7 @@ func TestExec(t *testing.T) {
 
 // TestBadInput is everything that a client may get wrong.
 func TestBadInput(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	sandbox := p.create(map[string]any{})
 	base := "/v1/sandboxes/" + sandbox
@@ -575,6 +549,7 @@ func TestBadInput(t *testing.T) {
 }
 
 func TestOtherTeams(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	sandbox := p.create(map[string]any{})
 	other := p.newTeam()
@@ -614,6 +589,7 @@ func TestOtherTeams(t *testing.T) {
 }
 
 func TestList(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	var all []string
 	for i := range 7 {
@@ -663,6 +639,7 @@ func TestList(t *testing.T) {
 }
 
 func TestIdempotency(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	release := make(chan struct{})
 	p.agent.onCreate = func(context.Context, *hostagentv1.CreateRequest) error {
@@ -727,6 +704,7 @@ func TestIdempotency(t *testing.T) {
 
 // TestClientGoesAway creates for clients that do not wait.
 func TestClientGoesAway(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	asked, release := make(chan struct{}), make(chan struct{})
 	p.agent.onCreate = func(ctx context.Context, _ *hostagentv1.CreateRequest) error {
@@ -786,6 +764,7 @@ func TestClientGoesAway(t *testing.T) {
 }
 
 func TestDeleteWhileStarting(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	asked, release := make(chan string, 1), make(chan struct{})
 	p.agent.onCreate = func(_ context.Context, m *hostagentv1.CreateRequest) error {
@@ -819,6 +798,7 @@ func TestDeleteWhileStarting(t *testing.T) {
 
 // TestHostVanishes calls while the host does not answer.
 func TestHostVanishes(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	sandbox, doomed := p.create(map[string]any{}), p.create(map[string]any{})
 	p.agent.close()
@@ -847,6 +827,7 @@ func TestHostVanishes(t *testing.T) {
 }
 
 func TestEvents(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	a, b, c := p.create(map[string]any{}), p.create(map[string]any{}), p.create(map[string]any{})
 	p.agent.happened(hostagentv1.Event_KIND_EXPIRED, a, "")
@@ -874,6 +855,7 @@ func TestEvents(t *testing.T) {
 // TestServerDies lets a second server find what a first one left in transit.
 // The first is not stopped in order: nothing of it runs on, as after SIGKILL.
 func TestServerDies(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	hang := make(chan struct{})
 	asked := make(chan string)
@@ -1030,6 +1012,7 @@ func TestDatabaseTakesNoChanges(t *testing.T) {
 // TestClockSetBack has a host and a server die just before the clock of the
 // database is set back: neither is believed to live until the clock is there again.
 func TestClockSetBack(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.end()
 	p.config.Heartbeat = time.Second
@@ -1057,6 +1040,7 @@ func TestClockSetBack(t *testing.T) {
 
 // TestRedisFlushed has Redis forget all that it knows while a server works.
 func TestRedisFlushed(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	q := p.second()
 	flush := func() {
@@ -1081,6 +1065,7 @@ func TestRedisFlushed(t *testing.T) {
 }
 
 func TestRedisDown(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.end()
 	r := startRedis(t)
@@ -1094,6 +1079,7 @@ func TestRedisDown(t *testing.T) {
 }
 
 func TestFiles(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	base := "/v1/sandboxes/" + p.create(map[string]any{})
 	content := bytes.Repeat([]byte(strings.Repeat("0123456789", 100)+"\n"), 1600) // a line is a message
@@ -1212,7 +1198,8 @@ func heapDuring(f func()) uint64 {
 	return most - min(most, before.HeapInuse)
 }
 
-// TestLongBodies sends a GiB through each way that takes bodies of any size.
+// TestLongBodies sends a GiB through each way that takes bodies of any size. It
+// measures the process, so it is not parallel.
 func TestLongBodies(t *testing.T) {
 	if testing.Short() {
 		t.Skip("moves hundreds of megabytes")
@@ -1275,6 +1262,7 @@ func TestLongBodies(t *testing.T) {
 }
 
 func TestProxy(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.agent.guest = guestHandler()
 	made := p.call("POST", "/v1/sandboxes", map[string]any{}).want(201)
@@ -1392,6 +1380,7 @@ func TestProxy(t *testing.T) {
 // TestProxyStreamsBothWays answers before the request's body has ended, and
 // breaks off a response, through the server's proxy.
 func TestProxyStreamsBothWays(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.agent.guest = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		rc := http.NewResponseController(w)
@@ -1435,11 +1424,15 @@ func TestProxyStreamsBothWays(t *testing.T) {
 		if lines.Scan() || (lines.Err() != nil) != (last == "break") {
 			t.Errorf("after %q: %q, %v", last, lines.Text(), lines.Err())
 		}
+		if ctx.Err() != nil {
+			t.Errorf("the client did not see within %v that the response has ended", await.Hang)
+		}
 		resp.Body.Close()
 	}
 }
 
 func TestExecStream(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	path := "/v1/sandboxes/" + p.create(map[string]any{}) + "/exec/stream"
 	ctx := await.Context(t)
@@ -1577,6 +1570,7 @@ func TestExecStream(t *testing.T) {
 }
 
 func TestService(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	none := []string{"X-API-Key", ""}
 	if h := p.call("GET", "/health", nil, none...).want(200).object(); h["status"] != "ok" {
@@ -1616,6 +1610,7 @@ func TestService(t *testing.T) {
 }
 
 func TestFirstAdmin(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.end()
 	// Who is the admin is settled: what the environment says later is nothing to it.
@@ -1633,6 +1628,7 @@ func TestFirstAdmin(t *testing.T) {
 }
 
 func TestConfig(t *testing.T) {
+	t.Parallel()
 	good := server.Config{DatabaseURL: "postgres:///x?host=/nowhere", RedisURL: "redis://localhost:1", Domain: "localhost", PublicURL: "http://localhost:8000", SecretKey: strings.Repeat("ab", 32), AgentURL: "unix:/nowhere", AgentToken: "t"}
 	for name, change := range map[string]func(*server.Config){
 		"short secret":  func(c *server.Config) { c.SecretKey = "abcd" },

@@ -14,11 +14,13 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 )
 
 // TestTwoServersTakeTurns has two servers do to one sandbox what one would
 // have done: once, and with one end.
 func TestTwoServersTakeTurns(t *testing.T) {
+	t.Parallel()
 	p, q := newTwo(t, 2*time.Second)
 	sandbox := p.create(map[string]any{"auto_resume": true})
 	base := "/v1/sandboxes/" + sandbox
@@ -63,7 +65,8 @@ func TestTwoServersTakeTurns(t *testing.T) {
 // TestTwoServersWatch: one of two servers watches a host, and the other does
 // once that one is dead.
 func TestTwoServersWatch(t *testing.T) {
-	p, q := newTwo(t, 3*time.Second)
+	t.Parallel()
+	p, q := newTwo(t, hosts.DefaultHeartbeat) // No machine is so busy that a living one says nothing for that long.
 	watcher := func() (id string, alive bool) {
 		err := p.db().QueryRow(t.Context(), "SELECT servers.id::text, seen_at > now() - make_interval(secs => $1) FROM hosts JOIN servers ON servers.id = watcher", p.config.Heartbeat.Seconds()).Scan(&id, &alive)
 		if err != nil {
@@ -117,6 +120,7 @@ func TestTwoServersWatch(t *testing.T) {
 // TestTwoServersWithoutRedis: servers that cannot tell one another what
 // changed believe nothing that they remember.
 func TestTwoServersWithoutRedis(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	r := startRedis(t)
 	p.end()
@@ -146,6 +150,7 @@ func TestTwoServersWithoutRedis(t *testing.T) {
 // TestRevokedEverywhere revokes a host by way of one server: no other calls it
 // any more either, long before it would look at its hosts by itself.
 func TestRevokedEverywhere(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.end()
 	p.config.Heartbeat, p.config.AgentURL, p.config.AgentToken = 2*time.Second, "", ""
@@ -192,6 +197,7 @@ func TestRevokedEverywhere(t *testing.T) {
 // TestForgetServers removes the row of a server that crashed long ago, and of
 // no other.
 func TestForgetServers(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.end()
 	old, lately := uuid.New(), uuid.New()
@@ -212,6 +218,7 @@ func TestForgetServers(t *testing.T) {
 // TestCloseWaits stops a server while it creates a sandbox: Close returns when
 // the host has answered, and other servers hear of the sandbox.
 func TestCloseWaits(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.end()
 	p.config.StopTimeout = 2 * time.Minute
@@ -269,6 +276,7 @@ func TestCloseWaits(t *testing.T) {
 // sandbox, for far longer than it takes to be believed dead: the other one
 // watches its host meanwhile, and leaves the creation alone.
 func TestStoppingServerKeepsItsWork(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.end()
 	p.config.Heartbeat, p.config.StopTimeout = time.Second, 2*time.Minute

@@ -6,6 +6,7 @@ import (
 )
 
 func TestTags(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	sandbox := p.create(map[string]any{})
 	for _, name := range []string{"one", "two"} {

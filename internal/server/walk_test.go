@@ -501,6 +501,7 @@ func operations(t testing.TB) []operation {
 }
 
 func TestAuthorization(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.agent.mu.Lock()
 	p.agent.files["/walk"] = []byte("walk")

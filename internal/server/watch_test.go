@@ -17,6 +17,7 @@ import (
 // TestAccessEnds takes from people what they may do while they are doing it,
 // by another server than the one that they do it by.
 func TestAccessEnds(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.agent.guest = guestHandler()
 	q := p.second()

@@ -1,14 +1,11 @@
 package events
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"log/slog"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
@@ -16,46 +13,8 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
+	"github.com/wrenn-dev/wrenn/internal/server/events/redistest"
 )
-
-// serve runs a Redis on a socket until the test ends, or until stop.
-func serve(t *testing.T, socket string) (stop func()) {
-	t.Helper()
-	bin, err := exec.LookPath("redis-server")
-	if err != nil {
-		t.Skip("Redis is not installed")
-	}
-	cmd := exec.Command(bin, "--port", "0", "--unixsocket", socket, "--save", "", "--dir", filepath.Dir(socket))
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	ended := make(chan struct{})
-	ready := make(chan struct{})
-	go func() {
-		defer close(ended)
-		for lines := bufio.NewScanner(out); lines.Scan(); {
-			if strings.Contains(lines.Text(), "ready to accept connections") || strings.Contains(lines.Text(), "will listen at") {
-				select {
-				case <-ready:
-				default:
-					close(ready)
-				}
-			}
-		}
-		cmd.Wait()
-	}()
-	stop = func() {
-		cmd.Process.Signal(os.Kill)
-		<-ended
-	}
-	t.Cleanup(stop)
-	await.Recv(t, "Redis starts", ready)
-	return stop
-}
 
 // ear is a listener that passes on what it hears.
 type ear struct {
@@ -105,7 +64,7 @@ func (e *ear) hears(t *testing.T, want uuid.UUID) {
 // again in between.
 func TestBus(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "r.sock")
-	stop := serve(t, socket)
+	stop := redistest.Start(t, socket)
 	a, hearsA := newBus(t, socket)
 	b, hearsB := newBus(t, socket)
 	hearsA.until(t, false)
@@ -123,7 +82,7 @@ func TestBus(t *testing.T) {
 	hearsB.until(t, true)
 	a.Changed(three)
 	os.Remove(socket)
-	serve(t, socket)
+	redistest.Start(t, socket)
 	hearsB.until(t, false)
 	// What was told meanwhile is heard, late, or else the listener was told
 	// that it was deaf, which it was; both is how it is here or not by turns.
@@ -136,7 +95,7 @@ func TestBus(t *testing.T) {
 // TestFlood tells more than is told one by one.
 func TestFlood(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "r.sock")
-	serve(t, socket)
+	redistest.Start(t, socket)
 	client := redis.NewClient(&redis.Options{Network: "unix", Addr: socket})
 	defer client.Close()
 	a := New(client, uuid.New(), slog.New(slog.DiscardHandler))
@@ -190,7 +149,7 @@ func TestChangeWhileSent(t *testing.T) {
 		for end, failure := range map[string]error{"published": nil, "failed": errors.New("connection broke")} {
 			t.Run(name+", "+end, func(t *testing.T) {
 				socket := filepath.Join(t.TempDir(), "r.sock")
-				serve(t, socket)
+				redistest.Start(t, socket)
 				client := redis.NewClient(&redis.Options{Network: "unix", Addr: socket, MaxRetries: -1})
 				defer client.Close()
 				a := New(client, uuid.New(), slog.New(slog.DiscardHandler))
@@ -239,7 +198,7 @@ func TestChangeWhileSent(t *testing.T) {
 // TestFlush tells of changes after Run has ended.
 func TestFlush(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "r.sock")
-	serve(t, socket)
+	redistest.Start(t, socket)
 	_, e := newBus(t, socket)
 	e.until(t, false)
 	client := redis.NewClient(&redis.Options{Network: "unix", Addr: socket})
