@@ -27,7 +27,8 @@ import (
 )
 
 const (
-	// maxImports is how many images are unpacked at once; more wait.
+	// maxImports is how many images are unpacked at once; more wait. A team has
+	// all but one of these places at most.
 	maxImports = 2
 	// maxReference bounds a reference, a tag, a user's name and a password.
 	maxReference = 4096
@@ -37,7 +38,9 @@ const (
 type imports struct {
 	mu      sync.Mutex
 	running map[uuid.UUID]*importing
-	room    chan struct{}
+	// taken counts the places by their teams; freed is closed when one is given back.
+	taken map[uuid.UUID]int
+	freed chan struct{}
 }
 
 // importing is one of them.
@@ -69,7 +72,7 @@ func (i *imports) end(ctx context.Context, template uuid.UUID) error {
 
 // enter waits until nobody else makes the template, and few others are made.
 // off is what breaks the caller off.
-func (i *imports) enter(ctx context.Context, off func(error), template uuid.UUID) (leave func(), err error) {
+func (i *imports) enter(ctx context.Context, off func(error), team, template uuid.UUID) (leave func(), err error) {
 	i.mu.Lock()
 	for i.running[template] != nil {
 		other := i.running[template].done
@@ -82,11 +85,10 @@ func (i *imports) enter(ctx context.Context, off func(error), template uuid.UUID
 		i.mu.Lock()
 	}
 	if i.running == nil {
-		i.running, i.room = map[uuid.UUID]*importing{}, make(chan struct{}, maxImports)
+		i.running, i.taken, i.freed = map[uuid.UUID]*importing{}, map[uuid.UUID]int{}, make(chan struct{})
 	}
 	done := make(chan struct{})
 	i.running[template] = &importing{off, done}
-	room := i.room
 	i.mu.Unlock()
 	end := func() {
 		i.mu.Lock()
@@ -94,13 +96,45 @@ func (i *imports) enter(ctx context.Context, off func(error), template uuid.UUID
 		i.mu.Unlock()
 		close(done)
 	}
-	select {
-	case room <- struct{}{}:
-	case <-ctx.Done():
+	if err := i.take(ctx, team); err != nil {
 		end()
-		return nil, context.Cause(ctx)
+		return nil, err
 	}
-	return func() { <-room; end() }, nil
+	return func() { i.give(team); end() }, nil
+}
+
+// take waits for a place that the team may have.
+func (i *imports) take(ctx context.Context, team uuid.UUID) error {
+	for {
+		i.mu.Lock()
+		all := 0
+		for _, n := range i.taken {
+			all += n
+		}
+		if all < maxImports && i.taken[team] < maxImports-1 {
+			i.taken[team]++
+			i.mu.Unlock()
+			return nil
+		}
+		freed := i.freed
+		i.mu.Unlock()
+		select {
+		case <-freed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// give gives a team's place back.
+func (i *imports) give(team uuid.UUID) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.taken[team]--; i.taken[team] == 0 {
+		delete(i.taken, team)
+	}
+	close(i.freed)
+	i.freed = make(chan struct{})
 }
 
 // ImportTemplate implements hostagentv1connect.HostAgentHandler.
@@ -216,7 +250,7 @@ func (s *service) ResolveImage(ctx context.Context, req *connect.Request[pb.Reso
 // importTemplate makes the template, and captures it. After an error nothing
 // of it is there.
 func (s *service) importTemplate(ctx context.Context, off func(error), m *pb.ImportTemplateRequest_Start, t image.Template, archive io.Reader) (_ image.Template, sum string, err error) {
-	leave, err := s.imports.enter(ctx, off, t.ID)
+	leave, err := s.imports.enter(ctx, off, t.Team, t.ID)
 	if err != nil {
 		return t, "", err
 	}

@@ -254,9 +254,12 @@ UPDATE builds SET state = 'running', worker = $1, lease_until = now() + make_int
     attempts = builds.attempts + 1, started_at = COALESCE(builds.started_at, now())
 WHERE builds.id = (
     SELECT b.id FROM builds AS b
-    WHERE (b.state = 'queued' AND (SELECT count(*) FROM builds AS other WHERE other.team_id = b.team_id AND other.state = 'running') < $3::bigint)
-       OR (b.state = 'running' AND b.lease_until NOT BETWEEN now() AND now() + make_interval(secs => 2 * $2::float8))
-    ORDER BY b.created_at LIMIT 1)
+    CROSS JOIN LATERAL (SELECT count(*) AS running, count(*) FILTER (WHERE other.worker = $1 AND other.id <> b.id) AS own
+        FROM builds AS other WHERE other.team_id = b.team_id AND other.state = 'running') AS team
+    WHERE (b.state = 'queued' AND team.running < $3::bigint
+       OR b.state = 'running' AND b.lease_until NOT BETWEEN now() AND now() + make_interval(secs => 2 * $2::float8))
+      AND team.own < $4::bigint
+    ORDER BY team.running, b.created_at LIMIT 1)
 RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry
 `
 
@@ -264,14 +267,21 @@ type ClaimBuildParams struct {
 	Worker *uuid.UUID
 	Lease  float64
 	Most   int64
+	Own    int64
 }
 
-// The oldest that waits, or whose worker is not heard of, of a team that may
-// have one more running. now() is when this transaction began, so a lease that was
+// Of the builds that wait, or whose worker is not heard of, one of the team with
+// the fewest running, the oldest of these. A team may have so many running, and so
+// many of one worker's places (own), which leaves places to others. now() is when this transaction began, so a lease that was
 // renewed since ends later than one from now; one much later is from before the
 // clock was set back.
 func (q *Queries) ClaimBuild(ctx context.Context, arg ClaimBuildParams) (Build, error) {
-	row := q.db.QueryRow(ctx, claimBuild, arg.Worker, arg.Lease, arg.Most)
+	row := q.db.QueryRow(ctx, claimBuild,
+		arg.Worker,
+		arg.Lease,
+		arg.Most,
+		arg.Own,
+	)
 	var i Build
 	err := row.Scan(
 		&i.ID,

@@ -48,7 +48,8 @@ func (s State) Ended() bool { return s != Queued && s != Running }
 // Settings bound builds. Its tags are the environment variables that they are
 // read from; see New for what holds where they are 0.
 type Settings struct {
-	// Workers is how many builds one server works on at once.
+	// Workers is how many builds one server works on at once (3). All but one of
+	// them may be one team's.
 	Workers int `env:"WRENN_BUILD_WORKERS"`
 	// TeamRunning and TeamOpen are how many builds of a team may run, and run or
 	// wait, at once.
@@ -58,6 +59,8 @@ type Settings struct {
 	// phases before and after, unless a build asks for something else.
 	StepTimeout  time.Duration `env:"WRENN_BUILD_STEP_TIMEOUT"`
 	PhaseTimeout time.Duration `env:"WRENN_BUILD_PHASE_TIMEOUT"`
+	// Timeout bounds one attempt at a whole build (1h).
+	Timeout time.Duration `env:"WRENN_BUILD_TIMEOUT"`
 	// Lease is how long a build is left to a server that is not heard of.
 	Lease time.Duration `env:"WRENN_BUILD_LEASE"`
 	// ArchiveMiB bounds one folder that is copied from, TeamArchivesMiB all that
@@ -106,8 +109,9 @@ type Service struct {
 // New returns the builds of a store. Run works on them. Settings that are 0 are
 // their defaults.
 func New(c Config) *Service {
-	c.Workers, c.TeamRunning, c.TeamOpen = cmp.Or(c.Workers, 2), cmp.Or(c.TeamRunning, 2), cmp.Or(c.TeamOpen, 20)
+	c.Workers, c.TeamRunning, c.TeamOpen = cmp.Or(c.Workers, 3), cmp.Or(c.TeamRunning, 2), cmp.Or(c.TeamOpen, 20)
 	c.StepTimeout, c.PhaseTimeout = cmp.Or(c.StepTimeout, 30*time.Second), cmp.Or(c.PhaseTimeout, 10*time.Minute)
+	c.Timeout = cmp.Or(c.Timeout, time.Hour)
 	c.Lease, c.Settings.Sweep = cmp.Or(c.Lease, 30*time.Second), cmp.Or(c.Settings.Sweep, 30*time.Second)
 	c.ArchiveMiB, c.TeamArchivesMiB = cmp.Or(c.ArchiveMiB, 512), cmp.Or(c.TeamArchivesMiB, 2048)
 	c.ArchivesLast, c.LayersLast = cmp.Or(c.ArchivesLast, 24*time.Hour), cmp.Or(c.LayersLast, 7*24*time.Hour)

@@ -94,7 +94,7 @@ func (s *Service) claim(ctx context.Context) (row db.Build, err error) {
 		if err := q.LockBuilds(ctx); err != nil {
 			return err
 		}
-		row, err = q.ClaimBuild(ctx, db.ClaimBuildParams{Worker: &s.Store.Server, Lease: s.Lease.Seconds(), Most: int64(s.TeamRunning)})
+		row, err = q.ClaimBuild(ctx, db.ClaimBuildParams{Worker: &s.Store.Server, Lease: s.Lease.Seconds(), Most: int64(s.TeamRunning), Own: int64(max(1, s.Workers-1))})
 		return err
 	})
 	return row, err
@@ -110,6 +110,10 @@ func (s *Service) attempt(ctx context.Context, row db.Build) {
 	held, let := context.WithCancel(context.WithoutCancel(ctx))
 	var wg sync.WaitGroup
 	wg.Go(func() { s.hold(held, row, cancel) })
+	late := time.AfterFunc(s.Settings.Timeout, func() {
+		cancel(fault.New(fault.Timeout, "the build did not end within %v", s.Settings.Timeout))
+	})
+	defer late.Stop()
 	defer func() { let(); wg.Wait(); cancel(nil) }()
 	s.changed(ctx, row.ID)
 
