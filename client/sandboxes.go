@@ -155,6 +155,16 @@ func (c *Client) Ping(ctx context.Context, id string) (*Sandbox, error) {
 	return &s, nil
 }
 
+// RevokeTokens revokes the tokens of a sandbox, and closes what is open with
+// them. The sandbox that it returns has others.
+func (c *Client) RevokeTokens(ctx context.Context, id string) (*Sandbox, error) {
+	var s Sandbox
+	if err := c.call(ctx, request{method: http.MethodPost, path: sandboxPath(id, "/tokens/revoke"), repeatable: true}, &s); err != nil {
+		return nil, fmt.Errorf("revoke sandbox's tokens: %w", err)
+	}
+	return &s, nil
+}
+
 // Metrics are what a sandbox uses at a moment.
 type Metrics struct {
 	Time             time.Time `json:"time"`

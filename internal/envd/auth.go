@@ -3,7 +3,6 @@ package envd
 import (
 	"crypto/sha256"
 	"crypto/subtle"
-	"encoding/base64"
 	"errors"
 	"net/http"
 	"net/url"
@@ -15,6 +14,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/envd/account"
 	"github.com/wrenn-dev/wrenn/internal/envd/fault"
+	"github.com/wrenn-dev/wrenn/internal/filesign"
 	"github.com/wrenn-dev/wrenn/internal/patience"
 )
 
@@ -95,17 +95,6 @@ func (s *Server) identify(next http.Handler) http.Handler {
 	})
 }
 
-// sign makes the signature of a request for a file. expiration is in seconds
-// since 1970; empty: none.
-func sign(path, operation, user, token, expiration string) string {
-	s := path + ":" + operation + ":" + user + ":" + token
-	if expiration != "" {
-		s += ":" + expiration
-	}
-	sum := sha256.Sum256([]byte(s))
-	return "v1_" + base64.RawStdEncoding.EncodeToString(sum[:])
-}
-
 // checkSignature returns why a request's signature does not let it through, or "".
 func checkSignature(method string, q url.Values, token string, now time.Time) string {
 	operation := "write"
@@ -128,7 +117,7 @@ func checkSignature(method string, q url.Values, token string, now time.Time) st
 			return "the signature has expired"
 		}
 	}
-	want := sign(q.Get("path"), operation, q.Get("username"), token, expiration)
+	want := filesign.Of(q.Get("path"), operation, q.Get("username"), token, expiration)
 	if !sameSecret(q.Get("signature"), want) {
 		return "the signature is wrong"
 	}

@@ -27,6 +27,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/envd/account"
+	"github.com/wrenn-dev/wrenn/internal/filesign"
 	"github.com/wrenn-dev/wrenn/internal/gen/filesystem/filesystemconnect"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
@@ -324,7 +325,7 @@ func TestSignature(t *testing.T) {
 		return q
 	}
 	// The one known by the protocol, not by this program.
-	if got := sign("/a", "read", "user", "tok", ""); got != "v1_5/qV17q4iOP0/yqALMZMgfTwEO48DLxgPQc2c1vTYWE" {
+	if got := filesign.Of("/a", "read", "user", "tok", ""); got != "v1_5/qV17q4iOP0/yqALMZMgfTwEO48DLxgPQc2c1vTYWE" {
 		t.Logf("signature of the example is %s", got)
 	}
 	for _, c := range []struct {
@@ -332,33 +333,33 @@ func TestSignature(t *testing.T) {
 		q    url.Values
 		want int
 	}{
-		{"good", query(sign(file, "read", "", testToken, ""), "", ""), 200},
-		{"with expiration", query(sign(file, "read", "", testToken, later), later, ""), 200},
-		{"with user", query(sign(file, "read", "root", testToken, later), later, "root"), 200},
-		{"expired", query(sign(file, "read", "", testToken, earlier), earlier, ""), 401},
-		{"other operation", query(sign(file, "write", "", testToken, ""), "", ""), 401},
-		{"other user", query(sign(file, "read", "", testToken, ""), "", "root"), 401},
-		{"other path", query(sign("/etc/passwd", "read", "", testToken, ""), "", ""), 401},
-		{"other token", query(sign(file, "read", "", "x", ""), "", ""), 401},
-		{"expiration not signed", query(sign(file, "read", "", testToken, ""), later, ""), 401},
-		{"expiration taken away", query(sign(file, "read", "", testToken, later), "", ""), 401},
-		{"expiration no number", query(sign(file, "read", "", testToken, "x"), "x", ""), 401},
+		{"good", query(filesign.Of(file, "read", "", testToken, ""), "", ""), 200},
+		{"with expiration", query(filesign.Of(file, "read", "", testToken, later), later, ""), 200},
+		{"with user", query(filesign.Of(file, "read", "root", testToken, later), later, "root"), 200},
+		{"expired", query(filesign.Of(file, "read", "", testToken, earlier), earlier, ""), 401},
+		{"other operation", query(filesign.Of(file, "write", "", testToken, ""), "", ""), 401},
+		{"other user", query(filesign.Of(file, "read", "", testToken, ""), "", "root"), 401},
+		{"other path", query(filesign.Of("/etc/passwd", "read", "", testToken, ""), "", ""), 401},
+		{"other token", query(filesign.Of(file, "read", "", "x", ""), "", ""), 401},
+		{"expiration not signed", query(filesign.Of(file, "read", "", testToken, ""), later, ""), 401},
+		{"expiration taken away", query(filesign.Of(file, "read", "", testToken, later), "", ""), 401},
+		{"expiration no number", query(filesign.Of(file, "read", "", testToken, "x"), "x", ""), 401},
 		{"empty", query("", "", ""), 401},
-		{"path twice", url.Values{"path": {file, "/etc/passwd"}, "signature": {sign(file, "read", "", testToken, "")}}, 401},
+		{"path twice", url.Values{"path": {file, "/etc/passwd"}, "signature": {filesign.Of(file, "read", "", testToken, "")}}, 401},
 	} {
 		if got := get(c.q); got != c.want {
 			t.Errorf("%s: %d, not %d", c.what, got, c.want)
 		}
 	}
 	// A basic authentication header is not signed, so it says nothing.
-	q := query(sign(file, "read", "", testToken, ""), "", "")
+	q := query(filesign.Of(file, "read", "", testToken, ""), "", "")
 	q.Set("path", "/etc/shadow")
-	q.Set("signature", sign("/etc/shadow", "read", "", testToken, ""))
+	q.Set("signature", filesign.Of("/etc/shadow", "read", "", testToken, ""))
 	if a := g.do("GET", "/files?"+q.Encode(), "", nil, map[string]string{"Authorization": "Basic cm9vdDo="}); a.code != 403 {
 		t.Errorf("a signature for the default user serves root: %d", a.code)
 	}
 	// Nor does a wrong token become right by a signature.
-	q = query(sign(file, "read", "", testToken, ""), "", "")
+	q = query(filesign.Of(file, "read", "", testToken, ""), "", "")
 	if a := g.do("GET", "/files?"+q.Encode(), "wrong", nil, nil); a.code != 401 {
 		t.Errorf("a wrong token with a signature answers %d", a.code)
 	}
@@ -374,10 +375,10 @@ func FuzzSignature(f *testing.F) {
 		if expiration != "" {
 			q.Set("signature_expiration", expiration)
 		}
-		if checkSignature("GET", q, testToken, now) == "" && sig != sign(path, "read", user, testToken, expiration) {
+		if checkSignature("GET", q, testToken, now) == "" && sig != filesign.Of(path, "read", user, testToken, expiration) {
 			t.Fatalf("%q passes", q)
 		}
-		q.Set("signature", sign(path, "read", user, testToken, expiration))
+		q.Set("signature", filesign.Of(path, "read", user, testToken, expiration))
 		at, err := strconv.ParseInt(expiration, 10, 64)
 		good := expiration == "" || (err == nil && strconv.FormatInt(at, 10) == expiration && at >= now.Unix())
 		if (checkSignature("GET", q, testToken, now) == "") != good {

@@ -96,34 +96,34 @@ func TestAccessEnds(t *testing.T) {
 	for _, how := range []struct {
 		name string
 		do   func(team, key string)
-		// session and key say which of the two are ended by it.
-		session, key bool
+		// session, key and token say which of what these opened are ended by it.
+		session, key, token bool
 	}{
 		{"log out everywhere", func(string, string) {
 			p.call("POST", "/v1/auth/logout-all", nil, asAda...).want(204)
 			q.call("GET", "/v1/me", nil, asAda...).fails(401, "unauthenticated")
-		}, true, false},
-		{"revoke the key", func(_, key string) { p.call("DELETE", "/v1/keys/"+key, nil, asAda...).want(204) }, false, true},
+		}, true, false, false},
+		{"revoke the key", func(_, key string) { p.call("DELETE", "/v1/keys/"+key, nil, asAda...).want(204) }, false, true, true},
 		{"remove from the team", func(team, _ string) {
 			p.sql("INSERT INTO team_members (team_id, user_id, role) SELECT team_id, $1, 'owner' FROM team_members WHERE user_id = $2", bob, ada)
 			p.call("DELETE", "/v1/teams/"+team+"/members/"+id.Format(id.User, ada), nil, as(p.bearer(bob))...).want(204)
-		}, true, true},
-		{"delete the team", func(team, _ string) { p.call("DELETE", "/v1/teams/"+team, nil, asAda...) }, true, true},
+		}, true, true, true},
+		{"delete the team", func(team, _ string) { p.call("DELETE", "/v1/teams/"+team, nil, asAda...) }, true, true, true},
 		{"deactivate the user", func(string, string) {
 			p.call("PATCH", "/v1/admin/users/"+id.Format(id.User, ada), map[string]any{"active": false}, admin...).want(200)
 			q.call("GET", "/v1/me", nil, asAda...).fails(401, "unauthenticated")
 			p.call("PATCH", "/v1/admin/users/"+id.Format(id.User, ada), map[string]any{"active": true}, admin...).want(200)
-		}, true, true},
+		}, true, true, true},
 		// What was revoked and given back before anybody looked is revoked.
 		{"deactivate and activate the user", func(string, string) {
 			atOnce("UPDATE users SET active = false WHERE id = $1", "UPDATE users SET active = true WHERE id = $1")
-		}, true, true},
+		}, true, true, true},
 		{"make an admin, and no longer", func(string, string) {
 			atOnce("UPDATE users SET admin = true WHERE id = $1", "UPDATE users SET admin = false WHERE id = $1")
-		}, true, true},
+		}, true, true, false},
 		{"remove from the team and take back", func(string, string) {
 			atOnce("WITH gone AS (DELETE FROM team_members WHERE user_id = $1 RETURNING *) INSERT INTO team_members (team_id, user_id, role) SELECT team_id, user_id, role FROM gone")
-		}, true, false},
+		}, true, false, true},
 	} {
 		p.sql("DELETE FROM team_members WHERE user_id = $1", ada)
 		asAda = as(p.bearer(ada))
@@ -133,7 +133,7 @@ func TestAccessEnds(t *testing.T) {
 		sandbox := p.call("POST", "/v1/sandboxes", map[string]any{}, asAda...).want(201)
 		terminal, guest := "/v1/sandboxes/"+sandbox.str("id")+"/exec/stream", "8000-"+sandbox.str("id")+".localhost"
 		one, two, three := open("", terminal, asAda), open("", terminal, byKey), open(guest, "/ws", byKey)
-		// What the sandbox itself opens with its own token is nobody's.
+		// Whoever has used a sandbox may have kept its token.
 		own := open(guest, "/ws", []string{"X-Traffic-Token", sandbox.str("traffic_token")})
 		how.do(team, made.object()["id"].(string))
 		if how.session {
@@ -148,7 +148,9 @@ func TestAccessEnds(t *testing.T) {
 				goesOn(how.name, ws)
 			}
 		}
-		if how.name != "delete the team" {
+		if how.token {
+			ended(how.name, own)
+		} else {
 			goesOn(how.name, own)
 		}
 	}

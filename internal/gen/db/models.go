@@ -240,6 +240,7 @@ type Sandbox struct {
 	ForkedFrom     *uuid.UUID
 	BuildID        *uuid.UUID
 	Drained        bool
+	TokenEpoch     int32
 }
 
 type SandboxRun struct {

@@ -2976,6 +2976,9 @@ type ServerInterface interface {
 	// ResumeSandbox Resume a paused sandbox
 	// (POST /v1/sandboxes/{sandbox_id}/resume)
 	ResumeSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	// RevokeTokens Revoke a sandbox's tokens
+	// (POST /v1/sandboxes/{sandbox_id}/tokens/revoke)
+	RevokeTokens(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
 	// ListSnapshots List snapshots
 	// (GET /v1/snapshots)
 	ListSnapshots(w http.ResponseWriter, r *http.Request, params ListSnapshotsParams)
@@ -3567,6 +3570,12 @@ func (_ Unimplemented) PingSandbox(w http.ResponseWriter, r *http.Request, sandb
 // ResumeSandbox Resume a paused sandbox
 // (POST /v1/sandboxes/{sandbox_id}/resume)
 func (_ Unimplemented) ResumeSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// RevokeTokens Revoke a sandbox's tokens
+// (POST /v1/sandboxes/{sandbox_id}/tokens/revoke)
+func (_ Unimplemented) RevokeTokens(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -6513,6 +6522,32 @@ func (siw *ServerInterfaceWrapper) ResumeSandbox(w http.ResponseWriter, r *http.
 	handler.ServeHTTP(w, r)
 }
 
+// RevokeTokens operation middleware
+func (siw *ServerInterfaceWrapper) RevokeTokens(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandbox_id" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandbox_id", chi.URLParam(r, "sandbox_id"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandbox_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.RevokeTokens(w, r, sandboxID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // ListSnapshots operation middleware
 func (siw *ServerInterfaceWrapper) ListSnapshots(w http.ResponseWriter, r *http.Request) {
 
@@ -7553,6 +7588,9 @@ func HandlerWithOptions(si ServerInterface, options ChiServerOptions) http.Handl
 	})
 	r.Group(func(r chi.Router) {
 		r.Post(options.BaseURL+"/v1/sandboxes/{sandbox_id}/ping", wrapper.PingSandbox)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/sandboxes/{sandbox_id}/tokens/revoke", wrapper.RevokeTokens)
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/v1/sandboxes/{sandbox_id}/metrics", wrapper.GetSandboxMetrics)

@@ -1,6 +1,7 @@
 package auth
 
 import (
+	"math"
 	"strings"
 	"testing"
 
@@ -29,13 +30,27 @@ func TestTokens(t *testing.T) {
 	a, b := NewTokens([]byte("one secret")), NewTokens([]byte("another"))
 	x, y := uuid.New(), uuid.New()
 	seen := make(map[string]bool)
-	for _, s := range []string{a.Access(x), a.Access(y), a.Traffic(x), a.Traffic(y), b.Access(x), b.Traffic(x)} {
-		if len(s) != 64 || seen[s] {
+	for _, s := range []string{a.Access(x, 0), a.Access(y, 0), a.Traffic(x, 0), a.Traffic(y, 0), b.Access(x, 0), b.Traffic(x, 0), a.Access(x, 1), a.Traffic(x, 1), a.Access(x, 12), b.Access(x, 1)} {
+		if len(s) < 64 || seen[s] {
 			t.Errorf("token %q", s)
 		}
 		seen[s] = true
 	}
-	if !Equal(a.Access(x), a.Access(x)) || Equal("", a.Access(x)) || Equal(a.Access(y), a.Access(x)) {
+	if !Equal(a.Access(x, 0), a.Guest(x)) || Equal("", a.Guest(x)) || Equal(a.Guest(y), a.Guest(x)) {
 		t.Error("tokens do not compare as they must")
+	}
+	for _, epoch := range []int32{0, 1, 12, math.MaxInt32} {
+		if got, ok := a.AccessEpoch(x, a.Access(x, epoch)); !ok || got != epoch {
+			t.Errorf("an access token of epoch %d is of %d, %v", epoch, got, ok)
+		}
+		if got, ok := a.TrafficEpoch(x, a.Traffic(x, epoch)); !ok || got != epoch {
+			t.Errorf("a traffic token of epoch %d is of %d, %v", epoch, got, ok)
+		}
+	}
+	_, mac, _ := strings.Cut(a.Access(x, 1), ".")
+	for _, bad := range []string{"", ".", mac, "2." + mac, "0." + mac, "01." + mac, "+1." + mac, "-1." + mac, "99999999999." + mac, "1." + mac + "0", "0." + a.Access(x, 0), a.Traffic(x, 1), a.Access(y, 1), b.Access(x, 1)} {
+		if _, ok := a.AccessEpoch(x, bad); ok {
+			t.Errorf("%q is taken", bad)
+		}
 	}
 }

@@ -34,12 +34,14 @@ type Watch struct {
 	mu sync.Mutex
 	// heard counts what was heard.
 	heard int
-	held  map[*held]struct{}
+	// told are called with what was heard.
+	told []func(whose string)
+	held map[*held]struct{}
 }
 
 // held is something that goes on.
 type held struct {
-	who   Principal
+	about []uuid.UUID // whose change is a reason to ask again
 	may   func(context.Context) error
 	end   context.CancelCauseFunc
 	doubt bool // It is to be looked at again.
@@ -63,8 +65,22 @@ func (w *Watch) Mark() int {
 // something of the caller's is changed, fails with a fault: the cause is that
 // fault. done must be called when it is over.
 func (w *Watch) While(ctx context.Context, who Principal, mark int, may func(context.Context) error) (while context.Context, done func()) {
+	return w.while(ctx, []uuid.UUID{who.Session, who.Key, who.User, who.Team}, mark, may)
+}
+
+// WhileToken is While for somebody who showed a token of a sandbox.
+func (w *Watch) WhileToken(ctx context.Context, sandbox uuid.UUID, mark int, may func(context.Context) error) (while context.Context, done func()) {
+	return w.while(ctx, []uuid.UUID{sandbox}, mark, may)
+}
+
+// OnWord has f called with the id of every session, key, user, team or sandbox
+// of which it is heard that access to it ends; no id: it can be any. Call it
+// before Run. f must not block.
+func (w *Watch) OnWord(f func(whose string)) { w.told = append(w.told, f) }
+
+func (w *Watch) while(ctx context.Context, about []uuid.UUID, mark int, may func(context.Context) error) (while context.Context, done func()) {
 	while, end := context.WithCancelCause(ctx)
-	h := &held{who: who, may: may, end: end}
+	h := &held{about: about, may: may, end: end}
 	w.mu.Lock()
 	w.held[h] = struct{}{}
 	missed := w.heard != mark
@@ -102,6 +118,10 @@ func (w *Watch) Run(ctx context.Context) {
 	wg.Go(func() {
 		// The first word, after what may have been missed, is about everybody.
 		w.store.Listen(ctx, w.log, "wrenn_access", func(whose string) {
+			// First, so that nobody who asks again is told what was so before.
+			for _, f := range w.told {
+				f(whose)
+			}
 			w.doubt(whose)
 			select {
 			case wake <- struct{}{}:
@@ -143,7 +163,7 @@ func (w *Watch) doubt(whose string) {
 	defer w.mu.Unlock()
 	w.heard++
 	for h := range w.held {
-		if err != nil || slices.Contains([]uuid.UUID{h.who.Session, h.who.Key, h.who.User, h.who.Team}, one) {
+		if err != nil || slices.Contains(h.about, one) {
 			h.doubt = true
 		}
 	}

@@ -21,6 +21,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/wrenn-dev/wrenn/internal/duplex"
+	"github.com/wrenn-dev/wrenn/internal/filesign"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/patience"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
@@ -73,6 +74,7 @@ func New(c Config) *Proxy {
 	p.errors = slog.NewLogLogger(c.Log.Handler(), slog.LevelDebug)
 	c.Sandboxes.OnChange(p.cache.drop)
 	c.Sandboxes.OnDeaf(p.cache.deafen)
+	c.Watch.OnWord(p.cache.word)
 	return p
 }
 
@@ -105,6 +107,16 @@ func (p *Proxy) serve(w http.ResponseWriter, r *http.Request) {
 			now, err := p.Keys.Again(ctx, r.Header.Get("X-API-Key"), target.who)
 			if err == nil {
 				err = use.Check(now)
+			}
+			return err
+		})
+		defer done()
+		r = r.WithContext(ctx)
+	} else if err == nil {
+		ctx, done := p.Watch.WhileToken(r.Context(), target.sandbox, mark, func(ctx context.Context) error {
+			row, err := p.Sandboxes.Lookup(ctx, target.sandbox)
+			if err == nil && row.TokenEpoch != target.epoch {
+				err = errRevoked
 			}
 			return err
 		})
@@ -181,7 +193,11 @@ type caller struct {
 	// unproven is set where only the guest daemon can tell whether the request
 	// may do what it wants: it wakes no sandbox.
 	unproven bool
+	// epoch is that of the token that was shown, or of the tokens that hold.
+	epoch int32
 }
+
+var errRevoked = fault.New(fault.Unauthenticated, "the sandbox's tokens were revoked: ask for the sandbox again")
 
 var errUnproven = fault.New(fault.SandboxPaused, "the sandbox is paused, and a signed URL resumes none: resume it first")
 
@@ -215,6 +231,17 @@ func (p *Proxy) resolve(r *http.Request) (destination, error) {
 	if team := shown.who.Team; team != uuid.Nil && team != t.team {
 		return none, fault.New(fault.NotFound, "no such sandbox")
 	}
+	switch {
+	case shown.unproven:
+		shown.epoch = t.epoch
+		if t.epoch > 0 {
+			if err := p.signAgain(r, sandbox, t.epoch); err != nil {
+				return none, err
+			}
+		}
+	case !shown.who.HasKey() && shown.epoch != t.epoch:
+		return none, errRevoked
+	}
 	d := destination{caller: shown, team: t.team, sandbox: sandbox, port: port}
 	switch t.state {
 	case sandboxes.Running:
@@ -244,14 +271,15 @@ func (p *Proxy) authorize(r *http.Request, sandbox uuid.UUID, port int) (caller,
 		token := r.Header.Get("X-Access-Token")
 		// The guest daemon checks a signed URL of a file by itself.
 		signed := token == "" && r.URL.Path == "/files" && r.URL.Query().Get("signature") != ""
-		if signed || auth.Equal(token, p.Tokens.Access(sandbox)) {
-			return caller{unproven: signed}, nil
+		epoch, ok := p.Tokens.AccessEpoch(sandbox, token)
+		if signed || ok {
+			return caller{unproven: signed, epoch: epoch}, nil
 		}
 		return none, fault.New(fault.Unauthenticated, "port %d needs the sandbox's access token in X-Access-Token", envdPort)
 	}
 	if token := r.Header.Get("X-Traffic-Token"); token != "" {
-		if auth.Equal(token, p.Tokens.Traffic(sandbox)) {
-			return none, nil
+		if epoch, ok := p.Tokens.TrafficEpoch(sandbox, token); ok {
+			return caller{epoch: epoch}, nil
 		}
 		return none, fault.New(fault.Unauthenticated, "invalid traffic token")
 	}
@@ -260,6 +288,25 @@ func (p *Proxy) authorize(r *http.Request, sandbox uuid.UUID, port int) (caller,
 		return caller{who: who}, err
 	}
 	return none, fault.New(fault.Unauthenticated, "send the team's API key in X-API-Key, or the sandbox's traffic token in X-Traffic-Token")
+}
+
+// signAgain turns the signature of a file's URL, made with the token that clients
+// have, into one that the guest daemon takes, which knows no epochs.
+func (p *Proxy) signAgain(r *http.Request, sandbox uuid.UUID, epoch int32) error {
+	operation := "write"
+	if r.Method == http.MethodGet || r.Method == http.MethodHead {
+		operation = "read"
+	}
+	q := r.URL.Query()
+	sign := func(token string) string {
+		return filesign.Of(q.Get("path"), operation, q.Get("username"), token, q.Get("signature_expiration"))
+	}
+	if !auth.Equal(q.Get("signature"), sign(p.Tokens.Access(sandbox, epoch))) {
+		return fault.New(fault.Unauthenticated, "the signature is wrong, or was made with a token that was revoked")
+	}
+	q.Set("signature", sign(p.Tokens.Guest(sandbox)))
+	r.URL.RawQuery = q.Encode()
+	return nil
 }
 
 // holder is who has an API key that lets requests through to ports.
@@ -276,7 +323,7 @@ func (p *Proxy) lookup(ctx context.Context, sandbox uuid.UUID) (target, error) {
 	if err != nil {
 		return target{}, err
 	}
-	t := target{team: row.TeamID, state: sandboxes.State(row.State)}
+	t := target{team: row.TeamID, epoch: row.TokenEpoch, state: sandboxes.State(row.State)}
 	if row.HostID != nil {
 		t.host = *row.HostID
 	}
@@ -317,6 +364,9 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 			}
 			h.Del("X-API-Key")
 			h.Del("X-Traffic-Token")
+			if d.port == envdPort && h.Get("X-Access-Token") != "" {
+				h.Set("X-Access-Token", p.Tokens.Guest(d.sandbox))
+			}
 			if own, ok := h["Authorization"]; ok {
 				h[ForwardAuthorization] = own
 			}
@@ -403,6 +453,7 @@ const (
 type target struct {
 	team, host uuid.UUID
 	state      sandboxes.State
+	epoch      int32 // of its tokens
 	until      time.Time
 }
 
@@ -424,6 +475,19 @@ func (c *cache) drop(sandbox uuid.UUID) {
 	defer c.mu.Unlock()
 	c.drops++
 	delete(c.targets, sandbox)
+}
+
+// word drops the sandbox of which it is heard that access to it ends, and all
+// where that is not known.
+func (c *cache) word(whose string) {
+	if sandbox, err := uuid.Parse(whose); err == nil {
+		c.drop(sandbox)
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.drops++
+	clear(c.targets)
 }
 
 // deafen forgets everything, and remembers nothing while changes can be missed.

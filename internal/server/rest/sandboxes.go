@@ -53,7 +53,7 @@ func (a *API) sandbox(r *http.Request, row db.Sandbox) rest.Sandbox {
 		URL: a.sandboxURL(wire),
 	}
 	if who := caller(r); who.Team == row.TeamID && who.CanWrite() {
-		s.AccessToken, s.TrafficToken = some(a.Tokens.Access(row.ID)), some(a.Tokens.Traffic(row.ID))
+		s.AccessToken, s.TrafficToken = some(a.Tokens.Access(row.ID, row.TokenEpoch)), some(a.Tokens.Traffic(row.ID, row.TokenEpoch))
 	}
 	if row.HostID != nil {
 		s.HostID = some(id.Format(id.Host, *row.HostID))
@@ -185,6 +185,11 @@ func (a *API) ResumeSandbox(w http.ResponseWriter, r *http.Request, sandbox rest
 // PingSandbox answers POST /v1/sandboxes/{sandbox_id}/ping.
 func (a *API) PingSandbox(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID) {
 	a.change(w, r, sandbox, a.Sandboxes.Ping)
+}
+
+// RevokeTokens answers POST /v1/sandboxes/{sandbox_id}/tokens/revoke.
+func (a *API) RevokeTokens(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID) {
+	a.change(w, r, sandbox, a.Sandboxes.RevokeTokens)
 }
 
 // change does something to a sandbox and answers with what it is then.

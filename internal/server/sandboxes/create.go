@@ -295,7 +295,7 @@ func (s *Service) start(row db.Sandbox, host *hosts.Host, envs map[string]string
 	answer, err := host.Agent.Create(ctx, connect.NewRequest(&hostagentv1.CreateRequest{
 		SandboxId: id.Format(id.Sandbox, row.ID), TeamId: id.Format(id.Team, row.TeamID), TemplateId: id.Format(id.Template, row.TemplateID),
 		Vcpus: row.VCPUs, MemoryMib: row.MemoryMiB, DiskMib: row.DiskMiB, TimeoutSeconds: row.TimeoutSeconds,
-		Envs: envs, AccessToken: s.Tokens.Access(row.ID), PauseOnTimeout: row.OnTimeout == PauseOnTimeout,
+		Envs: envs, AccessToken: s.Tokens.Guest(row.ID), PauseOnTimeout: row.OnTimeout == PauseOnTimeout,
 	}))
 	took = time.Since(begun)
 	if err == nil {

@@ -72,7 +72,7 @@ func (s *Service) fork(parent uuid.UUID, host *hosts.Host, count int, o idempote
 	}
 	req := &hostagentv1.ForkRequest{SandboxId: id.Format(id.Sandbox, parent)}
 	for _, c := range of {
-		req.Copies = append(req.Copies, &hostagentv1.ForkRequest_Copy{SandboxId: id.Format(id.Sandbox, c), AccessToken: s.Tokens.Access(c)})
+		req.Copies = append(req.Copies, &hostagentv1.ForkRequest_Copy{SandboxId: id.Format(id.Sandbox, c), AccessToken: s.Tokens.Guest(c)})
 	}
 	call, cancel := context.WithTimeout(ctx, createTimeout)
 	defer cancel()

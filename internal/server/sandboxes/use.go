@@ -145,6 +145,16 @@ func (s *Service) ping(ctx context.Context, team, sandbox uuid.UUID) (pinged *ho
 	return pinged, at, err
 }
 
+// RevokeTokens revokes the tokens of a team's sandbox, and ends what is open with
+// them. The sandbox that it returns has others.
+func (s *Service) RevokeTokens(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox, error) {
+	row, err := found(s.Store.RevokeTokens(ctx, db.RevokeTokensParams{ID: sandbox, TeamID: team}))
+	if err == nil {
+		s.changed(sandbox)
+	}
+	return row, err
+}
+
 // Metrics returns what a team's sandbox uses now.
 func (s *Service) Metrics(ctx context.Context, team, sandbox uuid.UUID) (*hostagentv1.MetricsResponse, error) {
 	var m *hostagentv1.MetricsResponse

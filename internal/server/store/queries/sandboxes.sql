@@ -122,6 +122,9 @@ WHERE id = @id AND host_id = @host_id AND state = 'stopped' AND end_reason IN ('
 -- name: SandboxExpires :one
 UPDATE sandboxes SET expires_at = @expires_at WHERE id = @id AND host_id = @host_id AND state = 'running' RETURNING *;
 
+-- name: RevokeTokens :one
+UPDATE sandboxes SET token_epoch = token_epoch + 1 WHERE id = @id AND team_id = @team_id AND build_id IS NULL RETURNING *;
+
 -- name: SandboxesExpire :exec
 UPDATE sandboxes SET expires_at = seen.at
 FROM (SELECT unnest(@ids::uuid[]) AS id, unnest(@ats::timestamptz[]) AS at) AS seen
