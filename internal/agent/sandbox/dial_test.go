@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
+	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
 // closedPort is an address on which nothing listens.
@@ -134,5 +136,90 @@ func TestGRPC(t *testing.T) {
 		if err != nil || string(b) != want+" hello" || resp.Trailer.Get("Grpc-Status") != "0" {
 			t.Errorf("%q: %q, %v, trailers %v", kind, b, err, resp.Trailer)
 		}
+	}
+}
+
+// onlyHTTP2 gives a server the connections that begin as HTTP/2's do. To others
+// it sends what servers of HTTP/2 send first, and closes them.
+type onlyHTTP2 struct{ net.Listener }
+
+func (l onlyHTTP2) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		r := bufio.NewReader(c)
+		if first, err := r.Peek(3); err == nil && string(first) == "PRI" {
+			return peeked{c, r}, nil
+		}
+		_, _ = c.Write([]byte{0, 0, 0, 4, 0, 0, 0, 0, 0})
+		_ = c.Close()
+	}
+}
+
+type peeked struct {
+	net.Conn
+	r *bufio.Reader
+}
+
+func (c peeked) Read(p []byte) (int, error) { return c.r.Read(p) }
+
+// TestOnlyHTTP2 reaches a server that does not speak HTTP/1.1: by a request that
+// can be sent again, and from then on by every request.
+func TestOnlyHTTP2(t *testing.T) {
+	l, err := net.Listen("tcp", closedPort(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := netaddr.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		b, _ := io.ReadAll(r.Body)
+		fmt.Fprintf(w, "%s %s", r.Proto, b)
+	}))
+	go server.Serve(onlyHTTP2{l})
+	defer server.Close()
+	host, _, _ := net.SplitHostPort(l.Addr().String())
+	p := newPorts(t.Context(), new(net.Dialer), host)
+	defer p.close()
+	for _, try := range []struct{ method, body, want string }{
+		{http.MethodPost, "hello", ""},
+		{http.MethodPost, "hello", "HTTP/2.0 hello"},
+		{http.MethodGet, "", "HTTP/2.0 "},
+	} {
+		req, err := http.NewRequestWithContext(await.Context(t), try.method, "http://"+l.Addr().String()+"/", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if try.body != "" {
+			req.Body, req.ContentLength = io.NopCloser(strings.NewReader(try.body)), int64(len(try.body))
+		}
+		resp, err := p.RoundTrip(req)
+		if try.want == "" {
+			if !errors.Is(err, upstream.ErrHTTP2) {
+				t.Errorf("the first request: %v", err)
+			}
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err != nil || string(b) != try.want {
+			t.Errorf("%s: %q, %v", try.method, b, err)
+		}
+	}
+	p.only2.Clear()
+	req, err := http.NewRequestWithContext(await.Context(t), http.MethodGet, "http://"+l.Addr().String()+"/", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := p.RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.ProtoMajor != 2 {
+		t.Error(resp.Proto)
 	}
 }
