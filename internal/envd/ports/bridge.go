@@ -51,7 +51,8 @@ func newSocat(path string, address netip.Addr, target netip.AddrPort) (*socat, e
 
 func socatArgs(address netip.Addr, target netip.AddrPort) []string {
 	port := strconv.Itoa(int(target.Port()))
-	listen := "TCP4-LISTEN:" + port + ",bind=" + address.String() + ",reuseaddr,fork"
+	// Socat's own backlog is 5: what comes on top of that at once is lost.
+	listen := "TCP4-LISTEN:" + port + ",bind=" + address.String() + ",backlog=4096,reuseaddr,fork"
 	if target.Addr().Is4() {
 		return []string{listen, "TCP4:" + target.String()}
 	}

@@ -9,7 +9,9 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"regexp"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -191,6 +193,58 @@ func TestForwardSocat(t *testing.T) {
 	if inNamespace(t) {
 		testForward(t)
 	}
+}
+
+// TestBacklog has more connections come at once than a bridge accepts: they
+// wait, and none is lost.
+func TestBacklog(t *testing.T) {
+	if _, err := exec.LookPath("socat"); err != nil {
+		t.Skip("needs socat: ", err)
+	}
+	if !inNamespace(t) {
+		return
+	}
+	const connections = 100
+	l := echo(t, "tcp4", "127.0.0.1:8001")
+	b, err := newSocat("socat", own, netip.MustParseAddrPort(l.Addr().String()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Stop()
+	const address = "169.254.0.21:8001"
+	waiting := regexp.MustCompile(`: 1500FEA9:1F41 1500FEA9:[0-9A-F]{4} 01 `)
+	await.Until(t, "the bridge", func() bool { return answers(address) })
+	if err := b.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	var all sync.WaitGroup
+	for range connections {
+		all.Go(func() {
+			c, err := net.DialTimeout("tcp", address, await.Hang)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer c.Close()
+			_ = c.SetDeadline(time.Now().Add(await.Hang))
+			got := make([]byte, 5)
+			if _, err = c.Write([]byte("hello")); err == nil {
+				_, err = io.ReadFull(c, got)
+			}
+			if err != nil || string(got) != "hello" {
+				t.Errorf("%q, %v", got, err)
+			}
+		})
+	}
+	await.Until(t, "all connections to wait in the kernel", func() bool {
+		now, err := os.ReadFile("/proc/net/tcp")
+		// The bridge's side of established connections, of which it has accepted none.
+		return err == nil && len(waiting.FindAll(now, -1)) == connections
+	})
+	if err := b.cmd.Process.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	all.Wait()
 }
 
 func TestForwardWithoutSocat(t *testing.T) {
