@@ -208,7 +208,15 @@ func (t *Transport) setWaitingLocked(addr string, list []chan *conn) {
 }
 
 // take returns the connection to addr that was used last, nil if there is none.
+// Unless old is set, it closes those that are too old, as a server that serves
+// one connection at a time would wait for them.
 func (t *Transport) take(addr string, old bool) (*conn, error) {
+	var closing []*conn
+	defer func() {
+		for _, c := range closing {
+			c.close()
+		}
+	}()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.closed {
@@ -220,6 +228,9 @@ func (t *Transport) take(addr string, old bool) (*conn, error) {
 	}
 	c := list[len(list)-1]
 	if !old && t.OnceIdle > 0 && time.Since(c.used) > t.OnceIdle {
+		closing = list
+		t.n -= len(list)
+		t.setLocked(addr, nil)
 		return nil, nil
 	}
 	t.setLocked(addr, list[:len(list)-1])

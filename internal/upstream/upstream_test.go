@@ -299,6 +299,31 @@ func TestOldConnection(t *testing.T) {
 			t.Errorf("request %d, %s: %d connections", want, method, n)
 		}
 	}
+	if s.n != 1 {
+		t.Errorf("%d connections are kept", s.n)
+	}
+}
+
+// TestOneAtATime has a server that serves one connection until its end before
+// the next one: no request may wait for a connection that is only kept.
+func TestOneAtATime(t *testing.T) {
+	var one sync.Mutex
+	s := listen(t, func(_ int, c net.Conn, r *bufio.Reader) {
+		one.Lock()
+		defer one.Unlock()
+		for {
+			if _, _, err := take(r); err != nil {
+				return
+			}
+			respond(c, "")
+		}
+	})
+	s.OnceIdle = time.Nanosecond
+	for _, method := range []string{http.MethodGet, http.MethodPost, http.MethodGet, http.MethodPost} {
+		if _, err := s.do(s.request(t, method, hidden("x"))); err != nil {
+			t.Fatal(method, err)
+		}
+	}
 }
 
 // failing is a connection that fails before anything is sent.
