@@ -135,3 +135,31 @@ func TestUnreadableIsReported(t *testing.T) {
 		t.Errorf("at last reported %+v", reported)
 	}
 }
+
+// TestUnreadableForNow: a template that only cannot be read now, as from a disk that
+// fails, is not moved.
+func TestUnreadableForNow(t *testing.T) {
+	dir := layout.Dir(t.TempDir())
+	log := slog.New(slog.DiscardHandler)
+	problems, err := problem.Open(filepath.Join(t.TempDir(), "problems"), log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &Agent{cfg: Config{Dir: dir}, log: log, problems: problems}
+	path := filepath.Join(dir.Template(uuid.New(), uuid.New()), "template.json")
+	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.Symlink(path, path)); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.setAside(); err != nil {
+		t.Fatal(err)
+	}
+	if items, err := unreadable.List(dir); err != nil || len(items) != 0 {
+		t.Errorf("set aside %+v, %v", items, err)
+	}
+	if _, err := os.Lstat(path); err != nil {
+		t.Error(err)
+	}
+	if _, err := a.templates(); err != nil || len(problems.All()) != 1 {
+		t.Errorf("the problems are %+v, %v", problems.All(), err)
+	}
+}

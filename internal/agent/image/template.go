@@ -135,9 +135,14 @@ func Examine(dir layout.Dir) ([]Damage, error) {
 }
 
 // SetAside moves damaged templates and captures to where nothing looks for
-// them, as many as it can. Nobody else may be working with templates meanwhile.
+// them, as many as it can. What only cannot be read now stays. Nobody else may be
+// working with templates meanwhile.
 func SetAside(dir layout.Dir, damaged []Damage) (items []unreadable.Item, err error) {
 	for _, d := range damaged {
+		if unreadable.Passing(d.Err) {
+			err = errors.Join(err, fmt.Errorf("%s stays, because it may be readable later: %w", d.Path, d.Err))
+			continue
+		}
 		item, e := unreadable.Move(dir, d.Kind, d.Path, d.Err)
 		if e != nil {
 			err = errors.Join(err, e)

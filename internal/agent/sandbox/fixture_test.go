@@ -12,7 +12,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -438,18 +437,6 @@ func TestKeptByEarlierAgent(t *testing.T) {
 		t.Errorf("kept %v of %v", got, want)
 	}
 	h.nothingLeft()
-}
-
-// TestPassing: only some errors of reading say something about what is on disk.
-func TestPassing(t *testing.T) {
-	for err, want := range map[error]bool{
-		syscall.EMFILE: true, syscall.ENFILE: true, syscall.EIO: true, syscall.ENOMEM: true, syscall.EACCES: true,
-		syscall.ENOENT: false, syscall.EISDIR: false, syscall.ENOTDIR: false, errors.New("it is torn"): false,
-	} {
-		if got := passing(fmt.Errorf("read: %w", &fs.PathError{Op: "read", Path: "x", Err: err})); got != want {
-			t.Errorf("%v: %v", err, got)
-		}
-	}
 }
 
 // TestStoppedWhileItStarts: an agent that is stopped while it looks for what

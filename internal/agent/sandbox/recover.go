@@ -22,6 +22,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
+	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/backoff"
@@ -161,7 +162,7 @@ func find(ctx context.Context, dir layout.Dir, home uuid.UUID, d vmm.Driver, log
 	}
 	var newer *format.NewerError
 	switch {
-	case err != nil && (passing(err) || errors.As(err, &newer)):
+	case err != nil && (unreadable.Passing(err) || errors.As(err, &newer)):
 		log.Error("the record of a sandbox cannot be read now; its machine, if there is one, goes on", "error", err)
 		return found{rec: record{Home: home}, unread: true, untaken: err}
 	case bare:
@@ -235,13 +236,6 @@ func take(ctx context.Context, d vmm.Driver, vm vmm.VM, st vmm.State) (vmm.VM, e
 	default:
 		return vm, err
 	}
-}
-
-// passing reports whether an error of reading says nothing about what is on disk,
-// as those of a disk that fails and of too many open files do.
-func passing(err error) bool {
-	var errno syscall.Errno
-	return errors.As(err, &errno) && errno != syscall.ENOENT && errno != syscall.EISDIR && errno != syscall.ENOTDIR
 }
 
 // unused reports whether the folder of a sandbox has nothing but files that an

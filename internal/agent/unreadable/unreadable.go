@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
@@ -72,6 +73,14 @@ func move(dir layout.Dir, kind Kind, path string, reason error) (Item, error) {
 		return Item{}, errors.Join(err, os.Remove(item.Path+noteSuffix))
 	}
 	return item, errors.Join(atomicfile.Sync(dir.Unreadable()), atomicfile.Sync(filepath.Dir(path)))
+}
+
+// Passing reports whether an error of reading says nothing about what is on disk,
+// as those of a disk that fails and of too many open files do. Such data is not for
+// Move: it is there, and may be read later.
+func Passing(err error) bool {
+	var errno syscall.Errno
+	return errors.As(err, &errno) && errno != syscall.ENOENT && errno != syscall.EISDIR && errno != syscall.ENOTDIR
 }
 
 // free returns a path in parent that nothing has, like name.

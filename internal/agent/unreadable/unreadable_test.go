@@ -2,8 +2,11 @@ package unreadable
 
 import (
 	"errors"
+	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 	"testing"
 
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -55,5 +58,17 @@ func TestMoveNothing(t *testing.T) {
 	}
 	if entries, err := os.ReadDir(dir.Unreadable()); err != nil || len(entries) != 0 {
 		t.Fatalf("left %v, %v", entries, err)
+	}
+}
+
+// TestPassing: only some errors of reading say something about what is on disk.
+func TestPassing(t *testing.T) {
+	for err, want := range map[error]bool{
+		syscall.EMFILE: true, syscall.ENFILE: true, syscall.EIO: true, syscall.ENOMEM: true, syscall.EACCES: true,
+		syscall.ENOENT: false, syscall.EISDIR: false, syscall.ENOTDIR: false, errors.New("it is torn"): false,
+	} {
+		if got := Passing(fmt.Errorf("read: %w", &fs.PathError{Op: "read", Path: "x", Err: err})); got != want {
+			t.Errorf("%v: %v", err, got)
+		}
 	}
 }
