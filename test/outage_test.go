@@ -149,15 +149,16 @@ func TestOutage(t *testing.T) {
 	}{
 		{"PostgreSQL is restarted", func() {
 			cluster := pgtest.Shared(t)
+			before := hidden.n.Load()
 			cluster.Stop()
-			time.Sleep(time.Second)
+			within(t, 2*time.Minute, "a request fails without PostgreSQL", func() bool { return hidden.n.Load() > before })
 			if err := cluster.Start(); err != nil {
 				t.Fatal(err)
 			}
 		}},
 		{"Redis is restarted", func() {
 			c.redis.signal(syscall.SIGKILL)
-			time.Sleep(time.Second)
+			turns(3) // all goes on without it
 			c.redis = c.startRedis()
 		}},
 		{"the server is killed and started again", func() {
