@@ -14,7 +14,7 @@ PACKAGES := test/browser/node_modules/.package-lock.json test/clients/node_modul
 # in internal/programs), and what its tests need besides.
 RUN_PACKAGES  := qemu-system-x86 postgresql redis-server mmdebstrap e2fsprogs kmod ca-certificates
 # (gcc: for the race detector.)
-TEST_PACKAGES := slirp4netns qemu-utils busybox-static nftables iproute2 socat gcc libc6-dev dpkg-dev docker-registry skopeo umoci chromium fonts-dejavu-core
+TEST_PACKAGES := slirp4netns qemu-utils busybox-static nftables iptables containernetworking-plugins iproute2 socat gcc libc6-dev dpkg-dev docker-registry skopeo umoci chromium fonts-dejavu-core
 
 # What benchmarks are beside.
 BENCH_PACKAGES := nginx-light wrk iproute2

@@ -21,6 +21,17 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
+// groupOf returns the name of a machine's control group.
+func groupOf(t *testing.T, pid int) string {
+	t.Helper()
+	_, name, ok := strings.Cut(read(fmt.Sprintf("/proc/%d/cgroup", pid)), "/wrenn/")
+	if !ok {
+		t.Fatalf("process %d is in no group", pid)
+	}
+	name, _, _ = strings.Cut(name, "\n")
+	return name
+}
+
 // TestSharedHost has other software do to a host, with a real machine on it, what
 // breaks most. internal/agent/network tests the network in more ways.
 func TestSharedHost(t *testing.T) {
@@ -87,13 +98,37 @@ func TestSharedHost(t *testing.T) {
 	if err := inGroup(); err != nil {
 		t.Fatal(err)
 	}
-	for _, dir := range cgroup.Folders() {
-		if err := os.WriteFile(dir+"/../cgroup.procs", []byte(strconv.Itoa(pid)), 0); err != nil {
-			t.Fatal(err)
+	group := groupOf(t, pid)
+	moveOut := func() {
+		for _, dir := range cgroup.Folders() {
+			if err := os.WriteFile(dir+"/../cgroup.procs", []byte(strconv.Itoa(pid)), 0); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
+	moveOut()
 	eventually("the control group", inGroup)
 	works("after its machine was moved out of its control group")
+	for _, dir := range cgroup.Folders() {
+		// The agent may have put the machine back.
+		eventually("its group is removed", func() error {
+			moveOut()
+			return syscall.Rmdir(filepath.Join(dir, group))
+		})
+	}
+	eventually("the control group after it was removed", inGroup)
+	eventually("the limit of the group that was made again", func() error {
+		limit := filepath.Join(cgroup.Folders()[0], group, "memory.max")
+		if _, err := os.Stat(limit); err != nil {
+			limit = filepath.Join(cgroup.Folders()[0], group, "memory.limit_in_bytes")
+		}
+		n, err := strconv.ParseInt(strings.TrimSpace(read(limit)), 10, 64)
+		if err == nil && n > 8<<30 {
+			err = fmt.Errorf("it allows %d bytes", n)
+		}
+		return err
+	})
+	works("after its control group was removed")
 
 	for _, name := range []string{h.Dir.AgentLock(), h.Dir.Problems()} {
 		if err := os.Remove(name); err != nil {

@@ -1038,6 +1038,30 @@ func TestClockSetBack(t *testing.T) {
 	})
 }
 
+// TestClockSetForth has the clock of the database jump an hour ahead: all that was
+// seen is an hour old, and nothing ends for that.
+func TestClockSetForth(t *testing.T) {
+	p := newPlane(t)
+	p.end()
+	p.config.Heartbeat = time.Second
+	p.start()
+	sandbox := p.create(map[string]any{})
+	for _, table := range []string{"hosts SET last_seen_at = last_seen_at", "servers SET seen_at = seen_at", "leases SET until = until"} {
+		if _, err := p.db().Exec(t.Context(), "UPDATE "+table+" - interval '1 hour'"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.compared(p.agent)
+	p.eventually("the sandbox runs", func() bool { return p.state(sandbox) == "running" })
+	if !p.agent.has(sandbox) {
+		t.Error("the host has it no more")
+	}
+	p.agent.happened(hostagentv1.Event_KIND_EXPIRED, sandbox, "")
+	p.eventually("the host is watched", func() bool {
+		return p.call("GET", "/v1/sandboxes/"+sandbox, nil).str("end_reason") == "expired"
+	})
+}
+
 // TestRedisFlushed has Redis forget all that it knows while a server works.
 func TestRedisFlushed(t *testing.T) {
 	t.Parallel()

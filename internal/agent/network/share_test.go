@@ -458,6 +458,52 @@ func TestLinksAreRepaired(t *testing.T) {
 	must(t, p.Release(context.Background(), s))
 }
 
+// TestCNI has a container engine's plugins set up a container beside a guest: with
+// a bridge of its own, and then with the guest's link.
+func TestCNI(t *testing.T) {
+	needRoot(t)
+	const plugins = "/usr/lib/cni"
+	if _, err := os.Stat(plugins); err != nil {
+		t.Skipf("needs the package containernetworking-plugins: %v", err)
+	}
+	sameAfter(t)
+	newInternet(t)
+	p := openPool(t, layout.Dir(t.TempDir()), 1)
+	s := acquire(t, p)
+	g := newGuest(t, s)
+	g.serve(t)
+	eventually(t, "at first", func() error { return g.online(s) })
+	clearRules(t)
+	run(t, "ip", "netns", "add", "container")
+	t.Cleanup(func() { must(t, unmountAll(layout.OldNamespaces)); os.RemoveAll(layout.OldNamespaces) })
+	t.Cleanup(func() { run(t, "ip", "netns", "del", "container") })
+	plugin := func(command, name, config string) {
+		t.Helper()
+		cmd := exec.Command(filepath.Join(plugins, name))
+		cmd.Env = append(os.Environ(), "CNI_COMMAND="+command, "CNI_CONTAINERID=c", "CNI_IFNAME="+name+"0",
+			"CNI_NETNS="+filepath.Join(layout.OldNamespaces, "container"), "CNI_PATH="+plugins)
+		cmd.Stdin = strings.NewReader(config)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%s of %s: %v\n%s", command, name, err, out)
+		}
+	}
+	for _, c := range []struct{ plugin, config string }{
+		{"bridge", fmt.Sprintf(`{"cniVersion": "0.4.0", "name": "n", "type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true,
+			"ipam": {"type": "host-local", "subnet": "10.88.0.0/16", "dataDir": %q}}`, t.TempDir())},
+		{"host-device", fmt.Sprintf(`{"cniVersion": "0.4.0", "name": "n", "type": "host-device", "device": %q}`, linkName(s.Index))},
+	} {
+		t.Run(c.plugin, func(t *testing.T) {
+			plugin("ADD", c.plugin, c.config)
+			eventually(t, "with a container", func() error { return errors.Join(problems(p), g.online(s)) })
+			if c.plugin == "bridge" {
+				plugin("DEL", c.plugin, c.config)
+				run(t, "ip", "link", "del", "cni0")
+			}
+			eventually(t, "afterwards", func() error { return errors.Join(problems(p), g.online(s)) })
+		})
+	}
+}
+
 // TestRunIsCleaned has somebody remove all that is in the folder of the
 // machine's state.
 func TestRunIsCleaned(t *testing.T) {
