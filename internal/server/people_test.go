@@ -348,14 +348,19 @@ func TestTeams(t *testing.T) {
 	p.call("GET", base, nil, asEve...).fails(404, "not_found")
 	p.call("GET", "/v1/sandboxes", nil, append(asEve, "X-Team", team)...).fails(404, "not_found")
 
-	users := p.call("GET", "/v1/users?email_prefix=BOB", nil, asAda...).want(200).list("users")
-	if len(users) != 1 {
-		t.Errorf("users: %v", users)
+	// Only who may add members finds somebody, and only by the whole address.
+	for _, c := range []struct {
+		email string
+		by    uuid.UUID
+		finds int
+	}{{"BOB@example.com", ada, 1}, {"bob@example.com", eve, 0}, {"bob", ada, 0}, {"bob@example", ada, 0}, {"%25%25%25", ada, 0}, {"bob@example.co_", ada, 0}} {
+		p.sql("UPDATE team_members SET role = CASE WHEN user_id = $1 THEN 'member' ELSE 'admin' END", eve)
+		users := p.call("GET", "/v1/users?email="+c.email, nil, as(p.bearer(c.by))...).want(200).list("users")
+		if len(users) != c.finds {
+			t.Errorf("%s finds %v", c.email, users)
+		}
 	}
-	p.call("GET", "/v1/users?email_prefix=b%25", nil, asAda...).fails(400, "invalid_argument")
-	if users := p.call("GET", "/v1/users?email_prefix=%25%25%25", nil, asAda...).want(200).list("users"); len(users) != 0 {
-		t.Errorf("%%%%%% finds %v", users)
-	}
+	p.call("GET", "/v1/users?email_prefix=bob", nil, asAda...).fails(400, "invalid_argument")
 }
 
 // TestDeleteTeam deletes a team whose host does not answer at first.
@@ -628,6 +633,48 @@ func TestAdmin(t *testing.T) {
 	}
 }
 
+// lineWriter hands on what is written, while there is room.
+type lineWriter chan string
+
+func (w lineWriter) Write(b []byte) (int, error) {
+	select {
+	case w <- string(b):
+	default:
+	}
+	return len(b), nil
+}
+
+// TestLimitsTogether: of many that are asked for at once, no more are made than
+// a team may have.
+func TestLimitsTogether(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	admin := as(p.bearerOf("admin@example.com"))
+	body := map[string]any{"name": "c", "kind": "webhook", "url": "https://example.com/hook", "secret": "sixteen characters", "events": []string{"sandbox.lost"}}
+	team := p.call("GET", "/v1/teams", nil, admin...).want(200).list("teams")[0].(map[string]any)["id"].(string)
+	u, err := id.Parse(id.Team, team)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const most, room = 50, 5
+	p.sql("INSERT INTO channels (id, team_id, name, kind, events, target, sealed) SELECT gen_random_uuid(), $1, 'c', 'webhook', '{}', '', '' FROM generate_series(1, $2::integer)", u, most-room)
+	var answers []<-chan response
+	for range 20 {
+		answers = append(answers, p.later("POST", "/v1/channels", body, admin...))
+	}
+	made := 0
+	for _, a := range answers {
+		if r := <-a; r.Status == 201 {
+			made++
+		} else {
+			r.fails(409, "conflict")
+		}
+	}
+	if made != room {
+		t.Errorf("%d channels were made where there was room for %d", made, room)
+	}
+}
+
 // TestFirstSignUp has several sign up at once where nobody is yet: one becomes
 // the platform's admin, and to the others it is closed.
 func TestFirstSignUp(t *testing.T) {
@@ -636,11 +683,23 @@ func TestFirstSignUp(t *testing.T) {
 	p.end()
 	p.config.DatabaseURL = migrated.New(t)
 	p.config.AdminEmail, p.config.AdminPassword, p.config.AdminAPIKey = "", "", ""
+	lines := make(lineWriter, 1000)
+	p.logs = lines
 	p.start()
+	var token string
+	for token == "" { // written before the server listens
+		_, token, _ = strings.Cut(strings.TrimSpace(<-lines), " token=")
+	}
+	p.sql("UPDATE platform_settings SET signup_open = true") // for a stranger it makes no difference
+	for _, wrong := range []map[string]any{{}, {"token": ""}, {"token": token + "0"}, {"token": token[1:]}} {
+		wrong["email"], wrong["password"] = "stranger@example.com", password
+		p.call("POST", "/v1/auth/signup", wrong, nobody...).fails(403, "permission_denied")
+	}
+	p.sql("UPDATE platform_settings SET signup_open = false")
 	emails := make(map[string]<-chan response)
 	for n := range 6 {
 		email := fmt.Sprintf("u%d@example.com", n)
-		emails[email] = p.later("POST", "/v1/auth/signup", map[string]any{"email": email, "password": password}, nobody...)
+		emails[email] = p.later("POST", "/v1/auth/signup", map[string]any{"email": email, "password": password, "token": token}, nobody...)
 	}
 	var admins []string
 	for email, answer := range emails {

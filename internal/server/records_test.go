@@ -125,7 +125,7 @@ func TestAudit(t *testing.T) {
 			t.Errorf("%s: %v", action, r)
 		}
 	}
-	if r := all["exec"]; r == nil || r["request_id"] != "called-so" || r["address"] != "198.51.100.7" {
+	if r := all["exec"]; r == nil || r["request_id"] != "ext-called-so" || r["address"] != "198.51.100.7" {
 		t.Errorf("exec: %v", r)
 	}
 	if made := p.audit("action=createSandbox&result=ok")["createSandbox"]; made == nil || made["object"] != sandbox {

@@ -240,7 +240,7 @@ func checkRecords(t *testing.T, p *plane, all []asked) map[string]outcomes {
 	}
 	of := make(map[string]outcomes)
 	for _, a := range all {
-		got := written[a.id]
+		got := written["ext-"+a.id] // as it came from outside
 		known := a.Status != http.StatusUnauthorized && a.actor != ""
 		if !a.changing() || !known && !a.anybody() {
 			if len(got) != 0 {
@@ -249,7 +249,7 @@ func checkRecords(t *testing.T, p *plane, all []asked) map[string]outcomes {
 			continue
 		}
 		kind, _, _ := strings.Cut(a.actor, "-")
-		want := record{Action: a.OperationID, Address: a.address, RequestID: a.id, Actor: a.actor, UserID: a.user, ActorKind: actors[kind], Result: "ok"}
+		want := record{Action: a.OperationID, Address: a.address, RequestID: "ext-" + a.id, Actor: a.actor, UserID: a.user, ActorKind: actors[kind], Result: "ok"}
 		if a.Status >= 400 {
 			var body struct{ Error struct{ Code string } }
 			_ = json.Unmarshal(a.Body, &body)

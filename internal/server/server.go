@@ -321,7 +321,14 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	s.sessions = auth.NewSessions(s.store, secret, s.log)
 	s.watch = auth.NewWatch(s.store, s.log)
 	limiter := ratelimit.New(s.redis, s.log)
-	s.users = users.New(users.Config{Store: s.store, Sessions: s.sessions, Limiter: limiter, Mail: s.mail, PublicURL: c.PublicURL, PasswordCost: c.PasswordCost, Log: s.log})
+	// All servers of an installation say the same.
+	first := "wrf_" + hex.EncodeToString(auth.Derive(secret, "first sign-up"))[:40]
+	s.users = users.New(users.Config{FirstToken: first, Store: s.store, Sessions: s.sessions, Limiter: limiter, Mail: s.mail, PublicURL: c.PublicURL, PasswordCost: c.PasswordCost, Log: s.log})
+	if nobody, err := s.users.NobodyYet(ctx); err != nil {
+		return nil, err
+	} else if nobody {
+		s.log.Info("there is no user yet: the first to sign up with this token is the admin", "token", first)
+	}
 	s.teams = teams.New(teams.Config{Store: s.store, Sandboxes: s.sandboxes, Templates: tpl, Log: s.log})
 	var hub *github.Client
 	if c.GitHubClientID != "" {

@@ -78,6 +78,8 @@ type plane struct {
 	halt     func()
 	document *apitest.Document
 	redis    *redisServer
+	// logs gets what the server logs, one line a call; nil: nothing does.
+	logs io.Writer
 	// conn and sessions are made when they are first needed.
 	conn     *pgx.Conn
 	sessions func(user uuid.UUID) string
@@ -112,6 +114,9 @@ func (p *plane) start() {
 	log := slog.New(slog.DiscardHandler)
 	if os.Getenv("WRENN_TEST_LOG") != "" {
 		log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	}
+	if p.logs != nil {
+		log = slog.New(slog.NewTextHandler(p.logs, nil))
 	}
 	c := p.config
 	c.Log = log
@@ -1625,7 +1630,7 @@ func TestService(t *testing.T) {
 			t.Errorf("/metrics has no %s", want)
 		}
 	}
-	if got := p.call("GET", "/health", nil, "X-Request-Id", "from-the-front_door1").Header.Get("X-Request-Id"); got != "from-the-front_door1" {
+	if got := p.call("GET", "/health", nil, "X-Request-Id", "from-the-front_door1").Header.Get("X-Request-Id"); got != "ext-from-the-front_door1" {
 		t.Errorf("X-Request-Id %q", got)
 	}
 	if got := p.call("GET", "/health", nil, "X-Request-Id", "not fit for\ta log").Header.Get("X-Request-Id"); len(got) != 16 {

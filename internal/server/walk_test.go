@@ -285,7 +285,7 @@ func (w *world) fields(o operation, t target) map[string]any {
 	of := w.teams[t.ids]
 	all := map[string]any{
 		"sandbox_id": of.wireSandbox, "key_id": of.wireKey, "user_id": of.wireMate, "template_id": of.wireTemplate, "host_id": w.host,
-		"team_id": w.teams[t.path].wireTeam, "tag": "latest", "digest": fmt.Sprintf("sha256:%x", sha256.Sum256([]byte("walk"))), "build_id": id.Format(id.Build, of.build), "channel_id": id.Format(id.Channel, of.channel), "path": "/walk", "email_prefix": "u12", "Upgrade": "websocket",
+		"team_id": w.teams[t.path].wireTeam, "tag": "latest", "digest": fmt.Sprintf("sha256:%x", sha256.Sum256([]byte("walk"))), "build_id": id.Format(id.Build, of.build), "channel_id": id.Format(id.Channel, of.channel), "path": "/walk", "email_prefix": "u12", "email": "u12@example.com", "Upgrade": "websocket",
 	}
 	if strings.Contains(o.path, "{template}") {
 		all["template"] = of.nameOfTmpl

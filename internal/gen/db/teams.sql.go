@@ -332,6 +332,22 @@ func (q *Queries) LockDeletingTeam(ctx context.Context, id uuid.UUID) (uuid.UUID
 	return id_2, err
 }
 
+const lockLimit = `-- name: LockLimit :exec
+SELECT pg_advisory_xact_lock(hashtextextended($1::text || ' ' || ($2::uuid)::text, 0))
+`
+
+type LockLimitParams struct {
+	What   string
+	TeamID uuid.UUID
+}
+
+// Held to the end of the transaction: of several that count what a team has of
+// something and then add to it, one after the other does.
+func (q *Queries) LockLimit(ctx context.Context, arg LockLimitParams) error {
+	_, err := q.db.Exec(ctx, lockLimit, arg.What, arg.TeamID)
+	return err
+}
+
 const lockTeam = `-- name: LockTeam :one
 SELECT id, name, created_at, deleting_at FROM teams WHERE id = $1 AND deleting_at IS NULL FOR UPDATE
 `

@@ -93,18 +93,19 @@ func (q *Queries) DeleteVerifyTokens(ctx context.Context, userID uuid.UUID) erro
 	return err
 }
 
-const findUsers = `-- name: FindUsers :many
-SELECT id, email, password_hash, admin, created_at, active, verified_at, epoch FROM users WHERE lower(email) LIKE $1::text AND active AND verified_at IS NOT NULL ORDER BY lower(email) LIMIT $2
+const findUser = `-- name: FindUser :many
+SELECT id, email, password_hash, admin, created_at, active, verified_at, epoch FROM users WHERE lower(email) = lower($1) AND active AND verified_at IS NOT NULL
+  AND EXISTS (SELECT 1 FROM team_members WHERE user_id = $2 AND role IN ('owner', 'admin'))
 `
 
-type FindUsersParams struct {
-	Pattern string
-	MaxRows int32
+type FindUserParams struct {
+	Email   string
+	AskedBy uuid.UUID
 }
 
-// The pattern is a prefix in small letters, escaped, with % at its end.
-func (q *Queries) FindUsers(ctx context.Context, arg FindUsersParams) ([]User, error) {
-	rows, err := q.db.Query(ctx, findUsers, arg.Pattern, arg.MaxRows)
+// The one with an address, for somebody who may add members to a team.
+func (q *Queries) FindUser(ctx context.Context, arg FindUserParams) ([]User, error) {
+	rows, err := q.db.Query(ctx, findUser, arg.Email, arg.AskedBy)
 	if err != nil {
 		return nil, err
 	}

@@ -686,7 +686,7 @@ type AuditRecord struct {
 	// ObjectKind The kind of what was changed.
 	ObjectKind string `json:"object_kind"`
 
-	// RequestID The request's id; empty for what happened by itself.
+	// RequestID The request's id; empty for what happened by itself. One that the client chose begins with `ext-`.
 	RequestID string `json:"request_id"`
 
 	// Result `ok`; `refused`, because of who asked or what for; `failed`.
@@ -1941,6 +1941,9 @@ type SignUp struct {
 	// Password 10 characters or more.
 	Password Password `json:"password"`
 
+	// Token For the first account of all: the token that the server writes to its log when it starts.
+	Token *string `json:"token,omitempty"`
+
 	// Tokens Give the tokens in the answer instead of in cookies.
 	Tokens *bool `json:"tokens,omitempty"`
 }
@@ -2616,8 +2619,8 @@ type GetUsageParams struct {
 
 // FindUsersParams defines parameters for FindUsers.
 type FindUsersParams struct {
-	// EmailPrefix At least 3 characters.
-	EmailPrefix string `form:"email_prefix" json:"email_prefix"`
+	// Email The whole address.
+	Email string `form:"email" json:"email"`
 }
 
 // CreateBuildAdminJSONRequestBody defines body for CreateBuildAdmin for application/json ContentType.
@@ -3063,7 +3066,7 @@ type ServerInterface interface {
 	// GetUsage What the team used, by day
 	// (GET /v1/usage)
 	GetUsage(w http.ResponseWriter, r *http.Request, params GetUsageParams)
-	// FindUsers Find users by the beginning of their e-mail address
+	// FindUsers Find a user by e-mail address
 	// (GET /v1/users)
 	FindUsers(w http.ResponseWriter, r *http.Request, params FindUsersParams)
 	// GetVerifyPage The page that opens an account
@@ -3747,7 +3750,7 @@ func (_ Unimplemented) GetUsage(w http.ResponseWriter, r *http.Request, params G
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// FindUsers Find users by the beginning of their e-mail address
+// FindUsers Find a user by e-mail address
 // (GET /v1/users)
 func (_ Unimplemented) FindUsers(w http.ResponseWriter, r *http.Request, params FindUsersParams) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -7414,15 +7417,15 @@ func (siw *ServerInterfaceWrapper) FindUsers(w http.ResponseWriter, r *http.Requ
 	// Parameter object where we will unmarshal all parameters from the context
 	var params FindUsersParams
 
-	// ------------- Required query parameter "email_prefix" -------------
+	// ------------- Required query parameter "email" -------------
 
-	err = runtime.BindQueryParameterWithOptions("form", true, true, "email_prefix", r.URL.Query(), &params.EmailPrefix, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	err = runtime.BindQueryParameterWithOptions("form", true, true, "email", r.URL.Query(), &params.Email, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
 	if err != nil {
 		var requiredError *runtime.RequiredParameterError
 		if errors.As(err, &requiredError) {
-			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "email_prefix"})
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "email"})
 		} else {
-			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "email_prefix", Err: err})
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "email", Err: err})
 		}
 		return
 	}

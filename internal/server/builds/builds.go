@@ -199,9 +199,17 @@ func (s *Service) Start(ctx context.Context, team uuid.UUID, r Request) (db.Buil
 			return db.Build{}, err
 		}
 	}
-	row, err := s.Store.InsertBuild(ctx, db.InsertBuildParams{
-		ID: build, TeamID: team, Name: r.Name, Tags: r.Tags, Recipe: r.Recipe, Archive: archive, Options: options, Registry: sealed,
-		TotalSteps: int32(len(outline(parsed, r.Options.SkipPrePost))), CreatedAt: time.Now().UTC().Truncate(time.Microsecond), Most: int64(s.TeamOpen),
+	var row db.Build
+	err = s.Store.InTx(ctx, func(q *db.Queries) error {
+		if err := q.LockLimit(ctx, db.LockLimitParams{What: "builds", TeamID: team}); err != nil {
+			return err
+		}
+		var err error
+		row, err = q.InsertBuild(ctx, db.InsertBuildParams{
+			ID: build, TeamID: team, Name: r.Name, Tags: r.Tags, Recipe: r.Recipe, Archive: archive, Options: options, Registry: sealed,
+			TotalSteps: int32(len(outline(parsed, r.Options.SkipPrePost))), CreatedAt: time.Now().UTC().Truncate(time.Microsecond), Most: int64(s.TeamOpen),
+		})
+		return err
 	})
 	if errors.Is(err, store.ErrNoRows) {
 		return row, fault.New(fault.Conflict, "the team has %d builds that wait or run, which is the most", s.TeamOpen)

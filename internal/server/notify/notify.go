@@ -205,19 +205,29 @@ func (s *Service) Create(ctx context.Context, team uuid.UUID, admin bool, p Para
 	if err := errors.Join(s.check(p.Kind, t), checkEvents(p.Events, admin)); err != nil {
 		return db.Channel{}, first(err)
 	}
-	n, err := s.Store.CountChannels(ctx, team)
-	if err != nil {
-		return db.Channel{}, fmt.Errorf("count channels: %w", err)
-	}
-	if n >= maxChannels {
-		return db.Channel{}, fault.New(fault.Conflict, "a team has at most %d channels", maxChannels)
-	}
 	channel := uuid.New()
 	sealed, err := s.seal(channel, t)
 	if err != nil {
 		return db.Channel{}, fmt.Errorf("encrypt channel's secrets: %w", err)
 	}
-	row, err := s.Store.InsertChannel(ctx, db.InsertChannelParams{ID: channel, TeamID: team, Name: *p.Name, Kind: p.Kind, Events: unique(p.Events), Target: t.shown(), Sealed: sealed})
+	var row db.Channel
+	err = s.Store.InTx(ctx, func(q *db.Queries) error {
+		if err := q.LockLimit(ctx, db.LockLimitParams{What: "channels", TeamID: team}); err != nil {
+			return err
+		}
+		n, err := q.CountChannels(ctx, team)
+		if err != nil {
+			return err
+		}
+		if n >= maxChannels {
+			return fault.New(fault.Conflict, "a team has at most %d channels", maxChannels)
+		}
+		row, err = q.InsertChannel(ctx, db.InsertChannelParams{ID: channel, TeamID: team, Name: *p.Name, Kind: p.Kind, Events: unique(p.Events), Target: t.shown(), Sealed: sealed})
+		return err
+	})
+	if fault.Is(err, fault.Conflict) {
+		return row, err
+	}
 	if err != nil {
 		return row, fmt.Errorf("write channel: %w", err)
 	}

@@ -110,7 +110,7 @@ func (a *API) SignUp(w http.ResponseWriter, r *http.Request) {
 		a.Fail(w, r, err)
 		return
 	}
-	g, user, err := a.Users.SignUp(r.Context(), req.Email, req.Password, a.origin(r))
+	g, user, err := a.Users.SignUp(r.Context(), req.Email, req.Password, or(req.Token, ""), a.origin(r))
 	if err != nil {
 		a.Fail(w, r, err)
 		return
@@ -397,7 +397,7 @@ func (a *API) GetMe(w http.ResponseWriter, r *http.Request) {
 
 // FindUsers answers GET /v1/users.
 func (a *API) FindUsers(w http.ResponseWriter, r *http.Request, params rest.FindUsersParams) {
-	rows, err := a.Users.Find(r.Context(), caller(r), params.EmailPrefix)
+	rows, err := a.Users.Find(r.Context(), caller(r), params.Email)
 	if err != nil {
 		a.Fail(w, r, err)
 		return

@@ -121,7 +121,12 @@ func (a *API) log(r *http.Request) *slog.Logger {
 	return a.Log
 }
 
-// requestID returns the id that the front door gave the request, or a new one.
+// outside begins the id of a request that did not get it from this server, so
+// that nobody's can pass for another's in the log and in audit records.
+const outside = "ext-"
+
+// requestID returns the id that the client gave the request, marked as such, or
+// a new one.
 func requestID(r *http.Request) string {
 	given := r.Header.Get("X-Request-Id")
 	ok := given != "" && len(given) <= 64
@@ -129,7 +134,7 @@ func requestID(r *http.Request) string {
 		ok = ok && (c >= '0' && c <= '9' || c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c == '-' || c == '_')
 	}
 	if ok {
-		return given
+		return outside + given
 	}
 	var b [8]byte
 	rand.Read(b[:])

@@ -56,6 +56,10 @@ func errClosed() error {
 	return fault.New(fault.PermissionDenied, "sign-up is closed: ask the platform's admin for an account")
 }
 
+func errFirst() error {
+	return fault.New(fault.PermissionDenied, "token: the first account is the platform's admin's, and needs the token that the server has written to its log")
+}
+
 // claim makes an account that is not open yet. One that somebody made with the
 // address and never opened is taken over: they may not have had it. It fails
 // with conflict where an account is open.
@@ -104,6 +108,11 @@ func (s *Service) SignUpOpen(ctx context.Context) (bool, error) {
 	if settings.SignupOpen {
 		return true, nil
 	}
+	return s.NobodyYet(ctx)
+}
+
+// NobodyYet says whether there is no user at all.
+func (s *Service) NobodyYet(ctx context.Context) (bool, error) {
 	n, err := s.Store.CountUsers(ctx)
 	if err != nil {
 		return false, fmt.Errorf("count users: %w", err)
@@ -115,8 +124,8 @@ func (s *Service) SignUpOpen(ctx context.Context) (bool, error) {
 // has an account the letter says so, and the answer does not. The first user
 // of all becomes the platform's admin; their account is open and they are
 // logged in (g is not nil). It fails with permission_denied where sign-up is
-// closed.
-func (s *Service) SignUp(ctx context.Context, email, password string, from Origin) (g *auth.Grant, user db.User, err error) {
+// closed, and where it would be the first user's without the token of Config.
+func (s *Service) SignUp(ctx context.Context, email, password, token string, from Origin) (g *auth.Grant, user db.User, err error) {
 	if err := checkEmail(email); err != nil {
 		return nil, user, err
 	}
@@ -137,6 +146,9 @@ func (s *Service) SignUp(ctx context.Context, email, password string, from Origi
 	var letter mail.Letter
 	err = s.join(ctx, func(q *db.Queries, first bool) error {
 		g = nil
+		if first && !auth.Equal(token, s.FirstToken) {
+			return errFirst()
+		}
 		made, err := claim(ctx, q, email, &hash, first)
 		if fault.Is(err, fault.Conflict) {
 			letter = mail.Letter{To: email, Subject: "Your Wrenn account", Text: "Somebody, you we hope, signed up with this address, which has an account.\nLog in at " + s.PublicURL + "; if you forgot the password, ask for a new one there.\n"}
@@ -219,7 +231,10 @@ func (s *Service) joinGitHub(ctx context.Context, subject, email string, from Or
 		return g, err
 	}
 	err = s.join(ctx, func(q *db.Queries, first bool) error {
-		made, err := claim(ctx, q, email, nil, first)
+		if first {
+			return errFirst()
+		}
+		made, err := claim(ctx, q, email, nil, false)
 		if err != nil {
 			return err
 		}

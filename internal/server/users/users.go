@@ -49,10 +49,13 @@ const (
 
 // Config is what a Service works with.
 type Config struct {
-	Store    *store.Store
-	Sessions *auth.Sessions
-	Limiter  *ratelimit.Limiter
-	Mail     *mail.Sender
+	// FirstToken is what the first sign-up of all, which makes the platform's admin,
+	// must show.
+	FirstToken string
+	Store      *store.Store
+	Sessions   *auth.Sessions
+	Limiter    *ratelimit.Limiter
+	Mail       *mail.Sender
 	// PublicURL is where people reach the service.
 	PublicURL string
 	// PasswordCost is what the hashes of passwords take.
@@ -370,14 +373,15 @@ func pattern(prefix string) string {
 	return strings.NewReplacer(`\`, `\\`, `%`, `\%`, `_`, `\_`).Replace(strings.ToLower(prefix)) + "%"
 }
 
-// Find returns a few active users whose addresses begin with prefix.
-func (s *Service) Find(ctx context.Context, by auth.Principal, prefix string) ([]db.User, error) {
+// Find returns the user with an address, if there is one and who asks may add
+// somebody to a team.
+func (s *Service) Find(ctx context.Context, by auth.Principal, email string) ([]db.User, error) {
 	if err := s.Limiter.Allow(ctx, limitFind, by.User.String()); err != nil {
 		return nil, err
 	}
-	rows, err := s.Store.FindUsers(ctx, db.FindUsersParams{Pattern: pattern(prefix), MaxRows: found})
+	rows, err := s.Store.FindUser(ctx, db.FindUserParams{Email: email, AskedBy: by.User})
 	if err != nil {
-		return nil, fmt.Errorf("find users: %w", err)
+		return nil, fmt.Errorf("find user: %w", err)
 	}
 	return rows, nil
 }

@@ -12,6 +12,11 @@ SELECT * FROM teams WHERE id = $1 AND deleting_at IS NULL;
 -- name: LockTeam :one
 SELECT * FROM teams WHERE id = $1 AND deleting_at IS NULL FOR UPDATE;
 
+-- name: LockLimit :exec
+-- Held to the end of the transaction: of several that count what a team has of
+-- something and then add to it, one after the other does.
+SELECT pg_advisory_xact_lock(hashtextextended(@what::text || ' ' || (sqlc.arg('team_id')::uuid)::text, 0));
+
 -- name: RenameTeam :one
 UPDATE teams SET name = $2 WHERE id = $1 AND deleting_at IS NULL RETURNING *;
 

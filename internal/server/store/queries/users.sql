@@ -7,9 +7,10 @@ SELECT * FROM users WHERE lower(email) = lower(@email);
 -- name: LockUser :one
 SELECT * FROM users WHERE id = $1 FOR UPDATE;
 
--- name: FindUsers :many
--- The pattern is a prefix in small letters, escaped, with % at its end.
-SELECT * FROM users WHERE lower(email) LIKE @pattern::text AND active AND verified_at IS NOT NULL ORDER BY lower(email) LIMIT @max_rows;
+-- name: FindUser :many
+-- The one with an address, for somebody who may add members to a team.
+SELECT * FROM users WHERE lower(email) = lower(@email) AND active AND verified_at IS NOT NULL
+  AND EXISTS (SELECT 1 FROM team_members WHERE user_id = @asked_by AND role IN ('owner', 'admin'));
 
 -- name: ListUsers :many
 SELECT * FROM users WHERE lower(email) LIKE @pattern::text AND lower(email) > @after::text ORDER BY lower(email) LIMIT @max_rows;
