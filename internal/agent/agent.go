@@ -55,6 +55,9 @@ type Config struct {
 	// WarmMemoryMiB is what all that wait may have together; 0: an eighth of
 	// MemoryMiB.
 	WarmMemoryMiB int `env:"WRENN_WARM_MEMORY_MIB"`
+	// DiskReserveMiB is what must stay free of the disk for anything but the pause
+	// of a running sandbox to begin.
+	DiskReserveMiB int `env:"WRENN_DISK_RESERVE_MIB" envDefault:"2048"`
 	// Envd is the path of the guest daemon's binary; empty: beside this program.
 	Envd string `env:"WRENN_ENVD"`
 	// LocalRegistries lets images be imported from registries on this machine,
@@ -182,7 +185,7 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 	a.metrics = newMetrics()
 	a.sandboxes, err = sandbox.Open(ctx, sandbox.Config{
 		Dir: c.Dir, Driver: a.driver, Networks: sandbox.Pool(a.pool), Journal: a.journal,
-		Kernel: kernel.Vmlinux, Initrd: kernel.Initrd, KernelInputs: kernel.Inputs, Template: a.template, MemoryMiB: c.MemoryMiB,
+		Kernel: kernel.Vmlinux, Initrd: kernel.Initrd, KernelInputs: kernel.Inputs, Template: a.template, MemoryMiB: c.MemoryMiB, DiskReserveMiB: c.DiskReserveMiB,
 		DefaultVCPUs: c.DefaultVCPUs, DefaultMemoryMiB: c.DefaultMemoryMiB, Warm: c.Warm, WarmMemoryMiB: c.WarmMemoryMiB, Hook: c.Hook,
 		Problems: a.problems, Observe: a.metrics.observe, Log: a.log,
 	}, found)

@@ -275,6 +275,9 @@ func (s *service) importTemplate(ctx context.Context, off func(error), m *pb.Imp
 
 // importImage finds the image and unpacks it.
 func (s *service) importImage(ctx context.Context, m *pb.ImportTemplateRequest_Start, t image.Template, archive io.Reader) (_ image.Template, sum string, err error) {
+	if err := s.sandboxes.DiskRoom(); err != nil {
+		return t, "", err
+	}
 	tmp, err := image.TempTemplate(s.cfg.Dir)
 	if err != nil {
 		return t, "", sandbox.Full(err)

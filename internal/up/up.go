@@ -221,7 +221,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 	agent := "unix:" + s.dir.AgentSocket()
 	server := "unix:" + s.dir.ServerSocket()
 	hostAgent := s.own(self, "agent", append(passed(
-		"WRENN_VMM_ACCEL", "WRENN_DNS", "WRENN_MEMORY_MIB", "WRENN_DEFAULT_VCPUS", "WRENN_DEFAULT_MEMORY_MIB", "WRENN_WARM", "WRENN_WARM_MEMORY_MIB",
+		"WRENN_VMM_ACCEL", "WRENN_DNS", "WRENN_MEMORY_MIB", "WRENN_DEFAULT_VCPUS", "WRENN_DEFAULT_MEMORY_MIB", "WRENN_WARM", "WRENN_WARM_MEMORY_MIB", "WRENN_DISK_RESERVE_MIB",
 		"WRENN_LOCAL_REGISTRIES", "WRENN_PRIVATE_REGISTRIES",
 	),
 		"WRENN_DIR="+string(s.dir), "WRENN_LISTEN="+agent, "WRENN_AGENT_TOKEN="+s.secrets.AgentToken, "WRENN_ENVD="+envd,

@@ -71,6 +71,9 @@ func (b *box) snapshotDisk(ctx context.Context, template uuid.UUID, name string,
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return image.Template{}, err
 	}
+	if err := b.m.DiskRoom(); err != nil {
+		return image.Template{}, err
+	}
 	begin := time.Now()
 	defer func() { b.m.Observe("snapshot disk", time.Since(begin), err) }()
 	b.set(func() { b.steps = nil })

@@ -899,3 +899,46 @@ func immutable(t testing.TB, dir string, on bool) {
 		t.Skipf("no attributes of files here: %v", err)
 	}
 }
+
+// TestDiskReserve: on a host whose disk is nearly full nothing begins that writes
+// to it but the pause of what runs.
+func TestDiskReserve(t *testing.T) {
+	w := newWorld(t, 1)
+	h := w.open(layout.Dir(t.TempDir()))
+	runs, sleeps := h.create(t, nil), h.create(t, nil)
+	if _, err := h.Pause(t.Context(), sleeps); err != nil {
+		t.Fatal(err)
+	}
+	keep := func(mib int) {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		h.DiskReserveMiB = mib
+	}
+	keep(1 << 40)
+	refused := func(what string, err error) {
+		t.Helper()
+		if !errors.Is(err, ErrExhausted) || !strings.Contains(err.Error(), "disk") {
+			t.Errorf("%s on a full disk: %v", what, err)
+		}
+	}
+	_, err := h.Create(t.Context(), spec())
+	refused("create", err)
+	_, err = h.Snapshot(t.Context(), runs, uuid.New(), "x", nil)
+	refused("snapshot", err)
+	_, err = h.Fork(t.Context(), runs, []Copy{{ID: uuid.New()}})
+	refused("fork", err)
+	_, err = h.Resume(t.Context(), sleeps)
+	refused("resume", err)
+	if _, err := h.Pause(t.Context(), runs); err != nil {
+		t.Errorf("pause on a full disk: %v", err)
+	}
+	keep(0)
+	for _, id := range []uuid.UUID{runs, sleeps} {
+		if _, err := h.Resume(t.Context(), id); err != nil {
+			t.Errorf("resume once there is room: %v", err)
+		}
+	}
+	h.destroyAll()
+	h.close()
+	h.nothingLeft()
+}

@@ -57,6 +57,9 @@ type Config struct {
 	// WarmMemoryMiB is what all of them may have together; 0: an eighth of
 	// MemoryMiB.
 	WarmMemoryMiB int
+	// DiskReserveMiB is what must stay free of the disk for anything but the pause
+	// of a running sandbox to begin; 0: nothing.
+	DiskReserveMiB int
 	// Hook, if not nil, is told each step between which an agent may be killed.
 	Hook func(step string)
 	// Problems gets what keeps sandboxes from being taken back; it may be nil.
@@ -268,6 +271,9 @@ func (m *Manager) started(b *box, err error) {
 // admit reserves the memory that a sandbox takes, or says that the host has no
 // room. The caller holds the lock.
 func (m *Manager) admit(b *box) error {
+	if err := m.DiskRoom(); err != nil {
+		return err
+	}
 	s := &b.rec.Spec
 	if n := runtime.NumCPU(); s.VCPUs > n {
 		return fail(ErrExhausted, "this host has %d processors, not %d", n, s.VCPUs)
@@ -292,6 +298,23 @@ func (m *Manager) admit(b *box) error {
 	}
 	b.reservedMiB = need
 	m.reservedMiB += need
+	return nil
+}
+
+// DiskRoom fails with [ErrExhausted] where no more of the disk is free than what
+// is kept for the pauses of running sandboxes. Call it before anything else that
+// writes to the disk for a client.
+func (m *Manager) DiskRoom() error {
+	if m.DiskReserveMiB == 0 {
+		return nil
+	}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(string(m.Dir), &fs); err != nil {
+		return fmt.Errorf("measure disk: %w", err)
+	}
+	if free := int64(fs.Bavail) * fs.Bsize >> 20; free < int64(m.DiskReserveMiB) {
+		return fail(ErrExhausted, "this host has %d MiB of disk left, and keeps %d for pauses", free, m.DiskReserveMiB)
+	}
 	return nil
 }
 

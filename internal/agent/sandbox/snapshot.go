@@ -50,6 +50,9 @@ func (b *box) snapshot(ctx context.Context, template uuid.UUID, name string, def
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return image.Template{}, err
 	}
+	if err := b.m.DiskRoom(); err != nil {
+		return image.Template{}, err
+	}
 	begin := time.Now()
 	defer func() { b.m.Observe("snapshot", time.Since(begin), err) }()
 	b.set(func() { b.steps = nil })
@@ -281,6 +284,9 @@ func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_
 		if _, err := m.find(c.ID); err == nil {
 			return nil, fail(ErrExists, "another sandbox has the id of a copy")
 		}
+	}
+	if err := m.DiskRoom(); err != nil {
+		return nil, err
 	}
 	begin := time.Now()
 	defer func() { m.Observe("fork", time.Since(begin), err) }()
