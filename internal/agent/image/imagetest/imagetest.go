@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
@@ -24,9 +25,27 @@ type Images struct {
 	Minimal image.Template
 }
 
+// prepared are the images that this process's tests share, once there are any.
+var prepared struct {
+	sync.Mutex
+	images *Images
+}
+
 // Prepare returns images with the guest daemon of this source tree. It skips
-// the test where they cannot be made.
+// the test where they cannot be made. All tests of a process get the same: the
+// source tree or the machine's package lists may change while they run.
 func Prepare(t testing.TB) Images {
+	t.Helper()
+	prepared.Lock()
+	defer prepared.Unlock()
+	if prepared.images == nil {
+		in := prepare(t)
+		prepared.images = &in
+	}
+	return *prepared.images
+}
+
+func prepare(t testing.TB) Images {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root to make a root file system")
