@@ -612,7 +612,7 @@ func TestForeignSlots(t *testing.T) {
 			must(t, q.Close(context.Background(), []int{s.Index}))
 		}
 	}
-	q = openPool(t, elsewhere, 1) // removes what is left
+	openPool(t, elsewhere, 1) // removes what is left
 }
 
 // TestUnknownMachines has an agent start that cannot read all its records: it
