@@ -356,7 +356,7 @@ func (d *Driver) exec(s vmm.Spec, group cgroup.Group, args []string, files []*os
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Credential: &syscall.Credential{Uid: uint32(s.UID), Gid: uint32(s.UID)},
 		Setsid:     true, // it outlives the agent
-		Cloneflags: unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
+		Cloneflags: unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWPID,
 	}
 	if groupDir != nil {
 		defer groupDir.Close()

@@ -133,6 +133,10 @@ func TestBootBoundsAttachKill(t *testing.T) {
 			t.Errorf("the process lacks %q:\n%s", want, status)
 		}
 	}
+	// It sees no other process: it is the first of a namespace of its own.
+	if !strings.Contains(string(status), fmt.Sprintf("NSpid:\t%d\t1\n", vm.PID())) {
+		t.Errorf("the process has no namespace of processes of its own:\n%s", status)
+	}
 	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/root", vm.PID()))
 	if err != nil {
 		t.Fatal(err)
