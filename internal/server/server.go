@@ -163,6 +163,9 @@ type Config struct {
 	SpoolDir string `env:"WRENN_SPOOL_DIR"`
 	SpoolMiB int64  `env:"WRENN_SPOOL_MIB"`
 
+	// Rates bound how often somebody may call the API.
+	Rates rest.Rates
+
 	// Builds bounds builds of templates.
 	Builds builds.Settings
 
@@ -356,7 +359,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	api, err := rest.New(rest.Config{
 		Sandboxes: s.sandboxes, Templates: tpl, Builds: s.builds, Usage: s.usage, Audit: s.audit, History: history, Channels: s.channels, Keys: s.keys, Tokens: tokens,
 		Sessions: s.sessions, Watch: s.watch, Users: s.users, Teams: s.teams, Platform: platform.New(s.store), Hosts: s.hosts,
-		GitHub: hub, GitHubKey: auth.Derive(secret, "github"), Limiter: limiter, TrustedProxies: c.TrustedProxies,
+		GitHub: hub, GitHubKey: auth.Derive(secret, "github"), Limiter: limiter, Rates: c.Rates, TrustedProxies: c.TrustedProxies,
 		PublicURL: c.PublicURL, Domain: c.Domain, Log: s.log,
 		Memory: memory, Checks: checks,
 		Observe: func(o rest.Observation) {

@@ -213,6 +213,7 @@ type rule struct {
 	Role   string   `json:"role"`
 	Scopes []string `json:"scopes"`
 	Read   bool     `json:"read"`
+	Rate   string   `json:"rate"`
 }
 
 // ranks orders what a rule of a team asks.

@@ -2258,6 +2258,9 @@ type RangeNotSatisfiable = Error
 // RateLimited defines model for RateLimited.
 type RateLimited = Error
 
+// RequestTimeout defines model for RequestTimeout.
+type RequestTimeout = Error
+
 // Timeout defines model for Timeout.
 type Timeout = Error
 

@@ -91,6 +91,18 @@ func (p Principal) InScope(s Scope) bool {
 	return !limited || slices.Contains(p.Scopes, s)
 }
 
+// Rate is a class of operations, of which somebody may call so many in a minute.
+type Rate string
+
+// The classes: operations that change nothing, those that do, those that take a
+// host's memory or disk, and those that send something elsewhere.
+const (
+	RateRead      Rate = "read"
+	RateChange    Rate = "change"
+	RateExpensive Rate = "expensive"
+	RateOutgoing  Rate = "outgoing"
+)
+
 // Access is what an operation asks of its caller.
 type Access struct {
 	// Role is the least that somebody who is logged in must be: in the team
@@ -100,19 +112,22 @@ type Access struct {
 	Scopes []Scope
 	// Read says that nothing is changed, so that read-only keys do.
 	Read bool
+	// Rate is the operation's class.
+	Rate Rate
 }
 
 // ParseAccess reads a document's x-wrenn-access:
 //
-//	{role: member, scopes: [sandboxes], read: true}
+//	{role: member, scopes: [sandboxes], read: true, rate: read}
 //
-// role is required; scopes go with a role of a team, and the scope platform
-// with the role platform.
+// role is required, and what only reads is of the class read. An operation that
+// does not say its class is expensive. Scopes go with a role of a team, and the
+// scope platform with the role platform.
 func ParseAccess(v any) (Access, error) {
 	var a Access
 	fields, ok := v.(map[string]any)
 	if !ok {
-		return a, errors.New("x-wrenn-access is missing: say {role: none|user|member|admin|owner|platform, scopes: [sandboxes, templates], read: true}")
+		return a, errors.New("x-wrenn-access is missing: say {role: none|user|member|admin|owner|platform, scopes: [sandboxes, templates], read: true, rate: read|change|expensive|outgoing}")
 	}
 	for name, v := range fields {
 		switch name {
@@ -128,6 +143,9 @@ func ParseAccess(v any) (Access, error) {
 				text, _ := s.(string)
 				a.Scopes = append(a.Scopes, Scope(text))
 			}
+		case "rate":
+			text, _ := v.(string)
+			a.Rate = Rate(text)
 		case "read":
 			a.Read, ok = v.(bool)
 			if !ok {
@@ -141,6 +159,20 @@ func ParseAccess(v any) (Access, error) {
 	case Anybody, User, Member, Admin, Owner, Platform:
 	default:
 		return a, fmt.Errorf("x-wrenn-access: unknown role %q", a.Role)
+	}
+	if a.Rate == "" {
+		a.Rate = RateExpensive
+		if a.Read {
+			a.Rate = RateRead
+		}
+	}
+	switch a.Rate {
+	case RateRead, RateChange, RateExpensive, RateOutgoing:
+	default:
+		return a, fmt.Errorf("x-wrenn-access: unknown rate %q", a.Rate)
+	}
+	if a.Read != (a.Rate == RateRead) {
+		return a, fmt.Errorf("x-wrenn-access: rate %q does not go with read: %v", a.Rate, a.Read)
 	}
 	for _, s := range a.Scopes {
 		ofTeam := s == Sandboxes || s == Templates

@@ -100,6 +100,9 @@ func (a *API) authorize(next http.Handler) http.Handler {
 		if err == nil {
 			err = access.Check(who)
 		}
+		if err == nil {
+			err = a.spend(r.Context(), access.Rate, who)
+		}
 		if err != nil {
 			a.Fail(w, r, err)
 			return

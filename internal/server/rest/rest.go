@@ -63,8 +63,10 @@ type Config struct {
 	// signs what such a login begins with.
 	GitHub    *github.Client
 	GitHubKey []byte
-	// Limiter bounds what anybody may call.
+	// Limiter counts calls: of an address what anybody may call, of everybody else
+	// what Rates say.
 	Limiter *ratelimit.Limiter
+	Rates   Rates
 	// TrustedProxies are believed what they say of a request's origin.
 	TrustedProxies []netip.Prefix
 	// PublicURL is where clients reach the service, Domain what sandboxes'

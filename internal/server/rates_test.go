@@ -1,0 +1,75 @@
+package server_test
+
+import (
+	"context"
+	"log/slog"
+	"net/http"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/redis/go-redis/v9"
+
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/ratelimit"
+	"github.com/wrenn-dev/wrenn/internal/server/rest"
+)
+
+// TestRates calls every operation that asks who calls more often than its class
+// allows: the call after that is refused, and says when it will not be.
+func TestRates(t *testing.T) {
+	p := newPlane(t)
+	p.end()
+	p.config.Rates = rest.Rates{Read: 1, Change: 1, Expensive: 1, Outgoing: 1}
+	p.start()
+	w := p.world()
+	all, n := callers(), 0
+	for _, o := range operations(t) {
+		if !slices.Contains([]string{"read", "change", "expensive", "outgoing"}, o.rule.Rate) {
+			t.Errorf("%s has no class: say rate in x-wrenn-access", o)
+		}
+		if o.rule.Read != (o.rule.Rate == "read") {
+			t.Errorf("%s: read is %v, its class %q", o, o.rule.Read, o.rule.Rate)
+		}
+		if o.rule.Role == "none" {
+			continue // Counted by address: TestLimits.
+		}
+		for _, c := range all {
+			if c.dead || o.expected(c, targets[0]) != 0 {
+				continue
+			}
+			n++
+			w.compose(o, c, targets[0], n) // Its credentials are made here.
+			w.spend(w.shown[c.name], o.rule.Rate)
+			r := w.send(o, c, targets[0], n)
+			if r.Status != http.StatusTooManyRequests || r.Header.Get("Retry-After") == "" {
+				t.Errorf("%s as %s: %d %s", o, c.name, r.Status, r.Body)
+			}
+			break
+		}
+	}
+	if n < 90 {
+		t.Errorf("only %d operations were called", n)
+	}
+}
+
+// spend counts a call of a class that the caller did not make.
+func (w *world) spend(headers []string, class string) {
+	w.Helper()
+	actor, _ := w.actor(headers)
+	var of uuid.UUID
+	for _, kind := range []id.Kind{id.User, id.APIKey} {
+		if u, err := id.Parse(kind, actor); err == nil {
+			of = u
+		}
+	}
+	options, err := redis.ParseURL(w.redis.url)
+	if err != nil {
+		w.Fatal(err)
+	}
+	client := redis.NewClient(options)
+	defer client.Close()
+	// It may have been counted before.
+	_ = ratelimit.New(client, slog.New(slog.DiscardHandler)).Allow(context.Background(), ratelimit.Limit{Name: "calls:" + class, Burst: 1, Per: time.Minute}, of.String())
+}
