@@ -256,7 +256,8 @@ WHERE builds.id = (
     SELECT b.id FROM builds AS b
     CROSS JOIN LATERAL (SELECT count(*) AS running, count(*) FILTER (WHERE other.worker = $1 AND other.id <> b.id) AS own
         FROM builds AS other WHERE other.team_id = b.team_id AND other.state = 'running') AS team
-    WHERE (b.state = 'queued' AND team.running < $3::bigint
+    WHERE b.state IN ('queued', 'running') -- by its index
+      AND (b.state = 'queued' AND team.running < $3::bigint
        OR b.state = 'running' AND b.lease_until NOT BETWEEN now() AND now() + make_interval(secs => 2 * $2::float8))
       AND team.own < $4::bigint
     ORDER BY team.running, b.created_at LIMIT 1)
@@ -272,9 +273,9 @@ type ClaimBuildParams struct {
 
 // Of the builds that wait, or whose worker is not heard of, one of the team with
 // the fewest running, the oldest of these. A team may have so many running, and so
-// many of one worker's places (own), which leaves places to others. now() is when this transaction began, so a lease that was
-// renewed since ends later than one from now; one much later is from before the
-// clock was set back.
+// many of one worker's places (own), which leaves places to others. now() is when
+// this transaction began, so a lease that was renewed since ends later than one
+// from now; one much later is from before the clock was set back.
 func (q *Queries) ClaimBuild(ctx context.Context, arg ClaimBuildParams) (Build, error) {
 	row := q.db.QueryRow(ctx, claimBuild,
 		arg.Worker,

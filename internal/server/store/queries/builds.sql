@@ -24,16 +24,17 @@ SELECT pg_advisory_xact_lock(7239150284);
 -- name: ClaimBuild :one
 -- Of the builds that wait, or whose worker is not heard of, one of the team with
 -- the fewest running, the oldest of these. A team may have so many running, and so
--- many of one worker's places (own), which leaves places to others. now() is when this transaction began, so a lease that was
--- renewed since ends later than one from now; one much later is from before the
--- clock was set back.
+-- many of one worker's places (own), which leaves places to others. now() is when
+-- this transaction began, so a lease that was renewed since ends later than one
+-- from now; one much later is from before the clock was set back.
 UPDATE builds SET state = 'running', worker = @worker, lease_until = now() + make_interval(secs => @lease::float8),
     attempts = builds.attempts + 1, started_at = COALESCE(builds.started_at, now())
 WHERE builds.id = (
     SELECT b.id FROM builds AS b
     CROSS JOIN LATERAL (SELECT count(*) AS running, count(*) FILTER (WHERE other.worker = @worker AND other.id <> b.id) AS own
         FROM builds AS other WHERE other.team_id = b.team_id AND other.state = 'running') AS team
-    WHERE (b.state = 'queued' AND team.running < @most::bigint
+    WHERE b.state IN ('queued', 'running') -- by its index
+      AND (b.state = 'queued' AND team.running < @most::bigint
        OR b.state = 'running' AND b.lease_until NOT BETWEEN now() AND now() + make_interval(secs => 2 * @lease::float8))
       AND team.own < @own::bigint
     ORDER BY team.running, b.created_at LIMIT 1)
