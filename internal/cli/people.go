@@ -29,7 +29,7 @@ func (a *app) as(cmd *cobra.Command, out *output, do func(ctx context.Context, p
 
 func (a *app) keyCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "key", Short: "A team's API keys", Long: "A team's API keys. `wrenn login` first, or be root where `wrenn up` runs."}
-	cmd.AddCommand(a.keyCreateCommand(), a.keyListCommand(), a.keyRemoveCommand())
+	cmd.AddCommand(a.keyCreateCommand(), a.keyListCommand(), a.keyRemoveCommand(), a.keyRotateSecretCommand())
 	return cmd
 }
 

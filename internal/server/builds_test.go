@@ -521,6 +521,8 @@ func TestBuildOtherSecret(t *testing.T) {
 	p.end() // it gives the build back
 	p.agent.hook(nil)
 	asked := p.agent.called("resolve")
+	// As after a backup of another installation's rows.
+	p.sql("DELETE FROM installation_secret")
 	p.config.SecretKey = strings.Repeat("cd", 32)
 	p.start()
 	b := p.ended(build)

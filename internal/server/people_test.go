@@ -70,9 +70,17 @@ func (p *plane) bearer(user uuid.UUID) string {
 		}
 		p.Cleanup(s.Close)
 		p.sessions = func(user uuid.UUID) string {
-			sessions := auth.NewSessions(s, []byte(strings.Repeat("\xab", 32)), slog.Default())
+			ring, err := auth.ParseRing(p.config.SecretKey)
+			if err != nil {
+				p.Fatal(err)
+			}
+			secret, err := ring.Secret(context.Background(), s)
+			if err != nil {
+				p.Fatal(err)
+			}
+			sessions := auth.NewSessions(s, secret, slog.Default())
 			var g auth.Grant
-			err := s.InTx(context.Background(), func(q *db.Queries) (err error) {
+			err = s.InTx(context.Background(), func(q *db.Queries) (err error) {
 				g, err = sessions.Start(context.Background(), q, user, "test", "")
 				return err
 			})

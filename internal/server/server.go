@@ -58,9 +58,6 @@ import (
 // comes back as errors too, and those are logged like all others.
 func init() { logging.Disable() }
 
-// minSecret is the fewest random bytes that tokens are made from.
-const minSecret = 32
-
 // minHeartbeat is the shortest time between agents' heartbeats.
 const minHeartbeat = 100 * time.Millisecond
 
@@ -104,8 +101,9 @@ type Config struct {
 	Domain string `env:"WRENN_DOMAIN" envDefault:"localhost"`
 	// PublicURL is where clients reach the service.
 	PublicURL string `env:"WRENN_PUBLIC_URL" envDefault:"http://localhost:8000"`
-	// SecretKey is at least 32 random bytes in hexadecimal; sandboxes' tokens
-	// are made from it.
+	// SecretKey is at least 32 random bytes in hexadecimal, under which the database
+	// keeps the secret that all tokens are made from; or several such keys with
+	// commas between them, of which the first is used from now on.
 	SecretKey string `env:"WRENN_SECRET_KEY,required,notEmpty"`
 	// AgentURL is where the agent of a host on this machine listens, "unix:/path"
 	// or "http://host:port", and AgentToken what it asks for; empty: every host
@@ -214,9 +212,9 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	if c.Log == nil {
 		c.Log = slog.Default()
 	}
-	secret, err := hex.DecodeString(c.SecretKey)
-	if err != nil || len(secret) < minSecret {
-		return nil, fmt.Errorf("read WRENN_SECRET_KEY: want at least %d bytes in hexadecimal", minSecret)
+	ring, err := auth.ParseRing(c.SecretKey)
+	if err != nil {
+		return nil, err
 	}
 	if (c.AgentURL == "") != (c.AgentToken == "") {
 		return nil, errors.New("WRENN_AGENT_URL and WRENN_AGENT_TOKEN go together")
@@ -257,6 +255,11 @@ func New(ctx context.Context, c Config) (*Server, error) {
 		}
 	}()
 	if s.store, err = store.Open(ctx, c.DatabaseURL); err != nil {
+		return nil, err
+	}
+	// Before there is any user: whether there is one tells an old installation.
+	secret, err := ring.Secret(ctx, s.store)
+	if err != nil {
 		return nil, err
 	}
 	redisOptions.DialerRetries = 1

@@ -1,7 +1,6 @@
 package server_test
 
 import (
-	"bytes"
 	"net/http"
 	"net/url"
 	"testing"
@@ -13,7 +12,6 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/filesign"
 	"github.com/wrenn-dev/wrenn/internal/id"
-	"github.com/wrenn-dev/wrenn/internal/server/auth"
 )
 
 // TestRevokeTokens: revoked tokens, and what was signed with them, open nothing
@@ -27,7 +25,9 @@ func TestRevokeTokens(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	guest := auth.NewTokens(bytes.Repeat([]byte{0xab}, 32)).Guest(u)
+	p.agent.mu.Lock()
+	guest := p.agent.creates[0].AccessToken
+	p.agent.mu.Unlock()
 	p.agent.guest = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("Upgrade") != "" {
 			ws, err := websocket.Accept(w, r, nil)

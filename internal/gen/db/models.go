@@ -183,6 +183,12 @@ type Identity struct {
 	CreatedAt time.Time
 }
 
+type InstallationSecret struct {
+	ID     bool
+	KeyID  string
+	Sealed []byte
+}
+
 type Lease struct {
 	Name   string
 	Server uuid.UUID
