@@ -25,7 +25,8 @@ var small = map[string]bool{
 	"hosts":   true, // machines
 	"servers": true, // processes
 	// One row.
-	"platform_settings": true,
+	"platform_settings":   true,
+	"installation_secret": true,
 }
 
 // readsAll are the queries that may read all of a table that grows, and why.
