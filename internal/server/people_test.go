@@ -278,6 +278,11 @@ func TestGuessing(t *testing.T) {
 	if n := refused(); n != 4 {
 		t.Errorf("%d of 14 guesses at once were refused, want 4", n)
 	}
+	// Whose account it is can log in all the same, from another network.
+	right := map[string]any{"email": "admin@example.com", "password": "correct horse"}
+	p.call("POST", "/v1/auth/login", right, append(nobody, "X-Forwarded-For", "203.0.113.99")...).want(200)
+	p.call("POST", "/v1/auth/login", right, nobody...).fails(429, "rate_limited")
+	p.call("POST", "/v1/auth/login", guess, append(nobody, "X-Forwarded-For", "2001:db8::1")...).fails(401, "unauthenticated")
 	// From one address, whatever the accounts are; X-Forwarded-For is this machine's front door's.
 	limited := 0
 	for i := range 40 {

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"runtime"
 	"strings"
 	"time"
@@ -26,9 +27,11 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
-// How often an account may be tried, whatever addresses that comes from.
+// How often an account may be tried: from one network, so that a stranger locks
+// out nobody elsewhere, and from all of them together.
 var (
 	limitGuesses = ratelimit.Limit{Name: "account", Burst: 10, Per: 5 * time.Minute}
+	limitAccount = ratelimit.Limit{Name: "account-everywhere", Burst: 200, Per: 5 * time.Minute}
 	limitForgot  = ratelimit.Limit{Name: "forgot", Burst: 3, Per: time.Hour}
 	limitSignUp  = ratelimit.Limit{Name: "signup", Burst: 5, Per: time.Hour}
 	limitFind    = ratelimit.Limit{Name: "find", Burst: 60, Per: time.Minute}
@@ -103,6 +106,14 @@ func (s *Service) Run(ctx context.Context) {
 // Origin is where a call comes from, as users are told of their sessions.
 type Origin struct{ Agent, Address string }
 
+// network is what guesses from there are counted of.
+func (o Origin) network() string {
+	if a, err := netip.ParseAddr(o.Address); err == nil {
+		return ratelimit.Address(a)
+	}
+	return o.Address
+}
+
 func checkEmail(email string) error {
 	bad := func(r rune) bool { return unicode.IsControl(r) || unicode.IsSpace(r) }
 	local, domain, ok := strings.Cut(email, "@")
@@ -153,7 +164,11 @@ func wrap(err error, doing string) error {
 func (s *Service) LogIn(ctx context.Context, email, password string, from Origin) (auth.Grant, db.User, error) {
 	var g auth.Grant
 	account := strings.ToLower(email)
-	if err := s.Limiter.Allow(ctx, limitGuesses, account); err != nil {
+	here := account + " " + from.network()
+	if err := s.Limiter.Allow(ctx, limitGuesses, here); err != nil {
+		return g, db.User{}, err
+	}
+	if err := s.Limiter.Allow(ctx, limitAccount, account); err != nil {
 		return g, db.User{}, err
 	}
 	user, err := s.byEmail(ctx, email)
@@ -173,7 +188,7 @@ func (s *Service) LogIn(ctx context.Context, email, password string, from Origin
 		}
 		return g, user, fault.New(fault.PermissionDenied, "open the link that was mailed to you first: the address is not verified")
 	}
-	s.Limiter.Forget(ctx, limitGuesses, account)
+	s.Limiter.Forget(ctx, limitGuesses, here)
 	err = s.Store.InTx(ctx, func(q *db.Queries) error {
 		// Under the lock that a change of the password takes: a session that
 		// begins with the old one is ended by it.
