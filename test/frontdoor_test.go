@@ -125,3 +125,57 @@ func TestBrokenResponse(t *testing.T) {
 		transport.CloseIdleConnections()
 	}
 }
+
+// TestGRPC calls the guest daemon by gRPC, whose frames and trailers need
+// HTTP/2 at both ends, through all hops: a call, a stream from the guest, and a
+// stream to it.
+func TestGRPC(t *testing.T) {
+	i := up(t)
+	s := i.sandbox(t, client.CreateOptions{})
+	_, port, err := net.SplitHostPort(i.listen)
+	if err != nil {
+		t.Fatal(err)
+	}
+	transport := netaddr.Transport(i.listen, true)
+	defer transport.CloseIdleConnections()
+	guest := processconnect.NewProcessClient(&http.Client{Transport: transport}, fmt.Sprintf("http://49983-%s.localhost:%s", s.ID, port), connect.WithGRPC())
+	ctx := await.Context(t)
+	start := connect.NewRequest(&process.StartRequest{Process: &process.ProcessConfig{Cmd: "cat"}})
+	start.Header().Set("X-Access-Token", s.AccessToken)
+	out, err := guest.Start(ctx, start)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	if !out.Receive() || out.Msg().GetEvent().GetStart() == nil {
+		t.Fatalf("%v, %v", out.Msg(), out.Err())
+	}
+	cat := &process.ProcessSelector{Selector: &process.ProcessSelector_Pid{Pid: out.Msg().GetEvent().GetStart().GetPid()}}
+	in := guest.StreamInput(ctx)
+	in.RequestHeader().Set("X-Access-Token", s.AccessToken)
+	if err := in.Send(&process.StreamInputRequest{Event: &process.StreamInputRequest_Start{Start: &process.StreamInputRequest_StartEvent{Process: cat}}}); err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{"one\n", "two\n"} { // Each comes back while both streams are open.
+		data := &process.ProcessInput{Input: &process.ProcessInput_Stdin{Stdin: []byte(line)}}
+		if err := in.Send(&process.StreamInputRequest{Event: &process.StreamInputRequest_Data{Data: &process.StreamInputRequest_DataEvent{Input: data}}}); err != nil {
+			t.Fatal(err)
+		}
+		for out.Receive() && out.Msg().GetEvent().GetData() == nil {
+		}
+		if got := string(out.Msg().GetEvent().GetData().GetStdout()); got != line {
+			t.Fatalf("got %q, %v", got, out.Err())
+		}
+	}
+	if _, err := in.CloseAndReceive(); err != nil {
+		t.Error(err)
+	}
+	// An error, which gRPC has in trailers.
+	none := connect.NewRequest(&process.SendSignalRequest{
+		Process: &process.ProcessSelector{Selector: &process.ProcessSelector_Pid{Pid: 1 << 30}}, Signal: process.Signal_SIGNAL_SIGTERM,
+	})
+	none.Header().Set("X-Access-Token", s.AccessToken)
+	if _, err := guest.SendSignal(ctx, none); connect.CodeOf(err) != connect.CodeNotFound {
+		t.Errorf("a signal to no process: %v", err)
+	}
+}
