@@ -28,6 +28,8 @@ const (
 	doorSeconds = 4
 	doorClients = 200
 	doorPort    = 18080
+	sshPort     = 18022
+	execRounds  = 40
 )
 
 // TestFrontDoor measures the whole chain of a request to a sandbox's port, beside
@@ -70,6 +72,19 @@ func TestFrontDoor(t *testing.T) {
 		}
 	}
 	table("Requests to a sandbox's port", []string{"clients", "through", "requests a second", "99 % within", "requests: this ÷ three nginx", "99 %: this ÷ three nginx"}, rows)
+}
+
+// TestCommand measures a command through the API beside one ssh connection.
+func TestCommand(t *testing.T) {
+	asked(t)
+	for _, tool := range []string{"ssh", "ss", "/usr/sbin/sshd"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skipf("needs %s", tool)
+		}
+	}
+	d := newDoor(t)
+	d.serve(t)
+	d.commands(t, d.guestAddress(t))
 }
 
 // door is one `wrenn up` with a sandbox.
@@ -300,7 +315,7 @@ func wrk(t *testing.T, clients int, url string, header []string) (rate int64, p9
 		t.Fatalf("wrk %s: %v: %s", url, err, out)
 	}
 	perSecond := regexp.MustCompile(`Requests/sec:\s+([\d.]+)`).FindSubmatch(out)
-	tail := regexp.MustCompile(`(?m)^\s+99%\s+(\S+)$`).FindSubmatch(out)
+	tail := regexp.MustCompile(`(?m)^\s+99%\s+(\S+)\s*$`).FindSubmatch(out)
 	if perSecond == nil || tail == nil {
 		t.Fatalf("wrk printed %s", out)
 	}
@@ -312,4 +327,65 @@ func wrk(t *testing.T, clients int, url string, header []string) (rate int64, p9
 		t.Fatal(err)
 	}
 	return int64(r), p99
+}
+
+// commands runs true in the guest through the API and over one ssh connection.
+func (d *door) commands(t *testing.T, guest string) {
+	t.Helper()
+	home := t.TempDir()
+	run := func(name string, args ...string) string {
+		t.Helper()
+		out, err := exec.CommandContext(t.Context(), name, args...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%s: %v: %s", name, err, out)
+		}
+		return string(out)
+	}
+	// The guest is of the same distribution: sshd runs there with its libraries.
+	run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", filepath.Join(home, "key"))
+	run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", filepath.Join(home, "host"))
+	d.put(t, "/usr/sbin/sshd", "/opt/ssh/sshd")
+	for _, lib := range regexp.MustCompile(`=> (/\S+)`).FindAllStringSubmatch(run("ldd", "/usr/sbin/sshd"), -1) {
+		d.put(t, lib[1], "/opt/ssh/lib/"+filepath.Base(lib[1]))
+	}
+	d.put(t, filepath.Join(home, "host"), "/opt/ssh/host")
+	d.put(t, filepath.Join(home, "key.pub"), "/opt/ssh/authorized")
+	d.sh(t, fmt.Sprintf(`chmod 755 /opt/ssh/sshd; chmod 600 /opt/ssh/host; mkdir -p /run/sshd
+id sshd >/dev/null 2>&1 || useradd --system --no-create-home --home-dir /run/sshd --shell /usr/sbin/nologin sshd
+LD_LIBRARY_PATH=/opt/ssh/lib nohup /opt/ssh/sshd -D -e -f /dev/null -p %d -h /opt/ssh/host -o UsePAM=no -o StrictModes=no -o AuthorizedKeysFile=/opt/ssh/authorized -o PermitRootLogin=yes -o PidFile=none >/opt/ssh/log 2>&1 &
+n=0; until ss -Hltn "sport = :%[1]d" | grep -q . || [ $((n += 1)) = 100 ]; do sleep 0.1; done; [ $n -lt 100 ] || { cat /opt/ssh/log; exit 1; }`, sshPort))
+	options := []string{
+		"-i", filepath.Join(home, "key"), "-p", strconv.Itoa(sshPort), "-o", "ControlPath=" + filepath.Join(home, "mux"),
+		"-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR",
+	}
+	master := exec.CommandContext(t.Context(), "ssh", append(options, "-M", "-N", "root@"+guest)...)
+	master.Stderr = os.Stderr
+	if err := master.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = master.Process.Kill()
+		_ = master.Wait()
+	}()
+	for began := time.Now(); ; time.Sleep(20 * time.Millisecond) {
+		if exec.Command("ssh", append(options, "-O", "check", "root@"+guest)...).Run() == nil {
+			break
+		}
+		if time.Since(began) > time.Minute {
+			t.Fatal("ssh does not connect")
+		}
+	}
+	var api, ssh sample
+	for range execRounds {
+		began := time.Now()
+		d.sh(t, "true")
+		api = append(api, time.Since(began))
+		began = time.Now()
+		run("ssh", append(options, "root@"+guest, "true")...)
+		ssh = append(ssh, time.Since(began))
+	}
+	table("The command `true` in a guest", []string{"through", "time", "this ÷ ssh"}, [][]string{
+		{"the API (`exec`, one keep-alive connection)", api.span(), times(api.mid(), ssh.mid())},
+		{"a multiplexed ssh connection", ssh.span(), "1.00"},
+	})
 }
