@@ -480,6 +480,7 @@ func TestPausedWithoutServer(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.sql("UPDATE sandbox_runs SET started_at = now() - interval '2 hours' WHERE sandbox_id = $1", u)
+	p.sql("UPDATE sandboxes SET created_at = now() - interval '2 hours', started_at = now() - interval '2 hours' WHERE id = $1", u)
 	at := time.Now().Add(-time.Hour)
 	p.agent.mu.Lock()
 	p.agent.sandboxes[sandbox].PausedAt = timestamppb.New(at)

@@ -349,10 +349,16 @@ func (s *service) selfCheck(ctx context.Context, o options) (err error) {
 	}
 	s.say("self-check: a sandbox was there after %v, its command had run after %v, and printed:", created.Round(time.Millisecond), time.Since(began).Round(time.Millisecond))
 	fmt.Fprintf(s.out, "\n    %s\n\n", strings.ReplaceAll(strings.TrimSpace(string(r.Stdout)), "\n", "\n    "))
+	s.announce(o)
+	s.say("ready")
+	return nil
+}
+
+// announce prints where everything is: also where the secrets are, and none of
+// them, because terminals are seen and kept by others.
+func (s *service) announce(o options) {
 	url := publicURL(o.listen)
 	fmt.Fprintf(s.out, "  API      %s/v1   (documentation: %s/docs)\n", url, url)
 	fmt.Fprintf(s.out, "  ports    http://PORT-SANDBOX.%s\n", strings.TrimPrefix(url, "http://"))
 	fmt.Fprintf(s.out, "  login    %s\n  secrets  %s   (the password and the API key)\n\n", adminEmail, s.dir.Credentials())
-	s.say("ready")
-	return nil
 }

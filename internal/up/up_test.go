@@ -221,3 +221,20 @@ func TestListen(t *testing.T) {
 		}
 	}
 }
+
+// TestAnnounce: what is printed says where the secrets are, and none of them.
+func TestAnnounce(t *testing.T) {
+	var said strings.Builder
+	s := &service{dir: "/data", out: &said, secrets: secrets{SecretKey: "key-1", AgentToken: "token-2", AdminPassword: "password-3", AdminAPIKey: "wrn_4"}}
+	s.announce(options{listen: "localhost:8000"})
+	for _, want := range []string{"http://localhost:8000/v1", adminEmail, s.dir.Credentials()} {
+		if !strings.Contains(said.String(), want) {
+			t.Errorf("it does not say %s:\n%s", want, said.String())
+		}
+	}
+	for _, secret := range []string{"key-1", "token-2", "password-3", "wrn_4"} {
+		if strings.Contains(said.String(), secret) {
+			t.Errorf("it says %s", secret)
+		}
+	}
+}
