@@ -44,8 +44,6 @@ const (
 	// inviteLasts one that an admin made.
 	resetLasts  = time.Hour
 	inviteLasts = 24 * time.Hour
-	// found is the most users that a search shows.
-	found = 10
 	// github is the name of that provider in identities.
 	github = "github"
 )
