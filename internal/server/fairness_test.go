@@ -9,6 +9,7 @@ import (
 // TestBuildsAreShared has a team start more builds than there are workers, none of
 // which ends: another team's build runs all the same, and theirs end in time.
 func TestBuildsAreShared(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.end()
 	p.config.Builds.Workers, p.config.Builds.TeamRunning = 2, 10
@@ -38,6 +39,7 @@ func TestBuildsAreShared(t *testing.T) {
 
 // TestNextBuild takes the next build from the team with the fewest running.
 func TestNextBuild(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.end()
 	p.config.Builds.Workers, p.config.Builds.TeamRunning = 3, 10
@@ -66,6 +68,7 @@ func TestNextBuild(t *testing.T) {
 
 // TestBuildDeadline ends a build that takes too long in all.
 func TestBuildDeadline(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.end()
 	p.config.Builds.Timeout = time.Second

@@ -15,6 +15,7 @@ import (
 // of another team's by listing templates under that team's names, and ends none
 // of another host's.
 func TestHostileHost(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.end()
 	p.config.Heartbeat = 2 * time.Second
@@ -71,6 +72,7 @@ func TestHostileHost(t *testing.T) {
 // TestEnrollSocket: no host that registers itself has the server call a socket of
 // its own machine.
 func TestEnrollSocket(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	body := p.addHost("evil", "127.0.0.1:1")
 	for _, url := range []string{"unix:/var/run/docker.sock", "unix:///var/run/docker.sock", "unix:@abstract", "UNIX:/x"} {

@@ -19,6 +19,7 @@ import (
 // TestRates calls every operation that asks who calls more often than its class
 // allows: the call after that is refused, and says when it will not be.
 func TestRates(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.end()
 	p.config.Rates = rest.Rates{Read: 1, Change: 1, Expensive: 1, Outgoing: 1}

@@ -86,6 +86,7 @@ func (w *world) withBodies(f func(o operation, c caller)) {
 // database, of which there are two, and nothing that another team, the host or
 // this server's sign of life needs.
 func TestStalledBodies(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.end()
 	p.db() // Ours knows nothing of a pool.
@@ -129,6 +130,7 @@ func TestStalledBodies(t *testing.T) {
 // TestSlowBodies has bodies of every operation stall: each is refused before
 // long, and its connection ends.
 func TestSlowBodies(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	p.agent.mu.Lock()
 	p.agent.files["/walk"] = []byte("walk")

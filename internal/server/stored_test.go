@@ -10,6 +10,7 @@ import (
 // TestStored: what outlives a request counts for its team before it is written,
 // however small the request is.
 func TestStored(t *testing.T) {
+	t.Parallel()
 	p := newPlane(t)
 	admin := as(p.bearerOf("admin@example.com"))
 	asAda := as(p.bearer(p.person("ada@example.com")))

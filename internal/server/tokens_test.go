@@ -18,6 +18,7 @@ import (
 // any more on any server, what they have opened ends, and the new ones open all
 // of it. The guest daemon is shown the token that it has known all along.
 func TestRevokeTokens(t *testing.T) {
+	t.Parallel()
 	p, q := newTwo(t, 10*time.Second)
 	made := p.call("POST", "/v1/sandboxes", map[string]any{}).want(201)
 	sandbox := made.str("id")
