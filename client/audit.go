@@ -22,6 +22,7 @@ type AuditRecord struct {
 	RequestID  string    `json:"request_id"`
 	Result     string    `json:"result"` // "ok", "refused" or "failed"
 	Code       string    `json:"code"`
+	Count      int64     `json:"count"` // requests: refused ones that are alike are one record a minute
 }
 
 // AuditOptions says which records are listed; what is zero is not looked at.

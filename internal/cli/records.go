@@ -98,7 +98,7 @@ func (a *app) auditCommand() *cobra.Command {
 						return err
 					}
 				} else {
-					rows = append(rows, []string{r.At.Local().Format(time.DateTime), r.Actor, r.Action, dash(strings.TrimSpace(r.ObjectKind + " " + r.Object)), first(r.Code, r.Result), dash(r.Address), dash(r.RequestID)})
+					rows = append(rows, []string{r.At.Local().Format(time.DateTime), r.Actor, r.Action, dash(strings.TrimSpace(r.ObjectKind + " " + r.Object)), first(r.Code, r.Result) + times(r.Count), dash(r.Address), dash(r.RequestID)})
 				}
 				if n++; n == limit {
 					break
@@ -245,4 +245,12 @@ func (a *app) channelTestCommand() *cobra.Command {
 			})
 		},
 	}
+}
+
+// times says how many requests a record stands for, if it is more than one.
+func times(n int64) string {
+	if n < 2 {
+		return ""
+	}
+	return fmt.Sprintf(" ×%d", n)
 }

@@ -229,14 +229,19 @@ func checkRecords(t *testing.T, p *plane, all []asked) map[string]outcomes {
 		RequestID                                    string `json:"request_id"`
 		UserID                                       string `json:"user_id"`
 		TeamID                                       string `json:"team_id"`
+		Count                                        int64
 	}
 	written := make(map[string][]record)
+	counted, refused := make(map[string]int64), make(map[string]int64) // by actor, action and code
 	for line := range bytes.Lines(p.call("GET", "/v1/admin/audit?format=ndjson", nil).want(200).Body) {
 		var r record
 		if err := json.Unmarshal(line, &r); err != nil {
 			t.Fatalf("%v in %s", err, line)
 		}
 		written[r.RequestID] = append(written[r.RequestID], r)
+		if r.Result == "refused" {
+			counted[r.Actor+" "+r.Action+" "+r.Code] += r.Count
+		}
 	}
 	of := make(map[string]outcomes)
 	for _, a := range all {
@@ -268,6 +273,14 @@ func checkRecords(t *testing.T, p *plane, all []asked) map[string]outcomes {
 			o.refused++
 		}
 		of[a.OperationID] = o
+		if want.Result == "refused" {
+			if known {
+				refused[want.Actor+" "+want.Action+" "+want.Code]++
+			}
+			if len(got) == 0 {
+				continue // Counted in the record of one before.
+			}
+		}
 		if len(got) != 1 {
 			t.Errorf("%s as %s, answered %d: %d records", a.operation, a.caller.name, a.Status, len(got))
 			continue
@@ -307,12 +320,17 @@ func checkRecords(t *testing.T, p *plane, all []asked) map[string]outcomes {
 		case r.TeamID != "" && (platform || !slices.Contains(a.teams, r.TeamID)):
 			t.Errorf("%s as %s: the record is in the log of %s, and may be in that of %v", a.operation, a.caller.name, r.TeamID, a.teams)
 		}
-		r.Object, r.ObjectKind, r.TeamID = "", "", ""
+		r.Object, r.ObjectKind, r.TeamID, r.Count = "", "", "", 0
 		if a.actor == "" {
 			want.Actor, want.ActorKind, want.UserID = r.Actor, r.ActorKind, r.UserID
 		}
 		if r != want {
 			t.Errorf("%s as %s, answered %d: record %+v, want %+v", a.operation, a.caller.name, a.Status, r, want)
+		}
+	}
+	for what, n := range refused {
+		if counted[what] != n {
+			t.Errorf("%s was refused %d times, and is recorded %d times", what, n, counted[what])
 		}
 	}
 	return of

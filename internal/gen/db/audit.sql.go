@@ -30,8 +30,9 @@ func (q *Queries) ForgetAudit(ctx context.Context, arg ForgetAuditParams) (int64
 }
 
 const insertAudit = `-- name: InsertAudit :exec
-INSERT INTO audit_records (id, at, team_id, actor, actor_id, user_id, action, object, object_id, address, request_id, result, code)
-VALUES ($1, now(), $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)
+INSERT INTO audit_records (id, at, team_id, actor, actor_id, user_id, action, object, object_id, address, request_id, result, code, bucket)
+VALUES ($1, now(), $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
+ON CONFLICT (bucket) WHERE bucket IS NOT NULL DO UPDATE SET count = audit_records.count + 1
 `
 
 type InsertAuditParams struct {
@@ -47,8 +48,10 @@ type InsertAuditParams struct {
 	RequestID string
 	Result    string
 	Code      string
+	Bucket    *string
 }
 
+// What falls into the bucket of a record that is there is counted in that one.
 func (q *Queries) InsertAudit(ctx context.Context, arg InsertAuditParams) error {
 	_, err := q.db.Exec(ctx, insertAudit,
 		arg.ID,
@@ -63,12 +66,13 @@ func (q *Queries) InsertAudit(ctx context.Context, arg InsertAuditParams) error 
 		arg.RequestID,
 		arg.Result,
 		arg.Code,
+		arg.Bucket,
 	)
 	return err
 }
 
 const listAudit = `-- name: ListAudit :many
-SELECT id, at, team_id, actor, actor_id, user_id, action, object, object_id, address, request_id, result, code FROM audit_records
+SELECT id, at, team_id, actor, actor_id, user_id, action, object, object_id, address, request_id, result, code, count, bucket FROM audit_records
 WHERE (at, id) < ($1::timestamptz, $2::uuid) AND at >= $3::timestamptz
   AND ($4::text = '' OR actor = $4) AND ($5::uuid IS NULL OR actor_id = $5 OR user_id = $5)
   AND ($6::text = '' OR action = $6) AND ($7::text = '' OR object_id = $7) AND ($8::text = '' OR result = $8)
@@ -120,6 +124,8 @@ func (q *Queries) ListAudit(ctx context.Context, arg ListAuditParams) ([]AuditRe
 			&i.RequestID,
 			&i.Result,
 			&i.Code,
+			&i.Count,
+			&i.Bucket,
 		); err != nil {
 			return nil, err
 		}
@@ -132,7 +138,7 @@ func (q *Queries) ListAudit(ctx context.Context, arg ListAuditParams) ([]AuditRe
 }
 
 const listTeamAudit = `-- name: ListTeamAudit :many
-SELECT id, at, team_id, actor, actor_id, user_id, action, object, object_id, address, request_id, result, code FROM audit_records
+SELECT id, at, team_id, actor, actor_id, user_id, action, object, object_id, address, request_id, result, code, count, bucket FROM audit_records
 WHERE team_id = $1::uuid AND (at, id) < ($2::timestamptz, $3::uuid) AND at >= $4::timestamptz
   AND ($5::text = '' OR actor = $5) AND ($6::uuid IS NULL OR actor_id = $6 OR user_id = $6)
   AND ($7::text = '' OR action = $7) AND ($8::text = '' OR object_id = $8) AND ($9::text = '' OR result = $9)
@@ -186,6 +192,8 @@ func (q *Queries) ListTeamAudit(ctx context.Context, arg ListTeamAuditParams) ([
 			&i.RequestID,
 			&i.Result,
 			&i.Code,
+			&i.Count,
+			&i.Bucket,
 		); err != nil {
 			return nil, err
 		}

@@ -38,6 +38,8 @@ type AuditRecord struct {
 	RequestID string
 	Result    string
 	Code      string
+	Count     int64
+	Bucket    *string
 }
 
 type Build struct {

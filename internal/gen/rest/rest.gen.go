@@ -677,6 +677,9 @@ type AuditRecord struct {
 	// Code The error's code; empty for `ok`. `canceled`: who asked left before there was an answer, and it may have been done.
 	Code string `json:"code"`
 
+	// Count How many requests it stands for. Refused ones of one actor and action, with one code, are one record a minute, which says the rest of the first.
+	Count int64 `json:"count"`
+
 	// ID The record's own id.
 	ID openapi_types.UUID `json:"id"`
 

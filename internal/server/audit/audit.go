@@ -70,6 +70,26 @@ type Record struct {
 	Result             string
 	// Code is the error's where Result is not OK.
 	Code string
+	// Count is how many requests the record stands for: refused ones of one actor
+	// and action, with one code, are one record a minute, that of the first.
+	Count int64
+}
+
+// bucket names the record that a refused request is counted in; nil: its own.
+func (r Record) bucket(now time.Time) *string {
+	if r.Result != Refused {
+		return nil
+	}
+	who := r.ActorName()
+	if r.ActorID == nil {
+		who += " " + r.Address
+	}
+	team := ""
+	if r.Team != nil {
+		team = r.Team.String()
+	}
+	name := fmt.Sprintf("%s %s %s %s %d", who, team, r.Action, r.Code, now.Unix()/60)
+	return &name
 }
 
 // prefixes of ids, by the kinds of objects that have them.
@@ -121,7 +141,7 @@ func (l *Log) Write(ctx context.Context, r Record) error {
 	}
 	err = l.store.InsertAudit(ctx, db.InsertAuditParams{
 		ID: u, TeamID: r.Team, Actor: r.Actor, ActorID: r.ActorID, UserID: r.User, Action: r.Action, Object: r.Object, ObjectID: inside(r.Object, r.ObjectID),
-		Address: r.Address, RequestID: r.RequestID, Result: r.Result, Code: r.Code,
+		Address: r.Address, RequestID: r.RequestID, Result: r.Result, Code: r.Code, Bucket: r.bucket(time.Now()),
 	})
 	if err != nil {
 		return fmt.Errorf("write audit record: %w", err)
@@ -182,7 +202,7 @@ func (l *Log) List(ctx context.Context, f Filter) ([]Record, string, error) {
 	for i, r := range rows {
 		records[i] = Record{
 			ID: r.ID, At: r.At.UTC(), Team: r.TeamID, Actor: r.Actor, ActorID: r.ActorID, User: r.UserID, Action: r.Action, Object: r.Object, ObjectID: outside(r.Object, r.ObjectID),
-			Address: r.Address, RequestID: r.RequestID, Result: r.Result, Code: r.Code,
+			Address: r.Address, RequestID: r.RequestID, Result: r.Result, Code: r.Code, Count: r.Count,
 		}
 	}
 	return records, next, nil

@@ -5,6 +5,7 @@ import (
 	"encoding/csv"
 	"encoding/json"
 	"net/http"
+	"strconv"
 	"strings"
 	"time"
 
@@ -230,7 +231,7 @@ func (a *API) listAudit(w http.ResponseWriter, r *http.Request, team *uuid.UUID,
 func auditRecord(r audit.Record) rest.AuditRecord {
 	out := rest.AuditRecord{
 		ID: r.ID, At: r.At, ActorKind: rest.AuditRecordActorKind(r.Actor), Actor: r.ActorName(), Action: r.Action, ObjectKind: r.Object, Object: r.ObjectID,
-		Address: r.Address, RequestID: r.RequestID, Result: rest.AuditResult(r.Result), Code: r.Code,
+		Address: r.Address, RequestID: r.RequestID, Result: rest.AuditResult(r.Result), Code: r.Code, Count: r.Count,
 	}
 	if r.Team != nil {
 		out.TeamID = some(id.Format(id.Team, *r.Team))
@@ -275,7 +276,7 @@ func (a *API) exportAudit(w http.ResponseWriter, r *http.Request, f audit.Filter
 		if format != "csv" {
 			return nil
 		}
-		return table.Write([]string{"at", "team_id", "actor_kind", "actor", "user_id", "action", "object_kind", "object", "result", "code", "address", "request_id", "id"})
+		return table.Write([]string{"at", "team_id", "actor_kind", "actor", "user_id", "action", "object_kind", "object", "result", "code", "address", "request_id", "id", "count"})
 	}
 	err := a.Audit.Each(r.Context(), f, func(record audit.Record) error {
 		if !begun {
@@ -289,7 +290,7 @@ func (a *API) exportAudit(w http.ResponseWriter, r *http.Request, f audit.Filter
 		}
 		return table.Write([]string{
 			out.At.Format(time.RFC3339Nano), or(out.TeamID, ""), string(out.ActorKind), out.Actor, or(out.UserID, ""), cell(out.Action), cell(out.ObjectKind), cell(out.Object),
-			string(out.Result), out.Code, out.Address, cell(out.RequestID), out.ID.String(),
+			string(out.Result), out.Code, out.Address, cell(out.RequestID), out.ID.String(), strconv.FormatInt(out.Count, 10),
 		})
 	})
 	if err == nil && !begun {
