@@ -51,6 +51,7 @@ func TestFuzz(t *testing.T) {
 	}
 	for name, f := range fuzzers {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			phases := f.phases
 			if slow {
 				phases = "examples,coverage,fuzzing,stateful"
