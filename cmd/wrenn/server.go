@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -46,21 +47,22 @@ func serverCommand() *cobra.Command {
 			run := s.Run
 			if c.MetricsListen != "" {
 				run = func(ctx context.Context) error {
-					return serve(ctx, c.MetricsListen, nil, s.Metrics(), s.Run)
+					return serve(ctx, c.MetricsListen, nil, nil, s.Metrics(), s.Run)
 				}
 			}
-			return errors.Join(serve(ctx, c.Listen, nil, s.Handler(), run), s.Close())
+			return errors.Join(serve(ctx, c.Listen, c.TrustedProxies, nil, s.Handler(), run), s.Close())
 		},
 	}
 }
 
 // serve serves handler at listen, over TLS if identity is not nil, and runs run
 // beside it, until ctx is done or one of them ends.
-func serve(ctx context.Context, listen string, identity *tls.Config, handler http.Handler, run func(context.Context) error) error {
+func serve(ctx context.Context, listen string, doors []netip.Prefix, identity *tls.Config, handler http.Handler, run func(context.Context) error) error {
 	l, err := netaddr.Listen(ctx, listen, 0o600)
 	if err != nil {
 		return err
 	}
+	l = netaddr.Bounded(l, netaddr.PerAddress, doors)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	srv := netaddr.Server(handler)

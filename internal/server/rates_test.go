@@ -55,6 +55,20 @@ func TestRates(t *testing.T) {
 	}
 }
 
+// TestRefusedCallsCount bounds calls that are refused for who makes them, too.
+func TestRefusedCallsCount(t *testing.T) {
+	p := newPlane(t)
+	p.end()
+	p.config.Rates = rest.Rates{Expensive: 3}
+	p.start()
+	w := p.world()
+	shown := keyOf(func(w *world) uuid.UUID { return w.teams[ours].owner }, "1 hour", "read-only")(w)
+	for range 3 {
+		p.call("POST", "/v1/sandboxes", map[string]any{}, shown...).fails(403, "permission_denied")
+	}
+	p.call("POST", "/v1/sandboxes", map[string]any{}, shown...).fails(429, "rate_limited")
+}
+
 // spend counts a call of a class that the caller did not make.
 func (w *world) spend(headers []string, class string) {
 	w.Helper()

@@ -100,8 +100,11 @@ func (a *API) authorize(next http.Handler) http.Handler {
 		if err == nil {
 			err = access.Check(who)
 		}
-		if err == nil {
-			err = a.spend(r.Context(), access.Rate, who)
+		if who.HasKey() || who.User != uuid.Nil {
+			// What is refused counts too, though not of the team, which did nothing.
+			if often := a.spend(r.Context(), access.Rate, who, err == nil); often != nil {
+				err = often
+			}
 		}
 		if err != nil {
 			a.Fail(w, r, err)

@@ -44,14 +44,15 @@ func (r Rates) of(class auth.Rate) (one, team ratelimit.Limit) {
 	return one, team
 }
 
-// spend counts a call of somebody who may make it, or fails with rate_limited.
-func (a *API) spend(ctx context.Context, class auth.Rate, who auth.Principal) error {
+// spend counts a call of somebody and, if ofTeam, of their team, or fails with
+// rate_limited.
+func (a *API) spend(ctx context.Context, class auth.Rate, who auth.Principal, ofTeam bool) error {
 	one, team := a.Rates.of(class)
 	by := who.User
 	if who.HasKey() {
 		by = who.Key
 	}
-	if err := a.Limiter.Allow(ctx, one, by.String()); err != nil || who.Team == uuid.Nil {
+	if err := a.Limiter.Allow(ctx, one, by.String()); err != nil || !ofTeam || who.Team == uuid.Nil {
 		return err
 	}
 	return a.Limiter.Allow(ctx, team, who.Team.String())

@@ -1,0 +1,80 @@
+package netaddr
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"testing"
+)
+
+// from is a connection from an address.
+type from struct {
+	net.Conn
+	addr   net.Addr
+	closed bool
+}
+
+func (f *from) RemoteAddr() net.Addr { return f.addr }
+func (f *from) Close() error         { f.closed = true; return nil }
+
+// arrivals is a listener at which these connections arrive.
+type arrivals struct {
+	net.Listener
+	conns []*from
+}
+
+var errNoMore = errors.New("no more")
+
+func (a *arrivals) Accept() (net.Conn, error) {
+	if len(a.conns) == 0 {
+		return nil, errNoMore
+	}
+	c := a.conns[0]
+	a.conns = a.conns[1:]
+	return c, nil
+}
+
+func TestBounded(t *testing.T) {
+	in := &arrivals{}
+	l := Bounded(in, 2, []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")})
+	accept := func(address string) (net.Conn, *from) {
+		t.Helper()
+		c := &from{addr: &net.UnixAddr{Name: "s"}}
+		if address != "" {
+			c.addr = net.TCPAddrFromAddrPort(netip.MustParseAddrPort(address))
+		}
+		in.conns = append(in.conns, c)
+		got, err := l.Accept()
+		if err != nil && !errors.Is(err, errNoMore) {
+			t.Fatal(err)
+		}
+		if (got == nil) != c.closed {
+			t.Errorf("%s: accepted %v, closed %v", address, got != nil, c.closed)
+		}
+		return got, c
+	}
+	for _, pair := range [][2]string{{"198.51.100.1:1", "[::ffff:198.51.100.1]:2"}, {"[2001:db8::1]:1", "[2001:db8::2]:1"}} {
+		one, _ := accept(pair[0])
+		if two, _ := accept(pair[1]); one == nil || two == nil {
+			t.Fatalf("%v: refused below the bound", pair)
+		}
+		if three, _ := accept(pair[0]); three != nil {
+			t.Errorf("%v: a third connection", pair)
+		}
+		_ = one.Close()
+		_ = one.Close() // It gives one place back.
+		if again, _ := accept(pair[1]); again == nil {
+			t.Errorf("%v: refused after one has gone", pair)
+		}
+		if more, _ := accept(pair[1]); more != nil {
+			t.Errorf("%v: one too many after one has gone", pair)
+		}
+	}
+	for _, free := range []string{"127.0.0.1:1", "[::1]:1", "192.0.2.9:1", ""} {
+		for range 4 {
+			if c, _ := accept(free); c == nil {
+				t.Errorf("%q is bounded", free)
+			}
+		}
+	}
+}
