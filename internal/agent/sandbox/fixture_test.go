@@ -155,18 +155,20 @@ func TestNewerFormats(t *testing.T) {
 		}
 		origin := filepath.Join(dir.SandboxOrigin(fixtureRan), "capture.json")
 		header := filepath.Join(dir.SandboxSaved(fixturePaused, *rec.Saved), "memory", "header")
+		originHeader := filepath.Join(dir.SandboxOrigin(fixtureRan), "memory", "header")
 		edit(t, header, "WRNMEMH\x00\x01", "WRNMEMH\x00\x02")
+		edit(t, originHeader, "WRNMEMH\x00\x01", "WRNMEMH\x00\x03")
 		edit(t, origin, `"version": 1`, `"version": 7`)
 		got := map[string]int{}
 		for _, e := range Newer(dir) {
 			got[e.Path] = e.Version
 		}
-		if len(got) != 2 || got[header] != 2 || got[origin] != 7 {
+		if len(got) != 3 || got[header] != 2 || got[origin] != 7 || got[originHeader] != 3 {
 			t.Errorf("a later release wrote %v", got)
 		}
 		record := dir.SandboxRecord(fixturePaused)
 		edit(t, record, `"version": 2`, `"version": 3, "disks": {"new": "shape"}, "old": 0`)
-		if all := Newer(dir); len(all) != 2 || all[0].Path != record || all[0].Version != 3 || all[0].Known != format.Sandbox.Version {
+		if all := Newer(dir); len(all) != 3 || all[0].Path != record || all[0].Version != 3 || all[0].Known != format.Sandbox.Version {
 			t.Errorf("a later release wrote %v", all)
 		}
 	})
@@ -487,6 +489,53 @@ func TestSetAsideIsTriedAgain(t *testing.T) {
 		t.Errorf("set aside %+v, %v", items, err)
 	}
 	h.nothingLeft()
+}
+
+// TestUnendedMachineKeepsItsSlot: a machine that should end and cannot be ended
+// keeps its network slot, and so its user, until it has ended.
+func TestUnendedMachineKeepsItsSlot(t *testing.T) {
+	for name, change := range map[string]func(*record){
+		"ending":  func(r *record) { r.Ending = &ending{Reason: "it was destroyed", Time: time.Now().UTC()} },
+		"paused":  func(r *record) { r.State, r.Slot, r.VM, r.Saved = Paused, nil, nil, new(uuid.UUID) },
+		"waiting": func(r *record) { r.State = waiting },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, 1)
+			dir := layout.Dir(t.TempDir())
+			h := w.open(dir)
+			id := h.create(t, nil)
+			h.close()
+			rec, err := load(dir, id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			slot := *rec.Slot
+			change(&rec)
+			if err := rec.save(dir); err != nil {
+				t.Fatal(err)
+			}
+			w.setFailing(map[string]float64{"kill": 1})
+			kept := func() bool {
+				w.mu.Lock()
+				defer w.mu.Unlock()
+				return w.slots[slot] != nil
+			}
+			for range 2 { // the slot is also kept for the agent after the next one
+				h = w.open(dir)
+				if !kept() {
+					t.Fatal("another machine can get the slot of one that runs")
+				}
+				h.close()
+			}
+			w.setFailing(nil)
+			h = w.open(dir)
+			defer h.close()
+			if err := h.Destroy(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+			h.nothingLeft()
+		})
+	}
 }
 
 // TestKilledBeforeRecord: what an agent was killed while making is removed.

@@ -37,9 +37,10 @@ type Recovery struct {
 }
 
 type found struct {
-	rec      record
-	vm       vmm.VM // nil: it is paused, or to be removed, as rec.Ending says
-	leftover bool   // there may be a machine all the same
+	rec record
+	vm  vmm.VM // nil: it is paused, or to be removed, as rec.Ending says
+	// leftover says that the machine may run all the same: it could not be ended.
+	leftover bool
 	// unreadable is why the record cannot be read, so that rec stands for it; the
 	// files are kept.
 	unreadable error
@@ -80,6 +81,7 @@ func Newer(dir layout.Dir) []*format.NewerError {
 		look(err)
 		_, err = image.OpenCapture(dir.SandboxOrigin(home))
 		look(err)
+		look(memory.Check(filepath.Join(dir.SandboxOrigin(home), "memory")))
 		if rec.Saved != nil {
 			look(memory.Check(filepath.Join(dir.SandboxSaved(home, *rec.Saved), "memory")))
 		}
@@ -132,14 +134,14 @@ func Recover(ctx context.Context, dir layout.Dir, d vmm.Driver, log *slog.Logger
 
 // Unknown says that machines may run whose network slots are not known.
 func (r *Recovery) Unknown() bool {
-	return slices.ContainsFunc(r.found, func(f found) bool { return f.unread })
+	return slices.ContainsFunc(r.found, func(f found) bool { return f.unread || f.leftover && f.rec.Slot == nil })
 }
 
 // Slots are the network slots of the machines that run, or may run.
 func (r *Recovery) Slots() []int {
 	var slots []int
 	for _, f := range r.found {
-		if f.vm != nil || f.untaken != nil && !f.unread {
+		if f.vm != nil || f.untaken != nil && !f.unread || f.leftover && f.rec.Slot != nil {
 			slots = append(slots, *f.rec.Slot)
 		}
 	}
@@ -207,10 +209,12 @@ func find(ctx context.Context, dir layout.Dir, home uuid.UUID, d vmm.Driver, log
 		log.Warn("a sandbox's machine has ended", "error", err)
 		rec.Ending = &ending{journal.Exited, wasGone, now}
 	}
+	f := found{rec: rec, unreadable: lost}
 	if err := d.Reap(ctx, leftover(rec)); err != nil {
-		log.Error("a machine cannot be ended", "error", err) // tried again when the sandbox is removed
+		log.Error("a machine cannot be ended, and keeps its network slot", "error", err)
+		f.leftover = true // tried again when the sandbox is removed
 	}
-	return found{rec: rec, unreadable: lost}
+	return f
 }
 
 // wasGone is the reason of an end that no agent saw.
@@ -283,7 +287,8 @@ func (m *Manager) adopt(ctx context.Context, f found) {
 	}
 	if f.rec.Ending != nil {
 		b.maybeVM, b.unreadable = true, f.unreadable
-		b.kept = f.late && f.rec.Slot != nil
+		// No other machine gets the slot, and with it the user, of one that may run.
+		b.kept = (f.late || f.leftover) && f.rec.Slot != nil
 		b.refuse()
 		begin(func() { b.clean(*f.rec.Ending, nil) })
 		return
