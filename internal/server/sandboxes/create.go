@@ -210,19 +210,22 @@ func (s *Service) places(ctx context.Context, template uuid.UUID, p CreateParams
 		return found, err
 	}
 	online, counted := s.Store.CountOnlineHosts(ctx)
-	if counted != nil || online > 0 {
+	if counted != nil {
 		return nil, err
 	}
 	var asked errgroup.Group
-	for _, h := range s.Hosts.All() {
-		asked.Go(func() error {
-			if err := s.Hosts.Contact(ctx, h); err != nil {
-				s.Log.Debug("ask host", "host", h.URL, "error", err)
-			}
-			return nil
-		})
+	if online == 0 {
+		for _, h := range s.Hosts.All() {
+			asked.Go(func() error {
+				if err := s.Hosts.Contact(ctx, h); err != nil {
+					s.Log.Debug("ask host", "host", h.URL, "error", err)
+				}
+				return nil
+			})
+		}
 	}
 	_ = asked.Wait()
+	// Also where one came online since the first look.
 	return s.Hosts.Places(ctx, template, p.needs())
 }
 
