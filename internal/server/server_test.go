@@ -41,6 +41,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/events/redistest"
+	"github.com/wrenn-dev/wrenn/internal/server/rest"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
@@ -93,6 +94,8 @@ func newPlane(t testing.TB) *plane {
 		AgentURL: a.url(), AgentToken: agentToken,
 		AdminEmail: "admin@example.com", AdminPassword: "correct horse", AdminAPIKey: adminKey,
 		StopTimeout: 5 * time.Second,
+		// How often somebody may call is TestRates' to test.
+		Rates: rest.Rates{Read: 1e6, Change: 1e6, Expensive: 1e6, Outgoing: 1e6},
 		// The race detector makes the usual cost seconds.
 		PasswordCost: auth.Cost{Passes: 1, MemoryKiB: 64, Threads: 1},
 	}}

@@ -132,7 +132,7 @@ func newDoor(t *testing.T) *door {
 	d := &door{listen: l.Addr().String()}
 	l.Close()
 	cmd := exec.Command(filepath.Join(root, "bin", "wrenn"), "up", "--dir", dir, "--listen", d.listen)
-	cmd.Env = append(os.Environ(), "WRENN_ENVD="+in.Envd) // which the images are made with
+	cmd.Env = append(os.Environ(), "WRENN_ENVD="+in.Envd, "WRENN_RATE_READ=100000000", "WRENN_RATE_CHANGE=100000000", "WRENN_RATE_EXPENSIVE=100000000") // which the images are made with
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)

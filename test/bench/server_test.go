@@ -172,6 +172,8 @@ func newServer(t *testing.T) (url string, pid int) {
 	l.Close()
 	pid = launch(t, []string{
 		"DATABASE_URL=" + database, "REDIS_URL=unix://" + redis, "WRENN_LISTEN=" + listen, "WRENN_SECRET_KEY=" + strings.Repeat("ab", 32),
+		// What is measured is not how often one key may call.
+		"WRENN_RATE_READ=100000000", "WRENN_RATE_CHANGE=100000000", "WRENN_RATE_EXPENSIVE=100000000",
 		"WRENN_AGENT_URL=" + host, "WRENN_AGENT_TOKEN=token",
 		"WRENN_ADMIN_EMAIL=admin@example.com", "WRENN_ADMIN_PASSWORD=correct horse battery staple", "WRENN_ADMIN_API_KEY=" + loadKey,
 	}, program, "server")
