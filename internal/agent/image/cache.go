@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/google/uuid"
+
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/flock"
 )
@@ -19,8 +21,8 @@ import (
 const tmpPrefix = ".tmp-"
 
 // lock waits for the right to build in dir, which it makes, and removes what
-// builders that were killed left there. The lock ends with its file.
-func lock(ctx context.Context, dir string) (io.Closer, error) {
+// killed builders left there, as far as it can. The lock ends with its file.
+func lock(ctx context.Context, dir string, progress func(string)) (io.Closer, error) {
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return nil, fmt.Errorf("make folder: %w", err)
 	}
@@ -29,28 +31,24 @@ func lock(ctx context.Context, dir string) (io.Closer, error) {
 		return nil, fmt.Errorf("wait for another build to end: %w", err)
 	}
 	entries, err := os.ReadDir(dir)
-	if err != nil {
-		f.Close()
-		return nil, err
-	}
 	for _, e := range entries {
 		if strings.HasPrefix(e.Name(), tmpPrefix) {
-			if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
-				f.Close()
-				return nil, fmt.Errorf("remove what a killed build left: %w", err)
-			}
+			err = errors.Join(err, os.RemoveAll(filepath.Join(dir, e.Name())))
 		}
+	}
+	if err != nil {
+		progress("warning: what a killed build left is not removed, and the next build tries again: " + err.Error())
 	}
 	return f, nil
 }
 
 // publish makes the folder tmp, synced, appear as dir, in the place of what
-// was there.
+// was there. If that cannot be removed, the next lock tries again.
 func publish(tmp, dir string) error {
 	if err := syncTree(tmp); err != nil {
 		return fmt.Errorf("sync: %w", err)
 	}
-	old := filepath.Join(filepath.Dir(dir), tmpPrefix+"old-"+filepath.Base(dir))
+	old := filepath.Join(filepath.Dir(dir), tmpPrefix+"old-"+uuid.NewString())
 	if err := os.Rename(dir, old); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
@@ -60,7 +58,8 @@ func publish(tmp, dir string) error {
 	if err := atomicfile.Sync(filepath.Dir(dir)); err != nil {
 		return err
 	}
-	return os.RemoveAll(old)
+	_ = os.RemoveAll(old)
+	return nil
 }
 
 // syncTree syncs the files in dir and dir itself.

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/google/uuid"
 
@@ -227,8 +228,8 @@ func place(dir layout.Dir, tmp string, t Template) error {
 	return errors.Join(atomicfile.Sync(team), atomicfile.Sync(filepath.Dir(team)))
 }
 
-// TempTemplate makes a folder for a template that is being made. It is removed
-// by the next Sweep unless it is published.
+// TempTemplate makes a folder for a template that is being made. It is one of the
+// next agent's [Leftovers] unless it is published.
 func TempTemplate(dir layout.Dir) (string, error) {
 	if err := os.MkdirAll(dir.Images(), 0o711); err != nil {
 		return "", err
@@ -256,17 +257,18 @@ func Delete(dir layout.Dir, team, id uuid.UUID, between func(step string)) error
 	return nil
 }
 
-// Sweep removes what was being made or removed when an agent was killed.
-// Nobody else may be making templates meanwhile.
-func Sweep(dir layout.Dir) error {
-	all, err := filepath.Glob(filepath.Join(dir.Images(), tmpPrefix+"*"))
-	if err != nil {
-		return err
+// Leftovers returns the paths of what was being made or removed when an agent was
+// killed. Nobody else may be making templates meanwhile.
+func Leftovers(dir layout.Dir) ([]string, error) {
+	entries, err := os.ReadDir(dir.Images())
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("look for unfinished templates: %w", err)
 	}
-	for _, name := range all {
-		if err := os.RemoveAll(name); err != nil {
-			return fmt.Errorf("sweep templates: %w", err)
+	var all []string
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), tmpPrefix) {
+			all = append(all, filepath.Join(dir.Images(), e.Name()))
 		}
 	}
-	return nil
+	return all, nil
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/google/uuid"
@@ -164,18 +165,15 @@ func TestTemplateWithoutVersion(t *testing.T) {
 	}
 }
 
-func TestSweepRemovesWhatWasNotPublished(t *testing.T) {
+func TestLeftovers(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	tmp, err := TempTemplate(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
 	captured(t, filepath.Join(tmp, "captures", Captured))
-	if err := Sweep(dir); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := os.Stat(tmp); err == nil {
-		t.Error("it is left")
+	if all, err := Leftovers(dir); err != nil || !slices.Equal(all, []string{tmp}) {
+		t.Errorf("the leftovers are %q, %v", all, err)
 	}
 }
 

@@ -33,7 +33,7 @@ type KernelFiles struct {
 // envd is the path of the guest daemon's binary. progress is told each step
 // that takes a while. Without a network, what is there is used, if anything is.
 func Kernel(ctx context.Context, dir layout.Dir, envd string, progress func(string)) (KernelFiles, error) {
-	unlock, err := lock(ctx, dir.Kernels())
+	unlock, err := lock(ctx, dir.Kernels(), progress)
 	if err != nil {
 		return KernelFiles{}, fmt.Errorf("kernel: %w", err)
 	}

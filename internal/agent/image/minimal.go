@@ -100,7 +100,7 @@ func EnsureMore(ctx context.Context, dir layout.Dir, envd string, more More, pro
 func ensureMinimal(ctx context.Context, dir layout.Dir, envd string, more More, progress func(string)) (Template, error) {
 	home := dir.Template(uuid.Nil, uuid.Nil)
 	parent := filepath.Dir(home)
-	unlock, err := lock(ctx, parent)
+	unlock, err := lock(ctx, parent, progress)
 	if err != nil {
 		return Template{}, err
 	}
@@ -202,7 +202,7 @@ func ensureBase(ctx context.Context, parent, tmp, inputs string, todo plan, sour
 	}
 	for _, f := range old {
 		if err := os.Remove(f); err != nil {
-			return "", fmt.Errorf("remove older packages: %w", err)
+			progress("warning: older packages are not removed: " + err.Error())
 		}
 	}
 	return kept, nil

@@ -35,6 +35,9 @@ func kind(name, meaning string) Kind {
 var (
 	// Unreadable reports data on disk that the agent could not read and keeps.
 	Unreadable = kind("unreadable", "data on disk cannot be read, and is kept")
+	// Leftover reports files that the agent does not need any more and could not
+	// remove.
+	Leftover = kind("leftover", "files that nobody needs any more cannot be removed")
 	// Firewall reports other programs' rules that drop guests' packets, or own
 	// rules that cannot be restored.
 	Firewall = kind("firewall", "another program's rules drop guests' packets, or the agent's own cannot be restored")

@@ -17,6 +17,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
+	"github.com/wrenn-dev/wrenn/internal/agent/problem"
 	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/await"
@@ -898,6 +899,46 @@ func immutable(t testing.TB, dir string, on bool) {
 	if err := unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, flags); err != nil {
 		t.Skipf("no attributes of files here: %v", err)
 	}
+}
+
+// TestLeftoversAreTriedAgain: what a killed agent left and cannot be removed keeps
+// no agent from starting. It is a problem until it is removed.
+func TestLeftoversAreTriedAgain(t *testing.T) {
+	w := newWorld(t, 1)
+	dir := layout.Dir(t.TempDir())
+	w.open(dir).close()
+	left := []string{filepath.Join(dir.Forks(), "x"), filepath.Join(dir.Images(), ".tmp-x")}
+	for _, path := range left {
+		if err := errors.Join(os.MkdirAll(path, 0o700), os.WriteFile(filepath.Join(path, "file"), nil, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		noFiles(t, path)
+	}
+	h := w.open(dir)
+	defer h.close()
+	if all := h.Problems.All(); len(all) != 1 || all[0].Kind != problem.Leftover || !strings.Contains(all[0].Message, left[0]) {
+		t.Errorf("the problems are %+v", all)
+	}
+	id := h.create(t, nil)
+	other := filepath.Join(dir.Forks(), "in use")
+	if err := os.MkdirAll(other, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range left {
+		yesFiles(t, path)
+	}
+	await.Until(t, "the leftovers are removed", func() bool { return len(h.Problems.All()) == 0 })
+	for _, path := range left {
+		if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is left: %v", path, err)
+		}
+	}
+	if _, err := os.Stat(other); err != nil {
+		t.Errorf("what was made since was removed too: %v", err)
+	}
+	h.runs(t, id, 0)
+	h.destroyAll()
+	h.nothingLeft()
 }
 
 // TestDiskReserve: on a host whose disk is nearly full nothing begins that writes

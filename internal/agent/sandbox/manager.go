@@ -139,15 +139,13 @@ func Open(ctx context.Context, c Config, r *Recovery) (*Manager, error) {
 	if err := os.MkdirAll(c.Dir.Sandboxes(), 0o700); err != nil {
 		return nil, fmt.Errorf("make folder of sandboxes: %w", err)
 	}
-	if err := errors.Join(image.Sweep(c.Dir), os.RemoveAll(c.Dir.Forks())); err != nil {
-		return nil, err
-	}
 	m := &Manager{
 		Config: c, boots: make(chan struct{}, c.Boots), closing: make(chan struct{}),
 		boxes: map[uuid.UUID]*box{}, nameless: map[*box]struct{}{}, capturing: map[string]*capturing{},
 		unread: map[uuid.UUID]struct{}{}, leaving: map[*box]struct{}{}, fewer: make(chan struct{}), flattening: make(chan struct{}, 1),
 	}
 	m.warm.init(m)
+	m.sweep()
 	for _, f := range r.found {
 		m.adopt(ctx, f)
 	}
