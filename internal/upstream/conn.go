@@ -197,6 +197,8 @@ func (s sink) Write(p []byte) (int, error)          { return s.w.Write(p) }
 func (s sink) WriteByte(b byte) error               { return s.w.WriteByte(b) }
 func (s sink) WriteString(text string) (int, error) { return s.w.WriteString(text) }
 
+var errInterim = errors.New("read response: too many interim responses")
+
 // receive reads a response's header.
 func (c *conn) receive(req *http.Request, s *sending) (*http.Response, error) {
 	c.room = c.t.MaxHeaderBytes
@@ -212,6 +214,9 @@ func (c *conn) receive(req *http.Request, s *sending) (*http.Response, error) {
 		if err != nil {
 			return nil, fmt.Errorf("read response: %w", err)
 		}
+		if resp.StatusCode < 100 {
+			return nil, errStatus(resp.StatusCode)
+		}
 		if resp.StatusCode >= 200 || resp.StatusCode == http.StatusSwitchingProtocols {
 			c.room = -1
 			return resp, nil
@@ -225,7 +230,7 @@ func (c *conn) receive(req *http.Request, s *sending) (*http.Response, error) {
 			}
 		}
 	}
-	return nil, errors.New("read response: too many interim responses")
+	return nil, errInterim
 }
 
 // isHTTP2 says whether what the upstream sent begins with the SETTINGS frame

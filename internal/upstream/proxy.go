@@ -1,6 +1,8 @@
 package upstream
 
 import (
+	"errors"
+	"fmt"
 	"io"
 	"log"
 	"net/http"
@@ -8,8 +10,11 @@ import (
 	"net/http/httputil"
 	"net/textproto"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+
+	"golang.org/x/net/http/httpguts"
 )
 
 // Proxy is [httputil.ReverseProxy] in fewer steps. Its fields mean the same,
@@ -54,7 +59,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if _, ok := out.Header["User-Agent"]; !ok {
 		out.Header["User-Agent"] = []string{""} // Not net/http's own.
 	}
-	resp, err := p.Transport.RoundTrip(out)
+	resp, err := strict{p.Transport}.RoundTrip(out)
 	early.end()
 	if err != nil {
 		p.ErrorHandler(w, out, err)
@@ -67,7 +72,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // upgrade forwards a request for another protocol.
 func (p *Proxy) upgrade(w http.ResponseWriter, r *http.Request) {
 	rp := httputil.ReverseProxy{
-		Transport: p.Transport, Rewrite: p.Rewrite, ErrorHandler: p.ErrorHandler, ErrorLog: p.ErrorLog,
+		Transport: strict{p.Transport}, Rewrite: p.Rewrite, ErrorHandler: p.ErrorHandler, ErrorLog: p.ErrorLog,
 		FlushInterval: -1,
 		ModifyResponse: func(resp *http.Response) error {
 			if p.ModifyResponse != nil {
@@ -89,8 +94,14 @@ func (p *Proxy) respond(w http.ResponseWriter, resp *http.Response) {
 	for name, values := range resp.Header {
 		h[name] = values
 	}
+	if bodiless(resp.StatusCode) {
+		delete(h, "Content-Length") // Go's HTTP/2 client would wait for a body.
+	}
 	announced := make(map[string]bool, len(resp.Trailer))
 	for name := range resp.Trailer {
+		if !httpguts.ValidTrailerHeader(name) {
+			continue // HTTP/2's ResponseWriter would log it.
+		}
 		announced[name] = true
 		h["Trailer"] = append(h["Trailer"], name)
 	}
@@ -108,6 +119,9 @@ func (p *Proxy) respond(w http.ResponseWriter, resp *http.Response) {
 	// A response with trailers comes in chunks.
 	_ = http.NewResponseController(w).Flush()
 	for name, values := range resp.Trailer {
+		if !httpguts.ValidTrailerHeader(name) {
+			continue
+		}
 		if !announced[name] {
 			name = http.TrailerPrefix + name
 		}
@@ -115,12 +129,57 @@ func (p *Proxy) respond(w http.ResponseWriter, resp *http.Response) {
 	}
 }
 
+// strict refuses the responses that a [http.ResponseWriter] cannot send: it
+// panics, logs each, or makes something else of them.
+type strict struct{ http.RoundTripper }
+
+func (s strict) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := s.RoundTripper.RoundTrip(req)
+	if err != nil {
+		return nil, err
+	}
+	if err := check(req, resp); err != nil {
+		resp.Body.Close()
+		return nil, err
+	}
+	return resp, nil
+}
+
+func check(req *http.Request, resp *http.Response) error {
+	switch code := resp.StatusCode; {
+	case code == http.StatusSwitchingProtocols:
+		if req.Header["Upgrade"] == nil {
+			return errSwitched
+		}
+	case code < 200, code > 999:
+		return errStatus(code)
+	}
+	lengths := resp.Header["Content-Length"]
+	if len(lengths) == 0 {
+		return nil
+	}
+	if _, err := strconv.ParseUint(lengths[0], 10, 63); err != nil || len(lengths) > 1 {
+		return fmt.Errorf("read response: invalid Content-Length %.100q", lengths)
+	}
+	return nil
+}
+
+var errSwitched = errors.New("read response: the upstream switched protocols without being asked")
+
+func errStatus(code int) error { return fmt.Errorf("read response: invalid status %d", code) }
+
+// bodiless says whether a final response with the status has no body.
+func bodiless(status int) bool {
+	return status == http.StatusNoContent || status == http.StatusNotModified
+}
+
 // buffers has the memory that bodies are copied through.
 var buffers = sync.Pool{New: func() any { b := make([]byte, 32<<10); return &b }}
 
 // pass copies a response's body, and sends on what there is before it waits.
 func pass(w http.ResponseWriter, resp *http.Response) error {
-	if resp.Body == http.NoBody {
+	// An HTTP/2 guest can send a body that no client may get.
+	if resp.Body == http.NoBody || bodiless(resp.StatusCode) {
 		return nil
 	}
 	held := buffers.Get().(*[]byte)
@@ -189,6 +248,7 @@ func hasToken(list []string, token string) bool {
 type interim struct {
 	mu   sync.Mutex
 	w    http.ResponseWriter
+	n    int // that came; HTTP/2's client does not bound them
 	over bool
 }
 
@@ -197,6 +257,12 @@ func (i *interim) pass(code int, header textproto.MIMEHeader) error {
 	defer i.mu.Unlock()
 	if i.over {
 		return nil
+	}
+	if code == http.StatusSwitchingProtocols {
+		return errSwitched // HTTP/2 has no such response.
+	}
+	if i.n++; i.n > maxInterim {
+		return errInterim
 	}
 	h := i.w.Header()
 	had := h.Clone()
