@@ -19,9 +19,11 @@ const (
 	// lookAgain is how long something may go on for somebody of whom nothing was
 	// heard: keys expire without a word.
 	lookAgain = time.Minute
-	// lookWithin bounds one look, looks is how many there are at once.
+	// lookWithin bounds one look, looks is how many there are at once. One that
+	// fails is repeated after lookSoon.
 	lookWithin = 5 * time.Second
 	looks      = 8
+	lookSoon   = time.Second
 )
 
 // Watch ends what goes on for as long as a client likes, a terminal for one,
@@ -30,6 +32,8 @@ const (
 type Watch struct {
 	store *store.Store
 	log   *slog.Logger
+	// wake asks for a look at what is in doubt.
+	wake chan struct{}
 
 	mu sync.Mutex
 	// heard counts what was heard.
@@ -50,7 +54,7 @@ type held struct {
 // NewWatch returns a watch that hears from a store. Run must run for anything
 // to be ended.
 func NewWatch(s *store.Store, log *slog.Logger) *Watch {
-	return &Watch{store: s, log: log, held: make(map[*held]struct{})}
+	return &Watch{store: s, log: log, wake: make(chan struct{}, 1), held: make(map[*held]struct{})}
 }
 
 // Mark returns what [Watch.While] must be given that was taken before it was
@@ -96,23 +100,35 @@ func (w *Watch) while(ctx context.Context, about []uuid.UUID, mark int, may func
 	}
 }
 
-// look asks whether something may go on, and ends it if not.
+// look asks whether something may go on, and ends it if not. While that cannot be
+// known, it stays in doubt.
 func (w *Watch) look(ctx context.Context, h *held) {
-	ctx, cancel := context.WithTimeout(ctx, lookWithin)
+	bounded, cancel := context.WithTimeout(ctx, lookWithin)
 	defer cancel()
-	err := h.may(ctx)
+	err := h.may(bounded)
 	var f *fault.Error
 	switch {
 	case errors.As(err, &f):
 		h.end(f)
 	case err != nil && ctx.Err() == nil:
 		w.log.Warn("look whether somebody may go on", "error", err)
+		w.mu.Lock()
+		h.doubt = true
+		w.mu.Unlock()
+		time.AfterFunc(lookSoon, w.again)
+	}
+}
+
+// again has Run look at what is in doubt. It does not block.
+func (w *Watch) again() {
+	select {
+	case w.wake <- struct{}{}:
+	default:
 	}
 }
 
 // Run hears until ctx is done.
 func (w *Watch) Run(ctx context.Context) {
-	wake := make(chan struct{}, 1)
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() {
@@ -123,17 +139,14 @@ func (w *Watch) Run(ctx context.Context) {
 				f(whose)
 			}
 			w.doubt(whose)
-			select {
-			case wake <- struct{}{}:
-			default:
-			}
+			w.again()
 		})
 	})
 	tick := time.NewTicker(lookAgain)
 	defer tick.Stop()
 	for {
 		select {
-		case <-wake:
+		case <-w.wake:
 		case <-tick.C:
 			w.doubt("")
 		case <-ctx.Done():
@@ -148,8 +161,8 @@ func (w *Watch) Run(ctx context.Context) {
 			}
 		}
 		w.mu.Unlock()
-		_ = each.Do(ctx, w.log, looks, lookWithin, look, func(ctx context.Context, h *held) error {
-			w.look(ctx, h)
+		_ = each.Do(ctx, w.log, looks, lookWithin, look, func(_ context.Context, h *held) error {
+			w.look(ctx, h) // which has its own bound
 			return nil
 		})
 	}

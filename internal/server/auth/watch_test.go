@@ -2,6 +2,7 @@ package auth_test
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"testing"
 	"time"
@@ -54,6 +55,39 @@ func TestWatchOthers(t *testing.T) {
 		t.Error("it goes on")
 	}
 	close(ended)
+	cancel()
+	<-run
+}
+
+// TestWatchLooksAgain has a look fail, as while the database is too busy to
+// answer: there is another one soon, not only when everybody is looked at again.
+func TestWatchLooksAgain(t *testing.T) {
+	st, err := store.Open(t.Context(), pgtest.New(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer st.Close()
+	w := auth.NewWatch(st, slog.New(slog.DiscardHandler))
+	looks := 0
+	while, done := w.While(t.Context(), auth.Principal{Team: uuid.New()}, w.Mark(), func(ctx context.Context) error {
+		switch looks++; looks {
+		case 1:
+			return errors.New("the database does not answer")
+		case 2:
+			<-ctx.Done()
+			return ctx.Err()
+		}
+		return fault.New(fault.PermissionDenied, "no more")
+	})
+	defer done()
+	ctx, cancel := context.WithCancel(t.Context())
+	run := make(chan struct{})
+	go func() { defer close(run); w.Run(ctx) }()
+	select {
+	case <-while.Done():
+	case <-time.After(50 * time.Second): // Everybody is looked at each minute.
+		t.Error("it goes on")
+	}
 	cancel()
 	<-run
 }
