@@ -159,6 +159,9 @@ func (t *Template) Publish(dir layout.Dir, tmp string, name string) (*Capture, e
 		if e == nil {
 			return c, nil
 		}
+		if unreadable.Passing(e) {
+			return nil, fmt.Errorf("publish capture: %w", e) // the first one is there
+		}
 		if _, err = unreadable.Move(dir, unreadable.Capture, home, e); err == nil {
 			err = os.Rename(tmp, home)
 		}

@@ -2,6 +2,7 @@ package image
 
 import (
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -145,6 +146,78 @@ func TestDamagedTemplates(t *testing.T) {
 	}
 	if got, err := Find(dir, good.Team, good.ID); err != nil || got.Version != format.Template.Version {
 		t.Errorf("the good one is %+v, %v", got, err)
+	}
+}
+
+// TestUnreadableFolders: a folder of templates or captures that cannot be read
+// hides no others, and is set aside if it never will be readable.
+func TestUnreadableFolders(t *testing.T) {
+	dir := layout.Dir(t.TempDir())
+	publish := func() Template {
+		tmp, err := TempTemplate(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := Template{ID: uuid.New(), Team: uuid.New(), Name: "mine", DiskMiB: 64}
+		if err := errors.Join(os.WriteFile(TempRootfs(tmp), nil, 0o600), PublishRootfs(dir, tmp, want)); err != nil {
+			t.Fatal(err)
+		}
+		return want
+	}
+	bad, loop := publish(), publish()
+	publish()
+	// A link to itself is there, and cannot be read now.
+	captures, looping := dir.Captures(bad.Team, bad.ID), dir.Captures(loop.Team, loop.ID)
+	team, loopingTeam := filepath.Join(dir.Images(), uuid.NewString()), filepath.Join(dir.Images(), uuid.NewString())
+	for path, stays := range map[string]bool{captures: false, team: false, looping: true, loopingTeam: true} {
+		err := os.WriteFile(path, nil, 0o600)
+		if stays {
+			err = errors.Join(os.Remove(path), os.Symlink(path, path))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	all, damaged, err := Load(dir)
+	if err != nil || len(all) != 3 || len(damaged) != 2 {
+		t.Errorf("loaded %+v, damaged %+v, %v", all, damaged, err)
+	}
+	damaged, err = Examine(dir)
+	if err != nil || len(damaged) != 4 {
+		t.Fatalf("damaged are %+v, %v", damaged, err)
+	}
+	items, _ := SetAside(dir, damaged)
+	got := map[string]unreadable.Kind{}
+	for _, i := range items {
+		got[i.From] = i.Kind
+	}
+	if !maps.Equal(got, map[string]unreadable.Kind{captures: unreadable.Capture, team: unreadable.Template}) {
+		t.Errorf("set aside %v", got)
+	}
+}
+
+// TestPublishBesideUnreadable: a capture that only cannot be read now is not moved
+// for another one.
+func TestPublishBesideUnreadable(t *testing.T) {
+	dir := layout.Dir(t.TempDir())
+	tpl := Template{ID: uuid.New(), Team: uuid.New()}
+	home := filepath.Join(dir.Captures(tpl.Team, tpl.ID), "name")
+	if err := os.MkdirAll(home, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	record := filepath.Join(home, captureFile)
+	tmp := filepath.Join(string(dir), "tmp")
+	if err := errors.Join(os.Symlink(record, record), os.Mkdir(tmp, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	if c, err := tpl.Publish(dir, tmp, "name"); err == nil {
+		t.Errorf("published %+v", c)
+	}
+	if _, err := os.Lstat(record); err != nil {
+		t.Error(err)
+	}
+	if items, err := unreadable.List(dir); err != nil || len(items) != 0 {
+		t.Errorf("set aside %+v, %v", items, err)
 	}
 }
 

@@ -61,7 +61,7 @@ const (
 	templateFile = "template.json"
 )
 
-// Damage is a template or a capture that cannot be read.
+// Damage is a template or a capture that cannot be read, or a folder of them.
 type Damage struct {
 	Kind unreadable.Kind
 	Path string
@@ -83,9 +83,10 @@ func Load(dir layout.Dir) (all []Template, damaged []Damage, err error) {
 		if err != nil {
 			continue
 		}
-		entries, err := os.ReadDir(filepath.Join(dir.Images(), t.Name()))
-		if err != nil {
-			return nil, nil, fmt.Errorf("list templates: %w", err)
+		home := filepath.Join(dir.Images(), t.Name())
+		entries, err := os.ReadDir(home)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) { // the last one may be deleted meanwhile
+			damaged = append(damaged, Damage{unreadable.Template, home, fmt.Errorf("list templates: %w", err)})
 		}
 		for _, e := range entries {
 			id, err := uuid.Parse(e.Name())
@@ -118,7 +119,7 @@ func Examine(dir layout.Dir) ([]Damage, error) {
 		captures := dir.Captures(t.Team, t.ID)
 		entries, err := os.ReadDir(captures)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("list captures: %w", err)
+			damaged = append(damaged, Damage{unreadable.Capture, captures, fmt.Errorf("list captures: %w", err)})
 		}
 		for _, e := range entries {
 			home := filepath.Join(captures, e.Name())
