@@ -147,9 +147,7 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 	if err := CheckFormats(c.Dir); err != nil {
 		return nil, err
 	}
-	if a.problems, err = problem.Open(c.Dir.Problems(), a.log); err != nil {
-		return nil, err
-	}
+	a.problems = problem.Open(c.Dir.Problems(), a.log)
 	if err := a.setAside(); err != nil {
 		return nil, err
 	}
@@ -162,6 +160,9 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 	}
 	if a.journal, err = journal.Open(c.Dir); err != nil {
 		return nil, err
+	}
+	if err := a.journal.Full(); err != nil {
+		a.log.Error("the disk is full: the agent starts, and keeps its journal as it is until there is room", "error", err)
 	}
 	if n := a.journal.Dropped(); n > 0 {
 		a.log.Warn("the end of the journal was torn", "bytes", n)

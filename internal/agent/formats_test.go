@@ -93,10 +93,7 @@ func TestUnreadableIsReported(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	log := slog.New(slog.DiscardHandler)
 	path := filepath.Join(t.TempDir(), "problems")
-	problems, err := problem.Open(path, log)
-	if err != nil {
-		t.Fatal(err)
-	}
+	problems := problem.Open(path, log)
 	a := &Agent{cfg: Config{Dir: dir}, log: log, problems: problems}
 	broken := dir.Template(uuid.New(), uuid.New())
 	put(t, filepath.Join(broken, "template.json"), "{")
@@ -141,10 +138,7 @@ func TestUnreadableIsReported(t *testing.T) {
 func TestUnreadableForNow(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	log := slog.New(slog.DiscardHandler)
-	problems, err := problem.Open(filepath.Join(t.TempDir(), "problems"), log)
-	if err != nil {
-		t.Fatal(err)
-	}
+	problems := problem.Open(filepath.Join(t.TempDir(), "problems"), log)
 	a := &Agent{cfg: Config{Dir: dir}, log: log, problems: problems}
 	path := filepath.Join(dir.Template(uuid.New(), uuid.New()), "template.json")
 	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.Symlink(path, path)); err != nil {

@@ -98,10 +98,7 @@ func TestReported(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l, err := problem.Open(dir.Problems(), slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
+	l := problem.Open(dir.Problems(), slog.New(slog.DiscardHandler))
 	l.Report(problem.Firewall, "", "packets are dropped")
 	got := reported(dir)
 	if len(got) != 1 || got[0].OK || got[0].Required || got[0].Name != "firewall" || !strings.Contains(got[0].Detail, "packets are dropped") {

@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/google/uuid"
@@ -83,6 +84,7 @@ type entry struct {
 
 // Journal is safe for concurrent use.
 type Journal struct {
+	dir  layout.Dir
 	path string
 
 	mu      sync.Mutex
@@ -95,20 +97,22 @@ type Journal struct {
 	pending []Event       // not acknowledged, oldest first
 	changed chan struct{} // closed and replaced at each change and at the end
 	dropped int64
+	damage  error // what is at path is damaged, and no copy is kept yet
 	kept    *unreadable.Item
+	full    error
 }
 
 // Open opens the journal of an installation, and creates it if there is none.
 // It cuts off a record that an agent was killed while writing; see
 // [Journal.Dropped]. It keeps a copy of a journal that is damaged in any other
 // way as unreadable, and returns a [format.NewerError] if a later release
-// wrote the journal.
+// wrote the journal. On a full disk it leaves the file as it is; see [Journal.Full].
 func Open(dir layout.Dir) (*Journal, error) {
 	path := dir.Events()
 	if err := Check(path); err != nil {
 		return nil, fmt.Errorf("read journal: %w", err)
 	}
-	j := &Journal{path: path, changed: make(chan struct{})}
+	j := &Journal{dir: dir, path: path, changed: make(chan struct{})}
 	data, err := os.ReadFile(path)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("read journal: %w", err)
@@ -116,14 +120,17 @@ func Open(dir layout.Dir) (*Journal, error) {
 	whole := j.load(data)
 	j.dropped = int64(len(data) - whole)
 	if len(data) > 0 && whole == 0 || !unfinished(data[whole:]) {
-		damage := fmt.Errorf("the journal is damaged at byte %d of %d", whole, len(data))
-		if j.kept, err = keep(dir, path, damage); err != nil {
-			return nil, err
-		}
+		j.damage = fmt.Errorf("the journal is damaged at byte %d of %d", whole, len(data))
 	}
 	// A file without anything dead or broken would do as it is, but a fresh
 	// one is certain, and as small as it gets.
-	if err := j.rewrite(); err != nil {
+	err = j.rewrite()
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		// The file still has every event. The next write tries again.
+		j.full = err
+		return j, nil
+	}
+	if err != nil {
 		return nil, err
 	}
 	return j, nil
@@ -175,15 +182,27 @@ func keep(dir layout.Dir, path string, damage error) (*unreadable.Item, error) {
 		return nil, fmt.Errorf("keep damaged journal: %w", err)
 	}
 	item, err := unreadable.Move(dir, unreadable.Journal, copied, damage)
-	return &item, err
+	if err != nil {
+		return nil, err
+	}
+	return &item, nil
 }
+
+// Full returns why the journal's file could not be written when it was opened,
+// because the disk is full, or nil. Nothing is lost, and writing is tried again with
+// the next event or acknowledgement.
+func (j *Journal) Full() error { return j.full }
 
 // Dropped is how many bytes were unreadable when the journal was opened.
 func (j *Journal) Dropped() int64 { return j.dropped }
 
 // Damaged returns the copy of the journal that was opened, if it was damaged,
-// or nil.
-func (j *Journal) Damaged() *unreadable.Item { return j.kept }
+// or nil. On a full disk there is none yet.
+func (j *Journal) Damaged() *unreadable.Item {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.kept
+}
 
 // load takes over what a file says and returns how much of it is whole.
 func (j *Journal) load(data []byte) int {
@@ -271,6 +290,13 @@ func (j *Journal) rewrite() error {
 			return err
 		}
 		content = append(content, b...)
+	}
+	if j.damage != nil {
+		var err error
+		if j.kept, err = keep(j.dir, j.path, j.damage); err != nil {
+			return err
+		}
+		j.damage = nil
 	}
 	// Should a step below fail, the file may have its new content or the old
 	// one, so the one that is open may have no name any more.

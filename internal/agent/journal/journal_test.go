@@ -4,13 +4,16 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
@@ -150,6 +153,84 @@ func TestRewriteFails(t *testing.T) {
 	}
 	if !slices.Equal(got, []string{"a", "b"}) {
 		t.Errorf("the next agent finds %q", got)
+	}
+}
+
+// TestFullDisk: an agent starts on a full disk with every event, and what it cannot
+// keep it does not acknowledge. A damaged journal is kept before it is replaced.
+func TestFullDisk(t *testing.T) {
+	for _, damaged := range []bool{false, true} {
+		t.Run(fmt.Sprintf("damaged %v", damaged), func(t *testing.T) {
+			dir := layout.Dir(t.TempDir())
+			if err := unix.Mount("tmpfs", string(dir), "tmpfs", 0, "size=64k"); err != nil {
+				t.Skip("needs to mount a file system:", err)
+			}
+			defer unix.Unmount(string(dir), unix.MNT_DETACH)
+			j := open(t, dir)
+			add(t, j, "a")
+			whole := j.size
+			add(t, j, "b")
+			add(t, j, "c")
+			if err := j.Close(); err != nil {
+				t.Fatal(err)
+			}
+			data, err := os.ReadFile(dir.Events())
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := []string{"a", "b", "c"}
+			if damaged {
+				want = want[:1]
+				data[whole+headLen] ^= 1
+				if err := os.WriteFile(dir.Events(), data, 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			filler := filepath.Join(string(dir), "filler")
+			if err := os.WriteFile(filler, make([]byte, 1<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
+				t.Fatalf("the disk is not full: %v", err)
+			}
+			has := func(j *Journal, want ...string) {
+				t.Helper()
+				var got []string
+				for _, e := range j.Pending() {
+					got = append(got, e.Reason)
+				}
+				if !slices.Equal(got, want) {
+					t.Errorf("the journal has %q, not %q", got, want)
+				}
+			}
+			for range 2 {
+				j = open(t, dir)
+				has(j, want...)
+				if !errors.Is(j.Full(), unix.ENOSPC) || j.Damaged() != nil {
+					t.Errorf("the disk is full: %v, kept %v", j.Full(), j.Damaged())
+				}
+				if _, err := j.Append(Event{Kind: Expired, Reason: "refused"}); !errors.Is(err, unix.ENOSPC) {
+					t.Errorf("adding an event: %v", err)
+				}
+				if err := j.Ack(1); !errors.Is(err, unix.ENOSPC) {
+					t.Errorf("acknowledging: %v", err)
+				}
+				has(j, want...)
+				if now, err := os.ReadFile(dir.Events()); err != nil || !bytes.Equal(now, data) {
+					t.Fatalf("the file has changed: %v", err)
+				}
+			}
+			if err := os.Remove(filler); err != nil {
+				t.Fatal(err)
+			}
+			add(t, j, "d")
+			has(open(t, dir), append(want, "d")...)
+			if (j.Damaged() != nil) != damaged {
+				t.Fatalf("kept %v", j.Damaged())
+			}
+			if damaged {
+				if kept, err := os.ReadFile(j.Damaged().Path); err != nil || !bytes.Equal(kept, data) {
+					t.Errorf("the copy is another: %v", err)
+				}
+			}
+		})
 	}
 }
 

@@ -1,6 +1,7 @@
 package network
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -64,7 +65,7 @@ func takeBlock(dir layout.Dir, keep []int) (*block, error) {
 	}
 
 	before := blocksOf(keep)
-	if n, ok := remembered(dir); ok {
+	if n, ok := remembered(dir); ok && (inUse(n) || !conflicts(n, takenNetworks())) {
 		before = append(before, n)
 	}
 	for _, n := range before {
@@ -121,15 +122,26 @@ func candidates() []int {
 	var used, clear, conflicting []int
 	nets := takenNetworks()
 	for n := range blocks {
-		if _, err := os.Stat(blockFile(n)); err == nil {
+		if inUse(n) {
 			used = append(used, n)
-		} else if slices.ContainsFunc(nets, blockPrefix(n).Overlaps) {
+		} else if conflicts(n, nets) {
 			conflicting = append(conflicting, n)
 		} else {
 			clear = append(clear, n)
 		}
 	}
 	return slices.Concat(used, clear, conflicting)
+}
+
+// inUse reports whether an agent has block n, or had it and left VMs in it.
+func inUse(n int) bool {
+	_, err := os.Stat(blockFile(n))
+	return err == nil
+}
+
+// conflicts reports whether an address of block n is in one of nets.
+func conflicts(n int, nets []netip.Prefix) bool {
+	return slices.ContainsFunc(nets, blockPrefix(n).Overlaps)
 }
 
 // takenNetworks are the networks that this machine has an address in. Slots'
@@ -176,11 +188,18 @@ func abandoned(owner layout.Dir, n int) bool {
 	return !ok || m != n
 }
 
-// claim writes down, on both sides, that the block is dir's.
+// claim writes down, on both sides, that the block is dir's. It writes nothing that
+// is there, so that a full disk keeps no agent from the block that it had.
 func (b *block) claim() error {
-	err := b.lock.Truncate(0)
-	if err == nil {
-		_, err = b.lock.WriteAt([]byte(string(b.dir)+"\n"), 0)
+	owner := []byte(string(b.dir) + "\n")
+	have, err := os.ReadFile(blockFile(b.number))
+	if err != nil || !bytes.Equal(have, owner) {
+		if err = b.lock.Truncate(0); err == nil {
+			_, err = b.lock.WriteAt(owner, 0)
+		}
+	}
+	if n, ok := remembered(b.dir); err == nil && ok && n == b.number {
+		return nil
 	}
 	if err == nil {
 		err = os.MkdirAll(b.dir.Run(), 0o755)
@@ -231,7 +250,8 @@ func (b *block) restore() (lost bool, err error) {
 	return true, b.claim()
 }
 
-// leave gives the block up. A kept one stays its folder's, without a lock.
+// leave gives the block up. A kept one stays its folder's, without a lock. The
+// folder remembers either, so that its next agent has nothing to write.
 func (b *block) leave(kept bool) error {
 	all, err := lockBlocks()
 	if err != nil {
@@ -242,7 +262,6 @@ func (b *block) leave(kept bool) error {
 	if !kept {
 		err = errors.Join(
 			ignore(os.Remove(blockFile(b.number)), os.ErrNotExist),
-			ignore(os.Remove(b.dir.NetworkBlock()), os.ErrNotExist),
 			leaveMachine(),
 		)
 	}

@@ -383,9 +383,7 @@ func openPool(t testing.TB, dir layout.Dir, ready int, keep ...int) *Pool {
 func openPoolWith(t testing.TB, c Config, keep ...int) *Pool {
 	t.Helper()
 	c.Log = slog.New(slog.NewTextHandler(testWriter{t}, nil))
-	var err error
-	c.Problems, err = problem.Open(filepath.Join(t.TempDir(), "problems.json"), c.Log)
-	must(t, err)
+	c.Problems = problem.Open(filepath.Join(t.TempDir(), "problems.json"), c.Log)
 	c.Upstreams = []netip.Addr{resolver1, resolver2}
 	p, err := Open(context.Background(), c, keep)
 	must(t, err)

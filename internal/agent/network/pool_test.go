@@ -726,6 +726,29 @@ func TestBlockOfAVanishedInstallationIsTaken(t *testing.T) {
 	}
 }
 
+// TestFullDisk: an agent that ran before, and was killed or ended well, gets its block
+// again on a full disk.
+func TestFullDisk(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	dir := layout.Dir(t.TempDir())
+	must(t, unix.Mount("tmpfs", string(dir), "tmpfs", 0, "size=64k"))
+	t.Cleanup(func() { must(t, unix.Unmount(string(dir), unix.MNT_DETACH)) })
+	p := openPool(t, dir, 1)
+	want := p.block.number
+	if err := os.WriteFile(filepath.Join(string(dir), "filler"), make([]byte, 1<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("the disk is not full: %v", err)
+	}
+	crash(t, p)
+	for range 2 {
+		p = openPool(t, dir, 1)
+		if p.block.number != want {
+			t.Errorf("took block %d, not %d", p.block.number, want)
+		}
+		must(t, p.Close(context.Background(), nil))
+	}
+}
+
 func TestOneAgentPerInstallation(t *testing.T) {
 	needRoot(t)
 	sameAfter(t)

@@ -80,13 +80,12 @@ type List struct {
 	repairs map[Kind]int
 }
 
-// Open starts an empty list, of which the file at path is a copy.
-func Open(path string, log *slog.Logger) (*List, error) {
+// Open starts an empty list, of which the file at path is a copy if there is room
+// on the disk.
+func Open(path string, log *slog.Logger) *List {
 	l := &List{path: path, log: log}
-	if err := l.write(); err != nil {
-		return nil, fmt.Errorf("start list of problems: %w", err)
-	}
-	return l, nil
+	l.save()
+	return l
 }
 
 // Report says that something is wrong, until [List.Clear] is called with the

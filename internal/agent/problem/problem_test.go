@@ -12,10 +12,7 @@ import (
 
 func TestList(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "problems.json")
-	l, err := Open(path, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
+	l := Open(path, slog.New(slog.DiscardHandler))
 	is := func(want ...string) {
 		t.Helper()
 		written, err := Read(path)
@@ -86,6 +83,19 @@ func TestList(t *testing.T) {
 	none.Clear(Firewall, "")
 	if none.All() != nil {
 		t.Error("a nil list keeps problems")
+	}
+}
+
+// TestNoFile: a list whose file cannot be written is a list all the same.
+func TestNoFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "problems.json")
+	if err := os.Mkdir(path, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	l := Open(path, slog.New(slog.DiscardHandler))
+	l.Report(Firewall, "", "a")
+	if len(l.All()) != 1 {
+		t.Error("it keeps nothing")
 	}
 }
 

@@ -559,10 +559,7 @@ func (w *world) open(dir layout.Dir) *host {
 		}
 	}
 	w.mu.Unlock()
-	problems, err := problem.Open(filepath.Join(w.t.TempDir(), "problems.json"), log)
-	if err != nil {
-		w.t.Fatal(err)
-	}
+	problems := problem.Open(filepath.Join(w.t.TempDir(), "problems.json"), log)
 	m, err := Open(context.Background(), Config{
 		DefaultVCPUs: min(1, w.usual), DefaultMemoryMiB: w.usual,
 		Dir: dir, Driver: w, Networks: w, Journal: j, Problems: problems, Kernel: "k", Initrd: "i", MemoryMiB: 4096, Boots: 3,
