@@ -54,13 +54,14 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 		return nil
 	}
 	var ce *connect.Error
-	if errors.As(err, &ce) {
-		lost := ce.Code() == connect.CodeDeadlineExceeded || ce.Code() == connect.CodeUnavailable
-		if lost && ce.Meta().Get(guest.SourceHeader) == "" && s.full() {
-			// A machine that cannot write to its disk stops until it can: its guest
-			// does not know why it does not answer.
-			return connect.NewError(connect.CodeResourceExhausted, told.New("this host has no disk space left"))
-		}
+	isConnect, notStarted := errors.As(err, &ce), errors.Is(err, sandbox.ErrGuest)
+	lost := notStarted || isConnect && (ce.Code() == connect.CodeDeadlineExceeded || ce.Code() == connect.CodeUnavailable)
+	if lost && !guest.Said(err) && s.full() {
+		// A machine that cannot write to its disk stops until it can: its guest
+		// does not know why it does not answer.
+		return connect.NewError(connect.CodeResourceExhausted, told.New("this host has no disk space left"))
+	}
+	if isConnect && !notStarted {
 		return ce
 	}
 	code := connect.CodeInternal
@@ -78,6 +79,7 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 		{sandbox.ErrUnread, connect.CodeUnavailable},
 		{sandbox.ErrClosing, connect.CodeUnavailable},
 		{sandbox.ErrStart, connect.CodeUnavailable},
+		{sandbox.ErrGuest, connect.CodeUnavailable},
 		{oci.ErrRefused, connect.CodeInvalidArgument},
 		{oci.ErrDenied, connect.CodePermissionDenied},
 		{oci.ErrNotFound, connect.CodeNotFound},
@@ -94,8 +96,11 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 		s.log.ErrorContext(ctx, doing, "error", err)
 	}
 	ce = connect.NewError(code, err)
-	if errors.Is(err, sandbox.ErrCaptures) {
+	switch {
+	case errors.Is(err, sandbox.ErrCaptures):
 		ce.Meta().Set(hostwire.ErrorReason, hostwire.CaptureLimit)
+	case notStarted:
+		ce.Meta().Set(hostwire.ErrorReason, hostwire.GuestStart)
 	}
 	var state *sandbox.StateError
 	if errors.As(err, &state) {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci"
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
+	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
@@ -54,6 +55,8 @@ func TestErrorsAreForClients(t *testing.T) {
 		{"a registry", blame(true, errors.New("dial tcp 10.0.0.1:443")), connect.CodeUnavailable, "the registry does not answer as a registry does", ""},
 		{"a bare code", connect.NewError(connect.CodeUnavailable, inner), connect.CodeUnavailable, "the host cannot do it now", ""},
 		{"captures", fmt.Errorf("snapshot: %w", sandbox.ErrCaptures), connect.CodeFailedPrecondition, "the sandbox has been captured as often as it can be", hostwire.CaptureLimit},
+		{"a host's failure", fmt.Errorf("create: %w", sandbox.ErrStart), connect.CodeUnavailable, "the sandbox did not start", ""},
+		{"a guest's failure", errors.Join(sandbox.ErrGuest, connect.NewError(connect.CodeInvalidArgument, told.New("no such user"))), connect.CodeUnavailable, "the sandbox's guest did not start", hostwire.GuestStart},
 		{"state", fmt.Errorf("/var/lib: %w", &sandbox.StateError{State: sandbox.Paused}), connect.CodeFailedPrecondition, "the sandbox is paused", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

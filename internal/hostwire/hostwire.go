@@ -9,3 +9,7 @@ const ErrorReason = "Wrenn-Error-Reason"
 // CaptureLimit is the [ErrorReason] of a sandbox that was captured as often as
 // it can be.
 const CaptureLimit = "capture_limit"
+
+// GuestStart is the [ErrorReason] of a sandbox whose guest did not start. The
+// guests of its template likely start on no other host either.
+const GuestStart = "guest_start"

@@ -14,6 +14,7 @@ import (
 	"connectrpc.com/connect"
 
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
 // newTwo returns two servers on one database, Redis and host, whose heartbeats
@@ -328,4 +329,59 @@ func TestFleet(t *testing.T) {
 	if got := p.hostStatus(b.id); got != "offline" {
 		t.Errorf("the host is %s", got)
 	}
+}
+
+// TestGuestDoesNotStart creates sandboxes that start on neither of two hosts.
+func TestGuestDoesNotStart(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	b := p.enroll("b")
+	defer b.beat(p, time.Second)()
+	p.eventually("both hosts have the template", func() bool {
+		var n int
+		err := p.db().QueryRow(context.Background(), "SELECT count(*) FROM host_templates JOIN hosts ON id = host_id WHERE status = 'online'").Scan(&n)
+		return err == nil && n == 2
+	})
+	const why = "the sandbox did not start: no such user"
+	for _, tt := range []struct {
+		name   string
+		reason string
+		calls  int
+		status int
+		code   string
+	}{
+		{"the guest", hostwire.GuestStart, 1, 422, "unprocessable"},
+		{"the host, or an earlier agent", "", 2, 503, "unavailable"},
+	} {
+		before := p.agent.created() + b.created()
+		for _, a := range []*agent{p.agent, b.agent} {
+			a.mu.Lock()
+			a.onCreate = func(context.Context, *hostagentv1.CreateRequest) error {
+				err := connect.NewError(connect.CodeUnavailable, errors.New(why))
+				if tt.reason != "" {
+					err.Meta().Set(hostwire.ErrorReason, tt.reason)
+				}
+				return err
+			}
+			a.mu.Unlock()
+		}
+		r := p.call("POST", "/v1/sandboxes", map[string]any{}, "Idempotency-Key", "k").fails(tt.status, tt.code)
+		if !strings.Contains(string(r.Body), why) || strings.Contains(string(r.Body), "template") != (tt.reason != "") {
+			t.Errorf("%s: it does not say why: %s", tt.name, r.Body)
+		}
+		if n := p.agent.created() + b.created() - before; n != tt.calls {
+			t.Errorf("%s: it was tried %d times, want %d", tt.name, n, tt.calls)
+		}
+	}
+	failed := p.call("GET", "/v1/sandboxes?state=error", nil).want(200).list("sandboxes")
+	if len(failed) != 2 {
+		t.Errorf("failed ones: %v", failed)
+	}
+	// The key is free.
+	for _, a := range []*agent{p.agent, b.agent} {
+		a.mu.Lock()
+		a.onCreate = nil
+		a.mu.Unlock()
+	}
+	p.call("POST", "/v1/sandboxes", map[string]any{}, "Idempotency-Key", "k").want(201)
 }

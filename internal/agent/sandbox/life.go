@@ -287,10 +287,14 @@ func startError(err error) error {
 			return err
 		}
 	}
-	if text, ok := told.Text(err); ok {
-		return failBecause(err, ErrStart, "the sandbox did not start: %s", text)
+	kind := ErrStart
+	if errors.Is(err, errBoot) {
+		kind = ErrGuest
 	}
-	return failBecause(err, ErrStart, "the sandbox did not start")
+	if text, ok := told.Text(err); ok {
+		return failBecause(err, kind, "the sandbox did not start: %s", text)
+	}
+	return failBecause(err, kind, "the sandbox did not start")
 }
 
 type stepsValue []Step

@@ -32,6 +32,8 @@ var (
 	ErrClosing = told.New("the host agent is stopping")
 	// ErrStart is wrapped by what went wrong while a sandbox was started.
 	ErrStart = told.New("the sandbox did not start")
+	// ErrGuest is wrapped instead if the sandbox's guest failed, and not the host.
+	ErrGuest = told.New("the sandbox's guest did not start")
 )
 
 // failure is an error of one of the kinds above, with a text of its own for

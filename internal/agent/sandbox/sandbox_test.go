@@ -814,6 +814,10 @@ func TestEveryFailureLeavesNothing(t *testing.T) {
 			if err == nil || !strings.Contains(err.Error(), want) {
 				t.Errorf("error %q does not say %q", err, want)
 			}
+			guests := step == "die" || step == "hang" || step == "init"
+			if errors.Is(err, ErrGuest) != guests || errors.Is(err, ErrStart) == guests {
+				t.Errorf("error %q: want the guest at fault: %v", err, guests)
+			}
 			h.nothingLeft()
 		})
 	}

@@ -308,6 +308,9 @@ func defaults(d image.Defaults) guest.Settings {
 	return s
 }
 
+// errBoot is wrapped by the errors of a guest that does not come up.
+var errBoot = errors.New("boot")
+
 // guarded calls f with a context that ends when the machine does.
 func (b *box) guarded(ctx context.Context, f func(context.Context) error) error {
 	died := errors.New("the virtual machine ended while it started")
@@ -336,7 +339,7 @@ func (b *box) guarded(ctx context.Context, f func(context.Context) error) error 
 	if errors.Is(err, ErrState) || errors.Is(err, ErrClosing) {
 		return err // the guest is not to blame
 	}
-	return fmt.Errorf("boot: %w%s", err, b.lastWords())
+	return fmt.Errorf("%w: %w%s", errBoot, err, b.lastWords())
 }
 
 // observed calls f and tells how long it took.

@@ -16,6 +16,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
@@ -373,15 +374,20 @@ func (s *Service) startFailed(row db.Sandbox, err error) error {
 	return f
 }
 
+// guestFailed says whether a sandbox did not start because of its guest.
+func guestFailed(err error) bool {
+	var wire *connect.Error
+	return errors.As(err, &wire) && connect.IsWireError(err) && wire.Meta().Get(hostwire.ErrorReason) == hostwire.GuestStart
+}
+
 // startFault is what the caller is told of a sandbox that did not start.
 func startFault(row db.Sandbox, err error) *fault.Error {
 	var wire *connect.Error
 	if !errors.As(err, &wire) {
 		return fault.Because(err, fault.Internal, "the sandbox could not be placed")
 	}
-	if connect.IsWireError(err) && wire.Code() == connect.CodeAborted {
-		// The VM failed to start. The host wrote its message for clients.
-		return fault.Because(err, fault.Internal, "the sandbox did not start: %s", wire.Message())
+	if guestFailed(err) {
+		return fault.Because(err, fault.Unprocessable, "%s; template %q is probably at fault", wire.Message(), row.TemplateName)
 	}
 	told := hosts.Fault(err)
 	switch {
@@ -414,6 +420,9 @@ func (s *Service) fail(ctx context.Context, row db.Sandbox, why string) error {
 func mayElsewhere(err error) bool {
 	if !connect.IsWireError(err) {
 		return connect.CodeOf(err) != connect.CodeCanceled
+	}
+	if guestFailed(err) {
+		return false
 	}
 	switch connect.CodeOf(err) {
 	case connect.CodeResourceExhausted, connect.CodeUnavailable, connect.CodeNotFound, connect.CodeUnauthenticated:
