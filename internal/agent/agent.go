@@ -219,8 +219,16 @@ func (a *Agent) prepare(ctx context.Context) (image.KernelFiles, error) {
 	if err != nil {
 		return image.KernelFiles{}, err
 	}
-	_, err = image.EnsureMinimal(ctx, a.cfg.Dir, envd, progress)
-	return kernel, err
+	minimal, err := image.EnsureMinimal(ctx, a.cfg.Dir, envd, progress)
+	if err != nil {
+		return image.KernelFiles{}, err
+	}
+	for _, stale := range []error{kernel.Stale, minimal.Stale} {
+		if stale != nil {
+			a.log.Warn("guests boot what was made before, because the newest cannot be made; the next start tries again", "error", stale)
+		}
+	}
+	return kernel, nil
 }
 
 func (a *Agent) openDriver(ctx context.Context, kernel image.KernelFiles) error {

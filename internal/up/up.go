@@ -191,11 +191,18 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 	}
 	progress := func(step string) { s.say("%s", step) }
 	front.doorman.prepares("the kernel and the base image, which takes a minute or two the first time")
-	if _, err := image.Kernel(ctx, s.dir, envd, progress); err != nil {
+	kernel, err := image.Kernel(ctx, s.dir, envd, progress)
+	if err != nil {
 		return err
 	}
-	if _, err := image.EnsureMinimal(ctx, s.dir, envd, progress); err != nil {
+	minimal, err := image.EnsureMinimal(ctx, s.dir, envd, progress)
+	if err != nil {
 		return err
+	}
+	for _, stale := range []error{kernel.Stale, minimal.Stale} {
+		if stale != nil {
+			s.say("guests boot what was made before, because the newest cannot be made: %v", stale)
+		}
 	}
 	s.say("images are ready")
 

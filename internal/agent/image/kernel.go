@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/cavaliergopher/cpio"
 
@@ -26,44 +27,108 @@ type KernelFiles struct {
 	Initrd  string // path of the initrd, a cpio archive
 	Version string // the kernel package's name and version
 	Inputs  string // digest of what both were made from
+	// Stale is why the newest pair could not be found or made, so that this is an
+	// earlier one; nil: it is the newest.
+	Stale error
 }
 
 // Kernel returns the kernel and the initrd, made from the distribution's
 // package unless a pair made from the same package and guest daemon is there.
 // envd is the path of the guest daemon's binary. progress is told each step
-// that takes a while. Without a network, what is there is used, if anything is.
+// that takes a while. If the newest pair cannot be made, as without a network or
+// apt's lists, Kernel returns the last one that was, with [KernelFiles.Stale].
 func Kernel(ctx context.Context, dir layout.Dir, envd string, progress func(string)) (KernelFiles, error) {
 	unlock, err := lock(ctx, dir.Kernels(), progress)
 	if err != nil {
 		return KernelFiles{}, fmt.Errorf("kernel: %w", err)
 	}
 	defer unlock.Close()
-	name, version, err := newestKernel(ctx)
-	if err != nil {
-		return KernelFiles{}, fmt.Errorf("kernel: %w", err)
-	}
 	daemon, err := fileDigest(envd)
 	if err != nil {
 		return KernelFiles{}, fmt.Errorf("kernel: read guest daemon: %w", err)
 	}
+	files, err := newestFiles(ctx, dir, envd, daemon, progress)
+	if err == nil {
+		return files, nil
+	}
+	err = fmt.Errorf("kernel: %w", err)
+	if ctx.Err() != nil {
+		return KernelFiles{}, err
+	}
+	if files, ok := lastFiles(dir); ok {
+		files.Stale = err
+		return files, nil
+	}
+	return KernelFiles{}, err
+}
+
+// lastFiles returns the pair that was published last. The caller holds the lock.
+func lastFiles(dir layout.Dir) (last KernelFiles, ok bool) {
+	entries, err := os.ReadDir(dir.Kernels())
+	if err != nil {
+		return last, false
+	}
+	var newest time.Time
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), tmpPrefix) {
+			continue
+		}
+		files := filesIn(dir, e.Name())
+		info, err := os.Stat(inputsFile(dir, e.Name()))
+		if err != nil || ok && info.ModTime().Before(newest) {
+			continue
+		}
+		inputs, err := os.ReadFile(inputsFile(dir, e.Name()))
+		if err != nil {
+			continue
+		}
+		_, kernel := os.Stat(files.Vmlinux)
+		_, initrd := os.Stat(files.Initrd)
+		if kernel != nil || initrd != nil {
+			continue
+		}
+		files.Version, files.Inputs = e.Name(), string(inputs)
+		last, newest, ok = files, info.ModTime(), true
+	}
+	return last, ok
+}
+
+// filesIn returns the paths of the pair made from the package name.
+func filesIn(dir layout.Dir, name string) KernelFiles {
+	return KernelFiles{Vmlinux: filepath.Join(dir.Kernels(), name, "vmlinux"), Initrd: filepath.Join(dir.Kernels(), name, "initrd")}
+}
+
+// inputsFile is the path of the file that names what the pair was made from.
+func inputsFile(dir layout.Dir, name string) string {
+	return filepath.Join(dir.Kernels(), name, "inputs")
+}
+
+// newestFiles returns the pair of apt's newest package and the guest daemon with the
+// given digest, and makes it if it is not there. The caller holds the lock.
+func newestFiles(ctx context.Context, dir layout.Dir, envd, daemon string, progress func(string)) (KernelFiles, error) {
+	name, version, err := newestKernel(ctx)
+	if err != nil {
+		return KernelFiles{}, err
+	}
 	home := filepath.Join(dir.Kernels(), name)
-	files := KernelFiles{Vmlinux: filepath.Join(home, "vmlinux"), Initrd: filepath.Join(home, "initrd"), Version: name + " " + version}
+	files := filesIn(dir, name)
+	files.Version = name + " " + version
 	inputs := digest("1", name, version, daemon, strings.Join(wanted, " "))
 	files.Inputs = inputs
-	if have, err := os.ReadFile(filepath.Join(home, "inputs")); err == nil && string(have) == inputs {
+	if have, err := os.ReadFile(inputsFile(dir, name)); err == nil && string(have) == inputs {
 		return files, nil
 	}
 	progress("kernel: unpacking " + files.Version)
 	tmp, err := os.MkdirTemp(dir.Kernels(), tmpPrefix)
 	if err != nil {
-		return KernelFiles{}, fmt.Errorf("kernel: %w", err)
+		return KernelFiles{}, err
 	}
 	defer os.RemoveAll(tmp)
 	if err := buildKernel(ctx, tmp, name, version, envd, inputs); err != nil {
-		return KernelFiles{}, fmt.Errorf("kernel: %w", err)
+		return KernelFiles{}, err
 	}
 	if err := publish(filepath.Join(tmp, "out"), home); err != nil {
-		return KernelFiles{}, fmt.Errorf("kernel: %w", err)
+		return KernelFiles{}, err
 	}
 	return files, nil
 }

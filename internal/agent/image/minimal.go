@@ -75,9 +75,25 @@ func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + 
 
 // EnsureMinimal returns the built-in template minimal, made from the machine's
 // own package sources and the guest daemon at envd unless one made from the
-// same is there. progress is told each step that takes a while.
+// same is there. progress is told each step that takes a while. If it cannot be
+// made, as without a network or apt's lists, EnsureMinimal returns the one that is
+// there, with [Template.Stale].
 func EnsureMinimal(ctx context.Context, dir layout.Dir, envd string, progress func(string)) (Template, error) {
-	return EnsureMore(ctx, dir, envd, More{Name: "minimal"}, progress)
+	const name = "minimal"
+	t, err := EnsureMore(ctx, dir, envd, More{Name: name}, progress)
+	if err == nil || ctx.Err() != nil {
+		return t, err
+	}
+	unlock, e := lock(ctx, filepath.Dir(dir.Template(uuid.Nil, uuid.Nil)), progress)
+	if e != nil {
+		return Template{}, errors.Join(err, e)
+	}
+	defer unlock.Close()
+	if t, e = read(dir, uuid.Nil, uuid.Nil); e != nil || t.Name != name {
+		return Template{}, err
+	}
+	t.Stale = err
+	return t, nil
 }
 
 // More is what a template has beyond minimal.
@@ -88,7 +104,8 @@ type More struct {
 	Customize string
 }
 
-// EnsureMore is EnsureMinimal with more in it.
+// EnsureMore is [EnsureMinimal] with more in it, and never returns a template made
+// from anything else.
 func EnsureMore(ctx context.Context, dir layout.Dir, envd string, more More, progress func(string)) (Template, error) {
 	t, err := ensureMinimal(ctx, dir, envd, more, progress)
 	if err != nil {

@@ -42,6 +42,8 @@ type Template struct {
 	// SizeBytes is what the template takes on disk. Files that it shares with
 	// others count for each.
 	SizeBytes int64 `json:"-"`
+	// Stale is why [EnsureMinimal] could not make it anew; nil: it did not have to.
+	Stale error `json:"-"`
 }
 
 // Defaults are what the processes of a template's sandboxes have unless they

@@ -76,8 +76,14 @@ func prepare(t testing.TB) Images {
 	if in.Kernel, err = image.Kernel(t.Context(), in.Dir, in.Envd, func(s string) { t.Log(s) }); err != nil {
 		t.Fatal(err)
 	}
+	if in.Kernel.Stale != nil {
+		t.Fatal(in.Kernel.Stale) // it may lack the guest daemon under test
+	}
 	if in.Minimal, err = image.EnsureMinimal(t.Context(), in.Dir, in.Envd, func(s string) { t.Log(s) }); err != nil {
 		t.Fatal(err)
+	}
+	if in.Minimal.Stale != nil {
+		t.Fatal(in.Minimal.Stale)
 	}
 	return in
 }
