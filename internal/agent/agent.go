@@ -25,6 +25,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qemu"
+	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/flock"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
@@ -147,6 +148,7 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 	if err := CheckFormats(c.Dir); err != nil {
 		return nil, err
 	}
+	a.sweep()
 	a.problems = problem.Open(c.Dir.Problems(), a.log)
 	if err := a.setAside(); err != nil {
 		return nil, err
@@ -202,6 +204,19 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 	a.metrics.watch(a)
 	a.handler = a.routes()
 	return a, nil
+}
+
+// sweep removes the files that a killed agent was writing, outside of sandboxes'
+// folders. The agent holds the lock on its data, so nobody else writes them.
+func (a *Agent) sweep() {
+	d := a.cfg.Dir
+	err := atomicfile.SweepDir(d.Unreadable())
+	for _, path := range []string{d.Events(), d.Problems(), d.NetworkBlock(), d.Enrollment()} {
+		err = errors.Join(err, atomicfile.Sweep(path))
+	}
+	if err != nil {
+		a.log.Warn("what a killed agent was writing is left", "error", err)
+	}
 }
 
 // prepare makes sure of what guests boot from.

@@ -133,6 +133,26 @@ func TestUnreadableIsReported(t *testing.T) {
 	}
 }
 
+// TestSweep: what a killed agent was writing is removed, and nothing else.
+func TestSweep(t *testing.T) {
+	dir := layout.Dir(t.TempDir())
+	a := &Agent{cfg: Config{Dir: dir}, log: slog.New(slog.DiscardHandler)}
+	var all []string
+	for _, path := range []string{dir.Events(), dir.Problems(), dir.NetworkBlock(), dir.Enrollment(), filepath.Join(dir.Unreadable(), "sandbox-x.note")} {
+		put(t, path, "")
+		all = append(all, path, filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".tmp-1"))
+		put(t, all[len(all)-1], "")
+	}
+	other := filepath.Join(string(dir), ".secrets.json.tmp-1") // another program may be writing it
+	put(t, other, "")
+	a.sweep()
+	for i, path := range append(all, other) {
+		if _, err := os.Stat(path); (err == nil) != (i%2 == 0) {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+}
+
 // TestUnreadableForNow: a template that only cannot be read now, as from a disk that
 // fails, is not moved.
 func TestUnreadableForNow(t *testing.T) {

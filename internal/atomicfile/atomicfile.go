@@ -5,6 +5,7 @@ package atomicfile
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -59,6 +60,31 @@ const (
 // package gives to a file that is not complete. A killed writer leaves one.
 func IsTemporary(name string) bool {
 	return strings.HasPrefix(name, tempPrefix) && strings.Contains(name, tempSuffix)
+}
+
+// Sweep removes what killed writers of path left beside it, as far as it can.
+// Nobody may be writing path meanwhile.
+func Sweep(path string) error {
+	return sweep(filepath.Dir(path), tempPrefix+filepath.Base(path)+tempSuffix)
+}
+
+// SweepDir is [Sweep] for every file in dir.
+func SweepDir(dir string) error { return sweep(dir, "") }
+
+func sweep(dir, prefix string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	for _, e := range entries {
+		if IsTemporary(e.Name()) && strings.HasPrefix(e.Name(), prefix) {
+			err = errors.Join(err, os.Remove(filepath.Join(dir, e.Name())))
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("remove unfinished files: %w", err)
+	}
+	return nil
 }
 
 type mode int

@@ -208,3 +208,32 @@ func TestIsTemporary(t *testing.T) {
 		}
 	}
 }
+
+func TestSweep(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "file")
+	if err := Sweep(filepath.Join(dir, "none", "file")); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"file", ".file.tmp-1", ".file.tmp-2", ".file.old.tmp-1", ".other.tmp-1", ".hidden"} {
+		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// What cannot be removed hinders no other.
+	if err := os.MkdirAll(filepath.Join(dir, ".file.tmp-0", "full"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := Sweep(path); err == nil {
+		t.Error("it does not say what is left")
+	}
+	if got, want := strings.Join(names(t, dir), " "), ".file.old.tmp-1 .file.tmp-0 .hidden .other.tmp-1 file"; got != want {
+		t.Errorf("left %s, not %s", got, want)
+	}
+	if err := errors.Join(os.RemoveAll(filepath.Join(dir, ".file.tmp-0")), SweepDir(dir)); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := strings.Join(names(t, dir), " "), ".hidden file"; got != want {
+		t.Errorf("left %s, not %s", got, want)
+	}
+}

@@ -172,6 +172,9 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 		return err
 	}
 	s.stack = append(s.stack, front.close)
+	if err := errors.Join(atomicfile.Sweep(s.dir.Secrets()), atomicfile.Sweep(s.dir.Credentials())); err != nil {
+		s.say("warning: %v", err)
+	}
 	if s.secrets, err = loadSecrets(s.dir); err != nil {
 		return err
 	}
