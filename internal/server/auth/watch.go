@@ -72,9 +72,9 @@ func (w *Watch) While(ctx context.Context, who Principal, mark int, may func(con
 	return w.while(ctx, []uuid.UUID{who.Session, who.Key, who.User, who.Team}, mark, may)
 }
 
-// WhileToken is While for somebody who showed a token of a sandbox.
-func (w *Watch) WhileToken(ctx context.Context, sandbox uuid.UUID, mark int, may func(context.Context) error) (while context.Context, done func()) {
-	return w.while(ctx, []uuid.UUID{sandbox}, mark, may)
+// WhileToken is While for somebody who showed a token of a team's sandbox.
+func (w *Watch) WhileToken(ctx context.Context, team, sandbox uuid.UUID, mark int, may func(context.Context) error) (while context.Context, done func()) {
+	return w.while(ctx, []uuid.UUID{sandbox, team}, mark, may)
 }
 
 // OnWord has f called with the id of every session, key, user, team or sandbox

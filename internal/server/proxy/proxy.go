@@ -113,10 +113,13 @@ func (p *Proxy) serve(w http.ResponseWriter, r *http.Request) {
 		defer done()
 		r = r.WithContext(ctx)
 	} else if err == nil {
-		ctx, done := p.Watch.WhileToken(r.Context(), target.sandbox, mark, func(ctx context.Context) error {
+		ctx, done := p.Watch.WhileToken(r.Context(), target.team, target.sandbox, mark, func(ctx context.Context) error {
 			row, err := p.Sandboxes.Lookup(ctx, target.sandbox)
 			if err == nil && row.TokenEpoch != target.epoch {
 				err = errRevoked
+			}
+			if err == nil {
+				err = p.Sandboxes.TeamIs(ctx, target.team)
 			}
 			return err
 		})

@@ -157,6 +157,18 @@ func (s *Service) Lookup(ctx context.Context, sandbox uuid.UUID) (db.Sandbox, er
 	return found(s.Store.GetSandbox(ctx, sandbox))
 }
 
+// TeamIs fails with not_found where there is no such team, or it is being deleted.
+func (s *Service) TeamIs(ctx context.Context, team uuid.UUID) error {
+	_, err := s.Store.GetTeam(ctx, team)
+	if errors.Is(err, store.ErrNoRows) {
+		return fault.New(fault.NotFound, "no such team")
+	}
+	if err != nil {
+		return fmt.Errorf("look up team: %w", err)
+	}
+	return nil
+}
+
 // found is what a query for one sandbox came to.
 func found(row db.Sandbox, err error) (db.Sandbox, error) {
 	if errors.Is(err, store.ErrNoRows) {
