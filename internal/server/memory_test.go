@@ -11,7 +11,7 @@ import (
 func TestOneTeamTakesItsShareOfMemory(t *testing.T) {
 	p := newPlane(t)
 	p.end()
-	p.config.RequestMemoryMiB = 128
+	p.config.RequestMemoryMiB = 256
 	p.start()
 	sandbox := p.create(map[string]any{})
 	path := "/v1/sandboxes/" + sandbox + "/exec"
@@ -33,18 +33,28 @@ func TestOneTeamTakesItsShareOfMemory(t *testing.T) {
 	if flood.StatusCode != http.StatusOK {
 		t.Fatalf("the command that floods: %s", flood.Status)
 	}
-	refused := p.call("POST", path, map[string]any{"cmd": "say", "args": []string{"hello"}})
+	long := map[string]any{"cmd": "cat", "stdin": strings.Repeat("x", 100<<10)}
+	refused := p.call("POST", path, long)
 	refused.fails(429, "rate_limited")
 	if refused.Header.Get("Retry-After") == "" {
 		t.Error("the answer does not say when to try again")
 	}
-	if got := p.call("POST", foreign, map[string]any{"cmd": "say", "args": []string{"hello"}}, "X-API-Key", other).want(200).str("stdout"); got != "hello" {
-		t.Errorf("another team's command printed %q", got)
+	for who, at := range map[string]string{"the same team's": path, "another team's": foreign} {
+		key := adminKey
+		if at == foreign {
+			key = other
+		}
+		if got := p.call("POST", at, map[string]any{"cmd": "say", "args": []string{"hello"}}, "X-API-Key", key).want(200).str("stdout"); got != "hello" {
+			t.Errorf("%s short command printed %q", who, got)
+		}
+	}
+	if got := p.call("POST", foreign, long, "X-API-Key", other).want(200).str("stdout"); len(got) != 100<<10 {
+		t.Errorf("another team's command printed %d bytes", len(got))
 	}
 	p.call("GET", "/v1/sandboxes", nil).want(200) // what takes nothing is answered
 	flood.Body.Close()
 	p.eventually("the memory is given back", func() bool {
-		return p.call("POST", path, map[string]any{"cmd": "say", "args": []string{"hello"}}).Status == 200
+		return p.call("POST", path, long).Status == 200
 	})
 }
 

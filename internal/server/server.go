@@ -65,7 +65,7 @@ const minHeartbeat = 100 * time.Millisecond
 // is also in the tag of [Config].
 const (
 	defaultRequestMemoryMiB = 256
-	minRequestMemoryMiB     = 128
+	minRequestMemoryMiB     = 256
 )
 
 // otherMemoryMiB is what the server takes beside requests, with room to spare: it
@@ -129,7 +129,7 @@ type Config struct {
 	// when the server stops. deploy/systemd allows for it, and for requests before it.
 	StopTimeout time.Duration `env:"WRENN_STOP_TIMEOUT" envDefault:"75s"`
 	// RequestMemoryMiB is what requests under way may take of the memory together;
-	// one team gets half of it. Of other things the server needs little.
+	// one team gets a quarter of it. Of other things the server needs little.
 	RequestMemoryMiB int `env:"WRENN_REQUEST_MEMORY_MIB" envDefault:"256"`
 	// SMTPURL is the mail server, smtp://user:password@host:port or smtps://…;
 	// without one letters are written to the log. MailFrom is their sender.

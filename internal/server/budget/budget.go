@@ -10,8 +10,13 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
-// Share is the part of the whole that one owner may hold: half of it.
-const Share = 2
+const (
+	// Share is the part of the whole that one owner may hold: a quarter of it.
+	Share = 4
+	// Free is how much a request may take beside the budget, in bytes read or
+	// printed: what is short goes on however much others hold.
+	Free = 4 << 10
+)
 
 // retryAfter is when a request that was refused may be tried again.
 const retryAfter = time.Second
@@ -79,9 +84,9 @@ func (h *Held) Release() {
 }
 
 // Reader returns a reader of r that takes cost bytes for each byte before it
-// reads it. It ends with [Held.Grow]'s error.
+// reads it, the first [Free] of them not counted. It ends with [Held.Grow]'s error.
 func (h *Held) Reader(r io.Reader, cost int64) io.Reader {
-	return &reader{held: h, from: r, cost: cost}
+	return &reader{held: h, from: r, cost: cost, left: Free}
 }
 
 // step is how much a reader takes at once.

@@ -16,7 +16,7 @@ import (
 func TestBounds(t *testing.T) {
 	b := New(100)
 	a := b.Hold("a")
-	if err := a.Grow(50); err != nil {
+	if err := a.Grow(25); err != nil {
 		t.Fatal(err)
 	}
 	if err := a.Grow(1); !fault.Is(err, fault.RateLimited) {
@@ -25,16 +25,18 @@ func TestBounds(t *testing.T) {
 	if err := b.Hold("a").Grow(1); !fault.Is(err, fault.RateLimited) {
 		t.Errorf("beyond an owner's share, of another request: %v", err)
 	}
-	c, d := b.Hold("c"), b.Hold("d")
-	if err := c.Grow(40); err != nil {
-		t.Fatal(err)
+	d := b.Hold("d")
+	for _, other := range []string{"b", "c", "e"} {
+		if err := b.Hold(other).Grow(22); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := d.Grow(11); !fault.Is(err, fault.RateLimited) {
 		t.Errorf("beyond the whole: %v", err)
 	}
 	a.Release()
 	a.Release()
-	if err := d.Grow(11); err != nil || b.Used() != 51 {
+	if err := d.Grow(11); err != nil || b.Used() != 77 {
 		t.Errorf("after a release: %v, %d are used", err, b.Used())
 	}
 }
@@ -71,15 +73,18 @@ func TestManyOwners(t *testing.T) {
 
 // A reader takes what it reads, not less, and stops where there is no more.
 func TestReader(t *testing.T) {
-	b := New(8 * step)
+	b := New(4 * Share * step)
 	h := b.Hold("a")
-	got, err := io.ReadAll(h.Reader(strings.NewReader(strings.Repeat("x", step+1)), 2))
-	if err != nil || len(got) != step+1 || h.bytes < 2*int64(len(got)) {
+	if got, err := io.ReadAll(h.Reader(strings.NewReader(strings.Repeat("x", Free-1)), 2)); err != nil || len(got) != Free-1 || h.bytes != 0 {
+		t.Errorf("%d bytes of a short body, %d held, %v", len(got), h.bytes, err)
+	}
+	got, err := io.ReadAll(h.Reader(strings.NewReader(strings.Repeat("x", step+Free+1)), 2))
+	if err != nil || len(got) != step+Free+1 || h.bytes < 2*int64(len(got)-Free) {
 		t.Errorf("%d bytes, %d held, %v", len(got), h.bytes, err)
 	}
 	h.Release()
 	got, err = io.ReadAll(h.Reader(bytes.NewReader(make([]byte, 10*step)), 1))
-	if !fault.Is(err, fault.RateLimited) || len(got) != 4*step {
+	if !fault.Is(err, fault.RateLimited) || len(got) != 4*step+Free {
 		t.Errorf("%d bytes, %v", len(got), err)
 	}
 }

@@ -85,6 +85,7 @@ func (a *API) RunCode(w http.ResponseWriter, r *http.Request, sandbox rest.Sandb
 			a.Fail(w, r, err)
 			return
 		}
+		defer allow(w, maxCodeOutput)()
 		answer(w, http.StatusOK, result)
 		return
 	}

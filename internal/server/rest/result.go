@@ -43,6 +43,8 @@ func writeResult(w http.ResponseWriter, out sandboxes.Ended, took time.Duration)
 	if b, err = json.Marshal(others); err != nil {
 		return err
 	}
+	patient := allow(w, 2*(len(out.Stdout)+len(out.Stderr)))
+	defer patient()
 	w.Header().Set("Content-Type", jsonType)
 	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(http.StatusOK)
@@ -59,6 +61,22 @@ func writeResult(w http.ResponseWriter, out sandboxes.Ended, took time.Duration)
 	}
 	_, err = w.Write(append(append([]byte(`",`), b[1:]...), '\n'))
 	return err
+}
+
+// A client that does not read its answer would hold the memory of it. It has
+// readWithin, and more for what is long.
+const (
+	readWithin = 30 * time.Second
+	readRate   = 256 << 10 // bytes a second
+)
+
+// allow gives a client the time that it may take to read an answer of size bytes.
+// What is returned ends that.
+func allow(w http.ResponseWriter, size int) (done func()) {
+	c := http.NewResponseController(w)
+	// Where there is no deadline to be had there is no connection either: in tests.
+	_ = c.SetWriteDeadline(time.Now().Add(readWithin + time.Duration(size/readRate)*time.Second))
+	return func() { _ = c.SetWriteDeadline(time.Time{}) }
 }
 
 // textual says whether outputs are written as text.

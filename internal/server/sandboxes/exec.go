@@ -35,8 +35,8 @@ type Ended struct {
 }
 
 // Exec runs a command in a team's sandbox to its end. Its output is taken from
-// held as it comes: what has no room there, or is beyond 16 MiB of a stream, is
-// dropped, because the command has run.
+// held as it comes, but for the first [budget.Free] bytes of a stream: what has no
+// room there, or is beyond 16 MiB of a stream, is dropped, because the command has run.
 func (s *Service) Exec(ctx context.Context, team, sandbox uuid.UUID, c *hostagentv1.Command, stdin []byte, held *budget.Held) (Ended, error) {
 	var out Ended
 	err := s.call(ctx, team, sandbox, func(host *hosts.Host) (err error) {
@@ -110,11 +110,8 @@ type kept struct {
 	dropped bool
 }
 
-// firstBlock is enough for most commands, block for the rest, in bytes.
-const (
-	firstBlock = 4 << 10
-	block      = 64 << 10
-)
+// block is what output is kept in after the first [budget.Free] bytes.
+const block = 64 << 10
 
 func (k *kept) add(piece []byte) {
 	if k.dropped {
@@ -128,9 +125,8 @@ func (k *kept) add(piece []byte) {
 		if last < 0 || len(k.blocks[last]) == cap(k.blocks[last]) {
 			size := block
 			if last < 0 {
-				size = firstBlock
-			}
-			if k.held.Grow(outputCost*int64(size)) != nil {
+				size = budget.Free
+			} else if k.held.Grow(outputCost*block) != nil {
 				k.dropped = true
 				return
 			}

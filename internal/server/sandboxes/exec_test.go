@@ -10,14 +10,14 @@ import (
 
 // Output is kept whole up to its bounds, and never without memory for it.
 func TestKept(t *testing.T) {
-	memory := budget.New(4 * outputCost * maxOutput)
+	memory := budget.New(budget.Share * 2 * outputCost * maxOutput)
 	for name, piece := range map[string][]byte{"byte by byte": []byte("x"), "in pieces": bytes.Repeat([]byte("0123456789"), 5000)} {
 		k := kept{held: memory.Hold("a team")}
 		var all []byte
 		for len(all) < 300<<10 {
 			k.add(piece)
 			all = append(all, piece...)
-			if int64(k.bytes) > memory.Used() {
+			if int64(k.bytes) > memory.Used()+budget.Free {
 				t.Fatalf("%s: %d bytes are kept, %d held", name, k.bytes, memory.Used())
 			}
 		}
@@ -33,11 +33,18 @@ func TestKept(t *testing.T) {
 	if got := k.joined(); len(got) != maxOutput || got[maxOutput-1] != 'a' || !k.dropped {
 		t.Errorf("%d bytes are kept, dropped %v", len(got), k.dropped)
 	}
-	// What another request holds is not there for this one.
-	late := kept{held: memory.Hold("a team")}
-	late.add(make([]byte, maxOutput))
-	if !late.dropped || late.bytes >= maxOutput {
-		t.Errorf("%d bytes are kept without memory for them", late.bytes)
+	// What other requests hold is not there for this one, but for what is short.
+	for range 2 {
+		late := kept{held: memory.Hold("a team")}
+		late.add(make([]byte, maxOutput))
+		k = late
+	}
+	if !k.dropped || k.bytes >= maxOutput {
+		t.Errorf("%d bytes are kept without memory for them", k.bytes)
+	}
+	short := kept{held: memory.Hold("a team")}
+	if short.add(make([]byte, budget.Free)); short.dropped || short.bytes != budget.Free {
+		t.Errorf("%d bytes of a short output are kept", short.bytes)
 	}
 }
 
