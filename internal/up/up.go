@@ -18,9 +18,11 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"github.com/caarlos0/env/v11"
 	"github.com/spf13/cobra"
 
 	"github.com/wrenn-dev/wrenn/client"
+	hostagent "github.com/wrenn-dev/wrenn/internal/agent"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/flock"
@@ -29,6 +31,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	"github.com/wrenn-dev/wrenn/internal/programs"
+	controlplane "github.com/wrenn-dev/wrenn/internal/server"
 )
 
 // domain is what sandboxes' host names end with; browsers take all names
@@ -230,10 +233,11 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 
 	agent := "unix:" + s.dir.AgentSocket()
 	server := "unix:" + s.dir.ServerSocket()
-	hostAgent := s.own(self, "agent", append(passed(
-		"WRENN_VMM_ACCEL", "WRENN_DNS", "WRENN_MEMORY_MIB", "WRENN_DEFAULT_VCPUS", "WRENN_DEFAULT_MEMORY_MIB", "WRENN_WARM", "WRENN_WARM_MEMORY_MIB", "WRENN_DISK_RESERVE_MIB",
-		"WRENN_LOCAL_REGISTRIES", "WRENN_PRIVATE_REGISTRIES",
-	),
+	settings, err := passed(&hostagent.Config{})
+	if err != nil {
+		return err
+	}
+	hostAgent := s.own(self, "agent", append(settings,
 		"WRENN_DIR="+string(s.dir), "WRENN_LISTEN="+agent, "WRENN_AGENT_TOKEN="+s.secrets.AgentToken, "WRENN_ENVD="+envd,
 	), func(ctx context.Context) error {
 		_, err := s.agent().Host(ctx, connect.NewRequest(&hostagentv1.HostRequest{}))
@@ -248,14 +252,10 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 		return err
 	}
 	front.doorman.prepares("the control plane")
-	err = s.launch(ctx, s.own(self, "server", append(passed(
-		"WRENN_BUILD_WORKERS", "WRENN_BUILD_TEAM_RUNNING", "WRENN_BUILD_TEAM_OPEN", "WRENN_BUILD_STEP_TIMEOUT", "WRENN_BUILD_PHASE_TIMEOUT", "WRENN_BUILD_TIMEOUT", "WRENN_BUILD_LEASE",
-		"WRENN_BUILD_ARCHIVE_MIB", "WRENN_BUILD_TEAM_ARCHIVES_MIB", "WRENN_BUILD_ARCHIVES_LAST", "WRENN_BUILD_LAYERS", "WRENN_BUILD_LAYERS_LAST",
-		"WRENN_BUILD_SWEEP", "WRENN_SPOOL_MIB",
-		"WRENN_RATE_READ", "WRENN_RATE_CHANGE", "WRENN_RATE_EXPENSIVE", "WRENN_RATE_OUTGOING",
-		"WRENN_SMTP_URL", "WRENN_MAIL_FROM", "WRENN_NOTIFY_PRIVATE", "WRENN_AUDIT_RETENTION",
-		"WRENN_GITHUB_CLIENT_ID", "WRENN_GITHUB_CLIENT_SECRET", "WRENN_GITHUB_URL", "WRENN_GITHUB_API_URL", "WRENN_GITHUB_CALLBACK",
-	),
+	if settings, err = passed(&controlplane.Config{}); err != nil {
+		return err
+	}
+	err = s.launch(ctx, s.own(self, "server", append(settings,
 		"WRENN_STOP_TIMEOUT="+(stopTimeout/2).String(),
 		"WRENN_SPOOL_DIR="+s.dir.Spool(),
 		"DATABASE_URL="+pg.url("wrenn"), "REDIS_URL="+rd.url(), "WRENN_LISTEN="+server, "WRENN_METRICS_LISTEN=unix:"+s.dir.MetricsSocket(), "WRENN_DOMAIN="+domain,
@@ -290,14 +290,20 @@ func (s *service) own(self programs.Program, role string, env []string, ready fu
 	}
 }
 
-// passed are those of this program's environment variables that are set.
-func passed(names ...string) (env []string) {
-	for _, name := range names {
-		if v, ok := os.LookupEnv(name); ok {
-			env = append(env, name+"="+v)
+// passed are the settings of a program, as the tags of its configuration name
+// them, that are set in this program's environment.
+func passed(config any) ([]string, error) {
+	fields, err := env.GetFieldParams(config)
+	if err != nil {
+		return nil, fmt.Errorf("list settings: %w", err)
+	}
+	var set []string
+	for _, f := range fields {
+		if v, ok := os.LookupEnv(f.Key); ok && f.Key != "" {
+			set = append(set, f.Key+"="+v)
 		}
 	}
-	return env
+	return set, nil
 }
 
 // healthy asks the server whether all is well.
