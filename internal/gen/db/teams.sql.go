@@ -118,6 +118,19 @@ func (q *Queries) GetTeam(ctx context.Context, id uuid.UUID) (Team, error) {
 	return i, err
 }
 
+const keepTeam = `-- name: KeepTeam :one
+SELECT id FROM teams WHERE id = $1 AND deleting_at IS NULL FOR SHARE
+`
+
+// Keeps a team until the transaction ends. Lock order: sandboxes, team_usage,
+// teams (charge_team). revoke_tokens locks sandboxes after this, so it must be shared.
+func (q *Queries) KeepTeam(ctx context.Context, id uuid.UUID) (uuid.UUID, error) {
+	row := q.db.QueryRow(ctx, keepTeam, id)
+	var id_2 uuid.UUID
+	err := row.Scan(&id_2)
+	return id_2, err
+}
+
 const listDeletingTeams = `-- name: ListDeletingTeams :many
 SELECT id FROM teams WHERE deleting_at IS NOT NULL ORDER BY deleting_at
 `
@@ -346,22 +359,6 @@ type LockLimitParams struct {
 func (q *Queries) LockLimit(ctx context.Context, arg LockLimitParams) error {
 	_, err := q.db.Exec(ctx, lockLimit, arg.What, arg.TeamID)
 	return err
-}
-
-const lockTeam = `-- name: LockTeam :one
-SELECT id, name, created_at, deleting_at FROM teams WHERE id = $1 AND deleting_at IS NULL FOR UPDATE
-`
-
-func (q *Queries) LockTeam(ctx context.Context, id uuid.UUID) (Team, error) {
-	row := q.db.QueryRow(ctx, lockTeam, id)
-	var i Team
-	err := row.Scan(
-		&i.ID,
-		&i.Name,
-		&i.CreatedAt,
-		&i.DeletingAt,
-	)
-	return i, err
 }
 
 const markTeamDeleting = `-- name: MarkTeamDeleting :execrows

@@ -204,6 +204,16 @@ type NewKey struct {
 	ExpiresAt *time.Time
 }
 
+// LockMembers makes changes to a team's members and keys wait for one another
+// until the transaction ends. It fails with [store.ErrNoRows] if the team is gone.
+func LockMembers(ctx context.Context, q *db.Queries, team uuid.UUID) error {
+	if err := q.LockLimit(ctx, db.LockLimitParams{What: "members", TeamID: team}); err != nil {
+		return err
+	}
+	_, err := q.KeepTeam(ctx, team)
+	return err
+}
+
 // Create makes a key of the team that a user acts for. The key itself is
 // returned this once and never again.
 func (k *Keys) Create(ctx context.Context, by Principal, n NewKey) (key string, row db.APIKey, err error) {
@@ -225,7 +235,7 @@ func (k *Keys) Create(ctx context.Context, by Principal, n NewKey) (key string, 
 	err = k.store.InTx(ctx, func(q *db.Queries) error {
 		// Read under the lock that removing a member takes: no key is made for
 		// somebody who has just gone.
-		if _, err := q.LockTeam(ctx, by.Team); err != nil {
+		if err := LockMembers(ctx, q, by.Team); err != nil {
 			return err
 		}
 		if _, err := q.GetMember(ctx, db.GetMemberParams{TeamID: by.Team, UserID: by.User}); err != nil {

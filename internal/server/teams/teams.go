@@ -148,7 +148,7 @@ func (s *Service) Members(ctx context.Context, team uuid.UUID) ([]db.ListMembers
 // in it now: what they were when the call began may have changed.
 func (s *Service) change(ctx context.Context, by auth.Principal, least auth.Role, doing string, f func(*db.Queries, auth.Role) error) error {
 	err := s.Store.InTx(ctx, func(q *db.Queries) error {
-		if _, err := q.LockTeam(ctx, by.Team); err != nil {
+		if err := auth.LockMembers(ctx, q, by.Team); err != nil {
 			return err
 		}
 		me, err := q.GetMember(ctx, db.GetMemberParams{TeamID: by.Team, UserID: by.User})

@@ -9,8 +9,10 @@ SELECT count(*) FROM team_members m JOIN teams t ON t.id = m.team_id WHERE m.use
 -- name: GetTeam :one
 SELECT * FROM teams WHERE id = $1 AND deleting_at IS NULL;
 
--- name: LockTeam :one
-SELECT * FROM teams WHERE id = $1 AND deleting_at IS NULL FOR UPDATE;
+-- name: KeepTeam :one
+-- Keeps a team until the transaction ends. Lock order: sandboxes, team_usage,
+-- teams (charge_team). revoke_tokens locks sandboxes after this, so it must be shared.
+SELECT id FROM teams WHERE id = $1 AND deleting_at IS NULL FOR SHARE;
 
 -- name: LockLimit :exec
 -- Held to the end of the transaction: of several that count what a team has of
