@@ -145,11 +145,6 @@ func Open(ctx context.Context, c Config, keep []int) (*Pool, error) {
 	}
 	// A VM whose slot cannot be right may be in any.
 	p.config.Unknown = c.Unknown || kept < len(keep)
-	guests := blockSlots
-	if c.Guests > 0 {
-		guests = min(guests, c.Guests)
-	}
-	p.connections = shareOfConnections(guests)
 	if err := p.setUp(ctx); err != nil {
 		return nil, errors.Join(err, p.tearDown(keep))
 	}
@@ -179,6 +174,8 @@ func (p *Pool) setUp(ctx context.Context) error {
 	if err := p.writeRules(); err != nil {
 		return err
 	}
+	// Not before: the rules make the kernel track, and only then it says how much.
+	p.connections = shareOfConnections(p.config.Guests)
 	for i := range p.used {
 		if err := adoptNamespace(i); err != nil {
 			p.log.WarnContext(ctx, "a network namespace cannot be taken over from an earlier version", "slot", i, "error", err)

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -116,6 +117,29 @@ func TestShareOfConnections(t *testing.T) {
 	}
 	if p.connections != shareOfConnections(blockSlots) {
 		t.Errorf("a guest has %d connections", p.connections)
+	}
+}
+
+// TestShareOfFreshMachine: guests' share is of what the machine tracks even if
+// nothing made the kernel track, and say how much, before the agent's rules.
+func TestShareOfFreshMachine(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	const most = blockSlots * 2 * 1000
+	real := trackedAtMost
+	t.Cleanup(func() { trackedAtMost = real })
+	trackedAtMost = func() (uint64, error) {
+		conn, err := nftables.New()
+		must(t, err)
+		tables, err := conn.ListTables()
+		must(t, err)
+		if len(tables) == 0 {
+			return 0, os.ErrNotExist
+		}
+		return most, nil
+	}
+	if p := openPool(t, layout.Dir(t.TempDir()), 1); p.connections != 1000 {
+		t.Errorf("a guest has %d connections, want 1000", p.connections)
 	}
 }
 

@@ -37,17 +37,22 @@ const (
 const nftTimeout = 30 * time.Second
 
 // shareOfConnections returns how many connections each of so many guests may have
-// tracked at once: all together at most half of what the machine tracks.
+// tracked at once: all together at most half of what the machine tracks. There are
+// no more guests than slots; 0: one a slot.
 func shareOfConnections(guests int) uint32 {
+	if guests <= 0 || guests > blockSlots {
+		guests = blockSlots
+	}
 	table, err := trackedAtMost()
 	if err != nil {
 		table = 65536 // the kernel's file is there once it tracks anything
 	}
-	return uint32(min(max(table/2/uint64(max(guests, 1)), minConnections), maxConnections))
+	return uint32(min(max(table/2/uint64(guests), minConnections), maxConnections))
 }
 
-// trackedAtMost is how many connections this machine tracks at most.
-func trackedAtMost() (uint64, error) {
+// trackedAtMost returns how many connections this machine tracks at most. Until
+// something makes the kernel track, it does not say. Tests replace it.
+var trackedAtMost = func() (uint64, error) {
 	b, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_max")
 	if err != nil {
 		return 0, err
