@@ -6,8 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -44,25 +44,31 @@ func serverCommand() *cobra.Command {
 				return err
 			}
 			context.AfterFunc(ctx, s.Linger)
+			bound := func(l net.Listener) net.Listener {
+				return netaddr.Bounded(l, netaddr.PerAddress, c.TrustedProxies, c.Log)
+			}
 			run := s.Run
 			if c.MetricsListen != "" {
 				run = func(ctx context.Context) error {
-					return serve(ctx, c.MetricsListen, nil, nil, s.Metrics(), s.Run)
+					return serve(ctx, c.MetricsListen, bound, nil, s.Metrics(), s.Run)
 				}
 			}
-			return errors.Join(serve(ctx, c.Listen, c.TrustedProxies, nil, s.Handler(), run), s.Close())
+			return errors.Join(serve(ctx, c.Listen, bound, nil, s.Handler(), run), s.Close())
 		},
 	}
 }
 
 // serve serves handler at listen, over TLS if identity is not nil, and runs run
-// beside it, until ctx is done or one of them ends.
-func serve(ctx context.Context, listen string, doors []netip.Prefix, identity *tls.Config, handler http.Handler, run func(context.Context) error) error {
+// beside it, until ctx is done or one of them ends. bound, if it is not nil, bounds
+// who connects: strangers do to a server, but its servers alone to an agent.
+func serve(ctx context.Context, listen string, bound func(net.Listener) net.Listener, identity *tls.Config, handler http.Handler, run func(context.Context) error) error {
 	l, err := netaddr.Listen(ctx, listen, 0o600)
 	if err != nil {
 		return err
 	}
-	l = netaddr.Bounded(l, netaddr.PerAddress, doors)
+	if bound != nil {
+		l = bound(l)
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	srv := netaddr.Server(handler)

@@ -1,29 +1,42 @@
 package netaddr
 
 import (
+	"log/slog"
 	"net"
 	"net/netip"
 	"sync"
+	"time"
 )
 
 // PerAddress is how many connections one address may have to a listener.
 const PerAddress = 4096
 
+// sayEvery is how often the log says that an address is at its bound.
+const sayEvery = time.Minute
+
 // Bounded returns l with a bound on the connections of each address: further
-// ones are closed at once. Of an IPv6 address its network of 64 bits counts.
-// Unix sockets, this machine's own addresses and networks in exempt, where front
-// doors are, have no bound.
-func Bounded(l net.Listener, each int, exempt []netip.Prefix) net.Listener {
-	return &bounded{Listener: l, each: each, exempt: exempt, open: make(map[netip.Addr]int)}
+// ones are closed at once, and the log says so. Of an IPv6 address its network of
+// 64 bits counts. Unix sockets, this machine's own addresses and networks in
+// exempt, which WRENN_TRUSTED_PROXIES names, have no bound.
+func Bounded(l net.Listener, each int, exempt []netip.Prefix, log *slog.Logger) net.Listener {
+	return &bounded{Listener: l, each: each, exempt: exempt, log: log, now: time.Now, clients: make(map[netip.Addr]*client)}
 }
 
 type bounded struct {
 	net.Listener
 	each   int
 	exempt []netip.Prefix
+	log    *slog.Logger
+	now    func() time.Time
 
-	mu   sync.Mutex // held for no call that can block
-	open map[netip.Addr]int
+	mu      sync.Mutex // held for no call that can block
+	clients map[netip.Addr]*client
+}
+
+// client is an address that has connections.
+type client struct {
+	open int
+	said time.Time // when the log said last that it has too many
 }
 
 func (b *bounded) Accept() (net.Conn, error) {
@@ -36,13 +49,7 @@ func (b *bounded) Accept() (net.Conn, error) {
 		if !ok {
 			return c, nil
 		}
-		b.mu.Lock()
-		full := b.open[from] >= b.each
-		if !full {
-			b.open[from]++
-		}
-		b.mu.Unlock()
-		if full {
+		if !b.enter(from) {
 			_ = c.Close()
 			continue
 		}
@@ -50,11 +57,35 @@ func (b *bounded) Accept() (net.Conn, error) {
 	}
 }
 
+// enter counts a connection, if its address may have one more.
+func (b *bounded) enter(from netip.Addr) bool {
+	b.mu.Lock()
+	c := b.clients[from]
+	if c == nil {
+		c = &client{}
+		b.clients[from] = c
+	}
+	full, now := c.open >= b.each, b.now()
+	say := full && now.Sub(c.said) >= sayEvery
+	if say {
+		c.said = now
+	}
+	if !full {
+		c.open++
+	}
+	b.mu.Unlock()
+	if say {
+		b.log.Warn("closed a connection, because its address has as many as it may; if it is a proxy's, name it in WRENN_TRUSTED_PROXIES", "address", from, "connections", b.each)
+	}
+	return !full
+}
+
 func (b *bounded) leave(from netip.Addr) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.open[from]--; b.open[from] == 0 {
-		delete(b.open, from)
+	c := b.clients[from]
+	if c.open--; c.open == 0 {
+		delete(b.clients, from)
 	}
 }
 

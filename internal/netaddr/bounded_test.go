@@ -1,10 +1,14 @@
 package netaddr
 
 import (
+	"bytes"
 	"errors"
+	"log/slog"
 	"net"
 	"net/netip"
+	"strings"
 	"testing"
+	"time"
 )
 
 // from is a connection from an address.
@@ -36,7 +40,16 @@ func (a *arrivals) Accept() (net.Conn, error) {
 
 func TestBounded(t *testing.T) {
 	in := &arrivals{}
-	l := Bounded(in, 2, []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")})
+	var log bytes.Buffer
+	l := Bounded(in, 2, []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}, slog.New(slog.NewTextHandler(&log, nil)))
+	now := time.Now()
+	l.(*bounded).now = func() time.Time { return now }
+	said := func(want int) {
+		t.Helper()
+		if n := strings.Count(log.String(), "WRENN_TRUSTED_PROXIES"); n != want {
+			t.Errorf("the log says %d times, want %d, that connections were closed:\n%s", n, want, &log)
+		}
+	}
 	accept := func(address string) (net.Conn, *from) {
 		t.Helper()
 		c := &from{addr: &net.UnixAddr{Name: "s"}}
@@ -70,6 +83,11 @@ func TestBounded(t *testing.T) {
 			t.Errorf("%v: one too many after one has gone", pair)
 		}
 	}
+	said(2) // once of each address
+	now = now.Add(sayEvery)
+	accept("198.51.100.1:1")
+	accept("198.51.100.1:1")
+	said(3)
 	for _, free := range []string{"127.0.0.1:1", "[::1]:1", "192.0.2.9:1", ""} {
 		for range 4 {
 			if c, _ := accept(free); c == nil {
