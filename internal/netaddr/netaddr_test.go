@@ -124,7 +124,7 @@ func TestListeners(t *testing.T) {
 		}
 	}
 	s := Server(http.NotFoundHandler())
-	if s.ReadHeaderTimeout == 0 || s.IdleTimeout == 0 || s.MaxHeaderBytes == 0 || patience.Default.Whole == 0 || patience.Default.Grace == 0 || patience.Default.Rate == 0 || patience.Default.Idle == 0 {
+	if s.ReadHeaderTimeout == 0 || s.IdleTimeout == 0 || s.MaxHeaderBytes == 0 || patience.Default.Whole == 0 || patience.Default.Grace == 0 || patience.Default.Rate == 0 || patience.Default.Longest == 0 || patience.Default.Idle == 0 {
 		t.Errorf("without a bound: %+v, %+v", s, patience.Default)
 	}
 }

@@ -15,17 +15,19 @@ import (
 type Limits struct {
 	// Whole is for all of a body, from its first byte to its last.
 	Whole time.Duration
-	// Grace and Rate are for streams: a body may keep its reader waiting for Grace
-	// in all, and for a second more for every Rate bytes of it.
-	Grace time.Duration
-	Rate  int64
+	// Grace, Rate and Longest are for streams: a body may keep its reader waiting
+	// for Grace in all, and for a second more for every Rate bytes of it, but
+	// never for more than Longest. Whatever a stream fills is free after that.
+	Grace   time.Duration
+	Rate    int64
+	Longest time.Duration
 	// Idle is for bodies that rest in between, such as a terminal's input: it is
 	// how long nothing may come.
 	Idle time.Duration
 }
 
 // Default are the limits of every listener.
-var Default = Limits{Whole: time.Minute, Grace: 30 * time.Second, Rate: 16 << 10, Idle: time.Hour}
+var Default = Limits{Whole: time.Minute, Grace: 30 * time.Second, Rate: 16 << 10, Longest: 6 * time.Hour, Idle: time.Hour}
 
 // resolution is how exact a deadline is: setting it costs HTTP/2 a message.
 const resolution = 8
@@ -98,7 +100,7 @@ func (b *body) Read(p []byte) (int, error) {
 	b.mu.Lock()
 	switch now := time.Now(); b.mode {
 	case stream:
-		left := b.limits.Grace + time.Duration(b.read/b.limits.Rate)*time.Second - b.waited
+		left := min(b.limits.Grace+time.Duration(b.read/b.limits.Rate)*time.Second, b.limits.Longest) - b.waited
 		b.set(now.Add(left), left/resolution)
 	case idle:
 		b.set(now.Add(b.limits.Idle), b.limits.Idle/resolution)

@@ -64,13 +64,14 @@ func answer(t *testing.T, in *bufio.Reader) (int, string) {
 }
 
 func TestStalls(t *testing.T) {
-	long := Limits{Whole: never, Grace: never, Rate: 1 << 10, Idle: never}
+	long := Limits{Whole: never, Grace: never, Rate: 1 << 10, Longest: never, Idle: never}
 	for name, tt := range map[string]struct {
 		limits func(*Limits)
 		say    func(*http.Request)
 	}{
 		"whole":  {func(l *Limits) { l.Whole = 10 * time.Millisecond }, nil},
 		"stream": {func(l *Limits) { l.Grace = 10 * time.Millisecond }, Stream},
+		"long":   {func(l *Limits) { l.Longest = 10 * time.Millisecond }, Stream},
 		"idle":   {func(l *Limits) { l.Idle = 10 * time.Millisecond }, Idle},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -104,7 +105,7 @@ func TestUnread(t *testing.T) {
 // TestSlow lets a slow body through that is a stream, and what follows it on the
 // same connection.
 func TestSlow(t *testing.T) {
-	l := Limits{Whole: time.Millisecond, Grace: never, Rate: 1, Idle: never}
+	l := Limits{Whole: time.Millisecond, Grace: never, Rate: 1, Longest: never, Idle: never}
 	for name, say := range map[string]func(*http.Request){"stream": Stream, "idle": Idle, "trusted": Trust} {
 		t.Run(name, func(t *testing.T) {
 			began := make(chan struct{}, 2)

@@ -287,3 +287,38 @@ func TestCode(t *testing.T) {
 	p.call("DELETE", base+"/contexts/y", nil).fails(404, "not_found")
 	p.call("POST", base, map[string]any{"code": "1"}, "X-API-Key", p.newTeam()).fails(404, "not_found")
 }
+
+// TestUploadsOfOneOwner: all teams of one owner share one part of the room for
+// uploads, so that nobody gets more by making more teams.
+func TestUploadsOfOneOwner(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	p.end()
+	p.config.SpoolDir, p.config.SpoolMiB = t.TempDir(), 16 // an owner has one step
+	p.start()
+	keyOfTeam := func(name, email string) []string {
+		t.Helper()
+		who := as(p.bearerOf(email))
+		team := p.call("POST", "/v1/teams", map[string]any{"name": name}, who...).want(201).str("id")
+		key := p.call("POST", "/v1/keys", map[string]any{"name": "k"}, append(who, "X-Team", team)...).want(201).str("key")
+		return []string{"Content-Type", "application/x-tar", "X-API-Key", key}
+	}
+	p.person("ada@example.com")
+	p.person("bob@example.com")
+	one, two, other := keyOfTeam("one", "ada@example.com"), keyOfTeam("two", "ada@example.com"), keyOfTeam("three", "bob@example.com")
+	r, w := io.Pipe()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_, _ = p.try("POST", "/v1/templates/import/archive?name=slow", io.MultiReader(r), one...)
+	}()
+	t.Cleanup(func() { w.CloseWithError(io.ErrUnexpectedEOF); <-done })
+	if _, err := w.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	upload := func(key []string) response {
+		return p.call("POST", "/v1/templates/import/archive?name=quick", []byte("abc"), key...)
+	}
+	p.eventually("the owner's other team is refused", func() bool { return upload(two).Status == http.StatusTooManyRequests })
+	upload(other).want(201)
+}

@@ -157,7 +157,8 @@ type Config struct {
 	AdminAPIKey   string `env:"WRENN_ADMIN_API_KEY"`
 
 	// SpoolDir holds uploads until all of them has arrived (the folder for
-	// temporary files), SpoolMiB at most, a quarter of that of one team.
+	// temporary files), SpoolMiB at most, a quarter of that of all teams of one
+	// owner together.
 	SpoolDir string `env:"WRENN_SPOOL_DIR"`
 	SpoolMiB int64  `env:"WRENN_SPOOL_MIB"`
 

@@ -136,7 +136,7 @@ func TestSlowBodies(t *testing.T) {
 	p.agent.files["/walk"] = []byte("walk")
 	p.agent.mu.Unlock()
 	w := p.world()
-	impatient := httptest.NewServer(patience.Handler(p.server.Handler(), patience.Limits{Whole: 2 * time.Second, Grace: 2 * time.Second, Rate: 1 << 10, Idle: time.Hour}))
+	impatient := httptest.NewServer(patience.Handler(p.server.Handler(), patience.Limits{Whole: 2 * time.Second, Grace: 2 * time.Second, Rate: 1 << 10, Longest: time.Hour, Idle: time.Hour}))
 	t.Cleanup(impatient.Close)
 	var all []*stalled
 	w.withBodies(func(o operation, c caller) { all = append(all, w.stall(o, c, impatient.Listener.Addr())) })

@@ -118,6 +118,18 @@ func (q *Queries) GetTeam(ctx context.Context, id uuid.UUID) (Team, error) {
 	return i, err
 }
 
+const getTeamPayer = `-- name: GetTeamPayer :one
+SELECT COALESCE(team_owner($1), $1)::uuid AS payer
+`
+
+// On whom what a team has counts: its owner, or itself if it has none.
+func (q *Queries) GetTeamPayer(ctx context.Context, team uuid.UUID) (uuid.UUID, error) {
+	row := q.db.QueryRow(ctx, getTeamPayer, team)
+	var payer uuid.UUID
+	err := row.Scan(&payer)
+	return payer, err
+}
+
 const keepTeam = `-- name: KeepTeam :one
 SELECT id FROM teams WHERE id = $1 AND deleting_at IS NULL FOR SHARE
 `

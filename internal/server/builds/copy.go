@@ -228,7 +228,11 @@ func (s *Service) PutArchive(ctx context.Context, team uuid.UUID, want string, b
 	if left <= 0 {
 		return s.archivesFull()
 	}
-	file, err := s.Spool.Receive(team, body, min(left, s.ArchiveMiB<<20))
+	payer, err := s.Store.GetTeamPayer(ctx, team)
+	if err != nil {
+		return fmt.Errorf("look up the team's owner: %w", err)
+	}
+	file, err := s.Spool.Receive(payer, body, min(left, s.ArchiveMiB<<20))
 	var long *spool.TooLong
 	switch {
 	case errors.As(err, &long) && long.Most == left:

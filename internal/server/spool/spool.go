@@ -21,9 +21,10 @@ import (
 const (
 	// DefaultMiB is how much a spool holds unless its settings say otherwise.
 	DefaultMiB = 32 << 10
-	// teamShare is the part of a spool that one team can have: one in so many.
-	teamShare = 4
-	// step is how much is reserved at once for a body of unknown length, in bytes.
+	// share is the part of a spool that one owner can have: one in so many.
+	share = 4
+	// step is how much is reserved at once, in bytes. What a client says that it
+	// will send reserves nothing: a client that then sends nothing holds one step.
 	step = 4 << 20
 	// spare is how much of the file system is left to others, in bytes.
 	spare = 256 << 20
@@ -31,16 +32,17 @@ const (
 	retryAfter = 30 * time.Second
 )
 
-// Spool holds bodies that are under way, up to a bound for each team and for all
+// Spool holds bodies that are under way, up to a bound for each owner and for all
 // together. Its methods can be called concurrently.
 type Spool struct {
-	dir        string
-	most, team int64
+	dir  string
+	most int64
+	free func(dir string) (int64, error) // bytes; a test's own
 
-	mu    sync.Mutex // held for no call that can block but statfs
-	used  int64      // bytes reserved
-	dry   int64      // bytes reserved that are not written yet
-	teams map[uuid.UUID]int64
+	mu     sync.Mutex // held for no call that can block but statfs
+	used   int64      // bytes reserved
+	dry    int64      // bytes reserved that are not written yet
+	owners map[uuid.UUID]int64
 }
 
 // New returns a spool of so many MiB in a folder, which it creates. Its files
@@ -49,7 +51,15 @@ func New(dir string, mib int64) (*Spool, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("create spool: %w", err)
 	}
-	return &Spool{dir: dir, most: mib << 20, team: mib << 20 / teamShare, teams: make(map[uuid.UUID]int64)}, nil
+	return &Spool{dir: dir, most: mib << 20, free: freeBytes, owners: make(map[uuid.UUID]int64)}, nil
+}
+
+func freeBytes(dir string) (int64, error) {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil {
+		return 0, fmt.Errorf("measure spool: %w", err)
+	}
+	return int64(fs.Bavail) * fs.Bsize, nil
 }
 
 // Body is what a client sends.
@@ -64,7 +74,7 @@ type File struct {
 	*io.SectionReader
 	file  *os.File
 	spool *Spool
-	team  uuid.UUID
+	owner uuid.UUID
 	size  int64
 	room  int64
 }
@@ -79,8 +89,8 @@ func (f *File) Close() error {
 	defer f.spool.mu.Unlock()
 	f.spool.used -= f.room
 	f.spool.dry -= f.room - f.size
-	if f.spool.teams[f.team] -= f.room; f.spool.teams[f.team] == 0 {
-		delete(f.spool.teams, f.team)
+	if f.spool.owners[f.owner] -= f.room; f.spool.owners[f.owner] == 0 {
+		delete(f.spool.owners, f.owner)
 	}
 	return err
 }
@@ -90,20 +100,25 @@ type TooLong struct{ Most int64 }
 
 func (e *TooLong) Error() string { return fmt.Sprintf("the body is longer than %d bytes", e.Most) }
 
-// Receive reads a body of a team to its end and returns it. Room is reserved
-// before bytes are written: all of it at once if the length is known. A body of
-// more than most bytes is a [*TooLong]; all other errors of the client, and of a
-// full spool, are faults.
-func (s *Spool) Receive(team uuid.UUID, b Body, most int64) (_ *File, err error) {
-	most = min(most, s.team)
+// Receive reads a body to its end and returns it. It counts as its owner's: all
+// teams of one owner share one part of the spool. Room is reserved in steps, just
+// ahead of what arrives. A body of more than most bytes is a [*TooLong]; all other
+// errors of the client, and of a full spool, are faults.
+func (s *Spool) Receive(owner uuid.UUID, b Body, most int64) (_ *File, err error) {
+	most = min(most, s.most/share)
 	if b.Length > most {
 		return nil, &TooLong{most}
+	}
+	if b.Length > 0 {
+		if err := s.fits(b.Length); err != nil {
+			return nil, err
+		}
 	}
 	file, err := os.CreateTemp(s.dir, "body-")
 	if err != nil {
 		return nil, full(err)
 	}
-	f := &File{file: file, spool: s, team: team}
+	f := &File{file: file, spool: s, owner: owner}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, f.Close())
@@ -112,18 +127,17 @@ func (s *Spool) Receive(team uuid.UUID, b Body, most int64) (_ *File, err error)
 	if err := os.Remove(file.Name()); err != nil {
 		return nil, err
 	}
+	end := most // what is never reserved beyond
 	if b.Length > 0 {
-		if err := s.reserve(f, b.Length); err != nil {
-			return nil, err
-		}
+		end = b.Length
 	}
 	buf := make([]byte, 256<<10)
 	for {
 		n, readErr := b.Read(buf)
-		if f.size+int64(n) > most {
-			return nil, &TooLong{most}
+		if f.size+int64(n) > end {
+			return nil, &TooLong{end}
 		}
-		if err := s.write(f, buf[:n], most); err != nil {
+		if err := s.write(f, buf[:n], end); err != nil {
 			return nil, err
 		}
 		if readErr == io.EOF {
@@ -150,9 +164,9 @@ func broke(err error) error {
 	return fault.Body(err)
 }
 
-func (s *Spool) write(f *File, p []byte, most int64) error {
+func (s *Spool) write(f *File, p []byte, end int64) error {
 	for need := f.size + int64(len(p)); need > f.room; {
-		if err := s.reserve(f, min(step, most-f.room)); err != nil {
+		if err := s.reserve(f, min(step, end-f.room)); err != nil {
 			return err
 		}
 	}
@@ -167,24 +181,46 @@ func (s *Spool) write(f *File, p []byte, most int64) error {
 	return nil
 }
 
+// fits fails if a body of n bytes has no room even if its owner has nothing else
+// under way.
+func (s *Spool) fits(n int64) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	room, err := s.room()
+	if err == nil && n > room/share {
+		err = full(fmt.Errorf("spool %s has room for %d bytes, and the body alone has %d", s.dir, room, n))
+	}
+	return err
+}
+
+// room returns how many bytes all can have together: the spool's, or what the
+// disk has for it if that is less. s.mu is held.
+func (s *Spool) room() (int64, error) {
+	free, err := s.free(s.dir)
+	if err != nil {
+		return 0, err
+	}
+	return min(s.most, free-spare+s.used-s.dry), nil
+}
+
 // reserve takes n bytes more for a file, or fails.
 func (s *Spool) reserve(f *File, n int64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	room, err := s.room()
+	if err != nil {
+		return err
+	}
+	has := s.owners[f.owner]
 	switch {
-	case s.teams[f.team]+n > s.team:
-		return busy("the team's uploads that are under way have %d MiB together, which is the most", s.team>>20)
+	case has+n > s.most/share:
+		return busy("the uploads under way of the team, and of its owner's other teams, have %d MiB together, which is the most", s.most/share>>20)
 	case s.used+n > s.most:
 		return busy("too many uploads are under way")
+	case has+n > room/share || s.used+n > room:
+		return full(fmt.Errorf("spool %s has room for %d bytes, and %d are reserved, %d of them by the upload's owner", s.dir, room, s.used, has))
 	}
-	var fs unix.Statfs_t
-	if err := unix.Statfs(s.dir, &fs); err != nil {
-		return fmt.Errorf("measure spool: %w", err)
-	}
-	if free := int64(fs.Bavail) * fs.Bsize; free-s.dry-n < spare {
-		return full(fmt.Errorf("spool %s has %d bytes free, %d of them reserved", s.dir, free, s.dry))
-	}
-	s.used, s.dry, s.teams[f.team], f.room = s.used+n, s.dry+n, s.teams[f.team]+n, f.room+n
+	s.used, s.dry, s.owners[f.owner], f.room = s.used+n, s.dry+n, has+n, f.room+n
 	return nil
 }
 

@@ -14,19 +14,22 @@ import (
 )
 
 // holding is a body that arrives when the test says so.
-func holding(t *testing.T, s *Spool, team uuid.UUID, length int64) (end func()) {
+func holding(t *testing.T, s *Spool, owner uuid.UUID, length int64) (end func()) {
 	t.Helper()
 	r, w := io.Pipe()
 	done := make(chan error, 1)
 	go func() {
-		f, err := s.Receive(team, Body{r, length}, 1<<40)
+		f, err := s.Receive(owner, Body{r, length}, 1<<40)
 		if err == nil {
 			err = f.Close()
 		}
 		done <- err
 	}()
-	if _, err := w.Write([]byte("x")); err != nil {
-		t.Fatal(err)
+	// The second write is over once the first one's byte is kept.
+	for _, b := range []string{"x", ""} {
+		if _, err := w.Write([]byte(b)); err != nil {
+			t.Fatal(err)
+		}
 	}
 	return func() {
 		w.CloseWithError(errors.New("gone"))
@@ -71,9 +74,9 @@ func TestReceive(t *testing.T) {
 		}
 	}
 	if _, err := s.Receive(team, Body{io.LimitReader(zeros{}, 1<<40), -1}, 1<<40); !errors.As(err, &long) {
-		t.Errorf("more than the team's share: %v", err)
+		t.Errorf("more than the owner's share: %v", err)
 	}
-	if s.used != 0 || s.dry != 0 || len(s.teams) != 0 {
+	if s.used != 0 || s.dry != 0 || len(s.owners) != 0 {
 		t.Errorf("reserved: %+v", s)
 	}
 }
@@ -82,34 +85,78 @@ type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { return len(p), nil }
 
-// TestShares lets one team have a quarter, and all together no more than all.
+// TestShares gives one owner a quarter and all together no more than all, of what
+// has arrived and not of what was declared.
 func TestShares(t *testing.T) {
 	s, err := New(t.TempDir(), 64)
 	if err != nil {
 		t.Fatal(err)
 	}
-	one := Body{strings.NewReader("x"), -1}
+	small := func() error {
+		f, err := s.Receive(uuid.New(), Body{strings.NewReader("abc"), 3}, 1<<40)
+		if err != nil {
+			return err
+		}
+		return f.Close()
+	}
 	hog := uuid.New()
-	ends := []func(){holding(t, s, hog, 10<<20)}
-	// What was declared is taken before it is sent.
-	if _, err := s.Receive(hog, Body{one, 10 << 20}, 1<<40); !fault.Is(err, fault.RateLimited) {
-		t.Errorf("more than the team's share: %v", err)
+	var ends []func()
+	for range 4 {
+		ends = append(ends, holding(t, s, hog, 16<<20)) // 16 MiB is all of its share
 	}
-	if f, err := s.Receive(uuid.New(), Body{strings.NewReader("x"), 1}, 1<<40); err != nil {
-		t.Errorf("another team: %v", err)
-	} else if err := f.Close(); err != nil {
-		t.Error(err)
+	if _, err := s.Receive(hog, Body{strings.NewReader("x"), -1}, 1<<40); !fault.Is(err, fault.RateLimited) {
+		t.Errorf("more than the owner's share: %v", err)
 	}
-	for range 5 {
-		ends = append(ends, holding(t, s, uuid.New(), 10<<20))
+	if err := small(); err != nil {
+		t.Errorf("another owner: %v", err)
 	}
-	if _, err := s.Receive(uuid.New(), Body{one, 5 << 20}, 1<<40); !fault.Is(err, fault.RateLimited) {
+	// Four owners who declare all that they may have and send a byte hold a step each.
+	for range 3 {
+		ends = append(ends, holding(t, s, uuid.New(), 16<<20))
+	}
+	if err := small(); err != nil {
+		t.Errorf("beside four owners who declared everything: %v", err)
+	}
+	for range 9 {
+		ends = append(ends, holding(t, s, uuid.New(), -1))
+	}
+	if err := small(); !fault.Is(err, fault.RateLimited) {
 		t.Errorf("more than all: %v", err)
 	}
 	for _, end := range ends {
 		end()
 	}
-	if s.used != 0 || s.dry != 0 || len(s.teams) != 0 {
+	if s.used != 0 || s.dry != 0 || len(s.owners) != 0 {
 		t.Errorf("reserved: %+v", s)
+	}
+}
+
+// TestSmallDisk gives one owner a quarter of what the disk has, if that is less
+// than the spool may have.
+func TestSmallDisk(t *testing.T) {
+	s, err := New(t.TempDir(), 32<<10)
+	if err != nil {
+		t.Fatal(err)
+	}
+	disk := int64(32 << 20)
+	s.free = func(string) (int64, error) { return spare + disk - (s.used - s.dry), nil }
+	hog := uuid.New()
+	ends := []func(){holding(t, s, hog, -1), holding(t, s, hog, 8<<20)}
+	for _, length := range []int64{-1, 5} {
+		if _, err := s.Receive(hog, Body{strings.NewReader("hello"), length}, 1<<40); !fault.Is(err, fault.NoSpace) {
+			t.Errorf("length %d: more than a quarter of the disk: %v", length, err)
+		}
+	}
+	if f, err := s.Receive(uuid.New(), Body{strings.NewReader("hello"), 5}, 1<<40); err != nil {
+		t.Errorf("another owner: %v", err)
+	} else if err := f.Close(); err != nil {
+		t.Error(err)
+	}
+	// What cannot fit is refused before any of it is read.
+	if _, err := s.Receive(uuid.New(), Body{nil, 8<<20 + 1}, 1<<40); !fault.Is(err, fault.NoSpace) {
+		t.Errorf("a body of more than a quarter of the disk: %v", err)
+	}
+	for _, end := range ends {
+		end()
 	}
 }

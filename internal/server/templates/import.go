@@ -131,8 +131,12 @@ func (s *Service) Import(ctx context.Context, team uuid.UUID, i Image) (db.Templ
 	}
 	var archive *spool.File
 	if i.Archive != nil {
+		payer, err := s.store.GetTeamPayer(ctx, team)
+		if err != nil {
+			return row, fmt.Errorf("look up the team's owner: %w", err)
+		}
 		// Nothing is held while it arrives: neither a name nor a place on a host.
-		if archive, err = s.Spool.Receive(team, *i.Archive, math.MaxInt64); err != nil {
+		if archive, err = s.Spool.Receive(payer, *i.Archive, math.MaxInt64); err != nil {
 			return row, tooLong(err)
 		}
 	}

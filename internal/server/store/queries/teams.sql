@@ -68,3 +68,7 @@ SELECT id FROM teams WHERE id = $1 AND deleting_at IS NOT NULL FOR UPDATE;
 -- name: DeleteTeam :execrows
 -- No row: it still owns templates, whose files are on hosts.
 DELETE FROM teams t WHERE t.id = $1 AND t.deleting_at IS NOT NULL AND NOT EXISTS (SELECT FROM templates p WHERE p.team_id = t.id);
+
+-- name: GetTeamPayer :one
+-- On whom what a team has counts: its owner, or itself if it has none.
+SELECT COALESCE(team_owner(@team), @team)::uuid AS payer;
