@@ -1,10 +1,14 @@
 package server_test
 
 import (
+	"bytes"
+	"os"
+	"path/filepath"
 	"testing"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/recipe/buildcontext"
 )
 
 // blocks waits until another connection waits for what p.db holds.
@@ -77,5 +81,56 @@ func TestRevokeWhilePausing(t *testing.T) {
 	var epoch int
 	if err := p.db().QueryRow(t.Context(), "SELECT token_epoch FROM sandboxes WHERE id = $1", u).Scan(&epoch); err != nil || epoch < 4 {
 		t.Errorf("the tokens were revoked %d times, %v", epoch, err)
+	}
+}
+
+// TestCreateWhileArchiveIsWritten: a team creates sandboxes while the archive of
+// a build is written, and an archive without room is refused before it is written.
+func TestCreateWhileArchiveIsWritten(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	asAda, admin := as(p.bearer(p.person("ada@example.com"))), as(p.bearerOf("admin@example.com"))
+	team := p.call("POST", "/v1/teams", map[string]any{"name": "one"}, asAda...).want(201).str("id")
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "a"), []byte("a"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	var packed bytes.Buffer
+	digest, err := buildcontext.Pack(t.Context(), &packed, dir, buildcontext.Limits{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	begin := func(method, path string, body any, headers ...string) <-chan response {
+		answer := make(chan response, 1)
+		go func() {
+			r, err := p.try(method, path, body, append(headers, asAda...)...)
+			if err != nil {
+				t.Errorf("%s %s: %v", method, path, err)
+			}
+			answer <- r
+		}()
+		return answer
+	}
+	upload := func() <-chan response {
+		return begin("PUT", "/v1/templates/builds/archives/"+string(digest), packed.Bytes(), "Content-Type", "application/x-tar")
+	}
+	quota := func(most int) {
+		p.call("PUT", "/v1/admin/teams/"+team+"/quota", map[string]any{"max_stored_mib": most}, admin...).want(200)
+	}
+	quota(0)
+	p.sql("BEGIN")
+	p.sql("LOCK TABLE build_archive_chunks IN SHARE MODE")
+	await.Recv(t, "an archive without room is refused", upload()).fails(403, "quota_exceeded")
+	quota(1)
+	uploaded := upload()
+	p.blocks("the archive is written")
+	await.Recv(t, "a sandbox is created", begin("POST", "/v1/sandboxes", map[string]any{})).want(201)
+	p.sql("COMMIT")
+	await.Recv(t, "the archive is uploaded", uploaded).want(204)
+	if got := p.call("GET", "/v1/teams/"+team+"/quota", nil, asAda...).want(200).object()["stored_mib"]; got != 1. {
+		t.Errorf("%v MiB are stored", got)
+	}
+	if n := p.call("GET", "/v1/sandboxes", nil, asAda...).want(200).list("sandboxes"); len(n) != 1 {
+		t.Errorf("%d sandboxes", len(n))
 	}
 }

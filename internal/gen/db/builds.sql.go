@@ -13,17 +13,17 @@ import (
 )
 
 const addArchive = `-- name: AddArchive :execrows
-INSERT INTO build_archives (team_id, digest, size_bytes) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING
+INSERT INTO build_archives (team_id, digest, size_bytes) VALUES ($1, $2, 0) ON CONFLICT DO NOTHING
 `
 
 type AddArchiveParams struct {
-	TeamID    uuid.UUID
-	Digest    string
-	SizeBytes int64
+	TeamID uuid.UUID
+	Digest string
 }
 
+// It gets its size when it is written, see SetArchiveSize.
 func (q *Queries) AddArchive(ctx context.Context, arg AddArchiveParams) (int64, error) {
-	result, err := q.db.Exec(ctx, addArchive, arg.TeamID, arg.Digest, arg.SizeBytes)
+	result, err := q.db.Exec(ctx, addArchive, arg.TeamID, arg.Digest)
 	if err != nil {
 		return 0, err
 	}
@@ -868,6 +868,22 @@ func (q *Queries) RenewBuild(ctx context.Context, arg RenewBuildParams) (bool, e
 	var cancelling bool
 	err := row.Scan(&cancelling)
 	return cancelling, err
+}
+
+const setArchiveSize = `-- name: SetArchiveSize :exec
+UPDATE build_archives SET size_bytes = $1 WHERE team_id = $2 AND digest = $3
+`
+
+type SetArchiveSizeParams struct {
+	SizeBytes int64
+	TeamID    uuid.UUID
+	Digest    string
+}
+
+// Charges the team, whose other charges wait until the transaction ends.
+func (q *Queries) SetArchiveSize(ctx context.Context, arg SetArchiveSizeParams) error {
+	_, err := q.db.Exec(ctx, setArchiveSize, arg.SizeBytes, arg.TeamID, arg.Digest)
+	return err
 }
 
 const sizeOfArchives = `-- name: SizeOfArchives :one

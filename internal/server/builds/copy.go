@@ -273,36 +273,69 @@ func (s *Service) keep(ctx context.Context, team uuid.UUID, digest string, file 
 	if _, err := file.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
-	return s.Store.InTx(ctx, func(q *db.Queries) error {
-		// Archives of a team are counted one after the other.
-		if err := q.LockArchives(ctx, team); err != nil {
+	add := db.AddArchiveParams{TeamID: team, Digest: digest}
+	// An archive without room is refused before it is written. This transaction
+	// is rolled back, because a charge blocks the team until its transaction ends.
+	err := s.Store.InTx(ctx, func(q *db.Queries) error {
+		if n, err := q.AddArchive(ctx, add); err != nil || n == 0 {
+			return err // n = 0: a concurrent request uploaded the same
+		}
+		if err := s.charge(ctx, q, team, digest, file.Size()); err != nil {
 			return err
 		}
-		n, err := q.AddArchive(ctx, db.AddArchiveParams{TeamID: team, Digest: digest, SizeBytes: file.Size()})
-		if err != nil || n == 0 {
-			return err // n = 0: somebody else has just uploaded the same
-		}
-		all, err := q.SizeOfArchives(ctx, team)
-		if err != nil {
-			return err
-		}
-		if all > s.TeamArchivesMiB<<20 {
-			return s.archivesFull()
-		}
-		buf := make([]byte, chunkSize)
-		for number := int32(1); ; number++ {
-			n, err := io.ReadFull(file, buf)
-			if errors.Is(err, io.EOF) {
-				return nil
-			}
-			if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) {
-				return err
-			}
-			if err := q.AddArchiveChunk(ctx, db.AddArchiveChunkParams{TeamID: team, Digest: digest, Number: number, Data: buf[:n]}); err != nil {
-				return err
-			}
-		}
+		return errRoom
 	})
+	if !errors.Is(err, errRoom) {
+		return err
+	}
+	return s.Store.InTx(ctx, func(q *db.Queries) error {
+		if n, err := q.AddArchive(ctx, add); err != nil || n == 0 {
+			return err
+		}
+		if err := writeChunks(ctx, q, team, digest, file); err != nil {
+			return err
+		}
+		return s.charge(ctx, q, team, digest, file.Size())
+	})
+}
+
+// errRoom rolls a transaction back that found room for an archive.
+var errRoom = errors.New("there is room")
+
+// charge gives an archive its size, which the team is charged for. It fails if
+// that is more than the team may have. Call it last in a transaction.
+func (s *Service) charge(ctx context.Context, q *db.Queries, team uuid.UUID, digest string, size int64) error {
+	// Archives of a team are counted one after the other.
+	if err := q.LockArchives(ctx, team); err != nil {
+		return err
+	}
+	if err := q.SetArchiveSize(ctx, db.SetArchiveSizeParams{TeamID: team, Digest: digest, SizeBytes: size}); err != nil {
+		return err
+	}
+	all, err := q.SizeOfArchives(ctx, team)
+	if err != nil {
+		return err
+	}
+	if all > s.TeamArchivesMiB<<20 {
+		return s.archivesFull()
+	}
+	return nil
+}
+
+func writeChunks(ctx context.Context, q *db.Queries, team uuid.UUID, digest string, file io.Reader) error {
+	buf := make([]byte, chunkSize)
+	for number := int32(1); ; number++ {
+		n, err := io.ReadFull(file, buf)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) {
+			return err
+		}
+		if err := q.AddArchiveChunk(ctx, db.AddArchiveChunkParams{TeamID: team, Digest: digest, Number: number, Data: buf[:n]}); err != nil {
+			return err
+		}
+	}
 }
 
 // limits bound what an archive unpacks to.

@@ -123,7 +123,12 @@ ORDER BY templates.used_at
 LIMIT 100;
 
 -- name: AddArchive :execrows
-INSERT INTO build_archives (team_id, digest, size_bytes) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING;
+-- It gets its size when it is written, see SetArchiveSize.
+INSERT INTO build_archives (team_id, digest, size_bytes) VALUES ($1, $2, 0) ON CONFLICT DO NOTHING;
+
+-- name: SetArchiveSize :exec
+-- Charges the team, whose other charges wait until the transaction ends.
+UPDATE build_archives SET size_bytes = @size_bytes WHERE team_id = @team_id AND digest = @digest;
 
 -- name: UseArchive :execrows
 UPDATE build_archives SET used_at = now() WHERE team_id = $1 AND digest = $2;
