@@ -10,11 +10,15 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+	"time"
 
 	"connectrpc.com/connect"
+	"github.com/google/uuid"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/wrenn-dev/wrenn/internal/await"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
 // ImportTemplate knows the image "there", which asks for a password, and takes
@@ -321,4 +325,50 @@ func TestUploadsOfOneOwner(t *testing.T) {
 	}
 	p.eventually("the owner's other team is refused", func() bool { return upload(two).Status == http.StatusTooManyRequests })
 	upload(other).want(201)
+}
+
+// TestImportHostDrains: an image's archive goes to a host that takes it when it
+// has arrived, and not to one that did when it began to arrive.
+func TestImportHostDrains(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	p.end()
+	p.config.Heartbeat = 2 * time.Second
+	p.start()
+	var first uuid.UUID
+	if err := p.db().QueryRow(t.Context(), "SELECT id FROM hosts").Scan(&first); err != nil {
+		t.Fatal(err)
+	}
+	second := p.enroll("second")
+	stop := second.beat(p, p.config.Heartbeat/2)
+	defer stop()
+	p.eventually("the second host is online", func() bool { return p.hostStatus(second.id) == "online" })
+	p.compared(second.agent)
+	drain := func(host string, is bool) {
+		p.call("PATCH", "/v1/admin/hosts/"+host, map[string]any{"draining": is}).want(200)
+	}
+	drain(second.id, true)
+	body, client := io.Pipe()
+	defer client.Close()
+	answer := make(chan response, 1)
+	go func() {
+		r, err := p.try("POST", "/v1/templates/import/archive?name=app", body, "Content-Type", "application/x-tar")
+		if err != nil {
+			t.Error(err)
+		}
+		answer <- r
+	}()
+	// More than sockets hold, so that the server has begun to receive it.
+	if _, err := io.Copy(client, bytes.NewReader(make([]byte, 32<<20))); err != nil {
+		t.Fatal(err)
+	}
+	drain(second.id, false)
+	drain(id.Format(id.Host, first), true)
+	if err := client.Close(); err != nil {
+		t.Fatal(err)
+	}
+	v := await.Recv(t, "the archive is imported", answer).want(201)
+	if p.agent.hasTemplate(v.str("id")) || !second.hasTemplate(v.str("id")) {
+		t.Error("the host that drains has made the template")
+	}
 }

@@ -139,6 +139,10 @@ func (s *Service) Import(ctx context.Context, team uuid.UUID, i Image) (db.Templ
 		if archive, err = s.Spool.Receive(payer, *i.Archive, math.MaxInt64); err != nil {
 			return row, tooLong(err)
 		}
+		// That can take hours: hosts may have gone, or drain.
+		if places, err = s.importPlaces(ctx); err != nil {
+			return row, errors.Join(err, closeFile(archive))
+		}
 	}
 	template := uuid.New()
 	end, err := s.beginImport(team, template)
