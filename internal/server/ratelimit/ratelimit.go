@@ -24,6 +24,9 @@ import (
 const (
 	// answerWithin is how long Redis may take.
 	answerWithin = 500 * time.Millisecond
+	// askAgain is how often Redis is asked while it does not answer: one call waits
+	// for it, and all others are counted here at once.
+	askAgain = time.Second
 	// maxLocal bounds what a server counts by itself. Beyond it nothing new is
 	// admitted: what is forgotten could be tried again.
 	maxLocal = 65536
@@ -40,15 +43,18 @@ type Limit struct {
 type Limiter struct {
 	redis *redis_rate.Limiter
 	log   *slog.Logger
+	now   func() time.Time // a test's own
 
-	mu    sync.Mutex
+	mu    sync.Mutex // held for no call that can block
 	local map[string]*rate.Limiter
 	down  bool
+	ask   time.Time // when Redis is asked again; if it is down
 }
 
 // New returns a limiter that counts in Redis.
 func New(client *redis.Client, log *slog.Logger) *Limiter {
-	return &Limiter{redis: redis_rate.NewLimiter(client), log: log, local: make(map[string]*rate.Limiter)}
+	// A client's own timeout holds even if the context's deadline is sooner.
+	return &Limiter{redis: redis_rate.NewLimiter(client.WithTimeout(answerWithin)), log: log, now: time.Now, local: make(map[string]*rate.Limiter)}
 }
 
 // key names what is counted. What it is of, an address or an account, is not
@@ -60,9 +66,12 @@ func (l Limit) key(of string) string {
 
 // Allow counts one try of somebody, or fails with rate_limited.
 func (l *Limiter) Allow(ctx context.Context, limit Limit, of string) error {
+	key := limit.key(of)
+	if !l.mayAsk() {
+		return l.allowLocally(limit, key)
+	}
 	ask, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
-	key := limit.key(of)
 	answer, err := l.redis.Allow(ask, key, redis_rate.Limit{Rate: limit.Burst, Burst: limit.Burst, Period: limit.Per})
 	if ctx.Err() != nil {
 		return ctx.Err()
@@ -82,7 +91,9 @@ func (l *Limiter) Forget(ctx context.Context, limit Limit, of string) {
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
 	key := limit.key(of)
-	l.say(l.redis.Reset(ctx, key))
+	if l.mayAsk() {
+		l.say(l.redis.Reset(ctx, key))
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	delete(l.local, key)
@@ -107,6 +118,18 @@ func (l *Limiter) allowLocally(limit Limit, key string) error {
 	return nil
 }
 
+// mayAsk says whether to ask Redis: always if it answers, else once in a while.
+func (l *Limiter) mayAsk() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := l.now()
+	if l.down && now.Before(l.ask) {
+		return false
+	}
+	l.ask = now.Add(askAgain)
+	return true
+}
+
 // say logs when Redis goes and when it comes back; then what was counted
 // without it is forgotten.
 func (l *Limiter) say(err error) {
@@ -119,7 +142,9 @@ func (l *Limiter) say(err error) {
 		l.log.Info("Redis answers again")
 		clear(l.local)
 	}
-	l.down = err != nil
+	if l.down = err != nil; l.down {
+		l.ask = l.now().Add(askAgain)
+	}
 }
 
 func tooOften(wait time.Duration) error {

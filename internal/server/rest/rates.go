@@ -52,6 +52,7 @@ func (a *API) spend(ctx context.Context, class auth.Rate, who auth.Principal, of
 	if who.HasKey() {
 		by = who.Key
 	}
+	// One after the other: what one of a team is refused does not count for the team.
 	if err := a.Limiter.Allow(ctx, one, by.String()); err != nil || !ofTeam || who.Team == uuid.Nil {
 		return err
 	}

@@ -1,0 +1,170 @@
+package ratelimit
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/go-redis/redis_rate/v10"
+	"github.com/redis/go-redis/v9"
+
+	"github.com/wrenn-dev/wrenn/internal/await"
+	"github.com/wrenn-dev/wrenn/internal/server/events/redistest"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+)
+
+// double answers for Redis: it allows everything, or hangs.
+type double struct {
+	hangs atomic.Bool
+	asked atomic.Int64
+}
+
+func (d *double) DialHook(next redis.DialHook) redis.DialHook { return next }
+
+func (d *double) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return next
+}
+
+func (d *double) ProcessHook(redis.ProcessHook) redis.ProcessHook {
+	return func(ctx context.Context, cmd redis.Cmder) error {
+		d.asked.Add(1)
+		if d.hangs.Load() {
+			<-ctx.Done()
+			cmd.SetErr(ctx.Err())
+			return ctx.Err()
+		}
+		if c, ok := cmd.(*redis.Cmd); ok {
+			c.SetVal([]any{int64(1), int64(0), "-1", "0"})
+		}
+		return nil
+	}
+}
+
+// TestHang: while Redis hangs, one call a second waits for it and all others are
+// counted without it.
+func TestHang(t *testing.T) {
+	client := redis.NewClient(&redis.Options{Addr: "127.0.0.1:1"})
+	t.Cleanup(func() { _ = client.Close() })
+	d := &double{}
+	client.AddHook(d)
+	l := New(client, slog.New(slog.DiscardHandler))
+	l.redis = redis_rate.NewLimiter(client) // New's is one without hooks
+	var late atomic.Int64                   // by so much
+	start := time.Now()
+	l.now = func() time.Time { return start.Add(time.Duration(late.Load())) }
+	limit := Limit{Name: "test", Burst: 50, Per: time.Hour}
+	// many makes 20 calls at once, each of which asks for a call of somebody and of
+	// their team, and returns how often Redis was asked.
+	many := func() int64 {
+		t.Helper()
+		before := d.asked.Load()
+		var wg sync.WaitGroup
+		for range 20 {
+			wg.Go(func() {
+				for _, of := range []string{"one", "team"} {
+					if err := l.Allow(t.Context(), limit, of); err != nil {
+						t.Error(err)
+					}
+				}
+				l.Forget(t.Context(), limit, "somebody else")
+			})
+		}
+		wg.Wait()
+		return d.asked.Load() - before
+	}
+	if n := many(); n != 60 {
+		t.Errorf("Redis answers and was asked %d times for 60 counts", n)
+	}
+	d.hangs.Store(true)
+	if err := l.Allow(t.Context(), limit, "first"); err != nil || d.asked.Load() != 61 {
+		t.Errorf("the first call without Redis: %v, %d", err, d.asked.Load())
+	}
+	if n := many(); n != 0 {
+		t.Errorf("Redis hangs and was asked %d times in the same second", n)
+	}
+	late.Add(int64(askAgain))
+	if n := many(); n != 1 {
+		t.Errorf("Redis hangs and was asked %d times a second later, want once", n)
+	}
+	// 40 were counted of each of them; 10 are left.
+	refused := 0
+	for range 15 {
+		if err := l.Allow(t.Context(), limit, "one"); fault.Is(err, fault.RateLimited) {
+			refused++
+		}
+	}
+	if refused != 5 {
+		t.Errorf("without Redis %d of 55 calls were refused, want 5", refused)
+	}
+	// Whoever leaves is no sign that Redis hangs.
+	d.hangs.Store(false)
+	late.Add(int64(askAgain))
+	if err := l.Allow(t.Context(), limit, "one"); err != nil {
+		t.Error(err)
+	}
+	gone, leave := context.WithCancel(t.Context())
+	leave()
+	d.hangs.Store(true)
+	if err := l.Allow(gone, limit, "one"); !errors.Is(err, context.Canceled) {
+		t.Errorf("a caller that left: %v", err)
+	}
+	d.hangs.Store(false)
+	if n := many(); n != 60 {
+		t.Errorf("Redis answers again and was asked %d times for 60 counts", n)
+	}
+}
+
+// mute is a connection to a Redis that takes what it is sent and says nothing
+// while hangs is set.
+type mute struct {
+	net.Conn
+	hangs *atomic.Bool
+}
+
+func (m mute) Write(p []byte) (int, error) {
+	if m.hangs.Load() {
+		return len(p), nil
+	}
+	return m.Conn.Write(p)
+}
+
+// TestHangingConnection: a connection that hangs is left after the limiter's own
+// timeout, however long the server's client waits for other answers.
+func TestHangingConnection(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	redistest.Start(t, socket)
+	var hangs atomic.Bool
+	client := redis.NewClient(&redis.Options{
+		ReadTimeout: 10 * await.Hang,
+		Dialer: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			c, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
+			return mute{c, &hangs}, err
+		},
+	})
+	t.Cleanup(func() { _ = client.Close() })
+	l := New(client, slog.New(slog.DiscardHandler))
+	limit := Limit{Name: "test", Burst: 1, Per: time.Hour}
+	if err := l.Allow(t.Context(), limit, "one"); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Allow(t.Context(), limit, "one"); !fault.Is(err, fault.RateLimited) {
+		t.Errorf("a second time: %v", err)
+	}
+	hangs.Store(true)
+	done := make(chan error, 1)
+	go func() { done <- l.Allow(context.WithoutCancel(t.Context()), limit, "one") }()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Errorf("without Redis: %v", err)
+		}
+	case <-time.After(await.Hang):
+		t.Error("a call waits for a Redis that hangs")
+	}
+}
