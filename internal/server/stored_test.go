@@ -62,3 +62,40 @@ func TestStored(t *testing.T) {
 		t.Errorf("when all is gone %v MiB are stored", got)
 	}
 }
+
+// TestStoredHostile: what a host says that a team's template takes is bounded by
+// what the team asked for, so that the team can go on storing.
+func TestStoredHostile(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	asAda := as(p.bearer(p.person("ada@example.com")))
+	team := p.call("POST", "/v1/teams", map[string]any{"name": "one"}, asAda...).want(201).str("id")
+	lie := func(tpl *hostagentv1.Template) {
+		tpl.SizeBytes, tpl.DiskMib, tpl.MemoryMib = 1<<50, 1<<20, 1<<24
+	}
+	imported := func(name string) string {
+		return p.call("POST", "/v1/templates/import/archive?name="+name+"&disk_mib=1024", []byte("x"), append(asAda, "Content-Type", "application/x-tar")...).want(201).str("id")
+	}
+	bounded := func(when string, templates int) {
+		t.Helper()
+		got := p.call("GET", "/v1/teams/"+team+"/quota", nil, asAda...).want(200).object()["stored_mib"].(float64)
+		if most := float64(templates * 2 * (1024 + 512)); got > most {
+			t.Errorf("%s: %v MiB are stored, want at most %v", when, got, most)
+		}
+	}
+	p.agent.mu.Lock()
+	p.agent.imports = lie
+	p.agent.mu.Unlock()
+	imported("made")
+	bounded("a host lies of what it made", 1)
+	p.agent.mu.Lock()
+	p.agent.imports = nil
+	p.agent.mu.Unlock()
+	later := imported("later")
+	p.agent.mu.Lock()
+	lie(p.agent.templates[later])
+	p.agent.mu.Unlock()
+	p.compared(p.agent)
+	bounded("a host lies later", 2)
+	imported("another")
+}

@@ -504,19 +504,19 @@ func (a *attempt) layer(ctx context.Context, b *box, act *action) error {
 }
 
 // snapshot claims a row and has the sandbox captured for it.
-func (b *box) snapshot(ctx context.Context, kind string, key []byte, req *hostagentv1.SnapshotRequest) (uuid.UUID, *hostagentv1.Template, error) {
+func (b *box) snapshot(ctx context.Context, kind string, key []byte, req *hostagentv1.SnapshotRequest) (claimed db.Template, _ *hostagentv1.Template, err error) {
 	template := uuid.New()
 	name := b.attempt.row.Name
 	req.SandboxId, req.TemplateId, req.Name = b.wire, id.Format(id.Template, template), name
 	if kind == "layer" {
 		req.Name = templates.LayerPrefix + name
 	}
-	err := b.Store.InTx(ctx, func(q *db.Queries) error {
+	err = b.Store.InTx(ctx, func(q *db.Queries) (err error) {
 		// Of two builds of one name that end at once each gets a version of its own.
 		if err := q.LockBuilds(ctx); err != nil {
 			return err
 		}
-		_, err := q.ClaimBuilt(ctx, db.ClaimBuiltParams{
+		claimed, err = q.ClaimBuilt(ctx, db.ClaimBuiltParams{
 			ID: template, TeamID: b.row.TeamID, Name: name, CreatedAt: time.Now(), Kind: kind,
 			VCPUs: b.row.VCPUs, MemoryMiB: b.row.MemoryMiB, DiskMiB: b.row.DiskMiB, CapturedFrom: &b.row.ID, Worker: &b.Store.Server,
 			BuildID: &b.attempt.row.ID, LayerKey: key,
@@ -527,18 +527,18 @@ func (b *box) snapshot(ctx context.Context, kind string, key []byte, req *hostag
 		return q.AddHostTemplate(ctx, db.AddHostTemplateParams{HostID: b.host.ID, TemplateID: template})
 	})
 	if err != nil {
-		return template, nil, fmt.Errorf("write template: %w", err)
+		return claimed, nil, fmt.Errorf("write template: %w", err)
 	}
 	call, cancel := context.WithTimeout(ctx, captureTimeout)
 	defer cancel()
 	answer, err := b.host.Agent.Snapshot(call, connect.NewRequest(req))
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil {
-			return template, nil, cause
+			return claimed, nil, cause
 		}
-		return template, nil, refused(err)
+		return claimed, nil, refused(err)
 	}
-	return template, answer.Msg.GetTemplate(), nil
+	return claimed, answer.Msg.GetTemplate(), nil
 }
 
 // capture starts what is to run in the template, waits until it is well, and
@@ -611,10 +611,10 @@ func (a *attempt) capture(ctx context.Context, b *box, r *recipe.Recipe, p *plan
 		return err
 	}
 	step := &a.steps[at]
-	var template uuid.UUID
+	var claimed db.Template
 	var answer *hostagentv1.Template
 	err := a.step(ctx, step, captureTimeout, func(ctx context.Context, out *output) (err error) {
-		template, answer, err = b.snapshot(ctx, "template", nil, req)
+		claimed, answer, err = b.snapshot(ctx, "template", nil, req)
 		if err == nil {
 			what := "running"
 			if req.DiskOnly {
@@ -627,7 +627,7 @@ func (a *attempt) capture(ctx context.Context, b *box, r *recipe.Recipe, p *plan
 	if err != nil {
 		return err
 	}
-	return a.succeed(ctx, b.host.ID, template, answer)
+	return a.succeed(ctx, b.host.ID, claimed, answer)
 }
 
 // checkLimit is how long a health check may go on in all.
@@ -670,19 +670,19 @@ func (b *box) healthy(ctx context.Context, h *recipe.HealthCheck, in surrounding
 
 // succeed makes the template what its name and tags mean, and the build
 // succeeded: both, or neither.
-func (a *attempt) succeed(ctx context.Context, host, template uuid.UUID, answer *hostagentv1.Template) error {
+func (a *attempt) succeed(ctx context.Context, host uuid.UUID, claimed db.Template, answer *hostagentv1.Template) error {
 	err := persist(ctx, func(ctx context.Context) error {
 		return a.Store.InTx(ctx, func(q *db.Queries) error {
-			ready, err := q.TemplateReady(ctx, templates.Measured(host, template, answer))
+			ready, err := q.TemplateReady(ctx, templates.Measured(host, claimed, answer))
 			if err != nil {
 				return err
 			}
 			for _, tag := range a.row.Tags {
-				if _, err := q.SetTag(ctx, db.SetTagParams{ID: template, Tag: tag}); err != nil {
+				if _, err := q.SetTag(ctx, db.SetTagParams{ID: claimed.ID, Tag: tag}); err != nil {
 					return err
 				}
 			}
-			_, err = q.BuildSucceeds(ctx, db.BuildSucceedsParams{ID: a.row.ID, Worker: &a.Store.Server, TemplateID: &template, Version: &ready.Version})
+			_, err = q.BuildSucceeds(ctx, db.BuildSucceedsParams{ID: a.row.ID, Worker: &a.Store.Server, TemplateID: &claimed.ID, Version: &ready.Version})
 			return err
 		})
 	})

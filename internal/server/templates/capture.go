@@ -121,7 +121,7 @@ func (s *Service) capture(row db.Template) (db.Template, error) {
 	var ready db.Template
 	err = work.Persist(s.Work.Context(), func(ctx context.Context) error {
 		var err error
-		ready, err = s.Store.TemplateReady(ctx, Measured(host.ID, row.ID, answer.Msg.GetTemplate()))
+		ready, err = s.Store.TemplateReady(ctx, Measured(host.ID, row, answer.Msg.GetTemplate()))
 		return err
 	})
 	if err != nil {

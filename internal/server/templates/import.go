@@ -240,7 +240,7 @@ func (s *Service) importTo(ctx context.Context, host *hosts.Host, team, template
 	var ready db.Template
 	err = work.Persist(s.Work.Context(), func(ctx context.Context) error {
 		var err error
-		ready, err = s.imported(ctx, host.ID, template, answer.GetTemplate())
+		ready, err = s.imported(ctx, host.ID, claimed, answer.GetTemplate())
 		return err
 	})
 	if err != nil {
@@ -264,15 +264,15 @@ func (s *Service) importFails(ctx context.Context, row db.Template, why string, 
 }
 
 // imported writes that a template is there, which its name means from now on.
-func (s *Service) imported(ctx context.Context, host, template uuid.UUID, t *hostagentv1.Template) (row db.Template, err error) {
+func (s *Service) imported(ctx context.Context, host uuid.UUID, claimed db.Template, t *hostagentv1.Template) (row db.Template, err error) {
 	err = s.Store.InTx(ctx, func(q *db.Queries) error {
-		if row, err = q.TemplateReady(ctx, Measured(host, template, t)); err != nil || row.Kind != kindTemplate {
+		if row, err = q.TemplateReady(ctx, Measured(host, claimed, t)); err != nil || row.Kind != kindTemplate {
 			return err
 		}
 		if err := q.ForgetFailedImport(ctx, db.ForgetFailedImportParams{TeamID: row.TeamID, Name: row.Name}); err != nil {
 			return err
 		}
-		_, err := q.SetTag(ctx, db.SetTagParams{ID: template, Tag: Latest})
+		_, err := q.SetTag(ctx, db.SetTagParams{ID: claimed.ID, Tag: Latest})
 		return err
 	})
 	return row, err

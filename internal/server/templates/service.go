@@ -125,9 +125,9 @@ func (s *Service) Busy(template uuid.UUID) bool {
 func (s *Service) Made(ctx context.Context, host uuid.UUID, row db.Template, has *hostagentv1.Template) error {
 	var err error
 	if isImport(row) {
-		_, err = s.imported(ctx, host, row.ID, has)
+		_, err = s.imported(ctx, host, row, has)
 	} else {
-		_, err = s.Store.TemplateReady(ctx, Measured(host, row.ID, has))
+		_, err = s.Store.TemplateReady(ctx, Measured(host, row, has))
 	}
 	if err != nil && !errors.Is(err, store.ErrNoRows) {
 		return fmt.Errorf("mark template ready: %w", err)

@@ -3,6 +3,7 @@ package templates
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -25,6 +26,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
+	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
@@ -415,7 +417,7 @@ func (s *Catalog) Forget(ctx context.Context, host, template uuid.UUID) error {
 // Same says whether a row has all that a host may say of the template. Each host
 // makes the built-in template itself, so that its size differs.
 func Same(row db.Template, t *hostagentv1.Template) bool {
-	m := Measured(uuid.Nil, row.ID, t)
+	m := Measured(uuid.Nil, row, t)
 	if row.ID == uuid.Nil {
 		return row.DiskMiB == m.DiskMiB && row.SizeBytes > 0
 	}
@@ -437,13 +439,13 @@ func (s *Catalog) Learn(ctx context.Context, host uuid.UUID, t *hostagentv1.Temp
 }
 
 func (s *Catalog) learn(ctx context.Context, host, tid uuid.UUID, t *hostagentv1.Template) error {
-	known, err := s.mayHave(ctx, host, tid)
-	if err != nil {
-		return err
-	}
-	if known {
-		m := Measured(host, tid, t)
+	row, err := s.mayHave(ctx, host, tid)
+	if err == nil {
+		m := Measured(host, row, t)
 		return s.store.TemplateMeasured(ctx, db.TemplateMeasuredParams{ID: tid, HostID: host, SizeBytes: m.SizeBytes, DiskMiB: m.DiskMiB})
+	}
+	if !errors.Is(err, store.ErrNoRows) {
+		return err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -454,43 +456,52 @@ func (s *Catalog) learn(ctx context.Context, host, tid uuid.UUID, t *hostagentv1
 	return nil
 }
 
-// mayHave says whether a host may have a template, and writes that it has the
-// built-in one and one that it had lost.
-func (s *Catalog) mayHave(ctx context.Context, host, tid uuid.UUID) (bool, error) {
+// mayHave returns the row of a template that a host may have, and writes that it
+// has the built-in one and one that it had lost. It fails with [store.ErrNoRows]
+// if the host may not have it.
+func (s *Catalog) mayHave(ctx context.Context, host, tid uuid.UUID) (row db.Template, err error) {
 	if tid == uuid.Nil {
-		return true, s.store.AddHostTemplate(ctx, db.AddHostTemplateParams{HostID: host, TemplateID: tid})
+		return row, s.store.AddHostTemplate(ctx, db.AddHostTemplateParams{HostID: host, TemplateID: tid})
 	}
-	_, err := s.store.HostHasTemplate(ctx, db.HostHasTemplateParams{ID: tid, HostID: host})
-	if err == nil || !errors.Is(err, store.ErrNoRows) {
-		return err == nil, err
+	row, err = s.store.HostHasTemplate(ctx, db.HostHasTemplateParams{ID: tid, HostID: host})
+	if !errors.Is(err, store.ErrNoRows) {
+		return row, err
 	}
 	found, err := s.store.FindLostTemplate(ctx, db.FindLostTemplateParams{HostID: host, TemplateID: tid})
-	if found {
-		s.log.Warn("host has a template again that it had lost", "host_id", id.Format(id.Host, host), "template_id", id.Format(id.Template, tid))
+	if err != nil {
+		return row, err
 	}
-	return found, err
+	if !found {
+		return row, store.ErrNoRows
+	}
+	s.log.Warn("host has a template again that it had lost", "host_id", id.Format(id.Host, host), "template_id", id.Format(id.Template, tid))
+	return s.store.GetTemplate(ctx, tid)
 }
 
 // Bounds of what a host may say of a template.
 const (
-	maxSizeBytes = 1 << 50
-	maxVCPUs     = 1024
-	maxMemoryMiB = 1 << 24
-	maxDiskMiB   = 1 << 20
+	maxVCPUs = 1024
 	// maxBuiltinMiB bounds the disk of the built-in template, which is the least
 	// that a sandbox of it has.
 	maxBuiltinMiB = 16384
+	// defaultDiskMiB is the disk of a template that was asked for without a size,
+	// as template_stored in the migrations has it.
+	defaultDiskMiB = 5120
+	// maxCopies is how often a template may take its disk and memory: layers can
+	// hold what is below them once more, and there are captures of other sizes.
+	maxCopies = 2
 )
 
-// Measured returns what a host says of a template, within bounds, as it is
-// written down.
-func Measured(host, tid uuid.UUID, t *hostagentv1.Template) db.TemplateReadyParams {
-	largest := int32(maxDiskMiB)
-	if tid == uuid.Nil {
-		largest = maxBuiltinMiB
+// Measured returns what a host says of a template, as it is written down: no
+// more than the template whose row is given can be.
+func Measured(host uuid.UUID, row db.Template, t *hostagentv1.Template) db.TemplateReadyParams {
+	disk, memory := cmp.Or(row.DiskMiB, defaultDiskMiB), cmp.Or(row.MemoryMiB, sandboxes.DefaultMemoryMiB)
+	if row.ID == uuid.Nil {
+		disk = maxBuiltinMiB
 	}
+	most := maxCopies * (int64(disk) + int64(memory)) << 20
 	return db.TemplateReadyParams{
-		ID: tid, HostID: host, SizeBytes: min(max(t.GetSizeBytes(), 0), maxSizeBytes), CreatedAt: t.GetCreatedAt().AsTime(),
-		VCPUs: min(max(t.GetVcpus(), 0), maxVCPUs), MemoryMiB: min(max(t.GetMemoryMib(), 0), maxMemoryMiB), DiskMiB: min(max(t.GetDiskMib(), 0), largest),
+		ID: row.ID, HostID: host, SizeBytes: min(max(t.GetSizeBytes(), 0), most), CreatedAt: t.GetCreatedAt().AsTime(),
+		VCPUs: min(max(t.GetVcpus(), 0), maxVCPUs), MemoryMiB: min(max(t.GetMemoryMib(), 0), memory), DiskMiB: min(max(t.GetDiskMib(), 0), disk),
 	}
 }
