@@ -30,7 +30,6 @@ var raw = map[string]bool{
 	"readFile":         true,
 	"readArchive":      true,
 	"getSandboxLogs":   true,
-	"getMetrics":       true,
 	"getOpenAPI":       true,
 	"getDocs":          true,
 	"getVerifyPage":    true,

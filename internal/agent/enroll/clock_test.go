@@ -14,6 +14,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -28,6 +29,7 @@ import (
 // moved, and keeps what was said.
 type wire struct {
 	*plane
+	mu   sync.Mutex // a leaf is replaced beside the heartbeats
 	said []string
 	keys []string // of signing requests
 }
@@ -37,6 +39,8 @@ func (w *wire) RoundTrip(r *http.Request) (*http.Response, error) {
 	if err != nil {
 		return nil, err
 	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.said = append(w.said, string(body))
 	var m struct{ CSR string }
 	if err := json.Unmarshal(body, &m); err != nil {
