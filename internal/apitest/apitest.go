@@ -188,8 +188,8 @@ func (t transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err != nil || sandboxHost.MatchString(host) {
 		return resp, err
 	}
-	if resp.StatusCode == http.StatusBadGateway && resp.Header.Get("X-Request-Id") == "" && resp.Header.Get("Server") == "Caddy" {
-		return resp, nil // The front door's own, while there is no server behind it.
+	if resp.StatusCode == http.StatusBadGateway && resp.Header.Get("X-Request-Id") == "" {
+		return resp, nil // The front door's own, while there is no server behind it: the server's have an id.
 	}
 	var body []byte
 	if strings.HasPrefix(resp.Header.Get("Content-Type"), "application/json") {
