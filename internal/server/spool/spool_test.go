@@ -23,6 +23,7 @@ func holding(t *testing.T, s *Spool, owner uuid.UUID, length int64) (end func())
 		if err == nil {
 			err = f.Close()
 		}
+		r.CloseWithError(err) // Whoever writes to a body that was refused does not hang.
 		done <- err
 	}()
 	// The second write is over once the first one's byte is kept.
