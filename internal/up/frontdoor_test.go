@@ -95,7 +95,7 @@ func TestDoorman(t *testing.T) {
 	}
 	front.listen = l.Addr().String()
 	l.Close()
-	get := func(method string) (*http.Response, string) {
+	try := func(method string) (*http.Response, string, error) {
 		t.Helper()
 		req, err := http.NewRequestWithContext(t.Context(), method, "http://"+front.listen+"/v1/sandboxes", strings.NewReader("{}"))
 		if err != nil {
@@ -103,14 +103,19 @@ func TestDoorman(t *testing.T) {
 		}
 		resp, err := http.DefaultClient.Do(req)
 		if err != nil {
-			t.Fatal(err)
+			return nil, "", err
 		}
 		defer resp.Body.Close()
 		b, err := io.ReadAll(resp.Body)
+		return resp, string(b), err
+	}
+	get := func(method string) (*http.Response, string) {
+		t.Helper()
+		resp, body, err := try(method)
 		if err != nil {
 			t.Fatal(err)
 		}
-		return resp, string(b)
+		return resp, body
 	}
 	front.doorman.prepares("the base image")
 	for _, method := range []string{"GET", "POST", "HEAD"} {
@@ -136,8 +141,15 @@ func TestDoorman(t *testing.T) {
 	}
 	launched := make(chan error, 1)
 	go func() { launched <- s.launch(t.Context(), front.program()) }()
-	for {
-		resp, body := get("GET")
+	for broken := 0; ; {
+		resp, body, err := try("GET")
+		if err != nil {
+			// Whoever comes in the very moment may find the connection closed.
+			if broken++; broken > 1 {
+				t.Fatal(err)
+			}
+			continue
+		}
 		if resp.StatusCode == 200 && body == "the server" {
 			break
 		}

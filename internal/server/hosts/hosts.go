@@ -470,7 +470,10 @@ func Fault(err error) error {
 	if !connect.IsWireError(err) {
 		switch ce.Code() {
 		case connect.CodeCanceled:
-			return fault.Because(err, fault.Timeout, "the call was given up")
+			// By us. A host that goes away can cancel the call's stream, too.
+			if errors.Is(err, context.Canceled) {
+				return fault.Because(err, fault.Timeout, "the call was given up")
+			}
 		case connect.CodeDeadlineExceeded:
 			return fault.Because(err, fault.Timeout, "the sandbox's host did not answer in time")
 		case connect.CodeResourceExhausted:

@@ -181,10 +181,11 @@ func (s *Service) createFrom(ctx context.Context, team uuid.UUID, template db.Te
 		return row, err
 	}
 	c := s.creation(sandbox)
+	begun := row // what is returned is written while it starts
 	go func() {
 		var started db.Sandbox
 		err := s.Work.Guard(func() (err error) {
-			started, err = s.startOn(row, places, p)
+			started, err = s.startOn(begun, places, p)
 			return err
 		})
 		end([]db.Sandbox{started}, err)
