@@ -61,12 +61,9 @@ func init() { logging.Disable() }
 // minHeartbeat is the shortest time between agents' heartbeats.
 const minHeartbeat = 100 * time.Millisecond
 
-// Bounds of what requests under way may take of the memory, in MiB. The default
-// is also in the tag of [Config].
-const (
-	defaultRequestMemoryMiB = 256
-	minRequestMemoryMiB     = 256
-)
+// minRequestMemoryMiB is the least that requests under way may take of the memory,
+// and the default: a team's share of it is enough for the longest body.
+const minRequestMemoryMiB = 256
 
 // otherMemoryMiB is what the server takes beside requests, with room to spare: it
 // took 66 to 74 MiB through a run of 360,000 requests.
@@ -74,7 +71,9 @@ const otherMemoryMiB = 256
 
 // MemoryLimit is what the server may take of the memory, in bytes, before it
 // collects garbage all the time (see runtime/debug.SetMemoryLimit).
-func (c Config) MemoryLimit() int64 { return int64(c.RequestMemoryMiB+otherMemoryMiB) << 20 }
+func (c Config) MemoryLimit() int64 {
+	return int64(cmp.Or(c.RequestMemoryMiB, minRequestMemoryMiB)+otherMemoryMiB) << 20
+}
 
 const (
 	// flushWithin bounds the last words to other servers.
@@ -128,9 +127,9 @@ type Config struct {
 	// StopTimeout is how long creations, pauses and deletions under way may take
 	// when the server stops. deploy/systemd allows for it, and for requests before it.
 	StopTimeout time.Duration `env:"WRENN_STOP_TIMEOUT" envDefault:"75s"`
-	// RequestMemoryMiB is what requests under way may take of the memory together;
-	// one team gets a quarter of it. Of other things the server needs little.
-	RequestMemoryMiB int `env:"WRENN_REQUEST_MEMORY_MIB" envDefault:"256"`
+	// RequestMemoryMiB is what requests under way may take of the memory together
+	// (256); one team gets a quarter of it.
+	RequestMemoryMiB int `env:"WRENN_REQUEST_MEMORY_MIB"`
 	// SMTPURL is the mail server, smtp://user:password@host:port or smtps://…;
 	// without one letters are written to the log. MailFrom is their sender.
 	SMTPURL  string `env:"WRENN_SMTP_URL"`
@@ -220,9 +219,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	if (c.AgentURL == "") != (c.AgentToken == "") {
 		return nil, errors.New("WRENN_AGENT_URL and WRENN_AGENT_TOKEN go together")
 	}
-	if c.RequestMemoryMiB == 0 {
-		c.RequestMemoryMiB = defaultRequestMemoryMiB
-	}
+	c.RequestMemoryMiB = cmp.Or(c.RequestMemoryMiB, minRequestMemoryMiB)
 	if c.RequestMemoryMiB < minRequestMemoryMiB {
 		return nil, fmt.Errorf("WRENN_REQUEST_MEMORY_MIB must be at least %d, for one command with the longest input", minRequestMemoryMiB)
 	}

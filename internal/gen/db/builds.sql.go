@@ -809,16 +809,6 @@ func (q *Queries) ListUnusedLayers(ctx context.Context, arg ListUnusedLayersPara
 	return items, nil
 }
 
-const lockArchives = `-- name: LockArchives :exec
-SELECT pg_advisory_xact_lock(hashtextextended('archives ' || ($1::uuid)::text, 0))
-`
-
-// One of a team's archives at a time is added, so that they are counted right.
-func (q *Queries) LockArchives(ctx context.Context, teamID uuid.UUID) error {
-	_, err := q.db.Exec(ctx, lockArchives, teamID)
-	return err
-}
-
 const lockBuilds = `-- name: LockBuilds :exec
 SELECT pg_advisory_xact_lock(7239150284)
 `

@@ -306,7 +306,7 @@ var errRoom = errors.New("there is room")
 // that is more than the team may have. Call it last in a transaction.
 func (s *Service) charge(ctx context.Context, q *db.Queries, team uuid.UUID, digest string, size int64) error {
 	// Archives of a team are counted one after the other.
-	if err := q.LockArchives(ctx, team); err != nil {
+	if err := q.LockLimit(ctx, db.LockLimitParams{What: "archives", TeamID: team}); err != nil {
 		return err
 	}
 	if err := q.SetArchiveSize(ctx, db.SetArchiveSizeParams{TeamID: team, Digest: digest, SizeBytes: size}); err != nil {

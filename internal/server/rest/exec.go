@@ -67,32 +67,31 @@ func (a *API) Exec(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxI
 	_ = writeResult(w, out, time.Since(begun))
 }
 
-func (a *API) exec(r *http.Request, sandbox string) (sandboxes.Ended, error) {
-	var none sandboxes.Ended
+func (a *API) exec(r *http.Request, sandbox string) (*hostagentv1.ExecResponse, error) {
 	u, err := sandboxID(sandbox)
 	if err != nil {
-		return none, err
+		return nil, err
 	}
 	var req rest.ExecRequest
 	if err := decode(r, &req); err != nil {
-		return none, err
+		return nil, err
 	}
 	timeout := or(req.TimeoutSeconds, defaultExecTimeout)
 	c, err := command(req.Cmd, or(req.Args, nil), or(req.Shell, false), or(req.Envs, nil), or(req.Cwd, ""), or(req.User, ""), timeout)
 	if err != nil {
-		return none, err
+		return nil, err
 	}
 	stdin := []byte(or(req.Stdin, ""))
 	if or(req.StdinEncoding, rest.UTF8) == rest.Base64 {
 		if stdin, err = base64.StdEncoding.DecodeString(string(stdin)); err != nil {
-			return none, fault.New(fault.InvalidArgument, "stdin: not standard base64")
+			return nil, fault.New(fault.InvalidArgument, "stdin: not standard base64")
 		}
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), time.Duration(timeout)*time.Second+answerGrace)
 	defer cancel()
 	out, err := a.Sandboxes.Exec(ctx, caller(r).Team, u, c, stdin, observed(r).held)
 	if r.Context().Err() != nil {
-		return none, r.Context().Err()
+		return nil, r.Context().Err()
 	}
 	return out, err
 }

@@ -10,8 +10,8 @@ import (
 
 	"github.com/go-json-experiment/json/jsontext"
 
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
-	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 )
 
 // shortOutput is what is written as text whatever it takes, in bytes: people
@@ -20,7 +20,7 @@ const shortOutput = 64 << 10
 
 // writeResult answers with how a command ended. It writes the output piece by
 // piece: a control character becomes six bytes of JSON.
-func writeResult(w http.ResponseWriter, out sandboxes.Ended, took time.Duration) error {
+func writeResult(w http.ResponseWriter, out *hostagentv1.ExecResponse, took time.Duration) error {
 	result := rest.ExecResult{
 		Encoding: rest.UTF8, ExitCode: out.ExitCode, Error: some(out.Error), TimedOut: out.TimedOut, Truncated: out.Truncated,
 		DurationMs: took.Milliseconds(),
@@ -30,21 +30,15 @@ func writeResult(w http.ResponseWriter, out sandboxes.Ended, took time.Duration)
 		result.Encoding, write = rest.Base64, writeBase64
 	}
 	// All members but the two long ones, which are written without being copied.
-	b, err := json.Marshal(result)
+	others, err := json.Marshal(struct {
+		rest.ExecResult
+		Stdout *struct{} `json:"stdout,omitempty"`
+		Stderr *struct{} `json:"stderr,omitempty"`
+	}{ExecResult: result})
 	if err != nil {
 		return err
 	}
-	var others map[string]json.RawMessage
-	if err := json.Unmarshal(b, &others); err != nil {
-		return err
-	}
-	delete(others, "stdout")
-	delete(others, "stderr")
-	if b, err = json.Marshal(others); err != nil {
-		return err
-	}
-	patient := allow(w, 2*(len(out.Stdout)+len(out.Stderr)))
-	defer patient()
+	defer allow(w, 2*(len(out.Stdout)+len(out.Stderr)))()
 	w.Header().Set("Content-Type", jsonType)
 	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(http.StatusOK)
@@ -59,7 +53,7 @@ func writeResult(w http.ResponseWriter, out sandboxes.Ended, took time.Duration)
 			return err
 		}
 	}
-	_, err = w.Write(append(append([]byte(`",`), b[1:]...), '\n'))
+	_, err = w.Write(append(append([]byte(`",`), others[1:]...), '\n'))
 	return err
 }
 

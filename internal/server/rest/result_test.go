@@ -11,9 +11,9 @@ import (
 	"testing"
 	"time"
 
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
 	"github.com/wrenn-dev/wrenn/internal/linear"
-	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 )
 
 // What clients decode is what the command printed, however it is written.
@@ -34,7 +34,7 @@ func TestWriteResult(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := httptest.NewRecorder()
-			out := sandboxes.Ended{Stdout: []byte(tt.stdout), Stderr: []byte(tt.stderr), ExitCode: 3, Error: "signal: killed", TimedOut: true, Truncated: true}
+			out := &hostagentv1.ExecResponse{Stdout: []byte(tt.stdout), Stderr: []byte(tt.stderr), ExitCode: 3, Error: "signal: killed", TimedOut: true, Truncated: true}
 			if err := writeResult(w, out, 5*time.Millisecond); err != nil {
 				t.Fatal(err)
 			}

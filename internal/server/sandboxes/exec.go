@@ -25,20 +25,11 @@ const (
 	inputChunk = 64 << 10
 )
 
-// Ended is what a command printed, and how it ended.
-type Ended struct {
-	Stdout, Stderr []byte
-	ExitCode       int32
-	Error          string // why it ended where it did not exit by itself
-	TimedOut       bool
-	Truncated      bool // output was dropped
-}
-
 // Exec runs a command in a team's sandbox to its end. Its output is taken from
 // held as it comes, but for the first [budget.Free] bytes of a stream: what has no
 // room there, or is beyond 16 MiB of a stream, is dropped, because the command has run.
-func (s *Service) Exec(ctx context.Context, team, sandbox uuid.UUID, c *hostagentv1.Command, stdin []byte, held *budget.Held) (Ended, error) {
-	var out Ended
+func (s *Service) Exec(ctx context.Context, team, sandbox uuid.UUID, c *hostagentv1.Command, stdin []byte, held *budget.Held) (*hostagentv1.ExecResponse, error) {
+	var out *hostagentv1.ExecResponse
 	err := s.call(ctx, team, sandbox, func(host *hosts.Host) (err error) {
 		start := &hostagentv1.ExecStreamRequest_Start{SandboxId: id.Format(id.Sandbox, sandbox), Command: c, Stdin: len(stdin) > 0}
 		out, err = exec(ctx, host.Agent, start, stdin, held)
@@ -47,7 +38,7 @@ func (s *Service) Exec(ctx context.Context, team, sandbox uuid.UUID, c *hostagen
 	return out, err
 }
 
-func exec(ctx context.Context, agent hostagentv1connect.HostAgentClient, start *hostagentv1.ExecStreamRequest_Start, stdin []byte, held *budget.Held) (Ended, error) {
+func exec(ctx context.Context, agent hostagentv1connect.HostAgentClient, start *hostagentv1.ExecStreamRequest_Start, stdin []byte, held *budget.Held) (*hostagentv1.ExecResponse, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	stream := agent.ExecStream(ctx)
 	fed := make(chan struct{})
@@ -61,15 +52,14 @@ func exec(ctx context.Context, agent hostagentv1connect.HostAgentClient, start *
 		<-fed
 		_ = stream.CloseResponse()
 	}()
-	var end Ended
 	stdout, stderr := kept{held: held}, kept{held: held}
 	for {
 		m, err := stream.Receive()
 		if errors.Is(err, io.EOF) {
-			return Ended{}, io.ErrUnexpectedEOF // the host broke off: how the command ended is not known
+			return nil, io.ErrUnexpectedEOF // the host broke off: how the command ended is not known
 		}
 		if err != nil {
-			return Ended{}, err
+			return nil, err
 		}
 		switch m := m.Message.(type) {
 		case *hostagentv1.ExecStreamResponse_Stdout:
@@ -77,10 +67,10 @@ func exec(ctx context.Context, agent hostagentv1connect.HostAgentClient, start *
 		case *hostagentv1.ExecStreamResponse_Stderr:
 			stderr.add(m.Stderr)
 		case *hostagentv1.ExecStreamResponse_Exited_:
-			end.ExitCode, end.Error, end.TimedOut = m.Exited.ExitCode, m.Exited.Error, m.Exited.TimedOut
-			end.Stdout, end.Stderr = stdout.joined(), stderr.joined()
-			end.Truncated = stdout.dropped || stderr.dropped
-			return end, nil
+			return &hostagentv1.ExecResponse{
+				Stdout: stdout.joined(), Stderr: stderr.joined(), Truncated: stdout.dropped || stderr.dropped,
+				ExitCode: m.Exited.ExitCode, Error: m.Exited.Error, TimedOut: m.Exited.TimedOut,
+			}, nil
 		}
 	}
 }

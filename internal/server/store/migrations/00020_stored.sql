@@ -138,11 +138,14 @@ BEGIN
     RETURN NULL;
 END $$;
 -- +goose StatementEnd
+-- An archive is added with size 0, written, and charged when it gets its size, so
+-- that the team's usage is not locked while it is written.
 -- +goose StatementBegin
 CREATE FUNCTION archives_charge() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF TG_OP = 'INSERT' THEN
-        PERFORM charge_team(t.team_id, 0, 0, 0, 0, t.stored, true) FROM (SELECT team_id, sum(mib(size_bytes))::bigint AS stored FROM added GROUP BY team_id ORDER BY team_id) t;
+        PERFORM charge_team(t.team_id, 0, 0, 0, 0, t.stored, true) FROM (SELECT team_id, sum(mib(size_bytes))::bigint AS stored FROM added GROUP BY team_id ORDER BY team_id) t
+        WHERE t.stored <> 0;
     ELSIF TG_OP = 'DELETE' THEN
         PERFORM charge_team(t.team_id, 0, 0, 0, 0, -t.stored, false) FROM (SELECT team_id, sum(mib(size_bytes))::bigint AS stored FROM removed GROUP BY team_id ORDER BY team_id) t;
     ELSE

@@ -142,10 +142,6 @@ SELECT data FROM build_archive_chunks WHERE team_id = $1 AND digest = $2 AND num
 -- name: SizeOfArchives :one
 SELECT COALESCE(sum(size_bytes), 0)::bigint FROM build_archives WHERE team_id = $1;
 
--- name: LockArchives :exec
--- One of a team's archives at a time is added, so that they are counted right.
-SELECT pg_advisory_xact_lock(hashtextextended('archives ' || (sqlc.arg('team_id')::uuid)::text, 0));
-
 -- name: ForgetArchives :exec
 -- Those that no build that is still to come, or under way, copies from.
 DELETE FROM build_archives WHERE used_at < @before
