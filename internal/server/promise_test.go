@@ -106,9 +106,6 @@ func TestBodiesHaveOneMeaning(t *testing.T) {
 func TestHead(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
-	p.agent.mu.Lock()
-	p.agent.files["/walk"] = []byte("walk")
-	p.agent.mu.Unlock()
 	w := p.world()
 	var owner, staff caller
 	for _, c := range callers() {

@@ -92,9 +92,6 @@ func TestStalledBodies(t *testing.T) {
 	p.db() // Ours knows nothing of a pool.
 	p.config.DatabaseURL += "&pool_max_conns=2"
 	p.start()
-	p.agent.mu.Lock()
-	p.agent.files["/walk"] = []byte("walk")
-	p.agent.mu.Unlock()
 	w := p.world()
 	n := 0
 	w.withBodies(func(o operation, c caller) {
@@ -132,9 +129,6 @@ func TestStalledBodies(t *testing.T) {
 func TestSlowBodies(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
-	p.agent.mu.Lock()
-	p.agent.files["/walk"] = []byte("walk")
-	p.agent.mu.Unlock()
 	w := p.world()
 	impatient := httptest.NewServer(patience.Handler(p.server.Handler(), patience.Limits{Whole: 2 * time.Second, Grace: 2 * time.Second, Rate: 1 << 10, Longest: time.Hour, Idle: time.Hour}))
 	t.Cleanup(impatient.Close)

@@ -69,6 +69,9 @@ func insertUser(b *pgx.Batch, admin, active bool) uuid.UUID {
 
 func (p *plane) world() *world {
 	p.Helper()
+	p.agent.mu.Lock()
+	p.agent.files["/walk"] = []byte("walk") // what operations on files name
+	p.agent.mu.Unlock()
 	w, b := &world{plane: p, shown: make(map[string][]string)}, &pgx.Batch{}
 	var host uuid.UUID
 	if err := p.db().QueryRow(context.Background(), "SELECT id FROM hosts WHERE NOT enrolled AND url IS NOT NULL").Scan(&host); err != nil {
@@ -504,9 +507,6 @@ func operations(t testing.TB) []operation {
 func TestAuthorization(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
-	p.agent.mu.Lock()
-	p.agent.files["/walk"] = []byte("walk")
-	p.agent.mu.Unlock()
 	var records []asked
 	world := func() *world {
 		w := p.world()

@@ -36,11 +36,7 @@ const (
 // nginx before the same guest.
 func TestFrontDoor(t *testing.T) {
 	asked(t)
-	for _, tool := range []string{"nginx", "wrk", "ss"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skipf("needs %s", tool)
-		}
-	}
+	needs(t, "nginx", "wrk", "ss")
 	d := newDoor(t)
 	d.serve(t)
 	guest := d.guestAddress(t)
@@ -74,14 +70,20 @@ func TestFrontDoor(t *testing.T) {
 	table("Requests to a sandbox's port", []string{"clients", "through", "requests a second", "99 % within", "requests: this ÷ three nginx", "99 %: this ÷ three nginx"}, rows)
 }
 
-// TestCommand measures a command through the API beside one ssh connection.
-func TestCommand(t *testing.T) {
-	asked(t)
-	for _, tool := range []string{"ssh", "ss", "/usr/sbin/sshd"} {
+// needs skips a benchmark for which a program is missing.
+func needs(t *testing.T, tools ...string) {
+	t.Helper()
+	for _, tool := range tools {
 		if _, err := exec.LookPath(tool); err != nil {
 			t.Skipf("needs %s", tool)
 		}
 	}
+}
+
+// TestCommand measures a command through the API beside one ssh connection.
+func TestCommand(t *testing.T) {
+	asked(t)
+	needs(t, "ssh", "ss", "/usr/sbin/sshd")
 	d := newDoor(t)
 	d.serve(t)
 	d.commands(t, d.guestAddress(t))
@@ -302,8 +304,8 @@ http {
 	return hops
 }
 
-// wrk asks with so many clients for a while and returns requests a second, and
-// the time within which 99 of 100 were answered.
+// wrk runs wrk with so many clients and returns the requests per second and the
+// 99th percentile of the latency.
 func wrk(t *testing.T, clients int, url string, header []string) (rate int64, p99 time.Duration) {
 	t.Helper()
 	args := []string{"-t1", "-c" + strconv.Itoa(clients), "-d" + strconv.Itoa(doorSeconds) + "s", "--timeout", "30s", "--latency"}

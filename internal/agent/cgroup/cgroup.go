@@ -332,9 +332,13 @@ func (g Group) Confine(pid int, l Limits) (repaired bool, err error) {
 	// A group can be gone because its process is ending, and nobody else removes
 	// what is made for it now.
 	defer func() {
-		if err != nil {
-			err = errors.Join(err, ignore(g.removeDirs(), unix.EBUSY), RemoveParent())
+		if err == nil {
+			return
 		}
+		if e := g.removeDirs(); !errors.Is(e, unix.EBUSY) {
+			err = errors.Join(err, e)
+		}
+		err = errors.Join(err, RemoveParent())
 	}()
 	for _, dir := range g.dirs() {
 		if err := mkdir(dir); err != nil && !errors.Is(err, fs.ErrExist) {
@@ -350,14 +354,6 @@ func (g Group) Confine(pid int, l Limits) (repaired bool, err error) {
 		}
 	}
 	return true, nil
-}
-
-// ignore returns nil if err is the given error.
-func ignore(err, target error) error {
-	if errors.Is(err, target) {
-		return nil
-	}
-	return err
 }
 
 // has tells whether a process is in the group, in each hierarchy.

@@ -29,9 +29,9 @@ import (
 // moved, and keeps what was said.
 type wire struct {
 	*plane
-	mu   sync.Mutex // a leaf is replaced beside the heartbeats
-	said []string
-	keys []string // of signing requests
+	saying sync.Mutex // a leaf is renewed beside the heartbeats
+	said   []string
+	keys   []string // of signing requests
 }
 
 func (w *wire) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -39,8 +39,8 @@ func (w *wire) RoundTrip(r *http.Request) (*http.Response, error) {
 	if err != nil {
 		return nil, err
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
+	w.saying.Lock()
+	defer w.saying.Unlock()
 	w.said = append(w.said, string(body))
 	var m struct{ CSR string }
 	if err := json.Unmarshal(body, &m); err != nil {

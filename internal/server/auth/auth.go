@@ -204,8 +204,8 @@ type NewKey struct {
 	ExpiresAt *time.Time
 }
 
-// LockMembers makes changes to a team's members and keys wait for one another
-// until the transaction ends. It fails with [store.ErrNoRows] if the team is gone.
+// LockMembers locks a team's members and keys against other transactions that call
+// it, until this one ends. It fails with [store.ErrNoRows] if the team is gone.
 func LockMembers(ctx context.Context, q *db.Queries, team uuid.UUID) error {
 	if err := q.LockLimit(ctx, db.LockLimitParams{What: "members", TeamID: team}); err != nil {
 		return err

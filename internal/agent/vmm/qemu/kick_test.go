@@ -4,8 +4,6 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"os"
-	"strconv"
 	"sync"
 	"testing"
 	"time"
@@ -19,13 +17,7 @@ import (
 // either does not see what the other wrote, the guest sends nothing more.
 // WRENN_TEST_REQUESTS is how many requests (2000).
 func TestNoKickIsLost(t *testing.T) {
-	requests := 2000
-	if text := os.Getenv("WRENN_TEST_REQUESTS"); text != "" {
-		var err error
-		if requests, err = strconv.Atoi(text); err != nil {
-			t.Fatal(err)
-		}
-	}
+	requests := vmmtest.Count(t, "WRENN_TEST_REQUESTS", 2000)
 	b := newBench(t)
 	b.run(nil, "", "token")
 	web := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: vmmtest.Within(t, 60*time.Second)}

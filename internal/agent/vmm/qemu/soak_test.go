@@ -2,25 +2,19 @@ package qemu
 
 import (
 	"net"
-	"os"
 	"strconv"
 	"testing"
 	"time"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
 )
 
 // TestPausesUnderLoad pauses a guest again and again while its disk and its
 // network card interrupt it, and wants each restored guest to answer, and to
 // write to its disk. WRENN_TEST_PAUSES is how often (3).
 func TestPausesUnderLoad(t *testing.T) {
-	pauses := 3
-	if text := os.Getenv("WRENN_TEST_PAUSES"); text != "" {
-		var err error
-		if pauses, err = strconv.Atoi(text); err != nil || pauses < 1 {
-			t.Fatalf("WRENN_TEST_PAUSES is %q, which is no positive number", text)
-		}
-	}
+	pauses := vmmtest.Count(t, "WRENN_TEST_PAUSES", 3)
 	b := newBench(t)
 	b.run(nil, "", "token 0")
 	b.sh(`sync`)

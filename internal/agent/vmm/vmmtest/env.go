@@ -18,6 +18,21 @@ func Accelerator() string {
 	return "tcg"
 }
 
+// Count is how often a test does something: what the environment variable name
+// says, else n.
+func Count(t testing.TB, name string, n int) int {
+	t.Helper()
+	text := os.Getenv(name)
+	if text == "" {
+		return n
+	}
+	n, err := strconv.Atoi(text)
+	if err != nil || n < 1 {
+		t.Fatalf("%s is %q, which is no positive number", name, text)
+	}
+	return n
+}
+
 // Within is a time-out of d on a machine of the ordinary kind, multiplied by
 // WRENN_TEST_TIMEOUT_FACTOR (1), which is larger where the host itself is
 // emulated. Time-outs only end tests that hang.
