@@ -1,4 +1,5 @@
-// Package docs holds the manual. Its tests keep what it says of the tree true.
+// Package docs holds the manual. Its tests check what it says about
+// the source tree.
 package docs
 
 import (

@@ -96,7 +96,7 @@ func (f *flights) count(next http.Handler) http.Handler {
 	})
 }
 
-// handles waits until the daemon handles n requests of a path.
+// handles waits until exactly n requests for a path are under way in the daemon.
 func (g *guest) handles(n int, path string) {
 	g.t.Helper()
 	await.Until(g.t, fmt.Sprintf("the daemon handles %d requests of %s", n, path), func() bool {

@@ -370,8 +370,8 @@ func (s *service) selfCheck(ctx context.Context, o options) (err error) {
 	return nil
 }
 
-// announce prints where everything is: also where the secrets are, and none of
-// them, because terminals are seen and kept by others.
+// announce prints the service's addresses and the file that has the secrets. It
+// prints no secret, because others may see the terminal or keep its output.
 func (s *service) announce(o options) {
 	url := publicURL(o.listen)
 	fmt.Fprintf(s.out, "  API      %s/v1   (documentation: %s/docs)\n", url, url)

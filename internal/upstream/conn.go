@@ -241,7 +241,8 @@ func (c *conn) isHTTP2() bool {
 	return err == nil && h[0] == 0 && h[1] == 0 && h[2]%6 == 0 && h[3] == settings
 }
 
-// response is the body of a response. It gives the connection back at its end.
+// response is the body of a response. Once it has been read to its end, the
+// transport may use the connection for another request.
 type response struct {
 	conn *conn
 	stop func() bool

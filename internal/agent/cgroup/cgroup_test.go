@@ -219,8 +219,8 @@ func TestConfine(t *testing.T) {
 	}
 }
 
-// The watcher sees a group go when its process ends, and confines a process
-// that is no more. Nothing of that may stay.
+// When a process ends, its group is removed, and the watch of groups may confine
+// the process again before it learns of the end. That must leave no group.
 func TestConfineOfAnEndedProcessLeavesNothing(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")

@@ -149,8 +149,9 @@ func TestDamagedTemplates(t *testing.T) {
 	}
 }
 
-// TestUnreadableFolders: a folder of templates or captures that cannot be read
-// hides no others, and is set aside if it never will be readable.
+// TestUnreadableFolders has folders of templates and of captures that cannot be
+// read. The others are still found. A folder that is damaged is set aside; one that
+// may be readable later stays.
 func TestUnreadableFolders(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	publish := func() Template {

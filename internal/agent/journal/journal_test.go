@@ -156,8 +156,8 @@ func TestRewriteFails(t *testing.T) {
 	}
 }
 
-// TestFullDisk: an agent starts on a full disk with every event, and what it cannot
-// keep it does not acknowledge. A damaged journal is kept before it is replaced.
+// TestFullDisk opens a journal on a full disk: no event is lost, and an event that
+// cannot be written is refused. A damaged journal is copied before it is replaced.
 func TestFullDisk(t *testing.T) {
 	for _, damaged := range []bool{false, true} {
 		t.Run(fmt.Sprintf("damaged %v", damaged), func(t *testing.T) {

@@ -121,7 +121,8 @@ func openNamespace(path string) (*os.File, error) {
 	return ns, nil
 }
 
-// namespaces are network namespaces, by device and inode.
+// namespaces is a set of network namespaces. The device and the inode of its file
+// identify a namespace.
 type namespaces map[[2]uint64]bool
 
 // inhabited returns the network namespaces in which processes are.
