@@ -70,7 +70,7 @@ func Commands(in io.Reader, out, errw io.Writer) []*cobra.Command {
 	cmds := []*cobra.Command{
 		a.runCommand(), a.codeCommand(), a.createCommand(), a.lsCommand(), a.execCommand(), a.cpCommand(), a.rmCommand(),
 		a.pauseCommand(), a.resumeCommand(), a.forkCommand(), a.snapshotCommand(),
-		a.urlCommand(), a.logsCommand(), a.pingCommand(), a.metricsCommand(), a.templateCommand(), a.buildCommand(),
+		a.urlCommand(), a.logsCommand(), a.pingCommand(), a.revokeCommand(), a.metricsCommand(), a.templateCommand(), a.buildCommand(),
 		a.hostCommand(),
 		a.usageCommand(), a.auditCommand(), a.channelCommand(),
 		a.loginCommand(), a.logoutCommand(), a.keyCommand(), a.teamCommand(),

@@ -29,6 +29,8 @@ func TestFreeze(t *testing.T) {
 			io.WriteString(w, `{"snapshots":[{"id":"tpl-1","name":"snap","version":1,"tags":["latest"],"size_bytes":1048576}]}`)
 		case r.Method == http.MethodPut:
 			io.WriteString(w, `{"id":"tpl-1","name":"snap","version":1,"tags":["latest","stable"]}`)
+		case strings.HasSuffix(r.URL.Path, "/tokens/revoke"):
+			io.WriteString(w, `{"id":"cl-1","access_token":"1.new"}`)
 		case r.URL.Path == "/v1/snapshots":
 			io.WriteString(w, `{"id":"tpl-1","name":"snap"}`)
 		default:
@@ -45,6 +47,9 @@ func TestFreeze(t *testing.T) {
 		"pause cl-1":                           {0, "cl-1\n", []string{"POST /v1/sandboxes/cl-1/pause"}},
 		"pause cl-1 bad cl-2":                  {ExitFailure, "cl-1\ncl-2\n", []string{"POST /v1/sandboxes/cl-1/pause", "POST /v1/sandboxes/bad/pause", "POST /v1/sandboxes/cl-2/pause"}},
 		"resume cl-1":                          {0, "cl-1\n", []string{"POST /v1/sandboxes/cl-1/resume"}},
+		"revoke cl-1":                          {0, "cl-1\n", []string{"POST /v1/sandboxes/cl-1/tokens/revoke"}},
+		"revoke bad":                           {ExitFailure, "", []string{"POST /v1/sandboxes/bad/tokens/revoke"}},
+		"revoke":                               {ExitUsage, "", nil},
 		"fork cl-1":                            {0, "cl-2\ncl-3\n", []string{`POST /v1/sandboxes/cl-1/fork {"count":1}`}},
 		"fork -n 2 cl-1":                       {0, "cl-2\ncl-3\n", []string{`POST /v1/sandboxes/cl-1/fork {"count":2}`}},
 		"snapshot create cl-1 snap":            {0, "snap\n", []string{`POST /v1/snapshots {"sandbox_id":"cl-1","name":"snap"}`}},

@@ -251,6 +251,28 @@ func (a *app) pingCommand() *cobra.Command {
 	}
 }
 
+func (a *app) revokeCommand() *cobra.Command {
+	var out output
+	cmd := &cobra.Command{
+		Use: "revoke SANDBOX", Short: "Replace a sandbox's tokens", Args: exactly(1), ValidArgsFunction: a.completeSandbox,
+		Long: "Replace the access token and the traffic token of a sandbox. The old ones, and file URLs signed with\n" +
+			"them, stop working at once, and connections that they opened are closed. `-o json` prints the new ones.",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			s, err := c.RevokeTokens(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			return a.made(out, s, s.ID)
+		},
+	}
+	out.flag(cmd)
+	return cmd
+}
+
 func (a *app) metricsCommand() *cobra.Command {
 	var out output
 	cmd := &cobra.Command{
