@@ -5,8 +5,6 @@ import (
 	"crypto/subtle"
 	"errors"
 	"net/http"
-	"net/url"
-	"strconv"
 	"strings"
 	"time"
 
@@ -46,9 +44,9 @@ func (s *Server) guard(next http.Handler) http.Handler {
 				unauthenticated(w, "the access token is wrong")
 				return
 			}
-		} else if r.URL.Path == "/files" && r.URL.Query().Has("signature") {
-			if reason := checkSignature(r.Method, r.URL.Query(), token, time.Now()); reason != "" {
-				unauthenticated(w, reason)
+		} else if filesign.Signed(r.URL) {
+			if err := filesign.Check(r.Method, r.URL.Query(), token, time.Now()); err != nil {
+				unauthenticated(w, err.Error())
 				return
 			}
 		} else {
@@ -93,33 +91,4 @@ func (s *Server) identify(next http.Handler) http.Handler {
 		}
 		next.ServeHTTP(w, r.WithContext(account.NewContext(r.Context(), who)))
 	})
-}
-
-// checkSignature returns why a request's signature does not let it through, or "".
-func checkSignature(method string, q url.Values, token string, now time.Time) string {
-	operation := "write"
-	if method == http.MethodGet || method == http.MethodHead {
-		operation = "read"
-	}
-	// With a second value of a name, what is checked and what is done could differ.
-	for _, name := range []string{"path", "username", "signature", "signature_expiration"} {
-		if len(q[name]) > 1 {
-			return "query parameter " + name + " is there twice"
-		}
-	}
-	expiration := q.Get("signature_expiration")
-	if q.Has("signature_expiration") {
-		at, err := strconv.ParseInt(expiration, 10, 64)
-		if err != nil || strconv.FormatInt(at, 10) != expiration {
-			return "the signature's expiration is not a number of seconds"
-		}
-		if now.Unix() > at {
-			return "the signature has expired"
-		}
-	}
-	want := filesign.Of(q.Get("path"), operation, q.Get("username"), token, expiration)
-	if !sameSecret(q.Get("signature"), want) {
-		return "the signature is wrong"
-	}
-	return ""
 }

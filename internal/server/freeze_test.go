@@ -356,6 +356,9 @@ func TestAutoResume(t *testing.T) {
 		"guest daemon": func() {
 			p.call("GET", "/health", nil, "Host", "49983-"+sandbox+".localhost", "X-Access-Token", made.str("access_token")).want(418)
 		},
+		"signed URL": func() {
+			p.call("GET", signed("/f", made.str("access_token"), time.Time{}), nil, "Host", "49983-"+sandbox+".localhost", "X-API-Key", "").want(418)
+		},
 		"websocket": dial("/ws", name),
 		"short body": func() {
 			if n := string(p.call("POST", "/count", []byte("12345"), "Host", name).want(200).Body); n != "5" {
@@ -411,8 +414,8 @@ func TestAutoResume(t *testing.T) {
 	p.call("POST", base+"/pause", nil).want(200)
 	p.call("GET", base+"/metrics", nil).fails(409, "sandbox_paused")
 	p.call("GET", base+"/logs", nil).fails(409, "sandbox_paused")
-	// Nor is what only the guest can tell from nonsense.
-	p.call("GET", "/files?path=x&signature=v1_x", nil, "Host", "49983-"+sandbox+".localhost", "X-API-Key", "").fails(409, "sandbox_paused")
+	// Nor is a signature that is made up.
+	p.call("GET", "/files?path=x&signature=v1_x", nil, "Host", "49983-"+sandbox+".localhost", "X-API-Key", "").fails(401, "unauthenticated")
 	// Nobody else's.
 	p.call("GET", "/", nil, "Host", name, "X-API-Key", p.newTeam()).fails(404, "not_found")
 	p.call("GET", "/", nil, "Host", name, "X-API-Key", "").fails(401, "unauthenticated")

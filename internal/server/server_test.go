@@ -1333,7 +1333,7 @@ func TestProxy(t *testing.T) {
 		{"guest daemon with traffic token", name("49983", sandbox), "/health", []string{"X-Traffic-Token", traffic}, 401},
 		{"guest daemon with its token", name("49983", sandbox), "/health", []string{"X-API-Key", "", "X-Access-Token", access}, reached},
 		{"guest daemon with another's token", name("49983", sandbox), "/health", []string{"X-Access-Token", two.str("access_token")}, 401},
-		{"guest daemon, signed file", name("49983", sandbox), "/files?path=x&signature=v1_x", []string{"X-API-Key", ""}, reached},
+		{"guest daemon, signed file", name("49983", sandbox), signed("x", access, time.Time{}), []string{"X-API-Key", ""}, reached},
 		{"guest daemon, signed something else", name("49983", sandbox), "/envs?signature=v1_x", []string{"X-API-Key", ""}, 401},
 		{"guest daemon, signed file and wrong token", name("49983", sandbox), "/files?signature=v1_x", []string{"X-Access-Token", "x"}, 401},
 		{"guest daemon's init", name("49983", sandbox), "/init", []string{"X-Access-Token", access}, 404},

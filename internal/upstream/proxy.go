@@ -26,7 +26,11 @@ type Proxy struct {
 	Rewrite   func(*httputil.ProxyRequest)
 	// ModifyResponse may be nil.
 	ModifyResponse func(*http.Response)
-	ErrorHandler   func(http.ResponseWriter, *http.Request, error)
+	// Filter, if not nil, removes what may not be passed on from every header and
+	// trailer of the upstream's, those of interim responses (1xx) too. Beside an
+	// upgrade it does not see trailers.
+	Filter       func(http.Header)
+	ErrorHandler func(http.ResponseWriter, *http.Request, error)
 	// ErrorLog is for connections that change to another protocol.
 	ErrorLog *log.Logger
 }
@@ -37,7 +41,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		p.upgrade(w, r)
 		return
 	}
-	early := &interim{w: w}
+	early := &interim{w: w, filter: p.filter}
 	out := r.WithContext(httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{Got1xxResponse: early.pass}))
 	url := *r.URL
 	out.URL, out.Close = &url, false
@@ -75,18 +79,43 @@ func (p *Proxy) upgrade(w http.ResponseWriter, r *http.Request) {
 		Transport: strict{p.Transport}, Rewrite: p.Rewrite, ErrorHandler: p.ErrorHandler, ErrorLog: p.ErrorLog,
 		FlushInterval: -1,
 		ModifyResponse: func(resp *http.Response) error {
+			p.filter(resp.Header)
 			if p.ModifyResponse != nil {
 				p.ModifyResponse(resp)
 			}
 			return nil
 		},
 	}
-	rp.ServeHTTP(w, r)
+	rp.ServeHTTP(filtered{w, p.filter}, r)
 }
+
+func (p *Proxy) filter(h http.Header) {
+	if p.Filter != nil {
+		p.Filter(h)
+	}
+}
+
+// filtered filters the interim responses that an [httputil.ReverseProxy] passes on.
+type filtered struct {
+	http.ResponseWriter
+	filter func(http.Header)
+}
+
+// WriteHeader implements [http.ResponseWriter].
+func (f filtered) WriteHeader(status int) {
+	if status < 200 && status != http.StatusSwitchingProtocols {
+		f.filter(f.Header())
+	}
+	f.ResponseWriter.WriteHeader(status)
+}
+
+// Unwrap lets [http.ResponseController] reach the connection.
+func (f filtered) Unwrap() http.ResponseWriter { return f.ResponseWriter }
 
 // respond passes a response on.
 func (p *Proxy) respond(w http.ResponseWriter, resp *http.Response) {
-	resp.Header = forwardable(resp.Header, 0)
+	resp.Header = forwardable(resp.Header, 3)
+	p.filter(resp.Header)
 	if p.ModifyResponse != nil {
 		p.ModifyResponse(resp)
 	}
@@ -98,6 +127,7 @@ func (p *Proxy) respond(w http.ResponseWriter, resp *http.Response) {
 		delete(h, "Content-Length") // Go's HTTP/2 client would wait for a body.
 	}
 	announced := make(map[string]bool, len(resp.Trailer))
+	p.filter(resp.Trailer)
 	for name := range resp.Trailer {
 		if !httpguts.ValidTrailerHeader(name) {
 			continue // HTTP/2's ResponseWriter would log it.
@@ -113,6 +143,7 @@ func (p *Proxy) respond(w http.ResponseWriter, resp *http.Response) {
 		panic(http.ErrAbortHandler)
 	}
 	resp.Body.Close()
+	p.filter(resp.Trailer)
 	if len(resp.Trailer) == 0 {
 		return
 	}
@@ -246,10 +277,11 @@ func hasToken(list []string, token string) bool {
 
 // interim passes responses 1xx on, as long as the request waits for another.
 type interim struct {
-	mu   sync.Mutex
-	w    http.ResponseWriter
-	n    int // that came; HTTP/2's client does not bound them
-	over bool
+	mu     sync.Mutex
+	w      http.ResponseWriter
+	filter func(http.Header)
+	n      int // that came; HTTP/2's client does not bound them
+	over   bool
 }
 
 func (i *interim) pass(code int, header textproto.MIMEHeader) error {
@@ -266,7 +298,9 @@ func (i *interim) pass(code int, header textproto.MIMEHeader) error {
 	}
 	h := i.w.Header()
 	had := h.Clone()
-	for name, values := range forwardable(http.Header(header), 0) {
+	passed := forwardable(http.Header(header), 0)
+	i.filter(passed)
+	for name, values := range passed {
 		h[name] = values
 	}
 	i.w.WriteHeader(code)

@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httputil"
+	"net/url"
 	"strconv"
 	"strings"
 	"sync"
@@ -89,11 +90,16 @@ func (p *Proxy) Match(host string) bool {
 
 // label returns what stands before the domain in a sandbox's host name.
 func (p *Proxy) label(host string) (string, bool) {
+	label, ok := strings.CutSuffix(hostname(host), p.suffix)
+	return label, ok && !strings.Contains(label, ".") && strings.Contains(label, "-"+string(id.Sandbox))
+}
+
+// hostname returns the name in a request's host, in the form that is compared.
+func hostname(host string) string {
 	if h, _, err := net.SplitHostPort(host); err == nil {
 		host = h
 	}
-	label, ok := strings.CutSuffix(strings.ToLower(strings.TrimSuffix(host, ".")), p.suffix)
-	return label, ok && !strings.Contains(label, ".") && strings.Contains(label, "-"+string(id.Sandbox))
+	return strings.ToLower(strings.TrimSuffix(host, "."))
 }
 
 // ServeHTTP forwards a request to its sandbox.
@@ -162,9 +168,6 @@ func (p *Proxy) hold(w http.ResponseWriter, r *http.Request, d *destination) err
 	}
 	if r.ContentLength < 0 || r.ContentLength > maxHeld {
 		patience.Idle(r) // Some go on for as long as a person types.
-		if d.unproven {
-			return nil
-		}
 		// What comes after a use does not find the sandbox paused.
 		host, err := p.Sandboxes.Use(r.Context(), d.team, d.sandbox)
 		d.host = host
@@ -193,16 +196,13 @@ type caller struct {
 	// who showed an API key, whose team's the sandbox must be; zero where a token
 	// of the sandbox itself was shown.
 	who auth.Principal
-	// unproven is set where only the guest daemon can tell whether the request
-	// may do what it wants: it wakes no sandbox.
-	unproven bool
+	// signed is set if the request shows a signature, which resolve checks.
+	signed bool
 	// epoch is that of the token that was shown, or of the tokens that hold.
 	epoch int32
 }
 
 var errRevoked = fault.New(fault.Unauthenticated, "the sandbox's tokens were revoked: ask for the sandbox again")
-
-var errUnproven = fault.New(fault.SandboxPaused, "the sandbox is paused, and a signed URL resumes none: resume it first")
 
 // use is what sending requests to a sandbox's ports asks of an API key.
 var use = auth.Access{Role: auth.Member, Scopes: []auth.Scope{auth.Sandboxes}}
@@ -235,12 +235,10 @@ func (p *Proxy) resolve(r *http.Request) (destination, error) {
 		return none, fault.New(fault.NotFound, "no such sandbox")
 	}
 	switch {
-	case shown.unproven:
+	case shown.signed:
 		shown.epoch = t.epoch
-		if t.epoch > 0 {
-			if err := p.signAgain(r, sandbox, t.epoch); err != nil {
-				return none, err
-			}
+		if err := p.checkSignature(r, sandbox, t.epoch); err != nil {
+			return none, err
 		}
 	case !shown.who.HasKey() && shown.epoch != t.epoch:
 		return none, errRevoked
@@ -250,9 +248,6 @@ func (p *Proxy) resolve(r *http.Request) (destination, error) {
 	case sandboxes.Running:
 		d.host, err = p.Hosts.Get(&t.host)
 	case sandboxes.Pausing, sandboxes.Paused, sandboxes.Resuming:
-		if d.unproven {
-			return none, errUnproven
-		}
 		_, d.host, err = p.Sandboxes.Wake(r.Context(), t.team, sandbox)
 	case sandboxes.Missing:
 		err = fault.New(fault.HostUnreachable, "the sandbox's host is not heard of")
@@ -272,11 +267,10 @@ func (p *Proxy) authorize(r *http.Request, sandbox uuid.UUID, port int) (caller,
 			return none, fault.New(fault.NotFound, "no such path")
 		}
 		token := r.Header.Get("X-Access-Token")
-		// The guest daemon checks a signed URL of a file by itself.
-		signed := token == "" && r.URL.Path == "/files" && r.URL.Query().Get("signature") != ""
+		signed := token == "" && filesign.Signed(r.URL)
 		epoch, ok := p.Tokens.AccessEpoch(sandbox, token)
 		if signed || ok {
-			return caller{unproven: signed, epoch: epoch}, nil
+			return caller{signed: signed, epoch: epoch}, nil
 		}
 		return none, fault.New(fault.Unauthenticated, "port %d needs the sandbox's access token in X-Access-Token", envdPort)
 	}
@@ -293,21 +287,18 @@ func (p *Proxy) authorize(r *http.Request, sandbox uuid.UUID, port int) (caller,
 	return none, fault.New(fault.Unauthenticated, "send the team's API key in X-API-Key, or the sandbox's traffic token in X-Traffic-Token")
 }
 
-// signAgain turns the signature of a file's URL, made with the token that clients
-// have, into one that the guest daemon takes, which knows no epochs.
-func (p *Proxy) signAgain(r *http.Request, sandbox uuid.UUID, epoch int32) error {
-	operation := "write"
-	if r.Method == http.MethodGet || r.Method == http.MethodHead {
-		operation = "read"
+// checkSignature checks the signature of a file's URL, which a client made with the
+// access token of the epoch. It leaves r with the guest daemon's, which knows no
+// epochs, and with nothing in its query that could be read in another way.
+func (p *Proxy) checkSignature(r *http.Request, sandbox uuid.UUID, epoch int32) error {
+	q, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return fault.Because(err, fault.InvalidArgument, "query: malformed")
 	}
-	q := r.URL.Query()
-	sign := func(token string) string {
-		return filesign.Of(q.Get("path"), operation, q.Get("username"), token, q.Get("signature_expiration"))
+	if err := filesign.Check(r.Method, q, p.Tokens.Access(sandbox, epoch), time.Now()); err != nil {
+		return fault.New(fault.Unauthenticated, "%v", err)
 	}
-	if !auth.Equal(q.Get("signature"), sign(p.Tokens.Access(sandbox, epoch))) {
-		return fault.New(fault.Unauthenticated, "the signature is wrong, or was made with a token that was revoked")
-	}
-	q.Set("signature", sign(p.Tokens.Guest(sandbox)))
+	filesign.Resign(r.Method, q, p.Tokens.Guest(sandbox))
 	r.URL.RawQuery = q.Encode()
 	return nil
 }
@@ -338,9 +329,19 @@ var forwarded = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Pro
 
 func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 	prefix := "/proxy/" + id.Format(id.Sandbox, d.sandbox) + "/" + strconv.Itoa(d.port)
+	filter := filterPort(hostname(r.Host))
+	var finish func(*http.Response)
+	if d.port == envdPort {
+		filter = filterDaemon
+		finish = confine
+		// The daemon speaks no other protocol, and an upgrade has no bounds.
+		r.Header.Del("Upgrade")
+	}
 	rp := upstream.Proxy{
-		Transport: &waker{p, d, r.GetBody},
-		ErrorLog:  p.errors,
+		Transport:      &waker{p, d, r.GetBody},
+		Filter:         filter,
+		ModifyResponse: finish,
+		ErrorLog:       p.errors,
 		Rewrite: func(pr *httputil.ProxyRequest) {
 			u := pr.Out.URL
 			u.Scheme, u.Host = "http", "agent"
@@ -367,8 +368,12 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 			}
 			h.Del("X-API-Key")
 			h.Del("X-Traffic-Token")
-			if d.port == envdPort && h.Get("X-Access-Token") != "" {
-				h.Set("X-Access-Token", p.Tokens.Guest(d.sandbox))
+			dropOurCookies(h)
+			if d.port == envdPort {
+				h.Del("Cookie")
+				if h.Get("X-Access-Token") != "" {
+					h.Set("X-Access-Token", p.Tokens.Guest(d.sandbox))
+				}
 			}
 			if own, ok := h["Authorization"]; ok {
 				h[ForwardAuthorization] = own
@@ -427,9 +432,6 @@ func (k *waker) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 		resp.Body.Close()
 		again := req.Body == nil || req.Body == http.NoBody || k.body != nil
-		if k.to.unproven {
-			return nil, errUnproven
-		}
 		if try == tries || !again {
 			return nil, fault.New(fault.Conflict, "the sandbox is %s", resp.Header.Get(errorHeader))
 		}

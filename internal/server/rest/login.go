@@ -21,10 +21,10 @@ import (
 
 // Cookies of a browser's session.
 const (
-	accessCookie  = "wrenn_access"
-	refreshCookie = "wrenn_refresh"
+	accessCookie  = "access"
+	refreshCookie = "refresh"
 	// githubCookie holds what a login with GitHub began with.
-	githubCookie = "wrenn_github"
+	githubCookie = "github"
 	githubLasts  = 10 * time.Minute
 )
 
@@ -32,12 +32,7 @@ func (a *API) secure() bool { return a.public.Scheme == "https" }
 
 // cookieName makes browsers bind a cookie to this very host, where they can:
 // sandboxes' names may be below it, and their pages are anybody's.
-func (a *API) cookieName(name string) string {
-	if a.secure() {
-		return "__Host-" + name
-	}
-	return name
-}
+func (a *API) cookieName(name string) string { return auth.Cookie(name, a.secure()) }
 
 // setCookie sets a cookie that no page's script can read. An expiry that has
 // passed removes it.
