@@ -24,6 +24,7 @@ type Channel struct {
 	Events         []string   `json:"events"`
 	Target         string     `json:"target"` // without what is secret of it
 	Enabled        bool       `json:"enabled"`
+	Confirmed      bool       `json:"confirmed"` // by the recipient of mail; true for other kinds
 	DisabledReason string     `json:"disabled_reason,omitempty"`
 	FailingSince   *time.Time `json:"failing_since,omitempty"`
 	CreatedAt      time.Time  `json:"created_at"`
@@ -55,7 +56,8 @@ type Delivery struct {
 
 func channelPath(id, rest string) string { return "/v1/channels/" + url.PathEscape(id) + rest }
 
-// AddChannel has the team's events told.
+// AddChannel has the team's events told. The recipient of mail gets a letter that
+// asks to confirm the address, and nothing else before they have.
 func (c *Client) AddChannel(ctx context.Context, o ChannelOptions) (*Channel, error) {
 	var ch Channel
 	// Not repeated: it may have been made.
@@ -92,6 +94,15 @@ func (c *Client) EnableChannel(ctx context.Context, id string, enabled bool) (*C
 func (c *Client) DeleteChannel(ctx context.Context, id string) error {
 	if err := c.call(ctx, request{method: http.MethodDelete, path: channelPath(id, ""), repeatable: true}, nil); err != nil {
 		return fmt.Errorf("delete channel: %w", err)
+	}
+	return nil
+}
+
+// AskConfirmation sends the letter that asks the recipient of a channel's mail to
+// confirm the address again. An address gets one an hour.
+func (c *Client) AskConfirmation(ctx context.Context, id string) error {
+	if err := c.call(ctx, request{method: http.MethodPost, path: channelPath(id, "/confirmation")}, nil); err != nil {
+		return fmt.Errorf("ask for confirmation: %w", err)
 	}
 	return nil
 }

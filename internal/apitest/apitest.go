@@ -34,6 +34,7 @@ var raw = map[string]bool{
 	"getDocs":          true,
 	"getVerifyPage":    true,
 	"getResetPage":     true,
+	"getConfirmPage":   true,
 	"listAudit":        true, // an export
 	"runCode":          true, // a stream of lines
 	"followBuild":      true, // a stream of events

@@ -125,7 +125,7 @@ func dash(text string) string { return first(text, "-") }
 
 func (a *app) channelCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "channel", Short: "Whom the team wants to be told of what"}
-	cmd.AddCommand(a.channelAddCommand(), a.channelLsCommand(), a.channelRmCommand(), a.channelTestCommand())
+	cmd.AddCommand(a.channelAddCommand(), a.channelLsCommand(), a.channelRmCommand(), a.channelTestCommand(), a.channelConfirmCommand())
 	return cmd
 }
 
@@ -135,7 +135,8 @@ func (a *app) channelAddCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "add --event EVENT… NAME webhook|slack|discord|email URL|ADDRESS", Short: "Have events told, and print the channel's id", Args: exactly(3),
 		Long: "Have events told by webhook, to an incoming webhook of Slack or Discord, or by mail. A webhook's messages are\n" +
-			"signed with its secret; without --secret one is made, and printed to standard error, once.\n\n" +
+			"signed with its secret; without --secret one is made, and printed to standard error, once. The recipient of mail\n" +
+			"gets a letter with a link that confirms the address, and nothing else before it was opened.\n\n" +
 			"Events: sandbox.started, sandbox.paused, sandbox.ended, sandbox.failed, sandbox.missing, sandbox.lost,\n" +
 			"build.finished, quota.reached; for the platform's admins host.unreachable, host.online.",
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -168,6 +169,9 @@ func (a *app) channelAddCommand() *cobra.Command {
 			if made {
 				fmt.Fprintf(a.err, "secret: %s\n", o.Secret)
 			}
+			if ch.Kind == "email" && !ch.Confirmed {
+				fmt.Fprintf(a.err, "a letter to %s asks to confirm the address\n", ch.Target)
+			}
 			return a.made(out, ch, ch.ID)
 		},
 	}
@@ -199,6 +203,8 @@ func (a *app) channelLsCommand() *cobra.Command {
 				switch {
 				case !ch.Enabled:
 					state = "disabled"
+				case ch.Kind == "email" && !ch.Confirmed:
+					state = "unconfirmed"
 				case ch.FailingSince != nil:
 					state = "failing"
 				}
@@ -220,6 +226,19 @@ func (a *app) channelRmCommand() *cobra.Command {
 				return err
 			}
 			return a.each(args, func(id string) error { return c.DeleteChannel(cmd.Context(), id) })
+		},
+	}
+}
+
+func (a *app) channelConfirmCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "confirm CHANNEL…", Short: "Send the letters that ask to confirm channels of mail again", Args: atLeast(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			return a.each(args, func(id string) error { return c.AskConfirmation(cmd.Context(), id) })
 		},
 	}
 }

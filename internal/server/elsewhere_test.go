@@ -45,6 +45,13 @@ func (s *stage) letterTo(email string) (letter string) {
 	return letter
 }
 
+// mailTo makes a channel of mail to an address that nobody has confirmed.
+func (s *stage) mailTo(address string) (channel string) {
+	s.Helper()
+	body := map[string]any{"name": "c", "kind": "email", "address": address, "events": []string{"quota.reached"}}
+	return s.call("POST", "/v1/channels", body, as(s.admin)...).want(201).str("id")
+}
+
 // given is a deed that needs nothing before it.
 func given(body map[string]any) func(*stage) deed {
 	return func(*stage) deed { return deed{body: body} }
@@ -92,6 +99,16 @@ var elsewhere = map[string]func(*stage) deed{
 		u := s.person("four@example.com")
 		s.call("POST", "/v1/auth/password/forgot", map[string]any{"email": "four@example.com"}, nobody...).want(202)
 		return deed{body: map[string]any{"token": s.linked(s.letterTo("four@example.com"), "reset-password"), "password": password}, actor: id.Format(id.User, u)}
+	},
+	"confirmChannel": func(s *stage) deed {
+		s.mailTo("six@example.com")
+		return deed{body: map[string]any{"token": s.linked(s.letterTo("six@example.com"), "confirm-channel")}, actor: "anonymous"}
+	},
+	"askConfirmation": func(s *stage) deed {
+		channel := s.mailTo("seven@example.com")
+		s.letterTo("seven@example.com")
+		s.sql("UPDATE channels SET target = 'eight@example.com' WHERE target = 'seven@example.com'") // It had none in this hour.
+		return deed{named: []string{channel}}
 	},
 	"finishGitHub": func(s *stage) deed {
 		q, c := s.toGitHub("/v1/auth/github?link=true", &http.Cookie{Name: "wrenn_access", Value: s.admin})

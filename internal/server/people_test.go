@@ -862,7 +862,7 @@ func (p *plane) mailed() func() string {
 // linked returns the token of the link in a letter.
 func (p *plane) linked(letter, page string) string {
 	p.Helper()
-	link := regexp.MustCompile(`http://localhost:8000/` + page + `#token=(wr[pv]_[\w-]+)`).FindStringSubmatch(letter)
+	link := regexp.MustCompile(`http://localhost:8000/` + page + `#token=(wr[pvc]_[\w-]+)`).FindStringSubmatch(letter)
 	if link == nil {
 		p.Fatalf("no link in:\n%s", letter)
 	}

@@ -366,3 +366,33 @@ func TestChannels(t *testing.T) {
 	p.call("GET", base, nil).fails(404, "not_found")
 	p.call("GET", "/v1/channels/x", nil).fails(400, "invalid_argument")
 }
+
+// TestConfirmChannel confirms a channel as its recipient does: with the page that
+// the letter's link opens.
+func TestConfirmChannel(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	letters := p.mailed()
+	asAda := as(p.bearer(p.person("ada@example.com")))
+	p.call("POST", "/v1/teams", map[string]any{"name": "one"}, asAda...).want(201)
+	body := map[string]any{"name": "c", "kind": "email", "address": "ops@example.com", "events": []string{"sandbox.lost"}}
+	made := p.call("POST", "/v1/channels", body, asAda...).want(201)
+	if made.object()["confirmed"] != false {
+		t.Errorf("made: %v", made.object())
+	}
+	token := p.linked(letters(), "confirm-channel")
+	base := "/v1/channels/" + made.str("id")
+	p.call("POST", base+"/test", nil, asAda...).fails(409, "conflict")
+	p.call("POST", base+"/confirmation", nil, asAda...).fails(429, "rate_limited")
+	page := p.call("GET", "/confirm-channel", nil, nobody...).want(200)
+	if html := string(page.Body); strings.Contains(html, "password\"") || !strings.Contains(html, `action="v1/channel-confirmations"`) {
+		t.Errorf("page: %s", html)
+	}
+	p.call("POST", "/v1/channel-confirmations", map[string]any{"token": "wrc_x"}, nobody...).fails(401, "unauthenticated")
+	p.call("POST", "/v1/channel-confirmations", map[string]any{"token": token}, nobody...).want(204)
+	if got := p.call("GET", base, nil, asAda...).want(200).object(); got["confirmed"] != true {
+		t.Errorf("confirmed: %v", got)
+	}
+	p.call("POST", base+"/confirmation", nil, asAda...).fails(409, "conflict")
+	p.call("POST", base+"/confirmation", nil).fails(404, "not_found")
+}

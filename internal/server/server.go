@@ -319,12 +319,13 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	if s.mail, err = mail.New(c.SMTPURL, c.MailFrom, s.log); err != nil {
 		return nil, err
 	}
-	if s.channels, err = notify.New(notify.Config{Store: s.store, Secret: secret, Mail: s.mail, Private: c.NotifyPrivate, Log: s.log}); err != nil {
+	limiter := ratelimit.New(s.redis, s.log)
+	s.channels, err = notify.New(notify.Config{Store: s.store, Secret: secret, Mail: s.mail, Limiter: limiter, PublicURL: c.PublicURL, Private: c.NotifyPrivate, Log: s.log})
+	if err != nil {
 		return nil, err
 	}
 	s.sessions = auth.NewSessions(s.store, secret, s.log)
 	s.watch = auth.NewWatch(s.store, s.log)
-	limiter := ratelimit.New(s.redis, s.log)
 	// All servers of an installation say the same.
 	first := "wrf_" + hex.EncodeToString(auth.Derive(secret, "first sign-up"))[:40]
 	s.users = users.New(users.Config{FirstToken: first, Store: s.store, Sessions: s.sessions, Limiter: limiter, Mail: s.mail, PublicURL: c.PublicURL, PasswordCost: c.PasswordCost, Log: s.log})

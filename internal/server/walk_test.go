@@ -103,7 +103,7 @@ func (p *plane) world() *world {
 		b.Queue("INSERT INTO templates (id, team_id, name, size_bytes, created_at, disk_mib, captured_from) VALUES ($1, $2, $3, 1, 'epoch'::timestamptz + interval '1 second', 5120, $4)", t.template, t.id, t.nameOfTmpl, t.sandbox)
 		t.build, t.channel = uuid.New(), uuid.New()
 		b.Queue("INSERT INTO builds (id, team_id, name, tags, recipe, options, state, total_steps, created_at, ended_at) VALUES ($1, $2, 'b', '{}', 'RUN true', '{}', 'succeeded', 1, now(), now())", t.build, t.id)
-		b.Queue("INSERT INTO channels (id, team_id, name, kind, events, target, sealed) VALUES ($1, $2, 'c', 'email', '{quota.reached}', 'c@example.com', '')", t.channel, t.id)
+		b.Queue("INSERT INTO channels (id, team_id, name, kind, events, target, sealed, confirmed_at) VALUES ($1, $2, 'c', 'email', '{quota.reached}', 'c@example.com', '', now())", t.channel, t.id)
 		b.Queue("INSERT INTO template_tags (team_id, name, tag, template_id) VALUES ($1, $2, 'latest', $3)", t.id, t.nameOfTmpl, t.template)
 		b.Queue("INSERT INTO host_templates (host_id, template_id) VALUES ($1, $2)", host, t.template)
 		b.Queue(`INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, auto_resume)

@@ -98,6 +98,9 @@ type Channel struct {
 	DisabledReason string
 	FailingSince   *time.Time
 	CreatedAt      time.Time
+	ConfirmedAt    *time.Time
+	ConfirmHash    []byte
+	ConfirmUntil   *time.Time
 }
 
 type Delivery struct {

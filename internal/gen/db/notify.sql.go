@@ -12,6 +12,48 @@ import (
 	"github.com/google/uuid"
 )
 
+const addressConfirmed = `-- name: AddressConfirmed :one
+SELECT EXISTS (SELECT FROM channels WHERE team_id = $1 AND kind = 'email' AND lower(target) = lower($2::text) AND confirmed_at IS NOT NULL)
+`
+
+type AddressConfirmedParams struct {
+	TeamID  uuid.UUID
+	Address string
+}
+
+// Whether the recipient has confirmed an address for another channel of the team.
+func (q *Queries) AddressConfirmed(ctx context.Context, arg AddressConfirmedParams) (bool, error) {
+	row := q.db.QueryRow(ctx, addressConfirmed, arg.TeamID, arg.Address)
+	var exists bool
+	err := row.Scan(&exists)
+	return exists, err
+}
+
+const askConfirmation = `-- name: AskConfirmation :execrows
+UPDATE channels SET confirm_hash = $1, confirm_until = $2
+WHERE id = $3 AND kind = 'email' AND target = $4 AND confirmed_at IS NULL
+`
+
+type AskConfirmationParams struct {
+	ConfirmHash  []byte
+	ConfirmUntil *time.Time
+	ID           uuid.UUID
+	Target       string
+}
+
+func (q *Queries) AskConfirmation(ctx context.Context, arg AskConfirmationParams) (int64, error) {
+	result, err := q.db.Exec(ctx, askConfirmation,
+		arg.ConfirmHash,
+		arg.ConfirmUntil,
+		arg.ID,
+		arg.Target,
+	)
+	if err != nil {
+		return 0, err
+	}
+	return result.RowsAffected(), nil
+}
+
 const channelFails = `-- name: ChannelFails :one
 UPDATE channels SET failing_since = COALESCE(failing_since, now()),
     enabled = enabled AND COALESCE(failing_since, now()) > now() - make_interval(secs => $1::float8),
@@ -76,6 +118,21 @@ func (q *Queries) ClaimDelivery(ctx context.Context, arg ClaimDeliveryParams) (D
 		&i.Error,
 	)
 	return i, err
+}
+
+const confirmChannel = `-- name: ConfirmChannel :execrows
+UPDATE channels SET confirmed_at = now(), confirm_hash = NULL, confirm_until = NULL
+FROM (SELECT o.team_id, o.target FROM channels o WHERE o.confirm_hash = $1 AND o.confirm_until > now()) asked
+WHERE channels.team_id = asked.team_id AND channels.kind = 'email' AND lower(channels.target) = lower(asked.target) AND channels.confirmed_at IS NULL
+`
+
+// With it the team's other channels to the same address.
+func (q *Queries) ConfirmChannel(ctx context.Context, confirmHash []byte) (int64, error) {
+	result, err := q.db.Exec(ctx, confirmChannel, confirmHash)
+	if err != nil {
+		return 0, err
+	}
+	return result.RowsAffected(), nil
 }
 
 const countChannels = `-- name: CountChannels :one
@@ -164,7 +221,7 @@ func (q *Queries) ForgetDeliveries(ctx context.Context, arg ForgetDeliveriesPara
 }
 
 const getChannel = `-- name: GetChannel :one
-SELECT id, team_id, name, kind, events, target, sealed, enabled, disabled_reason, failing_since, created_at FROM channels WHERE id = $1
+SELECT id, team_id, name, kind, events, target, sealed, enabled, disabled_reason, failing_since, created_at, confirmed_at, confirm_hash, confirm_until FROM channels WHERE id = $1
 `
 
 func (q *Queries) GetChannel(ctx context.Context, id uuid.UUID) (Channel, error) {
@@ -182,12 +239,15 @@ func (q *Queries) GetChannel(ctx context.Context, id uuid.UUID) (Channel, error)
 		&i.DisabledReason,
 		&i.FailingSince,
 		&i.CreatedAt,
+		&i.ConfirmedAt,
+		&i.ConfirmHash,
+		&i.ConfirmUntil,
 	)
 	return i, err
 }
 
 const getTeamChannel = `-- name: GetTeamChannel :one
-SELECT id, team_id, name, kind, events, target, sealed, enabled, disabled_reason, failing_since, created_at FROM channels WHERE id = $1 AND team_id = $2
+SELECT id, team_id, name, kind, events, target, sealed, enabled, disabled_reason, failing_since, created_at, confirmed_at, confirm_hash, confirm_until FROM channels WHERE id = $1 AND team_id = $2
 `
 
 type GetTeamChannelParams struct {
@@ -210,24 +270,33 @@ func (q *Queries) GetTeamChannel(ctx context.Context, arg GetTeamChannelParams) 
 		&i.DisabledReason,
 		&i.FailingSince,
 		&i.CreatedAt,
+		&i.ConfirmedAt,
+		&i.ConfirmHash,
+		&i.ConfirmUntil,
 	)
 	return i, err
 }
 
 const insertChannel = `-- name: InsertChannel :one
-INSERT INTO channels (id, team_id, name, kind, events, target, sealed) VALUES ($1, $2, $3, $4, $5, $6, $7) RETURNING id, team_id, name, kind, events, target, sealed, enabled, disabled_reason, failing_since, created_at
+INSERT INTO channels (id, team_id, name, kind, events, target, sealed, confirm_hash, confirm_until, confirmed_at)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9,
+    CASE WHEN $4 = 'email' AND EXISTS (SELECT FROM channels o WHERE o.team_id = $2 AND o.kind = 'email' AND lower(o.target) = lower($6) AND o.confirmed_at IS NOT NULL) THEN now() END)
+RETURNING id, team_id, name, kind, events, target, sealed, enabled, disabled_reason, failing_since, created_at, confirmed_at, confirm_hash, confirm_until
 `
 
 type InsertChannelParams struct {
-	ID     uuid.UUID
-	TeamID uuid.UUID
-	Name   string
-	Kind   string
-	Events []string
-	Target string
-	Sealed []byte
+	ID           uuid.UUID
+	TeamID       uuid.UUID
+	Name         string
+	Kind         string
+	Events       []string
+	Target       string
+	Sealed       []byte
+	ConfirmHash  []byte
+	ConfirmUntil *time.Time
 }
 
+// One of mail is confirmed already if the team has another with its address that is.
 func (q *Queries) InsertChannel(ctx context.Context, arg InsertChannelParams) (Channel, error) {
 	row := q.db.QueryRow(ctx, insertChannel,
 		arg.ID,
@@ -237,6 +306,8 @@ func (q *Queries) InsertChannel(ctx context.Context, arg InsertChannelParams) (C
 		arg.Events,
 		arg.Target,
 		arg.Sealed,
+		arg.ConfirmHash,
+		arg.ConfirmUntil,
 	)
 	var i Channel
 	err := row.Scan(
@@ -251,6 +322,9 @@ func (q *Queries) InsertChannel(ctx context.Context, arg InsertChannelParams) (C
 		&i.DisabledReason,
 		&i.FailingSince,
 		&i.CreatedAt,
+		&i.ConfirmedAt,
+		&i.ConfirmHash,
+		&i.ConfirmUntil,
 	)
 	return i, err
 }
@@ -293,7 +367,7 @@ func (q *Queries) InsertDelivery(ctx context.Context, arg InsertDeliveryParams) 
 }
 
 const listChannels = `-- name: ListChannels :many
-SELECT id, team_id, name, kind, events, target, sealed, enabled, disabled_reason, failing_since, created_at FROM channels WHERE team_id = $1 ORDER BY created_at, id
+SELECT id, team_id, name, kind, events, target, sealed, enabled, disabled_reason, failing_since, created_at, confirmed_at, confirm_hash, confirm_until FROM channels WHERE team_id = $1 ORDER BY created_at, id
 `
 
 func (q *Queries) ListChannels(ctx context.Context, teamID uuid.UUID) ([]Channel, error) {
@@ -317,6 +391,9 @@ func (q *Queries) ListChannels(ctx context.Context, teamID uuid.UUID) ([]Channel
 			&i.DisabledReason,
 			&i.FailingSince,
 			&i.CreatedAt,
+			&i.ConfirmedAt,
+			&i.ConfirmHash,
+			&i.ConfirmUntil,
 		); err != nil {
 			return nil, err
 		}
@@ -421,21 +498,29 @@ UPDATE channels SET name = COALESCE($1, name), events = COALESCE($2::text[], eve
     target = COALESCE($3, target), sealed = COALESCE($4::bytea, sealed),
     enabled = COALESCE($5::boolean, enabled),
     failing_since = CASE WHEN $5::boolean THEN NULL ELSE failing_since END,
-    disabled_reason = CASE WHEN $5::boolean IS NOT NULL THEN '' ELSE disabled_reason END
-WHERE id = $6 AND team_id = $7 RETURNING id, team_id, name, kind, events, target, sealed, enabled, disabled_reason, failing_since, created_at
+    disabled_reason = CASE WHEN $5::boolean IS NOT NULL THEN '' ELSE disabled_reason END,
+    confirmed_at = CASE
+        WHEN lower(COALESCE($3, target)) = lower(target) THEN confirmed_at
+        WHEN kind = 'email' AND EXISTS (SELECT FROM channels o WHERE o.team_id = $6 AND o.kind = 'email' AND lower(o.target) = lower($3) AND o.confirmed_at IS NOT NULL) THEN now() END,
+    confirm_hash = CASE WHEN lower(COALESCE($3, target)) = lower(target) THEN confirm_hash ELSE $7 END,
+    confirm_until = CASE WHEN lower(COALESCE($3, target)) = lower(target) THEN confirm_until ELSE $8 END
+WHERE channels.id = $9 AND channels.team_id = $6 RETURNING id, team_id, name, kind, events, target, sealed, enabled, disabled_reason, failing_since, created_at, confirmed_at, confirm_hash, confirm_until
 `
 
 type UpdateChannelParams struct {
-	Name    *string
-	Events  []string
-	Target  *string
-	Sealed  []byte
-	Enabled *bool
-	ID      uuid.UUID
-	TeamID  uuid.UUID
+	Name         *string
+	Events       []string
+	Target       *string
+	Sealed       []byte
+	Enabled      *bool
+	TeamID       uuid.UUID
+	ConfirmHash  []byte
+	ConfirmUntil *time.Time
+	ID           uuid.UUID
 }
 
-// To enable it is to begin anew.
+// To enable it is to begin anew. Another address is not confirmed by what was
+// sent to the one before.
 func (q *Queries) UpdateChannel(ctx context.Context, arg UpdateChannelParams) (Channel, error) {
 	row := q.db.QueryRow(ctx, updateChannel,
 		arg.Name,
@@ -443,8 +528,10 @@ func (q *Queries) UpdateChannel(ctx context.Context, arg UpdateChannelParams) (C
 		arg.Target,
 		arg.Sealed,
 		arg.Enabled,
-		arg.ID,
 		arg.TeamID,
+		arg.ConfirmHash,
+		arg.ConfirmUntil,
+		arg.ID,
 	)
 	var i Channel
 	err := row.Scan(
@@ -459,6 +546,9 @@ func (q *Queries) UpdateChannel(ctx context.Context, arg UpdateChannelParams) (C
 		&i.DisabledReason,
 		&i.FailingSince,
 		&i.CreatedAt,
+		&i.ConfirmedAt,
+		&i.ConfirmHash,
+		&i.ConfirmUntil,
 	)
 	return i, err
 }

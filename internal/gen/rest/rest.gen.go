@@ -864,6 +864,9 @@ type ChangeUser struct {
 
 // Channel defines model for Channel.
 type Channel struct {
+	// Confirmed Whether it may be told of anything: the recipient of mail has confirmed the address; true for other kinds.
+	Confirmed bool `json:"confirmed"`
+
 	// CreatedAt When it was made.
 	CreatedAt time.Time `json:"created_at"`
 
@@ -1019,6 +1022,12 @@ type CodeResult struct {
 	Results        []CodeOutput `json:"results"`
 	Stderr         string       `json:"stderr"`
 	Stdout         string       `json:"stdout"`
+}
+
+// ConfirmChannel defines model for ConfirmChannel.
+type ConfirmChannel struct {
+	// Token What the link ends with.
+	Token string `json:"token"`
 }
 
 // CreateBuild defines model for CreateBuild.
@@ -2677,6 +2686,9 @@ type SignUpJSONRequestBody = SignUp
 // VerifyEmailJSONRequestBody defines body for VerifyEmail for application/json ContentType.
 type VerifyEmailJSONRequestBody = VerifyEmail
 
+// ConfirmChannelJSONRequestBody defines body for ConfirmChannel for application/json ContentType.
+type ConfirmChannelJSONRequestBody = ConfirmChannel
+
 // CreateChannelJSONRequestBody defines body for CreateChannel for application/json ContentType.
 type CreateChannelJSONRequestBody = CreateChannel
 
@@ -2736,6 +2748,9 @@ type ChannelMessageJSONRequestBody = ChannelMessage
 
 // ServerInterface represents all server handlers.
 type ServerInterface interface {
+	// GetConfirmPage The page that confirms a notification channel
+	// (GET /confirm-channel)
+	GetConfirmPage(w http.ResponseWriter, r *http.Request)
 	// GetDocs This document as a page to read
 	// (GET /docs)
 	GetDocs(w http.ResponseWriter, r *http.Request)
@@ -2877,6 +2892,9 @@ type ServerInterface interface {
 	// VerifyEmail Open an account with the link that was mailed
 	// (POST /v1/auth/verify)
 	VerifyEmail(w http.ResponseWriter, r *http.Request)
+	// ConfirmChannel Confirm a channel with the link that was mailed
+	// (POST /v1/channel-confirmations)
+	ConfirmChannel(w http.ResponseWriter, r *http.Request)
 	// ListChannels List notification channels
 	// (GET /v1/channels)
 	ListChannels(w http.ResponseWriter, r *http.Request)
@@ -2892,6 +2910,9 @@ type ServerInterface interface {
 	// ChangeChannel Change a channel
 	// (PATCH /v1/channels/{channel_id})
 	ChangeChannel(w http.ResponseWriter, r *http.Request, channelID ChannelID)
+	// AskConfirmation Send the letter that asks for confirmation again
+	// (POST /v1/channels/{channel_id}/confirmation)
+	AskConfirmation(w http.ResponseWriter, r *http.Request, channelID ChannelID)
 	// ListDeliveries What a channel was told
 	// (GET /v1/channels/{channel_id}/deliveries)
 	ListDeliveries(w http.ResponseWriter, r *http.Request, channelID ChannelID, params ListDeliveriesParams)
@@ -3083,6 +3104,12 @@ type ServerInterface interface {
 // Unimplemented server implementation that returns http.StatusNotImplemented for each endpoint.
 
 type Unimplemented struct{}
+
+// GetConfirmPage The page that confirms a notification channel
+// (GET /confirm-channel)
+func (_ Unimplemented) GetConfirmPage(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
 
 // GetDocs This document as a page to read
 // (GET /docs)
@@ -3366,6 +3393,12 @@ func (_ Unimplemented) VerifyEmail(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
+// ConfirmChannel Confirm a channel with the link that was mailed
+// (POST /v1/channel-confirmations)
+func (_ Unimplemented) ConfirmChannel(w http.ResponseWriter, r *http.Request) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
 // ListChannels List notification channels
 // (GET /v1/channels)
 func (_ Unimplemented) ListChannels(w http.ResponseWriter, r *http.Request) {
@@ -3393,6 +3426,12 @@ func (_ Unimplemented) GetChannel(w http.ResponseWriter, r *http.Request, channe
 // ChangeChannel Change a channel
 // (PATCH /v1/channels/{channel_id})
 func (_ Unimplemented) ChangeChannel(w http.ResponseWriter, r *http.Request, channelID ChannelID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// AskConfirmation Send the letter that asks for confirmation again
+// (POST /v1/channels/{channel_id}/confirmation)
+func (_ Unimplemented) AskConfirmation(w http.ResponseWriter, r *http.Request, channelID ChannelID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -3776,6 +3815,20 @@ type ServerInterfaceWrapper struct {
 }
 
 type MiddlewareFunc func(http.Handler) http.Handler
+
+// GetConfirmPage operation middleware
+func (siw *ServerInterfaceWrapper) GetConfirmPage(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetConfirmPage(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
 
 // GetDocs operation middleware
 func (siw *ServerInterfaceWrapper) GetDocs(w http.ResponseWriter, r *http.Request) {
@@ -5246,6 +5299,20 @@ func (siw *ServerInterfaceWrapper) VerifyEmail(w http.ResponseWriter, r *http.Re
 	handler.ServeHTTP(w, r)
 }
 
+// ConfirmChannel operation middleware
+func (siw *ServerInterfaceWrapper) ConfirmChannel(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ConfirmChannel(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // ListChannels operation middleware
 func (siw *ServerInterfaceWrapper) ListChannels(w http.ResponseWriter, r *http.Request) {
 
@@ -5343,6 +5410,32 @@ func (siw *ServerInterfaceWrapper) ChangeChannel(w http.ResponseWriter, r *http.
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.ChangeChannel(w, r, channelID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// AskConfirmation operation middleware
+func (siw *ServerInterfaceWrapper) AskConfirmation(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "channel_id" -------------
+	var channelID ChannelID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "channel_id", chi.URLParam(r, "channel_id"), &channelID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "channel_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.AskConfirmation(w, r, channelID)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -7707,6 +7800,12 @@ func HandlerWithOptions(si ServerInterface, options ChiServerOptions) http.Handl
 		r.Patch(options.BaseURL+"/v1/channels/{channel_id}", wrapper.ChangeChannel)
 	})
 	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/channels/{channel_id}/confirmation", wrapper.AskConfirmation)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/channel-confirmations", wrapper.ConfirmChannel)
+	})
+	r.Group(func(r chi.Router) {
 		r.Post(options.BaseURL+"/v1/channels/{channel_id}/test", wrapper.TestChannel)
 	})
 	r.Group(func(r chi.Router) {
@@ -7723,6 +7822,9 @@ func HandlerWithOptions(si ServerInterface, options ChiServerOptions) http.Handl
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/verify", wrapper.GetVerifyPage)
+	})
+	r.Group(func(r chi.Router) {
+		r.Get(options.BaseURL+"/confirm-channel", wrapper.GetConfirmPage)
 	})
 	r.Group(func(r chi.Router) {
 		r.Get(options.BaseURL+"/reset-password", wrapper.GetResetPage)

@@ -32,6 +32,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/mail"
 	"github.com/wrenn-dev/wrenn/internal/server/page"
+	"github.com/wrenn-dev/wrenn/internal/server/ratelimit"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
@@ -67,6 +68,10 @@ type Config struct {
 	// Secret is the installation's.
 	Secret []byte
 	Mail   *mail.Sender
+	// Limiter counts letters that ask for confirmation.
+	Limiter *ratelimit.Limiter
+	// PublicURL is where recipients reach the service.
+	PublicURL string
 	// Private allows deliveries to private addresses.
 	Private bool
 	Log     *slog.Logger
@@ -198,7 +203,7 @@ func checkEvents(events []string, admin bool) error {
 }
 
 // Create makes a channel of a team. admin says whether who asks is one of the
-// platform's.
+// platform's. The recipient of mail is asked to confirm the address.
 func (s *Service) Create(ctx context.Context, team uuid.UUID, admin bool, p Params) (db.Channel, error) {
 	t := target{}
 	t.apply(p)
@@ -209,6 +214,12 @@ func (s *Service) Create(ctx context.Context, team uuid.UUID, admin bool, p Para
 	sealed, err := s.seal(channel, t)
 	if err != nil {
 		return db.Channel{}, fmt.Errorf("encrypt channel's secrets: %w", err)
+	}
+	var c confirmation
+	if p.Kind == Email {
+		if c, err = s.confirmation(ctx, team, t.Address); err != nil {
+			return db.Channel{}, err
+		}
 	}
 	var row db.Channel
 	err = s.Store.InTx(ctx, func(q *db.Queries) error {
@@ -222,7 +233,9 @@ func (s *Service) Create(ctx context.Context, team uuid.UUID, admin bool, p Para
 		if n >= maxChannels {
 			return fault.New(fault.Conflict, "a team has at most %d channels", maxChannels)
 		}
-		row, err = q.InsertChannel(ctx, db.InsertChannelParams{ID: channel, TeamID: team, Name: *p.Name, Kind: p.Kind, Events: unique(p.Events), Target: t.shown(), Sealed: sealed})
+		row, err = q.InsertChannel(ctx, db.InsertChannelParams{
+			ID: channel, TeamID: team, Name: *p.Name, Kind: p.Kind, Events: unique(p.Events), Target: t.shown(), Sealed: sealed, ConfirmHash: c.hash, ConfirmUntil: c.until,
+		})
 		return err
 	})
 	if fault.Is(err, fault.Conflict) {
@@ -231,6 +244,7 @@ func (s *Service) Create(ctx context.Context, team uuid.UUID, admin bool, p Para
 	if err != nil {
 		return row, fmt.Errorf("write channel: %w", err)
 	}
+	s.ask(row, c)
 	return row, nil
 }
 
@@ -278,7 +292,8 @@ func (s *Service) List(ctx context.Context, team uuid.UUID) ([]db.Channel, error
 	return rows, nil
 }
 
-// Update changes a channel. To enable it forgives what went wrong before.
+// Update changes a channel. To enable it forgives what went wrong before. The
+// recipient of another mail address is asked to confirm it.
 func (s *Service) Update(ctx context.Context, team, channel uuid.UUID, admin bool, p Params) (db.Channel, error) {
 	row, err := s.Get(ctx, team, channel)
 	if err != nil {
@@ -291,6 +306,7 @@ func (s *Service) Update(ctx context.Context, team, channel uuid.UUID, admin boo
 		}
 		change.Events = unique(p.Events)
 	}
+	var c confirmation
 	if p.URL != nil || p.Secret != nil || p.Address != nil {
 		// What it goes to is said anew, all of it, if what there was cannot be read.
 		t, _ := s.open(row)
@@ -303,6 +319,12 @@ func (s *Service) Update(ctx context.Context, team, channel uuid.UUID, admin boo
 		}
 		shown := t.shown()
 		change.Target = &shown
+		if row.Kind == Email && !strings.EqualFold(shown, row.Target) {
+			if c, err = s.confirmation(ctx, team, shown); err != nil {
+				return row, err
+			}
+			change.ConfirmHash, change.ConfirmUntil = c.hash, c.until
+		}
 	}
 	if row, err = s.Store.UpdateChannel(ctx, change); errors.Is(err, store.ErrNoRows) {
 		return row, fault.New(fault.NotFound, "no such channel")
@@ -310,6 +332,7 @@ func (s *Service) Update(ctx context.Context, team, channel uuid.UUID, admin boo
 	if err != nil {
 		return row, fmt.Errorf("change channel: %w", err)
 	}
+	s.ask(row, c)
 	return row, nil
 }
 
@@ -326,10 +349,14 @@ func (s *Service) Delete(ctx context.Context, team, channel uuid.UUID) error {
 }
 
 // Test tells a team's channel of nothing, once and now, and returns how that went.
+// It fails with conflict if the recipient has not confirmed the address.
 func (s *Service) Test(ctx context.Context, team, channel uuid.UUID) (db.Delivery, error) {
 	row, err := s.Get(ctx, team, channel)
 	if err != nil {
 		return db.Delivery{}, err
+	}
+	if !Confirmed(row) {
+		return db.Delivery{}, fault.New(fault.Conflict, "%v: they get a letter that asks them to", errUnconfirmed)
 	}
 	body, err := json.Marshal(map[string]any{"at": time.Now().UTC()})
 	if err != nil {

@@ -25,6 +25,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
+	"github.com/redis/go-redis/v9"
 	"golang.org/x/net/dns/dnsmessage"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
@@ -33,6 +34,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/mail"
 	"github.com/wrenn-dev/wrenn/internal/server/mail/mailtest"
+	"github.com/wrenn-dev/wrenn/internal/server/ratelimit"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
@@ -270,7 +272,13 @@ func newBench(t *testing.T, url string) *bench {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := New(Config{Store: st, Secret: []byte(strings.Repeat("k", 32)), Mail: letters, Private: true, Log: slog.New(slog.DiscardHandler)})
+	// No Redis: it counts by itself.
+	away := redis.NewClient(&redis.Options{Dialer: func(context.Context, string, string) (net.Conn, error) { return nil, net.ErrClosed }})
+	t.Cleanup(func() { away.Close() })
+	s, err := New(Config{
+		Store: st, Secret: []byte(strings.Repeat("k", 32)), Mail: letters, Limiter: ratelimit.New(away, slog.New(slog.DiscardHandler)), PublicURL: "http://localhost:8000/",
+		Private: true, Log: slog.New(slog.DiscardHandler),
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -334,6 +342,7 @@ func TestDeliveries(t *testing.T) {
 	if _, err := b.Create(t.Context(), b.team, true, Params{Kind: Email, Name: &name, Events: []string{"sandbox.ended"}, Address: &address}); err != nil {
 		t.Fatal(err)
 	}
+	b.exec("UPDATE channels SET confirmed_at = now()")
 	// What could be used by who reads the database is not in it.
 	var plain int
 	if err := b.conn.QueryRow(t.Context(), "SELECT count(*) FROM channels c WHERE c::text LIKE '%token=secret%' OR c::text LIKE '%ssssssss%' OR position('secret'::bytea in sealed) > 0").Scan(&plain); err != nil || plain != 0 {
@@ -480,6 +489,7 @@ func TestGivingUp(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	b.exec("UPDATE channels SET confirmed_at = now()")
 	if d, err := b.Test(t.Context(), b.team, c.ID); err != nil || d.State != "failed" || d.Error != mail.ErrNoServer.Error() {
 		t.Errorf("test: %+v, %v", d, err)
 	}
@@ -512,6 +522,7 @@ func TestHangingReceivers(t *testing.T) {
 	if _, err := b.Create(t.Context(), b.team, true, Params{Kind: Email, Name: &name, Events: []string{"quota.reached"}, Address: &address}); err != nil {
 		t.Fatal(err)
 	}
+	b.exec("UPDATE channels SET confirmed_at = now()")
 	b.Mail = nil // whose use panics
 	// Older than all else, and more than a server tries at once.
 	for range 2 * workers {
@@ -530,5 +541,126 @@ func TestHangingReceivers(t *testing.T) {
 	var waits bool
 	if err := b.conn.QueryRow(t.Context(), "SELECT bool_and(attempts <= 1 AND error = '') FROM deliveries WHERE event = 'sandbox.started' AND state = 'pending'").Scan(&waits); err != nil || !waits {
 		t.Errorf("others had to wait until a receiver's time was over: %v", err)
+	}
+}
+
+// TestConfirmation: an address is told of nothing before its recipient has
+// confirmed it, and nobody can have many letters sent to it.
+func TestConfirmation(t *testing.T) {
+	b := newBench(t, pgtest.New(t))
+	other := uuid.New()
+	b.exec("INSERT INTO teams (id, name) VALUES ($1, 'Buy now http://spam.example'), ($2, 'other')", b.team, other)
+	post := mailtest.Start(t, mailtest.Options{})
+	letters, err := mail.New("smtp://"+post.Addr+"?tls=none", "wrenn@example.com", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.Mail = letters
+	ctx, stop := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() { letters.Run(ctx) })
+	defer wg.Wait()
+	defer stop()
+	link := func(to string) (token string) {
+		t.Helper()
+		select {
+		case l := <-post.Letters:
+			_, token, ok := strings.Cut(l.Text, "http://localhost:8000/confirm-channel#token=")
+			token, _, _ = strings.Cut(token, "\n")
+			if l.To != to || !ok || strings.Contains(l.Text+l.Subject, "spam") {
+				t.Fatalf("letter to %s: %q", l.To, l.Text)
+			}
+			return strings.TrimSpace(token)
+		case <-time.After(await.Hang):
+			t.Fatal("no letter was sent")
+		}
+		return ""
+	}
+	name := "Buy now http://spam.example"
+	create := func(team uuid.UUID, address string) (db.Channel, error) {
+		return b.Create(t.Context(), team, false, Params{Kind: Email, Name: &name, Events: []string{"quota.reached"}, Address: &address})
+	}
+	emit := func() (n int) {
+		t.Helper()
+		b.exec("DELETE FROM deliveries")
+		b.exec("SELECT notify_channels(NULL, 'quota.reached', '{}')")
+		if err := b.conn.QueryRow(t.Context(), "SELECT count(*) FROM deliveries").Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	fails := func(what string, err error, code fault.Code) {
+		t.Helper()
+		if !fault.Is(err, code) {
+			t.Errorf("%s: %v, want %s", what, err, code)
+		}
+	}
+	c, err := create(b.team, "ops@example.com")
+	if err != nil || c.ConfirmedAt != nil {
+		t.Fatalf("made: %+v, %v", c, err)
+	}
+	first := link("ops@example.com")
+	_, err = b.Test(t.Context(), b.team, c.ID)
+	fails("a test before it is confirmed", err, fault.Conflict)
+	if n := emit(); n != 0 {
+		t.Errorf("%d events are told before it is confirmed", n)
+	}
+	// The address has had its letter, whoever asks and however it is written.
+	for _, team := range []uuid.UUID{b.team, other} {
+		_, err = create(team, "Ops@example.com")
+		fails("a second letter", err, fault.RateLimited)
+	}
+	fails("a second letter of the same", b.AskConfirmation(t.Context(), b.team, c.ID), fault.RateLimited)
+	for _, wrong := range []string{"", first + "x", "wrc_", first[:len(first)-1]} {
+		fails("another token", b.Confirm(t.Context(), wrong), fault.Unauthenticated)
+	}
+	// Another address, with a link of its own; the first one's is worth nothing.
+	b.exec("UPDATE channels SET confirmed_at = now()")
+	second := "more@example.com"
+	if c, err = b.Update(t.Context(), b.team, c.ID, false, Params{Address: &second}); err != nil || c.ConfirmedAt != nil {
+		t.Fatalf("changed: %+v, %v", c, err)
+	}
+	fails("the link of the address before", b.Confirm(t.Context(), first), fault.Unauthenticated)
+	token := link(second)
+	b.exec("UPDATE channels SET confirm_until = now()")
+	fails("an old link", b.Confirm(t.Context(), token), fault.Unauthenticated)
+	b.exec("UPDATE channels SET confirm_until = now() + interval '1 minute'")
+	if err := b.Confirm(t.Context(), token); err != nil {
+		t.Fatal(err)
+	}
+	fails("a used link", b.Confirm(t.Context(), token), fault.Unauthenticated)
+	if d, err := b.Test(t.Context(), b.team, c.ID); err != nil || d.State != "delivered" {
+		t.Errorf("test: %+v, %v", d, err)
+	}
+	if l := <-post.Letters; l.To != second {
+		t.Errorf("letter to %s", l.To)
+	}
+	if n := emit(); n != 1 {
+		t.Errorf("%d events are told, want 1", n)
+	}
+	fails("confirmed already", b.AskConfirmation(t.Context(), b.team, c.ID), fault.Conflict)
+	// What is not the address leaves it confirmed, and so does the team's next channel.
+	if c, err = b.Update(t.Context(), b.team, c.ID, false, Params{Name: new(string), Address: &second}); err != nil || c.ConfirmedAt == nil {
+		t.Errorf("renamed: %+v, %v", c, err)
+	}
+	if c, err := create(b.team, "More@example.com"); err != nil || c.ConfirmedAt == nil {
+		t.Errorf("another channel to the same address: %+v, %v", c, err)
+	}
+	// Teams of one owner have one bound together, however many addresses they know.
+	owner := uuid.New()
+	b.exec("INSERT INTO users (id, email) VALUES ($1, 'a@example.com')", owner)
+	b.exec("INSERT INTO team_members (team_id, user_id, role) VALUES ($1, $3, 'owner'), ($2, $3, 'owner')", b.team, other, owner)
+	sent := 0
+	for i := range 2 * limitLetters.Burst {
+		address := fmt.Sprintf("ops+%d@example.com", i)
+		if _, err := create([]uuid.UUID{b.team, other}[i%2], address); err == nil {
+			sent++
+			link(address)
+		} else if !fault.Is(err, fault.RateLimited) {
+			t.Fatal(err)
+		}
+	}
+	if sent != limitLetters.Burst {
+		t.Errorf("%d letters were sent, want %d", sent, limitLetters.Burst)
 	}
 }

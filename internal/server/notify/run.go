@@ -174,6 +174,9 @@ func (s *Service) try(ctx context.Context, c db.Channel, d db.Delivery) error {
 	if !c.Enabled {
 		return s.Store.DeliveryTried(ctx, db.DeliveryTriedParams{ID: d.ID, State: "failed", Error: "the channel is disabled"})
 	}
+	if !Confirmed(c) { // Its address was changed since.
+		return s.Store.DeliveryTried(ctx, db.DeliveryTriedParams{ID: d.ID, State: "failed", Error: errUnconfirmed.Error()})
+	}
 	out := s.deliver(ctx, c, d)
 	if ctx.Err() != nil && out.err != nil {
 		return ctx.Err() // The server stops; it is due again in a while.

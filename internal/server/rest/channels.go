@@ -17,7 +17,7 @@ func channelID(text string) (uuid.UUID, error) { return parseID(id.Channel, "cha
 func channel(row db.Channel) rest.Channel {
 	return rest.Channel{
 		ID: id.Format(id.Channel, row.ID), TeamID: id.Format(id.Team, row.TeamID), Name: row.Name, Kind: rest.ChannelKind(row.Kind), Events: channelEvents(row.Events),
-		Target: row.Target, Enabled: row.Enabled, DisabledReason: some(row.DisabledReason), FailingSince: utc(row.FailingSince), CreatedAt: row.CreatedAt.UTC(),
+		Target: row.Target, Enabled: row.Enabled, Confirmed: notify.Confirmed(row), DisabledReason: some(row.DisabledReason), FailingSince: utc(row.FailingSince), CreatedAt: row.CreatedAt.UTC(),
 	}
 }
 
@@ -141,6 +141,33 @@ func (a *API) TestChannel(w http.ResponseWriter, r *http.Request, text rest.Chan
 		return
 	}
 	answer(w, http.StatusOK, delivery(row))
+}
+
+// AskConfirmation answers POST /v1/channels/{channel_id}/confirmation.
+func (a *API) AskConfirmation(w http.ResponseWriter, r *http.Request, text rest.ChannelID) {
+	u, err := channelID(text)
+	if err == nil {
+		err = a.Channels.AskConfirmation(r.Context(), caller(r).Team, u)
+	}
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	w.WriteHeader(http.StatusAccepted)
+}
+
+// ConfirmChannel answers POST /v1/channel-confirmations.
+func (a *API) ConfirmChannel(w http.ResponseWriter, r *http.Request) {
+	var req rest.ConfirmChannel
+	err := decode(r, &req)
+	if err == nil {
+		err = a.Channels.Confirm(r.Context(), req.Token)
+	}
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
 }
 
 // ListDeliveries answers GET /v1/channels/{channel_id}/deliveries.

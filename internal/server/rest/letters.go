@@ -18,16 +18,19 @@ var (
 )
 
 // letterPages are the pages that links in letters open: each takes the token
-// that its address ends with, asks for a password, and sends both to the API.
+// that its address ends with, asks for a password or for a click, which whatever
+// looks through mail does not do, and sends that to the API.
 type letterPages struct {
-	verify, reset []byte
+	verify, reset, confirm []byte
 	// policy lets a page run the one script and talk to the API, and nothing else.
 	policy string
 }
 
 // letter is what a page says.
 type letter struct {
-	Title, Says, Label, Done string
+	Title, Says, Done string
+	// Label is of the password; empty: none is asked for.
+	Label string
 	// Action is where the password goes, as seen from the page.
 	Action, Autocomplete string
 	// Again asks for the password twice.
@@ -60,6 +63,13 @@ func renderLetterPages(publicURL string) (letterPages, error) {
 		Title: "Set a new password", Says: "You will be logged out everywhere.", Label: "New password",
 		Done: "The new password is set", Action: "v1/auth/password/reset", Autocomplete: "new-password", Again: true,
 	})
+	if err != nil {
+		return letterPages{}, err
+	}
+	p.confirm, err = render(letter{
+		Title: "Get notifications", Says: "A team wants to send its notifications to your address.",
+		Done: "You will get the team's notifications", Action: "v1/channel-confirmations",
+	})
 	return p, err
 }
 
@@ -78,4 +88,9 @@ func (a *API) GetVerifyPage(w http.ResponseWriter, _ *http.Request) {
 // GetResetPage answers GET /reset-password.
 func (a *API) GetResetPage(w http.ResponseWriter, _ *http.Request) {
 	a.letters.serve(w, a.letters.reset)
+}
+
+// GetConfirmPage answers GET /confirm-channel.
+func (a *API) GetConfirmPage(w http.ResponseWriter, _ *http.Request) {
+	a.letters.serve(w, a.letters.confirm)
 }

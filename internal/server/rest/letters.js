@@ -1,4 +1,4 @@
-// Sends the token that a letter's link ends with, and the password that was typed.
+// Sends the token that a letter's link ends with, and the password if one was asked for.
 const form = document.forms[0]
 const button = form.querySelector('button')
 const alert = form.querySelector('[role=alert]')
@@ -6,7 +6,7 @@ const alert = form.querySelector('[role=alert]')
 form.addEventListener('submit', async event => {
 	event.preventDefault()
 	const token = new URLSearchParams(location.hash.slice(1)).get('token')
-	const password = form.elements.password.value
+	const password = form.elements.password?.value
 	if (!token) {
 		alert.textContent = 'The link is not whole. Open it as it is in the letter.'
 		return

@@ -1,5 +1,23 @@
 -- name: InsertChannel :one
-INSERT INTO channels (id, team_id, name, kind, events, target, sealed) VALUES ($1, $2, $3, $4, $5, $6, $7) RETURNING *;
+-- One of mail is confirmed already if the team has another with its address that is.
+INSERT INTO channels (id, team_id, name, kind, events, target, sealed, confirm_hash, confirm_until, confirmed_at)
+VALUES (@id, @team_id, @name, @kind, @events, @target, @sealed, sqlc.narg('confirm_hash'), sqlc.narg('confirm_until'),
+    CASE WHEN @kind = 'email' AND EXISTS (SELECT FROM channels o WHERE o.team_id = @team_id AND o.kind = 'email' AND lower(o.target) = lower(@target) AND o.confirmed_at IS NOT NULL) THEN now() END)
+RETURNING *;
+
+-- name: AddressConfirmed :one
+-- Whether the recipient has confirmed an address for another channel of the team.
+SELECT EXISTS (SELECT FROM channels WHERE team_id = @team_id AND kind = 'email' AND lower(target) = lower(@address::text) AND confirmed_at IS NOT NULL);
+
+-- name: AskConfirmation :execrows
+UPDATE channels SET confirm_hash = @confirm_hash, confirm_until = @confirm_until
+WHERE id = @id AND kind = 'email' AND target = @target AND confirmed_at IS NULL;
+
+-- name: ConfirmChannel :execrows
+-- With it the team's other channels to the same address.
+UPDATE channels SET confirmed_at = now(), confirm_hash = NULL, confirm_until = NULL
+FROM (SELECT o.team_id, o.target FROM channels o WHERE o.confirm_hash = @confirm_hash AND o.confirm_until > now()) asked
+WHERE channels.team_id = asked.team_id AND channels.kind = 'email' AND lower(channels.target) = lower(asked.target) AND channels.confirmed_at IS NULL;
 
 -- name: CountChannels :one
 SELECT count(*) FROM channels WHERE team_id = $1;
@@ -14,13 +32,19 @@ SELECT * FROM channels WHERE id = $1 AND team_id = $2;
 SELECT * FROM channels WHERE id = $1;
 
 -- name: UpdateChannel :one
--- To enable it is to begin anew.
+-- To enable it is to begin anew. Another address is not confirmed by what was
+-- sent to the one before.
 UPDATE channels SET name = COALESCE(sqlc.narg('name'), name), events = COALESCE(sqlc.narg('events')::text[], events),
     target = COALESCE(sqlc.narg('target'), target), sealed = COALESCE(sqlc.narg('sealed')::bytea, sealed),
     enabled = COALESCE(sqlc.narg('enabled')::boolean, enabled),
     failing_since = CASE WHEN sqlc.narg('enabled')::boolean THEN NULL ELSE failing_since END,
-    disabled_reason = CASE WHEN sqlc.narg('enabled')::boolean IS NOT NULL THEN '' ELSE disabled_reason END
-WHERE id = @id AND team_id = @team_id RETURNING *;
+    disabled_reason = CASE WHEN sqlc.narg('enabled')::boolean IS NOT NULL THEN '' ELSE disabled_reason END,
+    confirmed_at = CASE
+        WHEN lower(COALESCE(sqlc.narg('target'), target)) = lower(target) THEN confirmed_at
+        WHEN kind = 'email' AND EXISTS (SELECT FROM channels o WHERE o.team_id = @team_id AND o.kind = 'email' AND lower(o.target) = lower(sqlc.narg('target')) AND o.confirmed_at IS NOT NULL) THEN now() END,
+    confirm_hash = CASE WHEN lower(COALESCE(sqlc.narg('target'), target)) = lower(target) THEN confirm_hash ELSE sqlc.narg('confirm_hash') END,
+    confirm_until = CASE WHEN lower(COALESCE(sqlc.narg('target'), target)) = lower(target) THEN confirm_until ELSE sqlc.narg('confirm_until') END
+WHERE channels.id = @id AND channels.team_id = @team_id RETURNING *;
 
 -- name: DeleteChannel :execrows
 DELETE FROM channels WHERE id = $1 AND team_id = $2;

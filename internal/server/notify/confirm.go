@@ -1,0 +1,129 @@
+package notify
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/mail"
+	"github.com/wrenn-dev/wrenn/internal/server/ratelimit"
+)
+
+// confirmLasts is how long the link of a letter that asks for confirmation is good for.
+const confirmLasts = 24 * time.Hour
+
+// Letters that ask for confirmation go to people who did not ask for them. One
+// mailbox can have many addresses, so the owner of teams has a bound as well.
+var (
+	limitAddress = ratelimit.Limit{Name: "confirm-address", Burst: 1, Per: time.Hour}
+	limitLetters = ratelimit.Limit{Name: "confirm-letters", Burst: 20, Per: 24 * time.Hour}
+)
+
+// errUnconfirmed is the error of a channel of mail whose recipient did not say yes.
+var errUnconfirmed = errors.New("the recipient has not confirmed the address")
+
+// Confirmed says whether a channel may be told of anything.
+func Confirmed(c db.Channel) bool { return c.Kind != Email || c.ConfirmedAt != nil }
+
+// confirmation is what a letter asks with; the zero confirmation asks nothing.
+type confirmation struct {
+	token string
+	hash  []byte
+	until *time.Time
+}
+
+// confirmation returns what to ask an address of a team with, or fails with
+// rate_limited. It asks nothing if the team has confirmed the address before.
+func (s *Service) confirmation(ctx context.Context, team uuid.UUID, address string) (confirmation, error) {
+	confirmed, err := s.Store.AddressConfirmed(ctx, db.AddressConfirmedParams{TeamID: team, Address: address})
+	if err != nil {
+		return confirmation{}, fmt.Errorf("look up address: %w", err)
+	}
+	if confirmed {
+		return confirmation{}, nil
+	}
+	payer, err := s.Store.GetTeamPayer(ctx, team)
+	if err != nil {
+		return confirmation{}, fmt.Errorf("look up owner: %w", err)
+	}
+	if err := s.Limiter.Allow(ctx, limitAddress, strings.ToLower(address)); err != nil {
+		return confirmation{}, err
+	}
+	if err := s.Limiter.Allow(ctx, limitLetters, payer.String()); err != nil {
+		return confirmation{}, err
+	}
+	var random [32]byte
+	rand.Read(random[:])
+	c := confirmation{token: "wrc_" + base64.RawURLEncoding.EncodeToString(random[:])}
+	sum, until := sha256.Sum256([]byte(c.token)), time.Now().Add(confirmLasts)
+	c.hash, c.until = sum[:], &until
+	return c, nil
+}
+
+// ask sends the letter. It says nothing that the team wrote, so that nobody can
+// send a text of theirs to strangers.
+func (s *Service) ask(row db.Channel, c confirmation) {
+	if c.token == "" || Confirmed(row) {
+		return
+	}
+	public := strings.TrimSuffix(s.PublicURL, "/")
+	s.Mail.Send(mail.Letter{
+		To: row.Target, Subject: "Confirm notifications of Wrenn",
+		Text: "A team of the Wrenn service at " + public + " (" + id.Format(id.Team, row.TeamID) + ") wants to send its notifications to this address.\n" +
+			"If you want them, confirm that within a day:\n\n" + public + "/confirm-channel#token=" + c.token +
+			"\n\nIf you do not know the team, there is nothing to do: you get no notifications.\n",
+	})
+}
+
+// AskConfirmation sends the letter of an unconfirmed channel again, with another
+// link. It fails with conflict if there is nothing to confirm.
+func (s *Service) AskConfirmation(ctx context.Context, team, channel uuid.UUID) error {
+	none := fault.New(fault.Conflict, "the channel needs no confirmation")
+	row, err := s.Get(ctx, team, channel)
+	if err != nil {
+		return err
+	}
+	if Confirmed(row) {
+		return none
+	}
+	c, err := s.confirmation(ctx, team, row.Target)
+	if err != nil {
+		return err
+	}
+	if c.token == "" { // Confirmed by now, and this channel with it.
+		return none
+	}
+	n, err := s.Store.AskConfirmation(ctx, db.AskConfirmationParams{ID: row.ID, Target: row.Target, ConfirmHash: c.hash, ConfirmUntil: c.until})
+	if err != nil {
+		return fmt.Errorf("write confirmation: %w", err)
+	}
+	if n == 0 {
+		return none
+	}
+	s.ask(row, c)
+	return nil
+}
+
+// Confirm confirms the address of the channel that a mailed token is of, for all
+// of its team's channels. It fails with unauthenticated for any other token.
+func (s *Service) Confirm(ctx context.Context, token string) error {
+	sum := sha256.Sum256([]byte(token))
+	n, err := s.Store.ConfirmChannel(ctx, sum[:])
+	if err != nil {
+		return fmt.Errorf("confirm channel: %w", err)
+	}
+	if n == 0 {
+		return fault.New(fault.Unauthenticated, "the link is not valid, or no longer")
+	}
+	return nil
+}
