@@ -10,16 +10,14 @@ package duplex
 import (
 	"io"
 	"net/http"
+	"sync"
 	"sync/atomic"
 	"time"
 )
 
-// linger is how long a client may send on after a response that did not wait
-// for all of its request.
-var linger = 30 * time.Second
-
 // Serve has h answer a request in full duplex. If the request's body has not
 // ended when the response begins, the connection is closed after the response.
+// The listener must be one of package linger, or the client may lose the response.
 func Serve(w http.ResponseWriter, r *http.Request, h func(http.ResponseWriter, *http.Request)) {
 	// A server that wraps this one, as Caddy does, may have wrapped the body that
 	// is none.
@@ -31,28 +29,18 @@ func Serve(w http.ResponseWriter, r *http.Request, h func(http.ResponseWriter, *
 	b := &body{ReadCloser: r.Body}
 	r.Body = b
 	out := &writer{ResponseWriter: w, body: b}
-	returned := false
-	defer func() {
-		if !returned && !b.ended.Load() {
-			// h broke the response off. The server would wait for the rest before
-			// it closes the connection, and the client would not notice.
-			_ = http.NewResponseController(w).SetReadDeadline(time.Unix(1, 0))
-		}
-	}()
+	// Whether h returns or breaks the response off, the server must not wait for
+	// the rest of the body before it closes the connection.
+	defer b.leave(http.NewResponseController(w))
 	h(out, r)
-	returned = true
 	out.begin(http.StatusOK)
-	if out.closes {
-		// The server waits for the rest before it closes, so that the client gets
-		// the response.
-		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(linger))
-	}
 }
 
 // body knows whether it was read to its end. Its reader may outlive the handler.
 type body struct {
 	io.ReadCloser
 	ended, closed atomic.Bool
+	reading       sync.Mutex // held while the server's body is read
 }
 
 // Close leaves the rest to the server. The server's own Close waits for it, and
@@ -63,6 +51,8 @@ func (b *body) Close() error {
 }
 
 func (b *body) Read(p []byte) (int, error) {
+	b.reading.Lock()
+	defer b.reading.Unlock()
 	if b.closed.Load() {
 		return 0, http.ErrBodyReadAfterClose
 	}
@@ -73,12 +63,29 @@ func (b *body) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// leave ends the reading of a body that has not ended, for good: a read that is
+// under way would have the server take the deadline away again.
+func (b *body) leave(control *http.ResponseController) {
+	if b.ended.Load() {
+		return
+	}
+	b.closed.Store(true)
+	for {
+		_ = control.SetReadDeadline(time.Unix(1, 0))
+		if b.reading.TryLock() {
+			break
+		}
+		time.Sleep(time.Millisecond) // A read that has just begun may have set its own deadline.
+	}
+	b.reading.Unlock()
+}
+
 // writer has the connection closed if the body has not ended when the response
 // begins: nobody can tell then whether it will be read.
 type writer struct {
 	http.ResponseWriter
-	body          *body
-	begun, closes bool
+	body  *body
+	begun bool
 }
 
 func (w *writer) begin(status int) {
@@ -87,7 +94,6 @@ func (w *writer) begin(status int) {
 	}
 	w.begun = true
 	if status >= 200 && !w.body.ended.Load() {
-		w.closes = true
 		w.Header().Set("Connection", "close")
 	}
 }

@@ -14,6 +14,9 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/linger"
+	"github.com/wrenn-dev/wrenn/internal/linger/lingertest"
 )
 
 // serve serves h in full duplex and fails the test if the server logs anything.
@@ -22,6 +25,7 @@ func serve(t *testing.T, h func(http.ResponseWriter, *http.Request)) *httptest.S
 	var log bytes.Buffer
 	s := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { Serve(w, r, h) }))
 	s.Config.ErrorLog = slog.NewLogLogger(slog.NewTextHandler(&log, nil), slog.LevelError)
+	s.Listener = linger.Listener(s.Listener)
 	s.Start()
 	t.Cleanup(func() {
 		s.Close() // Nothing writes to the log any more.
@@ -119,15 +123,43 @@ func responseDoesNotWait(t *testing.T, h func(http.ResponseWriter, *http.Request
 }
 
 // TestClientThatDoesNotGo has a client that neither sends the rest of its body
-// nor closes: the server does not keep the connection for it.
+// nor closes: the handler's server does not keep the connection for it, whether
+// nobody reads the body or somebody still does.
 func TestClientThatDoesNotGo(t *testing.T) {
-	defer func(d time.Duration) { linger = d }(linger)
-	linger = 10 * time.Millisecond
-	s := serve(t, func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no", http.StatusBadGateway) })
-	conn := half(t, s)
-	if all, err := io.ReadAll(conn); err != nil || !strings.HasSuffix(string(all), "\r\n\r\nno\n") {
-		t.Errorf("got %q, %v", all, err)
+	for name, reads := range map[string]bool{"unread": false, "while it is read": true} {
+		t.Run(name, func(t *testing.T) {
+			s := serve(t, func(w http.ResponseWriter, r *http.Request) {
+				if reads {
+					first, over := make(chan struct{}), make(chan struct{})
+					t.Cleanup(func() { <-over })
+					go func() {
+						defer close(over)
+						_, _ = r.Body.Read(make([]byte, 1))
+						close(first)
+						if _, err := r.Body.Read(make([]byte, 1)); err == nil {
+							t.Error("a second byte came")
+						}
+					}()
+					<-first
+				}
+				http.Error(w, "no", http.StatusBadGateway)
+			})
+			conn := half(t, s)
+			if all, err := io.ReadAll(conn); err != nil || !strings.HasSuffix(string(all), "\r\n\r\nno\n") {
+				t.Errorf("got %q, %v", all, err)
+			}
+		})
 	}
+}
+
+// TestRefusalArrives answers while clients send large bodies.
+func TestRefusalArrives(t *testing.T) {
+	s := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		go func() { _, _ = io.Copy(io.Discard, io.LimitReader(r.Body, 100<<10)) }() // As a proxy does.
+		http.Error(w, "no", http.StatusBadGateway)
+	})
+	dial := func() (net.Conn, error) { return net.Dial("tcp", s.Listener.Addr().String()) }
+	lingertest.Refused(t, dial, lingertest.Refusal{Status: http.StatusBadGateway, Contains: "no"}, 70)
 }
 
 // TestBreakDoesNotWaitForBody breaks a response off while the client waits for

@@ -5,6 +5,8 @@ import (
 	"net"
 	"net/http"
 	"sync"
+
+	"github.com/wrenn-dev/wrenn/internal/linger"
 )
 
 // connections are those that the daemon's server has open. A guest that goes
@@ -45,9 +47,9 @@ func (c *connections) shed(ctx context.Context) {
 		if conn == own {
 			continue
 		}
-		if tcp, ok := conn.(*net.TCPConn); ok {
-			// Nobody is there to take what is still unsent.
-			_ = tcp.SetLinger(0)
+		if c, ok := conn.(*linger.Conn); ok {
+			_ = c.Abort() // Nobody is there to take what is still unsent.
+			continue
 		}
 		_ = conn.Close()
 	}

@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"sync"
 	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/linger"
 )
 
 // PerAddress is how many connections one address may have to a listener.
@@ -49,12 +51,25 @@ func (b *bounded) Accept() (net.Conn, error) {
 		if !ok {
 			return c, nil
 		}
-		if !b.enter(from) {
-			_ = c.Close()
-			continue
+		if c = b.admit(c, from); c != nil {
+			return c, nil
 		}
-		return &boundedConn{Conn: c, leave: sync.OnceFunc(func() { b.leave(from) })}, nil
 	}
+}
+
+// admit counts a connection for as long as it takes a descriptor. If its address
+// may not have one more, admit closes it and returns nil.
+func (b *bounded) admit(c net.Conn, from netip.Addr) net.Conn {
+	if !b.enter(from) {
+		_ = c.Close()
+		return nil
+	}
+	leave := sync.OnceFunc(func() { b.leave(from) })
+	if lingers, ok := c.(*linger.Conn); ok {
+		lingers.OnGone(leave)
+		return c
+	}
+	return &boundedConn{Conn: c, leave: leave}
 }
 
 // enter counts a connection, if its address may have one more.

@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/wrenn-dev/wrenn/internal/linger"
 	"github.com/wrenn-dev/wrenn/internal/patience"
 )
 
@@ -53,12 +54,16 @@ func Local(addr string) bool {
 
 // Listen listens on addr. A unix socket gets the given mode; one that an
 // earlier process left behind is replaced, one that somebody listens on is an
-// error.
+// error. Connections linger when they are closed, as package linger says.
 func Listen(ctx context.Context, addr string, mode fs.FileMode) (net.Listener, error) {
 	network, address := Split(addr)
 	var lc net.ListenConfig
 	if network != "unix" {
-		return lc.Listen(ctx, network, address)
+		l, err := lc.Listen(ctx, network, address)
+		if err != nil {
+			return nil, err
+		}
+		return linger.Listener(l), nil
 	}
 	if len(address) > maxUnixPath {
 		return nil, fmt.Errorf("listen on %s: path is longer than the %d bytes a unix socket may have; choose a shorter directory", address, maxUnixPath)
@@ -74,7 +79,7 @@ func Listen(ctx context.Context, addr string, mode fs.FileMode) (net.Listener, e
 		l.Close()
 		return nil, fmt.Errorf("set mode of socket: %w", err)
 	}
-	return l, nil
+	return linger.Listener(l), nil
 }
 
 // removeStale removes the socket at path if nobody listens on it.

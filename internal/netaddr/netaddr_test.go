@@ -3,13 +3,18 @@ package netaddr
 import (
 	"io"
 	"io/fs"
+	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/wrenn-dev/wrenn/internal/linger/lingertest"
 	"github.com/wrenn-dev/wrenn/internal/patience"
 )
 
@@ -111,7 +116,7 @@ func TestListeners(t *testing.T) {
 		t.Errorf("%s (%s) is not there", name, what)
 	}
 	for file, has := range map[string][]string{
-		"deploy/Caddyfile": {"read_header", "idle", "full_duplex"}, // the front door
+		"deploy/Caddyfile": {"read_header", "idle", "full_duplex", "linger", "read_body_idle -1s", "write_idle 1h"}, // the front door
 	} {
 		text, err := os.ReadFile(filepath.Join(root, file))
 		if err != nil {
@@ -126,5 +131,87 @@ func TestListeners(t *testing.T) {
 	s := Server(http.NotFoundHandler())
 	if s.ReadHeaderTimeout == 0 || s.IdleTimeout == 0 || s.MaxHeaderBytes == 0 || patience.Default.Whole == 0 || patience.Default.Grace == 0 || patience.Default.Rate == 0 || patience.Default.Longest == 0 || patience.Default.Idle == 0 {
 		t.Errorf("without a bound: %+v, %+v", s, patience.Default)
+	}
+}
+
+// TestRefusalArrives has a server answer large requests before it has read them,
+// in every way in which net/http and its handlers do.
+func TestRefusalArrives(t *testing.T) {
+	mux := http.NewServeMux()
+	no := func(w http.ResponseWriter) { http.Error(w, "no", http.StatusUnauthorized) }
+	mux.HandleFunc("/unread", func(w http.ResponseWriter, _ *http.Request) { no(w) })
+	mux.HandleFunc("/partly", func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.CopyN(io.Discard, r.Body, 300<<10)
+		no(w)
+	})
+	mux.HandleFunc("/bounded", func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, http.MaxBytesReader(w, r.Body, 100<<10))
+		no(w)
+	})
+	mux.HandleFunc("/late", func(w http.ResponseWriter, r *http.Request) {
+		_ = http.NewResponseController(w).SetReadDeadline(time.Unix(1, 0))
+		_, _ = io.Copy(io.Discard, r.Body)
+		no(w)
+	})
+	for _, network := range []string{"tcp", "unix"} {
+		addr := "127.0.0.1:0"
+		if network == "unix" {
+			addr = "unix:" + filepath.Join(t.TempDir(), "s.sock")
+		}
+		l, err := Listen(t.Context(), addr, 0o600)
+		if err != nil {
+			t.Fatal(err)
+		}
+		srv := Server(mux)
+		done := make(chan error, 1)
+		go func() { done <- srv.Serve(l) }()
+		t.Cleanup(func() { srv.Close(); <-done })
+		dial := func() (net.Conn, error) { return net.Dial(network, l.Addr().String()) }
+		for _, want := range []lingertest.Refusal{
+			{Path: "/unread", Status: 401, Contains: "no"},
+			{Path: "/partly", Status: 401, Contains: "no"},
+			{Path: "/bounded", Status: 401, Contains: "no"},
+			{Path: "/late", Status: 401, Contains: "no"},
+			{Path: "/unread", Status: 431, Header: http.Header{"X-Long": {strings.Repeat("x", 100<<10)}}},
+			{Path: "/unread", Status: 417, Header: http.Header{"Expect": {"more"}}},
+		} {
+			t.Run(network+want.Path+strconv.Itoa(want.Status), func(t *testing.T) {
+				t.Parallel()
+				lingertest.Refused(t, dial, want, 14)
+			})
+		}
+	}
+}
+
+// TestBoundedCountsWhatLingers closes connections that a client keeps open.
+func TestBoundedCountsWhatLingers(t *testing.T) {
+	l, err := Listen(t.Context(), "127.0.0.1:0", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := Bounded(l, 1, nil, slog.New(slog.DiscardHandler)).(*bounded)
+	defer b.Close()
+	stranger := netip.MustParseAddr("192.0.2.1")
+	client, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	server, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if server = b.admit(server, stranger); server == nil {
+		t.Fatal("the first is not let in")
+	}
+	server.Close()
+	if b.enter(stranger) {
+		t.Error("another is let in while the first lingers")
+	}
+	client.Close()
+	for begun := time.Now(); !b.enter(stranger); time.Sleep(time.Millisecond) {
+		if time.Since(begun) > time.Minute {
+			t.Fatal("the first counts for ever")
+		}
 	}
 }

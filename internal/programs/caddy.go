@@ -17,12 +17,13 @@ import (
 const (
 	minCaddyMajor = 2
 	minCaddyMinor = 11
-	// caddyModule is one of Wrenn's own, which deploy/Caddyfile uses.
-	caddyModule = "http.handlers.control_plane"
 )
 
+// caddyModules are Wrenn's own, which deploy/Caddyfile uses.
+var caddyModules = []string{"caddy.listeners.linger", "http.handlers.control_plane", "http.handlers.full_duplex"}
+
 // FindCaddy returns the Caddy to use: the one beside this program, else the one
-// on PATH. It fails if that one is too old or lacks Wrenn's module, as every
+// on PATH. It fails if that one is too old or lacks Wrenn's modules, as every
 // package's does, so Caddy is not in the table.
 func FindCaddy(ctx context.Context) (Program, error) {
 	var path string
@@ -59,8 +60,11 @@ func checkCaddy(ctx context.Context, path string) error {
 	if out, err = exec.CommandContext(ctx, path, "list-modules").Output(); err != nil {
 		return fmt.Errorf("ask %s for its modules: %w", path, err)
 	}
-	if !slices.Contains(strings.Fields(string(out)), caddyModule) {
-		return fmt.Errorf("%s lacks the module %s, which Wrenn's Caddyfile uses: take bin/caddy, which `make build` builds", path, caddyModule)
+	has := strings.Fields(string(out))
+	for _, module := range caddyModules {
+		if !slices.Contains(has, module) {
+			return fmt.Errorf("%s lacks the module %s, which Wrenn's Caddyfile uses: take bin/caddy, which `make build` builds", path, module)
+		}
 	}
 	return nil
 }

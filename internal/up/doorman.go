@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/wrenn-dev/wrenn/internal/linger"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
@@ -54,7 +55,7 @@ func newDoorman(sockets []*os.File) (*doorman, error) {
 			d.close()
 			return nil, fmt.Errorf("answer at the front door: %w", err)
 		}
-		d.serving.Go(func() { _ = d.server.Serve(l) })
+		d.serving.Go(func() { _ = d.server.Serve(linger.Listener(l)) })
 	}
 	return d, nil
 }

@@ -33,6 +33,7 @@ import (
 	"github.com/wrenn-dev/wrenn/deploy/deploytest"
 	"github.com/wrenn-dev/wrenn/internal/gen/process"
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
+	"github.com/wrenn-dev/wrenn/internal/linger/lingertest"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
@@ -743,4 +744,16 @@ func tlsFiles(dir string, names ...string) (*x509.Certificate, error) {
 		}
 	}
 	return x509.ParseCertificate(der)
+}
+
+// TestRefusalArrives has the control plane answer while a client sends a large
+// body: the client gets all of the answer, however busy the machine is.
+func TestRefusalArrives(t *testing.T) {
+	_, listen, _ := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		http.Error(w, "too large", http.StatusRequestEntityTooLarge)
+	}))
+	dial := func() (net.Conn, error) { return net.Dial("tcp", listen) }
+	for _, host := range []string{"localhost", "80-cl-x.localhost"} {
+		lingertest.Refused(t, dial, lingertest.Refusal{Host: host, Path: "/v1/x", Status: http.StatusRequestEntityTooLarge, Contains: "too large"}, 100)
+	}
 }

@@ -1,0 +1,164 @@
+// Package linger closes a server's connections without destroying an answer.
+//
+// The kernel resets a connection that is closed while bytes of the client are
+// unread, or still come. A client that sends a large request may then fail to
+// write before it has read the answer that was given early, such as a 401 or a
+// 413. Like nginx's lingering_close, a closed connection first says that nothing
+// more comes, then reads and drops what the client still sends, within bounds.
+package linger
+
+import (
+	"net"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Bounds of what a closed connection costs: the client's bytes, how long it may
+// take, and how long nothing may come.
+const (
+	maxBytes = 256 << 20
+	maxTime  = 30 * time.Second
+	maxIdle  = 5 * time.Second
+)
+
+type bounds struct {
+	bytes       int64
+	whole, idle time.Duration
+}
+
+// Listener returns l with connections that linger after they are closed. It
+// must be l itself that accepts sockets of TCP or Unix; others do not linger.
+func Listener(l net.Listener) net.Listener {
+	return &listener{l, bounds{maxBytes, maxTime, maxIdle}}
+}
+
+type listener struct {
+	net.Listener
+	bounds bounds
+}
+
+func (l *listener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	s, ok := c.(socket)
+	if !ok {
+		return c, nil
+	}
+	return &Conn{socket: s, bounds: l.bounds}, nil
+}
+
+// socket is what TCP's and Unix's connections have in common.
+type socket interface {
+	net.Conn
+	syscall.Conn
+	CloseRead() error
+	CloseWrite() error
+}
+
+// Conn is a connection of a [Listener].
+type Conn struct {
+	socket
+	bounds bounds
+
+	mu     sync.Mutex
+	closed bool
+	gone   func() // nil: nobody asked
+}
+
+// OnGone has f called once the connection is closed and lingers no longer. It
+// must be called before the connection is closed, and once.
+func (c *Conn) OnGone(f func()) { c.gone = f }
+
+// Close implements [net.Conn]. Reads and writes end at once, and it returns
+// before the client is gone.
+func (c *Conn) Close() error { return c.close(true) }
+
+// Abort closes the connection at once, without what was not sent yet.
+func (c *Conn) Abort() error {
+	if tcp, ok := c.socket.(*net.TCPConn); ok {
+		_ = tcp.SetLinger(0)
+	}
+	return c.close(false)
+}
+
+func (c *Conn) close(lingers bool) error {
+	c.mu.Lock()
+	first := !c.closed
+	c.closed = true
+	c.mu.Unlock()
+	if !first {
+		return c.socket.Close() // Which says that it is closed.
+	}
+	var rest *os.File
+	if lingers {
+		rest = c.rest()
+	}
+	err := c.socket.Close()
+	if rest == nil {
+		c.leave()
+		return err
+	}
+	go func() {
+		defer c.leave()
+		c.bounds.drain(rest)
+	}()
+	return err
+}
+
+func (c *Conn) leave() {
+	if c.gone != nil {
+		c.gone()
+	}
+}
+
+// rest returns a second descriptor of the socket, which has told the client that
+// nothing more comes; nil if nothing of the client can come either. With it the
+// first can be closed as usual, so that whoever waits for it stops.
+func (c *Conn) rest() *os.File {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil
+	}
+	fd := -1
+	// Control waits for no reader and no writer, unlike Read and Write.
+	if err := raw.Control(func(open uintptr) {
+		var b [1]byte
+		n, _, err := unix.Recvfrom(int(open), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		if n == 0 && err == nil || err != nil && err != unix.EAGAIN && err != unix.EINTR {
+			return // The client has said that it is done, or is gone.
+		}
+		if fd, err = unix.FcntlInt(open, unix.F_DUPFD_CLOEXEC, 0); err == nil {
+			_ = unix.Shutdown(fd, unix.SHUT_WR)
+		}
+	}); err != nil || fd < 0 {
+		return nil
+	}
+	return os.NewFile(uintptr(fd), "lingering connection")
+}
+
+// drain reads f until the client is done or a bound is reached, and closes it.
+func (b bounds) drain(f *os.File) {
+	defer f.Close()
+	buf := make([]byte, 8<<10)
+	until := time.Now().Add(b.whole)
+	for left := b.bytes; left > 0; {
+		deadline := time.Now().Add(b.idle)
+		if deadline.After(until) {
+			deadline = until
+		}
+		if f.SetReadDeadline(deadline) != nil {
+			return
+		}
+		n, err := f.Read(buf)
+		if err != nil {
+			return
+		}
+		left -= int64(n)
+	}
+}
