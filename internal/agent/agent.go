@@ -42,6 +42,9 @@ type Config struct {
 	// Accel is what runs guests' instructions: "kvm", "tcg", or "auto", which
 	// is KVM where a kernel boots on it.
 	Accel string `env:"WRENN_VMM_ACCEL" envDefault:"auto"`
+	// NoSeccomp has QEMU run without Wrenn's seccomp filter, should a QEMU or a libc
+	// need calls that the filter forbids. It is one wall less around each guest.
+	NoSeccomp bool `env:"WRENN_NO_SECCOMP"`
 	// DNS are the guests' resolvers, IPv4; none: the host's.
 	DNS []netip.Addr `env:"WRENN_DNS"`
 	// MemoryMiB is what all sandboxes may have together; 0: most of the host's.
@@ -251,10 +254,17 @@ func (a *Agent) openDriver(ctx context.Context, kernel image.KernelFiles) error 
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
+	var opts []qemu.Option
+	if a.cfg.NoSeccomp {
+		opts = append(opts, qemu.WithoutSeccomp())
+		a.problems.Report(problem.Jail, "seccomp", "WRENN_NO_SECCOMP is set: a guest that takes over its QEMU can make any system call of the host's kernel; unset it, and report which call your QEMU needs")
+	} else {
+		a.problems.Clear(problem.Jail, "seccomp")
+	}
 	accel := a.cfg.Accel
 	if accel == "" || accel == "auto" {
 		accel = qemu.KVM
-		if err := qemu.KVMWorks(ctx, kernel.Vmlinux, kernel.Initrd, dir, a.log); err != nil {
+		if err := qemu.KVMWorks(ctx, kernel.Vmlinux, kernel.Initrd, dir, a.log, opts...); err != nil {
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
@@ -262,7 +272,7 @@ func (a *Agent) openDriver(ctx context.Context, kernel image.KernelFiles) error 
 			accel = qemu.TCG
 		}
 	}
-	d, err := qemu.Open(accel, dir, a.log)
+	d, err := qemu.Open(accel, dir, a.log, opts...)
 	if err != nil {
 		return err
 	}

@@ -202,7 +202,7 @@ func (h *host) coldBoot(t *testing.T, driver *qemu.Driver, s *start) {
 	}
 	spec := vmm.Spec{
 		ID: uuid.New(), Dir: dir, Kernel: h.Images.Kernel.Vmlinux, Initrd: h.Images.Kernel.Initrd, Cmdline: guest.Cmdline("sandbox"),
-		VCPUs: 1, MemoryMiB: createMemory, Overlay: overlay, Base: h.Images.Minimal.Rootfs,
+		VCPUs: 1, MemoryMiB: createMemory, Overlay: overlay, Base: h.Images.Minimal.Rootfs, DiskBytes: int64(h.Images.Minimal.DiskMiB) << 20,
 		NetNS: slot.NetNS(), Tap: tap, MAC: guest.MAC, UID: coldUID,
 	}
 	g := guest.New(slot.Address, "")

@@ -51,6 +51,8 @@ var (
 	// Cgroup reports a machine that is out of its control group, and so of its
 	// bounds, and could not be put back.
 	Cgroup = kind("cgroup", "a machine is out of its control group and could not be put back")
+	// Jail reports that QEMUs run with fewer bounds than they could.
+	Jail = kind("jail", "virtual machines run with fewer bounds than they could, because a setting says so")
 	// Files reports files of a running agent that were removed and could not be
 	// restored.
 	Files = kind("files", "files of the running agent were removed and could not be restored")

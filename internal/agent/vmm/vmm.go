@@ -28,6 +28,9 @@ type Spec struct {
 	Overlay string   // qcow2 image without a backing file of its own
 	Layers  []string // qcow2 images below it, the lowest first, never written to
 	Base    string   // raw image below all, never written to
+	// DiskBytes is the disk's size. It bounds how large the overlay's file can
+	// become, and must be set if there is an overlay.
+	DiskBytes int64
 
 	NetNS string   // path of the network namespace to run in; empty: the agent's
 	Tap   *os.File // the guest's network card; nil: none. Stays the caller's.

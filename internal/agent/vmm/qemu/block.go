@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/launcher"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 )
 
@@ -197,6 +198,9 @@ func (m *machine) Grow(ctx context.Context, bytes int64) error {
 		if err := m.qmp.Execute(ctx, "blockdev-set-active", object{"active": true}, nil); err != nil {
 			return fmt.Errorf("grow disk: %w", err)
 		}
+	}
+	if err := launcher.SetFileBytes(m.state.PID, fileBytes(bytes)); err != nil {
+		return fmt.Errorf("grow disk: %w", err)
 	}
 	if err := m.qmp.Execute(ctx, "block_resize", object{"node-name": now.Name, "size": bytes}, nil); err != nil {
 		return fmt.Errorf("grow disk: %w", err)

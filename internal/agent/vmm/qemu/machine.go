@@ -9,12 +9,14 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
+	"github.com/wrenn-dev/wrenn/internal/agent/launcher"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qmp"
 )
@@ -44,6 +46,9 @@ type machine struct {
 	stale   bool // QEMU may hold descriptors that it does not need
 	console []byte
 	reason  error
+	// forbidden: QEMU made a forbidden system call. What an agent attached to is not
+	// its child, so it learns of that from newer kernels alone.
+	forbidden bool
 }
 
 // State implements vmm.VM.
@@ -63,7 +68,34 @@ func (m *machine) Err() error {
 	if err := m.reported(); err != nil {
 		return err
 	}
+	if err := m.stopped(); err != nil {
+		return err
+	}
 	return errors.New("QEMU ended")
+}
+
+// errForbidden is why a machine ended whose QEMU its guest may have taken over.
+var errForbidden = errors.New("the jail ended QEMU: it made a system call that is forbidden")
+
+// ended notes how QEMU ended.
+func (m *machine) ended(s syscall.WaitStatus) {
+	if !launcher.Forbidden(s) {
+		return
+	}
+	m.mu.Lock()
+	m.forbidden = true
+	m.mu.Unlock()
+	m.log.Error("the guest may have taken over its QEMU; the kernel's log has the call", "sandbox", m.state.ID, "pid", m.state.PID, "error", errForbidden)
+}
+
+// stopped returns [errForbidden] if that is known to have ended QEMU.
+func (m *machine) stopped() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.forbidden {
+		return errForbidden
+	}
+	return nil
 }
 
 // reported is why the guest ended, if QEMU has said so.
@@ -199,6 +231,8 @@ func (d *Driver) Attach(ctx context.Context, st vmm.State) (_ vmm.VM, err error)
 		defer pidfd.Close()
 		if err := awaitEnd(pidfd); err != nil && !errors.Is(err, os.ErrClosed) {
 			d.log.Error("wait for QEMU's end", "sandbox", st.ID, "error", err)
+		} else if err == nil {
+			m.ended(exitStatus(pidfd))
 		}
 	}()
 	defer func() {
@@ -267,6 +301,25 @@ func awaitEnd(pidfd *os.File) error {
 		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
 		return err == nil && n > 0
 	})
+}
+
+// reapTime is how long a process that has ended may wait for its parent to hear of it.
+const reapTime = time.Second
+
+// exitStatus returns how the process behind a pidfd, which has ended, did so; 0 if
+// the kernel does not say: only those since 6.15 do, once the parent has heard of it.
+func exitStatus(pidfd *os.File) syscall.WaitStatus {
+	for deadline := time.Now().Add(reapTime); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		info := unix.PidfdInfo{Mask: unix.PIDFD_INFO_EXIT}
+		err := unix.IoctlPidfdInfo(int(pidfd.Fd()), &info)
+		if err != nil && !errors.Is(err, unix.ESRCH) {
+			return 0
+		}
+		if err == nil && info.Mask&unix.PIDFD_INFO_EXIT != 0 {
+			return syscall.WaitStatus(info.Exit_code)
+		}
+	}
+	return 0
 }
 
 // Reap implements vmm.Driver.

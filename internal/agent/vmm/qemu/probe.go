@@ -53,7 +53,7 @@ func (e brokenError) Unwrap() error { return e.err }
 // not: a host can have /dev/kvm and still be unable to boot one. dir keeps the
 // answer until the host boots again or QEMU or the kernel changes; an answer
 // that is there is used.
-func KVMWorks(ctx context.Context, kernel, initrd, dir string, log *slog.Logger) error {
+func KVMWorks(ctx context.Context, kernel, initrd, dir string, log *slog.Logger, opts ...Option) error {
 	if err := haveKVM(); err != nil {
 		return err
 	}
@@ -67,12 +67,12 @@ func KVMWorks(ctx context.Context, kernel, initrd, dir string, log *slog.Logger)
 		}
 		return nil
 	}
-	return ProbeKVM(ctx, kernel, initrd, dir, log)
+	return ProbeKVM(ctx, kernel, initrd, dir, log, opts...)
 }
 
 // ProbeKVM is [KVMWorks], but boots a kernel even if the answer is known, and
 // replaces it. It forgets an answer that it could neither confirm nor refute.
-func ProbeKVM(ctx context.Context, kernel, initrd, dir string, log *slog.Logger) error {
+func ProbeKVM(ctx context.Context, kernel, initrd, dir string, log *slog.Logger, opts ...Option) error {
 	if err := haveKVM(); err != nil {
 		return err
 	}
@@ -80,7 +80,7 @@ func ProbeKVM(ctx context.Context, kernel, initrd, dir string, log *slog.Logger)
 	if err != nil {
 		return fmt.Errorf("probe KVM: %w", err)
 	}
-	why := bootKVM(ctx, kernel, initrd, dir, log)
+	why := bootKVM(ctx, kernel, initrd, dir, log, opts...)
 	if ctx.Err() != nil {
 		return fmt.Errorf("probe KVM: %w", ctx.Err())
 	}
@@ -146,13 +146,13 @@ func probeKey(kernel, initrd string) (string, error) {
 
 // bootKVM boots a machine without a disk, whose guest says so when it reaches
 // user space.
-func bootKVM(ctx context.Context, kernel, initrd, dir string, log *slog.Logger) (err error) {
+func bootKVM(ctx context.Context, kernel, initrd, dir string, log *slog.Logger, opts ...Option) (err error) {
 	tmp, err := os.MkdirTemp(dir, "probe-")
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(tmp)
-	d, err := Open(KVM, tmp, log)
+	d, err := Open(KVM, tmp, log, opts...)
 	if err != nil {
 		return err
 	}

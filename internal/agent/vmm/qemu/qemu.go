@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
+	"github.com/wrenn-dev/wrenn/internal/agent/launcher"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qmp"
 	"github.com/wrenn-dev/wrenn/internal/programs"
@@ -45,6 +46,8 @@ const (
 	// translationMiB bounds what TCG keeps of translated code; it takes about
 	// as much again to find its way in it.
 	translationMiB = 64
+	// maxFiles bounds QEMU's descriptors: a few for each layer of the disk.
+	maxFiles = 1024
 	// maxThreads bounds QEMU's threads: processors, input and output, and the
 	// pool that does blocking file operations.
 	maxThreads = 96
@@ -60,14 +63,30 @@ type Driver struct {
 	bootID string
 	tscKHz int    // of an emulated guest's time stamp counter
 	kind   string // see vmm.Driver
+	// launcher starts QEMU in the bounds that a process has to set for itself.
+	launcher *launcher.Launcher
+	standIn  bool // tests run this program in QEMU's place
 	// endings are the machines that are being ended.
 	endings endings
 	log     *slog.Logger
 }
 
+// Option changes how a driver runs QEMU.
+type Option func(*options)
+
+type options struct{ unfiltered bool }
+
+// WithoutSeccomp has QEMUs run without the driver's seccomp filter. QEMU's own
+// stays.
+func WithoutSeccomp() Option { return func(o *options) { o.unfiltered = true } }
+
 // Open returns a driver that uses the accelerator KVM or TCG. dir is a folder
 // of the driver's own.
-func Open(accel, dir string, log *slog.Logger) (*Driver, error) {
+func Open(accel, dir string, log *slog.Logger, opts ...Option) (*Driver, error) {
+	var o options
+	for _, opt := range opts {
+		opt(&o)
+	}
 	if accel != KVM && accel != TCG {
 		return nil, fmt.Errorf("open QEMU driver: unknown accelerator %q", accel)
 	}
@@ -89,11 +108,21 @@ func Open(accel, dir string, log *slog.Logger) (*Driver, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
 	}
-	j, err := newCell(filepath.Join(dir, "jail"))
+	var programs [][]unix.SockFilter
+	if !o.unfiltered {
+		if programs, err = filters(accel); err != nil {
+			return nil, fmt.Errorf("open QEMU driver: %w", err)
+		}
+	}
+	l, err := launcher.New(programs)
 	if err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
 	}
-	return &Driver{accel: accel, jail: j, bootID: strings.TrimSpace(string(bootID)), tscKHz: khz, kind: kind, log: log}, nil
+	j, err := newCell(filepath.Join(dir, "jail"))
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open QEMU driver: %w", err), l.Close())
+	}
+	return &Driver{accel: accel, jail: j, bootID: strings.TrimSpace(string(bootID)), tscKHz: khz, kind: kind, launcher: l, log: log}, nil
 }
 
 // Name implements vmm.Driver.
@@ -104,7 +133,7 @@ func (d *Driver) Accelerator() string { return d.accel }
 
 // Close implements vmm.Driver.
 func (d *Driver) Close() error {
-	return errors.Join(d.jail.close(), cgroup.RemoveParent())
+	return errors.Join(d.launcher.Close(), d.jail.close(), cgroup.RemoveParent())
 }
 
 // limits are what a machine's process may take.
@@ -155,6 +184,9 @@ func (d *Driver) launch(ctx context.Context, s vmm.Spec, as model, ram, incoming
 		}
 	}()
 
+	if s.Overlay != "" && s.DiskBytes <= 0 {
+		return nil, errors.New("the disk's size is not known")
+	}
 	memoryBytes := int64(s.MemoryMiB) << 20
 	mapped, err := checkMemory(ram, memoryBytes)
 	if err != nil {
@@ -198,6 +230,7 @@ func (d *Driver) launch(ctx context.Context, s vmm.Spec, as model, ram, incoming
 	}
 	go func() { // ends with QEMU
 		_ = cmd.Wait()
+		m.ended(cmd.ProcessState.Sys().(syscall.WaitStatus))
 		close(m.done)
 	}()
 	undo = append(undo, func() error { return m.Kill(context.WithoutCancel(ctx)) })
@@ -211,7 +244,7 @@ func (d *Driver) launch(ctx context.Context, s vmm.Spec, as model, ram, incoming
 		err = ready(wait, m)
 	}
 	if err != nil {
-		return nil, errors.Join(err, complaint(stderr))
+		return nil, errors.Join(err, m.stopped(), complaint(stderr))
 	}
 	go m.watch(false)
 	return m, nil
@@ -277,7 +310,8 @@ func (d *Driver) arguments(s vmm.Spec, as model, ram, incoming *os.File, h *hand
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
 		"-S", // nothing of the guest's runs before it is in all its bounds
 		// No page of it is merged with others' (mem-merge): that tells guests of one another.
-		"-machine", "microvm,x-option-roms=off,rtc=on,isa-serial=on,memory-backend=ram,mem-merge=off" + as.machine,
+		// A core dump would have it (dump-guest-core).
+		"-machine", "microvm,x-option-roms=off,rtc=on,isa-serial=on,memory-backend=ram,mem-merge=off,dump-guest-core=off" + as.machine,
 		// Named, as newer ones have SeaBIOS for this machine, which starts no
 		// kernel without an option ROM.
 		"-bios", "qboot.rom",
@@ -351,8 +385,12 @@ func (d *Driver) exec(s vmm.Spec, group cgroup.Group, args []string, files []*os
 		return nil, err
 	}
 	cmd := programs.QEMU.Command(args...)
+	if d.standIn {
+		cmd.Path = fmt.Sprintf("/proc/self/fd/%d", 3+len(files)) // the launcher's next descriptor
+	}
 	cmd.Env, cmd.Dir = []string{"PATH=/usr/bin"}, "/"
 	cmd.Stderr, cmd.ExtraFiles = stderr, files
+	d.launcher.Wrap(cmd, launcher.Limits{FileBytes: fileBytes(s.DiskBytes), Files: maxFiles, Tasks: uint64(d.limits(s).PIDs)})
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Credential: &syscall.Credential{Uid: uint32(s.UID), Gid: uint32(s.UID)},
 		Setsid:     true, // it outlives the agent
@@ -375,6 +413,10 @@ func (d *Driver) exec(s vmm.Spec, group cgroup.Group, args []string, files []*os
 	}
 	return cmd, nil
 }
+
+// fileBytes bounds the size of a file that a machine with such a disk writes: an
+// overlay with all of the disk, the tables of its format and some to spare.
+func fileBytes(disk int64) int64 { return disk + disk>>8 + 64<<20 }
 
 // listen makes the control socket, which only root may connect to, and
 // returns its descriptor. The path may be longer than a socket's address.

@@ -55,6 +55,7 @@ func open(t *testing.T) (*Driver, vmm.Spec) {
 	s := vmm.Spec{
 		ID: uuid.New(), Dir: t.TempDir(), Kernel: in.Kernel.Vmlinux, Initrd: in.Kernel.Initrd, Cmdline: guest.Cmdline("vmm-test"),
 		VCPUs: 1, MemoryMiB: 256, Base: in.Minimal.Rootfs, UID: testUID,
+		DiskBytes: int64(in.Minimal.DiskMiB) << 20,
 	}
 	s.Overlay = filepath.Join(s.Dir, "overlay.qcow2")
 	if err := disk.CreateOverlay(s.Overlay, int64(in.Minimal.DiskMiB)<<20, s.UID); err != nil {
