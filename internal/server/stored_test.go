@@ -51,11 +51,24 @@ func TestStored(t *testing.T) {
 	if got := stored(); got != 1690+1024 {
 		t.Errorf("with a paused sandbox %v MiB are stored", got)
 	}
+	// What was saved counts until the sandbox ends.
 	p.call("POST", "/v1/sandboxes/"+sandbox+"/resume", nil, "X-API-Key", key).want(200)
 	quota(2000)
+	p.call("POST", "/v1/sandboxes/"+sandbox+"/pause", nil, "X-API-Key", key).want(200)
+	p.call("DELETE", "/v1/sandboxes/"+sandbox, nil, "X-API-Key", key).want(204)
+	sandbox = p.call("POST", "/v1/sandboxes", map[string]any{"memory_mib": 1024}, "X-API-Key", key).want(201).str("id")
 	p.call("POST", "/v1/sandboxes/"+sandbox+"/pause", nil, "X-API-Key", key).fails(403, "quota_exceeded")
 	if got := p.call("GET", "/v1/sandboxes/"+sandbox, nil, "X-API-Key", key).want(200).str("state"); got != "running" {
 		t.Errorf("a sandbox whose pause was refused is %s", got)
+	}
+	// One that is paused at its timeout has that reserved when it is made.
+	p.call("POST", "/v1/sandboxes", map[string]any{"memory_mib": 1024, "on_timeout": "pause"}, "X-API-Key", key).fails(403, "quota_exceeded")
+	p.call("POST", "/v1/sandboxes", map[string]any{"memory_mib": 256, "on_timeout": "pause"}, "X-API-Key", key).want(201)
+	if got := stored(); got != 1690+256 {
+		t.Errorf("with a sandbox that is paused at its timeout %v MiB are stored", got)
+	}
+	for _, sb := range p.call("GET", "/v1/sandboxes", nil, "X-API-Key", key).want(200).list("sandboxes") {
+		p.call("DELETE", "/v1/sandboxes/"+sb.(map[string]any)["id"].(string), nil, "X-API-Key", key).want(204)
 	}
 	p.call("DELETE", "/v1/templates/app", nil, "X-API-Key", key).want(204)
 	if got := stored(); got != 0 {

@@ -51,6 +51,15 @@ func CreateOverlay(path string, size int64, uid int) (err error) {
 	return f.Chown(uid, uid)
 }
 
+// Allocated returns how many bytes of the disk a file takes.
+func Allocated(path string) (int64, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return 0, fmt.Errorf("measure disk: %w", err)
+	}
+	return st.Blocks * 512, nil
+}
+
 func checkSpace(dir string) error {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {

@@ -249,6 +249,14 @@ func (h *header) shared(base *header) int {
 	return n
 }
 
+// above is how many blocks the layers from the given one on have.
+func (h *header) above(from int) (blocks uint64) {
+	for _, l := range h.layers[min(from, len(h.layers)):] {
+		blocks += l.blocks
+	}
+	return blocks
+}
+
 // prune drops the layers from the given one on of which nothing is left to see.
 func (h *header) prune(from int) {
 	seen := make([]bool, len(h.layers))

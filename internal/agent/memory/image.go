@@ -23,6 +23,11 @@ import (
 // base that it began with: when there would be one more they are merged.
 const MaxGenerations = 8
 
+// Those layers may take ownSpread times the memory's size, and all together
+// allSpread times: beyond it they are merged too, in the second case with the
+// base's. By then as much was written as a merge writes.
+const ownSpread, allSpread = 2, 6
+
 // thin is the share of a layer's blocks, one in so many, that are so few that a
 // pause takes them over into the layer that it writes: the others take space
 // and are of use to nobody.
@@ -244,8 +249,8 @@ func Create(ctx context.Context, dir string, size int64, pages Pages) (*Image, e
 // layers stay shared with m, as links to the same files.
 //
 // The layers that m has in common with base, the image that it began with
-// (nil: none), are never merged, so that what began with base goes on sharing
-// its pages.
+// (nil: none), are merged only if there are too many, or all take too much, so
+// that what began with base goes on sharing its pages.
 //
 // m and its folder stay as they are. Everything is synced when Append
 // returns; the caller makes dir's name outlast a crash. When it fails dir is
@@ -298,8 +303,9 @@ func (m *Image) append(ctx context.Context, dir string, pages Pages, base *Image
 		known = append(slices.Clone(known), fresh)
 	}
 	h.prune(max(keep, 1)) // generation 0 is flat, and stays first
-	if len(h.layers) > keep+MaxGenerations || len(h.layers) > maxLayers {
-		if keep+1 > maxLayers {
+	all := h.above(0) > allSpread*h.blocks
+	if all || len(h.layers) > keep+MaxGenerations || len(h.layers) > maxLayers || h.above(keep) > ownSpread*h.blocks {
+		if all || keep+1 > maxLayers {
 			keep = 0
 		}
 		merged, l, err := (&Image{h: h, layers: ordered(h, known)}).merge(ctx, dir, keep)

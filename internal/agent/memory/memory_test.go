@@ -164,7 +164,7 @@ func (w *world) run() {
 func (w *world) pause() {
 	before := w.h()
 	w.image, w.dir = appended(w.t, w.image, w.mem, w.dirty, w.base)
-	if kept := w.image.h.shared(w.base.h); kept < len(w.base.h.layers) && len(w.base.h.layers) < maxLayers {
+	if kept := w.image.h.shared(w.base.h); kept < len(w.base.h.layers) && len(w.base.h.layers) < maxLayers && w.base.h.above(0) <= (allSpread-ownSpread-1)*w.base.h.blocks {
 		w.t.Fatalf("%d of the base's %d layers are left", kept, len(w.base.h.layers))
 	} else if n := len(w.image.h.layers); n > kept+MaxGenerations || n > maxLayers {
 		w.t.Fatalf("%d layers above %d, after %d", n, kept, before)
@@ -741,4 +741,44 @@ func FuzzDamage(f *testing.F) {
 		}
 		checkDamaged(t, damaged(t, home, name, int64(at)%info.Size(), xor), mem)
 	})
+}
+
+// TestLayersTakeBoundedSpace: however a guest writes its memory, and however often it
+// is captured and begun anew, its layers take a few times its size.
+func TestLayersTakeBoundedSpace(t *testing.T) {
+	const blocks = 64
+	mem := make([]byte, blocks*BlockSize)
+	n := uint64(0)
+	write := func(from int) map[uint64]bool {
+		dirty := everyBlock(blocks)
+		for b := range blocks {
+			if b < from {
+				delete(dirty, uint64(b))
+				continue
+			}
+			n++
+			binary.LittleEndian.PutUint64(mem[b*BlockSize:], n)
+		}
+		return dirty
+	}
+	write(0)
+	m, _ := create(t, mem)
+	base := m
+	// Each pause leaves so much of the layer below it in use that it stays.
+	for i := range 40 {
+		m, _ = appended(t, m, mem, write(i%MaxGenerations*blocks/MaxGenerations), base)
+		same(t, m, mem)
+		if own := m.h.above(m.h.shared(base.h)); own > ownSpread*blocks {
+			t.Fatalf("after %d pauses its own layers have %d blocks, its memory %d", i+1, own, blocks)
+		}
+	}
+	// Each begins with what the one before it was captured as.
+	for i := range 40 {
+		base = m
+		m, _ = appended(t, m, mem, write(i%MaxGenerations*blocks/MaxGenerations), base)
+		same(t, m, mem)
+		if all := m.h.above(0); all > allSpread*blocks {
+			t.Fatalf("after %d captures all layers have %d blocks, the memory %d", i+1, all, blocks)
+		}
+	}
 }

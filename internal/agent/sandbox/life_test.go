@@ -321,6 +321,46 @@ func TestCaptureLimit(t *testing.T) {
 	h.runs(t, sandbox, 0)
 }
 
+// TestCapturesTakeBoundedSpace: a guest that writes all of its disk between
+// captures is captured while the layers take no more than twice the disk, also
+// as a sandbox that began with a capture of it.
+func TestCapturesTakeBoundedSpace(t *testing.T) {
+	h := newHost(t)
+	sandbox := h.create(t, func(s *Spec) { s.DiskMiB = 64 })
+	var taken int64
+	for n := 1; n < 10; n++ {
+		h.mu.Lock()
+		b := h.boxes[sandbox]
+		h.mu.Unlock()
+		// As the guest does, through its machine.
+		f, err := os.OpenFile(h.dir.SandboxDisk(b.rec.Home, b.rec.Disks-1), os.O_WRONLY|os.O_APPEND, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = f.Write(make([]byte, 64<<20))
+		if err := errors.Join(err, f.Close()); err != nil {
+			t.Fatal(err)
+		}
+		taken += 64
+		template := uuid.New()
+		tpl, err := h.Snapshot(t.Context(), sandbox, template, "x", nil)
+		if taken >= 128 { // and what the overlays themselves take
+			if text, _ := told.Text(err); !errors.Is(err, ErrCaptures) || !strings.Contains(text, "while they take 128") {
+				t.Fatalf("capture %d: %v, told %q", n, err, text)
+			}
+			return
+		}
+		if err != nil {
+			t.Fatalf("capture %d: %v", n, err)
+		}
+		sandbox = h.create(t, func(s *Spec) { s.Template, s.DiskMiB = template, 0 })
+		if err := h.DeleteTemplate(tpl.Team, template); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Error("no capture was refused")
+}
+
 // TestUpgradedMonitor: what runs, is paused or was captured under a monitor
 // goes on under a later one, and is refused, and kept, by an earlier one.
 func TestUpgradedMonitor(t *testing.T) {

@@ -98,6 +98,9 @@ func (b *box) capture(ctx context.Context, into string, defaults *image.Defaults
 	if err != nil {
 		return nil, err
 	}
+	if err := b.layersFit(origin); err != nil {
+		return nil, err
+	}
 	if defaults == nil {
 		defaults = &origin.Defaults
 	}
@@ -145,6 +148,32 @@ func (b *box) capture(ctx context.Context, into string, defaults *image.Defaults
 		}
 		return c.Write()
 	})
+}
+
+// layersFit fails with [ErrCaptures] if what lies below the sandbox's disk takes
+// more than twice its size, the template's file system aside. A capture adds a
+// layer that stays for as long as anything that began with it, and a guest can
+// write all of its disk between two.
+func (b *box) layersFit(origin *image.Capture) error {
+	var taken int64
+	for n := range origin.Layers {
+		size, err := disk.Allocated(origin.Layer(n))
+		if err != nil {
+			return err
+		}
+		taken += size
+	}
+	for n := range b.rec.Disks {
+		size, err := disk.Allocated(b.m.Dir.SandboxDisk(b.rec.Home, n))
+		if err != nil {
+			return err
+		}
+		taken += size
+	}
+	if most := 2 * int64(b.rec.Spec.DiskMiB) << 20; taken > most {
+		return fail(ErrCaptures, "the layers of the sandbox's disk take %d MiB, and it can be captured while they take %d", taken>>20, most>>20)
+	}
+	return nil
 }
 
 // addDisk lays a new overlay, which is empty, over the sandbox's disk. That

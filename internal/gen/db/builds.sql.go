@@ -622,7 +622,7 @@ func (q *Queries) ListBuildLeftovers(ctx context.Context) ([]uuid.UUID, error) {
 }
 
 const listBuildSandboxes = `-- name: ListBuildSandboxes :many
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch FROM sandboxes WHERE build_id = $1 AND state NOT IN ('stopped', 'error')
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved FROM sandboxes WHERE build_id = $1 AND state NOT IN ('stopped', 'error')
 `
 
 func (q *Queries) ListBuildSandboxes(ctx context.Context, buildID *uuid.UUID) ([]Sandbox, error) {
@@ -661,6 +661,7 @@ func (q *Queries) ListBuildSandboxes(ctx context.Context, buildID *uuid.UUID) ([
 			&i.BuildID,
 			&i.Drained,
 			&i.TokenEpoch,
+			&i.Saved,
 		); err != nil {
 			return nil, err
 		}

@@ -252,6 +252,7 @@ type Sandbox struct {
 	BuildID        *uuid.UUID
 	Drained        bool
 	TokenEpoch     int32
+	Saved          bool
 }
 
 type SandboxRun struct {

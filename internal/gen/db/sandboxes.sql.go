@@ -150,7 +150,7 @@ func (q *Queries) GetIdempotencyKey(ctx context.Context, arg GetIdempotencyKeyPa
 }
 
 const getSandbox = `-- name: GetSandbox :one
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch FROM sandboxes WHERE id = $1
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved FROM sandboxes WHERE id = $1
 `
 
 func (q *Queries) GetSandbox(ctx context.Context, id uuid.UUID) (Sandbox, error) {
@@ -183,12 +183,13 @@ func (q *Queries) GetSandbox(ctx context.Context, id uuid.UUID) (Sandbox, error)
 		&i.BuildID,
 		&i.Drained,
 		&i.TokenEpoch,
+		&i.Saved,
 	)
 	return i, err
 }
 
 const getTeamSandbox = `-- name: GetTeamSandbox :one
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch FROM sandboxes WHERE id = $1 AND team_id = $2 AND build_id IS NULL
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved FROM sandboxes WHERE id = $1 AND team_id = $2 AND build_id IS NULL
 `
 
 type GetTeamSandboxParams struct {
@@ -227,6 +228,7 @@ func (q *Queries) GetTeamSandbox(ctx context.Context, arg GetTeamSandboxParams) 
 		&i.BuildID,
 		&i.Drained,
 		&i.TokenEpoch,
+		&i.Saved,
 	)
 	return i, err
 }
@@ -235,7 +237,7 @@ const insertSandbox = `-- name: InsertSandbox :one
 
 INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, on_timeout, auto_resume, forked_from, build_id)
 VALUES ($1, $2, $3, $4, $5, 'starting', $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
-RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch
+RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
 `
 
 type InsertSandboxParams struct {
@@ -306,12 +308,13 @@ func (q *Queries) InsertSandbox(ctx context.Context, arg InsertSandboxParams) (S
 		&i.BuildID,
 		&i.Drained,
 		&i.TokenEpoch,
+		&i.Saved,
 	)
 	return i, err
 }
 
 const listHostSandboxes = `-- name: ListHostSandboxes :many
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch FROM sandboxes WHERE host_id = $1 AND state NOT IN ('stopped', 'error')
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved FROM sandboxes WHERE host_id = $1 AND state NOT IN ('stopped', 'error')
 `
 
 func (q *Queries) ListHostSandboxes(ctx context.Context, hostID *uuid.UUID) ([]Sandbox, error) {
@@ -350,6 +353,7 @@ func (q *Queries) ListHostSandboxes(ctx context.Context, hostID *uuid.UUID) ([]S
 			&i.BuildID,
 			&i.Drained,
 			&i.TokenEpoch,
+			&i.Saved,
 		); err != nil {
 			return nil, err
 		}
@@ -362,7 +366,7 @@ func (q *Queries) ListHostSandboxes(ctx context.Context, hostID *uuid.UUID) ([]S
 }
 
 const listLiveSandboxes = `-- name: ListLiveSandboxes :many
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch FROM sandboxes
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved FROM sandboxes
 WHERE team_id = $1
   AND state NOT IN ('stopped', 'error')
   AND build_id IS NULL
@@ -423,6 +427,7 @@ func (q *Queries) ListLiveSandboxes(ctx context.Context, arg ListLiveSandboxesPa
 			&i.BuildID,
 			&i.Drained,
 			&i.TokenEpoch,
+			&i.Saved,
 		); err != nil {
 			return nil, err
 		}
@@ -435,7 +440,7 @@ func (q *Queries) ListLiveSandboxes(ctx context.Context, arg ListLiveSandboxesPa
 }
 
 const listSandboxes = `-- name: ListSandboxes :many
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch FROM sandboxes
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved FROM sandboxes
 WHERE team_id = $1
   AND state = ANY ($2::text[])
   AND build_id IS NULL
@@ -497,6 +502,7 @@ func (q *Queries) ListSandboxes(ctx context.Context, arg ListSandboxesParams) ([
 			&i.BuildID,
 			&i.Drained,
 			&i.TokenEpoch,
+			&i.Saved,
 		); err != nil {
 			return nil, err
 		}
@@ -520,7 +526,7 @@ func (q *Queries) LockSandboxes(ctx context.Context, ids []uuid.UUID) error {
 }
 
 const revokeTokens = `-- name: RevokeTokens :one
-UPDATE sandboxes SET token_epoch = token_epoch + 1 WHERE id = $1 AND team_id = $2 AND build_id IS NULL RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch
+UPDATE sandboxes SET token_epoch = token_epoch + 1 WHERE id = $1 AND team_id = $2 AND build_id IS NULL RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
 `
 
 type RevokeTokensParams struct {
@@ -558,13 +564,14 @@ func (q *Queries) RevokeTokens(ctx context.Context, arg RevokeTokensParams) (San
 		&i.BuildID,
 		&i.Drained,
 		&i.TokenEpoch,
+		&i.Saved,
 	)
 	return i, err
 }
 
 const sandboxDrains = `-- name: SandboxDrains :one
 UPDATE sandboxes SET state = 'pausing', drained = true
-WHERE sandboxes.id = $1 AND state = 'running' AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.draining) RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch
+WHERE sandboxes.id = $1 AND state = 'running' AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.draining) RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
 `
 
 // It is to be paused because its host drains, if that still does.
@@ -598,6 +605,7 @@ func (q *Queries) SandboxDrains(ctx context.Context, id uuid.UUID) (Sandbox, err
 		&i.BuildID,
 		&i.Drained,
 		&i.TokenEpoch,
+		&i.Saved,
 	)
 	return i, err
 }
@@ -605,7 +613,7 @@ func (q *Queries) SandboxDrains(ctx context.Context, id uuid.UUID) (Sandbox, err
 const sandboxEnded = `-- name: SandboxEnded :one
 UPDATE sandboxes SET state = 'stopped', end_reason = $1::text, error = $2,
     ended_at = GREATEST(started_at, created_at, LEAST($3::timestamptz, now()))
-WHERE id = $4 AND host_id = $5 AND state IN ('running', 'missing', 'pausing', 'paused', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch
+WHERE id = $4 AND host_id = $5 AND state IN ('running', 'missing', 'pausing', 'paused', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
 `
 
 type SandboxEndedParams struct {
@@ -653,12 +661,13 @@ func (q *Queries) SandboxEnded(ctx context.Context, arg SandboxEndedParams) (San
 		&i.BuildID,
 		&i.Drained,
 		&i.TokenEpoch,
+		&i.Saved,
 	)
 	return i, err
 }
 
 const sandboxExpires = `-- name: SandboxExpires :one
-UPDATE sandboxes SET expires_at = $1 WHERE id = $2 AND host_id = $3 AND state = 'running' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch
+UPDATE sandboxes SET expires_at = $1 WHERE id = $2 AND host_id = $3 AND state = 'running' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
 `
 
 type SandboxExpiresParams struct {
@@ -697,13 +706,14 @@ func (q *Queries) SandboxExpires(ctx context.Context, arg SandboxExpiresParams) 
 		&i.BuildID,
 		&i.Drained,
 		&i.TokenEpoch,
+		&i.Saved,
 	)
 	return i, err
 }
 
 const sandboxFailed = `-- name: SandboxFailed :one
 UPDATE sandboxes SET state = 'error', end_reason = 'failed', error = $1, ended_at = now()
-WHERE id = $2 AND host_id = $3 AND state IN ('pending', 'starting') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch
+WHERE id = $2 AND host_id = $3 AND state IN ('pending', 'starting') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
 `
 
 type SandboxFailedParams struct {
@@ -742,13 +752,14 @@ func (q *Queries) SandboxFailed(ctx context.Context, arg SandboxFailedParams) (S
 		&i.BuildID,
 		&i.Drained,
 		&i.TokenEpoch,
+		&i.Saved,
 	)
 	return i, err
 }
 
 const sandboxGoesOn = `-- name: SandboxGoesOn :one
 UPDATE sandboxes SET state = 'running', drained = false, paused_at = NULL, expires_at = $1
-WHERE id = $2 AND host_id = $3 AND state IN ('pausing', 'paused', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch
+WHERE id = $2 AND host_id = $3 AND state IN ('pausing', 'paused', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
 `
 
 type SandboxGoesOnParams struct {
@@ -788,6 +799,7 @@ func (q *Queries) SandboxGoesOn(ctx context.Context, arg SandboxGoesOnParams) (S
 		&i.BuildID,
 		&i.Drained,
 		&i.TokenEpoch,
+		&i.Saved,
 	)
 	return i, err
 }
@@ -795,7 +807,7 @@ func (q *Queries) SandboxGoesOn(ctx context.Context, arg SandboxGoesOnParams) (S
 const sandboxPaused = `-- name: SandboxPaused :one
 UPDATE sandboxes SET state = 'paused', paused_at = COALESCE(paused_at, $1::timestamptz),
     expires_at = CASE WHEN drained AND on_timeout = 'destroy' THEN expires_at END
-WHERE id = $2 AND host_id = $3 AND state = ANY ($4::text[]) AND state IN ('running', 'missing', 'pausing', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch
+WHERE id = $2 AND host_id = $3 AND state = ANY ($4::text[]) AND state IN ('running', 'missing', 'pausing', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
 `
 
 type SandboxPausedParams struct {
@@ -840,12 +852,13 @@ func (q *Queries) SandboxPaused(ctx context.Context, arg SandboxPausedParams) (S
 		&i.BuildID,
 		&i.Drained,
 		&i.TokenEpoch,
+		&i.Saved,
 	)
 	return i, err
 }
 
 const sandboxPausing = `-- name: SandboxPausing :one
-UPDATE sandboxes SET state = 'pausing' WHERE id = $1 AND state = 'running' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch
+UPDATE sandboxes SET state = 'pausing' WHERE id = $1 AND state = 'running' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
 `
 
 func (q *Queries) SandboxPausing(ctx context.Context, id uuid.UUID) (Sandbox, error) {
@@ -878,12 +891,13 @@ func (q *Queries) SandboxPausing(ctx context.Context, id uuid.UUID) (Sandbox, er
 		&i.BuildID,
 		&i.Drained,
 		&i.TokenEpoch,
+		&i.Saved,
 	)
 	return i, err
 }
 
 const sandboxResuming = `-- name: SandboxResuming :one
-UPDATE sandboxes SET state = 'resuming' WHERE id = $1 AND state = 'paused' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch
+UPDATE sandboxes SET state = 'resuming' WHERE id = $1 AND state = 'paused' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
 `
 
 func (q *Queries) SandboxResuming(ctx context.Context, id uuid.UUID) (Sandbox, error) {
@@ -916,13 +930,14 @@ func (q *Queries) SandboxResuming(ctx context.Context, id uuid.UUID) (Sandbox, e
 		&i.BuildID,
 		&i.Drained,
 		&i.TokenEpoch,
+		&i.Saved,
 	)
 	return i, err
 }
 
 const sandboxRevived = `-- name: SandboxRevived :one
 UPDATE sandboxes SET state = 'paused', paused_at = $1::timestamptz, drained = false, expires_at = NULL, end_reason = NULL, error = '', ended_at = NULL
-WHERE id = $2 AND host_id = $3 AND state = 'stopped' AND end_reason IN ('exited', 'lost') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch
+WHERE id = $2 AND host_id = $3 AND state = 'stopped' AND end_reason IN ('exited', 'lost') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
 `
 
 type SandboxRevivedParams struct {
@@ -962,6 +977,7 @@ func (q *Queries) SandboxRevived(ctx context.Context, arg SandboxRevivedParams) 
 		&i.BuildID,
 		&i.Drained,
 		&i.TokenEpoch,
+		&i.Saved,
 	)
 	return i, err
 }
@@ -969,7 +985,7 @@ func (q *Queries) SandboxRevived(ctx context.Context, arg SandboxRevivedParams) 
 const sandboxRunning = `-- name: SandboxRunning :one
 UPDATE sandboxes SET state = 'running', started_at = COALESCE(started_at, $1), expires_at = $2,
     disk_mib = $3, start_ms = COALESCE(start_ms, $4)
-WHERE id = $5 AND host_id = $6 AND state IN ('pending', 'starting') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch
+WHERE id = $5 AND host_id = $6 AND state IN ('pending', 'starting') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
 `
 
 type SandboxRunningParams struct {
@@ -1018,12 +1034,13 @@ func (q *Queries) SandboxRunning(ctx context.Context, arg SandboxRunningParams) 
 		&i.BuildID,
 		&i.Drained,
 		&i.TokenEpoch,
+		&i.Saved,
 	)
 	return i, err
 }
 
 const sandboxStaysPaused = `-- name: SandboxStaysPaused :one
-UPDATE sandboxes SET drained = false, expires_at = NULL WHERE id = $1 AND state = 'paused' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch
+UPDATE sandboxes SET drained = false, expires_at = NULL WHERE id = $1 AND state = 'paused' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
 `
 
 // Somebody asked for it to be paused, which so far it was because its host drains.
@@ -1057,13 +1074,14 @@ func (q *Queries) SandboxStaysPaused(ctx context.Context, id uuid.UUID) (Sandbox
 		&i.BuildID,
 		&i.Drained,
 		&i.TokenEpoch,
+		&i.Saved,
 	)
 	return i, err
 }
 
 const sandboxStopped = `-- name: SandboxStopped :one
 UPDATE sandboxes SET state = 'stopped', end_reason = COALESCE(end_reason, 'deleted'), ended_at = now()
-WHERE id = $1 AND state = 'stopping' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch
+WHERE id = $1 AND state = 'stopping' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
 `
 
 func (q *Queries) SandboxStopped(ctx context.Context, id uuid.UUID) (Sandbox, error) {
@@ -1096,13 +1114,14 @@ func (q *Queries) SandboxStopped(ctx context.Context, id uuid.UUID) (Sandbox, er
 		&i.BuildID,
 		&i.Drained,
 		&i.TokenEpoch,
+		&i.Saved,
 	)
 	return i, err
 }
 
 const sandboxStopping = `-- name: SandboxStopping :one
 UPDATE sandboxes SET state = 'stopping'
-WHERE id = $1 AND state IN ('pending', 'starting', 'running', 'missing', 'pausing', 'paused', 'resuming', 'stopping') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch
+WHERE id = $1 AND state IN ('pending', 'starting', 'running', 'missing', 'pausing', 'paused', 'resuming', 'stopping') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
 `
 
 // Stopping a sandbox that stops is no change, yet answers with the row.
@@ -1136,6 +1155,7 @@ func (q *Queries) SandboxStopping(ctx context.Context, id uuid.UUID) (Sandbox, e
 		&i.BuildID,
 		&i.Drained,
 		&i.TokenEpoch,
+		&i.Saved,
 	)
 	return i, err
 }

@@ -1122,7 +1122,7 @@ type CreateSandbox struct {
 	// Metadata The caller's own keys and values, to find sandboxes by. Keys have 1 to 128 characters, none of them `=`.
 	Metadata *Metadata `json:"metadata,omitempty"`
 
-	// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused.
+	// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused. To be paused, its memory counts for `max_stored_mib` from the beginning.
 	OnTimeout *OnTimeout `json:"on_timeout,omitempty"`
 
 	// Template A template's name, with `:tag` or `@version` where not the latest is meant, or its id. A team's own template goes before the platform's of the same name.
@@ -1707,7 +1707,7 @@ type NewUser struct {
 	Email Email `json:"email"`
 }
 
-// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused.
+// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused. To be paused, its memory counts for `max_stored_mib` from the beginning.
 type OnTimeout string
 
 // Password 10 characters or more.
@@ -1724,7 +1724,7 @@ type Quota struct {
 	// MaxRunning Sandboxes that are not paused.
 	MaxRunning *int32 `json:"max_running,omitempty"`
 
-	// MaxStoredMib What is kept beside them, in MiB: templates, snapshots, builds' layers, the memory of paused sandboxes, and builds' archives.
+	// MaxStoredMib What is kept beside them, in MiB: templates, snapshots, builds' layers, the saved memory of sandboxes, and builds' archives.
 	MaxStoredMib *int64 `json:"max_stored_mib,omitempty"`
 
 	// MaxVcpus Their virtual CPUs.
@@ -1836,7 +1836,7 @@ type Sandbox struct {
 	// Metadata The caller's own keys and values, to find sandboxes by. Keys have 1 to 128 characters, none of them `=`.
 	Metadata Metadata `json:"metadata"`
 
-	// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused.
+	// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused. To be paused, its memory counts for `max_stored_mib` from the beginning.
 	OnTimeout OnTimeout `json:"on_timeout"`
 
 	// PausedAt Since when it is paused; absent when it is not.

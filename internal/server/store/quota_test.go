@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -128,7 +129,7 @@ func TestUsageAgrees(t *testing.T) {
 	_, pool, _ := quotaTest(t)
 	ctx := context.Background()
 	for _, sql := range []string{
-		"UPDATE platform_settings SET max_running = NULL, max_vcpus = NULL, max_memory_mib = NULL, max_disk_mib = NULL",
+		"UPDATE platform_settings SET max_running = NULL, max_vcpus = NULL, max_memory_mib = NULL, max_disk_mib = NULL, max_stored_mib = NULL",
 		"ALTER TABLE sandboxes DROP CONSTRAINT sandboxes_state_check", // for the states to come
 		"INSERT INTO teams (id, name) SELECT gen_random_uuid(), 'team' || n FROM generate_series(1, 5) n",
 	} {
@@ -145,8 +146,9 @@ func TestUsageAgrees(t *testing.T) {
 				var sql string
 				switch rand.IntN(4) {
 				case 0, 1:
-					sql = fmt.Sprintf(`INSERT INTO sandboxes (id, team_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at)
-						SELECT gen_random_uuid(), t.id, gen_random_uuid(), 'x', %s, 1 + n, 128 * n, CASE WHEN n %% 2 = 0 THEN 0 ELSE 1000 * n END, 0, '{}', now()
+					sql = fmt.Sprintf(`INSERT INTO sandboxes (id, team_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, on_timeout, forked_from)
+						SELECT gen_random_uuid(), t.id, gen_random_uuid(), 'x', %s, 1 + n, 128 * n, CASE WHEN n %% 2 = 0 THEN 0 ELSE 1000 * n END, 0, '{}', now(),
+							CASE WHEN random() < 0.3 THEN 'pause' ELSE 'destroy' END, CASE WHEN random() < 0.3 THEN gen_random_uuid() END
 						FROM (SELECT id FROM teams ORDER BY random() LIMIT 2) t, generate_series(1, %d) n`, states, n)
 				case 2:
 					sql = fmt.Sprintf("UPDATE sandboxes SET state = %s, disk_mib = disk_mib + 10 WHERE id IN (SELECT id FROM sandboxes ORDER BY random() LIMIT %d FOR UPDATE SKIP LOCKED)", states, n)
@@ -162,13 +164,14 @@ func TestUsageAgrees(t *testing.T) {
 	wg.Wait()
 	var wrong, some int
 	err := pool.QueryRow(ctx, `
-		SELECT count(*) FILTER (WHERE (COALESCE(u.running, 0), COALESCE(u.vcpus, 0), COALESCE(u.memory_mib, 0), COALESCE(u.disk_mib, 0))
-			IS DISTINCT FROM (COALESCE(h.running, 0), COALESCE(h.vcpus, 0), COALESCE(h.memory, 0), COALESCE(h.disk, 0))), count(*) FILTER (WHERE h.running > 0)
+		SELECT count(*) FILTER (WHERE (COALESCE(u.running, 0), COALESCE(u.vcpus, 0), COALESCE(u.memory_mib, 0), COALESCE(u.disk_mib, 0), COALESCE(u.stored_mib, 0))
+			IS DISTINCT FROM (COALESCE(h.running, 0), COALESCE(h.vcpus, 0), COALESCE(h.memory, 0), COALESCE(h.disk, 0), COALESCE(h.stored, 0))), count(*) FILTER (WHERE h.running > 0)
 		FROM teams t LEFT JOIN team_usage u ON u.team_id = t.id LEFT JOIN (
 			SELECT team_id, count(*) FILTER (WHERE state NOT IN ('paused', 'stopped', 'error')) AS running,
 				sum(vcpus) FILTER (WHERE state NOT IN ('paused', 'stopped', 'error')) AS vcpus,
 				sum(memory_mib) FILTER (WHERE state NOT IN ('paused', 'stopped', 'error')) AS memory,
-				sum(CASE disk_mib WHEN 0 THEN 5120 ELSE disk_mib END) FILTER (WHERE state NOT IN ('stopped', 'error')) AS disk
+				sum(CASE disk_mib WHEN 0 THEN 5120 ELSE disk_mib END) FILTER (WHERE state NOT IN ('stopped', 'error')) AS disk,
+				sum(memory_mib) FILTER (WHERE state NOT IN ('stopped', 'error') AND (saved OR on_timeout = 'pause' OR state IN ('pausing', 'resuming'))) AS stored
 			FROM sandboxes GROUP BY team_id) h ON h.team_id = t.id`).Scan(&wrong, &some)
 	if err != nil || wrong > 0 || some == 0 {
 		t.Errorf("usage of %d teams is wrong, %d have sandboxes: %v", wrong, some, err)
@@ -239,14 +242,27 @@ func TestQuotaStored(t *testing.T) {
 	refused("an archive", exec("INSERT INTO build_archives VALUES ($1, 'x', 400 << 20)", team))
 	must(exec("INSERT INTO build_archives VALUES ($1, 'x', 1)", team))
 	is("an archive of a byte", 6629)
+	// What was saved stays on the disk, and the next pause takes no more.
 	must(exec("UPDATE sandboxes SET state = 'running' WHERE id = $1", box))
-	is("it was resumed", 5129)
+	is("it was resumed", 6629)
 	must(exec("UPDATE templates SET size_bytes = 6000::bigint << 20 WHERE id = $1", one))
-	is("a template has grown", 8129)
-	refused("a pause", exec("UPDATE sandboxes SET state = 'pausing' WHERE id = $1", box))
-	// What a host does by itself, or because it drains, is not refused.
-	must(exec("UPDATE sandboxes SET state = 'pausing', drained = true WHERE id = $1", box))
+	is("a template has grown", 9629)
+	must(exec("UPDATE sandboxes SET state = 'pausing' WHERE id = $1", box))
+	must(exec("UPDATE sandboxes SET state = 'paused' WHERE id = $1", box))
+	is("it is paused again", 9629)
 	must(exec("UPDATE sandboxes SET state = 'stopping' WHERE id = $1", box))
+	is("it is being removed", 9629)
+	must(exec("UPDATE sandboxes SET state = 'stopped' WHERE id = $1", box))
+	is("it was removed", 8129)
+	another := uuid.New()
+	must(exec(insertSandbox, another, team, 1, 1500, 0))
+	must(exec("UPDATE sandboxes SET state = 'running' WHERE id = $1", another))
+	refused("a pause", exec("UPDATE sandboxes SET state = 'pausing' WHERE id = $1", another))
+	// What a host does by itself, or because it drains, is not refused.
+	must(exec("UPDATE sandboxes SET state = 'pausing', drained = true WHERE id = $1", another))
+	must(exec("UPDATE sandboxes SET state = 'running', drained = false WHERE id = $1", another))
+	is("a pause failed", 8129)
+	must(exec("UPDATE sandboxes SET state = 'stopped' WHERE id = $1", another))
 	must(exec("DELETE FROM build_archives"))
 	must(exec("DELETE FROM templates WHERE team_id = $1", team))
 	is("all is gone", 0)
@@ -255,6 +271,70 @@ func TestQuotaStored(t *testing.T) {
 	must(exec("DELETE FROM sandboxes"))
 	must(exec(template, uuid.New(), team, "a", 0, 0, "template"))
 	must(exec("DELETE FROM teams WHERE id = $1", team))
+}
+
+// TestQuotaOfTimeouts: what is paused at its timeout has that reserved from the
+// beginning, and what begins as a copy has the memory that it was copied from, so
+// that no number of creations, timeouts and resumes takes more than the quota.
+func TestQuotaOfTimeouts(t *testing.T) {
+	s, pool, team := quotaTest(t)
+	ctx := t.Context()
+	bound := int64(3000)
+	if err := s.SetQuota(ctx, db.SetQuotaParams{TeamID: team, MaxStoredMiB: &bound}); err != nil {
+		t.Fatal(err)
+	}
+	insert := func(more string) error {
+		_, err := pool.Exec(ctx, strings.Replace(strings.Replace(insertSandbox, "created_at)", "created_at, on_timeout, forked_from)", 1), "now())", "now(), "+more+")", 1), uuid.New(), team, 1, 512, 0)
+		return err
+	}
+	made := 0
+	for range 20 {
+		err := insert("'pause', NULL")
+		if err == nil {
+			made++
+		} else if _, over := OverQuota(err); !over {
+			t.Fatal(err)
+		}
+		// Their hosts pause them, and nobody is asked.
+		for _, state := range []string{"running", "paused"} {
+			if _, err := pool.Exec(ctx, "UPDATE sandboxes SET state = $1", state); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if got := s.stored(t, team); made != 5 || got != 5*512 {
+		t.Errorf("%d were made, which take %d MiB", made, got)
+	}
+	if _, over := OverQuota(insert("'destroy', gen_random_uuid()")); !over {
+		t.Error("a copy has room where there is none")
+	}
+	if err := insert("'destroy', NULL"); err != nil {
+		t.Errorf("one that is destroyed at its timeout: %v", err)
+	}
+	if _, err := pool.Exec(ctx, "UPDATE sandboxes SET state = 'stopped'"); err != nil {
+		t.Fatal(err)
+	}
+	if err := insert("'destroy', gen_random_uuid()"); err != nil || s.stored(t, team) != 512 {
+		t.Errorf("a copy: %v, %d MiB", err, s.stored(t, team))
+	}
+}
+
+// TestSavedBefore: what is paused, was copied or is to be paused at its timeout
+// when the schema is migrated counts afterwards.
+func TestSavedBefore(t *testing.T) {
+	team := uuid.New()
+	pool := migrated(t, "saved", func(exec func(string, ...any)) {
+		exec("INSERT INTO teams (id, name) VALUES ($1, 't')", team)
+		for i, more := range []string{"'running', 'destroy', NULL", "'running', 'pause', NULL", "'paused', 'destroy', NULL", "'running', 'destroy', gen_random_uuid()", "'stopped', 'pause', NULL"} {
+			exec(`INSERT INTO sandboxes (id, team_id, template_id, template_name, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, state, on_timeout, forked_from)
+				VALUES (gen_random_uuid(), $1, gen_random_uuid(), 'x', 1, 1 << $2::integer, 0, 0, '{}', now(), `+more+`)`, team, i)
+		}
+		exec("INSERT INTO build_archives VALUES ($1, 'x', 64 << 20)", team)
+	})
+	var stored int64
+	if err := pool.QueryRow(t.Context(), "SELECT stored_mib FROM team_usage WHERE team_id = $1", team).Scan(&stored); err != nil || stored != 64+2+4+8 {
+		t.Errorf("%d MiB are stored, %v", stored, err)
+	}
 }
 
 // TestQuotaOfOwner: teams of one owner share the platform's quota, however many
