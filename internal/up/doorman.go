@@ -1,7 +1,6 @@
 package up
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -18,12 +17,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
-const (
-	// retryAfter is when a client should ask again while this machine starts.
-	retryAfter = 5 * time.Second
-	// doormanLeaves bounds the wait for answers that are on their way.
-	doormanLeaves = 2 * time.Second
-)
+// retryAfter is when a client should ask again while this machine starts.
+const retryAfter = 5 * time.Second
 
 // doorman answers every request at the front door's sockets until Caddy is
 // started: the first start takes minutes, and clients would wait without a word.
@@ -31,21 +26,22 @@ type doorman struct {
 	server  *http.Server
 	serving sync.WaitGroup
 	doing   atomic.Pointer[string]
-	close   func() // may be called again
+	// leave has it accept no more connections. Those that it has are answered
+	// beside Caddy: [http.Server.Shutdown] would close them without an answer.
+	leave func() // may be called again
 }
 
-// newDoorman answers at the sockets, which stay open when it is closed.
+// newDoorman answers at the sockets, which stay open when it leaves.
 func newDoorman(sockets []*os.File) (*doorman, error) {
 	d := &doorman{}
 	d.prepares("everything")
 	d.server = netaddr.Server(d)
 	d.server.ErrorLog = log.New(io.Discard, "", 0)
 	d.server.SetKeepAlivesEnabled(false) // the next request is Caddy's
-	d.close = sync.OnceFunc(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), doormanLeaves)
-		defer cancel()
-		if d.server.Shutdown(ctx) != nil {
-			_ = d.server.Close()
+	var listeners []net.Listener
+	d.leave = sync.OnceFunc(func() {
+		for _, l := range listeners {
+			_ = l.Close()
 		}
 		d.serving.Wait()
 	})
@@ -55,9 +51,18 @@ func newDoorman(sockets []*os.File) (*doorman, error) {
 			d.close()
 			return nil, fmt.Errorf("answer at the front door: %w", err)
 		}
+		listeners = append(listeners, l)
+	}
+	for _, l := range listeners {
 		d.serving.Go(func() { _ = d.server.Serve(linger.Listener(l)) })
 	}
 	return d, nil
+}
+
+// close leaves, and ends the connections that are left.
+func (d *doorman) close() {
+	d.leave()
+	_ = d.server.Close()
 }
 
 // prepares sets what clients are told: what this machine prepares, in words that

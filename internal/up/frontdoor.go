@@ -220,7 +220,7 @@ func (f *frontDoor) program() program {
 	return program{
 		name: "Caddy",
 		command: func() *exec.Cmd {
-			f.doorman.close()
+			f.doorman.leave()
 			cmd := f.caddy.Command("run", "--config", f.config, "--adapter", "caddyfile")
 			cmd.ExtraFiles = append(slices.Clone(f.files), f.binary)
 			cmd.Path = fmt.Sprintf("/proc/self/fd/%d", firstFD+len(f.files))

@@ -31,8 +31,10 @@ import (
 
 	"github.com/wrenn-dev/wrenn/deploy"
 	"github.com/wrenn-dev/wrenn/deploy/deploytest"
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/gen/process"
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
+	"github.com/wrenn-dev/wrenn/internal/linger"
 	"github.com/wrenn-dev/wrenn/internal/linger/lingertest"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
@@ -96,7 +98,7 @@ func TestDoorman(t *testing.T) {
 	}
 	front.listen = l.Addr().String()
 	l.Close()
-	try := func(method string) (*http.Response, string, error) {
+	get := func(method string) (*http.Response, string) {
 		t.Helper()
 		req, err := http.NewRequestWithContext(t.Context(), method, "http://"+front.listen+"/v1/sandboxes", strings.NewReader("{}"))
 		if err != nil {
@@ -104,19 +106,14 @@ func TestDoorman(t *testing.T) {
 		}
 		resp, err := http.DefaultClient.Do(req)
 		if err != nil {
-			return nil, "", err
+			t.Fatal(err)
 		}
 		defer resp.Body.Close()
 		b, err := io.ReadAll(resp.Body)
-		return resp, string(b), err
-	}
-	get := func(method string) (*http.Response, string) {
-		t.Helper()
-		resp, body, err := try(method)
 		if err != nil {
 			t.Fatal(err)
 		}
-		return resp, body
+		return resp, string(b)
 	}
 	front.doorman.prepares("the base image")
 	for _, method := range []string{"GET", "POST", "HEAD"} {
@@ -142,15 +139,8 @@ func TestDoorman(t *testing.T) {
 	}
 	launched := make(chan error, 1)
 	go func() { launched <- s.launch(t.Context(), front.program()) }()
-	for broken := 0; ; {
-		resp, body, err := try("GET")
-		if err != nil {
-			// Whoever comes in the very moment may find the connection closed.
-			if broken++; broken > 1 {
-				t.Fatal(err)
-			}
-			continue
-		}
+	for {
+		resp, body := get("GET")
 		if resp.StatusCode == 200 && body == "the server" {
 			break
 		}
@@ -162,6 +152,91 @@ func TestDoorman(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// TestDoormanLeaves has another server take over again and again while clients
+// come: each connection is answered by one of the two.
+func TestDoormanLeaves(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	socket, err := l.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	defer socket.Close()
+	address := l.Addr().String()
+	ctx, stop := context.WithCancel(await.Context(t))
+	var clients sync.WaitGroup
+	defer clients.Wait()
+	defer stop()
+	answers := make(chan int)
+	ask := func(transport http.RoundTripper) (int, error) {
+		req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+address, io.LimitReader(zeros{}, 1<<16))
+		if err != nil {
+			return 0, err
+		}
+		resp, err := transport.RoundTrip(req)
+		if err != nil {
+			return 0, err
+		}
+		defer resp.Body.Close()
+		_, err = io.Copy(io.Discard, resp.Body)
+		return resp.StatusCode, err
+	}
+	for range 8 {
+		clients.Go(func() {
+			transport := &http.Transport{}
+			defer transport.CloseIdleConnections()
+			for {
+				status, err := ask(transport)
+				if ctx.Err() != nil {
+					return // The last server may not have answered.
+				}
+				if err != nil {
+					t.Error(err)
+				}
+				select {
+				case answers <- status:
+				case <-ctx.Done():
+				}
+			}
+		})
+	}
+	// until waits for an answer with the status.
+	until := func(status int) {
+		t.Helper()
+		for await.Recv(t, "an answer", answers) != status {
+			if t.Failed() {
+				t.FailNow()
+			}
+		}
+	}
+	for range 50 {
+		d, err := newDoorman([]*os.File{socket})
+		if err != nil {
+			t.Fatal(err)
+		}
+		until(http.StatusServiceUnavailable)
+		d.leave()
+		l, err := net.FileListener(socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		next := netaddr.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) }))
+		next.SetKeepAlivesEnabled(false)
+		served := make(chan struct{})
+		go func() { defer close(served); _ = next.Serve(linger.Listener(l)) }()
+		until(http.StatusOK)
+		l.Close()
+		<-served
+	}
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
 func TestFrontDoor(t *testing.T) {
 	// Says what it is asked for.

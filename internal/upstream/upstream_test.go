@@ -416,6 +416,29 @@ func TestResponseDoesNotWaitForBody(t *testing.T) {
 	}
 }
 
+// TestResetAfterResponse responds to a large request without reading it, and
+// resets the connection: writing fails, and the response is there all the same.
+func TestResetAfterResponse(t *testing.T) {
+	s := listen(t, func(_ int, c net.Conn, r *bufio.Reader) {
+		if _, err := http.ReadRequest(r); err == nil {
+			respond(c, "no")
+		}
+	})
+	for n := range 300 {
+		req := s.request(t, http.MethodPost, io.LimitReader(endless{}, 8<<20))
+		if n%2 == 0 {
+			req.ContentLength = 8 << 20
+		}
+		if got, err := s.do(req); err != nil || got != "no" {
+			t.Fatalf("%d: %q, %v", n, got, err)
+		}
+	}
+}
+
+type endless struct{}
+
+func (endless) Read(p []byte) (int, error) { return len(p), nil }
+
 // TestClientBreaksOff has a body fail under way: the upstream sees the end of
 // the connection, and the error is the body's.
 func TestClientBreaksOff(t *testing.T) {
