@@ -81,7 +81,7 @@ func runAgent(ctx context.Context, c agent.Config, e enrollment) error {
 		if err != nil {
 			return err
 		}
-		return errors.Join(serve(ctx, c.Listen, nil, nil, a.Handler(), a.Run), a.Close())
+		return errors.Join(serve(ctx, c.Listen, nil, nil, a.Handler(), a.ToPort, a.Run), a.Close())
 	}
 	if e.URL == "" {
 		e.URL = "https://" + c.Listen
@@ -109,7 +109,7 @@ func runAgent(ctx context.Context, c agent.Config, e enrollment) error {
 		return err
 	}
 	c.Log.Info("this machine is a host", "host_id", host.ID(), "url", e.URL)
-	return errors.Join(serve(ctx, c.Listen, nil, host.TLS(), a.Handler(), func(ctx context.Context) error {
+	return errors.Join(serve(ctx, c.Listen, nil, host.TLS(), a.Handler(), a.ToPort, func(ctx context.Context) error {
 		return both(ctx, a.Run, func(ctx context.Context) error {
 			return host.Run(ctx, func() (enroll.Status, error) {
 				m, err := a.Describe()

@@ -52,7 +52,7 @@ func TestServerReachesAgent(t *testing.T) {
 			served <- err
 			return
 		}
-		served <- serve(ctx, "192.0.2.1:7000", nil, nil, http.NotFoundHandler(), func(ctx context.Context) error {
+		served <- serve(ctx, "192.0.2.1:7000", nil, nil, http.NotFoundHandler(), nil, func(ctx context.Context) error {
 			close(begun) // it listens
 			<-ctx.Done()
 			return nil

@@ -19,6 +19,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	"github.com/wrenn-dev/wrenn/internal/server"
+	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
 // drainTimeout is how long requests under way may take to end when a role
@@ -50,10 +51,10 @@ func serverCommand() *cobra.Command {
 			run := s.Run
 			if c.MetricsListen != "" {
 				run = func(ctx context.Context) error {
-					return serve(ctx, c.MetricsListen, bound, nil, s.Metrics(), s.Run)
+					return serve(ctx, c.MetricsListen, bound, nil, s.Metrics(), nil, s.Run)
 				}
 			}
-			return errors.Join(serve(ctx, c.Listen, bound, nil, s.Handler(), run), s.Close())
+			return errors.Join(serve(ctx, c.Listen, bound, nil, s.Handler(), s.ToPort, run), s.Close())
 		},
 	}
 }
@@ -61,7 +62,9 @@ func serverCommand() *cobra.Command {
 // serve serves handler at listen, over TLS if identity is not nil, and runs run
 // beside it, until ctx is done or one of them ends. bound, if it is not nil, bounds
 // who connects: strangers do to a server, but its servers alone to an agent.
-func serve(ctx context.Context, listen string, bound func(net.Listener) net.Listener, identity *tls.Config, handler http.Handler, run func(context.Context) error) error {
+// toPort, if it is not nil, says which requests go to a sandbox's port: without
+// TLS they take a shorter way.
+func serve(ctx context.Context, listen string, bound func(net.Listener) net.Listener, identity *tls.Config, handler http.Handler, toPort func(*http.Request) bool, run func(context.Context) error) error {
 	l, err := netaddr.Listen(ctx, listen, 0o600)
 	if err != nil {
 		return err
@@ -72,6 +75,11 @@ func serve(ctx context.Context, listen string, bound func(net.Listener) net.List
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	srv := netaddr.Server(handler)
+	wait := func(context.Context) error { return nil }
+	if identity == nil && toPort != nil {
+		plain := (&upstream.Server{Handler: handler, Takes: toPort, HeaderTimeout: srv.ReadHeaderTimeout, IdleTimeout: srv.IdleTimeout}).Listen(l)
+		l, wait = plain, plain.Wait
+	}
 	served, ran := make(chan error, 1), make(chan error, 1)
 	go func() {
 		defer cancel()
@@ -89,6 +97,7 @@ func serve(ctx context.Context, listen string, bound func(net.Listener) net.List
 	if srv.Shutdown(drain) != nil {
 		_ = srv.Close() // streams that last
 	}
+	_ = wait(drain) // It ends them too.
 	err = <-served
 	if errors.Is(err, http.ErrServerClosed) {
 		err = nil

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -290,6 +291,9 @@ func (a *Agent) template(team, id uuid.UUID) (image.Template, error) {
 	}
 	return image.Template{}, fmt.Errorf("%w: no such template on this host", sandbox.ErrNotFound)
 }
+
+// ToPort says whether the handler sends a request to a sandbox's port.
+func (a *Agent) ToPort(r *http.Request) bool { return strings.HasPrefix(r.URL.Path, proxy.Prefix) }
 
 // Handler serves the agent's interface, which [netaddr.Server] can carry.
 func (a *Agent) Handler() http.Handler { return a.handler }

@@ -137,3 +137,6 @@ func (c *boundedConn) Close() error {
 	defer c.leave()
 	return c.Conn.Close()
 }
+
+// NetConn returns the connection itself.
+func (c *boundedConn) NetConn() net.Conn { return c.Conn }

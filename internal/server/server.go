@@ -196,6 +196,7 @@ type Server struct {
 	builds    *builds.Service
 	handler   http.Handler
 	metrics   http.Handler
+	toPort    func(host string) bool
 
 	stopTimeout time.Duration
 	// lingering ends when finish is called.
@@ -379,7 +380,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	// A metric that cannot be had, with the database down, must not hide the others.
 	metrics := http.NewServeMux()
 	metrics.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError}))
-	s.metrics = metrics
+	s.metrics, s.toPort = metrics, px.Match
 	rest := api.Handler()
 	s.handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if px.Match(r.Host) {
@@ -390,6 +391,9 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	})
 	return s, nil
 }
+
+// ToPort says whether the handler sends a request to a sandbox's port.
+func (s *Server) ToPort(r *http.Request) bool { return s.toPort(r.Host) }
 
 // Handler serves the REST API, and sandboxes' ports by host name.
 func (s *Server) Handler() http.Handler { return s.handler }

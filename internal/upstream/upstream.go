@@ -1,4 +1,4 @@
-// Package upstream sends a proxy's requests on over HTTP/1.1.
+// Package upstream receives a proxy's requests and sends them on over HTTP/1.1.
 //
 // [net/http.Transport] has two goroutines for each connection, which hand every
 // request and response over. A proxy has a goroutine for each request already,

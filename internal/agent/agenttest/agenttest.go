@@ -38,6 +38,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
+	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
 // roleEnv tells a process of the test's program what it is.
@@ -134,14 +135,16 @@ func runAgent() error {
 		return errors.Join(err, a.Close())
 	}
 	srv := netaddr.Server(a.Handler())
+	plain := (&upstream.Server{Handler: a.Handler(), Takes: a.ToPort, HeaderTimeout: srv.ReadHeaderTimeout, IdleTimeout: srv.IdleTimeout}).Listen(l)
 	served := make(chan error, 1)
-	go func() { served <- srv.Serve(l) }()
+	go func() { served <- srv.Serve(plain) }()
 	err = a.Run(ctx)
 	drain, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	if srv.Shutdown(drain) != nil {
 		_ = srv.Close()
 	}
+	_ = plain.Wait(drain)
 	<-served
 	return errors.Join(err, a.Close())
 }

@@ -1,0 +1,493 @@
+package upstream
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"log"
+	"net"
+	"net/http"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/net/http/httpguts"
+)
+
+// Server answers plain requests over HTTP/1.1: those without a body and without
+// a change of the protocol. For each request, [net/http.Server] starts a
+// goroutine that notices when the client leaves, and stops it again, which takes
+// about as long as the rest of a hop. Here one does that only for a request that
+// takes longer than lookAfter. A connection goes to net/http for good with the
+// first request that is not plain, or that Takes refuses, and before that
+// request was answered.
+type Server struct {
+	Handler http.Handler
+	// Takes says whether the server answers a request; all others are net/http's.
+	Takes func(*http.Request) bool
+	// HeaderTimeout bounds the wait for a request's header, IdleTimeout the one
+	// for the next request of a connection.
+	HeaderTimeout, IdleTimeout time.Duration
+	ErrorLog                   *log.Logger // nil: the standard one
+}
+
+const (
+	// maxPlain bounds the header of a plain request.
+	maxPlain = 4 << 10
+	// lookAfter is how long a request is under way before the server looks
+	// whether its client is still there.
+	lookAfter = 50 * time.Millisecond
+	// idleSlack is how much less than the idle timeout a connection may get, so
+	// that not every request moves its deadline.
+	idleSlack = 8
+)
+
+// Listener accepts the connections that a [Server] leaves to net/http.
+type Listener struct {
+	net.Listener
+	server  *Server
+	handed  chan accepted
+	closing chan struct{}
+	close   sync.Once
+
+	mu     sync.Mutex
+	conns  map[*served]struct{}
+	closed bool
+	none   chan struct{} // closed when the listener is, and no connection is left
+}
+
+type accepted struct {
+	net.Conn
+	error
+}
+
+// Listen begins to serve the connections of l. Closing the listener that it
+// returns closes l and the connections that have no request; [Listener.Wait]
+// waits for the others.
+func (s *Server) Listen(l net.Listener) *Listener {
+	ln := &Listener{
+		Listener: l, server: s, handed: make(chan accepted), closing: make(chan struct{}),
+		conns: make(map[*served]struct{}), none: make(chan struct{}),
+	}
+	go ln.accept()
+	return ln
+}
+
+// accept accepts connections until the listener is closed.
+func (l *Listener) accept() {
+	for {
+		nc, err := l.Listener.Accept()
+		if err != nil {
+			if !l.hand(accepted{error: err}) || errors.Is(err, net.ErrClosed) {
+				return
+			}
+			continue
+		}
+		raw := rawConn(nc)
+		_, secure := nc.(interface{ ConnectionState() tls.ConnectionState })
+		if secure || raw == nil {
+			go l.hand(accepted{Conn: nc})
+			continue
+		}
+		c := &served{Conn: nc, l: l, raw: raw}
+		if !l.enter(c) {
+			_ = nc.Close()
+			continue
+		}
+		go c.serve()
+	}
+}
+
+// hand gives net/http a connection or an error, unless the listener is closed.
+func (l *Listener) hand(a accepted) bool {
+	select {
+	case l.handed <- a:
+		return true
+	case <-l.closing:
+		if a.Conn != nil {
+			_ = a.Conn.Close()
+		}
+		return false
+	}
+}
+
+// Accept implements [net.Listener].
+func (l *Listener) Accept() (net.Conn, error) {
+	select {
+	case a := <-l.handed:
+		return a.Conn, a.error
+	case <-l.closing:
+		return nil, net.ErrClosed
+	}
+}
+
+// Close implements [net.Listener].
+func (l *Listener) Close() error {
+	err := net.ErrClosed
+	l.close.Do(func() {
+		close(l.closing)
+		err = l.Listener.Close()
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.closed = true
+		for c := range l.conns {
+			if !c.busy.Load() {
+				_ = c.Conn.Close()
+			}
+		}
+		if len(l.conns) == 0 {
+			close(l.none)
+		}
+	})
+	return err
+}
+
+// Wait waits, after Close, until the requests that the server answers are over.
+// When ctx is done before, it closes their connections and returns ctx's error.
+func (l *Listener) Wait(ctx context.Context) error {
+	select {
+	case <-l.none:
+		return nil
+	case <-ctx.Done():
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.conns) == 0 {
+		return nil
+	}
+	for c := range l.conns {
+		_ = c.Conn.Close()
+		c.stop()
+	}
+	return ctx.Err()
+}
+
+func (l *Listener) enter(c *served) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return false
+	}
+	l.conns[c] = struct{}{}
+	return true
+}
+
+func (l *Listener) leave(c *served) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.conns, c)
+	if l.closed && len(l.conns) == 0 {
+		close(l.none)
+	}
+}
+
+func (l *Listener) isClosing() bool {
+	select {
+	case <-l.closing:
+		return true
+	default:
+		return false
+	}
+}
+
+// served is a client's connection.
+type served struct {
+	net.Conn
+	l   *Listener
+	raw syscall.RawConn
+	br  *bufio.Reader
+	bw  *bufio.Writer // while a request is under way
+
+	busy  atomic.Bool // A request is under way.
+	until time.Time   // the deadline for reading; zero: none
+
+	// looks is when the server looks for the client. mu guards what follows.
+	looks   *time.Timer
+	mu      sync.Mutex
+	cancel  context.CancelFunc // of the request under way; nil: none
+	looking chan struct{}      // closed when the look has ended; nil: there is none
+}
+
+// plainMethods are what a request of which net/http knows nothing may begin with.
+var plainMethods = []string{"GET /", "HEAD /", "DELETE /", "OPTIONS /"}
+
+var longPast = time.Unix(1, 0)
+
+// serve answers requests until the connection ends or is net/http's.
+func (c *served) serve() {
+	c.br = bufio.NewReaderSize(c.Conn, maxPlain)
+	ctx := context.WithValue(context.Background(), http.LocalAddrContextKey, c.LocalAddr())
+	remote := c.RemoteAddr().String()
+	keep := true
+	for first := true; keep; first = false {
+		n, err := c.header(first)
+		if err != nil {
+			break
+		}
+		r := c.parse(n)
+		if r == nil {
+			c.handOver()
+			return
+		}
+		r.RemoteAddr = remote
+		if !c.l.server.Takes(r) {
+			c.handOver()
+			return
+		}
+		c.busy.Store(true)
+		_, _ = c.br.Discard(n)
+		keep = c.answer(ctx, r)
+		c.busy.Store(false)
+		keep = keep && !c.l.isClosing()
+	}
+	_ = c.Conn.Close()
+	c.l.leave(c)
+}
+
+// handOver gives the connection to net/http, with what was read of it.
+func (c *served) handOver() {
+	c.deadline(time.Time{})
+	c.l.leave(c)
+	c.l.hand(accepted{Conn: &replayed{c.Conn, c.br}})
+}
+
+// deadline sets the deadline for reading.
+func (c *served) deadline(until time.Time) {
+	c.until = until
+	_ = c.Conn.SetReadDeadline(until)
+}
+
+// header waits for the header of a request, and returns its length, or 0 if
+// what arrives is for net/http to judge.
+func (c *served) header(first bool) (int, error) {
+	s := c.l.server
+	wait := s.IdleTimeout
+	if first {
+		wait = s.HeaderTimeout
+	}
+	if c.br.Buffered() == 0 {
+		if now := time.Now(); c.until.Before(now.Add(wait - wait/idleSlack)) {
+			c.deadline(now.Add(wait))
+		}
+		if _, err := c.br.Peek(1); err != nil {
+			return 0, err
+		}
+	}
+	for began := false; ; began = true {
+		b, _ := c.br.Peek(c.br.Buffered())
+		if !plausible(b) {
+			return 0, nil
+		}
+		if end := bytes.Index(b, []byte("\r\n\r\n")); end >= 0 {
+			return end + 4, nil
+		}
+		if len(b) == maxPlain {
+			return 0, nil
+		}
+		if !began {
+			c.deadline(time.Now().Add(s.HeaderTimeout))
+		}
+		if _, err := c.br.Peek(len(b) + 1); err != nil {
+			return 0, err
+		}
+	}
+}
+
+// plausible says whether b can be the beginning of a plain request.
+func plausible(b []byte) bool {
+	for _, m := range plainMethods {
+		n := min(len(b), len(m))
+		if string(b[:n]) == m[:n] {
+			return true
+		}
+	}
+	return false
+}
+
+// head is what a header is parsed with.
+type head struct {
+	b  bytes.Reader
+	br *bufio.Reader
+}
+
+var (
+	heads   = sync.Pool{New: func() any { return &head{br: bufio.NewReaderSize(nil, maxPlain)} }}
+	writers = sync.Pool{New: func() any { return bufio.NewWriter(nil) }}
+)
+
+// parse returns the request whose header the next n bytes are; nil: it is for
+// net/http to judge. It takes nothing away.
+func (c *served) parse(n int) *http.Request {
+	if n == 0 {
+		return nil
+	}
+	b, _ := c.br.Peek(n)
+	h := heads.Get().(*head)
+	defer heads.Put(h)
+	h.b.Reset(b)
+	h.br.Reset(&h.b)
+	r, err := http.ReadRequest(h.br)
+	if err != nil || h.br.Buffered()+h.b.Len() > 0 || r.Proto != "HTTP/1.1" || r.ContentLength != 0 || r.TransferEncoding != nil || r.Close {
+		return nil
+	}
+	hosts := 0
+	for line := range bytes.SplitSeq(b, []byte("\r\n")) {
+		if name, _, ok := bytes.Cut(line, []byte(":")); ok && len(name) == 4 && bytes.EqualFold(name, []byte("host")) {
+			hosts++
+		}
+	}
+	if hosts != 1 || !httpguts.ValidHostHeader(r.Host) || r.Host == "" {
+		return nil
+	}
+	for name, values := range r.Header {
+		switch name {
+		case "Connection":
+			if len(values) != 1 || !strings.EqualFold(values[0], "keep-alive") {
+				return nil
+			}
+		case "Content-Length", "Transfer-Encoding", "Trailer", "Upgrade", "Expect", "Http2-Settings":
+			return nil
+		}
+		if !httpguts.ValidHeaderFieldName(name) || slices.ContainsFunc(values, func(v string) bool { return !httpguts.ValidHeaderFieldValue(v) }) {
+			return nil
+		}
+	}
+	return r
+}
+
+// answer has the handler answer a request, and says whether the connection may
+// have another one.
+func (c *served) answer(ctx context.Context, r *http.Request) (keep bool) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	w := &reply{c: c, r: r, header: make(http.Header, 12), length: -1}
+	c.bw = writers.Get().(*bufio.Writer)
+	c.bw.Reset(c.Conn)
+	c.watch(cancel)
+	defer func() {
+		c.unwatch()
+		c.bw.Reset(nil)
+		writers.Put(c.bw)
+		c.bw = nil
+	}()
+	defer func() {
+		p := recover()
+		if p == nil {
+			return
+		}
+		keep = false
+		if p != http.ErrAbortHandler {
+			c.logf("http: panic serving %s: %v\n%s", r.RemoteAddr, p, debug.Stack())
+		}
+	}()
+	c.l.server.Handler.ServeHTTP(w, r.WithContext(ctx))
+	return w.finish()
+}
+
+func (c *served) logf(format string, args ...any) {
+	if l := c.l.server.ErrorLog; l != nil {
+		l.Printf(format, args...)
+		return
+	}
+	log.Printf(format, args...)
+}
+
+// watch has cancel called if the client leaves, until unwatch.
+func (c *served) watch(cancel context.CancelFunc) {
+	c.mu.Lock()
+	c.cancel = cancel
+	c.mu.Unlock()
+	if c.looks == nil {
+		c.looks = time.AfterFunc(lookAfter, c.look)
+		return
+	}
+	c.looks.Reset(lookAfter)
+}
+
+func (c *served) unwatch() {
+	c.looks.Stop()
+	c.mu.Lock()
+	c.cancel = nil
+	looking := c.looking
+	c.mu.Unlock()
+	if looking == nil {
+		return
+	}
+	c.deadline(longPast) // ends the look
+	<-looking
+	c.deadline(time.Time{})
+	c.mu.Lock()
+	c.looking = nil
+	c.mu.Unlock()
+}
+
+// stop cancels the request under way.
+func (c *served) stop() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.cancel != nil {
+		c.cancel()
+	}
+}
+
+// look waits until the client leaves or sends something.
+func (c *served) look() {
+	c.mu.Lock()
+	cancel := c.cancel
+	if cancel == nil || c.looking != nil {
+		c.mu.Unlock()
+		return
+	}
+	ended := make(chan struct{})
+	defer close(ended)
+	c.looking = ended
+	_ = c.Conn.SetReadDeadline(time.Time{}) // Before unwatch sets its own.
+	c.mu.Unlock()
+	gone := true
+	err := c.raw.Read(func(fd uintptr) bool {
+		var b [1]byte
+		n, _, err := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+		if err == syscall.EAGAIN || err == syscall.EINTR {
+			return false
+		}
+		gone = err != nil || n == 0
+		return true
+	})
+	if err == nil && gone {
+		cancel()
+	}
+}
+
+// replayed is a connection of which something was read ahead.
+type replayed struct {
+	net.Conn
+	br *bufio.Reader
+}
+
+// Read implements [net.Conn].
+func (r *replayed) Read(p []byte) (int, error) {
+	if r.br != nil {
+		if r.br.Buffered() > 0 {
+			return r.br.Read(p)
+		}
+		r.br = nil
+	}
+	return r.Conn.Read(p)
+}
+
+// CloseWrite lets net/http end an answer before it closes the connection.
+func (r *replayed) CloseWrite() error {
+	if c, ok := r.Conn.(interface{ CloseWrite() error }); ok {
+		return c.CloseWrite()
+	}
+	return errors.ErrUnsupported
+}
+
+// NetConn returns the connection itself.
+func (r *replayed) NetConn() net.Conn { return r.Conn }
