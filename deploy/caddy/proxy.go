@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -76,20 +78,39 @@ func (p *proxy) Cleanup() error {
 }
 
 // ServeHTTP implements [caddyhttp.MiddlewareHandler].
-func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) (err error) {
+func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
 	w.Header().Del("Server") // The response has its own.
+	p.forward(w, r)
+	return nil
+}
+
+// forward answers a request.
+func (p *proxy) forward(w http.ResponseWriter, r *http.Request) {
 	(&upstream.Proxy{
 		Transport: p.transport,
 		Rewrite: func(pr *httputil.ProxyRequest) {
 			pr.Out.URL.Host = "control-plane"
 			pr.SetXForwarded()
 		},
-		ErrorHandler: func(_ http.ResponseWriter, _ *http.Request, failed error) {
+		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) {
 			if r.Context().Err() != nil {
 				panic(http.ErrAbortHandler) // Nobody is there to tell.
 			}
-			err = caddyhttp.Error(http.StatusBadGateway, failed)
+			fail(w, err)
 		},
 	}).ServeHTTP(w, r)
-	return err
+}
+
+// fail answers a request that the control plane did not.
+func fail(w http.ResponseWriter, err error) {
+	message := "the control plane closed the connection before it answered"
+	if op := new(net.OpError); errors.As(err, &op) && op.Op == "dial" {
+		message = "the front door cannot connect to the control plane: it is starting or has stopped"
+	}
+	h := w.Header()
+	h.Set("Content-Type", "application/json")
+	h.Set("Cache-Control", "no-store")
+	w.WriteHeader(http.StatusBadGateway)
+	b, _ := json.Marshal(map[string]any{"error": map[string]string{"code": "unavailable", "message": message}})
+	_, _ = w.Write(b)
 }

@@ -2,6 +2,7 @@ package up
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -830,5 +831,54 @@ func TestRefusalArrives(t *testing.T) {
 	dial := func() (net.Conn, error) { return net.Dial("tcp", listen) }
 	for _, host := range []string{"localhost", "80-cl-x.localhost"} {
 		lingertest.Refused(t, dial, lingertest.Refusal{Host: host, Path: "/v1/x", Status: http.StatusRequestEntityTooLarge, Contains: "too large"}, 100)
+	}
+}
+
+// TestPortsTakeAShorterWay has plain requests to sandboxes' ports, and no others,
+// answered before Caddy's handlers see them.
+func TestPortsTakeAShorterWay(t *testing.T) {
+	config := bytes.Replace(deploy.Caddyfile, []byte("\tfull_duplex\n"), []byte("\tfull_duplex\n\theader >X-Caddy yes\n"), 1)
+	_, listen, stopServer := openDoorOf(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(w, r.Body)
+		fmt.Fprint(w, r.Header.Get("X-Forwarded-For"), r.Header.Get("X-Forwarded-Host"), r.Header.Get("X-Forwarded-Proto"))
+	}), config)
+	ask := func(method, host, body string) (resp *http.Response, text string) {
+		t.Helper()
+		req, err := http.NewRequestWithContext(t.Context(), method, "http://"+listen+"/v1/x", strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Host = host
+		if resp, err = http.DefaultClient.Do(req); err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		b, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp, string(b)
+	}
+	for _, c := range []struct {
+		method, host, body string
+		short              bool
+	}{
+		{"GET", "80-cl-x.localhost", "", true},
+		{"DELETE", "80-CL-x.LOCALHOST:8000", "", true},
+		{"GET", "localhost", "", false},
+		{"GET", "a.80-cl-x.localhost", "", false},
+		{"GET", "80-cl-x.example.com", "", false},
+		{"POST", "80-cl-x.localhost", "hello", false},
+	} {
+		resp, text := ask(c.method, c.host, c.body)
+		if short := resp.Header.Get("X-Caddy") == ""; short != c.short || resp.StatusCode != 200 || text != c.body+"127.0.0.1"+c.host+"http" {
+			t.Errorf("%s %s: %d %q, by a shorter way: %v", c.method, c.host, resp.StatusCode, text, short)
+		}
+	}
+	stopServer()
+	for _, host := range []string{"80-cl-x.localhost", "localhost"} {
+		if resp, text := ask("GET", host, ""); resp.StatusCode != 502 || !strings.Contains(text, "cannot connect to the control plane") {
+			t.Errorf("%s without a server: %d %q", host, resp.StatusCode, text)
+		}
 	}
 }

@@ -1,0 +1,85 @@
+package main
+
+import (
+	"context"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+
+	"github.com/wrenn-dev/wrenn/deploy/caddy/upstream"
+)
+
+func init() { caddy.RegisterModule(new(ports)) }
+
+// ports is the listener wrapper "ports DOMAIN SERVER SITES". It answers plain
+// requests to sandboxes' ports in place of Caddy, which would only forward them
+// too, if all that Caddy serves is without TLS. It must come after "tls".
+type ports struct {
+	Domain string `json:"domain"`
+	Server string `json:"server"`
+	Sites  string `json:"sites"`
+
+	proxy     *proxy
+	listeners []*upstream.Listener
+}
+
+// CaddyModule implements [caddy.Module].
+func (*ports) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "caddy.listeners.ports", New: func() caddy.Module { return new(ports) }}
+}
+
+// UnmarshalCaddyfile implements [caddyfile.Unmarshaler].
+func (p *ports) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
+	d.Next()
+	if !d.Args(&p.Domain, &p.Server) {
+		return d.ArgErr()
+	}
+	p.Sites = strings.Join(d.RemainingArgs(), " ")
+	return nil
+}
+
+// Provision implements [caddy.Provisioner].
+func (p *ports) Provision(c caddy.Context) error {
+	p.proxy = &proxy{Address: p.Server}
+	return p.proxy.Provision(c)
+}
+
+// Cleanup implements [caddy.CleanerUpper]. Caddy has closed the listeners, and
+// allows requests the same time.
+func (p *ports) Cleanup() error {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	for _, l := range p.listeners {
+		_ = l.Wait(ctx)
+	}
+	return p.proxy.Cleanup()
+}
+
+// WrapListener implements [caddy.ListenerWrapper].
+func (p *ports) WrapListener(l net.Listener) net.Listener {
+	for site := range strings.FieldsSeq(strings.ReplaceAll(p.Sites, ",", " ")) {
+		if !strings.HasPrefix(site, "http://") {
+			return l // Whoever asks without TLS is redirected.
+		}
+	}
+	wrapped := (&upstream.Server{
+		Handler: http.HandlerFunc(p.proxy.forward), Takes: p.takes, HeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
+	}).Listen(l)
+	p.listeners = append(p.listeners, wrapped)
+	return wrapped
+}
+
+// takes says whether a request's host is a sandbox's name, as @sandbox does in
+// the Caddyfile.
+func (p *ports) takes(r *http.Request) bool {
+	host := r.Host
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	}
+	label, ok := strings.CutSuffix(strings.ToLower(host), "."+strings.ToLower(p.Domain))
+	return ok && strings.Contains(label, "-cl-") && !strings.Contains(label, ".")
+}
