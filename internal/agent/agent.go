@@ -23,6 +23,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/network"
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
 	"github.com/wrenn-dev/wrenn/internal/agent/proxy"
+	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qemu"
@@ -63,6 +64,8 @@ type Config struct {
 	// DiskReserveMiB is what must stay free of the disk for anything but the pause
 	// of a running sandbox to begin.
 	DiskReserveMiB int `env:"WRENN_DISK_RESERVE_MIB" envDefault:"2048"`
+	// Rates are what each sandbox may take of the host's disk and network.
+	Rates rates.Rates
 	// Envd is the path of the guest daemon's binary; empty: beside this program.
 	Envd string `env:"WRENN_ENVD"`
 	// LocalRegistries lets images be imported from registries on this machine,
@@ -185,14 +188,14 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 	if err != nil {
 		return nil, err
 	}
-	a.pool, err = network.Open(ctx, network.Config{Dir: c.Dir, Upstreams: c.DNS, Guests: guests, Problems: a.problems, Unknown: found.Unknown(), Log: a.log}, found.Slots())
+	a.pool, err = network.Open(ctx, network.Config{Dir: c.Dir, Upstreams: c.DNS, Guests: guests, Rates: c.Rates, Problems: a.problems, Unknown: found.Unknown(), Log: a.log}, found.Slots())
 	if err != nil {
 		return nil, err
 	}
 	a.metrics = newMetrics()
 	a.sandboxes, err = sandbox.Open(ctx, sandbox.Config{
 		Dir: c.Dir, Driver: a.driver, Networks: sandbox.Pool(a.pool), Journal: a.journal,
-		Kernel: kernel.Vmlinux, Initrd: kernel.Initrd, KernelInputs: kernel.Inputs, Template: a.template, MemoryMiB: c.MemoryMiB, DiskReserveMiB: c.DiskReserveMiB,
+		Kernel: kernel.Vmlinux, Initrd: kernel.Initrd, KernelInputs: kernel.Inputs, Template: a.template, MemoryMiB: c.MemoryMiB, DiskReserveMiB: c.DiskReserveMiB, Rates: c.Rates,
 		DefaultVCPUs: c.DefaultVCPUs, DefaultMemoryMiB: c.DefaultMemoryMiB, Warm: c.Warm, WarmMemoryMiB: c.WarmMemoryMiB, Hook: c.Hook,
 		Problems: a.problems, Observe: a.metrics.observe, Log: a.log,
 	}, found)

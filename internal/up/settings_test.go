@@ -11,7 +11,7 @@ import (
 
 // Every setting of the programs that `wrenn up` starts reaches them.
 func TestSettingsArePassed(t *testing.T) {
-	for _, name := range []string{"WRENN_OVERCOMMIT_MEMORY", "WRENN_HEARTBEAT", "WRENN_DRAIN_IDLE", "WRENN_TRUSTED_PROXIES", "WRENN_REQUEST_MEMORY_MIB", "WRENN_BUILD_WORKERS", "WRENN_WARM", "WRENN_DNS"} {
+	for _, name := range []string{"WRENN_OVERCOMMIT_MEMORY", "WRENN_HEARTBEAT", "WRENN_DRAIN_IDLE", "WRENN_TRUSTED_PROXIES", "WRENN_REQUEST_MEMORY_MIB", "WRENN_BUILD_WORKERS", "WRENN_WARM", "WRENN_DNS", "WRENN_NET_PACKETS_PER_SECOND"} {
 		t.Setenv(name, "of "+name)
 	}
 	t.Setenv("WRENN_NO_SETTING", "x")
@@ -33,7 +33,7 @@ func TestSettingsArePassed(t *testing.T) {
 	}; !reflect.DeepEqual(server, want) {
 		t.Errorf("the server is passed %q, want %q", server, want)
 	}
-	if want := []string{"WRENN_DNS=of WRENN_DNS", "WRENN_WARM=of WRENN_WARM"}; !reflect.DeepEqual(agent, want) {
+	if want := []string{"WRENN_DNS=of WRENN_DNS", "WRENN_NET_PACKETS_PER_SECOND=of WRENN_NET_PACKETS_PER_SECOND", "WRENN_WARM=of WRENN_WARM"}; !reflect.DeepEqual(agent, want) {
 		t.Errorf("the agent is passed %q, want %q", agent, want)
 	}
 }

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
+	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 	"github.com/wrenn-dev/wrenn/internal/backoff"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
@@ -49,6 +50,8 @@ type Config struct {
 	// Guests is how many guests there can be at once, who share half of the
 	// connections that the machine tracks; 0: one a slot.
 	Guests int
+	// Rates are each guest's.
+	Rates rates.Rates
 	// Problems gets what is wrong with the machine's network and cannot be
 	// repaired; it may be nil.
 	Problems *problem.List
@@ -112,6 +115,9 @@ func Open(ctx context.Context, c Config, keep []int) (*Pool, error) {
 	if c.Ready == 0 {
 		c.Ready = 4
 	}
+	if err := c.Rates.Check(); err != nil {
+		return nil, fmt.Errorf("open network pool: %w", err)
+	}
 	if len(c.Upstreams) == 0 {
 		c.Upstreams = Upstreams()
 	}
@@ -153,6 +159,10 @@ func Open(ctx context.Context, c Config, keep []int) (*Pool, error) {
 	p.refill.Go(func() { p.keepReady(ctx) })
 	p.wake <- struct{}{}
 	return p, nil
+}
+
+func (p *Pool) slotConfig() slotConfig {
+	return slotConfig{upstreams: p.config.Upstreams, connections: p.connections, rates: p.config.Rates}
 }
 
 // indexes are the slots of the pool's block.
@@ -460,7 +470,7 @@ func (p *Pool) adopt(s *Slot) (err error) {
 }
 
 func (p *Pool) create(i int) error {
-	if err := create(p.host, i, p.config.Upstreams, p.connections); err != nil {
+	if err := create(p.host, i, p.slotConfig()); err != nil {
 		return err
 	}
 	if err := raiseHostLink(p.host, i); err != nil {
@@ -515,7 +525,7 @@ func (p *Pool) Reclaim(ctx context.Context, index, pid int) (*Slot, error) {
 		err = p.adopt(s)
 	}
 	if err == nil {
-		err = s.within(func() error { return slotRules(s.Address, p.config.Upstreams, p.connections, false) })
+		err = s.within(func() error { return slotRules(s.Address, p.slotConfig(), false) })
 	}
 	if err == nil {
 		// A VM without a way out still has its memory, and the guard tries again.

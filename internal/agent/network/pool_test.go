@@ -161,7 +161,7 @@ func TestGuestIsShutIn(t *testing.T) {
 			return nil
 		}))
 		defer func() {
-			must(t, inNamespace(s.NetNS(), func() error { return slotRules(s.Address, p.config.Upstreams, p.connections, false) }))
+			must(t, inNamespace(s.NetNS(), func() error { return slotRules(s.Address, p.slotConfig(), false) }))
 		}()
 		var wg sync.WaitGroup
 		for _, a := range shut {

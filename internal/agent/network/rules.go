@@ -15,6 +15,7 @@ import (
 	mdnetlink "github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
@@ -23,6 +24,9 @@ const (
 	maxConnections = 8192 // tracked at once; see shareOfConnections
 	minConnections = 32
 	ntpPerSecond   = 16
+	// largestPacket is one that a card with offloads takes: a lower burst would let
+	// none of them pass.
+	largestPacket = 64 << 10
 )
 
 // Packets from probePort, the discard service's, go no further than probeChain:
@@ -163,6 +167,29 @@ func over(connections uint32) rule {
 
 func perSecond(n uint64) rule {
 	return rule{&expr.Limit{Type: expr.LimitTypePkts, Rate: n, Unit: expr.LimitTimeSecond, Burst: uint32(n)}}
+}
+
+// faster matches what comes faster than rate, after atOnce. A bucket of packets or
+// bytes is each rule's own.
+func faster(kind expr.LimitType, rate, atOnce int64) rule {
+	const most = 1<<32 - 1
+	return rule{&expr.Limit{Type: kind, Rate: uint64(rate), Unit: expr.LimitTimeSecond, Burst: uint32(min(atOnce, most)), Over: true}}
+}
+
+// limits drop what a guest sends, and what is sent to it, above its rates.
+func limits(r rates.Rates) []rule {
+	var all []rule
+	for _, way := range []rule{in(tapName), in(vethName)} {
+		if r.NetPackets > 0 {
+			all = append(all, when(way, faster(expr.LimitTypePkts, r.NetPackets, r.AtOnce(r.NetPackets)), drop))
+		}
+		if r.NetBytes > 0 {
+			// The kernel adds what comes in a second to a burst of bytes.
+			atOnce := max(r.AtOnce(r.NetBytes), largestPacket) - r.NetBytes
+			all = append(all, when(way, faster(expr.LimitTypePktBytes, r.NetBytes, max(atOnce, 0)), drop))
+		}
+	}
+	return all
 }
 
 // turn is true for one of n packets in a row, each i another.
@@ -361,20 +388,30 @@ func removeHostRules(block int) error {
 	return r.commit()
 }
 
+// slotConfig is what the rules of slots depend on.
+type slotConfig struct {
+	upstreams   []netip.Addr
+	connections uint32 // how many a guest may have tracked at once
+	rates       rates.Rates
+}
+
 // slotRules are the rules inside a slot's namespace, the calling thread's. The
 // same networks are closed here as on the host, so that a guest stays shut in
 // while someone reloads the host's firewall.
-func slotRules(outside netip.Addr, upstreams []netip.Addr, connections uint32, fresh bool) error {
+func slotRules(outside netip.Addr, c slotConfig, fresh bool) error {
+	upstreams, connections := c.upstreams, c.connections
 	r, err := newRuleset("wrenn", fresh)
 	if err != nil {
 		return err
 	}
 	closedNets := r.closedSet()
 
+	// Before the kernel does more with a packet, such as to track its connection.
 	r.chain("raw", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw, nftables.ChainPolicyAccept,
-		when(family(expr.CmpOpNeq, unix.NFPROTO_IPV4), drop),
-		when(in(tapName), notFrom(host(guestAddr)), drop),
-	)
+		append(limits(c.rates),
+			when(family(expr.CmpOpNeq, unix.NFPROTO_IPV4), drop),
+			when(in(tapName), notFrom(host(guestAddr)), drop),
+		)...)
 
 	prerouting := []rule{when(in(vethName), to(outside), dnat(guestAddr))}
 	for i, u := range upstreams {

@@ -222,7 +222,7 @@ func (s *Slot) silence() {
 }
 
 // create makes slot i's namespace, links and rules, or nothing.
-func create(h *netlink.Handle, i int, upstreams []netip.Addr, connections uint32) error {
+func create(h *netlink.Handle, i int, c slotConfig) error {
 	err := createNamespace(layout.Namespace(i), func(ns *os.File) error {
 		// Before there is any link: none ever has an IPv6 address, none is
 		// led astray by a redirect.
@@ -241,7 +241,7 @@ func create(h *netlink.Handle, i int, upstreams []netip.Addr, connections uint32
 				return err
 			}
 		}
-		if err := slotRules(outsideAddr(i), upstreams, connections, true); err != nil {
+		if err := slotRules(outsideAddr(i), c, true); err != nil {
 			return err
 		}
 		if err := createHostLink(h, i, ns); err != nil {

@@ -23,6 +23,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
+	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -60,6 +61,8 @@ type Config struct {
 	// DiskReserveMiB is what must stay free of the disk for anything but the pause
 	// of a running sandbox to begin; 0: nothing.
 	DiskReserveMiB int
+	// Rates are each sandbox's of the host's disk.
+	Rates rates.Rates
 	// Hook, if not nil, is told each step between which an agent may be killed.
 	Hook func(step string)
 	// Problems gets what keeps sandboxes from being taken back; it may be nil.

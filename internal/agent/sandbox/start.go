@@ -182,8 +182,8 @@ func (b *box) machine(base string, layers []string) (vmm.Spec, error) {
 		Kernel: b.m.Kernel, Initrd: b.m.Initrd, Cmdline: guest.Cmdline("sandbox"),
 		VCPUs: spec.VCPUs, MemoryMiB: spec.MemoryMiB,
 		Overlay: dir.SandboxDisk(home, b.rec.Disks-1), Layers: layers, Base: base,
-		DiskBytes: int64(spec.DiskMiB) << 20,
-		NetNS:     b.slot.NetNS(), Tap: tap, MAC: guest.MAC, UID: b.uid(),
+		DiskBytes: int64(spec.DiskMiB) << 20, Rates: b.m.Rates,
+		NetNS: b.slot.NetNS(), Tap: tap, MAC: guest.MAC, UID: b.uid(),
 	}, nil
 }
 

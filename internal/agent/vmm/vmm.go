@@ -10,6 +10,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
+	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 )
 
 // ErrGone is returned by Attach for a virtual machine that has ended.
@@ -31,6 +32,8 @@ type Spec struct {
 	// DiskBytes is the disk's size. It bounds how large the overlay's file can
 	// become, and must be set if there is an overlay.
 	DiskBytes int64
+
+	Rates rates.Rates // of which the driver applies those of the disk
 
 	NetNS string   // path of the network namespace to run in; empty: the agent's
 	Tap   *os.File // the guest's network card; nil: none. Stays the caller's.

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/launcher"
+	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 )
 
@@ -86,6 +87,9 @@ func chain(s vmm.Spec, h *handed) (object, []string, error) {
 	return overlay(overlayNode+"0", set, below), args, nil
 }
 
+// opBytes is the size up to which a request counts as one operation (256 KiB).
+const opBytes = 256 << 10
+
 // node is a node of QEMU's block graph.
 type node struct {
 	Name   string `json:"node-name"`
@@ -97,21 +101,62 @@ type node struct {
 
 var errNoDisk = errors.New("the machine has no disk")
 
-// top returns the node that the guest's disk writes to.
-func (m *machine) top(ctx context.Context) (node, error) {
-	var disks []struct {
-		Inserted node `json:"inserted"`
-	}
+// guestDisk is the guest's disk and the node that it writes to.
+type guestDisk struct {
+	Device   string `json:"qdev"`
+	Inserted node   `json:"inserted"`
+}
+
+// disk returns the guest's disk.
+func (m *machine) disk(ctx context.Context) (guestDisk, error) {
+	var disks []guestDisk
 	if err := m.qmp.Execute(ctx, "query-block", nil, &disks); err != nil {
-		return node{}, err
+		return guestDisk{}, err
 	}
 	if len(disks) == 0 {
-		return node{}, errNoDisk
+		return guestDisk{}, errNoDisk
 	}
 	if len(disks) > 1 || !strings.HasPrefix(disks[0].Inserted.Name, overlayNode) {
-		return node{}, errors.New("query-block: not the disk that it was given")
+		return guestDisk{}, errors.New("query-block: not the disk that it was given")
 	}
-	return disks[0].Inserted, nil
+	return disks[0], nil
+}
+
+// top returns the node that the guest's disk writes to.
+func (m *machine) top(ctx context.Context) (node, error) {
+	d, err := m.disk(ctx)
+	return d.Inserted, err
+}
+
+// limit has QEMU hold back the guest's reads and writes above the rates. It is of
+// the device, so diverting the disk changes nothing.
+func (m *machine) limit(ctx context.Context, r rates.Rates) error {
+	if r.DiskBytes == 0 && r.DiskOps == 0 {
+		return nil
+	}
+	d, err := m.disk(ctx)
+	if errors.Is(err, errNoDisk) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("limit disk: %w", err)
+	}
+	args := object{"id": d.Device, "bps": r.DiskBytes, "bps_rd": 0, "bps_wr": 0, "iops": r.DiskOps, "iops_rd": 0, "iops_wr": 0}
+	// The maximum is how much can be taken at once. QEMU takes none below the rate;
+	// without one it is a tenth of the rate.
+	if n := r.AtOnce(r.DiskBytes); r.DiskBytes > 0 && n >= r.DiskBytes {
+		args["bps_max"] = n
+	}
+	if n := r.AtOnce(r.DiskOps); r.DiskOps > 0 && n >= r.DiskOps {
+		args["iops_max"] = n
+	}
+	if r.DiskOps > 0 {
+		args["iops_size"] = opBytes
+	}
+	if err := m.qmp.Execute(ctx, "block_set_io_throttle", args, nil); err != nil {
+		return fmt.Errorf("limit disk: %w", err)
+	}
+	return nil
 }
 
 // Divert implements vmm.VM.

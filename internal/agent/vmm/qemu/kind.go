@@ -70,7 +70,7 @@ func (d *Driver) kindAs(m model) string {
 
 // commands are those of QEMU's that the driver cannot do without.
 var commands = []string{
-	"add-fd", "block_resize", "blockdev-add", "blockdev-del", "blockdev-snapshot", "cont", "migrate-incoming",
+	"add-fd", "block_resize", "block_set_io_throttle", "blockdev-add", "blockdev-del", "blockdev-snapshot", "cont", "migrate-incoming",
 	"migrate-set-capabilities", "query-block", "query-fdsets", "query-status", "quit", "remove-fd", "ringbuf-read",
 	"stop", "xen-save-devices-state",
 }

@@ -241,6 +241,9 @@ func (d *Driver) launch(ctx context.Context, s vmm.Spec, as model, ram, incoming
 	defer stop()
 	err = m.connect(wait)
 	if err == nil {
+		err = m.limit(wait, s.Rates)
+	}
+	if err == nil {
 		err = ready(wait, m)
 	}
 	if err != nil {

@@ -1,0 +1,144 @@
+package network
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/rates"
+	"github.com/wrenn-dev/wrenn/internal/await"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+// flood is how many packets a flood has, or KiB.
+const flood = 4000
+
+// TestRates floods a guest's network both ways: what is above the rates does not
+// pass, after the agent's restart neither, and what is below does.
+func TestRates(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		rate rates.Rates
+		size int // of a packet's data
+		unit func(*netlink.LinkStatistics) (rx, tx uint64)
+		most func(time.Duration) float64
+	}{
+		{
+			"packets",
+			rates.Rates{NetPackets: 200, Burst: 500 * time.Millisecond},
+			50,
+			func(s *netlink.LinkStatistics) (rx, tx uint64) { return s.RxPackets, s.TxPackets },
+			func(d time.Duration) float64 { return 100 + 200*d.Seconds() },
+		},
+		{
+			"bytes",
+			rates.Rates{NetBytes: 256 << 10, Burst: time.Second},
+			1024,
+			func(s *netlink.LinkStatistics) (rx, tx uint64) { return s.RxBytes, s.TxBytes },
+			func(d time.Duration) float64 { return 256<<10 + (256<<10)*d.Seconds() },
+		},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			needRoot(t)
+			sameAfter(t)
+			newInternet(t)
+			dir := layout.Dir(t.TempDir())
+			p := openPoolWith(t, Config{Dir: dir, Ready: 1, Rates: c.rate})
+			s := acquire(t, p)
+			g := newGuest(t, s)
+			sent := func() uint64 { // the host's end of the veth received it
+				rx, _ := hostCounters(t, s, c.unit)
+				return rx
+			}
+			received := func() uint64 { // the tap sent it
+				_, tx := g.counters(s, c.unit)
+				return tx
+			}
+			check := func(when string) {
+				t.Helper()
+				for _, way := range []struct {
+					name  string
+					count func() uint64
+					flood func() error
+				}{
+					{"sent", sent, func() error { return g.do(func() error { return send(internetAddr.String()+":9000", c.size) }) }},
+					{"was sent", received, func() error { return send(s.Address.String()+":9000", c.size) }},
+				} {
+					begin, before := time.Now(), way.count()
+					must(t, way.flood())
+					least := uint64(c.most(0) / 4) // the wire of the test's guest drops some
+					got := settled(t, func() uint64 { return way.count() - before }, least)
+					took := time.Since(begin)
+					// A tenth for headers, ARP and what the test's machine sends besides.
+					if most := uint64(c.most(took) * 1.1); got > most {
+						t.Errorf("%s: the guest %s %d %s within %v, not at most %d", when, way.name, got, c.name, took, most)
+					}
+				}
+			}
+			check("at first")
+
+			// The agent restarts.
+			must(t, p.Close(context.Background(), []int{s.Index}))
+			p = openPoolWith(t, Config{Dir: dir, Ready: 1, Rates: c.rate}, s.Index)
+			s, err := p.Reclaim(context.Background(), s.Index, 0)
+			must(t, err)
+			check("after a restart")
+		})
+	}
+}
+
+// settled returns a count that is least or more once it does not grow any more.
+func settled(t *testing.T, count func() uint64, least uint64) (n uint64) {
+	t.Helper()
+	await.Until(t, "the flood to pass", func() bool {
+		before := n
+		time.Sleep(50 * time.Millisecond) // one that only pauses here is judged less strictly
+		n = count()
+		return n == before && n >= least
+	})
+	return n
+}
+
+// send sends a flood of packets.
+func send(to string, size int) error {
+	c, err := net.Dial("udp4", to)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	b := make([]byte, size)
+	for range flood {
+		_, _ = c.Write(b) // nobody listens there, which the next write hears of
+	}
+	return nil
+}
+
+func hostCounters(t *testing.T, s *Slot, unit func(*netlink.LinkStatistics) (rx, tx uint64)) (rx, tx uint64) {
+	t.Helper()
+	link, err := netlink.LinkByName(linkName(s.Index))
+	must(t, err)
+	return unit(link.Attrs().Statistics)
+}
+
+// counters are those of the guest's tap.
+func (g *guest) counters(s *Slot, unit func(*netlink.LinkStatistics) (rx, tx uint64)) (rx, tx uint64) {
+	g.t.Helper()
+	must(g.t, s.within(func() error {
+		h, err := netlink.NewHandle()
+		if err != nil {
+			return err
+		}
+		defer h.Close()
+		link, err := h.LinkByName(tapName)
+		if err != nil {
+			return fmt.Errorf("find %s: %w", tapName, err)
+		}
+		rx, tx = unit(link.Attrs().Statistics)
+		return nil
+	}))
+	return rx, tx
+}
