@@ -41,6 +41,8 @@ type Keys struct {
 
 	mu   sync.Mutex
 	used map[uuid.UUID]time.Time
+
+	recent recent
 }
 
 // NewKeys returns the keys of a store. Run must run for last uses to be written.
@@ -50,20 +52,26 @@ func NewKeys(s *store.Store, log *slog.Logger) *Keys {
 
 // Check returns whose key it is, or a fault: unauthenticated for any other text.
 func (k *Keys) Check(ctx context.Context, key string) (Principal, error) {
+	p, _, err := k.check(ctx, key)
+	return p, err
+}
+
+// check is Check, and returns when the key expires (nil: never).
+func (k *Keys) check(ctx context.Context, key string) (Principal, *time.Time, error) {
 	if key == "" {
-		return Principal{}, fault.New(fault.Unauthenticated, "no API key: send one in X-API-Key")
+		return Principal{}, nil, fault.New(fault.Unauthenticated, "no API key: send one in X-API-Key")
 	}
 	invalid := fault.New(fault.Unauthenticated, "invalid API key")
 	if !strings.HasPrefix(key, keyPrefix) || len(key) > maxKey {
-		return Principal{}, invalid
+		return Principal{}, nil, invalid
 	}
 	hash := sha256.Sum256([]byte(key))
 	found, err := k.store.GetAPIKeyByHash(ctx, hash[:])
 	if errors.Is(err, store.ErrNoRows) || err == nil && subtle.ConstantTimeCompare(hash[:], found.APIKey.Hash) != 1 {
-		return Principal{}, invalid
+		return Principal{}, nil, invalid
 	}
 	if err != nil {
-		return Principal{}, fmt.Errorf("look up API key: %w", err)
+		return Principal{}, nil, fmt.Errorf("look up API key: %w", err)
 	}
 	row := found.APIKey
 	k.mu.Lock()
@@ -77,7 +85,7 @@ func (k *Keys) Check(ctx context.Context, key string) (Principal, error) {
 		p.User = *row.UserID
 	}
 	p.Platform = found.Admin && slices.Contains(p.Scopes, PlatformScope)
-	return p, nil
+	return p, row.ExpiresAt, nil
 }
 
 // Again returns what [Keys.Check] returns for a key whose holder was who when
@@ -288,5 +296,6 @@ func (k *Keys) Revoke(ctx context.Context, by Principal, key uuid.UUID) error {
 	if _, err := k.store.DeleteAPIKey(ctx, db.DeleteAPIKeyParams{ID: key, TeamID: by.Team}); err != nil {
 		return fmt.Errorf("revoke API key: %w", err)
 	}
+	k.Forget() // before the database says so
 	return nil
 }

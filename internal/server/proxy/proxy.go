@@ -76,6 +76,7 @@ func New(c Config) *Proxy {
 	c.Sandboxes.OnChange(p.cache.drop)
 	c.Sandboxes.OnDeaf(p.cache.deafen)
 	c.Watch.OnWord(p.cache.word)
+	c.Watch.OnWord(func(string) { c.Keys.Forget() })
 	return p
 }
 
@@ -305,7 +306,7 @@ func (p *Proxy) checkSignature(r *http.Request, sandbox uuid.UUID, epoch int32) 
 
 // holder is who has an API key that lets requests through to ports.
 func (p *Proxy) holder(ctx context.Context, key string) (auth.Principal, error) {
-	who, err := p.Keys.Check(ctx, key)
+	who, err := p.Keys.CheckRecent(ctx, key)
 	if err == nil {
 		err = use.Check(who)
 	}

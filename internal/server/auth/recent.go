@@ -1,0 +1,75 @@
+package auth
+
+import (
+	"context"
+	"crypto/sha256"
+	"strings"
+	"sync"
+	"time"
+)
+
+const (
+	// recentLasts is how long a key is believed without looking again. Servers hear
+	// of revocations at once; this bounds what one that hears nothing believes.
+	recentLasts = time.Second
+	// maxRecent bounds the keys that are remembered.
+	maxRecent = 4096
+)
+
+// recent remembers whose keys were shown just now.
+type recent struct {
+	mu    sync.Mutex
+	known map[[sha256.Size]byte]known
+	// words counts what was heard, so that what was looked up before is not
+	// remembered after it.
+	words int
+}
+
+type known struct {
+	Principal
+	until time.Time
+}
+
+// CheckRecent returns what [Keys.Check] returns, but asks the database for a key
+// at most once a second. It is for requests that come by the thousands.
+func (k *Keys) CheckRecent(ctx context.Context, key string) (Principal, error) {
+	if !strings.HasPrefix(key, keyPrefix) || len(key) > maxKey {
+		return k.Check(ctx, key) // which says what is wrong with it
+	}
+	hash, now := sha256.Sum256([]byte(key)), time.Now()
+	r := &k.recent
+	r.mu.Lock()
+	found, ok := r.known[hash]
+	words := r.words
+	r.mu.Unlock()
+	if ok && now.Before(found.until) {
+		return found.Principal, nil
+	}
+	p, expires, err := k.check(ctx, key)
+	if err != nil {
+		return p, err
+	}
+	until := now.Add(recentLasts)
+	if expires != nil && expires.Before(until) {
+		until = *expires
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.words != words {
+		return p, nil
+	}
+	if r.known == nil || len(r.known) >= maxRecent {
+		r.known = make(map[[sha256.Size]byte]known)
+	}
+	r.known[hash] = known{p, until}
+	return p, nil
+}
+
+// Forget has [Keys.CheckRecent] ask again for every key. It is called when
+// somebody may do less than before.
+func (k *Keys) Forget() {
+	k.recent.mu.Lock()
+	defer k.recent.mu.Unlock()
+	k.recent.words++
+	clear(k.recent.known)
+}

@@ -1,0 +1,69 @@
+package auth
+
+import (
+	"errors"
+	"log/slog"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
+	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+)
+
+// TestCheckRecent has a key remembered until somebody may do less, and no longer
+// than it holds.
+func TestCheckRecent(t *testing.T) {
+	url := pgtest.New(t)
+	st, err := store.Open(t.Context(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer st.Close()
+	const key = keyPrefix + "0123456789012345678901234567890123456789"
+	if _, err := Bootstrap(t.Context(), st, FirstAdmin{Email: "a@example.com", Password: "long enough", APIKey: key, PasswordCost: Cost{Passes: 1, MemoryKiB: 8, Threads: 1}}); err != nil {
+		t.Fatal(err)
+	}
+	k := NewKeys(st, slog.New(slog.DiscardHandler))
+	conn, err := pgx.Connect(t.Context(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(t.Context())
+	sql := func(statement string, arguments ...any) {
+		t.Helper()
+		if _, err := conn.Exec(t.Context(), statement, arguments...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	expires := time.Now().Add(recentLasts / 2).Truncate(time.Microsecond)
+	sql("UPDATE api_keys SET expires_at = $1", expires)
+	first, err := k.CheckRecent(t.Context(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for hash, found := range k.recent.known {
+		if found.until.After(expires) {
+			t.Errorf("a key that expires at %v is believed until %v", expires, found.until)
+		}
+		found.until = time.Now().Add(time.Hour)
+		k.recent.known[hash] = found
+	}
+	sql("DELETE FROM api_keys")
+	if again, err := k.CheckRecent(t.Context(), key); err != nil || again.Key != first.Key {
+		t.Errorf("the key is not remembered: %v", err)
+	}
+	if _, err := k.CheckRecent(t.Context(), key+"x"); err == nil {
+		t.Error("another key is taken for the one that is remembered")
+	}
+	k.Forget()
+	var f *fault.Error
+	if _, err := k.CheckRecent(t.Context(), key); !errors.As(err, &f) || f.Code != fault.Unauthenticated {
+		t.Errorf("a key that was revoked: %v", err)
+	}
+	if len(k.recent.known) > 0 {
+		t.Error("a key that does not hold is remembered")
+	}
+}
