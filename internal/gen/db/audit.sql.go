@@ -13,7 +13,7 @@ import (
 )
 
 const forgetAudit = `-- name: ForgetAudit :execrows
-DELETE FROM audit_records WHERE id = ANY (ARRAY(SELECT a.id FROM audit_records a WHERE a.at < $1 ORDER BY a.at LIMIT $2))
+DELETE FROM audit_records WHERE id = ANY (ARRAY(SELECT a.id FROM audit_records a WHERE a.at < $1 ORDER BY a.at, a.id LIMIT $2 FOR UPDATE))
 `
 
 type ForgetAuditParams struct {

@@ -42,7 +42,8 @@ func (q *Queries) DeleteAPIKey(ctx context.Context, arg DeleteAPIKeyParams) (int
 }
 
 const deleteMakersAPIKeys = `-- name: DeleteMakersAPIKeys :execrows
-DELETE FROM api_keys WHERE team_id = $1 AND user_id = $2
+DELETE FROM api_keys WHERE api_keys.id = ANY (ARRAY(
+    SELECT k.id FROM api_keys k WHERE k.team_id = $1 AND k.user_id = $2 ORDER BY k.id FOR UPDATE))
 `
 
 type DeleteMakersAPIKeysParams struct {
@@ -310,7 +311,7 @@ func (q *Queries) LockBootstrap(ctx context.Context) error {
 const touchAPIKeys = `-- name: TouchAPIKeys :exec
 UPDATE api_keys SET last_used_at = GREATEST(last_used_at, used.at)
 FROM (SELECT unnest($1::uuid[]) AS id, unnest($2::timestamptz[]) AS at) AS used
-WHERE api_keys.id = used.id
+WHERE api_keys.id = used.id AND api_keys.id = ANY (ARRAY(SELECT k.id FROM api_keys k WHERE k.id = ANY ($1::uuid[]) ORDER BY k.id FOR NO KEY UPDATE))
 `
 
 type TouchAPIKeysParams struct {

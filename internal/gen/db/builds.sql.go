@@ -160,7 +160,8 @@ func (q *Queries) BuildSucceeds(ctx context.Context, arg BuildSucceedsParams) (B
 }
 
 const buildTemplatesGo = `-- name: BuildTemplatesGo :many
-UPDATE templates SET state = 'deleting', worker = $1 WHERE build_id = $2 AND state = 'pending' RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at
+UPDATE templates SET state = 'deleting', worker = $1 WHERE templates.id = ANY (ARRAY(
+    SELECT t.id FROM templates t WHERE t.build_id = $2 AND t.state = 'pending' ORDER BY t.id FOR NO KEY UPDATE)) RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at
 `
 
 type BuildTemplatesGoParams struct {
@@ -377,6 +378,7 @@ const clearBuildSteps = `-- name: ClearBuildSteps :exec
 DELETE FROM build_steps WHERE build_id = $1
 `
 
+// One worker alone has the build.
 func (q *Queries) ClearBuildSteps(ctx context.Context, buildID uuid.UUID) error {
 	_, err := q.db.Exec(ctx, clearBuildSteps, buildID)
 	return err
@@ -432,11 +434,15 @@ func (q *Queries) FindLayers(ctx context.Context, arg FindLayersParams) ([]Templ
 }
 
 const forgetArchives = `-- name: ForgetArchives :exec
-DELETE FROM build_archives WHERE used_at < $1
-  AND NOT EXISTS (SELECT 1 FROM builds WHERE builds.team_id = build_archives.team_id AND builds.archive = build_archives.digest AND builds.state IN ('queued', 'running'))
+DELETE FROM build_archives WHERE build_archives.ctid = ANY (ARRAY(
+    SELECT a.ctid FROM build_archives a WHERE a.used_at < $1
+      AND NOT EXISTS (SELECT 1 FROM builds WHERE builds.team_id = a.team_id AND builds.archive = a.digest AND builds.state IN ('queued', 'running'))
+    ORDER BY a.team_id, a.digest FOR UPDATE OF a))
 `
 
 // Those that no build that is still to come, or under way, copies from.
+// In the order of their teams, whose usage is locked after them. One that is used
+// meanwhile has another place (ctid) and stays.
 func (q *Queries) ForgetArchives(ctx context.Context, before time.Time) error {
 	_, err := q.db.Exec(ctx, forgetArchives, before)
 	return err

@@ -79,7 +79,8 @@ func (q *Queries) DeleteHost(ctx context.Context, id uuid.UUID) error {
 }
 
 const dropHostCertificates = `-- name: DropHostCertificates :exec
-DELETE FROM host_certificates WHERE host_id = $1
+DELETE FROM host_certificates WHERE host_certificates.serial = ANY (ARRAY(
+    SELECT c.serial FROM host_certificates c WHERE c.host_id = $1 ORDER BY c.serial FOR UPDATE))
 `
 
 func (q *Queries) DropHostCertificates(ctx context.Context, hostID uuid.UUID) error {
@@ -88,13 +89,20 @@ func (q *Queries) DropHostCertificates(ctx context.Context, hostID uuid.UUID) er
 }
 
 const dropTemplatesOfHost = `-- name: DropTemplatesOfHost :exec
-WITH dropped AS (DELETE FROM host_templates WHERE host_id = $1 RETURNING template_id),
-forgotten AS (DELETE FROM lost_templates WHERE host_id = $1)
-DELETE FROM templates WHERE id IN (SELECT template_id FROM dropped) AND team_id <> '00000000-0000-0000-0000-000000000000'
-    AND NOT EXISTS (SELECT 1 FROM host_templates o WHERE o.template_id = templates.id AND o.host_id <> $1)
+WITH going AS MATERIALIZED (
+    SELECT t.id FROM templates t JOIN host_templates has ON has.template_id = t.id
+    WHERE has.host_id = $1 AND t.team_id <> '00000000-0000-0000-0000-000000000000'
+      AND NOT EXISTS (SELECT 1 FROM host_templates o WHERE o.template_id = t.id AND o.host_id <> $1)
+    ORDER BY t.id FOR UPDATE OF t),
+dropped AS (DELETE FROM host_templates WHERE host_templates.host_id = $1 AND (SELECT count(*) FROM going) >= 0 AND host_templates.template_id = ANY (ARRAY(
+    SELECT has.template_id FROM host_templates has WHERE has.host_id = $1 ORDER BY has.template_id FOR UPDATE))),
+forgotten AS (DELETE FROM lost_templates WHERE lost_templates.host_id = $1 AND lost_templates.template_id = ANY (ARRAY(
+    SELECT lost.template_id FROM lost_templates lost WHERE lost.host_id = $1 ORDER BY lost.template_id FOR UPDATE)))
+DELETE FROM templates WHERE templates.id = ANY (ARRAY(SELECT going.id FROM going))
 `
 
 // And teams' templates that are nowhere then: their names are free.
+// Templates are locked before what hosts have of them, as their deletion does it.
 func (q *Queries) DropTemplatesOfHost(ctx context.Context, hostID uuid.UUID) error {
 	_, err := q.db.Exec(ctx, dropTemplatesOfHost, hostID)
 	return err
@@ -338,10 +346,12 @@ func (q *Queries) HostSeen(ctx context.Context, arg HostSeenParams) (Host, error
 
 const hostsUnreachable = `-- name: HostsUnreachable :many
 UPDATE hosts SET status = 'unreachable'
-WHERE status = 'online' AND deleted_at IS NULL
-  AND (last_seen_at NOT BETWEEN now() - make_interval(secs => $1::float8) AND now() + make_interval(secs => $1::float8)
-    OR enrolled AND heartbeat_at NOT BETWEEN now() - make_interval(secs => $1::float8) AND now() + make_interval(secs => $1::float8))
-RETURNING id, name, url
+WHERE hosts.id = ANY (ARRAY(
+    SELECT h.id FROM hosts h WHERE h.status = 'online' AND h.deleted_at IS NULL
+      AND (h.last_seen_at NOT BETWEEN now() - make_interval(secs => $1::float8) AND now() + make_interval(secs => $1::float8)
+        OR h.enrolled AND h.heartbeat_at NOT BETWEEN now() - make_interval(secs => $1::float8) AND now() + make_interval(secs => $1::float8))
+    ORDER BY h.id FOR NO KEY UPDATE))
+RETURNING hosts.id, hosts.name, hosts.url
 `
 
 type HostsUnreachableRow struct {
@@ -682,7 +692,8 @@ func (q *Queries) LockPlace(ctx context.Context, id uuid.UUID) (LockPlaceRow, er
 
 const loseHostSandboxes = `-- name: LoseHostSandboxes :many
 UPDATE sandboxes SET state = 'stopped', end_reason = 'lost', error = 'its host was removed', ended_at = now()
-WHERE host_id = $1 AND state NOT IN ('stopped', 'error') RETURNING id
+WHERE sandboxes.id = ANY (ARRAY(
+    SELECT s.id FROM sandboxes s WHERE s.host_id = $1 AND s.state NOT IN ('stopped', 'error') ORDER BY s.id FOR NO KEY UPDATE)) RETURNING sandboxes.id
 `
 
 func (q *Queries) LoseHostSandboxes(ctx context.Context, hostID *uuid.UUID) ([]uuid.UUID, error) {
@@ -706,8 +717,10 @@ func (q *Queries) LoseHostSandboxes(ctx context.Context, hostID *uuid.UUID) ([]u
 }
 
 const pruneHostCertificates = `-- name: PruneHostCertificates :exec
-DELETE FROM host_certificates old WHERE old.host_id = $1 AND old.serial NOT IN (
-    SELECT c.serial FROM host_certificates c WHERE c.host_id = $1 AND c.not_after > now() ORDER BY c.created_at DESC LIMIT 3)
+DELETE FROM host_certificates WHERE host_certificates.serial = ANY (ARRAY(
+    SELECT old.serial FROM host_certificates old WHERE old.host_id = $1 AND old.serial NOT IN (
+        SELECT c.serial FROM host_certificates c WHERE c.host_id = $1 AND c.not_after > now() ORDER BY c.created_at DESC LIMIT 3)
+    ORDER BY old.serial FOR UPDATE))
 `
 
 // The newest stay: a host whose answer got lost goes on with the one before.
@@ -960,8 +973,10 @@ func (q *Queries) SandboxMoves(ctx context.Context, arg SandboxMovesParams) (San
 
 const sandboxesMissing = `-- name: SandboxesMissing :many
 UPDATE sandboxes SET state = 'missing'
-WHERE state = 'running' AND host_id IN (SELECT id FROM hosts WHERE status IN ('unreachable', 'offline') AND deleted_at IS NULL)
-RETURNING id
+WHERE sandboxes.id = ANY (ARRAY(
+    SELECT s.id FROM sandboxes s WHERE s.state = 'running' AND s.host_id IN (SELECT hosts.id FROM hosts WHERE hosts.status IN ('unreachable', 'offline') AND hosts.deleted_at IS NULL)
+    ORDER BY s.id FOR NO KEY UPDATE OF s))
+RETURNING sandboxes.id
 `
 
 // What ran on hosts that are gone. It is found again by whoever compares the host.

@@ -204,7 +204,9 @@ func (q *Queries) EmitEvent(ctx context.Context, arg EmitEventParams) error {
 }
 
 const forgetDeliveries = `-- name: ForgetDeliveries :execrows
-DELETE FROM deliveries WHERE id = ANY (ARRAY(SELECT d.id FROM deliveries d WHERE d.created_at < $1 ORDER BY d.created_at LIMIT $2))
+DELETE FROM deliveries WHERE deliveries.id = ANY (ARRAY(
+    SELECT going.id FROM deliveries going WHERE going.id = ANY (ARRAY(SELECT d.id FROM deliveries d WHERE d.created_at < $1 ORDER BY d.created_at LIMIT $2))
+    ORDER BY going.id FOR UPDATE))
 `
 
 type ForgetDeliveriesParams struct {
@@ -474,9 +476,11 @@ func (q *Queries) NextDelivery(ctx context.Context, arg NextDeliveryParams) (flo
 }
 
 const trimDeliveries = `-- name: TrimDeliveries :execrows
-DELETE FROM deliveries WHERE id = ANY (ARRAY(
-    SELECT many.id FROM (SELECT d.id, row_number() OVER (PARTITION BY d.channel_id ORDER BY d.created_at DESC, d.id DESC) AS n FROM deliveries d) many
-    WHERE many.n > $1::bigint LIMIT $2))
+DELETE FROM deliveries WHERE deliveries.id = ANY (ARRAY(
+    SELECT going.id FROM deliveries going WHERE going.id = ANY (ARRAY(
+        SELECT many.id FROM (SELECT d.id, row_number() OVER (PARTITION BY d.channel_id ORDER BY d.created_at DESC, d.id DESC) AS n FROM deliveries d) many
+        WHERE many.n > $1::bigint LIMIT $2))
+    ORDER BY going.id FOR UPDATE))
 `
 
 type TrimDeliveriesParams struct {

@@ -72,7 +72,9 @@ func (q *Queries) CountLiveSandboxes(ctx context.Context) ([]CountLiveSandboxesR
 
 const drainedExpire = `-- name: DrainedExpire :many
 UPDATE sandboxes SET state = 'stopping', end_reason = 'expired'
-WHERE host_id = $1 AND state NOT IN ('stopped', 'error') AND state = 'paused' AND drained AND expires_at < now() RETURNING id
+WHERE sandboxes.id = ANY (ARRAY(
+    SELECT s.id FROM sandboxes s WHERE s.host_id = $1 AND s.state NOT IN ('stopped', 'error') AND s.state = 'paused' AND s.drained AND s.expires_at < now()
+    ORDER BY s.id FOR NO KEY UPDATE)) RETURNING sandboxes.id
 `
 
 // Sandboxes of a host that nobody has resumed and whose time is over.
@@ -97,7 +99,8 @@ func (q *Queries) DrainedExpire(ctx context.Context, hostID *uuid.UUID) ([]uuid.
 }
 
 const dropUnstarted = `-- name: DropUnstarted :exec
-DELETE FROM sandboxes WHERE id = ANY ($1::uuid[]) AND state IN ('pending', 'starting')
+DELETE FROM sandboxes WHERE sandboxes.id = ANY (ARRAY(
+    SELECT s.id FROM sandboxes s WHERE s.id = ANY ($1::uuid[]) AND s.state IN ('pending', 'starting') ORDER BY s.id FOR UPDATE))
 `
 
 // Forgets sandboxes that no host was ever asked for, or that it refused, and
@@ -108,7 +111,8 @@ func (q *Queries) DropUnstarted(ctx context.Context, ids []uuid.UUID) error {
 }
 
 const forgetIdempotencyKeys = `-- name: ForgetIdempotencyKeys :exec
-DELETE FROM idempotency_keys WHERE created_at < $1
+DELETE FROM idempotency_keys WHERE idempotency_keys.ctid = ANY (ARRAY(
+    SELECT k.ctid FROM idempotency_keys k WHERE k.created_at < $1 ORDER BY k.team_id, k.key FOR UPDATE))
 `
 
 func (q *Queries) ForgetIdempotencyKeys(ctx context.Context, before time.Time) error {
@@ -117,7 +121,8 @@ func (q *Queries) ForgetIdempotencyKeys(ctx context.Context, before time.Time) e
 }
 
 const freeIdempotencyKeys = `-- name: FreeIdempotencyKeys :exec
-DELETE FROM idempotency_keys WHERE sandbox_id = $1
+DELETE FROM idempotency_keys WHERE idempotency_keys.ctid = ANY (ARRAY(
+    SELECT k.ctid FROM idempotency_keys k WHERE k.sandbox_id = $1 ORDER BY k.team_id, k.key FOR UPDATE))
 `
 
 func (q *Queries) FreeIdempotencyKeys(ctx context.Context, sandboxID *uuid.UUID) error {
@@ -262,6 +267,10 @@ type InsertSandboxParams struct {
 // that race one wins and the other learns of it (no row comes back). A change
 // that a host reports, or is asked for, names the host too: no other host can
 // make it.
+//
+// Whatever changes several rows locks them first, in the order of their keys, so
+// that no two wait for each other in a circle (TestLockOrder): once, in an array
+// that is made before anything is changed.
 func (q *Queries) InsertSandbox(ctx context.Context, arg InsertSandboxParams) (Sandbox, error) {
 	row := q.db.QueryRow(ctx, insertSandbox,
 		arg.ID,
@@ -1162,17 +1171,18 @@ func (q *Queries) SandboxStopping(ctx context.Context, id uuid.UUID) (Sandbox, e
 
 const sandboxesExpire = `-- name: SandboxesExpire :exec
 UPDATE sandboxes SET expires_at = seen.at
-FROM (SELECT unnest($2::uuid[]) AS id, unnest($3::timestamptz[]) AS at) AS seen
-WHERE sandboxes.id = seen.id AND sandboxes.host_id = $1 AND sandboxes.state = 'running' AND sandboxes.expires_at IS DISTINCT FROM seen.at
+FROM (SELECT unnest($1::uuid[]) AS id, unnest($3::timestamptz[]) AS at) AS seen
+WHERE sandboxes.id = seen.id AND sandboxes.expires_at IS DISTINCT FROM seen.at AND sandboxes.id = ANY (ARRAY(
+    SELECT s.id FROM sandboxes s WHERE s.id = ANY ($1::uuid[]) AND s.host_id = $2 AND s.state = 'running' ORDER BY s.id FOR NO KEY UPDATE))
 `
 
 type SandboxesExpireParams struct {
-	HostID *uuid.UUID
 	Ids    []uuid.UUID
+	HostID *uuid.UUID
 	Ats    []time.Time
 }
 
 func (q *Queries) SandboxesExpire(ctx context.Context, arg SandboxesExpireParams) error {
-	_, err := q.db.Exec(ctx, sandboxesExpire, arg.HostID, arg.Ids, arg.Ats)
+	_, err := q.db.Exec(ctx, sandboxesExpire, arg.Ids, arg.HostID, arg.Ats)
 	return err
 }

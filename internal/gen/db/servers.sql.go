@@ -13,8 +13,10 @@ import (
 
 const claimHosts = `-- name: ClaimHosts :exec
 UPDATE hosts SET watcher = $1
-WHERE deleted_at IS NULL AND url IS NOT NULL AND watcher IS DISTINCT FROM $1
-  AND NOT EXISTS (SELECT 1 FROM servers WHERE servers.id = hosts.watcher AND servers.seen_at BETWEEN now() - make_interval(secs => $2::float8) AND now() + make_interval(secs => $2::float8))
+WHERE hosts.id = ANY (ARRAY(
+    SELECT h.id FROM hosts h WHERE h.deleted_at IS NULL AND h.url IS NOT NULL AND h.watcher IS DISTINCT FROM $1
+      AND NOT EXISTS (SELECT 1 FROM servers WHERE servers.id = h.watcher AND servers.seen_at BETWEEN now() - make_interval(secs => $2::float8) AND now() + make_interval(secs => $2::float8))
+    ORDER BY h.id FOR NO KEY UPDATE))
 `
 
 type ClaimHostsParams struct {
@@ -30,7 +32,8 @@ func (q *Queries) ClaimHosts(ctx context.Context, arg ClaimHostsParams) error {
 }
 
 const forgetServers = `-- name: ForgetServers :exec
-DELETE FROM servers WHERE seen_at < now() - interval '1 day'
+DELETE FROM servers WHERE servers.id = ANY (ARRAY(
+    SELECT s.id FROM servers s WHERE s.seen_at < now() - interval '1 day' ORDER BY s.id FOR UPDATE))
 `
 
 func (q *Queries) ForgetServers(ctx context.Context) error {
@@ -72,7 +75,8 @@ func (q *Queries) ListAtWork(ctx context.Context, arg ListAtWorkParams) ([]uuid.
 }
 
 const releaseHosts = `-- name: ReleaseHosts :exec
-UPDATE hosts SET watcher = NULL WHERE watcher = $1::uuid
+UPDATE hosts SET watcher = NULL WHERE hosts.id = ANY (ARRAY(
+    SELECT h.id FROM hosts h WHERE h.watcher = $1::uuid ORDER BY h.id FOR NO KEY UPDATE))
 `
 
 // The server stops: another one may watch its hosts at once.

@@ -65,7 +65,8 @@ func (q *Queries) DeleteTeam(ctx context.Context, id uuid.UUID) (int64, error) {
 }
 
 const deleteTeamSandboxes = `-- name: DeleteTeamSandboxes :exec
-DELETE FROM sandboxes WHERE team_id = $1 AND state IN ('stopped', 'error')
+DELETE FROM sandboxes WHERE sandboxes.id = ANY (ARRAY(
+    SELECT s.id FROM sandboxes s WHERE s.team_id = $1 AND s.state IN ('stopped', 'error') ORDER BY s.id FOR UPDATE))
 `
 
 func (q *Queries) DeleteTeamSandboxes(ctx context.Context, teamID uuid.UUID) error {

@@ -140,7 +140,8 @@ func (q *Queries) ClaimTemplate(ctx context.Context, arg ClaimTemplateParams) (T
 }
 
 const dropHostTemplates = `-- name: DropHostTemplates :exec
-DELETE FROM host_templates WHERE host_id = $1 AND template_id = ANY ($2::uuid[])
+DELETE FROM host_templates WHERE host_templates.host_id = $1 AND host_templates.template_id = ANY (ARRAY(
+    SELECT has.template_id FROM host_templates has WHERE has.host_id = $1 AND has.template_id = ANY ($2::uuid[]) ORDER BY has.template_id FOR UPDATE))
 `
 
 type DropHostTemplatesParams struct {
@@ -154,8 +155,10 @@ func (q *Queries) DropHostTemplates(ctx context.Context, arg DropHostTemplatesPa
 }
 
 const dropLostTemplates = `-- name: DropLostTemplates :many
-DELETE FROM templates WHERE id = ANY ($1::uuid[]) AND state = 'ready' AND team_id <> '00000000-0000-0000-0000-000000000000'
-    AND NOT EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id) RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at
+DELETE FROM templates WHERE templates.id = ANY (ARRAY(
+    SELECT t.id FROM templates t WHERE t.id = ANY ($1::uuid[]) AND t.state = 'ready' AND t.team_id <> '00000000-0000-0000-0000-000000000000'
+      AND NOT EXISTS (SELECT 1 FROM host_templates WHERE host_templates.template_id = t.id)
+    ORDER BY t.id FOR UPDATE OF t)) RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at
 `
 
 // A team's template that no host has any more.
@@ -735,6 +738,16 @@ func (q *Queries) ListVersions(ctx context.Context, arg ListVersionsParams) ([]T
 		return nil, err
 	}
 	return items, nil
+}
+
+const lockTemplate = `-- name: LockTemplate :exec
+SELECT FROM templates WHERE id = $1 FOR UPDATE
+`
+
+// Before what hosts have of it, as a deletion locks them.
+func (q *Queries) LockTemplate(ctx context.Context, id uuid.UUID) error {
+	_, err := q.db.Exec(ctx, lockTemplate, id)
+	return err
 }
 
 const noteFailedImport = `-- name: NoteFailedImport :exec

@@ -26,7 +26,7 @@ func (q *Queries) FirstRunDay(ctx context.Context) (time.Time, error) {
 
 const forgetRuns = `-- name: ForgetRuns :execrows
 DELETE FROM sandbox_runs WHERE id = ANY (ARRAY(
-    SELECT r.id FROM sandbox_runs r WHERE r.ended_at < $1 ORDER BY r.ended_at LIMIT $2))
+    SELECT r.id FROM sandbox_runs r WHERE r.ended_at < $1 ORDER BY r.ended_at, r.id LIMIT $2 FOR UPDATE))
 `
 
 type ForgetRunsParams struct {

@@ -24,7 +24,8 @@ func (q *Queries) CountAdmins(ctx context.Context) (int64, error) {
 }
 
 const deleteMailTokens = `-- name: DeleteMailTokens :exec
-DELETE FROM mail_tokens WHERE user_id = $1
+DELETE FROM mail_tokens WHERE mail_tokens.hash = ANY (ARRAY(
+    SELECT m.hash FROM mail_tokens m WHERE m.user_id = $1 ORDER BY m.hash FOR UPDATE))
 `
 
 func (q *Queries) DeleteMailTokens(ctx context.Context, userID uuid.UUID) error {
@@ -33,7 +34,8 @@ func (q *Queries) DeleteMailTokens(ctx context.Context, userID uuid.UUID) error 
 }
 
 const deleteOldMailTokens = `-- name: DeleteOldMailTokens :exec
-DELETE FROM mail_tokens WHERE expires_at < now()
+DELETE FROM mail_tokens WHERE mail_tokens.hash = ANY (ARRAY(
+    SELECT m.hash FROM mail_tokens m WHERE m.expires_at < now() ORDER BY m.hash FOR UPDATE))
 `
 
 func (q *Queries) DeleteOldMailTokens(ctx context.Context) error {
@@ -42,7 +44,8 @@ func (q *Queries) DeleteOldMailTokens(ctx context.Context) error {
 }
 
 const deleteOldSessions = `-- name: DeleteOldSessions :exec
-DELETE FROM sessions WHERE expires_at < now()
+DELETE FROM sessions WHERE sessions.id = ANY (ARRAY(
+    SELECT s.id FROM sessions s WHERE s.expires_at < now() ORDER BY s.id FOR UPDATE))
 `
 
 func (q *Queries) DeleteOldSessions(ctx context.Context) error {
@@ -60,7 +63,8 @@ func (q *Queries) DeleteSession(ctx context.Context, id uuid.UUID) error {
 }
 
 const deleteUnverifiedUsers = `-- name: DeleteUnverifiedUsers :exec
-DELETE FROM users WHERE verified_at IS NULL AND created_at < now() - interval '7 days'
+DELETE FROM users WHERE users.id = ANY (ARRAY(
+    SELECT u.id FROM users u WHERE u.verified_at IS NULL AND u.created_at < now() - interval '7 days' ORDER BY u.id FOR UPDATE))
 `
 
 // Who did not use their link in a week may sign up again, and so may whom the address belongs to.
@@ -70,7 +74,8 @@ func (q *Queries) DeleteUnverifiedUsers(ctx context.Context) error {
 }
 
 const deleteUserSessions = `-- name: DeleteUserSessions :exec
-DELETE FROM sessions WHERE user_id = $1 AND id <> $2
+DELETE FROM sessions WHERE sessions.id = ANY (ARRAY(
+    SELECT s.id FROM sessions s WHERE s.user_id = $1 AND s.id <> $2 ORDER BY s.id FOR UPDATE))
 `
 
 type DeleteUserSessionsParams struct {
@@ -85,7 +90,8 @@ func (q *Queries) DeleteUserSessions(ctx context.Context, arg DeleteUserSessions
 }
 
 const deleteVerifyTokens = `-- name: DeleteVerifyTokens :exec
-DELETE FROM mail_tokens WHERE user_id = $1 AND purpose = 'verify'
+DELETE FROM mail_tokens WHERE mail_tokens.hash = ANY (ARRAY(
+    SELECT m.hash FROM mail_tokens m WHERE m.user_id = $1 AND m.purpose = 'verify' ORDER BY m.hash FOR UPDATE))
 `
 
 func (q *Queries) DeleteVerifyTokens(ctx context.Context, userID uuid.UUID) error {

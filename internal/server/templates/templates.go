@@ -396,6 +396,9 @@ func (s *Catalog) Forget(ctx context.Context, host, template uuid.UUID) error {
 	gone := []uuid.UUID{template}
 	var lost []db.Template
 	err := s.store.InTx(ctx, func(q *db.Queries) error {
+		if err := q.LockTemplate(ctx, template); err != nil {
+			return err
+		}
 		if err := q.KeepLostTemplate(ctx, db.KeepLostTemplateParams{HostID: host, ID: template}); err != nil {
 			return err
 		}

@@ -19,4 +19,4 @@ WHERE (at, id) < (@before_at::timestamptz, @before_id::uuid) AND at >= @from_at:
 ORDER BY at DESC, id DESC LIMIT @max_rows;
 
 -- name: ForgetAudit :execrows
-DELETE FROM audit_records WHERE id = ANY (ARRAY(SELECT a.id FROM audit_records a WHERE a.at < @before ORDER BY a.at LIMIT @max_rows));
+DELETE FROM audit_records WHERE id = ANY (ARRAY(SELECT a.id FROM audit_records a WHERE a.at < @before ORDER BY a.at, a.id LIMIT @max_rows FOR UPDATE));

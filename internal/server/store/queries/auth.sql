@@ -32,7 +32,8 @@ SELECT * FROM api_keys WHERE id = $1 AND team_id = $2;
 DELETE FROM api_keys WHERE id = $1 AND team_id = $2;
 
 -- name: DeleteMakersAPIKeys :execrows
-DELETE FROM api_keys WHERE team_id = $1 AND user_id = $2;
+DELETE FROM api_keys WHERE api_keys.id = ANY (ARRAY(
+    SELECT k.id FROM api_keys k WHERE k.team_id = $1 AND k.user_id = $2 ORDER BY k.id FOR UPDATE));
 
 -- name: GetCaller :one
 -- Who holds a session and, where they have one, their team: the one asked for,
@@ -50,7 +51,7 @@ WHERE s.id = @session AND s.user_id = @user_id AND s.expires_at > now() AND u.ac
 -- name: TouchAPIKeys :exec
 UPDATE api_keys SET last_used_at = GREATEST(last_used_at, used.at)
 FROM (SELECT unnest(@ids::uuid[]) AS id, unnest(@ats::timestamptz[]) AS at) AS used
-WHERE api_keys.id = used.id;
+WHERE api_keys.id = used.id AND api_keys.id = ANY (ARRAY(SELECT k.id FROM api_keys k WHERE k.id = ANY (@ids::uuid[]) ORDER BY k.id FOR NO KEY UPDATE));
 
 -- name: LockBootstrap :exec
 -- Held to the end of the transaction: of several servers one makes the first admin.

@@ -71,6 +71,7 @@ UPDATE builds SET cancelling = true,
 WHERE id = @id AND team_id = @team_id AND state IN ('queued', 'running') RETURNING *;
 
 -- name: ClearBuildSteps :exec
+-- One worker alone has the build.
 DELETE FROM build_steps WHERE build_id = $1;
 
 -- name: WriteBuildStep :exec
@@ -85,7 +86,8 @@ SELECT * FROM sandboxes WHERE build_id = @build_id AND state NOT IN ('stopped', 
 
 -- name: BuildTemplatesGo :many
 -- What a build began to capture, and did not finish, is to be removed.
-UPDATE templates SET state = 'deleting', worker = @worker WHERE build_id = @build_id AND state = 'pending' RETURNING *;
+UPDATE templates SET state = 'deleting', worker = @worker WHERE templates.id = ANY (ARRAY(
+    SELECT t.id FROM templates t WHERE t.build_id = @build_id AND t.state = 'pending' ORDER BY t.id FOR NO KEY UPDATE)) RETURNING *;
 
 -- name: ListBuildLeftovers :many
 -- Builds that have ended, and left something behind.
@@ -144,5 +146,9 @@ SELECT COALESCE(sum(size_bytes), 0)::bigint FROM build_archives WHERE team_id = 
 
 -- name: ForgetArchives :exec
 -- Those that no build that is still to come, or under way, copies from.
-DELETE FROM build_archives WHERE used_at < @before
-  AND NOT EXISTS (SELECT 1 FROM builds WHERE builds.team_id = build_archives.team_id AND builds.archive = build_archives.digest AND builds.state IN ('queued', 'running'));
+-- In the order of their teams, whose usage is locked after them. One that is used
+-- meanwhile has another place (ctid) and stays.
+DELETE FROM build_archives WHERE build_archives.ctid = ANY (ARRAY(
+    SELECT a.ctid FROM build_archives a WHERE a.used_at < @before
+      AND NOT EXISTS (SELECT 1 FROM builds WHERE builds.team_id = a.team_id AND builds.archive = a.digest AND builds.state IN ('queued', 'running'))
+    ORDER BY a.team_id, a.digest FOR UPDATE OF a));

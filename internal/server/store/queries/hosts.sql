@@ -57,11 +57,14 @@ INSERT INTO host_certificates (serial, host_id, not_after) VALUES ($1, $2, $3);
 
 -- name: PruneHostCertificates :exec
 -- The newest stay: a host whose answer got lost goes on with the one before.
-DELETE FROM host_certificates old WHERE old.host_id = @host_id AND old.serial NOT IN (
-    SELECT c.serial FROM host_certificates c WHERE c.host_id = @host_id AND c.not_after > now() ORDER BY c.created_at DESC LIMIT 3);
+DELETE FROM host_certificates WHERE host_certificates.serial = ANY (ARRAY(
+    SELECT old.serial FROM host_certificates old WHERE old.host_id = @host_id AND old.serial NOT IN (
+        SELECT c.serial FROM host_certificates c WHERE c.host_id = @host_id AND c.not_after > now() ORDER BY c.created_at DESC LIMIT 3)
+    ORDER BY old.serial FOR UPDATE));
 
 -- name: DropHostCertificates :exec
-DELETE FROM host_certificates WHERE host_id = $1;
+DELETE FROM host_certificates WHERE host_certificates.serial = ANY (ARRAY(
+    SELECT c.serial FROM host_certificates c WHERE c.host_id = $1 ORDER BY c.serial FOR UPDATE));
 
 -- name: TrustsHostCertificate :one
 SELECT EXISTS (SELECT 1 FROM host_certificates WHERE serial = @serial AND host_id = @host_id AND not_after > now());
@@ -89,16 +92,20 @@ WHERE id = @id AND deleted_at IS NULL RETURNING *;
 -- Those that neither answered nor said that they are there for too long. A time
 -- that is yet to come is from before the clock was set back, and says nothing.
 UPDATE hosts SET status = 'unreachable'
-WHERE status = 'online' AND deleted_at IS NULL
-  AND (last_seen_at NOT BETWEEN now() - make_interval(secs => @within::float8) AND now() + make_interval(secs => @within::float8)
-    OR enrolled AND heartbeat_at NOT BETWEEN now() - make_interval(secs => @within::float8) AND now() + make_interval(secs => @within::float8))
-RETURNING id, name, url;
+WHERE hosts.id = ANY (ARRAY(
+    SELECT h.id FROM hosts h WHERE h.status = 'online' AND h.deleted_at IS NULL
+      AND (h.last_seen_at NOT BETWEEN now() - make_interval(secs => @within::float8) AND now() + make_interval(secs => @within::float8)
+        OR h.enrolled AND h.heartbeat_at NOT BETWEEN now() - make_interval(secs => @within::float8) AND now() + make_interval(secs => @within::float8))
+    ORDER BY h.id FOR NO KEY UPDATE))
+RETURNING hosts.id, hosts.name, hosts.url;
 
 -- name: SandboxesMissing :many
 -- What ran on hosts that are gone. It is found again by whoever compares the host.
 UPDATE sandboxes SET state = 'missing'
-WHERE state = 'running' AND host_id IN (SELECT id FROM hosts WHERE status IN ('unreachable', 'offline') AND deleted_at IS NULL)
-RETURNING id;
+WHERE sandboxes.id = ANY (ARRAY(
+    SELECT s.id FROM sandboxes s WHERE s.state = 'running' AND s.host_id IN (SELECT hosts.id FROM hosts WHERE hosts.status IN ('unreachable', 'offline') AND hosts.deleted_at IS NULL)
+    ORDER BY s.id FOR NO KEY UPDATE OF s))
+RETURNING sandboxes.id;
 
 -- name: ListPlaces :many
 -- The hosts that may take a sandbox of a template, and what they have already.
@@ -141,14 +148,22 @@ WHERE host_templates.host_id = $1 AND team_id <> '00000000-0000-0000-0000-000000
 
 -- name: LoseHostSandboxes :many
 UPDATE sandboxes SET state = 'stopped', end_reason = 'lost', error = 'its host was removed', ended_at = now()
-WHERE host_id = $1 AND state NOT IN ('stopped', 'error') RETURNING id;
+WHERE sandboxes.id = ANY (ARRAY(
+    SELECT s.id FROM sandboxes s WHERE s.host_id = $1 AND s.state NOT IN ('stopped', 'error') ORDER BY s.id FOR NO KEY UPDATE)) RETURNING sandboxes.id;
 
 -- name: DropTemplatesOfHost :exec
 -- And teams' templates that are nowhere then: their names are free.
-WITH dropped AS (DELETE FROM host_templates WHERE host_id = $1 RETURNING template_id),
-forgotten AS (DELETE FROM lost_templates WHERE host_id = $1)
-DELETE FROM templates WHERE id IN (SELECT template_id FROM dropped) AND team_id <> '00000000-0000-0000-0000-000000000000'
-    AND NOT EXISTS (SELECT 1 FROM host_templates o WHERE o.template_id = templates.id AND o.host_id <> $1);
+-- Templates are locked before what hosts have of them, as their deletion does it.
+WITH going AS MATERIALIZED (
+    SELECT t.id FROM templates t JOIN host_templates has ON has.template_id = t.id
+    WHERE has.host_id = $1 AND t.team_id <> '00000000-0000-0000-0000-000000000000'
+      AND NOT EXISTS (SELECT 1 FROM host_templates o WHERE o.template_id = t.id AND o.host_id <> $1)
+    ORDER BY t.id FOR UPDATE OF t),
+dropped AS (DELETE FROM host_templates WHERE host_templates.host_id = $1 AND (SELECT count(*) FROM going) >= 0 AND host_templates.template_id = ANY (ARRAY(
+    SELECT has.template_id FROM host_templates has WHERE has.host_id = $1 ORDER BY has.template_id FOR UPDATE))),
+forgotten AS (DELETE FROM lost_templates WHERE lost_templates.host_id = $1 AND lost_templates.template_id = ANY (ARRAY(
+    SELECT lost.template_id FROM lost_templates lost WHERE lost.host_id = $1 ORDER BY lost.template_id FOR UPDATE)))
+DELETE FROM templates WHERE templates.id = ANY (ARRAY(SELECT going.id FROM going));
 
 -- name: LockHost :one
 SELECT id FROM hosts WHERE id = $1 FOR NO KEY UPDATE;

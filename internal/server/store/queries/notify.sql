@@ -93,10 +93,14 @@ SELECT * FROM deliveries WHERE channel_id = @channel_id AND (created_at, id) < (
 ORDER BY created_at DESC, id DESC LIMIT @max_rows;
 
 -- name: ForgetDeliveries :execrows
-DELETE FROM deliveries WHERE id = ANY (ARRAY(SELECT d.id FROM deliveries d WHERE d.created_at < @before ORDER BY d.created_at LIMIT @max_rows));
+DELETE FROM deliveries WHERE deliveries.id = ANY (ARRAY(
+    SELECT going.id FROM deliveries going WHERE going.id = ANY (ARRAY(SELECT d.id FROM deliveries d WHERE d.created_at < @before ORDER BY d.created_at LIMIT @max_rows))
+    ORDER BY going.id FOR UPDATE));
 
 -- name: TrimDeliveries :execrows
 -- Of each channel the newest stay.
-DELETE FROM deliveries WHERE id = ANY (ARRAY(
-    SELECT many.id FROM (SELECT d.id, row_number() OVER (PARTITION BY d.channel_id ORDER BY d.created_at DESC, d.id DESC) AS n FROM deliveries d) many
-    WHERE many.n > @keep::bigint LIMIT @max_rows));
+DELETE FROM deliveries WHERE deliveries.id = ANY (ARRAY(
+    SELECT going.id FROM deliveries going WHERE going.id = ANY (ARRAY(
+        SELECT many.id FROM (SELECT d.id, row_number() OVER (PARTITION BY d.channel_id ORDER BY d.created_at DESC, d.id DESC) AS n FROM deliveries d) many
+        WHERE many.n > @keep::bigint LIMIT @max_rows))
+    ORDER BY going.id FOR UPDATE));

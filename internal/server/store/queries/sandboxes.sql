@@ -2,6 +2,10 @@
 -- that race one wins and the other learns of it (no row comes back). A change
 -- that a host reports, or is asked for, names the host too: no other host can
 -- make it.
+--
+-- Whatever changes several rows locks them first, in the order of their keys, so
+-- that no two wait for each other in a circle (TestLockOrder): once, in an array
+-- that is made before anything is changed.
 
 -- name: InsertSandbox :one
 INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, on_timeout, auto_resume, forked_from, build_id)
@@ -16,10 +20,12 @@ ON CONFLICT DO NOTHING;
 SELECT * FROM idempotency_keys WHERE team_id = $1 AND key = $2;
 
 -- name: FreeIdempotencyKeys :exec
-DELETE FROM idempotency_keys WHERE sandbox_id = $1;
+DELETE FROM idempotency_keys WHERE idempotency_keys.ctid = ANY (ARRAY(
+    SELECT k.ctid FROM idempotency_keys k WHERE k.sandbox_id = $1 ORDER BY k.team_id, k.key FOR UPDATE));
 
 -- name: ForgetIdempotencyKeys :exec
-DELETE FROM idempotency_keys WHERE created_at < @before;
+DELETE FROM idempotency_keys WHERE idempotency_keys.ctid = ANY (ARRAY(
+    SELECT k.ctid FROM idempotency_keys k WHERE k.created_at < @before ORDER BY k.team_id, k.key FOR UPDATE));
 
 -- name: GetSandbox :one
 SELECT * FROM sandboxes WHERE id = $1;
@@ -67,7 +73,8 @@ WHERE id = @id AND host_id = @host_id AND state IN ('pending', 'starting') RETUR
 -- name: DropUnstarted :exec
 -- Forgets sandboxes that no host was ever asked for, or that it refused, and
 -- their idempotency keys.
-DELETE FROM sandboxes WHERE id = ANY (@ids::uuid[]) AND state IN ('pending', 'starting');
+DELETE FROM sandboxes WHERE sandboxes.id = ANY (ARRAY(
+    SELECT s.id FROM sandboxes s WHERE s.id = ANY (@ids::uuid[]) AND s.state IN ('pending', 'starting') ORDER BY s.id FOR UPDATE));
 
 -- name: SandboxPausing :one
 UPDATE sandboxes SET state = 'pausing' WHERE id = $1 AND state = 'running' RETURNING *;
@@ -84,7 +91,9 @@ UPDATE sandboxes SET drained = false, expires_at = NULL WHERE id = $1 AND state 
 -- name: DrainedExpire :many
 -- Sandboxes of a host that nobody has resumed and whose time is over.
 UPDATE sandboxes SET state = 'stopping', end_reason = 'expired'
-WHERE host_id = $1 AND state NOT IN ('stopped', 'error') AND state = 'paused' AND drained AND expires_at < now() RETURNING id;
+WHERE sandboxes.id = ANY (ARRAY(
+    SELECT s.id FROM sandboxes s WHERE s.host_id = $1 AND s.state NOT IN ('stopped', 'error') AND s.state = 'paused' AND s.drained AND s.expires_at < now()
+    ORDER BY s.id FOR NO KEY UPDATE)) RETURNING sandboxes.id;
 
 -- name: SandboxPaused :one
 UPDATE sandboxes SET state = 'paused', paused_at = COALESCE(paused_at, @paused_at::timestamptz),
@@ -128,7 +137,8 @@ UPDATE sandboxes SET token_epoch = token_epoch + 1 WHERE id = @id AND team_id = 
 -- name: SandboxesExpire :exec
 UPDATE sandboxes SET expires_at = seen.at
 FROM (SELECT unnest(@ids::uuid[]) AS id, unnest(@ats::timestamptz[]) AS at) AS seen
-WHERE sandboxes.id = seen.id AND sandboxes.host_id = @host_id AND sandboxes.state = 'running' AND sandboxes.expires_at IS DISTINCT FROM seen.at;
+WHERE sandboxes.id = seen.id AND sandboxes.expires_at IS DISTINCT FROM seen.at AND sandboxes.id = ANY (ARRAY(
+    SELECT s.id FROM sandboxes s WHERE s.id = ANY (@ids::uuid[]) AND s.host_id = @host_id AND s.state = 'running' ORDER BY s.id FOR NO KEY UPDATE));
 
 -- name: LockSandboxes :exec
 -- Before a transaction changes several: rows come before what the teams have

@@ -6,17 +6,21 @@ DELETE FROM servers WHERE id = $1;
 
 -- name: ReleaseHosts :exec
 -- The server stops: another one may watch its hosts at once.
-UPDATE hosts SET watcher = NULL WHERE watcher = @server::uuid;
+UPDATE hosts SET watcher = NULL WHERE hosts.id = ANY (ARRAY(
+    SELECT h.id FROM hosts h WHERE h.watcher = @server::uuid ORDER BY h.id FOR NO KEY UPDATE));
 
 -- name: ForgetServers :exec
-DELETE FROM servers WHERE seen_at < now() - interval '1 day';
+DELETE FROM servers WHERE servers.id = ANY (ARRAY(
+    SELECT s.id FROM servers s WHERE s.seen_at < now() - interval '1 day' ORDER BY s.id FOR UPDATE));
 
 -- name: ClaimHosts :exec
 -- Hosts that nobody watches, or whose watcher is dead. A time that is yet to come
 -- is from before the clock was set back, and says nothing.
 UPDATE hosts SET watcher = @server
-WHERE deleted_at IS NULL AND url IS NOT NULL AND watcher IS DISTINCT FROM @server
-  AND NOT EXISTS (SELECT 1 FROM servers WHERE servers.id = hosts.watcher AND servers.seen_at BETWEEN now() - make_interval(secs => @within::float8) AND now() + make_interval(secs => @within::float8));
+WHERE hosts.id = ANY (ARRAY(
+    SELECT h.id FROM hosts h WHERE h.deleted_at IS NULL AND h.url IS NOT NULL AND h.watcher IS DISTINCT FROM @server
+      AND NOT EXISTS (SELECT 1 FROM servers WHERE servers.id = h.watcher AND servers.seen_at BETWEEN now() - make_interval(secs => @within::float8) AND now() + make_interval(secs => @within::float8))
+    ORDER BY h.id FOR NO KEY UPDATE));
 
 -- name: ListAtWork :many
 -- A host's sandboxes that another living server is at work on.

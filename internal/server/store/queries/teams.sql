@@ -60,7 +60,8 @@ SELECT id FROM sandboxes WHERE team_id = $1 AND state NOT IN ('stopped', 'error'
 SELECT * FROM templates WHERE team_id = $1 ORDER BY id;
 
 -- name: DeleteTeamSandboxes :exec
-DELETE FROM sandboxes WHERE team_id = $1 AND state IN ('stopped', 'error');
+DELETE FROM sandboxes WHERE sandboxes.id = ANY (ARRAY(
+    SELECT s.id FROM sandboxes s WHERE s.team_id = $1 AND s.state IN ('stopped', 'error') ORDER BY s.id FOR UPDATE));
 
 -- name: LockDeletingTeam :one
 SELECT id FROM teams WHERE id = $1 AND deleting_at IS NOT NULL FOR UPDATE;

@@ -67,14 +67,21 @@ DELETE FROM templates WHERE id = $1 AND state IN ('pending', 'deleting');
 
 -- name: DropLostTemplates :many
 -- A team's template that no host has any more.
-DELETE FROM templates WHERE id = ANY (@ids::uuid[]) AND state = 'ready' AND team_id <> '00000000-0000-0000-0000-000000000000'
-    AND NOT EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id) RETURNING *;
+DELETE FROM templates WHERE templates.id = ANY (ARRAY(
+    SELECT t.id FROM templates t WHERE t.id = ANY (@ids::uuid[]) AND t.state = 'ready' AND t.team_id <> '00000000-0000-0000-0000-000000000000'
+      AND NOT EXISTS (SELECT 1 FROM host_templates WHERE host_templates.template_id = t.id)
+    ORDER BY t.id FOR UPDATE OF t)) RETURNING *;
 
 -- name: AddHostTemplate :exec
 INSERT INTO host_templates (host_id, template_id) VALUES ($1, $2) ON CONFLICT DO NOTHING;
 
+-- name: LockTemplate :exec
+-- Before what hosts have of it, as a deletion locks them.
+SELECT FROM templates WHERE id = $1 FOR UPDATE;
+
 -- name: DropHostTemplates :exec
-DELETE FROM host_templates WHERE host_id = @host_id AND template_id = ANY (@ids::uuid[]);
+DELETE FROM host_templates WHERE host_templates.host_id = @host_id AND host_templates.template_id = ANY (ARRAY(
+    SELECT has.template_id FROM host_templates has WHERE has.host_id = @host_id AND has.template_id = ANY (@ids::uuid[]) ORDER BY has.template_id FOR UPDATE));
 
 -- name: ListHostTemplates :many
 -- Those that a host has, is to have, or is to be rid of, and those that every

@@ -29,7 +29,7 @@ INSERT INTO usage_rollups (day) VALUES (@day::date) ON CONFLICT DO NOTHING;
 -- name: ForgetRuns :execrows
 -- In small batches. Their days are computed, and are not changed any more.
 DELETE FROM sandbox_runs WHERE id = ANY (ARRAY(
-    SELECT r.id FROM sandbox_runs r WHERE r.ended_at < @before ORDER BY r.ended_at LIMIT @max_rows));
+    SELECT r.id FROM sandbox_runs r WHERE r.ended_at < @before ORDER BY r.ended_at, r.id LIMIT @max_rows FOR UPDATE));
 
 -- name: ListUsageDays :many
 SELECT day, vcpu_seconds::float8 AS vcpu_seconds, memory_mib_seconds::float8 AS memory_mib_seconds, starts

@@ -54,10 +54,12 @@ DELETE FROM sessions WHERE id = $1;
 
 -- name: DeleteUserSessions :exec
 -- All of a user's, but for one.
-DELETE FROM sessions WHERE user_id = @user_id AND id <> @keep;
+DELETE FROM sessions WHERE sessions.id = ANY (ARRAY(
+    SELECT s.id FROM sessions s WHERE s.user_id = @user_id AND s.id <> @keep ORDER BY s.id FOR UPDATE));
 
 -- name: DeleteOldSessions :exec
-DELETE FROM sessions WHERE expires_at < now();
+DELETE FROM sessions WHERE sessions.id = ANY (ARRAY(
+    SELECT s.id FROM sessions s WHERE s.expires_at < now() ORDER BY s.id FOR UPDATE));
 
 -- name: InsertMailToken :exec
 INSERT INTO mail_tokens (hash, user_id, purpose, expires_at) VALUES ($1, $2, $3, $4);
@@ -69,14 +71,18 @@ SELECT user_id FROM mail_tokens WHERE hash = $1 AND purpose = $2 AND expires_at 
 DELETE FROM mail_tokens WHERE hash = $1 AND purpose = $2 AND expires_at > now() RETURNING user_id;
 
 -- name: DeleteMailTokens :exec
-DELETE FROM mail_tokens WHERE user_id = $1;
+DELETE FROM mail_tokens WHERE mail_tokens.hash = ANY (ARRAY(
+    SELECT m.hash FROM mail_tokens m WHERE m.user_id = $1 ORDER BY m.hash FOR UPDATE));
 
 -- name: DeleteVerifyTokens :exec
-DELETE FROM mail_tokens WHERE user_id = $1 AND purpose = 'verify';
+DELETE FROM mail_tokens WHERE mail_tokens.hash = ANY (ARRAY(
+    SELECT m.hash FROM mail_tokens m WHERE m.user_id = $1 AND m.purpose = 'verify' ORDER BY m.hash FOR UPDATE));
 
 -- name: DeleteOldMailTokens :exec
-DELETE FROM mail_tokens WHERE expires_at < now();
+DELETE FROM mail_tokens WHERE mail_tokens.hash = ANY (ARRAY(
+    SELECT m.hash FROM mail_tokens m WHERE m.expires_at < now() ORDER BY m.hash FOR UPDATE));
 
 -- name: DeleteUnverifiedUsers :exec
 -- Who did not use their link in a week may sign up again, and so may whom the address belongs to.
-DELETE FROM users WHERE verified_at IS NULL AND created_at < now() - interval '7 days';
+DELETE FROM users WHERE users.id = ANY (ARRAY(
+    SELECT u.id FROM users u WHERE u.verified_at IS NULL AND u.created_at < now() - interval '7 days' ORDER BY u.id FOR UPDATE));

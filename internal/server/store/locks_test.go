@@ -1,0 +1,219 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+)
+
+// alone are the queries that change several rows in no order, and why nobody
+// else locks those. There is no other: a query that is to be here has to say.
+var alone = map[string]string{
+	"ForgetUsageDay":     "LockUsage",
+	"ClearBuildSteps":    "one worker has the build",
+	"ForgetFailedImport": "it is one row",
+	"RemoveTag":          "it is one row",
+	"DeleteMember":       "it is one row",
+	"SetMemberRole":      "it is one row",
+	"SetArchiveSize":     "it is one row",
+	"SetSettings":        "it is one row",
+}
+
+var (
+	changes = regexp.MustCompile(`(?m)(?:^|[(\s])(?:UPDATE|DELETE FROM) ([a-z_]+)`)
+	// A row that is named by its key, or one that a query with a limit found.
+	keyed = regexp.MustCompile(`WHERE (?:[a-z]+\.)?(?:id|hash|team_id|serial|digest) = (?:@id\b|@template_id\b|\$1\b|\(\s*SELECT [^;]* LIMIT 1\b)`)
+	// Whether that names one row of these tables.
+	byTeam  = regexp.MustCompile(`WHERE team_id = (?:\$1|@team_id)`)
+	ordered = regexp.MustCompile(`ORDER BY [^;()]+ FOR (?:NO KEY )?UPDATE`)
+	comment = regexp.MustCompile(`(?m)^--.*$`)
+	locking = regexp.MustCompile(`FOR (?:NO KEY )?UPDATE|DO UPDATE`)
+)
+
+// TestLockOrder finds every query that changes several rows of a table, and fails
+// for one that does not lock them in the order of their keys before.
+func TestLockOrder(t *testing.T) {
+	files, err := filepath.Glob("queries/*.sql")
+	if err != nil {
+		t.Fatal(err)
+	}
+	several, used := 0, make(map[string]bool)
+	for name := range alone {
+		used[name] = false
+	}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, query := range strings.Split(string(text), "-- name: ")[1:] {
+			name, _, _ := strings.Cut(query, " ")
+			sql := strings.TrimSpace(comment.ReplaceAllString(query[strings.Index(query, "\n"):], ""))
+			if !changes.MatchString(locking.ReplaceAllString(sql, "")) {
+				continue
+			}
+			one := keyed.MatchString(sql) && (!byTeam.MatchString(sql) || strings.Contains(sql, "key = ") || strings.Contains(sql, "digest = ") || strings.Contains(sql, "team_quotas"))
+			why, excused := alone[name]
+			if excused && !one {
+				used[name] = true
+			}
+			switch {
+			case ordered.MatchString(sql):
+				several++
+				if excused {
+					t.Errorf("%s locks its rows in order: it need not be excused (%s)", name, why)
+				}
+			case one || excused:
+			default:
+				t.Errorf("%s: %s changes several rows, which it does not lock in order before:\n%s", file, name, sql)
+			}
+		}
+	}
+	for name, is := range used {
+		if !is {
+			t.Errorf("%s is excused and need not be", name)
+		}
+	}
+	if several < 20 {
+		t.Errorf("found only %d queries that change several rows", several)
+	}
+}
+
+// TestNoDeadlock changes the sandboxes of several teams on several hosts in every
+// way that locks many of them, all at once: none waits for another in a circle.
+func TestNoDeadlock(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	url := pgtest.New(t)
+	s, err := Open(ctx, url+"&pool_max_conns=12")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	exec := func(sql string, args ...any) {
+		t.Helper()
+		if _, err := s.pool.Exec(ctx, sql, args...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const each = 60
+	teams, hosts := []uuid.UUID{uuid.New(), uuid.New()}, []uuid.UUID{uuid.New(), uuid.New()}
+	var ids []uuid.UUID
+	for _, host := range hosts {
+		exec("INSERT INTO hosts (id, url, status) VALUES ($1, $2, 'online')", host, "unix:/"+host.String())
+	}
+	for _, team := range teams {
+		exec("INSERT INTO teams (id, name) VALUES ($1, 'one')", team)
+		exec("INSERT INTO team_quotas (team_id) VALUES ($1)", team)
+		for n := range each {
+			// Their ids have nothing to do with the order in which they are stored.
+			ids = append(ids, uuid.New())
+			exec(`INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at)
+				VALUES ($1, $2, $3, '00000000-0000-0000-0000-000000000000', 'minimal', 'running', 1, 1, 1, 60, '{}', now())`, ids[len(ids)-1], team, hosts[n%2])
+		}
+	}
+	backwards := func(all []uuid.UUID) []uuid.UUID {
+		out := make([]uuid.UUID, len(all))
+		for i, u := range all {
+			out[len(all)-1-i] = u
+		}
+		return out
+	}(ids)
+	ats := func() []time.Time {
+		all := make([]time.Time, len(ids))
+		for i := range all {
+			all[i] = Now().Add(time.Duration(time.Now().UnixNano()%1000) * time.Second)
+		}
+		return all
+	}
+	deeds := map[string]func() error{
+		"revoke": func() error {
+			_, err := s.pool.Exec(ctx, "SELECT revoke_tokens($1)", teams)
+			return err
+		},
+		"expire": func() error {
+			return s.SandboxesExpire(ctx, db.SandboxesExpireParams{HostID: &hosts[0], Ids: ids, Ats: ats()})
+		},
+		"expire backwards": func() error {
+			return s.SandboxesExpire(ctx, db.SandboxesExpireParams{HostID: &hosts[1], Ids: backwards, Ats: ats()})
+		},
+		"missing": func() error {
+			if _, err := s.pool.Exec(ctx, "UPDATE hosts SET status = 'offline' WHERE id = $1", hosts[0]); err != nil {
+				return err
+			}
+			if _, err := s.SandboxesMissing(ctx); err != nil {
+				return err
+			}
+			_, err := s.pool.Exec(ctx, "UPDATE hosts SET status = 'online' WHERE id = $1", hosts[0])
+			return err
+		},
+		"found, paused, drained and expired": func() error {
+			// One at a time, as hosts say it, and then all that are over together.
+			for i, u := range ids {
+				if _, err := s.SandboxFound(ctx, db.SandboxFoundParams{ID: u, HostID: &hosts[i%each%2], ExpiresAt: nil}); err != nil && !errors.Is(err, ErrNoRows) {
+					return err
+				}
+			}
+			if _, err := s.pool.Exec(ctx, `UPDATE sandboxes SET state = 'paused', drained = true, expires_at = now() - interval '1 minute'
+				WHERE id = ANY (ARRAY(SELECT id FROM sandboxes WHERE state = 'running' ORDER BY id LIMIT 20 FOR NO KEY UPDATE))`); err != nil {
+				return err
+			}
+			for _, host := range hosts {
+				if _, err := s.DrainedExpire(ctx, &host); err != nil {
+					return err
+				}
+			}
+			_, err := s.pool.Exec(ctx, `UPDATE sandboxes SET state = 'running', end_reason = NULL
+				WHERE id = ANY (ARRAY(SELECT id FROM sandboxes WHERE state = 'stopping' ORDER BY id FOR NO KEY UPDATE))`)
+			return err
+		},
+		"fork": func() error {
+			return s.InTx(ctx, func(q *db.Queries) error {
+				if err := q.LockSandboxes(ctx, backwards[:40]); err != nil {
+					return err
+				}
+				for _, u := range backwards[:40] {
+					if _, err := q.SandboxExpires(ctx, db.SandboxExpiresParams{ID: u, HostID: &hosts[0]}); err != nil && !errors.Is(err, ErrNoRows) {
+						return err
+					}
+				}
+				return nil
+			})
+		},
+		"drop": func() error { return s.DropUnstarted(ctx, backwards) },
+	}
+	var wg sync.WaitGroup
+	stop := time.Now().Add(8 * time.Second)
+	for what, deed := range deeds {
+		wg.Go(func() {
+			n := 0
+			for ; n < 20 || time.Now().Before(stop); n++ {
+				err := deed()
+				var pg *pgconn.PgError
+				if errors.As(err, &pg) && pg.Code == "40P01" {
+					t.Errorf("%s: %s, %s", what, pg.Message, pg.Detail)
+					return
+				}
+				if err != nil {
+					t.Errorf("%s: %v", what, err)
+					return
+				}
+			}
+			t.Log(fmt.Sprintf("%s: %d times", what, n))
+		})
+	}
+	wg.Wait()
+}
