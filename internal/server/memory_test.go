@@ -4,6 +4,8 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+
+	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
 // A team whose commands print all that they may, for clients that read none of
@@ -66,4 +68,75 @@ func TestFloodOfControlCharacters(t *testing.T) {
 	if got.str("encoding") != "base64" || len(got.Body) > 3<<20 {
 		t.Errorf("2 MiB are written as %d bytes of %s", len(got.Body), got.str("encoding"))
 	}
+}
+
+// TestTeamsOfOneOwnerShareMemory: whoever owns several teams gets no more of the
+// server's memory with them, and what requests to ports hold counts too.
+func TestTeamsOfOneOwnerShareMemory(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	type team struct{ key, sandbox string }
+	teamOf := func(name, email string) team {
+		t.Helper()
+		who := as(p.bearerOf(email))
+		at := p.call("POST", "/v1/teams", map[string]any{"name": name}, who...).want(201).str("id")
+		key := p.call("POST", "/v1/keys", map[string]any{"name": "k"}, append(who, "X-Team", at)...).want(201).str("key")
+		return team{key, p.call("POST", "/v1/sandboxes", map[string]any{}, "X-API-Key", key).want(201).str("id")}
+	}
+	p.person("ada@example.com")
+	p.person("bob@example.com")
+	one, two, other := teamOf("one", "ada@example.com"), teamOf("two", "ada@example.com"), teamOf("three", "bob@example.com")
+	req, err := http.NewRequestWithContext(t.Context(), "POST", p.http.URL+"/v1/sandboxes/"+one.sandbox+"/exec", strings.NewReader(`{"cmd":"flood","args":["\u00e9","16777216"]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("X-API-Key", one.key)
+	req.Header.Set("Content-Type", "application/json")
+	flood, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer flood.Body.Close()
+	run := func(of team) response {
+		return p.call("POST", "/v1/sandboxes/"+of.sandbox+"/exec", map[string]any{"cmd": "cat", "stdin": strings.Repeat("x", 100<<10)}, "X-API-Key", of.key)
+	}
+	run(two).fails(429, "rate_limited")
+	run(other).want(200)
+
+	// A body that is held for being sent again.
+	held := func() string {
+		_, rest, _ := strings.Cut(p.metrics(), "\nwrenn_request_memory_bytes ")
+		value, _, _ := strings.Cut(rest, "\n")
+		return value
+	}
+	flood.Body.Close()
+	p.eventually("nothing is held", func() bool { return held() == "0" })
+	asked, release := make(chan string, 1), make(chan struct{})
+	p.agent.guest = http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		asked <- held()
+		<-release
+	})
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		r, err := http.NewRequest("POST", p.http.URL+"/", strings.NewReader(strings.Repeat("x", 64<<10)))
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		r.Host = "8000-" + other.sandbox + ".localhost"
+		r.Header.Set("X-API-Key", other.key)
+		resp, err := http.DefaultClient.Do(r)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		resp.Body.Close()
+	}()
+	if got := await.Recv(t, "the guest is asked", asked); got != "61440" {
+		t.Errorf("%s bytes are held for a body of 64 KiB", got)
+	}
+	close(release)
+	await.Recv(t, "the request ends", done)
+	p.eventually("nothing is held", func() bool { return held() == "0" })
 }

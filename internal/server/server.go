@@ -65,6 +65,9 @@ const minHeartbeat = 100 * time.Millisecond
 // and the default: a team's share of it is enough for the longest body.
 const minRequestMemoryMiB = 256
 
+// defaultAtOnce is how many requests of one caller may be under way.
+const defaultAtOnce = 1024
+
 // otherMemoryMiB is what the server takes beside requests, with room to spare: it
 // took 66 to 74 MiB through a run of 360,000 requests.
 const otherMemoryMiB = 256
@@ -128,8 +131,12 @@ type Config struct {
 	// when the server stops. deploy/systemd allows for it, and for requests before it.
 	StopTimeout time.Duration `env:"WRENN_STOP_TIMEOUT" envDefault:"75s"`
 	// RequestMemoryMiB is what requests under way may take of the memory together
-	// (256); one team gets a quarter of it.
+	// (256); all teams of one owner get a quarter of it.
 	RequestMemoryMiB int `env:"WRENN_REQUEST_MEMORY_MIB"`
+	// RequestsAtOnce is how many requests of one API key or user, or to one sandbox
+	// with its own token, may be under way, streams and WebSockets too (1024); of all
+	// teams of one owner, and from one address, twice as many.
+	RequestsAtOnce int `env:"WRENN_REQUESTS_AT_ONCE"`
 	// SMTPURL is the mail server, smtp://user:password@host:port or smtps://…;
 	// without one letters are written to the log. MailFrom is their sender.
 	SMTPURL  string `env:"WRENN_SMTP_URL"`
@@ -223,6 +230,9 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	c.RequestMemoryMiB = cmp.Or(c.RequestMemoryMiB, minRequestMemoryMiB)
 	if c.RequestMemoryMiB < minRequestMemoryMiB {
 		return nil, fmt.Errorf("WRENN_REQUEST_MEMORY_MIB must be at least %d, for one command with the longest input", minRequestMemoryMiB)
+	}
+	if c.RequestsAtOnce < 0 {
+		return nil, errors.New("WRENN_REQUESTS_AT_ONCE must not be negative")
 	}
 	if c.Heartbeat < 0 || c.Heartbeat > 0 && c.Heartbeat < minHeartbeat {
 		return nil, fmt.Errorf("WRENN_HEARTBEAT must be at least %v", minHeartbeat)
@@ -359,12 +369,13 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "wrenn_request_memory_bytes", Help: "Memory that requests under way are counted with.",
 	}, func() float64 { return float64(memory.Used()) }))
+	crowd := budget.NewCrowd(cmp.Or(c.RequestsAtOnce, defaultAtOnce))
 	api, err := rest.New(rest.Config{
 		Sandboxes: s.sandboxes, Templates: tpl, Builds: s.builds, Usage: s.usage, Audit: s.audit, History: history, Channels: s.channels, Keys: s.keys, Tokens: tokens,
 		Sessions: s.sessions, Watch: s.watch, Users: s.users, Teams: s.teams, Platform: platform.New(s.store), Hosts: s.hosts,
 		GitHub: hub, GitHubKey: auth.Derive(secret, "github"), Limiter: limiter, Rates: c.Rates, TrustedProxies: c.TrustedProxies,
 		PublicURL: c.PublicURL, Domain: c.Domain, Log: s.log,
-		Memory: memory, Checks: checks,
+		Memory: memory, Crowd: crowd, Checks: checks,
 		Observe: func(o rest.Observation) {
 			requests.WithLabelValues(o.Method, o.Route, strconv.Itoa(o.Status)).Inc()
 			if !o.Streamed {
@@ -375,16 +386,17 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	px := proxy.New(proxy.Config{Domain: c.Domain, Sandboxes: s.sandboxes, Hosts: s.hosts, Keys: s.keys, Watch: s.watch, Tokens: tokens, Fail: api.Fail, Log: s.log})
+	px := proxy.New(proxy.Config{Domain: c.Domain, Sandboxes: s.sandboxes, Hosts: s.hosts, Keys: s.keys, Watch: s.watch, Tokens: tokens, Memory: memory, Crowd: crowd, Fail: api.Fail, Log: s.log})
 	registry.MustRegister(px.Collectors()...)
 	// A metric that cannot be had, with the database down, must not hide the others.
 	metrics := http.NewServeMux()
 	metrics.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError}))
 	s.metrics, s.toPort = metrics, px.Match
 	rest := api.Handler()
+	ports := api.Admit(px)
 	s.handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if px.Match(r.Host) {
-			px.ServeHTTP(w, r)
+			ports.ServeHTTP(w, r)
 			return
 		}
 		rest.ServeHTTP(w, r)

@@ -87,7 +87,7 @@ func (q *Queries) GetAPIKey(ctx context.Context, arg GetAPIKeyParams) (APIKey, e
 }
 
 const getAPIKeyByHash = `-- name: GetAPIKeyByHash :one
-SELECT k.id, k.team_id, k.user_id, k.name, k.prefix, k.hash, k.created_at, k.last_used_at, k.scopes, k.expires_at, COALESCE(u.admin, false)::boolean AS admin, COALESCE(u.epoch, 0)::integer AS epoch FROM api_keys k JOIN teams t ON t.id = k.team_id LEFT JOIN users u ON u.id = k.user_id
+SELECT k.id, k.team_id, k.user_id, k.name, k.prefix, k.hash, k.created_at, k.last_used_at, k.scopes, k.expires_at, COALESCE(u.admin, false)::boolean AS admin, COALESCE(u.epoch, 0)::integer AS epoch, COALESCE(team_owner(k.team_id), k.team_id)::uuid AS payer FROM api_keys k JOIN teams t ON t.id = k.team_id LEFT JOIN users u ON u.id = k.user_id
 WHERE k.hash = $1 AND (k.expires_at IS NULL OR k.expires_at > now()) AND t.deleting_at IS NULL AND COALESCE(u.active, true)
 `
 
@@ -95,6 +95,7 @@ type GetAPIKeyByHashRow struct {
 	APIKey APIKey
 	Admin  bool
 	Epoch  int32
+	Payer  uuid.UUID
 }
 
 // A key whose maker was deactivated, or whose team is being deleted, is none.
@@ -114,12 +115,14 @@ func (q *Queries) GetAPIKeyByHash(ctx context.Context, hash []byte) (GetAPIKeyBy
 		&i.APIKey.ExpiresAt,
 		&i.Admin,
 		&i.Epoch,
+		&i.Payer,
 	)
 	return i, err
 }
 
 const getCaller = `-- name: GetCaller :one
-SELECT u.id, u.email, u.admin, u.epoch, COALESCE(m.created_at, 'epoch')::timestamptz AS joined_at, COALESCE(m.team_id, '00000000-0000-0000-0000-000000000000')::uuid AS team_id, COALESCE(m.role, '')::text AS role
+SELECT u.id, u.email, u.admin, u.epoch, COALESCE(m.created_at, 'epoch')::timestamptz AS joined_at, COALESCE(m.team_id, '00000000-0000-0000-0000-000000000000')::uuid AS team_id, COALESCE(m.role, '')::text AS role,
+    COALESCE(team_owner(m.team_id), m.team_id, '00000000-0000-0000-0000-000000000000')::uuid AS payer
 FROM sessions s
 JOIN users u ON u.id = s.user_id
 LEFT JOIN LATERAL (
@@ -144,6 +147,7 @@ type GetCallerRow struct {
 	JoinedAt time.Time
 	TeamID   uuid.UUID
 	Role     string
+	Payer    uuid.UUID
 }
 
 // Who holds a session and, where they have one, their team: the one asked for,
@@ -159,6 +163,7 @@ func (q *Queries) GetCaller(ctx context.Context, arg GetCallerParams) (GetCaller
 		&i.JoinedAt,
 		&i.TeamID,
 		&i.Role,
+		&i.Payer,
 	)
 	return i, err
 }

@@ -52,6 +52,9 @@ type Principal struct {
 	// zero for somebody without a team. Keys have no role.
 	Team uuid.UUID
 	Role Role
+	// Payer is on whom what the team takes counts: its owner, however many teams
+	// they have, or the team itself if it has none.
+	Payer uuid.UUID
 	// Key is the API key that was shown, Scopes what it is for.
 	Key    uuid.UUID
 	Scopes []Scope
@@ -80,6 +83,14 @@ func (p Principal) since(now Principal) error {
 
 // HasKey says whether the caller showed an API key.
 func (p Principal) HasKey() bool { return p.Key != uuid.Nil }
+
+// ID is the key that was shown, or the user who is logged in.
+func (p Principal) ID() uuid.UUID {
+	if p.HasKey() {
+		return p.Key
+	}
+	return p.User
+}
 
 // CanWrite says whether the caller may change what their team owns; who may
 // not is not to be shown what opens doors to it either.

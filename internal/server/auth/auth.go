@@ -77,7 +77,7 @@ func (k *Keys) check(ctx context.Context, key string) (Principal, *time.Time, er
 	k.mu.Lock()
 	k.used[row.ID] = time.Now()
 	k.mu.Unlock()
-	p := Principal{Team: row.TeamID, Key: row.ID, Scopes: make([]Scope, len(row.Scopes)), epoch: found.Epoch}
+	p := Principal{Team: row.TeamID, Payer: found.Payer, Key: row.ID, Scopes: make([]Scope, len(row.Scopes)), epoch: found.Epoch}
 	for i, s := range row.Scopes {
 		p.Scopes[i] = Scope(s)
 	}

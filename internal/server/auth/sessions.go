@@ -231,7 +231,7 @@ func (s *Sessions) caller(ctx context.Context, user, session uuid.UUID, team *uu
 		return Principal{}, fmt.Errorf("look up session: %w", err)
 	}
 	return Principal{
-		Team: row.TeamID, Role: Role(row.Role), User: user, Session: session, Email: row.Email, Platform: row.Admin,
+		Team: row.TeamID, Payer: row.Payer, Role: Role(row.Role), User: user, Session: session, Email: row.Email, Platform: row.Admin,
 		epoch: row.Epoch, joined: row.JoinedAt,
 	}, nil
 }

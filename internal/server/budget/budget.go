@@ -4,8 +4,11 @@ package budget
 
 import (
 	"io"
+	"math"
 	"sync"
 	"time"
+
+	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
@@ -20,6 +23,55 @@ const (
 
 // retryAfter is when a request that was refused may be tried again.
 const retryAfter = time.Second
+
+// Places bounds how many requests of each caller are under way at the same time.
+// It may be used by several goroutines.
+type Places struct{ taken Budget }
+
+// NewPlaces returns as many places for each caller.
+func NewPlaces(each int) *Places {
+	return &Places{Budget{total: math.MaxInt64, each: int64(each), owners: make(map[string]int64)}}
+}
+
+// Take takes a place of somebody until leave is called, once. Where there is none
+// the error is fault.RateLimited.
+func (p *Places) Take(who string) (leave func(), err error) {
+	if !p.taken.take(who, 1) {
+		return nil, refuse("%d requests are under way, as many as may be: try again when one has ended", p.taken.each)
+	}
+	return func() { p.taken.give(who, 1) }, nil
+}
+
+// Crowd bounds how many requests are under way of each principal, of all teams of
+// each owner, and of each address.
+type Crowd struct{ principals, payers, addresses *Places }
+
+// ofPayer is how many times as many all teams of an owner may have under way, and
+// one address.
+const ofPayer = 2
+
+// NewCrowd returns a Crowd in which each principal may have so many under way.
+func NewCrowd(each int) *Crowd {
+	return &Crowd{NewPlaces(each), NewPlaces(ofPayer * each), NewPlaces(ofPayer * each)}
+}
+
+// Enter counts a request of a principal, which counts for an owner too, until leave
+// is called, once. Where it is one too many the error is fault.RateLimited.
+func (c *Crowd) Enter(principal, payer uuid.UUID) (leave func(), err error) {
+	one, err := c.principals.Take(principal.String())
+	if err != nil || payer == uuid.Nil {
+		return one, err
+	}
+	all, err := c.payers.Take(payer.String())
+	if err != nil {
+		one()
+		return nil, err
+	}
+	return func() { all(); one() }, nil
+}
+
+// EnterFrom does so for a request from an address.
+func (c *Crowd) EnterFrom(address string) (leave func(), err error) { return c.addresses.Take(address) }
 
 // Budget is what requests may hold at the same time, in bytes. It may be used
 // by several goroutines.
@@ -57,29 +109,47 @@ type Held struct {
 // Grow takes n bytes more, before they are used. Where there are not so many
 // it takes none, and the error is fault.RateLimited.
 func (h *Held) Grow(n int64) error {
-	b := h.budget
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.used+n > b.total || b.owners[h.owner]+n > b.each {
-		err := fault.New(fault.RateLimited, "requests under way hold as much memory as they may: try again, or use the streaming operations")
-		err.RetryAfter = retryAfter
-		return err
+	if n == 0 {
+		return nil
 	}
-	b.used += n
-	b.owners[h.owner] += n
+	if !h.budget.take(h.owner, n) {
+		return refuse("requests under way hold as much memory as they may: try again, or use the streaming operations")
+	}
 	h.bytes += n
 	return nil
 }
 
-// Release gives everything back. It may be called twice.
-func (h *Held) Release() {
-	b := h.budget
+func refuse(format string, args ...any) error {
+	err := fault.New(fault.RateLimited, format, args...)
+	err.RetryAfter = retryAfter
+	return err
+}
+
+// take takes n for an owner, all of it or nothing.
+func (b *Budget) take(owner string, n int64) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.used -= h.bytes
-	if b.owners[h.owner] -= h.bytes; b.owners[h.owner] == 0 {
-		delete(b.owners, h.owner)
+	if b.used+n > b.total || b.owners[owner]+n > b.each {
+		return false
 	}
+	b.used += n
+	b.owners[owner] += n
+	return true
+}
+
+// give gives n of an owner's back.
+func (b *Budget) give(owner string, n int64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.used -= n
+	if b.owners[owner] -= n; b.owners[owner] == 0 {
+		delete(b.owners, owner)
+	}
+}
+
+// Release gives everything back. It may be called twice.
+func (h *Held) Release() {
+	h.budget.give(h.owner, h.bytes)
 	h.bytes = 0
 }
 

@@ -327,16 +327,15 @@ func empty(w io.Writer) error {
 func (b *box) test(ctx context.Context, line string, args ...string) (bool, error) {
 	call, cancel := context.WithTimeout(ctx, callTimeout+answerGrace)
 	defer cancel()
-	answer, err := b.host.Agent.Exec(call, connect.NewRequest(&hostagentv1.ExecRequest{SandboxId: b.wire, Command: &hostagentv1.Command{
-		Cmd: "/bin/sh", Args: append([]string{"-c", line, "sh"}, args...), Cwd: "/", User: "root", TimeoutSeconds: int32(callTimeout / time.Second),
-	}}))
+	// What the guest prints is dropped as it comes.
+	exit, err := b.run(call, append([]string{"/bin/sh", "-c", line, "sh"}, args...), surroundings{dir: "/", user: "root"}, callTimeout, io.Discard)
 	if connect.IsWireError(err) && (connect.CodeOf(err) == connect.CodeNotFound || connect.CodeOf(err) == connect.CodeInvalidArgument) {
 		return false, nil
 	}
 	if err != nil {
-		return false, hosts.Fault(err)
+		return false, known(err, hosts.Fault)
 	}
-	return answer.Msg.GetExitCode() == 0, nil
+	return exit.GetExitCode() == 0, nil
 }
 
 // command runs a command to its end, which must be exit code 0.
@@ -358,9 +357,25 @@ func (b *box) command(ctx context.Context, c recipe.Command, act *action, step *
 
 // exec runs a command to its end. limit 0: without one.
 func (b *box) exec(ctx context.Context, c recipe.Command, in surroundings, limit time.Duration, out io.Writer) (*hostagentv1.ExecStreamResponse_Exited, error) {
+	exit, err := b.run(ctx, c.Args(), in, limit, out)
+	if err != nil {
+		return nil, known(err, refused)
+	}
+	return exit, nil
+}
+
+// known returns err, and what a host said as told says it.
+func known(err error, told func(error) error) error {
+	if connect.IsWireError(err) {
+		return told(err)
+	}
+	return err
+}
+
+// run is exec without a word about what a host says: that error is as it came.
+func (b *box) run(ctx context.Context, args []string, in surroundings, limit time.Duration, out io.Writer) (*hostagentv1.ExecStreamResponse_Exited, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	args := c.Args()
 	stream := b.host.Agent.ExecStream(ctx)
 	// HTTP/2 notices that a call was given up only when its body ends.
 	stop := context.AfterFunc(ctx, func() { _ = stream.CloseRequest() })
@@ -395,7 +410,10 @@ func (b *box) exec(ctx context.Context, c recipe.Command, in surroundings, limit
 	if errors.Is(err, io.EOF) {
 		return nil, fault.New(fault.Unavailable, "the command's end is not known: its host broke off")
 	}
-	return nil, refused(err)
+	if !connect.IsWireError(err) {
+		err = hosts.Fault(err)
+	}
+	return nil, err
 }
 
 // refused is what a host's refusal to do a step says. What the guest says, that

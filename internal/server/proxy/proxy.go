@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	stdlog "log"
 	"log/slog"
@@ -26,6 +27,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/patience"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
+	"github.com/wrenn-dev/wrenn/internal/server/budget"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
@@ -49,6 +51,9 @@ type Config struct {
 	// Watch ends requests whose key no longer holds.
 	Watch  *auth.Watch
 	Tokens auth.Tokens
+	// Memory bounds what requests take, Crowd how many of somebody are under way.
+	Memory *budget.Budget
+	Crowd  *budget.Crowd
 	// Fail answers a request with an error.
 	Fail func(http.ResponseWriter, *http.Request, error)
 	Log  *slog.Logger
@@ -134,7 +139,15 @@ func (p *Proxy) serve(w http.ResponseWriter, r *http.Request) {
 		r = r.WithContext(ctx)
 	}
 	if err == nil {
-		err = p.hold(w, r, &target)
+		var leave func()
+		if leave, err = p.Crowd.Enter(target.principal(), target.payer); err == nil {
+			defer leave()
+		}
+	}
+	if err == nil {
+		held := p.Memory.Hold(target.payer.String())
+		defer held.Release()
+		err = p.hold(w, r, &target, held)
 	}
 	if err != nil {
 		p.fail(w, r, err)
@@ -162,20 +175,20 @@ const maxHeld = 64 << 10
 
 // hold makes a request one that can be sent again when the host refuses it
 // because the sandbox is paused, and sees to it that a body which is too long
-// to be kept is not refused.
-func (p *Proxy) hold(w http.ResponseWriter, r *http.Request, d *destination) error {
+// to be kept, or has no room in held, is not refused.
+func (p *Proxy) hold(w http.ResponseWriter, r *http.Request, d *destination, held *budget.Held) error {
 	if r.Body == nil || r.Body == http.NoBody || r.ContentLength == 0 {
 		return nil
 	}
-	if r.ContentLength < 0 || r.ContentLength > maxHeld {
+	if r.ContentLength < 0 || r.ContentLength > maxHeld || held.Grow(max(0, r.ContentLength-budget.Free)) != nil {
 		patience.Idle(r) // Some go on for as long as a person types.
 		// What comes after a use does not find the sandbox paused.
 		host, err := p.Sandboxes.Use(r.Context(), d.team, d.sandbox)
 		d.host = host
 		return err
 	}
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxHeld))
-	if err != nil {
+	body := make([]byte, r.ContentLength)
+	if _, err := io.ReadFull(r.Body, body); err != nil {
 		return fault.Body(err)
 	}
 	r.Body = io.NopCloser(bytes.NewReader(body))
@@ -188,8 +201,18 @@ type destination struct {
 	caller
 	host    *hosts.Host
 	team    uuid.UUID
+	payer   uuid.UUID
 	sandbox uuid.UUID
 	port    int
+}
+
+// principal is who is counted with the request: the key that was shown, or the
+// sandbox whose token it was.
+func (d *destination) principal() uuid.UUID {
+	if d.who.HasKey() {
+		return d.who.Key
+	}
+	return d.sandbox
 }
 
 // caller is what a request showed.
@@ -244,7 +267,7 @@ func (p *Proxy) resolve(r *http.Request) (destination, error) {
 	case !shown.who.HasKey() && shown.epoch != t.epoch:
 		return none, errRevoked
 	}
-	d := destination{caller: shown, team: t.team, sandbox: sandbox, port: port}
+	d := destination{caller: shown, team: t.team, payer: t.payer, sandbox: sandbox, port: port}
 	switch t.state {
 	case sandboxes.Running:
 		d.host, err = p.Hosts.Get(&t.host)
@@ -318,7 +341,11 @@ func (p *Proxy) lookup(ctx context.Context, sandbox uuid.UUID) (target, error) {
 	if err != nil {
 		return target{}, err
 	}
-	t := target{team: row.TeamID, epoch: row.TokenEpoch, state: sandboxes.State(row.State)}
+	payer, err := p.Sandboxes.Store.GetTeamPayer(ctx, row.TeamID)
+	if err != nil {
+		return target{}, fmt.Errorf("look up the team's owner: %w", err)
+	}
+	t := target{team: row.TeamID, payer: payer, epoch: row.TokenEpoch, state: sandboxes.State(row.State)}
 	if row.HostID != nil {
 		t.host = *row.HostID
 	}
@@ -458,6 +485,7 @@ const (
 // target is where a sandbox is.
 type target struct {
 	team, host uuid.UUID
+	payer      uuid.UUID // of the team
 	state      sandboxes.State
 	epoch      int32 // of its tokens
 	until      time.Time

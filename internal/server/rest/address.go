@@ -36,6 +36,22 @@ func (a *API) admit(r *http.Request, op *openapi3.Operation) error {
 	return a.Limiter.Allow(r.Context(), limit, ratelimit.Address(from))
 }
 
+// Admit has next answer requests of an address that does not have as many under way
+// as it may. This machine's own have no bound.
+func (a *API) Admit(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if from := a.clientAddress(r); from.IsValid() && !a.trusted(from) {
+			leave, err := a.Crowd.EnterFrom(ratelimit.Address(from))
+			if err != nil {
+				a.Fail(w, r, err)
+				return
+			}
+			defer leave()
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
 // clientAddress returns whose address a request comes from. What
 // X-Forwarded-For says is believed of proxies alone: of this machine's, and
 // of those that the configuration names.

@@ -32,6 +32,13 @@ const maxValues = 1 << 16
 // and decoded: the body, its canonical form, and the strings of the two.
 const bodyCost = 4
 
+// valueCost is the memory that a value or a name takes beside its bytes while it is
+// checked and decoded, and freeValues how many of them are not counted.
+const (
+	valueCost  = 256
+	freeValues = 64
+)
+
 // maxExact is the largest integer that every JSON implementation keeps.
 const maxExact = 1<<53 - 1
 
@@ -51,40 +58,41 @@ func init() {
 // canonical returns the one JSON value in b with every integer written in
 // digits alone. It refuses what parsers read differently: repeated members,
 // anything after the value, and strings that are no text. bytesIn are pointers
-// (RFC 6901) to strings that may have NUL.
-func canonical(b []byte, bytesIn []jsontext.Pointer) ([]byte, error) {
+// (RFC 6901) to strings that may have NUL. values is how many it has of what
+// [maxValues] counts.
+func canonical(b []byte, bytesIn []jsontext.Pointer) (_ []byte, values int, _ error) {
 	var out bytes.Buffer
 	out.Grow(len(b))
 	dec, enc := jsontext.NewDecoder(bytes.NewBuffer(b)), jsontext.NewEncoder(&out)
-	for whole, values := false, 0; ; whole, values = dec.StackDepth() == 0, values+1 {
+	for whole := false; ; whole, values = dec.StackDepth() == 0, values+1 {
 		token, err := dec.ReadToken()
 		if errors.Is(err, io.EOF) && whole {
-			return bytes.TrimSuffix(out.Bytes(), []byte("\n")), nil
+			return bytes.TrimSuffix(out.Bytes(), []byte("\n")), values, nil
 		}
 		if err != nil {
-			return nil, malformed(err)
+			return nil, 0, malformed(err)
 		}
 		if dec.StackDepth() > maxDepth {
-			return nil, fault.New(fault.InvalidArgument, "JSON: nested more than %d levels deep", maxDepth)
+			return nil, 0, fault.New(fault.InvalidArgument, "JSON: nested more than %d levels deep", maxDepth)
 		}
 		if values > maxValues {
-			return nil, fault.New(fault.InvalidArgument, "JSON: more than %d values", maxValues)
+			return nil, 0, fault.New(fault.InvalidArgument, "JSON: more than %d values", maxValues)
 		}
 		if whole {
-			return nil, fault.New(fault.InvalidArgument, "JSON: something follows the value")
+			return nil, 0, fault.New(fault.InvalidArgument, "JSON: something follows the value")
 		}
 		switch token.Kind() {
 		case '"':
 			if strings.Contains(token.String(), "\x00") && !slices.Contains(bytesIn, dec.StackPointer()) {
-				return nil, notText(place(dec.StackPointer()))
+				return nil, 0, notText(place(dec.StackPointer()))
 			}
 		case '0':
 			if token, err = number(token); err != nil {
-				return nil, fault.Because(err, fault.InvalidArgument, "%s: number out of range", place(dec.StackPointer()))
+				return nil, 0, fault.Because(err, fault.InvalidArgument, "%s: number out of range", place(dec.StackPointer()))
 			}
 		}
 		if err := enc.WriteToken(token); err != nil {
-			return nil, malformed(err)
+			return nil, 0, malformed(err)
 		}
 	}
 }
@@ -143,10 +151,14 @@ func binary(s *openapi3.Schema) (all []jsontext.Pointer) {
 }
 
 // conform reads JSON that must match a schema, and returns it in the canonical
-// form: whoever decodes that has the value that was checked.
-func conform(s *openapi3.Schema, b []byte) ([]byte, error) {
-	b, err := canonical(b, binary(s))
+// form: whoever decodes that has the value that was checked. What its values take
+// is held before they are made.
+func conform(s *openapi3.Schema, b []byte, held *budget.Held) ([]byte, error) {
+	b, values, err := canonical(b, binary(s))
 	if err != nil {
+		return nil, err
+	}
+	if err := held.Grow(valueCost * int64(max(0, values-freeValues))); err != nil {
 		return nil, err
 	}
 	var value any
@@ -184,7 +196,7 @@ func readBody(r *http.Request, op *openapi3.Operation, held *budget.Held) error 
 	if kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || kind != jsonType {
 		return fault.New(fault.InvalidArgument, "Content-Type: must be %s", jsonType)
 	}
-	if b, err = conform(s, b); err != nil {
+	if b, err = conform(s, b, held); err != nil {
 		return err
 	}
 	r.Body = &checked{Reader: bytes.NewReader(b), json: b}

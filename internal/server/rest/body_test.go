@@ -30,7 +30,7 @@ func TestCanonical(t *testing.T) {
 		`{"bytes":"a\u0000b"}`: `{"bytes":"a\u0000b"}`,
 		strings.Repeat("[", 64) + strings.Repeat("]", 64): strings.Repeat("[", 64) + strings.Repeat("]", 64),
 	} {
-		got, err := canonical([]byte(in), []jsontext.Pointer{"/bytes"})
+		got, _, err := canonical([]byte(in), []jsontext.Pointer{"/bytes"})
 		if err != nil || string(got) != want {
 			t.Errorf("%s: %s %v, want %s", in, got, err, want)
 		}
@@ -54,7 +54,7 @@ func TestCanonical(t *testing.T) {
 		"[" + strings.Repeat("0,", maxValues) + "0]": "JSON: more than 65536 values",
 		strings.Repeat("[", 65) + "]":                "JSON: nested more than 64 levels deep",
 	} {
-		_, err := canonical([]byte(in), []jsontext.Pointer{"/bytes"})
+		_, _, err := canonical([]byte(in), []jsontext.Pointer{"/bytes"})
 		var f *fault.Error
 		if !errors.As(err, &f) || f.Code != fault.InvalidArgument || f.Message != want {
 			t.Errorf("%s: %v, want %s", in, err, want)
@@ -85,7 +85,7 @@ func TestBodies(t *testing.T) {
 		{"exec", `{"cmd":"cat","stdin":"\u0000"}`, "", &rest.ExecRequest{}},
 		{"exec", `{"cmd":"c\u0000at"}`, "cmd: must be UTF-8 without NUL", nil},
 	} {
-		b, err := conform(bodySchema(operation(t, a, tt.op)), []byte(tt.body))
+		b, err := conform(bodySchema(operation(t, a, tt.op)), []byte(tt.body), budget.New(1<<30).Hold(""))
 		if tt.into == nil {
 			var f *fault.Error
 			if !errors.As(err, &f) || !strings.HasPrefix(f.Message, tt.wrong) || strings.Contains(f.Message, "rest.") || strings.Contains(f.Message, "Go ") {
@@ -203,8 +203,33 @@ func TestReadBodyTakesMemory(t *testing.T) {
 		t.Errorf("a body without room: %v", err)
 	}
 	held.Release()
+	// Many short values take more than their bytes.
+	many := httptest.NewRequest("POST", "/", strings.NewReader(`{"cmd":"x","args":["a"`+strings.Repeat(`,"a"`, 9999)+`]}`))
+	many.Header.Set("Content-Type", "application/json")
+	if err := readBody(many, operation(t, a, "exec"), held); !fault.Is(err, fault.RateLimited) {
+		t.Errorf("a body of 10,000 values where there is room for 4,000: %v", err)
+	}
+	held.Release()
 	if memory.Used() != 0 {
 		t.Errorf("%d bytes are left", memory.Used())
+	}
+}
+
+// What a guest's values take is held before they are made.
+func TestGuestsJSONTakesMemory(t *testing.T) {
+	memory := budget.New(4 << 20)
+	held := memory.Hold("a team")
+	for what, line := range map[string]string{
+		"a tree":  `{"type":"result","json":[` + strings.Repeat("[],", 9999) + `0]}`,
+		"results": strings.Repeat(`{"type":"result"}`, 4000),
+	} {
+		if _, err := collectCode(strings.NewReader(line+`{"type":"end_of_execution"}`), held); !fault.Is(err, fault.RateLimited) {
+			t.Errorf("%s: %v", what, err)
+		}
+		held.Release()
+	}
+	if err := decodeGuest([]byte(`[`+strings.Repeat("{},", 9999)+`{}]`), held, &[]map[string]any{}); !fault.Is(err, fault.RateLimited) {
+		t.Errorf("contexts: %v", err)
 	}
 }
 
@@ -215,11 +240,11 @@ func FuzzCanonical(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
-		b, err := canonical([]byte(s), nil)
+		b, _, err := canonical([]byte(s), nil)
 		if err != nil {
 			return
 		}
-		again, err := canonical(b, nil)
+		again, _, err := canonical(b, nil)
 		if err != nil || string(again) != string(b) {
 			t.Fatalf("%q becomes %q, and that %q, %v", s, b, again, err)
 		}

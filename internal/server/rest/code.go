@@ -2,6 +2,7 @@ package rest
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/json"
 	"errors"
 	"io"
@@ -9,7 +10,10 @@ import (
 	"net/url"
 	"strings"
 
+	"github.com/go-json-experiment/json/jsontext"
+
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
+	"github.com/wrenn-dev/wrenn/internal/server/budget"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
@@ -22,6 +26,10 @@ const (
 	// codeCost is the memory that a byte of it takes: in its line, decoded, joined
 	// and encoded again.
 	codeCost = 4
+	// encodeCost is the memory that a byte of code takes on its way to the guest.
+	encodeCost = 3
+	// resultCost is the memory that a result takes beside its bytes.
+	resultCost = 512
 	// defaultContext is the context that code runs in.
 	defaultContext = "default"
 	// defaultCodeTimeout is how long code may run, in seconds.
@@ -37,7 +45,7 @@ func (a *API) gateway(r *http.Request, sandbox, method, path string, body any) (
 	}
 	var b []byte
 	if body != nil {
-		if b, err = json.Marshal(body); err != nil {
+		if b, err = encode(body); err != nil {
 			return nil, err
 		}
 	}
@@ -64,10 +72,25 @@ func (a *API) gateway(r *http.Request, sandbox, method, path string, body any) (
 	return nil, fault.New(fault.Conflict, "no code interpreter answers on port %d of the sandbox: is its template code-interpreter?", gatewayPort)
 }
 
+// encode returns JSON in which code is about as long as it was: HTML's characters
+// are not escaped.
+func encode(v any) ([]byte, error) {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	err := e.Encode(v)
+	return b.Bytes(), err
+}
+
 // RunCode answers POST /v1/sandboxes/{sandbox_id}/code.
 func (a *API) RunCode(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID) {
 	var req rest.RunCode
 	if err := decode(r, &req); err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	held := observed(r).held
+	if err := held.Grow(encodeCost * int64(max(0, len(req.Code)-budget.Free))); err != nil {
 		a.Fail(w, r, err)
 		return
 	}
@@ -80,7 +103,7 @@ func (a *API) RunCode(w http.ResponseWriter, r *http.Request, sandbox rest.Sandb
 	}
 	defer resp.Body.Close()
 	if !or(req.Stream, false) {
-		result, err := collectCode(observed(r).held.Reader(resp.Body, codeCost))
+		result, err := collectCode(resp.Body, held)
 		if err != nil {
 			a.Fail(w, r, err)
 			return
@@ -121,15 +144,43 @@ type codeEvent struct {
 // endOfExecution is the type of the last line.
 const endOfExecution = "end_of_execution"
 
+// decodeGuest decodes JSON of a guest. What its values take is held before.
+func decodeGuest(b []byte, held *budget.Held, into any) error {
+	values := 0
+	for d := jsontext.NewDecoder(bytes.NewBuffer(b), guestJSON...); ; values++ {
+		if _, err := d.ReadToken(); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			return err
+		}
+	}
+	if err := held.Grow(valueCost * int64(max(0, values-freeValues))); err != nil {
+		return err
+	}
+	return json.Unmarshal(b, into)
+}
+
+// guestJSON is how a guest's JSON is read: as encoding/json does it.
+var guestJSON = []jsontext.Options{jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true)}
+
 // collectCode makes one answer of a guest's lines.
-func collectCode(body io.Reader) (rest.CodeResult, error) {
+func collectCode(body io.Reader, held *budget.Held) (rest.CodeResult, error) {
 	result := rest.CodeResult{Results: []rest.CodeOutput{}}
 	var stdout, stderr strings.Builder
-	bound := &io.LimitedReader{R: body, N: maxCodeOutput}
-	lines := json.NewDecoder(bufio.NewReader(bound))
-	for {
+	bound := &io.LimitedReader{R: held.Reader(body, codeCost), N: maxCodeOutput}
+	lines := jsontext.NewDecoder(bufio.NewReader(bound), guestJSON...)
+	for results := 0; ; {
 		var e codeEvent
-		if err := lines.Decode(&e); err != nil {
+		line, err := lines.ReadValue()
+		if err == nil {
+			err = decodeGuest(line, held, &e)
+		}
+		if err == nil && e.Type == "result" {
+			if results++; results > freeValues {
+				err = held.Grow(resultCost)
+			}
+		}
+		if err != nil {
 			if fault.Is(err, fault.RateLimited) {
 				return result, err
 			}
@@ -168,7 +219,16 @@ func (a *API) relay(w http.ResponseWriter, r *http.Request, sandbox, method, pat
 		w.WriteHeader(status)
 		return
 	}
-	if err := json.NewDecoder(io.LimitReader(resp.Body, maxBody)).Decode(into); err != nil {
+	held := observed(r).held
+	said, err := io.ReadAll(held.Reader(io.LimitReader(resp.Body, maxBody), codeCost))
+	if err == nil {
+		err = decodeGuest(said, held, into)
+	}
+	if fault.Is(err, fault.RateLimited) {
+		a.Fail(w, r, err)
+		return
+	}
+	if err != nil {
 		a.Fail(w, r, fault.Because(err, fault.BadGateway, "the sandbox's code interpreter answers with no JSON"))
 		return
 	}

@@ -17,6 +17,8 @@ import (
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/auth"
+	"github.com/wrenn-dev/wrenn/internal/server/budget"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
@@ -123,7 +125,7 @@ func (a *API) ExecStream(w http.ResponseWriter, r *http.Request, sandbox rest.Sa
 	}
 	defer ws.CloseNow()
 	ws.SetReadLimit(maxMessage)
-	err = a.execStream(r.Context(), ws, caller(r).Team, u)
+	err = a.execStream(r.Context(), ws, caller(r), u)
 	if errors.Is(err, errGone) {
 		a.log(r).Debug("client went away")
 		return
@@ -177,14 +179,14 @@ var errGone = errors.New("client went away")
 // execStream runs one command for a client. It returns nil when the client
 // was told how the command ended. A goroutine that it leaves behind ends with
 // the WebSocket.
-func (a *API) execStream(ctx context.Context, ws *websocket.Conn, team, sandbox uuid.UUID) error {
-	start, err := a.readStart(ctx, ws)
+func (a *API) execStream(ctx context.Context, ws *websocket.Conn, who auth.Principal, sandbox uuid.UUID) error {
+	start, err := a.readStart(ctx, ws, who)
 	if err != nil {
 		return err
 	}
 	start.SandboxId = id.Format(id.Sandbox, sandbox)
 	// Once more: the client may have taken its time, and input can be sent once only.
-	host, err := a.Sandboxes.Use(ctx, team, sandbox)
+	host, err := a.Sandboxes.Use(ctx, who.Team, sandbox)
 	if err != nil {
 		return err
 	}
@@ -199,7 +201,7 @@ func (a *API) execStream(ctx context.Context, ws *websocket.Conn, team, sandbox 
 	// From here one goroutine sends and this one receives.
 	input := make(chan error, 1)
 	go func() {
-		input <- a.pumpInput(ctx, ws, stream)
+		input <- a.pumpInput(ctx, ws, who, stream)
 		cancel()
 		// HTTP/2 notices that a call was given up only when its body ends.
 		_ = stream.CloseRequest()
@@ -218,7 +220,7 @@ func (a *API) execStream(ctx context.Context, ws *websocket.Conn, team, sandbox 
 }
 
 // readStart reads a client's first message.
-func (a *API) readStart(ctx context.Context, ws *websocket.Conn) (*hostagentv1.ExecStreamRequest_Start, error) {
+func (a *API) readStart(ctx context.Context, ws *websocket.Conn, who auth.Principal) (*hostagentv1.ExecStreamRequest_Start, error) {
 	ctx, cancel := context.WithTimeout(ctx, startWithin)
 	defer cancel()
 	kind, b, err := ws.Read(ctx)
@@ -229,7 +231,7 @@ func (a *API) readStart(ctx context.Context, ws *websocket.Conn) (*hostagentv1.E
 		return nil, fault.New(fault.InvalidArgument, "the first message must be text and say what to run")
 	}
 	var m rest.ExecStreamStart
-	if err := a.parse("ExecStreamStart", b, &m); err != nil {
+	if err := a.parse(who, "ExecStreamStart", b, &m); err != nil {
 		return nil, err
 	}
 	c, err := command(m.Cmd, or(m.Args, nil), or(m.Shell, false), or(m.Envs, nil), or(m.Cwd, ""), or(m.User, ""), or(m.TimeoutSeconds, 0))
@@ -243,9 +245,15 @@ func (a *API) readStart(ctx context.Context, ws *websocket.Conn) (*hostagentv1.E
 	return start, nil
 }
 
-// parse reads a message that must match one of the document's schemas.
-func (a *API) parse(schema string, b []byte, v any) error {
-	b, err := conform(a.spec.Components.Schemas[schema].Value, b)
+// parse reads a message that must match one of the document's schemas. What that
+// takes is held meanwhile.
+func (a *API) parse(who auth.Principal, schema string, b []byte, v any) error {
+	held := a.Memory.Hold(who.Payer.String())
+	defer held.Release()
+	if err := held.Grow(bodyCost * int64(max(0, len(b)-budget.Free))); err != nil {
+		return err
+	}
+	b, err := conform(a.spec.Components.Schemas[schema].Value, b, held)
 	if err != nil {
 		return err
 	}
@@ -256,7 +264,7 @@ type execStream = connect.BidiStreamForClient[hostagentv1.ExecStreamRequest, hos
 
 // pumpInput sends what the client says to the command, until the client is
 // gone (errGone) or says what is wrong.
-func (a *API) pumpInput(ctx context.Context, ws *websocket.Conn, stream *execStream) error {
+func (a *API) pumpInput(ctx context.Context, ws *websocket.Conn, who auth.Principal, stream *execStream) error {
 	for {
 		kind, b, err := ws.Read(ctx)
 		if err != nil {
@@ -270,7 +278,7 @@ func (a *API) pumpInput(ctx context.Context, ws *websocket.Conn, stream *execStr
 			req.Message = &hostagentv1.ExecStreamRequest_Stdin{Stdin: b[1:]}
 		} else {
 			var m rest.ExecStreamControl
-			if err := a.parse("ExecStreamControl", b, &m); err != nil {
+			if err := a.parse(who, "ExecStreamControl", b, &m); err != nil {
 				return err
 			}
 			switch m.Type {

@@ -48,12 +48,8 @@ func (r Rates) of(class auth.Rate) (one, team ratelimit.Limit) {
 // rate_limited.
 func (a *API) spend(ctx context.Context, class auth.Rate, who auth.Principal, ofTeam bool) error {
 	one, team := a.Rates.of(class)
-	by := who.User
-	if who.HasKey() {
-		by = who.Key
-	}
 	// One after the other: what one of a team is refused does not count for the team.
-	if err := a.Limiter.Allow(ctx, one, by.String()); err != nil || !ofTeam || who.Team == uuid.Nil {
+	if err := a.Limiter.Allow(ctx, one, who.ID().String()); err != nil || !ofTeam || who.Team == uuid.Nil {
 		return err
 	}
 	return a.Limiter.Allow(ctx, team, who.Team.String())

@@ -74,6 +74,8 @@ type Config struct {
 	PublicURL, Domain string
 	// Memory bounds what requests take.
 	Memory *budget.Budget
+	// Crowd bounds how many of somebody are under way.
+	Crowd *budget.Crowd
 	// Checks are what /health asks, by name.
 	Checks map[string]func(context.Context) error
 	// Observe hears of every answered request.
@@ -163,7 +165,7 @@ func New(c Config) (*API, error) {
 }
 
 // Handler serves the API.
-func (a *API) Handler() http.Handler { return a.observe(a.recover(a.route(a.chi))) }
+func (a *API) Handler() http.Handler { return a.observe(a.recover(a.Admit(a.route(a.chi)))) }
 
 // Bounds of bodies that are JSON, in bytes.
 const (
@@ -180,13 +182,22 @@ func streams(op *openapi3.Operation) bool {
 	return false
 }
 
-// limit bounds bodies, except for those that are streamed on, and begins to
-// count the memory that the request takes. Who has no team is counted by address.
+// limit bounds how many requests of the caller are under way, and bodies, except for those that are streamed on, and begins to
+// count the memory that the request takes, of the team's owner. Who has no team is
+// counted by address.
 func (a *API) limit(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		owner := a.addressText(r)
-		if team := caller(r).Team; team != uuid.Nil {
-			owner = team.String()
+		if payer := caller(r).Payer; payer != uuid.Nil {
+			owner = payer.String()
+		}
+		if who := caller(r); who.HasKey() || who.User != uuid.Nil {
+			leave, err := a.Crowd.Enter(who.ID(), who.Payer)
+			if err != nil {
+				a.Fail(w, r, err)
+				return
+			}
+			defer leave()
 		}
 		o := observed(r)
 		o.held = a.Memory.Hold(owner)

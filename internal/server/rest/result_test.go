@@ -14,6 +14,7 @@ import (
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
 	"github.com/wrenn-dev/wrenn/internal/linear"
+	"github.com/wrenn-dev/wrenn/internal/server/budget"
 )
 
 // What clients decode is what the command printed, however it is written.
@@ -68,12 +69,12 @@ func TestLinear(t *testing.T) {
 			lines.WriteString(`{"type":"stdout","text":"0123456789"}` + "\n" + `{"type":"result","text":"1"}` + "\n")
 		}
 		fmt.Fprintf(&lines, `{"type":%q}`, endOfExecution)
-		if r, err := collectCode(strings.NewReader(lines.String())); err != nil || len(r.Stdout) != 10*n {
+		if r, err := collectCode(strings.NewReader(lines.String()), budget.New(1<<40).Hold("")); err != nil || len(r.Stdout) != 10*n {
 			t.Errorf("%d bytes, %v", len(r.Stdout), err)
 		}
 	})
 	linear.Check(t, "canonical", 2000, func(n int) {
-		if _, err := canonical([]byte("["+strings.Repeat(`{"a":1},`, n)+"0]"), nil); err != nil {
+		if _, _, err := canonical([]byte("["+strings.Repeat(`{"a":1},`, n)+"0]"), nil); err != nil {
 			t.Error(err)
 		}
 	})

@@ -14,6 +14,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/api"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
+	"github.com/wrenn-dev/wrenn/internal/server/budget"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/metrics"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
@@ -157,7 +158,7 @@ func TestReserved(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 		body := []byte(`{"name":"` + name + `","sandbox_id":"cl-0000000000000000000000000"}`)
-		if _, err := conform(bodySchema(operation(t, a, "createSnapshot")), body); err == nil {
+		if _, err := conform(bodySchema(operation(t, a, "createSnapshot")), body, budget.New(1<<30).Hold("")); err == nil {
 			t.Errorf("the document takes %s", body)
 		}
 	}

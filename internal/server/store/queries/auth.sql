@@ -16,7 +16,7 @@ INSERT INTO api_keys (id, team_id, user_id, name, prefix, hash, scopes, expires_
 
 -- name: GetAPIKeyByHash :one
 -- A key whose maker was deactivated, or whose team is being deleted, is none.
-SELECT sqlc.embed(k), COALESCE(u.admin, false)::boolean AS admin, COALESCE(u.epoch, 0)::integer AS epoch FROM api_keys k JOIN teams t ON t.id = k.team_id LEFT JOIN users u ON u.id = k.user_id
+SELECT sqlc.embed(k), COALESCE(u.admin, false)::boolean AS admin, COALESCE(u.epoch, 0)::integer AS epoch, COALESCE(team_owner(k.team_id), k.team_id)::uuid AS payer FROM api_keys k JOIN teams t ON t.id = k.team_id LEFT JOIN users u ON u.id = k.user_id
 WHERE k.hash = $1 AND (k.expires_at IS NULL OR k.expires_at > now()) AND t.deleting_at IS NULL AND COALESCE(u.active, true);
 
 -- name: ListAPIKeys :many
@@ -38,7 +38,8 @@ DELETE FROM api_keys WHERE api_keys.id = ANY (ARRAY(
 -- name: GetCaller :one
 -- Who holds a session and, where they have one, their team: the one asked for,
 -- else the one that they have been in for longest.
-SELECT u.id, u.email, u.admin, u.epoch, COALESCE(m.created_at, 'epoch')::timestamptz AS joined_at, COALESCE(m.team_id, '00000000-0000-0000-0000-000000000000')::uuid AS team_id, COALESCE(m.role, '')::text AS role
+SELECT u.id, u.email, u.admin, u.epoch, COALESCE(m.created_at, 'epoch')::timestamptz AS joined_at, COALESCE(m.team_id, '00000000-0000-0000-0000-000000000000')::uuid AS team_id, COALESCE(m.role, '')::text AS role,
+    COALESCE(team_owner(m.team_id), m.team_id, '00000000-0000-0000-0000-000000000000')::uuid AS payer
 FROM sessions s
 JOIN users u ON u.id = s.user_id
 LEFT JOIN LATERAL (

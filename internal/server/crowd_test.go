@@ -1,0 +1,152 @@
+package server_test
+
+import (
+	"context"
+	"slices"
+	"testing"
+
+	"github.com/wrenn-dev/wrenn/internal/await"
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+)
+
+// sendFrom makes a call from an address.
+func (w *world) sendFrom(o operation, c caller, n int, address string) response {
+	w.Helper()
+	_, path, body, headers := w.compose(o, c, targets[0], n)
+	headers[slices.Index(headers, "X-Forwarded-For")+1] = address
+	r, err := w.try(o.method, path, body, headers...)
+	if err != nil {
+		w.Fatalf("%s as %s: %v", o, c.name, err)
+	}
+	return r
+}
+
+// crowded says whether a call is one too many.
+func crowded(r response) bool {
+	return r.Status == 429 && r.Header.Get("Retry-After") != ""
+}
+
+// TestCrowd has one request of each caller under way, as many as may be: of every
+// operation the next is refused, and somebody else's is not.
+func TestCrowd(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	p.end()
+	p.config.RequestsAtOnce = 1
+	p.start()
+	w := p.world()
+	all := operations(t)
+	tried := 0
+	var free []operation
+	for _, o := range all {
+		if !o.anybody() {
+			free = append(free, o)
+		}
+	}
+	for _, c := range callers() {
+		if c.dead {
+			continue
+		}
+		may := func(o operation) bool { return o.expected(c, targets[0]) == 0 }
+		body := slices.IndexFunc(all, func(o operation) bool { return !o.anybody() && o.RequestBody != nil && may(o) })
+		look := slices.IndexFunc(all, func(o operation) bool { return !o.anybody() && !o.changing() && may(o) })
+		if body < 0 || look < 0 {
+			continue
+		}
+		s := w.stall(all[body], c, p.http.Listener.Addr())
+		left := free[:0:0]
+		for _, o := range free {
+			if !may(o) {
+				left = append(left, o)
+				continue
+			}
+			tried++
+			if r := w.send(o, c, targets[0], tried); !crowded(r) {
+				t.Errorf("%s as %s: %d %s", o, c.name, r.Status, r.Body)
+			}
+		}
+		free = left
+		s.Close()
+		p.eventually("the request has ended", func() bool { return !crowded(w.send(all[look], c, targets[0], 0)) })
+	}
+	for _, o := range free {
+		t.Errorf("%s: nobody may", o)
+	}
+	if tried < 90 {
+		t.Errorf("only %d operations were tried", tried)
+	}
+}
+
+// TestCrowdOfOwner: all teams of one owner may have twice as many requests under
+// way as one principal, with however many keys, and requests to ports count.
+func TestCrowdOfOwner(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	p.end()
+	p.config.RequestsAtOnce = 1
+	p.start()
+	p.person("ada@example.com")
+	who := as(p.bearerOf("ada@example.com"))
+	var keys []string
+	for _, name := range []string{"one", "two", "three"} {
+		at := p.call("POST", "/v1/teams", map[string]any{"name": name}, who...).want(201).str("id")
+		keys = append(keys, p.call("POST", "/v1/keys", map[string]any{"name": "k"}, append(who, "X-Team", at)...).want(201).str("key"))
+	}
+	sandbox := p.call("POST", "/v1/sandboxes", map[string]any{}, "X-API-Key", keys[2]).want(201).str("id")
+	other := p.newTeam()
+	hold := newGate()
+	p.agent.mu.Lock()
+	p.agent.onCreate = func(ctx context.Context, _ *hostagentv1.CreateRequest) error { return hold.on(ctx, "create") }
+	p.agent.mu.Unlock()
+	answers := make([]<-chan response, 2)
+	for i := range answers {
+		answers[i] = p.later("POST", "/v1/sandboxes", map[string]any{}, "X-API-Key", keys[i])
+		await.Recv(t, "a sandbox is made", hold.asked)
+	}
+	list := func(key string) response { return p.call("GET", "/v1/sandboxes", nil, "X-API-Key", key) }
+	if r := list(keys[2]); !crowded(r) {
+		t.Errorf("a third of one owner's: %d %s", r.Status, r.Body)
+	}
+	port := func(headers ...string) response {
+		return p.call("GET", "/", nil, append([]string{"Host", "8000-" + sandbox + ".localhost"}, headers...)...)
+	}
+	if r := port("X-API-Key", keys[2]); !crowded(r) {
+		t.Errorf("one to a port: %d %s", r.Status, r.Body)
+	}
+	list(other).want(200)
+	hold.release <- nil
+	hold.release <- nil
+	for _, a := range answers {
+		await.Recv(t, "a sandbox is made", a).want(201)
+	}
+	p.eventually("the owner's requests have ended", func() bool { return !crowded(list(keys[2])) })
+}
+
+// TestCrowdOfAddress has two requests of one address under way, as the front door
+// says it: the next of every operation is refused, and another address's is not.
+func TestCrowdOfAddress(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	p.end()
+	p.config.RequestsAtOnce = 1
+	p.start()
+	w := p.world()
+	all, people := operations(t), callers()
+	login := all[slices.IndexFunc(all, func(o operation) bool { return o.OperationID == "logIn" })]
+	// The walk's first calls come from this address.
+	const address = "198.18.0.0"
+	for range 2 {
+		w.stall(login, people[0], p.http.Listener.Addr())
+	}
+	for n, o := range all {
+		if r := w.sendFrom(o, people[0], n, address); !crowded(r) {
+			t.Errorf("%s: %d %s", o, r.Status, r.Body)
+		}
+	}
+	if r := w.sendFrom(login, people[0], 0, "198.18.9.9"); crowded(r) {
+		t.Errorf("from another address: %d %s", r.Status, r.Body)
+	}
+	if r := p.call("GET", "/", nil, "Host", "8000-"+w.teams[ours].wireSandbox+".localhost", "X-Forwarded-For", address); !crowded(r) {
+		t.Errorf("one to a port: %d %s", r.Status, r.Body)
+	}
+}
