@@ -3,7 +3,6 @@ package store
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -212,7 +211,7 @@ func TestNoDeadlock(t *testing.T) {
 					return
 				}
 			}
-			t.Log(fmt.Sprintf("%s: %d times", what, n))
+			t.Logf("%s: %d times", what, n)
 		})
 	}
 	wg.Wait()
