@@ -66,6 +66,8 @@ type Config struct {
 	DiskReserveMiB int `env:"WRENN_DISK_RESERVE_MIB" envDefault:"2048"`
 	// Rates are what each sandbox may take of the host's disk and network.
 	Rates rates.Rates
+	// TemplateRates are those of sandboxes of some templates, instead of Rates.
+	TemplateRates rates.Templates `env:"WRENN_TEMPLATE_RATES"`
 	// Envd is the path of the guest daemon's binary; empty: beside this program.
 	Envd string `env:"WRENN_ENVD"`
 	// LocalRegistries lets images be imported from registries on this machine,
@@ -195,7 +197,7 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 	a.metrics = newMetrics()
 	a.sandboxes, err = sandbox.Open(ctx, sandbox.Config{
 		Dir: c.Dir, Driver: a.driver, Networks: sandbox.Pool(a.pool), Journal: a.journal,
-		Kernel: kernel.Vmlinux, Initrd: kernel.Initrd, KernelInputs: kernel.Inputs, Template: a.template, MemoryMiB: c.MemoryMiB, DiskReserveMiB: c.DiskReserveMiB, Rates: c.Rates,
+		Kernel: kernel.Vmlinux, Initrd: kernel.Initrd, KernelInputs: kernel.Inputs, Template: a.template, MemoryMiB: c.MemoryMiB, DiskReserveMiB: c.DiskReserveMiB, Rates: c.Rates, TemplateRates: c.TemplateRates,
 		DefaultVCPUs: c.DefaultVCPUs, DefaultMemoryMiB: c.DefaultMemoryMiB, Warm: c.Warm, WarmMemoryMiB: c.WarmMemoryMiB, Hook: c.Hook,
 		Problems: a.problems, Observe: a.metrics.observe, Log: a.log,
 	}, found)

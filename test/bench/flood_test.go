@@ -40,7 +40,7 @@ while True:
 // writer writes 4 KiB to the disk again and again, and prints how long each took.
 var writer = fmt.Sprintf(`exec python3 -c '
 import json, os, time
-f = os.open("/root/small", os.O_RDWR | os.O_CREAT | os.O_DSYNC)
+f = os.open("small", os.O_RDWR | os.O_CREAT | os.O_DSYNC)
 all = []
 for i in range(%d):
     begin = time.monotonic()

@@ -390,7 +390,7 @@ func (p *Pool) Acquire(ctx context.Context) (*Slot, error) {
 	case prepared:
 		s, p.ready = p.ready[0], p.ready[1:]
 	case len(p.free) > 0:
-		s, p.free = newSlot(p.free[0]), p.free[1:]
+		s, p.free = p.newSlot(p.free[0]), p.free[1:]
 	default:
 		p.mu.Unlock()
 		return nil, ErrExhausted
@@ -511,7 +511,7 @@ func (p *Pool) Reclaim(ctx context.Context, index, pid int) (*Slot, error) {
 		}
 		return nil, fmt.Errorf("slot %d is not one that this agent keeps", index)
 	}
-	s := newSlot(index)
+	s := p.newSlot(index)
 	p.used[index] = s
 	p.mu.Unlock()
 	s.mu.Lock()
@@ -525,7 +525,7 @@ func (p *Pool) Reclaim(ctx context.Context, index, pid int) (*Slot, error) {
 		err = p.adopt(s)
 	}
 	if err == nil {
-		err = s.within(func() error { return slotRules(s.Address, p.slotConfig(), false) })
+		err = s.within(func() error { return slotRules(s.Address, s.config, false) })
 	}
 	if err == nil {
 		// A VM without a way out still has its memory, and the guard tries again.
@@ -708,7 +708,7 @@ func (p *Pool) prepareOne(ctx context.Context) bool {
 	p.free = p.free[1:]
 	p.mu.Unlock()
 
-	slot := newSlot(i)
+	slot := p.newSlot(i)
 	if err := p.prepare(slot); err != nil {
 		// No retry by itself: whoever needs a slot meets the error.
 		p.log.ErrorContext(ctx, "cannot prepare a network slot", "slot", i, "error", err)

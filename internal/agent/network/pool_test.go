@@ -161,7 +161,7 @@ func TestGuestIsShutIn(t *testing.T) {
 			return nil
 		}))
 		defer func() {
-			must(t, inNamespace(s.NetNS(), func() error { return slotRules(s.Address, p.slotConfig(), false) }))
+			must(t, inNamespace(s.NetNS(), func() error { return slotRules(s.Address, s.config, false) }))
 		}()
 		var wg sync.WaitGroup
 		for _, a := range shut {

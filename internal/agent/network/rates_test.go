@@ -25,21 +25,21 @@ func TestRates(t *testing.T) {
 		rate rates.Rates
 		size int // of a packet's data
 		unit func(*netlink.LinkStatistics) (rx, tx uint64)
-		most func(time.Duration) float64
+		most func(rates.Rates, time.Duration) float64
 	}{
 		{
 			"packets",
 			rates.Rates{NetPackets: 200, Burst: 500 * time.Millisecond},
 			50,
 			func(s *netlink.LinkStatistics) (rx, tx uint64) { return s.RxPackets, s.TxPackets },
-			func(d time.Duration) float64 { return 100 + 200*d.Seconds() },
+			func(r rates.Rates, d time.Duration) float64 { return float64(r.NetPackets) * (0.5 + d.Seconds()) },
 		},
 		{
 			"bytes",
 			rates.Rates{NetBytes: 256 << 10, Burst: time.Second},
 			1024,
 			func(s *netlink.LinkStatistics) (rx, tx uint64) { return s.RxBytes, s.TxBytes },
-			func(d time.Duration) float64 { return 256<<10 + (256<<10)*d.Seconds() },
+			func(r rates.Rates, d time.Duration) float64 { return float64(r.NetBytes) * (1 + d.Seconds()) },
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -58,7 +58,7 @@ func TestRates(t *testing.T) {
 				_, tx := g.counters(s, c.unit)
 				return tx
 			}
-			check := func(when string) {
+			check := func(when string, r rates.Rates) {
 				t.Helper()
 				for _, way := range []struct {
 					name  string
@@ -70,23 +70,27 @@ func TestRates(t *testing.T) {
 				} {
 					begin, before := time.Now(), way.count()
 					must(t, way.flood())
-					least := uint64(c.most(0) / 4) // the wire of the test's guest drops some
+					least := uint64(c.most(r, 0) / 4) // the wire of the test's guest drops some
 					got := settled(t, func() uint64 { return way.count() - before }, least)
 					took := time.Since(begin)
 					// A tenth for headers, ARP and what the test's machine sends besides.
-					if most := uint64(c.most(took) * 1.1); got > most {
+					if most := uint64(c.most(r, took) * 1.1); got > most {
 						t.Errorf("%s: the guest %s %d %s within %v, not at most %d", when, way.name, got, c.name, took, most)
 					}
 				}
 			}
-			check("at first")
+			check("at first", c.rate)
 
 			// The agent restarts.
 			must(t, p.Close(context.Background(), []int{s.Index}))
 			p = openPoolWith(t, Config{Dir: dir, Ready: 1, Rates: c.rate}, s.Index)
 			s, err := p.Reclaim(context.Background(), s.Index, 0)
 			must(t, err)
-			check("after a restart")
+			check("after a restart", c.rate)
+
+			other := rates.Rates{NetPackets: c.rate.NetPackets / 4, NetBytes: c.rate.NetBytes / 4, Burst: c.rate.Burst}
+			must(t, s.Limit(other))
+			check("with other limits", other)
 		})
 	}
 }

@@ -18,6 +18,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/metadata"
 	"github.com/wrenn-dev/wrenn/internal/agent/network/ntp"
+	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
@@ -73,6 +74,8 @@ type Slot struct {
 
 	ns *os.File // its namespace, whatever becomes of the name
 
+	config slotConfig // of its rules; mu guards the rates
+
 	mu      sync.Mutex // held while the slot is made, repaired and taken down
 	down    bool       // it is being taken down
 	link    int        // the index of the host's end of its veth
@@ -81,8 +84,30 @@ type Slot struct {
 	serving sync.WaitGroup
 }
 
-func newSlot(i int) *Slot {
-	return &Slot{Index: i, Address: outsideAddr(i), Metadata: metadata.New()}
+func (p *Pool) newSlot(i int) *Slot {
+	return &Slot{Index: i, Address: outsideAddr(i), Metadata: metadata.New(), config: p.slotConfig()}
+}
+
+// Limit bounds what passes between the guest and its host each second, instead of
+// the pool's [Config] rates. After an error the former rates are in force.
+func (s *Slot) Limit(r rates.Rates) error {
+	if err := r.Check(); err != nil {
+		return fmt.Errorf("limit slot %d: %w", s.Index, err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.down {
+		return fmt.Errorf("limit slot %d: %w", s.Index, ErrClosed)
+	}
+	next := s.config
+	if next.rates = r; next.rates == s.config.rates {
+		return nil
+	}
+	if err := s.within(func() error { return slotRules(s.Address, next, false) }); err != nil {
+		return fmt.Errorf("limit slot %d: %w", s.Index, err)
+	}
+	s.config = next
+	return nil
 }
 
 // NetNS is the path of the slot's network namespace.

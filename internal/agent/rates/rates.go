@@ -5,7 +5,13 @@ package rates
 import (
 	"errors"
 	"fmt"
+	"strconv"
+	"strings"
 	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
 // Rates are limits of one guest. A zero limits nothing.
@@ -46,4 +52,52 @@ func (r Rates) Check() error {
 // and at least one.
 func (r Rates) AtOnce(rate int64) int64 {
 	return max(1, int64(float64(rate)*r.Burst.Seconds()))
+}
+
+// Templates are the rates of some templates' sandboxes, where they differ from
+// the host's.
+type Templates map[uuid.UUID]map[string]int64
+
+// members are the names that rates have in [Templates].
+var members = map[string]func(*Rates) *int64{
+	"disk_bytes":  func(r *Rates) *int64 { return &r.DiskBytes },
+	"disk_ops":    func(r *Rates) *int64 { return &r.DiskOps },
+	"net_bytes":   func(r *Rates) *int64 { return &r.NetBytes },
+	"net_packets": func(r *Rates) *int64 { return &r.NetPackets },
+}
+
+// UnmarshalText reads templates that are separated by spaces, each with its id and
+// its rates: "tpl-…:disk_ops=100,net_bytes=0 tpl-…:disk_bytes=1048576".
+func (t *Templates) UnmarshalText(text []byte) error {
+	all := Templates{}
+	for word := range strings.FieldsSeq(string(text)) {
+		name, list, ok := strings.Cut(word, ":")
+		template, err := id.Parse(id.Template, name)
+		if err != nil || !ok {
+			return fmt.Errorf("%q is no template's id with its rates behind a colon", word)
+		}
+		if all[template] != nil {
+			return fmt.Errorf("%s has rates twice", name)
+		}
+		own := map[string]int64{}
+		for pair := range strings.SplitSeq(list, ",") {
+			member, number, _ := strings.Cut(pair, "=")
+			n, err := strconv.ParseInt(number, 10, 64)
+			if _, twice := own[member]; err != nil || n < 0 || members[member] == nil || twice {
+				return fmt.Errorf("%q of %s is no rate, such as disk_ops=100", pair, name)
+			}
+			own[member] = n
+		}
+		all[template] = own
+	}
+	*t = all
+	return nil
+}
+
+// Of returns the rates of a template's sandboxes on a host with the rates r.
+func (t Templates) Of(template uuid.UUID, r Rates) Rates {
+	for member, n := range t[template] {
+		*members[member](&r) = n
+	}
+	return r
 }

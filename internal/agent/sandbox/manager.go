@@ -61,8 +61,10 @@ type Config struct {
 	// DiskReserveMiB is what must stay free of the disk for anything but the pause
 	// of a running sandbox to begin; 0: nothing.
 	DiskReserveMiB int
-	// Rates are each sandbox's of the host's disk.
-	Rates rates.Rates
+	// Rates are each sandbox's of the host's disk and network, unless TemplateRates
+	// have its template. The slots of Networks begin with Rates.
+	Rates         rates.Rates
+	TemplateRates rates.Templates
 	// Hook, if not nil, is told each step between which an agent may be killed.
 	Hook func(step string)
 	// Problems gets what keeps sandboxes from being taken back; it may be nil.
@@ -114,6 +116,11 @@ type Manager struct {
 
 // Open makes a manager that goes on with what r found.
 func Open(ctx context.Context, c Config, r *Recovery) (*Manager, error) {
+	for t := range c.TemplateRates {
+		if err := c.TemplateRates.Of(t, c.Rates).Check(); err != nil {
+			return nil, fmt.Errorf("rates of template %s: %w", id.Format(id.Template, t), err)
+		}
+	}
 	if c.MemoryMiB == 0 {
 		total, err := hostMemory()
 		if err != nil {

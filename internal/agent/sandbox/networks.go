@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/network"
+	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 )
 
 // Slot is one guest's network.
@@ -17,6 +18,8 @@ type Slot interface {
 	Address() netip.Addr
 	// NetNS is the path of the network namespace to run the guest in.
 	NetNS() string
+	// Limit bounds what passes each second from now on.
+	Limit(r rates.Rates) error
 	// OpenTap opens the guest's network card; the caller closes it.
 	OpenTap() (*os.File, error)
 	// Describe sets the document that the guest finds at its metadata address.

@@ -337,6 +337,9 @@ func (b *box) reclaim(ctx context.Context) error {
 		}
 		b.set(func() { b.slot, b.kept = slot, false })
 	}
+	if err := b.slot.Limit(b.rates()); err != nil {
+		return fmt.Errorf("limit the network: %w", err)
+	}
 	if err := b.slot.Describe(b.rec.Spec.metadata()); err != nil {
 		return fmt.Errorf("set metadata: %w", err)
 	}

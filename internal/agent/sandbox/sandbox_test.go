@@ -30,6 +30,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
+	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -60,7 +61,9 @@ type world struct {
 	onStart  func(vmm.Spec) // nil: nothing
 	usual    int            // MiB of memory that most sandboxes begin with; 0: nobody knows
 	boots    time.Duration  // how long a guest may take to come up; 0: [await.Hang]
-	version  string         // of the monitor: it restores what was saved under the same, or an earlier one
+	rates    rates.Rates    // of each sandbox
+	special  rates.Templates
+	version  string // of the monitor: it restores what was saved under the same, or an earlier one
 }
 
 // count is how many machines were made.
@@ -130,6 +133,7 @@ func (w *world) setFailing(steps map[string]float64) {
 type worldSlot struct {
 	w     *world
 	index int
+	rates rates.Rates // under the world's mu
 }
 
 func (s *worldSlot) Index() int { return s.index }
@@ -145,6 +149,17 @@ func (s *worldSlot) OpenTap() (*os.File, error) {
 }
 func (s *worldSlot) Describe(any) error { return nil }
 
+// Limit implements Slot.
+func (s *worldSlot) Limit(r rates.Rates) error {
+	if s.w.fails("limit") {
+		return errInjected
+	}
+	s.w.mu.Lock()
+	defer s.w.mu.Unlock()
+	s.rates = r
+	return nil
+}
+
 // Acquire implements Networks.
 func (w *world) Acquire(context.Context) (Slot, error) {
 	if w.fails("acquire") {
@@ -153,7 +168,7 @@ func (w *world) Acquire(context.Context) (Slot, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.nextSlot++
-	s := &worldSlot{w, w.nextSlot}
+	s := &worldSlot{w: w, index: w.nextSlot}
 	w.slots[s.index] = s
 	return s, nil
 }
@@ -166,6 +181,7 @@ func (w *world) Reclaim(_ context.Context, i, _ int) (Slot, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if s := w.slots[i]; s != nil {
+		s.rates = rates.Rates{} // the pool's own
 		return s, nil
 	}
 	return nil, errors.New("no such slot")
@@ -562,7 +578,7 @@ func (w *world) open(dir layout.Dir) *host {
 	problems := problem.Open(filepath.Join(w.t.TempDir(), "problems.json"), log)
 	m, err := Open(context.Background(), Config{
 		DefaultVCPUs: min(1, w.usual), DefaultMemoryMiB: w.usual,
-		Dir: dir, Driver: w, Networks: w, Journal: j, Problems: problems, Kernel: "k", Initrd: "i", MemoryMiB: 4096, Boots: 3,
+		Dir: dir, Driver: w, Networks: w, Journal: j, Problems: problems, Rates: w.rates, TemplateRates: w.special, Kernel: "k", Initrd: "i", MemoryMiB: 4096, Boots: 3,
 		BootTimeout: cmp.Or(w.boots, await.Hang), Settle: time.Nanosecond, Log: log, Warm: w.warm, WarmMemoryMiB: 1024,
 		Template: func(team, template uuid.UUID) (image.Template, error) {
 			t, err := image.Find(dir, team, template)

@@ -14,6 +14,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
 	"github.com/wrenn-dev/wrenn/internal/agent/network"
+	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
@@ -152,8 +153,14 @@ func (b *box) acquire(ctx context.Context) error {
 	}
 	i := s.Index()
 	b.set(func() { b.slot, b.rec.Slot = s, &i })
+	if err := s.Limit(b.rates()); err != nil {
+		return fmt.Errorf("limit the network: %w", err)
+	}
 	return nil
 }
+
+// rates are what the sandbox may take of the host's disk and network.
+func (b *box) rates() rates.Rates { return b.m.TemplateRates.Of(b.rec.Spec.Template, b.m.Rates) }
 
 // uid is the user that the sandbox's machine runs as.
 func (b *box) uid() int { return firstUID + b.slot.Index() }
@@ -182,7 +189,7 @@ func (b *box) machine(base string, layers []string) (vmm.Spec, error) {
 		Kernel: b.m.Kernel, Initrd: b.m.Initrd, Cmdline: guest.Cmdline("sandbox"),
 		VCPUs: spec.VCPUs, MemoryMiB: spec.MemoryMiB,
 		Overlay: dir.SandboxDisk(home, b.rec.Disks-1), Layers: layers, Base: base,
-		DiskBytes: int64(spec.DiskMiB) << 20, Rates: b.m.Rates,
+		DiskBytes: int64(spec.DiskMiB) << 20, Rates: b.rates(),
 		NetNS: b.slot.NetNS(), Tap: tap, MAC: guest.MAC, UID: b.uid(),
 	}, nil
 }

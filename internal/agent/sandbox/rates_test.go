@@ -1,0 +1,79 @@
+package sandbox
+
+import (
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/rates"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+// limited checks which rates a sandbox's machine and network have.
+func (h *host) limited(t *testing.T, when string, sandbox uuid.UUID, want rates.Rates) {
+	t.Helper()
+	h.mu.Lock()
+	home := h.boxes[sandbox].rec.Home
+	h.mu.Unlock()
+	h.w.mu.Lock()
+	defer h.w.mu.Unlock()
+	vm := h.w.vms[home]
+	if vm == nil {
+		t.Fatalf("%s: it has no machine", when)
+	}
+	if vm.spec.Rates != want {
+		t.Errorf("%s: its machine has the rates %+v, not %+v", when, vm.spec.Rates, want)
+	}
+	for _, s := range h.w.slots {
+		if s.NetNS() == vm.spec.NetNS && s.rates != want {
+			t.Errorf("%s: its network has the rates %+v, not %+v", when, s.rates, want)
+		}
+	}
+}
+
+// TestTemplateRates: a sandbox has the rates of its template, or the host's, all
+// its life: after a pause and the agent's restart, as a fork and as a snapshot's
+// sandbox.
+func TestTemplateRates(t *testing.T) {
+	for _, warm := range []int{0, 1} {
+		w := newWorld(t, 1)
+		w.warm = warm
+		w.rates = rates.Rates{DiskOps: 100, NetPackets: 1000, Burst: time.Second}
+		w.special = rates.Templates{uuid.Nil: {"disk_ops": 7}}
+		own := w.rates
+		own.DiskOps = 7
+		dir := layout.Dir(t.TempDir())
+		h := w.open(dir)
+		var first uuid.UUID
+		for range 2 { // the second may have been waiting
+			first = h.create(t, nil)
+			h.limited(t, "created", first, own)
+		}
+		if _, err := h.Pause(t.Context(), first); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := h.Resume(t.Context(), first); err != nil {
+			t.Fatal(err)
+		}
+		h.limited(t, "resumed", first, own)
+		fork := Copy{ID: uuid.New(), Token: "fork"}
+		if _, err := h.Fork(t.Context(), first, []Copy{fork}); err != nil {
+			t.Fatal(err)
+		}
+		h.limited(t, "forked", first, own)
+		h.limited(t, "a fork", fork.ID, own)
+		template, err := h.Snapshot(t.Context(), first, uuid.New(), "snapshot", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.close()
+		h = w.open(dir)
+		h.limited(t, "taken back", first, own)
+		h.limited(t, "a fork that was taken back", fork.ID, own)
+		other := h.create(t, func(s *Spec) { s.Team, s.Template = template.Team, template.ID })
+		h.limited(t, "of a snapshot", other, w.rates)
+		h.destroyAll()
+		h.close()
+	}
+}
