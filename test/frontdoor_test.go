@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -16,6 +17,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/gen/process"
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+	"github.com/wrenn-dev/wrenn/internal/linger/lingertest"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
@@ -177,5 +180,61 @@ func TestGRPC(t *testing.T) {
 	none.Header().Set("X-Access-Token", s.AccessToken)
 	if _, err := guest.SendSignal(ctx, none); connect.CodeOf(err) != connect.CodeNotFound {
 		t.Errorf("a signal to no process: %v", err)
+	}
+}
+
+// closesEarly answers each request before it has read the body, and closes the
+// connection, which resets it.
+const closesEarly = `
+import socket
+s = socket.create_server(("", 8000))
+while True:
+    c, _ = s.accept()
+    c.recv(1000)
+    c.sendall(b"HTTP/1.1 409 Conflict\r\nContent-Length: 8\r\n\r\nnot now\n")
+    c.close()
+`
+
+// TestRefusalsArrive has each hop answer while a client sends a large body: the
+// client gets all of the answer, from the front door and from the server alone.
+func TestRefusalsArrive(t *testing.T) {
+	i := up(t)
+	c, s := i.client(t), i.sandbox(t, client.CreateOptions{})
+	if _, err := c.Exec(t.Context(), s.ID, client.Command{Cmd: "cat >c.py; nohup python3 c.py >/dev/null 2>&1 &", Shell: true}, []byte(closesEarly)); err != nil {
+		t.Fatal(err)
+	}
+	_, port, err := net.SplitHostPort(i.listen)
+	if err != nil {
+		t.Fatal(err)
+	}
+	host := func(p int) string { return fmt.Sprintf("%d-%s.localhost:%s", p, s.ID, port) }
+	key := http.Header{"X-Api-Key": {i.creds.APIKey}, "Content-Type": {"application/json"}}
+	traffic := http.Header{"X-Traffic-Token": {s.TrafficToken}}
+	eventually(t, func() error {
+		if resp := i.request(t, http.MethodPost, host(8000), "/", traffic, nil); resp.StatusCode != http.StatusConflict {
+			return fmt.Errorf("the server in the guest: %s", resp.Status)
+		}
+		return nil
+	})
+	for name, dial := range map[string]func() (net.Conn, error){
+		"front door": func() (net.Conn, error) { return net.Dial("tcp", i.listen) },
+		"server":     func() (net.Conn, error) { return net.Dial("unix", layout.Dir(i.dir).ServerSocket()) },
+	} {
+		for what, want := range map[string]struct {
+			lingertest.Refusal
+			tries int
+		}{
+			"body too large":      {lingertest.Refusal{Path: "/v1/sandboxes", Header: key, Status: 413, Contains: "payload_too_large"}, 100},
+			"no key":              {lingertest.Refusal{Path: "/v1/sandboxes", Status: 401, Contains: "unauthorized"}, 100},
+			"no such route":       {lingertest.Refusal{Path: "/v1/nope", Header: key, Status: 404, Contains: "not_found"}, 30},
+			"no such method":      {lingertest.Refusal{Method: "PATCH", Path: "/v1/sandboxes", Header: key, Status: 405}, 30},
+			"no such sandbox":     {lingertest.Refusal{Method: "PUT", Path: "/v1/sandboxes/cl-" + strings.Repeat("0", 25) + "/files?path=/x", Header: http.Header{"X-Api-Key": key["X-Api-Key"]}, Status: 404, Contains: "not_found"}, 30},
+			"port without token":  {lingertest.Refusal{Host: host(8000), Status: 401}, 30},
+			"nothing listens":     {lingertest.Refusal{Host: host(81), Header: traffic, Status: 502}, 3},
+			"the guest's program": {lingertest.Refusal{Host: host(8000), Header: traffic, Status: 409, Contains: "not now"}, 30},
+			"the guest's daemon":  {lingertest.Refusal{Host: host(49983), Path: "/files?path=/x", Status: 401}, 30},
+		} {
+			t.Run(name+"/"+what, func(t *testing.T) { lingertest.Refused(t, dial, want.Refusal, want.tries) })
+		}
 	}
 }

@@ -232,6 +232,18 @@ func (g Group) Memory() (int64, error) {
 	return strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64)
 }
 
+// Populated says whether there are processes in the group.
+func (g Group) Populated() (bool, error) {
+	pids, err := g.pids()
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("list processes of control group: %w", err)
+	}
+	return len(pids) > 0, nil
+}
+
 // pids are the processes in the group.
 func (g Group) pids() ([]int, error) {
 	b, err := os.ReadFile(filepath.Join(g.dirs()[0], "cgroup.procs"))

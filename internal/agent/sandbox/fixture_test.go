@@ -23,6 +23,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/await"
+	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -216,62 +217,137 @@ func TestLaterMembersStay(t *testing.T) {
 	})
 }
 
-// TestUnreadableSandboxIsKept: whatever an agent cannot read, it keeps.
+// damages are ways in which a record can be unreadable for good.
+var damages = map[string]func(path string) error{
+	"torn":            func(path string) error { return os.WriteFile(path, []byte(`{"version": 2,`), 0o600) },
+	"empty":           func(path string) error { return os.Truncate(path, 0) },
+	"gone":            os.Remove,
+	"an old version":  func(path string) error { return os.WriteFile(path, []byte(`{"version": 1}`), 0o600) },
+	"of no state":     func(path string) error { return replace(path, `"state": "`, `"state": "un`) },
+	"of another":      func(path string) error { return os.WriteFile(path, []byte(`{"version": 2}`), 0o600) },
+	"not even a file": func(path string) error { return errors.Join(os.Remove(path), os.Mkdir(path, 0o700)) },
+}
+
+// TestUnreadableSandboxIsKept: whatever an agent cannot read, it keeps, and a
+// machine goes on until it ends by itself or its sandbox is deleted.
 func TestUnreadableSandboxIsKept(t *testing.T) {
-	for name, damage := range map[string]func(path string) error{
-		"torn":            func(path string) error { return os.WriteFile(path, []byte(`{"version": 2,`), 0o600) },
-		"empty":           func(path string) error { return os.Truncate(path, 0) },
-		"gone":            os.Remove,
-		"an old version":  func(path string) error { return os.WriteFile(path, []byte(`{"version": 1}`), 0o600) },
-		"of no state":     func(path string) error { return replace(path, `"state": "`, `"state": "un`) },
-		"of another":      func(path string) error { return os.WriteFile(path, []byte(`{"version": 2}`), 0o600) },
-		"not even a file": func(path string) error { return errors.Join(os.Remove(path), os.Mkdir(path, 0o700)) },
-	} {
+	for name, damage := range damages {
+		for _, end := range []string{"deleted", "dies", "has no machine"} {
+			t.Run(name+", "+end, func(t *testing.T) { testUnreadable(t, damage, end) })
+		}
+	}
+}
+
+func testUnreadable(t *testing.T, damage func(path string) error, end string) {
+	w := newWorld(t, 1)
+	dir := layout.Dir(t.TempDir())
+	h := w.open(dir)
+	paused, running := h.create(t, nil), h.create(t, nil)
+	if _, err := h.Pause(t.Context(), paused); err != nil {
+		t.Fatal(err)
+	}
+	h.close()
+	w.mu.Lock()
+	vm := w.vms[running]
+	w.mu.Unlock()
+	before := map[uuid.UUID]map[string]int64{}
+	for _, box := range []uuid.UUID{paused, running} {
+		if err := damage(dir.SandboxRecord(box)); err != nil {
+			t.Fatal(err)
+		}
+		before[box] = sizes(t, dir.Sandbox(box))
+	}
+	if end == "has no machine" {
+		vm.die()
+	}
+	h = w.open(dir)
+	if end != "has no machine" {
+		h.awaitGone(t, paused)
+		for range 2 { // And under the next agent.
+			if all := h.Problems.All(); len(all) != 1 || all[0].Kind != problem.Sandbox || !strings.Contains(all[0].Message, id.Format(id.Sandbox, running)) {
+				t.Errorf("the problems are %+v", all)
+			}
+			if _, err := h.Use(t.Context(), running); !errors.Is(err, ErrUnread) || !h.Incomplete() {
+				t.Errorf("used: %v", err)
+			}
+			h.close()
+			h = w.open(dir)
+		}
+		select {
+		case <-vm.done:
+			t.Fatal("its machine has ended because of the record")
+		default:
+		}
+	}
+	defer func() { h.close() }()
+	switch end {
+	case "deleted":
+		if err := h.Destroy(t.Context(), running); err != nil {
+			t.Fatal(err)
+		}
+	case "dies":
+		vm.die()
+	}
+	await.Until(t, "nothing is unread", func() bool { return !h.Incomplete() })
+	for id := range before {
+		h.awaitGone(t, id)
+		if e := h.event(t, id); e.Kind != journal.Exited || strings.Contains(e.Reason, string(dir)) {
+			t.Errorf("the event is %+v", e)
+		}
+	}
+	items := map[string]unreadable.Item{}
+	all, err := unreadable.List(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, i := range all {
+		items[i.From] = i
+	}
+	for id, want := range before {
+		i, ok := items[dir.Sandbox(id)]
+		if !ok || i.Kind != unreadable.Sandbox || i.Reason == "" {
+			t.Fatalf("set aside %+v", all)
+		}
+		got := sizes(t, i.Path)
+		for name, size := range want {
+			if got[name] != size {
+				t.Errorf("%s has %d bytes, before %d", name, got[name], size)
+			}
+		}
+	}
+	await.Until(t, "no problem is left", func() bool { return len(h.Problems.All()) == 0 })
+	h.close()
+	h = w.open(dir) // The network slot of a machine without a record is the next agent's to free.
+	h.nothingLeft()
+}
+
+// TestDamagedRecordIsPutRight: its sandbox is then taken back as it was.
+func TestDamagedRecordIsPutRight(t *testing.T) {
+	for name, damage := range damages {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t, 1)
 			dir := layout.Dir(t.TempDir())
 			h := w.open(dir)
-			paused, running := h.create(t, nil), h.create(t, nil)
-			if _, err := h.Pause(t.Context(), paused); err != nil {
-				t.Fatal(err)
-			}
+			id := h.create(t, nil)
+			h.counts(t, id)
 			h.close()
-			before := map[uuid.UUID]map[string]int64{}
-			for _, id := range []uuid.UUID{paused, running} {
-				if err := damage(dir.SandboxRecord(id)); err != nil {
-					t.Fatal(err)
-				}
-				before[id] = sizes(t, dir.Sandbox(id))
-			}
-			h = w.open(dir)
-			defer h.close()
-			items := map[string]unreadable.Item{}
-			for id := range before {
-				h.awaitGone(t, id)
-				if e := h.event(t, id); e.Kind != journal.Exited || strings.Contains(e.Reason, string(dir)) {
-					t.Errorf("the event is %+v", e)
-				}
-			}
-			all, err := unreadable.List(dir)
+			right, err := os.ReadFile(dir.SandboxRecord(id))
 			if err != nil {
 				t.Fatal(err)
 			}
-			for _, i := range all {
-				items[i.From] = i
+			if err := damage(dir.SandboxRecord(id)); err != nil {
+				t.Fatal(err)
 			}
-			for id, want := range before {
-				i, ok := items[dir.Sandbox(id)]
-				if !ok || i.Kind != unreadable.Sandbox || i.Reason == "" {
-					t.Fatalf("set aside %+v", all)
-				}
-				got := sizes(t, i.Path)
-				for name, size := range want {
-					if got[name] != size {
-						t.Errorf("%s has %d bytes, before %d", name, got[name], size)
-					}
-				}
+			h = w.open(dir)
+			defer h.close()
+			if err := errors.Join(os.RemoveAll(dir.SandboxRecord(id)), os.WriteFile(dir.SandboxRecord(id), right, 0o600)); err != nil {
+				t.Fatal(err)
 			}
-			h.nothingLeft() // no machine that nobody can stop
+			await.Until(t, "it is taken back", func() bool { i, err := h.Get(id); return err == nil && i.State == Running })
+			h.runs(t, id, 1)
+			h.destroyAll()
+			await.Until(t, "no problem is left", func() bool { return len(h.Problems.All()) == 0 && !h.Incomplete() })
+			h.nothingLeft()
 		})
 	}
 }

@@ -106,12 +106,12 @@ type Manager struct {
 	boxes       map[uuid.UUID]*box
 	nameless    map[*box]struct{} // machines that are no sandbox: captured from, or waiting
 	capturing   map[string]*capturing
-	unread      map[uuid.UUID]struct{} // homes of sandboxes whose records could not be read yet
-	leaving     map[*box]struct{}      // paused sandboxes whose machines are being ended
-	fewer       chan struct{}          // closed and replaced when leaving has one less
-	refuse      error                  // why no sandbox is created any more
-	starting    int                    // sandboxes that are being created
-	reservedMiB int                    // for all but machines that wait
+	unread      map[uuid.UUID]*unreadRecord // homes of sandboxes whose records could not be read yet
+	leaving     map[*box]struct{}           // paused sandboxes whose machines are being ended
+	fewer       chan struct{}               // closed and replaced when leaving has one less
+	refuse      error                       // why no sandbox is created any more
+	starting    int                         // sandboxes that are being created
+	reservedMiB int                         // for all but machines that wait
 }
 
 // Open makes a manager that goes on with what r found.
@@ -152,7 +152,7 @@ func Open(ctx context.Context, c Config, r *Recovery) (*Manager, error) {
 	m := &Manager{
 		Config: c, boots: make(chan struct{}, c.Boots), closing: make(chan struct{}),
 		boxes: map[uuid.UUID]*box{}, nameless: map[*box]struct{}{}, capturing: map[string]*capturing{},
-		unread: map[uuid.UUID]struct{}{}, leaving: map[*box]struct{}{}, fewer: make(chan struct{}), flattening: make(chan struct{}, 1),
+		unread: map[uuid.UUID]*unreadRecord{}, leaving: map[*box]struct{}{}, fewer: make(chan struct{}), flattening: make(chan struct{}, 1),
 	}
 	m.warm.init(m)
 	m.sweep()
@@ -475,6 +475,15 @@ func (m *Manager) Memory() (reserved, total int) {
 // nothing of it is left. That there is none is no error.
 func (m *Manager) Destroy(ctx context.Context, id uuid.UUID) error {
 	b, err := m.find(id)
+	if errors.Is(err, ErrUnread) {
+		damaged, e := m.endDamaged(ctx, id)
+		if e != nil {
+			return e
+		}
+		if damaged {
+			b, err = m.find(id)
+		}
+	}
 	if errors.Is(err, ErrNotFound) {
 		return nil
 	}

@@ -50,7 +50,8 @@ type found struct {
 	// late says that Recover could not say this yet.
 	late bool
 	// unread says that not even the record could be read: rec has only its home.
-	unread bool
+	// damaged says that it will not be unless somebody puts it right.
+	unread, damaged bool
 }
 
 const (
@@ -90,10 +91,10 @@ func Newer(dir layout.Dir) []*format.NewerError {
 }
 
 // Recover looks through the folders of sandboxes. It takes back the machines
-// that run and ends those of sandboxes that were half-made or half-removed. It
-// ends a machine whose record is damaged, because nothing can confine or stop it
-// any more; the files are kept. A machine that it cannot take back now, or whose
-// record it cannot read now, goes on, and the manager tries again.
+// that run and ends those of sandboxes that were half-made or half-removed. A
+// machine that it cannot take back now, or whose record it cannot read or is
+// damaged, goes on, and the manager tries again. The files of a damaged record
+// without a machine are set aside.
 func Recover(ctx context.Context, dir layout.Dir, d vmm.Driver, log *slog.Logger) (*Recovery, error) {
 	entries, err := os.ReadDir(dir.Sandboxes())
 	if errors.Is(err, fs.ErrNotExist) {
@@ -114,7 +115,7 @@ func Recover(ctx context.Context, dir layout.Dir, d vmm.Driver, log *slog.Logger
 			continue
 		}
 		g.Go(func() error {
-			f := find(bounded, dir, id, d, log)
+			f := find(bounded, dir, id, d, log, false)
 			all[i] = &f
 			return nil
 		})
@@ -149,8 +150,9 @@ func (r *Recovery) Slots() []int {
 	return slots
 }
 
-// find decides about one sandbox.
-func find(ctx context.Context, dir layout.Dir, home uuid.UUID, d vmm.Driver, log *slog.Logger) found {
+// find decides about one sandbox. If end is set, the machine of a damaged record
+// is ended, because its owner has the sandbox destroyed.
+func find(ctx context.Context, dir layout.Dir, home uuid.UUID, d vmm.Driver, log *slog.Logger, end bool) found {
 	log = log.With("machine", home)
 	now := time.Now().UTC()
 	var lost error // why the files are kept
@@ -171,7 +173,11 @@ func find(ctx context.Context, dir layout.Dir, home uuid.UUID, d vmm.Driver, log
 		log.Info("removing a folder in which nothing was made yet")
 		rec = record{Version: format.Sandbox.Version, Home: home, Spec: Spec{ID: home}, CreatedAt: now, Ending: &ending{Reason: "it has no record", Time: now}}
 	case err != nil:
-		log.Error("the record of a sandbox cannot be read; its machine ends, and its files are kept", "error", err)
+		if lives, e := d.Lives(home); !end && (lives || e != nil) {
+			log.Error("the record of a sandbox is damaged; its machine goes on", "error", errors.Join(err, e))
+			return found{rec: record{Home: home}, unread: true, damaged: true, untaken: err}
+		}
+		log.Error("the record of a sandbox is damaged; its files are kept", "error", err)
 		// Its home is its id, unless it began as a machine that waited. For the
 		// others the control plane notices that the host lacks them.
 		rec = record{
@@ -269,11 +275,12 @@ func leftover(r record) vmm.State {
 // adopt goes on with a sandbox of an earlier agent.
 func (m *Manager) adopt(ctx context.Context, f found) {
 	if f.unread {
+		u := &unreadRecord{damaged: f.damaged, end: make(chan struct{}, 1), known: make(chan struct{})}
 		m.mu.Lock()
-		m.unread[f.rec.Home] = struct{}{}
+		m.unread[f.rec.Home] = u
 		m.mu.Unlock()
 		m.reportUnread(f)
-		m.wg.Go(func() { m.reread(f) })
+		m.wg.Go(func() { m.reread(f, u) })
 		return
 	}
 	b := newBox(m, f.rec)
@@ -443,8 +450,15 @@ func (b *box) takeBack() error {
 	return err
 }
 
+// unreadRecord is one that could not be read, in a folder whose machine may run.
+type unreadRecord struct {
+	damaged bool          // guarded by the manager's lock
+	end     chan struct{} // has room for one: the sandbox is to be destroyed
+	known   chan struct{} // closed when the sandbox is known, or the agent ends
+}
+
 // look is find, until the manager closes.
-func (m *Manager) look(home uuid.UUID) found {
+func (m *Manager) look(home uuid.UUID, end bool) found {
 	ctx, cancel := context.WithTimeout(context.Background(), takeTimeout)
 	defer cancel()
 	var watch sync.WaitGroup
@@ -458,28 +472,42 @@ func (m *Manager) look(home uuid.UUID) found {
 		case <-looked:
 		}
 	})
-	return find(ctx, m.Dir, home, m.Driver, m.Log)
+	return find(ctx, m.Dir, home, m.Driver, m.Log, end)
 }
 
 func (m *Manager) reportUnread(f found) {
-	m.Problems.Report(problem.Sandbox, m.Dir.SandboxRecord(f.rec.Home), fmt.Sprintf("the agent cannot read the record of a sandbox, whose machine may run, and tries again: %v", f.untaken))
+	path := m.Dir.SandboxRecord(f.rec.Home)
+	if f.damaged {
+		m.Problems.Report(problem.Sandbox, path, fmt.Sprintf("the record of a sandbox is damaged, and its machine goes on without it; put the record right, or delete the sandbox (%s, unless it was made of a machine that waited): %v", id.Format(id.Sandbox, f.rec.Home), f.untaken))
+		return
+	}
+	m.Problems.Report(problem.Sandbox, path, fmt.Sprintf("the agent cannot read the record of a sandbox, whose machine may run, and tries again: %v", f.untaken))
 }
 
-// reread tries again to read a record, until it can or the agent ends.
-func (m *Manager) reread(f found) {
+// reread tries again to read a record, until it can, the agent ends, or, if the
+// record is damaged, the machine or its sandbox does.
+func (m *Manager) reread(f found, u *unreadRecord) {
 	home := f.rec.Home
 	path := m.Dir.SandboxRecord(home)
 	defer m.Problems.Clear(problem.Sandbox, path)
+	defer close(u.known)
 	waits := backoff.New(firstRetry, lastRetry)
+	end := false
 	for f.unread {
 		t := time.NewTimer(waits.Next())
 		select {
 		case <-t.C:
+		case <-u.end:
+			end = true
 		case <-m.closing:
 			t.Stop()
 			return
 		}
-		if f = m.look(home); f.unread {
+		t.Stop()
+		if f = m.look(home, end); f.unread {
+			m.mu.Lock()
+			u.damaged = f.damaged
+			m.mu.Unlock()
 			m.reportUnread(f)
 		}
 	}
@@ -488,6 +516,28 @@ func (m *Manager) reread(f found) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	delete(m.unread, home)
+}
+
+// endDamaged has the machine of a damaged record ended, if id is the sandbox's
+// folder, and waits until it is known what becomes of the sandbox.
+func (m *Manager) endDamaged(ctx context.Context, id uuid.UUID) (found bool, err error) {
+	m.mu.Lock()
+	u := m.unread[id]
+	if u == nil || !u.damaged {
+		m.mu.Unlock()
+		return false, nil
+	}
+	m.mu.Unlock()
+	select {
+	case u.end <- struct{}{}:
+	default: // Somebody else has said so.
+	}
+	select {
+	case <-u.known:
+		return true, nil
+	case <-ctx.Done():
+		return true, ctx.Err()
+	}
 }
 
 func isFull(err error) bool {

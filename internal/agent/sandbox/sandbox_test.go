@@ -321,6 +321,13 @@ func (w *world) Attach(ctx context.Context, st vmm.State) (vmm.VM, error) {
 	return nil, vmm.ErrGone
 }
 
+// Lives implements vmm.Driver.
+func (w *world) Lives(id uuid.UUID) (bool, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.vms[id] != nil, nil
+}
+
 // Reap implements vmm.Driver.
 func (w *world) Reap(_ context.Context, st vmm.State) error {
 	w.mu.Lock()

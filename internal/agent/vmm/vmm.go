@@ -85,6 +85,9 @@ type Driver interface {
 	// agent which started it. It fails with ErrGone only if the machine has ended or
 	// never ran; after another error it can be called again.
 	Attach(ctx context.Context, st State) (VM, error)
+	// Lives says whether a process of the machine with the id runs, of which
+	// nothing else may be known.
+	Lives(id uuid.UUID) (bool, error)
 	// Reap removes all that is left of a virtual machine, running or not.
 	Reap(ctx context.Context, st State) error
 	// Close gives back what the driver itself holds. Virtual machines go on.

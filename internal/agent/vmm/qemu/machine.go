@@ -322,6 +322,11 @@ func exitStatus(pidfd *os.File) syscall.WaitStatus {
 	return 0
 }
 
+// Lives implements vmm.Driver.
+func (d *Driver) Lives(id uuid.UUID) (bool, error) {
+	return cgroup.Group{Name: id.String()}.Populated()
+}
+
 // Reap implements vmm.Driver.
 func (d *Driver) Reap(ctx context.Context, st vmm.State) error {
 	if err := d.endings.end(ctx, st, d.bootID); err != nil {

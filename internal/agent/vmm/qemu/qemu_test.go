@@ -167,11 +167,17 @@ func TestBootBoundsAttachKill(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if lives, err := other.Lives(vm.State().ID); err != nil || !lives {
+		t.Errorf("the machine lives: %v, %v", lives, err)
+	}
 	if err := again.Kill(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	<-vm.Done()
 	nothingLeft(t, again)
+	if lives, err := other.Lives(vm.State().ID); err != nil || lives {
+		t.Errorf("the machine lives: %v, %v", lives, err)
+	}
 	if _, err := other.Attach(t.Context(), vm.State()); !errors.Is(err, vmm.ErrGone) {
 		t.Errorf("attached to a machine that is gone: %v", err)
 	}
