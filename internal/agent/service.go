@@ -54,7 +54,7 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 		return nil
 	}
 	var ce *connect.Error
-	isConnect, notStarted := errors.As(err, &ce), errors.Is(err, sandbox.ErrGuest)
+	isConnect, notStarted := errors.As(err, &ce), errors.Is(err, sandbox.ErrGuest) || errors.Is(err, sandbox.ErrSlow)
 	lost := notStarted || isConnect && (ce.Code() == connect.CodeDeadlineExceeded || ce.Code() == connect.CodeUnavailable)
 	if lost && !guest.Said(err) && s.full() {
 		// A machine that cannot write to its disk stops until it can: its guest
@@ -80,6 +80,7 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 		{sandbox.ErrClosing, connect.CodeUnavailable},
 		{sandbox.ErrStart, connect.CodeUnavailable},
 		{sandbox.ErrGuest, connect.CodeUnavailable},
+		{sandbox.ErrSlow, connect.CodeUnavailable},
 		{oci.ErrRefused, connect.CodeInvalidArgument},
 		{oci.ErrDenied, connect.CodePermissionDenied},
 		{oci.ErrNotFound, connect.CodeNotFound},
@@ -99,6 +100,8 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 	switch {
 	case errors.Is(err, sandbox.ErrCaptures):
 		ce.Meta().Set(hostwire.ErrorReason, hostwire.CaptureLimit)
+	case errors.Is(err, sandbox.ErrSlow):
+		ce.Meta().Set(hostwire.ErrorReason, hostwire.GuestSlow)
 	case notStarted:
 		ce.Meta().Set(hostwire.ErrorReason, hostwire.GuestStart)
 	}

@@ -57,6 +57,7 @@ func TestErrorsAreForClients(t *testing.T) {
 		{"captures", fmt.Errorf("snapshot: %w", sandbox.ErrCaptures), connect.CodeFailedPrecondition, "the sandbox has been captured as often as it can be", hostwire.CaptureLimit},
 		{"a host's failure", fmt.Errorf("create: %w", sandbox.ErrStart), connect.CodeUnavailable, "the sandbox did not start", ""},
 		{"a guest's failure", errors.Join(sandbox.ErrGuest, connect.NewError(connect.CodeInvalidArgument, told.New("no such user"))), connect.CodeUnavailable, "the sandbox's guest did not start", hostwire.GuestStart},
+		{"a slow guest", fmt.Errorf("create: %w", sandbox.ErrSlow), connect.CodeUnavailable, "the sandbox's guest did not start in time", hostwire.GuestSlow},
 		{"state", fmt.Errorf("/var/lib: %w", &sandbox.StateError{State: sandbox.Paused}), connect.CodeFailedPrecondition, "the sandbox is paused", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

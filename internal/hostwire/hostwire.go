@@ -13,3 +13,7 @@ const CaptureLimit = "capture_limit"
 // GuestStart is the [ErrorReason] of a sandbox whose guest did not start. The
 // guests of its template likely start on no other host either.
 const GuestStart = "guest_start"
+
+// GuestSlow is the [ErrorReason] of a sandbox whose guest did not start in time
+// and did not say why: its host may be overloaded.
+const GuestSlow = "guest_slow"

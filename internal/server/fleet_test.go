@@ -351,6 +351,7 @@ func TestGuestDoesNotStart(t *testing.T) {
 		code   string
 	}{
 		{"the guest", hostwire.GuestStart, 1, 422, "unprocessable"},
+		{"a guest that took too long", hostwire.GuestSlow, 1, 503, "unavailable"},
 		{"the host, or an earlier agent", "", 2, 503, "unavailable"},
 	} {
 		before := p.agent.created() + b.created()
@@ -366,7 +367,7 @@ func TestGuestDoesNotStart(t *testing.T) {
 			a.mu.Unlock()
 		}
 		r := p.call("POST", "/v1/sandboxes", map[string]any{}, "Idempotency-Key", "k").fails(tt.status, tt.code)
-		if !strings.Contains(string(r.Body), why) || strings.Contains(string(r.Body), "template") != (tt.reason != "") {
+		if !strings.Contains(string(r.Body), why) || strings.Contains(string(r.Body), "template") != (tt.reason == hostwire.GuestStart) {
 			t.Errorf("%s: it does not say why: %s", tt.name, r.Body)
 		}
 		if n := p.agent.created() + b.created() - before; n != tt.calls {
@@ -374,7 +375,7 @@ func TestGuestDoesNotStart(t *testing.T) {
 		}
 	}
 	failed := p.call("GET", "/v1/sandboxes?state=error", nil).want(200).list("sandboxes")
-	if len(failed) != 2 {
+	if len(failed) != 3 {
 		t.Errorf("failed ones: %v", failed)
 	}
 	// The key is free.

@@ -145,8 +145,7 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 		return nil, err
 	}
 	defer leave()
-	late := fmt.Errorf("the guest did not come up within %v", b.m.BootTimeout)
-	ctx, cancel := context.WithTimeoutCause(ctx, b.m.BootTimeout, late)
+	ctx, cancel := b.m.inTime(ctx, "come up")
 	defer cancel()
 	into := &image.Capture{
 		ID: uuid.New(), Kind: b.m.Driver.Kind(), Inputs: inputs,

@@ -288,8 +288,11 @@ func startError(err error) error {
 		}
 	}
 	kind := ErrStart
-	if errors.Is(err, errBoot) {
+	switch {
+	case errors.Is(err, errBoot):
 		kind = ErrGuest
+	case errors.Is(err, ErrSlow):
+		kind = ErrSlow
 	}
 	if text, ok := told.Text(err); ok {
 		return failBecause(err, kind, "the sandbox did not start: %s", text)

@@ -341,8 +341,7 @@ func (b *box) goOn(ctx context.Context) (err error) {
 		return err
 	}
 	defer leave()
-	late := fmt.Errorf("the guest did not answer within %v", b.m.BootTimeout)
-	ctx, cancel := context.WithTimeoutCause(ctx, b.m.BootTimeout, late)
+	ctx, cancel := b.m.inTime(ctx, "answer")
 	defer cancel()
 	if err := b.step("slot", func() error { return b.acquire(ctx) }); err != nil {
 		return err

@@ -34,6 +34,8 @@ var (
 	ErrStart = told.New("the sandbox did not start")
 	// ErrGuest is wrapped instead if the sandbox's guest failed, and not the host.
 	ErrGuest = told.New("the sandbox's guest did not start")
+	// ErrSlow is wrapped instead if its guest took too long and did not say why.
+	ErrSlow = told.New("the sandbox's guest did not start in time")
 )
 
 // failure is an error of one of the kinds above, with a text of its own for

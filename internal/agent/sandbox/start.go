@@ -50,8 +50,7 @@ func (b *box) create(ctx context.Context) error {
 		return err
 	}
 	defer leave()
-	late := fmt.Errorf("the guest did not come up within %v", b.m.BootTimeout)
-	ctx, cancel := context.WithTimeoutCause(ctx, b.m.BootTimeout, late)
+	ctx, cancel := b.m.inTime(ctx, "come up")
 	defer cancel()
 	if w := b.begin.ready; w != nil {
 		err = b.step("take", func() error { return b.take(w) })
@@ -319,6 +318,13 @@ func defaults(d image.Defaults) guest.Settings {
 // errBoot is wrapped by the errors of a guest that does not come up.
 var errBoot = errors.New("boot")
 
+// inTime bounds how long a guest may take to come up, or what else it is to do.
+// That it took longer says nothing of whose fault it is: the host may be busy.
+func (m *Manager) inTime(ctx context.Context, to string) (context.Context, context.CancelFunc) {
+	late := fail(ErrSlow, "the guest did not %s within %v; its host may be overloaded", to, m.BootTimeout)
+	return context.WithTimeoutCause(ctx, m.BootTimeout, late)
+}
+
 // guarded calls f with a context that ends when the machine does.
 func (b *box) guarded(ctx context.Context, f func(context.Context) error) error {
 	died := errors.New("the virtual machine ended while it started")
@@ -338,14 +344,16 @@ func (b *box) guarded(ctx context.Context, f func(context.Context) error) error 
 	if err == nil {
 		return nil
 	}
-	if cause := context.Cause(guarded); cause != nil {
+	if cause := context.Cause(guarded); cause != nil && !guest.Said(err) {
 		err = cause
 	}
-	if errors.Is(err, died) {
+	switch {
+	case errors.Is(err, died):
 		err = fmt.Errorf("%w: %w", died, b.vm.Err())
-	}
-	if errors.Is(err, ErrState) || errors.Is(err, ErrClosing) {
+	case errors.Is(err, ErrState), errors.Is(err, ErrClosing):
 		return err // the guest is not to blame
+	case errors.Is(err, ErrSlow):
+		return fmt.Errorf("%w%s", err, b.lastWords())
 	}
 	return fmt.Errorf("%w: %w%s", errBoot, err, b.lastWords())
 }

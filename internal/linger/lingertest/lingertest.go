@@ -17,6 +17,9 @@ import (
 // hang bounds what a client waits for, on however busy a machine.
 const hang = 2 * time.Minute
 
+// chunk is what a chunked body is sent in; every body is a multiple of it.
+const chunk = 32 << 10
+
 // Refusal is a request that a server answers before it has read the body.
 type Refusal struct {
 	Method, Path, Host string // POST, /, localhost
@@ -53,7 +56,7 @@ func Refused(t *testing.T, dial func() (net.Conn, error), r Refusal, tries int) 
 				if n%14 >= 4 {
 					mib = min(mib, 4) // Most are, or the test takes minutes.
 				}
-				if err := send(dial, r, mib<<20, n%2 == 1); err != nil {
+				if err := send(dial, r, mib<<20+chunk, n%2 == 1); err != nil {
 					t.Errorf("client %d, try %d of %d MiB: %v", i, n, mib, err)
 				}
 			})
@@ -165,7 +168,6 @@ func write(conn net.Conn, r Refusal, size int, chunked bool) error {
 		return w.Flush()
 	}
 	fmt.Fprint(w, "Transfer-Encoding: chunked\r\n\r\n")
-	const chunk = 32 << 10
 	for range size / chunk {
 		fmt.Fprintf(w, "%x\r\n", chunk)
 		if _, err := io.Copy(w, io.LimitReader(endless{}, chunk)); err != nil {

@@ -375,10 +375,13 @@ func (s *Service) startFailed(row db.Sandbox, err error) error {
 	return f
 }
 
-// guestFailed says whether a sandbox did not start because of its guest.
-func guestFailed(err error) bool {
+// reason is the [hostwire.ErrorReason] of what a host answers; empty: none.
+func reason(err error) string {
 	var wire *connect.Error
-	return errors.As(err, &wire) && connect.IsWireError(err) && wire.Meta().Get(hostwire.ErrorReason) == hostwire.GuestStart
+	if !errors.As(err, &wire) || !connect.IsWireError(err) {
+		return ""
+	}
+	return wire.Meta().Get(hostwire.ErrorReason)
 }
 
 // startFault is what the caller is told of a sandbox that did not start.
@@ -387,7 +390,7 @@ func startFault(row db.Sandbox, err error) *fault.Error {
 	if !errors.As(err, &wire) {
 		return fault.Because(err, fault.Internal, "the sandbox could not be placed")
 	}
-	if guestFailed(err) {
+	if reason(err) == hostwire.GuestStart {
 		return fault.Because(err, fault.Unprocessable, "%s; template %q is probably at fault", wire.Message(), row.TemplateName)
 	}
 	told := hosts.Fault(err)
@@ -417,12 +420,13 @@ func (s *Service) fail(ctx context.Context, row db.Sandbox, why string) error {
 
 // mayElsewhere says whether what failed on one host may work on another: the
 // host is full, goes, or cannot be reached. What the guest made of it would be
-// the same anywhere.
+// the same anywhere, and one that took too long has taken the caller's patience.
 func mayElsewhere(err error) bool {
 	if !connect.IsWireError(err) {
 		return connect.CodeOf(err) != connect.CodeCanceled
 	}
-	if guestFailed(err) {
+	switch reason(err) {
+	case hostwire.GuestStart, hostwire.GuestSlow:
 		return false
 	}
 	switch connect.CodeOf(err) {
