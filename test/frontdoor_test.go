@@ -225,7 +225,7 @@ func TestRefusalsArrive(t *testing.T) {
 			tries int
 		}{
 			"body too large":      {lingertest.Refusal{Path: "/v1/sandboxes", Header: key, Status: 413, Contains: "payload_too_large"}, 100},
-			"no key":              {lingertest.Refusal{Path: "/v1/sandboxes", Status: 401, Contains: "unauthorized"}, 100},
+			"no key":              {lingertest.Refusal{Path: "/v1/sandboxes", Status: 401, Contains: "unauthenticated"}, 100},
 			"no such route":       {lingertest.Refusal{Path: "/v1/nope", Header: key, Status: 404, Contains: "not_found"}, 30},
 			"no such method":      {lingertest.Refusal{Method: "PATCH", Path: "/v1/sandboxes", Header: key, Status: 405}, 30},
 			"no such sandbox":     {lingertest.Refusal{Method: "PUT", Path: "/v1/sandboxes/cl-" + strings.Repeat("0", 25) + "/files?path=/x", Header: http.Header{"X-Api-Key": key["X-Api-Key"]}, Status: 404, Contains: "not_found"}, 30},
