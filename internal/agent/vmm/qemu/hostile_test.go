@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -21,6 +22,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
 )
 
 // hostileUID is the user of the stand-in, whose threads count for nobody else.
@@ -210,6 +212,20 @@ func TestHostileQEMU(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestWithoutSeccomp: without the filter the same call succeeds.
+func TestWithoutSeccomp(t *testing.T) {
+	_, s := open(t)
+	d, err := Open(vmmtest.Accelerator(), t.TempDir(), slog.New(slog.NewTextHandler(t.Output(), nil)), WithoutSeccomp())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	d.standIn = true
+	if status, said := d.attack(t, s.Overlay, "ptrace", ""); status != 0 || said != "answer: <nil>\n" {
+		t.Errorf("it ended with %#x and heard %q", status, said)
 	}
 }
 
