@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"io"
 	"log"
 	"net"
 	"net/http"
@@ -287,13 +288,16 @@ func (c *served) header(first bool) (int, error) {
 		if end := bytes.Index(b, []byte("\r\n\r\n")); end >= 0 {
 			return end + 4, nil
 		}
-		if len(b) == maxPlain {
+		// net/http takes a line feed alone for the end of a line.
+		if len(b) == maxPlain || bytes.Contains(b, []byte("\n\n")) || bytes.Contains(b, []byte("\n\r\n")) {
 			return 0, nil
 		}
 		if !began {
 			c.deadline(time.Now().Add(s.HeaderTimeout))
 		}
-		if _, err := c.br.Peek(len(b) + 1); err != nil {
+		if _, err := c.br.Peek(len(b) + 1); err == io.EOF {
+			return 0, nil // net/http says what is wrong.
+		} else if err != nil {
 			return 0, err
 		}
 	}

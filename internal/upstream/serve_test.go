@@ -104,6 +104,8 @@ func TestPlain(t *testing.T) {
 		{"GET / HTTP/1.1\r\nHost: x\r\n" + long + "\r\n", false, 200},
 		{"GET / HTTP/1.0\r\nHost: x\r\n\r\n", false, 200},
 		{"GET / HTTP/1.1\nHost: x\n\nGET / HTTP/1.1\r\nHost: x\r\n\r\n", false, 200},
+		{"GET / HTTP/1.1\nHost: x\n\n", false, 200},
+		{"GET / HTTP/1.1\r\nHost: x\n\r\n", false, 200},
 		{"GET http://x/ HTTP/1.1\r\nHost: x\r\n\r\n", false, 200},
 		{"PATCH / HTTP/1.1\r\nHost: x\r\n\r\n", false, 200},
 		{"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nhi", false, 200},
