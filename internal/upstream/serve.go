@@ -43,7 +43,7 @@ const (
 	maxPlain = 4 << 10
 	// lookAfter is how long a request is under way before the server looks
 	// whether its client is still there.
-	lookAfter = 50 * time.Millisecond
+	lookAfter = 250 * time.Millisecond
 	// idleSlack is how much less than the idle timeout a connection may get, so
 	// that not every request moves its deadline.
 	idleSlack = 8
