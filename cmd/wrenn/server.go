@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -17,6 +18,8 @@ import (
 	"github.com/caarlos0/env/v11"
 	"github.com/spf13/cobra"
 
+	"github.com/wrenn-dev/wrenn/internal/handover"
+	"github.com/wrenn-dev/wrenn/internal/linger"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	"github.com/wrenn-dev/wrenn/internal/server"
 	"github.com/wrenn-dev/wrenn/internal/upstream"
@@ -54,9 +57,39 @@ func serverCommand() *cobra.Command {
 					return serve(ctx, c.MetricsListen, bound, nil, s.Metrics(), nil, s.Run)
 				}
 			}
+			if network, socket := netaddr.Split(c.Listen); network == "unix" {
+				inner := run
+				run = func(ctx context.Context) error {
+					// The socket itself is there, so no other server has this one.
+					l, err := handover.Listen(handover.Path(socket), 0o600)
+					if err != nil {
+						return fmt.Errorf("take connections of the front door: %w", err)
+					}
+					return serveOn(ctx, bound(linger.Listener(l)), nil, passed(s.Handler(), s.ToPort), s.ToPort, inner)
+				}
+			}
 			return errors.Join(serve(ctx, c.Listen, bound, nil, s.Handler(), s.ToPort, run), s.Close())
 		},
 	}
+}
+
+// passed serves a connection that the front door has passed: a client's own, who
+// may not say what a front door says.
+func passed(next http.Handler, toPort func(*http.Request) bool) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !toPort(r) {
+			h := w.Header()
+			h.Set("Content-Type", "application/json")
+			h.Set("Connection", "close")
+			w.WriteHeader(http.StatusMisdirectedRequest)
+			_, _ = io.WriteString(w, `{"error":{"code":"invalid_argument","message":"this connection is for sandboxes' ports: use another one for the API"}}`)
+			return
+		}
+		for _, name := range []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
+			r.Header.Del(name)
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 // serve serves handler at listen, over TLS if identity is not nil, and runs run
@@ -72,6 +105,11 @@ func serve(ctx context.Context, listen string, bound func(net.Listener) net.List
 	if bound != nil {
 		l = bound(l)
 	}
+	return serveOn(ctx, l, identity, handler, toPort, run)
+}
+
+// serveOn is serve on a listener, which it closes.
+func serveOn(ctx context.Context, l net.Listener, identity *tls.Config, handler http.Handler, toPort func(*http.Request) bool, run func(context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	srv := netaddr.Server(handler)
@@ -98,7 +136,7 @@ func serve(ctx context.Context, listen string, bound func(net.Listener) net.List
 		_ = srv.Close() // streams that last
 	}
 	_ = wait(drain) // It ends them too.
-	err = <-served
+	err := <-served
 	if errors.Is(err, http.ErrServerClosed) {
 		err = nil
 	}

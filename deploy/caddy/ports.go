@@ -10,6 +10,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 
+	"github.com/wrenn-dev/wrenn/deploy/caddy/handover"
+	"github.com/wrenn-dev/wrenn/deploy/caddy/linger"
 	"github.com/wrenn-dev/wrenn/deploy/caddy/upstream"
 )
 
@@ -17,13 +19,15 @@ func init() { caddy.RegisterModule(new(ports)) }
 
 // ports is the listener wrapper "ports DOMAIN SERVER SITES". It answers plain
 // requests to sandboxes' ports in place of Caddy, which would only forward them
-// too, if all that Caddy serves is without TLS. It must come after "tls".
+// too, if all that Caddy serves is without TLS. If the control plane is on this
+// machine, it gets their connections. It must come after "linger" and "tls".
 type ports struct {
 	Domain string `json:"domain"`
 	Server string `json:"server"`
 	Sites  string `json:"sites"`
 
 	proxy     *proxy
+	sender    *handover.Sender // nil: the control plane is on another machine
 	listeners []*upstream.Listener
 }
 
@@ -45,6 +49,9 @@ func (p *ports) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 // Provision implements [caddy.Provisioner].
 func (p *ports) Provision(c caddy.Context) error {
 	p.proxy = &proxy{Address: p.Server}
+	if to, err := caddy.ParseNetworkAddress(p.Server); err == nil && to.IsUnixNetwork() {
+		p.sender = &handover.Sender{Path: handover.Path(to.Host)}
+	}
 	return p.proxy.Provision(c)
 }
 
@@ -55,6 +62,9 @@ func (p *ports) Cleanup() error {
 	defer cancel()
 	for _, l := range p.listeners {
 		_ = l.Wait(ctx)
+	}
+	if p.sender != nil {
+		_ = p.sender.Close()
 	}
 	return p.proxy.Cleanup()
 }
@@ -67,7 +77,7 @@ func (p *ports) WrapListener(l net.Listener) net.Listener {
 		}
 	}
 	wrapped := (&upstream.Server{
-		Handler: http.HandlerFunc(p.proxy.forward), Takes: p.takes, HeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
+		Handler: http.HandlerFunc(p.proxy.forward), Takes: p.takes, Pass: p.pass, HeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
 	}).Listen(l)
 	p.listeners = append(p.listeners, wrapped)
 	return wrapped
@@ -82,4 +92,14 @@ func (p *ports) takes(r *http.Request) bool {
 	}
 	label, ok := strings.CutSuffix(strings.ToLower(host), "."+strings.ToLower(p.Domain))
 	return ok && strings.Contains(label, "-cl-") && !strings.Contains(label, ".")
+}
+
+// pass gives a connection to the control plane, unless that takes none now.
+func (p *ports) pass(nc net.Conn, read []byte) bool {
+	c, ok := nc.(*linger.Conn)
+	if !ok || p.sender == nil || p.sender.Send(c, read) != nil {
+		return false
+	}
+	_ = c.Release()
+	return true
 }

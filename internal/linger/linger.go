@@ -87,6 +87,10 @@ func (c *Conn) Abort() error {
 	return c.close(false)
 }
 
+// Release closes this process's descriptor of a connection that another process
+// serves now: the connection itself goes on.
+func (c *Conn) Release() error { return c.close(false) }
+
 func (c *Conn) close(lingers bool) error {
 	c.mu.Lock()
 	first := !c.closed

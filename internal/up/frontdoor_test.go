@@ -35,6 +35,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/gen/process"
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
+	"github.com/wrenn-dev/wrenn/internal/handover"
 	"github.com/wrenn-dev/wrenn/internal/linger"
 	"github.com/wrenn-dev/wrenn/internal/linger/lingertest"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
@@ -880,5 +881,75 @@ func TestPortsTakeAShorterWay(t *testing.T) {
 		if resp, text := ask("GET", host, ""); resp.StatusCode != 502 || !strings.Contains(text, "cannot connect to the control plane") {
 			t.Errorf("%s without a server: %d %q", host, resp.StatusCode, text)
 		}
+	}
+}
+
+// TestConnectionsArePassed has the control plane serve connections to sandboxes'
+// ports itself, as long as it takes them.
+func TestConnectionsArePassed(t *testing.T) {
+	s, listen, _ := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprintf(w, "by Caddy from %s", r.Header.Get("X-Forwarded-For"))
+	}))
+	passed, err := handover.Listen(handover.Path(s.dir.ServerSocket()), 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := netaddr.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		b, _ := io.ReadAll(r.Body)
+		fmt.Fprintf(w, "itself from %s %s%s", r.RemoteAddr, r.Host, b)
+	}))
+	go srv.Serve(linger.Listener(passed))
+	t.Cleanup(func() { srv.Close() })
+	if err := openTo(account{caddyID, caddyID}, handover.Path(s.dir.ServerSocket())); err != nil {
+		t.Fatal(err)
+	}
+	dial := func() (net.Conn, func(request string) string) {
+		conn, err := net.Dial("tcp", listen)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		if err := conn.SetDeadline(time.Now().Add(60 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		r := bufio.NewReader(conn)
+		return conn, func(request string) string {
+			t.Helper()
+			fmt.Fprint(conn, request)
+			resp, err := http.ReadResponse(r, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b, err := io.ReadAll(resp.Body)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return string(b)
+		}
+	}
+	const get, api = "GET / HTTP/1.1\r\nHost: 80-cl-x.localhost\r\n\r\n", "GET /v1/x HTTP/1.1\r\nHost: localhost\r\n\r\n"
+	const post = "POST / HTTP/1.1\r\nHost: 80-cl-x.localhost\r\nContent-Length: 5\r\n\r\nhello"
+	client, ask := dial()
+	mine := "itself from " + client.LocalAddr().String() + " "
+	for _, c := range [][2]string{{get, mine + "80-cl-x.localhost"}, {post, mine + "80-cl-x.localhosthello"}, {get, mine + "80-cl-x.localhost"}} {
+		if got := ask(c[0]); got != c[1] {
+			t.Errorf("%q: %q", c[0], got)
+		}
+	}
+	for _, first := range []string{api, post} {
+		_, ask := dial()
+		for _, request := range []string{first, get} {
+			if got := ask(request); got != "by Caddy from 127.0.0.1" {
+				t.Errorf("%q: %q", request, got)
+			}
+		}
+	}
+	srv.Close()
+	_, ask = dial()
+	if got := ask(get); got != "by Caddy from 127.0.0.1" {
+		t.Errorf("the control plane takes none: %q", got)
+	}
+	if n, err := client.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
+		t.Errorf("a connection that the control plane has closed: %d, %v", n, err)
 	}
 }

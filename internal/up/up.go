@@ -28,6 +28,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/flock"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
+	"github.com/wrenn-dev/wrenn/internal/handover"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	"github.com/wrenn-dev/wrenn/internal/programs"
@@ -265,7 +266,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 		if err := healthy(ctx, server); err != nil {
 			return err
 		}
-		return openTo(front.user, s.dir.ServerSocket())
+		return errors.Join(openTo(front.user, s.dir.ServerSocket()), openTo(front.user, handover.Path(s.dir.ServerSocket())))
 	}))
 	if err != nil {
 		return err

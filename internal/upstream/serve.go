@@ -32,6 +32,9 @@ type Server struct {
 	Handler http.Handler
 	// Takes says whether the server answers a request; all others are net/http's.
 	Takes func(*http.Request) bool
+	// Pass, if it is not nil, may give a connection whose first request the server
+	// takes to somebody else, with what was read of it; then it returns true.
+	Pass func(c net.Conn, read []byte) bool
 	// HeaderTimeout bounds the wait for a request's header, IdleTimeout the one
 	// for the next request of a connection.
 	HeaderTimeout, IdleTimeout time.Duration
@@ -242,6 +245,9 @@ func (c *served) serve() {
 			return
 		}
 		c.busy.Store(true)
+		if first && c.pass() {
+			return
+		}
 		_, _ = c.br.Discard(n)
 		keep = c.answer(ctx, r)
 		c.busy.Store(false)
@@ -256,6 +262,21 @@ func (c *served) handOver() {
 	c.deadline(time.Time{})
 	c.l.leave(c)
 	c.l.hand(accepted{Conn: &replayed{c.Conn, c.br}})
+}
+
+// pass says whether somebody else has the connection now.
+func (c *served) pass() bool {
+	pass := c.l.server.Pass
+	if pass == nil {
+		return false
+	}
+	read, _ := c.br.Peek(c.br.Buffered())
+	c.deadline(time.Time{})
+	if !pass(c.Conn, read) {
+		return false
+	}
+	c.l.leave(c)
+	return true
 }
 
 // deadline sets the deadline for reading.

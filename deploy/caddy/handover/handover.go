@@ -1,0 +1,1 @@
+../../../internal/handover/handover.go
