@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"crypto/rand"
 	"errors"
 	"io"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"testing"
 
 	"connectrpc.com/connect"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
@@ -19,6 +21,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci/ocitest"
+	"github.com/wrenn-dev/wrenn/internal/agent/room"
 )
 
 // zipped compresses as far as gzip can.
@@ -38,6 +41,24 @@ func zipped(t *testing.T, from io.Reader) []byte {
 	return b.Bytes()
 }
 
+// archived is an image's layout, made in a folder, as an archive.
+func archived(t *testing.T, img v1.Image, layoutDir string) io.Reader {
+	t.Helper()
+	p, err := layout.Write(layoutDir, empty.Index)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.AppendImage(img); err != nil {
+		t.Fatal(err)
+	}
+	var packed bytes.Buffer
+	w := tar.NewWriter(&packed)
+	if err := errors.Join(w.AddFS(os.DirFS(layoutDir)), w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return &packed
+}
+
 // TestGzipInGzip: an archive of a few kilobytes, compressed twice, does not
 // become hundreds of megabytes on the host's disk.
 func TestGzipInGzip(t *testing.T) {
@@ -54,26 +75,14 @@ func TestGzipInGzip(t *testing.T) {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	p, err := layout.Write(filepath.Join(dir, "layout"), empty.Index)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := p.AppendImage(img); err != nil {
-		t.Fatal(err)
-	}
-	var packed bytes.Buffer
-	w := tar.NewWriter(&packed)
-	if err := errors.Join(w.AddFS(os.DirFS(filepath.Join(dir, "layout"))), w.Close()); err != nil {
-		t.Fatal(err)
-	}
-	upload := zipped(t, &packed)
+	upload := zipped(t, archived(t, img, filepath.Join(dir, "layout")))
 	if len(upload) > 8192 {
 		t.Fatalf("the upload has %d bytes: it shows nothing", len(upload))
 	}
 	// A disk that would hold it.
 	limits := oci.Limits{Bytes: 2 << 40}
 	file := filepath.Join(dir, "archive.tar")
-	if limits.Packed, err = keep(file, bytes.NewReader(upload), limits.Bytes); err != nil || limits.Packed != int64(len(upload)) {
+	if limits.Packed, err = keep(file, bytes.NewReader(upload), limits.Bytes, nil); err != nil || limits.Packed != int64(len(upload)) {
 		t.Fatalf("the outer archive is not large: %d bytes were received, %v", limits.Packed, err)
 	}
 	found, err := oci.Archive(t.Context(), file, "", dir, limits)
@@ -90,7 +99,7 @@ func TestGzipInGzip(t *testing.T) {
 func TestArchiveRatio(t *testing.T) {
 	upload := zipped(t, io.LimitReader(zeros{}, 1<<30))
 	file := filepath.Join(t.TempDir(), "archive.tar")
-	_, err := keep(file, bytes.NewReader(upload), 2<<40)
+	_, err := keep(file, bytes.NewReader(upload), 2<<40, nil)
 	if connect.CodeOf(err) != connect.CodeInvalidArgument {
 		t.Errorf("%d bytes unpack to 1 GiB: %v", len(upload), err)
 	}
@@ -104,4 +113,39 @@ type zeros struct{}
 func (zeros) Read(p []byte) (int, error) {
 	clear(p)
 	return len(p), nil
+}
+
+// TestImportHoldsRoom: an import writes nothing that there is no room for, and
+// gives back what it held.
+func TestImportHoldsRoom(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root to unpack an image")
+	}
+	free := int64(1 << 20)
+	disk := room.New(1<<20-1<<10, func() (int64, error) { return free, nil })
+	dir := t.TempDir()
+	var full *room.FullError
+	if _, err := keep(filepath.Join(dir, "a"), io.LimitReader(rand.Reader, 64<<10), 1<<30, disk); !errors.As(err, &full) {
+		t.Errorf("an archive that there is no room for: %v", err)
+	}
+	img := ocitest.Build(t, ocitest.Archive(t, []ocitest.Entry{ocitest.File("x", strings.Repeat("x", 64<<10))}))
+	file := filepath.Join(dir, "archive.tar")
+	if _, err := keep(file, archived(t, img, filepath.Join(dir, "layout")), 1<<30, nil); err != nil {
+		t.Fatal(err)
+	}
+	found, err := oci.Archive(t.Context(), file, "", dir, oci.Limits{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer found.Close()
+	if err := found.Unpack(t.Context(), filepath.Join(dir, "tree"), oci.Limits{Room: disk}); !errors.As(err, &full) {
+		t.Errorf("a file that there is no room for: %v", err)
+	}
+	free = 2 << 20
+	if err := found.Unpack(t.Context(), filepath.Join(dir, "tree"), oci.Limits{Room: disk}); err != nil {
+		t.Error(err)
+	}
+	if left, err := disk.Left(); left != 1<<20+1<<10 || err != nil {
+		t.Errorf("%d bytes are left afterwards, %v", left, err)
+	}
 }

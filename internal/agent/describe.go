@@ -35,7 +35,8 @@ func (a *Agent) Describe() (*pb.HostResponse, error) {
 		return nil, err
 	}
 	m.Vmm, m.Accelerator = a.driver.Name(), a.driver.Accelerator()
-	// Free is what can still be promised, not what happens to be unused.
+	// Free is what can still be promised, not what happens to be unused: of the
+	// disk, not what is kept for pauses or is being written.
 	reserved, total := a.sandboxes.Memory()
 	m.MemoryFreeBytes = int64(max(total-reserved, 0)) << 20
 	m.MemoryLimitMib, m.MemoryUsedMib = int64(total), int64(reserved)
@@ -43,6 +44,11 @@ func (a *Agent) Describe() (*pb.HostResponse, error) {
 		m.Sandboxes++
 		m.VcpusUsed += int32(sb.VCPUs)
 	}
+	left, err := a.sandboxes.Room().Left()
+	if err != nil {
+		return nil, err
+	}
+	m.DiskFreeBytes = min(m.DiskFreeBytes, left)
 	block, slots := a.pool.Share()
 	m.NetworkBlock, m.Slots = int32(block), int32(slots)
 	if err := a.reportUnreadable(); err != nil {

@@ -20,6 +20,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci"
+	"github.com/wrenn-dev/wrenn/internal/agent/room"
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
 	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
@@ -275,22 +276,19 @@ func (s *service) importTemplate(ctx context.Context, off func(error), m *pb.Imp
 
 // importImage finds the image and unpacks it.
 func (s *service) importImage(ctx context.Context, m *pb.ImportTemplateRequest_Start, t image.Template, archive io.Reader) (_ image.Template, sum string, err error) {
-	if err := s.sandboxes.DiskRoom(); err != nil {
-		return t, "", err
-	}
 	tmp, err := image.TempTemplate(s.cfg.Dir)
 	if err != nil {
 		return t, "", sandbox.Full(err)
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
 	// Layers may be compressed or not, and upper ones replace what lower ones have.
-	limits := oci.Limits{Bytes: 2 * int64(t.DiskMiB) << 20}
+	limits := oci.Limits{Bytes: 2 * int64(t.DiskMiB) << 20, Room: s.sandboxes.Room()}
 	var img *oci.Image
 	if r := m.GetRegistry(); r != nil {
 		img, err = oci.Registry(ctx, r.GetReference(), s.access(r))
 	} else {
 		file := filepath.Join(tmp, "archive.tar")
-		if limits.Packed, err = keep(file, archive, limits.Bytes); err != nil {
+		if limits.Packed, err = keep(file, archive, limits.Bytes, limits.Room); err != nil {
 			return t, "", sandbox.Full(err)
 		}
 		limits.Bytes = min(limits.Bytes, oci.Unpackable(limits.Packed))
@@ -303,7 +301,7 @@ func (s *service) importImage(ctx context.Context, m *pb.ImportTemplateRequest_S
 	if sum, err = img.Digest(); err != nil {
 		return t, "", err
 	}
-	t, err = image.Import(ctx, s.cfg.Dir, img, s.envd, t, m.GetInert())
+	t, err = image.Import(ctx, s.cfg.Dir, img, s.envd, t, m.GetInert(), limits.Room)
 	return t, sum, blame(m.GetRegistry() != nil, err)
 }
 
@@ -365,7 +363,7 @@ func (r *ratio) Read(p []byte) (int, error) {
 
 // keep writes an archive, which may be compressed, to a file as it is without
 // that: so many bytes at most. It returns how many bytes the archive had.
-func keep(file string, archive io.Reader, most int64) (packed int64, err error) {
+func keep(file string, archive io.Reader, most int64, disk *room.Room) (packed int64, err error) {
 	received := &counted{Reader: archive}
 	in := bufio.NewReader(received)
 	r := io.Reader(in)
@@ -381,7 +379,7 @@ func keep(file string, archive io.Reader, most int64) (packed int64, err error) 
 	if err != nil {
 		return 0, err
 	}
-	n, err := io.Copy(f, io.LimitReader(r, most+1))
+	n, err := io.Copy(roomy{f, disk}, io.LimitReader(r, most+1))
 	if errors.Is(err, gzip.ErrHeader) || errors.Is(err, gzip.ErrChecksum) || errors.Is(err, io.ErrUnexpectedEOF) {
 		err = connect.NewError(connect.CodeInvalidArgument, told.Because(err, "archive: cannot be read"))
 	}
@@ -392,6 +390,20 @@ func keep(file string, archive io.Reader, most int64) (packed int64, err error) 
 		return 0, invalid("archive: has more than %d bytes, twice the disk's size", most)
 	}
 	return received.n, nil
+}
+
+// roomy writes to a file what there is room for.
+type roomy struct {
+	file *os.File
+	room *room.Room
+}
+
+func (w roomy) Write(p []byte) (n int, err error) {
+	err = w.room.During(int64(len(p)), func() error {
+		n, err = w.file.Write(p)
+		return err
+	})
+	return n, err
 }
 
 // chunks reads a stream's archive.

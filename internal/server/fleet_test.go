@@ -140,8 +140,8 @@ func hashOf(token string) string { return fmt.Sprintf("%x", sha256.Sum256([]byte
 
 func report() map[string]any {
 	return map[string]any{
-		"version": "test", "vmm": "none", "accelerator": "none", "cpus": 2, "memory_bytes": 1, "disk_bytes": 1, "capacity_mib": 4096, "slots": 0,
-		"network_block": 0, "sandboxes": 0, "used_memory_mib": 0, "used_vcpus": 0, "disk_free_bytes": 0,
+		"version": "test", "vmm": "none", "accelerator": "none", "cpus": 2, "memory_bytes": 1, "disk_bytes": 1 << 40, "capacity_mib": 4096, "slots": 0,
+		"network_block": 0, "sandboxes": 0, "used_memory_mib": 0, "used_vcpus": 0, "disk_free_bytes": 1 << 39,
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/tree"
+	"github.com/wrenn-dev/wrenn/internal/agent/room"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -29,15 +30,15 @@ const maxEnvs = 1 << 20
 // the image's, and so is the command that is started when the template is
 // captured, unless inert. After an error nothing of it is there. It needs
 // root's rights.
-func Import(ctx context.Context, dir layout.Dir, img *oci.Image, envd string, t Template, inert bool) (Template, error) {
-	t, err := importImage(ctx, dir, img, envd, t, inert)
+func Import(ctx context.Context, dir layout.Dir, img *oci.Image, envd string, t Template, inert bool, disk *room.Room) (Template, error) {
+	t, err := importImage(ctx, dir, img, envd, t, inert, disk)
 	if err != nil {
 		return Template{}, fmt.Errorf("import image: %w", err)
 	}
 	return t, nil
 }
 
-func importImage(ctx context.Context, dir layout.Dir, img *oci.Image, envd string, t Template, inert bool) (_ Template, err error) {
+func importImage(ctx context.Context, dir layout.Dir, img *oci.Image, envd string, t Template, inert bool, disk *room.Room) (_ Template, err error) {
 	c := img.Config()
 	size := 0
 	for k, v := range c.Env {
@@ -68,7 +69,7 @@ func importImage(ctx context.Context, dir layout.Dir, img *oci.Image, envd strin
 		return Template{}, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
-	if _, err := WriteRootfs(ctx, img, tmp, envd, t.DiskMiB); err != nil {
+	if _, err := WriteRootfs(ctx, img, tmp, envd, t.DiskMiB, disk); err != nil {
 		return Template{}, err
 	}
 	if err := place(dir, tmp, t); err != nil {
@@ -102,7 +103,7 @@ func makeWorkdir(dir, name string) error {
 // What the image lacks of a distribution's programs, the daemon does without:
 // the first process reaps orphans itself, the clock is not kept (chrony), and
 // commands for the shell fail where there is none.
-func WriteRootfs(ctx context.Context, img *oci.Image, home, envd string, diskMiB int) (rootfs string, err error) {
+func WriteRootfs(ctx context.Context, img *oci.Image, home, envd string, diskMiB int, disk *room.Room) (rootfs string, err error) {
 	rootfs = filepath.Join(home, rootfsFile)
 	tmp, err := os.MkdirTemp(home, tmpPrefix) // for root alone, as the image's files require
 	if err != nil {
@@ -116,7 +117,7 @@ func WriteRootfs(ctx context.Context, img *oci.Image, home, envd string, diskMiB
 	}()
 	dir, made := filepath.Join(tmp, "tree"), filepath.Join(tmp, rootfsFile)
 	// Upper layers may replace what lower ones have.
-	if err := img.Unpack(ctx, dir, oci.Limits{Bytes: 2 * int64(diskMiB) << 20}); err != nil {
+	if err := img.Unpack(ctx, dir, oci.Limits{Bytes: 2 * int64(diskMiB) << 20, Room: disk}); err != nil {
 		return "", err
 	}
 	if err := injectDaemon(dir, envd); err != nil {
@@ -125,7 +126,11 @@ func WriteRootfs(ctx context.Context, img *oci.Image, home, envd string, diskMiB
 	if err := makeWorkdir(dir, img.Config().WorkingDir); err != nil {
 		return "", err
 	}
-	if err := makeFilesystem(ctx, made, dir, diskMiB); err != nil {
+	bytes, err := size(dir)
+	if err == nil {
+		err = disk.During(bytes, func() error { return makeFilesystem(ctx, made, dir, diskMiB) })
+	}
+	if err != nil {
 		if strings.Contains(err.Error(), "Could not allocate") { // libext2fs's EXT2_ET_*_ALLOC_FAIL
 			return "", oci.Refuse(nil, "it does not fit on a disk of %d MiB", diskMiB)
 		}

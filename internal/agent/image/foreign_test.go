@@ -107,7 +107,7 @@ func TestWriteRootfs(t *testing.T) {
 	} {
 		t.Run(what, func(t *testing.T) {
 			home := t.TempDir()
-			rootfs, err := WriteRootfs(t.Context(), makeImage(t, c.files), home, envd, 32)
+			rootfs, err := WriteRootfs(t.Context(), makeImage(t, c.files), home, envd, 32, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -144,7 +144,7 @@ func TestWriteRootfs(t *testing.T) {
 		"a file /usr": makeImage(t, map[string]string{"usr": "x"}),
 	} {
 		home := t.TempDir()
-		if _, err := WriteRootfs(t.Context(), img, home, envd, 32); err == nil {
+		if _, err := WriteRootfs(t.Context(), img, home, envd, 32, nil); err == nil {
 			t.Errorf("%s: written", what)
 		}
 		if entries, err := os.ReadDir(home); err != nil || len(entries) != 0 {

@@ -106,6 +106,11 @@ func digest(parts ...string) string {
 // all that it is asked for when a sandbox begins, and before it runs anything
 // of anybody's.
 func (m *Manager) makeCapture(t image.Template, vcpus, memoryMiB int, inputs, name string) (*image.Capture, error) {
+	release, err := m.room.Hold(int64(memoryMiB) << 20)
+	if err != nil {
+		return nil, Full(err)
+	}
+	defer release()
 	home := uuid.New()
 	b := newBox(m, record{
 		Version: format.Sandbox.Version, Home: home, State: Starting, CreatedAt: time.Now().UTC(),

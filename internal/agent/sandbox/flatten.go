@@ -58,6 +58,20 @@ func (m *Manager) SnapshotDisk(ctx context.Context, sandbox, template uuid.UUID,
 	return image.Find(m.Dir, t.Team, t.ID)
 }
 
+// flatBytes returns how much the sandbox's disk takes at most once it is flattened.
+func (b *box) flatBytes() (int64, error) {
+	origin, err := image.OpenCapture(b.m.Dir.SandboxOrigin(b.rec.Home))
+	if err != nil {
+		return 0, err
+	}
+	base, err := disk.Allocated(origin.Rootfs())
+	if err != nil {
+		return 0, err
+	}
+	layers, err := b.layersTake(origin)
+	return min(base+layers, int64(b.rec.Spec.DiskMiB)<<20), err
+}
+
 func (b *box) machineSize() (vcpus, memoryMiB int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -71,9 +85,15 @@ func (b *box) snapshotDisk(ctx context.Context, template uuid.UUID, name string,
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return image.Template{}, err
 	}
-	if err := b.m.DiskRoom(); err != nil {
+	flat, err := b.flatBytes()
+	if err != nil {
 		return image.Template{}, err
 	}
+	release, err := b.holdCapture(flat)
+	if err != nil {
+		return image.Template{}, err
+	}
+	defer release()
 	begin := time.Now()
 	defer func() { b.m.Observe("snapshot disk", time.Since(begin), err) }()
 	b.set(func() { b.steps = nil })

@@ -18,6 +18,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
+	"github.com/wrenn-dev/wrenn/internal/agent/room"
 	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/await"
@@ -981,6 +982,53 @@ func TestLeftoversAreTriedAgain(t *testing.T) {
 	h.nothingLeft()
 }
 
+// TestSnapshotsTogether: of snapshots that begin at once no more begin than the
+// disk has room for, and one that fails leaves its room to the next.
+func TestSnapshotsTogether(t *testing.T) {
+	h := newHost(t)
+	one, other := h.create(t, nil), h.create(t, nil)
+	const free, reserve = 300 << 20, 100 << 20 // for the memory of one, 128 MiB
+	h.room = room.New(reserve, func() (int64, error) { return free, nil })
+	begun, goOn := make(chan struct{}), make(chan struct{})
+	var first sync.Once
+	h.Hook = func(step string) {
+		if step == "snapshot: captured" {
+			first.Do(func() {
+				close(begun)
+				<-goOn
+			})
+		}
+	}
+	done := make(chan error, 1)
+	go func() {
+		_, err := h.Snapshot(t.Context(), one, uuid.New(), "x", nil)
+		done <- err
+	}()
+	<-begun
+	_, err := h.Snapshot(t.Context(), other, uuid.New(), "x", nil)
+	if !errors.Is(err, ErrExhausted) {
+		t.Errorf("a second snapshot where there is room for one: %v", err)
+	}
+	if _, err := h.Pause(t.Context(), other); err != nil {
+		t.Errorf("a pause beside it: %v", err)
+	}
+	close(goOn)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if left, err := h.room.Left(); left != free-reserve || err != nil {
+		t.Errorf("when all have ended %d bytes are left, want %d, %v", left, free-reserve, err)
+	}
+	h.w.setFailing(map[string]float64{"hold": 1})
+	if _, err := h.Snapshot(t.Context(), one, uuid.New(), "x", nil); err == nil {
+		t.Error("a snapshot of a machine that is not held")
+	}
+	h.w.setFailing(nil)
+	if _, err := h.Snapshot(t.Context(), one, uuid.New(), "x", nil); err != nil {
+		t.Errorf("after one that failed: %v", err)
+	}
+}
+
 // TestDiskReserve: on a host whose disk is nearly full nothing begins that writes
 // to it but the pause of what runs.
 func TestDiskReserve(t *testing.T) {
@@ -990,12 +1038,7 @@ func TestDiskReserve(t *testing.T) {
 	if _, err := h.Pause(t.Context(), sleeps); err != nil {
 		t.Fatal(err)
 	}
-	keep := func(mib int) {
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		h.DiskReserveMiB = mib
-	}
-	keep(1 << 40)
+	h.room = room.New(1<<60, room.Of(string(h.dir)))
 	refused := func(what string, err error) {
 		t.Helper()
 		if !errors.Is(err, ErrExhausted) || !strings.Contains(err.Error(), "disk") {
@@ -1013,7 +1056,7 @@ func TestDiskReserve(t *testing.T) {
 	if _, err := h.Pause(t.Context(), runs); err != nil {
 		t.Errorf("pause on a full disk: %v", err)
 	}
-	keep(0)
+	h.room = nil
 	for _, id := range []uuid.UUID{runs, sleeps} {
 		if _, err := h.Resume(t.Context(), id); err != nil {
 			t.Errorf("resume once there is room: %v", err)

@@ -24,6 +24,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
 	"github.com/wrenn-dev/wrenn/internal/agent/rates"
+	"github.com/wrenn-dev/wrenn/internal/agent/room"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -97,6 +98,7 @@ type Manager struct {
 
 	bases bases
 	warm  warm
+	room  *room.Room // nil: no bounds
 
 	flattening chan struct{} // one taken while a file system is flattened
 
@@ -153,6 +155,9 @@ func Open(ctx context.Context, c Config, r *Recovery) (*Manager, error) {
 		Config: c, boots: make(chan struct{}, c.Boots), closing: make(chan struct{}),
 		boxes: map[uuid.UUID]*box{}, nameless: map[*box]struct{}{}, capturing: map[string]*capturing{},
 		unread: map[uuid.UUID]*unreadRecord{}, leaving: map[*box]struct{}{}, fewer: make(chan struct{}), flattening: make(chan struct{}, 1),
+	}
+	if c.DiskReserveMiB > 0 {
+		m.room = room.New(int64(c.DiskReserveMiB)<<20, room.Of(string(c.Dir)))
 	}
 	m.warm.init(m)
 	m.sweep()
@@ -279,8 +284,8 @@ func (m *Manager) started(b *box, err error) {
 // admit reserves the memory that a sandbox takes, or says that the host has no
 // room. The caller holds the lock.
 func (m *Manager) admit(b *box) error {
-	if err := m.DiskRoom(); err != nil {
-		return err
+	if err := m.room.During(0, func() error { return nil }); err != nil {
+		return Full(err)
 	}
 	s := &b.rec.Spec
 	if n := runtime.NumCPU(); s.VCPUs > n {
@@ -309,22 +314,9 @@ func (m *Manager) admit(b *box) error {
 	return nil
 }
 
-// DiskRoom fails with [ErrExhausted] where no more of the disk is free than what
-// is kept for the pauses of running sandboxes. Call it before anything else that
-// writes to the disk for a client.
-func (m *Manager) DiskRoom() error {
-	if m.DiskReserveMiB == 0 {
-		return nil
-	}
-	var fs unix.Statfs_t
-	if err := unix.Statfs(string(m.Dir), &fs); err != nil {
-		return fmt.Errorf("measure disk: %w", err)
-	}
-	if free := int64(fs.Bavail) * fs.Bsize >> 20; free < int64(m.DiskReserveMiB) {
-		return fail(ErrExhausted, "this host has %d MiB of disk left, and keeps %d for pauses", free, m.DiskReserveMiB)
-	}
-	return nil
-}
+// Room is the room on the disk, of which a part is kept for the pauses of running
+// sandboxes. Whatever else writes to the disk for a client holds room there.
+func (m *Manager) Room() *room.Room { return m.room }
 
 // hasRoom tells whether nobody would miss so many bytes of memory.
 func (m *Manager) hasRoom(bytes int64) bool {

@@ -113,6 +113,8 @@ func (b *box) savePaused(ctx context.Context, why *ending) (err error) {
 	id := uuid.New()
 	next.Saved = &id
 	folder := dir.SandboxSaved(b.rec.Home, id)
+	// It may use the reserve, and others are to leave it what it writes.
+	defer b.m.room.Take(int64(b.rec.Spec.MemoryMiB) << 20)()
 	defer func() {
 		if err != nil {
 			err = Full(err)

@@ -50,9 +50,11 @@ func (b *box) snapshot(ctx context.Context, template uuid.UUID, name string, def
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return image.Template{}, err
 	}
-	if err := b.m.DiskRoom(); err != nil {
+	release, err := b.holdCapture(0)
+	if err != nil {
 		return image.Template{}, err
 	}
+	defer release()
 	begin := time.Now()
 	defer func() { b.m.Observe("snapshot", time.Since(begin), err) }()
 	b.set(func() { b.steps = nil })
@@ -81,6 +83,20 @@ func (b *box) snapshot(ctx context.Context, template uuid.UUID, name string, def
 	b.m.Hook("snapshot: published")
 	b.log.Info("sandbox captured", "template", id.Format(id.Template, template), "took", time.Since(begin), "steps", stepsValue(b.steps))
 	return image.Find(dir, spec.Team, template)
+}
+
+// holdCapture holds room on the disk for what a capture of the sandbox writes: its
+// memory and, if it runs, a copy of its disk; and for so many bytes more.
+func (b *box) holdCapture(more int64) (release func(), err error) {
+	if b.rec.State == Running {
+		size, err := disk.Allocated(b.m.Dir.SandboxDisk(b.rec.Home, b.rec.Disks-1))
+		if err != nil {
+			return nil, err
+		}
+		more += size + int64(b.rec.Spec.MemoryMiB)<<20
+	}
+	release, err = b.m.room.Hold(more)
+	return release, Full(err)
 }
 
 // capture captures the sandbox into a new folder. The sandbox goes on. What
@@ -155,25 +171,33 @@ func (b *box) capture(ctx context.Context, into string, defaults *image.Defaults
 // layer that stays for as long as anything that began with it, and a guest can
 // write all of its disk between two.
 func (b *box) layersFit(origin *image.Capture) error {
-	var taken int64
-	for n := range origin.Layers {
-		size, err := disk.Allocated(origin.Layer(n))
-		if err != nil {
-			return err
-		}
-		taken += size
-	}
-	for n := range b.rec.Disks {
-		size, err := disk.Allocated(b.m.Dir.SandboxDisk(b.rec.Home, n))
-		if err != nil {
-			return err
-		}
-		taken += size
+	taken, err := b.layersTake(origin)
+	if err != nil {
+		return err
 	}
 	if most := 2 * int64(b.rec.Spec.DiskMiB) << 20; taken > most {
 		return fail(ErrCaptures, "the layers of the sandbox's disk take %d MiB, and it can be captured while they take %d", taken>>20, most>>20)
 	}
 	return nil
+}
+
+// layersTake returns how many bytes the layers of the sandbox's disk take.
+func (b *box) layersTake(origin *image.Capture) (taken int64, err error) {
+	var layers []string
+	for n := range origin.Layers {
+		layers = append(layers, origin.Layer(n))
+	}
+	for n := range b.rec.Disks {
+		layers = append(layers, b.m.Dir.SandboxDisk(b.rec.Home, n))
+	}
+	for _, l := range layers {
+		size, err := disk.Allocated(l)
+		if err != nil {
+			return 0, err
+		}
+		taken += size
+	}
+	return taken, nil
 }
 
 // addDisk lays a new overlay, which is empty, over the sandbox's disk. That
@@ -314,9 +338,6 @@ func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_
 			return nil, fail(ErrExists, "another sandbox has the id of a copy")
 		}
 	}
-	if err := m.DiskRoom(); err != nil {
-		return nil, err
-	}
 	begin := time.Now()
 	defer func() { m.Observe("fork", time.Since(begin), err) }()
 	hidden := filepath.Join(m.Dir.Forks(), uuid.NewString())
@@ -327,12 +348,17 @@ func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_
 		if b.rec.State != Running {
 			return &StateError{b.rec.State}
 		}
+		release, err := b.holdCapture(0)
+		if err != nil {
+			return err
+		}
+		defer release()
 		if err := os.MkdirAll(m.Dir.Forks(), 0o700); err != nil {
 			return Full(err)
 		}
 		b.set(func() { b.steps = nil })
 		spec, under = b.rec.Spec, b.base
-		_, err := b.capture(ctx, hidden, nil)
+		_, err = b.capture(ctx, hidden, nil)
 		if caller.Err() != nil { // nobody is to have what came of it
 			err = errors.Join(err, os.RemoveAll(hidden))
 		}

@@ -15,6 +15,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
 	"github.com/wrenn-dev/wrenn/internal/agent/network"
 	"github.com/wrenn-dev/wrenn/internal/agent/rates"
+	"github.com/wrenn-dev/wrenn/internal/agent/room"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
@@ -166,7 +167,10 @@ func (b *box) uid() int { return firstUID + b.slot.Index() }
 
 // Full makes clear that a disk is: then the error is an [ErrExhausted].
 func Full(err error) error {
+	var full *room.FullError
 	switch {
+	case errors.As(err, &full):
+		return failBecause(err, ErrExhausted, "this host has %d MiB of disk left, and keeps %d for pauses", full.FreeMiB, full.ReserveMiB)
 	case errors.Is(err, disk.ErrNoSpace), isFull(err):
 		return failBecause(err, ErrExhausted, "this host has no disk space left")
 	}

@@ -515,25 +515,30 @@ func (q *Queries) ListHosts(ctx context.Context) ([]Host, error) {
 }
 
 const listPlaces = `-- name: ListPlaces :many
-SELECT hosts.id, hosts.tags, hosts.capacity_mib, hosts.cpus, hosts.slots,
-    COALESCE(used.sandboxes, 0)::bigint AS sandboxes, COALESCE(used.memory_mib, 0)::bigint AS memory_mib, COALESCE(used.vcpus, 0)::bigint AS vcpus
+SELECT hosts.id, hosts.tags, hosts.capacity_mib, hosts.cpus, hosts.slots, hosts.disk_bytes, hosts.disk_free_bytes,
+    COALESCE(used.sandboxes, 0)::bigint AS sandboxes, COALESCE(used.memory_mib, 0)::bigint AS memory_mib, COALESCE(used.vcpus, 0)::bigint AS vcpus,
+    COALESCE(used.promised_mib, 0)::bigint AS promised_mib
 FROM hosts
 JOIN host_templates ON host_templates.host_id = hosts.id AND host_templates.template_id = $1
 LEFT JOIN LATERAL (
-    SELECT count(*) AS sandboxes, sum(sandboxes.memory_mib) AS memory_mib, sum(sandboxes.vcpus) AS vcpus FROM sandboxes
+    SELECT count(*) AS sandboxes, sum(sandboxes.memory_mib) AS memory_mib, sum(sandboxes.vcpus) AS vcpus,
+        sum(sandboxes.memory_mib) FILTER (WHERE sandboxes.on_timeout = 'pause' AND NOT sandboxes.saved) AS promised_mib FROM sandboxes
     WHERE sandboxes.host_id = hosts.id AND sandboxes.state NOT IN ('stopped', 'error') AND sandboxes.state <> 'paused') used ON true
 WHERE hosts.status = 'online' AND NOT hosts.draining AND hosts.deleted_at IS NULL
 `
 
 type ListPlacesRow struct {
-	ID          uuid.UUID
-	Tags        []string
-	CapacityMib int64
-	CPUs        int32
-	Slots       int32
-	Sandboxes   int64
-	MemoryMiB   int64
-	VCPUs       int64
+	ID            uuid.UUID
+	Tags          []string
+	CapacityMib   int64
+	CPUs          int32
+	Slots         int32
+	DiskBytes     int64
+	DiskFreeBytes int64
+	Sandboxes     int64
+	MemoryMiB     int64
+	VCPUs         int64
+	PromisedMib   int64
 }
 
 // The hosts that may take a sandbox of a template, and what they have already.
@@ -552,9 +557,12 @@ func (q *Queries) ListPlaces(ctx context.Context, templateID uuid.UUID) ([]ListP
 			&i.CapacityMib,
 			&i.CPUs,
 			&i.Slots,
+			&i.DiskBytes,
+			&i.DiskFreeBytes,
 			&i.Sandboxes,
 			&i.MemoryMiB,
 			&i.VCPUs,
+			&i.PromisedMib,
 		); err != nil {
 			return nil, err
 		}
@@ -664,16 +672,18 @@ func (q *Queries) LockHostByRegistration(ctx context.Context, registrationHash [
 }
 
 const lockPlace = `-- name: LockPlace :one
-SELECT id, tags, capacity_mib, cpus, slots FROM hosts
+SELECT id, tags, capacity_mib, cpus, slots, disk_bytes, disk_free_bytes FROM hosts
 WHERE id = $1 AND status = 'online' AND NOT draining AND deleted_at IS NULL FOR NO KEY UPDATE
 `
 
 type LockPlaceRow struct {
-	ID          uuid.UUID
-	Tags        []string
-	CapacityMib int64
-	CPUs        int32
-	Slots       int32
+	ID            uuid.UUID
+	Tags          []string
+	CapacityMib   int64
+	CPUs          int32
+	Slots         int32
+	DiskBytes     int64
+	DiskFreeBytes int64
 }
 
 // Held to the end of the transaction: of servers that reserve on one host, one after the other does.
@@ -686,6 +696,8 @@ func (q *Queries) LockPlace(ctx context.Context, id uuid.UUID) (LockPlaceRow, er
 		&i.CapacityMib,
 		&i.CPUs,
 		&i.Slots,
+		&i.DiskBytes,
+		&i.DiskFreeBytes,
 	)
 	return i, err
 }
@@ -1124,19 +1136,27 @@ func (q *Queries) UpsertHost(ctx context.Context, arg UpsertHostParams) (Host, e
 }
 
 const usedPlace = `-- name: UsedPlace :one
-SELECT count(*) AS sandboxes, COALESCE(sum(memory_mib), 0)::bigint AS memory_mib, COALESCE(sum(vcpus), 0)::bigint AS vcpus FROM sandboxes
+SELECT count(*) AS sandboxes, COALESCE(sum(memory_mib), 0)::bigint AS memory_mib, COALESCE(sum(vcpus), 0)::bigint AS vcpus,
+    COALESCE(sum(memory_mib) FILTER (WHERE on_timeout = 'pause' AND NOT saved), 0)::bigint AS promised_mib FROM sandboxes
 WHERE host_id = $1 AND state NOT IN ('stopped', 'error') AND state <> 'paused'
 `
 
 type UsedPlaceRow struct {
-	Sandboxes int64
-	MemoryMiB int64
-	VCPUs     int64
+	Sandboxes   int64
+	MemoryMiB   int64
+	VCPUs       int64
+	PromisedMib int64
 }
 
+// Promised is the disk that pauses at timeouts will take.
 func (q *Queries) UsedPlace(ctx context.Context, hostID *uuid.UUID) (UsedPlaceRow, error) {
 	row := q.db.QueryRow(ctx, usedPlace, hostID)
 	var i UsedPlaceRow
-	err := row.Scan(&i.Sandboxes, &i.MemoryMiB, &i.VCPUs)
+	err := row.Scan(
+		&i.Sandboxes,
+		&i.MemoryMiB,
+		&i.VCPUs,
+		&i.PromisedMib,
+	)
 	return i, err
 }

@@ -1466,6 +1466,7 @@ type HostList struct {
 
 // HostLoad What is in use, as the agent said last.
 type HostLoad struct {
+	// DiskFreeBytes What is free of the disk, without what is kept for pauses or is being written.
 	DiskFreeBytes int64 `json:"disk_free_bytes"`
 	Sandboxes     int32 `json:"sandboxes"`
 	UsedMemoryMib int64 `json:"used_memory_mib"`

@@ -548,4 +548,25 @@ func TestReserve(t *testing.T) {
 	if _, err := f.Places(ctx, uuid.New(), req); !fault.Is(err, fault.NoCapacity) {
 		t.Errorf("a template that no host has: %v", err)
 	}
+
+	// The disk of one is full; the other's has room for one pause, which one that is
+	// there is promised.
+	f.exec("DELETE FROM sandboxes")
+	f.exec("UPDATE hosts SET disk_bytes = 1::bigint << 40, disk_free_bytes = CASE WHEN url = 'unix:/h1' THEN 200 << 20 ELSE 0 END")
+	req.DiskMiB = 128
+	places, err := f.Places(ctx, template, req)
+	if err != nil || len(places) != 1 || places[0].URL != "unix:/h1" {
+		t.Fatalf("hosts with room on their disks: %v, %v", places, err)
+	}
+	f.exec("INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, on_timeout) VALUES (gen_random_uuid(), $1, $2, $3, 'x', 'running', 1, 128, 0, 0, '{}', now(), 'pause')", uuid.Nil, places[0].ID, template)
+	if _, err := f.Places(ctx, template, req); !fault.Is(err, fault.NoCapacity) {
+		t.Errorf("a disk that is promised: %v", err)
+	}
+	if err := f.Store.InTx(ctx, func(q *db.Queries) error { return f.Reserve(ctx, q, places[0].ID, req) }); !fault.Is(err, fault.NoCapacity) {
+		t.Errorf("a reservation on it: %v", err)
+	}
+	f.exec("UPDATE sandboxes SET state = 'paused'") // It is written, and so not free.
+	if _, err := f.Places(ctx, template, req); err != nil {
+		t.Errorf("once it is saved: %v", err)
+	}
 }

@@ -25,6 +25,7 @@ func (r *Registry) Places(ctx context.Context, template uuid.UUID, req scheduler
 		all[i] = scheduler.Host{
 			ID: row.ID, Tags: row.Tags, MemoryMiB: row.CapacityMib, CPUs: int64(row.CPUs), Slots: int64(row.Slots),
 			UsedMemoryMiB: row.MemoryMiB, UsedVCPUs: row.VCPUs, Sandboxes: row.Sandboxes,
+			DiskMiB: row.DiskBytes >> 20, FreeDiskMiB: row.DiskFreeBytes >> 20, PromisedDiskMiB: row.PromisedMib,
 		}
 	}
 	var places []*Host
@@ -39,9 +40,9 @@ func (r *Registry) Places(ctx context.Context, template uuid.UUID, req scheduler
 	case len(all) == 0:
 		return nil, fault.New(fault.NoCapacity, "no host that has the template takes sandboxes now")
 	case len(req.Tags) > 0:
-		return nil, fault.New(fault.NoCapacity, "no host with tags %v has room for %d MiB of memory and %d virtual CPUs", req.Tags, req.MemoryMiB, req.VCPUs)
+		return nil, fault.New(fault.NoCapacity, "no host with tags %v has room for %d MiB of memory and %d virtual CPUs, and on its disk", req.Tags, req.MemoryMiB, req.VCPUs)
 	}
-	return nil, fault.New(fault.NoCapacity, "no host has room for %d MiB of memory and %d virtual CPUs", req.MemoryMiB, req.VCPUs)
+	return nil, fault.New(fault.NoCapacity, "no host has room for %d MiB of memory and %d virtual CPUs, and on its disk", req.MemoryMiB, req.VCPUs)
 }
 
 // Reserve makes sure, in the transaction that then writes the sandbox's row,
@@ -62,6 +63,7 @@ func (r *Registry) Reserve(ctx context.Context, q *db.Queries, host uuid.UUID, r
 	if !r.Policy.Fits(req, scheduler.Host{
 		ID: row.ID, Tags: row.Tags, MemoryMiB: row.CapacityMib, CPUs: int64(row.CPUs), Slots: int64(row.Slots),
 		UsedMemoryMiB: used.MemoryMiB, UsedVCPUs: used.VCPUs, Sandboxes: used.Sandboxes,
+		DiskMiB: row.DiskBytes >> 20, FreeDiskMiB: row.DiskFreeBytes >> 20, PromisedDiskMiB: used.PromisedMib,
 	}) {
 		return fault.New(fault.NoCapacity, "the host was filled meanwhile")
 	}

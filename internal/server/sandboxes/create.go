@@ -200,7 +200,15 @@ func (s *Service) createFrom(ctx context.Context, team uuid.UUID, template db.Te
 
 // needs is what the host of a sandbox must have.
 func (p CreateParams) needs() scheduler.Request {
-	return scheduler.Request{MemoryMiB: int64(p.MemoryMiB), VCPUs: int64(p.VCPUs), Tags: p.HostTags}
+	return scheduler.Request{MemoryMiB: int64(p.MemoryMiB), VCPUs: int64(p.VCPUs), DiskMiB: saves(p.OnTimeout, p.MemoryMiB), Tags: p.HostTags}
+}
+
+// saves returns how much a sandbox's host must have room to save of its memory.
+func saves(onTimeout string, memoryMiB int32) int64 {
+	if onTimeout == PauseOnTimeout {
+		return int64(memoryMiB)
+	}
+	return 0
 }
 
 // places returns the hosts that a sandbox of a template may start on. Where

@@ -105,7 +105,7 @@ func (s *Service) reserveCopies(ctx context.Context, parent uuid.UUID, of []uuid
 	if err != nil || State(row.State) != Running {
 		return nil, cmp.Or(err, ErrMoved)
 	}
-	room := scheduler.Request{MemoryMiB: int64(row.MemoryMiB), VCPUs: int64(row.VCPUs)}
+	room := scheduler.Request{MemoryMiB: int64(row.MemoryMiB), VCPUs: int64(row.VCPUs), DiskMiB: saves(row.OnTimeout, row.MemoryMiB)}
 	rows := make([]db.Sandbox, len(of))
 	err = s.Store.InTx(ctx, func(q *db.Queries) (err error) {
 		for i, c := range of {

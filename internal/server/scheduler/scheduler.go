@@ -21,13 +21,19 @@ type Host struct {
 	UsedMemoryMiB, UsedVCPUs int64
 	// Sandboxes is how many those are; Slots how many there can be, 0: not known.
 	Sandboxes, Slots int64
-	Tags             []string
+	// DiskMiB is the size of its disk, 0: not known, and not a limit. FreeDiskMiB is
+	// what is free of it for sandboxes, PromisedDiskMiB what those that are there
+	// have yet to write.
+	DiskMiB, FreeDiskMiB, PromisedDiskMiB int64
+	Tags                                  []string
 }
 
 // Request is what a sandbox needs.
 type Request struct {
 	MemoryMiB int64
 	VCPUs     int64
+	// DiskMiB is what it has yet to write beside its own disk: its saved memory.
+	DiskMiB int64
 	// Tags that the host must have, all of them.
 	Tags []string
 }
@@ -55,6 +61,9 @@ func (p Policy) Fits(r Request, h Host) bool {
 		return false
 	}
 	if h.Slots > 0 && h.Sandboxes >= h.Slots {
+		return false
+	}
+	if h.DiskMiB > 0 && h.PromisedDiskMiB+r.DiskMiB >= h.FreeDiskMiB {
 		return false
 	}
 	memory, vcpus := p.load(r, h)

@@ -48,6 +48,10 @@ func TestRank(t *testing.T) {
 		{"no sandbox with more processors than there are", Policy{}, Request{VCPUs: 3}, []Host{{ID: a, CPUs: 2}, {ID: b, CPUs: 3}}, []byte{2}},
 		{"no slot free", Policy{}, Request{VCPUs: 1}, []Host{{ID: a, Slots: 2, Sandboxes: 2}, {ID: b, Slots: 2, Sandboxes: 1}}, []byte{2}},
 		{"tags", Policy{}, Request{Tags: []string{"gpu", "eu"}}, []Host{{ID: a, Tags: []string{"gpu"}}, {ID: b, Tags: []string{"eu", "x", "gpu"}}, {ID: c}}, []byte{2}},
+		{"a disk with room for what is saved", Policy{}, Request{DiskMiB: 512}, []Host{
+			{ID: a, DiskMiB: 9000, FreeDiskMiB: 1024, PromisedDiskMiB: 512}, {ID: b, DiskMiB: 9000, FreeDiskMiB: 1024, PromisedDiskMiB: 511}, {ID: c},
+		}, []byte{2, 3}},
+		{"a disk that is full", Policy{}, Request{}, []Host{{ID: a, DiskMiB: 9000}, {ID: b, DiskMiB: 9000, FreeDiskMiB: 1}}, []byte{2}},
 		{"nothing is known", policy, Request{MemoryMiB: 1 << 20, VCPUs: 64}, []Host{{ID: b}, {ID: a}, {ID: c, Sandboxes: 1}}, []byte{1, 2, 3}},
 	}
 	for _, tt := range tests {

@@ -91,7 +91,7 @@ func (s *Service) ImportLayer(ctx context.Context, team, build uuid.UUID, i Imag
 // importPlaces are the hosts that can import an image, the best first. Every
 // host has the built-in template.
 func (s *Service) importPlaces(ctx context.Context) ([]*hosts.Host, error) {
-	return s.Hosts.Places(ctx, uuid.Nil, scheduler.Request{MemoryMiB: sandboxes.DefaultMemoryMiB, VCPUs: sandboxes.DefaultVCPUs})
+	return s.Hosts.Places(ctx, uuid.Nil, scheduler.Request{MemoryMiB: sandboxes.DefaultMemoryMiB, VCPUs: sandboxes.DefaultVCPUs, DiskMiB: sandboxes.DefaultMemoryMiB})
 }
 
 // The kinds of templates.

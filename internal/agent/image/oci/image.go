@@ -424,7 +424,10 @@ func extractLayout(ctx context.Context, f io.Reader, dir string, limits Limits) 
 		if err != nil {
 			return err
 		}
-		_, err = io.Copy(out, t)
+		err = limits.Room.During(h.Size, func() error {
+			_, err := io.Copy(out, t)
+			return err
+		})
 		if err := errors.Join(err, out.Close()); err != nil {
 			return fmt.Errorf("extract %s: %w", to, err)
 		}

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image/tree"
+	"github.com/wrenn-dev/wrenn/internal/agent/room"
 	"github.com/wrenn-dev/wrenn/internal/agent/told"
 )
 
@@ -27,6 +28,8 @@ type Limits struct {
 	// Packed is how many bytes an archive came in before what it was compressed
 	// with was taken off; 0: as many as its layers have.
 	Packed int64
+	// Room is where all of it goes.
+	Room *room.Room
 }
 
 // DefaultLimits are enough for images of several languages' tools.
@@ -360,7 +363,7 @@ func (u *unpacker) file(dir *tree.Dir, base string, r io.Reader, size int64) err
 	if err != nil {
 		return err
 	}
-	err = u.sparse(f, r, size)
+	err = u.limits.Room.During(size, func() error { return u.sparse(f, r, size) })
 	return errors.Join(err, f.Close())
 }
 

@@ -109,22 +109,26 @@ RETURNING sandboxes.id;
 
 -- name: ListPlaces :many
 -- The hosts that may take a sandbox of a template, and what they have already.
-SELECT hosts.id, hosts.tags, hosts.capacity_mib, hosts.cpus, hosts.slots,
-    COALESCE(used.sandboxes, 0)::bigint AS sandboxes, COALESCE(used.memory_mib, 0)::bigint AS memory_mib, COALESCE(used.vcpus, 0)::bigint AS vcpus
+SELECT hosts.id, hosts.tags, hosts.capacity_mib, hosts.cpus, hosts.slots, hosts.disk_bytes, hosts.disk_free_bytes,
+    COALESCE(used.sandboxes, 0)::bigint AS sandboxes, COALESCE(used.memory_mib, 0)::bigint AS memory_mib, COALESCE(used.vcpus, 0)::bigint AS vcpus,
+    COALESCE(used.promised_mib, 0)::bigint AS promised_mib
 FROM hosts
 JOIN host_templates ON host_templates.host_id = hosts.id AND host_templates.template_id = @template_id
 LEFT JOIN LATERAL (
-    SELECT count(*) AS sandboxes, sum(sandboxes.memory_mib) AS memory_mib, sum(sandboxes.vcpus) AS vcpus FROM sandboxes
+    SELECT count(*) AS sandboxes, sum(sandboxes.memory_mib) AS memory_mib, sum(sandboxes.vcpus) AS vcpus,
+        sum(sandboxes.memory_mib) FILTER (WHERE sandboxes.on_timeout = 'pause' AND NOT sandboxes.saved) AS promised_mib FROM sandboxes
     WHERE sandboxes.host_id = hosts.id AND sandboxes.state NOT IN ('stopped', 'error') AND sandboxes.state <> 'paused') used ON true
 WHERE hosts.status = 'online' AND NOT hosts.draining AND hosts.deleted_at IS NULL;
 
 -- name: LockPlace :one
 -- Held to the end of the transaction: of servers that reserve on one host, one after the other does.
-SELECT id, tags, capacity_mib, cpus, slots FROM hosts
+SELECT id, tags, capacity_mib, cpus, slots, disk_bytes, disk_free_bytes FROM hosts
 WHERE id = $1 AND status = 'online' AND NOT draining AND deleted_at IS NULL FOR NO KEY UPDATE;
 
 -- name: UsedPlace :one
-SELECT count(*) AS sandboxes, COALESCE(sum(memory_mib), 0)::bigint AS memory_mib, COALESCE(sum(vcpus), 0)::bigint AS vcpus FROM sandboxes
+-- Promised is the disk that pauses at timeouts will take.
+SELECT count(*) AS sandboxes, COALESCE(sum(memory_mib), 0)::bigint AS memory_mib, COALESCE(sum(vcpus), 0)::bigint AS vcpus,
+    COALESCE(sum(memory_mib) FILTER (WHERE on_timeout = 'pause' AND NOT saved), 0)::bigint AS promised_mib FROM sandboxes
 WHERE host_id = $1 AND state NOT IN ('stopped', 'error') AND state <> 'paused';
 
 -- name: SandboxMoves :one

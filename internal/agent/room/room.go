@@ -1,0 +1,106 @@
+// Package room keeps count of what is being written to the agent's disk, so that
+// writers who begin at once do not all take the same free space. What is counted
+// is in memory alone: it goes with the process, as do the writes.
+package room
+
+import (
+	"fmt"
+	"math"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// FullError is the error of a write for which there is no room.
+type FullError struct {
+	// FreeMiB is what is free and not held by others, NeedMiB what was asked for,
+	// ReserveMiB what must stay free.
+	FreeMiB, NeedMiB, ReserveMiB int64
+}
+
+func (e *FullError) Error() string {
+	return fmt.Sprintf("%d MiB of disk are free, %d MiB are needed, %d MiB are kept in reserve", e.FreeMiB, e.NeedMiB, e.ReserveMiB)
+}
+
+// Room is the room on one file system. A nil Room has no bounds.
+type Room struct {
+	reserve int64
+	free    func() (int64, error)
+
+	mu   sync.Mutex // held while free is called, and for nothing else that blocks
+	held int64
+}
+
+// New returns the room on a file system, of which reserve bytes stay free. free
+// returns how many are, as that of [Of] does.
+func New(reserve int64, free func() (int64, error)) *Room { return &Room{reserve: reserve, free: free} }
+
+// Of measures what is free on the file system of a folder.
+func Of(dir string) func() (int64, error) {
+	return func() (int64, error) {
+		var fs unix.Statfs_t
+		if err := unix.Statfs(dir, &fs); err != nil {
+			return 0, fmt.Errorf("measure disk: %w", err)
+		}
+		return int64(fs.Bavail) * fs.Bsize, nil
+	}
+}
+
+// Hold holds room for bytes that are to be written until release is called, or
+// fails with a [FullError]. What was written in the meantime counts twice: the
+// caller holds no more than it writes soon.
+func (r *Room) Hold(bytes int64) (release func(), err error) {
+	if r == nil {
+		return func() {}, nil
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	free, err := r.free()
+	if err != nil {
+		return nil, err
+	}
+	if left := free - r.held; left-bytes < r.reserve {
+		return nil, &FullError{max(left, 0) >> 20, bytes >> 20, r.reserve >> 20}
+	}
+	return r.take(bytes), nil
+}
+
+// Take is Hold for what may use the reserve: it does not fail.
+func (r *Room) Take(bytes int64) (release func()) {
+	if r == nil {
+		return func() {}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.take(bytes)
+}
+
+func (r *Room) take(bytes int64) (release func()) {
+	r.held += bytes
+	return sync.OnceFunc(func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.held -= bytes
+	})
+}
+
+// During calls write while it holds room for what that writes.
+func (r *Room) During(bytes int64, write func() error) error {
+	release, err := r.Hold(bytes)
+	if err != nil {
+		return err
+	}
+	defer release()
+	return write()
+}
+
+// Left returns how many bytes can be held now.
+func (r *Room) Left() (int64, error) {
+	if r == nil {
+		return math.MaxInt64, nil
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	free, err := r.free()
+	return max(free-r.held-r.reserve, 0), err
+}
