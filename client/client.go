@@ -240,16 +240,23 @@ func (c *Client) call(ctx context.Context, r request, result any) error {
 
 func sandboxPath(id, rest string) string { return "/v1/sandboxes/" + url.PathEscape(id) + rest }
 
-// URL is where a port of a sandbox is reached.
-func (c *Client) URL(sandbox string, port int) string {
-	u := *c.base
-	host := u.Hostname()
-	if net.ParseIP(host) != nil {
-		host = "localhost" // an address has no names below it
+// URL returns where a port of a sandbox is reached: at the sandbox's own URL, with
+// the scheme and port of the client's URL if the name is below the service's.
+func (c *Client) URL(s *Sandbox, port int) string {
+	own := strings.Replace(s.URL, "{port}", strconv.Itoa(port), 1)
+	u, err := url.Parse(own)
+	if err != nil {
+		return own
 	}
-	u.Host = strconv.Itoa(port) + "-" + sandbox + "." + host
-	if p := c.base.Port(); p != "" {
-		u.Host += ":" + p
+	service := c.base.Hostname()
+	if net.ParseIP(service) != nil {
+		service = "localhost" // an address has no names below it
+	}
+	if _, domain, _ := strings.Cut(u.Hostname(), "."); strings.EqualFold(domain, service) {
+		u.Scheme, u.Host = c.base.Scheme, u.Hostname()
+		if p := c.base.Port(); p != "" {
+			u.Host += ":" + p
+		}
 	}
 	u.Path = "/"
 	return u.String()

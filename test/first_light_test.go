@@ -274,7 +274,7 @@ while True:
 	eventually(t, func() error {
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		defer cancel()
-		conn, _, err := websocket.Dial(ctx, c.URL(s.ID, 8001), &websocket.DialOptions{HTTPClient: &http.Client{Transport: c.Transport()}})
+		conn, _, err := websocket.Dial(ctx, c.URL(s, 8001), &websocket.DialOptions{HTTPClient: &http.Client{Transport: c.Transport()}})
 		if err != nil {
 			return err
 		}
@@ -326,7 +326,7 @@ HTTPServer(("0.0.0.0", 8002), H).serve_forever()
 	h := &http.Client{Transport: c.Transport()}
 	var resp *http.Response
 	eventually(t, func() (err error) {
-		if resp, err = h.Get(c.URL(s.ID, 8002)); err != nil {
+		if resp, err = h.Get(c.URL(s, 8002)); err != nil {
 			return err
 		}
 		if resp.StatusCode != 200 {

@@ -17,12 +17,14 @@ import (
 
 func init() { caddy.RegisterModule(new(ports)) }
 
-// ports is the listener wrapper "ports DOMAIN SERVER SITES". It answers plain
+// ports is the listener wrapper "ports DOMAIN OWN SERVER SITES"; OWN is the domain
+// that sandboxes may have for themselves. It answers plain
 // requests to sandboxes' ports in place of Caddy, which would only forward them
 // too, if all that Caddy serves is without TLS. If the control plane is on this
 // machine, it gets their connections. It must come after "linger" and "tls".
 type ports struct {
 	Domain string `json:"domain"`
+	Own    string `json:"own"`
 	Server string `json:"server"`
 	Sites  string `json:"sites"`
 
@@ -39,7 +41,7 @@ func (*ports) CaddyModule() caddy.ModuleInfo {
 // UnmarshalCaddyfile implements [caddyfile.Unmarshaler].
 func (p *ports) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next()
-	if !d.Args(&p.Domain, &p.Server) {
+	if !d.Args(&p.Domain, &p.Own, &p.Server) {
 		return d.ArgErr()
 	}
 	p.Sites = strings.Join(d.RemainingArgs(), " ")
@@ -90,8 +92,8 @@ func (p *ports) takes(r *http.Request) bool {
 	if h, _, err := net.SplitHostPort(host); err == nil {
 		host = h
 	}
-	label, ok := strings.CutSuffix(strings.ToLower(host), "."+strings.ToLower(p.Domain))
-	return ok && strings.Contains(label, "-cl-") && !strings.Contains(label, ".")
+	label, domain, _ := strings.Cut(host, ".")
+	return strings.Contains(strings.ToLower(label), "-cl-") && (strings.EqualFold(domain, p.Domain) || strings.EqualFold(domain, p.Own))
 }
 
 // pass gives a connection to the control plane, unless that takes none now.

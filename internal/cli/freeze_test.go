@@ -33,6 +33,8 @@ func TestFreeze(t *testing.T) {
 			io.WriteString(w, `{"id":"cl-1","access_token":"1.new"}`)
 		case r.URL.Path == "/v1/snapshots":
 			io.WriteString(w, `{"id":"tpl-1","name":"snap"}`)
+		case r.Method == http.MethodGet:
+			io.WriteString(w, `{"id":"cl-1","url":"https://{port}-cl-1.sandboxes.example.net"}`)
 		default:
 			io.WriteString(w, `{"id":"cl-1"}`)
 		}
@@ -47,6 +49,9 @@ func TestFreeze(t *testing.T) {
 		"pause cl-1":                           {0, "cl-1\n", []string{"POST /v1/sandboxes/cl-1/pause"}},
 		"pause cl-1 bad cl-2":                  {ExitFailure, "cl-1\ncl-2\n", []string{"POST /v1/sandboxes/cl-1/pause", "POST /v1/sandboxes/bad/pause", "POST /v1/sandboxes/cl-2/pause"}},
 		"resume cl-1":                          {0, "cl-1\n", []string{"POST /v1/sandboxes/cl-1/resume"}},
+		"url cl-1 80":                          {0, "https://80-cl-1.sandboxes.example.net/\n", []string{"GET /v1/sandboxes/cl-1"}},
+		"url cl-1 0":                           {ExitUsage, "", nil},
+		"url bad 80":                           {ExitFailure, "", []string{"GET /v1/sandboxes/bad"}},
 		"revoke cl-1":                          {0, "cl-1\n", []string{"POST /v1/sandboxes/cl-1/tokens/revoke"}},
 		"revoke bad":                           {ExitFailure, "", []string{"POST /v1/sandboxes/bad/tokens/revoke"}},
 		"revoke":                               {ExitUsage, "", nil},

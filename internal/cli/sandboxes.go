@@ -194,7 +194,7 @@ func (a *app) each(names []string, f func(name string) error) error {
 func (a *app) urlCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "url SANDBOX PORT", Short: "Print where a port of a sandbox is reached", Args: exactly(2), ValidArgsFunction: a.completeSandbox,
-		RunE: func(_ *cobra.Command, args []string) error {
+		RunE: func(cmd *cobra.Command, args []string) error {
 			port, err := strconv.Atoi(args[1])
 			if err != nil || port < 1 || port > 65535 {
 				return usage("port %q: want 1 to 65535", args[1])
@@ -203,7 +203,11 @@ func (a *app) urlCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			_, err = fmt.Fprintln(a.out, c.URL(args[0], port))
+			s, err := c.Get(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			_, err = fmt.Fprintln(a.out, c.URL(s, port))
 			return err
 		},
 	}

@@ -52,6 +52,27 @@ func Local(addr string) bool {
 	return ip != nil && ip.IsLoopback()
 }
 
+// Hostname returns the name or address in the Host of a request, without the port,
+// in the form that is compared.
+func Hostname(host string) string {
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	}
+	host = strings.TrimSuffix(strings.TrimPrefix(host, "["), "]")
+	return strings.ToLower(strings.TrimSuffix(host, "."))
+}
+
+// LoopbackName reports whether browsers take the Host of a request for their own
+// machine, whatever DNS says: a loopback address, localhost, or a name below it.
+func LoopbackName(host string) bool {
+	name := Hostname(host)
+	if name == "localhost" || strings.HasSuffix(name, ".localhost") {
+		return true
+	}
+	ip := net.ParseIP(name)
+	return ip != nil && ip.IsLoopback()
+}
+
 // Listen listens on addr. A unix socket gets the given mode; one that an
 // earlier process left behind is replaced, one that somebody listens on is an
 // error. Connections linger when they are closed, as package linger says.

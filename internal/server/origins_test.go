@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/coder/websocket"
+
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/filesign"
 )
@@ -75,12 +77,9 @@ func TestSignedURL(t *testing.T) {
 	}
 }
 
-// TestHostileDaemon: of what a hostile guest daemon answers, clients get a list of
-// harmless fields, and browsers run none of it.
-func TestHostileDaemon(t *testing.T) {
-	t.Parallel()
-	p := newPlane(t)
-	hostile := map[string]string{
+// What a hostile guest daemon sends, and what of its fields clients get.
+var (
+	hostileFields = map[string]string{
 		"Set-Cookie": "wrenn_access=evil; Domain=localhost", "Access-Control-Allow-Origin": "*", "Access-Control-Allow-Credentials": "true",
 		"Content-Security-Policy": "default-src *", "X-Content-Type-Options": "sniff", "Refresh": "0; url=http://evil.example/", "Link": "</x>; rel=preload",
 		"Clear-Site-Data": `"*"`, "Service-Worker-Allowed": "/", "Strict-Transport-Security": "max-age=9; includeSubDomains", "Location": "http://evil.example/",
@@ -88,26 +87,65 @@ func TestHostileDaemon(t *testing.T) {
 		"Proxy-Authenticate": "Basic", "X-Frame-Options": "ALLOWALL", "Content-Location": "/x", "Sourcemap": "/x", "X-New-Field": "of tomorrow", "Set-Login": "logged-in",
 		"Timing-Allow-Origin": "*", "Cross-Origin-Resource-Policy": "cross-origin", "Origin-Agent-Cluster": "?0", "X-Wrenn-Error": "paused", "Connection": "X-Content-Type-Options",
 	}
-	kept := map[string]string{
+	harmlessFields = map[string]string{
 		"Content-Type": "text/html", "Content-Disposition": "inline", "Content-Encoding": "br", "Etag": `"x"`, "Cache-Control": "no-store",
 		"Last-Modified": "Mon, 30 Nov 2026 00:00:00 GMT", "Grpc-Encoding": "gzip", "Connect-Content-Encoding": "gzip",
 	}
+)
+
+// hostileDaemon answers as a hostile guest daemon does.
+func hostileDaemon(w http.ResponseWriter, _ *http.Request) {
+	h := w.Header()
+	for name, value := range hostileFields {
+		h.Set(name, value)
+	}
+	w.WriteHeader(http.StatusEarlyHints)
+	for name, value := range harmlessFields {
+		h.Set(name, value)
+	}
+	h.Set("Trailer", "Grpc-Status, Set-Cookie")
+	w.WriteHeader(http.StatusFound)
+	io.WriteString(w, "<script>")
+	h.Set("Grpc-Status", "0")
+	h.Set(http.TrailerPrefix+"Link", "</x>")
+}
+
+// wantHarmless checks that a response of hostileDaemon is harmless.
+func wantHarmless(t *testing.T, what string, resp *http.Response, early []http.Header) {
+	t.Helper()
+	body, err := io.ReadAll(resp.Body)
+	resp.Body.Close()
+	if err != nil || string(body) != "<script>" || resp.StatusCode != http.StatusFound {
+		t.Errorf("%s: %s %q, %v", what, resp.Status, body, err)
+	}
+	if len(early) != 1 || len(early[0]) != 0 {
+		t.Errorf("%s: an interim response has %v", what, early)
+	}
+	if !maps.EqualFunc(resp.Trailer, http.Header{"Grpc-Status": {"0"}}, slices.Equal) {
+		t.Errorf("%s: trailers %v", what, resp.Trailer)
+	}
+	resp.Header.Del("Date")
+	want := http.Header{
+		"X-Content-Type-Options": {"nosniff"}, "Referrer-Policy": {"no-referrer"},
+		"Content-Security-Policy": {"default-src 'none'; style-src 'unsafe-inline'; sandbox"},
+	}
+	for name, value := range harmlessFields {
+		want.Set(name, value)
+	}
+	if !maps.EqualFunc(resp.Header, want, slices.Equal) {
+		t.Errorf("%s: the client got %v, want %v", what, resp.Header, want)
+	}
+}
+
+// TestHostileDaemon: of what a hostile guest daemon answers, clients get a list of
+// harmless fields, and browsers run none of it.
+func TestHostileDaemon(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
 	var saw atomic.Pointer[http.Header]
 	p.agent.guest = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		saw.Store(&r.Header)
-		h := w.Header()
-		for name, value := range hostile {
-			h.Set(name, value)
-		}
-		w.WriteHeader(http.StatusEarlyHints)
-		for name, value := range kept {
-			h.Set(name, value)
-		}
-		h.Set("Trailer", "Grpc-Status, Set-Cookie")
-		w.WriteHeader(http.StatusFound)
-		io.WriteString(w, "<script>")
-		h.Set("Grpc-Status", "0")
-		h.Set(http.TrailerPrefix+"Link", "</x>")
+		hostileDaemon(w, r)
 	})
 	made := p.call("POST", "/v1/sandboxes", map[string]any{}).want(201)
 	var early []http.Header
@@ -131,28 +169,7 @@ func TestHostileDaemon(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		body, err := io.ReadAll(resp.Body)
-		resp.Body.Close()
-		if err != nil || string(body) != "<script>" || resp.StatusCode != http.StatusFound {
-			t.Errorf("%s: %s %q, %v", name, resp.Status, body, err)
-		}
-		if len(early) != 1 || len(early[0]) != 0 {
-			t.Errorf("%s: an interim response has %v", name, early)
-		}
-		if !maps.EqualFunc(resp.Trailer, http.Header{"Grpc-Status": {"0"}}, slices.Equal) {
-			t.Errorf("%s: trailers %v", name, resp.Trailer)
-		}
-		resp.Header.Del("Date")
-		want := make(http.Header)
-		for name, value := range kept {
-			want.Set(name, value)
-		}
-		want.Set("X-Content-Type-Options", "nosniff")
-		want.Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; sandbox")
-		want.Set("Referrer-Policy", "no-referrer")
-		if !maps.EqualFunc(resp.Header, want, slices.Equal) {
-			t.Errorf("%s: the client got %v, want %v", name, resp.Header, want)
-		}
+		wantHarmless(t, name, resp, early)
 		if got := *saw.Load(); got.Get("Cookie") != "" || got.Get("Upgrade") != "" {
 			t.Errorf("%s: the daemon got %v", name, got)
 		}
@@ -187,6 +204,12 @@ func TestGuestCookies(t *testing.T) {
 			w.Header().Set(name, value)
 		}
 		w.Header()["Set-Cookie"] = *sent.Load()
+		if r.Header.Get("Upgrade") != "" {
+			if ws, err := websocket.Accept(w, r, nil); err == nil {
+				ws.CloseNow()
+			}
+			return
+		}
 		w.WriteHeader(http.StatusTeapot)
 	})
 	all := slices.Sorted(maps.Keys(cookies))
@@ -204,6 +227,14 @@ func TestGuestCookies(t *testing.T) {
 			t.Errorf("%s: %q, want %q", name, got, want)
 		}
 	}
+	ws, resp, err := websocket.Dial(await.Context(t), p.http.URL+"/", &websocket.DialOptions{Host: host, HTTPHeader: http.Header{"X-Api-Key": {adminKey}, "Cookie": {"wrenn_access=x"}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ws.CloseNow()
+	if set := resp.Header["Set-Cookie"]; !slices.Equal(set, want) || resp.Header.Get("Clear-Site-Data") != "" || len(*got.Load()) > 0 {
+		t.Errorf("with a WebSocket the client got %v, the guest %q", resp.Header, *got.Load())
+	}
 	for shown, want := range map[string][]string{
 		"a=b": {"a=b"}, "a=b; c=\"d; e\"": {"a=b; c=\"d; e\""},
 		"wrenn_access=x": nil, "__Host-wrenn_refresh=x": nil, "__HOST-WRENN_access=x; wrenn_github=y": nil,
@@ -215,4 +246,162 @@ func TestGuestCookies(t *testing.T) {
 			t.Errorf("of %q the guest got %q, want %q", shown, seen, want)
 		}
 	}
+}
+
+// TestPlainHTTP: whatever deals with accounts refuses plain HTTP at names other than
+// loopback, and is there over HTTPS, which a front door on this machine says.
+func TestPlainHTTP(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	refused := func(method, path string, headers ...string) bool {
+		t.Helper()
+		r := p.call(method, path, "{}", append(slices.Clone(nobody), headers...)...)
+		no := r.Status == http.StatusForbidden && strings.Contains(string(r.Body), "plain HTTP")
+		if no && r.Header.Get("Set-Cookie") != "" {
+			t.Errorf("%s %s sets a cookie", method, path)
+		}
+		return no
+	}
+	checked := 0
+	for _, o := range operations(t) {
+		account := o.Tags[0] == "login" || o.Tags[0] == "me"
+		if account != (strings.HasPrefix(o.path, "/v1/auth/") || slices.Contains([]string{"/v1/me", "/verify", "/reset-password"}, o.path)) {
+			t.Errorf("%s has the tag %s", o, o.Tags[0])
+		}
+		if !account {
+			continue
+		}
+		checked++
+		for _, tt := range []struct {
+			host, proto string
+			want        bool
+		}{
+			{"wrenn.example.com", "", true},
+			{"192.0.2.1:8000", "http", true},
+			{"localhost.example.com", "http", true},
+			{"notlocalhost", "http", true},
+			{"wrenn.example.com", "https", false},
+			{"wrenn.example.com", "https, http", true},
+			{"wrenn.example.com", "http, https", true},
+			{"localhost:8000", "http", false},
+			{"LOCALHOST.", "http", false},
+			{"wrenn.localhost", "http", false},
+			{"127.0.0.2:8000", "http", false},
+			{"[::1]:8000", "http", false},
+		} {
+			if got := refused(o.method, o.path, "Host", tt.host, "X-Forwarded-Proto", tt.proto); got != tt.want {
+				t.Errorf("%s at %s over %q: refused is %v", o, tt.host, tt.proto, got)
+			}
+		}
+	}
+	if checked < 12 {
+		t.Errorf("only %d operations", checked)
+	}
+	p.call("GET", "/v1/sandboxes", nil, "Host", "wrenn.example.com").want(200)
+	p.end()
+	p.config.Insecure = true
+	p.start()
+	if refused("GET", "/verify", "Host", "wrenn.example.com") {
+		t.Error("refused though the operator allows it")
+	}
+}
+
+// TestHarmless: browsers take nothing that the service answers for a page, a script or
+// a part of another origin's page, and cookies count for the service's own pages.
+func TestHarmless(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	sandbox := p.create(map[string]any{})
+	p.call("PUT", "/v1/sandboxes/"+sandbox+"/files?path=/evil.html", []byte("<script>")).want(200)
+	for path, policy := range map[string]string{
+		"/health": "sandbox", "/v1/nothing": "sandbox", "/v1/sandboxes": "sandbox", "/v1/sandboxes/" + sandbox + "/files?path=/evil.html": "sandbox",
+		"/v1/sandboxes/" + sandbox + "/logs": "sandbox", "/docs": "frame-ancestors 'none'", "/verify": "frame-ancestors 'none'",
+	} {
+		h := p.call("GET", path, nil).Header
+		if got := h.Get("Content-Security-Policy"); !strings.Contains(got, "default-src 'none'") || !strings.Contains(got, policy) || !strings.Contains(got, "frame-ancestors 'none'") {
+			t.Errorf("%s: policy %q", path, got)
+		}
+		if h.Get("X-Content-Type-Options") != "nosniff" || h.Get("Cross-Origin-Resource-Policy") != "same-origin" || h.Get("Referrer-Policy") != "no-referrer" {
+			t.Errorf("%s: %v", path, h)
+		}
+	}
+	p.call("GET", "/", nil, "Host", "80-cl-x.localhost").fails(400, "invalid_argument")
+	cookie := append(slices.Clone(nobody), "Cookie", "wrenn_access="+p.bearerOf("admin@example.com"))
+	for _, tt := range []struct {
+		site, mode, dest string
+		want             int
+	}{
+		{"", "", "", 200},
+		{"same-origin", "cors", "empty", 200},
+		{"none", "navigate", "document", 200},
+		{"same-site", "navigate", "document", 200},
+		{"same-site", "navigate", "iframe", 401},
+		{"same-site", "no-cors", "script", 401},
+		{"same-site", "cors", "empty", 401},
+		{"cross-site", "no-cors", "image", 401},
+	} {
+		if r := p.call("GET", "/v1/me", nil, append(slices.Clone(cookie), "Sec-Fetch-Site", tt.site, "Sec-Fetch-Mode", tt.mode, "Sec-Fetch-Dest", tt.dest)...); r.Status != tt.want {
+			t.Errorf("%v: %d", tt, r.Status)
+		}
+	}
+}
+
+// TestSandboxDomain: with a domain of their own, sandboxes are below it alone, and
+// nothing else is.
+func TestSandboxDomain(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	p.agent.guest = guestHandler()
+	p.end()
+	p.config.Domain, p.config.SandboxDomain, p.config.PublicURL = "wrenn.example.com", "Sandboxes.Example.NET", "https://wrenn.example.com:8443"
+	p.start()
+	made := p.call("POST", "/v1/sandboxes", map[string]any{}).want(201)
+	sandbox := made.str("id")
+	if got, want := made.str("url"), "https://{port}-"+sandbox+".sandboxes.example.net:8443"; got != want {
+		t.Errorf("url %s, want %s", got, want)
+	}
+	for host, want := range map[string]int{
+		"80-" + sandbox + ".sandboxes.example.net:8443": 418,
+		"80-" + sandbox + ".SANDBOXES.example.net.":     418,
+		"80-" + sandbox + ".wrenn.example.com":          404,
+		"80-" + sandbox + ".x.sandboxes.example.net":    404,
+		"sandboxes.example.net":                         404,
+		"www.sandboxes.example.net":                     404,
+		"a.b.sandboxes.example.net":                     404,
+		"80-cl-x.sandboxes.example.net":                 400,
+		"wrenn.example.com":                             200,
+		"notsandboxes.example.net":                      200,
+	} {
+		if r := p.call("GET", "/docs", nil, "Host", host); r.Status != want {
+			t.Errorf("%s: %d, want %d: %.200s", host, r.Status, want, r.Body)
+		}
+	}
+	// Over HTTPS cookies are bound to the service's host, and those of before go.
+	r := p.call("POST", "/v1/auth/login", map[string]any{"email": "admin@example.com", "password": "correct horse"}, nobody...).want(200)
+	var jar []string
+	gone := make(map[string]bool)
+	for _, c := range (&http.Response{Header: r.Header}).Cookies() {
+		if c.MaxAge < 0 {
+			gone[c.Name] = true
+			continue
+		}
+		if !strings.HasPrefix(c.Name, "__Host-wrenn_") || !c.Secure || !c.HttpOnly || c.Path != "/" || c.Domain != "" {
+			t.Errorf("cookie %+v", c)
+		}
+		jar = append(jar, c.Name+"="+c.Value)
+	}
+	if len(jar) != 2 || !maps.Equal(gone, map[string]bool{"wrenn_access": true, "wrenn_refresh": true}) {
+		t.Errorf("cookies %q, removed %v", jar, gone)
+	}
+	show := func(cookies ...string) []string {
+		return append(slices.Clone(nobody), "Cookie", strings.Join(cookies, "; "))
+	}
+	p.call("GET", "/v1/me", nil, show(jar...)...).want(200)
+	p.call("GET", "/v1/me", nil, show(append([]string{"wrenn_access=evil"}, jar...)...)...).want(200)
+	var former []string
+	for _, c := range jar {
+		former = append(former, strings.TrimPrefix(c, "__Host-"))
+	}
+	p.call("GET", "/v1/me", nil, show(former...)...).fails(401, "unauthenticated")
+	p.call("POST", "/v1/auth/refresh", nil, append(show(former...), "Origin", "https://wrenn.example.com:8443")...).fails(401, "unauthenticated")
 }

@@ -99,10 +99,15 @@ type Config struct {
 	// MetricsListen is where Prometheus reads metrics, at /metrics, without any
 	// credential: "unix:/path" or "host:port"; empty: nowhere.
 	MetricsListen string `env:"WRENN_METRICS_LISTEN"`
-	// Domain that sandboxes' host names end with.
+	// Domain that sandboxes' host names end with, unless SandboxDomain is set.
 	Domain string `env:"WRENN_DOMAIN" envDefault:"localhost"`
+	// SandboxDomain is a domain of the sandboxes' own, which keeps their pages and
+	// cookies away from the service (docs/security.md); empty: they use Domain.
+	SandboxDomain string `env:"WRENN_SANDBOX_DOMAIN"`
 	// PublicURL is where clients reach the service.
 	PublicURL string `env:"WRENN_PUBLIC_URL" envDefault:"http://localhost:8000"`
+	// Insecure lets people log in over plain HTTP at names other than loopback.
+	Insecure bool `env:"WRENN_INSECURE"`
 	// SecretKey is at least 32 random bytes in hexadecimal, under which the database
 	// keeps the secret that all tokens are made from; or several such keys with
 	// commas between them, of which the first is used from now on.
@@ -254,6 +259,9 @@ func New(ctx context.Context, c Config) (*Server, error) {
 		// Not wrapped: the error may quote the URL, password and all.
 		return nil, errors.New("read REDIS_URL: want redis://, rediss:// or unix://")
 	}
+	if err := c.setDomains(); err != nil {
+		return nil, err
+	}
 	if c.StopTimeout < 0 {
 		return nil, errors.New("WRENN_STOP_TIMEOUT must not be negative")
 	}
@@ -374,7 +382,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 		Sandboxes: s.sandboxes, Templates: tpl, Builds: s.builds, Usage: s.usage, Audit: s.audit, History: history, Channels: s.channels, Keys: s.keys, Tokens: tokens,
 		Sessions: s.sessions, Watch: s.watch, Users: s.users, Teams: s.teams, Platform: platform.New(s.store), Hosts: s.hosts,
 		GitHub: hub, GitHubKey: auth.Derive(secret, "github"), Limiter: limiter, Rates: c.Rates, TrustedProxies: c.TrustedProxies,
-		PublicURL: c.PublicURL, Domain: c.Domain, Log: s.log,
+		PublicURL: c.PublicURL, Domain: c.SandboxDomain, Insecure: c.Insecure, Log: s.log,
 		Memory: memory, Crowd: crowd, Checks: checks,
 		Observe: func(o rest.Observation) {
 			requests.WithLabelValues(o.Method, o.Route, strconv.Itoa(o.Status)).Inc()
@@ -386,7 +394,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	px := proxy.New(proxy.Config{Domain: c.Domain, Sandboxes: s.sandboxes, Hosts: s.hosts, Keys: s.keys, Watch: s.watch, Tokens: tokens, Memory: memory, Crowd: crowd, Fail: api.Fail, Log: s.log})
+	px := proxy.New(proxy.Config{Domain: c.SandboxDomain, ServiceDomain: c.Domain, Sandboxes: s.sandboxes, Hosts: s.hosts, Keys: s.keys, Watch: s.watch, Tokens: tokens, Memory: memory, Crowd: crowd, Fail: api.Fail, Log: s.log})
 	registry.MustRegister(px.Collectors()...)
 	// A metric that cannot be had, with the database down, must not hide the others.
 	metrics := http.NewServeMux()

@@ -39,7 +39,7 @@ type frontDoor struct {
 
 // newFrontDoor listens on listen, where a doorman answers for now, and writes
 // Caddy's configuration.
-func newFrontDoor(ctx context.Context, dir layout.Dir, listen, domain string) (_ *frontDoor, err error) {
+func newFrontDoor(ctx context.Context, dir layout.Dir, listen string) (_ *frontDoor, err error) {
 	f := &frontDoor{config: filepath.Join(dir.Run(), "Caddyfile"), home: filepath.Join(dir.Run(), "caddy"), listen: listen, user: account{caddyID, caddyID}}
 	defer func() {
 		if err != nil {
@@ -76,6 +76,9 @@ func newFrontDoor(ctx context.Context, dir layout.Dir, listen, domain string) (_
 	f.env = []string{
 		"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + f.home, "XDG_DATA_HOME=" + f.home, "XDG_CONFIG_HOME=" + f.home,
 		"WRENN_SITES=http://:" + port, "WRENN_BIND=" + strings.Join(sockets, " "), "WRENN_DOMAIN=" + domain, "WRENN_SERVER=unix/" + dir.ServerSocket(),
+	}
+	if own := os.Getenv(sandboxDomain); own != "" {
+		f.env = append(f.env, sandboxDomain+"="+own)
 	}
 	return f, nil
 }

@@ -4,16 +4,11 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
-	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -52,7 +47,7 @@ func openDoorOf(t *testing.T, server http.Handler, config []byte) (s *service, a
 	t.Helper()
 	s = newService(t)
 	deploytest.Caddy(t)
-	front, err := newFrontDoor(t.Context(), s.dir, "127.0.0.1:0", "localhost")
+	front, err := newFrontDoor(t.Context(), s.dir, "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -89,7 +84,7 @@ func openDoorOf(t *testing.T, server http.Handler, config []byte) (s *service, a
 func TestDoorman(t *testing.T) {
 	s := newService(t)
 	deploytest.Caddy(t)
-	front, err := newFrontDoor(t.Context(), s.dir, "127.0.0.1:0", "localhost")
+	front, err := newFrontDoor(t.Context(), s.dir, "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -569,60 +564,15 @@ func breaks(t *testing.T, c *http.Client, base string, h2 bool) {
 
 // TestPublicFrontDoor serves HTTPS as the README's "Add a machine" does.
 func TestPublicFrontDoor(t *testing.T) {
-	deploytest.Caddy(t)
-	dir := t.TempDir()
-	cert, err := tlsFiles(dir, "wrenn.example.com", "*.wrenn.example.com")
-	if err != nil {
-		t.Fatal(err)
-	}
 	behind := httptest.NewServer(http.HandlerFunc(broken))
 	defer behind.Close()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	listen := l.Addr().String()
-	_, port, _ := net.SplitHostPort(listen)
-	socket, err := l.(*net.TCPListener).File() // So that nobody else takes the port.
-	if err = errors.Join(err, l.Close()); err != nil {
-		t.Fatal(err)
-	}
-	defer socket.Close()
-	config := filepath.Join(dir, "Caddyfile")
-	if err := os.WriteFile(config, deploy.Caddyfile, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.CommandContext(t.Context(), "caddy", "run", "--config", config, "--adapter", "caddyfile")
-	cmd.Env = []string{
-		"HOME=" + dir, "WRENN_SITES=https://wrenn.example.com:" + port + ", https://*.wrenn.example.com:" + port, "WRENN_BIND=fd/3",
-		"WRENN_DOMAIN=wrenn.example.com", "WRENN_SERVER=" + behind.Listener.Addr().String(),
-		"CREDENTIALS_DIRECTORY=" + dir, "WRENN_TLS=tls {env.CREDENTIALS_DIRECTORY}/tls.crt {env.CREDENTIALS_DIRECTORY}/tls.key",
-	}
-	cmd.Stdout, cmd.Stderr = t.Output(), t.Output()
-	cmd.ExtraFiles = []*os.File{socket}
-	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = cmd.Wait() }) // After the test's context is done.
-	trust := x509.NewCertPool()
-	trust.AddCert(cert)
-	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
-	defer cancel()
+	door := deploytest.Listen(t)
+	door.ServeTLS(t, behind.Listener.Addr().String(), []string{"wrenn.example.com", "*.wrenn.example.com", "*.sandboxes.example.net"},
+		"WRENN_DOMAIN=wrenn.example.com", "WRENN_SANDBOX_DOMAIN=sandboxes.example.net")
 	for _, h2 := range []bool{false, true} {
-		c := http.Client{Transport: netaddr.TLSTransport(listen, h2, &tls.Config{RootCAs: trust})}
-		err := poll(ctx, func(ctx context.Context) error {
-			resp, err := c.Head("https://wrenn.example.com:" + port + "/")
-			if err == nil {
-				resp.Body.Close()
-			}
-			return err
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, name := range []string{"wrenn.example.com:", "80-cl-x.wrenn.example.com:"} {
-			breaks(t, &c, "https://"+name+port, h2)
+		c := http.Client{Transport: netaddr.TLSTransport(door.Address, h2, &tls.Config{RootCAs: door.Trust})}
+		for _, name := range []string{"wrenn.example.com:", "80-cl-x.wrenn.example.com:", "80-cl-x.sandboxes.example.net:"} {
+			breaks(t, &c, "https://"+name+door.Port, h2)
 		}
 		c.CloseIdleConnections()
 	}
@@ -797,32 +747,6 @@ func TestShortStreams(t *testing.T) {
 	}
 }
 
-// tlsFiles writes tls.crt and tls.key, a certificate of its own for names.
-func tlsFiles(dir string, names ...string) (*x509.Certificate, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, err
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), DNSNames: names,
-		IsCA: true, BasicConstraintsValid: true,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		return nil, err
-	}
-	private, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		return nil, err
-	}
-	for name, block := range map[string]*pem.Block{"tls.crt": {Type: "CERTIFICATE", Bytes: der}, "tls.key": {Type: "PRIVATE KEY", Bytes: private}} {
-		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600); err != nil {
-			return nil, err
-		}
-	}
-	return x509.ParseCertificate(der)
-}
-
 // TestRefusalArrives has the control plane answer while a client sends a large
 // body: the client gets all of the answer, however busy the machine is.
 func TestRefusalArrives(t *testing.T) {
@@ -838,6 +762,7 @@ func TestRefusalArrives(t *testing.T) {
 // TestPortsTakeAShorterWay has plain requests to sandboxes' ports, and no others,
 // answered before Caddy's handlers see them.
 func TestPortsTakeAShorterWay(t *testing.T) {
+	t.Setenv(sandboxDomain, "sandboxes.localhost")
 	config := bytes.Replace(deploy.Caddyfile, []byte("\tfull_duplex\n"), []byte("\tfull_duplex\n\theader >X-Caddy yes\n"), 1)
 	_, listen, stopServer := openDoorOf(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(w, r.Body)
@@ -866,10 +791,12 @@ func TestPortsTakeAShorterWay(t *testing.T) {
 	}{
 		{"GET", "80-cl-x.localhost", "", true},
 		{"DELETE", "80-CL-x.LOCALHOST:8000", "", true},
+		{"GET", "80-cl-x.sandboxes.localhost", "", true},
 		{"GET", "localhost", "", false},
 		{"GET", "a.80-cl-x.localhost", "", false},
 		{"GET", "80-cl-x.example.com", "", false},
 		{"POST", "80-cl-x.localhost", "hello", false},
+		{"GET", "x.sandboxes.localhost", "", false},
 	} {
 		resp, text := ask(c.method, c.host, c.body)
 		if short := resp.Header.Get("X-Caddy") == ""; short != c.short || resp.StatusCode != 200 || text != c.body+"127.0.0.1"+c.host+"http" {

@@ -4,15 +4,18 @@
 package up
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -38,6 +41,10 @@ import (
 // domain is what sandboxes' host names end with; browsers take all names
 // below it for this machine.
 const domain = "localhost"
+
+// sandboxDomain is the setting with a domain of the sandboxes' own, which the server
+// and the front door both have to know.
+const sandboxDomain = "WRENN_SANDBOX_DOMAIN"
 
 // options are the command's flags.
 type options struct {
@@ -171,7 +178,7 @@ func (s *service) launch(ctx context.Context, p program) error {
 // start starts everything.
 func (s *service) start(ctx context.Context, o options) (err error) {
 	// First, because its port may be taken.
-	front, err := newFrontDoor(ctx, s.dir, o.listen, domain)
+	front, err := newFrontDoor(ctx, s.dir, o.listen)
 	if err != nil {
 		return err
 	}
@@ -257,7 +264,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 		return err
 	}
 	err = s.launch(ctx, s.own(self, "server", append(settings,
-		"WRENN_STOP_TIMEOUT="+(stopTimeout/2).String(),
+		"WRENN_STOP_TIMEOUT="+(stopTimeout/2).String(), "WRENN_INSECURE="+strconv.FormatBool(o.insecure),
 		"WRENN_SPOOL_DIR="+s.dir.Spool(),
 		"DATABASE_URL="+pg.url("wrenn"), "REDIS_URL="+rd.url(), "WRENN_LISTEN="+server, "WRENN_METRICS_LISTEN=unix:"+s.dir.MetricsSocket(), "WRENN_DOMAIN="+domain,
 		"WRENN_PUBLIC_URL="+url, "WRENN_SECRET_KEY="+s.secrets.SecretKey, "WRENN_AGENT_URL="+agent, "WRENN_AGENT_TOKEN="+s.secrets.AgentToken,
@@ -375,7 +382,11 @@ func (s *service) selfCheck(ctx context.Context, o options) (err error) {
 // prints no secret, because others may see the terminal or keep its output.
 func (s *service) announce(o options) {
 	url := publicURL(o.listen)
+	ports := cmp.Or(os.Getenv(sandboxDomain), domain)
+	if _, port, _ := net.SplitHostPort(o.listen); port != "80" {
+		ports = net.JoinHostPort(ports, port)
+	}
 	fmt.Fprintf(s.out, "  API      %s/v1   (documentation: %s/docs)\n", url, url)
-	fmt.Fprintf(s.out, "  ports    http://PORT-SANDBOX.%s\n", strings.TrimPrefix(url, "http://"))
+	fmt.Fprintf(s.out, "  ports    http://PORT-SANDBOX.%s\n", ports)
 	fmt.Fprintf(s.out, "  login    %s\n  secrets  %s   (the password and the API key)\n\n", adminEmail, s.dir.Credentials())
 }

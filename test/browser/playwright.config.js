@@ -15,7 +15,9 @@ export default defineConfig({
 		screenshot: 'on',
 		launchOptions: {
 			executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium',
-			args: ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--no-first-run'],
+			args: ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--no-first-run',
+				// The names of origins.spec.js.
+				'--host-resolver-rules=MAP *.example.com 127.0.0.1, MAP *.example.net 127.0.0.1'],
 		},
 	},
 })

@@ -10,7 +10,6 @@ import (
 	"io"
 	stdlog "log"
 	"log/slog"
-	"net"
 	"net/http"
 	"net/http/httputil"
 	"net/url"
@@ -25,6 +24,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/duplex"
 	"github.com/wrenn-dev/wrenn/internal/filesign"
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	"github.com/wrenn-dev/wrenn/internal/patience"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/budget"
@@ -44,7 +44,11 @@ const ForwardAuthorization = "X-Wrenn-Authorization"
 // Config is what a Proxy works with.
 type Config struct {
 	// Domain that sandboxes' names end with, for example "localhost".
-	Domain    string
+	Domain string
+	// ServiceDomain is Domain, unless sandboxes have a domain of their own, of which
+	// every name is theirs. Their names below ServiceDomain lead nowhere then.
+	ServiceDomain string
+
 	Sandboxes *sandboxes.Service
 	Hosts     *hosts.Registry
 	Keys      *auth.Keys
@@ -62,7 +66,6 @@ type Config struct {
 // Proxy is the handler of sandboxes' host names.
 type Proxy struct {
 	Config
-	suffix   string
 	cache    *cache
 	errors   *stdlog.Logger // of connections that change protocols
 	requests *prometheus.CounterVec
@@ -73,7 +76,7 @@ type Proxy struct {
 // New returns the proxy of a service; it hears of the service's changes.
 func New(c Config) *Proxy {
 	p := &Proxy{
-		Config: c, suffix: "." + strings.ToLower(c.Domain), cache: newCache(),
+		Config: c, cache: newCache(),
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "wrenn_proxy_requests_total", Help: "Requests to sandboxes' ports, by how they went: forwarded, or the error's code."}, []string{"result"}),
 	}
 	p.forwarded = p.requests.WithLabelValues("forwarded")
@@ -90,22 +93,17 @@ func (p *Proxy) Collectors() []prometheus.Collector { return []prometheus.Collec
 
 // Match says whether a request's host is a sandbox's name, well-formed or not.
 func (p *Proxy) Match(host string) bool {
-	_, ok := p.label(host)
-	return ok
+	name := netaddr.Hostname(host)
+	if _, ok := label(name, p.ServiceDomain); ok {
+		return true
+	}
+	return p.Domain != p.ServiceDomain && (name == p.Domain || strings.HasSuffix(name, "."+p.Domain))
 }
 
 // label returns what stands before the domain in a sandbox's host name.
-func (p *Proxy) label(host string) (string, bool) {
-	label, ok := strings.CutSuffix(hostname(host), p.suffix)
+func label(name, domain string) (string, bool) {
+	label, ok := strings.CutSuffix(name, "."+domain)
 	return label, ok && !strings.Contains(label, ".") && strings.Contains(label, "-"+string(id.Sandbox))
-}
-
-// hostname returns the name in a request's host, in the form that is compared.
-func hostname(host string) string {
-	if h, _, err := net.SplitHostPort(host); err == nil {
-		host = h
-	}
-	return strings.ToLower(strings.TrimSuffix(host, "."))
 }
 
 // ServeHTTP forwards a request to its sandbox.
@@ -234,7 +232,10 @@ var use = auth.Access{Role: auth.Member, Scopes: []auth.Scope{auth.Sandboxes}}
 // resolve finds out where a request goes and whether it may.
 func (p *Proxy) resolve(r *http.Request) (destination, error) {
 	var none destination
-	label, _ := p.label(r.Host)
+	label, ok := label(netaddr.Hostname(r.Host), p.Domain)
+	if !ok {
+		return none, fault.New(fault.NotFound, "no sandbox has this name: ports of sandboxes are at PORT-SANDBOX.%s", p.Domain)
+	}
 	portText, sandboxText, _ := strings.Cut(label, "-")
 	port, err := strconv.Atoi(portText)
 	if err != nil || port < 1 || port > 65535 || strconv.Itoa(port) != portText {
@@ -357,7 +358,7 @@ var forwarded = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Pro
 
 func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 	prefix := "/proxy/" + id.Format(id.Sandbox, d.sandbox) + "/" + strconv.Itoa(d.port)
-	filter := filterPort(hostname(r.Host))
+	filter := filterPort(netaddr.Hostname(r.Host))
 	var finish func(*http.Response)
 	if d.port == envdPort {
 		filter = filterDaemon

@@ -80,7 +80,11 @@ func (a *API) authorize(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		op := routed(r).op
 		access := a.access[op]
-		if err := a.sameSite(r); err != nil {
+		err := a.checkPrivate(r, op)
+		if err == nil {
+			err = a.sameSite(r)
+		}
+		if err != nil {
 			a.Fail(w, r, err)
 			return
 		}
@@ -209,10 +213,21 @@ func (a *API) accessToken(r *http.Request) string {
 		}
 		return token
 	}
-	if c, err := r.Cookie(a.cookieName(accessCookie)); err == nil {
+	if c, err := r.Cookie(a.cookieName(accessCookie)); err == nil && !elsewhere(r) {
 		return c.Value
 	}
 	return ""
+}
+
+// elsewhere reports whether a page of another origin loads what a request asks for.
+// Browsers send the user's cookies along if it is of the same site, as guests' pages
+// can be. A person who follows a link is not a page that loads something.
+func elsewhere(r *http.Request) bool {
+	switch r.Header.Get("Sec-Fetch-Site") {
+	case "same-site", "cross-site":
+		return r.Header.Get("Sec-Fetch-Mode") != "navigate" || r.Header.Get("Sec-Fetch-Dest") != "document"
+	}
+	return false
 }
 
 // sameSite refuses what another site's page makes a browser send along with

@@ -3,11 +3,14 @@ package rest
 import (
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/getkin/kin-openapi/openapi3"
 
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
+	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/ratelimit"
 )
 
@@ -56,13 +59,8 @@ func (a *API) Admit(next http.Handler) http.Handler {
 // X-Forwarded-For says is believed of proxies alone: of this machine's, and
 // of those that the configuration names.
 func (a *API) clientAddress(r *http.Request) netip.Addr {
-	var from netip.Addr
-	local := true
-	if peer, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
-		from = peer.Addr().Unmap()
-		local = a.trusted(from)
-	}
-	if !local {
+	from, believed := a.peer(r)
+	if !believed {
 		return from
 	}
 	hops := strings.Split(strings.Join(r.Header.Values("X-Forwarded-For"), ","), ",")
@@ -77,6 +75,45 @@ func (a *API) clientAddress(r *http.Request) netip.Addr {
 		}
 	}
 	return from
+}
+
+// peer returns the address that a request comes from directly (none for a Unix
+// socket), and whether to believe what it says of who sent the request.
+func (a *API) peer(r *http.Request) (from netip.Addr, believed bool) {
+	peer, err := netip.ParseAddrPort(r.RemoteAddr)
+	if err != nil {
+		return netip.Addr{}, true
+	}
+	from = peer.Addr().Unmap()
+	return from, a.trusted(from)
+}
+
+// checkPrivate refuses to deal with accounts if somebody between the client and the
+// service can read along: over plain HTTP, unless it is at a loopback name.
+func (a *API) checkPrivate(r *http.Request, op *openapi3.Operation) error {
+	switch op.Tags[0] {
+	case "login", "me":
+	default:
+		return nil
+	}
+	if a.Insecure || a.encrypted(r) || netaddr.LoopbackName(r.Host) {
+		return nil
+	}
+	return fault.New(fault.PermissionDenied, "passwords and sessions do not go over plain HTTP: use HTTPS, or a loopback name such as localhost")
+}
+
+// encrypted reports whether the client sent the request over HTTPS.
+func (a *API) encrypted(r *http.Request) bool {
+	if r.TLS != nil {
+		return true
+	}
+	if _, believed := a.peer(r); !believed {
+		return false
+	}
+	hops := r.Header.Values("X-Forwarded-Proto")
+	return len(hops) > 0 && !slices.ContainsFunc(strings.Split(strings.Join(hops, ","), ","), func(hop string) bool {
+		return !strings.EqualFold(strings.TrimSpace(hop), "https")
+	})
 }
 
 // addressText is clientAddress as text; empty: this machine's, by a socket.

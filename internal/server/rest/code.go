@@ -114,7 +114,6 @@ func (a *API) RunCode(w http.ResponseWriter, r *http.Request, sandbox rest.Sandb
 	}
 	h := w.Header()
 	h.Set("Content-Type", "application/x-ndjson")
-	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Cache-Control", "no-store")
 	w.WriteHeader(http.StatusOK)
 	flush := http.NewResponseController(w)

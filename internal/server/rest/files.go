@@ -128,7 +128,6 @@ func (a *API) ReadFile(w http.ResponseWriter, r *http.Request, sandbox rest.Sand
 	}
 	h := w.Header()
 	h.Set("Content-Type", "application/octet-stream")
-	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Accept-Ranges", "bytes")
 	switch {
 	case partial && size >= 0:
@@ -255,6 +254,5 @@ func (a *API) ReadArchive(w http.ResponseWriter, r *http.Request, sandbox rest.S
 	}
 	defer stream.Close()
 	w.Header().Set("Content-Type", "application/x-tar")
-	w.Header().Set("X-Content-Type-Options", "nosniff")
 	a.copyOut(w, r, stream)
 }

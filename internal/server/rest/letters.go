@@ -76,7 +76,6 @@ func renderLetterPages(publicURL string) (letterPages, error) {
 func (p letterPages) serve(w http.ResponseWriter, page []byte) {
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
 	w.Header().Set("Content-Security-Policy", p.policy)
-	w.Header().Set("Referrer-Policy", "no-referrer")
 	_, _ = w.Write(page)
 }
 

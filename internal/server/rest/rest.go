@@ -72,6 +72,8 @@ type Config struct {
 	// PublicURL is where clients reach the service, Domain what sandboxes'
 	// host names end with.
 	PublicURL, Domain string
+	// Insecure lets people log in over plain HTTP at any name.
+	Insecure bool
 	// Memory bounds what requests take.
 	Memory *budget.Budget
 	// Crowd bounds how many of somebody are under way.

@@ -263,8 +263,6 @@ func (a *API) GetSandboxLogs(w http.ResponseWriter, r *http.Request, sandbox res
 		a.Fail(w, r, err)
 		return
 	}
-	// The guest's own bytes: no browser is to take them for anything else.
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-	w.Header().Set("X-Content-Type-Options", "nosniff")
 	_, _ = w.Write(console)
 }
