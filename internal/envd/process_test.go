@@ -21,6 +21,7 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
+	"github.com/wrenn-dev/wrenn/internal/envd/process"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
 )
@@ -259,7 +260,7 @@ func TestProcessRefused(t *testing.T) {
 	wantCode(t, "terminal", err, connect.CodeInvalidArgument)
 	// What was refused leaves nothing.
 	if g.cgroup != "" {
-		if n := children(t, g.cgroup); n != 0 {
+		if n := children(t, g.cgroup); n > prepared {
 			t.Errorf("%d cgroups are left", n)
 		}
 	}
@@ -273,6 +274,9 @@ func TestProcessRefused(t *testing.T) {
 		t.Errorf("root starts in %q", got)
 	}
 }
+
+// prepared is how many control groups wait for a process, at most.
+const prepared = 1
 
 func children(t *testing.T, dir string) (n int) {
 	t.Helper()
@@ -515,7 +519,7 @@ func TestProcessKillDescendants(t *testing.T) {
 	}
 	await.Until(t, "removal of cgroups", func() bool {
 		g.start("", &pb.StartRequest{Process: sh("true")}).wait()
-		return children(t, g.cgroup) <= 1
+		return children(t, g.cgroup) <= 1+prepared
 	})
 }
 
@@ -793,7 +797,63 @@ func TestProcessMany(t *testing.T) {
 	await.Until(t, "descriptors and goroutines to go", func() bool { return fds() <= before+2 && runtime.NumGoroutine() <= goroutines+4 })
 	if g.cgroup != "" {
 		// A group is removed after the end of its process has been reported.
-		await.Until(t, "control groups to go", func() bool { return children(t, g.cgroup) == 0 })
+		await.Until(t, "control groups to go", func() bool { return children(t, g.cgroup) <= prepared })
+	}
+}
+
+// Root in the guest may remove any empty group, the prepared one too.
+func TestProcessGroupRemoved(t *testing.T) {
+	g := boot(t)
+	if g.cgroup == "" {
+		t.Skip("needs a cgroup2 mount")
+	}
+	for range 3 {
+		await.Until(t, "a prepared control group", func() bool { return children(t, g.cgroup) == prepared })
+		entries, err := os.ReadDir(g.cgroup)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range entries {
+			if e.IsDir() {
+				if err := os.Remove(filepath.Join(g.cgroup, e.Name())); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if p := g.start("", &pb.StartRequest{Process: sh("echo $(($$ > 0))")}).wait(); p.stdout.String() != "1\n" || p.end.GetExitCode() != 0 {
+			t.Errorf("%q, %v", &p.stdout, p.end)
+		}
+	}
+}
+
+// A caller who wants the outcome alone gets the start event with the next one.
+func TestProcessHeldStart(t *testing.T) {
+	g := boot(t)
+	req := as("", &pb.StartRequest{Process: sh("echo first; cat"), Stdin: new(true), Tag: new("held")})
+	req.Header().Set(process.HoldStartHeader, "1")
+	stream, err := g.process.Start(await.Context(t), req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stream.Close()
+	var got []string
+	for stream.Receive() {
+		switch e := stream.Msg().GetEvent().GetEvent().(type) {
+		case *pb.ProcessEvent_Start:
+			got = append(got, "start")
+		case *pb.ProcessEvent_Data:
+			got = append(got, string(e.Data.GetStdout()))
+			// It reaches a caller although the process goes on.
+			in := &pb.CloseStdinRequest{Process: &pb.ProcessSelector{Selector: &pb.ProcessSelector_Tag{Tag: "held"}}}
+			if _, err := g.process.CloseStdin(t.Context(), as("", in)); err != nil {
+				t.Fatal(err)
+			}
+		case *pb.ProcessEvent_End:
+			got = append(got, e.End.GetStatus())
+		}
+	}
+	if want := []string{"start", "first\n", "exit status 0"}; stream.Err() != nil || !slices.Equal(got, want) {
+		t.Errorf("got %q, %v", got, stream.Err())
 	}
 }
 

@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -34,13 +35,13 @@ type Account struct {
 }
 
 // Lookup finds a user by name, or by uid where no user has the number for a
-// name. The tables are read afresh: the guest's users may change. An image may
+// name. The tables are read afresh if they changed. An image may
 // have none: root is always there, and a number that is no user's is one whose
 // group is root's and whose home is "/", as container runtimes have it. As they
 // have it, too, a group behind a colon, by name or number, is the user's only one.
-func Lookup(name string) (*Account, error) {
-	return lookup(name, "/etc/passwd", "/etc/group")
-}
+func Lookup(name string) (*Account, error) { return known.lookup(name) }
+
+var known = cache{passwd: "/etc/passwd", group: "/etc/group", settled: time.Second}
 
 func lookup(name, passwd, group string) (*Account, error) {
 	user, in, ok := strings.Cut(name, ":")

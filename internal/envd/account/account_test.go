@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -60,6 +61,66 @@ func TestLookup(t *testing.T) {
 		if a, err := lookup(name, passwd, group); !errors.Is(err, ErrUnknown) {
 			t.Errorf("%q is %+v, %v", name, a, err)
 		}
+	}
+}
+
+func TestCache(t *testing.T) {
+	passwd, group := tables(t)
+	c := &cache{passwd: passwd, group: group}
+	see := func(want uint32, groups ...uint32) {
+		t.Helper()
+		a, err := c.lookup("user")
+		if err != nil || a.UID != want || !slices.Equal(a.Groups, groups) {
+			t.Errorf("user is %+v, %v, want %d and %d", a, err, want, groups)
+		}
+		a.Groups[0] = 4711 // It is the caller's own.
+	}
+	see(1000, 1000, 27)
+	if _, ok := c.kept["user"]; !ok {
+		t.Error("an account of tables that have not changed is not kept")
+	}
+	see(1000, 1000, 27)
+	// A change of either table, whatever its length and its time, and a removal.
+	was, err := os.Stat(passwd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	replace := func(file, from, to string) {
+		t.Helper()
+		b, err := os.ReadFile(file)
+		if err == nil {
+			err = os.WriteFile(file+".new", []byte(strings.ReplaceAll(string(b), from, to)), 0o600)
+		}
+		if err == nil {
+			err = os.Chtimes(file+".new", was.ModTime(), was.ModTime())
+		}
+		if err == nil {
+			err = os.Rename(file+".new", file)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	replace(passwd, "user:x:1000:", "user:x:1001:")
+	see(1001, 1000, 27)
+	replace(group, "sudo:x:27:user", "sudo:x:28:user")
+	see(1001, 1000, 28)
+	replace(passwd, "user:x:1001:", "gone:x:1001:")
+	if a, err := c.lookup("user"); !errors.Is(err, ErrUnknown) {
+		t.Errorf("a user who was removed is %+v, %v", a, err)
+	}
+	for i := range 2 * maxKept {
+		if _, err := c.lookup(fmt.Sprint(2000 + i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(c.kept) > maxKept {
+		t.Errorf("%d accounts are kept", len(c.kept))
+	}
+	// Tables that changed just now could change again without a trace.
+	c = &cache{passwd: passwd, group: group, settled: time.Hour}
+	if _, err := c.lookup("root"); err != nil || len(c.kept) != 0 {
+		t.Errorf("%v; kept: %v", err, c.kept)
 	}
 }
 

@@ -22,9 +22,11 @@ import (
 type Tree struct {
 	path string
 
-	mu    sync.Mutex
-	next  int
-	stale map[string]struct{} // groups whose process has ended and that may still hold descendants
+	mu     sync.Mutex
+	next   int
+	ready  *Group // made ahead for New; nil: none
+	closed bool
+	stale  map[string]struct{} // groups whose process has ended and that may still hold descendants
 }
 
 // Open makes or takes over the group at path, which must lie in a cgroup2 file
@@ -71,10 +73,33 @@ type Group struct {
 	dir  *os.File
 }
 
-// New makes an empty group.
+// New returns an empty group that nobody has used: the one that Prepare made, or
+// a new one.
 func (t *Tree) New() (*Group, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if g := t.ready; g != nil {
+		t.ready = nil
+		return g, nil
+	}
+	return t.make()
+}
+
+// Prepare makes the group that New returns next, so that starting a process
+// does not wait for the kernel to make one. A failure shows in New.
+func (t *Tree) Prepare() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.ready != nil || t.closed {
+		return
+	}
+	if g, err := t.make(); err == nil {
+		t.ready = g
+	}
+}
+
+// make makes an empty group. t.mu is held.
+func (t *Tree) make() (*Group, error) {
 	// Groups that were not empty when their process ended are tried again here,
 	// which bounds them without a timer.
 	for name := range t.stale {
@@ -135,6 +160,13 @@ func (g *Group) Kill() error {
 	return os.WriteFile(filepath.Join(g.dir.Name(), "cgroup.kill"), []byte("1"), 0)
 }
 
+// Gone reports whether the group was removed, which root in the guest can do
+// while nothing lives in it. Nothing can be started in it then.
+func (g *Group) Gone() bool {
+	_, err := os.Stat(g.dir.Name())
+	return errors.Is(err, fs.ErrNotExist)
+}
+
 // Close lets go of the group. It is removed as soon as nothing lives in it.
 func (g *Group) Close() {
 	_ = g.dir.Close()
@@ -190,6 +222,11 @@ func (t *Tree) Close(ctx context.Context) error {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.closed = true
+	if t.ready != nil {
+		_ = t.ready.dir.Close()
+		t.ready = nil
+	}
 	if !removeTree(t.path) {
 		return fmt.Errorf("remove %s: %w", t.path, unix.EBUSY)
 	}

@@ -74,6 +74,46 @@ func TestGroup(t *testing.T) {
 	g2.Close()
 }
 
+func TestPrepare(t *testing.T) {
+	tr := tree(t)
+	tr.Prepare()
+	tr.Prepare() // There is one already.
+	entries, err := os.ReadDir(tr.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var groups []string
+	for _, e := range entries {
+		if e.IsDir() {
+			groups = append(groups, e.Name())
+		}
+	}
+	one, err := tr.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(groups) != 1 || one.name != groups[0] {
+		t.Errorf("prepared %q, got %q", groups, one.name)
+	}
+	two, err := tr.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if two.name == one.name {
+		t.Error("two processes share a group")
+	}
+	tr.Prepare()
+	two.Close()
+	one.Close()
+	if err := tr.Close(t.Context()); err != nil {
+		t.Error(err)
+	}
+	tr.Prepare() // It is closed: nothing may come back.
+	if _, err := os.Stat(tr.path); err == nil {
+		t.Error("a closed tree is there again")
+	}
+}
+
 func TestFreeze(t *testing.T) {
 	tr := tree(t)
 	// An empty tree freezes too.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"strconv"
 	"sync"
 	"syscall"
@@ -31,6 +32,7 @@ type process struct {
 	started time.Time
 	os      *os.Process
 	group   *cgroup.Group // nil without cgroups
+	pidfd   *os.File      // readable once the process has ended; nil where the kernel has none
 
 	stdin     *os.File // nil: not open
 	tty       *os.File // the terminal's master side; nil: no terminal
@@ -84,23 +86,46 @@ func (p *process) run(timeout time.Duration, outputs []output) {
 	p.end = p.endEvent(state, err)
 	close(p.ended)
 	if p.group != nil {
+		// Those who wait for the end come first, even with one processor.
+		runtime.Gosched()
 		p.group.Close()
+		p.svc.cfg.Tree.Prepare()
 	}
 }
 
 // wait returns when the process has ended. Until it is reaped its pid is its
 // own, so reaping happens under the lock that signals are sent under.
 func (p *process) wait() (*os.ProcessState, error) {
-	for {
-		err := unix.Waitid(unix.P_PID, int(p.pid), nil, unix.WEXITED|unix.WNOWAIT, nil)
-		if err != unix.EINTR {
-			break
+	if p.pidfd == nil || !p.awaitPidfd() {
+		for {
+			err := unix.Waitid(unix.P_PID, int(p.pid), nil, unix.WEXITED|unix.WNOWAIT, nil)
+			if err != unix.EINTR {
+				break
+			}
 		}
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.exited = true
 	return p.os.Wait()
+}
+
+// awaitPidfd returns true when the process has ended, and false if the kernel
+// cannot poll a pidfd. It occupies no thread, as a blocking call would.
+func (p *process) awaitPidfd() bool {
+	defer p.pidfd.Close()
+	c, err := p.pidfd.SyscallConn()
+	if err != nil {
+		return false
+	}
+	ended := false
+	err = c.Read(func(fd uintptr) bool {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		n, err := unix.Poll(fds, 0)
+		ended = n == 1 && err == nil
+		return ended || err != nil && err != unix.EINTR
+	})
+	return err == nil && ended
 }
 
 func (p *process) endEvent(state *os.ProcessState, err error) *pb.ProcessEvent {
@@ -250,12 +275,17 @@ const (
 	graceBytes = 1 << 20
 )
 
+// buffers are what pumps read into.
+var buffers = sync.Pool{New: func() any { return new([chunk]byte) }}
+
 // pump publishes what comes out of o and calls flushed when all that the
 // process itself wrote has been published. After that it swallows what
 // descendants still write, so that they neither block nor die of SIGPIPE.
 func (p *process) pump(o output, flushed func()) {
 	defer o.r.Close()
-	buf := make([]byte, chunk)
+	pooled := buffers.Get().(*[chunk]byte)
+	defer buffers.Put(pooled)
+	buf := pooled[:]
 	publish := func(n int) {
 		if n > 0 {
 			p.publish(&pb.ProcessEvent{Event: &pb.ProcessEvent_Data{Data: o.wrap(append([]byte(nil), buf[:n]...))}})
@@ -481,5 +511,11 @@ func (s *Service) remove(p *process) {
 // resetOOM makes the kernel as ready to kill the process as any other: the
 // daemon itself is spared when memory runs out, and its children inherit that.
 func resetOOM(pid int) {
-	_ = os.WriteFile("/proc/"+strconv.Itoa(pid)+"/oom_score_adj", []byte("0"), 0)
+	// Not os.WriteFile, which asks the kernel twice as much: this delays every start.
+	fd, err := unix.Open("/proc/"+strconv.Itoa(pid)+"/oom_score_adj", unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return
+	}
+	_, _ = unix.Write(fd, []byte("0"))
+	_ = unix.Close(fd)
 }

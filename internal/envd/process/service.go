@@ -30,6 +30,9 @@ const (
 	TimeoutHeader = "Process-Timeout"
 	// KeepaliveHeader is a request header of streams: seconds between keepalives.
 	KeepaliveHeader = "Keepalive-Ping-Interval"
+	// HoldStartHeader is a request header of Start: if it is there, the start event
+	// comes with the event after it, for callers who only want to know the outcome.
+	HoldStartHeader = "Process-Hold-Start"
 
 	defaultKeepalive = 90 * time.Second
 	maxMessage       = 32 << 20 // bytes of one request message
@@ -66,12 +69,16 @@ type Service struct {
 
 // New makes a service without processes.
 func New(cfg Config) *Service {
+	if cfg.Tree != nil {
+		cfg.Tree.Prepare()
+	}
 	return &Service{cfg: cfg, patience: 30 * time.Second, byPID: map[uint32]*process{}}
 }
 
 // Handler returns the path to mount the service at, and its handler.
 func (s *Service) Handler(opts ...connect.HandlerOption) (string, http.Handler) {
-	return processconnect.NewProcessHandler(s, append(opts, connect.WithReadMaxBytes(maxMessage))...)
+	path, h := processconnect.NewProcessHandler(s, append(opts, connect.WithReadMaxBytes(maxMessage))...)
+	return path, withFlusher(h)
 }
 
 // Close kills every process, and with cgroups their descendants too, and waits
@@ -128,9 +135,9 @@ func (s *Service) Start(ctx context.Context, req *connect.Request[pb.StartReques
 	if err != nil {
 		return fault.Connect(err)
 	}
-	return p.follow(ctx, sub, every, func(e *pb.ProcessEvent) error {
+	return p.follow(ctx, sub, every, paced(ctx, req.Header().Get(HoldStartHeader) != "", func(e *pb.ProcessEvent) error {
 		return stream.Send(&pb.StartResponse{Event: e})
-	})
+	}))
 }
 
 // Connect implements processconnect.ProcessHandler.
@@ -147,9 +154,9 @@ func (s *Service) Connect(ctx context.Context, req *connect.Request[pb.ConnectRe
 	if err != nil {
 		return err
 	}
-	return p.follow(ctx, sub, every, func(e *pb.ProcessEvent) error {
+	return p.follow(ctx, sub, every, paced(ctx, false, func(e *pb.ProcessEvent) error {
 		return stream.Send(&pb.ConnectResponse{Event: e})
-	})
+	}))
 }
 
 // Update implements processconnect.ProcessHandler.

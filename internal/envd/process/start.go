@@ -41,12 +41,11 @@ func (s *Service) start(who *account.Account, req *pb.StartRequest, timeout time
 			return nil, nil, invalid("the command has a NUL byte")
 		}
 	}
-	dir, err := workdir(who, config.GetCwd(), defaults.Workdir)
-	if err != nil {
-		return nil, nil, err
-	}
-	var path string
+	var dir, path string
 	if err := who.Do(func() error {
+		if dir, err = workdir(who, config.GetCwd(), defaults.Workdir); err != nil {
+			return err
+		}
 		path, err = find(config.GetCmd(), dir, env["PATH"])
 		return err
 	}); err != nil {
@@ -77,6 +76,9 @@ func (s *Service) start(who *account.Account, req *pb.StartRequest, timeout time
 		if p.stdin != nil {
 			_ = p.stdin.Close()
 		}
+		if p.pidfd != nil {
+			_ = p.pidfd.Close()
+		}
 		if p.group != nil {
 			p.group.Close()
 		}
@@ -101,11 +103,24 @@ func (s *Service) start(who *account.Account, req *pb.StartRequest, timeout time
 	if !s.enter() {
 		return nil, nil, connect.NewError(connect.CodeUnavailable, errors.New("the daemon is stopping"))
 	}
-	if p.os, err = launch(path, argv, attr, p.group); err != nil {
+	pidfd := -1
+	sys.PidFD = &pidfd
+	p.os, err = launch(path, argv, attr, p.group)
+	if err != nil && p.group != nil && p.group.Gone() {
+		// Somebody with root's rights in the guest removed the prepared group.
+		p.group.Close()
+		if p.group, err = s.cfg.Tree.New(); err == nil {
+			p.os, err = launch(path, argv, attr, p.group)
+		}
+	}
+	if err != nil {
 		s.wg.Done()
 		return nil, nil, explain(config.GetCmd(), err)
 	}
 	started = true
+	if pidfd >= 0 && setNonblock(pidfd) == nil {
+		p.pidfd = os.NewFile(uintptr(pidfd), "pidfd")
+	}
 	p.pid = uint32(p.os.Pid)
 	resetOOM(p.os.Pid)
 	sub := newSubscriber()
@@ -171,30 +186,41 @@ func (p *process) open(req *pb.StartRequest) (files []*os.File, outputs []output
 			}
 		}
 	}()
-	pipe := func() (r, w *os.File, err error) {
-		if r, w, err = os.Pipe(); err != nil {
+	// Not os.Pipe, which would have the process's end polled too.
+	pipe := func(own int) (r, w *os.File, err error) {
+		var fds [2]int
+		if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
 			return nil, nil, fmt.Errorf("make pipe: %w", err)
 		}
+		if err := setNonblock(fds[own]); err != nil {
+			_, _ = unix.Close(fds[0]), unix.Close(fds[1])
+			return nil, nil, fmt.Errorf("make pipe: %w", err)
+		}
+		r, w = os.NewFile(uintptr(fds[0]), "|0"), os.NewFile(uintptr(fds[1]), "|1")
 		opened = append(opened, r, w)
 		return r, w, nil
 	}
+	const reader, writer = 0, 1
 	var in *os.File
 	if req.Stdin == nil || *req.Stdin {
 		var w *os.File
-		if in, w, err = pipe(); err != nil {
+		if in, w, err = pipe(writer); err != nil {
 			return nil, nil, err
 		}
 		p.stdin = w
-	} else if in, err = os.Open(os.DevNull); err != nil {
-		return nil, nil, err
 	} else {
+		fd, err := unix.Open(os.DevNull, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return nil, nil, fmt.Errorf("open %s: %w", os.DevNull, err)
+		}
+		in = os.NewFile(uintptr(fd), os.DevNull)
 		opened = append(opened, in)
 	}
-	outR, outW, err := pipe()
+	outR, outW, err := pipe(reader)
 	if err != nil {
 		return nil, nil, err
 	}
-	errR, errW, err := pipe()
+	errR, errW, err := pipe(reader)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -206,6 +232,12 @@ func (p *process) open(req *pb.StartRequest) (files []*os.File, outputs []output
 			return &pb.ProcessEvent_DataEvent{Output: &pb.ProcessEvent_DataEvent_Stderr{Stderr: b}}
 		}},
 	}, nil
+}
+
+// setNonblock lets the runtime poll a descriptor that has no other flags.
+func setNonblock(fd int) error {
+	_, err := unix.FcntlInt(uintptr(fd), unix.F_SETFL, unix.O_NONBLOCK)
+	return err
 }
 
 // environment merges what the user, the sandbox and the request say, in this

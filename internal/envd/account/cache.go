@@ -1,0 +1,76 @@
+package account
+
+import (
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxKept bounds the accounts that are kept.
+const maxKept = 64
+
+// cache keeps accounts for as long as the two tables stay as they are.
+type cache struct {
+	passwd, group string
+	// settled is how long a table must not have changed before an account is kept:
+	// two changes within one tick of the kernel's clock leave the same times.
+	settled time.Duration
+
+	mu   sync.Mutex
+	of   [2]version // the tables that kept is of
+	kept map[string]Account
+}
+
+// version tells one content of a file from another. It is zero if there is no file.
+type version struct {
+	dev, ino     uint64
+	size         int64
+	mtime, ctime unix.Timespec
+}
+
+func versionOf(file string) version {
+	var st unix.Stat_t
+	if unix.Stat(file, &st) != nil {
+		return version{}
+	}
+	return version{uint64(st.Dev), st.Ino, st.Size, st.Mtim, st.Ctim}
+}
+
+func (c *cache) lookup(name string) (*Account, error) {
+	// Before the tables are read: if they change meanwhile, the next lookup sees it.
+	of := [2]version{versionOf(c.passwd), versionOf(c.group)}
+	c.mu.Lock()
+	if c.of != of {
+		c.of, c.kept = of, nil
+	}
+	a, ok := c.kept[name]
+	c.mu.Unlock()
+	if ok {
+		a.Groups = slices.Clone(a.Groups)
+		return &a, nil
+	}
+	found, err := lookup(name, c.passwd, c.group)
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now()
+	for _, v := range of {
+		// A clock that was put back makes the age negative, which tells nothing.
+		if age := now.Sub(time.Unix(v.ctime.Unix())); age < c.settled {
+			return found, nil
+		}
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.of == of {
+		if c.kept == nil || len(c.kept) >= maxKept {
+			c.kept = make(map[string]Account)
+		}
+		keep := *found
+		keep.Groups = slices.Clone(found.Groups)
+		c.kept[name] = keep
+	}
+	return found, nil
+}

@@ -1,0 +1,55 @@
+package process
+
+import (
+	"context"
+	"net/http"
+
+	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
+)
+
+// flusher is a ResponseWriter whose flushes its handler can hold back, so that
+// what belongs together leaves in one packet. One goroutine uses it.
+type flusher struct {
+	http.ResponseWriter
+	held bool
+}
+
+type flusherKey struct{}
+
+// withFlusher gives next's requests a flusher.
+func withFlusher(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		f := &flusher{ResponseWriter: w}
+		next.ServeHTTP(f, r.WithContext(context.WithValue(r.Context(), flusherKey{}, f)))
+	})
+}
+
+// Flush implements [http.Flusher], which streams need.
+func (f *flusher) Flush() {
+	if !f.held {
+		_ = http.NewResponseController(f.ResponseWriter).Flush()
+	}
+}
+
+// Unwrap lets an [http.ResponseController] reach the connection.
+func (f *flusher) Unwrap() http.ResponseWriter { return f.ResponseWriter }
+
+// paced returns send, which holds back the start event if holdStart says so, and
+// the end event, which leaves with the end of the stream when the handler returns.
+func paced(ctx context.Context, holdStart bool, send func(*pb.ProcessEvent) error) func(*pb.ProcessEvent) error {
+	f, ok := ctx.Value(flusherKey{}).(*flusher)
+	if !ok {
+		return send
+	}
+	return func(e *pb.ProcessEvent) error {
+		switch e.GetEvent().(type) {
+		case *pb.ProcessEvent_Start:
+			f.held = holdStart
+		case *pb.ProcessEvent_End:
+			f.held = true
+		default:
+			f.held = false
+		}
+		return send(e)
+	}
+}
