@@ -510,7 +510,11 @@ func (s *service) ExecStream(ctx context.Context, stream *connect.BidiStream[pb.
 	defer use.End()
 	run, cancel := context.WithCancelCause(use.Context)
 	defer cancel(nil)
-	p, err := use.Guest.Start(run, cmd, terminal, start.GetStdin())
+	begin := func() (*guest.Process, error) { return use.Guest.Start(run, cmd, terminal, start.GetStdin()) }
+	if stream.RequestHeader().Get(hostwire.OutcomeOnly) != "" && terminal == nil && !start.GetStdin() {
+		begin = func() (*guest.Process, error) { return use.Guest.StartForOutcome(run, cmd) }
+	}
+	p, err := begin()
 	if err != nil {
 		return s.fault(ctx, "exec", ofUse(use, err))
 	}
@@ -587,10 +591,13 @@ func feed(stream *connect.BidiStream[pb.ExecStreamRequest, pb.ExecStreamResponse
 	}
 }
 
-// relay passes on what a process prints, and its end.
+// relay passes on that a process has started, if that was asked for, what it
+// prints, and its end.
 func relay(stream *connect.BidiStream[pb.ExecStreamRequest, pb.ExecStreamResponse], p *guest.Process) error {
-	if err := stream.Send(&pb.ExecStreamResponse{Message: &pb.ExecStreamResponse_Started_{Started: &pb.ExecStreamResponse_Started{Pid: p.PID}}}); err != nil {
-		return err
+	if p.PID != 0 {
+		if err := stream.Send(&pb.ExecStreamResponse{Message: &pb.ExecStreamResponse_Started_{Started: &pb.ExecStreamResponse_Started{Pid: p.PID}}}); err != nil {
+			return err
+		}
 	}
 	for {
 		out, err := p.Next()

@@ -6,6 +6,10 @@ package hostwire
 // has no code for that.
 const ErrorReason = "Wrenn-Error-Reason"
 
+// OutcomeOnly is a request header of ExecStream: if it is there, the caller does
+// not need the started message, and the agent leaves it out.
+const OutcomeOnly = "Wrenn-Outcome-Only"
+
 // CaptureLimit is the [ErrorReason] of a sandbox that was captured as often as
 // it can be.
 const CaptureLimit = "capture_limit"

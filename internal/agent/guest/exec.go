@@ -15,8 +15,8 @@ import (
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
+	"github.com/wrenn-dev/wrenn/internal/backoff"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
-
 	"github.com/wrenn-dev/wrenn/internal/text"
 )
 
@@ -30,6 +30,10 @@ const (
 	patience = 15 * time.Second
 	// lastRites bounds the kill of a command that nobody waits for any more.
 	lastRites = 10 * time.Second
+	// startsWithin is how long a guest that knows nothing of a process may yet start it.
+	startsWithin = 2 * time.Second
+	// lastWords bounds the wait for the end of a stream whose command has ended.
+	lastWords = time.Second
 )
 
 // Command is what to run.
@@ -64,7 +68,7 @@ func (t *Terminal) pty() *pb.PTY {
 
 // Process is a command that runs in the guest.
 type Process struct {
-	// PID is the command's process id in the guest.
+	// PID is the command's process id in the guest; 0 if only the outcome was asked for.
 	PID uint32
 
 	c        *Client
@@ -73,7 +77,9 @@ type Process struct {
 	stream   *connect.ServerStreamForClient[pb.StartResponse]
 	ctx      context.Context
 	cancel   context.CancelFunc
+	started  bool // the guest said so
 	ended    bool
+	exited   bool // the guest said so: only the end of its answer is missing
 	deadline bool // the guest was given a time limit
 }
 
@@ -87,6 +93,35 @@ type Output struct {
 // Start starts a command; with a terminal, or with its standard input open or
 // empty. The caller calls [Process.Close] in the end.
 func (c *Client) Start(ctx context.Context, cmd Command, terminal *Terminal, stdin bool) (*Process, error) {
+	p, err := c.request(ctx, cmd, terminal, stdin, false)
+	if err != nil {
+		return nil, err
+	}
+	for p.stream.Receive() {
+		switch e := p.stream.Msg().GetEvent().GetEvent().(type) {
+		case *pb.ProcessEvent_Start:
+			p.PID, p.started = e.Start.GetPid(), true
+			return p, nil
+		case *pb.ProcessEvent_Keepalive:
+		default:
+			p.Close()
+			return nil, unreadable(ctx, errors.New("a process had no start"))
+		}
+	}
+	err = p.broken()
+	p.Close()
+	return nil, err
+}
+
+// StartForOutcome starts a command without input of which the caller wants the
+// output and the exit only: the guest need not say first that it runs. Why it
+// cannot run is the error of [Process.Next].
+func (c *Client) StartForOutcome(ctx context.Context, cmd Command) (*Process, error) {
+	return c.request(ctx, cmd, nil, false, true)
+}
+
+// request asks the guest to start a command.
+func (c *Client) request(ctx context.Context, cmd Command, terminal *Terminal, stdin, hold bool) (*Process, error) {
 	p := &Process{c: c, tag: "agent-" + uuid.NewString(), terminal: terminal != nil, deadline: cmd.Timeout > 0}
 	if cmd.Timeout > 0 {
 		p.ctx, p.cancel = context.WithTimeout(ctx, cmd.Timeout+patience)
@@ -100,6 +135,9 @@ func (c *Client) Start(ctx context.Context, cmd Command, terminal *Terminal, std
 	req := connect.NewRequest(&pb.StartRequest{Process: config, Pty: terminal.pty(), Tag: &p.tag, Stdin: &stdin})
 	// Always there: without it the guest takes the request's own deadline.
 	req.Header().Set(timeoutHeader, strconv.FormatFloat(cmd.Timeout.Seconds(), 'f', 3, 64))
+	if hold {
+		req.Header().Set(holdHeader, "1")
+	}
 	if cmd.User != "" {
 		req.Header().Set("Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(cmd.User+":")))
 	}
@@ -116,25 +154,20 @@ func (c *Client) Start(ctx context.Context, cmd Command, terminal *Terminal, std
 		return nil, fromConnect(p.ctx, err)
 	}
 	p.stream = stream
-	for stream.Receive() {
-		switch e := stream.Msg().GetEvent().GetEvent().(type) {
-		case *pb.ProcessEvent_Start:
-			p.PID = e.Start.GetPid()
-			return p, nil
-		case *pb.ProcessEvent_Keepalive:
-		default:
-			p.Close()
-			return nil, unreadable(ctx, errors.New("a process had no start"))
-		}
-	}
-	err = stream.Err()
+	return p, nil
+}
+
+// broken is why the stream has ended without an exit.
+func (p *Process) broken() error {
+	err := p.stream.Err()
 	if err == nil {
 		err = io.ErrUnexpectedEOF
 	}
 	err = fromConnect(p.ctx, err)
-	p.ended = Said(err) // the guest itself refused: nothing runs
-	p.Close()
-	return nil, err
+	if !p.started && Said(err) {
+		p.ended = true // the guest itself refused: nothing runs
+	}
+	return err
 }
 
 // withoutDeadline is a context that ends with its parent but does not tell when.
@@ -149,6 +182,7 @@ func (p *Process) Next() (Output, error) {
 		return Output{}, io.EOF
 	}
 	for p.stream.Receive() {
+		p.started = true
 		switch e := p.stream.Msg().GetEvent().GetEvent().(type) {
 		case *pb.ProcessEvent_Data:
 			switch d := e.Data.GetOutput().(type) {
@@ -160,23 +194,19 @@ func (p *Process) Next() (Output, error) {
 				return Output{Terminal: d.Pty}, nil
 			}
 		case *pb.ProcessEvent_End:
-			p.ended = true
+			p.ended, p.exited = true, true
 			exit := &Exit{Code: exitCode(e.End), Error: text.Clean(e.End.GetError(), maxError)}
 			exit.TimedOut = p.deadline && exit.Error == timedOut
 			return Output{Exit: exit}, nil
 		}
 	}
-	err := p.stream.Err()
 	if p.deadline && errors.Is(p.ctx.Err(), context.DeadlineExceeded) {
 		// The guest did not manage to kill the command and to say so.
 		p.kill()
 		p.ended = true
 		return Output{Exit: &Exit{Code: 128 + int32(unix.SIGKILL), Error: timedOut, TimedOut: true}}, nil
 	}
-	if err == nil {
-		err = io.ErrUnexpectedEOF
-	}
-	return Output{}, fromConnect(p.ctx, err)
+	return Output{}, p.broken()
 }
 
 // exitCode is the code that a shell would report: the guest daemon's own for a
@@ -257,7 +287,14 @@ func (p *Process) Signal(number int32) error {
 func (p *Process) kill() {
 	ctx, cancel := context.WithTimeout(p.c.life, lastRites)
 	defer cancel()
-	_, _ = p.c.processes.SendSignal(ctx, connect.NewRequest(&pb.SendSignalRequest{Process: p.selector(), Signal: pb.Signal_SIGNAL_SIGKILL}))
+	attempts := backoff.New(firstPause, lastPause)
+	for began := time.Now(); ; {
+		_, err := p.c.processes.SendSignal(ctx, connect.NewRequest(&pb.SendSignalRequest{Process: p.selector(), Signal: pb.Signal_SIGNAL_SIGKILL}))
+		// A process of which the guest has not said anything may be about to start.
+		if p.started || connect.CodeOf(err) != connect.CodeNotFound || time.Since(began) > startsWithin || attempts.Wait(ctx) != nil {
+			return
+		}
+	}
 }
 
 // Close lets go of the process: one that still runs is killed.
@@ -265,6 +302,14 @@ func (p *Process) Close() {
 	if !p.ended {
 		p.kill()
 		p.ended = true
+	}
+	if p.exited {
+		// A connection whose answer was read whole serves the next request too.
+		stop := time.AfterFunc(lastWords, p.cancel)
+		defer stop.Stop()
+		for p.stream.Receive() {
+		}
+		p.exited = false
 	}
 	p.cancel()
 	if p.stream != nil {
@@ -292,7 +337,11 @@ type Result struct {
 
 // Exec runs a command to its end. When ctx ends before, the command is killed.
 func (c *Client) Exec(ctx context.Context, cmd Command, stdin []byte) (Result, error) {
-	p, err := c.Start(ctx, cmd, nil, len(stdin) > 0)
+	start := c.StartForOutcome
+	if len(stdin) > 0 {
+		start = func(ctx context.Context, cmd Command) (*Process, error) { return c.Start(ctx, cmd, nil, true) }
+	}
+	p, err := start(ctx, cmd)
 	if err != nil {
 		return Result{}, err
 	}

@@ -30,6 +30,7 @@ const Port = 49983
 const (
 	tokenHeader   = "X-Access-Token"
 	timeoutHeader = "Process-Timeout"
+	holdHeader    = "Process-Hold-Start"
 
 	// maxReply bounds what the agent keeps of one answer: the guest is not
 	// trusted, nor is its daemon, which its root can replace.

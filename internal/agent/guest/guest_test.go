@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -175,6 +176,33 @@ func TestExec(t *testing.T) {
 				t.Errorf("got %v %.100q %.100q", got.Exit, got.Stdout, got.Stderr)
 			}
 		})
+	}
+}
+
+// A command's connection serves the next one: making one costs the guest more than the request.
+func TestExecKeepsItsConnection(t *testing.T) {
+	c := start(t)
+	var dials atomic.Int32
+	dial := c.transport.DialContext
+	c.transport.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		dials.Add(1)
+		return dial(ctx, network, addr)
+	}
+	for range 5 {
+		if r, err := c.Exec(await.Context(t), sh("echo out; exit 3"), nil); err != nil || r.Code != 3 || string(r.Stdout) != "out\n" {
+			t.Fatalf("%v, %+v", err, r)
+		}
+		p, err := c.Start(await.Context(t), sh("exit 4"), nil, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if out, err := p.Next(); err != nil || out.Exit == nil || out.Exit.Code != 4 || p.PID == 0 {
+			t.Fatalf("%v, %+v, pid %d", err, out, p.PID)
+		}
+		p.Close()
+	}
+	if n := dials.Load(); n > 1 {
+		t.Errorf("10 commands made %d connections", n)
 	}
 }
 

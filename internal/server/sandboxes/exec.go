@@ -11,6 +11,7 @@ import (
 
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/budget"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
@@ -41,6 +42,7 @@ func (s *Service) Exec(ctx context.Context, team, sandbox uuid.UUID, c *hostagen
 func exec(ctx context.Context, agent hostagentv1connect.HostAgentClient, start *hostagentv1.ExecStreamRequest_Start, stdin []byte, held *budget.Held) (*hostagentv1.ExecResponse, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	stream := agent.ExecStream(ctx)
+	stream.RequestHeader().Set(hostwire.OutcomeOnly, "1")
 	fed := make(chan struct{})
 	go func() {
 		defer close(fed)
