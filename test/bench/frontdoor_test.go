@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -40,34 +41,63 @@ func TestFrontDoor(t *testing.T) {
 	d := newDoor(t)
 	d.serve(t)
 	guest := d.guestAddress(t)
-	hops := startNginx(t, net.JoinHostPort(guest, strconv.Itoa(doorPort)))
+	hops, masters := startNginx(t, net.JoinHostPort(guest, strconv.Itoa(doorPort)))
 	var rows [][]string
 	for _, clients := range []int{1, doorClients} {
 		kinds := []struct {
 			name, url string
 			header    []string
 		}{
-			{"Caddy, server, agent", "http://" + d.listen + "/", []string{"Host: " + d.host(), "X-Traffic-Token: " + d.traffic}},
+			{"`wrenn up`: server, agent", "http://" + d.listen + "/", []string{"Host: " + d.host(), "X-Traffic-Token: " + d.traffic}},
 			{"the same, with an API key", "http://" + d.listen + "/", []string{"Host: " + d.host(), "X-API-Key: " + d.key}},
 			{"three nginx", "http://" + hops[2] + "/", nil},
+			{"two nginx", "http://" + hops[1] + "/", nil},
 			{"one nginx", "http://" + hops[0] + "/", nil},
 			{"straight to the guest", fmt.Sprintf("http://%s:%d/", guest, doorPort), nil},
 		}
-		rates, tails := make([][]int64, len(kinds)), make([]sample, len(kinds))
+		rates, tails, costs := make([][]int64, len(kinds)), make([]sample, len(kinds)), make([][]int64, len(kinds))
 		for range doorRounds {
 			for i, k := range kinds { // In turns, because the machine is not the same all the time.
-				rate, p99 := wrk(t, clients, k.url, k.header)
-				rates[i], tails[i] = append(rates[i], rate), append(tails[i], p99)
+				before := processorTime(t, append(masters, d.pid)...)
+				requests, rate, p99 := wrk(t, clients, k.url, k.header)
+				cost := processorTime(t, append(masters, d.pid)...) - before
+				rates[i], tails[i], costs[i] = append(rates[i], rate), append(tails[i], p99), append(costs[i], cost.Microseconds()/requests)
 			}
 		}
 		for i, k := range kinds {
 			rows = append(rows, []string{
-				strconv.Itoa(clients), k.name, strconv.FormatInt(middle(rates[i]), 10), ms(tails[i].mid()),
+				strconv.Itoa(clients), k.name, strconv.FormatInt(middle(rates[i]), 10), ms(tails[i].mid()), fmt.Sprintf("%d µs", middle(costs[i])),
 				times(middle(rates[i]), middle(rates[2])), times(tails[i].mid(), tails[2].mid()),
+				times(middle(rates[i]), middle(rates[3])), times(tails[i].mid(), tails[3].mid()),
 			})
 		}
 	}
-	table("Requests to a sandbox's port", []string{"clients", "through", "requests a second", "99 % within", "requests: this ÷ three nginx", "99 %: this ÷ three nginx"}, rows)
+	table("Requests to a sandbox's port", []string{"clients", "through", "requests a second", "99 % within", "processor time of the proxies, a request", "requests: this ÷ three nginx", "99 %: this ÷ three nginx", "requests: this ÷ two nginx", "99 %: this ÷ two nginx"}, rows)
+}
+
+// processorTime is what the children of processes have used.
+func processorTime(t *testing.T, parents ...int) time.Duration {
+	t.Helper()
+	files, err := filepath.Glob("/proc/[0-9]*/stat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ticks := 0
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			continue // It has ended.
+		}
+		fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
+		if parent, _ := strconv.Atoi(fields[1]); !slices.Contains(parents, parent) {
+			continue
+		}
+		for _, f := range fields[11:13] { // utime and stime
+			n, _ := strconv.Atoi(f)
+			ticks += n
+		}
+	}
+	return time.Duration(ticks) * time.Second / 100 // Linux's USER_HZ
 }
 
 // needs skips a benchmark for which a program is missing.
@@ -92,6 +122,7 @@ func TestCommand(t *testing.T) {
 // door is one `wrenn up` with a sandbox.
 type door struct {
 	listen, key string
+	pid         int // of wrenn up
 	api         *client.Client
 	box         string
 	traffic     string // the sandbox's token
@@ -143,6 +174,7 @@ func newDoor(t *testing.T) *door {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	d.pid = cmd.Process.Pid
 	ready, ended := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -249,11 +281,10 @@ func (d *door) guestAddress(t *testing.T) string {
 }
 
 // startNginx starts three nginx in a row before an upstream and returns their
-// addresses, the nearest to the upstream first.
-func startNginx(t *testing.T, upstream string) []string {
+// addresses, the nearest to the upstream first, and their main processes.
+func startNginx(t *testing.T, upstream string) (hops []string, masters []int) {
 	t.Helper()
 	dir := t.TempDir()
-	var hops []string
 	for n := range 3 {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
@@ -299,14 +330,14 @@ http {
 			time.Sleep(10 * time.Millisecond)
 		}
 		cancel()
-		hops, upstream = append(hops, listen), listen
+		hops, masters, upstream = append(hops, listen), append(masters, cmd.Process.Pid), listen
 	}
-	return hops
+	return hops, masters
 }
 
-// wrk runs wrk with so many clients and returns the requests per second and the
-// 99th percentile of the latency.
-func wrk(t *testing.T, clients int, url string, header []string) (rate int64, p99 time.Duration) {
+// wrk runs wrk with so many clients and returns the requests, how many there were
+// a second, and the 99th percentile of the latency.
+func wrk(t *testing.T, clients int, url string, header []string) (requests, rate int64, p99 time.Duration) {
 	t.Helper()
 	args := []string{"-t1", "-c" + strconv.Itoa(clients), "-d" + strconv.Itoa(doorSeconds) + "s", "--timeout", "30s", "--latency"}
 	for _, h := range header {
@@ -317,18 +348,22 @@ func wrk(t *testing.T, clients int, url string, header []string) (rate int64, p9
 		t.Fatalf("wrk %s: %v: %s", url, err, out)
 	}
 	perSecond := regexp.MustCompile(`Requests/sec:\s+([\d.]+)`).FindSubmatch(out)
+	all := regexp.MustCompile(`(\d+) requests in`).FindSubmatch(out)
 	tail := regexp.MustCompile(`(?m)^\s+99%\s+(\S+)\s*$`).FindSubmatch(out)
-	if perSecond == nil || tail == nil {
+	if perSecond == nil || tail == nil || all == nil {
 		t.Fatalf("wrk printed %s", out)
 	}
 	r, err := strconv.ParseFloat(string(perSecond[1]), 64)
+	if err == nil {
+		requests, err = strconv.ParseInt(string(all[1]), 10, 64)
+	}
 	if err == nil {
 		p99, err = time.ParseDuration(string(tail[1]))
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	return int64(r), p99
+	return requests, int64(r), p99
 }
 
 // commands runs true in the guest through the API and over one ssh connection.
