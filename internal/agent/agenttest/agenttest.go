@@ -25,6 +25,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"github.com/caarlos0/env/v11"
 	"github.com/google/uuid"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -32,6 +33,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
+	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
@@ -121,7 +123,15 @@ func runAgent() error {
 	if err != nil {
 		return err
 	}
+	bounds, err := env.ParseAs[struct {
+		NoSeccomp bool `env:"WRENN_NO_SECCOMP"`
+		Rates     rates.Rates
+	}]()
+	if err != nil {
+		return err
+	}
 	a, err := agent.New(ctx, agent.Config{
+		NoSeccomp: bounds.NoSeccomp, Rates: bounds.Rates,
 		Dir: layout.Dir(os.Getenv("WRENN_DIR")), Token: Token, Accel: os.Getenv("WRENN_VMM_ACCEL"), Envd: os.Getenv("WRENN_ENVD"),
 		DefaultVCPUs: number("WRENN_DEFAULT_VCPUS"), DefaultMemoryMiB: 256, Warm: number("WRENN_WARM"), Hook: hook(layout.Dir(os.Getenv("WRENN_DIR"))),
 		DNS: []netip.Addr{netip.MustParseAddr("192.0.2.53")}, MemoryMiB: memory, LocalRegistries: os.Getenv("WRENN_LOCAL_REGISTRIES") != "", Version: "test",

@@ -69,14 +69,16 @@ func openSelf() (*os.File, error) {
 		return nil, err
 	}
 	info, err := self.Stat()
-	if err == nil && info.Mode()&0o001 != 0 {
+	// The kernel takes /proc/self/coredump_filter away from a process whose program
+	// it may not read.
+	if err == nil && info.Mode()&0o005 == 0o005 {
 		return self, nil
 	}
 	defer self.Close()
 	if err != nil {
 		return nil, err
 	}
-	b, err := os.ReadFile("/proc/self/exe") // only root may run the file itself
+	b, err := os.ReadFile("/proc/self/exe")
 	if err != nil {
 		return nil, err
 	}

@@ -54,6 +54,22 @@ func (l *Launcher) run(limits Limits, script string, files ...*os.File) (string,
 
 var some = Limits{Files: 64, Tasks: 4096}
 
+// TestPrivateProgram: a program that only root may run launches others all the same.
+func TestPrivateProgram(t *testing.T) {
+	l := newLauncher(t)
+	b, err := os.ReadFile("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.self.Close()
+	if l.self, err = sealed("wrenn", b, unix.MFD_EXEC); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := l.run(some, "echo begun"); err != nil || out != "begun" {
+		t.Errorf("%q, %v", out, err)
+	}
+}
+
 func TestExecutesOnce(t *testing.T) {
 	const script = "echo begun; exec /bin/true"
 	if out, err := newLauncher(t).run(some, script); err != nil || out != "begun" {

@@ -1,0 +1,40 @@
+package agent_test
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"connectrpc.com/connect"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
+	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+)
+
+// TestNoSeccompIsShown: the filter that a setting turns off is gone, and the host
+// says so.
+func TestNoSeccompIsShown(t *testing.T) {
+	for setting, want := range map[string]bool{"0": true, "1": false} {
+		t.Run(setting, func(t *testing.T) {
+			h := newHostWith(t, func(h *host) { h.Env["WRENN_NO_SECCOMP"] = setting })
+			sandbox := h.create(t, request())
+			var filters int
+			for line := range strings.Lines(read(fmt.Sprintf("/proc/%d/status", agenttest.QEMU(sandbox)))) {
+				_, _ = fmt.Sscanf(line, "Seccomp_filters:\t%d", &filters)
+			}
+			if filters == 0 || filters > 1 != want { // QEMU's own is one
+				t.Errorf("QEMU has %d filters", filters)
+			}
+			d, err := h.Host(t.Context(), connect.NewRequest(&pb.HostRequest{}))
+			if err != nil {
+				t.Fatal(err)
+			}
+			shown := slices.ContainsFunc(d.Msg.GetProblems(), func(p *pb.Problem) bool { return p.GetKind() == "jail" })
+			if shown == want {
+				t.Errorf("the problems are %v", d.Msg.GetProblems())
+			}
+			h.destroy(t, sandbox)
+		})
+	}
+}
