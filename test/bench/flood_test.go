@@ -20,6 +20,7 @@ const (
 	floodMemory   = 512
 	floodRequests = 400
 	floodWrites   = 200
+	floodRounds   = 3
 	floodPort     = 9000
 )
 
@@ -51,32 +52,57 @@ print(json.dumps(all))
 '`, floodWrites)
 
 // TestFlood measures what a neighbour notices of a guest that takes all it can
-// get, without limits and with those that an agent has unless it is told others.
+// get: without limits, with those that an agent has unless it is told others, and
+// with stricter ones. Of several rounds, those count in which the rest of the
+// machine disturbed least.
 func TestFlood(t *testing.T) {
+	strict := map[string]string{
+		"WRENN_DISK_BYTES_PER_SECOND": "33554432", "WRENN_DISK_OPS_PER_SECOND": "500", "WRENN_NET_BYTES_PER_SECOND": "8388608", "WRENN_NET_PACKETS_PER_SECOND": "1000",
+	}
+	none := map[string]string{}
+	for name := range strict {
+		none[name] = "0"
+	}
 	var rows [][]string
 	for _, limits := range []struct {
 		name string
 		env  map[string]string
 	}{
-		{"none", map[string]string{
-			"WRENN_DISK_BYTES_PER_SECOND": "0", "WRENN_DISK_OPS_PER_SECOND": "0", "WRENN_NET_BYTES_PER_SECOND": "0", "WRENN_NET_PACKETS_PER_SECOND": "0",
-		}},
+		{"none", none},
 		{"as they are", nil},
+		{"32 MiB, 500 operations, 1000 packets", strict},
 	} {
 		h := newHost(t, 4*floodMemory, limits.env)
 		neighbour, guest := h.create(t, floodMemory), h.create(t, floodMemory)
 		h.serveSmall(t, neighbour)
-		for _, f := range floods {
-			stop := h.flood(t, guest, f.script)
-			requests, writes := h.small(t, neighbour), h.writes(t, neighbour)
-			stop()
-			rows = append(rows, []string{limits.name, f.name, ms(requests.mid()), ms(requests.p99()), ms(writes.mid()), ms(writes.p99())})
+		requests, writes := make([]sample, len(floods)), make([]sample, len(floods))
+		for range floodRounds {
+			for i, f := range floods {
+				stop := h.flood(t, guest, f.script)
+				requests[i], writes[i] = calmer(requests[i], h.small(t, neighbour)), calmer(writes[i], h.writes(t, neighbour))
+				stop()
+			}
+		}
+		for i, f := range floods {
+			rows = append(rows, []string{
+				limits.name, f.name,
+				ms(requests[i].mid()), ms(requests[i].p99()), times(requests[i].p99(), requests[0].p99()),
+				ms(writes[i].mid()), ms(writes[i].p99()), times(writes[i].p99(), writes[0].p99()),
+			})
 		}
 		h.destroy(t, guest)
 		h.destroy(t, neighbour)
 	}
 	table(fmt.Sprintf("A guest's %d small requests and %d synced writes of 4 KiB while its neighbour floods the host", floodRequests, floodWrites),
-		[]string{"limits", "the neighbour's flood", "requests, median", "p99", "writes, median", "p99"}, rows)
+		[]string{"limits each second", "the neighbour's flood", "requests, median", "p99", "beside none", "writes, median", "p99", "beside none"}, rows)
+}
+
+// calmer returns the sample with the lower p99.
+func calmer(a, b sample) sample {
+	if a == nil || b.p99() < a.p99() {
+		return b
+	}
+	return a
 }
 
 // p99 is the time that one in a hundred takes longer than.
