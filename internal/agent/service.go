@@ -154,6 +154,17 @@ func ofUse(use *sandbox.Use, err error) error {
 	return err
 }
 
+// ofCall is ofUse for a call that changes something. If a pause cut it off, the
+// error does not say the state, upon which the control plane would call again.
+func ofCall(use *sandbox.Use, err error) error {
+	err = ofUse(use, err)
+	var state *sandbox.StateError
+	if errors.As(err, &state) && state.State != sandbox.Stopping {
+		return connect.NewError(connect.CodeFailedPrecondition, told.New("the sandbox is %s, and was before the call ended: it may have been carried out", state.State))
+	}
+	return err
+}
+
 func message(i sandbox.Info) *pb.Sandbox {
 	m := &pb.Sandbox{
 		SandboxId: id.Format(id.Sandbox, i.ID), TemplateId: id.Format(id.Template, i.Template), TeamId: id.Format(id.Team, i.Team),
@@ -472,7 +483,7 @@ func (s *service) Exec(ctx context.Context, req *connect.Request[pb.ExecRequest]
 	defer use.End()
 	r, err := use.Guest.Exec(use.Context, cmd, req.Msg.GetStdin())
 	if err != nil {
-		return nil, s.fault(ctx, "exec", ofUse(use, err))
+		return nil, s.fault(ctx, "exec", ofCall(use, err))
 	}
 	return connect.NewResponse(&pb.ExecResponse{
 		Stdout: r.Stdout, Stderr: r.Stderr, ExitCode: r.Code, Error: r.Exit.Error, TimedOut: r.TimedOut, Truncated: r.Truncated,
@@ -516,7 +527,7 @@ func (s *service) ExecStream(ctx context.Context, stream *connect.BidiStream[pb.
 	}
 	p, err := begin()
 	if err != nil {
-		return s.fault(ctx, "exec", ofUse(use, err))
+		return s.fault(ctx, "exec", ofCall(use, err))
 	}
 	defer p.Close()
 
@@ -537,7 +548,7 @@ func (s *service) ExecStream(ctx context.Context, stream *connect.BidiStream[pb.
 	cancel(nil)
 	endReceiving(ctx)
 	<-fed
-	return s.fault(ctx, "exec", ofUse(use, err))
+	return s.fault(ctx, "exec", ofCall(use, err))
 }
 
 func size(t *pb.TerminalSize) (*guest.Terminal, error) {
@@ -659,7 +670,7 @@ func (s *service) WriteFile(ctx context.Context, req *connect.Request[pb.WriteFi
 	defer use.End()
 	i, err := use.Guest.Write(use.Context, f.GetUser(), f.GetPath(), bytes.NewReader(content), int64(len(content)))
 	if err != nil {
-		return nil, s.fault(ctx, "write file", ofUse(use, err))
+		return nil, s.fault(ctx, "write file", ofCall(use, err))
 	}
 	return connect.NewResponse(&pb.WriteFileResponse{File: fileInfo(i)}), nil
 }
@@ -741,7 +752,7 @@ func (s *service) WriteFileStream(ctx context.Context, stream *connect.ClientStr
 		if broken != nil && !errors.Is(broken, errEnough) && !errors.Is(broken, os.ErrDeadlineExceeded) && !guest.Said(err) {
 			err = broken // the content broke off, and so did the writing
 		}
-		return nil, s.fault(ctx, "write file", ofUse(use, err))
+		return nil, s.fault(ctx, "write file", ofCall(use, err))
 	}
 	return connect.NewResponse(res), nil
 }

@@ -41,6 +41,9 @@ func TestErrorsAreForClients(t *testing.T) {
 	a := &Agent{log: slog.New(slog.DiscardHandler)}
 	a.cfg.Dir = "/"
 	inner := &fs.PathError{Op: "open", Path: "/var/lib/wrenn/images/x", Err: fs.ErrPermission}
+	pausedLife, pause := context.WithCancelCause(t.Context())
+	pause(&sandbox.StateError{State: sandbox.Paused})
+	paused := &sandbox.Use{Context: pausedLife}
 	for _, tt := range []struct {
 		name string
 		err  error
@@ -58,6 +61,7 @@ func TestErrorsAreForClients(t *testing.T) {
 		{"a host's failure", fmt.Errorf("create: %w", sandbox.ErrStart), connect.CodeUnavailable, "the sandbox did not start", ""},
 		{"a guest's failure", errors.Join(sandbox.ErrGuest, connect.NewError(connect.CodeInvalidArgument, told.New("no such user"))), connect.CodeUnavailable, "the sandbox's guest did not start", hostwire.GuestStart},
 		{"a slow guest", fmt.Errorf("create: %w", sandbox.ErrSlow), connect.CodeUnavailable, "the sandbox's guest did not start in time", hostwire.GuestSlow},
+		{"a call that a pause cut off", ofCall(paused, inner), connect.CodeFailedPrecondition, "the sandbox is paused, and was before the call ended: it may have been carried out", ""},
 		{"state", fmt.Errorf("/var/lib: %w", &sandbox.StateError{State: sandbox.Paused}), connect.CodeFailedPrecondition, "the sandbox is paused", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -69,6 +73,9 @@ func TestErrorsAreForClients(t *testing.T) {
 			var ce *connect.Error
 			if !errors.As(err, &ce) || ce.Code() != tt.code || ce.Message() != tt.want || ce.Meta().Get(hostwire.ErrorReason) != tt.why {
 				t.Errorf("%v, want %v: %s", err, tt.code, tt.want)
+			}
+			if ce != nil && (ce.Meta().Get(stateHeader) != "") != (tt.name == "state") {
+				t.Errorf("the state is %q: the control plane calls again if there is one", ce.Meta().Get(stateHeader))
 			}
 			if strings.Contains(fmt.Sprint(err), "/var/lib") {
 				t.Errorf("the host's folders are in %v", err)

@@ -27,7 +27,14 @@ var (
 	// ErrHTTP2 is why an exchange failed with an upstream that speaks only HTTP/2.
 	// It has not looked at the request.
 	ErrHTTP2 = errors.New("upstream speaks only HTTP/2")
+	// ErrUnsent is wrapped by the error of a request of which nothing was sent.
+	ErrUnsent = errors.New("nothing of the request was sent")
 )
+
+// unsentError wraps [ErrUnsent] too, and does not say so.
+type unsentError struct{ error }
+
+func (u unsentError) Unwrap() []error { return []error{u.error, ErrUnsent} }
 
 var errClosed = errors.New("upstream: the transport is closed")
 
@@ -70,17 +77,25 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	ctx := req.Context()
 	body := newBody(req)
 	var wait func(context.Context) bool
+	untouched := true // Nothing was sent.
+	fail := func(err error) (*http.Response, error) {
+		body.stop()
+		if untouched {
+			err = unsentError{err}
+		}
+		return nil, err
+	}
 	for fresh := false; ; fresh = true {
 		c, err := t.connect(ctx, req.URL.Host, fresh, body.replayable() && idempotent(req))
 		if err != nil {
-			body.stop()
-			return nil, err
+			return fail(err)
 		}
 		resp, err := c.exchange(req, body)
 		if err == nil {
 			return resp, nil
 		}
 		none := c.kill(body.last)
+		untouched = untouched && none
 		switch {
 		case ctx.Err() != nil:
 			err = context.Cause(ctx)
@@ -92,8 +107,7 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 				continue
 			}
 		}
-		body.stop()
-		return nil, err
+		return fail(err)
 	}
 }
 

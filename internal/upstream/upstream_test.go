@@ -357,7 +357,7 @@ func TestNothingWasSent(t *testing.T) {
 		t.Errorf("%q, %v after %d connections", got, err, tries)
 	}
 	tries, s.Redial = 0, nil
-	if _, err := s.do(s.request(t, http.MethodGet, nil)); err == nil || tries != 1 {
+	if _, err := s.do(s.request(t, http.MethodGet, nil)); !errors.Is(err, ErrUnsent) || tries != 1 {
 		t.Errorf("%v after %d connections", err, tries)
 	}
 }

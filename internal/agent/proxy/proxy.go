@@ -157,7 +157,7 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, t target, u *san
 			if r.Context().Err() != nil {
 				panic(http.ErrAbortHandler) // nobody is there to tell
 			}
-			p.fail(w, explain(out.Context(), err, t.port))
+			p.fail(w, explain(out, err, t.port))
 		},
 	}
 	rp.ServeHTTP(w, r.WithContext(u.Context))
@@ -199,14 +199,31 @@ func (p *Proxy) received(resp *http.Response) {
 	p.forwarded.Inc()
 }
 
-// explain makes of a failed request what its client may know.
-func explain(ctx context.Context, err error, port int) error {
+// again says whether a request that failed may be sent once more: the guest has
+// seen nothing of it, or it does no harm to see it twice.
+func again(req *http.Request, err error) bool {
+	if errors.Is(err, upstream.ErrUnsent) {
+		return true
+	}
+	switch req.Method {
+	case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodPut, http.MethodDelete:
+		return req.Body == nil || req.Body == http.NoBody
+	}
+	return false
+}
+
+// explain makes of a failed request what its client may know. Of a sandbox that
+// was paused it returns the state, upon which the control plane sends the request
+// again, only if that may be.
+func explain(req *http.Request, err error, port int) error {
 	var timeout net.Error
-	cause := context.Cause(ctx)
+	cause := context.Cause(req.Context())
 	var state *sandbox.StateError
 	switch {
-	case errors.As(cause, &state):
+	case errors.As(cause, &state) && (state.State == sandbox.Stopping || again(req, err)):
 		return cause
+	case errors.As(cause, &state):
+		return &problem{http.StatusBadGateway, "bad_gateway", fmt.Sprintf("the sandbox is %s, and was before port %d answered: the request may have been carried out", state.State, port)}
 	case errors.Is(cause, sandbox.ErrState), errors.Is(cause, sandbox.ErrClosing):
 		return &problem{http.StatusBadGateway, "bad_gateway", cause.Error()}
 	case errors.Is(err, syscall.ECONNREFUSED):

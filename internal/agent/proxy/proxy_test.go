@@ -36,6 +36,8 @@ type one struct {
 	sandbox uuid.UUID
 	end     context.CancelCauseFunc // ends the sandbox
 	tracker *sandbox.Tracker
+	// transport carries requests to the sandbox.
+	transport *upstream.Transport
 }
 
 func start(t *testing.T) *one {
@@ -49,7 +51,7 @@ func start(t *testing.T) *one {
 	}
 	t.Cleanup(transport.Close)
 	life, end := context.WithCancelCause(t.Context())
-	o := &one{sandbox: uuid.New(), end: end, tracker: sandbox.NewTracker()}
+	o := &one{sandbox: uuid.New(), end: end, tracker: sandbox.NewTracker(), transport: transport}
 	p := New(func(ctx context.Context, u uuid.UUID) (*sandbox.Use, error) {
 		if u != o.sandbox {
 			return nil, fmt.Errorf("%w: no such sandbox", sandbox.ErrNotFound)
@@ -420,6 +422,69 @@ func TestClientGoes(t *testing.T) {
 		t.Error(err)
 	}
 	await.Recv(t, "the guest hears that its client has gone", left)
+}
+
+// TestPauseCutsOff pauses a sandbox under requests. The control plane sends those
+// again that are refused with the state: of the others the guest has seen something.
+func TestPauseCutsOff(t *testing.T) {
+	for _, want := range []struct {
+		method, body string
+		again        bool
+	}{
+		{"GET", "", true}, {"HEAD", "", true}, {"DELETE", "", true}, {"PUT", "", true}, {"OPTIONS", "", true},
+		{"POST", "", false}, {"POST", "a body", false}, {"PUT", "a body", false}, {"PATCH", "", false}, {"DELETE", "a body", false},
+	} {
+		t.Run(want.method+" "+want.body, func(t *testing.T) {
+			o := start(t)
+			arrived := make(chan struct{})
+			port := listen(t, 0, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+				_, _ = io.Copy(io.Discard, r.Body)
+				close(arrived)
+				<-r.Context().Done()
+			}))
+			refused(t, o, port, want.method, want.body, arrived, want.again)
+		})
+	}
+	t.Run("nothing was sent", func(t *testing.T) {
+		o := start(t)
+		dialling := make(chan struct{})
+		o.transport.Dial = func(ctx context.Context, _ string) (net.Conn, error) {
+			close(dialling)
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
+		refused(t, o, 8000, "POST", "a body", dialling, true)
+	})
+}
+
+// refused sends a request, pauses the sandbox at the moment, and checks whether
+// the answer lets the request be sent again.
+func refused(t *testing.T, o *one, port int, method, body string, moment <-chan struct{}, again bool) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(await.Context(t), method, o.URL+o.path(port, "/"), strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		<-moment
+		o.end(&sandbox.StateError{State: sandbox.Paused})
+	}()
+	resp, err := http.DefaultTransport.RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	status, code := http.StatusBadGateway, "bad_gateway"
+	if again {
+		status, code = http.StatusServiceUnavailable, "paused"
+	}
+	if resp.StatusCode != status || resp.Header.Get(ErrorHeader) != code || !again && !strings.Contains(string(b), "may have been carried out") {
+		t.Errorf("%s %s %q, want %d %s", resp.Status, resp.Header.Get(ErrorHeader), b, status, code)
+	}
 }
 
 func FuzzParse(f *testing.F) {
