@@ -24,6 +24,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
 	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
@@ -191,7 +192,7 @@ func importedTemplate(m *pb.ImportTemplateRequest_Start) (t image.Template, err 
 		return t, err
 	}
 	if t.DiskMiB == 0 {
-		t.DiskMiB = image.DefaultDiskMiB
+		t.DiskMiB = hostwire.DefaultDiskMiB
 	}
 	switch {
 	case t.ID == uuid.Nil:

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/wrenn-dev/wrenn/client"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
 // notInNames is what a template's name does not have.
@@ -82,7 +83,7 @@ func (a *app) templateImportCommand() *cobra.Command {
 	f.StringVar(&o.Tag, "tag", "", "the image's name in an archive or folder that has several")
 	f.StringVarP(&o.Username, "username", "u", "", "user of the registry")
 	f.BoolVar(&fromInput, "password-stdin", false, "read the registry's password from standard input")
-	f.IntVar(&o.DiskMiB, "disk", 0, "size of the template's disk in MiB (default 5120)")
+	f.IntVar(&o.DiskMiB, "disk", 0, fmt.Sprintf("size of the template's disk in MiB (default %d)", hostwire.DefaultDiskMiB))
 	f.BoolVar(&o.Inert, "inert", false, "do not start the image's entry point")
 	f.BoolVar(&o.Platform, "platform", false, "make it for every team; for the platform's admins")
 	return cmd

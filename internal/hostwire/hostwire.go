@@ -2,6 +2,10 @@
 // RPCs' definitions do not.
 package hostwire
 
+// DefaultDiskMiB is the size of a template's file system, and so of a sandbox's
+// disk, unless another is asked for. The migrations count with it too.
+const DefaultDiskMiB = 5 << 10
+
 // ErrorReason is, in an error's metadata, why something failed, where Connect
 // has no code for that.
 const ErrorReason = "Wrenn-Error-Reason"

@@ -18,10 +18,6 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// DefaultDiskMiB is the size of a template's file system unless another is
-// asked for.
-const DefaultDiskMiB = minimalDiskMiB
-
 // maxEnvs bounds the environment that an image sets, in bytes.
 const maxEnvs = 1 << 20
 

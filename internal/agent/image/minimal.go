@@ -16,15 +16,12 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image/tree"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/programs"
 	"github.com/wrenn-dev/wrenn/internal/recipe"
 	"github.com/wrenn-dev/wrenn/templates"
 )
-
-// minimalDiskMiB is the size of minimal's file system, and of a sandbox's
-// disk unless it asks for another.
-const minimalDiskMiB = 5 << 10
 
 // clean takes from the tree that mmdebstrap made, given as $1, what every guest
 // would share by mistake.
@@ -138,7 +135,7 @@ func ensureMinimal(ctx context.Context, dir layout.Dir, envd string, more More, 
 	todo.packages = append(todo.packages, more.Packages...)
 	todo.hooks = append(todo.hooks, clean+more.Customize)
 	base := digest("2", strings.Join(todo.hooks, "\x00"), strings.Join(todo.packages, " "), fmt.Sprint(sources))
-	inputs := digest("1", base, daemon, fmt.Sprint(minimalDiskMiB))
+	inputs := digest("1", base, daemon, fmt.Sprint(hostwire.DefaultDiskMiB))
 	if t, err := read(dir, uuid.Nil, uuid.Nil); err == nil && t.Inputs == inputs {
 		return t, nil
 	}
@@ -165,10 +162,10 @@ func ensureMinimal(ctx context.Context, dir layout.Dir, envd string, more More, 
 	if err := injectDaemon(files, envd); err != nil {
 		return Template{}, err
 	}
-	if err := makeFilesystem(ctx, filepath.Join(out, rootfsFile), files, minimalDiskMiB); err != nil {
+	if err := makeFilesystem(ctx, filepath.Join(out, rootfsFile), files, hostwire.DefaultDiskMiB); err != nil {
 		return Template{}, err
 	}
-	t := Template{Name: more.Name, DiskMiB: minimalDiskMiB, CreatedAt: time.Now().UTC().Truncate(time.Second), Inputs: inputs}
+	t := Template{Name: more.Name, DiskMiB: hostwire.DefaultDiskMiB, CreatedAt: time.Now().UTC().Truncate(time.Second), Inputs: inputs}
 	if err := t.write(out); err != nil {
 		return Template{}, err
 	}

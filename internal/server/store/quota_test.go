@@ -14,6 +14,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
@@ -37,6 +38,16 @@ func (s *Store) quota(t *testing.T, team uuid.UUID, running, vcpus int32, memory
 	err := s.SetQuota(context.Background(), db.SetQuotaParams{TeamID: team, MaxRunning: &running, MaxVCPUs: &vcpus, MaxMemoryMiB: &memory, MaxDiskMiB: &disk})
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestDefaultDisk has the migrations count a disk of no size as hosts make it.
+func TestDefaultDisk(t *testing.T) {
+	_, pool, _ := quotaTest(t)
+	var sandbox, template int64
+	err := pool.QueryRow(context.Background(), "SELECT sandbox_disk('running', 0), template_stored('pending', 0, 0, 1) - 1").Scan(&sandbox, &template)
+	if err != nil || sandbox != hostwire.DefaultDiskMiB || template != hostwire.DefaultDiskMiB {
+		t.Errorf("a sandbox counts as %d, a template as %d, %v; want %d", sandbox, template, err, hostwire.DefaultDiskMiB)
 	}
 }
 
@@ -170,9 +181,9 @@ func TestUsageAgrees(t *testing.T) {
 			SELECT team_id, count(*) FILTER (WHERE state NOT IN ('paused', 'stopped', 'error')) AS running,
 				sum(vcpus) FILTER (WHERE state NOT IN ('paused', 'stopped', 'error')) AS vcpus,
 				sum(memory_mib) FILTER (WHERE state NOT IN ('paused', 'stopped', 'error')) AS memory,
-				sum(CASE disk_mib WHEN 0 THEN 5120 ELSE disk_mib END) FILTER (WHERE state NOT IN ('stopped', 'error')) AS disk,
+				sum(CASE disk_mib WHEN 0 THEN $1 ELSE disk_mib END) FILTER (WHERE state NOT IN ('stopped', 'error')) AS disk,
 				sum(memory_mib) FILTER (WHERE state NOT IN ('stopped', 'error') AND (saved OR on_timeout = 'pause' OR state IN ('pausing', 'resuming'))) AS stored
-			FROM sandboxes GROUP BY team_id) h ON h.team_id = t.id`).Scan(&wrong, &some)
+			FROM sandboxes GROUP BY team_id) h ON h.team_id = t.id`, hostwire.DefaultDiskMiB).Scan(&wrong, &some)
 	if err != nil || wrong > 0 || some == 0 {
 		t.Errorf("usage of %d teams is wrong, %d have sandboxes: %v", wrong, some, err)
 	}

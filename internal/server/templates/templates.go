@@ -23,6 +23,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
@@ -487,9 +488,6 @@ const (
 	// maxBuiltinMiB bounds the disk of the built-in template, which is the least
 	// that a sandbox of it has.
 	maxBuiltinMiB = 16384
-	// defaultDiskMiB is the disk of a template that was asked for without a size,
-	// as template_stored in the migrations has it.
-	defaultDiskMiB = 5120
 	// maxCopies is how often a template may take its disk and memory: layers can
 	// hold what is below them once more, and there are captures of other sizes.
 	maxCopies = 2
@@ -498,7 +496,7 @@ const (
 // Measured returns what a host says of a template, as it is written down: no
 // more than the template whose row is given can be.
 func Measured(host uuid.UUID, row db.Template, t *hostagentv1.Template) db.TemplateReadyParams {
-	disk, memory := cmp.Or(row.DiskMiB, defaultDiskMiB), cmp.Or(row.MemoryMiB, sandboxes.DefaultMemoryMiB)
+	disk, memory := cmp.Or(row.DiskMiB, hostwire.DefaultDiskMiB), cmp.Or(row.MemoryMiB, sandboxes.DefaultMemoryMiB)
 	if row.ID == uuid.Nil {
 		disk = maxBuiltinMiB
 	}
