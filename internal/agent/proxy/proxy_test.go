@@ -431,8 +431,16 @@ func TestPauseCutsOff(t *testing.T) {
 		method, body string
 		again        bool
 	}{
-		{"GET", "", true}, {"HEAD", "", true}, {"DELETE", "", true}, {"PUT", "", true}, {"OPTIONS", "", true},
-		{"POST", "", false}, {"POST", "a body", false}, {"PUT", "a body", false}, {"PATCH", "", false}, {"DELETE", "a body", false},
+		{"GET", "", true},
+		{"HEAD", "", true},
+		{"DELETE", "", true},
+		{"PUT", "", true},
+		{"OPTIONS", "", true},
+		{"POST", "", false},
+		{"POST", "a body", false},
+		{"PUT", "a body", false},
+		{"PATCH", "", false},
+		{"DELETE", "a body", false},
 	} {
 		t.Run(want.method+" "+want.body, func(t *testing.T) {
 			o := start(t)
