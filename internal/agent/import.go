@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bufio"
+	"cmp"
 	"compress/gzip"
 	"context"
 	"errors"
@@ -12,12 +13,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
-
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci"
 	"github.com/wrenn-dev/wrenn/internal/agent/room"
@@ -29,9 +30,12 @@ import (
 )
 
 const (
-	// maxImports is how many images are unpacked at once; more wait. A team has
-	// all but one of these places at most.
+	// maxImports is how many images are unpacked at once; more wait. All teams of one
+	// owner have all but one of these places at most.
 	maxImports = 2
+	// spoolShare is the part of the disk's room that what registries send may take, and
+	// payerShare the part of that which is one owner's: one in so many.
+	spoolShare, payerShare = 2, 4
 	// maxReference bounds a reference, a tag, a user's name and a password.
 	maxReference = 4096
 )
@@ -40,9 +44,11 @@ const (
 type imports struct {
 	mu      sync.Mutex
 	running map[uuid.UUID]*importing
-	// taken counts the places by their teams; freed is closed when one is given back.
-	taken map[uuid.UUID]int
+	// taken counts the places by whose they are; freed is closed when one is given back.
+	taken map[string]int
 	freed chan struct{}
+	// fetched is what has been reserved for what registries send, in bytes.
+	fetched map[string]int64
 }
 
 // importing is one of them.
@@ -72,9 +78,8 @@ func (i *imports) end(ctx context.Context, template uuid.UUID) error {
 	}
 }
 
-// enter waits until nobody else makes the template, and few others are made.
-// off is what breaks the caller off.
-func (i *imports) enter(ctx context.Context, off func(error), team, template uuid.UUID) (leave func(), err error) {
+// enter waits until nobody else makes the template. off is what breaks the caller off.
+func (i *imports) enter(ctx context.Context, off func(error), template uuid.UUID) (leave func(), err error) {
 	i.mu.Lock()
 	for i.running[template] != nil {
 		other := i.running[template].done
@@ -87,34 +92,33 @@ func (i *imports) enter(ctx context.Context, off func(error), team, template uui
 		i.mu.Lock()
 	}
 	if i.running == nil {
-		i.running, i.taken, i.freed = map[uuid.UUID]*importing{}, map[uuid.UUID]int{}, make(chan struct{})
+		i.running = map[uuid.UUID]*importing{}
 	}
 	done := make(chan struct{})
 	i.running[template] = &importing{off, done}
 	i.mu.Unlock()
-	end := func() {
+	return func() {
 		i.mu.Lock()
 		delete(i.running, template)
 		i.mu.Unlock()
 		close(done)
-	}
-	if err := i.take(ctx, team); err != nil {
-		end()
-		return nil, err
-	}
-	return func() { i.give(team); end() }, nil
+	}, nil
 }
 
-// take waits for a place that the team may have.
-func (i *imports) take(ctx context.Context, team uuid.UUID) error {
+// take waits for a place that payer may have. Nobody has one who waits for bytes of
+// a registry or a client.
+func (i *imports) take(ctx context.Context, payer string) error {
 	for {
 		i.mu.Lock()
+		if i.taken == nil {
+			i.taken, i.freed = map[string]int{}, make(chan struct{})
+		}
 		all := 0
 		for _, n := range i.taken {
 			all += n
 		}
-		if all < maxImports && i.taken[team] < maxImports-1 {
-			i.taken[team]++
+		if all < maxImports && i.taken[payer] < maxImports-1 {
+			i.taken[payer]++
 			i.mu.Unlock()
 			return nil
 		}
@@ -128,15 +132,40 @@ func (i *imports) take(ctx context.Context, team uuid.UUID) error {
 	}
 }
 
-// give gives a team's place back.
-func (i *imports) give(team uuid.UUID) {
+// give gives a place back.
+func (i *imports) give(payer string) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if i.taken[team]--; i.taken[team] == 0 {
-		delete(i.taken, team)
+	if i.taken[payer]--; i.taken[payer] == 0 {
+		delete(i.taken, payer)
 	}
 	close(i.freed)
 	i.freed = make(chan struct{})
+}
+
+// reserve takes n bytes of the disk, which has room bytes free, for what a registry
+// sends for a payer, before it is written and until free is called.
+func (i *imports) reserve(payer string, n, room int64) (free func(), err error) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	all := n
+	for _, f := range i.fetched {
+		all += f
+	}
+	if all > room/spoolShare || i.fetched[payer]+n > room/spoolShare/payerShare {
+		return nil, connect.NewError(connect.CodeResourceExhausted, told.New("this host has no disk space for the image now"))
+	}
+	if i.fetched == nil {
+		i.fetched = map[string]int64{}
+	}
+	i.fetched[payer] += n
+	return func() {
+		i.mu.Lock()
+		defer i.mu.Unlock()
+		if i.fetched[payer] -= n; i.fetched[payer] == 0 {
+			delete(i.fetched, payer)
+		}
+	}, nil
 }
 
 // ImportTemplate implements hostagentv1connect.HostAgentHandler.
@@ -203,6 +232,8 @@ func importedTemplate(m *pb.ImportTemplateRequest_Start) (t image.Template, err 
 		return t, invalid("disk_mib: must be between 1 and %d", sandbox.MaxDiskMiB)
 	case m.GetSource() == nil:
 		return t, invalid("source: a registry or an archive is needed")
+	case len(m.GetPayer()) > maxName:
+		return t, invalid("payer: must have %d bytes at most", maxName)
 	case len(m.GetArchive().GetTag()) > maxReference:
 		return t, invalid("tag: must have %d bytes at most", maxReference)
 	case (m.GetVcpus() == 0) != (m.GetMemoryMib() == 0):
@@ -252,17 +283,38 @@ func (s *service) ResolveImage(ctx context.Context, req *connect.Request[pb.Reso
 // importTemplate makes the template, and captures it. After an error nothing
 // of it is there.
 func (s *service) importTemplate(ctx context.Context, off func(error), m *pb.ImportTemplateRequest_Start, t image.Template, archive io.Reader) (_ image.Template, sum string, err error) {
-	leave, err := s.imports.enter(ctx, off, t.Team, t.ID)
+	leave, err := s.imports.enter(ctx, off, t.ID)
 	if err != nil {
 		return t, "", err
 	}
 	defer leave()
+	payer := cmp.Or(m.GetPayer(), t.Team.String())
+	take := func() (give func(), err error) {
+		return func() { s.imports.give(payer) }, s.imports.take(ctx, payer)
+	}
 	made, err := image.Find(s.cfg.Dir, t.Team, t.ID)
 	if errors.Is(err, fs.ErrNotExist) {
-		made, sum, err = s.importImage(ctx, m, t, archive)
-	}
-	if err != nil {
+		img, fetched, err := s.fetchImage(ctx, m, t, payer, archive)
+		if err != nil {
+			return t, "", err
+		}
+		give, err := take()
+		if err != nil {
+			return t, "", errors.Join(err, fetched())
+		}
+		defer give()
+		made, sum, err = s.importImage(ctx, m, t, img)
+		if err := errors.Join(err, fetched()); err != nil {
+			return t, "", err
+		}
+	} else if err != nil {
 		return t, "", err
+	} else {
+		give, err := take()
+		if err != nil {
+			return t, "", err
+		}
+		defer give()
 	}
 	if m.GetVcpus() > 0 {
 		if err := s.sandboxes.Prepare(ctx, made, int(m.GetVcpus()), int(m.GetMemoryMib())); err != nil {
@@ -275,34 +327,70 @@ func (s *service) importTemplate(ctx context.Context, off func(error), m *pb.Imp
 	return made, sum, nil
 }
 
-// importImage finds the image and unpacks it.
-func (s *service) importImage(ctx context.Context, m *pb.ImportTemplateRequest_Start, t image.Template, archive io.Reader) (_ image.Template, sum string, err error) {
+// fetchImage finds the image and brings all of it to the disk: whoever sends it may
+// take long, and others' imports do not wait for that. done removes what it wrote.
+func (s *service) fetchImage(ctx context.Context, m *pb.ImportTemplateRequest_Start, t image.Template, payer string, archive io.Reader) (_ *oci.Image, _ func() error, err error) {
+	disk := s.sandboxes.Room()
+	left, err := disk.Left()
+	if err != nil {
+		return nil, nil, err
+	}
 	tmp, err := image.TempTemplate(s.cfg.Dir)
 	if err != nil {
-		return t, "", sandbox.Full(err)
+		return nil, nil, sandbox.Full(err)
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
-	// Layers may be compressed or not, and upper ones replace what lower ones have.
-	limits := oci.Limits{Bytes: 2 * int64(t.DiskMiB) << 20, Room: s.sandboxes.Room()}
-	var img *oci.Image
-	if r := m.GetRegistry(); r != nil {
-		img, err = oci.Registry(ctx, r.GetReference(), s.access(r))
-	} else {
-		file := filepath.Join(tmp, "archive.tar")
-		if limits.Packed, err = keep(file, archive, limits.Bytes, limits.Room); err != nil {
-			return t, "", sandbox.Full(err)
+	undo := []func() error{func() error { return os.RemoveAll(tmp) }}
+	done := func() error {
+		var errs []error
+		for _, f := range slices.Backward(undo) {
+			errs = append(errs, f())
 		}
-		limits.Bytes = min(limits.Bytes, oci.Unpackable(limits.Packed))
-		img, err = oci.Archive(ctx, file, m.GetArchive().GetTag(), tmp, limits)
+		return errors.Join(errs...)
 	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, done())
+		}
+	}()
+	reserve := func(n int64) error {
+		free, err := s.imports.reserve(payer, n, left)
+		if err == nil {
+			undo = append(undo, func() error { free(); return nil })
+		}
+		return err
+	}
+	// Layers may be compressed or not, and upper ones replace what lower ones have.
+	limits := oci.Limits{Bytes: 2 * int64(t.DiskMiB) << 20, Room: disk}
+	if r := m.GetRegistry(); r != nil {
+		img, err := oci.Registry(ctx, r.GetReference(), s.access(r))
+		if err != nil {
+			return nil, nil, blame(true, err)
+		}
+		undo = append(undo, img.Close)
+		if err := reserve(img.Packed()); err != nil {
+			return nil, nil, err
+		}
+		return img, done, blame(true, img.Fetch(ctx, tmp, limits))
+	}
+	file := filepath.Join(tmp, "archive.tar")
+	if limits.Packed, err = keep(file, archive, limits.Bytes, disk); err != nil {
+		return nil, nil, sandbox.Full(err)
+	}
+	limits.Bytes = min(limits.Bytes, oci.Unpackable(limits.Packed))
+	img, err := oci.Archive(ctx, file, m.GetArchive().GetTag(), tmp, limits)
 	if err != nil {
-		return t, "", blame(m.GetRegistry() != nil, err)
+		return nil, nil, blame(false, err)
 	}
-	defer func() { err = errors.Join(err, img.Close()) }()
+	undo = append(undo, img.Close)
+	return img, done, nil
+}
+
+// importImage unpacks an image that is here.
+func (s *service) importImage(ctx context.Context, m *pb.ImportTemplateRequest_Start, t image.Template, img *oci.Image) (_ image.Template, sum string, err error) {
 	if sum, err = img.Digest(); err != nil {
 		return t, "", err
 	}
-	t, err = image.Import(ctx, s.cfg.Dir, img, s.envd, t, m.GetInert(), limits.Room)
+	t, err = image.Import(ctx, s.cfg.Dir, img, s.envd, t, m.GetInert(), s.sandboxes.Room())
 	return t, sum, blame(m.GetRegistry() != nil, err)
 }
 
@@ -380,7 +468,7 @@ func keep(file string, archive io.Reader, most int64, disk *room.Room) (packed i
 	if err != nil {
 		return 0, err
 	}
-	n, err := io.Copy(roomy{f, disk}, io.LimitReader(r, most+1))
+	n, err := io.Copy(disk.Writer(f), io.LimitReader(r, most+1))
 	if errors.Is(err, gzip.ErrHeader) || errors.Is(err, gzip.ErrChecksum) || errors.Is(err, io.ErrUnexpectedEOF) {
 		err = connect.NewError(connect.CodeInvalidArgument, told.Because(err, "archive: cannot be read"))
 	}
@@ -391,20 +479,6 @@ func keep(file string, archive io.Reader, most int64, disk *room.Room) (packed i
 		return 0, invalid("archive: has more than %d bytes, twice the disk's size", most)
 	}
 	return received.n, nil
-}
-
-// roomy writes to a file what there is room for.
-type roomy struct {
-	file *os.File
-	room *room.Room
-}
-
-func (w roomy) Write(p []byte) (n int, err error) {
-	err = w.room.During(int64(len(p)), func() error {
-		n, err = w.file.Write(p)
-		return err
-	})
-	return n, err
 }
 
 // chunks reads a stream's archive.

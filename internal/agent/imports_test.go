@@ -3,59 +3,170 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 
+	"github.com/google/go-containerregistry/pkg/registry"
 	"github.com/google/uuid"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/agent/image/oci/ocitest"
+	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
+	"github.com/wrenn-dev/wrenn/internal/await"
+	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// TestImportsAreShared has a team ask for more imports than there are places:
-// another team's is made all the same.
+// TestImportsAreShared has an owner ask for more imports than there are places:
+// another's is made all the same.
 func TestImportsAreShared(t *testing.T) {
 	var i imports
-	off := func(error) {}
-	hog, other := uuid.New(), uuid.New()
-	leave, err := i.enter(t.Context(), off, hog, uuid.New())
-	if err != nil {
+	const hog, other = "hog", "other"
+	if err := i.take(t.Context(), hog); err != nil {
 		t.Fatal(err)
 	}
-	type entered struct {
-		leave func()
-		err   error
-	}
-	second := make(chan entered, 1)
-	go func() {
-		leave, err := i.enter(t.Context(), off, hog, uuid.New())
-		second <- entered{leave, err}
-	}()
-	away, err := i.enter(t.Context(), off, other, uuid.New())
-	if err != nil {
+	second := make(chan error, 1)
+	go func() { second <- i.take(t.Context(), hog) }()
+	if err := i.take(t.Context(), other); err != nil {
 		t.Fatal(err)
 	}
-	// All places are taken, and the team's share.
+	// All places are taken, and the owner's share.
 	gone, cancel := context.WithCancelCause(t.Context())
 	why := errors.New("gone")
 	cancel(why)
-	for _, team := range []uuid.UUID{hog, uuid.New()} {
-		if _, err := i.enter(gone, off, team, uuid.New()); !errors.Is(err, why) {
+	for _, payer := range []string{hog, "somebody"} {
+		if err := i.take(gone, payer); !errors.Is(err, why) {
 			t.Errorf("one more got in: %v", err)
 		}
 	}
-	away()
+	i.give(other)
 	select {
 	case <-second:
-		t.Error("one team has all places")
+		t.Error("one owner has all places")
 	default:
 	}
-	if _, err := i.enter(gone, off, hog, uuid.New()); !errors.Is(err, why) {
-		t.Errorf("the team has the last place: %v", err)
+	if err := i.take(gone, hog); !errors.Is(err, why) {
+		t.Errorf("the owner has the last place: %v", err)
 	}
-	leave()
-	e := <-second
-	if e.err != nil {
-		t.Fatal(e.err)
+	i.give(hog)
+	if err := await.Recv(t, "the second import of the owner", second); err != nil {
+		t.Fatal(err)
 	}
-	e.leave()
-	if len(i.taken) != 0 || len(i.running) != 0 {
-		t.Errorf("taken %v, running %v", i.taken, i.running)
+	i.give(hog)
+	if len(i.taken) != 0 {
+		t.Errorf("taken %v", i.taken)
+	}
+}
+
+// TestImportSpool reserves what registries send before it is written: of one owner,
+// and of all.
+func TestImportSpool(t *testing.T) {
+	var i imports
+	const room = 8 * spoolShare * payerShare
+	free, err := i.reserve("one", 8, room)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := i.reserve("one", 1, room); err == nil {
+		t.Error("an owner has more than its share")
+	}
+	for n := range payerShare - 1 {
+		if _, err := i.reserve(fmt.Sprint(n), 8, room); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := i.reserve("last", 1, room); err == nil {
+		t.Error("all have more than there is")
+	}
+	free()
+	if _, err := i.reserve("last", 8, room); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestTrickleHoldsNoPlace imports an image whose registry stops in the middle of a
+// layer: it has no place meanwhile, which others need, and leaves nothing behind.
+func TestTrickleHoldsNoPlace(t *testing.T) {
+	begun, end := make(chan struct{}), make(chan struct{})
+	real := registry.New(registry.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug)))
+	var layer string
+	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodGet || layer == "" || !strings.HasSuffix(r.URL.Path, layer) {
+			real.ServeHTTP(w, r)
+			return
+		}
+		w.Header().Set("Content-Length", "100000")
+		w.WriteHeader(http.StatusOK)
+		_, _ = w.Write([]byte("x"))
+		_ = http.NewResponseController(w).Flush()
+		close(begun)
+		select {
+		case <-end:
+		case <-r.Context().Done():
+		}
+	}))
+	defer web.Close()
+	defer close(end)
+	img := ocitest.Build(t, ocitest.Archive(t, []ocitest.Entry{ocitest.File("a", "b")}))
+	reference := strings.TrimPrefix(web.URL, "http://") + "/slow:1"
+	ref, err := name.ParseReference(reference)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := remote.Write(ref, img); err != nil {
+		t.Fatal(err)
+	}
+	layers, err := img.Layers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	digest, err := layers[0].Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	layer = digest.String()
+
+	dir := layout.Dir(t.TempDir())
+	s := &service{&Agent{cfg: Config{Dir: dir, LocalRegistries: true}, sandboxes: &sandbox.Manager{}}}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	why := errors.New("given up")
+	done := make(chan error, 1)
+	go func() {
+		_, _, err := s.importTemplate(ctx, func(error) {}, &pb.ImportTemplateRequest_Start{
+			Source: &pb.ImportTemplateRequest_Start_Registry{Registry: &pb.ImportTemplateRequest_Registry{Reference: reference}},
+		}, image.Template{ID: uuid.New(), Team: uuid.New(), Name: "slow", DiskMiB: 64}, nil)
+		done <- err
+	}()
+	await.Recv(t, "the registry is asked for the layer", begun)
+	s.imports.mu.Lock()
+	taken, fetched := len(s.imports.taken), len(s.imports.fetched)
+	s.imports.mu.Unlock()
+	if taken != 0 || fetched != 1 {
+		t.Errorf("while the registry sends, %d have places and %d have reserved space", taken, fetched)
+	}
+	cancel(why)
+	if err := await.Recv(t, "the import ends", done); err == nil {
+		t.Error("it was imported")
+	}
+	if len(s.imports.running)+len(s.imports.taken)+len(s.imports.fetched) != 0 {
+		t.Errorf("running %v, taken %v, fetched %v", s.imports.running, s.imports.taken, s.imports.fetched)
+	}
+	err = filepath.WalkDir(string(dir), func(path string, d os.DirEntry, err error) error {
+		if err == nil && !d.IsDir() {
+			t.Errorf("%s is left", path)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 }

@@ -49,6 +49,8 @@ type agent struct {
 	onDestroy func(context.Context, *hostagentv1.DestroyRequest) error
 	// imports is called with a template that is about to be there; nil: nothing.
 	imports func(*hostagentv1.Template)
+	// payer hears whose imports are.
+	payer func(string)
 	// digest is what a registry's image has.
 	digest string
 	// on decides how pauses, resumes, snapshots, forks and removals of templates

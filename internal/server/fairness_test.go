@@ -4,6 +4,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
 // TestBuildsAreShared has a team start more builds than there are workers, none of
@@ -79,4 +81,48 @@ func TestBuildDeadline(t *testing.T) {
 		t.Errorf("%v %v", b["state"], b["error"])
 	}
 	p.eventually("no sandbox is left", func() bool { n, _ := p.agent.left(); return n == 0 })
+}
+
+// TestBuildsOfOneOwner: with more teams nobody gets more places for builds and
+// imports.
+func TestBuildsOfOneOwner(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	p.end()
+	p.config.Builds.Workers, p.config.Builds.TeamRunning = 2, 10
+	p.start()
+	p.person("ada@example.com")
+	who := as(p.bearerOf("ada@example.com"))
+	var keys []string
+	for _, name := range []string{"one", "two"} {
+		at := p.call("POST", "/v1/teams", map[string]any{"name": name}, who...).want(201).str("id")
+		keys = append(keys, p.call("POST", "/v1/keys", map[string]any{"name": "k"}, append(who, "X-Team", at)...).want(201).str("key"))
+	}
+	hold := p.newHold("run")
+	start := func(key string) string {
+		return p.call("POST", "/v1/templates/builds", map[string]any{"name": "b", "recipe": "FROM minimal\nRUN sleep 1d\n", "skip_pre_post": true, "no_cache": true}, "X-API-Key", key).want(202).str("id")
+	}
+	state := func(build, key string) string {
+		return p.call("GET", "/v1/templates/builds/"+build, nil, "X-API-Key", key).want(200).str("state")
+	}
+	start(keys[0])
+	await.Recv(t, "the first build runs", hold.asked)
+	second := start(keys[1])
+	other := p.newTeam()
+	fair := start(other)
+	p.eventually("another owner's build runs", func() bool { return state(fair, other) == "running" })
+	if got := state(second, keys[1]); got != "queued" {
+		t.Errorf("the second of an owner's builds, of another team, is %s on two workers", got)
+	}
+
+	payers := make(map[string]int)
+	p.agent.mu.Lock()
+	p.agent.payer = func(payer string) { payers[payer]++ }
+	p.agent.mu.Unlock()
+	for _, key := range append(keys, other) {
+		p.call("POST", "/v1/templates/import", map[string]any{"name": "app", "reference": "registry.example/there:1", "username": "reader", "password": "s3cret"}, "X-API-Key", key).want(201)
+	}
+	if len(payers) != 2 {
+		t.Errorf("two owners' three imports are told to be of %v", payers)
+	}
 }

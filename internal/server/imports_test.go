@@ -55,6 +55,9 @@ func (a *agent) ImportTemplate(ctx context.Context, stream *connect.ClientStream
 	t := &hostagentv1.Template{TemplateId: start.TemplateId, TeamId: start.TeamId, Name: start.Name, SizeBytes: size, CreatedAt: timestamppb.Now(), DiskMib: 5120}
 	a.mu.Lock()
 	imports := a.imports
+	if a.payer != nil {
+		a.payer(start.GetPayer())
+	}
 	a.mu.Unlock()
 	if imports != nil {
 		imports(t)

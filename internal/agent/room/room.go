@@ -5,6 +5,7 @@ package room
 
 import (
 	"fmt"
+	"io"
 	"math"
 	"sync"
 
@@ -92,6 +93,22 @@ func (r *Room) During(bytes int64, write func() error) error {
 	}
 	defer release()
 	return write()
+}
+
+// Writer returns a writer to w of what there is room for.
+func (r *Room) Writer(w io.Writer) io.Writer { return &writer{r, w} }
+
+type writer struct {
+	room *Room
+	to   io.Writer
+}
+
+func (w *writer) Write(p []byte) (n int, err error) {
+	err = w.room.During(int64(len(p)), func() error {
+		n, err = w.to.Write(p)
+		return err
+	})
+	return n, err
 }
 
 // Left returns how many bytes can be held now.

@@ -251,17 +251,21 @@ func (q *Queries) CancelBuild(ctx context.Context, arg CancelBuildParams) (Build
 }
 
 const claimBuild = `-- name: ClaimBuild :one
+WITH payers AS MATERIALIZED (
+    SELECT t.team_id, COALESCE(team_owner(t.team_id), t.team_id) AS payer FROM (SELECT DISTINCT o.team_id FROM builds o WHERE o.state IN ('queued', 'running')) t
+), open AS MATERIALIZED (
+    SELECT o.id, o.state, o.worker, o.lease_until, o.created_at, payers.payer FROM builds o JOIN payers USING (team_id) WHERE o.state IN ('queued', 'running')
+)
 UPDATE builds SET state = 'running', worker = $1, lease_until = now() + make_interval(secs => $2::float8),
     attempts = builds.attempts + 1, started_at = COALESCE(builds.started_at, now())
 WHERE builds.id = (
-    SELECT b.id FROM builds AS b
+    SELECT b.id FROM open AS b
     CROSS JOIN LATERAL (SELECT count(*) AS running, count(*) FILTER (WHERE other.worker = $1 AND other.id <> b.id) AS own
-        FROM builds AS other WHERE other.team_id = b.team_id AND other.state = 'running') AS team
-    WHERE b.state IN ('queued', 'running') -- by its index
-      AND (b.state = 'queued' AND team.running < $3::bigint
+        FROM open AS other WHERE other.payer = b.payer AND other.state = 'running') AS theirs
+    WHERE (b.state = 'queued' AND theirs.running < $3::bigint
        OR b.state = 'running' AND b.lease_until NOT BETWEEN now() AND now() + make_interval(secs => 2 * $2::float8))
-      AND team.own < $4::bigint
-    ORDER BY team.running, b.created_at LIMIT 1)
+      AND theirs.own < $4::bigint
+    ORDER BY theirs.running, b.created_at LIMIT 1)
 RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry
 `
 
@@ -272,9 +276,10 @@ type ClaimBuildParams struct {
 	Own    int64
 }
 
-// Of the builds that wait, or whose worker is not heard of, one of the team with
-// the fewest running, the oldest of these. A team may have so many running, and so
-// many of one worker's places (own), which leaves places to others. now() is when
+// Of the builds that wait, or whose worker is not heard of, one of the owner with
+// the fewest running, the oldest of these. All teams of one owner may have so many
+// running, and so many of one worker's places (own), which leaves places to others.
+// now() is when
 // this transaction began, so a lease that was renewed since ends later than one
 // from now; one much later is from before the clock was set back.
 func (q *Queries) ClaimBuild(ctx context.Context, arg ClaimBuildParams) (Build, error) {

@@ -122,8 +122,10 @@ func (q *Queries) ClaimDelivery(ctx context.Context, arg ClaimDeliveryParams) (D
 
 const confirmChannel = `-- name: ConfirmChannel :execrows
 UPDATE channels SET confirmed_at = now(), confirm_hash = NULL, confirm_until = NULL
-FROM (SELECT o.team_id, o.target FROM channels o WHERE o.confirm_hash = $1 AND o.confirm_until > now()) asked
-WHERE channels.team_id = asked.team_id AND channels.kind = 'email' AND lower(channels.target) = lower(asked.target) AND channels.confirmed_at IS NULL
+WHERE channels.id = ANY (ARRAY(
+    SELECT c.id FROM channels c JOIN channels asked ON asked.team_id = c.team_id AND lower(asked.target) = lower(c.target)
+    WHERE asked.confirm_hash = $1 AND asked.confirm_until > now() AND c.kind = 'email' AND c.confirmed_at IS NULL
+    ORDER BY c.id FOR NO KEY UPDATE OF c))
 `
 
 // With it the team's other channels to the same address.

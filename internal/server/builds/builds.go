@@ -49,10 +49,10 @@ func (s State) Ended() bool { return s != Queued && s != Running }
 // read from; see New for what holds where they are 0.
 type Settings struct {
 	// Workers is how many builds one server works on at once (3). All but one of
-	// them may be one team's.
+	// them may be one owner's.
 	Workers int `env:"WRENN_BUILD_WORKERS"`
-	// TeamRunning and TeamOpen are how many builds of a team may run, and run or
-	// wait, at once.
+	// TeamRunning is how many builds of all teams of one owner may run at once (2),
+	// TeamOpen how many of a team may run or wait (20).
 	TeamRunning int `env:"WRENN_BUILD_TEAM_RUNNING"`
 	TeamOpen    int `env:"WRENN_BUILD_TEAM_OPEN"`
 	// StepTimeout and PhaseTimeout bound one step of a recipe, and one of the

@@ -27,7 +27,8 @@ import (
 const (
 	// importTimeout bounds the import of an image, the upload of an archive too.
 	importTimeout = time.Hour
-	// maxImports is how many images a team may import at once through one server.
+	// maxImports is how many images all teams of one owner may import at once through
+	// one server.
 	maxImports = 4
 	// importChunk is how much of an archive is in one message, in bytes.
 	importChunk = 256 << 10
@@ -129,12 +130,12 @@ func (s *Service) Import(ctx context.Context, team uuid.UUID, i Image) (db.Templ
 	if err != nil {
 		return row, err
 	}
+	payer, err := s.store.GetTeamPayer(ctx, team)
+	if err != nil {
+		return row, fmt.Errorf("look up the team's owner: %w", err)
+	}
 	var archive *spool.File
 	if i.Archive != nil {
-		payer, err := s.store.GetTeamPayer(ctx, team)
-		if err != nil {
-			return row, fmt.Errorf("look up the team's owner: %w", err)
-		}
 		// Nothing is held while it arrives: neither a name nor a place on a host.
 		if archive, err = s.Spool.Receive(payer, *i.Archive, math.MaxInt64); err != nil {
 			return row, tooLong(err)
@@ -145,7 +146,7 @@ func (s *Service) Import(ctx context.Context, team uuid.UUID, i Image) (db.Templ
 		}
 	}
 	template := uuid.New()
-	end, err := s.beginImport(team, template)
+	end, err := s.beginImport(payer, template)
 	if err != nil {
 		return row, errors.Join(err, closeFile(archive))
 	}
@@ -164,7 +165,7 @@ func (s *Service) Import(ctx context.Context, team uuid.UUID, i Image) (db.Templ
 		defer end()
 		var o outcome
 		o.err = s.Work.Guard(func() (err error) {
-			o.row, err = s.importTo(run, places[0], team, template, i, archive)
+			o.row, err = s.importTo(run, places[0], team, payer, template, i, archive)
 			return err
 		})
 		if err := closeFile(archive); err != nil {
@@ -200,7 +201,7 @@ func closeFile(f *spool.File) error {
 }
 
 // importTo claims the template's name and has a host make it.
-func (s *Service) importTo(ctx context.Context, host *hosts.Host, team, template uuid.UUID, i Image, archive *spool.File) (db.Template, error) {
+func (s *Service) importTo(ctx context.Context, host *hosts.Host, team, payer, template uuid.UUID, i Image, archive *spool.File) (db.Template, error) {
 	log := s.Log.With("template_id", id.Format(id.Template, template), "name", i.Name)
 	var claimed db.Template
 	err := s.Store.InTx(ctx, func(q *db.Queries) error {
@@ -220,7 +221,7 @@ func (s *Service) importTo(ctx context.Context, host *hosts.Host, team, template
 		return claimed, fmt.Errorf("write template: %w", err)
 	}
 	begun := time.Now()
-	answer, err := s.send(ctx, host, claimed, i, archive)
+	answer, err := s.send(ctx, host, claimed, payer, i, archive)
 	if err != nil {
 		log.Warn("import image", "error", err)
 		// Where it is not certain that the host is done with it, whoever watches
@@ -279,12 +280,12 @@ func (s *Service) imported(ctx context.Context, host uuid.UUID, claimed db.Templ
 }
 
 // send gives a host an image to import.
-func (s *Service) send(ctx context.Context, host *hosts.Host, row db.Template, i Image, archive *spool.File) (*hostagentv1.ImportTemplateResponse, error) {
+func (s *Service) send(ctx context.Context, host *hosts.Host, row db.Template, payer uuid.UUID, i Image, archive *spool.File) (*hostagentv1.ImportTemplateResponse, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	start := &hostagentv1.ImportTemplateRequest_Start{
 		TemplateId: id.Format(id.Template, row.ID), TeamId: id.Format(id.Team, row.TeamID), Name: row.Name,
-		DiskMib: i.DiskMiB, Vcpus: sandboxes.DefaultVCPUs, MemoryMib: sandboxes.DefaultMemoryMiB, Inert: i.Inert,
+		DiskMib: i.DiskMiB, Vcpus: sandboxes.DefaultVCPUs, MemoryMib: sandboxes.DefaultMemoryMiB, Inert: i.Inert, Payer: payer.String(),
 	}
 	if archive == nil {
 		start.Source = &hostagentv1.ImportTemplateRequest_Start_Registry{Registry: &hostagentv1.ImportTemplateRequest_Registry{Reference: i.Reference, Username: i.Username, Password: i.Password}}

@@ -81,20 +81,20 @@ func (s *Service) begin(template uuid.UUID) (end func(), err error) {
 	}, nil
 }
 
-// beginImport is begin for an import. It fails with conflict if the team has
-// maxImports of them already.
-func (s *Service) beginImport(team, template uuid.UUID) (end func(), err error) {
-	if s.count(s.importing, team, 1) > maxImports {
-		s.count(s.importing, team, -1)
-		return nil, fault.New(fault.Conflict, "the team imports %d images at this moment: wait for one of them", maxImports)
+// beginImport is begin for an import. It fails with conflict if all teams of the
+// payer have maxImports of them already.
+func (s *Service) beginImport(payer, template uuid.UUID) (end func(), err error) {
+	if s.count(s.importing, payer, 1) > maxImports {
+		s.count(s.importing, payer, -1)
+		return nil, fault.New(fault.Conflict, "the team, and its owner's other teams, import %d images at this moment: wait for one of them", maxImports)
 	}
 	over, err := s.begin(template)
 	if err != nil {
-		s.count(s.importing, team, -1)
+		s.count(s.importing, payer, -1)
 		return nil, err
 	}
 	return func() {
-		s.count(s.importing, team, -1)
+		s.count(s.importing, payer, -1)
 		over()
 	}, nil
 }

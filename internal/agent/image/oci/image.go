@@ -83,6 +83,9 @@ func (i *Image) Digest() (string, error) {
 	return h.String(), err
 }
 
+// Packed is how many bytes its layers have as they are sent.
+func (i *Image) Packed() int64 { return i.packed }
+
 // Close removes what was kept of the image meanwhile.
 func (i *Image) Close() error { return i.close() }
 

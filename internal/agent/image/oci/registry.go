@@ -113,18 +113,25 @@ func answered(err error) error {
 type transport struct {
 	base     *http.Transport
 	loopback bool
+	pace     pace
 }
 
 func newTransport(p netaddr.Policy) *transport {
 	dialer := &net.Dialer{Timeout: 30 * time.Second, Control: p.Control}
-	return &transport{loopback: p.Loopback, base: &http.Transport{
+	return &transport{loopback: p.Loopback, pace: defaultPace, base: &http.Transport{
 		DialContext: dialer.DialContext, ForceAttemptHTTP2: true, MaxIdleConnsPerHost: 4, IdleConnTimeout: time.Minute,
 		TLSHandshakeTimeout: 30 * time.Second, ResponseHeaderTimeout: time.Minute, MaxResponseHeaderBytes: 1 << 20,
 	}}
 }
 
 func (t *transport) RoundTrip(r *http.Request) (*http.Response, error) {
-	return t.base.RoundTrip(t.secured(r))
+	ctx, cancel := context.WithCancelCause(r.Context())
+	resp, err := t.base.RoundTrip(t.secured(r.WithContext(ctx)))
+	if err != nil {
+		cancel(nil)
+		return nil, err
+	}
+	return t.pace.bound(resp, cancel), nil
 }
 
 // secured is the request over TLS, unless it may do without.

@@ -4463,7 +4463,10 @@ type ImportTemplateRequest_Start struct {
 	Vcpus     int32 `protobuf:"varint,7,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
 	MemoryMib int32 `protobuf:"varint,8,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
 	// The image's entry point and command are not started before the capture.
-	Inert         bool `protobuf:"varint,9,opt,name=inert,proto3" json:"inert,omitempty"`
+	Inert bool `protobuf:"varint,9,opt,name=inert,proto3" json:"inert,omitempty"`
+	// Whose the import is, where places are shared: all teams of one owner have the
+	// same. Empty: the team's.
+	Payer         string `protobuf:"bytes,10,opt,name=payer,proto3" json:"payer,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4570,6 +4573,13 @@ func (x *ImportTemplateRequest_Start) GetInert() bool {
 		return x.Inert
 	}
 	return false
+}
+
+func (x *ImportTemplateRequest_Start) GetPayer() string {
+	if x != nil {
+		return x.Payer
+	}
+	return ""
 }
 
 type isImportTemplateRequest_Start_Source interface {
@@ -4838,7 +4848,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x05vcpus\x18\a \x01(\x05R\x05vcpus\x12\x1d\n" +
 	"\n" +
 	"memory_mib\x18\b \x01(\x05R\tmemoryMib\x122\n" +
-	"\bdefaults\x18\t \x01(\v2\x16.hostagent.v1.DefaultsR\bdefaults\"\xd9\x04\n" +
+	"\bdefaults\x18\t \x01(\v2\x16.hostagent.v1.DefaultsR\bdefaults\"\xef\x04\n" +
 	"\x15ImportTemplateRequest\x12A\n" +
 	"\x05start\x18\x01 \x01(\v2).hostagent.v1.ImportTemplateRequest.StartH\x00R\x05start\x12\x16\n" +
 	"\x05chunk\x18\x02 \x01(\fH\x00R\x05chunk\x1a`\n" +
@@ -4847,7 +4857,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\busername\x18\x02 \x01(\tR\busername\x12\x1a\n" +
 	"\bpassword\x18\x03 \x01(\tR\bpassword\x1a\x1b\n" +
 	"\aArchive\x12\x10\n" +
-	"\x03tag\x18\x01 \x01(\tR\x03tag\x1a\xda\x02\n" +
+	"\x03tag\x18\x01 \x01(\tR\x03tag\x1a\xf0\x02\n" +
 	"\x05Start\x12\x1f\n" +
 	"\vtemplate_id\x18\x01 \x01(\tR\n" +
 	"templateId\x12\x17\n" +
@@ -4859,7 +4869,9 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x05vcpus\x18\a \x01(\x05R\x05vcpus\x12\x1d\n" +
 	"\n" +
 	"memory_mib\x18\b \x01(\x05R\tmemoryMib\x12\x14\n" +
-	"\x05inert\x18\t \x01(\bR\x05inertB\b\n" +
+	"\x05inert\x18\t \x01(\bR\x05inert\x12\x14\n" +
+	"\x05payer\x18\n" +
+	" \x01(\tR\x05payerB\b\n" +
 	"\x06sourceB\t\n" +
 	"\amessage\"d\n" +
 	"\x16ImportTemplateResponse\x122\n" +

@@ -22,22 +22,27 @@ LIMIT @max_rows;
 SELECT pg_advisory_xact_lock(7239150284);
 
 -- name: ClaimBuild :one
--- Of the builds that wait, or whose worker is not heard of, one of the team with
--- the fewest running, the oldest of these. A team may have so many running, and so
--- many of one worker's places (own), which leaves places to others. now() is when
+-- Of the builds that wait, or whose worker is not heard of, one of the owner with
+-- the fewest running, the oldest of these. All teams of one owner may have so many
+-- running, and so many of one worker's places (own), which leaves places to others.
+-- now() is when
 -- this transaction began, so a lease that was renewed since ends later than one
 -- from now; one much later is from before the clock was set back.
+WITH payers AS MATERIALIZED (
+    SELECT t.team_id, COALESCE(team_owner(t.team_id), t.team_id) AS payer FROM (SELECT DISTINCT o.team_id FROM builds o WHERE o.state IN ('queued', 'running')) t
+), open AS MATERIALIZED (
+    SELECT o.id, o.state, o.worker, o.lease_until, o.created_at, payers.payer FROM builds o JOIN payers USING (team_id) WHERE o.state IN ('queued', 'running')
+)
 UPDATE builds SET state = 'running', worker = @worker, lease_until = now() + make_interval(secs => @lease::float8),
     attempts = builds.attempts + 1, started_at = COALESCE(builds.started_at, now())
 WHERE builds.id = (
-    SELECT b.id FROM builds AS b
+    SELECT b.id FROM open AS b
     CROSS JOIN LATERAL (SELECT count(*) AS running, count(*) FILTER (WHERE other.worker = @worker AND other.id <> b.id) AS own
-        FROM builds AS other WHERE other.team_id = b.team_id AND other.state = 'running') AS team
-    WHERE b.state IN ('queued', 'running') -- by its index
-      AND (b.state = 'queued' AND team.running < @most::bigint
+        FROM open AS other WHERE other.payer = b.payer AND other.state = 'running') AS theirs
+    WHERE (b.state = 'queued' AND theirs.running < @most::bigint
        OR b.state = 'running' AND b.lease_until NOT BETWEEN now() AND now() + make_interval(secs => 2 * @lease::float8))
-      AND team.own < @own::bigint
-    ORDER BY team.running, b.created_at LIMIT 1)
+      AND theirs.own < @own::bigint
+    ORDER BY theirs.running, b.created_at LIMIT 1)
 RETURNING *;
 
 -- name: RenewBuild :one

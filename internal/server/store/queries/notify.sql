@@ -16,8 +16,10 @@ WHERE id = @id AND kind = 'email' AND target = @target AND confirmed_at IS NULL;
 -- name: ConfirmChannel :execrows
 -- With it the team's other channels to the same address.
 UPDATE channels SET confirmed_at = now(), confirm_hash = NULL, confirm_until = NULL
-FROM (SELECT o.team_id, o.target FROM channels o WHERE o.confirm_hash = @confirm_hash AND o.confirm_until > now()) asked
-WHERE channels.team_id = asked.team_id AND channels.kind = 'email' AND lower(channels.target) = lower(asked.target) AND channels.confirmed_at IS NULL;
+WHERE channels.id = ANY (ARRAY(
+    SELECT c.id FROM channels c JOIN channels asked ON asked.team_id = c.team_id AND lower(asked.target) = lower(c.target)
+    WHERE asked.confirm_hash = @confirm_hash AND asked.confirm_until > now() AND c.kind = 'email' AND c.confirmed_at IS NULL
+    ORDER BY c.id FOR NO KEY UPDATE OF c));
 
 -- name: CountChannels :one
 SELECT count(*) FROM channels WHERE team_id = $1;

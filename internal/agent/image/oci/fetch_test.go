@@ -1,0 +1,88 @@
+package oci
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"testing"
+	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/await"
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
+)
+
+// TestSlowRegistry breaks off what comes too slowly, whether it stops or trickles,
+// and nothing that comes in time.
+func TestSlowRegistry(t *testing.T) {
+	stop := make(chan struct{})
+	defer close(stop)
+	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/quick" {
+			_, _ = w.Write(make([]byte, 1<<20))
+			return
+		}
+		for {
+			_, _ = w.Write([]byte("x"))
+			_ = http.NewResponseController(w).Flush()
+			var again <-chan time.Time
+			if r.URL.Path == "/trickle" {
+				again = time.After(time.Millisecond)
+			}
+			select {
+			case <-again:
+			case <-stop:
+				return
+			case <-r.Context().Done():
+				return
+			}
+		}
+	}))
+	defer web.Close()
+	tr := newTransport(netaddr.Policy{Loopback: true})
+	defer tr.base.CloseIdleConnections()
+	for path, want := range map[string]error{"/quick": nil, "/stops": ErrSlow, "/trickle": ErrSlow} {
+		tr.pace = pace{grace: 100 * time.Millisecond, rate: 1 << 20}
+		if want == nil {
+			tr.pace.grace = await.Hang
+		}
+		req, err := http.NewRequestWithContext(await.Context(t), http.MethodGet, web.URL+path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := tr.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadAll(resp.Body); !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", path, err, want)
+		}
+		resp.Body.Close()
+	}
+}
+
+// TestFetch unpacks an image from what was fetched of it, and asks for nothing
+// that is larger than allowed.
+func TestFetch(t *testing.T) {
+	needRoot(t)
+	img := ofLayers(t, []entry{file("a", "one")}, []entry{file("b", "two")})
+	if err := img.Fetch(t.Context(), t.TempDir(), Limits{Bytes: img.Packed() - 1}); !errors.Is(err, ErrRefused) {
+		t.Errorf("an image that is too large: %v", err)
+	}
+	if err := img.Fetch(t.Context(), t.TempDir(), Limits{}); err != nil {
+		t.Fatal(err)
+	}
+	root := t.TempDir() + "/root"
+	if err := img.Unpack(t.Context(), root, Limits{}); err != nil {
+		t.Fatal(err)
+	}
+	want := describeTree(t, root)
+	again := t.TempDir() + "/root"
+	if err := ofLayers(t, []entry{file("a", "one")}, []entry{file("b", "two")}).Unpack(t.Context(), again, Limits{}); err != nil {
+		t.Fatal(err)
+	}
+	if got := describeTree(t, again); len(want) != 3 || !bytes.Equal([]byte(got[1]), []byte(want[1])) || got[2] != want[2] {
+		t.Errorf("%q, want %q", want, got)
+	}
+}
