@@ -21,6 +21,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/handover"
 	"github.com/wrenn-dev/wrenn/internal/linger"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
+	"github.com/wrenn-dev/wrenn/internal/patience"
 	"github.com/wrenn-dev/wrenn/internal/server"
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
@@ -65,7 +66,7 @@ func serverCommand() *cobra.Command {
 					if err != nil {
 						return fmt.Errorf("take connections of the front door: %w", err)
 					}
-					return serveOn(ctx, bound(linger.Listener(l)), nil, passed(s.Handler(), s.ToPort), s.ToPort, inner)
+					return serveOn(ctx, bound(linger.Listener(l)), nil, patience.Answers(passed(s.Handler(), s.ToPort), patience.Default), s.ToPort, inner)
 				}
 			}
 			return errors.Join(serve(ctx, c.Listen, bound, nil, s.Handler(), s.ToPort, run), s.Close())
@@ -94,7 +95,8 @@ func passed(next http.Handler, toPort func(*http.Request) bool) http.Handler {
 
 // serve serves handler at listen, over TLS if identity is not nil, and runs run
 // beside it, until ctx is done or one of them ends. bound, if it is not nil, bounds
-// who connects: strangers do to a server, but its servers alone to an agent.
+// who connects, and how long answers may stay unread: strangers connect to a server,
+// but its servers alone to an agent.
 // toPort, if it is not nil, says which requests go to a sandbox's port: without
 // TLS they take a shorter way.
 func serve(ctx context.Context, listen string, bound func(net.Listener) net.Listener, identity *tls.Config, handler http.Handler, toPort func(*http.Request) bool, run func(context.Context) error) error {
@@ -104,6 +106,7 @@ func serve(ctx context.Context, listen string, bound func(net.Listener) net.List
 	}
 	if bound != nil {
 		l = bound(l)
+		handler = patience.Answers(handler, patience.Default)
 	}
 	return serveOn(ctx, l, identity, handler, toPort, run)
 }

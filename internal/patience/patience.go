@@ -24,10 +24,12 @@ type Limits struct {
 	// Idle is for bodies that rest in between, such as a terminal's input: it is
 	// how long nothing may come.
 	Idle time.Duration
+	// Unread is how long a client may leave a piece of an answer unread.
+	Unread time.Duration
 }
 
 // Default are the limits of every listener.
-var Default = Limits{Whole: time.Minute, Grace: 30 * time.Second, Rate: 16 << 10, Longest: 6 * time.Hour, Idle: time.Hour}
+var Default = Limits{Whole: time.Minute, Grace: 30 * time.Second, Rate: 16 << 10, Longest: 6 * time.Hour, Idle: time.Hour, Unread: 10 * time.Minute}
 
 // resolution is how exact a deadline is: setting it costs HTTP/2 a message.
 const resolution = 8

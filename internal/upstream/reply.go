@@ -140,6 +140,9 @@ func (w *reply) Write(p []byte) (int, error) {
 	return n, w.err
 }
 
+// SetWriteDeadline is what [http.ResponseController] calls.
+func (w *reply) SetWriteDeadline(t time.Time) error { return w.c.Conn.SetWriteDeadline(t) }
+
 // FlushError is what [http.ResponseController] calls.
 func (w *reply) FlushError() error {
 	w.WriteHeader(http.StatusOK)

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"reflect"
 	"strings"
 	"testing"
@@ -440,4 +441,21 @@ func FuzzPlain(f *testing.F) {
 			t.Errorf("%q:\n%+v\nnet/http:\n%+v\n%s", b, see(mine), theirs, answer)
 		}
 	})
+}
+
+// TestUnread has a client that reads nothing: the handler's deadline for writing
+// ends what writes to it.
+func TestUnread(t *testing.T) {
+	ended := make(chan error, 1)
+	address, _ := plain(t, func(w http.ResponseWriter, _ *http.Request) {
+		err := http.NewResponseController(w).SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
+		for piece := make([]byte, 32<<10); err == nil; {
+			_, err = w.Write(piece)
+		}
+		ended <- err
+	})
+	connect(t, address).send(t, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+	if err := await.Recv(t, "the write ends", ended); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error(err)
+	}
 }

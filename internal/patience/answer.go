@@ -1,0 +1,121 @@
+package patience
+
+import (
+	"bufio"
+	"net"
+	"net/http"
+	"time"
+)
+
+// Answers returns next with a deadline for every write of an answer: a client that
+// does not read it for l.Unread, or one of a connection that changed its protocol
+// for l.Idle, loses its connection. A handler may set an earlier one.
+func Answers(next http.Handler, l Limits) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		a := &response{ResponseWriter: w, control: http.NewResponseController(w), limits: l, http2: r.ProtoMajor >= 2}
+		// The server writes, too, before the handler does and after it.
+		a.arm()
+		defer func() {
+			if !a.hijacked {
+				a.until = time.Time{}
+				a.arm()
+			}
+		}()
+		if a.http2 {
+			a.disarm()
+		}
+		next.ServeHTTP(a, r)
+	})
+}
+
+type response struct {
+	http.ResponseWriter
+	control  *http.ResponseController
+	limits   Limits
+	http2    bool
+	hijacked bool
+	until    time.Time // the handler's own deadline; zero: none
+	set      time.Time // the deadline that is set; zero: none
+}
+
+// arm sets the deadline of the next write, unless the one that is set is near enough.
+func (a *response) arm() {
+	to := time.Now().Add(a.limits.Unread)
+	if !a.until.IsZero() && a.until.Before(to) {
+		to = a.until
+	}
+	if !a.set.IsZero() && to.Sub(a.set).Abs() < a.limits.Unread/resolution && a.until.IsZero() {
+		return
+	}
+	a.set = to
+	// Without it, as of a test's recorder, nothing waits for a network.
+	_ = a.control.SetWriteDeadline(to)
+}
+
+// disarm ends the deadline: HTTP/2 ends a stream at it whether somebody writes or not.
+func (a *response) disarm() {
+	a.set = time.Time{}
+	_ = a.control.SetWriteDeadline(time.Time{})
+}
+
+// Write implements [http.ResponseWriter].
+func (a *response) Write(p []byte) (int, error) {
+	a.arm()
+	n, err := a.ResponseWriter.Write(p)
+	if a.http2 {
+		a.disarm()
+	}
+	return n, err
+}
+
+// Flush implements [http.Flusher].
+func (a *response) Flush() { _ = a.FlushError() }
+
+// FlushError is what [http.ResponseController] calls.
+func (a *response) FlushError() error {
+	a.arm()
+	err := a.control.Flush()
+	if a.http2 {
+		a.disarm()
+	}
+	return err
+}
+
+// SetWriteDeadline is what [http.ResponseController] calls: a zero time leaves the
+// usual deadlines.
+func (a *response) SetWriteDeadline(t time.Time) error {
+	a.until, a.set = t, time.Time{}
+	a.arm()
+	if a.http2 && t.IsZero() {
+		a.disarm()
+	}
+	return nil
+}
+
+// Hijack implements [http.Hijacker].
+func (a *response) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	c, rw, err := a.control.Hijack()
+	if err != nil {
+		return nil, nil, err
+	}
+	a.hijacked = true
+	bounded := &conn{Conn: c, idle: a.limits.Idle}
+	return bounded, bufio.NewReadWriter(rw.Reader, bufio.NewWriter(bounded)), nil
+}
+
+// Unwrap lets [http.ResponseController] reach the rest.
+func (a *response) Unwrap() http.ResponseWriter { return a.ResponseWriter }
+
+// conn has a deadline for every write, unless its user sets one.
+type conn struct {
+	net.Conn
+	idle time.Duration
+}
+
+// Write implements [net.Conn].
+func (c *conn) Write(p []byte) (int, error) {
+	if err := c.Conn.SetWriteDeadline(time.Now().Add(c.idle)); err != nil {
+		return 0, err
+	}
+	return c.Conn.Write(p)
+}
