@@ -3,6 +3,7 @@ package upstream
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -38,7 +39,9 @@ type Server struct {
 	// HeaderTimeout bounds the wait for a request's header, IdleTimeout the one
 	// for the next request of a connection.
 	HeaderTimeout, IdleTimeout time.Duration
-	ErrorLog                   *log.Logger // nil: the standard one
+	// WriteIdle bounds the wait for a client that takes nothing of its answer (1h).
+	WriteIdle time.Duration
+	ErrorLog  *log.Logger // nil: the standard one
 }
 
 const (
@@ -47,6 +50,9 @@ const (
 	// lookAfter is how long a request is under way before the server looks
 	// whether its client is still there.
 	lookAfter = 250 * time.Millisecond
+	// freshWait is how long a connection that has had no request may still send
+	// one when the listener is closed.
+	freshWait = time.Second
 	// idleSlack is how much less than the idle timeout a connection may get, so
 	// that not every request moves its deadline.
 	idleSlack = 8
@@ -59,9 +65,14 @@ type Listener struct {
 	handed  chan accepted
 	closing chan struct{}
 	close   sync.Once
+	// ended is closed when net/http gets no more connections, which is some time
+	// after closing.
+	ended                chan struct{}
+	freshWait, writeIdle time.Duration
 
 	mu     sync.Mutex
 	conns  map[*served]struct{}
+	fresh  int // of conns
 	closed bool
 	none   chan struct{} // closed when the listener is, and no connection is left
 }
@@ -72,11 +83,13 @@ type accepted struct {
 }
 
 // Listen begins to serve the connections of l. Closing the listener that it
-// returns closes l and the connections that have no request; [Listener.Wait]
-// waits for the others.
+// returns closes l and the connections that wait for another request; those that
+// wait for their first get a second more. [Listener.Wait] waits for the others.
 func (s *Server) Listen(l net.Listener) *Listener {
 	ln := &Listener{
-		Listener: l, server: s, handed: make(chan accepted), closing: make(chan struct{}),
+		writeIdle: cmp.Or(s.WriteIdle, time.Hour), // as the Caddyfile's write_idle
+		Listener:  l, server: s, handed: make(chan accepted), closing: make(chan struct{}),
+		ended: make(chan struct{}), freshWait: freshWait,
 		conns: make(map[*served]struct{}), none: make(chan struct{}),
 	}
 	go ln.accept()
@@ -88,7 +101,7 @@ func (l *Listener) accept() {
 	for {
 		nc, err := l.Listener.Accept()
 		if err != nil {
-			if !l.hand(accepted{error: err}) || errors.Is(err, net.ErrClosed) {
+			if l.isClosing() || !l.hand(accepted{error: err}) || errors.Is(err, net.ErrClosed) {
 				return
 			}
 			continue
@@ -108,12 +121,12 @@ func (l *Listener) accept() {
 	}
 }
 
-// hand gives net/http a connection or an error, unless the listener is closed.
+// hand gives net/http a connection or an error, unless it gets no more.
 func (l *Listener) hand(a accepted) bool {
 	select {
 	case l.handed <- a:
 		return true
-	case <-l.closing:
+	case <-l.ended:
 		if a.Conn != nil {
 			_ = a.Conn.Close()
 		}
@@ -123,15 +136,20 @@ func (l *Listener) hand(a accepted) bool {
 
 // Accept implements [net.Listener].
 func (l *Listener) Accept() (net.Conn, error) {
-	select {
-	case a := <-l.handed:
-		return a.Conn, a.error
-	case <-l.closing:
-		return nil, net.ErrClosed
+	for {
+		select {
+		case a := <-l.handed:
+			if a.error == nil || !l.isClosing() {
+				return a.Conn, a.error
+			}
+		case <-l.ended:
+			return nil, net.ErrClosed
+		}
 	}
 }
 
-// Close implements [net.Listener].
+// Close implements [net.Listener]. Accept goes on for as long as connections wait
+// for their first request, because net/http's server waits for it when it stops.
 func (l *Listener) Close() error {
 	err := net.ErrClosed
 	l.close.Do(func() {
@@ -141,9 +159,14 @@ func (l *Listener) Close() error {
 		defer l.mu.Unlock()
 		l.closed = true
 		for c := range l.conns {
-			if !c.busy.Load() {
+			if c.state.CompareAndSwap(idle, over) {
 				_ = c.Conn.Close()
 			}
+		}
+		if l.fresh == 0 {
+			l.endLocked()
+		} else {
+			time.AfterFunc(l.freshWait, l.end)
 		}
 		if len(l.conns) == 0 {
 			close(l.none)
@@ -172,6 +195,27 @@ func (l *Listener) Wait(ctx context.Context) error {
 	return ctx.Err()
 }
 
+func (l *Listener) end() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.endLocked()
+}
+
+// endLocked ends Accept, and the connections that had no request.
+func (l *Listener) endLocked() {
+	select {
+	case <-l.ended:
+		return
+	default:
+	}
+	close(l.ended)
+	for c := range l.conns {
+		if c.state.CompareAndSwap(fresh, over) {
+			_ = c.Conn.Close()
+		}
+	}
+}
+
 func (l *Listener) enter(c *served) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -179,12 +223,35 @@ func (l *Listener) enter(c *served) bool {
 		return false
 	}
 	l.conns[c] = struct{}{}
+	l.fresh++
+	return true
+}
+
+// begin marks a connection as one with a request. It returns false if the
+// listener closed the connection before.
+func (l *Listener) begin(c *served) bool {
+	if c.state.CompareAndSwap(idle, busy) {
+		return true
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.beginFirstLocked(c)
+}
+
+func (l *Listener) beginFirstLocked(c *served) bool {
+	if !c.state.CompareAndSwap(fresh, busy) {
+		return false
+	}
+	if l.fresh--; l.closed && l.fresh == 0 {
+		l.endLocked()
+	}
 	return true
 }
 
 func (l *Listener) leave(c *served) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.beginFirstLocked(c) // It had none.
 	delete(l.conns, c)
 	if l.closed && len(l.conns) == 0 {
 		close(l.none)
@@ -208,8 +275,9 @@ type served struct {
 	br  *bufio.Reader
 	bw  *bufio.Writer // while a request is under way
 
-	busy  atomic.Bool // A request is under way.
-	until time.Time   // the deadline for reading; zero: none
+	state     atomic.Int32
+	until     time.Time // the deadline for reading; zero: none
+	sendUntil time.Time // the one for writing
 
 	// looks is when the server looks for the client. mu guards what follows.
 	looks   *time.Timer
@@ -217,6 +285,14 @@ type served struct {
 	cancel  context.CancelFunc // of the request under way; nil: none
 	looking chan struct{}      // closed when the look has ended; nil: there is none
 }
+
+// States of a connection, for whoever closes the listener.
+const (
+	fresh = iota // It waits for its first request.
+	idle         // It waits for another request.
+	busy         // A request is under way.
+	over         // The listener has closed it.
+)
 
 // plainMethods are what a request of which net/http knows nothing may begin with.
 var plainMethods = []string{"GET /", "HEAD /", "DELETE /", "OPTIONS /"}
@@ -244,13 +320,15 @@ func (c *served) serve() {
 			c.handOver()
 			return
 		}
-		c.busy.Store(true)
+		if !c.l.begin(c) {
+			break
+		}
 		if first && c.pass() {
 			return
 		}
 		_, _ = c.br.Discard(n)
 		keep = c.answer(ctx, r)
-		c.busy.Store(false)
+		c.state.Store(idle)
 		keep = keep && !c.l.isClosing()
 	}
 	_ = c.Conn.Close()
@@ -259,9 +337,11 @@ func (c *served) serve() {
 
 // handOver gives the connection to net/http, with what was read of it.
 func (c *served) handOver() {
+	c.state.CompareAndSwap(idle, busy) // A fresh one has Accept go on until it is handed over.
 	c.deadline(time.Time{})
-	c.l.leave(c)
+	_ = c.Conn.SetWriteDeadline(time.Time{})
 	c.l.hand(accepted{Conn: &replayed{c.Conn, c.br}})
+	c.l.leave(c)
 }
 
 // pass says whether somebody else has the connection now.
@@ -283,6 +363,19 @@ func (c *served) pass() bool {
 func (c *served) deadline(until time.Time) {
 	c.until = until
 	_ = c.Conn.SetReadDeadline(until)
+}
+
+// out writes to the client.
+type out struct{ *served }
+
+// Write implements [io.Writer].
+func (o out) Write(p []byte) (int, error) {
+	now, wait := time.Now(), o.l.writeIdle
+	if o.sendUntil.Before(now.Add(wait - wait/idleSlack)) {
+		o.sendUntil = now.Add(wait)
+		_ = o.Conn.SetWriteDeadline(o.sendUntil)
+	}
+	return o.Conn.Write(p)
 }
 
 // header waits for the header of a request, and returns its length, or 0 if
@@ -393,7 +486,7 @@ func (c *served) answer(ctx context.Context, r *http.Request) (keep bool) {
 	defer cancel()
 	w := &reply{c: c, r: r, header: make(http.Header, 12), length: -1}
 	c.bw = writers.Get().(*bufio.Writer)
-	c.bw.Reset(c.Conn)
+	c.bw.Reset(out{c})
 	c.watch(cancel)
 	defer func() {
 		c.unwatch()

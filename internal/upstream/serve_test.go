@@ -366,6 +366,66 @@ func TestListenerCloses(t *testing.T) {
 	}
 }
 
+// TestListenerAnswersFirst has the first requests of connections answered that
+// came before the listener was closed, by whomever.
+func TestListenerAnswersFirst(t *testing.T) {
+	address, l := plain(t, func(http.ResponseWriter, *http.Request) {})
+	l.freshWait = await.Hang
+	requests := []string{
+		"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nhi", "GET / HTTP/1.1\r\nHost: other\r\n\r\n",
+	}
+	var conns []*client
+	for range requests {
+		conns = append(conns, connect(t, address))
+	}
+	await.Until(t, "the connections are accepted", func() bool {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return len(l.conns) == len(conns)
+	})
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for i, conn := range conns {
+		conn.send(t, requests[i])
+		if resp, _ := conn.response(t, "GET"); resp.StatusCode != 200 || !resp.Close && i == 0 {
+			t.Errorf("%q: %v", requests[i], resp)
+		}
+	}
+	if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Accept goes on: %v", err)
+	}
+	if err := l.Wait(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestClientTakesNothing has the answer end of a client that does not read it.
+func TestClientTakesNothing(t *testing.T) {
+	tcp, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	l := (&Server{
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			var err error
+			for err == nil {
+				_, err = w.Write(make([]byte, 1<<20))
+			}
+			ended <- err
+		}),
+		Takes:         func(*http.Request) bool { return true },
+		HeaderTimeout: await.Hang, IdleTimeout: await.Hang, WriteIdle: 100 * time.Millisecond,
+	}).Listen(tcp)
+	defer l.Close()
+	conn := connect(t, tcp.Addr().String())
+	conn.send(t, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+	if err := await.Recv(t, "the end of the answer", ended); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error(err)
+	}
+}
+
 // TestWaitEnds has Wait end the requests that take too long.
 func TestWaitEnds(t *testing.T) {
 	came := make(chan struct{})
