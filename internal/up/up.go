@@ -175,6 +175,14 @@ func (s *service) launch(ctx context.Context, p program) error {
 	return nil
 }
 
+// during runs f until everything is stopped; f returns when its context is done.
+func (s *service) during(f func(context.Context)) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { defer close(done); f(ctx) }()
+	s.stack = append(s.stack, func() { cancel(); <-done })
+}
+
 // start starts everything.
 func (s *service) start(ctx context.Context, o options) (err error) {
 	// First, because its port may be taken.
@@ -231,6 +239,10 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 	if err := pg.ensureDatabase(ctx, "wrenn"); err != nil {
 		return err
 	}
+	if err := pg.reserveLog(ctx); err != nil {
+		return err
+	}
+	s.during(func(ctx context.Context) { pg.keepRoom(ctx, s.say) })
 	rd, err := newRedis(s.dir)
 	if err != nil {
 		return err

@@ -2,10 +2,13 @@ package up
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -236,5 +239,115 @@ func TestAnnounce(t *testing.T) {
 		if strings.Contains(said.String(), secret) {
 			t.Errorf("it says %s", secret)
 		}
+	}
+}
+
+// TestFullDisk: guests that fill the disk do not stop PostgreSQL, which writes on,
+// and starts again after it was killed.
+func TestFullDisk(t *testing.T) {
+	s := newService(t)
+	need(t, "mkfs.ext4", "mount", "dd")
+	if bins, _ := filepath.Glob("/usr/lib/postgresql/*/bin/postgres"); len(bins) == 0 {
+		t.Skip("needs PostgreSQL")
+	}
+	// A disk of its own, small enough to be filled.
+	image, disk := filepath.Join(t.TempDir(), "disk"), string(s.dir)+"/disk"
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 2<<30), os.Mkdir(disk, 0o711)); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("mkfs.ext4", "-q", "-m", "0", image).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if out, err := exec.Command("mount", "-o", "loop", image, disk).CombinedOutput(); err != nil {
+		t.Skipf("needs loop devices: %v: %s", err, out)
+	}
+	t.Cleanup(func() {
+		s.stopAll() // what is on it
+		if out, err := exec.Command("umount", disk).CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+	})
+	if err := os.Chmod(disk, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	pg, err := newPostgres(t.Context(), layout.Dir(disk))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Its log is elsewhere: whoever fills a disk fills that too.
+	if err := s.launch(t.Context(), pg.program()); err != nil {
+		t.Fatal(err)
+	}
+	if err := pg.reserveLog(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := pg.segments(); err != nil || n < logMiB/segmentMiB {
+		t.Fatalf("%d files of the log, %v", n, err)
+	}
+	connect := func() *pgx.Conn {
+		t.Helper()
+		var conn *pgx.Conn
+		await.Until(t, "PostgreSQL answers", func() (ok bool) {
+			conn, err = pgx.Connect(t.Context(), pg.url("postgres"))
+			return err == nil
+		})
+		t.Cleanup(func() { conn.Close(context.Background()) })
+		return conn
+	}
+	conn := connect()
+	begun := func() (at time.Time) {
+		t.Helper()
+		if err := conn.QueryRow(t.Context(), "SELECT pg_postmaster_start_time()").Scan(&at); err != nil {
+			t.Fatal(err)
+		}
+		return at
+	}
+	exec1 := func(sql string) {
+		t.Helper()
+		if _, err := conn.Exec(t.Context(), sql); err != nil {
+			t.Fatalf("%s: %v", sql, err)
+		}
+	}
+	exec1("CREATE TABLE rows AS SELECT n AS id, 0 AS counted, repeat('x', 500) AS filler FROM generate_series(1, 2000) n")
+	if err := pg.makeRoom(spareMiB); err != nil {
+		t.Fatal(err)
+	}
+	if st, err := os.Stat(pg.spare()); err != nil || st.Size() != spareMiB<<20 {
+		t.Fatalf("no spare file: %v", err)
+	}
+	fill := func(name string) {
+		t.Helper()
+		out, _ := exec.Command("dd", "if=/dev/zero", "of="+filepath.Join(disk, name), "bs=64k").CombinedOutput()
+		if free, err := freeMiB(disk); err != nil || free > 0 || !strings.Contains(string(out), "No space left") {
+			t.Fatalf("%d MiB are free, %v: %s", free, err, out)
+		}
+	}
+	fill("guest")
+	started := begun()
+	// More than the log's files have, all over again.
+	for range 2 * logMiB / segmentMiB {
+		exec1("SELECT pg_logical_emit_message(true, 'test', repeat('x', 15 << 20))")
+	}
+	exec1("UPDATE rows SET counted = counted + 1 WHERE id = 1")
+	if at := begun(); at != started {
+		t.Errorf("PostgreSQL began anew at %v", at)
+	}
+	// Killed as by the kernel, on a disk where nothing is free.
+	pid, err := os.ReadFile(filepath.Join(pg.data(), "postmaster.pid"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := strconv.Atoi(strings.SplitN(string(pid), "\n", 2)[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(n, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	await.Until(t, "the one that was killed is gone", func() bool { return conn.Ping(t.Context()) != nil })
+	conn = connect()
+	exec1("UPDATE rows SET counted = counted + 1 WHERE id = 2")
+	if _, err := os.Stat(pg.spare()); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the spare file is there: %v", err)
 	}
 }

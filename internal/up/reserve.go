@@ -1,0 +1,154 @@
+package up
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"golang.org/x/sys/unix"
+)
+
+// PostgreSQL stops when it cannot write its log, and does not start again while it
+// cannot write a few small files. Guests can fill the disk that it shares with
+// them. So it has room of its own: segments of its log that are written over and
+// over, and a file that is removed to make room when the disk is full.
+
+const (
+	// logMiB is how much of the log there is on the disk, used or not, and
+	// segmentMiB the size of one of its files.
+	logMiB     = 512
+	segmentMiB = 16
+	// spareMiB is the size of the file that is removed once less than fullMiB is
+	// free, and made again once plentyMiB is.
+	spareMiB  = 64
+	fullMiB   = 16
+	plentyMiB = 2 * logMiB
+	// lookEvery is how often the disk is looked at.
+	lookEvery = time.Second
+)
+
+func freeMiB(dir string) (int64, error) {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil {
+		return 0, fmt.Errorf("measure disk: %w", err)
+	}
+	return int64(fs.Bavail) * fs.Bsize >> 20, nil
+}
+
+func (p *postgres) spare() string { return filepath.Join(p.dir, "spare") }
+
+// makeRoom removes the spare file if less than so much of the disk is free, and
+// makes it again if that is plenty.
+func (p *postgres) makeRoom(lessMiB int64) (err error) {
+	free, err := freeMiB(p.dir)
+	if err != nil {
+		return err
+	}
+	if free < lessMiB {
+		if err := os.Remove(p.spare()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("make room for PostgreSQL: %w", err)
+		}
+		return nil
+	}
+	if _, err := os.Stat(p.spare()); err == nil || free < plentyMiB {
+		return nil
+	}
+	f, err := os.OpenFile(p.spare(), os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("keep room for PostgreSQL: %w", err)
+	}
+	if err := errors.Join(unix.Fallocate(int(f.Fd()), 0, 0, spareMiB<<20), f.Close()); err != nil {
+		return errors.Join(fmt.Errorf("keep room for PostgreSQL: %w", err), os.Remove(p.spare()))
+	}
+	return nil
+}
+
+// keepRoom keeps the spare file until ctx is done.
+func (p *postgres) keepRoom(ctx context.Context, say func(format string, args ...any)) {
+	tick := time.NewTicker(lookEvery)
+	defer tick.Stop()
+	failing := false
+	for {
+		err := p.makeRoom(fullMiB)
+		if err != nil && !failing {
+			say("warning: %v", err)
+		}
+		failing = err != nil
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// segments counts the files of the log, those among them that are to be used.
+func (p *postgres) segments() (n int, err error) {
+	entries, err := os.ReadDir(filepath.Join(p.data(), "pg_wal"))
+	for _, e := range entries {
+		if len(e.Name()) == 24 && strings.Trim(e.Name(), "0123456789ABCDEF") == "" {
+			n++
+		}
+	}
+	return n, err
+}
+
+// reserveLog has PostgreSQL write as many files of its log as it keeps: from then
+// on it writes over them and needs no more of the disk, because a checkpoint begins
+// when half of them are used. It does nothing on a disk that is nearly full.
+func (p *postgres) reserveLog(ctx context.Context) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("keep room for PostgreSQL: %w", err)
+		}
+	}()
+	conn, err := pgx.Connect(ctx, p.url("postgres"))
+	if err != nil {
+		return err
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	do := func(statements ...string) error {
+		for _, sql := range statements {
+			if _, err := conn.Exec(ctx, sql); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	// Here and not on the command line, which could not be changed while it runs.
+	bound := func(mib int) error {
+		return do("ALTER SYSTEM SET min_wal_size = "+strconv.Itoa(logMiB), "ALTER SYSTEM SET max_wal_size = "+strconv.Itoa(mib), "SELECT pg_reload_conf()")
+	}
+	free, err := freeMiB(p.dir)
+	if err != nil {
+		return err
+	}
+	have, err := p.segments()
+	if err != nil {
+		return err
+	}
+	const want = logMiB / segmentMiB
+	if have < want && free > int64(want-have)*segmentMiB+spareMiB+fullMiB {
+		// No checkpoint may begin before there are enough.
+		if err := bound(4 * logMiB); err != nil {
+			return err
+		}
+		for range want {
+			// A file that nothing was written to is not left for the next.
+			if err := do("SELECT pg_logical_emit_message(false, 'wrenn', '')", "SELECT pg_switch_wal()"); err != nil {
+				return err
+			}
+		}
+		if err := do("CHECKPOINT"); err != nil {
+			return err
+		}
+	}
+	return bound(logMiB)
+}
