@@ -28,6 +28,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/client"
 	"github.com/wrenn-dev/wrenn/internal/apitest"
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
@@ -153,6 +154,33 @@ func keepImages(dir string) error {
 		}
 	}
 	return nil
+}
+
+// end kills what is left of the installation in dir: wrenn up and what it
+// started, agents, and machines, which outlive both. A test that fails in the
+// middle must leave none, because nobody finds them once their files are gone.
+func end(dir string) (left map[int]string) {
+	all := make(map[int]string)
+	for until := time.Now().Add(await.Hang); ; {
+		now := processes(dir)
+		if len(now) == 0 || time.Now().After(until) {
+			return all
+		}
+		for pid, line := range now {
+			all[pid] = line
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// discard ends what a test may have left of an installation, and removes it.
+func discard(t testing.TB, dir string) {
+	t.Helper()
+	if left := end(dir); len(left) > 0 {
+		t.Logf("ended what the test left: %v", left)
+	}
+	_ = os.RemoveAll(dir)
 }
 
 // freeAddress is an address that nobody listens on.
@@ -334,6 +362,7 @@ var shared = sync.OnceValues(func() (*installation, error) {
 	if err != nil {
 		return nil, err
 	}
+	sharedDir = dir
 	listen, err := freeAddress()
 	if err != nil {
 		return nil, err
@@ -345,7 +374,10 @@ var shared = sync.OnceValues(func() (*installation, error) {
 	return i, keepImages(dir)
 })
 
-var sharedUsed bool
+var (
+	sharedUsed bool
+	sharedDir  string // empty: there is none yet
+)
 
 func up(t testing.TB) *installation {
 	t.Helper()
@@ -372,12 +404,19 @@ func TestMain(m *testing.M) {
 				fmt.Fprintln(os.Stderr, err)
 				code = 1
 			}
+			if left := end(i.dir); len(left) > 0 {
+				fmt.Fprintln(os.Stderr, "wrenn up left processes:", left)
+				code = 1
+			}
 			if code == 0 {
 				os.RemoveAll(i.dir)
 			} else {
 				fmt.Fprintf(os.Stderr, "wrenn up printed:\n%s\nits logs are in %s\n", i.out, i.dir)
 			}
 		}
+	}
+	if sharedDir != "" {
+		end(sharedDir) // It may not have got ready.
 	}
 	os.Exit(code)
 }

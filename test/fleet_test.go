@@ -145,7 +145,7 @@ func (c *control) host(name, listen string) (id string, env []string) {
 	if err != nil {
 		c.Fatal(err)
 	}
-	c.Cleanup(func() { os.RemoveAll(dir) })
+	c.Cleanup(func() { discard(c.T, dir) })
 	bin, err := programs()
 	if err != nil {
 		c.Fatal(err)

@@ -3,6 +3,7 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -149,6 +150,33 @@ func machine(t testing.TB) map[string]string {
 	return state
 }
 
+// TestDiscard ends processes that know an installation in each way.
+func TestDiscard(t *testing.T) {
+	dir := t.TempDir()
+	var all []*exec.Cmd
+	for _, change := range []func(*exec.Cmd){
+		func(c *exec.Cmd) { c.Env = append(os.Environ(), "WRENN_DIR="+dir) },
+		func(c *exec.Cmd) { c.Dir = dir },
+		func(c *exec.Cmd) { c.Args = append(c.Args, dir) },
+	} {
+		cmd := exec.Command("sh", "-c", "while :; do sleep 1; done", "sh")
+		change(cmd)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, cmd)
+	}
+	discard(t, dir)
+	for n, cmd := range all {
+		if err := cmd.Wait(); err == nil || cmd.ProcessState.Success() {
+			t.Errorf("process %d ended by itself", n)
+		}
+	}
+	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the folder is there: %v", err)
+	}
+}
+
 func TestOnceLeavesNothing(t *testing.T) {
 	if why := unable(); why != "" {
 		t.Skip(why)
@@ -158,7 +186,7 @@ func TestOnceLeavesNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer os.RemoveAll(dir)
+	defer discard(t, dir)
 	listen, err := freeAddress()
 	if err != nil {
 		t.Fatal(err)
@@ -327,7 +355,7 @@ func TestKillUp(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer os.RemoveAll(dir)
+	defer discard(t, dir)
 	listen, err := freeAddress()
 	if err != nil {
 		t.Fatal(err)

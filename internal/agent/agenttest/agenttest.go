@@ -31,6 +31,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent"
+	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
 	"github.com/wrenn-dev/wrenn/internal/agent/rates"
@@ -226,8 +227,11 @@ func New(t testing.TB, prepare func(*Agent)) *Agent {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	a.Dir = layout.Dir(dir)
+	t.Cleanup(func() {
+		a.discard(t)
+		_ = os.RemoveAll(dir)
+	})
 	a.link(t)
 	if prepare != nil {
 		prepare(a)
@@ -439,6 +443,29 @@ func (a *Agent) Finish(t testing.TB) {
 	}
 	if got := Groups(); got != a.groups {
 		t.Logf("control groups were %s and are %s (another test may run beside)", a.groups, got)
+	}
+}
+
+// discard ends what a test left that failed while no agent ran, or before one
+// answered: no machine may outlive its files.
+func (a *Agent) discard(t testing.TB) {
+	t.Helper()
+	if a.Cmd != nil && a.Ended != nil {
+		_ = a.Cmd.Process.Kill()
+		<-a.Ended
+	}
+	homes, _ := os.ReadDir(a.Dir.Sandboxes())
+	for _, home := range homes {
+		group := cgroup.Group{Name: home.Name()}
+		if there, err := group.Populated(); err == nil && !there {
+			continue
+		}
+		t.Logf("ending a machine that the test left: %s", home.Name())
+		ctx, cancel := context.WithTimeout(context.Background(), vmmtest.Within(t, 60*time.Second))
+		if err := group.Destroy(ctx); err != nil {
+			t.Error(err)
+		}
+		cancel()
 	}
 }
 

@@ -255,6 +255,7 @@ func TestInheritsNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { _ = vm.Kill(context.Background()) })
 	home := fmt.Sprintf("/proc/%d/fd", vm.PID())
 	all, err := os.ReadDir(home)
 	if err != nil || len(all) < 3 {
@@ -277,6 +278,7 @@ func TestKilledQEMUIsNoticed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { _ = vm.Kill(context.Background()) })
 	if err := syscall.Kill(vm.PID(), syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
@@ -298,6 +300,7 @@ func TestGuestThatEndsLeavesItsConsole(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { _ = vm.Kill(context.Background()) })
 	select {
 	case <-vm.Done():
 	case <-time.After(vmmtest.Within(t, 60*time.Second)):
