@@ -17,7 +17,7 @@ RUN_PACKAGES  := qemu-system-x86 postgresql redis-server mmdebstrap e2fsprogs km
 TEST_PACKAGES := slirp4netns qemu-utils busybox-static nftables iptables containernetworking-plugins iproute2 socat gcc libc6-dev dpkg-dev docker-registry skopeo umoci chromium fonts-dejavu-core
 
 # What benchmarks are beside.
-BENCH_PACKAGES := nginx-light wrk iproute2
+BENCH_PACKAGES := nginx-light wrk iproute2 gcc libc6-dev
 
 GO_PACKAGES := ./...
 
