@@ -5,7 +5,6 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -66,31 +65,12 @@ func serverCommand() *cobra.Command {
 					if err != nil {
 						return fmt.Errorf("take connections of the front door: %w", err)
 					}
-					return serveOn(ctx, bound(linger.Listener(l)), nil, patience.Answers(passed(s.Handler(), s.ToPort), patience.Default), s.ToPort, inner)
+					return serveOn(ctx, bound(linger.Listener(l)), nil, patience.Answers(server.FrontDoor(s.Handler(), s.ToPort), patience.Default), s.ToPort, inner)
 				}
 			}
 			return errors.Join(serve(ctx, c.Listen, bound, nil, s.Handler(), s.ToPort, run), s.Close())
 		},
 	}
-}
-
-// passed serves a connection that the front door has passed: a client's own, who
-// may not say what a front door says.
-func passed(next http.Handler, toPort func(*http.Request) bool) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if !toPort(r) {
-			h := w.Header()
-			h.Set("Content-Type", "application/json")
-			h.Set("Connection", "close")
-			w.WriteHeader(http.StatusMisdirectedRequest)
-			_, _ = io.WriteString(w, `{"error":{"code":"invalid_argument","message":"this connection is for sandboxes' ports: use another one for the API"}}`)
-			return
-		}
-		for _, name := range []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
-			r.Header.Del(name)
-		}
-		next.ServeHTTP(w, r)
-	})
 }
 
 // serve serves handler at listen, over TLS if identity is not nil, and runs run

@@ -34,6 +34,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/linger"
 	"github.com/wrenn-dev/wrenn/internal/linger/lingertest"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
+	controlplane "github.com/wrenn-dev/wrenn/internal/server"
 )
 
 // openDoor is a front door with server behind it, at an address of its own.
@@ -812,25 +813,33 @@ func TestPortsTakeAShorterWay(t *testing.T) {
 }
 
 // TestConnectionsArePassed has the control plane serve connections to sandboxes'
-// ports itself, as long as it takes them.
+// ports itself, as long as it takes them. Whatever comes over such a connection
+// is answered as by Caddy.
 func TestConnectionsArePassed(t *testing.T) {
-	s, listen, _ := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		fmt.Fprintf(w, "by Caddy from %s", r.Header.Get("X-Forwarded-For"))
-	}))
+	tell := func(by string) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			b, _ := io.ReadAll(r.Body)
+			from := r.Header.Get("X-Forwarded-For") // which Caddy says
+			if from == "" {
+				from, _, _ = net.SplitHostPort(r.RemoteAddr)
+			}
+			w.Header().Set("By", by)
+			fmt.Fprintf(w, "%s %s%s %s from %s: %s", r.Method, r.Host, r.URL.EscapedPath(), r.URL.RawQuery, from, b)
+		})
+	}
+	s, listen, _ := openDoor(t, tell("Caddy"))
 	passed, err := handover.Listen(handover.Path(s.dir.ServerSocket()), 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv := netaddr.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		b, _ := io.ReadAll(r.Body)
-		fmt.Fprintf(w, "itself from %s %s%s", r.RemoteAddr, r.Host, b)
-	}))
+	srv := netaddr.Server(controlplane.FrontDoor(tell("itself"), func(r *http.Request) bool { return strings.HasSuffix(r.Host, "-cl-x.localhost") }))
 	go srv.Serve(linger.Listener(passed))
 	t.Cleanup(func() { srv.Close() })
 	if err := openTo(account{caddyID, caddyID}, handover.Path(s.dir.ServerSocket())); err != nil {
 		t.Fatal(err)
 	}
-	dial := func() (net.Conn, func(request string) string) {
+	dial := func() (net.Conn, func(request string) (by, answer string)) {
+		t.Helper()
 		conn, err := net.Dial("tcp", listen)
 		if err != nil {
 			t.Fatal(err)
@@ -840,41 +849,48 @@ func TestConnectionsArePassed(t *testing.T) {
 			t.Fatal(err)
 		}
 		r := bufio.NewReader(conn)
-		return conn, func(request string) string {
+		return conn, func(request string) (by, answer string) {
 			t.Helper()
 			fmt.Fprint(conn, request)
 			resp, err := http.ReadResponse(r, nil)
 			if err != nil {
-				t.Fatal(err)
+				t.Fatalf("%q: %v", request, err)
 			}
 			b, err := io.ReadAll(resp.Body)
 			if err != nil {
 				t.Fatal(err)
 			}
-			return string(b)
+			return resp.Header.Get("By"), fmt.Sprintf("%s %s %s", resp.Status, resp.Header.Get("Location"), b)
 		}
 	}
-	const get, api = "GET / HTTP/1.1\r\nHost: 80-cl-x.localhost\r\n\r\n", "GET /v1/x HTTP/1.1\r\nHost: localhost\r\n\r\n"
-	const post = "POST / HTTP/1.1\r\nHost: 80-cl-x.localhost\r\nContent-Length: 5\r\n\r\nhello"
-	client, ask := dial()
-	mine := "itself from " + client.LocalAddr().String() + " "
-	for _, c := range [][2]string{{get, mine + "80-cl-x.localhost"}, {post, mine + "80-cl-x.localhosthello"}, {get, mine + "80-cl-x.localhost"}} {
-		if got := ask(c[0]); got != c[1] {
-			t.Errorf("%q: %q", c[0], got)
+	get := func(host, path string) string { return "GET " + path + " HTTP/1.1\r\nHost: " + host + "\r\n\r\n" }
+	const sandbox, api = "80-cl-x.localhost", "localhost"
+	post := "POST /a HTTP/1.1\r\nHost: " + sandbox + "\r\nContent-Length: 5\r\n\r\nhello"
+	client, mine := dial()
+	mine(get(sandbox, "/"))
+	_, caddys := dial()
+	caddys(get(api, "/v1/x"))
+	for _, request := range []string{
+		get(sandbox, "/"), get(sandbox, "/api/x%2fy?z=%zz"), post,
+		get(api, "/v1/x"), get(api, "/api/v1/x%2fy?z"), get(api, "/"), get(api, "/docs"), get(api, "/api"), get(api, "/apis"),
+		strings.Replace(get(sandbox, "/"), "\r\n\r\n", "\r\nX-Forwarded-For: me\r\nX-Forwarded-Host: me\r\nForwarded: me\r\n\r\n", 1),
+	} {
+		by, got := mine(request)
+		other, want := caddys(request)
+		if got != want || by == "Caddy" || other == "itself" {
+			t.Errorf("%q: by %q: %q\nby %q: %q", request, by, got, other, want)
 		}
 	}
-	for _, first := range []string{api, post} {
+	for _, first := range []string{get(api, "/v1/x"), post} {
 		_, ask := dial()
-		for _, request := range []string{first, get} {
-			if got := ask(request); got != "by Caddy from 127.0.0.1" {
-				t.Errorf("%q: %q", request, got)
-			}
+		if by, _ := ask(first); by != "Caddy" {
+			t.Errorf("%q: by %s", first, by)
 		}
 	}
 	srv.Close()
-	_, ask = dial()
-	if got := ask(get); got != "by Caddy from 127.0.0.1" {
-		t.Errorf("the control plane takes none: %q", got)
+	_, ask := dial()
+	if by, got := ask(get(sandbox, "/")); by != "Caddy" {
+		t.Errorf("the control plane takes none: by %q: %s", by, got)
 	}
 	if n, err := client.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
 		t.Errorf("a connection that the control plane has closed: %d, %v", n, err)

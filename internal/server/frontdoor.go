@@ -1,0 +1,30 @@
+package server
+
+import (
+	"net/http"
+	"strings"
+)
+
+// FrontDoor returns what serves a connection that the front door has passed. It
+// routes requests as deploy/Caddyfile does, and lets a client say nothing that
+// only a front door may.
+func FrontDoor(next http.Handler, toPort func(*http.Request) bool) http.Handler {
+	const prefix = "/api"
+	api := http.StripPrefix(prefix, next)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		for _, name := range []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
+			r.Header.Del(name)
+		}
+		switch {
+		case toPort(r):
+			next.ServeHTTP(w, r)
+		case strings.HasPrefix(r.URL.EscapedPath(), prefix+"/"):
+			api.ServeHTTP(w, r)
+		case r.URL.Path == "/":
+			w.Header().Set("Location", "/docs")
+			w.WriteHeader(http.StatusFound)
+		default:
+			next.ServeHTTP(w, r)
+		}
+	})
+}
