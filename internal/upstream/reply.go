@@ -141,7 +141,10 @@ func (w *reply) Write(p []byte) (int, error) {
 }
 
 // SetWriteDeadline is what [http.ResponseController] calls.
-func (w *reply) SetWriteDeadline(t time.Time) error { return w.c.Conn.SetWriteDeadline(t) }
+func (w *reply) SetWriteDeadline(t time.Time) error {
+	w.c.sendOwn, w.c.sendUntil = true, time.Time{}
+	return w.c.Conn.SetWriteDeadline(t)
+}
 
 // FlushError is what [http.ResponseController] calls.
 func (w *reply) FlushError() error {

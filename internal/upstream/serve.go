@@ -277,7 +277,8 @@ type served struct {
 
 	state     atomic.Int32
 	until     time.Time // the deadline for reading; zero: none
-	sendUntil time.Time // the one for writing
+	sendUntil time.Time // the one for writing; zero: unknown
+	sendOwn   bool      // The handler sets the one for writing.
 
 	// looks is when the server looks for the client. mu guards what follows.
 	looks   *time.Timer
@@ -370,6 +371,9 @@ type out struct{ *served }
 
 // Write implements [io.Writer].
 func (o out) Write(p []byte) (int, error) {
+	if o.sendOwn {
+		return o.Conn.Write(p)
+	}
 	now, wait := time.Now(), o.l.writeIdle
 	if o.sendUntil.Before(now.Add(wait - wait/idleSlack)) {
 		o.sendUntil = now.Add(wait)
@@ -487,6 +491,7 @@ func (c *served) answer(ctx context.Context, r *http.Request) (keep bool) {
 	w := &reply{c: c, r: r, header: make(http.Header, 12), length: -1}
 	c.bw = writers.Get().(*bufio.Writer)
 	c.bw.Reset(out{c})
+	c.sendOwn = false
 	c.watch(cancel)
 	defer func() {
 		c.unwatch()
