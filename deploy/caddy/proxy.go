@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httputil"
-	"net/netip"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -92,10 +91,8 @@ func (p *proxy) forward(w http.ResponseWriter, r *http.Request) {
 		Rewrite: func(pr *httputil.ProxyRequest) {
 			pr.Out.URL.Host = "control-plane"
 			pr.SetXForwarded()
-			// Who terminates TLS on this machine says so; others are not believed.
-			const proto = "X-Forwarded-Proto"
-			if peer, err := netip.ParseAddrPort(r.RemoteAddr); err == nil && peer.Addr().Unmap().IsLoopback() && r.Header.Get(proto) == "https" {
-				pr.Out.Header.Set(proto, "https")
+			if upstream.TLSBefore(r) {
+				pr.Out.Header.Set(upstream.ProtoField, "https")
 			}
 		},
 		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) {

@@ -3,6 +3,8 @@ package server
 import (
 	"net/http"
 	"strings"
+
+	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
 // FrontDoor returns what serves a connection that the front door has passed. It
@@ -12,8 +14,12 @@ func FrontDoor(next http.Handler, toPort func(*http.Request) bool) http.Handler 
 	const prefix = "/api"
 	api := http.StripPrefix(prefix, next)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		before := upstream.TLSBefore(r)
 		for _, name := range []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
 			r.Header.Del(name)
+		}
+		if before {
+			r.Header.Set(upstream.ProtoField, "https")
 		}
 		switch {
 		case toPort(r):

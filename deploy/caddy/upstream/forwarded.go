@@ -1,0 +1,1 @@
+../../../internal/upstream/forwarded.go
