@@ -103,6 +103,9 @@ type filtered struct {
 
 // WriteHeader implements [http.ResponseWriter].
 func (f filtered) WriteHeader(status int) {
+	if status >= 200 {
+		noGuess(f.Header())
+	}
 	if status < 200 && status != http.StatusSwitchingProtocols {
 		f.filter(f.Header())
 	}
@@ -123,6 +126,7 @@ func (p *Proxy) respond(w http.ResponseWriter, resp *http.Response) {
 	for name, values := range resp.Header {
 		h[name] = values
 	}
+	noGuess(h)
 	if bodiless(resp.StatusCode) {
 		delete(h, "Content-Length") // Go's HTTP/2 client would wait for a body.
 	}
@@ -157,6 +161,13 @@ func (p *Proxy) respond(w http.ResponseWriter, resp *http.Response) {
 			name = http.TrailerPrefix + name
 		}
 		h[name] = values
+	}
+}
+
+// noGuess keeps net/http from adding a Content-Type, which it guesses from the body.
+func noGuess(h http.Header) {
+	if _, ok := h["Content-Type"]; !ok {
+		h["Content-Type"] = nil
 	}
 }
 

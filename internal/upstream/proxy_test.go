@@ -84,6 +84,31 @@ func TestProxyHeaders(t *testing.T) {
 	}
 }
 
+// TestProxyGuessesNothing has a response without a Content-Type stay as it is.
+func TestProxyGuessesNothing(t *testing.T) {
+	f := front(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header()["Content-Type"] = nil
+		fmt.Fprint(w, "<html>")
+	})
+	for _, upgrade := range []string{"", "x"} {
+		req, err := http.NewRequestWithContext(await.Context(t), http.MethodPost, f.URL, strings.NewReader("body"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if upgrade != "" {
+			req.Header = http.Header{"Connection": {"upgrade"}, "Upgrade": {upgrade}}
+		}
+		resp, err := http.DefaultTransport.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if guess, ok := resp.Header["Content-Type"]; ok || resp.StatusCode != http.StatusOK {
+			t.Errorf("upgrade to %q: %s, Content-Type %q", upgrade, resp.Status, guess)
+		}
+	}
+}
+
 func TestProxyTrailers(t *testing.T) {
 	f := front(t, func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Trailer", "X-Announced")
