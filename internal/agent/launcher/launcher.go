@@ -17,6 +17,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/thread"
 )
 
 // Limits are resource limits (setrlimit(2)) of a program. Those that are already
@@ -153,25 +155,21 @@ func SetFileBytes(pid int, bytes int64) error {
 	if err != nil {
 		return fmt.Errorf("set the limit of files' size: %w", err)
 	}
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // not unlocked: the thread, which is another user's, ends here
-		done <- func() error {
-			if _, _, errno := unix.RawSyscall(unix.SYS_SETRESGID, uintptr(gid), uintptr(gid), uintptr(gid)); errno != 0 {
-				return errno
-			}
-			if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, uintptr(uid), uintptr(uid), uintptr(uid)); errno != 0 {
-				return errno
-			}
-			var now unix.Rlimit
-			if err := unix.Prlimit(pid, unix.RLIMIT_FSIZE, nil, &now); err != nil {
-				return err
-			}
-			now.Cur = min(uint64(bytes), now.Max)
-			return unix.Prlimit(pid, unix.RLIMIT_FSIZE, &now, nil)
-		}()
-	}()
-	if err := <-done; err != nil {
+	err = thread.Own(func() error {
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESGID, uintptr(gid), uintptr(gid), uintptr(gid)); errno != 0 {
+			return errno
+		}
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, uintptr(uid), uintptr(uid), uintptr(uid)); errno != 0 {
+			return errno
+		}
+		var now unix.Rlimit
+		if err := unix.Prlimit(pid, unix.RLIMIT_FSIZE, nil, &now); err != nil {
+			return err
+		}
+		now.Cur = min(uint64(bytes), now.Max)
+		return unix.Prlimit(pid, unix.RLIMIT_FSIZE, &now, nil)
+	})
+	if err != nil {
 		return fmt.Errorf("set the limit of files' size: %w", err)
 	}
 	return nil

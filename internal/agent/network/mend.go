@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
+	"github.com/wrenn-dev/wrenn/internal/agent/thread"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -86,7 +87,7 @@ func fingerprint(name string) (string, error) {
 // are written in a network namespace of a thread of its own, where nobody else
 // is.
 func wantedRules(block int, upstreams []netip.Addr) (want string, err error) {
-	err = onOwnThread(func() error {
+	err = thread.Own(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return fmt.Errorf("make namespace: %w", err)
 		}

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/thread"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -189,7 +190,7 @@ func removeHidden(path string) error {
 		return err
 	}
 	defer dir.Close()
-	return onOwnThread(func() error {
+	return thread.Own(func() error {
 		if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
 			return fmt.Errorf("unshare mounts: %w", err)
 		}
@@ -234,22 +235,6 @@ func mountPoints() ([]string, error) {
 		}
 	}
 	return points, nil
-}
-
-// onOwnThread runs f on a thread that ends afterwards, with whatever f did to it.
-func onOwnThread(f func() error) error {
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // not unlocked: the thread ends with the goroutine
-		if unix.Gettid() == unix.Getpid() {
-			// The main thread cannot end, and /proc/self is what it is in.
-			done <- onOwnThread(f)
-			runtime.UnlockOSThread()
-			return
-		}
-		done <- f()
-	}()
-	return <-done
 }
 
 // inNamespace runs f on a thread inside the namespace at path. Only what f
