@@ -72,29 +72,35 @@ func TestFlood(t *testing.T) {
 		{"as they are", nil},
 		{"32 MiB, 500 operations, 1000 packets", strict},
 	} {
-		h := newHost(t, 4*floodMemory, limits.env)
-		neighbour, guest := h.create(t, floodMemory), h.create(t, floodMemory)
-		h.serveSmall(t, neighbour)
-		requests, writes := make([]sample, len(floods)), make([]sample, len(floods))
-		for range floodRounds {
-			for i, f := range floods {
-				stop := h.flood(t, guest, f.script)
-				requests[i], writes[i] = calmer(requests[i], h.small(t, neighbour)), calmer(writes[i], h.writes(t, neighbour))
-				stop()
-			}
-		}
-		for i, f := range floods {
-			rows = append(rows, []string{
-				limits.name, f.name,
-				ms(requests[i].mid()), ms(requests[i].p99()), times(requests[i].p99(), requests[0].p99()),
-				ms(writes[i].mid()), ms(writes[i].p99()), times(writes[i].p99(), writes[0].p99()),
-			})
-		}
-		h.destroy(t, guest)
-		h.destroy(t, neighbour)
+		t.Run(limits.name, func(t *testing.T) { rows = append(rows, flooded(t, limits.name, limits.env)...) })
 	}
 	table(fmt.Sprintf("A guest's %d small requests and %d synced writes of 4 KiB while its neighbour floods the host", floodRequests, floodWrites),
 		[]string{"limits each second", "the neighbour's flood", "requests, median", "p99", "beside none", "writes, median", "p99", "beside none"}, rows)
+}
+
+// flooded measures a neighbour of each flood on a host of its own.
+func flooded(t *testing.T, limits string, env map[string]string) (rows [][]string) {
+	h := newHost(t, 4*floodMemory, env)
+	neighbour, guest := h.create(t, floodMemory), h.create(t, floodMemory)
+	defer h.destroy(t, neighbour)
+	defer h.destroy(t, guest)
+	h.serveSmall(t, neighbour)
+	requests, writes := make([]sample, len(floods)), make([]sample, len(floods))
+	for range floodRounds {
+		for i, f := range floods {
+			stop := h.flood(t, guest, f.script)
+			requests[i], writes[i] = calmer(requests[i], h.small(t, neighbour)), calmer(writes[i], h.writes(t, neighbour))
+			stop()
+		}
+	}
+	for i, f := range floods {
+		rows = append(rows, []string{
+			limits, f.name,
+			ms(requests[i].mid()), ms(requests[i].p99()), times(requests[i].p99(), requests[0].p99()),
+			ms(writes[i].mid()), ms(writes[i].p99()), times(writes[i].p99(), writes[0].p99()),
+		})
+	}
+	return rows
 }
 
 // calmer returns the sample with the lower p99.
