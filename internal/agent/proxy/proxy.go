@@ -152,7 +152,8 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, t target, u *san
 		Transport:      u.Transport,
 		ErrorLog:       p.errors,
 		Rewrite:        func(pr *httputil.ProxyRequest) { rewrite(pr, t, u.Address.String()) },
-		ModifyResponse: p.received,
+		Filter:         withoutPrivate,
+		ModifyResponse: func(*http.Response) { p.forwarded.Inc() },
 		ErrorHandler: func(w http.ResponseWriter, out *http.Request, err error) {
 			if r.Context().Err() != nil {
 				panic(http.ErrAbortHandler) // nobody is there to tell
@@ -176,11 +177,7 @@ func rewrite(pr *httputil.ProxyRequest, t target, address string) {
 		}
 	}
 	own := h[authorization]
-	for name := range h {
-		if strings.HasPrefix(name, private) {
-			h.Del(name)
-		}
-	}
+	withoutPrivate(h)
 	if own != nil {
 		h["Authorization"] = own
 	}
@@ -189,14 +186,13 @@ func rewrite(pr *httputil.ProxyRequest, t target, address string) {
 	}
 }
 
-// received takes from a guest's answer what only the agent may say.
-func (p *Proxy) received(resp *http.Response) {
-	for name := range resp.Header {
+// withoutPrivate removes what only the agent and the control plane say to each other.
+func withoutPrivate(h http.Header) {
+	for name := range h {
 		if strings.HasPrefix(name, private) {
-			resp.Header.Del(name)
+			delete(h, name)
 		}
 	}
-	p.forwarded.Inc()
 }
 
 // again says whether a request that failed may be sent once more: the guest has

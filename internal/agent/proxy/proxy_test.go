@@ -12,7 +12,9 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httptrace"
 	"net/netip"
+	"net/textproto"
 	"runtime"
 	"strconv"
 	"strings"
@@ -221,6 +223,47 @@ func TestRequestArrivesAsItWas(t *testing.T) {
 	want := `POST /a%2fb//c/../d?q=%zz;&x=1 host=8000-x.localhost:8000 auth=Basic dXNlcjo= agent="" for=192.0.2.1 secret="" enc="identity" body=hello`
 	if string(got) != want || resp.StatusCode != http.StatusTeapot || resp.Header.Get("X-Own") != "kept" || resp.Header.Get(ErrorHeader) != "" {
 		t.Errorf("got %s\n%s\nwant\n%s\n%v", resp.Status, got, want, resp.Header)
+	}
+}
+
+// TestGuestsSayNothingPrivate has a guest try to speak as the agent in each part of
+// a response.
+func TestGuestsSayNothingPrivate(t *testing.T) {
+	o := start(t)
+	port := listen(t, 0, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set(ErrorHeader, "paused")
+		w.WriteHeader(http.StatusEarlyHints)
+		w.Header().Set("Trailer", ErrorHeader)
+		_, _ = io.WriteString(w, "body")
+	}))
+	var private []string
+	look := func(h http.Header) {
+		for name := range h {
+			if strings.HasPrefix(name, "X-Wrenn-") {
+				private = append(private, name)
+			}
+		}
+	}
+	early := 0
+	ctx := httptrace.WithClientTrace(await.Context(t), &httptrace.ClientTrace{Got1xxResponse: func(_ int, h textproto.MIMEHeader) error {
+		early++
+		look(http.Header(h))
+		return nil
+	}})
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, o.URL+o.path(port, "/"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := http.DefaultTransport.RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	look(resp.Header)
+	look(resp.Trailer)
+	if len(private) > 0 || early != 1 || string(b) != "body" || err != nil {
+		t.Errorf("%q, %v; %d early responses; the guest says %q", b, err, early, private)
 	}
 }
 
