@@ -154,13 +154,21 @@ func rss(t *testing.T, pid int) int64 {
 // newServer starts `wrenn server` and returns its URL and process.
 func newServer(t *testing.T) (url string, pid int) {
 	t.Helper()
+	url, pid, _ = startServer(t)
+	return url, pid
+}
+
+// startServer does so, and returns the database's URL too.
+func startServer(t *testing.T) (url string, pid int, database string) {
+	t.Helper()
 	dir := t.TempDir()
 	program := filepath.Join(dir, "wrenn")
 	if out, err := exec.Command("go", "build", "-o", program, "github.com/wrenn-dev/wrenn/cmd/wrenn").CombinedOutput(); err != nil {
 		t.Fatalf("build wrenn: %v: %s", err, out)
 	}
 	t.Cleanup(pgtest.End)
-	database, redis := pgtest.New(t), filepath.Join(dir, "redis.sock")
+	database = pgtest.New(t)
+	redis := filepath.Join(dir, "redis.sock")
 	launch(t, nil, "redis-server", "--port", "0", "--unixsocket", redis, "--save", "", "--dir", dir)
 	host := "unix:" + filepath.Join(dir, "host.sock")
 	newStandIn(t, host)
@@ -182,7 +190,7 @@ func newServer(t *testing.T) (url string, pid int) {
 		if resp, err := http.Get(url + "/health"); err == nil {
 			resp.Body.Close()
 			if resp.StatusCode == http.StatusOK {
-				return url, pid
+				return url, pid, database
 			}
 		}
 		if time.Now().After(deadline) {
@@ -226,7 +234,13 @@ func newStandIn(t *testing.T, address string) {
 	}
 	mux := http.NewServeMux()
 	mux.Handle(hostagentv1connect.NewHostAgentHandler(&standIn{}))
-	mux.HandleFunc("/proxy/", func(w http.ResponseWriter, _ *http.Request) { _ = json.NewEncoder(w).Encode("ok") })
+	mux.HandleFunc("/proxy/", func(w http.ResponseWriter, r *http.Request) {
+		if toPort(r, nulPort) {
+			endless(w)
+			return
+		}
+		_ = json.NewEncoder(w).Encode("ok")
+	})
 	web := netaddr.Server(mux)
 	go func() { _ = web.Serve(l) }()
 	t.Cleanup(func() { web.Close() })

@@ -1,0 +1,370 @@
+package bench
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/google/uuid"
+	"google.golang.org/protobuf/proto"
+
+	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+)
+
+const (
+	hostileClients = 200
+	hostileTeams   = 4 // of one owner
+	hostileLasts   = 30 * time.Second
+	quietLasts     = 5 * time.Second
+	otherClients   = 4
+	// hostileMost is what the server may take of the memory: what it keeps to.
+	hostileMost = 512 << 20
+	// nulPort is where the stand-in's guests send without an end.
+	nulPort = 9
+)
+
+// TestHostile measures what 200 clients of one owner, each of which does what costs
+// most, make of the server's memory, and of the time that others' requests take.
+func TestHostile(t *testing.T) {
+	asked(t)
+	url, pid, database := startServer(t)
+	db := pgtest.Connect(t, database)
+	exec := func(sql string, args ...any) {
+		t.Helper()
+		if _, err := db.Exec(context.Background(), sql, args...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// teamOf makes a team with a key, and a sandbox of it.
+	teamOf := func(owner uuid.UUID) (key, sandbox string) {
+		t.Helper()
+		team := uuid.New()
+		key = "wrn_" + strings.ReplaceAll(team.String(), "-", "") + "00000000"
+		hash := sha256.Sum256([]byte(key))
+		exec("INSERT INTO teams (id, name) VALUES ($1, 'team')", team)
+		exec("INSERT INTO team_members (team_id, user_id, role) VALUES ($1, $2, 'owner')", team, owner)
+		exec("INSERT INTO team_quotas (team_id, max_running) VALUES ($1, 200)", team)
+		exec("INSERT INTO api_keys (id, team_id, user_id, name, prefix, hash, scopes) VALUES ($1, $2, $3, 'key', 'wrn_', $4, '{}')", uuid.New(), team, owner, hash[:])
+		var made struct {
+			ID string `json:"id"`
+		}
+		if err := call(t.Context(), http.MethodPost, url+"/v1/sandboxes", "", key, strings.NewReader(`{"memory_mib":128}`), &made); err != nil {
+			t.Fatal(err)
+		}
+		return key, made.ID
+	}
+	person := func(email string) uuid.UUID {
+		u := uuid.New()
+		exec("INSERT INTO users (id, email, verified_at) VALUES ($1, $2, now())", u, email)
+		return u
+	}
+	hostile, other := person("hostile@example.com"), person("other@example.com")
+	var keys, boxes [hostileTeams]string
+	for i := range keys {
+		keys[i], boxes[i] = teamOf(hostile)
+	}
+	key, box := teamOf(other)
+
+	// ours has the other owner's clients ask for d, and returns how long that took.
+	ours := func(d time.Duration) (took sample, failed int64) {
+		var mu sync.Mutex
+		var wg sync.WaitGroup
+		var bad atomic.Int64
+		stop := time.Now().Add(d)
+		for range otherClients {
+			wg.Go(func() {
+				for n := 0; time.Now().Before(stop); n++ {
+					begin := time.Now()
+					var err error
+					switch n % 3 {
+					case 0:
+						err = call(t.Context(), http.MethodGet, url+"/v1/sandboxes", "", key, nil, nil)
+					case 1:
+						err = call(t.Context(), http.MethodPost, url+"/v1/sandboxes/"+box+"/exec", "", key, strings.NewReader(`{"cmd":"true"}`), nil)
+					case 2:
+						err = call(t.Context(), http.MethodGet, url+"/", "80-"+box+".localhost", key, nil, nil)
+					}
+					if err != nil {
+						bad.Add(1)
+						t.Logf("another owner's request: %v", err)
+					}
+					mu.Lock()
+					took = append(took, time.Since(begin))
+					mu.Unlock()
+					time.Sleep(10 * time.Millisecond)
+				}
+			})
+		}
+		wg.Wait()
+		return took, bad.Load()
+	}
+
+	quiet, failedQuiet := ours(quietLasts)
+	before := rss(t, pid)
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	counts := make([]struct {
+		ok, refused, open atomic.Int64
+		first             sync.Once
+	}, len(hostileDeeds))
+	for n := range hostileClients {
+		deed, at := &hostileDeeds[n%len(hostileDeeds)], n/len(hostileDeeds)%hostileTeams
+		count := &counts[n%len(hostileDeeds)]
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				err := deed.do(ctx, url, keys[at], boxes[at])
+				switch {
+				case err == nil:
+					count.ok.Add(1)
+				case ctx.Err() != nil:
+					count.open.Add(1)
+				default:
+					count.refused.Add(1)
+					count.first.Do(func() { t.Logf("%s: %v", deed.name, err) })
+				}
+				select {
+				case <-ctx.Done():
+				case <-time.After(20 * time.Millisecond):
+				}
+			}
+		})
+	}
+	meanwhile, failed := ours(hostileLasts)
+	peak := kib(t, fmt.Sprintf("/proc/%d/status", pid), "VmHWM")
+	cancel()
+	wg.Wait()
+
+	row := func(what string, took sample, failed int64) []string {
+		sorted := slices.Sorted(slices.Values(took))
+		at := func(percent int) string { return ms(sorted[len(sorted)*percent/100]) }
+		return []string{what, strconv.Itoa(len(sorted)), strconv.FormatInt(failed, 10), at(50), at(99), ms(sorted[len(sorted)-1])}
+	}
+	table(fmt.Sprintf("Another owner's requests, beside %d hostile clients of one owner", hostileClients), []string{"when", "requests", "failed", "half within", "99 % within", "all within"},
+		[][]string{row("before", quiet, failedQuiet), row("meanwhile", meanwhile, failed)})
+	var rows [][]string
+	for i := range hostileDeeds {
+		rows = append(rows, []string{hostileDeeds[i].name, strconv.FormatInt(counts[i].ok.Load(), 10), strconv.FormatInt(counts[i].refused.Load(), 10), strconv.FormatInt(counts[i].open.Load(), 10)})
+	}
+	table("What the hostile clients did", []string{"what", "went through", "was refused", "was under way at the end"}, rows)
+	table("The server's memory (resident)", []string{"before", "at most meanwhile", "its bound"}, [][]string{{mib(before), mib(peak), mib(hostileMost)}})
+	if peak > hostileMost {
+		t.Errorf("the server took %s of memory", mib(peak))
+	}
+	if failed+failedQuiet > 0 {
+		t.Errorf("%d of another owner's requests failed", failed+failedQuiet)
+	}
+}
+
+var hostileWeb = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: hostileClients}}
+
+// ask makes a request, of a sandbox's host name if host is not empty.
+func ask(ctx context.Context, method, url, host, key string, body io.Reader) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, method, url, body)
+	if err != nil {
+		return nil, err
+	}
+	req.Host = host
+	req.Header.Set("X-API-Key", key)
+	if body != nil {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	if strings.Contains(url, "/archive") {
+		req.Header.Set("Content-Type", "application/x-tar")
+	}
+	return hostileWeb.Do(req)
+}
+
+// call makes a request that must succeed, and reads its answer.
+func call(ctx context.Context, method, url, host, key string, body io.Reader, into any) error {
+	resp, err := ask(ctx, method, url, host, key, body)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode >= 300 {
+		err = fmt.Errorf("%s %s: %s: %.200s", method, url, resp.Status, b)
+	}
+	if err == nil && into != nil {
+		err = json.Unmarshal(b, into)
+	}
+	return err
+}
+
+// slowly reads a response a little at a time, for ten seconds.
+func slowly(ctx context.Context, resp *http.Response, err error) error {
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode >= 300 {
+		return fmt.Errorf("%s", resp.Status)
+	}
+	for range 100 {
+		if _, err := io.CopyN(io.Discard, resp.Body, 1<<10); err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+	return nil
+}
+
+// trickle is a body that sends one byte every 100 ms, for ten seconds.
+type trickle struct {
+	ctx  context.Context
+	left int
+}
+
+func (s *trickle) Read(p []byte) (int, error) {
+	if s.left--; s.left < 0 {
+		return 0, io.EOF
+	}
+	select {
+	case <-s.ctx.Done():
+		return 0, s.ctx.Err()
+	case <-time.After(100 * time.Millisecond):
+	}
+	p[0] = ' '
+	return 1, nil
+}
+
+var (
+	longBody = []byte(`{"cmd":"true","stdin":"` + strings.Repeat("x", 15<<20) + `"}`)
+	manyBody = []byte(`{"cmd":"true","args":["a"` + strings.Repeat(`,"a"`, 65_000) + `]}`) // of which 4096 may be
+	archive  = make([]byte, 16<<20)
+)
+
+// hostileDeeds are what costs the server most, one a client.
+var hostileDeeds = []struct {
+	name string
+	do   func(ctx context.Context, url, key, box string) error
+}{
+	{"a command that prints 32 MiB of NULs", func(ctx context.Context, url, key, box string) error {
+		return call(ctx, http.MethodPost, url+"/v1/sandboxes/"+box+"/exec", "", key, strings.NewReader(`{"cmd":"nul"}`), nil)
+	}},
+	{"the same, read slowly", func(ctx context.Context, url, key, box string) error {
+		resp, err := ask(ctx, http.MethodPost, url+"/v1/sandboxes/"+box+"/exec", "", key, strings.NewReader(`{"cmd":"nul"}`))
+		return slowly(ctx, resp, err)
+	}},
+	{"a JSON body of 15 MiB", func(ctx context.Context, url, key, box string) error {
+		return call(ctx, http.MethodPost, url+"/v1/sandboxes/"+box+"/exec", "", key, bytes.NewReader(longBody), nil)
+	}},
+	{"a JSON body of 65,000 values", func(ctx context.Context, url, key, box string) error {
+		return call(ctx, http.MethodPost, url+"/v1/sandboxes/"+box+"/exec", "", key, bytes.NewReader(manyBody), nil)
+	}},
+	{"an endless answer of a port, read slowly", func(ctx context.Context, url, key, box string) error {
+		resp, err := ask(ctx, http.MethodGet, url+"/", fmt.Sprintf("%d-%s.localhost", nulPort, box), key, nil)
+		return slowly(ctx, resp, err)
+	}},
+	{"an upload of 16 MiB", func(ctx context.Context, url, key, _ string) error {
+		return call(ctx, http.MethodPost, url+"/v1/templates/import/archive?name=n"+strings.ReplaceAll(uuid.NewString(), "-", ""), "", key, bytes.NewReader(archive), nil)
+	}},
+	{"a body of one byte every 100 ms", func(ctx context.Context, url, key, box string) error {
+		return call(ctx, http.MethodPost, url+"/v1/sandboxes/"+box+"/exec", "", key, io.MultiReader(&trickle{ctx, 100}, strings.NewReader(`{"cmd":"true"}`)), nil)
+	}},
+	{"a fork into 4", func(ctx context.Context, url, key, box string) error {
+		return call(ctx, http.MethodPost, url+"/v1/sandboxes/"+box+"/fork", "", key, strings.NewReader(`{"count":4}`), nil)
+	}},
+}
+
+// ExecStream prints 16 MiB of NULs to each stream for "nul", and nothing for others.
+func (s *standIn) ExecStream(_ context.Context, stream *connect.BidiStream[pb.ExecStreamRequest, pb.ExecStreamResponse]) error {
+	first, err := stream.Receive()
+	if err != nil {
+		return err
+	}
+	for open := first.GetStart().GetStdin(); open; {
+		m, err := stream.Receive()
+		if err != nil {
+			return err
+		}
+		open = m.GetCloseStdin() == nil
+	}
+	if first.GetStart().GetCommand().GetCmd() == "nul" {
+		piece := make([]byte, 64<<10)
+		for range 16 << 20 / len(piece) {
+			if err := stream.Send(&pb.ExecStreamResponse{Message: &pb.ExecStreamResponse_Stdout{Stdout: piece}}); err != nil {
+				return err
+			}
+			if err := stream.Send(&pb.ExecStreamResponse{Message: &pb.ExecStreamResponse_Stderr{Stderr: piece}}); err != nil {
+				return err
+			}
+		}
+	}
+	return stream.Send(&pb.ExecStreamResponse{Message: &pb.ExecStreamResponse_Exited_{Exited: &pb.ExecStreamResponse_Exited{}}})
+}
+
+// ImportTemplate takes an archive and refuses it.
+func (s *standIn) ImportTemplate(_ context.Context, stream *connect.ClientStream[pb.ImportTemplateRequest]) (*connect.Response[pb.ImportTemplateResponse], error) {
+	for stream.Receive() {
+	}
+	return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("no archive is good enough"))
+}
+
+// Ping says that a sandbox was used.
+func (s *standIn) Ping(_ context.Context, req *connect.Request[pb.PingRequest]) (*connect.Response[pb.PingResponse], error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return connect.NewResponse(&pb.PingResponse{Sandbox: s.find(req.Msg.GetSandboxId())}), nil
+}
+
+// find returns a sandbox; nil: there is none. s.mu is held.
+func (s *standIn) find(sandbox string) *pb.Sandbox {
+	for _, has := range s.has {
+		if has.GetSandboxId() == sandbox {
+			return has
+		}
+	}
+	return nil
+}
+
+// Destroy has nothing to destroy.
+func (s *standIn) Destroy(context.Context, *connect.Request[pb.DestroyRequest]) (*connect.Response[pb.DestroyResponse], error) {
+	return connect.NewResponse(&pb.DestroyResponse{}), nil
+}
+
+// Fork makes copies that are as the sandbox is.
+func (s *standIn) Fork(_ context.Context, req *connect.Request[pb.ForkRequest]) (*connect.Response[pb.ForkResponse], error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var r pb.ForkResponse
+	for _, c := range req.Msg.GetCopies() {
+		made := proto.CloneOf(s.find(req.Msg.GetSandboxId()))
+		made.SandboxId = c.GetSandboxId()
+		s.has, r.Sandboxes = append(s.has, made), append(r.Sandboxes, made)
+	}
+	return connect.NewResponse(&r), nil
+}
+
+// endless answers without an end.
+func endless(w http.ResponseWriter) {
+	for piece := make([]byte, 64<<10); ; {
+		if _, err := w.Write(piece); err != nil {
+			return
+		}
+	}
+}
+
+// toPort says whether a request that is passed on is for a port.
+func toPort(r *http.Request, port int) bool {
+	parts := strings.Split(r.URL.Path, "/")
+	return len(parts) > 3 && strings.HasPrefix(parts[2], string(id.Sandbox)) && parts[3] == strconv.Itoa(port)
+}
