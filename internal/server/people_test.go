@@ -669,22 +669,25 @@ func TestLimitsTogether(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const most, room = 50, 5
-	p.sql("INSERT INTO channels (id, team_id, name, kind, events, target, sealed) SELECT gen_random_uuid(), $1, 'c', 'webhook', '{}', '', '' FROM generate_series(1, $2::integer)", u, most-room)
-	var answers []<-chan response
-	for range 20 {
-		answers = append(answers, p.later("POST", "/v1/channels", body, admin...))
-	}
-	made := 0
-	for _, a := range answers {
-		if r := <-a; r.Status == 201 {
-			made++
-		} else {
-			r.fails(409, "conflict")
+	const room = 5
+	p.sql("INSERT INTO channels (id, team_id, name, kind, events, target, sealed) SELECT gen_random_uuid(), $1, 'c', 'webhook', '{}', '', '' FROM generate_series(1, $2::integer)", u, 50-room)
+	p.sql("INSERT INTO api_keys (id, team_id, name, prefix, hash) SELECT gen_random_uuid(), $1, 'k', 'wrn_', sha256(n::text::bytea) FROM generate_series((SELECT count(*) FROM api_keys WHERE team_id = $1) + 1, $2::integer) n", u, 1000-room)
+	for path, body := range map[string]any{"/v1/channels": body, "/v1/keys": map[string]any{"name": "k"}} {
+		var answers []<-chan response
+		for range 20 {
+			answers = append(answers, p.later("POST", path, body, admin...))
 		}
-	}
-	if made != room {
-		t.Errorf("%d channels were made where there was room for %d", made, room)
+		made := 0
+		for _, a := range answers {
+			if r := <-a; r.Status == 201 {
+				made++
+			} else {
+				r.fails(409, "conflict")
+			}
+		}
+		if made != room {
+			t.Errorf("%s: %d were made where there was room for %d", path, made, room)
+		}
 	}
 }
 

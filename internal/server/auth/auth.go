@@ -28,6 +28,7 @@ const (
 	keyPrefix  = "wrn_"
 	minKey     = 24
 	maxKey     = 256
+	maxKeys    = 1000 // of a team, those that have expired too
 	shownChars = 8
 )
 
@@ -249,6 +250,11 @@ func (k *Keys) Create(ctx context.Context, by Principal, n NewKey) (key string, 
 		if _, err := q.GetMember(ctx, db.GetMemberParams{TeamID: by.Team, UserID: by.User}); err != nil {
 			return err
 		}
+		if n, err := q.CountAPIKeys(ctx, by.Team); err != nil {
+			return err
+		} else if n >= maxKeys {
+			return fault.New(fault.Conflict, "a team has at most %d API keys: revoke some", maxKeys)
+		}
 		made, err := insertKey(ctx, q, db.InsertAPIKeyParams{TeamID: by.Team, UserID: &by.User, Name: n.Name, Scopes: scopes, ExpiresAt: n.ExpiresAt}, key)
 		if err != nil {
 			return err
@@ -258,6 +264,9 @@ func (k *Keys) Create(ctx context.Context, by Principal, n NewKey) (key string, 
 	})
 	if errors.Is(err, store.ErrNoRows) {
 		return "", row, fault.New(fault.NotFound, "no such team")
+	}
+	if fault.Is(err, fault.Conflict) {
+		return "", row, err
 	}
 	if err != nil {
 		return "", row, fmt.Errorf("make API key: %w", err)

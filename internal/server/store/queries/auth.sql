@@ -14,6 +14,9 @@ INSERT INTO team_members (team_id, user_id, role) VALUES ($1, $2, $3);
 -- name: InsertAPIKey :exec
 INSERT INTO api_keys (id, team_id, user_id, name, prefix, hash, scopes, expires_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8);
 
+-- name: CountAPIKeys :one
+SELECT count(*) FROM api_keys WHERE team_id = $1;
+
 -- name: GetAPIKeyByHash :one
 -- A key whose maker was deactivated, or whose team is being deleted, is none.
 SELECT sqlc.embed(k), COALESCE(u.admin, false)::boolean AS admin, COALESCE(u.epoch, 0)::integer AS epoch, COALESCE(team_owner(k.team_id), k.team_id)::uuid AS payer FROM api_keys k JOIN teams t ON t.id = k.team_id LEFT JOIN users u ON u.id = k.user_id

@@ -1,0 +1,134 @@
+package store
+
+import (
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// kept says of every table what bounds that which a tenant can have kept in it or
+// for it. A new one has to be put here, and so does a new kind of what is there.
+var kept = map[string]string{
+	"templates":            counted, // snapshots and builds' layers too
+	"sandboxes":            counted, // disks, and saved memory; rows of those that ended are not counted
+	"build_archives":       counted,
+	"build_archive_chunks": "the bytes that build_archives counts",
+
+	"api_keys":         "1000 of a team",
+	"audit_records":    "90 days; refusals are one row for each actor, action and minute",
+	"build_steps":      notCounted,
+	"builds":           notCounted,
+	"channels":         "50 of a team",
+	"deliveries":       "500 of a channel, for 7 days",
+	"failed_imports":   "20 of a team",
+	"idempotency_keys": "forgotten in a day",
+	"identities":       "one for each provider of a user",
+	"mail_tokens":      "they expire; letters have a rate",
+	"sandbox_runs":     "40 days of what ran, which has a quota and a rate",
+	"sessions":         "they expire; log-ins have a rate",
+	"team_members":     "teams of a user are bounded, and owners add whom they know",
+	"teams":            "50 of a user",
+	"template_tags":    notCounted,
+	"usage_days":       "a row for each team and day",
+	"users":            "sign-ups have a rate, and those that are not opened are forgotten",
+
+	"host_certificates":   "the platform's",
+	"host_templates":      "the platform's",
+	"hosts":               "the platform's",
+	"installation_secret": "the platform's",
+	"leases":              "the platform's",
+	"lost_templates":      "the platform's",
+	"platform_settings":   "the platform's",
+	"servers":             "the platform's",
+	"team_quotas":         "a row for each team",
+	"team_usage":          "a row for each team",
+	"usage_rollups":       "a row for each day",
+	"goose_db_version":    "the platform's",
+}
+
+const (
+	// counted tables have triggers that charge a team before a row is there.
+	counted = "charge_team"
+	// notCounted is what docs/security.md says of: rates alone bound it.
+	notCounted = "rates, and the places of builds"
+)
+
+// TestAllThatIsKeptIsBounded walks all tables: each is known, and those that count
+// do so with every way in which a row comes, changes and goes.
+func TestAllThatIsKeptIsBounded(t *testing.T) {
+	_, pool, team := quotaTest(t)
+	names := func(query string) (list []string) {
+		t.Helper()
+		rows, err := pool.Query(t.Context(), query)
+		if err == nil {
+			list, err = pgx.CollectRows(rows, pgx.RowTo[string])
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return list
+	}
+	there := make(map[string]bool)
+	for _, table := range names("SELECT tablename FROM pg_tables WHERE schemaname = 'public'") {
+		there[table] = true
+		if kept[table] == "" {
+			t.Errorf("nothing says what bounds the table %s: put it into kept", table)
+		}
+		if kept[table] != counted {
+			continue
+		}
+		var events int
+		// Whichever function it is, it calls charge_team.
+		err := pool.QueryRow(t.Context(), `SELECT count(DISTINCT g.tgtype) FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid
+			WHERE g.tgrelid = $1::regclass AND g.tgenabled = 'O' AND p.prosrc LIKE '%charge_team(%'`, table).Scan(&events)
+		if err != nil || events != 3 {
+			t.Errorf("%s charges a team for %d of insert, update and delete, %v", table, events, err)
+		}
+	}
+	for table := range kept {
+		if !there[table] {
+			t.Errorf("the table %s is gone: take it out of kept", table)
+		}
+	}
+	// Every kind of template counts while it is made and afterwards, in every state.
+	kinds := names("SELECT (regexp_matches(pg_get_constraintdef(oid), $$'([a-z]+)'::text$$, 'g'))[1] FROM pg_constraint WHERE conname = 'templates_kind_check'")
+	states := names("SELECT (regexp_matches(pg_get_constraintdef(oid), $$'([a-z]+)'::text$$, 'g'))[1] FROM pg_constraint WHERE conname = 'templates_state_check'")
+	if len(kinds) < 2 || len(states) < 3 {
+		t.Fatalf("kinds %v, states %v", kinds, states)
+	}
+	charged := func(what string, want int64, query string, args ...any) {
+		t.Helper()
+		tx, err := pool.Begin(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = tx.Rollback(t.Context()) }()
+		var stored int64
+		if _, err := tx.Exec(t.Context(), query, args...); err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+		err = tx.QueryRow(t.Context(), "SELECT COALESCE(sum(stored_mib), 0) FROM team_usage").Scan(&stored)
+		if err != nil || stored != want {
+			t.Errorf("%s: %d MiB are stored, want %d, %v", what, stored, want, err)
+		}
+	}
+	for _, kind := range kinds {
+		for _, state := range states {
+			want := int64(100)
+			if state == "pending" {
+				want = 3000 + 128 // the most that it can take
+			}
+			charged(kind+" "+state, want, `INSERT INTO templates (id, team_id, name, size_bytes, created_at, state, disk_mib, memory_mib, kind)
+				VALUES (gen_random_uuid(), $1, 'x', 100 << 20, now(), $2, 3000, 128, $3)`, team, state, kind)
+		}
+	}
+	// So does the memory of a sandbox that was saved, in every state but the last.
+	for _, state := range names("SELECT (regexp_matches(pg_get_constraintdef(oid), $$'([a-z]+)'::text$$, 'g'))[1] FROM pg_constraint WHERE conname = 'sandboxes_state_check'") {
+		want := int64(512)
+		if state == "stopped" || state == "error" {
+			want = 0
+		}
+		charged("a saved sandbox that is "+state, want, `INSERT INTO sandboxes (id, team_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, saved)
+			VALUES (gen_random_uuid(), $1, gen_random_uuid(), 'x', $2, 1, 512, 0, 0, '{}', now(), true)`, team, state)
+	}
+}
