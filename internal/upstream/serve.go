@@ -302,6 +302,17 @@ var longPast = time.Unix(1, 0)
 
 // serve answers requests until the connection ends or is net/http's.
 func (c *served) serve() {
+	defer func() {
+		p := recover()
+		if p == nil {
+			return
+		}
+		if p != http.ErrAbortHandler {
+			c.logf("http: panic serving %v: %v\n%s", c.RemoteAddr(), p, debug.Stack())
+		}
+		_ = c.Conn.Close()
+		c.l.leave(c)
+	}()
 	c.br = bufio.NewReaderSize(c.Conn, maxPlain)
 	ctx := context.WithValue(context.Background(), http.LocalAddrContextKey, c.LocalAddr())
 	remote := c.RemoteAddr().String()
@@ -485,7 +496,7 @@ func (c *served) parse(n int) *http.Request {
 
 // answer has the handler answer a request, and says whether the connection may
 // have another one.
-func (c *served) answer(ctx context.Context, r *http.Request) (keep bool) {
+func (c *served) answer(ctx context.Context, r *http.Request) bool {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	w := &reply{c: c, r: r, header: make(http.Header, 12), length: -1}
@@ -498,16 +509,6 @@ func (c *served) answer(ctx context.Context, r *http.Request) (keep bool) {
 		c.bw.Reset(nil)
 		writers.Put(c.bw)
 		c.bw = nil
-	}()
-	defer func() {
-		p := recover()
-		if p == nil {
-			return
-		}
-		keep = false
-		if p != http.ErrAbortHandler {
-			c.logf("http: panic serving %s: %v\n%s", r.RemoteAddr, p, debug.Stack())
-		}
 	}()
 	c.l.server.Handler.ServeHTTP(w, r.WithContext(ctx))
 	return w.finish()

@@ -29,7 +29,12 @@ func plain(t *testing.T, h http.HandlerFunc) (address string, l *Listener) {
 		t.Fatal(err)
 	}
 	s := &Server{
-		Handler: h, Takes: func(r *http.Request) bool { return r.Host != "other" },
+		Handler: h, Takes: func(r *http.Request) bool {
+			if r.Host == "panic" {
+				panic(r.Host)
+			}
+			return r.Host != "other"
+		},
 		HeaderTimeout: await.Hang, IdleTimeout: await.Hang, ErrorLog: log.New(io.Discard, "", 0),
 	}
 	l = s.Listen(tcp)
@@ -319,6 +324,22 @@ func TestClientLeaves(t *testing.T) {
 		}
 	case <-time.After(await.Hang):
 		t.Error("the request goes on although its client has left")
+	}
+}
+
+// TestPanic has a panic outside of the handler end one connection alone.
+func TestPanic(t *testing.T) {
+	address, l := plain(t, func(http.ResponseWriter, *http.Request) {})
+	bad, good := connect(t, address), connect(t, address)
+	bad.send(t, "GET / HTTP/1.1\r\nHost: panic\r\n\r\n")
+	if b, err := io.ReadAll(bad); len(b) > 0 || err != nil {
+		t.Errorf("%q, %v", b, err)
+	}
+	good.send(t, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+	good.response(t, "GET")
+	_ = l.Close()
+	if err := l.Wait(t.Context()); err != nil {
+		t.Error(err)
 	}
 }
 
