@@ -95,8 +95,7 @@ func TestBuildsOfOneOwner(t *testing.T) {
 	who := as(p.bearerOf("ada@example.com"))
 	var keys []string
 	for _, name := range []string{"one", "two"} {
-		at := p.call("POST", "/v1/teams", map[string]any{"name": name}, who...).want(201).str("id")
-		keys = append(keys, p.call("POST", "/v1/keys", map[string]any{"name": "k"}, append(who, "X-Team", at)...).want(201).str("key"))
+		keys = append(keys, p.keyOfTeam(name, who))
 	}
 	hold := p.newHold("run")
 	start := func(key string) string {

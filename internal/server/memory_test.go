@@ -78,9 +78,7 @@ func TestTeamsOfOneOwnerShareMemory(t *testing.T) {
 	type team struct{ key, sandbox string }
 	teamOf := func(name, email string) team {
 		t.Helper()
-		who := as(p.bearerOf(email))
-		at := p.call("POST", "/v1/teams", map[string]any{"name": name}, who...).want(201).str("id")
-		key := p.call("POST", "/v1/keys", map[string]any{"name": "k"}, append(who, "X-Team", at)...).want(201).str("key")
+		key := p.keyOfTeam(name, as(p.bearerOf(email)))
 		return team{key, p.call("POST", "/v1/sandboxes", map[string]any{}, "X-API-Key", key).want(201).str("id")}
 	}
 	p.person("ada@example.com")

@@ -60,6 +60,13 @@ func (p *plane) person(email string) uuid.UUID {
 	return u
 }
 
+// keyOfTeam makes a team of who, which are somebody's headers, and returns a key of it.
+func (p *plane) keyOfTeam(name string, who []string) string {
+	p.Helper()
+	team := p.call("POST", "/v1/teams", map[string]any{"name": name}, who...).want(201).str("id")
+	return p.call("POST", "/v1/keys", map[string]any{"name": "k"}, append(who, "X-Team", team)...).want(201).str("key")
+}
+
 // bearer logs somebody in, whatever their password is.
 func (p *plane) bearer(user uuid.UUID) string {
 	p.Helper()
