@@ -91,7 +91,7 @@ func TestNewerQEMU(t *testing.T) {
 	}
 	dir := t.TempDir()
 	saveForNewer(t, dir)
-	const tests = "^(TestBarriersAreKept|TestBootBoundsAttachKill|TestGuestThatEndsLeavesItsConsole|TestSaveRestoreDivert|TestRestoreOfOlder)$"
+	const tests = "^(TestBarriersAreKept|TestBootBoundsAttachKill|TestGuestThatEndsLeavesItsConsole|TestSaveRestoreDivert|TestDiskRates|TestRestoreOfOlder)$"
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
