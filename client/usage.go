@@ -28,6 +28,8 @@ type Usage struct {
 	To    string      `json:"to"`
 	Days  []UsageDay  `json:"days"`
 	Total UsageAmount `json:"total"`
+	// StoredMiB is what the team has stored now.
+	StoredMiB int64 `json:"stored_mib"`
 }
 
 // Usage returns what the team used. Zero times: from the first of the month,

@@ -30,7 +30,7 @@ func (a *app) usageCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "usage [--from DAY] [--to DAY]", Short: "Show what the team used, by day", Args: exactly(0),
 		Long: "Show how long the team's sandboxes ran, times their virtual CPUs and their memory, and how many were started,\n" +
-			"by day (UTC), from the first of this month unless said otherwise.",
+			"by day (UTC), from the first of this month unless said otherwise, and what is stored now.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			first, err := dayFlag("from", from)
 			if err != nil {
@@ -58,7 +58,11 @@ func (a *app) usageCommand() *cobra.Command {
 			for _, d := range u.Days {
 				rows = append(rows, row(d.Day, d.Amount))
 			}
-			return a.table(append(rows, row("total", u.Total)))
+			if err := a.table(append(rows, row("total", u.Total))); err != nil {
+				return err
+			}
+			_, err = fmt.Fprintf(a.out, "stored now: %d MiB\n", u.StoredMiB)
+			return err
 		},
 	}
 	cmd.Flags().StringVar(&from, "from", "", "first day")

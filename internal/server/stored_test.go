@@ -51,6 +51,16 @@ func TestStored(t *testing.T) {
 	if got := stored(); got != 1690+1024 {
 		t.Errorf("with a paused sandbox %v MiB are stored", got)
 	}
+	if got := p.call("GET", "/v1/usage", nil, "X-API-Key", key).want(200).object()["stored_mib"]; got != 1690.+1024 {
+		t.Errorf("usage shows %v MiB", got)
+	}
+	shown := false
+	for _, row := range p.call("GET", "/v1/admin/usage", nil).want(200).list("teams") {
+		shown = shown || row.(map[string]any)["stored_mib"] == 1690.+1024
+	}
+	if !shown {
+		t.Error("usage by team does not show what is stored")
+	}
 	// What was saved counts until the sandbox ends.
 	p.call("POST", "/v1/sandboxes/"+sandbox+"/resume", nil, "X-API-Key", key).want(200)
 	quota(2000)

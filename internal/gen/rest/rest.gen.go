@@ -2027,6 +2027,9 @@ type TeamUsage struct {
 	// Name The team's name; absent: it was deleted.
 	Name *string `json:"name,omitempty"`
 
+	// StoredMib What counts for `max_stored_mib` now, in MiB.
+	StoredMib int64 `json:"stored_mib"`
+
 	// TeamID The team's id.
 	TeamID string `json:"team_id"`
 }
@@ -2101,6 +2104,9 @@ type Usage struct {
 
 	// From The first day.
 	From openapi_types.Date `json:"from"`
+
+	// StoredMib What counts for `max_stored_mib` now, in MiB.
+	StoredMib int64 `json:"stored_mib"`
 
 	// To The last day.
 	To    openapi_types.Date `json:"to"`

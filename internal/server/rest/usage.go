@@ -40,7 +40,12 @@ func (a *API) GetUsage(w http.ResponseWriter, r *http.Request, params rest.GetUs
 		a.Fail(w, r, err)
 		return
 	}
-	u := rest.Usage{From: openapi_types.Date{Time: from}, To: openapi_types.Date{Time: to}, Days: make([]rest.UsageDay, len(used))}
+	stored, err := a.Usage.Stored(r.Context(), caller(r).Team)
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	u := rest.Usage{StoredMib: stored, From: openapi_types.Date{Time: from}, To: openapi_types.Date{Time: to}, Days: make([]rest.UsageDay, len(used))}
 	var total usage.Amount
 	for i, d := range used {
 		u.Days[i] = rest.UsageDay{Day: openapi_types.Date{Time: d.Day}, Amount: amount(d.Amount)}
@@ -72,7 +77,7 @@ func (a *API) GetUsageByTeam(w http.ResponseWriter, r *http.Request, params rest
 		u.NextCursor = some(id.Format(id.Team, teams[limit-1].ID))
 	}
 	for _, t := range teams {
-		u.Teams = append(u.Teams, rest.TeamUsage{TeamID: id.Format(id.Team, t.ID), Name: some(t.Name), Amount: amount(t.Amount)})
+		u.Teams = append(u.Teams, rest.TeamUsage{TeamID: id.Format(id.Team, t.ID), Name: some(t.Name), Amount: amount(t.Amount), StoredMib: t.StoredMiB})
 	}
 	answer(w, http.StatusOK, u)
 }

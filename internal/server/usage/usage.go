@@ -64,6 +64,7 @@ type Team struct {
 	ID   uuid.UUID
 	Name string // empty: it was deleted
 	Amount
+	StoredMiB int64 // now
 }
 
 // Service is every team's usage.
@@ -139,6 +140,15 @@ func (s *Service) Of(ctx context.Context, team uuid.UUID, from, to time.Time) ([
 	return days, nil
 }
 
+// Stored returns what a team has stored now, in MiB.
+func (s *Service) Stored(ctx context.Context, team uuid.UUID) (int64, error) {
+	row, err := s.store.GetUsage(ctx, team)
+	if err != nil && !errors.Is(err, store.ErrNoRows) {
+		return 0, fmt.Errorf("read what is stored: %w", err)
+	}
+	return row.StoredMiB, nil
+}
+
 // ByTeam returns what each team used from one day to another, at most limit of
 // them in the order of their ids, from the one that follows after.
 func (s *Service) ByTeam(ctx context.Context, from, to time.Time, after uuid.UUID, limit int) ([]Team, error) {
@@ -152,7 +162,7 @@ func (s *Service) ByTeam(ctx context.Context, from, to time.Time, after uuid.UUI
 	}
 	teams := make([]Team, len(rows))
 	for i, r := range rows {
-		teams[i] = Team{r.TeamID, r.Name, amount(r.VcpuSeconds, r.MemoryMibSeconds, r.Starts)}
+		teams[i] = Team{r.TeamID, r.Name, amount(r.VcpuSeconds, r.MemoryMibSeconds, r.Starts), r.StoredMiB}
 	}
 	return teams, nil
 }
