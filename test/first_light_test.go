@@ -378,7 +378,7 @@ func TestTwentyAtOnce(t *testing.T) {
 func TestIdempotencyFiltersExpiry(t *testing.T) {
 	i := up(t)
 	c := i.client(t)
-	seconds := 10
+	seconds := 30 // More than what comes before the ping takes on a busy machine.
 	o := client.CreateOptions{TimeoutSeconds: &seconds, Metadata: map[string]string{"n": "1", "k": "v"}, IdempotencyKey: "once-" + t.Name()}
 	var ids sync.Map
 	var wg sync.WaitGroup
@@ -433,10 +433,16 @@ func TestIdempotencyFiltersExpiry(t *testing.T) {
 		}
 	}
 	// Used, it lives on; unused, it ends.
-	for begun := time.Now(); time.Since(begun) < time.Duration(seconds+2)*time.Second; time.Sleep(time.Second) {
-		if _, err := c.Ping(t.Context(), id); err != nil {
-			t.Fatal(err)
-		}
+	before, err := c.Get(t.Context(), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pinged, err := c.Ping(t.Context(), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if before.ExpiresAt == nil || pinged.ExpiresAt == nil || !pinged.ExpiresAt.After(*before.ExpiresAt) {
+		t.Fatalf("it expires at %v, and after a ping at %v", before.ExpiresAt, pinged.ExpiresAt)
 	}
 	eventually(t, func() error {
 		s, err := c.Get(t.Context(), id)
@@ -445,6 +451,9 @@ func TestIdempotencyFiltersExpiry(t *testing.T) {
 		}
 		if s.State != "stopped" || s.EndReason != "expired" {
 			return fmt.Errorf("it is %s (%s)", s.State, s.EndReason)
+		}
+		if s.EndedAt == nil || !s.EndedAt.After(*before.ExpiresAt) {
+			t.Errorf("it ended at %v in spite of the ping", s.EndedAt)
 		}
 		return nil
 	})

@@ -758,6 +758,22 @@ func TestRefusalArrives(t *testing.T) {
 	for _, host := range []string{"localhost", "80-cl-x.localhost"} {
 		lingertest.Refused(t, dial, lingertest.Refusal{Host: host, Path: "/v1/x", Status: http.StatusRequestEntityTooLarge, Contains: "too large"}, 100)
 	}
+	transport := netaddr.Transport(listen, true)
+	defer transport.CloseIdleConnections()
+	for n := range 100 {
+		req, err := http.NewRequestWithContext(await.Context(t), http.MethodPost, "http://"+listen+"/v1/x", io.LimitReader(zeros{}, 4<<20))
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := transport.RoundTrip(req)
+		if err != nil {
+			t.Fatalf("HTTP/2, try %d: %v", n, err)
+		}
+		if b, err := io.ReadAll(resp.Body); err != nil || resp.StatusCode != http.StatusRequestEntityTooLarge || string(b) != "too large\n" {
+			t.Errorf("HTTP/2, try %d: %s %q, %v", n, resp.Status, b, err)
+		}
+		resp.Body.Close()
+	}
 }
 
 // TestPortsTakeAShorterWay has plain requests to sandboxes' ports, and no others,
