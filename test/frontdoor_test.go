@@ -1,6 +1,8 @@
 package e2e
 
 import (
+	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -236,5 +238,30 @@ func TestRefusalsArrive(t *testing.T) {
 		} {
 			t.Run(name+"/"+what, func(t *testing.T) { lingertest.Refused(t, dial, want.Refusal, want.tries) })
 		}
+	}
+	// A connection whose first request is plain is passed on to the server.
+	passed := func() (net.Conn, error) {
+		conn, err := net.Dial("tcp", i.listen)
+		if err != nil {
+			return nil, err
+		}
+		fmt.Fprintf(conn, "GET / HTTP/1.1\r\nHost: %s\r\nX-Traffic-Token: %s\r\n\r\n", host(8000), s.TrafficToken)
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err == nil {
+			_, err = io.Copy(io.Discard, resp.Body)
+		}
+		if err == nil && resp.Close {
+			err = errors.New("the connection is not kept")
+		}
+		if err != nil {
+			conn.Close()
+		}
+		return conn, err
+	}
+	for what, want := range map[string]lingertest.Refusal{
+		"port without token":  {Host: host(8000), Status: 401},
+		"the guest's program": {Host: host(8000), Header: traffic, Status: 409, Contains: "not now"},
+	} {
+		t.Run("passed/"+what, func(t *testing.T) { lingertest.Refused(t, passed, want, 30) })
 	}
 }

@@ -38,6 +38,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/linger/lingertest"
 	"github.com/wrenn-dev/wrenn/internal/patience"
 	"github.com/wrenn-dev/wrenn/internal/server"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
@@ -136,7 +137,7 @@ func (p *plane) start() {
 			p.Errorf("Run: %v", err)
 		}
 	}()
-	web := httptest.NewServer(patience.Answers(s.Handler(), patience.Default)) // as cmd/wrenn serves it
+	web := lingertest.NewServer(patience.Answers(s.Handler(), patience.Default)) // as cmd/wrenn serves it
 	p.server, p.http = s, web
 	halt := func() {
 		begun := time.Now()

@@ -6,12 +6,12 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
+	"github.com/wrenn-dev/wrenn/internal/linger/lingertest"
 	"github.com/wrenn-dev/wrenn/internal/patience"
 	"github.com/wrenn-dev/wrenn/internal/server"
 )
@@ -130,7 +130,7 @@ func TestSlowBodies(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
 	w := p.world()
-	impatient := httptest.NewServer(patience.Handler(p.server.Handler(), patience.Limits{Whole: 2 * time.Second, Grace: 2 * time.Second, Rate: 1 << 10, Longest: time.Hour, Idle: time.Hour}))
+	impatient := lingertest.NewServer(patience.Handler(p.server.Handler(), patience.Limits{Whole: 2 * time.Second, Grace: 2 * time.Second, Rate: 1 << 10, Longest: time.Hour, Idle: time.Hour}))
 	t.Cleanup(impatient.Close)
 	var all []*stalled
 	w.withBodies(func(o operation, c caller) { all = append(all, w.stall(o, c, impatient.Listener.Addr())) })

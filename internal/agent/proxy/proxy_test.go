@@ -29,6 +29,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/linger"
+	"github.com/wrenn-dev/wrenn/internal/linger/lingertest"
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
@@ -66,7 +68,7 @@ func start(t *testing.T) *one {
 		stop := context.AfterFunc(life, func() { cancel(context.Cause(life)) })
 		return &sandbox.Use{Context: ctx, Address: address, Transport: transport, Leave: func() { stop(); cancel(nil); leave() }}, nil
 	}, slog.New(slog.DiscardHandler))
-	o.Server = httptest.NewServer(p)
+	o.Server = lingertest.NewServer(p)
 	t.Cleanup(o.Close)
 	return o
 }
@@ -139,6 +141,7 @@ func TestBodyThatNobodyReads(t *testing.T) {
 	o := start(t)
 	var log bytes.Buffer
 	server := httptest.NewUnstartedServer(o.Config.Handler)
+	server.Listener = linger.Listener(server.Listener)
 	server.Config.ErrorLog = slog.NewLogLogger(slog.NewTextHandler(&log, nil), slog.LevelError)
 	server.Start()
 	for _, length := range []int64{5, -1} {

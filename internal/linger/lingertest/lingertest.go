@@ -9,10 +9,22 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/linger"
 )
+
+// NewServer starts a server for h, whose connections linger as those of Wrenn's
+// own listeners do.
+func NewServer(h http.Handler) *httptest.Server {
+	s := httptest.NewUnstartedServer(h)
+	s.Listener = linger.Listener(s.Listener)
+	s.Start()
+	return s
+}
 
 // hang bounds what a client waits for, on however busy a machine.
 const hang = 2 * time.Minute
