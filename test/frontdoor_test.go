@@ -193,7 +193,7 @@ s = socket.create_server(("", 8000))
 while True:
     c, _ = s.accept()
     c.recv(1000)
-    c.sendall(b"HTTP/1.1 409 Conflict\r\nContent-Length: 8\r\n\r\nnot now\n")
+    c.sendall(b"HTTP/1.1 409 Conflict\r\nConnection: close\r\nContent-Length: 8\r\n\r\nnot now\n")
     c.close()
 `
 
