@@ -91,7 +91,7 @@ const (
 	lastKVMFeature    = 243
 )
 
-// kvmRequests are the ioctls that QEMU 7.2 to 10.1 make on x86 without
+// kvmRequests are the ioctls that QEMU 7.2 and 10.0 make on x86 without
 // confidential guests and Xen (accel/kvm, target/i386/kvm and hw/i386/kvm in its
 // sources, the numbers from linux/kvm.h). The most frequent are first.
 var kvmRequests = []uint64{
