@@ -8,8 +8,10 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/rates"
+	"github.com/wrenn-dev/wrenn/internal/agent/thread"
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
@@ -145,4 +147,19 @@ func (g *guest) counters(s *Slot, unit func(*netlink.LinkStatistics) (rx, tx uin
 		return nil
 	}))
 	return rx, tx
+}
+
+// TestLargestRates: the kernel takes every rate that the agent takes.
+func TestLargestRates(t *testing.T) {
+	needRoot(t)
+	for _, burst := range []time.Duration{10 * time.Millisecond, time.Minute} {
+		r := rates.Rates{NetBytes: rates.Most, NetPackets: rates.Most, Burst: burst}
+		must(t, r.Check())
+		must(t, thread.Own(func() error {
+			if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+				return err
+			}
+			return slotRules(outsideAddr(0), slotConfig{connections: minConnections, rates: r}, true)
+		}))
+	}
 }

@@ -29,6 +29,9 @@ type Rates struct {
 	Burst time.Duration `env:"WRENN_BURST" envDefault:"1s"`
 }
 
+// Most is the largest rate. The kernel and QEMU refuse some larger ones.
+const Most = 10_000_000_000
+
 // The bounds of a Burst.
 const (
 	minBurst = 10 * time.Millisecond
@@ -40,6 +43,9 @@ func (r Rates) Check() error {
 	for _, n := range []int64{r.DiskBytes, r.DiskOps, r.NetBytes, r.NetPackets} {
 		if n < 0 {
 			return errors.New("a rate is negative")
+		}
+		if n > Most {
+			return fmt.Errorf("a rate of %d is above %d: 0 limits nothing", n, int64(Most))
 		}
 	}
 	if r.DiskBytes|r.DiskOps|r.NetBytes|r.NetPackets != 0 && (r.Burst < minBurst || r.Burst > maxBurst) {

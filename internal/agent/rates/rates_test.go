@@ -52,6 +52,9 @@ func TestCheck(t *testing.T) {
 		{Rates{}, ""},
 		{Rates{DiskOps: 1, Burst: 10 * time.Millisecond}, ""},
 		{Rates{DiskOps: -1, Burst: time.Second}, "negative"},
+		{Rates{DiskBytes: Most, Burst: time.Minute}, ""},
+		{Rates{DiskBytes: Most + 1, Burst: time.Minute}, "0 limits nothing"},
+		{Rates{NetBytes: 1 << 62, Burst: time.Second}, "0 limits nothing"},
 		{Rates{NetBytes: 1}, "burst"},
 		{Rates{NetBytes: 1, Burst: time.Hour}, "burst"},
 	} {
