@@ -22,8 +22,8 @@ import (
 // [Image.Unpack] waits for nobody. They have limits.Bytes at most, which is known
 // before any is asked for.
 func (i *Image) Fetch(ctx context.Context, dir string, limits Limits) error {
-	if i.packed > limits.orDefault().Bytes {
-		return errTooLarge
+	if err := i.Fits(limits); err != nil {
+		return err
 	}
 	layers, err := i.img.Layers()
 	if err != nil {

@@ -4,10 +4,13 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"math"
 	"net/http"
 	"net/http/httptest"
 	"testing"
 	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
@@ -84,5 +87,38 @@ func TestFetch(t *testing.T) {
 	}
 	if got := describeTree(t, again); len(want) != 3 || !bytes.Equal([]byte(got[1]), []byte(want[1])) || got[2] != want[2] {
 		t.Errorf("%q, want %q", want, got)
+	}
+}
+
+// claiming is an image whose manifest says other sizes of its layers.
+type claiming struct {
+	v1.Image
+	sizes []int64
+}
+
+// Manifest implements [v1.Image].
+func (c claiming) Manifest() (*v1.Manifest, error) {
+	m, err := c.Image.Manifest()
+	if err != nil {
+		return nil, err
+	}
+	m = m.DeepCopy()
+	for n, size := range c.sizes {
+		m.Layers[n].Size = size
+	}
+	return m, nil
+}
+
+// TestClaimedSizes refuses sizes that would have an image take less room than it
+// does: what a registry sends is bounded by what its manifest says.
+func TestClaimedSizes(t *testing.T) {
+	img := ofLayers(t, []entry{file("a", "one")}, []entry{file("b", "two")}).img
+	for _, sizes := range [][]int64{{-1, 1}, {math.MaxInt64, 1}, {1 << 62, 1 << 62}} {
+		if _, err := newImage(claiming{img, sizes}, func() error { return nil }); !errors.Is(err, ErrRefused) {
+			t.Errorf("layers of %d bytes: %v", sizes, err)
+		}
+	}
+	if _, err := newImage(claiming{img, []int64{0, math.MaxInt64}}, func() error { return nil }); err != nil {
+		t.Error(err)
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"os"
 	"path"
 	"path/filepath"
@@ -86,6 +87,14 @@ func (i *Image) Digest() (string, error) {
 // Packed is how many bytes its layers have as they are sent.
 func (i *Image) Packed() int64 { return i.packed }
 
+// Fits fails if the layers have more than limits.Bytes as they are sent.
+func (i *Image) Fits(limits Limits) error {
+	if i.packed > limits.orDefault().Bytes {
+		return errTooLarge
+	}
+	return nil
+}
+
 // Close removes what was kept of the image meanwhile.
 func (i *Image) Close() error { return i.close() }
 
@@ -133,8 +142,12 @@ func newImage(img v1.Image, close func() error) (_ *Image, err error) {
 		return nil, err
 	}
 	var packed int64
-	for _, l := range m.Layers {
-		packed += max(l.Size, 0)
+	for n, l := range m.Layers {
+		// The library reads a layer whose size is negative for as long as it is sent.
+		if l.Size < 0 || l.Size > math.MaxInt64-packed {
+			return nil, Refuse(nil, "its layer %d has %d bytes", n, l.Size)
+		}
+		packed += l.Size
 	}
 	return &Image{img, file, config, close, packed}, nil
 }
