@@ -2,6 +2,7 @@ package patience
 
 import (
 	"bufio"
+	"errors"
 	"net"
 	"net/http"
 	"time"
@@ -106,7 +107,7 @@ func (a *response) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 // Unwrap lets [http.ResponseController] reach the rest.
 func (a *response) Unwrap() http.ResponseWriter { return a.ResponseWriter }
 
-// conn has a deadline for every write, unless its user sets one.
+// conn has a deadline for every write, in place of its user's.
 type conn struct {
 	net.Conn
 	idle time.Duration
@@ -118,4 +119,13 @@ func (c *conn) Write(p []byte) (int, error) {
 		return 0, err
 	}
 	return c.Conn.Write(p)
+}
+
+// CloseWrite ends one direction, if the connection can: a proxy passes on the end of
+// what one side sends, and the other side goes on.
+func (c *conn) CloseWrite() error {
+	if w, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return w.CloseWrite()
+	}
+	return errors.ErrUnsupported
 }

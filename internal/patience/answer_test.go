@@ -160,3 +160,44 @@ func TestSlowReader(t *testing.T) {
 		time.Sleep(time.Second + 200*time.Millisecond) // the deadline is over by then
 	}
 }
+
+// TestHalfClosed ends what a handler of another protocol sends: its client sees that,
+// and goes on sending.
+func TestHalfClosed(t *testing.T) {
+	got := make(chan string, 1)
+	s := answering(t, Limits{Unread: never, Idle: never}, func(w http.ResponseWriter, _ *http.Request) {
+		c, _, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer c.Close()
+		half, ok := c.(interface{ CloseWrite() error })
+		if !ok {
+			t.Error("what is sent cannot end by itself")
+			close(got)
+			return
+		}
+		if err := half.CloseWrite(); err != nil {
+			t.Error(err)
+		}
+		b, _ := io.ReadAll(c)
+		got <- string(b)
+	})
+	c, err := net.Dial("tcp", s.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	fmt.Fprint(c, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+	if _, err := io.ReadAll(c); err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprint(c, "more")
+	if err := c.(*net.TCPConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if said := await.Recv(t, "what the client sends ends", got); said != "more" {
+		t.Errorf("%q", said)
+	}
+}
