@@ -57,7 +57,8 @@ func (p *postgres) makeRoom(lessMiB int64) (err error) {
 		}
 		return nil
 	}
-	if _, err := os.Stat(p.spare()); err == nil || free < plentyMiB {
+	// One that is smaller was not finished.
+	if st, err := os.Stat(p.spare()); err == nil && st.Size() == spareMiB<<20 || free < plentyMiB {
 		return nil
 	}
 	f, err := os.OpenFile(p.spare(), os.O_CREATE|os.O_WRONLY, 0o600)

@@ -242,6 +242,24 @@ func TestAnnounce(t *testing.T) {
 	}
 }
 
+// TestUnfinishedSpare has wrenn up killed while it makes the spare file: the next
+// one finishes it.
+func TestUnfinishedSpare(t *testing.T) {
+	pg := &postgres{dir: t.TempDir()}
+	if free, err := freeMiB(pg.dir); err != nil || free < plentyMiB+spareMiB {
+		t.Skipf("%d MiB of disk are free, %v", free, err)
+	}
+	if err := os.WriteFile(pg.spare(), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := pg.makeRoom(fullMiB); err != nil {
+		t.Fatal(err)
+	}
+	if st, err := os.Stat(pg.spare()); err != nil || st.Size() != spareMiB<<20 {
+		t.Errorf("the spare file is %v, %v", st, err)
+	}
+}
+
 // TestFullDisk: guests that fill the disk do not stop PostgreSQL, which writes on,
 // and starts again after it was killed.
 func TestFullDisk(t *testing.T) {
