@@ -56,10 +56,11 @@ func (s *Service) confirmation(ctx context.Context, team uuid.UUID, address stri
 	if err != nil {
 		return confirmation{}, fmt.Errorf("look up owner: %w", err)
 	}
-	if err := s.Limiter.Allow(ctx, limitAddress, strings.ToLower(address)); err != nil {
+	// First, so that who may send no letter takes no address's.
+	if err := s.Limiter.Allow(ctx, limitLetters, payer.String()); err != nil {
 		return confirmation{}, err
 	}
-	if err := s.Limiter.Allow(ctx, limitLetters, payer.String()); err != nil {
+	if err := s.Limiter.Allow(ctx, limitAddress, strings.ToLower(address)); err != nil {
 		return confirmation{}, err
 	}
 	var random [32]byte

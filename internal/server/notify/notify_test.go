@@ -663,4 +663,11 @@ func TestConfirmation(t *testing.T) {
 	if sent != limitLetters.Burst {
 		t.Errorf("%d letters were sent, want %d", sent, limitLetters.Burst)
 	}
+	// An address for which they were refused can have a letter from somebody else.
+	third, last := uuid.New(), fmt.Sprintf("ops+%d@example.com", 2*limitLetters.Burst-1)
+	b.exec("INSERT INTO teams (id, name) VALUES ($1, 'third')", third)
+	if _, err := create(third, last); err != nil {
+		t.Fatal(err)
+	}
+	link(last)
 }
