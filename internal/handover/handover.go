@@ -2,7 +2,8 @@
 // program on this machine, which then serves it itself.
 //
 // The descriptor travels over a Unix socket (SCM_RIGHTS), together with what was
-// already read of the connection.
+// already read of the connection. The program answers with one byte when it accepts
+// the connection. Until then it is the front door's.
 package handover
 
 import (
@@ -24,21 +25,26 @@ const (
 	maxRights = 253
 	// sendWithin bounds the wait for a program that takes no connections.
 	sendWithin = time.Second
+	// maxIdle is how many of its own connections a sender keeps.
+	maxIdle = 32
 )
 
 // Path is where a program that listens on a Unix socket takes connections.
 func Path(socket string) string { return socket + ".passed" }
 
-// Sender passes connections to the program that listens at Path.
+// Sender passes connections to the program that listens at Path. Connections that
+// are passed at the same time do not wait for one another.
 type Sender struct {
 	Path string
 
-	mu   sync.Mutex // held while one connection is passed
-	conn *net.UnixConn
+	mu     sync.Mutex // held for no call that can block
+	idle   []*net.UnixConn
+	closed bool
 }
 
-// Send passes a connection, of which read was read. If it fails, nobody has it
-// but the caller; else the caller closes its own descriptor.
+// Send passes a connection, of which read was read, and waits until the program has
+// accepted it. If it fails, nobody has the connection but the caller; else the
+// caller closes its own descriptor.
 func (s *Sender) Send(c syscall.Conn, read []byte) error {
 	if len(read) == 0 || len(read) > MaxRead {
 		return fmt.Errorf("pass connection: %d bytes were read, not 1 to %d", len(read), MaxRead)
@@ -47,51 +53,124 @@ func (s *Sender) Send(c syscall.Conn, read []byte) error {
 	if err != nil {
 		return err
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for fresh := false; ; fresh = true {
-		if s.conn == nil {
-			fresh = true
-			if s.conn, err = net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: s.Path, Net: "unixpacket"}); err != nil {
+	until := time.Now().Add(sendWithin)
+	for {
+		to := s.kept()
+		fresh := to == nil
+		if fresh {
+			if to, err = net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: s.Path, Net: "unixpacket"}); err != nil {
 				return err
 			}
 		}
-		_ = s.conn.SetWriteDeadline(time.Now().Add(sendWithin))
-		if e := raw.Control(func(fd uintptr) {
-			_, _, err = s.conn.WriteMsgUnix(read, syscall.UnixRights(int(fd)), nil)
-		}); e != nil {
-			return e
+		keep, err := pass(to, raw, read, until)
+		if keep {
+			s.keep(to)
+			return nil
 		}
+		_ = to.Close()
 		if err == nil {
 			return nil
 		}
-		_ = s.conn.Close()
-		s.conn = nil
-		if fresh {
+		// A connection that was kept may lead to a program that has ended.
+		if fresh || errors.Is(err, os.ErrDeadlineExceeded) {
 			return fmt.Errorf("pass connection: %w", err)
 		}
 	}
 }
 
-// Close closes the sender's own connection.
-func (s *Sender) Close() error {
+// pass passes one connection, and says whether another one may follow it.
+func pass(to *net.UnixConn, raw syscall.RawConn, read []byte, until time.Time) (keep bool, err error) {
+	if err := to.SetDeadline(until); err != nil {
+		return false, err
+	}
+	if e := raw.Control(func(fd uintptr) {
+		_, _, err = to.WriteMsgUnix(read, syscall.UnixRights(int(fd)), nil)
+	}); e != nil {
+		return false, e
+	}
+	if err != nil {
+		return false, err
+	}
+	return taken(to)
+}
+
+// taken waits until the program has accepted what was passed last.
+func taken(to *net.UnixConn) (keep bool, err error) {
+	var b [1]byte
+	if _, err = to.Read(b[:]); !errors.Is(err, os.ErrDeadlineExceeded) {
+		return err == nil, err
+	}
+	// After this the program cannot accept it any more. It may have before.
+	if e := errors.Join(to.CloseRead(), to.SetDeadline(time.Time{})); e != nil {
+		return false, e
+	}
+	if _, e := to.Read(b[:]); e == nil {
+		return false, nil
+	}
+	return false, err
+}
+
+// kept returns a connection to the program that nobody uses; nil: there is none.
+func (s *Sender) kept() *net.UnixConn {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.conn == nil {
+	if len(s.idle) == 0 {
 		return nil
 	}
-	return s.conn.Close()
+	last := len(s.idle) - 1
+	to := s.idle[last]
+	s.idle = s.idle[:last]
+	return to
+}
+
+// keep keeps a connection for the next to be passed, or closes it.
+func (s *Sender) keep(to *net.UnixConn) {
+	s.mu.Lock()
+	keep := !s.closed && len(s.idle) < maxIdle
+	if keep {
+		s.idle = append(s.idle, to)
+	}
+	s.mu.Unlock()
+	if !keep {
+		_ = to.Close()
+	}
+}
+
+// Close closes the sender's own connections.
+func (s *Sender) Close() error {
+	s.mu.Lock()
+	idle := s.idle
+	s.idle, s.closed = nil, true
+	s.mu.Unlock()
+	var errs []error
+	for _, to := range idle {
+		errs = append(errs, to.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // Listener is a [net.Listener] whose connections a [Sender] accepted.
 type Listener struct {
 	socket *net.UnixListener
-	passed chan net.Conn
+	passed chan offer
 	closed chan struct{}
 	close  sync.Once
 
 	mu      sync.Mutex
 	senders map[*net.UnixConn]struct{} // nil: closed
+}
+
+// offer is a connection that its sender still has.
+type offer struct {
+	*conn
+	sender *net.UnixConn
+}
+
+// accept says whether the sender leaves the connection to this program.
+func (o offer) accept() bool {
+	_ = o.sender.SetWriteDeadline(time.Now().Add(sendWithin))
+	_, err := o.sender.Write([]byte{1})
+	return err == nil
 }
 
 // Listen takes connections at path, in place of an earlier process. The socket
@@ -107,7 +186,7 @@ func Listen(path string, mode fs.FileMode) (*Listener, error) {
 	if err := os.Chmod(path, mode); err != nil {
 		return nil, errors.Join(err, socket.Close())
 	}
-	l := &Listener{socket: socket, passed: make(chan net.Conn), closed: make(chan struct{}), senders: make(map[*net.UnixConn]struct{})}
+	l := &Listener{socket: socket, passed: make(chan offer), closed: make(chan struct{}), senders: make(map[*net.UnixConn]struct{})}
 	go l.accept()
 	return l, nil
 }
@@ -162,7 +241,7 @@ func (l *Listener) take(sender *net.UnixConn) {
 			return // It does not speak this package's language.
 		}
 		select {
-		case l.passed <- &conn{TCPConn: c, read: append([]byte(nil), b[:n]...)}:
+		case l.passed <- offer{&conn{TCPConn: c, read: append([]byte(nil), b[:n]...)}, sender}:
 		case <-l.closed:
 			_ = c.Close()
 			return
@@ -207,15 +286,21 @@ func connection(rights []byte) (*net.TCPConn, error) {
 
 // Accept implements [net.Listener].
 func (l *Listener) Accept() (net.Conn, error) {
-	select {
-	case c := <-l.passed:
-		return c, nil
-	case <-l.closed:
-		return nil, net.ErrClosed
+	for {
+		select {
+		case o := <-l.passed:
+			if o.accept() {
+				return o.conn, nil
+			}
+			_ = o.conn.Close() // This program's descriptor: the sender goes on with its own.
+		case <-l.closed:
+			return nil, net.ErrClosed
+		}
 	}
 }
 
-// Close implements [net.Listener]. Connections that were taken go on.
+// Close implements [net.Listener]. Connections that were accepted go on; the others
+// are left to their senders.
 func (l *Listener) Close() error {
 	err := net.ErrClosed
 	l.close.Do(func() {

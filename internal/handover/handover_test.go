@@ -51,9 +51,26 @@ func listen(t *testing.T) (*Listener, *Sender) {
 	return l, s
 }
 
+// accept accepts connections in the background, until the listener is closed.
+func accept(l *Listener) <-chan net.Conn {
+	accepted := make(chan net.Conn, 64)
+	go func() {
+		defer close(accepted)
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			accepted <- c
+		}
+	}()
+	return accepted
+}
+
 // TestPass has another end serve a connection, with what was read of it first.
 func TestPass(t *testing.T) {
 	l, s := listen(t)
+	accepted := accept(l)
 	for _, copies := range []bool{false, true} {
 		client, server := pair(t)
 		if _, err := client.Write([]byte("rest")); err != nil {
@@ -66,11 +83,9 @@ func TestPass(t *testing.T) {
 		if err := server.Close(); err != nil { // The other end has its own.
 			t.Fatal(err)
 		}
-		c, err := l.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
+		c := await.Recv(t, "the connection", accepted)
 		var got bytes.Buffer
+		var err error
 		if copies {
 			_, err = io.Copy(&got, c)
 		} else {
@@ -100,8 +115,12 @@ func TestNobodyTakes(t *testing.T) {
 	if err := s.Send(server, make([]byte, MaxRead+1)); err == nil {
 		t.Error("passed more than can be taken")
 	}
-	if err := s.Send(server, []byte("x")); err != nil {
-		t.Fatal(err)
+	accepted := accept(l)
+	for range 3 {
+		if err := s.Send(server, []byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		await.Recv(t, "the connection", accepted).Close()
 	}
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
@@ -117,13 +136,106 @@ func TestNobodyTakes(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
+	accepted = accept(l)
 	if err := s.Send(server, []byte("x")); err != nil {
-		t.Error(err)
+		t.Fatal(err)
 	}
-	if c, err := l.Accept(); err != nil {
-		t.Error(err)
-	} else {
-		c.Close()
+	await.Recv(t, "the connection", accepted).Close()
+}
+
+// TestProgramStops has a program stop that took no connection from its queue: it
+// stays the sender's.
+func TestProgramStops(t *testing.T) {
+	l, s := listen(t)
+	client, server := pair(t)
+	sent := make(chan error, 1)
+	go func() { sent <- s.Send(server, []byte("x")) }()
+	await.Until(t, "the program is told of the connection", func() bool {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return len(l.senders) == 1
+	})
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := await.Recv(t, "the end of Send", sent); err == nil {
+		t.Fatal("passed to a program that has stopped")
+	}
+	if _, err := server.Write([]byte("answer")); err != nil {
+		t.Fatal(err)
+	}
+	server.Close()
+	if b, err := io.ReadAll(client); err != nil || string(b) != "answer" {
+		t.Errorf("the client got %q, %v", b, err)
+	}
+}
+
+// TestProgramHangs passes connections together to a program that accepts none: no
+// sender waits for another one, and each keeps its connection, whatever the program
+// does afterwards.
+func TestProgramHangs(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	hung, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: path, Net: "unixpacket"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer hung.Close()
+	if err := hung.SetDeadline(time.Now().Add(await.Hang)); err != nil {
+		t.Fatal(err)
+	}
+	s := &Sender{Path: path}
+	defer s.Close()
+	_, server := pair(t)
+	const together = 8
+	sent := make(chan error, together)
+	for range together {
+		go func() { sent <- s.Send(server, []byte("x")) }()
+	}
+	offers := make([]offer, together)
+	for i := range offers {
+		if offers[i].sender, err = hung.AcceptUnix(); err != nil {
+			t.Fatalf("sender %d waits for another one: %v", i, err)
+		}
+		defer offers[i].sender.Close()
+	}
+	for range together {
+		if err := await.Recv(t, "the end of Send", sent); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("passed to a program that hangs: %v", err)
+		}
+	}
+	for _, o := range offers {
+		if o.accept() {
+			t.Error("the program has a connection that its sender kept")
+		}
+	}
+}
+
+// TestAcceptedLate has the program accept after the sender's patience has ended,
+// and before the sender has said so.
+func TestAcceptedLate(t *testing.T) {
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_SEQPACKET, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ends [2]*net.UnixConn
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "end")
+		c, err := net.FileConn(f)
+		f.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		ends[i] = c.(*net.UnixConn)
+	}
+	if o := (offer{sender: ends[1]}); !o.accept() {
+		t.Fatal("not accepted")
+	}
+	if err := ends[0].SetDeadline(time.Unix(1, 0)); err != nil {
+		t.Fatal(err)
+	}
+	if keep, err := taken(ends[0]); keep || err != nil {
+		t.Errorf("kept %v, %v", keep, err)
 	}
 }
 
@@ -159,12 +271,9 @@ func TestStrangers(t *testing.T) {
 		}
 		c.Close()
 	}
+	accepted := accept(l)
 	if err := s.Send(server, []byte("x")); err != nil {
-		t.Error(err)
+		t.Fatal(err)
 	}
-	if c, err := l.Accept(); err != nil {
-		t.Error(err)
-	} else {
-		c.Close()
-	}
+	await.Recv(t, "the connection", accepted).Close()
 }

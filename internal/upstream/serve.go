@@ -70,11 +70,12 @@ type Listener struct {
 	ended                chan struct{}
 	freshWait, writeIdle time.Duration
 
-	mu     sync.Mutex
-	conns  map[*served]struct{}
-	fresh  int // of conns
-	closed bool
-	none   chan struct{} // closed when the listener is, and no connection is left
+	mu        sync.Mutex
+	conns     map[*served]struct{}
+	accepting bool // It may have accepted a connection that is not yet one of conns.
+	fresh     int  // of conns, and one more while accepting
+	closed    bool
+	none      chan struct{} // closed when the listener is, and no connection is left
 }
 
 type accepted struct {
@@ -91,6 +92,7 @@ func (s *Server) Listen(l net.Listener) *Listener {
 		Listener:  l, server: s, handed: make(chan accepted), closing: make(chan struct{}),
 		ended: make(chan struct{}), freshWait: freshWait,
 		conns: make(map[*served]struct{}), none: make(chan struct{}),
+		accepting: true, fresh: 1,
 	}
 	go ln.accept()
 	return ln
@@ -98,6 +100,7 @@ func (s *Server) Listen(l net.Listener) *Listener {
 
 // accept accepts connections until the listener is closed.
 func (l *Listener) accept() {
+	defer l.acceptsNoMore()
 	for {
 		nc, err := l.Listener.Accept()
 		if err != nil {
@@ -168,9 +171,7 @@ func (l *Listener) Close() error {
 		} else {
 			time.AfterFunc(l.freshWait, l.end)
 		}
-		if len(l.conns) == 0 {
-			close(l.none)
-		}
+		l.emptyLocked()
 	})
 	return err
 }
@@ -219,12 +220,36 @@ func (l *Listener) endLocked() {
 func (l *Listener) enter(c *served) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.closed {
+	select {
+	case <-l.ended:
 		return false
+	default:
 	}
 	l.conns[c] = struct{}{}
 	l.fresh++
 	return true
+}
+
+func (l *Listener) acceptsNoMore() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.accepting = false
+	l.lessFreshLocked()
+	l.emptyLocked()
+}
+
+func (l *Listener) lessFreshLocked() {
+	if l.fresh--; l.closed && l.fresh == 0 {
+		l.endLocked()
+	}
+}
+
+// emptyLocked notices that no connection is left. It is called when there may be
+// one less.
+func (l *Listener) emptyLocked() {
+	if l.closed && !l.accepting && len(l.conns) == 0 {
+		close(l.none)
+	}
 }
 
 // begin marks a connection as one with a request. It returns false if the
@@ -242,9 +267,7 @@ func (l *Listener) beginFirstLocked(c *served) bool {
 	if !c.state.CompareAndSwap(fresh, busy) {
 		return false
 	}
-	if l.fresh--; l.closed && l.fresh == 0 {
-		l.endLocked()
-	}
+	l.lessFreshLocked()
 	return true
 }
 
@@ -253,9 +276,7 @@ func (l *Listener) leave(c *served) {
 	defer l.mu.Unlock()
 	l.beginFirstLocked(c) // It had none.
 	delete(l.conns, c)
-	if l.closed && len(l.conns) == 0 {
-		close(l.none)
-	}
+	l.emptyLocked()
 }
 
 func (l *Listener) isClosing() bool {

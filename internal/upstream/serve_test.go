@@ -421,6 +421,63 @@ func TestListenerAnswersFirst(t *testing.T) {
 	}
 }
 
+// late is a listener that has accepted a connection when it is closed.
+type late struct {
+	net.Listener
+	conn   chan net.Conn
+	closed chan struct{}
+}
+
+func (l *late) Accept() (net.Conn, error) {
+	<-l.closed
+	select {
+	case c := <-l.conn:
+		return c, nil
+	default:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *late) Close() error {
+	close(l.closed)
+	return nil
+}
+
+// TestListenerAnswersLast has a connection answered that was accepted in the moment
+// in which the listener was closed.
+func TestListenerAnswersLast(t *testing.T) {
+	tcp, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tcp.Close()
+	client := connect(t, tcp.Addr().String())
+	accepted, err := tcp.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := &late{conn: make(chan net.Conn, 1), closed: make(chan struct{})}
+	in.conn <- accepted
+	l := (&Server{
+		Handler: http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}), Takes: func(*http.Request) bool { return true },
+		HeaderTimeout: await.Hang, IdleTimeout: await.Hang,
+	}).Listen(in)
+	l.freshWait = await.Hang
+	client.send(t, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if resp, _ := client.response(t, "GET"); resp.StatusCode != 200 {
+		t.Error(resp.Status)
+	}
+	if err := l.Wait(await.Context(t)); err != nil {
+		t.Error(err)
+	}
+	if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Accept goes on: %v", err)
+	}
+}
+
 // TestClientTakesNothing has the answer end of a client that does not read it.
 func TestClientTakesNothing(t *testing.T) {
 	tcp, err := net.Listen("tcp", "127.0.0.1:0")
