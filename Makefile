@@ -37,7 +37,7 @@ build: go bin/caddy
 	done
 
 # The front door, a module of its own: nothing else needs what it imports.
-bin/caddy: $(wildcard deploy/caddy/*) internal/duplex/duplex.go internal/linger/linger.go internal/handover/handover.go $(wildcard internal/upstream/*.go) | go
+bin/caddy: $(wildcard deploy/caddy/*) internal/bounded/bounded.go internal/duplex/duplex.go internal/linger/linger.go internal/handover/handover.go $(wildcard internal/upstream/*.go) | go
 	@mkdir -p bin
 	@CGO_ENABLED=0 go build -C deploy/caddy -trimpath -ldflags "-s -w" -o $(CURDIR)/$@.$$$$ . && mv $@.$$$$ $@
 

@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
-	"github.com/wrenn-dev/wrenn/internal/netaddr"
+	"github.com/wrenn-dev/wrenn/internal/bounded"
 )
 
 // TestServerReachesAgent: a server may have more connections to an agent, of
@@ -63,7 +63,7 @@ func TestServerReachesAgent(t *testing.T) {
 	case err := <-served:
 		t.Fatal(err)
 	}
-	open := make([]net.Conn, 0, netaddr.PerAddress)
+	open := make([]net.Conn, 0, bounded.PerAddress)
 	t.Cleanup(func() {
 		cancel()
 		for _, c := range open {
@@ -73,18 +73,18 @@ func TestServerReachesAgent(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	for range netaddr.PerAddress + 1 {
+	for range bounded.PerAddress + 1 {
 		c, err := net.DialTimeout("tcp", "192.0.2.1:7000", await.Hang)
 		if err != nil {
 			t.Fatal(err)
 		}
 		open = append(open, c)
 	}
-	last := open[netaddr.PerAddress]
+	last := open[bounded.PerAddress]
 	_ = last.SetDeadline(time.Now().Add(await.Hang))
 	fmt.Fprint(last, "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
 	b := make([]byte, len("HTTP/1.1 404"))
 	if _, err := last.Read(b); err != nil || string(b) != "HTTP/1.1 404" {
-		t.Errorf("beside %d others a connection ends: %q, %v", netaddr.PerAddress, b, err)
+		t.Errorf("beside %d others a connection ends: %q, %v", bounded.PerAddress, b, err)
 	}
 }

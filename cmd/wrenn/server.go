@@ -17,6 +17,7 @@ import (
 	"github.com/caarlos0/env/v11"
 	"github.com/spf13/cobra"
 
+	"github.com/wrenn-dev/wrenn/internal/bounded"
 	"github.com/wrenn-dev/wrenn/internal/handover"
 	"github.com/wrenn-dev/wrenn/internal/linger"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
@@ -49,7 +50,7 @@ func serverCommand() *cobra.Command {
 			}
 			context.AfterFunc(ctx, s.Linger)
 			bound := func(l net.Listener) net.Listener {
-				return netaddr.Bounded(l, netaddr.PerAddress, c.TrustedProxies, c.Log)
+				return bounded.Listener(l, bounded.PerAddress, c.TrustedProxies, c.Log)
 			}
 			run := s.Run
 			if c.MetricsListen != "" {

@@ -3,10 +3,8 @@ package netaddr
 import (
 	"io"
 	"io/fs"
-	"log/slog"
 	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -179,39 +177,6 @@ func TestRefusalArrives(t *testing.T) {
 				t.Parallel()
 				lingertest.Refused(t, dial, want, 14)
 			})
-		}
-	}
-}
-
-// TestBoundedCountsWhatLingers closes connections that a client keeps open.
-func TestBoundedCountsWhatLingers(t *testing.T) {
-	l, err := Listen(t.Context(), "127.0.0.1:0", 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	b := Bounded(l, 1, nil, slog.New(slog.DiscardHandler)).(*bounded)
-	defer b.Close()
-	stranger := netip.MustParseAddr("192.0.2.1")
-	client, err := net.Dial("tcp", l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer client.Close()
-	server, err := l.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if server = b.admit(server, stranger); server == nil {
-		t.Fatal("the first is not let in")
-	}
-	server.Close()
-	if b.enter(stranger) {
-		t.Error("another is let in while the first lingers")
-	}
-	client.Close()
-	for begun := time.Now(); !b.enter(stranger); time.Sleep(time.Millisecond) {
-		if time.Since(begun) > time.Minute {
-			t.Fatal("the first counts for ever")
 		}
 	}
 }

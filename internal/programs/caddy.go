@@ -20,7 +20,7 @@ const (
 )
 
 // caddyModules are Wrenn's own, which deploy/Caddyfile uses.
-var caddyModules = []string{"caddy.listeners.linger", "caddy.listeners.ports", "http.handlers.control_plane", "http.handlers.full_duplex"}
+var caddyModules = []string{"caddy.listeners.bounded", "caddy.listeners.linger", "caddy.listeners.ports", "http.handlers.control_plane", "http.handlers.full_duplex"}
 
 // FindCaddy returns the Caddy to use: the one beside this program, else the one
 // on PATH. It fails if that one is too old or lacks Wrenn's modules, as every

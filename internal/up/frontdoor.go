@@ -77,8 +77,10 @@ func newFrontDoor(ctx context.Context, dir layout.Dir, listen string) (_ *frontD
 		"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + f.home, "XDG_DATA_HOME=" + f.home, "XDG_CONFIG_HOME=" + f.home,
 		"WRENN_SITES=http://:" + port, "WRENN_BIND=" + strings.Join(sockets, " "), "WRENN_DOMAIN=" + domain, "WRENN_SERVER=unix/" + dir.ServerSocket(),
 	}
-	if own := os.Getenv(sandboxDomain); own != "" {
-		f.env = append(f.env, sandboxDomain+"="+own)
+	for _, name := range []string{sandboxDomain, trustedProxies} {
+		if v := os.Getenv(name); v != "" {
+			f.env = append(f.env, name+"="+v)
+		}
 	}
 	return f, nil
 }

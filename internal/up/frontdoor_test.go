@@ -24,10 +24,12 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"github.com/vishvananda/netlink"
 
 	"github.com/wrenn-dev/wrenn/deploy"
 	"github.com/wrenn-dev/wrenn/deploy/deploytest"
 	"github.com/wrenn-dev/wrenn/internal/await"
+	"github.com/wrenn-dev/wrenn/internal/bounded"
 	"github.com/wrenn-dev/wrenn/internal/gen/process"
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
 	"github.com/wrenn-dev/wrenn/internal/handover"
@@ -46,9 +48,15 @@ func openDoor(t *testing.T, server http.Handler) (s *service, address string, st
 // openDoorOf is openDoor with a configuration of its own.
 func openDoorOf(t *testing.T, server http.Handler, config []byte) (s *service, address string, stopServer func()) {
 	t.Helper()
+	return openDoorAt(t, "127.0.0.1", server, config)
+}
+
+// openDoorAt is openDoorOf at a port of the given address.
+func openDoorAt(t *testing.T, host string, server http.Handler, config []byte) (s *service, address string, stopServer func()) {
+	t.Helper()
 	s = newService(t)
 	deploytest.Caddy(t)
-	front, err := newFrontDoor(t.Context(), s.dir, "127.0.0.1:0")
+	front, err := newFrontDoor(t.Context(), s.dir, net.JoinHostPort(host, "0"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -911,4 +919,115 @@ func TestConnectionsArePassed(t *testing.T) {
 	if n, err := client.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
 		t.Errorf("a connection that the control plane has closed: %d, %v", n, err)
 	}
+}
+
+// TestConnectionsPerAddress has one address open connections without a request
+// until Caddy closes further ones. What was passed on is the server's to count.
+func TestConnectionsPerAddress(t *testing.T) {
+	const here, stranger, other, proxy = "192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.4"
+	if !inNamespace(t, here, stranger, other, proxy) {
+		return
+	}
+	t.Setenv(trustedProxies, "198.51.100.0/24,"+proxy+"/32")
+	tell := func(by string) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, by) })
+	}
+	s, listen, _ := openDoorAt(t, here, tell("Caddy"), deploy.Caddyfile)
+	passed, err := handover.Listen(handover.Path(s.dir.ServerSocket()), 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := netaddr.Server(tell("itself"))
+	go srv.Serve(linger.Listener(passed))
+	t.Cleanup(func() { srv.Close() })
+	if err := openTo(account{caddyID, caddyID}, handover.Path(s.dir.ServerSocket())); err != nil {
+		t.Fatal(err)
+	}
+	dial := func(from string) net.Conn {
+		t.Helper()
+		d := net.Dialer{Timeout: await.Hang, LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+		c, err := d.DialContext(t.Context(), "tcp", listen)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		if err := c.SetDeadline(time.Now().Add(await.Hang)); err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	ask := func(c net.Conn, host string) string {
+		fmt.Fprintf(c, "GET /v1/x HTTP/1.1\r\nHost: %s\r\n\r\n", host)
+		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+		if err != nil {
+			return "nobody"
+		}
+		defer resp.Body.Close()
+		b, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Error(err)
+		}
+		return string(b)
+	}
+	if by := ask(dial(stranger), "80-cl-x.localhost"); by != "itself" {
+		t.Fatalf("a connection to a sandbox's port is served by %s", by)
+	}
+	for _, c := range []struct {
+		from, beyond string
+	}{{stranger, "nobody"}, {proxy, "Caddy"}} {
+		open := make([]net.Conn, bounded.PerAddress)
+		for i := range open {
+			open[i] = dial(c.from)
+		}
+		if by := ask(dial(c.from), "localhost"); by != c.beyond {
+			t.Errorf("one more connection of %s than its bound is served by %s, not %s", c.from, by, c.beyond)
+		}
+		if by := ask(dial(other), "localhost"); by != "Caddy" {
+			t.Errorf("another address is served by %s", by)
+		}
+		if by := ask(open[len(open)-1], "localhost"); by != "Caddy" {
+			t.Errorf("the last connection of %s within its bound is served by %s", c.from, by)
+		}
+		for _, o := range open {
+			o.Close()
+		}
+		for begun := time.Now(); ask(dial(c.from), "localhost") != "Caddy"; {
+			if time.Since(begun) > await.Hang {
+				t.Fatalf("what %s has closed counts for ever", c.from)
+			}
+		}
+	}
+}
+
+// inNamespace runs the calling test again in a new network namespace that has
+// these addresses, and returns true there.
+func inNamespace(t *testing.T, addresses ...string) bool {
+	t.Helper()
+	const inside = "WRENN_TEST_NAMESPACE"
+	if os.Getenv(inside) == t.Name() {
+		lo, err := netlink.LinkByName("lo")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, a := range addresses {
+			if err := netlink.AddrAdd(lo, &netlink.Addr{IPNet: &net.IPNet{IP: net.ParseIP(a), Mask: net.CIDRMask(32, 32)}}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := netlink.LinkSetUp(lo); err != nil {
+			t.Fatal(err)
+		}
+		return true
+	}
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: makes a network namespace")
+	}
+	deploytest.Caddy(t) // whose build may need the network
+	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
+	cmd.Env = append(os.Environ(), inside+"="+t.Name())
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return false
 }

@@ -46,6 +46,10 @@ const domain = "localhost"
 // and the front door both have to know.
 const sandboxDomain = "WRENN_SANDBOX_DOMAIN"
 
+// trustedProxies is the setting with the proxies to whose connections neither the
+// server nor the front door has a bound.
+const trustedProxies = "WRENN_TRUSTED_PROXIES"
+
 // options are the command's flags.
 type options struct {
 	dir    string

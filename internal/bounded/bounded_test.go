@@ -1,4 +1,4 @@
-package netaddr
+package bounded
 
 import (
 	"bytes"
@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/linger"
 )
 
 // from is a connection from an address.
@@ -38,12 +40,12 @@ func (a *arrivals) Accept() (net.Conn, error) {
 	return c, nil
 }
 
-func TestBounded(t *testing.T) {
+func TestListener(t *testing.T) {
 	in := &arrivals{}
 	var log bytes.Buffer
-	l := Bounded(in, 2, []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}, slog.New(slog.NewTextHandler(&log, nil)))
+	l := Listener(in, 2, []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}, slog.New(slog.NewTextHandler(&log, nil)))
 	now := time.Now()
-	l.(*bounded).now = func() time.Time { return now }
+	l.(*listener).now = func() time.Time { return now }
 	said := func(want int) {
 		t.Helper()
 		if n := strings.Count(log.String(), "WRENN_TRUSTED_PROXIES"); n != want {
@@ -93,6 +95,40 @@ func TestBounded(t *testing.T) {
 			if c, _ := accept(free); c == nil {
 				t.Errorf("%q is bounded", free)
 			}
+		}
+	}
+}
+
+// TestCountsWhatLingers closes connections that a client keeps open.
+func TestCountsWhatLingers(t *testing.T) {
+	plain, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := linger.Listener(plain)
+	b := Listener(l, 1, nil, slog.New(slog.DiscardHandler)).(*listener)
+	defer b.Close()
+	stranger := netip.MustParseAddr("192.0.2.1")
+	client, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	server, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if server = b.admit(server, stranger); server == nil {
+		t.Fatal("the first is not let in")
+	}
+	server.Close()
+	if b.enter(stranger) {
+		t.Error("another is let in while the first lingers")
+	}
+	client.Close()
+	for begun := time.Now(); !b.enter(stranger); time.Sleep(time.Millisecond) {
+		if time.Since(begun) > time.Minute {
+			t.Fatal("the first counts for ever")
 		}
 	}
 }

@@ -1,4 +1,5 @@
-package netaddr
+// Package bounded keeps one address from having all of a listener's connections.
+package bounded
 
 import (
 	"log/slog"
@@ -6,8 +7,6 @@ import (
 	"net/netip"
 	"sync"
 	"time"
-
-	"github.com/wrenn-dev/wrenn/internal/linger"
 )
 
 // PerAddress is how many connections one address may have to a listener.
@@ -16,15 +15,15 @@ const PerAddress = 4096
 // sayEvery is how often the log says that an address is at its bound.
 const sayEvery = time.Minute
 
-// Bounded returns l with a bound on the connections of each address: further
+// Listener returns l with a bound on the connections of each address: further
 // ones are closed at once, and the log says so. Of an IPv6 address its network of
 // 64 bits counts. Unix sockets, this machine's own addresses and networks in
 // exempt, which WRENN_TRUSTED_PROXIES names, have no bound.
-func Bounded(l net.Listener, each int, exempt []netip.Prefix, log *slog.Logger) net.Listener {
-	return &bounded{Listener: l, each: each, exempt: exempt, log: log, now: time.Now, clients: make(map[netip.Addr]*client)}
+func Listener(l net.Listener, each int, exempt []netip.Prefix, log *slog.Logger) net.Listener {
+	return &listener{Listener: l, each: each, exempt: exempt, log: log, now: time.Now, clients: make(map[netip.Addr]*client)}
 }
 
-type bounded struct {
+type listener struct {
 	net.Listener
 	each   int
 	exempt []netip.Prefix
@@ -41,7 +40,7 @@ type client struct {
 	said time.Time // when the log said last that it has too many
 }
 
-func (b *bounded) Accept() (net.Conn, error) {
+func (b *listener) Accept() (net.Conn, error) {
 	for {
 		c, err := b.Listener.Accept()
 		if err != nil {
@@ -59,21 +58,22 @@ func (b *bounded) Accept() (net.Conn, error) {
 
 // admit counts a connection for as long as it takes a descriptor. If its address
 // may not have one more, admit closes it and returns nil.
-func (b *bounded) admit(c net.Conn, from netip.Addr) net.Conn {
+func (b *listener) admit(c net.Conn, from netip.Addr) net.Conn {
 	if !b.enter(from) {
 		_ = c.Close()
 		return nil
 	}
 	leave := sync.OnceFunc(func() { b.leave(from) })
-	if lingers, ok := c.(*linger.Conn); ok {
+	// A connection of package linger, which Caddy has under another path.
+	if lingers, ok := c.(interface{ OnGone(func()) }); ok {
 		lingers.OnGone(leave)
 		return c
 	}
-	return &boundedConn{Conn: c, leave: leave}
+	return &conn{Conn: c, leave: leave}
 }
 
 // enter counts a connection, if its address may have one more.
-func (b *bounded) enter(from netip.Addr) bool {
+func (b *listener) enter(from netip.Addr) bool {
 	b.mu.Lock()
 	c := b.clients[from]
 	if c == nil {
@@ -95,7 +95,7 @@ func (b *bounded) enter(from netip.Addr) bool {
 	return !full
 }
 
-func (b *bounded) leave(from netip.Addr) {
+func (b *listener) leave(from netip.Addr) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	c := b.clients[from]
@@ -105,7 +105,7 @@ func (b *bounded) leave(from netip.Addr) {
 }
 
 // counted returns what connections from an address are counted of.
-func (b *bounded) counted(remote net.Addr) (netip.Addr, bool) {
+func (b *listener) counted(remote net.Addr) (netip.Addr, bool) {
 	at, err := netip.ParseAddrPort(remote.String())
 	if err != nil {
 		return netip.Addr{}, false
@@ -127,16 +127,16 @@ func (b *bounded) counted(remote net.Addr) (netip.Addr, bool) {
 	return ip, true
 }
 
-type boundedConn struct {
+type conn struct {
 	net.Conn
 	leave func()
 }
 
 // Close implements [net.Conn].
-func (c *boundedConn) Close() error {
+func (c *conn) Close() error {
 	defer c.leave()
 	return c.Conn.Close()
 }
 
 // NetConn returns the connection itself.
-func (c *boundedConn) NetConn() net.Conn { return c.Conn }
+func (c *conn) NetConn() net.Conn { return c.Conn }
