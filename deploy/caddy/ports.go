@@ -92,7 +92,7 @@ func (p *ports) takes(r *http.Request) bool {
 	if h, _, err := net.SplitHostPort(host); err == nil {
 		host = h
 	}
-	label, domain, _ := strings.Cut(host, ".")
+	label, domain, _ := strings.Cut(strings.TrimSuffix(host, "."), ".")
 	return strings.Contains(strings.ToLower(label), "-cl-") && (strings.EqualFold(domain, p.Domain) || strings.EqualFold(domain, p.Own))
 }
 

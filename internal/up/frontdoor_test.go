@@ -297,6 +297,31 @@ func TestFrontDoor(t *testing.T) {
 	}
 }
 
+// TestNameWithDot has a sandbox's name that ends with a dot be the same sandbox's,
+// whether Caddy's handlers see the request or not.
+func TestNameWithDot(t *testing.T) {
+	t.Setenv(sandboxDomain, "sandboxes.localhost")
+	_, listen, _ := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.URL.Path) }))
+	for _, host := range []string{"80-cl-x.localhost.", "80-CL-x.sandboxes.localhost.:80", "x.sandboxes.localhost.", "sandboxes.localhost."} {
+		for _, method := range []string{http.MethodGet, http.MethodPost} {
+			req, err := http.NewRequestWithContext(t.Context(), method, "http://"+listen+"/api/x", strings.NewReader(""))
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.Host = host
+			resp, err := http.DefaultClient.Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b, err := io.ReadAll(resp.Body)
+			resp.Body.Close()
+			if err != nil || string(b) != "/api/x" {
+				t.Errorf("%s %s: the server is asked for %q, %v", method, host, b, err)
+			}
+		}
+	}
+}
+
 // TestConnectionIsKept sends request after request over one connection.
 func TestConnectionIsKept(t *testing.T) {
 	_, listen, _ := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.Copy(w, r.Body) }))
@@ -817,6 +842,8 @@ func TestPortsTakeAShorterWay(t *testing.T) {
 		{"GET", "80-cl-x.localhost", "", true},
 		{"DELETE", "80-CL-x.LOCALHOST:8000", "", true},
 		{"GET", "80-cl-x.sandboxes.localhost", "", true},
+		{"GET", "80-cl-x.localhost.", "", true},
+		{"GET", "80-cl-x.sandboxes.localhost.:8000", "", true},
 		{"GET", "localhost", "", false},
 		{"GET", "a.80-cl-x.localhost", "", false},
 		{"GET", "80-cl-x.example.com", "", false},
