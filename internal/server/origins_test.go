@@ -260,6 +260,9 @@ func TestPlainHTTP(t *testing.T) {
 		if no && r.Header.Get("Set-Cookie") != "" {
 			t.Errorf("%s %s sets a cookie", method, path)
 		}
+		if no && !strings.Contains(string(r.Body), "WRENN_INSECURE") {
+			t.Errorf("%s %s does not say how to allow it", method, path)
+		}
 		return no
 	}
 	checked := 0

@@ -99,7 +99,7 @@ func (a *API) checkPrivate(r *http.Request, op *openapi3.Operation) error {
 	if a.Insecure || a.encrypted(r) || netaddr.LoopbackName(r.Host) {
 		return nil
 	}
-	return fault.New(fault.PermissionDenied, "passwords and sessions do not go over plain HTTP: use HTTPS, or a loopback name such as localhost")
+	return fault.New(fault.PermissionDenied, "passwords and sessions do not go over plain HTTP: use HTTPS, or a loopback name such as localhost. If you do use HTTPS, the operator must name the proxy that ends it in WRENN_TRUSTED_PROXIES, or set WRENN_INSECURE")
 }
 
 // encrypted reports whether the client sent the request over HTTPS.
