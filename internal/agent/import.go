@@ -367,6 +367,10 @@ func (s *service) fetchImage(ctx context.Context, m *pb.ImportTemplateRequest_St
 			return nil, nil, blame(true, err)
 		}
 		undo = append(undo, img.Close)
+		// One that never fits is refused for good, and not until there is more room.
+		if err := img.Fits(limits); err != nil {
+			return nil, nil, blame(true, err)
+		}
 		if err := reserve(img.Packed()); err != nil {
 			return nil, nil, err
 		}

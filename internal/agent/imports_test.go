@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -19,6 +20,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/agent/image/oci"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci/ocitest"
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
 	"github.com/wrenn-dev/wrenn/internal/await"
@@ -90,6 +92,31 @@ func TestImportSpool(t *testing.T) {
 	free()
 	if _, err := i.reserve("last", 8, room); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestImportTooLarge refuses an image that fits nowhere for good, even while there is
+// no space for any: whoever was told to wait would wait for nothing.
+func TestImportTooLarge(t *testing.T) {
+	web := httptest.NewServer(registry.New(registry.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug))))
+	defer web.Close()
+	content := make([]byte, 3<<20)
+	rand.Read(content)
+	reference := strings.TrimPrefix(web.URL, "http://") + "/large:1"
+	ref, err := name.ParseReference(reference)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := remote.Write(ref, ocitest.Build(t, ocitest.Archive(t, []ocitest.Entry{ocitest.File("a", string(content))}))); err != nil {
+		t.Fatal(err)
+	}
+	s := &service{&Agent{cfg: Config{Dir: layout.Dir(t.TempDir()), LocalRegistries: true}, sandboxes: &sandbox.Manager{}}}
+	s.imports.fetched = map[string]int64{"others": 1 << 62}
+	_, _, err = s.importTemplate(t.Context(), func(error) {}, &pb.ImportTemplateRequest_Start{
+		Source: &pb.ImportTemplateRequest_Start_Registry{Registry: &pb.ImportTemplateRequest_Registry{Reference: reference}},
+	}, image.Template{ID: uuid.New(), Team: uuid.New(), Name: "large", DiskMiB: 1}, nil)
+	if !errors.Is(err, oci.ErrRefused) {
+		t.Errorf("%v", err)
 	}
 }
 
