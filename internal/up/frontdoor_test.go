@@ -946,6 +946,19 @@ func TestConnectionsArePassed(t *testing.T) {
 	if n, err := client.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
 		t.Errorf("a connection that the control plane has closed: %d, %v", n, err)
 	}
+	// Nobody accepts: the control plane hangs, or is killed before it does.
+	hangs, err := handover.Listen(handover.Path(s.dir.ServerSocket()), 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer hangs.Close()
+	if err := openTo(account{caddyID, caddyID}, handover.Path(s.dir.ServerSocket())); err != nil {
+		t.Fatal(err)
+	}
+	_, ask = dial()
+	if by, got := ask(get(sandbox, "/")); by != "Caddy" {
+		t.Errorf("the control plane accepts none: by %q: %s", by, got)
+	}
 }
 
 // TestConnectionsPerAddress has one address open connections without a request
