@@ -1,0 +1,54 @@
+package qemu
+
+import (
+	"encoding/binary"
+	"testing"
+
+	"golang.org/x/net/bpf"
+	"golang.org/x/sys/unix"
+)
+
+// TestForeignCalls: calls of another architecture, whose numbers mean other things,
+// fail whatever their numbers are, as 32-bit programs' do.
+func TestForeignCalls(t *testing.T) {
+	for _, accel := range []string{KVM, TCG} {
+		all, err := filters(accel)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := action(t, all[0], unix.AUDIT_ARCH_X86_64, unix.SYS_READ); got != unix.SECCOMP_RET_ALLOW {
+			t.Errorf("%s: the action on read is %#x", accel, got)
+		}
+		for call := range uint32(512) {
+			if got := action(t, all[0], unix.AUDIT_ARCH_I386, call); got != unix.SECCOMP_RET_ERRNO|uint32(unix.ENOSYS) {
+				t.Errorf("%s: the action on call %d of a 32-bit program is %#x", accel, call, got)
+			}
+		}
+	}
+}
+
+// action is what the kernel does for a call with no arguments.
+func action(t *testing.T, filter []unix.SockFilter, arch, call uint32) uint32 {
+	t.Helper()
+	raw := make([]bpf.RawInstruction, len(filter))
+	for i, f := range filter {
+		raw[i] = bpf.RawInstruction{Op: f.Code, Jt: f.Jt, Jf: f.Jf, K: f.K}
+	}
+	program, ok := bpf.Disassemble(raw)
+	if !ok {
+		t.Fatal("the filter has instructions that are none")
+	}
+	vm, err := bpf.NewVM(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// struct seccomp_data, in the order of bytes that the VM reads.
+	data := binary.BigEndian.AppendUint32(nil, call)
+	data = binary.BigEndian.AppendUint32(data, arch)
+	data = append(data, make([]byte, 56)...)
+	n, err := vm.Run(data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return uint32(n)
+}
