@@ -312,6 +312,28 @@ func TestGuessing(t *testing.T) {
 	}
 }
 
+// TestTakeOver: nobody's quota is filled by a team that others made theirs. It is
+// taken over by who is next, and not handed over.
+func TestTakeOver(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	ada, bob, eve := p.person("ada@example.com"), p.person("bob@example.com"), p.person("eve@example.com")
+	asAda, asBob, asEve := as(p.bearer(ada)), as(p.bearer(bob)), as(p.bearer(eve))
+	team := p.call("POST", "/v1/teams", map[string]any{"name": "one"}, asAda...).want(201).str("id")
+	base := "/v1/teams/" + team
+	member := func(u uuid.UUID) string { return base + "/members/" + id.Format(id.User, u) }
+	for _, email := range []string{"bob@example.com", "eve@example.com"} {
+		p.call("POST", base+"/members", map[string]any{"email": email, "role": "owner"}, asAda...).want(201)
+	}
+	p.call("POST", base+"/leave", nil, asAda...).fails(409, "conflict")
+	p.call("PATCH", member(ada), map[string]any{"role": "admin"}, asAda...).fails(409, "conflict")
+	p.call("DELETE", member(ada), nil, asEve...).fails(409, "conflict") // Bob would be next.
+	p.call("PATCH", member(ada), map[string]any{"role": "member"}, asBob...).want(200)
+	// Who was in it before the owner is not made the first owner either.
+	p.call("PATCH", member(ada), map[string]any{"role": "owner"}, asBob...).fails(409, "conflict")
+	p.call("POST", base+"/leave", nil, asEve...).want(204)
+}
+
 func TestTeams(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)

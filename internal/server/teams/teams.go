@@ -144,6 +144,10 @@ func (s *Service) Members(ctx context.Context, team uuid.UUID) ([]db.ListMembers
 	return rows, wrap(err, "list members")
 }
 
+// errTakeOver keeps a team from becoming somebody's who did not ask for it: what it
+// takes would count on them, and no longer on who made them its owner.
+var errTakeOver = fault.New(fault.Conflict, "what the team has counts on its first owner: the next one takes it over, by removing the first or changing their role")
+
 // change runs f under the lock of the caller's team, with what the caller is
 // in it now: what they were when the call began may have changed.
 func (s *Service) change(ctx context.Context, by auth.Principal, least auth.Role, doing string, f func(*db.Queries, auth.Role) error) error {
@@ -159,7 +163,18 @@ func (s *Service) change(ctx context.Context, by auth.Principal, least auth.Role
 		if !role.AtLeast(least) {
 			return fault.New(fault.PermissionDenied, "your role in the team is %s, this needs %s", role, least)
 		}
-		return f(q, role)
+		payer, err := q.GetTeamPayer(ctx, by.Team)
+		if err != nil {
+			return err
+		}
+		if err := f(q, role); err != nil {
+			return err
+		}
+		now, err := q.GetTeamPayer(ctx, by.Team)
+		if err == nil && now != payer && now != by.User {
+			err = errTakeOver
+		}
+		return err
 	})
 	return wrap(err, doing)
 }
