@@ -34,8 +34,11 @@ func serverCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "server", Short: "Run the control plane (configured by environment)", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
+			asked, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 			defer stop()
+			leave := &farewell{asked: asked, sleep: time.Sleep}
+			ctx, cancel := leave.context()
+			defer cancel()
 			c, err := env.ParseAs[server.Config]()
 			if err != nil {
 				return err
@@ -44,11 +47,12 @@ func serverCommand() *cobra.Command {
 			if os.Getenv("GOMEMLIMIT") == "" {
 				debug.SetMemoryLimit(c.MemoryLimit())
 			}
-			s, err := server.New(ctx, c)
+			s, err := server.New(asked, c)
 			if err != nil {
 				return err
 			}
 			context.AfterFunc(ctx, s.Linger)
+			handler := leave.handler(s.Handler())
 			bound := func(l net.Listener) net.Listener {
 				return bounded.Listener(l, bounded.PerAddress, c.TrustedProxies, c.Log)
 			}
@@ -66,10 +70,10 @@ func serverCommand() *cobra.Command {
 					if err != nil {
 						return fmt.Errorf("take connections of the front door: %w", err)
 					}
-					return serveOn(ctx, bound(linger.Listener(l)), nil, patience.Answers(server.FrontDoor(s.Handler(), s.ToPort), patience.Default), s.ToPort, inner)
+					return serveOn(ctx, bound(linger.Listener(l)), nil, patience.Answers(server.FrontDoor(handler, s.ToPort), patience.Default), s.ToPort, inner)
 				}
 			}
-			return errors.Join(serve(ctx, c.Listen, bound, nil, s.Handler(), s.ToPort, run), s.Close())
+			return errors.Join(serve(ctx, c.Listen, bound, nil, handler, s.ToPort, run), s.Close())
 		},
 	}
 }

@@ -1,0 +1,43 @@
+package main
+
+import (
+	"context"
+	"net/http"
+	"sync/atomic"
+	"time"
+)
+
+// keptFor is how long after an answer a client may send over the same connection
+// what it could not send twice. Caddy does so for a second.
+const keptFor = 1500 * time.Millisecond
+
+// farewell lets a server stop without closing a connection over which a request is
+// on its way. Once asked is done, answers to new requests say that their connection
+// ends, and the server goes on until the last answer before is keptFor ago.
+type farewell struct {
+	asked context.Context
+	sleep func(time.Duration)
+	last  atomic.Int64 // when the last answer ended that kept its connection, in Unix ns
+}
+
+// context returns a context that is done when the server may stop.
+func (f *farewell) context() (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(f.asked))
+	stop := context.AfterFunc(f.asked, func() {
+		f.sleep(keptFor - time.Since(time.Unix(0, f.last.Load())))
+		cancel()
+	})
+	return ctx, func() { stop(); cancel() }
+}
+
+// handler returns next with the connections of its answers noted or ended.
+func (f *farewell) handler(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if f.asked.Err() == nil {
+			defer func() { f.last.Store(time.Now().UnixNano()) }()
+		} else if r.Header.Get("Upgrade") == "" {
+			w.Header().Set("Connection", "close")
+		}
+		next.ServeHTTP(w, r)
+	})
+}
