@@ -58,10 +58,11 @@ func (p *postgres) makeRoom(lessMiB int64) (err error) {
 		return nil
 	}
 	// One that is smaller was not finished.
-	if st, err := os.Stat(p.spare()); err == nil && st.Size() == spareMiB<<20 || free < plentyMiB {
+	if st, err := os.Lstat(p.spare()); err == nil && st.Size() == spareMiB<<20 || free < plentyMiB {
 		return nil
 	}
-	f, err := os.OpenFile(p.spare(), os.O_CREATE|os.O_WRONLY, 0o600)
+	// The folder is the database's own, which must not choose what root writes to.
+	f, err := os.OpenFile(p.spare(), os.O_CREATE|os.O_WRONLY|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return fmt.Errorf("keep room for PostgreSQL: %w", err)
 	}
