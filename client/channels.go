@@ -56,8 +56,8 @@ type Delivery struct {
 
 func channelPath(id, rest string) string { return "/v1/channels/" + url.PathEscape(id) + rest }
 
-// AddChannel has the team's events told. The recipient of mail gets a letter that
-// asks to confirm the address, and nothing else before they have.
+// AddChannel adds a channel for the team's events. The recipient of mail first gets
+// a letter that asks to confirm the address, and nothing else until they have.
 func (c *Client) AddChannel(ctx context.Context, o ChannelOptions) (*Channel, error) {
 	var ch Channel
 	// Not repeated: it may have been made.

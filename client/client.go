@@ -240,8 +240,8 @@ func (c *Client) call(ctx context.Context, r request, result any) error {
 
 func sandboxPath(id, rest string) string { return "/v1/sandboxes/" + url.PathEscape(id) + rest }
 
-// URL returns where a port of a sandbox is reached: at the sandbox's own URL, with
-// the scheme and port of the client's URL if the name is below the service's.
+// URL returns the URL of a sandbox's port: the sandbox's own, with the scheme and
+// port of the client's URL if the name is below the service's.
 func (c *Client) URL(s *Sandbox, port int) string {
 	own := strings.Replace(s.URL, "{port}", strconv.Itoa(port), 1)
 	u, err := url.Parse(own)

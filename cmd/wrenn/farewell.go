@@ -7,17 +7,17 @@ import (
 	"time"
 )
 
-// keptFor is how long after an answer a client may send over the same connection
-// what it could not send twice. Caddy does so for a second.
+// keptFor is how long after an answer a client may still reuse the connection for a
+// request that it must not send twice. Caddy does so for a second.
 const keptFor = 1500 * time.Millisecond
 
 // farewell lets a server stop without closing a connection over which a request is
 // on its way. Once asked is done, answers to new requests say that their connection
-// ends, and the server goes on until the last answer before is keptFor ago.
+// ends, and the server stops keptFor after the last answer that did not say so.
 type farewell struct {
 	asked context.Context
 	sleep func(time.Duration)
-	last  atomic.Int64 // when the last answer ended that kept its connection, in Unix ns
+	last  atomic.Int64 // end of the last answer that kept its connection, in Unix ns
 }
 
 // context returns a context that is done when the server may stop.
@@ -30,7 +30,7 @@ func (f *farewell) context() (context.Context, context.CancelFunc) {
 	return ctx, func() { stop(); cancel() }
 }
 
-// handler returns next with the connections of its answers noted or ended.
+// handler returns next; each answer notes its time or, once asked, ends its connection.
 func (f *farewell) handler(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if f.asked.Err() == nil {

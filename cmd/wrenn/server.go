@@ -65,7 +65,7 @@ func serverCommand() *cobra.Command {
 			if network, socket := netaddr.Split(c.Listen); network == "unix" {
 				inner := run
 				run = func(ctx context.Context) error {
-					// The socket itself is there, so no other server has this one.
+					// This server has the main socket, so no other one has this.
 					l, err := handover.Listen(handover.Path(socket), 0o600)
 					if err != nil {
 						return fmt.Errorf("take connections of the front door: %w", err)
@@ -80,10 +80,9 @@ func serverCommand() *cobra.Command {
 
 // serve serves handler at listen, over TLS if identity is not nil, and runs run
 // beside it, until ctx is done or one of them ends. bound, if it is not nil, bounds
-// who connects, and how long answers may stay unread: strangers connect to a server,
-// but its servers alone to an agent.
-// toPort, if it is not nil, says which requests go to a sandbox's port: without
-// TLS they take a shorter way.
+// connections, and answers have a deadline: strangers connect to a server, but only
+// its servers to an agent. toPort, if it is not nil, says which requests go to a
+// sandbox's port: without TLS, [upstream.Server] receives them.
 func serve(ctx context.Context, listen string, bound func(net.Listener) net.Listener, identity *tls.Config, handler http.Handler, toPort func(*http.Request) bool, run func(context.Context) error) error {
 	l, err := netaddr.Listen(ctx, listen, 0o600)
 	if err != nil {
@@ -96,7 +95,7 @@ func serve(ctx context.Context, listen string, bound func(net.Listener) net.List
 	return serveOn(ctx, l, identity, handler, toPort, run)
 }
 
-// serveOn is serve on a listener, which it closes.
+// serveOn is serve on l, which it closes.
 func serveOn(ctx context.Context, l net.Listener, identity *tls.Config, handler http.Handler, toPort func(*http.Request) bool, run func(context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -123,7 +122,7 @@ func serveOn(ctx context.Context, l net.Listener, identity *tls.Config, handler 
 	if srv.Shutdown(drain) != nil {
 		_ = srv.Close() // streams that last
 	}
-	_ = wait(drain) // It ends them too.
+	_ = wait(drain) // On an error it has closed their connections.
 	err := <-served
 	if errors.Is(err, http.ErrServerClosed) {
 		err = nil

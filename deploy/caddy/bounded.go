@@ -18,7 +18,7 @@ func init() { caddy.RegisterModule(new(perAddress)) }
 // perAddress is the listener wrapper "bounded NETWORKS", which bounds the
 // connections of each address outside of these networks. It must come right after
 // "linger": then "ports" still gets the sockets themselves, and a connection that
-// it passes on is counted here no longer.
+// "ports" passes on no longer counts here.
 type perAddress struct {
 	Exempt []netip.Prefix `json:"exempt"`
 

@@ -17,11 +17,10 @@ import (
 
 func init() { caddy.RegisterModule(new(ports)) }
 
-// ports is the listener wrapper "ports DOMAIN OWN SERVER SITES"; OWN is the domain
-// that sandboxes may have for themselves. It answers plain
-// requests to sandboxes' ports in place of Caddy, which would only forward them
-// too, if all that Caddy serves is without TLS. If the control plane is on this
-// machine, it gets their connections. It must come after "linger" and "tls".
+// ports is the listener wrapper "ports DOMAIN OWN SERVER SITES"; OWN is the sandboxes'
+// own domain. If Caddy serves only plain HTTP, ports forwards plain requests to
+// sandboxes' ports without Caddy's handlers, or passes their connections to a control
+// plane on this machine. It must come after "linger" and "tls".
 type ports struct {
 	Domain string `json:"domain"`
 	Own    string `json:"own"`
@@ -57,8 +56,8 @@ func (p *ports) Provision(c caddy.Context) error {
 	return p.proxy.Provision(c)
 }
 
-// Cleanup implements [caddy.CleanerUpper]. Caddy has closed the listeners, and
-// allows requests the same time.
+// Cleanup implements [caddy.CleanerUpper]. Caddy has closed the listeners, and gives
+// its own requests the same time.
 func (p *ports) Cleanup() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()

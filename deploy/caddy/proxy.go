@@ -104,7 +104,7 @@ func (p *proxy) forward(w http.ResponseWriter, r *http.Request) {
 	}).ServeHTTP(w, r)
 }
 
-// fail answers a request that the control plane did not.
+// fail answers a request that the control plane did not answer.
 func fail(w http.ResponseWriter, err error) {
 	message := "the control plane closed the connection before it answered"
 	if op := new(net.OpError); errors.As(err, &op) && op.Op == "dial" {

@@ -51,15 +51,15 @@ func Listen(t testing.TB) *Door {
 	return d
 }
 
-// Serve runs Caddy over plain HTTP before a control plane, with more of its
-// environment, until the test ends.
+// Serve runs Caddy over plain HTTP in front of a control plane until the test ends.
+// env adds to its environment.
 func (d *Door) Serve(t testing.TB, server string, env ...string) {
 	t.Helper()
 	d.run(t, t.TempDir(), append(env, "WRENN_SITES=http://:"+d.Port, "WRENN_SERVER="+server))
 }
 
-// ServeTLS is Serve over HTTPS as the README's "Add a machine" has it, for the names
-// given, with a certificate of its own.
+// ServeTLS is Serve over HTTPS as in the README's "Add a machine", for the given
+// names, with a self-signed certificate.
 func (d *Door) ServeTLS(t testing.TB, server string, names []string, env ...string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -106,7 +106,7 @@ func (d *Door) run(t testing.TB, dir string, env []string) {
 		cancel()
 		<-ended
 	})
-	// The socket takes connections all along: only an answer shows that Caddy is there.
+	// The socket is open before Caddy is, so only an answer shows that Caddy serves.
 	request, err := http.NewRequestWithContext(ctx, http.MethodHead, "http://"+d.Address+"/", nil)
 	if err != nil {
 		t.Fatal(err)
@@ -132,7 +132,7 @@ func (d *Door) run(t testing.TB, dir string, env []string) {
 	}
 }
 
-// certify writes tls.crt and tls.key, a certificate of its own for names.
+// certify writes a self-signed certificate for names to tls.crt and tls.key.
 func certify(dir string, names []string) (*x509.Certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

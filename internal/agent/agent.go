@@ -44,8 +44,8 @@ type Config struct {
 	// Accel is what runs guests' instructions: "kvm", "tcg", or "auto", which
 	// is KVM where a kernel boots on it.
 	Accel string `env:"WRENN_VMM_ACCEL" envDefault:"auto"`
-	// NoSeccomp has QEMU run without Wrenn's seccomp filter, should a QEMU or a libc
-	// need calls that the filter forbids. It is one wall less around each guest.
+	// NoSeccomp runs QEMU without Wrenn's seccomp filter, in case a QEMU or a libc
+	// needs calls that the filter forbids. It removes one wall around each guest.
 	NoSeccomp bool `env:"WRENN_NO_SECCOMP"`
 	// DNS are the guests' resolvers, IPv4; none: the host's.
 	DNS []netip.Addr `env:"WRENN_DNS"`
@@ -64,9 +64,9 @@ type Config struct {
 	// DiskReserveMiB is what must stay free of the disk for anything but the pause
 	// of a running sandbox to begin.
 	DiskReserveMiB int `env:"WRENN_DISK_RESERVE_MIB" envDefault:"2048"`
-	// Rates are what each sandbox may take of the host's disk and network.
+	// Rates limit each sandbox's use of the host's disk and network.
 	Rates rates.Rates
-	// TemplateRates are those of sandboxes of some templates, instead of Rates.
+	// TemplateRates override Rates for the sandboxes of some templates.
 	TemplateRates rates.Templates `env:"WRENN_TEMPLATE_RATES"`
 	// Envd is the path of the guest daemon's binary; empty: beside this program.
 	Envd string `env:"WRENN_ENVD"`

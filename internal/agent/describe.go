@@ -35,8 +35,8 @@ func (a *Agent) Describe() (*pb.HostResponse, error) {
 		return nil, err
 	}
 	m.Vmm, m.Accelerator = a.driver.Name(), a.driver.Accelerator()
-	// Free is what can still be promised, not what happens to be unused: of the
-	// disk, not what is kept for pauses or is being written.
+	// Free is what can still be promised, not what happens to be unused. The disk's
+	// excludes what is kept for pauses or is being written.
 	reserved, total := a.sandboxes.Memory()
 	m.MemoryFreeBytes = int64(max(total-reserved, 0)) << 20
 	m.MemoryLimitMib, m.MemoryUsedMib = int64(total), int64(reserved)

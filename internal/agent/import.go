@@ -31,10 +31,10 @@ import (
 
 const (
 	// maxImports is how many images are unpacked at once; more wait. All teams of one
-	// owner have all but one of these places at most.
+	// owner together get at most all but one of these places.
 	maxImports = 2
-	// spoolShare is the part of the disk's room that what registries send may take, and
-	// payerShare the part of that which is one owner's: one in so many.
+	// What registries send may take 1/spoolShare of the disk's room, and one owner
+	// 1/payerShare of that.
 	spoolShare, payerShare = 2, 4
 	// maxReference bounds a reference, a tag, a user's name and a password.
 	maxReference = 4096
@@ -44,10 +44,10 @@ const (
 type imports struct {
 	mu      sync.Mutex
 	running map[uuid.UUID]*importing
-	// taken counts the places by whose they are; freed is closed when one is given back.
+	// taken counts places by payer; freed is closed when a place is given back.
 	taken map[string]int
 	freed chan struct{}
-	// fetched is what has been reserved for what registries send, in bytes.
+	// fetched is what is reserved for registries' bytes, by payer.
 	fetched map[string]int64
 }
 
@@ -78,7 +78,7 @@ func (i *imports) end(ctx context.Context, template uuid.UUID) error {
 	}
 }
 
-// enter waits until nobody else makes the template. off is what breaks the caller off.
+// enter waits until nobody else makes the template. off aborts the caller's import.
 func (i *imports) enter(ctx context.Context, off func(error), template uuid.UUID) (leave func(), err error) {
 	i.mu.Lock()
 	for i.running[template] != nil {
@@ -105,8 +105,8 @@ func (i *imports) enter(ctx context.Context, off func(error), template uuid.UUID
 	}, nil
 }
 
-// take waits for a place that payer may have. Nobody has one who waits for bytes of
-// a registry or a client.
+// take waits for a place that payer may have. Whoever waits for bytes of a registry
+// or a client must hold no place.
 func (i *imports) take(ctx context.Context, payer string) error {
 	for {
 		i.mu.Lock()
@@ -143,8 +143,8 @@ func (i *imports) give(payer string) {
 	i.freed = make(chan struct{})
 }
 
-// reserve takes n bytes of the disk, which has room bytes free, for what a registry
-// sends for a payer, before it is written and until free is called.
+// reserve reserves n bytes of a disk with room bytes free for what a registry sends
+// for a payer, until free is called.
 func (i *imports) reserve(payer string, n, room int64) (free func(), err error) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -327,8 +327,8 @@ func (s *service) importTemplate(ctx context.Context, off func(error), m *pb.Imp
 	return made, sum, nil
 }
 
-// fetchImage finds the image and brings all of it to the disk: whoever sends it may
-// take long, and others' imports do not wait for that. done removes what it wrote.
+// fetchImage finds the image and writes all of it to the disk, so that no other
+// import waits for a slow sender. done removes what it wrote.
 func (s *service) fetchImage(ctx context.Context, m *pb.ImportTemplateRequest_Start, t image.Template, payer string, archive io.Reader) (_ *oci.Image, _ func() error, err error) {
 	disk := s.sandboxes.Room()
 	left, err := disk.Left()
@@ -367,7 +367,7 @@ func (s *service) fetchImage(ctx context.Context, m *pb.ImportTemplateRequest_St
 			return nil, nil, blame(true, err)
 		}
 		undo = append(undo, img.Close)
-		// One that never fits is refused for good, and not until there is more room.
+		// An image that can never fit is refused for good, not until there is more room.
 		if err := img.Fits(limits); err != nil {
 			return nil, nil, blame(true, err)
 		}
@@ -389,7 +389,7 @@ func (s *service) fetchImage(ctx context.Context, m *pb.ImportTemplateRequest_St
 	return img, done, nil
 }
 
-// importImage unpacks an image that is here.
+// importImage unpacks an image that is on this host's disk.
 func (s *service) importImage(ctx context.Context, m *pb.ImportTemplateRequest_Start, t image.Template, img *oci.Image) (_ image.Template, sum string, err error) {
 	if sum, err = img.Digest(); err != nil {
 		return t, "", err

@@ -29,8 +29,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// TestImportsAreShared has an owner ask for more imports than there are places:
-// another's is made all the same.
+// TestImportsAreShared: one owner asks for more imports than there are places, and
+// another owner's import runs all the same.
 func TestImportsAreShared(t *testing.T) {
 	var i imports
 	const hog, other = "hog", "other"
@@ -70,8 +70,8 @@ func TestImportsAreShared(t *testing.T) {
 	}
 }
 
-// TestImportSpool reserves what registries send before it is written: of one owner,
-// and of all.
+// TestImportSpool: room for what registries send is reserved before it is written,
+// and bounded for one owner and for all together.
 func TestImportSpool(t *testing.T) {
 	var i imports
 	const room = 8 * spoolShare * payerShare
@@ -96,8 +96,8 @@ func TestImportSpool(t *testing.T) {
 	}
 }
 
-// TestImportTooLarge refuses an image that fits nowhere for good, even while there is
-// no space for any: whoever was told to wait would wait for nothing.
+// TestImportTooLarge: an image that can never fit is refused for good, even while
+// there is no space for any, because waiting would not help.
 func TestImportTooLarge(t *testing.T) {
 	web := httptest.NewServer(registry.New(registry.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug))))
 	defer web.Close()
@@ -122,7 +122,7 @@ func TestImportTooLarge(t *testing.T) {
 }
 
 // TestTrickleHoldsNoPlace imports an image whose registry stops in the middle of a
-// layer: it has no place meanwhile, which others need, and leaves nothing behind.
+// layer: the import takes no place from others meanwhile, and leaves nothing behind.
 func TestTrickleHoldsNoPlace(t *testing.T) {
 	begun, end := make(chan struct{}), make(chan struct{})
 	real := registry.New(registry.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug)))

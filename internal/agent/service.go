@@ -154,8 +154,8 @@ func ofUse(use *sandbox.Use, err error) error {
 	return err
 }
 
-// ofCall is ofUse for a call that changes something. If a pause cut it off, the
-// error does not say the state, upon which the control plane would call again.
+// ofCall is ofUse for a call that changes something. If a pause cut the call off, the
+// error leaves out the state, because the control plane would then call again.
 func ofCall(use *sandbox.Use, err error) error {
 	err = ofUse(use, err)
 	var state *sandbox.StateError
@@ -602,8 +602,8 @@ func feed(stream *connect.BidiStream[pb.ExecStreamRequest, pb.ExecStreamResponse
 	}
 }
 
-// relay passes on that a process has started, if that was asked for, what it
-// prints, and its end.
+// relay passes on a process's output and end, and first its start if the caller asked
+// for that.
 func relay(stream *connect.BidiStream[pb.ExecStreamRequest, pb.ExecStreamResponse], p *guest.Process) error {
 	if p.PID != 0 {
 		if err := stream.Send(&pb.ExecStreamResponse{Message: &pb.ExecStreamResponse_Started_{Started: &pb.ExecStreamResponse_Started{Pid: p.PID}}}); err != nil {

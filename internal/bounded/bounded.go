@@ -15,9 +15,8 @@ const PerAddress = 4096
 // sayEvery is how often the log says that an address is at its bound.
 const sayEvery = time.Minute
 
-// Listener returns l with a bound on the connections of each address: further
-// ones are closed at once, and the log says so. Of an IPv6 address its network of
-// 64 bits counts. Unix sockets, this machine's own addresses and networks in
+// Listener returns l with a bound on the connections of each address. It closes
+// further ones at once, and logs that. IPv6 addresses count by their /64 network. Unix sockets, this machine's own addresses and networks in
 // exempt, which WRENN_TRUSTED_PROXIES names, have no bound.
 func Listener(l net.Listener, each int, exempt []netip.Prefix, log *slog.Logger) net.Listener {
 	return &listener{Listener: l, each: each, exempt: exempt, log: log, now: time.Now, clients: make(map[netip.Addr]*client)}
@@ -56,15 +55,15 @@ func (b *listener) Accept() (net.Conn, error) {
 	}
 }
 
-// admit counts a connection for as long as it takes a descriptor. If its address
-// may not have one more, admit closes it and returns nil.
+// admit counts a connection until its descriptor is closed. If its address may have
+// no further one, admit closes the connection and returns nil.
 func (b *listener) admit(c net.Conn, from netip.Addr) net.Conn {
 	if !b.enter(from) {
 		_ = c.Close()
 		return nil
 	}
 	leave := sync.OnceFunc(func() { b.leave(from) })
-	// A connection of package linger, which Caddy has under another path.
+	// A connection of package linger, which Caddy imports under another path.
 	if lingers, ok := c.(interface{ OnGone(func()) }); ok {
 		lingers.OnGone(leave)
 		return c

@@ -99,7 +99,7 @@ func TestListener(t *testing.T) {
 	}
 }
 
-// TestCountsWhatLingers closes connections that a client keeps open.
+// TestCountsWhatLingers: a closed connection counts until its client is gone.
 func TestCountsWhatLingers(t *testing.T) {
 	plain, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -63,8 +63,8 @@ func (b *body) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// leave ends the reading of a body that has not ended, for good: a read that is
-// under way would have the server take the deadline away again.
+// leave ends the reading of an unfinished body for good, and waits for a read that
+// is under way, after which the server would remove the deadline.
 func (b *body) leave(control *http.ResponseController) {
 	if b.ended.Load() {
 		return

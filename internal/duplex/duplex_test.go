@@ -122,9 +122,8 @@ func responseDoesNotWait(t *testing.T, h func(http.ResponseWriter, *http.Request
 	}
 }
 
-// TestClientThatDoesNotGo has a client that neither sends the rest of its body
-// nor closes: the handler's server does not keep the connection for it, whether
-// nobody reads the body or somebody still does.
+// TestClientThatDoesNotGo: a client neither sends the rest of its body nor closes. The
+// server does not keep the connection, whether or not somebody still reads the body.
 func TestClientThatDoesNotGo(t *testing.T) {
 	for name, reads := range map[string]bool{"unread": false, "while it is read": true} {
 		t.Run(name, func(t *testing.T) {

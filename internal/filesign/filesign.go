@@ -15,10 +15,10 @@ import (
 	"time"
 )
 
-// Path is the path of the URLs that are signed.
+// Path is the path of signed URLs.
 const Path = "/files"
 
-// The parameters of a query that its signature covers, and the signature.
+// The query parameters that a signature covers, and the signature.
 const (
 	pathParam       = "path"
 	userParam       = "username"
@@ -44,13 +44,13 @@ func Of(path, operation, user, token, expiration string) string {
 // Check returns an error that says why q's signature does not allow a request
 // with the method, or nil. The signature must be made with token.
 func Check(method string, q url.Values, token string, now time.Time) error {
-	// With a second value of a name, what is checked and what is done could differ.
+	// If a name had two values, the checked one and the used one could differ.
 	for _, name := range []string{pathParam, userParam, signatureParam, expirationParam} {
 		if len(q[name]) > 1 {
 			return fmt.Errorf("query parameter %s is there twice", name)
 		}
 	}
-	// What is signed must mean one thing.
+	// A colon separates the signed parts, so it would make them ambiguous.
 	if strings.Contains(q.Get(userParam), ":") {
 		return errors.New("query parameter " + userParam + " has a colon")
 	}

@@ -19,11 +19,11 @@ import (
 )
 
 const (
-	// MaxRead bounds what was read of a connection before it is passed.
+	// MaxRead bounds what may have been read of a passed connection.
 	MaxRead = 4 << 10
 	// maxRights is how many descriptors the kernel lets a message have.
 	maxRights = 253
-	// sendWithin bounds the wait for a program that takes no connections.
+	// sendWithin bounds the wait until the program accepts a connection.
 	sendWithin = time.Second
 	// maxIdle is how many of its own connections a sender keeps.
 	maxIdle = 32
@@ -42,9 +42,9 @@ type Sender struct {
 	closed bool
 }
 
-// Send passes a connection, of which read was read, and waits until the program has
-// accepted it. If it fails, nobody has the connection but the caller; else the
-// caller closes its own descriptor.
+// Send passes a connection with the bytes read from it, and waits until the program
+// has accepted it. Then the caller closes its own descriptor. If Send fails, only the
+// caller has the connection.
 func (s *Sender) Send(c syscall.Conn, read []byte) error {
 	if len(read) == 0 || len(read) > MaxRead {
 		return fmt.Errorf("pass connection: %d bytes were read, not 1 to %d", len(read), MaxRead)
@@ -78,7 +78,7 @@ func (s *Sender) Send(c syscall.Conn, read []byte) error {
 	}
 }
 
-// pass passes one connection, and says whether another one may follow it.
+// pass passes one connection, and says whether the caller may pass another over to.
 func pass(to *net.UnixConn, raw syscall.RawConn, read []byte, until time.Time) (keep bool, err error) {
 	if err := to.SetDeadline(until); err != nil {
 		return false, err
@@ -110,7 +110,7 @@ func taken(to *net.UnixConn) (keep bool, err error) {
 	return false, err
 }
 
-// kept returns a connection to the program that nobody uses; nil: there is none.
+// kept returns an unused connection to the program, or nil if there is none.
 func (s *Sender) kept() *net.UnixConn {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -123,7 +123,7 @@ func (s *Sender) kept() *net.UnixConn {
 	return to
 }
 
-// keep keeps a connection for the next to be passed, or closes it.
+// keep keeps a connection to the program for later use, or closes it.
 func (s *Sender) keep(to *net.UnixConn) {
 	s.mu.Lock()
 	keep := !s.closed && len(s.idle) < maxIdle
@@ -166,7 +166,7 @@ type offer struct {
 	sender *net.UnixConn
 }
 
-// accept says whether the sender leaves the connection to this program.
+// accept accepts the connection, and says whether the sender gave it up.
 func (o offer) accept() bool {
 	_ = o.sender.SetWriteDeadline(time.Now().Add(sendWithin))
 	_, err := o.sender.Write([]byte{1})

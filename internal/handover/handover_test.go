@@ -67,7 +67,7 @@ func accept(l *Listener) <-chan net.Conn {
 	return accepted
 }
 
-// TestPass has another end serve a connection, with what was read of it first.
+// TestPass: the other end serves a passed connection, and first gets what was read.
 func TestPass(t *testing.T) {
 	l, s := listen(t)
 	accepted := accept(l)
@@ -107,8 +107,8 @@ func TestPass(t *testing.T) {
 	}
 }
 
-// TestNobodyTakes has the sender keep what cannot be passed, and pass again to a
-// program that was started anew.
+// TestNobodyTakes: a sender keeps connections that it cannot pass, and passes the next
+// ones to a program that has restarted.
 func TestNobodyTakes(t *testing.T) {
 	l, s := listen(t)
 	_, server := pair(t)
@@ -143,7 +143,7 @@ func TestNobodyTakes(t *testing.T) {
 	await.Recv(t, "the connection", accepted).Close()
 }
 
-// TestProgramStops has a program stop that took no connection from its queue: it
+// TestProgramStops: if a program stops with a connection in its queue, the connection
 // stays the sender's.
 func TestProgramStops(t *testing.T) {
 	l, s := listen(t)
@@ -210,8 +210,8 @@ func TestProgramHangs(t *testing.T) {
 	}
 }
 
-// TestAcceptedLate has the program accept after the sender's patience has ended,
-// and before the sender has said so.
+// TestAcceptedLate: the program accepts after the sender's deadline, but before the
+// sender has told it.
 func TestAcceptedLate(t *testing.T) {
 	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_SEQPACKET, 0)
 	if err != nil {
@@ -239,8 +239,8 @@ func TestAcceptedLate(t *testing.T) {
 	}
 }
 
-// TestStrangers has senders that pass something else lose their connection, and
-// no others.
+// TestStrangers: senders that pass something else lose their connection, and nobody
+// else does.
 func TestStrangers(t *testing.T) {
 	l, s := listen(t)
 	file, err := os.Open(os.DevNull)

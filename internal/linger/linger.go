@@ -1,9 +1,8 @@
 // Package linger closes a server's connections without destroying an answer.
 //
-// The kernel resets a connection that is closed while bytes of the client are
-// unread, or still come. A client that sends a large request may then fail to
-// write before it has read the answer that was given early, such as a 401 or a
-// 413. Like nginx's lingering_close, a closed connection first says that nothing
+// The kernel resets a connection that is closed while the client's bytes are unread
+// or still arriving. A client that sends a large request may then fail to
+// write before it has read an early answer, such as 401 or 413. Like nginx's lingering_close, a closed connection first says that nothing
 // more comes, then reads and drops what the client still sends, within bounds.
 package linger
 
@@ -30,8 +29,8 @@ type bounds struct {
 	whole, idle time.Duration
 }
 
-// Listener returns l with connections that linger after they are closed. It
-// must be l itself that accepts sockets of TCP or Unix; others do not linger.
+// Listener returns l with connections that linger after they are closed, if l itself
+// accepts TCP or Unix sockets. Other connections do not linger.
 func Listener(l net.Listener) net.Listener {
 	return &listener{l, bounds{maxBytes, maxTime, maxIdle}}
 }
@@ -53,7 +52,7 @@ func (l *listener) Accept() (net.Conn, error) {
 	return &Conn{socket: s, bounds: l.bounds}, nil
 }
 
-// socket is what TCP's and Unix's connections have in common.
+// socket is what TCP and Unix connections have in common.
 type socket interface {
 	net.Conn
 	syscall.Conn
@@ -71,15 +70,15 @@ type Conn struct {
 	gone   func() // nil: nobody asked
 }
 
-// OnGone has f called once the connection is closed and lingers no longer. It
-// must be called before the connection is closed, and once.
+// OnGone makes f run once the connection is closed and lingers no longer. Call OnGone
+// at most once, before the connection is closed.
 func (c *Conn) OnGone(f func()) { c.gone = f }
 
 // Close implements [net.Conn]. Reads and writes end at once, and it returns
 // before the client is gone.
 func (c *Conn) Close() error { return c.close(true) }
 
-// Abort closes the connection at once, without what was not sent yet.
+// Abort closes the connection at once, and drops what was not sent yet.
 func (c *Conn) Abort() error {
 	if tcp, ok := c.socket.(*net.TCPConn); ok {
 		_ = tcp.SetLinger(0)
@@ -121,9 +120,9 @@ func (c *Conn) leave() {
 	}
 }
 
-// rest returns a second descriptor of the socket, which has told the client that
-// nothing more comes; nil if nothing of the client can come either. With it the
-// first can be closed as usual, so that whoever waits for it stops.
+// rest tells the client that nothing more comes, and returns a second descriptor of the
+// socket, or nil if the client can send no more either. With it the first can be closed
+// as usual, so that whoever waits for it stops.
 func (c *Conn) rest() *os.File {
 	raw, err := c.SyscallConn()
 	if err != nil {

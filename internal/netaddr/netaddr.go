@@ -52,8 +52,8 @@ func Local(addr string) bool {
 	return ip != nil && ip.IsLoopback()
 }
 
-// Hostname returns the name or address in the Host of a request, without the port,
-// in the form that is compared.
+// Hostname returns the name or address in a request's Host, without the port, in the
+// form that callers compare.
 func Hostname(host string) string {
 	if h, _, err := net.SplitHostPort(host); err == nil {
 		host = h

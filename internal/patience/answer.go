@@ -8,13 +8,13 @@ import (
 	"time"
 )
 
-// Answers returns next with a deadline for every write of an answer: a client that
-// does not read it for l.Unread, or one of a connection that changed its protocol
-// for l.Idle, loses its connection. A handler may set an earlier one.
+// Answers returns next with a deadline for every write of an answer: l.Unread, or
+// l.Idle after the connection changed its protocol. A client that does not read by
+// then loses the connection. A handler may set an earlier deadline.
 func Answers(next http.Handler, l Limits) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		a := &response{ResponseWriter: w, control: http.NewResponseController(w), limits: l, http2: r.ProtoMajor >= 2}
-		// The server writes, too, before the handler does and after it.
+		// The server itself also writes, before the handler and after it.
 		a.arm()
 		defer func() {
 			if !a.hijacked {
@@ -49,11 +49,11 @@ func (a *response) arm() {
 		return
 	}
 	a.set = to
-	// Without it, as of a test's recorder, nothing waits for a network.
+	// A writer without deadlines, such as a test's recorder, waits for no network.
 	_ = a.control.SetWriteDeadline(to)
 }
 
-// disarm ends the deadline: HTTP/2 ends a stream at it whether somebody writes or not.
+// disarm removes the deadline: HTTP/2 resets a stream at it even if nobody writes.
 func (a *response) disarm() {
 	a.set = time.Time{}
 	_ = a.control.SetWriteDeadline(time.Time{})

@@ -36,7 +36,7 @@ func flood(w io.Writer) (err error) {
 	return err
 }
 
-// TestUnreadAnswers has clients that read nothing: what writes to them ends.
+// TestUnreadAnswers: writes to clients that read nothing fail.
 func TestUnreadAnswers(t *testing.T) {
 	soon, long := 50*time.Millisecond, Limits{Unread: never, Idle: never}
 	for name, tt := range map[string]struct {
@@ -90,8 +90,8 @@ func TestUnreadAnswers(t *testing.T) {
 	}
 }
 
-// TestUnreadStream has a client of HTTP/2 that reads nothing of one stream: that
-// one ends, and the others of the connection go on.
+// TestUnreadStream: an HTTP/2 client reads nothing of one stream. That stream ends,
+// and the connection's others go on.
 func TestUnreadStream(t *testing.T) {
 	ended := make(chan error, 1)
 	s := answering(t, Limits{Unread: 100 * time.Millisecond, Idle: never}, func(w http.ResponseWriter, r *http.Request) {

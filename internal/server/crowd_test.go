@@ -21,13 +21,13 @@ func (w *world) sendFrom(o operation, c caller, n int, address string) response 
 	return r
 }
 
-// crowded says whether a call is one too many.
+// crowded reports whether a call was one too many.
 func crowded(r response) bool {
 	return r.Status == 429 && r.Header.Get("Retry-After") != ""
 }
 
-// TestCrowd has one request of each caller under way, as many as may be: of every
-// operation the next is refused, and somebody else's is not.
+// TestCrowd: each caller has one request under way, which is its bound. The next one is
+// refused for every operation, and somebody else's is not.
 func TestCrowd(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -121,8 +121,8 @@ func TestCrowdOfOwner(t *testing.T) {
 	p.eventually("the owner's requests have ended", func() bool { return !crowded(list(keys[2])) })
 }
 
-// TestCrowdOfAddress has two requests of one address under way, as the front door
-// says it: the next of every operation is refused, and another address's is not.
+// TestCrowdOfAddress: two requests are under way from one address, as the front door
+// reports it. The next one is refused for every operation; another address's is not.
 func TestCrowdOfAddress(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)

@@ -83,8 +83,7 @@ func TestBuildDeadline(t *testing.T) {
 	p.eventually("no sandbox is left", func() bool { n, _ := p.agent.left(); return n == 0 })
 }
 
-// TestBuildsOfOneOwner: with more teams nobody gets more places for builds and
-// imports.
+// TestBuildsOfOneOwner: more teams give nobody more places for builds and imports.
 func TestBuildsOfOneOwner(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)

@@ -7,9 +7,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// FrontDoor returns what serves a connection that the front door has passed. It
-// routes requests as deploy/Caddyfile does, and lets a client say nothing that
-// only a front door may.
+// FrontDoor returns the handler for connections that the front door has passed. It
+// routes requests as deploy/Caddyfile does, and removes what only a front door may say.
 func FrontDoor(next http.Handler, toPort func(*http.Request) bool) http.Handler {
 	const prefix = "/api"
 	api := http.StripPrefix(prefix, next)

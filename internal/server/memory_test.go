@@ -101,7 +101,7 @@ func TestTeamsOfOneOwnerShareMemory(t *testing.T) {
 	run(two).fails(429, "rate_limited")
 	run(other).want(200)
 
-	// A body that is held for being sent again.
+	// A body that is kept so that it can be sent again.
 	held := func() string {
 		_, rest, _ := strings.Cut(p.metrics(), "\nwrenn_request_memory_bytes ")
 		value, _, _ := strings.Cut(rest, "\n")

@@ -18,14 +18,14 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
-// door is a front door, the real Caddy, before a control plane.
+// door is a front door, the real Caddy, in front of a control plane.
 type door struct {
 	*plane
 	*deploytest.Door
 	scheme, service, domain string
 }
 
-// openDoor restarts p behind a front door, for the given names.
+// openDoor restarts p behind a front door for the given names.
 func (p *plane) openDoor(scheme, service, domain string) *door {
 	p.Helper()
 	d := &door{plane: p, Door: deploytest.Listen(p.TB), scheme: scheme, service: service, domain: domain}
@@ -62,8 +62,8 @@ func (d *door) client(h2 bool) *http.Client {
 	return &http.Client{Transport: transport, CheckRedirect: browser.CheckRedirect}
 }
 
-// TestOriginsAtFrontDoor: what holds of guests' answers and of names holds behind the
-// real front door too.
+// TestOriginsAtFrontDoor: the rules for guests' answers and for names also hold behind
+// the real front door.
 func TestOriginsAtFrontDoor(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -137,7 +137,7 @@ func TestOriginsAtFrontDoor(t *testing.T) {
 	}
 }
 
-// hostilePage is what a guest's port answers with to a browser.
+// hostilePage is a guest's port that attacks the browser.
 func hostilePage(service string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		parts := strings.SplitN(r.URL.Path, "/", 5) // /proxy/SANDBOX/PORT/…
@@ -160,7 +160,7 @@ func hostilePage(service string) http.Handler {
 	})
 }
 
-// TestOriginsInBrowser has Chromium open a guest's pages, which try to get at the
+// TestOriginsInBrowser opens a guest's pages in Chromium. They try to get the
 // service's cookies and to run something under its origin.
 func TestOriginsInBrowser(t *testing.T) {
 	t.Parallel()

@@ -77,7 +77,7 @@ func TestSignedURL(t *testing.T) {
 	}
 }
 
-// What a hostile guest daemon sends, and what of its fields clients get.
+// The fields that a hostile guest daemon sends, and those that clients get.
 var (
 	hostileFields = map[string]string{
 		"Set-Cookie": "wrenn_access=evil; Domain=localhost", "Access-Control-Allow-Origin": "*", "Access-Control-Allow-Credentials": "true",
@@ -137,8 +137,8 @@ func wantHarmless(t *testing.T, what string, resp *http.Response, early []http.H
 	}
 }
 
-// TestHostileDaemon: of what a hostile guest daemon answers, clients get a list of
-// harmless fields, and browsers run none of it.
+// TestHostileDaemon: clients get only harmless fields of a hostile guest daemon's
+// answers, and browsers run none of them.
 func TestHostileDaemon(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -176,8 +176,8 @@ func TestHostileDaemon(t *testing.T) {
 	}
 }
 
-// TestGuestCookies: no guest gets the service's cookies, or sets one for another
-// name than its own.
+// TestGuestCookies: no guest gets the service's cookies, or sets a cookie for a name
+// other than its own.
 func TestGuestCookies(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -248,8 +248,8 @@ func TestGuestCookies(t *testing.T) {
 	}
 }
 
-// TestPlainHTTP: whatever deals with accounts refuses plain HTTP at names other than
-// loopback, and is there over HTTPS, which a front door on this machine says.
+// TestPlainHTTP: operations on accounts refuse plain HTTP, except at loopback names,
+// and accept HTTPS, which a front door on this machine reports.
 func TestPlainHTTP(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -309,8 +309,8 @@ func TestPlainHTTP(t *testing.T) {
 	}
 }
 
-// TestHarmless: browsers take nothing that the service answers for a page, a script or
-// a part of another origin's page, and cookies count for the service's own pages.
+// TestHarmless: browsers use no answer of the service as a page, a script or a part of
+// another origin's page, and cookies count only for the service's own pages.
 func TestHarmless(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -349,7 +349,7 @@ func TestHarmless(t *testing.T) {
 	}
 }
 
-// TestSandboxDomain: with a domain of their own, sandboxes are below it alone, and
+// TestSandboxDomain: with a domain of their own, sandboxes are only below it, and
 // nothing else is.
 func TestSandboxDomain(t *testing.T) {
 	t.Parallel()
@@ -379,7 +379,7 @@ func TestSandboxDomain(t *testing.T) {
 			t.Errorf("%s: %d, want %d: %.200s", host, r.Status, want, r.Body)
 		}
 	}
-	// Over HTTPS cookies are bound to the service's host, and those of before go.
+	// Over HTTPS cookies are bound to the service's host, and older ones are removed.
 	r := p.call("POST", "/v1/auth/login", map[string]any{"email": "admin@example.com", "password": "correct horse"}, nobody...).want(200)
 	var jar []string
 	gone := make(map[string]bool)

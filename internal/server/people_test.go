@@ -60,7 +60,7 @@ func (p *plane) person(email string) uuid.UUID {
 	return u
 }
 
-// keyOfTeam makes a team of who, which are somebody's headers, and returns a key of it.
+// keyOfTeam makes a team of the user whose headers are who, and returns a key of it.
 func (p *plane) keyOfTeam(name string, who []string) string {
 	p.Helper()
 	team := p.call("POST", "/v1/teams", map[string]any{"name": name}, who...).want(201).str("id")
@@ -312,8 +312,8 @@ func TestGuessing(t *testing.T) {
 	}
 }
 
-// TestTakeOver: nobody's quota is filled by a team that others made theirs. It is
-// taken over by who is next, and not handed over.
+// TestTakeOver: nobody can fill somebody else's quota by making them a team's owner.
+// The next owner takes the team over; the first cannot hand it over.
 func TestTakeOver(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)

@@ -101,8 +101,8 @@ type Config struct {
 	MetricsListen string `env:"WRENN_METRICS_LISTEN"`
 	// Domain that sandboxes' host names end with, unless SandboxDomain is set.
 	Domain string `env:"WRENN_DOMAIN" envDefault:"localhost"`
-	// SandboxDomain is a domain of the sandboxes' own, which keeps their pages and
-	// cookies away from the service (docs/security.md); empty: they use Domain.
+	// SandboxDomain is the sandboxes' own domain, which keeps their pages and cookies
+	// away from the service (docs/security.md); empty: they use Domain.
 	SandboxDomain string `env:"WRENN_SANDBOX_DOMAIN"`
 	// PublicURL is where clients reach the service.
 	PublicURL string `env:"WRENN_PUBLIC_URL" envDefault:"http://localhost:8000"`
@@ -135,12 +135,12 @@ type Config struct {
 	// StopTimeout is how long creations, pauses and deletions under way may take
 	// when the server stops. deploy/systemd allows for it, and for requests before it.
 	StopTimeout time.Duration `env:"WRENN_STOP_TIMEOUT" envDefault:"75s"`
-	// RequestMemoryMiB is what requests under way may take of the memory together
+	// RequestMemoryMiB is the memory that all requests under way may take together
 	// (256); all teams of one owner get a quarter of it.
 	RequestMemoryMiB int `env:"WRENN_REQUEST_MEMORY_MIB"`
-	// RequestsAtOnce is how many requests of one API key or user, or to one sandbox
-	// with its own token, may be under way, streams and WebSockets too (1024); of all
-	// teams of one owner, and from one address, twice as many.
+	// RequestsAtOnce bounds the requests under way of one API key or user, or to one
+	// sandbox with its own token, streams and WebSockets included (1024). All teams
+	// of one owner together, and one address, may have twice as many.
 	RequestsAtOnce int `env:"WRENN_REQUESTS_AT_ONCE"`
 	// SMTPURL is the mail server, smtp://user:password@host:port or smtps://…;
 	// without one letters are written to the log. MailFrom is their sender.

@@ -26,8 +26,8 @@ type doorman struct {
 	server  *http.Server
 	serving sync.WaitGroup
 	doing   atomic.Pointer[string]
-	// leave has it accept no more connections. Those that it has are answered
-	// beside Caddy: [http.Server.Shutdown] would close them without an answer.
+	// leave stops accepting connections. Those that it has are still answered while
+	// Caddy runs: [http.Server.Shutdown] would close them without an answer.
 	leave func() // may be called again
 }
 

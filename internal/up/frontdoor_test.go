@@ -159,8 +159,8 @@ func TestDoorman(t *testing.T) {
 	}
 }
 
-// TestDoormanLeaves has another server take over again and again while clients
-// come: each connection is answered by one of the two.
+// TestDoormanLeaves: another server takes over again and again while clients connect.
+// One of the two answers each connection.
 func TestDoormanLeaves(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -297,7 +297,7 @@ func TestFrontDoor(t *testing.T) {
 	}
 }
 
-// TestNameWithDot has a sandbox's name that ends with a dot be the same sandbox's,
+// TestNameWithDot: a sandbox's name that ends with a dot leads to the same sandbox,
 // whether Caddy's handlers see the request or not.
 func TestNameWithDot(t *testing.T) {
 	t.Setenv(sandboxDomain, "sandboxes.localhost")
@@ -781,8 +781,8 @@ func TestShortStreams(t *testing.T) {
 	}
 }
 
-// TestRefusalArrives has the control plane answer while a client sends a large
-// body: the client gets all of the answer, however busy the machine is.
+// TestRefusalArrives: the control plane answers while a client sends a large body. The
+// client gets all of the answer, however busy the machine is.
 func TestRefusalArrives(t *testing.T) {
 	_, listen, _ := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "too large", http.StatusRequestEntityTooLarge)
@@ -809,8 +809,8 @@ func TestRefusalArrives(t *testing.T) {
 	}
 }
 
-// TestPortsTakeAShorterWay has plain requests to sandboxes' ports, and no others,
-// answered before Caddy's handlers see them.
+// TestPortsTakeAShorterWay: plain requests to sandboxes' ports, and no others, bypass
+// Caddy's handlers.
 func TestPortsTakeAShorterWay(t *testing.T) {
 	t.Setenv(sandboxDomain, "sandboxes.localhost")
 	config := bytes.Replace(deploy.Caddyfile, []byte("\tfull_duplex\n"), []byte("\tfull_duplex\n\theader >X-Caddy yes\n"), 1)
@@ -863,9 +863,9 @@ func TestPortsTakeAShorterWay(t *testing.T) {
 	}
 }
 
-// TestConnectionsArePassed has the control plane serve connections to sandboxes'
-// ports itself, as long as it takes them. Whatever comes over such a connection
-// is answered as by Caddy.
+// TestConnectionsArePassed: the control plane serves connections to sandboxes' ports
+// itself as long as it accepts them, and answers whatever comes over them as it would
+// be answered through Caddy.
 func TestConnectionsArePassed(t *testing.T) {
 	tell := func(by string) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -961,8 +961,8 @@ func TestConnectionsArePassed(t *testing.T) {
 	}
 }
 
-// TestConnectionsPerAddress has one address open connections without a request
-// until Caddy closes further ones. What was passed on is the server's to count.
+// TestConnectionsPerAddress: one address opens connections without a request until
+// Caddy closes further ones. Connections that Caddy passed on count at the server.
 func TestConnectionsPerAddress(t *testing.T) {
 	const here, stranger, other, proxy = "192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.4"
 	if !inNamespace(t, here, stranger, other, proxy) {

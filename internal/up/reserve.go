@@ -17,8 +17,8 @@ import (
 
 // PostgreSQL stops when it cannot write its log, and does not start again while it
 // cannot write a few small files. Guests can fill the disk that it shares with
-// them. So it has room of its own: segments of its log that are written over and
-// over, and a file that is removed to make room when the disk is full.
+// them. So it has room of its own: segments of its log that it reuses, and a spare file
+// that wrenn up removes when the disk is full.
 
 const (
 	// logMiB is how much of the log there is on the disk, used or not, and
@@ -30,7 +30,7 @@ const (
 	spareMiB  = 64
 	fullMiB   = 16
 	plentyMiB = 2 * logMiB
-	// lookEvery is how often the disk is looked at.
+	// lookEvery is how often keepRoom looks at the disk.
 	lookEvery = time.Second
 )
 
@@ -44,8 +44,8 @@ func freeMiB(dir string) (int64, error) {
 
 func (p *postgres) spare() string { return filepath.Join(p.dir, "spare") }
 
-// makeRoom removes the spare file if less than so much of the disk is free, and
-// makes it again if that is plenty.
+// makeRoom removes the spare file if less than lessMiB of the disk is free, and makes it
+// again if plentyMiB is.
 func (p *postgres) makeRoom(lessMiB int64) (err error) {
 	free, err := freeMiB(p.dir)
 	if err != nil {
@@ -57,7 +57,7 @@ func (p *postgres) makeRoom(lessMiB int64) (err error) {
 		}
 		return nil
 	}
-	// One that is smaller was not finished.
+	// A smaller file was not finished.
 	if st, err := os.Lstat(p.spare()); err == nil && st.Size() == spareMiB<<20 || free < plentyMiB {
 		return nil
 	}
@@ -91,7 +91,7 @@ func (p *postgres) keepRoom(ctx context.Context, say func(format string, args ..
 	}
 }
 
-// segments counts the files of the log, those among them that are to be used.
+// segments counts the log's files, those not used yet included.
 func (p *postgres) segments() (n int, err error) {
 	entries, err := os.ReadDir(filepath.Join(p.data(), "pg_wal"))
 	for _, e := range entries {
@@ -124,7 +124,7 @@ func (p *postgres) reserveLog(ctx context.Context) (err error) {
 		}
 		return nil
 	}
-	// Here and not on the command line, which could not be changed while it runs.
+	// Not on the command line: that could not be changed while PostgreSQL runs.
 	bound := func(mib int) error {
 		return do("ALTER SYSTEM SET min_wal_size = "+strconv.Itoa(logMiB), "ALTER SYSTEM SET max_wal_size = "+strconv.Itoa(mib), "SELECT pg_reload_conf()")
 	}
@@ -143,7 +143,7 @@ func (p *postgres) reserveLog(ctx context.Context) (err error) {
 			return err
 		}
 		for range want {
-			// A file that nothing was written to is not left for the next.
+			// PostgreSQL does not move on from a file to which nothing was written.
 			if err := do("SELECT pg_logical_emit_message(false, 'wrenn', '')", "SELECT pg_switch_wal()"); err != nil {
 				return err
 			}

@@ -42,12 +42,12 @@ import (
 // below it for this machine.
 const domain = "localhost"
 
-// sandboxDomain is the setting with a domain of the sandboxes' own, which the server
-// and the front door both have to know.
+// sandboxDomain is the setting for the sandboxes' own domain, which the server and the
+// front door both must know.
 const sandboxDomain = "WRENN_SANDBOX_DOMAIN"
 
-// trustedProxies is the setting with the proxies to whose connections neither the
-// server nor the front door has a bound.
+// trustedProxies is the setting for the proxies whose connections neither the server
+// nor the front door bounds.
 const trustedProxies = "WRENN_TRUSTED_PROXIES"
 
 // options are the command's flags.
@@ -179,7 +179,7 @@ func (s *service) launch(ctx context.Context, p program) error {
 	return nil
 }
 
-// during runs f until everything is stopped; f returns when its context is done.
+// during runs f until everything stops; f must return when its context is done.
 func (s *service) during(f func(context.Context)) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})

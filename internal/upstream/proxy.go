@@ -27,8 +27,8 @@ type Proxy struct {
 	// ModifyResponse may be nil.
 	ModifyResponse func(*http.Response)
 	// Filter, if not nil, removes what may not be passed on from every header and
-	// trailer of the upstream's, those of interim responses (1xx) too. Beside an
-	// upgrade it does not see trailers.
+	// trailer of the upstream, including interim responses (1xx). It does not see
+	// the trailers of requests with an Upgrade.
 	Filter       func(http.Header)
 	ErrorHandler func(http.ResponseWriter, *http.Request, error)
 	// ErrorLog is for connections that change to another protocol.

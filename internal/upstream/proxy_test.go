@@ -84,7 +84,7 @@ func TestProxyHeaders(t *testing.T) {
 	}
 }
 
-// TestProxyGuessesNothing has a response without a Content-Type stay as it is.
+// TestProxyGuessesNothing: a response without a Content-Type stays as it is.
 func TestProxyGuessesNothing(t *testing.T) {
 	f := front(t, func(w http.ResponseWriter, r *http.Request) {
 		w.Header()["Content-Type"] = nil

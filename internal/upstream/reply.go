@@ -73,7 +73,7 @@ func (w *reply) WriteHeader(status int) {
 // framing are the fields that the server writes itself.
 var framing = map[string]bool{"Content-Length": true, "Transfer-Encoding": true, "Connection": true}
 
-// besides are the fields that are no part of the header.
+// besides returns the names of fields that do not belong in the header.
 func (w *reply) besides() map[string]bool {
 	for name := range w.header {
 		if strings.HasPrefix(name, http.TrailerPrefix) {
@@ -179,7 +179,7 @@ func (w *reply) finish() bool {
 	return w.err == nil && !w.closes
 }
 
-// trailer are the fields that were set for after the body.
+// trailer returns the fields that follow the body.
 func (w *reply) trailer() http.Header {
 	t := make(http.Header)
 	for _, list := range w.header["Trailer"] {

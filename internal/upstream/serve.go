@@ -22,19 +22,17 @@ import (
 	"golang.org/x/net/http/httpguts"
 )
 
-// Server answers plain requests over HTTP/1.1: those without a body and without
-// a change of the protocol. For each request, [net/http.Server] starts a
-// goroutine that notices when the client leaves, and stops it again, which takes
-// about as long as the rest of a hop. Here one does that only for a request that
-// takes longer than lookAfter. A connection goes to net/http for good with the
-// first request that is not plain, or that Takes refuses, and before that
-// request was answered.
+// Server answers plain HTTP/1.1 requests: those without a body or an upgrade. For each
+// request, [net/http.Server] starts and stops a goroutine that notices when the client
+// leaves, which takes about as long as the rest of a hop. Server does so only for a
+// request that takes longer than lookAfter. With the first request that is not plain,
+// or that Takes refuses, a connection goes to net/http for good.
 type Server struct {
 	Handler http.Handler
 	// Takes says whether the server answers a request; all others are net/http's.
 	Takes func(*http.Request) bool
-	// Pass, if it is not nil, may give a connection whose first request the server
-	// takes to somebody else, with what was read of it; then it returns true.
+	// Pass, if it is not nil, may give somebody else a connection whose first request
+	// the server takes, with what was read of it. It then returns true.
 	Pass func(c net.Conn, read []byte) bool
 	// HeaderTimeout bounds the wait for a request's header, IdleTimeout the one
 	// for the next request of a connection.
@@ -53,8 +51,8 @@ const (
 	// freshWait is how long a connection that has had no request may still send
 	// one when the listener is closed.
 	freshWait = time.Second
-	// idleSlack is how much less than the idle timeout a connection may get, so
-	// that not every request moves its deadline.
+	// A connection may get 1/idleSlack less than the idle timeout, so that not every
+	// request moves its deadline.
 	idleSlack = 8
 )
 
@@ -316,7 +314,7 @@ const (
 	over         // The listener has closed it.
 )
 
-// plainMethods are what a request of which net/http knows nothing may begin with.
+// plainMethods are the beginnings of requests that may be plain.
 var plainMethods = []string{"GET /", "HEAD /", "DELETE /", "OPTIONS /"}
 
 var longPast = time.Unix(1, 0)
@@ -368,7 +366,7 @@ func (c *served) serve() {
 	c.l.leave(c)
 }
 
-// handOver gives the connection to net/http, with what was read of it.
+// handOver gives net/http the connection, with what was read of it.
 func (c *served) handOver() {
 	c.state.CompareAndSwap(idle, busy) // A fresh one has Accept go on until it is handed over.
 	c.deadline(time.Time{})
@@ -464,7 +462,7 @@ func plausible(b []byte) bool {
 	return false
 }
 
-// head is what a header is parsed with.
+// head parses headers.
 type head struct {
 	b  bytes.Reader
 	br *bufio.Reader
@@ -543,7 +541,7 @@ func (c *served) logf(format string, args ...any) {
 	log.Printf(format, args...)
 }
 
-// watch has cancel called if the client leaves, until unwatch.
+// watch makes cancel run if the client leaves, until unwatch.
 func (c *served) watch(cancel context.CancelFunc) {
 	c.mu.Lock()
 	c.cancel = cancel
@@ -609,7 +607,7 @@ func (c *served) look() {
 	}
 }
 
-// replayed is a connection of which something was read ahead.
+// replayed is a connection of which some bytes were already read.
 type replayed struct {
 	net.Conn
 	br *bufio.Reader

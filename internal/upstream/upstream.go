@@ -31,7 +31,7 @@ var (
 	ErrUnsent = errors.New("nothing of the request was sent")
 )
 
-// unsentError wraps [ErrUnsent] too, and does not say so.
+// unsentError wraps [ErrUnsent] without changing the message.
 type unsentError struct{ error }
 
 func (u unsentError) Unwrap() []error { return []error{u.error, ErrUnsent} }

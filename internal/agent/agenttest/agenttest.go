@@ -446,8 +446,8 @@ func (a *Agent) Finish(t testing.TB) {
 	}
 }
 
-// discard ends what a test left that failed while no agent ran, or before one
-// answered: no machine may outlive its files.
+// discard ends what a test leaves behind if it fails while no agent answers: no
+// machine may outlive its files.
 func (a *Agent) discard(t testing.TB) {
 	t.Helper()
 	if a.Cmd != nil && a.Ended != nil {

@@ -30,7 +30,7 @@ const (
 	patience = 15 * time.Second
 	// lastRites bounds the kill of a command that nobody waits for any more.
 	lastRites = 10 * time.Second
-	// startsWithin is how long a guest that knows nothing of a process may yet start it.
+	// startsWithin is how long a guest may take to start a process that it does not know yet.
 	startsWithin = 2 * time.Second
 	// lastWords bounds the wait for the end of a stream whose command has ended.
 	lastWords = time.Second
@@ -113,9 +113,9 @@ func (c *Client) Start(ctx context.Context, cmd Command, terminal *Terminal, std
 	return nil, err
 }
 
-// StartForOutcome starts a command without input of which the caller wants the
-// output and the exit only: the guest need not say first that it runs. Why it
-// cannot run is the error of [Process.Next].
+// StartForOutcome starts a command without input for a caller that wants only its
+// output and exit: the guest need not report first that it runs. If the command
+// cannot run, [Process.Next] returns the reason.
 func (c *Client) StartForOutcome(ctx context.Context, cmd Command) (*Process, error) {
 	return c.request(ctx, cmd, nil, false, true)
 }
@@ -157,7 +157,7 @@ func (c *Client) request(ctx context.Context, cmd Command, terminal *Terminal, s
 	return p, nil
 }
 
-// broken is why the stream has ended without an exit.
+// broken returns why the stream ended without an exit.
 func (p *Process) broken() error {
 	err := p.stream.Err()
 	if err == nil {
@@ -290,7 +290,7 @@ func (p *Process) kill() {
 	attempts := backoff.New(firstPause, lastPause)
 	for began := time.Now(); ; {
 		_, err := p.c.processes.SendSignal(ctx, connect.NewRequest(&pb.SendSignalRequest{Process: p.selector(), Signal: pb.Signal_SIGNAL_SIGKILL}))
-		// A process of which the guest has not said anything may be about to start.
+		// The guest may be about to start a process that it has not reported yet.
 		if p.started || connect.CodeOf(err) != connect.CodeNotFound || time.Since(began) > startsWithin || attempts.Wait(ctx) != nil {
 			return
 		}

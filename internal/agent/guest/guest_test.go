@@ -179,7 +179,7 @@ func TestExec(t *testing.T) {
 	}
 }
 
-// A command's connection serves the next one: making one costs the guest more than the request.
+// A command's connection serves the next one: a new connection costs the guest more than the request.
 func TestExecKeepsItsConnection(t *testing.T) {
 	c := start(t)
 	var dials atomic.Int32

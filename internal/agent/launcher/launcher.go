@@ -1,6 +1,6 @@
-// Package launcher starts programs with bounds that a process can only set for
+// Package launcher starts programs with limits that a process can only set for
 // itself: resource limits and a seccomp filter. Go has no hook between fork and
-// exec, so the child is this program once more. Any program that imports the
+// exec, so the child is this program again. Any program that imports the
 // package can be that child: its init function recognizes it and never returns.
 package launcher
 
@@ -37,7 +37,7 @@ type Launcher struct {
 	filter *os.File // the filters; nil: none
 }
 
-// New returns a launcher of programs under seccomp filters, all of which apply.
+// New returns a launcher that starts programs under all of the seccomp filters.
 func New(filters [][]unix.SockFilter) (_ *Launcher, err error) {
 	l := &Launcher{}
 	defer func() {
@@ -59,7 +59,7 @@ func New(filters [][]unix.SockFilter) (_ *Launcher, err error) {
 	return l, err
 }
 
-// bytesOf are the bytes of what is not empty.
+// bytesOf returns the bytes of f, which must not be empty.
 func bytesOf(f []unix.SockFilter) []byte {
 	return unsafe.Slice((*byte)(unsafe.Pointer(&f[0])), len(f)*int(unsafe.Sizeof(f[0])))
 }
@@ -87,7 +87,7 @@ func openSelf() (*os.File, error) {
 	return sealed("wrenn", b, unix.MFD_EXEC)
 }
 
-// sealed returns a file in memory that has b and never changes.
+// sealed returns an immutable file in memory that contains b.
 func sealed(name string, b []byte, flags int) (*os.File, error) {
 	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING|flags)
 	if errors.Is(err, unix.EINVAL) { // a kernel before 6.3 does not know MFD_EXEC, and needs none
@@ -128,9 +128,9 @@ const (
 	childArgs = 7
 )
 
-// Wrap makes cmd, which is to run in a mount namespace with /proc, start its
-// program with the limits and under the filter. It must be called last: it adds
-// to cmd.ExtraFiles, whose numbers in the program stay what they are.
+// Wrap makes cmd start its program with the limits and under the filters. cmd must run
+// in a mount namespace with /proc. Call Wrap last: it appends to cmd.ExtraFiles, and
+// the files before keep their numbers in the program.
 func (l *Launcher) Wrap(cmd *exec.Cmd, limits Limits) {
 	add := func(f *os.File) int {
 		if f == nil {
@@ -148,8 +148,8 @@ func (l *Launcher) Wrap(cmd *exec.Cmd, limits Limits) {
 	cmd.Path = fmt.Sprintf("/proc/self/fd/%d", self)
 }
 
-// SetFileBytes changes how large a process that was launched may make files. It
-// does so as the process's user, as that needs no CAP_SYS_RESOURCE.
+// SetFileBytes changes how large a launched process may make files. It acts as the
+// process's user, which needs no CAP_SYS_RESOURCE.
 func SetFileBytes(pid int, bytes int64) error {
 	uid, gid, err := owner(pid)
 	if err != nil {
@@ -192,8 +192,8 @@ func owner(pid int) (uid, gid int, err error) {
 	return uid, gid, nil
 }
 
-// init is the child. It imports little, so that it runs before the init functions
-// of almost everything else in the program.
+// init runs the child. The package imports little, so that this runs before most other
+// init functions of the program.
 func init() {
 	if len(os.Args) == 0 || os.Args[0] != childName {
 		return
@@ -203,7 +203,7 @@ func init() {
 	os.Exit(127)
 }
 
-// child becomes the program, or returns why it cannot.
+// child executes the program, or returns why it cannot.
 func child(args []string) error {
 	if len(args) <= childArgs {
 		return errors.New("too few arguments")
@@ -280,7 +280,7 @@ func limit(l Limits) error {
 	if l.FileBytes > 0 {
 		errs = append(errs, set("RLIMIT_FSIZE", unix.RLIMIT_FSIZE, uint64(l.FileBytes), unix.RLIM_INFINITY))
 	}
-	// An exec keeps this, unlike PR_SET_DUMPABLE: no memory is in any dump.
+	// Unlike PR_SET_DUMPABLE, this survives exec: no dump contains any memory.
 	if err := os.WriteFile("/proc/self/coredump_filter", []byte("0"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
 		errs = append(errs, err)
 	}
@@ -289,8 +289,8 @@ func limit(l Limits) error {
 
 // become executes the program under the filters.
 //
-// They have the kernel ask about every execve. A thread without them, which ends
-// with this execve, answers that one; later ones fail with ENOSYS, as nobody is
+// The filters make the kernel ask about every execve. A thread without them, which
+// ends with this execve, approves it. Later ones fail with ENOSYS, because nobody is
 // left to ask.
 func become(path string, args []string, filters [][]unix.SockFilter) error {
 	listener, failed := make(chan int, 1), make(chan error, 1)
@@ -340,8 +340,8 @@ func execve(path string, args, env []string) error {
 	return errno
 }
 
-// install puts the calling thread under a filter. If the filter has the kernel
-// ask, it returns the descriptor over which the kernel does, and -1 otherwise.
+// install puts the calling thread under a filter. It returns the descriptor over which
+// the kernel asks, or -1 if the filter does not make it ask.
 func install(filter []unix.SockFilter) (int, error) {
 	const ask, allow = unix.SECCOMP_RET_USER_NOTIF, unix.SECCOMP_RET_ALLOW
 	load := func(flags uintptr) (int, error) {
@@ -358,8 +358,8 @@ func install(filter []unix.SockFilter) (int, error) {
 		if !errors.Is(err, unix.EBUSY) {
 			return fd, err
 		}
-		// The kernel asks somebody else about this process already, such as a
-		// container's runtime, and asks nobody besides.
+		// The kernel already asks somebody else about this process, such as a
+		// container runtime, and can ask only one.
 		for i := range filter {
 			if asks(filter[i]) {
 				filter[i].K = allow
@@ -389,7 +389,7 @@ type (
 	}
 )
 
-// answer lets the one call go on that the kernel asks about.
+// answer lets the call that the kernel asks about continue.
 func answer(fd int) error {
 	var q question
 	ask := func(request uint, at unsafe.Pointer) error {

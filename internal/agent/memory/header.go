@@ -249,7 +249,7 @@ func (h *header) shared(base *header) int {
 	return n
 }
 
-// above is how many blocks the layers from the given one on have.
+// above returns how many blocks the layers from the given one on have.
 func (h *header) above(from int) (blocks uint64) {
 	for _, l := range h.layers[min(from, len(h.layers)):] {
 		blocks += l.blocks

@@ -23,9 +23,9 @@ import (
 // base that it began with: when there would be one more they are merged.
 const MaxGenerations = 8
 
-// Those layers may take ownSpread times the memory's size, and all together
-// allSpread times: beyond it they are merged too, in the second case with the
-// base's. By then as much was written as a merge writes.
+// Those layers may take ownSpread times the memory's size, all layers together
+// allSpread times. Beyond that they are merged, in the second case with the base's:
+// by then as much was written as the merge writes.
 const ownSpread, allSpread = 2, 6
 
 // thin is the share of a layer's blocks, one in so many, that are so few that a

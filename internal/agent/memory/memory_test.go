@@ -772,7 +772,7 @@ func TestLayersTakeBoundedSpace(t *testing.T) {
 			t.Fatalf("after %d pauses its own layers have %d blocks, its memory %d", i+1, own, blocks)
 		}
 	}
-	// Each begins with what the one before it was captured as.
+	// Each begins with the capture of the one before.
 	for i := range 40 {
 		base = m
 		m, _ = appended(t, m, mem, write(i%MaxGenerations*blocks/MaxGenerations), base)

@@ -16,11 +16,11 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// flood is how many packets a flood has, or KiB.
+// flood is the size of a flood, in packets or KiB.
 const flood = 4000
 
-// TestRates floods a guest's network both ways: what is above the rates does not
-// pass, after the agent's restart neither, and what is below does.
+// TestRates floods a guest's network both ways: packets above the rates do not pass,
+// not even after the agent restarts, and those below do.
 func TestRates(t *testing.T) {
 	for _, c := range []struct {
 		name string

@@ -169,14 +169,14 @@ func perSecond(n uint64) rule {
 	return rule{&expr.Limit{Type: expr.LimitTypePkts, Rate: n, Unit: expr.LimitTimeSecond, Burst: uint32(n)}}
 }
 
-// faster matches what comes faster than rate, after atOnce. A bucket of packets or
-// bytes is each rule's own.
+// faster matches what comes faster than rate, after a burst of atOnce. Each rule has
+// its own bucket.
 func faster(kind expr.LimitType, rate, atOnce int64) rule {
 	const most = 1<<32 - 1
 	return rule{&expr.Limit{Type: kind, Rate: uint64(rate), Unit: expr.LimitTimeSecond, Burst: uint32(min(atOnce, most)), Over: true}}
 }
 
-// limits drop what a guest sends, and what is sent to it, above its rates.
+// limits returns the rules that drop a guest's packets, in each direction, above its rates.
 func limits(r rates.Rates) []rule {
 	var all []rule
 	for _, way := range []rule{in(tapName), in(vethName)} {

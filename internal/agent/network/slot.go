@@ -88,8 +88,8 @@ func (p *Pool) newSlot(i int) *Slot {
 	return &Slot{Index: i, Address: outsideAddr(i), Metadata: metadata.New(), config: p.slotConfig()}
 }
 
-// Limit bounds what passes between the guest and its host each second, instead of
-// the pool's [Config] rates. After an error the former rates are in force.
+// Limit sets the guest's rates in place of those in the pool's [Config]. After an
+// error the former rates stay in force.
 func (s *Slot) Limit(r rates.Rates) error {
 	if err := r.Check(); err != nil {
 		return fmt.Errorf("limit slot %d: %w", s.Index, err)

@@ -195,8 +195,8 @@ func withoutPrivate(h http.Header) {
 	}
 }
 
-// again says whether a request that failed may be sent once more: the guest has
-// seen nothing of it, or it does no harm to see it twice.
+// again reports whether a failed request may be sent again: the guest has seen
+// nothing of it, or seeing it twice does no harm.
 func again(req *http.Request, err error) bool {
 	if errors.Is(err, upstream.ErrUnsent) {
 		return true
@@ -208,9 +208,9 @@ func again(req *http.Request, err error) bool {
 	return false
 }
 
-// explain makes of a failed request what its client may know. Of a sandbox that
-// was paused it returns the state, upon which the control plane sends the request
-// again, only if that may be.
+// explain turns the error of a failed request into what its client may know. If a
+// pause cut the request off, explain returns the state only if the request may be sent
+// again, because the control plane then does so.
 func explain(req *http.Request, err error, port int) error {
 	var timeout net.Error
 	cause := context.Cause(req.Context())

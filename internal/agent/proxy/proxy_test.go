@@ -470,8 +470,8 @@ func TestClientGoes(t *testing.T) {
 	await.Recv(t, "the guest hears that its client has gone", left)
 }
 
-// TestPauseCutsOff pauses a sandbox under requests. The control plane sends those
-// again that are refused with the state: of the others the guest has seen something.
+// TestPauseCutsOff pauses a sandbox during requests. The control plane sends again
+// those that are refused with the state; the guest has seen something of the others.
 func TestPauseCutsOff(t *testing.T) {
 	for _, want := range []struct {
 		method, body string

@@ -1,5 +1,5 @@
-// Package rates says what one guest may take of its host's disk and network each
-// second, so that no guest takes all of either.
+// Package rates limits one guest's use of its host's disk and network per second, so
+// that no guest takes all of either.
 package rates
 
 import (
@@ -14,18 +14,18 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// Rates are limits of one guest. A zero limits nothing.
+// Rates are the limits of one guest. Zero is no limit.
 type Rates struct {
-	// DiskBytes and DiskOps are what the guest reads and writes of its disk
-	// together, each second.
+	// DiskBytes and DiskOps limit the guest's reads and writes of its disk per
+	// second, both together.
 	DiskBytes int64 `env:"WRENN_DISK_BYTES_PER_SECOND" envDefault:"268435456"`
 	DiskOps   int64 `env:"WRENN_DISK_OPS_PER_SECOND" envDefault:"5000"`
-	// NetBytes and NetPackets are what the guest sends, and again what it receives,
-	// each second.
+	// NetBytes and NetPackets limit what the guest sends per second, and separately
+	// what it receives.
 	NetBytes   int64 `env:"WRENN_NET_BYTES_PER_SECOND" envDefault:"134217728"`
 	NetPackets int64 `env:"WRENN_NET_PACKETS_PER_SECOND" envDefault:"50000"`
-	// Burst says how much a guest that took nothing before may take at once: what it
-	// may take in that time. For bytes of the network it is a second at least.
+	// Burst is the time whose share an idle guest may use at once. For NetBytes it
+	// is a second at least.
 	Burst time.Duration `env:"WRENN_BURST" envDefault:"1s"`
 }
 
@@ -100,7 +100,7 @@ func (t *Templates) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// Of returns the rates of a template's sandboxes on a host with the rates r.
+// Of returns the rates for a template's sandboxes on a host whose rates are r.
 func (t Templates) Of(template uuid.UUID, r Rates) Rates {
 	for member, n := range t[template] {
 		*members[member](&r) = n

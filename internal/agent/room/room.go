@@ -1,6 +1,6 @@
 // Package room keeps count of what is being written to the agent's disk, so that
-// writers who begin at once do not all take the same free space. What is counted
-// is in memory alone: it goes with the process, as do the writes.
+// writers who begin at once do not all take the same free space. The count
+// is only in memory: it ends with the process, as the writes do.
 package room
 
 import (
@@ -85,7 +85,7 @@ func (r *Room) take(bytes int64) (release func()) {
 	})
 }
 
-// During calls write while it holds room for what that writes.
+// During calls write while it holds room for bytes.
 func (r *Room) During(bytes int64, write func() error) error {
 	release, err := r.Hold(bytes)
 	if err != nil {
@@ -95,7 +95,7 @@ func (r *Room) During(bytes int64, write func() error) error {
 	return write()
 }
 
-// Writer returns a writer to w of what there is room for.
+// Writer returns a writer to w that fails with a [FullError] once there is no room.
 func (r *Room) Writer(w io.Writer) io.Writer { return &writer{r, w} }
 
 type writer struct {

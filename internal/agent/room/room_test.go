@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// TestWritersTogether: of many that begin at once no more begin than there is
-// room for, whatever becomes of them, and what one leaves another has.
+// TestWritersTogether: of many writers that begin at once, only as many are admitted
+// as there is room for, and what one gives back another can have.
 func TestWritersTogether(t *testing.T) {
 	r := New(1000, func() (int64, error) { return 1500, nil })
 	var begun, refused atomic.Int32

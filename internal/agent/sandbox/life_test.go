@@ -322,9 +322,9 @@ func TestCaptureLimit(t *testing.T) {
 	h.runs(t, sandbox, 0)
 }
 
-// TestCapturesTakeBoundedSpace: a guest that writes all of its disk between
-// captures is captured while the layers take no more than twice the disk, also
-// as a sandbox that began with a capture of it.
+// TestCapturesTakeBoundedSpace: a guest that writes all of its disk between captures
+// can be captured only while the layers take no more than twice the disk's size. That
+// holds for sandboxes that began with such a capture too.
 func TestCapturesTakeBoundedSpace(t *testing.T) {
 	h := newHost(t)
 	sandbox := h.create(t, func(s *Spec) { s.DiskMiB = 64 })

@@ -62,8 +62,8 @@ type Config struct {
 	// DiskReserveMiB is what must stay free of the disk for anything but the pause
 	// of a running sandbox to begin; 0: nothing.
 	DiskReserveMiB int
-	// Rates are each sandbox's of the host's disk and network, unless TemplateRates
-	// have its template. The slots of Networks begin with Rates.
+	// Rates limit each sandbox's use of the disk and network, unless TemplateRates
+	// names its template. The slots of Networks start with Rates.
 	Rates         rates.Rates
 	TemplateRates rates.Templates
 	// Hook, if not nil, is told each step between which an agent may be killed.
@@ -314,8 +314,8 @@ func (m *Manager) admit(b *box) error {
 	return nil
 }
 
-// Room is the room on the disk, of which a part is kept for the pauses of running
-// sandboxes. Whatever else writes to the disk for a client holds room there.
+// Room returns the room on the disk. Part of it is reserved for pauses of running
+// sandboxes; all other writes for clients hold room there.
 func (m *Manager) Room() *room.Room { return m.room }
 
 // hasRoom tells whether nobody would miss so many bytes of memory.

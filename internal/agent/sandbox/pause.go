@@ -113,7 +113,7 @@ func (b *box) savePaused(ctx context.Context, why *ending) (err error) {
 	id := uuid.New()
 	next.Saved = &id
 	folder := dir.SandboxSaved(b.rec.Home, id)
-	// It may use the reserve, and others are to leave it what it writes.
+	// A pause may use the reserve, and others must leave it the room.
 	defer b.m.room.Take(int64(b.rec.Spec.MemoryMiB) << 20)()
 	defer func() {
 		if err != nil {

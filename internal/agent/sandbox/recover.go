@@ -50,7 +50,7 @@ type found struct {
 	// late says that Recover could not say this yet.
 	late bool
 	// unread says that not even the record could be read: rec has only its home.
-	// damaged says that it will not be unless somebody puts it right.
+	// damaged says that it never will be, unless somebody repairs it.
 	unread, damaged bool
 }
 
@@ -91,10 +91,10 @@ func Newer(dir layout.Dir) []*format.NewerError {
 }
 
 // Recover looks through the folders of sandboxes. It takes back the machines
-// that run and ends those of sandboxes that were half-made or half-removed. A
-// machine that it cannot take back now, or whose record it cannot read or is
-// damaged, goes on, and the manager tries again. The files of a damaged record
-// without a machine are set aside.
+// that run and ends those of sandboxes that were half-made or half-removed. If it
+// cannot take a machine back now, or the machine's record is unreadable or damaged,
+// the machine goes on and the manager tries again. If a record is damaged and no
+// machine runs, it sets the files aside.
 func Recover(ctx context.Context, dir layout.Dir, d vmm.Driver, log *slog.Logger) (*Recovery, error) {
 	entries, err := os.ReadDir(dir.Sandboxes())
 	if errors.Is(err, fs.ErrNotExist) {
@@ -150,8 +150,8 @@ func (r *Recovery) Slots() []int {
 	return slots
 }
 
-// find decides about one sandbox. If end is set, the machine of a damaged record
-// is ended, because its owner has the sandbox destroyed.
+// find decides about one sandbox. If end is set, it ends the machine of a damaged
+// record, because somebody is deleting the sandbox.
 func find(ctx context.Context, dir layout.Dir, home uuid.UUID, d vmm.Driver, log *slog.Logger, end bool) found {
 	log = log.With("machine", home)
 	now := time.Now().UTC()
@@ -450,7 +450,7 @@ func (b *box) takeBack() error {
 	return err
 }
 
-// unreadRecord is one that could not be read, in a folder whose machine may run.
+// unreadRecord is a record that could not be read, and whose machine may run.
 type unreadRecord struct {
 	damaged bool          // guarded by the manager's lock
 	end     chan struct{} // has room for one: the sandbox is to be destroyed
@@ -484,8 +484,8 @@ func (m *Manager) reportUnread(f found) {
 	m.Problems.Report(problem.Sandbox, path, fmt.Sprintf("the agent cannot read the record of a sandbox, whose machine may run, and tries again: %v", f.untaken))
 }
 
-// reread tries again to read a record, until it can, the agent ends, or, if the
-// record is damaged, the machine or its sandbox does.
+// reread retries to read a record until that works or the agent ends. If the record
+// is damaged, the end of its machine or sandbox ends the retries too.
 func (m *Manager) reread(f found, u *unreadRecord) {
 	home := f.rec.Home
 	path := m.Dir.SandboxRecord(home)
@@ -518,8 +518,8 @@ func (m *Manager) reread(f found, u *unreadRecord) {
 	delete(m.unread, home)
 }
 
-// endDamaged has the machine of a damaged record ended, if id is the sandbox's
-// folder, and waits until it is known what becomes of the sandbox.
+// endDamaged ends the machine of a damaged record, if id names the sandbox's folder,
+// and waits until the sandbox's fate is known.
 func (m *Manager) endDamaged(ctx context.Context, id uuid.UUID) (found bool, err error) {
 	m.mu.Lock()
 	u := m.unread[id]

@@ -166,10 +166,10 @@ func (b *box) capture(ctx context.Context, into string, defaults *image.Defaults
 	})
 }
 
-// layersFit fails with [ErrCaptures] if what lies below the sandbox's disk takes
-// more than twice its size, the template's file system aside. A capture adds a
-// layer that stays for as long as anything that began with it, and a guest can
-// write all of its disk between two.
+// layersFit fails with [ErrCaptures] if the layers below the sandbox's disk, without
+// the template's file system, take more than twice its size. Each capture adds a layer
+// that stays as long as anything began with it, and a guest can write all of its disk
+// between two captures.
 func (b *box) layersFit(origin *image.Capture) error {
 	taken, err := b.layersTake(origin)
 	if err != nil {

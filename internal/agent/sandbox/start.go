@@ -322,8 +322,8 @@ func defaults(d image.Defaults) guest.Settings {
 // errBoot is wrapped by the errors of a guest that does not come up.
 var errBoot = errors.New("boot")
 
-// inTime bounds how long a guest may take to come up, or what else it is to do.
-// That it took longer says nothing of whose fault it is: the host may be busy.
+// inTime bounds how long a guest may take to come up, or to do what to says. A
+// timeout does not show whose fault it is: the host may be busy.
 func (m *Manager) inTime(ctx context.Context, to string) (context.Context, context.CancelFunc) {
 	late := fail(ErrSlow, "the guest did not %s within %v; its host may be overloaded", to, m.BootTimeout)
 	return context.WithTimeoutCause(ctx, m.BootTimeout, late)

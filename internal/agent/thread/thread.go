@@ -14,7 +14,7 @@ func Own(f func() error) error {
 	go func() {
 		runtime.LockOSThread() // not unlocked: the thread ends with the goroutine
 		if unix.Gettid() == unix.Getpid() {
-			// The main thread cannot end, and /proc/self is what it is in.
+			// The main thread cannot end, and /proc/self shows its namespaces.
 			done <- Own(f)
 			runtime.UnlockOSThread()
 			return

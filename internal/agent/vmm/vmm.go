@@ -33,7 +33,7 @@ type Spec struct {
 	// become, and must be set if there is an overlay.
 	DiskBytes int64
 
-	Rates rates.Rates // of which the driver applies those of the disk
+	Rates rates.Rates // the driver applies those of the disk
 
 	NetNS string   // path of the network namespace to run in; empty: the agent's
 	Tap   *os.File // the guest's network card; nil: none. Stays the caller's.
@@ -85,8 +85,8 @@ type Driver interface {
 	// agent which started it. It fails with ErrGone only if the machine has ended or
 	// never ran; after another error it can be called again.
 	Attach(ctx context.Context, st State) (VM, error)
-	// Lives says whether a process of the machine with the id runs, of which
-	// nothing else may be known.
+	// Lives reports whether a process of the machine with the id runs, even if nothing
+	// else is known of the machine.
 	Lives(id uuid.UUID) (bool, error)
 	// Reap removes all that is left of a virtual machine, running or not.
 	Reap(ctx context.Context, st State) error

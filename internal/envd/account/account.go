@@ -34,11 +34,10 @@ type Account struct {
 	Shell  string
 }
 
-// Lookup finds a user by name, or by uid where no user has the number for a
-// name. The tables are read afresh if they changed. An image may
-// have none: root is always there, and a number that is no user's is one whose
-// group is root's and whose home is "/", as container runtimes have it. As they
-// have it, too, a group behind a colon, by name or number, is the user's only one.
+// Lookup finds a user by name, or by uid if no user has the number for a name. It
+// reads the tables again if they changed. An image may have none, so, as in container
+// runtimes, root always exists, an unknown uid has root's group and the home "/", and
+// a group after a colon, by name or number, is the user's only one.
 func Lookup(name string) (*Account, error) { return known.lookup(name) }
 
 var known = cache{passwd: "/etc/passwd", group: "/etc/group", settled: time.Second}

@@ -14,7 +14,7 @@ const maxKept = 64
 // cache keeps accounts for as long as the two tables stay as they are.
 type cache struct {
 	passwd, group string
-	// settled is how long a table must not have changed before an account is kept:
+	// settled is how long a table must be unchanged before accounts are kept:
 	// two changes within one tick of the kernel's clock leave the same times.
 	settled time.Duration
 
@@ -57,7 +57,7 @@ func (c *cache) lookup(name string) (*Account, error) {
 	}
 	now := time.Now()
 	for _, v := range of {
-		// A clock that was put back makes the age negative, which tells nothing.
+		// If the clock was set back, the age is negative and says nothing.
 		if age := now.Sub(time.Unix(v.ctime.Unix())); age < c.settled {
 			return found, nil
 		}

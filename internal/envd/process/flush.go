@@ -7,8 +7,8 @@ import (
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
 )
 
-// flusher is a ResponseWriter whose flushes its handler can hold back, so that
-// what belongs together leaves in one packet. One goroutine uses it.
+// flusher is a ResponseWriter whose handler can hold flushes back, so that messages
+// that belong together leave in one packet. Only one goroutine may use it.
 type flusher struct {
 	http.ResponseWriter
 	held bool

@@ -511,7 +511,7 @@ func (s *Service) remove(p *process) {
 // resetOOM makes the kernel as ready to kill the process as any other: the
 // daemon itself is spared when memory runs out, and its children inherit that.
 func resetOOM(pid int) {
-	// Not os.WriteFile, which asks the kernel twice as much: this delays every start.
+	// Not os.WriteFile, which makes twice as many system calls: this delays every start.
 	fd, err := unix.Open("/proc/"+strconv.Itoa(pid)+"/oom_score_adj", unix.O_WRONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return

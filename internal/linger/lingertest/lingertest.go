@@ -1,4 +1,4 @@
-// Package lingertest has clients that are still sending when the answer comes.
+// Package lingertest provides clients that are still sending when the answer comes.
 package lingertest
 
 import (
@@ -17,8 +17,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/linger"
 )
 
-// NewServer starts a server for h, whose connections linger as those of Wrenn's
-// own listeners do.
+// NewServer starts a server for h. Its connections linger as those of Wrenn's own
+// listeners do.
 func NewServer(h http.Handler) *httptest.Server {
 	s := httptest.NewUnstartedServer(h)
 	s.Listener = linger.Listener(s.Listener)

@@ -52,8 +52,8 @@ type Principal struct {
 	// zero for somebody without a team. Keys have no role.
 	Team uuid.UUID
 	Role Role
-	// Payer is on whom what the team takes counts: its owner, however many teams
-	// they have, or the team itself if it has none.
+	// Payer is whose limits the team's use counts towards: its owner's, with all of
+	// their teams, or the team's own if it has no owner.
 	Payer uuid.UUID
 	// Key is the API key that was shown, Scopes what it is for.
 	Key    uuid.UUID
@@ -84,7 +84,7 @@ func (p Principal) since(now Principal) error {
 // HasKey says whether the caller showed an API key.
 func (p Principal) HasKey() bool { return p.Key != uuid.Nil }
 
-// ID is the key that was shown, or the user who is logged in.
+// ID returns the API key's id, or that of the user who is logged in.
 func (p Principal) ID() uuid.UUID {
 	if p.HasKey() {
 		return p.Key

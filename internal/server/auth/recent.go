@@ -9,8 +9,8 @@ import (
 )
 
 const (
-	// recentLasts is how long a key is believed without looking again. Servers hear
-	// of revocations at once; this bounds what one that hears nothing believes.
+	// recentLasts is how long a server trusts a key without asking the database. It
+	// hears of revocations at once; this bounds the delay if it hears nothing.
 	recentLasts = time.Second
 	// maxRecent bounds the keys that are remembered.
 	maxRecent = 4096
@@ -20,7 +20,7 @@ const (
 type recent struct {
 	mu    sync.Mutex
 	known map[[sha256.Size]byte]known
-	// words counts what was heard, so that what was looked up before is not
+	// words counts calls of Forget, so that a lookup that began before one is not
 	// remembered after it.
 	words int
 }
@@ -65,7 +65,7 @@ func (k *Keys) CheckRecent(ctx context.Context, key string) (Principal, error) {
 	return p, nil
 }
 
-// Forget has [Keys.CheckRecent] ask again for every key. It is called when
+// Forget makes [Keys.CheckRecent] ask the database again for every key. Call it when
 // somebody may do less than before.
 func (k *Keys) Forget() {
 	k.recent.mu.Lock()

@@ -13,8 +13,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
-// TestCheckRecent has a key remembered until somebody may do less, and no longer
-// than it holds.
+// TestCheckRecent: a key is remembered until somebody may do less, and no longer than
+// it is valid.
 func TestCheckRecent(t *testing.T) {
 	url := pgtest.New(t)
 	st, err := store.Open(t.Context(), url)

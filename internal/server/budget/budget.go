@@ -33,7 +33,7 @@ func NewPlaces(each int) *Places {
 	return &Places{Budget{total: math.MaxInt64, each: int64(each), owners: make(map[string]int64)}}
 }
 
-// Take takes a place of somebody until leave is called, once. Where there is none
+// Take takes one of somebody's places until leave is called, once. If none is free,
 // the error is fault.RateLimited.
 func (p *Places) Take(who string) (leave func(), err error) {
 	if !p.taken.take(who, 1) {
@@ -42,12 +42,12 @@ func (p *Places) Take(who string) (leave func(), err error) {
 	return func() { p.taken.give(who, 1) }, nil
 }
 
-// Crowd bounds how many requests are under way of each principal, of all teams of
-// each owner, and of each address.
+// Crowd bounds the requests under way of each principal, of all teams of each owner,
+// and of each address.
 type Crowd struct{ principals, payers, addresses *Places }
 
-// ofPayer is how many times as many all teams of an owner may have under way, and
-// one address.
+// ofPayer is how many times a principal's bound all teams of one owner together, or one
+// address, may have under way.
 const ofPayer = 2
 
 // NewCrowd returns a Crowd in which each principal may have so many under way.
@@ -55,8 +55,8 @@ func NewCrowd(each int) *Crowd {
 	return &Crowd{NewPlaces(each), NewPlaces(ofPayer * each), NewPlaces(ofPayer * each)}
 }
 
-// Enter counts a request of a principal, which counts for an owner too, until leave
-// is called, once. Where it is one too many the error is fault.RateLimited.
+// Enter counts a request for a principal and for its payer until leave is called, once.
+// If it is one too many, the error is fault.RateLimited.
 func (c *Crowd) Enter(principal, payer uuid.UUID) (leave func(), err error) {
 	one, err := c.principals.Take(principal.String())
 	if err != nil || payer == uuid.Nil {
@@ -70,7 +70,7 @@ func (c *Crowd) Enter(principal, payer uuid.UUID) (leave func(), err error) {
 	return func() { all(); one() }, nil
 }
 
-// EnterFrom does so for a request from an address.
+// EnterFrom is Enter for a request's address.
 func (c *Crowd) EnterFrom(address string) (leave func(), err error) { return c.addresses.Take(address) }
 
 // Budget is what requests may hold at the same time, in bytes. It may be used

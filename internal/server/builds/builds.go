@@ -48,8 +48,8 @@ func (s State) Ended() bool { return s != Queued && s != Running }
 // Settings bound builds. Its tags are the environment variables that they are
 // read from; see New for what holds where they are 0.
 type Settings struct {
-	// Workers is how many builds one server works on at once (3). All but one of
-	// them may be one owner's.
+	// Workers is how many builds one server works on at once (3). One
+	// owner may take all but one of them.
 	Workers int `env:"WRENN_BUILD_WORKERS"`
 	// TeamRunning is how many builds of all teams of one owner may run at once (2),
 	// TeamOpen how many of a team may run or wait (20).

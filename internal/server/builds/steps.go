@@ -364,7 +364,7 @@ func (b *box) exec(ctx context.Context, c recipe.Command, in surroundings, limit
 	return exit, nil
 }
 
-// known returns err, and what a host said as told says it.
+// known returns err; an error that a host reported becomes what told makes of it.
 func known(err error, told func(error) error) error {
 	if connect.IsWireError(err) {
 		return told(err)
@@ -372,7 +372,7 @@ func known(err error, told func(error) error) error {
 	return err
 }
 
-// run is exec without a word about what a host says: that error is as it came.
+// run is exec, but returns a host's error unchanged.
 func (b *box) run(ctx context.Context, args []string, in surroundings, limit time.Duration, out io.Writer) (*hostagentv1.ExecStreamResponse_Exited, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

@@ -549,8 +549,8 @@ func TestReserve(t *testing.T) {
 		t.Errorf("a template that no host has: %v", err)
 	}
 
-	// The disk of one is full; the other's has room for one pause, which one that is
-	// there is promised.
+	// One host's disk is full; the other's has room for one pause, which is promised to
+	// a sandbox that is there.
 	f.exec("DELETE FROM sandboxes")
 	f.exec("UPDATE hosts SET disk_bytes = 1::bigint << 40, disk_free_bytes = CASE WHEN url = 'unix:/h1' THEN 200 << 20 ELSE 0 END")
 	req.DiskMiB = 128

@@ -22,28 +22,28 @@ import (
 // confirmLasts is how long the link of a letter that asks for confirmation is good for.
 const confirmLasts = 24 * time.Hour
 
-// Letters that ask for confirmation go to people who did not ask for them. One
-// mailbox can have many addresses, so the owner of teams has a bound as well.
+// The recipients of these letters did not ask for them. One mailbox can have many
+// addresses, so there is also a bound for all teams of one owner.
 var (
 	limitAddress = ratelimit.Limit{Name: "confirm-address", Burst: 1, Per: time.Hour}
 	limitLetters = ratelimit.Limit{Name: "confirm-letters", Burst: 20, Per: 24 * time.Hour}
 )
 
-// errUnconfirmed is the error of a channel of mail whose recipient did not say yes.
+// errUnconfirmed is the error of a mail channel that its recipient has not confirmed.
 var errUnconfirmed = errors.New("the recipient has not confirmed the address")
 
-// Confirmed says whether a channel may be told of anything.
+// Confirmed reports whether a channel may get messages.
 func Confirmed(c db.Channel) bool { return c.Kind != Email || c.ConfirmedAt != nil }
 
-// confirmation is what a letter asks with; the zero confirmation asks nothing.
+// confirmation is the token of a letter; the zero confirmation sends none.
 type confirmation struct {
 	token string
 	hash  []byte
 	until *time.Time
 }
 
-// confirmation returns what to ask an address of a team with, or fails with
-// rate_limited. It asks nothing if the team has confirmed the address before.
+// confirmation makes a confirmation for a team's address, or fails with rate_limited.
+// It returns the zero confirmation if the address is confirmed for the team already.
 func (s *Service) confirmation(ctx context.Context, team uuid.UUID, address string) (confirmation, error) {
 	confirmed, err := s.Store.AddressConfirmed(ctx, db.AddressConfirmedParams{TeamID: team, Address: address})
 	if err != nil {
@@ -56,7 +56,7 @@ func (s *Service) confirmation(ctx context.Context, team uuid.UUID, address stri
 	if err != nil {
 		return confirmation{}, fmt.Errorf("look up owner: %w", err)
 	}
-	// First, so that who may send no letter takes no address's.
+	// First, so that a payer who may send no letter does not use up the address's.
 	if err := s.Limiter.Allow(ctx, limitLetters, payer.String()); err != nil {
 		return confirmation{}, err
 	}
@@ -71,8 +71,8 @@ func (s *Service) confirmation(ctx context.Context, team uuid.UUID, address stri
 	return c, nil
 }
 
-// ask sends the letter. It says nothing that the team wrote, so that nobody can
-// send a text of theirs to strangers.
+// ask sends the letter. It contains nothing that the team wrote, so that nobody can
+// send their own text to strangers.
 func (s *Service) ask(row db.Channel, c confirmation) {
 	if c.token == "" || Confirmed(row) {
 		return
@@ -115,8 +115,8 @@ func (s *Service) AskConfirmation(ctx context.Context, team, channel uuid.UUID) 
 	return nil
 }
 
-// Confirm confirms the address of the channel that a mailed token is of, for all
-// of its team's channels. It fails with unauthenticated for any other token.
+// Confirm confirms the address of the channel whose mailed token this is, for all of
+// the team's channels. It fails with unauthenticated for any other token.
 func (s *Service) Confirm(ctx context.Context, token string) error {
 	sum := sha256.Sum256([]byte(token))
 	n, err := s.Store.ConfirmChannel(ctx, sum[:])

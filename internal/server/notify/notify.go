@@ -202,8 +202,8 @@ func checkEvents(events []string, admin bool) error {
 	return nil
 }
 
-// Create makes a channel of a team. admin says whether who asks is one of the
-// platform's. The recipient of mail is asked to confirm the address.
+// Create makes a channel of a team. admin says whether the caller is an admin of the
+// platform. The recipient of mail is asked to confirm the address.
 func (s *Service) Create(ctx context.Context, team uuid.UUID, admin bool, p Params) (db.Channel, error) {
 	t := target{}
 	t.apply(p)
@@ -292,8 +292,8 @@ func (s *Service) List(ctx context.Context, team uuid.UUID) ([]db.Channel, error
 	return rows, nil
 }
 
-// Update changes a channel. To enable it forgives what went wrong before. The
-// recipient of another mail address is asked to confirm it.
+// Update changes a channel. Enabling it forgets earlier failures. The recipient of
+// another mail address must confirm it.
 func (s *Service) Update(ctx context.Context, team, channel uuid.UUID, admin bool, p Params) (db.Channel, error) {
 	row, err := s.Get(ctx, team, channel)
 	if err != nil {
@@ -348,7 +348,7 @@ func (s *Service) Delete(ctx context.Context, team, channel uuid.UUID) error {
 	return nil
 }
 
-// Test tells a team's channel of nothing, once and now, and returns how that went.
+// Test sends one test message to a team's channel now, and returns the delivery.
 // It fails with conflict if the recipient has not confirmed the address.
 func (s *Service) Test(ctx context.Context, team, channel uuid.UUID) (db.Delivery, error) {
 	row, err := s.Get(ctx, team, channel)

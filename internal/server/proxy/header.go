@@ -8,8 +8,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 )
 
-// daemonFields are the only response fields of a guest daemon that clients get.
-// Nobody knows which others browsers obey for a whole site today or will tomorrow.
+// daemonFields are the only response fields of a guest daemon that clients get. Nobody
+// knows which other fields browsers apply to a whole site, now or later.
 var daemonFields = fieldSet(
 	"Accept-Encoding", "Accept-Post", "Accept-Ranges", "Allow", "Cache-Control", "Content-Disposition", "Content-Encoding",
 	"Content-Length", "Content-Range", "Content-Type", "Date", "Etag", "Last-Modified", "Retry-After", "Vary",
@@ -38,12 +38,12 @@ func filterDaemon(h http.Header) {
 	}
 }
 
-// confine lets browsers take a guest daemon's response for a document at most,
-// which runs nothing, loads nothing and has no origin.
+// confine makes browsers treat a guest daemon's response as at most a document that
+// runs nothing, loads nothing and has no origin.
 func confine(resp *http.Response) {
 	h := resp.Header
 	if _, ok := h["Content-Type"]; !ok {
-		// Or servers guess one.
+		// Otherwise servers guess a type.
 		h["Content-Type"] = []string{"application/octet-stream"}
 	}
 	h["X-Content-Type-Options"] = []string{"nosniff"}
@@ -72,8 +72,8 @@ func filterPort(host string) func(http.Header) {
 	}
 }
 
-// ownCookie removes from the value of a Set-Cookie field every Domain that is not
-// host, which leaves a cookie of host alone.
+// ownCookie removes every Domain other than host from the value of a Set-Cookie field,
+// so that the cookie is for host alone.
 func ownCookie(cookie, host string) string {
 	parts := strings.Split(cookie, ";")
 	return strings.Join(append(parts[:1], slices.DeleteFunc(parts[1:], func(part string) bool {

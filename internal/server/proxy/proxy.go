@@ -45,8 +45,8 @@ const ForwardAuthorization = "X-Wrenn-Authorization"
 type Config struct {
 	// Domain that sandboxes' names end with, for example "localhost".
 	Domain string
-	// ServiceDomain is Domain, unless sandboxes have a domain of their own, of which
-	// every name is theirs. Their names below ServiceDomain lead nowhere then.
+	// ServiceDomain is Domain, unless sandboxes have their own domain. Then every name
+	// below Domain is theirs, and their names below ServiceDomain lead nowhere.
 	ServiceDomain string
 
 	Sandboxes *sandboxes.Service
@@ -55,7 +55,7 @@ type Config struct {
 	// Watch ends requests whose key no longer holds.
 	Watch  *auth.Watch
 	Tokens auth.Tokens
-	// Memory bounds what requests take, Crowd how many of somebody are under way.
+	// Memory bounds the memory of requests, Crowd each caller's requests under way.
 	Memory *budget.Budget
 	Crowd  *budget.Crowd
 	// Fail answers a request with an error.
@@ -171,9 +171,9 @@ func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 // maxHeld is the longest body that is kept for being sent a second time.
 const maxHeld = 64 << 10
 
-// hold makes a request one that can be sent again when the host refuses it
-// because the sandbox is paused, and sees to it that a body which is too long
-// to be kept, or has no room in held, is not refused.
+// hold keeps a request's body, so that the request can be sent again if the host
+// refuses it because the sandbox is paused. If the body is too long to keep, or has no
+// room in held, hold makes sure that the sandbox is not paused.
 func (p *Proxy) hold(w http.ResponseWriter, r *http.Request, d *destination, held *budget.Held) error {
 	if r.Body == nil || r.Body == http.NoBody || r.ContentLength == 0 {
 		return nil
@@ -204,8 +204,8 @@ type destination struct {
 	port    int
 }
 
-// principal is who is counted with the request: the key that was shown, or the
-// sandbox whose token it was.
+// principal returns whom the request counts for: the API key that it shows, or the
+// sandbox whose token it shows.
 func (d *destination) principal() uuid.UUID {
 	if d.who.HasKey() {
 		return d.who.Key
@@ -312,9 +312,9 @@ func (p *Proxy) authorize(r *http.Request, sandbox uuid.UUID, port int) (caller,
 	return none, fault.New(fault.Unauthenticated, "send the team's API key in X-API-Key, or the sandbox's traffic token in X-Traffic-Token")
 }
 
-// checkSignature checks the signature of a file's URL, which a client made with the
-// access token of the epoch. It leaves r with the guest daemon's, which knows no
-// epochs, and with nothing in its query that could be read in another way.
+// checkSignature checks the signature of a file URL, which the client made with the
+// epoch's access token. It re-signs r for the guest daemon, which knows no epochs, and
+// leaves nothing ambiguous in the query.
 func (p *Proxy) checkSignature(r *http.Request, sandbox uuid.UUID, epoch int32) error {
 	q, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
@@ -363,7 +363,7 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 	if d.port == envdPort {
 		filter = filterDaemon
 		finish = confine
-		// The daemon speaks no other protocol, and an upgrade has no bounds.
+		// The daemon speaks no other protocol, and nothing would bound an upgrade.
 		r.Header.Del("Upgrade")
 	}
 	rp := upstream.Proxy{

@@ -219,9 +219,9 @@ func (a *API) accessToken(r *http.Request) string {
 	return ""
 }
 
-// elsewhere reports whether a page of another origin loads what a request asks for.
-// Browsers send the user's cookies along if it is of the same site, as guests' pages
-// can be. A person who follows a link is not a page that loads something.
+// elsewhere reports whether a page of another origin loads what the request asks for.
+// Browsers send the user's cookies along if that origin is of the same site, as guests'
+// pages can be. Following a link does not count as loading.
 func elsewhere(r *http.Request) bool {
 	switch r.Header.Get("Sec-Fetch-Site") {
 	case "same-site", "cross-site":

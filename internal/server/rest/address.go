@@ -39,8 +39,8 @@ func (a *API) admit(r *http.Request, op *openapi3.Operation) error {
 	return a.Limiter.Allow(r.Context(), limit, ratelimit.Address(from))
 }
 
-// Admit has next answer requests of an address that does not have as many under way
-// as it may. This machine's own have no bound.
+// Admit returns next with a bound on each address's requests under way. This machine's
+// own addresses have none.
 func (a *API) Admit(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if from := a.clientAddress(r); from.IsValid() && !a.trusted(from) {
@@ -78,7 +78,7 @@ func (a *API) clientAddress(r *http.Request) netip.Addr {
 }
 
 // peer returns the address that a request comes from directly (none for a Unix
-// socket), and whether to believe what it says of who sent the request.
+// socket), and whether to trust what that address says about the client.
 func (a *API) peer(r *http.Request) (from netip.Addr, believed bool) {
 	peer, err := netip.ParseAddrPort(r.RemoteAddr)
 	if err != nil {
@@ -88,8 +88,8 @@ func (a *API) peer(r *http.Request) (from netip.Addr, believed bool) {
 	return from, a.trusted(from)
 }
 
-// checkPrivate refuses to deal with accounts if somebody between the client and the
-// service can read along: over plain HTTP, unless it is at a loopback name.
+// checkPrivate refuses operations on accounts over plain HTTP, which others can read on
+// the way, unless the request is for a loopback name.
 func (a *API) checkPrivate(r *http.Request, op *openapi3.Operation) error {
 	switch op.Tags[0] {
 	case "login", "me":

@@ -32,8 +32,8 @@ const maxValues = 1 << 16
 // and decoded: the body, its canonical form, and the strings of the two.
 const bodyCost = 4
 
-// valueCost is the memory that a value or a name takes beside its bytes while it is
-// checked and decoded, and freeValues how many of them are not counted.
+// valueCost is the memory that a value or a name takes in addition to its bytes while
+// it is checked and decoded. The first freeValues are not counted.
 const (
 	valueCost  = 256
 	freeValues = 64
@@ -58,8 +58,8 @@ func init() {
 // canonical returns the one JSON value in b with every integer written in
 // digits alone. It refuses what parsers read differently: repeated members,
 // anything after the value, and strings that are no text. bytesIn are pointers
-// (RFC 6901) to strings that may have NUL. values is how many it has of what
-// [maxValues] counts.
+// (RFC 6901) to strings that may have NUL. values is how many of what
+// [maxValues] counts it has.
 func canonical(b []byte, bytesIn []jsontext.Pointer) (_ []byte, values int, _ error) {
 	var out bytes.Buffer
 	out.Grow(len(b))
@@ -150,9 +150,9 @@ func binary(s *openapi3.Schema) (all []jsontext.Pointer) {
 	return all
 }
 
-// conform reads JSON that must match a schema, and returns it in the canonical
-// form: whoever decodes that has the value that was checked. What its values take
-// is held before they are made.
+// conform reads JSON that must match a schema, and returns it in canonical form, so
+// that callers decode the value that was checked. It holds the memory of the values
+// before it makes them.
 func conform(s *openapi3.Schema, b []byte, held *budget.Held) ([]byte, error) {
 	b, values, err := canonical(b, binary(s))
 	if err != nil {

@@ -215,7 +215,7 @@ func TestReadBodyTakesMemory(t *testing.T) {
 	}
 }
 
-// What a guest's values take is held before they are made.
+// The memory of a guest's values is held before they are made.
 func TestGuestsJSONTakesMemory(t *testing.T) {
 	memory := budget.New(4 << 20)
 	held := memory.Hold("a team")

@@ -28,7 +28,7 @@ const (
 	codeCost = 4
 	// encodeCost is the memory that a byte of code takes on its way to the guest.
 	encodeCost = 3
-	// resultCost is the memory that a result takes beside its bytes.
+	// resultCost is the memory that a result takes in addition to its bytes.
 	resultCost = 512
 	// defaultContext is the context that code runs in.
 	defaultContext = "default"
@@ -72,8 +72,8 @@ func (a *API) gateway(r *http.Request, sandbox, method, path string, body any) (
 	return nil, fault.New(fault.Conflict, "no code interpreter answers on port %d of the sandbox: is its template code-interpreter?", gatewayPort)
 }
 
-// encode returns JSON in which code is about as long as it was: HTML's characters
-// are not escaped.
+// encode returns JSON without escaping HTML's characters, so that code stays about as
+// long as it was.
 func encode(v any) ([]byte, error) {
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)
@@ -143,7 +143,7 @@ type codeEvent struct {
 // endOfExecution is the type of the last line.
 const endOfExecution = "end_of_execution"
 
-// decodeGuest decodes JSON of a guest. What its values take is held before.
+// decodeGuest decodes a guest's JSON, and holds the memory of its values before that.
 func decodeGuest(b []byte, held *budget.Held, into any) error {
 	values := 0
 	for d := jsontext.NewDecoder(bytes.NewBuffer(b), guestJSON...); ; values++ {
@@ -159,7 +159,7 @@ func decodeGuest(b []byte, held *budget.Held, into any) error {
 	return json.Unmarshal(b, into)
 }
 
-// guestJSON is how a guest's JSON is read: as encoding/json does it.
+// guestJSON reads a guest's JSON as encoding/json does.
 var guestJSON = []jsontext.Options{jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true)}
 
 // collectCode makes one answer of a guest's lines.

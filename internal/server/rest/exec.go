@@ -245,8 +245,8 @@ func (a *API) readStart(ctx context.Context, ws *websocket.Conn, who auth.Princi
 	return start, nil
 }
 
-// parse reads a message that must match one of the document's schemas. What that
-// takes is held meanwhile.
+// parse reads a message that must match one of the document's schemas. Meanwhile it
+// holds the memory that this takes.
 func (a *API) parse(who auth.Principal, schema string, b []byte, v any) error {
 	held := a.Memory.Hold(who.Payer.String())
 	defer held.Release()

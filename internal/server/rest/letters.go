@@ -18,8 +18,8 @@ var (
 )
 
 // letterPages are the pages that links in letters open: each takes the token
-// that its address ends with, asks for a password or for a click, which whatever
-// looks through mail does not do, and sends that to the API.
+// that its address ends with, asks for a password or a click, because mail scanners
+// open links but do not click, and sends that to the API.
 type letterPages struct {
 	verify, reset, confirm []byte
 	// policy lets a page run the one script and talk to the API, and nothing else.
@@ -29,7 +29,7 @@ type letterPages struct {
 // letter is what a page says.
 type letter struct {
 	Title, Says, Done string
-	// Label is of the password; empty: none is asked for.
+	// Label is the password field's; empty: the page asks for none.
 	Label string
 	// Action is where the password goes, as seen from the page.
 	Action, Autocomplete string

@@ -38,7 +38,7 @@ func (a *API) cookieName(name string) string { return auth.Cookie(name, a.secure
 // passed removes it.
 func (a *API) setCookie(w http.ResponseWriter, name, value string, expires time.Time, site http.SameSite) {
 	if a.secure() {
-		// What the service set before it had HTTPS counts no longer.
+		// Remove the cookie from before the service had HTTPS.
 		http.SetCookie(w, &http.Cookie{Name: auth.Cookie(name, false), Path: "/", MaxAge: -1, HttpOnly: true, Secure: true, SameSite: site})
 	}
 	c := &http.Cookie{Name: a.cookieName(name), Value: value, Path: "/", Expires: expires, HttpOnly: true, Secure: a.secure(), SameSite: site}

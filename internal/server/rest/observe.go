@@ -114,9 +114,9 @@ func (a *API) observe(next http.Handler) http.Handler {
 	})
 }
 
-// harmless keeps browsers from taking any response for a page, a script, or a part
-// of another origin's page, whatever bytes of a guest it has. Pages set a policy of
-// their own.
+// harmless keeps browsers from using a response as a page, a script, or a part of
+// another origin's page, whatever bytes of a guest it contains. The service's pages
+// set their own policy.
 func harmless(h http.Header) {
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'; sandbox")

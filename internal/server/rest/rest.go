@@ -76,7 +76,7 @@ type Config struct {
 	Insecure bool
 	// Memory bounds what requests take.
 	Memory *budget.Budget
-	// Crowd bounds how many of somebody are under way.
+	// Crowd bounds each caller's requests under way.
 	Crowd *budget.Crowd
 	// Checks are what /health asks, by name.
 	Checks map[string]func(context.Context) error
@@ -184,9 +184,9 @@ func streams(op *openapi3.Operation) bool {
 	return false
 }
 
-// limit bounds how many requests of the caller are under way, and bodies, except for those that are streamed on, and begins to
-// count the memory that the request takes, of the team's owner. Who has no team is
-// counted by address.
+// limit bounds the caller's requests under way, and bodies unless they are streamed on.
+// It begins to count the request's memory for the team's owner, or for the address of a
+// caller without a team.
 func (a *API) limit(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		owner := a.addressText(r)

@@ -203,7 +203,7 @@ func (p CreateParams) needs() scheduler.Request {
 	return scheduler.Request{MemoryMiB: int64(p.MemoryMiB), VCPUs: int64(p.VCPUs), DiskMiB: saves(p.OnTimeout, p.MemoryMiB), Tags: p.HostTags}
 }
 
-// saves returns how much a sandbox's host must have room to save of its memory.
+// saves returns how much room a sandbox's host must have to save its memory.
 func saves(onTimeout string, memoryMiB int32) int64 {
 	if onTimeout == PauseOnTimeout {
 		return int64(memoryMiB)
@@ -383,7 +383,7 @@ func (s *Service) startFailed(row db.Sandbox, err error) error {
 	return f
 }
 
-// reason is the [hostwire.ErrorReason] of what a host answers; empty: none.
+// reason returns the [hostwire.ErrorReason] of a host's error, or "" if it has none.
 func reason(err error) string {
 	var wire *connect.Error
 	if !errors.As(err, &wire) || !connect.IsWireError(err) {
@@ -427,8 +427,8 @@ func (s *Service) fail(ctx context.Context, row db.Sandbox, why string) error {
 }
 
 // mayElsewhere says whether what failed on one host may work on another: the
-// host is full, goes, or cannot be reached. What the guest made of it would be
-// the same anywhere, and one that took too long has taken the caller's patience.
+// host is full, leaving or unreachable. What the guest did would be the same on any
+// host, and a guest that took too long has used up the caller's time.
 func mayElsewhere(err error) bool {
 	if !connect.IsWireError(err) {
 		return connect.CodeOf(err) != connect.CodeCanceled

@@ -21,9 +21,8 @@ type Host struct {
 	UsedMemoryMiB, UsedVCPUs int64
 	// Sandboxes is how many those are; Slots how many there can be, 0: not known.
 	Sandboxes, Slots int64
-	// DiskMiB is the size of its disk, 0: not known, and not a limit. FreeDiskMiB is
-	// what is free of it for sandboxes, PromisedDiskMiB what those that are there
-	// have yet to write.
+	// DiskMiB is the size of its disk; 0 is unknown, and no limit. FreeDiskMiB is free
+	// for sandboxes, PromisedDiskMiB is what those on the host have yet to write.
 	DiskMiB, FreeDiskMiB, PromisedDiskMiB int64
 	Tags                                  []string
 }

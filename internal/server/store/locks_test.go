@@ -18,8 +18,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
-// alone are the queries that change several rows in no order, and why nobody
-// else locks those. There is no other: a query that is to be here has to say.
+// alone lists the queries that change several rows in no order, each with the reason
+// why nobody else locks those rows. All other queries must lock them in order.
 var alone = map[string]string{
 	"ForgetUsageDay":     "LockUsage",
 	"ClearBuildSteps":    "one worker has the build",
@@ -35,15 +35,15 @@ var (
 	changes = regexp.MustCompile(`(?m)(?:^|[(\s])(?:UPDATE|DELETE FROM) ([a-z_]+)`)
 	// A row that is named by its key, or one that a query with a limit found.
 	keyed = regexp.MustCompile(`WHERE (?:[a-z]+\.)?(?:id|hash|team_id|serial|digest) = (?:@id\b|@template_id\b|\$1\b|\(\s*SELECT [^;]* LIMIT 1\b)`)
-	// Whether that names one row of these tables.
+	// A condition for a team's rows, of which most tables can have several.
 	byTeam  = regexp.MustCompile(`WHERE team_id = (?:\$1|@team_id)`)
 	ordered = regexp.MustCompile(`ORDER BY [^;()]+ FOR (?:NO KEY )?UPDATE`)
 	comment = regexp.MustCompile(`(?m)^--.*$`)
 	locking = regexp.MustCompile(`FOR (?:NO KEY )?UPDATE|DO UPDATE`)
 )
 
-// TestLockOrder finds every query that changes several rows of a table, and fails
-// for one that does not lock them in the order of their keys before.
+// TestLockOrder finds every query that changes several rows of a table, and fails for
+// each that does not first lock them in the order of their keys.
 func TestLockOrder(t *testing.T) {
 	files, err := filepath.Glob("queries/*.sql")
 	if err != nil {
@@ -91,8 +91,8 @@ func TestLockOrder(t *testing.T) {
 	}
 }
 
-// TestNoDeadlock changes the sandboxes of several teams on several hosts in every
-// way that locks many of them, all at once: none waits for another in a circle.
+// TestNoDeadlock changes the sandboxes of several teams on several hosts in every way
+// that locks many of them, all at the same time, without a deadlock.
 func TestNoDeadlock(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
@@ -160,7 +160,7 @@ func TestNoDeadlock(t *testing.T) {
 			return err
 		},
 		"found, paused, drained and expired": func() error {
-			// One at a time, as hosts say it, and then all that are over together.
+			// One at a time, as hosts report it, and then all ended ones together.
 			for i, u := range ids {
 				if _, err := s.SandboxFound(ctx, db.SandboxFoundParams{ID: u, HostID: &hosts[i%each%2], ExpiresAt: nil}); err != nil && !errors.Is(err, ErrNoRows) {
 					return err

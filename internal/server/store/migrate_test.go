@@ -13,8 +13,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
-// migrated fills a database as it was before the migration with a name, has it
-// migrated, and returns it.
+// migrated fills a database whose schema is that before the named migration, migrates
+// it, and returns it.
 func migrated(t *testing.T, name string, fill func(exec func(query string, args ...any))) *pgxpool.Pool {
 	t.Helper()
 	pool, err := pgxpool.New(t.Context(), pgtest.New(t))
@@ -54,8 +54,8 @@ func migrated(t *testing.T, name string, fill func(exec func(query string, args 
 	return pool
 }
 
-// TestChannelsBeforeConfirmation: of the channels of mail that there are, those
-// to the verified address of a member are confirmed, and others are told nothing.
+// TestChannelsBeforeConfirmation: of the mail channels before the migration, those to
+// the verified address of a member are confirmed, and others get nothing.
 func TestChannelsBeforeConfirmation(t *testing.T) {
 	team, other := uuid.New(), uuid.New()
 	pool := migrated(t, "channels", func(exec func(string, ...any)) {

@@ -41,7 +41,7 @@ func (s *Store) quota(t *testing.T, team uuid.UUID, running, vcpus int32, memory
 	}
 }
 
-// TestDefaultDisk has the migrations count a disk of no size as hosts make it.
+// TestDefaultDisk: the migrations count a disk without a size as large as hosts make it.
 func TestDefaultDisk(t *testing.T) {
 	_, pool, _ := quotaTest(t)
 	var sandbox, template int64
@@ -284,9 +284,9 @@ func TestQuotaStored(t *testing.T) {
 	must(exec("DELETE FROM teams WHERE id = $1", team))
 }
 
-// TestQuotaOfTimeouts: what is paused at its timeout has that reserved from the
-// beginning, and what begins as a copy has the memory that it was copied from, so
-// that no number of creations, timeouts and resumes takes more than the quota.
+// TestQuotaOfTimeouts: a sandbox that is paused at its timeout has its memory reserved
+// from the beginning, and so has a copy, so that no number of creations, timeouts and
+// resumes takes more than the quota.
 func TestQuotaOfTimeouts(t *testing.T) {
 	s, pool, team := quotaTest(t)
 	ctx := t.Context()
@@ -306,7 +306,7 @@ func TestQuotaOfTimeouts(t *testing.T) {
 		} else if _, over := OverQuota(err); !over {
 			t.Fatal(err)
 		}
-		// Their hosts pause them, and nobody is asked.
+		// Their hosts pause them, and nobody can refuse that.
 		for _, state := range []string{"running", "paused"} {
 			if _, err := pool.Exec(ctx, "UPDATE sandboxes SET state = $1", state); err != nil {
 				t.Fatal(err)
@@ -330,8 +330,8 @@ func TestQuotaOfTimeouts(t *testing.T) {
 	}
 }
 
-// TestSavedBefore: what is paused, was copied or is to be paused at its timeout
-// when the schema is migrated counts afterwards.
+// TestSavedBefore: sandboxes that, at the migration, are paused, are copies or are to
+// be paused at their timeout count afterwards.
 func TestSavedBefore(t *testing.T) {
 	team := uuid.New()
 	pool := migrated(t, "saved", func(exec func(string, ...any)) {

@@ -6,8 +6,8 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// kept says of every table what bounds that which a tenant can have kept in it or
-// for it. A new one has to be put here, and so does a new kind of what is there.
+// kept says for every table what bounds the rows and files that a tenant can cause.
+// Every new table must be listed here, and every new kind of an old one.
 var kept = map[string]string{
 	"templates":            counted, // snapshots and builds' layers too
 	"sandboxes":            counted, // disks, and saved memory; rows of those that ended are not counted
@@ -49,7 +49,7 @@ var kept = map[string]string{
 const (
 	// counted tables have triggers that charge a team before a row is there.
 	counted = "charge_team"
-	// notCounted is what docs/security.md says of: rates alone bound it.
+	// notCounted: only rates bound it, as docs/security.md says.
 	notCounted = "rates, and the places of builds"
 )
 

@@ -144,8 +144,8 @@ func (s *Service) Members(ctx context.Context, team uuid.UUID) ([]db.ListMembers
 	return rows, wrap(err, "list members")
 }
 
-// errTakeOver keeps a team from becoming somebody's who did not ask for it: what it
-// takes would count on them, and no longer on who made them its owner.
+// errTakeOver keeps an owner from handing a team to somebody who did not ask for it:
+// what the team takes would then fill that person's quota.
 var errTakeOver = fault.New(fault.Conflict, "what the team has counts on its first owner: the next one takes it over, by removing the first or changing their role")
 
 // change runs f under the lock of the caller's team, with what the caller is

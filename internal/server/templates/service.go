@@ -81,8 +81,8 @@ func (s *Service) begin(template uuid.UUID) (end func(), err error) {
 	}, nil
 }
 
-// beginImport is begin for an import. It fails with conflict if all teams of the
-// payer have maxImports of them already.
+// beginImport is begin for an import. It fails with conflict if the payer's teams
+// together already have maxImports under way.
 func (s *Service) beginImport(payer, template uuid.UUID) (end func(), err error) {
 	if s.count(s.importing, payer, 1) > maxImports {
 		s.count(s.importing, payer, -1)

@@ -18,9 +18,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/told"
 )
 
-// Fetch brings the image's layers to files in dir, as they are sent, so that
-// [Image.Unpack] waits for nobody. They have limits.Bytes at most, which is known
-// before any is asked for.
+// Fetch writes the image's layers to files in dir as the registry sends them, so
+// that [Image.Unpack] waits for nobody. If they exceed limits.Bytes together, it
+// fails before it requests any.
 func (i *Image) Fetch(ctx context.Context, dir string, limits Limits) error {
 	if err := i.Fits(limits); err != nil {
 		return err
@@ -43,7 +43,7 @@ func (i *Image) Fetch(ctx context.Context, dir string, limits Limits) error {
 	return nil
 }
 
-// fetch writes a layer's bytes, whose digest and size the library compares, to a file.
+// fetch writes a layer's bytes to a file. The library checks their digest and size.
 func fetch(ctx context.Context, l v1.Layer, file string, disk *room.Room) error {
 	r, err := l.Compressed()
 	if err != nil {
@@ -58,7 +58,7 @@ func fetch(ctx context.Context, l v1.Layer, file string, disk *room.Room) error 
 	return errors.Join(err, f.Close())
 }
 
-// fetchedImage is an image whose layers are here.
+// fetchedImage is an image whose layers are on disk.
 type fetchedImage struct {
 	v1.Image
 	layers []v1.Layer
@@ -79,8 +79,8 @@ func (f fetchedLayer) Compressed() (io.ReadCloser, error) { return os.Open(f.fil
 // ErrSlow is the error of a registry that sends too slowly.
 var ErrSlow = told.New("the registry sends too slowly")
 
-// pace is how slowly a registry may send a body: it may keep its reader waiting for
-// grace in all, and for a second more for every rate bytes of it.
+// pace bounds how slowly a registry may send a body: the reader waits for grace in
+// total, and a second more for every rate bytes that it got.
 type pace struct {
 	grace time.Duration
 	rate  int64
@@ -88,8 +88,8 @@ type pace struct {
 
 var defaultPace = pace{grace: time.Minute, rate: 64 << 10}
 
-// bound returns resp, whose body breaks off if it comes too slowly, for which it
-// calls cancel: of the request's context.
+// bound returns resp with a body that fails if it comes too slowly. It then calls
+// cancel, which must cancel the request's context.
 func (p pace) bound(resp *http.Response, cancel context.CancelCauseFunc) *http.Response {
 	resp.Body = &paced{ReadCloser: resp.Body, pace: p, cancel: cancel}
 	return resp

@@ -16,8 +16,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
-// TestSlowRegistry breaks off what comes too slowly, whether it stops or trickles,
-// and nothing that comes in time.
+// TestSlowRegistry: a body that stops or trickles fails, and one that comes in time
+// does not.
 func TestSlowRegistry(t *testing.T) {
 	stop := make(chan struct{})
 	defer close(stop)
@@ -90,7 +90,7 @@ func TestFetch(t *testing.T) {
 	}
 }
 
-// claiming is an image whose manifest says other sizes of its layers.
+// claiming is an image whose manifest claims other sizes for its layers.
 type claiming struct {
 	v1.Image
 	sizes []int64
@@ -109,8 +109,8 @@ func (c claiming) Manifest() (*v1.Manifest, error) {
 	return m, nil
 }
 
-// TestClaimedSizes refuses sizes that would have an image take less room than it
-// does: what a registry sends is bounded by what its manifest says.
+// TestClaimedSizes: sizes that would make an image look smaller than it is are
+// refused, because the manifest's sizes bound what a registry may send.
 func TestClaimedSizes(t *testing.T) {
 	img := ofLayers(t, []entry{file("a", "one")}, []entry{file("b", "two")}).img
 	for _, sizes := range [][]int64{{-1, 1}, {math.MaxInt64, 1}, {1 << 62, 1 << 62}} {

@@ -84,10 +84,10 @@ func (i *Image) Digest() (string, error) {
 	return h.String(), err
 }
 
-// Packed is how many bytes its layers have as they are sent.
+// Packed returns how many bytes the registry sends for the layers.
 func (i *Image) Packed() int64 { return i.packed }
 
-// Fits fails if the layers have more than limits.Bytes as they are sent.
+// Fits returns an error if the registry sends more than limits.Bytes for the layers.
 func (i *Image) Fits(limits Limits) error {
 	if i.packed > limits.orDefault().Bytes {
 		return errTooLarge

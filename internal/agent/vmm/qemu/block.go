@@ -128,8 +128,8 @@ func (m *machine) top(ctx context.Context) (node, error) {
 	return d.Inserted, err
 }
 
-// limit has QEMU hold back the guest's reads and writes above the rates. It is of
-// the device, so diverting the disk changes nothing.
+// limit makes QEMU delay the guest's reads and writes above the rates. The limit is
+// the device's, so it stays when the disk is diverted.
 func (m *machine) limit(ctx context.Context, r rates.Rates) error {
 	if r.DiskBytes == 0 && r.DiskOps == 0 {
 		return nil
@@ -142,8 +142,8 @@ func (m *machine) limit(ctx context.Context, r rates.Rates) error {
 		return fmt.Errorf("limit disk: %w", err)
 	}
 	args := object{"id": d.Device, "bps": r.DiskBytes, "bps_rd": 0, "bps_wr": 0, "iops": r.DiskOps, "iops_rd": 0, "iops_wr": 0}
-	// The maximum is how much can be taken at once. QEMU takes none below the rate;
-	// without one it is a tenth of the rate.
+	// The maximum is the burst. QEMU accepts none below the rate; without one the
+	// burst is a tenth of the rate.
 	if n := r.AtOnce(r.DiskBytes); r.DiskBytes > 0 && n >= r.DiskBytes {
 		args["bps_max"] = n
 	}

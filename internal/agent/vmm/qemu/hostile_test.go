@@ -25,7 +25,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
 )
 
-// hostileUID is the user of the stand-in, whose threads count for nobody else.
+// hostileUID is the stand-in's own user, so that its threads count for nobody else.
 const hostileUID = 1_999_997
 
 // standIn is the first argument of this program where it stands in for a QEMU
@@ -174,7 +174,7 @@ var attacks = []attack{
 	{"nothing", func(string) error { return nil }, nil},
 }
 
-// TestHostileQEMU: a program in QEMU's place does nothing but what QEMU must.
+// TestHostileQEMU: a program in QEMU's place can do nothing that QEMU need not do.
 func TestHostileQEMU(t *testing.T) {
 	d, s := open(t)
 	d.standIn = true
@@ -229,7 +229,7 @@ func TestWithoutSeccomp(t *testing.T) {
 	}
 }
 
-// attack has the stand-in try something in a jail.
+// attack makes the stand-in try something in a jail.
 func (d *Driver) attack(t *testing.T, overlay, name, target string) (syscall.WaitStatus, string) {
 	t.Helper()
 	file, err := os.OpenFile(overlay, os.O_RDWR, 0)
@@ -267,7 +267,7 @@ func (d *Driver) attack(t *testing.T, overlay, name, target string) (syscall.Wai
 	return cmd.ProcessState.Sys().(syscall.WaitStatus), string(said)
 }
 
-// takenOver answers as QEMU does until it is asked for the console: then it makes
+// takenOver answers as QEMU does until the driver asks for the console; then it makes
 // a forbidden call.
 func takenOver(args []string) error {
 	var fd uintptr
@@ -302,8 +302,8 @@ func takenOver(args []string) error {
 	}
 }
 
-// TestForbiddenCallIsReported: a machine whose QEMU made a forbidden call says so,
-// to an agent that attached to it too where the kernel tells.
+// TestForbiddenCallIsReported: the machine of a QEMU that made a forbidden call says
+// so, and where the kernel tells, also to an agent that attached to it.
 func TestForbiddenCallIsReported(t *testing.T) {
 	d, s := open(t)
 	d.standIn = true

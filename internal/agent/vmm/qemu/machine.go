@@ -46,8 +46,8 @@ type machine struct {
 	stale   bool // QEMU may hold descriptors that it does not need
 	console []byte
 	reason  error
-	// forbidden: QEMU made a forbidden system call. What an agent attached to is not
-	// its child, so it learns of that from newer kernels alone.
+	// forbidden: QEMU made a forbidden system call. A QEMU that the agent attached to is
+	// not its child, so only newer kernels tell the agent.
 	forbidden bool
 }
 
@@ -74,7 +74,7 @@ func (m *machine) Err() error {
 	return errors.New("QEMU ended")
 }
 
-// errForbidden is why a machine ended whose QEMU its guest may have taken over.
+// errForbidden is why a machine ended: its guest may have taken over QEMU.
 var errForbidden = errors.New("the jail ended QEMU: it made a system call that is forbidden")
 
 // ended notes how QEMU ended.
@@ -303,11 +303,11 @@ func awaitEnd(pidfd *os.File) error {
 	})
 }
 
-// reapTime is how long a process that has ended may wait for its parent to hear of it.
+// reapTime bounds the wait until a dead process's parent has reaped it.
 const reapTime = time.Second
 
-// exitStatus returns how the process behind a pidfd, which has ended, did so; 0 if
-// the kernel does not say: only those since 6.15 do, once the parent has heard of it.
+// exitStatus returns how the process behind a pidfd ended, or 0 if the kernel does not
+// say. Only kernels since 6.15 do, once the parent has reaped the process.
 func exitStatus(pidfd *os.File) syscall.WaitStatus {
 	for deadline := time.Now().Add(reapTime); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 		info := unix.PidfdInfo{Mask: unix.PIDFD_INFO_EXIT}

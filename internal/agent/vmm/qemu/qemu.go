@@ -63,7 +63,7 @@ type Driver struct {
 	bootID string
 	tscKHz int    // of an emulated guest's time stamp counter
 	kind   string // see vmm.Driver
-	// launcher starts QEMU in the bounds that a process has to set for itself.
+	// launcher starts QEMU with the limits that a process must set for itself.
 	launcher *launcher.Launcher
 	standIn  bool // tests run this program in QEMU's place
 	// endings are the machines that are being ended.
@@ -76,8 +76,7 @@ type Option func(*options)
 
 type options struct{ unfiltered bool }
 
-// WithoutSeccomp has QEMUs run without the driver's seccomp filter. QEMU's own
-// stays.
+// WithoutSeccomp runs QEMU without the driver's seccomp filter. QEMU's own stays.
 func WithoutSeccomp() Option { return func(o *options) { o.unfiltered = true } }
 
 // Open returns a driver that uses the accelerator KVM or TCG. dir is a folder
@@ -312,8 +311,8 @@ func (d *Driver) arguments(s vmm.Spec, as model, ram, incoming *os.File, h *hand
 		"-nodefaults", "-no-user-config", "-display", "none",
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
 		"-S", // nothing of the guest's runs before it is in all its bounds
-		// No page of it is merged with others' (mem-merge): that tells guests of one another.
-		// A core dump would have it (dump-guest-core).
+		// Merging equal pages (mem-merge) would tell guests of one another, and a core
+		// dump would contain the guest's memory (dump-guest-core).
 		"-machine", "microvm,x-option-roms=off,rtc=on,isa-serial=on,memory-backend=ram,mem-merge=off,dump-guest-core=off" + as.machine,
 		// Named, as newer ones have SeaBIOS for this machine, which starts no
 		// kernel without an option ROM.
@@ -417,8 +416,8 @@ func (d *Driver) exec(s vmm.Spec, group cgroup.Group, args []string, files []*os
 	return cmd, nil
 }
 
-// fileBytes bounds the size of a file that a machine with such a disk writes: an
-// overlay with all of the disk, the tables of its format and some to spare.
+// fileBytes bounds a file that a machine with such a disk writes: an overlay with all
+// of the disk, qcow2's tables and some to spare.
 func fileBytes(disk int64) int64 { return disk + disk>>8 + 64<<20 }
 
 // listen makes the control socket, which only root may connect to, and

@@ -11,8 +11,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
 )
 
-// TestDiskRates writes more than a guest may, at first, after its disk was
-// diverted, and after a restore: it takes as long as the rates say.
+// TestDiskRates writes more than the rates allow: at first, after the disk was
+// diverted, and after a restore. Each time the writes take as long as the rates say.
 func TestDiskRates(t *testing.T) {
 	b := newBench(t)
 	b.spec.Rates = rates.Rates{DiskBytes: 8 << 20, DiskOps: 100, Burst: time.Second}

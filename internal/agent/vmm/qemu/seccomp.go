@@ -84,8 +84,8 @@ var tapRequests = []uint64{
 }
 
 // kvmCheckExtension asks KVM for one of its features, and lastKVMFeature is the
-// last of them that this list knows (Linux 6.16). Of later ones QEMU hears that
-// there are none, so that it makes no request that is not here.
+// last of them that this list knows (Linux 6.16). QEMU is told
+// that later ones do not exist, so that it makes no request that is not listed here.
 const (
 	kvmCheckExtension = 0xae03
 	lastKVMFeature    = 243
@@ -135,11 +135,10 @@ var kvmRequests = []uint64{
 func errno(e unix.Errno) seccomp.Action { return seccomp.ActionErrno | seccomp.Action(e) }
 
 // filters returns the seccomp programs of a QEMU that runs guests with the
-// accelerator. For each call the kernel does what is strictest of what they say.
+// accelerator. For each call the kernel applies the strictest of their answers.
 //
-// Calls that depend on their arguments have programs of their own, which name no
-// other call: after it has looked at arguments, a program of the library goes on
-// as if they were the call's number.
+// Each call whose answer depends on its arguments has a program of its own, because
+// the library's programs take the last argument for the call's number afterwards.
 func filters(accel string) ([][]unix.SockFilter, error) {
 	var all [][]unix.SockFilter
 	add := func(policy seccomp.Policy) error {
@@ -190,7 +189,7 @@ func assemble(policy seccomp.Policy) ([]unix.SockFilter, error) {
 	return instructions, nil
 }
 
-// conditional says with which arguments a call does not succeed.
+// conditional returns the rules that refuse calls with certain arguments.
 func conditional(accel string) []seccomp.SyscallGroup {
 	const self = 1 // QEMU is the first process of its namespace
 	call := func(action seccomp.Action, name string, any ...seccomp.ArgumentConditions) seccomp.SyscallGroup {
@@ -223,7 +222,7 @@ func conditional(accel string) []seccomp.SyscallGroup {
 		call(errno(unix.EPERM), "prctl", none(0, prctls)),
 		call(errno(unix.EPERM), "prlimit64", seccomp.ArgumentConditions{argument(2, seccomp.NotEqual, 0)}), // sets limits
 		call(errno(unix.EPERM), "tgkill", seccomp.ArgumentConditions{argument(0, seccomp.NotEqual, self)}),
-		// Of clone3 the flags are in memory, where no filter looks: libc uses clone instead.
+		// clone3 has its flags in memory, which a filter cannot read. libc uses clone instead.
 		call(seccomp.ActionKillProcess, "clone", seccomp.ArgumentConditions{argument(0, seccomp.BitsNotSet, unix.CLONE_THREAD)}),
 	}
 }

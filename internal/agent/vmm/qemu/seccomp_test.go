@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestForeignCalls: calls of another architecture, whose numbers mean other things,
-// fail whatever their numbers are, as 32-bit programs' do.
+// TestForeignCalls: all calls of another architecture fail, such as those of 32-bit
+// programs, because their numbers mean other calls.
 func TestForeignCalls(t *testing.T) {
 	for _, accel := range []string{KVM, TCG} {
 		all, err := filters(accel)
