@@ -276,12 +276,11 @@ type ClaimBuildParams struct {
 	Own    int64
 }
 
-// Of the builds that wait, or whose worker is not heard of, one of the owner with
-// the fewest running, the oldest of these. All teams of one owner may have so many
-// running, and so many of one worker's places (own), which leaves places to others.
-// now() is when
-// this transaction began, so a lease that was renewed since ends later than one
-// from now; one much later is from before the clock was set back.
+// Claims a build that waits or whose worker is lost: the oldest one of the owner with
+// the fewest running. Bounds on what all teams of one owner run, in all and of one
+// worker's places (own), leave places to others. now() is when this transaction began,
+// so a lease that was renewed since ends later than one from now; one that ends much
+// later is from before the clock was set back.
 func (q *Queries) ClaimBuild(ctx context.Context, arg ClaimBuildParams) (Build, error) {
 	row := q.db.QueryRow(ctx, claimBuild,
 		arg.Worker,
@@ -445,9 +444,9 @@ DELETE FROM build_archives WHERE build_archives.ctid = ANY (ARRAY(
     ORDER BY a.team_id, a.digest FOR UPDATE OF a))
 `
 
-// Those that no build that is still to come, or under way, copies from.
-// In the order of their teams, whose usage is locked after them. One that is used
-// meanwhile has another place (ctid) and stays.
+// Forgets archives that no waiting or running build copies from, in the order of
+// their teams, whose usage is locked after them. One that is used meanwhile has
+// another place (ctid) and stays.
 func (q *Queries) ForgetArchives(ctx context.Context, before time.Time) error {
 	_, err := q.db.Exec(ctx, forgetArchives, before)
 	return err

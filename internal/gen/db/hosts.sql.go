@@ -101,8 +101,8 @@ forgotten AS (DELETE FROM lost_templates WHERE lost_templates.host_id = $1 AND l
 DELETE FROM templates WHERE templates.id = ANY (ARRAY(SELECT going.id FROM going))
 `
 
-// And teams' templates that are nowhere then: their names are free.
-// Templates are locked before what hosts have of them, as their deletion does it.
+// Also drops teams' templates that are then on no host, which frees their names.
+// Locks templates before what hosts have of them, as deleting one does.
 func (q *Queries) DropTemplatesOfHost(ctx context.Context, hostID uuid.UUID) error {
 	_, err := q.db.Exec(ctx, dropTemplatesOfHost, hostID)
 	return err

@@ -21,7 +21,7 @@ type AddressConfirmedParams struct {
 	Address string
 }
 
-// Whether the recipient has confirmed an address for another channel of the team.
+// Whether the address is confirmed for another channel of the team.
 func (q *Queries) AddressConfirmed(ctx context.Context, arg AddressConfirmedParams) (bool, error) {
 	row := q.db.QueryRow(ctx, addressConfirmed, arg.TeamID, arg.Address)
 	var exists bool
@@ -128,7 +128,7 @@ WHERE channels.id = ANY (ARRAY(
     ORDER BY c.id FOR NO KEY UPDATE OF c))
 `
 
-// With it the team's other channels to the same address.
+// Confirms the team's other channels to the same address too.
 func (q *Queries) ConfirmChannel(ctx context.Context, confirmHash []byte) (int64, error) {
 	result, err := q.db.Exec(ctx, confirmChannel, confirmHash)
 	if err != nil {
@@ -300,7 +300,7 @@ type InsertChannelParams struct {
 	ConfirmUntil *time.Time
 }
 
-// One of mail is confirmed already if the team has another with its address that is.
+// A mail channel starts confirmed if the team has a confirmed one with the address.
 func (q *Queries) InsertChannel(ctx context.Context, arg InsertChannelParams) (Channel, error) {
 	row := q.db.QueryRow(ctx, insertChannel,
 		arg.ID,
@@ -525,8 +525,8 @@ type UpdateChannelParams struct {
 	ID           uuid.UUID
 }
 
-// To enable it is to begin anew. Another address is not confirmed by what was
-// sent to the one before.
+// Enabling it forgets its failures. A link that was sent to the old address does not
+// confirm the new one.
 func (q *Queries) UpdateChannel(ctx context.Context, arg UpdateChannelParams) (Channel, error) {
 	row := q.db.QueryRow(ctx, updateChannel,
 		arg.Name,

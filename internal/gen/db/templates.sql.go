@@ -744,7 +744,7 @@ const lockTemplate = `-- name: LockTemplate :exec
 SELECT FROM templates WHERE id = $1 FOR UPDATE
 `
 
-// Before what hosts have of it, as a deletion locks them.
+// Lock it before what hosts have of it, as a deletion does.
 func (q *Queries) LockTemplate(ctx context.Context, id uuid.UUID) error {
 	_, err := q.db.Exec(ctx, lockTemplate, id)
 	return err

@@ -165,7 +165,7 @@ type ListUsageByTeamRow struct {
 	StoredMiB        int64
 }
 
-// Those too that used nothing, and have something stored.
+// Includes teams that used nothing but have something stored.
 func (q *Queries) ListUsageByTeam(ctx context.Context, arg ListUsageByTeamParams) ([]ListUsageByTeamRow, error) {
 	rows, err := q.db.Query(ctx, listUsageByTeam,
 		arg.Rolled,

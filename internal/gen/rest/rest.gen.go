@@ -864,7 +864,7 @@ type ChangeUser struct {
 
 // Channel defines model for Channel.
 type Channel struct {
-	// Confirmed Whether it may be told of anything: the recipient of mail has confirmed the address; true for other kinds.
+	// Confirmed Whether it may get messages: the recipient of mail has confirmed the address; true for other kinds.
 	Confirmed bool `json:"confirmed"`
 
 	// CreatedAt When it was made.
@@ -1122,7 +1122,7 @@ type CreateSandbox struct {
 	// Metadata The caller's own keys and values, to find sandboxes by. Keys have 1 to 128 characters, none of them `=`.
 	Metadata *Metadata `json:"metadata,omitempty"`
 
-	// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused. To be paused, its memory counts for `max_stored_mib` from the beginning.
+	// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused. If it is to be paused, its memory counts for `max_stored_mib` from the beginning.
 	OnTimeout *OnTimeout `json:"on_timeout,omitempty"`
 
 	// Template A template's name, with `:tag` or `@version` where not the latest is meant, or its id. A team's own template goes before the platform's of the same name.
@@ -1466,7 +1466,7 @@ type HostList struct {
 
 // HostLoad What is in use, as the agent said last.
 type HostLoad struct {
-	// DiskFreeBytes What is free of the disk, without what is kept for pauses or is being written.
+	// DiskFreeBytes Free disk space, without what is reserved for pauses or for writes under way.
 	DiskFreeBytes int64 `json:"disk_free_bytes"`
 	Sandboxes     int32 `json:"sandboxes"`
 	UsedMemoryMib int64 `json:"used_memory_mib"`
@@ -1708,7 +1708,7 @@ type NewUser struct {
 	Email Email `json:"email"`
 }
 
-// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused. To be paused, its memory counts for `max_stored_mib` from the beginning.
+// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused. If it is to be paused, its memory counts for `max_stored_mib` from the beginning.
 type OnTimeout string
 
 // Password 10 characters or more.
@@ -1837,7 +1837,7 @@ type Sandbox struct {
 	// Metadata The caller's own keys and values, to find sandboxes by. Keys have 1 to 128 characters, none of them `=`.
 	Metadata Metadata `json:"metadata"`
 
-	// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused. To be paused, its memory counts for `max_stored_mib` from the beginning.
+	// OnTimeout What becomes of a sandbox that was not used for its timeout: it is destroyed, unless said otherwise, or paused. If it is to be paused, its memory counts for `max_stored_mib` from the beginning.
 	OnTimeout OnTimeout `json:"on_timeout"`
 
 	// PausedAt Since when it is paused; absent when it is not.
@@ -2027,7 +2027,7 @@ type TeamUsage struct {
 	// Name The team's name; absent: it was deleted.
 	Name *string `json:"name,omitempty"`
 
-	// StoredMib What counts for `max_stored_mib` now, in MiB.
+	// StoredMib The current sum for `max_stored_mib`, in MiB.
 	StoredMib int64 `json:"stored_mib"`
 
 	// TeamID The team's id.
@@ -2105,7 +2105,7 @@ type Usage struct {
 	// From The first day.
 	From openapi_types.Date `json:"from"`
 
-	// StoredMib What counts for `max_stored_mib` now, in MiB.
+	// StoredMib The current sum for `max_stored_mib`, in MiB.
 	StoredMib int64 `json:"stored_mib"`
 
 	// To The last day.
@@ -2899,7 +2899,7 @@ type ServerInterface interface {
 	// VerifyEmail Open an account with the link that was mailed
 	// (POST /v1/auth/verify)
 	VerifyEmail(w http.ResponseWriter, r *http.Request)
-	// ConfirmChannel Confirm a channel with the link that was mailed
+	// ConfirmChannel Confirm a channel with the mailed link
 	// (POST /v1/channel-confirmations)
 	ConfirmChannel(w http.ResponseWriter, r *http.Request)
 	// ListChannels List notification channels
@@ -2917,7 +2917,7 @@ type ServerInterface interface {
 	// ChangeChannel Change a channel
 	// (PATCH /v1/channels/{channel_id})
 	ChangeChannel(w http.ResponseWriter, r *http.Request, channelID ChannelID)
-	// AskConfirmation Send the letter that asks for confirmation again
+	// AskConfirmation Send the confirmation letter again
 	// (POST /v1/channels/{channel_id}/confirmation)
 	AskConfirmation(w http.ResponseWriter, r *http.Request, channelID ChannelID)
 	// ListDeliveries What a channel was told
@@ -3400,7 +3400,7 @@ func (_ Unimplemented) VerifyEmail(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// ConfirmChannel Confirm a channel with the link that was mailed
+// ConfirmChannel Confirm a channel with the mailed link
 // (POST /v1/channel-confirmations)
 func (_ Unimplemented) ConfirmChannel(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
@@ -3436,7 +3436,7 @@ func (_ Unimplemented) ChangeChannel(w http.ResponseWriter, r *http.Request, cha
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// AskConfirmation Send the letter that asks for confirmation again
+// AskConfirmation Send the confirmation letter again
 // (POST /v1/channels/{channel_id}/confirmation)
 func (_ Unimplemented) AskConfirmation(w http.ResponseWriter, r *http.Request, channelID ChannelID) {
 	w.WriteHeader(http.StatusNotImplemented)

@@ -22,12 +22,11 @@ LIMIT @max_rows;
 SELECT pg_advisory_xact_lock(7239150284);
 
 -- name: ClaimBuild :one
--- Of the builds that wait, or whose worker is not heard of, one of the owner with
--- the fewest running, the oldest of these. All teams of one owner may have so many
--- running, and so many of one worker's places (own), which leaves places to others.
--- now() is when
--- this transaction began, so a lease that was renewed since ends later than one
--- from now; one much later is from before the clock was set back.
+-- Claims a build that waits or whose worker is lost: the oldest one of the owner with
+-- the fewest running. Bounds on what all teams of one owner run, in all and of one
+-- worker's places (own), leave places to others. now() is when this transaction began,
+-- so a lease that was renewed since ends later than one from now; one that ends much
+-- later is from before the clock was set back.
 WITH payers AS MATERIALIZED (
     SELECT t.team_id, COALESCE(team_owner(t.team_id), t.team_id) AS payer FROM (SELECT DISTINCT o.team_id FROM builds o WHERE o.state IN ('queued', 'running')) t
 ), open AS MATERIALIZED (
@@ -150,9 +149,9 @@ SELECT data FROM build_archive_chunks WHERE team_id = $1 AND digest = $2 AND num
 SELECT COALESCE(sum(size_bytes), 0)::bigint FROM build_archives WHERE team_id = $1;
 
 -- name: ForgetArchives :exec
--- Those that no build that is still to come, or under way, copies from.
--- In the order of their teams, whose usage is locked after them. One that is used
--- meanwhile has another place (ctid) and stays.
+-- Forgets archives that no waiting or running build copies from, in the order of
+-- their teams, whose usage is locked after them. One that is used meanwhile has
+-- another place (ctid) and stays.
 DELETE FROM build_archives WHERE build_archives.ctid = ANY (ARRAY(
     SELECT a.ctid FROM build_archives a WHERE a.used_at < @before
       AND NOT EXISTS (SELECT 1 FROM builds WHERE builds.team_id = a.team_id AND builds.archive = a.digest AND builds.state IN ('queued', 'running'))

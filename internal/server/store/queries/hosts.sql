@@ -156,8 +156,8 @@ WHERE sandboxes.id = ANY (ARRAY(
     SELECT s.id FROM sandboxes s WHERE s.host_id = $1 AND s.state NOT IN ('stopped', 'error') ORDER BY s.id FOR NO KEY UPDATE)) RETURNING sandboxes.id;
 
 -- name: DropTemplatesOfHost :exec
--- And teams' templates that are nowhere then: their names are free.
--- Templates are locked before what hosts have of them, as their deletion does it.
+-- Also drops teams' templates that are then on no host, which frees their names.
+-- Locks templates before what hosts have of them, as deleting one does.
 WITH going AS MATERIALIZED (
     SELECT t.id FROM templates t JOIN host_templates has ON has.template_id = t.id
     WHERE has.host_id = $1 AND t.team_id <> '00000000-0000-0000-0000-000000000000'

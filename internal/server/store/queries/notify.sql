@@ -1,12 +1,12 @@
 -- name: InsertChannel :one
--- One of mail is confirmed already if the team has another with its address that is.
+-- A mail channel starts confirmed if the team has a confirmed one with the address.
 INSERT INTO channels (id, team_id, name, kind, events, target, sealed, confirm_hash, confirm_until, confirmed_at)
 VALUES (@id, @team_id, @name, @kind, @events, @target, @sealed, sqlc.narg('confirm_hash'), sqlc.narg('confirm_until'),
     CASE WHEN @kind = 'email' AND EXISTS (SELECT FROM channels o WHERE o.team_id = @team_id AND o.kind = 'email' AND lower(o.target) = lower(@target) AND o.confirmed_at IS NOT NULL) THEN now() END)
 RETURNING *;
 
 -- name: AddressConfirmed :one
--- Whether the recipient has confirmed an address for another channel of the team.
+-- Whether the address is confirmed for another channel of the team.
 SELECT EXISTS (SELECT FROM channels WHERE team_id = @team_id AND kind = 'email' AND lower(target) = lower(@address::text) AND confirmed_at IS NOT NULL);
 
 -- name: AskConfirmation :execrows
@@ -14,7 +14,7 @@ UPDATE channels SET confirm_hash = @confirm_hash, confirm_until = @confirm_until
 WHERE id = @id AND kind = 'email' AND target = @target AND confirmed_at IS NULL;
 
 -- name: ConfirmChannel :execrows
--- With it the team's other channels to the same address.
+-- Confirms the team's other channels to the same address too.
 UPDATE channels SET confirmed_at = now(), confirm_hash = NULL, confirm_until = NULL
 WHERE channels.id = ANY (ARRAY(
     SELECT c.id FROM channels c JOIN channels asked ON asked.team_id = c.team_id AND lower(asked.target) = lower(c.target)
@@ -34,8 +34,8 @@ SELECT * FROM channels WHERE id = $1 AND team_id = $2;
 SELECT * FROM channels WHERE id = $1;
 
 -- name: UpdateChannel :one
--- To enable it is to begin anew. Another address is not confirmed by what was
--- sent to the one before.
+-- Enabling it forgets its failures. A link that was sent to the old address does not
+-- confirm the new one.
 UPDATE channels SET name = COALESCE(sqlc.narg('name'), name), events = COALESCE(sqlc.narg('events')::text[], events),
     target = COALESCE(sqlc.narg('target'), target), sealed = COALESCE(sqlc.narg('sealed')::bytea, sealed),
     enabled = COALESCE(sqlc.narg('enabled')::boolean, enabled),

@@ -76,7 +76,7 @@ DELETE FROM templates WHERE templates.id = ANY (ARRAY(
 INSERT INTO host_templates (host_id, template_id) VALUES ($1, $2) ON CONFLICT DO NOTHING;
 
 -- name: LockTemplate :exec
--- Before what hosts have of it, as a deletion locks them.
+-- Lock it before what hosts have of it, as a deletion does.
 SELECT FROM templates WHERE id = $1 FOR UPDATE;
 
 -- name: DropHostTemplates :exec

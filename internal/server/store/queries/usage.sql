@@ -46,7 +46,7 @@ JOIN sandbox_runs r ON r.team_id = @team_id AND r.started_at < utc_day(d.day + 1
 GROUP BY d.day ORDER BY d.day;
 
 -- name: ListUsageByTeam :many
--- Those too that used nothing, and have something stored.
+-- Includes teams that used nothing but have something stored.
 SELECT parts.team_id, COALESCE((SELECT teams.name FROM teams WHERE teams.id = parts.team_id), '')::text AS name,
     sum(parts.vcpu_seconds)::float8 AS vcpu_seconds, sum(parts.memory_mib_seconds)::float8 AS memory_mib_seconds, sum(parts.starts)::bigint AS starts,
     COALESCE((SELECT t.stored_mib FROM team_usage t WHERE t.team_id = parts.team_id), 0)::bigint AS stored_mib
