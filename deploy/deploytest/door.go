@@ -19,13 +19,14 @@ import (
 	"time"
 
 	"github.com/wrenn-dev/wrenn/deploy"
+	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
-// Door is a front door of a test's own, on a port of 127.0.0.1.
+// Door is Caddy with the shipped Caddyfile, on a free port of 127.0.0.1, for one test.
 type Door struct {
-	// Address is where it listens, Port the port of that.
+	// Address is the host and port it listens on, Port the port alone.
 	Address, Port string
-	// Trust has its certificate, after ServeTLS.
+	// Trust verifies the certificate that ServeTLS made; nil before.
 	Trust *x509.CertPool
 
 	socket *os.File
@@ -51,15 +52,15 @@ func Listen(t testing.TB) *Door {
 	return d
 }
 
-// Serve runs Caddy over plain HTTP in front of a control plane until the test ends.
-// env adds to its environment.
+// Serve runs Caddy over plain HTTP until the test ends. server is the control plane's
+// address in the form of WRENN_SERVER, and env adds to Caddy's environment.
 func (d *Door) Serve(t testing.TB, server string, env ...string) {
 	t.Helper()
 	d.run(t, t.TempDir(), append(env, "WRENN_SITES=http://:"+d.Port, "WRENN_SERVER="+server))
 }
 
-// ServeTLS is Serve over HTTPS as in the README's "Add a machine", for the given
-// names, with a self-signed certificate.
+// ServeTLS is like Serve, but over HTTPS, configured as in the README's "Add a machine":
+// with a self-signed certificate for names.
 func (d *Door) ServeTLS(t testing.TB, server string, names []string, env ...string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -76,9 +77,6 @@ func (d *Door) ServeTLS(t testing.TB, server string, names []string, env ...stri
 	d.run(t, dir, append(env, "WRENN_SITES="+strings.Join(sites, ", "), "WRENN_SERVER="+server,
 		"CREDENTIALS_DIRECTORY="+dir, "WRENN_TLS=tls {env.CREDENTIALS_DIRECTORY}/tls.crt {env.CREDENTIALS_DIRECTORY}/tls.key"))
 }
-
-// hang bounds the wait for Caddy.
-const hang = 2 * time.Minute
 
 func (d *Door) run(t testing.TB, dir string, env []string) {
 	t.Helper()
@@ -111,7 +109,7 @@ func (d *Door) run(t testing.TB, dir string, env []string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	transport := &http.Transport{DisableKeepAlives: true, ResponseHeaderTimeout: hang}
+	transport := &http.Transport{DisableKeepAlives: true, ResponseHeaderTimeout: await.Hang}
 	answered := make(chan error, 1)
 	go func() {
 		// To plain HTTP at its HTTPS port, Caddy answers 400.
@@ -132,7 +130,8 @@ func (d *Door) run(t testing.TB, dir string, env []string) {
 	}
 }
 
-// certify writes a self-signed certificate for names to tls.crt and tls.key.
+// certify writes a self-signed certificate for names, and its key, to tls.crt and
+// tls.key in dir.
 func certify(dir string, names []string) (*x509.Certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

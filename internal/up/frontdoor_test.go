@@ -1031,11 +1031,7 @@ func TestConnectionsPerAddress(t *testing.T) {
 		for _, o := range open {
 			o.Close()
 		}
-		for begun := time.Now(); ask(dial(c.from), "localhost") != "Caddy"; {
-			if time.Since(begun) > await.Hang {
-				t.Fatalf("what %s has closed counts for ever", c.from)
-			}
-		}
+		await.Until(t, "what "+c.from+" has closed no longer counts", func() bool { return ask(dial(c.from), "localhost") == "Caddy" })
 	}
 }
 

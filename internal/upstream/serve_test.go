@@ -317,13 +317,8 @@ func TestClientLeaves(t *testing.T) {
 	conn.send(t, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
 	<-came
 	_ = conn.Close()
-	select {
-	case err := <-ended:
-		if !errors.Is(err, context.Canceled) {
-			t.Error(err)
-		}
-	case <-time.After(await.Hang):
-		t.Error("the request goes on although its client has left")
+	if err := await.Recv(t, "the end of the request", ended); !errors.Is(err, context.Canceled) {
+		t.Error(err)
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/linger"
 )
 
@@ -25,9 +26,6 @@ func NewServer(h http.Handler) *httptest.Server {
 	s.Start()
 	return s
 }
-
-// hang bounds what a client waits for, on however busy a machine.
-const hang = 2 * time.Minute
 
 // chunk is what a chunked body is sent in; every body is a multiple of it.
 const chunk = 32 << 10
@@ -109,7 +107,7 @@ func viaGo(dial func() (net.Conn, error), r Refusal, size int, chunked bool) err
 	if !chunked {
 		req.ContentLength = int64(size)
 	}
-	c := http.Client{Transport: transport, Timeout: hang}
+	c := http.Client{Transport: transport, Timeout: await.Hang}
 	resp, err := c.Do(req)
 	if err != nil {
 		return err
@@ -135,7 +133,7 @@ func raw(dial func() (net.Conn, error), r Refusal, size int, chunked, readsLast 
 		return err
 	}
 	defer conn.Close()
-	if err := conn.SetDeadline(time.Now().Add(hang)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(await.Hang)); err != nil {
 		return err
 	}
 	wrote := make(chan error, 1)
