@@ -13,6 +13,8 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/room"
 )
 
 // PostgreSQL stops when it cannot write its log, and does not start again while it
@@ -35,11 +37,8 @@ const (
 )
 
 func freeMiB(dir string) (int64, error) {
-	var fs unix.Statfs_t
-	if err := unix.Statfs(dir, &fs); err != nil {
-		return 0, fmt.Errorf("measure disk: %w", err)
-	}
-	return int64(fs.Bavail) * fs.Bsize >> 20, nil
+	free, err := room.Of(dir)()
+	return free >> 20, err
 }
 
 func (p *postgres) spare() string { return filepath.Join(p.dir, "spare") }
