@@ -88,6 +88,42 @@ func openDoorAt(t *testing.T, host string, server http.Handler, config []byte) (
 	return s, front.listen, stopServer
 }
 
+// exchange sends a request to the front door at listen, and returns the response with
+// its body. If host is empty, the request's Host is listen.
+func exchange(t *testing.T, listen, method, host, path, body string) (resp *http.Response, text string) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, "http://"+listen+path, strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Host = host
+	if resp, err = http.DefaultClient.Do(req); err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp, string(b)
+}
+
+// takePassed returns a listener for the connections that Caddy passes to the control
+// plane. It closes the listener when the test ends.
+func takePassed(t *testing.T, s *service) net.Listener {
+	t.Helper()
+	path := handover.Path(s.dir.ServerSocket())
+	l, err := handover.Listen(path, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() })
+	if err := openTo(account{caddyID, caddyID}, path); err != nil {
+		t.Fatal(err)
+	}
+	return linger.Listener(l)
+}
+
 // TestDoorman: from the moment that the port is open, clients hear what the machine
 // prepares, until Caddy answers. None is refused, and none waits.
 func TestDoorman(t *testing.T) {
@@ -106,20 +142,7 @@ func TestDoorman(t *testing.T) {
 	l.Close()
 	get := func(method string) (*http.Response, string) {
 		t.Helper()
-		req, err := http.NewRequestWithContext(t.Context(), method, "http://"+front.listen+"/v1/sandboxes", strings.NewReader("{}"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		resp, err := http.DefaultClient.Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer resp.Body.Close()
-		b, err := io.ReadAll(resp.Body)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return resp, string(b)
+		return exchange(t, front.listen, method, "", "/v1/sandboxes", "{}")
 	}
 	front.doorman.prepares("the base image")
 	for _, method := range []string{"GET", "POST", "HEAD"} {
@@ -304,19 +327,8 @@ func TestNameWithDot(t *testing.T) {
 	_, listen, _ := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.URL.Path) }))
 	for _, host := range []string{"80-cl-x.localhost.", "80-CL-x.sandboxes.localhost.:80", "x.sandboxes.localhost.", "sandboxes.localhost."} {
 		for _, method := range []string{http.MethodGet, http.MethodPost} {
-			req, err := http.NewRequestWithContext(t.Context(), method, "http://"+listen+"/api/x", strings.NewReader(""))
-			if err != nil {
-				t.Fatal(err)
-			}
-			req.Host = host
-			resp, err := http.DefaultClient.Do(req)
-			if err != nil {
-				t.Fatal(err)
-			}
-			b, err := io.ReadAll(resp.Body)
-			resp.Body.Close()
-			if err != nil || string(b) != "/api/x" {
-				t.Errorf("%s %s: the server is asked for %q, %v", method, host, b, err)
+			if _, path := exchange(t, listen, method, host, "/api/x", ""); path != "/api/x" {
+				t.Errorf("%s %s: the server is asked for %q", method, host, path)
 			}
 		}
 	}
@@ -818,23 +830,6 @@ func TestPortsTakeAShorterWay(t *testing.T) {
 		_, _ = io.Copy(w, r.Body)
 		fmt.Fprint(w, r.Header.Get("X-Forwarded-For"), r.Header.Get("X-Forwarded-Host"), r.Header.Get("X-Forwarded-Proto"))
 	}), config)
-	ask := func(method, host, body string) (resp *http.Response, text string) {
-		t.Helper()
-		req, err := http.NewRequestWithContext(t.Context(), method, "http://"+listen+"/v1/x", strings.NewReader(body))
-		if err != nil {
-			t.Fatal(err)
-		}
-		req.Host = host
-		if resp, err = http.DefaultClient.Do(req); err != nil {
-			t.Fatal(err)
-		}
-		defer resp.Body.Close()
-		b, err := io.ReadAll(resp.Body)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return resp, string(b)
-	}
 	for _, c := range []struct {
 		method, host, body string
 		short              bool
@@ -850,14 +845,14 @@ func TestPortsTakeAShorterWay(t *testing.T) {
 		{"POST", "80-cl-x.localhost", "hello", false},
 		{"GET", "x.sandboxes.localhost", "", false},
 	} {
-		resp, text := ask(c.method, c.host, c.body)
+		resp, text := exchange(t, listen, c.method, c.host, "/v1/x", c.body)
 		if short := resp.Header.Get("X-Caddy") == ""; short != c.short || resp.StatusCode != 200 || text != c.body+"127.0.0.1"+c.host+"http" {
 			t.Errorf("%s %s: %d %q, by a shorter way: %v", c.method, c.host, resp.StatusCode, text, short)
 		}
 	}
 	stopServer()
 	for _, host := range []string{"80-cl-x.localhost", "localhost"} {
-		if resp, text := ask("GET", host, ""); resp.StatusCode != 502 || !strings.Contains(text, "cannot connect to the control plane") {
+		if resp, text := exchange(t, listen, "GET", host, "/v1/x", ""); resp.StatusCode != 502 || !strings.Contains(text, "cannot connect to the control plane") {
 			t.Errorf("%s without a server: %d %q", host, resp.StatusCode, text)
 		}
 	}
@@ -879,16 +874,9 @@ func TestConnectionsArePassed(t *testing.T) {
 		})
 	}
 	s, listen, _ := openDoor(t, tell("Caddy"))
-	passed, err := handover.Listen(handover.Path(s.dir.ServerSocket()), 0o600)
-	if err != nil {
-		t.Fatal(err)
-	}
 	srv := netaddr.Server(controlplane.FrontDoor(tell("itself"), func(r *http.Request) bool { return strings.HasSuffix(r.Host, "-cl-x.localhost") }))
-	go srv.Serve(linger.Listener(passed))
+	go srv.Serve(takePassed(t, s))
 	t.Cleanup(func() { srv.Close() })
-	if err := openTo(account{caddyID, caddyID}, handover.Path(s.dir.ServerSocket())); err != nil {
-		t.Fatal(err)
-	}
 	dial := func() (net.Conn, func(request string) (by, answer string)) {
 		t.Helper()
 		conn, err := net.Dial("tcp", listen)
@@ -947,14 +935,7 @@ func TestConnectionsArePassed(t *testing.T) {
 		t.Errorf("a connection that the control plane has closed: %d, %v", n, err)
 	}
 	// Nobody accepts: the control plane hangs, or is killed before it does.
-	hangs, err := handover.Listen(handover.Path(s.dir.ServerSocket()), 0o600)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer hangs.Close()
-	if err := openTo(account{caddyID, caddyID}, handover.Path(s.dir.ServerSocket())); err != nil {
-		t.Fatal(err)
-	}
+	takePassed(t, s)
 	_, ask = dial()
 	if by, got := ask(get(sandbox, "/")); by != "Caddy" {
 		t.Errorf("the control plane accepts none: by %q: %s", by, got)
@@ -973,16 +954,9 @@ func TestConnectionsPerAddress(t *testing.T) {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, by) })
 	}
 	s, listen, _ := openDoorAt(t, here, tell("Caddy"), deploy.Caddyfile)
-	passed, err := handover.Listen(handover.Path(s.dir.ServerSocket()), 0o600)
-	if err != nil {
-		t.Fatal(err)
-	}
 	srv := netaddr.Server(tell("itself"))
-	go srv.Serve(linger.Listener(passed))
+	go srv.Serve(takePassed(t, s))
 	t.Cleanup(func() { srv.Close() })
-	if err := openTo(account{caddyID, caddyID}, handover.Path(s.dir.ServerSocket())); err != nil {
-		t.Fatal(err)
-	}
 	dial := func(from string) net.Conn {
 		t.Helper()
 		d := net.Dialer{Timeout: await.Hang, LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
