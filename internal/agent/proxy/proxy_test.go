@@ -108,6 +108,22 @@ func (o *one) get(t *testing.T, path string) (int, string) {
 	return resp.StatusCode, e.Error.Message
 }
 
+// send sends a request to a guest's port, and returns the response. It closes the
+// response's body when the test ends.
+func (o *one) send(ctx context.Context, t *testing.T, method string, port int, body io.Reader) *http.Response {
+	t.Helper()
+	req, err := http.NewRequestWithContext(ctx, method, o.URL+o.path(port, "/"), body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := http.DefaultTransport.RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { resp.Body.Close() })
+	return resp
+}
+
 func TestBadTargets(t *testing.T) {
 	o := start(t)
 	listen(t, guest.Port, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
@@ -253,15 +269,7 @@ func TestGuestsSayNothingPrivate(t *testing.T) {
 		look(http.Header(h))
 		return nil
 	}})
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, o.URL+o.path(port, "/"), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	resp, err := http.DefaultTransport.RoundTrip(req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
+	resp := o.send(ctx, t, http.MethodGet, port, nil)
 	b, err := io.ReadAll(resp.Body)
 	look(resp.Header)
 	look(resp.Trailer)
@@ -367,15 +375,7 @@ func TestPartOfKnownLengthArrives(t *testing.T) {
 	}))
 	release := sync.OnceFunc(func() { close(rest) })
 	defer release()
-	req, err := http.NewRequestWithContext(await.Context(t), http.MethodGet, o.URL+o.path(port, "/"), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	resp, err := http.DefaultTransport.RoundTrip(req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
+	resp := o.send(await.Context(t), t, http.MethodGet, port, nil)
 	first := make([]byte, 5)
 	if _, err := io.ReadFull(resp.Body, first); err != nil || string(first) != "first" {
 		t.Fatalf("got %q, %v", first, err)
@@ -515,19 +515,11 @@ func TestPauseCutsOff(t *testing.T) {
 // the answer lets the request be sent again.
 func refused(t *testing.T, o *one, port int, method, body string, moment <-chan struct{}, again bool) {
 	t.Helper()
-	req, err := http.NewRequestWithContext(await.Context(t), method, o.URL+o.path(port, "/"), strings.NewReader(body))
-	if err != nil {
-		t.Fatal(err)
-	}
 	go func() {
 		<-moment
 		o.end(&sandbox.StateError{State: sandbox.Paused})
 	}()
-	resp, err := http.DefaultTransport.RoundTrip(req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
+	resp := o.send(await.Context(t), t, method, port, strings.NewReader(body))
 	b, err := io.ReadAll(resp.Body)
 	if err != nil {
 		t.Fatal(err)
