@@ -328,20 +328,22 @@ func (b *box) test(ctx context.Context, line string, args ...string) (bool, erro
 	call, cancel := context.WithTimeout(ctx, callTimeout+answerGrace)
 	defer cancel()
 	// What the guest prints is dropped as it comes.
-	exit, err := b.run(call, append([]string{"/bin/sh", "-c", line, "sh"}, args...), surroundings{dir: "/", user: "root"}, callTimeout, io.Discard)
-	if connect.IsWireError(err) && (connect.CodeOf(err) == connect.CodeNotFound || connect.CodeOf(err) == connect.CodeInvalidArgument) {
+	exit, err := b.exec(call, append([]string{"/bin/sh", "-c", line, "sh"}, args...), surroundings{dir: "/", user: "root"}, callTimeout, io.Discard)
+	switch {
+	case err == nil:
+		return exit.GetExitCode() == 0, nil
+	case !connect.IsWireError(err):
+		return false, err
+	case connect.CodeOf(err) == connect.CodeNotFound || connect.CodeOf(err) == connect.CodeInvalidArgument:
 		return false, nil
 	}
-	if err != nil {
-		return false, known(err, hosts.Fault)
-	}
-	return exit.GetExitCode() == 0, nil
+	return false, hosts.Fault(err) // This command is not the recipe's.
 }
 
 // command runs a command to its end, which must be exit code 0.
 func (b *box) command(ctx context.Context, c recipe.Command, act *action, step *Step, out *output) error {
 	limit := b.limit(act)
-	exit, err := b.exec(ctx, c, act.surroundings, limit, out)
+	exit, err := b.exec(ctx, c.Args(), act.surroundings, limit, out)
 	if err != nil {
 		return err
 	}
@@ -355,25 +357,8 @@ func (b *box) command(ctx context.Context, c recipe.Command, act *action, step *
 	return nil
 }
 
-// exec runs a command to its end. limit 0: without one.
-func (b *box) exec(ctx context.Context, c recipe.Command, in surroundings, limit time.Duration, out io.Writer) (*hostagentv1.ExecStreamResponse_Exited, error) {
-	exit, err := b.run(ctx, c.Args(), in, limit, out)
-	if err != nil {
-		return nil, known(err, refused)
-	}
-	return exit, nil
-}
-
-// known returns err; an error that a host reported becomes what told makes of it.
-func known(err error, told func(error) error) error {
-	if connect.IsWireError(err) {
-		return told(err)
-	}
-	return err
-}
-
-// run is exec, but returns a host's error unchanged.
-func (b *box) run(ctx context.Context, args []string, in surroundings, limit time.Duration, out io.Writer) (*hostagentv1.ExecStreamResponse_Exited, error) {
+// exec runs a recipe's command to its end. limit 0: without one.
+func (b *box) exec(ctx context.Context, args []string, in surroundings, limit time.Duration, out io.Writer) (*hostagentv1.ExecStreamResponse_Exited, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stream := b.host.Agent.ExecStream(ctx)
@@ -410,10 +395,7 @@ func (b *box) run(ctx context.Context, args []string, in surroundings, limit tim
 	if errors.Is(err, io.EOF) {
 		return nil, fault.New(fault.Unavailable, "the command's end is not known: its host broke off")
 	}
-	if !connect.IsWireError(err) {
-		err = hosts.Fault(err)
-	}
-	return nil, err
+	return nil, refused(err)
 }
 
 // refused is what a host's refusal to do a step says. What the guest says, that
@@ -582,7 +564,7 @@ func (a *attempt) capture(ctx context.Context, b *box, r *recipe.Recipe, p *plan
 			step := &a.steps[at]
 			go func() {
 				defer close(over)
-				exit, err := b.exec(follow, r.Start.Command, in, 0, out)
+				exit, err := b.exec(follow, r.Start.Command.Args(), in, 0, out)
 				switch {
 				case err != nil:
 					ended <- err
@@ -659,7 +641,7 @@ func (b *box) healthy(ctx context.Context, h *recipe.HealthCheck, in surrounding
 	interval, timeout, retries := cmp.Or(h.Interval, checkInterval), cmp.Or(h.Timeout, checkTimeout), cmp.Or(h.Retries, checkRetries)
 	begun := time.Now()
 	for failures := 0; ; {
-		exit, err := b.exec(ctx, h.Command, in, timeout, out)
+		exit, err := b.exec(ctx, h.Command.Args(), in, timeout, out)
 		if err != nil {
 			return err
 		}
