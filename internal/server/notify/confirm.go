@@ -2,9 +2,6 @@ package notify
 
 import (
 	"context"
-	"crypto/rand"
-	"crypto/sha256"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"strings"
@@ -63,12 +60,9 @@ func (s *Service) confirmation(ctx context.Context, team uuid.UUID, address stri
 	if err := s.Limiter.Allow(ctx, limitAddress, strings.ToLower(address)); err != nil {
 		return confirmation{}, err
 	}
-	var random [32]byte
-	rand.Read(random[:])
-	c := confirmation{token: "wrc_" + base64.RawURLEncoding.EncodeToString(random[:])}
-	sum, until := sha256.Sum256([]byte(c.token)), time.Now().Add(confirmLasts)
-	c.hash, c.until = sum[:], &until
-	return c, nil
+	token, hash := mail.NewToken("wrc_")
+	until := time.Now().Add(confirmLasts)
+	return confirmation{token, hash, &until}, nil
 }
 
 // ask sends the letter. It contains nothing that the team wrote, so that nobody can
@@ -77,11 +71,10 @@ func (s *Service) ask(row db.Channel, c confirmation) {
 	if c.token == "" || Confirmed(row) {
 		return
 	}
-	public := strings.TrimSuffix(s.PublicURL, "/")
 	s.Mail.Send(mail.Letter{
 		To: row.Target, Subject: "Confirm notifications of Wrenn",
-		Text: "A team of the Wrenn service at " + public + " (" + id.Format(id.Team, row.TeamID) + ") wants to send its notifications to this address.\n" +
-			"If you want them, confirm that within a day:\n\n" + public + "/confirm-channel#token=" + c.token +
+		Text: "A team of the Wrenn service at " + strings.TrimSuffix(s.PublicURL, "/") + " (" + id.Format(id.Team, row.TeamID) + ") wants to send its notifications to this address.\n" +
+			"If you want them, confirm that within a day:\n\n" + mail.Link(s.PublicURL, "/confirm-channel", c.token) +
 			"\n\nIf you do not know the team, there is nothing to do: you get no notifications.\n",
 	})
 }
@@ -118,8 +111,7 @@ func (s *Service) AskConfirmation(ctx context.Context, team, channel uuid.UUID) 
 // Confirm confirms the address of the channel whose mailed token this is, for all of
 // the team's channels. It fails with unauthenticated for any other token.
 func (s *Service) Confirm(ctx context.Context, token string) error {
-	sum := sha256.Sum256([]byte(token))
-	n, err := s.Store.ConfirmChannel(ctx, sum[:])
+	n, err := s.Store.ConfirmChannel(ctx, mail.HashToken(token))
 	if err != nil {
 		return fmt.Errorf("confirm channel: %w", err)
 	}

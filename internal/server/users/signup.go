@@ -2,9 +2,6 @@ package users
 
 import (
 	"context"
-	"crypto/rand"
-	"crypto/sha256"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"strings"
@@ -34,18 +31,14 @@ var (
 	pages    = map[string]string{verify: "/verify", reset: "/reset-password"}
 )
 
-// newLink writes what a link in a letter to a user holds, and returns it.
+// newLink stores the token for a link in a letter to a user, and returns it.
 func newLink(ctx context.Context, q *db.Queries, user uuid.UUID, purpose string, lasts time.Duration) (token string, err error) {
-	var random [32]byte
-	rand.Read(random[:])
-	token = prefixes[purpose] + base64.RawURLEncoding.EncodeToString(random[:])
-	sum := sha256.Sum256([]byte(token))
-	return token, q.InsertMailToken(ctx, db.InsertMailTokenParams{Hash: sum[:], UserID: user, Purpose: purpose, ExpiresAt: time.Now().Add(lasts)})
+	token, hash := mail.NewToken(prefixes[purpose])
+	return token, q.InsertMailToken(ctx, db.InsertMailTokenParams{Hash: hash, UserID: user, Purpose: purpose, ExpiresAt: time.Now().Add(lasts)})
 }
 
-// link has the token where browsers do not pass it on.
 func (s *Service) link(purpose, token string) string {
-	return strings.TrimSuffix(s.PublicURL, "/") + pages[purpose] + "#token=" + token
+	return mail.Link(s.PublicURL, pages[purpose], token)
 }
 
 func errTaken() error {
@@ -265,8 +258,7 @@ func (s *Service) Verify(ctx context.Context, token, password string, from Origi
 	if !strings.HasPrefix(token, prefixes[verify]) {
 		return g, user, invalid
 	}
-	sum := sha256.Sum256([]byte(token))
-	of, err := s.Store.GetMailToken(ctx, db.GetMailTokenParams{Hash: sum[:], Purpose: verify})
+	of, err := s.Store.GetMailToken(ctx, db.GetMailTokenParams{Hash: mail.HashToken(token), Purpose: verify})
 	if errors.Is(err, store.ErrNoRows) {
 		return g, user, invalid
 	}
@@ -294,7 +286,7 @@ func (s *Service) Verify(ctx context.Context, token, password string, from Origi
 		if !now.Active || now.PasswordHash == nil || *now.PasswordHash != *user.PasswordHash {
 			return invalid
 		}
-		if _, err := q.TakeMailToken(ctx, db.TakeMailTokenParams{Hash: sum[:], Purpose: verify}); err != nil {
+		if _, err := q.TakeMailToken(ctx, db.TakeMailTokenParams{Hash: mail.HashToken(token), Purpose: verify}); err != nil {
 			return err
 		}
 		if err := q.DeleteVerifyTokens(ctx, of); err != nil {

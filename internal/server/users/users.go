@@ -5,7 +5,6 @@ package users
 import (
 	"context"
 	"crypto/rand"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -299,9 +298,8 @@ func (s *Service) ResetPassword(ctx context.Context, token, password string) (us
 	if err != nil {
 		return user, err
 	}
-	sum := sha256.Sum256([]byte(token))
 	err = s.Store.InTx(ctx, func(q *db.Queries) error {
-		of, err := q.TakeMailToken(ctx, db.TakeMailTokenParams{Hash: sum[:], Purpose: reset})
+		of, err := q.TakeMailToken(ctx, db.TakeMailTokenParams{Hash: mail.HashToken(token), Purpose: reset})
 		if errors.Is(err, store.ErrNoRows) {
 			return invalid
 		}
