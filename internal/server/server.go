@@ -401,7 +401,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	metrics.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError}))
 	s.metrics, s.toPort = metrics, px.Match
 	rest := api.Handler()
-	ports := api.Admit(px)
+	ports := api.BoundAddresses(px)
 	s.handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if px.Match(r.Host) {
 			ports.ServeHTTP(w, r)

@@ -104,7 +104,7 @@ func (a *API) authorize(next http.Handler) http.Handler {
 		if err == nil {
 			err = access.Check(who)
 		}
-		if who.HasKey() || who.User != uuid.Nil {
+		if who.ID() != uuid.Nil {
 			// What is refused counts too, though not of the team, which did nothing.
 			if often := a.spend(r.Context(), access.Rate, who, err == nil); often != nil {
 				err = often

@@ -39,9 +39,9 @@ func (a *API) admit(r *http.Request, op *openapi3.Operation) error {
 	return a.Limiter.Allow(r.Context(), limit, ratelimit.Address(from))
 }
 
-// Admit returns next with a bound on each address's requests under way. This machine's
-// own addresses have none.
-func (a *API) Admit(next http.Handler) http.Handler {
+// BoundAddresses returns next with a bound on each address's requests under way. This
+// machine's own addresses have none.
+func (a *API) BoundAddresses(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if from := a.clientAddress(r); from.IsValid() && !a.trusted(from) {
 			leave, err := a.Crowd.EnterFrom(ratelimit.Address(from))

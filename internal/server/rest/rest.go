@@ -167,7 +167,7 @@ func New(c Config) (*API, error) {
 }
 
 // Handler serves the API.
-func (a *API) Handler() http.Handler { return a.observe(a.recover(a.Admit(a.route(a.chi)))) }
+func (a *API) Handler() http.Handler { return a.observe(a.recover(a.BoundAddresses(a.route(a.chi)))) }
 
 // Bounds of bodies that are JSON, in bytes.
 const (
@@ -189,17 +189,18 @@ func streams(op *openapi3.Operation) bool {
 // caller without a team.
 func (a *API) limit(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		owner := a.addressText(r)
-		if payer := caller(r).Payer; payer != uuid.Nil {
-			owner = payer.String()
-		}
-		if who := caller(r); who.HasKey() || who.User != uuid.Nil {
+		who := caller(r)
+		if who.ID() != uuid.Nil {
 			leave, err := a.Crowd.Enter(who.ID(), who.Payer)
 			if err != nil {
 				a.Fail(w, r, err)
 				return
 			}
 			defer leave()
+		}
+		owner := who.Payer.String()
+		if who.Payer == uuid.Nil {
+			owner = a.addressText(r)
 		}
 		o := observed(r)
 		o.held = a.Memory.Hold(owner)
