@@ -24,27 +24,9 @@ const (
 // retryAfter is when a request that was refused may be tried again.
 const retryAfter = time.Second
 
-// Places bounds how many requests of each caller are under way at the same time.
-// It may be used by several goroutines.
-type Places struct{ taken Budget }
-
-// NewPlaces returns as many places for each caller.
-func NewPlaces(each int) *Places {
-	return &Places{Budget{total: math.MaxInt64, each: int64(each), owners: make(map[string]int64)}}
-}
-
-// Take takes one of somebody's places until leave is called, once. If none is free,
-// the error is fault.RateLimited.
-func (p *Places) Take(who string) (leave func(), err error) {
-	if !p.taken.take(who, 1) {
-		return nil, refuse("%d requests are under way, as many as may be: try again when one has ended", p.taken.each)
-	}
-	return func() { p.taken.give(who, 1) }, nil
-}
-
 // Crowd bounds the requests under way of each principal, of all teams of each owner,
-// and of each address.
-type Crowd struct{ principals, payers, addresses *Places }
+// and of each address. It may be used by several goroutines.
+type Crowd struct{ principals, payers, addresses *Budget }
 
 // ofPayer is how many times a principal's bound all teams of one owner together, or one
 // address, may have under way.
@@ -52,17 +34,28 @@ const ofPayer = 2
 
 // NewCrowd returns a Crowd in which each principal may have so many under way.
 func NewCrowd(each int) *Crowd {
-	return &Crowd{NewPlaces(each), NewPlaces(ofPayer * each), NewPlaces(ofPayer * each)}
+	places := func(each int) *Budget {
+		return &Budget{total: math.MaxInt64, each: int64(each), owners: make(map[string]int64)}
+	}
+	return &Crowd{places(each), places(ofPayer * each), places(ofPayer * each)}
+}
+
+// enter takes one of somebody's places until leave is called, once.
+func enter(places *Budget, who string) (leave func(), err error) {
+	if !places.take(who, 1) {
+		return nil, refuse("%d requests are under way, as many as may be: try again when one has ended", places.each)
+	}
+	return func() { places.give(who, 1) }, nil
 }
 
 // Enter counts a request for a principal and for its payer until leave is called, once.
 // If it is one too many, the error is fault.RateLimited.
 func (c *Crowd) Enter(principal, payer uuid.UUID) (leave func(), err error) {
-	one, err := c.principals.Take(principal.String())
+	one, err := enter(c.principals, principal.String())
 	if err != nil || payer == uuid.Nil {
 		return one, err
 	}
-	all, err := c.payers.Take(payer.String())
+	all, err := enter(c.payers, payer.String())
 	if err != nil {
 		one()
 		return nil, err
@@ -71,10 +64,12 @@ func (c *Crowd) Enter(principal, payer uuid.UUID) (leave func(), err error) {
 }
 
 // EnterFrom is Enter for a request's address.
-func (c *Crowd) EnterFrom(address string) (leave func(), err error) { return c.addresses.Take(address) }
+func (c *Crowd) EnterFrom(address string) (leave func(), err error) {
+	return enter(c.addresses, address)
+}
 
-// Budget is what requests may hold at the same time, in bytes. It may be used
-// by several goroutines.
+// Budget is what requests may hold at the same time: bytes, or in a [Crowd] places.
+// It may be used by several goroutines.
 type Budget struct {
 	total, each int64
 
@@ -119,6 +114,11 @@ func (h *Held) Grow(n int64) error {
 	return nil
 }
 
+// GrowFor takes cost for each of n bytes, the first [Free] of them not counted, as a
+// [Held.Reader] does.
+func (h *Held) GrowFor(n int, cost int64) error { return h.Grow(cost * int64(max(0, n-Free))) }
+
+// refuse returns a fault.RateLimited that says when to try again.
 func refuse(format string, args ...any) error {
 	err := fault.New(fault.RateLimited, format, args...)
 	err.RetryAfter = retryAfter
@@ -137,7 +137,7 @@ func (b *Budget) take(owner string, n int64) bool {
 	return true
 }
 
-// give gives n of an owner's back.
+// give takes n back from an owner.
 func (b *Budget) give(owner string, n int64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

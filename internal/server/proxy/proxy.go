@@ -178,7 +178,7 @@ func (p *Proxy) hold(w http.ResponseWriter, r *http.Request, d *destination, hel
 	if r.Body == nil || r.Body == http.NoBody || r.ContentLength == 0 {
 		return nil
 	}
-	if r.ContentLength < 0 || r.ContentLength > maxHeld || held.Grow(max(0, r.ContentLength-budget.Free)) != nil {
+	if r.ContentLength < 0 || r.ContentLength > maxHeld || held.GrowFor(int(r.ContentLength), 1) != nil {
 		patience.Idle(r) // Some go on for as long as a person types.
 		// What comes after a use does not find the sandbox paused.
 		host, err := p.Sandboxes.Use(r.Context(), d.team, d.sandbox)

@@ -150,6 +150,11 @@ func binary(s *openapi3.Schema) (all []jsontext.Pointer) {
 	return all
 }
 
+// growForValues holds what n values and names take in addition to their bytes.
+func growForValues(held *budget.Held, n int) error {
+	return held.Grow(valueCost * int64(max(0, n-freeValues)))
+}
+
 // conform reads JSON that must match a schema, and returns it in canonical form, so
 // that callers decode the value that was checked. It holds the memory of the values
 // before it makes them.
@@ -158,7 +163,7 @@ func conform(s *openapi3.Schema, b []byte, held *budget.Held) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := held.Grow(valueCost * int64(max(0, values-freeValues))); err != nil {
+	if err := growForValues(held, values); err != nil {
 		return nil, err
 	}
 	var value any

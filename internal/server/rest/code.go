@@ -90,7 +90,7 @@ func (a *API) RunCode(w http.ResponseWriter, r *http.Request, sandbox rest.Sandb
 		return
 	}
 	held := observed(r).held
-	if err := held.Grow(encodeCost * int64(max(0, len(req.Code)-budget.Free))); err != nil {
+	if err := held.GrowFor(len(req.Code), encodeCost); err != nil {
 		a.Fail(w, r, err)
 		return
 	}
@@ -153,7 +153,7 @@ func decodeGuest(b []byte, held *budget.Held, into any) error {
 			return err
 		}
 	}
-	if err := held.Grow(valueCost * int64(max(0, values-freeValues))); err != nil {
+	if err := growForValues(held, values); err != nil {
 		return err
 	}
 	return json.Unmarshal(b, into)

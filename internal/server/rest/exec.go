@@ -18,7 +18,6 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
-	"github.com/wrenn-dev/wrenn/internal/server/budget"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
@@ -250,7 +249,7 @@ func (a *API) readStart(ctx context.Context, ws *websocket.Conn, who auth.Princi
 func (a *API) parse(who auth.Principal, schema string, b []byte, v any) error {
 	held := a.Memory.Hold(who.Payer.String())
 	defer held.Release()
-	if err := held.Grow(bodyCost * int64(max(0, len(b)-budget.Free))); err != nil {
+	if err := held.GrowFor(len(b), bodyCost); err != nil {
 		return err
 	}
 	b, err := conform(a.spec.Components.Schemas[schema].Value, b, held)
