@@ -19,6 +19,7 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
+
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci"
 	"github.com/wrenn-dev/wrenn/internal/agent/room"
@@ -289,32 +290,27 @@ func (s *service) importTemplate(ctx context.Context, off func(error), m *pb.Imp
 	}
 	defer leave()
 	payer := cmp.Or(m.GetPayer(), t.Team.String())
-	take := func() (give func(), err error) {
-		return func() { s.imports.give(payer) }, s.imports.take(ctx, payer)
-	}
 	made, err := image.Find(s.cfg.Dir, t.Team, t.ID)
-	if errors.Is(err, fs.ErrNotExist) {
-		img, fetched, err := s.fetchImage(ctx, m, t, payer, archive)
-		if err != nil {
-			return t, "", err
-		}
-		give, err := take()
-		if err != nil {
-			return t, "", errors.Join(err, fetched())
-		}
-		defer give()
-		made, sum, err = s.importImage(ctx, m, t, img)
-		if err := errors.Join(err, fetched()); err != nil {
-			return t, "", err
-		}
-	} else if err != nil {
+	missing := errors.Is(err, fs.ErrNotExist)
+	if err != nil && !missing {
 		return t, "", err
-	} else {
-		give, err := take()
-		if err != nil {
+	}
+	var img *oci.Image
+	discard := func() error { return nil }
+	if missing {
+		if img, discard, err = s.fetchImage(ctx, m, t, payer, archive); err != nil {
 			return t, "", err
 		}
-		defer give()
+	}
+	if err := s.imports.take(ctx, payer); err != nil {
+		return t, "", errors.Join(err, discard())
+	}
+	defer s.imports.give(payer)
+	if missing {
+		made, sum, err = s.importImage(ctx, m, t, img)
+		if err := errors.Join(err, discard()); err != nil {
+			return t, "", err
+		}
 	}
 	if m.GetVcpus() > 0 {
 		if err := s.sandboxes.Prepare(ctx, made, int(m.GetVcpus()), int(m.GetMemoryMib())); err != nil {
@@ -328,7 +324,8 @@ func (s *service) importTemplate(ctx context.Context, off func(error), m *pb.Imp
 }
 
 // fetchImage finds the image and writes all of it to the disk, so that no other
-// import waits for a slow sender. done removes what it wrote.
+// import waits for a slow sender. The function that it returns closes the image
+// and removes its files.
 func (s *service) fetchImage(ctx context.Context, m *pb.ImportTemplateRequest_Start, t image.Template, payer string, archive io.Reader) (_ *oci.Image, _ func() error, err error) {
 	disk := s.sandboxes.Room()
 	left, err := disk.Left()
@@ -352,13 +349,6 @@ func (s *service) fetchImage(ctx context.Context, m *pb.ImportTemplateRequest_St
 			err = errors.Join(err, done())
 		}
 	}()
-	reserve := func(n int64) error {
-		free, err := s.imports.reserve(payer, n, left)
-		if err == nil {
-			undo = append(undo, func() error { free(); return nil })
-		}
-		return err
-	}
 	// Layers may be compressed or not, and upper ones replace what lower ones have.
 	limits := oci.Limits{Bytes: 2 * int64(t.DiskMiB) << 20, Room: disk}
 	if r := m.GetRegistry(); r != nil {
@@ -371,9 +361,11 @@ func (s *service) fetchImage(ctx context.Context, m *pb.ImportTemplateRequest_St
 		if err := img.Fits(limits); err != nil {
 			return nil, nil, blame(true, err)
 		}
-		if err := reserve(img.Packed()); err != nil {
+		free, err := s.imports.reserve(payer, img.Packed(), left)
+		if err != nil {
 			return nil, nil, err
 		}
+		undo = append(undo, func() error { free(); return nil })
 		return img, done, blame(true, img.Fetch(ctx, tmp, limits))
 	}
 	file := filepath.Join(tmp, "archive.tar")
@@ -454,8 +446,8 @@ func (r *ratio) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// keep writes an archive, which may be compressed, to a file as it is without
-// that: so many bytes at most. It returns how many bytes the archive had.
+// keep writes an archive to a file on disk, decompressed. It refuses one that then has
+// more than most bytes. It returns how many bytes it received.
 func keep(file string, archive io.Reader, most int64, disk *room.Room) (packed int64, err error) {
 	received := &counted{Reader: archive}
 	in := bufio.NewReader(received)

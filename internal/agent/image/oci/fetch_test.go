@@ -1,7 +1,6 @@
 package oci
 
 import (
-	"bytes"
 	"errors"
 	"io"
 	"math"
@@ -85,7 +84,7 @@ func TestFetch(t *testing.T) {
 	if err := ofLayers(t, []entry{file("a", "one")}, []entry{file("b", "two")}).Unpack(t.Context(), again, Limits{}); err != nil {
 		t.Fatal(err)
 	}
-	if got := describeTree(t, again); len(want) != 3 || !bytes.Equal([]byte(got[1]), []byte(want[1])) || got[2] != want[2] {
+	if got := describeTree(t, again); len(want) != 3 || got[1] != want[1] || got[2] != want[2] {
 		t.Errorf("%q, want %q", want, got)
 	}
 }
