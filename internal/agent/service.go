@@ -521,11 +521,12 @@ func (s *service) ExecStream(ctx context.Context, stream *connect.BidiStream[pb.
 	defer use.End()
 	run, cancel := context.WithCancelCause(use.Context)
 	defer cancel(nil)
-	begin := func() (*guest.Process, error) { return use.Guest.Start(run, cmd, terminal, start.GetStdin()) }
+	var p *guest.Process
 	if stream.RequestHeader().Get(hostwire.OutcomeOnly) != "" && terminal == nil && !start.GetStdin() {
-		begin = func() (*guest.Process, error) { return use.Guest.StartForOutcome(run, cmd) }
+		p, err = use.Guest.StartForOutcome(run, cmd)
+	} else {
+		p, err = use.Guest.Start(run, cmd, terminal, start.GetStdin())
 	}
-	p, err := begin()
 	if err != nil {
 		return s.fault(ctx, "exec", ofCall(use, err))
 	}

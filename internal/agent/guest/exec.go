@@ -337,11 +337,13 @@ type Result struct {
 
 // Exec runs a command to its end. When ctx ends before, the command is killed.
 func (c *Client) Exec(ctx context.Context, cmd Command, stdin []byte) (Result, error) {
-	start := c.StartForOutcome
+	var p *Process
+	var err error
 	if len(stdin) > 0 {
-		start = func(ctx context.Context, cmd Command) (*Process, error) { return c.Start(ctx, cmd, nil, true) }
+		p, err = c.Start(ctx, cmd, nil, true)
+	} else {
+		p, err = c.StartForOutcome(ctx, cmd)
 	}
-	p, err := start(ctx, cmd)
 	if err != nil {
 		return Result{}, err
 	}
