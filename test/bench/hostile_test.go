@@ -149,9 +149,7 @@ func TestHostile(t *testing.T) {
 	wg.Wait()
 
 	row := func(what string, took sample, failed int64) []string {
-		sorted := slices.Sorted(slices.Values(took))
-		at := func(percent int) string { return ms(sorted[len(sorted)*percent/100]) }
-		return []string{what, strconv.Itoa(len(sorted)), strconv.FormatInt(failed, 10), at(50), at(99), ms(sorted[len(sorted)-1])}
+		return []string{what, strconv.Itoa(len(took)), strconv.FormatInt(failed, 10), ms(took.mid()), ms(took.p99()), ms(slices.Max(took))}
 	}
 	table(fmt.Sprintf("Another owner's requests, beside %d hostile clients of one owner", hostileClients), []string{"when", "requests", "failed", "half within", "99 % within", "all within"},
 		[][]string{row("before", quiet, failedQuiet), row("meanwhile", meanwhile, failed)})
