@@ -146,7 +146,8 @@ func (s *service) use(ctx context.Context, sandboxID string) (*sandbox.Use, erro
 	return use, s.fault(ctx, "use sandbox", err)
 }
 
-// ofUse is the error of a use: where the sandbox has ended meanwhile, that.
+// ofUse returns why the sandbox is no longer usable if that happened during the call,
+// and err otherwise.
 func ofUse(use *sandbox.Use, err error) error {
 	if err != nil && use.Context.Err() != nil && errors.Is(context.Cause(use.Context), sandbox.ErrState) {
 		return context.Cause(use.Context)

@@ -31,7 +31,7 @@ const (
 	hostileLasts   = 30 * time.Second
 	quietLasts     = 5 * time.Second
 	otherClients   = 4
-	// hostileMost is what the server may take of the memory: what it keeps to.
+	// hostileMost is how much memory the server may take, in bytes.
 	hostileMost = 512 << 20
 	// nulPort is where the stand-in's guests send without an end.
 	nulPort = 9
@@ -361,7 +361,7 @@ func endless(w http.ResponseWriter) {
 	}
 }
 
-// toPort says whether a request that is passed on is for a port.
+// toPort reports whether a request to an agent's proxy is for a port of a sandbox.
 func toPort(r *http.Request, port int) bool {
 	parts := strings.Split(r.URL.Path, "/")
 	return len(parts) > 3 && strings.HasPrefix(parts[2], string(id.Sandbox)) && parts[3] == strconv.Itoa(port)

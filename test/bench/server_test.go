@@ -158,7 +158,7 @@ func newServer(t *testing.T) (url string, pid int) {
 	return url, pid
 }
 
-// startServer does so, and returns the database's URL too.
+// startServer is newServer for tests that need the URL of the server's database too.
 func startServer(t *testing.T) (url string, pid int, database string) {
 	t.Helper()
 	dir := t.TempDir()

@@ -24,8 +24,8 @@ const maxEnvs = 1 << 20
 // Import makes a template of an image, with the guest daemon at envd. What t
 // says of its id, team, name and disk holds; what processes have by default is
 // the image's, and so is the command that is started when the template is
-// captured, unless inert. After an error nothing of it is there. It needs
-// root's rights.
+// captured, unless inert. Import holds room on disk for what it writes. After an error
+// nothing of the template is there. It needs root's rights.
 func Import(ctx context.Context, dir layout.Dir, img *oci.Image, envd string, t Template, inert bool, disk *room.Room) (Template, error) {
 	t, err := importImage(ctx, dir, img, envd, t, inert, disk)
 	if err != nil {
@@ -94,7 +94,8 @@ func makeWorkdir(dir, name string) error {
 
 // WriteRootfs writes an image's layers, with the guest daemon at envd, as an
 // ext4 file system of diskMiB to the folder home, which must be there, and
-// returns its path. After an error home is as it was. It needs root's rights.
+// returns its path. It holds room on disk for what it writes. After an error home is
+// as it was. It needs root's rights.
 //
 // What the image lacks of a distribution's programs, the daemon does without:
 // the first process reaps orphans itself, the clock is not kept (chrony), and

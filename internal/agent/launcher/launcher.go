@@ -31,7 +31,8 @@ type Limits struct {
 	Tasks     uint64 // processes and threads of the program's user
 }
 
-// Launcher launches programs. It may be used concurrently.
+// Launcher makes commands start their programs under its seccomp filters. It may be
+// used concurrently.
 type Launcher struct {
 	self   *os.File // this program, which a jail does not show
 	filter *os.File // the filters; nil: none

@@ -23,9 +23,10 @@ import (
 // base that it began with: when there would be one more they are merged.
 const MaxGenerations = 8
 
-// Those layers may take ownSpread times the memory's size, all layers together
-// allSpread times. Beyond that they are merged, in the second case with the base's:
-// by then as much was written as the merge writes.
+// Multiples of the memory's size that an image's layers may take: ownSpread those
+// above the base's, allSpread all together. Above ownSpread, Append merges the
+// image's own layers; above allSpread, the base's too, because by then guests have
+// written as much as the merge writes.
 const ownSpread, allSpread = 2, 6
 
 // thin is the share of a layer's blocks, one in so many, that are so few that a

@@ -50,7 +50,7 @@ type Config struct {
 	// Guests is how many guests there can be at once, who share half of the
 	// connections that the machine tracks; 0: one a slot.
 	Guests int
-	// Rates are each guest's.
+	// Rates limit each guest's network, unless [Slot.Limit] sets others.
 	Rates rates.Rates
 	// Problems gets what is wrong with the machine's network and cannot be
 	// repaired; it may be nil.

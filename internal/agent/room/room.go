@@ -1,6 +1,6 @@
-// Package room keeps count of what is being written to the agent's disk, so that
-// writers who begin at once do not all take the same free space. The count
-// is only in memory: it ends with the process, as the writes do.
+// Package room reserves free space on the agent's disk for writes that are under way,
+// so that writers who begin at once do not all count on the same space. Reservations
+// are only in memory: they end with the process, as the writes do.
 package room
 
 import (
@@ -23,7 +23,8 @@ func (e *FullError) Error() string {
 	return fmt.Sprintf("%d MiB of disk are free, %d MiB are needed, %d MiB are kept in reserve", e.FreeMiB, e.NeedMiB, e.ReserveMiB)
 }
 
-// Room is the room on one file system. A nil Room has no bounds.
+// Room reserves space on one file system. A nil Room has no bounds. It may be used
+// concurrently.
 type Room struct {
 	reserve int64
 	free    func() (int64, error)
@@ -32,11 +33,11 @@ type Room struct {
 	held int64
 }
 
-// New returns the room on a file system, of which reserve bytes stay free. free
-// returns how many are, as that of [Of] does.
+// New returns a Room that keeps reserve bytes of a file system free. free measures
+// how many bytes are free, for example the function that [Of] returns.
 func New(reserve int64, free func() (int64, error)) *Room { return &Room{reserve: reserve, free: free} }
 
-// Of measures what is free on the file system of a folder.
+// Of returns a function that measures the free bytes of the file system of dir.
 func Of(dir string) func() (int64, error) {
 	return func() (int64, error) {
 		var fs unix.Statfs_t
@@ -47,9 +48,9 @@ func Of(dir string) func() (int64, error) {
 	}
 }
 
-// Hold holds room for bytes that are to be written until release is called, or
-// fails with a [FullError]. What was written in the meantime counts twice: the
-// caller holds no more than it writes soon.
+// Hold reserves bytes for a write until release is called, or fails with a
+// [FullError]. Until then, bytes already written count twice, so the caller should
+// hold only what it writes soon.
 func (r *Room) Hold(bytes int64) (release func(), err error) {
 	if r == nil {
 		return func() {}, nil
@@ -66,7 +67,7 @@ func (r *Room) Hold(bytes int64) (release func(), err error) {
 	return r.take(bytes), nil
 }
 
-// Take is Hold for what may use the reserve: it does not fail.
+// Take is [Room.Hold] for a write that may use the reserve. It never fails.
 func (r *Room) Take(bytes int64) (release func()) {
 	if r == nil {
 		return func() {}
@@ -111,7 +112,7 @@ func (w *writer) Write(p []byte) (n int, err error) {
 	return n, err
 }
 
-// Left returns how many bytes can be held now.
+// Left returns the most bytes that [Room.Hold] would grant now.
 func (r *Room) Left() (int64, error) {
 	if r == nil {
 		return math.MaxInt64, nil

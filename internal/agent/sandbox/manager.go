@@ -284,6 +284,7 @@ func (m *Manager) started(b *box, err error) {
 // admit reserves the memory that a sandbox takes, or says that the host has no
 // room. The caller holds the lock.
 func (m *Manager) admit(b *box) error {
+	// A sandbox takes disk space only as it writes, so it needs none but the reserve.
 	if err := m.room.During(0, func() error { return nil }); err != nil {
 		return Full(err)
 	}

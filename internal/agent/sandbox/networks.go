@@ -18,7 +18,7 @@ type Slot interface {
 	Address() netip.Addr
 	// NetNS is the path of the network namespace to run the guest in.
 	NetNS() string
-	// Limit bounds what passes each second from now on.
+	// Limit sets the network rates of the guest from now on.
 	Limit(r rates.Rates) error
 	// OpenTap opens the guest's network card; the caller closes it.
 	OpenTap() (*os.File, error)

@@ -453,7 +453,7 @@ func (b *box) takeBack() error {
 // unreadRecord is a record that could not be read, and whose machine may run.
 type unreadRecord struct {
 	damaged bool          // guarded by the manager's lock
-	end     chan struct{} // has room for one: the sandbox is to be destroyed
+	end     chan struct{} // asks reread to end the machine; holds one request
 	known   chan struct{} // closed when the sandbox is known, or the agent ends
 }
 

@@ -85,8 +85,9 @@ func (b *box) snapshot(ctx context.Context, template uuid.UUID, name string, def
 	return image.Find(dir, spec.Team, template)
 }
 
-// holdCapture holds room on the disk for what a capture of the sandbox writes: its
-// memory and, if it runs, a copy of its disk; and for so many bytes more.
+// holdCapture holds room on the host's disk for a capture of the sandbox, and for more
+// bytes besides. If the sandbox runs, a capture writes its memory and a copy of its
+// overlay; if it is paused, a capture links to what the pause wrote.
 func (b *box) holdCapture(more int64) (release func(), err error) {
 	if b.rec.State == Running {
 		size, err := disk.Allocated(b.m.Dir.SandboxDisk(b.rec.Home, b.rec.Disks-1))

@@ -165,7 +165,7 @@ func (b *box) rates() rates.Rates { return b.m.TemplateRates.Of(b.rec.Spec.Templ
 // uid is the user that the sandbox's machine runs as.
 func (b *box) uid() int { return firstUID + b.slot.Index() }
 
-// Full makes clear that a disk is: then the error is an [ErrExhausted].
+// Full wraps err in [ErrExhausted] if it reports a full disk, or a [room.FullError].
 func Full(err error) error {
 	var full *room.FullError
 	switch {
@@ -322,8 +322,8 @@ func defaults(d image.Defaults) guest.Settings {
 // errBoot is wrapped by the errors of a guest that does not come up.
 var errBoot = errors.New("boot")
 
-// inTime bounds how long a guest may take to come up, or to do what to says. A
-// timeout does not show whose fault it is: the host may be busy.
+// inTime bounds ctx by the BootTimeout. to completes the error "the guest did not …".
+// A timeout does not show whose fault it is: the host may be busy.
 func (m *Manager) inTime(ctx context.Context, to string) (context.Context, context.CancelFunc) {
 	late := fail(ErrSlow, "the guest did not %s within %v; its host may be overloaded", to, m.BootTimeout)
 	return context.WithTimeoutCause(ctx, m.BootTimeout, late)

@@ -34,8 +34,9 @@ func (f *flusher) Flush() {
 // Unwrap lets an [http.ResponseController] reach the connection.
 func (f *flusher) Unwrap() http.ResponseWriter { return f.ResponseWriter }
 
-// paced returns send, which holds back the start event if holdStart says so, and
-// the end event, which leaves with the end of the stream when the handler returns.
+// paced wraps send so that the end event leaves together with the end of the stream,
+// when the handler returns, and with holdStart the start event together with the
+// event after it.
 func paced(ctx context.Context, holdStart bool, send func(*pb.ProcessEvent) error) func(*pb.ProcessEvent) error {
 	f, ok := ctx.Value(flusherKey{}).(*flusher)
 	if !ok {

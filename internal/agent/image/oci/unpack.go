@@ -28,7 +28,7 @@ type Limits struct {
 	// Packed is how many bytes an archive came in before what it was compressed
 	// with was taken off; 0: as many as its layers have.
 	Packed int64
-	// Room is where all of it goes.
+	// Room is the room on the disk that the image is written to; nil: no bounds.
 	Room *room.Room
 }
 

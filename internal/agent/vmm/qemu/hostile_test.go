@@ -61,6 +61,7 @@ type attack struct {
 	want any // the signal that ends it, or what it hears
 }
 
+// call returns an attack that makes a system call.
 func call(number uintptr, args ...uintptr) func(string) error {
 	return func(string) error {
 		var a [6]uintptr
@@ -72,6 +73,7 @@ func call(number uintptr, args ...uintptr) func(string) error {
 	}
 }
 
+// opening returns an attack that opens its target, with suffix appended.
 func opening(suffix string, flags int) func(string) error {
 	return func(target string) error {
 		fd, err := unix.Open(target+suffix, flags, 0o600)
@@ -82,11 +84,12 @@ func opening(suffix string, flags int) func(string) error {
 	}
 }
 
-// path is where a test's attack looks for a file of the jail.
+// path returns an attack that opens the file name, whatever its target.
 func path(name string, flags int) func(string) error {
 	return func(string) error { return opening(name, flags)("") }
 }
 
+// text returns the address of a string for a system call.
 func text(s string) uintptr {
 	b, _ := unix.BytePtrFromString(s)
 	return uintptr(unsafe.Pointer(b))

@@ -83,9 +83,9 @@ var tapRequests = []uint64{
 	unix.TUNSETVNETLE, unix.TUNGETVNETLE, unix.TUNSETVNETBE, unix.TUNGETVNETBE, fionbio,
 }
 
-// kvmCheckExtension asks KVM for one of its features, and lastKVMFeature is the
-// last of them that this list knows (Linux 6.16). QEMU is told
-// that later ones do not exist, so that it makes no request that is not listed here.
+// kvmCheckExtension asks KVM whether it has a feature. lastKVMFeature is the last
+// feature whose requests kvmRequests lists (Linux 6.16). The filter hides later
+// features from QEMU, so that QEMU makes no request that is not listed.
 const (
 	kvmCheckExtension = 0xae03
 	lastKVMFeature    = 243
