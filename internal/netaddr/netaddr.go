@@ -45,15 +45,16 @@ func Local(addr string) bool {
 	if err != nil {
 		host = address
 	}
-	if host == "localhost" {
-		return true
-	}
-	ip := net.ParseIP(host)
-	return ip != nil && ip.IsLoopback()
+	return loopback(host)
 }
 
-// Hostname returns the name or address in a request's Host, without the port, in the
-// form that callers compare.
+// loopback says whether host is localhost or an address of the loopback interface.
+func loopback(host string) bool {
+	return host == "localhost" || net.ParseIP(host).IsLoopback()
+}
+
+// Hostname returns the name or address in a request's Host without the port, brackets
+// and a final dot, in lower case, so that callers can compare it.
 func Hostname(host string) string {
 	if h, _, err := net.SplitHostPort(host); err == nil {
 		host = h
@@ -66,11 +67,7 @@ func Hostname(host string) string {
 // machine, whatever DNS says: a loopback address, localhost, or a name below it.
 func LoopbackName(host string) bool {
 	name := Hostname(host)
-	if name == "localhost" || strings.HasSuffix(name, ".localhost") {
-		return true
-	}
-	ip := net.ParseIP(name)
-	return ip != nil && ip.IsLoopback()
+	return loopback(name) || strings.HasSuffix(name, ".localhost")
 }
 
 // Listen listens on addr. A unix socket gets the given mode; one that an
