@@ -103,10 +103,10 @@ type filtered struct {
 
 // WriteHeader implements [http.ResponseWriter].
 func (f filtered) WriteHeader(status int) {
-	if status >= 200 {
+	switch {
+	case status >= 200:
 		noGuess(f.Header())
-	}
-	if status < 200 && status != http.StatusSwitchingProtocols {
+	case status != http.StatusSwitchingProtocols:
 		f.filter(f.Header())
 	}
 	f.ResponseWriter.WriteHeader(status)

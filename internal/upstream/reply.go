@@ -3,6 +3,7 @@ package upstream
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"strconv"
 	"strings"
@@ -50,7 +51,7 @@ func (w *reply) WriteHeader(status int) {
 			w.length = int64(n)
 		}
 	}
-	_ = w.header.WriteSubset(w.c.bw, w.besides())
+	_ = w.header.WriteSubset(w.c.bw, w.excluded())
 	if _, ok := w.header["Date"]; !ok {
 		w.text("Date: ")
 		w.text(time.Now().UTC().Format(http.TimeFormat))
@@ -73,21 +74,20 @@ func (w *reply) WriteHeader(status int) {
 // framing are the fields that the server writes itself.
 var framing = map[string]bool{"Content-Length": true, "Transfer-Encoding": true, "Connection": true}
 
-// besides returns the names of fields that do not belong in the header.
-func (w *reply) besides() map[string]bool {
+// excluded returns the fields that WriteHeader does not copy to the header: framing,
+// and the trailers with [http.TrailerPrefix].
+func (w *reply) excluded() map[string]bool {
+	names := framing
 	for name := range w.header {
-		if strings.HasPrefix(name, http.TrailerPrefix) {
-			all := make(map[string]bool, len(w.header))
-			for name := range framing {
-				all[name] = true
-			}
-			for name := range w.header {
-				all[name] = all[name] || strings.HasPrefix(name, http.TrailerPrefix)
-			}
-			return all
+		if !strings.HasPrefix(name, http.TrailerPrefix) {
+			continue
 		}
+		if len(names) == len(framing) {
+			names = maps.Clone(framing)
+		}
+		names[name] = true
 	}
-	return framing
+	return names
 }
 
 // hasBody says whether bytes follow the header.

@@ -401,11 +401,8 @@ type out struct{ *served }
 
 // Write implements [io.Writer].
 func (o out) Write(p []byte) (int, error) {
-	if o.sendOwn {
-		return o.Conn.Write(p)
-	}
 	now, wait := time.Now(), o.l.writeIdle
-	if o.sendUntil.Before(now.Add(wait - wait/idleSlack)) {
+	if !o.sendOwn && o.sendUntil.Before(now.Add(wait-wait/idleSlack)) {
 		o.sendUntil = now.Add(wait)
 		_ = o.Conn.SetWriteDeadline(o.sendUntil)
 	}
