@@ -30,7 +30,8 @@ func (f *farewell) context() (context.Context, context.CancelFunc) {
 	return ctx, func() { stop(); cancel() }
 }
 
-// handler returns next; each answer notes its time or, once asked, ends its connection.
+// handler returns next. Each answer ends its connection once asked is done, and until
+// then records when it ended.
 func (f *farewell) handler(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if f.asked.Err() == nil {

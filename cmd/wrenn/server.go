@@ -65,7 +65,7 @@ func serverCommand() *cobra.Command {
 			if network, socket := netaddr.Split(c.Listen); network == "unix" {
 				inner := run
 				run = func(ctx context.Context) error {
-					// This server has the main socket, so no other one has this.
+					// The main socket is this server's, so no other server uses this path.
 					l, err := handover.Listen(handover.Path(socket), 0o600)
 					if err != nil {
 						return fmt.Errorf("take connections of the front door: %w", err)
@@ -95,7 +95,8 @@ func serve(ctx context.Context, listen string, bound func(net.Listener) net.List
 	return serveOn(ctx, l, identity, handler, toPort, run)
 }
 
-// serveOn is serve on l, which it closes.
+// serveOn does the work of serve on a listener, which it closes at the end. It sets no
+// deadline for answers.
 func serveOn(ctx context.Context, l net.Listener, identity *tls.Config, handler http.Handler, toPort func(*http.Request) bool, run func(context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

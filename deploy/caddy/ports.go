@@ -56,8 +56,8 @@ func (p *ports) Provision(c caddy.Context) error {
 	return p.proxy.Provision(c)
 }
 
-// Cleanup implements [caddy.CleanerUpper]. Caddy has closed the listeners, and gives
-// its own requests the same time.
+// Cleanup implements [caddy.CleanerUpper]. Caddy has closed the listeners. Requests get
+// as long to end as the Caddyfile's grace_period gives Caddy's own.
 func (p *ports) Cleanup() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
@@ -95,7 +95,7 @@ func (p *ports) takes(r *http.Request) bool {
 	return strings.Contains(strings.ToLower(label), "-cl-") && (strings.EqualFold(domain, p.Domain) || strings.EqualFold(domain, p.Own))
 }
 
-// pass gives a connection to the control plane, unless that takes none now.
+// pass gives a connection to the control plane, and reports whether that accepted it.
 func (p *ports) pass(nc net.Conn, read []byte) bool {
 	c, ok := nc.(*linger.Conn)
 	if !ok || p.sender == nil || p.sender.Send(c, read) != nil {

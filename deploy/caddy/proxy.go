@@ -84,7 +84,7 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Ha
 	return nil
 }
 
-// forward answers a request.
+// forward sends a request on to the control plane, and the response to the client.
 func (p *proxy) forward(w http.ResponseWriter, r *http.Request) {
 	(&upstream.Proxy{
 		Transport: p.transport,

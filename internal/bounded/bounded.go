@@ -15,9 +15,9 @@ const PerAddress = 4096
 // sayEvery is how often the log says that an address is at its bound.
 const sayEvery = time.Minute
 
-// Listener returns l with a bound on the connections of each address. It closes
-// further ones at once, and logs that. IPv6 addresses count by their /64 network. Unix sockets, this machine's own addresses and networks in
-// exempt, which WRENN_TRUSTED_PROXIES names, have no bound.
+// Listener returns l with a bound on the connections of each address, or of each /64
+// network of IPv6. It closes further connections at once, and logs that. Unix sockets,
+// this machine's own addresses and the networks in exempt have no bound.
 func Listener(l net.Listener, each int, exempt []netip.Prefix, log *slog.Logger) net.Listener {
 	return &listener{Listener: l, each: each, exempt: exempt, log: log, now: time.Now, clients: make(map[netip.Addr]*client)}
 }
@@ -63,7 +63,7 @@ func (b *listener) admit(c net.Conn, from netip.Addr) net.Conn {
 		return nil
 	}
 	leave := sync.OnceFunc(func() { b.leave(from) })
-	// A connection of package linger, which Caddy imports under another path.
+	// A connection of package linger, whose path in Caddy's module is another one.
 	if lingers, ok := c.(interface{ OnGone(func()) }); ok {
 		lingers.OnGone(leave)
 		return c
@@ -126,6 +126,7 @@ func (b *listener) counted(remote net.Addr) (netip.Addr, bool) {
 	return ip, true
 }
 
+// conn counts until it is closed.
 type conn struct {
 	net.Conn
 	leave func()
@@ -137,5 +138,5 @@ func (c *conn) Close() error {
 	return c.Conn.Close()
 }
 
-// NetConn returns the connection itself.
+// NetConn returns the underlying connection.
 func (c *conn) NetConn() net.Conn { return c.Conn }

@@ -19,7 +19,7 @@ import (
 )
 
 const (
-	// MaxRead bounds what may have been read of a passed connection.
+	// MaxRead is how many bytes may have been read of a connection that is passed.
 	MaxRead = 4 << 10
 	// maxRights is how many descriptors the kernel lets a message have.
 	maxRights = 253
@@ -29,11 +29,12 @@ const (
 	maxIdle = 32
 )
 
-// Path is where a program that listens on a Unix socket takes connections.
+// Path returns the path at which the program that listens on the given Unix socket
+// takes connections from a [Sender].
 func Path(socket string) string { return socket + ".passed" }
 
-// Sender passes connections to the program that listens at Path. Connections that
-// are passed at the same time do not wait for one another.
+// Sender passes connections to the program that listens at Path. Its methods can be
+// called concurrently: connections do not wait for one another.
 type Sender struct {
 	Path string
 
@@ -94,7 +95,8 @@ func pass(to *net.UnixConn, raw syscall.RawConn, read []byte, until time.Time) (
 	return taken(to)
 }
 
-// taken waits until the program has accepted what was passed last.
+// taken waits until the program has accepted what was passed last. It returns as pass
+// does.
 func taken(to *net.UnixConn) (keep bool, err error) {
 	var b [1]byte
 	if _, err = to.Read(b[:]); !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -149,7 +151,7 @@ func (s *Sender) Close() error {
 	return errors.Join(errs...)
 }
 
-// Listener is a [net.Listener] whose connections a [Sender] accepted.
+// Listener is a [net.Listener] whose connections come from a [Sender].
 type Listener struct {
 	socket *net.UnixListener
 	passed chan offer
@@ -160,7 +162,7 @@ type Listener struct {
 	senders map[*net.UnixConn]struct{} // nil: closed
 }
 
-// offer is a connection that its sender still has.
+// offer is a passed connection that its sender keeps until this program accepts it.
 type offer struct {
 	*conn
 	sender *net.UnixConn
@@ -198,7 +200,7 @@ func (l *Listener) accept() {
 			return
 		}
 		if err != nil {
-			time.Sleep(50 * time.Millisecond) // There are too many open files.
+			time.Sleep(50 * time.Millisecond) // Probably too many files are open.
 			continue
 		}
 		if !l.enter(sender) {
@@ -238,7 +240,7 @@ func (l *Listener) take(sender *net.UnixConn) {
 			if c != nil {
 				_ = c.Close()
 			}
-			return // It does not speak this package's language.
+			return // The sender is not a [Sender].
 		}
 		select {
 		case l.passed <- offer{&conn{TCPConn: c, read: append([]byte(nil), b[:n]...)}, sender}:
@@ -251,7 +253,8 @@ func (l *Listener) take(sender *net.UnixConn) {
 
 var errRights = errors.New("a message without one descriptor of a TCP connection")
 
-// connection returns the connection whose descriptor came with a message.
+// connection returns the connection whose descriptor came with a message. If it also
+// returns an error, the caller must still close the connection.
 func connection(rights []byte) (*net.TCPConn, error) {
 	messages, err := syscall.ParseSocketControlMessage(rights)
 	if err != nil {
@@ -319,10 +322,10 @@ func (l *Listener) Close() error {
 // Addr implements [net.Listener].
 func (l *Listener) Addr() net.Addr { return l.socket.Addr() }
 
-// conn is a connection that was passed.
+// conn is a connection that was passed. Reads begin with what its sender had read.
 type conn struct {
 	*net.TCPConn
-	read []byte // before it was passed, and not yet again
+	read []byte // what the sender had read and this program has not
 }
 
 // Read implements [net.Conn].

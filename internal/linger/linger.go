@@ -1,9 +1,10 @@
 // Package linger closes a server's connections without destroying an answer.
 //
 // The kernel resets a connection that is closed while the client's bytes are unread
-// or still arriving. A client that sends a large request may then fail to
-// write before it has read an early answer, such as 401 or 413. Like nginx's lingering_close, a closed connection first says that nothing
-// more comes, then reads and drops what the client still sends, within bounds.
+// or still arriving. A client that sends a large request may then fail to write before
+// it has read an early answer, such as 401 or 413. Here, as with nginx's
+// lingering_close, closing a connection first tells the client that nothing more comes.
+// Then it reads and drops what the client still sends, within bounds.
 package linger
 
 import (
@@ -60,7 +61,7 @@ type socket interface {
 	CloseWrite() error
 }
 
-// Conn is a connection of a [Listener].
+// Conn is a TCP or Unix connection of a listener that [Listener] returned.
 type Conn struct {
 	socket
 	bounds bounds
@@ -74,8 +75,8 @@ type Conn struct {
 // at most once, before the connection is closed.
 func (c *Conn) OnGone(f func()) { c.gone = f }
 
-// Close implements [net.Conn]. Reads and writes end at once, and it returns
-// before the client is gone.
+// Close implements [net.Conn]. It ends reads and writes that are under way, and does not
+// wait for the client.
 func (c *Conn) Close() error { return c.close(true) }
 
 // Abort closes the connection at once, and drops what was not sent yet.
@@ -114,6 +115,7 @@ func (c *Conn) close(lingers bool) error {
 	return err
 }
 
+// leave tells whoever asked with OnGone.
 func (c *Conn) leave() {
 	if c.gone != nil {
 		c.gone()

@@ -29,6 +29,7 @@ func Answers(next http.Handler, l Limits) http.Handler {
 	})
 }
 
+// response sets the deadlines of an answer's writes.
 type response struct {
 	http.ResponseWriter
 	control  *http.ResponseController
@@ -72,7 +73,7 @@ func (a *response) Write(p []byte) (int, error) {
 // Flush implements [http.Flusher].
 func (a *response) Flush() { _ = a.FlushError() }
 
-// FlushError is what [http.ResponseController] calls.
+// FlushError serves [http.ResponseController].
 func (a *response) FlushError() error {
 	a.arm()
 	err := a.control.Flush()
@@ -82,8 +83,8 @@ func (a *response) FlushError() error {
 	return err
 }
 
-// SetWriteDeadline is what [http.ResponseController] calls: a zero time leaves the
-// usual deadlines.
+// SetWriteDeadline serves [http.ResponseController]. A zero time restores the usual
+// deadlines.
 func (a *response) SetWriteDeadline(t time.Time) error {
 	a.until, a.set = t, time.Time{}
 	a.arm()
@@ -107,7 +108,8 @@ func (a *response) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 // Unwrap lets [http.ResponseController] reach the rest.
 func (a *response) Unwrap() http.ResponseWriter { return a.ResponseWriter }
 
-// conn has a deadline for every write, in place of its user's.
+// conn is a hijacked connection. For every write it sets a deadline that replaces its
+// user's.
 type conn struct {
 	net.Conn
 	idle time.Duration

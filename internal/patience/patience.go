@@ -1,6 +1,6 @@
-// Package patience bounds how long a listener waits for the bodies of requests.
-// A request that nobody has looked at yet gets little: whoever handles it says
-// if it is one that may take longer.
+// Package patience bounds how long a listener waits for clients: for the bodies of their
+// requests, and until they read an answer. A body gets little time until the request's
+// handler says that it may take longer.
 package patience
 
 import (
@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// Limits say how long bodies may take.
+// Limits say how long bodies and answers may take.
 type Limits struct {
 	// Whole is for all of a body, from its first byte to its last.
 	Whole time.Duration

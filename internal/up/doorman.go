@@ -59,7 +59,7 @@ func newDoorman(sockets []*os.File) (*doorman, error) {
 	return d, nil
 }
 
-// close leaves, and ends the connections that are left.
+// close stops accepting connections, and closes those that are still open.
 func (d *doorman) close() {
 	d.leave()
 	_ = d.server.Close()

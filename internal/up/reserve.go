@@ -36,6 +36,7 @@ const (
 	lookEvery = time.Second
 )
 
+// freeMiB returns how much of the disk under dir is free.
 func freeMiB(dir string) (int64, error) {
 	free, err := room.Of(dir)()
 	return free >> 20, err
@@ -60,7 +61,7 @@ func (p *postgres) makeRoom(lessMiB int64) (err error) {
 	if st, err := os.Lstat(p.spare()); err == nil && st.Size() == spareMiB<<20 || free < plentyMiB {
 		return nil
 	}
-	// The folder is the database's own, which must not choose what root writes to.
+	// PostgreSQL's user owns the folder, and must not choose what root writes to.
 	f, err := os.OpenFile(p.spare(), os.O_CREATE|os.O_WRONLY|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return fmt.Errorf("keep room for PostgreSQL: %w", err)
@@ -90,7 +91,7 @@ func (p *postgres) keepRoom(ctx context.Context, say func(format string, args ..
 	}
 }
 
-// segments counts the log's files, those not used yet included.
+// segments counts the files of the log, including those that are not used yet.
 func (p *postgres) segments() (n int, err error) {
 	entries, err := os.ReadDir(filepath.Join(p.data(), "pg_wal"))
 	for _, e := range entries {
@@ -101,9 +102,9 @@ func (p *postgres) segments() (n int, err error) {
 	return n, err
 }
 
-// reserveLog has PostgreSQL write as many files of its log as it keeps: from then
-// on it writes over them and needs no more of the disk, because a checkpoint begins
-// when half of them are used. It does nothing on a disk that is nearly full.
+// reserveLog has PostgreSQL write as many files of its log as it keeps. From then on it
+// writes over them and needs no more of the disk, because a checkpoint begins when half
+// of them are used. On a disk that is nearly full, reserveLog writes no files.
 func (p *postgres) reserveLog(ctx context.Context) (err error) {
 	defer func() {
 		if err != nil {

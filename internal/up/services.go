@@ -98,7 +98,7 @@ func (p *postgres) program() program {
 	return program{
 		name: "PostgreSQL",
 		command: func() *exec.Cmd {
-			_ = p.makeRoom(spareMiB) // if it fails, so does what starts, and says why
+			_ = p.makeRoom(spareMiB) // if this fails, PostgreSQL fails to start and says why
 			cmd := programs.Postgres.Command("-D", p.data(), "-k", p.dir,
 				"-c", "listen_addresses=", "-c", "unix_socket_permissions=0700", "-c", "max_connections=100",
 				"-c", "wal_recycle=on", "-c", "wal_init_zero=on") // see reserve.go

@@ -95,7 +95,8 @@ func (p *Proxy) filter(h http.Header) {
 	}
 }
 
-// filtered filters the interim responses that an [httputil.ReverseProxy] passes on.
+// filtered is a ResponseWriter for an [httputil.ReverseProxy]: it filters interim
+// responses, and lets net/http guess no Content-Type.
 type filtered struct {
 	http.ResponseWriter
 	filter func(http.Header)

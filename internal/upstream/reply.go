@@ -12,18 +12,19 @@ import (
 	"golang.org/x/net/http/httpguts"
 )
 
-// reply is the [http.ResponseWriter] of a [Server].
+// reply is the [http.ResponseWriter] that a [Server] gives to its handler. It writes one
+// HTTP/1.1 response to the connection's buffer, and is not for concurrent use.
 type reply struct {
 	c      *served
 	r      *http.Request
 	header http.Header
 
-	begun   bool // The header is written.
+	begun   bool // The final header is written.
 	status  int
-	length  int64 // that the header says; -1: the body comes in chunks
-	written int64
-	closes  bool // The connection ends with the response.
-	err     error
+	length  int64 // Content-Length; -1: the body is chunked
+	written int64 // bytes of the body that the handler wrote
+	closes  bool  // The connection ends with the response.
+	err     error // the first one of writing
 }
 
 // Header implements [http.ResponseWriter].
@@ -71,7 +72,7 @@ func (w *reply) WriteHeader(status int) {
 	w.text("\r\n")
 }
 
-// framing are the fields that the server writes itself.
+// framing are the fields that the server writes itself, whatever the handler set.
 var framing = map[string]bool{"Content-Length": true, "Transfer-Encoding": true, "Connection": true}
 
 // excluded returns the fields that WriteHeader does not copy to the header: framing,
@@ -93,6 +94,7 @@ func (w *reply) excluded() map[string]bool {
 // hasBody says whether bytes follow the header.
 func (w *reply) hasBody() bool { return !bodiless(w.status) && w.r.Method != http.MethodHead }
 
+// line writes the status line.
 func (w *reply) line(status int) {
 	w.text("HTTP/1.1 ")
 	w.text(strconv.Itoa(status))
@@ -106,6 +108,7 @@ func (w *reply) text(s string) {
 	w.check(err)
 }
 
+// check keeps the first error.
 func (w *reply) check(err error) {
 	if err != nil && w.err == nil {
 		w.err = err
@@ -140,13 +143,14 @@ func (w *reply) Write(p []byte) (int, error) {
 	return n, w.err
 }
 
-// SetWriteDeadline is what [http.ResponseController] calls.
+// SetWriteDeadline serves [http.ResponseController]. Until the response ends, t replaces
+// the deadline that the server sets for a client that reads nothing.
 func (w *reply) SetWriteDeadline(t time.Time) error {
 	w.c.sendOwn, w.c.sendUntil = true, time.Time{}
 	return w.c.Conn.SetWriteDeadline(t)
 }
 
-// FlushError is what [http.ResponseController] calls.
+// FlushError serves [http.ResponseController].
 func (w *reply) FlushError() error {
 	w.WriteHeader(http.StatusOK)
 	w.check(w.c.bw.Flush())
@@ -158,7 +162,8 @@ func (w *reply) Flush() { _ = w.FlushError() }
 
 var errShort = errors.New("the response is shorter than its header says")
 
-// finish ends the response, and says whether the connection can be used again.
+// finish writes what the response still lacks: the header, the end of a chunked body and
+// its trailers. It reports whether the connection can have another request.
 func (w *reply) finish() bool {
 	if !w.begun && w.header["Content-Length"] == nil && w.r.Method != http.MethodHead {
 		w.header["Content-Length"] = []string{"0"}
@@ -179,7 +184,8 @@ func (w *reply) finish() bool {
 	return w.err == nil && !w.closes
 }
 
-// trailer returns the fields that follow the body.
+// trailer returns the fields that follow a chunked body: those that Trailer announced
+// and those with [http.TrailerPrefix].
 func (w *reply) trailer() http.Header {
 	t := make(http.Header)
 	for _, list := range w.header["Trailer"] {

@@ -29,15 +29,15 @@ import (
 // or that Takes refuses, a connection goes to net/http for good.
 type Server struct {
 	Handler http.Handler
-	// Takes says whether the server answers a request; all others are net/http's.
+	// Takes reports whether the server answers a plain request. If not, net/http does.
 	Takes func(*http.Request) bool
-	// Pass, if it is not nil, may give somebody else a connection whose first request
-	// the server takes, with what was read of it. It then returns true.
+	// Pass, if not nil, is called with a connection whose first request the server
+	// takes, and the bytes read of it. If it returns true, another program serves it.
 	Pass func(c net.Conn, read []byte) bool
-	// HeaderTimeout bounds the wait for a request's header, IdleTimeout the one
-	// for the next request of a connection.
+	// HeaderTimeout bounds the wait for a request's header, and IdleTimeout the wait
+	// for a connection's next request.
 	HeaderTimeout, IdleTimeout time.Duration
-	// WriteIdle bounds the wait for a client that takes nothing of its answer (1h).
+	// WriteIdle is how long a client may read nothing of its response (1 h).
 	WriteIdle time.Duration
 	ErrorLog  *log.Logger // nil: the standard one
 }
@@ -45,11 +45,11 @@ type Server struct {
 const (
 	// maxPlain bounds the header of a plain request.
 	maxPlain = 4 << 10
-	// lookAfter is how long a request is under way before the server looks
-	// whether its client is still there.
+	// lookAfter is how long a request runs before the server begins to watch whether
+	// its client leaves.
 	lookAfter = 250 * time.Millisecond
-	// freshWait is how long a connection that has had no request may still send
-	// one when the listener is closed.
+	// freshWait is how long after the listener is closed a connection without a
+	// request so far may still send one.
 	freshWait = time.Second
 	// A connection may get 1/idleSlack less than the idle timeout, so that not every
 	// request moves its deadline.
@@ -60,11 +60,11 @@ const (
 type Listener struct {
 	net.Listener
 	server  *Server
-	handed  chan accepted
+	handed  chan accepted // what Accept returns next
 	closing chan struct{}
 	close   sync.Once
-	// ended is closed when net/http gets no more connections, which is some time
-	// after closing.
+	// ended is closed when Accept returns no more connections, up to freshWait after
+	// closing.
 	ended                chan struct{}
 	freshWait, writeIdle time.Duration
 
@@ -76,13 +76,14 @@ type Listener struct {
 	none      chan struct{} // closed when the listener is, and no connection is left
 }
 
+// accepted is a result of Accept.
 type accepted struct {
 	net.Conn
 	error
 }
 
-// Listen begins to serve the connections of l. Closing the listener that it
-// returns closes l and the connections that wait for another request; those that
+// Listen serves the connections of l until the listener that it returns is closed.
+// Closing that closes l and the connections that wait for another request. Those that
 // wait for their first get a second more. [Listener.Wait] waits for the others.
 func (s *Server) Listen(l net.Listener) *Listener {
 	ln := &Listener{
@@ -174,8 +175,8 @@ func (l *Listener) Close() error {
 	return err
 }
 
-// Wait waits, after Close, until the requests that the server answers are over.
-// When ctx is done before, it closes their connections and returns ctx's error.
+// Wait returns once the requests that the server answers have ended. Call it after
+// Close. If ctx is done first, Wait closes their connections and returns ctx's error.
 func (l *Listener) Wait(ctx context.Context) error {
 	select {
 	case <-l.none:
@@ -200,7 +201,7 @@ func (l *Listener) end() {
 	l.endLocked()
 }
 
-// endLocked ends Accept, and the connections that had no request.
+// endLocked ends Accept, and closes the connections that had no request.
 func (l *Listener) endLocked() {
 	select {
 	case <-l.ended:
@@ -215,6 +216,7 @@ func (l *Listener) endLocked() {
 	}
 }
 
+// enter adds a connection, unless Accept has ended.
 func (l *Listener) enter(c *served) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -242,8 +244,7 @@ func (l *Listener) lessFreshLocked() {
 	}
 }
 
-// emptyLocked notices that no connection is left. It is called when there may be
-// one less.
+// emptyLocked lets Wait return if no connection is left.
 func (l *Listener) emptyLocked() {
 	if l.closed && !l.accepting && len(l.conns) == 0 {
 		close(l.none)
@@ -272,7 +273,7 @@ func (l *Listener) beginFirstLocked(c *served) bool {
 func (l *Listener) leave(c *served) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.beginFirstLocked(c) // It had none.
+	l.beginFirstLocked(c) // if it had no request
 	delete(l.conns, c)
 	l.emptyLocked()
 }
@@ -286,7 +287,7 @@ func (l *Listener) isClosing() bool {
 	}
 }
 
-// served is a client's connection.
+// served is a client's connection, until net/http or another program gets it.
 type served struct {
 	net.Conn
 	l   *Listener
@@ -296,17 +297,18 @@ type served struct {
 
 	state     atomic.Int32
 	until     time.Time // the deadline for reading; zero: none
-	sendUntil time.Time // the one for writing; zero: unknown
-	sendOwn   bool      // The handler sets the one for writing.
+	sendUntil time.Time // the deadline for writing; zero: unknown
+	sendOwn   bool      // The handler has set the deadline for writing.
 
-	// looks is when the server looks for the client. mu guards what follows.
+	// looks calls look once a request has run for lookAfter. mu guards the fields below.
 	looks   *time.Timer
 	mu      sync.Mutex
 	cancel  context.CancelFunc // of the request under way; nil: none
 	looking chan struct{}      // closed when the look has ended; nil: there is none
 }
 
-// States of a connection, for whoever closes the listener.
+// States of a connection. Closing the listener closes those that are idle, and later
+// those that are still fresh.
 const (
 	fresh = iota // It waits for its first request.
 	idle         // It waits for another request.
@@ -368,14 +370,14 @@ func (c *served) serve() {
 
 // handOver gives net/http the connection, with what was read of it.
 func (c *served) handOver() {
-	c.state.CompareAndSwap(idle, busy) // A fresh one has Accept go on until it is handed over.
+	c.state.CompareAndSwap(idle, busy) // A fresh one stays fresh, so that Accept goes on until it returns this one.
 	c.deadline(time.Time{})
 	_ = c.Conn.SetWriteDeadline(time.Time{})
 	c.l.hand(accepted{Conn: &replayed{c.Conn, c.br}})
 	c.l.leave(c)
 }
 
-// pass says whether somebody else has the connection now.
+// pass offers the connection to Pass, and reports whether another program has it now.
 func (c *served) pass() bool {
 	pass := c.l.server.Pass
 	if pass == nil {
@@ -396,7 +398,7 @@ func (c *served) deadline(until time.Time) {
 	_ = c.Conn.SetReadDeadline(until)
 }
 
-// out writes to the client.
+// out writes to the client, within writeIdle.
 type out struct{ *served }
 
 // Write implements [io.Writer].
@@ -448,7 +450,7 @@ func (c *served) header(first bool) (int, error) {
 	}
 }
 
-// plausible says whether b can be the beginning of a plain request.
+// plausible reports whether a plain request can begin with b.
 func plausible(b []byte) bool {
 	for _, m := range plainMethods {
 		n := min(len(b), len(m))
@@ -459,7 +461,7 @@ func plausible(b []byte) bool {
 	return false
 }
 
-// head parses headers.
+// head is what parsing one header needs.
 type head struct {
 	b  bytes.Reader
 	br *bufio.Reader
@@ -470,8 +472,8 @@ var (
 	writers = sync.Pool{New: func() any { return bufio.NewWriter(nil) }}
 )
 
-// parse returns the request whose header the next n bytes are; nil: it is for
-// net/http to judge. It takes nothing away.
+// parse returns the plain request whose header the next n bytes are, or nil if net/http
+// must judge the request. The bytes stay in the buffer.
 func (c *served) parse(n int) *http.Request {
 	if n == 0 {
 		return nil
@@ -510,8 +512,8 @@ func (c *served) parse(n int) *http.Request {
 	return r
 }
 
-// answer has the handler answer a request, and says whether the connection may
-// have another one.
+// answer has the handler answer a request, and reports whether the connection can have
+// another one.
 func (c *served) answer(ctx context.Context, r *http.Request) bool {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -538,7 +540,7 @@ func (c *served) logf(format string, args ...any) {
 	log.Printf(format, args...)
 }
 
-// watch makes cancel run if the client leaves, until unwatch.
+// watch has cancel called if the client leaves before unwatch is called.
 func (c *served) watch(cancel context.CancelFunc) {
 	c.mu.Lock()
 	c.cancel = cancel
@@ -550,6 +552,7 @@ func (c *served) watch(cancel context.CancelFunc) {
 	c.looks.Reset(lookAfter)
 }
 
+// unwatch ends what watch began, and waits for a look that is under way.
 func (c *served) unwatch() {
 	c.looks.Stop()
 	c.mu.Lock()
@@ -576,7 +579,7 @@ func (c *served) stop() {
 	}
 }
 
-// look waits until the client leaves or sends something.
+// look waits until the client leaves, which cancels the request, or sends something.
 func (c *served) look() {
 	c.mu.Lock()
 	cancel := c.cancel
@@ -629,5 +632,5 @@ func (r *replayed) CloseWrite() error {
 	return errors.ErrUnsupported
 }
 
-// NetConn returns the connection itself.
+// NetConn returns the underlying connection.
 func (r *replayed) NetConn() net.Conn { return r.Conn }

@@ -31,7 +31,7 @@ var (
 	ErrUnsent = errors.New("nothing of the request was sent")
 )
 
-// unsentError wraps [ErrUnsent] without changing the message.
+// unsentError adds [ErrUnsent] to an error and keeps its message.
 type unsentError struct{ error }
 
 func (u unsentError) Unwrap() []error { return []error{u.error, ErrUnsent} }
