@@ -263,7 +263,7 @@ func (a *Agent) openDriver(ctx context.Context, kernel image.KernelFiles) error 
 	var opts []qemu.Option
 	if a.cfg.NoSeccomp {
 		opts = append(opts, qemu.WithoutSeccomp())
-		a.problems.Report(problem.Jail, "seccomp", "WRENN_NO_SECCOMP is set: a guest that takes over its QEMU can make any system call of the host's kernel; unset it, and report which call your QEMU needs")
+		a.problems.Report(problem.Jail, "seccomp", "WRENN_NO_SECCOMP is set: a guest that takes over its QEMU can make any system call that QEMU's own filter allows; unset it, and report which call your QEMU needs")
 	} else {
 		a.problems.Clear(problem.Jail, "seccomp")
 	}

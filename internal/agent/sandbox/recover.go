@@ -478,7 +478,7 @@ func (m *Manager) look(home uuid.UUID, end bool) found {
 func (m *Manager) reportUnread(f found) {
 	path := m.Dir.SandboxRecord(f.rec.Home)
 	if f.damaged {
-		m.Problems.Report(problem.Sandbox, path, fmt.Sprintf("the record of a sandbox is damaged, and its machine goes on without it; put the record right, or delete the sandbox (%s; if it was made of a machine that waited its id is another, so end the processes of the control group %s): %v", id.Format(id.Sandbox, f.rec.Home), f.rec.Home, f.untaken))
+		m.Problems.Report(problem.Sandbox, path, fmt.Sprintf("the record of a sandbox is damaged, and its machine goes on without it; repair the record or delete sandbox %s, or, if it started from a warm machine and so has another id, kill the processes of control group %s: %v", id.Format(id.Sandbox, f.rec.Home), f.rec.Home, f.untaken))
 		return
 	}
 	m.Problems.Report(problem.Sandbox, path, fmt.Sprintf("the agent cannot read the record of a sandbox, whose machine may run, and tries again: %v", f.untaken))
