@@ -19,8 +19,9 @@ import (
 )
 
 const (
-	// MaxRead is how many bytes may have been read of a connection that is passed.
-	MaxRead = 4 << 10
+	// maxRead is how many bytes may have been read of a connection that is passed: as
+	// many as the longest header that upstream.Server takes.
+	maxRead = 4 << 10
 	// maxRights is how many descriptors the kernel lets a message have.
 	maxRights = 253
 	// sendWithin bounds the wait until the program accepts a connection.
@@ -47,8 +48,8 @@ type Sender struct {
 // has accepted it. Then the caller closes its own descriptor. If Send fails, only the
 // caller has the connection.
 func (s *Sender) Send(c syscall.Conn, read []byte) error {
-	if len(read) == 0 || len(read) > MaxRead {
-		return fmt.Errorf("pass connection: %d bytes were read, not 1 to %d", len(read), MaxRead)
+	if len(read) == 0 || len(read) > maxRead {
+		return fmt.Errorf("pass connection: %d bytes were read, not 1 to %d", len(read), maxRead)
 	}
 	raw, err := c.SyscallConn()
 	if err != nil {
@@ -229,7 +230,7 @@ func (l *Listener) take(sender *net.UnixConn) {
 		l.mu.Unlock()
 		_ = sender.Close()
 	}()
-	b, rights := make([]byte, MaxRead), make([]byte, syscall.CmsgSpace(4*maxRights))
+	b, rights := make([]byte, maxRead), make([]byte, syscall.CmsgSpace(4*maxRights))
 	for {
 		n, m, flags, _, err := sender.ReadMsgUnix(b, rights)
 		if err != nil || n == 0 {

@@ -67,6 +67,18 @@ func accept(l *Listener) <-chan net.Conn {
 	return accepted
 }
 
+// answer answers the client over server, closes that, and checks what the client gets.
+func answer(t *testing.T, server, client net.Conn) {
+	t.Helper()
+	if _, err := server.Write([]byte("answer")); err != nil {
+		t.Fatal(err)
+	}
+	server.Close()
+	if b, err := io.ReadAll(client); err != nil || string(b) != "answer" {
+		t.Errorf("the client got %q, %v", b, err)
+	}
+}
+
 // TestPass: the other end serves a passed connection, and first gets what was read.
 func TestPass(t *testing.T) {
 	l, s := listen(t)
@@ -97,13 +109,7 @@ func TestPass(t *testing.T) {
 		if c.RemoteAddr().String() != client.LocalAddr().String() {
 			t.Errorf("the client's address is %v", c.RemoteAddr())
 		}
-		if _, err := c.Write([]byte("answer")); err != nil {
-			t.Fatal(err)
-		}
-		c.Close()
-		if b, err := io.ReadAll(client); err != nil || string(b) != "answer" {
-			t.Errorf("the client got %q, %v", b, err)
-		}
+		answer(t, c, client)
 	}
 }
 
@@ -112,7 +118,7 @@ func TestPass(t *testing.T) {
 func TestNobodyTakes(t *testing.T) {
 	l, s := listen(t)
 	_, server := pair(t)
-	if err := s.Send(server, make([]byte, MaxRead+1)); err == nil {
+	if err := s.Send(server, make([]byte, maxRead+1)); err == nil {
 		t.Error("passed more than can be taken")
 	}
 	accepted := accept(l)
@@ -161,13 +167,7 @@ func TestProgramStops(t *testing.T) {
 	if err := await.Recv(t, "the end of Send", sent); err == nil {
 		t.Fatal("passed to a program that has stopped")
 	}
-	if _, err := server.Write([]byte("answer")); err != nil {
-		t.Fatal(err)
-	}
-	server.Close()
-	if b, err := io.ReadAll(client); err != nil || string(b) != "answer" {
-		t.Errorf("the client got %q, %v", b, err)
-	}
+	answer(t, server, client)
 }
 
 // TestProgramHangs passes connections together to a program that accepts none: no
