@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"iter"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -33,7 +34,7 @@ func (*perAddress) CaddyModule() caddy.ModuleInfo {
 // UnmarshalCaddyfile implements [caddyfile.Unmarshaler].
 func (b *perAddress) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next()
-	for network := range strings.FieldsSeq(strings.ReplaceAll(strings.Join(d.RemainingArgs(), " "), ",", " ")) {
+	for network := range list(strings.Join(d.RemainingArgs(), " ")) {
 		p, err := netip.ParsePrefix(network)
 		if err != nil {
 			return d.WrapErr(fmt.Errorf("trusted proxies: %w", err))
@@ -41,6 +42,12 @@ func (b *perAddress) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		b.Exempt = append(b.Exempt, p)
 	}
 	return nil
+}
+
+// list returns the parts of a setting that lists several, separated by commas, spaces or
+// both.
+func list(setting string) iter.Seq[string] {
+	return strings.FieldsSeq(strings.ReplaceAll(setting, ",", " "))
 }
 
 // Provision implements [caddy.Provisioner].

@@ -72,7 +72,7 @@ func (p *ports) Cleanup() error {
 
 // WrapListener implements [caddy.ListenerWrapper].
 func (p *ports) WrapListener(l net.Listener) net.Listener {
-	for site := range strings.FieldsSeq(strings.ReplaceAll(p.Sites, ",", " ")) {
+	for site := range list(p.Sites) {
 		if !strings.HasPrefix(site, "http://") {
 			return l // Whoever asks without TLS is redirected.
 		}
