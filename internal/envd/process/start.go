@@ -76,9 +76,6 @@ func (s *Service) start(who *account.Account, req *pb.StartRequest, timeout time
 		if p.stdin != nil {
 			_ = p.stdin.Close()
 		}
-		if p.pidfd != nil {
-			_ = p.pidfd.Close()
-		}
 		if p.group != nil {
 			p.group.Close()
 		}
