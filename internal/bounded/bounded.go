@@ -17,7 +17,7 @@ const sayEvery = time.Minute
 
 // Listener returns l with a bound on the connections of each address, or of each /64
 // network of IPv6. It closes further connections at once, and logs that. Unix sockets,
-// this machine's own addresses and the networks in exempt have no bound.
+// loopback addresses and the networks in exempt have no bound.
 func Listener(l net.Listener, each int, exempt []netip.Prefix, log *slog.Logger) net.Listener {
 	return &listener{Listener: l, each: each, exempt: exempt, log: log, now: time.Now, clients: make(map[netip.Addr]*client)}
 }
@@ -103,7 +103,8 @@ func (b *listener) leave(from netip.Addr) {
 	}
 }
 
-// counted returns what connections from an address are counted of.
+// counted returns the address, or the /64 network of IPv6, that a connection from remote
+// counts for. It returns false if nothing bounds those.
 func (b *listener) counted(remote net.Addr) (netip.Addr, bool) {
 	at, err := netip.ParseAddrPort(remote.String())
 	if err != nil {
