@@ -539,8 +539,8 @@ func (a *agent) Console(_ context.Context, req *connect.Request[hostagentv1.Cons
 	return connect.NewResponse(&hostagentv1.ConsoleResponse{Output: []byte("[    0.000000] Linux version\xff\n")}), nil
 }
 
-// Exec answers a build's look at what a sandbox has. The API asks for streams,
-// whose memory is bounded.
+// Exec is for servers of the release before. This one asks for streams, whose memory
+// is bounded.
 func (a *agent) Exec(context.Context, *connect.Request[hostagentv1.ExecRequest]) (*connect.Response[hostagentv1.ExecResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("for servers of the release before: its answer is as long as a guest likes"))
 }

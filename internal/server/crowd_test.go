@@ -9,6 +9,17 @@ import (
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 )
 
+// newCrowdedPlane returns a plane on which each principal may have one request under
+// way.
+func newCrowdedPlane(t *testing.T) *plane {
+	t.Helper()
+	p := newPlane(t)
+	p.end()
+	p.config.RequestsAtOnce = 1
+	p.start()
+	return p
+}
+
 // sendFrom makes a call from an address.
 func (w *world) sendFrom(o operation, c caller, n int, address string) response {
 	w.Helper()
@@ -30,10 +41,7 @@ func crowded(r response) bool {
 // refused for every operation, and somebody else's is not.
 func TestCrowd(t *testing.T) {
 	t.Parallel()
-	p := newPlane(t)
-	p.end()
-	p.config.RequestsAtOnce = 1
-	p.start()
+	p := newCrowdedPlane(t)
 	w := p.world()
 	all := operations(t)
 	tried := 0
@@ -81,16 +89,8 @@ func TestCrowd(t *testing.T) {
 // way as one principal, with however many keys, and requests to ports count.
 func TestCrowdOfOwner(t *testing.T) {
 	t.Parallel()
-	p := newPlane(t)
-	p.end()
-	p.config.RequestsAtOnce = 1
-	p.start()
-	p.person("ada@example.com")
-	who := as(p.bearerOf("ada@example.com"))
-	var keys []string
-	for _, name := range []string{"one", "two", "three"} {
-		keys = append(keys, p.keyOfTeam(name, who))
-	}
+	p := newCrowdedPlane(t)
+	keys := p.ownerOf(3, "ada@example.com")
 	sandbox := p.call("POST", "/v1/sandboxes", map[string]any{}, "X-API-Key", keys[2]).want(201).str("id")
 	other := p.newTeam()
 	hold := newGate()
@@ -125,10 +125,7 @@ func TestCrowdOfOwner(t *testing.T) {
 // reports it. The next one is refused for every operation; another address's is not.
 func TestCrowdOfAddress(t *testing.T) {
 	t.Parallel()
-	p := newPlane(t)
-	p.end()
-	p.config.RequestsAtOnce = 1
-	p.start()
+	p := newCrowdedPlane(t)
 	w := p.world()
 	all, people := operations(t), callers()
 	login := all[slices.IndexFunc(all, func(o operation) bool { return o.OperationID == "logIn" })]

@@ -90,12 +90,7 @@ func TestBuildsOfOneOwner(t *testing.T) {
 	p.end()
 	p.config.Builds.Workers, p.config.Builds.TeamRunning = 2, 10
 	p.start()
-	p.person("ada@example.com")
-	who := as(p.bearerOf("ada@example.com"))
-	var keys []string
-	for _, name := range []string{"one", "two"} {
-		keys = append(keys, p.keyOfTeam(name, who))
-	}
+	keys := p.ownerOf(2, "ada@example.com")
 	hold := p.newHold("run")
 	start := func(key string) string {
 		return p.call("POST", "/v1/templates/builds", map[string]any{"name": "b", "recipe": "FROM minimal\nRUN sleep 1d\n", "skip_pre_post": true, "no_cache": true}, "X-API-Key", key).want(202).str("id")

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -63,10 +64,9 @@ func (p *plane) later(method, path string, body any, headers ...string) <-chan r
 // waiting returns how many calls wait for what the server does to a sandbox.
 func (p *plane) waiting() int {
 	p.Helper()
-	var n int
-	_, rest, found := strings.Cut(p.metrics(), "\nwrenn_sandbox_waiting_calls ")
-	if _, err := fmt.Sscan(rest, &n); err != nil || !found {
-		p.Fatalf("metrics: no number of waiting calls: %v", err)
+	n, err := strconv.Atoi(p.metric("wrenn_sandbox_waiting_calls"))
+	if err != nil {
+		p.Fatalf("number of waiting calls: %v", err)
 	}
 	return n
 }

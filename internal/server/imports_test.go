@@ -305,13 +305,9 @@ func TestUploadsOfOneOwner(t *testing.T) {
 	p.end()
 	p.config.SpoolDir, p.config.SpoolMiB = t.TempDir(), 16 // an owner has one step
 	p.start()
-	keyOfTeam := func(name, email string) []string {
-		t.Helper()
-		return []string{"Content-Type", "application/x-tar", "X-API-Key", p.keyOfTeam(name, as(p.bearerOf(email)))}
-	}
-	p.person("ada@example.com")
-	p.person("bob@example.com")
-	one, two, other := keyOfTeam("one", "ada@example.com"), keyOfTeam("two", "ada@example.com"), keyOfTeam("three", "bob@example.com")
+	with := func(key string) []string { return []string{"Content-Type", "application/x-tar", "X-API-Key", key} }
+	ada, bob := p.ownerOf(2, "ada@example.com"), p.ownerOf(1, "bob@example.com")
+	one, two, other := with(ada[0]), with(ada[1]), with(bob[0])
 	r, w := io.Pipe()
 	done := make(chan struct{})
 	go func() {
@@ -377,8 +373,8 @@ func TestImportHostDrains(t *testing.T) {
 	}
 }
 
-// kept says whether this process has a file in a folder that is not empty, though
-// it has no name.
+// kept reports whether this process has an open file that is in a folder and not
+// empty. The file need not have a name.
 func kept(dir string) bool {
 	fds, _ := os.ReadDir("/proc/self/fd")
 	for _, fd := range fds {

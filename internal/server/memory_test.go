@@ -76,14 +76,12 @@ func TestTeamsOfOneOwnerShareMemory(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
 	type team struct{ key, sandbox string }
-	teamOf := func(name, email string) team {
+	teamOf := func(key string) team {
 		t.Helper()
-		key := p.keyOfTeam(name, as(p.bearerOf(email)))
 		return team{key, p.call("POST", "/v1/sandboxes", map[string]any{}, "X-API-Key", key).want(201).str("id")}
 	}
-	p.person("ada@example.com")
-	p.person("bob@example.com")
-	one, two, other := teamOf("one", "ada@example.com"), teamOf("two", "ada@example.com"), teamOf("three", "bob@example.com")
+	ada, bob := p.ownerOf(2, "ada@example.com"), p.ownerOf(1, "bob@example.com")
+	one, two, other := teamOf(ada[0]), teamOf(ada[1]), teamOf(bob[0])
 	req, err := http.NewRequestWithContext(t.Context(), "POST", p.http.URL+"/v1/sandboxes/"+one.sandbox+"/exec", strings.NewReader(`{"cmd":"flood","args":["\u00e9","16777216"]}`))
 	if err != nil {
 		t.Fatal(err)
@@ -102,11 +100,7 @@ func TestTeamsOfOneOwnerShareMemory(t *testing.T) {
 	run(other).want(200)
 
 	// A body that is kept so that it can be sent again.
-	held := func() string {
-		_, rest, _ := strings.Cut(p.metrics(), "\nwrenn_request_memory_bytes ")
-		value, _, _ := strings.Cut(rest, "\n")
-		return value
-	}
+	held := func() string { return p.metric("wrenn_request_memory_bytes") }
 	flood.Body.Close()
 	p.eventually("nothing is held", func() bool { return held() == "0" })
 	asked, release := make(chan string, 1), make(chan struct{})

@@ -3,8 +3,6 @@ package server_test
 import (
 	"crypto/tls"
 	"net/http"
-	"net/http/httptrace"
-	"net/textproto"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -77,11 +75,7 @@ func TestOriginsAtFrontDoor(t *testing.T) {
 	get := func(c *http.Client, url string, header ...string) (*http.Response, []http.Header) {
 		t.Helper()
 		var early []http.Header
-		ctx := httptrace.WithClientTrace(await.Context(t), &httptrace.ClientTrace{Got1xxResponse: func(_ int, h textproto.MIMEHeader) error {
-			early = append(early, http.Header(h))
-			return nil
-		}})
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+		req, err := http.NewRequestWithContext(withEarly(await.Context(t), &early), http.MethodGet, url, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -1,6 +1,7 @@
 package server_test
 
 import (
+	"context"
 	"io"
 	"maps"
 	"net/http"
@@ -110,6 +111,15 @@ func hostileDaemon(w http.ResponseWriter, _ *http.Request) {
 	h.Set(http.TrailerPrefix+"Link", "</x>")
 }
 
+// withEarly returns a context for requests whose interim responses add their headers
+// to early.
+func withEarly(ctx context.Context, early *[]http.Header) context.Context {
+	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{Got1xxResponse: func(_ int, h textproto.MIMEHeader) error {
+		*early = append(*early, http.Header(h))
+		return nil
+	}})
+}
+
 // wantHarmless checks that a response of hostileDaemon is harmless.
 func wantHarmless(t *testing.T, what string, resp *http.Response, early []http.Header) {
 	t.Helper()
@@ -149,10 +159,7 @@ func TestHostileDaemon(t *testing.T) {
 	})
 	made := p.call("POST", "/v1/sandboxes", map[string]any{}).want(201)
 	var early []http.Header
-	ctx := httptrace.WithClientTrace(await.Context(t), &httptrace.ClientTrace{Got1xxResponse: func(_ int, h textproto.MIMEHeader) error {
-		early = append(early, http.Header(h))
-		return nil
-	}})
+	ctx := withEarly(await.Context(t), &early)
 	for name, header := range map[string]http.Header{
 		"/health": {"X-Access-Token": {made.str("access_token")}},
 		"/ws":     {"X-Access-Token": {made.str("access_token")}, "Connection": {"Upgrade"}, "Upgrade": {"websocket"}},

@@ -60,11 +60,16 @@ func (p *plane) person(email string) uuid.UUID {
 	return u
 }
 
-// keyOfTeam makes a team of the user whose headers are who, and returns a key of it.
-func (p *plane) keyOfTeam(name string, who []string) string {
+// ownerOf makes a user with so many teams, and returns a key of each team.
+func (p *plane) ownerOf(teams int, email string) (keys []string) {
 	p.Helper()
-	team := p.call("POST", "/v1/teams", map[string]any{"name": name}, who...).want(201).str("id")
-	return p.call("POST", "/v1/keys", map[string]any{"name": "k"}, append(who, "X-Team", team)...).want(201).str("key")
+	p.person(email)
+	who := as(p.bearerOf(email))
+	for range teams {
+		team := p.call("POST", "/v1/teams", map[string]any{"name": "t"}, who...).want(201).str("id")
+		keys = append(keys, p.call("POST", "/v1/keys", map[string]any{"name": "k"}, append(who, "X-Team", team)...).want(201).str("key"))
+	}
+	return keys
 }
 
 // bearer logs somebody in, whatever their password is.

@@ -174,6 +174,17 @@ func (p *plane) metrics() string {
 	return w.Body.String()
 }
 
+// metric returns the value of a metric that has no labels.
+func (p *plane) metric(name string) string {
+	p.Helper()
+	_, rest, found := strings.Cut(p.metrics(), "\n"+name+" ")
+	if !found {
+		p.Fatalf("metrics: no %s", name)
+	}
+	value, _, _ := strings.Cut(rest, "\n")
+	return value
+}
+
 // compared waits until the server has compared what a host has with the table a
 // few times.
 func (p *plane) compared(a *agent) {

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -124,13 +125,8 @@ func TestNoDeadlock(t *testing.T) {
 				VALUES ($1, $2, $3, '00000000-0000-0000-0000-000000000000', 'minimal', 'running', 1, 1, 1, 60, '{}', now())`, ids[len(ids)-1], team, hosts[n%2])
 		}
 	}
-	backwards := func(all []uuid.UUID) []uuid.UUID {
-		out := make([]uuid.UUID, len(all))
-		for i, u := range all {
-			out[len(all)-1-i] = u
-		}
-		return out
-	}(ids)
+	backwards := slices.Clone(ids)
+	slices.Reverse(backwards)
 	ats := func() []time.Time {
 		all := make([]time.Time, len(ids))
 		for i := range all {
