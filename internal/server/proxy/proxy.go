@@ -91,7 +91,8 @@ func New(c Config) *Proxy {
 // Collectors are the proxy's Prometheus metrics.
 func (p *Proxy) Collectors() []prometheus.Collector { return []prometheus.Collector{p.requests} }
 
-// Match says whether a request's host is a sandbox's name, well-formed or not.
+// Match reports whether the proxy answers for a request's host: a sandbox's name,
+// well-formed or not, or any name in a domain that sandboxes have to themselves.
 func (p *Proxy) Match(host string) bool {
 	name := netaddr.Hostname(host)
 	if _, ok := label(name, p.ServiceDomain); ok {
@@ -145,7 +146,7 @@ func (p *Proxy) serve(w http.ResponseWriter, r *http.Request) {
 	if err == nil {
 		held := p.Memory.Hold(target.payer.String())
 		defer held.Release()
-		err = p.hold(w, r, &target, held)
+		err = p.hold(r, &target, held)
 	}
 	if err != nil {
 		p.fail(w, r, err)
@@ -174,7 +175,7 @@ const maxHeld = 64 << 10
 // hold keeps a request's body, so that the request can be sent again if the host
 // refuses it because the sandbox is paused. If the body is too long to keep, or has no
 // room in held, hold makes sure that the sandbox is not paused.
-func (p *Proxy) hold(w http.ResponseWriter, r *http.Request, d *destination, held *budget.Held) error {
+func (p *Proxy) hold(r *http.Request, d *destination, held *budget.Held) error {
 	if r.Body == nil || r.Body == http.NoBody || r.ContentLength == 0 {
 		return nil
 	}
