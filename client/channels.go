@@ -98,8 +98,8 @@ func (c *Client) DeleteChannel(ctx context.Context, id string) error {
 	return nil
 }
 
-// AskConfirmation sends the letter that asks the recipient of a channel's mail to
-// confirm the address again. An address gets one an hour.
+// AskConfirmation resends the letter that asks the recipient of a channel's mail to
+// confirm the address. An address gets at most one letter an hour.
 func (c *Client) AskConfirmation(ctx context.Context, id string) error {
 	if err := c.call(ctx, request{method: http.MethodPost, path: channelPath(id, "/confirmation")}, nil); err != nil {
 		return fmt.Errorf("ask for confirmation: %w", err)

@@ -140,7 +140,7 @@ func (a *app) channelAddCommand() *cobra.Command {
 		Use: "add --event EVENT… NAME webhook|slack|discord|email URL|ADDRESS", Short: "Have events told, and print the channel's id", Args: exactly(3),
 		Long: "Have events told by webhook, to an incoming webhook of Slack or Discord, or by mail. A webhook's messages are\n" +
 			"signed with its secret; without --secret one is made, and printed to standard error, once. The recipient of mail\n" +
-			"gets a letter with a link that confirms the address, and nothing else before it was opened.\n\n" +
+			"gets a letter with a link that confirms the address, and nothing else until they confirm.\n\n" +
 			"Events: sandbox.started, sandbox.paused, sandbox.ended, sandbox.failed, sandbox.missing, sandbox.lost,\n" +
 			"build.finished, quota.reached; for the platform's admins host.unreachable, host.online.",
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -236,7 +236,7 @@ func (a *app) channelRmCommand() *cobra.Command {
 
 func (a *app) channelConfirmCommand() *cobra.Command {
 	return &cobra.Command{
-		Use: "confirm CHANNEL…", Short: "Send the letters that ask to confirm channels of mail again", Args: atLeast(1),
+		Use: "confirm CHANNEL…", Short: "Resend the confirmation letters of mail channels", Args: atLeast(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
 			if err != nil {

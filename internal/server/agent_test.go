@@ -49,7 +49,7 @@ type agent struct {
 	onDestroy func(context.Context, *hostagentv1.DestroyRequest) error
 	// imports is called with a template that is about to be there; nil: nothing.
 	imports func(*hostagentv1.Template)
-	// payer hears whose imports are.
+	// payer is called with the payer of each import; nil: nothing.
 	payer func(string)
 	// digest is what a registry's image has.
 	digest string

@@ -7,8 +7,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// FrontDoor returns the handler for connections that the front door has passed. It
-// routes requests as deploy/Caddyfile does, and removes what only a front door may say.
+// FrontDoor returns the handler for clients' connections that Caddy hands over to this
+// server. It routes requests to next as deploy/Caddyfile does, and removes the header
+// fields that only a front door may set.
 func FrontDoor(next http.Handler, toPort func(*http.Request) bool) http.Handler {
 	const prefix = "/api"
 	api := http.StripPrefix(prefix, next)

@@ -65,7 +65,7 @@ const minHeartbeat = 100 * time.Millisecond
 // and the default: a team's share of it is enough for the longest body.
 const minRequestMemoryMiB = 256
 
-// defaultAtOnce is how many requests of one caller may be under way.
+// defaultAtOnce is the default of [Config.RequestsAtOnce].
 const defaultAtOnce = 1024
 
 // otherMemoryMiB is what the server takes beside requests, with room to spare: it

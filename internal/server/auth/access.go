@@ -52,8 +52,8 @@ type Principal struct {
 	// zero for somebody without a team. Keys have no role.
 	Team uuid.UUID
 	Role Role
-	// Payer is whose limits the team's use counts towards: its owner's, with all of
-	// their teams, or the team's own if it has no owner.
+	// Payer says whose limits the team's use counts towards: the team's owner, with all
+	// of their teams, or the team itself if it has no owner.
 	Payer uuid.UUID
 	// Key is the API key that was shown, Scopes what it is for.
 	Key    uuid.UUID

@@ -305,6 +305,6 @@ func (k *Keys) Revoke(ctx context.Context, by Principal, key uuid.UUID) error {
 	if _, err := k.store.DeleteAPIKey(ctx, db.DeleteAPIKeyParams{ID: key, TeamID: by.Team}); err != nil {
 		return fmt.Errorf("revoke API key: %w", err)
 	}
-	k.Forget() // before the database says so
+	k.Forget() // The database's notification comes only later.
 	return nil
 }

@@ -10,9 +10,9 @@ const (
 	hostPrefix = "__Host-"
 )
 
-// Cookie returns the name of one of the service's cookies. It is bound to the
-// host if secure is set, which browsers take over HTTPS alone: Safari does so on
-// loopback names too.
+// Cookie returns the full name of one of the service's cookies. If secure, the name
+// binds the cookie to its host. Browsers accept such a cookie only over HTTPS; Safari
+// makes no exception for loopback names.
 func Cookie(name string, secure bool) string {
 	if secure {
 		return hostPrefix + cookiePrefix + name

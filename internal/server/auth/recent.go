@@ -16,13 +16,13 @@ const (
 	maxRecent = 4096
 )
 
-// recent remembers whose keys were shown just now.
+// recent caches the holders of API keys that were shown a moment ago.
 type recent struct {
 	mu    sync.Mutex
 	known map[[sha256.Size]byte]known
-	// words counts calls of Forget, so that a lookup that began before one is not
+	// forgets counts calls of Forget, so that a lookup that began before one is not
 	// remembered after it.
-	words int
+	forgets int
 }
 
 type known struct {
@@ -40,7 +40,7 @@ func (k *Keys) CheckRecent(ctx context.Context, key string) (Principal, error) {
 	r := &k.recent
 	r.mu.Lock()
 	found, ok := r.known[hash]
-	words := r.words
+	forgets := r.forgets
 	r.mu.Unlock()
 	if ok && now.Before(found.until) {
 		return found.Principal, nil
@@ -55,7 +55,7 @@ func (k *Keys) CheckRecent(ctx context.Context, key string) (Principal, error) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.words != words {
+	if r.forgets != forgets {
 		return p, nil
 	}
 	if r.known == nil || len(r.known) >= maxRecent {
@@ -66,10 +66,10 @@ func (k *Keys) CheckRecent(ctx context.Context, key string) (Principal, error) {
 }
 
 // Forget makes [Keys.CheckRecent] ask the database again for every key. Call it when
-// somebody may do less than before.
+// somebody's rights were revoked.
 func (k *Keys) Forget() {
 	k.recent.mu.Lock()
 	defer k.recent.mu.Unlock()
-	k.recent.words++
+	k.recent.forgets++
 	clear(k.recent.known)
 }

@@ -1,5 +1,5 @@
-// Package budget bounds the memory that requests take while they are answered,
-// so that no caller can take the service's.
+// Package budget bounds the requests under way, and the memory that they take while
+// they are answered, so that no caller can take the service's.
 package budget
 
 import (
@@ -32,7 +32,7 @@ type Crowd struct{ principals, payers, addresses *Budget }
 // address, may have under way.
 const ofPayer = 2
 
-// NewCrowd returns a Crowd in which each principal may have so many under way.
+// NewCrowd returns a Crowd that lets each principal have that many requests under way.
 func NewCrowd(each int) *Crowd {
 	places := func(each int) *Budget {
 		return &Budget{total: math.MaxInt64, each: int64(each), owners: make(map[string]int64)}

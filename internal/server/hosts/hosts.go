@@ -470,7 +470,7 @@ func Fault(err error) error {
 	if !connect.IsWireError(err) {
 		switch ce.Code() {
 		case connect.CodeCanceled:
-			// By us. A host that goes away can cancel the call's stream, too.
+			// A host that goes away cancels the stream too, but not our context.
 			if errors.Is(err, context.Canceled) {
 				return fault.Because(err, fault.Timeout, "the call was given up")
 			}

@@ -17,9 +17,9 @@ var (
 	letterScript string
 )
 
-// letterPages are the pages that links in letters open: each takes the token
-// that its address ends with, asks for a password or a click, because mail scanners
-// open links but do not click, and sends that to the API.
+// letterPages are the pages that links in letters open. Each takes the token that its
+// address ends with, asks for a password or a click, and sends that to the API. Mail
+// scanners open links, but do not click.
 type letterPages struct {
 	verify, reset, confirm []byte
 	// policy lets a page run the one script and talk to the API, and nothing else.
@@ -31,7 +31,7 @@ type letter struct {
 	Title, Says, Done string
 	// Label is the password field's; empty: the page asks for none.
 	Label string
-	// Action is where the password goes, as seen from the page.
+	// Action is where the form goes, as seen from the page.
 	Action, Autocomplete string
 	// Again asks for the password twice.
 	Again  bool

@@ -146,7 +146,7 @@ func (s *Service) Members(ctx context.Context, team uuid.UUID) ([]db.ListMembers
 
 // errTakeOver keeps an owner from handing a team to somebody who did not ask for it:
 // what the team takes would then fill that person's quota.
-var errTakeOver = fault.New(fault.Conflict, "what the team has counts on its first owner: the next one takes it over, by removing the first or changing their role")
+var errTakeOver = fault.New(fault.Conflict, "what the team has counts for its first owner, so only the next owner can take it over, by removing the first or changing their role")
 
 // change runs f under the lock of the caller's team, with what the caller is
 // in it now: what they were when the call began may have changed.
