@@ -40,9 +40,9 @@ func (r *Registry) Places(ctx context.Context, template uuid.UUID, req scheduler
 	case len(all) == 0:
 		return nil, fault.New(fault.NoCapacity, "no host that has the template takes sandboxes now")
 	case len(req.Tags) > 0:
-		return nil, fault.New(fault.NoCapacity, "no host with tags %v has room for %d MiB of memory and %d virtual CPUs, and on its disk", req.Tags, req.MemoryMiB, req.VCPUs)
+		return nil, fault.New(fault.NoCapacity, "no host with tags %v has %d MiB of memory, %d virtual CPUs and enough disk space free", req.Tags, req.MemoryMiB, req.VCPUs)
 	}
-	return nil, fault.New(fault.NoCapacity, "no host has room for %d MiB of memory and %d virtual CPUs, and on its disk", req.MemoryMiB, req.VCPUs)
+	return nil, fault.New(fault.NoCapacity, "no host has %d MiB of memory, %d virtual CPUs and enough disk space free", req.MemoryMiB, req.VCPUs)
 }
 
 // Reserve makes sure, in the transaction that then writes the sandbox's row,
