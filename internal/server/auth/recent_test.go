@@ -1,12 +1,9 @@
 package auth
 
 import (
-	"errors"
 	"log/slog"
 	"testing"
 	"time"
-
-	"github.com/jackc/pgx/v5"
 
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
@@ -27,11 +24,7 @@ func TestCheckRecent(t *testing.T) {
 		t.Fatal(err)
 	}
 	k := NewKeys(st, slog.New(slog.DiscardHandler))
-	conn, err := pgx.Connect(t.Context(), url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close(t.Context())
+	conn := pgtest.Connect(t, url)
 	sql := func(statement string, arguments ...any) {
 		t.Helper()
 		if _, err := conn.Exec(t.Context(), statement, arguments...); err != nil {
@@ -59,8 +52,7 @@ func TestCheckRecent(t *testing.T) {
 		t.Error("another key is taken for the one that is remembered")
 	}
 	k.Forget()
-	var f *fault.Error
-	if _, err := k.CheckRecent(t.Context(), key); !errors.As(err, &f) || f.Code != fault.Unauthenticated {
+	if _, err := k.CheckRecent(t.Context(), key); !fault.Is(err, fault.Unauthenticated) {
 		t.Errorf("a key that was revoked: %v", err)
 	}
 	if len(k.recent.known) > 0 {
