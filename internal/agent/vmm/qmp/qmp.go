@@ -191,22 +191,27 @@ func (q *Conn) execute(ctx context.Context, command string, args, result any, fi
 		_ = q.conn.Close() // part of a command may be written
 		return errors.Join(ErrClosed, err)
 	}
+	var m message
 	select {
-	case m := <-answer:
-		if m.Error != nil {
-			return m.Error
-		}
-		if result == nil {
-			return nil
-		}
-		return json.Unmarshal(m.Return, result)
+	case m = <-answer:
 	case <-q.done:
-		q.mu.Lock()
-		defer q.mu.Unlock()
-		return q.err
+		select {
+		case m = <-answer: // QEMU answered before the connection ended
+		default:
+			q.mu.Lock()
+			defer q.mu.Unlock()
+			return q.err
+		}
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+	if m.Error != nil {
+		return m.Error
+	}
+	if result == nil {
+		return nil
+	}
+	return json.Unmarshal(m.Return, result)
 }
 
 // write sends text, and file with its first byte. After an error the

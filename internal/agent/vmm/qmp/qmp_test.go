@@ -102,6 +102,27 @@ func TestHostilePeer(t *testing.T) {
 	}
 }
 
+// TestAnswerBeforeEnd: an answer counts although QEMU closes the connection right after it.
+func TestAnswerBeforeEnd(t *testing.T) {
+	for range 100 {
+		c, err := NewConn(t.Context(), peer(t, `{"QMP": {}}`, func(line string) string {
+			if strings.Contains(line, "capabilities") {
+				return ok(line)
+			}
+			return ok(line) + "garbage\n"
+		}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Execute(t.Context(), "query-status", nil, nil); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Execute(t.Context(), "query-status", nil, nil); !errors.Is(err, ErrClosed) {
+			t.Fatalf("after garbage: %v", err)
+		}
+	}
+}
+
 // A QEMU that does not read any more does not hold up the agent.
 func TestPeerThatDoesNotRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -110,7 +131,7 @@ func TestPeerThatDoesNotRead(t *testing.T) {
 		go func() {
 			_, _ = io.WriteString(theirs, "{\"QMP\": {}}\n")
 			line, _ := bufio.NewReaderSize(theirs, 1<<10).ReadString('\n')
-			_, _ = io.WriteString(theirs, ok(line))
+			_, _ = io.WriteString(theirs, ok(strings.TrimSpace(line)))
 		}()
 		c, err := NewConn(t.Context(), ours)
 		if err != nil {
