@@ -527,12 +527,20 @@ func TestFullDisk(t *testing.T) {
 // this one may count the machine's loop devices.
 func (h *host) ownDisk(t *testing.T) {
 	t.Helper()
+	used, err := exec.Command("du", "-sm", string(h.Dir)).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var mib int
+	if _, err := fmt.Sscan(string(used), &mib); err != nil {
+		t.Fatal(err)
+	}
 	own := string(h.Dir) + ".own"
 	if err := os.Mkdir(own, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	for _, args := range [][]string{
-		{"mount", "-t", "tmpfs", "-o", "size=3G,mode=755", "tmpfs", own},
+		{"mount", "-t", "tmpfs", "-o", fmt.Sprintf("size=%dm,mode=755", mib+2500), "tmpfs", own},
 		{"cp", "-a", "--sparse=always", string(h.Dir) + "/.", own},
 		{"mount", "--move", own, string(h.Dir)},
 	} {

@@ -184,6 +184,7 @@ type Agent struct {
 
 	Dir    layout.Dir
 	Images imagetest.Images
+	seeded []string // names of the captures that it began with
 	// MemoryMiB is what its sandboxes may have together.
 	MemoryMiB int
 	// Env is the agent's environment besides the test's own.
@@ -265,23 +266,48 @@ func (a *Agent) link(t testing.TB) {
 			t.Fatal(err)
 		}
 	}
-	linkAll(t, a.seed(), a.Dir.Captures(uuid.Nil, uuid.Nil))
+	a.seeded = linkAll(t, a.seed(), a.Dir.Captures(uuid.Nil, uuid.Nil))
 }
 
-// linkAll links the folders in one to another, which may have them, or be on
-// another file system: then they are made anew where they are needed.
-func linkAll(t testing.TB, from, to string) {
+// removeStale removes the seeds that the agent has removed: captures of an older
+// kernel, envd or driver. Each takes some 330 MiB.
+func (a *Agent) removeStale(t testing.TB) {
+	for _, name := range a.seeded {
+		if _, err := os.Stat(filepath.Join(a.Dir.Captures(uuid.Nil, uuid.Nil), name)); !errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err := os.RemoveAll(filepath.Join(a.seed(), name)); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// linkAll links the folders in one to another, and returns the names of those that it
+// linked. It leaves out those that are there already, those that another test removes
+// meanwhile, and all of them where the other folder is on another file system: then
+// they are made anew where they are needed.
+func linkAll(t testing.TB, from, to string) (linked []string) {
 	t.Helper()
 	all, err := os.ReadDir(from)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		t.Fatal(err)
 	}
 	for _, e := range all {
-		err := image.LinkTree(filepath.Join(from, e.Name()), filepath.Join(to, e.Name()))
-		if err != nil && !errors.Is(err, os.ErrExist) && !errors.Is(err, syscall.EXDEV) {
+		dst := filepath.Join(to, e.Name())
+		err := image.LinkTree(filepath.Join(from, e.Name()), dst)
+		switch {
+		case err == nil:
+			linked = append(linked, e.Name())
+		case errors.Is(err, os.ErrExist):
+		case errors.Is(err, syscall.EXDEV), errors.Is(err, os.ErrNotExist):
+			if err := os.RemoveAll(dst); err != nil {
+				t.Fatal(err)
+			}
+		default:
 			t.Fatal(err)
 		}
 	}
+	return linked
 }
 
 // bearer shows the agent's token.
@@ -440,6 +466,7 @@ func (a *Agent) Finish(t testing.TB) {
 			t.Error(err)
 		}
 		linkAll(t, a.Dir.Captures(uuid.Nil, uuid.Nil), a.seed())
+		a.removeStale(t)
 	}
 	if got := Groups(); got != a.groups {
 		t.Logf("control groups were %s and are %s (another test may run beside)", a.groups, got)
