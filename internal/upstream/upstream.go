@@ -111,13 +111,19 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 }
 
-// idempotent says whether a request may arrive twice.
-func idempotent(req *http.Request) bool {
-	switch req.Method {
+// IdempotentMethod reports whether a request with this method may arrive twice (RFC
+// 9110, section 9.2.2). As in [http.Request], no method means GET.
+func IdempotentMethod(method string) bool {
+	switch method {
 	case "", http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodPut, http.MethodDelete:
 		return true
 	}
-	return req.Header["Idempotency-Key"] != nil || req.Header["X-Idempotency-Key"] != nil
+	return false
+}
+
+// idempotent says whether a request may arrive twice.
+func idempotent(req *http.Request) bool {
+	return IdempotentMethod(req.Method) || req.Header["Idempotency-Key"] != nil || req.Header["X-Idempotency-Key"] != nil
 }
 
 // broken says whether an exchange failed because the connection ended before a

@@ -201,11 +201,7 @@ func again(req *http.Request, err error) bool {
 	if errors.Is(err, upstream.ErrUnsent) {
 		return true
 	}
-	switch req.Method {
-	case http.MethodGet, http.MethodHead, http.MethodOptions, http.MethodTrace, http.MethodPut, http.MethodDelete:
-		return req.Body == nil || req.Body == http.NoBody
-	}
-	return false
+	return upstream.IdempotentMethod(req.Method) && (req.Body == nil || req.Body == http.NoBody)
 }
 
 // explain turns the error of a failed request into what its client may know. If a
