@@ -21,7 +21,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci/ocitest"
-	"github.com/wrenn-dev/wrenn/internal/agent/room"
+	"github.com/wrenn-dev/wrenn/internal/room"
 )
 
 // zipped compresses as far as gzip can.

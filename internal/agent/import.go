@@ -22,12 +22,12 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci"
-	"github.com/wrenn-dev/wrenn/internal/agent/room"
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
 	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/room"
 )
 
 const (

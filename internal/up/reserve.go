@@ -14,7 +14,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"golang.org/x/sys/unix"
 
-	"github.com/wrenn-dev/wrenn/internal/agent/room"
+	"github.com/wrenn-dev/wrenn/internal/room"
 )
 
 // PostgreSQL stops when it cannot write its log, and does not start again while it

@@ -9,7 +9,8 @@ import (
 	"os"
 	"path/filepath"
 
-	"golang.org/x/sys/unix"
+	"github.com/wrenn-dev/wrenn/internal/agent/sparse"
+	"github.com/wrenn-dev/wrenn/internal/room"
 )
 
 // ErrNoSpace is returned when the file system has less than Reserve free.
@@ -51,21 +52,21 @@ func CreateOverlay(path string, size int64, uid int) (err error) {
 	return f.Chown(uid, uid)
 }
 
-// Allocated returns how many bytes of the disk a file takes.
+// Allocated returns how many bytes the file at path takes on the host's disk.
 func Allocated(path string) (int64, error) {
-	var st unix.Stat_t
-	if err := unix.Stat(path, &st); err != nil {
+	info, err := os.Stat(path)
+	if err != nil {
 		return 0, fmt.Errorf("measure disk: %w", err)
 	}
-	return st.Blocks * 512, nil
+	return sparse.Allocated(info), nil
 }
 
 func checkSpace(dir string) error {
-	var st unix.Statfs_t
-	if err := unix.Statfs(dir, &st); err != nil {
-		return fmt.Errorf("look for free space: %w", err)
+	free, err := room.Of(dir)()
+	if err != nil {
+		return err
 	}
-	if free := int64(st.Bavail) * st.Bsize; free < Reserve {
+	if free < Reserve {
 		return fmt.Errorf("%w: %d MiB are free, %d MiB are kept in reserve", ErrNoSpace, free>>20, Reserve>>20)
 	}
 	return nil

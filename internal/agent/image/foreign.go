@@ -14,8 +14,8 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/tree"
-	"github.com/wrenn-dev/wrenn/internal/agent/room"
 	"github.com/wrenn-dev/wrenn/internal/layout"
+	"github.com/wrenn-dev/wrenn/internal/room"
 )
 
 // maxEnvs bounds the environment that an image sets, in bytes.

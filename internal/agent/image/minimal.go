@@ -316,11 +316,3 @@ func makeFilesystem(ctx context.Context, name, dir string, sizeMiB int) error {
 		"-d", dir, name, fmt.Sprintf("%dM", sizeMiB))
 	return err
 }
-
-// allocated is the number of bytes that a file takes on disk.
-func allocated(info fs.FileInfo) int64 {
-	if st, ok := info.Sys().(*syscall.Stat_t); ok {
-		return st.Blocks * 512
-	}
-	return info.Size()
-}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
+	"github.com/wrenn-dev/wrenn/internal/agent/sparse"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
@@ -208,7 +209,7 @@ func size(dir string) (int64, error) {
 			}
 			seen[st.Ino] = true
 		}
-		sum += allocated(info)
+		sum += sparse.Allocated(info)
 		return nil
 	})
 	return sum, err

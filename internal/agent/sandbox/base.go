@@ -6,12 +6,12 @@ import (
 	"fmt"
 	"os"
 	"sync"
-	"syscall"
 
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
+	"github.com/wrenn-dev/wrenn/internal/agent/sparse"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 )
 
@@ -106,10 +106,7 @@ func (b *base) materialize(ctx context.Context, m *memory.Image) error {
 	if err != nil {
 		return errors.Join(err, f.Close())
 	}
-	b.file, b.bytes = f, info.Size()
-	if st, ok := info.Sys().(*syscall.Stat_t); ok {
-		b.bytes = st.Blocks * 512
-	}
+	b.file, b.bytes = f, sparse.Allocated(info)
 	return nil
 }
 

@@ -18,11 +18,11 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
-	"github.com/wrenn-dev/wrenn/internal/agent/room"
 	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/layout"
+	"github.com/wrenn-dev/wrenn/internal/room"
 )
 
 func (h *host) create(t testing.TB, change func(*Spec)) uuid.UUID {

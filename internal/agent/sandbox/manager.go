@@ -24,10 +24,10 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
 	"github.com/wrenn-dev/wrenn/internal/agent/rates"
-	"github.com/wrenn-dev/wrenn/internal/agent/room"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/layout"
+	"github.com/wrenn-dev/wrenn/internal/room"
 )
 
 // Config is what a Manager works with. Only the fields marked so may be zero.

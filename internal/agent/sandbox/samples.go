@@ -2,12 +2,12 @@ package sandbox
 
 import (
 	"os"
-	"syscall"
 	"time"
 
 	"github.com/google/uuid"
 	"github.com/prometheus/procfs"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/sparse"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 )
 
@@ -67,8 +67,8 @@ func (s *Sample) measure(vm vmm.VM, dir string) error {
 		if err != nil {
 			continue // It is gone.
 		}
-		if st, ok := info.Sys().(*syscall.Stat_t); ok && info.Mode().IsRegular() {
-			s.DiskBytes += st.Blocks * 512
+		if info.Mode().IsRegular() {
+			s.DiskBytes += sparse.Allocated(info)
 		}
 	}
 	return nil

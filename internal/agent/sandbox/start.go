@@ -15,9 +15,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
 	"github.com/wrenn-dev/wrenn/internal/agent/network"
 	"github.com/wrenn-dev/wrenn/internal/agent/rates"
-	"github.com/wrenn-dev/wrenn/internal/agent/room"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/room"
 )
 
 // start is what a sandbox begins with.

@@ -1,4 +1,4 @@
-// Package sparse copies files that have holes.
+// Package sparse copies and measures files that have holes.
 package sparse
 
 import (
@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"iter"
 	"math"
 	"os"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -39,6 +41,15 @@ func Copy(ctx context.Context, dst, src *os.File) error {
 		return fmt.Errorf("copy file: %w", err)
 	}
 	return nil
+}
+
+// Allocated returns how many bytes a file takes on disk, or in memory if it lies
+// there: holes take none.
+func Allocated(info fs.FileInfo) int64 {
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		return st.Blocks * 512
+	}
+	return info.Size()
 }
 
 // Range is a part of a file, in bytes.

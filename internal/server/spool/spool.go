@@ -13,8 +13,8 @@ import (
 	"time"
 
 	"github.com/google/uuid"
-	"golang.org/x/sys/unix"
 
+	"github.com/wrenn-dev/wrenn/internal/room"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
@@ -37,7 +37,7 @@ const (
 type Spool struct {
 	dir  string
 	most int64
-	free func(dir string) (int64, error) // bytes; a test's own
+	free func() (int64, error) // bytes; a test's own
 
 	mu     sync.Mutex // held for no call that can block but statfs
 	used   int64      // bytes reserved
@@ -51,15 +51,7 @@ func New(dir string, mib int64) (*Spool, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("create spool: %w", err)
 	}
-	return &Spool{dir: dir, most: mib << 20, free: freeBytes, owners: make(map[uuid.UUID]int64)}, nil
-}
-
-func freeBytes(dir string) (int64, error) {
-	var fs unix.Statfs_t
-	if err := unix.Statfs(dir, &fs); err != nil {
-		return 0, fmt.Errorf("measure spool: %w", err)
-	}
-	return int64(fs.Bavail) * fs.Bsize, nil
+	return &Spool{dir: dir, most: mib << 20, free: room.Of(dir), owners: make(map[uuid.UUID]int64)}, nil
 }
 
 // Body is what a client sends.
@@ -196,7 +188,7 @@ func (s *Spool) fits(n int64) error {
 // room returns how many bytes all can have together: the spool's, or what the
 // disk has for it if that is less. s.mu is held.
 func (s *Spool) room() (int64, error) {
-	free, err := s.free(s.dir)
+	free, err := s.free()
 	if err != nil {
 		return 0, err
 	}

@@ -140,7 +140,7 @@ func TestSmallDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	disk := int64(32 << 20)
-	s.free = func(string) (int64, error) { return spare + disk - (s.used - s.dry), nil }
+	s.free = func() (int64, error) { return spare + disk - (s.used - s.dry), nil }
 	hog := uuid.New()
 	ends := []func(){holding(t, s, hog, -1), holding(t, s, hog, 8<<20)}
 	for _, length := range []int64{-1, 5} {

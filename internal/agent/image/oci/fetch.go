@@ -14,8 +14,8 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/partial"
 
-	"github.com/wrenn-dev/wrenn/internal/agent/room"
 	"github.com/wrenn-dev/wrenn/internal/agent/told"
+	"github.com/wrenn-dev/wrenn/internal/room"
 )
 
 // Fetch writes the image's layers to files in dir as the registry sends them, so

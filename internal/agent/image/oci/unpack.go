@@ -17,8 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image/tree"
-	"github.com/wrenn-dev/wrenn/internal/agent/room"
 	"github.com/wrenn-dev/wrenn/internal/agent/told"
+	"github.com/wrenn-dev/wrenn/internal/room"
 )
 
 // Limits bound an image. Zeros stand for DefaultLimits'.
