@@ -193,6 +193,52 @@ func (q *Queries) GetSandbox(ctx context.Context, id uuid.UUID) (Sandbox, error)
 	return i, err
 }
 
+const getSandboxPayer = `-- name: GetSandboxPayer :one
+SELECT sandboxes.id, sandboxes.team_id, sandboxes.host_id, sandboxes.template_id, sandboxes.template_name, sandboxes.state, sandboxes.vcpus, sandboxes.memory_mib, sandboxes.disk_mib, sandboxes.timeout_seconds, sandboxes.metadata, sandboxes.created_at, sandboxes.started_at, sandboxes.expires_at, sandboxes.ended_at, sandboxes.end_reason, sandboxes.error, sandboxes.start_ms, sandboxes.worker, sandboxes.on_timeout, sandboxes.auto_resume, sandboxes.paused_at, sandboxes.forked_from, sandboxes.build_id, sandboxes.drained, sandboxes.token_epoch, sandboxes.saved, COALESCE(team_owner(team_id), team_id)::uuid AS payer FROM sandboxes WHERE id = $1
+`
+
+type GetSandboxPayerRow struct {
+	Sandbox Sandbox
+	Payer   uuid.UUID
+}
+
+// A sandbox, and on whom it counts, as GetTeamPayer has it.
+func (q *Queries) GetSandboxPayer(ctx context.Context, id uuid.UUID) (GetSandboxPayerRow, error) {
+	row := q.db.QueryRow(ctx, getSandboxPayer, id)
+	var i GetSandboxPayerRow
+	err := row.Scan(
+		&i.Sandbox.ID,
+		&i.Sandbox.TeamID,
+		&i.Sandbox.HostID,
+		&i.Sandbox.TemplateID,
+		&i.Sandbox.TemplateName,
+		&i.Sandbox.State,
+		&i.Sandbox.VCPUs,
+		&i.Sandbox.MemoryMiB,
+		&i.Sandbox.DiskMiB,
+		&i.Sandbox.TimeoutSeconds,
+		&i.Sandbox.Metadata,
+		&i.Sandbox.CreatedAt,
+		&i.Sandbox.StartedAt,
+		&i.Sandbox.ExpiresAt,
+		&i.Sandbox.EndedAt,
+		&i.Sandbox.EndReason,
+		&i.Sandbox.Error,
+		&i.Sandbox.StartMs,
+		&i.Sandbox.Worker,
+		&i.Sandbox.OnTimeout,
+		&i.Sandbox.AutoResume,
+		&i.Sandbox.PausedAt,
+		&i.Sandbox.ForkedFrom,
+		&i.Sandbox.BuildID,
+		&i.Sandbox.Drained,
+		&i.Sandbox.TokenEpoch,
+		&i.Sandbox.Saved,
+		&i.Payer,
+	)
+	return i, err
+}
+
 const getTeamSandbox = `-- name: GetTeamSandbox :one
 SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved FROM sandboxes WHERE id = $1 AND team_id = $2 AND build_id IS NULL
 `

@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	stdlog "log"
 	"log/slog"
@@ -339,13 +338,9 @@ func (p *Proxy) holder(ctx context.Context, key string) (auth.Principal, error) 
 }
 
 func (p *Proxy) lookup(ctx context.Context, sandbox uuid.UUID) (target, error) {
-	row, err := p.Sandboxes.Lookup(ctx, sandbox)
+	row, payer, err := p.Sandboxes.LookupPayer(ctx, sandbox)
 	if err != nil {
 		return target{}, err
-	}
-	payer, err := p.Sandboxes.Store.GetTeamPayer(ctx, row.TeamID)
-	if err != nil {
-		return target{}, fmt.Errorf("look up the team's owner: %w", err)
 	}
 	t := target{team: row.TeamID, payer: payer, epoch: row.TokenEpoch, state: sandboxes.State(row.State)}
 	if row.HostID != nil {

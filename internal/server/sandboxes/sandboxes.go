@@ -157,6 +157,14 @@ func (s *Service) Lookup(ctx context.Context, sandbox uuid.UUID) (db.Sandbox, er
 	return found(s.Store.GetSandbox(ctx, sandbox))
 }
 
+// LookupPayer is [Service.Lookup], and returns also on whom the sandbox counts: its team's
+// owner, or the team if it has none.
+func (s *Service) LookupPayer(ctx context.Context, sandbox uuid.UUID) (row db.Sandbox, payer uuid.UUID, err error) {
+	r, err := s.Store.GetSandboxPayer(ctx, sandbox)
+	row, err = found(r.Sandbox, err)
+	return row, r.Payer, err
+}
+
 // TeamIs fails with not_found where there is no such team, or it is being deleted.
 func (s *Service) TeamIs(ctx context.Context, team uuid.UUID) error {
 	_, err := s.Store.GetTeam(ctx, team)

@@ -30,6 +30,10 @@ DELETE FROM idempotency_keys WHERE idempotency_keys.ctid = ANY (ARRAY(
 -- name: GetSandbox :one
 SELECT * FROM sandboxes WHERE id = $1;
 
+-- name: GetSandboxPayer :one
+-- A sandbox, and on whom it counts, as GetTeamPayer has it.
+SELECT sqlc.embed(sandboxes), COALESCE(team_owner(team_id), team_id)::uuid AS payer FROM sandboxes WHERE id = $1;
+
 -- name: GetTeamSandbox :one
 -- A build's sandbox is nobody's but the build's.
 SELECT * FROM sandboxes WHERE id = $1 AND team_id = $2 AND build_id IS NULL;
