@@ -16,6 +16,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -330,6 +332,35 @@ func TestNameWithDot(t *testing.T) {
 			if _, path := exchange(t, listen, method, host, "/api/x", ""); path != "/api/x" {
 				t.Errorf("%s %s: the server is asked for %q", method, host, path)
 			}
+		}
+	}
+}
+
+// TestEmptySettings: a setting that is there and empty means its default.
+func TestEmptySettings(t *testing.T) {
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.URL.Path) }))
+	defer server.Close()
+	settings := regexp.MustCompile(`\{\$(WRENN_\w+)`).FindAllSubmatch(deploy.Caddyfile, -1)
+	var empty []string
+	for _, s := range settings {
+		// The door itself has a port, an address and a control plane of its own.
+		if name := string(s[1]); name != "WRENN_SITES" && name != "WRENN_BIND" && name != "WRENN_SERVER" {
+			empty = append(empty, name+"=")
+		}
+	}
+	if !slices.Contains(empty, sandboxDomain+"=") {
+		t.Fatalf("the Caddyfile reads %v", empty)
+	}
+	door := deploytest.Listen(t)
+	door.Serve(t, server.Listener.Addr().String(), empty...)
+	for _, want := range []struct{ host, method, asked, path string }{
+		{"localhost", http.MethodGet, "/api/x", "/x"},
+		// By the listener wrapper, and by Caddy's handlers.
+		{"80-cl-x.localhost", http.MethodGet, "/api/x", "/api/x"},
+		{"80-cl-x.localhost", http.MethodPost, "/api/x", "/api/x"},
+	} {
+		if resp, path := exchange(t, door.Address, want.method, want.host, want.asked, ""); resp.StatusCode != http.StatusOK || path != want.path {
+			t.Errorf("%s %s: %s, and the server is asked for %q", want.method, want.host, resp.Status, path)
 		}
 	}
 }
