@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -59,6 +60,9 @@ func archived(t *testing.T, img v1.Image, layoutDir string) io.Reader {
 	return &packed
 }
 
+// noShare reserves disk space without a bound.
+func noShare() *spool { return &spool{imports: &imports{}, room: math.MaxInt64} }
+
 // TestGzipInGzip: an archive of a few kilobytes, compressed twice, does not
 // become hundreds of megabytes on the host's disk.
 func TestGzipInGzip(t *testing.T) {
@@ -82,7 +86,7 @@ func TestGzipInGzip(t *testing.T) {
 	// A disk that would hold it.
 	limits := oci.Limits{Bytes: 2 << 40}
 	file := filepath.Join(dir, "archive.tar")
-	if limits.Packed, err = keep(file, bytes.NewReader(upload), limits.Bytes, nil); err != nil || limits.Packed != int64(len(upload)) {
+	if limits.Packed, err = keep(file, bytes.NewReader(upload), limits.Bytes, nil, noShare()); err != nil || limits.Packed != int64(len(upload)) {
 		t.Fatalf("the outer archive is not large: %d bytes were received, %v", limits.Packed, err)
 	}
 	found, err := oci.Archive(t.Context(), file, "", dir, limits)
@@ -99,7 +103,7 @@ func TestGzipInGzip(t *testing.T) {
 func TestArchiveRatio(t *testing.T) {
 	upload := zipped(t, io.LimitReader(zeros{}, 1<<30))
 	file := filepath.Join(t.TempDir(), "archive.tar")
-	_, err := keep(file, bytes.NewReader(upload), 2<<40, nil)
+	_, err := keep(file, bytes.NewReader(upload), 2<<40, nil, noShare())
 	if connect.CodeOf(err) != connect.CodeInvalidArgument {
 		t.Errorf("%d bytes unpack to 1 GiB: %v", len(upload), err)
 	}
@@ -125,12 +129,12 @@ func TestImportHoldsRoom(t *testing.T) {
 	disk := room.New(1<<20-1<<10, func() (int64, error) { return free, nil })
 	dir := t.TempDir()
 	var full *room.FullError
-	if _, err := keep(filepath.Join(dir, "a"), io.LimitReader(rand.Reader, 64<<10), 1<<30, disk); !errors.As(err, &full) {
+	if _, err := keep(filepath.Join(dir, "a"), io.LimitReader(rand.Reader, 64<<10), 1<<30, disk, noShare()); !errors.As(err, &full) {
 		t.Errorf("an archive that there is no room for: %v", err)
 	}
 	img := ocitest.Build(t, ocitest.Archive(t, []ocitest.Entry{ocitest.File("x", strings.Repeat("x", 64<<10))}))
 	file := filepath.Join(dir, "archive.tar")
-	if _, err := keep(file, archived(t, img, filepath.Join(dir, "layout")), 1<<30, nil); err != nil {
+	if _, err := keep(file, archived(t, img, filepath.Join(dir, "layout")), 1<<30, nil, noShare()); err != nil {
 		t.Fatal(err)
 	}
 	found, err := oci.Archive(t.Context(), file, "", dir, oci.Limits{})

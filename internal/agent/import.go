@@ -34,8 +34,8 @@ const (
 	// maxImports is how many images are unpacked at once; more wait. All teams of one
 	// owner together get at most all but one of these places.
 	maxImports = 2
-	// What registries send may take 1/spoolShare of the disk's room, and one owner
-	// 1/payerShare of that.
+	// What registries and clients send may take 1/spoolShare of the disk's room, and
+	// one owner 1/payerShare of that.
 	spoolShare, payerShare = 2, 4
 	// maxReference bounds a reference, a tag, a user's name and a password.
 	maxReference = 4096
@@ -48,8 +48,8 @@ type imports struct {
 	// taken counts places by payer; freed is closed when a place is given back.
 	taken map[string]int
 	freed chan struct{}
-	// fetched is what is reserved for registries' bytes, by payer.
-	fetched map[string]int64
+	// spooled is what is reserved for the bytes of registries and archives, by payer.
+	spooled map[string]int64
 }
 
 // importing is one of them.
@@ -144,29 +144,58 @@ func (i *imports) give(payer string) {
 	i.freed = make(chan struct{})
 }
 
-// reserve reserves n bytes of a disk with room bytes free for what a registry sends
-// for a payer, until free is called.
-func (i *imports) reserve(payer string, n, room int64) (free func(), err error) {
+// spool reserves disk space for what one import receives. Only that import uses it.
+type spool struct {
+	imports *imports
+	payer   string
+	room    int64 // bytes that the disk had left when the import began
+	held    int64
+}
+
+// reserve reserves n more bytes, which must not be written before.
+func (s *spool) reserve(n int64) error {
+	i := s.imports
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	all := n
-	for _, f := range i.fetched {
-		all += f
+	for _, b := range i.spooled {
+		all += b
 	}
-	if all > room/spoolShare || i.fetched[payer]+n > room/spoolShare/payerShare {
-		return nil, connect.NewError(connect.CodeResourceExhausted, told.New("this host has no disk space for the image now"))
+	if all > s.room/spoolShare || i.spooled[s.payer]+n > s.room/spoolShare/payerShare {
+		return connect.NewError(connect.CodeResourceExhausted, told.New("this host has no disk space for the image now"))
 	}
-	if i.fetched == nil {
-		i.fetched = map[string]int64{}
+	if i.spooled == nil {
+		i.spooled = map[string]int64{}
 	}
-	i.fetched[payer] += n
-	return func() {
-		i.mu.Lock()
-		defer i.mu.Unlock()
-		if i.fetched[payer] -= n; i.fetched[payer] == 0 {
-			delete(i.fetched, payer)
-		}
-	}, nil
+	i.spooled[s.payer] += n
+	s.held += n
+	return nil
+}
+
+// free gives back all that was reserved.
+func (s *spool) free() {
+	i := s.imports
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.spooled[s.payer] -= s.held; i.spooled[s.payer] == 0 {
+		delete(i.spooled, s.payer)
+	}
+	s.held = 0
+}
+
+// writer reserves the bytes that it writes to w.
+func (s *spool) writer(w io.Writer) io.Writer { return spoolWriter{s, w} }
+
+type spoolWriter struct {
+	spool *spool
+	to    io.Writer
+}
+
+func (w spoolWriter) Write(p []byte) (int, error) {
+	if err := w.spool.reserve(int64(len(p))); err != nil {
+		return 0, err
+	}
+	return w.to.Write(p)
 }
 
 // ImportTemplate implements hostagentv1connect.HostAgentHandler.
@@ -336,7 +365,8 @@ func (s *service) fetchImage(ctx context.Context, m *pb.ImportTemplateRequest_St
 	if err != nil {
 		return nil, nil, sandbox.Full(err)
 	}
-	undo := []func() error{func() error { return os.RemoveAll(tmp) }}
+	held := &spool{imports: &s.imports, payer: payer, room: left}
+	undo := []func() error{func() error { held.free(); return nil }, func() error { return os.RemoveAll(tmp) }}
 	done := func() error {
 		var errs []error
 		for _, f := range slices.Backward(undo) {
@@ -361,18 +391,17 @@ func (s *service) fetchImage(ctx context.Context, m *pb.ImportTemplateRequest_St
 		if err := img.Fits(limits); err != nil {
 			return nil, nil, blame(true, err)
 		}
-		free, err := s.imports.reserve(payer, img.Packed(), left)
-		if err != nil {
+		if err := held.reserve(img.Packed()); err != nil {
 			return nil, nil, err
 		}
-		undo = append(undo, func() error { free(); return nil })
 		return img, done, blame(true, img.Fetch(ctx, tmp, limits))
 	}
 	file := filepath.Join(tmp, "archive.tar")
-	if limits.Packed, err = keep(file, archive, limits.Bytes, disk); err != nil {
+	if limits.Packed, err = keep(file, archive, limits.Bytes, disk, held); err != nil {
 		return nil, nil, sandbox.Full(err)
 	}
 	limits.Bytes = min(limits.Bytes, oci.Unpackable(limits.Packed))
+	limits.Reserve = held.reserve
 	img, err := oci.Archive(ctx, file, m.GetArchive().GetTag(), tmp, limits)
 	if err != nil {
 		return nil, nil, blame(false, err)
@@ -447,8 +476,8 @@ func (r *ratio) Read(p []byte) (int, error) {
 }
 
 // keep writes an archive to a file on disk, decompressed. It refuses one that then has
-// more than most bytes. It returns how many bytes it received.
-func keep(file string, archive io.Reader, most int64, disk *room.Room) (packed int64, err error) {
+// more than most bytes, or more than held has left. It returns how many bytes it received.
+func keep(file string, archive io.Reader, most int64, disk *room.Room, held *spool) (packed int64, err error) {
 	received := &counted{Reader: archive}
 	in := bufio.NewReader(received)
 	r := io.Reader(in)
@@ -464,7 +493,7 @@ func keep(file string, archive io.Reader, most int64, disk *room.Room) (packed i
 	if err != nil {
 		return 0, err
 	}
-	n, err := io.Copy(disk.Writer(f), io.LimitReader(r, most+1))
+	n, err := io.Copy(held.writer(disk.Writer(f)), io.LimitReader(r, most+1))
 	if errors.Is(err, gzip.ErrHeader) || errors.Is(err, gzip.ErrChecksum) || errors.Is(err, io.ErrUnexpectedEOF) {
 		err = connect.NewError(connect.CodeInvalidArgument, told.Because(err, "archive: cannot be read"))
 	}

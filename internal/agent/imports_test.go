@@ -1,11 +1,14 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"math"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -14,6 +17,7 @@ import (
 	"strings"
 	"testing"
 
+	"connectrpc.com/connect"
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/registry"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
@@ -69,29 +73,92 @@ func TestImportsAreShared(t *testing.T) {
 	}
 }
 
-// TestImportSpool: room for what registries send is reserved before it is written,
+// TestImportSpool: room for what an import receives is reserved before it is written,
 // and bounded for one owner and for all together.
 func TestImportSpool(t *testing.T) {
 	var i imports
-	const room = 8 * spoolShare * payerShare
-	free, err := i.reserve("one", 8, room)
-	if err != nil {
+	of := func(payer string) *spool { return &spool{imports: &i, payer: payer, room: 8 * spoolShare * payerShare} }
+	one := of("one")
+	if err := one.reserve(8); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := i.reserve("one", 1, room); err == nil {
+	if of("one").reserve(1) == nil || one.reserve(1) == nil {
 		t.Error("an owner has more than its share")
 	}
 	for n := range payerShare - 1 {
-		if _, err := i.reserve(fmt.Sprint(n), 8, room); err != nil {
+		if err := of(fmt.Sprint(n)).reserve(8); err != nil {
 			t.Error(err)
 		}
 	}
-	if _, err := i.reserve("last", 1, room); err == nil {
+	if of("last").reserve(1) == nil {
 		t.Error("all have more than there is")
 	}
-	free()
-	if _, err := i.reserve("last", 8, room); err != nil {
+	one.free()
+	if err := of("last").reserve(8); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestArchiveSpool: archives, and the layouts that are extracted from them, take no
+// more than their owner's share of a host's disk, and leave others theirs.
+func TestArchiveSpool(t *testing.T) {
+	content := make([]byte, 256<<10)
+	rand.Read(content)
+	packed, err := io.ReadAll(archived(t, ocitest.Build(t, ocitest.Archive(t, []ocitest.Entry{ocitest.File("a", string(content))})), t.TempDir()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	size := int64(len(packed))
+	dir := layout.Dir(t.TempDir())
+	s := &service{&Agent{cfg: Config{Dir: dir}, sandboxes: &sandbox.Manager{}}}
+	const share = math.MaxInt64 / spoolShare / payerShare // the disk has no bound
+	fetch := func(payer string) (func() error, error) {
+		_, discard, err := s.fetchImage(t.Context(), &pb.ImportTemplateRequest_Start{
+			Source: &pb.ImportTemplateRequest_Start_Archive{Archive: &pb.ImportTemplateRequest_Archive{}},
+		}, image.Template{ID: uuid.New(), Team: uuid.New(), Name: "archive", DiskMiB: 64}, payer, bytes.NewReader(packed))
+		return discard, err
+	}
+	refused := func(what string, left int64) {
+		t.Helper()
+		s.imports.spooled = map[string]int64{"hog": share - left}
+		if _, err := fetch("hog"); connect.CodeOf(err) != connect.CodeResourceExhausted {
+			t.Errorf("%s: %v", what, err)
+		}
+		if got := s.imports.spooled["hog"]; got != share-left {
+			t.Errorf("%s: %d bytes are reserved afterwards, want %d", what, got, share-left)
+		}
+		isEmpty(t, dir)
+	}
+	refused("the archive exceeds the share", size-1)
+	refused("the archive fits, its layout does not", size+size/2)
+
+	discard, err := fetch("other")
+	if err != nil {
+		t.Fatal("another owner: ", err)
+	}
+	if got := s.imports.spooled["other"]; got < size || got > 2*size {
+		t.Errorf("an archive of %d bytes reserves %d", size, got)
+	}
+	if err := discard(); err != nil {
+		t.Error(err)
+	}
+	if got, ok := s.imports.spooled["other"]; ok {
+		t.Errorf("%d bytes are still reserved", got)
+	}
+	isEmpty(t, dir)
+}
+
+// isEmpty checks that there is no file below dir.
+func isEmpty(t *testing.T, dir layout.Dir) {
+	t.Helper()
+	err := filepath.WalkDir(string(dir), func(path string, d os.DirEntry, err error) error {
+		if err == nil && !d.IsDir() {
+			t.Errorf("%s is left", path)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -111,7 +178,7 @@ func TestImportTooLarge(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := &service{&Agent{cfg: Config{Dir: layout.Dir(t.TempDir()), LocalRegistries: true}, sandboxes: &sandbox.Manager{}}}
-	s.imports.fetched = map[string]int64{"others": 1 << 62}
+	s.imports.spooled = map[string]int64{"others": 1 << 62}
 	_, _, err = s.importTemplate(t.Context(), func(error) {}, &pb.ImportTemplateRequest_Start{
 		Source: &pb.ImportTemplateRequest_Start_Registry{Registry: &pb.ImportTemplateRequest_Registry{Reference: reference}},
 	}, image.Template{ID: uuid.New(), Team: uuid.New(), Name: "large", DiskMiB: 1}, nil)
@@ -180,25 +247,17 @@ func TestTrickleHoldsNoPlace(t *testing.T) {
 	}()
 	await.Recv(t, "the registry is asked for the layer", begun)
 	s.imports.mu.Lock()
-	taken, fetched := len(s.imports.taken), len(s.imports.fetched)
+	taken, spooled := len(s.imports.taken), len(s.imports.spooled)
 	s.imports.mu.Unlock()
-	if taken != 0 || fetched != 1 {
-		t.Errorf("while the registry sends, %d have places and %d have reserved space", taken, fetched)
+	if taken != 0 || spooled != 1 {
+		t.Errorf("while the registry sends, %d have places and %d have reserved space", taken, spooled)
 	}
 	cancel(why)
 	if err := await.Recv(t, "the import ends", done); !errors.Is(err, why) && !errors.Is(err, context.Canceled) {
 		t.Errorf("the import ended with %v", err)
 	}
-	if len(s.imports.running)+len(s.imports.taken)+len(s.imports.fetched) != 0 {
-		t.Errorf("running %v, taken %v, fetched %v", s.imports.running, s.imports.taken, s.imports.fetched)
+	if len(s.imports.running)+len(s.imports.taken)+len(s.imports.spooled) != 0 {
+		t.Errorf("running %v, taken %v, spooled %v", s.imports.running, s.imports.taken, s.imports.spooled)
 	}
-	err = filepath.WalkDir(string(dir), func(path string, d os.DirEntry, err error) error {
-		if err == nil && !d.IsDir() {
-			t.Errorf("%s is left", path)
-		}
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	isEmpty(t, dir)
 }

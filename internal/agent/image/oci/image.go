@@ -433,6 +433,11 @@ func extractLayout(ctx context.Context, f io.Reader, dir string, limits Limits) 
 		if left -= h.Size; left < 0 {
 			return Refuse(nil, "it holds more than %d bytes", limits.Bytes)
 		}
+		if limits.Reserve != nil {
+			if err := limits.Reserve(h.Size); err != nil {
+				return err
+			}
+		}
 		if err := root.MkdirAll(path.Dir(to), 0o700); err != nil {
 			return err
 		}

@@ -30,6 +30,9 @@ type Limits struct {
 	Packed int64
 	// Room is the room on the disk that the image is written to; nil: no bounds.
 	Room *room.Room
+	// Reserve is called before bytes of an archive are extracted to tmp; nil: they
+	// are not counted.
+	Reserve func(bytes int64) error
 }
 
 // DefaultLimits are enough for images of several languages' tools.
