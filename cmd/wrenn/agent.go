@@ -11,24 +11,16 @@ import (
 	"sync"
 	"syscall"
 
-	"github.com/caarlos0/env/v11"
 	"github.com/spf13/cobra"
 
 	"github.com/wrenn-dev/wrenn/internal/agent"
 	"github.com/wrenn-dev/wrenn/internal/agent/enroll"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
+	"github.com/wrenn-dev/wrenn/internal/settings/all"
 )
 
-// enrollment is how an agent finds its control plane. Its tags name the
-// environment variables.
-type enrollment struct {
-	Server string `env:"WRENN_SERVER_URL"`
-	Token  string `env:"WRENN_HOST_TOKEN,unset"`
-	URL    string `env:"WRENN_HOST_URL"`
-}
-
 func agentCommand() *cobra.Command {
-	var flags enrollment
+	var flags all.Enrollment
 	var listen string
 	cmd := &cobra.Command{
 		Use: "agent", Short: "Run the host agent", Args: cobra.NoArgs,
@@ -36,40 +28,40 @@ func agentCommand() *cobra.Command {
 
 With --server it registers itself with that control plane, the first time with a
 token from ` + "`wrenn host add`" + `, and is called over mutual TLS. Without, it takes calls
-with the token in $WRENN_AGENT_TOKEN, from this machine alone.`,
+with the token in $WRENN_AGENT_TOKEN, from this machine alone.
+
+` + all.AgentProgram.Help(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 			defer stop()
-			c, err := env.ParseAs[agent.Config]()
-			if err != nil {
-				return err
-			}
-			e, err := env.ParseAs[enrollment]()
+			var c all.Agent
+			warnings, err := all.Load(all.AgentProgram, &c)
 			if err != nil {
 				return err
 			}
 			for _, o := range []struct {
 				flag string
 				to   *string
-			}{{flags.Server, &e.Server}, {flags.Token, &e.Token}, {flags.URL, &e.URL}, {listen, &c.Listen}} {
+			}{{flags.Server, &c.Server}, {flags.HostToken, &c.HostToken}, {flags.URL, &c.URL}, {listen, &c.Listen}} {
 				if o.flag != "" {
 					*o.to = o.flag
 				}
 			}
 			c.Version, c.Log = version, slog.New(slog.NewTextHandler(os.Stderr, nil))
-			return runAgent(ctx, c, e)
+			warn(c.Log, warnings)
+			return runAgent(ctx, c.Config, c.Enrollment)
 		},
 	}
 	f := cmd.Flags()
 	f.StringVar(&flags.Server, "server", "", "the control plane's URL ($WRENN_SERVER_URL)")
-	f.StringVar(&flags.Token, "token", "", "registration token, the first time ($WRENN_HOST_TOKEN)")
+	f.StringVar(&flags.HostToken, "token", "", "registration token, the first time ($WRENN_HOST_TOKEN)")
 	f.StringVar(&flags.URL, "url", "", "where the control plane reaches this agent ($WRENN_HOST_URL; default https:// and the address of --listen)")
 	f.StringVar(&listen, "listen", "", "where to listen, address:port or unix:/path ($WRENN_LISTEN)")
 	return cmd
 }
 
 // runAgent runs an agent until ctx is done.
-func runAgent(ctx context.Context, c agent.Config, e enrollment) error {
+func runAgent(ctx context.Context, c agent.Config, e all.Enrollment) error {
 	if c.Listen == "" {
 		return errors.New("say where to listen with --listen or WRENN_LISTEN: address:port or unix:/path")
 	}
@@ -99,7 +91,7 @@ func runAgent(ctx context.Context, c agent.Config, e enrollment) error {
 	if err != nil {
 		return err
 	}
-	host, err := enroll.Open(ctx, enroll.Config{Dir: c.Dir, Server: e.Server, Token: e.Token, URL: e.URL, Log: c.Log}, enroll.StatusOf(machine))
+	host, err := enroll.Open(ctx, enroll.Config{Dir: c.Dir, Server: e.Server, Token: e.HostToken, URL: e.URL, Log: c.Log}, enroll.StatusOf(machine))
 	if err != nil {
 		return err
 	}

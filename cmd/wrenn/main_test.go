@@ -17,6 +17,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/server"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/settings/all"
 )
 
 // TestNewerDataStopsOnce: systemd does not start an agent or a server again
@@ -44,7 +45,7 @@ func TestAgentOnNewerData(t *testing.T) {
 	if err := os.WriteFile(dir.Events(), []byte("wrnjrnl2"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, e := range []enrollment{{}, {Server: "http://127.0.0.1:1", Token: "wrnh_x", URL: "http://127.0.0.1:7070"}} {
+	for _, e := range []all.Enrollment{{}, {Server: "http://127.0.0.1:1", HostToken: "wrnh_x", URL: "http://127.0.0.1:7070"}} {
 		c := agent.Config{Dir: dir, Listen: "127.0.0.1:0", Token: "token", Log: slog.New(slog.DiscardHandler)}
 		if err := runAgent(context.Background(), c, e); exitCode(err) != exitNewer {
 			t.Errorf("the error is %v", err)

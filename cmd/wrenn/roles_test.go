@@ -17,6 +17,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/pki"
 	"github.com/wrenn-dev/wrenn/internal/server"
+	"github.com/wrenn-dev/wrenn/internal/settings/all"
 )
 
 // TestCAInit makes an authority that a server takes, and never another over it.
@@ -65,10 +66,10 @@ func TestAgentListensAtHome(t *testing.T) {
 	control := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked++ }))
 	defer control.Close()
 	for _, listen := range []string{"0.0.0.0:0", ":0", "[::]:0", "192.0.2.1:7070", "[2001:db8::1]:7070", "host.example:7070", ""} {
-		for _, e := range []enrollment{
+		for _, e := range []all.Enrollment{
 			{},
-			{Server: control.URL, Token: "wrnh_x", URL: "http://127.0.0.1:7070"},
-			{Server: control.URL, Token: "wrnh_x", URL: "unix:/run/wrenn.sock"},
+			{Server: control.URL, HostToken: "wrnh_x", URL: "http://127.0.0.1:7070"},
+			{Server: control.URL, HostToken: "wrnh_x", URL: "unix:/run/wrenn.sock"},
 		} {
 			dir := filepath.Join(t.TempDir(), "data")
 			err := runAgent(context.Background(), agent.Config{Dir: layout.Dir(dir), Listen: listen}, e)

@@ -14,7 +14,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/caarlos0/env/v11"
 	"github.com/spf13/cobra"
 
 	"github.com/wrenn-dev/wrenn/internal/bounded"
@@ -23,6 +22,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	"github.com/wrenn-dev/wrenn/internal/patience"
 	"github.com/wrenn-dev/wrenn/internal/server"
+	"github.com/wrenn-dev/wrenn/internal/settings/all"
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
@@ -32,22 +32,25 @@ const drainTimeout = 10 * time.Second
 
 func serverCommand() *cobra.Command {
 	return &cobra.Command{
-		Use: "server", Short: "Run the control plane (configured by environment)", Args: cobra.NoArgs,
+		Use: "server", Short: "Run the control plane", Args: cobra.NoArgs,
+		Long: "Run the control plane, until interrupted.\n\n" + all.ServerProgram.Help(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			asked, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 			defer stop()
 			leave := &farewell{asked: asked, sleep: time.Sleep}
 			ctx, cancel := leave.context()
 			defer cancel()
-			c, err := env.ParseAs[server.Config]()
+			var c all.Server
+			warnings, err := all.Load(all.ServerProgram, &c)
 			if err != nil {
 				return err
 			}
 			c.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
+			warn(c.Log, warnings)
 			if os.Getenv("GOMEMLIMIT") == "" {
 				debug.SetMemoryLimit(c.MemoryLimit())
 			}
-			s, err := server.New(asked, c)
+			s, err := server.New(asked, c.Config)
 			if err != nil {
 				return err
 			}
@@ -75,6 +78,12 @@ func serverCommand() *cobra.Command {
 			}
 			return errors.Join(serve(ctx, c.Listen, bound, nil, handler, s.ToPort, run), s.Close())
 		},
+	}
+}
+
+func warn(log *slog.Logger, warnings []string) {
+	for _, w := range warnings {
+		log.Warn(w)
 	}
 }
 

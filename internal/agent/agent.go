@@ -32,56 +32,32 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// Config is how an agent runs. Its tags name the environment variables of
-// "wrenn agent".
+// Config configures an agent. The tags declare its settings (see internal/settings).
 type Config struct {
-	// Dir is the installation's data.
-	Dir layout.Dir `env:"WRENN_DIR" envDefault:"/var/lib/wrenn"`
-	// Listen is where whoever runs the agent serves its [Agent.Handler].
-	Listen string `env:"WRENN_LISTEN"`
-	// Token is what the control plane must show.
-	Token string `env:"WRENN_AGENT_TOKEN,unset"`
-	// Accel is what runs guests' instructions: "kvm", "tcg", or "auto", which
-	// is KVM where a kernel boots on it.
-	Accel string `env:"WRENN_VMM_ACCEL" envDefault:"auto"`
-	// NoSeccomp runs QEMU without Wrenn's seccomp filter, in case a QEMU or a libc
-	// needs calls that the filter forbids. It removes one wall around each guest.
-	NoSeccomp bool `env:"WRENN_NO_SECCOMP"`
-	// DNS are the guests' resolvers, IPv4; none: the host's.
-	DNS []netip.Addr `env:"WRENN_DNS"`
-	// MemoryMiB is what all sandboxes may have together; 0: most of the host's.
-	MemoryMiB int `env:"WRENN_MEMORY_MIB"`
-	// DefaultVCPUs and DefaultMemoryMiB are what most sandboxes will have: a
-	// machine like that is captured when the agent starts. 0: none is.
-	DefaultVCPUs     int `env:"WRENN_DEFAULT_VCPUS" envDefault:"1"`
-	DefaultMemoryMiB int `env:"WRENN_DEFAULT_MEMORY_MIB" envDefault:"512"`
-	// Warm is how many machines of each template that is in use wait to become
-	// sandboxes; 0: none.
-	Warm int `env:"WRENN_WARM" envDefault:"1"`
-	// WarmMemoryMiB is what all that wait may have together; 0: an eighth of
-	// MemoryMiB.
-	WarmMemoryMiB int `env:"WRENN_WARM_MEMORY_MIB"`
-	// DiskReserveMiB is what must stay free of the disk for anything but the pause
-	// of a running sandbox to begin.
-	DiskReserveMiB int `env:"WRENN_DISK_RESERVE_MIB" envDefault:"2048"`
+	Dir layout.Dir `env:"WRENN_DIR" envDefault:"/var/lib/wrenn" help:"data directory"`
+	// Listen is for whoever serves [Agent.Handler]: New does not listen.
+	Listen           string       `env:"WRENN_LISTEN" help:"address to listen on: host:port or unix:/path (--listen)"`
+	Token            string       `env:"WRENN_AGENT_TOKEN,unset" help:"token that the server must show, if the agent does not register itself"`
+	Accel            string       `env:"WRENN_VMM_ACCEL" envDefault:"auto" help:"what runs guests' instructions: kvm, tcg (emulation), or auto, which is kvm if a kernel boots on it"`
+	NoSeccomp        bool         `env:"WRENN_NO_SECCOMP" help:"run QEMU without Wrenn's seccomp filter, in case it needs a system call that the filter forbids; this removes one wall around each guest"`
+	DNS              []netip.Addr `env:"WRENN_DNS" help:"IPv4 addresses of the guests' resolvers; empty: the host's"`
+	MemoryMiB        int          `env:"WRENN_MEMORY_MIB" help:"memory in MiB for all sandboxes; 0: most of the host's"`
+	DefaultVCPUs     int          `env:"WRENN_DEFAULT_VCPUS" envDefault:"1" help:"processors of most sandboxes: the agent captures such a VM when it starts, unless this is 0"`
+	DefaultMemoryMiB int          `env:"WRENN_DEFAULT_MEMORY_MIB" envDefault:"512" help:"memory of most sandboxes in MiB: as WRENN_DEFAULT_VCPUS"`
+	Warm             int          `env:"WRENN_WARM" envDefault:"1" help:"restored VMs that wait for the next sandboxes, for each template in use"`
+	WarmMemoryMiB    int          `env:"WRENN_WARM_MEMORY_MIB" help:"memory in MiB for all VMs that wait; 0: an eighth of WRENN_MEMORY_MIB"`
+	DiskReserveMiB   int          `env:"WRENN_DISK_RESERVE_MIB" envDefault:"2048" help:"free disk space in MiB below which the agent only starts pauses of running sandboxes"`
 	// Rates limit each sandbox's use of the host's disk and network.
 	Rates rates.Rates
 	// TemplateRates override Rates for the sandboxes of some templates.
-	TemplateRates rates.Templates `env:"WRENN_TEMPLATE_RATES"`
-	// Envd is the path of the guest daemon's binary; empty: beside this program.
-	Envd string `env:"WRENN_ENVD"`
-	// LocalRegistries lets images be imported from registries on this machine,
-	// which are asked over plain HTTP. Whoever may import an image can then ask
-	// whatever listens on loopback.
-	LocalRegistries bool `env:"WRENN_LOCAL_REGISTRIES"`
-	// PrivateRegistries lets images be imported from registries in private
-	// networks. Whoever may import an image can then ask whatever listens there.
-	PrivateRegistries bool `env:"WRENN_PRIVATE_REGISTRIES"`
+	TemplateRates     rates.Templates `env:"WRENN_TEMPLATE_RATES" help:"other limits for the sandboxes of some templates, such as tpl-…:disk_ops=100,net_bytes=0 (sharing.md)"`
+	Envd              string          `env:"WRENN_ENVD" help:"path of the guest daemon's binary; empty: beside wrenn"`
+	LocalRegistries   bool            `env:"WRENN_LOCAL_REGISTRIES" help:"allow imports of images from registries on this machine, over plain HTTP; whoever may import images can then send requests to any service on loopback"`
+	PrivateRegistries bool            `env:"WRENN_PRIVATE_REGISTRIES" help:"allow imports of images from registries in private networks; whoever may import images can then send requests there"`
 	// Hook, if not nil, is told each step between which the agent may be killed.
-	Hook func(step string) `env:"-"`
-	// Version is this program's.
-	Version string       `env:"-"`
-	Log     *slog.Logger `env:"-"`
+	Hook    func(step string) `env:"-"`
+	Version string            `env:"-"`
+	Log     *slog.Logger      `env:"-"`
 }
 
 // drainTimeout bounds the wait for the control plane to hear of the last

@@ -52,6 +52,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/usage"
 	"github.com/wrenn-dev/wrenn/internal/server/users"
 	"github.com/wrenn-dev/wrenn/internal/server/work"
+	"github.com/wrenn-dev/wrenn/internal/settings"
 )
 
 // The Redis client logs to standard error, in a form of its own; what it finds
@@ -88,95 +89,56 @@ const (
 // sandboxOverheadMiB is counted for each sandbox beside its memory, as agents do.
 const sandboxOverheadMiB = 64
 
-// Config is the control plane's configuration. Its tags are the environment
-// variables that it is read from (with caarlos0/env).
+// Config configures the control plane. The tags declare its settings (see
+// internal/settings).
 type Config struct {
-	DatabaseURL string `env:"DATABASE_URL,required,notEmpty"`
-	RedisURL    string `env:"REDIS_URL,required,notEmpty"`
-	// Listen is where the server listens, "unix:/path" or "host:port". New
-	// does not: whoever serves Handler does.
-	Listen string `env:"WRENN_LISTEN" envDefault:"localhost:8080"`
-	// MetricsListen is where Prometheus reads metrics, at /metrics, without any
-	// credential: "unix:/path" or "host:port"; empty: nowhere.
-	MetricsListen string `env:"WRENN_METRICS_LISTEN"`
-	// Domain that sandboxes' host names end with, unless SandboxDomain is set.
-	Domain string `env:"WRENN_DOMAIN" envDefault:"localhost"`
-	// SandboxDomain is the sandboxes' own domain, which keeps their pages and cookies
-	// away from the service (docs/security.md); empty: they use Domain.
-	SandboxDomain string `env:"WRENN_SANDBOX_DOMAIN"`
-	// PublicURL is where clients reach the service.
-	PublicURL string `env:"WRENN_PUBLIC_URL" envDefault:"http://localhost:8000"`
-	// Insecure lets people log in over plain HTTP at names other than loopback.
-	Insecure bool `env:"WRENN_INSECURE"`
-	// SecretKey is at least 32 random bytes in hexadecimal, under which the database
-	// keeps the secret that all tokens are made from; or several such keys with
-	// commas between them, of which the first is used from now on.
-	SecretKey string `env:"WRENN_SECRET_KEY,required,notEmpty"`
-	// AgentURL is where the agent of a host on this machine listens, "unix:/path"
-	// or "http://host:port", and AgentToken what it asks for; empty: every host
-	// registers itself.
-	AgentURL   string `env:"WRENN_AGENT_URL"`
-	AgentToken string `env:"WRENN_AGENT_TOKEN"`
-	// CACert and CAKey are the files of the certificate authority that `wrenn ca
-	// init` makes; empty: hosts are on this machine alone.
-	CACert string `env:"WRENN_CA_CERT"`
-	CAKey  string `env:"WRENN_CA_KEY"`
-	// Heartbeat is how often agents say that they are there.
-	Heartbeat time.Duration `env:"WRENN_HEARTBEAT" envDefault:"10s"`
-	// OvercommitMemory and OvercommitVCPUs are how often a host's memory and
-	// processors may be promised to sandboxes; 0: without bound.
-	OvercommitMemory float64 `env:"WRENN_OVERCOMMIT_MEMORY" envDefault:"1"`
-	OvercommitVCPUs  float64 `env:"WRENN_OVERCOMMIT_VCPUS" envDefault:"32"`
-	// AuditRetention is how long audit records are kept; 0: for ever.
-	AuditRetention time.Duration `env:"WRENN_AUDIT_RETENTION" envDefault:"2160h"`
-	// DrainIdle is for how long nothing must have used a sandbox for it to be
-	// paused on a host that drains.
-	DrainIdle time.Duration `env:"WRENN_DRAIN_IDLE" envDefault:"30s"`
-	// StopTimeout is how long creations, pauses and deletions under way may take
-	// when the server stops. deploy/systemd allows for it, and for requests before it.
-	StopTimeout time.Duration `env:"WRENN_STOP_TIMEOUT" envDefault:"75s"`
-	// RequestMemoryMiB is the memory that all requests under way may take together
-	// (256); all teams of one owner get a quarter of it.
-	RequestMemoryMiB int `env:"WRENN_REQUEST_MEMORY_MIB"`
-	// RequestsAtOnce bounds the requests under way of one API key or user, or to one
-	// sandbox with its own token, streams and WebSockets included (1024). All teams
-	// of one owner together, and one address, may have twice as many.
-	RequestsAtOnce int `env:"WRENN_REQUESTS_AT_ONCE"`
-	// SMTPURL is the mail server, smtp://user:password@host:port or smtps://…;
-	// without one letters are written to the log. MailFrom is their sender.
-	SMTPURL  string `env:"WRENN_SMTP_URL"`
-	MailFrom string `env:"WRENN_MAIL_FROM"`
-	// NotifyPrivate lets notifications go to addresses that are not public.
-	NotifyPrivate bool `env:"WRENN_NOTIFY_PRIVATE"`
-	// GitHubClientID and GitHubClientSecret are an OAuth application's; with
-	// them people can log in with GitHub, or with the GitHub Enterprise whose
-	// site and API are at GitHubURL and GitHubAPIURL.
-	GitHubClientID     string `env:"WRENN_GITHUB_CLIENT_ID"`
-	GitHubClientSecret string `env:"WRENN_GITHUB_CLIENT_SECRET"`
-	GitHubURL          string `env:"WRENN_GITHUB_URL"`
-	GitHubAPIURL       string `env:"WRENN_GITHUB_API_URL"`
-	// GitHubCallback is where GitHub sends browsers back to; empty: the public
-	// URL with /api/v1/auth/github/callback, as the front door has it.
-	GitHubCallback string `env:"WRENN_GITHUB_CALLBACK"`
-	// TrustedProxies are the networks (in CIDR form) of front doors on other
-	// machines, which are believed what they say in X-Forwarded-For. This
-	// machine's are believed anyway.
-	TrustedProxies []netip.Prefix `env:"WRENN_TRUSTED_PROXIES"`
-	// The first admin, made when there is no user at all.
-	AdminEmail    string `env:"WRENN_ADMIN_EMAIL"`
-	AdminPassword string `env:"WRENN_ADMIN_PASSWORD"`
-	AdminAPIKey   string `env:"WRENN_ADMIN_API_KEY"`
+	DatabaseURL string `env:"DATABASE_URL,required,notEmpty" help:"PostgreSQL, postgres://user:password@host/database"`
+	RedisURL    string `env:"REDIS_URL,required,notEmpty" help:"Redis, redis://host:port, rediss://… or unix:///path"`
+	// Listen is for whoever serves Handler: New does not listen.
+	Listen        string `env:"WRENN_LISTEN" envDefault:"localhost:8080" help:"address to listen on: host:port or unix:/path"`
+	MetricsListen string `env:"WRENN_METRICS_LISTEN" help:"address of /metrics for Prometheus, which needs no credential there: host:port or unix:/path; empty: no metrics"`
+	Domain        string `env:"WRENN_DOMAIN" envDefault:"localhost" help:"domain of the service; sandboxes' host names are below it, unless WRENN_SANDBOX_DOMAIN is set"`
+	SandboxDomain string `env:"WRENN_SANDBOX_DOMAIN" help:"domain that only sandboxes use, which keeps their pages and cookies away from the service (security.md, Origins)"`
+	PublicURL     string `env:"WRENN_PUBLIC_URL" envDefault:"http://localhost:8000" help:"URL at which clients reach the service"`
+	Insecure      bool   `env:"WRENN_INSECURE" help:"let users log in over plain HTTP at names other than loopback"`
+	SecretKey     string `env:"WRENN_SECRET_KEY,required,notEmpty" help:"at least 32 random bytes in hexadecimal, under which the database encrypts the installation's secret; with several keys, separated by commas, the first one encrypts (upgrade.md)"`
+	AgentURL      string `env:"WRENN_AGENT_URL" help:"agent of a host on this machine, http://host:port or unix:/path; empty: all hosts register themselves"`
+	AgentToken    string `env:"WRENN_AGENT_TOKEN" help:"token of the agent at WRENN_AGENT_URL"`
+	CACert        string `env:"WRENN_CA_CERT" help:"certificate file of the authority that wrenn ca init makes; empty: hosts can only be on this machine"`
+	CAKey         string `env:"WRENN_CA_KEY" help:"key file of that authority"`
 
-	// SpoolDir holds uploads until all of them has arrived (the folder for
-	// temporary files), SpoolMiB at most, a quarter of that of all teams of one
-	// owner together.
-	SpoolDir string `env:"WRENN_SPOOL_DIR"`
-	SpoolMiB int64  `env:"WRENN_SPOOL_MIB"`
+	Heartbeat        time.Duration `env:"WRENN_HEARTBEAT" envDefault:"10s" help:"interval at which agents report; a host that misses two reports is unreachable"`
+	OvercommitMemory float64       `env:"WRENN_OVERCOMMIT_MEMORY" envDefault:"1" help:"memory that sandboxes may be promised, as a multiple of the host's; 0: no limit"`
+	OvercommitVCPUs  float64       `env:"WRENN_OVERCOMMIT_VCPUS" envDefault:"32" help:"processors that sandboxes may be promised, as a multiple of the host's; 0: no limit"`
+	AuditRetention   time.Duration `env:"WRENN_AUDIT_RETENTION" envDefault:"2160h" help:"age at which audit records are deleted; 0: never"`
+	DrainIdle        time.Duration `env:"WRENN_DRAIN_IDLE" envDefault:"30s" help:"time without use after which a draining host pauses a sandbox"`
+	// deploy/systemd allows for the default, and for requests before it.
+	StopTimeout time.Duration `env:"WRENN_STOP_TIMEOUT" envDefault:"75s" help:"time for creations, pauses and deletions under way when the server stops"`
 
-	// Rates bound how often somebody may call the API.
-	Rates rest.Rates
+	RequestMemoryMiB int `env:"WRENN_REQUEST_MEMORY_MIB" envDefault:"256" help:"memory in MiB for the bodies and results of all requests under way; the teams of one owner get a quarter of it"`
+	RequestsAtOnce   int `env:"WRENN_REQUESTS_AT_ONCE" envDefault:"1024" help:"requests under way of one API key, user or sandbox token, streams included; an address, and the teams of one owner together, may have twice as many"`
 
-	// Builds bounds builds of templates.
+	SMTPURL       string `env:"WRENN_SMTP_URL" help:"mail server, smtp://user:password@host:port or smtps://…; empty: letters go to the log (teams.md)"`
+	MailFrom      string `env:"WRENN_MAIL_FROM" help:"sender of letters"`
+	NotifyPrivate bool   `env:"WRENN_NOTIFY_PRIVATE" help:"let webhooks reach addresses that are not public"`
+
+	GitHubClientID     string `env:"WRENN_GITHUB_CLIENT_ID" help:"client id of the OAuth application for log-in with GitHub"`
+	GitHubClientSecret string `env:"WRENN_GITHUB_CLIENT_SECRET" help:"client secret of the OAuth application"`
+	GitHubURL          string `env:"WRENN_GITHUB_URL" help:"site of a GitHub Enterprise server; empty: github.com"`
+	GitHubAPIURL       string `env:"WRENN_GITHUB_API_URL" help:"API of the GitHub Enterprise server"`
+	GitHubCallback     string `env:"WRENN_GITHUB_CALLBACK" help:"URL that GitHub sends browsers back to; empty: WRENN_PUBLIC_URL with /api/v1/auth/github/callback"`
+
+	// Front doors on this machine are trusted without it.
+	TrustedProxies []netip.Prefix `env:"WRENN_TRUSTED_PROXIES" help:"networks of front doors on other machines whose X-Forwarded-For and X-Forwarded-Proto the server believes, in CIDR form"`
+
+	AdminEmail    string `env:"WRENN_ADMIN_EMAIL" help:"address of the first admin, whom the server creates if there is no user"`
+	AdminPassword string `env:"WRENN_ADMIN_PASSWORD" help:"password of the first admin"`
+	AdminAPIKey   string `env:"WRENN_ADMIN_API_KEY" help:"API key of the first admin: wrn_ and 40 hexadecimal digits"`
+
+	SpoolDir string `env:"WRENN_SPOOL_DIR" help:"directory for uploads until they are complete; empty: the one for temporary files"`
+	SpoolMiB int64  `env:"WRENN_SPOOL_MIB" envDefault:"32768" help:"disk space in MiB for uploads under way; the teams of one owner get a quarter of it"`
+
+	Rates  rest.Rates
 	Builds builds.Settings
 
 	// PasswordCost is what hashes of passwords take, for tests that log in often.
@@ -232,6 +194,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	if (c.AgentURL == "") != (c.AgentToken == "") {
 		return nil, errors.New("WRENN_AGENT_URL and WRENN_AGENT_TOKEN go together")
 	}
+	settings.Default(&c.Rates)
 	c.RequestMemoryMiB = cmp.Or(c.RequestMemoryMiB, minRequestMemoryMiB)
 	if c.RequestMemoryMiB < minRequestMemoryMiB {
 		return nil, fmt.Errorf("WRENN_REQUEST_MEMORY_MIB must be at least %d, for one command with the longest input", minRequestMemoryMiB)

@@ -17,6 +17,7 @@ import (
 	"github.com/wrenn-dev/wrenn/deploy"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/programs"
+	"github.com/wrenn-dev/wrenn/internal/settings"
 )
 
 // caddyID is the user and group that Caddy runs as; nothing else uses it.
@@ -38,8 +39,8 @@ type frontDoor struct {
 }
 
 // newFrontDoor listens on listen, where a doorman answers for now, and writes
-// Caddy's configuration.
-func newFrontDoor(ctx context.Context, dir layout.Dir, listen string) (_ *frontDoor, err error) {
+// Caddy's configuration. server has the server's settings.
+func newFrontDoor(ctx context.Context, dir layout.Dir, listen string, server settings.Values) (_ *frontDoor, err error) {
 	f := &frontDoor{config: filepath.Join(dir.Run(), "Caddyfile"), home: filepath.Join(dir.Run(), "caddy"), listen: listen, user: account{caddyID, caddyID}}
 	defer func() {
 		if err != nil {
@@ -78,7 +79,7 @@ func newFrontDoor(ctx context.Context, dir layout.Dir, listen string) (_ *frontD
 		"WRENN_SITES=http://:" + port, "WRENN_BIND=" + strings.Join(sockets, " "), "WRENN_DOMAIN=" + domain, "WRENN_SERVER=unix/" + dir.ServerSocket(),
 	}
 	for _, name := range []string{sandboxDomain, trustedProxies} {
-		if v := os.Getenv(name); v != "" {
+		if v := server[name]; v != "" {
 			f.env = append(f.env, name+"="+v)
 		}
 	}

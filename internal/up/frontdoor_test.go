@@ -58,7 +58,7 @@ func openDoorAt(t *testing.T, host string, server http.Handler, config []byte) (
 	t.Helper()
 	s = newService(t)
 	deploytest.Caddy(t)
-	front, err := newFrontDoor(t.Context(), s.dir, net.JoinHostPort(host, "0"))
+	front, err := newFrontDoor(t.Context(), s.dir, net.JoinHostPort(host, "0"), serverSettings(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -131,7 +131,7 @@ func takePassed(t *testing.T, s *service) net.Listener {
 func TestDoorman(t *testing.T) {
 	s := newService(t)
 	deploytest.Caddy(t)
-	front, err := newFrontDoor(t.Context(), s.dir, "127.0.0.1:0")
+	front, err := newFrontDoor(t.Context(), s.dir, "127.0.0.1:0", nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,39 +1,53 @@
 package up
 
 import (
-	"reflect"
+	"os"
 	"slices"
 	"testing"
 
-	hostagent "github.com/wrenn-dev/wrenn/internal/agent"
-	controlplane "github.com/wrenn-dev/wrenn/internal/server"
+	"github.com/wrenn-dev/wrenn/internal/settings"
+	"github.com/wrenn-dev/wrenn/internal/settings/all"
 )
 
-// Every setting of the programs that `wrenn up` starts reaches them.
+// serverSettings are the server's in this process's environment.
+func serverSettings(t *testing.T) settings.Values {
+	t.Helper()
+	values, _, err := all.ServerProgram.Read(os.Environ())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return values
+}
+
+// Every setting of the programs that `wrenn up` starts reaches them, unless it chooses
+// the value itself, and then it says so.
 func TestSettingsArePassed(t *testing.T) {
-	for _, name := range []string{"WRENN_OVERCOMMIT_MEMORY", "WRENN_HEARTBEAT", "WRENN_DRAIN_IDLE", "WRENN_TRUSTED_PROXIES", "WRENN_REQUEST_MEMORY_MIB", "WRENN_BUILD_WORKERS", "WRENN_WARM", "WRENN_DNS", "WRENN_NET_PACKETS_PER_SECOND"} {
-		t.Setenv(name, "of "+name)
-	}
-	t.Setenv("WRENN_NO_SETTING", "x")
-	t.Setenv("AWS_SECRET_ACCESS_KEY", "x")
-	server, err := passed(&controlplane.Config{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	agent, err := passed(&hostagent.Config{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	slices.Sort(server)
-	slices.Sort(agent)
-	if want := []string{
-		"WRENN_BUILD_WORKERS=of WRENN_BUILD_WORKERS", "WRENN_DRAIN_IDLE=of WRENN_DRAIN_IDLE", "WRENN_HEARTBEAT=of WRENN_HEARTBEAT",
-		"WRENN_OVERCOMMIT_MEMORY=of WRENN_OVERCOMMIT_MEMORY", "WRENN_REQUEST_MEMORY_MIB=of WRENN_REQUEST_MEMORY_MIB",
-		"WRENN_TRUSTED_PROXIES=of WRENN_TRUSTED_PROXIES",
-	}; !reflect.DeepEqual(server, want) {
-		t.Errorf("the server is passed %q, want %q", server, want)
-	}
-	if want := []string{"WRENN_DNS=of WRENN_DNS", "WRENN_NET_PACKETS_PER_SECOND=of WRENN_NET_PACKETS_PER_SECOND", "WRENN_WARM=of WRENN_WARM"}; !reflect.DeepEqual(agent, want) {
-		t.Errorf("the agent is passed %q, want %q", agent, want)
+	chosen := []string{"WRENN_LISTEN=unix:/x", "WRENN_DIR=/d"}
+	for _, p := range []settings.Program{all.ServerProgram, all.AgentProgram} {
+		var want, ignored []string
+		for _, s := range p.Settings {
+			switch s.Name {
+			case "WRENN_LISTEN":
+				t.Setenv(s.Name, "mine")
+				want, ignored = append(want, "WRENN_LISTEN=unix:/x"), append(ignored, s.Name)
+			case "WRENN_DIR":
+				t.Setenv(s.Name, "/d")
+			default:
+				t.Setenv(s.Name, "of "+s.Name)
+				want = append(want, s.Name+"=of "+s.Name)
+			}
+		}
+		t.Setenv("WRENN_NO_SETTING", "x")
+		t.Setenv("AWS_SECRET_ACCESS_KEY", "x")
+		got, unused := passed(p, chosen)
+		want = append(want, "WRENN_DIR=/d")
+		slices.Sort(want)
+		slices.Sort(got)
+		if len(want) < 20 || !slices.Equal(got, want) {
+			t.Errorf("the %s is passed %q, want %q", p.Name, got, want)
+		}
+		if !slices.Equal(unused, ignored) {
+			t.Errorf("the %s does not use %q, want %q", p.Name, unused, ignored)
+		}
 	}
 }

@@ -15,17 +15,16 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
 	"connectrpc.com/connect"
-	"github.com/caarlos0/env/v11"
 	"github.com/spf13/cobra"
 
 	"github.com/wrenn-dev/wrenn/client"
-	hostagent "github.com/wrenn-dev/wrenn/internal/agent"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/flock"
@@ -35,7 +34,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	"github.com/wrenn-dev/wrenn/internal/programs"
-	controlplane "github.com/wrenn-dev/wrenn/internal/server"
+	"github.com/wrenn-dev/wrenn/internal/settings"
+	"github.com/wrenn-dev/wrenn/internal/settings/all"
 )
 
 // domain is what sandboxes' host names end with; browsers take all names
@@ -89,6 +89,7 @@ type service struct {
 	out     io.Writer
 	spawner *spawner
 	secrets secrets
+	server  settings.Values // of the server, as far as its environment and the settings file have them
 	began   time.Time
 	stack   []func() // what to stop, the first last
 }
@@ -187,10 +188,31 @@ func (s *service) during(f func(context.Context)) {
 	s.stack = append(s.stack, func() { cancel(); <-done })
 }
 
+// readSettings checks the settings file before anything starts, and says which
+// settings are none.
+func (s *service) readSettings() error {
+	server, warnings, err := all.ServerProgram.Read(os.Environ())
+	if err != nil {
+		return err
+	}
+	_, ofAgent, err := all.AgentProgram.Read(os.Environ())
+	if err != nil {
+		return err
+	}
+	for _, w := range slices.Concat(all.Unknown(), warnings, ofAgent) {
+		s.say("warning: %s", w)
+	}
+	s.server = server
+	return nil
+}
+
 // start starts everything.
 func (s *service) start(ctx context.Context, o options) (err error) {
+	if err := s.readSettings(); err != nil {
+		return err
+	}
 	// First, because its port may be taken.
-	front, err := newFrontDoor(ctx, s.dir, o.listen)
+	front, err := newFrontDoor(ctx, s.dir, o.listen, s.server)
 	if err != nil {
 		return err
 	}
@@ -257,13 +279,10 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 
 	agent := "unix:" + s.dir.AgentSocket()
 	server := "unix:" + s.dir.ServerSocket()
-	settings, err := passed(&hostagent.Config{})
-	if err != nil {
-		return err
-	}
-	hostAgent := s.own(self, "agent", append(settings,
-		"WRENN_DIR="+string(s.dir), "WRENN_LISTEN="+agent, "WRENN_AGENT_TOKEN="+s.secrets.AgentToken, "WRENN_ENVD="+envd,
-	), func(ctx context.Context) error {
+	hostAgent := s.own(self, all.AgentProgram, []string{
+		"WRENN_DIR=" + string(s.dir), "WRENN_LISTEN=" + agent, "WRENN_AGENT_TOKEN=" + s.secrets.AgentToken, "WRENN_ENVD=" + envd,
+		"WRENN_SERVER_URL=", "WRENN_HOST_TOKEN=", "WRENN_HOST_URL=",
+	}, func(ctx context.Context) error {
 		_, err := s.agent().Host(ctx, connect.NewRequest(&hostagentv1.HostRequest{}))
 		return err
 	})
@@ -276,16 +295,14 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 		return err
 	}
 	front.doorman.prepares("the control plane")
-	if settings, err = passed(&controlplane.Config{}); err != nil {
-		return err
-	}
-	err = s.launch(ctx, s.own(self, "server", append(settings,
-		"WRENN_STOP_TIMEOUT="+(stopTimeout/2).String(), "WRENN_INSECURE="+strconv.FormatBool(o.insecure),
-		"WRENN_SPOOL_DIR="+s.dir.Spool(),
-		"DATABASE_URL="+pg.url("wrenn"), "REDIS_URL="+rd.url(), "WRENN_LISTEN="+server, "WRENN_METRICS_LISTEN=unix:"+s.dir.MetricsSocket(), "WRENN_DOMAIN="+domain,
-		"WRENN_PUBLIC_URL="+url, "WRENN_SECRET_KEY="+s.secrets.SecretKey, "WRENN_AGENT_URL="+agent, "WRENN_AGENT_TOKEN="+s.secrets.AgentToken,
-		"WRENN_ADMIN_EMAIL="+adminEmail, "WRENN_ADMIN_PASSWORD="+s.secrets.AdminPassword, "WRENN_ADMIN_API_KEY="+s.secrets.AdminAPIKey,
-	), func(ctx context.Context) error {
+	err = s.launch(ctx, s.own(self, all.ServerProgram, []string{
+		"WRENN_STOP_TIMEOUT=" + (stopTimeout / 2).String(), "WRENN_INSECURE=" + strconv.FormatBool(o.insecure),
+		"WRENN_SPOOL_DIR=" + s.dir.Spool(),
+		"DATABASE_URL=" + pg.url("wrenn"), "REDIS_URL=" + rd.url(), "WRENN_LISTEN=" + server, "WRENN_METRICS_LISTEN=unix:" + s.dir.MetricsSocket(), "WRENN_DOMAIN=" + domain,
+		"WRENN_PUBLIC_URL=" + url, "WRENN_SECRET_KEY=" + s.secrets.SecretKey, "WRENN_AGENT_URL=" + agent, "WRENN_AGENT_TOKEN=" + s.secrets.AgentToken,
+		"WRENN_CA_CERT=", "WRENN_CA_KEY=",
+		"WRENN_ADMIN_EMAIL=" + adminEmail, "WRENN_ADMIN_PASSWORD=" + s.secrets.AdminPassword, "WRENN_ADMIN_API_KEY=" + s.secrets.AdminAPIKey,
+	}, func(ctx context.Context) error {
 		if err := healthy(ctx, server); err != nil {
 			return err
 		}
@@ -300,12 +317,17 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 	return s.launch(ctx, front.program())
 }
 
-// own is a program of this binary.
-func (s *service) own(self programs.Program, role string, env []string, ready func(context.Context) error) program {
+// own is a program of this binary. chosen are the settings that it must have; it
+// also gets those of this process's environment.
+func (s *service) own(self programs.Program, p settings.Program, chosen []string, ready func(context.Context) error) program {
+	env, unused := passed(p, chosen)
+	for _, name := range unused {
+		s.say("warning: `wrenn up` ignores %s, because it chooses this itself", name)
+	}
 	return program{
-		name: "wrenn " + role,
+		name: "wrenn " + p.Name,
 		command: func() *exec.Cmd {
-			cmd := self.Command(role)
+			cmd := self.Command(p.Name)
 			cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "HOME=/root"}, env...)
 			return cmd
 		},
@@ -314,20 +336,26 @@ func (s *service) own(self programs.Program, role string, env []string, ready fu
 	}
 }
 
-// passed are the settings of a program, as the tags of its configuration name
-// them, that are set in this program's environment.
-func passed(config any) ([]string, error) {
-	fields, err := env.GetFieldParams(config)
-	if err != nil {
-		return nil, fmt.Errorf("list settings: %w", err)
+// passed returns the variables for a program: chosen, and those settings of this
+// process's environment that are not among them. unused are settings whose value in
+// the environment differs from the chosen one.
+func passed(p settings.Program, chosen []string) (env, unused []string) {
+	have := map[string]string{}
+	for _, pair := range chosen {
+		name, value, _ := strings.Cut(pair, "=")
+		have[name] = value
 	}
-	var set []string
-	for _, f := range fields {
-		if v, ok := os.LookupEnv(f.Key); ok && f.Key != "" {
-			set = append(set, f.Key+"="+v)
+	env = slices.Clone(chosen)
+	for _, s := range p.Settings {
+		value, set := os.LookupEnv(s.Name)
+		switch fixed, ok := have[s.Name]; {
+		case set && !ok:
+			env = append(env, s.Name+"="+value)
+		case set && value != fixed:
+			unused = append(unused, s.Name)
 		}
 	}
-	return set, nil
+	return env, unused
 }
 
 // healthy asks the server whether all is well.
@@ -398,7 +426,7 @@ func (s *service) selfCheck(ctx context.Context, o options) (err error) {
 // prints no secret, because others may see the terminal or keep its output.
 func (s *service) announce(o options) {
 	url := publicURL(o.listen)
-	ports := cmp.Or(os.Getenv(sandboxDomain), domain)
+	ports := cmp.Or(s.server[sandboxDomain], domain)
 	if _, port, _ := net.SplitHostPort(o.listen); port != "80" {
 		ports = net.JoinHostPort(ports, port)
 	}

@@ -16,17 +16,12 @@ import (
 
 // Rates are the limits of one guest. Zero is no limit.
 type Rates struct {
-	// DiskBytes and DiskOps limit the guest's reads and writes of its disk per
-	// second, both together.
-	DiskBytes int64 `env:"WRENN_DISK_BYTES_PER_SECOND" envDefault:"268435456"`
-	DiskOps   int64 `env:"WRENN_DISK_OPS_PER_SECOND" envDefault:"5000"`
-	// NetBytes and NetPackets limit what the guest sends per second, and separately
-	// what it receives.
-	NetBytes   int64 `env:"WRENN_NET_BYTES_PER_SECOND" envDefault:"134217728"`
-	NetPackets int64 `env:"WRENN_NET_PACKETS_PER_SECOND" envDefault:"50000"`
-	// Burst is the time whose share an idle guest may use at once. For NetBytes it
-	// is a second at least.
-	Burst time.Duration `env:"WRENN_BURST" envDefault:"1s"`
+	DiskBytes  int64 `env:"WRENN_DISK_BYTES_PER_SECOND" envDefault:"268435456" help:"bytes that a guest may read and write on its disk in a second; 0: no limit"`
+	DiskOps    int64 `env:"WRENN_DISK_OPS_PER_SECOND" envDefault:"5000" help:"reads and writes that a guest may do on its disk in a second; 0: no limit"`
+	NetBytes   int64 `env:"WRENN_NET_BYTES_PER_SECOND" envDefault:"134217728" help:"bytes that a guest may send in a second, and as many that it may receive; 0: no limit"`
+	NetPackets int64 `env:"WRENN_NET_PACKETS_PER_SECOND" envDefault:"50000" help:"packets that a guest may send in a second, and as many that it may receive; 0: no limit"`
+	// For NetBytes, Burst is a second at least.
+	Burst time.Duration `env:"WRENN_BURST" envDefault:"1s" help:"time whose share of its disk and network limits an idle guest may use at once"`
 }
 
 // Most is the largest rate. The kernel and QEMU refuse some larger ones.

@@ -6,7 +6,6 @@
 package builds
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -28,6 +27,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/spool"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
+	"github.com/wrenn-dev/wrenn/internal/settings"
 )
 
 // State is where a build is in its life.
@@ -45,35 +45,21 @@ const (
 // Ended says whether nothing more becomes of the build.
 func (s State) Ended() bool { return s != Queued && s != Running }
 
-// Settings bound builds. Its tags are the environment variables that they are
-// read from; see New for what holds where they are 0.
+// Settings bound builds. For [New], zero is the default.
 type Settings struct {
-	// Workers is how many builds one server works on at once (3). One
-	// owner may take all but one of them.
-	Workers int `env:"WRENN_BUILD_WORKERS"`
-	// TeamRunning is how many builds of all teams of one owner may run at once (2),
-	// TeamOpen how many of a team may run or wait (20).
-	TeamRunning int `env:"WRENN_BUILD_TEAM_RUNNING"`
-	TeamOpen    int `env:"WRENN_BUILD_TEAM_OPEN"`
-	// StepTimeout and PhaseTimeout bound one step of a recipe, and one of the
-	// phases before and after, unless a build asks for something else.
-	StepTimeout  time.Duration `env:"WRENN_BUILD_STEP_TIMEOUT"`
-	PhaseTimeout time.Duration `env:"WRENN_BUILD_PHASE_TIMEOUT"`
-	// Timeout bounds one attempt at a whole build (1h).
-	Timeout time.Duration `env:"WRENN_BUILD_TIMEOUT"`
-	// Lease is how long a build is left to a server that is not heard of.
-	Lease time.Duration `env:"WRENN_BUILD_LEASE"`
-	// ArchiveMiB bounds one folder that is copied from, TeamArchivesMiB all that
-	// a team has uploaded and not used for ArchivesLast.
-	ArchiveMiB      int64         `env:"WRENN_BUILD_ARCHIVE_MIB"`
-	TeamArchivesMiB int64         `env:"WRENN_BUILD_TEAM_ARCHIVES_MIB"`
-	ArchivesLast    time.Duration `env:"WRENN_BUILD_ARCHIVES_LAST"`
-	// Layers is how many layers of a team are kept for later builds, LayersLast
-	// for how long one that none begins with.
-	Layers     int           `env:"WRENN_BUILD_LAYERS"`
-	LayersLast time.Duration `env:"WRENN_BUILD_LAYERS_LAST"`
-	// Sweep is how often what nobody needs any more is looked for.
-	Sweep time.Duration `env:"WRENN_BUILD_SWEEP"`
+	Workers         int           `env:"WRENN_BUILD_WORKERS" envDefault:"3" help:"builds that one server runs at once; one owner's may be all but one of them"`
+	TeamRunning     int           `env:"WRENN_BUILD_TEAM_RUNNING" envDefault:"2" help:"builds that may run at once for all teams of one owner"`
+	TeamOpen        int           `env:"WRENN_BUILD_TEAM_OPEN" envDefault:"20" help:"builds of one team that may run or wait"`
+	StepTimeout     time.Duration `env:"WRENN_BUILD_STEP_TIMEOUT" envDefault:"30s" help:"time for one step of a recipe, unless the build says otherwise"`
+	PhaseTimeout    time.Duration `env:"WRENN_BUILD_PHASE_TIMEOUT" envDefault:"10m" help:"time for each of the phases before and after the recipe, unless the build says otherwise"`
+	Timeout         time.Duration `env:"WRENN_BUILD_TIMEOUT" envDefault:"1h" help:"time for one attempt at a whole build"`
+	Lease           time.Duration `env:"WRENN_BUILD_LEASE" envDefault:"30s" help:"time after which another server takes over a build whose server is silent"`
+	ArchiveMiB      int64         `env:"WRENN_BUILD_ARCHIVE_MIB" envDefault:"512" help:"size in MiB of one folder that a recipe copies from"`
+	TeamArchivesMiB int64         `env:"WRENN_BUILD_TEAM_ARCHIVES_MIB" envDefault:"2048" help:"size in MiB of all such folders that a team has uploaded"`
+	ArchivesLast    time.Duration `env:"WRENN_BUILD_ARCHIVES_LAST" envDefault:"24h" help:"time without use after which an uploaded folder is deleted"`
+	Layers          int           `env:"WRENN_BUILD_LAYERS" envDefault:"40" help:"layers of one team that are kept for later builds"`
+	LayersLast      time.Duration `env:"WRENN_BUILD_LAYERS_LAST" envDefault:"168h" help:"time without use after which a layer is deleted"`
+	Sweep           time.Duration `env:"WRENN_BUILD_SWEEP" envDefault:"30s" help:"interval at which the server deletes what builds no longer need"`
 }
 
 // Config is what a Service works with.
@@ -109,13 +95,7 @@ type Service struct {
 // New returns the builds of a store. Run works on them. Settings that are 0 are
 // their defaults.
 func New(c Config) *Service {
-	c.Workers, c.TeamRunning, c.TeamOpen = cmp.Or(c.Workers, 3), cmp.Or(c.TeamRunning, 2), cmp.Or(c.TeamOpen, 20)
-	c.StepTimeout, c.PhaseTimeout = cmp.Or(c.StepTimeout, 30*time.Second), cmp.Or(c.PhaseTimeout, 10*time.Minute)
-	c.Timeout = cmp.Or(c.Timeout, time.Hour)
-	c.Lease, c.Settings.Sweep = cmp.Or(c.Lease, 30*time.Second), cmp.Or(c.Settings.Sweep, 30*time.Second)
-	c.ArchiveMiB, c.TeamArchivesMiB = cmp.Or(c.ArchiveMiB, 512), cmp.Or(c.TeamArchivesMiB, 2048)
-	c.ArchivesLast, c.LayersLast = cmp.Or(c.ArchivesLast, 24*time.Hour), cmp.Or(c.LayersLast, 7*24*time.Hour)
-	c.Layers = cmp.Or(c.Layers, 40)
+	settings.Default(&c.Settings)
 	// Copied before the other client is used, which changes its options then.
 	options := *c.Redis.Options()
 	options.PoolSize, options.MaxRetries = c.Workers, -1

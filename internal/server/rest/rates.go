@@ -1,7 +1,6 @@
 package rest
 
 import (
-	"cmp"
 	"context"
 	"time"
 
@@ -11,17 +10,14 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/ratelimit"
 )
 
-// Rates are how many calls of each class somebody may make in a minute, all at
-// once too. Zero fields are defaults. A team, all of its members and keys
-// together, may make teamFactor times as many; outgoing ones it may no more.
+// Rates limit the calls of each class that one key or user may make in a minute, all
+// of which may come at once. A team, with all its members and keys, may make
+// teamFactor times as many, except for outgoing calls.
 type Rates struct {
-	// Read is for calls that change nothing (6000), Change for those that do
-	// (6000), Expensive for those that take a host's memory or disk (3000), and
-	// Outgoing for those that send something elsewhere (20).
-	Read      int `env:"WRENN_RATE_READ"`
-	Change    int `env:"WRENN_RATE_CHANGE"`
-	Expensive int `env:"WRENN_RATE_EXPENSIVE"`
-	Outgoing  int `env:"WRENN_RATE_OUTGOING"`
+	Read      int `env:"WRENN_RATE_READ" envDefault:"6000" help:"calls a minute of one key or user that change nothing"`
+	Change    int `env:"WRENN_RATE_CHANGE" envDefault:"6000" help:"calls a minute of one key or user that change something"`
+	Expensive int `env:"WRENN_RATE_EXPENSIVE" envDefault:"3000" help:"calls a minute of one key or user that take memory or disk space of a host"`
+	Outgoing  int `env:"WRENN_RATE_OUTGOING" envDefault:"20" help:"calls a minute of one key or user that send something to other services"`
 }
 
 const teamFactor = 5
@@ -31,13 +27,13 @@ func (r Rates) of(class auth.Rate) (one, team ratelimit.Limit) {
 	n, factor := 0, teamFactor
 	switch class {
 	case auth.RateRead:
-		n = cmp.Or(r.Read, 6000)
+		n = r.Read
 	case auth.RateChange:
-		n = cmp.Or(r.Change, 6000)
+		n = r.Change
 	case auth.RateExpensive:
-		n = cmp.Or(r.Expensive, 3000)
+		n = r.Expensive
 	case auth.RateOutgoing:
-		n, factor = cmp.Or(r.Outgoing, 20), 1
+		n, factor = r.Outgoing, 1
 	}
 	one = ratelimit.Limit{Name: "calls:" + string(class), Burst: n, Per: time.Minute}
 	team = ratelimit.Limit{Name: "team-calls:" + string(class), Burst: n * factor, Per: time.Minute}

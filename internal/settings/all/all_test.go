@@ -1,0 +1,129 @@
+package all
+
+import (
+	"bytes"
+	"flag"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/caarlos0/env/v11"
+
+	"github.com/wrenn-dev/wrenn/deploy"
+	"github.com/wrenn-dev/wrenn/internal/settings"
+)
+
+var update = flag.Bool("update", false, "write docs/configuration.md")
+
+const root = "../../.."
+
+// docs/configuration.md has what the programs declare.
+func TestDocumentation(t *testing.T) {
+	path := filepath.Join(root, "docs", "configuration.md")
+	if *update {
+		if err := os.WriteFile(path, []byte(Markdown()), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	have, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if string(have) != Markdown() {
+		t.Error("docs/configuration.md is not what the settings are: run make generate")
+	}
+}
+
+// Every setting says what it is for, and the registry has those that are parsed.
+func TestRegistry(t *testing.T) {
+	for _, c := range []struct {
+		settings.Program
+		config any
+	}{{ServerProgram, &Server{}}, {AgentProgram, &Agent{}}, {client, &Client{}}} {
+		fields, err := env.GetFieldParams(c.config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		parsed := map[string]bool{}
+		for _, f := range fields {
+			if f.OwnKey != "" {
+				parsed[f.Key] = true
+			}
+		}
+		keys := map[string]bool{}
+		for _, s := range c.Settings {
+			if s.Help == "" || strings.HasSuffix(s.Help, ".") {
+				t.Errorf("%s: its tag help is %q: say what it is for, without a full stop", s.Name, s.Help)
+			}
+			if !parsed[s.Name] || keys[s.Key()] {
+				t.Errorf("%s is not parsed, or twice", s.Name)
+			}
+			keys[s.Key()] = true
+			delete(parsed, s.Name)
+		}
+		if len(parsed) > 0 || len(keys) == 0 {
+			t.Errorf("%s: not in the registry: %v", c.Name, parsed)
+		}
+	}
+	used := map[string]bool{}
+	for _, m := range regexp.MustCompile(`\{\$(\w+)`).FindAllStringSubmatch(string(deploy.Caddyfile), -1) {
+		used[m[1]] = true
+	}
+	for _, s := range frontDoor.Settings {
+		if !used[s.Name] || s.Help == "" {
+			t.Errorf("the Caddyfile documents %s, and uses it: %v", s.Name, used[s.Name])
+		}
+		delete(used, s.Name)
+	}
+	if len(used) > 0 {
+		t.Errorf("the Caddyfile does not document %v", used)
+	}
+}
+
+// Every variable that the programs' code names is a setting.
+func TestCodeUsesOnlySettings(t *testing.T) {
+	known := map[string]bool{"WRENN_BENCH": true}
+	for _, p := range []settings.Program{ServerProgram, AgentProgram, client, frontDoor} {
+		for _, s := range p.Settings {
+			known[s.Name] = true
+		}
+	}
+	out, err := exec.Command("git", "-C", root, "ls-files", "cmd", "client", "internal").Output()
+	if err != nil {
+		t.Skipf("list files: %v", err)
+	}
+	name, seen := regexp.MustCompile(`\bWRENN_[A-Z][A-Z_]*[A-Z]\b`), 0
+	for file := range strings.FieldsSeq(string(out)) {
+		// Programs that only tests run have variables of their own.
+		if !strings.HasSuffix(file, ".go") || strings.HasSuffix(file, "_test.go") || strings.Contains(file, "test/") || strings.Contains(file, "internal/gen/") {
+			continue
+		}
+		text, err := os.ReadFile(filepath.Join(root, file))
+		if os.IsNotExist(err) {
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, word := range name.FindAll(text, -1) {
+			seen++
+			if !known[string(word)] {
+				t.Errorf("%s: %s is not a setting", file, word)
+			}
+		}
+	}
+	if seen < len(known) {
+		t.Errorf("the code names settings %d times", seen)
+	}
+}
+
+func TestHelp(t *testing.T) {
+	for _, s := range ServerProgram.Settings {
+		if !strings.Contains(ServerProgram.Help(), "\n  "+s.Name+" (") || !bytes.Contains([]byte(Markdown()), []byte("| `"+s.Name+"` |")) {
+			t.Errorf("%s is missing in --help or in the documentation", s.Name)
+		}
+	}
+}

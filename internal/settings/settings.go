@@ -1,0 +1,221 @@
+// Package settings reads the settings of a program. The fields of its configuration
+// declare them, with the struct tags env, envDefault and help.
+package settings
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"iter"
+	"os"
+	"reflect"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/agext/levenshtein"
+	"github.com/caarlos0/env/v11"
+	"go.yaml.in/yaml/v4"
+)
+
+// Setting is a setting of a program.
+type Setting struct {
+	// Name is the environment variable.
+	Name string
+	// Kind tells people what a value looks like, such as "duration".
+	Kind     string
+	Default  string
+	Required bool
+	Help     string
+}
+
+// prefix begins the names of Wrenn's own variables.
+const prefix = "WRENN_"
+
+// Key returns the setting's key in the settings file.
+func (s Setting) Key() string { return strings.ToLower(strings.TrimPrefix(s.Name, prefix)) }
+
+// Program is a program that has settings. Its name is its section in the settings file.
+type Program struct {
+	Name     string
+	Settings []Setting
+}
+
+// Of returns the settings that a configuration, a struct or a pointer to one, declares.
+func Of(config any) []Setting {
+	t := reflect.TypeOf(config)
+	if t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	var all []Setting
+	for f := range fields(t) {
+		name, options, _ := strings.Cut(f.Tag.Get("env"), ",")
+		all = append(all, Setting{
+			Name: name, Kind: kind(f.Type), Default: f.Tag.Get("envDefault"), Help: f.Tag.Get("help"),
+			Required: slices.Contains(strings.Split(options, ","), "required"),
+		})
+	}
+	return all
+}
+
+// fields yields the fields of t, and of the structs in it, that are settings.
+func fields(t reflect.Type) iter.Seq[reflect.StructField] {
+	return func(yield func(reflect.StructField) bool) {
+		for _, f := range reflect.VisibleFields(t) {
+			switch tag, ok := f.Tag.Lookup("env"); {
+			case ok && tag != "-":
+				if !yield(f) {
+					return
+				}
+			case !ok && !f.Anonymous && f.Type.Kind() == reflect.Struct:
+				for inner := range fields(f.Type) {
+					if !yield(inner) {
+						return
+					}
+				}
+			}
+		}
+	}
+}
+
+func kind(t reflect.Type) string {
+	switch {
+	case t == reflect.TypeFor[time.Duration]():
+		return "duration"
+	case t.Kind() == reflect.Slice:
+		return "list"
+	case t.Kind() == reflect.Bool:
+		return "true or false"
+	case reflect.PointerTo(t).Implements(reflect.TypeFor[interface{ UnmarshalText([]byte) error }]()):
+		return "text"
+	case t.Kind() >= reflect.Int && t.Kind() <= reflect.Float64:
+		return "number"
+	}
+	return "text"
+}
+
+// Default gives the fields of config, a pointer to a struct, that are zero the
+// default in their tags.
+func Default(config any) {
+	if err := env.ParseWithOptions(config, env.Options{Environment: map[string]string{}, SetDefaultsForZeroValuesOnly: true}); err != nil {
+		panic(fmt.Sprintf("defaults of %T: %v", config, err)) // a tag is wrong
+	}
+}
+
+// Values are settings by name.
+type Values map[string]string
+
+// File is the settings file, unless the variable [FileVariable] names another one.
+const File = "/etc/wrenn/wrenn.yaml"
+
+// FileVariable is the variable that names the settings file.
+const FileVariable = "WRENN_CONFIG"
+
+// Read returns the variables of environ and, where these do not set them, the
+// settings in the program's section of the settings file. It also returns warnings
+// about keys in that section that are not settings of the program.
+func (p Program) Read(environ []string) (Values, []string, error) {
+	values := Values{}
+	for _, pair := range environ {
+		name, value, _ := strings.Cut(pair, "=")
+		values[name] = value
+	}
+	file := cmp.Or(values[FileVariable], File)
+	text, err := os.ReadFile(file)
+	if err != nil && (values[FileVariable] != "" || !errors.Is(err, fs.ErrNotExist)) {
+		return nil, nil, fmt.Errorf("read settings: %w", err)
+	}
+	var sections map[string]map[string]yaml.Node
+	if err := yaml.Unmarshal(text, &sections); err != nil {
+		return nil, nil, fmt.Errorf("read settings: %s: %w", file, err)
+	}
+	names := map[string]string{}
+	for _, s := range p.Settings {
+		names[s.Key()] = s.Name
+	}
+	delete(names, Setting{Name: FileVariable}.Key())
+	var warnings []string
+	for key, node := range sections[p.Name] {
+		name := names[key]
+		if name == "" {
+			warnings = append(warnings, unknown(fmt.Sprintf("%s: %s.%s", file, p.Name, key), key, names))
+			continue
+		}
+		value, err := scalar(node)
+		if err != nil {
+			return nil, nil, fmt.Errorf("read settings: %s: line %d: %s.%s: %w", file, node.Line, p.Name, key, err)
+		}
+		if _, ok := values[name]; !ok {
+			values[name] = value
+		}
+	}
+	slices.Sort(warnings)
+	return values, warnings, nil
+}
+
+// scalar returns a value as the environment would have it.
+func scalar(node yaml.Node) (string, error) {
+	switch node.Kind {
+	case yaml.ScalarNode:
+		if node.Tag == "!!null" {
+			return "", nil
+		}
+		return node.Value, nil
+	case yaml.SequenceNode:
+		var words []string
+		for _, n := range node.Content {
+			word, err := scalar(*n)
+			if err != nil || n.Kind != yaml.ScalarNode {
+				return "", errors.New("want a list of values")
+			}
+			words = append(words, word)
+		}
+		return strings.Join(words, ","), nil
+	}
+	return "", errors.New("want a value or a list of values")
+}
+
+// Parse sets the fields of config, a pointer to a struct. A setting without a value
+// has the default of its tag.
+func (v Values) Parse(config any) error {
+	if err := env.ParseWithOptions(config, env.Options{Environment: v}); err != nil {
+		return fmt.Errorf("read settings: %w", err)
+	}
+	return nil
+}
+
+// Unknown returns a warning for each variable in environ whose name begins as
+// Wrenn's do and is none of programs' settings.
+func Unknown(environ []string, programs ...Program) []string {
+	names := map[string]string{}
+	for _, p := range programs {
+		for _, s := range p.Settings {
+			names[s.Name] = s.Name
+		}
+	}
+	var warnings []string
+	for _, pair := range environ {
+		name, _, _ := strings.Cut(pair, "=")
+		if strings.HasPrefix(name, prefix) && names[name] == "" {
+			warnings = append(warnings, unknown(name, name, names))
+		}
+	}
+	slices.Sort(warnings)
+	return warnings
+}
+
+// unknown returns a warning about a word, shown as shown, with the one in known
+// that it may have been meant to be.
+func unknown[T any](shown, word string, known map[string]T) string {
+	closest, least := "", max(2, len(word)/4)+1
+	for k := range known {
+		if d := levenshtein.Distance(word, k, nil); d < least || d == least && closest != "" && k < closest {
+			closest, least = k, d
+		}
+	}
+	if closest == "" {
+		return shown + " is not a setting"
+	}
+	return fmt.Sprintf("%s is not a setting: did you mean %s?", shown, closest)
+}
