@@ -38,7 +38,7 @@ func TestRun(t *testing.T) {
 	if out, errs, code := i.cli(t, "", "run", "--", "uname", "-r"); code != 0 || out == string(host) || out == "" {
 		t.Errorf("the guest's kernel is %q, the host's %q; %q, exit code %d", out, host, errs, code)
 	}
-	if out, errs, code := i.cli(t, "", "run", "--", "no-such-program"); code != 125 || !strings.Contains(errs, "no-such-program") {
+	if out, errs, code := i.cli(t, "", "run", "--", "no-such-program"); code != 127 || errs != "wrenn: no-such-program: command not found\n" {
 		t.Errorf("no such program: %q, %q, exit code %d", out, errs, code)
 	}
 	if out, _, _ := i.cli(t, "", "ls", "-o", "json"); strings.TrimSpace(out) != "[]" {
@@ -95,6 +95,9 @@ func TestCommandLine(t *testing.T) {
 	}
 	if out, errs, code := i.cli(t, "", "template", "ls"); code != 0 || !strings.Contains(out, "minimal") {
 		t.Errorf("template ls: %q, %q", out, errs)
+	}
+	if _, errs, code := i.cli(t, "", "exec", id, "/etc"); code != 126 || errs != "wrenn: /etc: Is a directory\n" {
+		t.Errorf("a folder as a command: exit code %d, %q", code, errs)
 	}
 	if _, errs, code := i.cli(t, "", "exec", "cl-0000000000000000000000000", "true"); code != 125 || errs == "" {
 		t.Errorf("unknown sandbox: %q, exit code %d", errs, code)

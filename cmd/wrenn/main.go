@@ -31,7 +31,7 @@ func main() {
 	root.AddCommand(commands()...)
 	err := root.Execute()
 	var exit *cli.ExitError
-	if err != nil && !errors.As(err, &exit) {
+	if err != nil && (!errors.As(err, &exit) || exit.Err != nil) {
 		fmt.Fprintln(os.Stderr, "wrenn:", cli.Printable(err.Error())) // it may quote a guest
 	}
 	os.Exit(exitCode(err))

@@ -18,16 +18,31 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// Exit codes of wrenn's own. Every other is that of a command in a sandbox.
+// Exit codes of wrenn's own. Every other is that of a command in a sandbox, or
+// that of a shell for a command that cannot be run.
 const (
-	ExitUsage   = 2
-	ExitFailure = 125
+	ExitUsage         = 2
+	ExitFailure       = 125
+	exitNotExecutable = 126
+	exitNotFound      = 127
 )
 
-// ExitError carries the exit code of a command that ran in a sandbox.
-type ExitError struct{ Code int }
+// ExitError carries the exit code of a command in a sandbox.
+type ExitError struct {
+	Code int
+	// Err is why the command could not run; nil: it ran.
+	Err error
+}
 
-func (e *ExitError) Error() string { return fmt.Sprintf("exit code %d", e.Code) }
+func (e *ExitError) Error() string {
+	if e.Err != nil {
+		return e.Err.Error()
+	}
+	return fmt.Sprintf("exit code %d", e.Code)
+}
+
+// Unwrap returns Err.
+func (e *ExitError) Unwrap() error { return e.Err }
 
 // UsageError is a command line that makes no sense.
 type UsageError struct{ Err error }

@@ -98,7 +98,7 @@ func (a *app) code(ctx context.Context, c *client.Client, sandbox string, args [
 		return err
 	}
 	if failed {
-		return &ExitError{1}
+		return &ExitError{Code: 1}
 	}
 	return nil
 }

@@ -43,7 +43,7 @@ func (a *app) execCommand() *cobra.Command {
 	var o execution
 	cmd := &cobra.Command{
 		Use: "exec [-it] SANDBOX [--] CMD [ARG…]", Short: "Run a command in a sandbox", Args: atLeast(2), ValidArgsFunction: a.completeSandbox,
-		Long: "Run a command in a sandbox. Exits with the command's exit code, and with 125 when wrenn itself fails.",
+		Long: "Run a command in a sandbox. Exits with the command's exit code, with 127 or 126 when there is no such command or it cannot\nbe executed, and with 125 when wrenn itself fails.",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
 			if err != nil {
@@ -71,7 +71,7 @@ func (a *app) runCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "run [-t TEMPLATE] [--] CMD [ARG…]", Short: "Run a command in a sandbox of its own",
 		Long: "Create a sandbox, run a command in it with standard input, output and exit code passed through, and destroy it.\n" +
-			"Exits with the command's exit code, and with 125 when wrenn itself fails.\n\n" +
+			"Exits with the command's exit code, with 127 or 126 when there is no such command or it cannot\nbe executed, and with 125 when wrenn itself fails.\n\n" +
 			"With -t " + interpreter + ", what is run is Python, unless it stands behind --: the argument, the file that it names, or\n" +
 			"standard input.",
 		Args: func(cmd *cobra.Command, args []string) error {
@@ -157,7 +157,7 @@ func (a *app) stream(ctx context.Context, c *client.Client, id string, o executi
 	}
 	r, err := c.ExecStream(ctx, id, s)
 	if err != nil {
-		return err
+		return cannotRun(err)
 	}
 	if r.TimedOut {
 		fmt.Fprintf(a.err, "wrenn: the command was killed after %v\r\n", o.limit)
@@ -167,9 +167,24 @@ func (a *app) stream(ctx context.Context, c *client.Client, id string, o executi
 		if code <= 0 || code > 255 {
 			code = ExitFailure
 		}
-		return &ExitError{code}
+		return &ExitError{Code: code}
 	}
 	return nil
+}
+
+// cannotRun gives the error of a command that the sandbox does not have, or cannot
+// execute, the exit code that shells have for it.
+func cannotRun(err error) error {
+	var refused *client.Error
+	if errors.As(err, &refused) {
+		switch refused.Code {
+		case "command_not_found":
+			return &ExitError{exitNotFound, refused}
+		case "command_not_executable":
+			return &ExitError{exitNotExecutable, refused}
+		}
+	}
+	return err
 }
 
 // forwardSignals passes on what would end this process, so that it ends the

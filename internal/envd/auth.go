@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"errors"
+	"fmt"
 	"net/http"
 	"strings"
 	"time"
@@ -70,7 +71,7 @@ func (s *Server) identify(next http.Handler) http.Handler {
 		}
 		// What is signed must mean one thing.
 		if strings.Contains(name, ":") {
-			fault.WriteError(w, account.ErrUnknown)
+			refuse(w, r, unknownUser(name))
 			return
 		}
 		if name == "" && r.Header.Get(TokenHeader) != "" {
@@ -85,10 +86,26 @@ func (s *Server) identify(next http.Handler) http.Handler {
 		if errors.Is(err, account.ErrUnknown) && byDefault && name == s.cfg.DefaultUser {
 			who, err = account.Lookup("root")
 		}
+		if errors.Is(err, account.ErrUnknown) {
+			err = unknownUser(name)
+		}
 		if err != nil {
-			fault.WriteError(w, err)
+			refuse(w, r, err)
 			return
 		}
 		next.ServeHTTP(w, r.WithContext(account.NewContext(r.Context(), who)))
 	})
+}
+
+func unknownUser(name string) error {
+	return connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("the sandbox has no user or group %q; it always has root", name))
+}
+
+// refuse answers a request with an error, in the protocol of the request.
+func refuse(w http.ResponseWriter, r *http.Request, err error) {
+	if rpc := connect.NewErrorWriter(); rpc.IsSupported(r) {
+		_ = rpc.Write(w, r, fault.Connect(err)) // an error here is the client's connection
+		return
+	}
+	fault.WriteError(w, err)
 }

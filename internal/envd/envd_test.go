@@ -293,7 +293,9 @@ func TestToken(t *testing.T) {
 	_, err := g.process.List(t.Context(), req)
 	wantCode(t, "list without a token", err, connect.CodeUnauthenticated)
 	_, err = g.process.List(t.Context(), as("nosuchuser", &pb.ListRequest{}))
-	wantCode(t, "list as an unknown user", err, connect.CodeUnauthenticated)
+	wantCode(t, "list as an unknown user", err, connect.CodeInvalidArgument)
+	_, err = g.tryStart("nosuchuser", &pb.StartRequest{Process: sh("true")})
+	wantCode(t, "a process of an unknown user", err, connect.CodeInvalidArgument)
 	if a := g.do("GET", "/metrics", testToken, nil, nil); a.code != 200 || !strings.Contains(a.body, `"cpu_used_pct"`) {
 		t.Errorf("/metrics answers %d %s", a.code, a.body)
 	}

@@ -108,8 +108,8 @@ func TestDownload(t *testing.T) {
 	if a := g.do("GET", "/files"+at(secret), testToken, nil, map[string]string{"Authorization": "Basic cm9vdDo="}); a.body != "s" {
 		t.Errorf("root gets %d %s", a.code, a.body)
 	}
-	if a := g.do("GET", "/files"+at(file, "username", "nosuchuser"), testToken, nil, nil); a.code != 401 {
-		t.Errorf("an unknown user gets %d", a.code)
+	if a := g.do("GET", "/files"+at(file, "username", "nosuchuser"), testToken, nil, nil); a.code != 400 || !strings.Contains(a.body, `no user or group \"nosuchuser\"`) {
+		t.Errorf("an unknown user gets %d %s", a.code, a.body)
 	}
 	for r, want := range map[string]string{"bytes=0-9": text[:10], "bytes=9990-": text[9990:], "bytes=-3": "789", "bytes=5-5": "5"} {
 		if a := g.do("GET", "/files"+at(file), testToken, nil, map[string]string{"Range": r, "Accept-Encoding": "gzip"}); a.code != 206 || a.body != want || a.header.Get("Content-Encoding") != "" {

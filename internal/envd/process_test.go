@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -24,6 +25,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/envd/process"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
 // running is a process and its stream.
@@ -253,6 +255,27 @@ func TestProcessRefused(t *testing.T) {
 	} {
 		_, err := g.tryStart("", &pb.StartRequest{Process: c.p})
 		wantCode(t, c.what, err, c.want)
+	}
+	if err := os.WriteFile(filepath.Join(g.dir, "orphan"), []byte("#!/nonexistent/sh\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ cmd, why, reason string }{
+		{"nosuchcommand", "command not found", hostwire.CommandNotFound},
+		{"/nonexistent/x", "No such file or directory", hostwire.CommandNotFound},
+		{"./x", "No such file or directory", hostwire.CommandNotFound},
+		{g.dir + "/orphan", "cannot execute: required file not found", hostwire.CommandNotFound},
+		{g.dir, "Is a directory", hostwire.CommandNotExecutable},
+		{"/etc/passwd/x", "Not a directory", hostwire.CommandNotExecutable},
+		{g.dir + "/text", "Permission denied", hostwire.CommandNotExecutable},
+		{g.dir + "/roots/x", "Permission denied", hostwire.CommandNotExecutable},
+		{"/dev/null", "Permission denied", hostwire.CommandNotExecutable},
+		{g.dir + "/garbage", "cannot execute binary file: Exec format error", hostwire.CommandNotExecutable},
+	} {
+		_, err := g.tryStart("", &pb.StartRequest{Process: &pb.ProcessConfig{Cmd: c.cmd}})
+		var ce *connect.Error
+		if !errors.As(err, &ce) || ce.Message() != c.cmd+": "+c.why || ce.Meta().Get(hostwire.ErrorReason) != c.reason {
+			t.Errorf("%s: %v, want %s for %s", c.cmd, err, c.why, c.reason)
+		}
 	}
 	_, err := g.tryStart("", &pb.StartRequest{Process: sh("true")}, "Process-Timeout", "soon")
 	wantCode(t, "timeout", err, connect.CodeInvalidArgument)

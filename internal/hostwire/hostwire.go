@@ -1,5 +1,5 @@
-// Package hostwire states the conventions between server and agent that the
-// RPCs' definitions do not.
+// Package hostwire states the conventions between server, agent and guest daemon
+// that the RPCs' definitions do not.
 package hostwire
 
 // DefaultDiskMiB is the size of a template's file system, and so of a sandbox's
@@ -25,3 +25,10 @@ const GuestStart = "guest_start"
 // GuestSlow is the [ErrorReason] of a sandbox whose guest did not start in time
 // and did not say why: its host may be overloaded.
 const GuestSlow = "guest_slow"
+
+// CommandNotFound and CommandNotExecutable are the [ErrorReason] of a command that
+// the guest does not have, or has and cannot execute. Shells exit with 127 and 126.
+const (
+	CommandNotFound      = "command_not_found"
+	CommandNotExecutable = "command_not_executable"
+)

@@ -26,6 +26,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/duplex"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
@@ -547,7 +548,8 @@ func (a *agent) Exec(context.Context, *connect.Request[hostagentv1.ExecRequest])
 
 // exec runs a command to its end: one that the API waits for. It knows: cat, which
 // prints its input; say, its arguments; bytes, all of them; env, its environment;
-// exit N; hang, to its timeout; lost, a host failure.
+// exit N; hang, to its timeout; lost, a host failure; missing and unfit, what a
+// guest says of commands that it does not have or cannot execute.
 func (a *agent) exec(c *hostagentv1.Command, stdin []byte) (*hostagentv1.ExecResponse, error) {
 	var r hostagentv1.ExecResponse
 	switch c.Cmd {
@@ -573,6 +575,14 @@ func (a *agent) exec(c *hostagentv1.Command, stdin []byte) (*hostagentv1.ExecRes
 		r.TimedOut, r.Error, r.ExitCode = true, "timed out", 137
 	case "lost":
 		return nil, connect.NewError(connect.CodeInternal, errors.New("open /secret/path: broken"))
+	case "missing", "unfit":
+		code, reason := connect.CodeNotFound, hostwire.CommandNotFound
+		if c.Cmd == "unfit" {
+			code, reason = connect.CodePermissionDenied, hostwire.CommandNotExecutable
+		}
+		err := connect.NewError(code, errors.New(c.Cmd+": as a shell says"))
+		err.Meta().Set(hostwire.ErrorReason, reason)
+		return nil, err
 	default:
 		return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("no such command"))
 	}

@@ -451,6 +451,11 @@ func TestExec(t *testing.T) {
 		}
 	}
 	p.call("POST", path, map[string]any{"cmd": "unheard-of"}).fails(400, "invalid_argument")
+	for cmd, code := range map[string]string{"missing": "command_not_found", "unfit": "command_not_executable"} {
+		if r := p.call("POST", path, map[string]any{"cmd": cmd}).fails(422, code); !strings.Contains(string(r.Body), cmd+": as a shell says") {
+			t.Errorf("%s: %s", cmd, r.Body)
+		}
+	}
 	if r := p.call("POST", path, map[string]any{"cmd": "lost"}).fails(500, "internal"); strings.Contains(string(r.Body), "secret") {
 		t.Errorf("a host's internal error is shown: %s", r.Body)
 	}

@@ -21,6 +21,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	"github.com/wrenn-dev/wrenn/internal/backoff"
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/text"
 )
 
@@ -399,7 +400,7 @@ func Said(err error) bool {
 }
 
 // own makes an error of what the guest says; nothing else of its answer goes on.
-func own(code connect.Code, message string) error {
+func own(code connect.Code, message string) *connect.Error {
 	if code == connect.CodeUnauthenticated {
 		// The agent has shown the right token: it is the user that is unknown.
 		code = connect.CodeInvalidArgument
@@ -445,7 +446,12 @@ func fromConnect(ctx context.Context, err error) error {
 	case err == nil:
 		return nil
 	case errors.As(err, &ce) && connect.IsWireError(err):
-		return own(ce.Code(), ce.Message())
+		said := own(ce.Code(), ce.Message())
+		switch reason := ce.Meta().Get(hostwire.ErrorReason); reason {
+		case hostwire.CommandNotFound, hostwire.CommandNotExecutable:
+			said.Meta().Set(hostwire.ErrorReason, reason)
+		}
+		return said
 	case ctx.Err() != nil:
 		return lost(ctx, err)
 	case ce != nil && ce.Code() == connect.CodeUnauthenticated:

@@ -28,6 +28,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
 // The tests run the real guest daemon on this machine, each at a loopback
@@ -148,6 +149,8 @@ func TestExec(t *testing.T) {
 		stdin     []byte
 		want      Result
 		wantError connect.Code
+		// wantReason is the error's reason.
+		wantReason string
 	}{
 		"output and code":    {cmd: sh("echo out; echo err >&2; exit 7"), want: Result{Exit: Exit{Code: 7}, Stdout: []byte("out\n"), Stderr: []byte("err\n")}},
 		"binary":             {cmd: Command{Cmd: "cat"}, stdin: binary, want: Result{Stdout: binary}},
@@ -156,7 +159,8 @@ func TestExec(t *testing.T) {
 		"signal":             {cmd: sh("kill -9 $$"), want: Result{Exit: Exit{Code: 137, Error: "signal: killed"}}},
 		"input not read":     {cmd: sh("exec <&-; sleep 0.3; echo done"), stdin: binary, want: Result{Stdout: []byte("done\n")}},
 		"input read by half": {cmd: sh("head -c 1 >/dev/null; exit 3"), stdin: binary, want: Result{Exit: Exit{Code: 3}}},
-		"no such command":    {cmd: Command{Cmd: "no-such-command"}, wantError: connect.CodeNotFound},
+		"no such command":    {cmd: Command{Cmd: "no-such-command"}, wantError: connect.CodeNotFound, wantReason: hostwire.CommandNotFound},
+		"no program":         {cmd: Command{Cmd: "/etc"}, wantError: connect.CodePermissionDenied, wantReason: hostwire.CommandNotExecutable},
 		"no such user":       {cmd: Command{Cmd: "true", User: "nobody-here"}, wantError: connect.CodeInvalidArgument},
 		"no such folder":     {cmd: Command{Cmd: "true", Dir: "/no/such"}, wantError: connect.CodeInvalidArgument},
 	} {
@@ -164,7 +168,7 @@ func TestExec(t *testing.T) {
 			got, err := c.Exec(t.Context(), test.cmd, test.stdin)
 			if test.wantError != 0 {
 				var ce *connect.Error
-				if !errors.As(err, &ce) || ce.Code() != test.wantError || ce.Meta().Get(SourceHeader) != SourceGuest {
+				if !errors.As(err, &ce) || ce.Code() != test.wantError || ce.Meta().Get(SourceHeader) != SourceGuest || ce.Meta().Get(hostwire.ErrorReason) != test.wantReason {
 					t.Fatalf("error %v, want %v of the guest", err, test.wantError)
 				}
 				return

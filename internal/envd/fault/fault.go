@@ -33,11 +33,9 @@ func Code(err error) connect.Code {
 		return connect.CodeCanceled
 	case is(context.DeadlineExceeded):
 		return connect.CodeDeadlineExceeded
-	case is(account.ErrUnknown):
-		return connect.CodeUnauthenticated
 	case is(unix.ENOTEMPTY, unix.EBUSY, unix.EXDEV, unix.ETXTBSY, unix.EPIPE, fs.ErrClosed):
 		return connect.CodeFailedPrecondition
-	case is(unix.ENOTDIR, unix.EISDIR, unix.EINVAL, unix.ENAMETOOLONG, unix.ELOOP, unix.E2BIG, unix.ENOEXEC, fs.ErrInvalid):
+	case is(account.ErrUnknown, unix.ENOTDIR, unix.EISDIR, unix.EINVAL, unix.ENAMETOOLONG, unix.ELOOP, unix.E2BIG, unix.ENOEXEC, fs.ErrInvalid):
 		return connect.CodeInvalidArgument
 	case is(fs.ErrNotExist):
 		return connect.CodeNotFound
@@ -105,5 +103,9 @@ func Write(w http.ResponseWriter, status int, code connect.Code, message string)
 
 // WriteError answers a plain HTTP request with what fits err.
 func WriteError(w http.ResponseWriter, err error) {
-	Write(w, Status(err), Code(err), err.Error())
+	message := err.Error()
+	if ce := (*connect.Error)(nil); errors.As(err, &ce) {
+		message = ce.Message() // the code has a field of its own
+	}
+	Write(w, Status(err), Code(err), message)
 }

@@ -18,7 +18,9 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/envd/account"
 	"github.com/wrenn-dev/wrenn/internal/envd/cgroup"
+	"github.com/wrenn-dev/wrenn/internal/envd/fault"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
 // defaultPath is what PATH is unless the sandbox's or the request's environment says otherwise.
@@ -46,8 +48,10 @@ func (s *Service) start(who *account.Account, req *pb.StartRequest, timeout time
 		if dir, err = workdir(who, config.GetCwd(), defaults.Workdir); err != nil {
 			return err
 		}
-		path, err = find(config.GetCmd(), dir, env["PATH"])
-		return err
+		if path, err = find(config.GetCmd(), dir, env["PATH"]); err != nil {
+			return unfit(config.GetCmd(), err)
+		}
+		return nil
 	}); err != nil {
 		return nil, nil, err
 	}
@@ -112,7 +116,11 @@ func (s *Service) start(who *account.Account, req *pb.StartRequest, timeout time
 	}
 	if err != nil {
 		s.wg.Done()
-		return nil, nil, explain(config.GetCmd(), err)
+		if errors.Is(err, unix.ENOENT) && who.Do(func() error { return executable(path) }) == nil {
+			// Its interpreter, or its loader, is what is not there.
+			return nil, nil, refusal(connect.CodeNotFound, hostwire.CommandNotFound, config.GetCmd(), "cannot execute: required file not found")
+		}
+		return nil, nil, unfit(config.GetCmd(), err)
 	}
 	started = true
 	if pidfd >= 0 && setNonblock(pidfd) == nil {
@@ -147,11 +155,39 @@ func launch(path string, argv []string, attr *os.ProcAttr, group *cgroup.Group) 
 	return proc, nil
 }
 
-func explain(cmd string, err error) error {
-	if errors.Is(err, unix.ENOEXEC) {
-		return invalid("%s: not a program that this machine can run", cmd)
+// errNotFound says that no folder of PATH has a command.
+var errNotFound = errors.New("command not found")
+
+// unfit returns the error of a command that cannot be started, in the words that
+// shells have for it if the command is the reason.
+func unfit(cmd string, err error) error {
+	var errno unix.Errno
+	if errors.Is(err, errNotFound) {
+		return refusal(connect.CodeNotFound, hostwire.CommandNotFound, cmd, errNotFound.Error())
+	}
+	if !errors.As(err, &errno) {
+		return fmt.Errorf("start %s: %w", cmd, err)
+	}
+	switch errno {
+	case unix.ENOENT:
+		return refusal(connect.CodeNotFound, hostwire.CommandNotFound, cmd, "No such file or directory")
+	case unix.ENOEXEC:
+		return refusal(connect.CodeInvalidArgument, hostwire.CommandNotExecutable, cmd, "cannot execute binary file: Exec format error")
+	case unix.EACCES, unix.EISDIR, unix.ENOTDIR, unix.ELOOP, unix.ENAMETOOLONG, unix.E2BIG, unix.ETXTBSY, unix.ELIBBAD:
+		why := errno.Error()
+		code := fault.Code(errno)
+		if errno == unix.EISDIR {
+			code = connect.CodePermissionDenied
+		}
+		return refusal(code, hostwire.CommandNotExecutable, cmd, strings.ToUpper(why[:1])+why[1:])
 	}
 	return fmt.Errorf("start %s: %w", cmd, err)
+}
+
+func refusal(code connect.Code, reason, cmd, why string) error {
+	err := connect.NewError(code, fmt.Errorf("%s: %s", cmd, why))
+	err.Meta().Set(hostwire.ErrorReason, reason)
+	return err
 }
 
 // open makes the process's standard files, and this side's ends of them.
@@ -330,13 +366,16 @@ func find(cmd, dir, path string) (string, error) {
 	if denied != nil {
 		return "", denied
 	}
-	return "", connect.NewError(connect.CodeNotFound, fmt.Errorf("%s: command not found", cmd))
+	return "", errNotFound
 }
 
 func executable(file string) error {
 	var st unix.Stat_t
 	if err := unix.Stat(file, &st); err != nil {
 		return err
+	}
+	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		return unix.EISDIR
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
 		return unix.EACCES

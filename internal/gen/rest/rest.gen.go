@@ -1192,7 +1192,8 @@ type Error struct {
 		// Code `invalid_argument` 400, `unauthenticated` 401, `permission_denied` and
 		// `quota_exceeded` 403,
 		// `not_found` 404, `method_not_allowed` 405, `conflict`, `sandbox_paused` and `capture_limit` 409,
-		// `request_timeout` 408 (the body came too slowly), `payload_too_large` 413, `range_not_satisfiable` 416, `unprocessable` 422,
+		// `request_timeout` 408 (the body came too slowly), `payload_too_large` 413, `range_not_satisfiable` 416, `unprocessable`,
+		// `command_not_found` and `command_not_executable` 422,
 		// `rate_limited` 429,
 		// `internal` 500, `unimplemented` 501, `bad_gateway` 502, `no_capacity`,
 		// `host_unreachable` and `unavailable` 503, `timeout` 504, `no_space` 507.
@@ -2246,6 +2247,9 @@ type UserID = string
 
 // BadGateway defines model for BadGateway.
 type BadGateway = Error
+
+// CannotRun defines model for CannotRun.
+type CannotRun = Error
 
 // Conflict defines model for Conflict.
 type Conflict = Error

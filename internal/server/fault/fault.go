@@ -26,6 +26,8 @@ const (
 	Conflict            Code = "conflict"
 	SandboxPaused       Code = "sandbox_paused"
 	CaptureLimit        Code = "capture_limit"
+	CommandNotFound     Code = "command_not_found"
+	NotExecutable       Code = "command_not_executable"
 	PayloadTooLarge     Code = "payload_too_large"
 	RangeNotSatisfiable Code = "range_not_satisfiable"
 	Unprocessable       Code = "unprocessable"
@@ -62,7 +64,7 @@ func (c Code) Status() int {
 		return http.StatusRequestedRangeNotSatisfiable
 	case RequestTimeout:
 		return http.StatusRequestTimeout
-	case Unprocessable:
+	case Unprocessable, CommandNotFound, NotExecutable:
 		return http.StatusUnprocessableEntity
 	case RateLimited:
 		return http.StatusTooManyRequests

@@ -481,8 +481,13 @@ func Fault(err error) error {
 		}
 		return fault.Because(err, fault.HostUnreachable, "the sandbox's host does not answer")
 	}
-	if ce.Meta().Get(hostwire.ErrorReason) == hostwire.CaptureLimit {
+	switch ce.Meta().Get(hostwire.ErrorReason) {
+	case hostwire.CaptureLimit:
 		return fault.Because(err, fault.CaptureLimit, "%s", message)
+	case hostwire.CommandNotFound:
+		return fault.Because(err, fault.CommandNotFound, "%s", message)
+	case hostwire.CommandNotExecutable:
+		return fault.Because(err, fault.NotExecutable, "%s", message)
 	}
 	code := fault.Internal
 	switch ce.Code() {
