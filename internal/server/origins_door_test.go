@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -104,6 +105,7 @@ func TestOriginsAtFrontDoor(t *testing.T) {
 				d.url(d.service) + "/docs":            200,
 				d.url(d.service) + "/verify":          200,
 				d.url(d.service) + "/api/verify":      200,
+				d.url(d.service) + "/confirm-channel": 200,
 				d.url(d.service) + "/":                302,
 				d.url("80-cl-x."+d.domain) + "/":      400,
 				d.url("80-cl-x."+d.domain) + "/api/x": 400,
@@ -114,7 +116,7 @@ func TestOriginsAtFrontDoor(t *testing.T) {
 				}
 			}
 			if d.scheme == "http" {
-				want[d.url("wrenn.example.com")+"/verify"] = 403
+				want[d.url("wrenn.example.com")+"/verify"], want[d.url("wrenn.example.com")+"/confirm-channel"] = 403, 403
 			}
 			for url, status := range want {
 				if resp, _ := get(c, url); resp.StatusCode != status {
@@ -158,13 +160,7 @@ func hostilePage(service string) http.Handler {
 // service's cookies and to run something under its origin.
 func TestOriginsInBrowser(t *testing.T) {
 	t.Parallel()
-	if _, err := exec.LookPath("chromium"); err != nil {
-		t.Skip("needs chromium")
-	}
-	const dir = "../../test/browser"
-	if _, err := os.Stat(filepath.Join(dir, "node_modules/.bin/playwright")); err != nil {
-		t.Skip("needs Playwright: npm ci --prefix test/browser")
-	}
+	needBrowser(t)
 	p := newPlane(t)
 	made := p.call("POST", "/v1/sandboxes", map[string]any{}).want(201)
 	for name, at := range map[string][3]string{
@@ -174,14 +170,52 @@ func TestOriginsInBrowser(t *testing.T) {
 	} {
 		d := p.openDoor(at[0], at[1], at[2])
 		p.agent.guest = hostilePage(d.service)
-		cmd := exec.CommandContext(t.Context(), "node_modules/.bin/playwright", "test", "origins.spec.js")
-		cmd.Dir = dir
-		cmd.Env = append(os.Environ(),
-			"WRENN_URL="+d.url(d.service), "WRENN_BROWSER_OUT="+filepath.Join(t.ArtifactDir(), name),
+		d.browse(name, "origins.spec.js",
 			"WRENN_EMAIL=admin@example.com", "WRENN_PASSWORD=correct horse", "WRENN_TRAFFIC="+made.str("traffic_token"),
 			"WRENN_PORT_URL="+d.port("80", made.str("id")), "WRENN_FILE_URL="+d.port("49983", made.str("id"))+signed("/x.html", made.str("access_token"), time.Now().Add(time.Hour)))
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Errorf("%s: playwright: %v\n%s", name, err, out)
-		}
+	}
+}
+
+// TestConfirmInBrowser opens the link of the letter that asks for a channel's
+// confirmation in Chromium.
+func TestConfirmInBrowser(t *testing.T) {
+	t.Parallel()
+	needBrowser(t)
+	p := newPlane(t)
+	letters := p.mailed()
+	d := p.openDoor("http", "localhost", "localhost")
+	asAda := as(p.bearer(p.person("ada@example.com")))
+	p.call("POST", "/v1/teams", map[string]any{"name": "one"}, asAda...).want(201)
+	body := map[string]any{"name": "c", "kind": "email", "address": "ops@example.com", "events": []string{"sandbox.lost"}}
+	made := p.call("POST", "/v1/channels", body, asAda...).want(201)
+	link := regexp.MustCompile(`http\S*/confirm-channel#token=\S+`).FindString(letters())
+	d.browse("confirm", "confirm.spec.js", "WRENN_LINK="+link)
+	if got := p.call("GET", "/v1/channels/"+made.str("id"), nil, asAda...).want(200).object(); got["confirmed"] != true {
+		t.Errorf("confirmed: %v", got)
+	}
+}
+
+// browserTests is the folder of the tests that run in a browser.
+const browserTests = "../../test/browser"
+
+// needBrowser skips a test where there is no browser for it.
+func needBrowser(t *testing.T) {
+	t.Helper()
+	if _, err := exec.LookPath("chromium"); err != nil {
+		t.Skip("needs chromium")
+	}
+	if _, err := os.Stat(filepath.Join(browserTests, "node_modules/.bin/playwright")); err != nil {
+		t.Skip("needs Playwright: npm ci --prefix test/browser")
+	}
+}
+
+// browse runs a file of browser tests, whose output is kept under the name.
+func (d *door) browse(name, file string, env ...string) {
+	d.Helper()
+	cmd := exec.CommandContext(d.Context(), "node_modules/.bin/playwright", "test", file)
+	cmd.Dir = browserTests
+	cmd.Env = append(os.Environ(), append(env, "WRENN_URL="+d.url(d.service), "WRENN_BROWSER_OUT="+filepath.Join(d.ArtifactDir(), name))...)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		d.Errorf("%s: playwright: %v\n%s", name, err, out)
 	}
 }

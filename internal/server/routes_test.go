@@ -30,7 +30,7 @@ func (o operation) anybody() bool { return o.rule.Role == "none" }
 
 // rates are how often one address may call what anybody may, in a minute, by
 // the operation's tag.
-var rates = map[string]int{"login": 30, "service": 600, "records": 600, "hosts": 12000}
+var rates = map[string]int{"login": 30, "service": 600, "hosts": 12000}
 
 // checkRates calls every operation that anybody may call, each from an address
 // of its own, until it is refused.

@@ -88,14 +88,14 @@ func (a *API) peer(r *http.Request) (from netip.Addr, believed bool) {
 	return from, a.trusted(from)
 }
 
-// checkPrivate refuses operations on accounts over plain HTTP, which others can read on
-// the way, unless the request is for a loopback name.
+// checkPrivate refuses operations on accounts, and those of letters' links, over plain
+// HTTP, which others can read on the way, unless the request is for a loopback name.
 func (a *API) checkPrivate(r *http.Request, op *openapi3.Operation) error {
 	account := op.Tags[0] == "login" || op.Tags[0] == "me"
 	if !account || a.Insecure || a.encrypted(r) || netaddr.LoopbackName(r.Host) {
 		return nil
 	}
-	return fault.New(fault.PermissionDenied, "passwords and sessions do not go over plain HTTP: use HTTPS, or a loopback name such as localhost. If you do use HTTPS, the operator must name the proxy that ends it in WRENN_TRUSTED_PROXIES, or set WRENN_INSECURE")
+	return fault.New(fault.PermissionDenied, "passwords, sessions and mailed links do not go over plain HTTP: use HTTPS, or a loopback name such as localhost. If you do use HTTPS, the operator must name the proxy that ends it in WRENN_TRUSTED_PROXIES, or set WRENN_INSECURE")
 }
 
 // encrypted reports whether the client sent the request over HTTPS.
