@@ -12,6 +12,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/linger"
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
 // TestFarewell stops a server while clients keep connections: what they send next
@@ -34,7 +35,7 @@ func TestFarewell(t *testing.T) {
 	toPort := func(r *http.Request) bool { return r.Host == "port" }
 	go func() {
 		answer := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.Copy(w, r.Body) })
-		served <- serveOn(ctx, linger.Listener(l), nil, leave.handler(answer), toPort, func(ctx context.Context) error {
+		served <- serveOn(ctx, linger.Listener(l), nil, netaddr.Server(leave.handler(answer)), toPort, func(ctx context.Context) error {
 			<-ctx.Done()
 			return nil
 		})

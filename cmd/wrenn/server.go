@@ -73,7 +73,8 @@ func serverCommand() *cobra.Command {
 					if err != nil {
 						return fmt.Errorf("take connections of the front door: %w", err)
 					}
-					return serveOn(ctx, bound(linger.Listener(l)), nil, patience.Answers(server.FrontDoor(handler, s.ToPort), patience.Default), s.ToPort, inner)
+					srv := netaddr.Server(patience.Answers(server.FrontDoor(handler, s.ToPort), patience.Default))
+					return serveOn(ctx, bound(linger.Listener(l)), nil, srv, s.ToPort, inner)
 				}
 			}
 			return errors.Join(serve(ctx, c.Listen, bound, nil, handler, s.ToPort, run), s.Close())
@@ -97,22 +98,22 @@ func serve(ctx context.Context, listen string, bound func(net.Listener) net.List
 	if err != nil {
 		return err
 	}
-	if bound != nil {
-		l = bound(l)
-		handler = patience.Answers(handler, patience.Default)
+	if bound == nil {
+		srv := netaddr.Server(handler)
+		netaddr.Separate(srv) // All of a server's tenants share its connection.
+		return serveOn(ctx, l, identity, srv, toPort, run)
 	}
-	return serveOn(ctx, l, identity, handler, toPort, run)
+	srv := netaddr.Server(patience.Answers(handler, patience.Default))
+	return serveOn(ctx, bound(l), identity, srv, toPort, run)
 }
 
-// serveOn does the work of serve on a listener, which it closes at the end. It sets no
-// deadline for answers.
-func serveOn(ctx context.Context, l net.Listener, identity *tls.Config, handler http.Handler, toPort func(*http.Request) bool, run func(context.Context) error) error {
+// serveOn does the work of serve with srv on a listener, which it closes at the end.
+func serveOn(ctx context.Context, l net.Listener, identity *tls.Config, srv *http.Server, toPort func(*http.Request) bool, run func(context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	srv := netaddr.Server(handler)
 	wait := func(context.Context) error { return nil }
 	if identity == nil && toPort != nil {
-		plain := (&upstream.Server{Handler: handler, Takes: toPort, HeaderTimeout: srv.ReadHeaderTimeout, IdleTimeout: srv.IdleTimeout}).Listen(l)
+		plain := (&upstream.Server{Handler: srv.Handler, Takes: toPort, HeaderTimeout: srv.ReadHeaderTimeout, IdleTimeout: srv.IdleTimeout}).Listen(l)
 		l, wait = plain, plain.Wait
 	}
 	served, ran := make(chan error, 1), make(chan error, 1)

@@ -146,7 +146,7 @@ func (s *Server) Run(ctx context.Context, addr string) error {
 	srv.ErrorLog = slog.NewLogLogger(s.log.Handler(), slog.LevelWarn)
 	// A peer that is gone without a word (its host failed, this guest was
 	// moved) is noticed by the answer that does not come.
-	srv.HTTP2 = &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second}
+	srv.HTTP2.SendPingTimeout, srv.HTTP2.PingTimeout = 30*time.Second, 15*time.Second
 
 	var background sync.WaitGroup
 	ctx, cancel := context.WithCancel(ctx)

@@ -160,7 +160,7 @@ func transport(addr string, p *http.Protocols) *http.Transport {
 		Protocols:           p,
 		MaxIdleConnsPerHost: 512, // as many clients at once keep their connections
 		IdleConnTimeout:     90 * time.Second,
-		HTTP2:               &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second},
+		HTTP2:               &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second, MaxReceiveBufferPerStream: window},
 	}
 }
 
@@ -173,6 +173,10 @@ func HTTPClient(addr string) (client *http.Client, baseURL string) {
 	}
 	return &http.Client{Transport: Transport(addr, true)}, "http://" + address
 }
+
+// window is how much of a body over HTTP/2 waits in memory until it is read, in bytes.
+// It is the least that a server can set: clients assume it until they hear of another.
+const window = 64 << 10
 
 // Server returns a server for handler that speaks HTTP/1.1 and HTTP/2, in
 // clear or over TLS. Headers have a time limit, and bodies that of [patience],
@@ -188,5 +192,17 @@ func Server(handler http.Handler) *http.Server {
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    64 << 10,
+		HTTP2:             &http.HTTP2Config{MaxReceiveBufferPerStream: window},
 	}
+}
+
+// Separate makes the requests of one HTTP/2 connection of s independent: one whose body
+// nobody reads, such as the input of a command that reads none, stops no other.
+func Separate(s *http.Server) {
+	// As many as Go's client sends before it hears of a bound. For more it opens another
+	// connection.
+	const streams = 100
+	// A window for each. It is more than http.HTTP2Config promises to take, and less
+	// than Go takes: TestUnreadBodies shows it.
+	s.HTTP2.MaxConcurrentStreams, s.HTTP2.MaxReceiveBufferPerConnection = streams, streams*window
 }

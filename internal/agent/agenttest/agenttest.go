@@ -146,6 +146,7 @@ func runAgent() error {
 		return errors.Join(err, a.Close())
 	}
 	srv := netaddr.Server(a.Handler())
+	netaddr.Separate(srv)
 	plain := (&upstream.Server{Handler: a.Handler(), Takes: a.ToPort, HeaderTimeout: srv.ReadHeaderTimeout, IdleTimeout: srv.IdleTimeout}).Listen(l)
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve(plain) }()

@@ -33,9 +33,10 @@ const (
 	timeoutHeader = "Process-Timeout"
 	holdHeader    = "Process-Hold-Start"
 
-	// maxReply bounds what the agent keeps of one answer: the guest is not
-	// trusted, nor is its daemon, which its root can replace.
-	maxReply = 4 << 20
+	// maxReply bounds one message of the guest, which the agent keeps while its caller
+	// reads nothing: the guest is not trusted, nor is its daemon, which its root can
+	// replace. The daemon's own messages have 32 KiB of output at most.
+	maxReply = 256 << 10
 	maxError = 2 << 10
 )
 

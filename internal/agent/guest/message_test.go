@@ -1,0 +1,51 @@
+package guest
+
+import (
+	"encoding/binary"
+	"net/http"
+	"testing"
+
+	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/wrenn-dev/wrenn/internal/await"
+	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
+)
+
+// TestLongMessage refuses a message that is longer than the guest daemon's own are,
+// instead of keeping it in memory.
+func TestLongMessage(t *testing.T) {
+	for name, tt := range map[string]struct {
+		size int
+		code connect.Code
+	}{
+		"the daemon's longest": {32 << 10, 0},
+		"longer":               {512 << 10, connect.CodeResourceExhausted},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c, _ := fake(t, func(w http.ResponseWriter, _ *http.Request) {
+				w.Header().Set("Content-Type", "application/connect+proto")
+				for _, e := range []*pb.ProcessEvent{
+					{Event: &pb.ProcessEvent_Start{Start: &pb.ProcessEvent_StartEvent{Pid: 7}}},
+					{Event: &pb.ProcessEvent_Data{Data: &pb.ProcessEvent_DataEvent{Output: &pb.ProcessEvent_DataEvent_Stdout{Stdout: make([]byte, tt.size)}}}},
+				} {
+					b, err := proto.Marshal(&pb.StartResponse{Event: e})
+					if err != nil {
+						t.Error(err)
+					}
+					_, _ = w.Write(append(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(b))), b...))
+				}
+			})
+			p, err := c.Start(await.Context(t), sh("true"), nil, false)
+			if err != nil {
+				t.Fatal(err)
+			}
+			out, err := p.Next()
+			p.ended = true // There is nothing to kill.
+			p.Close()
+			if tt.code == 0 && (err != nil || len(out.Stdout) != tt.size) || tt.code != 0 && connect.CodeOf(err) != tt.code {
+				t.Errorf("%d bytes, %v", len(out.Stdout), err)
+			}
+		})
+	}
+}
