@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -32,7 +33,7 @@ with the token in $WRENN_AGENT_TOKEN, from this machine alone.
 
 ` + all.AgentProgram.Help(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
+			asked, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 			defer stop()
 			var c all.Agent
 			warnings, err := all.Load(all.AgentProgram, &c)
@@ -49,7 +50,7 @@ with the token in $WRENN_AGENT_TOKEN, from this machine alone.
 			}
 			c.Version, c.Log = version, slog.New(slog.NewTextHandler(os.Stderr, nil))
 			warn(c.Log, warnings)
-			return runAgent(ctx, c.Config, c.Enrollment)
+			return runAgent(asked, c.Config, c.Enrollment)
 		},
 	}
 	f := cmd.Flags()
@@ -60,20 +61,23 @@ with the token in $WRENN_AGENT_TOKEN, from this machine alone.
 	return cmd
 }
 
-// runAgent runs an agent until ctx is done.
-func runAgent(ctx context.Context, c agent.Config, e all.Enrollment) error {
+// runAgent runs an agent until asked is done.
+func runAgent(asked context.Context, c agent.Config, e all.Enrollment) error {
 	if c.Listen == "" {
 		return errors.New("say where to listen with --listen or WRENN_LISTEN: address:port or unix:/path")
 	}
+	leave := &farewell{asked: asked, sleep: time.Sleep}
+	ctx, cancel := leave.context()
+	defer cancel()
 	if e.Server == "" {
 		if !netaddr.Local(c.Listen) {
 			return fmt.Errorf("an agent that listens on %s, beyond this machine, must register with a control plane that has a certificate authority (--server)", c.Listen)
 		}
-		a, err := agent.New(ctx, c)
+		a, err := agent.New(asked, c)
 		if err != nil {
 			return err
 		}
-		return errors.Join(serve(ctx, c.Listen, nil, nil, a.Handler(), a.ToPort, a.Run), a.Close())
+		return errors.Join(serve(ctx, c.Listen, nil, nil, leave.handler(a.Handler()), a.ToPort, a.Run), a.Close())
 	}
 	if e.URL == "" {
 		e.URL = "https://" + c.Listen
@@ -91,17 +95,17 @@ func runAgent(ctx context.Context, c agent.Config, e all.Enrollment) error {
 	if err != nil {
 		return err
 	}
-	host, err := enroll.Open(ctx, enroll.Config{Dir: c.Dir, Server: e.Server, Token: e.HostToken, URL: e.URL, Log: c.Log}, enroll.StatusOf(machine))
+	host, err := enroll.Open(asked, enroll.Config{Dir: c.Dir, Server: e.Server, Token: e.HostToken, URL: e.URL, Log: c.Log}, enroll.StatusOf(machine))
 	if err != nil {
 		return err
 	}
 	c.Token = host.AgentToken()
-	a, err := agent.New(ctx, c)
+	a, err := agent.New(asked, c)
 	if err != nil {
 		return err
 	}
 	c.Log.Info("this machine is a host", "host_id", host.ID(), "url", e.URL)
-	return errors.Join(serve(ctx, c.Listen, nil, host.TLS(), a.Handler(), a.ToPort, func(ctx context.Context) error {
+	return errors.Join(serve(ctx, c.Listen, nil, host.TLS(), leave.handler(a.Handler()), a.ToPort, func(ctx context.Context) error {
 		return both(ctx, a.Run, func(ctx context.Context) error {
 			return host.Run(ctx, func() (enroll.Status, error) {
 				m, err := a.Describe()

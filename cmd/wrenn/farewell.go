@@ -5,15 +5,17 @@ import (
 	"net/http"
 	"sync/atomic"
 	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// keptFor is how long after an answer a client may still reuse the connection for a
-// request that it must not send twice. Caddy does so for a second.
-const keptFor = 1500 * time.Millisecond
+// keptFor is how long after an answer a client may still send a request over the same
+// connection that it must not send twice, with half a second for its way.
+const keptFor = upstream.HopOnceIdle + 500*time.Millisecond
 
-// farewell lets a server stop without closing a connection over which a request is
+// farewell lets a server or an agent stop without closing a connection over which a request is
 // on its way. Once asked is done, answers to new requests say that their connection
-// ends, and the server stops keptFor after the last answer that did not say so.
+// ends, and it stops keptFor after the last answer that did not say so.
 type farewell struct {
 	asked context.Context
 	sleep func(time.Duration)

@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/wrenn-dev/wrenn/internal/bounded"
+	"github.com/wrenn-dev/wrenn/internal/drain"
 	"github.com/wrenn-dev/wrenn/internal/handover"
 	"github.com/wrenn-dev/wrenn/internal/linger"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
@@ -111,33 +112,13 @@ func serve(ctx context.Context, listen string, bound func(net.Listener) net.List
 func serveOn(ctx context.Context, l net.Listener, identity *tls.Config, srv *http.Server, toPort func(*http.Request) bool, run func(context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	wait := func(context.Context) error { return nil }
 	if identity == nil && toPort != nil {
-		plain := (&upstream.Server{Handler: srv.Handler, Takes: toPort, HeaderTimeout: srv.ReadHeaderTimeout, IdleTimeout: srv.IdleTimeout}).Listen(l)
-		l, wait = plain, plain.Wait
+		l = (&upstream.Server{Handler: srv.Handler, Takes: toPort, HeaderTimeout: srv.ReadHeaderTimeout, IdleTimeout: srv.IdleTimeout}).Listen(l)
 	}
-	served, ran := make(chan error, 1), make(chan error, 1)
-	go func() {
-		defer cancel()
-		if identity == nil {
-			served <- srv.Serve(l)
-			return
-		}
-		srv.TLSConfig = identity
-		served <- srv.ServeTLS(l, "", "")
-	}()
+	ran := make(chan error, 1)
 	go func() { ran <- run(ctx); cancel() }()
-	<-ctx.Done()
-	drain, stop := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
-	defer stop()
-	if srv.Shutdown(drain) != nil {
-		_ = srv.Close() // streams that last
-	}
-	_ = wait(drain) // On an error it has closed their connections.
-	err := <-served
-	if errors.Is(err, http.ErrServerClosed) {
-		err = nil
-	}
+	err := drain.Serve(ctx, srv, l, identity, drainTimeout)
+	cancel()
 	if err != nil {
 		err = fmt.Errorf("serve: %w", err)
 	}

@@ -65,6 +65,7 @@ func (p *proxy) Provision(caddy.Context) error {
 			return dialer.DialContext(ctx, to.Network, to.JoinHostPort(0))
 		},
 		IdleTimeout: 90 * time.Second, // The server's own is two minutes.
+		OnceIdle:    upstream.HopOnceIdle,
 		MaxIdle:     1024, MaxIdlePerHost: 1024,
 		MaxHeaderBytes: 2 << 20,
 	}

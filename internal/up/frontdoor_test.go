@@ -39,6 +39,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/linger/lingertest"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	controlplane "github.com/wrenn-dev/wrenn/internal/server"
+	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
 // openDoor is a front door with server behind it, at an address of its own.
@@ -1071,4 +1072,29 @@ func inNamespace(t *testing.T, addresses ...string) bool {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	return false
+}
+
+// TestUsedLately: Caddy sends a request that must not arrive twice over a connection that
+// was used within [upstream.HopOnceIdle] or over a new one. A server that stops counts on
+// that.
+func TestUsedLately(t *testing.T) {
+	from := make(chan string, 1)
+	behind := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodPost {
+			from <- r.RemoteAddr
+		}
+	}))
+	defer behind.Close()
+	door := deploytest.Listen(t)
+	door.Serve(t, behind.Listener.Addr().String())
+	ask := func() string {
+		t.Helper()
+		exchange(t, door.Address, http.MethodPost, "localhost", "/v1/sandboxes", "{}")
+		return await.Recv(t, "the request", from)
+	}
+	first, answered := ask(), time.Now()
+	await.Until(t, "the connection is too old", func() bool { return time.Since(answered) > upstream.HopOnceIdle })
+	if ask() == first {
+		t.Error("two requests came over one connection")
+	}
 }

@@ -38,6 +38,10 @@ func (u unsentError) Unwrap() []error { return []error{u.error, ErrUnsent} }
 
 var errClosed = errors.New("upstream: the transport is closed")
 
+// HopOnceIdle is the OnceIdle of each [Transport] between Wrenn's own programs. A program
+// that stops waits for longer before it closes connections that it kept.
+const HopOnceIdle = time.Second
+
 // Transport is an [http.RoundTripper] that keeps connections. Its fields must
 // not change once it is used.
 //

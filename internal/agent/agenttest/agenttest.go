@@ -36,6 +36,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
 	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
+	"github.com/wrenn-dev/wrenn/internal/drain"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
 	"github.com/wrenn-dev/wrenn/internal/id"
@@ -148,17 +149,13 @@ func runAgent() error {
 	srv := netaddr.Server(a.Handler())
 	netaddr.Separate(srv)
 	plain := (&upstream.Server{Handler: a.Handler(), Takes: a.ToPort, HeaderTimeout: srv.ReadHeaderTimeout, IdleTimeout: srv.IdleTimeout}).Listen(l)
-	served := make(chan error, 1)
-	go func() { served <- srv.Serve(plain) }()
-	err = a.Run(ctx)
-	drain, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	if srv.Shutdown(drain) != nil {
-		_ = srv.Close()
-	}
-	_ = plain.Wait(drain)
-	<-served
-	return errors.Join(err, a.Close())
+	ran := make(chan error, 1)
+	go func() { ran <- a.Run(ctx); cancel() }()
+	err = drain.Serve(ctx, srv, plain, nil, 10*time.Second)
+	cancel()
+	return errors.Join(err, <-ran, a.Close())
 }
 
 func number(env string) int {

@@ -123,6 +123,7 @@ func (r *Registry) newHost(row db.Host, token string) *Host {
 	h.transport = &upstream.Transport{
 		Dial:        func(ctx context.Context, addr string) (net.Conn, error) { return dial(ctx, "tcp", addr) },
 		IdleTimeout: 90 * time.Second, // The agent's is two minutes.
+		OnceIdle:    upstream.HopOnceIdle,
 		MaxIdle:     512, MaxIdlePerHost: 512,
 		MaxHeaderBytes: maxHeader,
 	}

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"sync"
 	"testing"
@@ -17,6 +18,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
@@ -27,6 +29,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/scheduler"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
+	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
@@ -568,5 +571,34 @@ func TestReserve(t *testing.T) {
 	f.exec("UPDATE sandboxes SET state = 'paused'") // It is written, and so not free.
 	if _, err := f.Places(ctx, template, req); err != nil {
 		t.Errorf("once it is saved: %v", err)
+	}
+}
+
+// TestUsedLately: a request that must not arrive twice goes to an agent over a connection
+// that was used within [upstream.HopOnceIdle] or over a new one. An agent that stops counts
+// on that.
+func TestUsedLately(t *testing.T) {
+	from := make(chan string, 1)
+	agent := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { from <- r.RemoteAddr }))
+	defer agent.Close()
+	h := (&Registry{}).newHost(db.Host{URL: &agent.URL}, "token")
+	defer h.close()
+	ask := func() string {
+		t.Helper()
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, agent.URL, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := h.Transport().RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		return await.Recv(t, "the request", from)
+	}
+	first, answered := ask(), time.Now()
+	await.Until(t, "the connection is too old", func() bool { return time.Since(answered) > upstream.HopOnceIdle })
+	if ask() == first {
+		t.Error("two requests came over one connection")
 	}
 }
