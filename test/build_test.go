@@ -150,11 +150,11 @@ HEALTHCHECK CMD apt-config shell X APT
 		t.Fatal(err)
 	}
 	defer func() { _ = c.Delete(t.Context(), sb.ID) }()
-	r, err := c.Exec(t.Context(), sb.ID, client.Command{Shell: true, Cmd: `id -un; pwd; echo "$GREETING $MORE"; grep '<' /tmp/greeting; stat -c '%U:%G %a' index.html; ls; pgrep -c sleep; ls -A /var/lib/apt/lists /var/cache/apt/archives/*.deb 2>/dev/null | grep -v ^/`}, nil)
+	r, err := c.Exec(t.Context(), sb.ID, client.Command{Shell: true, Cmd: `id -un; pwd; echo "$GREETING $MORE"; grep '<' /tmp/greeting; stat -c '%U:%G %a %Y' index.html; ls; pgrep -c sleep; ls -A /var/lib/apt/lists /var/cache/apt/archives/*.deb 2>/dev/null | grep -v ^/`}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := "user\n/srv/site\nhello there 1\n< hello there >\nuser:user 640\nindex.html\nsub\n0\n"; string(r.Stdout) != want {
+	if want := "user\n/srv/site\nhello there 1\n< hello there >\nuser:user 640 315619200\nindex.html\nsub\n0\n"; string(r.Stdout) != want {
 		t.Errorf("in the sandbox: %q %q, not %q", r.Stdout, r.Stderr, want)
 	}
 

@@ -1,10 +1,12 @@
 package server_test
 
 import (
+	"archive/tar"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -211,6 +213,25 @@ func TestBuildCopies(t *testing.T) {
 	}
 	if got := string(p.agent.files["/srv"]); !strings.Contains(got, "sub/b") || !strings.Contains(got, "a.txt") {
 		t.Errorf("copied to /srv: %q", got)
+	}
+	// Zip archives have no date before 1980, whatever the time zone.
+	sent := tar.NewReader(bytes.NewReader(p.agent.files["/srv"]))
+	entries := 0
+	for {
+		h, err := sent.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		entries++
+		if h.ModTime.In(time.FixedZone("west", -12*60*60)).Year() < 1980 {
+			t.Errorf("%s is of %v", h.Name, h.ModTime)
+		}
+	}
+	if entries == 0 {
+		t.Error("nothing was copied to /srv")
 	}
 	p.agent.mu.Unlock()
 	// What is in a file that the first COPY does not take changes the second alone.

@@ -11,6 +11,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -29,6 +30,10 @@ type file struct {
 	mode       int64
 	sum        [sha256.Size]byte
 }
+
+// copied is the date of every copied file: the same for each build, and none before
+// 1980 in any time zone, because zip archives have no earlier one.
+var copied = time.Date(1980, 1, 2, 0, 0, 0, 0, time.UTC)
 
 // selection is what a COPY takes, and where it goes.
 type selection struct {
@@ -156,7 +161,7 @@ func (s *selection) add(f file, to string) {
 	}
 }
 
-// digest names what is copied: contents, names and modes.
+// digest names what is copied: contents, names, modes and their date.
 func (s *selection) digest() string {
 	var parts []string
 	for name, to := range s.to {
@@ -166,7 +171,7 @@ func (s *selection) digest() string {
 		}
 	}
 	slices.Sort(parts)
-	sum := digest(parts...)
+	sum := digest(append(parts, copied.String())...)
 	return hex.EncodeToString(sum[:])
 }
 
@@ -179,7 +184,7 @@ func (s *selection) write(ctx context.Context, w io.Writer, archive io.Reader, w
 			if name != "" {
 				to = name
 			}
-			out := &tar.Header{Name: to, Typeflag: h.Typeflag, Mode: h.Mode, Linkname: h.Linkname, Format: tar.FormatPAX}
+			out := &tar.Header{Name: to, Typeflag: h.Typeflag, Mode: h.Mode, Linkname: h.Linkname, ModTime: copied, Format: tar.FormatPAX}
 			if s.mode != nil && h.Typeflag != tar.TypeSymlink {
 				out.Mode = int64(*s.mode)
 			}
