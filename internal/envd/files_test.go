@@ -17,6 +17,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -55,6 +56,19 @@ func owner(t *testing.T, path string) (uid, gid uint32, mode os.FileMode) {
 	}
 	st := info.Sys().(*syscall.Stat_t)
 	return st.Uid, st.Gid, info.Mode()
+}
+
+func gunzip(t *testing.T, s string) string {
+	t.Helper()
+	z, err := gzip.NewReader(strings.NewReader(s))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := io.ReadAll(z)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
 }
 
 func TestDownload(t *testing.T) {
@@ -151,6 +165,44 @@ func TestDownload(t *testing.T) {
 	g.file("empty", "", 0o644)
 	if a := g.do("GET", "/files"+at(g.dir+"/empty"), testToken, nil, nil); a.code != 200 || a.body != "" {
 		t.Errorf("an empty file is %d %q", a.code, a.body)
+	}
+	// The kernel gives its own files the size 0, or that of a page.
+	for path, want := range map[string]string{"/sys/class/net/lo/address": "00:00:00:00:00:00\n", "/proc/sys/kernel/ostype": "Linux\n"} {
+		length := strconv.Itoa(len(want))
+		for _, method := range []string{"GET", "HEAD"} {
+			if a := g.do(method, "/files"+at(path), testToken, nil, nil); a.code != 200 || a.header.Get("Content-Length") != length || method == "GET" && a.body != want {
+				t.Errorf("%s %s: %d %q, %v", method, path, a.code, a.body, a.header)
+			}
+		}
+		if a := g.do("GET", "/files"+at(path), testToken, nil, map[string]string{"Range": "bytes=1-2"}); a.code != 206 || a.body != want[1:3] {
+			t.Errorf("a part of %s: %d %q", path, a.code, a.body)
+		}
+		if a := g.do("GET", "/files"+at(path), testToken, nil, map[string]string{"Accept-Encoding": "gzip"}); a.code != 200 || gunzip(t, a.body) != want {
+			t.Errorf("%s compressed: %d %q", path, a.code, a.body)
+		}
+		a := g.do("GET", "/archive"+at(path), testToken, nil, nil)
+		r := tar.NewReader(strings.NewReader(a.body))
+		h, err := r.Next()
+		if err != nil || h.Size != int64(len(want)) {
+			t.Errorf("an archive of %s: %v, %v", path, h, err)
+			continue
+		}
+		if b, err := io.ReadAll(r); err != nil || string(b) != want {
+			t.Errorf("an archive of %s: %q, %v", path, b, err)
+		}
+	}
+	large := g.file("large", strings.Repeat("0123456789abcdef", 1<<14), 0o644)
+	if a := g.do("GET", "/files"+at(large), testToken, nil, nil); a.code != 200 || len(a.body) != 1<<18 || a.header.Get("Accept-Ranges") != "bytes" {
+		t.Errorf("a large file: %d, %d bytes, %v", a.code, len(a.body), a.header)
+	}
+	if a := g.do("HEAD", "/files"+at(large), testToken, nil, nil); a.code != 200 || a.header.Get("Content-Length") != "262144" {
+		t.Errorf("HEAD of a large file: %d, %v", a.code, a.header)
+	}
+	if a := g.do("GET", "/files"+at(large), testToken, nil, map[string]string{"Range": "bytes=-2"}); a.code != 206 || a.body != "ef" {
+		t.Errorf("the end of a large file: %d %q", a.code, a.body)
+	}
+	if a := g.do("GET", "/files"+at(large), testToken, nil, map[string]string{"If-Modified-Since": time.Now().Add(time.Hour).UTC().Format(http.TimeFormat)}); a.code != 304 {
+		t.Errorf("a large file that did not change: %d", a.code)
 	}
 	if a := g.do("GET", "/files"+at("/proc/version"), testToken, nil, nil); a.code != 200 || !strings.Contains(a.body, "Linux") {
 		t.Errorf("/proc/version is %d %q", a.code, a.body)

@@ -170,7 +170,7 @@ func TestListDir(t *testing.T) {
 	_ = os.Mkdir(g.dir+"/private", 0o700)
 	g.file("private/x", "", 0o600)
 	g.file("a/f", "1", 0o644)
-	g.file("bad\xffname", "", 0o644)
+	g.file("bad\xffname", "odd", 0o644)
 	_ = os.Symlink("a", g.dir+"/link")
 	list := func(path string, depth uint32) string {
 		t.Helper()
@@ -186,11 +186,34 @@ func TestListDir(t *testing.T) {
 		return strings.Join(l, " ")
 	}
 	for depth, want := range map[uint32]string{
-		0: "a bad\uFFFDname link private", 1: "a bad\uFFFDname link private", 2: "a a/b a/f bad\uFFFDname link private", 9: "a a/b a/b/c a/f bad\uFFFDname link private",
+		0: "a bad\U0010FEFFname link private", 1: "a bad\U0010FEFFname link private", 2: "a a/b a/f bad\U0010FEFFname link private", 9: "a a/b a/b/c a/f bad\U0010FEFFname link private",
 	} {
 		if got := list(g.dir, depth); got != want {
 			t.Errorf("depth %d: %s", depth, got)
 		}
+	}
+	// A name that is not UTF-8 serves as it is listed.
+	bad := g.dir + "/bad\U0010FEFFname"
+	if _, err := g.filesystem.Stat(t.Context(), as("", &pb.StatRequest{Path: bad})); err != nil {
+		t.Error(err)
+	}
+	for _, path := range []string{bad, g.dir + "/bad\xffname"} {
+		if a := g.do("GET", "/files"+at(path), testToken, nil, nil); a.code != 200 || a.body != "odd" {
+			t.Errorf("%q is read as %d %q", path, a.code, a.body)
+		}
+	}
+	if a := g.do("POST", "/files"+at(g.dir+"/\xfe"), testToken, strings.NewReader("new"), nil); a.code != 200 || !strings.Contains(a.body, "/\U0010FEFE\"") {
+		t.Errorf("a file whose name is no UTF-8 is written: %d %s", a.code, a.body)
+	}
+	moved := g.dir + "/moved\U0010FEFE"
+	if _, err := g.filesystem.Move(t.Context(), as("", &pb.MoveRequest{Source: g.dir + "/\U0010FEFE", Destination: moved})); err != nil {
+		t.Error(err)
+	}
+	if b, err := os.ReadFile(g.dir + "/moved\xfe"); string(b) != "new" {
+		t.Errorf("moved: %q, %v", b, err)
+	}
+	if _, err := g.filesystem.Remove(t.Context(), as("", &pb.RemoveRequest{Path: moved})); err != nil {
+		t.Error(err)
 	}
 	if got := list(g.dir+"/link", 1); got != "link/b link/f" {
 		t.Errorf("through a link: %s", got)

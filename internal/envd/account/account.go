@@ -19,6 +19,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/nametext"
 )
 
 // ErrUnknown is returned for a user that the guest does not have.
@@ -205,12 +207,14 @@ func name(m map[uint32]string, id uint32) string {
 	return strconv.FormatUint(uint64(id), 10)
 }
 
-// Resolve makes the absolute, clean path that a client means by p: a relative
-// path starts in the user's home, as "~" does; the empty path is the home.
+// Resolve makes the absolute, clean path that a client means by p, the text of a
+// path (package nametext): a relative path starts in the user's home, as "~" does;
+// the empty path is the home.
 func (a *Account) Resolve(p string) (string, error) {
 	if strings.ContainsRune(p, 0) {
 		return "", fmt.Errorf("path has a NUL byte: %w", fs.ErrInvalid)
 	}
+	p = nametext.Name(p)
 	if rest, ok := strings.CutPrefix(p, "~"); ok && (rest == "" || rest[0] == '/') {
 		p = "." + rest
 	}

@@ -2,6 +2,8 @@ package files
 
 import (
 	"archive/tar"
+	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -113,6 +115,7 @@ func packTree(r *http.Request, t *tar.Writer, root string) error {
 				return err
 			}
 			defer f.Close()
+			defer context.AfterFunc(r.Context(), func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })()
 		default:
 			return nil
 		}
@@ -127,27 +130,48 @@ func packTree(r *http.Request, t *tar.Writer, root string) error {
 		h.Format = tar.FormatPAX // times to the nanosecond, names of any length
 		h.AccessTime, h.ChangeTime = time.Time{}, time.Time{}
 		h.Uname, h.Gname = names.User(uint32(h.Uid)), names.Group(uint32(h.Gid))
+		var data io.Reader
+		if f != nil {
+			if data, h.Size, err = sized(f, p); err != nil {
+				return err
+			}
+		}
 		if err := t.WriteHeader(h); err != nil {
 			return err
 		}
-		if f == nil {
+		if data == nil {
 			return nil
 		}
-		// A file that grows or shrinks meanwhile is cut, or filled with zeros:
-		// the header's size is out.
-		n, err := io.CopyBuffer(struct{ io.Writer }{t}, io.LimitReader(f, h.Size), buf)
+		n, err := io.CopyBuffer(struct{ io.Writer }{t}, data, buf)
 		if err == nil && n < h.Size {
-			_, err = io.CopyBuffer(struct{ io.Writer }{t}, io.LimitReader(zeros{}, h.Size-n), buf)
+			// The header has told a size. Zeros in place of the rest would be wrong.
+			err = fmt.Errorf("%s was truncated while it was read", p)
 		}
 		return err
 	})
 }
 
-type zeros struct{}
+// maxUnsized is the length in bytes of a file that goes into an archive although the
+// kernel does not tell its size: it is kept in memory meanwhile.
+const maxUnsized = 16 << 20
 
-func (zeros) Read(p []byte) (int, error) {
-	clear(p)
-	return len(p), nil
+// sized returns what is in a file, and how much that is.
+func sized(f *os.File, path string) (io.Reader, int64, error) {
+	c, err := open(f)
+	if err != nil {
+		return nil, 0, err
+	}
+	if c.size >= 0 {
+		return c.all(), c.size, nil
+	}
+	all, err := io.ReadAll(io.LimitReader(c.all(), maxUnsized+1))
+	if err != nil {
+		return nil, 0, err
+	}
+	if len(all) > maxUnsized {
+		return nil, 0, fmt.Errorf("%s has no size and more than %d bytes: read it by itself", path, maxUnsized)
+	}
+	return bytes.NewReader(all), int64(len(all)), nil
 }
 
 // unpack puts a tar's contents below a directory, which is made.

@@ -3,7 +3,9 @@
 package files
 
 import (
+	"bytes"
 	"compress/gzip"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,6 +17,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
@@ -22,6 +25,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/envd/account"
 	"github.com/wrenn-dev/wrenn/internal/envd/fault"
 	"github.com/wrenn-dev/wrenn/internal/envd/upload"
+	"github.com/wrenn-dev/wrenn/internal/nametext"
 )
 
 // Register adds /files and /archive to mux. Requests must carry their user
@@ -104,6 +108,13 @@ func download(w http.ResponseWriter, r *http.Request) {
 		fault.Write(w, http.StatusNotAcceptable, connect.CodeInvalidArgument, "only the encodings identity and gzip are offered")
 		return
 	}
+	// Ends the wait for a file that has nothing to read yet (/proc/kmsg).
+	defer context.AfterFunc(r.Context(), func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })()
+	c, err := open(f)
+	if err != nil {
+		fault.WriteError(w, err)
+		return
+	}
 	h.Set("Content-Type", "application/octet-stream")
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Content-Disposition", mime.FormatMediaType("inline", map[string]string{"filename": info.Name()}))
@@ -115,17 +126,24 @@ func download(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 		z, _ := gzip.NewWriterLevel(w, gzip.BestSpeed)
-		if _, err = io.Copy(z, f); err == nil {
+		if _, err = io.Copy(z, c.all()); err == nil {
 			err = z.Close()
 		}
-	case info.Size() == 0:
-		// The kernel's own files have no size but do have contents.
+	case c.whole():
+		http.ServeContent(w, r, "", info.ModTime(), bytes.NewReader(c.head))
+	case c.size < 0:
+		// Without a size there are no ranges, and the length is what is read.
 		if r.Method == http.MethodHead {
 			return
 		}
-		_, err = io.Copy(w, f)
-	default:
+		_, err = io.Copy(w, c.all())
+	case r.Method == http.MethodHead || r.Header.Get("Range") != "" || r.Header.Get("If-Modified-Since") != "" || r.Header.Get("If-Unmodified-Since") != "":
 		http.ServeContent(w, r, "", info.ModTime(), f)
+	default:
+		// No length is promised: the file may be truncated before it is read.
+		h.Set("Accept-Ranges", "bytes")
+		h.Set("Last-Modified", info.ModTime().UTC().Format(http.TimeFormat))
+		_, err = io.Copy(w, c.all())
 	}
 	if err != nil {
 		// The status is sent: only a broken connection can say that this is not all.
@@ -211,14 +229,14 @@ func receive(w http.ResponseWriter, r *http.Request) {
 			return err
 		}
 		for _, before := range list {
-			if before.Path == path {
+			if before.Path == nametext.Text(path) {
 				return fmt.Errorf("%s is there twice: %w", path, fs.ErrInvalid)
 			}
 		}
 		if err := write(who, path, from, size); err != nil {
 			return err
 		}
-		list = append(list, written{path, filepath.Base(path), "file"})
+		list = append(list, written{nametext.Text(path), nametext.Text(filepath.Base(path)), "file"})
 		return nil
 	}
 	if media == "multipart/form-data" {

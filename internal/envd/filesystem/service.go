@@ -21,6 +21,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/envd/fault"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/filesystem"
 	"github.com/wrenn-dev/wrenn/internal/gen/filesystem/filesystemconnect"
+	"github.com/wrenn-dev/wrenn/internal/nametext"
 )
 
 // maxEntries bounds one listing.
@@ -190,9 +191,9 @@ func entry(names *account.Names, path string) (*pb.EntryInfo, error) {
 	if info.Mode()&fs.ModeSymlink != 0 {
 		e.Type = pb.FileType_FILE_TYPE_SYMLINK
 		if target, err := filepath.EvalSymlinks(path); err == nil {
-			e.SymlinkTarget = new(text(target))
+			e.SymlinkTarget = new(nametext.Text(target))
 		} else if target, err := os.Readlink(path); err == nil {
-			e.SymlinkTarget = new(text(target))
+			e.SymlinkTarget = new(nametext.Text(target))
 		}
 		if target, err := os.Stat(path); err == nil {
 			info = target
@@ -204,7 +205,7 @@ func entry(names *account.Names, path string) (*pb.EntryInfo, error) {
 	case info.Mode().IsRegular():
 		e.Type = pb.FileType_FILE_TYPE_FILE
 	}
-	e.Name, e.Path = text(e.Name), text(e.Path)
+	e.Name, e.Path = nametext.Text(e.Name), nametext.Text(e.Path)
 	e.Size = info.Size()
 	e.Mode = uint32(info.Mode().Perm())
 	e.Permissions = info.Mode().String()
@@ -218,9 +219,8 @@ func entry(names *account.Names, path string) (*pb.EntryInfo, error) {
 	return e, nil
 }
 
-// text makes a name that protobuf's strings can carry: names of files are
-// bytes, and one that is no UTF-8 must not make its whole directory unlistable.
-func text(s string) string { return strings.ToValidUTF8(s, "\uFFFD") }
+// utf8Text replaces what protobuf's strings cannot carry.
+func utf8Text(s string) string { return strings.ToValidUTF8(s, "\uFFFD") }
 
 // attributes reads the extended attributes of the user namespace, named
 // without "user.". What cannot be read is left out.
@@ -252,7 +252,7 @@ func attributes(path string) map[string]string {
 		if m == nil {
 			m = map[string]string{}
 		}
-		m[text(name)] = text(string(value[:n]))
+		m[utf8Text(name)] = utf8Text(string(value[:n]))
 	}
 	return m
 }

@@ -22,6 +22,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/envd/fault"
 	"github.com/wrenn-dev/wrenn/internal/envd/upload"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/filesystem"
+	"github.com/wrenn-dev/wrenn/internal/nametext"
 )
 
 // watched are the changes in a directory that are told, and those to the
@@ -259,7 +260,7 @@ func (w *watcher) event(path string, t pb.EventType) *pb.FilesystemEvent {
 	if err != nil {
 		name = path
 	}
-	e := &pb.FilesystemEvent{Name: text(name), Type: t}
+	e := &pb.FilesystemEvent{Name: nametext.Text(name), Type: t}
 	if w.includeEntry {
 		_ = w.who.Do(func() error {
 			if info, err := entry(account.LoadNames(), path); err == nil {

@@ -2527,7 +2527,9 @@ type CreateSandboxParams struct {
 
 // ReadArchiveParams defines parameters for ReadArchive.
 type ReadArchiveParams struct {
-	// Path Absolute, or relative to the user's home directory. `..` is no part of it, and it has at most 4096 bytes.
+	// Path Absolute, or relative to the user's home directory. `..` is no part of it, and it has
+	// at most 4096 bytes. Each byte of a name that is not UTF-8, 0x80 to 0xFF, is written as
+	// a character from U+10FE80 to U+10FEFF here, and so it is listed.
 	Path Path `form:"path" json:"path"`
 
 	// User Whose rights and home directory count, `user` unless said otherwise.
@@ -2536,7 +2538,9 @@ type ReadArchiveParams struct {
 
 // WriteArchiveParams defines parameters for WriteArchive.
 type WriteArchiveParams struct {
-	// Path Absolute, or relative to the user's home directory. `..` is no part of it, and it has at most 4096 bytes.
+	// Path Absolute, or relative to the user's home directory. `..` is no part of it, and it has
+	// at most 4096 bytes. Each byte of a name that is not UTF-8, 0x80 to 0xFF, is written as
+	// a character from U+10FE80 to U+10FEFF here, and so it is listed.
 	Path Path `form:"path" json:"path"`
 
 	// User Whose rights and home directory count, `user` unless said otherwise.
@@ -2551,7 +2555,9 @@ type ExecStreamParams struct {
 
 // ReadFileParams defines parameters for ReadFile.
 type ReadFileParams struct {
-	// Path Absolute, or relative to the user's home directory. `..` is no part of it, and it has at most 4096 bytes.
+	// Path Absolute, or relative to the user's home directory. `..` is no part of it, and it has
+	// at most 4096 bytes. Each byte of a name that is not UTF-8, 0x80 to 0xFF, is written as
+	// a character from U+10FE80 to U+10FEFF here, and so it is listed.
 	Path Path `form:"path" json:"path"`
 
 	// User Whose rights and home directory count, `user` unless said otherwise.
@@ -2566,7 +2572,9 @@ type ReadFileParams struct {
 
 // WriteFileParams defines parameters for WriteFile.
 type WriteFileParams struct {
-	// Path Absolute, or relative to the user's home directory. `..` is no part of it, and it has at most 4096 bytes.
+	// Path Absolute, or relative to the user's home directory. `..` is no part of it, and it has
+	// at most 4096 bytes. Each byte of a name that is not UTF-8, 0x80 to 0xFF, is written as
+	// a character from U+10FE80 to U+10FEFF here, and so it is listed.
 	Path Path `form:"path" json:"path"`
 
 	// User Whose rights and home directory count, `user` unless said otherwise.

@@ -99,6 +99,9 @@ func (a *API) ReadFile(w http.ResponseWriter, r *http.Request, sandbox rest.Sand
 	// Files have no validators: what an If-Range names is never this file.
 	partial = partial && params.IfRange == nil
 	req := &hostagentv1.ReadFileStreamRequest{File: ref}
+	if !partial && r.Method == http.MethodHead || partial && rng.first < 0 {
+		req.Length = 1 // The guest tells the size of a large file with its parts alone.
+	}
 	if partial && rng.first >= 0 {
 		req.Offset = rng.first
 		if rng.last >= 0 {

@@ -1,0 +1,55 @@
+// Package nametext writes names of files, which are bytes, as UTF-8 text that JSON
+// and protobuf can carry, and reads them back. Names that are UTF-8 stay as they are.
+package nametext
+
+import (
+	"strings"
+	"unicode/utf8"
+)
+
+// The runes from first to last stand for the bytes 0x80 to 0xFF that are no part of
+// a UTF-8 character. They are private to whoever uses them.
+const (
+	first = 0x10FE80
+	last  = 0x10FEFF
+)
+
+// Text returns name as text. [Name] returns name again.
+func Text(name string) string {
+	if utf8.ValidString(name) && !strings.ContainsFunc(name, escape) {
+		return name
+	}
+	var b strings.Builder
+	for len(name) > 0 {
+		r, n := utf8.DecodeRuneInString(name)
+		if r == utf8.RuneError && n == 1 || escape(r) {
+			for _, c := range []byte(name[:n]) {
+				b.WriteRune(first - 0x80 + rune(c))
+			}
+		} else {
+			b.WriteString(name[:n])
+		}
+		name = name[n:]
+	}
+	return b.String()
+}
+
+// Name returns the name that text stands for. Text that is not UTF-8 is taken as it is.
+func Name(text string) string {
+	if !strings.ContainsFunc(text, escape) {
+		return text
+	}
+	var b strings.Builder
+	for len(text) > 0 {
+		r, n := utf8.DecodeRuneInString(text)
+		if escape(r) {
+			b.WriteByte(byte(r - first + 0x80))
+		} else {
+			b.WriteString(text[:n])
+		}
+		text = text[n:]
+	}
+	return b.String()
+}
+
+func escape(r rune) bool { return r >= first && r <= last }
