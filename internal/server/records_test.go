@@ -281,7 +281,7 @@ func TestMetricsHistory(t *testing.T) {
 	}
 
 	// However often it is sampled, a window has its bound.
-	h := metrics.New(kept, slog.New(slog.DiscardHandler))
+	h := metrics.New(kept, nil, slog.New(slog.DiscardHandler))
 	other, at := uuid.New(), time.Now().Add(-time.Hour)
 	for n := range 400 {
 		at = at.Add(5 * time.Second)

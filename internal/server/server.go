@@ -285,7 +285,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	s.keys = auth.NewKeys(s.store, s.log)
 	s.work = work.New(s.log)
 	catalog := templates.NewCatalog(s.store, s.hosts, s.log)
-	history := metrics.New(s.redis, s.log)
+	history := metrics.New(s.redis, s.store.ListHostSandboxIDs, s.log)
 	s.sandboxes = sandboxes.New(sandboxes.Config{Store: s.store, Hosts: s.hosts, Templates: catalog, Tokens: tokens, Work: s.work, Tell: s.bus.Changed, Ended: history.Forget, Log: s.log})
 	uploads, err := spool.New(cmp.Or(c.SpoolDir, os.TempDir()), cmp.Or(c.SpoolMiB, spool.DefaultMiB))
 	if err != nil {

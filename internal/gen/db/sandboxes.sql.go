@@ -368,6 +368,30 @@ func (q *Queries) InsertSandbox(ctx context.Context, arg InsertSandboxParams) (S
 	return i, err
 }
 
+const listHostSandboxIDs = `-- name: ListHostSandboxIDs :many
+SELECT id FROM sandboxes WHERE host_id = $1 AND state NOT IN ('stopped', 'error')
+`
+
+func (q *Queries) ListHostSandboxIDs(ctx context.Context, hostID *uuid.UUID) ([]uuid.UUID, error) {
+	rows, err := q.db.Query(ctx, listHostSandboxIDs, hostID)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []uuid.UUID
+	for rows.Next() {
+		var id uuid.UUID
+		if err := rows.Scan(&id); err != nil {
+			return nil, err
+		}
+		items = append(items, id)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
 const listHostSandboxes = `-- name: ListHostSandboxes :many
 SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved FROM sandboxes WHERE host_id = $1 AND state NOT IN ('stopped', 'error')
 `

@@ -92,11 +92,15 @@ type Point struct {
 // History is the metrics of all sandboxes.
 type History struct {
 	redis *redis.Client
+	has   func(ctx context.Context, host *uuid.UUID) ([]uuid.UUID, error)
 	log   *slog.Logger
 }
 
-// New returns the history in a Redis.
-func New(client *redis.Client, log *slog.Logger) *History { return &History{client, log} }
+// New returns the history in a Redis. has returns the sandboxes of a host, which it may
+// report on.
+func New(client *redis.Client, has func(ctx context.Context, host *uuid.UUID) ([]uuid.UUID, error), log *slog.Logger) *History {
+	return &History{client, has, log}
+}
 
 func key(sandbox uuid.UUID, w Window) string {
 	return "wrenn:metrics:" + sandbox.String() + ":" + w.Name
@@ -222,15 +226,19 @@ func (h *History) sample(ctx context.Context, host *hosts.Host) error {
 	}
 	// The server's clock: a host's may be off.
 	now := time.Now()
-	samples := make(map[uuid.UUID]Sample, len(answer.Msg.Samples))
-	var malformed []error
-	for _, s := range answer.Msg.Samples {
-		sandbox, err := id.Parse(id.Sandbox, s.SandboxId)
-		if err != nil {
-			malformed = append(malformed, fmt.Errorf("host's sample: %w", err))
-			continue
-		}
-		samples[sandbox] = Sample{now, time.Duration(s.CpuUs) * time.Microsecond, int(s.Vcpus), s.MemoryBytes, s.DiskBytes}
+	has, err := h.has(ctx, &host.ID)
+	if err != nil {
+		return fmt.Errorf("list the host's sandboxes: %w", err)
 	}
-	return errors.Join(append(malformed, h.Record(ctx, samples))...)
+	reported := make(map[string]*hostagentv1.SamplesResponse_Sample, len(answer.Msg.Samples))
+	for _, s := range answer.Msg.Samples {
+		reported[s.SandboxId] = s
+	}
+	samples := make(map[uuid.UUID]Sample, len(has))
+	for _, sandbox := range has {
+		if s := reported[id.Format(id.Sandbox, sandbox)]; s != nil {
+			samples[sandbox] = Sample{now, time.Duration(s.CpuUs) * time.Microsecond, int(s.Vcpus), s.MemoryBytes, s.DiskBytes}
+		}
+	}
+	return h.Record(ctx, samples)
 }

@@ -1,9 +1,66 @@
 package metrics
 
 import (
+	"context"
+	"log/slog"
+	"path/filepath"
 	"testing"
 	"time"
+
+	"connectrpc.com/connect"
+	"github.com/google/uuid"
+	"github.com/redis/go-redis/v9"
+
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/server/events/redistest"
+	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 )
+
+// reports is an agent that says what sandboxes use, whosever they are.
+type reports struct {
+	hostagentv1connect.HostAgentClient
+	of []string
+}
+
+func (r reports) Samples(context.Context, *connect.Request[hostagentv1.SamplesRequest]) (*connect.Response[hostagentv1.SamplesResponse], error) {
+	m := &hostagentv1.SamplesResponse{}
+	for _, sandbox := range r.of {
+		m.Samples = append(m.Samples, &hostagentv1.SamplesResponse_Sample{SandboxId: sandbox, Vcpus: 1, MemoryBytes: 1 << 40})
+	}
+	return connect.NewResponse(m), nil
+}
+
+// TestSamplesOfOthers keeps only what a host says of its own sandboxes: nothing of
+// another host's, and nothing of sandboxes that it makes up.
+func TestSamplesOfOthers(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "redis.sock")
+	redistest.Start(t, socket)
+	client := redis.NewClient(&redis.Options{Network: "unix", Addr: socket})
+	defer client.Close()
+	mine, other, madeUp := uuid.New(), uuid.New(), uuid.New()
+	host := &hosts.Host{ID: uuid.New(), Agent: reports{of: []string{
+		"malformed", id.Format(id.Sandbox, other), id.Format(id.Sandbox, mine), id.Format(id.Sandbox, madeUp),
+	}}}
+	h := New(client, func(_ context.Context, of *uuid.UUID) ([]uuid.UUID, error) {
+		if *of != host.ID {
+			t.Errorf("asked for the sandboxes of %v", *of)
+		}
+		return []uuid.UUID{mine, uuid.New()}, nil
+	}, slog.New(slog.DiscardHandler))
+	if err := h.sample(t.Context(), host); err != nil {
+		t.Fatal(err)
+	}
+	keys, err := client.Keys(t.Context(), "*").Result()
+	if err != nil || len(keys) != len(Windows) {
+		t.Errorf("Redis has %v, %v", keys, err)
+	}
+	points, err := h.Read(t.Context(), mine, Windows[0])
+	if err != nil || len(points) != 1 {
+		t.Errorf("its own sandbox has the points %v, %v", points, err)
+	}
+}
 
 // TestPoint checks what is computed from two samples.
 func TestPoint(t *testing.T) {

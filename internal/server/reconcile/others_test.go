@@ -11,6 +11,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
@@ -199,6 +200,22 @@ func TestMadeElsewhere(t *testing.T) {
 		on, _ := b.Store.ListTemplateHosts(t.Context(), u)
 		if err != nil || row.State != string(state) || row.SizeBytes != 7 || row.Name != string(state) || len(on) != 1 {
 			t.Errorf("another host's word made it %+v on %v, %v", row, on, err)
+		}
+	}
+}
+
+// TestBuiltinDisk: no host says how large the disk of the built-in template is, which
+// is the least that every tenant's sandbox of it has.
+func TestBuiltinDisk(t *testing.T) {
+	b := newBench(t, time.Minute)
+	wire := id.Format(id.Template, uuid.Nil)
+	for _, says := range []int32{0, 1, 1 << 20} {
+		b.agent.mu.Lock()
+		b.agent.templates[wire] = &hostagentv1.Template{TemplateId: wire, TeamId: id.Format(id.Team, uuid.Nil), Name: "minimal", SizeBytes: 1 << 29, DiskMib: says, CreatedAt: timestamppb.Now()}
+		b.agent.mu.Unlock()
+		b.look(time.Now())
+		if row, err := b.Store.GetTemplate(t.Context(), uuid.Nil); err != nil || row.DiskMiB != hostwire.DefaultDiskMiB || row.SizeBytes != 1<<29 {
+			t.Errorf("a host says %d MiB: %+v, %v", says, row, err)
 		}
 	}
 }

@@ -485,24 +485,23 @@ func (s *Catalog) mayHave(ctx context.Context, host, tid uuid.UUID) (row db.Temp
 // Bounds of what a host may say of a template.
 const (
 	maxVCPUs = 1024
-	// maxBuiltinMiB bounds the disk of the built-in template, which is the least
-	// that a sandbox of it has.
-	maxBuiltinMiB = 16384
 	// maxCopies is how often a template may take its disk and memory: layers can
 	// hold what is below them once more, and there are captures of other sizes.
 	maxCopies = 2
 )
 
 // Measured returns what a host says of a template, as it is written down: no
-// more than the template whose row is given can be.
+// more than the template whose row is given can be. The built-in one's disk, which
+// all tenants' sandboxes have, is no host's to say.
 func Measured(host uuid.UUID, row db.Template, t *hostagentv1.Template) db.TemplateReadyParams {
 	disk, memory := cmp.Or(row.DiskMiB, hostwire.DefaultDiskMiB), cmp.Or(row.MemoryMiB, sandboxes.DefaultMemoryMiB)
+	says := t.GetDiskMib()
 	if row.ID == uuid.Nil {
-		disk = maxBuiltinMiB
+		disk, says = hostwire.DefaultDiskMiB, hostwire.DefaultDiskMiB
 	}
 	most := maxCopies * (int64(disk) + int64(memory)) << 20
 	return db.TemplateReadyParams{
 		ID: row.ID, HostID: host, SizeBytes: min(max(t.GetSizeBytes(), 0), most), CreatedAt: t.GetCreatedAt().AsTime(),
-		VCPUs: min(max(t.GetVcpus(), 0), maxVCPUs), MemoryMiB: min(max(t.GetMemoryMib(), 0), memory), DiskMiB: min(max(t.GetDiskMib(), 0), disk),
+		VCPUs: min(max(t.GetVcpus(), 0), maxVCPUs), MemoryMiB: min(max(t.GetMemoryMib(), 0), memory), DiskMiB: min(max(says, 0), disk),
 	}
 }

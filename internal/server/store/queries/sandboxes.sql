@@ -62,6 +62,9 @@ LIMIT @max_rows;
 -- name: ListHostSandboxes :many
 SELECT * FROM sandboxes WHERE host_id = $1 AND state NOT IN ('stopped', 'error');
 
+-- name: ListHostSandboxIDs :many
+SELECT id FROM sandboxes WHERE host_id = $1 AND state NOT IN ('stopped', 'error');
+
 -- name: CountLiveSandboxes :many
 SELECT state, count(*) AS n FROM sandboxes WHERE state NOT IN ('stopped', 'error') GROUP BY state;
 
