@@ -4,12 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"os/exec"
 	"runtime"
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/backoff"
 )
@@ -43,7 +46,12 @@ type spawner struct {
 	work chan func()
 }
 
-func newSpawner(ctx context.Context) *spawner {
+// newSpawner also keeps from all processes that this one starts the descriptors that it
+// was itself started with.
+func newSpawner(ctx context.Context) (*spawner, error) {
+	if err := unix.CloseRange(3, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("keep descriptors from other programs: %w", err)
+	}
 	s := &spawner{work: make(chan func())}
 	go func() {
 		runtime.LockOSThread() // for good: the thread goes when this goroutine does
@@ -56,7 +64,7 @@ func newSpawner(ctx context.Context) *spawner {
 			}
 		}
 	}()
-	return s
+	return s, nil
 }
 
 func (s *spawner) start(cmd *exec.Cmd) error {

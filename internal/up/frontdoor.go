@@ -75,7 +75,7 @@ func newFrontDoor(ctx context.Context, dir layout.Dir, listen string, server set
 		sockets = append(sockets, fmt.Sprintf("fd/%d", firstFD+i))
 	}
 	f.env = []string{
-		"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + f.home, "XDG_DATA_HOME=" + f.home, "XDG_CONFIG_HOME=" + f.home,
+		"XDG_DATA_HOME=" + f.home, "XDG_CONFIG_HOME=" + f.home,
 		"WRENN_SITES=http://:" + port, "WRENN_BIND=" + strings.Join(sockets, " "), "WRENN_DOMAIN=" + domain, "WRENN_SERVER=unix/" + dir.ServerSocket(),
 	}
 	for _, name := range []string{sandboxDomain, trustedProxies} {
@@ -230,7 +230,8 @@ func (f *frontDoor) program() program {
 			cmd := f.caddy.Command("run", "--config", f.config, "--adapter", "caddyfile")
 			cmd.ExtraFiles = append(slices.Clone(f.files), f.binary)
 			cmd.Path = fmt.Sprintf("/proc/self/fd/%d", firstFD+len(f.files))
-			cmd.Dir, cmd.Env, cmd.SysProcAttr = f.home, f.env, f.user.attributes()
+			f.user.run(cmd, f.home)
+			cmd.Env = append(cmd.Env, f.env...)
 			return cmd
 		},
 		// The socket takes connections all along: only an answer shows that Caddy is there.

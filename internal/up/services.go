@@ -36,8 +36,11 @@ func lookup(name string) (account, error) {
 	return account{uid, gid}, err
 }
 
-func (a account) attributes() *syscall.SysProcAttr {
-	return &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(a.uid), Gid: uint32(a.gid)}}
+// run makes a command run as the account, in dir. Of this program's environment, which
+// can have secrets of the server, it gets nothing.
+func (a account) run(cmd *exec.Cmd, dir string) {
+	cmd.Dir, cmd.Env = dir, []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + dir}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(a.uid), Gid: uint32(a.gid)}}
 }
 
 // ownDir makes a folder that only the account may look into.
@@ -77,7 +80,7 @@ func newPostgres(ctx context.Context, dir layout.Dir) (*postgres, error) {
 		return nil, err
 	}
 	cmd := programs.InitDB.CommandContext(ctx, "-D", tmp, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8")
-	cmd.Dir, cmd.SysProcAttr = p.dir, p.user.attributes()
+	p.user.run(cmd, p.dir)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("make PostgreSQL's cluster: %w: %s", err, out)
 	}
@@ -102,7 +105,7 @@ func (p *postgres) program() program {
 			cmd := programs.Postgres.Command("-D", p.data(), "-k", p.dir,
 				"-c", "listen_addresses=", "-c", "unix_socket_permissions=0700", "-c", "max_connections=100",
 				"-c", "wal_recycle=on", "-c", "wal_init_zero=on") // see reserve.go
-			cmd.Dir, cmd.SysProcAttr = p.dir, p.user.attributes()
+			p.user.run(cmd, p.dir)
 			return cmd
 		},
 		ready: func(ctx context.Context) error {
@@ -166,7 +169,7 @@ func (r *redisServer) program() program {
 		command: func() *exec.Cmd {
 			cmd := programs.Redis.Command("--port", "0", "--unixsocket", r.socket(), "--unixsocketperm", "700",
 				"--dir", r.dir, "--appendonly", "yes", "--save", "", "--daemonize", "no")
-			cmd.Dir, cmd.SysProcAttr = r.dir, r.user.attributes()
+			r.user.run(cmd, r.dir)
 			return cmd
 		},
 		ready: func(ctx context.Context) error {

@@ -124,7 +124,11 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 
 	spawning, stopSpawning := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopSpawning()
-	s := &service{dir: dir, out: out, spawner: newSpawner(spawning), began: time.Now()}
+	spawner, err := newSpawner(spawning)
+	if err != nil {
+		return err
+	}
+	s := &service{dir: dir, out: out, spawner: spawner, began: time.Now()}
 	defer s.stopAll()
 	if err := s.start(ctx, o); err != nil {
 		if ctx.Err() != nil {

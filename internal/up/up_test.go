@@ -16,6 +16,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/redis/go-redis/v9"
+	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -35,7 +36,11 @@ func newService(t *testing.T) *service {
 	if err := os.Chmod(dir, 0o711); err != nil {
 		t.Fatal(err)
 	}
-	s := &service{dir: layout.Dir(dir), out: t.Output(), spawner: newSpawner(t.Context()), began: time.Now()}
+	spawner, err := newSpawner(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &service{dir: layout.Dir(dir), out: t.Output(), spawner: spawner, began: time.Now()}
 	for _, d := range []string{s.dir.Run(), s.dir.Logs()} {
 		if err := os.MkdirAll(d, 0o711); err != nil {
 			t.Fatal(err)
@@ -117,6 +122,57 @@ func TestRedis(t *testing.T) {
 	defer c.Close()
 	if err := c.Set(t.Context(), "k", "v", 0).Err(); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestDatabasesInheritNothing: of what `wrenn up` was started with, its environment and
+// its descriptors, the programs that run as other users have nothing.
+func TestDatabasesInheritNothing(t *testing.T) {
+	secret, err := os.Create(filepath.Join(t.TempDir(), "secret"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer secret.Close()
+	if _, err := unix.FcntlInt(secret.Fd(), unix.F_SETFD, 0); err != nil { // as a shell opens it
+		t.Fatal(err)
+	}
+	t.Setenv("WRENN_SMTP_URL", "smtp://user:secret@mail.example.com")
+	s := newService(t)
+	need(t, "redis-server")
+	if bins, _ := filepath.Glob("/usr/lib/postgresql/*/bin/postgres"); len(bins) == 0 {
+		t.Skip("needs PostgreSQL")
+	}
+	pg, err := newPostgres(t.Context(), s.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rd, err := newRedis(s.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []program{pg.program(), rd.program()} {
+		c, err := launch(t.Context(), s.spawner, p, filepath.Join(s.dir.Logs(), p.name), s.say)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.stack = append(s.stack, c.close)
+		proc := fmt.Sprintf("/proc/%d/", c.cmd.Process.Pid)
+		environ, err := os.ReadFile(proc + "environ")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(string(environ), "secret") {
+			t.Errorf("%s has the environment %q", p.name, environ)
+		}
+		open, err := os.ReadDir(proc + "fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, fd := range open {
+			if to, _ := os.Readlink(proc + "fd/" + fd.Name()); to == secret.Name() {
+				t.Errorf("%s has descriptor %s: %s", p.name, fd.Name(), to)
+			}
+		}
 	}
 }
 
