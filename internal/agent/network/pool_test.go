@@ -20,6 +20,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/thread"
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
@@ -222,6 +223,49 @@ func TestNobodyOutsideReachesTheGuest(t *testing.T) {
 	})
 	if err == nil {
 		t.Error("a machine beyond the host reached the guest")
+	}
+}
+
+// TestLocalUsersDoNotReachTheGuest: of the processes on the host only root's, which the
+// agent is, reach a guest's ports.
+func TestLocalUsersDoNotReachTheGuest(t *testing.T) {
+	needRoot(t)
+	newInternet(t)
+	p := openPool(t, layout.Dir(t.TempDir()), 1)
+	s := acquire(t, p)
+	g := newGuest(t, s)
+	must(t, g.do(func() error {
+		l, err := net.Listen("tcp4", "0.0.0.0:7000")
+		if err != nil {
+			return err
+		}
+		go answerTCP(l)
+		t.Cleanup(func() { l.Close() })
+		c, err := net.ListenPacket("udp4", "0.0.0.0:7000")
+		if err != nil {
+			return err
+		}
+		go answerUDP(c, "self")
+		t.Cleanup(func() { c.Close() })
+		return nil
+	}))
+	at := net.JoinHostPort(s.Address.String(), "7000")
+	for _, network := range []string{"tcp4", "udp4"} {
+		if _, err := call(hang, network, at); err != nil {
+			t.Errorf("root over %s: %v", network, err)
+		}
+		var got string
+		err := thread.Own(func() (err error) {
+			const user = 65534
+			if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, user, user, user); errno != 0 {
+				t.Error(errno)
+			}
+			got, err = call(hang, network, at)
+			return err
+		})
+		if err == nil {
+			t.Errorf("another user over %s: %q", network, got)
+		}
 	}
 }
 

@@ -96,6 +96,11 @@ func outGroup(op expr.CmpOp, g uint32) rule {
 	return rule{&expr.Meta{Key: expr.MetaKeyOIFGROUP, Register: 1}, cmp(op, binaryutil.NativeEndian.PutUint32(g))}
 }
 
+// byUser matches packets of a socket that a user's process made.
+func byUser(uid uint32) rule {
+	return rule{&expr.Meta{Key: expr.MetaKeySKUID, Register: 1}, cmp(expr.CmpOpEq, binaryutil.NativeEndian.PutUint32(uid))}
+}
+
 func family(op expr.CmpOp, proto byte) rule {
 	return rule{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, cmp(op, []byte{proto})}
 }
@@ -319,7 +324,7 @@ func hostTable(block int) string {
 }
 
 // hostRules closes the host to a block's guests, and the guests to everything
-// but the host. The block's interfaces are known by their group, which each
+// but the host's root. The block's interfaces are known by their group, which each
 // has from its first moment.
 func hostRules(block int, upstreams []netip.Addr) error {
 	r, err := newRuleset(hostTable(block), false)
@@ -368,6 +373,14 @@ func hostRules(block int, upstreams []netip.Addr) error {
 		when(inGroup(group), established, accept),
 		when(inGroup(group), related, accept),
 		when(inGroup(group), drop),
+	)
+	// The agent runs as root. Other users of the machine reach guests' ports as clients
+	// do, through the proxy. Some packets of a connection have no socket, and so no user.
+	r.chain("output", nftables.ChainTypeFilter, nftables.ChainHookOutput, nftables.ChainPriorityFilter, nftables.ChainPolicyAccept,
+		when(outGroup(expr.CmpOpEq, group), protocol(unix.IPPROTO_TCP), established, accept),
+		when(outGroup(expr.CmpOpEq, group), related, accept),
+		when(outGroup(expr.CmpOpEq, group), byUser(0), accept),
+		when(outGroup(expr.CmpOpEq, group), reject),
 	)
 	r.chain(probeChain, nftables.ChainTypeFilter, nftables.ChainHookPostrouting, nftables.ChainPriorityMangle, nftables.ChainPolicyAccept,
 		when(from(ours), protocol(unix.IPPROTO_UDP), fromPort(probePort), rule{&expr.Counter{}}, drop),
