@@ -78,7 +78,7 @@ lint: go $(LINTERS)
 # WRENN_SLOW=1 runs what takes longer than all the rest together, too.
 test: export WRENN_SLOW ?=
 test: test-deps lint build
-	go test -race -count=1 -timeout $(if $(WRENN_SLOW),5h,35m) $(GO_PACKAGES)
+	go test -race -count=1 -timeout $(if $(WRENN_SLOW),5h,45m) $(GO_PACKAGES)
 
 # Runs the tests of virtual machines with KVM: this machine's, or a lab's (test/lab).
 test-kvm: test-deps build

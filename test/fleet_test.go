@@ -429,12 +429,14 @@ func TestFleet(t *testing.T) {
 		}
 	})
 	kept := on[a][0]
-	shell(kept, `[ -s /tmp/pid ] && exit; nohup python3 -c 'import os, time
+	// Of two runs at once, only the one that makes the folder starts the process.
+	shell(kept, `mkdir /tmp/once 2>/dev/null || { until [ -s /tmp/pid ]; do sleep 0.1; done; exit; }
+nohup python3 -c 'import os, time
 n, secret = 0, os.urandom(16).hex()
 while True:
     n += 1
     open("/tmp/n.new", "w").write("%d %s" % (n, secret)); os.rename("/tmp/n.new", "/tmp/n")
-    time.sleep(0.1)' >/dev/null 2>&1 & echo $! > /tmp/pid`)
+    time.sleep(0.1)' >/dev/null 2>&1 & echo $! > /tmp/pid.new; mv /tmp/pid.new /tmp/pid`)
 	pid := shell(kept, "cat /tmp/pid")
 	// count is how far the process has come and what it drew when it began: what
 	// it wrote before is gone, so both are from its memory.
