@@ -53,7 +53,7 @@ func (q *Queries) AddArchiveChunk(ctx context.Context, arg AddArchiveChunkParams
 
 const buildEnds = `-- name: BuildEnds :one
 UPDATE builds SET state = $1, error = $2, ended_at = now(), worker = NULL, lease_until = NULL, registry = NULL
-WHERE id = $3 AND state = 'running' AND worker = $4 RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry
+WHERE id = $3 AND state = 'running' AND worker = $4 RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes
 `
 
 type BuildEndsParams struct {
@@ -93,6 +93,7 @@ func (q *Queries) BuildEnds(ctx context.Context, arg BuildEndsParams) (Build, er
 		&i.StartedAt,
 		&i.EndedAt,
 		&i.Registry,
+		&i.LogBytes,
 	)
 	return i, err
 }
@@ -114,7 +115,7 @@ func (q *Queries) BuildProgress(ctx context.Context, arg BuildProgressParams) er
 
 const buildSucceeds = `-- name: BuildSucceeds :one
 UPDATE builds SET state = 'succeeded', done_steps = total_steps, template_id = $1, version = $2, ended_at = now(), worker = NULL, lease_until = NULL, registry = NULL
-WHERE id = $3 AND state = 'running' AND worker = $4 AND NOT cancelling RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry
+WHERE id = $3 AND state = 'running' AND worker = $4 AND NOT cancelling RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes
 `
 
 type BuildSucceedsParams struct {
@@ -155,6 +156,7 @@ func (q *Queries) BuildSucceeds(ctx context.Context, arg BuildSucceedsParams) (B
 		&i.StartedAt,
 		&i.EndedAt,
 		&i.Registry,
+		&i.LogBytes,
 	)
 	return i, err
 }
@@ -212,7 +214,7 @@ UPDATE builds SET cancelling = true,
     state = CASE WHEN state = 'queued' THEN 'cancelled' ELSE state END,
     ended_at = CASE WHEN state = 'queued' THEN now() ELSE ended_at END,
     registry = CASE WHEN state = 'queued' THEN NULL ELSE registry END
-WHERE id = $1 AND team_id = $2 AND state IN ('queued', 'running') RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry
+WHERE id = $1 AND team_id = $2 AND state IN ('queued', 'running') RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes
 `
 
 type CancelBuildParams struct {
@@ -246,6 +248,7 @@ func (q *Queries) CancelBuild(ctx context.Context, arg CancelBuildParams) (Build
 		&i.StartedAt,
 		&i.EndedAt,
 		&i.Registry,
+		&i.LogBytes,
 	)
 	return i, err
 }
@@ -266,7 +269,7 @@ WHERE builds.id = (
        OR b.state = 'running' AND b.lease_until NOT BETWEEN now() AND now() + make_interval(secs => 2 * $2::float8))
       AND theirs.own < $4::bigint
     ORDER BY theirs.running, b.created_at LIMIT 1)
-RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry
+RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes
 `
 
 type ClaimBuildParams struct {
@@ -311,6 +314,7 @@ func (q *Queries) ClaimBuild(ctx context.Context, arg ClaimBuildParams) (Build, 
 		&i.StartedAt,
 		&i.EndedAt,
 		&i.Registry,
+		&i.LogBytes,
 	)
 	return i, err
 }
@@ -452,6 +456,36 @@ func (q *Queries) ForgetArchives(ctx context.Context, before time.Time) error {
 	return err
 }
 
+const forgetBuilds = `-- name: ForgetBuilds :execrows
+DELETE FROM builds WHERE builds.id = ANY (ARRAY(
+    SELECT b.id FROM builds b
+    JOIN (SELECT o.id, row_number() OVER w AS n, sum(build_bytes(o.log_bytes, o.recipe)) OVER w AS bytes
+        FROM builds o WHERE o.team_id = $1 AND o.log_bytes IS NOT NULL WINDOW w AS (ORDER BY o.created_at DESC, o.id DESC)) AS all_of_them USING (id)
+    WHERE b.team_id = $1 AND (all_of_them.n > $2::bigint OR all_of_them.bytes > $3::bigint)
+      AND NOT EXISTS (SELECT FROM sandboxes s WHERE s.build_id = b.id AND s.state NOT IN ('stopped', 'error'))
+      AND NOT EXISTS (SELECT FROM templates t WHERE t.build_id = b.id AND t.state = 'pending')
+      AND (b.version IS NULL
+        OR EXISTS (SELECT FROM builds l WHERE l.team_id = b.team_id AND l.name = b.name AND l.version > b.version)
+        OR (SELECT max(t.version) FROM templates t WHERE t.team_id = b.team_id AND t.name = b.name AND t.kind = 'template') < b.version IS NOT TRUE)
+    ORDER BY b.id FOR UPDATE OF b SKIP LOCKED))
+`
+
+type ForgetBuildsParams struct {
+	TeamID    uuid.UUID
+	Most      int64
+	MostBytes int64
+}
+
+// Forgets the oldest builds of a team that has more than it keeps. One that left
+// something behind stays, and one whose version a later build would otherwise repeat.
+func (q *Queries) ForgetBuilds(ctx context.Context, arg ForgetBuildsParams) (int64, error) {
+	result, err := q.db.Exec(ctx, forgetBuilds, arg.TeamID, arg.Most, arg.MostBytes)
+	if err != nil {
+		return 0, err
+	}
+	return result.RowsAffected(), nil
+}
+
 const getArchiveChunk = `-- name: GetArchiveChunk :one
 SELECT data FROM build_archive_chunks WHERE team_id = $1 AND digest = $2 AND number = $3
 `
@@ -470,7 +504,7 @@ func (q *Queries) GetArchiveChunk(ctx context.Context, arg GetArchiveChunkParams
 }
 
 const getBuild = `-- name: GetBuild :one
-SELECT id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry FROM builds WHERE id = $1
+SELECT id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes FROM builds WHERE id = $1
 `
 
 func (q *Queries) GetBuild(ctx context.Context, id uuid.UUID) (Build, error) {
@@ -498,12 +532,13 @@ func (q *Queries) GetBuild(ctx context.Context, id uuid.UUID) (Build, error) {
 		&i.StartedAt,
 		&i.EndedAt,
 		&i.Registry,
+		&i.LogBytes,
 	)
 	return i, err
 }
 
 const getTeamBuild = `-- name: GetTeamBuild :one
-SELECT id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry FROM builds WHERE id = $1 AND team_id = $2
+SELECT id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes FROM builds WHERE id = $1 AND team_id = $2
 `
 
 type GetTeamBuildParams struct {
@@ -536,6 +571,7 @@ func (q *Queries) GetTeamBuild(ctx context.Context, arg GetTeamBuildParams) (Bui
 		&i.StartedAt,
 		&i.EndedAt,
 		&i.Registry,
+		&i.LogBytes,
 	)
 	return i, err
 }
@@ -544,7 +580,7 @@ const insertBuild = `-- name: InsertBuild :one
 INSERT INTO builds (id, team_id, name, tags, recipe, archive, options, registry, state, total_steps, created_at)
 SELECT $1, $2, $3, $4, $5, $6, $7, $8, 'queued', $9, $10
 WHERE (SELECT count(*) FROM builds AS other WHERE other.team_id = $2 AND other.state IN ('queued', 'running')) < $11::bigint
-RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry
+RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes
 `
 
 type InsertBuildParams struct {
@@ -599,6 +635,7 @@ func (q *Queries) InsertBuild(ctx context.Context, arg InsertBuildParams) (Build
 		&i.StartedAt,
 		&i.EndedAt,
 		&i.Registry,
+		&i.LogBytes,
 	)
 	return i, err
 }
@@ -708,7 +745,7 @@ func (q *Queries) ListBuildSteps(ctx context.Context, buildID uuid.UUID) ([]Buil
 }
 
 const listBuilds = `-- name: ListBuilds :many
-SELECT id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry FROM builds
+SELECT id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes FROM builds
 WHERE team_id = $1 AND (created_at, id) < ($2::timestamptz, $3::uuid)
 ORDER BY created_at DESC, id DESC
 LIMIT $4
@@ -757,6 +794,7 @@ func (q *Queries) ListBuilds(ctx context.Context, arg ListBuildsParams) ([]Build
 			&i.StartedAt,
 			&i.EndedAt,
 			&i.Registry,
+			&i.LogBytes,
 		); err != nil {
 			return nil, err
 		}
@@ -885,6 +923,35 @@ type SetArchiveSizeParams struct {
 func (q *Queries) SetArchiveSize(ctx context.Context, arg SetArchiveSizeParams) error {
 	_, err := q.db.Exec(ctx, setArchiveSize, arg.SizeBytes, arg.TeamID, arg.Digest)
 	return err
+}
+
+const settleBuilds = `-- name: SettleBuilds :many
+UPDATE builds SET log_bytes = (SELECT COALESCE(sum(pg_column_size(st.log) + 100), 0) FROM build_steps st WHERE st.build_id = builds.id)
+WHERE builds.id = ANY (ARRAY(
+    SELECT b.id FROM builds b WHERE b.log_bytes IS NULL AND b.state NOT IN ('queued', 'running')
+    ORDER BY b.team_id, b.id LIMIT $1 FOR NO KEY UPDATE SKIP LOCKED)) RETURNING team_id
+`
+
+// Measures the logs of builds that have ended, in the order of their teams, whose usage
+// is locked after them.
+func (q *Queries) SettleBuilds(ctx context.Context, maxRows int32) ([]uuid.UUID, error) {
+	rows, err := q.db.Query(ctx, settleBuilds, maxRows)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []uuid.UUID
+	for rows.Next() {
+		var team_id uuid.UUID
+		if err := rows.Scan(&team_id); err != nil {
+			return nil, err
+		}
+		items = append(items, team_id)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
 }
 
 const sizeOfArchives = `-- name: SizeOfArchives :one

@@ -64,6 +64,7 @@ type Build struct {
 	StartedAt  *time.Time
 	EndedAt    *time.Time
 	Registry   []byte
+	LogBytes   *int64
 }
 
 type BuildArchive struct {
@@ -308,12 +309,15 @@ type TeamQuota struct {
 }
 
 type TeamUsage struct {
-	TeamID    uuid.UUID
-	Running   int32
-	VCPUs     int32
-	MemoryMiB int64
-	DiskMiB   int64
-	StoredMiB int64
+	TeamID      uuid.UUID
+	Running     int32
+	VCPUs       int32
+	MemoryMiB   int64
+	DiskMiB     int64
+	StoredMiB   int64
+	RecordBytes int64
+	Ended       int64
+	EndedBytes  int64
 }
 
 type Template struct {

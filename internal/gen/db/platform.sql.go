@@ -176,14 +176,22 @@ func (q *Queries) GetSettings(ctx context.Context) (PlatformSetting, error) {
 }
 
 const getUsage = `-- name: GetUsage :one
-SELECT team_id, running, vcpus, memory_mib, disk_mib, stored_mib FROM team_usage WHERE team_id = $1
+SELECT running, vcpus, memory_mib, disk_mib, (stored_mib + records_mib(record_bytes))::bigint AS stored_mib FROM team_usage WHERE team_id = $1
 `
 
-func (q *Queries) GetUsage(ctx context.Context, teamID uuid.UUID) (TeamUsage, error) {
+type GetUsageRow struct {
+	Running   int32
+	VCPUs     int32
+	MemoryMiB int64
+	DiskMiB   int64
+	StoredMiB int64
+}
+
+// What is stored includes records.
+func (q *Queries) GetUsage(ctx context.Context, teamID uuid.UUID) (GetUsageRow, error) {
 	row := q.db.QueryRow(ctx, getUsage, teamID)
-	var i TeamUsage
+	var i GetUsageRow
 	err := row.Scan(
-		&i.TeamID,
 		&i.Running,
 		&i.VCPUs,
 		&i.MemoryMiB,

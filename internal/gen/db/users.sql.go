@@ -23,6 +23,24 @@ func (q *Queries) CountAdmins(ctx context.Context) (int64, error) {
 	return count, err
 }
 
+const deleteExcessSessions = `-- name: DeleteExcessSessions :exec
+DELETE FROM sessions WHERE sessions.id = ANY (ARRAY(
+    SELECT s.id FROM sessions s WHERE s.id IN (SELECT o.id FROM sessions o WHERE o.user_id = $1 AND o.id <> $2 ORDER BY o.created_at DESC, o.id DESC OFFSET $3::integer)
+    ORDER BY s.id FOR UPDATE))
+`
+
+type DeleteExcessSessionsParams struct {
+	UserID uuid.UUID
+	Keep   uuid.UUID
+	Most   int32
+}
+
+// All of a user's but for one and the newest others.
+func (q *Queries) DeleteExcessSessions(ctx context.Context, arg DeleteExcessSessionsParams) error {
+	_, err := q.db.Exec(ctx, deleteExcessSessions, arg.UserID, arg.Keep, arg.Most)
+	return err
+}
+
 const deleteMailTokens = `-- name: DeleteMailTokens :exec
 DELETE FROM mail_tokens WHERE mail_tokens.hash = ANY (ARRAY(
     SELECT m.hash FROM mail_tokens m WHERE m.user_id = $1 ORDER BY m.hash FOR UPDATE))

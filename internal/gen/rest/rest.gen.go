@@ -1726,7 +1726,7 @@ type Quota struct {
 	// MaxRunning Sandboxes that are not paused.
 	MaxRunning *int32 `json:"max_running,omitempty"`
 
-	// MaxStoredMib What is kept beside them, in MiB: templates, snapshots, builds' layers, the saved memory of sandboxes, and builds' archives.
+	// MaxStoredMib What is kept beside them, in MiB: templates, snapshots, builds' layers, the saved memory of sandboxes, builds' archives and logs, and the records of sandboxes and builds.
 	MaxStoredMib *int64 `json:"max_stored_mib,omitempty"`
 
 	// MaxVcpus Their virtual CPUs.

@@ -35,6 +35,7 @@ const (
 	refreshPrefix = "wrr_"
 	issuer        = "wrenn"
 	maxAgent      = 256
+	maxSessions   = 100 // of a user; a further login ends the oldest
 )
 
 // Derive returns a key for one purpose, made from the server's secret.
@@ -84,6 +85,9 @@ func (s *Sessions) Start(ctx context.Context, q *db.Queries, user uuid.UUID, age
 	})
 	if err != nil {
 		return Grant{}, fmt.Errorf("write session: %w", err)
+	}
+	if err := q.DeleteExcessSessions(ctx, db.DeleteExcessSessionsParams{UserID: user, Keep: session, Most: maxSessions - 1}); err != nil {
+		return Grant{}, fmt.Errorf("end oldest sessions: %w", err)
 	}
 	return s.grant(user, session, refresh, now, expires)
 }

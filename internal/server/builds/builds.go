@@ -164,6 +164,10 @@ func (s *Service) Start(ctx context.Context, team uuid.UUID, r Request) (db.Buil
 			return db.Build{}, fault.New(fault.Unprocessable, "archive %.100q is not there: upload it first", r.Archive)
 		}
 	}
+	steps := len(outline(parsed, r.Options.SkipPrePost))
+	if steps > maxSteps {
+		return db.Build{}, fault.New(fault.InvalidArgument, "recipe: the build would have %d steps: %d are the most", steps, maxSteps)
+	}
 	options, err := json.Marshal(r.Options)
 	if err != nil {
 		return db.Build{}, err
@@ -187,7 +191,7 @@ func (s *Service) Start(ctx context.Context, team uuid.UUID, r Request) (db.Buil
 		var err error
 		row, err = q.InsertBuild(ctx, db.InsertBuildParams{
 			ID: build, TeamID: team, Name: r.Name, Tags: r.Tags, Recipe: r.Recipe, Archive: archive, Options: options, Registry: sealed,
-			TotalSteps: int32(len(outline(parsed, r.Options.SkipPrePost))), CreatedAt: time.Now().UTC().Truncate(time.Microsecond), Most: int64(s.TeamOpen),
+			TotalSteps: int32(steps), CreatedAt: time.Now().UTC().Truncate(time.Microsecond), Most: int64(s.TeamOpen),
 		})
 		return err
 	})

@@ -12,6 +12,18 @@ import (
 const (
 	maxOutput = 128 << 10
 	maxTail   = 8 << 10
+	// maxLog is how much of the beginnings a build's steps keep together. Each has its
+	// end in any case, so that a log takes less than what it counts for before it is
+	// measured (build_bytes).
+	maxLog = 4 << 20
+	// maxSteps is how many steps a build can have.
+	maxSteps = 1000
+)
+
+// What is remembered of a team's builds that have ended.
+const (
+	mostBuilds     = 500
+	mostBuildBytes = 128 << 20
 )
 
 // The states of a step.
@@ -45,6 +57,7 @@ type Step struct {
 
 // output gathers what a step prints. It is safe for concurrent use.
 type output struct {
+	most  int // bytes of head
 	mu    sync.Mutex
 	head  []byte
 	tail  []byte
@@ -54,11 +67,18 @@ type output struct {
 	fresh chan struct{} // has one when something was written
 }
 
-func newOutput() *output { return &output{fresh: make(chan struct{}, 1)} }
+// newOutput returns the output of the next step of a build whose other steps are given.
+func newOutput(steps []Step) *output {
+	left := maxLog
+	for _, s := range steps {
+		left -= len(s.Output)
+	}
+	return &output{most: max(0, min(maxOutput, left)), fresh: make(chan struct{}, 1)}
+}
 
 func (o *output) Write(p []byte) (int, error) {
 	o.mu.Lock()
-	n := min(len(p), maxOutput-len(o.head))
+	n := min(len(p), o.most-len(o.head))
 	o.head = append(o.head, p[:n]...)
 	if n < len(p) {
 		o.cut = true
@@ -98,8 +118,12 @@ func (o *output) fill(s *Step) {
 		s.State = stepSkipped
 	}
 	s.Output, s.Truncated = text(whole(o.head)), o.cut
+	if len(s.Output) > o.most { // characters that JSONB cannot hold have become longer
+		s.Output, s.Truncated = string(whole([]byte(s.Output[:o.most]))), true
+	}
 	if o.cut {
-		s.Tail = text(o.tail[max(0, len(o.tail)-maxTail):])
+		tail := text(o.tail[max(0, len(o.tail)-maxTail):])
+		s.Tail = strings.ToValidUTF8(tail[max(0, len(tail)-maxTail):], "")
 	}
 }
 

@@ -226,7 +226,7 @@ func (a *attempt) step(ctx context.Context, s *Step, limit time.Duration, do fun
 	late := fault.New(fault.Timeout, "step %d (%s) did not end within %v", s.Number, brief(s.Text), limit)
 	within, cancel := context.WithTimeoutCause(ctx, limit+answerGrace, late)
 	defer cancel()
-	out := newOutput()
+	out := newOutput(a.steps)
 	ended := make(chan error, 1)
 	go func() { ended <- do(within, out) }()
 	var err error
@@ -560,7 +560,7 @@ func (a *attempt) capture(ctx context.Context, b *box, r *recipe.Recipe, p *plan
 			follow, stop := context.WithCancel(ctx)
 			over := make(chan struct{})
 			defer func() { stop(); <-over }()
-			out := newOutput()
+			out := newOutput(a.steps)
 			step := &a.steps[at]
 			go func() {
 				defer close(over)
@@ -673,6 +673,10 @@ func (b *box) healthy(ctx context.Context, h *recipe.HealthCheck, in surrounding
 func (a *attempt) succeed(ctx context.Context, host uuid.UUID, claimed db.Template, answer *hostagentv1.Template) error {
 	err := persist(ctx, func(ctx context.Context) error {
 		return a.Store.InTx(ctx, func(q *db.Queries) error {
+			// Before anything that others lock after it.
+			if err := q.LockLimit(ctx, db.LockLimitParams{What: "tags", TeamID: a.row.TeamID}); err != nil {
+				return err
+			}
 			ready, err := q.TemplateReady(ctx, templates.Measured(host, claimed, answer))
 			if err != nil {
 				return err

@@ -1,11 +1,13 @@
 package builds
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -277,7 +279,30 @@ func (s *Service) Sweep(ctx context.Context) error {
 			}
 			return nil
 		},
+		s.settle,
 	}, func(ctx context.Context, part func(context.Context) error) error { return part(ctx) })
+}
+
+// settle measures the logs of builds that have ended, and forgets the oldest builds of
+// teams that have more than they keep.
+func (s *Service) settle(ctx context.Context) error {
+	const batch = 100
+	for {
+		teams, err := s.Store.SettleBuilds(ctx, batch)
+		if err != nil {
+			return fmt.Errorf("measure builds' logs: %w", err)
+		}
+		n := len(teams)
+		slices.SortFunc(teams, func(a, b uuid.UUID) int { return bytes.Compare(a[:], b[:]) })
+		for _, team := range slices.Compact(teams) {
+			if _, err := s.Store.ForgetBuilds(ctx, db.ForgetBuildsParams{TeamID: team, Most: mostBuilds, MostBytes: mostBuildBytes}); err != nil {
+				return fmt.Errorf("forget builds: %w", err)
+			}
+		}
+		if n < batch {
+			return nil
+		}
+	}
 }
 
 // remove removes templates that nothing needs.

@@ -120,7 +120,7 @@ func TestQuotaBounds(t *testing.T) {
 	if _, err := pool.Exec(ctx, "UPDATE sandboxes SET state = 'stopped'"); err != nil {
 		t.Error(err)
 	}
-	if u, err = s.GetUsage(ctx, team); err != nil || u != (db.TeamUsage{TeamID: team}) {
+	if u, err = s.GetUsage(ctx, team); err != nil || u != (db.GetUsageRow{}) {
 		t.Errorf("after the end: usage %+v, %v", u, err)
 	}
 	// A team that is being deleted gets nothing.
@@ -162,7 +162,7 @@ func TestUsageAgrees(t *testing.T) {
 							CASE WHEN random() < 0.3 THEN 'pause' ELSE 'destroy' END, CASE WHEN random() < 0.3 THEN gen_random_uuid() END
 						FROM (SELECT id FROM teams ORDER BY random() LIMIT 2) t, generate_series(1, %d) n`, states, n)
 				case 2:
-					sql = fmt.Sprintf("UPDATE sandboxes SET state = %s, disk_mib = disk_mib + 10 WHERE id IN (SELECT id FROM sandboxes ORDER BY random() LIMIT %d FOR UPDATE SKIP LOCKED)", states, n)
+					sql = fmt.Sprintf("UPDATE sandboxes SET state = %s, disk_mib = disk_mib + 10, error = repeat('e', (random() * 9)::integer) WHERE id IN (SELECT id FROM sandboxes ORDER BY random() LIMIT %d FOR UPDATE SKIP LOCKED)", states, n)
 				case 3:
 					sql = fmt.Sprintf("DELETE FROM sandboxes WHERE id IN (SELECT id FROM sandboxes ORDER BY random() LIMIT %d FOR UPDATE SKIP LOCKED)", n)
 				}
@@ -175,14 +175,18 @@ func TestUsageAgrees(t *testing.T) {
 	wg.Wait()
 	var wrong, some int
 	err := pool.QueryRow(ctx, `
-		SELECT count(*) FILTER (WHERE (COALESCE(u.running, 0), COALESCE(u.vcpus, 0), COALESCE(u.memory_mib, 0), COALESCE(u.disk_mib, 0), COALESCE(u.stored_mib, 0))
-			IS DISTINCT FROM (COALESCE(h.running, 0), COALESCE(h.vcpus, 0), COALESCE(h.memory, 0), COALESCE(h.disk, 0), COALESCE(h.stored, 0))), count(*) FILTER (WHERE h.running > 0)
+		SELECT count(*) FILTER (WHERE (COALESCE(u.running, 0), COALESCE(u.vcpus, 0), COALESCE(u.memory_mib, 0), COALESCE(u.disk_mib, 0), COALESCE(u.stored_mib, 0),
+				COALESCE(u.record_bytes, 0), COALESCE(u.ended, 0), COALESCE(u.ended_bytes, 0))
+			IS DISTINCT FROM (COALESCE(h.running, 0), COALESCE(h.vcpus, 0), COALESCE(h.memory, 0), COALESCE(h.disk, 0), COALESCE(h.stored, 0),
+				COALESCE(h.bytes, 0), COALESCE(h.ended, 0), COALESCE(h.ended_bytes, 0))), count(*) FILTER (WHERE h.running > 0)
 		FROM teams t LEFT JOIN team_usage u ON u.team_id = t.id LEFT JOIN (
 			SELECT team_id, count(*) FILTER (WHERE state NOT IN ('paused', 'stopped', 'error')) AS running,
 				sum(vcpus) FILTER (WHERE state NOT IN ('paused', 'stopped', 'error')) AS vcpus,
 				sum(memory_mib) FILTER (WHERE state NOT IN ('paused', 'stopped', 'error')) AS memory,
 				sum(CASE disk_mib WHEN 0 THEN $1 ELSE disk_mib END) FILTER (WHERE state NOT IN ('stopped', 'error')) AS disk,
-				sum(memory_mib) FILTER (WHERE state NOT IN ('stopped', 'error') AND (saved OR on_timeout = 'pause' OR state IN ('pausing', 'resuming'))) AS stored
+				sum(memory_mib) FILTER (WHERE state NOT IN ('stopped', 'error') AND (saved OR on_timeout = 'pause' OR state IN ('pausing', 'resuming'))) AS stored,
+				sum(2048 + 2 * length(metadata::text) + length(error)) AS bytes, count(*) FILTER (WHERE state IN ('stopped', 'error')) AS ended,
+				sum(2048 + 2 * length(metadata::text) + length(error)) FILTER (WHERE state IN ('stopped', 'error')) AS ended_bytes
 			FROM sandboxes GROUP BY team_id) h ON h.team_id = t.id`, hostwire.DefaultDiskMiB).Scan(&wrong, &some)
 	if err != nil || wrong > 0 || some == 0 {
 		t.Errorf("usage of %d teams is wrong, %d have sandboxes: %v", wrong, some, err)

@@ -10,25 +10,25 @@ import (
 // Every new table must be listed here, and every new kind of an old one.
 var kept = map[string]string{
 	"templates":            counted, // snapshots and builds' layers too
-	"sandboxes":            counted, // disks, and saved memory; rows of those that ended are not counted
+	"sandboxes":            counted, // disks, saved memory, and rows; 10,000 of a team's that have ended, or 64 MiB
 	"build_archives":       counted,
+	"builds":               counted, // and their logs; 500 of a team's that have ended, or 128 MiB
 	"build_archive_chunks": "the bytes that build_archives counts",
 
 	"api_keys":         "1000 of a team",
 	"audit_records":    "90 days; refusals are one row for each actor, action and minute",
-	"build_steps":      notCounted,
-	"builds":           notCounted,
+	"build_steps":      "the bytes that builds counts; 1000 of a build, with 4 MiB of output and their ends",
 	"channels":         "50 of a team",
 	"deliveries":       "500 of a channel, for 7 days",
 	"failed_imports":   "20 of a team",
-	"idempotency_keys": "forgotten in a day",
+	"idempotency_keys": "one for each sandbox or template, which are bounded; forgotten in a day",
 	"identities":       "one for each provider of a user",
 	"mail_tokens":      "they expire; letters have a rate",
 	"sandbox_runs":     "40 days of what ran, which has a quota and a rate",
-	"sessions":         "they expire; log-ins have a rate",
+	"sessions":         "100 of a user",
 	"team_members":     "teams of a user are bounded, and owners add whom they know",
 	"teams":            "50 of a user",
-	"template_tags":    notCounted,
+	"template_tags":    "10000 of a team, and one for each name",
 	"usage_days":       "a row for each team and day",
 	"users":            "sign-ups have a rate, and those that are not opened are forgotten",
 
@@ -46,12 +46,8 @@ var kept = map[string]string{
 	"goose_db_version":    "the platform's",
 }
 
-const (
-	// counted tables have triggers that charge a team before a row is there.
-	counted = "charge_team"
-	// notCounted: only rates bound it, as docs/security.md says.
-	notCounted = "rates, and the places of builds"
-)
+// counted tables have triggers that charge a team before a row is there.
+const counted = "charge_team"
 
 // TestAllThatIsKeptIsBounded walks all tables: each is known, and those that count
 // do so with every way in which a row comes, changes and goes.

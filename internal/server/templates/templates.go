@@ -268,7 +268,14 @@ func (s *Catalog) SetTag(ctx context.Context, team uuid.UUID, ref, tag string) (
 	if err != nil {
 		return Listed{}, err
 	}
-	n, err := s.store.SetTag(ctx, db.SetTagParams{ID: row.ID, Tag: tag})
+	var n int64
+	err = s.store.InTx(ctx, func(q *db.Queries) error {
+		if err := q.LockLimit(ctx, db.LockLimitParams{What: "tags", TeamID: team}); err != nil {
+			return err
+		}
+		n, err = q.SetTag(ctx, db.SetTagParams{ID: row.ID, Tag: tag})
+		return err
+	})
 	if err != nil {
 		return Listed{}, fmt.Errorf("write tag: %w", err)
 	}

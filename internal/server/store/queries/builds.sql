@@ -85,6 +85,29 @@ ON CONFLICT (build_id, number) DO UPDATE SET log = EXCLUDED.log;
 -- name: ListBuildSteps :many
 SELECT * FROM build_steps WHERE build_id = $1 ORDER BY number;
 
+-- name: SettleBuilds :many
+-- Measures the logs of builds that have ended, in the order of their teams, whose usage
+-- is locked after them.
+UPDATE builds SET log_bytes = (SELECT COALESCE(sum(pg_column_size(st.log) + 100), 0) FROM build_steps st WHERE st.build_id = builds.id)
+WHERE builds.id = ANY (ARRAY(
+    SELECT b.id FROM builds b WHERE b.log_bytes IS NULL AND b.state NOT IN ('queued', 'running')
+    ORDER BY b.team_id, b.id LIMIT @max_rows FOR NO KEY UPDATE SKIP LOCKED)) RETURNING team_id;
+
+-- name: ForgetBuilds :execrows
+-- Forgets the oldest builds of a team that has more than it keeps. One that left
+-- something behind stays, and one whose version a later build would otherwise repeat.
+DELETE FROM builds WHERE builds.id = ANY (ARRAY(
+    SELECT b.id FROM builds b
+    JOIN (SELECT o.id, row_number() OVER w AS n, sum(build_bytes(o.log_bytes, o.recipe)) OVER w AS bytes
+        FROM builds o WHERE o.team_id = @team_id AND o.log_bytes IS NOT NULL WINDOW w AS (ORDER BY o.created_at DESC, o.id DESC)) AS all_of_them USING (id)
+    WHERE b.team_id = @team_id AND (all_of_them.n > @most::bigint OR all_of_them.bytes > @most_bytes::bigint)
+      AND NOT EXISTS (SELECT FROM sandboxes s WHERE s.build_id = b.id AND s.state NOT IN ('stopped', 'error'))
+      AND NOT EXISTS (SELECT FROM templates t WHERE t.build_id = b.id AND t.state = 'pending')
+      AND (b.version IS NULL
+        OR EXISTS (SELECT FROM builds l WHERE l.team_id = b.team_id AND l.name = b.name AND l.version > b.version)
+        OR (SELECT max(t.version) FROM templates t WHERE t.team_id = b.team_id AND t.name = b.name AND t.kind = 'template') < b.version IS NOT TRUE)
+    ORDER BY b.id FOR UPDATE OF b SKIP LOCKED));
+
 -- name: ListBuildSandboxes :many
 SELECT * FROM sandboxes WHERE build_id = @build_id AND state NOT IN ('stopped', 'error');
 

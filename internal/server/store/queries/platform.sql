@@ -8,7 +8,8 @@ UPDATE platform_settings SET signup_open = $1, max_running = $2, max_vcpus = $3,
 SELECT * FROM team_quotas WHERE team_id = $1;
 
 -- name: GetUsage :one
-SELECT * FROM team_usage WHERE team_id = $1;
+-- What is stored includes records.
+SELECT running, vcpus, memory_mib, disk_mib, (stored_mib + records_mib(record_bytes))::bigint AS stored_mib FROM team_usage WHERE team_id = $1;
 
 -- name: SetQuota :exec
 INSERT INTO team_quotas (team_id, max_running, max_vcpus, max_memory_mib, max_disk_mib, max_stored_mib) VALUES ($1, $2, $3, $4, $5, $6)

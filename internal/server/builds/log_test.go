@@ -1,0 +1,46 @@
+package builds
+
+import (
+	"bytes"
+	"testing"
+	"unicode/utf8"
+)
+
+// TestLogIsBounded: whatever the steps of a build print, they keep so much of it
+// together, and each its end.
+func TestLogIsBounded(t *testing.T) {
+	prints := map[string][]byte{
+		"text":             bytes.Repeat([]byte("0123456789abcde\n"), maxOutput/8),
+		"NULs":             make([]byte, 2*maxOutput),
+		"broken UTF-8":     bytes.Repeat([]byte{'a', 0xff}, maxOutput),
+		"wide characters":  bytes.Repeat([]byte("aé漢🐦"), maxOutput/4),
+	}
+	for what, text := range prints {
+		steps := make([]Step, maxSteps)
+		all := 0
+		for i := range steps {
+			out := newOutput(steps[:i])
+			if i < 2*maxLog/maxOutput || i == maxSteps-1 { // those between have no room, too
+				_, _ = out.Write(text)
+			}
+			out.fill(&steps[i])
+			s := &steps[i]
+			if len(s.Output) > maxOutput || len(s.Tail) > maxTail || !utf8.ValidString(s.Output) || !utf8.ValidString(s.Tail) {
+				t.Fatalf("%s: step %d has %d and %d bytes", what, i, len(s.Output), len(s.Tail))
+			}
+			all += len(s.Output)
+		}
+		if first := &steps[0]; len(first.Output) < maxOutput-utf8.UTFMax || !first.Truncated {
+			t.Errorf("%s: of the first step %d bytes are kept, truncated is %v", what, len(first.Output), first.Truncated)
+		}
+		if last := &steps[maxSteps-1]; all > maxLog || !last.Truncated || len(last.Tail) < maxTail-utf8.UTFMax {
+			t.Errorf("%s: %d bytes are kept, of the last step %d, truncated is %v", what, all, len(last.Tail), last.Truncated)
+		}
+	}
+	// What the database counts before it measures the log: the beginnings, one more of
+	// START, the ends, and of each step as much again as 1 KiB for the rest and its text.
+	const counts, recipe = 16 << 20, 1_000_000
+	if most := maxLog + maxOutput + maxSteps*(maxTail+1024) + recipe; most > counts {
+		t.Errorf("a log can take %d bytes, and counts %d", most, counts)
+	}
+}
