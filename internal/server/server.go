@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -400,9 +401,25 @@ func (l listener) Heard(changed uuid.UUID) {
 	l.Service.Heard(changed)
 }
 
+// checkRedis warns if Redis can grow until its machine has no memory, or refuses writes
+// rather than forget what nobody used for longest. A Redis that does not say is fine.
+func checkRedis(ctx context.Context, client *redis.Client, log *slog.Logger) error {
+	info, err := client.Info(ctx, "memory").Result()
+	if err != nil {
+		return client.Ping(ctx).Err() // perhaps it only does not let us ask
+	}
+	switch fields := strings.Fields(info); {
+	case slices.Contains(fields, "maxmemory:0"):
+		log.Warn("Redis has no maxmemory, so it can take all memory of its machine; set maxmemory and maxmemory-policy allkeys-lru")
+	case slices.Contains(fields, "maxmemory_policy:noeviction"):
+		log.Warn("Redis refuses writes when it is full, and then each server limits rates by itself; set maxmemory-policy allkeys-lru")
+	}
+	return nil
+}
+
 // Run keeps the database and the hosts in agreement until ctx is done.
 func (s *Server) Run(ctx context.Context) error {
-	if err := s.redis.Ping(ctx).Err(); err != nil && ctx.Err() == nil {
+	if err := checkRedis(ctx, s.redis, s.log); err != nil && ctx.Err() == nil {
 		s.log.Error("Redis does not answer; going on without it", "error", err)
 	}
 	var wg sync.WaitGroup

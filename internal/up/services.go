@@ -168,7 +168,9 @@ func (r *redisServer) program() program {
 		name: "Redis",
 		command: func() *exec.Cmd {
 			cmd := programs.Redis.Command("--port", "0", "--unixsocket", r.socket(), "--unixsocketperm", "700",
-				"--dir", r.dir, "--appendonly", "yes", "--save", "", "--daemonize", "no")
+				"--dir", r.dir, "--appendonly", "yes", "--save", "", "--daemonize", "no",
+				// Nothing in it is needed: the server's own records are in PostgreSQL.
+				"--maxmemory", "256mb", "--maxmemory-policy", "allkeys-lru")
 			r.user.run(cmd, r.dir)
 			return cmd
 		},

@@ -123,6 +123,12 @@ func TestRedis(t *testing.T) {
 	if err := c.Set(t.Context(), "k", "v", 0).Err(); err != nil {
 		t.Error(err)
 	}
+	// It takes a bounded part of the machine's memory, and never refuses what is new.
+	for name, want := range map[string]string{"maxmemory": strconv.Itoa(256 << 20), "maxmemory-policy": "allkeys-lru"} {
+		if got, err := c.ConfigGet(t.Context(), name).Result(); err != nil || got[name] != want {
+			t.Errorf("%s is %q, want %q, %v", name, got[name], want, err)
+		}
+	}
 }
 
 // TestDatabasesInheritNothing: of what `wrenn up` was started with, its environment and

@@ -10,10 +10,10 @@ import (
 // together, and each its end.
 func TestLogIsBounded(t *testing.T) {
 	prints := map[string][]byte{
-		"text":             bytes.Repeat([]byte("0123456789abcde\n"), maxOutput/8),
-		"NULs":             make([]byte, 2*maxOutput),
-		"broken UTF-8":     bytes.Repeat([]byte{'a', 0xff}, maxOutput),
-		"wide characters":  bytes.Repeat([]byte("aé漢🐦"), maxOutput/4),
+		"text":            bytes.Repeat([]byte("0123456789abcde\n"), maxOutput/8),
+		"NULs":            make([]byte, 2*maxOutput),
+		"broken UTF-8":    bytes.Repeat([]byte{'a', 0xff}, maxOutput),
+		"wide characters": bytes.Repeat([]byte("aé漢🐦"), maxOutput/4),
 	}
 	for what, text := range prints {
 		steps := make([]Step, maxSteps)

@@ -76,14 +76,15 @@ func (l *Limiter) Allow(ctx context.Context, limit Limit, of string) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	l.say(err)
 	if err != nil {
+		l.say(err)
 		return l.allowLocally(limit, key)
 	}
-	if answer.Allowed > 0 {
-		return nil
+	if answer.Allowed == 0 {
+		return tooOften(answer.RetryAfter)
 	}
-	return tooOften(answer.RetryAfter)
+	l.say(nil)
+	return nil
 }
 
 // Forget lets somebody begin anew.
@@ -92,7 +93,9 @@ func (l *Limiter) Forget(ctx context.Context, limit Limit, of string) {
 	defer cancel()
 	key := limit.key(of)
 	if l.mayAsk() {
-		l.say(l.redis.Reset(ctx, key))
+		if err := l.redis.Reset(ctx, key); err != nil {
+			l.say(err)
+		}
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -131,7 +134,8 @@ func (l *Limiter) mayAsk() bool {
 }
 
 // say logs when Redis goes and when it comes back; then what was counted
-// without it is forgotten.
+// without it is forgotten. It is back once it has counted something: a full Redis
+// answers, removes and refuses, but does not count.
 func (l *Limiter) say(err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -168,3 +168,71 @@ func TestHangingConnection(t *testing.T) {
 		t.Error("a call waits for a Redis that hangs")
 	}
 }
+
+// TestFullRedis: while Redis has no memory for more, each server counts by itself,
+// also if Redis still refuses and removes what it has. What was counted is not
+// forgotten until Redis counts again.
+func TestFullRedis(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	redistest.Start(t, socket)
+	client := redis.NewClient(&redis.Options{Network: "unix", Addr: socket})
+	t.Cleanup(func() { _ = client.Close() })
+	l := New(client, slog.New(slog.DiscardHandler))
+	var late atomic.Int64
+	start := time.Now()
+	l.now = func() time.Time { return start.Add(time.Duration(late.Load())) }
+	limit := Limit{Name: "test", Burst: 2, Per: time.Hour}
+	allow := func(of string) bool {
+		t.Helper()
+		err := l.Allow(t.Context(), limit, of)
+		if err != nil && !fault.Is(err, fault.RateLimited) {
+			t.Errorf("%s: %v", of, err)
+		}
+		return err == nil
+	}
+	memory := func(most string) {
+		t.Helper()
+		for name, value := range map[string]string{"maxmemory-policy": "noeviction", "maxmemory": most} {
+			if err := client.ConfigSet(t.Context(), name, value).Err(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	// allowed counts how many of three calls are.
+	allowed := func(of string) (n int) {
+		t.Helper()
+		for range 3 {
+			if allow(of) {
+				n++
+			}
+		}
+		return n
+	}
+	if n := allowed("before"); n != 2 {
+		t.Fatalf("%d calls of three are allowed, want 2", n)
+	}
+	memory("1")
+	if err := client.Set(t.Context(), "k", "v", 0).Err(); err == nil {
+		t.Fatal("this Redis is not full")
+	}
+	if n := allowed("one"); n != 2 {
+		t.Errorf("a server by itself allows %d calls of three, want 2", n)
+	}
+	// Redis is asked again: it still refuses, and removes.
+	late.Add(int64(askAgain))
+	if allow("before") {
+		t.Error("a count of before is forgotten")
+	}
+	late.Add(int64(askAgain))
+	l.Forget(t.Context(), limit, "somebody")
+	late.Add(int64(askAgain))
+	if n := allowed("one"); n != 0 {
+		t.Errorf("while Redis is full, the server forgets what it counted: it allows %d more calls", n)
+	}
+	// There is room again.
+	memory("0")
+	late.Add(int64(askAgain))
+	if !allow("one") || client.Exists(t.Context(), "rate:"+limit.key("one")).Val() != 1 {
+		t.Error("Redis does not count again")
+	}
+}
