@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -26,7 +27,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
-	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qemu"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/drivers"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/flock"
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -236,25 +237,14 @@ func (a *Agent) openDriver(ctx context.Context, kernel image.KernelFiles) error 
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	var opts []qemu.Option
 	if a.cfg.NoSeccomp {
-		opts = append(opts, qemu.WithoutSeccomp())
-		a.problems.Report(problem.Jail, "seccomp", "WRENN_NO_SECCOMP is set: a guest that takes over its QEMU can make any system call that QEMU's own filter allows; unset it, and report which call your QEMU needs")
+		a.problems.Report(problem.Jail, "seccomp", "WRENN_NO_SECCOMP is set: a guest that takes over its virtual machine monitor can make any system call that the monitor's own filter allows; unset it, and report which call your monitor needs")
 	} else {
 		a.problems.Clear(problem.Jail, "seccomp")
 	}
-	accel := a.cfg.Accel
-	if accel == "" || accel == "auto" {
-		accel = qemu.KVM
-		if err := qemu.KVMWorks(ctx, kernel.Vmlinux, kernel.Initrd, dir, a.log, opts...); err != nil {
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-			a.log.Warn("guests are emulated, which is slow", "reason", err)
-			accel = qemu.TCG
-		}
-	}
-	d, err := qemu.Open(accel, dir, a.log, opts...)
+	d, err := drivers.Open(ctx, cmp.Or(a.cfg.Accel, drivers.Auto), vmm.Config{
+		Dir: dir, Kernel: kernel.Vmlinux, Initrd: kernel.Initrd, Unfiltered: a.cfg.NoSeccomp, Log: a.log,
+	})
 	if err != nil {
 		return err
 	}

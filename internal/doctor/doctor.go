@@ -27,7 +27,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/network"
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
-	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qemu"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/drivers"
 	"github.com/wrenn-dev/wrenn/internal/flock"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/programs"
@@ -297,11 +298,13 @@ func hasKVM(ctx context.Context, dir layout.Dir) (string, error) {
 	if err := os.MkdirAll(dir.VMM(), 0o700); err != nil {
 		return "", err
 	}
-	log := slog.New(slog.DiscardHandler)
-	if err := qemu.ProbeKVM(ctx, kernel, filepath.Join(filepath.Dir(kernel), "initrd"), dir.VMM(), log); err != nil {
+	monitor, err := drivers.Probe(ctx, vmm.KVM, vmm.Config{
+		Dir: dir.VMM(), Kernel: kernel, Initrd: filepath.Join(filepath.Dir(kernel), "initrd"), Log: slog.New(slog.DiscardHandler),
+	})
+	if err != nil {
 		return "", err
 	}
-	return "a kernel boots", nil
+	return "a kernel boots under " + monitor, nil
 }
 
 // existing is the nearest folder above path that is there.

@@ -44,9 +44,10 @@ func (d Dir) SandboxRecord(sandbox uuid.UUID) string {
 	return d.join("sandboxes", sandbox.String(), "sandbox.json")
 }
 
-// SandboxDisk is the n-th overlay over what a sandbox began with.
-func (d Dir) SandboxDisk(sandbox uuid.UUID, n int) string {
-	return d.join("sandboxes", sandbox.String(), fmt.Sprintf("disk-%d.qcow2", n))
+// SandboxDisk is the n-th layer over what a sandbox began with, in the format of
+// that name.
+func (d Dir) SandboxDisk(sandbox uuid.UUID, n int, format string) string {
+	return d.join("sandboxes", sandbox.String(), fmt.Sprintf("disk-%d.%s", n, format))
 }
 
 // SandboxOrigin holds links to the capture that a sandbox began with.

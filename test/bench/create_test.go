@@ -197,7 +197,7 @@ func (h *host) coldBoot(t *testing.T, driver *qemu.Driver, s *start) {
 	}
 	defer tap.Close()
 	overlay := filepath.Join(dir, "disk.qcow2")
-	if err := disk.CreateOverlay(overlay, int64(h.Images.Minimal.DiskMiB)<<20, coldUID); err != nil {
+	if err := disk.Create(disk.Qcow2, overlay, int64(h.Images.Minimal.DiskMiB)<<20, coldUID); err != nil {
 		t.Fatal(err)
 	}
 	spec := vmm.Spec{
@@ -266,7 +266,7 @@ func (h *host) floors(t *testing.T, line []string) func(*start, *sample) {
 	return func(s *start, runs *sample) {
 		t.Helper()
 		overlay := filepath.Join(h.dir, "floor.qcow2")
-		if err := disk.CreateOverlay(overlay, int64(c.DiskMiB)<<20, 0); err != nil {
+		if err := disk.Create(disk.Qcow2, overlay, int64(c.DiskMiB)<<20, 0); err != nil {
 			t.Fatal(err)
 		}
 		incoming := pipe(t, devices)

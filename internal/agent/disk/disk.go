@@ -1,9 +1,9 @@
-// Package disk makes sandboxes' disks: qcow2 overlays over templates' file
-// systems, which are never written to.
+// Package disk makes and reads sandboxes' disks: layers over templates' file
+// systems, of which only the highest is written to. How a layer is stored is a
+// [Format].
 package disk
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -16,37 +16,62 @@ import (
 // ErrNoSpace is returned when the file system has less than Reserve free.
 var ErrNoSpace = errors.New("no space left for a sandbox's disk")
 
-// Reserve is how many bytes must be free for a disk to be made: overlays grow
+// Reserve is how many bytes must be free for a disk to be made: layers grow
 // as their guests write, and a file system that is full stops them all.
 const Reserve = 1 << 30
 
-const clusterBits = 16
-
-// CreateOverlay makes an empty qcow2 overlay at path with the given virtual
-// size in bytes, owned by uid and by nobody else readable. What lies below it
-// is named by whoever opens it, not in the file: a guest's disk holds no path
+// Format is a way to store a layer of a disk in a file. A layer does not name
+// what lies below it: whoever opens it does, so that a guest's disk holds no path
 // of the host.
-func CreateOverlay(path string, size int64, uid int) (err error) {
+type Format interface {
+	// Name is also the extension of the names of layers' files. It never changes.
+	Name() string
+	// Create writes an empty layer, of a disk of size bytes, to the empty file f.
+	Create(f *os.File, size int64) error
+	// Open reads a layer from f, which has end bytes and stays the caller's until
+	// the layer is not used any more. What is in f may be a guest's: a layer that the
+	// monitor did not write is an error, [ErrCorrupt], here or in [Layer.At].
+	Open(f *os.File, end int64) (Layer, error)
+}
+
+// Layer is a layer that is open for reading. It is safe for concurrent use.
+type Layer interface {
+	// Size is the size of the disk in bytes.
+	Size() int64
+	// At returns what the layer has at off, which is below Size, where in the file
+	// that is, if it is [Data], and for how many bytes, n at most, it goes on.
+	At(off, n int64) (what Content, pos, run int64, err error)
+}
+
+// Content is what a layer has in a place.
+type Content int
+
+// What there is.
+const (
+	Nothing Content = iota // what lies below shows
+	Hole                   // zeros
+	Data
+)
+
+// Create makes an empty layer at path, for a disk of size bytes, owned by uid and
+// by nobody else readable.
+func Create(format Format, path string, size int64, uid int) (err error) {
 	if size <= 0 || size%512 != 0 {
-		return fmt.Errorf("make overlay: size of %d bytes is not a number of sectors", size)
+		return fmt.Errorf("make layer: size of %d bytes is not a number of sectors", size)
 	}
 	if err := checkSpace(filepath.Dir(path)); err != nil {
 		return err
 	}
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if err != nil {
-		return fmt.Errorf("make overlay: %w", err)
+		return fmt.Errorf("make layer: %w", err)
 	}
 	defer func() {
 		if err = errors.Join(err, f.Close()); err != nil {
-			err = errors.Join(fmt.Errorf("make overlay: %w", err), os.Remove(path))
+			err = errors.Join(fmt.Errorf("make layer: %w", err), os.Remove(path))
 		}
 	}()
-	image, length := emptyQcow2(size)
-	if _, err := f.Write(image); err != nil {
-		return err
-	}
-	if err := f.Truncate(length); err != nil {
+	if err := format.Create(f, size); err != nil {
 		return err
 	}
 	return f.Chown(uid, uid)
@@ -70,47 +95,4 @@ func checkSpace(dir string) error {
 		return fmt.Errorf("%w: %d MiB are free, %d MiB are kept in reserve", ErrNoSpace, free>>20, Reserve>>20)
 	}
 	return nil
-}
-
-// emptyQcow2 is the beginning of an empty qcow2 image of the given virtual
-// size, and the length that the file must have: what follows is zeros. The
-// format is QEMU's docs/interop/qcow2.txt; all numbers are big-endian.
-//
-//	cluster 0   header, version 3: the fields below
-//	cluster 1   refcount table: one entry, the offset of cluster 2
-//	cluster 2   refcount block: 16-bit counts, 1 for every cluster here
-//	cluster 3…  L1 table: 8 bytes for each 512 MiB of the disk, all 0
-//
-//	byte  0  "QFI\xfb"           48  refcount table's offset
-//	      4  version, 3          56  refcount table's clusters
-//	      8  backing file, none  60  snapshots, 0
-//	     20  bits of a cluster   72  incompatible features, 0
-//	     24  size                80  compatible features, 0
-//	     32  encryption, none    88  autoclear features, 0
-//	     36  entries of L1       96  refcount order, 4 (16 bits)
-//	     40  L1's offset        100  header's length
-func emptyQcow2(size int64) (image []byte, length int64) {
-	const cluster = 1 << clusterBits
-	const perL1 = cluster / 8 * cluster // bytes of disk that an entry of L1 maps
-	entries := (size + perL1 - 1) / perL1
-	l1Clusters := (entries*8 + cluster - 1) / cluster
-	clusters := 3 + l1Clusters
-
-	image = make([]byte, 3*cluster)
-	be := binary.BigEndian
-	copy(image, "QFI\xfb")
-	be.PutUint32(image[4:], 3)
-	be.PutUint32(image[20:], clusterBits)
-	be.PutUint64(image[24:], uint64(size))
-	be.PutUint32(image[36:], uint32(entries))
-	be.PutUint64(image[40:], 3*cluster)
-	be.PutUint64(image[48:], 1*cluster)
-	be.PutUint32(image[56:], 1)
-	be.PutUint32(image[96:], 4)
-	be.PutUint32(image[100:], 104)
-	be.PutUint64(image[cluster:], 2*cluster)
-	for i := range clusters {
-		be.PutUint16(image[2*cluster+2*i:], 1)
-	}
-	return image, clusters * cluster
 }

@@ -16,7 +16,7 @@ func TestOverlayIsWhatQEMUExpects(t *testing.T) {
 	}
 	for _, size := range []int64{512, 1 << 20, 5 << 30, 64 << 30, 8 << 40} {
 		path := filepath.Join(t.TempDir(), "o.qcow2")
-		if err := CreateOverlay(path, size, os.Getuid()); err != nil {
+		if err := Create(Qcow2, path, size, os.Getuid()); err != nil {
 			t.Fatal(err)
 		}
 		if out, err := exec.Command(img, "check", "-f", "qcow2", path).CombinedOutput(); err != nil {
@@ -26,7 +26,7 @@ func TestOverlayIsWhatQEMUExpects(t *testing.T) {
 		if err != nil || !bytes.Contains(out, []byte(`"virtual-size": `+strconv.FormatInt(size, 10))) {
 			t.Errorf("%d bytes: qemu-img info: %v: %s", size, err, out)
 		}
-		if err := CreateOverlay(path, size, os.Getuid()); err == nil {
+		if err := Create(Qcow2, path, size, os.Getuid()); err == nil {
 			t.Error("an overlay was made over one that is there")
 		}
 	}
@@ -41,7 +41,7 @@ func TestOverlayReadsAsItsBase(t *testing.T) {
 	if err := os.WriteFile(base, bytes.Repeat([]byte("wrenn!!\n"), 64<<10), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := CreateOverlay(over, 1<<20, os.Getuid()); err != nil {
+	if err := Create(Qcow2, over, 1<<20, os.Getuid()); err != nil {
 		t.Fatal(err)
 	}
 	spec := `json:{"driver":"qcow2","file":{"driver":"file","filename":"` + over + `"},"backing":{"driver":"raw","file":{"driver":"file","filename":"` + base + `"}}}`
@@ -66,7 +66,7 @@ func TestOverlayReadsAsItsBase(t *testing.T) {
 func TestOverlayRefusesBadSizes(t *testing.T) {
 	for _, size := range []int64{0, -512, 1000} {
 		path := filepath.Join(t.TempDir(), "o")
-		if err := CreateOverlay(path, size, os.Getuid()); err == nil {
+		if err := Create(Qcow2, path, size, os.Getuid()); err == nil {
 			t.Errorf("%d bytes were taken", size)
 		}
 		if _, err := os.Stat(path); err == nil {

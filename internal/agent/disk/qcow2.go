@@ -9,9 +9,37 @@ import (
 	"sync"
 )
 
-// ErrCorrupt is returned, wrapped, for overlays that are not what QEMU makes
-// of those of CreateOverlay. What writes them may be a guest's by now.
+// ErrCorrupt is returned, wrapped, for layers that are not what a monitor makes
+// of those of [Create]. What writes them may be a guest's by now.
 var ErrCorrupt = errors.New("overlay is damaged")
+
+// Qcow2 is QEMU's format.
+var Qcow2 Format = qcow2Format{}
+
+type qcow2Format struct{}
+
+// Name implements Format.
+func (qcow2Format) Name() string { return "qcow2" }
+
+// Create implements Format.
+func (qcow2Format) Create(f *os.File, size int64) error {
+	image, length := emptyQcow2(size)
+	if _, err := f.Write(image); err != nil {
+		return err
+	}
+	return f.Truncate(length)
+}
+
+// Open implements Format.
+func (qcow2Format) Open(f *os.File, end int64) (Layer, error) {
+	q := &qcow2{file: f, end: end, index: -1}
+	if err := q.readHeader(); err != nil {
+		return nil, err
+	}
+	return q, nil
+}
+
+const clusterBits = 16
 
 const (
 	magic       = "QFI\xfb"
@@ -31,7 +59,7 @@ const (
 )
 
 // qcow2 is an overlay that is open for reading: the subset of QEMU's
-// docs/interop/qcow2.txt that an overlay made by CreateOverlay stays in.
+// docs/interop/qcow2.txt that an overlay made by Create stays in.
 type qcow2 struct {
 	file *os.File
 	end  int64    // of the file
@@ -42,19 +70,6 @@ type qcow2 struct {
 	index  int // of the L2 table in l2; -1: none
 	l2     [tableLength]uint64
 	buffer [clusterSize]byte
-}
-
-// openQcow2 opens the overlay at path.
-func openQcow2(path string) (_ *qcow2, err error) {
-	f, end, err := openRegular(path)
-	if err != nil {
-		return nil, err
-	}
-	q := &qcow2{file: f, end: end, index: -1}
-	if err := q.readHeader(); err != nil {
-		return nil, errors.Join(fmt.Errorf("read %s: %w", path, err), f.Close())
-	}
-	return q, nil
 }
 
 func corrupt(format string, args ...any) error {
@@ -116,25 +131,18 @@ func (q *qcow2) readHeader() error {
 	return nil
 }
 
-// content is what an image has in a place.
-type content int
+// Size implements Layer.
+func (q *qcow2) Size() int64 { return q.size }
 
-const (
-	nothing content = iota // what lies below shows
-	hole                   // zeros
-	data
-)
-
-// at tells what the image has at off, which lies on the disk, where in the
-// file that is, and for how many bytes, n at most, it goes on.
-func (q *qcow2) at(off, n int64) (what content, pos, run int64, err error) {
+// At implements Layer.
+func (q *qcow2) At(off, n int64) (what Content, pos, run int64, err error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	index := int(off / perTable)
 	within := off % perTable
 	n = min(n, perTable-within, q.size-off)
 	if q.l1[index]&^copied == 0 {
-		return nothing, 0, n, nil
+		return Nothing, 0, n, nil
 	}
 	if err := q.load(index); err != nil {
 		return 0, 0, 0, err
@@ -149,7 +157,7 @@ func (q *qcow2) at(off, n int64) (what content, pos, run int64, err error) {
 	for next := start + clusterSize; run < n; next += clusterSize {
 		i++
 		w, p, err := q.entry(index, i)
-		if err != nil || w != what || w == data && p != next {
+		if err != nil || w != what || w == Data && p != next {
 			break // an error is told when it is reached
 		}
 		run += clusterSize
@@ -179,7 +187,7 @@ func (q *qcow2) load(index int) error {
 }
 
 // entry is what entry i of the loaded L2 table says.
-func (q *qcow2) entry(table int, i int64) (what content, pos int64, err error) {
+func (q *qcow2) entry(table int, i int64) (what Content, pos int64, err error) {
 	e := q.l2[i]
 	pos = int64(e & offsetMask)
 	switch {
@@ -188,13 +196,13 @@ func (q *qcow2) entry(table int, i int64) (what content, pos int64, err error) {
 	case e&^(offsetMask|copied|allZero) != 0, pos%clusterSize != 0:
 		return 0, 0, corrupt("entry %d of L2 table %d is %#x", i, table, e)
 	case e&allZero != 0: // it may keep a cluster for later
-		return hole, 0, nil
+		return Hole, 0, nil
 	case pos == 0:
-		return nothing, 0, nil
+		return Nothing, 0, nil
 	case pos >= q.end: // the last one may end behind the file, and is zero there
 		return 0, 0, corrupt("entry %d of L2 table %d lies behind the file", i, table)
 	}
-	return data, pos, nil
+	return Data, pos, nil
 }
 
 // openRegular opens a file for reading and returns its length.
@@ -211,4 +219,47 @@ func openRegular(path string) (*os.File, int64, error) {
 		return nil, 0, errors.Join(err, f.Close())
 	}
 	return f, info.Size(), nil
+}
+
+// emptyQcow2 is the beginning of an empty qcow2 image of the given virtual
+// size, and the length that the file must have: what follows is zeros. The
+// format is QEMU's docs/interop/qcow2.txt; all numbers are big-endian.
+//
+//	cluster 0   header, version 3: the fields below
+//	cluster 1   refcount table: one entry, the offset of cluster 2
+//	cluster 2   refcount block: 16-bit counts, 1 for every cluster here
+//	cluster 3…  L1 table: 8 bytes for each 512 MiB of the disk, all 0
+//
+//	byte  0  "QFI\xfb"           48  refcount table's offset
+//	      4  version, 3          56  refcount table's clusters
+//	      8  backing file, none  60  snapshots, 0
+//	     20  bits of a cluster   72  incompatible features, 0
+//	     24  size                80  compatible features, 0
+//	     32  encryption, none    88  autoclear features, 0
+//	     36  entries of L1       96  refcount order, 4 (16 bits)
+//	     40  L1's offset        100  header's length
+func emptyQcow2(size int64) (image []byte, length int64) {
+	const cluster = 1 << clusterBits
+	const perL1 = cluster / 8 * cluster // bytes of disk that an entry of L1 maps
+	entries := (size + perL1 - 1) / perL1
+	l1Clusters := (entries*8 + cluster - 1) / cluster
+	clusters := 3 + l1Clusters
+
+	image = make([]byte, 3*cluster)
+	be := binary.BigEndian
+	copy(image, "QFI\xfb")
+	be.PutUint32(image[4:], 3)
+	be.PutUint32(image[20:], clusterBits)
+	be.PutUint64(image[24:], uint64(size))
+	be.PutUint32(image[36:], uint32(entries))
+	be.PutUint64(image[40:], 3*cluster)
+	be.PutUint64(image[48:], 1*cluster)
+	be.PutUint32(image[56:], 1)
+	be.PutUint32(image[96:], 4)
+	be.PutUint32(image[100:], 104)
+	be.PutUint64(image[cluster:], 2*cluster)
+	for i := range clusters {
+		be.PutUint16(image[2*cluster+2*i:], 1)
+	}
+	return image, clusters * cluster
 }

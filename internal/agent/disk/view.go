@@ -13,7 +13,8 @@ import (
 // Chain is what a sandbox's disk is made of.
 type Chain struct {
 	Base   string   // raw image below all
-	Layers []string // qcow2 images above it, the lowest first, without names of backing files
+	Format Format   // of the layers
+	Layers []string // above it, the lowest first
 	Size   int64    // of the disk in bytes; the highest layer must be of that size
 }
 
@@ -22,13 +23,19 @@ type Chain struct {
 type View struct {
 	base   *os.File
 	end    int64 // of base
-	layers []*qcow2
+	layers []openLayer
 	size   int64
 }
 
+// openLayer is a layer and its file.
+type openLayer struct {
+	Layer
+	file *os.File
+}
+
 // Open opens a disk for reading. What lies past the end of a layer, or of the
-// base, is zero. Layers that are not the overlays which CreateOverlay makes,
-// as QEMU changes them, are an error, ErrCorrupt, here or when they are read.
+// base, is zero. Layers that are not those which [Create] makes, as a monitor
+// changes them, are an error, [ErrCorrupt], here or when they are read.
 func Open(c Chain) (*View, error) {
 	if c.Size <= 0 || c.Size > maxSize {
 		return nil, fmt.Errorf("open disk: size of %d bytes", c.Size)
@@ -39,14 +46,18 @@ func Open(c Chain) (*View, error) {
 	}
 	v := &View{base: base, end: end, size: c.Size}
 	for _, path := range c.Layers {
-		q, err := openQcow2(path)
+		f, end, err := openRegular(path)
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("open disk: %w", err), v.Close())
 		}
-		v.layers = append(v.layers, q)
+		l, err := c.Format.Open(f, end)
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("open disk: read %s: %w", path, err), f.Close(), v.Close())
+		}
+		v.layers = append(v.layers, openLayer{l, f})
 	}
-	if n := len(v.layers); n > 0 && v.layers[n-1].size != c.Size {
-		err := corrupt("disk of %d bytes, not %d", v.layers[n-1].size, c.Size)
+	if n := len(v.layers); n > 0 && v.layers[n-1].Size() != c.Size {
+		err := corrupt("disk of %d bytes, not %d", v.layers[n-1].Size(), c.Size)
 		return nil, errors.Join(fmt.Errorf("open disk: %w", err), v.Close())
 	}
 	return v, nil
@@ -55,8 +66,8 @@ func Open(c Chain) (*View, error) {
 // Close closes the disk's files.
 func (v *View) Close() error {
 	err := v.base.Close()
-	for _, q := range v.layers {
-		err = errors.Join(err, q.file.Close())
+	for _, l := range v.layers {
+		err = errors.Join(err, l.file.Close())
 	}
 	return err
 }
@@ -69,19 +80,19 @@ func (v *View) Size() int64 { return v.size }
 func (v *View) at(off, n int64) (f *os.File, pos, run int64, err error) {
 	n = min(n, v.size-off)
 	for i := len(v.layers) - 1; i >= 0; i-- {
-		q := v.layers[i]
-		if off >= q.size {
+		l := v.layers[i]
+		if off >= l.Size() {
 			return nil, 0, n, nil
 		}
-		what, pos, run, err := q.at(off, n)
+		what, pos, run, err := l.At(off, n)
 		if err != nil {
 			return nil, 0, 0, err
 		}
 		switch what {
-		case hole:
+		case Hole:
 			return nil, 0, run, nil
-		case data:
-			return q.file, pos, run, nil
+		case Data:
+			return l.file, pos, run, nil
 		}
 		n = run
 	}

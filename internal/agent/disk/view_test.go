@@ -78,7 +78,7 @@ func TestReadsAsQEMU(t *testing.T) {
 	for seed := range uint64(4) {
 		rng := rand.New(rand.NewPCG(seed, 2))
 		dir := t.TempDir()
-		c := Chain{Base: filepath.Join(dir, "base")}
+		c := Chain{Format: Qcow2, Base: filepath.Join(dir, "base")}
 		base := make([]byte, 512*(1+rng.IntN(8<<10)))
 		for i := 0; i < len(base); i += 4096 {
 			if rng.IntN(3) > 0 {
@@ -95,7 +95,7 @@ func TestReadsAsQEMU(t *testing.T) {
 				c.Size = 512 * (1 + rng.Int64N(4<<10)) // shorter than what is below
 			}
 			name := filepath.Join(dir, fmt.Sprint("layer", i))
-			if err := CreateOverlay(name, c.Size, os.Getuid()); err != nil {
+			if err := Create(Qcow2, name, c.Size, os.Getuid()); err != nil {
 				t.Fatal(err)
 			}
 			c.Layers = append(c.Layers, name)
@@ -178,7 +178,7 @@ func readOverlay(t testing.TB, base string, b []byte) ([]byte, error) {
 	if _, err := f.Write(b); err != nil {
 		t.Fatal(err)
 	}
-	v, err := Open(Chain{Base: base, Layers: []string{fmt.Sprintf("/proc/self/fd/%d", fd)}, Size: 1 << 20})
+	v, err := Open(Chain{Format: Qcow2, Base: base, Layers: []string{fmt.Sprintf("/proc/self/fd/%d", fd)}, Size: 1 << 20})
 	if err != nil {
 		return nil, err
 	}
@@ -241,10 +241,10 @@ func TestRefusesWhatOverlaysNeverAre(t *testing.T) {
 	if got, err := readOverlay(t, base, dirty); err != nil || !bytes.Equal(got, want) {
 		t.Errorf("reference counts that nobody reads: %v", err)
 	}
-	if _, err := Open(Chain{Base: t.TempDir(), Size: 512}); err == nil {
+	if _, err := Open(Chain{Format: Qcow2, Base: t.TempDir(), Size: 512}); err == nil {
 		t.Error("opened a folder")
 	}
-	if _, err := Open(Chain{Base: base, Size: maxSize + 512}); err == nil {
+	if _, err := Open(Chain{Format: Qcow2, Base: base, Size: maxSize + 512}); err == nil {
 		t.Error("opened with an immense size")
 	}
 }
@@ -348,11 +348,11 @@ func TestFlattenAndExpand(t *testing.T) {
 		}
 	}
 	const size = 256 << 20
-	c := Chain{Base: filepath.Join(dir, "base"), Layers: []string{filepath.Join(dir, "overlay")}, Size: size}
+	c := Chain{Format: Qcow2, Base: filepath.Join(dir, "base"), Layers: []string{filepath.Join(dir, "overlay")}, Size: size}
 	if err := os.WriteFile(c.Base, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := CreateOverlay(c.Layers[0], size, os.Getuid()); err != nil {
+	if err := Create(Qcow2, c.Layers[0], size, os.Getuid()); err != nil {
 		t.Fatal(err)
 	}
 	// What a guest would have written: a file system with the tree, by way of QEMU.
@@ -395,7 +395,7 @@ func TestFlattenAndExpand(t *testing.T) {
 	// What is no file system is an error, and leaves nothing.
 	other := filepath.Join(dir, "other")
 	for name, c := range map[string]Chain{
-		"zeros":   {Base: c.Base, Size: 8 << 20},
+		"zeros":   {Format: Qcow2, Base: c.Base, Size: 8 << 20},
 		"garbage": {Base: filepath.Join(tree, "d1", "f1"), Size: 8 << 20},
 	} {
 		if err := Flatten(t.Context(), other, c, testUID); err == nil || !strings.Contains(err.Error(), "e2fsck") {

@@ -1,6 +1,7 @@
 package image
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/disk"
 	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
@@ -32,8 +34,10 @@ type Capture struct {
 	VCPUs     int    `json:"vcpus"`
 	MemoryMiB int    `json:"memory_mib"`
 	DiskMiB   int    `json:"disk_mib"`
-	// Layers is how many overlays there are over the file system.
-	Layers int `json:"layers"`
+	// Layers is how many layers there are over the file system, and DiskFormat what
+	// their format is named; empty: qcow2.
+	Layers     int    `json:"layers"`
+	DiskFormat string `json:"disk_format,omitempty"`
 	// Token is what the guest's daemon must be shown; empty: nothing.
 	Token    string   `json:"token,omitempty"`
 	Defaults Defaults `json:"defaults,omitzero"`
@@ -49,9 +53,9 @@ const captureFile = "capture.json"
 // Rootfs is the path of the raw file system below all.
 func (c *Capture) Rootfs() string { return filepath.Join(c.Dir, rootfsFile) }
 
-// Layer is the path of the n-th overlay over it, from 0.
+// Layer is the path of the n-th layer over it, from 0.
 func (c *Capture) Layer(n int) string {
-	return filepath.Join(c.Dir, fmt.Sprintf("layer-%d.qcow2", n))
+	return filepath.Join(c.Dir, fmt.Sprintf("layer-%d.%s", n, cmp.Or(c.DiskFormat, disk.Qcow2.Name())))
 }
 
 // Memory is the folder of the memory image.

@@ -13,7 +13,6 @@ import (
 
 	"github.com/google/uuid"
 
-	"github.com/wrenn-dev/wrenn/internal/agent/disk"
 	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
@@ -154,7 +153,7 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 	defer cancel()
 	into := &image.Capture{
 		ID: uuid.New(), Kind: b.m.Driver.Kind(), Inputs: inputs,
-		VCPUs: b.rec.Spec.VCPUs, MemoryMiB: b.rec.Spec.MemoryMiB, DiskMiB: t.DiskMiB, Layers: 1,
+		VCPUs: b.rec.Spec.VCPUs, MemoryMiB: b.rec.Spec.MemoryMiB, DiskMiB: t.DiskMiB, Layers: 1, DiskFormat: b.m.Driver.Disks().Name(),
 		Defaults: t.Defaults, Runs: len(t.Start) > 0,
 		Dir: filepath.Join(dir.Sandbox(home), "capture"),
 	}
@@ -174,8 +173,7 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 		if err := os.Link(t.Rootfs, into.Rootfs()); err != nil {
 			return err
 		}
-		b.rec.Disks = 1
-		return Full(disk.CreateOverlay(dir.SandboxDisk(home, 0), int64(t.DiskMiB)<<20, b.uid()))
+		return b.firstDisk(int64(t.DiskMiB) << 20)
 	})
 	if err != nil {
 		return nil, err
@@ -227,10 +225,10 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 		if err := b.killVM(ctx); err != nil {
 			return err
 		}
-		if err := seal(dir.SandboxDisk(home, 0)); err != nil {
+		if err := seal(b.rec.disk(dir, 0)); err != nil {
 			return err
 		}
-		if err := os.Rename(dir.SandboxDisk(home, 0), into.Layer(0)); err != nil {
+		if err := os.Rename(b.rec.disk(dir, 0), into.Layer(0)); err != nil {
 			return err
 		}
 		if err := into.Write(); err != nil {

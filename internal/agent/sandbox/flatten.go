@@ -109,7 +109,11 @@ func (b *box) snapshotDisk(ctx context.Context, template uuid.UUID, name string,
 		return image.Template{}, fmt.Errorf("snapshot: %w", Full(err))
 	}
 	size := int64(c.DiskMiB) << 20
-	chain := disk.Chain{Base: c.Rootfs(), Size: size}
+	format, err := b.format(c.DiskFormat)
+	if err != nil {
+		return image.Template{}, err
+	}
+	chain := disk.Chain{Base: c.Rootfs(), Format: format, Size: size}
 	for n := range c.Layers {
 		chain.Layers = append(chain.Layers, c.Layer(n))
 	}

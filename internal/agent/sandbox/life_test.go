@@ -334,7 +334,7 @@ func TestCapturesTakeBoundedSpace(t *testing.T) {
 		b := h.boxes[sandbox]
 		h.mu.Unlock()
 		// As the guest does, through its machine.
-		f, err := os.OpenFile(h.dir.SandboxDisk(b.rec.Home, b.rec.Disks-1), os.O_WRONLY|os.O_APPEND, 0)
+		f, err := os.OpenFile(b.rec.disk(h.dir, b.rec.Disks-1), os.O_WRONLY|os.O_APPEND, 0)
 		if err != nil {
 			t.Fatal(err)
 		}

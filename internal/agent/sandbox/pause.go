@@ -410,7 +410,7 @@ func (b *box) restoreSaved(ctx context.Context) (err error) {
 	if b.base, err = b.m.bases.acquire(ctx, origin); err != nil {
 		return err
 	}
-	if err := os.Chown(dir.SandboxDisk(home, b.rec.Disks-1), b.uid(), b.uid()); err != nil {
+	if err := os.Chown(b.rec.disk(dir, b.rec.Disks-1), b.uid(), b.uid()); err != nil {
 		return err
 	}
 	from := vmm.Saved{Memory: b.base.file, Changed: own.ChangedFrom(b.base.image), Devices: devices, Kind: b.savedBy(origin)}

@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/disk"
 	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
@@ -34,10 +36,12 @@ type record struct {
 	CreatedAt time.Time  `json:"created_at"`
 	Slot      *int       `json:"slot,omitempty"` // its network slot
 	VM        *vmm.State `json:"vm,omitempty"`   // where it runs, or did
-	// Disks counts its overlays, of which the last is written to. The first
+	// Disks counts its layers, of which the last is written to. The first
 	// Sealed of them can be written to by nobody any more.
 	Disks  int `json:"disks"`
 	Sealed int `json:"sealed"`
+	// DiskFormat is what the format of the layers is named; empty: qcow2.
+	DiskFormat string `json:"disk_format,omitempty"`
 	// Saved is what the last pause has saved. A paused sandbox goes on from
 	// it; once it runs again its disk has changed, and all that this is good
 	// for is that the next pause writes no more than what changed since.
@@ -142,6 +146,11 @@ func (r *record) encode() ([]byte, error) {
 	return out.Bytes(), err
 }
 
+// disk is the path of the n-th layer.
+func (r *record) disk(dir layout.Dir, n int) string {
+	return dir.SandboxDisk(r.Home, n, cmp.Or(r.DiskFormat, disk.Qcow2.Name()))
+}
+
 // recorded are the states that a record can be in: what a sandbox is doing is
 // written down once it is done.
 var recorded = []State{Starting, Running, Paused, Stopping, waiting}
@@ -199,7 +208,7 @@ func empty(dir layout.Dir, home uuid.UUID) error {
 func (r *record) sweep(dir layout.Dir) error {
 	keep := []string{dir.SandboxRecord(r.Home), dir.SandboxOrigin(r.Home)}
 	for n := range r.Disks {
-		keep = append(keep, dir.SandboxDisk(r.Home, n))
+		keep = append(keep, r.disk(dir, n))
 	}
 	if r.Saved != nil {
 		keep = append(keep, dir.SandboxSaved(r.Home, *r.Saved))

@@ -25,6 +25,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/disk"
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
@@ -63,7 +64,8 @@ type world struct {
 	boots    time.Duration  // how long a guest may take to come up; 0: [await.Hang]
 	rates    rates.Rates    // of each sandbox
 	special  rates.Templates
-	version  string // of the monitor: it restores what was saved under the same, or an earlier one
+	format   disk.Format // of machines' disks; nil: qcow2
+	version  string      // of the monitor: it restores what was saved under the same, or an earlier one
 }
 
 // count is how many machines were made.
@@ -219,6 +221,7 @@ func (w *world) Release(_ context.Context, s Slot) error {
 }
 
 func (w *world) Name() string        { return "world" }
+func (w *world) Disks() disk.Format  { return cmp.Or(w.format, disk.Qcow2) }
 func (w *world) Accelerator() string { return "none" }
 func (w *world) Close() error        { return nil }
 func (w *world) TracksMemory() bool  { return w.tracks }

@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -90,7 +91,7 @@ func (b *box) snapshot(ctx context.Context, template uuid.UUID, name string, def
 // overlay; if it is paused, a capture links to what the pause wrote.
 func (b *box) holdCapture(more int64) (release func(), err error) {
 	if b.rec.State == Running {
-		size, err := disk.Allocated(b.m.Dir.SandboxDisk(b.rec.Home, b.rec.Disks-1))
+		size, err := disk.Allocated(b.rec.disk(b.m.Dir, b.rec.Disks-1))
 		if err != nil {
 			return nil, err
 		}
@@ -123,7 +124,7 @@ func (b *box) capture(ctx context.Context, into string, defaults *image.Defaults
 	}
 	c := &image.Capture{
 		ID: uuid.New(), Kind: b.savedBy(origin), VCPUs: spec.VCPUs, MemoryMiB: spec.MemoryMiB, DiskMiB: spec.DiskMiB,
-		Layers: origin.Layers + b.rec.Disks, Token: spec.Token, Defaults: *defaults, Dir: into,
+		Layers: origin.Layers + b.rec.Disks, DiskFormat: origin.DiskFormat, Token: spec.Token, Defaults: *defaults, Dir: into,
 	}
 	if err := os.Mkdir(into, 0o700); err != nil {
 		return nil, err
@@ -189,7 +190,7 @@ func (b *box) layersTake(origin *image.Capture) (taken int64, err error) {
 		layers = append(layers, origin.Layer(n))
 	}
 	for n := range b.rec.Disks {
-		layers = append(layers, b.m.Dir.SandboxDisk(b.rec.Home, n))
+		layers = append(layers, b.rec.disk(b.m.Dir, n))
 	}
 	for _, l := range layers {
 		size, err := disk.Allocated(l)
@@ -205,16 +206,20 @@ func (b *box) layersTake(origin *image.Capture) (taken int64, err error) {
 // its machine still writes to the one below makes no difference to what is
 // read: so this is right at every moment.
 func (b *box) addDisk() error {
-	dir, home, n := b.m.Dir, b.rec.Home, b.rec.Disks
+	n := b.rec.Disks
 	uid := 0
 	if b.slot != nil {
 		uid = b.uid()
 	}
-	name := dir.SandboxDisk(home, n)
+	name := b.rec.disk(b.m.Dir, n)
 	if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) { // of one that failed
 		return err
 	}
-	if err := disk.CreateOverlay(name, int64(b.rec.Spec.DiskMiB)<<20, uid); err != nil {
+	format, err := b.format(b.rec.DiskFormat)
+	if err != nil {
+		return err
+	}
+	if err := disk.Create(format, name, int64(b.rec.Spec.DiskMiB)<<20, uid); err != nil {
 		return err
 	}
 	next := b.rec
@@ -226,6 +231,16 @@ func (b *box) addDisk() error {
 		return errors.Join(err, os.Remove(name))
 	}
 	return nil
+}
+
+// format returns the format of that name, in which the sandbox's layers are. It
+// must be that of the host's driver.
+func (b *box) format(name string) (disk.Format, error) {
+	format := b.m.Driver.Disks()
+	if name = cmp.Or(name, disk.Qcow2.Name()); name != format.Name() {
+		return nil, fail(ErrState, "the sandbox's disk is in the format %s, and this host's monitor has %s", name, format.Name())
+	}
+	return format, nil
 }
 
 // captureRunning captures memory and devices of a running machine, and has it
@@ -254,7 +269,7 @@ func (b *box) captureRunning(ctx context.Context, c *image.Capture) error {
 		if pages, err = copyPages(b.vm.Pages()); err != nil {
 			return err
 		}
-		if err := b.vm.Divert(ctx, b.m.Dir.SandboxDisk(b.rec.Home, b.rec.Disks-1)); err != nil {
+		if err := b.vm.Divert(ctx, b.rec.disk(b.m.Dir, b.rec.Disks-1)); err != nil {
 			return err
 		}
 		b.m.Hook("snapshot: diverted")
@@ -303,7 +318,7 @@ func copyPages(pages memory.Pages) (memory.Pages, error) {
 // to write to it: then the other folder gets a copy, which takes its place here
 // as well.
 func (b *box) shareDisk(ctx context.Context, n int, to string) error {
-	own := b.m.Dir.SandboxDisk(b.rec.Home, n)
+	own := b.rec.disk(b.m.Dir, n)
 	if n < b.rec.Sealed || b.rec.State == Paused {
 		return errors.Join(seal(own), os.Link(own, to))
 	}

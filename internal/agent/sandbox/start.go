@@ -118,8 +118,7 @@ func (b *box) prepare(ctx context.Context, c *image.Capture) error {
 		return err
 	}
 	err = b.step("disk", func() error {
-		b.rec.Disks = 1
-		return Full(disk.CreateOverlay(dir.SandboxDisk(home, 0), int64(c.DiskMiB)<<20, b.uid()))
+		return b.firstDisk(int64(c.DiskMiB) << 20)
 	})
 	if err != nil {
 		return err
@@ -140,6 +139,13 @@ func (b *box) prepare(ctx context.Context, c *image.Capture) error {
 		}
 		return b.restore(ctx, c, from)
 	})
+}
+
+// firstDisk makes the first layer of the sandbox's own.
+func (b *box) firstDisk(bytes int64) error {
+	format := b.m.Driver.Disks()
+	b.rec.Disks, b.rec.DiskFormat = 1, format.Name()
+	return Full(disk.Create(format, b.rec.disk(b.m.Dir, 0), bytes, b.uid()))
 }
 
 // acquire gets the sandbox a network.
@@ -185,13 +191,13 @@ func (b *box) machine(base string, layers []string) (vmm.Spec, error) {
 		return vmm.Spec{}, fmt.Errorf("open the guest's network card: %w", err)
 	}
 	for n := range b.rec.Disks - 1 {
-		layers = append(layers, dir.SandboxDisk(home, n))
+		layers = append(layers, b.rec.disk(dir, n))
 	}
 	return vmm.Spec{
 		ID: home, Dir: dir.Sandbox(home),
 		Kernel: b.m.Kernel, Initrd: b.m.Initrd, Cmdline: guest.Cmdline("sandbox"),
 		VCPUs: spec.VCPUs, MemoryMiB: spec.MemoryMiB,
-		Overlay: dir.SandboxDisk(home, b.rec.Disks-1), Layers: layers, Base: base,
+		Overlay: b.rec.disk(dir, b.rec.Disks-1), Layers: layers, Base: base,
 		DiskBytes: int64(spec.DiskMiB) << 20, Rates: b.rates(),
 		NetNS: b.slot.NetNS(), Tap: tap, MAC: guest.MAC, UID: b.uid(),
 	}, nil
@@ -239,7 +245,7 @@ func (b *box) take(w *box) error {
 	b.set(func() {
 		b.slot, b.vm = w.slot, w.vm
 		b.rec.Home, b.rec.Slot, b.rec.VM = w.rec.Home, w.rec.Slot, w.rec.VM
-		b.rec.Disks, b.rec.Sealed = w.rec.Disks, w.rec.Sealed
+		b.rec.Disks, b.rec.Sealed, b.rec.DiskFormat = w.rec.Disks, w.rec.Sealed, w.rec.DiskFormat
 	})
 	return Full(b.rec.jot(b.m.Dir))
 }

@@ -5,10 +5,12 @@ package vmm
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"os"
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/disk"
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
 	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 )
@@ -26,9 +28,11 @@ type Spec struct {
 	VCPUs     int
 	MemoryMiB int
 
-	Overlay string   // qcow2 image without a backing file of its own
-	Layers  []string // qcow2 images below it, the lowest first, never written to
-	Base    string   // raw image below all, never written to
+	// The guest's disk: Base, a raw image, with layers above it in the driver's
+	// format, of which the highest, Overlay, is written to and no other file is.
+	Overlay string   // empty: no disk
+	Layers  []string // between the two, the lowest first
+	Base    string
 	// DiskBytes is the disk's size. It bounds how large the overlay's file can
 	// become, and must be set if there is an overlay.
 	DiskBytes int64
@@ -56,11 +60,42 @@ type Saved struct {
 	Kind string
 }
 
+// The accelerators.
+const (
+	KVM = "kvm"
+	TCG = "tcg" // emulation
+)
+
+// Config configures a driver.
+type Config struct {
+	// Dir is a folder of the driver's own, which holds nothing that a reboot
+	// must leave.
+	Dir string
+	// Kernel and Initrd are what [Monitor.Works] boots. Open does not need them.
+	Kernel, Initrd string
+	// Unfiltered runs monitors without the driver's own seccomp filter.
+	Unfiltered bool
+	Log        *slog.Logger
+}
+
+// Monitor opens a driver with one accelerator. Package drivers lists them all.
+type Monitor interface {
+	// Name and Accelerator are those of the driver.
+	Name() string
+	Accelerator() string
+	// Works returns nil if guests can run on this host, or the reason why not.
+	// It uses an answer that it has, unless again is set, and may boot a guest
+	// to find out.
+	Works(ctx context.Context, c Config, again bool) error
+	// Open opens the driver, whether or not guests can run.
+	Open(c Config) (Driver, error)
+}
+
 // Driver makes virtual machines.
 type Driver interface {
 	// Name is the monitor's, for example "qemu".
 	Name() string
-	// Accelerator is what runs the guest's instructions: "kvm" or "tcg".
+	// Accelerator is what runs the guest's instructions: [KVM] or [TCG].
 	Accelerator() string
 	// Start boots a virtual machine. It returns when the guest's processors
 	// run; when it fails nothing is left.
@@ -71,6 +106,8 @@ type Driver interface {
 	// processors and memory must be as it was for the other, and Restores must
 	// have nothing against its kind.
 	Restore(ctx context.Context, s Spec, from Saved) (VM, error)
+	// Disks is the format of the layers of machines' disks.
+	Disks() disk.Format
 	// TracksMemory says whether [VM.Pages] of a restored machine leaves out those
 	// of [Saved.Changed] that were not written to since.
 	TracksMemory() bool

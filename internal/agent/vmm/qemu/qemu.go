@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
+	"github.com/wrenn-dev/wrenn/internal/agent/disk"
 	"github.com/wrenn-dev/wrenn/internal/agent/launcher"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qmp"
@@ -35,9 +36,12 @@ import (
 
 // The accelerators.
 const (
-	KVM = "kvm"
-	TCG = "tcg"
+	KVM = vmm.KVM
+	TCG = vmm.TCG
 )
+
+// name is the driver's.
+const name = "qemu"
 
 const (
 	// overheadBytes is what QEMU takes beside the guest's memory: its own code
@@ -72,17 +76,17 @@ type Driver struct {
 }
 
 // Option changes how a driver runs QEMU.
-type Option func(*options)
+type Option func(*settings)
 
-type options struct{ unfiltered bool }
+type settings struct{ unfiltered bool }
 
 // WithoutSeccomp runs QEMU without the driver's seccomp filter. QEMU's own stays.
-func WithoutSeccomp() Option { return func(o *options) { o.unfiltered = true } }
+func WithoutSeccomp() Option { return func(s *settings) { s.unfiltered = true } }
 
 // Open returns a driver that uses the accelerator KVM or TCG. dir is a folder
 // of the driver's own.
 func Open(accel, dir string, log *slog.Logger, opts ...Option) (*Driver, error) {
-	var o options
+	var o settings
 	for _, opt := range opts {
 		opt(&o)
 	}
@@ -125,10 +129,13 @@ func Open(accel, dir string, log *slog.Logger, opts ...Option) (*Driver, error) 
 }
 
 // Name implements vmm.Driver.
-func (d *Driver) Name() string { return "qemu" }
+func (d *Driver) Name() string { return name }
 
 // Accelerator implements vmm.Driver.
 func (d *Driver) Accelerator() string { return d.accel }
+
+// Disks implements vmm.Driver.
+func (d *Driver) Disks() disk.Format { return disk.Qcow2 }
 
 // Close implements vmm.Driver.
 func (d *Driver) Close() error {

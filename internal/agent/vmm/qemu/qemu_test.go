@@ -58,7 +58,7 @@ func open(t *testing.T) (*Driver, vmm.Spec) {
 		DiskBytes: int64(in.Minimal.DiskMiB) << 20,
 	}
 	s.Overlay = filepath.Join(s.Dir, "overlay.qcow2")
-	if err := disk.CreateOverlay(s.Overlay, int64(in.Minimal.DiskMiB)<<20, s.UID); err != nil {
+	if err := disk.Create(disk.Qcow2, s.Overlay, int64(in.Minimal.DiskMiB)<<20, s.UID); err != nil {
 		t.Fatal(err)
 	}
 	return d, s

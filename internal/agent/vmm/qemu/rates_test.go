@@ -39,7 +39,7 @@ func TestDiskRates(t *testing.T) {
 	slow("at first")
 
 	next := filepath.Join(b.spec.Dir, "diverted")
-	b.must(disk.CreateOverlay(next, b.spec.DiskBytes, b.spec.UID))
+	b.must(disk.Create(disk.Qcow2, next, b.spec.DiskBytes, b.spec.UID))
 	b.must(b.vm.Hold(t.Context()))
 	b.must(b.vm.Divert(t.Context(), next))
 	b.must(b.vm.Run(t.Context()))

@@ -291,7 +291,7 @@ func TestSaveRestoreDivert(t *testing.T) {
 	former := b.spec.Overlay
 	for i := range 2 {
 		next := filepath.Join(b.spec.Dir, fmt.Sprintf("diverted-%d", i))
-		b.must(disk.CreateOverlay(next, 5<<30, b.spec.UID))
+		b.must(disk.Create(disk.Qcow2, next, 5<<30, b.spec.UID))
 		b.begin = time.Now()
 		b.must(b.vm.Hold(t.Context()))
 		b.must(b.vm.Divert(t.Context(), next))
