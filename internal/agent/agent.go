@@ -55,6 +55,8 @@ type Config struct {
 	Envd              string          `env:"WRENN_ENVD" help:"path of the guest daemon's binary; empty: beside wrenn"`
 	LocalRegistries   bool            `env:"WRENN_LOCAL_REGISTRIES" help:"allow imports of images from registries on this machine, over plain HTTP; whoever may import images can then send requests to any service on loopback"`
 	PrivateRegistries bool            `env:"WRENN_PRIVATE_REGISTRIES" help:"allow imports of images from registries in private networks; whoever may import images can then send requests there"`
+	// BootTimeout bounds one boot; 0: two minutes. Tests change it.
+	BootTimeout time.Duration `env:"-"`
 	// Hook, if not nil, is told each step between which the agent may be killed.
 	Hook    func(step string) `env:"-"`
 	Version string            `env:"-"`
@@ -175,7 +177,7 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 	a.sandboxes, err = sandbox.Open(ctx, sandbox.Config{
 		Dir: c.Dir, Driver: a.driver, Networks: sandbox.Pool(a.pool), Journal: a.journal,
 		Kernel: kernel.Vmlinux, Initrd: kernel.Initrd, KernelInputs: kernel.Inputs, Template: a.template, MemoryMiB: c.MemoryMiB, DiskReserveMiB: c.DiskReserveMiB, Rates: c.Rates, TemplateRates: c.TemplateRates,
-		DefaultVCPUs: c.DefaultVCPUs, DefaultMemoryMiB: c.DefaultMemoryMiB, Warm: c.Warm, WarmMemoryMiB: c.WarmMemoryMiB, Hook: c.Hook,
+		DefaultVCPUs: c.DefaultVCPUs, DefaultMemoryMiB: c.DefaultMemoryMiB, Warm: c.Warm, WarmMemoryMiB: c.WarmMemoryMiB, BootTimeout: c.BootTimeout, Hook: c.Hook,
 		Problems: a.problems, Observe: a.metrics.observe, Log: a.log,
 	}, found)
 	if err != nil {

@@ -6,12 +6,29 @@ package await
 
 import (
 	"context"
+	"os"
+	"strconv"
 	"testing"
 	"time"
 )
 
-// Hang is how long a test waits before it reports a hang.
-const Hang = 2 * time.Minute
+// Hang is how long a test waits before it reports a hang: two minutes, see [Scale].
+var Hang = Scale(2 * time.Minute)
+
+// Scale returns d multiplied by WRENN_TEST_TIMEOUT_FACTOR (1), which is larger
+// where the host itself is emulated. It is for bounds that only end what hangs.
+func Scale(d time.Duration) time.Duration {
+	const name = "WRENN_TEST_TIMEOUT_FACTOR"
+	text := os.Getenv(name)
+	if text == "" {
+		return d
+	}
+	factor, err := strconv.ParseFloat(text, 64)
+	if err != nil || factor <= 0 {
+		panic(name + " is " + strconv.Quote(text) + ", which is no positive number")
+	}
+	return time.Duration(factor * float64(d))
+}
 
 // Until calls ok until it returns true. It fails the test if that takes longer
 // than [Hang]. Use it for what no channel reports.

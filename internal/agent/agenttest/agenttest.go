@@ -36,6 +36,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
 	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/drain"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
@@ -133,7 +134,8 @@ func runAgent() error {
 		return err
 	}
 	a, err := agent.New(ctx, agent.Config{
-		NoSeccomp: bounds.NoSeccomp, Rates: bounds.Rates,
+		BootTimeout: await.Scale(2 * time.Minute),
+		NoSeccomp:   bounds.NoSeccomp, Rates: bounds.Rates,
 		Dir: layout.Dir(os.Getenv("WRENN_DIR")), Token: Token, Accel: os.Getenv("WRENN_VMM_ACCEL"), Envd: os.Getenv("WRENN_ENVD"),
 		DefaultVCPUs: number("WRENN_DEFAULT_VCPUS"), DefaultMemoryMiB: 256, Warm: number("WRENN_WARM"), Hook: hook(layout.Dir(os.Getenv("WRENN_DIR"))),
 		DNS: []netip.Addr{netip.MustParseAddr("192.0.2.53")}, MemoryMiB: memory, LocalRegistries: os.Getenv("WRENN_LOCAL_REGISTRIES") != "", Version: "test",

@@ -7,6 +7,8 @@ import (
 	"strconv"
 	"testing"
 	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
 // Accelerator is what tests run guests with: WRENN_TEST_ACCEL, "kvm" or "tcg"
@@ -33,18 +35,8 @@ func Count(t testing.TB, name string, n int) int {
 	return n
 }
 
-// Within is a time-out of d on a machine of the ordinary kind, multiplied by
-// WRENN_TEST_TIMEOUT_FACTOR (1), which is larger where the host itself is
-// emulated. Time-outs only end tests that hang.
+// Within is a time-out of d on a machine of the ordinary kind: see [await.Scale].
 func Within(t testing.TB, d time.Duration) time.Duration {
 	t.Helper()
-	text := os.Getenv("WRENN_TEST_TIMEOUT_FACTOR")
-	if text == "" {
-		return d
-	}
-	factor, err := strconv.ParseFloat(text, 64)
-	if err != nil || factor <= 0 {
-		t.Fatalf("WRENN_TEST_TIMEOUT_FACTOR is %q, which is no positive number", text)
-	}
-	return time.Duration(factor * float64(d))
+	return await.Scale(d)
 }
