@@ -35,6 +35,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
 	"github.com/wrenn-dev/wrenn/internal/agent/rates"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qemu"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/drain"
@@ -425,6 +426,9 @@ func (a *Agent) Finish(t testing.TB) {
 	}
 	if code := a.Cmd.ProcessState.ExitCode(); code != 0 {
 		t.Errorf("the agent exited with %d", code)
+	}
+	if strings.Contains(read(a.LogFile()), qemu.LostInterrupts) {
+		t.Error("an interrupt of a saved sandbox was lost")
 	}
 	nothing := func(what string, left []string) {
 		if len(left) > 0 {

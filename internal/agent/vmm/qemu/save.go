@@ -22,6 +22,10 @@ const (
 	devicesFD = "devices"
 )
 
+// LostInterrupts is what the driver logs about a saved state whose restored guest
+// might never answer: see [redeliver].
+const LostInterrupts = "the saved state has lost the end of an interrupt"
+
 // The states of QEMU (its RunState) that the driver tells apart.
 const (
 	stateRunning = "running"
@@ -127,6 +131,9 @@ func (m *machine) Devices(ctx context.Context) (_ []byte, err error) {
 	}
 	if len(state) == 0 || len(state) > maxDevices {
 		return fail(fmt.Errorf("QEMU gave %d bytes or more", len(state)))
+	}
+	if lost := len(lostInterrupts(state)); lost > 0 {
+		m.log.Error(LostInterrupts, "sandbox", m.state.ID, "interrupts", lost)
 	}
 	return state, nil
 }
