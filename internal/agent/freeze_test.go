@@ -18,7 +18,6 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
-	"github.com/wrenn-dev/wrenn/internal/agent/memory"
 	"github.com/wrenn-dev/wrenn/internal/await"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/id"
@@ -613,123 +612,6 @@ func TestWarm(t *testing.T) {
 	h.counted(t, sandbox, pid)
 }
 
-// TestKilledAtEveryStep kills the agent at every step of what it does with
-// captured state: the next one has every sandbox, whole, and nothing else.
-func TestKilledAtEveryStep(t *testing.T) {
-	h := newHost(t)
-	r := request()
-	sandbox := h.create(t, r)
-	h.startCounter(t, sandbox)
-	pid, last := h.count(t, sandbox)
-
-	pause := func() error {
-		_, err := h.Pause(t.Context(), connect.NewRequest(&pb.PauseRequest{SandboxId: sandbox}))
-		return err
-	}
-	// The machine ends when the pause has been answered.
-	pauseAndEnd := func() error {
-		if err := pause(); err != nil {
-			return err
-		}
-		select {
-		case <-h.Ended:
-			return errors.New("the agent has ended")
-		case <-time.After(await.Hang):
-			return nil
-		}
-	}
-	resume := func() error {
-		if err := pause(); err != nil {
-			return err
-		}
-		_, err := h.Resume(t.Context(), connect.NewRequest(&pb.ResumeRequest{SandboxId: sandbox}))
-		return err
-	}
-	var template string
-	snapshot := func() error {
-		template = id.Format(id.Template, uuid.New())
-		_, err := h.Snapshot(t.Context(), connect.NewRequest(&pb.SnapshotRequest{SandboxId: sandbox, TemplateId: template, Name: "killed"}))
-		return err
-	}
-	remove := func() error {
-		if err := snapshot(); err != nil {
-			return err
-		}
-		_, err := h.DeleteTemplate(t.Context(), connect.NewRequest(&pb.DeleteTemplateRequest{TeamId: r.GetTeamId(), TemplateId: template}))
-		return err
-	}
-	second := ""
-	destroy := func() error {
-		q := request()
-		second = q.GetSandboxId()
-		if _, err := h.Create(t.Context(), connect.NewRequest(q)); err != nil {
-			return err
-		}
-		_, err := h.Destroy(t.Context(), connect.NewRequest(&pb.DestroyRequest{SandboxId: second}))
-		return err
-	}
-	fork := func() error {
-		q := &pb.ForkRequest{SandboxId: sandbox, Copies: []*pb.ForkRequest_Copy{{SandboxId: id.Format(id.Sandbox, uuid.New()), AccessToken: "t"}}}
-		second = q.Copies[0].GetSandboxId()
-		_, err := h.Fork(t.Context(), connect.NewRequest(q))
-		return err
-	}
-	for _, test := range []struct {
-		at string
-		do func() error
-	}{
-		{"pause: held", pause},
-		{"pause: saving", pause},
-		{"pause: saved", pause},
-		{"pause: committed", pause},
-		{"pause: vacated", pauseAndEnd},
-		{"resume: restored", resume},
-		{"resume: committed", resume},
-		{"resume: runs", resume},
-		{"snapshot: overlay", snapshot},
-		{"snapshot: held", snapshot},
-		{"snapshot: diverted", snapshot},
-		{"snapshot: saved", snapshot},
-		{"snapshot: captured", snapshot},
-		{"snapshot: published", snapshot},
-		{"snapshot: saved", fork},
-		{"delete: renamed", remove},
-		{"clean: recorded", destroy},
-		{"clean: vacated", destroy},
-		{"clean: told", destroy},
-	} {
-		t.Run(test.at, func(t *testing.T) {
-			if err := os.WriteFile(agenttest.KillAt(h.Dir), []byte(test.at), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			if err := test.do(); err == nil {
-				t.Fatal("the agent was not killed")
-			}
-			h.afterKill(t, sandbox, second, template, pid, &last)
-		})
-	}
-	// At any moment of a pause that merges generations. One that was killed
-	// before it was there leaves as many as before.
-	for i := range 8 {
-		t.Run(fmt.Sprintf("merge %d", i), func(t *testing.T) {
-			for h.generations(t, sandbox) < 1+memory.MaxGenerations {
-				if err := resume(); err != nil {
-					t.Fatal(err)
-				}
-			}
-			took := make(chan error, 1)
-			go func() { took <- pause() }()
-			select {
-			case <-time.After(time.Duration(10+25*i) * time.Millisecond):
-			case <-took:
-			}
-			_ = h.Cmd.Process.Kill()
-			h.afterKill(t, sandbox, "", "", pid, &last)
-		})
-	}
-	h.counted(t, sandbox, pid)
-}
-
 // generations counts the layers of a sandbox's saved memory.
 func (h *host) generations(t *testing.T, sandbox string) int {
 	t.Helper()
@@ -739,71 +621,6 @@ func (h *host) generations(t *testing.T, sandbox string) int {
 	}
 	layers, _ := filepath.Glob(filepath.Join(h.Dir.Sandbox(u), "state-*", "memory", "*.mem"))
 	return len(layers)
-}
-
-// afterKill starts the next agent after one was killed, and checks what it has.
-func (h *host) afterKill(t *testing.T, sandbox, second, template string, pid int, last *int) {
-	t.Helper()
-	await.Recv(t, "the end of the agent", h.Ended)
-	h.HTTP.CloseIdleConnections()
-	if err := os.Remove(agenttest.KillAt(h.Dir)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		t.Fatal(err)
-	}
-	h.Start(t)
-	if second != "" {
-		h.awaitGone(t, second)
-	}
-	list, err := h.List(t.Context(), connect.NewRequest(&pb.ListRequest{}))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if l := list.Msg.GetSandboxes(); len(l) != 1 || l[0].GetSandboxId() != sandbox {
-		t.Fatalf("sandboxes %v", l)
-	}
-	if _, err := h.Resume(t.Context(), connect.NewRequest(&pb.ResumeRequest{SandboxId: sandbox})); err != nil {
-		t.Fatalf("resume: %v", err)
-	}
-	*last = h.counts(t, sandbox, pid, *last)
-	h.isItself(t, sandbox)
-	templates, err := h.Templates(t.Context(), connect.NewRequest(&pb.TemplatesRequest{}))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, tpl := range templates.Msg.GetTemplates() {
-		if tpl.GetName() != "killed" {
-			continue
-		}
-		if tpl.GetTemplateId() != template {
-			t.Errorf("template %v", tpl)
-			continue
-		}
-		r := request()
-		r.TeamId, r.TemplateId, r.MemoryMib = tpl.GetTeamId(), tpl.GetTemplateId(), tpl.GetMemoryMib()
-		s := h.create(t, r)
-		h.counts(t, s, pid, 0)
-		h.destroy(t, s)
-		if _, err := h.DeleteTemplate(t.Context(), connect.NewRequest(&pb.DeleteTemplateRequest{TeamId: tpl.GetTeamId(), TemplateId: tpl.GetTemplateId()})); err != nil {
-			t.Error(err)
-		}
-	}
-	for _, dir := range []string{h.Dir.Forks(), h.Dir.Images()} {
-		if hidden, _ := filepath.Glob(filepath.Join(dir, ".tmp-*")); len(hidden) > 0 {
-			t.Errorf("left: %v", hidden)
-		}
-	}
-	if folders, _ := filepath.Glob(filepath.Join(h.Dir.Sandboxes(), "*")); len(folders) != 1 {
-		t.Errorf("folders %v", folders)
-	}
-	if m := h.Machines(); len(m) != 1 {
-		t.Errorf("machines %v", m)
-	}
-	if forks, _ := filepath.Glob(filepath.Join(h.Dir.Forks(), "*")); len(forks) != 0 {
-		t.Errorf("forks %v", forks)
-	}
-	u, _ := id.Parse(id.Sandbox, sandbox)
-	if saved, _ := filepath.Glob(filepath.Join(h.Dir.Sandbox(u), "state-*")); len(saved) > 1 {
-		t.Errorf("states %v", saved)
-	}
 }
 
 // TestTrackedPagesOnDebiansKernel runs the driver's test of that name in a
