@@ -8,6 +8,7 @@
 package bench
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -71,7 +72,7 @@ func newHost(t *testing.T, memoryMiB int, env map[string]string) *host {
 	asked(t)
 	h := &host{port: 8000, Agent: agenttest.New(t, func(a *agenttest.Agent) {
 		a.MemoryMiB = memoryMiB
-		a.Env["WRENN_VMM_ACCEL"] = "auto"
+		a.Env["WRENN_VMM_ACCEL"] = cmp.Or(os.Getenv("WRENN_TEST_ACCEL"), "auto")
 		for k, v := range env {
 			a.Env[k] = v
 		}

@@ -13,17 +13,20 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
 )
 
 const (
-	idle       = 50
 	idleMemory = 512
 	// settling is how long guests are left alone before they are looked at.
 	settling = 10 * time.Second
 )
 
-// TestIdle measures what many sandboxes that do nothing take.
+// TestIdle measures what many sandboxes that do nothing take. WRENN_TEST_IDLE is
+// how many (50).
 func TestIdle(t *testing.T) {
+	asked(t)
+	idle := vmmtest.Count(t, "WRENN_TEST_IDLE", 50)
 	h := newHost(t, idle*1024, nil)
 	if have := meminfo(t, "MemAvailable"); have < 6<<30 {
 		t.Skipf("needs 6 GiB of memory, and %s are available", mib(have))
@@ -59,10 +62,10 @@ func TestIdle(t *testing.T) {
 		u := usage(t, agenttest.QEMU(s))
 		pss, own, base, rest = append(pss, u.pss), append(own, u.own), append(base, u.base), append(rest, u.pss-u.own-u.base)
 	}
-	shared := sum(base) * (idle + 1) / idle // the first has its share too
+	shared := sum(base) * int64(idle+1) / int64(idle) // the first has its share too
 	table(fmt.Sprintf("%d sandboxes of one template of %d MiB at once", idle, idleMemory), []string{"what", "is"}, [][]string{
 		{"all created, each with its first command's result", ms(all)},
-		{"a sandbox, on average", ms(all / idle)},
+		{"a sandbox, on average", ms(all / time.Duration(idle))},
 		{"the first one to have it", ms(min0(took))},
 		{"PSS of an idle sandbox's machine", mib(middle(pss))},
 		{"of that: the guest's own pages, changed since the template", mib(middle(own))},
@@ -70,7 +73,7 @@ func TestIdle(t *testing.T) {
 		{"of that: QEMU itself", mib(middle(rest))},
 		{"extra memory for one more sandbox: its own pages and QEMU", mib(middle(pss) - middle(base))},
 		{"the template's memory that is mapped, once for all", mib(shared)},
-		{"the host's available memory fell by, for each sandbox", mib(fell / idle)},
+		{"the host's available memory fell by, for each sandbox", mib(fell / int64(idle))},
 	})
 	for _, s := range append(sandboxes, first) {
 		wg.Go(func() { h.destroy(t, s) })
