@@ -13,8 +13,9 @@ PACKAGES := test/browser/node_modules/.package-lock.json test/clients/node_modul
 # Distribution packages: what Wrenn runs with (a test compares them with the table
 # in internal/programs), and what its tests need besides.
 RUN_PACKAGES  := qemu-system-x86 postgresql redis-server mmdebstrap e2fsprogs kmod ca-certificates
-# (gcc: for the race detector.)
-TEST_PACKAGES := slirp4netns qemu-utils busybox-static nftables iptables containernetworking-plugins iproute2 socat gcc libc6-dev dpkg-dev docker-registry skopeo umoci chromium fonts-dejavu-core
+# (gcc: for the race detector.) LAB_PACKAGES are what test/lab needs of them.
+LAB_PACKAGES  := qemu-utils busybox-static nftables iptables iproute2 socat
+TEST_PACKAGES := $(LAB_PACKAGES) slirp4netns containernetworking-plugins gcc libc6-dev dpkg-dev docker-registry skopeo umoci chromium fonts-dejavu-core
 
 # What benchmarks are beside.
 BENCH_PACKAGES := nginx-light wrk iproute2 gcc libc6-dev
@@ -81,7 +82,8 @@ test: test-deps lint build
 	go test -race -count=1 -timeout $(if $(WRENN_SLOW),5h,45m) $(GO_PACKAGES)
 
 # Runs the tests of virtual machines with KVM: this machine's, or a lab's (test/lab).
-test-kvm: test-deps build
+test-kvm: deps go
+	@.ci/packages $(LAB_PACKAGES)
 	WRENN_TEST_KVM=1 go test -count=1 -v -timeout 5h ./test/lab
 
 # Prints tables in Markdown, and nothing else, on its standard output; how it is

@@ -5,8 +5,9 @@
 set -euo pipefail
 cd "$1"
 khz=$(awk -F: '/cpu MHz/ { printf "%d", $2 * 1000; exit }' /proc/cpuinfo)
-# Without tsc_early_khz the lab's clock may run several times too fast.
-exec qemu-system-x86_64 -M q35 -cpu max -smp 2 -m "$2M" -accel tcg,thread=multi \
+# Without tsc_early_khz the lab's clock may run several times too fast. QEMU ends
+# with the process that waits for it.
+exec setpriv --pdeathsig KILL qemu-system-x86_64 -M q35 -cpu max -smp 2 -m "$2M" -accel tcg,thread=multi \
 	-nodefaults -no-user-config -display none -no-reboot \
 	-kernel kernel/vmlinuz -initrd initrd.cpio -serial stdio \
 	-append "console=ttyS0 panic=-1 mitigations=off tsc=reliable random.trust_cpu=on nokaslr quiet tsc_early_khz=$khz" \

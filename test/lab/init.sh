@@ -1,6 +1,7 @@
 #!/bin/bash
 # The lab's init: makes of it a machine like a user's, runs the lines of the file
-# "run", each with its output in out.1, out.2 and so on, and powers off.
+# "run", each with its output in out.1, out.2 and so on and its exit code in code.1,
+# code.2 and so on, and powers off.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=dumb
 mount -t tmpfs run /run
 mkdir -p /dev/pts /dev/shm /run/lock
@@ -12,6 +13,9 @@ ln -s "/lab/lib/modules/$(uname -r)" "/lib/modules/$(uname -r)"
 for m in kvm_amd virtio_blk ext4 tun veth bridge nf_tables nft_masq nft_nat nft_ct nft_chain_nat loop dm_snapshot nbd vhost_net fuse; do
 	modprobe "$m" || echo "lab: no module $m"
 done
+# Agents ask apt when they start. Without its cache that takes half a minute here.
+printf 'Dir::Cache::pkgcache "pkgcache.bin";\nDir::Cache::srcpkgcache "srcpkgcache.bin";\n' >/etc/apt/apt.conf.d/zz-lab
+apt-cache gencaches >/dev/null
 ip link set lo up
 mkdir -p /disk
 mount /dev/vda /disk
@@ -26,7 +30,9 @@ while read -r line; do
 	n=$((n + 1))
 	echo "lab: begin $line"
 	(eval "$line") </dev/null >/job/out.$n 2>&1
-	echo "lab: end with $?"
+	code=$?
+	echo $code >/job/code.$n
+	echo "lab: end with $code"
 done </job/run
 sync
 touch /job/done

@@ -5,13 +5,16 @@ package lab
 
 import (
 	"bufio"
+	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -23,20 +26,24 @@ import (
 
 // job is one run of a test program.
 type job struct {
-	pkg string // below the repository
-	run string // tests, as for go test -run
-	env string // more of the environment: NAME=VALUE
-	// slow: only under WRENN_SLOW.
-	slow bool
+	title string
+	pkg   string // below the repository
+	run   string // tests, as for go test -run
+	env   string // more of the environment: NAME=VALUE
+	slow  bool   // only under WRENN_SLOW, or by its title
+	shown bool   // its output is a result
 }
 
 var jobs = []job{
-	{pkg: "internal/agent/vmm/qemu", run: "^TestProbe|^TestBootBounds|^TestKilledQEMU|^TestGuestThatEnds|^TestFailedStart|^TestTSC$|^TestSaveRestoreDivert$"},
-	{pkg: "internal/agent/vmm/qemu", run: "^TestPausesUnderLoad$", env: "WRENN_TEST_PAUSES=20"},
-	{pkg: "internal/agent", run: "^TestSandbox$"},
-	{pkg: "internal/agent/vmm/qemu", run: "^TestRestoreRefuses|^TestTrackedPages", slow: true},
-	{pkg: "internal/agent", run: "^TestMachineIsKilled|^TestAgentRestarts|^TestSnapshot|^TestFailedCreates|^TestFork|^TestWarm|^TestManyPauses|^TestKilledAtEveryStep", slow: true},
-	{pkg: "internal/agent/vmm/qemu", run: "^TestPausesUnderLoad$", env: "WRENN_TEST_PAUSES=500", slow: true},
+	{title: "driver", pkg: "internal/agent/vmm/qemu", run: "^TestProbe|^TestBootBounds|^TestKilledQEMU|^TestGuestThatEnds|^TestFailedStart|^TestTSC$|^TestSaveRestoreDivert$|^TestGuestUnderKVM$"},
+	{title: "pauses under load", pkg: "internal/agent/vmm/qemu", run: "^TestPausesUnderLoad$", env: "WRENN_TEST_PAUSES=20"},
+	{title: "one life", pkg: "internal/agent", run: "^TestWholeLife$"},
+	{title: "driver, the rest", pkg: "internal/agent/vmm/qemu", run: "^TestRestoreRefuses|^TestTrackedPages", slow: true},
+	{title: "agent", pkg: "internal/agent", run: "^TestSandbox$|^TestOtherProcessor$|^TestMachineIsKilled|^TestAgentRestarts|^TestSnapshot|^TestFailedCreates|^TestFork|^TestWarm|^TestKilledAtEveryStep", slow: true},
+	{title: "one long life", pkg: "internal/agent", run: "^TestWholeLife$", env: "WRENN_SLOW=1 WRENN_TEST_PAUSES=25", slow: true},
+	{title: "figures", pkg: "test/bench", run: "^TestImages$|^TestCreate$|^TestPause$/^256_MiB$|^TestIdle$", env: "WRENN_BENCH=1 WRENN_TEST_IDLE=20", slow: true, shown: true},
+	{title: "older machines", pkg: "internal/agent/vmm/qemu", run: "^TestOlderMachinesAreRepaired$", env: "WRENN_TEST_PAUSES=100", slow: true},
+	{title: "many pauses under load", pkg: "internal/agent/vmm/qemu", run: "^TestPausesUnderLoad$", env: "WRENN_TEST_PAUSES=500", slow: true},
 }
 
 const (
@@ -48,7 +55,9 @@ const (
 	labFactor = 8
 )
 
-// TestKVM runs the jobs, each test of theirs as a test of its own here.
+// TestKVM runs the jobs, each test of theirs as a test of its own here, and lists
+// what came of them. WRENN_TEST_KVM_JOBS, a regular expression of their titles,
+// chooses among them.
 func TestKVM(t *testing.T) {
 	slow := os.Getenv("WRENN_SLOW") != ""
 	if !slow && os.Getenv("WRENN_TEST_KVM") == "" {
@@ -68,10 +77,23 @@ func TestKVM(t *testing.T) {
 		t.Fatal(err)
 	}
 	copyFile(t, in.Envd, filepath.Join(home, "envd"))
+	chosen, err := regexp.Compile(os.Getenv("WRENN_TEST_KVM_JOBS"))
+	if err != nil {
+		t.Fatalf("WRENN_TEST_KVM_JOBS: %v", err)
+	}
+	// left says why a job is left out.
+	left := func(j job) string {
+		switch byName := chosen.String() != ""; {
+		case !chosen.MatchString(j.title):
+			return "WRENN_TEST_KVM_JOBS leaves it out"
+		case j.slow && !slow && !byName:
+			return "takes long: WRENN_SLOW=1"
+		}
+		return ""
+	}
 	var todo []job
 	for _, j := range jobs {
-		if j.slow && !slow {
-			t.Run(j.name(), func(t *testing.T) { t.Skip("takes long: WRENN_SLOW=1") })
+		if left(j) != "" {
 			continue
 		}
 		todo = append(todo, j)
@@ -80,6 +102,7 @@ func TestKVM(t *testing.T) {
 		}
 	}
 	reason := qemu.KVMWorks(t.Context(), in.Kernel.Vmlinux, in.Kernel.Initrd, dir, slog.New(slog.NewTextHandler(t.Output(), nil)))
+	var skip string // why no job can run
 	if reason == nil {
 		t.Log("with this machine's own KVM")
 		for i, j := range todo {
@@ -87,16 +110,44 @@ func TestKVM(t *testing.T) {
 		}
 	} else {
 		t.Logf("in a lab, because this machine's own KVM does not work: %v", reason)
-		boot(t, dir, home, root, string(in.Dir), todo)
+		skip = boot(t, dir, home, root, string(in.Dir), todo)
 	}
-	for i, j := range todo {
-		t.Run(j.name(), func(t *testing.T) { report(t, filepath.Join(home, fmt.Sprintf("out.%d", i+1))) })
+	var all []outcome
+	done := 0
+	for _, j := range jobs {
+		t.Run(strings.ReplaceAll(j.title, " ", "-"), func(t *testing.T) {
+			if why := cmp.Or(left(j), skip); why != "" {
+				all = append(all, outcome{result: skipped, name: j.title, why: why})
+				t.Skip(why)
+			}
+			done++
+			all = append(all, report(t, j, home, done)...)
+		})
+	}
+	t.Log("what ran, and what was skipped and why:")
+	for _, o := range all {
+		t.Log(o)
 	}
 }
 
-func (j job) program() string { return strings.ReplaceAll(j.pkg, "/", "-") + ".test" }
+// outcome is what came of a test, or of a job of which no test ran.
+type outcome struct{ result, name, took, why, text string }
 
-func (j job) name() string { return strings.TrimSpace(j.pkg + " " + j.run + " " + j.env) }
+// Results, as the testing package prints them.
+const (
+	failed  = "FAIL"
+	skipped = "SKIP"
+)
+
+func (o outcome) String() string {
+	s := strings.TrimSpace(o.result + "  " + o.name + " " + o.took)
+	if o.why != "" {
+		s += ": " + o.why
+	}
+	return s
+}
+
+func (j job) program() string { return strings.ReplaceAll(j.pkg, "/", "-") + ".test" }
 
 // line is the job for a shell.
 func (j job) line(home string) string {
@@ -114,16 +165,15 @@ func here(t *testing.T, home, root string, i int, j job) {
 	cmd.Dir = filepath.Join(root, j.pkg)
 	cmd.Env = append(os.Environ(), "WRENN_TEST_ACCEL=kvm")
 	cmd.Stdout, cmd.Stderr = out, out
-	if err := cmd.Run(); err != nil {
-		t.Logf("%s: %v", j.name(), err) // the report says which test failed
-	}
+	_ = cmd.Run() // the report says what failed
+	write(t, filepath.Join(home, fmt.Sprintf("code.%d", i+1)), fmt.Sprint(cmd.ProcessState.ExitCode()))
 }
 
-// boot runs the jobs in the lab.
-func boot(t *testing.T, dir, home, root, cache string, todo []job) {
+// boot runs the jobs in the lab, or returns the reason why there can be none.
+func boot(t *testing.T, dir, home, root, cache string, todo []job) (skip string) {
 	for _, tool := range []string{"qemu-system-x86_64", "busybox", "modprobe", "dpkg-deb", "apt-get", "mke2fs"} {
 		if _, err := exec.LookPath(tool); err != nil {
-			t.Skipf("needs %s to make the lab", tool)
+			return fmt.Sprintf("needs %s to make the lab", tool)
 		}
 	}
 	user, err := os.UserCacheDir()
@@ -157,54 +207,130 @@ func boot(t *testing.T, dir, home, root, cache string, todo []job) {
 	cmd := exec.CommandContext(t.Context(), filepath.Join(root, ".ci/newer-qemu"), filepath.Join(root, "test/lab/boot.sh"), dir, fmt.Sprint(labMemory))
 	cmd.Dir = root
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
-	console, err := cmd.CombinedOutput()
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd.Stderr = cmd.Stdout
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var console strings.Builder
+	s := bufio.NewScanner(out)
+	for s.Scan() {
+		fmt.Fprintln(&console, s.Text())
+		if strings.HasPrefix(s.Text(), "lab: ") {
+			t.Log(strings.TrimSpace(s.Text()))
+		}
+	}
+	_, _ = io.Copy(&console, out) // if a line was too long
+	err = cmd.Wait()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.ExitCode() == 75 {
-		t.Skipf("needs QEMU 10: with an older SVM one guest in thirty hangs: %s", console)
-	}
-	for line := range strings.Lines(string(console)) {
-		if strings.HasPrefix(line, "lab: ") {
-			t.Log(strings.TrimSpace(line))
-		}
+		return "needs QEMU 10, because with the SVM of QEMU 7.2 one guest in thirty hangs: " + strings.TrimSpace(console.String())
 	}
 	t.Logf("the lab was up for %v", time.Since(begun).Round(time.Second))
 	if _, done := os.Stat(filepath.Join(home, "done")); err != nil || done != nil {
-		t.Errorf("the lab did not come to its end: %v\n%s", err, console[max(0, len(console)-6000):])
+		text := console.String()
+		t.Errorf("the lab did not come to its end: %v\n%s", err, text[max(0, len(text)-6000):])
 	}
+	return ""
 }
 
-var result = regexp.MustCompile(`^--- (PASS|FAIL|SKIP): (\S+) (\(.*\))`)
+var (
+	begins = regexp.MustCompile(`^=== RUN   (Test[^/]+)$`)
+	result = regexp.MustCompile(`^--- (PASS|FAIL|SKIP): (\S+) (\(.*\))`)
+)
 
-// report makes a test of each test in the output of a job.
-func report(t *testing.T, name string) {
-	out, err := os.ReadFile(name)
-	if err != nil {
-		t.Fatalf("the job did not begin: %v", err)
+// parse finds the tests in the output of a job.
+func parse(out string) (all []outcome) {
+	running, before := "", []string(nil) // the test that runs, and what it said
+	add := func(o outcome) {
+		o.text = strings.Join(before[max(0, len(before)-100):], "\n")
+		all = append(all, o)
+		running, before = "", nil
 	}
-	found := 0
-	s := bufio.NewScanner(strings.NewReader(string(out)))
-	s.Buffer(nil, 1<<20)
-	var before []string
-	for s.Scan() {
-		m := result.FindStringSubmatch(s.Text())
-		if m == nil {
-			before = append(before, s.Text())
+	for line := range strings.Lines(out) {
+		line = strings.TrimSuffix(line, "\n")
+		if m := begins.FindStringSubmatch(line); m != nil {
+			running, before = m[1], nil
 			continue
 		}
-		found++
-		text := strings.Join(before[max(0, len(before)-100):], "\n")
-		before = nil
-		t.Run(m[2], func(t *testing.T) {
-			switch t.Log(m[3]); m[1] {
-			case "FAIL":
-				t.Error(text)
-			case "SKIP":
-				t.Skip(text)
+		m := result.FindStringSubmatch(line)
+		if m == nil {
+			before = append(before, line)
+			continue
+		}
+		o := outcome{result: m[1], name: m[2], took: m[3]}
+		if o.result == skipped && len(before) > 0 {
+			o.why = strings.TrimSpace(before[len(before)-1])
+		}
+		add(o)
+	}
+	if running != "" {
+		add(outcome{result: failed, name: running, why: "did not end"})
+	}
+	return all
+}
+
+// report makes a test of each test in the output of the n-th job that ran.
+func report(t *testing.T, j job, home string, n int) []outcome {
+	out, err := os.ReadFile(filepath.Join(home, fmt.Sprintf("out.%d", n)))
+	if err != nil {
+		t.Errorf("the job did not begin: %v", err)
+		return []outcome{{result: failed, name: j.title, why: "did not begin"}}
+	}
+	if j.shown {
+		t.Logf("%s", out)
+	}
+	all := parse(string(out))
+	for _, o := range all {
+		t.Run(o.name, func(t *testing.T) {
+			switch t.Log(o.took); o.result {
+			case failed:
+				t.Errorf("%s\n%s", o.why, o.text)
+			case skipped:
+				t.Skip(o.text)
 			}
 		})
 	}
-	if found == 0 || !strings.Contains("\n"+string(out), "\nPASS\n") {
-		t.Errorf("the job did not pass:\n%s", out[max(0, len(out)-6000):])
+	code, err := os.ReadFile(filepath.Join(home, fmt.Sprintf("code.%d", n)))
+	if strings.TrimSpace(string(code)) != "0" || len(all) == 0 {
+		t.Errorf("the job ended with code %q (%v):\n%s", code, err, out[max(0, len(out)-6000):])
+	}
+	return all
+}
+
+// TestParse reads the outputs of jobs that end in every way.
+func TestParse(t *testing.T) {
+	const out = `=== RUN   TestImages
+--- PASS: TestImages (0.10s)
+PASS
+=== RUN   TestOne
+    one_test.go:7: a word
+=== RUN   TestOne/part
+--- PASS: TestOne (1.50s)
+    --- PASS: TestOne/part (1.00s)
+=== RUN   TestTwo
+    two_test.go:9: needs what is not here
+--- SKIP: TestTwo (0.00s)
+=== RUN   TestThree
+    three_test.go:8: wrong
+--- FAIL: TestThree (2.00s)
+=== RUN   TestFour
+    four_test.go:3: its last word
+panic: it fell over
+`
+	var got []string
+	for _, o := range parse(out) {
+		got = append(got, o.String())
+	}
+	want := []string{
+		"PASS  TestImages (0.10s)", "PASS  TestOne (1.50s)", "SKIP  TestTwo (0.00s): two_test.go:9: needs what is not here",
+		"FAIL  TestThree (2.00s)", "FAIL  TestFour: did not end",
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("got\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
 }
 
