@@ -36,7 +36,7 @@ type job struct {
 
 var jobs = []job{
 	{title: "driver", pkg: "internal/agent/vmm/qemu", run: "^TestProbe|^TestBootBounds|^TestKilledQEMU|^TestGuestThatEnds|^TestFailedStart|^TestTSC$|^TestSaveRestoreDivert$|^TestGuestUnderKVM$"},
-	{title: "pauses under load", pkg: "internal/agent/vmm/qemu", run: "^TestPausesUnderLoad$", env: "WRENN_TEST_PAUSES=20"},
+	{title: "pauses under load", pkg: "internal/agent/vmm/qemu", run: "^TestPausesUnderLoad$", env: "WRENN_TEST_PAUSES=5"},
 	{title: "one life", pkg: "internal/agent", run: "^TestWholeLife$"},
 	{title: "driver, the rest", pkg: "internal/agent/vmm/qemu", run: "^TestRestoreRefuses|^TestTrackedPages", slow: true},
 	{title: "agent", pkg: "internal/agent", run: "^TestSandbox$|^TestOtherProcessor$|^TestMachineIsKilled|^TestAgentRestarts|^TestSnapshot|^TestFailedCreates|^TestFork|^TestWarm|^TestKilledAtEveryStep", slow: true},

@@ -56,7 +56,7 @@ const (
 	// pool that does blocking file operations.
 	maxThreads = 96
 	socketName = "qmp.sock"
-	// startTimeout bounds the time from QEMU's start to its first answer.
+	// startTimeout bounds the time from QEMU's start to its first answer (30 s).
 	startTimeout = 30 * time.Second
 )
 
@@ -70,6 +70,8 @@ type Driver struct {
 	// launcher starts QEMU with the limits that a process must set for itself.
 	launcher *launcher.Launcher
 	standIn  bool // tests run this program in QEMU's place
+	// starts bounds the time from QEMU's start until its machine is ready.
+	starts time.Duration
 	// endings are the machines that are being ended.
 	endings endings
 	log     *slog.Logger
@@ -125,7 +127,7 @@ func Open(accel, dir string, log *slog.Logger, opts ...Option) (*Driver, error) 
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open QEMU driver: %w", err), l.Close())
 	}
-	return &Driver{accel: accel, jail: j, bootID: strings.TrimSpace(string(bootID)), tscKHz: khz, kind: kind, launcher: l, log: log}, nil
+	return &Driver{accel: accel, jail: j, bootID: strings.TrimSpace(string(bootID)), tscKHz: khz, kind: kind, launcher: l, starts: startTimeout, log: log}, nil
 }
 
 // Name implements vmm.Driver.
@@ -241,7 +243,7 @@ func (d *Driver) launch(ctx context.Context, s vmm.Spec, as model, ram, incoming
 	}()
 	undo = append(undo, func() error { return m.Kill(context.WithoutCancel(ctx)) })
 
-	wait, cancel := context.WithTimeout(ctx, startTimeout)
+	wait, cancel := context.WithTimeout(ctx, d.starts)
 	defer cancel()
 	stop := closedToCancel(m.done, cancel)
 	defer stop()

@@ -47,6 +47,7 @@ func open(t *testing.T) (*Driver, vmm.Spec) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	d.starts = vmmtest.Within(t, startTimeout)
 	t.Cleanup(func() {
 		if err := d.Close(); err != nil {
 			t.Error(err)
