@@ -149,3 +149,40 @@ func TestSlowBodies(t *testing.T) {
 		}
 	}
 }
+
+// TestUploadsEnd has the body of every operation that streams it stall, and logs the
+// caller out: the request is refused at once, though nothing more of the body comes.
+func TestUploadsEnd(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	w := p.world()
+	n := 0
+	w.withBodies(func(o operation, c caller) {
+		if o.RequestBody.Value.Content.Get("application/json") != nil {
+			return
+		}
+		n++
+		delete(w.shown, c.name) // so that it logs in
+		s := w.stall(o, c, p.http.Listener.Addr())
+		user := w.teams[c.team].owner
+		switch {
+		case c.platform:
+			user = w.staff
+		case c.role == "member":
+			user = w.teams[c.team].member
+		}
+		w.sql("DELETE FROM sessions WHERE user_id = $1", user)
+		resp, err := http.ReadResponse(s.in, nil)
+		if err != nil {
+			t.Errorf("%s as %s: %v", o, c.name, err)
+			return
+		}
+		body, err := io.ReadAll(resp.Body)
+		if err != nil || resp.StatusCode != http.StatusUnauthorized {
+			t.Errorf("%s as %s: %d %s, %v", o, c.name, resp.StatusCode, body, err)
+		}
+	})
+	if n < 6 {
+		t.Errorf("only %d operations stream their bodies", n)
+	}
+}

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/getkin/kin-openapi/openapi3"
 	"github.com/google/uuid"
@@ -119,6 +120,10 @@ func (a *API) authorize(next http.Handler) http.Handler {
 			var done func()
 			ctx, done = a.Watch.While(ctx, who, mark, func(ctx context.Context) error { return a.again(ctx, r, access, who) })
 			defer done()
+			if streams(op) {
+				// A read of the body that waits ends then, too.
+				defer context.AfterFunc(ctx, func() { _ = http.NewResponseController(w).SetReadDeadline(time.Unix(1, 0)) })()
+			}
 		}
 		next.ServeHTTP(w, r.WithContext(ctx))
 	})
@@ -127,11 +132,15 @@ func (a *API) authorize(next http.Handler) http.Handler {
 // lasts says whether an operation goes on for as long as its client or a guest
 // likes, so that who asked for it may have lost what they were when it began.
 func lasts(op *openapi3.Operation) bool {
-	switch op.OperationID {
-	case "exec", "execStream", "runCode", "readFile", "writeFile", "readArchive", "writeArchive", "followBuild", "followBuildAdmin":
+	if op.OperationID == "exec" || op.OperationID == "runCode" { // Their JSON is as late as a guest's command ends.
 		return true
 	}
-	return false
+	for status, r := range op.Responses.Map() {
+		if status == "101" || status[0] == '2' && !isJSON(r.Value.Content) {
+			return true
+		}
+	}
+	return streams(op)
 }
 
 // again says whether who made a request may still do so.

@@ -175,13 +175,19 @@ const (
 	maxExecBody = 16 << 20
 )
 
-// streams says whether an operation's body is passed on as it comes.
+// streams says whether an operation's body is passed on as it comes: all but JSON is.
 func streams(op *openapi3.Operation) bool {
-	switch op.OperationID {
-	case "writeFile", "writeArchive", "importArchive", "importPlatformArchive", "putBuildArchive", "putBuildArchiveAdmin":
-		return true
+	return op.RequestBody != nil && !isJSON(op.RequestBody.Value.Content)
+}
+
+// isJSON says whether content, if there is any, can be nothing but JSON.
+func isJSON(content openapi3.Content) bool {
+	for kind := range content {
+		if kind != jsonType {
+			return false
+		}
 	}
-	return false
+	return true
 }
 
 // limit bounds the caller's requests under way, and bodies unless they are streamed on.
