@@ -8,12 +8,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"strconv"
 	"strings"
 	"time"
 
 	"golang.org/x/oauth2"
+
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
 const (
@@ -49,7 +52,9 @@ type Client struct {
 	http  *http.Client
 }
 
-// New returns a client for an application.
+// New returns a client for an application. It calls public addresses, and those of the
+// machine and of private networks only if c names a site of its own. It uses no proxy,
+// which would resolve names by itself.
 func New(c Config) *Client {
 	site, api := "https://github.com", "https://api.github.com"
 	if c.URL != "" {
@@ -58,12 +63,16 @@ func New(c Config) *Client {
 	if c.APIURL != "" {
 		api = strings.TrimSuffix(c.APIURL, "/")
 	}
+	own := c.URL != "" || c.APIURL != ""
+	dialer := &net.Dialer{Timeout: within, Control: netaddr.Policy{Loopback: own, Private: own}.Control}
 	return &Client{
 		oauth: oauth2.Config{
 			ClientID: c.ClientID, ClientSecret: c.ClientSecret, RedirectURL: c.Callback, Scopes: []string{"read:user", "user:email"},
 			Endpoint: oauth2.Endpoint{AuthURL: site + "/login/oauth/authorize", TokenURL: site + "/login/oauth/access_token", AuthStyle: oauth2.AuthStyleInParams},
 		},
-		api: api, http: &http.Client{Timeout: within},
+		api: api, http: &http.Client{Timeout: within, Transport: &http.Transport{
+			DialContext: dialer.DialContext, ForceAttemptHTTP2: true, MaxResponseHeaderBytes: 64 << 10, IdleConnTimeout: 30 * time.Second,
+		}},
 	}
 }
 

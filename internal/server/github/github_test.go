@@ -1,0 +1,39 @@
+package github
+
+import (
+	"errors"
+	"net/http"
+	"net/http/httptest"
+	"testing"
+
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
+)
+
+// TestCallsPublicAddresses: github.com is at no private address, whatever DNS and
+// redirects say, and no site is at an address that is called for nobody.
+func TestCallsPublicAddresses(t *testing.T) {
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/redirect" {
+			http.Redirect(w, r, "http://169.254.169.254/latest/meta-data", http.StatusFound)
+		}
+	}))
+	defer srv.Close()
+	for _, c := range []struct {
+		config  Config
+		path    string
+		allowed bool
+	}{
+		{Config{}, "/", false},
+		{Config{URL: srv.URL}, "/", true},
+		{Config{APIURL: srv.URL}, "/", true},
+		{Config{URL: srv.URL, APIURL: srv.URL}, "/redirect", false},
+	} {
+		resp, err := New(c.config).http.Get(srv.URL + c.path)
+		if err == nil {
+			resp.Body.Close()
+		}
+		if (err == nil) != c.allowed || err != nil && !errors.Is(err, netaddr.ErrNotAllowed) {
+			t.Errorf("%+v, %s: %v", c.config, c.path, err)
+		}
+	}
+}
