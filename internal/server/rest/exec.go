@@ -17,6 +17,7 @@ import (
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/patience"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
@@ -200,7 +201,7 @@ func (a *API) execStream(ctx context.Context, ws *websocket.Conn, who auth.Princ
 	// From here one goroutine sends and this one receives.
 	input := make(chan error, 1)
 	go func() {
-		input <- a.pumpInput(ctx, ws, who, stream)
+		input <- a.pumpInput(ctx, ws, who, stream, cancel, patience.Default.Idle)
 		cancel()
 		// HTTP/2 notices that a call was given up only when its body ends.
 		_ = stream.CloseRequest()
@@ -261,9 +262,24 @@ func (a *API) parse(who auth.Principal, schema string, b []byte, v any) error {
 
 type execStream = connect.BidiStreamForClient[hostagentv1.ExecStreamRequest, hostagentv1.ExecStreamResponse]
 
-// pumpInput sends what the client says to the command, until the client is
-// gone (errGone) or says what is wrong.
-func (a *API) pumpInput(ctx context.Context, ws *websocket.Conn, who auth.Principal, stream *execStream) error {
+// errUnread ends a call whose guest does not read what is sent to it.
+var errUnread = fault.New(fault.Timeout, "the sandbox did not read what was sent to it in time")
+
+// sendWithin calls send. If that takes longer than within, end must end it, and the
+// error is errUnread.
+func sendWithin(within time.Duration, end func(), send func() error) error {
+	timer := time.AfterFunc(within, end)
+	err := send()
+	if !timer.Stop() {
+		return errUnread
+	}
+	return err
+}
+
+// pumpInput sends what the client says to the command, until the client is gone
+// (errGone) or says what is wrong. A command that leaves its input unread for longer
+// than within is ended: meanwhile nobody would notice that the client is gone.
+func (a *API) pumpInput(ctx context.Context, ws *websocket.Conn, who auth.Principal, stream *execStream, end func(), within time.Duration) error {
 	for {
 		kind, b, err := ws.Read(ctx)
 		if err != nil {
@@ -295,7 +311,11 @@ func (a *API) pumpInput(ctx context.Context, ws *websocket.Conn, who auth.Princi
 				req.Message = &hostagentv1.ExecStreamRequest_CloseStdin_{CloseStdin: &hostagentv1.ExecStreamRequest_CloseStdin{}}
 			}
 		}
-		if err := stream.Send(&req); err != nil {
+		err = sendWithin(within, end, func() error { return stream.Send(&req) })
+		if errors.Is(err, errUnread) {
+			return err
+		}
+		if err != nil {
 			// The command is over; go on reading, to notice when the client goes.
 			if !errors.Is(err, io.EOF) {
 				return hosts.Fault(err)

@@ -14,6 +14,7 @@ import (
 
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
+	"github.com/wrenn-dev/wrenn/internal/patience"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 )
@@ -224,7 +225,12 @@ func copyIn(r *http.Request, host *hosts.Host, start *hostagentv1.WriteFileStrea
 	for err == nil {
 		n, readErr := r.Body.Read(buf)
 		if n > 0 {
-			err = stream.Send(&hostagentv1.WriteFileStreamRequest{Message: &hostagentv1.WriteFileStreamRequest_Chunk{Chunk: buf[:n]}})
+			err = sendWithin(patience.Default.Unread, cancel, func() error {
+				return stream.Send(&hostagentv1.WriteFileStreamRequest{Message: &hostagentv1.WriteFileStreamRequest_Chunk{Chunk: buf[:n]}})
+			})
+			if errors.Is(err, errUnread) {
+				return nil, err
+			}
 		}
 		if readErr == io.EOF {
 			break
