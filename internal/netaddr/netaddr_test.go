@@ -114,7 +114,7 @@ func TestListeners(t *testing.T) {
 		t.Errorf("%s (%s) is not there", name, what)
 	}
 	for file, has := range map[string][]string{
-		"deploy/Caddyfile": {"read_header", "idle", "full_duplex", "linger", "read_body_idle -1s", "write_idle 1h"}, // the front door
+		"deploy/Caddyfile": {"max_header_size 64KiB", "read_header", "idle", "full_duplex", "linger", "read_body_idle -1s", "write_idle 1h"}, // the front door
 	} {
 		text, err := os.ReadFile(filepath.Join(root, file))
 		if err != nil {
