@@ -34,7 +34,7 @@ type coding struct {
 }
 
 func (o *coding) flags(cmd *cobra.Command) {
-	cmd.Flags().StringVar(&o.out, "out", "", "folder to save pictures in, which is made (default none are saved)")
+	cmd.Flags().StringVar(&o.out, "out", "", "folder to save pictures in, which is made, beside what is there (default none are saved)")
 }
 
 func (a *app) codeCommand() *cobra.Command {
@@ -72,7 +72,7 @@ func (a *app) code(ctx context.Context, c *client.Client, sandbox string, args [
 		}
 	}
 	failed := false
-	pictures := 0
+	saved := pictures{dir: o.out}
 	err = c.StreamCode(ctx, sandbox, client.Code{Code: text, ContextID: o.context, TimeoutSeconds: int(o.limit / time.Second)}, func(e client.CodeEvent) error {
 		switch {
 		case e.Stdout != "":
@@ -87,10 +87,10 @@ func (a *app) code(ctx context.Context, c *client.Client, sandbox string, args [
 			if said == "" {
 				said = e.Error.Name + ": " + e.Error.Value
 			}
-			_, err := fmt.Fprintln(a.err, said)
+			_, err := fmt.Fprintln(a.err, Printable(said))
 			return err
 		case e.Result != nil:
-			return a.result(e.Result, o.out, &pictures)
+			return a.result(e.Result, &saved)
 		}
 		return nil
 	})
@@ -120,18 +120,53 @@ func (a *app) source(args []string) (string, error) {
 	return args[0], nil
 }
 
-// result saves a result's picture, or prints its text.
-func (a *app) result(r *client.CodeOutput, out string, pictures *int) error {
-	for suffix, data := range map[string][]byte{".png": r.PNG, ".jpeg": r.JPEG, ".svg": []byte(r.SVG), ".pdf": r.PDF} {
-		if len(data) == 0 || out == "" {
+// Bounds of what one run of code saves: the guest says how much there is.
+const (
+	maxPictures     = 1000
+	maxPictureBytes = 1 << 30
+)
+
+// pictures saves a run's pictures in dir; empty: nowhere.
+type pictures struct {
+	dir      string
+	last     int // the number of the last one
+	n, bytes int
+}
+
+// save writes a picture to a file that is not there yet, and returns its name.
+func (p *pictures) save(suffix string, data []byte) (string, error) {
+	if p.n++; p.n > maxPictures {
+		return "", fmt.Errorf("the code shows more than %d pictures", maxPictures)
+	}
+	if p.bytes += len(data); p.bytes > maxPictureBytes {
+		return "", fmt.Errorf("the code's pictures have more than %d bytes", maxPictureBytes)
+	}
+	for {
+		p.last++
+		name := filepath.Join(p.dir, fmt.Sprintf("chart-%d%s", p.last, suffix))
+		f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644) // O_EXCL follows no link
+		if errors.Is(err, fs.ErrExist) {
 			continue
 		}
-		*pictures++
-		name := filepath.Join(out, fmt.Sprintf("chart-%d%s", *pictures, suffix))
-		if err := os.WriteFile(name, data, 0o644); err != nil {
+		if err != nil {
+			return "", err
+		}
+		_, err = f.Write(data)
+		return name, errors.Join(err, f.Close())
+	}
+}
+
+// result saves a result's picture, or prints its text.
+func (a *app) result(r *client.CodeOutput, to *pictures) error {
+	for suffix, data := range map[string][]byte{".png": r.PNG, ".jpeg": r.JPEG, ".svg": []byte(r.SVG), ".pdf": r.PDF} {
+		if len(data) == 0 || to.dir == "" {
+			continue
+		}
+		name, err := to.save(suffix, data)
+		if err != nil {
 			return err
 		}
-		_, err := fmt.Fprintln(a.err, "saved "+name)
+		_, err = fmt.Fprintln(a.err, "saved "+name)
 		return err
 	}
 	if r.Text == "" {
