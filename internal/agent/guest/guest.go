@@ -36,7 +36,7 @@ const (
 	// maxReply bounds one message of the guest, which the agent keeps while its caller
 	// reads nothing: the guest is not trusted, nor is its daemon, which its root can
 	// replace. The daemon's own messages have 32 KiB of output at most.
-	maxReply = 256 << 10
+	maxReply = 64 << 10
 	maxError = 2 << 10
 )
 

@@ -21,7 +21,7 @@ func TestLongMessage(t *testing.T) {
 		refused bool
 	}{
 		"the daemon's longest": {32 << 10, false},
-		"longer":               {512 << 10, true},
+		"longer":               {128 << 10, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c, _ := fake(t, func(w http.ResponseWriter, _ *http.Request) {

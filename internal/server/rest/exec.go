@@ -30,8 +30,8 @@ const (
 	answerGrace = 30 * time.Second
 	// maxMessage is the longest message of a WebSocket, in bytes.
 	maxMessage = 1 << 20
-	// maxFrame is the most output in one message to the client.
-	maxFrame = 256 << 10
+	// maxFrame is the most output in one message to the client. Each stream keeps one.
+	maxFrame = 64 << 10
 	// startWithin is how long a client may take to say what to run.
 	startWithin = 30 * time.Second
 )
