@@ -52,6 +52,9 @@ type Machine interface {
 	// other machine with the same memory.
 	Reseed(secret []byte) error
 	Rename(hostname string) error
+	// Export gives the sandbox's variables to processes whose environment is not
+	// the daemon's.
+	Export(envs map[string]string) error
 	// SetClock puts the clock right; the host told its time at that time or
 	// a little later.
 	SetClock(host time.Time) error
@@ -64,7 +67,8 @@ type Machine interface {
 type Server struct {
 	cfg        Config
 	log        *slog.Logger
-	tree       *cgroup.Tree // nil: no cgroups
+	tree       *cgroup.Tree     // nil: no cgroups
+	ports      *ports.Forwarder // nil: no service is made reachable
 	processes  *process.Service
 	filesystem *filesystem.Service
 	handler    http.Handler
@@ -105,6 +109,9 @@ func New(cfg Config) (*Server, error) {
 		return process.Defaults{Envs: st.envs, Workdir: st.workdir}
 	}})
 	s.filesystem = filesystem.New()
+	if cfg.Address.IsValid() {
+		s.ports = ports.New(ports.Config{Address: cfg.Address, Except: []uint16{Port}, Log: log})
+	}
 
 	// Users' requests: each is somebody's.
 	user := http.NewServeMux()
@@ -125,6 +132,7 @@ func New(cfg Config) (*Server, error) {
 	mux.Handle("GET /envs", s.guard(http.HandlerFunc(s.envs)))
 	mux.Handle("POST /freeze", s.guard(s.toTree((*cgroup.Tree).Freeze)))
 	mux.Handle("POST /settle", s.guard(s.toTree(settle)))
+	mux.Handle("POST /ports", s.guard(http.HandlerFunc(s.look)))
 	mux.Handle("POST /thaw", s.guard(s.toTree((*cgroup.Tree).Thaw)))
 	mux.Handle("/", s.guard(s.identify(user)))
 	s.handler = mux
@@ -150,9 +158,8 @@ func (s *Server) Run(ctx context.Context, addr string) error {
 
 	var background sync.WaitGroup
 	ctx, cancel := context.WithCancel(ctx)
-	if s.cfg.Address.IsValid() {
-		f := ports.New(ports.Config{Address: s.cfg.Address, Except: []uint16{Port}, Log: s.log})
-		background.Go(func() { f.Run(ctx) })
+	if s.ports != nil {
+		background.Go(func() { s.ports.Run(ctx) })
 	}
 	background.Go(func() {
 		<-ctx.Done()
@@ -200,6 +207,14 @@ func (s *Server) envs(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Cache-Control", "no-store")
 	_ = json.NewEncoder(w).Encode(envs)
+}
+
+// look looks for services to make reachable, as is done once a second anyway.
+func (s *Server) look(w http.ResponseWriter, r *http.Request) {
+	if s.ports != nil {
+		s.ports.Look(r.Context())
+	}
+	w.WriteHeader(http.StatusNoContent)
 }
 
 // freezeLimit is how long users' processes may take to stand still.

@@ -184,6 +184,9 @@ func (s *Server) become(ctx context.Context, req *initRequest) (initReply, error
 		if req.Hostname != "" {
 			warn(m.Rename(req.Hostname))
 		}
+		if req.EnvVars != nil {
+			warn(m.Export(req.EnvVars))
+		}
 		if req.GrowDisk > 0 {
 			var err error
 			reply.Disk, err = m.Grow(ctx, req.GrowDisk)

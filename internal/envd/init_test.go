@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -41,6 +42,10 @@ func (n *notes) note(what, detail string) error {
 func (n *notes) Reseed(b []byte) error      { return n.note("reseed", string(b[:1])) }
 func (n *notes) Rename(s string) error      { return n.note("rename", s) }
 func (n *notes) SetClock(t time.Time) error { return n.note("clock", t.Format(time.RFC3339)) }
+func (n *notes) Export(envs map[string]string) error {
+	return n.note("export", strconv.Itoa(len(envs)))
+}
+
 func (n *notes) Grow(context.Context, int64) (int64, error) {
 	return 4096, n.note("grow", "")
 }
@@ -66,7 +71,7 @@ func post(s *Server, token, body string) *httptest.ResponseRecorder {
 	return w
 }
 
-const whole = `{"accessToken":"new","timestamp":"2026-01-02T03:04:05Z","entropy":"QUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUE=","hostname":"h","growDisk":4096,"thaw":true}`
+const whole = `{"accessToken":"new","timestamp":"2026-01-02T03:04:05Z","entropy":"QUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUFBQUE=","hostname":"h","envVars":{"A":"b"},"growDisk":4096,"thaw":true}`
 
 func TestInitOrder(t *testing.T) {
 	n := &notes{fail: map[string]error{}}
@@ -75,7 +80,7 @@ func TestInitOrder(t *testing.T) {
 	if w.Code != 200 || strings.TrimSpace(w.Body.String()) != `{"disk":4096}` {
 		t.Errorf("answers %d %s", w.Code, w.Body)
 	}
-	if want := []string{"reseed A", "clock 2026-01-02T03:04:05Z", "rename h", "grow "}; !slices.Equal(n.told, want) {
+	if want := []string{"reseed A", "clock 2026-01-02T03:04:05Z", "rename h", "export 1", "grow "}; !slices.Equal(n.told, want) {
 		t.Errorf("the machine was told %q", n.told)
 	}
 	// Nobody without the token tells it anything.

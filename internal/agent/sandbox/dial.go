@@ -15,12 +15,12 @@ import (
 )
 
 // A port on which nothing listens is tried again for a while: a server may have
-// just been started, by a command or by a resume. Programs that listen on the
-// guest's loopback alone are reachable up to a second later.
+// just been started, by a command or by a resume.
 const (
 	listenWait     = 5 * time.Second
 	firstRedial    = 10 * time.Millisecond
 	longestRedial  = 250 * time.Millisecond
+	knockTimeout   = 2 * time.Second
 	connectTimeout = 10 * time.Second
 	// idleTimeout is how long an unused connection to a guest is kept.
 	idleTimeout = 60 * time.Second
@@ -41,8 +41,21 @@ type ports struct {
 
 // newPorts makes the ports of the guest at host. Connecting ends with life,
 // because the address may be another sandbox's soon after; a request that is
-// given up alone does not end it.
-func newPorts(life context.Context, d *net.Dialer, host string) *ports {
+// given up alone does not end it. knock asks the guest daemon to look for new
+// servers on the guest's loopback, which are reachable only then.
+func newPorts(life context.Context, d *net.Dialer, host string, knock func(context.Context)) *ports {
+	knocking := make(chan struct{}, 1)
+	once := func(ctx context.Context) {
+		select {
+		case knocking <- struct{}{}:
+		default:
+			return // Another request's connection was refused just now.
+		}
+		defer func() { <-knocking }()
+		ctx, cancel := context.WithTimeout(ctx, knockTimeout)
+		defer cancel()
+		knock(ctx)
+	}
 	dial := func(ctx context.Context, addr string) (net.Conn, error) {
 		_, port, err := net.SplitHostPort(addr)
 		if err != nil {
@@ -51,7 +64,7 @@ func newPorts(life context.Context, d *net.Dialer, host string) *ports {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		defer context.AfterFunc(life, cancel)()
-		return dialPort(ctx, d, net.JoinHostPort(host, port))
+		return dialPort(ctx, d, net.JoinHostPort(host, port), once)
 	}
 	var protocols http.Protocols
 	protocols.SetUnencryptedHTTP2(true)
@@ -101,12 +114,17 @@ func (p *ports) close() {
 }
 
 // dialPort connects to a guest's port, and waits a short while for a server
-// that does not listen yet. No byte of a request is sent before it returns.
-func dialPort(ctx context.Context, d *net.Dialer, address string) (net.Conn, error) {
+// that does not listen yet. It knocks whenever a connection is refused. No byte of
+// a request is sent before it returns.
+func dialPort(ctx context.Context, d *net.Dialer, address string, knock func(context.Context)) (net.Conn, error) {
 	wait := redial()
 	for {
 		conn, err := d.DialContext(ctx, "tcp", address)
-		if !errors.Is(err, syscall.ECONNREFUSED) || !wait(ctx) {
+		if !errors.Is(err, syscall.ECONNREFUSED) {
+			return conn, err
+		}
+		knock(ctx)
+		if !wait(ctx) {
 			return conn, err
 		}
 	}

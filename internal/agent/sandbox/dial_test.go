@@ -32,7 +32,7 @@ func closedPort(t *testing.T) string {
 // TestDialWaitsForServer starts to listen once a connection was refused.
 func TestDialWaitsForServer(t *testing.T) {
 	address := closedPort(t)
-	tries := 0
+	tries, knocks := 0, 0
 	d := &net.Dialer{Control: func(string, string, syscall.RawConn) error {
 		if tries++; tries == 2 {
 			l, err := net.Listen("tcp", address)
@@ -43,13 +43,13 @@ func TestDialWaitsForServer(t *testing.T) {
 		}
 		return nil
 	}}
-	conn, err := dialPort(t.Context(), d, address)
+	conn, err := dialPort(t.Context(), d, address, func(context.Context) { knocks++ })
 	if err != nil {
 		t.Fatal(err)
 	}
 	conn.Close()
-	if tries != 2 {
-		t.Errorf("connected at try %d", tries)
+	if tries != 2 || knocks != 1 {
+		t.Errorf("connected at try %d, after %d knocks", tries, knocks)
 	}
 }
 
@@ -57,7 +57,7 @@ func TestDialGivesUp(t *testing.T) {
 	tries := 0
 	d := &net.Dialer{Control: func(string, string, syscall.RawConn) error { tries++; return nil }}
 	began := time.Now()
-	_, err := dialPort(t.Context(), d, closedPort(t))
+	_, err := dialPort(t.Context(), d, closedPort(t), func(context.Context) {})
 	if took := time.Since(began); !errors.Is(err, syscall.ECONNREFUSED) || took < listenWait-longestRedial {
 		t.Errorf("%v after %v", err, took)
 	}
@@ -66,7 +66,7 @@ func TestDialGivesUp(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	d.Control = func(string, string, syscall.RawConn) error { cancel(); return nil }
-	if _, err := dialPort(ctx, d, closedPort(t)); err == nil || time.Since(began) > 60*time.Second {
+	if _, err := dialPort(ctx, d, closedPort(t), func(context.Context) {}); err == nil || time.Since(began) > 60*time.Second {
 		t.Errorf("cancelled: %v", err)
 	}
 }
@@ -86,7 +86,7 @@ func TestDialEndsWithSandbox(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	transport := newPorts(life, d, host)
+	transport := newPorts(life, d, host, func(context.Context) {})
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+net.JoinHostPort(host, port)+"/", nil)
 	if err != nil {
 		t.Fatal(err)
@@ -116,7 +116,7 @@ func TestGRPC(t *testing.T) {
 	go server.Serve(l)
 	defer server.Close()
 	host, _, _ := net.SplitHostPort(l.Addr().String())
-	p := newPorts(t.Context(), new(net.Dialer), host)
+	p := newPorts(t.Context(), new(net.Dialer), host, func(context.Context) {})
 	defer p.close()
 	for kind, want := range map[string]string{
 		"application/grpc": "HTTP/2.0", "application/grpc+proto": "HTTP/2.0", "Application/GRPC; x=y": "HTTP/2.0",
@@ -179,7 +179,7 @@ func TestOnlyHTTP2(t *testing.T) {
 	go server.Serve(onlyHTTP2{l})
 	defer server.Close()
 	host, _, _ := net.SplitHostPort(l.Addr().String())
-	p := newPorts(t.Context(), new(net.Dialer), host)
+	p := newPorts(t.Context(), new(net.Dialer), host, func(context.Context) {})
 	defer p.close()
 	for _, try := range []struct{ method, body, want string }{
 		{http.MethodPost, "hello", ""},

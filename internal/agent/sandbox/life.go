@@ -332,7 +332,7 @@ func (b *box) connect(token string) {
 		if b.life.Err() != nil {
 			b.life, b.endLife = context.WithCancelCause(context.Background())
 		}
-		b.transport = newPorts(b.life, &net.Dialer{Timeout: connectTimeout}, b.slot.Address().String())
+		b.transport = newPorts(b.life, &net.Dialer{Timeout: connectTimeout}, b.slot.Address().String(), b.guest.Knock)
 	})
 }
 

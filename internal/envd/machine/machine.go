@@ -165,7 +165,7 @@ func (m *Machine) replace(name string, mode fs.FileMode, edit func(old []byte) [
 			return err
 		}
 	}
-	temp := filepath.Join(m.etc, ".wrenn-"+name)
+	temp := filepath.Join(filepath.Dir(path), ".wrenn-"+filepath.Base(path))
 	if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}

@@ -1,6 +1,6 @@
 // Package ports makes services that listen on the guest's loopback alone
-// reachable at the guest's address: it looks for their sockets once a second
-// and puts a bridge before each.
+// reachable at the guest's address: it looks for their sockets once a second, and
+// when it is asked to, and puts a bridge before each.
 package ports
 
 import (
@@ -13,12 +13,15 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // interval is how often sockets are looked for. The kernel has no event for a
@@ -88,7 +91,8 @@ type Config struct {
 
 // Forwarder bridges ports.
 type Forwarder struct {
-	cfg Config
+	cfg  Config
+	look chan chan struct{}
 
 	mu     sync.RWMutex
 	byNode map[uint64]*forward // by the inode of the socket behind the bridge
@@ -100,6 +104,8 @@ type forward struct {
 	target netip.AddrPort
 	bridge bridge
 	retry  time.Time
+	// reached says that the socket itself takes connections to the guest's address.
+	reached bool
 }
 
 // bridge carries connections from the guest's address to a loopback socket.
@@ -115,7 +121,7 @@ func New(cfg Config) *Forwarder {
 	if len(cfg.Files) == 0 {
 		cfg.Files = []string{"/proc/net/tcp", "/proc/net/tcp6"}
 	}
-	return &Forwarder{cfg: cfg, byNode: map[uint64]*forward{}}
+	return &Forwarder{cfg: cfg, look: make(chan chan struct{}), byNode: map[uint64]*forward{}}
 }
 
 // Forwarded lists the sockets that a bridge leads to.
@@ -136,15 +142,36 @@ func (f *Forwarder) Run(ctx context.Context) {
 	t := time.NewTicker(interval)
 	defer t.Stop()
 	defer f.stop()
-	for {
+	scan := func() {
 		if err := f.scan(); err != nil {
 			f.cfg.Log.Warn("look for listening ports", "error", err)
 		}
+	}
+	scan()
+	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-t.C:
+			scan()
+		case asked := <-f.look:
+			scan()
+			close(asked)
 		}
+	}
+}
+
+// Look makes Run look now. It returns when Run has, or when ctx ends.
+func (f *Forwarder) Look(ctx context.Context) {
+	done := make(chan struct{})
+	select {
+	case f.look <- done:
+	case <-ctx.Done():
+		return
+	}
+	select {
+	case <-done:
+	case <-ctx.Done():
 	}
 }
 
@@ -182,9 +209,12 @@ func (f *Forwarder) scan() error {
 }
 
 // wanted picks the sockets to bridge: one for each port that is listened on on
-// loopback (IPv4 before IPv6) and nowhere that the guest's address reaches.
+// loopback (IPv4 before IPv6) and nowhere that the guest's address reaches. A socket
+// that listens at every IPv6 address comes before these, because it may take IPv4
+// too, which the table does not tell.
 func wanted(all []listener, except []uint16) map[uint64]netip.AddrPort {
 	loopback := map[uint16]listener{}
+	every6 := map[uint16]listener{}
 	reached := map[uint16]bool{}
 	for _, p := range except {
 		reached[p] = true
@@ -192,6 +222,10 @@ func wanted(all []listener, except []uint16) map[uint64]netip.AddrPort {
 	for _, l := range all {
 		a, port := l.addr.Addr(), l.addr.Port()
 		switch {
+		case a.IsUnspecified() && a.Is6():
+			if before, ok := every6[port]; !ok || better(l, before) {
+				every6[port] = l
+			}
 		case a.IsUnspecified():
 			reached[port] = true
 		case a.IsLoopback():
@@ -201,6 +235,7 @@ func wanted(all []listener, except []uint16) map[uint64]netip.AddrPort {
 		}
 	}
 	m := map[uint64]netip.AddrPort{}
+	maps.Copy(loopback, every6)
 	for port, l := range loopback {
 		if port != 0 && !reached[port] {
 			m[l.inode] = l.addr
@@ -247,10 +282,14 @@ func (f *Forwarder) apply(want map[uint64]netip.AddrPort) {
 	}
 	for inode, target := range want {
 		fw := f.byNode[inode]
-		if fw != nil && (fw.bridge != nil || time.Now().Before(fw.retry)) {
+		if fw != nil && (fw.reached || fw.bridge != nil || time.Now().Before(fw.retry)) {
 			continue
 		}
-		b, err := newBridge(f.cfg.Address, target)
+		if target.Addr().IsUnspecified() && taken(netip.AddrPortFrom(f.cfg.Address, target.Port())) {
+			f.byNode[inode] = &forward{target: target, reached: true}
+			continue
+		}
+		b, err := newBridge(f.cfg.Address, loopbackOf(target))
 		if err != nil {
 			f.cfg.Log.Warn("bridge port", "target", target, "error", err)
 			f.byNode[inode] = &forward{target: target, retry: time.Now().Add(retryAfter)}
@@ -258,4 +297,26 @@ func (f *Forwarder) apply(want map[uint64]netip.AddrPort) {
 		}
 		f.byNode[inode] = &forward{target: target, bridge: b}
 	}
+}
+
+// loopbackOf is where a bridge reaches a socket.
+func loopbackOf(target netip.AddrPort) netip.AddrPort {
+	if target.Addr().IsUnspecified() {
+		return netip.AddrPortFrom(netip.IPv6Loopback(), target.Port())
+	}
+	return target
+}
+
+// taken says whether a socket listens at addr, or at every address of its family.
+func taken(addr netip.AddrPort) bool {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return true
+	}
+	defer unix.Close(fd)
+	// Connections that have ended do not count.
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+		return true
+	}
+	return unix.Bind(fd, &unix.SockaddrInet4{Port: int(addr.Port()), Addr: addr.Addr().As4()}) != nil
 }

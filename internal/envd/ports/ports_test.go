@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -47,7 +48,7 @@ func TestWanted(t *testing.T) {
 		all = append(all, l...)
 	}
 	got := fmt.Sprint(wanted(all, []uint16{49983}))
-	want := "map[11:127.0.0.1:8080 21:[::1]:9000 23:127.0.0.2:9001]"
+	want := "map[11:127.0.0.1:8080 21:[::1]:9000 23:127.0.0.2:9001 24:[::]:9002]"
 	if got != want {
 		t.Errorf("wanted %s, not %s", got, want)
 	}
@@ -60,7 +61,7 @@ func FuzzParse(f *testing.F) {
 	f.Fuzz(func(t *testing.T, s string) {
 		l, _ := parse(strings.NewReader(s))
 		for inode, a := range wanted(l, []uint16{1}) {
-			if !a.Addr().IsLoopback() || a.Port() <= 1 {
+			if !a.Addr().IsLoopback() && a.Addr() != netip.IPv6Unspecified() || a.Port() <= 1 {
 				t.Fatalf("%d leads to %v", inode, a)
 			}
 		}
@@ -147,17 +148,24 @@ func testForward(t *testing.T) {
 	echo(t, "tcp4", "0.0.0.0:8002")
 	echo(t, "tcp4", "127.0.0.1:49983")
 	six := echo(t, "tcp6", "[::1]:8003")
+	every := echo(t, "tcp6", "[::]:8004") // IPv6 alone
+	echo(t, "tcp", "[::]:8010")           // IPv4 too
 	await.Until(t, "bridge to 127.0.0.1", func() bool { return answers("169.254.0.21:8001") })
 	await.Until(t, "bridge to ::1", func() bool { return answers("169.254.0.21:8003") })
+	await.Until(t, "bridge to ::", func() bool { return answers("169.254.0.21:8004") })
+	if !answers("169.254.0.21:8010") {
+		t.Error("a service at every address of both families does not answer")
+	}
 	if answers("169.254.0.21:49983") {
 		t.Error("the daemon's own port is bridged")
 	}
-	if n := len(f.Forwarded()); n != 2 {
+	if n := len(f.Forwarded()); n != 3 {
 		t.Errorf("%d bridges: %v", n, f.Forwarded())
 	}
 	// A connection that is open outlives nothing but its own ends.
 	four.Close()
 	six.Close()
+	every.Close()
 	await.Until(t, "bridges to go", func() bool {
 		l, err := net.Listen("tcp4", "169.254.0.21:8001")
 		if err != nil {
@@ -169,6 +177,13 @@ func testForward(t *testing.T) {
 	// A service that comes back is bridged again.
 	echo(t, "tcp4", "127.0.0.1:8001")
 	await.Until(t, "bridge again", func() bool { return answers("169.254.0.21:8001") })
+
+	// Who asks for it need not wait for the next look.
+	echo(t, "tcp4", "127.0.0.1:8011")
+	f.Look(ctx)
+	if !slices.Contains(f.Forwarded(), netip.MustParseAddrPort("127.0.0.1:8011")) {
+		t.Errorf("after a look, only %v have bridges", f.Forwarded())
+	}
 
 	// A port that somebody has on the guest's address is left alone.
 	echo(t, "tcp4", "169.254.0.21:8005")

@@ -277,7 +277,7 @@ func setNonblock(fd int) error {
 // order: the last one wins.
 func environment(who *account.Account, sandbox, request map[string]string, terminal bool) (map[string]string, error) {
 	env := map[string]string{
-		"PATH": defaultPath, "HOME": who.Home, "USER": who.Name, "LOGNAME": who.Name,
+		"PATH": defaultPath, "HOME": who.Home, "USER": who.Name, "LOGNAME": who.Name, "LANG": "C.UTF-8",
 	}
 	if who.Shell != "" {
 		env["SHELL"] = who.Shell
