@@ -365,7 +365,8 @@ func testBigFiles(t *testing.T, h *host, sandbox string) {
 	t.Logf("%d MiB in at %.0f MiB/s", size>>20, size/(1<<20)/time.Since(begin).Seconds())
 	begin = time.Now()
 	got := sha256.New()
-	if n := h.readStream(t, &pb.ReadFileStreamRequest{File: ref(sandbox, i.GetPath())}, got); n != size || !bytes.Equal(got.Sum(nil), want) {
+	// It could be truncated while it is read: no size is promised.
+	if n := h.readStream(t, &pb.ReadFileStreamRequest{File: ref(sandbox, i.GetPath())}, got); n != -1 || !bytes.Equal(got.Sum(nil), want) {
 		t.Errorf("what came back of %d bytes differs", n)
 	}
 	t.Logf("%d MiB out at %.0f MiB/s", size>>20, size/(1<<20)/time.Since(begin).Seconds())

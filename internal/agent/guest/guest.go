@@ -226,7 +226,7 @@ func (c *Client) Unpack(ctx context.Context, user, path, owner string, archive i
 }
 
 // Read opens length bytes of a file from offset on; length 0 is all that
-// follows. size is the whole file's in bytes.
+// follows. size is the whole file's in bytes; -1: the guest does not promise one.
 func (c *Client) Read(ctx context.Context, user, path string, offset, length int64) (content io.ReadCloser, size int64, err error) {
 	ranged := offset > 0 || length > 0
 	resp, err := c.send(ctx, http.MethodGet, "/files", fileQuery(user, path), nil, -1, func(h http.Header) {

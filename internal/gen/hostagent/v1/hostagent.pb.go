@@ -4214,7 +4214,9 @@ func (x *WriteFileStreamRequest_Start) GetOwner() string {
 
 type ReadFileStreamResponse_Start struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Size of the whole file in bytes; -1 where it is not known (archives).
+	// Size of the whole file in bytes; -1 where it is not known: of archives, of
+	// the kernel's own files, and of a file of more than 128 KiB unless a part of
+	// it is asked for, because it can be truncated while it is read.
 	Size          int64 `protobuf:"varint,1,opt,name=size,proto3" json:"size,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
