@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"os/signal"
 	"strings"
@@ -48,9 +47,10 @@ with the token in $WRENN_AGENT_TOKEN, from this machine alone.
 					*o.to = o.flag
 				}
 			}
-			c.Version, c.Log = version, slog.New(slog.NewTextHandler(os.Stderr, nil))
-			warn(c.Log, warnings)
-			return runAgent(asked, c.Config, c.Enrollment)
+			log, stopLog := openLog(all.AgentProgram, c.Logging, warnings)
+			defer stopLog()
+			c.Version, c.Config.Log = version, log.Logger
+			return withProfiles(asked, c.Operation, func(asked context.Context) error { return runAgent(asked, c.Config, c.Enrollment) })
 		},
 	}
 	f := cmd.Flags()

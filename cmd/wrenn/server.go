@@ -5,7 +5,6 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -46,8 +45,9 @@ func serverCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			c.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
-			warn(c.Log, warnings)
+			log, stopLog := openLog(all.ServerProgram, c.Logging, warnings)
+			defer stopLog()
+			c.Config.Log = log.Logger
 			if os.Getenv("GOMEMLIMIT") == "" {
 				debug.SetMemoryLimit(c.MemoryLimit())
 			}
@@ -78,14 +78,10 @@ func serverCommand() *cobra.Command {
 					return serveOn(ctx, bound(linger.Listener(l)), nil, srv, s.ToPort, inner)
 				}
 			}
-			return errors.Join(serve(ctx, c.Listen, bound, nil, handler, s.ToPort, run), s.Close())
+			return errors.Join(withProfiles(ctx, c.Operation, func(ctx context.Context) error {
+				return serve(ctx, c.Listen, bound, nil, handler, s.ToPort, run)
+			}), s.Close())
 		},
-	}
-}
-
-func warn(log *slog.Logger, warnings []string) {
-	for _, w := range warnings {
-		log.Warn(w)
 	}
 }
 

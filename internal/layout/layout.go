@@ -92,6 +92,9 @@ func (d Dir) Spool() string { return d.join("spool") }
 // MetricsSocket is where the server of `wrenn up` serves its metrics.
 func (d Dir) MetricsSocket() string { return d.join("run", "metrics.sock") }
 
+// DebugSocket is where a program of `wrenn up` serves its profiles.
+func (d Dir) DebugSocket(program string) string { return d.join("run", program+"-debug.sock") }
+
 // Events is the host agent's journal of what it did on its own.
 func (d Dir) Events() string { return d.join("events") }
 

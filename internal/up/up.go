@@ -324,7 +324,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 // own is a program of this binary. chosen are the settings that it must have; it
 // also gets those of this process's environment.
 func (s *service) own(self programs.Program, p settings.Program, chosen []string, ready func(context.Context) error) program {
-	env, unused := passed(p, chosen)
+	env, unused := passed(p, append(chosen, "WRENN_DEBUG_LISTEN=unix:"+s.dir.DebugSocket(p.Name)))
 	for _, name := range unused {
 		s.say("warning: `wrenn up` ignores %s, because it chooses this itself", name)
 	}

@@ -44,7 +44,8 @@ func classify(err error) *fault.Error {
 	return fault.Because(err, fault.Internal, "internal error")
 }
 
-// Fail answers a request with an error; what is internal is logged, not shown.
+// Fail answers a request with an error. The reason is in the log; the answer has only
+// what the caller may know.
 func (a *API) Fail(w http.ResponseWriter, r *http.Request, err error) {
 	var ended *fault.Error
 	if r.Context().Err() != nil && errors.As(context.Cause(r.Context()), &ended) {
@@ -57,14 +58,15 @@ func (a *API) Fail(w http.ResponseWriter, r *http.Request, err error) {
 		return
 	}
 	f := classify(err)
-	if o := observed(r); o != nil {
-		o.code = string(f.Code)
-	}
-	level := slog.LevelDebug
+	level := slog.LevelInfo
 	if f.Code.Status() >= 500 {
 		level = slog.LevelError
 	}
-	a.log(r).Log(r.Context(), level, "request failed", "code", f.Code, "error", err)
+	if o := observed(r); o != nil {
+		o.code, o.reason, o.level = string(f.Code), err, level
+	} else {
+		a.log(r).Log(r.Context(), level, "request to a sandbox", "method", r.Method, "host", r.Host, "code", f.Code, "error", err)
+	}
 	if f.RetryAfter > 0 {
 		w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(f.RetryAfter.Seconds()))))
 	}

@@ -326,9 +326,8 @@ func (a *API) FinishGitHub(w http.ResponseWriter, r *http.Request, params rest.F
 	if err != nil {
 		code := classify(err).Code
 		if o := observed(r); o != nil {
-			o.code = string(code)
+			o.code, o.reason = string(code), err
 		}
-		a.log(r).Info("login with GitHub failed", "code", code, "error", err)
 		to += "?login_error=" + url.QueryEscape(string(code))
 	}
 	goTo(w, to)

@@ -38,8 +38,11 @@ type observation struct {
 	match match
 	// who called, as far as that is known.
 	who auth.Principal
-	// code is that of the error that was answered.
-	code string
+	// code is that of the error that was answered, reason the error itself, and level
+	// that of the record in the log.
+	code   string
+	reason error
+	level  slog.Level
 	// host is the one whose agent called.
 	host uuid.UUID
 	// held is the memory that the request takes, once it is known who called.
@@ -97,8 +100,8 @@ func (a *API) observe(next http.Handler) http.Handler {
 			if a.Observe != nil {
 				a.Observe(seen)
 			}
-			level := slog.LevelInfo
-			if seen.Route == "/health" {
+			level := o.level
+			if seen.Route == "/health" && o.reason == nil {
 				level = slog.LevelDebug
 			}
 			attrs := []any{"request_id", o.id, "method", r.Method, "route", seen.Route, "status", status, "took", took}
@@ -107,6 +110,9 @@ func (a *API) observe(next http.Handler) http.Handler {
 			}
 			if sandbox := o.match.params["sandbox_id"]; sandbox != "" {
 				attrs = append(attrs, "sandbox_id", sandbox)
+			}
+			if o.reason != nil {
+				attrs = append(attrs, "code", o.code, "error", o.reason)
 			}
 			a.Log.Log(ctx, level, "request", attrs...)
 		}()

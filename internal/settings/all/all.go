@@ -9,13 +9,17 @@ import (
 
 	"github.com/wrenn-dev/wrenn/deploy"
 	"github.com/wrenn-dev/wrenn/internal/agent"
+	"github.com/wrenn-dev/wrenn/internal/logging"
 	"github.com/wrenn-dev/wrenn/internal/server"
 	"github.com/wrenn-dev/wrenn/internal/settings"
 )
 
 // Operation has the settings of server and agent that tell how to operate them.
 type Operation struct {
-	File string `env:"WRENN_CONFIG" envDefault:"/etc/wrenn/wrenn.yaml" help:"settings file; only the environment can set this"`
+	File    string `env:"WRENN_CONFIG" envDefault:"/etc/wrenn/wrenn.yaml" help:"settings file; only the environment can set this"`
+	Logging logging.Settings
+	// DebugListen serves pprof.
+	DebugListen string `env:"WRENN_DEBUG_LISTEN" help:"Unix socket for profiles at /debug/pprof/, unix:/path, which only the program's user and root can open; empty: none"`
 }
 
 // Server configures wrenn server.
@@ -116,6 +120,13 @@ Settings are environment variables. ` + "`wrenn server`" + ` and ` + "`wrenn age
       warm: 2
 
 Keep secrets in the environment (` + "`/etc/wrenn/server.env`" + `, which only root can read): the server's systemd unit runs as a user of its own, so that user must be able to read the settings file. Durations look like ` + "`30s`, `10m` or `24h`" + `; items of a list have commas between them, or are a YAML list.
+
+The log's level and format can change while a program runs: change ` + "`log_level` or `log_format`" + ` in the file and send the program a SIGHUP (` + "`systemctl reload wrenn-server`" + `). Do not also set them in the environment, which overrides the file.
+
+Profiles are on a Unix socket (` + "`WRENN_DEBUG_LISTEN`; with `wrenn up`, `run/server-debug.sock` and `run/agent-debug.sock`" + `), because they can show secrets that are in memory. For 10 seconds of the server's processor time:
+
+    curl --unix-socket /var/lib/wrenn/run/server-debug.sock -o profile 'http://wrenn/debug/pprof/profile?seconds=10'
+    go tool pprof bin/wrenn profile
 
 A program that starts warns about a variable that begins with ` + "`WRENN_`" + `, or a key in its section, that is not a setting, and names the closest one.
 

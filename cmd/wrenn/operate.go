@@ -1,0 +1,81 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"net/http/pprof"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+
+	"github.com/wrenn-dev/wrenn/internal/logging"
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
+	"github.com/wrenn-dev/wrenn/internal/settings"
+	"github.com/wrenn-dev/wrenn/internal/settings/all"
+)
+
+// openLog returns the log of a program, which follows the settings file: each SIGHUP
+// reads it again, until stop is called.
+func openLog(p settings.Program, s logging.Settings, warnings []string) (log *logging.Log, stop func()) {
+	log = logging.New(os.Stderr, s)
+	for _, w := range warnings {
+		log.Warn(w)
+	}
+	hangups, done := make(chan os.Signal, 1), make(chan struct{})
+	signal.Notify(hangups, syscall.SIGHUP)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			select {
+			case <-hangups:
+				reload(p, log)
+			case <-done:
+				return
+			}
+		}
+	})
+	return log, func() {
+		signal.Stop(hangups)
+		close(done)
+		wg.Wait()
+	}
+}
+
+// reload sets the log to what the settings say now. If they cannot be read, the log
+// stays as it is.
+func reload(p settings.Program, log *logging.Log) {
+	var s logging.Settings
+	values, _, err := p.Read(os.Environ())
+	if err == nil {
+		err = values.Parse(&s)
+	}
+	if err != nil {
+		log.Error("the log keeps its level and format", "error", err)
+		return
+	}
+	log.Set(s)
+	log.Info("read the log's settings again", "log_level", s.Level, "log_format", s.Format)
+}
+
+// withProfiles runs run with pprof beside it, on a socket that only its owner opens.
+func withProfiles(ctx context.Context, o all.Operation, run func(context.Context) error) error {
+	if o.DebugListen == "" {
+		return run(ctx)
+	}
+	if network, _ := netaddr.Split(o.DebugListen); network != "unix" {
+		return fmt.Errorf("WRENN_DEBUG_LISTEN is %s: profiles show secrets that are in memory, so it must be unix:/path", o.DebugListen)
+	}
+	return serve(ctx, o.DebugListen, nil, nil, profiles(), nil, run)
+}
+
+func profiles() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/debug/pprof/", pprof.Index)
+	mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
+	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
+	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	return mux
+}

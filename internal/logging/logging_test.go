@@ -1,0 +1,58 @@
+package logging
+
+import (
+	"encoding/json"
+	"log/slog"
+	"strings"
+	"testing"
+	"testing/slogtest"
+)
+
+// A change of level and format reaches loggers that were made before.
+func TestSet(t *testing.T) {
+	var b strings.Builder
+	l := New(&b, Settings{Level: slog.LevelWarn, Format: Text})
+	part := l.With("part", "p").WithGroup("g")
+	part.Info("one", "k", 1)
+	if b.String() != "" {
+		t.Errorf("below the level: %q", b.String())
+	}
+	part.Warn("two", "k", 2)
+	if got := b.String(); !strings.Contains(got, "level=WARN msg=two part=p g.k=2\n") {
+		t.Errorf("text: %q", got)
+	}
+	b.Reset()
+	l.Set(Settings{Level: slog.LevelDebug, Format: JSON})
+	part.Debug("three", "k", 3)
+	var record struct {
+		Level, Msg, Part string
+		G                struct{ K int }
+	}
+	if err := json.Unmarshal([]byte(b.String()), &record); err != nil || record.Level != "DEBUG" || record.Msg != "three" || record.Part != "p" || record.G.K != 3 {
+		t.Errorf("json: %q, %v", b.String(), err)
+	}
+}
+
+func TestHandler(t *testing.T) {
+	var b strings.Builder
+	slogtest.Run(t, func(*testing.T) slog.Handler {
+		b.Reset()
+		return New(&b, Settings{Format: JSON}).Handler()
+	}, func(t *testing.T) map[string]any {
+		var m map[string]any
+		if err := json.Unmarshal([]byte(b.String()), &m); err != nil {
+			t.Fatal(err)
+		}
+		return m
+	})
+}
+
+func TestFormat(t *testing.T) {
+	var f Format
+	if err := f.UnmarshalText([]byte("json")); err != nil || f != JSON {
+		t.Errorf("%q, %v", f, err)
+	}
+	if err := f.UnmarshalText([]byte("xml")); err == nil || f != JSON {
+		t.Errorf("xml: %q, %v", f, err)
+	}
+}
