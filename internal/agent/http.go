@@ -17,7 +17,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/proxy"
 	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/patience"
+	"github.com/wrenn-dev/wrenn/internal/requestid"
 )
 
 // maxMessage bounds one message of a request, in bytes: a file's or a
@@ -43,6 +45,7 @@ func (a *Agent) routes() http.Handler {
 		}
 		patience.Trust(r)
 		r.Header.Del("Authorization") // no further than here
+		r = r.WithContext(requestid.Received(r.Context(), r.Header, hostwire.RequestID))
 		// Paths of guests' are not ours to clean up: no mux for them.
 		if strings.HasPrefix(r.URL.Path, proxy.Prefix) {
 			a.proxy.ServeHTTP(w, r)
@@ -64,12 +67,15 @@ func (a *Agent) options() []connect.HandlerOption {
 	}
 }
 
-// shown lets errors out only with a text for clients, and logs what it hides.
+// shown lets errors out only with a text for clients, and logs what it hides. At the
+// level debug it logs every call.
 type shown struct{ *Agent }
 
 func (s shown) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+		begun := time.Now()
 		resp, err := next(ctx, req)
+		s.called(ctx, req.Spec().Procedure, begun, err)
 		return resp, s.show(ctx, req.Spec().Procedure, err)
 	}
 }
@@ -80,8 +86,15 @@ func (s shown) WrapStreamingClient(next connect.StreamingClientFunc) connect.Str
 
 func (s shown) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
 	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
-		return s.show(ctx, conn.Spec().Procedure, next(ctx, conn))
+		begun := time.Now()
+		err := next(ctx, conn)
+		s.called(ctx, conn.Spec().Procedure, begun, err)
+		return s.show(ctx, conn.Spec().Procedure, err)
 	}
+}
+
+func (s shown) called(ctx context.Context, procedure string, begun time.Time, err error) {
+	s.log.DebugContext(ctx, "call", "request_id", requestid.From(ctx), "procedure", procedure, "took", time.Since(begun), "error", err)
 }
 
 func (s shown) show(ctx context.Context, procedure string, err error) error {
@@ -101,14 +114,14 @@ func (s shown) show(ctx context.Context, procedure string, err error) error {
 	}
 	out, hid := told.Shown(ce)
 	if hid {
-		s.log.WarnContext(ctx, "request failed", "procedure", procedure, "code", ce.Code(), "told", out.Message(), "error", err)
+		s.log.WarnContext(ctx, "request failed", "request_id", requestid.From(ctx), "procedure", procedure, "code", ce.Code(), "told", out.Message(), "error", err)
 	}
 	return out
 }
 
 // recovered is what a caller is told of a panic.
 func (a *Agent) recovered(ctx context.Context, spec connect.Spec, _ http.Header, v any) error {
-	a.log.ErrorContext(ctx, "panic", "procedure", spec.Procedure, "value", fmt.Sprint(v), "stack", string(debug.Stack()))
+	a.log.ErrorContext(ctx, "panic", "request_id", requestid.From(ctx), "procedure", spec.Procedure, "value", fmt.Sprint(v), "stack", string(debug.Stack()))
 	return connect.NewError(connect.CodeInternal, told.New("the host failed"))
 }
 

@@ -118,8 +118,9 @@ func New(cfg Config) (*Server, error) {
 	// A request may be compressed. Answers go a few centimetres; their
 	// compression would only cost the guest time.
 	plain := connect.WithCompressMinBytes(1 << 30)
-	user.Handle(s.processes.Handler(plain))
-	user.Handle(s.filesystem.Handler(plain))
+	logged := connect.WithInterceptors(calls{log})
+	user.Handle(s.processes.Handler(plain, logged))
+	user.Handle(s.filesystem.Handler(plain, logged))
 	files.Register(user)
 
 	mux := http.NewServeMux()

@@ -14,6 +14,10 @@ const ErrorReason = "Wrenn-Error-Reason"
 // not need the started message, and the agent leaves it out.
 const OutcomeOnly = "Wrenn-Outcome-Only"
 
+// RequestID is a request header with the id of the client's request that the call
+// belongs to, if there is one.
+const RequestID = "X-Wrenn-Request-Id"
+
 // CaptureLimit is the [ErrorReason] of a sandbox that was captured as often as
 // it can be.
 const CaptureLimit = "capture_limit"

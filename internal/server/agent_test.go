@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -44,6 +45,8 @@ type agent struct {
 	socket  string
 	address string // where it listens instead, if it was made by newTCPAgent
 	token   string
+	// saw is called with each request that shows the token; nil: nothing.
+	saw atomic.Pointer[func(*http.Request)]
 	// onCreate decides how a creation goes; nil: well.
 	onCreate func(context.Context, *hostagentv1.CreateRequest) error
 	// onDestroy likewise.
@@ -123,6 +126,9 @@ func (a *agent) serveOn(l net.Listener) {
 		if subtle.ConstantTimeCompare([]byte(r.Header.Get("Authorization")), []byte("Bearer "+a.token)) != 1 {
 			http.Error(w, "bad token", http.StatusUnauthorized)
 			return
+		}
+		if saw := a.saw.Load(); saw != nil {
+			(*saw)(r)
 		}
 		// Not by the mux, which tidies paths.
 		if strings.HasPrefix(r.URL.Path, "/proxy/") {

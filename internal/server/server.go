@@ -28,6 +28,7 @@ import (
 
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/pki"
+	"github.com/wrenn-dev/wrenn/internal/requestid"
 	"github.com/wrenn-dev/wrenn/internal/server/audit"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/budget"
@@ -366,13 +367,13 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	s.metrics, s.toPort = metrics, px.Match
 	rest := api.Handler()
 	ports := api.BoundAddresses(px)
-	s.handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	s.handler = requestid.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if px.Match(r.Host) {
 			ports.ServeHTTP(w, r)
 			return
 		}
 		rest.ServeHTTP(w, r)
-	})
+	}))
 	return s, nil
 }
 

@@ -22,6 +22,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/backoff"
 	"github.com/wrenn-dev/wrenn/internal/gen/process/processconnect"
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
+	"github.com/wrenn-dev/wrenn/internal/requestid"
 	"github.com/wrenn-dev/wrenn/internal/text"
 )
 
@@ -79,7 +80,7 @@ func New(addr netip.Addr, token string) *Client {
 		life: life, end: end,
 		base: "http://" + target, transport: t,
 		http: &http.Client{
-			Transport:     t,
+			Transport:     requestid.Transport{Next: t},
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},
 	}

@@ -24,6 +24,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
 	"github.com/wrenn-dev/wrenn/internal/duplex"
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/requestid"
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
@@ -134,12 +135,12 @@ func reserved(p string) bool {
 func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	t, err := parse(r)
 	if err != nil {
-		p.fail(w, err)
+		p.fail(w, r, err)
 		return
 	}
 	u, err := p.use(r.Context(), t.sandbox)
 	if err != nil {
-		p.fail(w, err)
+		p.fail(w, r, err)
 		return
 	}
 	duplex.Serve(w, r, func(w http.ResponseWriter, r *http.Request) { p.forward(w, r, t, u) })
@@ -158,7 +159,7 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, t target, u *san
 			if r.Context().Err() != nil {
 				panic(http.ErrAbortHandler) // nobody is there to tell
 			}
-			p.fail(w, explain(out, err, t.port))
+			p.fail(w, r, explain(out, err, t.port))
 		},
 	}
 	rp.ServeHTTP(w, r.WithContext(u.Context))
@@ -180,6 +181,9 @@ func rewrite(pr *httputil.ProxyRequest, t target, address string) {
 	withoutPrivate(h)
 	if own != nil {
 		h["Authorization"] = own
+	}
+	if t.port == guest.Port {
+		requestid.Pass(pr.In.Context(), h, requestid.Header)
 	}
 	if _, ok := h["User-Agent"]; !ok {
 		h["User-Agent"] = nil // not this program's
@@ -231,7 +235,7 @@ func explain(req *http.Request, err error, port int) error {
 }
 
 // fail answers with an error.
-func (p *Proxy) fail(w http.ResponseWriter, err error) {
+func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 	var own *problem
 	var state *sandbox.StateError
 	switch {
@@ -243,7 +247,7 @@ func (p *Proxy) fail(w http.ResponseWriter, err error) {
 	case errors.Is(err, sandbox.ErrState), errors.Is(err, sandbox.ErrClosing), errors.Is(err, sandbox.ErrUnread):
 		own = &problem{http.StatusServiceUnavailable, "unavailable", err.Error()}
 	default:
-		p.log.Error("proxy", "error", err)
+		p.log.Error("proxy", "request_id", requestid.From(r.Context()), "error", err)
 		own = &problem{http.StatusInternalServerError, "internal", "the host agent failed"}
 	}
 	p.requests.WithLabelValues(own.code).Inc()

@@ -31,6 +31,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/linger"
 	"github.com/wrenn-dev/wrenn/internal/linger/lingertest"
+	"github.com/wrenn-dev/wrenn/internal/requestid"
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
@@ -242,6 +243,22 @@ func TestRequestArrivesAsItWas(t *testing.T) {
 	want := `POST /a%2fb//c/../d?q=%zz;&x=1 host=8000-x.localhost:8000 auth=Basic dXNlcjo= agent="" for=192.0.2.1 secret="" enc="identity" body=hello`
 	if string(got) != want || resp.StatusCode != http.StatusTeapot || resp.Header.Get("X-Own") != "kept" || resp.Header.Get(ErrorHeader) != "" {
 		t.Errorf("got %s\n%s\nwant\n%s\n%v", resp.Status, got, want, resp.Header)
+	}
+}
+
+// TestRequestID: the guest daemon learns the id that the log has. Programs in the guest
+// get what the client sent.
+func TestRequestID(t *testing.T) {
+	o := start(t)
+	saw := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.Header.Get(requestid.Header)) })
+	for port, want := range map[int]string{listen(t, guest.Port, saw): "ext-1", listen(t, 0, saw): "client's"} {
+		r := httptest.NewRequestWithContext(requestid.With(t.Context(), "ext-1"), http.MethodGet, o.path(port, "/"), nil)
+		r.Header.Set(requestid.Header, "client's")
+		w := httptest.NewRecorder()
+		o.Config.Handler.ServeHTTP(w, r)
+		if w.Body.String() != want {
+			t.Errorf("port %d saw %q, want %q", port, w.Body, want)
+		}
 	}
 }
 

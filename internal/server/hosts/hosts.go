@@ -25,6 +25,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	"github.com/wrenn-dev/wrenn/internal/pki"
+	"github.com/wrenn-dev/wrenn/internal/requestid"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/scheduler"
@@ -203,12 +204,14 @@ func (t *trust) check(s *store.Store, host uuid.UUID, leaf *x509.Certificate) er
 	return nil
 }
 
-// bearer is an interceptor that shows the agent's token in every call.
+// bearer is an interceptor that shows the agent's token in every call, and passes the
+// request's id on.
 type bearer string
 
 func (b bearer) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
 		req.Header().Set("Authorization", "Bearer "+string(b))
+		requestid.Pass(ctx, req.Header(), hostwire.RequestID)
 		return next(ctx, req)
 	}
 }
@@ -217,6 +220,7 @@ func (b bearer) WrapStreamingClient(next connect.StreamingClientFunc) connect.St
 	return func(ctx context.Context, spec connect.Spec) connect.StreamingClientConn {
 		conn := next(ctx, spec)
 		conn.RequestHeader().Set("Authorization", "Bearer "+string(b))
+		requestid.Pass(ctx, conn.RequestHeader(), hostwire.RequestID)
 		return conn
 	}
 }

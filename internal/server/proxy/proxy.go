@@ -22,9 +22,11 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/duplex"
 	"github.com/wrenn-dev/wrenn/internal/filesign"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	"github.com/wrenn-dev/wrenn/internal/patience"
+	"github.com/wrenn-dev/wrenn/internal/requestid"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/budget"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
@@ -165,6 +167,7 @@ func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 	if code == fault.Unavailable {
 		w.Header().Set("Retry-After", "1")
 	}
+	w.Header().Set(requestid.Header, requestid.From(r.Context()))
 	p.Fail(w, r, err)
 }
 
@@ -391,6 +394,7 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 					h.Del(name)
 				}
 			}
+			requestid.Pass(pr.In.Context(), h, hostwire.RequestID)
 			h.Del("X-API-Key")
 			h.Del("X-Traffic-Token")
 			dropOurCookies(h)

@@ -2,8 +2,6 @@ package rest
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"log/slog"
 	"net/http"
 	"time"
@@ -12,6 +10,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/requestid"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/budget"
 )
@@ -74,11 +73,11 @@ func (o *observation) Write(b []byte) (int, error) {
 // Unwrap lets http.ResponseController reach the connection.
 func (o *observation) Unwrap() http.ResponseWriter { return o.ResponseWriter }
 
-// observe gives every request an id, and tells the log and the metrics of it.
+// observe logs and counts every request.
 func (a *API) observe(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		o := &observation{ResponseWriter: w, id: requestID(r)}
-		w.Header().Set("X-Request-Id", o.id)
+		o := &observation{ResponseWriter: w, id: requestid.From(r.Context())}
+		w.Header().Set(requestid.Header, o.id)
 		harmless(w.Header())
 		ctx := context.WithValue(r.Context(), observationKey{}, o)
 		ctx = context.WithValue(ctx, chi.RouteCtxKey, chi.NewRouteContext())
@@ -132,28 +131,5 @@ func harmless(h http.Header) {
 
 // log returns the log of a request.
 func (a *API) log(r *http.Request) *slog.Logger {
-	if o := observed(r); o != nil {
-		return a.Log.With("request_id", o.id)
-	}
-	return a.Log
-}
-
-// outside begins the id of a request that did not get it from this server, so
-// that nobody's can pass for another's in the log and in audit records.
-const outside = "ext-"
-
-// requestID returns the id that the client gave the request, marked as such, or
-// a new one.
-func requestID(r *http.Request) string {
-	given := r.Header.Get("X-Request-Id")
-	ok := given != "" && len(given) <= 64
-	for _, c := range []byte(given) {
-		ok = ok && (c >= '0' && c <= '9' || c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c == '-' || c == '_')
-	}
-	if ok {
-		return outside + given
-	}
-	var b [8]byte
-	rand.Read(b[:])
-	return hex.EncodeToString(b[:])
+	return a.Log.With("request_id", requestid.From(r.Context()))
 }

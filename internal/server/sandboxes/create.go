@@ -185,7 +185,7 @@ func (s *Service) createFrom(ctx context.Context, team uuid.UUID, template db.Te
 	go func() {
 		var started db.Sandbox
 		err := s.Work.Guard(func() (err error) {
-			started, err = s.startOn(begun, places, p)
+			started, err = s.startOn(ctx, begun, places, p)
 			return err
 		})
 		end([]db.Sandbox{started}, err)
@@ -275,7 +275,7 @@ func (s *Service) reserve(ctx context.Context, sandbox, team uuid.UUID, template
 
 // startOn starts the sandbox of a row, whose host is the first of those given,
 // on that one or, where that cannot, on the next, and writes how that went.
-func (s *Service) startOn(row db.Sandbox, places []*hosts.Host, p CreateParams) (db.Sandbox, error) {
+func (s *Service) startOn(ctx context.Context, row db.Sandbox, places []*hosts.Host, p CreateParams) (db.Sandbox, error) {
 	var failed error
 	for i, host := range places {
 		if i > 0 {
@@ -289,7 +289,7 @@ func (s *Service) startOn(row db.Sandbox, places []*hosts.Host, p CreateParams) 
 			}
 			row = moved
 		}
-		made, took, err := s.start(row, host, p.Envs)
+		made, took, err := s.start(ctx, row, host, p.Envs)
 		if err == nil {
 			return s.started(row, host, made, took)
 		}
@@ -301,8 +301,8 @@ func (s *Service) startOn(row db.Sandbox, places []*hosts.Host, p CreateParams) 
 }
 
 // start asks the host for the sandbox of a row that is starting.
-func (s *Service) start(row db.Sandbox, host *hosts.Host, envs map[string]string) (made *hostagentv1.Sandbox, took time.Duration, err error) {
-	ctx, cancel := context.WithTimeout(s.Work.Context(), createTimeout)
+func (s *Service) start(ctx context.Context, row db.Sandbox, host *hosts.Host, envs map[string]string) (made *hostagentv1.Sandbox, took time.Duration, err error) {
+	ctx, cancel := context.WithTimeout(s.Work.For(ctx), createTimeout)
 	defer cancel()
 	begun := time.Now()
 	answer, err := host.Agent.Create(ctx, connect.NewRequest(&hostagentv1.CreateRequest{

@@ -37,7 +37,7 @@ func (s *Service) End(ctx context.Context, row db.Sandbox) error {
 	done := make(chan error, 1)
 	go func() {
 		defer end()
-		done <- s.Work.Guard(func() error { return s.stop(s.Work.Context(), row) })
+		done <- s.Work.Guard(func() error { return s.stop(s.Work.For(ctx), row) })
 	}()
 	select {
 	case err := <-done:

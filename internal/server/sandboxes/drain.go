@@ -25,7 +25,7 @@ import (
 func (s *Service) Drain(ctx context.Context, row db.Sandbox, idle time.Duration) error {
 	// Shared with nobody: it may come to nothing, which whoever asks for a pause
 	// does not mean.
-	_, err := s.turn(ctx, row.ID, "", func() (db.Sandbox, error) { return s.pauseIdle(row, idle) })
+	_, err := s.turn(ctx, row.ID, "", func() (db.Sandbox, error) { return s.pauseIdle(ctx, row, idle) })
 	if errors.Is(err, ErrMoved) || fault.Is(err, fault.Conflict) {
 		return nil
 	}

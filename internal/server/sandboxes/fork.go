@@ -41,7 +41,7 @@ func (s *Service) Fork(ctx context.Context, team, sandbox uuid.UUID, count int, 
 			var made []db.Sandbox
 			// Read only after it has ended: it goes on when the caller leaves.
 			_, err = s.turn(ctx, sandbox, "", func() (_ db.Sandbox, err error) {
-				made, err = s.fork(sandbox, host, count, o)
+				made, err = s.fork(ctx, sandbox, host, count, o)
 				return db.Sandbox{}, err
 			})
 			if err == nil {
@@ -55,8 +55,8 @@ func (s *Service) Fork(ctx context.Context, team, sandbox uuid.UUID, count int, 
 }
 
 // fork makes copies of a sandbox whose turn it is.
-func (s *Service) fork(parent uuid.UUID, host *hosts.Host, count int, o idempotency.Call) (copies []db.Sandbox, err error) {
-	ctx := s.Work.Context()
+func (s *Service) fork(ctx context.Context, parent uuid.UUID, host *hosts.Host, count int, o idempotency.Call) (copies []db.Sandbox, err error) {
+	ctx = s.Work.For(ctx)
 	of := make([]uuid.UUID, count)
 	for i := range of {
 		of[i] = uuid.New()

@@ -75,7 +75,7 @@ func (s *Service) Pause(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbo
 			}
 			return row, err
 		case Running:
-			row, err = s.turn(ctx, sandbox, Paused, func() (db.Sandbox, error) { return s.pause(row) })
+			row, err = s.turn(ctx, sandbox, Paused, func() (db.Sandbox, error) { return s.pause(ctx, row) })
 		case Pausing, Resuming:
 			row, err = s.wait(ctx, row, Paused, deadline)
 		default:
@@ -110,7 +110,7 @@ func (s *Service) wake(ctx context.Context, row db.Sandbox, asked bool) (db.Sand
 			if !asked && !row.AutoResume && !row.Drained {
 				return row, notRunning(row)
 			}
-			row, err = s.turn(ctx, sandbox, Running, func() (db.Sandbox, error) { return s.resume(was) })
+			row, err = s.turn(ctx, sandbox, Running, func() (db.Sandbox, error) { return s.resume(ctx, was) })
 		case Pausing, Resuming:
 			if !asked && !row.AutoResume && !row.Drained && row.State == string(Pausing) {
 				return row, notRunning(row)
@@ -144,13 +144,13 @@ func (s *Service) mark(sandbox uuid.UUID, write func(context.Context, uuid.UUID)
 }
 
 // pause has the host pause a running sandbox and writes down how that went.
-func (s *Service) pause(row db.Sandbox) (db.Sandbox, error) {
-	return s.pauseIdle(row, 0)
+func (s *Service) pause(ctx context.Context, row db.Sandbox) (db.Sandbox, error) {
+	return s.pauseIdle(ctx, row, 0)
 }
 
 // pauseIdle is pause for a sandbox that drains: it is paused if its host still
 // drains and nothing has used it for the time idle. idle 0: in any case.
-func (s *Service) pauseIdle(row db.Sandbox, idle time.Duration) (db.Sandbox, error) {
+func (s *Service) pauseIdle(ctx context.Context, row db.Sandbox, idle time.Duration) (db.Sandbox, error) {
 	log := s.Log.With("sandbox_id", id.Format(id.Sandbox, row.ID))
 	host, err := s.Hosts.Get(row.HostID)
 	if err != nil {
@@ -164,7 +164,7 @@ func (s *Service) pauseIdle(row db.Sandbox, idle time.Duration) (db.Sandbox, err
 		return row, err
 	}
 	defer s.changed(row.ID)
-	ctx, cancel := context.WithTimeout(s.Work.Context(), pauseTimeout)
+	ctx, cancel := context.WithTimeout(s.Work.For(ctx), pauseTimeout)
 	defer cancel()
 	begun := time.Now()
 	_, err = host.Agent.Pause(ctx, connect.NewRequest(ask))
@@ -188,7 +188,7 @@ func (s *Service) pauseIdle(row db.Sandbox, idle time.Duration) (db.Sandbox, err
 }
 
 // resume has the host resume a paused sandbox and writes down how that went.
-func (s *Service) resume(row db.Sandbox) (db.Sandbox, error) {
+func (s *Service) resume(ctx context.Context, row db.Sandbox) (db.Sandbox, error) {
 	log := s.Log.With("sandbox_id", id.Format(id.Sandbox, row.ID))
 	host, err := s.Hosts.Get(row.HostID)
 	if err != nil {
@@ -198,7 +198,7 @@ func (s *Service) resume(row db.Sandbox) (db.Sandbox, error) {
 		return row, err
 	}
 	defer s.changed(row.ID)
-	ctx, cancel := context.WithTimeout(s.Work.Context(), resumeTimeout)
+	ctx, cancel := context.WithTimeout(s.Work.For(ctx), resumeTimeout)
 	defer cancel()
 	begun := time.Now()
 	answer, err := host.Agent.Resume(ctx, connect.NewRequest(&hostagentv1.ResumeRequest{SandboxId: id.Format(id.Sandbox, row.ID)}))

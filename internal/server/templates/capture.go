@@ -42,7 +42,7 @@ func (s *Service) Snapshot(ctx context.Context, team, sandbox uuid.UUID, name, k
 		var template db.Template
 		// Read only after it has ended: it goes on when the caller leaves.
 		err := s.Sandboxes.Hold(ctx, team, sandbox, func(row db.Sandbox) (err error) {
-			template, err = s.snapshot(row, name, o)
+			template, err = s.snapshot(ctx, row, name, o)
 			return err
 		})
 		if err == nil {
@@ -55,7 +55,7 @@ func (s *Service) Snapshot(ctx context.Context, team, sandbox uuid.UUID, name, k
 }
 
 // snapshot claims the name and has the sandbox captured.
-func (s *Service) snapshot(row db.Sandbox, name string, o idempotency.Call) (db.Template, error) {
+func (s *Service) snapshot(asked context.Context, row db.Sandbox, name string, o idempotency.Call) (db.Template, error) {
 	ctx, cancel := context.WithTimeout(s.Work.Context(), shortCall)
 	defer cancel()
 	template := uuid.New()
@@ -93,12 +93,12 @@ func (s *Service) snapshot(row db.Sandbox, name string, o idempotency.Call) (db.
 	if err != nil {
 		return db.Template{}, fmt.Errorf("write template: %w", err)
 	}
-	return s.capture(claimed)
+	return s.capture(asked, claimed)
 }
 
 // capture has the host make a template whose row is pending and writes down
 // how that went.
-func (s *Service) capture(row db.Template) (db.Template, error) {
+func (s *Service) capture(ctx context.Context, row db.Template) (db.Template, error) {
 	log := s.Log.With("template_id", id.Format(id.Template, row.ID), "sandbox_id", id.Format(id.Sandbox, *row.CapturedFrom))
 	defer s.Sandboxes.Changed(*row.CapturedFrom) // Whoever waits for the template looks again.
 	drop := func(ctx context.Context) error { return s.Store.DropTemplate(ctx, row.ID) }
@@ -109,7 +109,7 @@ func (s *Service) capture(row db.Template) (db.Template, error) {
 		}
 		return row, err
 	}
-	ctx, cancel := context.WithTimeout(s.Work.Context(), captureWithin)
+	ctx, cancel := context.WithTimeout(s.Work.For(ctx), captureWithin)
 	defer cancel()
 	begun := store.Now()
 	answer, err := host.Agent.Snapshot(ctx, connect.NewRequest(&hostagentv1.SnapshotRequest{

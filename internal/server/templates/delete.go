@@ -86,7 +86,7 @@ func (s *Service) Remove(ctx context.Context, row db.Template) error {
 	done := make(chan error, 1)
 	go func() {
 		defer end()
-		done <- s.Work.Guard(func() error { return s.remove(s.Work.Context(), row) })
+		done <- s.Work.Guard(func() error { return s.remove(s.Work.For(ctx), row) })
 	}()
 	select {
 	case err := <-done:

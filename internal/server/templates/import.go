@@ -155,7 +155,7 @@ func (s *Service) Import(ctx context.Context, team uuid.UUID, i Image) (db.Templ
 		err error
 	}
 	done := make(chan outcome, 1)
-	run, cancel := context.WithTimeout(s.Work.Context(), importTimeout)
+	run, cancel := context.WithTimeout(s.Work.For(ctx), importTimeout)
 	if i.build != nil {
 		stop := context.AfterFunc(ctx, cancel)
 		defer stop()

@@ -149,7 +149,7 @@ func (s *Service) CaptureAgain(ctx context.Context, row db.Template) error {
 			return nil // Somebody else finished it.
 		}
 		if err == nil {
-			_, err = s.capture(is)
+			_, err = s.capture(ctx, is)
 		}
 		return err
 	})

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/wrenn-dev/wrenn/internal/requestid"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
@@ -37,6 +38,11 @@ func New(log *slog.Logger) *Group {
 // Context ends when the group's work is given up. Work uses it instead of the
 // context of whoever asked.
 func (g *Group) Context() context.Context { return g.ctx }
+
+// For returns [Group.Context] with the id of the request that ctx belongs to.
+func (g *Group) For(ctx context.Context) context.Context {
+	return requestid.With(g.ctx, requestid.From(ctx))
+}
 
 // Begin registers a piece of work, which ends with end. It fails with
 // unavailable once the group is being closed.

@@ -1,0 +1,47 @@
+package envd
+
+import (
+	"context"
+	"log/slog"
+
+	"connectrpc.com/connect"
+
+	"github.com/wrenn-dev/wrenn/internal/requestid"
+)
+
+// calls is an interceptor that logs calls that fail, with the request's id.
+type calls struct{ log *slog.Logger }
+
+func (c calls) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
+	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+		resp, err := next(ctx, req)
+		c.ended(ctx, req.Spec(), req.Header().Get(requestid.Header), err)
+		return resp, err
+	}
+}
+
+func (c calls) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
+	return next
+}
+
+func (c calls) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
+	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
+		err := next(ctx, conn)
+		c.ended(ctx, conn.Spec(), conn.RequestHeader().Get(requestid.Header), err)
+		return err
+	}
+}
+
+// ended logs a call's error: as a warning if the daemon is at fault, or else only at
+// the level debug, because a program may cause many.
+func (c calls) ended(ctx context.Context, spec connect.Spec, id string, err error) {
+	if err == nil {
+		return
+	}
+	level := slog.LevelDebug
+	switch connect.CodeOf(err) {
+	case connect.CodeInternal, connect.CodeUnknown, connect.CodeDataLoss:
+		level = slog.LevelWarn
+	}
+	c.log.Log(ctx, level, "call failed", "request_id", id, "procedure", spec.Procedure, "error", err)
+}

@@ -1,0 +1,49 @@
+package envd
+
+import (
+	"bytes"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+
+	"connectrpc.com/connect"
+
+	"github.com/wrenn-dev/wrenn/internal/gen/filesystem"
+	"github.com/wrenn-dev/wrenn/internal/gen/filesystem/filesystemconnect"
+	"github.com/wrenn-dev/wrenn/internal/requestid"
+)
+
+// A failed call is in the log, with the id of the client's request.
+func TestFailedCallsAreLogged(t *testing.T) {
+	var log bytes.Buffer
+	s, err := New(Config{DefaultUser: "root", Log: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	web := httptest.NewServer(s.Handler())
+	defer web.Close()
+	resp, err := http.Post(web.URL+"/init", "application/json", strings.NewReader(`{"accessToken":"`+testToken+`"}`))
+	if err != nil || resp.StatusCode != http.StatusNoContent {
+		t.Fatalf("/init: %v, %v", resp, err)
+	}
+	resp.Body.Close()
+	stat := func(path string) error {
+		req := connect.NewRequest(&filesystem.StatRequest{Path: path})
+		req.Header().Set(TokenHeader, testToken)
+		req.Header().Set(requestid.Header, "ext-1")
+		_, err := filesystemconnect.NewFilesystemClient(http.DefaultClient, web.URL).Stat(t.Context(), req)
+		return err
+	}
+	if err := stat("/"); err != nil {
+		t.Fatal(err)
+	}
+	if err := stat("/no/such/file"); connect.CodeOf(err) != connect.CodeNotFound {
+		t.Fatal(err)
+	}
+	web.Close() // Its handlers have ended.
+	if got, want := log.String(), `level=DEBUG msg="call failed" request_id=ext-1 procedure=/filesystem.Filesystem/Stat error=`; strings.Count(got, "\n") != 1 || !strings.Contains(got, want) {
+		t.Errorf("the log has %q, want only %q", got, want)
+	}
+}

@@ -1,0 +1,86 @@
+// Package requestid carries the id of a client's request to each program that works
+// on it, so that their logs can be joined.
+package requestid
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"net/http"
+)
+
+// Header has the id, in a client's request and in the answer to it.
+const Header = "X-Request-Id"
+
+// outside begins the id of a request that did not get it from this server, so
+// that nobody's can pass for another's in the log and in audit records.
+const outside = "ext-"
+
+// maxLength bounds an id that a client gives, without [outside].
+const maxLength = 64
+
+// Take returns the id that a client gave its request, marked as such, or a new one.
+func Take(r *http.Request) string {
+	if given := r.Header.Get(Header); valid(given, maxLength) {
+		return outside + given
+	}
+	var b [8]byte
+	rand.Read(b[:])
+	return hex.EncodeToString(b[:])
+}
+
+func valid(id string, most int) bool {
+	ok := id != "" && len(id) <= most
+	for _, c := range []byte(id) {
+		ok = ok && (c >= '0' && c <= '9' || c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c == '-' || c == '_')
+	}
+	return ok
+}
+
+type key struct{}
+
+// With returns a context of the request that has an id.
+func With(ctx context.Context, id string) context.Context { return context.WithValue(ctx, key{}, id) }
+
+// From returns the id of the request that ctx belongs to, or "".
+func From(ctx context.Context) string {
+	id, _ := ctx.Value(key{}).(string)
+	return id
+}
+
+// Handler returns next for requests of clients, whose contexts get an id.
+func Handler(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		next.ServeHTTP(w, r.WithContext(With(r.Context(), Take(r))))
+	})
+}
+
+// Pass sets the field name of h to the id that ctx has, if it has one.
+func Pass(ctx context.Context, h http.Header, name string) {
+	if id := From(ctx); id != "" {
+		h.Set(name, id)
+	}
+}
+
+// Received returns a context with the id that another program of Wrenn passed on in
+// the field name of h, and removes the field.
+func Received(ctx context.Context, h http.Header, name string) context.Context {
+	id := h.Get(name)
+	h.Del(name)
+	if !valid(id, len(outside)+maxLength) {
+		return ctx
+	}
+	return With(ctx, id)
+}
+
+// Transport passes the ids of requests on in [Header].
+type Transport struct{ Next http.RoundTripper }
+
+// RoundTrip implements [http.RoundTripper].
+func (t Transport) RoundTrip(r *http.Request) (*http.Response, error) {
+	if From(r.Context()) != "" {
+		r = r.Clone(r.Context())
+		Pass(r.Context(), r.Header, Header)
+	}
+	return t.Next.RoundTrip(r)
+}
