@@ -102,14 +102,27 @@ func Commands(in io.Reader, out, errw io.Writer) []*cobra.Command {
 // agent is the User-Agent of the commands.
 const agent = "wrenn-cli"
 
-// client connects to the service that flags, environment, the user's login, or
-// the credentials of this machine's `wrenn up` name, in this order.
+// client connects to the service that the commands use.
 func (a *app) client() (*client.Client, error) {
-	url, key := first(a.url, os.Getenv("WRENN_URL")), first(a.key, os.Getenv("WRENN_API_KEY"))
+	url, key, err := a.service()
+	if err != nil {
+		return nil, err
+	}
+	c, err := client.New(url, key, client.WithUserAgent(agent))
+	if err != nil {
+		return nil, &UsageError{err}
+	}
+	return c, nil
+}
+
+// service returns the URL and the API key that flags, environment, the user's login,
+// or the credentials of this machine's `wrenn up` name, in this order.
+func (a *app) service() (url, key string, err error) {
+	url, key = first(a.url, os.Getenv("WRENN_URL")), first(a.key, os.Getenv("WRENN_API_KEY"))
 	if (url == "" || key == "") && !a.here() {
 		l, err := readLogin()
 		if err != nil {
-			return nil, err
+			return "", "", err
 		}
 		// A login's key is for its own service.
 		if l != nil && (url == "" || sameService(url, l.URL)) {
@@ -119,18 +132,14 @@ func (a *app) client() (*client.Client, error) {
 	if url == "" || key == "" {
 		have, err := a.credentials()
 		if err != nil {
-			return nil, err
+			return "", "", err
 		}
 		if url != "" && !sameService(url, have.URL) {
-			return nil, fmt.Errorf("there is no API key for %s: the one on this machine is for %s; set WRENN_API_KEY or use `wrenn login`", url, have.URL)
+			return "", "", fmt.Errorf("there is no API key for %s: the one on this machine is for %s; set WRENN_API_KEY or use `wrenn login`", url, have.URL)
 		}
 		url, key = first(url, have.URL), first(key, have.APIKey)
 	}
-	c, err := client.New(url, key, client.WithUserAgent(agent))
-	if err != nil {
-		return nil, &UsageError{err}
-	}
-	return c, nil
+	return url, key, nil
 }
 
 // sameService reports whether two URLs name one service. A secret is only ever

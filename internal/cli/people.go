@@ -3,6 +3,7 @@ package cli
 import (
 	"context"
 	"fmt"
+	"os"
 	"strings"
 	"time"
 
@@ -29,8 +30,49 @@ func (a *app) as(cmd *cobra.Command, out *output, do func(ctx context.Context, p
 
 func (a *app) keyCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "key", Short: "A team's API keys", Long: "A team's API keys. `wrenn login` first, or be root where `wrenn up` runs."}
-	cmd.AddCommand(a.keyCreateCommand(), a.keyListCommand(), a.keyRemoveCommand(), a.keyRotateSecretCommand())
+	cmd.AddCommand(a.keyCurrentCommand(), a.keyCreateCommand(), a.keyListCommand(), a.keyRemoveCommand(), a.keyRotateSecretCommand())
 	return cmd
+}
+
+// adminKey is the variable in the server's environment file that has the first
+// admin's API key.
+const adminKey = "WRENN_ADMIN_API_KEY"
+
+func (a *app) keyCurrentCommand() *cobra.Command {
+	var file string
+	cmd := &cobra.Command{
+		Use: "current", Short: "Print the API key that the commands use", Args: exactly(0),
+		Long: `Print the API key that the commands use: that of --api-key or WRENN_API_KEY, else
+that of ` + "`wrenn login`" + `, else that of ` + "`wrenn up`" + ` on this machine. With --file, print the
+first admin's, from the server's environment file.`,
+		RunE: func(*cobra.Command, []string) error {
+			_, key, err := a.service()
+			if file != "" {
+				key, err = variable(file, adminKey)
+			}
+			if err != nil {
+				return err
+			}
+			_, err = fmt.Fprintln(a.out, key)
+			return err
+		},
+	}
+	cmd.Flags().StringVar(&file, "file", "", "the server's environment file, such as /etc/wrenn/server.env")
+	return cmd
+}
+
+// variable returns the value of a variable in a file that systemd could read.
+func variable(file, name string) (string, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(b)) {
+		if value, ok := strings.CutPrefix(strings.TrimSpace(line), name+"="); ok {
+			return strings.Trim(value, `"'`), nil
+		}
+	}
+	return "", fmt.Errorf("%s does not set %s", file, name)
 }
 
 func (a *app) keyCreateCommand() *cobra.Command {

@@ -1,0 +1,59 @@
+package cli
+
+import (
+	"bytes"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/spf13/cobra"
+)
+
+// TestKeyCurrent: the key is the one that the other commands show.
+func TestKeyCurrent(t *testing.T) {
+	t.Setenv("XDG_CONFIG_HOME", t.TempDir())
+	t.Setenv("WRENN_URL", "")
+	t.Setenv("WRENN_API_KEY", "")
+	dir := t.TempDir()
+	server := filepath.Join(dir, "server.env")
+	for file, text := range map[string]string{
+		filepath.Join(dir, "credentials.json"): `{"url":"http://here","api_key":"wrn_here"}`,
+		server:                                 "WRENN_LISTEN=x\n  WRENN_ADMIN_API_KEY=\"wrn_admin\"\n",
+	} {
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	current := func(args ...string) (string, error) {
+		var out bytes.Buffer
+		root := &cobra.Command{Use: "wrenn", SilenceErrors: true, SilenceUsage: true}
+		root.AddCommand(Commands(strings.NewReader(""), &out, io.Discard)...)
+		root.SetArgs(append([]string{"key", "current"}, args...))
+		err := root.ExecuteContext(t.Context())
+		return out.String(), err
+	}
+	for _, c := range []struct {
+		env, want string
+		args      []string
+	}{
+		{"", "wrn_here\n", nil},
+		{"wrn_env", "wrn_env\n", []string{"--url", "http://elsewhere"}},
+		{"wrn_env", "wrn_flag\n", []string{"--url", "http://elsewhere", "--api-key", "wrn_flag"}},
+		{"", "wrn_admin\n", []string{"--file", server}},
+		{"", "", []string{"--url", "http://elsewhere"}},
+		{"wrn_env", "", []string{"--file", filepath.Join(dir, "credentials.json")}},
+		{"wrn_env", "", []string{"--file", filepath.Join(dir, "missing")}},
+	} {
+		t.Setenv("WRENN_API_KEY", c.env)
+		got, err := current(append([]string{"--dir", dir}, c.args...)...)
+		if got != c.want || (err == nil) != (c.want != "") {
+			t.Errorf("%q with WRENN_API_KEY=%s: %q, %v", c.args, c.env, got, err)
+		}
+	}
+	// Without credentials on this machine, a file is enough.
+	if got, err := current("--dir", t.TempDir(), "--file", server); got != "wrn_admin\n" || err != nil {
+		t.Errorf("without credentials: %q, %v", got, err)
+	}
+}
