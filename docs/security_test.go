@@ -11,20 +11,22 @@ import (
 	"testing"
 )
 
-// TestSecurityNamesTests: every test that security.md names is in the tree.
-func TestSecurityNamesTests(t *testing.T) {
-	page, err := os.ReadFile("security.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+// TestPagesNameTests: every test that these pages name is in the tree.
+func TestPagesNameTests(t *testing.T) {
 	missing := make(map[string]bool)
-	for _, m := range regexp.MustCompile("`(Test[A-Za-z0-9]+)`").FindAllStringSubmatch(string(page), -1) {
-		missing["func "+m[1]+"(t "] = true
+	for _, file := range []string{"security.md", "changing.md"} {
+		page, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range regexp.MustCompile("`(Test[A-Za-z0-9]+)`").FindAllStringSubmatch(string(page), -1) {
+			missing["func "+m[1]+"(t "] = true
+		}
 	}
-	if len(missing) < 10 {
-		t.Fatalf("the page names %d tests", len(missing))
+	if len(missing) < 20 {
+		t.Fatalf("the pages name %d tests", len(missing))
 	}
-	err = filepath.WalkDir("..", func(path string, d fs.DirEntry, err error) error {
+	err := filepath.WalkDir("..", func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !strings.HasSuffix(path, "_test.go") {
 			return err
 		}
@@ -41,5 +43,29 @@ func TestSecurityNamesTests(t *testing.T) {
 	}
 	for name := range missing {
 		t.Errorf("the page names a test that is not there: %s", name)
+	}
+}
+
+// TestChangingNamesFiles: every file and folder that changing.md names is in the tree.
+func TestChangingNamesFiles(t *testing.T) {
+	page, err := os.ReadFile("changing.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, m := range regexp.MustCompile("`((?:api|client|cmd|deploy|internal)/[a-z0-9_/.-]*)`").FindAllStringSubmatch(string(page), -1) {
+		n++
+		if _, err := os.Stat(filepath.Join("..", m[1])); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, m := range regexp.MustCompile("`(000[a-z0-9_]+\\.sql)`").FindAllStringSubmatch(string(page), -1) {
+		n++
+		if _, err := os.Stat(filepath.Join("..", "internal/server/store/migrations", m[1])); err != nil {
+			t.Error(err)
+		}
+	}
+	if n < 50 {
+		t.Errorf("the page names %d files", n)
 	}
 }
