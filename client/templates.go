@@ -22,9 +22,21 @@ type Template struct {
 	DiskMiB   int       `json:"disk_mib"`             // its sandboxes have at least; 0: not known
 	SandboxID string    `json:"sandbox_id,omitempty"` // that it was captured from
 	CreatedAt time.Time `json:"created_at"`
+	// Limits bound what each of its sandboxes uses of its host; nil: only the host's
+	// own limits do.
+	Limits *TemplateLimits `json:"limits,omitempty"`
 	// FailedImport is the last import of its name, where that has failed; only
 	// [Client.Template] says so.
 	FailedImport *FailedImport `json:"failed_import,omitempty"`
+}
+
+// TemplateLimits are how much of its host's disk and network a sandbox may use per
+// second. 0: the template does not limit that.
+type TemplateLimits struct {
+	DiskBytes  int64 `json:"disk_bytes,omitempty"`  // read and written, together
+	DiskOps    int64 `json:"disk_ops,omitempty"`    // reads and writes, together
+	NetBytes   int64 `json:"net_bytes,omitempty"`   // sent, and separately received
+	NetPackets int64 `json:"net_packets,omitempty"` // sent, and separately received
 }
 
 // FailedImport is an import of an image that came to nothing.

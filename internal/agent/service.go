@@ -19,6 +19,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
+	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
 	"github.com/wrenn-dev/wrenn/internal/agent/told"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
@@ -297,7 +298,11 @@ func defaultsOf(m *pb.Defaults) (*image.Defaults, error) {
 	if w := m.GetWorkdir(); w != "" && w[0] != '/' || len(w) > maxPath || strings.ContainsRune(w, 0) {
 		return nil, invalid("defaults: %.100q is no absolute path of a working directory", w)
 	}
-	return &image.Defaults{Envs: m.GetEnvs(), User: m.GetUser(), Workdir: m.GetWorkdir()}, nil
+	limits := rates.Limits(m.GetLimits())
+	if err := limits.Check(); err != nil {
+		return nil, invalid("defaults: %v", err)
+	}
+	return &image.Defaults{Envs: m.GetEnvs(), User: m.GetUser(), Workdir: m.GetWorkdir(), Limits: limits}, nil
 }
 
 // Settle implements hostagentv1connect.HostAgentHandler.
@@ -876,7 +881,7 @@ func templateMessage(t image.Template) *pb.Template {
 	return &pb.Template{
 		TemplateId: id.Format(id.Template, t.ID), TeamId: id.Format(id.Team, t.Team), Name: t.Name, SizeBytes: t.SizeBytes,
 		CreatedAt: timestamppb.New(t.CreatedAt), DiskMib: int32(t.DiskMiB), Vcpus: int32(t.VCPUs), MemoryMib: int32(t.MemoryMiB),
-		Defaults: &pb.Defaults{Envs: t.Defaults.Envs, User: t.Defaults.User, Workdir: t.Defaults.Workdir},
+		Defaults: &pb.Defaults{Envs: t.Defaults.Envs, User: t.Defaults.User, Workdir: t.Defaults.Workdir, Limits: t.Defaults.Limits},
 	}
 }
 

@@ -88,6 +88,7 @@ func (a *app) templateShowCommand() *cobra.Command {
 				{"CPUS", any(t.VCPUs, "")},
 				{"MEMORY", any(t.MemoryMiB, " MiB")},
 				{"DISK", any(t.DiskMiB, " MiB at least")},
+				{"LIMITS", limits(t.Limits)},
 				{"CAPTURED FROM", cmp.Or(t.SandboxID, "-")},
 				{"CREATED", t.CreatedAt.Format(time.DateTime)},
 			}
@@ -99,6 +100,23 @@ func (a *app) templateShowCommand() *cobra.Command {
 	}
 	out.flag(cmd)
 	return cmd
+}
+
+// limits says what a template allows each sandbox per second, as a recipe does.
+func limits(l *client.TemplateLimits) string {
+	if l == nil {
+		return "the host's"
+	}
+	var words []string
+	for _, limit := range []struct {
+		name string
+		n    int64
+	}{{"disk_bytes", l.DiskBytes}, {"disk_ops", l.DiskOps}, {"net_bytes", l.NetBytes}, {"net_packets", l.NetPackets}} {
+		if limit.n > 0 {
+			words = append(words, fmt.Sprintf("%s=%d", limit.name, limit.n))
+		}
+	}
+	return strings.Join(words, " ")
 }
 
 func (a *app) templateRmCommand() *cobra.Command {

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"maps"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -38,7 +40,7 @@ var instead = map[string]string{
 	"VOLUME":     "recipes have no VOLUME: the whole disk is the sandbox's own; remove this line",
 }
 
-const known = "FROM, RUN, ENV, COPY, WORKDIR, USER, START and HEALTHCHECK"
+const known = "FROM, RUN, ENV, COPY, WORKDIR, USER, LIMIT, START and HEALTHCHECK"
 
 // Parse reads a recipe. Its error is Errors: every instruction is looked at,
 // so that all that must change is known at once.
@@ -104,7 +106,7 @@ func (p *parser) instruction(l *line) *failure {
 	}
 	read, ok := map[string]func(*scanner, Position) *failure{
 		"RUN": p.parseRun, "ENV": p.parseEnv, "COPY": p.parseCopy, "WORKDIR": p.parseWorkdir,
-		"USER": p.parseUser, "START": p.parseStart, "HEALTHCHECK": p.parseHealthCheck,
+		"USER": p.parseUser, "LIMIT": p.parseLimit, "START": p.parseStart, "HEALTHCHECK": p.parseHealthCheck,
 	}[keyword]
 	if !ok {
 		if hint := instead[keyword]; hint != "" {
@@ -187,6 +189,38 @@ func (p *parser) parseStart(s *scanner, pos Position) *failure {
 		return &failure{Error: &Error{pos, "a second START; the first is at " + p.recipe.Start.Pos.String()}}
 	}
 	p.recipe.Start = &Start{pos, c}
+	return nil
+}
+
+func (p *parser) parseLimit(s *scanner, pos Position) *failure {
+	l := &Limit{Pos: pos, Limits: map[string]int64{}}
+	names := strings.Join(slices.Sorted(maps.Keys(MinLimits)), ", ")
+	for s.skipBlanks(); s.more(); s.skipBlanks() {
+		at := s.at
+		for s.more() && !blank(s.text[s.at]) {
+			s.at++
+		}
+		name, number, _ := strings.Cut(s.text[at:s.at], "=")
+		least, ok := MinLimits[name]
+		if !ok {
+			return wrap(s.fail(at, "there is no limit %.40q; there are %s", name, names))
+		}
+		if _, twice := l.Limits[name]; twice {
+			return wrap(s.fail(at, "a second %s", name))
+		}
+		n, err := strconv.ParseInt(number, 10, 64)
+		if err != nil || n != 0 && (n < least || n > MaxLimit) {
+			return wrap(s.fail(at, "%s needs a number from %d to %d, or 0 for none", name, least, int64(MaxLimit)))
+		}
+		l.Limits[name] = n
+	}
+	if len(l.Limits) == 0 {
+		return wrap(s.fail(s.at, "LIMIT needs NAME=NUMBER; there are %s", names))
+	}
+	if p.recipe.Limit != nil {
+		return wrap(&Error{pos, "a second LIMIT; the first is at " + p.recipe.Limit.Pos.String()})
+	}
+	p.recipe.Limit = l
 	return nil
 }
 

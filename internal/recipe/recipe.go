@@ -1,20 +1,22 @@
 // Package recipe reads recipes, the texts that templates are built from.
 //
 // The language is a subset of the Dockerfile's (Docker's "Dockerfile
-// reference", whose rules hold for what is in it) and one instruction more,
-// START. docs/recipes.md describes it. What a Dockerfile has and a recipe has
+// reference", whose rules hold for what is in it) and two instructions more,
+// START and LIMIT. docs/recipes.md describes it. What a Dockerfile has and a recipe has
 // not is refused with its place and what to write instead, never passed over.
 //
 // BuildKit's own parser (github.com/moby/buildkit/frontend/dockerfile) is not
 // used: it gives places as lines alone, since it joins continued lines before
 // it looks at them; it leaves unknown instructions, flags and forms to later
 // layers; and its packages need 35 others, protobuf's among them, to read a
-// language of eight instructions. The tests hold this parser to the meanings
+// language of nine instructions. The tests hold this parser to the meanings
 // that BuildKit's has.
 package recipe
 
 import (
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 )
@@ -59,6 +61,9 @@ type Recipe struct {
 	// what the last step left. Nil: there is none.
 	Start       *Start
 	HealthCheck *HealthCheck
+	// Limit bounds what the template's sandboxes use of their host. The build's
+	// own sandbox has the limits of what the recipe starts from. Nil: there is none.
+	Limit *Limit
 }
 
 // String is the recipe in a form without comments and choices: Parse makes the
@@ -68,6 +73,9 @@ func (r *Recipe) String() string {
 	fmt.Fprintln(&b, r.From)
 	for _, s := range r.Steps {
 		fmt.Fprintln(&b, s)
+	}
+	if r.Limit != nil {
+		fmt.Fprintln(&b, r.Limit)
 	}
 	if r.Start != nil {
 		fmt.Fprintln(&b, r.Start)
@@ -212,6 +220,33 @@ type User struct {
 func (s *User) Position() Position { return s.Pos }
 
 func (s *User) String() string { return "USER " + s.Name.String() }
+
+// Limit bounds what each sandbox uses of its host's disk and network per second. Its
+// numbers are those of [MinLimits]; 0 takes away what the recipe's base says.
+type Limit struct {
+	Pos    Position
+	Limits map[string]int64
+}
+
+// MinLimits are the names of limits, each with the least that a guest works with.
+var MinLimits = map[string]int64{
+	"disk_bytes":  1 << 20, // read and written, together
+	"disk_ops":    50,      // reads and writes, together
+	"net_bytes":   64 << 10,
+	"net_packets": 100, // in each direction, as the bytes
+}
+
+// MaxLimit is the largest limit.
+const MaxLimit = 10_000_000_000
+
+func (l *Limit) String() string {
+	var b strings.Builder
+	b.WriteString("LIMIT")
+	for _, name := range slices.Sorted(maps.Keys(l.Limits)) {
+		fmt.Fprintf(&b, " %s=%d", name, l.Limits[name])
+	}
+	return b.String()
+}
 
 // Start is a command that is left running.
 type Start struct {

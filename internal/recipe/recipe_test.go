@@ -34,6 +34,7 @@ func TestCanonical(t *testing.T) {
 		{"user", "FROM a\nUSER ${u:-1000}:g", "FROM a\nUSER ${u:-1000}:g\n"},
 		{"start and health check come last", "FROM a\nHEALTHCHECK --interval=90s --retries=5 --timeout=1500ms --start-period=0s cmd curl -f localhost\nSTART [\"srv\"]\nRUN b", "FROM a\nRUN b\nSTART [\"srv\"]\nHEALTHCHECK --interval=1m30s --timeout=1.5s --retries=5 CMD curl -f localhost\n"},
 		{"health check in exec form", "FROM a\nHEALTHCHECK CMD [\"x\"]", "FROM a\nHEALTHCHECK CMD [\"x\"]\n"},
+		{"limits come in the order of their names", "FROM a\nLIMIT net_bytes=0  disk_ops=50 \\\n disk_bytes=10000000000\nRUN b", "FROM a\nRUN b\nLIMIT disk_bytes=10000000000 disk_ops=50 net_bytes=0\n"},
 		{"no health check", "FROM a\nHEALTHCHECK none", "FROM a\nHEALTHCHECK NONE\n"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -122,6 +123,13 @@ func TestErrors(t *testing.T) {
 		{"FROM a\nWORKDIR", "2:8: WORKDIR needs a folder"},
 		{"FROM a\nUSER ''", "2:6: USER needs a user"},
 		{"FROM a\nSTART x\nSTART y", "3:1: a second START; the first is at 2:1"},
+		{"FROM a\nLIMIT", "2:6: LIMIT needs NAME=NUMBER; there are disk_bytes, disk_ops, net_bytes, net_packets"},
+		{"FROM a\nLIMIT disk_ops=50 speed=1", "2:19: there is no limit \"speed\""},
+		{"FROM a\nLIMIT disk_ops=49", "2:7: disk_ops needs a number from 50 to 10000000000, or 0"},
+		{"FROM a\nLIMIT disk_ops", "2:7: disk_ops needs a number"},
+		{"FROM a\nLIMIT net_bytes=10000000001", "2:7: net_bytes needs a number"},
+		{"FROM a\nLIMIT disk_ops=50 disk_ops=60", "2:19: a second disk_ops"},
+		{"FROM a\nLIMIT disk_ops=50\nLIMIT disk_ops=60", "3:1: a second LIMIT; the first is at 2:1"},
 		{"FROM a\nHEALTHCHECK", "2:12: HEALTHCHECK needs CMD"},
 		{"FROM a\nHEALTHCHECK curl x", "2:13: HEALTHCHECK needs CMD"},
 		{"FROM a\nHEALTHCHECK CMD", "2:16: HEALTHCHECK CMD needs a command"},
@@ -255,7 +263,7 @@ func FuzzParse(f *testing.F) {
 	for _, s := range []string{
 		"FROM minimal\nRUN a \\\n b\nENV a=b c=\"d $e\" \nENV x y z\nCOPY --chmod=755 --chown=a:b a* b/\nWORKDIR /x\nUSER a\nSTART [\"a\"]\nHEALTHCHECK --retries=3 CMD x",
 		"FROM oci:a/b:c\nRUN [ -f x ]", "FROM a\nENV a=${b:-${c+d}}'e'\\ f$", "# escape=`\nFROM a", "FROM a\nRUN cat <<EOF\nEOF", "FROM a\nCOPY [\"--a\", \"[\"]\nCOPY [ ]",
-		"FROM a\nRUN [\"a\", ", "FROM a\r\nRUN b \\\r\n#x\r\n c", "\ufeffFROM a\nWORKDIR \"a \"", "FROM a\nRUN a\\ \\\n\\\\\n", "FROM a\nRUN \\\n\\\nx\\\n", "FROM a\nHEALTHCHECK NONE",
+		"FROM a\nRUN [\"a\", ", "FROM a\r\nRUN b \\\r\n#x\r\n c", "\ufeffFROM a\nWORKDIR \"a \"", "FROM a\nRUN a\\ \\\n\\\\\n", "FROM a\nRUN \\\n\\\nx\\\n", "FROM a\nHEALTHCHECK NONE", "FROM a\nLIMIT disk_ops=50 net_bytes=0",
 		"FROM a\nENV A=\"<<EOF\"\nCOPY \"<<EOF\" b",
 	} {
 		f.Add(s)

@@ -332,6 +332,9 @@ func (a *agent) Snapshot(ctx context.Context, req *connect.Request[hostagentv1.S
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if t.Defaults = m.Defaults; t.Defaults == nil {
+		t.Defaults = a.templates[sb.TemplateId].GetDefaults()
+	}
 	a.templates[m.TemplateId] = t
 	return connect.NewResponse(&hostagentv1.SnapshotResponse{Template: t}), nil
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -137,6 +138,52 @@ func TestBuild(t *testing.T) {
 	if _, err := log.ReadFrom(resp.Body); err != nil || !strings.Contains(log.String(), `"data":"two\n"`) || !strings.Contains(log.String(), `"type":"end"`) {
 		t.Errorf("log: %s, %v", log.String(), err)
 	}
+}
+
+// TestBuildLimits: a recipe's limits come to its host with the template, are those of
+// what starts from it, and are shown.
+func TestBuildLimits(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	limits := func(ref string) (limits any) {
+		return p.call("GET", "/v1/templates/"+ref, nil).want(200).object()["limits"]
+	}
+	built := func(name, recipe string) {
+		t.Helper()
+		if b := p.ended(p.build(map[string]any{"name": name, "recipe": recipe, "skip_pre_post": true})); b["state"] != "succeeded" {
+			t.Fatalf("%s: %v", recipe, b)
+		}
+	}
+	check := func(ref string, want map[string]any) {
+		t.Helper()
+		got, _ := limits(ref).(map[string]any)
+		if !maps.Equal(got, want) {
+			t.Errorf("%s has the limits %v, not %v", ref, got, want)
+		}
+	}
+	built("plain", "FROM minimal\nRUN one")
+	check("plain", nil)
+	built("limited", "FROM minimal\nLIMIT disk_ops=100 net_bytes=65536\nRUN one\nHEALTHCHECK CMD true")
+	check("limited", map[string]any{"disk_ops": 100., "net_bytes": 65536.})
+	built("other", "FROM limited\nRUN two\nLIMIT net_bytes=0 disk_ops=200 net_packets=300")
+	check("other", map[string]any{"disk_ops": 200., "net_packets": 300.})
+	built("same", "FROM other\nRUN three")
+	check("same", map[string]any{"disk_ops": 200., "net_packets": 300.})
+	box := p.call("POST", "/v1/sandboxes", map[string]any{"template": "same"}).want(201).str("id")
+	p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": box, "name": "shot"}).want(201)
+	check("shot", map[string]any{"disk_ops": 200., "net_packets": 300.})
+	built("none", "FROM same\nLIMIT disk_ops=0 net_packets=0")
+	check("none", nil)
+	p.call("POST", "/v1/templates/builds", map[string]any{"name": "bad", "recipe": "FROM minimal\nLIMIT disk_ops=1"}).fails(400, "invalid_argument")
+
+	// A host that makes limits up: none becomes more than a recipe's could be.
+	p.agent.mu.Lock()
+	p.agent.imports = func(tpl *hostagentv1.Template) {
+		tpl.Defaults = &hostagentv1.Defaults{Limits: map[string]int64{"disk_ops": 1 << 60, "net_bytes": -1, "speed": 7}}
+	}
+	p.agent.mu.Unlock()
+	p.call("POST", "/v1/templates/import/archive?name=lie", []byte("x"), "Content-Type", "application/x-tar").want(201)
+	check("lie", map[string]any{"disk_ops": 1e10})
 }
 
 func TestBuildWrong(t *testing.T) {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
+	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 	"github.com/wrenn-dev/wrenn/internal/agent/sparse"
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -47,8 +48,8 @@ type Template struct {
 	Stale error `json:"-"`
 }
 
-// Defaults are what the processes of a template's sandboxes have unless they
-// or their sandbox say otherwise.
+// Defaults are what a template's sandboxes begin with: what their processes have
+// unless they or their sandbox say otherwise, and how much of the host they may use.
 type Defaults struct {
 	Envs map[string]string `json:"envs,omitempty"`
 	// User is a name or a number, and perhaps a group behind a colon; empty: the
@@ -56,6 +57,9 @@ type Defaults struct {
 	User string `json:"user,omitempty"`
 	// Workdir is where processes start; empty: in their user's home.
 	Workdir string `json:"workdir,omitempty"`
+	// Limits bound what a sandbox uses of the host's disk and network, within what
+	// the host allows.
+	Limits rates.Limits `json:"limits,omitempty"`
 }
 
 // The names of a template's files.

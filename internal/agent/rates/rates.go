@@ -59,7 +59,7 @@ func (r Rates) AtOnce(rate int64) int64 {
 // the host's.
 type Templates map[uuid.UUID]map[string]int64
 
-// members are the names that rates have in [Templates].
+// members are the names that rates have in [Templates] and [Limits].
 var members = map[string]func(*Rates) *int64{
 	"disk_bytes":  func(r *Rates) *int64 { return &r.DiskBytes },
 	"disk_ops":    func(r *Rates) *int64 { return &r.DiskOps },
@@ -99,6 +99,34 @@ func (t *Templates) UnmarshalText(text []byte) error {
 func (t Templates) Of(template uuid.UUID, r Rates) Rates {
 	for member, n := range t[template] {
 		*members[member](&r) = n
+	}
+	return r
+}
+
+// Limits are rates that a template brings along, by the names of the rates. They limit
+// its sandboxes further than their host does, never less.
+type Limits map[string]int64
+
+// Check returns an error if a limit is no rate.
+func (l Limits) Check() error {
+	for name, n := range l {
+		if members[name] == nil || n < 1 || n > Most {
+			return fmt.Errorf("%.40q is no limit, or %d is not between 1 and %d", name, n, int64(Most))
+		}
+	}
+	return nil
+}
+
+// Within returns the rates for a sandbox that has these limits, on a host that allows it r.
+func (l Limits) Within(r Rates) Rates {
+	for name, n := range l {
+		member := members[name]
+		if member == nil {
+			continue // a later release's
+		}
+		if rate := member(&r); *rate == 0 || n < *rate {
+			*rate = n
+		}
 	}
 	return r
 }

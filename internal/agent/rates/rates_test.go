@@ -1,6 +1,8 @@
 package rates
 
 import (
+	"maps"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -8,6 +10,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/recipe"
 )
 
 func TestTemplates(t *testing.T) {
@@ -41,6 +44,42 @@ func TestTemplates(t *testing.T) {
 	}
 	if len(all) != 2 {
 		t.Errorf("what cannot be read has changed the rates to %v", all)
+	}
+}
+
+// TestLimits: a template's limits make a host's rates smaller, and never larger.
+func TestLimits(t *testing.T) {
+	host := Rates{DiskBytes: 100, DiskOps: 0, NetBytes: 300, NetPackets: 400, Burst: time.Second}
+	for _, c := range []struct {
+		limits Limits
+		want   Rates
+	}{
+		{nil, host},
+		{Limits{"disk_bytes": 101, "net_bytes": 300}, host},
+		{Limits{"disk_bytes": 99, "disk_ops": Most}, Rates{DiskBytes: 99, DiskOps: Most, NetBytes: 300, NetPackets: 400, Burst: time.Second}},
+		{Limits{"net_bytes": 1, "net_packets": 399}, Rates{DiskBytes: 100, NetBytes: 1, NetPackets: 399, Burst: time.Second}},
+	} {
+		if err := c.limits.Check(); err != nil {
+			t.Errorf("%v: %v", c.limits, err)
+		}
+		if got := c.limits.Within(host); got != c.want {
+			t.Errorf("%v within %+v is %+v", c.limits, host, got)
+		}
+	}
+	for _, bad := range []Limits{{"speed": 1}, {"disk_ops": 0}, {"disk_ops": -1}, {"net_bytes": Most + 1}} {
+		if bad.Check() == nil {
+			t.Errorf("%v is accepted", bad)
+		}
+	}
+}
+
+// TestLimitsOfRecipes: recipes know the same limits.
+func TestLimitsOfRecipes(t *testing.T) {
+	if got, want := slices.Sorted(maps.Keys(members)), slices.Sorted(maps.Keys(recipe.MinLimits)); !slices.Equal(got, want) {
+		t.Errorf("recipes know %v, agents %v", want, got)
+	}
+	if recipe.MaxLimit != Most {
+		t.Errorf("recipes allow %d, agents %d", int64(recipe.MaxLimit), int64(Most))
 	}
 }
 

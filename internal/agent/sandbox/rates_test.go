@@ -1,11 +1,13 @@
 package sandbox
 
 import (
+	"maps"
 	"testing"
 	"time"
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
@@ -73,6 +75,58 @@ func TestTemplateRates(t *testing.T) {
 		h.limited(t, "a fork that was taken back", fork.ID, own)
 		other := h.create(t, func(s *Spec) { s.Team, s.Template = template.Team, template.ID })
 		h.limited(t, "of a snapshot", other, w.rates)
+		h.destroyAll()
+		h.close()
+	}
+}
+
+// TestLimits: the limits that a template brings along hold within the host's, for its
+// sandboxes, their forks and what starts from their snapshots, all their lives.
+func TestLimits(t *testing.T) {
+	for _, warm := range []int{0, 1} {
+		w := newWorld(t, 1)
+		w.warm = warm
+		w.rates = rates.Rates{DiskOps: 100, NetPackets: 1000, NetBytes: 5, Burst: time.Second}
+		own := w.rates
+		own.DiskBytes, own.DiskOps = 6, 7
+		dir := layout.Dir(t.TempDir())
+		h := w.open(dir)
+		limits := rates.Limits{"disk_bytes": 6, "disk_ops": 7, "net_bytes": 8}
+		plain := h.create(t, nil)
+		template, err := h.Snapshot(t.Context(), plain, uuid.New(), "limited", &image.Defaults{Limits: limits})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !maps.Equal(template.Defaults.Limits, limits) {
+			t.Errorf("the template has the limits %v", template.Defaults.Limits)
+		}
+		h.limited(t, "the sandbox that was captured", plain, w.rates)
+		var first uuid.UUID
+		for range 2 { // the second may have been waiting
+			first = h.create(t, func(s *Spec) { s.Team, s.Template = template.Team, template.ID })
+			h.limited(t, "created", first, own)
+		}
+		if _, err := h.Pause(t.Context(), first); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := h.Resume(t.Context(), first); err != nil {
+			t.Fatal(err)
+		}
+		h.limited(t, "resumed", first, own)
+		fork := Copy{ID: uuid.New(), Token: "fork"}
+		if _, err := h.Fork(t.Context(), first, []Copy{fork}); err != nil {
+			t.Fatal(err)
+		}
+		h.limited(t, "a fork", fork.ID, own)
+		if template, err = h.Snapshot(t.Context(), first, uuid.New(), "snapshot", nil); err != nil {
+			t.Fatal(err)
+		}
+		h.close()
+		h = w.open(dir)
+		h.limited(t, "taken back", first, own)
+		h.limited(t, "a fork that was taken back", fork.ID, own)
+		other := h.create(t, func(s *Spec) { s.Team, s.Template = template.Team, template.ID })
+		h.limited(t, "of a snapshot", other, own)
 		h.destroyAll()
 		h.close()
 	}

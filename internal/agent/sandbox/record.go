@@ -20,6 +20,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/disk"
 	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/agent/journal"
+	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -53,6 +54,8 @@ type record struct {
 	// release only reads it: the one before ended machines that it could not take
 	// back.
 	Keep string `json:"keep,omitempty"`
+	// Limits are those of its template.
+	Limits rates.Limits `json:"limits,omitempty"`
 	// Untold is an event that is not in the journal yet.
 	Untold *ending `json:"untold,omitempty"`
 

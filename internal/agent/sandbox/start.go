@@ -83,6 +83,7 @@ func (b *box) prepare(ctx context.Context, c *image.Capture) error {
 	if err := b.m.Driver.Restores(c.Kind); err != nil {
 		return failBecause(err, ErrInvalid, "the template cannot be used on this host: it was captured by another virtual machine monitor")
 	}
+	b.set(func() { b.rec.Limits = c.Defaults.Limits })
 	if err := b.step("slot", func() error { return b.acquire(ctx) }); err != nil {
 		return err
 	}
@@ -166,7 +167,9 @@ func (b *box) acquire(ctx context.Context) error {
 }
 
 // rates are what the sandbox may take of the host's disk and network.
-func (b *box) rates() rates.Rates { return b.m.TemplateRates.Of(b.rec.Spec.Template, b.m.Rates) }
+func (b *box) rates() rates.Rates {
+	return b.rec.Limits.Within(b.m.TemplateRates.Of(b.rec.Spec.Template, b.m.Rates))
+}
 
 // uid is the user that the sandbox's machine runs as.
 func (b *box) uid() int { return firstUID + b.slot.Index() }
@@ -246,6 +249,7 @@ func (b *box) take(w *box) error {
 		b.slot, b.vm = w.slot, w.vm
 		b.rec.Home, b.rec.Slot, b.rec.VM = w.rec.Home, w.rec.Slot, w.rec.VM
 		b.rec.Disks, b.rec.Sealed, b.rec.DiskFormat = w.rec.Disks, w.rec.Sealed, w.rec.DiskFormat
+		b.rec.Limits = w.rec.Limits
 	})
 	return Full(b.rec.jot(b.m.Dir))
 }

@@ -163,7 +163,7 @@ func (q *Queries) BuildSucceeds(ctx context.Context, arg BuildSucceedsParams) (B
 
 const buildTemplatesGo = `-- name: BuildTemplatesGo :many
 UPDATE templates SET state = 'deleting', worker = $1 WHERE templates.id = ANY (ARRAY(
-    SELECT t.id FROM templates t WHERE t.build_id = $2 AND t.state = 'pending' ORDER BY t.id FOR NO KEY UPDATE)) RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at
+    SELECT t.id FROM templates t WHERE t.build_id = $2 AND t.state = 'pending' ORDER BY t.id FOR NO KEY UPDATE)) RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at, limits
 `
 
 type BuildTemplatesGoParams struct {
@@ -198,6 +198,7 @@ func (q *Queries) BuildTemplatesGo(ctx context.Context, arg BuildTemplatesGoPara
 			&i.BuildID,
 			&i.LayerKey,
 			&i.UsedAt,
+			&i.Limits,
 		); err != nil {
 			return nil, err
 		}
@@ -326,7 +327,7 @@ SELECT $1, $2, $3::text, 0, $4, 'pending', $5::text,
         (SELECT COALESCE(max(t.version), 0) FROM templates AS t WHERE t.team_id = $2 AND t.name = $3::text AND t.kind = 'template'),
         (SELECT COALESCE(max(b.version), 0) FROM builds AS b WHERE b.team_id = $2 AND b.name = $3::text)) END,
     $6, $7, $8, $9, $10, $11, $12
-RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at
+RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at, limits
 `
 
 type ClaimBuiltParams struct {
@@ -378,6 +379,7 @@ func (q *Queries) ClaimBuilt(ctx context.Context, arg ClaimBuiltParams) (Templat
 		&i.BuildID,
 		&i.LayerKey,
 		&i.UsedAt,
+		&i.Limits,
 	)
 	return i, err
 }
@@ -393,7 +395,7 @@ func (q *Queries) ClearBuildSteps(ctx context.Context, buildID uuid.UUID) error 
 }
 
 const findLayers = `-- name: FindLayers :many
-SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at FROM templates
+SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at, limits FROM templates
 WHERE team_id = $1 AND kind = 'layer' AND state = 'ready' AND layer_key = ANY ($2::bytea[])
   AND EXISTS (SELECT 1 FROM host_templates JOIN hosts ON hosts.id = host_id WHERE template_id = templates.id AND hosts.status = 'online')
 `
@@ -430,6 +432,7 @@ func (q *Queries) FindLayers(ctx context.Context, arg FindLayersParams) ([]Templ
 			&i.BuildID,
 			&i.LayerKey,
 			&i.UsedAt,
+			&i.Limits,
 		); err != nil {
 			return nil, err
 		}
@@ -807,7 +810,7 @@ func (q *Queries) ListBuilds(ctx context.Context, arg ListBuildsParams) ([]Build
 }
 
 const listUnusedLayers = `-- name: ListUnusedLayers :many
-SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at FROM templates
+SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at, limits FROM templates
 WHERE templates.kind = 'layer' AND templates.state = 'ready' AND (templates.used_at < $1
    OR (SELECT count(*) FROM templates AS newer WHERE newer.team_id = templates.team_id AND newer.kind = 'layer' AND newer.state = 'ready'
        AND newer.used_at > templates.used_at) >= $2::bigint)
@@ -847,6 +850,7 @@ func (q *Queries) ListUnusedLayers(ctx context.Context, arg ListUnusedLayersPara
 			&i.BuildID,
 			&i.LayerKey,
 			&i.UsedAt,
+			&i.Limits,
 		); err != nil {
 			return nil, err
 		}

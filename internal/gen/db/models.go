@@ -337,6 +337,7 @@ type Template struct {
 	BuildID      *uuid.UUID
 	LayerKey     []byte
 	UsedAt       time.Time
+	Limits       map[string]int64
 }
 
 type TemplateTag struct {

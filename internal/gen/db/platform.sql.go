@@ -74,7 +74,7 @@ func (q *Queries) AdminListSandboxes(ctx context.Context, arg AdminListSandboxes
 }
 
 const adminListTemplates = `-- name: AdminListTemplates :many
-SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker, templates.kind, templates.version, templates.build_id, templates.layer_key, templates.used_at, ARRAY(SELECT tag FROM template_tags WHERE template_id = templates.id ORDER BY tag)::text[] AS tags FROM templates
+SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker, templates.kind, templates.version, templates.build_id, templates.layer_key, templates.used_at, templates.limits, ARRAY(SELECT tag FROM template_tags WHERE template_id = templates.id ORDER BY tag)::text[] AS tags FROM templates
 WHERE kind = 'template' AND (id > $1::uuid OR $2::boolean)
 ORDER BY id
 LIMIT $3
@@ -117,6 +117,7 @@ func (q *Queries) AdminListTemplates(ctx context.Context, arg AdminListTemplates
 			&i.Template.BuildID,
 			&i.Template.LayerKey,
 			&i.Template.UsedAt,
+			&i.Template.Limits,
 			&i.Tags,
 		); err != nil {
 			return nil, err

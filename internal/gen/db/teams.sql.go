@@ -231,7 +231,7 @@ func (q *Queries) ListTeamLiveSandboxes(ctx context.Context, teamID uuid.UUID) (
 }
 
 const listTeamTemplates = `-- name: ListTeamTemplates :many
-SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at FROM templates WHERE team_id = $1 ORDER BY id
+SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at, limits FROM templates WHERE team_id = $1 ORDER BY id
 `
 
 func (q *Queries) ListTeamTemplates(ctx context.Context, teamID uuid.UUID) ([]Template, error) {
@@ -260,6 +260,7 @@ func (q *Queries) ListTeamTemplates(ctx context.Context, teamID uuid.UUID) ([]Te
 			&i.BuildID,
 			&i.LayerKey,
 			&i.UsedAt,
+			&i.Limits,
 		); err != nil {
 			return nil, err
 		}

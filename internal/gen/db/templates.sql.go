@@ -32,7 +32,7 @@ SELECT $1, $2, $3::text, $4::text,
     CASE WHEN $4::text = 'layer' THEN 0 ELSE (SELECT coalesce(max(other.version), 0) + 1 FROM templates AS other WHERE other.team_id = $2 AND other.name = $3::text AND other.kind = 'template') END,
     0, $5, 'pending', 0, 0, $6, $7, $8, $9
 ON CONFLICT DO NOTHING
-RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at
+RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at, limits
 `
 
 type ClaimImportParams struct {
@@ -79,6 +79,7 @@ func (q *Queries) ClaimImport(ctx context.Context, arg ClaimImportParams) (Templ
 		&i.BuildID,
 		&i.LayerKey,
 		&i.UsedAt,
+		&i.Limits,
 	)
 	return i, err
 }
@@ -88,7 +89,7 @@ INSERT INTO templates (id, team_id, name, size_bytes, created_at, state, vcpus, 
 SELECT $1, $2, $3::text, 0, $4, 'pending', $5, $6, $7, $8, $9
 WHERE NOT EXISTS (SELECT 1 FROM templates AS other WHERE other.team_id = $2 AND other.name = $3::text AND other.kind = 'template' AND other.state <> 'deleting')
 ON CONFLICT DO NOTHING
-RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at
+RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at, limits
 `
 
 type ClaimTemplateParams struct {
@@ -135,6 +136,7 @@ func (q *Queries) ClaimTemplate(ctx context.Context, arg ClaimTemplateParams) (T
 		&i.BuildID,
 		&i.LayerKey,
 		&i.UsedAt,
+		&i.Limits,
 	)
 	return i, err
 }
@@ -158,7 +160,7 @@ const dropLostTemplates = `-- name: DropLostTemplates :many
 DELETE FROM templates WHERE templates.id = ANY (ARRAY(
     SELECT t.id FROM templates t WHERE t.id = ANY ($1::uuid[]) AND t.state = 'ready' AND t.team_id <> '00000000-0000-0000-0000-000000000000'
       AND NOT EXISTS (SELECT 1 FROM host_templates WHERE host_templates.template_id = t.id)
-    ORDER BY t.id FOR UPDATE OF t)) RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at
+    ORDER BY t.id FOR UPDATE OF t)) RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at, limits
 `
 
 // A team's template that no host has any more.
@@ -188,6 +190,7 @@ func (q *Queries) DropLostTemplates(ctx context.Context, ids []uuid.UUID) ([]Tem
 			&i.BuildID,
 			&i.LayerKey,
 			&i.UsedAt,
+			&i.Limits,
 		); err != nil {
 			return nil, err
 		}
@@ -226,7 +229,7 @@ func (q *Queries) FindLostTemplate(ctx context.Context, arg FindLostTemplatePara
 }
 
 const findTemplate = `-- name: FindTemplate :one
-SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at FROM templates
+SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at, limits FROM templates
 WHERE templates.team_id IN ($1, '00000000-0000-0000-0000-000000000000')
   AND (templates.id = $2 OR templates.name = $3 AND (version = $4 OR state = 'deleting' AND $5 = 'latest'
     OR EXISTS (SELECT 1 FROM template_tags WHERE template_id = templates.id AND template_tags.tag = $5)))
@@ -270,6 +273,7 @@ func (q *Queries) FindTemplate(ctx context.Context, arg FindTemplateParams) (Tem
 		&i.BuildID,
 		&i.LayerKey,
 		&i.UsedAt,
+		&i.Limits,
 	)
 	return i, err
 }
@@ -310,7 +314,7 @@ func (q *Queries) GetFailedImport(ctx context.Context, arg GetFailedImportParams
 }
 
 const getTemplate = `-- name: GetTemplate :one
-SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at FROM templates WHERE id = $1
+SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at, limits FROM templates WHERE id = $1
 `
 
 func (q *Queries) GetTemplate(ctx context.Context, id uuid.UUID) (Template, error) {
@@ -333,12 +337,13 @@ func (q *Queries) GetTemplate(ctx context.Context, id uuid.UUID) (Template, erro
 		&i.BuildID,
 		&i.LayerKey,
 		&i.UsedAt,
+		&i.Limits,
 	)
 	return i, err
 }
 
 const hostHasTemplate = `-- name: HostHasTemplate :one
-SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker, templates.kind, templates.version, templates.build_id, templates.layer_key, templates.used_at FROM templates JOIN host_templates ON template_id = templates.id WHERE templates.id = $1 AND host_templates.host_id = $2
+SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker, templates.kind, templates.version, templates.build_id, templates.layer_key, templates.used_at, templates.limits FROM templates JOIN host_templates ON template_id = templates.id WHERE templates.id = $1 AND host_templates.host_id = $2
 `
 
 type HostHasTemplateParams struct {
@@ -366,6 +371,7 @@ func (q *Queries) HostHasTemplate(ctx context.Context, arg HostHasTemplateParams
 		&i.BuildID,
 		&i.LayerKey,
 		&i.UsedAt,
+		&i.Limits,
 	)
 	return i, err
 }
@@ -389,9 +395,9 @@ func (q *Queries) KeepLostTemplate(ctx context.Context, arg KeepLostTemplatePara
 }
 
 const listHostTemplates = `-- name: ListHostTemplates :many
-SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker, templates.kind, templates.version, templates.build_id, templates.layer_key, templates.used_at FROM templates JOIN host_templates ON template_id = templates.id WHERE host_templates.host_id = $1
+SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker, templates.kind, templates.version, templates.build_id, templates.layer_key, templates.used_at, templates.limits FROM templates JOIN host_templates ON template_id = templates.id WHERE host_templates.host_id = $1
 UNION ALL
-SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker, templates.kind, templates.version, templates.build_id, templates.layer_key, templates.used_at FROM templates WHERE templates.state = 'deleting' AND NOT EXISTS (SELECT 1 FROM host_templates AS elsewhere WHERE elsewhere.template_id = templates.id)
+SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker, templates.kind, templates.version, templates.build_id, templates.layer_key, templates.used_at, templates.limits FROM templates WHERE templates.state = 'deleting' AND NOT EXISTS (SELECT 1 FROM host_templates AS elsewhere WHERE elsewhere.template_id = templates.id)
 `
 
 // Those that a host has, is to have, or is to be rid of, and those that every
@@ -422,6 +428,7 @@ func (q *Queries) ListHostTemplates(ctx context.Context, hostID uuid.UUID) ([]Te
 			&i.BuildID,
 			&i.LayerKey,
 			&i.UsedAt,
+			&i.Limits,
 		); err != nil {
 			return nil, err
 		}
@@ -434,7 +441,7 @@ func (q *Queries) ListHostTemplates(ctx context.Context, hostID uuid.UUID) ([]Te
 }
 
 const listSnapshots = `-- name: ListSnapshots :many
-SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker, templates.kind, templates.version, templates.build_id, templates.layer_key, templates.used_at, ARRAY(SELECT tag FROM template_tags WHERE template_id = templates.id ORDER BY tag)::text[] AS tags FROM templates
+SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker, templates.kind, templates.version, templates.build_id, templates.layer_key, templates.used_at, templates.limits, ARRAY(SELECT tag FROM template_tags WHERE template_id = templates.id ORDER BY tag)::text[] AS tags FROM templates
 WHERE templates.team_id = $1
   AND captured_from IS NOT NULL
   AND build_id IS NULL
@@ -488,6 +495,7 @@ func (q *Queries) ListSnapshots(ctx context.Context, arg ListSnapshotsParams) ([
 			&i.Template.BuildID,
 			&i.Template.LayerKey,
 			&i.Template.UsedAt,
+			&i.Template.Limits,
 			&i.Tags,
 		); err != nil {
 			return nil, err
@@ -549,7 +557,7 @@ func (q *Queries) ListTemplateHosts(ctx context.Context, templateID uuid.UUID) (
 }
 
 const listTemplates = `-- name: ListTemplates :many
-SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker, templates.kind, templates.version, templates.build_id, templates.layer_key, templates.used_at, ARRAY(SELECT tag FROM template_tags WHERE template_id = templates.id ORDER BY tag)::text[] AS tags FROM templates
+SELECT templates.id, templates.team_id, templates.name, templates.size_bytes, templates.created_at, templates.state, templates.vcpus, templates.memory_mib, templates.disk_mib, templates.captured_from, templates.worker, templates.kind, templates.version, templates.build_id, templates.layer_key, templates.used_at, templates.limits, ARRAY(SELECT tag FROM template_tags WHERE template_id = templates.id ORDER BY tag)::text[] AS tags FROM templates
 WHERE templates.team_id IN ($1, '00000000-0000-0000-0000-000000000000')
   AND kind = 'template'
   AND state = 'ready'
@@ -602,6 +610,7 @@ func (q *Queries) ListTemplates(ctx context.Context, arg ListTemplatesParams) ([
 			&i.Template.BuildID,
 			&i.Template.LayerKey,
 			&i.Template.UsedAt,
+			&i.Template.Limits,
 			&i.Tags,
 		); err != nil {
 			return nil, err
@@ -646,7 +655,7 @@ func (q *Queries) ListTemplatesAtWork(ctx context.Context, arg ListTemplatesAtWo
 }
 
 const listUnusedVersions = `-- name: ListUnusedVersions :many
-SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at FROM templates
+SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at, limits FROM templates
 WHERE build_id IS NOT NULL AND kind = 'template' AND state = 'ready'
   AND NOT EXISTS (SELECT 1 FROM template_tags WHERE template_id = templates.id)
   AND NOT EXISTS (SELECT 1 FROM sandboxes WHERE template_id = templates.id AND state NOT IN ('stopped', 'error'))
@@ -682,6 +691,7 @@ func (q *Queries) ListUnusedVersions(ctx context.Context) ([]Template, error) {
 			&i.BuildID,
 			&i.LayerKey,
 			&i.UsedAt,
+			&i.Limits,
 		); err != nil {
 			return nil, err
 		}
@@ -694,7 +704,7 @@ func (q *Queries) ListUnusedVersions(ctx context.Context) ([]Template, error) {
 }
 
 const listVersions = `-- name: ListVersions :many
-SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at FROM templates WHERE team_id = $1 AND name = $2 AND kind = 'template' ORDER BY version
+SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at, limits FROM templates WHERE team_id = $1 AND name = $2 AND kind = 'template' ORDER BY version
 `
 
 type ListVersionsParams struct {
@@ -729,6 +739,7 @@ func (q *Queries) ListVersions(ctx context.Context, arg ListVersionsParams) ([]T
 			&i.BuildID,
 			&i.LayerKey,
 			&i.UsedAt,
+			&i.Limits,
 		); err != nil {
 			return nil, err
 		}
@@ -794,7 +805,7 @@ func (q *Queries) RemoveTag(ctx context.Context, arg RemoveTagParams) (int64, er
 }
 
 const resolveTemplate = `-- name: ResolveTemplate :one
-SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at FROM templates
+SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at, limits FROM templates
 WHERE templates.team_id IN ($1, '00000000-0000-0000-0000-000000000000')
   AND (templates.id = $2 OR templates.name = $3 AND (version = $4
     OR EXISTS (SELECT 1 FROM template_tags WHERE template_id = templates.id AND template_tags.tag = $5)))
@@ -840,6 +851,7 @@ func (q *Queries) ResolveTemplate(ctx context.Context, arg ResolveTemplateParams
 		&i.BuildID,
 		&i.LayerKey,
 		&i.UsedAt,
+		&i.Limits,
 	)
 	return i, err
 }
@@ -868,7 +880,7 @@ const templateDeleting = `-- name: TemplateDeleting :one
 WITH unnamed AS (
     DELETE FROM template_tags WHERE template_id = (SELECT going.id FROM templates AS going WHERE going.id = $2 AND going.state IN ('ready', 'deleting'))
 )
-UPDATE templates SET state = 'deleting', worker = $1 WHERE templates.id = $2 AND state IN ('ready', 'deleting') RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at
+UPDATE templates SET state = 'deleting', worker = $1 WHERE templates.id = $2 AND state IN ('ready', 'deleting') RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at, limits
 `
 
 type TemplateDeletingParams struct {
@@ -897,6 +909,7 @@ func (q *Queries) TemplateDeleting(ctx context.Context, arg TemplateDeletingPara
 		&i.BuildID,
 		&i.LayerKey,
 		&i.UsedAt,
+		&i.Limits,
 	)
 	return i, err
 }
@@ -928,9 +941,9 @@ func (q *Queries) TemplateMeasured(ctx context.Context, arg TemplateMeasuredPara
 
 const templateReady = `-- name: TemplateReady :one
 UPDATE templates SET state = 'ready', size_bytes = $1, created_at = GREATEST(templates.created_at, LEAST($2, now())),
-    vcpus = $3, memory_mib = $4, disk_mib = $5
-WHERE templates.id = $6 AND state IN ('pending', 'ready')
-  AND EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id AND host_id = $7) RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at
+    vcpus = $3, memory_mib = $4, disk_mib = $5, limits = $6
+WHERE templates.id = $7 AND state IN ('pending', 'ready')
+  AND EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id AND host_id = $8) RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at, limits
 `
 
 type TemplateReadyParams struct {
@@ -939,6 +952,7 @@ type TemplateReadyParams struct {
 	VCPUs     int32
 	MemoryMiB int32
 	DiskMiB   int32
+	Limits    map[string]int64
 	ID        uuid.UUID
 	HostID    uuid.UUID
 }
@@ -951,6 +965,7 @@ func (q *Queries) TemplateReady(ctx context.Context, arg TemplateReadyParams) (T
 		arg.VCPUs,
 		arg.MemoryMiB,
 		arg.DiskMiB,
+		arg.Limits,
 		arg.ID,
 		arg.HostID,
 	)
@@ -972,6 +987,7 @@ func (q *Queries) TemplateReady(ctx context.Context, arg TemplateReadyParams) (T
 		&i.BuildID,
 		&i.LayerKey,
 		&i.UsedAt,
+		&i.Limits,
 	)
 	return i, err
 }
@@ -983,7 +999,7 @@ UPDATE templates SET used_at = now() WHERE templates.id = (
       AND EXISTS (SELECT 1 FROM host_templates JOIN hosts ON hosts.id = host_id WHERE template_id = made.id AND hosts.status = 'online')
     ORDER BY made.created_at DESC
     LIMIT 1)
-RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at
+RETURNING id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at, limits
 `
 
 type UseImportedParams struct {
@@ -1012,6 +1028,7 @@ func (q *Queries) UseImported(ctx context.Context, arg UseImportedParams) (Templ
 		&i.BuildID,
 		&i.LayerKey,
 		&i.UsedAt,
+		&i.Limits,
 	)
 	return i, err
 }

@@ -2050,6 +2050,11 @@ type Template struct {
 	// ID The template's id.
 	ID string `json:"id"`
 
+	// Limits How much of its host's disk and network each sandbox of the template may use per
+	// second, as the recipe's `LIMIT` says. The host's own limits hold besides. An absent
+	// member is no limit of the template's.
+	Limits *TemplateLimits `json:"limits,omitempty"`
+
 	// MemoryMib What its sandboxes have; absent: what they ask for.
 	MemoryMib *int32 `json:"memory_mib,omitempty"`
 
@@ -2073,6 +2078,23 @@ type Template struct {
 
 	// Version Counts the templates of its name: `name@version` is this one.
 	Version int32 `json:"version"`
+}
+
+// TemplateLimits How much of its host's disk and network each sandbox of the template may use per
+// second, as the recipe's `LIMIT` says. The host's own limits hold besides. An absent
+// member is no limit of the template's.
+type TemplateLimits struct {
+	// DiskBytes Bytes that it reads and writes, together.
+	DiskBytes *int64 `json:"disk_bytes,omitempty"`
+
+	// DiskOps Reads and writes, together.
+	DiskOps *int64 `json:"disk_ops,omitempty"`
+
+	// NetBytes Bytes that it sends, and separately those that it receives.
+	NetBytes *int64 `json:"net_bytes,omitempty"`
+
+	// NetPackets Packets that it sends, and separately those that it receives.
+	NetPackets *int64 `json:"net_packets,omitempty"`
 }
 
 // TemplateList defines model for TemplateList.

@@ -168,7 +168,22 @@ func makePlan(r *recipe.Recipe, base string, has *hostagentv1.Defaults, index []
 		p.actions = append(p.actions, a)
 	}
 	p.defaults.Envs = now.envs
+	p.defaults.Limits = limitsOf(r, has.GetLimits())
 	return p, nil
+}
+
+// limitsOf returns the limits of a recipe's template, whose base has those that are given.
+func limitsOf(r *recipe.Recipe, base map[string]int64) map[string]int64 {
+	limits := maps.Clone(base)
+	if r.Limit == nil {
+		return limits
+	}
+	if limits == nil {
+		limits = map[string]int64{}
+	}
+	maps.Copy(limits, r.Limit.Limits)
+	maps.DeleteFunc(limits, func(_ string, n int64) bool { return n == 0 })
+	return limits
 }
 
 // digest is of parts, each with its length.

@@ -19,6 +19,11 @@ func templateOf(row db.Template, tags []string) rest.Template {
 	if row.CapturedFrom != nil {
 		t.SandboxID = some(id.Format(id.Sandbox, *row.CapturedFrom))
 	}
+	if l := row.Limits; len(l) > 0 {
+		t.Limits = &rest.TemplateLimits{
+			DiskBytes: some(l["disk_bytes"]), DiskOps: some(l["disk_ops"]), NetBytes: some(l["net_bytes"]), NetPackets: some(l["net_packets"]),
+		}
+	}
 	return t
 }
 

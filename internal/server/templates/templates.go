@@ -25,6 +25,7 @@ import (
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/recipe"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
@@ -510,5 +511,17 @@ func Measured(host uuid.UUID, row db.Template, t *hostagentv1.Template) db.Templ
 	return db.TemplateReadyParams{
 		ID: row.ID, HostID: host, SizeBytes: min(max(t.GetSizeBytes(), 0), most), CreatedAt: t.GetCreatedAt().AsTime(),
 		VCPUs: min(max(t.GetVcpus(), 0), maxVCPUs), MemoryMiB: min(max(t.GetMemoryMib(), 0), memory), DiskMiB: min(max(says, 0), disk),
+		Limits: limits(t.GetDefaults().GetLimits()),
 	}
+}
+
+// limits returns those of a host's answer that a recipe could have set.
+func limits(said map[string]int64) map[string]int64 {
+	known := map[string]int64{}
+	for name := range recipe.MinLimits {
+		if n := said[name]; n > 0 {
+			known[name] = min(n, recipe.MaxLimit)
+		}
+	}
+	return known
 }

@@ -631,7 +631,8 @@ func (x *ResumeResponse) GetSandbox() *Sandbox {
 	return nil
 }
 
-// What processes have unless they, or their sandbox, say otherwise.
+// What a template's sandboxes begin with: what processes have unless they, or
+// their sandbox, say otherwise, and what the sandbox may use.
 type Defaults struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Envs  map[string]string      `protobuf:"bytes,1,rep,name=envs,proto3" json:"envs,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
@@ -639,7 +640,10 @@ type Defaults struct {
 	// root where there is no such user.
 	User string `protobuf:"bytes,2,opt,name=user,proto3" json:"user,omitempty"`
 	// Empty: the user's home directory.
-	Workdir       string `protobuf:"bytes,3,opt,name=workdir,proto3" json:"workdir,omitempty"`
+	Workdir string `protobuf:"bytes,3,opt,name=workdir,proto3" json:"workdir,omitempty"`
+	// How much of the host's disk and network each sandbox may use per second,
+	// within what the host allows: disk_bytes, disk_ops, net_bytes, net_packets.
+	Limits        map[string]int64 `protobuf:"bytes,4,rep,name=limits,proto3" json:"limits,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -693,6 +697,13 @@ func (x *Defaults) GetWorkdir() string {
 		return x.Workdir
 	}
 	return ""
+}
+
+func (x *Defaults) GetLimits() map[string]int64 {
+	if x != nil {
+		return x.Limits
+	}
+	return nil
 }
 
 type SnapshotRequest struct {
@@ -3896,7 +3907,7 @@ type ForkRequest_Copy struct {
 
 func (x *ForkRequest_Copy) Reset() {
 	*x = ForkRequest_Copy{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[65]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3908,7 +3919,7 @@ func (x *ForkRequest_Copy) String() string {
 func (*ForkRequest_Copy) ProtoMessage() {}
 
 func (x *ForkRequest_Copy) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[65]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3952,7 +3963,7 @@ type ExecStreamRequest_Start struct {
 
 func (x *ExecStreamRequest_Start) Reset() {
 	*x = ExecStreamRequest_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[67]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3964,7 +3975,7 @@ func (x *ExecStreamRequest_Start) String() string {
 func (*ExecStreamRequest_Start) ProtoMessage() {}
 
 func (x *ExecStreamRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[67]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4016,7 +4027,7 @@ type ExecStreamRequest_CloseStdin struct {
 
 func (x *ExecStreamRequest_CloseStdin) Reset() {
 	*x = ExecStreamRequest_CloseStdin{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[68]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4028,7 +4039,7 @@ func (x *ExecStreamRequest_CloseStdin) String() string {
 func (*ExecStreamRequest_CloseStdin) ProtoMessage() {}
 
 func (x *ExecStreamRequest_CloseStdin) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[68]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4053,7 +4064,7 @@ type ExecStreamResponse_Started struct {
 
 func (x *ExecStreamResponse_Started) Reset() {
 	*x = ExecStreamResponse_Started{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[69]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4065,7 +4076,7 @@ func (x *ExecStreamResponse_Started) String() string {
 func (*ExecStreamResponse_Started) ProtoMessage() {}
 
 func (x *ExecStreamResponse_Started) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[69]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4099,7 +4110,7 @@ type ExecStreamResponse_Exited struct {
 
 func (x *ExecStreamResponse_Exited) Reset() {
 	*x = ExecStreamResponse_Exited{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[70]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4111,7 +4122,7 @@ func (x *ExecStreamResponse_Exited) String() string {
 func (*ExecStreamResponse_Exited) ProtoMessage() {}
 
 func (x *ExecStreamResponse_Exited) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[70]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4163,7 +4174,7 @@ type WriteFileStreamRequest_Start struct {
 
 func (x *WriteFileStreamRequest_Start) Reset() {
 	*x = WriteFileStreamRequest_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[71]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4175,7 +4186,7 @@ func (x *WriteFileStreamRequest_Start) String() string {
 func (*WriteFileStreamRequest_Start) ProtoMessage() {}
 
 func (x *WriteFileStreamRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[71]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4224,7 +4235,7 @@ type ReadFileStreamResponse_Start struct {
 
 func (x *ReadFileStreamResponse_Start) Reset() {
 	*x = ReadFileStreamResponse_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[72]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4236,7 +4247,7 @@ func (x *ReadFileStreamResponse_Start) String() string {
 func (*ReadFileStreamResponse_Start) ProtoMessage() {}
 
 func (x *ReadFileStreamResponse_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[72]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4276,7 +4287,7 @@ type SamplesResponse_Sample struct {
 
 func (x *SamplesResponse_Sample) Reset() {
 	*x = SamplesResponse_Sample{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[73]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4288,7 +4299,7 @@ func (x *SamplesResponse_Sample) String() string {
 func (*SamplesResponse_Sample) ProtoMessage() {}
 
 func (x *SamplesResponse_Sample) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[73]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4352,7 +4363,7 @@ type ImportTemplateRequest_Registry struct {
 
 func (x *ImportTemplateRequest_Registry) Reset() {
 	*x = ImportTemplateRequest_Registry{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[74]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4364,7 +4375,7 @@ func (x *ImportTemplateRequest_Registry) String() string {
 func (*ImportTemplateRequest_Registry) ProtoMessage() {}
 
 func (x *ImportTemplateRequest_Registry) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[74]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4413,7 +4424,7 @@ type ImportTemplateRequest_Archive struct {
 
 func (x *ImportTemplateRequest_Archive) Reset() {
 	*x = ImportTemplateRequest_Archive{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[75]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4425,7 +4436,7 @@ func (x *ImportTemplateRequest_Archive) String() string {
 func (*ImportTemplateRequest_Archive) ProtoMessage() {}
 
 func (x *ImportTemplateRequest_Archive) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[75]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4475,7 +4486,7 @@ type ImportTemplateRequest_Start struct {
 
 func (x *ImportTemplateRequest_Start) Reset() {
 	*x = ImportTemplateRequest_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[76]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4487,7 +4498,7 @@ func (x *ImportTemplateRequest_Start) String() string {
 func (*ImportTemplateRequest_Start) ProtoMessage() {}
 
 func (x *ImportTemplateRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[76]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4654,14 +4665,18 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"A\n" +
 	"\x0eResumeResponse\x12/\n" +
-	"\asandbox\x18\x01 \x01(\v2\x15.hostagent.v1.SandboxR\asandbox\"\xa7\x01\n" +
+	"\asandbox\x18\x01 \x01(\v2\x15.hostagent.v1.SandboxR\asandbox\"\x9e\x02\n" +
 	"\bDefaults\x124\n" +
 	"\x04envs\x18\x01 \x03(\v2 .hostagent.v1.Defaults.EnvsEntryR\x04envs\x12\x12\n" +
 	"\x04user\x18\x02 \x01(\tR\x04user\x12\x18\n" +
-	"\aworkdir\x18\x03 \x01(\tR\aworkdir\x1a7\n" +
+	"\aworkdir\x18\x03 \x01(\tR\aworkdir\x12:\n" +
+	"\x06limits\x18\x04 \x03(\v2\".hostagent.v1.Defaults.LimitsEntryR\x06limits\x1a7\n" +
 	"\tEnvsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xcc\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a9\n" +
+	"\vLimitsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x03R\x05value:\x028\x01\"\xcc\x01\n" +
 	"\x0fSnapshotRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1f\n" +
@@ -4983,7 +4998,7 @@ func file_hostagent_v1_hostagent_proto_rawDescGZIP() []byte {
 }
 
 var file_hostagent_v1_hostagent_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 77)
+var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 78)
 var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(SandboxState)(0),                      // 0: hostagent.v1.SandboxState
 	(Event_Kind)(0),                        // 1: hostagent.v1.Event.Kind
@@ -5052,132 +5067,134 @@ var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(*TerminateResponse)(nil),              // 64: hostagent.v1.TerminateResponse
 	nil,                                    // 65: hostagent.v1.CreateRequest.EnvsEntry
 	nil,                                    // 66: hostagent.v1.Defaults.EnvsEntry
-	(*ForkRequest_Copy)(nil),               // 67: hostagent.v1.ForkRequest.Copy
-	nil,                                    // 68: hostagent.v1.Command.EnvsEntry
-	(*ExecStreamRequest_Start)(nil),        // 69: hostagent.v1.ExecStreamRequest.Start
-	(*ExecStreamRequest_CloseStdin)(nil),   // 70: hostagent.v1.ExecStreamRequest.CloseStdin
-	(*ExecStreamResponse_Started)(nil),     // 71: hostagent.v1.ExecStreamResponse.Started
-	(*ExecStreamResponse_Exited)(nil),      // 72: hostagent.v1.ExecStreamResponse.Exited
-	(*WriteFileStreamRequest_Start)(nil),   // 73: hostagent.v1.WriteFileStreamRequest.Start
-	(*ReadFileStreamResponse_Start)(nil),   // 74: hostagent.v1.ReadFileStreamResponse.Start
-	(*SamplesResponse_Sample)(nil),         // 75: hostagent.v1.SamplesResponse.Sample
-	(*ImportTemplateRequest_Registry)(nil), // 76: hostagent.v1.ImportTemplateRequest.Registry
-	(*ImportTemplateRequest_Archive)(nil),  // 77: hostagent.v1.ImportTemplateRequest.Archive
-	(*ImportTemplateRequest_Start)(nil),    // 78: hostagent.v1.ImportTemplateRequest.Start
-	(*timestamppb.Timestamp)(nil),          // 79: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),            // 80: google.protobuf.Duration
+	nil,                                    // 67: hostagent.v1.Defaults.LimitsEntry
+	(*ForkRequest_Copy)(nil),               // 68: hostagent.v1.ForkRequest.Copy
+	nil,                                    // 69: hostagent.v1.Command.EnvsEntry
+	(*ExecStreamRequest_Start)(nil),        // 70: hostagent.v1.ExecStreamRequest.Start
+	(*ExecStreamRequest_CloseStdin)(nil),   // 71: hostagent.v1.ExecStreamRequest.CloseStdin
+	(*ExecStreamResponse_Started)(nil),     // 72: hostagent.v1.ExecStreamResponse.Started
+	(*ExecStreamResponse_Exited)(nil),      // 73: hostagent.v1.ExecStreamResponse.Exited
+	(*WriteFileStreamRequest_Start)(nil),   // 74: hostagent.v1.WriteFileStreamRequest.Start
+	(*ReadFileStreamResponse_Start)(nil),   // 75: hostagent.v1.ReadFileStreamResponse.Start
+	(*SamplesResponse_Sample)(nil),         // 76: hostagent.v1.SamplesResponse.Sample
+	(*ImportTemplateRequest_Registry)(nil), // 77: hostagent.v1.ImportTemplateRequest.Registry
+	(*ImportTemplateRequest_Archive)(nil),  // 78: hostagent.v1.ImportTemplateRequest.Archive
+	(*ImportTemplateRequest_Start)(nil),    // 79: hostagent.v1.ImportTemplateRequest.Start
+	(*timestamppb.Timestamp)(nil),          // 80: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),            // 81: google.protobuf.Duration
 }
 var file_hostagent_v1_hostagent_proto_depIdxs = []int32{
 	0,  // 0: hostagent.v1.Sandbox.state:type_name -> hostagent.v1.SandboxState
-	79, // 1: hostagent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
-	79, // 2: hostagent.v1.Sandbox.expires_at:type_name -> google.protobuf.Timestamp
-	80, // 3: hostagent.v1.Sandbox.idle:type_name -> google.protobuf.Duration
-	79, // 4: hostagent.v1.Sandbox.paused_at:type_name -> google.protobuf.Timestamp
+	80, // 1: hostagent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
+	80, // 2: hostagent.v1.Sandbox.expires_at:type_name -> google.protobuf.Timestamp
+	81, // 3: hostagent.v1.Sandbox.idle:type_name -> google.protobuf.Duration
+	80, // 4: hostagent.v1.Sandbox.paused_at:type_name -> google.protobuf.Timestamp
 	65, // 5: hostagent.v1.CreateRequest.envs:type_name -> hostagent.v1.CreateRequest.EnvsEntry
 	2,  // 6: hostagent.v1.CreateResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	80, // 7: hostagent.v1.PauseRequest.idle:type_name -> google.protobuf.Duration
+	81, // 7: hostagent.v1.PauseRequest.idle:type_name -> google.protobuf.Duration
 	2,  // 8: hostagent.v1.PauseResponse.sandbox:type_name -> hostagent.v1.Sandbox
 	2,  // 9: hostagent.v1.ResumeResponse.sandbox:type_name -> hostagent.v1.Sandbox
 	66, // 10: hostagent.v1.Defaults.envs:type_name -> hostagent.v1.Defaults.EnvsEntry
-	9,  // 11: hostagent.v1.SnapshotRequest.defaults:type_name -> hostagent.v1.Defaults
-	48, // 12: hostagent.v1.SnapshotResponse.template:type_name -> hostagent.v1.Template
-	67, // 13: hostagent.v1.ForkRequest.copies:type_name -> hostagent.v1.ForkRequest.Copy
-	2,  // 14: hostagent.v1.ForkResponse.sandboxes:type_name -> hostagent.v1.Sandbox
-	2,  // 15: hostagent.v1.ListResponse.sandboxes:type_name -> hostagent.v1.Sandbox
-	2,  // 16: hostagent.v1.GetResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	68, // 17: hostagent.v1.Command.envs:type_name -> hostagent.v1.Command.EnvsEntry
-	24, // 18: hostagent.v1.ExecRequest.command:type_name -> hostagent.v1.Command
-	69, // 19: hostagent.v1.ExecStreamRequest.start:type_name -> hostagent.v1.ExecStreamRequest.Start
-	70, // 20: hostagent.v1.ExecStreamRequest.close_stdin:type_name -> hostagent.v1.ExecStreamRequest.CloseStdin
-	27, // 21: hostagent.v1.ExecStreamRequest.resize:type_name -> hostagent.v1.TerminalSize
-	71, // 22: hostagent.v1.ExecStreamResponse.started:type_name -> hostagent.v1.ExecStreamResponse.Started
-	72, // 23: hostagent.v1.ExecStreamResponse.exited:type_name -> hostagent.v1.ExecStreamResponse.Exited
-	30, // 24: hostagent.v1.WriteFileRequest.file:type_name -> hostagent.v1.FileRef
-	31, // 25: hostagent.v1.WriteFileResponse.file:type_name -> hostagent.v1.FileInfo
-	30, // 26: hostagent.v1.ReadFileRequest.file:type_name -> hostagent.v1.FileRef
-	73, // 27: hostagent.v1.WriteFileStreamRequest.start:type_name -> hostagent.v1.WriteFileStreamRequest.Start
-	31, // 28: hostagent.v1.WriteFileStreamResponse.file:type_name -> hostagent.v1.FileInfo
-	30, // 29: hostagent.v1.ReadFileStreamRequest.file:type_name -> hostagent.v1.FileRef
-	74, // 30: hostagent.v1.ReadFileStreamResponse.start:type_name -> hostagent.v1.ReadFileStreamResponse.Start
-	2,  // 31: hostagent.v1.PingResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	79, // 32: hostagent.v1.SamplesResponse.time:type_name -> google.protobuf.Timestamp
-	75, // 33: hostagent.v1.SamplesResponse.samples:type_name -> hostagent.v1.SamplesResponse.Sample
-	79, // 34: hostagent.v1.MetricsResponse.time:type_name -> google.protobuf.Timestamp
-	79, // 35: hostagent.v1.Template.created_at:type_name -> google.protobuf.Timestamp
-	9,  // 36: hostagent.v1.Template.defaults:type_name -> hostagent.v1.Defaults
-	78, // 37: hostagent.v1.ImportTemplateRequest.start:type_name -> hostagent.v1.ImportTemplateRequest.Start
-	48, // 38: hostagent.v1.ImportTemplateResponse.template:type_name -> hostagent.v1.Template
-	76, // 39: hostagent.v1.ResolveImageRequest.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
-	48, // 40: hostagent.v1.TemplatesResponse.templates:type_name -> hostagent.v1.Template
-	57, // 41: hostagent.v1.HostResponse.problems:type_name -> hostagent.v1.Problem
-	79, // 42: hostagent.v1.Problem.since:type_name -> google.protobuf.Timestamp
-	1,  // 43: hostagent.v1.Event.kind:type_name -> hostagent.v1.Event.Kind
-	79, // 44: hostagent.v1.Event.time:type_name -> google.protobuf.Timestamp
-	58, // 45: hostagent.v1.EventsResponse.event:type_name -> hostagent.v1.Event
-	24, // 46: hostagent.v1.ExecStreamRequest.Start.command:type_name -> hostagent.v1.Command
-	27, // 47: hostagent.v1.ExecStreamRequest.Start.terminal:type_name -> hostagent.v1.TerminalSize
-	30, // 48: hostagent.v1.WriteFileStreamRequest.Start.file:type_name -> hostagent.v1.FileRef
-	76, // 49: hostagent.v1.ImportTemplateRequest.Start.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
-	77, // 50: hostagent.v1.ImportTemplateRequest.Start.archive:type_name -> hostagent.v1.ImportTemplateRequest.Archive
-	3,  // 51: hostagent.v1.HostAgent.Create:input_type -> hostagent.v1.CreateRequest
-	18, // 52: hostagent.v1.HostAgent.Destroy:input_type -> hostagent.v1.DestroyRequest
-	20, // 53: hostagent.v1.HostAgent.List:input_type -> hostagent.v1.ListRequest
-	22, // 54: hostagent.v1.HostAgent.Get:input_type -> hostagent.v1.GetRequest
-	25, // 55: hostagent.v1.HostAgent.Exec:input_type -> hostagent.v1.ExecRequest
-	28, // 56: hostagent.v1.HostAgent.ExecStream:input_type -> hostagent.v1.ExecStreamRequest
-	32, // 57: hostagent.v1.HostAgent.WriteFile:input_type -> hostagent.v1.WriteFileRequest
-	34, // 58: hostagent.v1.HostAgent.ReadFile:input_type -> hostagent.v1.ReadFileRequest
-	36, // 59: hostagent.v1.HostAgent.WriteFileStream:input_type -> hostagent.v1.WriteFileStreamRequest
-	38, // 60: hostagent.v1.HostAgent.ReadFileStream:input_type -> hostagent.v1.ReadFileStreamRequest
-	40, // 61: hostagent.v1.HostAgent.Ping:input_type -> hostagent.v1.PingRequest
-	44, // 62: hostagent.v1.HostAgent.Metrics:input_type -> hostagent.v1.MetricsRequest
-	42, // 63: hostagent.v1.HostAgent.Samples:input_type -> hostagent.v1.SamplesRequest
-	46, // 64: hostagent.v1.HostAgent.Console:input_type -> hostagent.v1.ConsoleRequest
-	53, // 65: hostagent.v1.HostAgent.Templates:input_type -> hostagent.v1.TemplatesRequest
-	55, // 66: hostagent.v1.HostAgent.Host:input_type -> hostagent.v1.HostRequest
-	59, // 67: hostagent.v1.HostAgent.Events:input_type -> hostagent.v1.EventsRequest
-	61, // 68: hostagent.v1.HostAgent.AckEvents:input_type -> hostagent.v1.AckEventsRequest
-	5,  // 69: hostagent.v1.HostAgent.Pause:input_type -> hostagent.v1.PauseRequest
-	7,  // 70: hostagent.v1.HostAgent.Resume:input_type -> hostagent.v1.ResumeRequest
-	10, // 71: hostagent.v1.HostAgent.Snapshot:input_type -> hostagent.v1.SnapshotRequest
-	12, // 72: hostagent.v1.HostAgent.Settle:input_type -> hostagent.v1.SettleRequest
-	14, // 73: hostagent.v1.HostAgent.Fork:input_type -> hostagent.v1.ForkRequest
-	16, // 74: hostagent.v1.HostAgent.DeleteTemplate:input_type -> hostagent.v1.DeleteTemplateRequest
-	49, // 75: hostagent.v1.HostAgent.ImportTemplate:input_type -> hostagent.v1.ImportTemplateRequest
-	51, // 76: hostagent.v1.HostAgent.ResolveImage:input_type -> hostagent.v1.ResolveImageRequest
-	63, // 77: hostagent.v1.HostAgent.Terminate:input_type -> hostagent.v1.TerminateRequest
-	4,  // 78: hostagent.v1.HostAgent.Create:output_type -> hostagent.v1.CreateResponse
-	19, // 79: hostagent.v1.HostAgent.Destroy:output_type -> hostagent.v1.DestroyResponse
-	21, // 80: hostagent.v1.HostAgent.List:output_type -> hostagent.v1.ListResponse
-	23, // 81: hostagent.v1.HostAgent.Get:output_type -> hostagent.v1.GetResponse
-	26, // 82: hostagent.v1.HostAgent.Exec:output_type -> hostagent.v1.ExecResponse
-	29, // 83: hostagent.v1.HostAgent.ExecStream:output_type -> hostagent.v1.ExecStreamResponse
-	33, // 84: hostagent.v1.HostAgent.WriteFile:output_type -> hostagent.v1.WriteFileResponse
-	35, // 85: hostagent.v1.HostAgent.ReadFile:output_type -> hostagent.v1.ReadFileResponse
-	37, // 86: hostagent.v1.HostAgent.WriteFileStream:output_type -> hostagent.v1.WriteFileStreamResponse
-	39, // 87: hostagent.v1.HostAgent.ReadFileStream:output_type -> hostagent.v1.ReadFileStreamResponse
-	41, // 88: hostagent.v1.HostAgent.Ping:output_type -> hostagent.v1.PingResponse
-	45, // 89: hostagent.v1.HostAgent.Metrics:output_type -> hostagent.v1.MetricsResponse
-	43, // 90: hostagent.v1.HostAgent.Samples:output_type -> hostagent.v1.SamplesResponse
-	47, // 91: hostagent.v1.HostAgent.Console:output_type -> hostagent.v1.ConsoleResponse
-	54, // 92: hostagent.v1.HostAgent.Templates:output_type -> hostagent.v1.TemplatesResponse
-	56, // 93: hostagent.v1.HostAgent.Host:output_type -> hostagent.v1.HostResponse
-	60, // 94: hostagent.v1.HostAgent.Events:output_type -> hostagent.v1.EventsResponse
-	62, // 95: hostagent.v1.HostAgent.AckEvents:output_type -> hostagent.v1.AckEventsResponse
-	6,  // 96: hostagent.v1.HostAgent.Pause:output_type -> hostagent.v1.PauseResponse
-	8,  // 97: hostagent.v1.HostAgent.Resume:output_type -> hostagent.v1.ResumeResponse
-	11, // 98: hostagent.v1.HostAgent.Snapshot:output_type -> hostagent.v1.SnapshotResponse
-	13, // 99: hostagent.v1.HostAgent.Settle:output_type -> hostagent.v1.SettleResponse
-	15, // 100: hostagent.v1.HostAgent.Fork:output_type -> hostagent.v1.ForkResponse
-	17, // 101: hostagent.v1.HostAgent.DeleteTemplate:output_type -> hostagent.v1.DeleteTemplateResponse
-	50, // 102: hostagent.v1.HostAgent.ImportTemplate:output_type -> hostagent.v1.ImportTemplateResponse
-	52, // 103: hostagent.v1.HostAgent.ResolveImage:output_type -> hostagent.v1.ResolveImageResponse
-	64, // 104: hostagent.v1.HostAgent.Terminate:output_type -> hostagent.v1.TerminateResponse
-	78, // [78:105] is the sub-list for method output_type
-	51, // [51:78] is the sub-list for method input_type
-	51, // [51:51] is the sub-list for extension type_name
-	51, // [51:51] is the sub-list for extension extendee
-	0,  // [0:51] is the sub-list for field type_name
+	67, // 11: hostagent.v1.Defaults.limits:type_name -> hostagent.v1.Defaults.LimitsEntry
+	9,  // 12: hostagent.v1.SnapshotRequest.defaults:type_name -> hostagent.v1.Defaults
+	48, // 13: hostagent.v1.SnapshotResponse.template:type_name -> hostagent.v1.Template
+	68, // 14: hostagent.v1.ForkRequest.copies:type_name -> hostagent.v1.ForkRequest.Copy
+	2,  // 15: hostagent.v1.ForkResponse.sandboxes:type_name -> hostagent.v1.Sandbox
+	2,  // 16: hostagent.v1.ListResponse.sandboxes:type_name -> hostagent.v1.Sandbox
+	2,  // 17: hostagent.v1.GetResponse.sandbox:type_name -> hostagent.v1.Sandbox
+	69, // 18: hostagent.v1.Command.envs:type_name -> hostagent.v1.Command.EnvsEntry
+	24, // 19: hostagent.v1.ExecRequest.command:type_name -> hostagent.v1.Command
+	70, // 20: hostagent.v1.ExecStreamRequest.start:type_name -> hostagent.v1.ExecStreamRequest.Start
+	71, // 21: hostagent.v1.ExecStreamRequest.close_stdin:type_name -> hostagent.v1.ExecStreamRequest.CloseStdin
+	27, // 22: hostagent.v1.ExecStreamRequest.resize:type_name -> hostagent.v1.TerminalSize
+	72, // 23: hostagent.v1.ExecStreamResponse.started:type_name -> hostagent.v1.ExecStreamResponse.Started
+	73, // 24: hostagent.v1.ExecStreamResponse.exited:type_name -> hostagent.v1.ExecStreamResponse.Exited
+	30, // 25: hostagent.v1.WriteFileRequest.file:type_name -> hostagent.v1.FileRef
+	31, // 26: hostagent.v1.WriteFileResponse.file:type_name -> hostagent.v1.FileInfo
+	30, // 27: hostagent.v1.ReadFileRequest.file:type_name -> hostagent.v1.FileRef
+	74, // 28: hostagent.v1.WriteFileStreamRequest.start:type_name -> hostagent.v1.WriteFileStreamRequest.Start
+	31, // 29: hostagent.v1.WriteFileStreamResponse.file:type_name -> hostagent.v1.FileInfo
+	30, // 30: hostagent.v1.ReadFileStreamRequest.file:type_name -> hostagent.v1.FileRef
+	75, // 31: hostagent.v1.ReadFileStreamResponse.start:type_name -> hostagent.v1.ReadFileStreamResponse.Start
+	2,  // 32: hostagent.v1.PingResponse.sandbox:type_name -> hostagent.v1.Sandbox
+	80, // 33: hostagent.v1.SamplesResponse.time:type_name -> google.protobuf.Timestamp
+	76, // 34: hostagent.v1.SamplesResponse.samples:type_name -> hostagent.v1.SamplesResponse.Sample
+	80, // 35: hostagent.v1.MetricsResponse.time:type_name -> google.protobuf.Timestamp
+	80, // 36: hostagent.v1.Template.created_at:type_name -> google.protobuf.Timestamp
+	9,  // 37: hostagent.v1.Template.defaults:type_name -> hostagent.v1.Defaults
+	79, // 38: hostagent.v1.ImportTemplateRequest.start:type_name -> hostagent.v1.ImportTemplateRequest.Start
+	48, // 39: hostagent.v1.ImportTemplateResponse.template:type_name -> hostagent.v1.Template
+	77, // 40: hostagent.v1.ResolveImageRequest.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
+	48, // 41: hostagent.v1.TemplatesResponse.templates:type_name -> hostagent.v1.Template
+	57, // 42: hostagent.v1.HostResponse.problems:type_name -> hostagent.v1.Problem
+	80, // 43: hostagent.v1.Problem.since:type_name -> google.protobuf.Timestamp
+	1,  // 44: hostagent.v1.Event.kind:type_name -> hostagent.v1.Event.Kind
+	80, // 45: hostagent.v1.Event.time:type_name -> google.protobuf.Timestamp
+	58, // 46: hostagent.v1.EventsResponse.event:type_name -> hostagent.v1.Event
+	24, // 47: hostagent.v1.ExecStreamRequest.Start.command:type_name -> hostagent.v1.Command
+	27, // 48: hostagent.v1.ExecStreamRequest.Start.terminal:type_name -> hostagent.v1.TerminalSize
+	30, // 49: hostagent.v1.WriteFileStreamRequest.Start.file:type_name -> hostagent.v1.FileRef
+	77, // 50: hostagent.v1.ImportTemplateRequest.Start.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
+	78, // 51: hostagent.v1.ImportTemplateRequest.Start.archive:type_name -> hostagent.v1.ImportTemplateRequest.Archive
+	3,  // 52: hostagent.v1.HostAgent.Create:input_type -> hostagent.v1.CreateRequest
+	18, // 53: hostagent.v1.HostAgent.Destroy:input_type -> hostagent.v1.DestroyRequest
+	20, // 54: hostagent.v1.HostAgent.List:input_type -> hostagent.v1.ListRequest
+	22, // 55: hostagent.v1.HostAgent.Get:input_type -> hostagent.v1.GetRequest
+	25, // 56: hostagent.v1.HostAgent.Exec:input_type -> hostagent.v1.ExecRequest
+	28, // 57: hostagent.v1.HostAgent.ExecStream:input_type -> hostagent.v1.ExecStreamRequest
+	32, // 58: hostagent.v1.HostAgent.WriteFile:input_type -> hostagent.v1.WriteFileRequest
+	34, // 59: hostagent.v1.HostAgent.ReadFile:input_type -> hostagent.v1.ReadFileRequest
+	36, // 60: hostagent.v1.HostAgent.WriteFileStream:input_type -> hostagent.v1.WriteFileStreamRequest
+	38, // 61: hostagent.v1.HostAgent.ReadFileStream:input_type -> hostagent.v1.ReadFileStreamRequest
+	40, // 62: hostagent.v1.HostAgent.Ping:input_type -> hostagent.v1.PingRequest
+	44, // 63: hostagent.v1.HostAgent.Metrics:input_type -> hostagent.v1.MetricsRequest
+	42, // 64: hostagent.v1.HostAgent.Samples:input_type -> hostagent.v1.SamplesRequest
+	46, // 65: hostagent.v1.HostAgent.Console:input_type -> hostagent.v1.ConsoleRequest
+	53, // 66: hostagent.v1.HostAgent.Templates:input_type -> hostagent.v1.TemplatesRequest
+	55, // 67: hostagent.v1.HostAgent.Host:input_type -> hostagent.v1.HostRequest
+	59, // 68: hostagent.v1.HostAgent.Events:input_type -> hostagent.v1.EventsRequest
+	61, // 69: hostagent.v1.HostAgent.AckEvents:input_type -> hostagent.v1.AckEventsRequest
+	5,  // 70: hostagent.v1.HostAgent.Pause:input_type -> hostagent.v1.PauseRequest
+	7,  // 71: hostagent.v1.HostAgent.Resume:input_type -> hostagent.v1.ResumeRequest
+	10, // 72: hostagent.v1.HostAgent.Snapshot:input_type -> hostagent.v1.SnapshotRequest
+	12, // 73: hostagent.v1.HostAgent.Settle:input_type -> hostagent.v1.SettleRequest
+	14, // 74: hostagent.v1.HostAgent.Fork:input_type -> hostagent.v1.ForkRequest
+	16, // 75: hostagent.v1.HostAgent.DeleteTemplate:input_type -> hostagent.v1.DeleteTemplateRequest
+	49, // 76: hostagent.v1.HostAgent.ImportTemplate:input_type -> hostagent.v1.ImportTemplateRequest
+	51, // 77: hostagent.v1.HostAgent.ResolveImage:input_type -> hostagent.v1.ResolveImageRequest
+	63, // 78: hostagent.v1.HostAgent.Terminate:input_type -> hostagent.v1.TerminateRequest
+	4,  // 79: hostagent.v1.HostAgent.Create:output_type -> hostagent.v1.CreateResponse
+	19, // 80: hostagent.v1.HostAgent.Destroy:output_type -> hostagent.v1.DestroyResponse
+	21, // 81: hostagent.v1.HostAgent.List:output_type -> hostagent.v1.ListResponse
+	23, // 82: hostagent.v1.HostAgent.Get:output_type -> hostagent.v1.GetResponse
+	26, // 83: hostagent.v1.HostAgent.Exec:output_type -> hostagent.v1.ExecResponse
+	29, // 84: hostagent.v1.HostAgent.ExecStream:output_type -> hostagent.v1.ExecStreamResponse
+	33, // 85: hostagent.v1.HostAgent.WriteFile:output_type -> hostagent.v1.WriteFileResponse
+	35, // 86: hostagent.v1.HostAgent.ReadFile:output_type -> hostagent.v1.ReadFileResponse
+	37, // 87: hostagent.v1.HostAgent.WriteFileStream:output_type -> hostagent.v1.WriteFileStreamResponse
+	39, // 88: hostagent.v1.HostAgent.ReadFileStream:output_type -> hostagent.v1.ReadFileStreamResponse
+	41, // 89: hostagent.v1.HostAgent.Ping:output_type -> hostagent.v1.PingResponse
+	45, // 90: hostagent.v1.HostAgent.Metrics:output_type -> hostagent.v1.MetricsResponse
+	43, // 91: hostagent.v1.HostAgent.Samples:output_type -> hostagent.v1.SamplesResponse
+	47, // 92: hostagent.v1.HostAgent.Console:output_type -> hostagent.v1.ConsoleResponse
+	54, // 93: hostagent.v1.HostAgent.Templates:output_type -> hostagent.v1.TemplatesResponse
+	56, // 94: hostagent.v1.HostAgent.Host:output_type -> hostagent.v1.HostResponse
+	60, // 95: hostagent.v1.HostAgent.Events:output_type -> hostagent.v1.EventsResponse
+	62, // 96: hostagent.v1.HostAgent.AckEvents:output_type -> hostagent.v1.AckEventsResponse
+	6,  // 97: hostagent.v1.HostAgent.Pause:output_type -> hostagent.v1.PauseResponse
+	8,  // 98: hostagent.v1.HostAgent.Resume:output_type -> hostagent.v1.ResumeResponse
+	11, // 99: hostagent.v1.HostAgent.Snapshot:output_type -> hostagent.v1.SnapshotResponse
+	13, // 100: hostagent.v1.HostAgent.Settle:output_type -> hostagent.v1.SettleResponse
+	15, // 101: hostagent.v1.HostAgent.Fork:output_type -> hostagent.v1.ForkResponse
+	17, // 102: hostagent.v1.HostAgent.DeleteTemplate:output_type -> hostagent.v1.DeleteTemplateResponse
+	50, // 103: hostagent.v1.HostAgent.ImportTemplate:output_type -> hostagent.v1.ImportTemplateResponse
+	52, // 104: hostagent.v1.HostAgent.ResolveImage:output_type -> hostagent.v1.ResolveImageResponse
+	64, // 105: hostagent.v1.HostAgent.Terminate:output_type -> hostagent.v1.TerminateResponse
+	79, // [79:106] is the sub-list for method output_type
+	52, // [52:79] is the sub-list for method input_type
+	52, // [52:52] is the sub-list for extension type_name
+	52, // [52:52] is the sub-list for extension extendee
+	0,  // [0:52] is the sub-list for field type_name
 }
 
 func init() { file_hostagent_v1_hostagent_proto_init() }
@@ -5211,8 +5228,8 @@ func file_hostagent_v1_hostagent_proto_init() {
 		(*ImportTemplateRequest_Start_)(nil),
 		(*ImportTemplateRequest_Chunk)(nil),
 	}
-	file_hostagent_v1_hostagent_proto_msgTypes[67].OneofWrappers = []any{}
-	file_hostagent_v1_hostagent_proto_msgTypes[76].OneofWrappers = []any{
+	file_hostagent_v1_hostagent_proto_msgTypes[68].OneofWrappers = []any{}
+	file_hostagent_v1_hostagent_proto_msgTypes[77].OneofWrappers = []any{
 		(*ImportTemplateRequest_Start_Registry)(nil),
 		(*ImportTemplateRequest_Start_Archive)(nil),
 	}
@@ -5222,7 +5239,7 @@ func file_hostagent_v1_hostagent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hostagent_v1_hostagent_proto_rawDesc), len(file_hostagent_v1_hostagent_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   77,
+			NumMessages:   78,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -41,7 +41,7 @@ RETURNING *;
 -- name: TemplateReady :one
 -- A host that is to make it has made it.
 UPDATE templates SET state = 'ready', size_bytes = @size_bytes, created_at = GREATEST(templates.created_at, LEAST(@created_at, now())),
-    vcpus = @vcpus, memory_mib = @memory_mib, disk_mib = @disk_mib
+    vcpus = @vcpus, memory_mib = @memory_mib, disk_mib = @disk_mib, limits = @limits
 WHERE templates.id = @id AND state IN ('pending', 'ready')
   AND EXISTS (SELECT 1 FROM host_templates WHERE template_id = templates.id AND host_id = @host_id) RETURNING *;
 
