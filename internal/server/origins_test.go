@@ -78,6 +78,55 @@ func TestSignedURL(t *testing.T) {
 	}
 }
 
+// TestSignedURLOfPages: pages of other sites may use URLs whose signature is valid, and
+// nothing else of a guest daemon. To say so reaches no host.
+func TestSignedURLOfPages(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	var reached atomic.Int64
+	p.agent.guest = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		reached.Add(1)
+		w.Header().Set("Access-Control-Allow-Credentials", "true")
+	})
+	made := p.call("POST", "/v1/sandboxes", map[string]any{}).want(201)
+	daemon, port := "49983-"+made.str("id")+".localhost", "80-"+made.str("id")+".localhost"
+	good, bad := signed("/a", made.str("access_token"), time.Now().Add(time.Hour)), "/files?path=/a&signature=v1_x"
+	for _, tt := range []struct {
+		name, method, host, path string
+		header                   []string
+		status                   int
+		pages, reaches           bool
+	}{
+		{"a good one", "GET", daemon, good, nil, 200, true, true},
+		{"a bad one", "GET", daemon, bad, nil, 401, false, false},
+		{"with a token", "GET", daemon, "/files?path=/a", []string{"X-Access-Token", made.str("access_token")}, 200, false, true},
+		{"with a token and a bad signature", "GET", daemon, bad, []string{"X-Access-Token", made.str("access_token")}, 200, false, true},
+		{"preflight", "OPTIONS", daemon, good, []string{"Access-Control-Request-Method", "POST"}, 204, true, false},
+		{"preflight of a bad one", "OPTIONS", daemon, bad, []string{"Access-Control-Request-Method", "GET"}, 204, true, false},
+		{"preflight without a signature", "OPTIONS", daemon, "/files?path=/a", []string{"Access-Control-Request-Method", "GET"}, 401, false, false},
+		{"preflight of another path", "OPTIONS", daemon, "/envs?signature=x", []string{"Access-Control-Request-Method", "GET"}, 401, false, false},
+		{"preflight of another port", "OPTIONS", port, good, []string{"Access-Control-Request-Method", "GET"}, 401, false, false},
+		{"no preflight", "OPTIONS", daemon, bad, nil, 401, false, false},
+	} {
+		before := reached.Load()
+		r := p.call(tt.method, tt.path, nil, append([]string{"Host", tt.host, "X-API-Key", "", "Origin", "https://elsewhere.example"}, tt.header...)...)
+		if r.Status != tt.status || (reached.Load() > before) != tt.reaches {
+			t.Errorf("%s: %d, want %d; %d requests reached the host", tt.name, r.Status, tt.status, reached.Load()-before)
+		}
+		for name, value := range forPages {
+			if !tt.pages {
+				value = ""
+			}
+			if got := r.Header.Get(name); got != value {
+				t.Errorf("%s: %s is %q, want %q", tt.name, name, got, value)
+			}
+		}
+		if r.Header.Get("Access-Control-Allow-Credentials") != "" {
+			t.Errorf("%s: cookies are allowed", tt.name)
+		}
+	}
+}
+
 // The fields that a hostile guest daemon sends, and those that clients get.
 var (
 	hostileFields = map[string]string{
@@ -120,8 +169,15 @@ func withEarly(ctx context.Context, early *[]http.Header) context.Context {
 	}})
 }
 
-// wantHarmless checks that a response of hostileDaemon is harmless.
-func wantHarmless(t *testing.T, what string, resp *http.Response, early []http.Header) {
+// forPages are what lets pages of other sites read the responses to signed URLs.
+var forPages = map[string]string{
+	"Access-Control-Allow-Origin": "*", "Access-Control-Allow-Methods": "GET, HEAD, POST", "Access-Control-Allow-Headers": "Content-Type, Range",
+	"Access-Control-Expose-Headers": "*", "Access-Control-Max-Age": "600",
+}
+
+// wantHarmless checks that a response of hostileDaemon, to a signed URL or another one,
+// is harmless.
+func wantHarmless(t *testing.T, what string, signed bool, resp *http.Response, early []http.Header) {
 	t.Helper()
 	body, err := io.ReadAll(resp.Body)
 	resp.Body.Close()
@@ -141,6 +197,11 @@ func wantHarmless(t *testing.T, what string, resp *http.Response, early []http.H
 	}
 	for name, value := range harmlessFields {
 		want.Set(name, value)
+	}
+	if signed {
+		for name, value := range forPages {
+			want.Set(name, value)
+		}
 	}
 	if !maps.EqualFunc(resp.Header, want, slices.Equal) {
 		t.Errorf("%s: the client got %v, want %v", what, resp.Header, want)
@@ -176,7 +237,7 @@ func TestHostileDaemon(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		wantHarmless(t, name, resp, early)
+		wantHarmless(t, name, strings.HasPrefix(name, "/files"), resp, early)
 		if got := *saw.Load(); got.Get("Cookie") != "" || got.Get("Upgrade") != "" {
 			t.Errorf("%s: the daemon got %v", name, got)
 		}

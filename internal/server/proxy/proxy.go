@@ -102,6 +102,16 @@ func (p *Proxy) Match(host string) bool {
 	return p.Domain != p.ServiceDomain && (name == p.Domain || strings.HasSuffix(name, "."+p.Domain))
 }
 
+// isPreflight says whether a browser asks if another site's page may use a signed URL.
+// The answer is the same for every URL, so nothing is looked up: the request that follows
+// needs a valid signature.
+func (p *Proxy) isPreflight(r *http.Request) bool {
+	label, ok := label(netaddr.Hostname(r.Host), p.Domain)
+	port, _, _ := strings.Cut(label, "-")
+	return ok && port == strconv.Itoa(envdPort) && r.Method == http.MethodOptions &&
+		r.Header.Get("Access-Control-Request-Method") != "" && filesign.Signed(r.URL)
+}
+
 // label returns what stands before the domain in a sandbox's host name.
 func label(name, domain string) (string, bool) {
 	label, ok := strings.CutSuffix(name, "."+domain)
@@ -112,6 +122,11 @@ func label(name, domain string) (string, bool) {
 func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) { duplex.Serve(w, r, p.serve) }
 
 func (p *Proxy) serve(w http.ResponseWriter, r *http.Request) {
+	if p.isPreflight(r) {
+		allowPages(w.Header())
+		w.WriteHeader(http.StatusNoContent)
+		return
+	}
 	mark := p.Watch.Mark()
 	target, err := p.resolve(r)
 	if err == nil && target.who.HasKey() {
@@ -362,6 +377,9 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 	if d.port == envdPort {
 		filter = filterDaemon
 		finish = confine
+		if d.signed {
+			finish = func(resp *http.Response) { confine(resp); allowPages(resp.Header) }
+		}
 		// The daemon speaks no other protocol, and nothing would bound an upgrade.
 		r.Header.Del("Upgrade")
 	}
