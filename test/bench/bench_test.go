@@ -39,6 +39,13 @@ func TestMain(m *testing.M) {
 	if os.Getenv("WRENN_BENCH") == "" {
 		os.Exit(m.Run()) // all skip
 	}
+	if spec := os.Getenv(clientsEnv); spec != "" {
+		if err := beClients(spec); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	if agenttest.Inside() {
 		tables, os.Stdout = os.Stdout, os.Stderr
 	}

@@ -77,26 +77,49 @@ func TestFrontDoor(t *testing.T) {
 }
 
 // processorTime is what the children of processes have used.
-func processorTime(t *testing.T, parents ...int) time.Duration {
+func processorTime(t *testing.T, parents ...int) (used time.Duration) {
 	t.Helper()
 	files, err := filepath.Glob("/proc/[0-9]*/stat")
 	if err != nil {
 		t.Fatal(err)
 	}
-	ticks := 0
 	for _, file := range files {
-		b, err := os.ReadFile(file)
+		fields, err := stat(file)
 		if err != nil {
 			continue // It has ended.
 		}
-		fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
-		if parent, _ := strconv.Atoi(fields[1]); !slices.Contains(parents, parent) {
-			continue
+		if parent, _ := strconv.Atoi(fields[1]); slices.Contains(parents, parent) {
+			used += usedBy(fields)
 		}
-		for _, f := range fields[11:13] { // utime and stime
-			n, _ := strconv.Atoi(f)
-			ticks += n
-		}
+	}
+	return used
+}
+
+// processTime is what one process has used.
+func processTime(t *testing.T, pid int) time.Duration {
+	t.Helper()
+	fields, err := stat(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return usedBy(fields)
+}
+
+// stat reads the fields of a process's stat that follow its name.
+func stat(file string) ([]string, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	return strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:])), nil
+}
+
+// usedBy is the processor time in a process's stat.
+func usedBy(fields []string) time.Duration {
+	ticks := 0
+	for _, f := range fields[11:13] { // utime and stime
+		n, _ := strconv.Atoi(f)
+		ticks += n
 	}
 	return time.Duration(ticks) * time.Second / 100 // Linux's USER_HZ
 }

@@ -2,12 +2,16 @@ package bench
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
+	"os"
+	"os/exec"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -79,54 +83,158 @@ func TestHostile(t *testing.T) {
 	}
 	key, box := teamOf(other)
 
-	// ours has the other owner's clients ask for d, and returns how long that took.
-	ours := func(d time.Duration) (took sample, failed int64) {
-		var mu sync.Mutex
-		var wg sync.WaitGroup
-		var bad atomic.Int64
-		stop := time.Now().Add(d)
-		for range otherClients {
-			wg.Go(func() {
-				for n := 0; time.Now().Before(stop); n++ {
-					begin := time.Now()
-					var err error
-					switch n % 3 {
-					case 0:
-						err = call(t.Context(), http.MethodGet, url+"/v1/sandboxes", "", key, nil, nil)
-					case 1:
-						err = call(t.Context(), http.MethodPost, url+"/v1/sandboxes/"+box+"/exec", "", key, strings.NewReader(`{"cmd":"true"}`), nil)
-					case 2:
-						err = call(t.Context(), http.MethodGet, url+"/", "80-"+box+".localhost", key, nil, nil)
-					}
-					if err != nil {
-						bad.Add(1)
-						t.Logf("another owner's request: %v", err)
-					}
-					mu.Lock()
-					took = append(took, time.Since(begin))
-					mu.Unlock()
-					time.Sleep(10 * time.Millisecond)
-				}
-			})
-		}
-		wg.Wait()
-		return took, bad.Load()
-	}
-
-	quiet, failedQuiet := ours(quietLasts)
+	ask := clients{URL: url, Keys: []string{key}, Boxes: []string{box}}
+	ask.Lasts = quietLasts
+	quiet := <-ask.start(t)
 	before := rss(t, pid)
-	ctx, cancel := context.WithCancel(t.Context())
+	used, begin := processTime(t, pid), time.Now()
+	attack := clients{URL: url, Keys: keys[:], Boxes: boxes[:], Hostile: true, Lasts: hostileLasts}
+	attacked := attack.start(t)
+	ask.Lasts = hostileLasts
+	meanwhile := <-ask.start(t)
+	used, took := processTime(t, pid)-used, time.Since(begin)
+	if t.Failed() {
+		t.FailNow()
+	}
+	peak := kib(t, fmt.Sprintf("/proc/%d/status", pid), "VmHWM")
+	deeds := (<-attacked).Deeds
+
+	row := func(what string, did clientsDid) []string {
+		return []string{what, strconv.Itoa(len(did.Took)), strconv.FormatInt(did.Failed, 10), ms(did.Took.mid()), ms(did.Took.p99()), ms(slices.Max(did.Took))}
+	}
+	table(fmt.Sprintf("Another owner's requests, beside %d hostile clients of one owner", hostileClients), []string{"when", "requests", "failed", "half within", "99 % within", "all within"},
+		[][]string{row("before", quiet), row("meanwhile", meanwhile)})
+	var rows [][]string
+	for i, did := range deeds {
+		rows = append(rows, []string{hostileDeeds[i].name, strconv.FormatInt(did.OK, 10), strconv.FormatInt(did.Refused, 10), strconv.FormatInt(did.Open, 10)})
+	}
+	table("What the hostile clients did", []string{"what", "went through", "was refused", "was under way at the end"}, rows)
+	table("The server's processor time meanwhile", []string{"of one processor", "of all"}, [][]string{{
+		fmt.Sprintf("%.0f %%", 100*used.Seconds()/took.Seconds()), fmt.Sprintf("%.0f %%", 100*used.Seconds()/took.Seconds()/float64(runtime.NumCPU())),
+	}})
+	table("The server's memory (resident)", []string{"before", "at most meanwhile", "its bound"}, [][]string{{mib(before), mib(peak), mib(hostileMost)}})
+	if peak > hostileMost {
+		t.Errorf("the server took %s of memory", mib(peak))
+	}
+	if failed := meanwhile.Failed + quiet.Failed; failed > 0 {
+		t.Errorf("%d of another owner's requests failed, as with: %s", failed, cmp.Or(quiet.Error, meanwhile.Error))
+	}
+}
+
+// clientsEnv makes a process of this package's tests one of clients, which it holds in JSON.
+const clientsEnv = "WRENN_BENCH_CLIENTS"
+
+// clients are a process that asks the server for things, for a time.
+type clients struct {
+	URL         string
+	Keys, Boxes []string
+	Hostile     bool
+	Lasts       time.Duration
+}
+
+// clientsDid is what clients print when they end.
+type clientsDid struct {
+	// Of clients that are not hostile.
+	Took   sample
+	Failed int64
+	Error  string // of one that failed
+	// Of hostile ones: an entry for each of hostileDeeds.
+	Deeds []clientsDeed
+}
+
+type clientsDeed struct{ OK, Refused, Open int64 }
+
+// start starts the clients. Hostile ones have a low priority: real ones are on
+// other machines, and must take nothing of the server's processors by themselves.
+func (c clients) start(t *testing.T) <-chan clientsDid {
+	t.Helper()
+	spec, err := json.Marshal(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	program, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	niceness := "0"
+	if c.Hostile {
+		niceness = "10"
+	}
+	cmd := exec.CommandContext(t.Context(), "nice", "-n", niceness, program)
+	cmd.Env = append(os.Environ(), clientsEnv+"="+string(spec))
+	cmd.Stderr = os.Stderr
+	did := make(chan clientsDid, 1)
+	go func() {
+		defer close(did)
+		var d clientsDid
+		out, err := cmd.Output()
+		if err == nil {
+			err = json.Unmarshal(out, &d)
+		}
+		if err != nil {
+			t.Errorf("clients: %v", err)
+			return
+		}
+		did <- d
+	}()
+	return did
+}
+
+// beClients does what a process of clients does.
+func beClients(spec string) error {
+	var c clients
+	if err := json.Unmarshal([]byte(spec), &c); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), c.Lasts)
+	defer cancel()
+	did := c.ask
+	if c.Hostile {
+		did = c.attack
+	}
+	return json.NewEncoder(os.Stdout).Encode(did(ctx))
+}
+
+// ask lists sandboxes, runs commands and calls a port until ctx is done.
+func (c clients) ask(ctx context.Context) (did clientsDid) {
+	var mu sync.Mutex
 	var wg sync.WaitGroup
-	counts := make([]struct {
-		ok, refused, open atomic.Int64
-		first             sync.Once
-	}, len(hostileDeeds))
+	for range otherClients {
+		wg.Go(func() {
+			for n := 0; ctx.Err() == nil; n++ {
+				begin := time.Now()
+				var err error
+				switch background := context.Background(); n % 3 {
+				case 0:
+					err = call(background, http.MethodGet, c.URL+"/v1/sandboxes", "", c.Keys[0], nil, nil)
+				case 1:
+					err = call(background, http.MethodPost, c.URL+"/v1/sandboxes/"+c.Boxes[0]+"/exec", "", c.Keys[0], strings.NewReader(`{"cmd":"true"}`), nil)
+				case 2:
+					err = call(background, http.MethodGet, c.URL+"/", "80-"+c.Boxes[0]+".localhost", c.Keys[0], nil, nil)
+				}
+				mu.Lock()
+				if did.Took = append(did.Took, time.Since(begin)); err != nil {
+					did.Failed, did.Error = did.Failed+1, err.Error()
+				}
+				mu.Unlock()
+				time.Sleep(10 * time.Millisecond)
+			}
+		})
+	}
+	wg.Wait()
+	return did
+}
+
+// attack does what is in hostileDeeds, all at once, until ctx is done.
+func (c clients) attack(ctx context.Context) (did clientsDid) {
+	counts := make([]struct{ ok, refused, open atomic.Int64 }, len(hostileDeeds))
+	var wg sync.WaitGroup
 	for n := range hostileClients {
-		deed, at := &hostileDeeds[n%len(hostileDeeds)], n/len(hostileDeeds)%hostileTeams
+		deed, at := &hostileDeeds[n%len(hostileDeeds)], n/len(hostileDeeds)%len(c.Keys)
 		count := &counts[n%len(hostileDeeds)]
 		wg.Go(func() {
 			for ctx.Err() == nil {
-				err := deed.do(ctx, url, keys[at], boxes[at])
+				err := deed.do(ctx, c.URL, c.Keys[at], c.Boxes[at])
 				switch {
 				case err == nil:
 					count.ok.Add(1)
@@ -134,7 +242,6 @@ func TestHostile(t *testing.T) {
 					count.open.Add(1)
 				default:
 					count.refused.Add(1)
-					count.first.Do(func() { t.Logf("%s: %v", deed.name, err) })
 				}
 				select {
 				case <-ctx.Done():
@@ -143,28 +250,11 @@ func TestHostile(t *testing.T) {
 			}
 		})
 	}
-	meanwhile, failed := ours(hostileLasts)
-	peak := kib(t, fmt.Sprintf("/proc/%d/status", pid), "VmHWM")
-	cancel()
 	wg.Wait()
-
-	row := func(what string, took sample, failed int64) []string {
-		return []string{what, strconv.Itoa(len(took)), strconv.FormatInt(failed, 10), ms(took.mid()), ms(took.p99()), ms(slices.Max(took))}
+	for i := range counts {
+		did.Deeds = append(did.Deeds, clientsDeed{counts[i].ok.Load(), counts[i].refused.Load(), counts[i].open.Load()})
 	}
-	table(fmt.Sprintf("Another owner's requests, beside %d hostile clients of one owner", hostileClients), []string{"when", "requests", "failed", "half within", "99 % within", "all within"},
-		[][]string{row("before", quiet, failedQuiet), row("meanwhile", meanwhile, failed)})
-	var rows [][]string
-	for i := range hostileDeeds {
-		rows = append(rows, []string{hostileDeeds[i].name, strconv.FormatInt(counts[i].ok.Load(), 10), strconv.FormatInt(counts[i].refused.Load(), 10), strconv.FormatInt(counts[i].open.Load(), 10)})
-	}
-	table("What the hostile clients did", []string{"what", "went through", "was refused", "was under way at the end"}, rows)
-	table("The server's memory (resident)", []string{"before", "at most meanwhile", "its bound"}, [][]string{{mib(before), mib(peak), mib(hostileMost)}})
-	if peak > hostileMost {
-		t.Errorf("the server took %s of memory", mib(peak))
-	}
-	if failed+failedQuiet > 0 {
-		t.Errorf("%d of another owner's requests failed", failed+failedQuiet)
-	}
+	return did
 }
 
 var hostileWeb = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: hostileClients}}
