@@ -36,7 +36,7 @@ func main() {
 	// Nothing that the daemon's own starter left open is for users' processes.
 	_ = unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC)
 	// When memory runs out, the daemon is what is needed to see why.
-	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-900"), 0)
+	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
 
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)

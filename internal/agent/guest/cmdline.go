@@ -19,7 +19,6 @@ func Cmdline(hostname string) string {
 		// right; finding that out takes seconds under emulation.
 		"tsc=reliable", "no_timer_check", "noreplace-smp",
 		"random.trust_cpu=on",
-		"ipv6.disable=1",
 		// Tables of inodes that were never used need not be written to.
 		"root=/dev/vda", "rw", "rootflags=noinit_itable",
 		"wrenn.ip=" + Address, "wrenn.gw=" + Gateway, "wrenn.dns=" + Gateway, "wrenn.ntp=" + Gateway,

@@ -126,18 +126,22 @@ func (m *Machine) Rename(name string) error {
 func hosts(old []byte, name string) []byte {
 	const own = "127.0.1.1"
 	var b bytes.Buffer
-	loopback := false
+	loopback, loopback6 := false, false
 	for line := range bytes.Lines(old) {
 		f := bytes.Fields(line)
 		if len(f) > 0 && string(f[0]) == own {
 			continue
 		}
 		loopback = loopback || len(f) > 1 && string(f[0]) == "127.0.0.1"
+		loopback6 = loopback6 || len(f) > 1 && string(f[0]) == "::1"
 		b.Write(bytes.TrimRight(line, "\n"))
 		b.WriteByte('\n')
 	}
 	if !loopback {
 		b.WriteString("127.0.0.1 localhost\n")
+	}
+	if !loopback6 {
+		b.WriteString("::1 localhost ip6-localhost ip6-loopback\n")
 	}
 	b.WriteString(own + " " + name + "\n")
 	return b.Bytes()

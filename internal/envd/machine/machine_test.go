@@ -74,7 +74,7 @@ func TestRename(t *testing.T) {
 		t.Fatal(err)
 	}
 	id := file("machine-id")
-	if file("hostname") != "one\n" || file("hosts") != "127.0.0.1 localhost\n127.0.1.1 one\n" || len(id) != 33 {
+	if file("hostname") != "one\n" || file("hosts") != "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n127.0.1.1 one\n" || len(id) != 33 {
 		t.Errorf("files are %q %q %q", file("hostname"), file("hosts"), id)
 	}
 	// A machine that has its name is left alone.
@@ -118,9 +118,9 @@ func TestRename(t *testing.T) {
 
 func TestHosts(t *testing.T) {
 	for _, c := range []struct{ old, want string }{
-		{"", "127.0.0.1 localhost\n127.0.1.1 n\n"},
-		{"127.0.0.1 localhost\n127.0.1.1 old older\n10.0.0.1 db", "127.0.0.1 localhost\n10.0.0.1 db\n127.0.1.1 n\n"},
-		{"# mine\n\n127.0.0.1\tlocalhost\n", "# mine\n\n127.0.0.1\tlocalhost\n127.0.1.1 n\n"},
+		{"", "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n127.0.1.1 n\n"},
+		{"127.0.0.1 localhost\n127.0.1.1 old older\n10.0.0.1 db", "127.0.0.1 localhost\n10.0.0.1 db\n::1 localhost ip6-localhost ip6-loopback\n127.0.1.1 n\n"},
+		{"# mine\n\n127.0.0.1\tlocalhost\n::1\tlocalhost\n", "# mine\n\n127.0.0.1\tlocalhost\n::1\tlocalhost\n127.0.1.1 n\n"},
 	} {
 		if got := string(hosts([]byte(c.old), "n")); got != c.want {
 			t.Errorf("%q becomes %q, not %q", c.old, got, c.want)

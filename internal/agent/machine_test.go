@@ -1,0 +1,130 @@
+package agent_test
+
+import (
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/wrenn-dev/wrenn/internal/await"
+	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
+)
+
+// TestMachine checks in one sandbox that a guest is what a Linux machine is.
+func TestMachine(t *testing.T) {
+	h := newHost(t)
+	r := request()
+	r.Envs = map[string]string{"FROM": "the sandbox", "PATH": "/opt/tool/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+	sandbox := h.create(t, r)
+	defer h.destroy(t, sandbox)
+	says := func(t *testing.T, what, user, script, want string) {
+		t.Helper()
+		c := sh(script)
+		c.User = user
+		if got := h.exec(t, sandbox, c, nil); string(got.GetStdout()) != want {
+			t.Errorf("%s: %q, not %q (%q)", what, got.GetStdout(), want, got.GetStderr())
+		}
+	}
+
+	t.Run("limits", func(t *testing.T) {
+		for what, c := range map[string]struct{ script, want string }{
+			"open files":      {"ulimit -Sn; ulimit -Hn", "1024\n1048576\n"},
+			"a low port":      {"python3 -c 'import socket; print(socket.create_server((\"\",80)).getsockname()[1])'", "80\n"},
+			"ping":            {"python3 -c 'import socket; socket.socket(2,2,1); print(\"ping\")'", "ping\n"},
+			"inotify watches": {"test $(cat /proc/sys/fs/inotify/max_user_watches) -ge 50000 && echo many", "many\n"},
+			"pids and maps":   {"cat /proc/sys/kernel/pid_max /proc/sys/vm/max_map_count", "4194304\n262144\n"},
+			"temporary files": {"stat -c %a /tmp /var/tmp", "1777\n1777\n"},
+			"localhost":       {"python3 -c 'import socket; print(*[socket.getaddrinfo(\"localhost\", 1, f)[0][4][0] for f in (socket.AF_INET, socket.AF_INET6)])'", "127.0.0.1 ::1\n"},
+			"own name":        {"getent ahostsv4 $(hostname) | head -1 | cut -d' ' -f1", "127.0.1.1\n"},
+			"language":        {"echo $LANG", "C.UTF-8\n"},
+		} {
+			says(t, what, "", c.script, c.want)
+		}
+	})
+	t.Run("environment", func(t *testing.T) {
+		says(t, "make a tool", "root", `mkdir -p /opt/tool/bin && printf '#!/bin/sh\necho "tool has $FROM $GIVEN"\n' >/opt/tool/bin/mytool && chmod +x /opt/tool/bin/mytool`, "")
+		for what, c := range map[string]struct{ user, script, want string }{
+			"exec":                  {"", "mytool", "tool has the sandbox \n"},
+			"login shell":           {"", "GIVEN=request bash -l -c mytool", "tool has the sandbox request\n"},
+			"own value":             {"", "FROM=request bash -l -c mytool", "tool has request \n"},
+			"login without a start": {"root", "su - user -c mytool", "tool has the sandbox \n"},
+			"sudo":                  {"", "sudo mytool", "tool has the sandbox \n"},
+			"sudo's login":          {"", "sudo -i mytool", "tool has the sandbox \n"},
+			"sudo in a login shell": {"", "bash -l -c 'sudo mytool'", "tool has the sandbox \n"},
+			// What cron starts has what PAM reads here.
+			"cron": {"", "grep ^FROM= /etc/environment", "FROM=the sandbox\n"},
+		} {
+			says(t, what, c.user, c.script, c.want)
+		}
+		s, cancel := h.stream(t, &pb.ExecStreamRequest_Start{SandboxId: sandbox, Command: &pb.Command{Cmd: "bash", Args: []string{"-l", "-i", "-c", "mytool; echo $TERM"}}, Terminal: &pb.TerminalSize{Cols: 80, Rows: 24}})
+		defer cancel()
+		var seen strings.Builder
+		for {
+			m, err := s.Receive()
+			if err != nil || m.GetExited() != nil {
+				break
+			}
+			seen.Write(m.GetTerminal())
+		}
+		if !strings.Contains(seen.String(), "tool has the sandbox") || !strings.Contains(seen.String(), "xterm") {
+			t.Errorf("a terminal shows %q", seen.String())
+		}
+	})
+	t.Run("commands", func(t *testing.T) {
+		for cmd, want := range map[string]struct{ message, reason string }{
+			"no-such-command": {"no-such-command: command not found", hostwire.CommandNotFound},
+			"/etc":            {"/etc: Is a directory", hostwire.CommandNotExecutable},
+		} {
+			_, err := h.Exec(t.Context(), connect.NewRequest(&pb.ExecRequest{SandboxId: sandbox, Command: &pb.Command{Cmd: cmd}}))
+			if e, ok := err.(*connect.Error); !ok || e.Message() != want.message || e.Meta().Get(hostwire.ErrorReason) != want.reason {
+				t.Errorf("%s: %v", cmd, err)
+			}
+		}
+	})
+	t.Run("IPv6", func(t *testing.T) {
+		says(t, "addresses", "", "awk '{print $1, $6}' /proc/net/if_inet6", "00000000000000000000000000000001 lo\n")
+		// The internet is not there, and that is known at once.
+		says(t, "the internet", "", `python3 -c '
+import socket
+s = socket.socket(socket.AF_INET6)
+s.settimeout(60)
+try:
+    s.connect(("2001:db8::1", 80))
+except OSError as e:
+    print(e.strerror)'`, "Network is unreachable\n")
+		const serve = `import http.server, socket, sys
+class S(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+    def server_bind(self):
+        self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(sys.argv[3]))
+        super().server_bind()
+class H(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers(); self.wfile.write(sys.argv[1].encode())
+S((sys.argv[1], int(sys.argv[2])), H).serve_forever()`
+		for port, args := range map[int]string{8001: "::1 8001 1", 8002: ":: 8002 1", 8003: ":: 8003 0"} {
+			h.exec(t, sandbox, sh("nohup python3 -c '"+serve+"' "+args+" >/dev/null 2>&1 &"), nil)
+			begun := time.Now()
+			await.Until(t, "a server at "+args+" answers", func() bool {
+				code, body := h.get(t, h.url(sandbox, port, "/"), nil)
+				return code == http.StatusOK && body == strings.Fields(args)[0]
+			})
+			t.Logf("a server at %s answered %v after it was started", args, time.Since(begun))
+		}
+	})
+	// Last, because it fills the memory.
+	t.Run("memory of nobody", func(t *testing.T) {
+		for _, dir := range []string{"/dev/shm", "/run", "/dev"} {
+			c := sh("head -c 1000m /dev/zero >" + dir + "/x; stat -c %s " + dir + "/x")
+			c.User = "root"
+			if got := h.exec(t, sandbox, c, nil); !strings.Contains(string(got.GetStderr()), "No space left") {
+				t.Errorf("%s takes %s bytes: %q", dir, got.GetStdout(), got.GetStderr())
+			}
+		}
+		says(t, "together", "", "df --output=size /dev/shm /run /dev | awk 'NR>1 {s+=$1} END {print (s <= '$(awk '/MemTotal/ {print $2}' /proc/meminfo)'/2)}'", "1\n")
+		says(t, "afterwards", "", "echo alive", "alive\n")
+	})
+}
