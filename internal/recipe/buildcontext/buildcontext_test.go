@@ -117,7 +117,7 @@ func TestThereAndBack(t *testing.T) {
 	}
 
 	dst := filepath.Join(t.TempDir(), "out")
-	if err := Unpack(t.Context(), bytes.NewReader(archive), digest, dst, Limits{}); err != nil {
+	if err := unpack(t.Context(), bytes.NewReader(archive), digest, dst, Limits{}); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.Chmod(filepath.Join(src, "a.b"), 0o751); err != nil { // setuid does not travel
@@ -142,7 +142,7 @@ func TestIgnore(t *testing.T) {
 	})
 	archive, digest := pack(t, src)
 	dst := filepath.Join(t.TempDir(), "out")
-	if err := Unpack(t.Context(), bytes.NewReader(archive), digest, dst, Limits{}); err != nil {
+	if err := unpack(t.Context(), bytes.NewReader(archive), digest, dst, Limits{}); err != nil {
 		t.Fatal(err)
 	}
 	var names []string
@@ -250,7 +250,7 @@ func TestUnpackRefuses(t *testing.T) {
 				t.Fatal(err)
 			}
 			sum := sha256.Sum256(b.Bytes())
-			err := Unpack(t.Context(), &b, digestOf(sum[:]), filepath.Join(outer, "box"), Limits{Entries: 6, Bytes: 12})
+			err := unpack(t.Context(), &b, digestOf(sum[:]), filepath.Join(outer, "box"), Limits{Entries: 6, Bytes: 12})
 			if err == nil {
 				t.Error("unpacked")
 			}
@@ -283,7 +283,7 @@ func TestUnpackVerifies(t *testing.T) {
 		"cancelled":    {cancelled, archive, digest},
 	} {
 		dst := filepath.Join(t.TempDir(), "out")
-		if err := Unpack(c.ctx, bytes.NewReader(c.data), c.want, dst, Limits{}); err == nil {
+		if err := unpack(c.ctx, bytes.NewReader(c.data), c.want, dst, Limits{}); err == nil {
 			t.Errorf("%s: unpacked", name)
 		}
 		if _, err := os.Lstat(dst); !errors.Is(err, fs.ErrNotExist) {
@@ -291,7 +291,7 @@ func TestUnpackVerifies(t *testing.T) {
 		}
 	}
 	// What is there stays.
-	if err := Unpack(t.Context(), bytes.NewReader(archive), digest, src, Limits{}); !errors.Is(err, fs.ErrExist) {
+	if err := unpack(t.Context(), bytes.NewReader(archive), digest, src, Limits{}); !errors.Is(err, fs.ErrExist) {
 		t.Errorf("into a folder that is there: %v", err)
 	}
 	if _, again := pack(t, src); again != digest {
@@ -343,7 +343,7 @@ func FuzzUnpack(f *testing.F) {
 		box := filepath.Join(outer, "box")
 		for _, archive := range [][]byte{b.Bytes(), in} {
 			sum := sha256.Sum256(archive)
-			err := Unpack(t.Context(), bytes.NewReader(archive), digestOf(sum[:]), box, Limits{Entries: 100, Bytes: 1 << 16})
+			err := unpack(t.Context(), bytes.NewReader(archive), digestOf(sum[:]), box, Limits{Entries: 100, Bytes: 1 << 16})
 			if err == nil {
 				confined(t, box)
 				before := list(t, box)

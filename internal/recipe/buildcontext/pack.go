@@ -1,6 +1,6 @@
 // Package buildcontext carries the folder that a recipe copies from to where
 // it is built: packed into an archive that is named by its content, and
-// unpacked with nothing left to the archive's good will.
+// read with nothing left to the archive's good will.
 //
 // The archive is a tar (POSIX.1-2001, pax) of folders, files and symbolic
 // links, sorted by name, with permission bits and without owners, times and
