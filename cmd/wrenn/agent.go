@@ -36,6 +36,8 @@ with the token in $WRENN_AGENT_TOKEN, from this machine alone.
 			defer stop()
 			var c all.Agent
 			warnings, err := all.Load(all.AgentProgram, &c)
+			log, stopLog := openLog(all.AgentProgram, c.Logging, warnings)
+			defer stopLog()
 			if err != nil {
 				return err
 			}
@@ -47,8 +49,6 @@ with the token in $WRENN_AGENT_TOKEN, from this machine alone.
 					*o.to = o.flag
 				}
 			}
-			log, stopLog := openLog(all.AgentProgram, c.Logging, warnings)
-			defer stopLog()
 			c.Version, c.Config.Log = version, log.Logger
 			return withProfiles(asked, c.Operation, func(asked context.Context) error { return runAgent(asked, c.Config, c.Enrollment) })
 		},

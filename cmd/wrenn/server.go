@@ -42,11 +42,11 @@ func serverCommand() *cobra.Command {
 			defer cancel()
 			var c all.Server
 			warnings, err := all.Load(all.ServerProgram, &c)
+			log, stopLog := openLog(all.ServerProgram, c.Logging, warnings)
+			defer stopLog()
 			if err != nil {
 				return err
 			}
-			log, stopLog := openLog(all.ServerProgram, c.Logging, warnings)
-			defer stopLog()
 			c.Config.Log = log.Logger
 			if os.Getenv("GOMEMLIMIT") == "" {
 				debug.SetMemoryLimit(c.MemoryLimit())

@@ -88,16 +88,14 @@ func Unknown() []string {
 }
 
 // Load reads a program's settings from this process's environment and the settings
-// file into config. It returns warnings about names that are not settings.
+// file into config. It returns warnings about names that are not settings, with an
+// error too: a required setting may be missing because its name is misspelled.
 func Load(p settings.Program, config any) (warnings []string, err error) {
 	values, warnings, err := p.Read(os.Environ())
-	if err != nil {
-		return nil, err
+	if err == nil {
+		err = values.Parse(config)
 	}
-	if err := values.Parse(config); err != nil {
-		return nil, err
-	}
-	return append(Unknown(), warnings...), nil
+	return append(Unknown(), warnings...), err
 }
 
 // Markdown returns docs/configuration.md.

@@ -127,3 +127,26 @@ func TestHelp(t *testing.T) {
 		}
 	}
 }
+
+// A misspelled name of a required setting is in the warnings, although it is missing.
+func TestLoadWarnsBeforeItFails(t *testing.T) {
+	t.Setenv(settings.FileVariable, filepath.Join(t.TempDir(), "wrenn.yaml"))
+	if err := os.WriteFile(os.Getenv(settings.FileVariable), []byte("server:\n  secrt_key: x\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("WRENN_SECRET_KAY", "x")
+	for _, name := range []string{"DATABASE_URL", "REDIS_URL", "WRENN_SECRET_KEY"} {
+		t.Setenv(name, "") // restored afterwards
+		os.Unsetenv(name)
+	}
+	warnings, err := Load(ServerProgram, &Server{})
+	if err == nil || !strings.Contains(err.Error(), "WRENN_SECRET_KEY") {
+		t.Errorf("read settings: %v", err)
+	}
+	all := strings.Join(warnings, "\n")
+	for _, want := range []string{"WRENN_SECRET_KAY is not a setting: did you mean WRENN_SECRET_KEY?", "server.secrt_key is not a setting: did you mean secret_key?"} {
+		if !strings.Contains(all, want) {
+			t.Errorf("the warnings lack %q:\n%s", want, all)
+		}
+	}
+}
