@@ -110,7 +110,7 @@ func TestCodeUsesOnlySettings(t *testing.T) {
 		}
 		for _, word := range name.FindAll(text, -1) {
 			seen++
-			if !known[string(word)] {
+			if !known[string(word)] && !bytes.HasPrefix(word, []byte("WRENN_TEST_")) {
 				t.Errorf("%s: %s is not a setting", file, word)
 			}
 		}
