@@ -21,7 +21,7 @@ func TestBarriersAreKept(t *testing.T) {
 	if runtime.GOARCH != "amd64" {
 		t.Skip("reads the code of an amd64 host")
 	}
-	open(t) // skips where QEMU is missing
+	subject.Open(t) // skips where QEMU is missing
 	dir := t.TempDir()
 	// Linux's smp_mb() and MFENCE, then a halt, as a boot sector.
 	sector := make([]byte, 512)

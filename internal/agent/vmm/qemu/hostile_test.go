@@ -28,9 +28,16 @@ import (
 // hostileUID is the stand-in's own user, so that its threads count for nobody else.
 const hostileUID = 1_999_997
 
-// standIn is the first argument of this program where it stands in for a QEMU
-// that its guest has taken over.
-const standIn = "hostile"
+// What this program does where it stands in for a QEMU that its guest has taken
+// over: its last argument.
+const (
+	attacker  = "attacker"       // tries one of the attacks
+	silent    = "silent"         // says nothing
+	garbage   = "garbage"        // says what is no JSON
+	endless   = "endless"        // says something that has no end
+	liar      = "liar"           // says that all is well, and much else
+	forbidden = "forbidden call" // makes such a call where it is asked for the console
+)
 
 // overlayFD is what the stand-in may write to.
 const overlayFD = 3
@@ -41,10 +48,10 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
-	if len(os.Args) == 4 && os.Args[1] == standIn {
+	if len(os.Args) == 4 && os.Args[3] == attacker {
 		for _, a := range attacks {
-			if a.name == os.Args[2] {
-				err := a.try(os.Args[3])
+			if a.name == os.Args[1] {
+				err := a.try(os.Args[2])
 				fmt.Fprintf(os.Stderr, "answer: %v\n", err)
 				os.Exit(0)
 			}
@@ -179,8 +186,9 @@ var attacks = []attack{
 
 // TestHostileQEMU: a program in QEMU's place can do nothing that QEMU need not do.
 func TestHostileQEMU(t *testing.T) {
-	d, s := open(t)
-	d.standIn = true
+	d := subject.Open(t).(*Driver)
+	s := vmmtest.NewSpec(t, d)
+	d.standIn = attacker
 	other := t.TempDir()
 	if err := os.WriteFile(filepath.Join(other, "secret"), []byte("secret"), 0o644); err != nil {
 		t.Fatal(err)
@@ -220,13 +228,13 @@ func TestHostileQEMU(t *testing.T) {
 
 // TestWithoutSeccomp: without the filter the same call succeeds.
 func TestWithoutSeccomp(t *testing.T) {
-	_, s := open(t)
+	s := vmmtest.NewSpec(t, subject.Open(t)) // skips where virtual machines cannot run
 	d, err := Open(vmmtest.Accelerator(), t.TempDir(), slog.New(slog.NewTextHandler(t.Output(), nil)), WithoutSeccomp())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer d.Close()
-	d.standIn = true
+	d.standIn = attacker
 	if status, said := d.attack(t, s.Overlay, "ptrace", ""); status != 0 || said != "answer: <nil>\n" {
 		t.Errorf("it ended with %#x and heard %q", status, said)
 	}
@@ -255,7 +263,7 @@ func (d *Driver) attack(t *testing.T, overlay, name, target string) (syscall.Wai
 			t.Error(err)
 		}
 	}()
-	cmd, err := d.exec(s, group, []string{standIn, name, target}, []*os.File{file}, stderr)
+	cmd, err := d.exec(s, group, []string{name, target}, []*os.File{file}, stderr)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -270,8 +278,7 @@ func (d *Driver) attack(t *testing.T, overlay, name, target string) (syscall.Wai
 	return cmd.ProcessState.Sys().(syscall.WaitStatus), string(said)
 }
 
-// takenOver answers as QEMU does until the driver asks for the console; then it makes
-// a forbidden call.
+// takenOver stands in for QEMU, as its last argument says.
 func takenOver(args []string) error {
 	var fd uintptr
 	for _, a := range args {
@@ -286,30 +293,76 @@ func takenOver(args []string) error {
 		if err != nil {
 			return err
 		}
-		go func() {
-			fmt.Fprintln(c, `{"QMP":{}}`)
-			for d := json.NewDecoder(c); ; {
-				var command struct {
-					Execute string
-					ID      int
-				}
-				if d.Decode(&command) != nil {
-					return
-				}
-				if command.Execute == "ringbuf-read" {
-					_ = call(unix.SYS_PTRACE)("")
-				}
-				fmt.Fprintf(c, `{"return":{"status":"running"},"id":%d}`+"\n", command.ID)
+		go speak(c.(*net.UnixConn), args[len(args)-1])
+	}
+}
+
+// speak speaks with the driver until that has gone.
+func speak(c *net.UnixConn, as string) {
+	defer c.Close()
+	switch as {
+	case silent:
+		_, _ = io.Copy(io.Discard, c)
+		return
+	case garbage:
+		fmt.Fprintln(c, "garbage")
+		return
+	}
+	fmt.Fprintln(c, `{"QMP":{}}`)
+	var devices *os.File // what the driver passed last
+	text, rights := make([]byte, 64<<10), make([]byte, unix.CmsgSpace(4))
+	for {
+		n, r, _, _, err := c.ReadMsgUnix(text, rights)
+		if err != nil {
+			return
+		}
+		var command struct {
+			Execute string
+			ID      int
+		}
+		if json.Unmarshal(text[:n], &command) != nil {
+			return
+		}
+		if messages, err := unix.ParseSocketControlMessage(rights[:r]); err == nil && len(messages) == 1 {
+			if fds, err := unix.ParseUnixRights(&messages[0]); err == nil {
+				devices = os.NewFile(uintptr(fds[0]), "passed")
 			}
-		}()
+		}
+		answer := `{"status":"paused","fdset-id":0,"fd":0}`
+		switch {
+		case as == endless:
+			for x := strings.Repeat("x", len(text)); err == nil; {
+				_, err = io.WriteString(c, x)
+			}
+			return
+		case as == forbidden && command.Execute == "ringbuf-read":
+			_ = call(unix.SYS_PTRACE)("")
+		case as == forbidden:
+			answer = `{"status":"running"}`
+		case command.Execute == "ringbuf-read":
+			answer = `"` + strings.Repeat("x", 3<<20) + `"`
+		case command.Execute == "xen-save-devices-state" && devices != nil:
+			for i := range int64(maxDevices>>20 + 2) {
+				_, _ = devices.WriteAt(make([]byte, 1<<20), i<<20)
+			}
+		case command.Execute == "query-block":
+			answer = `[{"qdev":"x","inserted":{"node-name":"overlay--1","image":{"virtual-size":-1}}}]`
+		case command.Execute == "query-fdsets":
+			answer = `[{"fdset-id":-1,"fds":[{"fd":-1}]}]`
+		}
+		for i := range 200 { // of what it was not asked, and answers of what it was not asked for
+			fmt.Fprintf(c, `{"event":"BLOCK_IO_ERROR"}`+"\n"+`{"return":{},"id":%d}`+"\n", command.ID+1+i)
+		}
+		fmt.Fprintf(c, `{"return":%s,"id":%d}`+"\n", answer, command.ID)
 	}
 }
 
 // TestForbiddenCallIsReported: the machine of a QEMU that made a forbidden call says
 // so, and where the kernel tells, also to an agent that attached to it.
 func TestForbiddenCallIsReported(t *testing.T) {
-	d, s := open(t)
-	d.standIn = true
+	d := subject.Open(t).(*Driver)
+	s := vmmtest.NewSpec(t, d)
+	d.standIn = forbidden
 	s.UID = hostileUID
 	vm, err := d.Start(t.Context(), s)
 	if err != nil {

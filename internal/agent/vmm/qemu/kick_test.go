@@ -18,10 +18,10 @@ import (
 // WRENN_TEST_REQUESTS is how many requests (2000).
 func TestNoKickIsLost(t *testing.T) {
 	requests := vmmtest.Count(t, "WRENN_TEST_REQUESTS", 2000)
-	b := newBench(t)
-	b.run(nil, "", "token")
+	b := subject.NewBench(t)
+	b.Boot("token")
 	web := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: vmmtest.Within(t, 60*time.Second)}
-	url := fmt.Sprintf("http://%s/health", net.JoinHostPort(b.slot.Address.String(), "49983"))
+	url := fmt.Sprintf("http://%s/health", net.JoinHostPort(b.Slot.Address.String(), "49983"))
 	var wg sync.WaitGroup
 	begun := time.Now()
 	for range 4 {

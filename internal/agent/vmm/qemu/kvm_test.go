@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -17,34 +18,37 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
 )
 
+// bench is a bench whose guest tells of its clocks and processors.
+type bench struct{ *vmmtest.Bench }
+
 // TestGuestUnderKVM looks at what emulation has otherwise: the guest's clocks and
 // its processors, before it is saved and after it is restored.
 func TestGuestUnderKVM(t *testing.T) {
 	if vmmtest.Accelerator() != KVM {
 		t.Skip("needs KVM: make test-kvm")
 	}
-	b := newBench(t)
-	b.spec.VCPUs = 2
-	b.spec.Cmdline = guest.Cmdline("kvm-test")
-	b.run(nil, "", "first")
-	b.sh(teller)
+	b := bench{subject.NewBench(t)}
+	b.Spec.VCPUs = 2
+	b.Spec.Cmdline = guest.Cmdline("kvm-test")
+	b.Boot("first")
+	b.Sh(teller)
 	b.checkClocks()
 	b.checkProcessors()
-	b.sh("sync")
+	b.Sh("sync")
 	before := b.monotonic()
-	b.must(b.vm.Hold(t.Context()))
+	b.Must(b.VM.Hold(t.Context()))
 	held := time.Since(before.asked)
-	image, devices := b.save(nil) // looks for the local APIC of each processor
-	b.kill()
+	image, devices := b.Save(nil) // looks for the local APIC of each processor
+	b.Kill()
 	ram, err := image.Materialize(t.Context(), "saved")
-	b.must(err)
+	b.Must(err)
 	defer ram.Close()
 
 	time.Sleep(5 * time.Second) // which do not pass in the guest
-	b.spec.Kernel, b.spec.Initrd, b.spec.Cmdline = "", "", ""
-	b.spec.ID = uuid.New()
+	b.Spec.Kernel, b.Spec.Initrd, b.Spec.Cmdline = "", "", ""
+	b.Spec.ID = uuid.New()
 	begun := time.Now()
-	b.run(&vmm.Saved{Memory: ram, Devices: devices}, "first", "second")
+	b.Resume(vmm.Saved{Memory: ram, Devices: devices}, "first", "second")
 	after := b.monotonic()
 	if most := before.shown + held + after.told.Sub(begun); after.shown < before.shown || after.shown > most {
 		t.Errorf("its monotonic clock showed %v, and after it was restored %v, want %v at most", before.shown, after.shown, most)
@@ -70,17 +74,17 @@ type reading struct {
 }
 
 // monotonic asks the teller.
-func (b *bench) monotonic() reading {
+func (b bench) monotonic() reading {
 	b.Helper()
-	conn, err := net.Dial("udp", net.JoinHostPort(b.slot.Address.String(), "9"))
-	b.must(err)
+	conn, err := net.Dial("udp", net.JoinHostPort(b.Slot.Address.String(), "9"))
+	b.Must(err)
 	defer conn.Close()
 	buf := make([]byte, 100)
 	for end := time.Now().Add(vmmtest.Within(b, 60*time.Second)); time.Now().Before(end); {
 		asked := time.Now()
 		what := strconv.FormatInt(asked.UnixNano(), 10)
 		_, err := conn.Write([]byte(what)) // refused before the teller listens
-		b.must(conn.SetReadDeadline(asked.Add(time.Second)))
+		b.Must(conn.SetReadDeadline(asked.Add(time.Second)))
 		n := 0
 		if err == nil {
 			n, err = conn.Read(buf)
@@ -96,7 +100,7 @@ func (b *bench) monotonic() reading {
 			continue
 		}
 		ns, err := strconv.ParseInt(answer, 10, 64)
-		b.must(err)
+		b.Must(err)
 		return reading{time.Duration(ns), asked, told}
 	}
 	b.Fatal("the guest does not tell its time")
@@ -105,20 +109,20 @@ func (b *bench) monotonic() reading {
 
 // checkClocks checks where the guest has the time from, and that its seconds are
 // as long as the host's: they are not if it is wrong about the rate of its TSC.
-func (b *bench) checkClocks() {
+func (b bench) checkClocks() {
 	b.Helper()
-	if got := b.sh("cat /sys/devices/system/clocksource/clocksource0/current_clocksource"); got != "kvm-clock" {
+	if got := b.Sh("cat /sys/devices/system/clocksource/clocksource0/current_clocksource"); got != "kvm-clock" {
 		b.Errorf("its clock source is %q", got)
 	}
-	if got := b.sh("cat /sys/class/ptp/ptp0/clock_name; grep -c '^refclock PHC /dev/ptp0 ' /run/chrony.conf; pgrep -c chronyd"); got != "KVM virtual PTP\n1\n1" {
+	if got := b.Sh("cat /sys/class/ptp/ptp0/clock_name; grep -c '^refclock PHC /dev/ptp0 ' /run/chrony.conf; pgrep -c chronyd"); got != "KVM virtual PTP\n1\n1" {
 		b.Errorf("its PTP clock, and what chronyd has of it: %q", got)
 	}
 	// chronyd has no other source that it could put the clock right by.
-	b.sh("date -s '+2 hours'")
+	b.Sh("date -s '+2 hours'")
 	for end := time.Now().Add(vmmtest.Within(b, 60*time.Second)); ; {
 		before := time.Now()
-		s, err := strconv.ParseFloat(b.sh("date +%s.%N"), 64)
-		b.must(err)
+		s, err := strconv.ParseFloat(b.Sh("date +%s.%N"), 64)
+		b.Must(err)
 		told := time.UnixMicro(int64(s * 1e6))
 		if told.After(before.Add(-time.Second)) && told.Before(time.Now().Add(time.Second)) {
 			break
@@ -141,12 +145,29 @@ func (b *bench) checkClocks() {
 
 // checkProcessors checks that the guest has its processors and that each of them
 // is interrupted by its timer.
-func (b *bench) checkProcessors() {
+func (b bench) checkProcessors() {
 	b.Helper()
-	if n := b.number("nproc"); n != b.spec.VCPUs {
+	if n := b.Number("nproc"); n != b.Spec.VCPUs {
 		b.Errorf("it has %d processors", n)
 	}
-	for i := range b.spec.VCPUs {
-		b.sh(fmt.Sprintf("taskset -c %d sleep 0.1", i))
+	for i := range b.Spec.VCPUs {
+		b.Sh(fmt.Sprintf("taskset -c %d sleep 0.1", i))
 	}
+}
+
+// TestOlderMachinesAreRepaired pauses machines of the model that loses interrupts,
+// which earlier releases saved, under load. WRENN_TEST_PAUSES is how often (3).
+func TestOlderMachinesAreRepaired(t *testing.T) {
+	if vmmtest.Accelerator() != KVM {
+		t.Skip("needs KVM, under which that model loses interrupts: make test-kvm")
+	}
+	all := models[KVM]
+	i := slices.IndexFunc(all, func(m model) bool { return m.repaired })
+	models[KVM] = all[i : i+1]
+	defer func() { models[KVM] = all }()
+	loses, lost := subject, 0
+	loses.Devices = func(_ *testing.T, _ vmm.Spec, devices []byte) { lost += len(lostInterrupts(devices)) }
+	pauses := vmmtest.Count(t, "WRENN_TEST_PAUSES", 3)
+	loses.NewBench(t).PauseUnderLoad(pauses)
+	t.Logf("%d pauses lost the ends of %d interrupts", pauses, lost)
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"os"
 	"os/exec"
-	"strconv"
 	"testing"
 	"time"
 
@@ -12,6 +11,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
 )
 
 // TestEndOutOfGroup has other software move a machine's process out of its
@@ -59,7 +59,7 @@ func TestEndOutOfGroup(t *testing.T) {
 		t.Error(err)
 	}
 	// Other software takes it out while it is being ended: it stays out.
-	if err := moveToRoot(cmd.Process.Pid); err != nil {
+	if err := vmmtest.MoveOut(cmd.Process.Pid); err != nil {
 		t.Fatal(err)
 	}
 	done := d.endings.begin(st.ID)
@@ -71,7 +71,7 @@ func TestEndOutOfGroup(t *testing.T) {
 		t.Errorf("a process that was moved out: %v, %v", repaired, err)
 	}
 	// Out again, by its number alone.
-	if err := moveToRoot(cmd.Process.Pid); err != nil {
+	if err := vmmtest.MoveOut(cmd.Process.Pid); err != nil {
 		t.Fatal(err)
 	}
 	if err := d.endings.end(ctx, st, "boot"); err != nil {
@@ -88,14 +88,4 @@ func TestEndOutOfGroup(t *testing.T) {
 	if repaired, err := d.Confine(st, vmm.Spec{VCPUs: 1, MemoryMiB: 64}); err != nil || repaired {
 		t.Errorf("a process that has ended was confined: %v, %v", repaired, err)
 	}
-}
-
-// moveToRoot moves a process to the root of each hierarchy.
-func moveToRoot(pid int) error {
-	for _, dir := range cgroup.Folders() {
-		if err := os.WriteFile(dir+"/../cgroup.procs", []byte(strconv.Itoa(pid)), 0); err != nil {
-			return err
-		}
-	}
-	return nil
 }

@@ -68,7 +68,7 @@ func TestProbe(t *testing.T) {
 	if _, err := os.Stat("/dev/kvm"); err != nil {
 		t.Skip("needs /dev/kvm")
 	}
-	open(t) // skips where virtual machines cannot run
+	subject.Open(t) // skips where virtual machines cannot run
 	in := imagetest.Prepare(t)
 	dir := t.TempDir()
 	err := ProbeKVM(t.Context(), in.Kernel.Vmlinux, in.Kernel.Initrd, dir, slog.New(slog.NewTextHandler(t.Output(), nil)))

@@ -69,7 +69,9 @@ type Driver struct {
 	kind   string // see vmm.Driver
 	// launcher starts QEMU with the limits that a process must set for itself.
 	launcher *launcher.Launcher
-	standIn  bool // tests run this program in QEMU's place
+	// standIn is not empty in tests that run this program in QEMU's place, with
+	// this as its last argument.
+	standIn string
 	// starts bounds the time from QEMU's start until its machine is ready.
 	starts time.Duration
 	// endings are the machines that are being ended.
@@ -209,11 +211,16 @@ func (d *Driver) launch(ctx context.Context, s vmm.Spec, as model, ram, incoming
 	h := &handed{}
 	defer h.close()
 	socket := filepath.Join(s.Dir, socketName)
-	args, err := d.arguments(s, as, ram, incoming, h)
+	control, err := listen(socket)
 	if err != nil {
 		return nil, err
 	}
+	defer control.Close()
 	undo = append(undo, func() error { return removeSocket(socket) })
+	args, err := d.arguments(s, as, control, ram, incoming, h)
+	if err != nil {
+		return nil, err
+	}
 	stderr, err := memfd("stderr")
 	if err != nil {
 		return nil, err
@@ -306,15 +313,10 @@ func (h *handed) close() {
 //
 // What the guest sees of the machine must be the same when it is restored from
 // incoming as when it was started: whoever changes that adds a [model].
-func (d *Driver) arguments(s vmm.Spec, as model, ram, incoming *os.File, h *handed) ([]string, error) {
+func (d *Driver) arguments(s vmm.Spec, as model, control, ram, incoming *os.File, h *handed) ([]string, error) {
 	if incoming != nil {
 		h.add(incoming) // the first, as incomingFD
 	}
-	control, err := listen(filepath.Join(s.Dir, socketName))
-	if err != nil {
-		return nil, err
-	}
-	h.opened = append(h.opened, control)
 	args := []string{
 		"-name", "wrenn-" + s.ID.String(),
 		"-nodefaults", "-no-user-config", "-display", "none",
@@ -396,8 +398,9 @@ func (d *Driver) exec(s vmm.Spec, group cgroup.Group, args []string, files []*os
 		return nil, err
 	}
 	cmd := programs.QEMU.Command(args...)
-	if d.standIn {
+	if d.standIn != "" {
 		cmd.Path = fmt.Sprintf("/proc/self/fd/%d", 3+len(files)) // the launcher's next descriptor
+		cmd.Args = append(cmd.Args, d.standIn)
 	}
 	cmd.Env, cmd.Dir = []string{"PATH=/usr/bin"}, "/"
 	cmd.Stderr, cmd.ExtraFiles = stderr, files

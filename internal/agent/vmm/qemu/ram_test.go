@@ -3,9 +3,11 @@ package qemu
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"os"
 	"os/exec"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -135,4 +137,51 @@ func TestTrackedPages(t *testing.T) {
 			t.Errorf("tracked: %v: %v", tracked, got)
 		}
 	}
+}
+
+// TestEmptyMemory: nobody can write to what a guest's memory is mapped from.
+func TestEmptyMemory(t *testing.T) {
+	ram, err := emptyMemory(1 << 20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ram.Close()
+	if _, err := ram.WriteAt([]byte("x"), 0); !errors.Is(err, unix.EPERM) {
+		t.Errorf("a sealed file was written to: %v", err)
+	}
+}
+
+func TestFindMapping(t *testing.T) {
+	st := vmm.State{MemoryDevice: unix.Mkdev(0, 1), MemoryInode: 42, MemoryBytes: 0x2000}
+	for name, test := range map[string]struct {
+		maps string
+		want int64 // 0: an error
+	}{
+		"right":      {"1000-2000 r--p 00000000 08:01 42 /lib\n7000-9000 rw-p 00000000 00:01 42 /memfd:ram (deleted)\n", 0x7000},
+		"none":       {"7000-9000 rw-p 00000000 00:01 43 /memfd:ram (deleted)\n", 0},
+		"twice":      {"7000-9000 rw-p 00000000 00:01 42\na000-c000 rw-p 00000000 00:01 42\n", 0},
+		"too short":  {"7000-8000 rw-p 00000000 00:01 42\n", 0},
+		"too long":   {"7000-a000 rw-p 00000000 00:01 42\n", 0},
+		"shared":     {"7000-9000 rw-s 00000000 00:01 42\n", 0},
+		"read-only":  {"7000-9000 r--p 00000000 00:01 42\n", 0},
+		"elsewhere":  {"7000-9000 rw-p 00001000 00:01 42\n", 0},
+		"no numbers": {"x-y rw-p 0 00:01 42\n", 0},
+		"garbage":    {"what is this\n", 0},
+		"empty":      {"", 0},
+	} {
+		got, err := findMapping(strings.NewReader(test.maps), st)
+		if got != test.want || (err == nil) != (test.want != 0) {
+			t.Errorf("%s: %#x, %v", name, got, err)
+		}
+	}
+}
+
+func FuzzFindMapping(f *testing.F) {
+	f.Add("7000-9000 rw-p 00000000 00:01 42 /memfd:ram (deleted)\n")
+	st := vmm.State{MemoryDevice: unix.Mkdev(0, 1), MemoryInode: 42, MemoryBytes: 0x2000}
+	f.Fuzz(func(t *testing.T, maps string) {
+		if start, err := findMapping(strings.NewReader(maps), st); err == nil && !strings.Contains(maps, "42") {
+			t.Errorf("found %#x", start)
+		}
+	})
 }

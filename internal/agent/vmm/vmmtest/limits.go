@@ -1,0 +1,316 @@
+package vmmtest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+)
+
+// booted is what the guest's init prints when it has booted without a network.
+const booted = "no network card"
+
+// boot has agents start, take back and hold a machine, each of which is killed,
+// and checks the walls around the monitor's process.
+func (s *suite) boot(t *testing.T) {
+	d := s.Open(t)
+	spec := NewSpec(t, d)
+	if !strings.Contains(d.Kind(), Accelerator()) || d.Accelerator() != Accelerator() || d.Name() == "" {
+		t.Errorf("it is %q with %q, and its kind %q", d.Name(), d.Accelerator(), d.Kind())
+	}
+	if err := d.Restores(d.Kind()); err != nil {
+		t.Errorf("it does not restore its own: %v", err)
+	}
+	for _, kind := range []string{"", "none", "none 1.2.3 " + Accelerator() + " 0123456789abcdef"} {
+		if d.Restores(kind) == nil {
+			t.Errorf("it restores %q", kind)
+		}
+	}
+	st := s.killedAgent(t, orders{Start: &spec})
+	t.Cleanup(func() { _ = d.Reap(context.Background(), st) })
+	if st.ID != spec.ID || st.Kind != d.Kind() || st.MemoryBytes != int64(spec.MemoryMiB)<<20 {
+		t.Errorf("the state is %+v", st)
+	}
+	// A machine that its agent has left held is held until someone lets it go on.
+	again := s.killedAgent(t, orders{Hold: &st})
+	if again.ID != st.ID || again.PID != st.PID || again.StartTime != st.StartTime {
+		t.Errorf("the state was %+v and is %+v", st, again)
+	}
+	vm, err := d.Attach(t.Context(), st)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := vm.Devices(t.Context()); err != nil {
+		t.Errorf("it is not held: %v", err)
+	}
+	for range 2 { // that it runs already is no error
+		if err := vm.Run(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	AwaitConsole(t, vm, booted)
+	if _, err := vm.Devices(t.Context()); err == nil {
+		t.Error("the devices of a machine that runs were saved")
+	}
+	walls(t, vm, spec)
+	if m, err := vm.Memory(); err != nil || m < 16<<20 {
+		t.Errorf("its memory is %d bytes, %v", m, err)
+	}
+	if lives, err := d.Lives(st.ID); err != nil || !lives {
+		t.Errorf("the machine lives: %v, %v", lives, err)
+	}
+	confined(t, d, st, spec)
+	Kill(t, d, vm)
+	if _, err := d.Attach(t.Context(), st); !errors.Is(err, vmm.ErrGone) {
+		t.Errorf("attached to a machine that is gone: %v", err)
+	}
+	for name, change := range map[string]func(*vmm.State){
+		"another process":         func(st *vmm.State) { st.PID = os.Getpid() },
+		"a process of before":     func(st *vmm.State) { st.PID = os.Getpid(); st.BootID = "another boot" },
+		"no process":              func(st *vmm.State) { st.PID = 0 },
+		"the first of the host's": func(st *vmm.State) { st.PID = 1 },
+	} {
+		wrong := st
+		change(&wrong)
+		if _, err := d.Attach(t.Context(), wrong); !errors.Is(err, vmm.ErrGone) {
+			t.Errorf("attached to %s: %v", name, err)
+		}
+	}
+	if err := d.Reap(t.Context(), st); err != nil {
+		t.Errorf("reap what is gone: %v", err)
+	}
+}
+
+// walls checks that the monitor's process has nothing of the host's.
+func walls(t *testing.T, vm vmm.VM, spec vmm.Spec) {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", vm.PID()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	uid := spec.UID
+	for _, want := range []string{
+		fmt.Sprintf("Uid:\t%d\t%d\t%d\t%d\n", uid, uid, uid, uid),
+		fmt.Sprintf("Gid:\t%d\t%d\t%d\t%d\n", uid, uid, uid, uid),
+		"Groups:\t \n", "CapPrm:\t0000000000000000\n", "CapEff:\t0000000000000000\n", "CapBnd:\t0000000000000000\n",
+		"NoNewPrivs:\t1\n", "Seccomp:\t2\n",
+		// It sees no other process: it is the first of a namespace of its own.
+		fmt.Sprintf("NSpid:\t%d\t1\n", vm.PID()),
+	} {
+		if !strings.Contains(string(status), want) {
+			t.Errorf("the process lacks %q:\n%s", want, status)
+		}
+	}
+	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/root", vm.PID()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if !strings.Contains(" usr lib lib64 lib32 libx32 bin sbin etc dev proc ", " "+e.Name()+" ") {
+			t.Errorf("the jail shows %s", e.Name())
+		}
+	}
+	// The test's folders, because others mount theirs meanwhile.
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil || strings.Contains(string(mounts), filepath.Dir(t.TempDir())) {
+		t.Errorf("the jail's mounts show outside of it: %s, %v", mounts, err)
+	}
+}
+
+// confined moves the monitor out of its bounds, which a [vmm.Confiner] repairs.
+func confined(t *testing.T, d vmm.Driver, st vmm.State, spec vmm.Spec) {
+	t.Helper()
+	c, ok := d.(vmm.Confiner)
+	if !ok {
+		return
+	}
+	for _, out := range []bool{false, true, false} {
+		if out {
+			if err := MoveOut(st.PID); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if repaired, err := c.Confine(st, vmm.Spec{VCPUs: spec.VCPUs, MemoryMiB: spec.MemoryMiB}); err != nil || repaired != out {
+			t.Errorf("moved out: %v; repaired: %v, %v", out, repaired, err)
+		}
+	}
+}
+
+// busyHost boots a guest that once in a while gets no time for longer than it
+// waits for a timer.
+func (s *suite) busyHost(t *testing.T) {
+	d := s.Open(t)
+	spec := NewSpec(t, d)
+	stop := make(chan struct{})
+	var hogs sync.WaitGroup
+	for range 3 * runtime.NumCPU() {
+		cmd := exec.Command("sh", "-c", "ulimit -t 300; while :; do :; done") // which ends should the test not
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		hogs.Go(func() {
+			<-stop
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait()
+		})
+	}
+	defer hogs.Wait()
+	defer close(stop)
+	vm := Start(t, d, spec)
+	AwaitConsole(t, vm, booted)
+	Kill(t, d, vm)
+}
+
+// descriptors checks that the monitor has no descriptor that this process was
+// started with, or that anything in it opened carelessly.
+func (s *suite) descriptors(t *testing.T) {
+	d := s.Open(t)
+	spec := NewSpec(t, d)
+	secret := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(secret, []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fd, err := unix.Open(secret, unix.O_RDONLY, 0) // without O_CLOEXEC
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	vm := Start(t, d, spec)
+	home := fmt.Sprintf("/proc/%d/fd", vm.PID())
+	all, err := os.ReadDir(home)
+	if err != nil || len(all) < 3 {
+		t.Fatalf("the monitor has %d descriptors, %v", len(all), err)
+	}
+	for _, e := range all {
+		if target, err := os.Readlink(filepath.Join(home, e.Name())); err == nil && target == secret {
+			t.Errorf("the monitor inherited descriptor %s, of %s", e.Name(), target)
+		}
+	}
+	Kill(t, d, vm)
+}
+
+// console has a guest end by itself: its machine ends, and the console says why.
+func (s *suite) console(t *testing.T) {
+	d := s.Open(t)
+	spec := NewSpec(t, d)
+	spec.Cmdline = "console=ttyS0 reboot=t panic=-1" // names no root
+	vm := Start(t, d, spec)
+	awaitDone(t, vm, "a guest that rebooted still runs")
+	console, err := vm.Console(t.Context())
+	if err != nil || !strings.Contains(string(console), "names no root") || len(console) > consoleBytes {
+		t.Errorf("the console is %q, %v", console, err)
+	}
+	if got := vm.Err().Error(); got != s.Rebooted {
+		t.Errorf("the machine ended by %q, want %q", got, s.Rebooted)
+	}
+	Kill(t, d, vm)
+}
+
+// consoleBytes is how much of a console's end a driver keeps at most.
+const consoleBytes = 64 << 10
+
+func awaitDone(t *testing.T, vm vmm.VM, otherwise string) {
+	t.Helper()
+	select {
+	case <-vm.Done():
+	case <-time.After(Within(t, 2*time.Minute)):
+		t.Error(otherwise)
+	}
+}
+
+// end kills the monitor, which is noticed, and then Kill and Reap as often as one
+// likes.
+func (s *suite) end(t *testing.T) {
+	d := s.Open(t)
+	spec := NewSpec(t, d)
+	vm := Start(t, d, spec)
+	if err := syscall.Kill(vm.PID(), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	awaitDone(t, vm, "Done is not closed")
+	if vm.Err() == nil {
+		t.Error("nothing says why it ended")
+	}
+	for name, f := range onHeld(t, vm, spec) {
+		if err := f(t.Context()); err == nil {
+			t.Errorf("%s: a machine that has ended does it", name)
+		}
+	}
+	for range 2 {
+		Kill(t, d, vm)
+	}
+	// What an agent that was killed did not take down is removed without its word.
+	spec.ID = uuid.New()
+	vm = Start(t, d, spec)
+	if err := d.Reap(t.Context(), vm.State()); err != nil {
+		t.Error(err)
+	}
+	awaitDone(t, vm, "Done is not closed")
+	nothingLeft(t, d, vm.State())
+	Kill(t, d, vm)
+}
+
+// onHeld are the operations that need an answer of the monitor's. Each changes
+// nothing of a machine that has ended.
+func onHeld(t *testing.T, vm vmm.VM, spec vmm.Spec) map[string]func(context.Context) error {
+	return map[string]func(context.Context) error{
+		"Hold":    vm.Hold,
+		"Run":     vm.Run,
+		"Devices": func(ctx context.Context) error { _, err := vm.Devices(ctx); return err },
+		"Divert":  func(ctx context.Context) error { return vm.Divert(ctx, spec.Overlay) },
+		"Grow":    func(ctx context.Context) error { return vm.Grow(ctx, spec.DiskBytes) },
+		"Pages": func(context.Context) error {
+			for p, err := range vm.Pages() {
+				if err != nil {
+					return err
+				}
+				if len(p.Data) == 0 {
+					t.Error("an empty page")
+				}
+			}
+			return nil
+		},
+	}
+}
+
+// standstill stops the monitor's process: no call waits longer than its caller
+// does, and the machine can be ended.
+func (s *suite) standstill(t *testing.T) {
+	d := s.Open(t)
+	spec := NewSpec(t, d)
+	vm := Start(t, d, spec)
+	if err := syscall.Kill(vm.PID(), syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if _, err := vm.Console(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("the console of a monitor that stands still: %v", err)
+	}
+	if _, err := vm.Devices(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("the devices of a monitor that stands still: %v", err)
+	}
+	if lives, err := d.Lives(spec.ID); err != nil || !lives {
+		t.Errorf("the machine lives: %v, %v", lives, err)
+	}
+	s.Forget(vm)
+	ctx, cancel = context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if _, err := d.Attach(ctx, vm.State()); err == nil || errors.Is(err, vmm.ErrGone) {
+		t.Errorf("attached to a monitor that stands still, or took it for gone: %v", err)
+	}
+	Kill(t, d, vm)
+}
