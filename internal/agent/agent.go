@@ -37,17 +37,19 @@ import (
 type Config struct {
 	Dir layout.Dir `env:"WRENN_DIR" envDefault:"/var/lib/wrenn" help:"data directory"`
 	// Listen is for whoever serves [Agent.Handler]: New does not listen.
-	Listen           string       `env:"WRENN_LISTEN" help:"address to listen on: host:port or unix:/path (--listen)"`
-	Token            string       `env:"WRENN_AGENT_TOKEN,unset" help:"token that the server must show, if the agent does not register itself"`
-	Accel            string       `env:"WRENN_VMM_ACCEL" envDefault:"auto" help:"what runs guests' instructions: kvm, tcg (emulation), or auto, which is kvm if a kernel boots on it"`
-	NoSeccomp        bool         `env:"WRENN_NO_SECCOMP" help:"run QEMU without Wrenn's seccomp filter, in case it needs a system call that the filter forbids; this removes one wall around each guest"`
-	DNS              []netip.Addr `env:"WRENN_DNS" help:"IPv4 addresses of the guests' resolvers; empty: the host's"`
-	MemoryMiB        int          `env:"WRENN_MEMORY_MIB" help:"memory in MiB for all sandboxes; 0: most of the host's"`
-	DefaultVCPUs     int          `env:"WRENN_DEFAULT_VCPUS" envDefault:"1" help:"processors of most sandboxes: the agent captures such a VM when it starts, unless this is 0"`
-	DefaultMemoryMiB int          `env:"WRENN_DEFAULT_MEMORY_MIB" envDefault:"512" help:"memory of most sandboxes in MiB: as WRENN_DEFAULT_VCPUS"`
-	Warm             int          `env:"WRENN_WARM" envDefault:"1" help:"restored VMs that wait for the next sandboxes, for each template in use"`
-	WarmMemoryMiB    int          `env:"WRENN_WARM_MEMORY_MIB" help:"memory in MiB for all VMs that wait; 0: an eighth of WRENN_MEMORY_MIB"`
-	DiskReserveMiB   int          `env:"WRENN_DISK_RESERVE_MIB" envDefault:"2048" help:"free disk space in MiB below which the agent only starts pauses of running sandboxes"`
+	Listen           string         `env:"WRENN_LISTEN" help:"address to listen on: host:port or unix:/path (--listen)"`
+	Token            string         `env:"WRENN_AGENT_TOKEN,unset" help:"token that the server must show, if the agent does not register itself"`
+	Accel            string         `env:"WRENN_VMM_ACCEL" envDefault:"auto" help:"what runs guests' instructions: kvm, tcg (emulation), or auto, which is kvm if a kernel boots on it"`
+	NoSeccomp        bool           `env:"WRENN_NO_SECCOMP" help:"run QEMU without Wrenn's seccomp filter, in case it needs a system call that the filter forbids; this removes one wall around each guest"`
+	Processor        string         `env:"WRENN_CPU_MODEL" help:"processor of guests, by QEMU's name (EPYC-v3), so that different hosts can restore one another's snapshots; empty: the host's own (architecture.md)"`
+	NestedTeams      []sandbox.Team `env:"WRENN_NESTED_TEAMS" help:"ids of the teams whose guests may run virtual machines of their own, with commas between them (security.md)"`
+	DNS              []netip.Addr   `env:"WRENN_DNS" help:"IPv4 addresses of the guests' resolvers; empty: the host's"`
+	MemoryMiB        int            `env:"WRENN_MEMORY_MIB" help:"memory in MiB for all sandboxes; 0: most of the host's"`
+	DefaultVCPUs     int            `env:"WRENN_DEFAULT_VCPUS" envDefault:"1" help:"processors of most sandboxes: the agent captures such a VM when it starts, unless this is 0"`
+	DefaultMemoryMiB int            `env:"WRENN_DEFAULT_MEMORY_MIB" envDefault:"512" help:"memory of most sandboxes in MiB: as WRENN_DEFAULT_VCPUS"`
+	Warm             int            `env:"WRENN_WARM" envDefault:"1" help:"restored VMs that wait for the next sandboxes, for each template in use"`
+	WarmMemoryMiB    int            `env:"WRENN_WARM_MEMORY_MIB" help:"memory in MiB for all VMs that wait; 0: an eighth of WRENN_MEMORY_MIB"`
+	DiskReserveMiB   int            `env:"WRENN_DISK_RESERVE_MIB" envDefault:"2048" help:"free disk space in MiB below which the agent only starts pauses of running sandboxes"`
 	// Rates limit each sandbox's use of the host's disk and network.
 	Rates rates.Rates
 	// TemplateRates override Rates for the sandboxes of some templates.
@@ -176,7 +178,7 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 	a.metrics = newMetrics()
 	a.sandboxes, err = sandbox.Open(ctx, sandbox.Config{
 		Dir: c.Dir, Driver: a.driver, Networks: sandbox.Pool(a.pool), Journal: a.journal,
-		Kernel: kernel.Vmlinux, Initrd: kernel.Initrd, KernelInputs: kernel.Inputs, Template: a.template, MemoryMiB: c.MemoryMiB, DiskReserveMiB: c.DiskReserveMiB, Rates: c.Rates, TemplateRates: c.TemplateRates,
+		Kernel: kernel.Vmlinux, Initrd: kernel.Initrd, KernelInputs: kernel.Inputs, Template: a.template, MemoryMiB: c.MemoryMiB, DiskReserveMiB: c.DiskReserveMiB, Rates: c.Rates, TemplateRates: c.TemplateRates, NestedTeams: c.NestedTeams,
 		DefaultVCPUs: c.DefaultVCPUs, DefaultMemoryMiB: c.DefaultMemoryMiB, Warm: c.Warm, WarmMemoryMiB: c.WarmMemoryMiB, BootTimeout: c.BootTimeout, Hook: c.Hook,
 		Problems: a.problems, Observe: a.metrics.observe, Log: a.log,
 	}, found)
@@ -245,7 +247,7 @@ func (a *Agent) openDriver(ctx context.Context, kernel image.KernelFiles) error 
 		a.problems.Clear(problem.Jail, "seccomp")
 	}
 	d, err := drivers.Open(ctx, cmp.Or(a.cfg.Accel, drivers.Auto), vmm.Config{
-		Dir: dir, Kernel: kernel.Vmlinux, Initrd: kernel.Initrd, Unfiltered: a.cfg.NoSeccomp, Log: a.log,
+		Dir: dir, Kernel: kernel.Vmlinux, Initrd: kernel.Initrd, Unfiltered: a.cfg.NoSeccomp, Processor: a.cfg.Processor, Log: a.log,
 	})
 	if err != nil {
 		return err

@@ -27,9 +27,9 @@ type capturing struct {
 }
 
 // capture returns the capture of a template with the given processors and
-// memory. Where there is none it boots the template once, whoever and however
+// memory, of a guest that may run virtual machines if it is to be nested. Where there is none it boots the template once, whoever and however
 // many ask for it.
-func (m *Manager) capture(ctx context.Context, t image.Template, vcpus, memoryMiB int) (*image.Capture, error) {
+func (m *Manager) capture(ctx context.Context, t image.Template, vcpus, memoryMiB int, nested bool) (*image.Capture, error) {
 	all, err := t.Captures(m.Dir)
 	if err != nil {
 		return nil, err
@@ -40,13 +40,13 @@ func (m *Manager) capture(ctx context.Context, t image.Template, vcpus, memoryMi
 		}
 		return all[0], nil
 	}
-	inputs := m.inputs(t)
+	inputs, kind := m.inputs(t), m.Driver.Kind(nested)
 	for _, c := range all {
-		if c.Kind == m.Driver.Kind() && c.Inputs == inputs && c.VCPUs == vcpus && c.MemoryMiB == memoryMiB {
+		if c.Kind == kind && c.Inputs == inputs && c.VCPUs == vcpus && c.MemoryMiB == memoryMiB {
 			return c, nil
 		}
 	}
-	name := fmt.Sprintf("%dx%d-%s", vcpus, memoryMiB, digest(m.Driver.Kind(), inputs)[:16])
+	name := fmt.Sprintf("%dx%d-%s", vcpus, memoryMiB, digest(kind, inputs)[:16])
 	key := t.ID.String() + name
 	m.mu.Lock()
 	c := m.capturing[key]
@@ -58,7 +58,7 @@ func (m *Manager) capture(ctx context.Context, t image.Template, vcpus, memoryMi
 		c = &capturing{done: make(chan struct{})}
 		m.capturing[key] = c
 		m.wg.Go(func() {
-			c.capture, c.err = m.makeCapture(t, vcpus, memoryMiB, inputs, name)
+			c.capture, c.err = m.makeCapture(t, vcpus, memoryMiB, nested, inputs, name)
 			m.mu.Lock()
 			delete(m.capturing, key)
 			m.mu.Unlock()
@@ -86,7 +86,7 @@ func (m *Manager) Prepare(ctx context.Context, t image.Template, vcpus, memoryMi
 		return err
 	}
 	defer m.unreserve(place)
-	_, err := m.capture(ctx, t, spec.VCPUs, spec.MemoryMiB)
+	_, err := m.capture(ctx, t, spec.VCPUs, spec.MemoryMiB, m.mayNest(spec.Team))
 	return err
 }
 
@@ -104,7 +104,7 @@ func digest(parts ...string) string {
 // makeCapture boots a template and captures it once its guest daemon has done
 // all that it is asked for when a sandbox begins, and before it runs anything
 // of anybody's.
-func (m *Manager) makeCapture(t image.Template, vcpus, memoryMiB int, inputs, name string) (*image.Capture, error) {
+func (m *Manager) makeCapture(t image.Template, vcpus, memoryMiB int, nested bool, inputs, name string) (*image.Capture, error) {
 	release, err := m.room.Hold(int64(memoryMiB) << 20)
 	if err != nil {
 		return nil, Full(err)
@@ -115,6 +115,7 @@ func (m *Manager) makeCapture(t image.Template, vcpus, memoryMiB int, inputs, na
 		Version: format.Sandbox.Version, Home: home, State: Starting, CreatedAt: time.Now().UTC(),
 		Spec: Spec{ID: home, Team: t.Team, Template: t.ID, VCPUs: vcpus, MemoryMiB: memoryMiB, DiskMiB: t.DiskMiB},
 	})
+	b.begin.nested = nested
 	// Its memory is not reserved: the sandbox that waits for it has reserved as
 	// much, and does not have it yet.
 	if err := m.register(b); err != nil {
@@ -152,7 +153,7 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 	ctx, cancel := b.m.inTime(ctx, "come up")
 	defer cancel()
 	into := &image.Capture{
-		ID: uuid.New(), Kind: b.m.Driver.Kind(), Inputs: inputs,
+		ID: uuid.New(), Kind: b.m.Driver.Kind(b.begin.nested), Inputs: inputs,
 		VCPUs: b.rec.Spec.VCPUs, MemoryMiB: b.rec.Spec.MemoryMiB, DiskMiB: t.DiskMiB, Layers: 1, DiskFormat: b.m.Driver.Disks().Name(),
 		Defaults: t.Defaults, Runs: len(t.Start) > 0,
 		Dir: filepath.Join(dir.Sandbox(home), "capture"),
@@ -315,7 +316,7 @@ func seal(name string) error {
 func (m *Manager) removeStale(t image.Template, inputs string) {
 	all, err := t.Captures(m.Dir)
 	for _, c := range all {
-		if c.Kind != m.Driver.Kind() || c.Inputs != inputs {
+		if c.Kind != m.Driver.Kind(m.Driver.Nested(c.Kind)) || c.Inputs != inputs {
 			err = errors.Join(err, os.RemoveAll(c.Dir))
 		}
 	}

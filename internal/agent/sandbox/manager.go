@@ -66,6 +66,8 @@ type Config struct {
 	// names its template. The slots of Networks start with Rates.
 	Rates         rates.Rates
 	TemplateRates rates.Templates
+	// NestedTeams are the teams whose guests may run virtual machines of their own.
+	NestedTeams []Team
 	// Hook, if not nil, is told each step between which an agent may be killed.
 	Hook func(step string)
 	// Problems gets what keeps sandboxes from being taken back; it may be nil.
@@ -73,6 +75,19 @@ type Config struct {
 	// Observe, if not nil, is told each step of a sandbox's life.
 	Observe func(step string, took time.Duration, err error)
 	Log     *slog.Logger
+}
+
+// Team is a team's id, as settings have it.
+type Team uuid.UUID
+
+// UnmarshalText reads an id of the form tm-….
+func (t *Team) UnmarshalText(text []byte) error {
+	u, err := id.Parse(id.Team, string(text))
+	if err != nil {
+		return err
+	}
+	*t = Team(u)
+	return nil
 }
 
 const (

@@ -397,6 +397,9 @@ func (b *box) restoreSaved(ctx context.Context) (err error) {
 	if err := b.m.Driver.Restores(b.savedBy(origin)); err != nil {
 		return failBecause(err, ErrState, "the paused sandbox cannot go on on this host: it was saved by another virtual machine monitor")
 	}
+	if err := b.checkNesting(b.savedBy(origin), ErrState, "the paused sandbox"); err != nil {
+		return err
+	}
 	saved := dir.SandboxSaved(home, *b.rec.Saved)
 	own, err := memory.Open(filepath.Join(saved, "memory"))
 	if err != nil {

@@ -64,6 +64,7 @@ type world struct {
 	boots    time.Duration  // how long a guest may take to come up; 0: [await.Hang]
 	rates    rates.Rates    // of each sandbox
 	special  rates.Templates
+	nested   []Team
 	format   disk.Format // of machines' disks; nil: qcow2
 	version  string      // of the monitor: it restores what was saved under the same, or an earlier one
 }
@@ -235,7 +236,7 @@ func (w *world) Start(ctx context.Context, s vmm.Spec) (vmm.VM, error) {
 		return nil, errInjected
 	}
 	const size = worldBlocks * memory.BlockSize
-	vm, err := w.run(s, make([]byte, size), make([]byte, size))
+	vm, err := w.run(s, w.Kind(s.Nested), make([]byte, size), make([]byte, size))
 	if err == nil {
 		vm.data[0] = 1
 		err = vm.Run(context.Background())
@@ -244,12 +245,12 @@ func (w *world) Start(ctx context.Context, s vmm.Spec) (vmm.VM, error) {
 }
 
 // run makes a machine, held, whose memory has changed where it is not base.
-func (w *world) run(s vmm.Spec, data, base []byte) (*worldVM, error) {
+func (w *world) run(s vmm.Spec, kind string, data, base []byte) (*worldVM, error) {
 	l, err := net.Listen("tcp", net.JoinHostPort(s.NetNS, fmt.Sprint(guest.Port)))
 	if err != nil {
 		return nil, err
 	}
-	vm := &worldVM{w: w, spec: s, kind: w.Kind(), data: data, base: base, done: make(chan struct{}), listener: l, runs: make(chan struct{})}
+	vm := &worldVM{w: w, spec: s, kind: kind, data: data, base: base, done: make(chan struct{}), listener: l, runs: make(chan struct{})}
 	w.mu.Lock()
 	if w.vms[s.ID] != nil {
 		w.t.Errorf("sandbox %s has two machines", s.ID)
@@ -263,11 +264,19 @@ func (w *world) run(s vmm.Spec, data, base []byte) (*worldVM, error) {
 }
 
 // Kind implements vmm.Driver.
-func (w *world) Kind() string { return "world" + w.version }
+func (w *world) Kind(nested bool) string {
+	if nested {
+		return "world" + w.version + "+nested"
+	}
+	return "world" + w.version
+}
+
+// Nested implements vmm.Driver.
+func (w *world) Nested(kind string) bool { return strings.HasSuffix(kind, "+nested") }
 
 // Restores implements vmm.Driver.
 func (w *world) Restores(kind string) error {
-	if kind > w.Kind() {
+	if strings.TrimSuffix(kind, "+nested") > w.Kind(false) {
 		return errors.New("a later world")
 	}
 	return nil
@@ -302,7 +311,7 @@ func (w *world) Restore(_ context.Context, s vmm.Spec, from vmm.Saved) (vmm.VM, 
 	if w.tracks {
 		base = bytes.Clone(data)
 	}
-	return w.run(s, data, base)
+	return w.run(s, cmp.Or(from.Kind, w.Kind(false)), data, base)
 }
 
 // worldBlocks is how much of a machine's memory is ever used.
@@ -588,7 +597,7 @@ func (w *world) open(dir layout.Dir) *host {
 	problems := problem.Open(filepath.Join(w.t.TempDir(), "problems.json"), log)
 	m, err := Open(context.Background(), Config{
 		DefaultVCPUs: min(1, w.usual), DefaultMemoryMiB: w.usual,
-		Dir: dir, Driver: w, Networks: w, Journal: j, Problems: problems, Rates: w.rates, TemplateRates: w.special, Kernel: "k", Initrd: "i", MemoryMiB: 4096, Boots: 3,
+		Dir: dir, Driver: w, Networks: w, Journal: j, Problems: problems, Rates: w.rates, TemplateRates: w.special, NestedTeams: w.nested, Kernel: "k", Initrd: "i", MemoryMiB: 4096, Boots: 3,
 		BootTimeout: cmp.Or(w.boots, await.Hang), Settle: time.Nanosecond, Log: log, Warm: w.warm, WarmMemoryMiB: 1024,
 		Template: func(team, template uuid.UUID) (image.Template, error) {
 			t, err := image.Find(dir, team, template)

@@ -7,7 +7,10 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"slices"
 	"time"
+
+	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/disk"
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
@@ -27,6 +30,7 @@ type start struct {
 	copied   bool           // it is a copy of a sandbox: the capture will be gone
 	base     *base          // not nil: a memory to begin with, under what differs in the capture's
 	ready    *box           // a machine that waits, not nil: it begins with that
+	nested   bool           // of a machine that boots: see [vmm.Spec]
 }
 
 // create makes all of a sandbox's parts. After an error [box.clean] removes
@@ -34,7 +38,7 @@ type start struct {
 func (b *box) create(ctx context.Context) error {
 	if b.begin.ready == nil && b.begin.capture == nil {
 		err := b.step("capture", func() (err error) {
-			b.begin.capture, err = b.m.capture(ctx, b.begin.template, b.rec.Spec.VCPUs, b.rec.Spec.MemoryMiB)
+			b.begin.capture, err = b.m.capture(ctx, b.begin.template, b.rec.Spec.VCPUs, b.rec.Spec.MemoryMiB, b.m.mayNest(b.rec.Spec.Team))
 			return err
 		})
 		if err != nil {
@@ -82,6 +86,9 @@ func (b *box) prepare(ctx context.Context, c *image.Capture) error {
 	dir, home := b.m.Dir, b.rec.Home
 	if err := b.m.Driver.Restores(c.Kind); err != nil {
 		return failBecause(err, ErrInvalid, "the template cannot be used on this host: it was captured by another virtual machine monitor")
+	}
+	if err := b.checkNesting(c.Kind, ErrInvalid, "the template"); err != nil {
+		return err
 	}
 	b.set(func() { b.rec.Limits = c.Defaults.Limits })
 	if err := b.step("slot", func() error { return b.acquire(ctx) }); err != nil {
@@ -166,6 +173,21 @@ func (b *box) acquire(ctx context.Context) error {
 	return nil
 }
 
+// mayNest reports whether the guests of a team's sandboxes may run virtual machines
+// of their own.
+func (m *Manager) mayNest(team uuid.UUID) bool {
+	return slices.ContainsFunc(m.NestedTeams, func(t Team) bool { return uuid.UUID(t) == team })
+}
+
+// checkNesting fails, with an error of the given sort, if a machine of the kind
+// lets its guest run virtual machines and the sandbox's team may not.
+func (b *box) checkNesting(kind string, sort error, what string) error {
+	if !b.m.Driver.Nested(kind) || b.m.mayNest(b.rec.Spec.Team) {
+		return nil
+	}
+	return fail(sort, "%s was saved with nested virtualization, which this host does not allow the team", what)
+}
+
 // rates are what the sandbox may take of the host's disk and network.
 func (b *box) rates() rates.Rates {
 	return b.rec.Limits.Within(b.m.TemplateRates.Of(b.rec.Spec.Template, b.m.Rates))
@@ -199,7 +221,7 @@ func (b *box) machine(base string, layers []string) (vmm.Spec, error) {
 	return vmm.Spec{
 		ID: home, Dir: dir.Sandbox(home),
 		Kernel: b.m.Kernel, Initrd: b.m.Initrd, Cmdline: guest.Cmdline("sandbox"),
-		VCPUs: spec.VCPUs, MemoryMiB: spec.MemoryMiB,
+		VCPUs: spec.VCPUs, MemoryMiB: spec.MemoryMiB, Nested: b.begin.nested,
 		Overlay: b.rec.disk(dir, b.rec.Disks-1), Layers: layers, Base: base,
 		DiskBytes: int64(spec.DiskMiB) << 20, Rates: b.rates(),
 		NetNS: b.slot.NetNS(), Tap: tap, MAC: guest.MAC, UID: b.uid(),

@@ -54,7 +54,7 @@ func (w *warm) look() {
 
 // want notes that a sandbox was made from a capture.
 func (w *warm) want(s Spec, c *image.Capture) {
-	if w.m.Warm == 0 {
+	if w.m.Warm == 0 || w.m.Driver.Nested(c.Kind) { // few sandboxes could take it
 		return
 	}
 	w.wanted = slices.DeleteFunc(w.wanted, func(have wanted) bool { return have.capture.ID == c.ID })
@@ -65,6 +65,9 @@ func (w *warm) want(s Spec, c *image.Capture) {
 
 // take returns a machine that can become the sandbox s, or nil.
 func (w *warm) take(s Spec) *box {
+	if w.m.mayNest(s.Team) {
+		return nil // none that waits is nested
+	}
 	for i := 0; i < len(w.ready); i++ {
 		b := w.ready[i]
 		have := &b.rec.Spec
@@ -174,7 +177,7 @@ func (w *warm) captureDefault() {
 	t, err := w.m.Template(uuid.Nil, uuid.Nil)
 	if err == nil {
 		var c *image.Capture
-		if c, err = w.m.capture(context.Background(), t, w.m.DefaultVCPUs, w.m.DefaultMemoryMiB); err == nil {
+		if c, err = w.m.capture(context.Background(), t, w.m.DefaultVCPUs, w.m.DefaultMemoryMiB, false); err == nil {
 			w.m.mu.Lock()
 			w.want(Spec{}, c)
 			w.m.mu.Unlock()

@@ -27,6 +27,9 @@ type Spec struct {
 
 	VCPUs     int
 	MemoryMiB int
+	// Nested lets the guest of a machine that boots run virtual machines of its own,
+	// if the host's processor can. A restored machine is as it was saved.
+	Nested bool
 
 	// The guest's disk: Base, a raw image, with layers above it in the driver's
 	// format, of which the highest, Overlay, is written to and no other file is.
@@ -75,7 +78,10 @@ type Config struct {
 	Kernel, Initrd string
 	// Unfiltered runs monitors without the driver's own seccomp filter.
 	Unfiltered bool
-	Log        *slog.Logger
+	// Processor is the monitor's name for the processor that guests have; empty:
+	// all that the host's can do, apart from what guests do not need.
+	Processor string
+	Log       *slog.Logger
 }
 
 // Monitor opens a driver with one accelerator. Package drivers lists them all.
@@ -112,8 +118,12 @@ type Driver interface {
 	// of [Saved.Changed] that were not written to since.
 	TracksMemory() bool
 	// Kind names all that a saved machine depends on: monitor and its version,
-	// accelerator, and, where the guest sees them, the processor's features.
-	Kind() string
+	// accelerator, and, where the guest sees them, the processor's features. nested
+	// is as in [Spec].
+	Kind(nested bool) string
+	// Nested reports whether the guest of a machine that was saved under a kind can
+	// run virtual machines of its own.
+	Nested(kind string) bool
 	// Restores says why a machine that was saved under a kind cannot be restored
 	// under this one. That it is another need be no reason: a newer version reads
 	// what an older one has saved.

@@ -2,12 +2,14 @@ package qemu
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -24,48 +26,77 @@ type model struct {
 	version  int
 	machine  string // options of -machine beside those that all models have
 	accel    string
-	cpu      string
-	repaired bool // see [redeliver]
+	cpu      string // the processor, unless the kind names another
+	hidden   string // features of any processor that guests do not get
+	nesting  string // those of them that a guest gets which may run virtual machines
+	repaired bool   // see [redeliver]
 }
+
+// The features with which a guest can run virtual machines of its own.
+const nesting = ",svm=off,vmx=off"
 
 // models are each accelerator's: machines boot as the first; the others restore
 // what an earlier release saved.
 var models = map[string][]model{
 	TCG: {
-		{version: 2, accel: fmt.Sprintf("tcg,tb-size=%d", translationMiB), cpu: "max"},
+		{version: 3, accel: tcgOption, cpu: "max", nesting: nesting},
+		// Its guests could use the SVM that TCG emulates.
+		{version: 2, accel: tcgOption, cpu: "max"},
 	},
 	KVM: {
 		// With a split irqchip, microvm's default, a stop can lose the end of a
 		// level-triggered interrupt: see [redeliver]. The kernel's I/O APIC cannot.
-		// Guests get no nested virtualization and no performance counters.
-		{version: 3, machine: ",ioapic2=off", accel: "kvm,kernel-irqchip=on", cpu: "host,svm=off,vmx=off,pmu=off"},
+		//
+		// Guests get neither performance counters, by which they could observe one
+		// another, nor transactional memory, with which they could do it better.
+		{
+			version: 4, machine: ",ioapic2=off", accel: "kvm,kernel-irqchip=on", cpu: "host,migratable=on",
+			hidden: ",pmu=off,perfctr-core=off,perfctr-nb=off,hle=off,rtm=off", nesting: nesting,
+		},
+		{version: 3, machine: ",ioapic2=off", accel: "kvm,kernel-irqchip=on", cpu: "host", hidden: ",svm=off,vmx=off,pmu=off"},
 		{version: 2, accel: "kvm", cpu: "host", repaired: true},
 	},
 }
 
-// model returns the model that a machine of the kind was saved as. An empty kind
-// stands for the present one.
-func (d *Driver) model(kind string) (model, error) {
-	of := models[d.accel]
-	if kind == "" {
-		return of[0], nil
+var tcgOption = fmt.Sprintf("tcg,tb-size=%d", translationMiB)
+
+// cpuOption returns the value of -cpu. QEMU does not start if this host lacks
+// something of a processor that has a name.
+func (m model) cpuOption(p processor) string {
+	cpu := m.cpu
+	if p.name != "" {
+		cpu = p.name + ",enforce"
 	}
+	cpu += m.hidden
+	switch {
+	case !p.nested:
+		cpu += m.nesting
+	case p.name != "":
+		cpu += p.extension
+	}
+	return cpu
+}
+
+// model returns the model that a machine of the kind was saved as, and its
+// processor.
+func (d *Driver) model(kind string) (model, processor, error) {
 	saved, ok := parseKind(kind)
-	for _, m := range of {
+	for _, m := range models[d.accel] {
 		if ok && m.name() == saved.machine {
-			return m, nil
+			p := saved.cpu
+			p.extension = d.processor.extension
+			return m, p, nil
 		}
 	}
-	return model{}, fmt.Errorf("it was saved as %q, a machine that this release does not have", kind)
+	return model{}, processor{}, fmt.Errorf("it was saved as %q, a machine that this release does not have", kind)
 }
 
 // name is the first part of the model's kind.
 func (m model) name() string { return fmt.Sprintf("qemu-%d", m.version) }
 
-// kindAs is the kind of a machine of the model.
-func (d *Driver) kindAs(m model) string {
-	_, rest, _ := strings.Cut(d.kind, " ")
-	return m.name() + " " + rest
+// kindAs is the kind of a machine of the model with the processor.
+func (d *Driver) kindAs(m model, p processor) string {
+	return strings.Join(strings.Fields(fmt.Sprintf("%s %s %s %s", m.name(), d.version, d.accel, p)), " ")
 }
 
 // commands are those of QEMU's that the driver cannot do without.
@@ -80,33 +111,53 @@ type command struct {
 }
 
 // Kind implements vmm.Driver.
-func (d *Driver) Kind() string { return d.kind }
+func (d *Driver) Kind(nested bool) string {
+	p := d.processor
+	p.nested = nested
+	return d.kindAs(models[d.accel][0], p)
+}
 
-// kind asks QEMU for its version, and whether it can do all that the driver
-// needs: distributions build it with more or less.
-func kind(accel string) (_ string, err error) {
+// Nested implements vmm.Driver.
+func (d *Driver) Nested(kind string) bool {
+	k, ok := parseKind(kind)
+	return ok && k.cpu.nested
+}
+
+// about is what QEMU says of itself.
+type about struct {
+	version string
+	// processors are those that it can give guests on this host, by each name that
+	// they have: the name of the version that it stands for.
+	processors map[string]string
+	// others are the processors for which this host lacks something: what.
+	others map[string][]string
+}
+
+// ask asks QEMU for its version and its processors, and whether it can do all
+// that the driver needs: distributions build it with more or less.
+func ask(accel string) (a about, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return "", fmt.Errorf("ask QEMU: %w", err)
+		return a, fmt.Errorf("ask QEMU: %w", err)
 	}
 	ours, theirs := os.NewFile(uintptr(pair[0]), "qmp"), os.NewFile(uintptr(pair[1]), "qmp")
 	defer theirs.Close()
 	conn, err := net.FileConn(ours)
 	ours.Close()
 	if err != nil {
-		return "", fmt.Errorf("ask QEMU: %w", err)
+		return a, fmt.Errorf("ask QEMU: %w", err)
 	}
 	defer conn.Close()
-	cmd := programs.QEMU.CommandContext(ctx, "-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-S",
+	cmd := programs.QEMU.CommandContext(ctx, "-machine", "none", "-accel", accel, "-nodefaults", "-no-user-config", "-display", "none", "-S",
 		"-global", "migration.send-configuration=off",
 		"-chardev", "socket,id=control,fd=3", "-mon", "chardev=control,mode=control")
 	cmd.ExtraFiles = []*os.File{theirs}
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	if err := cmd.Start(); err != nil {
-		return "", fmt.Errorf("ask QEMU: %w", err)
+		return a, fmt.Errorf("ask QEMU: %w", err)
 	}
 	theirs.Close() // so that QEMU's end ends the wait for its answers
 	defer func() {
@@ -118,13 +169,13 @@ func kind(accel string) (_ string, err error) {
 	}()
 	q, err := qmp.NewConn(ctx, conn)
 	if err != nil {
-		return "", err
+		return a, err
 	}
 	defer q.Close()
 
 	var have []command
 	if err := q.Execute(ctx, "query-commands", nil, &have); err != nil {
-		return "", err
+		return a, err
 	}
 	var missing []string
 	for _, name := range commands {
@@ -133,7 +184,7 @@ func kind(accel string) (_ string, err error) {
 		}
 	}
 	if len(missing) > 0 {
-		return "", fmt.Errorf("this build lacks %s", strings.Join(missing, ", "))
+		return a, fmt.Errorf("this build lacks %s", strings.Join(missing, ", "))
 	}
 	var version struct {
 		QEMU struct {
@@ -144,22 +195,122 @@ func kind(accel string) (_ string, err error) {
 		Package string `json:"package"`
 	}
 	if err := q.Execute(ctx, "query-version", nil, &version); err != nil {
-		return "", err
-	}
-	cpu, err := processor(accel)
-	if err != nil {
-		return "", err
+		return a, err
 	}
 	v := version.QEMU
-	return strings.Join(strings.Fields(fmt.Sprintf("%s %d.%d.%d %s %s %s",
-		models[accel][0].name(), v.Major, v.Minor, v.Micro, version.Package, accel, cpu)), " "), nil
+	a.version = fmt.Sprintf("%d.%d.%d %s", v.Major, v.Minor, v.Micro, version.Package)
+	var definitions []struct {
+		Name    string   `json:"name"`
+		AliasOf string   `json:"alias-of"`
+		Lacks   []string `json:"unavailable-features"`
+		Safe    bool     `json:"migration-safe"`
+	}
+	if err := q.Execute(ctx, "query-cpu-definitions", nil, &definitions); err != nil {
+		return a, err
+	}
+	a.processors, a.others = map[string]string{}, map[string][]string{}
+	for _, p := range definitions {
+		lacks := slices.DeleteFunc(p.Lacks, needless)
+		switch {
+		case !p.Safe: // what it is depends on the host
+		case len(lacks) > 0:
+			a.others[p.Name] = lacks
+		default:
+			a.processors[p.Name] = cmp.Or(p.AliasOf, p.Name)
+		}
+	}
+	return a, nil
+}
+
+// processor is what a guest has for a processor.
+type processor struct {
+	// host is a digest of what a guest sees of the host's processor; empty where
+	// it sees nothing that depends on it.
+	host string
+	// name is QEMU's name for it; empty: it is the host's own, or, under emulation,
+	// all that QEMU can emulate.
+	name string
+	// nested: the guest can run virtual machines of its own.
+	nested bool
+	// extension are the features for that, of a processor that has a name. It is not
+	// part of a kind.
+	extension string
+}
+
+const nestedMark = "+nested"
+
+// String is a word of a [Driver]'s kinds: the digest, or the name, or both with a
+// colon between them.
+func (p processor) String() string {
+	s := p.name
+	switch {
+	case s == "":
+		s = p.host
+	case p.host != "":
+		s += ":" + p.host
+	}
+	if p.nested {
+		s += nestedMark
+	}
+	return s
+}
+
+var hostDigest = regexp.MustCompile(`^[0-9a-f]{16}$`)
+
+func parseProcessor(s string) (p processor) {
+	s, p.nested = strings.CutSuffix(s, nestedMark)
+	name, host, both := strings.Cut(s, ":")
+	switch {
+	case both:
+		p.name, p.host = name, host
+	case hostDigest.MatchString(s):
+		p.host = s
+	default:
+		p.name = s
+	}
+	return p
+}
+
+// newProcessor returns the processor that guests have: the one that QEMU knows by
+// the name, or that of the host for an empty name.
+func newProcessor(accel, name string, a about) (processor, error) {
+	host, extension, err := hostProcessor(accel)
+	if err != nil {
+		return processor{}, err
+	}
+	if name == "" {
+		return processor{host: host, extension: extension}, nil
+	}
+	version, ok := a.processors[name]
+	if lacks := a.others[name]; !ok && len(lacks) > 0 {
+		return processor{}, fmt.Errorf("this host's processor lacks what %s has: %s", name, strings.Join(lacks, ", "))
+	}
+	if !ok {
+		return processor{}, fmt.Errorf("QEMU knows no processor %q that is the same on each host; \"qemu-system-x86_64 -cpu help\" lists them", name)
+	}
+	if accel == KVM {
+		host = "" // nothing else of the host shows
+	}
+	return processor{host: host, name: version, extension: extension}, nil
+}
+
+// svmFeatures are those of a processor that has SVM.
+var svmFeatures = strings.Fields("npt lbrv svm-lock nrip-save tsc-scale vmcb-clean flushbyasid decodeassists " +
+	"pause-filter pfthreshold avic v-vmsave-vmload vgif svme-addr-chk vnmi")
+
+// needless reports whether a host may lack a feature of a processor that guests
+// have: they do not get it, or only those that may nest.
+func needless(feature string) bool {
+	return strings.HasPrefix(feature, "vmx") || slices.Contains(svmFeatures, feature) ||
+		slices.ContainsFunc(models[KVM], func(m model) bool { return strings.Contains(m.hidden+m.nesting, ","+feature+"=off") })
 }
 
 // kindOf are the parts of a kind that matter to a restore.
 type kindOf struct {
 	machine      string
 	major, minor int
-	accel, cpu   string
+	accel        string
+	cpu          processor
 }
 
 func parseKind(kind string) (k kindOf, ok bool) {
@@ -167,7 +318,7 @@ func parseKind(kind string) (k kindOf, ok bool) {
 	if len(f) < 4 {
 		return kindOf{}, false
 	}
-	k = kindOf{machine: f[0], accel: f[len(f)-2], cpu: f[len(f)-1]}
+	k = kindOf{machine: f[0], accel: f[len(f)-2], cpu: parseProcessor(f[len(f)-1])}
 	n, _ := fmt.Sscanf(f[1], "%d.%d.", &k.major, &k.minor)
 	return k, n == 2
 }
@@ -175,38 +326,42 @@ func parseKind(kind string) (k kindOf, ok bool) {
 // Restores implements vmm.Driver. QEMU reads what an older one has saved of
 // these devices; what a newer one has it may not know.
 func (d *Driver) Restores(kind string) error {
-	if kind == d.kind {
+	if kind == d.Kind(false) {
 		return nil
 	}
 	saved, ok := parseKind(kind)
 	if !ok {
 		return fmt.Errorf("it was saved as %q, which is no kind of machine", kind)
 	}
-	here, _ := parseKind(d.kind)
+	here, _ := parseKind(d.Kind(false))
 	if saved.accel != here.accel {
 		return fmt.Errorf("it ran by %s, and machines here by %s", saved.accel, here.accel)
 	}
-	if _, err := d.model(kind); err != nil {
+	if _, _, err := d.model(kind); err != nil {
 		return err
 	}
 	switch {
-	case saved.cpu != here.cpu:
+	case saved.cpu.host != "" && saved.cpu.host != d.host:
 		return errors.New("it ran on another model of processor, or one that has other features")
+	case saved.cpu.name != "" && d.processors[saved.cpu.name] == "":
+		return fmt.Errorf("it ran on a processor %s, which this host does not have", saved.cpu.name)
 	case saved.major > here.major || saved.major == here.major && saved.minor > here.minor:
 		return fmt.Errorf("it was saved by QEMU %d.%d, which is newer than %d.%d here", saved.major, saved.minor, here.major, here.minor)
 	}
 	return nil
 }
 
-// processor is a digest of what a guest sees of the host's processor: under
-// KVM all its features; under emulation the rate of its time stamp counter,
-// which goes with its model.
-func processor(accel string) (string, error) {
+// hostProcessor returns a digest of what a guest sees of the host's processor:
+// under KVM all its features; under emulation the rate of its time stamp counter,
+// which goes with its model. extension are the features, as for [processor], with
+// which guests can run virtual machines.
+func hostProcessor(accel string) (digest, extension string, err error) {
 	f, err := os.Open("/proc/cpuinfo")
 	if err != nil {
-		return "", err
+		return "", "", err
 	}
 	defer f.Close()
+	extension = ",svm=on" // TCG emulates no other
 	keys := []string{"vendor_id", "cpu family", "model", "model name", "stepping"}
 	if accel == KVM {
 		keys = append(keys, "flags")
@@ -221,12 +376,15 @@ func processor(accel string) (string, error) {
 			fmt.Fprintf(sum, "%s:%s\n", key, value)
 			found++
 		}
+		if key == "flags" && accel == KVM && slices.Contains(strings.Fields(value), "vmx") {
+			extension = ",vmx=on"
+		}
 	}
 	if err := s.Err(); err != nil {
-		return "", err
+		return "", "", err
 	}
 	if found == 0 {
-		return "", errors.New("/proc/cpuinfo names no processor")
+		return "", "", errors.New("/proc/cpuinfo names no processor")
 	}
-	return fmt.Sprintf("%x", sum.Sum(nil)[:8]), nil
+	return fmt.Sprintf("%x", sum.Sum(nil)[:8]), extension, nil
 }

@@ -44,5 +44,8 @@ func options(c vmm.Config) (opts []Option) {
 	if c.Unfiltered {
 		opts = append(opts, WithoutSeccomp())
 	}
+	if c.Processor != "" {
+		opts = append(opts, WithProcessor(c.Processor))
+	}
 	return opts
 }

@@ -65,8 +65,10 @@ type Driver struct {
 	accel  string
 	jail   *cell
 	bootID string
-	tscKHz int    // of an emulated guest's time stamp counter
-	kind   string // see vmm.Driver
+	tscKHz int // of an emulated guest's time stamp counter
+	about
+	host      string    // digest of the host's processor
+	processor processor // of guests that boot
 	// launcher starts QEMU with the limits that a process must set for itself.
 	launcher *launcher.Launcher
 	// standIn is not empty in tests that run this program in QEMU's place, with
@@ -82,10 +84,17 @@ type Driver struct {
 // Option changes how a driver runs QEMU.
 type Option func(*settings)
 
-type settings struct{ unfiltered bool }
+type settings struct {
+	unfiltered bool
+	processor  string
+}
 
 // WithoutSeccomp runs QEMU without the driver's seccomp filter. QEMU's own stays.
 func WithoutSeccomp() Option { return func(s *settings) { s.unfiltered = true } }
+
+// WithProcessor gives guests the processor that QEMU knows by the name, instead of
+// the host's own.
+func WithProcessor(name string) Option { return func(s *settings) { s.processor = name } }
 
 // Open returns a driver that uses the accelerator KVM or TCG. dir is a folder
 // of the driver's own.
@@ -107,7 +116,15 @@ func Open(accel, dir string, log *slog.Logger, opts ...Option) (*Driver, error) 
 	if err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
 	}
-	kind, err := kind(accel)
+	a, err := ask(accel)
+	if err != nil {
+		return nil, fmt.Errorf("open QEMU driver: %w", err)
+	}
+	cpu, err := newProcessor(accel, o.processor, a)
+	if err != nil {
+		return nil, fmt.Errorf("open QEMU driver: %w", err)
+	}
+	host, _, err := hostProcessor(accel)
 	if err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
 	}
@@ -129,7 +146,7 @@ func Open(accel, dir string, log *slog.Logger, opts ...Option) (*Driver, error) 
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open QEMU driver: %w", err), l.Close())
 	}
-	return &Driver{accel: accel, jail: j, bootID: strings.TrimSpace(string(bootID)), tscKHz: khz, kind: kind, launcher: l, starts: startTimeout, log: log}, nil
+	return &Driver{accel: accel, jail: j, bootID: strings.TrimSpace(string(bootID)), tscKHz: khz, about: a, host: host, processor: cpu, launcher: l, starts: startTimeout, log: log}, nil
 }
 
 // Name implements vmm.Driver.
@@ -171,7 +188,9 @@ func (d *Driver) Start(ctx context.Context, s vmm.Spec) (vmm.VM, error) {
 		return nil, fmt.Errorf("start QEMU: %w", err)
 	}
 	defer ram.Close()
-	vm, err := d.launch(ctx, s, models[d.accel][0], ram, nil, func(ctx context.Context, m *machine) error {
+	cpu := d.processor
+	cpu.nested = s.Nested
+	vm, err := d.launch(ctx, s, models[d.accel][0], cpu, ram, nil, func(ctx context.Context, m *machine) error {
 		return m.qmp.Execute(ctx, "cont", nil, nil)
 	})
 	if err != nil {
@@ -180,10 +199,10 @@ func (d *Driver) Start(ctx context.Context, s vmm.Spec) (vmm.VM, error) {
 	return vm, nil
 }
 
-// launch starts a QEMU of the model, whose guest's memory is mapped from ram, and which
+// launch starts a QEMU of the model with the processor, whose guest's memory is mapped from ram, and which
 // reads the state of its devices from incoming unless that is nil. ready makes
 // of it what is wanted. When launch fails nothing is left.
-func (d *Driver) launch(ctx context.Context, s vmm.Spec, as model, ram, incoming *os.File, ready func(context.Context, *machine) error) (_ *machine, err error) {
+func (d *Driver) launch(ctx context.Context, s vmm.Spec, as model, cpu processor, ram, incoming *os.File, ready func(context.Context, *machine) error) (_ *machine, err error) {
 	var undo []func() error
 	defer func() {
 		if err == nil {
@@ -217,7 +236,7 @@ func (d *Driver) launch(ctx context.Context, s vmm.Spec, as model, ram, incoming
 	}
 	defer control.Close()
 	undo = append(undo, func() error { return removeSocket(socket) })
-	args, err := d.arguments(s, as, control, ram, incoming, h)
+	args, err := d.arguments(s, as, cpu, control, ram, incoming, h)
 	if err != nil {
 		return nil, err
 	}
@@ -238,7 +257,7 @@ func (d *Driver) launch(ctx context.Context, s vmm.Spec, as model, ram, incoming
 	}
 	m := &machine{
 		state: vmm.State{
-			ID: s.ID, PID: cmd.Process.Pid, StartTime: start, BootID: d.bootID, Socket: socket, Kind: d.kindAs(as),
+			ID: s.ID, PID: cmd.Process.Pid, StartTime: start, BootID: d.bootID, Socket: socket, Kind: d.kindAs(as, cpu),
 			MemoryDevice: mapped.Dev, MemoryInode: mapped.Ino, MemoryBytes: memoryBytes,
 		},
 		group: group, done: make(chan struct{}), endings: &d.endings, log: d.log,
@@ -313,7 +332,7 @@ func (h *handed) close() {
 //
 // What the guest sees of the machine must be the same when it is restored from
 // incoming as when it was started: whoever changes that adds a [model].
-func (d *Driver) arguments(s vmm.Spec, as model, control, ram, incoming *os.File, h *handed) ([]string, error) {
+func (d *Driver) arguments(s vmm.Spec, as model, cpu processor, control, ram, incoming *os.File, h *handed) ([]string, error) {
 	if incoming != nil {
 		h.add(incoming) // the first, as incomingFD
 	}
@@ -328,7 +347,7 @@ func (d *Driver) arguments(s vmm.Spec, as model, control, ram, incoming *os.File
 		// Named, as newer ones have SeaBIOS for this machine, which starts no
 		// kernel without an option ROM.
 		"-bios", "qboot.rom",
-		"-accel", as.accel, "-cpu", as.cpu,
+		"-accel", as.accel, "-cpu", as.cpuOption(cpu),
 		"-smp", processors(as, s.VCPUs), "-m", fmt.Sprintf("%dM", s.MemoryMiB),
 		"-object", fmt.Sprintf("memory-backend-file,id=ram,size=%dM,share=off,mem-path=/proc/self/fd/%d", s.MemoryMiB, h.add(ram)),
 		// A guest that ends, by a panic too, is held until its console was read.

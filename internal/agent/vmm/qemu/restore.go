@@ -1,6 +1,7 @@
 package qemu
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -21,7 +22,7 @@ func (d *Driver) Restore(ctx context.Context, s vmm.Spec, from vmm.Saved) (vmm.V
 	if len(from.Devices) == 0 {
 		return fail(errors.New("there is no state of devices")) // QEMU would wait for it
 	}
-	as, err := d.model(from.Kind)
+	as, cpu, err := d.model(cmp.Or(from.Kind, d.Kind(false)))
 	if err != nil {
 		return fail(err)
 	}
@@ -39,7 +40,7 @@ func (d *Driver) Restore(ctx context.Context, s vmm.Spec, from vmm.Saved) (vmm.V
 	}
 	defer r.Close()
 	defer w.Close()
-	vm, err := d.launch(ctx, s, as, from.Memory, r, func(ctx context.Context, m *machine) error {
+	vm, err := d.launch(ctx, s, as, cpu, from.Memory, r, func(ctx context.Context, m *machine) error {
 		// The memory first: the devices look at it as they are restored, and
 		// a machine that has its devices is taken for one that has all.
 		if err := m.restoreMemory(from); err != nil {

@@ -28,10 +28,10 @@ const booted = "no network card"
 func (s *suite) boot(t *testing.T) {
 	d := s.Open(t)
 	spec := NewSpec(t, d)
-	if !strings.Contains(d.Kind(), Accelerator()) || d.Accelerator() != Accelerator() || d.Name() == "" {
-		t.Errorf("it is %q with %q, and its kind %q", d.Name(), d.Accelerator(), d.Kind())
+	if !strings.Contains(d.Kind(false), Accelerator()) || d.Accelerator() != Accelerator() || d.Name() == "" {
+		t.Errorf("it is %q with %q, and its kind %q", d.Name(), d.Accelerator(), d.Kind(false))
 	}
-	if err := d.Restores(d.Kind()); err != nil {
+	if err := d.Restores(d.Kind(false)); err != nil {
 		t.Errorf("it does not restore its own: %v", err)
 	}
 	for _, kind := range []string{"", "none", "none 1.2.3 " + Accelerator() + " 0123456789abcdef"} {
@@ -41,7 +41,7 @@ func (s *suite) boot(t *testing.T) {
 	}
 	st := s.killedAgent(t, orders{Start: &spec})
 	t.Cleanup(func() { _ = d.Reap(context.Background(), st) })
-	if st.ID != spec.ID || st.Kind != d.Kind() || st.MemoryBytes != int64(spec.MemoryMiB)<<20 {
+	if st.ID != spec.ID || st.Kind != d.Kind(false) || st.MemoryBytes != int64(spec.MemoryMiB)<<20 {
 		t.Errorf("the state is %+v", st)
 	}
 	// A machine that its agent has left held is held until someone lets it go on.

@@ -1,0 +1,193 @@
+package qemu
+
+import (
+	"log/slog"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
+)
+
+// known is what a QEMU of the tests says of itself.
+var known = about{
+	version:    "7.2.22 Debian 1:7.2+dfsg-7+deb12u18+b3",
+	processors: map[string]string{"EPYC": "EPYC-v1", "EPYC-v1": "EPYC-v1", "EPYC-v3": "EPYC-v3"},
+	others:     map[string][]string{"EPYC-Milan-v1": {"pku", "vaes"}},
+}
+
+func TestRestores(t *testing.T) {
+	const host = "0123456789abcdef"
+	driver := func(accel string, p processor) *Driver {
+		return &Driver{accel: accel, about: known, host: host, processor: p}
+	}
+	emulated, real := driver(TCG, processor{host: host}), driver(KVM, processor{host: host})
+	named := driver(KVM, processor{name: "EPYC-v3"})
+	for _, c := range []struct {
+		driver     *Driver
+		kind, want string
+	}{
+		{emulated, emulated.Kind(false), ""},
+		{emulated, emulated.Kind(true), ""},
+		{emulated, "qemu-3 7.2.15 Debian 1:7.2+dfsg-7+deb12u12 tcg " + host, ""},
+		{emulated, "qemu-3 7.2.30 tcg " + host, ""},
+		{emulated, "qemu-3 6.9.1 tcg " + host, ""},
+		{emulated, "qemu-3 7.10.0 tcg " + host, "newer than 7.2"},
+		{emulated, "qemu-3 10.0.2 tcg " + host, "newer than 7.2"},
+		{emulated, "qemu-3 7.2.22 kvm " + host, "it ran by kvm"},
+		{emulated, "qemu-3 7.2.22 tcg fedcba9876543210", "another model"},
+		{emulated, "qemu-1 7.2.22 tcg " + host, "this release does not have"},
+		{emulated, "qemu-4 7.2.22 tcg " + host, "this release does not have"},
+		{emulated, "qemu-3 seven tcg " + host, "no kind of machine"},
+		{emulated, "firecracker", "no kind of machine"},
+		{emulated, "", "no kind of machine"},
+		{real, real.Kind(false), ""},
+		{real, real.Kind(true), ""},
+		// What an earlier release saved goes on.
+		{emulated, "qemu-2 7.2.22 tcg " + host, ""},
+		{real, "qemu-3 7.2.22 kvm " + host, ""},
+		{real, "qemu-2 7.2.22 kvm " + host, ""},
+		{real, "qemu-2 7.2.22 kvm fedcba9876543210", "another model"},
+		{real, "qemu-5 7.2.22 kvm " + host, "this release does not have"},
+		// A processor that has a name is the same on each host that has it, but an
+		// emulated one counts its time as its host does.
+		{named, named.Kind(false), ""},
+		{named, named.Kind(true), ""},
+		{named, "qemu-4 7.2.22 kvm EPYC-v1", ""},
+		{named, "qemu-4 7.2.22 kvm EPYC-v1+nested", ""},
+		{named, "qemu-4 7.2.22 kvm " + host, ""},
+		{named, "qemu-4 7.2.22 kvm fedcba9876543210", "another model"},
+		{real, "qemu-4 7.2.22 kvm EPYC-v3", ""},
+		{real, "qemu-4 7.2.22 kvm EPYC-Milan-v1", "a processor EPYC-Milan-v1, which this host does not have"},
+		{emulated, "qemu-3 7.2.22 tcg EPYC-v1:" + host, ""},
+		{emulated, "qemu-3 7.2.22 tcg EPYC-v1:fedcba9876543210", "another model"},
+		{emulated, "qemu-3 7.2.22 tcg EPYC-Milan-v1:" + host, "does not have"},
+	} {
+		err := c.driver.Restores(c.kind)
+		if (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%q: %v, want %q", c.kind, err, c.want)
+		}
+		if got, want := c.driver.Nested(c.kind), strings.HasSuffix(c.kind, "+nested"); got != want {
+			t.Errorf("%q: nested is %v", c.kind, got)
+		}
+	}
+	// A machine that was restored as an earlier model is saved as that model.
+	for _, kind := range []string{"qemu-2 7.2.22 kvm " + host, "qemu-4 7.2.22 kvm EPYC-v1+nested", "qemu-4 7.2.22 kvm " + host + "+nested"} {
+		m, p, err := real.model(kind)
+		if got := real.kindAs(m, p); err != nil || got != strings.Replace(kind, "7.2.22", known.version, 1) {
+			t.Errorf("%q is saved as %q, %v", kind, got, err)
+		}
+	}
+}
+
+func TestNewProcessor(t *testing.T) {
+	for _, c := range []struct{ accel, name, want, err string }{
+		{KVM, "EPYC", "EPYC-v1", ""},
+		{KVM, "EPYC-v3", "EPYC-v3", ""},
+		{KVM, "EPYC-Milan-v1", "", "lacks what EPYC-Milan-v1 has: pku, vaes"},
+		{KVM, "EPYC,svm=on", "", "knows no processor"},
+		{KVM, "host", "", "knows no processor"},
+	} {
+		p, err := newProcessor(c.accel, c.name, known)
+		if p.String() != c.want || (err == nil) != (c.err == "") || err != nil && !strings.Contains(err.Error(), c.err) {
+			t.Errorf("%s: %q, %v", c.name, p, err)
+		}
+	}
+	p, err := newProcessor(TCG, "EPYC", known)
+	if err != nil || p.name != "EPYC-v1" || !hostDigest.MatchString(p.host) || parseProcessor(p.String()).host != p.host {
+		t.Errorf("emulated: %q, %v", p, err)
+	}
+}
+
+func TestNeedless(t *testing.T) {
+	for feature, want := range map[string]bool{
+		"svm": true, "npt": true, "vmx": true, "vmx-ept": true, "rtm": true, "perfctr-core": true,
+		"avx2": false, "off": false, "": false, "pclmulqdq": false,
+	} {
+		if needless(feature) != want {
+			t.Errorf("%q: %v", feature, !want)
+		}
+	}
+}
+
+// TestCPUOption: no guest gets what it could run virtual machines with, unless it
+// may, and old machines stay as they are.
+func TestCPUOption(t *testing.T) {
+	for accel, all := range models {
+		now := all[0]
+		if got := now.cpuOption(processor{}); !strings.HasSuffix(got, ",svm=off,vmx=off") {
+			t.Errorf("%s: %s", accel, got)
+		}
+		if got := now.cpuOption(processor{nested: true}); strings.Contains(got, "svm") || strings.Contains(got, "vmx") {
+			t.Errorf("%s, nested: %s", accel, got)
+		}
+		if got := now.cpuOption(processor{name: "EPYC-v3"}); !strings.HasPrefix(got, "EPYC-v3,enforce") || !strings.HasSuffix(got, ",svm=off,vmx=off") {
+			t.Errorf("%s, named: %s", accel, got)
+		}
+		if got := now.cpuOption(processor{name: "EPYC-v3", nested: true, extension: ",svm=on"}); !strings.HasSuffix(got, ",svm=on") || strings.Contains(got, "vmx") {
+			t.Errorf("%s, named and nested: %s", accel, got)
+		}
+		versions := map[int]bool{}
+		for _, m := range all {
+			if versions[m.version] || m.version > now.version {
+				t.Errorf("%s: version %d is there twice, or newer than the newest", accel, m.version)
+			}
+			versions[m.version] = true
+		}
+	}
+	for got, want := range map[string]string{
+		models[TCG][1].cpuOption(processor{}): "max",
+		models[KVM][1].cpuOption(processor{}): "host,svm=off,vmx=off,pmu=off",
+		models[KVM][2].cpuOption(processor{}): "host",
+	} {
+		if got != want {
+			t.Errorf("an earlier release had %q, and this one has %q", want, got)
+		}
+	}
+}
+
+// hostNests reports whether the host's KVM gives guests virtualization.
+func hostNests(t *testing.T) bool {
+	t.Helper()
+	for _, module := range []string{"kvm_amd", "kvm_intel"} {
+		b, err := os.ReadFile("/sys/module/" + module + "/parameters/nested")
+		if err == nil && strings.ContainsAny(string(b), "1Y") {
+			return true
+		}
+	}
+	return false
+}
+
+// TestProcessors boots guests that look at their processor: the features of
+// virtualization are there for those that may nest, and no others.
+func TestProcessors(t *testing.T) {
+	subject.Open(t) // skips where virtual machines cannot run
+	for name, test := range map[string]struct {
+		processor string
+		nested    bool
+	}{"the host's": {}, "named and nested": {processor: "qemu64", nested: true}} {
+		t.Run(name, func(t *testing.T) {
+			if test.nested && vmmtest.Accelerator() == KVM && !hostNests(t) {
+				t.Skip("needs nested virtualization on the host")
+			}
+			s := subject
+			s.New = func(dir string, log *slog.Logger) (vmm.Driver, error) {
+				return Open(vmmtest.Accelerator(), dir, log, WithProcessor(test.processor))
+			}
+			b := s.NewBench(t)
+			b.Spec.Nested = test.nested
+			b.Boot("token")
+			flags := strings.Fields(b.Sh("grep -m1 ^flags /proc/cpuinfo"))
+			has := slices.Contains(flags, "svm") || slices.Contains(flags, "vmx")
+			st := b.VM.State()
+			if has != test.nested || b.Driver.Nested(st.Kind) != test.nested || st.Kind != b.Driver.Kind(test.nested) {
+				t.Errorf("the guest has virtualization: %v; its kind is %q", has, st.Kind)
+			}
+			if test.processor != "" && !strings.Contains(st.Kind, test.processor+"-v1") {
+				t.Errorf("its kind is %q", st.Kind)
+			}
+		})
+	}
+}
