@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -18,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
 // booted is what the guest's init prints when it has booted without a network.
@@ -295,6 +297,13 @@ func (s *suite) standstill(t *testing.T) {
 	if err := syscall.Kill(vm.PID(), syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
+	await.Until(t, "all threads of the monitor stand still", func() bool {
+		tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", vm.PID()))
+		return err == nil && len(tasks) > 0 && !slices.ContainsFunc(tasks, func(task string) bool {
+			stat, err := os.ReadFile(task)
+			return err == nil && !strings.Contains(string(stat), ") T ")
+		})
+	})
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
 	if _, err := vm.Console(ctx); !errors.Is(err, context.DeadlineExceeded) {
