@@ -177,6 +177,9 @@ func (s *spool) free() {
 	i := s.imports
 	i.mu.Lock()
 	defer i.mu.Unlock()
+	if s.held == 0 {
+		return // Perhaps nothing was ever reserved, by anybody.
+	}
 	if i.spooled[s.payer] -= s.held; i.spooled[s.payer] == 0 {
 		delete(i.spooled, s.payer)
 	}

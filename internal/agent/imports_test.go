@@ -78,6 +78,7 @@ func TestImportsAreShared(t *testing.T) {
 func TestImportSpool(t *testing.T) {
 	var i imports
 	of := func(payer string) *spool { return &spool{imports: &i, payer: payer, room: 8 * spoolShare * payerShare} }
+	of("first").free() // before anything was reserved
 	one := of("one")
 	if err := one.reserve(8); err != nil {
 		t.Fatal(err)
