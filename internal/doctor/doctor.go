@@ -30,6 +30,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/drivers"
 	"github.com/wrenn-dev/wrenn/internal/flock"
+	"github.com/wrenn-dev/wrenn/internal/inplace"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/programs"
 )
@@ -134,7 +135,8 @@ func Examine(ctx context.Context, dir layout.Dir, agent bool) []Finding {
 		{"firewall", false, "let the other firewall forward from interfaces named wrenn-veth-*", noObstacles},
 	}
 	if !agent {
-		checks = append(checks, check{"Caddy", true, "make build, and have bin/caddy beside wrenn", hasCaddy})
+		checks = append(checks, check{"Caddy", true, "make build, and have bin/caddy beside wrenn", hasCaddy},
+			check{"full disk", false, "PostgreSQL will stop if the disk is full: move its data, as docs/sharing.md says", overwrites})
 	}
 	findings := make([]Finding, 0, len(checks))
 	for _, c := range checks {
@@ -329,6 +331,16 @@ func hasDisk(_ context.Context, dir layout.Dir) (string, error) {
 		return "", errors.New(detail)
 	}
 	return detail, nil
+}
+
+// overwrites tells whether PostgreSQL's log is written over in place, and so goes on
+// when the disk is full.
+func overwrites(_ context.Context, dir layout.Dir) (string, error) {
+	log := filepath.Join(dir.Postgres(), "data", "pg_wal")
+	if _, err := os.Stat(log); err != nil { // not made yet, or not for this user to see
+		return "", inplace.Possible(existing(dir.Postgres()))
+	}
+	return "", inplace.Check(log)
 }
 
 func hasMemory(context.Context, layout.Dir) (string, error) {

@@ -14,6 +14,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"golang.org/x/sys/unix"
 
+	"github.com/wrenn-dev/wrenn/internal/inplace"
 	"github.com/wrenn-dev/wrenn/internal/room"
 )
 
@@ -100,6 +101,15 @@ func (p *postgres) segments() (n int, err error) {
 		}
 	}
 	return n, err
+}
+
+// inPlace fails if the file system copies the files of the log when they are written
+// over: then PostgreSQL stops when the disk is full.
+func (p *postgres) inPlace() error {
+	if err := inplace.Check(filepath.Join(p.data(), "pg_wal")); err != nil {
+		return fmt.Errorf("PostgreSQL will stop if the disk is full (docs/sharing.md): %w", err)
+	}
+	return nil
 }
 
 // reserveLog has PostgreSQL write as many files of its log as it keeps. From then on it

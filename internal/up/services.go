@@ -16,6 +16,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
+	"github.com/wrenn-dev/wrenn/internal/inplace"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/programs"
 )
@@ -71,6 +72,8 @@ func newPostgres(ctx context.Context, dir layout.Dir) (*postgres, error) {
 	if err := p.user.ownDir(p.dir); err != nil {
 		return nil, fmt.Errorf("set up PostgreSQL: %w", err)
 	}
+	// Before there are files in it; if that fails, inPlace says so.
+	_ = inplace.Set(p.dir)
 	if _, err := os.Stat(filepath.Join(p.data(), "PG_VERSION")); err == nil {
 		return p, nil
 	}

@@ -272,6 +272,9 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 	if err := pg.reserveLog(ctx); err != nil {
 		return err
 	}
+	if err := pg.inPlace(); err != nil {
+		s.say("warning: %v", err)
+	}
 	s.during(func(ctx context.Context) { pg.keepRoom(ctx, s.say) })
 	rd, err := newRedis(s.dir)
 	if err != nil {

@@ -325,8 +325,19 @@ func TestUnfinishedSpare(t *testing.T) {
 // TestFullDisk: guests that fill the disk do not stop PostgreSQL, which writes on,
 // and starts again after it was killed.
 func TestFullDisk(t *testing.T) {
+	t.Run("ext4", func(t *testing.T) {
+		// More than the log's files have, all over again.
+		testFullDisk(t, 2*logMiB/segmentMiB, "mkfs.ext4", "-q", "-m", "0")
+	})
+	// Written over in place, but slowly when it is full.
+	t.Run("btrfs", func(t *testing.T) { testFullDisk(t, 1, "mkfs.btrfs", "-q") })
+}
+
+// testFullDisk fills a disk, which mkfs formats, under PostgreSQL, and then writes
+// messages of nearly a file of its log each.
+func testFullDisk(t *testing.T, messages int, mkfs ...string) {
 	s := newService(t)
-	need(t, "mkfs.ext4", "mount", "dd")
+	need(t, mkfs[0], "mount", "dd")
 	if bins, _ := filepath.Glob("/usr/lib/postgresql/*/bin/postgres"); len(bins) == 0 {
 		t.Skip("needs PostgreSQL")
 	}
@@ -335,11 +346,11 @@ func TestFullDisk(t *testing.T) {
 	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 2<<30), os.Mkdir(disk, 0o711)); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.Command("mkfs.ext4", "-q", "-m", "0", image).CombinedOutput(); err != nil {
+	if out, err := exec.Command(mkfs[0], append(mkfs[1:], image)...).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	if out, err := exec.Command("mount", "-o", "loop", image, disk).CombinedOutput(); err != nil {
-		t.Skipf("needs loop devices: %v: %s", err, out)
+		t.Skipf("needs loop devices and the file system: %v: %s", err, out)
 	}
 	t.Cleanup(func() {
 		s.stopAll() // what is on it
@@ -359,6 +370,9 @@ func TestFullDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := pg.reserveLog(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := pg.inPlace(); err != nil {
 		t.Fatal(err)
 	}
 	if n, err := pg.segments(); err != nil || n < logMiB/segmentMiB {
@@ -404,8 +418,7 @@ func TestFullDisk(t *testing.T) {
 	}
 	fill("guest")
 	started := begun()
-	// More than the log's files have, all over again.
-	for range 2 * logMiB / segmentMiB {
+	for range messages {
 		exec1("SELECT pg_logical_emit_message(true, 'test', repeat('x', 15 << 20))")
 	}
 	exec1("UPDATE rows SET counted = counted + 1 WHERE id = 1")
