@@ -391,7 +391,11 @@ func (s *service) Destroy(ctx context.Context, req *connect.Request[pb.DestroyRe
 // List implements hostagentv1connect.HostAgentHandler.
 func (s *service) List(context.Context, *connect.Request[pb.ListRequest]) (*connect.Response[pb.ListResponse], error) {
 	// Asked before the list is made: what is read meanwhile is in it.
-	res := &pb.ListResponse{Incomplete: s.sandboxes.Incomplete()}
+	incomplete, unread := s.sandboxes.Incomplete()
+	res := &pb.ListResponse{Incomplete: incomplete}
+	for _, u := range unread {
+		res.Unread = append(res.Unread, id.Format(id.Sandbox, u))
+	}
 	for _, i := range s.sandboxes.List() {
 		res.Sandboxes = append(res.Sandboxes, message(i))
 	}

@@ -39,6 +39,15 @@ func (d Dir) Sandboxes() string { return d.join("sandboxes") }
 // that of the machine, which was ready before it became the sandbox's.
 func (d Dir) Sandbox(sandbox uuid.UUID) string { return d.join("sandboxes", sandbox.String()) }
 
+// SandboxID is an empty file whose name says of which sandbox the folder is, for when its
+// record cannot be read.
+func (d Dir) SandboxID(home, sandbox uuid.UUID) string {
+	return d.join("sandboxes", home.String(), SandboxIDPrefix+sandbox.String())
+}
+
+// SandboxIDPrefix begins the names of the files of [Dir.SandboxID].
+const SandboxIDPrefix = "id-"
+
 // SandboxRecord is what the agent knows of a sandbox, as JSON.
 func (d Dir) SandboxRecord(sandbox uuid.UUID) string {
 	return d.join("sandboxes", sandbox.String(), "sandbox.json")

@@ -522,7 +522,7 @@ func (b *box) tryClean(why ending) error {
 	}
 	b.m.Hook("clean: vacated")
 	// First what takes space, so that there is some for the event.
-	if err := empty(dir, home); err != nil {
+	if err := b.rec.empty(dir); err != nil {
 		return err
 	}
 	if why.Event != "" {

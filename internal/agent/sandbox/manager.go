@@ -430,18 +430,26 @@ func (m *Manager) find(id uuid.UUID) (*box, error) {
 	if b := m.boxes[id]; b != nil {
 		return b, nil
 	}
-	if len(m.unread) > 0 {
-		return nil, fail(ErrUnread, "this host cannot read all of its sandboxes' records now")
+	for _, u := range m.unread {
+		if u.sandbox == id || u.sandbox == uuid.Nil {
+			return nil, fail(ErrUnread, "this host cannot read all of its sandboxes' records now")
+		}
 	}
 	return nil, fail(ErrNotFound, "no such sandbox on this host")
 }
 
 // Incomplete says that the host may have sandboxes that List leaves out, because
-// it cannot read their records now.
-func (m *Manager) Incomplete() bool {
+// it cannot read their records now, and which; nil: any.
+func (m *Manager) Incomplete() (incomplete bool, which []uuid.UUID) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return len(m.unread) > 0
+	for _, u := range m.unread {
+		if u.sandbox == uuid.Nil {
+			return true, nil
+		}
+		which = append(which, u.sandbox)
+	}
+	return len(which) > 0, which
 }
 
 // Get describes a sandbox.

@@ -114,6 +114,11 @@ func (r *record) write(dir layout.Dir, durable bool) error {
 	if err != nil {
 		return fmt.Errorf("encode record: %w", err)
 	}
+	// Before the record, so that no record of a sandbox is without it. The record's
+	// sync makes both durable.
+	if err := r.label(dir); err != nil {
+		return err
+	}
 	write := atomicfile.WriteNoSync
 	if durable {
 		write = atomicfile.Write
@@ -122,6 +127,39 @@ func (r *record) write(dir layout.Dir, durable bool) error {
 		return fmt.Errorf("write record: %w", err)
 	}
 	return nil
+}
+
+// label makes the file that says which sandbox the folder is of. A machine that waits is
+// none yet.
+func (r *record) label(dir layout.Dir) error {
+	if r.State == waiting {
+		return nil
+	}
+	f, err := os.OpenFile(dir.SandboxID(r.Home, r.Spec.ID), os.O_WRONLY|os.O_CREATE, 0o600)
+	if err == nil {
+		err = f.Close()
+	}
+	if err != nil {
+		return fmt.Errorf("label the sandbox's folder: %w", err)
+	}
+	return nil
+}
+
+// labelled returns which sandbox a folder is of; uuid.Nil: it does not say.
+func labelled(dir layout.Dir, home uuid.UUID) (sandbox uuid.UUID) {
+	entries, _ := os.ReadDir(dir.Sandbox(home))
+	for _, e := range entries {
+		text, ok := strings.CutPrefix(e.Name(), layout.SandboxIDPrefix)
+		if !ok {
+			continue
+		}
+		id, err := uuid.Parse(text)
+		if err != nil || sandbox != uuid.Nil {
+			return uuid.Nil
+		}
+		sandbox = id
+	}
+	return sandbox
 }
 
 func (r *record) encode() ([]byte, error) {
@@ -201,15 +239,15 @@ func parseRecord(path string, b []byte, home uuid.UUID) (record, error) {
 	return r, nil
 }
 
-// empty removes all files of a sandbox's folder but its record.
-func empty(dir layout.Dir, home uuid.UUID) error {
-	return removeBut(dir, home, dir.SandboxRecord(home))
+// empty removes all files of a sandbox's folder but its record, and the label.
+func (r *record) empty(dir layout.Dir) error {
+	return removeBut(dir, r.Home, dir.SandboxRecord(r.Home), dir.SandboxID(r.Home, r.Spec.ID))
 }
 
 // sweep removes from a sandbox's folder what its record does not name: what
 // was being made when an agent was killed, or was of use before.
 func (r *record) sweep(dir layout.Dir) error {
-	keep := []string{dir.SandboxRecord(r.Home), dir.SandboxOrigin(r.Home)}
+	keep := []string{dir.SandboxRecord(r.Home), dir.SandboxID(r.Home, r.Spec.ID), dir.SandboxOrigin(r.Home)}
 	for n := range r.Disks {
 		keep = append(keep, r.disk(dir, n))
 	}

@@ -168,20 +168,24 @@ func find(ctx context.Context, dir layout.Dir, home uuid.UUID, d vmm.Driver, log
 	switch {
 	case err != nil && (unreadable.Passing(err) || errors.As(err, &newer)):
 		log.Error("the record of a sandbox cannot be read now; its machine, if there is one, goes on", "error", err)
-		return found{rec: record{Home: home}, unread: true, untaken: err}
+		return found{rec: record{Home: home, Spec: Spec{ID: labelled(dir, home)}}, unread: true, untaken: err}
 	case bare:
 		log.Info("removing a folder in which nothing was made yet")
 		rec = record{Version: format.Sandbox.Version, Home: home, Spec: Spec{ID: home}, CreatedAt: now, Ending: &ending{Reason: "it has no record", Time: now}}
 	case err != nil:
 		if lives, e := d.Lives(home); !end && (lives || e != nil) {
 			log.Error("the record of a sandbox is damaged; its machine goes on", "error", errors.Join(err, e))
-			return found{rec: record{Home: home}, unread: true, damaged: true, untaken: err}
+			return found{rec: record{Home: home, Spec: Spec{ID: labelled(dir, home)}}, unread: true, damaged: true, untaken: err}
 		}
 		log.Error("the record of a sandbox is damaged; its files are kept", "error", err)
-		// Its home is its id, unless it began as a machine that waited. For the
-		// others the control plane notices that the host lacks them.
+		// Without a label, its home is its id unless it began as a machine that waited.
+		// For the others the control plane notices that the host lacks them.
+		sandbox := labelled(dir, home)
+		if sandbox == uuid.Nil {
+			sandbox = home
+		}
 		rec = record{
-			Version: format.Sandbox.Version, Home: home, Spec: Spec{ID: home}, CreatedAt: now,
+			Version: format.Sandbox.Version, Home: home, Spec: Spec{ID: sandbox}, CreatedAt: now,
 			Ending: &ending{journal.Exited, "the host could not read the sandbox's record; it keeps the files", now},
 		}
 		lost = err
@@ -248,15 +252,15 @@ func take(ctx context.Context, d vmm.Driver, vm vmm.VM, st vmm.State) (vmm.VM, e
 	}
 }
 
-// unused reports whether the folder of a sandbox has nothing but files that an
-// agent was killed while writing.
+// unused reports whether the folder of a sandbox has nothing but its label and files
+// that an agent was killed while writing.
 func unused(dir layout.Dir, home uuid.UUID) (bool, error) {
 	entries, err := os.ReadDir(dir.Sandbox(home))
 	if err != nil {
 		return false, err
 	}
 	return !slices.ContainsFunc(entries, func(e fs.DirEntry) bool {
-		return !atomicfile.IsTemporary(e.Name()) && !strings.HasPrefix(e.Name(), oldTemporary)
+		return !atomicfile.IsTemporary(e.Name()) && !strings.HasPrefix(e.Name(), oldTemporary) && !strings.HasPrefix(e.Name(), layout.SandboxIDPrefix)
 	}), nil
 }
 
@@ -275,7 +279,7 @@ func leftover(r record) vmm.State {
 // adopt goes on with a sandbox of an earlier agent.
 func (m *Manager) adopt(ctx context.Context, f found) {
 	if f.unread {
-		u := &unreadRecord{damaged: f.damaged, end: make(chan struct{}, 1), known: make(chan struct{})}
+		u := &unreadRecord{sandbox: f.rec.Spec.ID, damaged: f.damaged, end: make(chan struct{}, 1), known: make(chan struct{})}
 		m.mu.Lock()
 		m.unread[f.rec.Home] = u
 		m.mu.Unlock()
@@ -300,7 +304,8 @@ func (m *Manager) adopt(ctx context.Context, f found) {
 		begin(func() { b.clean(*f.rec.Ending, nil) })
 		return
 	}
-	if err := b.rec.sweep(m.Dir); err != nil {
+	// The release before made no labels.
+	if err := errors.Join(b.rec.sweep(m.Dir), b.rec.label(m.Dir)); err != nil {
 		b.log.Warn("what a killed agent was making is left", "error", err)
 	}
 	if f.rec.State == Paused {
@@ -452,6 +457,7 @@ func (b *box) takeBack() error {
 
 // unreadRecord is a record that could not be read, and whose machine may run.
 type unreadRecord struct {
+	sandbox uuid.UUID     // uuid.Nil: it could be any
 	damaged bool          // guarded by the manager's lock
 	end     chan struct{} // asks reread to end the machine; holds one request
 	known   chan struct{} // closed when the sandbox is known, or the agent ends
@@ -478,7 +484,11 @@ func (m *Manager) look(home uuid.UUID, end bool) found {
 func (m *Manager) reportUnread(f found) {
 	path := m.Dir.SandboxRecord(f.rec.Home)
 	if f.damaged {
-		m.Problems.Report(problem.Sandbox, path, fmt.Sprintf("the record of a sandbox is damaged, and its machine goes on without it; repair the record or delete sandbox %s, or, if it started from a warm machine and so has another id, kill the processes of control group %s: %v", id.Format(id.Sandbox, f.rec.Home), f.rec.Home, f.untaken))
+		which := "sandbox " + id.Format(id.Sandbox, f.rec.Spec.ID)
+		if f.rec.Spec.ID == uuid.Nil {
+			which = fmt.Sprintf("sandbox %s, or, if it started from a warm machine and so has another id, kill the processes of control group %s", id.Format(id.Sandbox, f.rec.Home), f.rec.Home)
+		}
+		m.Problems.Report(problem.Sandbox, path, fmt.Sprintf("the record of a sandbox is damaged, and its machine goes on without it; repair the record or delete %s: %v", which, f.untaken))
 		return
 	}
 	m.Problems.Report(problem.Sandbox, path, fmt.Sprintf("the agent cannot read the record of a sandbox, whose machine may run, and tries again: %v", f.untaken))
@@ -518,11 +528,17 @@ func (m *Manager) reread(f found, u *unreadRecord) {
 	delete(m.unread, home)
 }
 
-// endDamaged ends the machine of a damaged record, if id names the sandbox's folder,
-// and waits until the sandbox's fate is known.
+// endDamaged ends the machine of a sandbox with a damaged record, and waits until the
+// sandbox's fate is known. If the folder does not say which sandbox it is of, it is that
+// of its name.
 func (m *Manager) endDamaged(ctx context.Context, id uuid.UUID) (found bool, err error) {
 	m.mu.Lock()
 	u := m.unread[id]
+	for _, other := range m.unread {
+		if other.sandbox == id {
+			u = other
+		}
+	}
 	if u == nil || !u.damaged {
 		m.mu.Unlock()
 		return false, nil

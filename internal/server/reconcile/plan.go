@@ -119,9 +119,11 @@ type View struct {
 	Rows map[uuid.UUID]db.Sandbox
 	// Has is the host's list, asked for after the host's rows were read.
 	Has map[uuid.UUID]*hostagentv1.Sandbox
-	// Incomplete says that the host may have more than its list: then no sandbox
-	// ends because the host does not have it.
+	// Incomplete says that the host may have more than its list: the sandboxes in
+	// Unread, or any if that is empty. They do not end because the host does not list
+	// them.
 	Incomplete bool
+	Unread     map[uuid.UUID]bool
 	// Busy are the sandboxes that this server, or another living one, works on.
 	Busy map[uuid.UUID]bool
 	// Draining says that the host pauses what was idle for longer than DrainIdle.
@@ -135,6 +137,11 @@ func (v View) pair(sandbox uuid.UUID) pair {
 		p.row = sandboxes.State(row.State)
 	}
 	return p
+}
+
+// mayHave reports whether the host may have a sandbox that it does not list.
+func (v View) mayHave(sandbox uuid.UUID) bool {
+	return v.Incomplete && (len(v.Unread) == 0 || v.Unread[sandbox])
 }
 
 // Seen holds the differences that have not lasted long enough, or whose action
@@ -184,7 +191,7 @@ func Sandboxes(v View, seen Seen, now time.Time) Plan {
 		if is == (pair{sandboxes.Stopped, onHostPaused}) && sandboxes.Unasked(row) {
 			r = rule{Revive, lostAfter}
 		}
-		if v.Incomplete && has == nil && r.do != Stop {
+		if v.mayHave(sandbox) && has == nil && r.do != Stop {
 			continue
 		}
 		switch r.do {

@@ -231,8 +231,6 @@ func only(v View, u uuid.UUID) View {
 	return is
 }
 
-// TestPlanFollows is that a running sandbox ends when its host says, and that
-// only then anything is written.
 // TestPlanIncomplete: while a host cannot say all that it has, nothing ends because
 // it did not say it.
 func TestPlanIncomplete(t *testing.T) {
@@ -256,6 +254,23 @@ func TestPlanIncomplete(t *testing.T) {
 	}
 }
 
+// TestPlanUnread: a sandbox that a host cannot read is kept, and no other.
+func TestPlanUnread(t *testing.T) {
+	host, unread, lost := uuid.New(), uuid.New(), uuid.New()
+	v := View{Host: host, Incomplete: true, Unread: map[uuid.UUID]bool{unread: true}, Rows: map[uuid.UUID]db.Sandbox{}}
+	for _, u := range []uuid.UUID{unread, lost} {
+		v.Rows[u] = db.Sandbox{ID: u, HostID: &host, State: string(sandboxes.Running)}
+	}
+	now := time.Unix(1000, 0)
+	p := Sandboxes(v, nil, now)
+	p = Sandboxes(v, p.Seen, now.Add(lostAfter))
+	if len(p.Actions) != 1 || p.Actions[0].ID != lost || p.Actions[0].Kind != Lose {
+		t.Errorf("the actions are %+v", p.Actions)
+	}
+}
+
+// TestPlanFollows is that a running sandbox ends when its host says, and that
+// only then anything is written.
 func TestPlanFollows(t *testing.T) {
 	host, u := uuid.New(), uuid.New()
 	ends := time.Unix(2000, 0).UTC()

@@ -226,6 +226,9 @@ func (w *watch) viewSandboxes(ctx context.Context) (v View, err error) {
 	for _, row := range rows {
 		v.Rows[row.ID] = row
 	}
+	if v.Unread, err = unread(list.Msg.GetUnread()); err != nil {
+		w.log.Error("host does not say which sandboxes it cannot read", "error", err)
+	}
 	for _, sb := range list.Msg.Sandboxes {
 		u, err := id.Parse(id.Sandbox, sb.SandboxId)
 		if err != nil {
@@ -255,6 +258,19 @@ func (w *watch) viewSandboxes(ctx context.Context) (v View, err error) {
 		}
 	}
 	return v, nil
+}
+
+// unread returns the sandboxes that a list may lack. After an error it may lack any.
+func unread(wire []string) (map[uuid.UUID]bool, error) {
+	all := make(map[uuid.UUID]bool, len(wire))
+	for _, s := range wire {
+		u, err := id.Parse(id.Sandbox, s)
+		if err != nil {
+			return nil, err
+		}
+		all[u] = true
+	}
+	return all, nil
 }
 
 func set(ids []uuid.UUID) map[uuid.UUID]bool {

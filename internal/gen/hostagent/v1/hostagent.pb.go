@@ -1224,7 +1224,9 @@ type ListResponse struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	Sandboxes []*Sandbox             `protobuf:"bytes,1,rep,name=sandboxes,proto3" json:"sandboxes,omitempty"`
 	// The host may have more: it cannot read all of its records now.
-	Incomplete    bool `protobuf:"varint,2,opt,name=incomplete,proto3" json:"incomplete,omitempty"`
+	Incomplete bool `protobuf:"varint,2,opt,name=incomplete,proto3" json:"incomplete,omitempty"`
+	// The only sandboxes that it may have besides; none: it may have any.
+	Unread        []string `protobuf:"bytes,3,rep,name=unread,proto3" json:"unread,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1271,6 +1273,13 @@ func (x *ListResponse) GetIncomplete() bool {
 		return x.Incomplete
 	}
 	return false
+}
+
+func (x *ListResponse) GetUnread() []string {
+	if x != nil {
+		return x.Unread
+	}
+	return nil
 }
 
 type GetRequest struct {
@@ -4711,12 +4720,13 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"\x11\n" +
 	"\x0fDestroyResponse\"\r\n" +
-	"\vListRequest\"c\n" +
+	"\vListRequest\"{\n" +
 	"\fListResponse\x123\n" +
 	"\tsandboxes\x18\x01 \x03(\v2\x15.hostagent.v1.SandboxR\tsandboxes\x12\x1e\n" +
 	"\n" +
 	"incomplete\x18\x02 \x01(\bR\n" +
-	"incomplete\"+\n" +
+	"incomplete\x12\x16\n" +
+	"\x06unread\x18\x03 \x03(\tR\x06unread\"+\n" +
 	"\n" +
 	"GetRequest\x12\x1d\n" +
 	"\n" +
