@@ -17,6 +17,15 @@ import (
 
 func init() { caddy.RegisterModule(new(ports)) }
 
+// Times for the requests that do not reach Caddy's handlers: those that the Caddyfile
+// gives Caddy's own, as a test in deploy checks.
+const (
+	gracePeriod = 2 * time.Second
+	readHeader  = 10 * time.Second
+	idle        = 2 * time.Minute
+	writeIdle   = time.Hour
+)
+
 // ports is the listener wrapper "ports DOMAIN OWN SERVER SITES"; OWN is the sandboxes'
 // own domain. If Caddy serves only plain HTTP, ports forwards plain requests to
 // sandboxes' ports without Caddy's handlers, or passes their connections to a control
@@ -56,10 +65,9 @@ func (p *ports) Provision(c caddy.Context) error {
 	return p.proxy.Provision(c)
 }
 
-// Cleanup implements [caddy.CleanerUpper]. Caddy has closed the listeners. Requests get
-// as long to end as the Caddyfile's grace_period gives Caddy's own.
+// Cleanup implements [caddy.CleanerUpper]. Caddy has closed the listeners.
 func (p *ports) Cleanup() error {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), gracePeriod)
 	defer cancel()
 	for _, l := range p.listeners {
 		_ = l.Wait(ctx)
@@ -78,7 +86,7 @@ func (p *ports) WrapListener(l net.Listener) net.Listener {
 		}
 	}
 	wrapped := (&upstream.Server{
-		Handler: http.HandlerFunc(p.proxy.forward), Takes: p.takes, Pass: p.pass, HeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
+		Handler: http.HandlerFunc(p.proxy.forward), Takes: p.takes, Pass: p.pass, HeaderTimeout: readHeader, IdleTimeout: idle, WriteIdle: writeIdle,
 	}).Listen(l)
 	p.listeners = append(p.listeners, wrapped)
 	return wrapped

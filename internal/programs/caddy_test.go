@@ -3,6 +3,8 @@ package programs
 import (
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -56,5 +58,30 @@ func TestFindCaddy(t *testing.T) {
 	fakeCaddy(t, path, "v2.11.9", caddyModules...)
 	if got, err := FindCaddy(t.Context()); err != nil || got.File != path {
 		t.Errorf("got %s, %v", got.File, err)
+	}
+}
+
+// TestCaddyModules compares the modules that are asked for with those that the front
+// door's Caddy registers.
+func TestCaddyModules(t *testing.T) {
+	files, err := filepath.Glob("../../deploy/caddy/*.go")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no sources: %v", err)
+	}
+	var registered []string
+	calls := 0
+	for _, file := range files {
+		source, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		calls += strings.Count(string(source), "caddy.RegisterModule(")
+		for _, m := range regexp.MustCompile(`caddy\.ModuleInfo\{ID: "([^"]+)"`).FindAllStringSubmatch(string(source), -1) {
+			registered = append(registered, m[1])
+		}
+	}
+	slices.Sort(registered)
+	if calls != len(registered) || !slices.Equal(registered, caddyModules) {
+		t.Errorf("%d calls register %q, and %q are asked for", calls, registered, caddyModules)
 	}
 }

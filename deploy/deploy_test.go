@@ -1,0 +1,47 @@
+package deploy
+
+import (
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestTimes compares the times of the Caddyfile with those of the listener that answers
+// in place of Caddy.
+func TestTimes(t *testing.T) {
+	source, err := os.ReadFile("caddy/ports.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	units := map[string]time.Duration{"Second": time.Second, "Minute": time.Minute, "Hour": time.Hour}
+	for option, constant := range map[string]string{"grace_period": "gracePeriod", "read_header": "readHeader", "idle": "idle", "write_idle": "writeIdle"} {
+		set := regexp.MustCompile(`(?m)^\s*`+option+` (\S+)$`).FindAllSubmatch(Caddyfile, -1)
+		if len(set) != 1 {
+			t.Fatalf("the Caddyfile sets %s %d times", option, len(set))
+		}
+		want, err := time.ParseDuration(string(set[0][1]))
+		if err != nil {
+			t.Fatal(err)
+		}
+		has := regexp.MustCompile(`(?m)^\t` + constant + `\s+= (?:(\d+) \* )?time\.(\w+)$`).FindSubmatch(source)
+		if has == nil {
+			t.Fatalf("ports.go has no %s", constant)
+		}
+		got := units[string(has[2])]
+		if n := string(has[1]); n != "" {
+			factor, err := time.ParseDuration(n + "ns")
+			if err != nil {
+				t.Fatal(err)
+			}
+			got *= factor
+		}
+		if got != want {
+			t.Errorf("%s is %v in the Caddyfile and %v in ports.go", option, want, got)
+		}
+		if n := strings.Count(string(source), constant); n < 2 {
+			t.Errorf("ports.go does not use %s", constant)
+		}
+	}
+}
