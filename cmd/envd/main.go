@@ -43,7 +43,7 @@ func main() {
 	defer stop()
 	cfg := envd.Config{DefaultUser: *user, Cgroup: *group, Log: log}
 	if *whole {
-		cfg.Machine = machine.New()
+		cfg.Machine, cfg.Clock = machine.New(), boot.ClockCgroup
 	}
 	if err := run(ctx, cfg, *listen, *device); err != nil {
 		log.Error("envd", "error", err)

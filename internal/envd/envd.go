@@ -36,6 +36,9 @@ type Config struct {
 	// Cgroup is the cgroup2 directory to keep users' processes in, which is
 	// made; empty: none, and nothing can be frozen.
 	Cgroup string
+	// Clock is the cgroup2 directory of the program that keeps the clock, which is
+	// frozen with users' processes; empty: none.
+	Clock string
 	// Address is the guest's own address, at which services that listen on
 	// loopback alone are made reachable; invalid: they are not.
 	Address netip.Addr
@@ -68,6 +71,7 @@ type Server struct {
 	cfg        Config
 	log        *slog.Logger
 	tree       *cgroup.Tree     // nil: no cgroups
+	clock      *cgroup.Tree     // nil: nothing that is frozen keeps the clock
 	ports      *ports.Forwarder // nil: no service is made reachable
 	processes  *process.Service
 	filesystem *filesystem.Service
@@ -104,6 +108,14 @@ func New(cfg Config) (*Server, error) {
 			s.tree = tree
 		}
 	}
+	if cfg.Clock != "" && s.tree != nil {
+		clock, err := cgroup.Open(cfg.Clock)
+		if err != nil {
+			log.Warn("no cgroup for the clock", "error", err)
+		} else {
+			s.clock = clock
+		}
+	}
 	s.processes = process.New(process.Config{Tree: s.tree, Log: log, Defaults: func() process.Defaults {
 		st := s.current()
 		return process.Defaults{Envs: st.envs, Workdir: st.workdir}
@@ -131,10 +143,10 @@ func New(cfg Config) (*Server, error) {
 	mux.HandleFunc("POST /init", s.init)
 	mux.Handle("GET /metrics", s.guard(metrics.NewReader()))
 	mux.Handle("GET /envs", s.guard(http.HandlerFunc(s.envs)))
-	mux.Handle("POST /freeze", s.guard(s.toTree((*cgroup.Tree).Freeze)))
-	mux.Handle("POST /settle", s.guard(s.toTree(settle)))
+	mux.Handle("POST /freeze", s.guard(s.toTree(s.freeze)))
+	mux.Handle("POST /settle", s.guard(s.toTree(s.settle)))
 	mux.Handle("POST /ports", s.guard(http.HandlerFunc(s.look)))
-	mux.Handle("POST /thaw", s.guard(s.toTree((*cgroup.Tree).Thaw)))
+	mux.Handle("POST /thaw", s.guard(s.toTree(s.thaw)))
 	mux.Handle("/", s.guard(s.identify(user)))
 	s.handler = mux
 	return s, nil
@@ -221,13 +233,16 @@ func (s *Server) look(w http.ResponseWriter, r *http.Request) {
 // freezeLimit is how long users' processes may take to stand still.
 const freezeLimit = 5 * time.Second
 
-func (s *Server) toTree(do func(*cgroup.Tree, context.Context) error) http.Handler {
+// toTree serves what is done with users' processes, within freezeLimit.
+func (s *Server) toTree(do func(context.Context) error) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if s.tree == nil {
 			fault.Write(w, http.StatusNotImplemented, connect.CodeUnimplemented, "this guest has no cgroup2 to freeze processes with")
 			return
 		}
-		if err := s.onTree(r.Context(), do); err != nil {
+		ctx, cancel := context.WithTimeout(r.Context(), freezeLimit)
+		defer cancel()
+		if err := do(ctx); err != nil {
 			fault.WriteError(w, err)
 			return
 		}
@@ -235,18 +250,35 @@ func (s *Server) toTree(do func(*cgroup.Tree, context.Context) error) http.Handl
 	})
 }
 
+// freeze stops users' processes and the program that keeps the clock. Between a restore
+// and /init, that program would measure how far the clock is behind. It would correct
+// that too, after /init has.
+func (s *Server) freeze(ctx context.Context) error {
+	if err := s.tree.Freeze(ctx); err != nil || s.clock == nil {
+		return err
+	}
+	if err := s.clock.Freeze(ctx); err != nil {
+		s.log.Warn("the clock's program goes on", "error", err)
+	}
+	return nil
+}
+
+// thaw lets what freeze stopped go on. It waits for users' processes alone: the clock's
+// program has the lowest priority.
+func (s *Server) thaw(ctx context.Context) error {
+	err := s.tree.Thaw(ctx)
+	if s.clock != nil {
+		err = errors.Join(err, s.clock.Release())
+	}
+	return err
+}
+
 // settle ends users' processes, and returns once all that is written is on the
 // disk.
-func settle(t *cgroup.Tree, ctx context.Context) error {
-	if err := t.Empty(ctx); err != nil {
+func (s *Server) settle(ctx context.Context) error {
+	if err := s.tree.Empty(ctx); err != nil {
 		return err
 	}
 	unix.Sync()
 	return nil
-}
-
-func (s *Server) onTree(ctx context.Context, do func(*cgroup.Tree, context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, freezeLimit)
-	defer cancel()
-	return do(s.tree, ctx)
 }

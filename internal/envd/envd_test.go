@@ -13,12 +13,14 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -117,7 +119,11 @@ func raw(t *testing.T) *guest {
 		t.Skip("needs the user nobody: ", err)
 	}
 	g := &guest{t: t, cgroup: testCgroup(), nobody: nobody}
-	g.server, err = New(Config{DefaultUser: "nobody", Cgroup: g.cgroup, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
+	clock := g.cgroup
+	if clock != "" {
+		clock += "-clock"
+	}
+	g.server, err = New(Config{DefaultUser: "nobody", Cgroup: g.cgroup, Clock: clock, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -141,6 +147,11 @@ func raw(t *testing.T) *guest {
 		srv.Close()
 		if _, err := os.Stat(g.cgroup); g.cgroup != "" && err == nil {
 			t.Error("the daemon leaves its cgroup behind")
+		}
+		if g.server.clock != nil {
+			if err := g.server.clock.Close(ctx); err != nil { // It is the machine's.
+				t.Error(err)
+			}
 		}
 	})
 	g.addr = l.Addr().String()
@@ -372,29 +383,62 @@ func TestFreeze(t *testing.T) {
 	if g.cgroup == "" {
 		t.Skip("needs a cgroup2 mount")
 	}
-	file := filepath.Join(g.dir, "n")
-	p := g.start("", &pb.StartRequest{Process: sh("while :; do echo x >> " + file + "; sleep 0.02; done")})
-	defer p.Close()
-	size := func() int64 {
-		info, err := os.Stat(file)
-		if err != nil {
-			return 0
-		}
-		return info.Size()
-	}
-	await.Until(t, "output", func() bool { return size() > 0 })
+	users, clock := g.writes(), g.clockWrites()
+	await.Until(t, "output", func() bool { return users() > 0 && clock() > 0 })
 	if a := g.do("POST", "/freeze", testToken, nil, nil); a.code != 204 {
 		t.Fatalf("/freeze answers %d %s", a.code, a.body)
 	}
-	before := size()
+	users0, clock0 := users(), clock()
 	time.Sleep(200 * time.Millisecond)
-	if size() != before {
+	if users() != users0 || clock() != clock0 {
 		t.Error("a frozen process goes on")
 	}
 	if a := g.do("POST", "/thaw", testToken, nil, nil); a.code != 204 {
 		t.Fatalf("/thaw answers %d %s", a.code, a.body)
 	}
-	await.Until(t, "output after the thaw", func() bool { return size() > before })
+	await.Until(t, "output after the thaw", func() bool { return users() > users0 && clock() > clock0 })
+}
+
+const writeAlways = "while :; do echo x; sleep 0.02; done >> "
+
+// writes starts a user's process that writes all the time, and returns a function that
+// returns how much it has written.
+func (g *guest) writes() func() int64 {
+	g.t.Helper()
+	file := filepath.Join(g.dir, "written")
+	p := g.start("", &pb.StartRequest{Process: sh(writeAlways + file)})
+	g.t.Cleanup(p.Close)
+	return func() int64 { return sizeOf(file) }
+}
+
+// clockWrites is [guest.writes] for a process in the place of the one that keeps the clock.
+func (g *guest) clockWrites() func() int64 {
+	g.t.Helper()
+	group, err := g.server.clock.New()
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	defer group.Close()
+	file := filepath.Join(g.dir, "clock")
+	cmd := exec.Command("sh", "-c", writeAlways+file)
+	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: group.FD()}
+	if err := cmd.Start(); err != nil {
+		g.t.Fatal(err)
+	}
+	g.t.Cleanup(func() {
+		_ = g.server.clock.Kill()
+		_ = cmd.Wait()
+	})
+	return func() int64 { return sizeOf(file) }
+}
+
+// sizeOf returns the size of a file, 0 if there is none.
+func sizeOf(file string) int64 {
+	info, err := os.Stat(file)
+	if err != nil {
+		return 0
+	}
+	return info.Size()
 }
 
 func TestRun(t *testing.T) {

@@ -13,7 +13,6 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/wrenn-dev/wrenn/internal/envd/account"
-	"github.com/wrenn-dev/wrenn/internal/envd/cgroup"
 	"github.com/wrenn-dev/wrenn/internal/envd/fault"
 	"github.com/wrenn-dev/wrenn/internal/envd/machine"
 )
@@ -194,7 +193,9 @@ func (s *Server) become(ctx context.Context, req *initRequest) (initReply, error
 		}
 	}
 	if req.Thaw && s.tree != nil {
-		return reply, s.onTree(ctx, (*cgroup.Tree).Thaw)
+		ctx, cancel := context.WithTimeout(ctx, freezeLimit)
+		defer cancel()
+		return reply, s.thaw(ctx)
 	}
 	return reply, nil
 }

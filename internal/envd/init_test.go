@@ -6,7 +6,6 @@ import (
 	"errors"
 	"net/http"
 	"net/http/httptest"
-	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -147,32 +146,28 @@ func TestInitThawsLast(t *testing.T) {
 	}
 	n := &notes{}
 	g.server.cfg.Machine = n
-	file := filepath.Join(g.dir, "n")
-	p := g.start("", &pb.StartRequest{Process: sh("while :; do date +%s%N >> " + file + "; sleep 0.02; done")})
-	defer p.Close()
-	size := func() int64 {
-		info, err := os.Stat(file)
-		if err != nil {
-			return 0
-		}
-		return info.Size()
-	}
-	await.Until(t, "output", func() bool { return size() > 0 })
+	users, clock := g.writes(), g.clockWrites()
+	await.Until(t, "output", func() bool { return users() > 0 && clock() > 0 })
 	if a := g.do("POST", "/freeze", testToken, nil, nil); a.code != 204 {
 		t.Fatalf("/freeze answers %d %s", a.code, a.body)
 	}
-	frozen := size()
+	users0, clock0 := users(), clock()
 	n.look = func() {
 		time.Sleep(50 * time.Millisecond)
-		if size() != frozen {
+		if users() != users0 {
 			t.Error("a process goes on before the guest is its sandbox's own")
 		}
+		if clock() != clock0 {
+			t.Error("the clock's program goes on before the clock is set")
+		}
 	}
+	body := map[string]any{"entropy": make([]byte, 64), "timestamp": time.Now(), "hostname": "h"}
 	// Not asked for: they stay.
-	g.init(map[string]any{"entropy": make([]byte, 64), "hostname": "h"}, testToken, 204)
+	g.init(body, testToken, 204)
 	n.look()
-	g.init(map[string]any{"entropy": make([]byte, 64), "hostname": "h", "thaw": true}, testToken, 204)
-	await.Until(t, "output after the thaw", func() bool { return size() > frozen })
+	body["thaw"] = true
+	g.init(body, testToken, 204)
+	await.Until(t, "output after the thaw", func() bool { return users() > users0 && clock() > clock0 })
 	g.init(map[string]any{"thaw": true}, testToken, 204) // again
 }
 

@@ -286,13 +286,11 @@ const warmUpTimeout = 15 * time.Second
 
 // save saves a booted machine's devices and memory.
 func (b *box) save(ctx context.Context, into *image.Capture) error {
-	if into.Runs {
-		// It goes on once its guest is a sandbox's own.
-		g := guest.New(b.slot.Address(), into.Token)
-		defer g.Close()
-		if err := g.Freeze(ctx); err != nil {
-			b.log.Warn("the guest does not freeze its programs", "error", err)
-		}
+	// They go on once their guest is a sandbox's own, and has its time.
+	g := guest.New(b.slot.Address(), into.Token)
+	defer g.Close()
+	if err := g.Freeze(ctx); err != nil {
+		b.log.Warn("the guest does not freeze its programs", "error", err)
 	}
 	if err := b.vm.Hold(ctx); err != nil {
 		return err

@@ -11,6 +11,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 
+	"github.com/wrenn-dev/wrenn/internal/envd/cgroup"
 	"github.com/wrenn-dev/wrenn/internal/envd/machine"
 
 	"golang.org/x/sys/unix"
@@ -21,6 +22,9 @@ const (
 	daemon = "/usr/local/bin/envd"
 	reaper = "/usr/bin/tini"
 )
+
+// ClockCgroup is the cgroup2 directory below which chronyd runs.
+const ClockCgroup = "/sys/fs/cgroup/wrenn-clock"
 
 // path is that of every process that names none.
 const path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/games:/usr/games"
@@ -156,10 +160,26 @@ func startClock(ntp string) error {
 	}
 	cmd := exec.Command(chronyd, "-n", "-u", "root", "-f", file)
 	cmd.Env = []string{path}
+	group, err := clockGroup()
+	if err != nil {
+		say("the clock's program cannot be frozen: %v", err)
+	} else {
+		defer group.Close()
+		cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: group.FD()}
+	}
 	if err := cmd.Start(); err != nil { // becomes tini's to reap
 		return err
 	}
 	// A clock that was put right gives it much to do, just when a guest that was
 	// restored is waited for.
 	return unix.Setpriority(unix.PRIO_PROCESS, cmd.Process.Pid, 19)
+}
+
+// clockGroup makes the group for chronyd, which the guest daemon takes over.
+func clockGroup() (*cgroup.Group, error) {
+	tree, err := cgroup.Open(ClockCgroup)
+	if err != nil {
+		return nil, err
+	}
+	return tree.New()
 }

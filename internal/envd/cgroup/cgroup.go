@@ -185,18 +185,21 @@ func (t *Tree) Freeze(ctx context.Context) error {
 		return err
 	}
 	if err := t.await(ctx, "frozen 1"); err != nil {
-		return errors.Join(fmt.Errorf("freeze users' processes: %w", err), t.write("cgroup.freeze", "0"))
+		return errors.Join(fmt.Errorf("freeze %s: %w", filepath.Base(t.path), err), t.Release())
 	}
 	return nil
 }
 
+// Release is [Tree.Thaw], but does not wait until the processes go on.
+func (t *Tree) Release() error { return t.write("cgroup.freeze", "0") }
+
 // Thaw lets the tree's processes go on.
 func (t *Tree) Thaw(ctx context.Context) error {
-	if err := t.write("cgroup.freeze", "0"); err != nil {
+	if err := t.Release(); err != nil {
 		return err
 	}
 	if err := t.await(ctx, "frozen 0"); err != nil {
-		return fmt.Errorf("thaw users' processes: %w", err)
+		return fmt.Errorf("thaw %s: %w", filepath.Base(t.path), err)
 	}
 	return nil
 }
