@@ -6,6 +6,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 
 GOFUMPT     := mvdan.cc/gofumpt@v0.12.0
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOLANGCI    := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 # Node.js and Python packages: each folder has its lock file.
 LINTERS  := .ci/lint/node_modules/.package-lock.json
 PACKAGES := test/browser/node_modules/.package-lock.json test/clients/node_modules/.package-lock.json .cache/python/ready
@@ -25,7 +26,7 @@ GO_PACKAGES := ./...
 # Where .ci/go puts a toolchain when the machine has none that will do.
 export PATH := $(CURDIR)/.cache/go/bin:$(PATH)
 
-.PHONY: go build run deps npm python test-deps lint test test-kvm bench generate
+.PHONY: go build run deps npm python test-deps check lint test test-kvm bench generate
 
 go:
 	@.ci/go .cache/go
@@ -68,7 +69,8 @@ python:
 test-deps: deps $(PACKAGES)
 	@.ci/packages $(TEST_PACKAGES)
 
-lint: go $(LINTERS)
+# What tests run first. The linters of .golangci.yml take longer.
+check: go $(LINTERS)
 	@out=$$(go run $(GOFUMPT) -l $$(git ls-files '*.go' | grep -v '^internal/gen/')); \
 		if [ -n "$$out" ]; then echo "not gofumpt'd:"; echo "$$out"; exit 1; fi
 	go vet $(GO_PACKAGES)
@@ -76,9 +78,13 @@ lint: go $(LINTERS)
 	.ci/lint/node_modules/.bin/spectral lint --fail-severity=warn --ruleset api/spectral.yaml api/openapi.yaml
 	REDOCLY_TELEMETRY=off REDOCLY_SUPPRESS_UPDATE_NOTICE=true .ci/lint/node_modules/.bin/redocly lint --config api/redocly.yaml api/openapi.yaml
 
+lint: check
+	GOBIN=$(CURDIR)/.cache/linters go install $(GOLANGCI)
+	.cache/linters/golangci-lint run $(GO_PACKAGES)
+
 # WRENN_SLOW=1 runs what takes longer than all the rest together, too.
 test: export WRENN_SLOW ?=
-test: test-deps lint build
+test: test-deps check build
 	go test -race -count=1 -timeout $(if $(WRENN_SLOW),5h,45m) $(GO_PACKAGES)
 
 # Runs the tests of virtual machines with KVM: this machine's, or a lab's (test/lab).

@@ -106,6 +106,7 @@ func (b *body) Read(p []byte) (int, error) {
 		b.set(now.Add(left), left/resolution)
 	case idle:
 		b.set(now.Add(b.limits.Idle), b.limits.Idle/resolution)
+	case whole, trusted: // What is read does not move their deadline.
 	}
 	b.mu.Unlock()
 	begun := time.Now()

@@ -93,6 +93,7 @@ func (v *View) at(off, n int64) (f *os.File, pos, run int64, err error) {
 			return nil, 0, run, nil
 		case Data:
 			return l.file, pos, run, nil
+		case Nothing: // The layers below have it, or the base.
 		}
 		n = run
 	}

@@ -180,6 +180,7 @@ func unfit(cmd string, err error) error {
 			code = connect.CodePermissionDenied
 		}
 		return refusal(code, hostwire.CommandNotExecutable, cmd, strings.ToUpper(why[:1])+why[1:])
+	default: // Not about the command itself.
 	}
 	return fmt.Errorf("start %s: %w", cmd, err)
 }

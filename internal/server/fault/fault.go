@@ -78,6 +78,7 @@ func (c Code) Status() int {
 		return http.StatusNotImplemented
 	case NoSpace:
 		return http.StatusInsufficientStorage
+	case Internal:
 	}
 	return http.StatusInternalServerError
 }

@@ -494,7 +494,7 @@ func Fault(err error) error {
 	case hostwire.CommandNotExecutable:
 		return fault.Because(err, fault.NotExecutable, "%s", message)
 	}
-	code := fault.Internal
+	var code fault.Code
 	switch ce.Code() {
 	case connect.CodeInvalidArgument:
 		code = fault.InvalidArgument

@@ -472,6 +472,7 @@ func (k *waker) RoundTrip(req *http.Request) (*http.Response, error) {
 		switch sandboxes.State(resp.Header.Get(errorHeader)) {
 		case sandboxes.Pausing, sandboxes.Paused, sandboxes.Resuming:
 			refused = resp.StatusCode == http.StatusServiceUnavailable
+		default: // It answers, or cannot be resumed.
 		}
 		if !refused {
 			k.forwarded.Inc()

@@ -215,6 +215,7 @@ func (w *watch) apply(ctx context.Context, e *hostagentv1.Event) error {
 		w.log.Debug("host paused sandbox", "sandbox_id", e.SandboxId, "reason", why)
 		w.compareSoon()
 		return nil
+	case hostagentv1.Event_KIND_UNSPECIFIED:
 	}
 	w.log.Warn("host sent an event of an unknown kind", "kind", e.Kind)
 	return nil

@@ -205,6 +205,7 @@ func Sandboxes(v View, seen Seen, now time.Time) Plan {
 				continue
 			}
 			r.do = Drain
+		default:
 		}
 		if r.grace > 0 {
 			s, ok := seen[sandbox]

@@ -318,6 +318,7 @@ func (w *watch) do(ctx context.Context, a Action) error {
 		return w.Templates.GiveUp(ctx, a.Template)
 	case Remove:
 		return w.Templates.RemoveAgain(ctx, a.Template)
+	case Leave, Follow: // Sandboxes makes no action of these rules.
 	}
 	return fmt.Errorf("no such action: %q", a.Kind)
 }

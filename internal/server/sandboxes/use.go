@@ -103,6 +103,7 @@ func notRunning(row db.Sandbox) error {
 		return fault.New(fault.SandboxPaused, "the sandbox is %s: resume it first", row.State)
 	case Pending, Starting, Resuming, Stopping:
 		return fault.New(fault.Conflict, "the sandbox is %s", row.State)
+	case Running, Stopped, settling:
 	}
 	if row.EndReason != nil {
 		return fault.New(fault.Conflict, "the sandbox is stopped (%s)", *row.EndReason)
