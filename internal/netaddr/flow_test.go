@@ -106,7 +106,7 @@ func TestUnreadResponse(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer resp.Body.Close()
-	if n := await.Recv(t, "the writes end", wrote); n > 2*window {
+	if n := await.Recv(t, "the writes end", wrote); n > 2*Window {
 		t.Errorf("the client took %d bytes before it read any", n)
 	}
 }

@@ -160,7 +160,7 @@ func transport(addr string, p *http.Protocols) *http.Transport {
 		Protocols:           p,
 		MaxIdleConnsPerHost: 512, // as many clients at once keep their connections
 		IdleConnTimeout:     90 * time.Second,
-		HTTP2:               &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second, MaxReceiveBufferPerStream: window},
+		HTTP2:               &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second, MaxReceiveBufferPerStream: Window},
 	}
 }
 
@@ -174,9 +174,9 @@ func HTTPClient(addr string) (client *http.Client, baseURL string) {
 	return &http.Client{Transport: Transport(addr, true)}, "http://" + address
 }
 
-// window is how much of a body over HTTP/2 waits in memory until it is read, in bytes.
+// Window is how much of a body over HTTP/2 waits in memory until it is read, in bytes.
 // It is the least that a server can set: clients assume it until they hear of another.
-const window = 64 << 10
+const Window = 64 << 10
 
 // Server returns a server for handler that speaks HTTP/1.1 and HTTP/2, in
 // clear or over TLS. Headers have a time limit, and bodies that of [patience],
@@ -192,7 +192,7 @@ func Server(handler http.Handler) *http.Server {
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    64 << 10,
-		HTTP2:             &http.HTTP2Config{MaxReceiveBufferPerStream: window},
+		HTTP2:             &http.HTTP2Config{MaxReceiveBufferPerStream: Window},
 	}
 }
 
@@ -204,5 +204,5 @@ func Separate(s *http.Server) {
 	const streams = 100
 	// A window for each. It is more than http.HTTP2Config promises to take, and less
 	// than Go takes: TestUnreadBodies shows it.
-	s.HTTP2.MaxConcurrentStreams, s.HTTP2.MaxReceiveBufferPerConnection = streams, streams*window
+	s.HTTP2.MaxConcurrentStreams, s.HTTP2.MaxReceiveBufferPerConnection = streams, streams*Window
 }

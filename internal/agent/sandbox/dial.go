@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/wrenn-dev/wrenn/internal/backoff"
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
@@ -76,6 +77,7 @@ func newPorts(life context.Context, d *net.Dialer, host string, knock func(conte
 			DialContext:        func(ctx context.Context, _, addr string) (net.Conn, error) { return dial(ctx, addr) },
 			Protocols:          &protocols,
 			DisableCompression: true, IdleConnTimeout: idleTimeout, MaxIdleConnsPerHost: 256, MaxResponseHeaderBytes: maxHeader,
+			HTTP2: &http.HTTP2Config{MaxReceiveBufferPerStream: netaddr.Window},
 		},
 	}
 }

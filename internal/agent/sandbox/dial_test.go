@@ -223,3 +223,41 @@ func TestOnlyHTTP2(t *testing.T) {
 		t.Error(resp.Proto)
 	}
 }
+
+// TestUnreadPort reads nothing of what a guest sends over HTTP/2: little of it waits in
+// the agent's memory.
+func TestUnreadPort(t *testing.T) {
+	l, err := net.Listen("tcp", closedPort(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	wrote := make(chan int, 1)
+	server := netaddr.Server(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		control, n := http.NewResponseController(w), 0
+		for err := error(nil); err == nil; n += 1 << 10 {
+			_ = control.SetWriteDeadline(time.Now().Add(500 * time.Millisecond))
+			if _, err = w.Write(make([]byte, 1<<10)); err == nil {
+				err = control.Flush()
+			}
+		}
+		wrote <- n
+	}))
+	go server.Serve(l)
+	defer server.Close()
+	host, _, _ := net.SplitHostPort(l.Addr().String())
+	p := newPorts(t.Context(), new(net.Dialer), host, func(context.Context) {})
+	defer p.close()
+	req, err := http.NewRequestWithContext(await.Context(t), http.MethodGet, "http://"+l.Addr().String()+"/", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Content-Type", "application/grpc")
+	resp, err := p.RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if n := await.Recv(t, "the writes end", wrote); n > 2*netaddr.Window {
+		t.Errorf("the agent took %d bytes before anybody read any", n)
+	}
+}
