@@ -8,15 +8,23 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
+
 	"github.com/wrenn-dev/wrenn/client"
 	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
+	"github.com/wrenn-dev/wrenn/internal/agent/cgroup"
+	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
 // processes are those whose command line or environment's directory is the
@@ -33,22 +41,28 @@ func processes(dir string) map[int]string {
 		environ, _ := os.ReadFile(filepath.Join("/proc", e.Name(), "environ"))
 		line := string(bytes.ReplaceAll(cmdline, []byte{0}, []byte{' '}))
 		cwd, _ := os.Readlink(filepath.Join("/proc", e.Name(), "cwd"))
-		if strings.Contains(line, dir) || bytes.Contains(environ, []byte(dir)) || strings.HasPrefix(cwd, dir) || vmOf(line, dir) {
+		if strings.Contains(line, dir) || bytes.Contains(environ, []byte(dir)) || strings.HasPrefix(cwd, dir) || vmOf(e.Name(), line, dir) {
 			found[pid] = line
 		}
 	}
 	return found
 }
 
-// vmOf tells whether a command line is that of a virtual machine of the
-// installation: it names the sandbox, whose folder is there.
-func vmOf(line, dir string) bool {
+// vmOf tells whether a process is a virtual machine of the installation: its name is
+// that of a folder there, or it has a file open there, even one that was removed.
+func vmOf(pid, line, dir string) bool {
 	_, rest, ok := strings.Cut(line, "-name wrenn-")
 	if !ok || len(rest) < 36 {
 		return false
 	}
-	_, err := os.Stat(filepath.Join(dir, "sandboxes", rest[:36]))
-	return err == nil
+	if _, err := os.Stat(filepath.Join(dir, "sandboxes", rest[:36])); err == nil {
+		return true
+	}
+	files, _ := filepath.Glob(filepath.Join("/proc", pid, "fd", "*"))
+	return slices.ContainsFunc(files, func(f string) bool {
+		to, err := os.Readlink(f)
+		return err == nil && strings.HasPrefix(to, dir+"/")
+	})
 }
 
 // roles are the installation's processes by what they are.
@@ -110,44 +124,228 @@ func (i *installation) same(t *testing.T, before map[string]int) {
 	})
 }
 
-// machine is what an installation may leave on the machine as a whole.
-func machine(t testing.TB) map[string]string {
-	t.Helper()
-	state := map[string]string{}
-	run := func(name string, args ...string) string {
-		out, err := exec.Command(name, args...).CombinedOutput()
-		if err != nil {
-			t.Fatalf("%s: %v: %s", name, err, out)
+// trace knows what an installation has made on the machine, so that a test can look for
+// it later, whatever other installations do at the same time.
+type trace struct {
+	dir layout.Dir
+
+	mu     sync.Mutex
+	groups map[string]bool // names of control groups
+	blocks map[int]bool    // of network slots
+}
+
+// follow notes what the installation in dir makes until the test ends. A machine has
+// its folder, and an agent its block, for far longer than follow takes to look again.
+func follow(t *testing.T, dir string) *trace {
+	tr := &trace{dir: layout.Dir(dir), groups: map[string]bool{}, blocks: map[int]bool{}}
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		tick := time.NewTicker(10 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			tr.note()
+			select {
+			case <-tick.C:
+			case <-stop:
+				return
+			}
 		}
-		return string(out)
+	}()
+	t.Cleanup(func() { close(stop); <-stopped })
+	return tr
+}
+
+func (tr *trace) note() {
+	entries, _ := os.ReadDir(tr.dir.Sandboxes())
+	text, _ := os.ReadFile(tr.dir.NetworkBlock())
+	n, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
+	for _, e := range entries {
+		tr.groups[e.Name()] = true
 	}
-	slots, _ := filepath.Glob("/run/wrenn/netns/wrenn-ns-*")
-	state["namespaces"] = run("ip", "netns", "list") + strings.Join(slots, " ")
-	var links []string
-	for line := range strings.Lines(run("ip", "-brief", "link")) {
-		links = append(links, strings.Fields(line)[0])
+	if err == nil {
+		tr.blocks[n] = true
 	}
-	slices.Sort(links)
-	state["links"] = strings.Join(links, " ")
-	state["nft tables"] = run("nft", "list", "tables")
-	state["routes"] = run("ip", "route")
-	mounts, err := os.ReadFile("/proc/self/mounts")
+}
+
+// left lists what is left of the installation, which has stopped.
+func (tr *trace) left(t *testing.T) []string {
+	t.Helper()
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
+	if len(tr.groups) == 0 || len(tr.blocks) == 0 {
+		t.Errorf("the installation had %d machines and %d blocks of network slots", len(tr.groups), len(tr.blocks))
+	}
+	var all []string
+	for pid, line := range processes(string(tr.dir)) {
+		all = append(all, fmt.Sprintf("process %d: %s", pid, line))
+	}
+	for name := range tr.groups {
+		for _, pattern := range []string{"/sys/fs/cgroup/*/wrenn/", "/sys/fs/cgroup/wrenn/"} {
+			groups, _ := filepath.Glob(pattern + name)
+			all = append(all, groups...)
+		}
+	}
+	for _, text := range []string{printed(t, "cat", "/proc/thread-self/mounts"), printed(t, "losetup", "-a")} {
+		for line := range strings.Lines(text) {
+			if strings.Contains(line, string(tr.dir)) {
+				all = append(all, strings.TrimSpace(line))
+			}
+		}
+	}
+	for n := range tr.blocks {
+		all = append(all, leftOfBlock(t, tr.dir, n)...)
+	}
+	return all
+}
+
+// leftOfBlock lists what is left of a block of network slots, unless another
+// installation has taken the block, which then removed or took what was there.
+func leftOfBlock(t *testing.T, dir layout.Dir, n int) (left []string) {
+	t.Helper()
+	file := filepath.Join(layout.NetworkBlocks(), strconv.Itoa(n))
+	defer func() {
+		owner, err := os.ReadFile(file)
+		switch {
+		case err != nil: // Nobody has it.
+		case strings.TrimSpace(string(owner)) == string(dir):
+			left = append(left, file)
+		default:
+			t.Logf("block %d now belongs to %s", n, owner)
+			left = nil
+		}
+	}()
+	const blockSlots = 512
+	ours := regexp.MustCompile(`\bwrenn-(?:ns|veth)-(\d+)\b`)
+	names, _ := filepath.Glob(filepath.Join(layout.Namespaces(), "*"))
+	for _, text := range []string{
+		strings.Join(names, "\n"), printed(t, "cat", "/proc/thread-self/mounts"),
+		printed(t, "ip", "-brief", "link"), printed(t, "ip", "route"),
+	} {
+		for line := range strings.Lines(text) {
+			found := ours.FindStringSubmatch(line)
+			if found == nil {
+				continue
+			}
+			if slot, err := strconv.Atoi(found[1]); err == nil && slot/blockSlots == n {
+				left = append(left, strings.TrimSpace(line))
+			}
+		}
+	}
+	table := "wrenn"
+	if n > 0 {
+		table = fmt.Sprintf("wrenn-%d", n)
+	}
+	for line := range strings.Lines(printed(t, "nft", "list", "tables")) {
+		if f := strings.Fields(line); len(f) == 3 && f[2] == table {
+			left = append(left, strings.TrimSpace(line))
+		}
+	}
+	return left
+}
+
+// printed returns what a command prints.
+func printed(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s: %v: %s", name, err, out)
+	}
+	return string(out)
+}
+
+// TestTrace finds each kind of thing that an installation may leave, and nothing of
+// another installation. It has a network and mounts of its own.
+func TestTrace(t *testing.T) {
+	if why := unable(); why != "" {
+		t.Skip(why)
+	}
+	runtime.LockOSThread() // for good: the thread ends with the test
+	if err := unix.Unshare(unix.CLONE_NEWNET | unix.CLONE_NEWNS); err != nil {
+		t.Fatal(err)
+	}
+	dir := layout.Dir(t.TempDir())
+	mount := func(target, fstype string, flags uintptr) {
+		t.Helper()
+		if err := unix.Mount("trace", target, fstype, flags, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mount("/", "", unix.MS_REC|unix.MS_PRIVATE)
+	mount("/run", "tmpfs", 0)
+	write := func(path, text string) {
+		t.Helper()
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const block, slot, other = 18, 18*512 + 7, 17*512 + 7
+	machine := uuid.New()
+	write(dir.NetworkBlock(), strconv.Itoa(block)+"\n")
+	write(dir.SandboxRecord(machine), "{}")
+	tr := &trace{dir: dir, groups: map[string]bool{}, blocks: map[int]bool{}}
+	tr.note()
+	things := map[string]func(slot int){
+		"namespace": func(slot int) { write(layout.Namespace(slot), "") },
+		"link": func(slot int) {
+			printed(t, "ip", "tuntap", "add", "dev", fmt.Sprintf("wrenn-veth-%d", slot), "mode", "tap")
+		},
+		"table": func(slot int) { printed(t, "nft", "add", "table", "inet", fmt.Sprintf("wrenn-%d", slot/512)) },
+	}
+	for _, make := range things {
+		make(other)
+	}
+	if left := tr.left(t); len(left) > 0 {
+		t.Errorf("of another installation: %v", left)
+	}
+	found := 0
+	finds := func(what string) {
+		t.Helper()
+		left := tr.left(t)
+		if len(left) <= found {
+			t.Errorf("with a %s, no more is left than without: %v", what, left)
+		}
+		found = len(left)
+	}
+	for what, make := range things {
+		make(slot)
+		finds(what)
+	}
+	mount(dir.Sandboxes(), "tmpfs", 0)
+	defer func() { _ = unix.Unmount(dir.Sandboxes(), unix.MNT_DETACH) }()
+	finds("mount")
+	cmd := exec.Command("sleep", "600")
+	cmd.Dir = string(dir)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	}()
+	finds("process")
+	group, err := cgroup.Create(machine.String(), cgroup.Limits{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	state["mounts"] = string(mounts)
-	state["loop devices"] = run("losetup", "-a")
-	// Not the group that they all lie in: the last installation that closes
-	// while none is left in it removes it, whoever made it.
-	var groups []string
-	for _, parent := range []string{"/sys/fs/cgroup/*/wrenn", "/sys/fs/cgroup/wrenn"} {
-		below, _ := filepath.Glob(parent + "/*/")
-		groups = append(groups, below...)
+	defer func() {
+		if err := group.Destroy(context.Background()); err != nil {
+			t.Error(err)
+		}
+	}()
+	finds("control group")
+	owner := filepath.Join(layout.NetworkBlocks(), strconv.Itoa(block))
+	write(owner, string(dir)+"\n")
+	finds("block")
+	write(owner, "/elsewhere\n")
+	if now := tr.left(t); len(now) != found-len(things)-1 {
+		t.Errorf("with a block that is now another installation's: %v", now)
 	}
-	state["control groups"] = strings.Join(groups, " ")
-	forward, _ := os.ReadFile("/proc/sys/net/ipv4/ip_forward")
-	state["forwarding"] = string(forward)
-	return state
 }
 
 // TestDiscard ends processes that know an installation in each way.
@@ -191,7 +389,7 @@ func TestOnceLeavesNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	before := machine(t)
+	tr := follow(t, dir)
 	// Beside the one that runs: two installations share a machine.
 	cmd := exec.Command(i.wrenn, "up", "--dir", dir, "--listen", listen, "--once")
 	cmd.Env = append(os.Environ(), "WRENN_WARM=2") // machines that wait go too
@@ -199,13 +397,8 @@ func TestOnceLeavesNothing(t *testing.T) {
 	if err != nil || !strings.Contains(string(out), "42") {
 		t.Fatalf("%v: %s", err, out)
 	}
-	for what, was := range before {
-		if now := machine(t)[what]; now != was {
-			t.Errorf("%s were\n%s\nand are\n%s", what, was, now)
-		}
-	}
-	if left := processes(dir); len(left) > 0 {
-		t.Errorf("processes are left: %v", left)
+	if left := tr.left(t); len(left) > 0 {
+		t.Errorf("left behind:\n%s", strings.Join(left, "\n"))
 	}
 	began := time.Now()
 	if out, err := exec.Command(i.wrenn, "up", "--dir", dir, "--listen", listen, "--once").CombinedOutput(); err != nil {
@@ -360,7 +553,7 @@ func TestKillUp(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	before := machine(t)
+	tr := follow(t, dir)
 	i, err := start(dir, listen)
 	if err != nil {
 		t.Fatal(err)
@@ -410,12 +603,7 @@ func TestKillUp(t *testing.T) {
 	if err := last.stop(); err != nil {
 		t.Error(err)
 	}
-	for what, was := range before {
-		if now := machine(t)[what]; now != was {
-			t.Errorf("%s were\n%s\nand are\n%s", what, was, now)
-		}
-	}
-	if left := processes(dir); len(left) > 0 {
-		t.Errorf("processes are left: %v", left)
+	if left := tr.left(t); len(left) > 0 {
+		t.Errorf("left behind:\n%s", strings.Join(left, "\n"))
 	}
 }
