@@ -239,10 +239,8 @@ func nameForEarlier(i int) error {
 // removeStale removes what there is of slots that are not in use.
 func (p *Pool) removeStale(ctx context.Context) error {
 	found := map[int]bool{}
-	add := func(name, prefix string) {
-		rest, ok := strings.CutPrefix(name, prefix)
-		i, err := strconv.Atoi(rest)
-		if _, kept := p.used[i]; ok && err == nil && i/blockSlots == p.block.number && !kept {
+	add := func(i int) {
+		if _, kept := p.used[i]; i/blockSlots == p.block.number && !kept {
 			found[i] = true
 		}
 	}
@@ -251,7 +249,9 @@ func (p *Pool) removeStale(ctx context.Context) error {
 		return fmt.Errorf("network slots that an earlier agent left cannot be looked for: %w", err)
 	}
 	for _, name := range links {
-		add(name, linkPrefix)
+		if i, ok := linkSlot(name); ok {
+			add(i)
+		}
 	}
 	for _, dir := range []string{layout.Namespaces(), layout.OldNamespaces} {
 		names, err := os.ReadDir(dir)
@@ -259,7 +259,10 @@ func (p *Pool) removeStale(ctx context.Context) error {
 			return fmt.Errorf("list namespaces: %w", err)
 		}
 		for _, n := range names {
-			add(n.Name(), strings.TrimSuffix(filepath.Base(layout.Namespace(0)), "0"))
+			rest, ok := strings.CutPrefix(n.Name(), strings.TrimSuffix(filepath.Base(layout.Namespace(0)), "0"))
+			if i, err := strconv.Atoi(rest); ok && err == nil {
+				add(i)
+			}
 		}
 	}
 	if p.config.Unknown {

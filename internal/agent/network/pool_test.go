@@ -1045,9 +1045,35 @@ func TestAddressPlan(t *testing.T) {
 		if !block.Contains(hostAddr(i)) || !block.Contains(outsideAddr(i)) || hostAddr(i).As4()[3]%2 != 0 {
 			t.Errorf("slot %d: %s and %s are not both in %s", i, hostAddr(i), outsideAddr(i), block)
 		}
-		if len(linkName(i)) >= unix.IFNAMSIZ+1 {
-			t.Errorf("%s is too long", linkName(i))
+	}
+	for i := range last + 1 {
+		name := linkName(i)
+		if len(name) >= unix.IFNAMSIZ { // a NUL ends it
+			t.Fatalf("%s is too long", name)
 		}
+		if back, ok := linkSlot(name); back != i || !ok {
+			t.Fatalf("slot %d's link %s is taken for that of slot %d", i, name, back)
+		}
+	}
+	for _, name := range []string{"wrenn-veth-", "wrenn-veth-01", "wrenn-veth--1", "wrenn-veth-aa", "wrenn-veth-10000", "wrenn-veth-1x", "eth0"} {
+		if i, ok := linkSlot(name); ok {
+			t.Errorf("%s is taken for the link of slot %d", name, i)
+		}
+	}
+}
+
+// TestLastSlot: the slot with the longest number works as the others do.
+func TestLastSlot(t *testing.T) {
+	needRoot(t)
+	p := openPool(t, layout.Dir(t.TempDir()), 0)
+	last := blocks*blockSlots - 1
+	must(t, p.create(last))
+	if _, err := netlink.LinkByName(linkName(last)); err != nil {
+		t.Error(err)
+	}
+	must(t, destroy(p.host, last))
+	if _, err := netlink.LinkByName(linkName(last)); err == nil {
+		t.Error("its link is left")
 	}
 }
 

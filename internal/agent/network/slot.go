@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -39,7 +40,28 @@ var (
 	gatewayMAC   = net.HardwareAddr{0x02, 0x57, 0x52, 0x4e, 0x00, 0x02}
 )
 
-func linkName(i int) string { return linkPrefix + strconv.Itoa(i) }
+// linkName returns the name of the host's end of slot i's veth. The kernel allows 15
+// characters: the last four are the decimal number below 10000, and from there on an
+// "a" and the number in base 36.
+func linkName(i int) string {
+	if i < 10000 {
+		return linkPrefix + strconv.Itoa(i)
+	}
+	return linkPrefix + "a" + strconv.FormatInt(int64(i), 36)
+}
+
+// linkSlot returns the slot whose link has a name.
+func linkSlot(name string) (i int, ok bool) {
+	rest, ok := strings.CutPrefix(name, linkPrefix)
+	if !ok {
+		return 0, false
+	}
+	n, err := strconv.ParseInt(rest, 10, 32)
+	if far, ok := strings.CutPrefix(rest, "a"); ok {
+		n, err = strconv.ParseInt(far, 36, 32)
+	}
+	return int(n), err == nil && n >= 0 && linkName(int(n)) == name
+}
 
 // oldNamespace is the name of a slot's namespace in earlier versions.
 func oldNamespace(i int) string {
