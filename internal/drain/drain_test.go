@@ -176,8 +176,7 @@ func TestTakesOver(t *testing.T) {
 	stop := serve()
 	for range 50 {
 		await.Recv(t, "an answer", answers)
-		before := stop
-		before()
+		stop()
 		stop = serve()
 	}
 	close(over)
