@@ -1,5 +1,5 @@
-// Package settings reads the settings of a program. The fields of its configuration
-// declare them, with the struct tags env, envDefault and help.
+// Package settings reads a program's settings from its environment and from a settings
+// file. Struct tags of its configuration declare them: env, envDefault and help.
 package settings
 
 import (
@@ -19,7 +19,7 @@ import (
 	"go.yaml.in/yaml/v4"
 )
 
-// Setting is a setting of a program.
+// Setting describes one setting of a program, for the settings file, help and documentation.
 type Setting struct {
 	// Name is the environment variable.
 	Name string
@@ -185,8 +185,8 @@ func (v Values) Parse(config any) error {
 	return nil
 }
 
-// Unknown returns a warning for each variable in environ whose name begins as
-// Wrenn's do and is none of programs' settings.
+// Unknown returns a warning for each variable in environ whose name begins with
+// WRENN_ and is not a setting of any of programs.
 func Unknown(environ []string, programs ...Program) []string {
 	names := map[string]string{}
 	for _, p := range programs {
@@ -205,9 +205,9 @@ func Unknown(environ []string, programs ...Program) []string {
 	return warnings
 }
 
-// unknown returns a warning about a word, shown as shown, with the one in known
-// that it may have been meant to be.
-func unknown[T any](shown, word string, known map[string]T) string {
+// unknown returns a warning that word, which the warning calls shown, is not a setting.
+// It suggests the closest key of known.
+func unknown(shown, word string, known map[string]string) string {
 	closest, least := "", max(2, len(word)/4)+1
 	for k := range known {
 		if d := levenshtein.Distance(word, k, nil); d < least || d == least && closest != "" && k < closest {
