@@ -69,7 +69,7 @@ python:
 test-deps: deps $(PACKAGES)
 	@.ci/packages $(TEST_PACKAGES)
 
-# What tests run first. The linters of .golangci.yml take longer.
+# Runs before the tests. lint adds the linters of .golangci.yml, which take longer.
 check: go $(LINTERS)
 	@out=$$(go run $(GOFUMPT) -l $$(git ls-files '*.go' | grep -v '^internal/gen/')); \
 		if [ -n "$$out" ]; then echo "not gofumpt'd:"; echo "$$out"; exit 1; fi

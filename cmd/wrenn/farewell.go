@@ -9,20 +9,20 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// keptFor is how long after an answer a client may still send a request over the same
-// connection that it must not send twice, with half a second for its way.
+// keptFor is how long after an answer a request that must not arrive twice can still come
+// over the same connection: until HopOnceIdle is over, plus half a second on its way.
 const keptFor = upstream.HopOnceIdle + 500*time.Millisecond
 
-// farewell lets a server or an agent stop without closing a connection over which a request is
-// on its way. Once asked is done, answers to new requests say that their connection
-// ends, and it stops keptFor after the last answer that did not say so.
+// farewell lets a server or an agent stop without closing a connection over which a
+// request is on its way. Once asked is done, answers to new requests say that their
+// connection ends, and the program stops keptFor after the last answer that did not.
 type farewell struct {
 	asked context.Context
 	sleep func(time.Duration)
 	last  atomic.Int64 // end of the last answer that kept its connection, in Unix ns
 }
 
-// context returns a context that is done when the server may stop.
+// context returns a context that is done when the program may stop.
 func (f *farewell) context() (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(f.asked))
 	stop := context.AfterFunc(f.asked, func() {

@@ -16,8 +16,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/settings/all"
 )
 
-// openLog returns the log of a program, which follows the settings file: each SIGHUP
-// reads it again, until stop is called.
+// openLog returns the log of a program. Until stop is called, each SIGHUP makes the log
+// follow the settings file again.
 func openLog(p settings.Program, s logging.Settings, warnings []string) (log *logging.Log, stop func()) {
 	log = logging.New(os.Stderr, s)
 	for _, w := range warnings {
@@ -59,7 +59,8 @@ func reload(p settings.Program, log *logging.Log) {
 	log.Info("read the log's settings again", "log_level", s.Level, "log_format", s.Format)
 }
 
-// withProfiles runs run with pprof beside it, on a socket that only its owner opens.
+// withProfiles runs run. If o.DebugListen is set, it serves pprof there meanwhile, on a
+// Unix socket that only this program's user and root can open.
 func withProfiles(ctx context.Context, o all.Operation, run func(context.Context) error) error {
 	if o.DebugListen == "" {
 		return run(ctx)

@@ -97,14 +97,15 @@ func serve(ctx context.Context, listen string, bound func(net.Listener) net.List
 	}
 	if bound == nil {
 		srv := netaddr.Server(handler)
-		netaddr.Separate(srv) // All of a server's tenants share its connection.
+		netaddr.Separate(srv) // A server sends all its tenants' requests over few connections.
 		return serveOn(ctx, l, identity, srv, toPort, run)
 	}
 	srv := netaddr.Server(patience.Answers(handler, patience.Default))
 	return serveOn(ctx, bound(l), identity, srv, toPort, run)
 }
 
-// serveOn does the work of serve with srv on a listener, which it closes at the end.
+// serveOn serves l with srv, and runs run beside it, until ctx is done or one of them ends.
+// It closes l. identity and toPort are as for serve.
 func serveOn(ctx context.Context, l net.Listener, identity *tls.Config, srv *http.Server, toPort func(*http.Request) bool, run func(context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

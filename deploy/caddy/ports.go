@@ -17,8 +17,8 @@ import (
 
 func init() { caddy.RegisterModule(new(ports)) }
 
-// Times for the requests that do not reach Caddy's handlers: those that the Caddyfile
-// gives Caddy's own, as a test in deploy checks.
+// Limits for requests that do not reach Caddy's handlers. The Caddyfile sets the same ones
+// for those that do; TestTimes in deploy compares them.
 const (
 	gracePeriod = 2 * time.Second
 	readHeader  = 10 * time.Second

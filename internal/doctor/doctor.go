@@ -333,8 +333,8 @@ func hasDisk(_ context.Context, dir layout.Dir) (string, error) {
 	return detail, nil
 }
 
-// overwrites tells whether PostgreSQL's log is written over in place, and so goes on
-// when the disk is full.
+// overwrites returns an error if the file system does not overwrite PostgreSQL's log in
+// place, because PostgreSQL then stops when the disk is full.
 func overwrites(_ context.Context, dir layout.Dir) (string, error) {
 	log := filepath.Join(dir.Postgres(), "data", "pg_wal")
 	if _, err := os.Stat(log); err != nil { // not made yet, or not for this user to see

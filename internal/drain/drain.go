@@ -29,13 +29,13 @@ type waiter interface {
 var _ waiter = (*upstream.Listener)(nil)
 
 // Serve serves l with srv, over TLS if identity is not nil, until ctx is done. Then it
-// closes l, gives connections without a request a second for their first, and all
-// requests as long as within to end. It closes idle connections before that, so the
-// handler must have told clients that they end. If l has a Wait method, as
+// closes l and stops within the given time: a connection without a request gets a second
+// to send its first, idle connections are closed, and requests under way may end. The
+// handler must have told clients that their connections end. If l has a Wait method, as
 // [upstream.Listener] has, Serve waits for l's own requests too. Serve returns nil
 // unless l failed.
 //
-// Serve sets fields of srv, which nobody else may use.
+// Serve changes fields of srv, so the caller must not use srv for anything else.
 func Serve(ctx context.Context, srv *http.Server, l net.Listener, identity *tls.Config, within time.Duration) error {
 	f := follow(srv)
 	served := make(chan error, 1)
@@ -69,7 +69,7 @@ func Serve(ctx context.Context, srv *http.Server, l net.Listener, identity *tls.
 	return err
 }
 
-// fresh knows the connections of a server that wait for their first request.
+// fresh has a server's connections that have not had their first request.
 type fresh struct {
 	mu     sync.Mutex
 	conns  map[net.Conn]*conn
@@ -84,8 +84,8 @@ type conn struct {
 
 type connKey struct{}
 
-// follow has f learn of srv's connections. A connection counts until the handler is
-// called: net/http drops a request that it has read but not yet passed on.
+// follow hooks into srv to keep track of its fresh connections. A connection is fresh
+// until the handler is called: net/http drops a request that it has only read.
 func follow(srv *http.Server) *fresh {
 	f := &fresh{conns: make(map[net.Conn]*conn), none: make(chan struct{})}
 	srv.ConnContext = func(ctx context.Context, nc net.Conn) context.Context {
@@ -115,7 +115,7 @@ func follow(srv *http.Server) *fresh {
 	return f
 }
 
-// begin forgets a connection; nil: it is forgotten already.
+// begin removes a connection from f, unless it was removed before or is nil.
 func (f *fresh) begin(c *conn) {
 	if c == nil || c.begun.Swap(true) {
 		return

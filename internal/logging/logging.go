@@ -10,7 +10,7 @@ import (
 	"sync/atomic"
 )
 
-// Format is how records are written.
+// Format is the encoding of a log's records.
 type Format string
 
 // The formats. Text has key=value pairs.
@@ -29,7 +29,7 @@ func (f *Format) UnmarshalText(text []byte) error {
 	return fmt.Errorf("log format %q: want %s or %s", text, Text, JSON)
 }
 
-// Settings are those of a program's log.
+// Settings configure a program's log.
 type Settings struct {
 	Level  slog.Level `env:"WRENN_LOG_LEVEL" envDefault:"info" help:"lowest level that is logged: debug, info, warn or error; SIGHUP reads it again from the settings file"`
 	Format Format     `env:"WRENN_LOG_FORMAT" envDefault:"text" help:"text or json; SIGHUP reads it again from the settings file"`

@@ -46,8 +46,8 @@ type spawner struct {
 	work chan func()
 }
 
-// newSpawner also keeps from all processes that this one starts the descriptors that it
-// was itself started with.
+// newSpawner also marks the descriptors that this process was started with, so that no
+// program that it starts inherits them.
 func newSpawner(ctx context.Context) (*spawner, error) {
 	if err := unix.CloseRange(3, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		return nil, fmt.Errorf("keep descriptors from other programs: %w", err)

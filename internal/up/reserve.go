@@ -103,8 +103,8 @@ func (p *postgres) segments() (n int, err error) {
 	return n, err
 }
 
-// inPlace fails if the file system copies the files of the log when they are written
-// over: then PostgreSQL stops when the disk is full.
+// inPlace returns an error if the file system copies the log's files when PostgreSQL
+// overwrites them, because PostgreSQL then stops when the disk is full.
 func (p *postgres) inPlace() error {
 	if err := inplace.Check(filepath.Join(p.data(), "pg_wal")); err != nil {
 		return fmt.Errorf("PostgreSQL will stop if the disk is full (docs/sharing.md): %w", err)

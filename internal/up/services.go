@@ -37,8 +37,8 @@ func lookup(name string) (account, error) {
 	return account{uid, gid}, err
 }
 
-// run makes a command run as the account, in dir. Of this program's environment, which
-// can have secrets of the server, it gets nothing.
+// run makes a command run as the account, in dir. It does not inherit this program's
+// environment, which can have secrets of the server.
 func (a account) run(cmd *exec.Cmd, dir string) {
 	cmd.Dir, cmd.Env = dir, []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + dir}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(a.uid), Gid: uint32(a.gid)}}

@@ -89,7 +89,7 @@ type service struct {
 	out     io.Writer
 	spawner *spawner
 	secrets secrets
-	server  settings.Values // of the server, as far as its environment and the settings file have them
+	server  settings.Values // the server's, of the environment and the settings file
 	began   time.Time
 	stack   []func() // what to stop, the first last
 }
@@ -192,8 +192,8 @@ func (s *service) during(f func(context.Context)) {
 	s.stack = append(s.stack, func() { cancel(); <-done })
 }
 
-// readSettings checks the settings file before anything starts, and says which
-// settings are none.
+// readSettings reads the server's settings, and warns about names in the environment and
+// the settings file that are not settings. A file with an error fails before anything starts.
 func (s *service) readSettings() error {
 	server, warnings, err := all.ServerProgram.Read(os.Environ())
 	if err != nil {
@@ -324,8 +324,8 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 	return s.launch(ctx, front.program())
 }
 
-// own is a program of this binary. chosen are the settings that it must have; it
-// also gets those of this process's environment.
+// own returns a program that this binary contains. It gets the settings in chosen and,
+// for all others, those of this process's environment.
 func (s *service) own(self programs.Program, p settings.Program, chosen []string, ready func(context.Context) error) program {
 	env, unused := passed(p, append(chosen, "WRENN_DEBUG_LISTEN=unix:"+s.dir.DebugSocket(p.Name)))
 	for _, name := range unused {

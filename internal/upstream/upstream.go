@@ -39,7 +39,7 @@ func (u unsentError) Unwrap() []error { return []error{u.error, ErrUnsent} }
 var errClosed = errors.New("upstream: the transport is closed")
 
 // HopOnceIdle is the OnceIdle of each [Transport] between Wrenn's own programs. A program
-// that stops waits for longer before it closes connections that it kept.
+// that stops keeps its connections for longer than that after the last answer.
 const HopOnceIdle = time.Second
 
 // Transport is an [http.RoundTripper] that keeps connections. Its fields must

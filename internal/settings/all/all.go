@@ -1,4 +1,4 @@
-// Package all has the settings of every program of Wrenn.
+// Package all declares which settings each of Wrenn's programs has, and documents them.
 package all
 
 import (
@@ -14,7 +14,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/settings"
 )
 
-// Operation has the settings of server and agent that tell how to operate them.
+// Operation has the settings that server and agent share: settings file, log and profiles.
 type Operation struct {
 	File    string `env:"WRENN_CONFIG" envDefault:"/etc/wrenn/wrenn.yaml" help:"settings file; only the environment can set this"`
 	Logging logging.Settings
@@ -82,7 +82,7 @@ func documented(caddyfile string) []settings.Setting {
 var variable = regexp.MustCompile(`^WRENN_[A-Z_]+`)
 
 // Unknown returns a warning for each variable of this process's environment that
-// begins as Wrenn's do and is no setting of any program.
+// begins with WRENN_ and is not a setting of any program.
 func Unknown() []string {
 	return settings.Unknown(os.Environ(), ServerProgram, AgentProgram, client, frontDoor)
 }
