@@ -9,18 +9,18 @@ import (
 	"net/http"
 )
 
-// Header has the id, in a client's request and in the answer to it.
+// Header names the field for the id in clients' requests and in the answers to them.
 const Header = "X-Request-Id"
 
 // outside begins the id of a request that did not get it from this server, so
 // that nobody's can pass for another's in the log and in audit records.
 const outside = "ext-"
 
-// maxLength bounds an id that a client gives, without [outside].
+// maxLength bounds an id that a client gives, in bytes, without [outside].
 const maxLength = 64
 
-// Take returns the id that a client gave its request, marked as such, or a new one.
-func Take(r *http.Request) string {
+// take returns the id that a client gave its request, marked as such, or a new one.
+func take(r *http.Request) string {
 	if given := r.Header.Get(Header); valid(given, maxLength) {
 		return outside + given
 	}
@@ -39,7 +39,7 @@ func valid(id string, most int) bool {
 
 type key struct{}
 
-// With returns a context of the request that has an id.
+// With returns a copy of ctx that belongs to the request with the given id.
 func With(ctx context.Context, id string) context.Context { return context.WithValue(ctx, key{}, id) }
 
 // From returns the id of the request that ctx belongs to, or "".
@@ -48,14 +48,14 @@ func From(ctx context.Context) string {
 	return id
 }
 
-// Handler returns next for requests of clients, whose contexts get an id.
+// Handler gives each client's request an id, which next finds in its context.
 func Handler(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		next.ServeHTTP(w, r.WithContext(With(r.Context(), Take(r))))
+		next.ServeHTTP(w, r.WithContext(With(r.Context(), take(r))))
 	})
 }
 
-// Pass sets the field name of h to the id that ctx has, if it has one.
+// Pass sets the field name of h to the id in ctx, if there is one.
 func Pass(ctx context.Context, h http.Header, name string) {
 	if id := From(ctx); id != "" {
 		h.Set(name, id)
@@ -73,7 +73,8 @@ func Received(ctx context.Context, h http.Header, name string) context.Context {
 	return With(ctx, id)
 }
 
-// Transport passes the ids of requests on in [Header].
+// Transport is an [http.RoundTripper] that sends the id in a request's context, if there
+// is one, in [Header].
 type Transport struct{ Next http.RoundTripper }
 
 // RoundTrip implements [http.RoundTripper].

@@ -9,14 +9,14 @@ import (
 
 func TestTake(t *testing.T) {
 	r := httptest.NewRequest(http.MethodGet, "/", nil)
-	a, b := Take(r), Take(r)
+	a, b := take(r), take(r)
 	if len(a) != 16 || a == b || !valid(a, 16) {
 		t.Errorf("new ids: %q, %q", a, b)
 	}
 	long := strings.Repeat("x", maxLength)
 	for given, want := range map[string]string{"front-door_1": "ext-front-door_1", long: "ext-" + long, long + "x": "", "not fit\tfor a log": "", "ext-": "ext-ext-", "ä": ""} {
 		r.Header.Set(Header, given)
-		if got := Take(r); want != "" && got != want || want == "" && len(got) != 16 {
+		if got := take(r); want != "" && got != want || want == "" && len(got) != 16 {
 			t.Errorf("%q: %q", given, got)
 		}
 	}
