@@ -34,7 +34,7 @@ type coding struct {
 }
 
 func (o *coding) flags(cmd *cobra.Command) {
-	cmd.Flags().StringVar(&o.out, "out", "", "folder to save pictures in, which is made, beside what is there (default none are saved)")
+	cmd.Flags().StringVar(&o.out, "out", "", "folder to save pictures in; wrenn creates it if needed and overwrites nothing in it (default none are saved)")
 }
 
 func (a *app) codeCommand() *cobra.Command {
@@ -120,7 +120,7 @@ func (a *app) source(args []string) (string, error) {
 	return args[0], nil
 }
 
-// Bounds of what one run of code saves: the guest says how much there is.
+// Bounds of what one run of code saves, because the guest decides how much it sends.
 const (
 	maxPictures     = 1000
 	maxPictureBytes = 1 << 30
@@ -129,11 +129,11 @@ const (
 // pictures saves a run's pictures in dir; empty: nowhere.
 type pictures struct {
 	dir      string
-	last     int // the number of the last one
-	n, bytes int
+	last     int // the number in the last one's name
+	n, bytes int // of all so far
 }
 
-// save writes a picture to a file that is not there yet, and returns its name.
+// save writes a picture to a new file, and returns its name.
 func (p *pictures) save(suffix string, data []byte) (string, error) {
 	if p.n++; p.n > maxPictures {
 		return "", fmt.Errorf("the code shows more than %d pictures", maxPictures)

@@ -39,11 +39,15 @@ func (o *execution) flags(cmd *cobra.Command) {
 	f.BoolVarP(&o.interactive, "interactive", "i", false, "pass standard input on")
 }
 
+// exitCodes tells users which exit codes the commands that run others have.
+const exitCodes = "Exits with the command's exit code, with 127 if there is no such command, with 126 if it cannot be executed,\n" +
+	"and with 125 if wrenn itself fails."
+
 func (a *app) execCommand() *cobra.Command {
 	var o execution
 	cmd := &cobra.Command{
 		Use: "exec [-it] SANDBOX [--] CMD [ARG…]", Short: "Run a command in a sandbox", Args: atLeast(2), ValidArgsFunction: a.completeSandbox,
-		Long: "Run a command in a sandbox. Exits with the command's exit code, with 127 or 126 when there is no such command or it cannot\nbe executed, and with 125 when wrenn itself fails.",
+		Long: "Run a command in a sandbox.\n" + exitCodes,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
 			if err != nil {
@@ -71,7 +75,7 @@ func (a *app) runCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "run [-t TEMPLATE] [--] CMD [ARG…]", Short: "Run a command in a sandbox of its own",
 		Long: "Create a sandbox, run a command in it with standard input, output and exit code passed through, and destroy it.\n" +
-			"Exits with the command's exit code, with 127 or 126 when there is no such command or it cannot\nbe executed, and with 125 when wrenn itself fails.\n\n" +
+			exitCodes + "\n\n" +
 			"With -t " + interpreter + ", what is run is Python, unless it stands behind --: the argument, the file that it names, or\n" +
 			"standard input.",
 		Args: func(cmd *cobra.Command, args []string) error {
@@ -172,8 +176,8 @@ func (a *app) stream(ctx context.Context, c *client.Client, id string, o executi
 	return nil
 }
 
-// cannotRun gives the error of a command that the sandbox does not have, or cannot
-// execute, the exit code that shells have for it.
+// cannotRun gives an error that says that the command does not exist, or cannot be
+// executed, the exit code that a shell has for that. It returns other errors unchanged.
 func cannotRun(err error) error {
 	var refused *client.Error
 	if errors.As(err, &refused) {

@@ -34,8 +34,7 @@ func (a *app) keyCommand() *cobra.Command {
 	return cmd
 }
 
-// adminKey is the variable in the server's environment file that has the first
-// admin's API key.
+// adminKey is the variable of the first admin's API key in the server's environment file.
 const adminKey = "WRENN_ADMIN_API_KEY"
 
 func (a *app) keyCurrentCommand() *cobra.Command {
@@ -45,10 +44,12 @@ func (a *app) keyCurrentCommand() *cobra.Command {
 		Long: `Print the API key that the commands use: that of --api-key or WRENN_API_KEY, else
 that of ` + "`wrenn login`" + `, else that of ` + "`wrenn up`" + ` on this machine. With --file, print the
 first admin's, from the server's environment file.`,
-		RunE: func(*cobra.Command, []string) error {
-			_, key, err := a.service()
+		RunE: func(*cobra.Command, []string) (err error) {
+			var key string
 			if file != "" {
 				key, err = variable(file, adminKey)
+			} else {
+				_, key, err = a.service()
 			}
 			if err != nil {
 				return err
@@ -61,7 +62,7 @@ first admin's, from the server's environment file.`,
 	return cmd
 }
 
-// variable returns the value of a variable in a file that systemd could read.
+// variable returns the value of a variable in one of systemd's environment files.
 func variable(file, name string) (string, error) {
 	b, err := os.ReadFile(file)
 	if err != nil {

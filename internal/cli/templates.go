@@ -102,7 +102,7 @@ func (a *app) templateShowCommand() *cobra.Command {
 	return cmd
 }
 
-// limits says what a template allows each sandbox per second, as a recipe does.
+// limits returns a template's limits in the words of a recipe's LIMIT.
 func limits(l *client.TemplateLimits) string {
 	if l == nil {
 		return "the host's"
