@@ -459,7 +459,7 @@ func (q *Queries) ForgetArchives(ctx context.Context, before time.Time) error {
 	return err
 }
 
-const forgetBuilds = `-- name: ForgetBuilds :execrows
+const forgetBuilds = `-- name: ForgetBuilds :exec
 DELETE FROM builds WHERE builds.id = ANY (ARRAY(
     SELECT b.id FROM builds b
     JOIN (SELECT o.id, row_number() OVER w AS n, sum(build_bytes(o.log_bytes, o.recipe)) OVER w AS bytes
@@ -481,12 +481,9 @@ type ForgetBuildsParams struct {
 
 // Forgets the oldest builds of a team that has more than it keeps. One that left
 // something behind stays, and one whose version a later build would otherwise repeat.
-func (q *Queries) ForgetBuilds(ctx context.Context, arg ForgetBuildsParams) (int64, error) {
-	result, err := q.db.Exec(ctx, forgetBuilds, arg.TeamID, arg.Most, arg.MostBytes)
-	if err != nil {
-		return 0, err
-	}
-	return result.RowsAffected(), nil
+func (q *Queries) ForgetBuilds(ctx context.Context, arg ForgetBuildsParams) error {
+	_, err := q.db.Exec(ctx, forgetBuilds, arg.TeamID, arg.Most, arg.MostBytes)
+	return err
 }
 
 const getArchiveChunk = `-- name: GetArchiveChunk :one

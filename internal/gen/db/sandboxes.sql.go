@@ -202,7 +202,7 @@ type GetSandboxPayerRow struct {
 	Payer   uuid.UUID
 }
 
-// A sandbox, and on whom it counts, as GetTeamPayer has it.
+// A sandbox with the payer that GetTeamPayer returns for its team.
 func (q *Queries) GetSandboxPayer(ctx context.Context, id uuid.UUID) (GetSandboxPayerRow, error) {
 	row := q.db.QueryRow(ctx, getSandboxPayer, id)
 	var i GetSandboxPayerRow

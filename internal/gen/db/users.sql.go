@@ -35,7 +35,7 @@ type DeleteExcessSessionsParams struct {
 	Most   int32
 }
 
-// All of a user's but for one and the newest others.
+// Deletes the oldest sessions of a user. It keeps one, and the newest of the others.
 func (q *Queries) DeleteExcessSessions(ctx context.Context, arg DeleteExcessSessionsParams) error {
 	_, err := q.db.Exec(ctx, deleteExcessSessions, arg.UserID, arg.Keep, arg.Most)
 	return err

@@ -295,7 +295,7 @@ func (s *Service) settle(ctx context.Context) error {
 		n := len(teams)
 		slices.SortFunc(teams, func(a, b uuid.UUID) int { return bytes.Compare(a[:], b[:]) })
 		for _, team := range slices.Compact(teams) {
-			if _, err := s.Store.ForgetBuilds(ctx, db.ForgetBuildsParams{TeamID: team, Most: mostBuilds, MostBytes: mostBuildBytes}); err != nil {
+			if err := s.Store.ForgetBuilds(ctx, db.ForgetBuildsParams{TeamID: team, Most: mostBuilds, MostBytes: mostBuildBytes}); err != nil {
 				return fmt.Errorf("forget builds: %w", err)
 			}
 		}

@@ -93,7 +93,7 @@ WHERE builds.id = ANY (ARRAY(
     SELECT b.id FROM builds b WHERE b.log_bytes IS NULL AND b.state NOT IN ('queued', 'running')
     ORDER BY b.team_id, b.id LIMIT @max_rows FOR NO KEY UPDATE SKIP LOCKED)) RETURNING team_id;
 
--- name: ForgetBuilds :execrows
+-- name: ForgetBuilds :exec
 -- Forgets the oldest builds of a team that has more than it keeps. One that left
 -- something behind stays, and one whose version a later build would otherwise repeat.
 DELETE FROM builds WHERE builds.id = ANY (ARRAY(

@@ -31,7 +31,7 @@ DELETE FROM idempotency_keys WHERE idempotency_keys.ctid = ANY (ARRAY(
 SELECT * FROM sandboxes WHERE id = $1;
 
 -- name: GetSandboxPayer :one
--- A sandbox, and on whom it counts, as GetTeamPayer has it.
+-- A sandbox with the payer that GetTeamPayer returns for its team.
 SELECT sqlc.embed(sandboxes), COALESCE(team_owner(team_id), team_id)::uuid AS payer FROM sandboxes WHERE id = $1;
 
 -- name: GetTeamSandbox :one

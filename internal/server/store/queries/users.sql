@@ -58,7 +58,7 @@ DELETE FROM sessions WHERE sessions.id = ANY (ARRAY(
     SELECT s.id FROM sessions s WHERE s.user_id = @user_id AND s.id <> @keep ORDER BY s.id FOR UPDATE));
 
 -- name: DeleteExcessSessions :exec
--- All of a user's but for one and the newest others.
+-- Deletes the oldest sessions of a user. It keeps one, and the newest of the others.
 DELETE FROM sessions WHERE sessions.id = ANY (ARRAY(
     SELECT s.id FROM sessions s WHERE s.id IN (SELECT o.id FROM sessions o WHERE o.user_id = @user_id AND o.id <> @keep ORDER BY o.created_at DESC, o.id DESC OFFSET @most::integer)
     ORDER BY s.id FOR UPDATE));
