@@ -7,22 +7,22 @@ import (
 	"unicode/utf8"
 )
 
-// The runes from first to last stand for the bytes 0x80 to 0xFF that are no part of
-// a UTF-8 character. They are private to whoever uses them.
+// The runes from first to last stand for the bytes 0x80 to 0xFF where these are no part
+// of a UTF-8 character. Unicode gives them no meaning of its own (private use).
 const (
 	first = 0x10FE80
 	last  = 0x10FEFF
 )
 
-// Text returns name as text. [Name] returns name again.
+// Text returns a name as text, from which [Name] returns the same name.
 func Text(name string) string {
-	if utf8.ValidString(name) && !strings.ContainsFunc(name, escape) {
+	if utf8.ValidString(name) && !strings.ContainsFunc(name, isEscape) {
 		return name
 	}
 	var b strings.Builder
 	for len(name) > 0 {
 		r, n := utf8.DecodeRuneInString(name)
-		if r == utf8.RuneError && n == 1 || escape(r) {
+		if r == utf8.RuneError && n == 1 || isEscape(r) {
 			for _, c := range []byte(name[:n]) {
 				b.WriteRune(first - 0x80 + rune(c))
 			}
@@ -34,15 +34,15 @@ func Text(name string) string {
 	return b.String()
 }
 
-// Name returns the name that text stands for. Text that is not UTF-8 is taken as it is.
+// Name returns the name that text stands for. It keeps bytes that are not UTF-8.
 func Name(text string) string {
-	if !strings.ContainsFunc(text, escape) {
+	if !strings.ContainsFunc(text, isEscape) {
 		return text
 	}
 	var b strings.Builder
 	for len(text) > 0 {
 		r, n := utf8.DecodeRuneInString(text)
-		if escape(r) {
+		if isEscape(r) {
 			b.WriteByte(byte(r - first + 0x80))
 		} else {
 			b.WriteString(text[:n])
@@ -52,4 +52,5 @@ func Name(text string) string {
 	return b.String()
 }
 
-func escape(r rune) bool { return r >= first && r <= last }
+// isEscape reports whether r stands for a byte.
+func isEscape(r rune) bool { return r >= first && r <= last }

@@ -221,19 +221,19 @@ func (s *User) Position() Position { return s.Pos }
 
 func (s *User) String() string { return "USER " + s.Name.String() }
 
-// Limit bounds what each sandbox uses of its host's disk and network per second. Its
-// numbers are those of [MinLimits]; 0 takes away what the recipe's base says.
+// Limit bounds what each sandbox uses of its host's disk and network per second. The
+// keys of Limits are those of [MinLimits]; 0 removes a limit of the recipe's base.
 type Limit struct {
 	Pos    Position
 	Limits map[string]int64
 }
 
-// MinLimits are the names of limits, each with the least that a guest works with.
+// MinLimits has the names of all limits, each with the least that a guest works with.
 var MinLimits = map[string]int64{
-	"disk_bytes":  1 << 20, // read and written, together
-	"disk_ops":    50,      // reads and writes, together
-	"net_bytes":   64 << 10,
-	"net_packets": 100, // in each direction, as the bytes
+	"disk_bytes":  1 << 20,  // read and written, together
+	"disk_ops":    50,       // reads and writes, together
+	"net_bytes":   64 << 10, // in each direction
+	"net_packets": 100,      // in each direction
 }
 
 // MaxLimit is the largest limit.

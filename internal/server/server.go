@@ -402,12 +402,12 @@ func (l listener) Heard(changed uuid.UUID) {
 	l.Service.Heard(changed)
 }
 
-// checkRedis warns if Redis can grow until its machine has no memory, or refuses writes
-// rather than forget what nobody used for longest. A Redis that does not say is fine.
+// checkRedis warns if Redis can take all memory of its machine, or if it refuses writes
+// when it is full. It returns an error if Redis does not answer; it may refuse INFO.
 func checkRedis(ctx context.Context, client *redis.Client, log *slog.Logger) error {
 	info, err := client.Info(ctx, "memory").Result()
 	if err != nil {
-		return client.Ping(ctx).Err() // perhaps it only does not let us ask
+		return client.Ping(ctx).Err() // It may only refuse INFO.
 	}
 	switch fields := strings.Fields(info); {
 	case slices.Contains(fields, "maxmemory:0"):

@@ -31,8 +31,8 @@ type file struct {
 	sum        [sha256.Size]byte
 }
 
-// copied is the date of every copied file: the same for each build, and none before
-// 1980 in any time zone, because zip archives have no earlier one.
+// copied is the modification time of every copied file. It is the same in each build,
+// and not before 1980 in any time zone, because zip archives cannot hold earlier dates.
 var copied = time.Date(1980, 1, 2, 0, 0, 0, 0, time.UTC)
 
 // selection is what a COPY takes, and where it goes.
@@ -161,7 +161,7 @@ func (s *selection) add(f file, to string) {
 	}
 }
 
-// digest names what is copied: contents, names, modes and their date.
+// digest names what is copied: contents, names, modes and modification time.
 func (s *selection) digest() string {
 	var parts []string
 	for name, to := range s.to {

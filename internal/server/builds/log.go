@@ -12,15 +12,15 @@ import (
 const (
 	maxOutput = 128 << 10
 	maxTail   = 8 << 10
-	// maxLog is how much of the beginnings a build's steps keep together. Each has its
-	// end in any case, so that a log takes less than what it counts for before it is
-	// measured (build_bytes).
+	// maxLog bounds the Output of all steps of a build together. Each step keeps its Tail
+	// besides; with these, a log takes less than what it counts before it is measured
+	// (build_bytes).
 	maxLog = 4 << 20
-	// maxSteps is how many steps a build can have.
+	// maxSteps bounds the steps of a build.
 	maxSteps = 1000
 )
 
-// What is remembered of a team's builds that have ended.
+// A team keeps its newest builds that have ended, up to this number and this size.
 const (
 	mostBuilds     = 500
 	mostBuildBytes = 128 << 20
@@ -67,7 +67,8 @@ type output struct {
 	fresh chan struct{} // has one when something was written
 }
 
-// newOutput returns the output of the next step of a build whose other steps are given.
+// newOutput returns the output of the next step of a build. The given steps, the other
+// ones, have used some of maxLog.
 func newOutput(steps []Step) *output {
 	left := maxLog
 	for _, s := range steps {

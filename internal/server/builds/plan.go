@@ -172,7 +172,7 @@ func makePlan(r *recipe.Recipe, base string, has *hostagentv1.Defaults, index []
 	return p, nil
 }
 
-// limitsOf returns the limits of a recipe's template, whose base has those that are given.
+// limitsOf returns the limits of the template that r makes of a base with the given ones.
 func limitsOf(r *recipe.Recipe, base map[string]int64) map[string]int64 {
 	limits := maps.Clone(base)
 	if r.Limit == nil {

@@ -673,7 +673,7 @@ func (b *box) healthy(ctx context.Context, h *recipe.HealthCheck, in surrounding
 func (a *attempt) succeed(ctx context.Context, host uuid.UUID, claimed db.Template, answer *hostagentv1.Template) error {
 	err := persist(ctx, func(ctx context.Context) error {
 		return a.Store.InTx(ctx, func(q *db.Queries) error {
-			// Before anything that others lock after it.
+			// First, because others take this lock before those that follow.
 			if err := q.LockLimit(ctx, db.LockLimitParams{What: "tags", TeamID: a.row.TeamID}); err != nil {
 				return err
 			}

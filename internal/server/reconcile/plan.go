@@ -120,8 +120,8 @@ type View struct {
 	// Has is the host's list, asked for after the host's rows were read.
 	Has map[uuid.UUID]*hostagentv1.Sandbox
 	// Incomplete says that the host may have more than its list: the sandboxes in
-	// Unread, or any if that is empty. They do not end because the host does not list
-	// them.
+	// Unread, or any if that is empty. For these, a missing entry does not mean that
+	// they have ended.
 	Incomplete bool
 	Unread     map[uuid.UUID]bool
 	// Busy are the sandboxes that this server, or another living one, works on.

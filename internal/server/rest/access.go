@@ -121,7 +121,7 @@ func (a *API) authorize(next http.Handler) http.Handler {
 			ctx, done = a.Watch.While(ctx, who, mark, func(ctx context.Context) error { return a.again(ctx, r, access, who) })
 			defer done()
 			if streams(op) {
-				// A read of the body that waits ends then, too.
+				// When the access ends, so does a read that waits for more of the body.
 				defer context.AfterFunc(ctx, func() { _ = http.NewResponseController(w).SetReadDeadline(time.Unix(1, 0)) })()
 			}
 		}
@@ -132,7 +132,7 @@ func (a *API) authorize(next http.Handler) http.Handler {
 // lasts says whether an operation goes on for as long as its client or a guest
 // likes, so that who asked for it may have lost what they were when it began.
 func lasts(op *openapi3.Operation) bool {
-	if op.OperationID == "exec" || op.OperationID == "runCode" { // Their JSON is as late as a guest's command ends.
+	if op.OperationID == "exec" || op.OperationID == "runCode" { // Their JSON comes when a guest's command ends.
 		return true
 	}
 	for status, r := range op.Responses.Map() {

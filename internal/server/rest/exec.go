@@ -30,7 +30,8 @@ const (
 	answerGrace = 30 * time.Second
 	// maxMessage is the longest message of a WebSocket, in bytes.
 	maxMessage = 1 << 20
-	// maxFrame is the most output in one message to the client. Each stream keeps one.
+	// maxFrame bounds the output in one message to the client, in bytes. Each stream keeps
+	// a buffer that grows to it.
 	maxFrame = 64 << 10
 	// startWithin is how long a client may take to say what to run.
 	startWithin = 30 * time.Second
@@ -265,8 +266,8 @@ type execStream = connect.BidiStreamForClient[hostagentv1.ExecStreamRequest, hos
 // errUnread ends a call whose guest does not read what is sent to it.
 var errUnread = fault.New(fault.Timeout, "the sandbox did not read what was sent to it in time")
 
-// sendWithin calls send. If that takes longer than within, end must end it, and the
-// error is errUnread.
+// sendWithin calls send. If that takes longer than within, it calls end, which must make
+// send return, and returns errUnread.
 func sendWithin(within time.Duration, end func(), send func() error) error {
 	timer := time.AfterFunc(within, end)
 	err := send()
@@ -277,8 +278,8 @@ func sendWithin(within time.Duration, end func(), send func() error) error {
 }
 
 // pumpInput sends what the client says to the command, until the client is gone
-// (errGone) or says what is wrong. A command that leaves its input unread for longer
-// than within is ended: meanwhile nobody would notice that the client is gone.
+// (errGone) or says what is wrong. It calls end if the command leaves its input unread for
+// longer than within, because while it sends it does not notice that the client is gone.
 func (a *API) pumpInput(ctx context.Context, ws *websocket.Conn, who auth.Principal, stream *execStream, end func(), within time.Duration) error {
 	for {
 		kind, b, err := ws.Read(ctx)

@@ -101,7 +101,7 @@ func (a *API) ReadFile(w http.ResponseWriter, r *http.Request, sandbox rest.Sand
 	partial = partial && params.IfRange == nil
 	req := &hostagentv1.ReadFileStreamRequest{File: ref}
 	if !partial && r.Method == http.MethodHead || partial && rng.first < 0 {
-		req.Length = 1 // The guest tells the size of a large file with its parts alone.
+		req.Length = 1 // The guest reports a large file's size only if a part is asked for.
 	}
 	if partial && rng.first >= 0 {
 		req.Offset = rng.first

@@ -175,12 +175,12 @@ const (
 	maxExecBody = 16 << 20
 )
 
-// streams says whether an operation's body is passed on as it comes: all but JSON is.
+// streams reports whether an operation's body is passed on as it comes, as all but JSON are.
 func streams(op *openapi3.Operation) bool {
 	return op.RequestBody != nil && !isJSON(op.RequestBody.Value.Content)
 }
 
-// isJSON says whether content, if there is any, can be nothing but JSON.
+// isJSON reports whether content has no media type but JSON. It may have none at all.
 func isJSON(content openapi3.Content) bool {
 	for kind := range content {
 		if kind != jsonType {

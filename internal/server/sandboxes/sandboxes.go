@@ -157,8 +157,8 @@ func (s *Service) Lookup(ctx context.Context, sandbox uuid.UUID) (db.Sandbox, er
 	return found(s.Store.GetSandbox(ctx, sandbox))
 }
 
-// LookupPayer is [Service.Lookup], and returns also on whom the sandbox counts: its team's
-// owner, or the team if it has none.
+// LookupPayer is [Service.Lookup] that also returns whose quota the sandbox counts for:
+// that of its team's owner, or of the team if it has none.
 func (s *Service) LookupPayer(ctx context.Context, sandbox uuid.UUID) (row db.Sandbox, payer uuid.UUID, err error) {
 	r, err := s.Store.GetSandboxPayer(ctx, sandbox)
 	row, err = found(r.Sandbox, err)

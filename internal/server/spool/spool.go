@@ -37,7 +37,7 @@ const (
 type Spool struct {
 	dir  string
 	most int64
-	free func() (int64, error) // bytes; a test's own
+	free func() (int64, error) // bytes; tests replace it
 
 	mu     sync.Mutex // held for no call that can block but statfs
 	used   int64      // bytes reserved

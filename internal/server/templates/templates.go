@@ -499,8 +499,8 @@ const (
 )
 
 // Measured returns what a host says of a template, as it is written down: no
-// more than the template whose row is given can be. The built-in one's disk, which
-// all tenants' sandboxes have, is no host's to say.
+// more than the template whose row is given can be. No host decides the size of the
+// built-in template's disk, because all tenants' sandboxes have it.
 func Measured(host uuid.UUID, row db.Template, t *hostagentv1.Template) db.TemplateReadyParams {
 	disk, memory := cmp.Or(row.DiskMiB, hostwire.DefaultDiskMiB), cmp.Or(row.MemoryMiB, sandboxes.DefaultMemoryMiB)
 	says := t.GetDiskMib()
@@ -515,7 +515,7 @@ func Measured(host uuid.UUID, row db.Template, t *hostagentv1.Template) db.Templ
 	}
 }
 
-// limits returns those of a host's answer that a recipe could have set.
+// limits returns the limits in a host's answer that a recipe could have set.
 func limits(said map[string]int64) map[string]int64 {
 	known := map[string]int64{}
 	for name := range recipe.MinLimits {
