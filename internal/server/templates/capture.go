@@ -55,8 +55,8 @@ func (s *Service) Snapshot(ctx context.Context, team, sandbox uuid.UUID, name, k
 }
 
 // snapshot claims the name and has the sandbox captured.
-func (s *Service) snapshot(asked context.Context, row db.Sandbox, name string, o idempotency.Call) (db.Template, error) {
-	ctx, cancel := context.WithTimeout(s.Work.Context(), shortCall)
+func (s *Service) snapshot(ctx context.Context, row db.Sandbox, name string, o idempotency.Call) (db.Template, error) {
+	ctx, cancel := context.WithTimeout(s.Work.For(ctx), shortCall)
 	defer cancel()
 	template := uuid.New()
 	// Known to be at work on before the row is there, as in create.
@@ -93,7 +93,7 @@ func (s *Service) snapshot(asked context.Context, row db.Sandbox, name string, o
 	if err != nil {
 		return db.Template{}, fmt.Errorf("write template: %w", err)
 	}
-	return s.capture(asked, claimed)
+	return s.capture(ctx, claimed)
 }
 
 // capture has the host make a template whose row is pending and writes down
