@@ -14,6 +14,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
 	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/requestid"
 	"github.com/wrenn-dev/wrenn/internal/server/audit"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
@@ -118,7 +119,7 @@ func (rec *recorder) Write(b []byte) (int, error) {
 // that is asked for: they change nothing, and could fill the log.
 func (rec *recorder) write(result, code string) error {
 	o := observed(rec.r)
-	record := audit.Record{Actor: audit.Anonymous, Action: rec.op.OperationID, Address: rec.api.addressText(rec.r), RequestID: o.id, Result: result, Code: code}
+	record := audit.Record{Actor: audit.Anonymous, Action: rec.op.OperationID, Address: rec.api.addressText(rec.r), RequestID: requestid.From(rec.r.Context()), Result: result, Code: code}
 	switch {
 	case o.host != uuid.Nil:
 		record.Actor, record.ActorID = audit.Host, &o.host

@@ -31,7 +31,6 @@ type Observation struct {
 // observation is a request being answered: the ResponseWriter that sees its status.
 type observation struct {
 	http.ResponseWriter
-	id     string
 	status int
 	// match is the operation that the request calls, once that is known.
 	match match
@@ -76,8 +75,8 @@ func (o *observation) Unwrap() http.ResponseWriter { return o.ResponseWriter }
 // observe logs and counts every request.
 func (a *API) observe(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		o := &observation{ResponseWriter: w, id: requestid.From(r.Context())}
-		w.Header().Set(requestid.Header, o.id)
+		o := &observation{ResponseWriter: w}
+		w.Header().Set(requestid.Header, requestid.From(r.Context()))
 		harmless(w.Header())
 		ctx := context.WithValue(r.Context(), observationKey{}, o)
 		ctx = context.WithValue(ctx, chi.RouteCtxKey, chi.NewRouteContext())
@@ -103,7 +102,7 @@ func (a *API) observe(next http.Handler) http.Handler {
 			if seen.Route == "/health" && o.reason == nil {
 				level = slog.LevelDebug
 			}
-			attrs := []any{"request_id", o.id, "method", r.Method, "route", seen.Route, "status", status, "took", took}
+			attrs := []any{"method", r.Method, "route", seen.Route, "status", status, "took", took}
 			if o.who.Team != uuid.Nil {
 				attrs = append(attrs, "team_id", id.Format(id.Team, o.who.Team))
 			}
@@ -113,7 +112,7 @@ func (a *API) observe(next http.Handler) http.Handler {
 			if o.reason != nil {
 				attrs = append(attrs, "code", o.code, "error", o.reason)
 			}
-			a.Log.Log(ctx, level, "request", attrs...)
+			a.log(r).Log(ctx, level, "request", attrs...)
 		}()
 		next.ServeHTTP(o, r.WithContext(ctx))
 	})
