@@ -163,7 +163,7 @@ func (h *host) waiting(t *testing.T) int {
 // coldBoots returns what boots the template from its kernel.
 func (h *host) coldBoots(t *testing.T) func(*start) {
 	t.Helper()
-	driver, err := qemu.Open(h.accel, filepath.Join(h.dir, "vmm"), slog.New(slog.DiscardHandler))
+	driver, err := qemu.Open(h.accel, vmm.Config{Dir: filepath.Join(h.dir, "vmm"), Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}

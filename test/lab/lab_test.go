@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/qemu"
 )
 
@@ -101,7 +102,7 @@ func TestKVM(t *testing.T) {
 			command(t, root, "go", "test", "-c", "-o", filepath.Join(home, j.program()), "./"+j.pkg)
 		}
 	}
-	reason := qemu.KVMWorks(t.Context(), in.Kernel.Vmlinux, in.Kernel.Initrd, dir, slog.New(slog.NewTextHandler(t.Output(), nil)))
+	reason := qemu.KVMWorks(t.Context(), vmm.Config{Dir: dir, Kernel: in.Kernel.Vmlinux, Initrd: in.Kernel.Initrd, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
 	var skip string // why no job can run
 	if reason == nil {
 		t.Log("with this machine's own KVM")

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -229,7 +228,7 @@ func TestHostileQEMU(t *testing.T) {
 // TestWithoutSeccomp: without the filter the same call succeeds.
 func TestWithoutSeccomp(t *testing.T) {
 	s := vmmtest.NewSpec(t, subject.Open(t)) // skips where virtual machines cannot run
-	d, err := Open(vmmtest.Accelerator(), t.TempDir(), slog.New(slog.NewTextHandler(t.Output(), nil)), WithoutSeccomp())
+	d, err := Open(vmmtest.Accelerator(), vmm.Config{Dir: t.TempDir(), Unfiltered: true, Log: vmmtest.Log(t)})
 	if err != nil {
 		t.Fatal(err)
 	}

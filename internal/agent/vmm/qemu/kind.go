@@ -272,14 +272,10 @@ func parseProcessor(s string) (p processor) {
 }
 
 // newProcessor returns the processor that guests have: the one that QEMU knows by
-// the name, or that of the host for an empty name.
-func newProcessor(accel, name string, a about) (processor, error) {
-	host, extension, err := hostProcessor(accel)
-	if err != nil {
-		return processor{}, err
-	}
+// the name, or host for an empty name.
+func newProcessor(accel, name string, a about, host processor) (processor, error) {
 	if name == "" {
-		return processor{host: host, extension: extension}, nil
+		return host, nil
 	}
 	version, ok := a.processors[name]
 	if lacks := a.others[name]; !ok && len(lacks) > 0 {
@@ -288,10 +284,12 @@ func newProcessor(accel, name string, a about) (processor, error) {
 	if !ok {
 		return processor{}, fmt.Errorf("QEMU knows no processor %q that is the same on each host; \"qemu-system-x86_64 -cpu help\" lists them", name)
 	}
+	p := host
+	p.name = version
 	if accel == KVM {
-		host = "" // nothing else of the host shows
+		p.host = "" // nothing else of the host shows
 	}
-	return processor{host: host, name: version, extension: extension}, nil
+	return p, nil
 }
 
 // svmFeatures are those of a processor that has SVM.
@@ -351,17 +349,16 @@ func (d *Driver) Restores(kind string) error {
 	return nil
 }
 
-// hostProcessor returns a digest of what a guest sees of the host's processor:
-// under KVM all its features; under emulation the rate of its time stamp counter,
-// which goes with its model. extension are the features, as for [processor], with
-// which guests can run virtual machines.
-func hostProcessor(accel string) (digest, extension string, err error) {
+// hostProcessor returns the host's own processor. Its digest is of what a guest sees
+// of it: under KVM all its features; under emulation the rate of its time stamp
+// counter, which goes with its model.
+func hostProcessor(accel string) (p processor, err error) {
 	f, err := os.Open("/proc/cpuinfo")
 	if err != nil {
-		return "", "", err
+		return p, err
 	}
 	defer f.Close()
-	extension = ",svm=on" // TCG emulates no other
+	p.extension = ",svm=on" // TCG emulates no other
 	keys := []string{"vendor_id", "cpu family", "model", "model name", "stepping"}
 	if accel == KVM {
 		keys = append(keys, "flags")
@@ -377,14 +374,15 @@ func hostProcessor(accel string) (digest, extension string, err error) {
 			found++
 		}
 		if key == "flags" && accel == KVM && slices.Contains(strings.Fields(value), "vmx") {
-			extension = ",vmx=on"
+			p.extension = ",vmx=on"
 		}
 	}
 	if err := s.Err(); err != nil {
-		return "", "", err
+		return p, err
 	}
 	if found == 0 {
-		return "", "", errors.New("/proc/cpuinfo names no processor")
+		return p, errors.New("/proc/cpuinfo names no processor")
 	}
-	return fmt.Sprintf("%x", sum.Sum(nil)[:8]), extension, nil
+	p.host = fmt.Sprintf("%x", sum.Sum(nil)[:8])
+	return p, nil
 }

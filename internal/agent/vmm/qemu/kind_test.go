@@ -83,6 +83,10 @@ func TestRestores(t *testing.T) {
 }
 
 func TestNewProcessor(t *testing.T) {
+	host, err := hostProcessor(TCG)
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct{ accel, name, want, err string }{
 		{KVM, "EPYC", "EPYC-v1", ""},
 		{KVM, "EPYC-v3", "EPYC-v3", ""},
@@ -90,12 +94,12 @@ func TestNewProcessor(t *testing.T) {
 		{KVM, "EPYC,svm=on", "", "knows no processor"},
 		{KVM, "host", "", "knows no processor"},
 	} {
-		p, err := newProcessor(c.accel, c.name, known)
+		p, err := newProcessor(c.accel, c.name, known, host)
 		if p.String() != c.want || (err == nil) != (c.err == "") || err != nil && !strings.Contains(err.Error(), c.err) {
 			t.Errorf("%s: %q, %v", c.name, p, err)
 		}
 	}
-	p, err := newProcessor(TCG, "EPYC", known)
+	p, err := newProcessor(TCG, "EPYC", known, host)
 	if err != nil || p.name != "EPYC-v1" || !hostDigest.MatchString(p.host) || parseProcessor(p.String()).host != p.host {
 		t.Errorf("emulated: %q, %v", p, err)
 	}
@@ -174,7 +178,7 @@ func TestProcessors(t *testing.T) {
 			}
 			s := subject
 			s.New = func(dir string, log *slog.Logger) (vmm.Driver, error) {
-				return Open(vmmtest.Accelerator(), dir, log, WithProcessor(test.processor))
+				return Open(vmmtest.Accelerator(), vmm.Config{Dir: dir, Processor: test.processor, Log: log})
 			}
 			b := s.NewBench(t)
 			b.Spec.Nested = test.nested

@@ -27,25 +27,14 @@ func (m monitor) Works(ctx context.Context, c vmm.Config, again bool) error {
 	if again {
 		probe = ProbeKVM
 	}
-	return probe(ctx, c.Kernel, c.Initrd, c.Dir, c.Log, options(c)...)
+	return probe(ctx, c)
 }
 
 // Open implements vmm.Monitor.
 func (m monitor) Open(c vmm.Config) (vmm.Driver, error) {
-	d, err := Open(m.accel, c.Dir, c.Log, options(c)...)
+	d, err := Open(m.accel, c)
 	if err != nil {
 		return nil, err // not a nil *Driver
 	}
 	return d, nil
-}
-
-// options are what c says of how to run QEMU.
-func options(c vmm.Config) (opts []Option) {
-	if c.Unfiltered {
-		opts = append(opts, WithoutSeccomp())
-	}
-	if c.Processor != "" {
-		opts = append(opts, WithProcessor(c.Processor))
-	}
-	return opts
 }

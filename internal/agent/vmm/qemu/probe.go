@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -50,41 +49,41 @@ func (e brokenError) Error() string { return e.err.Error() }
 func (e brokenError) Unwrap() error { return e.err }
 
 // KVMWorks reports whether a kernel boots under KVM, as nil or the reason why
-// not: a host can have /dev/kvm and still be unable to boot one. dir keeps the
+// not: a host can have /dev/kvm and still be unable to boot one. c.Dir keeps the
 // answer until the host boots again or QEMU or the kernel changes; an answer
 // that is there is used.
-func KVMWorks(ctx context.Context, kernel, initrd, dir string, log *slog.Logger, opts ...Option) error {
+func KVMWorks(ctx context.Context, c vmm.Config) error {
 	if err := haveKVM(); err != nil {
 		return err
 	}
-	key, err := probeKey(kernel, initrd)
+	key, err := probeKey(c.Kernel, c.Initrd)
 	if err != nil {
 		return fmt.Errorf("probe KVM: %w", err)
 	}
-	if v, err := readVerdict(dir); err == nil && v.Key == key {
+	if v, err := readVerdict(c.Dir); err == nil && v.Key == key {
 		if v.Why != "" {
 			return errors.New(v.Why)
 		}
 		return nil
 	}
-	return ProbeKVM(ctx, kernel, initrd, dir, log, opts...)
+	return ProbeKVM(ctx, c)
 }
 
 // ProbeKVM is [KVMWorks], but boots a kernel even if the answer is known, and
 // replaces it. It forgets an answer that it could neither confirm nor refute.
-func ProbeKVM(ctx context.Context, kernel, initrd, dir string, log *slog.Logger, opts ...Option) error {
+func ProbeKVM(ctx context.Context, c vmm.Config) error {
 	if err := haveKVM(); err != nil {
 		return err
 	}
-	key, err := probeKey(kernel, initrd)
+	key, err := probeKey(c.Kernel, c.Initrd)
 	if err != nil {
 		return fmt.Errorf("probe KVM: %w", err)
 	}
-	why := bootKVM(ctx, kernel, initrd, dir, log, opts...)
+	why := bootKVM(ctx, c)
 	if ctx.Err() != nil {
 		return fmt.Errorf("probe KVM: %w", ctx.Err())
 	}
-	if err := remember(dir, key, why); err != nil {
+	if err := remember(c.Dir, key, why); err != nil {
 		return fmt.Errorf("probe KVM: %w", err)
 	}
 	return why
@@ -146,13 +145,14 @@ func probeKey(kernel, initrd string) (string, error) {
 
 // bootKVM boots a machine without a disk, whose guest says so when it reaches
 // user space.
-func bootKVM(ctx context.Context, kernel, initrd, dir string, log *slog.Logger, opts ...Option) (err error) {
-	tmp, err := os.MkdirTemp(dir, "probe-")
+func bootKVM(ctx context.Context, c vmm.Config) (err error) {
+	tmp, err := os.MkdirTemp(c.Dir, "probe-")
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(tmp)
-	d, err := Open(KVM, tmp, log, opts...)
+	c.Dir = tmp
+	d, err := Open(KVM, c)
 	if err != nil {
 		return err
 	}
@@ -160,7 +160,7 @@ func bootKVM(ctx context.Context, kernel, initrd, dir string, log *slog.Logger, 
 	deadline, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	vm, err := d.Start(deadline, vmm.Spec{
-		ID: uuid.New(), Dir: tmp, Kernel: kernel, Initrd: initrd, VCPUs: 1, MemoryMiB: 256, UID: probeUID,
+		ID: uuid.New(), Dir: tmp, Kernel: c.Kernel, Initrd: c.Initrd, VCPUs: 1, MemoryMiB: 256, UID: probeUID,
 		Cmdline: "console=ttyS0 reboot=t panic=-1",
 	})
 	if err != nil {

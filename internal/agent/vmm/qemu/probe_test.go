@@ -4,12 +4,13 @@ import (
 	"context"
 	"errors"
 	"io/fs"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"testing"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
 	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
@@ -33,7 +34,7 @@ func TestProbeIsRemembered(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	works := func() error { return KVMWorks(t.Context(), kernel, initrd, dir, slog.New(slog.DiscardHandler)) }
+	works := func() error { return KVMWorks(t.Context(), vmm.Config{Dir: dir, Kernel: kernel, Initrd: initrd}) }
 	for _, c := range []struct {
 		name string
 		why  error
@@ -71,7 +72,7 @@ func TestProbe(t *testing.T) {
 	subject.Open(t) // skips where virtual machines cannot run
 	in := imagetest.Prepare(t)
 	dir := t.TempDir()
-	err := ProbeKVM(t.Context(), in.Kernel.Vmlinux, in.Kernel.Initrd, dir, slog.New(slog.NewTextHandler(t.Output(), nil)))
+	err := ProbeKVM(t.Context(), vmm.Config{Dir: dir, Kernel: in.Kernel.Vmlinux, Initrd: in.Kernel.Initrd, Log: vmmtest.Log(t)})
 	t.Logf("KVM here: %v", err)
 	v, readErr := readVerdict(dir)
 	switch {

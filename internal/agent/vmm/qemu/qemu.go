@@ -81,28 +81,8 @@ type Driver struct {
 	log     *slog.Logger
 }
 
-// Option changes how a driver runs QEMU.
-type Option func(*settings)
-
-type settings struct {
-	unfiltered bool
-	processor  string
-}
-
-// WithoutSeccomp runs QEMU without the driver's seccomp filter. QEMU's own stays.
-func WithoutSeccomp() Option { return func(s *settings) { s.unfiltered = true } }
-
-// WithProcessor gives guests the processor that QEMU knows by the name, instead of
-// the host's own.
-func WithProcessor(name string) Option { return func(s *settings) { s.processor = name } }
-
-// Open returns a driver that uses the accelerator KVM or TCG. dir is a folder
-// of the driver's own.
-func Open(accel, dir string, log *slog.Logger, opts ...Option) (*Driver, error) {
-	var o settings
-	for _, opt := range opts {
-		opt(&o)
-	}
+// Open returns a driver that uses the accelerator KVM or TCG.
+func Open(accel string, c vmm.Config) (*Driver, error) {
 	if accel != KVM && accel != TCG {
 		return nil, fmt.Errorf("open QEMU driver: unknown accelerator %q", accel)
 	}
@@ -120,11 +100,11 @@ func Open(accel, dir string, log *slog.Logger, opts ...Option) (*Driver, error) 
 	if err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
 	}
-	cpu, err := newProcessor(accel, o.processor, a)
+	host, err := hostProcessor(accel)
 	if err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
 	}
-	host, _, err := hostProcessor(accel)
+	cpu, err := newProcessor(accel, c.Processor, a, host)
 	if err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
 	}
@@ -133,7 +113,7 @@ func Open(accel, dir string, log *slog.Logger, opts ...Option) (*Driver, error) 
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
 	}
 	var programs [][]unix.SockFilter
-	if !o.unfiltered {
+	if !c.Unfiltered {
 		if programs, err = filters(accel); err != nil {
 			return nil, fmt.Errorf("open QEMU driver: %w", err)
 		}
@@ -142,11 +122,11 @@ func Open(accel, dir string, log *slog.Logger, opts ...Option) (*Driver, error) 
 	if err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
 	}
-	j, err := newCell(filepath.Join(dir, "jail"))
+	j, err := newCell(filepath.Join(c.Dir, "jail"))
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open QEMU driver: %w", err), l.Close())
 	}
-	return &Driver{accel: accel, jail: j, bootID: strings.TrimSpace(string(bootID)), tscKHz: khz, about: a, host: host, processor: cpu, launcher: l, starts: startTimeout, log: log}, nil
+	return &Driver{accel: accel, jail: j, bootID: strings.TrimSpace(string(bootID)), tscKHz: khz, about: a, host: host.host, processor: cpu, launcher: l, starts: startTimeout, log: c.Log}, nil
 }
 
 // Name implements vmm.Driver.
@@ -199,9 +179,9 @@ func (d *Driver) Start(ctx context.Context, s vmm.Spec) (vmm.VM, error) {
 	return vm, nil
 }
 
-// launch starts a QEMU of the model with the processor, whose guest's memory is mapped from ram, and which
-// reads the state of its devices from incoming unless that is nil. ready makes
-// of it what is wanted. When launch fails nothing is left.
+// launch starts a QEMU of the model with the processor. QEMU maps its guest's memory
+// from ram, and reads the state of its devices from incoming unless that is nil.
+// launch returns once ready has, and leaves nothing if it fails.
 func (d *Driver) launch(ctx context.Context, s vmm.Spec, as model, cpu processor, ram, incoming *os.File, ready func(context.Context, *machine) error) (_ *machine, err error) {
 	var undo []func() error
 	defer func() {

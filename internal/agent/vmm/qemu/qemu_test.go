@@ -34,7 +34,7 @@ var subject = vmmtest.Subject{
 // opener opens the driver with a stand-in for QEMU, or, if that is empty, QEMU.
 func opener(standIn string) vmmtest.Opener {
 	return func(dir string, log *slog.Logger) (vmm.Driver, error) {
-		d, err := Open(vmmtest.Accelerator(), dir, log)
+		d, err := Open(vmmtest.Accelerator(), vmm.Config{Dir: dir, Log: log})
 		if err != nil {
 			return nil, err
 		}
