@@ -39,10 +39,9 @@ func (qcow2Format) Open(f *os.File, end int64) (Layer, error) {
 	return q, nil
 }
 
-const clusterBits = 16
-
 const (
 	magic       = "QFI\xfb"
+	clusterBits = 16
 	clusterSize = 1 << clusterBits
 	tableLength = clusterSize / 8           // entries of an L2 table
 	perTable    = tableLength * clusterSize // bytes of disk that one maps
@@ -58,8 +57,8 @@ const (
 	featureDirty = 1 << 0 // reference counts may be wrong, which no reader needs
 )
 
-// qcow2 is an overlay that is open for reading: the subset of QEMU's
-// docs/interop/qcow2.txt that an overlay made by Create stays in.
+// qcow2 is a layer that is open for reading: the subset of QEMU's
+// docs/interop/qcow2.txt that a layer made by Create stays in.
 type qcow2 struct {
 	file *os.File
 	end  int64    // of the file
@@ -239,15 +238,14 @@ func openRegular(path string) (*os.File, int64, error) {
 //	     36  entries of L1       96  refcount order, 4 (16 bits)
 //	     40  L1's offset        100  header's length
 func emptyQcow2(size int64) (image []byte, length int64) {
-	const cluster = 1 << clusterBits
-	const perL1 = cluster / 8 * cluster // bytes of disk that an entry of L1 maps
-	entries := (size + perL1 - 1) / perL1
+	const cluster = clusterSize
+	entries := (size + perTable - 1) / perTable
 	l1Clusters := (entries*8 + cluster - 1) / cluster
 	clusters := 3 + l1Clusters
 
 	image = make([]byte, 3*cluster)
 	be := binary.BigEndian
-	copy(image, "QFI\xfb")
+	copy(image, magic)
 	be.PutUint32(image[4:], 3)
 	be.PutUint32(image[20:], clusterBits)
 	be.PutUint64(image[24:], uint64(size))
