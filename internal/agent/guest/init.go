@@ -28,6 +28,8 @@ const (
 	// settleTimeout bounds [Client.Settle], which writes all that is in the
 	// guest's memory and not on its disk.
 	settleTimeout = 2 * time.Minute
+	// knockTimeout bounds [Client.Knock] (2 s).
+	knockTimeout = 2 * time.Second
 	// entropySize is how many secret bytes a guest gets.
 	entropySize = 64
 	maxWarnings = 16
@@ -203,10 +205,10 @@ func (c *Client) Thaw(ctx context.Context) error { return c.bid(ctx, "/thaw", fr
 // is on its disk.
 func (c *Client) Settle(ctx context.Context) error { return c.bid(ctx, "/settle", settleTimeout) }
 
-// Knock has the guest look for servers on its loopback, so that new ones are
-// reachable at its address soon afterwards. That it does not is no error: it looks
-// by itself once a second.
-func (c *Client) Knock(ctx context.Context) { _ = c.bid(ctx, "/ports", freezeTimeout) }
+// Knock makes the guest daemon look for servers on the guest's loopback, so that new
+// ones are reachable at its address. It returns no error, because the daemon also looks
+// once a second by itself.
+func (c *Client) Knock(ctx context.Context) { _ = c.bid(ctx, "/ports", knockTimeout) }
 
 func (c *Client) bid(ctx context.Context, path string, most time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, most)

@@ -21,7 +21,6 @@ const (
 	listenWait     = 5 * time.Second
 	firstRedial    = 10 * time.Millisecond
 	longestRedial  = 250 * time.Millisecond
-	knockTimeout   = 2 * time.Second
 	connectTimeout = 10 * time.Second
 	// idleTimeout is how long an unused connection to a guest is kept.
 	idleTimeout = 60 * time.Second
@@ -43,7 +42,7 @@ type ports struct {
 // newPorts makes the ports of the guest at host. Connecting ends with life,
 // because the address may be another sandbox's soon after; a request that is
 // given up alone does not end it. knock asks the guest daemon to look for new
-// servers on the guest's loopback, which are reachable only then.
+// servers on the guest's loopback, which only then become reachable.
 func newPorts(life context.Context, d *net.Dialer, host string, knock func(context.Context)) *ports {
 	knocking := make(chan struct{}, 1)
 	once := func(ctx context.Context) {
@@ -53,8 +52,6 @@ func newPorts(life context.Context, d *net.Dialer, host string, knock func(conte
 			return // Another request's connection was refused just now.
 		}
 		defer func() { <-knocking }()
-		ctx, cancel := context.WithTimeout(ctx, knockTimeout)
-		defer cancel()
 		knock(ctx)
 	}
 	dial := func(ctx context.Context, addr string) (net.Conn, error) {
