@@ -3,7 +3,6 @@ package files
 import (
 	"archive/tar"
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -115,7 +114,7 @@ func packTree(r *http.Request, t *tar.Writer, root string) error {
 				return err
 			}
 			defer f.Close()
-			defer context.AfterFunc(r.Context(), func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })()
+			defer endReads(r.Context(), f)()
 		default:
 			return nil
 		}
@@ -151,8 +150,8 @@ func packTree(r *http.Request, t *tar.Writer, root string) error {
 	})
 }
 
-// maxUnsized is the length in bytes of a file that goes into an archive although the
-// kernel does not tell its size: it is kept in memory meanwhile.
+// maxUnsized bounds, in bytes, a file whose size the kernel does not tell: pack keeps
+// it in memory, because an archive has the size before the content.
 const maxUnsized = 16 << 20
 
 // sized returns what is in a file, and how much that is.

@@ -2,9 +2,11 @@ package files
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
 	"os"
+	"time"
 )
 
 // content is what is in an open file. The kernel gives its own files (in /proc and
@@ -12,8 +14,14 @@ import (
 // file is as long as what can be read of it, and only a larger one as its size says.
 type content struct {
 	file *os.File
-	head []byte // the first bytes, as many as [buffer]; fewer: all of them
+	head []byte // the first [buffer] bytes, or the whole file if it has fewer
 	size int64  // of the file; -1: not known
+}
+
+// endReads ends reads of f when ctx ends, until stop is called: some files have
+// nothing to read for a long time (/proc/kmsg).
+func endReads(ctx context.Context, f *os.File) (stop func() bool) {
+	return context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })
 }
 
 // open reads the beginning of a file.

@@ -5,7 +5,6 @@ package files
 import (
 	"bytes"
 	"compress/gzip"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,7 +16,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"time"
 
 	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
@@ -108,8 +106,7 @@ func download(w http.ResponseWriter, r *http.Request) {
 		fault.Write(w, http.StatusNotAcceptable, connect.CodeInvalidArgument, "only the encodings identity and gzip are offered")
 		return
 	}
-	// Ends the wait for a file that has nothing to read yet (/proc/kmsg).
-	defer context.AfterFunc(r.Context(), func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })()
+	defer endReads(r.Context(), f)()
 	c, err := open(f)
 	if err != nil {
 		fault.WriteError(w, err)
