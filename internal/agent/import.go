@@ -152,7 +152,7 @@ type spool struct {
 	held    int64
 }
 
-// reserve reserves n more bytes, which must not be written before.
+// reserve reserves n more bytes. The caller writes them only afterwards.
 func (s *spool) reserve(n int64) error {
 	i := s.imports
 	i.mu.Lock()
@@ -178,7 +178,7 @@ func (s *spool) free() {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if s.held == 0 {
-		return // Perhaps nothing was ever reserved, by anybody.
+		return // The map may be nil.
 	}
 	if i.spooled[s.payer] -= s.held; i.spooled[s.payer] == 0 {
 		delete(i.spooled, s.payer)

@@ -36,8 +36,8 @@ type Config struct {
 	// Cgroup is the cgroup2 directory to keep users' processes in, which is
 	// made; empty: none, and nothing can be frozen.
 	Cgroup string
-	// Clock is the cgroup2 directory of the program that keeps the clock, which is
-	// frozen with users' processes; empty: none.
+	// Clock is the cgroup2 directory of the program that keeps the clock. The server
+	// freezes it with users' processes; empty: there is none.
 	Clock string
 	// Address is the guest's own address, at which services that listen on
 	// loopback alone are made reachable; invalid: they are not.
@@ -222,7 +222,8 @@ func (s *Server) envs(w http.ResponseWriter, _ *http.Request) {
 	_ = json.NewEncoder(w).Encode(envs)
 }
 
-// look looks for services to make reachable, as is done once a second anyway.
+// look serves /ports: it looks for services to make reachable now, and not only at the
+// next second.
 func (s *Server) look(w http.ResponseWriter, r *http.Request) {
 	if s.ports != nil {
 		s.ports.Look(r.Context())
@@ -233,7 +234,8 @@ func (s *Server) look(w http.ResponseWriter, r *http.Request) {
 // freezeLimit is how long users' processes may take to stand still.
 const freezeLimit = 5 * time.Second
 
-// toTree serves what is done with users' processes, within freezeLimit.
+// toTree returns a handler that calls do, within freezeLimit, if users' processes are
+// in cgroups.
 func (s *Server) toTree(do func(context.Context) error) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if s.tree == nil {

@@ -1,5 +1,5 @@
-// Package inplace has files overwritten where they are, rather than copied on write.
-// What overwrites its files needs no more of a disk that is full.
+// Package inplace turns copy on write off, so that a program can overwrite its files
+// on a full disk: in place, that takes no new space.
 package inplace
 
 import (
@@ -15,12 +15,12 @@ const noCOW = 0x00800000
 
 const zfsMagic = 0x2fc12fc1
 
-// ErrCopies is the error of a folder whose new files are copied on write.
+// ErrCopies is returned, wrapped, for folders whose new files are copied on write.
 var ErrCopies = errors.New("the file system copies files when they are overwritten")
 
-// Set has files that are created in dir from now on overwritten in place, and those of
-// folders created in it. It changes nothing unless dir is on btrfs. It fails with
-// [ErrCopies] if the file system cannot do that.
+// Set turns copy on write off for files that are created in dir from now on, and in
+// new folders below it. Only btrfs needs that. Set fails with [ErrCopies] if the file
+// system cannot overwrite in place.
 func Set(dir string) error { return look(dir, true) }
 
 // Check fails with [ErrCopies] if files that are created in dir are copied on write.
@@ -57,7 +57,8 @@ func look(dir string, set bool) error {
 	return nil
 }
 
-// kind tells whether dir is on btrfs, which can do either.
+// kind reports whether dir is on btrfs, which copies unless a file's flags forbid it.
+// It fails with [ErrCopies] if the file system always copies.
 func kind(dir string) (btrfs bool, err error) {
 	var fs unix.Statfs_t
 	if err := unix.Statfs(dir, &fs); err != nil {

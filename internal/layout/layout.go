@@ -39,7 +39,7 @@ func (d Dir) Sandboxes() string { return d.join("sandboxes") }
 // that of the machine, which was ready before it became the sandbox's.
 func (d Dir) Sandbox(sandbox uuid.UUID) string { return d.join("sandboxes", sandbox.String()) }
 
-// SandboxID is an empty file whose name says of which sandbox the folder is, for when its
+// SandboxID is an empty file whose name says which sandbox the folder is of, in case its
 // record cannot be read.
 func (d Dir) SandboxID(home, sandbox uuid.UUID) string {
 	return d.join("sandboxes", home.String(), SandboxIDPrefix+sandbox.String())

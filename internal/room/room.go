@@ -1,6 +1,6 @@
 // Package room measures the free space of a file system, and reserves it for writes
-// that are under way, so that writers who begin at once do not all count on the same space. Reservations
-// are only in memory: they end with the process, as the writes do.
+// that are under way, so that writers who begin at once do not all count on the same
+// space. Reservations are only in memory: they end with the process, as the writes do.
 package room
 
 import (

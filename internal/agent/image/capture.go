@@ -34,8 +34,8 @@ type Capture struct {
 	VCPUs     int    `json:"vcpus"`
 	MemoryMiB int    `json:"memory_mib"`
 	DiskMiB   int    `json:"disk_mib"`
-	// Layers is how many layers there are over the file system, and DiskFormat what
-	// their format is named; empty: qcow2.
+	// Layers is how many layers there are over the file system, and DiskFormat the
+	// name of their format; empty: qcow2.
 	Layers     int    `json:"layers"`
 	DiskFormat string `json:"disk_format,omitempty"`
 	// Token is what the guest's daemon must be shown; empty: nothing.

@@ -107,7 +107,7 @@ func (t Templates) Of(template uuid.UUID, r Rates) Rates {
 // its sandboxes further than their host does, never less.
 type Limits map[string]int64
 
-// Check returns an error if a limit is no rate.
+// Check returns an error if a name or a value is not that of a limit.
 func (l Limits) Check() error {
 	for name, n := range l {
 		if members[name] == nil || n < 1 || n > Most {
@@ -117,7 +117,7 @@ func (l Limits) Check() error {
 	return nil
 }
 
-// Within returns the rates for a sandbox that has these limits, on a host that allows it r.
+// Within returns r, what the host allows a sandbox, lowered to the limits.
 func (l Limits) Within(r Rates) Rates {
 	for name, n := range l {
 		member := members[name]

@@ -26,9 +26,9 @@ type capturing struct {
 	err     error
 }
 
-// capture returns the capture of a template with the given processors and
-// memory, of a guest that may run virtual machines if it is to be nested. Where there is none it boots the template once, whoever and however
-// many ask for it.
+// capture returns the capture of a template with the given processors and memory,
+// whose guest can run virtual machines if nested is set. If there is no such capture,
+// capture boots the template, once for all callers that wait for it.
 func (m *Manager) capture(ctx context.Context, t image.Template, vcpus, memoryMiB int, nested bool) (*image.Capture, error) {
 	all, err := t.Captures(m.Dir)
 	if err != nil {

@@ -438,8 +438,9 @@ func (m *Manager) find(id uuid.UUID) (*box, error) {
 	return nil, fail(ErrNotFound, "no such sandbox on this host")
 }
 
-// Incomplete says that the host may have sandboxes that List leaves out, because
-// it cannot read their records now, and which; nil: any.
+// Incomplete reports whether the host may have sandboxes that List leaves out because
+// it cannot read their records now, and returns which. If it cannot tell which, they
+// may be any, and which is nil.
 func (m *Manager) Incomplete() (incomplete bool, which []uuid.UUID) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

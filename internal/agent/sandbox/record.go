@@ -41,7 +41,7 @@ type record struct {
 	// Sealed of them can be written to by nobody any more.
 	Disks  int `json:"disks"`
 	Sealed int `json:"sealed"`
-	// DiskFormat is what the format of the layers is named; empty: qcow2.
+	// DiskFormat is the name of the layers' format; empty: qcow2.
 	DiskFormat string `json:"disk_format,omitempty"`
 	// Saved is what the last pause has saved. A paused sandbox goes on from
 	// it; once it runs again its disk has changed, and all that this is good
@@ -114,7 +114,7 @@ func (r *record) write(dir layout.Dir, durable bool) error {
 	if err != nil {
 		return fmt.Errorf("encode record: %w", err)
 	}
-	// Before the record, so that no record of a sandbox is without it. The record's
+	// The label comes first, so that every record of a sandbox has one. The record's
 	// sync makes both durable.
 	if err := r.label(dir); err != nil {
 		return err
@@ -129,8 +129,8 @@ func (r *record) write(dir layout.Dir, durable bool) error {
 	return nil
 }
 
-// label makes the file that says which sandbox the folder is of. A machine that waits is
-// none yet.
+// label makes the file that says which sandbox the folder is of. A machine that waits
+// is not a sandbox yet, and its folder gets no label.
 func (r *record) label(dir layout.Dir) error {
 	if r.State == waiting {
 		return nil

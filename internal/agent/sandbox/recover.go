@@ -529,8 +529,8 @@ func (m *Manager) reread(f found, u *unreadRecord) {
 }
 
 // endDamaged ends the machine of a sandbox with a damaged record, and waits until the
-// sandbox's fate is known. If the folder does not say which sandbox it is of, it is that
-// of its name.
+// sandbox's fate is known. A folder that does not say which sandbox it is of counts as
+// that of the sandbox whose id is its name.
 func (m *Manager) endDamaged(ctx context.Context, id uuid.UUID) (found bool, err error) {
 	m.mu.Lock()
 	u := m.unread[id]

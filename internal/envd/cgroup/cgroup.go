@@ -190,7 +190,7 @@ func (t *Tree) Freeze(ctx context.Context) error {
 	return nil
 }
 
-// Release is [Tree.Thaw], but does not wait until the processes go on.
+// Release is [Tree.Thaw] without the wait for the processes to go on.
 func (t *Tree) Release() error { return t.write("cgroup.freeze", "0") }
 
 // Thaw lets the tree's processes go on.

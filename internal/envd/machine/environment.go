@@ -57,8 +57,8 @@ func (m *Machine) Export(envs map[string]string) error {
 	return err
 }
 
-// profile is a script for any shell that exports envs. A shell cannot have every
-// name that an environment can.
+// profile returns a script for any shell that exports envs. It leaves out names that
+// a shell's variables cannot have.
 func profile(envs map[string]string) string {
 	var b strings.Builder
 	b.WriteString("# Written by wrenn: the sandbox's environment.\n")
@@ -84,8 +84,8 @@ func shellName(s string) bool {
 	return s != ""
 }
 
-// environment is the text of /etc/environment with envs in it. Its form has no
-// line breaks, and takes # and quotes for its own: variables with these are left out.
+// environment returns the text of /etc/environment with envs in it. Its format cannot
+// express line breaks, #, quotes and backslashes: it leaves out variables with these.
 func environment(old []byte, envs map[string]string) []byte {
 	var b bytes.Buffer
 	own := false

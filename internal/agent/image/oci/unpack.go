@@ -30,8 +30,8 @@ type Limits struct {
 	Packed int64
 	// Room is the room on the disk that the image is written to; nil: no bounds.
 	Room *room.Room
-	// Reserve is called before bytes of an archive are extracted to tmp; nil: they
-	// are not counted.
+	// Reserve, if not nil, is called before bytes of an archive are extracted. Its
+	// error ends the extraction.
 	Reserve func(bytes int64) error
 }
 
