@@ -311,7 +311,7 @@ func (w *world) Restore(_ context.Context, s vmm.Spec, from vmm.Saved) (vmm.VM, 
 	if w.tracks {
 		base = bytes.Clone(data)
 	}
-	return w.run(s, cmp.Or(from.Kind, w.Kind(false)), data, base)
+	return w.run(s, w.Kind(w.Nested(from.Kind)), data, base)
 }
 
 // worldBlocks is how much of a machine's memory is ever used.
