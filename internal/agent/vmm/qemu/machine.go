@@ -307,11 +307,19 @@ func awaitEnd(pidfd *os.File) error {
 const reapTime = time.Second
 
 // exitStatus returns how the process behind a pidfd ended, or 0 if the kernel does not
-// say. Only kernels since 6.15 do, once the parent has reaped the process.
+// say. Only kernels since 6.15 do, once the parent has reaped the process. The file may
+// be closed meanwhile.
 func exitStatus(pidfd *os.File) syscall.WaitStatus {
+	c, err := pidfd.SyscallConn()
+	if err != nil {
+		return 0
+	}
 	for deadline := time.Now().Add(reapTime); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 		info := unix.PidfdInfo{Mask: unix.PIDFD_INFO_EXIT}
-		err := unix.IoctlPidfdInfo(int(pidfd.Fd()), &info)
+		var err error
+		if closed := c.Control(func(fd uintptr) { err = unix.IoctlPidfdInfo(int(fd), &info) }); closed != nil {
+			return 0
+		}
 		if err != nil && !errors.Is(err, unix.ESRCH) {
 			return 0
 		}
@@ -392,10 +400,18 @@ func (e *endings) end(ctx context.Context, st vmm.State, bootID string) error {
 	return nil
 }
 
-// hasEnded reports whether the process behind a pidfd has ended.
-func hasEnded(pidfd *os.File) bool {
-	n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd.Fd()), Events: unix.POLLIN}}, 0)
-	return err == nil && n > 0
+// hasEnded reports whether the process behind a pidfd has ended. It has if the file is
+// closed: whoever waits for the end closes it then.
+func hasEnded(pidfd *os.File) (ended bool) {
+	c, err := pidfd.SyscallConn()
+	if err != nil {
+		return true
+	}
+	closed := c.Control(func(fd uintptr) {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+		ended = err == nil && n > 0
+	})
+	return ended || closed != nil
 }
 
 // Confine implements [vmm.Confiner].
