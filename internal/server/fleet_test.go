@@ -21,11 +21,18 @@ import (
 // are so far apart.
 func newTwo(t *testing.T, heartbeat time.Duration) (p, q *plane) {
 	t.Helper()
-	p = newPlane(t)
+	p = newBeating(t, heartbeat)
+	return p, p.second()
+}
+
+// newBeating starts a server whose heartbeats are so far apart.
+func newBeating(t *testing.T, heartbeat time.Duration) *plane {
+	t.Helper()
+	p := newPlane(t)
 	p.end()
 	p.config.Heartbeat = heartbeat
 	p.start()
-	return p, p.second()
+	return p
 }
 
 // second starts another server on the same database, Redis and host. It ends
