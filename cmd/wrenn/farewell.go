@@ -9,20 +9,23 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// keptFor is how long after an answer a request that must not arrive twice can still come
-// over the same connection: until HopOnceIdle is over, plus half a second on its way.
+// keptFor is how long after an answer the client's next request may still arrive over the
+// same connection, if it is one that must not be sent twice: the client sends it within
+// HopOnceIdle, and half a second is for its way.
 const keptFor = upstream.HopOnceIdle + 500*time.Millisecond
 
 // farewell lets a server or an agent stop without closing a connection over which a
-// request is on its way. Once asked is done, answers to new requests say that their
-// connection ends, and the program stops keptFor after the last answer that did not.
+// request is on its way. Once the program is asked to stop, each answer tells the client
+// to send nothing more over the connection ("Connection: close"). The program stops
+// keptFor after the last answer that did not say so.
 type farewell struct {
-	asked context.Context
+	asked context.Context // done once the program is asked to stop
 	sleep func(time.Duration)
 	last  atomic.Int64 // end of the last answer that kept its connection, in Unix ns
 }
 
-// context returns a context that is done when the program may stop.
+// context returns a context for the program's servers. It is done keptFor after the last
+// answer that kept its connection, so that they then lose no request.
 func (f *farewell) context() (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(f.asked))
 	stop := context.AfterFunc(f.asked, func() {
@@ -32,8 +35,8 @@ func (f *farewell) context() (context.Context, context.CancelFunc) {
 	return ctx, func() { stop(); cancel() }
 }
 
-// handler returns next. Each answer ends its connection once asked is done, and until
-// then records when it ended.
+// handler returns next with what farewell needs: the time of each answer that keeps its
+// connection, and "Connection: close" in the others.
 func (f *farewell) handler(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if f.asked.Err() == nil {

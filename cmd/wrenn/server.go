@@ -104,8 +104,8 @@ func serve(ctx context.Context, listen string, bound func(net.Listener) net.List
 	return serveOn(ctx, bound(l), identity, srv, toPort, run)
 }
 
-// serveOn serves l with srv, and runs run beside it, until ctx is done or one of them ends.
-// It closes l. identity and toPort are as for serve.
+// serveOn is [serve] for a listener that is there already, which it closes, and a server
+// that is configured. It replaces srv's TLS configuration and handler.
 func serveOn(ctx context.Context, l net.Listener, identity *tls.Config, srv *http.Server, toPort func(*http.Request) bool, run func(context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

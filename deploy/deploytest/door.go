@@ -130,8 +130,8 @@ func (d *Door) run(t testing.TB, dir string, env []string) {
 	}
 }
 
-// certify writes a self-signed certificate for names, and its key, to tls.crt and
-// tls.key in dir.
+// certify makes a self-signed certificate for the given DNS names. It writes the
+// certificate to tls.crt in dir and the private key to tls.key.
 func certify(dir string, names []string) (*x509.Certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

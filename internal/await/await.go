@@ -15,8 +15,9 @@ import (
 // Hang is how long a test waits before it reports a hang: two minutes, see [Scale].
 var Hang = Scale(2 * time.Minute)
 
-// Scale returns d multiplied by WRENN_TEST_TIMEOUT_FACTOR (1), which is larger
-// where the host itself is emulated. It is for bounds that only end what hangs.
+// Scale returns d multiplied by the variable WRENN_TEST_TIMEOUT_FACTOR, or d if that is not
+// set. On a slow machine, such as the emulated one of `make test-kvm`, the factor is above
+// 1. Scale only bounds that end a hang: no test may expect something to take long.
 func Scale(d time.Duration) time.Duration {
 	const name = "WRENN_TEST_TIMEOUT_FACTOR"
 	text := os.Getenv(name)

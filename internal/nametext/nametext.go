@@ -7,8 +7,9 @@ import (
 	"unicode/utf8"
 )
 
-// The runes from first to last stand for the bytes 0x80 to 0xFF where these are no part
-// of a UTF-8 character. Unicode gives them no meaning of its own (private use).
+// A name may have bytes that are not UTF-8, all of them from 0x80 to 0xFF. Text has a rune
+// from first to last in place of each: private-use characters, which Unicode assigns to
+// nothing.
 const (
 	first = 0x10FE80
 	last  = 0x10FEFF

@@ -21,12 +21,12 @@ import (
 // are so far apart.
 func newTwo(t *testing.T, heartbeat time.Duration) (p, q *plane) {
 	t.Helper()
-	p = newBeating(t, heartbeat)
+	p = newPlaneBeating(t, heartbeat)
 	return p, p.second()
 }
 
-// newBeating starts a server whose heartbeats are so far apart.
-func newBeating(t *testing.T, heartbeat time.Duration) *plane {
+// newPlaneBeating starts a server with the given time between heartbeats.
+func newPlaneBeating(t *testing.T, heartbeat time.Duration) *plane {
 	t.Helper()
 	p := newPlane(t)
 	p.end()

@@ -66,7 +66,7 @@ func TestTwoServersTakeTurns(t *testing.T) {
 // once that one is dead.
 func TestTwoServersWatch(t *testing.T) {
 	t.Parallel()
-	p := newBeating(t, hosts.DefaultHeartbeat) // No machine is so busy that a living one says nothing for that long.
+	p := newPlaneBeating(t, hosts.DefaultHeartbeat) // No machine is so busy that a living one says nothing for that long.
 	watcher := func() (id string, alive bool) {
 		err := p.db().QueryRow(t.Context(), "SELECT servers.id::text, seen_at > now() - make_interval(secs => $1) FROM hosts JOIN servers ON servers.id = watcher", p.config.Heartbeat.Seconds()).Scan(&id, &alive)
 		if err != nil {

@@ -38,8 +38,9 @@ func (u unsentError) Unwrap() []error { return []error{u.error, ErrUnsent} }
 
 var errClosed = errors.New("upstream: the transport is closed")
 
-// HopOnceIdle is the OnceIdle of each [Transport] between Wrenn's own programs. A program
-// that stops keeps its connections for longer than that after the last answer.
+// HopOnceIdle is the OnceIdle of every [Transport] that calls a server or an agent. These
+// stop only when more than that has passed since the last answer over a connection, so
+// they close none over which a request is on its way.
 const HopOnceIdle = time.Second
 
 // Transport is an [http.RoundTripper] that keeps connections. Its fields must
@@ -57,8 +58,9 @@ type Transport struct {
 	Redial func() (wait func(context.Context) bool)
 	// IdleTimeout is how long an unused connection is kept.
 	IdleTimeout time.Duration
-	// OnceIdle is the same for requests that cannot be sent twice (IdleTimeout).
-	// Such a request is lost if it meets the upstream closing the connection.
+	// OnceIdle is how long after its last response a connection may carry a request that
+	// cannot be sent twice, which is lost if the upstream closes the connection meanwhile.
+	// 0: IdleTimeout.
 	OnceIdle time.Duration
 	// MaxIdle bounds the unused connections, MaxIdlePerHost those of one address.
 	MaxIdle, MaxIdlePerHost int

@@ -101,7 +101,8 @@ func TestFlood(t *testing.T) {
 		[]string{"limits each second", "the neighbour's flood", "its processors", "requests, quiet p99", "p99", "÷ quiet", "÷ a busy processor's", "writes, quiet p99", "p99", "÷ quiet", "÷ a busy processor's"}, rows)
 }
 
-// phase is what a neighbour measured, in all rounds.
+// phase holds what one guest measured, in all rounds together, while its neighbour did
+// one thing: nothing, or one of the floods.
 type phase struct{ requests, writes sample }
 
 func (p *phase) measure(t *testing.T, h *host, neighbour string) {

@@ -28,7 +28,7 @@ const (
 	// settleTimeout bounds [Client.Settle], which writes all that is in the
 	// guest's memory and not on its disk.
 	settleTimeout = 2 * time.Minute
-	// knockTimeout bounds [Client.Knock] (2 s).
+	// knockTimeout bounds [Client.Knock], for which a request to a port waits.
 	knockTimeout = 2 * time.Second
 	// entropySize is how many secret bytes a guest gets.
 	entropySize = 64

@@ -498,9 +498,9 @@ const (
 	maxCopies = 2
 )
 
-// Measured returns what a host says of a template, as it is written down: no
-// more than the template whose row is given can be. No host decides the size of the
-// built-in template's disk, because all tenants' sandboxes have it.
+// Measured returns a host's report of a template's sizes as the server stores it. The host
+// is not trusted: no size is larger than the template whose row is given can have. For
+// the built-in template Measured ignores the host's disk size, because all tenants use it.
 func Measured(host uuid.UUID, row db.Template, t *hostagentv1.Template) db.TemplateReadyParams {
 	disk, memory := cmp.Or(row.DiskMiB, hostwire.DefaultDiskMiB), cmp.Or(row.MemoryMiB, sandboxes.DefaultMemoryMiB)
 	says := t.GetDiskMib()

@@ -81,7 +81,8 @@ type Driver struct {
 	log     *slog.Logger
 }
 
-// Open returns a driver that uses the accelerator KVM or TCG.
+// Open returns a driver for QEMU, which runs guests with accel: [KVM] or [TCG]. It does not
+// try whether a guest boots: [KVMWorks] does.
 func Open(accel string, c vmm.Config) (*Driver, error) {
 	if accel != KVM && accel != TCG {
 		return nil, fmt.Errorf("open QEMU driver: unknown accelerator %q", accel)
@@ -112,13 +113,13 @@ func Open(accel string, c vmm.Config) (*Driver, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
 	}
-	var programs [][]unix.SockFilter
+	var seccomp [][]unix.SockFilter
 	if !c.Unfiltered {
-		if programs, err = filters(accel); err != nil {
+		if seccomp, err = filters(accel); err != nil {
 			return nil, fmt.Errorf("open QEMU driver: %w", err)
 		}
 	}
-	l, err := launcher.New(programs)
+	l, err := launcher.New(seccomp)
 	if err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
 	}
