@@ -543,8 +543,8 @@ func TestFullDisk(t *testing.T) {
 	h.counted(t, sandbox, pid)
 }
 
-// ownDisk puts the host on a file system of its own, in memory: a test beside
-// this one may count the machine's loop devices.
+// ownDisk puts the host on a file system of its own with 2500 MiB free. It is in memory,
+// because a test beside this one may count the machine's loop devices.
 func (h *host) ownDisk(t *testing.T) {
 	t.Helper()
 	used, err := exec.Command("du", "-sm", string(h.Dir)).Output()

@@ -270,8 +270,8 @@ func (a *Agent) link(t testing.TB) {
 	a.seeded = linkAll(t, a.seed(), a.Dir.Captures(uuid.Nil, uuid.Nil))
 }
 
-// removeStale removes the seeds that the agent has removed: captures of an older
-// kernel, envd or driver. Each takes some 330 MiB.
+// removeStale removes from the seed the captures that the agent has removed, because they
+// are of an older kernel, envd or driver. Each takes some 330 MiB.
 func (a *Agent) removeStale(t testing.TB) {
 	for _, name := range a.seeded {
 		if _, err := os.Stat(filepath.Join(a.Dir.Captures(uuid.Nil, uuid.Nil), name)); !errors.Is(err, os.ErrNotExist) {
@@ -283,10 +283,9 @@ func (a *Agent) removeStale(t testing.TB) {
 	}
 }
 
-// linkAll links the folders in one to another, and returns the names of those that it
-// linked. It leaves out those that are there already, those that another test removes
-// meanwhile, and all of them where the other folder is on another file system: then
-// they are made anew where they are needed.
+// linkAll links every folder in from to to, and returns the names of those that it linked.
+// It leaves out those that to has already, those that another test removes meanwhile, and
+// all if to is on another file system: agents make anew what they lack.
 func linkAll(t testing.TB, from, to string) (linked []string) {
 	t.Helper()
 	all, err := os.ReadDir(from)
