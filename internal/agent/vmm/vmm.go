@@ -31,8 +31,8 @@ type Spec struct {
 	// if the host's processor can. A restored machine is as it was saved.
 	Nested bool
 
-	// The guest's disk: Base, a raw image, with layers above it in the driver's
-	// format, of which the highest, Overlay, is written to and no other file is.
+	// The guest's disk is Base, a raw image, below layers in the driver's format.
+	// The guest writes to the highest layer, Overlay, alone.
 	Overlay string   // empty: no disk
 	Layers  []string // between the two, the lowest first
 	Base    string
@@ -71,15 +71,14 @@ const (
 
 // Config configures a driver.
 type Config struct {
-	// Dir is a folder of the driver's own, which holds nothing that a reboot
-	// must leave.
+	// Dir is a folder of the driver's own. Nothing in it must survive a reboot.
 	Dir string
 	// Kernel and Initrd are what [Monitor.Works] boots. Open does not need them.
 	Kernel, Initrd string
 	// Unfiltered runs monitors without the driver's own seccomp filter.
 	Unfiltered bool
-	// Processor is the monitor's name for the processor that guests have; empty:
-	// all that the host's can do, apart from what guests do not need.
+	// Processor is the monitor's name for the guests' processor; empty: the host's
+	// own, without what guests do not need.
 	Processor string
 	Log       *slog.Logger
 }
@@ -90,8 +89,8 @@ type Monitor interface {
 	Name() string
 	Accelerator() string
 	// Works returns nil if guests can run on this host, or the reason why not.
-	// It uses an answer that it has, unless again is set, and may boot a guest
-	// to find out.
+	// It may boot a guest to find out. Unless again is set, it may return the
+	// answer of an earlier time.
 	Works(ctx context.Context, c Config, again bool) error
 	// Open opens the driver, whether or not guests can run.
 	Open(c Config) (Driver, error)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"strings"
 	"testing"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
@@ -49,7 +48,7 @@ func TestOpen(t *testing.T) {
 	}{
 		{[]vmm.Monitor{third, kvm, tcg}, Auto, "qemu kvm"},
 		{[]vmm.Monitor{third, brokenKVM, tcg}, Auto, "qemu tcg"},
-		// What is asked for is not probed.
+		// An accelerator that the caller names is not probed.
 		{[]vmm.Monitor{third, kvm, tcg}, vmm.KVM, "third kvm"},
 		{[]vmm.Monitor{third, kvm, tcg}, vmm.TCG, "qemu tcg"},
 		{[]vmm.Monitor{third, kvm}, vmm.TCG, ""},
@@ -74,16 +73,16 @@ func TestOpen(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if _, err := open(ctx, []vmm.Monitor{third, tcg}, Auto, c); !errors.Is(err, context.Canceled) {
-		t.Errorf("opened by whoever had left: %v", err)
+		t.Errorf("opened although the caller has left: %v", err)
 	}
 }
 
-// TestAll: each driver has a name of its own kind, and each is there once.
+// TestAll: each monitor has a name and an accelerator, and is there once.
 func TestAll(t *testing.T) {
 	seen := map[string]bool{}
 	for _, m := range all {
 		key := m.Name() + " " + m.Accelerator()
-		if seen[key] || m.Name() == "" || !strings.Contains(vmm.KVM+" "+vmm.TCG, m.Accelerator()) {
+		if seen[key] || m.Name() == "" || m.Accelerator() != vmm.KVM && m.Accelerator() != vmm.TCG {
 			t.Errorf("%q is there twice, or has no name or accelerator", key)
 		}
 		seen[key] = true

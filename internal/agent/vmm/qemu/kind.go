@@ -28,11 +28,11 @@ type model struct {
 	accel    string
 	cpu      string // the processor, unless the kind names another
 	hidden   string // features of any processor that guests do not get
-	nesting  string // those of them that a guest gets which may run virtual machines
+	nesting  string // features that only guests which may run virtual machines get
 	repaired bool   // see [redeliver]
 }
 
-// The features with which a guest can run virtual machines of its own.
+// nesting hides the features with which a guest can run virtual machines of its own.
 const nesting = ",svm=off,vmx=off"
 
 // models are each accelerator's: machines boot as the first; the others restore
@@ -129,7 +129,8 @@ type about struct {
 	// processors are those that it can give guests on this host, by each name that
 	// they have: the name of the version that it stands for.
 	processors map[string]string
-	// others are the processors for which this host lacks something: what.
+	// others are the processors that this host cannot give guests, with the features
+	// that it lacks.
 	others map[string][]string
 }
 
@@ -296,8 +297,8 @@ func newProcessor(accel, name string, a about, host processor) (processor, error
 var svmFeatures = strings.Fields("npt lbrv svm-lock nrip-save tsc-scale vmcb-clean flushbyasid decodeassists " +
 	"pause-filter pfthreshold avic v-vmsave-vmload vgif svme-addr-chk vnmi")
 
-// needless reports whether a host may lack a feature of a processor that guests
-// have: they do not get it, or only those that may nest.
+// needless reports whether a host may lack a feature of the processor that its guests
+// have, because guests do not get it, or only those that may nest.
 func needless(feature string) bool {
 	return strings.HasPrefix(feature, "vmx") || slices.Contains(svmFeatures, feature) ||
 		slices.ContainsFunc(models[KVM], func(m model) bool { return strings.Contains(m.hidden+m.nesting, ","+feature+"=off") })
