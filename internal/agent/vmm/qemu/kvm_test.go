@@ -45,7 +45,6 @@ func TestGuestUnderKVM(t *testing.T) {
 	defer ram.Close()
 
 	time.Sleep(5 * time.Second) // which do not pass in the guest
-	b.Spec.Kernel, b.Spec.Initrd, b.Spec.Cmdline = "", "", ""
 	b.Spec.ID = uuid.New()
 	begun := time.Now()
 	b.Resume(vmm.Saved{Memory: ram, Devices: devices}, "first", "second")

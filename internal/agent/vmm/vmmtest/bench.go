@@ -38,7 +38,7 @@ const bootTime = 5 * time.Minute
 // callTime bounds what a guest does for a test.
 const callTime = 90 * time.Second
 
-// Log is a log that a test prints.
+// Log returns a logger that writes to the test's output.
 func Log(t *testing.T) *slog.Logger { return slog.New(slog.NewTextHandler(t.Output(), nil)) }
 
 // Open opens the driver for the test t. It skips the test where virtual
@@ -90,8 +90,8 @@ func NewSpec(t *testing.T, d vmm.Driver) vmm.Spec {
 	return s
 }
 
-// Start boots a machine that the test kills at its end.
-func Start(t *testing.T, d vmm.Driver, s vmm.Spec) vmm.VM {
+// start boots a machine that the test kills at its end.
+func start(t *testing.T, d vmm.Driver, s vmm.Spec) vmm.VM {
 	t.Helper()
 	vm, err := d.Start(t.Context(), s)
 	if err != nil {
@@ -101,8 +101,8 @@ func Start(t *testing.T, d vmm.Driver, s vmm.Spec) vmm.VM {
 	return vm
 }
 
-// Kill ends a machine and checks that nothing of it is left.
-func Kill(t *testing.T, d vmm.Driver, vm vmm.VM) {
+// kill ends a machine and checks that nothing of it is left.
+func kill(t *testing.T, d vmm.Driver, vm vmm.VM) {
 	t.Helper()
 	if err := vm.Kill(context.Background()); err != nil {
 		t.Error(err)
@@ -141,8 +141,8 @@ func gone(t *testing.T, d vmm.Driver, id uuid.UUID) {
 	}
 }
 
-// AwaitConsole waits until the guest has printed text. No event tells when.
-func AwaitConsole(t *testing.T, vm vmm.VM, text string) {
+// awaitConsole waits until the guest has printed text. No event tells when.
+func awaitConsole(t *testing.T, vm vmm.VM, text string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), Within(t, bootTime))
 	defer cancel()
@@ -257,8 +257,8 @@ func (b *Bench) Boot(token string) {
 	b.init("", token)
 }
 
-// Restore makes a machine of what was saved, which is held.
-func (b *Bench) Restore(from vmm.Saved) {
+// restore makes a machine of what was saved, and leaves it held.
+func (b *Bench) restore(from vmm.Saved) {
 	b.Helper()
 	b.Spec.Kernel, b.Spec.Initrd, b.Spec.Cmdline = "", "", ""
 	b.begin = time.Now()
@@ -281,7 +281,7 @@ func (b *Bench) withTap(f func() error) {
 // Resume restores a machine, lets it go on, and replaces its daemon's token.
 func (b *Bench) Resume(from vmm.Saved, shown, token string) {
 	b.Helper()
-	b.Restore(from)
+	b.restore(from)
 	b.Must(b.VM.Grow(b.Context(), b.Spec.DiskBytes)) // a disk can be made larger before its guest runs
 	b.Must(b.VM.Run(b.Context()))
 	b.took("run")
@@ -360,7 +360,7 @@ func (b *Bench) Kill() {
 	if b.VM == nil {
 		return
 	}
-	Kill(b.T, b.Driver, b.VM)
+	kill(b.T, b.Driver, b.VM)
 	b.VM = nil
 }
 

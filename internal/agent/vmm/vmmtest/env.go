@@ -1,5 +1,5 @@
-// Package vmmtest is what the tests of virtual machines share: on what they run
-// them and for how long they wait.
+// Package vmmtest has the tests that each driver must pass, [Conformance], and what
+// tests of virtual machines share.
 package vmmtest
 
 import (

@@ -20,7 +20,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 )
 
-// names are what a folder has.
+// names returns the names of a folder's entries.
 func names(t *testing.T, dir string) []string {
 	t.Helper()
 	entries, err := os.ReadDir(dir)
@@ -34,9 +34,12 @@ func names(t *testing.T, dir string) []string {
 	return all
 }
 
+// maker starts or restores a machine.
+type maker func(context.Context, vmm.Spec) (vmm.VM, error)
+
 // fails checks that f makes no machine, and leaves nothing of it, in its folder
 // dir or elsewhere.
-func fails(t *testing.T, d vmm.Driver, dir string, spec vmm.Spec, f func(context.Context, vmm.Spec) (vmm.VM, error)) error {
+func fails(t *testing.T, d vmm.Driver, dir string, spec vmm.Spec, f maker) error {
 	t.Helper()
 	before := names(t, dir)
 	spec.ID = uuid.New()
@@ -53,10 +56,27 @@ func fails(t *testing.T, d vmm.Driver, dir string, spec vmm.Spec, f func(context
 	return err
 }
 
-// absent is a path of nothing.
+// abandoned has the caller of f leave at several moments, and checks that f then
+// either has made a machine or leaves nothing of it.
+func abandoned(t *testing.T, d vmm.Driver, spec vmm.Spec, f maker) {
+	t.Helper()
+	for _, after := range []time.Duration{0, 5, 20, 40, 80, 160} {
+		ctx, cancel := context.WithTimeout(t.Context(), after*time.Millisecond)
+		spec.ID = uuid.New()
+		vm, err := f(ctx, spec)
+		cancel()
+		if err == nil {
+			kill(t, d, vm)
+			continue
+		}
+		gone(t, d, spec.ID)
+	}
+}
+
+// absent is a path at which nothing is.
 const absent = "/nonexistent/file"
 
-// brokenParts are what a machine cannot be made with, whether it is started or
+// brokenParts are changes of a spec with which a machine can be neither started nor
 // restored.
 var brokenParts = map[string]func(*vmm.Spec){
 	"no folder":       func(s *vmm.Spec) { s.Dir = absent },
@@ -69,7 +89,7 @@ var brokenParts = map[string]func(*vmm.Spec){
 	"no file":         func(s *vmm.Spec) { s.NetNS = s.Base },
 }
 
-// failedStart fails each step of a start, which leaves nothing.
+// failedStart makes each step of a start fail. Nothing is left.
 func (s *suite) failedStart(t *testing.T) {
 	d := s.Open(t)
 	spec := NewSpec(t, d)
@@ -95,28 +115,16 @@ func (s *suite) failedStart(t *testing.T) {
 			t.Errorf("it does not say why: %v", err)
 		}
 	})
-	// Whoever asked for it leaves, at any moment.
-	for _, after := range []time.Duration{0, 5, 20, 40, 80, 160} {
-		ctx, cancel := context.WithTimeout(t.Context(), after*time.Millisecond)
-		spec := spec
-		spec.ID = uuid.New()
-		vm, err := d.Start(ctx, spec)
-		cancel()
-		if err == nil {
-			Kill(t, d, vm)
-			continue
-		}
-		gone(t, d, spec.ID)
-	}
+	abandoned(t, d, spec, d.Start)
 	if left := names(t, spec.Dir); !slices.Equal(left, []string{"garbage", "overlay"}) {
 		t.Errorf("the folder has %q", left)
 	}
-	vm := Start(t, d, spec) // all was as it should be but for that
-	Kill(t, d, vm)
+	vm := start(t, d, spec) // all was as it should be but for that
+	kill(t, d, vm)
 }
 
-// sealed makes a file that a machine's memory can be mapped from, with other
-// seals than those without.
+// sealed returns a file in memory with the given size and seals. A machine's memory can
+// be mapped from it if it has all the seals in failedRestore.
 func sealed(t *testing.T, bytes int64, seals int) *os.File {
 	t.Helper()
 	fd, err := unix.MemfdCreate("ram", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
@@ -134,12 +142,13 @@ func sealed(t *testing.T, bytes int64, seals int) *os.File {
 	return f
 }
 
-// failedRestore restores what is damaged, or with what is missing: nothing is left.
+// failedRestore restores from states that are damaged, and with files that are missing.
+// Each restore fails, and nothing is left.
 func (s *suite) failedRestore(t *testing.T) {
 	const seals = unix.F_SEAL_WRITE | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_SEAL
 	d := s.Open(t)
 	spec := NewSpec(t, d)
-	vm := Start(t, d, spec)
+	vm := start(t, d, spec)
 	if err := vm.Hold(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -147,7 +156,7 @@ func (s *suite) failedRestore(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	Kill(t, d, vm)
+	kill(t, d, vm)
 	size := int64(spec.MemoryMiB) << 20
 	ram := sealed(t, size, seals)
 	plain, err := os.Create(filepath.Join(t.TempDir(), "plain"))
@@ -161,7 +170,7 @@ func (s *suite) failedRestore(t *testing.T) {
 	pages := func(p memory.Page, err error) memory.Pages {
 		return func(yield func(memory.Page, error) bool) { yield(p, err) }
 	}
-	restore := func(from vmm.Saved) func(context.Context, vmm.Spec) (vmm.VM, error) {
+	restore := func(from vmm.Saved) maker {
 		return func(ctx context.Context, spec vmm.Spec) (vmm.VM, error) { return d.Restore(ctx, spec, from) }
 	}
 	for name, from := range map[string]vmm.Saved{
@@ -188,18 +197,7 @@ func (s *suite) failedRestore(t *testing.T) {
 			_ = fails(t, d, dir, spec, restore(good))
 		})
 	}
-	for _, after := range []time.Duration{0, 5, 20, 40, 80, 160} {
-		ctx, cancel := context.WithTimeout(t.Context(), after*time.Millisecond)
-		spec := spec
-		spec.ID = uuid.New()
-		vm, err := d.Restore(ctx, spec, good)
-		cancel()
-		if err == nil {
-			Kill(t, d, vm)
-			continue
-		}
-		gone(t, d, spec.ID)
-	}
+	abandoned(t, d, spec, restore(good))
 	if left := names(t, spec.Dir); !slices.Equal(left, []string{"overlay"}) {
 		t.Errorf("the folder has %q", left)
 	}
@@ -208,7 +206,7 @@ func (s *suite) failedRestore(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	Kill(t, d, vm)
+	kill(t, d, vm)
 }
 
 // hostile runs drivers whose monitor their guest has taken over: no call hangs or
@@ -233,13 +231,12 @@ func (s *suite) hostile(t *testing.T) {
 				})
 				return
 			}
-			vm := Start(t, d, spec)
-			defer Kill(t, d, vm)
-			var err error
+			vm := start(t, d, spec)
+			defer kill(t, d, vm)
 			for name, f := range onHeld(t, vm, spec) {
 				t.Logf("%s: %.200v", name, bounded(f))
 			}
-			err = bounded(func(ctx context.Context) error {
+			err := bounded(func(ctx context.Context) error {
 				devices, err := vm.Devices(ctx)
 				if len(devices) > 16<<20 {
 					t.Errorf("a state of %d bytes", len(devices))

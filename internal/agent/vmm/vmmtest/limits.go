@@ -63,7 +63,7 @@ func (s *suite) boot(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	AwaitConsole(t, vm, booted)
+	awaitConsole(t, vm, booted)
 	if _, err := vm.Devices(t.Context()); err == nil {
 		t.Error("the devices of a machine that runs were saved")
 	}
@@ -75,7 +75,7 @@ func (s *suite) boot(t *testing.T) {
 		t.Errorf("the machine lives: %v, %v", lives, err)
 	}
 	confined(t, d, st, spec)
-	Kill(t, d, vm)
+	kill(t, d, vm)
 	if _, err := d.Attach(t.Context(), st); !errors.Is(err, vmm.ErrGone) {
 		t.Errorf("attached to a machine that is gone: %v", err)
 	}
@@ -96,7 +96,7 @@ func (s *suite) boot(t *testing.T) {
 	}
 }
 
-// walls checks that the monitor's process has nothing of the host's.
+// walls checks that the monitor's process is shut in its jail.
 func walls(t *testing.T, vm vmm.VM, spec vmm.Spec) {
 	t.Helper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", vm.PID()))
@@ -171,9 +171,9 @@ func (s *suite) busyHost(t *testing.T) {
 	}
 	defer hogs.Wait()
 	defer close(stop)
-	vm := Start(t, d, spec)
-	AwaitConsole(t, vm, booted)
-	Kill(t, d, vm)
+	vm := start(t, d, spec)
+	awaitConsole(t, vm, booted)
+	kill(t, d, vm)
 }
 
 // descriptors checks that the monitor has no descriptor that this process was
@@ -190,7 +190,7 @@ func (s *suite) descriptors(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(fd)
-	vm := Start(t, d, spec)
+	vm := start(t, d, spec)
 	home := fmt.Sprintf("/proc/%d/fd", vm.PID())
 	all, err := os.ReadDir(home)
 	if err != nil || len(all) < 3 {
@@ -201,7 +201,7 @@ func (s *suite) descriptors(t *testing.T) {
 			t.Errorf("the monitor inherited descriptor %s, of %s", e.Name(), target)
 		}
 	}
-	Kill(t, d, vm)
+	kill(t, d, vm)
 }
 
 // console has a guest end by itself: its machine ends, and the console says why.
@@ -209,7 +209,7 @@ func (s *suite) console(t *testing.T) {
 	d := s.Open(t)
 	spec := NewSpec(t, d)
 	spec.Cmdline = "console=ttyS0 reboot=t panic=-1" // names no root
-	vm := Start(t, d, spec)
+	vm := start(t, d, spec)
 	awaitDone(t, vm, "a guest that rebooted still runs")
 	console, err := vm.Console(t.Context())
 	if err != nil || !strings.Contains(string(console), "names no root") || len(console) > consoleBytes {
@@ -218,7 +218,7 @@ func (s *suite) console(t *testing.T) {
 	if got := vm.Err().Error(); got != s.Rebooted {
 		t.Errorf("the machine ended by %q, want %q", got, s.Rebooted)
 	}
-	Kill(t, d, vm)
+	kill(t, d, vm)
 }
 
 // consoleBytes is how much of a console's end a driver keeps at most.
@@ -233,12 +233,12 @@ func awaitDone(t *testing.T, vm vmm.VM, otherwise string) {
 	}
 }
 
-// end kills the monitor, which is noticed, and then Kill and Reap as often as one
-// likes.
+// end kills the monitor's process. The driver notices that, and Kill and Reap can be
+// called any number of times.
 func (s *suite) end(t *testing.T) {
 	d := s.Open(t)
 	spec := NewSpec(t, d)
-	vm := Start(t, d, spec)
+	vm := start(t, d, spec)
 	if err := syscall.Kill(vm.PID(), syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
@@ -252,21 +252,21 @@ func (s *suite) end(t *testing.T) {
 		}
 	}
 	for range 2 {
-		Kill(t, d, vm)
+		kill(t, d, vm)
 	}
 	// What an agent that was killed did not take down is removed without its word.
 	spec.ID = uuid.New()
-	vm = Start(t, d, spec)
+	vm = start(t, d, spec)
 	if err := d.Reap(t.Context(), vm.State()); err != nil {
 		t.Error(err)
 	}
 	awaitDone(t, vm, "Done is not closed")
 	nothingLeft(t, d, vm.State())
-	Kill(t, d, vm)
+	kill(t, d, vm)
 }
 
-// onHeld are the operations that need an answer of the monitor's. Each changes
-// nothing of a machine that has ended.
+// onHeld returns the operations that the monitor must answer, by name. Each fails if the
+// machine has ended.
 func onHeld(t *testing.T, vm vmm.VM, spec vmm.Spec) map[string]func(context.Context) error {
 	return map[string]func(context.Context) error{
 		"Hold":    vm.Hold,
@@ -293,7 +293,7 @@ func onHeld(t *testing.T, vm vmm.VM, spec vmm.Spec) map[string]func(context.Cont
 func (s *suite) standstill(t *testing.T) {
 	d := s.Open(t)
 	spec := NewSpec(t, d)
-	vm := Start(t, d, spec)
+	vm := start(t, d, spec)
 	if err := syscall.Kill(vm.PID(), syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
@@ -321,5 +321,5 @@ func (s *suite) standstill(t *testing.T) {
 	if _, err := d.Attach(ctx, vm.State()); err == nil || errors.Is(err, vmm.ErrGone) {
 		t.Errorf("attached to a monitor that stands still, or took it for gone: %v", err)
 	}
-	Kill(t, d, vm)
+	kill(t, d, vm)
 }

@@ -51,7 +51,7 @@ func (b *Bench) writable() (all []string) {
 	return all
 }
 
-// sectors is a script that waits until the guest's disk has as many.
+// sectors returns a script that waits until the guest's disk has so many bytes.
 func sectors(bytes int64) string {
 	return fmt.Sprintf("for i in 1 2 3 4 5 6 7 8 9; do [ $(cat /sys/block/vda/size) = %d ] && exit; sleep 0.2; done; exit 1", bytes/512)
 }
@@ -137,8 +137,8 @@ func (s *suite) save(t *testing.T) {
 	}
 	b.Sh(sectors(b.Spec.DiskBytes))
 
-	// A guest that takes all its memory is not more than its bounds allow, and it
-	// shows in what the machine takes.
+	// A guest can take all its memory: the machine's bounds allow for it, and Memory
+	// counts it.
 	before, err := b.VM.Memory()
 	b.Must(err)
 	taken := int64(b.Number(`python3 -c '
@@ -154,8 +154,7 @@ print(len(b))'`))
 	b.Kill()
 }
 
-// content is all of the memory of the machine, byte by byte, as the monitor's
-// process has it where the machine's state says.
+// content returns the whole memory of the machine, read from the monitor's process.
 func (b *Bench) content() []byte {
 	b.Helper()
 	st := b.VM.State()
@@ -183,9 +182,9 @@ func (b *Bench) content() []byte {
 	return all
 }
 
-// compare checks the pages of a held machine against its memory, of which was is
-// what it began with, and returns how many they are, and how many of them do not
-// differ from that.
+// compare checks the pages that a held machine says have changed against its memory. was
+// is the memory that it began with. compare returns the number of pages, and how many of
+// them are as they were.
 func (b *Bench) compare(when string, was []byte) (pages, same int) {
 	b.Helper()
 	is := b.content()
@@ -222,7 +221,7 @@ func (s *suite) pages(t *testing.T) {
 	_, err := saved.ram.ReadAt(base, 0)
 	b.Must(err)
 
-	b.Restore(saved.from())
+	b.restore(saved.from())
 	if !bytes.Equal(b.content(), base) {
 		t.Error("a machine does not begin with what was saved")
 	}
@@ -246,7 +245,7 @@ func (s *suite) pages(t *testing.T) {
 		changed++
 	}
 	b.Spec.ID = uuid.New()
-	b.Restore(vmm.Saved{Memory: saved.ram, Changed: image.ChangedFrom(saved.image), Devices: devices})
+	b.restore(vmm.Saved{Memory: saved.ram, Changed: image.ChangedFrom(saved.image), Devices: devices})
 	if !bytes.Equal(b.content(), base) {
 		t.Error("a machine does not begin with what was saved over its base")
 	}
