@@ -1,24 +1,20 @@
 package bench
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
-	"os"
-	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"connectrpc.com/connect"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/agenttest"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
-	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
 const (
@@ -117,7 +113,7 @@ func flooded(t *testing.T, limits string, env map[string]string) (rows [][]strin
 	defer h.destroy(t, neighbour)
 	defer h.destroy(t, guest)
 	h.serveSmall(t, neighbour)
-	vmm := vmmOf(t, guest)
+	vmm := agenttest.QEMU(guest)
 	quiet, loud := make([]phase, len(floods)), make([]phase, len(floods))
 	used, took := make([]time.Duration, len(floods)), make([]time.Duration, len(floods))
 	for range floodRounds {
@@ -141,27 +137,6 @@ func flooded(t *testing.T, limits string, env map[string]string) (rows [][]strin
 		rows = append(rows, append(row, compare(i, func(p phase) sample { return p.writes })...))
 	}
 	return rows
-}
-
-// vmmOf returns the process of a sandbox's machine.
-func vmmOf(t *testing.T, sandbox string) (pid int) {
-	t.Helper()
-	u, err := id.Parse(id.Sandbox, sandbox)
-	if err != nil {
-		t.Fatal(err)
-	}
-	all, err := filepath.Glob("/proc/[0-9]*/cmdline")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range all {
-		if b, err := os.ReadFile(name); err == nil && bytes.Contains(b, []byte("\x00wrenn-"+u.String())) {
-			pid, _ = strconv.Atoi(strings.Split(name, "/")[2])
-			return pid
-		}
-	}
-	t.Fatal("the sandbox's machine was not found")
-	return 0
 }
 
 // p99 is the time that one in a hundred takes longer than.
