@@ -201,6 +201,9 @@ func (tr *trace) left(t *testing.T) []string {
 	return all
 }
 
+// blockSlots is how many network slots a block has.
+const blockSlots = 512
+
 // leftOfBlock lists what is left of a block of network slots, unless another
 // installation has taken the block, which then removed or took what was there.
 func leftOfBlock(t *testing.T, dir layout.Dir, n int) (left []string) {
@@ -217,7 +220,6 @@ func leftOfBlock(t *testing.T, dir layout.Dir, n int) (left []string) {
 			left = nil
 		}
 	}()
-	const blockSlots = 512
 	ours := regexp.MustCompile(`\bwrenn-(?:ns|veth)-(\d+)\b`)
 	names, _ := filepath.Glob(filepath.Join(layout.Namespaces(), "*"))
 	for _, text := range []string{
@@ -284,7 +286,7 @@ func TestTrace(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	const block, slot, other = 18, 18*512 + 7, 17*512 + 7
+	const block, slot, other = 18, 18*blockSlots + 7, 17*blockSlots + 7
 	machine := uuid.New()
 	write(dir.NetworkBlock(), strconv.Itoa(block)+"\n")
 	write(dir.SandboxRecord(machine), "{}")
@@ -295,10 +297,10 @@ func TestTrace(t *testing.T) {
 		"link": func(slot int) {
 			printed(t, "ip", "tuntap", "add", "dev", fmt.Sprintf("wrenn-veth-%d", slot), "mode", "tap")
 		},
-		"table": func(slot int) { printed(t, "nft", "add", "table", "inet", fmt.Sprintf("wrenn-%d", slot/512)) },
+		"table": func(slot int) { printed(t, "nft", "add", "table", "inet", fmt.Sprintf("wrenn-%d", slot/blockSlots)) },
 	}
-	for _, make := range things {
-		make(other)
+	for _, create := range things {
+		create(other)
 	}
 	if left := tr.left(t); len(left) > 0 {
 		t.Errorf("of another installation: %v", left)
@@ -312,8 +314,8 @@ func TestTrace(t *testing.T) {
 		}
 		found = len(left)
 	}
-	for what, make := range things {
-		make(slot)
+	for what, create := range things {
+		create(slot)
 		finds(what)
 	}
 	mount(dir.Sandboxes(), "tmpfs", 0)

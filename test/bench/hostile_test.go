@@ -121,10 +121,10 @@ func TestHostile(t *testing.T) {
 	}
 }
 
-// clientsEnv makes a process of this package's tests one of clients, which it holds in JSON.
+// clientsEnv, if set, makes this test program run the [clients] that it describes in JSON.
 const clientsEnv = "WRENN_BENCH_CLIENTS"
 
-// clients are a process that asks the server for things, for a time.
+// clients are a process that sends the server requests for the time Lasts.
 type clients struct {
 	URL         string
 	Keys, Boxes []string
@@ -144,8 +144,8 @@ type clientsDid struct {
 
 type clientsDeed struct{ OK, Refused, Open int64 }
 
-// start starts the clients. Hostile ones have a low priority: real ones are on
-// other machines, and must take nothing of the server's processors by themselves.
+// start starts the clients. Hostile ones have a low priority, because real ones are on
+// other machines and take none of the server's processors by themselves.
 func (c clients) start(t *testing.T) <-chan clientsDid {
 	t.Helper()
 	spec, err := json.Marshal(c)
@@ -180,7 +180,7 @@ func (c clients) start(t *testing.T) <-chan clientsDid {
 	return did
 }
 
-// beClients does what a process of clients does.
+// beClients runs clients in this process, and prints what they did.
 func beClients(spec string) error {
 	var c clients
 	if err := json.Unmarshal([]byte(spec), &c); err != nil {
