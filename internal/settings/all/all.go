@@ -42,7 +42,7 @@ type Enrollment struct {
 	URL       string `env:"WRENN_HOST_URL" help:"URL at which the control plane reaches this agent (--url); empty: https:// and WRENN_LISTEN"`
 }
 
-// Client configures the client commands.
+// Client declares the settings of the client commands, which read them themselves.
 type Client struct {
 	URL    string `env:"WRENN_URL" help:"URL of the service (--url)"`
 	APIKey string `env:"WRENN_API_KEY" help:"API key (--api-key)"`
@@ -98,8 +98,8 @@ func Load(p settings.Program, config any) (warnings []string, err error) {
 	return append(Unknown(), warnings...), err
 }
 
-// Markdown returns docs/configuration.md.
-func Markdown() string {
+// markdown returns docs/configuration.md.
+func markdown() string {
 	return fmt.Sprintf(page, ServerProgram.Markdown(), AgentProgram.Markdown(), client.Markdown(), frontDoor.Markdown())
 }
 

@@ -24,7 +24,7 @@ const root = "../../.."
 func TestDocumentation(t *testing.T) {
 	path := filepath.Join(root, "docs", "configuration.md")
 	if *update {
-		if err := os.WriteFile(path, []byte(Markdown()), 0o644); err != nil {
+		if err := os.WriteFile(path, []byte(markdown()), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -32,7 +32,7 @@ func TestDocumentation(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if string(have) != Markdown() {
+	if string(have) != markdown() {
 		t.Error("docs/configuration.md is not what the settings are: run make generate")
 	}
 }
@@ -122,7 +122,7 @@ func TestCodeUsesOnlySettings(t *testing.T) {
 
 func TestHelp(t *testing.T) {
 	for _, s := range ServerProgram.Settings {
-		if !strings.Contains(ServerProgram.Help(), "\n  "+s.Name+" (") || !bytes.Contains([]byte(Markdown()), []byte("| `"+s.Name+"` |")) {
+		if !strings.Contains(ServerProgram.Help(), "\n  "+s.Name+" (") || !bytes.Contains([]byte(markdown()), []byte("| `"+s.Name+"` |")) {
 			t.Errorf("%s is missing in --help or in the documentation", s.Name)
 		}
 	}
