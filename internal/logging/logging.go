@@ -51,7 +51,7 @@ func New(w io.Writer, s Settings) *Log {
 	return l
 }
 
-// Set changes level and format for all loggers that were made of l.
+// Set changes the level and format of l and of all loggers derived from it.
 func (l *Log) Set(s Settings) {
 	l.level.Set(s.Level)
 	l.json.Store(s.Format == JSON)

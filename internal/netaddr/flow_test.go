@@ -22,7 +22,6 @@ func served(t *testing.T, h http.HandlerFunc) (_ *http.Client, base string) {
 	}
 	srv, done := Server(h), make(chan error, 1)
 	Separate(srv)
-
 	go func() { done <- srv.Serve(l) }()
 	t.Cleanup(func() { srv.Close(); <-done })
 	c, base := HTTPClient(addr)
@@ -52,7 +51,7 @@ func TestUnreadBodies(t *testing.T) {
 	defer close(release)
 	for range unread {
 		stuck.Go(func() {
-			// It does not end before the server answers without having read it.
+			// This body ends only when the server answers without having read it.
 			resp, err := c.Post(base+"/unread", "", io.LimitReader(zeros{}, 16<<20))
 			if err == nil {
 				resp.Body.Close()

@@ -46,8 +46,8 @@ type spawner struct {
 	work chan func()
 }
 
-// newSpawner also marks the descriptors that this process was started with, so that no
-// program that it starts inherits them.
+// newSpawner returns a spawner that works until ctx is done. It also marks all descriptors
+// of this process but the standard ones, so that no program inherits them.
 func newSpawner(ctx context.Context) (*spawner, error) {
 	if err := unix.CloseRange(3, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		return nil, fmt.Errorf("keep descriptors from other programs: %w", err)

@@ -114,7 +114,8 @@ func (p *postgres) inPlace() error {
 
 // reserveLog has PostgreSQL write as many files of its log as it keeps. From then on it
 // writes over them and needs no more of the disk, because a checkpoint begins when half
-// of them are used, and ends long before the server has written the others. On a disk that is nearly full, reserveLog writes no files.
+// of them are used, and ends long before the server has written the others. On a disk
+// that is nearly full, reserveLog writes no files.
 func (p *postgres) reserveLog(ctx context.Context) (err error) {
 	defer func() {
 		if err != nil {
