@@ -202,14 +202,7 @@ func TestNobodyOutsideReachesTheGuest(t *testing.T) {
 	p := openPool(t, layout.Dir(t.TempDir()), 1)
 	s := acquire(t, p)
 	g := newGuest(t, s)
-	must(t, g.do(func() error {
-		l, err := net.Listen("tcp4", "0.0.0.0:7000")
-		if err == nil {
-			go answerTCP(l)
-			t.Cleanup(func() { l.Close() })
-		}
-		return err
-	}))
+	g.serve(t)
 	got, err := call(hang, "tcp4", s.Address.String()+":7000")
 	if err != nil || got != gatewayAddr.String() {
 		t.Errorf("host to guest: %q, %v", got, err)
@@ -234,20 +227,14 @@ func TestLocalUsersDoNotReachTheGuest(t *testing.T) {
 	p := openPool(t, layout.Dir(t.TempDir()), 1)
 	s := acquire(t, p)
 	g := newGuest(t, s)
+	g.serve(t)
 	must(t, g.do(func() error {
-		l, err := net.Listen("tcp4", "0.0.0.0:7000")
-		if err != nil {
-			return err
-		}
-		go answerTCP(l)
-		t.Cleanup(func() { l.Close() })
 		c, err := net.ListenPacket("udp4", "0.0.0.0:7000")
-		if err != nil {
-			return err
+		if err == nil {
+			t.Cleanup(func() { c.Close() })
+			go answerUDP(c, "self")
 		}
-		go answerUDP(c, "self")
-		t.Cleanup(func() { c.Close() })
-		return nil
+		return err
 	}))
 	at := net.JoinHostPort(s.Address.String(), "7000")
 	for _, network := range []string{"tcp4", "udp4"} {
@@ -814,13 +801,7 @@ func TestTwoPoolsAtOnce(t *testing.T) {
 	}
 	g, h := newGuest(t, a), newGuest(t, b)
 	for _, x := range []*guest{g, h} {
-		must(t, x.do(func() error {
-			l, err := net.Listen("tcp4", "0.0.0.0:7000")
-			must(t, err)
-			t.Cleanup(func() { l.Close() })
-			go answerTCP(l)
-			return nil
-		}))
+		x.serve(t)
 		if _, err := x.call("tcp4", internetAddr.String()+":7000"); err != nil {
 			t.Error("to the internet:", err)
 		}
