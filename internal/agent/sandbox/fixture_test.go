@@ -376,11 +376,7 @@ func TestUnreadableWarm(t *testing.T) {
 	w.warm = 1
 	h := w.open(dir)
 	h.create(t, nil)
-	await.Until(t, "a machine waits", func() bool {
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		return len(h.warm.ready) == 1
-	})
+	h.waits(t, 1)
 	sandbox := h.create(t, nil)
 	b, err := h.find(sandbox)
 	if err != nil {

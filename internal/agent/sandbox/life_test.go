@@ -731,22 +731,24 @@ func TestTerminatePauses(t *testing.T) {
 	h.runs(t, id, 1)
 }
 
+// waits waits until n machines of the host wait to become sandboxes.
+func (h *host) waits(t *testing.T, n int) {
+	t.Helper()
+	await.Until(t, fmt.Sprintf("%d machines wait", n), func() bool {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		return len(h.warm.ready) == n
+	})
+}
+
 // TestWarm: machines wait, become sandboxes, make room, and end.
 func TestWarm(t *testing.T) {
 	w := newWorld(t, 1)
 	w.warm = 2
 	h := w.open(layout.Dir(t.TempDir()))
 	defer h.close()
-	waits := func(n int) {
-		t.Helper()
-		await.Until(t, fmt.Sprintf("%d machines wait", n), func() bool {
-			h.mu.Lock()
-			defer h.mu.Unlock()
-			return len(h.warm.ready) == n
-		})
-	}
 	first := h.create(t, nil)
-	waits(2)
+	h.waits(t, 2)
 	reserved, _ := h.Memory()
 	started := w.count()
 	second := h.create(t, nil)
@@ -758,7 +760,7 @@ func TestWarm(t *testing.T) {
 	if got := h.counts(t, second); got != 1 {
 		t.Errorf("it counted to %d", got)
 	}
-	waits(2)
+	h.waits(t, 2)
 	if got := w.count(); got != started+1 {
 		t.Errorf("%d machines were made after one was taken", got-started)
 	}
@@ -776,11 +778,11 @@ func TestWarm(t *testing.T) {
 	_, total := h.Memory()
 	reserved, _ = h.Memory()
 	large := h.create(t, func(s *Spec) { s.MemoryMiB = total - reserved - overheadMiB })
-	waits(0)
+	h.waits(t, 0)
 	if err := h.Destroy(t.Context(), large); err != nil {
 		t.Fatal(err)
 	}
-	waits(2)
+	h.waits(t, 2)
 	if err := h.Destroy(t.Context(), first); err != nil {
 		t.Fatal(err)
 	}

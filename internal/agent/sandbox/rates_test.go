@@ -34,6 +34,38 @@ func (h *host) limited(t *testing.T, when string, sandbox uuid.UUID, want rates.
 	}
 }
 
+// limitedForLife pauses, resumes, forks and captures a sandbox, and restarts the agent.
+// It checks that the sandbox and its fork always have the rates own, and that a sandbox
+// of the snapshot has ofSnapshot. It closes the host.
+func (h *host) limitedForLife(t *testing.T, sandbox uuid.UUID, own, ofSnapshot rates.Rates) {
+	t.Helper()
+	if _, err := h.Pause(t.Context(), sandbox); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Resume(t.Context(), sandbox); err != nil {
+		t.Fatal(err)
+	}
+	h.limited(t, "resumed", sandbox, own)
+	fork := Copy{ID: uuid.New(), Token: "fork"}
+	if _, err := h.Fork(t.Context(), sandbox, []Copy{fork}); err != nil {
+		t.Fatal(err)
+	}
+	h.limited(t, "forked", sandbox, own)
+	h.limited(t, "a fork", fork.ID, own)
+	template, err := h.Snapshot(t.Context(), sandbox, uuid.New(), "snapshot", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.close()
+	h = h.w.open(h.dir)
+	h.limited(t, "taken back", sandbox, own)
+	h.limited(t, "a fork that was taken back", fork.ID, own)
+	other := h.create(t, func(s *Spec) { s.Team, s.Template = template.Team, template.ID })
+	h.limited(t, "of a snapshot", other, ofSnapshot)
+	h.destroyAll()
+	h.close()
+}
+
 // TestTemplateRates: a sandbox has the rates of its template, or the host's, all
 // its life: after a pause and the agent's restart, as a fork and as a snapshot's
 // sandbox.
@@ -45,38 +77,13 @@ func TestTemplateRates(t *testing.T) {
 		w.special = rates.Templates{uuid.Nil: {"disk_ops": 7}}
 		own := w.rates
 		own.DiskOps = 7
-		dir := layout.Dir(t.TempDir())
-		h := w.open(dir)
+		h := w.open(layout.Dir(t.TempDir()))
 		var first uuid.UUID
 		for range 2 { // the second may have been waiting
 			first = h.create(t, nil)
 			h.limited(t, "created", first, own)
 		}
-		if _, err := h.Pause(t.Context(), first); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := h.Resume(t.Context(), first); err != nil {
-			t.Fatal(err)
-		}
-		h.limited(t, "resumed", first, own)
-		fork := Copy{ID: uuid.New(), Token: "fork"}
-		if _, err := h.Fork(t.Context(), first, []Copy{fork}); err != nil {
-			t.Fatal(err)
-		}
-		h.limited(t, "forked", first, own)
-		h.limited(t, "a fork", fork.ID, own)
-		template, err := h.Snapshot(t.Context(), first, uuid.New(), "snapshot", nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		h.close()
-		h = w.open(dir)
-		h.limited(t, "taken back", first, own)
-		h.limited(t, "a fork that was taken back", fork.ID, own)
-		other := h.create(t, func(s *Spec) { s.Team, s.Template = template.Team, template.ID })
-		h.limited(t, "of a snapshot", other, w.rates)
-		h.destroyAll()
-		h.close()
+		h.limitedForLife(t, first, own, w.rates)
 	}
 }
 
@@ -89,8 +96,7 @@ func TestLimits(t *testing.T) {
 		w.rates = rates.Rates{DiskOps: 100, NetPackets: 1000, NetBytes: 5, Burst: time.Second}
 		own := w.rates
 		own.DiskBytes, own.DiskOps = 6, 7
-		dir := layout.Dir(t.TempDir())
-		h := w.open(dir)
+		h := w.open(layout.Dir(t.TempDir()))
 		limits := rates.Limits{"disk_bytes": 6, "disk_ops": 7, "net_bytes": 8}
 		plain := h.create(t, nil)
 		template, err := h.Snapshot(t.Context(), plain, uuid.New(), "limited", &image.Defaults{Limits: limits})
@@ -106,28 +112,6 @@ func TestLimits(t *testing.T) {
 			first = h.create(t, func(s *Spec) { s.Team, s.Template = template.Team, template.ID })
 			h.limited(t, "created", first, own)
 		}
-		if _, err := h.Pause(t.Context(), first); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := h.Resume(t.Context(), first); err != nil {
-			t.Fatal(err)
-		}
-		h.limited(t, "resumed", first, own)
-		fork := Copy{ID: uuid.New(), Token: "fork"}
-		if _, err := h.Fork(t.Context(), first, []Copy{fork}); err != nil {
-			t.Fatal(err)
-		}
-		h.limited(t, "a fork", fork.ID, own)
-		if template, err = h.Snapshot(t.Context(), first, uuid.New(), "snapshot", nil); err != nil {
-			t.Fatal(err)
-		}
-		h.close()
-		h = w.open(dir)
-		h.limited(t, "taken back", first, own)
-		h.limited(t, "a fork that was taken back", fork.ID, own)
-		other := h.create(t, func(s *Spec) { s.Team, s.Template = template.Team, template.ID })
-		h.limited(t, "of a snapshot", other, own)
-		h.destroyAll()
-		h.close()
+		h.limitedForLife(t, first, own, own)
 	}
 }
