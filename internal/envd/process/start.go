@@ -161,13 +161,11 @@ var errNotFound = errors.New("command not found")
 // unfit returns the error of a command that cannot be started, in the words that
 // shells have for it if the command is the reason.
 func unfit(cmd string, err error) error {
-	var errno unix.Errno
 	if errors.Is(err, errNotFound) {
 		return refusal(connect.CodeNotFound, hostwire.CommandNotFound, cmd, errNotFound.Error())
 	}
-	if !errors.As(err, &errno) {
-		return fmt.Errorf("start %s: %w", cmd, err)
-	}
+	var errno unix.Errno
+	errors.As(err, &errno) // stays 0 if err has none
 	switch errno {
 	case unix.ENOENT:
 		return refusal(connect.CodeNotFound, hostwire.CommandNotFound, cmd, "No such file or directory")
