@@ -46,7 +46,7 @@ type Config struct {
 	DNS              []netip.Addr   `env:"WRENN_DNS" help:"IPv4 addresses of the guests' resolvers; empty: the host's"`
 	MemoryMiB        int            `env:"WRENN_MEMORY_MIB" help:"memory in MiB for all sandboxes; 0: most of the host's"`
 	DefaultVCPUs     int            `env:"WRENN_DEFAULT_VCPUS" envDefault:"1" help:"processors of most sandboxes: the agent captures such a VM when it starts, unless this is 0"`
-	DefaultMemoryMiB int            `env:"WRENN_DEFAULT_MEMORY_MIB" envDefault:"512" help:"memory of most sandboxes in MiB: as WRENN_DEFAULT_VCPUS"`
+	DefaultMemoryMiB int            `env:"WRENN_DEFAULT_MEMORY_MIB" envDefault:"512" help:"memory of most sandboxes in MiB, and so of the VM of WRENN_DEFAULT_VCPUS"`
 	Warm             int            `env:"WRENN_WARM" envDefault:"1" help:"restored VMs that wait for the next sandboxes, for each template in use"`
 	WarmMemoryMiB    int            `env:"WRENN_WARM_MEMORY_MIB" help:"memory in MiB for all VMs that wait; 0: an eighth of WRENN_MEMORY_MIB"`
 	DiskReserveMiB   int            `env:"WRENN_DISK_RESERVE_MIB" envDefault:"2048" help:"free disk space in MiB below which the agent only starts pauses of running sandboxes"`
