@@ -72,8 +72,8 @@ func (s *survivor) doPause(ctx context.Context) error {
 	return err
 }
 
-// doPauseAndEnd waits for the machine's end, which comes when the pause has
-// been answered.
+// doPauseAndEnd waits after a pause until the agent is killed. The agent ends the machine
+// only once it has answered.
 func (s *survivor) doPauseAndEnd(ctx context.Context) error {
 	if err := s.doPause(ctx); err != nil {
 		return err

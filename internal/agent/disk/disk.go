@@ -28,9 +28,9 @@ type Format interface {
 	Name() string
 	// Create writes an empty layer, of a disk of size bytes, to the empty file f.
 	Create(f *os.File, size int64) error
-	// Open reads a layer from f, which has end bytes and stays the caller's until
-	// the layer is not used any more. What is in f may be a guest's: a layer that the
-	// monitor did not write is an error, [ErrCorrupt], here or in [Layer.At].
+	// Open opens the layer in f, whose length is end bytes. The caller closes f after
+	// the last use of the layer. A guest may have written f: Open or [Layer.At] returns
+	// [ErrCorrupt] if a monitor would not have.
 	Open(f *os.File, end int64) (Layer, error)
 }
 
@@ -38,15 +38,15 @@ type Format interface {
 type Layer interface {
 	// Size is the size of the disk in bytes.
 	Size() int64
-	// At returns what the layer has at off, which is below Size, where in the file
-	// that is, if it is [Data], and for how many bytes, n at most, it goes on.
+	// At returns what the layer has at off, which is below Size, and for how many
+	// bytes that goes on, n at most. [Data] is at pos in the file.
 	At(off, n int64) (what Content, pos, run int64, err error)
 }
 
 // Content is what a layer has in a place.
 type Content int
 
-// What there is.
+// The kinds of content.
 const (
 	Nothing Content = iota // what lies below shows
 	Hole                   // zeros

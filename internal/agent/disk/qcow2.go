@@ -9,8 +9,8 @@ import (
 	"sync"
 )
 
-// ErrCorrupt is returned, wrapped, for layers that are not what a monitor makes
-// of those of [Create]. What writes them may be a guest's by now.
+// ErrCorrupt is returned, wrapped, for layers that a monitor cannot have made of those
+// of [Create]. A guest that has taken over its monitor may have written them.
 var ErrCorrupt = errors.New("overlay is damaged")
 
 // Qcow2 is QEMU's format.

@@ -34,8 +34,8 @@ type openLayer struct {
 }
 
 // Open opens a disk for reading. What lies past the end of a layer, or of the
-// base, is zero. Layers that are not those which [Create] makes, as a monitor
-// changes them, are an error, [ErrCorrupt], here or when they are read.
+// base, is zero. Open or a later read returns [ErrCorrupt] if a monitor cannot have
+// made a layer of one of [Create].
 func Open(c Chain) (*View, error) {
 	if c.Size <= 0 || c.Size > maxSize {
 		return nil, fmt.Errorf("open disk: size of %d bytes", c.Size)

@@ -50,7 +50,7 @@ func linkName(i int) string {
 	return linkPrefix + "a" + strconv.FormatInt(int64(i), 36)
 }
 
-// linkSlot returns the slot whose link has a name.
+// linkSlot is the inverse of linkName. ok is false for names of other links.
 func linkSlot(name string) (i int, ok bool) {
 	rest, ok := strings.CutPrefix(name, linkPrefix)
 	if !ok {

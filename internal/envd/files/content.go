@@ -46,7 +46,7 @@ func open(f *os.File) (*content, error) {
 	return c, nil
 }
 
-// whole says whether head is all that is in the file.
+// whole reports whether head is all that is in the file.
 func (c *content) whole() bool { return len(c.head) < buffer }
 
 // all reads the whole file, to the size that it had when it was opened: a log that

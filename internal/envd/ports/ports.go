@@ -104,7 +104,7 @@ type forward struct {
 	target netip.AddrPort
 	bridge bridge
 	retry  time.Time
-	// reached says that the socket itself takes connections to the guest's address.
+	// reached is set if the socket itself takes connections to the guest's address.
 	reached bool
 }
 
@@ -307,7 +307,7 @@ func loopbackOf(target netip.AddrPort) netip.AddrPort {
 	return target
 }
 
-// taken says whether a socket listens at addr, or at every address of its family.
+// taken reports whether a socket listens at addr, or at every address of its family.
 func taken(addr netip.AddrPort) bool {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
