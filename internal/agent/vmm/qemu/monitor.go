@@ -25,7 +25,7 @@ func (m monitor) Works(ctx context.Context, c vmm.Config, again bool) error {
 	}
 	probe := KVMWorks
 	if again {
-		probe = ProbeKVM
+		probe = probeKVM
 	}
 	return probe(ctx, c)
 }

@@ -66,12 +66,12 @@ func KVMWorks(ctx context.Context, c vmm.Config) error {
 		}
 		return nil
 	}
-	return ProbeKVM(ctx, c)
+	return probeKVM(ctx, c)
 }
 
-// ProbeKVM is [KVMWorks], but boots a kernel even if the answer is known, and
+// probeKVM is [KVMWorks], but boots a kernel even if the answer is known, and
 // replaces it. It forgets an answer that it could neither confirm nor refute.
-func ProbeKVM(ctx context.Context, c vmm.Config) error {
+func probeKVM(ctx context.Context, c vmm.Config) error {
 	if err := haveKVM(); err != nil {
 		return err
 	}

@@ -72,7 +72,7 @@ func TestProbe(t *testing.T) {
 	subject.Open(t) // skips where virtual machines cannot run
 	in := imagetest.Prepare(t)
 	dir := t.TempDir()
-	err := ProbeKVM(t.Context(), vmm.Config{Dir: dir, Kernel: in.Kernel.Vmlinux, Initrd: in.Kernel.Initrd, Log: vmmtest.Log(t)})
+	err := probeKVM(t.Context(), vmm.Config{Dir: dir, Kernel: in.Kernel.Vmlinux, Initrd: in.Kernel.Initrd, Log: vmmtest.Log(t)})
 	t.Logf("KVM here: %v", err)
 	v, readErr := readVerdict(dir)
 	switch {
