@@ -347,7 +347,7 @@ func (a *Agent) Start(t testing.TB) {
 		_ = cmd.Wait()
 		close(ended)
 	}(a.Cmd)
-	deadline := time.Now().Add(vmmtest.Within(t, 90*time.Second))
+	deadline := time.Now().Add(await.Scale(90 * time.Second))
 	for {
 		_, err := a.Host(t.Context(), connect.NewRequest(&pb.HostRequest{}))
 		if err == nil {
@@ -381,7 +381,7 @@ func (a *Agent) Kill(t testing.TB, sig syscall.Signal) {
 	}
 	select {
 	case <-a.Ended:
-	case <-time.After(vmmtest.Within(t, 60*time.Second)):
+	case <-time.After(await.Scale(60 * time.Second)):
 		t.Fatal("the agent does not end")
 	}
 	a.HTTP.CloseIdleConnections()
@@ -400,7 +400,7 @@ func (a *Agent) Finish(t testing.TB) {
 	if t.Failed() {
 		defer func() { t.Logf("the agent's log:\n%s", a.Log()) }()
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), vmmtest.Within(t, 120*time.Second))
+	ctx, cancel := context.WithTimeout(context.Background(), await.Scale(120*time.Second))
 	defer cancel()
 	list, err := a.List(ctx, connect.NewRequest(&pb.ListRequest{}))
 	if err != nil {
@@ -418,7 +418,7 @@ func (a *Agent) Finish(t testing.TB) {
 	}
 	select {
 	case <-a.Ended:
-	case <-time.After(vmmtest.Within(t, 60*time.Second)):
+	case <-time.After(await.Scale(60 * time.Second)):
 		_ = a.Cmd.Process.Kill()
 		t.Error("the agent did not end after its termination")
 		return
@@ -491,7 +491,7 @@ func (a *Agent) discard(t testing.TB) {
 			continue
 		}
 		t.Logf("ending a machine that the test left: %s", home.Name())
-		ctx, cancel := context.WithTimeout(context.Background(), vmmtest.Within(t, 60*time.Second))
+		ctx, cancel := context.WithTimeout(context.Background(), await.Scale(60*time.Second))
 		if err := group.Destroy(ctx); err != nil {
 			t.Error(err)
 		}

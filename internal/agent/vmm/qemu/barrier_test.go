@@ -9,7 +9,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/programs"
 )
@@ -35,7 +34,7 @@ func TestBarriersAreKept(t *testing.T) {
 	if err := os.WriteFile(disk, sector, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), vmmtest.Within(t, 60*time.Second))
+	ctx, cancel := context.WithTimeout(t.Context(), await.Scale(60*time.Second))
 	defer cancel()
 	cmd := programs.QEMU.CommandContext(ctx, "-nodefaults", "-no-user-config", "-display", "none", "-machine", "pc",
 		"-accel", TCG, "-smp", processors(models[TCG][0], 1),

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
+	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
 // TestNoKickIsLost has a guest with one processor answer many short requests:
@@ -20,7 +21,7 @@ func TestNoKickIsLost(t *testing.T) {
 	requests := vmmtest.Count(t, "WRENN_TEST_REQUESTS", 2000)
 	b := subject.NewBench(t)
 	b.Boot("token")
-	web := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: vmmtest.Within(t, 60*time.Second)}
+	web := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: await.Scale(60 * time.Second)}
 	url := fmt.Sprintf("http://%s/health", net.JoinHostPort(b.Slot.Address.String(), "49983"))
 	var wg sync.WaitGroup
 	begun := time.Now()

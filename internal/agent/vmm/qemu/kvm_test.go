@@ -16,6 +16,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/guest"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
+	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
 // bench is a bench whose guest tells of its clocks and processors.
@@ -79,7 +80,7 @@ func (b bench) monotonic() reading {
 	b.Must(err)
 	defer conn.Close()
 	buf := make([]byte, 100)
-	for end := time.Now().Add(vmmtest.Within(b, 60*time.Second)); time.Now().Before(end); {
+	for end := time.Now().Add(await.Scale(60 * time.Second)); time.Now().Before(end); {
 		asked := time.Now()
 		what := strconv.FormatInt(asked.UnixNano(), 10)
 		_, err := conn.Write([]byte(what)) // refused before the teller listens
@@ -118,7 +119,7 @@ func (b bench) checkClocks() {
 	}
 	// chronyd has no other source that it could put the clock right by.
 	b.Sh("date -s '+2 hours'")
-	for end := time.Now().Add(vmmtest.Within(b, 60*time.Second)); ; {
+	for end := time.Now().Add(await.Scale(60 * time.Second)); ; {
 		before := time.Now()
 		s, err := strconv.ParseFloat(b.Sh("date +%s.%N"), 64)
 		b.Must(err)

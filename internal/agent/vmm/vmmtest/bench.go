@@ -24,6 +24,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
 	"github.com/wrenn-dev/wrenn/internal/agent/network"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -144,7 +145,7 @@ func gone(t *testing.T, d vmm.Driver, id uuid.UUID) {
 // awaitConsole waits until the guest has printed text. No event tells when.
 func awaitConsole(t *testing.T, vm vmm.VM, text string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), Within(t, bootTime))
+	ctx, cancel := context.WithTimeout(t.Context(), await.Scale(bootTime))
 	defer cancel()
 	var console []byte
 	for {
@@ -294,7 +295,7 @@ func (b *Bench) init(shown, token string) {
 		b.guest.Close()
 	}
 	b.guest = guest.New(b.Slot.Address, shown)
-	ctx, cancel := context.WithTimeout(b.Context(), Within(b, callTime))
+	ctx, cancel := context.WithTimeout(b.Context(), await.Scale(callTime))
 	defer cancel()
 	_, err := b.guest.Init(ctx, guest.Settings{Token: token, Envs: map[string]string{}, Hostname: "saved"})
 	b.Must(err)
@@ -304,7 +305,7 @@ func (b *Bench) init(shown, token string) {
 // Sh runs a script in the guest as root and returns what it printed.
 func (b *Bench) Sh(script string) string {
 	b.Helper()
-	ctx, cancel := context.WithTimeout(b.Context(), Within(b, callTime))
+	ctx, cancel := context.WithTimeout(b.Context(), await.Scale(callTime))
 	defer cancel()
 	r, err := b.guest.Exec(ctx, guest.Command{Cmd: "sh", Args: []string{"-c", script}, User: "root"}, nil)
 	b.Must(err)

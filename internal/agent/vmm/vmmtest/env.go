@@ -6,9 +6,6 @@ import (
 	"os"
 	"strconv"
 	"testing"
-	"time"
-
-	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
 // Accelerator is what tests run guests with: WRENN_TEST_ACCEL, "kvm" or "tcg"
@@ -33,10 +30,4 @@ func Count(t testing.TB, name string, n int) int {
 		t.Fatalf("%s is %q, which is no positive number", name, text)
 	}
 	return n
-}
-
-// Within is a time-out of d on a machine of the ordinary kind: see [await.Scale].
-func Within(t testing.TB, d time.Duration) time.Duration {
-	t.Helper()
-	return await.Scale(d)
 }

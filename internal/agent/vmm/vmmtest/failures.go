@@ -18,6 +18,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/memory"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
 // names returns the names of a folder's entries.
@@ -220,7 +221,7 @@ func (s *suite) hostile(t *testing.T) {
 			d := s.open(t, h.New)
 			spec := NewSpec(t, d)
 			bounded := func(do func(context.Context) error) error {
-				ctx, cancel := context.WithTimeout(t.Context(), Within(t, 3*time.Second))
+				ctx, cancel := context.WithTimeout(t.Context(), await.Scale(3*time.Second))
 				defer cancel()
 				return do(ctx)
 			}

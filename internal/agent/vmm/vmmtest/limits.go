@@ -228,7 +228,7 @@ func awaitDone(t *testing.T, vm vmm.VM, otherwise string) {
 	t.Helper()
 	select {
 	case <-vm.Done():
-	case <-time.After(Within(t, 2*time.Minute)):
+	case <-time.After(await.Hang):
 		t.Error(otherwise)
 	}
 }
