@@ -1194,10 +1194,16 @@ func TestFiles(t *testing.T) {
 	}
 	p.agent.mu.Lock()
 	p.agent.files["/proc/status"] = []byte("not empty\n")
+	p.agent.files["/proc/kallsyms"] = []byte("without an end\n")
 	p.agent.files[breakAfter] = []byte("one\ntwo\n")
 	p.agent.mu.Unlock()
 	if r := p.call("GET", base+"/files?path=/proc/status", nil).want(200); string(r.Body) != "not empty\n" {
 		t.Errorf("file without a size: %q", r.Body)
+	}
+	for _, suffix := range []string{"bytes=-3", "bytes=-0"} {
+		if r := p.call("GET", base+"/files?path=/proc/kallsyms", nil, "Range", suffix).want(200); string(r.Body) != "without an end\n" {
+			t.Errorf("Range %s of a file whose size is not known: %q", suffix, r.Body)
+		}
 	}
 	for _, path := range []string{"/files", "/archive"} {
 		if r, err := p.try("GET", base+path+"?path="+breakAfter, nil); err == nil {

@@ -110,11 +110,16 @@ func (a *API) ReadFile(w http.ResponseWriter, r *http.Request, sandbox rest.Sand
 		}
 	}
 	stream, size, err := openRead(r, host, req)
-	if err == nil && partial && rng.first < 0 && size > 0 && rng.suffix > 0 {
-		// Only now it is known where the end is.
-		rng.first, rng.last = max(size-rng.suffix, 0), -1
+	if err == nil && partial && rng.first < 0 && (size < 0 || size > 0 && rng.suffix > 0) {
+		// Only now it is known where the end is. If the guest does not know that, the
+		// answer is the whole file.
+		req = &hostagentv1.ReadFileStreamRequest{File: ref}
+		if partial = size > 0; partial {
+			rng.first, rng.last = max(size-rng.suffix, 0), -1
+			req.Offset = rng.first
+		}
 		stream.Close()
-		stream, size, err = openRead(r, host, &hostagentv1.ReadFileStreamRequest{File: ref, Offset: rng.first})
+		stream, size, err = openRead(r, host, req)
 	}
 	if err != nil && !fault.Is(err, fault.RangeNotSatisfiable) {
 		a.Fail(w, r, err)
