@@ -116,7 +116,7 @@ func (a *API) authorize(next http.Handler) http.Handler {
 			return
 		}
 		ctx := context.WithValue(r.Context(), principalKey{}, who)
-		if lasts(op) {
+		if a.lasting[op] {
 			var done func()
 			ctx, done = a.Watch.While(ctx, who, mark, func(ctx context.Context) error { return a.again(ctx, r, access, who) })
 			defer done()

@@ -90,7 +90,9 @@ type API struct {
 	Config
 	spec   *openapi3.T
 	access map[*openapi3.Operation]auth.Access
-	docs   []byte
+	// lasting has the operations that last, so that no request has to find that out.
+	lasting map[*openapi3.Operation]bool
+	docs    []byte
 	// letters are the pages of links in letters.
 	letters letterPages
 	public  *url.URL
@@ -136,9 +138,12 @@ func New(c Config) (*API, error) {
 		return nil, fmt.Errorf("read WRENN_PUBLIC_URL: %q is not a URL like http://localhost:8000", c.PublicURL)
 	}
 	c.PublicURL = strings.TrimSuffix(c.PublicURL, "/")
-	a := &API{Config: c, spec: spec, public: public}
+	a := &API{Config: c, spec: spec, public: public, lasting: make(map[*openapi3.Operation]bool)}
 	if a.access, err = accessOf(spec); err != nil {
 		return nil, fmt.Errorf("read OpenAPI document: %w", err)
+	}
+	for op := range a.access {
+		a.lasting[op] = lasts(op)
 	}
 	if err := a.crossOrigin.AddTrustedOrigin(public.Scheme + "://" + public.Host); err != nil {
 		return nil, fmt.Errorf("read WRENN_PUBLIC_URL: %w", err)
