@@ -10,8 +10,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/spf13/cobra"
-
 	"github.com/wrenn-dev/wrenn/client"
 )
 
@@ -23,10 +21,8 @@ func TestExceptionsAreText(t *testing.T) {
 	}))
 	defer service.Close()
 	var said bytes.Buffer
-	root := &cobra.Command{Use: "wrenn", SilenceErrors: true, SilenceUsage: true}
-	root.AddCommand(Commands(strings.NewReader(""), &said, &said)...)
-	root.SetArgs([]string{"code", "--url", service.URL, "--api-key", "key", "sandbox", "raise E"})
-	if err := root.ExecuteContext(t.Context()); ExitCode(err) != 1 || said.String() != "one\n?]0;title?two\n" {
+	wrenn := command(&said, &said, "code", "--url", service.URL, "--api-key", "key", "sandbox", "raise E")
+	if err := wrenn.ExecuteContext(t.Context()); ExitCode(err) != 1 || said.String() != "one\n?]0;title?two\n" {
 		t.Errorf("exit code %d, it says %q", ExitCode(err), said.String())
 	}
 }

@@ -7,8 +7,6 @@ import (
 	"net/http/httptest"
 	"strings"
 	"testing"
-
-	"github.com/spf13/cobra"
 )
 
 // TestExecRefused checks that a command that cannot run has the exit code that
@@ -21,10 +19,7 @@ func TestExecRefused(t *testing.T) {
 	}))
 	defer service.Close()
 	for code, want := range map[string]int{"command_not_found": 127, "command_not_executable": 126, "not_found": ExitFailure} {
-		root := &cobra.Command{Use: "wrenn", SilenceErrors: true, SilenceUsage: true}
-		root.AddCommand(Commands(strings.NewReader(""), io.Discard, io.Discard)...)
-		root.SetArgs([]string{"exec", "--url", service.URL, "--api-key", "key", code, "x"})
-		err := root.ExecuteContext(t.Context())
+		err := command(io.Discard, io.Discard, "exec", "--url", service.URL, "--api-key", "key", code, "x").ExecuteContext(t.Context())
 		if ExitCode(err) != want || err == nil || !strings.HasSuffix(err.Error(), "x: the reason") || want != ExitFailure && err.Error() != "x: the reason" {
 			t.Errorf("%s: exit code %d, %v", code, ExitCode(err), err)
 		}

@@ -9,8 +9,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-
-	"github.com/spf13/cobra"
 )
 
 // TestFreeze is what the commands ask a service for, and what they print.
@@ -80,11 +78,8 @@ func TestFreeze(t *testing.T) {
 	} {
 		asked = nil
 		var out bytes.Buffer
-		root := &cobra.Command{Use: "wrenn", SilenceErrors: true, SilenceUsage: true}
-		root.AddCommand(Commands(strings.NewReader(""), &out, io.Discard)...)
 		words := strings.Fields(line)
-		root.SetArgs(slices.Concat(words[:1], []string{"--url", service.URL, "--api-key", "key"}, words[1:]))
-		err := root.ExecuteContext(context.Background())
+		err := command(&out, io.Discard, slices.Concat(words[:1], []string{"--url", service.URL, "--api-key", "key"}, words[1:])...).ExecuteContext(context.Background())
 		if ExitCode(err) != want.code || out.String() != want.out || !slices.Equal(asked, want.asked) {
 			t.Errorf("%s: %q, exit code %d (%v), asked %q", line, out.String(), ExitCode(err), err, asked)
 		}

@@ -71,11 +71,9 @@ func TestHosts(t *testing.T) {
 		t.Run(line, func(t *testing.T) {
 			asked = nil
 			var out, said bytes.Buffer
-			root := &cobra.Command{Use: "wrenn", SilenceErrors: true, SilenceUsage: true}
-			root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &UsageError{err} })
-			root.AddCommand(Commands(strings.NewReader(""), &out, &said)...)
-			root.SetArgs(append(strings.Fields(line), "--url", service.URL, "--api-key", "k"))
-			err := root.ExecuteContext(context.Background())
+			wrenn := command(&out, &said, append(strings.Fields(line), "--url", service.URL, "--api-key", "k")...)
+			wrenn.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &UsageError{err} })
+			err := wrenn.ExecuteContext(context.Background())
 			if code := ExitCode(err); code != want.code {
 				t.Errorf("exit code %d (%v), want %d", code, err, want.code)
 			}

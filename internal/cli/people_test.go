@@ -5,10 +5,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
-
-	"github.com/spf13/cobra"
 )
 
 // TestKeyCurrent: the key is the one that the other commands show.
@@ -28,10 +25,7 @@ func TestKeyCurrent(t *testing.T) {
 	}
 	current := func(args ...string) (string, error) {
 		var out bytes.Buffer
-		root := &cobra.Command{Use: "wrenn", SilenceErrors: true, SilenceUsage: true}
-		root.AddCommand(Commands(strings.NewReader(""), &out, io.Discard)...)
-		root.SetArgs(append([]string{"key", "current"}, args...))
-		err := root.ExecuteContext(t.Context())
+		err := command(&out, io.Discard, append([]string{"key", "current"}, args...)...).ExecuteContext(t.Context())
 		return out.String(), err
 	}
 	for _, c := range []struct {
