@@ -258,7 +258,8 @@ func (s *Service) Verify(ctx context.Context, token, password string, from Origi
 	if !strings.HasPrefix(token, prefixes[verify]) {
 		return g, user, invalid
 	}
-	of, err := s.Store.GetMailToken(ctx, db.GetMailTokenParams{Hash: mail.HashToken(token), Purpose: verify})
+	hash := mail.HashToken(token)
+	of, err := s.Store.GetMailToken(ctx, db.GetMailTokenParams{Hash: hash, Purpose: verify})
 	if errors.Is(err, store.ErrNoRows) {
 		return g, user, invalid
 	}
@@ -286,7 +287,7 @@ func (s *Service) Verify(ctx context.Context, token, password string, from Origi
 		if !now.Active || now.PasswordHash == nil || *now.PasswordHash != *user.PasswordHash {
 			return invalid
 		}
-		if _, err := q.TakeMailToken(ctx, db.TakeMailTokenParams{Hash: mail.HashToken(token), Purpose: verify}); err != nil {
+		if _, err := q.TakeMailToken(ctx, db.TakeMailTokenParams{Hash: hash, Purpose: verify}); err != nil {
 			return err
 		}
 		if err := q.DeleteVerifyTokens(ctx, of); err != nil {
