@@ -145,9 +145,6 @@ func TestBuild(t *testing.T) {
 func TestBuildLimits(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
-	limits := func(ref string) (limits any) {
-		return p.call("GET", "/v1/templates/"+ref, nil).want(200).object()["limits"]
-	}
 	built := func(name, recipe string) {
 		t.Helper()
 		if b := p.ended(p.build(map[string]any{"name": name, "recipe": recipe, "skip_pre_post": true})); b["state"] != "succeeded" {
@@ -156,7 +153,7 @@ func TestBuildLimits(t *testing.T) {
 	}
 	check := func(ref string, want map[string]any) {
 		t.Helper()
-		got, _ := limits(ref).(map[string]any)
+		got, _ := p.call("GET", "/v1/templates/"+ref, nil).want(200).object()["limits"].(map[string]any)
 		if !maps.Equal(got, want) {
 			t.Errorf("%s has the limits %v, not %v", ref, got, want)
 		}

@@ -1,7 +1,6 @@
 package auth_test
 
 import (
-	"context"
 	"log/slog"
 	"testing"
 
@@ -41,7 +40,7 @@ func TestSessionsAreBounded(t *testing.T) {
 		return g
 	}
 	works := func(g auth.Grant) bool {
-		_, err := sessions.Refresh(context.WithoutCancel(t.Context()), g.Refresh)
+		_, err := sessions.Refresh(t.Context(), g.Refresh)
 		return err == nil
 	}
 	one, other := user("one@example.com"), user("other@example.com")
