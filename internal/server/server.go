@@ -403,11 +403,11 @@ func (l listener) Heard(changed uuid.UUID) {
 }
 
 // checkRedis warns if Redis can take all memory of its machine, or if it refuses writes
-// when it is full. It returns an error if Redis does not answer; it may refuse INFO.
+// when it is full. It returns an error if Redis does not answer.
 func checkRedis(ctx context.Context, client *redis.Client, log *slog.Logger) error {
 	info, err := client.Info(ctx, "memory").Result()
 	if err != nil {
-		return client.Ping(ctx).Err() // It may only refuse INFO.
+		return client.Ping(ctx).Err() // It may answer and refuse only INFO.
 	}
 	switch fields := strings.Fields(info); {
 	case slices.Contains(fields, "maxmemory:0"):

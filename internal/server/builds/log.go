@@ -12,9 +12,8 @@ import (
 const (
 	maxOutput = 128 << 10
 	maxTail   = 8 << 10
-	// maxLog bounds the Output of all steps of a build together. Each step keeps its Tail
-	// besides; with these, a log takes less than what it counts before it is measured
-	// (build_bytes).
+	// maxLog bounds the Output of all steps of a build together. With each step's Tail,
+	// that is less than the database counts for a log it has not measured (build_bytes).
 	maxLog = 4 << 20
 	// maxSteps bounds the steps of a build.
 	maxSteps = 1000
@@ -67,8 +66,8 @@ type output struct {
 	fresh chan struct{} // has one when something was written
 }
 
-// newOutput returns the output of the next step of a build. The given steps, the other
-// ones, have used some of maxLog.
+// newOutput returns the output of a step. It holds no more than the build's other steps
+// have left of maxLog.
 func newOutput(steps []Step) *output {
 	left := maxLog
 	for _, s := range steps {

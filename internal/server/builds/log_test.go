@@ -20,7 +20,7 @@ func TestLogIsBounded(t *testing.T) {
 		all := 0
 		for i := range steps {
 			out := newOutput(steps[:i])
-			if i < 2*maxLog/maxOutput || i == maxSteps-1 { // those between have no room, too
+			if i < 2*maxLog/maxOutput || i == maxSteps-1 { // the others would have no room either
 				_, _ = out.Write(text)
 			}
 			out.fill(&steps[i])
@@ -37,8 +37,8 @@ func TestLogIsBounded(t *testing.T) {
 			t.Errorf("%s: %d bytes are kept, of the last step %d, truncated is %v", what, all, len(last.Tail), last.Truncated)
 		}
 	}
-	// What the database counts before it measures the log: the beginnings, one more of
-	// START, the ends, and of each step as much again as 1 KiB for the rest and its text.
+	// The database counts this much for a log that it has not measured. A log can have all
+	// outputs, one more for START, each step's tail and 1 KiB besides, and the recipe's text.
 	const counts, recipe = 16 << 20, 1_000_000
 	if most := maxLog + maxOutput + maxSteps*(maxTail+1024) + recipe; most > counts {
 		t.Errorf("a log can take %d bytes, and counts %d", most, counts)

@@ -357,7 +357,8 @@ func (b *box) command(ctx context.Context, c recipe.Command, act *action, step *
 	return nil
 }
 
-// exec runs a recipe's command to its end. limit 0: without one.
+// exec runs a command to its end. limit 0: without one. Its errors blame the recipe for
+// what the guest refuses (see [refused]).
 func (b *box) exec(ctx context.Context, args []string, in surroundings, limit time.Duration, out io.Writer) (*hostagentv1.ExecStreamResponse_Exited, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

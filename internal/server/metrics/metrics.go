@@ -96,8 +96,8 @@ type History struct {
 	log   *slog.Logger
 }
 
-// New returns the history in a Redis. A host may report only on the sandboxes that has
-// returns for it.
+// New returns the history in a Redis. has lists a host's sandboxes: what the host reports
+// on others is dropped.
 func New(client *redis.Client, has func(ctx context.Context, host *uuid.UUID) ([]uuid.UUID, error), log *slog.Logger) *History {
 	return &History{client, has, log}
 }
