@@ -2550,8 +2550,8 @@ type CreateSandboxParams struct {
 // ReadArchiveParams defines parameters for ReadArchive.
 type ReadArchiveParams struct {
 	// Path Absolute, or relative to the user's home directory. `..` is no part of it, and it has
-	// at most 4096 bytes. Each byte of a name that is not UTF-8, 0x80 to 0xFF, is written as
-	// a character from U+10FE80 to U+10FEFF here, and so it is listed.
+	// at most 4096 bytes. Here and in lists of files, each byte of a name that is not UTF-8
+	// (0x80 to 0xFF) is written as a character from U+10FE80 to U+10FEFF.
 	Path Path `form:"path" json:"path"`
 
 	// User Whose rights and home directory count, `user` unless said otherwise.
@@ -2561,8 +2561,8 @@ type ReadArchiveParams struct {
 // WriteArchiveParams defines parameters for WriteArchive.
 type WriteArchiveParams struct {
 	// Path Absolute, or relative to the user's home directory. `..` is no part of it, and it has
-	// at most 4096 bytes. Each byte of a name that is not UTF-8, 0x80 to 0xFF, is written as
-	// a character from U+10FE80 to U+10FEFF here, and so it is listed.
+	// at most 4096 bytes. Here and in lists of files, each byte of a name that is not UTF-8
+	// (0x80 to 0xFF) is written as a character from U+10FE80 to U+10FEFF.
 	Path Path `form:"path" json:"path"`
 
 	// User Whose rights and home directory count, `user` unless said otherwise.
@@ -2578,8 +2578,8 @@ type ExecStreamParams struct {
 // ReadFileParams defines parameters for ReadFile.
 type ReadFileParams struct {
 	// Path Absolute, or relative to the user's home directory. `..` is no part of it, and it has
-	// at most 4096 bytes. Each byte of a name that is not UTF-8, 0x80 to 0xFF, is written as
-	// a character from U+10FE80 to U+10FEFF here, and so it is listed.
+	// at most 4096 bytes. Here and in lists of files, each byte of a name that is not UTF-8
+	// (0x80 to 0xFF) is written as a character from U+10FE80 to U+10FEFF.
 	Path Path `form:"path" json:"path"`
 
 	// User Whose rights and home directory count, `user` unless said otherwise.
@@ -2595,8 +2595,8 @@ type ReadFileParams struct {
 // WriteFileParams defines parameters for WriteFile.
 type WriteFileParams struct {
 	// Path Absolute, or relative to the user's home directory. `..` is no part of it, and it has
-	// at most 4096 bytes. Each byte of a name that is not UTF-8, 0x80 to 0xFF, is written as
-	// a character from U+10FE80 to U+10FEFF here, and so it is listed.
+	// at most 4096 bytes. Here and in lists of files, each byte of a name that is not UTF-8
+	// (0x80 to 0xFF) is written as a character from U+10FE80 to U+10FEFF.
 	Path Path `form:"path" json:"path"`
 
 	// User Whose rights and home directory count, `user` unless said otherwise.

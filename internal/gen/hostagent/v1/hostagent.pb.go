@@ -1225,7 +1225,7 @@ type ListResponse struct {
 	Sandboxes []*Sandbox             `protobuf:"bytes,1,rep,name=sandboxes,proto3" json:"sandboxes,omitempty"`
 	// The host may have more: it cannot read all of its records now.
 	Incomplete bool `protobuf:"varint,2,opt,name=incomplete,proto3" json:"incomplete,omitempty"`
-	// The only sandboxes that it may have besides; none: it may have any.
+	// If incomplete: the only other sandboxes that it may have. None: it may have any.
 	Unread        []string `protobuf:"bytes,3,rep,name=unread,proto3" json:"unread,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
