@@ -768,7 +768,7 @@ func (a *agent) ReadFileStream(ctx context.Context, req *connect.Request[hostage
 		return connect.NewError(connect.CodeNotFound, errors.New("no such file: "+m.File.Path))
 	}
 	size := int64(len(content))
-	if m.Archive || m.File.Path == "/proc/kallsyms" {
+	if m.Archive || m.File.Path == "/proc/kallsyms" || m.File.Path == "/tmp/large" && m.Offset == 0 && m.Length == 0 {
 		size = -1
 	}
 	if m.File.Path == "/proc/status" {

@@ -1140,6 +1140,7 @@ func TestFiles(t *testing.T) {
 	// The content type says nothing about a file.
 	p.call("PUT", base+"/files?path=/tmp/g", `{"not": "json`).want(200)
 	p.call("PUT", base+"/files?path=/tmp/empty", []byte{}).want(200)
+	p.call("PUT", base+"/files?path=/tmp/large", content).want(200)
 	r := p.call("GET", base+"/files?path=/tmp/f", nil).want(200)
 	if !bytes.Equal(r.Body, content) || r.Header.Get("Content-Length") != strconv.Itoa(len(content)) || r.Header.Get("Accept-Ranges") != "bytes" {
 		t.Errorf("read %d bytes, header %v", len(r.Body), r.Header)
@@ -1154,6 +1155,7 @@ func TestFiles(t *testing.T) {
 		from, to int
 	}{
 		{"bytes=0-0", 206, 0, 1},
+		{"bytes=0-", 206, 0, size},
 		{"bytes=10-19", 206, 10, 20},
 		{"bytes=100-", 206, 100, size},
 		{"bytes=-5", 206, size - 5, size},
@@ -1167,24 +1169,29 @@ func TestFiles(t *testing.T) {
 		{"bytes=a-b", 200, 0, size},
 		{"bytes=+1-2", 200, 0, size},
 	} {
-		r := p.call("GET", base+"/files?path=/tmp/f", nil, "Range", tt.header)
-		if r.Status != tt.status {
-			t.Errorf("Range %s: %d, want %d", tt.header, r.Status, tt.status)
-			continue
-		}
-		if tt.status == 416 {
-			r.fails(416, "range_not_satisfiable")
-			if got := r.Header.Get("Content-Range"); got != fmt.Sprintf("bytes */%d", size) {
-				t.Errorf("Range %s: Content-Range %q", tt.header, got)
+		for _, path := range []string{"/tmp/f", "/tmp/large"} {
+			r := p.call("GET", base+"/files?path="+path, nil, "Range", tt.header)
+			if r.Status != tt.status {
+				t.Errorf("%s, Range %s: %d, want %d", path, tt.header, r.Status, tt.status)
+				continue
 			}
-			continue
+			if tt.status == 416 {
+				r.fails(416, "range_not_satisfiable")
+				if got := r.Header.Get("Content-Range"); got != fmt.Sprintf("bytes */%d", size) {
+					t.Errorf("%s, Range %s: Content-Range %q", path, tt.header, got)
+				}
+				continue
+			}
+			if !bytes.Equal(r.Body, content[tt.from:tt.to]) {
+				t.Errorf("%s, Range %s: %d bytes, want %d", path, tt.header, len(r.Body), tt.to-tt.from)
+			}
+			if want := fmt.Sprintf("bytes %d-%d/%d", tt.from, tt.to-1, size); tt.status == 206 && r.Header.Get("Content-Range") != want {
+				t.Errorf("%s, Range %s: Content-Range %q, want %q", path, tt.header, r.Header.Get("Content-Range"), want)
+			}
 		}
-		if !bytes.Equal(r.Body, content[tt.from:tt.to]) {
-			t.Errorf("Range %s: %d bytes, want %d", tt.header, len(r.Body), tt.to-tt.from)
-		}
-		if want := fmt.Sprintf("bytes %d-%d/%d", tt.from, tt.to-1, size); tt.status == 206 && r.Header.Get("Content-Range") != want {
-			t.Errorf("Range %s: Content-Range %q, want %q", tt.header, r.Header.Get("Content-Range"), want)
-		}
+	}
+	if got := p.call("HEAD", base+"/files?path=/tmp/large", nil).want(200).Header.Get("Content-Length"); got != strconv.Itoa(size) {
+		t.Errorf("HEAD of a large file: Content-Length %q", got)
 	}
 	for _, version := range []string{`"x"`, "Wed, 21 Oct 2015 07:28:00 GMT"} {
 		r := p.call("GET", base+"/files?path=/tmp/f", nil, "Range", "bytes=0-0", "If-Range", version).want(200)

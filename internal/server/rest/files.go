@@ -51,9 +51,13 @@ func fileFault(err error) error {
 	return f
 }
 
-// byteRange is a Range header: from first to last, both included; last -1 is
-// the end, first -1 means the last suffix bytes.
+// byteRange is a Range header: from first to last, both included. first -1 means the
+// last suffix bytes.
 type byteRange struct{ first, last, suffix int64 }
+
+// toEnd is the last byte of a range that ends where its file does. It is behind the end
+// of every file, and the length of a range to it does not overflow.
+const toEnd = math.MaxInt64 - 1
 
 // parseRange reads a Range header with one range. As HTTP has it, what cannot
 // be read is as if it were not there.
@@ -68,7 +72,7 @@ func parseRange(header string) (byteRange, bool) {
 	}
 	digits := func(s string) (int64, bool) {
 		n, err := strconv.ParseUint(s, 10, 63)
-		return int64(n), err == nil
+		return int64(min(n, toEnd)), err == nil
 	}
 	if from == "" {
 		n, ok := digits(to)
@@ -79,13 +83,9 @@ func parseRange(header string) (byteRange, bool) {
 		return byteRange{}, false
 	}
 	if to == "" {
-		return byteRange{first: first, last: -1}, true
+		return byteRange{first: first, last: toEnd}, true
 	}
 	last, ok := digits(to)
-	if last == math.MaxInt64 {
-		// Beyond every end; as a number, one more would overflow.
-		return byteRange{first: first, last: -1}, ok
-	}
 	return byteRange{first: first, last: last}, ok && last >= first
 }
 
@@ -100,14 +100,12 @@ func (a *API) ReadFile(w http.ResponseWriter, r *http.Request, sandbox rest.Sand
 	// Files have no validators: what an If-Range names is never this file.
 	partial = partial && params.IfRange == nil
 	req := &hostagentv1.ReadFileStreamRequest{File: ref}
-	if !partial && r.Method == http.MethodHead || partial && rng.first < 0 {
-		req.Length = 1 // The guest reports a large file's size only if a part is asked for.
-	}
-	if partial && rng.first >= 0 {
-		req.Offset = rng.first
-		if rng.last >= 0 {
-			req.Length = rng.last - rng.first + 1
-		}
+	// The guest reports a large file's size only if a part is asked for: one with a length.
+	switch {
+	case partial && rng.first >= 0:
+		req.Offset, req.Length = rng.first, rng.last-rng.first+1
+	case partial || r.Method == http.MethodHead:
+		req.Length = 1
 	}
 	stream, size, err := openRead(r, host, req)
 	if err == nil && partial && rng.first < 0 && (size < 0 || size > 0 && rng.suffix > 0) {
@@ -115,8 +113,8 @@ func (a *API) ReadFile(w http.ResponseWriter, r *http.Request, sandbox rest.Sand
 		// answer is the whole file.
 		req = &hostagentv1.ReadFileStreamRequest{File: ref}
 		if partial = size > 0; partial {
-			rng.first, rng.last = max(size-rng.suffix, 0), -1
-			req.Offset = rng.first
+			rng.first, rng.last = max(size-rng.suffix, 0), size-1
+			req.Offset, req.Length = rng.first, size-rng.first
 		}
 		stream.Close()
 		stream, size, err = openRead(r, host, req)
@@ -140,10 +138,7 @@ func (a *API) ReadFile(w http.ResponseWriter, r *http.Request, sandbox rest.Sand
 	h.Set("Accept-Ranges", "bytes")
 	switch {
 	case partial && size >= 0:
-		last := size - 1
-		if rng.last >= 0 {
-			last = min(last, rng.last)
-		}
+		last := min(size-1, rng.last)
 		h.Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", rng.first, last, size))
 		h.Set("Content-Length", strconv.FormatInt(last-rng.first+1, 10))
 		w.WriteHeader(http.StatusPartialContent)
