@@ -1,6 +1,7 @@
 package up
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -19,7 +20,10 @@ import (
 
 const (
 	readyTimeout = 60 * time.Second
-	stopTimeout  = 30 * time.Second
+	// agentReadyTimeout is longer because apt can take minutes to find out that no
+	// mirror answers, after which the agent starts with the images that it has.
+	agentReadyTimeout = 15 * time.Minute
+	stopTimeout       = 30 * time.Second
 	// farewellTimeout is for all sandboxes of the machine to be paused.
 	farewellTimeout = 2 * time.Minute
 	// A program that ends by itself is started again after firstPause, after
@@ -34,6 +38,7 @@ type program struct {
 	name    string
 	command func() *exec.Cmd            // made anew for each start
 	ready   func(context.Context) error // returns when it answers
+	within  time.Duration               // bounds ready; 0: readyTimeout
 	quit    syscall.Signal              // asks it to end
 	// farewell, when there is one, is done before it is asked to end for good.
 	farewell func(context.Context) error
@@ -134,7 +139,7 @@ func (c *child) start() (<-chan struct{}, error) {
 
 // await returns when the process is ready.
 func (c *child) await(ctx context.Context, ended <-chan struct{}) error {
-	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+	ctx, cancel := context.WithTimeout(ctx, cmp.Or(c.within, readyTimeout))
 	defer cancel()
 	result := make(chan error, 1)
 	go func() { result <- c.ready(ctx) }()
@@ -148,6 +153,10 @@ func (c *child) await(ctx context.Context, ended <-chan struct{}) error {
 		cancel()
 		<-result
 		return fmt.Errorf("it ended (%s)\n%s", c.cmd.ProcessState, c.log.tail())
+	case <-c.stop:
+		cancel()
+		<-result
+		return errors.New("it is stopped before it is ready")
 	}
 }
 

@@ -293,6 +293,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 		_, err := s.agent().Host(ctx, connect.NewRequest(&hostagentv1.HostRequest{}))
 		return err
 	})
+	hostAgent.within = agentReadyTimeout
 	hostAgent.farewell = func(ctx context.Context) error {
 		_, err := s.agent().Terminate(ctx, connect.NewRequest(&hostagentv1.TerminateRequest{}))
 		return err

@@ -193,6 +193,43 @@ func TestProgramThatDoesNotStart(t *testing.T) {
 	}
 }
 
+// TestProgramIsSlow: the bound on how long a program may take to get ready is its own,
+// and does not keep it from being stopped meanwhile.
+func TestProgramIsSlow(t *testing.T) {
+	s := newService(t)
+	slow := program{
+		name: "slow", command: func() *exec.Cmd { return exec.Command("sleep", "1000") }, quit: syscall.SIGTERM,
+		within: time.Millisecond,
+		ready:  func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() },
+	}
+	if err := s.launch(t.Context(), slow); err == nil || !strings.Contains(err.Error(), "does not answer") {
+		t.Errorf("it is not ready in time: %v", err)
+	}
+	// It ends, and is stopped while it gets ready again.
+	first, second := true, make(chan struct{})
+	slow.within = 24 * time.Hour
+	slow.ready = func(ctx context.Context) error {
+		if first {
+			first = false
+			return nil
+		}
+		close(second)
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	c, err := launch(t.Context(), s.spawner, slow, filepath.Join(s.dir.Logs(), "slow"), s.say)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	await.Recv(t, "it gets ready again", second)
+	stopped := make(chan struct{})
+	go func() { defer close(stopped); c.close() }()
+	await.Recv(t, "it is stopped", stopped)
+}
+
 func TestLogsAreBounded(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "l")
 	l, err := openLog(path)
