@@ -23,8 +23,13 @@ type Host struct {
 	VMM         string `json:"vmm"`
 	Accelerator string `json:"accelerator"`
 	CPUs        int    `json:"cpus"`
+	MemoryBytes int64  `json:"memory_bytes"`
+	DiskBytes   int64  `json:"disk_bytes"`
 	CapacityMiB int64  `json:"capacity_mib"` // memory that sandboxes may have together
-	Load        struct {
+	Slots       int    `json:"slots"`        // how many sandboxes can run at once
+	// NetworkBlock is which share of its machine's network slots the host has.
+	NetworkBlock int `json:"network_block"`
+	Load         struct {
 		Sandboxes     int   `json:"sandboxes"`
 		UsedMemoryMiB int64 `json:"used_memory_mib"`
 		UsedVCPUs     int   `json:"used_vcpus"`
@@ -32,6 +37,7 @@ type Host struct {
 	} `json:"load"`
 	// Problems are what is wrong with the host and its agent could not repair.
 	Problems   []HostProblem `json:"problems"`
+	CreatedAt  time.Time     `json:"created_at"`
 	LastSeenAt *time.Time    `json:"last_seen_at"`
 	// Loses is what would be lost with the host: sandboxes by state, and teams'
 	// templates that no other host has. Only PreviewHost says it.

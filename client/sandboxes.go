@@ -91,6 +91,9 @@ func (c *Client) Get(ctx context.Context, id string) (*Sandbox, error) {
 	return &s, nil
 }
 
+// States are the states that a sandbox can be in, for [ListOptions].
+var States = []string{"pending", "starting", "running", "missing", "pausing", "paused", "resuming", "stopping", "stopped", "error"}
+
 // ListOptions say which sandboxes to list.
 type ListOptions struct {
 	States   []string          // none: those that have not ended

@@ -101,7 +101,7 @@ func TestUnitWaits(t *testing.T) {
 		t.Fatal(err)
 	}
 	const rest = 4 * time.Second // the last words to Redis and PostgreSQL
-	if allowed, takes := string(found[1])+"s", drainTimeout+c.StopTimeout+rest; takes > duration(t, allowed) {
+	if allowed, takes := string(found[1])+"s", shutdownTimeout+c.StopTimeout+rest; takes > duration(t, allowed) {
 		t.Errorf("systemd kills the server after %s, and it may take %v", allowed, takes)
 	}
 	if c.StopTimeout < time.Minute {

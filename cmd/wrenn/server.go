@@ -26,9 +26,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// drainTimeout is how long requests under way may take to end when a role
-// stops.
-const drainTimeout = 10 * time.Second
+// shutdownTimeout is how long requests under way may take to end when a role
+// stops. wrenn-server.service allows for it (TestUnitWaits).
+const shutdownTimeout = 10 * time.Second
 
 func serverCommand() *cobra.Command {
 	return &cobra.Command{
@@ -114,7 +114,7 @@ func serveOn(ctx context.Context, l net.Listener, identity *tls.Config, srv *htt
 	}
 	ran := make(chan error, 1)
 	go func() { ran <- run(ctx); cancel() }()
-	err := drain.Serve(ctx, srv, l, identity, drainTimeout)
+	err := drain.Serve(ctx, srv, l, identity, shutdownTimeout)
 	cancel()
 	if err != nil {
 		err = fmt.Errorf("serve: %w", err)

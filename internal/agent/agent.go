@@ -65,9 +65,9 @@ type Config struct {
 	Log     *slog.Logger      `env:"-"`
 }
 
-// drainTimeout bounds the wait for the control plane to hear of the last
+// lastEventsTimeout bounds the wait for the control plane to hear of the last
 // events when the agent terminates.
-const drainTimeout = 3 * time.Second
+const lastEventsTimeout = 3 * time.Second
 
 // Agent is the host agent. One at a time can be open on an installation's data.
 type Agent struct {

@@ -968,7 +968,7 @@ func (s *service) Terminate(ctx context.Context, _ *connect.Request[pb.Terminate
 		return nil, s.fault(ctx, "terminate", err)
 	}
 	if s.listeners.Load() > 0 {
-		heard, cancel := context.WithTimeout(ctx, drainTimeout)
+		heard, cancel := context.WithTimeout(ctx, lastEventsTimeout)
 		s.journal.Drained(heard)
 		cancel()
 	}

@@ -101,7 +101,7 @@ func (a *app) lsCommand() *cobra.Command {
 				return err
 			}
 			if all {
-				states = []string{"pending", "starting", "running", "missing", "pausing", "paused", "resuming", "stopping", "stopped", "error"}
+				states = client.States
 			}
 			c, err := a.client()
 			if err != nil {

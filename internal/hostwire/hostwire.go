@@ -3,7 +3,7 @@
 package hostwire
 
 // DefaultDiskMiB is the size of a template's file system, and so of a sandbox's
-// disk, unless another is asked for. Quotas in the migrations assume it too.
+// disk, unless another is asked for. The database has it as default_disk_mib().
 const DefaultDiskMiB = 5 << 10
 
 // ErrorReason is, in an error's metadata, why something failed, where Connect

@@ -20,8 +20,8 @@ import (
 )
 
 const (
-	// drainTimeout is how long a pause waits for what is in flight.
-	drainTimeout = 2 * time.Second
+	// inFlightTimeout is how long a pause waits for what is in flight.
+	inFlightTimeout = 2 * time.Second
 	// freezeTimeout bounds the guest daemon's part in a pause or a snapshot,
 	// which it may be too broken to do.
 	freezeTimeout = 5 * time.Second
@@ -84,7 +84,7 @@ func (b *box) pause(ctx context.Context, why *ending) error {
 	begin := time.Now()
 	b.set(func() { b.rec.State, b.steps = Pausing, nil })
 	err := b.step("drain", func() error {
-		drain, cancel := context.WithTimeout(ctx, drainTimeout)
+		drain, cancel := context.WithTimeout(ctx, inFlightTimeout)
 		defer cancel()
 		if b.tracker.Drain(drain) != nil && ctx.Err() != nil {
 			return context.Cause(ctx)

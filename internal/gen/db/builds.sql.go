@@ -465,7 +465,7 @@ DELETE FROM builds WHERE builds.id = ANY (ARRAY(
     JOIN (SELECT o.id, row_number() OVER w AS n, sum(build_bytes(o.log_bytes, o.recipe)) OVER w AS bytes
         FROM builds o WHERE o.team_id = $1 AND o.log_bytes IS NOT NULL WINDOW w AS (ORDER BY o.created_at DESC, o.id DESC)) AS all_of_them USING (id)
     WHERE b.team_id = $1 AND (all_of_them.n > $2::bigint OR all_of_them.bytes > $3::bigint)
-      AND NOT EXISTS (SELECT FROM sandboxes s WHERE s.build_id = b.id AND s.state NOT IN ('stopped', 'error'))
+      AND NOT EXISTS (SELECT FROM sandboxes s WHERE s.build_id = b.id AND sandbox_is_live(s.state))
       AND NOT EXISTS (SELECT FROM templates t WHERE t.build_id = b.id AND t.state = 'pending')
       AND (b.version IS NULL
         OR EXISTS (SELECT FROM builds l WHERE l.team_id = b.team_id AND l.name = b.name AND l.version > b.version)
@@ -643,7 +643,7 @@ func (q *Queries) InsertBuild(ctx context.Context, arg InsertBuildParams) (Build
 const listBuildLeftovers = `-- name: ListBuildLeftovers :many
 SELECT id FROM builds
 WHERE state NOT IN ('queued', 'running')
-  AND id IN (SELECT build_id FROM sandboxes WHERE build_id IS NOT NULL AND sandboxes.state NOT IN ('stopped', 'error')
+  AND id IN (SELECT build_id FROM sandboxes WHERE build_id IS NOT NULL AND sandbox_is_live(sandboxes.state)
        UNION SELECT build_id FROM templates WHERE build_id IS NOT NULL AND templates.state = 'pending')
 `
 
@@ -669,7 +669,7 @@ func (q *Queries) ListBuildLeftovers(ctx context.Context) ([]uuid.UUID, error) {
 }
 
 const listBuildSandboxes = `-- name: ListBuildSandboxes :many
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved FROM sandboxes WHERE build_id = $1 AND state NOT IN ('stopped', 'error')
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved FROM sandboxes WHERE build_id = $1 AND sandbox_is_live(state)
 `
 
 func (q *Queries) ListBuildSandboxes(ctx context.Context, buildID *uuid.UUID) ([]Sandbox, error) {

@@ -13,7 +13,7 @@ import (
 )
 
 const countHostLoses = `-- name: CountHostLoses :many
-SELECT state, count(*) AS n FROM sandboxes WHERE host_id = $1 AND state NOT IN ('stopped', 'error') GROUP BY state
+SELECT state, count(*) AS n FROM sandboxes WHERE host_id = $1 AND sandbox_is_live(state) GROUP BY state
 `
 
 type CountHostLosesRow struct {
@@ -523,7 +523,7 @@ JOIN host_templates ON host_templates.host_id = hosts.id AND host_templates.temp
 LEFT JOIN LATERAL (
     SELECT count(*) AS sandboxes, sum(sandboxes.memory_mib) AS memory_mib, sum(sandboxes.vcpus) AS vcpus,
         sum(sandboxes.memory_mib) FILTER (WHERE sandboxes.on_timeout = 'pause' AND NOT sandboxes.saved) AS promised_mib FROM sandboxes
-    WHERE sandboxes.host_id = hosts.id AND sandboxes.state NOT IN ('stopped', 'error') AND sandboxes.state <> 'paused') used ON true
+    WHERE sandboxes.host_id = hosts.id AND sandbox_uses_host(sandboxes.state)) used ON true
 WHERE hosts.status = 'online' AND NOT hosts.draining AND hosts.deleted_at IS NULL
 `
 
@@ -705,7 +705,7 @@ func (q *Queries) LockPlace(ctx context.Context, id uuid.UUID) (LockPlaceRow, er
 const loseHostSandboxes = `-- name: LoseHostSandboxes :many
 UPDATE sandboxes SET state = 'stopped', end_reason = 'lost', error = 'its host was removed', ended_at = now()
 WHERE sandboxes.id = ANY (ARRAY(
-    SELECT s.id FROM sandboxes s WHERE s.host_id = $1 AND s.state NOT IN ('stopped', 'error') ORDER BY s.id FOR NO KEY UPDATE)) RETURNING sandboxes.id
+    SELECT s.id FROM sandboxes s WHERE s.host_id = $1 AND sandbox_is_live(s.state) ORDER BY s.id FOR NO KEY UPDATE)) RETURNING sandboxes.id
 `
 
 func (q *Queries) LoseHostSandboxes(ctx context.Context, hostID *uuid.UUID) ([]uuid.UUID, error) {
@@ -1138,7 +1138,7 @@ func (q *Queries) UpsertHost(ctx context.Context, arg UpsertHostParams) (Host, e
 const usedPlace = `-- name: UsedPlace :one
 SELECT count(*) AS sandboxes, COALESCE(sum(memory_mib), 0)::bigint AS memory_mib, COALESCE(sum(vcpus), 0)::bigint AS vcpus,
     COALESCE(sum(memory_mib) FILTER (WHERE on_timeout = 'pause' AND NOT saved), 0)::bigint AS promised_mib FROM sandboxes
-WHERE host_id = $1 AND state NOT IN ('stopped', 'error') AND state <> 'paused'
+WHERE host_id = $1 AND sandbox_uses_host(state)
 `
 
 type UsedPlaceRow struct {

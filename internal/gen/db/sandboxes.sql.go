@@ -42,7 +42,7 @@ func (q *Queries) ClaimIdempotencyKey(ctx context.Context, arg ClaimIdempotencyK
 }
 
 const countLiveSandboxes = `-- name: CountLiveSandboxes :many
-SELECT state, count(*) AS n FROM sandboxes WHERE state NOT IN ('stopped', 'error') GROUP BY state
+SELECT state, count(*) AS n FROM sandboxes WHERE sandbox_is_live(state) GROUP BY state
 `
 
 type CountLiveSandboxesRow struct {
@@ -73,7 +73,7 @@ func (q *Queries) CountLiveSandboxes(ctx context.Context) ([]CountLiveSandboxesR
 const drainedExpire = `-- name: DrainedExpire :many
 UPDATE sandboxes SET state = 'stopping', end_reason = 'expired'
 WHERE sandboxes.id = ANY (ARRAY(
-    SELECT s.id FROM sandboxes s WHERE s.host_id = $1 AND s.state NOT IN ('stopped', 'error') AND s.state = 'paused' AND s.drained AND s.expires_at < now()
+    SELECT s.id FROM sandboxes s WHERE s.host_id = $1 AND sandbox_is_live(s.state) AND s.state = 'paused' AND s.drained AND s.expires_at < now()
     ORDER BY s.id FOR NO KEY UPDATE)) RETURNING sandboxes.id
 `
 
@@ -100,7 +100,7 @@ func (q *Queries) DrainedExpire(ctx context.Context, hostID *uuid.UUID) ([]uuid.
 
 const dropUnstarted = `-- name: DropUnstarted :exec
 DELETE FROM sandboxes WHERE sandboxes.id = ANY (ARRAY(
-    SELECT s.id FROM sandboxes s WHERE s.id = ANY ($1::uuid[]) AND s.state IN ('pending', 'starting') ORDER BY s.id FOR UPDATE))
+    SELECT s.id FROM sandboxes s WHERE s.id = ANY ($1::uuid[]) AND sandbox_is_starting(s.state) ORDER BY s.id FOR UPDATE))
 `
 
 // Forgets sandboxes that no host was ever asked for, or that it refused, and
@@ -369,7 +369,7 @@ func (q *Queries) InsertSandbox(ctx context.Context, arg InsertSandboxParams) (S
 }
 
 const listHostSandboxIDs = `-- name: ListHostSandboxIDs :many
-SELECT id FROM sandboxes WHERE host_id = $1 AND state NOT IN ('stopped', 'error')
+SELECT id FROM sandboxes WHERE host_id = $1 AND sandbox_is_live(state)
 `
 
 func (q *Queries) ListHostSandboxIDs(ctx context.Context, hostID *uuid.UUID) ([]uuid.UUID, error) {
@@ -393,7 +393,7 @@ func (q *Queries) ListHostSandboxIDs(ctx context.Context, hostID *uuid.UUID) ([]
 }
 
 const listHostSandboxes = `-- name: ListHostSandboxes :many
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved FROM sandboxes WHERE host_id = $1 AND state NOT IN ('stopped', 'error')
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved FROM sandboxes WHERE host_id = $1 AND sandbox_is_live(state)
 `
 
 func (q *Queries) ListHostSandboxes(ctx context.Context, hostID *uuid.UUID) ([]Sandbox, error) {
@@ -447,7 +447,7 @@ func (q *Queries) ListHostSandboxes(ctx context.Context, hostID *uuid.UUID) ([]S
 const listLiveSandboxes = `-- name: ListLiveSandboxes :many
 SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved FROM sandboxes
 WHERE team_id = $1
-  AND state NOT IN ('stopped', 'error')
+  AND sandbox_is_live(state)
   AND build_id IS NULL
   AND metadata @> $2::jsonb
   AND (created_at, id) < ($3::timestamptz, $4::uuid)
@@ -463,7 +463,7 @@ type ListLiveSandboxesParams struct {
 	MaxRows  int32
 }
 
-// Written out as the partial index has it, which serves it.
+// A partial index serves it.
 func (q *Queries) ListLiveSandboxes(ctx context.Context, arg ListLiveSandboxesParams) ([]Sandbox, error) {
 	rows, err := q.db.Query(ctx, listLiveSandboxes,
 		arg.TeamID,
@@ -692,7 +692,7 @@ func (q *Queries) SandboxDrains(ctx context.Context, id uuid.UUID) (Sandbox, err
 const sandboxEnded = `-- name: SandboxEnded :one
 UPDATE sandboxes SET state = 'stopped', end_reason = $1::text, error = $2,
     ended_at = GREATEST(started_at, created_at, LEAST($3::timestamptz, now()))
-WHERE id = $4 AND host_id = $5 AND state IN ('running', 'missing', 'pausing', 'paused', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
+WHERE id = $4 AND host_id = $5 AND sandbox_is_live(state) AND NOT sandbox_is_starting(state) AND state <> 'stopping' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
 `
 
 type SandboxEndedParams struct {
@@ -792,7 +792,7 @@ func (q *Queries) SandboxExpires(ctx context.Context, arg SandboxExpiresParams) 
 
 const sandboxFailed = `-- name: SandboxFailed :one
 UPDATE sandboxes SET state = 'error', end_reason = 'failed', error = $1, ended_at = now()
-WHERE id = $2 AND host_id = $3 AND state IN ('pending', 'starting') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
+WHERE id = $2 AND host_id = $3 AND sandbox_is_starting(state) RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
 `
 
 type SandboxFailedParams struct {
@@ -838,7 +838,7 @@ func (q *Queries) SandboxFailed(ctx context.Context, arg SandboxFailedParams) (S
 
 const sandboxGoesOn = `-- name: SandboxGoesOn :one
 UPDATE sandboxes SET state = 'running', drained = false, paused_at = NULL, expires_at = $1
-WHERE id = $2 AND host_id = $3 AND state IN ('pausing', 'paused', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
+WHERE id = $2 AND host_id = $3 AND sandbox_has_image(state) RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
 `
 
 type SandboxGoesOnParams struct {
@@ -1064,7 +1064,7 @@ func (q *Queries) SandboxRevived(ctx context.Context, arg SandboxRevivedParams) 
 const sandboxRunning = `-- name: SandboxRunning :one
 UPDATE sandboxes SET state = 'running', started_at = COALESCE(started_at, $1), expires_at = $2,
     disk_mib = $3, start_ms = COALESCE(start_ms, $4)
-WHERE id = $5 AND host_id = $6 AND state IN ('pending', 'starting') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
+WHERE id = $5 AND host_id = $6 AND sandbox_is_starting(state) RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
 `
 
 type SandboxRunningParams struct {
@@ -1200,7 +1200,7 @@ func (q *Queries) SandboxStopped(ctx context.Context, id uuid.UUID) (Sandbox, er
 
 const sandboxStopping = `-- name: SandboxStopping :one
 UPDATE sandboxes SET state = 'stopping'
-WHERE id = $1 AND state IN ('pending', 'starting', 'running', 'missing', 'pausing', 'paused', 'resuming', 'stopping') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
+WHERE id = $1 AND sandbox_is_live(state) RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
 `
 
 // Stopping a sandbox that stops is no change, yet answers with the row.

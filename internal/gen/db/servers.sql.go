@@ -43,7 +43,7 @@ func (q *Queries) ForgetServers(ctx context.Context) error {
 
 const listAtWork = `-- name: ListAtWork :many
 SELECT sandboxes.id FROM sandboxes JOIN servers ON servers.id = sandboxes.worker
-WHERE sandboxes.host_id = $1 AND sandboxes.state NOT IN ('stopped', 'error')
+WHERE sandboxes.host_id = $1 AND sandbox_is_live(sandboxes.state)
   AND servers.id <> $2 AND servers.seen_at BETWEEN now() - make_interval(secs => $3::float8) AND now() + make_interval(secs => $3::float8)
 `
 

@@ -66,7 +66,7 @@ func (q *Queries) DeleteTeam(ctx context.Context, id uuid.UUID) (int64, error) {
 
 const deleteTeamSandboxes = `-- name: DeleteTeamSandboxes :exec
 DELETE FROM sandboxes WHERE sandboxes.id = ANY (ARRAY(
-    SELECT s.id FROM sandboxes s WHERE s.team_id = $1 AND s.state IN ('stopped', 'error') ORDER BY s.id FOR UPDATE))
+    SELECT s.id FROM sandboxes s WHERE s.team_id = $1 AND NOT sandbox_is_live(s.state) ORDER BY s.id FOR UPDATE))
 `
 
 func (q *Queries) DeleteTeamSandboxes(ctx context.Context, teamID uuid.UUID) error {
@@ -207,7 +207,7 @@ func (q *Queries) ListMembers(ctx context.Context, teamID uuid.UUID) ([]ListMemb
 }
 
 const listTeamLiveSandboxes = `-- name: ListTeamLiveSandboxes :many
-SELECT id FROM sandboxes WHERE team_id = $1 AND state NOT IN ('stopped', 'error')
+SELECT id FROM sandboxes WHERE team_id = $1 AND sandbox_is_live(state)
 `
 
 func (q *Queries) ListTeamLiveSandboxes(ctx context.Context, teamID uuid.UUID) ([]uuid.UUID, error) {

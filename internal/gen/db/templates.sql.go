@@ -658,7 +658,7 @@ const listUnusedVersions = `-- name: ListUnusedVersions :many
 SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at, limits FROM templates
 WHERE build_id IS NOT NULL AND kind = 'template' AND state = 'ready'
   AND NOT EXISTS (SELECT 1 FROM template_tags WHERE template_id = templates.id)
-  AND NOT EXISTS (SELECT 1 FROM sandboxes WHERE template_id = templates.id AND state NOT IN ('stopped', 'error'))
+  AND NOT EXISTS (SELECT 1 FROM sandboxes WHERE template_id = templates.id AND sandbox_is_live(state))
 ORDER BY id
 LIMIT 100
 `

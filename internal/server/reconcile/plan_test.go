@@ -111,6 +111,11 @@ func (w *world) agree(u uuid.UUID) bool {
 
 // TestPlan holds the pure function to what must be so of every world.
 func TestPlan(t *testing.T) {
+	for _, state := range sandboxes.States() {
+		if _, ok := table[state]; !ok {
+			t.Errorf("the plan does not have the state %q", state)
+		}
+	}
 	for seed := range uint64(200) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			r := rand.New(rand.NewPCG(seed, 0))

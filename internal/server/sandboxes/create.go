@@ -26,7 +26,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/work"
 )
 
-// What a sandbox has unless it, or its template, says otherwise.
+// What a sandbox has unless it, or its template, says otherwise. The database has the
+// memory as default_memory_mib().
 const (
 	DefaultVCPUs     = 1
 	DefaultMemoryMiB = 512

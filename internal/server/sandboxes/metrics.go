@@ -65,7 +65,12 @@ func (c *states) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.NewInvalidMetric(c.desc, err)
 		return
 	}
-	count := map[State]int64{Pending: 0, Starting: 0, Running: 0, Pausing: 0, Paused: 0, Resuming: 0, Stopping: 0}
+	count := make(map[State]int64)
+	for _, state := range States() {
+		if !state.Ended() {
+			count[state] = 0
+		}
+	}
 	for _, r := range rows {
 		count[State(r.State)] = r.N
 	}

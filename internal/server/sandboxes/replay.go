@@ -69,7 +69,7 @@ func (s *Service) begun(ctx context.Context, sandbox uuid.UUID) (row db.Sandbox,
 		if row, err = s.Store.GetSandbox(ctx, sandbox); err != nil {
 			return false, fmt.Errorf("look up sandbox: %w", err)
 		}
-		return State(row.State) != Pending && State(row.State) != Starting, nil
+		return !State(row.State).is(starting), nil
 	})
 	return row, err
 }

@@ -25,30 +25,6 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/work"
 )
 
-// State is where a sandbox is in its life.
-type State string
-
-// The states of a sandbox.
-const (
-	Pending  State = "pending"
-	Starting State = "starting"
-	Running  State = "running"
-	// Missing is what ran when its host was last heard of.
-	Missing  State = "missing"
-	Pausing  State = "pausing"
-	Paused   State = "paused"
-	Resuming State = "resuming"
-	Stopping State = "stopping"
-	Stopped  State = "stopped"
-	Failed   State = "error"
-)
-
-// Ended says whether nothing of the sandbox is left but its row.
-func (s State) Ended() bool { return s == Stopped || s == Failed }
-
-// ends says whether the sandbox has ended, or is about to.
-func (s State) ends() bool { return s == Stopping || s.Ended() }
-
 // Bounds of what the service does on its own once it was asked.
 const (
 	createTimeout  = 5 * time.Minute

@@ -41,16 +41,6 @@ func (s *Store) quota(t *testing.T, team uuid.UUID, running, vcpus int32, memory
 	}
 }
 
-// TestDefaultDisk: the migrations count a disk without a size as large as hosts make it.
-func TestDefaultDisk(t *testing.T) {
-	_, pool, _ := quotaTest(t)
-	var sandbox, template int64
-	err := pool.QueryRow(context.Background(), "SELECT sandbox_disk('running', 0), template_stored('pending', 0, 0, 1) - 1").Scan(&sandbox, &template)
-	if err != nil || sandbox != hostwire.DefaultDiskMiB || template != hostwire.DefaultDiskMiB {
-		t.Errorf("a sandbox counts as %d, a template as %d, %v; want %d", sandbox, template, err, hostwire.DefaultDiskMiB)
-	}
-}
-
 const insertSandbox = `INSERT INTO sandboxes (id, team_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at)
 	VALUES ($1, $2, gen_random_uuid(), 'x', 'starting', $3, $4, $5, 0, '{}', now())`
 

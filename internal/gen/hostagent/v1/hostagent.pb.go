@@ -4478,7 +4478,7 @@ type ImportTemplateRequest_Start struct {
 	//	*ImportTemplateRequest_Start_Registry
 	//	*ImportTemplateRequest_Start_Archive
 	Source isImportTemplateRequest_Start_Source `protobuf_oneof:"source"`
-	// Size of the template's file system; 0: 5120.
+	// Size of the template's file system; 0: hostwire.DefaultDiskMiB.
 	DiskMib int32 `protobuf:"varint,6,opt,name=disk_mib,json=diskMib,proto3" json:"disk_mib,omitempty"`
 	// The machine that it is captured on at once; 0: it is when it is first
 	// asked for.

@@ -101,7 +101,7 @@ DELETE FROM builds WHERE builds.id = ANY (ARRAY(
     JOIN (SELECT o.id, row_number() OVER w AS n, sum(build_bytes(o.log_bytes, o.recipe)) OVER w AS bytes
         FROM builds o WHERE o.team_id = @team_id AND o.log_bytes IS NOT NULL WINDOW w AS (ORDER BY o.created_at DESC, o.id DESC)) AS all_of_them USING (id)
     WHERE b.team_id = @team_id AND (all_of_them.n > @most::bigint OR all_of_them.bytes > @most_bytes::bigint)
-      AND NOT EXISTS (SELECT FROM sandboxes s WHERE s.build_id = b.id AND s.state NOT IN ('stopped', 'error'))
+      AND NOT EXISTS (SELECT FROM sandboxes s WHERE s.build_id = b.id AND sandbox_is_live(s.state))
       AND NOT EXISTS (SELECT FROM templates t WHERE t.build_id = b.id AND t.state = 'pending')
       AND (b.version IS NULL
         OR EXISTS (SELECT FROM builds l WHERE l.team_id = b.team_id AND l.name = b.name AND l.version > b.version)
@@ -109,7 +109,7 @@ DELETE FROM builds WHERE builds.id = ANY (ARRAY(
     ORDER BY b.id FOR UPDATE OF b SKIP LOCKED));
 
 -- name: ListBuildSandboxes :many
-SELECT * FROM sandboxes WHERE build_id = @build_id AND state NOT IN ('stopped', 'error');
+SELECT * FROM sandboxes WHERE build_id = @build_id AND sandbox_is_live(state);
 
 -- name: BuildTemplatesGo :many
 -- What a build began to capture, and did not finish, is to be removed.
@@ -120,7 +120,7 @@ UPDATE templates SET state = 'deleting', worker = @worker WHERE templates.id = A
 -- Builds that have ended, and left something behind.
 SELECT id FROM builds
 WHERE state NOT IN ('queued', 'running')
-  AND id IN (SELECT build_id FROM sandboxes WHERE build_id IS NOT NULL AND sandboxes.state NOT IN ('stopped', 'error')
+  AND id IN (SELECT build_id FROM sandboxes WHERE build_id IS NOT NULL AND sandbox_is_live(sandboxes.state)
        UNION SELECT build_id FROM templates WHERE build_id IS NOT NULL AND templates.state = 'pending');
 
 -- name: ClaimBuilt :one

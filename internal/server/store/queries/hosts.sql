@@ -117,7 +117,7 @@ JOIN host_templates ON host_templates.host_id = hosts.id AND host_templates.temp
 LEFT JOIN LATERAL (
     SELECT count(*) AS sandboxes, sum(sandboxes.memory_mib) AS memory_mib, sum(sandboxes.vcpus) AS vcpus,
         sum(sandboxes.memory_mib) FILTER (WHERE sandboxes.on_timeout = 'pause' AND NOT sandboxes.saved) AS promised_mib FROM sandboxes
-    WHERE sandboxes.host_id = hosts.id AND sandboxes.state NOT IN ('stopped', 'error') AND sandboxes.state <> 'paused') used ON true
+    WHERE sandboxes.host_id = hosts.id AND sandbox_uses_host(sandboxes.state)) used ON true
 WHERE hosts.status = 'online' AND NOT hosts.draining AND hosts.deleted_at IS NULL;
 
 -- name: LockPlace :one
@@ -129,7 +129,7 @@ WHERE id = $1 AND status = 'online' AND NOT draining AND deleted_at IS NULL FOR 
 -- Promised is the disk that pauses at timeouts will take.
 SELECT count(*) AS sandboxes, COALESCE(sum(memory_mib), 0)::bigint AS memory_mib, COALESCE(sum(vcpus), 0)::bigint AS vcpus,
     COALESCE(sum(memory_mib) FILTER (WHERE on_timeout = 'pause' AND NOT saved), 0)::bigint AS promised_mib FROM sandboxes
-WHERE host_id = $1 AND state NOT IN ('stopped', 'error') AND state <> 'paused';
+WHERE host_id = $1 AND sandbox_uses_host(state);
 
 -- name: SandboxMoves :one
 -- It could not start on one host and is tried on another.
@@ -142,7 +142,7 @@ WHERE sandboxes.id = @id AND sandboxes.host_id = @host_id AND state = 'missing' 
 
 -- name: CountHostLoses :many
 -- What would be lost with a host.
-SELECT state, count(*) AS n FROM sandboxes WHERE host_id = $1 AND state NOT IN ('stopped', 'error') GROUP BY state;
+SELECT state, count(*) AS n FROM sandboxes WHERE host_id = $1 AND sandbox_is_live(state) GROUP BY state;
 
 -- name: CountHostOnlyTemplates :one
 -- Teams' templates that no other host has.
@@ -153,7 +153,7 @@ WHERE host_templates.host_id = $1 AND team_id <> '00000000-0000-0000-0000-000000
 -- name: LoseHostSandboxes :many
 UPDATE sandboxes SET state = 'stopped', end_reason = 'lost', error = 'its host was removed', ended_at = now()
 WHERE sandboxes.id = ANY (ARRAY(
-    SELECT s.id FROM sandboxes s WHERE s.host_id = $1 AND s.state NOT IN ('stopped', 'error') ORDER BY s.id FOR NO KEY UPDATE)) RETURNING sandboxes.id;
+    SELECT s.id FROM sandboxes s WHERE s.host_id = $1 AND sandbox_is_live(s.state) ORDER BY s.id FOR NO KEY UPDATE)) RETURNING sandboxes.id;
 
 -- name: DropTemplatesOfHost :exec
 -- Also drops teams' templates that are then on no host, which frees their names.

@@ -39,10 +39,10 @@ SELECT sqlc.embed(sandboxes), COALESCE(team_owner(team_id), team_id)::uuid AS pa
 SELECT * FROM sandboxes WHERE id = $1 AND team_id = $2 AND build_id IS NULL;
 
 -- name: ListLiveSandboxes :many
--- Written out as the partial index has it, which serves it.
+-- A partial index serves it.
 SELECT * FROM sandboxes
 WHERE team_id = @team_id
-  AND state NOT IN ('stopped', 'error')
+  AND sandbox_is_live(state)
   AND build_id IS NULL
   AND metadata @> @metadata::jsonb
   AND (created_at, id) < (@before_at::timestamptz, @before_id::uuid)
@@ -60,28 +60,28 @@ ORDER BY created_at DESC, id DESC
 LIMIT @max_rows;
 
 -- name: ListHostSandboxes :many
-SELECT * FROM sandboxes WHERE host_id = $1 AND state NOT IN ('stopped', 'error');
+SELECT * FROM sandboxes WHERE host_id = $1 AND sandbox_is_live(state);
 
 -- name: ListHostSandboxIDs :many
-SELECT id FROM sandboxes WHERE host_id = $1 AND state NOT IN ('stopped', 'error');
+SELECT id FROM sandboxes WHERE host_id = $1 AND sandbox_is_live(state);
 
 -- name: CountLiveSandboxes :many
-SELECT state, count(*) AS n FROM sandboxes WHERE state NOT IN ('stopped', 'error') GROUP BY state;
+SELECT state, count(*) AS n FROM sandboxes WHERE sandbox_is_live(state) GROUP BY state;
 
 -- name: SandboxRunning :one
 UPDATE sandboxes SET state = 'running', started_at = COALESCE(started_at, @started_at), expires_at = @expires_at,
     disk_mib = @disk_mib, start_ms = COALESCE(start_ms, @start_ms)
-WHERE id = @id AND host_id = @host_id AND state IN ('pending', 'starting') RETURNING *;
+WHERE id = @id AND host_id = @host_id AND sandbox_is_starting(state) RETURNING *;
 
 -- name: SandboxFailed :one
 UPDATE sandboxes SET state = 'error', end_reason = 'failed', error = @error, ended_at = now()
-WHERE id = @id AND host_id = @host_id AND state IN ('pending', 'starting') RETURNING *;
+WHERE id = @id AND host_id = @host_id AND sandbox_is_starting(state) RETURNING *;
 
 -- name: DropUnstarted :exec
 -- Forgets sandboxes that no host was ever asked for, or that it refused, and
 -- their idempotency keys.
 DELETE FROM sandboxes WHERE sandboxes.id = ANY (ARRAY(
-    SELECT s.id FROM sandboxes s WHERE s.id = ANY (@ids::uuid[]) AND s.state IN ('pending', 'starting') ORDER BY s.id FOR UPDATE));
+    SELECT s.id FROM sandboxes s WHERE s.id = ANY (@ids::uuid[]) AND sandbox_is_starting(s.state) ORDER BY s.id FOR UPDATE));
 
 -- name: SandboxPausing :one
 UPDATE sandboxes SET state = 'pausing' WHERE id = $1 AND state = 'running' RETURNING *;
@@ -99,7 +99,7 @@ UPDATE sandboxes SET drained = false, expires_at = NULL WHERE id = $1 AND state 
 -- Sandboxes of a host that nobody has resumed and whose time is over.
 UPDATE sandboxes SET state = 'stopping', end_reason = 'expired'
 WHERE sandboxes.id = ANY (ARRAY(
-    SELECT s.id FROM sandboxes s WHERE s.host_id = $1 AND s.state NOT IN ('stopped', 'error') AND s.state = 'paused' AND s.drained AND s.expires_at < now()
+    SELECT s.id FROM sandboxes s WHERE s.host_id = $1 AND sandbox_is_live(s.state) AND s.state = 'paused' AND s.drained AND s.expires_at < now()
     ORDER BY s.id FOR NO KEY UPDATE)) RETURNING sandboxes.id;
 
 -- name: SandboxPaused :one
@@ -113,12 +113,12 @@ UPDATE sandboxes SET state = 'resuming' WHERE id = $1 AND state = 'paused' RETUR
 -- name: SandboxGoesOn :one
 -- It was resumed, or its pause failed.
 UPDATE sandboxes SET state = 'running', drained = false, paused_at = NULL, expires_at = @expires_at
-WHERE id = @id AND host_id = @host_id AND state IN ('pausing', 'paused', 'resuming') RETURNING *;
+WHERE id = @id AND host_id = @host_id AND sandbox_has_image(state) RETURNING *;
 
 -- name: SandboxStopping :one
 -- Stopping a sandbox that stops is no change, yet answers with the row.
 UPDATE sandboxes SET state = 'stopping'
-WHERE id = @id AND state IN ('pending', 'starting', 'running', 'missing', 'pausing', 'paused', 'resuming', 'stopping') RETURNING *;
+WHERE id = @id AND sandbox_is_live(state) RETURNING *;
 
 -- name: SandboxStopped :one
 UPDATE sandboxes SET state = 'stopped', end_reason = COALESCE(end_reason, 'deleted'), ended_at = now()
@@ -128,7 +128,7 @@ WHERE id = $1 AND state = 'stopping' RETURNING *;
 -- It ended without being asked to.
 UPDATE sandboxes SET state = 'stopped', end_reason = @end_reason::text, error = @error,
     ended_at = GREATEST(started_at, created_at, LEAST(@ended_at::timestamptz, now()))
-WHERE id = @id AND host_id = @host_id AND state IN ('running', 'missing', 'pausing', 'paused', 'resuming') RETURNING *;
+WHERE id = @id AND host_id = @host_id AND sandbox_is_live(state) AND NOT sandbox_is_starting(state) AND state <> 'stopping' RETURNING *;
 
 -- name: SandboxRevived :one
 -- Its host, which had ended or lost it, has it paused after all.

@@ -25,7 +25,7 @@ WHERE hosts.id = ANY (ARRAY(
 -- name: ListAtWork :many
 -- A host's sandboxes that another living server is at work on.
 SELECT sandboxes.id FROM sandboxes JOIN servers ON servers.id = sandboxes.worker
-WHERE sandboxes.host_id = @host_id AND sandboxes.state NOT IN ('stopped', 'error')
+WHERE sandboxes.host_id = @host_id AND sandbox_is_live(sandboxes.state)
   AND servers.id <> @server AND servers.seen_at BETWEEN now() - make_interval(secs => @within::float8) AND now() + make_interval(secs => @within::float8);
 
 -- name: TakeLease :execrows

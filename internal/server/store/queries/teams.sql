@@ -54,14 +54,14 @@ UPDATE teams SET deleting_at = now() WHERE id = $1 AND deleting_at IS NULL;
 SELECT id FROM teams WHERE deleting_at IS NOT NULL ORDER BY deleting_at;
 
 -- name: ListTeamLiveSandboxes :many
-SELECT id FROM sandboxes WHERE team_id = $1 AND state NOT IN ('stopped', 'error');
+SELECT id FROM sandboxes WHERE team_id = $1 AND sandbox_is_live(state);
 
 -- name: ListTeamTemplates :many
 SELECT * FROM templates WHERE team_id = $1 ORDER BY id;
 
 -- name: DeleteTeamSandboxes :exec
 DELETE FROM sandboxes WHERE sandboxes.id = ANY (ARRAY(
-    SELECT s.id FROM sandboxes s WHERE s.team_id = $1 AND s.state IN ('stopped', 'error') ORDER BY s.id FOR UPDATE));
+    SELECT s.id FROM sandboxes s WHERE s.team_id = $1 AND NOT sandbox_is_live(s.state) ORDER BY s.id FOR UPDATE));
 
 -- name: LockDeletingTeam :one
 SELECT id FROM teams WHERE id = $1 AND deleting_at IS NOT NULL FOR UPDATE;

@@ -166,7 +166,7 @@ DELETE FROM template_tags WHERE team_id = @team_id AND name = @name AND tag = @t
 SELECT * FROM templates
 WHERE build_id IS NOT NULL AND kind = 'template' AND state = 'ready'
   AND NOT EXISTS (SELECT 1 FROM template_tags WHERE template_id = templates.id)
-  AND NOT EXISTS (SELECT 1 FROM sandboxes WHERE template_id = templates.id AND state NOT IN ('stopped', 'error'))
+  AND NOT EXISTS (SELECT 1 FROM sandboxes WHERE template_id = templates.id AND sandbox_is_live(state))
 ORDER BY id
 LIMIT 100;
 
