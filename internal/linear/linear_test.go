@@ -5,11 +5,15 @@ import (
 	"testing"
 )
 
-var kept string
+var (
+	kept  string
+	found int
+)
 
-// What copies all it has is found; what doubles its room is not.
+// TestCheck: what copies or looks at all it has at each step is found; what
+// doubles its room is not.
 func TestCheck(t *testing.T) {
-	Check(t, "strings.Builder", 4096, func(n int) {
+	Check(t, "strings.Builder", 1<<17, func(n int) {
 		var b strings.Builder
 		for range n {
 			b.WriteString("0123456789")
@@ -27,5 +31,14 @@ func TestCheck(t *testing.T) {
 	}
 	if took[2000] <= 3*took[1000] {
 		t.Errorf("a concatenation allocates %d and %d bytes, which Check takes for linear", took[1000], took[2000])
+	}
+	text := strings.Repeat("x", 1<<17)
+	short, long, ok := grows(len(text)/4, func(n int) {
+		for range n {
+			found += strings.Count(text[:n], "y")
+		}
+	})
+	if ok {
+		t.Errorf("a search of all for each takes %v and %v, which Check takes for linear", short, long)
 	}
 }

@@ -2,6 +2,7 @@ package recipe
 
 import (
 	"fmt"
+	"sort"
 	"strings"
 	"unicode/utf8"
 )
@@ -16,6 +17,10 @@ func blank(c byte) bool { return c == ' ' || c == '\t' }
 type line struct {
 	text  string
 	spans []span
+
+	// near is the place that position found last, and begins at an offset.
+	// Counting on from there, a whole line takes one pass.
+	near span
 }
 
 // span says where the line's text from offset on comes from.
@@ -26,21 +31,31 @@ type span struct {
 
 // position is the place in the recipe of an offset in the line.
 func (l *line) position(offset int) Position {
-	s := l.spans[0]
-	for _, next := range l.spans[1:] {
-		// What is between two physical lines counts as the first one's end.
-		if next.offset > offset || next.offset == offset && offset == len(l.text) {
-			break
-		}
-		s = next
+	// What is between two physical lines counts as the first one's end.
+	n := sort.Search(len(l.spans)-1, func(i int) bool {
+		next := l.spans[i+1].offset
+		return next > offset || next == offset && offset == len(l.text)
+	})
+	s := l.spans[n]
+	if l.near.from.Line == s.from.Line && l.near.offset <= offset {
+		s = l.near
 	}
-	return Position{s.from.Line, s.from.Column + utf8.RuneCountInString(l.text[s.offset:offset])}
+	l.near = span{offset, Position{s.from.Line, s.from.Column + utf8.RuneCountInString(l.text[s.offset:offset])}}
+	return l.near.from
 }
 
-func (l *line) add(text string, from Position) {
-	l.spans = append(l.spans, span{len(l.text), from})
-	l.text += text
+// builder joins the physical lines of a line.
+type builder struct {
+	text  strings.Builder
+	spans []span
 }
+
+func (b *builder) add(text string, from Position) {
+	b.spans = append(b.spans, span{b.text.Len(), from})
+	b.text.WriteString(text)
+}
+
+func (b *builder) line() *line { return &line{text: b.text.String(), spans: b.spans} }
 
 // check refuses what no text of a recipe may have.
 func check(text string) *Error {
@@ -70,7 +85,7 @@ func split(text string) ([]*line, *Error) {
 	const bom = "\ufeff"
 	physical := strings.Split(text, "\n")
 	var lines []*line
-	var open *line // is continued
+	var open *builder // is continued
 	directives := true
 	var last Position // of the backslash that continues
 	for i, raw := range physical {
@@ -97,8 +112,7 @@ func split(text string) ([]*line, *Error) {
 		if open == nil {
 			column += len(raw) - len(trimmed)
 			raw = trimmed
-			open = &line{}
-			lines = append(lines, open)
+			open = &builder{}
 		}
 		content := strings.TrimRight(raw, blanks)
 		continued := strings.HasSuffix(content, `\`) && !strings.HasSuffix(content, `\\`)
@@ -108,11 +122,12 @@ func split(text string) ([]*line, *Error) {
 		}
 		open.add(raw, Position{i + 1, column})
 		if !continued {
+			lines = append(lines, open.line())
 			open = nil
 		}
 	}
 	if open != nil {
-		return lines[:len(lines)-1], &Error{last, "this says that the line goes on, but nothing follows"}
+		return lines, &Error{last, "this says that the line goes on, but nothing follows"}
 	}
 	return lines, nil
 }

@@ -56,7 +56,7 @@ func Parse(text string) (*Recipe, error) {
 			continue
 		}
 		p.errs = append(p.errs, err.Error)
-		if err.last {
+		if err.last || len(p.errs) == maxErrors {
 			return nil, p.errs
 		}
 	}

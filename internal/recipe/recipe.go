@@ -41,8 +41,10 @@ type Error struct {
 func (e *Error) Error() string { return e.Pos.String() + ": " + e.Message }
 
 // Errors are what is wrong with a recipe, one for each instruction at most, in
-// the order of the text. Parse returns no other error.
+// the order of the text. Parse returns no other error, and no more than a hundred.
 type Errors []*Error
+
+const maxErrors = 100
 
 func (e Errors) Error() string {
 	var lines []string

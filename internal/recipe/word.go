@@ -155,7 +155,7 @@ func (s *scanner) parts(until end, depth int) ([]part, *Error) {
 	for s.more() {
 		switch c := s.text[s.at]; {
 		case until == atBlank && blank(c), until == atBrace && c == '}':
-			return list, nil
+			return list.done(), nil
 		case c == '\'':
 			n := strings.IndexByte(s.text[s.at+1:], '\'')
 			if n < 0 {
@@ -180,21 +180,26 @@ func (s *scanner) parts(until end, depth int) ([]part, *Error) {
 			list.add(s.char())
 		}
 	}
-	return list, nil
+	return list.done(), nil
 }
 
 // parts is a list in which neighbouring literals become one.
-type parts []part
+type parts struct {
+	list    []part
+	literal strings.Builder // comes after list
+}
 
-func (l *parts) add(text string) {
-	if text == "" {
-		return
+func (l *parts) add(text string) { l.literal.WriteString(text) }
+
+func (l *parts) variable(p part) { l.list = append(l.done(), p) }
+
+// done is the whole list.
+func (l *parts) done() []part {
+	if l.literal.Len() > 0 {
+		l.list = append(l.list, part{text: l.literal.String()})
+		l.literal.Reset()
 	}
-	if n := len(*l); n > 0 && (*l)[n-1].name == "" {
-		(*l)[n-1].text += text
-		return
-	}
-	*l = append(*l, part{text: text})
+	return l.list
 }
 
 // char reads one character.
@@ -244,7 +249,7 @@ func (s *scanner) dollar(list *parts, depth int) *Error {
 	c := s.text[s.at]
 	if c != '{' {
 		if name := s.name(); name != "" {
-			*list = append(*list, part{name: name})
+			list.variable(part{name: name})
 			return nil
 		}
 		if strings.IndexByte("@*#?-$!", c) >= 0 || c >= '0' && c <= '9' {
@@ -281,7 +286,7 @@ func (s *scanner) dollar(list *parts, depth int) *Error {
 		return s.fail(s.at, "of what can follow a variable's name in ${} recipes know :-, -, :+ and + alone")
 	}
 	s.at++
-	*list = append(*list, p)
+	list.variable(p)
 	return nil
 }
 

@@ -1,0 +1,71 @@
+package recipe
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/wrenn-dev/wrenn/internal/linear"
+)
+
+// TestParseIsLinear repeats each part of the language. One word of a megabyte took
+// the server 13 minutes.
+func TestParseIsLinear(t *testing.T) {
+	const from = "FROM minimal\n"
+	for name, text := range map[string]func(n int) string{
+		"word":              func(n int) string { return from + "ENV A=" + strings.Repeat("x", n) },
+		"quoted":            func(n int) string { return from + `ENV A="` + strings.Repeat(`x\"`, n/3) + `"` },
+		"words":             func(n int) string { return from + "ENV" + strings.Repeat(" A=x", n/4) },
+		"variables":         func(n int) string { return from + "ENV A=" + strings.Repeat("$a", n/2) },
+		"alternatives":      func(n int) string { return from + "ENV A=" + strings.Repeat("${a:-b}", n/7) },
+		"continued":         func(n int) string { return from + "RUN a" + strings.Repeat("\\\nx", n/3) },
+		"continued words":   func(n int) string { return from + "ENV" + strings.Repeat(" a=1\\\n", n/6) + "b=2" },
+		"comments":          func(n int) string { return from + "ENV a=1\\\n" + strings.Repeat("#\n", n/2) + "b=2" },
+		"instructions":      func(n int) string { return from + strings.Repeat("ENV a=1\n", n/8) },
+		"sources":           func(n int) string { return from + "COPY" + strings.Repeat(" a", n/2) + " /" },
+		"sources as a list": func(n int) string { return from + "COPY [" + strings.Repeat(`"a",`, n/4) + `"/"]` },
+		"mistakes":          func(n int) string { return from + strings.Repeat("X\n", n/2) },
+		"no here-document":  func(n int) string { return from + "RUN" + strings.Repeat(" 1<", n/3) },
+	} {
+		linear.Check(t, name, MaxSize/16, func(n int) {
+			r, err := Parse(text(n))
+			if err != nil && (name != "mistakes" || len(err.Error()) > 64<<10) {
+				t.Fatalf("%s: %.200s", name, err)
+			}
+			if err == nil && len(r.String()) > 8*n+1000 {
+				t.Errorf("%s: %d bytes mean %d", name, n, len(r.String()))
+			}
+		})
+	}
+	if _, err := Parse(from + strings.Repeat("X\n", 1000)); len(err.(Errors)) != maxErrors {
+		t.Errorf("%d mistakes are named", len(err.(Errors)))
+	}
+}
+
+// TestPositions: every character of a continued line is at its place, asked for in any order.
+func TestPositionsInAnyOrder(t *testing.T) {
+	lines, err := split("RUN aä b\\\n  cö\\\n#\n d\n")
+	if err != nil || len(lines) != 1 {
+		t.Fatal(lines, err)
+	}
+	l := lines[0]
+	offsets := []int{len(l.text)}
+	for i := range l.text {
+		offsets = append(offsets, i)
+	}
+	want := make(map[int]string)
+	for _, i := range offsets {
+		fresh := &line{text: l.text, spans: l.spans}
+		want[i] = fresh.position(i).String()
+	}
+	if got := want[0] + " " + want[strings.Index(l.text, "c")] + " " + want[strings.Index(l.text, "d")]; got != "1:1 2:3 4:2" {
+		t.Error(got)
+	}
+	for _, first := range offsets {
+		for _, second := range offsets {
+			l.position(first)
+			if got := l.position(second).String(); got != want[second] {
+				t.Fatalf("%d after %d: at %s, want %s", second, first, got, want[second])
+			}
+		}
+	}
+}
