@@ -1,6 +1,7 @@
 package recipe
 
 import (
+	"runtime"
 	"strings"
 	"testing"
 
@@ -15,18 +16,18 @@ func TestParseIsLinear(t *testing.T) {
 		"word":              func(n int) string { return from + "ENV A=" + strings.Repeat("x", n) },
 		"quoted":            func(n int) string { return from + `ENV A="` + strings.Repeat(`x\"`, n/3) + `"` },
 		"words":             func(n int) string { return from + "ENV" + strings.Repeat(" A=x", n/4) },
-		"variables":         func(n int) string { return from + "ENV A=" + strings.Repeat("$a", n/2) },
+		"variables":         func(n int) string { return from + "ENV A=" + strings.Repeat("$aa", n/3) },
 		"alternatives":      func(n int) string { return from + "ENV A=" + strings.Repeat("${a:-b}", n/7) },
 		"continued":         func(n int) string { return from + "RUN a" + strings.Repeat("\\\nx", n/3) },
 		"continued words":   func(n int) string { return from + "ENV" + strings.Repeat(" a=1\\\n", n/6) + "b=2" },
 		"comments":          func(n int) string { return from + "ENV a=1\\\n" + strings.Repeat("#\n", n/2) + "b=2" },
-		"instructions":      func(n int) string { return from + strings.Repeat("ENV a=1\n", n/8) },
-		"sources":           func(n int) string { return from + "COPY" + strings.Repeat(" a", n/2) + " /" },
-		"sources as a list": func(n int) string { return from + "COPY [" + strings.Repeat(`"a",`, n/4) + `"/"]` },
+		"instructions":      func(n int) string { return from + strings.Repeat("ENV abcdef=12345\n", n/17) },
+		"sources":           func(n int) string { return from + "COPY" + strings.Repeat(" aa", n/3) + " /" },
+		"sources as a list": func(n int) string { return from + "COPY [" + strings.Repeat(`"abcd",`, n/7) + `"/"]` },
 		"mistakes":          func(n int) string { return from + strings.Repeat("X\n", n/2) },
 		"no here-document":  func(n int) string { return from + "RUN" + strings.Repeat(" 1<", n/3) },
 	} {
-		linear.Check(t, name, MaxSize/16, func(n int) {
+		linear.Check(t, name, MaxSize/32, func(n int) {
 			r, err := Parse(text(n))
 			if err != nil && (name != "mistakes" || len(err.Error()) > 64<<10) {
 				t.Fatalf("%s: %.200s", name, err)
@@ -38,6 +39,29 @@ func TestParseIsLinear(t *testing.T) {
 	}
 	if _, err := Parse(from + strings.Repeat("X\n", 1000)); len(err.(Errors)) != maxErrors {
 		t.Errorf("%d mistakes are named", len(err.(Errors)))
+	}
+}
+
+// TestParseTakesBoundedMemory: what is made of a recipe of the largest size takes a
+// few dozen times that, whatever is in it.
+func TestParseTakesBoundedMemory(t *testing.T) {
+	for _, what := range []string{"\nRUN a", " a", "$a ", `"",`, "${a:-b}", "\\\n", "\nX", "\nCOPY a b", ",", "\nENV a=1 b=2", "\n"} {
+		for _, before := range []string{"", "FROM minimal\nENV a=", "FROM minimal\nCOPY ", "FROM minimal\nRUN [", "FROM minimal\nCOPY ["} {
+			text := before + strings.Repeat(what, (MaxSize-len(before))/len(what))
+			var begin, end runtime.MemStats
+			runtime.GC()
+			runtime.ReadMemStats(&begin)
+			lines, _ := split(text)
+			r, err := Parse(text)
+			runtime.GC()
+			runtime.ReadMemStats(&end)
+			if took := (int64(end.HeapAlloc) - int64(begin.HeapAlloc)) >> 20; took > 24 {
+				t.Errorf("%q and many %q: %d MiB", before, what, took)
+			}
+			runtime.KeepAlive(lines)
+			runtime.KeepAlive(r)
+			runtime.KeepAlive(err)
+		}
 	}
 }
 

@@ -51,6 +51,9 @@ type builder struct {
 }
 
 func (b *builder) add(text string, from Position) {
+	if text == "" && len(b.spans) > 0 {
+		return
+	}
 	b.spans = append(b.spans, span{b.text.Len(), from})
 	b.text.WriteString(text)
 }
@@ -78,6 +81,10 @@ func check(text string) *Error {
 	}
 	return nil
 }
+
+// maxInstructions bounds a recipe's instructions, and with them the memory that
+// reading it takes.
+const maxInstructions = 10_000
 
 // split makes logical lines of a recipe that was checked. With an error come
 // the lines before it.
@@ -110,6 +117,9 @@ func split(text string) ([]*line, *Error) {
 			continue // within a continued line, too, as in a Dockerfile
 		}
 		if open == nil {
+			if len(lines) == maxInstructions {
+				return lines, &Error{Position{i + 1, column}, fmt.Sprintf("more than %d instructions", maxInstructions)}
+			}
 			column += len(raw) - len(trimmed)
 			raw = trimmed
 			open = &builder{}

@@ -49,7 +49,8 @@ func Parse(text string) (*Recipe, error) {
 		return nil, Errors{err}
 	}
 	lines, broken := split(text)
-	p := parser{recipe: &Recipe{}}
+	left := maxWords
+	p := parser{recipe: &Recipe{}, left: &left}
 	for _, l := range lines {
 		err := p.instruction(l)
 		if err == nil {
@@ -77,6 +78,7 @@ type parser struct {
 	from   bool // there was one, right or wrong
 	late   bool // it was said that FROM is missing
 	errs   Errors
+	left   *int // words
 }
 
 // failure is an error, perhaps one after which nothing can be read.
@@ -87,7 +89,7 @@ type failure struct {
 
 // instruction reads one logical line.
 func (p *parser) instruction(l *line) *failure {
-	s := &scanner{line: l, text: l.text}
+	s := &scanner{line: l, text: l.text, left: p.left}
 	s.skipBlanks()
 	at, start := s.at, l.position(s.at)
 	for s.more() && !blank(s.text[s.at]) {
@@ -260,7 +262,7 @@ func hereDocumentError(s *scanner, at int) *Error {
 func findHereDocument(text string) int {
 	begins := true // a word
 	for i := 0; i < len(text); i++ {
-		if begins && hereDocument.MatchString(text[i:]) {
+		if begins && strings.IndexByte("<0123456789", text[i]) >= 0 && hereDocument.MatchString(text[i:]) {
 			return i
 		}
 		begins = blank(text[i])
@@ -287,6 +289,10 @@ func findHereDocument(text string) int {
 // array reads a JSON array of strings. It is nil if the text is none and need
 // not be meant as one: the shell has a command [, which a blank follows.
 func (s *scanner) array(text string) ([]string, *Error) {
+	// Each string but the last has a comma behind it; the shell's words may have some, too.
+	if err := s.take(s.at, strings.Count(text, ",")); err != nil {
+		return nil, err
+	}
 	var list []any
 	if err := json.Unmarshal([]byte(text), &list); err != nil {
 		if !strings.HasPrefix(text, `["`) {
@@ -497,7 +503,7 @@ func (s *scanner) paths() ([]Word, *failure) {
 				}
 				// Offsets in the string are not the line's: all count as the list's begin.
 				at := s.line.position(s.at)
-				in := &scanner{line: &line{text: text, spans: []span{{0, at}}}, text: text}
+				in := &scanner{line: &line{text: text, spans: []span{{0, at}}}, text: text, left: s.left}
 				w, err := in.word(atLineEnd)
 				if err != nil {
 					return nil, wrap(&Error{at, err.Message})

@@ -112,6 +112,19 @@ type scanner struct {
 	line *line
 	text string // the line's
 	at   int
+	left *int // how many words and variables the recipe may still have
+}
+
+// maxWords bounds the words and variables of a recipe, and with them the memory
+// that reading it takes.
+const maxWords = 50_000
+
+// take takes n of the words and variables that are left.
+func (s *scanner) take(at, n int) *Error {
+	if *s.left -= n; *s.left < 0 {
+		return s.fail(at, "more than %d words and variables", maxWords)
+	}
+	return nil
 }
 
 func (s *scanner) more() bool { return s.at < len(s.text) }
@@ -145,6 +158,9 @@ const (
 // word reads a word up to its end, which stays unread.
 func (s *scanner) word(until end) (Word, *Error) {
 	w := Word{Pos: s.line.position(s.at)}
+	if err := s.take(s.at, 1); err != nil {
+		return w, err
+	}
 	parts, err := s.parts(until, 0)
 	w.parts = parts
 	return w, err
@@ -241,6 +257,9 @@ func (s *scanner) quoted(list *parts, depth int) *Error {
 // dollar reads a variable, or a dollar sign before what cannot be a name.
 func (s *scanner) dollar(list *parts, depth int) *Error {
 	start := s.at
+	if err := s.take(start, 1); err != nil {
+		return err
+	}
 	s.at++
 	if !s.more() {
 		list.add("$")

@@ -27,10 +27,12 @@ type Limits struct {
 // DefaultLimits are enough for a project's sources and its data.
 var DefaultLimits = Limits{Entries: 100_000, Bytes: 4 << 30}
 
-// The longest name and link, in bytes, and depth of folders of an archive.
+// The longest name and link, in bytes, and depth of folders of an archive, and the
+// bytes of all names and links together, which readers keep.
 const (
 	maxName  = 4095 // PATH_MAX, the final NUL aside
 	maxDepth = 128
+	maxNames = 32 << 20
 )
 
 // budget is what is left of the limits.
@@ -38,6 +40,7 @@ type budget struct {
 	limits  Limits
 	entries int
 	bytes   int64
+	names   int
 }
 
 func newBudget(l Limits) *budget {
@@ -47,7 +50,7 @@ func newBudget(l Limits) *budget {
 	if l.Bytes <= 0 {
 		l.Bytes = DefaultLimits.Bytes
 	}
-	return &budget{limits: l, entries: l.Entries, bytes: l.Bytes}
+	return &budget{limits: l, entries: l.Entries, bytes: l.Bytes, names: maxNames}
 }
 
 // entry takes one entry's share.
@@ -59,6 +62,9 @@ func (b *budget) entry(name, link string, size int64) error {
 		return fmt.Errorf("files have more than %d bytes together: %w", b.limits.Bytes, ErrRefused)
 	}
 	b.bytes -= size
+	if b.names -= len(name) + len(link); b.names < 0 {
+		return fmt.Errorf("names have more than %d bytes together: %w", maxNames, ErrRefused)
+	}
 	if len(name) > maxName || len(link) > maxName || strings.Count(name, "/") > maxDepth {
 		return fmt.Errorf("a name is longer than %d bytes or deeper than %d folders: %w", maxName, maxDepth, ErrRefused)
 	}

@@ -48,8 +48,40 @@ type selection struct {
 	files map[string]file
 }
 
+// folder is a build's folder, and what its recipe may still take of it.
+type folder struct {
+	index []file
+	all   map[string]file // of index, by name
+	// chosen is how many entries all COPYs may take together, and work how many
+	// bytes of names they may compare: the server does both before the build begins.
+	chosen, work int
+}
+
+const (
+	maxChosen = 200_000
+	maxWork   = 4 << 30
+)
+
+func newFolder(index []file) *folder {
+	f := &folder{index: index, all: make(map[string]file, len(index)), chosen: maxChosen, work: maxWork}
+	for _, e := range index {
+		f.all[e.name] = e
+	}
+	return f
+}
+
+var errTooMuch = errors.New("the recipe's COPYs look for too many files in too large a folder: copy folders instead of files, or list what to leave out in .wrennignore")
+
+// compare takes the room for comparisons of n bytes, or fails.
+func (f *folder) compare(n int) error {
+	if f.work -= n; f.work < 0 {
+		return errTooMuch
+	}
+	return nil
+}
+
 // selectFiles finds what a COPY takes.
-func selectFiles(index []file, c *recipe.Copy, dir string, lookup func(string) (string, bool)) (_ *selection, owner string, err error) {
+func (f *folder) selectFiles(c *recipe.Copy, dir string, lookup func(string) (string, bool)) (_ *selection, owner string, err error) {
 	target, err := c.Target.Expand(lookup)
 	if err != nil {
 		return nil, "", err
@@ -73,10 +105,6 @@ func selectFiles(index []file, c *recipe.Copy, dir string, lookup func(string) (
 		s.target = path.Join(dir, target)
 	}
 	s.target = path.Clean(s.target)
-	all := make(map[string]file, len(index))
-	for _, f := range index {
-		all[f.name] = f
-	}
 	for _, word := range c.Sources {
 		source, err := word.Expand(lookup)
 		if err != nil {
@@ -86,79 +114,110 @@ func selectFiles(index []file, c *recipe.Copy, dir string, lookup func(string) (
 			return nil, "", &recipe.Error{Pos: word.Pos, Message: "COPY's sources cannot lead upwards"}
 		}
 		pattern := strings.TrimPrefix(path.Clean("/"+source), "/")
-		if strings.ContainsAny(pattern, `*?[`) {
-			s.folder = true
-		}
+		err = f.compare(8 * len(source)) // it was expanded, cleaned and split
 		found := false
-		for _, f := range index {
-			if pattern == "" {
-				break
-			}
-			match, err := path.Match(pattern, f.name)
-			if err != nil {
-				return nil, "", &recipe.Error{Pos: word.Pos, Message: fmt.Sprintf("%.200q is not a pattern", source)}
-			}
-			if !match {
-				continue
-			}
-			found = true
-			if err := s.take(index, all, f); err != nil {
-				return nil, "", &recipe.Error{Pos: word.Pos, Message: err.Error()}
-			}
+		if err == nil {
+			found, err = f.find(s, pattern)
 		}
-		if pattern == "" {
-			found = true
-			s.takeBelow(index, "")
+		if err == nil && !found {
+			err = fmt.Errorf("the folder has no %.200q", source)
 		}
-		// A folder that was left out, but for something in it, has no entry.
-		if !found && slices.ContainsFunc(index, func(f file) bool { return strings.HasPrefix(f.name, pattern+"/") }) {
-			found = true
-			s.takeBelow(index, pattern+"/")
+		if errors.Is(err, path.ErrBadPattern) {
+			err = fmt.Errorf("%.200q is not a pattern", source)
 		}
-		if !found {
-			return nil, "", &recipe.Error{Pos: word.Pos, Message: fmt.Sprintf("the folder has no %.200q", source)}
+		if err != nil {
+			return nil, "", &recipe.Error{Pos: word.Pos, Message: err.Error()}
 		}
 	}
 	return s, owner, nil
 }
 
+// find adds what a source names to s, and says whether there is something.
+func (f *folder) find(s *selection, pattern string) (found bool, err error) {
+	switch {
+	case pattern == "":
+		return true, f.takeBelow(s, "")
+	case strings.ContainsAny(pattern, `*?[\`):
+		s.folder = s.folder || strings.ContainsAny(pattern, `*?[`)
+		if _, err := path.Match(pattern, ""); err != nil {
+			return false, err
+		}
+		for _, e := range f.index {
+			// A star is tried at each place of the name, with what follows it.
+			if err := f.compare(len(e.name) * len(pattern)); err != nil {
+				return false, err
+			}
+			if match, _ := path.Match(pattern, e.name); match {
+				found = true
+				if err := f.take(s, e); err != nil {
+					return false, err
+				}
+			}
+		}
+	default:
+		e, is := f.all[pattern]
+		if is {
+			return true, f.take(s, e)
+		}
+	}
+	if found {
+		return true, nil
+	}
+	// A folder that was left out, but for something in it, has no entry.
+	folder := s.folder
+	before := f.chosen
+	err = f.takeBelow(s, pattern+"/")
+	if found = f.chosen < before; !found {
+		s.folder = folder
+	}
+	return found, err
+}
+
 // take adds a source: what is in it, if it is a folder.
-func (s *selection) take(index []file, all map[string]file, f file) error {
-	name := path.Base(f.name)
+func (f *folder) take(s *selection, e file) error {
+	name := path.Base(e.name)
 	// As docker has it, a link that is a source itself is followed.
 	for range 16 {
-		if f.kind != tar.TypeSymlink {
+		if e.kind != tar.TypeSymlink {
 			break
 		}
-		next := path.Join(path.Dir(f.name), f.link)
-		to, ok := all[next]
+		next := path.Join(path.Dir(e.name), e.link)
+		to, ok := f.all[next]
 		if !ok {
-			return fmt.Errorf("%.200q is a link to what the folder does not have", f.name)
+			return fmt.Errorf("%.200q is a link to what the folder does not have", e.name)
 		}
-		f = to
+		e = to
 	}
-	if f.kind == tar.TypeDir {
-		s.takeBelow(index, f.name+"/")
-		return nil
+	if e.kind == tar.TypeDir {
+		return f.takeBelow(s, e.name+"/")
 	}
-	s.add(f, name)
+	return f.add(s, e, name)
+}
+
+func (f *folder) takeBelow(s *selection, prefix string) error {
+	s.folder = true
+	for _, e := range f.index {
+		if err := f.compare(16 + len(prefix)); err != nil {
+			return err
+		}
+		if rel, ok := strings.CutPrefix(e.name, prefix); ok {
+			if err := f.add(s, e, rel); err != nil {
+				return err
+			}
+		}
+	}
 	return nil
 }
 
-func (s *selection) takeBelow(index []file, prefix string) {
-	s.folder = true
-	for _, f := range index {
-		if rel, ok := strings.CutPrefix(f.name, prefix); ok {
-			s.add(f, rel)
-		}
+func (f *folder) add(s *selection, e file, to string) error {
+	if f.chosen--; f.chosen < 0 {
+		return errTooMuch
 	}
-}
-
-func (s *selection) add(f file, to string) {
-	if !slices.Contains(s.to[f.name], to) {
-		s.to[f.name] = append(s.to[f.name], to)
-		s.files[f.name] = f
+	if !slices.Contains(s.to[e.name], to) {
+		s.to[e.name] = append(s.to[e.name], to)
+		s.files[e.name] = e
 	}
+	return nil
 }
 
 // digest names what is copied: contents, names, modes and modification time.

@@ -106,6 +106,8 @@ func makePlan(r *recipe.Recipe, base string, has *hostagentv1.Defaults, index []
 	}
 	p := &plan{defaults: &hostagentv1.Defaults{User: has.GetUser(), Workdir: has.GetWorkdir()}}
 	key := digest("wrenn build 1", base)
+	folder := newFolder(index)
+	expanded := 0
 	for _, e := range outline(r, skipPrePost) {
 		a := action{entry: e, surroundings: now}
 		var extra []string
@@ -124,7 +126,13 @@ func makePlan(r *recipe.Recipe, base string, has *hostagentv1.Defaults, index []
 				if err != nil {
 					return nil, err
 				}
+				if expanded += len(value); expanded > maxExpanded {
+					return nil, &recipe.Error{Pos: s.Pos, Message: fmt.Sprintf("the variables' values are longer than %d bytes together", maxExpanded)}
+				}
 				next[v.Name] = value
+			}
+			if err := checkEnvironment(next); err != nil {
+				return nil, &recipe.Error{Pos: s.Pos, Message: err.Error()}
 			}
 			now.envs = next
 		case *recipe.Workdir:
@@ -153,7 +161,7 @@ func makePlan(r *recipe.Recipe, base string, has *hostagentv1.Defaults, index []
 			a.surroundings = now
 		case *recipe.Copy:
 			var err error
-			if a.files, a.owner, err = selectFiles(index, s, now.dir, lookup); err != nil {
+			if a.files, a.owner, err = folder.selectFiles(s, now.dir, lookup); err != nil {
 				return nil, err
 			}
 			extra = []string{a.files.target, fmt.Sprint(a.files.folder), a.owner, a.files.digest()}
@@ -170,6 +178,26 @@ func makePlan(r *recipe.Recipe, base string, has *hostagentv1.Defaults, index []
 	p.defaults.Envs = now.envs
 	p.defaults.Limits = limitsOf(r, has.GetLimits())
 	return p, nil
+}
+
+// Bounds on a recipe's variables. The server keeps what they are at each step, and
+// a guest's kernel takes few megabytes of them.
+const (
+	maxVariables   = 1000
+	maxEnvironment = 256 << 10 // bytes of names and values
+	maxExpanded    = 16 << 20  // bytes of all values that a recipe sets
+)
+
+// checkEnvironment refuses an environment that is too large.
+func checkEnvironment(envs map[string]string) error {
+	size := 0
+	for name, value := range envs {
+		size += len(name) + len(value)
+	}
+	if len(envs) > maxVariables || size > maxEnvironment {
+		return fmt.Errorf("the variables are more than %d, or longer than %d bytes together", maxVariables, maxEnvironment)
+	}
+	return nil
 }
 
 // limitsOf returns the limits of the template that r makes of a base with the given ones.
