@@ -107,14 +107,19 @@ func (p *proxy) forward(w http.ResponseWriter, r *http.Request) {
 
 // fail answers a request that the control plane did not answer.
 func fail(w http.ResponseWriter, err error) {
-	message := "the control plane closed the connection before it answered"
-	if op := new(net.OpError); errors.As(err, &op) && op.Op == "dial" {
+	status, code, message := http.StatusBadGateway, "unavailable", "the control plane closed the connection before it answered"
+	switch op := new(net.OpError); {
+	case errors.Is(err, upstream.ErrBody):
+		// As the control plane itself answers.
+		status, code, message = http.StatusBadRequest, "invalid_argument", "body: broke off"
+	case errors.As(err, &op) && op.Op == "dial":
 		message = "the front door cannot connect to the control plane: it is starting or has stopped"
 	}
 	h := w.Header()
 	h.Set("Content-Type", "application/json")
 	h.Set("Cache-Control", "no-store")
-	w.WriteHeader(http.StatusBadGateway)
-	b, _ := json.Marshal(map[string]any{"error": map[string]string{"code": "unavailable", "message": message}})
+	h.Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(status)
+	b, _ := json.Marshal(map[string]any{"error": map[string]string{"code": code, "message": message}})
 	_, _ = w.Write(b)
 }

@@ -1,10 +1,13 @@
 package server_test
 
 import (
+	"bufio"
 	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"strings"
@@ -98,6 +101,38 @@ func TestBodiesHaveOneMeaning(t *testing.T) {
 	r.fails(400, "invalid_argument")
 	if strings.Contains(string(r.Body), "Go") || strings.Contains(string(r.Body), "int32") {
 		t.Errorf("the error names types: %s", r.Body)
+	}
+}
+
+// TestBrokenBody checks that a body that is not in chunks, as its header says, is the
+// client's fault, whether it is for the API or for a sandbox's port.
+func TestBrokenBody(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	p.agent.guest = guestHandler()
+	sandbox := p.create(map[string]any{})
+	for _, to := range []string{"POST /v1/sandboxes HTTP/1.1\r\nHost: localhost", "PUT /v1/sandboxes/" + sandbox + "/files?path=/x HTTP/1.1\r\nHost: localhost", "POST /count HTTP/1.1\r\nHost: 8000-" + sandbox + ".localhost"} {
+		for _, body := range []string{"zz\r\n\r\n", "2\r\n{ \r\nzz\r\n\r\n"} {
+			c, err := net.Dial("tcp", p.http.Listener.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			kind := "application/json"
+			if strings.HasPrefix(to, "PUT") {
+				kind = "application/octet-stream"
+			}
+			fmt.Fprintf(c, "%s\r\nX-API-Key: %s\r\nContent-Type: %s\r\nTransfer-Encoding: chunked\r\n\r\n%s", to, adminKey, kind, body)
+			resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+			if err != nil {
+				t.Errorf("%s, %q: %v", to, body, err)
+				continue
+			}
+			const want = `{"error":{"code":"invalid_argument","message":"body: broke off"}}`
+			if b, err := io.ReadAll(resp.Body); err != nil || resp.StatusCode != 400 || strings.TrimSpace(string(b)) != want {
+				t.Errorf("%s, %q: %s %s, %v", to, body, resp.Status, b, err)
+			}
+		}
 	}
 }
 

@@ -640,6 +640,36 @@ func breaks(t *testing.T, c *http.Client, base string, h2 bool) {
 	}
 }
 
+// TestBrokenBody: a request whose body is not in chunks, as its header says, is its
+// client's fault, and the answer says so.
+func TestBrokenBody(t *testing.T) {
+	_, listen, _ := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if _, err := io.Copy(io.Discard, r.Body); err == nil {
+			t.Error("the control plane got a whole body")
+		}
+		panic(http.ErrAbortHandler) // It, too, has nobody to tell.
+	}))
+	for _, host := range []string{"localhost", "80-cl-x.localhost"} {
+		for _, body := range []string{"Transfer-Encoding: chunked\r\n\r\nzz\r\n\r\n", "Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\nzz\r\n\r\n"} {
+			c, err := net.Dial("tcp", listen)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			fmt.Fprintf(c, "POST /v1/x HTTP/1.1\r\nHost: %s\r\n%s", host, body)
+			resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+			if err != nil {
+				t.Errorf("%s, %q: %v", host, body, err)
+				continue
+			}
+			const want = `{"error":{"code":"invalid_argument","message":"body: broke off"}}`
+			if b, err := io.ReadAll(resp.Body); err != nil || resp.StatusCode != http.StatusBadRequest || string(b) != want {
+				t.Errorf("%s, %q: %s %s, %v", host, body, resp.Status, b, err)
+			}
+		}
+	}
+}
+
 // TestPublicFrontDoor serves HTTPS as the README's "Add a machine" does.
 func TestPublicFrontDoor(t *testing.T) {
 	behind := httptest.NewServer(http.HandlerFunc(broken))

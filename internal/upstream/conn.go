@@ -159,7 +159,7 @@ func (c *conn) exchange(req *http.Request, b *body) (*http.Response, error) {
 	if err != nil {
 		stop()
 		if e := s.failed(); e != nil {
-			err = e
+			err = bodyError{e}
 		} else if lost != nil {
 			err = &noResponse{lost}
 		}

@@ -29,12 +29,20 @@ var (
 	ErrHTTP2 = errors.New("upstream speaks only HTTP/2")
 	// ErrUnsent is wrapped by the error of a request of which nothing was sent.
 	ErrUnsent = errors.New("nothing of the request was sent")
+	// ErrBody is wrapped by the error of a request whose body could not be read. That
+	// is its sender's fault, not the upstream's.
+	ErrBody = errors.New("the request's body could not be read")
 )
 
 // unsentError adds [ErrUnsent] to an error and keeps its message.
 type unsentError struct{ error }
 
 func (u unsentError) Unwrap() []error { return []error{u.error, ErrUnsent} }
+
+// bodyError does the same with [ErrBody].
+type bodyError struct{ error }
+
+func (b bodyError) Unwrap() []error { return []error{b.error, ErrBody} }
 
 var errClosed = errors.New("upstream: the transport is closed")
 

@@ -222,6 +222,8 @@ func explain(req *http.Request, err error, port int) error {
 		return &problem{http.StatusBadGateway, "bad_gateway", fmt.Sprintf("the sandbox is %s, and was before port %d answered: the request may have been carried out", state.State, port)}
 	case errors.Is(cause, sandbox.ErrState), errors.Is(cause, sandbox.ErrClosing):
 		return &problem{http.StatusBadGateway, "bad_gateway", cause.Error()}
+	case errors.Is(err, upstream.ErrBody):
+		return badRequest("body: broke off")
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return &problem{http.StatusBadGateway, "bad_gateway", fmt.Sprintf("nothing listens on port %d of the sandbox", port)}
 	case errors.As(err, &timeout) && timeout.Timeout():

@@ -438,6 +438,10 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 				p.fail(w, r, err)
 				return
 			}
+			if errors.Is(err, upstream.ErrBody) {
+				p.fail(w, r, fault.Body(err))
+				return
+			}
 			p.fail(w, r, fault.Because(err, fault.HostUnreachable, "the sandbox's host does not answer"))
 		},
 	}
