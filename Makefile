@@ -101,8 +101,8 @@ bench: deps go
 	@go test -c -o .cache/bench.test ./test/bench
 	@cd test/bench && WRENN_BENCH=1 $(CURDIR)/.cache/bench.test -test.v -test.timeout 40m -test.run '$(BENCH)'
 
-# Regenerates internal/gen, with the generators that the checked-in files name, and
-# docs/configuration.md.
+# Regenerates internal/gen, with the generators that the checked-in files name,
+# docs/configuration.md and the tables of docs/metrics.md.
 GENERATORS := github.com/bufbuild/buf/cmd/buf@v1.75.0 \
 	google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12 \
 	connectrpc.com/connect/cmd/protoc-gen-connect-go@v1.21.1 \
@@ -117,3 +117,4 @@ generate: go
 	sqlc generate
 	cd api && oapi-codegen --config oapi-codegen.yaml openapi.yaml
 	go test -run TestDocumentation ./internal/settings/all -update
+	go test -run TestMetricsAreDocumented ./internal/server ./internal/agent -update

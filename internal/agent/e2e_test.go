@@ -558,7 +558,7 @@ func testReports(t *testing.T, h *host, sandbox string) {
 		t.Errorf("templates %v %v", ts, err)
 	}
 	code, body := h.get(t, h.Base+"/metrics", nil)
-	for _, want := range []string{`wrenn_agent_sandboxes{state="running"} 1`, `wrenn_agent_step_seconds_count{step="restore"} 1`, "wrenn_agent_memory_reserved_bytes", `wrenn_agent_proxy_requests_total{result="forwarded"}`} {
+	for _, want := range []string{`wrenn_agent_sandboxes{state="running"} 1`, `wrenn_agent_step_seconds_count{operation="create",step="restore"} 1`, `wrenn_agent_operation_seconds_count{operation="create"} 1`, `wrenn_agent_slots{state="used"} `, `wrenn_agent_slots{state="stuck"} 0`, "wrenn_agent_warm_machines ", "wrenn_agent_memory_reserved_bytes", `wrenn_agent_proxy_requests_total{result="forwarded"}`} {
 		if code != 200 || !strings.Contains(body, want) {
 			t.Errorf("%d: the metrics lack %s", code, want)
 		}

@@ -375,7 +375,7 @@ func TestFork(t *testing.T) {
 	h.counted(t, child, pid)
 	_, metrics := h.get(t, h.Base+"/metrics", nil)
 	for line := range strings.Lines(metrics) {
-		if strings.HasPrefix(line, `wrenn_agent_step_seconds_sum{step="held"}`) {
+		if strings.HasPrefix(line, `wrenn_agent_step_seconds_sum{operation="capture",step="held"}`) {
 			t.Logf("held for %s", line)
 		}
 	}

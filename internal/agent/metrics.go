@@ -1,42 +1,68 @@
 package agent
 
 import (
+	"context"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/network"
 	"github.com/wrenn-dev/wrenn/internal/agent/sandbox"
+	"github.com/wrenn-dev/wrenn/internal/counts"
 )
 
 // metrics are what Prometheus reads at /metrics.
 type metrics struct {
-	registry *prometheus.Registry
-	steps    *prometheus.HistogramVec
+	registry          *prometheus.Registry
+	operations, steps timed
+}
+
+// timed is how long things took, and how often they failed.
+type timed struct {
+	took     *prometheus.HistogramVec
 	failures *prometheus.CounterVec
+}
+
+func newTimed(name, what string, labels ...string) timed {
+	return timed{
+		took: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "wrenn_agent_" + name + "_seconds", Help: "Time that " + what + " took, failed ones included.",
+			Buckets: []float64{.001, .005, .02, .1, .5, 1, 2, 5, 10, 30, 60, 120},
+		}, labels),
+		failures: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "wrenn_agent_" + name + "_failures_total", Help: "How often " + what + " failed.",
+		}, labels),
+	}
+}
+
+func (t timed) observe(took time.Duration, err error, labels ...string) {
+	t.took.WithLabelValues(labels...).Observe(took.Seconds())
+	if err != nil {
+		t.failures.WithLabelValues(labels...).Inc()
+	}
 }
 
 func newMetrics() *metrics {
 	m := &metrics{
-		registry: prometheus.NewRegistry(),
-		steps: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "wrenn_agent_step_seconds", Help: "Time that each step of sandboxes' lives took.",
-			Buckets: []float64{.001, .005, .02, .1, .5, 1, 2, 5, 10, 30, 60, 120},
-		}, []string{"step"}),
-		failures: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "wrenn_agent_step_failures_total", Help: "Steps of sandboxes' lives that failed.",
-		}, []string{"step"}),
+		registry:   prometheus.NewRegistry(),
+		operations: newTimed("operation", "an operation on a sandbox or template", "operation"),
+		steps:      newTimed("step", "a step of an operation", "operation", "step"),
 	}
-	m.registry.MustRegister(m.steps, m.failures, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	for _, t := range []timed{m.operations, m.steps} {
+		m.registry.MustRegister(t.took, t.failures)
+	}
+	m.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 
-// observe takes note of one step.
-func (m *metrics) observe(step string, took time.Duration, err error) {
-	m.steps.WithLabelValues(step).Observe(took.Seconds())
-	if err != nil {
-		m.failures.WithLabelValues(step).Inc()
+// observe takes note of one step of an operation, or of all of it if step is "".
+func (m *metrics) observe(operation, step string, took time.Duration, err error) {
+	if step == "" {
+		m.operations.observe(took, err, operation)
+		return
 	}
+	m.steps.observe(took, err, operation, step)
 }
 
 // watch adds what is read from the agent when it is asked for.
@@ -46,7 +72,17 @@ func (m *metrics) watch(a *Agent) {
 	}
 	m.registry.MustRegister(a.proxy.Collectors()...)
 	m.registry.MustRegister(a.problems)
-	m.registry.MustRegister(&states{a.sandboxes, prometheus.NewDesc("wrenn_agent_sandboxes", "Sandboxes by state.", []string{"state"}, nil)})
+	var states []string
+	for _, s := range sandbox.States() {
+		states = append(states, string(s))
+	}
+	m.registry.MustRegister(
+		counts.New("wrenn_agent_sandboxes", "Sandboxes by state.", states, a.countSandboxes),
+		counts.New("wrenn_agent_slots", "Network slots by state: free ones do not exist yet, ready ones are prepared, used ones have a guest, and stuck ones could not be removed.", network.SlotStates(), a.countSlots),
+	)
+	gauge("wrenn_agent_warm_machines", "Restored machines that wait for the next sandboxes.", func() float64 {
+		return float64(a.sandboxes.Waiting())
+	})
 	gauge("wrenn_agent_memory_reserved_bytes", "Memory promised to sandboxes, and taken by what they began with.", func() float64 {
 		reserved, _ := a.sandboxes.Memory()
 		return float64(reserved) * (1 << 20)
@@ -60,23 +96,14 @@ func (m *metrics) watch(a *Agent) {
 	})
 }
 
-// states collects how many sandboxes are in which state.
-type states struct {
-	sandboxes *sandbox.Manager
-	desc      *prometheus.Desc
+func (a *Agent) countSandboxes(context.Context) (map[string]int64, error) {
+	n := map[string]int64{}
+	for _, i := range a.sandboxes.List() {
+		n[string(i.State)]++
+	}
+	return n, nil
 }
 
-func (s *states) Describe(ch chan<- *prometheus.Desc) { ch <- s.desc }
-
-func (s *states) Collect(ch chan<- prometheus.Metric) {
-	n := map[sandbox.State]int{}
-	for _, state := range sandbox.States() {
-		n[state] = 0
-	}
-	for _, i := range s.sandboxes.List() {
-		n[i.State]++
-	}
-	for state, count := range n {
-		ch <- prometheus.MustNewConstMetric(s.desc, prometheus.GaugeValue, float64(count), string(state))
-	}
+func (a *Agent) countSlots(context.Context) (map[string]int64, error) {
+	return a.pool.Count(), nil
 }

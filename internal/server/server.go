@@ -13,15 +13,12 @@ import (
 	"net/netip"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
-	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/redis/go-redis/v9"
 	"github.com/redis/go-redis/v9/logging"
@@ -329,19 +326,8 @@ func New(ctx context.Context, c Config) (*Server, error) {
 
 	s.builds = builds.New(builds.Config{Settings: c.Builds, Secret: secret, Store: s.store, Redis: s.redis, Hosts: s.hosts, Sandboxes: s.sandboxes, Templates: tpl, Spool: uploads, Log: s.log})
 
-	registry := prometheus.NewRegistry()
-	requests := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "wrenn_http_requests_total", Help: "Answered requests of the REST API."}, []string{"method", "route", "status"})
-	durations := prometheus.NewHistogramVec(prometheus.HistogramOpts{
-		Name: "wrenn_http_request_seconds", Help: "Time to answer requests whose time is the service's own.",
-		Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60},
-	}, []string{"method", "route"})
-	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), requests, durations)
-	registry.MustRegister(s.sandboxes.Collectors()...)
-	registry.MustRegister(s.reconcile.Collectors()...)
 	memory := budget.New(int64(c.RequestMemoryMiB) << 20)
-	registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "wrenn_request_memory_bytes", Help: "Memory that requests under way are counted with.",
-	}, func() float64 { return float64(memory.Used()) }))
+	watched := newObservers(memory, s.parts()...)
 	crowd := budget.NewCrowd(cmp.Or(c.RequestsAtOnce, defaultAtOnce))
 	api, err := rest.New(rest.Config{
 		Sandboxes: s.sandboxes, Templates: tpl, Builds: s.builds, Usage: s.usage, Audit: s.audit, History: history, Channels: s.channels, Keys: s.keys, Tokens: tokens,
@@ -349,21 +335,16 @@ func New(ctx context.Context, c Config) (*Server, error) {
 		GitHub: hub, GitHubKey: auth.Derive(secret, "github"), Limiter: limiter, Rates: c.Rates, TrustedProxies: c.TrustedProxies,
 		PublicURL: c.PublicURL, Domain: c.SandboxDomain, Insecure: c.Insecure, Log: s.log,
 		Memory: memory, Crowd: crowd, Checks: checks,
-		Observe: func(o rest.Observation) {
-			requests.WithLabelValues(o.Method, o.Route, strconv.Itoa(o.Status)).Inc()
-			if !o.Streamed {
-				durations.WithLabelValues(o.Method, o.Route).Observe(o.Took.Seconds())
-			}
-		},
+		Observe: watched.observe,
 	})
 	if err != nil {
 		return nil, err
 	}
 	px := proxy.New(proxy.Config{Domain: c.SandboxDomain, ServiceDomain: c.Domain, Sandboxes: s.sandboxes, Hosts: s.hosts, Keys: s.keys, Watch: s.watch, Tokens: tokens, Memory: memory, Crowd: crowd, Fail: api.Fail, Log: s.log})
-	registry.MustRegister(px.Collectors()...)
+	watched.registry.MustRegister(px.Collectors()...)
 	// A metric that cannot be had, with the database down, must not hide the others.
 	metrics := http.NewServeMux()
-	metrics.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError}))
+	metrics.Handle("GET /metrics", promhttp.HandlerFor(watched.registry, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError}))
 	s.metrics, s.toPort = metrics, px.Match
 	rest := api.Handler()
 	ports := api.BoundAddresses(px)

@@ -1651,7 +1651,9 @@ func TestService(t *testing.T) {
 	if strings.Contains(docs, "<script") || strings.Contains(docs, "//cdn") {
 		t.Error("/docs needs more than itself")
 	}
-	p.create(map[string]any{})
+	base := "/v1/sandboxes/" + p.create(map[string]any{})
+	p.call("POST", base+"/pause", nil).want(200)
+	p.call("POST", base+"/resume", nil).want(200)
 	p.call("GET", "/v1/nope", nil)
 	metrics := p.metrics()
 	p.call("GET", "/metrics", nil, none...).fails(404, "not_found") // which is what strangers reach
@@ -1659,6 +1661,13 @@ func TestService(t *testing.T) {
 		`wrenn_sandboxes{state="running"} 1`, `wrenn_sandbox_creations_total{result="ok"} 1`, `wrenn_sandbox_create_seconds_count 1`,
 		`wrenn_http_requests_total{method="POST",route="/v1/sandboxes",status="201"} 1`, `wrenn_http_requests_total{method="other",route="other",status="404"} 1`,
 		`wrenn_http_request_seconds_bucket{method="POST",route="/v1/sandboxes"`,
+		`wrenn_sandbox_step_seconds_count{operation="create",result="ok",step="place"} 1`, `wrenn_sandbox_step_seconds_count{operation="create",result="ok",step="reserve"} 1`,
+		`wrenn_sandbox_step_seconds_count{operation="create",result="ok",step="host"} 1`, `wrenn_sandbox_step_seconds_count{operation="create",result="ok",step="write"} 1`,
+		`wrenn_sandbox_step_seconds_count{operation="pause",result="ok",step="mark"} 1`, `wrenn_sandbox_step_seconds_count{operation="pause",result="ok",step="host"} 1`,
+		`wrenn_sandbox_step_seconds_count{operation="resume",result="ok",step="host"} 1`, `wrenn_sandbox_step_seconds_count{operation="resume",result="ok",step="write"} 1`,
+		`wrenn_hosts{state="online"} 1`, `wrenn_hosts{state="unreachable"} 0`, `wrenn_builds{state="queued"} 0`, `wrenn_deliveries{state="due"} 0`,
+		`wrenn_database_connections_limit{pool="main"} 16`, `wrenn_database_connections_limit{pool="vital"} 4`, `wrenn_database_connections{pool="main",state="used"} `, `wrenn_database_waits_total{pool="main"} `,
+		`wrenn_reconcile_lag_seconds{host="hst-`,
 	} {
 		if !strings.Contains(metrics, want) {
 			t.Errorf("/metrics has no %s", want)

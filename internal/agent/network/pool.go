@@ -378,6 +378,25 @@ func (p *Pool) discard(indexes ...int) {
 	}
 }
 
+// The states of a slot for [Pool.Count]: free ones do not exist yet, ready ones are
+// prepared, used ones have a guest, and stuck ones could not be removed.
+const (
+	slotFree  = "free"
+	slotReady = "ready"
+	slotUsed  = "used"
+	slotStuck = "stuck"
+)
+
+// SlotStates returns the states by which [Pool.Count] counts.
+func SlotStates() []string { return []string{slotFree, slotReady, slotUsed, slotStuck} }
+
+// Count counts the slots of the pool's block by state.
+func (p *Pool) Count() map[string]int64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return map[string]int64{slotFree: int64(len(p.free)), slotReady: int64(len(p.ready)), slotUsed: int64(len(p.used)), slotStuck: int64(len(p.aside))}
+}
+
 // Acquire hands out a slot that no guest has used; its services run.
 func (p *Pool) Acquire(ctx context.Context) (*Slot, error) {
 	if err := ctx.Err(); err != nil {

@@ -125,7 +125,9 @@ func (m *Manager) makeCapture(t image.Template, vcpus, memoryMiB int, nested boo
 	b.log.Info("capturing a template")
 	begin := time.Now()
 	ctx, done := b.bounded()
+	ctx, end := b.operation(ctx, "capture template")
 	c, err := b.bootAndCapture(ctx, t, inputs, name)
+	end(err)
 	done()
 	why := ending{Reason: "its template was captured", Time: time.Now().UTC()}
 	if err != nil {
@@ -134,7 +136,6 @@ func (m *Manager) makeCapture(t image.Template, vcpus, memoryMiB int, nested boo
 	tried := make(chan error, 1)
 	m.wg.Go(func() { b.clean(why, func(err error) { tried <- err }) })
 	cleanErr := <-tried
-	m.Observe("capture template", time.Since(begin), err)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("capture the template: %w", err), cleanErr)
 	}
@@ -158,10 +159,10 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 		Defaults: t.Defaults, Runs: len(t.Start) > 0,
 		Dir: filepath.Join(dir.Sandbox(home), "capture"),
 	}
-	if err := b.step("slot", func() error { return b.acquire(ctx) }); err != nil {
+	if err := b.step(ctx, "slot", func(ctx context.Context) error { return b.acquire(ctx) }); err != nil {
 		return nil, err
 	}
-	err = b.step("disk", func() error {
+	err = b.step(ctx, "disk", func(ctx context.Context) error {
 		if err := os.Mkdir(dir.Sandbox(home), 0o700); err != nil {
 			return fmt.Errorf("make folder: %w", err)
 		}
@@ -179,13 +180,13 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 	if err != nil {
 		return nil, err
 	}
-	err = b.step("vm", func() error {
+	err = b.step(ctx, "vm", func(ctx context.Context) error {
 		return b.launch(ctx, "start", into.Rootfs(), nil, b.m.Driver.Start)
 	})
 	if err != nil {
 		return nil, err
 	}
-	err = b.step("boot", func() error {
+	err = b.step(ctx, "boot", func(ctx context.Context) error {
 		return b.guarded(ctx, func(ctx context.Context) error {
 			g := guest.New(b.slot.Address(), "")
 			defer g.Close()
@@ -195,7 +196,7 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 	if err != nil {
 		return nil, err
 	}
-	err = b.step("warm up", func() error {
+	err = b.step(ctx, "warm up", func(ctx context.Context) error {
 		into.Token = rand.Text()
 		if err := b.warmUp(ctx, into, "", into.Token, warmUpCommand+"; sync"); err != nil {
 			return err
@@ -218,11 +219,11 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 	if err != nil {
 		return nil, err
 	}
-	err = b.step("save", func() error { return Full(b.save(ctx, into)) })
+	err = b.step(ctx, "save", func(ctx context.Context) error { return Full(b.save(ctx, into)) })
 	if err != nil {
 		return nil, err
 	}
-	err = b.step("publish", func() error {
+	err = b.step(ctx, "publish", func(ctx context.Context) error {
 		if err := b.killVM(ctx); err != nil {
 			return err
 		}

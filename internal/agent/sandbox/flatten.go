@@ -95,8 +95,8 @@ func (b *box) snapshotDisk(ctx context.Context, template uuid.UUID, name string,
 	}
 	defer release()
 	begin := time.Now()
-	defer func() { b.m.Observe("snapshot disk", time.Since(begin), err) }()
-	b.set(func() { b.steps = nil })
+	ctx, end := b.operation(ctx, "snapshot disk")
+	defer func() { end(err) }()
 	tmp, err := image.TempTemplate(dir)
 	if err != nil {
 		return image.Template{}, Full(err)
@@ -117,7 +117,7 @@ func (b *box) snapshotDisk(ctx context.Context, template uuid.UUID, name string,
 	for n := range c.Layers {
 		chain.Layers = append(chain.Layers, c.Layer(n))
 	}
-	err = b.step("flatten", func() error {
+	err = b.step(ctx, "flatten", func(ctx context.Context) error {
 		select {
 		case b.m.flattening <- struct{}{}:
 			defer func() { <-b.m.flattening }()
@@ -141,7 +141,7 @@ func (b *box) snapshotDisk(ctx context.Context, template uuid.UUID, name string,
 		ID: template, Team: spec.Team, Name: name, DiskMiB: spec.DiskMiB, CreatedAt: time.Now().UTC().Truncate(time.Second),
 		Inputs: digest("disk", template.String()), Defaults: c.Defaults, Start: start,
 	}
-	err = b.step("publish", func() error { return image.PublishRootfs(dir, tmp, t) })
+	err = b.step(ctx, "publish", func(ctx context.Context) error { return image.PublishRootfs(dir, tmp, t) })
 	if err != nil {
 		return image.Template{}, fmt.Errorf("snapshot: %w", Full(err))
 	}

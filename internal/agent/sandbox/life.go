@@ -39,9 +39,10 @@ type box struct {
 	log     *slog.Logger
 	tracker *Tracker
 
-	begin   start // what it begins with
-	base    *base // the memory that its machine maps; nil: not known, or none
-	maybeVM bool  // there may be a machine that vm does not show
+	begin   start  // what it begins with
+	doing   string // the operation of its steps
+	base    *base  // the memory that its machine maps; nil: not known, or none
+	maybeVM bool   // there may be a machine that vm does not show
 	// unreadable is why its record cannot be read: its files are kept, and rec is
 	// not written over the record.
 	unreadable error
@@ -256,10 +257,12 @@ func (b *box) live() {
 	// Whoever asks for the end ends the start; so does the agent's own end.
 	ctx, done := b.bounded()
 	begin := time.Now()
+	ctx, end := b.operation(ctx, "create")
 	err := b.create(ctx)
 	if err == nil && ctx.Err() != nil {
 		err = context.Cause(ctx) // it runs, but too late
 	}
+	end(err)
 	done()
 	b.m.started(b, err)
 	if err != nil {
@@ -308,21 +311,6 @@ func (s stepsValue) LogValue() slog.Value {
 		attrs[i] = slog.Duration(step.Name, step.Took)
 	}
 	return slog.GroupValue(attrs...)
-}
-
-// step does one step and tells how long it took.
-func (b *box) step(name string, f func() error) error {
-	begin := time.Now()
-	err := f()
-	took := time.Since(begin)
-	b.set(func() { b.steps = append(b.steps, Step{name, took}) })
-	b.m.Observe(name, took, err)
-	if err != nil {
-		b.log.Debug("step failed", "step", name, "took", took, "error", err)
-		return err
-	}
-	b.log.Debug("step", "step", name, "took", took)
-	return nil
 }
 
 // connect makes what talks to the guest, which wants to be shown token.
@@ -461,7 +449,7 @@ func (b *box) clean(why ending, done func(error)) {
 		b.set(func() { b.attempts++ })
 		err := b.tryClean(why)
 		b.m.left(b)
-		b.m.Observe("remove", time.Since(begin), err)
+		b.m.Observe("remove", "", time.Since(begin), err)
 		if err == nil {
 			b.m.remove(b)
 			b.log.Info("sandbox is gone", "took", time.Since(begin))

@@ -72,8 +72,9 @@ type Config struct {
 	Hook func(step string)
 	// Problems gets what keeps sandboxes from being taken back; it may be nil.
 	Problems *problem.List
-	// Observe, if not nil, is told each step of a sandbox's life.
-	Observe func(step string, took time.Duration, err error)
+	// Observe, if not nil, is told each step of an operation, and then the operation
+	// as a whole, whose step is "". Both names are from fixed sets.
+	Observe func(operation, step string, took time.Duration, err error)
 	Log     *slog.Logger
 }
 
@@ -161,7 +162,7 @@ func Open(ctx context.Context, c Config, r *Recovery) (*Manager, error) {
 		c.Hook = func(string) {}
 	}
 	if c.Observe == nil {
-		c.Observe = func(string, time.Duration, error) {}
+		c.Observe = func(string, string, time.Duration, error) {}
 	}
 	if err := os.MkdirAll(c.Dir.Sandboxes(), 0o700); err != nil {
 		return nil, fmt.Errorf("make folder of sandboxes: %w", err)
@@ -486,6 +487,13 @@ func (m *Manager) Memory() (reserved, total int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.reservedMiB + m.bases.mib(), m.MemoryMiB
+}
+
+// Waiting returns how many restored machines wait for the next sandboxes.
+func (m *Manager) Waiting() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.warm.ready)
 }
 
 // Destroy ends a sandbox, also one that is being created, and returns when

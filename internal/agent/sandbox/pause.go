@@ -82,8 +82,9 @@ func (b *box) pause(ctx context.Context, why *ending) error {
 		return &StateError{b.rec.State}
 	}
 	begin := time.Now()
-	b.set(func() { b.rec.State, b.steps = Pausing, nil })
-	err := b.step("drain", func() error {
+	ctx, end := b.operation(ctx, "pause")
+	b.set(func() { b.rec.State = Pausing })
+	err := b.step(ctx, "drain", func(ctx context.Context) error {
 		drain, cancel := context.WithTimeout(ctx, inFlightTimeout)
 		defer cancel()
 		if b.tracker.Drain(drain) != nil && ctx.Err() != nil {
@@ -94,7 +95,7 @@ func (b *box) pause(ctx context.Context, why *ending) error {
 	if err == nil {
 		err = b.savePaused(ctx, why)
 	}
-	b.m.Observe("pause", time.Since(begin), err)
+	end(err)
 	if err != nil {
 		b.set(func() { b.rec.State = Running })
 		b.tracker.Reopen()
@@ -124,17 +125,17 @@ func (b *box) savePaused(ctx context.Context, why *ending) (err error) {
 			}
 		}
 	}()
-	if err := b.step("hold", func() error { return b.freezeAndHold(ctx) }); err != nil {
+	if err := b.step(ctx, "hold", func(ctx context.Context) error { return b.freezeAndHold(ctx) }); err != nil {
 		return err
 	}
 	at := time.Now().UTC()
 	next.PausedAt = &at
 	b.m.Hook("pause: held")
-	if err := b.step("save", func() error { return b.saveTo(ctx, folder) }); err != nil {
+	if err := b.step(ctx, "save", func(ctx context.Context) error { return b.saveTo(ctx, folder) }); err != nil {
 		return err
 	}
 	b.m.Hook("pause: saved")
-	if err := b.step("commit", func() error { return b.commit(next) }); err != nil {
+	if err := b.step(ctx, "commit", func(ctx context.Context) error { return b.commit(next) }); err != nil {
 		return err
 	}
 	b.m.Hook("pause: committed")
@@ -270,7 +271,9 @@ func (b *box) settled() bool {
 func (b *box) servePaused() (end bool) {
 	var again <-chan time.Time
 	if !b.settled() {
-		err := b.m.observed("vacate", func() error { return b.settle(context.Background()) })
+		begin := time.Now()
+		err := b.settle(context.Background())
+		b.m.Observe("vacate", "", time.Since(begin), err)
 		if err != nil {
 			b.log.Error("a paused sandbox's machine is left", "error", err)
 			t := time.NewTimer(lastRetry / 12)
@@ -302,9 +305,10 @@ func (b *box) resume(ctx context.Context) error {
 		return &StateError{b.rec.State}
 	}
 	begin := time.Now()
-	b.set(func() { b.rec.State, b.steps = Resuming, nil })
+	ctx, end := b.operation(ctx, "resume")
+	b.set(func() { b.rec.State = Resuming })
 	err := b.goOn(ctx)
-	b.m.Observe("resume", time.Since(begin), err)
+	end(err)
 	if err != nil {
 		return fmt.Errorf("resume: %w", err)
 	}
@@ -345,15 +349,15 @@ func (b *box) goOn(ctx context.Context) (err error) {
 	defer leave()
 	ctx, cancel := b.m.inTime(ctx, "answer")
 	defer cancel()
-	if err := b.step("slot", func() error { return b.acquire(ctx) }); err != nil {
+	if err := b.step(ctx, "slot", func(ctx context.Context) error { return b.acquire(ctx) }); err != nil {
 		return err
 	}
-	if err := b.step("restore", func() error { return Full(b.restoreSaved(ctx)) }); err != nil {
+	if err := b.step(ctx, "restore", func(ctx context.Context) error { return Full(b.restoreSaved(ctx)) }); err != nil {
 		return err
 	}
 	b.m.Hook("resume: restored")
 	// Before it runs: then its disk changes, and what is saved fits no more.
-	err = b.step("commit", func() error {
+	err = b.step(ctx, "commit", func(ctx context.Context) error {
 		next := b.rec
 		next.State = Running
 		return Full(b.commit(next))
@@ -364,7 +368,7 @@ func (b *box) goOn(ctx context.Context) (err error) {
 	committed = true
 	b.m.Hook("resume: committed")
 	b.connect(b.rec.Spec.Token)
-	err = b.step("run", func() error {
+	err = b.step(ctx, "run", func(ctx context.Context) error {
 		if err := b.slot.Describe(b.rec.Spec.metadata()); err != nil {
 			return fmt.Errorf("set metadata: %w", err)
 		}
@@ -372,7 +376,7 @@ func (b *box) goOn(ctx context.Context) (err error) {
 	})
 	b.m.Hook("resume: runs")
 	if err == nil {
-		err = b.step("init", func() error { return b.init(ctx, false) })
+		err = b.step(ctx, "init", func(ctx context.Context) error { return b.init(ctx, false) })
 	}
 	if err == nil {
 		return nil

@@ -57,8 +57,8 @@ func (b *box) snapshot(ctx context.Context, template uuid.UUID, name string, def
 	}
 	defer release()
 	begin := time.Now()
-	defer func() { b.m.Observe("snapshot", time.Since(begin), err) }()
-	b.set(func() { b.steps = nil })
+	ctx, end := b.operation(ctx, "snapshot")
+	defer func() { end(err) }()
 	tmp, err := image.TempTemplate(dir)
 	if err != nil {
 		return image.Template{}, Full(err)
@@ -77,7 +77,7 @@ func (b *box) snapshot(ctx context.Context, template uuid.UUID, name string, def
 		ID: template, Team: spec.Team, Name: name, DiskMiB: spec.DiskMiB, CreatedAt: time.Now().UTC().Truncate(time.Second),
 		VCPUs: spec.VCPUs, MemoryMiB: spec.MemoryMiB, Defaults: c.Defaults,
 	}
-	err = b.step("publish", func() error { return image.PublishTemplate(dir, tmp, t) })
+	err = b.step(ctx, "publish", func(ctx context.Context) error { return image.PublishTemplate(dir, tmp, t) })
 	if err != nil {
 		return image.Template{}, fmt.Errorf("snapshot: %w", Full(err))
 	}
@@ -136,7 +136,7 @@ func (b *box) capture(ctx context.Context, into string, defaults *image.Defaults
 	}()
 	// What the disk is now becomes a layer that nobody writes to any more.
 	disks := b.rec.Disks
-	if err := b.step("overlay", func() error { return b.addDisk() }); err != nil {
+	if err := b.step(ctx, "overlay", func(ctx context.Context) error { return b.addDisk() }); err != nil {
 		return nil, err
 	}
 	b.m.Hook("snapshot: overlay")
@@ -150,7 +150,7 @@ func (b *box) capture(ctx context.Context, into string, defaults *image.Defaults
 		return nil, err
 	}
 	b.m.Hook("snapshot: saved")
-	return c, b.step("disks", func() error {
+	return c, b.step(ctx, "disks", func(ctx context.Context) error {
 		if err := os.Link(origin.Rootfs(), c.Rootfs()); err != nil {
 			return err
 		}
@@ -255,14 +255,14 @@ func (b *box) captureRunning(ctx context.Context, c *image.Capture) error {
 	var devices []byte
 	var pages memory.Pages
 	begin := time.Now()
-	err := b.step("hold", func() (err error) {
+	err := b.step(ctx, "hold", func(ctx context.Context) (err error) {
 		defer b.letGoOn(ctx)
 		if err := b.freezeAndHold(ctx); err != nil {
 			return err
 		}
 		b.m.Hook("snapshot: held")
 		held := time.Now()
-		defer func() { b.m.Observe("held", time.Since(held), err) }()
+		defer func() { b.m.Observe(b.doing, "held", time.Since(held), err) }()
 		if devices, err = b.vm.Devices(ctx); err != nil {
 			return err
 		}
@@ -279,7 +279,7 @@ func (b *box) captureRunning(ctx context.Context, c *image.Capture) error {
 		return err
 	}
 	b.log.Debug("sandbox goes on", "stopped_for", time.Since(begin))
-	return b.step("save", func() error {
+	return b.step(ctx, "save", func(ctx context.Context) error {
 		if err := writeDevices(c.Devices(), devices); err != nil {
 			return err
 		}
@@ -355,7 +355,7 @@ func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_
 		}
 	}
 	begin := time.Now()
-	defer func() { m.Observe("fork", time.Since(begin), err) }()
+	defer func() { m.Observe("fork", "", time.Since(begin), err) }()
 	hidden := filepath.Join(m.Dir.Forks(), uuid.NewString())
 	var spec Spec
 	var under *base
@@ -372,7 +372,8 @@ func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_
 		if err := os.MkdirAll(m.Dir.Forks(), 0o700); err != nil {
 			return Full(err)
 		}
-		b.set(func() { b.steps = nil })
+		ctx, end := b.operation(ctx, "capture")
+		defer func() { end(err) }()
 		spec, under = b.rec.Spec, b.base
 		_, err = b.capture(ctx, hidden, nil)
 		if caller.Err() != nil { // nobody is to have what came of it
@@ -474,6 +475,6 @@ func (m *Manager) DeleteTemplate(team, template uuid.UUID) error {
 	for _, c := range captures {
 		m.bases.forget(c.ID)
 	}
-	m.Observe("delete template", time.Since(begin), err)
+	m.Observe("delete template", "", time.Since(begin), err)
 	return err
 }

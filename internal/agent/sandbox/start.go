@@ -8,7 +8,6 @@ import (
 	"maps"
 	"os"
 	"slices"
-	"time"
 
 	"github.com/google/uuid"
 
@@ -37,7 +36,7 @@ type start struct {
 // those that there are.
 func (b *box) create(ctx context.Context) error {
 	if b.begin.ready == nil && b.begin.capture == nil {
-		err := b.step("capture", func() (err error) {
+		err := b.step(ctx, "capture", func(ctx context.Context) (err error) {
 			b.begin.capture, err = b.m.capture(ctx, b.begin.template, b.rec.Spec.VCPUs, b.rec.Spec.MemoryMiB, b.m.mayNest(b.rec.Spec.Team))
 			return err
 		})
@@ -58,7 +57,7 @@ func (b *box) create(ctx context.Context) error {
 	ctx, cancel := b.m.inTime(ctx, "come up")
 	defer cancel()
 	if w := b.begin.ready; w != nil {
-		err = b.step("take", func() error { return b.take(w) })
+		err = b.step(ctx, "take", func(ctx context.Context) error { return b.take(w) })
 	} else {
 		err = b.prepare(ctx, b.begin.capture)
 	}
@@ -70,7 +69,7 @@ func (b *box) create(ctx context.Context) error {
 
 // queue waits until few enough machines start at once.
 func (b *box) queue(ctx context.Context) (leave func(), err error) {
-	err = b.step("wait", func() error {
+	err = b.step(ctx, "wait", func(ctx context.Context) error {
 		select {
 		case b.m.boots <- struct{}{}:
 			return nil
@@ -91,10 +90,10 @@ func (b *box) prepare(ctx context.Context, c *image.Capture) error {
 		return err
 	}
 	b.set(func() { b.rec.Limits = c.Defaults.Limits })
-	if err := b.step("slot", func() error { return b.acquire(ctx) }); err != nil {
+	if err := b.step(ctx, "slot", func(ctx context.Context) error { return b.acquire(ctx) }); err != nil {
 		return err
 	}
-	err := b.step("folder", func() error {
+	err := b.step(ctx, "folder", func(ctx context.Context) error {
 		if err := os.Mkdir(dir.Sandbox(home), 0o700); err != nil {
 			return fmt.Errorf("make folder: %w", err)
 		}
@@ -111,7 +110,7 @@ func (b *box) prepare(ctx context.Context, c *image.Capture) error {
 	if err != nil {
 		return err
 	}
-	err = b.step("memory", func() (err error) {
+	err = b.step(ctx, "memory", func(ctx context.Context) (err error) {
 		if c, err = image.OpenCapture(dir.SandboxOrigin(home)); err != nil {
 			return err
 		}
@@ -125,13 +124,13 @@ func (b *box) prepare(ctx context.Context, c *image.Capture) error {
 	if err != nil {
 		return err
 	}
-	err = b.step("disk", func() error {
+	err = b.step(ctx, "disk", func(ctx context.Context) error {
 		return b.firstDisk(int64(c.DiskMiB) << 20)
 	})
 	if err != nil {
 		return err
 	}
-	return b.step("restore", func() (err error) {
+	return b.step(ctx, "restore", func(ctx context.Context) (err error) {
 		devices, err := os.ReadFile(c.Devices())
 		if err != nil {
 			return fmt.Errorf("read the captured devices: %w", err)
@@ -284,7 +283,7 @@ func (b *box) awake(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	err = b.step("run", func() error {
+	err = b.step(ctx, "run", func(ctx context.Context) error {
 		if err := b.slot.Describe(spec.metadata()); err != nil {
 			return fmt.Errorf("set metadata: %w", err)
 		}
@@ -298,7 +297,7 @@ func (b *box) awake(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	err = b.step("init", func() error {
+	err = b.step(ctx, "init", func(ctx context.Context) error {
 		shown := origin.Token
 		if w := b.begin.ready; w != nil {
 			shown = w.rec.Spec.Token
@@ -309,7 +308,7 @@ func (b *box) awake(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return b.step("commit", func() error {
+	return b.step(ctx, "commit", func(ctx context.Context) error {
 		next := b.rec
 		next.State = Running
 		if err := next.save(b.m.Dir); err != nil {
@@ -392,12 +391,4 @@ func (b *box) guarded(ctx context.Context, f func(context.Context) error) error 
 		return fmt.Errorf("%w%s", err, b.lastWords())
 	}
 	return fmt.Errorf("%w: %w%s", errBoot, err, b.lastWords())
-}
-
-// observed calls f and tells how long it took.
-func (m *Manager) observed(step string, f func() error) error {
-	begin := time.Now()
-	err := f()
-	m.Observe(step, time.Since(begin), err)
-	return err
 }

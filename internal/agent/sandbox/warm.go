@@ -226,7 +226,9 @@ func (w *warm) make(of wanted) {
 	}
 	ctx, done := b.bounded()
 	begin := time.Now()
-	err := m.observed("warm", func() error { return b.wait(ctx, of.capture) })
+	ctx, end := b.operation(ctx, "warm")
+	err := b.wait(ctx, of.capture)
+	end(err)
 	done()
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -260,7 +262,7 @@ func (b *box) wait(ctx context.Context, c *image.Capture) error {
 	if c.Inputs == "" || c.Runs { // what runs in it is to know at once that it is another's
 		return nil
 	}
-	return b.step("warm up", func() error {
+	return b.step(ctx, "warm up", func(ctx context.Context) error {
 		if err := b.vm.Run(ctx); err != nil {
 			return err
 		}

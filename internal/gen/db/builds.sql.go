@@ -394,6 +394,35 @@ func (q *Queries) ClearBuildSteps(ctx context.Context, buildID uuid.UUID) error 
 	return err
 }
 
+const countOpenBuilds = `-- name: CountOpenBuilds :many
+SELECT state, count(*) AS n FROM builds WHERE state IN ('queued', 'running') GROUP BY state
+`
+
+type CountOpenBuildsRow struct {
+	State string
+	N     int64
+}
+
+func (q *Queries) CountOpenBuilds(ctx context.Context) ([]CountOpenBuildsRow, error) {
+	rows, err := q.db.Query(ctx, countOpenBuilds)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []CountOpenBuildsRow
+	for rows.Next() {
+		var i CountOpenBuildsRow
+		if err := rows.Scan(&i.State, &i.N); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
 const findLayers = `-- name: FindLayers :many
 SELECT id, team_id, name, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, captured_from, worker, kind, version, build_id, layer_key, used_at, limits FROM templates
 WHERE team_id = $1 AND kind = 'layer' AND state = 'ready' AND layer_key = ANY ($2::bytea[])

@@ -56,6 +56,36 @@ func (q *Queries) CountHostOnlyTemplates(ctx context.Context, hostID uuid.UUID) 
 	return count, err
 }
 
+const countHosts = `-- name: CountHosts :many
+SELECT status, draining, count(*) AS n FROM hosts WHERE deleted_at IS NULL GROUP BY status, draining
+`
+
+type CountHostsRow struct {
+	Status   string
+	Draining bool
+	N        int64
+}
+
+func (q *Queries) CountHosts(ctx context.Context) ([]CountHostsRow, error) {
+	rows, err := q.db.Query(ctx, countHosts)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []CountHostsRow
+	for rows.Next() {
+		var i CountHostsRow
+		if err := rows.Scan(&i.Status, &i.Draining, &i.N); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
 const countOnlineHosts = `-- name: CountOnlineHosts :one
 SELECT count(*) FROM hosts WHERE status = 'online' AND deleted_at IS NULL
 `

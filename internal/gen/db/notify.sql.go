@@ -148,6 +148,23 @@ func (q *Queries) CountChannels(ctx context.Context, teamID uuid.UUID) (int64, e
 	return count, err
 }
 
+const countPendingDeliveries = `-- name: CountPendingDeliveries :one
+SELECT count(*) FILTER (WHERE next_at <= now()) AS due, count(*) FILTER (WHERE next_at > now()) AS later FROM deliveries WHERE state = 'pending'
+`
+
+type CountPendingDeliveriesRow struct {
+	Due   int64
+	Later int64
+}
+
+// Those that are due, and those that are being tried or wait for the next attempt.
+func (q *Queries) CountPendingDeliveries(ctx context.Context) (CountPendingDeliveriesRow, error) {
+	row := q.db.QueryRow(ctx, countPendingDeliveries)
+	var i CountPendingDeliveriesRow
+	err := row.Scan(&i.Due, &i.Later)
+	return i, err
+}
+
 const deleteChannel = `-- name: DeleteChannel :execrows
 DELETE FROM channels WHERE id = $1 AND team_id = $2
 `

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -492,6 +493,22 @@ func TestGivingUp(t *testing.T) {
 	b.exec("UPDATE channels SET confirmed_at = now()")
 	if d, err := b.Test(t.Context(), b.team, c.ID); err != nil || d.State != "failed" || d.Error != mail.ErrNoServer.Error() {
 		t.Errorf("test: %+v, %v", d, err)
+	}
+}
+
+// TestQueueDepth counts deliveries that are due and those that are due later.
+func TestQueueDepth(t *testing.T) {
+	b := newBench(t, pgtest.New(t))
+	b.exec("INSERT INTO teams (id, name) VALUES ($1, 'team')", b.team)
+	b.channel(Slack, newReceiver(t).URL, "quota.reached")
+	if err := b.Quota(t.Context(), b.team, ""); err != nil {
+		t.Fatal(err)
+	}
+	for at, want := range map[string]map[string]int64{"-1": {due: 1, later: 0}, "1": {due: 0, later: 1}} {
+		b.exec("UPDATE deliveries SET next_at = now() + make_interval(hours => $1::text::int)", at)
+		if got, err := b.count(t.Context()); err != nil || !maps.Equal(got, want) {
+			t.Errorf("due in %s h: %v, %v", at, got, err)
+		}
 	}
 }
 

@@ -51,6 +51,40 @@ func gathers(b *bench, want, name string) bool {
 	return testutil.GatherAndCompare(r, strings.NewReader(want), name) == nil
 }
 
+// TestLag: while a host's list cannot be read, the lag grows; once it can be, the lag
+// falls.
+func TestLag(t *testing.T) {
+	b := newBench(t, time.Second)
+	var broken atomic.Bool
+	broken.Store(true)
+	b.agent.hook(func(_ context.Context, call, _ string) error {
+		if call == "list" && broken.Load() {
+			return errors.New("the list cannot be read")
+		}
+		return nil
+	})
+	b.goes()
+	r := prometheus.NewPedanticRegistry()
+	r.MustRegister(b.Collectors()...)
+	lag := func() float64 {
+		families, err := r.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range families {
+			if f.GetName() == "wrenn_reconcile_lag_seconds" {
+				return f.GetMetric()[0].GetGauge().GetValue()
+			}
+		}
+		return 0 // No host is watched yet.
+	}
+	// Four times the interval between comparisons.
+	b.eventually("the lag grows", func() bool { return lag() > 2 })
+	before := lag()
+	broken.Store(false)
+	b.eventually("the lag falls", func() bool { return lag() < before })
+}
+
 // TestDestroyFails: the destroy of one of nine sandboxes fails. What has become
 // of the eight others, which the host no longer has, is written all the same.
 func TestDestroyFails(t *testing.T) {

@@ -44,33 +44,39 @@ func (m *metrics) compared(err error, took time.Duration) {
 
 // Collectors returns the controller's Prometheus metrics.
 func (c *Controller) Collectors() []prometheus.Collector {
-	return []prometheus.Collector{c.metrics.actions, c.metrics.took, c.metrics.looks, depths{c}}
+	return []prometheus.Collector{c.metrics.actions, c.metrics.took, c.metrics.looks, queues{c}}
 }
 
 var (
 	depthDesc  = prometheus.NewDesc("wrenn_reconcile_queue_depth", "Sandboxes and templates of a host that wait to be reconciled, or are worked on.", []string{"host"}, nil)
-	oldestDesc = prometheus.NewDesc("wrenn_reconcile_queue_oldest_seconds", "For how long the oldest of them has waited; 0: there is none.", []string{"host"}, nil)
+	lagDesc    = prometheus.NewDesc("wrenn_reconcile_lag_seconds", "Time since the last comparison of the database with a host that succeeded began, or, if there is none, since this server began to watch the host.", []string{"host"}, nil)
+	oldestDesc = prometheus.NewDesc("wrenn_reconcile_queue_oldest_seconds", "For how long the oldest sandbox or template in the queue has waited; 0: there is none.", []string{"host"}, nil)
 )
 
-// depths reads the queues of the hosts that this server watches.
-type depths struct{ *Controller }
+// queues reads what there is of each host that this server watches.
+type queues struct{ *Controller }
 
-func (d depths) Describe(ch chan<- *prometheus.Desc) { ch <- depthDesc; ch <- oldestDesc }
+func (q queues) Describe(ch chan<- *prometheus.Desc) {
+	ch <- depthDesc
+	ch <- oldestDesc
+	ch <- lagDesc
+}
 
-func (d depths) Collect(ch chan<- prometheus.Metric) {
-	d.mu.Lock()
-	queues := make(map[string]*queue, len(d.watched))
-	for host, w := range d.watched {
-		queues[id.Format(id.Host, host)] = w.queue
+func (q queues) Collect(ch chan<- prometheus.Metric) {
+	q.mu.Lock()
+	watched := make(map[string]*watch, len(q.watched))
+	for host, w := range q.watched {
+		watched[id.Format(id.Host, host)] = w
 	}
-	d.mu.Unlock()
-	for host, q := range queues {
-		n, since := q.depth()
+	q.mu.Unlock()
+	for host, w := range watched {
+		n, since := w.queue.depth()
 		age := 0.0
 		if n > 0 {
 			age = time.Since(since).Seconds()
 		}
 		ch <- prometheus.MustNewConstMetric(depthDesc, prometheus.GaugeValue, float64(n), host)
 		ch <- prometheus.MustNewConstMetric(oldestDesc, prometheus.GaugeValue, age, host)
+		ch <- prometheus.MustNewConstMetric(lagDesc, prometheus.GaugeValue, time.Since(*w.agreed.Load()).Seconds(), host)
 	}
 }

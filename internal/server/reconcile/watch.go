@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -36,6 +37,8 @@ type watch struct {
 	cancel context.CancelFunc
 	// poke asks for a comparison now.
 	poke chan struct{}
+	// agreed is when the last comparison that succeeded began, or else the watch.
+	agreed atomic.Pointer[time.Time]
 	// seen is what the last comparison saw. Only the goroutine that compares
 	// touches it.
 	seen Seen
@@ -44,6 +47,8 @@ type watch struct {
 func newWatch(ctx context.Context, c *Controller, h *hosts.Host) *watch {
 	w := &watch{Controller: c, host: h, log: c.Log.With("host", h.URL), poke: make(chan struct{}, 1)}
 	w.ctx, w.cancel = context.WithCancel(ctx)
+	begun := time.Now()
+	w.agreed.Store(&begun)
 	w.queue = newQueue(w.ctx, w.do, c.metrics, w.log)
 	return w
 }
@@ -125,7 +130,12 @@ func (w *watch) compareLoop() {
 // runs). A failure with templates does not keep it from the sandboxes.
 func (w *watch) compare(now time.Time) (again time.Duration, err error) {
 	begun := time.Now()
-	defer func() { w.metrics.compared(err, time.Since(begun)) }()
+	defer func() {
+		w.metrics.compared(err, time.Since(begun))
+		if err == nil {
+			w.agreed.Store(&begun)
+		}
+	}()
 	err = each.Do(w.ctx, w.log, 2, compareWithin, []func(context.Context) error{
 		w.compareTemplates,
 		func(ctx context.Context) (err error) {

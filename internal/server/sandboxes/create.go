@@ -167,7 +167,11 @@ func (s *Service) createFrom(ctx context.Context, team uuid.UUID, template db.Te
 	if p, err = p.fit(template); err != nil {
 		return row, err
 	}
-	places, err := s.places(ctx, template.ID, p)
+	var places []*hosts.Host
+	err = s.step(ctx, "create", stepPlace, func(ctx context.Context) (err error) {
+		places, err = s.places(ctx, template.ID, p)
+		return err
+	})
 	if err != nil {
 		return row, err
 	}
@@ -176,7 +180,10 @@ func (s *Service) createFrom(ctx context.Context, team uuid.UUID, template db.Te
 	if err != nil {
 		return row, err
 	}
-	row, places, err = s.reserve(ctx, sandbox, team, template, places, p, o)
+	err = s.step(ctx, "create", stepReserve, func(ctx context.Context) (err error) {
+		row, places, err = s.reserve(ctx, sandbox, team, template, places, p, o)
+		return err
+	})
 	if err != nil {
 		end(nil, err)
 		return row, err
@@ -292,7 +299,7 @@ func (s *Service) startOn(ctx context.Context, row db.Sandbox, places []*hosts.H
 		}
 		made, took, err := s.start(ctx, row, host, p.Envs)
 		if err == nil {
-			return s.started(row, host, made, took)
+			return s.started(ctx, row, host, made, took)
 		}
 		if failed = err; !mayElsewhere(err) || s.Work.Context().Err() != nil {
 			break
@@ -306,11 +313,15 @@ func (s *Service) start(ctx context.Context, row db.Sandbox, host *hosts.Host, e
 	ctx, cancel := context.WithTimeout(s.Work.For(ctx), createTimeout)
 	defer cancel()
 	begun := time.Now()
-	answer, err := host.Agent.Create(ctx, connect.NewRequest(&hostagentv1.CreateRequest{
-		SandboxId: id.Format(id.Sandbox, row.ID), TeamId: id.Format(id.Team, row.TeamID), TemplateId: id.Format(id.Template, row.TemplateID),
-		Vcpus: row.VCPUs, MemoryMib: row.MemoryMiB, DiskMib: row.DiskMiB, TimeoutSeconds: row.TimeoutSeconds,
-		Envs: envs, AccessToken: s.Tokens.Guest(row.ID), PauseOnTimeout: row.OnTimeout == PauseOnTimeout,
-	}))
+	var answer *connect.Response[hostagentv1.CreateResponse]
+	err = s.step(ctx, "create", stepHost, func(ctx context.Context) (err error) {
+		answer, err = host.Agent.Create(ctx, connect.NewRequest(&hostagentv1.CreateRequest{
+			SandboxId: id.Format(id.Sandbox, row.ID), TeamId: id.Format(id.Team, row.TeamID), TemplateId: id.Format(id.Template, row.TemplateID),
+			Vcpus: row.VCPUs, MemoryMib: row.MemoryMiB, DiskMib: row.DiskMiB, TimeoutSeconds: row.TimeoutSeconds,
+			Envs: envs, AccessToken: s.Tokens.Guest(row.ID), PauseOnTimeout: row.OnTimeout == PauseOnTimeout,
+		}))
+		return err
+	})
 	took = time.Since(begun)
 	if err == nil {
 		return answer.Msg.GetSandbox(), took, nil
@@ -326,15 +337,17 @@ func (s *Service) start(ctx context.Context, row db.Sandbox, host *hosts.Host, e
 }
 
 // started writes that a sandbox runs.
-func (s *Service) started(row db.Sandbox, host *hosts.Host, made *hostagentv1.Sandbox, took time.Duration) (db.Sandbox, error) {
+func (s *Service) started(ctx context.Context, row db.Sandbox, host *hosts.Host, made *hostagentv1.Sandbox, took time.Duration) (db.Sandbox, error) {
 	log := s.logOn(row.ID, host)
 	ms, at := took.Milliseconds(), store.Now()
 	var running db.Sandbox
-	err := work.Persist(s.Work.Context(), func(ctx context.Context) (err error) {
-		running, err = markRunning(ctx, s.Store.Queries, db.SandboxRunningParams{
-			ID: row.ID, HostID: row.HostID, StartedAt: &at, ExpiresAt: Expiry(row, made, at), DiskMiB: disk(row, made), StartMs: &ms,
+	err := s.step(s.Work.For(ctx), "create", stepWrite, func(ctx context.Context) error {
+		return work.Persist(ctx, func(ctx context.Context) (err error) {
+			running, err = markRunning(ctx, s.Store.Queries, db.SandboxRunningParams{
+				ID: row.ID, HostID: row.HostID, StartedAt: &at, ExpiresAt: Expiry(row, made, at), DiskMiB: disk(row, made), StartMs: &ms,
+			})
+			return err
 		})
-		return err
 	})
 	if err != nil && !errors.Is(err, store.ErrNoRows) {
 		log.Error("write that sandbox runs", "error", err)

@@ -6,6 +6,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/wrenn-dev/wrenn/internal/counts"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
@@ -13,7 +14,8 @@ type metrics struct {
 	creations *prometheus.CounterVec
 	latency   prometheus.Histogram
 	waiting   prometheus.Gauge
-	states    *states
+	steps     *prometheus.HistogramVec
+	states    prometheus.Collector
 }
 
 func newMetrics(s *store.Store) metrics {
@@ -28,12 +30,16 @@ func newMetrics(s *store.Store) metrics {
 		waiting: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "wrenn_sandbox_waiting_calls", Help: "Calls that wait for what an earlier call does to their sandbox.",
 		}),
-		states: &states{store: s, desc: prometheus.NewDesc("wrenn_sandboxes", "Sandboxes that have not ended, by state.", []string{"state"}, nil)},
+		steps: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "wrenn_sandbox_step_seconds", Help: "Time of each step of a creation, pause or resume, the host's part being one, by how it went: ok or error.",
+			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 120},
+		}, []string{"operation", "step", "result"}),
+		states: counts.New("wrenn_sandboxes", "Sandboxes that have not ended, by state.", liveStates(), countStates(s)),
 	}
 }
 
 func (m metrics) collectors() []prometheus.Collector {
-	return []prometheus.Collector{m.creations, m.latency, m.waiting, m.states}
+	return []prometheus.Collector{m.creations, m.latency, m.waiting, m.steps, m.states}
 }
 
 // wait counts a call that waits, until done is called.
@@ -49,32 +55,45 @@ func (m metrics) created(result string, took time.Duration) {
 	}
 }
 
-// states counts sandboxes in the database whenever it is asked.
-type states struct {
-	store *store.Store
-	desc  *prometheus.Desc
+// Steps of an operation.
+const (
+	stepPlace   = "place"   // find hosts that have room
+	stepReserve = "reserve" // write the row, and the room that it takes
+	stepMark    = "mark"    // write that the sandbox is in transit
+	stepHost    = "host"    // the host's part
+	stepWrite   = "write"   // write how it went
+)
+
+// step does a step of an operation and takes note of how long it took.
+func (s *Service) step(ctx context.Context, operation, name string, f func(context.Context) error) error {
+	begun := time.Now()
+	err := f(ctx)
+	result := "ok"
+	if err != nil {
+		result = "error"
+	}
+	s.metrics.steps.WithLabelValues(operation, name, result).Observe(time.Since(begun).Seconds())
+	return err
 }
 
-func (c *states) Describe(ch chan<- *prometheus.Desc) { ch <- c.desc }
-
-func (c *states) Collect(ch chan<- prometheus.Metric) {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
-	defer cancel()
-	rows, err := c.store.CountLiveSandboxes(ctx)
-	if err != nil {
-		ch <- prometheus.NewInvalidMetric(c.desc, err)
-		return
-	}
-	count := make(map[State]int64)
+// liveStates returns the states of sandboxes that have not ended.
+func liveStates() (states []string) {
 	for _, state := range States() {
 		if !state.Ended() {
-			count[state] = 0
+			states = append(states, string(state))
 		}
 	}
-	for _, r := range rows {
-		count[State(r.State)] = r.N
-	}
-	for state, n := range count {
-		ch <- prometheus.MustNewConstMetric(c.desc, prometheus.GaugeValue, float64(n), string(state))
+	return states
+}
+
+// countStates counts sandboxes in the database.
+func countStates(s *store.Store) func(context.Context) (map[string]int64, error) {
+	return func(ctx context.Context) (map[string]int64, error) {
+		rows, err := s.CountLiveSandboxes(ctx)
+		n := make(map[string]int64, len(rows))
+		for _, r := range rows {
+			n[r.State] = r.N
+		}
+		return n, err
 	}
 }

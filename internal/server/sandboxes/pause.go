@@ -129,8 +129,8 @@ func (s *Service) wake(ctx context.Context, row db.Sandbox, asked bool) (db.Sand
 }
 
 // mark writes the state that leads to another one, before a host is asked.
-func (s *Service) mark(sandbox uuid.UUID, write func(context.Context, uuid.UUID) (db.Sandbox, error)) error {
-	ctx, cancel := context.WithTimeout(s.Work.Context(), shortCall)
+func (s *Service) mark(ctx context.Context, sandbox uuid.UUID, write func(context.Context, uuid.UUID) (db.Sandbox, error)) error {
+	ctx, cancel := context.WithTimeout(ctx, shortCall)
 	defer cancel()
 	_, err := write(ctx, sandbox)
 	if errors.Is(err, store.ErrNoRows) {
@@ -160,14 +160,17 @@ func (s *Service) pauseIdle(ctx context.Context, row db.Sandbox, idle time.Durat
 	if idle > 0 {
 		mark, ask.Idle = s.Store.SandboxDrains, durationpb.New(idle)
 	}
-	if err := s.mark(row.ID, mark); err != nil {
+	if err := s.step(s.Work.For(ctx), "pause", stepMark, func(ctx context.Context) error { return s.mark(ctx, row.ID, mark) }); err != nil {
 		return row, err
 	}
 	defer s.changed(row.ID)
 	ctx, cancel := context.WithTimeout(s.Work.For(ctx), pauseTimeout)
 	defer cancel()
 	begun := time.Now()
-	_, err = host.Agent.Pause(ctx, connect.NewRequest(ask))
+	err = s.step(ctx, "pause", stepHost, func(ctx context.Context) error {
+		_, err := host.Agent.Pause(ctx, connect.NewRequest(ask))
+		return err
+	})
 	if err != nil {
 		return row, s.turnFailed("pause", err, log, func(ctx context.Context) error {
 			_, err := s.Store.SandboxGoesOn(ctx, db.SandboxGoesOnParams{ID: row.ID, HostID: row.HostID, ExpiresAt: row.ExpiresAt})
@@ -175,10 +178,11 @@ func (s *Service) pauseIdle(ctx context.Context, row db.Sandbox, idle time.Durat
 		})
 	}
 	var paused db.Sandbox
-	err = work.Persist(s.Work.Context(), func(ctx context.Context) error {
-		var err error
-		paused, err = s.Store.SandboxPaused(ctx, db.SandboxPausedParams{ID: row.ID, HostID: row.HostID, PausedAt: store.Now(), CameFrom: []string{string(Pausing)}})
-		return err
+	err = s.step(s.Work.For(ctx), "pause", stepWrite, func(ctx context.Context) error {
+		return work.Persist(ctx, func(ctx context.Context) (err error) {
+			paused, err = s.Store.SandboxPaused(ctx, db.SandboxPausedParams{ID: row.ID, HostID: row.HostID, PausedAt: store.Now(), CameFrom: []string{string(Pausing)}})
+			return err
+		})
 	})
 	if err != nil {
 		return row, s.turnLost("pause", err, log)
@@ -194,14 +198,18 @@ func (s *Service) resume(ctx context.Context, row db.Sandbox) (db.Sandbox, error
 	if err != nil {
 		return row, err
 	}
-	if err := s.mark(row.ID, s.Store.SandboxResuming); err != nil {
+	if err := s.step(s.Work.For(ctx), "resume", stepMark, func(ctx context.Context) error { return s.mark(ctx, row.ID, s.Store.SandboxResuming) }); err != nil {
 		return row, err
 	}
 	defer s.changed(row.ID)
 	ctx, cancel := context.WithTimeout(s.Work.For(ctx), resumeTimeout)
 	defer cancel()
 	begun := time.Now()
-	answer, err := host.Agent.Resume(ctx, connect.NewRequest(&hostagentv1.ResumeRequest{SandboxId: id.Format(id.Sandbox, row.ID)}))
+	var answer *connect.Response[hostagentv1.ResumeResponse]
+	err = s.step(ctx, "resume", stepHost, func(ctx context.Context) (err error) {
+		answer, err = host.Agent.Resume(ctx, connect.NewRequest(&hostagentv1.ResumeRequest{SandboxId: id.Format(id.Sandbox, row.ID)}))
+		return err
+	})
 	if err != nil {
 		return row, s.turnFailed("resume", err, log, func(ctx context.Context) error {
 			_, err := s.Store.SandboxPaused(ctx, db.SandboxPausedParams{ID: row.ID, HostID: row.HostID, PausedAt: store.Now(), CameFrom: []string{string(Resuming)}})
@@ -209,10 +217,11 @@ func (s *Service) resume(ctx context.Context, row db.Sandbox) (db.Sandbox, error
 		})
 	}
 	var running db.Sandbox
-	err = work.Persist(s.Work.Context(), func(ctx context.Context) error {
-		var err error
-		running, err = s.Store.SandboxGoesOn(ctx, db.SandboxGoesOnParams{ID: row.ID, HostID: row.HostID, ExpiresAt: Expiry(row, answer.Msg.GetSandbox(), store.Now())})
-		return err
+	err = s.step(s.Work.For(ctx), "resume", stepWrite, func(ctx context.Context) error {
+		return work.Persist(ctx, func(ctx context.Context) (err error) {
+			running, err = s.Store.SandboxGoesOn(ctx, db.SandboxGoesOnParams{ID: row.ID, HostID: row.HostID, ExpiresAt: Expiry(row, answer.Msg.GetSandbox(), store.Now())})
+			return err
+		})
 	})
 	if err != nil {
 		return row, s.turnLost("resume", err, log)

@@ -179,3 +179,6 @@ DELETE FROM build_archives WHERE build_archives.ctid = ANY (ARRAY(
     SELECT a.ctid FROM build_archives a WHERE a.used_at < @before
       AND NOT EXISTS (SELECT 1 FROM builds WHERE builds.team_id = a.team_id AND builds.archive = a.digest AND builds.state IN ('queued', 'running'))
     ORDER BY a.team_id, a.digest FOR UPDATE OF a));
+
+-- name: CountOpenBuilds :many
+SELECT state, count(*) AS n FROM builds WHERE state IN ('queued', 'running') GROUP BY state;

@@ -174,3 +174,6 @@ SELECT id FROM hosts WHERE id = $1 FOR NO KEY UPDATE;
 
 -- name: CountOnlineHosts :one
 SELECT count(*) FROM hosts WHERE status = 'online' AND deleted_at IS NULL;
+
+-- name: CountHosts :many
+SELECT status, draining, count(*) AS n FROM hosts WHERE deleted_at IS NULL GROUP BY status, draining;

@@ -106,3 +106,7 @@ DELETE FROM deliveries WHERE deliveries.id = ANY (ARRAY(
         SELECT many.id FROM (SELECT d.id, row_number() OVER (PARTITION BY d.channel_id ORDER BY d.created_at DESC, d.id DESC) AS n FROM deliveries d) many
         WHERE many.n > @keep::bigint LIMIT @max_rows))
     ORDER BY going.id FOR UPDATE));
+
+-- name: CountPendingDeliveries :one
+-- Those that are due, and those that are being tried or wait for the next attempt.
+SELECT count(*) FILTER (WHERE next_at <= now()) AS due, count(*) FILTER (WHERE next_at > now()) AS later FROM deliveries WHERE state = 'pending';

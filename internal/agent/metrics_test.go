@@ -1,0 +1,20 @@
+package agent
+
+import (
+	"log/slog"
+	"path/filepath"
+	"testing"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/problem"
+	"github.com/wrenn-dev/wrenn/internal/agent/proxy"
+	"github.com/wrenn-dev/wrenn/internal/metrictest"
+)
+
+// docs/metrics.md has the metrics that the agent registers.
+func TestMetricsAreDocumented(t *testing.T) {
+	log := slog.New(slog.DiscardHandler)
+	a := &Agent{proxy: proxy.New(nil, log), problems: problem.Open(filepath.Join(t.TempDir(), "problems"), log), metrics: newMetrics()}
+	defer a.problems.Close()
+	a.metrics.watch(a)
+	metrictest.Documented(t, "../..", "agent", a.metrics.registry)
+}
