@@ -3,12 +3,15 @@ package client
 import (
 	"archive/tar"
 	"bytes"
+	"fmt"
 	"io/fs"
 	"math"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/wrenn-dev/wrenn/internal/linear"
 )
 
 // archive returns a tar archive as a guest might send it. Each file's content is
@@ -231,5 +234,18 @@ func FuzzReceive(f *testing.F) {
 			}
 			return nil
 		})
+	})
+}
+
+// TestReceiveIsLinear: twice as many entries take twice as long.
+func TestReceiveIsLinear(t *testing.T) {
+	linear.Check(t, "receive", 500, func(n int) {
+		sent := []tar.Header{folder("d")}
+		for i := range n {
+			sent = append(sent, folder(fmt.Sprint("d/", i)), symlink(fmt.Sprint("d/l", i), "x"))
+		}
+		if err := receiveArchive(bytes.NewReader(archive(t, sent...)), filepath.Join(t.TempDir(), "new"), ReceiveOptions{Skipped: func(string, string) {}}); err != nil {
+			t.Fatal(err)
+		}
 	})
 }

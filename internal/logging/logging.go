@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"strings"
 	"sync/atomic"
 )
 
@@ -42,10 +43,28 @@ type Log struct {
 	json  atomic.Bool
 }
 
-// New returns a log that writes to w.
+// maxValue bounds each value of a record, in bytes: clients and guests choose some.
+const maxValue = 16 << 10
+
+// short cuts a value that is longer than maxValue.
+func short(_ []string, a slog.Attr) slog.Attr {
+	s := ""
+	switch v := a.Value.Any().(type) {
+	case string:
+		s = v
+	case error:
+		s = v.Error()
+	}
+	if len(s) > maxValue {
+		a.Value = slog.StringValue(strings.ToValidUTF8(s[:maxValue], "") + " …")
+	}
+	return a
+}
+
+// New returns a log that writes to w. It cuts values that are longer than 16 KiB.
 func New(w io.Writer, s Settings) *Log {
 	l := &Log{}
-	options := &slog.HandlerOptions{Level: &l.level}
+	options := &slog.HandlerOptions{Level: &l.level, ReplaceAttr: short}
 	l.Logger = slog.New(handler{&l.json, slog.NewTextHandler(w, options), slog.NewJSONHandler(w, options)})
 	l.Set(s)
 	return l

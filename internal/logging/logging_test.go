@@ -2,6 +2,7 @@ package logging
 
 import (
 	"encoding/json"
+	"errors"
 	"log/slog"
 	"strings"
 	"testing"
@@ -45,6 +46,19 @@ func TestHandler(t *testing.T) {
 		}
 		return m
 	})
+}
+
+// TestLongValues: what somebody else chose does not fill the log.
+func TestLongValues(t *testing.T) {
+	for _, format := range []Format{Text, JSON} {
+		var b strings.Builder
+		l := New(&b, Settings{Format: format})
+		long := strings.Repeat("x", 1<<20)
+		l.With("a", long).Info("m", "error", errors.New(long), "b", long, slog.Group("g", "c", long))
+		if n := b.Len(); n < 4*maxValue || n > 5*maxValue {
+			t.Errorf("%s: four values of 1 MiB are logged as %d bytes", format, n)
+		}
+	}
 }
 
 func TestFormat(t *testing.T) {

@@ -3,11 +3,14 @@ package files
 import (
 	"archive/tar"
 	"bytes"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/linear"
 )
 
 // FuzzUnpack checks that nothing outside the folder changes, whatever the
@@ -82,6 +85,25 @@ func FuzzUnpack(f *testing.F) {
 				}
 				return nil
 			})
+		}
+	})
+}
+
+// TestUnpackTreeIsLinear: twice as many entries take twice as long.
+func TestUnpackTreeIsLinear(t *testing.T) {
+	linear.Check(t, "unpackTree", 500, func(n int) {
+		var b bytes.Buffer
+		w := tar.NewWriter(&b)
+		for i := range n {
+			if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: fmt.Sprintf("d%d/", i), Mode: 0o755}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := unpackTree(&b, t.TempDir(), nil); err != nil {
+			t.Fatal(err)
 		}
 	})
 }

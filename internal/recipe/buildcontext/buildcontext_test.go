@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -15,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/linear"
 )
 
 // fill makes files of a folder: "name" with a slash at its end is a folder,
@@ -371,5 +374,25 @@ func confined(t *testing.T, dir string) {
 			}
 		}
 		return nil
+	})
+}
+
+// TestReadIsLinear: twice as many entries take twice as long.
+func TestReadIsLinear(t *testing.T) {
+	linear.Check(t, "archive of a folder", 2000, func(n int) {
+		var b bytes.Buffer
+		w := tar.NewWriter(&b)
+		for i := range n {
+			if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: fmt.Sprintf("%08d/a", i), Mode: 0o644, Format: tar.FormatPAX}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+		sum := sha256.Sum256(b.Bytes())
+		if err := Read(t.Context(), &b, digestOf(sum[:]), Limits{}, func(*tar.Header, io.Reader) error { return nil }); err != nil {
+			t.Fatal(err)
+		}
 	})
 }

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"testing"
 	"unicode/utf8"
+
+	"github.com/wrenn-dev/wrenn/internal/linear"
 )
 
 // TestLogIsBounded: whatever the steps of a build print, they keep so much of it
@@ -43,4 +45,19 @@ func TestLogIsBounded(t *testing.T) {
 	if most := maxLog + maxOutput + maxSteps*(maxTail+1024) + recipe; most > counts {
 		t.Errorf("a log can take %d bytes, and counts %d", most, counts)
 	}
+}
+
+// TestOutputIsLinear: twice as much output of a step, in however small pieces, takes
+// twice as long.
+func TestOutputIsLinear(t *testing.T) {
+	linear.Check(t, "output of a step", 1<<18, func(n int) {
+		o := newOutput(nil)
+		for range n {
+			_, _ = o.Write([]byte("x"))
+		}
+		var s Step
+		if o.fill(&s); len(s.Output) != maxOutput || !s.Truncated {
+			t.Errorf("%d bytes are kept, truncated %v", len(s.Output), s.Truncated)
+		}
+	})
 }

@@ -88,7 +88,7 @@ func canonical(b []byte, bytesIn []jsontext.Pointer) (_ []byte, values int, _ er
 			}
 		case '0':
 			if token, err = number(token); err != nil {
-				return nil, 0, fault.Because(err, fault.InvalidArgument, "%s: number out of range", place(dec.StackPointer()))
+				return nil, 0, fault.Because(err, fault.InvalidArgument, "%.200s: number out of range", place(dec.StackPointer()))
 			}
 		}
 		if err := enc.WriteToken(token); err != nil {
@@ -114,7 +114,7 @@ func number(token jsontext.Token) (jsontext.Token, error) {
 func malformed(err error) error {
 	var syntax *jsontext.SyntacticError
 	if errors.As(err, &syntax) && errors.Is(err, jsontext.ErrDuplicateName) {
-		return fault.Because(err, fault.InvalidArgument, "%s: given more than once", place(syntax.JSONPointer))
+		return fault.Because(err, fault.InvalidArgument, "%.200s: given more than once", place(syntax.JSONPointer))
 	}
 	return fault.Because(err, fault.InvalidArgument, "JSON: malformed")
 }

@@ -186,6 +186,24 @@ func TestReadBody(t *testing.T) {
 	}
 }
 
+// TestRefusalsAreShort: a refusal, which is logged, has nothing of the refused value.
+func TestRefusalsAreShort(t *testing.T) {
+	a := newAPI(t)
+	long := "secret" + strings.Repeat("x", 1<<20)
+	for _, body := range []string{`{"cmd":"x","cwd":"` + long + `"}`, `{"cmd":["` + long + `"]}`, `{"` + long + `":1,"cmd":"x"}`, `{"envs":{"` + long + `":1},"cmd":"x"}`} {
+		r := httptest.NewRequest("POST", "/", strings.NewReader(body))
+		r.Header.Set("Content-Type", "application/json")
+		err := readBody(r, operation(t, a, "exec"), budget.New(1<<40).Hold(""))
+		if !fault.Is(err, fault.InvalidArgument) {
+			t.Fatalf("%.40s: %.200v", body, err)
+		}
+		text := err.Error()
+		if len(text) > 1000 || strings.HasPrefix(body, `{"cmd"`) && strings.Contains(text, "secret") {
+			t.Errorf("%.40s: the log has %d bytes: %.1000s", body, len(text), text)
+		}
+	}
+}
+
 // What a body takes is held before it is read.
 func TestReadBodyTakesMemory(t *testing.T) {
 	a := newAPI(t)

@@ -165,5 +165,6 @@ func invalid(err error) error {
 	if where == "" {
 		where = "JSON"
 	}
-	return fault.Because(err, fault.InvalidArgument, "%s: %s", where, reason)
+	// The validator's own text has all of the client's value, which may be a secret.
+	return fault.New(fault.InvalidArgument, "%.200s: %.500s", where, reason)
 }

@@ -78,6 +78,14 @@ func TestLinear(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	a := newAPI(t)
+	linear.Check(t, "readBody", 1000, func(n int) {
+		r := httptest.NewRequest("POST", "/", strings.NewReader(`{"cmd":"x","args":["a"`+strings.Repeat(`,"a"`, n)+`],"envs":{"a":"`+strings.Repeat("x", 16*n)+`"}}`))
+		r.Header.Set("Content-Type", "application/json")
+		if err := readBody(r, operation(t, a, "exec"), budget.New(1<<40).Hold("")); err != nil {
+			t.Error(err)
+		}
+	})
 	linear.Check(t, "writeText", 1<<20, func(n int) {
 		if err := writeText(io.Discard, make([]byte, n)); err != nil {
 			t.Error(err)

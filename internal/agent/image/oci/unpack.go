@@ -120,7 +120,10 @@ type unpacker struct {
 	// made is what the layer at hand has made, by such paths: true for what it
 	// has an entry of, false for folders that merely hold such.
 	made map[string]bool
-	buf  []byte
+	// cleared are folders that have nothing of the layers below any more, by such
+	// paths, so that no number of white-outs looks through a folder twice.
+	cleared map[string]bool
+	buf     []byte
 }
 
 func newUnpacker(t *tree.Tree, limits Limits) *unpacker {
@@ -151,7 +154,7 @@ func (m meter) Read(b []byte) (int, error) {
 func (u *unpacker) layer(ctx context.Context, r io.Reader, want string) error {
 	sum := sha256.New()
 	in := io.TeeReader(meter{contextReader{ctx, r}, &u.stream}, sum)
-	u.made = map[string]bool{}
+	u.made, u.cleared = map[string]bool{}, map[string]bool{}
 	t := tar.NewReader(in)
 	for {
 		h, err := t.Next()
@@ -480,6 +483,9 @@ func (u *unpacker) removeOne(dir *tree.Dir, name string) error {
 }
 
 func (u *unpacker) removeLower(dir *tree.Dir) error {
+	if u.cleared[dir.Path] {
+		return nil
+	}
 	names, err := dir.Names()
 	if err != nil {
 		return err
@@ -489,6 +495,7 @@ func (u *unpacker) removeLower(dir *tree.Dir) error {
 			return err
 		}
 	}
+	u.cleared[dir.Path] = true
 	return nil
 }
 
