@@ -5,6 +5,7 @@ SHELL   := /bin/bash
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 
 GOFUMPT     := mvdan.cc/gofumpt@v0.12.0
+NFPM        := github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.44.2
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOLANGCI    := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 # Node.js and Python packages: each folder has its lock file.
@@ -26,7 +27,7 @@ GO_PACKAGES := ./...
 # Where .ci/go puts a toolchain when the machine has none that will do.
 export PATH := $(CURDIR)/.cache/go/bin:$(PATH)
 
-.PHONY: go build run deps npm python test-deps check lint test test-kvm bench generate
+.PHONY: go build run deps npm python test-deps check lint test test-kvm bench generate release
 
 go:
 	@.ci/go .cache/go
@@ -91,6 +92,11 @@ test: test-deps check build
 test-kvm: deps go
 	@.ci/packages $(LAB_PACKAGES)
 	WRENN_TEST_KVM=1 go test -count=1 -v -timeout 5h ./test/lab
+
+# Puts an archive, a Debian package and their checksums into DIST.
+DIST ?= dist
+release: build
+	@VERSION='$(VERSION)' DEPENDS='$(RUN_PACKAGES)' NFPM='$(NFPM)' deploy/deb/release '$(abspath $(DIST))'
 
 # Prints tables in Markdown, and nothing else, on its standard output; how it is
 # getting on goes to the other. BENCH='Machine|Create' does a part.

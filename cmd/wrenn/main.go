@@ -18,6 +18,15 @@ import (
 var version = "dev"
 
 func main() {
+	err := rootCommand().Execute()
+	var exit *cli.ExitError
+	if err != nil && (!errors.As(err, &exit) || exit.Err != nil) {
+		fmt.Fprintln(os.Stderr, "wrenn:", cli.Printable(err.Error())) // it may quote a guest
+	}
+	os.Exit(exitCode(err))
+}
+
+func rootCommand() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "wrenn",
 		Short:         "Run untrusted code in microVM sandboxes on machines you own",
@@ -29,12 +38,7 @@ func main() {
 		return &cli.UsageError{Err: fmt.Errorf("%w\nusage: %s", err, cmd.UseLine())}
 	})
 	root.AddCommand(commands()...)
-	err := root.Execute()
-	var exit *cli.ExitError
-	if err != nil && (!errors.As(err, &exit) || exit.Err != nil) {
-		fmt.Fprintln(os.Stderr, "wrenn:", cli.Printable(err.Error())) // it may quote a guest
-	}
-	os.Exit(exitCode(err))
+	return root
 }
 
 // exitNewer is the exit code of a server or an agent that does not start
