@@ -2792,7 +2792,7 @@ type ServerInterface interface {
 	// GetConfirmPage The page that confirms a notification channel
 	// (GET /confirm-channel)
 	GetConfirmPage(w http.ResponseWriter, r *http.Request)
-	// GetDocs This document as a page to read
+	// GetDocs API reference (HTML)
 	// (GET /docs)
 	GetDocs(w http.ResponseWriter, r *http.Request)
 	// GetHealth Whether everything the service needs answers
@@ -3152,7 +3152,7 @@ func (_ Unimplemented) GetConfirmPage(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
-// GetDocs This document as a page to read
+// GetDocs API reference (HTML)
 // (GET /docs)
 func (_ Unimplemented) GetDocs(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNotImplemented)

@@ -2,193 +2,116 @@ package rest
 
 import (
 	"bytes"
+	"compress/gzip"
+	"crypto/sha256"
 	_ "embed"
+	"encoding/base64"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
-	"html"
-	"html/template"
-	"maps"
+	"net/http"
 	"regexp"
-	"slices"
 	"strings"
+	"sync"
 
-	"github.com/getkin/kin-openapi/openapi3"
+	"go.yaml.in/yaml/v4"
+
+	"github.com/wrenn-dev/wrenn/api"
 )
 
-//go:embed docs.html
-var docsPage string
+var (
+	// viewer is Redoc, which redoc/update fetched.
+	//
+	//go:embed redoc/redoc.standalone.js
+	viewer string
+	//go:embed docs.js
+	docsScript string
+	//go:embed docs.html
+	docsPage string
+)
 
-// renderDocs makes a page of the OpenAPI document that needs nothing from elsewhere.
-func renderDocs(spec *openapi3.T) ([]byte, error) {
-	page, err := template.New("docs").Funcs(template.FuncMap{
-		"text":   renderText,
-		"schema": schemaName,
-		"json": func(v any) (string, error) {
-			b, err := json.MarshalIndent(v, "", "  ")
-			return string(b), err
-		},
-	}).Parse(docsPage)
+// viewerLogo is the one thing that the viewer would load from another origin.
+const viewerLogo = "https://cdn.redoc.ly/redoc/logo-mini.svg"
+
+// docs is the page of the OpenAPI document, which has all that it needs in itself.
+type docs struct {
+	page, compressed []byte
+	etag             string
+	// policy lets the page run its two scripts and the viewer's search, and load nothing.
+	policy string
+}
+
+// renderDocs makes the page, which is the same for every API.
+var renderDocs = sync.OnceValues(func() (docs, error) {
+	var spec any
+	if err := yaml.Unmarshal(api.OpenAPI, &spec); err != nil {
+		return docs{}, fmt.Errorf("read OpenAPI document: %w", err)
+	}
+	document, err := json.Marshal(spec) // which leaves no < in it
 	if err != nil {
-		return nil, err
+		return docs{}, fmt.Errorf("write OpenAPI document: %w", err)
 	}
-	var out bytes.Buffer
-	err = page.Execute(&out, map[string]any{"Info": spec.Info, "Groups": groups(spec), "Schemas": schemas(spec)})
-	return out.Bytes(), err
+	script := strings.ReplaceAll(viewer, viewerLogo, "data:,")
+	page := strings.NewReplacer("{{viewer}}", script, "{{document}}", string(document), "{{script}}", docsScript).Replace(docsPage)
+	var compressed bytes.Buffer
+	z, err := gzip.NewWriterLevel(&compressed, gzip.BestCompression)
+	if err != nil {
+		return docs{}, err
+	}
+	if _, err := z.Write([]byte(page)); err != nil {
+		return docs{}, err
+	}
+	if err := z.Close(); err != nil {
+		return docs{}, err
+	}
+	sum := sha256.Sum256([]byte(page))
+	return docs{
+		page: []byte(page), compressed: compressed.Bytes(), etag: `"` + hex.EncodeToString(sum[:8]) + `"`,
+		policy: fmt.Sprintf("default-src 'none'; script-src %s %s; style-src 'unsafe-inline'; img-src data:; worker-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'", scriptHash(script), scriptHash(docsScript)),
+	}, nil
+})
+
+// scriptHash is the source expression of a policy that allows an inline script.
+func scriptHash(script string) string {
+	sum := sha256.Sum256([]byte(script))
+	return "'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
 }
 
-type docGroup struct {
-	Name, Description string
-	Operations        []docOperation
+// GetDocs answers GET /docs.
+func (a *API) GetDocs(w http.ResponseWriter, r *http.Request) {
+	d, err := renderDocs()
+	if err != nil {
+		a.Fail(w, r, err)
+		return
+	}
+	h := w.Header()
+	h.Set("Content-Type", "text/html; charset=utf-8")
+	h.Set("Content-Security-Policy", d.policy)
+	h.Set("ETag", d.etag)
+	h.Set("Cache-Control", "no-cache") // asked again, and answered with 304
+	h.Set("Vary", "Accept-Encoding")
+	if r.Header.Get("If-None-Match") == d.etag {
+		w.WriteHeader(http.StatusNotModified)
+		return
+	}
+	body := d.page
+	if acceptsGzip(r.Header.Get("Accept-Encoding")) {
+		h.Set("Content-Encoding", "gzip")
+		body = d.compressed
+	}
+	_, _ = w.Write(body)
 }
 
-type docOperation struct {
-	Method, Path string
-	*openapi3.Operation
-	Parameters []*openapi3.Parameter
-	Bodies     []docBody
-	Answers    []docAnswer
-}
+// refused is the weight of what a client does not take.
+var refused = regexp.MustCompile(`^\s*q=0(\.0*)?\s*$`)
 
-type docBody struct {
-	Type     string
-	Schema   *openapi3.SchemaRef
-	Examples []any
-}
-
-type docAnswer struct {
-	Status, Description string
-	Bodies              []docBody
-}
-
-type docSchema struct {
-	Name string
-	*openapi3.Schema
-	Fields []docField
-}
-
-type docField struct {
-	Name     string
-	Required bool
-	Ref      *openapi3.SchemaRef
-}
-
-func groups(spec *openapi3.T) []docGroup {
-	var all []docGroup
-	for _, tag := range spec.Tags {
-		g := docGroup{Name: tag.Name, Description: tag.Description}
-		for _, path := range spec.Paths.InMatchingOrder() {
-			item := spec.Paths.Value(path)
-			ops := item.Operations()
-			for _, method := range slices.Sorted(maps.Keys(ops)) {
-				op := ops[method]
-				if !slices.Contains(op.Tags, tag.Name) {
-					continue
-				}
-				d := docOperation{Method: method, Path: path, Operation: op}
-				for _, p := range append(slices.Clone(item.Parameters), op.Parameters...) {
-					d.Parameters = append(d.Parameters, p.Value)
-				}
-				if op.RequestBody != nil {
-					d.Bodies = bodies(op.RequestBody.Value.Content)
-				}
-				answers := op.Responses.Map()
-				for _, status := range slices.Sorted(maps.Keys(answers)) {
-					a := answers[status].Value
-					d.Answers = append(d.Answers, docAnswer{Status: status, Description: *a.Description, Bodies: bodies(a.Content)})
-				}
-				g.Operations = append(g.Operations, d)
-			}
+// acceptsGzip says whether a client lists gzip without refusing it.
+func acceptsGzip(field string) bool {
+	for item := range strings.SplitSeq(field, ",") {
+		coding, weight, _ := strings.Cut(item, ";")
+		if strings.EqualFold(strings.TrimSpace(coding), "gzip") {
+			return !refused.MatchString(weight)
 		}
-		slices.SortStableFunc(g.Operations, func(a, b docOperation) int { return strings.Compare(a.Path, b.Path) })
-		all = append(all, g)
 	}
-	return all
-}
-
-func bodies(content openapi3.Content) []docBody {
-	var all []docBody
-	for _, kind := range slices.Sorted(maps.Keys(content)) {
-		m := content[kind]
-		b := docBody{Type: kind, Schema: m.Schema}
-		if m.Example != nil {
-			b.Examples = append(b.Examples, m.Example)
-		}
-		for _, name := range slices.Sorted(maps.Keys(m.Examples)) {
-			b.Examples = append(b.Examples, m.Examples[name].Value.Value)
-		}
-		all = append(all, b)
-	}
-	return all
-}
-
-func schemas(spec *openapi3.T) []docSchema {
-	var all []docSchema
-	for _, name := range slices.Sorted(maps.Keys(spec.Components.Schemas)) {
-		s := spec.Components.Schemas[name].Value
-		d := docSchema{Name: name, Schema: s}
-		for _, field := range slices.Sorted(maps.Keys(s.Properties)) {
-			d.Fields = append(d.Fields, docField{Name: field, Required: slices.Contains(s.Required, field), Ref: s.Properties[field]})
-		}
-		all = append(all, d)
-	}
-	return all
-}
-
-// schemaName says in a few words what a schema is, linking to named ones.
-func schemaName(ref *openapi3.SchemaRef) template.HTML {
-	if ref == nil || ref.Value == nil {
-		return ""
-	}
-	if name, ok := strings.CutPrefix(ref.Ref, "#/components/schemas/"); ok {
-		name = html.EscapeString(name)
-		return template.HTML(fmt.Sprintf(`<a href="#schema-%s">%s</a>`, name, name))
-	}
-	s := ref.Value
-	if s.Type == nil {
-		return "any"
-	}
-	kind := strings.Join(s.Type.Slice(), " or ")
-	if s.Format != "" {
-		kind += " (" + s.Format + ")"
-	}
-	var notes []string
-	if s.Min != nil {
-		notes = append(notes, fmt.Sprintf("at least %g", *s.Min))
-	}
-	if s.Max != nil {
-		notes = append(notes, fmt.Sprintf("at most %.0f", *s.Max))
-	}
-	if s.Default != nil {
-		notes = append(notes, fmt.Sprintf("default %v", s.Default))
-	}
-	for _, e := range s.Enum {
-		notes = append(notes, fmt.Sprint(e))
-	}
-	if len(notes) > 0 {
-		kind += ": " + strings.Join(notes, ", ")
-	}
-	if s.Items != nil {
-		return template.HTML("list of ") + schemaName(s.Items)
-	}
-	return template.HTML(html.EscapeString(kind))
-}
-
-var codeSpan = regexp.MustCompile("`([^`]+)`")
-
-// renderText renders the little Markdown that descriptions use: paragraphs,
-// lists, code.
-func renderText(s string) template.HTML {
-	var out strings.Builder
-	for block := range strings.SplitSeq(strings.TrimSpace(s), "\n\n") {
-		if block == "" {
-			continue
-		}
-		escaped := codeSpan.ReplaceAllString(html.EscapeString(block), "<code>$1</code>")
-		if items, ok := strings.CutPrefix(escaped, "- "); ok {
-			out.WriteString("<ul><li>" + strings.ReplaceAll(items, "\n- ", "</li><li>") + "</li></ul>")
-			continue
-		}
-		out.WriteString("<p>" + escaped + "</p>")
-	}
-	return template.HTML(out.String())
+	return false
 }

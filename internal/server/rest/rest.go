@@ -92,7 +92,6 @@ type API struct {
 	access map[*openapi3.Operation]auth.Access
 	// lasting has the operations that last, so that no request has to find that out.
 	lasting map[*openapi3.Operation]bool
-	docs    []byte
 	// letters are the pages of links in letters.
 	letters letterPages
 	public  *url.URL
@@ -151,9 +150,6 @@ func New(c Config) (*API, error) {
 	a.pattern = public.Scheme + "://{port}-%s." + c.Domain
 	if p := public.Port(); p != "" {
 		a.pattern += ":" + p
-	}
-	if a.docs, err = renderDocs(spec); err != nil {
-		return nil, fmt.Errorf("render OpenAPI document: %w", err)
 	}
 	if a.letters, err = renderLetterPages(c.PublicURL); err != nil {
 		return nil, fmt.Errorf("render pages of letters: %w", err)
