@@ -15,7 +15,8 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/redis/go-redis/v9"
-	"github.com/sethvargo/go-retry"
+
+	"github.com/wrenn-dev/wrenn/internal/backoff"
 )
 
 // channel carries the ids of sandboxes that changed, 16 bytes each, many in a
@@ -114,10 +115,9 @@ func (b *Bus) tell(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		backoff := retry.WithCappedDuration(2*time.Second, retry.NewExponential(50*time.Millisecond))
-		_ = retry.Do(ctx, backoff, func(ctx context.Context) error {
-			return retry.RetryableError(b.send(ctx))
-		})
+		waits := backoff.New(50*time.Millisecond, 2*time.Second)
+		for b.send(ctx) != nil && waits.Wait(ctx) == nil {
+		}
 	}
 }
 

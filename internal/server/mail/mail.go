@@ -12,15 +12,17 @@ import (
 	"sync"
 	"time"
 
-	"github.com/sethvargo/go-retry"
 	gomail "github.com/wneessen/go-mail"
 
+	"github.com/wrenn-dev/wrenn/internal/backoff"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
 const (
 	// sendWithin bounds one try at a letter.
 	sendWithin = 30 * time.Second
+	// attempts is how often a letter is tried.
+	attempts = 4
 	// waiting is how many letters may wait; more are dropped, and that is logged.
 	waiting = 256
 	// lastWords is how long letters that wait may take when the server stops.
@@ -135,12 +137,16 @@ func (s *Sender) deliver(ctx context.Context, l Letter) {
 		s.log.Info("no mail server is configured; a letter goes to the log", "to", l.To, "subject", l.Subject, "text", l.Text)
 		return
 	}
-	backoff := retry.WithMaxRetries(3, retry.NewExponential(time.Second))
-	err := retry.Do(ctx, backoff, func(ctx context.Context) error {
-		return retry.RetryableError(fault.Guard(s.log, func() error { return s.try(ctx, l) }))
-	})
-	if err != nil {
-		s.log.Error("send mail", "subject", l.Subject, "error", err)
+	waits := backoff.New(time.Second, 10*time.Second)
+	for n := 1; ; n++ {
+		err := fault.Guard(s.log, func() error { return s.try(ctx, l) })
+		if err == nil {
+			return
+		}
+		if n == attempts || waits.Wait(ctx) != nil {
+			s.log.Error("send mail", "subject", l.Subject, "error", err)
+			return
+		}
 	}
 }
 
