@@ -253,6 +253,7 @@ func (p *Pool) mend(l look) {
 	p.mendSlots(l)
 	if l.rules || l.settings || l.allLinks {
 		p.judge(problem.Firewall, "", p.mendPassage())
+		p.judge(problem.Firewall, "host", p.probeInside())
 	}
 	p.retry()
 }

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/google/nftables"
@@ -484,6 +485,28 @@ func (p *Pool) probe() error {
 		why = strings.Join(o, "; ")
 	}
 	return fmt.Errorf("another program's firewall drops what guests send to the internet: %s", why)
+}
+
+// probeInside sends a packet from the host to a slot and reports a firewall that
+// drops it: the kernel tells the sender. The packet ends at the slot's router.
+func (p *Pool) probeInside() error {
+	s := p.anySlot()
+	if s == nil {
+		return nil
+	}
+	d := net.Dialer{Control: func(_, _ string, c syscall.RawConn) error {
+		var err error
+		return errors.Join(c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_TTL, 1) }), err)
+	}}
+	c, err := d.DialContext(context.Background(), "udp4", netip.AddrPortFrom(s.Address, probePort).String())
+	if err != nil {
+		return nil // mendSlots reports what is wrong with the slot
+	}
+	defer c.Close()
+	if _, err := c.Write([]byte("probe")); errors.Is(err, unix.EPERM) {
+		return errors.New("another program's firewall drops what the host sends to sandboxes, so nobody can use them: find the rule, and accept what goes out to " + linkPrefix + "* and the replies to it")
+	}
+	return nil
 }
 
 // anySlot returns a slot that is whole, rather one that nobody uses.

@@ -382,6 +382,26 @@ func TestOtherFirewalls(t *testing.T) {
 	})
 }
 
+// TestFirewallOfTheHost has another firewall drop what the host itself sends, as one
+// that closes private networks to local programs does.
+func TestFirewallOfTheHost(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	newInternet(t)
+	p := openPool(t, layout.Dir(t.TempDir()), 1)
+	s := acquire(t, p)
+	g := newGuest(t, s)
+	g.serve(t)
+	eventually(t, "at first", func() error { return errors.Join(problems(p), g.online(s)) })
+	clearRules(t)
+	for _, verdict := range []string{"drop", "reject"} {
+		feed(t, "table ip egress { chain out { type filter hook output priority 0; ip daddr 10.0.0.0/8 "+verdict+"; }; }", "nft", "-f", "-")
+		eventually(t, verdict, func() error { return has(p, problem.Firewall, "what the host sends") })
+		run(t, "nft", "delete table ip egress")
+		eventually(t, "without the rules", func() error { return errors.Join(problems(p), g.online(s)) })
+	}
+}
+
 func TestLinksAreRepaired(t *testing.T) {
 	needRoot(t)
 	sameAfter(t)
