@@ -20,10 +20,12 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/envd"
 	"github.com/wrenn-dev/wrenn/internal/envd/boot"
 	"github.com/wrenn-dev/wrenn/internal/envd/machine"
+	"github.com/wrenn-dev/wrenn/internal/envd/modprobe"
 )
 
 func main() {
 	boot.Main()
+	modprobe.Main()
 	listen := flag.String("listen", ":"+strconv.Itoa(envd.Port), "where to serve: host:port or unix:/path")
 	user := flag.String("user", "user", "whose requests are that name nobody")
 	group := flag.String("cgroup", defaultCgroup(), "cgroup2 directory to keep users' processes in; empty for none")

@@ -178,7 +178,7 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 	a.metrics = newMetrics()
 	a.sandboxes, err = sandbox.Open(ctx, sandbox.Config{
 		Dir: c.Dir, Driver: a.driver, Networks: sandbox.Pool(a.pool), Journal: a.journal,
-		Kernel: kernel.Vmlinux, Initrd: kernel.Initrd, KernelInputs: kernel.Inputs, Template: a.template, MemoryMiB: c.MemoryMiB, DiskReserveMiB: c.DiskReserveMiB, Rates: c.Rates, TemplateRates: c.TemplateRates, NestedTeams: c.NestedTeams,
+		Kernel: kernel.Vmlinux, Initrd: kernel.Initrd, Modules: kernel.Modules, KernelInputs: kernel.Inputs, Template: a.template, MemoryMiB: c.MemoryMiB, DiskReserveMiB: c.DiskReserveMiB, Rates: c.Rates, TemplateRates: c.TemplateRates, NestedTeams: c.NestedTeams,
 		DefaultVCPUs: c.DefaultVCPUs, DefaultMemoryMiB: c.DefaultMemoryMiB, Warm: c.Warm, WarmMemoryMiB: c.WarmMemoryMiB, BootTimeout: c.BootTimeout, Hook: c.Hook,
 		Problems: a.problems, Observe: a.metrics.observe, Log: a.log,
 	}, found)

@@ -59,6 +59,16 @@ func (d Dir) SandboxDisk(sandbox uuid.UUID, n int, format string) string {
 	return d.join("sandboxes", sandbox.String(), fmt.Sprintf("disk-%d.%s", n, format))
 }
 
+// SandboxModules are the kernel's modules of a sandbox that booted from its disk. Others
+// have those of what they began with.
+func (d Dir) SandboxModules(sandbox uuid.UUID) string {
+	return d.join("sandboxes", sandbox.String(), Modules)
+}
+
+// Modules is the name of the file system with the kernel's modules, in the folders of
+// sandboxes and captures. It is a link to the host's own, so it counts for nobody.
+const Modules = "modules.ext4"
+
 // SandboxOrigin holds links to the capture that a sandbox began with.
 func (d Dir) SandboxOrigin(sandbox uuid.UUID) string {
 	return d.join("sandboxes", sandbox.String(), "origin")

@@ -34,7 +34,6 @@ var gathers = map[string]string{
 	"internal/agent.receive":                "passes each piece on",
 	"internal/agent/enroll.call":            "the server's answer, of bounded length",
 	"internal/agent/guest.init":             "64 KiB",
-	"internal/agent/image.loadOrder":        "the machine's own kernel",
 	"internal/agent/image.unpack":           "the machine's own packages",
 	"internal/agent/image/oci.contents":     "check: contents",
 	"internal/agent/image/oci.layer":        "check: layer",

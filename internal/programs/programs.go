@@ -39,6 +39,7 @@ var (
 	Depmod     = add(Program{File: "depmod", Package: "kmod"})
 	Mmdebstrap = add(Program{File: "mmdebstrap", Package: "mmdebstrap"})
 	Mke2fs     = add(Program{File: "mke2fs", Package: "e2fsprogs"})
+	Debugfs    = add(Program{File: "debugfs", Package: "e2fsprogs"})
 
 	// Wrenn does not run this one. Its package has the authorities that HTTPS
 	// servers are trusted by.

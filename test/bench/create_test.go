@@ -201,7 +201,7 @@ func (h *host) coldBoot(t *testing.T, driver *qemu.Driver, s *start) {
 		t.Fatal(err)
 	}
 	spec := vmm.Spec{
-		ID: uuid.New(), Dir: dir, Kernel: h.Images.Kernel.Vmlinux, Initrd: h.Images.Kernel.Initrd, Cmdline: guest.Cmdline("sandbox"),
+		ID: uuid.New(), Dir: dir, Kernel: h.Images.Kernel.Vmlinux, Initrd: h.Images.Kernel.Initrd, Modules: h.Images.Kernel.Modules, Cmdline: guest.Cmdline("sandbox"),
 		VCPUs: 1, MemoryMiB: createMemory, Overlay: overlay, Base: h.Images.Minimal.Rootfs, DiskBytes: int64(h.Images.Minimal.DiskMiB) << 20,
 		NetNS: slot.NetNS(), Tap: tap, MAC: guest.MAC, UID: coldUID,
 	}

@@ -10,6 +10,9 @@ const (
 	MAC     = "02:57:52:4e:00:01"
 )
 
+// modules is the guest's name for the disk with the kernel's modules.
+const modules = "/dev/vdb"
+
 // Cmdline is the kernel command line of a guest with the given host name.
 // What begins with "wrenn." is read by wrenn-init.
 func Cmdline(hostname string) string {
@@ -21,6 +24,7 @@ func Cmdline(hostname string) string {
 		"random.trust_cpu=on",
 		// Tables of inodes that were never used need not be written to.
 		"root=/dev/vda", "rw", "rootflags=noinit_itable",
+		"wrenn.modules=" + modules,
 		"wrenn.ip=" + Address, "wrenn.gw=" + Gateway, "wrenn.dns=" + Gateway, "wrenn.ntp=" + Gateway,
 		"wrenn.hostname=" + hostname,
 	}, " ")

@@ -61,6 +61,25 @@ func (c *Capture) Layer(n int) string {
 // Memory is the folder of the memory image.
 func (c *Capture) Memory() string { return filepath.Join(c.Dir, "memory") }
 
+// Modules is the path of the file system with the kernel's modules, which all machines
+// with that kernel share; empty: the captured machine has none.
+func (c *Capture) Modules() string {
+	path := filepath.Join(c.Dir, layout.Modules)
+	if _, err := os.Stat(path); err != nil {
+		return ""
+	}
+	return path
+}
+
+// LinkModules gives the captured machine the file system with the kernel's modules at
+// path; empty: none.
+func (c *Capture) LinkModules(path string) error {
+	if path == "" {
+		return nil
+	}
+	return os.Link(path, filepath.Join(c.Dir, layout.Modules))
+}
+
 // Devices is the path of the devices' state.
 func (c *Capture) Devices() string { return filepath.Join(c.Dir, "devices") }
 

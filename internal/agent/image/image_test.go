@@ -3,34 +3,8 @@ package image
 import (
 	"encoding/binary"
 	"errors"
-	"slices"
 	"testing"
 )
-
-func TestLoadOrder(t *testing.T) {
-	dep := []byte("kernel/a/virtio-mmio.ko: kernel/a/virtio.ko kernel/a/virtio_ring.ko\nkernel/a/virtio.ko: kernel/a/virtio_ring.ko\nkernel/a/virtio_ring.ko:\n")
-	got, err := loadOrder(dep, []byte("kernel/fs/ext4/ext4.ko\n"), []string{"virtio_mmio", "ext4"})
-	want := []string{"kernel/a/virtio_ring.ko", "kernel/a/virtio.ko", "kernel/a/virtio-mmio.ko"}
-	if err != nil || !slices.Equal(got, want) {
-		t.Errorf("got %v, %v; want %v", got, err, want)
-	}
-	if _, err := loadOrder(dep, nil, []string{"nothing"}); err == nil {
-		t.Error("a module that is not there was found")
-	}
-	if _, err := loadOrder([]byte("a.ko: b.ko\nb.ko: a.ko\n"), nil, []string{"a"}); err == nil {
-		t.Error("a circle was not noticed")
-	}
-}
-
-func FuzzLoadOrder(f *testing.F) {
-	f.Add([]byte("a.ko: b.ko\nb.ko:\n"), "a")
-	f.Fuzz(func(t *testing.T, dep []byte, name string) {
-		order, err := loadOrder(dep, nil, []string{name})
-		if err == nil && len(order) > 0 && moduleName(order[len(order)-1]) != name {
-			t.Errorf("%q is not the last of %q", name, order)
-		}
-	})
-}
 
 func bzImage(size int, offset, length uint32) []byte {
 	b := make([]byte, size)

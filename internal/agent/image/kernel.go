@@ -14,6 +14,7 @@ import (
 
 	"github.com/cavaliergopher/cpio"
 
+	"github.com/wrenn-dev/wrenn/internal/kmod"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/programs"
 )
@@ -25,18 +26,21 @@ const kernelPackage = "linux-image-cloud-amd64"
 type KernelFiles struct {
 	Vmlinux string // path of the uncompressed kernel, an ELF file
 	Initrd  string // path of the initrd, a cpio archive
+	// Modules is the path of a read-only file system with all of the kernel's modules.
+	// It is empty if an earlier release, which made none, made the files.
+	Modules string
 	Version string // the kernel package's name and version
-	Inputs  string // digest of what both were made from
-	// Stale is why the newest pair could not be found or made, so that this is an
-	// earlier one; nil: it is the newest.
+	Inputs  string // digest of what all were made from
+	// Stale is why the newest files could not be found or made, so that these are
+	// earlier ones; nil: they are the newest.
 	Stale error
 }
 
-// Kernel returns the kernel and the initrd, made from the distribution's
-// package unless a pair made from the same package and guest daemon is there.
+// Kernel returns the kernel, its modules and the initrd, made from the distribution's
+// package unless files made from the same package and guest daemon are there.
 // envd is the path of the guest daemon's binary. progress is told each step
-// that takes a while. If the newest pair cannot be made, as without a network or
-// apt's lists, Kernel returns the last one that was, with [KernelFiles.Stale].
+// that takes a while. If the newest files cannot be made, as without a network or
+// apt's lists, Kernel returns the last ones that were, with [KernelFiles.Stale].
 func Kernel(ctx context.Context, dir layout.Dir, envd string, progress func(string)) (KernelFiles, error) {
 	unlock, err := lock(ctx, dir.Kernels(), progress)
 	if err != nil {
@@ -62,7 +66,7 @@ func Kernel(ctx context.Context, dir layout.Dir, envd string, progress func(stri
 	return KernelFiles{}, err
 }
 
-// lastFiles returns the pair that was published last. The caller holds the lock.
+// lastFiles returns the files that were published last. The caller holds the lock.
 func lastFiles(dir layout.Dir) (last KernelFiles, ok bool) {
 	entries, err := os.ReadDir(dir.Kernels())
 	if err != nil {
@@ -73,7 +77,6 @@ func lastFiles(dir layout.Dir) (last KernelFiles, ok bool) {
 		if strings.HasPrefix(e.Name(), tmpPrefix) {
 			continue
 		}
-		files := filesIn(dir, e.Name())
 		info, err := os.Stat(inputsFile(dir, e.Name()))
 		if err != nil || ok && info.ModTime().Before(newest) {
 			continue
@@ -82,6 +85,7 @@ func lastFiles(dir layout.Dir) (last KernelFiles, ok bool) {
 		if err != nil {
 			continue
 		}
+		files := filesIn(dir, e.Name())
 		_, kernel := os.Stat(files.Vmlinux)
 		_, initrd := os.Stat(files.Initrd)
 		if kernel != nil || initrd != nil {
@@ -93,44 +97,53 @@ func lastFiles(dir layout.Dir) (last KernelFiles, ok bool) {
 	return last, ok
 }
 
-// filesIn returns the paths of the pair made from the package name.
+// filesIn returns the paths of the files made from the package name.
 func filesIn(dir layout.Dir, name string) KernelFiles {
-	return KernelFiles{Vmlinux: filepath.Join(dir.Kernels(), name, "vmlinux"), Initrd: filepath.Join(dir.Kernels(), name, "initrd")}
+	home := filepath.Join(dir.Kernels(), name)
+	files := KernelFiles{Vmlinux: filepath.Join(home, "vmlinux"), Initrd: filepath.Join(home, "initrd")}
+	if found, err := filepath.Glob(filepath.Join(home, "modules-*.ext4")); err == nil && len(found) == 1 {
+		files.Modules = found[0]
+	}
+	return files
 }
 
-// inputsFile is the path of the file that names what the pair was made from.
+// inputsFile is the path of the file that names what the files were made from.
 func inputsFile(dir layout.Dir, name string) string {
 	return filepath.Join(dir.Kernels(), name, "inputs")
 }
 
-// newestFiles returns the pair of apt's newest package and the guest daemon with the
-// given digest, and makes it if it is not there. The caller holds the lock.
+// newestFiles returns the files of apt's newest package and the guest daemon with the
+// given digest, and makes them if they are not there. The caller holds the lock.
 func newestFiles(ctx context.Context, dir layout.Dir, envd, daemon string, progress func(string)) (KernelFiles, error) {
 	name, version, err := newestKernel(ctx)
 	if err != nil {
 		return KernelFiles{}, err
 	}
 	home := filepath.Join(dir.Kernels(), name)
-	files := filesIn(dir, name)
-	files.Version = name + " " + version
-	inputs := digest("1", name, version, daemon, strings.Join(wanted, " "))
-	files.Inputs = inputs
-	if have, err := os.ReadFile(inputsFile(dir, name)); err == nil && string(have) == inputs {
-		return files, nil
+	modules := digest(modulesVersion, name, version)
+	inputs := digest("2", name, version, daemon, strings.Join(wanted, " "), modules)
+	made := func() KernelFiles {
+		files := filesIn(dir, name)
+		files.Version, files.Inputs = name+" "+version, inputs
+		return files
 	}
-	progress("kernel: unpacking " + files.Version)
+	if have, err := os.ReadFile(inputsFile(dir, name)); err == nil && string(have) == inputs {
+		return made(), nil
+	}
+	progress("kernel: unpacking " + name + " " + version)
 	tmp, err := os.MkdirTemp(dir.Kernels(), tmpPrefix)
 	if err != nil {
 		return KernelFiles{}, err
 	}
 	defer os.RemoveAll(tmp)
-	if err := buildKernel(ctx, tmp, name, version, envd, inputs); err != nil {
+	image := "modules-" + modules[:16] + ".ext4"
+	if err := buildKernel(ctx, tmp, name, version, envd, inputs, image, filepath.Join(home, image)); err != nil {
 		return KernelFiles{}, err
 	}
 	if err := publish(filepath.Join(tmp, "out"), home); err != nil {
 		return KernelFiles{}, err
 	}
-	return files, nil
+	return made(), nil
 }
 
 // newestKernel asks apt which package the kernel's depends on, and its version.
@@ -159,8 +172,10 @@ func newestKernel(ctx context.Context) (name, version string, err error) {
 	return "", "", fmt.Errorf("apt knows no version of %s", name)
 }
 
-// buildKernel makes tmp/out.
-func buildKernel(ctx context.Context, tmp, name, version, envd, inputs string) error {
+// buildKernel makes tmp/out. The modules, whose file is to have the name image, are
+// those of the file at made if there is one: a new guest daemon changes none, and what
+// the page cache has of the file is shared by all that have a link to it.
+func buildKernel(ctx context.Context, tmp, name, version, envd, inputs, image, made string) error {
 	// apt drops its rights to download, and could not write to a folder of root's.
 	if _, err := output(ctx, tmp, programs.AptGet, "-qq", "-o", "APT::Sandbox::User=root", "download", name+"="+version); err != nil {
 		return err
@@ -189,29 +204,29 @@ func buildKernel(ctx context.Context, tmp, name, version, envd, inputs string) e
 	if err := os.WriteFile(filepath.Join(out, "vmlinux"), kernel, 0o644); err != nil {
 		return err
 	}
-	if err := writeInitrd(ctx, filepath.Join(out, "initrd"), tree, release, envd); err != nil {
+	if err := indexModules(ctx, tree, release); err != nil {
+		return err
+	}
+	if err := writeInitrd(filepath.Join(out, "initrd"), moduleTree(tree, release), envd); err != nil {
 		return fmt.Errorf("initrd: %w", err)
+	}
+	if err := os.Link(made, filepath.Join(out, image)); err != nil {
+		if err := writeModules(ctx, filepath.Join(out, image), moduleTree(tree, release)); err != nil {
+			return fmt.Errorf("modules: %w", err)
+		}
 	}
 	return os.WriteFile(filepath.Join(out, "inputs"), []byte(inputs), 0o644)
 }
 
-// writeInitrd packs the modules of the unpacked package at tree, and the
-// guest daemon as /init, into an uncompressed archive: unpacking costs more
-// than it saves where the processor is emulated.
-func writeInitrd(ctx context.Context, name, tree, release, envd string) (err error) {
-	modules := filepath.Join(tree, "lib", "modules", release)
-	if _, err := output(ctx, "", programs.Depmod, "-b", tree, release); err != nil {
-		return err
-	}
-	dep, err := os.ReadFile(filepath.Join(modules, "modules.dep"))
+// writeInitrd packs the wanted of the kernel's modules, which are in the folder
+// modules, and the guest daemon as /init, into an uncompressed archive: unpacking
+// costs more than it saves where the processor is emulated.
+func writeInitrd(name, modules, envd string) (err error) {
+	index, err := kmod.Open(modules)
 	if err != nil {
 		return err
 	}
-	builtin, err := os.ReadFile(filepath.Join(modules, "modules.builtin"))
-	if err != nil {
-		return err
-	}
-	order, err := loadOrder(dep, builtin, wanted)
+	order, err := index.Order(wanted...)
 	if err != nil {
 		return err
 	}
@@ -231,11 +246,11 @@ func writeInitrd(ctx context.Context, name, tree, release, envd string) (err err
 	}
 	var list bytes.Buffer
 	for i, m := range order {
-		data, err := readModule(filepath.Join(modules, m))
+		data, err := os.ReadFile(filepath.Join(modules, m))
 		if err != nil {
 			return err
 		}
-		file := fmt.Sprintf("%02d-%s.ko", i, moduleName(m))
+		file := fmt.Sprintf("%02d-%s.ko", i, kmod.Name(m))
 		fmt.Fprintln(&list, file)
 		if err := add(w, "modules/"+file, 0o600, data); err != nil {
 			return err
@@ -281,9 +296,14 @@ func readModule(file string) ([]byte, error) {
 // output runs a tool in dir and returns what it prints; an error has the end
 // of what it complains of.
 func output(ctx context.Context, dir string, program programs.Program, args ...string) (string, error) {
+	return outputWith(ctx, nil, dir, program, args...)
+}
+
+// outputWith is [output] with more variables.
+func outputWith(ctx context.Context, env []string, dir string, program programs.Program, args ...string) (string, error) {
 	cmd := program.CommandContext(ctx, args...)
 	cmd.Dir = dir
-	cmd.Env = append(os.Environ(), "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive")
+	cmd.Env = append(append(os.Environ(), "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive"), env...)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()

@@ -1,12 +1,14 @@
 package image
 
 import (
-	"bufio"
-	"bytes"
+	"context"
 	"fmt"
-	"path"
-	"slices"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"strings"
+
+	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
 // wanted are the kernel's modules that a guest needs, as far as they are not
@@ -16,62 +18,90 @@ var wanted = []string{
 	"overlay", "vmw_vsock_virtio_transport", "ptp_kvm", "ext4",
 }
 
-// moduleName is the name of a module from its file's, in which the kernel
-// takes "-" for "_".
-func moduleName(file string) string {
-	base, _, _ := strings.Cut(path.Base(file), ".")
-	return strings.ReplaceAll(base, "-", "_")
-}
+// modulesVersion changes when the same package would give other modules.
+const modulesVersion = "1"
 
-// loadOrder is the order in which module files must be loaded so that each
-// finds what it needs, for the modules named and for all those that they need.
-// dep is the text of modules.dep (depmod's man page), builtin that of
-// modules.builtin. A name that neither has is an error.
-func loadOrder(dep, builtin []byte, names []string) ([]string, error) {
-	needs, file := map[string][]string{}, map[string]string{}
-	for s := bufio.NewScanner(bytes.NewReader(dep)); s.Scan(); {
-		name, rest, ok := strings.Cut(s.Text(), ":")
-		if !ok {
-			continue
+// modulesDate is the date of all that is in an image of modules, in seconds: 2 January
+// 1980, as that of what recipes copy.
+const modulesDate = "315619200"
+
+// modulesUUID is the file system's, and seeds the hashes of its folders.
+const modulesUUID = "77726e6e-6d6f-6475-6c65-730000000001"
+
+// indexModules makes the modules of an unpacked package ready for use: not packed, so
+// that any guest's modprobe can read them, and with an index.
+func indexModules(ctx context.Context, tree, release string) error {
+	err := filepath.WalkDir(moduleTree(tree, release), func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
 		}
-		file[moduleName(name)] = name
-		needs[moduleName(name)] = strings.Fields(rest)
-	}
-	for s := bufio.NewScanner(bytes.NewReader(builtin)); s.Scan(); {
-		if n := moduleName(s.Text()); file[n] == "" {
-			file[n] = "" // known, and nothing to load
-			needs[n] = nil
-		}
-	}
-	var order []string
-	done := map[string]bool{}
-	var visit func(name string, chain []string) error
-	visit = func(name string, chain []string) error {
-		if slices.Contains(chain, name) {
-			return fmt.Errorf("modules need each other: %s", strings.Join(append(chain, name), " needs "))
-		}
-		if done[name] {
+		plain := strings.TrimSuffix(path, filepath.Ext(path))
+		if filepath.Ext(plain) != ".ko" {
 			return nil
 		}
-		f, ok := file[name]
-		if !ok {
-			return fmt.Errorf("the kernel has no module %s", name)
+		data, err := readModule(path)
+		if err != nil {
+			return err
 		}
-		for _, n := range needs[name] {
-			if err := visit(moduleName(n), append(chain, name)); err != nil {
-				return err
-			}
+		if err := os.WriteFile(plain, data, 0o644); err != nil {
+			return err
 		}
-		done[name] = true
-		if f != "" {
-			order = append(order, f)
+		return os.Remove(path)
+	})
+	if err != nil {
+		return fmt.Errorf("unpack modules: %w", err)
+	}
+	_, err = output(ctx, "", programs.Depmod, "-b", tree, release)
+	return err
+}
+
+// moduleTree is the folder of the kernel's modules in an unpacked package.
+func moduleTree(tree, release string) string { return filepath.Join(tree, "lib", "modules", release) }
+
+// writeModules writes the modules in dir as a read-only file system, which is the same
+// bytes for the same modules.
+func writeModules(ctx context.Context, name, dir string) error {
+	const block, inode, spare = 4096, 256, 16
+	var bytes, inodes int64
+	var dates strings.Builder
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		inside, err := filepath.Rel(dir, path)
+		if err != nil {
+			return err
+		}
+		bytes += (info.Size() + block - 1) / block * block
+		inodes++
+		for _, field := range []string{"atime", "ctime", "crtime", "mtime"} {
+			fmt.Fprintf(&dates, "set_inode_field \"/%s\" %s @%s\n", inside, field, modulesDate)
 		}
 		return nil
+	})
+	if err != nil {
+		return err
 	}
-	for _, n := range names {
-		if err := visit(n, nil); err != nil {
-			return nil, err
-		}
+	inodes += spare
+	mib := (bytes+inodes*inode)*101/100>>20 + 4
+	// e2fsprogs take this for the time.
+	clock := []string{"E2FSPROGS_FAKE_TIME=" + modulesDate}
+	if _, err := outputWith(ctx, clock, "", programs.Mke2fs, "-q", "-t", "ext4", "-L", "wrenn-modules", "-m", "0", "-b", fmt.Sprint(block), "-I", fmt.Sprint(inode),
+		"-N", fmt.Sprint(inodes), "-U", modulesUUID, "-O", "^has_journal,^resize_inode",
+		"-E", "hash_seed="+modulesUUID+",lazy_itable_init=0,nodiscard,root_owner=0:0", "-d", dir, name, fmt.Sprintf("%dM", mib)); err != nil {
+		return err
 	}
-	return order, nil
+	script := name + ".dates"
+	if err := os.WriteFile(script, []byte(dates.String()), 0o600); err != nil {
+		return err
+	}
+	defer os.Remove(script)
+	if _, err := outputWith(ctx, clock, "", programs.Debugfs, "-w", "-f", script, name); err != nil {
+		return err
+	}
+	return os.Chmod(name, 0o444)
 }

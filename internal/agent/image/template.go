@@ -189,7 +189,8 @@ func read(dir layout.Dir, team, id uuid.UUID) (Template, error) {
 	return t, nil
 }
 
-// size is what a folder's files take on disk, each of them once.
+// size is what a folder's files take on disk, each of them once, without the kernel's
+// modules.
 func size(dir string) (int64, error) {
 	var sum int64
 	seen := map[uint64]bool{}
@@ -197,7 +198,7 @@ func size(dir string) (int64, error) {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil // removed meanwhile
 		}
-		if err != nil || !d.Type().IsRegular() {
+		if err != nil || !d.Type().IsRegular() || d.Name() == layout.Modules {
 			return err
 		}
 		info, err := d.Info()

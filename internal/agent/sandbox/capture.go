@@ -181,7 +181,7 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 		return nil, err
 	}
 	err = b.step(ctx, "vm", func(ctx context.Context) error {
-		return b.launch(ctx, "start", into.Rootfs(), nil, b.m.Driver.Start)
+		return b.boot(ctx, into, nil)
 	})
 	if err != nil {
 		return nil, err
@@ -233,7 +233,7 @@ func (b *box) bootAndCapture(ctx context.Context, t image.Template, inputs, name
 		if err := os.Rename(b.rec.disk(dir, 0), into.Layer(0)); err != nil {
 			return err
 		}
-		if err := into.Write(); err != nil {
+		if err := errors.Join(into.LinkModules(b.modules(into)), into.Write()); err != nil {
 			return Full(err)
 		}
 		into, err = t.Publish(dir, into.Dir, name)

@@ -36,9 +36,10 @@ type Config struct {
 	Driver   vmm.Driver
 	Networks Networks
 	Journal  *journal.Journal
-	// Kernel and Initrd are what guests boot, KernelInputs names what they
-	// were made from.
-	Kernel, Initrd, KernelInputs string
+	// Kernel and Initrd are what guests boot, Modules is a file system with the
+	// kernel's modules (empty: guests have none), KernelInputs names what all were
+	// made from.
+	Kernel, Initrd, Modules, KernelInputs string
 	// Template finds what a sandbox starts from, or says [ErrNotFound].
 	Template func(team, template uuid.UUID) (image.Template, error)
 	// MemoryMiB is what all sandboxes may have together; 0: most of the host's.

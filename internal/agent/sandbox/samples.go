@@ -9,6 +9,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/sparse"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
 // Sample is what the host knows of what a sandbox uses, without asking the
@@ -67,7 +68,7 @@ func (s *Sample) measure(vm vmm.VM, dir string) error {
 		if err != nil {
 			continue // It is gone.
 		}
-		if info.Mode().IsRegular() {
+		if info.Mode().IsRegular() && e.Name() != layout.Modules {
 			s.DiskBytes += sparse.Allocated(info)
 		}
 	}

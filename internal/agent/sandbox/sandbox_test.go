@@ -65,6 +65,7 @@ type world struct {
 	rates    rates.Rates    // of each sandbox
 	special  rates.Templates
 	nested   []Team
+	modules  string      // path of the kernel's modules
 	format   disk.Format // of machines' disks; nil: qcow2
 	version  string      // of the monitor: it restores what was saved under the same, or an earlier one
 }
@@ -597,7 +598,7 @@ func (w *world) open(dir layout.Dir) *host {
 	problems := problem.Open(filepath.Join(w.t.TempDir(), "problems.json"), log)
 	m, err := Open(context.Background(), Config{
 		DefaultVCPUs: min(1, w.usual), DefaultMemoryMiB: w.usual,
-		Dir: dir, Driver: w, Networks: w, Journal: j, Problems: problems, Rates: w.rates, TemplateRates: w.special, NestedTeams: w.nested, Kernel: "k", Initrd: "i", MemoryMiB: 4096, Boots: 3,
+		Dir: dir, Driver: w, Networks: w, Journal: j, Problems: problems, Rates: w.rates, TemplateRates: w.special, NestedTeams: w.nested, Kernel: "k", Initrd: "i", Modules: w.modules, KernelInputs: w.modules, MemoryMiB: 4096, Boots: 3,
 		BootTimeout: cmp.Or(w.boots, await.Hang), Settle: time.Nanosecond, Log: log, Warm: w.warm, WarmMemoryMiB: 1024,
 		Template: func(team, template uuid.UUID) (image.Template, error) {
 			t, err := image.Find(dir, team, template)

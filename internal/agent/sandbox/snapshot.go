@@ -151,7 +151,7 @@ func (b *box) capture(ctx context.Context, into string, defaults *image.Defaults
 	}
 	b.m.Hook("snapshot: saved")
 	return c, b.step(ctx, "disks", func(ctx context.Context) error {
-		if err := os.Link(origin.Rootfs(), c.Rootfs()); err != nil {
+		if err := errors.Join(os.Link(origin.Rootfs(), c.Rootfs()), c.LinkModules(b.modules(origin))); err != nil {
 			return err
 		}
 		for n := range origin.Layers {

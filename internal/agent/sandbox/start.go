@@ -207,8 +207,9 @@ func Full(err error) error {
 	return err
 }
 
-// machine says what machine the sandbox has. The caller closes its tap.
-func (b *box) machine(base string, layers []string) (vmm.Spec, error) {
+// machine says what machine the sandbox has, which begins with origin and the layers
+// of that. The caller closes its tap.
+func (b *box) machine(origin *image.Capture, layers []string) (vmm.Spec, error) {
 	dir, home, spec := b.m.Dir, b.rec.Home, &b.rec.Spec
 	tap, err := b.slot.OpenTap()
 	if err != nil {
@@ -221,7 +222,7 @@ func (b *box) machine(base string, layers []string) (vmm.Spec, error) {
 		ID: home, Dir: dir.Sandbox(home),
 		Kernel: b.m.Kernel, Initrd: b.m.Initrd, Cmdline: guest.Cmdline("sandbox"),
 		VCPUs: spec.VCPUs, MemoryMiB: spec.MemoryMiB, Nested: b.begin.nested,
-		Overlay: b.rec.disk(dir, b.rec.Disks-1), Layers: layers, Base: base,
+		Overlay: b.rec.disk(dir, b.rec.Disks-1), Layers: layers, Base: origin.Rootfs(), Modules: b.modules(origin),
 		DiskBytes: int64(spec.DiskMiB) << 20, Rates: b.rates(),
 		NetNS: b.slot.NetNS(), Tap: tap, MAC: guest.MAC, UID: b.uid(),
 	}, nil
@@ -233,14 +234,14 @@ func (b *box) restore(ctx context.Context, origin *image.Capture, from vmm.Saved
 	for n := range origin.Layers {
 		layers = append(layers, origin.Layer(n))
 	}
-	return b.launch(ctx, "restore", origin.Rootfs(), layers, func(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
+	return b.launch(ctx, "restore", origin, layers, func(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
 		return b.m.Driver.Restore(ctx, spec, from)
 	})
 }
 
 // launch has f make the sandbox's machine; doing says what that is.
-func (b *box) launch(ctx context.Context, doing, base string, layers []string, f func(context.Context, vmm.Spec) (vmm.VM, error)) error {
-	spec, err := b.machine(base, layers)
+func (b *box) launch(ctx context.Context, doing string, origin *image.Capture, layers []string, f func(context.Context, vmm.Spec) (vmm.VM, error)) error {
+	spec, err := b.machine(origin, layers)
 	if err != nil {
 		return err
 	}
@@ -255,6 +256,32 @@ func (b *box) launch(ctx context.Context, doing, base string, layers []string, f
 	}
 	b.hold(vm)
 	return nil
+}
+
+// boot boots a machine from the disk of origin and its layers. It has the host's present
+// kernel, so it gets the modules of that, and keeps them for as long as it goes on.
+func (b *box) boot(ctx context.Context, origin *image.Capture, layers []string) error {
+	if b.m.Modules != "" {
+		own := b.m.Dir.SandboxModules(b.rec.Home)
+		err := os.Remove(own)
+		if err == nil || errors.Is(err, fs.ErrNotExist) {
+			err = os.Link(b.m.Modules, own)
+		}
+		if err != nil {
+			return fmt.Errorf("link the kernel's modules: %w", err)
+		}
+	}
+	return b.launch(ctx, "start", origin, layers, b.m.Driver.Start)
+}
+
+// modules is the path of the kernel's modules that the machine has, which began with
+// origin; empty: none.
+func (b *box) modules(origin *image.Capture) string {
+	own := b.m.Dir.SandboxModules(b.rec.Home)
+	if _, err := os.Stat(own); err == nil {
+		return own
+	}
+	return origin.Modules()
 }
 
 // hold notes which machine the sandbox has.

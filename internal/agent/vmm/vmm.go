@@ -36,6 +36,9 @@ type Spec struct {
 	Overlay string   // empty: no disk
 	Layers  []string // between the two, the lowest first
 	Base    string
+	// Modules is a file system that the guest has as a second disk, for reading; empty:
+	// none. All machines that have the same share what the host's page cache holds of it.
+	Modules string
 	// DiskBytes is the disk's size. It bounds how large the overlay's file can
 	// become, and must be set if there is an overlay.
 	DiskBytes int64

@@ -50,6 +50,9 @@ func bringUp() error {
 	if err := shareTemporary("/"); err != nil {
 		say("%v", err)
 	}
+	if err := provideModprobe("/"); err != nil {
+		say("the kernel loads no modules on demand: %v", err)
+	}
 	for name, target := range map[string]string{"/dev/fd": "/proc/self/fd", "/dev/stdin": "/proc/self/fd/0", "/dev/stdout": "/proc/self/fd/1", "/dev/stderr": "/proc/self/fd/2"} {
 		_ = os.Symlink(target, name) // there already: fine
 	}

@@ -20,8 +20,8 @@ const ModuleOrder = "/modules/order"
 // milliseconds when it is there at all.
 const deviceTimeout = 10 * time.Second
 
-// switchRoot loads modules, mounts the root file system and becomes its
-// /sbin/wrenn-init.
+// switchRoot loads the modules that every guest needs, mounts the root file system and
+// the rest of the modules, and becomes the root's /sbin/wrenn-init.
 func switchRoot() error {
 	for _, m := range []mount{
 		{"devtmpfs", "/dev", "devtmpfs", syscall.MS_NOSUID, ""},
@@ -65,6 +65,11 @@ func switchRoot() error {
 	}
 	if err := syscall.Chroot("."); err != nil {
 		return fmt.Errorf("change root: %w", err)
+	}
+	if device := opts["wrenn.modules"]; device != "" {
+		if err := mountModules(device); err != nil {
+			say("the kernel's modules are not there: %v", err)
+		}
 	}
 	return fmt.Errorf("start /sbin/wrenn-init: %w", syscall.Exec("/sbin/wrenn-init", []string{"wrenn-init"}, os.Environ()))
 }

@@ -2,9 +2,11 @@ package qemu
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -47,44 +49,92 @@ func writableFD(node string) string { return "write " + node }
 
 func isWritableFD(opaque string) bool { return strings.HasPrefix(opaque, writableFD("")) }
 
-// chain hands over the files of a machine's disk and returns the node that
-// they make up, with the arguments that name them.
-func chain(s vmm.Spec, h *handed) (object, []string, error) {
-	var args []string
-	next := 1
-	// add makes a set of descriptors of one file, by what they are opened for.
-	add := func(name string, flags ...int) (set int, err error) {
-		set = next
-		next++
-		for _, flag := range flags {
-			n, err := h.open(name, flag)
-			if err != nil {
-				return 0, err
-			}
-			arg := fmt.Sprintf("fd=%d,set=%d", n, set)
-			if flag == os.O_RDWR {
-				arg += ",opaque=" + writableFD(overlayNode+"0")
-			}
-			args = append(args, "-add-fd", arg)
+// fdsets are the sets of descriptors that a QEMU starts with.
+type fdsets struct {
+	h    *handed
+	n    int
+	args []string // of QEMU
+}
+
+// add makes a set of descriptors of one file, by what they are opened for.
+func (f *fdsets) add(name string, flags ...int) (set int, err error) {
+	f.n++
+	for _, flag := range flags {
+		n, err := f.h.open(name, flag)
+		if err != nil {
+			return 0, err
 		}
-		return set, nil
+		arg := fmt.Sprintf("fd=%d,set=%d", n, f.n)
+		if flag == os.O_RDWR {
+			arg += ",opaque=" + writableFD(overlayNode+"0")
+		}
+		f.args = append(f.args, "-add-fd", arg)
 	}
-	set, err := add(s.Base, os.O_RDONLY)
+	return f.n, nil
+}
+
+// chain hands over the files of a machine's disk and returns the node that
+// they make up.
+func chain(s vmm.Spec, f *fdsets) (object, error) {
+	set, err := f.add(s.Base, os.O_RDONLY)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	below := readOnly(object{"driver": "raw", "file": readOnly(file(set))})
+	below := rawImage(set)
 	for _, layer := range s.Layers {
-		if set, err = add(layer, os.O_RDONLY); err != nil {
-			return nil, nil, err
+		if set, err = f.add(layer, os.O_RDONLY); err != nil {
+			return nil, err
 		}
 		below = readOnly(object{"driver": "qcow2", "file": readOnly(file(set)), "backing": below})
 	}
 	// The second is for when it is diverted.
-	if set, err = add(s.Overlay, os.O_RDWR, os.O_RDONLY); err != nil {
-		return nil, nil, err
+	if set, err = f.add(s.Overlay, os.O_RDWR, os.O_RDONLY); err != nil {
+		return nil, err
 	}
-	return overlay(overlayNode+"0", set, below), args, nil
+	return overlay(overlayNode+"0", set, below), nil
+}
+
+// rawImage is a raw image that is never written to.
+func rawImage(set int) object { return readOnly(object{"driver": "raw", "file": readOnly(file(set))}) }
+
+// modulesNode is the disk with the kernel's modules.
+const modulesNode = "modules"
+
+// modulesQueue is how many requests that disk's queue holds. The guest allocates memory
+// for each.
+const modulesQueue = 32
+
+// diskArguments are QEMU's for the disks of a machine of the model: the guest's own
+// first, which is /dev/vda.
+func diskArguments(s vmm.Spec, as model, h *handed) ([]string, error) {
+	f := &fdsets{h: h}
+	var args []string
+	add := func(node object, device string) error {
+		b, err := json.Marshal(node)
+		args = append(args, "-blockdev", string(b), "-device", "virtio-blk-device,drive="+device)
+		return err
+	}
+	if s.Overlay != "" {
+		node, err := chain(s, f)
+		if err != nil {
+			return nil, err
+		}
+		if err := add(node, overlayNode+"0"); err != nil {
+			return nil, err
+		}
+	}
+	if s.Modules != "" && as.modules {
+		set, err := f.add(s.Modules, os.O_RDONLY)
+		if err != nil {
+			return nil, err
+		}
+		node := rawImage(set)
+		node["node-name"] = modulesNode
+		if err := add(node, fmt.Sprintf("%s,queue-size=%d", modulesNode, modulesQueue)); err != nil {
+			return nil, err
+		}
+	}
+	return append(f.args, args...), nil
 }
 
 // opBytes is the size up to which a request counts as one operation (256 KiB).
@@ -107,12 +157,19 @@ type guestDisk struct {
 	Inserted node   `json:"inserted"`
 }
 
-// disk returns the guest's disk.
+// disks returns the guest's disks.
+func (m *machine) disks(ctx context.Context) (all []guestDisk, err error) {
+	err = m.qmp.Execute(ctx, "query-block", nil, &all)
+	return all, err
+}
+
+// disk returns the guest's own disk.
 func (m *machine) disk(ctx context.Context) (guestDisk, error) {
-	var disks []guestDisk
-	if err := m.qmp.Execute(ctx, "query-block", nil, &disks); err != nil {
+	disks, err := m.disks(ctx)
+	if err != nil {
 		return guestDisk{}, err
 	}
+	disks = slices.DeleteFunc(disks, func(d guestDisk) bool { return d.Inserted.Name == modulesNode })
 	if len(disks) == 0 {
 		return guestDisk{}, errNoDisk
 	}
@@ -128,20 +185,20 @@ func (m *machine) top(ctx context.Context) (node, error) {
 	return d.Inserted, err
 }
 
-// limit makes QEMU delay the guest's reads and writes above the rates. The limit is
-// the device's, so it stays when the disk is diverted.
+// limitGroup is QEMU's name for what the rates hold for: all disks of a guest together.
+const limitGroup = "guest"
+
+// limit makes QEMU delay the guest's reads and writes above the rates. The limits are
+// the devices', so they stay when the disk is diverted.
 func (m *machine) limit(ctx context.Context, r rates.Rates) error {
 	if r.DiskBytes == 0 && r.DiskOps == 0 {
 		return nil
 	}
-	d, err := m.disk(ctx)
-	if errors.Is(err, errNoDisk) {
-		return nil
-	}
+	disks, err := m.disks(ctx)
 	if err != nil {
 		return fmt.Errorf("limit disk: %w", err)
 	}
-	args := object{"id": d.Device, "bps": r.DiskBytes, "bps_rd": 0, "bps_wr": 0, "iops": r.DiskOps, "iops_rd": 0, "iops_wr": 0}
+	args := object{"group": limitGroup, "bps": r.DiskBytes, "bps_rd": 0, "bps_wr": 0, "iops": r.DiskOps, "iops_rd": 0, "iops_wr": 0}
 	// The maximum is the burst. QEMU accepts none below the rate; without one the
 	// burst is a tenth of the rate.
 	if n := r.AtOnce(r.DiskBytes); r.DiskBytes > 0 && n >= r.DiskBytes {
@@ -153,8 +210,11 @@ func (m *machine) limit(ctx context.Context, r rates.Rates) error {
 	if r.DiskOps > 0 {
 		args["iops_size"] = opBytes
 	}
-	if err := m.qmp.Execute(ctx, "block_set_io_throttle", args, nil); err != nil {
-		return fmt.Errorf("limit disk: %w", err)
+	for _, d := range disks {
+		args["id"] = d.Device
+		if err := m.qmp.Execute(ctx, "block_set_io_throttle", args, nil); err != nil {
+			return fmt.Errorf("limit disk: %w", err)
+		}
 	}
 	return nil
 }

@@ -30,15 +30,21 @@ type model struct {
 	hidden   string // features of any processor that guests do not get
 	nesting  string // features that only guests which may run virtual machines get
 	repaired bool   // see [redeliver]
+	modules  bool   // guests have the kernel's modules as a second disk
 }
 
 // nesting hides the features with which a guest can run virtual machines of its own.
 const nesting = ",svm=off,vmx=off"
 
+// hidden are performance counters, by which guests could observe one another, and
+// transactional memory, with which they could do it better.
+const hidden = ",pmu=off,perfctr-core=off,perfctr-nb=off,hle=off,rtm=off"
+
 // models are each accelerator's: machines boot as the first; the others restore
 // what an earlier release saved.
 var models = map[string][]model{
 	TCG: {
+		{version: 4, accel: tcgOption, cpu: "max", nesting: nesting, modules: true},
 		{version: 3, accel: tcgOption, cpu: "max", nesting: nesting},
 		// Its guests could use the SVM that TCG emulates.
 		{version: 2, accel: tcgOption, cpu: "max"},
@@ -47,11 +53,13 @@ var models = map[string][]model{
 		// With a split irqchip, microvm's default, a stop can lose the end of a
 		// level-triggered interrupt: see [redeliver]. The kernel's I/O APIC cannot.
 		//
-		// Guests get neither performance counters, by which they could observe one
-		// another, nor transactional memory, with which they could do it better.
+		{
+			version: 5, machine: ",ioapic2=off", accel: "kvm,kernel-irqchip=on", cpu: "host,migratable=on",
+			hidden: hidden, nesting: nesting, modules: true,
+		},
 		{
 			version: 4, machine: ",ioapic2=off", accel: "kvm,kernel-irqchip=on", cpu: "host,migratable=on",
-			hidden: ",pmu=off,perfctr-core=off,perfctr-nb=off,hle=off,rtm=off", nesting: nesting,
+			hidden: hidden, nesting: nesting,
 		},
 		{version: 3, machine: ",ioapic2=off", accel: "kvm,kernel-irqchip=on", cpu: "host", hidden: ",svm=off,vmx=off,pmu=off"},
 		{version: 2, accel: "kvm", cpu: "host", repaired: true},

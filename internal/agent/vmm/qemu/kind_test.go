@@ -31,7 +31,7 @@ func TestRestores(t *testing.T) {
 	}{
 		{emulated, emulated.Kind(false), ""},
 		{emulated, emulated.Kind(true), ""},
-		{emulated, "qemu-3 7.2.15 Debian 1:7.2+dfsg-7+deb12u12 tcg " + host, ""},
+		{emulated, "qemu-4 7.2.15 Debian 1:7.2+dfsg-7+deb12u12 tcg " + host, ""},
 		{emulated, "qemu-3 7.2.30 tcg " + host, ""},
 		{emulated, "qemu-3 6.9.1 tcg " + host, ""},
 		{emulated, "qemu-3 7.10.0 tcg " + host, "newer than 7.2"},
@@ -39,18 +39,20 @@ func TestRestores(t *testing.T) {
 		{emulated, "qemu-3 7.2.22 kvm " + host, "it ran by kvm"},
 		{emulated, "qemu-3 7.2.22 tcg fedcba9876543210", "another model"},
 		{emulated, "qemu-1 7.2.22 tcg " + host, "this release does not have"},
-		{emulated, "qemu-4 7.2.22 tcg " + host, "this release does not have"},
+		{emulated, "qemu-5 7.2.22 tcg " + host, "this release does not have"},
 		{emulated, "qemu-3 seven tcg " + host, "no kind of machine"},
 		{emulated, "firecracker", "no kind of machine"},
 		{emulated, "", "no kind of machine"},
 		{real, real.Kind(false), ""},
 		{real, real.Kind(true), ""},
 		// What an earlier release saved goes on.
+		{emulated, "qemu-3 7.2.22 tcg " + host, ""},
 		{emulated, "qemu-2 7.2.22 tcg " + host, ""},
+		{real, "qemu-4 7.2.22 kvm " + host, ""},
 		{real, "qemu-3 7.2.22 kvm " + host, ""},
 		{real, "qemu-2 7.2.22 kvm " + host, ""},
 		{real, "qemu-2 7.2.22 kvm fedcba9876543210", "another model"},
-		{real, "qemu-5 7.2.22 kvm " + host, "this release does not have"},
+		{real, "qemu-6 7.2.22 kvm " + host, "this release does not have"},
 		// A processor that has a name is the same on each host that has it, but an
 		// emulated one counts its time as its host does.
 		{named, named.Kind(false), ""},
@@ -142,9 +144,11 @@ func TestCPUOption(t *testing.T) {
 		}
 	}
 	for got, want := range map[string]string{
-		models[TCG][1].cpuOption(processor{}): "max",
-		models[KVM][1].cpuOption(processor{}): "host,svm=off,vmx=off,pmu=off",
-		models[KVM][2].cpuOption(processor{}): "host",
+		models[TCG][1].cpuOption(processor{}): "max,svm=off,vmx=off",
+		models[TCG][2].cpuOption(processor{}): "max",
+		models[KVM][1].cpuOption(processor{}): "host,migratable=on,pmu=off,perfctr-core=off,perfctr-nb=off,hle=off,rtm=off,svm=off,vmx=off",
+		models[KVM][2].cpuOption(processor{}): "host,svm=off,vmx=off,pmu=off",
+		models[KVM][3].cpuOption(processor{}): "host",
 	} {
 		if got != want {
 			t.Errorf("an earlier release had %q, and this one has %q", want, got)

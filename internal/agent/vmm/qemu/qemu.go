@@ -9,7 +9,6 @@ package qemu
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -360,17 +359,11 @@ func (d *Driver) arguments(s vmm.Spec, as model, cpu processor, control, ram, in
 			"-initrd", fmt.Sprintf("/proc/self/fd/%d", initrd),
 			"-append", cmdline)
 	}
-	if s.Overlay != "" {
-		disk, files, err := chain(s, h)
-		if err != nil {
-			return nil, err
-		}
-		node, err := json.Marshal(disk)
-		if err != nil {
-			return nil, err
-		}
-		args = append(append(args, files...), "-blockdev", string(node), "-device", "virtio-blk-device,drive="+overlayNode+"0")
+	disks, err := diskArguments(s, as, h)
+	if err != nil {
+		return nil, err
 	}
+	args = append(args, disks...)
 	if s.Tap != nil {
 		args = append(args,
 			"-netdev", fmt.Sprintf("tap,id=net,fd=%d", h.add(s.Tap)),

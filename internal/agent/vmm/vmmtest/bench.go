@@ -80,7 +80,7 @@ func NewSpec(t *testing.T, d vmm.Driver) vmm.Spec {
 	t.Helper()
 	in := imagetest.Prepare(t)
 	s := vmm.Spec{
-		ID: uuid.New(), Dir: t.TempDir(), Kernel: in.Kernel.Vmlinux, Initrd: in.Kernel.Initrd, Cmdline: guest.Cmdline("vmm-test"),
+		ID: uuid.New(), Dir: t.TempDir(), Kernel: in.Kernel.Vmlinux, Initrd: in.Kernel.Initrd, Modules: in.Kernel.Modules, Cmdline: guest.Cmdline("vmm-test"),
 		VCPUs: 1, MemoryMiB: 256, Base: in.Minimal.Rootfs, UID: testUID,
 		DiskBytes: int64(in.Minimal.DiskMiB) << 20,
 	}
