@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/layout"
@@ -32,19 +33,26 @@ type credentials struct {
 	Password string `json:"password"`
 }
 
-// loadSecrets reads the installation's secrets, or makes them.
+// loadSecrets reads the installation's secrets, or makes them if it has no database yet:
+// one that has cannot be opened with others.
 func loadSecrets(dir layout.Dir) (secrets, error) {
 	path := dir.Secrets()
 	b, err := os.ReadFile(path)
 	if err == nil {
 		var s secrets
 		if err := json.Unmarshal(b, &s); err != nil {
-			return secrets{}, fmt.Errorf("read secrets: %w", err)
+			return secrets{}, fmt.Errorf("read secrets: %s is damaged, restore it from a backup: %w", path, err)
+		}
+		if s.SecretKey == "" || s.AgentToken == "" || s.AdminPassword == "" || s.AdminAPIKey == "" {
+			return secrets{}, fmt.Errorf("read secrets: %s lacks one of its members, restore it from a backup", path)
 		}
 		return s, nil
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
 		return secrets{}, fmt.Errorf("read secrets: %w", err)
+	}
+	if _, err := os.Stat(filepath.Join(dir.Postgres(), postgresData)); !errors.Is(err, fs.ErrNotExist) {
+		return secrets{}, errors.Join(fmt.Errorf("read secrets: %s is missing, and the database in %s needs it: restore it from a backup", path, dir.Postgres()), err)
 	}
 	s := secrets{SecretKey: random(32), AgentToken: random(32), AdminPassword: rand.Text(), AdminAPIKey: "wrn_" + random(20)}
 	if err := atomicfile.WriteJSON(path, s); err != nil {

@@ -94,7 +94,10 @@ func newPostgres(ctx context.Context, dir layout.Dir) (*postgres, error) {
 	return p, nil
 }
 
-func (p *postgres) data() string { return filepath.Join(p.dir, "data") }
+// postgresData is the name of the cluster in PostgreSQL's folder.
+const postgresData = "data"
+
+func (p *postgres) data() string { return filepath.Join(p.dir, postgresData) }
 
 func (p *postgres) url(database string) string {
 	return "postgres:///" + database + "?user=postgres&host=" + url.QueryEscape(p.dir)

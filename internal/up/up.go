@@ -25,6 +25,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/wrenn-dev/wrenn/client"
+	"github.com/wrenn-dev/wrenn/internal/agent"
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/flock"
@@ -215,6 +216,10 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 	if err := s.readSettings(); err != nil {
 		return err
 	}
+	// Before anything is changed, as the agent does.
+	if err := agent.CheckFormats(s.dir); err != nil {
+		return err
+	}
 	// First, because its port may be taken.
 	front, err := newFrontDoor(ctx, s.dir, o.listen, s.server)
 	if err != nil {
@@ -284,10 +289,10 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 		return err
 	}
 
-	agent := "unix:" + s.dir.AgentSocket()
+	agentAt := "unix:" + s.dir.AgentSocket()
 	server := "unix:" + s.dir.ServerSocket()
 	hostAgent := s.own(self, all.AgentProgram, []string{
-		"WRENN_DIR=" + string(s.dir), "WRENN_LISTEN=" + agent, "WRENN_AGENT_TOKEN=" + s.secrets.AgentToken, "WRENN_ENVD=" + envd,
+		"WRENN_DIR=" + string(s.dir), "WRENN_LISTEN=" + agentAt, "WRENN_AGENT_TOKEN=" + s.secrets.AgentToken, "WRENN_ENVD=" + envd,
 		"WRENN_SERVER_URL=", "WRENN_HOST_TOKEN=", "WRENN_HOST_URL=",
 	}, func(ctx context.Context) error {
 		_, err := s.agent().Host(ctx, connect.NewRequest(&hostagentv1.HostRequest{}))
@@ -307,7 +312,7 @@ func (s *service) start(ctx context.Context, o options) (err error) {
 		"WRENN_STOP_TIMEOUT=" + (stopTimeout / 2).String(), "WRENN_INSECURE=" + strconv.FormatBool(o.insecure),
 		"WRENN_SPOOL_DIR=" + s.dir.Spool(),
 		"DATABASE_URL=" + pg.url("wrenn"), "REDIS_URL=" + rd.url(), "WRENN_LISTEN=" + server, "WRENN_METRICS_LISTEN=unix:" + s.dir.MetricsSocket(), "WRENN_DOMAIN=" + domain,
-		"WRENN_PUBLIC_URL=" + url, "WRENN_SECRET_KEY=" + s.secrets.SecretKey, "WRENN_AGENT_URL=" + agent, "WRENN_AGENT_TOKEN=" + s.secrets.AgentToken,
+		"WRENN_PUBLIC_URL=" + url, "WRENN_SECRET_KEY=" + s.secrets.SecretKey, "WRENN_AGENT_URL=" + agentAt, "WRENN_AGENT_TOKEN=" + s.secrets.AgentToken,
 		"WRENN_CA_CERT=", "WRENN_CA_KEY=",
 		"WRENN_ADMIN_EMAIL=" + adminEmail, "WRENN_ADMIN_PASSWORD=" + s.secrets.AdminPassword, "WRENN_ADMIN_API_KEY=" + s.secrets.AdminAPIKey,
 	}, func(ctx context.Context) error {

@@ -14,10 +14,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/redis/go-redis/v9"
 	"golang.org/x/sys/unix"
 
+	"github.com/wrenn-dev/wrenn/internal/agent/format"
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
@@ -253,6 +255,49 @@ func TestLogsAreBounded(t *testing.T) {
 	}
 	if total > 2*maxLog {
 		t.Errorf("%d bytes", total)
+	}
+}
+
+// TestNewerData: nothing is changed, and nothing started, on data of a later release.
+func TestNewerData(t *testing.T) {
+	s := newService(t)
+	record := s.dir.SandboxRecord(uuid.New())
+	if err := errors.Join(os.MkdirAll(filepath.Dir(record), 0o700), os.WriteFile(record, []byte(`{"version": 1000}`), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	before, err := os.ReadDir(string(s.dir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var newer *format.NewerError
+	if err := s.start(t.Context(), options{listen: "127.0.0.1:0"}); !errors.As(err, &newer) || newer.Path != record {
+		t.Errorf("the error is %v", err)
+	}
+	if after, err := os.ReadDir(string(s.dir)); err != nil || fmt.Sprint(after) != fmt.Sprint(before) {
+		t.Errorf("there was %v, and is %v, %v", before, after, err)
+	}
+}
+
+// TestDamagedSecrets: secrets that are damaged or gone are not made anew where there is a
+// database, which was made with them.
+func TestDamagedSecrets(t *testing.T) {
+	dir := layout.Dir(t.TempDir())
+	for _, text := range []string{"", "{", "{}", `{"secret_key": "a", "agent_token": "b", "admin_password": "c"}`} {
+		if err := os.WriteFile(dir.Secrets(), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := loadSecrets(dir); err == nil || !strings.Contains(err.Error(), "restore it") {
+			t.Errorf("%q: %v", text, err)
+		}
+	}
+	if err := errors.Join(os.Remove(dir.Secrets()), os.MkdirAll(filepath.Join(dir.Postgres(), postgresData), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := loadSecrets(dir); err == nil || !strings.Contains(err.Error(), "restore it") {
+		t.Errorf("without them: %v", err)
+	}
+	if _, err := os.Stat(dir.Secrets()); err == nil {
+		t.Error("they were made anew")
 	}
 }
 
