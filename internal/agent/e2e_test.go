@@ -30,6 +30,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
@@ -184,6 +185,42 @@ func testStream(t *testing.T, h *host, sandbox string) {
 		// The client's own end of the stream is still open.
 		if _, err := s.Receive(); !errors.Is(err, io.EOF) {
 			t.Errorf("after the end: %v", err)
+		}
+	})
+	t.Run("one connection", func(t *testing.T) {
+		// The guest lists its daemon's connections, of which this command has one.
+		peers := map[string]bool{}
+		const runs = 8
+		for range runs {
+			ctx, cancel := context.WithTimeout(t.Context(), await.Hang)
+			s := h.ExecStream(ctx)
+			s.RequestHeader().Set(hostwire.OutcomeOnly, "1")
+			if err := s.Send(&pb.ExecStreamRequest{Message: &pb.ExecStreamRequest_Start_{Start: &pb.ExecStreamRequest_Start{SandboxId: sandbox, Command: sh("ss -Htn state established '( sport = :49983 )'")}}}); err != nil {
+				t.Fatal(err)
+			}
+			var listed strings.Builder
+			for {
+				m, err := s.Receive()
+				if err != nil {
+					t.Fatal(err)
+				}
+				listed.Write(m.GetStdout())
+				if m.GetExited() != nil {
+					break
+				}
+			}
+			cancel() // At once, as the server does.
+			_ = s.CloseRequest()
+			n := len(peers)
+			for line := range strings.Lines(listed.String()) {
+				peers[strings.Fields(line)[3]] = true
+			}
+			if n == 0 && len(peers) == 0 {
+				t.Fatalf("the guest lists %q", listed.String())
+			}
+		}
+		if len(peers) >= runs/2 { // Others than this test ask the guest too.
+			t.Errorf("%d commands came over %d connections", runs, len(peers))
 		}
 	})
 	t.Run("terminal", func(t *testing.T) {

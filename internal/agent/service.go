@@ -629,6 +629,9 @@ func relay(stream *connect.BidiStream[pb.ExecStreamRequest, pb.ExecStreamRespons
 		m := &pb.ExecStreamResponse{}
 		switch {
 		case out.Exit != nil:
+			// Before the client hears of it, and ends the call: the connection to the guest
+			// serves the next request only if its answer was read whole.
+			p.Close()
 			m.Message = &pb.ExecStreamResponse_Exited_{Exited: &pb.ExecStreamResponse_Exited{ExitCode: out.Exit.Code, Error: out.Exit.Error, TimedOut: out.Exit.TimedOut}}
 		case len(out.Stdout) > 0:
 			m.Message = &pb.ExecStreamResponse_Stdout{Stdout: out.Stdout}
