@@ -30,7 +30,6 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
-	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
@@ -193,24 +192,21 @@ func testStream(t *testing.T, h *host, sandbox string) {
 		const runs = 8
 		for range runs {
 			ctx, cancel := context.WithTimeout(t.Context(), await.Hang)
-			s := h.ExecStream(ctx)
-			s.RequestHeader().Set(hostwire.OutcomeOnly, "1")
-			if err := s.Send(&pb.ExecStreamRequest{Message: &pb.ExecStreamRequest_Start_{Start: &pb.ExecStreamRequest_Start{SandboxId: sandbox, Command: sh("ss -Htn state established '( sport = :49983 )'")}}}); err != nil {
+			s, err := h.Run(ctx, connect.NewRequest(&pb.RunRequest{SandboxId: sandbox, Command: sh("ss -Htn state established '( sport = :49983 )'")}))
+			if err != nil {
 				t.Fatal(err)
 			}
 			var listed strings.Builder
-			for {
-				m, err := s.Receive()
-				if err != nil {
-					t.Fatal(err)
-				}
-				listed.Write(m.GetStdout())
-				if m.GetExited() != nil {
-					break
-				}
+			ended := false
+			for !ended && s.Receive() {
+				listed.Write(s.Msg().GetStdout())
+				ended = s.Msg().GetExited() != nil
 			}
-			cancel() // At once, as the server does.
-			_ = s.CloseRequest()
+			if !ended {
+				t.Fatalf("the command has no end: %v", s.Err())
+			}
+			cancel() // At once, before the end of the stream.
+			_ = s.Close()
 			n := len(peers)
 			for line := range strings.Lines(listed.String()) {
 				peers[strings.Fields(line)[3]] = true

@@ -500,6 +500,26 @@ func (s *service) Exec(ctx context.Context, req *connect.Request[pb.ExecRequest]
 	}), nil
 }
 
+// Run implements hostagentv1connect.HostAgentHandler. When the client goes, the command
+// is killed.
+func (s *service) Run(ctx context.Context, req *connect.Request[pb.RunRequest], stream *connect.ServerStream[pb.ExecStreamResponse]) error {
+	cmd, err := command(req.Msg.GetCommand())
+	if err != nil {
+		return err
+	}
+	use, err := s.use(ctx, req.Msg.GetSandboxId())
+	if err != nil {
+		return err
+	}
+	defer use.End()
+	p, err := use.Guest.StartForOutcome(use.Context, cmd)
+	if err == nil {
+		defer p.Close()
+		err = relay(stream, p)
+	}
+	return s.fault(ctx, "exec", ofCall(use, err))
+}
+
 // ExecStream implements hostagentv1connect.HostAgentHandler. When the client
 // goes, the command is killed.
 func (s *service) ExecStream(ctx context.Context, stream *connect.BidiStream[pb.ExecStreamRequest, pb.ExecStreamResponse]) error {
@@ -531,12 +551,7 @@ func (s *service) ExecStream(ctx context.Context, stream *connect.BidiStream[pb.
 	defer use.End()
 	run, cancel := context.WithCancelCause(use.Context)
 	defer cancel(nil)
-	var p *guest.Process
-	if stream.RequestHeader().Get(hostwire.OutcomeOnly) != "" && terminal == nil && !start.GetStdin() {
-		p, err = use.Guest.StartForOutcome(run, cmd)
-	} else {
-		p, err = use.Guest.Start(run, cmd, terminal, start.GetStdin())
-	}
+	p, err := use.Guest.Start(run, cmd, terminal, start.GetStdin())
 	if err != nil {
 		return s.fault(ctx, "exec", ofCall(use, err))
 	}
@@ -613,9 +628,11 @@ func feed(stream *connect.BidiStream[pb.ExecStreamRequest, pb.ExecStreamResponse
 	}
 }
 
-// relay passes on a process's output and end, and first its start if the caller asked
-// for that.
-func relay(stream *connect.BidiStream[pb.ExecStreamRequest, pb.ExecStreamResponse], p *guest.Process) error {
+// relay passes on a process's start, if that is known, its output, and its end.
+func relay(stream interface {
+	Send(*pb.ExecStreamResponse) error
+}, p *guest.Process,
+) error {
 	if p.PID != 0 {
 		if err := stream.Send(&pb.ExecStreamResponse{Message: &pb.ExecStreamResponse_Started_{Started: &pb.ExecStreamResponse_Started{Pid: p.PID}}}); err != nil {
 			return err

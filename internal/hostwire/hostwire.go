@@ -10,10 +10,6 @@ const DefaultDiskMiB = 5 << 10
 // has no code for that.
 const ErrorReason = "Wrenn-Error-Reason"
 
-// OutcomeOnly is a request header of ExecStream: if it is there, the caller does
-// not need the started message, and the agent leaves it out.
-const OutcomeOnly = "Wrenn-Outcome-Only"
-
 // RequestID is a request header with the id of the client's request that the call
 // belongs to, if there is one.
 const RequestID = "X-Wrenn-Request-Id"

@@ -62,6 +62,8 @@ type agent struct {
 	on func(ctx context.Context, call string) error
 	// guest answers requests to sandboxes' ports.
 	guest http.Handler
+	// before is set if it is of the release before.
+	before atomic.Bool
 
 	mu        sync.Mutex
 	sandboxes map[string]*hostagentv1.Sandbox
@@ -659,6 +661,18 @@ func (a *agent) ExecStream(ctx context.Context, s *connect.BidiStream[hostagentv
 	}
 }
 
+// Run implements hostagentv1connect.HostAgentHandler, unless the agent is of the release
+// before.
+func (a *agent) Run(_ context.Context, req *connect.Request[hostagentv1.RunRequest], s *connect.ServerStream[hostagentv1.ExecStreamResponse]) error {
+	if a.before.Load() {
+		return connect.NewError(connect.CodeUnimplemented, errors.New("no such call"))
+	}
+	if err := a.usable(req.Msg.SandboxId); err != nil {
+		return err
+	}
+	return a.print(req.Msg.Command, nil, s)
+}
+
 // toEnd reads a command's input, runs it, and sends what it printed.
 func (a *agent) toEnd(start *hostagentv1.ExecStreamRequest_Start, s *connect.BidiStream[hostagentv1.ExecStreamRequest, hostagentv1.ExecStreamResponse]) error {
 	var stdin []byte
@@ -670,7 +684,15 @@ func (a *agent) toEnd(start *hostagentv1.ExecStreamRequest_Start, s *connect.Bid
 		stdin = append(stdin, m.GetStdin()...)
 		open = m.GetCloseStdin() == nil
 	}
-	r, err := a.exec(start.Command, stdin)
+	return a.print(start.Command, stdin, s)
+}
+
+// print runs a command, and sends what it printed.
+func (a *agent) print(c *hostagentv1.Command, stdin []byte, s interface {
+	Send(*hostagentv1.ExecStreamResponse) error
+},
+) error {
+	r, err := a.exec(c, stdin)
 	if err != nil {
 		return err
 	}

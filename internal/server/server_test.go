@@ -442,22 +442,25 @@ func TestExec(t *testing.T) {
 		{"default timeout", map[string]any{"cmd": "env"}, map[string]any{"stdout": "   60"}},
 		{"timeout", map[string]any{"cmd": "hang"}, map[string]any{"timed_out": true, "error": "timed out", "exit_code": 137.}},
 	}
-	for _, tt := range tests {
-		got := p.call("POST", path, tt.body).want(200).object()
-		for k, v := range tt.want {
-			if got[k] != v {
-				t.Errorf("%s: %s = %v, want %v", tt.name, k, got[k], v)
+	for _, before := range []bool{false, true} {
+		p.agent.before.Store(before)
+		for _, tt := range tests {
+			got := p.call("POST", path, tt.body).want(200).object()
+			for k, v := range tt.want {
+				if got[k] != v {
+					t.Errorf("%s (agent of the release before: %v): %s = %v, want %v", tt.name, before, k, got[k], v)
+				}
 			}
 		}
-	}
-	p.call("POST", path, map[string]any{"cmd": "unheard-of"}).fails(400, "invalid_argument")
-	for cmd, code := range map[string]string{"missing": "command_not_found", "unfit": "command_not_executable"} {
-		if r := p.call("POST", path, map[string]any{"cmd": cmd}).fails(422, code); !strings.Contains(string(r.Body), cmd+": as a shell says") {
-			t.Errorf("%s: %s", cmd, r.Body)
+		p.call("POST", path, map[string]any{"cmd": "unheard-of"}).fails(400, "invalid_argument")
+		for cmd, code := range map[string]string{"missing": "command_not_found", "unfit": "command_not_executable"} {
+			if r := p.call("POST", path, map[string]any{"cmd": cmd}).fails(422, code); !strings.Contains(string(r.Body), cmd+": as a shell says") {
+				t.Errorf("%s: %s", cmd, r.Body)
+			}
 		}
-	}
-	if r := p.call("POST", path, map[string]any{"cmd": "lost"}).fails(500, "internal"); strings.Contains(string(r.Body), "secret") {
-		t.Errorf("a host's internal error is shown: %s", r.Body)
+		if r := p.call("POST", path, map[string]any{"cmd": "lost"}).fails(500, "internal"); strings.Contains(string(r.Body), "secret") {
+			t.Errorf("a host's internal error is shown: %s", r.Body)
+		}
 	}
 }
 

@@ -47,6 +47,9 @@ type Host struct {
 	URL string
 	// Agent calls the host's agent.
 	Agent hostagentv1connect.HostAgentClient
+	// Runner is Agent for calls whose client sends no stream. Where a connection costs
+	// little, each call has one, because HTTP/2 takes more processor time.
+	Runner hostagentv1connect.HostAgentClient
 
 	token     string
 	epoch     int32
@@ -155,14 +158,26 @@ func (r *Registry) newHost(row db.Host, token string) *Host {
 	if strings.HasPrefix(url, "unix:") {
 		address = "localhost"
 	}
-	h.Agent = hostagentv1connect.NewHostAgentClient(h.client, scheme+"://"+address,
+	options := connect.WithClientOptions(
 		connect.WithInterceptors(bearer(token)),
 		connect.WithReadMaxBytes(maxAnswer),
 		// Both ends are near each other: compressing costs more than it saves.
 		connect.WithAcceptCompression("gzip", nil, nil),
 	)
+	h.Agent = hostagentv1connect.NewHostAgentClient(h.client, scheme+"://"+address, options)
+	h.Runner = h.Agent
+	if scheme == "http" { // Without a handshake.
+		h.Runner = hostagentv1connect.NewHostAgentClient(plain{h.transport}, "http://"+address, options)
+	}
 	return h
 }
+
+// plain sends a Connect client's requests over a transport, without what
+// [http.Client] adds for other servers.
+type plain struct{ *upstream.Transport }
+
+// Do implements [connect.HTTPClient].
+func (p plain) Do(r *http.Request) (*http.Response, error) { return p.RoundTrip(r) }
 
 // secure returns the address, an IP address or a name, of a URL that asks for TLS.
 func secure(url string) (address string, ok bool) {

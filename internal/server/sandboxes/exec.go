@@ -11,7 +11,6 @@ import (
 
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
-	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/server/budget"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
@@ -30,19 +29,62 @@ const (
 // held as it comes, but for the first [budget.Free] bytes of a stream: what has no
 // room there, or is beyond 16 MiB of a stream, is dropped, because the command has run.
 func (s *Service) Exec(ctx context.Context, team, sandbox uuid.UUID, c *hostagentv1.Command, stdin []byte, held *budget.Held) (*hostagentv1.ExecResponse, error) {
-	var out *hostagentv1.ExecResponse
+	stdout, stderr := kept{held: held}, kept{held: held}
+	var exited *hostagentv1.ExecStreamResponse_Exited
 	err := s.call(ctx, team, sandbox, func(host *hosts.Host) (err error) {
-		start := &hostagentv1.ExecStreamRequest_Start{SandboxId: id.Format(id.Sandbox, sandbox), Command: c, Stdin: len(stdin) > 0}
-		out, err = exec(ctx, host.Agent, start, stdin, held)
-		return err
+		name := id.Format(id.Sandbox, sandbox)
+		take := func(m *hostagentv1.ExecStreamResponse) bool {
+			stdout.add(m.GetStdout())
+			stderr.add(m.GetStderr())
+			exited = m.GetExited()
+			return exited == nil
+		}
+		if len(stdin) == 0 {
+			err = run(ctx, host.Runner, &hostagentv1.RunRequest{SandboxId: name, Command: c}, take)
+			if connect.CodeOf(err) != connect.CodeUnimplemented {
+				return err
+			}
+			// The agent is of the release before.
+		}
+		return exec(ctx, host.Agent, &hostagentv1.ExecStreamRequest_Start{SandboxId: name, Command: c, Stdin: len(stdin) > 0}, stdin, take)
 	})
-	return out, err
+	if err != nil {
+		return nil, err
+	}
+	return &hostagentv1.ExecResponse{
+		Stdout: stdout.joined(), Stderr: stderr.joined(), Truncated: stdout.dropped || stderr.dropped,
+		ExitCode: exited.ExitCode, Error: exited.Error, TimedOut: exited.TimedOut,
+	}, nil
 }
 
-func exec(ctx context.Context, agent hostagentv1connect.HostAgentClient, start *hostagentv1.ExecStreamRequest_Start, stdin []byte, held *budget.Held) (*hostagentv1.ExecResponse, error) {
+// run runs a command without input, and calls take with what the agent sends until
+// take returns false.
+func run(ctx context.Context, agent hostagentv1connect.HostAgentClient, command *hostagentv1.RunRequest, take func(*hostagentv1.ExecStreamResponse) bool) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stream, err := agent.Run(ctx, connect.NewRequest(command))
+	if err != nil {
+		return err
+	}
+	// Before cancel: a connection whose answer was read to its end serves the next call.
+	defer func() { _ = stream.Close() }()
+	more := true
+	for stream.Receive() {
+		more = more && take(stream.Msg())
+	}
+	if !more {
+		return nil
+	}
+	if err := stream.Err(); err != nil {
+		return err
+	}
+	return io.ErrUnexpectedEOF // The agent broke off, so how the command ended is not known.
+}
+
+// exec is run for a command with input.
+func exec(ctx context.Context, agent hostagentv1connect.HostAgentClient, start *hostagentv1.ExecStreamRequest_Start, stdin []byte, take func(*hostagentv1.ExecStreamResponse) bool) error {
 	ctx, cancel := context.WithCancel(ctx)
 	stream := agent.ExecStream(ctx)
-	stream.RequestHeader().Set(hostwire.OutcomeOnly, "1")
 	fed := make(chan struct{})
 	go func() {
 		defer close(fed)
@@ -54,25 +96,16 @@ func exec(ctx context.Context, agent hostagentv1connect.HostAgentClient, start *
 		<-fed
 		_ = stream.CloseResponse()
 	}()
-	stdout, stderr := kept{held: held}, kept{held: held}
 	for {
 		m, err := stream.Receive()
 		if errors.Is(err, io.EOF) {
-			return nil, io.ErrUnexpectedEOF // the host broke off: how the command ended is not known
+			return io.ErrUnexpectedEOF // the host broke off: how the command ended is not known
 		}
 		if err != nil {
-			return nil, err
+			return err
 		}
-		switch m := m.Message.(type) {
-		case *hostagentv1.ExecStreamResponse_Stdout:
-			stdout.add(m.Stdout)
-		case *hostagentv1.ExecStreamResponse_Stderr:
-			stderr.add(m.Stderr)
-		case *hostagentv1.ExecStreamResponse_Exited_:
-			return &hostagentv1.ExecResponse{
-				Stdout: stdout.joined(), Stderr: stderr.joined(), Truncated: stdout.dropped || stderr.dropped,
-				ExitCode: m.Exited.ExitCode, Error: m.Exited.Error, TimedOut: m.Exited.TimedOut,
-			}, nil
+		if !take(m) {
+			return nil
 		}
 	}
 }

@@ -2,10 +2,21 @@ package sandboxes
 
 import (
 	"bytes"
+	"context"
+	"errors"
+	"net"
+	"net/http"
+	"net/http/httptest"
 	"testing"
+	"time"
 
+	"connectrpc.com/connect"
+
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
+	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
 	"github.com/wrenn-dev/wrenn/internal/linear"
 	"github.com/wrenn-dev/wrenn/internal/server/budget"
+	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
 // Output is kept whole up to its bounds, and never without memory for it.
@@ -57,4 +68,68 @@ func TestKeptIsLinear(t *testing.T) {
 		}
 		k.joined()
 	})
+}
+
+// runner runs commands as an agent does: "part" breaks off before its end, and "no"
+// cannot be run.
+type runner struct {
+	hostagentv1connect.UnimplementedHostAgentHandler
+}
+
+func (runner) Run(_ context.Context, req *connect.Request[hostagentv1.RunRequest], s *connect.ServerStream[hostagentv1.ExecStreamResponse]) error {
+	if req.Msg.Command.Cmd == "no" {
+		return connect.NewError(connect.CodeNotFound, errors.New("no: command not found"))
+	}
+	for _, out := range []string{"a", "b"} {
+		if err := s.Send(&hostagentv1.ExecStreamResponse{Message: &hostagentv1.ExecStreamResponse_Stdout{Stdout: []byte(out)}}); err != nil {
+			return err
+		}
+	}
+	if req.Msg.Command.Cmd == "part" {
+		return nil
+	}
+	return s.Send(&hostagentv1.ExecStreamResponse{Message: &hostagentv1.ExecStreamResponse_Exited_{Exited: &hostagentv1.ExecStreamResponse_Exited{ExitCode: 3}}})
+}
+
+func TestRun(t *testing.T) {
+	mux := http.NewServeMux()
+	mux.Handle(hostagentv1connect.NewHostAgentHandler(runner{}))
+	connections := 0
+	srv := httptest.NewUnstartedServer(mux)
+	srv.Config.ConnState = func(_ net.Conn, s http.ConnState) {
+		if s == http.StateNew {
+			connections++ // by the one goroutine that accepts
+		}
+	}
+	srv.Start()
+	transport := &upstream.Transport{
+		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "tcp", addr)
+		},
+		IdleTimeout: time.Hour, MaxIdle: 1, MaxIdlePerHost: 1, MaxHeaderBytes: 64 << 10,
+	}
+	agent := hostagentv1connect.NewHostAgentClient(&http.Client{Transport: transport}, srv.URL)
+	for range 10 {
+		var printed string
+		var exited *hostagentv1.ExecStreamResponse_Exited
+		err := run(t.Context(), agent, &hostagentv1.RunRequest{Command: &hostagentv1.Command{Cmd: "true"}}, func(m *hostagentv1.ExecStreamResponse) bool {
+			printed += string(m.GetStdout())
+			exited = m.GetExited()
+			return exited == nil
+		})
+		if err != nil || printed != "ab" || exited.GetExitCode() != 3 {
+			t.Fatalf("%v, printed %q, ended with %v", err, printed, exited)
+		}
+	}
+	for cmd, code := range map[string]connect.Code{"part": connect.CodeUnknown, "no": connect.CodeNotFound} {
+		err := run(t.Context(), agent, &hostagentv1.RunRequest{Command: &hostagentv1.Command{Cmd: cmd}}, func(m *hostagentv1.ExecStreamResponse) bool { return m.GetExited() == nil })
+		if err == nil || connect.CodeOf(err) != code {
+			t.Errorf("%s: %v", cmd, err)
+		}
+	}
+	transport.Close()
+	srv.Close() // It waits for the goroutine that accepts.
+	if connections != 1 {
+		t.Errorf("12 commands took %d connections", connections)
+	}
 }

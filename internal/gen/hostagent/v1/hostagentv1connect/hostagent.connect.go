@@ -44,6 +44,8 @@ const (
 	HostAgentGetProcedure = "/hostagent.v1.HostAgent/Get"
 	// HostAgentExecProcedure is the fully-qualified name of the HostAgent's Exec RPC.
 	HostAgentExecProcedure = "/hostagent.v1.HostAgent/Exec"
+	// HostAgentRunProcedure is the fully-qualified name of the HostAgent's Run RPC.
+	HostAgentRunProcedure = "/hostagent.v1.HostAgent/Run"
 	// HostAgentExecStreamProcedure is the fully-qualified name of the HostAgent's ExecStream RPC.
 	HostAgentExecStreamProcedure = "/hostagent.v1.HostAgent/ExecStream"
 	// HostAgentWriteFileProcedure is the fully-qualified name of the HostAgent's WriteFile RPC.
@@ -105,6 +107,9 @@ type HostAgentClient interface {
 	Get(context.Context, *connect.Request[v1.GetRequest]) (*connect.Response[v1.GetResponse], error)
 	// Exec runs a command to its end and returns what it printed, bounded.
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
+	// Run runs a command without input to its end. It sends what the command prints, and
+	// exited as the last message. Earlier releases do not have it.
+	Run(context.Context, *connect.Request[v1.RunRequest]) (*connect.ServerStreamForClient[v1.ExecStreamResponse], error)
 	// ExecStream runs a command with its input and output streamed. The first
 	// message is start.
 	ExecStream(context.Context) *connect.BidiStreamForClient[v1.ExecStreamRequest, v1.ExecStreamResponse]
@@ -202,6 +207,12 @@ func NewHostAgentClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			httpClient,
 			baseURL+HostAgentExecProcedure,
 			connect.WithSchema(hostAgentMethods.ByName("Exec")),
+			connect.WithClientOptions(opts...),
+		),
+		run: connect.NewClient[v1.RunRequest, v1.ExecStreamResponse](
+			httpClient,
+			baseURL+HostAgentRunProcedure,
+			connect.WithSchema(hostAgentMethods.ByName("Run")),
 			connect.WithClientOptions(opts...),
 		),
 		execStream: connect.NewClient[v1.ExecStreamRequest, v1.ExecStreamResponse](
@@ -346,6 +357,7 @@ type hostAgentClient struct {
 	list            *connect.Client[v1.ListRequest, v1.ListResponse]
 	get             *connect.Client[v1.GetRequest, v1.GetResponse]
 	exec            *connect.Client[v1.ExecRequest, v1.ExecResponse]
+	run             *connect.Client[v1.RunRequest, v1.ExecStreamResponse]
 	execStream      *connect.Client[v1.ExecStreamRequest, v1.ExecStreamResponse]
 	writeFile       *connect.Client[v1.WriteFileRequest, v1.WriteFileResponse]
 	readFile        *connect.Client[v1.ReadFileRequest, v1.ReadFileResponse]
@@ -393,6 +405,11 @@ func (c *hostAgentClient) Get(ctx context.Context, req *connect.Request[v1.GetRe
 // Exec calls hostagent.v1.HostAgent.Exec.
 func (c *hostAgentClient) Exec(ctx context.Context, req *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error) {
 	return c.exec.CallUnary(ctx, req)
+}
+
+// Run calls hostagent.v1.HostAgent.Run.
+func (c *hostAgentClient) Run(ctx context.Context, req *connect.Request[v1.RunRequest]) (*connect.ServerStreamForClient[v1.ExecStreamResponse], error) {
+	return c.run.CallServerStream(ctx, req)
 }
 
 // ExecStream calls hostagent.v1.HostAgent.ExecStream.
@@ -516,6 +533,9 @@ type HostAgentHandler interface {
 	Get(context.Context, *connect.Request[v1.GetRequest]) (*connect.Response[v1.GetResponse], error)
 	// Exec runs a command to its end and returns what it printed, bounded.
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
+	// Run runs a command without input to its end. It sends what the command prints, and
+	// exited as the last message. Earlier releases do not have it.
+	Run(context.Context, *connect.Request[v1.RunRequest], *connect.ServerStream[v1.ExecStreamResponse]) error
 	// ExecStream runs a command with its input and output streamed. The first
 	// message is start.
 	ExecStream(context.Context, *connect.BidiStream[v1.ExecStreamRequest, v1.ExecStreamResponse]) error
@@ -609,6 +629,12 @@ func NewHostAgentHandler(svc HostAgentHandler, opts ...connect.HandlerOption) (s
 		HostAgentExecProcedure,
 		svc.Exec,
 		connect.WithSchema(hostAgentMethods.ByName("Exec")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostAgentRunHandler := connect.NewServerStreamHandler(
+		HostAgentRunProcedure,
+		svc.Run,
+		connect.WithSchema(hostAgentMethods.ByName("Run")),
 		connect.WithHandlerOptions(opts...),
 	)
 	hostAgentExecStreamHandler := connect.NewBidiStreamHandler(
@@ -755,6 +781,8 @@ func NewHostAgentHandler(svc HostAgentHandler, opts ...connect.HandlerOption) (s
 			hostAgentGetHandler.ServeHTTP(w, r)
 		case HostAgentExecProcedure:
 			hostAgentExecHandler.ServeHTTP(w, r)
+		case HostAgentRunProcedure:
+			hostAgentRunHandler.ServeHTTP(w, r)
 		case HostAgentExecStreamProcedure:
 			hostAgentExecStreamHandler.ServeHTTP(w, r)
 		case HostAgentWriteFileProcedure:
@@ -826,6 +854,10 @@ func (UnimplementedHostAgentHandler) Get(context.Context, *connect.Request[v1.Ge
 
 func (UnimplementedHostAgentHandler) Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgent.Exec is not implemented"))
+}
+
+func (UnimplementedHostAgentHandler) Run(context.Context, *connect.Request[v1.RunRequest], *connect.ServerStream[v1.ExecStreamResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgent.Run is not implemented"))
 }
 
 func (UnimplementedHostAgentHandler) ExecStream(context.Context, *connect.BidiStream[v1.ExecStreamRequest, v1.ExecStreamResponse]) error {
