@@ -18,6 +18,8 @@ import (
 const (
 	// maxInterim bounds the responses 1xx before a final one.
 	maxInterim = 16
+	// maxInline bounds a body in memory that is sent without a goroutine, in bytes.
+	maxInline = 4 << 10
 	// sendWait is how long a connection waits to be kept when its response is
 	// complete while the end of the request is still being written.
 	sendWait = 50 * time.Millisecond
@@ -152,7 +154,11 @@ func (c *conn) exchange(req *http.Request, b *body) (*http.Response, error) {
 		if out.ContentLength < 0 {
 			out.TransferEncoding = []string{"chunked"} // Else net/http tries some bodies first.
 		}
-		go func() { s.finish(c.send(&out)) }()
+		if s.own && out.ContentLength > 0 && out.ContentLength <= maxInline {
+			s.finish(c.send(&out)) // A connection without a request takes that much at once.
+		} else {
+			go func() { s.finish(c.send(&out)) }()
+		}
 	}
 	// A server may respond without reading, so the response comes first.
 	resp, err := c.receive(req, s)
