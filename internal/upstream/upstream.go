@@ -330,19 +330,27 @@ func (t *Transport) expire() {
 	}
 }
 
-// Close closes the connections that no request uses, and each of the others
-// when its request is over. There are no new ones.
-func (t *Transport) Close() {
+// CloseIdle closes the connections that no request uses.
+func (t *Transport) CloseIdle() {
 	t.mu.Lock()
 	idle := t.idle
-	t.closed, t.idle, t.n = true, nil, 0
-	if t.sweep != nil {
-		t.sweep.Stop()
-	}
+	t.idle, t.n = nil, 0
 	t.mu.Unlock()
 	for _, list := range idle {
 		for _, c := range list {
 			c.close()
 		}
 	}
+}
+
+// Close closes the connections that no request uses, and each of the others
+// when its request is over. There are no new ones.
+func (t *Transport) Close() {
+	t.mu.Lock()
+	t.closed = true
+	if t.sweep != nil {
+		t.sweep.Stop()
+	}
+	t.mu.Unlock()
+	t.CloseIdle()
 }

@@ -24,6 +24,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/requestid"
 	"github.com/wrenn-dev/wrenn/internal/text"
+	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
 // Port is where the guest daemon listens.
@@ -46,7 +47,7 @@ type Client struct {
 	base      string
 	token     atomic.Pointer[string]
 	http      *http.Client
-	transport *http.Transport
+	transport *upstream.Transport
 	processes processconnect.ProcessClient
 
 	life context.Context // ends with the client
@@ -61,19 +62,13 @@ func New(addr netip.Addr, token string) *Client {
 	// HTTP/1.1, a connection a request: over HTTP/2 all requests would share
 	// one flow control window, and a process that does not read its input would
 	// stop every other request.
-	var p http.Protocols
-	p.SetHTTP1(true)
-	t := &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	t := &upstream.Transport{
+		Dial: func(ctx context.Context, _ string) (net.Conn, error) {
 			return dial(ctx, target) // never anywhere else, whatever the guest answers
 		},
-		Protocols:              &p,
-		DisableCompression:     true,
-		MaxIdleConnsPerHost:    8,
-		IdleConnTimeout:        60 * time.Second,
-		MaxResponseHeaderBytes: 64 << 10,
-		WriteBufferSize:        64 << 10,
-		ReadBufferSize:         64 << 10,
+		IdleTimeout: 60 * time.Second,
+		MaxIdle:     8, MaxIdlePerHost: 8,
+		MaxHeaderBytes: 64 << 10,
 	}
 	life, end := context.WithCancel(context.Background())
 	c := &Client{
@@ -101,7 +96,7 @@ func (a authorized) Do(r *http.Request) (*http.Response, error) {
 // their contexts end.
 func (c *Client) Close() {
 	c.end()
-	c.transport.CloseIdleConnections()
+	c.transport.Close()
 }
 
 // The pauses between attempts to reach a guest that boots: it cannot tell.

@@ -187,10 +187,10 @@ func TestExec(t *testing.T) {
 func TestExecKeepsItsConnection(t *testing.T) {
 	c := start(t)
 	var dials atomic.Int32
-	dial := c.transport.DialContext
-	c.transport.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+	dial := c.transport.Dial
+	c.transport.Dial = func(ctx context.Context, addr string) (net.Conn, error) {
 		dials.Add(1)
-		return dial(ctx, network, addr)
+		return dial(ctx, addr)
 	}
 	for range 5 {
 		if r, err := c.Exec(await.Context(t), sh("echo out; exit 3"), nil); err != nil || r.Code != 3 || string(r.Stdout) != "out\n" {

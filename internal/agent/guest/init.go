@@ -77,7 +77,7 @@ func (c *Client) Init(ctx context.Context, s Settings) (Report, error) {
 	if err != nil {
 		return Report{}, err
 	}
-	c.transport.CloseIdleConnections()
+	c.transport.CloseIdle()
 	attempts := backoff.New(firstPause, lastPause)
 	for {
 		report, status, err := c.init(ctx, shown, m)

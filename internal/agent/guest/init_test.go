@@ -197,9 +197,9 @@ func TestInitReachesAGuestThatWasNotThere(t *testing.T) {
 	addr := srv.Listener.Addr().String()
 	srv.Close()
 	refused := make(chan struct{}, 1)
-	connect := c.transport.DialContext
-	c.transport.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
-		conn, err := connect(ctx, network, address)
+	connect := c.transport.Dial
+	c.transport.Dial = func(ctx context.Context, address string) (net.Conn, error) {
+		conn, err := connect(ctx, address)
 		if errors.Is(err, syscall.ECONNREFUSED) {
 			select {
 			case refused <- struct{}{}:
