@@ -15,6 +15,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent"
 	"github.com/wrenn-dev/wrenn/internal/agent/enroll"
+	"github.com/wrenn-dev/wrenn/internal/ballast"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	"github.com/wrenn-dev/wrenn/internal/settings/all"
 )
@@ -66,6 +67,7 @@ func runAgent(asked context.Context, c agent.Config, e all.Enrollment) error {
 	if c.Listen == "" {
 		return errors.New("say where to listen with --listen or WRENN_LISTEN: address:port or unix:/path")
 	}
+	ballast.Load()
 	leave := &farewell{asked: asked, sleep: time.Sleep}
 	ctx, cancel := leave.context()
 	defer cancel()

@@ -15,6 +15,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/wrenn-dev/wrenn/internal/ballast"
 	"github.com/wrenn-dev/wrenn/internal/bounded"
 	"github.com/wrenn-dev/wrenn/internal/drain"
 	"github.com/wrenn-dev/wrenn/internal/handover"
@@ -51,6 +52,7 @@ func serverCommand() *cobra.Command {
 			if os.Getenv("GOMEMLIMIT") == "" {
 				debug.SetMemoryLimit(c.MemoryLimit())
 			}
+			ballast.Load()
 			s, err := server.New(asked, c.Config)
 			if err != nil {
 				return err
