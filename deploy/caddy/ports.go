@@ -29,7 +29,8 @@ const (
 // ports is the listener wrapper "ports DOMAIN OWN SERVER SITES"; OWN is the sandboxes'
 // own domain. If Caddy serves only plain HTTP, ports forwards plain requests to
 // sandboxes' ports without Caddy's handlers, or passes their connections to a control
-// plane on this machine. It must come after "linger" and "tls".
+// plane on this machine, and those that begin with a call of the API. It must come after
+// "linger" and "tls".
 type ports struct {
 	Domain string `json:"domain"`
 	Own    string `json:"own"`
@@ -86,7 +87,7 @@ func (p *ports) WrapListener(l net.Listener) net.Listener {
 		}
 	}
 	wrapped := (&upstream.Server{
-		Handler: http.HandlerFunc(p.proxy.forward), Takes: p.takes, Pass: p.pass, HeaderTimeout: readHeader, IdleTimeout: idle, WriteIdle: writeIdle,
+		Handler: http.HandlerFunc(p.proxy.forward), Takes: p.takes, Pass: p.pass, PassToo: p.calls(), HeaderTimeout: readHeader, IdleTimeout: idle, WriteIdle: writeIdle,
 	}).Listen(l)
 	p.listeners = append(p.listeners, wrapped)
 	return wrapped
@@ -101,6 +102,17 @@ func (p *ports) takes(r *http.Request) bool {
 	}
 	label, domain, _ := strings.Cut(strings.TrimSuffix(host, "."), ".")
 	return strings.Contains(strings.ToLower(label), "-cl-") && (strings.EqualFold(domain, p.Domain) || strings.EqualFold(domain, p.Own))
+}
+
+// calls returns how calls of the API that change something begin, if no site has a name
+// that Caddy would have to check first.
+func (p *ports) calls() []string {
+	for site := range list(p.Sites) {
+		if !strings.HasPrefix(site, "http://:") {
+			return nil
+		}
+	}
+	return []string{"POST /v1/", "POST /api/v1/"}
 }
 
 // pass gives a connection to the control plane, and reports whether that accepted it.

@@ -920,8 +920,8 @@ func TestPortsTakeAShorterWay(t *testing.T) {
 	}
 }
 
-// TestConnectionsArePassed: the control plane serves connections to sandboxes' ports
-// itself as long as it accepts them, and answers whatever comes over them as it would
+// TestConnectionsArePassed: the control plane serves connections to sandboxes' ports and
+// those that begin with a call of the API itself as long as it accepts them, and answers whatever comes over them as it would
 // be answered through Caddy.
 func TestConnectionsArePassed(t *testing.T) {
 	tell := func(by string) http.Handler {
@@ -967,12 +967,13 @@ func TestConnectionsArePassed(t *testing.T) {
 	get := func(host, path string) string { return "GET " + path + " HTTP/1.1\r\nHost: " + host + "\r\n\r\n" }
 	const sandbox, api = "80-cl-x.localhost", "localhost"
 	post := "POST /a HTTP/1.1\r\nHost: " + sandbox + "\r\nContent-Length: 5\r\n\r\nhello"
+	call := "POST /v1/x HTTP/1.1\r\nHost: " + api + "\r\nContent-Length: 5\r\n\r\nhello"
 	client, mine := dial()
 	mine(get(sandbox, "/"))
 	_, caddys := dial()
 	caddys(get(api, "/v1/x"))
 	for _, request := range []string{
-		get(sandbox, "/"), get(sandbox, "/api/x%2fy?z=%zz"), post,
+		get(sandbox, "/"), get(sandbox, "/api/x%2fy?z=%zz"), post, call, strings.Replace(call, "/v1", "/api/v1", 1),
 		get(api, "/v1/x"), get(api, "/api/v1/x%2fy?z"), get(api, "/"), get(api, "/docs"), get(api, "/api"), get(api, "/apis"),
 		strings.Replace(get(sandbox, "/"), "\r\n\r\n", "\r\nX-Forwarded-For: me\r\nX-Forwarded-Host: me\r\nForwarded: me\r\n\r\n", 1),
 	} {
@@ -988,17 +989,25 @@ func TestConnectionsArePassed(t *testing.T) {
 			t.Errorf("%q: by %s", first, by)
 		}
 	}
+	for _, first := range []string{call, strings.Replace(call, "/v1", "/api/v1", 1)} {
+		_, ask := dial()
+		if by, got := ask(first); by != "itself" || !strings.HasSuffix(got, " from 127.0.0.1: hello") {
+			t.Errorf("%q: by %q: %s", first, by, got)
+		}
+	}
 	srv.Close()
-	_, ask := dial()
-	if by, got := ask(get(sandbox, "/")); by != "Caddy" {
-		t.Errorf("the control plane takes none: by %q: %s", by, got)
+	for _, first := range []string{get(sandbox, "/"), call} {
+		_, ask := dial()
+		if by, got := ask(first); by != "Caddy" {
+			t.Errorf("the control plane takes none: by %q: %s", by, got)
+		}
 	}
 	if n, err := client.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
 		t.Errorf("a connection that the control plane has closed: %d, %v", n, err)
 	}
 	// Nobody accepts: the control plane hangs, or is killed before it does.
 	takePassed(t, s)
-	_, ask = dial()
+	_, ask := dial()
 	if by, got := ask(get(sandbox, "/")); by != "Caddy" {
 		t.Errorf("the control plane accepts none: by %q: %s", by, got)
 	}

@@ -34,6 +34,9 @@ type Server struct {
 	// Pass, if not nil, is called with a connection whose first request the server
 	// takes, and the bytes read of it. If it returns true, another program serves it.
 	Pass func(c net.Conn, read []byte) bool
+	// PassToo are the beginnings of first requests that are not plain, but with which Pass
+	// is called too.
+	PassToo []string
 	// HeaderTimeout bounds the wait for a request's header, and IdleTimeout the wait
 	// for a connection's next request.
 	HeaderTimeout, IdleTimeout time.Duration
@@ -345,7 +348,9 @@ func (c *served) serve() {
 		}
 		r := c.parse(n)
 		if r == nil {
-			c.handOver()
+			if !first || !c.passesToo() || !c.pass() {
+				c.handOver()
+			}
 			return
 		}
 		r.RemoteAddr = remote
@@ -375,6 +380,13 @@ func (c *served) handOver() {
 	_ = c.Conn.SetWriteDeadline(time.Time{})
 	c.l.hand(accepted{Conn: &replayed{c.Conn, c.br}})
 	c.l.leave(c)
+}
+
+// passesToo reports whether a request that is not plain begins as PassToo says. If only
+// a part of that has arrived, it does not.
+func (c *served) passesToo() bool {
+	b, _ := c.br.Peek(c.br.Buffered())
+	return slices.ContainsFunc(c.l.server.PassToo, func(begin string) bool { return strings.HasPrefix(string(b[:min(len(b), len(begin))]), begin) })
 }
 
 // pass offers the connection to Pass, and reports whether another program has it now.
