@@ -5,6 +5,7 @@ SHELL   := /bin/bash
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 
 GOFUMPT     := mvdan.cc/gofumpt@v0.12.0
+DEADCODE    := golang.org/x/tools/cmd/deadcode@v0.52.0
 NFPM        := github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.44.2
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 GOLANGCI    := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
@@ -17,7 +18,7 @@ PACKAGES := test/browser/node_modules/.package-lock.json test/clients/node_modul
 RUN_PACKAGES  := qemu-system-x86 postgresql redis-server mmdebstrap e2fsprogs kmod ca-certificates
 # (gcc: for the race detector.) LAB_PACKAGES are what test/lab needs of them.
 LAB_PACKAGES  := qemu-utils busybox-static nftables iptables iproute2 socat
-TEST_PACKAGES := $(LAB_PACKAGES) slirp4netns btrfs-progs containernetworking-plugins gcc libc6-dev dpkg-dev docker-registry skopeo umoci chromium fonts-dejavu-core
+TEST_PACKAGES := $(LAB_PACKAGES) slirp4netns btrfs-progs containernetworking-plugins gcc libc6-dev dpkg-dev docker-registry skopeo umoci chromium fonts-dejavu-core jq
 
 # What benchmarks are beside.
 BENCH_PACKAGES := nginx-light wrk iproute2 gcc libc6-dev
@@ -82,6 +83,8 @@ check: go $(LINTERS)
 lint: check
 	GOBIN=$(CURDIR)/.cache/linters go install $(GOLANGCI)
 	.cache/linters/golangci-lint run $(GO_PACKAGES)
+	@out=$$(go run $(DEADCODE) -test $(GO_PACKAGES)) || exit 1; \
+		if grep -v -e '^client/' -e '^$$' <<<"$$out"; then echo "nothing calls these, not even a test"; exit 1; fi
 
 # WRENN_SLOW=1 runs what takes longer than all the rest together, too.
 test: export WRENN_SLOW ?=
