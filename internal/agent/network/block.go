@@ -139,6 +139,17 @@ func inUse(n int) bool {
 	return err == nil
 }
 
+// agents returns how many agents have a block of this machine, or left guests in one.
+func agents() (n int) {
+	for b := range blocks {
+		owner, err := os.ReadFile(blockFile(b))
+		if err == nil && !abandoned(layout.Dir(strings.TrimSuffix(string(owner), "\n")), b) {
+			n++
+		}
+	}
+	return n
+}
+
 // conflicts reports whether an address of block n is in one of nets.
 func conflicts(n int, nets []netip.Prefix) bool {
 	return slices.ContainsFunc(nets, blockPrefix(n).Overlaps)

@@ -249,6 +249,7 @@ func (p *Pool) mend(l look) {
 	}
 	if l.names {
 		p.judge(problem.Files, "network", p.mendFiles())
+		p.judge(problem.Firewall, "share", p.mendShares())
 	}
 	p.mendSlots(l)
 	if l.rules || l.settings || l.allLinks {

@@ -205,6 +205,29 @@ func (p *Pool) mendFiles() error {
 	return nil
 }
 
+// mendShares gives each guest its share of the connections that the machine tracks,
+// which becomes smaller if another agent comes, and larger if one goes.
+func (p *Pool) mendShares() error {
+	share := shareOfConnections(p.config.Guests, agents())
+	p.connections.Store(share)
+	p.mu.Lock()
+	slots := slices.Collect(maps.Values(p.linked))
+	p.mu.Unlock()
+	var errs []error
+	for _, s := range slots {
+		s.mu.Lock()
+		if next := s.config; !s.down {
+			next.connections = share
+			errs = append(errs, s.configure(next))
+		}
+		s.mu.Unlock()
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("guests keep a share of the machine's connections from when it had fewer agents: %w", err)
+	}
+	return nil
+}
+
 // slotOf returns the slot whose link on the host has the index, or nil.
 func (p *Pool) slotOf(link int) *Slot {
 	p.mu.Lock()

@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -47,8 +48,8 @@ type Config struct {
 	// Upstreams are the IPv4 DNS resolvers for guests, usually [Upstreams]();
 	// that is taken when there are none.
 	Upstreams []netip.Addr
-	// Guests is how many guests there can be at once, who share half of the
-	// connections that the machine tracks; 0: one a slot.
+	// Guests is how many guests there can be at once, who share this agent's part of
+	// half of the connections that the machine tracks; 0: one a slot.
 	Guests int
 	// Rates limit each guest's network, unless [Slot.Limit] sets others.
 	Rates rates.Rates
@@ -71,8 +72,8 @@ type Pool struct {
 	cancel context.CancelFunc
 	refill sync.WaitGroup
 	guard  *guard
-	// connections is how many a guest may have tracked at once.
-	connections uint32
+	// connections is how many a guest may have tracked at once. The guard sets it.
+	connections atomic.Uint32
 	rules       string   // the fingerprint of the block's table on the host
 	docker      bool     // rules for Docker were added; the guard's alone until it is closed
 	wasOff      bool     // an agent turned IP forwarding on; the guard's alone
@@ -162,7 +163,7 @@ func Open(ctx context.Context, c Config, keep []int) (*Pool, error) {
 }
 
 func (p *Pool) slotConfig() slotConfig {
-	return slotConfig{upstreams: p.config.Upstreams, connections: p.connections, rates: p.config.Rates}
+	return slotConfig{upstreams: p.config.Upstreams, connections: p.connections.Load(), rates: p.config.Rates}
 }
 
 // indexes are the slots of the pool's block.
@@ -185,7 +186,7 @@ func (p *Pool) setUp(ctx context.Context) error {
 		return err
 	}
 	// Not before: the rules make the kernel track, and only then it says how much.
-	p.connections = shareOfConnections(p.config.Guests)
+	p.connections.Store(shareOfConnections(p.config.Guests, agents()))
 	for i := range p.used {
 		if err := adoptNamespace(i); err != nil {
 			p.log.WarnContext(ctx, "a network namespace cannot be taken over from an earlier version", "slot", i, "error", err)

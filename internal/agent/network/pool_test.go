@@ -963,7 +963,7 @@ func TestConnectionsAreBounded(t *testing.T) {
 			c, err := net.ListenPacket("udp4", ":5000")
 			must(t, err)
 			defer c.Close()
-			for port := range int(p.connections) + 1000 {
+			for port := range int(p.connections.Load()) + 1000 {
 				_, err := c.WriteTo([]byte("x"), &net.UDPAddr{IP: internetAddr.AsSlice(), Port: 10000 + port})
 				must(t, err)
 			}
@@ -979,7 +979,7 @@ func TestConnectionsAreBounded(t *testing.T) {
 		}
 		return n >= 100
 	})
-	if n > int(p.connections)+10 {
+	if n > int(p.connections.Load())+10 {
 		t.Errorf("the host tracks %d connections of one guest", n)
 	}
 	if _, err := neighbour.call("udp4", internetAddr.String()+":7000"); err != nil {

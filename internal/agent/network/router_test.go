@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
+	"strconv"
 	"testing"
 	"time"
 
@@ -12,6 +14,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -111,13 +114,61 @@ func TestShareOfConnections(t *testing.T) {
 	p := openPool(t, layout.Dir(t.TempDir()), 1)
 	acquire(t, p)
 	for _, guests := range []int{16, 100, blockSlots} {
-		if each := shareOfConnections(guests); each < minConnections || each > maxConnections || uint64(each)*uint64(guests) > tracked(t)/2 {
+		if each := shareOfConnections(guests, 1); each < minConnections || each > maxConnections || uint64(each)*uint64(guests) > tracked(t)/2 {
 			t.Errorf("%d guests have %d connections each of %d", guests, each, tracked(t))
 		}
 	}
-	if p.connections != shareOfConnections(blockSlots) {
-		t.Errorf("a guest has %d connections", p.connections)
+	if got := p.connections.Load(); got != shareOfConnections(blockSlots, agents()) {
+		t.Errorf("a guest has %d connections", got)
 	}
+}
+
+// TestAgentsShareConnections: the guests of all agents of a machine together leave half
+// of what it tracks to itself, those that ran before another agent came too.
+func TestAgentsShareConnections(t *testing.T) {
+	needRoot(t)
+	sameAfter(t)
+	const guests, most = 10, 8 * 8000
+	real := trackedAtMost
+	t.Cleanup(func() { trackedAtMost = real })
+	trackedAtMost = func() (uint64, error) { return most, nil }
+	others := agents()
+	first := openPoolWith(t, Config{Dir: layout.Dir(t.TempDir()), Ready: 1, Guests: guests})
+	slot := acquire(t, first)
+	has := func(s *Slot) int {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return int(s.config.connections)
+	}
+	allowed := func(s *Slot) (n int) {
+		t.Helper()
+		must(t, s.within(func() error {
+			text, err := fingerprint("wrenn")
+			for _, m := range regexp.MustCompile(`Connlimit\{?Count:(\d+)`).FindAllStringSubmatch(text, -1) {
+				n, _ = strconv.Atoi(m[1])
+			}
+			return err
+		}))
+		return n
+	}
+	share := func(agents int) int { return most / 2 / (others + agents) / guests }
+	if has(slot) != share(1) || allowed(slot) != share(1) {
+		t.Fatalf("the guest of the only agent has %d connections, its rules allow %d, want %d", has(slot), allowed(slot), share(1))
+	}
+	second, err := Open(t.Context(), Config{
+		Dir: layout.Dir(t.TempDir()), Ready: 1, Guests: guests, Upstreams: first.config.Upstreams, Log: first.log, Problems: first.config.Problems,
+	}, nil)
+	must(t, err)
+	after := acquire(t, second)
+	if has(after) != share(2) {
+		t.Errorf("the second agent's guest has %d connections, want %d", has(after), share(2))
+	}
+	await.Until(t, "the first agent's guest has half of what it had", func() bool { return has(slot) == share(2) })
+	if allowed(slot) != share(2) {
+		t.Errorf("its rules allow %d", allowed(slot))
+	}
+	must(t, second.Close(t.Context(), nil))
+	await.Until(t, "it has all again", func() bool { return has(slot) == share(1) && allowed(slot) == share(1) })
 }
 
 // TestShareOfFreshMachine: guests' share is of what the machine tracks even if
@@ -138,8 +189,8 @@ func TestShareOfFreshMachine(t *testing.T) {
 		}
 		return most, nil
 	}
-	if p := openPool(t, layout.Dir(t.TempDir()), 1); p.connections != 1000 {
-		t.Errorf("a guest has %d connections, want 1000", p.connections)
+	if p := openPool(t, layout.Dir(t.TempDir()), 1); p.connections.Load() != uint32(1000/max(1, agents())) {
+		t.Errorf("a guest has %d connections, want 1000", p.connections.Load())
 	}
 }
 

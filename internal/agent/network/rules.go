@@ -40,10 +40,10 @@ const (
 // transactions may hold up.
 const nftTimeout = 30 * time.Second
 
-// shareOfConnections returns how many connections each of so many guests may have
-// tracked at once: all together at most half of what the machine tracks. There are
-// no more guests than slots; 0: one a slot.
-func shareOfConnections(guests int) uint32 {
+// shareOfConnections returns how many connections each of an agent's guests may have
+// tracked at once: those of all agents together at most half of what the machine
+// tracks. There are no more guests than slots; 0: one a slot.
+func shareOfConnections(guests, agents int) uint32 {
 	if guests <= 0 || guests > blockSlots {
 		guests = blockSlots
 	}
@@ -51,7 +51,7 @@ func shareOfConnections(guests int) uint32 {
 	if err != nil {
 		table = 65536 // the kernel's file is there once it tracks anything
 	}
-	return uint32(min(max(table/2/uint64(guests), minConnections), maxConnections))
+	return uint32(min(max(table/2/uint64(max(1, agents))/uint64(guests), minConnections), maxConnections))
 }
 
 // trackedAtMost returns how many connections this machine tracks at most. Until

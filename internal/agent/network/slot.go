@@ -96,7 +96,7 @@ type Slot struct {
 
 	ns *os.File // its namespace, whatever becomes of the name
 
-	config slotConfig // of its rules; mu guards the rates
+	config slotConfig // of its rules; mu guards the rates and the connections
 
 	mu      sync.Mutex // held while the slot is made, repaired and taken down
 	down    bool       // it is being taken down
@@ -122,7 +122,14 @@ func (s *Slot) Limit(r rates.Rates) error {
 		return fmt.Errorf("limit slot %d: %w", s.Index, ErrClosed)
 	}
 	next := s.config
-	if next.rates = r; next.rates == s.config.rates {
+	next.rates = r
+	return s.configure(next)
+}
+
+// configure writes the slot's rules anew if they are to be others. The caller holds
+// the slot's lock.
+func (s *Slot) configure(next slotConfig) error {
+	if next.rates == s.config.rates && next.connections == s.config.connections {
 		return nil
 	}
 	if err := s.within(func() error { return slotRules(s.Address, next, false) }); err != nil {
