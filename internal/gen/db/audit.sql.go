@@ -12,6 +12,67 @@ import (
 	"github.com/google/uuid"
 )
 
+const chargeRecords = `-- name: ChargeRecords :exec
+INSERT INTO team_usage AS u (team_id, running, vcpus, memory_mib, disk_mib, record_bytes, swept_bytes)
+SELECT id, 0, 0, 0, 0, $1::bigint, $1::bigint FROM teams WHERE id = $2
+ON CONFLICT (team_id) DO UPDATE SET record_bytes = u.record_bytes - u.swept_bytes + EXCLUDED.swept_bytes, swept_bytes = EXCLUDED.swept_bytes
+`
+
+type ChargeRecordsParams struct {
+	Bytes  int64
+	TeamID uuid.UUID
+}
+
+func (q *Queries) ChargeRecords(ctx context.Context, arg ChargeRecordsParams) error {
+	_, err := q.db.Exec(ctx, chargeRecords, arg.Bytes, arg.TeamID)
+	return err
+}
+
+const countRecords = `-- name: CountRecords :many
+SELECT t.id AS team_id, COALESCE(a.n, 0)::bigint AS audit,
+    (512 * COALESCE(a.n, 0) + 256 * COALESCE(r.n, 0) + 256 * COALESCE(g.n, 0))::bigint AS bytes, COALESCE(u.swept_bytes, 0)::bigint AS charged
+FROM teams t
+LEFT JOIN (SELECT team_id, count(*) AS n FROM audit_records GROUP BY team_id) a ON a.team_id = t.id
+LEFT JOIN (SELECT team_id, count(*) AS n FROM sandbox_runs GROUP BY team_id) r ON r.team_id = t.id
+LEFT JOIN (SELECT team_id, count(*) AS n FROM template_tags GROUP BY team_id) g ON g.team_id = t.id
+LEFT JOIN team_usage u ON u.team_id = t.id
+ORDER BY t.id
+`
+
+type CountRecordsRow struct {
+	TeamID  uuid.UUID
+	Audit   int64
+	Bytes   int64
+	Charged int64
+}
+
+// Of each team: its audit records, the bytes of the records that come with changes, and
+// how many of these bytes it was charged for.
+func (q *Queries) CountRecords(ctx context.Context) ([]CountRecordsRow, error) {
+	rows, err := q.db.Query(ctx, countRecords)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []CountRecordsRow
+	for rows.Next() {
+		var i CountRecordsRow
+		if err := rows.Scan(
+			&i.TeamID,
+			&i.Audit,
+			&i.Bytes,
+			&i.Charged,
+		); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
 const forgetAudit = `-- name: ForgetAudit :execrows
 DELETE FROM audit_records WHERE id = ANY (ARRAY(SELECT a.id FROM audit_records a WHERE a.at < $1 ORDER BY a.at, a.id LIMIT $2 FOR UPDATE))
 `
@@ -23,6 +84,24 @@ type ForgetAuditParams struct {
 
 func (q *Queries) ForgetAudit(ctx context.Context, arg ForgetAuditParams) (int64, error) {
 	result, err := q.db.Exec(ctx, forgetAudit, arg.Before, arg.MaxRows)
+	if err != nil {
+		return 0, err
+	}
+	return result.RowsAffected(), nil
+}
+
+const forgetTeamAudit = `-- name: ForgetTeamAudit :execrows
+DELETE FROM audit_records WHERE id = ANY (ARRAY(
+    SELECT a.id FROM audit_records a WHERE a.team_id = $1::uuid ORDER BY a.at, a.id LIMIT $2 FOR UPDATE))
+`
+
+type ForgetTeamAuditParams struct {
+	TeamID  uuid.UUID
+	MaxRows int32
+}
+
+func (q *Queries) ForgetTeamAudit(ctx context.Context, arg ForgetTeamAuditParams) (int64, error) {
+	result, err := q.db.Exec(ctx, forgetTeamAudit, arg.TeamID, arg.MaxRows)
 	if err != nil {
 		return 0, err
 	}

@@ -318,6 +318,7 @@ type TeamUsage struct {
 	RecordBytes int64
 	Ended       int64
 	EndedBytes  int64
+	SweptBytes  int64
 }
 
 type Template struct {

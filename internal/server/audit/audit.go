@@ -12,8 +12,10 @@ package audit
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"time"
 
 	"github.com/google/uuid"
@@ -229,16 +231,16 @@ func (l *Log) Each(ctx context.Context, f Filter, do func(Record) error) error {
 	}
 }
 
-// Run forgets records that are old enough, until ctx is done. Of several
-// servers one does.
+// mostOfTeam is how many audit records a team keeps: its newest ones.
+const mostOfTeam = 1_000_000
+
+// Run forgets records that are old enough or too many, and charges teams for those that
+// they have, until ctx is done. Of several servers one does.
 func (l *Log) Run(ctx context.Context) {
-	if l.keep <= 0 {
-		return
-	}
 	tick := time.NewTicker(pruneEvery)
 	defer tick.Stop()
 	for {
-		if err := l.prune(ctx); err != nil && ctx.Err() == nil {
+		if err := l.sweep(ctx); err != nil && ctx.Err() == nil {
 			l.log.Warn("forget old audit records", "error", err)
 		}
 		select {
@@ -249,15 +251,60 @@ func (l *Log) Run(ctx context.Context) {
 	}
 }
 
-func (l *Log) prune(ctx context.Context) error {
-	before := time.Now().Add(-l.keep)
-	for {
-		if mine, err := l.store.Lease(ctx, "audit", 2*pruneEvery); err != nil || !mine {
-			return err
-		}
-		n, err := l.store.ForgetAudit(ctx, db.ForgetAuditParams{Before: before, MaxRows: batch})
-		if err != nil || n < batch {
+func (l *Log) sweep(ctx context.Context) error {
+	if l.keep > 0 {
+		before := time.Now().Add(-l.keep)
+		err := l.forget(ctx, math.MaxInt64, func(most int32) (int64, error) {
+			return l.store.ForgetAudit(ctx, db.ForgetAuditParams{Before: before, MaxRows: most})
+		})
+		if err != nil {
 			return err
 		}
 	}
+	if mine, err := l.store.Lease(ctx, lease, 2*pruneEvery); err != nil || !mine {
+		return err
+	}
+	return l.Charge(ctx, mostOfTeam)
+}
+
+// Charge counts the records that come with changes, audit records among them, for the
+// teams whose they are. Of the audit records of each team, it forgets the oldest if they
+// are more than most.
+func (l *Log) Charge(ctx context.Context, most int64) error {
+	teams, err := l.store.CountRecords(ctx)
+	if err != nil {
+		return fmt.Errorf("count records: %w", err)
+	}
+	var errs []error
+	for _, t := range teams {
+		if t.Bytes != t.Charged {
+			if err := l.store.ChargeRecords(ctx, db.ChargeRecordsParams{TeamID: t.TeamID, Bytes: t.Bytes}); err != nil {
+				errs = append(errs, fmt.Errorf("charge team: %w", err))
+			}
+		}
+		err := l.forget(ctx, t.Audit-most, func(rows int32) (int64, error) {
+			return l.store.ForgetTeamAudit(ctx, db.ForgetTeamAuditParams{TeamID: t.TeamID, MaxRows: rows})
+		})
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// lease is the name of the lease of whoever sweeps.
+const lease = "audit"
+
+// forget removes that many records in batches, or fewer if there are no more.
+func (l *Log) forget(ctx context.Context, excess int64, remove func(most int32) (int64, error)) error {
+	for excess > 0 {
+		if mine, err := l.store.Lease(ctx, lease, 2*pruneEvery); err != nil || !mine {
+			return err
+		}
+		most := min(excess, batch)
+		n, err := remove(int32(most))
+		if err != nil || n < most {
+			return err
+		}
+		excess -= n
+	}
+	return nil
 }

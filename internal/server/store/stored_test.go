@@ -16,7 +16,7 @@ var kept = map[string]string{
 	"build_archive_chunks": "the bytes that build_archives counts",
 
 	"api_keys":         "1000 of a team",
-	"audit_records":    "90 days; refusals are one row for each actor, action and minute",
+	"audit_records":    "counted every ten minutes; 1,000,000 of a team, 90 days; refusals are one row for each actor, action and minute",
 	"build_steps":      "the bytes that builds counts; 1000 of a build, with 4 MiB of output and their ends",
 	"channels":         "50 of a team",
 	"deliveries":       "500 of a channel, for 7 days",
@@ -24,11 +24,11 @@ var kept = map[string]string{
 	"idempotency_keys": "one for each sandbox or template, which are bounded; forgotten in a day",
 	"identities":       "one for each provider of a user",
 	"mail_tokens":      "they expire; letters have a rate",
-	"sandbox_runs":     "40 days of what ran, which has a quota and a rate",
+	"sandbox_runs":     "counted every ten minutes; 40 days of what ran, which has a quota and a rate",
 	"sessions":         "100 of a user",
 	"team_members":     "teams of a user are bounded, and owners add whom they know",
 	"teams":            "50 of a user",
-	"template_tags":    "10000 of a team, and one for each name",
+	"template_tags":    "counted every ten minutes; 10000 of a team, and one for each name",
 	"usage_days":       "a row for each team and day",
 	"users":            "sign-ups have a rate, and those that are not opened are forgotten",
 
