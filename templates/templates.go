@@ -9,7 +9,7 @@ import (
 	"io/fs"
 )
 
-//go:embed code-interpreter/* node/* python/*
+//go:embed code-interpreter/* docker/* node/* python/*
 var files embed.FS
 
 // Minimal is the recipe that hosts make the template minimal of, which begins
@@ -19,7 +19,7 @@ var files embed.FS
 var Minimal string
 
 // Names are those of the templates that can be built, in order.
-func Names() []string { return []string{"code-interpreter", "node", "python"} }
+func Names() []string { return []string{"code-interpreter", "docker", "node", "python"} }
 
 // Folder is the folder of a template that can be built, or an error that is [fs.ErrNotExist].
 func Folder(name string) (fs.FS, error) {

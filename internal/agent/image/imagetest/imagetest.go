@@ -102,12 +102,18 @@ func Interpreter(t testing.TB, in Images) image.Template {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir := layout.Dir(filepath.Join(string(in.Dir), "interpreter"))
-	more := image.More{Name: "code-interpreter", Packages: regexp.MustCompile(`python3-[a-z0-9-]+`).FindAllString(string(recipe), -1)}
-	if len(more.Packages) == 0 {
+	packages := regexp.MustCompile(`python3-[a-z0-9-]+`).FindAllString(string(recipe), -1)
+	if len(packages) == 0 {
 		t.Fatal("the recipe installs no packages")
 	}
-	made, err := image.EnsureMore(t.Context(), dir, in.Envd, more, func(s string) { t.Log(s) })
+	return With(t, in, "interpreter", image.More{Name: "code-interpreter", Packages: packages})
+}
+
+// With returns minimal with more in it, made like minimal on this machine. Its ids are
+// minimal's, its folder is another, which tests give a name of their own.
+func With(t testing.TB, in Images, folder string, more image.More) image.Template {
+	t.Helper()
+	made, err := image.EnsureMore(t.Context(), layout.Dir(filepath.Join(string(in.Dir), folder)), in.Envd, more, func(s string) { t.Log(s) })
 	if err != nil {
 		t.Fatal(err)
 	}
