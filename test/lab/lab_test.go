@@ -36,10 +36,10 @@ type job struct {
 }
 
 var jobs = []job{
-	{title: "driver", pkg: "internal/agent/vmm/qemu", run: "^(TestProbe.*|TestTSC|TestGuestUnderKVM|TestConformance)$/^(boot|end|console|failed-start|save)$"},
+	{title: "driver", pkg: "internal/agent/vmm/qemu", run: "^(TestProbe.*|TestTSC|TestGuestUnderKVM|TestModules|TestConformance)$/^(boot|end|console|failed-start|save)$"},
 	{title: "pauses under load", pkg: "internal/agent/vmm/qemu", run: "^TestConformance$/^pauses$", env: "WRENN_TEST_PAUSES=5"},
 	{title: "one life", pkg: "internal/agent", run: "^TestWholeLife$"},
-	{title: "driver, the rest", pkg: "internal/agent/vmm/qemu", run: "^(TestTrackedPages|TestProcessors|TestConformance)$/^(failed-restore|pages|standstill|hostile|the_host.*|named.*)$", slow: true},
+	{title: "driver, the rest", pkg: "internal/agent/vmm/qemu", run: "^(TestTrackedPages|TestProcessors|TestEarlierModels|TestConformance)$/^(failed-restore|pages|standstill|hostile|the_host.*|named.*|qemu-.*)$", slow: true},
 	{title: "agent", pkg: "internal/agent", run: "^TestSandbox$|^TestOtherProcessor$|^TestMachineIsKilled|^TestAgentRestarts|^TestSnapshot|^TestFailedCreates|^TestFork|^TestWarm|^TestKilledAtEveryStep", slow: true},
 	{title: "one long life", pkg: "internal/agent", run: "^TestWholeLife$", env: "WRENN_SLOW=1 WRENN_TEST_PAUSES=25", slow: true},
 	{title: "figures", pkg: "test/bench", run: "^TestImages$|^TestCreate$|^TestPause$/^256_MiB$|^TestIdle$", env: "WRENN_BENCH=1 WRENN_TEST_IDLE=20", slow: true, shown: true},
