@@ -41,7 +41,7 @@ type Config struct {
 	Token            string         `env:"WRENN_AGENT_TOKEN,unset" help:"token that the server must show, if the agent does not register itself"`
 	Accel            string         `env:"WRENN_VMM_ACCEL" envDefault:"auto" help:"what runs guests' instructions: kvm, tcg (emulation), or auto, which is kvm if a kernel boots on it"`
 	NoSeccomp        bool           `env:"WRENN_NO_SECCOMP" help:"run QEMU without Wrenn's seccomp filter, in case it needs a system call that the filter forbids; this removes one wall around each guest"`
-	Processor        string         `env:"WRENN_CPU_MODEL" help:"processor of guests, by QEMU's name (EPYC-v3), so that different hosts can restore one another's snapshots; empty: the host's own (architecture.md)"`
+	Processor        string         `env:"WRENN_CPU_MODEL" help:"processor of guests, by QEMU's name (EPYC-v3), so that different hosts can restore one another's snapshots; empty: the host's own (docs/architecture/storage.md)"`
 	NestedTeams      []sandbox.Team `env:"WRENN_NESTED_TEAMS" help:"ids of the teams whose guests may run virtual machines of their own, with commas between them (security.md)"`
 	DNS              []netip.Addr   `env:"WRENN_DNS" help:"IPv4 addresses of the guests' resolvers; empty: the host's"`
 	MemoryMiB        int            `env:"WRENN_MEMORY_MIB" help:"memory in MiB for all sandboxes; 0: most of the host's"`
