@@ -1,11 +1,14 @@
 package server_test
 
 import (
+	"fmt"
 	"net/http"
 	"strings"
 	"testing"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
+	"github.com/wrenn-dev/wrenn/internal/server"
+	"github.com/wrenn-dev/wrenn/internal/server/budget"
 )
 
 // A team whose commands print all that they may, for clients that read none of
@@ -131,4 +134,40 @@ func TestTeamsOfOneOwnerShareMemory(t *testing.T) {
 	close(release)
 	await.Recv(t, "the request ends", done)
 	p.eventually("nothing is held", func() bool { return held() == "0" })
+}
+
+// TestBodiesTakeMemory sends a long body to every operation that takes JSON, while
+// others' requests hold all of the memory for requests: each refuses it, says when to try
+// again, and gives back what it took.
+func TestBodiesTakeMemory(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	w := p.world()
+	memory := server.Memory(p.server)
+	const all = 256 << 20
+	for i := range budget.Share {
+		if err := memory.Hold(fmt.Sprint("somebody ", i)).Grow(all / budget.Share); err != nil {
+			t.Fatal(err)
+		}
+	}
+	long := `{"name":"` + strings.Repeat("x", 100<<10) + `"}`
+	n := 0
+	w.withBodies(func(o operation, c caller) {
+		if o.RequestBody.Value.Content.Get("application/json") == nil {
+			return
+		}
+		n++
+		_, path, _, headers := w.compose(o, c, targets[0], 0)
+		for range 2 {
+			r := p.call(o.method, path, strings.NewReader(long), append(headers, "Content-Type", "application/json")...)
+			if r.Status != http.StatusTooManyRequests || r.Header.Get("Retry-After") == "" || !strings.Contains(string(r.Body), "memory") {
+				t.Errorf("%s as %s: %d %s", o, c.name, r.Status, r.Body)
+			}
+		}
+	})
+	if n < 30 {
+		t.Errorf("only %d operations take JSON", n)
+	}
+	p.call("GET", "/v1/sandboxes", nil).want(200)
+	p.eventually("what the requests took is given back", func() bool { return memory.Used() == all })
 }

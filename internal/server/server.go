@@ -162,6 +162,7 @@ type Server struct {
 	mail      *mail.Sender
 	work      *work.Group
 	sandboxes *sandboxes.Service
+	memory    *budget.Budget // of requests
 	reconcile *reconcile.Controller
 	usage     *usage.Service
 	audit     *audit.Log
@@ -327,6 +328,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	s.builds = builds.New(builds.Config{Settings: c.Builds, Secret: secret, Store: s.store, Redis: s.redis, Hosts: s.hosts, Sandboxes: s.sandboxes, Templates: tpl, Spool: uploads, Log: s.log})
 
 	memory := budget.New(int64(c.RequestMemoryMiB) << 20)
+	s.memory = memory
 	watched := newObservers(memory, s.parts()...)
 	crowd := budget.NewCrowd(cmp.Or(c.RequestsAtOnce, defaultAtOnce))
 	api, err := rest.New(rest.Config{
