@@ -18,6 +18,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/ballast"
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 	"github.com/wrenn-dev/wrenn/internal/settings/all"
+	"github.com/wrenn-dev/wrenn/internal/tracing"
 )
 
 func agentCommand() *cobra.Command {
@@ -51,6 +52,10 @@ with the token in $WRENN_AGENT_TOKEN, from this machine alone.
 				}
 			}
 			c.Version, c.Config.Log = version, log.Logger
+			if c.Trace, err = tracing.Open(c.Tracing, all.AgentProgram.Name, version, c.Log); err != nil {
+				return err
+			}
+			defer c.Trace.Stop(c.Log)
 			return withProfiles(asked, c.Operation, func(asked context.Context) error { return runAgent(asked, c.Config, c.Enrollment) })
 		},
 	}

@@ -100,7 +100,7 @@ func TestUnitWaits(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const rest = 4 * time.Second // the last words to Redis and PostgreSQL
+	const rest = 6 * time.Second // the last words to Redis and PostgreSQL, and the last traces
 	if allowed, takes := string(found[1])+"s", shutdownTimeout+c.StopTimeout+rest; takes > duration(t, allowed) {
 		t.Errorf("systemd kills the server after %s, and it may take %v", allowed, takes)
 	}

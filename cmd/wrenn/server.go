@@ -24,6 +24,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/patience"
 	"github.com/wrenn-dev/wrenn/internal/server"
 	"github.com/wrenn-dev/wrenn/internal/settings/all"
+	"github.com/wrenn-dev/wrenn/internal/tracing"
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
@@ -49,6 +50,10 @@ func serverCommand() *cobra.Command {
 				return err
 			}
 			c.Config.Log = log.Logger
+			if c.Trace, err = tracing.Open(c.Tracing, all.ServerProgram.Name, version, c.Log); err != nil {
+				return err
+			}
+			defer c.Trace.Stop(c.Log)
 			if os.Getenv("GOMEMLIMIT") == "" {
 				debug.SetMemoryLimit(c.MemoryLimit())
 			}

@@ -31,6 +31,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/flock"
 	"github.com/wrenn-dev/wrenn/internal/layout"
+	"github.com/wrenn-dev/wrenn/internal/tracing"
 )
 
 // Config configures an agent. The tags declare its settings (see internal/settings).
@@ -62,7 +63,9 @@ type Config struct {
 	// Hook, if not nil, is told each step between which the agent may be killed.
 	Hook    func(step string) `env:"-"`
 	Version string            `env:"-"`
-	Log     *slog.Logger      `env:"-"`
+	// Trace records what is done for requests that the server traces; nil: nothing is.
+	Trace *tracing.Tracer `env:"-"`
+	Log   *slog.Logger    `env:"-"`
 }
 
 // lastEventsTimeout bounds the wait for the control plane to hear of the last

@@ -20,6 +20,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/patience"
 	"github.com/wrenn-dev/wrenn/internal/requestid"
+	"github.com/wrenn-dev/wrenn/internal/tracing"
 )
 
 // maxMessage bounds one message of a request, in bytes: a file's or a
@@ -46,12 +47,22 @@ func (a *Agent) routes() http.Handler {
 		patience.Trust(r)
 		r.Header.Del("Authorization") // no further than here
 		r = r.WithContext(requestid.Received(r.Context(), r.Header, hostwire.RequestID))
+		toPort := strings.HasPrefix(r.URL.Path, proxy.Prefix)
+		name := "proxy"
+		if !toPort {
+			name = r.URL.Path[strings.LastIndexByte(r.URL.Path, '/')+1:]
+		}
+		ctx, span := a.cfg.Trace.Continue(r.Context(), r.Header.Get(hostwire.Trace), name)
+		if span.On() {
+			defer span.End()
+			r = r.WithContext(ctx)
+		}
 		// Paths of guests' are not ours to clean up: no mux for them.
-		if strings.HasPrefix(r.URL.Path, proxy.Prefix) {
+		if toPort {
 			a.proxy.ServeHTTP(w, r)
 			return
 		}
-		ctx := context.WithValue(r.Context(), controllerKey{}, http.NewResponseController(w))
+		ctx = context.WithValue(r.Context(), controllerKey{}, http.NewResponseController(w))
 		rpc.ServeHTTP(w, r.WithContext(ctx))
 	})
 }
@@ -94,6 +105,9 @@ func (s shown) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.S
 }
 
 func (s shown) called(ctx context.Context, procedure string, begun time.Time, err error) {
+	if err != nil {
+		tracing.Of(ctx).Fail(connect.CodeOf(err).String())
+	}
 	s.log.DebugContext(ctx, "call", "request_id", requestid.From(ctx), "procedure", procedure, "took", time.Since(begun), "error", err)
 }
 

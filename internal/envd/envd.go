@@ -148,7 +148,7 @@ func New(cfg Config) (*Server, error) {
 	mux.Handle("POST /ports", s.guard(http.HandlerFunc(s.look)))
 	mux.Handle("POST /thaw", s.guard(s.toTree(s.thaw)))
 	mux.Handle("/", s.guard(s.identify(user)))
-	s.handler = mux
+	s.handler = timed(mux)
 	return s, nil
 }
 

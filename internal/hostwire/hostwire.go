@@ -32,3 +32,11 @@ const (
 	CommandNotFound      = "command_not_found"
 	CommandNotExecutable = "command_not_executable"
 )
+
+// Trace is a request header with the span, in the form of a W3C traceparent, that the
+// call belongs to, if that is recorded.
+const Trace = "X-Wrenn-Trace"
+
+// Timing is a header of the agent's requests that asks the guest daemon how long it
+// took until it began to answer, and of the daemon's answer: dur= and milliseconds.
+const Timing = "X-Wrenn-Timing"

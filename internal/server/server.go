@@ -52,6 +52,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/users"
 	"github.com/wrenn-dev/wrenn/internal/server/work"
 	"github.com/wrenn-dev/wrenn/internal/settings"
+	"github.com/wrenn-dev/wrenn/internal/tracing"
 )
 
 // The Redis client logs to standard error, in a form of its own; what it finds
@@ -143,6 +144,8 @@ type Config struct {
 	// PasswordCost is what hashes of passwords take, for tests that log in often.
 	PasswordCost auth.Cost `env:"-"`
 
+	// Trace records what is done for requests; nil: nothing is recorded.
+	Trace *tracing.Tracer `env:"-"`
 	// Log is where the server says what it does; nil is slog.Default.
 	Log *slog.Logger `env:"-"`
 }
@@ -325,7 +328,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 		hub = github.New(github.Config{ClientID: c.GitHubClientID, ClientSecret: c.GitHubClientSecret, URL: c.GitHubURL, APIURL: c.GitHubAPIURL, Callback: c.GitHubCallback})
 	}
 
-	s.builds = builds.New(builds.Config{Settings: c.Builds, Secret: secret, Store: s.store, Redis: s.redis, Hosts: s.hosts, Sandboxes: s.sandboxes, Templates: tpl, Spool: uploads, Log: s.log})
+	s.builds = builds.New(builds.Config{Settings: c.Builds, Secret: secret, Store: s.store, Redis: s.redis, Hosts: s.hosts, Sandboxes: s.sandboxes, Templates: tpl, Spool: uploads, Trace: c.Trace, Log: s.log})
 
 	memory := budget.New(int64(c.RequestMemoryMiB) << 20)
 	s.memory = memory
@@ -350,13 +353,13 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	s.metrics, s.toPort = metrics, px.Match
 	rest := api.Handler()
 	ports := api.BoundAddresses(px)
-	s.handler = requestid.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	s.handler = requestid.Handler(c.Trace.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if px.Match(r.Host) {
 			ports.ServeHTTP(w, r)
 			return
 		}
 		rest.ServeHTTP(w, r)
-	}))
+	})))
 	return s, nil
 }
 

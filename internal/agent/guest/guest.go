@@ -24,6 +24,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
 	"github.com/wrenn-dev/wrenn/internal/requestid"
 	"github.com/wrenn-dev/wrenn/internal/text"
+	"github.com/wrenn-dev/wrenn/internal/tracing"
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
@@ -75,7 +76,7 @@ func New(addr netip.Addr, token string) *Client {
 		life: life, end: end,
 		base: "http://" + target, transport: t,
 		http: &http.Client{
-			Transport:     requestid.Transport{Next: t},
+			Transport:     requestid.Transport{Next: tracing.GuestTransport{Next: t}},
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},
 	}

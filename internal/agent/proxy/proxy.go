@@ -25,6 +25,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/duplex"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/requestid"
+	"github.com/wrenn-dev/wrenn/internal/tracing"
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
@@ -149,13 +150,19 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // forward carries a request to its sandbox and ends the use.
 func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, t target, u *sandbox.Use) {
 	defer u.End()
+	_, answered := tracing.Start(r.Context(), "guest port")
 	rp := upstream.Proxy{
-		Transport:      u.Transport,
-		ErrorLog:       p.errors,
-		Rewrite:        func(pr *httputil.ProxyRequest) { rewrite(pr, t, u.Address.String()) },
-		Filter:         withoutPrivate,
-		ModifyResponse: func(*http.Response) { p.forwarded.Inc() },
+		Transport: u.Transport,
+		ErrorLog:  p.errors,
+		Rewrite:   func(pr *httputil.ProxyRequest) { rewrite(pr, t, u.Address.String()) },
+		Filter:    withoutPrivate,
+		ModifyResponse: func(resp *http.Response) {
+			p.forwarded.Inc()
+			answered.SetInt("http.response.status_code", resp.StatusCode)
+			answered.End() // What follows is for the client and the guest to choose.
+		},
 		ErrorHandler: func(w http.ResponseWriter, out *http.Request, err error) {
+			answered.EndWith(err)
 			if r.Context().Err() != nil {
 				panic(http.ErrAbortHandler) // nobody is there to tell
 			}

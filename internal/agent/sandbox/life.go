@@ -80,6 +80,7 @@ type box struct {
 // order is something that the goroutine is to do. It goes on when whoever gave
 // it leaves.
 type order struct {
+	ctx  context.Context // whose request it is; nil: nobody's
 	do   func(context.Context) error
 	err  error
 	done chan struct{} // closed once err is set
@@ -199,7 +200,7 @@ func (b *box) destroy(ctx context.Context, event journal.Kind, why string) error
 
 // order has the goroutine do something and waits for that.
 func (b *box) order(ctx context.Context, do func(context.Context) error) error {
-	o := &order{do: do, done: make(chan struct{})}
+	o := &order{ctx: carry(ctx, context.Background()), do: do, done: make(chan struct{})}
 	select {
 	case b.orders <- o:
 	case <-b.over:
@@ -221,6 +222,9 @@ func (b *box) order(ctx context.Context, do func(context.Context) error) error {
 // obey does what an order says.
 func (b *box) obey(o *order) {
 	ctx, done := b.bounded()
+	if o.ctx != nil {
+		ctx = carry(o.ctx, ctx)
+	}
 	o.err = o.do(ctx)
 	done()
 	close(o.done)
@@ -252,12 +256,12 @@ func (b *box) bounded() (ctx context.Context, done func()) {
 	}
 }
 
-// live is the sandbox's life from its creation on.
-func (b *box) live() {
+// live is the sandbox's life from its creation on, which asked is the request for.
+func (b *box) live(asked context.Context) {
 	// Whoever asks for the end ends the start; so does the agent's own end.
 	ctx, done := b.bounded()
 	begin := time.Now()
-	ctx, end := b.operation(ctx, "create")
+	ctx, end := b.operation(carry(asked, ctx), "create")
 	err := b.create(ctx)
 	if err == nil && ctx.Err() != nil {
 		err = context.Cause(ctx) // it runs, but too late

@@ -234,14 +234,14 @@ func (m *Manager) enroll(ctx context.Context, s Spec, begin start) (*box, error)
 	}
 	var b *box
 	err := m.whenFewer(ctx, func() (err error) {
-		b, err = m.join(s, begin)
+		b, err = m.join(ctx, s, begin)
 		return err
 	})
 	return b, err
 }
 
 // join is enroll when s is known to be right. The caller holds the lock.
-func (m *Manager) join(s Spec, begin start) (*box, error) {
+func (m *Manager) join(ctx context.Context, s Spec, begin start) (*box, error) {
 	if b := m.boxes[s.ID]; b != nil {
 		b.mu.Lock()
 		defer b.mu.Unlock()
@@ -271,7 +271,8 @@ func (m *Manager) join(s Spec, begin start) (*box, error) {
 	b.waiters = 1
 	m.boxes[s.ID] = b
 	m.starting++
-	m.wg.Go(b.live)
+	asked := carry(ctx, context.Background())
+	m.wg.Go(func() { b.live(asked) })
 	return b, nil
 }
 

@@ -3,7 +3,19 @@ package sandbox
 import (
 	"context"
 	"time"
+
+	"github.com/wrenn-dev/wrenn/internal/id"
+	"github.com/wrenn-dev/wrenn/internal/requestid"
+	"github.com/wrenn-dev/wrenn/internal/tracing"
 )
+
+// carry returns a copy of to that belongs to the request of from, and to its trace.
+func carry(from, to context.Context) context.Context {
+	if id := requestid.From(from); id != "" {
+		to = requestid.With(to, id)
+	}
+	return tracing.Carry(from, to)
+}
 
 // operation begins something that is done with the sandbox. The sandbox's goroutine
 // calls it, and end once it knows how that went. Steps belong to the operation until
@@ -12,13 +24,22 @@ func (b *box) operation(ctx context.Context, name string) (_ context.Context, en
 	begin := time.Now()
 	b.doing = name
 	b.set(func() { b.steps = nil })
-	return ctx, func(err error) { b.m.Observe(name, "", time.Since(begin), err) }
+	ctx, span := tracing.Start(ctx, name)
+	if span.On() {
+		span.Set("wrenn.sandbox_id", id.Format(id.Sandbox, b.rec.Spec.ID))
+	}
+	return ctx, func(err error) {
+		span.EndWith(err)
+		b.m.Observe(name, "", time.Since(begin), err)
+	}
 }
 
 // step does one step of an operation and tells how long it took.
 func (b *box) step(ctx context.Context, name string, f func(context.Context) error) error {
 	begin := time.Now()
+	ctx, span := tracing.Step(ctx, b.doing, name)
 	err := f(ctx)
+	span.EndWith(err)
 	took := time.Since(begin)
 	b.set(func() { b.steps = append(b.steps, Step{name, took}) })
 	b.m.Observe(b.doing, name, took, err)

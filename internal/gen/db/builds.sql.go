@@ -53,7 +53,7 @@ func (q *Queries) AddArchiveChunk(ctx context.Context, arg AddArchiveChunkParams
 
 const buildEnds = `-- name: BuildEnds :one
 UPDATE builds SET state = $1, error = $2, ended_at = now(), worker = NULL, lease_until = NULL, registry = NULL
-WHERE id = $3 AND state = 'running' AND worker = $4 RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes
+WHERE id = $3 AND state = 'running' AND worker = $4 RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes, trace
 `
 
 type BuildEndsParams struct {
@@ -94,6 +94,7 @@ func (q *Queries) BuildEnds(ctx context.Context, arg BuildEndsParams) (Build, er
 		&i.EndedAt,
 		&i.Registry,
 		&i.LogBytes,
+		&i.Trace,
 	)
 	return i, err
 }
@@ -115,7 +116,7 @@ func (q *Queries) BuildProgress(ctx context.Context, arg BuildProgressParams) er
 
 const buildSucceeds = `-- name: BuildSucceeds :one
 UPDATE builds SET state = 'succeeded', done_steps = total_steps, template_id = $1, version = $2, ended_at = now(), worker = NULL, lease_until = NULL, registry = NULL
-WHERE id = $3 AND state = 'running' AND worker = $4 AND NOT cancelling RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes
+WHERE id = $3 AND state = 'running' AND worker = $4 AND NOT cancelling RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes, trace
 `
 
 type BuildSucceedsParams struct {
@@ -157,6 +158,7 @@ func (q *Queries) BuildSucceeds(ctx context.Context, arg BuildSucceedsParams) (B
 		&i.EndedAt,
 		&i.Registry,
 		&i.LogBytes,
+		&i.Trace,
 	)
 	return i, err
 }
@@ -215,7 +217,7 @@ UPDATE builds SET cancelling = true,
     state = CASE WHEN state = 'queued' THEN 'cancelled' ELSE state END,
     ended_at = CASE WHEN state = 'queued' THEN now() ELSE ended_at END,
     registry = CASE WHEN state = 'queued' THEN NULL ELSE registry END
-WHERE id = $1 AND team_id = $2 AND state IN ('queued', 'running') RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes
+WHERE id = $1 AND team_id = $2 AND state IN ('queued', 'running') RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes, trace
 `
 
 type CancelBuildParams struct {
@@ -250,6 +252,7 @@ func (q *Queries) CancelBuild(ctx context.Context, arg CancelBuildParams) (Build
 		&i.EndedAt,
 		&i.Registry,
 		&i.LogBytes,
+		&i.Trace,
 	)
 	return i, err
 }
@@ -270,7 +273,7 @@ WHERE builds.id = (
        OR b.state = 'running' AND b.lease_until NOT BETWEEN now() AND now() + make_interval(secs => 2 * $2::float8))
       AND theirs.own < $4::bigint
     ORDER BY theirs.running, b.created_at LIMIT 1)
-RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes
+RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes, trace
 `
 
 type ClaimBuildParams struct {
@@ -316,6 +319,7 @@ func (q *Queries) ClaimBuild(ctx context.Context, arg ClaimBuildParams) (Build, 
 		&i.EndedAt,
 		&i.Registry,
 		&i.LogBytes,
+		&i.Trace,
 	)
 	return i, err
 }
@@ -533,7 +537,7 @@ func (q *Queries) GetArchiveChunk(ctx context.Context, arg GetArchiveChunkParams
 }
 
 const getBuild = `-- name: GetBuild :one
-SELECT id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes FROM builds WHERE id = $1
+SELECT id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes, trace FROM builds WHERE id = $1
 `
 
 func (q *Queries) GetBuild(ctx context.Context, id uuid.UUID) (Build, error) {
@@ -562,12 +566,13 @@ func (q *Queries) GetBuild(ctx context.Context, id uuid.UUID) (Build, error) {
 		&i.EndedAt,
 		&i.Registry,
 		&i.LogBytes,
+		&i.Trace,
 	)
 	return i, err
 }
 
 const getTeamBuild = `-- name: GetTeamBuild :one
-SELECT id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes FROM builds WHERE id = $1 AND team_id = $2
+SELECT id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes, trace FROM builds WHERE id = $1 AND team_id = $2
 `
 
 type GetTeamBuildParams struct {
@@ -601,15 +606,16 @@ func (q *Queries) GetTeamBuild(ctx context.Context, arg GetTeamBuildParams) (Bui
 		&i.EndedAt,
 		&i.Registry,
 		&i.LogBytes,
+		&i.Trace,
 	)
 	return i, err
 }
 
 const insertBuild = `-- name: InsertBuild :one
-INSERT INTO builds (id, team_id, name, tags, recipe, archive, options, registry, state, total_steps, created_at)
-SELECT $1, $2, $3, $4, $5, $6, $7, $8, 'queued', $9, $10
-WHERE (SELECT count(*) FROM builds AS other WHERE other.team_id = $2 AND other.state IN ('queued', 'running')) < $11::bigint
-RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes
+INSERT INTO builds (id, team_id, name, tags, recipe, archive, options, registry, state, total_steps, created_at, trace)
+SELECT $1, $2, $3, $4, $5, $6, $7, $8, 'queued', $9, $10, $11
+WHERE (SELECT count(*) FROM builds AS other WHERE other.team_id = $2 AND other.state IN ('queued', 'running')) < $12::bigint
+RETURNING id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes, trace
 `
 
 type InsertBuildParams struct {
@@ -623,6 +629,7 @@ type InsertBuildParams struct {
 	Registry   []byte
 	TotalSteps int32
 	CreatedAt  time.Time
+	Trace      string
 	Most       int64
 }
 
@@ -639,6 +646,7 @@ func (q *Queries) InsertBuild(ctx context.Context, arg InsertBuildParams) (Build
 		arg.Registry,
 		arg.TotalSteps,
 		arg.CreatedAt,
+		arg.Trace,
 		arg.Most,
 	)
 	var i Build
@@ -665,6 +673,7 @@ func (q *Queries) InsertBuild(ctx context.Context, arg InsertBuildParams) (Build
 		&i.EndedAt,
 		&i.Registry,
 		&i.LogBytes,
+		&i.Trace,
 	)
 	return i, err
 }
@@ -774,7 +783,7 @@ func (q *Queries) ListBuildSteps(ctx context.Context, buildID uuid.UUID) ([]Buil
 }
 
 const listBuilds = `-- name: ListBuilds :many
-SELECT id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes FROM builds
+SELECT id, team_id, name, tags, recipe, archive, options, state, total_steps, done_steps, error, template_id, version, worker, lease_until, attempts, cancelling, created_at, started_at, ended_at, registry, log_bytes, trace FROM builds
 WHERE team_id = $1 AND (created_at, id) < ($2::timestamptz, $3::uuid)
 ORDER BY created_at DESC, id DESC
 LIMIT $4
@@ -824,6 +833,7 @@ func (q *Queries) ListBuilds(ctx context.Context, arg ListBuildsParams) ([]Build
 			&i.EndedAt,
 			&i.Registry,
 			&i.LogBytes,
+			&i.Trace,
 		); err != nil {
 			return nil, err
 		}

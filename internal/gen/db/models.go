@@ -65,6 +65,7 @@ type Build struct {
 	EndedAt    *time.Time
 	Registry   []byte
 	LogBytes   *int64
+	Trace      string
 }
 
 type BuildArchive struct {

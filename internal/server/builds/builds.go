@@ -28,6 +28,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
 	"github.com/wrenn-dev/wrenn/internal/settings"
+	"github.com/wrenn-dev/wrenn/internal/tracing"
 )
 
 // State is where a build is in its life.
@@ -75,7 +76,9 @@ type Config struct {
 	// Secret is what registries' credentials are encrypted with while a build
 	// waits and runs.
 	Secret []byte
-	Log    *slog.Logger
+	// Trace goes on with the traces of requests for builds; nil: nothing is recorded.
+	Trace *tracing.Tracer
+	Log   *slog.Logger
 }
 
 // Service is every team's builds.
@@ -191,7 +194,7 @@ func (s *Service) Start(ctx context.Context, team uuid.UUID, r Request) (db.Buil
 		var err error
 		row, err = q.InsertBuild(ctx, db.InsertBuildParams{
 			ID: build, TeamID: team, Name: r.Name, Tags: r.Tags, Recipe: r.Recipe, Archive: archive, Options: options, Registry: sealed,
-			TotalSteps: int32(steps), CreatedAt: time.Now().UTC().Truncate(time.Microsecond), Most: int64(s.TeamOpen),
+			TotalSteps: int32(steps), CreatedAt: time.Now().UTC().Truncate(time.Microsecond), Most: int64(s.TeamOpen), Trace: tracing.Parent(ctx),
 		})
 		return err
 	})

@@ -22,6 +22,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
+	"github.com/wrenn-dev/wrenn/internal/tracing"
 )
 
 const (
@@ -216,7 +217,11 @@ func (a *attempt) begin(ctx context.Context, base db.Template, p *plan) (row db.
 }
 
 // step does one step and writes down how that goes.
-func (a *attempt) step(ctx context.Context, s *Step, limit time.Duration, do func(context.Context, *output) error) error {
+func (a *attempt) step(ctx context.Context, s *Step, limit time.Duration, do func(context.Context, *output) error) (failed error) {
+	// A step's text is the recipe's, so it stays out of the span.
+	ctx, span := tracing.Step(ctx, "build", s.Phase)
+	defer func() { span.EndWith(failed) }()
+	span.SetInt("wrenn.step", s.Number)
 	begun := time.Now()
 	at := begun.UTC()
 	s.State, s.StartedAt = stepRunning, &at

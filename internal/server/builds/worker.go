@@ -108,6 +108,13 @@ func (s *Service) attempt(ctx context.Context, row db.Build) {
 	log := s.Log.With("build_id", id.Format(id.Build, row.ID), "name", row.Name)
 	log.Info("build begins", "attempt", row.Attempts)
 	begun := time.Now()
+	ctx, span := s.Trace.Continue(ctx, row.Trace, "build")
+	defer span.End()
+	if span.On() {
+		span.Set("wrenn.build_id", id.Format(id.Build, row.ID))
+		span.Set("wrenn.team_id", id.Format(id.Team, row.TeamID))
+		span.SetInt("wrenn.attempt", int(row.Attempts))
+	}
 	run, cancel := context.WithCancelCause(ctx)
 	held, let := context.WithCancel(context.WithoutCancel(ctx))
 	var wg sync.WaitGroup
@@ -130,6 +137,7 @@ func (s *Service) attempt(ctx context.Context, row db.Build) {
 	if cause := context.Cause(run); err != nil && cause != nil {
 		err = cause
 	}
+	span.Failed(err)
 	if errors.Is(err, errLost) {
 		log.Warn("build goes on elsewhere")
 		return

@@ -30,6 +30,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/scheduler"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/tracing"
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
@@ -220,22 +221,36 @@ func (t *trust) check(s *store.Store, host uuid.UUID, leaf *x509.Certificate) er
 }
 
 // bearer is an interceptor that shows the agent's token in every call, and passes the
-// request's id on.
+// request's id and trace on. A span of a stream is the agent's to record.
 type bearer string
 
 func (b bearer) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
 		req.Header().Set("Authorization", "Bearer "+string(b))
 		requestid.Pass(ctx, req.Header(), hostwire.RequestID)
-		return next(ctx, req)
+		ctx, span := tracing.Step(ctx, "call host", procedure(req.Spec()))
+		if !span.On() {
+			return next(ctx, req)
+		}
+		tracing.Pass(ctx, req.Header(), hostwire.Trace)
+		resp, err := next(ctx, req)
+		if err != nil {
+			span.Fail(connect.CodeOf(err).String())
+		}
+		span.End()
+		return resp, err
 	}
 }
+
+// procedure returns the name of a call without its service's.
+func procedure(s connect.Spec) string { return s.Procedure[strings.LastIndexByte(s.Procedure, '/')+1:] }
 
 func (b bearer) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
 	return func(ctx context.Context, spec connect.Spec) connect.StreamingClientConn {
 		conn := next(ctx, spec)
 		conn.RequestHeader().Set("Authorization", "Bearer "+string(b))
 		requestid.Pass(ctx, conn.RequestHeader(), hostwire.RequestID)
+		tracing.Pass(ctx, conn.RequestHeader(), hostwire.Trace)
 		return conn
 	}
 }

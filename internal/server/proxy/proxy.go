@@ -32,6 +32,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
+	"github.com/wrenn-dev/wrenn/internal/tracing"
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
@@ -129,6 +130,14 @@ func (p *Proxy) serve(w http.ResponseWriter, r *http.Request) {
 	}
 	mark := p.Watch.Mark()
 	target, err := p.resolve(r)
+	if span := tracing.Of(r.Context()); span.On() {
+		span.Name("proxy")
+		if err == nil {
+			span.Set("wrenn.sandbox_id", id.Format(id.Sandbox, target.sandbox))
+			span.Set("wrenn.team_id", id.Format(id.Team, target.team))
+			span.SetInt("wrenn.port", target.port)
+		}
+	}
 	if err == nil && target.who.HasKey() {
 		ctx, done := p.Watch.While(r.Context(), target.who, mark, func(ctx context.Context) error {
 			now, err := p.Keys.Again(ctx, r.Header.Get("X-API-Key"), target.who)
@@ -179,6 +188,7 @@ func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 		code = f.Code
 	}
 	p.requests.WithLabelValues(string(code)).Inc()
+	tracing.Of(r.Context()).Fail(string(code))
 	if code == fault.Unavailable {
 		w.Header().Set("Retry-After", "1")
 	}
@@ -413,6 +423,7 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 				}
 			}
 			requestid.Pass(pr.In.Context(), h, hostwire.RequestID)
+			tracing.Pass(pr.In.Context(), h, hostwire.Trace)
 			h.Del("X-API-Key")
 			h.Del("X-Traffic-Token")
 			dropOurCookies(h)
@@ -480,6 +491,7 @@ func (k *waker) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 		if !refused {
 			k.forwarded.Inc()
+			tracing.Of(req.Context()).SetInt("http.response.status_code", resp.StatusCode)
 			return resp, nil
 		}
 		resp.Body.Close()

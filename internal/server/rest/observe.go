@@ -1,6 +1,7 @@
 package rest
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"net/http"
@@ -13,6 +14,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/requestid"
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 	"github.com/wrenn-dev/wrenn/internal/server/budget"
+	"github.com/wrenn-dev/wrenn/internal/tracing"
 )
 
 // statusGone is what is recorded where the client went away before an answer.
@@ -98,6 +100,9 @@ func (a *API) observe(next http.Handler) http.Handler {
 			if a.Observe != nil {
 				a.Observe(seen)
 			}
+			if span := tracing.Of(ctx); span.On() {
+				describe(span, o, seen)
+			}
 			level := o.level
 			if seen.Route == "/health" && o.reason == nil {
 				level = slog.LevelDebug
@@ -116,6 +121,25 @@ func (a *API) observe(next http.Handler) http.Handler {
 		}()
 		next.ServeHTTP(o, r.WithContext(ctx))
 	})
+}
+
+// describe says in a request's span what was asked for and how that went.
+func describe(span tracing.Span, o *observation, seen Observation) {
+	span.Name(seen.Method + " " + seen.Route)
+	span.Set("http.request.method", seen.Method)
+	span.Set("http.route", seen.Route)
+	span.SetInt("http.response.status_code", seen.Status)
+	if o.who.Team != uuid.Nil {
+		span.Set("wrenn.team_id", id.Format(id.Team, o.who.Team))
+	}
+	if sandbox, err := id.Parse(id.Sandbox, o.match.params["sandbox_id"]); err == nil {
+		span.Set("wrenn.sandbox_id", id.Format(id.Sandbox, sandbox))
+	}
+	if seen.Status >= http.StatusInternalServerError {
+		span.Fail(cmp.Or(o.code, "internal"))
+	} else if o.code != "" {
+		span.Set("error.type", o.code)
+	}
 }
 
 // harmless keeps browsers from using a response as a page, a script, or a part of

@@ -8,6 +8,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/counts"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/tracing"
 )
 
 type metrics struct {
@@ -67,7 +68,9 @@ const (
 // step does a step of an operation and takes note of how long it took.
 func (s *Service) step(ctx context.Context, operation, name string, f func(context.Context) error) error {
 	begun := time.Now()
+	ctx, span := tracing.Step(ctx, operation, name)
 	err := f(ctx)
+	span.EndWith(err)
 	result := "ok"
 	if err != nil {
 		result = "error"

@@ -11,6 +11,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/requestid"
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/tracing"
 )
 
 // persistWithin bounds [Persist].
@@ -39,9 +40,10 @@ func New(log *slog.Logger) *Group {
 // context of whoever asked.
 func (g *Group) Context() context.Context { return g.ctx }
 
-// For returns [Group.Context] with the id of the request that ctx belongs to.
+// For returns [Group.Context] with the id and the trace of the request that ctx
+// belongs to.
 func (g *Group) For(ctx context.Context) context.Context {
-	return requestid.With(g.ctx, requestid.From(ctx))
+	return tracing.Carry(ctx, requestid.With(g.ctx, requestid.From(ctx)))
 }
 
 // Begin registers a piece of work, which ends with end. It fails with

@@ -12,12 +12,14 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/logging"
 	"github.com/wrenn-dev/wrenn/internal/server"
 	"github.com/wrenn-dev/wrenn/internal/settings"
+	"github.com/wrenn-dev/wrenn/internal/tracing"
 )
 
-// Operation has the settings that server and agent share: settings file, log and profiles.
+// Operation has the settings that server and agent share: settings file, log, traces and profiles.
 type Operation struct {
 	File    string `env:"WRENN_CONFIG" envDefault:"/etc/wrenn/wrenn.yaml" help:"settings file; only the environment can set this"`
 	Logging logging.Settings
+	Tracing tracing.Settings
 	// DebugListen serves pprof.
 	DebugListen string `env:"WRENN_DEBUG_LISTEN" help:"Unix socket for profiles at /debug/pprof/, unix:/path, which only the program's user and root can open; empty: none"`
 }

@@ -1,7 +1,7 @@
 -- name: InsertBuild :one
 -- No row: the team has as many builds waiting and running as it may.
-INSERT INTO builds (id, team_id, name, tags, recipe, archive, options, registry, state, total_steps, created_at)
-SELECT @id, @team_id, @name, @tags, @recipe, sqlc.narg('archive'), @options, sqlc.narg('registry'), 'queued', @total_steps, @created_at
+INSERT INTO builds (id, team_id, name, tags, recipe, archive, options, registry, state, total_steps, created_at, trace)
+SELECT @id, @team_id, @name, @tags, @recipe, sqlc.narg('archive'), @options, sqlc.narg('registry'), 'queued', @total_steps, @created_at, @trace
 WHERE (SELECT count(*) FROM builds AS other WHERE other.team_id = @team_id AND other.state IN ('queued', 'running')) < @most::bigint
 RETURNING *;
 

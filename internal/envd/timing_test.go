@@ -1,0 +1,34 @@
+package envd
+
+import (
+	"net/http"
+	"net/http/httptest"
+	"testing"
+
+	"github.com/wrenn-dev/wrenn/internal/hostwire"
+)
+
+// Who asks is told how long an answer took, however it begins, and nobody else.
+func TestTiming(t *testing.T) {
+	for name, answer := range map[string]http.HandlerFunc{
+		"status": func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) },
+		"body":   func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("x")) },
+		"flush":  func(w http.ResponseWriter, _ *http.Request) { _ = http.NewResponseController(w).Flush() },
+		"early": func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusEarlyHints)
+			w.WriteHeader(http.StatusOK)
+		},
+	} {
+		for _, asked := range []bool{true, false} {
+			r := httptest.NewRequest(http.MethodGet, "/health", nil)
+			if asked {
+				r.Header.Set(hostwire.Timing, "1")
+			}
+			w := httptest.NewRecorder()
+			timed(answer).ServeHTTP(w, r)
+			if told := w.Header().Get(hostwire.Timing); (len(told) > len("dur=")) != asked {
+				t.Errorf("%s, asked %v: told %q", name, asked, told)
+			}
+		}
+	}
+}

@@ -1,0 +1,8 @@
+-- +goose Up
+
+-- The span of the request that asked for the build, as a W3C traceparent; empty: it is
+-- not traced.
+ALTER TABLE builds ADD trace text NOT NULL DEFAULT '';
+
+-- +goose Down
+ALTER TABLE builds DROP trace;
