@@ -40,7 +40,8 @@ type KernelFiles struct {
 // package unless files made from the same package and guest daemon are there.
 // envd is the path of the guest daemon's binary. progress is told each step
 // that takes a while. If the newest files cannot be made, as without a network or
-// apt's lists, Kernel returns the last ones that were, with [KernelFiles.Stale].
+// apt's lists, Kernel returns the last ones that were, with [KernelFiles.Stale]. It does
+// not try again what failed a few minutes ago.
 func Kernel(ctx context.Context, dir layout.Dir, envd string, progress func(string)) (KernelFiles, error) {
 	unlock, err := lock(ctx, dir.Kernels(), progress)
 	if err != nil {
@@ -114,7 +115,7 @@ func inputsFile(dir layout.Dir, name string) string {
 
 // newestFiles returns the files of apt's newest package and the guest daemon with the
 // given digest, and makes them if they are not there. The caller holds the lock.
-func newestFiles(ctx context.Context, dir layout.Dir, envd, daemon string, progress func(string)) (KernelFiles, error) {
+func newestFiles(ctx context.Context, dir layout.Dir, envd, daemon string, progress func(string)) (files KernelFiles, err error) {
 	name, version, err := newestKernel(ctx)
 	if err != nil {
 		return KernelFiles{}, err
@@ -129,6 +130,16 @@ func newestFiles(ctx context.Context, dir layout.Dir, envd, daemon string, progr
 	}
 	if have, err := os.ReadFile(inputsFile(dir, name)); err == nil && string(have) == inputs {
 		return made(), nil
+	}
+	if _, ok := lastFiles(dir); ok {
+		if err := failedLately(dir.Kernels(), inputs); err != nil {
+			return KernelFiles{}, err
+		}
+		defer func() {
+			if err != nil && ctx.Err() == nil {
+				noteFailure(dir.Kernels(), inputs, err)
+			}
+		}()
 	}
 	progress("kernel: unpacking " + name + " " + version)
 	tmp, err := os.MkdirTemp(dir.Kernels(), tmpPrefix)

@@ -74,10 +74,10 @@ func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + 
 // own package sources and the guest daemon at envd unless one made from the
 // same is there. progress is told each step that takes a while. If it cannot be
 // made, as without a network or apt's lists, EnsureMinimal returns the one that is
-// there, with [Template.Stale].
+// there, with [Template.Stale]. It does not try again what failed a few minutes ago.
 func EnsureMinimal(ctx context.Context, dir layout.Dir, envd string, progress func(string)) (Template, error) {
 	const name = "minimal"
-	t, err := EnsureMore(ctx, dir, envd, More{Name: name}, progress)
+	t, err := EnsureMore(ctx, dir, envd, More{Name: name, earlier: true}, progress)
 	if err == nil || ctx.Err() != nil {
 		return t, err
 	}
@@ -99,6 +99,8 @@ type More struct {
 	Packages []string
 	// Customize is a line for the shell, in which $1 is the tree's folder.
 	Customize string
+	// earlier: the caller uses the template that is there if this one cannot be made.
+	earlier bool
 }
 
 // EnsureMore is [EnsureMinimal] with more in it, and never returns a template made
@@ -111,7 +113,7 @@ func EnsureMore(ctx context.Context, dir layout.Dir, envd string, more More, pro
 	return t, nil
 }
 
-func ensureMinimal(ctx context.Context, dir layout.Dir, envd string, more More, progress func(string)) (Template, error) {
+func ensureMinimal(ctx context.Context, dir layout.Dir, envd string, more More, progress func(string)) (made Template, err error) {
 	home := dir.Template(uuid.Nil, uuid.Nil)
 	parent := filepath.Dir(home)
 	unlock, err := lock(ctx, parent, progress)
@@ -136,8 +138,19 @@ func ensureMinimal(ctx context.Context, dir layout.Dir, envd string, more More, 
 	todo.hooks = append(todo.hooks, clean+more.Customize)
 	base := digest("2", strings.Join(todo.hooks, "\x00"), strings.Join(todo.packages, " "), fmt.Sprint(sources))
 	inputs := digest("1", base, daemon, fmt.Sprint(hostwire.DefaultDiskMiB))
-	if t, err := read(dir, uuid.Nil, uuid.Nil); err == nil && t.Inputs == inputs {
-		return t, nil
+	have, err := read(dir, uuid.Nil, uuid.Nil)
+	if err == nil && have.Inputs == inputs {
+		return have, nil
+	}
+	if err == nil && more.earlier {
+		if err := failedLately(parent, inputs); err != nil {
+			return Template{}, err
+		}
+		defer func() {
+			if err != nil && ctx.Err() == nil {
+				noteFailure(parent, inputs, err)
+			}
+		}()
 	}
 
 	tmp, err := os.MkdirTemp(parent, tmpPrefix)

@@ -13,6 +13,67 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
+// TestMirrorIsAway: what could not be made is not tried again at once, because a mirror
+// that does not answer costs minutes, but later, and when there is something newer.
+func TestMirrorIsAway(t *testing.T) {
+	bin, asked := t.TempDir(), filepath.Join(t.TempDir(), "asked")
+	put := func(path, content string) {
+		t.Helper()
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(content), 0o755)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put(filepath.Join(bin, "apt-cache"), `#!/bin/sh
+case "$1" in depends) echo "  Depends: linux-image-9";; show) echo "Version: 9";; esac
+`)
+	put(filepath.Join(bin, "apt-get"), `#!/bin/sh
+case "$*" in *indextargets*) echo "http://mirror/|bookworm|bookworm|main|Debian|yes"; exit;; esac
+echo apt-get >>`+asked+`
+exit 100
+`)
+	put(filepath.Join(bin, "mmdebstrap"), `#!/bin/sh
+echo mmdebstrap >>`+asked+`
+exit 25
+`)
+	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
+	dir := layout.Dir(t.TempDir())
+	envd := filepath.Join(string(dir), "envd")
+	put(envd, "daemon")
+	for _, file := range []string{"vmlinux", "initrd", "inputs"} {
+		put(filepath.Join(dir.Kernels(), "old", file), "old")
+	}
+	home := dir.Template(uuid.Nil, uuid.Nil)
+	put(filepath.Join(home, rootfsFile), "")
+	if err := (Template{Name: "minimal", DiskMiB: 64, Inputs: "before"}).write(home); err != nil {
+		t.Fatal(err)
+	}
+	start := func(want string) {
+		t.Helper()
+		_ = os.Remove(asked)
+		if k, err := Kernel(t.Context(), dir, envd, func(string) {}); err != nil || k.Stale == nil || k.Inputs != "old" {
+			t.Errorf("the kernel is %+v, %v", k, err)
+		}
+		if m, err := EnsureMinimal(t.Context(), dir, envd, func(string) {}); err != nil || m.Stale == nil || m.Inputs != "before" {
+			t.Errorf("the template is %+v, %v", m, err)
+		}
+		if got, _ := os.ReadFile(asked); string(got) != want {
+			t.Errorf("it tried %q, want %q", got, want)
+		}
+	}
+	const both = "apt-get\nmmdebstrap\n"
+	start(both)
+	start("")
+	for _, of := range []string{dir.Kernels(), filepath.Dir(home)} {
+		at := time.Now().Add(-notAgainFor - time.Minute)
+		if err := os.Chtimes(filepath.Join(of, failedFile), at, at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	start(both)
+	put(envd, "another daemon")
+	start(both)
+}
+
 // TestWithoutApt: without apt's lists, or without the mirror, what was made before is
 // used.
 func TestWithoutApt(t *testing.T) {
