@@ -1,0 +1,142 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/wrenn-dev/wrenn/client"
+)
+
+// commands returns the indented blocks of a page of docs, below one heading or all.
+func commands(t *testing.T, page, heading string) (blocks []string) {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join("../docs", page))
+	if err != nil {
+		t.Fatal(err)
+	}
+	inside, last := heading == "", ""
+	for line := range strings.Lines(string(text)) {
+		if h, is := strings.CutPrefix(line, "## "); is {
+			inside = heading == "" || strings.TrimSpace(h) == heading
+		}
+		code, is := strings.CutPrefix(line, "    ")
+		switch {
+		case !is || !inside:
+		case strings.HasPrefix(last, "    "):
+			blocks[len(blocks)-1] += code
+		default:
+			blocks = append(blocks, code)
+		}
+		last = line
+	}
+	return blocks
+}
+
+// follow runs commands of the manual, with the installation's own directory in place of
+// /var/lib/wrenn, in a folder that is there.
+func (i *installation) follow(t *testing.T, dir, script string) {
+	t.Helper()
+	if _, err := i.try(t, "cd "+dir+"\n"+script); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// try runs commands as follow does, and returns what they print.
+func (i *installation) try(t *testing.T, script string, env ...string) (string, error) {
+	t.Helper()
+	script = strings.NewReplacer("/var/lib/wrenn", i.dir, "/var/lib wrenn", filepath.Dir(i.dir)+" "+filepath.Base(i.dir), "-C /var/lib\n", "-C "+filepath.Dir(i.dir)+"\n").Replace(script)
+	cmd := exec.CommandContext(t.Context(), "bash", "-euo", "pipefail", "-c", script)
+	cmd.Env = append(append(os.Environ(), "PATH="+filepath.Dir(i.wrenn)+":"+os.Getenv("PATH"), "WRENN_DIR="+i.dir, "WRENN_URL="+i.creds.URL, "WRENN_API_KEY="+i.creds.APIKey), env...)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("%s: %w\n%s", script, err, out)
+	}
+	return string(out), nil
+}
+
+// TestTroubleshooting: the commands of that page work, and show what it says.
+func TestTroubleshooting(t *testing.T) {
+	i := up(t)
+	s := i.sandbox(t, client.CreateOptions{})
+	var printed strings.Builder
+	blocks := commands(t, "troubleshooting.md", "")
+	for _, block := range blocks {
+		// A log is on disk a moment after the answer.
+		eventually(t, func() error {
+			out, err := i.try(t, block, "SANDBOX="+s.ID)
+			printed.WriteString(out)
+			return err
+		})
+	}
+	if len(blocks) < 5 {
+		t.Errorf("the page has %d blocks of commands", len(blocks))
+	}
+	for _, want := range []string{s.ID, "qemu-system-x86", "request_id=", "online", "createSandbox"} {
+		if !strings.Contains(printed.String(), want) {
+			t.Errorf("the commands do not print %q:\n%s", want, printed.String())
+		}
+	}
+}
+
+// TestBackup: what was copied while `wrenn up` was stopped goes on after it was put back.
+func TestBackup(t *testing.T) {
+	if why := unable(); why != "" {
+		t.Skip(why)
+	}
+	dir, err := newDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { discard(t, dir) })
+	begin := func() *installation {
+		listen, err := freeAddress()
+		if err != nil {
+			t.Fatal(err)
+		}
+		i, err := start(dir, listen)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return i
+	}
+	i := begin()
+	s, err := i.client(t).Create(t.Context(), client.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := i.client(t).WriteFile(t.Context(), s.ID, "/home/user/kept", "", strings.NewReader("kept")); err != nil {
+		t.Fatal(err)
+	}
+	if err := i.stop(); err != nil {
+		t.Fatal(err)
+	}
+	steps := commands(t, "backup.md", "One machine")
+	if len(steps) != 2 {
+		t.Fatalf("the page has %d blocks", len(steps))
+	}
+	copies := t.TempDir()
+	i.follow(t, copies, steps[0])
+
+	// What happens after the copy is not in it.
+	if err := os.RemoveAll(filepath.Join(dir, "sandboxes")); err != nil {
+		t.Fatal(err)
+	}
+	i.follow(t, copies, steps[1])
+	i = begin()
+	defer func() {
+		if err := i.stop(); err != nil {
+			t.Error(err)
+		}
+	}()
+	if _, err := i.client(t).Resume(t.Context(), s.ID); err != nil {
+		t.Fatal(err)
+	}
+	got, err := i.client(t).Exec(t.Context(), s.ID, client.Command{Cmd: "cat", Args: []string{"kept"}}, nil)
+	if err != nil || string(got.Stdout) != "kept" {
+		t.Errorf("the sandbox has %+v, %v", got, err)
+	}
+}
