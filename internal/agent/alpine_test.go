@@ -137,6 +137,7 @@ func TestAlpineMachine(t *testing.T) {
 			t.Errorf("a terminal shows %q", seen.String())
 		}
 	})
+	says(t, "mounts", "user", "grep -c ' / ext4 ' /etc/mtab", "1\n")
 	t.Run("modules", func(t *testing.T) {
 		says(t, "modprobe", "root", "readlink /sbin/modprobe; modprobe nbd nbds_max=2 && ls /dev/nbd*", "/usr/local/bin/envd\n/dev/nbd0\n/dev/nbd1\n")
 		says(t, "on demand", "root", "ip link add name br0 type bridge 2>&1 && cat /sys/class/net/br0/bridge/stp_state", "0\n")

@@ -164,9 +164,10 @@ func TestEngines(t *testing.T) {
 	}
 	m := h.create(t, team, tpl.Msg.GetTemplate().GetTemplateId())
 
-	// Cron starts it within a minute, while the rest is looked at.
+	// Cron starts it within a minute, while the rest is looked at. Its jobs have a PATH
+	// of its own.
 	m.run(t, "root", `mkdir -p /opt/tool/bin && printf '#!/bin/sh\necho "tool has $FROM"\n' >/opt/tool/bin/mytool && chmod +x /opt/tool/bin/mytool
-for u in root user; do echo '* * * * * mytool >/tmp/'$u | crontab -u $u -; done; cron`)
+for u in root user; do echo '* * * * * /opt/tool/bin/mytool >/tmp/'$u | crontab -u $u -; done; cron`)
 
 	t.Run("docker", func(t *testing.T) {
 		m.run(t, "root", "mkdir -p /srv/registry && printf 'version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: /srv/registry\nhttp:\n  addr: 127.0.0.1:5000\n' >/srv/registry.yml\nsetsid docker-registry serve /srv/registry.yml >/tmp/registry.log 2>&1 </dev/null &")

@@ -53,7 +53,7 @@ func bringUp() error {
 	if err := provideModprobe("/"); err != nil {
 		say("the kernel loads no modules on demand: %v", err)
 	}
-	for name, target := range map[string]string{"/dev/fd": "/proc/self/fd", "/dev/stdin": "/proc/self/fd/0", "/dev/stdout": "/proc/self/fd/1", "/dev/stderr": "/proc/self/fd/2"} {
+	for name, target := range map[string]string{"/dev/fd": "/proc/self/fd", "/dev/stdin": "/proc/self/fd/0", "/dev/stdout": "/proc/self/fd/1", "/dev/stderr": "/proc/self/fd/2", "/etc/mtab": "../proc/self/mounts"} {
 		_ = os.Symlink(target, name) // there already: fine
 	}
 	opts, err := kernelOptions()
