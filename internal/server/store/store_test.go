@@ -9,8 +9,10 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
@@ -185,4 +187,31 @@ func TestListen(t *testing.T) {
 	}
 	cancel()
 	<-done
+}
+
+// TestPools: a transaction that its server leaves alone ends, in both pools, and what
+// keeps hosts and leases alive has connections when all others are in use.
+func TestPools(t *testing.T) {
+	s, pool, _ := quotaTest(t)
+	for name, p := range map[string]*pgxpool.Pool{"all": s.pool, "vital": s.kept} {
+		var after time.Duration
+		var text string
+		err := p.QueryRow(t.Context(), "SELECT setting FROM pg_settings WHERE name = 'idle_in_transaction_session_timeout'").Scan(&text)
+		if err == nil {
+			after, err = time.ParseDuration(text + "ms")
+		}
+		if err != nil || after <= 0 || after > 10*time.Minute {
+			t.Errorf("%s: an idle transaction ends after %v, %v", name, after, err)
+		}
+	}
+	for range pool.Config().MaxConns {
+		c, err := pool.Acquire(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Release()
+	}
+	if _, err := s.Vital.CountUsers(t.Context()); err != nil {
+		t.Error("while all connections are in use: ", err)
+	}
 }
