@@ -737,21 +737,8 @@ func TestMachineIsKilled(t *testing.T) {
 	if err := syscall.Kill(agenttest.QEMU(sandbox), syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	if e := h.event(t, sandbox); e.GetKind() != pb.Event_KIND_EXITED {
-		t.Errorf("event %v", e)
-	}
-	h.awaitGone(t, sandbox)
-	h.gone(t, sandbox)
-
-	// A guest that turns itself off is no different.
-	sandbox = h.create(t, request())
-	_, _ = h.Exec(t.Context(), connect.NewRequest(&pb.ExecRequest{SandboxId: sandbox, Command: &pb.Command{Cmd: "sudo", Args: []string{"sh", "-c", "echo b > /proc/sysrq-trigger"}}}))
-	if e := h.event(t, sandbox); e.GetKind() != pb.Event_KIND_EXITED {
-		t.Errorf("event %v", e)
-	} else {
-		t.Logf("it says: %s", e.GetReason())
-	}
-	h.awaitGone(t, sandbox)
+	h.loses(t, sandbox, "killed") // [TestReboot] has what becomes of it
+	h.destroy(t, sandbox)
 	h.gone(t, sandbox)
 }
 
@@ -891,10 +878,8 @@ func TestAgentRestarts(t *testing.T) {
 			t.Errorf("taken back as %v, %v", g, err)
 		}
 		if sig == syscall.SIGKILL {
-			if e := h.event(t, lost); e.GetKind() != pb.Event_KIND_EXITED {
-				t.Errorf("event %v", e)
-			}
-			h.awaitGone(t, lost)
+			h.loses(t, lost, "killed")
+			h.destroy(t, lost)
 			h.gone(t, lost)
 		}
 	}

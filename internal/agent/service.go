@@ -11,7 +11,6 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
-	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -57,7 +56,7 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 	var ce *connect.Error
 	isConnect, notStarted := errors.As(err, &ce), errors.Is(err, sandbox.ErrGuest) || errors.Is(err, sandbox.ErrSlow)
 	lost := notStarted || isConnect && (ce.Code() == connect.CodeDeadlineExceeded || ce.Code() == connect.CodeUnavailable)
-	if lost && !guest.Said(err) && s.full() {
+	if lost && !guest.Said(err) && s.sandboxes.DiskFull() {
 		// A machine that cannot write to its disk stops until it can: its guest
 		// does not know why it does not answer.
 		return connect.NewError(connect.CodeResourceExhausted, told.New("this host has no disk space left"))
@@ -113,15 +112,6 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 	return ce
 }
 
-// leastRoom is how much of the file system's space, in bytes, is as good as none.
-const leastRoom = 16 << 20
-
-// full says whether the file system with everything of the agent is full.
-func (s *service) full() bool {
-	var fs unix.Statfs_t
-	return unix.Statfs(string(s.cfg.Dir), &fs) == nil && fs.Bavail*uint64(fs.Bsize) < leastRoom
-}
-
 // stateHeader is, with an error, the state of a sandbox that is not running.
 const stateHeader = "Wrenn-Sandbox-State"
 
@@ -152,6 +142,12 @@ func (s *service) use(ctx context.Context, sandboxID string) (*sandbox.Use, erro
 func ofUse(use *sandbox.Use, err error) error {
 	if err != nil && use.Context.Err() != nil && errors.Is(context.Cause(use.Context), sandbox.ErrState) {
 		return context.Cause(use.Context)
+	}
+	var ce *connect.Error
+	if errors.As(err, &ce) && !guest.Said(err) && (ce.Code() == connect.CodeUnavailable || ce.Code() == connect.CodeDeadlineExceeded) {
+		if silence := use.Silence(); silence != nil {
+			return connect.NewError(ce.Code(), silence)
+		}
 	}
 	return err
 }
@@ -186,6 +182,9 @@ func message(i sandbox.Info) *pb.Sandbox {
 	}
 	if i.State == sandbox.Running {
 		m.Idle = durationpb.New(i.Idle)
+	}
+	if c := i.Condition; c != nil {
+		m.Condition = &pb.Condition{Reason: string(c.Reason), Detail: c.Detail, Since: timestamppb.New(c.Since)}
 	}
 	return m
 }
@@ -252,6 +251,19 @@ func (s *service) Resume(ctx context.Context, req *connect.Request[pb.ResumeRequ
 		return nil, s.fault(ctx, "resume sandbox", err)
 	}
 	return connect.NewResponse(&pb.ResumeResponse{Sandbox: message(i)}), nil
+}
+
+// Reboot implements hostagentv1connect.HostAgentHandler.
+func (s *service) Reboot(ctx context.Context, req *connect.Request[pb.RebootRequest]) (*connect.Response[pb.RebootResponse], error) {
+	u, err := parse(id.Sandbox, "sandbox_id", req.Msg.GetSandboxId())
+	if err != nil {
+		return nil, err
+	}
+	i, err := s.sandboxes.Reboot(ctx, u)
+	if err != nil {
+		return nil, s.fault(ctx, "reboot sandbox", err)
+	}
+	return connect.NewResponse(&pb.RebootResponse{Sandbox: message(i)}), nil
 }
 
 // Snapshot implements hostagentv1connect.HostAgentHandler.

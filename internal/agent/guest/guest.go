@@ -51,6 +51,9 @@ type Client struct {
 	transport *upstream.Transport
 	processes processconnect.ProcessClient
 
+	// suspects holds one word that the guest may not answer.
+	suspects chan struct{}
+
 	life context.Context // ends with the client
 	end  context.CancelFunc
 }
@@ -73,12 +76,12 @@ func New(addr netip.Addr, token string) *Client {
 	}
 	life, end := context.WithCancel(context.Background())
 	c := &Client{
-		life: life, end: end,
+		life: life, end: end, suspects: make(chan struct{}, 1),
 		base: "http://" + target, transport: t,
-		http: &http.Client{
-			Transport:     requestid.Transport{Next: tracing.GuestTransport{Next: t}},
-			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-		},
+	}
+	c.http = &http.Client{
+		Transport:     requestid.Transport{Next: tracing.GuestTransport{Next: watched{t, c.Suspect}}},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	c.token.Store(&token)
 	c.processes = processconnect.NewProcessClient(authorized{c}, c.base, connect.WithReadMaxBytes(maxReply))
@@ -91,6 +94,44 @@ type authorized struct{ c *Client }
 func (a authorized) Do(r *http.Request) (*http.Response, error) {
 	r.Header.Set(tokenHeader, *a.c.token.Load())
 	return a.c.http.Do(r)
+}
+
+// watched tells suspect of requests that fail, or that get no response for a while.
+type watched struct {
+	next    http.RoundTripper
+	suspect func()
+}
+
+// slow is when a request without a response is suspicious. Some commands have none until
+// they end, so it proves nothing.
+const slow = 5 * time.Second
+
+func (w watched) RoundTrip(r *http.Request) (*http.Response, error) {
+	defer time.AfterFunc(slow, w.suspect).Stop()
+	resp, err := w.next.RoundTrip(r)
+	if err != nil {
+		w.suspect()
+	}
+	return resp, err
+}
+
+// Suspect notes that the guest may not answer.
+func (c *Client) Suspect() {
+	select {
+	case c.suspects <- struct{}{}:
+	default:
+	}
+}
+
+// Suspected has a value after requests of this client have failed, or were without a
+// response for a while.
+func (c *Client) Suspected() <-chan struct{} { return c.suspects }
+
+// Answers reports whether the guest daemon answers within the time.
+func (c *Client) Answers(ctx context.Context, within time.Duration) bool {
+	ctx, cancel := context.WithTimeout(ctx, within)
+	defer cancel()
+	return c.healthy(ctx)
 }
 
 // Close gives back idle connections. Requests that are under way go on until
@@ -110,7 +151,7 @@ const (
 // Wait returns when the daemon is healthy, or with ctx's error.
 func (c *Client) Wait(ctx context.Context) error {
 	attempts := backoff.New(firstPause, lastPause)
-	for !c.healthy(ctx) {
+	for !c.Answers(ctx, oneAttempt) {
 		if err := attempts.Wait(ctx); err != nil {
 			return err
 		}
@@ -119,8 +160,6 @@ func (c *Client) Wait(ctx context.Context) error {
 }
 
 func (c *Client) healthy(ctx context.Context) bool {
-	ctx, cancel := context.WithTimeout(ctx, oneAttempt)
-	defer cancel()
 	resp, err := c.do(ctx, http.MethodGet, "/health", nil, nil, -1)
 	if err != nil {
 		return false

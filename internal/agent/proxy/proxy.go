@@ -166,7 +166,7 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, t target, u *san
 			if r.Context().Err() != nil {
 				panic(http.ErrAbortHandler) // nobody is there to tell
 			}
-			p.fail(w, r, explain(out, err, t.port))
+			p.fail(w, r, explain(out, err, t.port, u.Silence()))
 		},
 	}
 	rp.ServeHTTP(w, r.WithContext(u.Context))
@@ -217,8 +217,9 @@ func again(req *http.Request, err error) bool {
 
 // explain turns the error of a failed request into what its client may know. If a
 // pause cut the request off, explain returns the state only if the request may be sent
-// again, because the control plane then does so.
-func explain(req *http.Request, err error, port int) error {
+// again, because the control plane then does so. silence, if not nil, says that the guest
+// does not answer.
+func explain(req *http.Request, err error, port int, silence error) error {
 	var timeout net.Error
 	cause := context.Cause(req.Context())
 	var state *sandbox.StateError
@@ -231,6 +232,8 @@ func explain(req *http.Request, err error, port int) error {
 		return &problem{http.StatusBadGateway, "bad_gateway", cause.Error()}
 	case errors.Is(err, upstream.ErrBody):
 		return badRequest("body: broke off")
+	case silence != nil:
+		return &problem{http.StatusGatewayTimeout, "timeout", silence.Error()}
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return &problem{http.StatusBadGateway, "bad_gateway", fmt.Sprintf("nothing listens on port %d of the sandbox", port)}
 	case errors.As(err, &timeout) && timeout.Timeout():

@@ -42,8 +42,9 @@ type ports struct {
 // newPorts makes the ports of the guest at host. Connecting ends with life,
 // because the address may be another sandbox's soon after; a request that is
 // given up alone does not end it. knock asks the guest daemon to look for new
-// servers on the guest's loopback, which only then become reachable.
-func newPorts(life context.Context, d *net.Dialer, host string, knock func(context.Context)) *ports {
+// servers on the guest's loopback, which only then become reachable. suspect is told
+// that the guest may not answer.
+func newPorts(life context.Context, d *net.Dialer, host string, knock func(context.Context), suspect func()) *ports {
 	knocking := make(chan struct{}, 1)
 	once := func(ctx context.Context) {
 		select {
@@ -62,7 +63,11 @@ func newPorts(life context.Context, d *net.Dialer, host string, knock func(conte
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		defer context.AfterFunc(life, cancel)()
-		return dialPort(ctx, d, net.JoinHostPort(host, port), once)
+		conn, err := dialPort(ctx, d, net.JoinHostPort(host, port), once)
+		if err != nil && ctx.Err() == nil && !errors.Is(err, syscall.ECONNREFUSED) {
+			suspect()
+		}
+		return conn, err
 	}
 	var protocols http.Protocols
 	protocols.SetUnencryptedHTTP2(true)

@@ -86,7 +86,7 @@ func TestDialEndsWithSandbox(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	transport := newPorts(life, d, host, func(context.Context) {})
+	transport := newPorts(life, d, host, func(context.Context) {}, func() {})
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+net.JoinHostPort(host, port)+"/", nil)
 	if err != nil {
 		t.Fatal(err)
@@ -116,7 +116,7 @@ func TestGRPC(t *testing.T) {
 	go server.Serve(l)
 	defer server.Close()
 	host, _, _ := net.SplitHostPort(l.Addr().String())
-	p := newPorts(t.Context(), new(net.Dialer), host, func(context.Context) {})
+	p := newPorts(t.Context(), new(net.Dialer), host, func(context.Context) {}, func() {})
 	defer p.close()
 	for kind, want := range map[string]string{
 		"application/grpc": "HTTP/2.0", "application/grpc+proto": "HTTP/2.0", "Application/GRPC; x=y": "HTTP/2.0",
@@ -179,7 +179,7 @@ func TestOnlyHTTP2(t *testing.T) {
 	go server.Serve(onlyHTTP2{l})
 	defer server.Close()
 	host, _, _ := net.SplitHostPort(l.Addr().String())
-	p := newPorts(t.Context(), new(net.Dialer), host, func(context.Context) {})
+	p := newPorts(t.Context(), new(net.Dialer), host, func(context.Context) {}, func() {})
 	defer p.close()
 	for _, try := range []struct{ method, body, want string }{
 		{http.MethodPost, "hello", ""},
@@ -245,7 +245,7 @@ func TestUnreadPort(t *testing.T) {
 	go server.Serve(l)
 	defer server.Close()
 	host, _, _ := net.SplitHostPort(l.Addr().String())
-	p := newPorts(t.Context(), new(net.Dialer), host, func(context.Context) {})
+	p := newPorts(t.Context(), new(net.Dialer), host, func(context.Context) {}, func() {})
 	defer p.close()
 	req, err := http.NewRequestWithContext(await.Context(t), http.MethodGet, "http://"+l.Addr().String()+"/", nil)
 	if err != nil {

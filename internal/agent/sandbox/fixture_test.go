@@ -115,10 +115,12 @@ func TestEarlierFormats(t *testing.T) {
 			t.Fatal(err)
 		}
 		h.runs(t, fixturePaused, 3)
-		// The machine of the other ended with its host.
-		h.awaitGone(t, fixtureRan)
-		if e := h.event(t, fixtureRan); e.Kind != journal.Exited {
+		// The machine of the other ended with its host. Its disk is kept.
+		if e := h.event(t, fixtureRan); e.Kind != journal.Paused {
 			t.Errorf("the event is %+v", e)
+		}
+		if _, err := h.Resume(t.Context(), fixtureRan); err != nil {
+			t.Errorf("boot from the disk: %v", err)
 		}
 		fromSnapshot := h.create(t, func(s *Spec) { s.Template, s.VCPUs, s.MemoryMiB = fixtureTemplate, 0, 0 })
 		h.runs(t, fromSnapshot, 3)
@@ -576,11 +578,15 @@ func testNotTakenBack(t *testing.T, step, end string) {
 		if step == "record" || step == "attach" {
 			fails(false)
 		}
-		await.Until(t, "it is gone", func() bool { _, err := h.Get(id); return errors.Is(err, ErrNotFound) })
-		if e := h.event(t, id); e.Kind != journal.Exited {
+		await.Until(t, "it is paused", func() bool { i, err := h.Get(id); return err == nil && i.State == Paused && i.Condition != nil })
+		if e := h.event(t, id); e.Kind != journal.Paused {
 			t.Errorf("the event is %+v", e)
 		}
 		w.setFailing(nil)
+		if _, err := h.Resume(t.Context(), id); err != nil {
+			t.Errorf("boot from the disk: %v", err)
+		}
+		h.destroyAll()
 	}
 	defer func() { h.close() }()
 	if end != "destroyed" && end != "dies" {

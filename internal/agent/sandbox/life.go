@@ -18,6 +18,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/unreadable"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/backoff"
+	"github.com/wrenn-dev/wrenn/internal/condition"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
@@ -64,8 +65,10 @@ type box struct {
 	transport *ports
 	life      context.Context // of its uses; ends with a cause
 	endLife   context.CancelCauseFunc
-	bootErr   error // set before booted is closed
-	attempts  int   // to clean that have begun
+	silent    *condition.Condition // that its guest does not answer; nil: it does
+	working   bool                 // an order is being obeyed, for which the guest may stand still
+	bootErr   error                // set before booted is closed
+	attempts  int                  // to clean that have begun
 	cleanErr  error
 	tried     chan struct{} // closed and replaced after each attempt to clean that failed
 
@@ -122,6 +125,13 @@ func (b *box) infoLocked() Info {
 	}
 	if i.State == Paused && b.rec.PausedAt != nil {
 		i.PausedAt = *b.rec.PausedAt
+	}
+	switch i.State {
+	case Running:
+		i.Condition = b.silent
+	case Paused:
+		i.Condition = b.rec.Lost
+	case Starting, Pausing, Resuming, Stopping, waiting:
 	}
 	if s.Timeout > 0 && i.State != Paused && i.State != Resuming {
 		i.ExpiresAt = b.tracker.LastUse().Add(s.Timeout)
@@ -225,7 +235,9 @@ func (b *box) obey(o *order) {
 	if o.ctx != nil {
 		ctx = carry(o.ctx, ctx)
 	}
+	b.set(func() { b.working = true })
 	o.err = o.do(ctx)
+	b.set(func() { b.working = false })
 	done()
 	close(o.done)
 }
@@ -324,8 +336,11 @@ func (b *box) connect(token string) {
 		if b.life.Err() != nil {
 			b.life, b.endLife = context.WithCancelCause(context.Background())
 		}
-		b.transport = newPorts(b.life, &net.Dialer{Timeout: connectTimeout}, b.slot.Address().String(), b.guest.Knock)
+		b.transport = newPorts(b.life, &net.Dialer{Timeout: connectTimeout}, b.slot.Address().String(), b.guest.Knock, b.guest.Suspect)
+		b.silent = nil
 	})
+	life, g := b.life, b.guest
+	b.m.wg.Go(func() { b.watchGuest(life, g) })
 }
 
 // lastWords is the end of the guest's console, for an error.
@@ -337,16 +352,21 @@ func (b *box) lastWords() string {
 		return fmt.Sprintf("; its console cannot be read: %v", err)
 	}
 	out = out[max(0, len(out)-consoleTail):]
-	text := strings.Map(func(r rune) rune {
+	text := strings.TrimSpace(printable(string(out)))
+	if text == "" {
+		return "; its console is empty"
+	}
+	return "; its console ends with:\n" + text
+}
+
+// printable returns what of a guest's text is UTF-8 and no control character.
+func printable(text string) string {
+	return strings.Map(func(r rune) rune {
 		if r == unicode.ReplacementChar || r != '\n' && unicode.IsControl(r) {
 			return -1
 		}
 		return r
-	}, strings.ToValidUTF8(string(out), ""))
-	if text = strings.TrimSpace(text); text == "" {
-		return "; its console is empty"
-	}
-	return "; its console ends with:\n" + text
+	}, strings.ToValidUTF8(text, ""))
 }
 
 // serve watches over a sandbox until it ends or the agent lets go of it.
@@ -393,8 +413,9 @@ func (b *box) serve() {
 				b.clean(b.why, nil)
 				return
 			}
-			b.clean(ending{journal.Exited, b.vm.Err().Error(), time.Now().UTC()}, nil)
-			return
+			if b.machineEnded() {
+				return
+			}
 		case <-b.m.closing:
 			b.release()
 			return
@@ -557,12 +578,7 @@ func (b *box) vacate(ctx context.Context) error {
 		}
 		b.set(func() { b.slot = nil })
 	}
-	if b.kept {
-		if !b.m.shares(b) {
-			b.m.Networks.Forget(*b.rec.Slot)
-		}
-		b.set(func() { b.kept = false })
-	}
+	b.dropKept()
 	if b.base != nil {
 		b.m.bases.release(b.base)
 		b.base = nil

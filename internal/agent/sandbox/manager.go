@@ -25,6 +25,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/problem"
 	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/condition"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 	"github.com/wrenn-dev/wrenn/internal/room"
@@ -113,9 +114,10 @@ type Manager struct {
 	closing chan struct{} // closed, under mu: sandboxes are let go of
 	wg      sync.WaitGroup
 
-	bases bases
-	warm  warm
-	room  *room.Room // nil: no bounds
+	bases   bases
+	warm    warm
+	probing probing
+	room    *room.Room // nil: no bounds
 
 	flattening chan struct{} // one taken while a file system is flattened
 
@@ -172,6 +174,7 @@ func Open(ctx context.Context, c Config, r *Recovery) (*Manager, error) {
 		Config: c, boots: make(chan struct{}, c.Boots), closing: make(chan struct{}),
 		boxes: map[uuid.UUID]*box{}, nameless: map[*box]struct{}{}, capturing: map[string]*capturing{},
 		unread: map[uuid.UUID]*unreadRecord{}, leaving: map[*box]struct{}{}, fewer: make(chan struct{}), flattening: make(chan struct{}, 1),
+		probing: defaultProbing,
 	}
 	if c.DiskReserveMiB > 0 {
 		m.room = room.New(int64(c.DiskReserveMiB)<<20, room.Of(string(c.Dir)))
@@ -336,6 +339,16 @@ func (m *Manager) admit(b *box) error {
 // Room returns the room on the disk. Part of it is reserved for pauses of running
 // sandboxes; all other writes for clients hold room there.
 func (m *Manager) Room() *room.Room { return m.room }
+
+// leastRoom is how much of the file system's space, in bytes, is as good as none.
+const leastRoom = 16 << 20
+
+// DiskFull reports whether the file system with everything of the agent is full. Guests
+// that write to their disks then stop until it is not.
+func (m *Manager) DiskFull() bool {
+	var fs unix.Statfs_t
+	return unix.Statfs(string(m.Dir), &fs) == nil && fs.Bavail*uint64(fs.Bsize) < leastRoom
+}
 
 // hasRoom tells whether nobody would miss so many bytes of memory.
 func (m *Manager) hasRoom(bytes int64) bool {
@@ -522,8 +535,8 @@ func (m *Manager) Destroy(ctx context.Context, id uuid.UUID) error {
 
 // Terminate pauses every sandbox that runs, and creates and resumes none any
 // more. The control plane did not ask for these pauses one by one, so they are
-// events. A sandbox that cannot be paused is destroyed. A machine that could not
-// be taken back yet goes on, which is an error.
+// events. A sandbox that cannot be paused loses its memory and keeps its disk. A machine
+// that could not be taken back yet goes on, which is an error.
 func (m *Manager) Terminate(ctx context.Context) error {
 	m.mu.Lock()
 	if m.refuse == nil {
@@ -575,8 +588,15 @@ func (m *Manager) Terminate(ctx context.Context) error {
 				errs[i] = fmt.Errorf("sandbox %s is not paused: its machine could not be taken back, and goes on", id.Format(id.Sandbox, b.info().ID))
 				return nil
 			}
-			m.Log.Error("a sandbox cannot be paused and is destroyed", "sandbox", id.Format(id.Sandbox, b.info().ID), "error", err)
-			errs[i] = b.destroy(ctx, journal.Exited, reason+"; it could not be paused: "+err.Error())
+			m.Log.Error("a sandbox cannot be paused and loses its memory", "sandbox", id.Format(id.Sandbox, b.info().ID), "error", err)
+			errs[i] = b.order(ctx, func(ctx context.Context) error {
+				b.tracker.Shut()
+				if err := b.lose(loss(condition.Killed, reason+", and it could not be paused"), pausedEvent(reason+"; its memory is lost, because it could not be paused")); err != nil {
+					b.tracker.Reopen()
+					return err
+				}
+				return b.settle(ctx)
+			})
 			return nil
 		})
 	}
@@ -637,12 +657,23 @@ type Use struct {
 	Transport http.RoundTripper
 	// VM is the sandbox's machine.
 	VM vmm.VM
+	// Silent is what Silence calls; nil: the guest answers.
+	Silent func() error
 	// Leave is what End calls.
 	Leave func()
 }
 
 // End ends the use. It can be called again.
 func (u *Use) End() { u.Leave() }
+
+// Silence says to clients that the sandbox's guest does not answer; nil: it does, as far
+// as is known.
+func (u *Use) Silence() error {
+	if u.Silent == nil {
+		return nil
+	}
+	return u.Silent()
+}
 
 // Use begins a use of a sandbox; the caller calls End.
 func (m *Manager) Use(ctx context.Context, id uuid.UUID) (*Use, error) {
@@ -679,7 +710,7 @@ func (m *Manager) Use(ctx context.Context, id uuid.UUID) (*Use, error) {
 	life := b.life
 	stop := context.AfterFunc(life, func() { cancel(context.Cause(life)) })
 	return &Use{
-		Info: b.infoLocked(), Context: ctx, Guest: b.guest, Address: b.slot.Address(), Transport: b.transport, VM: b.vm,
+		Info: b.infoLocked(), Context: ctx, Guest: b.guest, Address: b.slot.Address(), Transport: b.transport, VM: b.vm, Silent: b.silence,
 		Leave: sync.OnceFunc(func() {
 			stop()
 			cancel(context.Canceled)

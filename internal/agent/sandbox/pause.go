@@ -247,6 +247,15 @@ func (b *box) settle(ctx context.Context) error {
 	}
 	b.m.Hook("pause: vacated")
 	b.m.unreserve(b)
+	if b.rec.Lost != nil && b.rec.Saved == nil { // The disk was full.
+		next, err := b.rec.withoutMemory(b.m.Dir, *b.rec.Lost)
+		if err == nil {
+			err = b.commit(next)
+		}
+		if err != nil {
+			return err
+		}
+	}
 	if err := b.rec.sweep(b.m.Dir); err != nil {
 		return fmt.Errorf("remove what was saved before: %w", err)
 	}
@@ -263,7 +272,7 @@ func (b *box) settle(ctx context.Context) error {
 
 // settled tells whether there is nothing left for settle to do.
 func (b *box) settled() bool {
-	return !b.maybeVM && b.vm == nil && b.slot == nil && b.base == nil && b.rec.Untold == nil
+	return !b.maybeVM && b.vm == nil && b.slot == nil && b.base == nil && b.rec.Untold == nil && b.rec.Saved != nil
 }
 
 // servePaused waits for what happens next to a paused sandbox, once. It tells
@@ -351,6 +360,9 @@ func (b *box) goOn(ctx context.Context) (err error) {
 	defer cancel()
 	if err := b.step(ctx, "slot", func(ctx context.Context) error { return b.acquire(ctx) }); err != nil {
 		return err
+	}
+	if b.rec.Lost != nil {
+		return b.bootFromDisk(ctx)
 	}
 	if err := b.step(ctx, "restore", func(ctx context.Context) error { return Full(b.restoreSaved(ctx)) }); err != nil {
 		return err

@@ -23,6 +23,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
+	"github.com/wrenn-dev/wrenn/internal/condition"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -47,6 +48,9 @@ type record struct {
 	// it; once it runs again its disk has changed, and all that this is good
 	// for is that the next pause writes no more than what changed since.
 	Saved *uuid.UUID `json:"saved,omitempty"`
+	// Lost is why a paused sandbox has no memory to go on from: it boots from its
+	// disk. Saved is then a state without devices.
+	Lost *condition.Condition `json:"lost,omitempty"`
 	// PausedAt is when the last pause held the machine.
 	PausedAt *time.Time `json:"paused_at,omitempty"`
 	Ending   *ending    `json:"ending,omitempty"`
@@ -247,7 +251,7 @@ func (r *record) empty(dir layout.Dir) error {
 // sweep removes from a sandbox's folder what its record does not name: what
 // was being made when an agent was killed, or was of use before.
 func (r *record) sweep(dir layout.Dir) error {
-	keep := []string{dir.SandboxRecord(r.Home), dir.SandboxID(r.Home, r.Spec.ID), dir.SandboxOrigin(r.Home)}
+	keep := []string{dir.SandboxRecord(r.Home), dir.SandboxID(r.Home, r.Spec.ID), dir.SandboxOrigin(r.Home), dir.SandboxModules(r.Home)}
 	for n := range r.Disks {
 		keep = append(keep, r.disk(dir, n))
 	}

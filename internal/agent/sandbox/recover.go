@@ -26,6 +26,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 	"github.com/wrenn-dev/wrenn/internal/backoff"
+	"github.com/wrenn-dev/wrenn/internal/condition"
 	"github.com/wrenn-dev/wrenn/internal/id"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
@@ -216,8 +217,22 @@ func find(ctx context.Context, dir layout.Dir, home uuid.UUID, d vmm.Driver, log
 			log.Error("a sandbox's machine cannot be taken back yet, and goes on", "error", err)
 			return found{rec: rec, vm: vm, untaken: err}
 		}
-		log.Warn("a sandbox's machine has ended", "error", err)
-		rec.Ending = &ending{journal.Exited, wasGone, now}
+		log.Warn("a sandbox's machine has ended; its disk is kept", "error", err)
+		next, err := rec.withoutMemory(dir, loss(condition.Killed, wasGone))
+		next.Untold = pausedEvent("its memory is lost: " + wasGone)
+		if err == nil {
+			err = next.save(dir)
+		}
+		if err != nil {
+			log.Error("write that a sandbox has lost its memory", "error", err)
+		}
+		next.Slot = rec.Slot // It is the machine's as long as that may run.
+		f := found{rec: next}
+		if err := d.Reap(ctx, leftover(next)); err != nil {
+			log.Error("a machine cannot be ended, and keeps its network slot", "error", err)
+			f.leftover = true
+		}
+		return f
 	}
 	f := found{rec: rec, unreadable: lost}
 	if err := d.Reap(ctx, leftover(rec)); err != nil {
@@ -310,6 +325,9 @@ func (m *Manager) adopt(ctx context.Context, f found) {
 	}
 	if f.rec.State == Paused {
 		b.maybeVM = f.leftover
+		if b.kept = (f.late || f.leftover) && f.rec.Slot != nil; !b.kept {
+			b.rec.Slot = nil
+		}
 		b.tracker.Shut()
 		b.log.Info("paused sandbox found")
 		begin(b.serve)
@@ -394,12 +412,19 @@ func (b *box) regain() {
 				return
 			}
 			if errors.Is(err, vmm.ErrGone) {
-				b.clean(ending{journal.Exited, wasGone, time.Now().UTC()}, nil)
+				b.m.Problems.Clear(problem.Sandbox, name)
+				b.dropKept()
+				b.loseDead(loss(condition.Killed, wasGone))
+				b.serve()
 				return
 			}
 			b.reportUntaken(err)
 		case <-died:
-			b.clean(ending{journal.Exited, b.vm.Err().Error(), time.Now().UTC()}, nil)
+			b.m.Problems.Clear(problem.Sandbox, name)
+			b.dropKept()
+			if !b.machineEnded() {
+				b.serve()
+			}
 			return
 		case o := <-b.orders:
 			b.obey(o)
@@ -412,6 +437,18 @@ func (b *box) regain() {
 		}
 		t.Stop()
 	}
+}
+
+// dropKept gives back the slot that was kept for a machine which was not taken back, and
+// which has ended.
+func (b *box) dropKept() {
+	if !b.kept {
+		return
+	}
+	if !b.m.shares(b) {
+		b.m.Networks.Forget(*b.rec.Slot)
+	}
+	b.set(func() { b.kept = false })
 }
 
 func (b *box) reportUntaken(err error) {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
 	"github.com/wrenn-dev/wrenn/internal/agent/told"
+	"github.com/wrenn-dev/wrenn/internal/condition"
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
@@ -175,6 +176,8 @@ type Info struct {
 	PauseOnTimeout bool
 	// PausedAt is since when it is paused; zero: it is not, or that is not known.
 	PausedAt time.Time
+	// Condition is what is wrong with it; nil: nothing.
+	Condition *condition.Condition
 	// InFlight is how many requests are under way.
 	InFlight int
 	// Idle is for how long there was no use; 0: there is one.

@@ -34,6 +34,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/rates"
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 	"github.com/wrenn-dev/wrenn/internal/await"
+	"github.com/wrenn-dev/wrenn/internal/condition"
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
@@ -365,13 +366,15 @@ type worldVM struct {
 	done     chan struct{}
 	hold     chan struct{}
 	listener net.Listener
+	why      error  // it ended; nil: it died
+	said     string // by its guest on the console; empty: a panic
 }
 
 func (v *worldVM) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	v.mu.Lock()
-	runs := v.runs
+	runs, hold := v.runs, v.hold
 	v.mu.Unlock()
-	for _, c := range []chan struct{}{runs, v.hold} {
+	for _, c := range []chan struct{}{runs, hold} {
 		if c == nil {
 			continue
 		}
@@ -467,9 +470,9 @@ func (v *worldVM) die() {
 func (v *worldVM) State() vmm.State      { return vmm.State{ID: v.spec.ID, PID: 1, Kind: v.kind} }
 func (v *worldVM) PID() int              { return 1 }
 func (v *worldVM) Done() <-chan struct{} { return v.done }
-func (v *worldVM) Err() error            { return errors.New("it died") }
+func (v *worldVM) Err() error            { return cmp.Or(v.why, errors.New("it died")) }
 func (v *worldVM) Console(context.Context) ([]byte, error) {
-	return []byte("Kernel panic\x1b[0m - not syncing\n"), nil
+	return []byte(cmp.Or(v.said, "Kernel panic\x1b[0m - not syncing\n")), nil
 }
 func (v *worldVM) Memory() (int64, error) { return 1 << 20, nil }
 
@@ -974,20 +977,15 @@ func TestExpiry(t *testing.T) {
 	h.nothingLeft()
 }
 
-func TestMachineEndsByItself(t *testing.T) {
+// TestGuestShutsDown: a sandbox whose guest shuts down ends.
+func TestGuestShutsDown(t *testing.T) {
 	h := newHost(t)
-	s := spec()
-	if _, err := h.Create(t.Context(), s); err != nil {
-		t.Fatal(err)
-	}
-	h.w.mu.Lock()
-	vm := h.w.vms[s.ID]
-	h.w.mu.Unlock()
-	vm.die()
-	if e := h.event(t, s.ID); e.Kind != journal.Exited || e.Reason != "it died" {
+	id := h.create(t, nil)
+	h.machine(id).dieOf(&vmm.GuestEnd{Off: true, Reason: "guest-shutdown"}, "")
+	if e := h.event(t, id); e.Kind != journal.Exited || e.Reason != "the guest shut down (guest-shutdown)" {
 		t.Errorf("event %+v", e)
 	}
-	h.awaitGone(t, s.ID)
+	h.awaitGone(t, id)
 	h.nothingLeft()
 }
 
@@ -1050,11 +1048,14 @@ func TestNextAgentTakesBack(t *testing.T) {
 
 	h = w.open(dir)
 	defer h.close()
-	for _, id := range []uuid.UUID{lost.ID, bare, torn} {
+	for _, id := range []uuid.UUID{bare, torn} {
 		h.awaitGone(t, id)
 	}
-	if e := h.event(t, lost.ID); e.Kind != journal.Exited {
+	if e := h.event(t, lost.ID); e.Kind != journal.Paused {
 		t.Errorf("event %+v", e)
+	}
+	if i := h.info(lost.ID); i.State != Paused || i.Condition == nil || i.Condition.Reason != condition.Killed {
+		t.Errorf("the one whose machine ended is %+v", i)
 	}
 	after := h.info(keep.ID)
 	if after.State != Running || after.ID != before.ID || after.MemoryMiB != before.MemoryMiB || !after.CreatedAt.Equal(before.CreatedAt) || after.ExpiresAt.IsZero() {
@@ -1065,9 +1066,7 @@ func TestNextAgentTakesBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	u.End()
-	if err := h.Destroy(t.Context(), keep.ID); err != nil {
-		t.Fatal(err)
-	}
+	h.destroyAll()
 	h.nothingLeft()
 }
 

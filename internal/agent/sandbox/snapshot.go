@@ -109,6 +109,9 @@ func (b *box) capture(ctx context.Context, into string, defaults *image.Defaults
 	if !running && b.rec.State != Paused {
 		return nil, &StateError{b.rec.State}
 	}
+	if b.rec.Lost != nil {
+		return nil, fail(ErrState, "the sandbox has lost its memory (%s): resume it first, which starts it from its disk", b.rec.Lost.Reason.Text())
+	}
 	if b.rec.Disks > maxDisks {
 		return nil, fail(ErrCaptures, "the sandbox has been captured %d times, which is as often as it can be", maxDisks)
 	}
@@ -185,10 +188,7 @@ func (b *box) layersFit(origin *image.Capture) error {
 
 // layersTake returns how many bytes the layers of the sandbox's disk take.
 func (b *box) layersTake(origin *image.Capture) (taken int64, err error) {
-	var layers []string
-	for n := range origin.Layers {
-		layers = append(layers, origin.Layer(n))
-	}
+	layers := originLayers(origin)
 	for n := range b.rec.Disks {
 		layers = append(layers, b.rec.disk(b.m.Dir, n))
 	}

@@ -230,13 +230,17 @@ func (b *box) machine(origin *image.Capture, layers []string) (vmm.Spec, error) 
 
 // restore makes a machine, held, that goes on from what was saved above origin.
 func (b *box) restore(ctx context.Context, origin *image.Capture, from vmm.Saved) error {
-	var layers []string
-	for n := range origin.Layers {
-		layers = append(layers, origin.Layer(n))
-	}
-	return b.launch(ctx, "restore", origin, layers, func(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
+	return b.launch(ctx, "restore", origin, originLayers(origin), func(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
 		return b.m.Driver.Restore(ctx, spec, from)
 	})
+}
+
+// originLayers returns the paths of a capture's layers, the lowest first.
+func originLayers(c *image.Capture) (layers []string) {
+	for n := range c.Layers {
+		layers = append(layers, c.Layer(n))
+	}
+	return layers
 }
 
 // launch has f make the sandbox's machine; doing says what that is.
@@ -361,6 +365,18 @@ func (b *box) init(ctx context.Context, grow bool) error {
 	if grow {
 		settings.GrowDisk = int64(spec.DiskMiB) << 20
 	}
+	err = b.become(ctx, settings)
+	if b.rec.Lost != nil && guest.Said(err) {
+		// A guest that has booted takes no user that it does not have, and the sandbox's
+		// disk may have lost the one of its template.
+		settings.User = ""
+		err = b.become(ctx, settings)
+	}
+	return err
+}
+
+// become sends the guest its settings.
+func (b *box) become(ctx context.Context, settings guest.Settings) error {
 	return b.guarded(ctx, func(ctx context.Context) error {
 		report, err := b.guest.Init(ctx, settings)
 		for _, w := range report.Warnings {

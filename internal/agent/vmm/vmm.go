@@ -5,6 +5,7 @@ package vmm
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 
@@ -17,6 +18,17 @@ import (
 
 // ErrGone is returned by Attach for a virtual machine that has ended.
 var ErrGone = errors.New("the virtual machine is gone")
+
+// GuestEnd is the error of [VM.Err] for a machine that its guest ended.
+type GuestEnd struct {
+	// Off says that the guest shut down. Otherwise it restarted, as its kernel also
+	// does after a panic; machines do not run on after that.
+	Off bool
+	// Reason is the monitor's word.
+	Reason string
+}
+
+func (e *GuestEnd) Error() string { return fmt.Sprintf("the guest shut down (%s)", e.Reason) }
 
 // Spec is one virtual machine to start.
 type Spec struct {

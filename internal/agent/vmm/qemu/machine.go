@@ -49,6 +49,7 @@ type machine struct {
 	// forbidden: QEMU made a forbidden system call. A QEMU that the agent attached to is
 	// not its child, so only newer kernels tell the agent.
 	forbidden bool
+	signal    syscall.Signal // what killed QEMU; 0: nothing, or it is not known
 }
 
 // State implements vmm.VM.
@@ -71,6 +72,11 @@ func (m *machine) Err() error {
 	if err := m.stopped(); err != nil {
 		return err
 	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.signal != 0 {
+		return fmt.Errorf("QEMU was killed by %s", unix.SignalName(m.signal))
+	}
 	return errors.New("QEMU ended")
 }
 
@@ -79,12 +85,16 @@ var errForbidden = errors.New("the jail ended QEMU: it made a system call that i
 
 // ended notes how QEMU ended.
 func (m *machine) ended(s syscall.WaitStatus) {
-	if !launcher.Forbidden(s) {
+	m.mu.Lock()
+	if s.Signaled() {
+		m.signal = s.Signal()
+	}
+	m.forbidden = launcher.Forbidden(s)
+	forbidden := m.forbidden
+	m.mu.Unlock()
+	if !forbidden {
 		return
 	}
-	m.mu.Lock()
-	m.forbidden = true
-	m.mu.Unlock()
 	m.log.Error("the guest may have taken over its QEMU; the kernel's log has the call", "sandbox", m.state.ID, "pid", m.state.PID, "error", errForbidden)
 }
 
@@ -160,6 +170,9 @@ func (m *machine) retry() (again bool) {
 	return true
 }
 
+// guestShutdown is QEMU's reason for the end of a guest that shut down.
+const guestShutdown = "guest-shutdown"
+
 // shutdown reads the console of a guest that has ended, then ends QEMU. Only
 // the first SHUTDOWN event says why the guest ended.
 func (m *machine) shutdown(e qmp.Event) {
@@ -171,7 +184,7 @@ func (m *machine) shutdown(e qmp.Event) {
 	m.mu.Lock()
 	first := m.reason == nil
 	if first {
-		m.reason = fmt.Errorf("the guest shut down (%s)", data.Reason)
+		m.reason = &vmm.GuestEnd{Off: data.Reason == guestShutdown, Reason: data.Reason}
 	}
 	m.mu.Unlock()
 	if !first {

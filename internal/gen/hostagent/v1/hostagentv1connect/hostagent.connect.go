@@ -78,6 +78,8 @@ const (
 	HostAgentPauseProcedure = "/hostagent.v1.HostAgent/Pause"
 	// HostAgentResumeProcedure is the fully-qualified name of the HostAgent's Resume RPC.
 	HostAgentResumeProcedure = "/hostagent.v1.HostAgent/Resume"
+	// HostAgentRebootProcedure is the fully-qualified name of the HostAgent's Reboot RPC.
+	HostAgentRebootProcedure = "/hostagent.v1.HostAgent/Reboot"
 	// HostAgentSnapshotProcedure is the fully-qualified name of the HostAgent's Snapshot RPC.
 	HostAgentSnapshotProcedure = "/hostagent.v1.HostAgent/Snapshot"
 	// HostAgentSettleProcedure is the fully-qualified name of the HostAgent's Settle RPC.
@@ -143,6 +145,10 @@ type HostAgentClient interface {
 	// Resume lets a paused sandbox go on. Idempotent. When it fails the sandbox
 	// is paused as before.
 	Resume(context.Context, *connect.Request[v1.ResumeRequest]) (*connect.Response[v1.ResumeResponse], error)
+	// Reboot starts a running or paused sandbox from its disk, without its memory.
+	// The guest need not answer. It goes on when the caller leaves. When it fails
+	// the sandbox runs as before, or is paused without its memory; the disk is kept.
+	Reboot(context.Context, *connect.Request[v1.RebootRequest]) (*connect.Response[v1.RebootResponse], error)
 	// Snapshot captures a running or paused sandbox, which stays as it is, as a
 	// template of its team. It goes on when the caller leaves. Idempotent by
 	// template id.
@@ -305,6 +311,12 @@ func NewHostAgentClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(hostAgentMethods.ByName("Resume")),
 			connect.WithClientOptions(opts...),
 		),
+		reboot: connect.NewClient[v1.RebootRequest, v1.RebootResponse](
+			httpClient,
+			baseURL+HostAgentRebootProcedure,
+			connect.WithSchema(hostAgentMethods.ByName("Reboot")),
+			connect.WithClientOptions(opts...),
+		),
 		snapshot: connect.NewClient[v1.SnapshotRequest, v1.SnapshotResponse](
 			httpClient,
 			baseURL+HostAgentSnapshotProcedure,
@@ -373,6 +385,7 @@ type hostAgentClient struct {
 	ackEvents       *connect.Client[v1.AckEventsRequest, v1.AckEventsResponse]
 	pause           *connect.Client[v1.PauseRequest, v1.PauseResponse]
 	resume          *connect.Client[v1.ResumeRequest, v1.ResumeResponse]
+	reboot          *connect.Client[v1.RebootRequest, v1.RebootResponse]
 	snapshot        *connect.Client[v1.SnapshotRequest, v1.SnapshotResponse]
 	settle          *connect.Client[v1.SettleRequest, v1.SettleResponse]
 	fork            *connect.Client[v1.ForkRequest, v1.ForkResponse]
@@ -487,6 +500,11 @@ func (c *hostAgentClient) Resume(ctx context.Context, req *connect.Request[v1.Re
 	return c.resume.CallUnary(ctx, req)
 }
 
+// Reboot calls hostagent.v1.HostAgent.Reboot.
+func (c *hostAgentClient) Reboot(ctx context.Context, req *connect.Request[v1.RebootRequest]) (*connect.Response[v1.RebootResponse], error) {
+	return c.reboot.CallUnary(ctx, req)
+}
+
 // Snapshot calls hostagent.v1.HostAgent.Snapshot.
 func (c *hostAgentClient) Snapshot(ctx context.Context, req *connect.Request[v1.SnapshotRequest]) (*connect.Response[v1.SnapshotResponse], error) {
 	return c.snapshot.CallUnary(ctx, req)
@@ -569,6 +587,10 @@ type HostAgentHandler interface {
 	// Resume lets a paused sandbox go on. Idempotent. When it fails the sandbox
 	// is paused as before.
 	Resume(context.Context, *connect.Request[v1.ResumeRequest]) (*connect.Response[v1.ResumeResponse], error)
+	// Reboot starts a running or paused sandbox from its disk, without its memory.
+	// The guest need not answer. It goes on when the caller leaves. When it fails
+	// the sandbox runs as before, or is paused without its memory; the disk is kept.
+	Reboot(context.Context, *connect.Request[v1.RebootRequest]) (*connect.Response[v1.RebootResponse], error)
 	// Snapshot captures a running or paused sandbox, which stays as it is, as a
 	// template of its team. It goes on when the caller leaves. Idempotent by
 	// template id.
@@ -727,6 +749,12 @@ func NewHostAgentHandler(svc HostAgentHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(hostAgentMethods.ByName("Resume")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostAgentRebootHandler := connect.NewUnaryHandler(
+		HostAgentRebootProcedure,
+		svc.Reboot,
+		connect.WithSchema(hostAgentMethods.ByName("Reboot")),
+		connect.WithHandlerOptions(opts...),
+	)
 	hostAgentSnapshotHandler := connect.NewUnaryHandler(
 		HostAgentSnapshotProcedure,
 		svc.Snapshot,
@@ -813,6 +841,8 @@ func NewHostAgentHandler(svc HostAgentHandler, opts ...connect.HandlerOption) (s
 			hostAgentPauseHandler.ServeHTTP(w, r)
 		case HostAgentResumeProcedure:
 			hostAgentResumeHandler.ServeHTTP(w, r)
+		case HostAgentRebootProcedure:
+			hostAgentRebootHandler.ServeHTTP(w, r)
 		case HostAgentSnapshotProcedure:
 			hostAgentSnapshotHandler.ServeHTTP(w, r)
 		case HostAgentSettleProcedure:
@@ -918,6 +948,10 @@ func (UnimplementedHostAgentHandler) Pause(context.Context, *connect.Request[v1.
 
 func (UnimplementedHostAgentHandler) Resume(context.Context, *connect.Request[v1.ResumeRequest]) (*connect.Response[v1.ResumeResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgent.Resume is not implemented"))
+}
+
+func (UnimplementedHostAgentHandler) Reboot(context.Context, *connect.Request[v1.RebootRequest]) (*connect.Response[v1.RebootResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgent.Reboot is not implemented"))
 }
 
 func (UnimplementedHostAgentHandler) Snapshot(context.Context, *connect.Request[v1.SnapshotRequest]) (*connect.Response[v1.SnapshotResponse], error) {

@@ -1,0 +1,429 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/journal"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/await"
+	"github.com/wrenn-dev/wrenn/internal/condition"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+// machine returns the machine of a sandbox that did not begin with one that waited.
+func (h *host) machine(id uuid.UUID) *worldVM {
+	h.w.mu.Lock()
+	defer h.w.mu.Unlock()
+	return h.w.vms[id]
+}
+
+// dieOf ends the machine for a reason, after its guest said something.
+func (v *worldVM) dieOf(why error, said string) {
+	v.set(func() { v.why, v.said = why, said })
+	v.die()
+}
+
+// loses waits until a sandbox is paused without memory, and checks why.
+func (h *host) loses(t *testing.T, id uuid.UUID, why condition.Reason) {
+	t.Helper()
+	await.Until(t, "the sandbox is paused without memory", func() bool {
+		i := h.info(id)
+		return i.State == Paused && i.Condition != nil
+	})
+	h.settles(t, id)
+	if c := h.info(id).Condition; c.Reason != why || c.Since.IsZero() {
+		t.Errorf("the condition is %+v", c)
+	}
+}
+
+// mark writes to the sandbox's disk, as far as a stand-in has one.
+func (h *host) mark(t *testing.T, id uuid.UUID) (check func()) {
+	t.Helper()
+	b, err := h.find(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	disk := b.rec.disk(h.dir, 0)
+	f, err := os.OpenFile(disk, os.O_WRONLY|os.O_APPEND, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteString("precious"); err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	return func() {
+		t.Helper()
+		if data, err := os.ReadFile(disk); err != nil || !strings.HasSuffix(string(data), "precious") {
+			t.Errorf("the disk is not what it was: %v", err)
+		}
+	}
+}
+
+// TestMachineEndsByItself: a sandbox whose machine ends keeps its disk, boots from it,
+// and can then be paused and copied as any other.
+func TestMachineEndsByItself(t *testing.T) {
+	for _, tracks := range []bool{false, true} {
+		t.Run(fmt.Sprintf("tracks %v", tracks), func(t *testing.T) {
+			h := newHost(t)
+			h.w.tracks = tracks
+			id := h.create(t, nil)
+			kept := h.mark(t, id)
+			for range 3 {
+				h.counts(t, id)
+			}
+			if _, err := h.Pause(t.Context(), id); err != nil { // so that there is a state which is of no use any more
+				t.Fatal(err)
+			}
+			if _, err := h.Resume(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+			h.counts(t, id)
+			h.machine(id).die()
+			h.loses(t, id, condition.Killed)
+			if e := h.event(t, id); e.Kind != journal.Paused || !strings.Contains(e.Reason, "it died") {
+				t.Errorf("event %+v", e)
+			}
+			if _, err := h.Use(t.Context(), id); !isState(err, Paused) {
+				t.Errorf("use: %v", err)
+			}
+			if _, err := h.Snapshot(t.Context(), id, uuid.New(), "none", nil); !errors.Is(err, ErrState) || !strings.Contains(err.Error(), "lost its memory") {
+				t.Errorf("snapshot: %v", err)
+			}
+			if i, err := h.Resume(t.Context(), id); err != nil || i.State != Running || i.Condition != nil {
+				t.Fatalf("%+v %v", i, err)
+			}
+			kept()
+			h.runs(t, id, 0) // from zeros
+			for n := byte(1); n < 4; n++ {
+				if _, err := h.Pause(t.Context(), id); err != nil {
+					t.Fatal(err)
+				}
+				h.settles(t, id)
+				if _, err := h.Resume(t.Context(), id); err != nil {
+					t.Fatal(err)
+				}
+				h.runs(t, id, n)
+			}
+			copied := uuid.New()
+			if _, err := h.Fork(t.Context(), id, []Copy{{ID: copied, Token: "other"}}); err != nil {
+				t.Fatal(err)
+			}
+			h.runs(t, copied, 4)
+			h.runs(t, id, 4)
+			kept()
+			h.destroyAll()
+			h.nothingLeft()
+		})
+	}
+}
+
+// TestReboot: a reboot starts a running or a paused sandbox from its disk, as often as
+// somebody asks.
+func TestReboot(t *testing.T) {
+	h := newHost(t)
+	id := h.create(t, nil)
+	kept := h.mark(t, id)
+	reserved, _ := h.Memory()
+	use, err := h.Use(t.Context(), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, state := range []State{Running, Paused} {
+		for range 2 {
+			h.counts(t, id)
+			if state == Paused {
+				if _, err := h.Pause(t.Context(), id); err != nil {
+					t.Fatal(err)
+				}
+			}
+			before := h.machine(id)
+			i, err := h.Reboot(t.Context(), id)
+			if err != nil || i.State != Running || i.Condition != nil {
+				t.Fatalf("%+v %v", i, err)
+			}
+			if h.machine(id) == before {
+				t.Error("it has the machine that it had")
+			}
+			kept()
+			h.runs(t, id, 0)
+		}
+	}
+	if cause := context.Cause(use.Context); !isState(cause, Resuming) {
+		t.Errorf("a use before: %v", cause)
+	}
+	use.End()
+	if got, _ := h.Memory(); got > reserved {
+		t.Errorf("%d MiB are reserved, %d were", got, reserved)
+	}
+	if states, _ := filepath.Glob(filepath.Join(h.dir.Sandbox(id), "state-*")); len(states) != 2 {
+		t.Errorf("states %v", states)
+	}
+	h.destroyAll()
+	h.nothingLeft()
+}
+
+// TestRebootFails: whatever fails, the disk is kept, and the next reboot works.
+func TestRebootFails(t *testing.T) {
+	for _, step := range []string{"kill", "release", "acquire", "tap", "limit", "start", "run", "die", "init"} {
+		for _, from := range []State{Running, Paused} {
+			t.Run(fmt.Sprintf("%s, %s", step, from), func(t *testing.T) {
+				h := newHost(t)
+				id := h.create(t, nil)
+				kept := h.mark(t, id)
+				if from == Paused {
+					if _, err := h.Pause(t.Context(), id); err != nil {
+						t.Fatal(err)
+					}
+					h.settles(t, id)
+				}
+				h.w.setFailing(map[string]float64{step: 1})
+				_, err := h.Reboot(t.Context(), id)
+				if err == nil && !(from == Paused && (step == "kill" || step == "release")) {
+					t.Error("it worked")
+				}
+				h.w.setFailing(nil)
+				if i := h.info(id); err != nil && (i.State != Paused || i.Condition == nil || i.Condition.Reason != condition.Reboot) {
+					t.Errorf("it is %+v", i)
+				}
+				if _, err := h.Reboot(t.Context(), id); err != nil {
+					t.Fatal(err)
+				}
+				kept()
+				h.runs(t, id, 0)
+				h.destroyAll()
+				h.nothingLeft()
+			})
+		}
+	}
+}
+
+// TestRebootIsNotWritten: a reboot that cannot write its record leaves the sandbox as it
+// is.
+func TestRebootIsNotWritten(t *testing.T) {
+	h := newHost(t)
+	id := h.create(t, nil)
+	n := h.counts(t, id)
+	if err := os.Chmod(h.dir.Sandbox(id), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	away := h.dir.Sandbox(id) + ".away"
+	if err := os.Rename(h.dir.Sandbox(id), away); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Reboot(t.Context(), id); err == nil {
+		t.Error("it was rebooted without a record")
+	}
+	if err := os.Rename(away, h.dir.Sandbox(id)); err != nil {
+		t.Fatal(err)
+	}
+	h.runs(t, id, n)
+	h.destroyAll()
+	h.nothingLeft()
+}
+
+// TestLossIsNotWritten: the machine of a sandbox ends while nothing can be written. The
+// same agent, or the next, boots it once something can.
+func TestLossIsNotWritten(t *testing.T) {
+	for _, next := range []bool{false, true} {
+		t.Run(fmt.Sprintf("next agent %v", next), func(t *testing.T) {
+			w := newWorld(t, 1)
+			dir := layout.Dir(t.TempDir())
+			h := w.open(dir)
+			defer func() { h.close() }()
+			id := h.create(t, nil)
+			kept := h.mark(t, id)
+			h.counts(t, id)
+			if _, err := h.Pause(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := h.Resume(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+			away := dir.Sandbox(id) + ".away"
+			if err := os.Rename(dir.Sandbox(id), away); err != nil {
+				t.Fatal(err)
+			}
+			h.machine(id).die()
+			await.Until(t, "it is paused", func() bool { return h.info(id).State == Paused })
+			if next {
+				h.close()
+			}
+			if err := os.Rename(away, dir.Sandbox(id)); err != nil {
+				t.Fatal(err)
+			}
+			if next {
+				h = w.open(dir)
+			}
+			if _, err := h.Resume(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+			kept()
+			h.runs(t, id, 0)
+			h.destroyAll()
+			h.nothingLeft()
+		})
+	}
+}
+
+// TestRebootNeedsTheFormat: a host whose monitor has another format says so, and the
+// sandbox goes on.
+func TestRebootNeedsTheFormat(t *testing.T) {
+	h := newHost(t)
+	id := h.create(t, nil)
+	n := h.counts(t, id)
+	b, err := h.find(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.set(func() { b.rec.DiskFormat = "other" })
+	if _, err := h.Reboot(t.Context(), id); !errors.Is(err, ErrState) {
+		t.Errorf("reboot: %v", err)
+	}
+	b.set(func() { b.rec.DiskFormat = "" })
+	h.runs(t, id, n)
+}
+
+// TestWhyLost tells a guest that ran out of memory from one that crashed otherwise.
+func TestWhyLost(t *testing.T) {
+	reset := &vmm.GuestEnd{Reason: "guest-reset"}
+	const initDied = "[   12.3] Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000009\r\n[   12.4] CPU: 0 PID: 1\r\n"
+	for name, test := range map[string]struct {
+		err     error
+		console string
+		want    condition.Reason
+		detail  string
+	}{
+		"killed":           {errors.New("QEMU was killed by SIGKILL"), "", condition.Killed, "QEMU was killed by SIGKILL"},
+		"restarted":        {reset, "[ 1.0] reboot: Restarting system\r\n", condition.Restarted, ""},
+		"silent":           {reset, "", condition.Restarted, ""},
+		"deadlock":         {reset, "x\n[ 9.1] Kernel panic - not syncing: System is deadlocked on memory\r\nmore", condition.OOM, "Kernel panic - not syncing: System is deadlocked on memory"},
+		"panic on oom":     {reset, "Kernel panic - not syncing: Out of memory: system-wide panic_on_oom is enabled\n", condition.OOM, "Kernel panic - not syncing: Out of memory: system-wide panic_on_oom is enabled"},
+		"daemon killed":    {reset, "[ 12.2] Out of memory: Killed process 312 (envd) total-vm:1kB\r\n" + initDied, condition.OOM, "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000009"},
+		"other killed":     {reset, "[ 2.2] Out of memory: Killed process 312 (python3) total-vm:1kB\r\n" + initDied, condition.Crashed, "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000009"},
+		"long ago":         {reset, "[ 2.2] Out of memory: Killed process 312 (envd)\r\n" + strings.Repeat("hello\n", 1000) + initDied, condition.Crashed, "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000009"},
+		"crashed":          {reset, "[ 3.0] Kernel panic - not syncing: sysrq triggered crash\n", condition.Crashed, "Kernel panic - not syncing: sysrq triggered crash"},
+		"the last counts":  {reset, "Kernel panic - not syncing: a joke\n" + strings.Repeat(".\n", 2000) + "Kernel panic - not syncing: System is deadlocked on memory\n", condition.OOM, "Kernel panic - not syncing: System is deadlocked on memory"},
+		"terminal's codes": {reset, "Kernel panic - not syncing: \x1b[31mred\x00\n", condition.Crashed, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got := whyLost(test.err, test.console)
+			if got.Reason != test.want || test.detail != "" && got.Detail != test.detail || strings.ContainsAny(got.Detail, "\x1b\x00") {
+				t.Errorf("got %+v", got)
+			}
+		})
+	}
+}
+
+// TestEndsAreTold: what the guest says before its machine ends decides what becomes of
+// the sandbox.
+func TestEndsAreTold(t *testing.T) {
+	h := newHost(t)
+	id := h.create(t, nil)
+	h.machine(id).dieOf(&vmm.GuestEnd{Reason: "guest-reset"}, "Kernel panic - not syncing: System is deadlocked on memory\n")
+	h.loses(t, id, condition.OOM)
+	if e := h.event(t, id); e.Kind != journal.Paused || !strings.Contains(e.Reason, "the guest ran out of memory") {
+		t.Errorf("event %+v", e)
+	}
+	h.destroyAll()
+	h.nothingLeft()
+}
+
+// TestSilentGuest: a guest that does not answer is noticed after a request failed, or
+// without one, and no other sandbox is affected. The condition ends when it answers.
+func TestSilentGuest(t *testing.T) {
+	for name, every := range map[string]time.Duration{"a request fails": time.Hour, "nobody asks": 50 * time.Millisecond} {
+		t.Run(name, func(t *testing.T) {
+			h := newHost(t)
+			h.probing = probing{every: every, timeout: 200 * time.Millisecond, first: 20 * time.Millisecond, last: 50 * time.Millisecond, after: 300 * time.Millisecond}
+			id, other := h.create(t, nil), h.create(t, nil)
+			vm := h.machine(id)
+			hung := make(chan struct{})
+			vm.set(func() { vm.hold = hung })
+			if every == time.Hour {
+				u, err := h.Use(t.Context(), id)
+				if err != nil {
+					t.Fatal(err)
+				}
+				ctx, cancel := context.WithTimeout(u.Context, 100*time.Millisecond)
+				if _, err := u.Guest.Metrics(ctx); err == nil {
+					t.Error("it answers")
+				}
+				cancel()
+				u.End()
+			}
+			begun := time.Now()
+			await.Until(t, "it is noticed", func() bool { return h.info(id).Condition != nil })
+			i := h.info(id)
+			if i.State != Running || i.Condition.Reason != condition.NoAnswer || time.Since(i.Condition.Since) > time.Since(begun)+time.Minute {
+				t.Errorf("it is %+v", i)
+			}
+			if c := h.info(other).Condition; c != nil {
+				t.Errorf("the other has %+v", c)
+			}
+			h.counts(t, other)
+			close(hung)
+			await.Until(t, "it answers again", func() bool { return h.info(id).Condition == nil })
+			h.destroyAll()
+			h.nothingLeft()
+		})
+	}
+}
+
+// TestSilentGuestReboots: a guest that does not answer does not hold up its reboot.
+func TestSilentGuestReboots(t *testing.T) {
+	h := newHost(t)
+	h.probing = probing{every: 20 * time.Millisecond, timeout: 100 * time.Millisecond, first: 20 * time.Millisecond, last: 50 * time.Millisecond, after: 100 * time.Millisecond}
+	id := h.create(t, nil)
+	vm := h.machine(id)
+	vm.set(func() { vm.hold = make(chan struct{}) })
+	await.Until(t, "it is noticed", func() bool { return h.info(id).Condition != nil })
+	i, err := h.Reboot(t.Context(), id)
+	if err != nil || i.State != Running || i.Condition != nil {
+		t.Fatalf("%+v %v", i, err)
+	}
+	for _, s := range i.Steps {
+		if s.Name == "settle" {
+			t.Error("the reboot waited for a guest that does not answer")
+		}
+	}
+	h.runs(t, id, 0)
+	h.destroyAll()
+	h.nothingLeft()
+}
+
+// TestSilenceWhileHeld: a guest that stands still because it is being captured is not
+// said not to answer.
+func TestSilenceWhileHeld(t *testing.T) {
+	h := newHost(t)
+	h.probing = probing{every: 10 * time.Millisecond, timeout: 50 * time.Millisecond, first: 10 * time.Millisecond, last: 10 * time.Millisecond, after: 20 * time.Millisecond}
+	id := h.create(t, nil)
+	b, err := h.find(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = b.order(t.Context(), func(ctx context.Context) error {
+		if err := b.vm.Hold(ctx); err != nil {
+			return err
+		}
+		defer func() { _ = b.vm.Run(ctx) }()
+		for end := time.Now().Add(time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+			if c := b.info().Condition; c != nil {
+				return fmt.Errorf("it has the condition %+v", *c)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
