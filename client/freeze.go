@@ -23,6 +23,12 @@ func (c *Client) Resume(ctx context.Context, id string) (*Sandbox, error) {
 	return c.turn(ctx, id, "resume")
 }
 
+// Reboot starts a running or paused sandbox from its disk, without its memory, and
+// returns when it runs. The guest need not answer.
+func (c *Client) Reboot(ctx context.Context, id string) (*Sandbox, error) {
+	return c.turn(ctx, id, "reboot")
+}
+
 func (c *Client) turn(ctx context.Context, id, what string) (*Sandbox, error) {
 	var s Sandbox
 	if err := c.call(ctx, request{method: http.MethodPost, path: sandboxPath(id, "/"+what), repeatable: true}, &s); err != nil {

@@ -35,12 +35,32 @@ type Sandbox struct {
 	ForkedFrom     string            `json:"forked_from,omitempty"`
 	EndedAt        *time.Time        `json:"ended_at,omitempty"`
 	EndReason      string            `json:"end_reason,omitempty"`
+	EndedBecause   string            `json:"ended_because,omitempty"` // in words for people
+	Condition      *Condition        `json:"condition,omitempty"`     // what is wrong with it beside its state
 	Error          string            `json:"error,omitempty"`
 	StartMS        int64             `json:"start_ms,omitempty"`
 	AccessToken    string            `json:"access_token"`
 	TrafficToken   string            `json:"traffic_token"`
 	URL            string            `json:"url"` // with "{port}" in the port's place
 }
+
+// Condition is what is wrong with a sandbox beside its state.
+type Condition struct {
+	// Kind is Unresponsive or MemoryLost.
+	Kind    string    `json:"kind"`
+	Reason  string    `json:"reason"` // a word, such as "oom"
+	Message string    `json:"message"`
+	Since   time.Time `json:"since"`
+}
+
+// The kinds of conditions.
+const (
+	// Unresponsive: the sandbox runs, and its guest does not answer.
+	Unresponsive = "unresponsive"
+	// MemoryLost: the sandbox is paused and has its disk alone, from which it boots when
+	// it is resumed, rebooted or used.
+	MemoryLost = "memory_lost"
+)
 
 // What becomes of a sandbox that was not used for its timeout.
 const (

@@ -430,11 +430,14 @@ func TestKilledVMIsCleanedUp(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		if got.State != "stopped" || got.EndReason != "exited" {
-			return fmt.Errorf("it is %s (%s)", got.State, got.EndReason)
+		if got.State != "paused" || got.Condition == nil || got.Condition.Reason != "killed" {
+			return fmt.Errorf("it is %s (%v)", got.State, got.Condition)
 		}
 		return nil
 	})
+	if err := c.Delete(t.Context(), s.ID); err != nil {
+		t.Fatal(err)
+	}
 	i.same(t, before)
 }
 

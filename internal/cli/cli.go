@@ -83,8 +83,8 @@ type app struct {
 func Commands(in io.Reader, out, errw io.Writer) []*cobra.Command {
 	a := &app{streams: streams{in, out, errw}}
 	cmds := []*cobra.Command{
-		a.runCommand(), a.codeCommand(), a.createCommand(), a.lsCommand(), a.execCommand(), a.cpCommand(), a.rmCommand(),
-		a.pauseCommand(), a.resumeCommand(), a.forkCommand(), a.snapshotCommand(),
+		a.runCommand(), a.codeCommand(), a.createCommand(), a.lsCommand(), a.getCommand(), a.execCommand(), a.cpCommand(), a.rmCommand(),
+		a.pauseCommand(), a.resumeCommand(), a.rebootCommand(), a.forkCommand(), a.snapshotCommand(),
 		a.urlCommand(), a.logsCommand(), a.pingCommand(), a.revokeCommand(), a.metricsCommand(), a.templateCommand(), a.buildCommand(),
 		a.hostCommand(),
 		a.usageCommand(), a.auditCommand(), a.channelCommand(),

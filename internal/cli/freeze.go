@@ -17,6 +17,13 @@ func (a *app) resumeCommand() *cobra.Command {
 	return a.turnCommand("resume", "Let paused sandboxes go on", (*client.Client).Resume)
 }
 
+func (a *app) rebootCommand() *cobra.Command {
+	cmd := a.turnCommand("reboot", "Start sandboxes from their disks, without their memory", (*client.Client).Reboot)
+	cmd.Long = "Start running or paused sandboxes from their disks. Processes and all else in memory are lost; disk, id, name,\n" +
+		"tokens, limits and URL stay. The guest need not answer."
+	return cmd
+}
+
 func (a *app) turnCommand(name, short string, f func(*client.Client, context.Context, string) (*client.Sandbox, error)) *cobra.Command {
 	return &cobra.Command{
 		Use: name + " SANDBOX…", Short: short, Args: atLeast(1), ValidArgsFunction: a.completeSandboxes,

@@ -142,7 +142,7 @@ func (a *app) channelAddCommand() *cobra.Command {
 			"signed with its secret; without --secret one is made, and printed to standard error, once. The recipient of mail\n" +
 			"gets a letter with a link that confirms the address, and nothing else until they confirm.\n\n" +
 			"Events: sandbox.started, sandbox.paused, sandbox.ended, sandbox.failed, sandbox.missing, sandbox.lost,\n" +
-			"build.finished, quota.reached; for the platform's admins host.unreachable, host.online.",
+			"sandbox.unresponsive, sandbox.responsive, sandbox.memory_lost, build.finished, quota.reached; for the platform's admins host.unreachable, host.online.",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(o.Events) == 0 {
 				return usage("want at least one --event")

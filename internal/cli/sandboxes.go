@@ -120,7 +120,7 @@ func (a *app) lsCommand() *cobra.Command {
 			rows := [][]string{{"ID", "TEMPLATE", "STATE", "CPUS", "MEMORY", "CREATED", "EXPIRES"}}
 			for _, s := range list {
 				rows = append(rows, []string{
-					s.ID, s.Template, s.State, strconv.Itoa(s.VCPUs), fmt.Sprintf("%d MiB", s.MemoryMiB),
+					s.ID, s.Template, state(s), strconv.Itoa(s.VCPUs), fmt.Sprintf("%d MiB", s.MemoryMiB),
 					since(s.CreatedAt) + " ago", expires(s),
 				})
 			}
@@ -137,10 +137,65 @@ func (a *app) lsCommand() *cobra.Command {
 
 func since(t time.Time) string { return time.Since(t).Round(time.Second).String() }
 
+// state is a sandbox's state with what is wrong with it.
+func state(s client.Sandbox) string {
+	switch {
+	case s.Condition == nil:
+		return s.State
+	case s.Condition.Kind == client.MemoryLost:
+		return s.State + " (memory lost: " + s.Condition.Reason + ")"
+	}
+	return s.State + " (" + s.Condition.Kind + ")"
+}
+
+func (a *app) getCommand() *cobra.Command {
+	var out output
+	cmd := &cobra.Command{
+		Use: "get SANDBOX", Aliases: []string{"inspect"}, Short: "Show a sandbox", Args: exactly(1), ValidArgsFunction: a.completeSandbox,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			s, err := c.Get(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			if out.format == "json" {
+				return a.json(s)
+			}
+			rows := [][]string{
+				{"ID", s.ID},
+				{"TEMPLATE", s.Template},
+				{"STATE", state(*s)},
+				{"CPUS", strconv.Itoa(s.VCPUs)},
+				{"MEMORY", fmt.Sprintf("%d MiB", s.MemoryMiB)},
+				{"DISK", fmt.Sprintf("%d MiB", s.DiskMiB)},
+				{"HOST", s.HostID},
+				{"CREATED", since(s.CreatedAt) + " ago"},
+			}
+			if s.EndedAt == nil {
+				rows = append(rows, []string{"EXPIRES", expires(*s)})
+			} else {
+				rows = append(rows, []string{"ENDED", since(*s.EndedAt) + " ago: " + s.EndedBecause})
+			}
+			if s.Condition != nil {
+				rows = append(rows, []string{"CONDITION", fmt.Sprintf("%s for %s: %s", s.Condition.Reason, since(s.Condition.Since), s.Condition.Message)})
+			}
+			if s.Error != "" {
+				rows = append(rows, []string{"ERROR", s.Error})
+			}
+			return a.table(rows)
+		},
+	}
+	out.flag(cmd)
+	return cmd
+}
+
 func expires(s client.Sandbox) string {
 	switch {
 	case s.EndedAt != nil:
-		return s.EndReason
+		return s.EndedBecause
 	case s.ExpiresAt == nil:
 		return "never"
 	}

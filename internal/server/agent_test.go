@@ -284,7 +284,7 @@ func (a *agent) turn(ctx context.Context, sandbox, call string, from, by, to hos
 		return nil, err
 	}
 	sb.State = to
-	sb.ExpiresAt = nil
+	sb.ExpiresAt, sb.Condition = nil, nil
 	if to == hostagentv1.SandboxState_SANDBOX_STATE_RUNNING {
 		sb.ExpiresAt = timestamppb.New(time.Now().Add(time.Hour))
 	}
@@ -313,6 +313,32 @@ func (a *agent) Resume(ctx context.Context, req *connect.Request[hostagentv1.Res
 		return nil, err
 	}
 	return connect.NewResponse(&hostagentv1.ResumeResponse{Sandbox: sb}), nil
+}
+
+func (a *agent) Reboot(ctx context.Context, req *connect.Request[hostagentv1.RebootRequest]) (*connect.Response[hostagentv1.RebootResponse], error) {
+	a.mu.Lock()
+	from := a.sandboxes[req.Msg.SandboxId].GetState()
+	a.mu.Unlock()
+	sb, err := a.turn(ctx, req.Msg.SandboxId, "reboot", from, hostagentv1.SandboxState_SANDBOX_STATE_RESUMING, hostagentv1.SandboxState_SANDBOX_STATE_RUNNING)
+	if err != nil {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		if sb := a.sandboxes[req.Msg.SandboxId]; sb.GetCondition() != nil { // The memory is lost.
+			sb.State = hostagentv1.SandboxState_SANDBOX_STATE_PAUSED
+		}
+		return nil, err
+	}
+	a.condition(req.Msg.SandboxId, "")
+	return connect.NewResponse(&hostagentv1.RebootResponse{Sandbox: sb}), nil
+}
+
+// condition sets what is wrong with a sandbox; empty: nothing.
+func (a *agent) condition(sandbox, reason string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.sandboxes[sandbox].Condition = nil; reason != "" {
+		a.sandboxes[sandbox].Condition = &hostagentv1.Condition{Reason: reason, Detail: "more", Since: timestamppb.Now()}
+	}
 }
 
 func (a *agent) Snapshot(ctx context.Context, req *connect.Request[hostagentv1.SnapshotRequest]) (*connect.Response[hostagentv1.SnapshotResponse], error) {

@@ -707,7 +707,7 @@ func (q *Queries) ListBuildLeftovers(ctx context.Context) ([]uuid.UUID, error) {
 }
 
 const listBuildSandboxes = `-- name: ListBuildSandboxes :many
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved FROM sandboxes WHERE build_id = $1 AND sandbox_is_live(state)
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because FROM sandboxes WHERE build_id = $1 AND sandbox_is_live(state)
 `
 
 func (q *Queries) ListBuildSandboxes(ctx context.Context, buildID *uuid.UUID) ([]Sandbox, error) {
@@ -747,6 +747,12 @@ func (q *Queries) ListBuildSandboxes(ctx context.Context, buildID *uuid.UUID) ([
 			&i.Drained,
 			&i.TokenEpoch,
 			&i.Saved,
+			&i.EndedBy,
+			&i.Condition,
+			&i.ConditionReason,
+			&i.ConditionDetail,
+			&i.ConditionSince,
+			&i.EndedBecause,
 		); err != nil {
 			return nil, err
 		}

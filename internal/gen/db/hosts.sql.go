@@ -922,7 +922,7 @@ func (q *Queries) RotateHostRefresh(ctx context.Context, arg RotateHostRefreshPa
 
 const sandboxFound = `-- name: SandboxFound :one
 UPDATE sandboxes SET state = 'running', expires_at = $1
-WHERE sandboxes.id = $2 AND sandboxes.host_id = $3 AND state = 'missing' AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.status = 'online') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
+WHERE sandboxes.id = $2 AND sandboxes.host_id = $3 AND state = 'missing' AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.status = 'online') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because
 `
 
 type SandboxFoundParams struct {
@@ -963,12 +963,18 @@ func (q *Queries) SandboxFound(ctx context.Context, arg SandboxFoundParams) (San
 		&i.Drained,
 		&i.TokenEpoch,
 		&i.Saved,
+		&i.EndedBy,
+		&i.Condition,
+		&i.ConditionReason,
+		&i.ConditionDetail,
+		&i.ConditionSince,
+		&i.EndedBecause,
 	)
 	return i, err
 }
 
 const sandboxMoves = `-- name: SandboxMoves :one
-UPDATE sandboxes SET host_id = $1 WHERE id = $2 AND state = 'starting' AND host_id = $3 RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
+UPDATE sandboxes SET host_id = $1 WHERE id = $2 AND state = 'starting' AND host_id = $3 RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because
 `
 
 type SandboxMovesParams struct {
@@ -1009,6 +1015,12 @@ func (q *Queries) SandboxMoves(ctx context.Context, arg SandboxMovesParams) (San
 		&i.Drained,
 		&i.TokenEpoch,
 		&i.Saved,
+		&i.EndedBy,
+		&i.Condition,
+		&i.ConditionReason,
+		&i.ConditionDetail,
+		&i.ConditionSince,
+		&i.EndedBecause,
 	)
 	return i, err
 }

@@ -228,33 +228,39 @@ type PlatformSetting struct {
 }
 
 type Sandbox struct {
-	ID             uuid.UUID
-	TeamID         uuid.UUID
-	HostID         *uuid.UUID
-	TemplateID     uuid.UUID
-	TemplateName   string
-	State          string
-	VCPUs          int32
-	MemoryMiB      int32
-	DiskMiB        int32
-	TimeoutSeconds int32
-	Metadata       map[string]string
-	CreatedAt      time.Time
-	StartedAt      *time.Time
-	ExpiresAt      *time.Time
-	EndedAt        *time.Time
-	EndReason      *string
-	Error          string
-	StartMs        *int64
-	Worker         *uuid.UUID
-	OnTimeout      string
-	AutoResume     bool
-	PausedAt       *time.Time
-	ForkedFrom     *uuid.UUID
-	BuildID        *uuid.UUID
-	Drained        bool
-	TokenEpoch     int32
-	Saved          bool
+	ID              uuid.UUID
+	TeamID          uuid.UUID
+	HostID          *uuid.UUID
+	TemplateID      uuid.UUID
+	TemplateName    string
+	State           string
+	VCPUs           int32
+	MemoryMiB       int32
+	DiskMiB         int32
+	TimeoutSeconds  int32
+	Metadata        map[string]string
+	CreatedAt       time.Time
+	StartedAt       *time.Time
+	ExpiresAt       *time.Time
+	EndedAt         *time.Time
+	EndReason       *string
+	Error           string
+	StartMs         *int64
+	Worker          *uuid.UUID
+	OnTimeout       string
+	AutoResume      bool
+	PausedAt        *time.Time
+	ForkedFrom      *uuid.UUID
+	BuildID         *uuid.UUID
+	Drained         bool
+	TokenEpoch      int32
+	Saved           bool
+	EndedBy         string
+	Condition       string
+	ConditionReason string
+	ConditionDetail string
+	ConditionSince  *time.Time
+	EndedBecause    *string
 }
 
 type SandboxRun struct {

@@ -13,7 +13,7 @@ import (
 )
 
 const adminListSandboxes = `-- name: AdminListSandboxes :many
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved FROM sandboxes
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because FROM sandboxes
 WHERE (created_at, id) < ($1::timestamptz, $2::uuid)
 ORDER BY created_at DESC, id DESC
 LIMIT $3
@@ -62,6 +62,12 @@ func (q *Queries) AdminListSandboxes(ctx context.Context, arg AdminListSandboxes
 			&i.Drained,
 			&i.TokenEpoch,
 			&i.Saved,
+			&i.EndedBy,
+			&i.Condition,
+			&i.ConditionReason,
+			&i.ConditionDetail,
+			&i.ConditionSince,
+			&i.EndedBecause,
 		); err != nil {
 			return nil, err
 		}

@@ -71,13 +71,15 @@ func (q *Queries) CountLiveSandboxes(ctx context.Context) ([]CountLiveSandboxesR
 }
 
 const drainedExpire = `-- name: DrainedExpire :many
-UPDATE sandboxes SET state = 'stopping', end_reason = 'expired'
+UPDATE sandboxes SET state = 'stopping', end_reason = CASE
+    WHEN condition = 'memory_lost' AND condition_reason IN ('oom', 'crashed', 'restarted', 'killed') THEN condition_reason ELSE 'expired' END
 WHERE sandboxes.id = ANY (ARRAY(
     SELECT s.id FROM sandboxes s WHERE s.host_id = $1 AND sandbox_is_live(s.state) AND s.state = 'paused' AND s.drained AND s.expires_at < now()
     ORDER BY s.id FOR NO KEY UPDATE)) RETURNING sandboxes.id
 `
 
-// Sandboxes of a host that nobody has resumed and whose time is over.
+// Sandboxes of a host that nobody has resumed and whose time is over. One that has lost
+// its memory ends because of that.
 func (q *Queries) DrainedExpire(ctx context.Context, hostID *uuid.UUID) ([]uuid.UUID, error) {
 	rows, err := q.db.Query(ctx, drainedExpire, hostID)
 	if err != nil {
@@ -155,7 +157,7 @@ func (q *Queries) GetIdempotencyKey(ctx context.Context, arg GetIdempotencyKeyPa
 }
 
 const getSandbox = `-- name: GetSandbox :one
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved FROM sandboxes WHERE id = $1
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because FROM sandboxes WHERE id = $1
 `
 
 func (q *Queries) GetSandbox(ctx context.Context, id uuid.UUID) (Sandbox, error) {
@@ -189,12 +191,18 @@ func (q *Queries) GetSandbox(ctx context.Context, id uuid.UUID) (Sandbox, error)
 		&i.Drained,
 		&i.TokenEpoch,
 		&i.Saved,
+		&i.EndedBy,
+		&i.Condition,
+		&i.ConditionReason,
+		&i.ConditionDetail,
+		&i.ConditionSince,
+		&i.EndedBecause,
 	)
 	return i, err
 }
 
 const getSandboxPayer = `-- name: GetSandboxPayer :one
-SELECT sandboxes.id, sandboxes.team_id, sandboxes.host_id, sandboxes.template_id, sandboxes.template_name, sandboxes.state, sandboxes.vcpus, sandboxes.memory_mib, sandboxes.disk_mib, sandboxes.timeout_seconds, sandboxes.metadata, sandboxes.created_at, sandboxes.started_at, sandboxes.expires_at, sandboxes.ended_at, sandboxes.end_reason, sandboxes.error, sandboxes.start_ms, sandboxes.worker, sandboxes.on_timeout, sandboxes.auto_resume, sandboxes.paused_at, sandboxes.forked_from, sandboxes.build_id, sandboxes.drained, sandboxes.token_epoch, sandboxes.saved, COALESCE(team_owner(team_id), team_id)::uuid AS payer FROM sandboxes WHERE id = $1
+SELECT sandboxes.id, sandboxes.team_id, sandboxes.host_id, sandboxes.template_id, sandboxes.template_name, sandboxes.state, sandboxes.vcpus, sandboxes.memory_mib, sandboxes.disk_mib, sandboxes.timeout_seconds, sandboxes.metadata, sandboxes.created_at, sandboxes.started_at, sandboxes.expires_at, sandboxes.ended_at, sandboxes.end_reason, sandboxes.error, sandboxes.start_ms, sandboxes.worker, sandboxes.on_timeout, sandboxes.auto_resume, sandboxes.paused_at, sandboxes.forked_from, sandboxes.build_id, sandboxes.drained, sandboxes.token_epoch, sandboxes.saved, sandboxes.ended_by, sandboxes.condition, sandboxes.condition_reason, sandboxes.condition_detail, sandboxes.condition_since, sandboxes.ended_because, COALESCE(team_owner(team_id), team_id)::uuid AS payer FROM sandboxes WHERE id = $1
 `
 
 type GetSandboxPayerRow struct {
@@ -234,13 +242,19 @@ func (q *Queries) GetSandboxPayer(ctx context.Context, id uuid.UUID) (GetSandbox
 		&i.Sandbox.Drained,
 		&i.Sandbox.TokenEpoch,
 		&i.Sandbox.Saved,
+		&i.Sandbox.EndedBy,
+		&i.Sandbox.Condition,
+		&i.Sandbox.ConditionReason,
+		&i.Sandbox.ConditionDetail,
+		&i.Sandbox.ConditionSince,
+		&i.Sandbox.EndedBecause,
 		&i.Payer,
 	)
 	return i, err
 }
 
 const getTeamSandbox = `-- name: GetTeamSandbox :one
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved FROM sandboxes WHERE id = $1 AND team_id = $2 AND build_id IS NULL
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because FROM sandboxes WHERE id = $1 AND team_id = $2 AND build_id IS NULL
 `
 
 type GetTeamSandboxParams struct {
@@ -280,6 +294,12 @@ func (q *Queries) GetTeamSandbox(ctx context.Context, arg GetTeamSandboxParams) 
 		&i.Drained,
 		&i.TokenEpoch,
 		&i.Saved,
+		&i.EndedBy,
+		&i.Condition,
+		&i.ConditionReason,
+		&i.ConditionDetail,
+		&i.ConditionSince,
+		&i.EndedBecause,
 	)
 	return i, err
 }
@@ -288,7 +308,7 @@ const insertSandbox = `-- name: InsertSandbox :one
 
 INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, on_timeout, auto_resume, forked_from, build_id)
 VALUES ($1, $2, $3, $4, $5, 'starting', $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
-RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
+RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because
 `
 
 type InsertSandboxParams struct {
@@ -364,6 +384,12 @@ func (q *Queries) InsertSandbox(ctx context.Context, arg InsertSandboxParams) (S
 		&i.Drained,
 		&i.TokenEpoch,
 		&i.Saved,
+		&i.EndedBy,
+		&i.Condition,
+		&i.ConditionReason,
+		&i.ConditionDetail,
+		&i.ConditionSince,
+		&i.EndedBecause,
 	)
 	return i, err
 }
@@ -393,7 +419,7 @@ func (q *Queries) ListHostSandboxIDs(ctx context.Context, hostID *uuid.UUID) ([]
 }
 
 const listHostSandboxes = `-- name: ListHostSandboxes :many
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved FROM sandboxes WHERE host_id = $1 AND sandbox_is_live(state)
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because FROM sandboxes WHERE host_id = $1 AND sandbox_is_live(state)
 `
 
 func (q *Queries) ListHostSandboxes(ctx context.Context, hostID *uuid.UUID) ([]Sandbox, error) {
@@ -433,6 +459,12 @@ func (q *Queries) ListHostSandboxes(ctx context.Context, hostID *uuid.UUID) ([]S
 			&i.Drained,
 			&i.TokenEpoch,
 			&i.Saved,
+			&i.EndedBy,
+			&i.Condition,
+			&i.ConditionReason,
+			&i.ConditionDetail,
+			&i.ConditionSince,
+			&i.EndedBecause,
 		); err != nil {
 			return nil, err
 		}
@@ -445,7 +477,7 @@ func (q *Queries) ListHostSandboxes(ctx context.Context, hostID *uuid.UUID) ([]S
 }
 
 const listLiveSandboxes = `-- name: ListLiveSandboxes :many
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved FROM sandboxes
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because FROM sandboxes
 WHERE team_id = $1
   AND sandbox_is_live(state)
   AND build_id IS NULL
@@ -507,6 +539,12 @@ func (q *Queries) ListLiveSandboxes(ctx context.Context, arg ListLiveSandboxesPa
 			&i.Drained,
 			&i.TokenEpoch,
 			&i.Saved,
+			&i.EndedBy,
+			&i.Condition,
+			&i.ConditionReason,
+			&i.ConditionDetail,
+			&i.ConditionSince,
+			&i.EndedBecause,
 		); err != nil {
 			return nil, err
 		}
@@ -519,7 +557,7 @@ func (q *Queries) ListLiveSandboxes(ctx context.Context, arg ListLiveSandboxesPa
 }
 
 const listSandboxes = `-- name: ListSandboxes :many
-SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved FROM sandboxes
+SELECT id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because FROM sandboxes
 WHERE team_id = $1
   AND state = ANY ($2::text[])
   AND build_id IS NULL
@@ -582,6 +620,12 @@ func (q *Queries) ListSandboxes(ctx context.Context, arg ListSandboxesParams) ([
 			&i.Drained,
 			&i.TokenEpoch,
 			&i.Saved,
+			&i.EndedBy,
+			&i.Condition,
+			&i.ConditionReason,
+			&i.ConditionDetail,
+			&i.ConditionSince,
+			&i.EndedBecause,
 		); err != nil {
 			return nil, err
 		}
@@ -605,7 +649,7 @@ func (q *Queries) LockSandboxes(ctx context.Context, ids []uuid.UUID) error {
 }
 
 const revokeTokens = `-- name: RevokeTokens :one
-UPDATE sandboxes SET token_epoch = token_epoch + 1 WHERE id = $1 AND team_id = $2 AND build_id IS NULL RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
+UPDATE sandboxes SET token_epoch = token_epoch + 1 WHERE id = $1 AND team_id = $2 AND build_id IS NULL RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because
 `
 
 type RevokeTokensParams struct {
@@ -644,13 +688,19 @@ func (q *Queries) RevokeTokens(ctx context.Context, arg RevokeTokensParams) (San
 		&i.Drained,
 		&i.TokenEpoch,
 		&i.Saved,
+		&i.EndedBy,
+		&i.Condition,
+		&i.ConditionReason,
+		&i.ConditionDetail,
+		&i.ConditionSince,
+		&i.EndedBecause,
 	)
 	return i, err
 }
 
 const sandboxDrains = `-- name: SandboxDrains :one
 UPDATE sandboxes SET state = 'pausing', drained = true
-WHERE sandboxes.id = $1 AND state = 'running' AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.draining) RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
+WHERE sandboxes.id = $1 AND state = 'running' AND EXISTS (SELECT 1 FROM hosts WHERE hosts.id = sandboxes.host_id AND hosts.draining) RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because
 `
 
 // It is to be paused because its host drains, if that still does.
@@ -685,6 +735,12 @@ func (q *Queries) SandboxDrains(ctx context.Context, id uuid.UUID) (Sandbox, err
 		&i.Drained,
 		&i.TokenEpoch,
 		&i.Saved,
+		&i.EndedBy,
+		&i.Condition,
+		&i.ConditionReason,
+		&i.ConditionDetail,
+		&i.ConditionSince,
+		&i.EndedBecause,
 	)
 	return i, err
 }
@@ -692,7 +748,7 @@ func (q *Queries) SandboxDrains(ctx context.Context, id uuid.UUID) (Sandbox, err
 const sandboxEnded = `-- name: SandboxEnded :one
 UPDATE sandboxes SET state = 'stopped', end_reason = $1::text, error = $2,
     ended_at = GREATEST(started_at, created_at, LEAST($3::timestamptz, now()))
-WHERE id = $4 AND host_id = $5 AND sandbox_is_live(state) AND NOT sandbox_is_starting(state) AND state <> 'stopping' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
+WHERE id = $4 AND host_id = $5 AND sandbox_is_live(state) AND NOT sandbox_is_starting(state) AND state <> 'stopping' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because
 `
 
 type SandboxEndedParams struct {
@@ -741,12 +797,18 @@ func (q *Queries) SandboxEnded(ctx context.Context, arg SandboxEndedParams) (San
 		&i.Drained,
 		&i.TokenEpoch,
 		&i.Saved,
+		&i.EndedBy,
+		&i.Condition,
+		&i.ConditionReason,
+		&i.ConditionDetail,
+		&i.ConditionSince,
+		&i.EndedBecause,
 	)
 	return i, err
 }
 
 const sandboxExpires = `-- name: SandboxExpires :one
-UPDATE sandboxes SET expires_at = $1 WHERE id = $2 AND host_id = $3 AND state = 'running' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
+UPDATE sandboxes SET expires_at = $1 WHERE id = $2 AND host_id = $3 AND state = 'running' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because
 `
 
 type SandboxExpiresParams struct {
@@ -786,13 +848,19 @@ func (q *Queries) SandboxExpires(ctx context.Context, arg SandboxExpiresParams) 
 		&i.Drained,
 		&i.TokenEpoch,
 		&i.Saved,
+		&i.EndedBy,
+		&i.Condition,
+		&i.ConditionReason,
+		&i.ConditionDetail,
+		&i.ConditionSince,
+		&i.EndedBecause,
 	)
 	return i, err
 }
 
 const sandboxFailed = `-- name: SandboxFailed :one
 UPDATE sandboxes SET state = 'error', end_reason = 'failed', error = $1, ended_at = now()
-WHERE id = $2 AND host_id = $3 AND sandbox_is_starting(state) RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
+WHERE id = $2 AND host_id = $3 AND sandbox_is_starting(state) RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because
 `
 
 type SandboxFailedParams struct {
@@ -832,13 +900,20 @@ func (q *Queries) SandboxFailed(ctx context.Context, arg SandboxFailedParams) (S
 		&i.Drained,
 		&i.TokenEpoch,
 		&i.Saved,
+		&i.EndedBy,
+		&i.Condition,
+		&i.ConditionReason,
+		&i.ConditionDetail,
+		&i.ConditionSince,
+		&i.EndedBecause,
 	)
 	return i, err
 }
 
 const sandboxGoesOn = `-- name: SandboxGoesOn :one
-UPDATE sandboxes SET state = 'running', drained = false, paused_at = NULL, expires_at = $1
-WHERE id = $2 AND host_id = $3 AND sandbox_has_image(state) RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
+UPDATE sandboxes SET state = 'running', drained = false, paused_at = NULL, expires_at = $1,
+    condition = '', condition_reason = '', condition_detail = '', condition_since = NULL
+WHERE id = $2 AND host_id = $3 AND sandbox_has_image(state) RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because
 `
 
 type SandboxGoesOnParams struct {
@@ -847,7 +922,7 @@ type SandboxGoesOnParams struct {
 	HostID    *uuid.UUID
 }
 
-// It was resumed, or its pause failed.
+// It was resumed or rebooted, or its pause failed.
 func (q *Queries) SandboxGoesOn(ctx context.Context, arg SandboxGoesOnParams) (Sandbox, error) {
 	row := q.db.QueryRow(ctx, sandboxGoesOn, arg.ExpiresAt, arg.ID, arg.HostID)
 	var i Sandbox
@@ -879,14 +954,89 @@ func (q *Queries) SandboxGoesOn(ctx context.Context, arg SandboxGoesOnParams) (S
 		&i.Drained,
 		&i.TokenEpoch,
 		&i.Saved,
+		&i.EndedBy,
+		&i.Condition,
+		&i.ConditionReason,
+		&i.ConditionDetail,
+		&i.ConditionSince,
+		&i.EndedBecause,
+	)
+	return i, err
+}
+
+const sandboxMemoryLost = `-- name: SandboxMemoryLost :one
+UPDATE sandboxes SET state = 'paused', paused_at = COALESCE(paused_at, $1::timestamptz), drained = true,
+    expires_at = CASE WHEN on_timeout = 'destroy' THEN expires_at END,
+    condition = 'memory_lost', condition_reason = $2, condition_detail = $3, condition_since = $4::timestamptz
+WHERE id = $5 AND host_id = $6 AND state = ANY ($7::text[]) AND state IN ('running', 'missing', 'pausing', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because
+`
+
+type SandboxMemoryLostParams struct {
+	PausedAt time.Time
+	Reason   string
+	Detail   string
+	Since    time.Time
+	ID       uuid.UUID
+	HostID   *uuid.UUID
+	CameFrom []string
+}
+
+// Its host has it paused without its memory. Nobody asked for that, so the next use
+// resumes it, and its timeout goes on if that destroys it.
+func (q *Queries) SandboxMemoryLost(ctx context.Context, arg SandboxMemoryLostParams) (Sandbox, error) {
+	row := q.db.QueryRow(ctx, sandboxMemoryLost,
+		arg.PausedAt,
+		arg.Reason,
+		arg.Detail,
+		arg.Since,
+		arg.ID,
+		arg.HostID,
+		arg.CameFrom,
+	)
+	var i Sandbox
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.HostID,
+		&i.TemplateID,
+		&i.TemplateName,
+		&i.State,
+		&i.VCPUs,
+		&i.MemoryMiB,
+		&i.DiskMiB,
+		&i.TimeoutSeconds,
+		&i.Metadata,
+		&i.CreatedAt,
+		&i.StartedAt,
+		&i.ExpiresAt,
+		&i.EndedAt,
+		&i.EndReason,
+		&i.Error,
+		&i.StartMs,
+		&i.Worker,
+		&i.OnTimeout,
+		&i.AutoResume,
+		&i.PausedAt,
+		&i.ForkedFrom,
+		&i.BuildID,
+		&i.Drained,
+		&i.TokenEpoch,
+		&i.Saved,
+		&i.EndedBy,
+		&i.Condition,
+		&i.ConditionReason,
+		&i.ConditionDetail,
+		&i.ConditionSince,
+		&i.EndedBecause,
 	)
 	return i, err
 }
 
 const sandboxPaused = `-- name: SandboxPaused :one
 UPDATE sandboxes SET state = 'paused', paused_at = COALESCE(paused_at, $1::timestamptz),
-    expires_at = CASE WHEN drained AND on_timeout = 'destroy' THEN expires_at END
-WHERE id = $2 AND host_id = $3 AND state = ANY ($4::text[]) AND state IN ('running', 'missing', 'pausing', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
+    expires_at = CASE WHEN drained AND on_timeout = 'destroy' THEN expires_at END,
+    condition = CASE condition WHEN 'unresponsive' THEN '' ELSE condition END
+WHERE id = $2 AND host_id = $3 AND state = ANY ($4::text[]) AND state IN ('running', 'missing', 'pausing', 'resuming') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because
 `
 
 type SandboxPausedParams struct {
@@ -932,12 +1082,18 @@ func (q *Queries) SandboxPaused(ctx context.Context, arg SandboxPausedParams) (S
 		&i.Drained,
 		&i.TokenEpoch,
 		&i.Saved,
+		&i.EndedBy,
+		&i.Condition,
+		&i.ConditionReason,
+		&i.ConditionDetail,
+		&i.ConditionSince,
+		&i.EndedBecause,
 	)
 	return i, err
 }
 
 const sandboxPausing = `-- name: SandboxPausing :one
-UPDATE sandboxes SET state = 'pausing' WHERE id = $1 AND state = 'running' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
+UPDATE sandboxes SET state = 'pausing' WHERE id = $1 AND state = 'running' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because
 `
 
 func (q *Queries) SandboxPausing(ctx context.Context, id uuid.UUID) (Sandbox, error) {
@@ -971,12 +1127,63 @@ func (q *Queries) SandboxPausing(ctx context.Context, id uuid.UUID) (Sandbox, er
 		&i.Drained,
 		&i.TokenEpoch,
 		&i.Saved,
+		&i.EndedBy,
+		&i.Condition,
+		&i.ConditionReason,
+		&i.ConditionDetail,
+		&i.ConditionSince,
+		&i.EndedBecause,
+	)
+	return i, err
+}
+
+const sandboxRebooting = `-- name: SandboxRebooting :one
+UPDATE sandboxes SET state = 'resuming' WHERE id = $1 AND state IN ('running', 'paused') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because
+`
+
+func (q *Queries) SandboxRebooting(ctx context.Context, id uuid.UUID) (Sandbox, error) {
+	row := q.db.QueryRow(ctx, sandboxRebooting, id)
+	var i Sandbox
+	err := row.Scan(
+		&i.ID,
+		&i.TeamID,
+		&i.HostID,
+		&i.TemplateID,
+		&i.TemplateName,
+		&i.State,
+		&i.VCPUs,
+		&i.MemoryMiB,
+		&i.DiskMiB,
+		&i.TimeoutSeconds,
+		&i.Metadata,
+		&i.CreatedAt,
+		&i.StartedAt,
+		&i.ExpiresAt,
+		&i.EndedAt,
+		&i.EndReason,
+		&i.Error,
+		&i.StartMs,
+		&i.Worker,
+		&i.OnTimeout,
+		&i.AutoResume,
+		&i.PausedAt,
+		&i.ForkedFrom,
+		&i.BuildID,
+		&i.Drained,
+		&i.TokenEpoch,
+		&i.Saved,
+		&i.EndedBy,
+		&i.Condition,
+		&i.ConditionReason,
+		&i.ConditionDetail,
+		&i.ConditionSince,
+		&i.EndedBecause,
 	)
 	return i, err
 }
 
 const sandboxResuming = `-- name: SandboxResuming :one
-UPDATE sandboxes SET state = 'resuming' WHERE id = $1 AND state = 'paused' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
+UPDATE sandboxes SET state = 'resuming' WHERE id = $1 AND state = 'paused' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because
 `
 
 func (q *Queries) SandboxResuming(ctx context.Context, id uuid.UUID) (Sandbox, error) {
@@ -1010,13 +1217,19 @@ func (q *Queries) SandboxResuming(ctx context.Context, id uuid.UUID) (Sandbox, e
 		&i.Drained,
 		&i.TokenEpoch,
 		&i.Saved,
+		&i.EndedBy,
+		&i.Condition,
+		&i.ConditionReason,
+		&i.ConditionDetail,
+		&i.ConditionSince,
+		&i.EndedBecause,
 	)
 	return i, err
 }
 
 const sandboxRevived = `-- name: SandboxRevived :one
 UPDATE sandboxes SET state = 'paused', paused_at = $1::timestamptz, drained = false, expires_at = NULL, end_reason = NULL, error = '', ended_at = NULL
-WHERE id = $2 AND host_id = $3 AND state = 'stopped' AND end_reason IN ('exited', 'lost') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
+WHERE id = $2 AND host_id = $3 AND state = 'stopped' AND end_reason IN ('exited', 'lost') RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because
 `
 
 type SandboxRevivedParams struct {
@@ -1057,6 +1270,12 @@ func (q *Queries) SandboxRevived(ctx context.Context, arg SandboxRevivedParams) 
 		&i.Drained,
 		&i.TokenEpoch,
 		&i.Saved,
+		&i.EndedBy,
+		&i.Condition,
+		&i.ConditionReason,
+		&i.ConditionDetail,
+		&i.ConditionSince,
+		&i.EndedBecause,
 	)
 	return i, err
 }
@@ -1064,7 +1283,7 @@ func (q *Queries) SandboxRevived(ctx context.Context, arg SandboxRevivedParams) 
 const sandboxRunning = `-- name: SandboxRunning :one
 UPDATE sandboxes SET state = 'running', started_at = COALESCE(started_at, $1), expires_at = $2,
     disk_mib = $3, start_ms = COALESCE(start_ms, $4)
-WHERE id = $5 AND host_id = $6 AND sandbox_is_starting(state) RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
+WHERE id = $5 AND host_id = $6 AND sandbox_is_starting(state) RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because
 `
 
 type SandboxRunningParams struct {
@@ -1114,12 +1333,18 @@ func (q *Queries) SandboxRunning(ctx context.Context, arg SandboxRunningParams) 
 		&i.Drained,
 		&i.TokenEpoch,
 		&i.Saved,
+		&i.EndedBy,
+		&i.Condition,
+		&i.ConditionReason,
+		&i.ConditionDetail,
+		&i.ConditionSince,
+		&i.EndedBecause,
 	)
 	return i, err
 }
 
 const sandboxStaysPaused = `-- name: SandboxStaysPaused :one
-UPDATE sandboxes SET drained = false, expires_at = NULL WHERE id = $1 AND state = 'paused' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
+UPDATE sandboxes SET drained = false, expires_at = NULL WHERE id = $1 AND state = 'paused' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because
 `
 
 // Somebody asked for it to be paused, which so far it was because its host drains.
@@ -1154,13 +1379,19 @@ func (q *Queries) SandboxStaysPaused(ctx context.Context, id uuid.UUID) (Sandbox
 		&i.Drained,
 		&i.TokenEpoch,
 		&i.Saved,
+		&i.EndedBy,
+		&i.Condition,
+		&i.ConditionReason,
+		&i.ConditionDetail,
+		&i.ConditionSince,
+		&i.EndedBecause,
 	)
 	return i, err
 }
 
 const sandboxStopped = `-- name: SandboxStopped :one
 UPDATE sandboxes SET state = 'stopped', end_reason = COALESCE(end_reason, 'deleted'), ended_at = now()
-WHERE id = $1 AND state = 'stopping' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
+WHERE id = $1 AND state = 'stopping' RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because
 `
 
 func (q *Queries) SandboxStopped(ctx context.Context, id uuid.UUID) (Sandbox, error) {
@@ -1194,18 +1425,29 @@ func (q *Queries) SandboxStopped(ctx context.Context, id uuid.UUID) (Sandbox, er
 		&i.Drained,
 		&i.TokenEpoch,
 		&i.Saved,
+		&i.EndedBy,
+		&i.Condition,
+		&i.ConditionReason,
+		&i.ConditionDetail,
+		&i.ConditionSince,
+		&i.EndedBecause,
 	)
 	return i, err
 }
 
 const sandboxStopping = `-- name: SandboxStopping :one
-UPDATE sandboxes SET state = 'stopping'
-WHERE id = $1 AND sandbox_is_live(state) RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved
+UPDATE sandboxes SET state = 'stopping', ended_by = COALESCE(NULLIF(ended_by, ''), $1)
+WHERE id = $2 AND sandbox_is_live(state) RETURNING id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, started_at, expires_at, ended_at, end_reason, error, start_ms, worker, on_timeout, auto_resume, paused_at, forked_from, build_id, drained, token_epoch, saved, ended_by, condition, condition_reason, condition_detail, condition_since, ended_because
 `
 
+type SandboxStoppingParams struct {
+	EndedBy string
+	ID      uuid.UUID
+}
+
 // Stopping a sandbox that stops is no change, yet answers with the row.
-func (q *Queries) SandboxStopping(ctx context.Context, id uuid.UUID) (Sandbox, error) {
-	row := q.db.QueryRow(ctx, sandboxStopping, id)
+func (q *Queries) SandboxStopping(ctx context.Context, arg SandboxStoppingParams) (Sandbox, error) {
+	row := q.db.QueryRow(ctx, sandboxStopping, arg.EndedBy, arg.ID)
 	var i Sandbox
 	err := row.Scan(
 		&i.ID,
@@ -1235,8 +1477,57 @@ func (q *Queries) SandboxStopping(ctx context.Context, id uuid.UUID) (Sandbox, e
 		&i.Drained,
 		&i.TokenEpoch,
 		&i.Saved,
+		&i.EndedBy,
+		&i.Condition,
+		&i.ConditionReason,
+		&i.ConditionDetail,
+		&i.ConditionSince,
+		&i.EndedBecause,
 	)
 	return i, err
+}
+
+const sandboxesCondition = `-- name: SandboxesCondition :many
+UPDATE sandboxes SET condition = CASE seen.reason WHEN '' THEN '' ELSE 'unresponsive' END,
+    condition_reason = seen.reason, condition_detail = seen.detail, condition_since = CASE seen.reason WHEN '' THEN NULL ELSE seen.since END
+FROM (SELECT unnest($1::uuid[]) AS id, unnest($3::text[]) AS reason, unnest($4::text[]) AS detail, unnest($5::timestamptz[]) AS since) AS seen
+WHERE sandboxes.id = seen.id AND sandboxes.id = ANY (ARRAY(
+    SELECT s.id FROM sandboxes s WHERE s.id = ANY ($1::uuid[]) AND s.host_id = $2 AND s.state = 'running' ORDER BY s.id FOR NO KEY UPDATE)) RETURNING sandboxes.id
+`
+
+type SandboxesConditionParams struct {
+	Ids     []uuid.UUID
+	HostID  *uuid.UUID
+	Reasons []string
+	Details []string
+	Sinces  []time.Time
+}
+
+// What their host says of those that run. An empty reason ends a condition.
+func (q *Queries) SandboxesCondition(ctx context.Context, arg SandboxesConditionParams) ([]uuid.UUID, error) {
+	rows, err := q.db.Query(ctx, sandboxesCondition,
+		arg.Ids,
+		arg.HostID,
+		arg.Reasons,
+		arg.Details,
+		arg.Sinces,
+	)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []uuid.UUID
+	for rows.Next() {
+		var id uuid.UUID
+		if err := rows.Scan(&id); err != nil {
+			return nil, err
+		}
+		items = append(items, id)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
 }
 
 const sandboxesExpire = `-- name: SandboxesExpire :exec

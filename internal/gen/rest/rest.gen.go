@@ -190,16 +190,19 @@ func (e ChannelDeliveryState) Valid() bool {
 
 // Defines values for ChannelEvent.
 const (
-	BuildFinished   ChannelEvent = "build.finished"
-	HostOnline      ChannelEvent = "host.online"
-	HostUnreachable ChannelEvent = "host.unreachable"
-	QuotaReached    ChannelEvent = "quota.reached"
-	SandboxEnded    ChannelEvent = "sandbox.ended"
-	SandboxFailed   ChannelEvent = "sandbox.failed"
-	SandboxLost     ChannelEvent = "sandbox.lost"
-	SandboxMissing  ChannelEvent = "sandbox.missing"
-	SandboxPaused   ChannelEvent = "sandbox.paused"
-	SandboxStarted  ChannelEvent = "sandbox.started"
+	BuildFinished       ChannelEvent = "build.finished"
+	HostOnline          ChannelEvent = "host.online"
+	HostUnreachable     ChannelEvent = "host.unreachable"
+	QuotaReached        ChannelEvent = "quota.reached"
+	SandboxEnded        ChannelEvent = "sandbox.ended"
+	SandboxFailed       ChannelEvent = "sandbox.failed"
+	SandboxLost         ChannelEvent = "sandbox.lost"
+	SandboxMemoryLost   ChannelEvent = "sandbox.memory_lost"
+	SandboxMissing      ChannelEvent = "sandbox.missing"
+	SandboxPaused       ChannelEvent = "sandbox.paused"
+	SandboxResponsive   ChannelEvent = "sandbox.responsive"
+	SandboxStarted      ChannelEvent = "sandbox.started"
+	SandboxUnresponsive ChannelEvent = "sandbox.unresponsive"
 )
 
 // Valid indicates whether the value is a known member of the ChannelEvent enum.
@@ -219,11 +222,17 @@ func (e ChannelEvent) Valid() bool {
 		return true
 	case SandboxLost:
 		return true
+	case SandboxMemoryLost:
+		return true
 	case SandboxMissing:
 		return true
 	case SandboxPaused:
 		return true
+	case SandboxResponsive:
+		return true
 	case SandboxStarted:
+		return true
+	case SandboxUnresponsive:
 		return true
 	default:
 		return false
@@ -248,6 +257,57 @@ func (e ChannelKind) Valid() bool {
 	case ChannelKindSlack:
 		return true
 	case ChannelKindWebhook:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for ConditionKind.
+const (
+	MemoryLost   ConditionKind = "memory_lost"
+	Unresponsive ConditionKind = "unresponsive"
+)
+
+// Valid indicates whether the value is a known member of the ConditionKind enum.
+func (e ConditionKind) Valid() bool {
+	switch e {
+	case MemoryLost:
+		return true
+	case Unresponsive:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for ConditionReason.
+const (
+	ConditionReasonCrashed   ConditionReason = "crashed"
+	ConditionReasonKilled    ConditionReason = "killed"
+	ConditionReasonNoAnswer  ConditionReason = "no_answer"
+	ConditionReasonNoSpace   ConditionReason = "no_space"
+	ConditionReasonOom       ConditionReason = "oom"
+	ConditionReasonReboot    ConditionReason = "reboot"
+	ConditionReasonRestarted ConditionReason = "restarted"
+)
+
+// Valid indicates whether the value is a known member of the ConditionReason enum.
+func (e ConditionReason) Valid() bool {
+	switch e {
+	case ConditionReasonCrashed:
+		return true
+	case ConditionReasonKilled:
+		return true
+	case ConditionReasonNoAnswer:
+		return true
+	case ConditionReasonNoSpace:
+		return true
+	case ConditionReasonOom:
+		return true
+	case ConditionReasonReboot:
+		return true
+	case ConditionReasonRestarted:
 		return true
 	default:
 		return false
@@ -454,16 +514,22 @@ func (e RunCodeLanguage) Valid() bool {
 
 // Defines values for SandboxEndReason.
 const (
-	SandboxEndReasonDeleted SandboxEndReason = "deleted"
-	SandboxEndReasonExited  SandboxEndReason = "exited"
-	SandboxEndReasonExpired SandboxEndReason = "expired"
-	SandboxEndReasonFailed  SandboxEndReason = "failed"
-	SandboxEndReasonLost    SandboxEndReason = "lost"
+	SandboxEndReasonCrashed   SandboxEndReason = "crashed"
+	SandboxEndReasonDeleted   SandboxEndReason = "deleted"
+	SandboxEndReasonExited    SandboxEndReason = "exited"
+	SandboxEndReasonExpired   SandboxEndReason = "expired"
+	SandboxEndReasonFailed    SandboxEndReason = "failed"
+	SandboxEndReasonKilled    SandboxEndReason = "killed"
+	SandboxEndReasonLost      SandboxEndReason = "lost"
+	SandboxEndReasonOom       SandboxEndReason = "oom"
+	SandboxEndReasonRestarted SandboxEndReason = "restarted"
 )
 
 // Valid indicates whether the value is a known member of the SandboxEndReason enum.
 func (e SandboxEndReason) Valid() bool {
 	switch e {
+	case SandboxEndReasonCrashed:
+		return true
 	case SandboxEndReasonDeleted:
 		return true
 	case SandboxEndReasonExited:
@@ -472,7 +538,13 @@ func (e SandboxEndReason) Valid() bool {
 		return true
 	case SandboxEndReasonFailed:
 		return true
+	case SandboxEndReasonKilled:
+		return true
 	case SandboxEndReasonLost:
+		return true
+	case SandboxEndReasonOom:
+		return true
+	case SandboxEndReasonRestarted:
 		return true
 	default:
 		return false
@@ -938,9 +1010,10 @@ type ChannelDeliveryList struct {
 	NextCursor *string `json:"next_cursor,omitempty"`
 }
 
-// ChannelEvent `sandbox.started`, `sandbox.paused`, `sandbox.ended` (asked for, expired or exited, as
-// `reason` says), `sandbox.failed` (it did not start), `sandbox.missing` (its host is not
-// heard of), `sandbox.lost`; `build.finished` (`state` says how); `quota.reached` (something
+// ChannelEvent `sandbox.started`, `sandbox.paused`, `sandbox.ended` (as `reason` and `ended_because` say),
+// `sandbox.failed` (it did not start), `sandbox.missing` (its host is not heard of),
+// `sandbox.lost`; `sandbox.unresponsive`, `sandbox.responsive` and `sandbox.memory_lost` (its
+// condition, with its reason); `build.finished` (`state` says how); `quota.reached` (something
 // was refused for the team's quota; once an hour). For the platform's admins alone:
 // `host.unreachable`, `host.online`.
 type ChannelEvent string
@@ -1023,6 +1096,37 @@ type CodeResult struct {
 	Stderr         string       `json:"stderr"`
 	Stdout         string       `json:"stdout"`
 }
+
+// Condition What is wrong with a sandbox beside its state; absent if nothing is.
+type Condition struct {
+	// Kind `unresponsive`: its guest does not answer, though it runs; the condition ends when it
+	// answers, or by a reboot. `memory_lost`: its virtual machine ended without being saved,
+	// so it is paused, with its disk, and boots from that when it is resumed, rebooted or used.
+	Kind ConditionKind `json:"kind"`
+
+	// Message The reason in a sentence and what more is known. May have text of the guest's.
+	Message string `json:"message"`
+
+	// Reason Of `unresponsive`: `no_answer`, the guest daemon does not answer; `no_space`, the host's
+	// disk is full. Of `memory_lost`: `oom`, the guest ran out of memory; `crashed`, its kernel
+	// or its daemon ended; `restarted`, it restarted itself; `killed`, its virtual machine was
+	// killed or its host went down; `reboot`, a reboot failed or broke off.
+	Reason ConditionReason `json:"reason"`
+
+	// Since Since when it is so.
+	Since time.Time `json:"since"`
+}
+
+// ConditionKind `unresponsive`: its guest does not answer, though it runs; the condition ends when it
+// answers, or by a reboot. `memory_lost`: its virtual machine ended without being saved,
+// so it is paused, with its disk, and boots from that when it is resumed, rebooted or used.
+type ConditionKind string
+
+// ConditionReason Of `unresponsive`: `no_answer`, the guest daemon does not answer; `no_space`, the host's
+// disk is full. Of `memory_lost`: `oom`, the guest ran out of memory; `crashed`, its kernel
+// or its daemon ended; `restarted`, it restarted itself; `killed`, its virtual machine was
+// killed or its host went down; `reboot`, a reboot failed or broke off.
+type ConditionReason string
 
 // ConfirmChannel defines model for ConfirmChannel.
 type ConfirmChannel struct {
@@ -1804,18 +1908,26 @@ type Sandbox struct {
 	// AutoResume Whether requests and calls resume it when it is paused.
 	AutoResume bool `json:"auto_resume"`
 
+	// Condition What is wrong with a sandbox beside its state; absent if nothing is.
+	Condition *Condition `json:"condition,omitempty"`
+
 	// CreatedAt When it was asked for.
 	CreatedAt time.Time `json:"created_at"`
 
 	// DiskMib Disk in MiB; 0 until it is known.
 	DiskMib int32 `json:"disk_mib"`
 
-	// EndReason Why it ended: `deleted`, by a call; `expired`, not used for its timeout; `exited`, the virtual
-	// machine ended by itself; `lost`, its host no longer has it; `failed`, it did not start.
+	// EndReason Why it ended: `deleted`, by a call; `expired`, not used for its timeout; `exited`, its guest
+	// shut down; `oom`, `crashed`, `restarted` or `killed`, it had lost its memory for that reason
+	// and was not used again for its timeout; `lost`, its host no longer has it; `failed`, it did
+	// not start.
 	EndReason *SandboxEndReason `json:"end_reason,omitempty"`
 
 	// EndedAt When it ended.
 	EndedAt *time.Time `json:"ended_at,omitempty"`
+
+	// EndedBecause Why it ended, in words for people, such as `oom`, `exited`, `timeout` or `killed by user usr-…`; absent unless it has ended.
+	EndedBecause *string `json:"ended_because,omitempty"`
 
 	// Error What went wrong; absent when nothing did.
 	Error *string `json:"error,omitempty"`
@@ -1879,8 +1991,10 @@ type Sandbox struct {
 	Vcpus int32 `json:"vcpus"`
 }
 
-// SandboxEndReason Why it ended: `deleted`, by a call; `expired`, not used for its timeout; `exited`, the virtual
-// machine ended by itself; `lost`, its host no longer has it; `failed`, it did not start.
+// SandboxEndReason Why it ended: `deleted`, by a call; `expired`, not used for its timeout; `exited`, its guest
+// shut down; `oom`, `crashed`, `restarted` or `killed`, it had lost its memory for that reason
+// and was not used again for its timeout; `lost`, its host no longer has it; `failed`, it did
+// not start.
 type SandboxEndReason string
 
 // SandboxID A sandbox's id.
@@ -3044,6 +3158,9 @@ type ServerInterface interface {
 	// PingSandbox Extend a sandbox's life
 	// (POST /v1/sandboxes/{sandbox_id}/ping)
 	PingSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	// RebootSandbox Reboot a sandbox
+	// (POST /v1/sandboxes/{sandbox_id}/reboot)
+	RebootSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
 	// ResumeSandbox Resume a paused sandbox
 	// (POST /v1/sandboxes/{sandbox_id}/resume)
 	ResumeSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
@@ -3653,6 +3770,12 @@ func (_ Unimplemented) PauseSandbox(w http.ResponseWriter, r *http.Request, sand
 // PingSandbox Extend a sandbox's life
 // (POST /v1/sandboxes/{sandbox_id}/ping)
 func (_ Unimplemented) PingSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
+	w.WriteHeader(http.StatusNotImplemented)
+}
+
+// RebootSandbox Reboot a sandbox
+// (POST /v1/sandboxes/{sandbox_id}/reboot)
+func (_ Unimplemented) RebootSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
 	w.WriteHeader(http.StatusNotImplemented)
 }
 
@@ -6639,6 +6762,32 @@ func (siw *ServerInterfaceWrapper) PingSandbox(w http.ResponseWriter, r *http.Re
 	handler.ServeHTTP(w, r)
 }
 
+// RebootSandbox operation middleware
+func (siw *ServerInterfaceWrapper) RebootSandbox(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "sandbox_id" -------------
+	var sandboxID SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "sandbox_id", chi.URLParam(r, "sandbox_id"), &sandboxID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: r.URL.RawPath == ""})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandbox_id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.RebootSandbox(w, r, sandboxID)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // ResumeSandbox operation middleware
 func (siw *ServerInterfaceWrapper) ResumeSandbox(w http.ResponseWriter, r *http.Request) {
 
@@ -7725,6 +7874,9 @@ func HandlerWithOptions(si ServerInterface, options ChiServerOptions) http.Handl
 	})
 	r.Group(func(r chi.Router) {
 		r.Post(options.BaseURL+"/v1/sandboxes/{sandbox_id}/resume", wrapper.ResumeSandbox)
+	})
+	r.Group(func(r chi.Router) {
+		r.Post(options.BaseURL+"/v1/sandboxes/{sandbox_id}/reboot", wrapper.RebootSandbox)
 	})
 	r.Group(func(r chi.Router) {
 		r.Post(options.BaseURL+"/v1/sandboxes/{sandbox_id}/fork", wrapper.ForkSandbox)

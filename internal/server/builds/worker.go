@@ -226,7 +226,9 @@ func (s *Service) clean(ctx context.Context, build uuid.UUID) error {
 	if err != nil {
 		return fmt.Errorf("list build's sandboxes: %w", err)
 	}
-	err = each.Do(ctx, s.Log, sweeps, cleanTimeout, boxes, s.Sandboxes.End)
+	err = each.Do(ctx, s.Log, sweeps, cleanTimeout, boxes, func(ctx context.Context, row db.Sandbox) error {
+		return s.Sandboxes.End(ctx, row, "its build")
+	})
 	if err != nil {
 		return fmt.Errorf("end build's sandboxes: %w", err)
 	}

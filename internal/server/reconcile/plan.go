@@ -172,6 +172,8 @@ type Plan struct {
 	Actions []Action
 	// Expire are the sandboxes whose end the host has moved.
 	Expire db.SandboxesExpireParams
+	// Conditions are the sandboxes with which something else is wrong than before.
+	Conditions db.SandboxesConditionParams
 	// Seen is for the next call.
 	Seen Seen
 	// Again is when the next grace is over; 0: there is none.
@@ -181,7 +183,7 @@ type Plan struct {
 // Sandboxes decides what to do about the sandboxes of a host. It only reads its
 // arguments: seen is what the call before returned, now the time of the view.
 func Sandboxes(v View, seen Seen, now time.Time) Plan {
-	p := Plan{Expire: db.SandboxesExpireParams{HostID: &v.Host}, Seen: make(Seen)}
+	p := Plan{Expire: db.SandboxesExpireParams{HostID: &v.Host}, Conditions: db.SandboxesConditionParams{HostID: &v.Host}, Seen: make(Seen)}
 	for _, sandbox := range ids(v.Rows, v.Has) {
 		if v.Busy[sandbox] {
 			continue
@@ -200,6 +202,10 @@ func Sandboxes(v View, seen Seen, now time.Time) Plan {
 		case Follow:
 			if ends := sandboxes.Expiry(row, has, now); ends != nil && (row.ExpiresAt == nil || !row.ExpiresAt.Equal(*ends)) {
 				p.Expire.Ids, p.Expire.Ats = append(p.Expire.Ids, sandbox), append(p.Expire.Ats, *ends)
+			}
+			if c, news := sandboxes.Silence(row, has); news {
+				p.Conditions.Ids, p.Conditions.Reasons = append(p.Conditions.Ids, sandbox), append(p.Conditions.Reasons, string(c.Reason))
+				p.Conditions.Details, p.Conditions.Sinces = append(p.Conditions.Details, c.Detail), append(p.Conditions.Sinces, c.Since)
 			}
 			if !v.Draining || has.GetIdle().AsDuration() <= v.DrainIdle {
 				continue

@@ -205,6 +205,11 @@ func (w *watch) compareSandboxes(ctx context.Context, now time.Time) (again time
 			return p.Again, fmt.Errorf("write when sandboxes end: %w", err)
 		}
 	}
+	if len(p.Conditions.Ids) > 0 {
+		if err := w.Sandboxes.WriteConditions(ctx, p.Conditions); err != nil {
+			return p.Again, fmt.Errorf("write sandboxes' conditions: %w", err)
+		}
+	}
 	return p.Again, nil
 }
 

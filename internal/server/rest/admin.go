@@ -174,7 +174,7 @@ func (a *API) AdminDeleteSandbox(w http.ResponseWriter, r *http.Request, sandbox
 	}
 	row, err := a.Sandboxes.Lookup(r.Context(), u)
 	if err == nil {
-		err = a.Sandboxes.Delete(r.Context(), row.TeamID, u)
+		err = a.Sandboxes.Delete(r.Context(), row.TeamID, u, deleter(r))
 	}
 	a.done(w, r, err)
 }

@@ -64,6 +64,10 @@ func (a *API) sandbox(r *http.Request, row db.Sandbox) rest.Sandbox {
 	if row.EndReason != nil {
 		s.EndReason = some(rest.SandboxEndReason(*row.EndReason))
 	}
+	s.EndedBecause = row.EndedBecause
+	if c := sandboxes.ConditionOf(row); c.Reason != "" {
+		s.Condition = &rest.Condition{Kind: rest.ConditionKind(c.Reason.Kind()), Reason: rest.ConditionReason(c.Reason), Message: c.Text(), Since: c.Since.UTC()}
+	}
 	if sandboxes.State(row.State).Ended() {
 		s.ExpiresAt, s.PausedAt = nil, nil
 	}
@@ -159,11 +163,20 @@ func (a *API) GetSandbox(w http.ResponseWriter, r *http.Request, sandbox rest.Sa
 	answer(w, http.StatusOK, a.sandbox(r, row))
 }
 
+// deleter names who makes a request, as the end of a sandbox has it.
+func deleter(r *http.Request) string {
+	who := caller(r)
+	if who.HasKey() {
+		return "key " + id.Format(id.APIKey, who.Key)
+	}
+	return "user " + id.Format(id.User, who.User)
+}
+
 // DeleteSandbox answers DELETE /v1/sandboxes/{sandbox_id}.
 func (a *API) DeleteSandbox(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID) {
 	u, err := sandboxID(sandbox)
 	if err == nil {
-		err = a.Sandboxes.Delete(r.Context(), caller(r).Team, u)
+		err = a.Sandboxes.Delete(r.Context(), caller(r).Team, u, deleter(r))
 	}
 	if err != nil {
 		a.Fail(w, r, err)
@@ -180,6 +193,11 @@ func (a *API) PauseSandbox(w http.ResponseWriter, r *http.Request, sandbox rest.
 // ResumeSandbox answers POST /v1/sandboxes/{sandbox_id}/resume.
 func (a *API) ResumeSandbox(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID) {
 	a.change(w, r, sandbox, a.Sandboxes.Resume)
+}
+
+// RebootSandbox answers POST /v1/sandboxes/{sandbox_id}/reboot.
+func (a *API) RebootSandbox(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxID) {
+	a.change(w, r, sandbox, a.Sandboxes.Reboot)
 }
 
 // PingSandbox answers POST /v1/sandboxes/{sandbox_id}/ping.

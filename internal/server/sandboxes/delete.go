@@ -19,17 +19,18 @@ import (
 )
 
 // Delete ends a team's sandbox and returns when nothing of it is left. It goes
-// on when ctx ends before, and again when the host was unreachable and is back.
-func (s *Service) Delete(ctx context.Context, team, sandbox uuid.UUID) error {
+// on when ctx ends before, and again when the host was unreachable and is back. by says
+// who asked for it, such as "user usr-…".
+func (s *Service) Delete(ctx context.Context, team, sandbox uuid.UUID, by string) error {
 	row, err := s.Get(ctx, team, sandbox)
 	if err != nil || State(row.State).Ended() {
 		return err
 	}
-	return s.End(ctx, row)
+	return s.End(ctx, row, by)
 }
 
 // End is Delete for any sandbox that has not ended.
-func (s *Service) End(ctx context.Context, row db.Sandbox) error {
+func (s *Service) End(ctx context.Context, row db.Sandbox, by string) error {
 	end, err := s.beginDeletion(row.ID)
 	if err != nil {
 		return err
@@ -37,7 +38,7 @@ func (s *Service) End(ctx context.Context, row db.Sandbox) error {
 	done := make(chan error, 1)
 	go func() {
 		defer end()
-		done <- s.Work.Guard(func() error { return s.stop(s.Work.For(ctx), row) })
+		done <- s.Work.Guard(func() error { return s.stop(s.Work.For(ctx), row, by) })
 	}()
 	select {
 	case err := <-done:
@@ -48,10 +49,10 @@ func (s *Service) End(ctx context.Context, row db.Sandbox) error {
 }
 
 // stop writes that the sandbox is to end, has its host end it, and writes that.
-func (s *Service) stop(ctx context.Context, row db.Sandbox) error {
+func (s *Service) stop(ctx context.Context, row db.Sandbox, by string) error {
 	log := s.Log.With("sandbox_id", id.Format(id.Sandbox, row.ID))
 	err := work.Persist(ctx, func(ctx context.Context) error {
-		_, err := s.Store.SandboxStopping(ctx, row.ID)
+		_, err := s.Store.SandboxStopping(ctx, db.SandboxStoppingParams{ID: row.ID, EndedBy: by})
 		return err
 	})
 	if errors.Is(err, store.ErrNoRows) {

@@ -126,7 +126,7 @@ func (s *Service) StopAgain(ctx context.Context, row db.Sandbox) error {
 		return err
 	}
 	defer end()
-	return s.stop(ctx, row)
+	return s.stop(ctx, row, "")
 }
 
 // DestroyStray destroys a sandbox on a host on which no row owns it.

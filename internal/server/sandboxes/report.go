@@ -3,9 +3,11 @@ package sandboxes
 import (
 	"time"
 
+	"github.com/wrenn-dev/wrenn/internal/condition"
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
+	"github.com/wrenn-dev/wrenn/internal/text"
 )
 
 // A host may be hostile, or its clock wrong: what it reports of a sandbox is
@@ -41,6 +43,38 @@ func pausedAt(row db.Sandbox, has *hostagentv1.Sandbox) time.Time {
 		earliest = *row.StartedAt
 	}
 	return between(has.GetPausedAt().AsTime(), earliest, now)
+}
+
+// maxDetail bounds what a host says of a condition, in bytes.
+const maxDetail = 1 << 10
+
+// conditionOf returns what the host says is wrong with the sandbox of a row; zero:
+// nothing, or nothing that this release knows.
+func conditionOf(row db.Sandbox, has *hostagentv1.Sandbox) condition.Condition {
+	c := has.GetCondition()
+	reason := condition.Reason(c.GetReason())
+	if reason.Kind() == "" {
+		return condition.Condition{}
+	}
+	since := between(c.GetSince().AsTime(), row.CreatedAt, store.Now()).Truncate(time.Microsecond)
+	return condition.Condition{Reason: reason, Detail: text.Clean(c.GetDetail(), maxDetail), Since: since}
+}
+
+// Silence returns what the host says of a running sandbox whose guest does not answer,
+// and whether the row has it otherwise. A zero condition ends the row's.
+func Silence(row db.Sandbox, has *hostagentv1.Sandbox) (c condition.Condition, news bool) {
+	if c = conditionOf(row, has); c.Reason.Kind() != condition.Unresponsive {
+		c = condition.Condition{}
+	}
+	return c, row.ConditionReason != string(c.Reason)
+}
+
+// ConditionOf returns the condition that a row has; zero: none.
+func ConditionOf(row db.Sandbox) condition.Condition {
+	if row.Condition == "" || row.ConditionSince == nil || State(row.State).Ended() {
+		return condition.Condition{}
+	}
+	return condition.Condition{Reason: condition.Reason(row.ConditionReason), Detail: row.ConditionDetail, Since: *row.ConditionSince}
 }
 
 // disk returns the size of a sandbox's disk, which the host decides if nobody

@@ -9,6 +9,7 @@ import (
 	"connectrpc.com/connect"
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/condition"
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/id"
@@ -71,6 +72,12 @@ func (s *Service) look(ctx context.Context, sandbox uuid.UUID, from []State) (ro
 	case onHostPaused:
 		if was == Paused {
 			return row, true, nil
+		}
+		if c := conditionOf(row, has); c.Reason.Kind() == condition.MemoryLost {
+			row, err = s.Store.SandboxMemoryLost(ctx, db.SandboxMemoryLostParams{
+				ID: sandbox, HostID: row.HostID, PausedAt: pausedAt(row, has), CameFrom: []string{string(was)}, Reason: string(c.Reason), Detail: c.Detail, Since: c.Since,
+			})
+			break
 		}
 		row, err = s.Store.SandboxPaused(ctx, db.SandboxPausedParams{ID: sandbox, HostID: row.HostID, PausedAt: pausedAt(row, has), CameFrom: []string{string(was)}})
 	case onHostRunning:

@@ -103,10 +103,10 @@ func notRunning(row db.Sandbox) error {
 		return fault.New(fault.SandboxPaused, "the sandbox is %s: resume it first", row.State)
 	case Pending, Starting, Resuming, Stopping:
 		return fault.New(fault.Conflict, "the sandbox is %s", row.State)
-	case Running, Stopped, settling:
+	case Running, Stopped, settling, rebooting:
 	}
-	if row.EndReason != nil {
-		return fault.New(fault.Conflict, "the sandbox is stopped (%s)", *row.EndReason)
+	if row.EndedBecause != nil {
+		return fault.New(fault.Conflict, "the sandbox is stopped (%s)", *row.EndedBecause)
 	}
 	return fault.New(fault.Conflict, "the sandbox is stopped")
 }

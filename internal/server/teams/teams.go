@@ -316,7 +316,7 @@ func (s *Service) remove(ctx context.Context, team uuid.UUID) error {
 		return fmt.Errorf("list sandboxes: %w", err)
 	}
 	err = each.Do(ctx, s.Log, removals, removeWithin, live, func(ctx context.Context, sandbox uuid.UUID) error {
-		if err := s.Sandboxes.Delete(ctx, team, sandbox); err != nil && !fault.Is(err, fault.NotFound) {
+		if err := s.Sandboxes.Delete(ctx, team, sandbox, "the deletion of its team"); err != nil && !fault.Is(err, fault.NotFound) {
 			return fmt.Errorf("delete sandbox %s: %w", id.Format(id.Sandbox, sandbox), err)
 		}
 		return nil

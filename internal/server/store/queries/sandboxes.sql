@@ -96,28 +96,51 @@ WHERE sandboxes.id = $1 AND state = 'running' AND EXISTS (SELECT 1 FROM hosts WH
 UPDATE sandboxes SET drained = false, expires_at = NULL WHERE id = $1 AND state = 'paused' RETURNING *;
 
 -- name: DrainedExpire :many
--- Sandboxes of a host that nobody has resumed and whose time is over.
-UPDATE sandboxes SET state = 'stopping', end_reason = 'expired'
+-- Sandboxes of a host that nobody has resumed and whose time is over. One that has lost
+-- its memory ends because of that.
+UPDATE sandboxes SET state = 'stopping', end_reason = CASE
+    WHEN condition = 'memory_lost' AND condition_reason IN ('oom', 'crashed', 'restarted', 'killed') THEN condition_reason ELSE 'expired' END
 WHERE sandboxes.id = ANY (ARRAY(
     SELECT s.id FROM sandboxes s WHERE s.host_id = $1 AND sandbox_is_live(s.state) AND s.state = 'paused' AND s.drained AND s.expires_at < now()
     ORDER BY s.id FOR NO KEY UPDATE)) RETURNING sandboxes.id;
 
 -- name: SandboxPaused :one
 UPDATE sandboxes SET state = 'paused', paused_at = COALESCE(paused_at, @paused_at::timestamptz),
-    expires_at = CASE WHEN drained AND on_timeout = 'destroy' THEN expires_at END
+    expires_at = CASE WHEN drained AND on_timeout = 'destroy' THEN expires_at END,
+    condition = CASE condition WHEN 'unresponsive' THEN '' ELSE condition END
 WHERE id = @id AND host_id = @host_id AND state = ANY (@came_from::text[]) AND state IN ('running', 'missing', 'pausing', 'resuming') RETURNING *;
+
+-- name: SandboxMemoryLost :one
+-- Its host has it paused without its memory. Nobody asked for that, so the next use
+-- resumes it, and its timeout goes on if that destroys it.
+UPDATE sandboxes SET state = 'paused', paused_at = COALESCE(paused_at, @paused_at::timestamptz), drained = true,
+    expires_at = CASE WHEN on_timeout = 'destroy' THEN expires_at END,
+    condition = 'memory_lost', condition_reason = @reason, condition_detail = @detail, condition_since = @since::timestamptz
+WHERE id = @id AND host_id = @host_id AND state = ANY (@came_from::text[]) AND state IN ('running', 'missing', 'pausing', 'resuming') RETURNING *;
+
+-- name: SandboxesCondition :many
+-- What their host says of those that run. An empty reason ends a condition.
+UPDATE sandboxes SET condition = CASE seen.reason WHEN '' THEN '' ELSE 'unresponsive' END,
+    condition_reason = seen.reason, condition_detail = seen.detail, condition_since = CASE seen.reason WHEN '' THEN NULL ELSE seen.since END
+FROM (SELECT unnest(@ids::uuid[]) AS id, unnest(@reasons::text[]) AS reason, unnest(@details::text[]) AS detail, unnest(@sinces::timestamptz[]) AS since) AS seen
+WHERE sandboxes.id = seen.id AND sandboxes.id = ANY (ARRAY(
+    SELECT s.id FROM sandboxes s WHERE s.id = ANY (@ids::uuid[]) AND s.host_id = @host_id AND s.state = 'running' ORDER BY s.id FOR NO KEY UPDATE)) RETURNING sandboxes.id;
 
 -- name: SandboxResuming :one
 UPDATE sandboxes SET state = 'resuming' WHERE id = $1 AND state = 'paused' RETURNING *;
 
+-- name: SandboxRebooting :one
+UPDATE sandboxes SET state = 'resuming' WHERE id = $1 AND state IN ('running', 'paused') RETURNING *;
+
 -- name: SandboxGoesOn :one
--- It was resumed, or its pause failed.
-UPDATE sandboxes SET state = 'running', drained = false, paused_at = NULL, expires_at = @expires_at
+-- It was resumed or rebooted, or its pause failed.
+UPDATE sandboxes SET state = 'running', drained = false, paused_at = NULL, expires_at = @expires_at,
+    condition = '', condition_reason = '', condition_detail = '', condition_since = NULL
 WHERE id = @id AND host_id = @host_id AND sandbox_has_image(state) RETURNING *;
 
 -- name: SandboxStopping :one
 -- Stopping a sandbox that stops is no change, yet answers with the row.
-UPDATE sandboxes SET state = 'stopping'
+UPDATE sandboxes SET state = 'stopping', ended_by = COALESCE(NULLIF(ended_by, ''), @ended_by)
 WHERE id = @id AND sandbox_is_live(state) RETURNING *;
 
 -- name: SandboxStopped :one
