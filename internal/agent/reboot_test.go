@@ -222,9 +222,14 @@ func TestGuestShutsDown(t *testing.T) {
 func TestSilentGuest(t *testing.T) {
 	h := newHost(t)
 	sandbox, other := h.create(t, request()), h.create(t, request())
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
-	_, _ = h.Exec(ctx, connect.NewRequest(&pb.ExecRequest{SandboxId: sandbox, Command: sh("sudo sh -c '(kill -STOP $(pidof envd); sleep 90; kill -CONT $(pidof envd)) </dev/null >/dev/null 2>&1 &'")}))
-	cancel()
+	// It stands still for longer than the agent takes to notice.
+	h.exec(t, sandbox, sh("sudo setsid sh -c 'sleep 1; kill -STOP $(pidof envd); sleep 100; kill -CONT $(pidof envd)' </dev/null >/dev/null 2>&1 &"), nil)
+	await.Until(t, "it does not answer", func() bool {
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+		defer cancel()
+		_, err := h.Exec(ctx, connect.NewRequest(&pb.ExecRequest{SandboxId: sandbox, Command: sh("sleep 0.1")}))
+		return err != nil
+	})
 	begun := time.Now()
 	await.Until(t, "it is noticed", func() bool { return h.state(t, sandbox).GetCondition().GetReason() == "no_answer" })
 	t.Logf("noticed after %v", time.Since(begun).Round(time.Second))

@@ -427,3 +427,48 @@ func TestSilenceWhileHeld(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestRebootChangesModules: a sandbox that has booted from its disk has its host's
+// present kernel, and the modules of that for as long as its memory goes on.
+func TestRebootChangesModules(t *testing.T) {
+	w := newWorld(t, 1)
+	dir := layout.Dir(t.TempDir())
+	kernel := func(name string) string {
+		path := filepath.Join(dir.Kernels(), name)
+		if err := errors.Join(os.MkdirAll(dir.Kernels(), 0o755), os.WriteFile(path, []byte(name), 0o444)); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	w.modules = kernel("old")
+	h := w.open(dir)
+	id := h.create(t, nil)
+	h.close()
+	w.modules = kernel("new")
+	h = w.open(dir)
+	defer func() { h.close() }()
+	check := func(want string) {
+		t.Helper()
+		if got, err := os.ReadFile(h.modules(t, id)); err != nil || string(got) != want {
+			t.Errorf("it has the modules %q, %v", got, err)
+		}
+	}
+	check("old")
+	if _, err := h.Reboot(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	check("new")
+	w.modules = kernel("newer")
+	h.close()
+	h = w.open(dir)
+	if _, err := h.Pause(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	h.settles(t, id)
+	if _, err := h.Resume(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	check("new")
+	h.destroyAll()
+	h.nothingLeft()
+}
