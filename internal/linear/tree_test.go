@@ -65,8 +65,6 @@ var gathers = map[string]string{
 	"internal/server/rest.copyOut":          "passes each piece on",
 	"internal/server/rest.readBody":         "check: readBody",
 	"internal/server/rest.relay":            "io.ReadAll of a bounded answer, which is linear",
-	"internal/server/rest.renderText":       "the documents of the API",
-	"internal/server/sandboxes.exec":        "check: kept",
 	"internal/up.healthy":                   "4 KiB",
 	"internal/upstream.pass":                "passes each piece on",
 }
