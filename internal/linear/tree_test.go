@@ -26,13 +26,16 @@ const module = "github.com/wrenn-dev/wrenn/"
 // checks that they are linear: the name that a test gives to [Check], or why there
 // is none. A new one must be listed here.
 var gathers = map[string]string{
+	"client.FollowBuild":                    "passes each event on",
 	"client.Logs":                           "io.ReadAll, which is linear; the server bounds it",
 	"client.sendInput":                      "passes each piece on",
+	"client.streamCode":                     "passes each event on",
 	"client.unpack":                         "check: receive",
 	"internal/agent.ReadFile":               "io.ReadAll of a bounded file, which is linear",
 	"internal/agent.feed":                   "passes each piece on",
 	"internal/agent.receive":                "passes each piece on",
 	"internal/agent/enroll.call":            "the server's answer, of bounded length",
+	"internal/agent/guest.collect":          "appends to one slice for each stream, up to MaxOutput",
 	"internal/agent/guest.init":             "64 KiB",
 	"internal/agent/image.unpack":           "the machine's own packages",
 	"internal/agent/image/oci.contents":     "check: contents",
@@ -40,9 +43,12 @@ var gathers = map[string]string{
 	"internal/agent/network.discard":        "the agent's own slots",
 	"internal/agent/network.fingerprint":    "the agent's own rules",
 	"internal/agent/network.parseResolvers": "the machine's own settings",
+	"internal/agent/network.receive":        "passes each piece on",
+	"internal/agent/sandbox.clean":          "the agent's own leftovers",
 	"internal/agent/vmm/qemu.Devices":       "io.ReadAll of a bounded file, which is linear",
 	"internal/cli.source":                   "what the user types",
 	"internal/envd.init":                    "4 MiB of the agent's, by io.ReadAll",
+	"internal/envd/account.eachLine":        "the guest's own, of bounded size",
 	"internal/envd/files.sized":             "a file of the kernel's, of bounded size",
 	"internal/envd/files.unpackTree":        "check: unpackTree",
 	"internal/envd/filesystem.run":          "passes each event on",
@@ -51,6 +57,8 @@ var gathers = map[string]string{
 	"internal/envd/machine.profile":         "the agent's, once for each creation",
 	"internal/envd/machine.readText":        "the guest's own, of bounded size",
 	"internal/envd/ports.parse":             "the guest's own, on its own processors",
+	"internal/envd/process.pump":            "passes each piece on",
+	"internal/kmod.lines":                   "the machine's own kernel",
 	"internal/nametext.Name":                "check: names",
 	"internal/nametext.Text":                "check: names",
 	"internal/recipe.String":                "check: word",
@@ -60,11 +68,16 @@ var gathers = map[string]string{
 	"internal/recipe/buildcontext.all":      "check: archive of a folder",
 	"internal/server/builds.exec":           "check: output of a step",
 	"internal/server/hosts.bound":           "200 characters",
+	"internal/server/reconcile.hear":        "passes each event on",
 	"internal/server/rest.RunCode":          "passes each piece on",
 	"internal/server/rest.collectCode":      "check: collectCode",
+	"internal/server/rest.copyIn":           "passes each piece on",
 	"internal/server/rest.copyOut":          "passes each piece on",
 	"internal/server/rest.readBody":         "check: readBody",
 	"internal/server/rest.relay":            "io.ReadAll of a bounded answer, which is linear",
+	"internal/server/sandboxes.exec":        "check: kept",
+	"internal/server/sandboxes.run":         "check: kept",
+	"internal/server/templates.send":        "passes each piece on",
 	"internal/up.healthy":                   "4 KiB",
 	"internal/upstream.pass":                "passes each piece on",
 }
@@ -354,6 +367,11 @@ func (s *seen) grows(loop ast.Node) (does bool) {
 				does = does || indexed || c != nil && s.called(c) == "append"
 			}
 		case *ast.CallExpr:
+			// A function value may keep what it is given.
+			if id, ok := x.Fun.(*ast.Ident); ok {
+				_, value := s.info.Uses[id].(*types.Var)
+				does = does || value && s.outer(id, loop)
+			}
 			f, ok := x.Fun.(*ast.SelectorExpr)
 			does = does || ok && writes.MatchString(s.called(x)) && s.outer(f.X, loop)
 		}
