@@ -52,7 +52,7 @@ func TestRequestIDReachesTheHost(t *testing.T) {
 	made := p.call("POST", "/v1/sandboxes", map[string]any{}, "X-Request-Id", "creates").want(201)
 	p.call("POST", "/v1/sandboxes/"+made.str("id")+"/exec", map[string]any{"cmd": "cat"}, "X-Request-Id", "runs").want(200)
 	p.call("GET", "/page", nil, "Host", "8000-"+made.str("id")+".localhost", "X-Traffic-Token", made.str("traffic_token"), "X-Request-Id", "visits", hostwire.RequestID, "forged")
-	for id, want := range map[string]string{"ext-creates": "Create", "ext-runs": "ExecStream", "ext-visits": "page"} {
+	for id, want := range map[string]string{"ext-creates": "Create", "ext-runs": "Run", "ext-visits": "page"} {
 		if got, _ := ids.Load(id); got != want {
 			t.Errorf("the host saw %s in %v, want it in %s", id, got, want)
 		}
