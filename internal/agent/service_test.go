@@ -39,7 +39,7 @@ func (r *refusing) Host(ctx context.Context, _ *connect.Request[hostagentv1.Host
 // the host, such as its paths and addresses.
 func TestErrorsAreForClients(t *testing.T) {
 	a := &Agent{log: slog.New(slog.DiscardHandler)}
-	a.cfg.Dir = "/"
+	a.sandboxes = &sandbox.Manager{Config: sandbox.Config{Dir: "/"}}
 	inner := &fs.PathError{Op: "open", Path: "/var/lib/wrenn/images/x", Err: fs.ErrPermission}
 	pausedLife, pause := context.WithCancelCause(t.Context())
 	pause(&sandbox.StateError{State: sandbox.Paused})
