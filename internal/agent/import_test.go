@@ -355,7 +355,8 @@ func compareTrees(t *testing.T, guest, reference []string) {
 		}
 		return m
 	}
-	added := strings.Fields("lost+found sbin sbin/wrenn-init usr/local usr/local/bin usr/local/bin/envd etc/hostname etc/hosts etc/machine-id etc/resolv.conf root srv dev proc sys")
+	added := strings.Fields("lost+found sbin sbin/wrenn-init usr/local usr/local/bin usr/local/bin/envd etc/hostname etc/hosts etc/machine-id etc/mtab etc/resolv.conf root srv dev proc sys " +
+		"sbin/modprobe usr/lib/modules usr/lib/modules/.wrenn usr/lib/modules/.wrenn/work usr/lib/modules/.wrenn/work/work")
 	ours, theirs := byName(guest), byName(reference)
 	for name, line := range theirs {
 		if ours[name] != line {
