@@ -158,18 +158,7 @@ func whyLost(err error, console string) condition.Condition {
 // need not answer. When it fails the sandbox runs as before, or is paused without its
 // memory; the disk is kept.
 func (m *Manager) Reboot(ctx context.Context, id uuid.UUID) (Info, error) {
-	m.mu.Lock()
-	refuse := m.refuse
-	m.mu.Unlock()
-	if refuse != nil {
-		return Info{}, refuse
-	}
-	b, err := m.find(id)
-	if err != nil {
-		return Info{}, err
-	}
-	err = b.order(ctx, b.reboot)
-	return b.info(), err
+	return m.start(ctx, id, (*box).reboot)
 }
 
 func (b *box) reboot(ctx context.Context) error {

@@ -58,6 +58,12 @@ func (m *Manager) PauseIdle(ctx context.Context, id uuid.UUID, idle time.Duratio
 // Resume lets a paused sandbox go on. When it fails the sandbox is paused as
 // before. Of one that runs there is nothing to be done.
 func (m *Manager) Resume(ctx context.Context, id uuid.UUID) (Info, error) {
+	return m.start(ctx, id, (*box).resume)
+}
+
+// start orders f, which makes the sandbox run, unless the manager is about to stop. It
+// returns the manager's refusal then.
+func (m *Manager) start(ctx context.Context, id uuid.UUID, f func(*box, context.Context) error) (Info, error) {
 	m.mu.Lock()
 	refuse := m.refuse
 	m.mu.Unlock()
@@ -68,7 +74,7 @@ func (m *Manager) Resume(ctx context.Context, id uuid.UUID) (Info, error) {
 	if err != nil {
 		return Info{}, err
 	}
-	err = b.order(ctx, b.resume)
+	err = b.order(ctx, func(ctx context.Context) error { return f(b, ctx) })
 	return b.info(), err
 }
 
