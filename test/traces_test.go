@@ -89,7 +89,8 @@ func (c *collector) lineage(of recorded, request string) (names []string, ok boo
 	}
 }
 
-// wants waits until a span of a request has those above it that are wanted.
+// wants waits until the request's trace has a span with the given names on the way to it,
+// the root's first.
 func (c *collector) wants(t *testing.T, request string, want ...string) {
 	t.Helper()
 	found := map[string]bool{}

@@ -9,23 +9,23 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// keptFor is how long after an answer the client's next request may still arrive over the
-// same connection, if it is one that must not be sent twice: the client sends it within
-// HopOnceIdle, and half a second is for its way.
+// keptFor is how long a connection stays open after a response that did not close it. The
+// client reuses the connection within HopOnceIdle; half a second more is for the network.
 const keptFor = upstream.HopOnceIdle + 500*time.Millisecond
 
 // farewell lets a server or an agent stop without closing a connection over which a
 // request is on its way. Once the program is asked to stop, each answer tells the client
 // to send nothing more over the connection ("Connection: close"). The program stops
-// keptFor after the last answer that did not say so.
+// keptFor after the last answer without that header.
 type farewell struct {
 	asked context.Context // done once the program is asked to stop
 	sleep func(time.Duration)
-	last  atomic.Int64 // end of the last answer that kept its connection, in Unix ns
+	last  atomic.Int64 // when the last response without "Connection: close" ended, in Unix ns
 }
 
-// context returns a context for the program's servers. It is done keptFor after the last
-// answer that kept its connection, so that they then lose no request.
+// context returns a context for the program's servers. Once the program is asked to stop,
+// the context is done as soon as no client can still reuse a connection: keptFor after
+// the last response that did not close it.
 func (f *farewell) context() (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(f.asked))
 	stop := context.AfterFunc(f.asked, func() {

@@ -104,8 +104,8 @@ func (p *ports) takes(r *http.Request) bool {
 	return strings.Contains(strings.ToLower(label), "-cl-") && (strings.EqualFold(domain, p.Domain) || strings.EqualFold(domain, p.Own))
 }
 
-// calls returns how calls of the API that change something begin, if no site has a name
-// that Caddy would have to check first.
+// calls returns the first bytes of API requests that ports passes on to the server. It
+// returns none if a site has a host name, because Caddy must then look at the Host header.
 func (p *ports) calls() []string {
 	for site := range list(p.Sites) {
 		if !strings.HasPrefix(site, "http://:") {

@@ -130,8 +130,8 @@ func (t *Tracer) Close(ctx context.Context) error {
 	return t.provider.Shutdown(ctx)
 }
 
-// Handler returns a handler that may begin a trace with a client's request, which next
-// names. A traceparent that the client sends is noted as a link, and not obeyed: else a
+// Handler returns a handler that begins a trace for some clients' requests. next names the
+// span. A traceparent that the client sends is noted as a link, and not obeyed: else a
 // tenant could have every request traced, or write into the traces of another. Without
 // a tracer, Handler returns next.
 func (t *Tracer) Handler(next http.Handler) http.Handler {
@@ -273,7 +273,8 @@ func (s Span) Fail(code string) {
 	}
 }
 
-// Failed is Fail for an error, unless it is nil, whose code is not known.
+// Failed calls Fail with a code for err: canceled, deadline_exceeded or error. A nil err is
+// no failure.
 func (s Span) Failed(err error) {
 	if s.On() && err != nil {
 		code := "error"
@@ -294,7 +295,7 @@ func (s Span) End() {
 	}
 }
 
-// EndWith is Failed and End.
+// EndWith calls Failed and End.
 func (s Span) EndWith(err error) {
 	s.Failed(err)
 	s.End()
@@ -303,7 +304,7 @@ func (s Span) EndWith(err error) {
 // closeWithin bounds Close for [Tracer.Stop].
 const closeWithin = 2 * time.Second
 
-// Stop is Close within two seconds. It logs what goes wrong.
+// Stop calls Close with a timeout of two seconds, and logs an error.
 func (t *Tracer) Stop(log *slog.Logger) {
 	ctx, cancel := context.WithTimeout(context.Background(), closeWithin)
 	defer cancel()

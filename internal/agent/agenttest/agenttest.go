@@ -270,8 +270,8 @@ func (a *Agent) link(t testing.TB) {
 	a.seeded = linkAll(t, a.seed(), a.Dir.Captures(uuid.Nil, uuid.Nil))
 }
 
-// removeStale removes from the seed the captures that the agent has removed, because they
-// are of an older kernel, envd or driver. Each takes some 330 MiB.
+// removeStale deletes captures from the seed if the agent has deleted its links to them:
+// they were made with an older kernel, envd or driver. Each takes some 330 MiB.
 func (a *Agent) removeStale(t testing.TB) {
 	for _, name := range a.seeded {
 		if _, err := os.Stat(filepath.Join(a.Dir.Captures(uuid.Nil, uuid.Nil), name)); !errors.Is(err, os.ErrNotExist) {

@@ -51,7 +51,7 @@ type Client struct {
 	transport *upstream.Transport
 	processes processconnect.ProcessClient
 
-	// suspects holds one word that the guest may not answer.
+	// suspects has a value if the guest may not answer; see Suspected.
 	suspects chan struct{}
 
 	life context.Context // ends with the client
@@ -96,14 +96,14 @@ func (a authorized) Do(r *http.Request) (*http.Response, error) {
 	return a.c.http.Do(r)
 }
 
-// watched tells suspect of requests that fail, or that get no response for a while.
+// watched calls suspect for each request that fails or has no response within slow.
 type watched struct {
 	next    http.RoundTripper
 	suspect func()
 }
 
-// slow is when a request without a response is suspicious. Some commands have none until
-// they end, so it proves nothing.
+// slow is how long a request may wait for its response before it is suspicious. It proves
+// nothing: some commands send no response until they end.
 const slow = 5 * time.Second
 
 func (w watched) RoundTrip(r *http.Request) (*http.Response, error) {

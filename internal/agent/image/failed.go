@@ -10,22 +10,21 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 )
 
-// notAgainFor is how long an agent does not try again to make what it could not make
-// a moment ago. A mirror that does not answer costs minutes each time, and the agent
-// answers nobody before it has tried.
+// notAgainFor is how long the agent waits before it retries a failed attempt. A mirror
+// that does not answer costs minutes, during which the agent does not serve yet.
 const notAgainFor = 10 * time.Minute
 
 // failedFile is the name of the file that says which attempt failed last.
 const failedFile = "failed"
 
-// failure is an attempt to make something newer than what is there.
+// failure records a failed attempt to build something newer than what dir has.
 type failure struct {
 	Inputs string `json:"inputs"`
 	Reason string `json:"reason"`
 }
 
-// failedLately returns why making something of inputs has failed lately in dir, or nil
-// if it has not.
+// failedLately returns the error of an attempt to build inputs in dir that failed within
+// notAgainFor, or nil if there was none.
 func failedLately(dir, inputs string) error {
 	path := filepath.Join(dir, failedFile)
 	info, err := os.Stat(path)
@@ -44,8 +43,8 @@ func failedLately(dir, inputs string) error {
 	return fmt.Errorf("not tried again for %v: it failed %v ago: %s", notAgainFor, age.Round(time.Second), f.Reason)
 }
 
-// noteFailure has failedLately know of an attempt. If that fails, the next start tries
-// again.
+// noteFailure records a failed attempt for failedLately. If it cannot, the next start
+// tries again.
 func noteFailure(dir, inputs string, cause error) {
 	_ = atomicfile.WriteJSON(filepath.Join(dir, failedFile), failure{Inputs: inputs, Reason: cause.Error()})
 }

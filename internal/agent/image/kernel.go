@@ -31,8 +31,8 @@ type KernelFiles struct {
 	Modules string
 	Version string // the kernel package's name and version
 	Inputs  string // digest of what all were made from
-	// Stale is why the newest files could not be found or made, so that these are
-	// earlier ones; nil: they are the newest.
+	// Stale is the error that kept Kernel from finding or making the newest files, if
+	// these are earlier ones; nil: these are the newest.
 	Stale error
 }
 
@@ -229,9 +229,9 @@ func buildKernel(ctx context.Context, tmp, name, version, envd, inputs, image, m
 	return os.WriteFile(filepath.Join(out, "inputs"), []byte(inputs), 0o644)
 }
 
-// writeInitrd packs the wanted of the kernel's modules, which are in the folder
-// modules, and the guest daemon as /init, into an uncompressed archive: unpacking
-// costs more than it saves where the processor is emulated.
+// writeInitrd packs the guest daemon, as /init, and those modules of the folder modules
+// that the machine needs to boot. The archive is not compressed, because an emulated
+// processor unpacks more slowly than it reads.
 func writeInitrd(name, modules, envd string) (err error) {
 	index, err := kmod.Open(modules)
 	if err != nil {

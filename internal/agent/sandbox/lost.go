@@ -104,9 +104,8 @@ func (b *box) forgetGuest() {
 	b.m.leaves(b)
 }
 
-// machineEnded decides what becomes of a sandbox whose machine has ended by itself: it
-// ends if its guest shut down, and keeps its disk if not. It reports whether the sandbox
-// ended.
+// machineEnded ends the sandbox if its guest shut down. If its machine ended for another
+// reason, the sandbox is paused with its disk. It reports whether the sandbox ended.
 func (b *box) machineEnded() (end bool) {
 	err := b.vm.Err()
 	var byGuest *vmm.GuestEnd
@@ -175,7 +174,7 @@ func (b *box) reboot(ctx context.Context) error {
 	ctx, end := b.operation(ctx, "reboot")
 	b.set(func() { b.rec.State = Resuming })
 	if b.rec.Lost == nil {
-		// From here on the memory is lost, so that whoever goes on after a crash boots.
+		// If the agent crashes from here on, the next one boots the sandbox from its disk.
 		err := b.step(ctx, "forget", func(ctx context.Context) error {
 			next, err := b.rec.withoutMemory(b.m.Dir, loss(condition.Reboot, ""))
 			if err != nil {
@@ -233,8 +232,8 @@ func (b *box) bootable() error {
 }
 
 // bootFromDisk starts a machine from the sandbox's disk and makes its guest the sandbox's own.
-// The record says that the sandbox runs only once that is done: before, whoever goes on
-// after a crash boots again.
+// Only then does it record that the sandbox runs, so that an agent that starts after a
+// crash boots the sandbox again.
 func (b *box) bootFromDisk(ctx context.Context) (err error) {
 	defer func() {
 		if err != nil {

@@ -343,8 +343,8 @@ func (m *Manager) Room() *room.Room { return m.room }
 // leastRoom is how much of the file system's space, in bytes, is as good as none.
 const leastRoom = 16 << 20
 
-// DiskFull reports whether the file system with everything of the agent is full. Guests
-// that write to their disks then stop until it is not.
+// DiskFull reports whether the agent's file system is full. Guests that write to their
+// disks then stop until there is space again.
 func (m *Manager) DiskFull() bool {
 	var fs unix.Statfs_t
 	return unix.Statfs(string(m.Dir), &fs) == nil && fs.Bavail*uint64(fs.Bsize) < leastRoom

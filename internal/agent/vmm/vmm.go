@@ -44,7 +44,7 @@ type Spec struct {
 	Nested bool
 
 	// The guest's disk is Base, a raw image, below layers in the driver's format.
-	// The guest writes to the highest layer, Overlay, alone.
+	// Only the highest layer, Overlay, is writable.
 	Overlay string   // empty: no disk
 	Layers  []string // between the two, the lowest first
 	Base    string

@@ -1107,10 +1107,11 @@ type Condition struct {
 	// Message The reason in a sentence and what more is known. May have text of the guest's.
 	Message string `json:"message"`
 
-	// Reason Of `unresponsive`: `no_answer`, the guest daemon does not answer; `no_space`, the host's
-	// disk is full. Of `memory_lost`: `oom`, the guest ran out of memory; `crashed`, its kernel
-	// or its daemon ended; `restarted`, it restarted itself; `killed`, its virtual machine was
-	// killed or its host went down; `reboot`, a reboot failed or broke off.
+	// Reason Why the sandbox has the condition. A sandbox is `unresponsive` because its guest daemon
+	// does not answer (`no_answer`) or its host's disk is full (`no_space`). It has lost its
+	// memory because the guest ran out of memory (`oom`), the guest's kernel or daemon crashed
+	// (`crashed`), the guest restarted itself (`restarted`), its virtual machine was killed or
+	// its host went down (`killed`), or a reboot failed (`reboot`).
 	Reason ConditionReason `json:"reason"`
 
 	// Since Since when it is so.
@@ -1122,10 +1123,11 @@ type Condition struct {
 // so it is paused, with its disk, and boots from that when it is resumed, rebooted or used.
 type ConditionKind string
 
-// ConditionReason Of `unresponsive`: `no_answer`, the guest daemon does not answer; `no_space`, the host's
-// disk is full. Of `memory_lost`: `oom`, the guest ran out of memory; `crashed`, its kernel
-// or its daemon ended; `restarted`, it restarted itself; `killed`, its virtual machine was
-// killed or its host went down; `reboot`, a reboot failed or broke off.
+// ConditionReason Why the sandbox has the condition. A sandbox is `unresponsive` because its guest daemon
+// does not answer (`no_answer`) or its host's disk is full (`no_space`). It has lost its
+// memory because the guest ran out of memory (`oom`), the guest's kernel or daemon crashed
+// (`crashed`), the guest restarted itself (`restarted`), its virtual machine was killed or
+// its host went down (`killed`), or a reboot failed (`reboot`).
 type ConditionReason string
 
 // ConfirmChannel defines model for ConfirmChannel.

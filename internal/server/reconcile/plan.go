@@ -172,7 +172,7 @@ type Plan struct {
 	Actions []Action
 	// Expire are the sandboxes whose end the host has moved.
 	Expire db.SandboxesExpireParams
-	// Conditions are the sandboxes with which something else is wrong than before.
+	// Conditions are the sandboxes whose condition differs from their row's.
 	Conditions db.SandboxesConditionParams
 	// Seen is for the next call.
 	Seen Seen

@@ -55,8 +55,8 @@ func fileFault(err error) error {
 // last suffix bytes.
 type byteRange struct{ first, last, suffix int64 }
 
-// toEnd is the last byte of a range that ends where its file does. It is behind the end
-// of every file, and the length of a range to it does not overflow.
+// toEnd stands for the file's last byte in a range without an end. No file is that large,
+// and the length of a range from byte 0 to it does not overflow.
 const toEnd = math.MaxInt64 - 1
 
 // parseRange reads a Range header with one range. As HTTP has it, what cannot
@@ -109,8 +109,8 @@ func (a *API) ReadFile(w http.ResponseWriter, r *http.Request, sandbox rest.Sand
 	}
 	stream, size, err := openRead(r, host, req)
 	if err == nil && partial && rng.first < 0 && (size < 0 || size > 0 && rng.suffix > 0) {
-		// Only now it is known where the end is. If the guest does not know that, the
-		// answer is the whole file.
+		// The first answer has the file's size, which says where its last bytes begin. If
+		// the guest cannot tell the size, the client gets the whole file.
 		req = &hostagentv1.ReadFileStreamRequest{File: ref}
 		if partial = size > 0; partial {
 			rng.first, rng.last = max(size-rng.suffix, 0), size-1

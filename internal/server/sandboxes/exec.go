@@ -66,7 +66,8 @@ func run(ctx context.Context, agent hostagentv1connect.HostAgentClient, command 
 	if err != nil {
 		return err
 	}
-	// Before cancel: a connection whose answer was read to its end serves the next call.
+	// Close the stream before cancel runs: a connection whose response was read to its end
+	// serves the next call.
 	defer func() { _ = stream.Close() }()
 	more := true
 	for stream.Receive() {

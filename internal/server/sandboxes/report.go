@@ -60,8 +60,8 @@ func conditionOf(row db.Sandbox, has *hostagentv1.Sandbox) condition.Condition {
 	return condition.Condition{Reason: reason, Detail: text.Clean(c.GetDetail(), maxDetail), Since: since}
 }
 
-// Silence returns what the host says of a running sandbox whose guest does not answer,
-// and whether the row has it otherwise. A zero condition ends the row's.
+// Silence returns the condition that the host reports for a running sandbox (zero: its
+// guest answers), and whether that differs from the row's.
 func Silence(row db.Sandbox, has *hostagentv1.Sandbox) (c condition.Condition, news bool) {
 	if c = conditionOf(row, has); c.Reason.Kind() != condition.Unresponsive {
 		c = condition.Condition{}
