@@ -825,6 +825,29 @@ func TestWarmBesideDefault(t *testing.T) {
 	h.destroyAll()
 }
 
+// TestTerminateWhileItEnds shuts the host down while somebody ends a sandbox: its pause
+// fails, and that it ends is no error.
+func TestTerminateWhileItEnds(t *testing.T) {
+	h := newHost(t)
+	id := h.create(t, nil)
+	h.w.setFailing(map[string]float64{"devices": 1}) // so does the pause
+	ended := make(chan error, 1)
+	h.Hook = func(step string) {
+		if step != "pause: held" {
+			return
+		}
+		go func() { ended <- h.Destroy(context.Background(), id) }()
+		await.Until(t, "the sandbox is to end", func() bool { return h.info(id).State == Stopping })
+	}
+	if err := h.Terminate(t.Context()); err != nil {
+		t.Errorf("terminate: %v", err)
+	}
+	if err := <-ended; err != nil {
+		t.Errorf("destroy: %v", err)
+	}
+	h.nothingLeft()
+}
+
 // TestFlattenWaits has the work on a file system hang: a sandbox whose own waits
 // for it is ended all the same.
 func TestFlattenWaits(t *testing.T) {
@@ -864,22 +887,28 @@ type lives struct {
 }
 
 type life struct {
-	born  time.Time
-	count byte
+	born   time.Time
+	count  byte
+	deaths int // of its machines, before it counted
 }
 
-// use counts in a sandbox: it must go on where it was.
+// use counts in a sandbox: it must go on where it was, or begin again if a machine of
+// it ended by itself since.
 func (l *lives) use(h *host, u *Use) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	h.w.mu.Lock()
+	deaths := h.w.deaths[u.ID]
+	h.w.mu.Unlock()
 	n, ok := u.VM.(*worldVM).count()
 	if !ok {
 		return
 	}
-	if last, ok := l.known[u.ID]; ok && last.born.Equal(u.CreatedAt) && n != last.count+1 {
+	last, ok := l.known[u.ID]
+	if lost := deaths > last.deaths && n == 1; ok && last.born.Equal(u.CreatedAt) && n != last.count+1 && !lost {
 		h.w.t.Errorf("%s counted to %d, before to %d", u.ID, n, last.count)
 	}
-	l.known[u.ID] = life{u.CreatedAt, n}
+	l.known[u.ID] = life{u.CreatedAt, n, deaths}
 }
 
 // change does something at random that saves a sandbox, or goes on from what

@@ -561,42 +561,9 @@ func (m *Manager) Terminate(ctx context.Context) error {
 		g.Go(func() error {
 			if i >= sandboxes {
 				errs[i] = b.destroy(ctx, "", reason)
-				return nil
+			} else {
+				errs[i] = b.shutDown(ctx, reason)
 			}
-			if b.info().State == Starting {
-				errs[i] = b.destroy(ctx, journal.Exited, reason)
-				return nil
-			}
-			err := b.order(ctx, func(ctx context.Context) error {
-				if err := b.pause(ctx, pausedEvent(reason)); err != nil {
-					return err
-				}
-				if !b.settled() { // something of it refused to go before
-					errs[i] = b.settle(ctx)
-				}
-				return nil
-			})
-			var state *StateError
-			switch {
-			case err == nil:
-				return nil
-			case errors.As(err, &state) && state.State == Stopping:
-				errs[i] = b.destroy(ctx, "", reason) // it may be waiting to be tried again
-				return nil
-			case errors.As(err, &state) && state.State == Resuming:
-				// An order finds a sandbox so only where the next agent may take it back.
-				errs[i] = fmt.Errorf("sandbox %s is not paused: its machine could not be taken back, and goes on", id.Format(id.Sandbox, b.info().ID))
-				return nil
-			}
-			m.Log.Error("a sandbox cannot be paused and loses its memory", "sandbox", id.Format(id.Sandbox, b.info().ID), "error", err)
-			errs[i] = b.order(ctx, func(ctx context.Context) error {
-				b.tracker.Shut()
-				if err := b.lose(loss(condition.Killed, reason+", and it could not be paused"), pausedEvent(reason+"; its memory is lost, because it could not be paused")); err != nil {
-					b.tracker.Reopen()
-					return err
-				}
-				return b.settle(ctx)
-			})
 			return nil
 		})
 	}
@@ -605,6 +572,47 @@ func (m *Manager) Terminate(ctx context.Context) error {
 		errs = append(errs, fmt.Errorf("%d sandboxes are not paused: their records cannot be read, and their machines go on", unread))
 	}
 	return errors.Join(errs...)
+}
+
+// shutDown pauses the sandbox and ends its machine. One that cannot be paused loses its
+// memory, and one that is ending ends.
+func (b *box) shutDown(ctx context.Context, reason string) error {
+	if b.info().State == Starting {
+		return b.destroy(ctx, journal.Exited, reason)
+	}
+	var unsettled error // the sandbox is paused, and something of it refuses to go
+	err := b.order(ctx, func(ctx context.Context) error {
+		if err := b.pause(ctx, pausedEvent(reason)); err != nil {
+			return err
+		}
+		if !b.settled() { // something of it refused to go before
+			unsettled = b.settle(ctx)
+		}
+		return nil
+	})
+	var state *StateError
+	if err != nil && !errors.As(err, &state) {
+		b.log.Error("a sandbox cannot be paused and loses its memory", "error", err)
+		err = b.order(ctx, func(ctx context.Context) error {
+			b.tracker.Shut()
+			if err := b.lose(loss(condition.Killed, reason+", and it could not be paused"), pausedEvent(reason+"; its memory is lost, because it could not be paused")); err != nil {
+				b.tracker.Reopen()
+				return err
+			}
+			unsettled = b.settle(ctx)
+			return nil
+		})
+	}
+	switch {
+	case err == nil:
+		return unsettled
+	case errors.As(err, &state) && state.State == Stopping:
+		return b.destroy(ctx, "", reason) // it may be waiting to be tried again
+	case errors.As(err, &state) && state.State == Resuming:
+		// An order finds a sandbox so only where the next agent may take it back.
+		return fmt.Errorf("sandbox %s is not paused: its machine could not be taken back, and goes on", id.Format(id.Sandbox, b.info().ID))
+	}
+	return err
 }
 
 // Close lets go of sandboxes: those that run go on and are found by the next

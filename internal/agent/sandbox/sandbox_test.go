@@ -56,6 +56,7 @@ type world struct {
 	slots    map[int]*worldSlot
 	nextSlot int
 	vms      map[uuid.UUID]*worldVM
+	deaths   map[uuid.UUID]int // how many machines of a sandbox ended by themselves
 	started  int
 	hold     chan struct{}  // machines are healthy once it is closed; nil: at once
 	warm     int            // how many machines of a template wait
@@ -111,7 +112,7 @@ func claimNet(t testing.TB) byte {
 func newWorld(t testing.TB, seed uint64) *world {
 	w := &world{
 		t: t, net: claimNet(t), rng: rand.New(rand.NewPCG(seed, 1)),
-		tracks: seed%2 == 0, failing: map[string]float64{}, slots: map[int]*worldSlot{}, vms: map[uuid.UUID]*worldVM{},
+		tracks: seed%2 == 0, failing: map[string]float64{}, slots: map[int]*worldSlot{}, vms: map[uuid.UUID]*worldVM{}, deaths: map[uuid.UUID]int{},
 	}
 	t.Cleanup(func() { // before the claim ends
 		w.mu.Lock()
@@ -431,9 +432,12 @@ func (v *worldVM) count() (n byte, ok bool) {
 		v.mu.Lock()
 		runs := v.runs
 		select {
-		case <-v.done:
+		case <-v.done: // also if it ran
 			v.mu.Unlock()
 			return 0, false
+		default:
+		}
+		select {
 		case <-runs:
 			for _, other := range []int{1, 3} {
 				if was := v.data[other*memory.BlockSize]; was != v.data[2*memory.BlockSize] {
@@ -457,13 +461,17 @@ func (v *worldVM) count() (n byte, ok bool) {
 }
 
 // die is what a machine does by itself.
-func (v *worldVM) die() {
+func (v *worldVM) die() { v.end(1) }
+
+// end ends the machine, which adds to its sandbox's deaths.
+func (v *worldVM) end(deaths int) {
 	v.once.Do(func() {
 		_ = v.listener.Close()
 		v.w.mu.Lock()
 		delete(v.w.vms, v.spec.ID)
-		v.w.mu.Unlock()
+		v.w.deaths[v.spec.ID] += deaths
 		close(v.done)
+		v.w.mu.Unlock()
 	})
 }
 
@@ -552,7 +560,7 @@ func (v *worldVM) Kill(context.Context) error {
 	if v.w.fails("kill") {
 		return errInjected
 	}
-	v.die()
+	v.end(0)
 	return nil
 }
 
