@@ -1,8 +1,11 @@
 package sandbox
 
 import (
+	"context"
+	"errors"
 	"strings"
 	"testing"
+	"time"
 )
 
 // TestTrackerClock checks that a host's clock that is set back or forth neither
@@ -27,4 +30,34 @@ func TestTrackerClock(t *testing.T) {
 	monotonic("used")
 	tr.Touch()
 	monotonic("touched")
+}
+
+func TestTrackerDrains(t *testing.T) {
+	tr := NewTracker()
+	leave, ok := tr.Enter()
+	if !ok {
+		t.Fatal("a new tracker is shut")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if err := tr.Drain(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("drained with one in flight: %v", err)
+	}
+	if _, ok := tr.Enter(); ok {
+		t.Error("entered while draining")
+	}
+	leave()
+	leave()
+	if n := tr.InFlight(); n != 0 {
+		t.Errorf("%d in flight", n)
+	}
+	if err := tr.Drain(t.Context()); err != nil {
+		t.Error(err)
+	}
+	tr.Reopen()
+	if leave, ok = tr.Enter(); !ok {
+		t.Error("shut after reopening")
+	} else {
+		leave()
+	}
 }

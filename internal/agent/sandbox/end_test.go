@@ -1,0 +1,134 @@
+package sandbox
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/agent/journal"
+	"github.com/wrenn-dev/wrenn/internal/agent/problem"
+	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
+	"github.com/wrenn-dev/wrenn/internal/await"
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+func TestExpiry(t *testing.T) {
+	h := newHost(t)
+	s := spec()
+	var u *Use
+	for s.Timeout = 300 * time.Millisecond; ; s.Timeout *= 2 { // until it is long enough to use it
+		begun := time.Now()
+		info, err := h.Create(t.Context(), s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if at := info.ExpiresAt; at.Before(begun.Add(s.Timeout)) || at.After(time.Now().Add(s.Timeout)) {
+			t.Errorf("it expires at %v, created between %v and now", at, begun)
+		}
+		if u, err = h.Use(t.Context(), s.ID); err == nil {
+			break
+		}
+		h.awaitGone(t, s.ID)
+		s.ID = uuid.New()
+	}
+	time.Sleep(2 * s.Timeout)
+	if u.Context.Err() != nil || h.info(s.ID).State != Running {
+		t.Fatal("it expired while it was used")
+	}
+	ended := time.Now()
+	u.End()
+	e := h.event(t, s.ID)
+	if e.Kind != journal.Expired || !strings.Contains(e.Reason, s.Timeout.String()) {
+		t.Errorf("event %+v", e)
+	}
+	if e.Time.Before(ended.Add(s.Timeout)) {
+		t.Errorf("it expired at %v, its use having ended at %v", e.Time, ended)
+	}
+	h.awaitGone(t, s.ID)
+	h.nothingLeft()
+}
+
+// TestGuestShutsDown: a sandbox whose guest shuts down ends.
+func TestGuestShutsDown(t *testing.T) {
+	h := newHost(t)
+	id := h.create(t, nil)
+	h.machine(id).dieOf(&vmm.GuestEnd{Off: true, Reason: "guest-shutdown"}, "")
+	if e := h.event(t, id); e.Kind != journal.Exited || e.Reason != "the guest shut down (guest-shutdown)" {
+		t.Errorf("event %+v", e)
+	}
+	h.awaitGone(t, id)
+	h.nothingLeft()
+}
+
+func TestRemovalIsTriedAgain(t *testing.T) {
+	for _, step := range []string{"kill", "release"} {
+		t.Run(step, func(t *testing.T) {
+			h := newHost(t)
+			s := spec()
+			if _, err := h.Create(t.Context(), s); err != nil {
+				t.Fatal(err)
+			}
+			h.w.setFailing(map[string]float64{step: 1})
+			if err := h.Destroy(t.Context(), s.ID); !errors.Is(err, errInjected) {
+				t.Fatalf("destroy: %v", err)
+			}
+			if h.info(s.ID).State != Stopping {
+				t.Error("it is not stopping")
+			}
+			h.w.setFailing(nil)
+			err := h.Destroy(t.Context(), s.ID)
+			if errors.Is(err, errInjected) { // a try that had begun before
+				err = h.Destroy(t.Context(), s.ID)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			h.nothingLeft()
+		})
+	}
+}
+
+// TestLeftoversAreTriedAgain: what a killed agent left and cannot be removed keeps
+// no agent from starting. It is a problem until it is removed.
+func TestLeftoversAreTriedAgain(t *testing.T) {
+	w := newWorld(t, 1)
+	dir := layout.Dir(t.TempDir())
+	w.open(dir).close()
+	left := []string{filepath.Join(dir.Forks(), "x"), filepath.Join(dir.Images(), ".tmp-x")}
+	for _, path := range left {
+		if err := errors.Join(os.MkdirAll(path, 0o700), os.WriteFile(filepath.Join(path, "file"), nil, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		noFiles(t, path)
+	}
+	h := w.open(dir)
+	defer h.close()
+	if all := h.Problems.All(); len(all) != 1 || all[0].Kind != problem.Leftover || !strings.Contains(all[0].Message, left[0]) {
+		t.Errorf("the problems are %+v", all)
+	}
+	id := h.create(t, nil)
+	other := filepath.Join(dir.Forks(), "in use")
+	if err := os.MkdirAll(other, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range left {
+		yesFiles(t, path)
+	}
+	await.Until(t, "the leftovers are removed", func() bool { return len(h.Problems.All()) == 0 })
+	for _, path := range left {
+		if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is left: %v", path, err)
+		}
+	}
+	if _, err := os.Stat(other); err != nil {
+		t.Errorf("what was made since was removed too: %v", err)
+	}
+	h.runs(t, id, 0)
+	h.destroyAll()
+	h.nothingLeft()
+}

@@ -1,0 +1,123 @@
+package sandbox
+
+import (
+	"fmt"
+	"testing"
+
+	"github.com/google/uuid"
+
+	"github.com/wrenn-dev/wrenn/internal/layout"
+)
+
+func TestFork(t *testing.T) {
+	h := newHost(t)
+	id := h.create(t, nil)
+	h.counts(t, id)
+	copies := []Copy{{uuid.New(), "a"}, {uuid.New(), "b"}, {uuid.New(), "c"}}
+	infos, err := h.Fork(t.Context(), id, copies)
+	if err != nil || len(infos) != 3 {
+		t.Fatalf("%v %v", infos, err)
+	}
+	h.runs(t, id, 1)
+	for i, c := range copies {
+		if infos[i].ID != c.ID || infos[i].State != Running {
+			t.Errorf("%+v", infos[i])
+		}
+		h.runs(t, c.ID, 1)
+	}
+	h.noneHidden(t)
+	// A copy is a sandbox like any other.
+	if err := h.Destroy(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Pause(t.Context(), copies[0].ID); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.Resume(t.Context(), copies[0].ID); err != nil {
+		t.Fatal(err)
+	}
+	h.runs(t, copies[0].ID, 2)
+	// All or none.
+	h.w.setFailing(map[string]float64{"restore": .5})
+	for range 8 {
+		more := []Copy{{uuid.New(), "d"}, {uuid.New(), "e"}, {uuid.New(), "f"}}
+		_, err := h.Fork(t.Context(), copies[0].ID, more)
+		for _, c := range more {
+			if _, e := h.Get(c.ID); (e == nil) != (err == nil) {
+				t.Errorf("fork: %v, and a copy: %v", err, e)
+			}
+			_ = h.Destroy(t.Context(), c.ID)
+		}
+	}
+	h.w.setFailing(nil)
+	h.noneHidden(t)
+	h.runs(t, copies[0].ID, 3)
+	h.destroyAll()
+	h.nothingLeft()
+}
+
+// TestForkShares: copies have the memory that lies under the sandbox under
+// theirs too, as long as a whole new one for all of them would take more.
+func TestForkShares(t *testing.T) {
+	for _, test := range []struct {
+		name    string
+		tracks  bool
+		changed bool
+		copies  int
+		shares  bool
+	}{
+		{name: "unchanged", copies: 3, shares: true},
+		{name: "changed, one copy", tracks: true, changed: true, copies: 1, shares: true},
+		{name: "changed, one copy, not tracked", changed: true, copies: 1},
+		{name: "changed, three copies", tracks: true, changed: true, copies: 3},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			w := newWorld(t, 1)
+			w.tracks = test.tracks
+			h := w.open(layout.Dir(t.TempDir()))
+			id := h.create(t, nil)
+			var n byte
+			if test.changed { // three times as much as its template has
+				n = h.counts(t, id)
+			}
+			copies := make([]Copy, test.copies)
+			for i := range copies {
+				copies[i] = Copy{uuid.New(), fmt.Sprint(i)}
+			}
+			if _, err := h.Fork(t.Context(), id, copies); err != nil {
+				t.Fatal(err)
+			}
+			parent, err := h.find(id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, c := range copies {
+				b, err := h.find(c.ID)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if shares := b.base == parent.base; shares != test.shares {
+					t.Errorf("a copy shares its origin's memory: %v", shares)
+				}
+				h.runs(t, c.ID, n)
+			}
+			if err := h.Destroy(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+			// What it shared outlives it, and a pause.
+			for _, c := range copies {
+				n := h.counts(t, c.ID)
+				if _, err := h.Pause(t.Context(), c.ID); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := h.Resume(t.Context(), c.ID); err != nil {
+					t.Fatal(err)
+				}
+				h.runs(t, c.ID, n)
+			}
+			h.destroyAll()
+			h.nothingLeft()
+			h.close()
+		})
+	}
+}

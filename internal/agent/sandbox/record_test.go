@@ -1,0 +1,24 @@
+package sandbox
+
+import (
+	"testing"
+
+	"github.com/google/uuid"
+)
+
+func FuzzParseRecord(f *testing.F) {
+	id := uuid.New()
+	for _, state := range []string{`"running","slot":3,"vm":{"id":"` + id.String() + `"}`, `"paused","saved":"` + id.String() + `"`} {
+		f.Add([]byte(`{"version":2,"home":"` + id.String() + `","spec":{"id":"` + id.String() + `"},"disks":2,"sealed":1,"state":` + state + `}`))
+	}
+	f.Add([]byte(`{}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r, err := parseRecord("sandbox.json", b, id)
+		if err == nil && r.State == Running && (r.Slot == nil || r.VM == nil) {
+			t.Error("a running sandbox without a place was read")
+		}
+		if err == nil && r.State == Paused && (r.Saved == nil || r.Disks < 1 || r.Sealed > r.Disks) {
+			t.Error("a paused sandbox without what was saved of it was read")
+		}
+	})
+}
