@@ -1,12 +1,16 @@
 package server_test
 
 import (
+	"context"
 	"errors"
+	"maps"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
 	"connectrpc.com/connect"
+	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 )
 
 // TestIdempotentForkAndSnapshot names forks and captures by a key, which two
@@ -131,4 +135,68 @@ func TestReplayWithoutServer(t *testing.T) {
 	if got := len(p.call("GET", "/v1/sandboxes", nil).list("sandboxes")); got != 3 {
 		t.Errorf("%d sandboxes, want the one and its two copies", got)
 	}
+}
+
+func TestIdempotency(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t)
+	release := make(chan struct{})
+	p.agent.onCreate = func(context.Context, *hostagentv1.CreateRequest) error {
+		<-release
+		return nil
+	}
+	const n = 8
+	answers := make(chan response, n)
+	for i := range n {
+		go func() {
+			// The same, written in another order.
+			body := `{"vcpus":1,"metadata":{"a":"1","b":"2"}}`
+			if i%2 == 1 {
+				body = `{"metadata":{"b":"2","a":"1"},"memory_mib":512}`
+			}
+			r, err := p.try("POST", "/v1/sandboxes", body, "Idempotency-Key", "once")
+			if err != nil {
+				t.Error(err)
+			}
+			answers <- r
+		}()
+	}
+	p.eventually("the host is asked", func() bool { return p.agent.created() == 1 })
+	p.call("POST", "/v1/sandboxes", map[string]any{"vcpus": 2}, "Idempotency-Key", "once").fails(422, "unprocessable")
+	close(release)
+	ids, fresh := make(map[string]bool), 0
+	for range n {
+		r := (<-answers).want(201)
+		ids[r.str("id")] = true
+		if r.Header.Get("Idempotent-Replayed") == "" {
+			fresh++
+		}
+	}
+	if len(ids) != 1 || fresh != 1 || p.agent.created() != 1 {
+		t.Errorf("one key made %d sandboxes (%d calls to the host, %d answers not replayed)", len(ids), p.agent.created(), fresh)
+	}
+	// After its end the key still names it.
+	sandbox := slices.Collect(maps.Keys(ids))[0]
+	p.call("DELETE", "/v1/sandboxes/"+sandbox, nil).want(204)
+	if r := p.call("POST", "/v1/sandboxes", map[string]any{"metadata": map[string]string{"a": "1", "b": "2"}}, "Idempotency-Key", "once").want(201); r.str("id") != sandbox || r.str("state") != "stopped" {
+		t.Errorf("replayed after deletion: %s", r.Body)
+	}
+	// A creation that failed frees its key.
+	p.agent.mu.Lock()
+	p.agent.onCreate = func(context.Context, *hostagentv1.CreateRequest) error {
+		return connect.NewError(connect.CodeResourceExhausted, errors.New("no memory left on the host"))
+	}
+	p.agent.mu.Unlock()
+	r := p.call("POST", "/v1/sandboxes", map[string]any{}, "Idempotency-Key", "again").fails(503, "no_capacity")
+	if !strings.Contains(string(r.Body), "no memory left on the host") {
+		t.Errorf("does not say why: %s", r.Body)
+	}
+	failed := p.call("GET", "/v1/sandboxes?state=error", nil).want(200).list("sandboxes")
+	if len(failed) != 1 || failed[0].(map[string]any)["error"] != "no memory left on the host" || failed[0].(map[string]any)["end_reason"] != "failed" {
+		t.Errorf("failed ones: %v", failed)
+	}
+	p.agent.mu.Lock()
+	p.agent.onCreate = nil
+	p.agent.mu.Unlock()
+	p.call("POST", "/v1/sandboxes", map[string]any{}, "Idempotency-Key", "again").want(201)
 }

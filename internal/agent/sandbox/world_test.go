@@ -217,15 +217,11 @@ func (w *world) Release(_ context.Context, s Slot) error {
 	return nil
 }
 
-func (w *world) Name() string { return "world" }
-
-func (w *world) Disks() disk.Format { return cmp.Or(w.format, disk.Qcow2) }
-
+func (w *world) Name() string        { return "world" }
+func (w *world) Disks() disk.Format  { return cmp.Or(w.format, disk.Qcow2) }
 func (w *world) Accelerator() string { return "none" }
-
-func (w *world) Close() error { return nil }
-
-func (w *world) TracksMemory() bool { return w.tracks }
+func (w *world) Close() error        { return nil }
+func (w *world) TracksMemory() bool  { return w.tracks }
 
 // Start implements vmm.Driver.
 func (w *world) Start(ctx context.Context, s vmm.Spec) (vmm.VM, error) {
@@ -472,13 +468,10 @@ func (v *worldVM) end(deaths int) {
 	})
 }
 
-func (v *worldVM) State() vmm.State { return vmm.State{ID: v.spec.ID, PID: 1, Kind: v.kind} }
-
-func (v *worldVM) PID() int { return 1 }
-
+func (v *worldVM) State() vmm.State      { return vmm.State{ID: v.spec.ID, PID: 1, Kind: v.kind} }
+func (v *worldVM) PID() int              { return 1 }
 func (v *worldVM) Done() <-chan struct{} { return v.done }
-
-func (v *worldVM) Err() error { return cmp.Or(v.why, errors.New("it died")) }
+func (v *worldVM) Err() error            { return cmp.Or(v.why, errors.New("it died")) }
 
 func (v *worldVM) Console(context.Context) ([]byte, error) {
 	return []byte(cmp.Or(v.said, "Kernel panic\x1b[0m - not syncing\n")), nil
