@@ -8,6 +8,7 @@ GOFUMPT     := mvdan.cc/gofumpt@v0.12.0
 DEADCODE    := golang.org/x/tools/cmd/deadcode@v0.52.0
 NFPM        := github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.44.2
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+BUF         := github.com/bufbuild/buf/cmd/buf@v1.75.0
 GOLANGCI    := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 # Node.js and Python packages: each folder has its lock file.
 LINTERS  := .ci/lint/node_modules/.package-lock.json
@@ -71,7 +72,7 @@ python:
 test-deps: deps $(PACKAGES)
 	@.ci/packages $(TEST_PACKAGES)
 
-# Runs before the tests. lint adds the linters of .golangci.yml, which take longer.
+# Runs before the tests. lint adds buf and the linters of .golangci.yml, which take longer.
 check: go $(LINTERS)
 	@out=$$(go run $(GOFUMPT) -l $$(git ls-files '*.go' | grep -v '^internal/gen/')); \
 		if [ -n "$$out" ]; then echo "not gofumpt'd:"; echo "$$out"; exit 1; fi
@@ -83,6 +84,8 @@ check: go $(LINTERS)
 	REDOCLY_TELEMETRY=off REDOCLY_SUPPRESS_UPDATE_NOTICE=true .ci/lint/node_modules/.bin/redocly lint --config api/redocly.yaml api/openapi.yaml
 
 lint: check
+	GOBIN=$(CURDIR)/.cache/generators go install $(BUF)
+	.cache/generators/buf lint
 	GOBIN=$(CURDIR)/.cache/linters go install $(GOLANGCI)
 	.cache/linters/golangci-lint run $(GO_PACKAGES)
 	@out=$$(go run $(DEADCODE) -test $(GO_PACKAGES)) || exit 1; \
@@ -114,7 +117,7 @@ bench: deps go
 
 # Regenerates internal/gen, with the generators that the checked-in files name,
 # docs/configuration.md and the tables of docs/metrics.md.
-GENERATORS := github.com/bufbuild/buf/cmd/buf@v1.75.0 \
+GENERATORS := $(BUF) \
 	google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12 \
 	connectrpc.com/connect/cmd/protoc-gen-connect-go@v1.21.1 \
 	github.com/oapi-codegen/oapi-codegen/v2/cmd/oapi-codegen@v2.8.2 \

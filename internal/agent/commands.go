@@ -69,7 +69,7 @@ func (s *service) Exec(ctx context.Context, req *connect.Request[pb.ExecRequest]
 
 // Run implements hostagentv1connect.HostAgentHandler. When the client goes, the command
 // is killed.
-func (s *service) Run(ctx context.Context, req *connect.Request[pb.RunRequest], stream *connect.ServerStream[pb.ExecStreamResponse]) error {
+func (s *service) Run(ctx context.Context, req *connect.Request[pb.RunRequest], stream *connect.ServerStream[pb.RunResponse]) error {
 	cmd, err := command(req.Msg.GetCommand())
 	if err != nil {
 		return err
@@ -82,7 +82,20 @@ func (s *service) Run(ctx context.Context, req *connect.Request[pb.RunRequest], 
 	p, err := use.Guest.StartForOutcome(use.Context, cmd)
 	if err == nil {
 		defer p.Close()
-		err = relay(stream, p)
+		err = relay(p, func(out guest.Output) error {
+			m := &pb.RunResponse{}
+			switch {
+			case out.Exit != nil:
+				m.Message = &pb.RunResponse_Exited{Exited: exited(out.Exit)}
+			case len(out.Stdout) > 0:
+				m.Message = &pb.RunResponse_Stdout{Stdout: out.Stdout}
+			case len(out.Stderr) > 0:
+				m.Message = &pb.RunResponse_Stderr{Stderr: out.Stderr}
+			default:
+				return nil
+			}
+			return stream.Send(m)
+		})
 	}
 	return s.fault(ctx, "exec", ofCall(use, err))
 }
@@ -131,7 +144,25 @@ func (s *service) ExecStream(ctx context.Context, stream *connect.BidiStream[pb.
 			cancel(err)
 		}
 	}()
-	err = relay(stream, p)
+	err = stream.Send(&pb.ExecStreamResponse{Message: &pb.ExecStreamResponse_Started_{Started: &pb.ExecStreamResponse_Started{Pid: p.PID}}})
+	if err == nil {
+		err = relay(p, func(out guest.Output) error {
+			m := &pb.ExecStreamResponse{}
+			switch {
+			case out.Exit != nil:
+				m.Message = &pb.ExecStreamResponse_Exited_{Exited: exited(out.Exit)}
+			case len(out.Stdout) > 0:
+				m.Message = &pb.ExecStreamResponse_Stdout{Stdout: out.Stdout}
+			case len(out.Stderr) > 0:
+				m.Message = &pb.ExecStreamResponse_Stderr{Stderr: out.Stderr}
+			case len(out.Terminal) > 0:
+				m.Message = &pb.ExecStreamResponse_Terminal{Terminal: out.Terminal}
+			default:
+				return nil
+			}
+			return stream.Send(m)
+		})
+	}
 	if err != nil {
 		p.Close()
 		if cause := context.Cause(run); cause != nil && !errors.Is(cause, context.Canceled) {
@@ -195,39 +226,24 @@ func feed(stream *connect.BidiStream[pb.ExecStreamRequest, pb.ExecStreamResponse
 	}
 }
 
-// relay passes on a process's start, if that is known, its output, and its end.
-func relay(stream interface {
-	Send(*pb.ExecStreamResponse) error
-}, p *guest.Process,
-) error {
-	if p.PID != 0 {
-		if err := stream.Send(&pb.ExecStreamResponse{Message: &pb.ExecStreamResponse_Started_{Started: &pb.ExecStreamResponse_Started{Pid: p.PID}}}); err != nil {
-			return err
-		}
-	}
+// relay passes a process's output and its end to send.
+func relay(p *guest.Process, send func(guest.Output) error) error {
 	for {
 		out, err := p.Next()
 		if err != nil {
 			return err
 		}
-		m := &pb.ExecStreamResponse{}
-		switch {
-		case out.Exit != nil:
+		if out.Exit != nil {
 			// Before the client hears of it, and ends the call: the connection to the guest
 			// serves the next request only if its answer was read whole.
 			p.Close()
-			m.Message = &pb.ExecStreamResponse_Exited_{Exited: &pb.ExecStreamResponse_Exited{ExitCode: out.Exit.Code, Error: out.Exit.Error, TimedOut: out.Exit.TimedOut}}
-		case len(out.Stdout) > 0:
-			m.Message = &pb.ExecStreamResponse_Stdout{Stdout: out.Stdout}
-		case len(out.Stderr) > 0:
-			m.Message = &pb.ExecStreamResponse_Stderr{Stderr: out.Stderr}
-		case len(out.Terminal) > 0:
-			m.Message = &pb.ExecStreamResponse_Terminal{Terminal: out.Terminal}
-		default:
-			continue
 		}
-		if err := stream.Send(m); err != nil || out.Exit != nil {
+		if err := send(out); err != nil || out.Exit != nil {
 			return err
 		}
 	}
+}
+
+func exited(e *guest.Exit) *pb.ExecStreamResponse_Exited {
+	return &pb.ExecStreamResponse_Exited{ExitCode: e.Code, Error: e.Error, TimedOut: e.TimedOut}
 }

@@ -129,16 +129,33 @@ func (a *agent) ExecStream(ctx context.Context, s *connect.BidiStream[hostagentv
 	}
 }
 
+// piece is how much output the agent sends in a message, in bytes.
+const piece = 32 << 10
+
 // Run implements hostagentv1connect.HostAgentHandler, unless the agent is of the release
 // before.
-func (a *agent) Run(_ context.Context, req *connect.Request[hostagentv1.RunRequest], s *connect.ServerStream[hostagentv1.ExecStreamResponse]) error {
+func (a *agent) Run(_ context.Context, req *connect.Request[hostagentv1.RunRequest], s *connect.ServerStream[hostagentv1.RunResponse]) error {
 	if a.before.Load() {
 		return connect.NewError(connect.CodeUnimplemented, errors.New("no such call"))
 	}
 	if err := a.usable(req.Msg.SandboxId); err != nil {
 		return err
 	}
-	return a.print(req.Msg.Command, nil, s)
+	r, err := a.exec(req.Msg.Command, nil)
+	if err != nil {
+		return err
+	}
+	for out := range slices.Chunk(r.Stdout, piece) {
+		if err := s.Send(&hostagentv1.RunResponse{Message: &hostagentv1.RunResponse_Stdout{Stdout: out}}); err != nil {
+			return err
+		}
+	}
+	for out := range slices.Chunk(r.Stderr, piece) {
+		if err := s.Send(&hostagentv1.RunResponse{Message: &hostagentv1.RunResponse_Stderr{Stderr: out}}); err != nil {
+			return err
+		}
+	}
+	return s.Send(&hostagentv1.RunResponse{Message: &hostagentv1.RunResponse_Exited{Exited: exitOf(r)}})
 }
 
 // toEnd reads a command's input, runs it, and sends what it printed.
@@ -152,19 +169,10 @@ func (a *agent) toEnd(start *hostagentv1.ExecStreamRequest_Start, s *connect.Bid
 		stdin = append(stdin, m.GetStdin()...)
 		open = m.GetCloseStdin() == nil
 	}
-	return a.print(start.Command, stdin, s)
-}
-
-// print runs a command, and sends what it printed.
-func (a *agent) print(c *hostagentv1.Command, stdin []byte, s interface {
-	Send(*hostagentv1.ExecStreamResponse) error
-},
-) error {
-	r, err := a.exec(c, stdin)
+	r, err := a.exec(start.Command, stdin)
 	if err != nil {
 		return err
 	}
-	const piece = 32 << 10
 	for out := range slices.Chunk(r.Stdout, piece) {
 		if err := s.Send(&hostagentv1.ExecStreamResponse{Message: &hostagentv1.ExecStreamResponse_Stdout{Stdout: out}}); err != nil {
 			return err
@@ -175,9 +183,11 @@ func (a *agent) print(c *hostagentv1.Command, stdin []byte, s interface {
 			return err
 		}
 	}
-	return s.Send(&hostagentv1.ExecStreamResponse{Message: &hostagentv1.ExecStreamResponse_Exited_{Exited: &hostagentv1.ExecStreamResponse_Exited{
-		ExitCode: r.ExitCode, Error: r.Error, TimedOut: r.TimedOut,
-	}}})
+	return s.Send(&hostagentv1.ExecStreamResponse{Message: &hostagentv1.ExecStreamResponse_Exited_{Exited: exitOf(r)}})
+}
+
+func exitOf(r *hostagentv1.ExecResponse) *hostagentv1.ExecStreamResponse_Exited {
+	return &hostagentv1.ExecStreamResponse_Exited{ExitCode: r.ExitCode, Error: r.Error, TimedOut: r.TimedOut}
 }
 
 // shell runs a line: "exit N" ends with N; "hang" waits to be given up, or for

@@ -33,7 +33,7 @@ func (s *Service) Exec(ctx context.Context, team, sandbox uuid.UUID, c *hostagen
 	var exited *hostagentv1.ExecStreamResponse_Exited
 	err := s.call(ctx, team, sandbox, func(host *hosts.Host) (err error) {
 		name := id.Format(id.Sandbox, sandbox)
-		take := func(m *hostagentv1.ExecStreamResponse) bool {
+		take := func(m output) bool {
 			stdout.add(m.GetStdout())
 			stderr.add(m.GetStderr())
 			exited = m.GetExited()
@@ -57,9 +57,16 @@ func (s *Service) Exec(ctx context.Context, team, sandbox uuid.UUID, c *hostagen
 	}, nil
 }
 
+// output is a message about a command, with or without input.
+type output interface {
+	GetStdout() []byte
+	GetStderr() []byte
+	GetExited() *hostagentv1.ExecStreamResponse_Exited
+}
+
 // run runs a command without input, and calls take with what the agent sends until
 // take returns false.
-func run(ctx context.Context, agent hostagentv1connect.HostAgentClient, command *hostagentv1.RunRequest, take func(*hostagentv1.ExecStreamResponse) bool) error {
+func run(ctx context.Context, agent hostagentv1connect.HostAgentClient, command *hostagentv1.RunRequest, take func(output) bool) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stream, err := agent.Run(ctx, connect.NewRequest(command))
@@ -83,7 +90,7 @@ func run(ctx context.Context, agent hostagentv1connect.HostAgentClient, command 
 }
 
 // exec is run for a command with input.
-func exec(ctx context.Context, agent hostagentv1connect.HostAgentClient, start *hostagentv1.ExecStreamRequest_Start, stdin []byte, take func(*hostagentv1.ExecStreamResponse) bool) error {
+func exec(ctx context.Context, agent hostagentv1connect.HostAgentClient, start *hostagentv1.ExecStreamRequest_Start, stdin []byte, take func(output) bool) error {
 	ctx, cancel := context.WithCancel(ctx)
 	stream := agent.ExecStream(ctx)
 	fed := make(chan struct{})

@@ -76,19 +76,19 @@ type runner struct {
 	hostagentv1connect.UnimplementedHostAgentHandler
 }
 
-func (runner) Run(_ context.Context, req *connect.Request[hostagentv1.RunRequest], s *connect.ServerStream[hostagentv1.ExecStreamResponse]) error {
+func (runner) Run(_ context.Context, req *connect.Request[hostagentv1.RunRequest], s *connect.ServerStream[hostagentv1.RunResponse]) error {
 	if req.Msg.Command.Cmd == "no" {
 		return connect.NewError(connect.CodeNotFound, errors.New("no: command not found"))
 	}
 	for _, out := range []string{"a", "b"} {
-		if err := s.Send(&hostagentv1.ExecStreamResponse{Message: &hostagentv1.ExecStreamResponse_Stdout{Stdout: []byte(out)}}); err != nil {
+		if err := s.Send(&hostagentv1.RunResponse{Message: &hostagentv1.RunResponse_Stdout{Stdout: []byte(out)}}); err != nil {
 			return err
 		}
 	}
 	if req.Msg.Command.Cmd == "part" {
 		return nil
 	}
-	return s.Send(&hostagentv1.ExecStreamResponse{Message: &hostagentv1.ExecStreamResponse_Exited_{Exited: &hostagentv1.ExecStreamResponse_Exited{ExitCode: 3}}})
+	return s.Send(&hostagentv1.RunResponse{Message: &hostagentv1.RunResponse_Exited{Exited: &hostagentv1.ExecStreamResponse_Exited{ExitCode: 3}}})
 }
 
 func TestRun(t *testing.T) {
@@ -112,7 +112,7 @@ func TestRun(t *testing.T) {
 	for range 10 {
 		var printed string
 		var exited *hostagentv1.ExecStreamResponse_Exited
-		err := run(t.Context(), agent, &hostagentv1.RunRequest{Command: &hostagentv1.Command{Cmd: "true"}}, func(m *hostagentv1.ExecStreamResponse) bool {
+		err := run(t.Context(), agent, &hostagentv1.RunRequest{Command: &hostagentv1.Command{Cmd: "true"}}, func(m output) bool {
 			printed += string(m.GetStdout())
 			exited = m.GetExited()
 			return exited == nil
@@ -122,7 +122,7 @@ func TestRun(t *testing.T) {
 		}
 	}
 	for cmd, code := range map[string]connect.Code{"part": connect.CodeUnknown, "no": connect.CodeNotFound} {
-		err := run(t.Context(), agent, &hostagentv1.RunRequest{Command: &hostagentv1.Command{Cmd: cmd}}, func(m *hostagentv1.ExecStreamResponse) bool { return m.GetExited() == nil })
+		err := run(t.Context(), agent, &hostagentv1.RunRequest{Command: &hostagentv1.Command{Cmd: cmd}}, func(m output) bool { return m.GetExited() == nil })
 		if err == nil || connect.CodeOf(err) != code {
 			t.Errorf("%s: %v", cmd, err)
 		}

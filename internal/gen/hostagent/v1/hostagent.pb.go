@@ -138,7 +138,7 @@ func (x Event_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Event_Kind.Descriptor instead.
 func (Event_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{60, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{61, 0}
 }
 
 type Sandbox struct {
@@ -1730,6 +1730,106 @@ func (x *RunRequest) GetCommand() *Command {
 	return nil
 }
 
+type RunResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The numbers are those of ExecStreamResponse.
+	//
+	// Types that are valid to be assigned to Message:
+	//
+	//	*RunResponse_Stdout
+	//	*RunResponse_Stderr
+	//	*RunResponse_Exited
+	Message       isRunResponse_Message `protobuf_oneof:"message"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RunResponse) Reset() {
+	*x = RunResponse{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RunResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RunResponse) ProtoMessage() {}
+
+func (x *RunResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RunResponse.ProtoReflect.Descriptor instead.
+func (*RunResponse) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *RunResponse) GetMessage() isRunResponse_Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *RunResponse) GetStdout() []byte {
+	if x != nil {
+		if x, ok := x.Message.(*RunResponse_Stdout); ok {
+			return x.Stdout
+		}
+	}
+	return nil
+}
+
+func (x *RunResponse) GetStderr() []byte {
+	if x != nil {
+		if x, ok := x.Message.(*RunResponse_Stderr); ok {
+			return x.Stderr
+		}
+	}
+	return nil
+}
+
+func (x *RunResponse) GetExited() *ExecStreamResponse_Exited {
+	if x != nil {
+		if x, ok := x.Message.(*RunResponse_Exited); ok {
+			return x.Exited
+		}
+	}
+	return nil
+}
+
+type isRunResponse_Message interface {
+	isRunResponse_Message()
+}
+
+type RunResponse_Stdout struct {
+	Stdout []byte `protobuf:"bytes,2,opt,name=stdout,proto3,oneof"`
+}
+
+type RunResponse_Stderr struct {
+	Stderr []byte `protobuf:"bytes,3,opt,name=stderr,proto3,oneof"`
+}
+
+type RunResponse_Exited struct {
+	Exited *ExecStreamResponse_Exited `protobuf:"bytes,5,opt,name=exited,proto3,oneof"`
+}
+
+func (*RunResponse_Stdout) isRunResponse_Message() {}
+
+func (*RunResponse_Stderr) isRunResponse_Message() {}
+
+func (*RunResponse_Exited) isRunResponse_Message() {}
+
 type ExecResponse struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Stdout   []byte                 `protobuf:"bytes,1,opt,name=stdout,proto3" json:"stdout,omitempty"`
@@ -1746,7 +1846,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[28]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1758,7 +1858,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[28]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1771,7 +1871,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{28}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ExecResponse) GetStdout() []byte {
@@ -1826,7 +1926,7 @@ type TerminalSize struct {
 
 func (x *TerminalSize) Reset() {
 	*x = TerminalSize{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[29]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1838,7 +1938,7 @@ func (x *TerminalSize) String() string {
 func (*TerminalSize) ProtoMessage() {}
 
 func (x *TerminalSize) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[29]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1851,7 +1951,7 @@ func (x *TerminalSize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TerminalSize.ProtoReflect.Descriptor instead.
 func (*TerminalSize) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{29}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *TerminalSize) GetCols() uint32 {
@@ -1884,7 +1984,7 @@ type ExecStreamRequest struct {
 
 func (x *ExecStreamRequest) Reset() {
 	*x = ExecStreamRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[30]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1896,7 +1996,7 @@ func (x *ExecStreamRequest) String() string {
 func (*ExecStreamRequest) ProtoMessage() {}
 
 func (x *ExecStreamRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[30]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1909,7 +2009,7 @@ func (x *ExecStreamRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamRequest.ProtoReflect.Descriptor instead.
 func (*ExecStreamRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{30}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ExecStreamRequest) GetMessage() isExecStreamRequest_Message {
@@ -2015,7 +2115,7 @@ type ExecStreamResponse struct {
 
 func (x *ExecStreamResponse) Reset() {
 	*x = ExecStreamResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[31]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2027,7 +2127,7 @@ func (x *ExecStreamResponse) String() string {
 func (*ExecStreamResponse) ProtoMessage() {}
 
 func (x *ExecStreamResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[31]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2040,7 +2140,7 @@ func (x *ExecStreamResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamResponse.ProtoReflect.Descriptor instead.
 func (*ExecStreamResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{31}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ExecStreamResponse) GetMessage() isExecStreamResponse_Message {
@@ -2143,7 +2243,7 @@ type FileRef struct {
 
 func (x *FileRef) Reset() {
 	*x = FileRef{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[32]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2155,7 +2255,7 @@ func (x *FileRef) String() string {
 func (*FileRef) ProtoMessage() {}
 
 func (x *FileRef) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[32]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2168,7 +2268,7 @@ func (x *FileRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileRef.ProtoReflect.Descriptor instead.
 func (*FileRef) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{32}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *FileRef) GetSandboxId() string {
@@ -2203,7 +2303,7 @@ type FileInfo struct {
 
 func (x *FileInfo) Reset() {
 	*x = FileInfo{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[33]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2215,7 +2315,7 @@ func (x *FileInfo) String() string {
 func (*FileInfo) ProtoMessage() {}
 
 func (x *FileInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[33]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2228,7 +2328,7 @@ func (x *FileInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileInfo.ProtoReflect.Descriptor instead.
 func (*FileInfo) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{33}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *FileInfo) GetPath() string {
@@ -2262,7 +2362,7 @@ type WriteFileRequest struct {
 
 func (x *WriteFileRequest) Reset() {
 	*x = WriteFileRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[34]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2274,7 +2374,7 @@ func (x *WriteFileRequest) String() string {
 func (*WriteFileRequest) ProtoMessage() {}
 
 func (x *WriteFileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[34]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2287,7 +2387,7 @@ func (x *WriteFileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteFileRequest.ProtoReflect.Descriptor instead.
 func (*WriteFileRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{34}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *WriteFileRequest) GetFile() *FileRef {
@@ -2313,7 +2413,7 @@ type WriteFileResponse struct {
 
 func (x *WriteFileResponse) Reset() {
 	*x = WriteFileResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[35]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2325,7 +2425,7 @@ func (x *WriteFileResponse) String() string {
 func (*WriteFileResponse) ProtoMessage() {}
 
 func (x *WriteFileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[35]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2338,7 +2438,7 @@ func (x *WriteFileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteFileResponse.ProtoReflect.Descriptor instead.
 func (*WriteFileResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{35}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *WriteFileResponse) GetFile() *FileInfo {
@@ -2357,7 +2457,7 @@ type ReadFileRequest struct {
 
 func (x *ReadFileRequest) Reset() {
 	*x = ReadFileRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[36]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2369,7 +2469,7 @@ func (x *ReadFileRequest) String() string {
 func (*ReadFileRequest) ProtoMessage() {}
 
 func (x *ReadFileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[36]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2382,7 +2482,7 @@ func (x *ReadFileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadFileRequest.ProtoReflect.Descriptor instead.
 func (*ReadFileRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{36}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ReadFileRequest) GetFile() *FileRef {
@@ -2401,7 +2501,7 @@ type ReadFileResponse struct {
 
 func (x *ReadFileResponse) Reset() {
 	*x = ReadFileResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[37]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2413,7 +2513,7 @@ func (x *ReadFileResponse) String() string {
 func (*ReadFileResponse) ProtoMessage() {}
 
 func (x *ReadFileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[37]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2426,7 +2526,7 @@ func (x *ReadFileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadFileResponse.ProtoReflect.Descriptor instead.
 func (*ReadFileResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{37}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ReadFileResponse) GetContent() []byte {
@@ -2449,7 +2549,7 @@ type WriteFileStreamRequest struct {
 
 func (x *WriteFileStreamRequest) Reset() {
 	*x = WriteFileStreamRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[38]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2461,7 +2561,7 @@ func (x *WriteFileStreamRequest) String() string {
 func (*WriteFileStreamRequest) ProtoMessage() {}
 
 func (x *WriteFileStreamRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[38]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2474,7 +2574,7 @@ func (x *WriteFileStreamRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteFileStreamRequest.ProtoReflect.Descriptor instead.
 func (*WriteFileStreamRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{38}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *WriteFileStreamRequest) GetMessage() isWriteFileStreamRequest_Message {
@@ -2527,7 +2627,7 @@ type WriteFileStreamResponse struct {
 
 func (x *WriteFileStreamResponse) Reset() {
 	*x = WriteFileStreamResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2539,7 +2639,7 @@ func (x *WriteFileStreamResponse) String() string {
 func (*WriteFileStreamResponse) ProtoMessage() {}
 
 func (x *WriteFileStreamResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2552,7 +2652,7 @@ func (x *WriteFileStreamResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteFileStreamResponse.ProtoReflect.Descriptor instead.
 func (*WriteFileStreamResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{39}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *WriteFileStreamResponse) GetFile() *FileInfo {
@@ -2576,7 +2676,7 @@ type ReadFileStreamRequest struct {
 
 func (x *ReadFileStreamRequest) Reset() {
 	*x = ReadFileStreamRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2588,7 +2688,7 @@ func (x *ReadFileStreamRequest) String() string {
 func (*ReadFileStreamRequest) ProtoMessage() {}
 
 func (x *ReadFileStreamRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2601,7 +2701,7 @@ func (x *ReadFileStreamRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadFileStreamRequest.ProtoReflect.Descriptor instead.
 func (*ReadFileStreamRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{40}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ReadFileStreamRequest) GetFile() *FileRef {
@@ -2645,7 +2745,7 @@ type ReadFileStreamResponse struct {
 
 func (x *ReadFileStreamResponse) Reset() {
 	*x = ReadFileStreamResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2657,7 +2757,7 @@ func (x *ReadFileStreamResponse) String() string {
 func (*ReadFileStreamResponse) ProtoMessage() {}
 
 func (x *ReadFileStreamResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2670,7 +2770,7 @@ func (x *ReadFileStreamResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadFileStreamResponse.ProtoReflect.Descriptor instead.
 func (*ReadFileStreamResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{41}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ReadFileStreamResponse) GetMessage() isReadFileStreamResponse_Message {
@@ -2723,7 +2823,7 @@ type PingRequest struct {
 
 func (x *PingRequest) Reset() {
 	*x = PingRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[42]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2735,7 +2835,7 @@ func (x *PingRequest) String() string {
 func (*PingRequest) ProtoMessage() {}
 
 func (x *PingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[42]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2748,7 +2848,7 @@ func (x *PingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingRequest.ProtoReflect.Descriptor instead.
 func (*PingRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{42}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *PingRequest) GetSandboxId() string {
@@ -2767,7 +2867,7 @@ type PingResponse struct {
 
 func (x *PingResponse) Reset() {
 	*x = PingResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[43]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2779,7 +2879,7 @@ func (x *PingResponse) String() string {
 func (*PingResponse) ProtoMessage() {}
 
 func (x *PingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[43]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2792,7 +2892,7 @@ func (x *PingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingResponse.ProtoReflect.Descriptor instead.
 func (*PingResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{43}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *PingResponse) GetSandbox() *Sandbox {
@@ -2810,7 +2910,7 @@ type SamplesRequest struct {
 
 func (x *SamplesRequest) Reset() {
 	*x = SamplesRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[44]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2822,7 +2922,7 @@ func (x *SamplesRequest) String() string {
 func (*SamplesRequest) ProtoMessage() {}
 
 func (x *SamplesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[44]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2835,7 +2935,7 @@ func (x *SamplesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SamplesRequest.ProtoReflect.Descriptor instead.
 func (*SamplesRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{44}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{45}
 }
 
 type SamplesResponse struct {
@@ -2848,7 +2948,7 @@ type SamplesResponse struct {
 
 func (x *SamplesResponse) Reset() {
 	*x = SamplesResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[45]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2860,7 +2960,7 @@ func (x *SamplesResponse) String() string {
 func (*SamplesResponse) ProtoMessage() {}
 
 func (x *SamplesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[45]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2873,7 +2973,7 @@ func (x *SamplesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SamplesResponse.ProtoReflect.Descriptor instead.
 func (*SamplesResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{45}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *SamplesResponse) GetTime() *timestamppb.Timestamp {
@@ -2899,7 +2999,7 @@ type MetricsRequest struct {
 
 func (x *MetricsRequest) Reset() {
 	*x = MetricsRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[46]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2911,7 +3011,7 @@ func (x *MetricsRequest) String() string {
 func (*MetricsRequest) ProtoMessage() {}
 
 func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[46]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2924,7 +3024,7 @@ func (x *MetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsRequest.ProtoReflect.Descriptor instead.
 func (*MetricsRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{46}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *MetricsRequest) GetSandboxId() string {
@@ -2952,7 +3052,7 @@ type MetricsResponse struct {
 
 func (x *MetricsResponse) Reset() {
 	*x = MetricsResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[47]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2964,7 +3064,7 @@ func (x *MetricsResponse) String() string {
 func (*MetricsResponse) ProtoMessage() {}
 
 func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[47]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2977,7 +3077,7 @@ func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsResponse.ProtoReflect.Descriptor instead.
 func (*MetricsResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{47}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *MetricsResponse) GetTime() *timestamppb.Timestamp {
@@ -3045,7 +3145,7 @@ type ConsoleRequest struct {
 
 func (x *ConsoleRequest) Reset() {
 	*x = ConsoleRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3057,7 +3157,7 @@ func (x *ConsoleRequest) String() string {
 func (*ConsoleRequest) ProtoMessage() {}
 
 func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3070,7 +3170,7 @@ func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleRequest.ProtoReflect.Descriptor instead.
 func (*ConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{48}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ConsoleRequest) GetSandboxId() string {
@@ -3089,7 +3189,7 @@ type ConsoleResponse struct {
 
 func (x *ConsoleResponse) Reset() {
 	*x = ConsoleResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3101,7 +3201,7 @@ func (x *ConsoleResponse) String() string {
 func (*ConsoleResponse) ProtoMessage() {}
 
 func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3114,7 +3214,7 @@ func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleResponse.ProtoReflect.Descriptor instead.
 func (*ConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{49}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ConsoleResponse) GetOutput() []byte {
@@ -3142,7 +3242,7 @@ type Template struct {
 
 func (x *Template) Reset() {
 	*x = Template{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[50]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3154,7 +3254,7 @@ func (x *Template) String() string {
 func (*Template) ProtoMessage() {}
 
 func (x *Template) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[50]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3167,7 +3267,7 @@ func (x *Template) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Template.ProtoReflect.Descriptor instead.
 func (*Template) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{50}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *Template) GetTemplateId() string {
@@ -3246,7 +3346,7 @@ type ImportTemplateRequest struct {
 
 func (x *ImportTemplateRequest) Reset() {
 	*x = ImportTemplateRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[51]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3258,7 +3358,7 @@ func (x *ImportTemplateRequest) String() string {
 func (*ImportTemplateRequest) ProtoMessage() {}
 
 func (x *ImportTemplateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[51]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3271,7 +3371,7 @@ func (x *ImportTemplateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportTemplateRequest.ProtoReflect.Descriptor instead.
 func (*ImportTemplateRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{51}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ImportTemplateRequest) GetMessage() isImportTemplateRequest_Message {
@@ -3326,7 +3426,7 @@ type ImportTemplateResponse struct {
 
 func (x *ImportTemplateResponse) Reset() {
 	*x = ImportTemplateResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[52]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3338,7 +3438,7 @@ func (x *ImportTemplateResponse) String() string {
 func (*ImportTemplateResponse) ProtoMessage() {}
 
 func (x *ImportTemplateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[52]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3351,7 +3451,7 @@ func (x *ImportTemplateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportTemplateResponse.ProtoReflect.Descriptor instead.
 func (*ImportTemplateResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{52}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ImportTemplateResponse) GetTemplate() *Template {
@@ -3377,7 +3477,7 @@ type ResolveImageRequest struct {
 
 func (x *ResolveImageRequest) Reset() {
 	*x = ResolveImageRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[53]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3389,7 +3489,7 @@ func (x *ResolveImageRequest) String() string {
 func (*ResolveImageRequest) ProtoMessage() {}
 
 func (x *ResolveImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[53]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3402,7 +3502,7 @@ func (x *ResolveImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveImageRequest.ProtoReflect.Descriptor instead.
 func (*ResolveImageRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{53}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ResolveImageRequest) GetRegistry() *ImportTemplateRequest_Registry {
@@ -3423,7 +3523,7 @@ type ResolveImageResponse struct {
 
 func (x *ResolveImageResponse) Reset() {
 	*x = ResolveImageResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[54]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3435,7 +3535,7 @@ func (x *ResolveImageResponse) String() string {
 func (*ResolveImageResponse) ProtoMessage() {}
 
 func (x *ResolveImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[54]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3448,7 +3548,7 @@ func (x *ResolveImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveImageResponse.ProtoReflect.Descriptor instead.
 func (*ResolveImageResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{54}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ResolveImageResponse) GetPinned() string {
@@ -3466,7 +3566,7 @@ type TemplatesRequest struct {
 
 func (x *TemplatesRequest) Reset() {
 	*x = TemplatesRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[55]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3478,7 +3578,7 @@ func (x *TemplatesRequest) String() string {
 func (*TemplatesRequest) ProtoMessage() {}
 
 func (x *TemplatesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[55]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3491,7 +3591,7 @@ func (x *TemplatesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TemplatesRequest.ProtoReflect.Descriptor instead.
 func (*TemplatesRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{55}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{56}
 }
 
 type TemplatesResponse struct {
@@ -3503,7 +3603,7 @@ type TemplatesResponse struct {
 
 func (x *TemplatesResponse) Reset() {
 	*x = TemplatesResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[56]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3515,7 +3615,7 @@ func (x *TemplatesResponse) String() string {
 func (*TemplatesResponse) ProtoMessage() {}
 
 func (x *TemplatesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[56]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3528,7 +3628,7 @@ func (x *TemplatesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TemplatesResponse.ProtoReflect.Descriptor instead.
 func (*TemplatesResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{56}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *TemplatesResponse) GetTemplates() []*Template {
@@ -3546,7 +3646,7 @@ type HostRequest struct {
 
 func (x *HostRequest) Reset() {
 	*x = HostRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[57]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3558,7 +3658,7 @@ func (x *HostRequest) String() string {
 func (*HostRequest) ProtoMessage() {}
 
 func (x *HostRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[57]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3571,7 +3671,7 @@ func (x *HostRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostRequest.ProtoReflect.Descriptor instead.
 func (*HostRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{57}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{58}
 }
 
 type HostResponse struct {
@@ -3603,7 +3703,7 @@ type HostResponse struct {
 
 func (x *HostResponse) Reset() {
 	*x = HostResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[58]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3615,7 +3715,7 @@ func (x *HostResponse) String() string {
 func (*HostResponse) ProtoMessage() {}
 
 func (x *HostResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[58]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3628,7 +3728,7 @@ func (x *HostResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostResponse.ProtoReflect.Descriptor instead.
 func (*HostResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{58}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *HostResponse) GetVersion() string {
@@ -3754,7 +3854,7 @@ type Problem struct {
 
 func (x *Problem) Reset() {
 	*x = Problem{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[59]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3766,7 +3866,7 @@ func (x *Problem) String() string {
 func (*Problem) ProtoMessage() {}
 
 func (x *Problem) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[59]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3779,7 +3879,7 @@ func (x *Problem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Problem.ProtoReflect.Descriptor instead.
 func (*Problem) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{59}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *Problem) GetKind() string {
@@ -3823,7 +3923,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[60]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3835,7 +3935,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[60]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3848,7 +3948,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{60}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -3894,7 +3994,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[61]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3906,7 +4006,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[61]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3919,7 +4019,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{61}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{62}
 }
 
 type EventsResponse struct {
@@ -3931,7 +4031,7 @@ type EventsResponse struct {
 
 func (x *EventsResponse) Reset() {
 	*x = EventsResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[62]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3943,7 +4043,7 @@ func (x *EventsResponse) String() string {
 func (*EventsResponse) ProtoMessage() {}
 
 func (x *EventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[62]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3956,7 +4056,7 @@ func (x *EventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsResponse.ProtoReflect.Descriptor instead.
 func (*EventsResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{62}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *EventsResponse) GetEvent() *Event {
@@ -3975,7 +4075,7 @@ type AckEventsRequest struct {
 
 func (x *AckEventsRequest) Reset() {
 	*x = AckEventsRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[63]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3987,7 +4087,7 @@ func (x *AckEventsRequest) String() string {
 func (*AckEventsRequest) ProtoMessage() {}
 
 func (x *AckEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[63]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4000,7 +4100,7 @@ func (x *AckEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AckEventsRequest.ProtoReflect.Descriptor instead.
 func (*AckEventsRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{63}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *AckEventsRequest) GetSeq() uint64 {
@@ -4018,7 +4118,7 @@ type AckEventsResponse struct {
 
 func (x *AckEventsResponse) Reset() {
 	*x = AckEventsResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[64]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4030,7 +4130,7 @@ func (x *AckEventsResponse) String() string {
 func (*AckEventsResponse) ProtoMessage() {}
 
 func (x *AckEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[64]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4043,7 +4143,7 @@ func (x *AckEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AckEventsResponse.ProtoReflect.Descriptor instead.
 func (*AckEventsResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{64}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{65}
 }
 
 type TerminateRequest struct {
@@ -4054,7 +4154,7 @@ type TerminateRequest struct {
 
 func (x *TerminateRequest) Reset() {
 	*x = TerminateRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[65]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4066,7 +4166,7 @@ func (x *TerminateRequest) String() string {
 func (*TerminateRequest) ProtoMessage() {}
 
 func (x *TerminateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[65]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4079,7 +4179,7 @@ func (x *TerminateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TerminateRequest.ProtoReflect.Descriptor instead.
 func (*TerminateRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{65}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{66}
 }
 
 type TerminateResponse struct {
@@ -4090,7 +4190,7 @@ type TerminateResponse struct {
 
 func (x *TerminateResponse) Reset() {
 	*x = TerminateResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[66]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4102,7 +4202,7 @@ func (x *TerminateResponse) String() string {
 func (*TerminateResponse) ProtoMessage() {}
 
 func (x *TerminateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[66]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4115,7 +4215,7 @@ func (x *TerminateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TerminateResponse.ProtoReflect.Descriptor instead.
 func (*TerminateResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{66}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{67}
 }
 
 type ForkRequest_Copy struct {
@@ -4128,7 +4228,7 @@ type ForkRequest_Copy struct {
 
 func (x *ForkRequest_Copy) Reset() {
 	*x = ForkRequest_Copy{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[70]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4140,7 +4240,7 @@ func (x *ForkRequest_Copy) String() string {
 func (*ForkRequest_Copy) ProtoMessage() {}
 
 func (x *ForkRequest_Copy) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[70]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4184,7 +4284,7 @@ type ExecStreamRequest_Start struct {
 
 func (x *ExecStreamRequest_Start) Reset() {
 	*x = ExecStreamRequest_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[72]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4196,7 +4296,7 @@ func (x *ExecStreamRequest_Start) String() string {
 func (*ExecStreamRequest_Start) ProtoMessage() {}
 
 func (x *ExecStreamRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[72]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4209,7 +4309,7 @@ func (x *ExecStreamRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamRequest_Start.ProtoReflect.Descriptor instead.
 func (*ExecStreamRequest_Start) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{30, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{31, 0}
 }
 
 func (x *ExecStreamRequest_Start) GetSandboxId() string {
@@ -4248,7 +4348,7 @@ type ExecStreamRequest_CloseStdin struct {
 
 func (x *ExecStreamRequest_CloseStdin) Reset() {
 	*x = ExecStreamRequest_CloseStdin{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[73]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4260,7 +4360,7 @@ func (x *ExecStreamRequest_CloseStdin) String() string {
 func (*ExecStreamRequest_CloseStdin) ProtoMessage() {}
 
 func (x *ExecStreamRequest_CloseStdin) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[73]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4273,7 +4373,7 @@ func (x *ExecStreamRequest_CloseStdin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamRequest_CloseStdin.ProtoReflect.Descriptor instead.
 func (*ExecStreamRequest_CloseStdin) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{30, 1}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{31, 1}
 }
 
 type ExecStreamResponse_Started struct {
@@ -4285,7 +4385,7 @@ type ExecStreamResponse_Started struct {
 
 func (x *ExecStreamResponse_Started) Reset() {
 	*x = ExecStreamResponse_Started{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[74]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4297,7 +4397,7 @@ func (x *ExecStreamResponse_Started) String() string {
 func (*ExecStreamResponse_Started) ProtoMessage() {}
 
 func (x *ExecStreamResponse_Started) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[74]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4310,7 +4410,7 @@ func (x *ExecStreamResponse_Started) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamResponse_Started.ProtoReflect.Descriptor instead.
 func (*ExecStreamResponse_Started) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{31, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{32, 0}
 }
 
 func (x *ExecStreamResponse_Started) GetPid() uint32 {
@@ -4331,7 +4431,7 @@ type ExecStreamResponse_Exited struct {
 
 func (x *ExecStreamResponse_Exited) Reset() {
 	*x = ExecStreamResponse_Exited{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[75]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4343,7 +4443,7 @@ func (x *ExecStreamResponse_Exited) String() string {
 func (*ExecStreamResponse_Exited) ProtoMessage() {}
 
 func (x *ExecStreamResponse_Exited) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[75]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4356,7 +4456,7 @@ func (x *ExecStreamResponse_Exited) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStreamResponse_Exited.ProtoReflect.Descriptor instead.
 func (*ExecStreamResponse_Exited) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{31, 1}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{32, 1}
 }
 
 func (x *ExecStreamResponse_Exited) GetExitCode() int32 {
@@ -4395,7 +4495,7 @@ type WriteFileStreamRequest_Start struct {
 
 func (x *WriteFileStreamRequest_Start) Reset() {
 	*x = WriteFileStreamRequest_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[76]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4407,7 +4507,7 @@ func (x *WriteFileStreamRequest_Start) String() string {
 func (*WriteFileStreamRequest_Start) ProtoMessage() {}
 
 func (x *WriteFileStreamRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[76]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4420,7 +4520,7 @@ func (x *WriteFileStreamRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WriteFileStreamRequest_Start.ProtoReflect.Descriptor instead.
 func (*WriteFileStreamRequest_Start) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{38, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{39, 0}
 }
 
 func (x *WriteFileStreamRequest_Start) GetFile() *FileRef {
@@ -4456,7 +4556,7 @@ type ReadFileStreamResponse_Start struct {
 
 func (x *ReadFileStreamResponse_Start) Reset() {
 	*x = ReadFileStreamResponse_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[77]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4468,7 +4568,7 @@ func (x *ReadFileStreamResponse_Start) String() string {
 func (*ReadFileStreamResponse_Start) ProtoMessage() {}
 
 func (x *ReadFileStreamResponse_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[77]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4481,7 +4581,7 @@ func (x *ReadFileStreamResponse_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadFileStreamResponse_Start.ProtoReflect.Descriptor instead.
 func (*ReadFileStreamResponse_Start) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{41, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{42, 0}
 }
 
 func (x *ReadFileStreamResponse_Start) GetSize() int64 {
@@ -4508,7 +4608,7 @@ type SamplesResponse_Sample struct {
 
 func (x *SamplesResponse_Sample) Reset() {
 	*x = SamplesResponse_Sample{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[78]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4520,7 +4620,7 @@ func (x *SamplesResponse_Sample) String() string {
 func (*SamplesResponse_Sample) ProtoMessage() {}
 
 func (x *SamplesResponse_Sample) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[78]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4533,7 +4633,7 @@ func (x *SamplesResponse_Sample) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SamplesResponse_Sample.ProtoReflect.Descriptor instead.
 func (*SamplesResponse_Sample) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{45, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{46, 0}
 }
 
 func (x *SamplesResponse_Sample) GetSandboxId() string {
@@ -4584,7 +4684,7 @@ type ImportTemplateRequest_Registry struct {
 
 func (x *ImportTemplateRequest_Registry) Reset() {
 	*x = ImportTemplateRequest_Registry{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[79]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4596,7 +4696,7 @@ func (x *ImportTemplateRequest_Registry) String() string {
 func (*ImportTemplateRequest_Registry) ProtoMessage() {}
 
 func (x *ImportTemplateRequest_Registry) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[79]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4609,7 +4709,7 @@ func (x *ImportTemplateRequest_Registry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportTemplateRequest_Registry.ProtoReflect.Descriptor instead.
 func (*ImportTemplateRequest_Registry) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{51, 0}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{52, 0}
 }
 
 func (x *ImportTemplateRequest_Registry) GetReference() string {
@@ -4645,7 +4745,7 @@ type ImportTemplateRequest_Archive struct {
 
 func (x *ImportTemplateRequest_Archive) Reset() {
 	*x = ImportTemplateRequest_Archive{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[80]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4657,7 +4757,7 @@ func (x *ImportTemplateRequest_Archive) String() string {
 func (*ImportTemplateRequest_Archive) ProtoMessage() {}
 
 func (x *ImportTemplateRequest_Archive) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[80]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4670,7 +4770,7 @@ func (x *ImportTemplateRequest_Archive) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportTemplateRequest_Archive.ProtoReflect.Descriptor instead.
 func (*ImportTemplateRequest_Archive) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{51, 1}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{52, 1}
 }
 
 func (x *ImportTemplateRequest_Archive) GetTag() string {
@@ -4707,7 +4807,7 @@ type ImportTemplateRequest_Start struct {
 
 func (x *ImportTemplateRequest_Start) Reset() {
 	*x = ImportTemplateRequest_Start{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[81]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4719,7 +4819,7 @@ func (x *ImportTemplateRequest_Start) String() string {
 func (*ImportTemplateRequest_Start) ProtoMessage() {}
 
 func (x *ImportTemplateRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[81]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4732,7 +4832,7 @@ func (x *ImportTemplateRequest_Start) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportTemplateRequest_Start.ProtoReflect.Descriptor instead.
 func (*ImportTemplateRequest_Start) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{51, 2}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{52, 2}
 }
 
 func (x *ImportTemplateRequest_Start) GetTemplateId() string {
@@ -4974,7 +5074,12 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"RunRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12/\n" +
-	"\acommand\x18\x02 \x01(\v2\x15.hostagent.v1.CommandR\acommand\"\xac\x01\n" +
+	"\acommand\x18\x02 \x01(\v2\x15.hostagent.v1.CommandR\acommand\"\x8f\x01\n" +
+	"\vRunResponse\x12\x18\n" +
+	"\x06stdout\x18\x02 \x01(\fH\x00R\x06stdout\x12\x18\n" +
+	"\x06stderr\x18\x03 \x01(\fH\x00R\x06stderr\x12A\n" +
+	"\x06exited\x18\x05 \x01(\v2'.hostagent.v1.ExecStreamResponse.ExitedH\x00R\x06exitedB\t\n" +
+	"\amessage\"\xac\x01\n" +
 	"\fExecResponse\x12\x16\n" +
 	"\x06stdout\x18\x01 \x01(\fR\x06stdout\x12\x16\n" +
 	"\x06stderr\x18\x02 \x01(\fR\x06stderr\x12\x1b\n" +
@@ -5190,14 +5295,14 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x16SANDBOX_STATE_STOPPING\x10\x03\x12\x19\n" +
 	"\x15SANDBOX_STATE_PAUSING\x10\x04\x12\x18\n" +
 	"\x14SANDBOX_STATE_PAUSED\x10\x05\x12\x1a\n" +
-	"\x16SANDBOX_STATE_RESUMING\x10\x062\xfb\x10\n" +
+	"\x16SANDBOX_STATE_RESUMING\x10\x062\xf4\x10\n" +
 	"\tHostAgent\x12C\n" +
 	"\x06Create\x12\x1b.hostagent.v1.CreateRequest\x1a\x1c.hostagent.v1.CreateResponse\x12F\n" +
 	"\aDestroy\x12\x1c.hostagent.v1.DestroyRequest\x1a\x1d.hostagent.v1.DestroyResponse\x12=\n" +
 	"\x04List\x12\x19.hostagent.v1.ListRequest\x1a\x1a.hostagent.v1.ListResponse\x12:\n" +
 	"\x03Get\x12\x18.hostagent.v1.GetRequest\x1a\x19.hostagent.v1.GetResponse\x12=\n" +
-	"\x04Exec\x12\x19.hostagent.v1.ExecRequest\x1a\x1a.hostagent.v1.ExecResponse\x12C\n" +
-	"\x03Run\x12\x18.hostagent.v1.RunRequest\x1a .hostagent.v1.ExecStreamResponse0\x01\x12S\n" +
+	"\x04Exec\x12\x19.hostagent.v1.ExecRequest\x1a\x1a.hostagent.v1.ExecResponse\x12<\n" +
+	"\x03Run\x12\x18.hostagent.v1.RunRequest\x1a\x19.hostagent.v1.RunResponse0\x01\x12S\n" +
 	"\n" +
 	"ExecStream\x12\x1f.hostagent.v1.ExecStreamRequest\x1a .hostagent.v1.ExecStreamResponse(\x010\x01\x12L\n" +
 	"\tWriteFile\x12\x1e.hostagent.v1.WriteFileRequest\x1a\x1f.hostagent.v1.WriteFileResponse\x12I\n" +
@@ -5237,7 +5342,7 @@ func file_hostagent_v1_hostagent_proto_rawDescGZIP() []byte {
 }
 
 var file_hostagent_v1_hostagent_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 82)
+var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 83)
 var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(SandboxState)(0),                      // 0: hostagent.v1.SandboxState
 	(Event_Kind)(0),                        // 1: hostagent.v1.Event.Kind
@@ -5269,183 +5374,185 @@ var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(*Command)(nil),                        // 27: hostagent.v1.Command
 	(*ExecRequest)(nil),                    // 28: hostagent.v1.ExecRequest
 	(*RunRequest)(nil),                     // 29: hostagent.v1.RunRequest
-	(*ExecResponse)(nil),                   // 30: hostagent.v1.ExecResponse
-	(*TerminalSize)(nil),                   // 31: hostagent.v1.TerminalSize
-	(*ExecStreamRequest)(nil),              // 32: hostagent.v1.ExecStreamRequest
-	(*ExecStreamResponse)(nil),             // 33: hostagent.v1.ExecStreamResponse
-	(*FileRef)(nil),                        // 34: hostagent.v1.FileRef
-	(*FileInfo)(nil),                       // 35: hostagent.v1.FileInfo
-	(*WriteFileRequest)(nil),               // 36: hostagent.v1.WriteFileRequest
-	(*WriteFileResponse)(nil),              // 37: hostagent.v1.WriteFileResponse
-	(*ReadFileRequest)(nil),                // 38: hostagent.v1.ReadFileRequest
-	(*ReadFileResponse)(nil),               // 39: hostagent.v1.ReadFileResponse
-	(*WriteFileStreamRequest)(nil),         // 40: hostagent.v1.WriteFileStreamRequest
-	(*WriteFileStreamResponse)(nil),        // 41: hostagent.v1.WriteFileStreamResponse
-	(*ReadFileStreamRequest)(nil),          // 42: hostagent.v1.ReadFileStreamRequest
-	(*ReadFileStreamResponse)(nil),         // 43: hostagent.v1.ReadFileStreamResponse
-	(*PingRequest)(nil),                    // 44: hostagent.v1.PingRequest
-	(*PingResponse)(nil),                   // 45: hostagent.v1.PingResponse
-	(*SamplesRequest)(nil),                 // 46: hostagent.v1.SamplesRequest
-	(*SamplesResponse)(nil),                // 47: hostagent.v1.SamplesResponse
-	(*MetricsRequest)(nil),                 // 48: hostagent.v1.MetricsRequest
-	(*MetricsResponse)(nil),                // 49: hostagent.v1.MetricsResponse
-	(*ConsoleRequest)(nil),                 // 50: hostagent.v1.ConsoleRequest
-	(*ConsoleResponse)(nil),                // 51: hostagent.v1.ConsoleResponse
-	(*Template)(nil),                       // 52: hostagent.v1.Template
-	(*ImportTemplateRequest)(nil),          // 53: hostagent.v1.ImportTemplateRequest
-	(*ImportTemplateResponse)(nil),         // 54: hostagent.v1.ImportTemplateResponse
-	(*ResolveImageRequest)(nil),            // 55: hostagent.v1.ResolveImageRequest
-	(*ResolveImageResponse)(nil),           // 56: hostagent.v1.ResolveImageResponse
-	(*TemplatesRequest)(nil),               // 57: hostagent.v1.TemplatesRequest
-	(*TemplatesResponse)(nil),              // 58: hostagent.v1.TemplatesResponse
-	(*HostRequest)(nil),                    // 59: hostagent.v1.HostRequest
-	(*HostResponse)(nil),                   // 60: hostagent.v1.HostResponse
-	(*Problem)(nil),                        // 61: hostagent.v1.Problem
-	(*Event)(nil),                          // 62: hostagent.v1.Event
-	(*EventsRequest)(nil),                  // 63: hostagent.v1.EventsRequest
-	(*EventsResponse)(nil),                 // 64: hostagent.v1.EventsResponse
-	(*AckEventsRequest)(nil),               // 65: hostagent.v1.AckEventsRequest
-	(*AckEventsResponse)(nil),              // 66: hostagent.v1.AckEventsResponse
-	(*TerminateRequest)(nil),               // 67: hostagent.v1.TerminateRequest
-	(*TerminateResponse)(nil),              // 68: hostagent.v1.TerminateResponse
-	nil,                                    // 69: hostagent.v1.CreateRequest.EnvsEntry
-	nil,                                    // 70: hostagent.v1.Defaults.EnvsEntry
-	nil,                                    // 71: hostagent.v1.Defaults.LimitsEntry
-	(*ForkRequest_Copy)(nil),               // 72: hostagent.v1.ForkRequest.Copy
-	nil,                                    // 73: hostagent.v1.Command.EnvsEntry
-	(*ExecStreamRequest_Start)(nil),        // 74: hostagent.v1.ExecStreamRequest.Start
-	(*ExecStreamRequest_CloseStdin)(nil),   // 75: hostagent.v1.ExecStreamRequest.CloseStdin
-	(*ExecStreamResponse_Started)(nil),     // 76: hostagent.v1.ExecStreamResponse.Started
-	(*ExecStreamResponse_Exited)(nil),      // 77: hostagent.v1.ExecStreamResponse.Exited
-	(*WriteFileStreamRequest_Start)(nil),   // 78: hostagent.v1.WriteFileStreamRequest.Start
-	(*ReadFileStreamResponse_Start)(nil),   // 79: hostagent.v1.ReadFileStreamResponse.Start
-	(*SamplesResponse_Sample)(nil),         // 80: hostagent.v1.SamplesResponse.Sample
-	(*ImportTemplateRequest_Registry)(nil), // 81: hostagent.v1.ImportTemplateRequest.Registry
-	(*ImportTemplateRequest_Archive)(nil),  // 82: hostagent.v1.ImportTemplateRequest.Archive
-	(*ImportTemplateRequest_Start)(nil),    // 83: hostagent.v1.ImportTemplateRequest.Start
-	(*timestamppb.Timestamp)(nil),          // 84: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),            // 85: google.protobuf.Duration
+	(*RunResponse)(nil),                    // 30: hostagent.v1.RunResponse
+	(*ExecResponse)(nil),                   // 31: hostagent.v1.ExecResponse
+	(*TerminalSize)(nil),                   // 32: hostagent.v1.TerminalSize
+	(*ExecStreamRequest)(nil),              // 33: hostagent.v1.ExecStreamRequest
+	(*ExecStreamResponse)(nil),             // 34: hostagent.v1.ExecStreamResponse
+	(*FileRef)(nil),                        // 35: hostagent.v1.FileRef
+	(*FileInfo)(nil),                       // 36: hostagent.v1.FileInfo
+	(*WriteFileRequest)(nil),               // 37: hostagent.v1.WriteFileRequest
+	(*WriteFileResponse)(nil),              // 38: hostagent.v1.WriteFileResponse
+	(*ReadFileRequest)(nil),                // 39: hostagent.v1.ReadFileRequest
+	(*ReadFileResponse)(nil),               // 40: hostagent.v1.ReadFileResponse
+	(*WriteFileStreamRequest)(nil),         // 41: hostagent.v1.WriteFileStreamRequest
+	(*WriteFileStreamResponse)(nil),        // 42: hostagent.v1.WriteFileStreamResponse
+	(*ReadFileStreamRequest)(nil),          // 43: hostagent.v1.ReadFileStreamRequest
+	(*ReadFileStreamResponse)(nil),         // 44: hostagent.v1.ReadFileStreamResponse
+	(*PingRequest)(nil),                    // 45: hostagent.v1.PingRequest
+	(*PingResponse)(nil),                   // 46: hostagent.v1.PingResponse
+	(*SamplesRequest)(nil),                 // 47: hostagent.v1.SamplesRequest
+	(*SamplesResponse)(nil),                // 48: hostagent.v1.SamplesResponse
+	(*MetricsRequest)(nil),                 // 49: hostagent.v1.MetricsRequest
+	(*MetricsResponse)(nil),                // 50: hostagent.v1.MetricsResponse
+	(*ConsoleRequest)(nil),                 // 51: hostagent.v1.ConsoleRequest
+	(*ConsoleResponse)(nil),                // 52: hostagent.v1.ConsoleResponse
+	(*Template)(nil),                       // 53: hostagent.v1.Template
+	(*ImportTemplateRequest)(nil),          // 54: hostagent.v1.ImportTemplateRequest
+	(*ImportTemplateResponse)(nil),         // 55: hostagent.v1.ImportTemplateResponse
+	(*ResolveImageRequest)(nil),            // 56: hostagent.v1.ResolveImageRequest
+	(*ResolveImageResponse)(nil),           // 57: hostagent.v1.ResolveImageResponse
+	(*TemplatesRequest)(nil),               // 58: hostagent.v1.TemplatesRequest
+	(*TemplatesResponse)(nil),              // 59: hostagent.v1.TemplatesResponse
+	(*HostRequest)(nil),                    // 60: hostagent.v1.HostRequest
+	(*HostResponse)(nil),                   // 61: hostagent.v1.HostResponse
+	(*Problem)(nil),                        // 62: hostagent.v1.Problem
+	(*Event)(nil),                          // 63: hostagent.v1.Event
+	(*EventsRequest)(nil),                  // 64: hostagent.v1.EventsRequest
+	(*EventsResponse)(nil),                 // 65: hostagent.v1.EventsResponse
+	(*AckEventsRequest)(nil),               // 66: hostagent.v1.AckEventsRequest
+	(*AckEventsResponse)(nil),              // 67: hostagent.v1.AckEventsResponse
+	(*TerminateRequest)(nil),               // 68: hostagent.v1.TerminateRequest
+	(*TerminateResponse)(nil),              // 69: hostagent.v1.TerminateResponse
+	nil,                                    // 70: hostagent.v1.CreateRequest.EnvsEntry
+	nil,                                    // 71: hostagent.v1.Defaults.EnvsEntry
+	nil,                                    // 72: hostagent.v1.Defaults.LimitsEntry
+	(*ForkRequest_Copy)(nil),               // 73: hostagent.v1.ForkRequest.Copy
+	nil,                                    // 74: hostagent.v1.Command.EnvsEntry
+	(*ExecStreamRequest_Start)(nil),        // 75: hostagent.v1.ExecStreamRequest.Start
+	(*ExecStreamRequest_CloseStdin)(nil),   // 76: hostagent.v1.ExecStreamRequest.CloseStdin
+	(*ExecStreamResponse_Started)(nil),     // 77: hostagent.v1.ExecStreamResponse.Started
+	(*ExecStreamResponse_Exited)(nil),      // 78: hostagent.v1.ExecStreamResponse.Exited
+	(*WriteFileStreamRequest_Start)(nil),   // 79: hostagent.v1.WriteFileStreamRequest.Start
+	(*ReadFileStreamResponse_Start)(nil),   // 80: hostagent.v1.ReadFileStreamResponse.Start
+	(*SamplesResponse_Sample)(nil),         // 81: hostagent.v1.SamplesResponse.Sample
+	(*ImportTemplateRequest_Registry)(nil), // 82: hostagent.v1.ImportTemplateRequest.Registry
+	(*ImportTemplateRequest_Archive)(nil),  // 83: hostagent.v1.ImportTemplateRequest.Archive
+	(*ImportTemplateRequest_Start)(nil),    // 84: hostagent.v1.ImportTemplateRequest.Start
+	(*timestamppb.Timestamp)(nil),          // 85: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),            // 86: google.protobuf.Duration
 }
 var file_hostagent_v1_hostagent_proto_depIdxs = []int32{
 	0,  // 0: hostagent.v1.Sandbox.state:type_name -> hostagent.v1.SandboxState
-	84, // 1: hostagent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
-	84, // 2: hostagent.v1.Sandbox.expires_at:type_name -> google.protobuf.Timestamp
-	85, // 3: hostagent.v1.Sandbox.idle:type_name -> google.protobuf.Duration
-	84, // 4: hostagent.v1.Sandbox.paused_at:type_name -> google.protobuf.Timestamp
+	85, // 1: hostagent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
+	85, // 2: hostagent.v1.Sandbox.expires_at:type_name -> google.protobuf.Timestamp
+	86, // 3: hostagent.v1.Sandbox.idle:type_name -> google.protobuf.Duration
+	85, // 4: hostagent.v1.Sandbox.paused_at:type_name -> google.protobuf.Timestamp
 	3,  // 5: hostagent.v1.Sandbox.condition:type_name -> hostagent.v1.Condition
-	84, // 6: hostagent.v1.Condition.since:type_name -> google.protobuf.Timestamp
-	69, // 7: hostagent.v1.CreateRequest.envs:type_name -> hostagent.v1.CreateRequest.EnvsEntry
+	85, // 6: hostagent.v1.Condition.since:type_name -> google.protobuf.Timestamp
+	70, // 7: hostagent.v1.CreateRequest.envs:type_name -> hostagent.v1.CreateRequest.EnvsEntry
 	2,  // 8: hostagent.v1.CreateResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	85, // 9: hostagent.v1.PauseRequest.idle:type_name -> google.protobuf.Duration
+	86, // 9: hostagent.v1.PauseRequest.idle:type_name -> google.protobuf.Duration
 	2,  // 10: hostagent.v1.PauseResponse.sandbox:type_name -> hostagent.v1.Sandbox
 	2,  // 11: hostagent.v1.ResumeResponse.sandbox:type_name -> hostagent.v1.Sandbox
 	2,  // 12: hostagent.v1.RebootResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	70, // 13: hostagent.v1.Defaults.envs:type_name -> hostagent.v1.Defaults.EnvsEntry
-	71, // 14: hostagent.v1.Defaults.limits:type_name -> hostagent.v1.Defaults.LimitsEntry
+	71, // 13: hostagent.v1.Defaults.envs:type_name -> hostagent.v1.Defaults.EnvsEntry
+	72, // 14: hostagent.v1.Defaults.limits:type_name -> hostagent.v1.Defaults.LimitsEntry
 	12, // 15: hostagent.v1.SnapshotRequest.defaults:type_name -> hostagent.v1.Defaults
-	52, // 16: hostagent.v1.SnapshotResponse.template:type_name -> hostagent.v1.Template
-	72, // 17: hostagent.v1.ForkRequest.copies:type_name -> hostagent.v1.ForkRequest.Copy
+	53, // 16: hostagent.v1.SnapshotResponse.template:type_name -> hostagent.v1.Template
+	73, // 17: hostagent.v1.ForkRequest.copies:type_name -> hostagent.v1.ForkRequest.Copy
 	2,  // 18: hostagent.v1.ForkResponse.sandboxes:type_name -> hostagent.v1.Sandbox
 	2,  // 19: hostagent.v1.ListResponse.sandboxes:type_name -> hostagent.v1.Sandbox
 	2,  // 20: hostagent.v1.GetResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	73, // 21: hostagent.v1.Command.envs:type_name -> hostagent.v1.Command.EnvsEntry
+	74, // 21: hostagent.v1.Command.envs:type_name -> hostagent.v1.Command.EnvsEntry
 	27, // 22: hostagent.v1.ExecRequest.command:type_name -> hostagent.v1.Command
 	27, // 23: hostagent.v1.RunRequest.command:type_name -> hostagent.v1.Command
-	74, // 24: hostagent.v1.ExecStreamRequest.start:type_name -> hostagent.v1.ExecStreamRequest.Start
-	75, // 25: hostagent.v1.ExecStreamRequest.close_stdin:type_name -> hostagent.v1.ExecStreamRequest.CloseStdin
-	31, // 26: hostagent.v1.ExecStreamRequest.resize:type_name -> hostagent.v1.TerminalSize
-	76, // 27: hostagent.v1.ExecStreamResponse.started:type_name -> hostagent.v1.ExecStreamResponse.Started
-	77, // 28: hostagent.v1.ExecStreamResponse.exited:type_name -> hostagent.v1.ExecStreamResponse.Exited
-	34, // 29: hostagent.v1.WriteFileRequest.file:type_name -> hostagent.v1.FileRef
-	35, // 30: hostagent.v1.WriteFileResponse.file:type_name -> hostagent.v1.FileInfo
-	34, // 31: hostagent.v1.ReadFileRequest.file:type_name -> hostagent.v1.FileRef
-	78, // 32: hostagent.v1.WriteFileStreamRequest.start:type_name -> hostagent.v1.WriteFileStreamRequest.Start
-	35, // 33: hostagent.v1.WriteFileStreamResponse.file:type_name -> hostagent.v1.FileInfo
-	34, // 34: hostagent.v1.ReadFileStreamRequest.file:type_name -> hostagent.v1.FileRef
-	79, // 35: hostagent.v1.ReadFileStreamResponse.start:type_name -> hostagent.v1.ReadFileStreamResponse.Start
-	2,  // 36: hostagent.v1.PingResponse.sandbox:type_name -> hostagent.v1.Sandbox
-	84, // 37: hostagent.v1.SamplesResponse.time:type_name -> google.protobuf.Timestamp
-	80, // 38: hostagent.v1.SamplesResponse.samples:type_name -> hostagent.v1.SamplesResponse.Sample
-	84, // 39: hostagent.v1.MetricsResponse.time:type_name -> google.protobuf.Timestamp
-	84, // 40: hostagent.v1.Template.created_at:type_name -> google.protobuf.Timestamp
-	12, // 41: hostagent.v1.Template.defaults:type_name -> hostagent.v1.Defaults
-	83, // 42: hostagent.v1.ImportTemplateRequest.start:type_name -> hostagent.v1.ImportTemplateRequest.Start
-	52, // 43: hostagent.v1.ImportTemplateResponse.template:type_name -> hostagent.v1.Template
-	81, // 44: hostagent.v1.ResolveImageRequest.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
-	52, // 45: hostagent.v1.TemplatesResponse.templates:type_name -> hostagent.v1.Template
-	61, // 46: hostagent.v1.HostResponse.problems:type_name -> hostagent.v1.Problem
-	84, // 47: hostagent.v1.Problem.since:type_name -> google.protobuf.Timestamp
-	1,  // 48: hostagent.v1.Event.kind:type_name -> hostagent.v1.Event.Kind
-	84, // 49: hostagent.v1.Event.time:type_name -> google.protobuf.Timestamp
-	62, // 50: hostagent.v1.EventsResponse.event:type_name -> hostagent.v1.Event
-	27, // 51: hostagent.v1.ExecStreamRequest.Start.command:type_name -> hostagent.v1.Command
-	31, // 52: hostagent.v1.ExecStreamRequest.Start.terminal:type_name -> hostagent.v1.TerminalSize
-	34, // 53: hostagent.v1.WriteFileStreamRequest.Start.file:type_name -> hostagent.v1.FileRef
-	81, // 54: hostagent.v1.ImportTemplateRequest.Start.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
-	82, // 55: hostagent.v1.ImportTemplateRequest.Start.archive:type_name -> hostagent.v1.ImportTemplateRequest.Archive
-	4,  // 56: hostagent.v1.HostAgent.Create:input_type -> hostagent.v1.CreateRequest
-	21, // 57: hostagent.v1.HostAgent.Destroy:input_type -> hostagent.v1.DestroyRequest
-	23, // 58: hostagent.v1.HostAgent.List:input_type -> hostagent.v1.ListRequest
-	25, // 59: hostagent.v1.HostAgent.Get:input_type -> hostagent.v1.GetRequest
-	28, // 60: hostagent.v1.HostAgent.Exec:input_type -> hostagent.v1.ExecRequest
-	29, // 61: hostagent.v1.HostAgent.Run:input_type -> hostagent.v1.RunRequest
-	32, // 62: hostagent.v1.HostAgent.ExecStream:input_type -> hostagent.v1.ExecStreamRequest
-	36, // 63: hostagent.v1.HostAgent.WriteFile:input_type -> hostagent.v1.WriteFileRequest
-	38, // 64: hostagent.v1.HostAgent.ReadFile:input_type -> hostagent.v1.ReadFileRequest
-	40, // 65: hostagent.v1.HostAgent.WriteFileStream:input_type -> hostagent.v1.WriteFileStreamRequest
-	42, // 66: hostagent.v1.HostAgent.ReadFileStream:input_type -> hostagent.v1.ReadFileStreamRequest
-	44, // 67: hostagent.v1.HostAgent.Ping:input_type -> hostagent.v1.PingRequest
-	48, // 68: hostagent.v1.HostAgent.Metrics:input_type -> hostagent.v1.MetricsRequest
-	46, // 69: hostagent.v1.HostAgent.Samples:input_type -> hostagent.v1.SamplesRequest
-	50, // 70: hostagent.v1.HostAgent.Console:input_type -> hostagent.v1.ConsoleRequest
-	57, // 71: hostagent.v1.HostAgent.Templates:input_type -> hostagent.v1.TemplatesRequest
-	59, // 72: hostagent.v1.HostAgent.Host:input_type -> hostagent.v1.HostRequest
-	63, // 73: hostagent.v1.HostAgent.Events:input_type -> hostagent.v1.EventsRequest
-	65, // 74: hostagent.v1.HostAgent.AckEvents:input_type -> hostagent.v1.AckEventsRequest
-	6,  // 75: hostagent.v1.HostAgent.Pause:input_type -> hostagent.v1.PauseRequest
-	8,  // 76: hostagent.v1.HostAgent.Resume:input_type -> hostagent.v1.ResumeRequest
-	10, // 77: hostagent.v1.HostAgent.Reboot:input_type -> hostagent.v1.RebootRequest
-	13, // 78: hostagent.v1.HostAgent.Snapshot:input_type -> hostagent.v1.SnapshotRequest
-	15, // 79: hostagent.v1.HostAgent.Settle:input_type -> hostagent.v1.SettleRequest
-	17, // 80: hostagent.v1.HostAgent.Fork:input_type -> hostagent.v1.ForkRequest
-	19, // 81: hostagent.v1.HostAgent.DeleteTemplate:input_type -> hostagent.v1.DeleteTemplateRequest
-	53, // 82: hostagent.v1.HostAgent.ImportTemplate:input_type -> hostagent.v1.ImportTemplateRequest
-	55, // 83: hostagent.v1.HostAgent.ResolveImage:input_type -> hostagent.v1.ResolveImageRequest
-	67, // 84: hostagent.v1.HostAgent.Terminate:input_type -> hostagent.v1.TerminateRequest
-	5,  // 85: hostagent.v1.HostAgent.Create:output_type -> hostagent.v1.CreateResponse
-	22, // 86: hostagent.v1.HostAgent.Destroy:output_type -> hostagent.v1.DestroyResponse
-	24, // 87: hostagent.v1.HostAgent.List:output_type -> hostagent.v1.ListResponse
-	26, // 88: hostagent.v1.HostAgent.Get:output_type -> hostagent.v1.GetResponse
-	30, // 89: hostagent.v1.HostAgent.Exec:output_type -> hostagent.v1.ExecResponse
-	33, // 90: hostagent.v1.HostAgent.Run:output_type -> hostagent.v1.ExecStreamResponse
-	33, // 91: hostagent.v1.HostAgent.ExecStream:output_type -> hostagent.v1.ExecStreamResponse
-	37, // 92: hostagent.v1.HostAgent.WriteFile:output_type -> hostagent.v1.WriteFileResponse
-	39, // 93: hostagent.v1.HostAgent.ReadFile:output_type -> hostagent.v1.ReadFileResponse
-	41, // 94: hostagent.v1.HostAgent.WriteFileStream:output_type -> hostagent.v1.WriteFileStreamResponse
-	43, // 95: hostagent.v1.HostAgent.ReadFileStream:output_type -> hostagent.v1.ReadFileStreamResponse
-	45, // 96: hostagent.v1.HostAgent.Ping:output_type -> hostagent.v1.PingResponse
-	49, // 97: hostagent.v1.HostAgent.Metrics:output_type -> hostagent.v1.MetricsResponse
-	47, // 98: hostagent.v1.HostAgent.Samples:output_type -> hostagent.v1.SamplesResponse
-	51, // 99: hostagent.v1.HostAgent.Console:output_type -> hostagent.v1.ConsoleResponse
-	58, // 100: hostagent.v1.HostAgent.Templates:output_type -> hostagent.v1.TemplatesResponse
-	60, // 101: hostagent.v1.HostAgent.Host:output_type -> hostagent.v1.HostResponse
-	64, // 102: hostagent.v1.HostAgent.Events:output_type -> hostagent.v1.EventsResponse
-	66, // 103: hostagent.v1.HostAgent.AckEvents:output_type -> hostagent.v1.AckEventsResponse
-	7,  // 104: hostagent.v1.HostAgent.Pause:output_type -> hostagent.v1.PauseResponse
-	9,  // 105: hostagent.v1.HostAgent.Resume:output_type -> hostagent.v1.ResumeResponse
-	11, // 106: hostagent.v1.HostAgent.Reboot:output_type -> hostagent.v1.RebootResponse
-	14, // 107: hostagent.v1.HostAgent.Snapshot:output_type -> hostagent.v1.SnapshotResponse
-	16, // 108: hostagent.v1.HostAgent.Settle:output_type -> hostagent.v1.SettleResponse
-	18, // 109: hostagent.v1.HostAgent.Fork:output_type -> hostagent.v1.ForkResponse
-	20, // 110: hostagent.v1.HostAgent.DeleteTemplate:output_type -> hostagent.v1.DeleteTemplateResponse
-	54, // 111: hostagent.v1.HostAgent.ImportTemplate:output_type -> hostagent.v1.ImportTemplateResponse
-	56, // 112: hostagent.v1.HostAgent.ResolveImage:output_type -> hostagent.v1.ResolveImageResponse
-	68, // 113: hostagent.v1.HostAgent.Terminate:output_type -> hostagent.v1.TerminateResponse
-	85, // [85:114] is the sub-list for method output_type
-	56, // [56:85] is the sub-list for method input_type
-	56, // [56:56] is the sub-list for extension type_name
-	56, // [56:56] is the sub-list for extension extendee
-	0,  // [0:56] is the sub-list for field type_name
+	78, // 24: hostagent.v1.RunResponse.exited:type_name -> hostagent.v1.ExecStreamResponse.Exited
+	75, // 25: hostagent.v1.ExecStreamRequest.start:type_name -> hostagent.v1.ExecStreamRequest.Start
+	76, // 26: hostagent.v1.ExecStreamRequest.close_stdin:type_name -> hostagent.v1.ExecStreamRequest.CloseStdin
+	32, // 27: hostagent.v1.ExecStreamRequest.resize:type_name -> hostagent.v1.TerminalSize
+	77, // 28: hostagent.v1.ExecStreamResponse.started:type_name -> hostagent.v1.ExecStreamResponse.Started
+	78, // 29: hostagent.v1.ExecStreamResponse.exited:type_name -> hostagent.v1.ExecStreamResponse.Exited
+	35, // 30: hostagent.v1.WriteFileRequest.file:type_name -> hostagent.v1.FileRef
+	36, // 31: hostagent.v1.WriteFileResponse.file:type_name -> hostagent.v1.FileInfo
+	35, // 32: hostagent.v1.ReadFileRequest.file:type_name -> hostagent.v1.FileRef
+	79, // 33: hostagent.v1.WriteFileStreamRequest.start:type_name -> hostagent.v1.WriteFileStreamRequest.Start
+	36, // 34: hostagent.v1.WriteFileStreamResponse.file:type_name -> hostagent.v1.FileInfo
+	35, // 35: hostagent.v1.ReadFileStreamRequest.file:type_name -> hostagent.v1.FileRef
+	80, // 36: hostagent.v1.ReadFileStreamResponse.start:type_name -> hostagent.v1.ReadFileStreamResponse.Start
+	2,  // 37: hostagent.v1.PingResponse.sandbox:type_name -> hostagent.v1.Sandbox
+	85, // 38: hostagent.v1.SamplesResponse.time:type_name -> google.protobuf.Timestamp
+	81, // 39: hostagent.v1.SamplesResponse.samples:type_name -> hostagent.v1.SamplesResponse.Sample
+	85, // 40: hostagent.v1.MetricsResponse.time:type_name -> google.protobuf.Timestamp
+	85, // 41: hostagent.v1.Template.created_at:type_name -> google.protobuf.Timestamp
+	12, // 42: hostagent.v1.Template.defaults:type_name -> hostagent.v1.Defaults
+	84, // 43: hostagent.v1.ImportTemplateRequest.start:type_name -> hostagent.v1.ImportTemplateRequest.Start
+	53, // 44: hostagent.v1.ImportTemplateResponse.template:type_name -> hostagent.v1.Template
+	82, // 45: hostagent.v1.ResolveImageRequest.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
+	53, // 46: hostagent.v1.TemplatesResponse.templates:type_name -> hostagent.v1.Template
+	62, // 47: hostagent.v1.HostResponse.problems:type_name -> hostagent.v1.Problem
+	85, // 48: hostagent.v1.Problem.since:type_name -> google.protobuf.Timestamp
+	1,  // 49: hostagent.v1.Event.kind:type_name -> hostagent.v1.Event.Kind
+	85, // 50: hostagent.v1.Event.time:type_name -> google.protobuf.Timestamp
+	63, // 51: hostagent.v1.EventsResponse.event:type_name -> hostagent.v1.Event
+	27, // 52: hostagent.v1.ExecStreamRequest.Start.command:type_name -> hostagent.v1.Command
+	32, // 53: hostagent.v1.ExecStreamRequest.Start.terminal:type_name -> hostagent.v1.TerminalSize
+	35, // 54: hostagent.v1.WriteFileStreamRequest.Start.file:type_name -> hostagent.v1.FileRef
+	82, // 55: hostagent.v1.ImportTemplateRequest.Start.registry:type_name -> hostagent.v1.ImportTemplateRequest.Registry
+	83, // 56: hostagent.v1.ImportTemplateRequest.Start.archive:type_name -> hostagent.v1.ImportTemplateRequest.Archive
+	4,  // 57: hostagent.v1.HostAgent.Create:input_type -> hostagent.v1.CreateRequest
+	21, // 58: hostagent.v1.HostAgent.Destroy:input_type -> hostagent.v1.DestroyRequest
+	23, // 59: hostagent.v1.HostAgent.List:input_type -> hostagent.v1.ListRequest
+	25, // 60: hostagent.v1.HostAgent.Get:input_type -> hostagent.v1.GetRequest
+	28, // 61: hostagent.v1.HostAgent.Exec:input_type -> hostagent.v1.ExecRequest
+	29, // 62: hostagent.v1.HostAgent.Run:input_type -> hostagent.v1.RunRequest
+	33, // 63: hostagent.v1.HostAgent.ExecStream:input_type -> hostagent.v1.ExecStreamRequest
+	37, // 64: hostagent.v1.HostAgent.WriteFile:input_type -> hostagent.v1.WriteFileRequest
+	39, // 65: hostagent.v1.HostAgent.ReadFile:input_type -> hostagent.v1.ReadFileRequest
+	41, // 66: hostagent.v1.HostAgent.WriteFileStream:input_type -> hostagent.v1.WriteFileStreamRequest
+	43, // 67: hostagent.v1.HostAgent.ReadFileStream:input_type -> hostagent.v1.ReadFileStreamRequest
+	45, // 68: hostagent.v1.HostAgent.Ping:input_type -> hostagent.v1.PingRequest
+	49, // 69: hostagent.v1.HostAgent.Metrics:input_type -> hostagent.v1.MetricsRequest
+	47, // 70: hostagent.v1.HostAgent.Samples:input_type -> hostagent.v1.SamplesRequest
+	51, // 71: hostagent.v1.HostAgent.Console:input_type -> hostagent.v1.ConsoleRequest
+	58, // 72: hostagent.v1.HostAgent.Templates:input_type -> hostagent.v1.TemplatesRequest
+	60, // 73: hostagent.v1.HostAgent.Host:input_type -> hostagent.v1.HostRequest
+	64, // 74: hostagent.v1.HostAgent.Events:input_type -> hostagent.v1.EventsRequest
+	66, // 75: hostagent.v1.HostAgent.AckEvents:input_type -> hostagent.v1.AckEventsRequest
+	6,  // 76: hostagent.v1.HostAgent.Pause:input_type -> hostagent.v1.PauseRequest
+	8,  // 77: hostagent.v1.HostAgent.Resume:input_type -> hostagent.v1.ResumeRequest
+	10, // 78: hostagent.v1.HostAgent.Reboot:input_type -> hostagent.v1.RebootRequest
+	13, // 79: hostagent.v1.HostAgent.Snapshot:input_type -> hostagent.v1.SnapshotRequest
+	15, // 80: hostagent.v1.HostAgent.Settle:input_type -> hostagent.v1.SettleRequest
+	17, // 81: hostagent.v1.HostAgent.Fork:input_type -> hostagent.v1.ForkRequest
+	19, // 82: hostagent.v1.HostAgent.DeleteTemplate:input_type -> hostagent.v1.DeleteTemplateRequest
+	54, // 83: hostagent.v1.HostAgent.ImportTemplate:input_type -> hostagent.v1.ImportTemplateRequest
+	56, // 84: hostagent.v1.HostAgent.ResolveImage:input_type -> hostagent.v1.ResolveImageRequest
+	68, // 85: hostagent.v1.HostAgent.Terminate:input_type -> hostagent.v1.TerminateRequest
+	5,  // 86: hostagent.v1.HostAgent.Create:output_type -> hostagent.v1.CreateResponse
+	22, // 87: hostagent.v1.HostAgent.Destroy:output_type -> hostagent.v1.DestroyResponse
+	24, // 88: hostagent.v1.HostAgent.List:output_type -> hostagent.v1.ListResponse
+	26, // 89: hostagent.v1.HostAgent.Get:output_type -> hostagent.v1.GetResponse
+	31, // 90: hostagent.v1.HostAgent.Exec:output_type -> hostagent.v1.ExecResponse
+	30, // 91: hostagent.v1.HostAgent.Run:output_type -> hostagent.v1.RunResponse
+	34, // 92: hostagent.v1.HostAgent.ExecStream:output_type -> hostagent.v1.ExecStreamResponse
+	38, // 93: hostagent.v1.HostAgent.WriteFile:output_type -> hostagent.v1.WriteFileResponse
+	40, // 94: hostagent.v1.HostAgent.ReadFile:output_type -> hostagent.v1.ReadFileResponse
+	42, // 95: hostagent.v1.HostAgent.WriteFileStream:output_type -> hostagent.v1.WriteFileStreamResponse
+	44, // 96: hostagent.v1.HostAgent.ReadFileStream:output_type -> hostagent.v1.ReadFileStreamResponse
+	46, // 97: hostagent.v1.HostAgent.Ping:output_type -> hostagent.v1.PingResponse
+	50, // 98: hostagent.v1.HostAgent.Metrics:output_type -> hostagent.v1.MetricsResponse
+	48, // 99: hostagent.v1.HostAgent.Samples:output_type -> hostagent.v1.SamplesResponse
+	52, // 100: hostagent.v1.HostAgent.Console:output_type -> hostagent.v1.ConsoleResponse
+	59, // 101: hostagent.v1.HostAgent.Templates:output_type -> hostagent.v1.TemplatesResponse
+	61, // 102: hostagent.v1.HostAgent.Host:output_type -> hostagent.v1.HostResponse
+	65, // 103: hostagent.v1.HostAgent.Events:output_type -> hostagent.v1.EventsResponse
+	67, // 104: hostagent.v1.HostAgent.AckEvents:output_type -> hostagent.v1.AckEventsResponse
+	7,  // 105: hostagent.v1.HostAgent.Pause:output_type -> hostagent.v1.PauseResponse
+	9,  // 106: hostagent.v1.HostAgent.Resume:output_type -> hostagent.v1.ResumeResponse
+	11, // 107: hostagent.v1.HostAgent.Reboot:output_type -> hostagent.v1.RebootResponse
+	14, // 108: hostagent.v1.HostAgent.Snapshot:output_type -> hostagent.v1.SnapshotResponse
+	16, // 109: hostagent.v1.HostAgent.Settle:output_type -> hostagent.v1.SettleResponse
+	18, // 110: hostagent.v1.HostAgent.Fork:output_type -> hostagent.v1.ForkResponse
+	20, // 111: hostagent.v1.HostAgent.DeleteTemplate:output_type -> hostagent.v1.DeleteTemplateResponse
+	55, // 112: hostagent.v1.HostAgent.ImportTemplate:output_type -> hostagent.v1.ImportTemplateResponse
+	57, // 113: hostagent.v1.HostAgent.ResolveImage:output_type -> hostagent.v1.ResolveImageResponse
+	69, // 114: hostagent.v1.HostAgent.Terminate:output_type -> hostagent.v1.TerminateResponse
+	86, // [86:115] is the sub-list for method output_type
+	57, // [57:86] is the sub-list for method input_type
+	57, // [57:57] is the sub-list for extension type_name
+	57, // [57:57] is the sub-list for extension extendee
+	0,  // [0:57] is the sub-list for field type_name
 }
 
 func init() { file_hostagent_v1_hostagent_proto_init() }
@@ -5453,34 +5560,39 @@ func file_hostagent_v1_hostagent_proto_init() {
 	if File_hostagent_v1_hostagent_proto != nil {
 		return
 	}
-	file_hostagent_v1_hostagent_proto_msgTypes[30].OneofWrappers = []any{
+	file_hostagent_v1_hostagent_proto_msgTypes[28].OneofWrappers = []any{
+		(*RunResponse_Stdout)(nil),
+		(*RunResponse_Stderr)(nil),
+		(*RunResponse_Exited)(nil),
+	}
+	file_hostagent_v1_hostagent_proto_msgTypes[31].OneofWrappers = []any{
 		(*ExecStreamRequest_Start_)(nil),
 		(*ExecStreamRequest_Stdin)(nil),
 		(*ExecStreamRequest_CloseStdin_)(nil),
 		(*ExecStreamRequest_Resize)(nil),
 		(*ExecStreamRequest_Signal)(nil),
 	}
-	file_hostagent_v1_hostagent_proto_msgTypes[31].OneofWrappers = []any{
+	file_hostagent_v1_hostagent_proto_msgTypes[32].OneofWrappers = []any{
 		(*ExecStreamResponse_Started_)(nil),
 		(*ExecStreamResponse_Stdout)(nil),
 		(*ExecStreamResponse_Stderr)(nil),
 		(*ExecStreamResponse_Terminal)(nil),
 		(*ExecStreamResponse_Exited_)(nil),
 	}
-	file_hostagent_v1_hostagent_proto_msgTypes[38].OneofWrappers = []any{
+	file_hostagent_v1_hostagent_proto_msgTypes[39].OneofWrappers = []any{
 		(*WriteFileStreamRequest_Start_)(nil),
 		(*WriteFileStreamRequest_Chunk)(nil),
 	}
-	file_hostagent_v1_hostagent_proto_msgTypes[41].OneofWrappers = []any{
+	file_hostagent_v1_hostagent_proto_msgTypes[42].OneofWrappers = []any{
 		(*ReadFileStreamResponse_Start_)(nil),
 		(*ReadFileStreamResponse_Chunk)(nil),
 	}
-	file_hostagent_v1_hostagent_proto_msgTypes[51].OneofWrappers = []any{
+	file_hostagent_v1_hostagent_proto_msgTypes[52].OneofWrappers = []any{
 		(*ImportTemplateRequest_Start_)(nil),
 		(*ImportTemplateRequest_Chunk)(nil),
 	}
-	file_hostagent_v1_hostagent_proto_msgTypes[72].OneofWrappers = []any{}
-	file_hostagent_v1_hostagent_proto_msgTypes[81].OneofWrappers = []any{
+	file_hostagent_v1_hostagent_proto_msgTypes[73].OneofWrappers = []any{}
+	file_hostagent_v1_hostagent_proto_msgTypes[82].OneofWrappers = []any{
 		(*ImportTemplateRequest_Start_Registry)(nil),
 		(*ImportTemplateRequest_Start_Archive)(nil),
 	}
@@ -5490,7 +5602,7 @@ func file_hostagent_v1_hostagent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hostagent_v1_hostagent_proto_rawDesc), len(file_hostagent_v1_hostagent_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   82,
+			NumMessages:   83,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

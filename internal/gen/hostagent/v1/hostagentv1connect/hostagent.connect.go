@@ -111,7 +111,7 @@ type HostAgentClient interface {
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
 	// Run runs a command without input to its end. It sends what the command prints, and
 	// exited as the last message. Earlier releases do not have it.
-	Run(context.Context, *connect.Request[v1.RunRequest]) (*connect.ServerStreamForClient[v1.ExecStreamResponse], error)
+	Run(context.Context, *connect.Request[v1.RunRequest]) (*connect.ServerStreamForClient[v1.RunResponse], error)
 	// ExecStream runs a command with its input and output streamed. The first
 	// message is start.
 	ExecStream(context.Context) *connect.BidiStreamForClient[v1.ExecStreamRequest, v1.ExecStreamResponse]
@@ -215,7 +215,7 @@ func NewHostAgentClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(hostAgentMethods.ByName("Exec")),
 			connect.WithClientOptions(opts...),
 		),
-		run: connect.NewClient[v1.RunRequest, v1.ExecStreamResponse](
+		run: connect.NewClient[v1.RunRequest, v1.RunResponse](
 			httpClient,
 			baseURL+HostAgentRunProcedure,
 			connect.WithSchema(hostAgentMethods.ByName("Run")),
@@ -369,7 +369,7 @@ type hostAgentClient struct {
 	list            *connect.Client[v1.ListRequest, v1.ListResponse]
 	get             *connect.Client[v1.GetRequest, v1.GetResponse]
 	exec            *connect.Client[v1.ExecRequest, v1.ExecResponse]
-	run             *connect.Client[v1.RunRequest, v1.ExecStreamResponse]
+	run             *connect.Client[v1.RunRequest, v1.RunResponse]
 	execStream      *connect.Client[v1.ExecStreamRequest, v1.ExecStreamResponse]
 	writeFile       *connect.Client[v1.WriteFileRequest, v1.WriteFileResponse]
 	readFile        *connect.Client[v1.ReadFileRequest, v1.ReadFileResponse]
@@ -421,7 +421,7 @@ func (c *hostAgentClient) Exec(ctx context.Context, req *connect.Request[v1.Exec
 }
 
 // Run calls hostagent.v1.HostAgent.Run.
-func (c *hostAgentClient) Run(ctx context.Context, req *connect.Request[v1.RunRequest]) (*connect.ServerStreamForClient[v1.ExecStreamResponse], error) {
+func (c *hostAgentClient) Run(ctx context.Context, req *connect.Request[v1.RunRequest]) (*connect.ServerStreamForClient[v1.RunResponse], error) {
 	return c.run.CallServerStream(ctx, req)
 }
 
@@ -553,7 +553,7 @@ type HostAgentHandler interface {
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
 	// Run runs a command without input to its end. It sends what the command prints, and
 	// exited as the last message. Earlier releases do not have it.
-	Run(context.Context, *connect.Request[v1.RunRequest], *connect.ServerStream[v1.ExecStreamResponse]) error
+	Run(context.Context, *connect.Request[v1.RunRequest], *connect.ServerStream[v1.RunResponse]) error
 	// ExecStream runs a command with its input and output streamed. The first
 	// message is start.
 	ExecStream(context.Context, *connect.BidiStream[v1.ExecStreamRequest, v1.ExecStreamResponse]) error
@@ -886,7 +886,7 @@ func (UnimplementedHostAgentHandler) Exec(context.Context, *connect.Request[v1.E
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgent.Exec is not implemented"))
 }
 
-func (UnimplementedHostAgentHandler) Run(context.Context, *connect.Request[v1.RunRequest], *connect.ServerStream[v1.ExecStreamResponse]) error {
+func (UnimplementedHostAgentHandler) Run(context.Context, *connect.Request[v1.RunRequest], *connect.ServerStream[v1.RunResponse]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgent.Run is not implemented"))
 }
 
