@@ -1,5 +1,5 @@
-// Package agent is the host agent: it owns the sandboxes of one machine and
-// does what the control plane asks of them.
+// Package agent is the host agent: it runs the sandboxes of one machine for the
+// control plane.
 package agent
 
 import (
@@ -37,9 +37,9 @@ import (
 // Config configures an agent. The tags declare its settings (see internal/settings).
 type Config struct {
 	Dir layout.Dir `env:"WRENN_DIR" envDefault:"/var/lib/wrenn" help:"data directory"`
-	// Listen is for whoever serves [Agent.Handler]: New does not listen.
+	// Listen is for the caller, which serves [Agent.Handler]. New does not listen.
 	Listen           string         `env:"WRENN_LISTEN" help:"address to listen on: host:port or unix:/path (--listen)"`
-	Token            string         `env:"WRENN_AGENT_TOKEN,unset" help:"token that the server must show, if the agent does not register itself"`
+	Token            string         `env:"WRENN_AGENT_TOKEN,unset" help:"token that the server must send, if the agent does not register itself"`
 	Accel            string         `env:"WRENN_VMM_ACCEL" envDefault:"auto" help:"what runs guests' instructions: kvm, tcg (emulation), or auto, which is kvm if a kernel boots on it"`
 	NoSeccomp        bool           `env:"WRENN_NO_SECCOMP" help:"run QEMU without Wrenn's seccomp filter, in case it needs a system call that the filter forbids; this removes one wall around each guest"`
 	Processor        string         `env:"WRENN_CPU_MODEL" help:"processor of guests, by QEMU's name (EPYC-v3), so that different hosts can restore one another's snapshots; empty: the host's own (docs/architecture/storage.md)"`
@@ -58,21 +58,21 @@ type Config struct {
 	Envd              string          `env:"WRENN_ENVD" help:"path of the guest daemon's binary; empty: beside wrenn"`
 	LocalRegistries   bool            `env:"WRENN_LOCAL_REGISTRIES" help:"allow imports of images from registries on this machine, over plain HTTP; whoever may import images can then send requests to any service on loopback"`
 	PrivateRegistries bool            `env:"WRENN_PRIVATE_REGISTRIES" help:"allow imports of images from registries in private networks; whoever may import images can then send requests there"`
-	// BootTimeout bounds one boot; 0: two minutes. Tests change it.
+	// BootTimeout bounds one boot (0: two minutes). Only tests change it.
 	BootTimeout time.Duration `env:"-"`
-	// Hook, if not nil, is told each step between which the agent may be killed.
+	// Hook, if not nil, is called at each step after which a test may kill the agent.
 	Hook    func(step string) `env:"-"`
 	Version string            `env:"-"`
-	// Trace records what is done for requests that the server traces; nil: nothing is.
+	// Trace records spans for requests that the server traces (nil: none).
 	Trace *tracing.Tracer `env:"-"`
 	Log   *slog.Logger    `env:"-"`
 }
 
-// lastEventsTimeout bounds the wait for the control plane to hear of the last
-// events when the agent terminates.
+// lastEventsTimeout bounds how long a terminating agent waits for the control plane to
+// acknowledge the last events.
 const lastEventsTimeout = 3 * time.Second
 
-// Agent is the host agent. One at a time can be open on an installation's data.
+// Agent is the host agent. A data directory can have only one open at a time.
 type Agent struct {
 	cfg       Config
 	log       *slog.Logger
@@ -90,16 +90,16 @@ type Agent struct {
 	envd      string // the guest daemon's path
 	imports   imports
 
-	stopping  chan struct{} // closed: streams without an end of their own end
+	stopping  chan struct{} // closed: endless streams must end
 	stop      func()
 	done      chan struct{} // closed: terminated
 	terminate func()
-	listeners atomic.Int32 // streams of events
+	listeners atomic.Int32 // open streams of events
 	closing   func() error
 }
 
-// New opens an agent: it takes back the sandboxes that an earlier one left
-// running, removes what else it left, and prepares what guests boot from.
+// New opens an agent. It adopts the sandboxes that an earlier agent left running,
+// removes that agent's other leftovers, and prepares the kernel and the minimal image.
 func New(ctx context.Context, c Config) (*Agent, error) {
 	a, err := open(ctx, c)
 	if err != nil {
@@ -110,7 +110,7 @@ func New(ctx context.Context, c Config) (*Agent, error) {
 
 func open(ctx context.Context, c Config) (_ *Agent, err error) {
 	if c.Token == "" {
-		return nil, errors.New("an agent token is needed")
+		return nil, errors.New("an agent token is required")
 	}
 	if c.Log == nil {
 		c.Log = slog.Default()
@@ -132,12 +132,12 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 	}
 	a.lock, err = flock.TryLock(c.Dir.AgentLock())
 	if errors.Is(err, flock.ErrLocked) {
-		return nil, fmt.Errorf("another host agent runs on the same data: %w", err)
+		return nil, fmt.Errorf("another host agent uses the same data directory: %w", err)
 	}
 	if err != nil {
 		return nil, err
 	}
-	// Before anything is changed: an older release can still be put back.
+	// Before anything is changed, so that the later release can be installed again.
 	if err := CheckFormats(c.Dir); err != nil {
 		return nil, err
 	}
@@ -157,15 +157,15 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 		return nil, err
 	}
 	if err := a.journal.Full(); err != nil {
-		a.log.Error("the disk is full: the agent starts, and keeps its journal as it is until there is room", "error", err)
+		a.log.Error("the disk is full: starting without compacting the journal", "error", err)
 	}
 	if n := a.journal.Dropped(); n > 0 {
-		a.log.Warn("the end of the journal was torn", "bytes", n)
+		a.log.Warn("discarded a torn write at the end of the journal", "bytes", n)
 	}
 	if i := a.journal.Damaged(); i != nil {
 		a.log.Error("the journal is damaged; a copy was set aside", "path", i.Path, "reason", i.Reason)
 	}
-	// Machines first: what still runs decides which networks stay.
+	// Machines first: their slots must stay.
 	found, err := sandbox.Recover(ctx, c.Dir, a.driver, a.log)
 	if err != nil {
 		return nil, err
@@ -199,8 +199,8 @@ func open(ctx context.Context, c Config) (_ *Agent, err error) {
 	return a, nil
 }
 
-// sweep removes the files that a killed agent was writing, outside of sandboxes'
-// folders. The agent holds the lock on its data, so nobody else writes them.
+// sweep removes the temporary files that a killed agent left outside of the sandboxes'
+// folders. This agent holds the lock on the data, so nobody else is writing them.
 func (a *Agent) sweep() {
 	d := a.cfg.Dir
 	err := atomicfile.SweepDir(d.Unreadable())
@@ -208,11 +208,11 @@ func (a *Agent) sweep() {
 		err = errors.Join(err, atomicfile.Sweep(path))
 	}
 	if err != nil {
-		a.log.Warn("what a killed agent was writing is left", "error", err)
+		a.log.Warn("cannot remove a killed agent's temporary files", "error", err)
 	}
 }
 
-// prepare makes sure of what guests boot from.
+// prepare builds the kernel files and the minimal image if they are missing or stale.
 func (a *Agent) prepare(ctx context.Context) (image.KernelFiles, error) {
 	envd := a.cfg.Envd
 	if envd == "" {
@@ -233,7 +233,7 @@ func (a *Agent) prepare(ctx context.Context) (image.KernelFiles, error) {
 	}
 	for _, stale := range []error{kernel.Stale, minimal.Stale} {
 		if stale != nil {
-			a.log.Warn("guests boot what was made before, because the newest cannot be made; the next start tries again", "error", stale)
+			a.log.Warn("cannot rebuild what guests boot from, so they use the previous build; the next start tries again", "error", stale)
 		}
 	}
 	return kernel, nil
@@ -259,7 +259,7 @@ func (a *Agent) openDriver(ctx context.Context, kernel image.KernelFiles) error 
 	return nil
 }
 
-// template finds a template that a team may use: its own or the platform's.
+// template finds a template that belongs to the team or to the platform.
 func (a *Agent) template(team, id uuid.UUID) (image.Template, error) {
 	for _, owner := range []uuid.UUID{team, uuid.Nil} {
 		t, err := image.Find(a.cfg.Dir, owner, id)
@@ -270,14 +270,14 @@ func (a *Agent) template(team, id uuid.UUID) (image.Template, error) {
 	return image.Template{}, fmt.Errorf("%w: no such template on this host", sandbox.ErrNotFound)
 }
 
-// ToPort says whether the handler sends a request to a sandbox's port.
+// ToPort reports whether the handler forwards a request to a sandbox's port.
 func (a *Agent) ToPort(r *http.Request) bool { return strings.HasPrefix(r.URL.Path, proxy.Prefix) }
 
-// Handler serves the agent's interface, which [netaddr.Server] can carry.
+// Handler returns the handler of all the agent's requests, for a [netaddr.Server].
 func (a *Agent) Handler() http.Handler { return a.handler }
 
-// Run returns when ctx is done, or when the agent was terminated: then no
-// sandbox runs. Streams without an end of their own end as it returns.
+// Run waits until ctx is done or a call terminated the agent, after which no sandbox
+// runs. It ends endless streams as it returns.
 func (a *Agent) Run(ctx context.Context) error {
 	defer a.stop()
 	select {
@@ -287,11 +287,11 @@ func (a *Agent) Run(ctx context.Context) error {
 	return nil
 }
 
-// Close gives back all that the agent holds. Sandboxes that run go on, and the
-// next agent takes them back; after a termination none runs.
+// Close releases the agent's resources. Running sandboxes keep running, and the next
+// agent adopts them.
 func (a *Agent) Close() error { return a.closing() }
 
-// closeTimeout bounds the wait for sandboxes that are in the middle of something.
+// closeTimeout bounds the wait for operations on sandboxes.
 const closeTimeout = 90 * time.Second
 
 func (a *Agent) close() error {

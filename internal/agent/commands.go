@@ -13,24 +13,24 @@ import (
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 )
 
-// command checks what is to be run.
+// command checks and converts a request's command.
 func command(c *pb.Command) (guest.Command, error) {
 	cmd := guest.Command{
 		Cmd: c.GetCmd(), Args: c.GetArgs(), Envs: c.GetEnvs(), Dir: c.GetCwd(), User: c.GetUser(),
 		Timeout: time.Duration(c.GetTimeoutSeconds()) * time.Second,
 	}
 	if cmd.Cmd == "" {
-		return cmd, invalid("cmd: a command is needed")
+		return cmd, invalid("cmd: must not be empty")
 	}
 	size := len(cmd.Cmd)
 	for _, a := range cmd.Args {
 		size += len(a) + 1
 		if strings.ContainsRune(a, 0) {
-			return cmd, invalid("args: a NUL byte cannot be passed")
+			return cmd, invalid("args: must not contain a NUL byte")
 		}
 	}
 	if strings.ContainsRune(cmd.Cmd, 0) {
-		return cmd, invalid("cmd: a NUL byte cannot be passed")
+		return cmd, invalid("cmd: must not contain a NUL byte")
 	}
 	if size > maxArguments {
 		return cmd, invalid("args: %d bytes are more than %d", size, maxArguments)
@@ -39,7 +39,7 @@ func command(c *pb.Command) (guest.Command, error) {
 		return cmd, err
 	}
 	if strings.ContainsRune(cmd.Dir, 0) || len(cmd.Dir) > maxPath {
-		return cmd, invalid("cwd: must have at most %d bytes, none of them NUL", maxPath)
+		return cmd, invalid("cwd: must have at most %d bytes and no NUL byte", maxPath)
 	}
 	if cmd.Timeout < 0 || cmd.Timeout > maxCommand {
 		return cmd, invalid("timeout_seconds: must be between 0 and %d", int(maxCommand.Seconds()))
@@ -67,8 +67,8 @@ func (s *service) Exec(ctx context.Context, req *connect.Request[pb.ExecRequest]
 	}), nil
 }
 
-// Run implements hostagentv1connect.HostAgentHandler. When the client goes, the command
-// is killed.
+// Run implements hostagentv1connect.HostAgentHandler. If the client disconnects, the
+// guest kills the command.
 func (s *service) Run(ctx context.Context, req *connect.Request[pb.RunRequest], stream *connect.ServerStream[pb.RunResponse]) error {
 	cmd, err := command(req.Msg.GetCommand())
 	if err != nil {
@@ -100,8 +100,8 @@ func (s *service) Run(ctx context.Context, req *connect.Request[pb.RunRequest], 
 	return s.fault(ctx, "exec", ofCall(use, err))
 }
 
-// ExecStream implements hostagentv1connect.HostAgentHandler. When the client
-// goes, the command is killed.
+// ExecStream implements hostagentv1connect.HostAgentHandler. If the client disconnects,
+// the guest kills the command.
 func (s *service) ExecStream(ctx context.Context, stream *connect.BidiStream[pb.ExecStreamRequest, pb.ExecStreamResponse]) error {
 	first, err := stream.Receive()
 	if err != nil {
@@ -166,7 +166,7 @@ func (s *service) ExecStream(ctx context.Context, stream *connect.BidiStream[pb.
 	if err != nil {
 		p.Close()
 		if cause := context.Cause(run); cause != nil && !errors.Is(cause, context.Canceled) {
-			err = cause // what broke the input
+			err = cause // the input failed first
 		}
 	}
 	cancel(nil)
@@ -177,13 +177,13 @@ func (s *service) ExecStream(ctx context.Context, stream *connect.BidiStream[pb.
 
 func size(t *pb.TerminalSize) (*guest.Terminal, error) {
 	if t.GetCols() > 0xffff || t.GetRows() > 0xffff {
-		return nil, invalid("terminal: %d columns and %d rows are too many", t.GetCols(), t.GetRows())
+		return nil, invalid("terminal: %d columns and %d rows exceed 65535", t.GetCols(), t.GetRows())
 	}
 	return &guest.Terminal{Cols: t.GetCols(), Rows: t.GetRows()}, nil
 }
 
-// feed passes on what the client sends until it sends no more. The end of its
-// stream is the end of the input too.
+// feed forwards the client's messages to p until the client closes its stream, which
+// closes the standard input too. open says whether p has a standard input.
 func feed(stream *connect.BidiStream[pb.ExecStreamRequest, pb.ExecStreamResponse], p *guest.Process, open bool) error {
 	for {
 		m, err := stream.Receive()
@@ -199,7 +199,7 @@ func feed(stream *connect.BidiStream[pb.ExecStreamRequest, pb.ExecStreamResponse
 		switch m := m.GetMessage().(type) {
 		case *pb.ExecStreamRequest_Stdin:
 			if !open {
-				return invalid("the command has no open standard input")
+				return invalid("the command's standard input is not open")
 			}
 			err = p.Write(m.Stdin)
 		case *pb.ExecStreamRequest_CloseStdin_:
@@ -218,7 +218,7 @@ func feed(stream *connect.BidiStream[pb.ExecStreamRequest, pb.ExecStreamResponse
 			}
 			err = p.Signal(m.Signal)
 		default:
-			return invalid("a message of no known kind")
+			return invalid("unknown kind of message")
 		}
 		if err != nil {
 			return err
@@ -226,7 +226,7 @@ func feed(stream *connect.BidiStream[pb.ExecStreamRequest, pb.ExecStreamResponse
 	}
 }
 
-// relay passes a process's output and its end to send.
+// relay passes a process's output and its exit to send.
 func relay(p *guest.Process, send func(guest.Output) error) error {
 	for {
 		out, err := p.Next()

@@ -11,8 +11,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// Machine describes the machine that an agent with its data in dir is to run
-// on, as far as that can be said before there is one.
+// Machine describes this machine for an agent with its data in dir. It leaves out what
+// only a running agent knows.
 func Machine(dir layout.Dir, version string) (*pb.HostResponse, error) {
 	var fs unix.Statfs_t
 	if err := unix.Statfs(string(dir), &fs); err != nil {
@@ -28,15 +28,15 @@ func Machine(dir layout.Dir, version string) (*pb.HostResponse, error) {
 	}, nil
 }
 
-// Describe describes the machine and what of it is in use.
+// Describe describes the machine and its use by sandboxes.
 func (a *Agent) Describe() (*pb.HostResponse, error) {
 	m, err := Machine(a.cfg.Dir, a.cfg.Version)
 	if err != nil {
 		return nil, err
 	}
 	m.Vmm, m.Accelerator = a.driver.Name(), a.driver.Accelerator()
-	// Free is what can still be promised, not what happens to be unused. The disk's
-	// excludes what is kept for pauses or is being written.
+	// Free means what can still be promised, not what happens to be unused. For the disk,
+	// it excludes the reserve for pauses and running writes.
 	reserved, total := a.sandboxes.Memory()
 	m.MemoryFreeBytes = int64(max(total-reserved, 0)) << 20
 	m.MemoryLimitMib, m.MemoryUsedMib = int64(total), int64(reserved)

@@ -15,16 +15,16 @@ import (
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 )
 
-// file checks which file a request names.
+// file checks a request's reference to a file.
 func file(f *pb.FileRef) error {
 	path := f.GetPath()
 	switch {
 	case path == "":
-		return invalid("path: a path is needed")
+		return invalid("path: must not be empty")
 	case len(path) > maxPath:
-		return invalid("path: is longer than %d bytes", maxPath)
+		return invalid("path: must have at most %d bytes", maxPath)
 	case strings.ContainsRune(path, 0):
-		return invalid("path: has a NUL byte")
+		return invalid("path: must not contain a NUL byte")
 	}
 	for part := range strings.SplitSeq(path, "/") {
 		if part == ".." {
@@ -77,7 +77,7 @@ func (s *service) ReadFile(ctx context.Context, req *connect.Request[pb.ReadFile
 		return nil, s.fault(ctx, "read file", ofUse(use, err))
 	}
 	if len(content) > maxFile {
-		return nil, connect.NewError(connect.CodeResourceExhausted, told.New("the file is larger than the %d MiB that are read at once; read it as a stream", maxFile>>20))
+		return nil, connect.NewError(connect.CodeResourceExhausted, told.New("the file is larger than %d MiB; read it as a stream", maxFile>>20))
 	}
 	return connect.NewResponse(&pb.ReadFileResponse{Content: content}), nil
 }
@@ -113,7 +113,7 @@ func (s *service) WriteFileStream(ctx context.Context, stream *connect.ClientStr
 	go func() {
 		defer close(received)
 		broken = receive(stream, w)
-		w.CloseWithError(broken) // nil: the end of the content
+		w.CloseWithError(broken) // nil: end of file
 	}()
 	res := &pb.WriteFileStreamResponse{}
 	if archive {
@@ -131,14 +131,14 @@ func (s *service) WriteFileStream(ctx context.Context, stream *connect.ClientStr
 	<-received
 	if err != nil {
 		if broken != nil && !errors.Is(broken, errEnough) && !errors.Is(broken, os.ErrDeadlineExceeded) && !guest.Said(err) {
-			err = broken // the content broke off, and so did the writing
+			err = broken // the write failed because the client's stream did
 		}
 		return nil, s.fault(ctx, "write file", ofCall(use, err))
 	}
 	return connect.NewResponse(res), nil
 }
 
-// errEnough says that a stream's content is not needed any more.
+// errEnough closes a pipe whose reader needs no more content.
 var errEnough = errors.New("no more content is needed")
 
 // receive writes a stream's chunks to w until the stream ends.
@@ -163,10 +163,10 @@ func (s *service) ReadFileStream(ctx context.Context, req *connect.Request[pb.Re
 		return err
 	}
 	if m.GetOffset() < 0 || m.GetLength() < 0 || m.GetOffset()+m.GetLength() < 0 {
-		return invalid("offset and length: must not be negative, nor their sum too large")
+		return invalid("offset and length: must not be negative, and their sum must fit into 64 bits")
 	}
 	if m.GetArchive() && (m.GetOffset() > 0 || m.GetLength() > 0) {
-		return invalid("offset and length: not for archives")
+		return invalid("offset and length: must be 0 for an archive")
 	}
 	use, err := s.use(ctx, f.GetSandboxId())
 	if err != nil {

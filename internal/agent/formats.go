@@ -40,8 +40,8 @@ func CheckFormats(dir layout.Dir) error {
 	return fmt.Errorf("%w (and %d more like it)", newer[0], len(newer)-1)
 }
 
-// setAside moves the templates and captures that cannot be read away. The
-// agent starts, too, where that fails: the next start tries again.
+// setAside moves unreadable templates and captures away. If a move fails, the agent
+// starts all the same, and the next start tries again.
 func (a *Agent) setAside() error {
 	damaged, err := image.Examine(a.cfg.Dir)
 	if err != nil {
@@ -49,15 +49,15 @@ func (a *Agent) setAside() error {
 	}
 	items, err := image.SetAside(a.cfg.Dir, damaged)
 	if err != nil {
-		a.log.Error("unreadable data cannot be set aside", "error", err)
+		a.log.Error("cannot set unreadable data aside", "error", err)
 	}
 	for _, i := range items {
-		a.log.Error("unreadable data was set aside", "kind", i.Kind, "path", i.Path, "from", i.From, "reason", i.Reason)
+		a.log.Error("set unreadable data aside", "kind", i.Kind, "path", i.Path, "from", i.From, "reason", i.Reason)
 	}
 	return nil
 }
 
-// templates returns the templates that can be read, and reports the others.
+// templates returns the readable templates and reports the others as a problem.
 func (a *Agent) templates() ([]image.Template, error) {
 	all, damaged, err := image.Load(a.cfg.Dir)
 	if err != nil {
@@ -68,14 +68,15 @@ func (a *Agent) templates() ([]image.Template, error) {
 		return all, nil
 	}
 	a.problems.Report(problem.Unreadable, damagedTemplates, fmt.Sprintf(
-		"%d templates cannot be used, of which the first is in %s: %v. Repair it, or restart the agent, which then sets it aside.", len(damaged), damaged[0].Path, damaged[0].Err))
+		"%d templates cannot be read. The first is in %s: %v. Repair it, or restart the agent to set it aside.", len(damaged), damaged[0].Path, damaged[0].Err))
 	return all, nil
 }
 
-// damagedTemplates are those that were damaged while the agent ran.
+// damagedTemplates is the object of the problem of templates that were damaged while
+// the agent ran.
 const damagedTemplates = "template in use"
 
-// reportUnreadable reports what was set aside for as long as it is there.
+// reportUnreadable reports data that was set aside, until the operator removes it.
 func (a *Agent) reportUnreadable() error {
 	items, err := unreadable.List(a.cfg.Dir)
 	if err != nil {

@@ -49,7 +49,7 @@ func (s *service) Events(ctx context.Context, _ *connect.Request[pb.EventsReques
 	}()
 	s.listeners.Add(1)
 	defer s.listeners.Add(-1)
-	// The headers at once: who listens knows that it is heard.
+	// Send the headers now, so that the caller knows that the stream is open.
 	if err := stream.Send(nil); err != nil {
 		return err
 	}
@@ -85,7 +85,7 @@ func (s *service) AckEvents(ctx context.Context, req *connect.Request[pb.AckEven
 
 // Terminate implements hostagentv1connect.HostAgentHandler.
 func (s *service) Terminate(ctx context.Context, _ *connect.Request[pb.TerminateRequest]) (*connect.Response[pb.TerminateResponse], error) {
-	s.log.InfoContext(ctx, "terminating: every sandbox that runs is paused")
+	s.log.InfoContext(ctx, "terminating: pausing all running sandboxes")
 	if err := s.sandboxes.Terminate(ctx); err != nil {
 		return nil, s.fault(ctx, "terminate", err)
 	}

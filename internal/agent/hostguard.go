@@ -15,20 +15,20 @@ import (
 )
 
 const (
-	// guardPace is the least time between two repairs.
+	// guardPace is the shortest time between two checks.
 	guardPace = 250 * time.Millisecond
-	// guardAnyway is how often the host is looked at though nothing was noticed.
+	// guardAnyway is the time between two checks if no change is noticed.
 	guardAnyway = 30 * time.Second
 )
 
-// guardHost notices what other software does to the agent's control groups and
-// files, and repairs it, until ctx is done. The network has a guard of its own.
+// guardHost repairs what other software does to the agent's control groups and files,
+// until ctx is done. The network has a guard of its own.
 func (a *Agent) guardHost(ctx context.Context) error {
 	wake := make(chan struct{}, 1)
 	w, err := hostwatch.Open(false, func() {
 		select {
 		case wake <- struct{}{}:
-		default: // it knows
+		default: // a check is pending already
 		}
 	})
 	if err != nil {
@@ -41,10 +41,11 @@ func (a *Agent) guardHost(ctx context.Context) error {
 		for ctx.Err() == nil {
 			a.guardLock()
 			a.guardProblems()
-			// Folders come and go: of groups with the first machine and the last.
+			// Each time, because the groups' folders come with the first machine and go
+			// with the last.
 			for _, dir := range append(cgroup.Folders(), a.cfg.Dir.Run()) {
 				if err := w.Add(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
-					a.log.Debug("changes of a folder are noticed later", "error", err)
+					a.log.Debug("cannot watch a folder; the regular check covers it", "error", err)
 				}
 			}
 			a.sandboxes.Confine(a.problems)
@@ -62,13 +63,13 @@ func (a *Agent) guardHost(ctx context.Context) error {
 	return nil
 }
 
-// guardLock makes the lock on the agent's data again if its file was removed:
-// else another agent could start on the same data.
+// guardLock locks the agent's data again if somebody removed the lock file, without
+// which another agent could start on the same data.
 func (a *Agent) guardLock() {
 	path := a.cfg.Dir.AgentLock()
 	held, err := a.lock.Stat()
 	if err != nil {
-		return // closed: the agent ends
+		return // the agent is closing
 	}
 	if there, err := os.Stat(path); err == nil && os.SameFile(held, there) {
 		a.problems.Clear(problem.Files, path)
@@ -81,22 +82,22 @@ func (a *Agent) guardLock() {
 			old := a.lock
 			a.lock = again
 			old.Close()
-			a.problems.Repaired(problem.Files, path, "somebody removed the file of the agent's lock")
+			a.problems.Repaired(problem.Files, path, "somebody removed the agent's lock file")
 			a.problems.Clear(problem.Files, path)
 			return
 		}
 	}
-	a.problems.Report(problem.Files, path, fmt.Sprintf("somebody removed %s, and another agent may run on the same data; stop one of them: %v", path, err))
+	a.problems.Report(problem.Files, path, fmt.Sprintf("somebody removed %s, and the agent cannot lock it again (%v); if another agent uses the same data, stop one of them", path, err))
 }
 
-// guardProblems writes the list of problems again if its file was removed: else
-// wrenn doctor would take the agent for stopped.
+// guardProblems writes the list of problems again if somebody removed its file, without
+// which wrenn doctor would believe that no agent runs.
 func (a *Agent) guardProblems() {
 	lost, err := a.problems.Restore()
 	switch {
 	case err != nil:
-		a.log.Error("the list of problems was removed", "error", err)
+		a.log.Error("cannot restore the list of problems, which somebody removed", "error", err)
 	case lost:
-		a.problems.Repaired(problem.Files, a.cfg.Dir.Problems(), "somebody removed the file of the list of problems")
+		a.problems.Repaired(problem.Files, a.cfg.Dir.Problems(), "somebody removed the list of problems")
 	}
 }

@@ -23,11 +23,11 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/tracing"
 )
 
-// maxMessage bounds one message of a request, in bytes: a file's or a
-// command's input, with what is around it.
+// maxMessage bounds one message of a request, in bytes. The largest have a file or a
+// command's input.
 const maxMessage = 40 << 20
 
-// routes is the agent's whole interface. Everything but /health needs the token.
+// routes returns the handler of all the agent's paths. All but /health need the token.
 func (a *Agent) routes() http.Handler {
 	rpc := http.NewServeMux()
 	rpc.Handle(hostagentv1connect.NewHostAgentHandler(&service{Agent: a}, a.options()...))
@@ -41,11 +41,11 @@ func (a *Agent) routes() http.Handler {
 			return
 		}
 		if !a.allowed(r) {
-			proxy.Answer(w, http.StatusUnauthorized, "unauthenticated", "the agent's token is needed")
+			proxy.Answer(w, http.StatusUnauthorized, "unauthenticated", "the agent's token is required")
 			return
 		}
 		patience.Trust(r)
-		r.Header.Del("Authorization") // no further than here
+		r.Header.Del("Authorization") // a guest must never see the token
 		r = r.WithContext(requestid.Received(r.Context(), r.Header, hostwire.RequestID))
 		toPort := strings.HasPrefix(r.URL.Path, proxy.Prefix)
 		name := "proxy"
@@ -57,7 +57,7 @@ func (a *Agent) routes() http.Handler {
 			defer span.End()
 			r = r.WithContext(ctx)
 		}
-		// Paths of guests' are not ours to clean up: no mux for them.
+		// Not through the mux, which would clean up the guest's path.
 		if toPort {
 			a.proxy.ServeHTTP(w, r)
 			return
@@ -67,19 +67,19 @@ func (a *Agent) routes() http.Handler {
 	})
 }
 
-// options are how the RPCs are served.
+// options returns the options of the RPC handlers.
 func (a *Agent) options() []connect.HandlerOption {
 	return []connect.HandlerOption{
 		connect.WithReadMaxBytes(maxMessage),
 		connect.WithInterceptors(shown{a}),
 		connect.WithRecover(a.recovered),
-		// Both ends are near each other: compressing costs more than it saves.
+		// No compression: the server is near, so it costs more than it saves.
 		connect.WithCompressMinBytes(1 << 30),
 	}
 }
 
-// shown lets errors out only with a text for clients, and logs what it hides. At the
-// level debug it logs every call.
+// shown is an interceptor that replaces the text of errors unless it was written for
+// clients (see [told]), and logs what it replaces. At debug level it logs every call.
 type shown struct{ *Agent }
 
 func (s shown) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
@@ -133,7 +133,7 @@ func (s shown) show(ctx context.Context, procedure string, err error) error {
 	return out
 }
 
-// recovered is what a caller is told of a panic.
+// recovered logs a handler's panic, and returns the error for its client.
 func (a *Agent) recovered(ctx context.Context, spec connect.Spec, _ http.Header, v any) error {
 	a.log.ErrorContext(ctx, "panic", "request_id", requestid.From(ctx), "procedure", spec.Procedure, "value", fmt.Sprint(v), "stack", string(debug.Stack()))
 	return connect.NewError(connect.CodeInternal, told.New("the host failed"))
@@ -141,15 +141,14 @@ func (a *Agent) recovered(ctx context.Context, spec connect.Spec, _ http.Header,
 
 func (a *Agent) allowed(r *http.Request) bool {
 	token, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
-	// Hashed, so that the comparison tells nothing of the length either.
+	// Hash both, so that the time taken does not depend on the length either.
 	given, want := sha256.Sum256([]byte(token)), sha256.Sum256([]byte(a.cfg.Token))
 	return ok && subtle.ConstantTimeCompare(given[:], want[:]) == 1
 }
 
 type controllerKey struct{}
 
-// endReceiving makes whoever waits for a message of a request's stream wait no
-// longer: what is still to come does not matter any more.
+// endReceiving makes a pending or later Receive on a request's stream fail at once.
 func endReceiving(ctx context.Context) {
 	if c, ok := ctx.Value(controllerKey{}).(*http.ResponseController); ok {
 		_ = c.SetReadDeadline(time.Unix(1, 0))

@@ -31,38 +31,37 @@ import (
 )
 
 const (
-	// maxImports is how many images are unpacked at once; more wait. All teams of one
+	// maxImports is the number of images that are unpacked at once. All teams of one
 	// owner together get at most all but one of these places.
 	maxImports = 2
-	// What registries and clients send may take 1/spoolShare of the disk's room, and
-	// one owner 1/payerShare of that.
+	// Spooled images may take 1/spoolShare of the disk's free space, and those of one
+	// owner 1/payerShare of that.
 	spoolShare, payerShare = 2, 4
 	// maxReference bounds a reference, a tag, a user's name and a password.
 	maxReference = 4096
 )
 
-// imports are the images that are being made into templates.
+// imports tracks the running imports and bounds what they take.
 type imports struct {
 	mu      sync.Mutex
 	running map[uuid.UUID]*importing
-	// taken counts places by payer; freed is closed when a place is given back.
+	// taken counts places by payer. give closes freed and replaces it.
 	taken map[string]int
 	freed chan struct{}
-	// spooled is what is reserved for the bytes of registries and archives, by payer.
+	// spooled counts the reserved bytes of disk by payer.
 	spooled map[string]int64
 }
 
-// importing is one of them.
+// importing is a running import.
 type importing struct {
-	off  func(why error) // breaks it off
-	done chan struct{}   // closed at its end
+	off  func(why error) // cancels it
+	done chan struct{}   // closed when it has ended
 }
 
-// errRemoved ends the import of a template that is removed.
-var errRemoved = connect.NewError(connect.CodeAborted, told.New("the template was removed while it was made"))
+// errRemoved is the cause with which end cancels an import.
+var errRemoved = connect.NewError(connect.CodeAborted, told.New("the template was deleted during its import"))
 
-// end breaks off whoever makes the template, and waits until nothing of that
-// is under way.
+// end cancels the template's import, if one runs, and waits until it has ended.
 func (i *imports) end(ctx context.Context, template uuid.UUID) error {
 	i.mu.Lock()
 	is := i.running[template]
@@ -79,7 +78,8 @@ func (i *imports) end(ctx context.Context, template uuid.UUID) error {
 	}
 }
 
-// enter waits until nobody else makes the template. off aborts the caller's import.
+// enter registers the caller's import of a template, after any earlier one has ended.
+// off cancels the caller's import. The caller must call leave when it has ended.
 func (i *imports) enter(ctx context.Context, off func(error), template uuid.UUID) (leave func(), err error) {
 	i.mu.Lock()
 	for i.running[template] != nil {
@@ -106,8 +106,8 @@ func (i *imports) enter(ctx context.Context, off func(error), template uuid.UUID
 	}, nil
 }
 
-// take waits for a place that payer may have. Whoever waits for bytes of a registry
-// or a client must hold no place.
+// take waits for a place for payer. A caller must hold no place while it waits for
+// a registry or a client, either of which may be slow.
 func (i *imports) take(ctx context.Context, payer string) error {
 	for {
 		i.mu.Lock()
@@ -133,7 +133,7 @@ func (i *imports) take(ctx context.Context, payer string) error {
 	}
 }
 
-// give gives a place back.
+// give releases a place that take acquired.
 func (i *imports) give(payer string) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -144,15 +144,16 @@ func (i *imports) give(payer string) {
 	i.freed = make(chan struct{})
 }
 
-// spool reserves disk space for what one import receives. Only that import uses it.
+// spool reserves disk space for the bytes that one import receives. It is not safe for
+// concurrent use.
 type spool struct {
 	imports *imports
 	payer   string
-	room    int64 // bytes that the disk had left when the import began
-	held    int64
+	room    int64 // free bytes of the disk when the import began
+	held    int64 // bytes reserved
 }
 
-// reserve reserves n more bytes. The caller writes them only afterwards.
+// reserve reserves n more bytes. The caller must write them only if it succeeds.
 func (s *spool) reserve(n int64) error {
 	i := s.imports
 	i.mu.Lock()
@@ -162,7 +163,7 @@ func (s *spool) reserve(n int64) error {
 		all += b
 	}
 	if all > s.room/spoolShare || i.spooled[s.payer]+n > s.room/spoolShare/payerShare {
-		return connect.NewError(connect.CodeResourceExhausted, told.New("this host has no disk space for the image now"))
+		return connect.NewError(connect.CodeResourceExhausted, told.New("this host has not enough disk space for the image now"))
 	}
 	if i.spooled == nil {
 		i.spooled = map[string]int64{}
@@ -172,13 +173,13 @@ func (s *spool) reserve(n int64) error {
 	return nil
 }
 
-// free gives back all that was reserved.
+// free releases everything that was reserved.
 func (s *spool) free() {
 	i := s.imports
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if s.held == 0 {
-		return // The map may be nil.
+		return // spooled may be nil
 	}
 	if i.spooled[s.payer] -= s.held; i.spooled[s.payer] == 0 {
 		delete(i.spooled, s.payer)
@@ -186,7 +187,7 @@ func (s *spool) free() {
 	s.held = 0
 }
 
-// writer reserves the bytes that it writes to w.
+// writer returns a writer that reserves bytes before it writes them to w.
 func (s *spool) writer(w io.Writer) io.Writer { return spoolWriter{s, w} }
 
 type spoolWriter struct {
@@ -217,7 +218,7 @@ func (s *service) ImportTemplate(ctx context.Context, stream *connect.ClientStre
 	if err != nil {
 		return nil, err
 	}
-	// It is undone when the agent stops, too.
+	// An agent that stops cancels and undoes its imports.
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	off := func(why error) { cancel(why); endReceiving(ctx) }
@@ -244,7 +245,7 @@ func (s *service) ImportTemplate(ctx context.Context, stream *connect.ClientStre
 	return connect.NewResponse(&pb.ImportTemplateResponse{Template: templateMessage(made), Digest: sum}), nil
 }
 
-// importedTemplate checks what is asked for.
+// importedTemplate checks a request and returns the template that it asks for.
 func importedTemplate(m *pb.ImportTemplateRequest_Start) (t image.Template, err error) {
 	t = image.Template{Name: m.GetName(), DiskMiB: int(m.GetDiskMib())}
 	if t.ID, err = parse(id.Template, "template_id", m.GetTemplateId()); err != nil {
@@ -258,19 +259,19 @@ func importedTemplate(m *pb.ImportTemplateRequest_Start) (t image.Template, err 
 	}
 	switch {
 	case t.ID == uuid.Nil:
-		return t, invalid("template_id: the built-in template is not to be replaced")
+		return t, invalid("template_id: the built-in template cannot be replaced")
 	case t.Name == "" || len(t.Name) > maxName:
 		return t, invalid("name: must have 1 to %d bytes", maxName)
 	case t.DiskMiB < 1 || t.DiskMiB > sandbox.MaxDiskMiB:
 		return t, invalid("disk_mib: must be between 1 and %d", sandbox.MaxDiskMiB)
 	case m.GetSource() == nil:
-		return t, invalid("source: a registry or an archive is needed")
+		return t, invalid("source: must be a registry or an archive")
 	case len(m.GetPayer()) > maxName:
 		return t, invalid("payer: must have %d bytes at most", maxName)
 	case len(m.GetArchive().GetTag()) > maxReference:
 		return t, invalid("tag: must have %d bytes at most", maxReference)
 	case (m.GetVcpus() == 0) != (m.GetMemoryMib() == 0):
-		return t, invalid("vcpus and memory_mib: go together")
+		return t, invalid("vcpus and memory_mib: set both or neither")
 	}
 	if r := m.GetRegistry(); r != nil {
 		return t, checkRegistry(r)
@@ -285,17 +286,17 @@ func checkRegistry(r *pb.ImportTemplateRequest_Registry) error {
 	case max(len(r.GetReference()), len(r.GetUsername()), len(r.GetPassword())) > maxReference:
 		return invalid("reference, username, password: must have %d bytes at most", maxReference)
 	case r.GetUsername() == "" && r.GetPassword() != "":
-		return invalid("username: a password needs one")
+		return invalid("username: required with a password")
 	}
 	return nil
 }
 
-// access is with what a registry is asked.
+// access returns the credentials and restrictions for a request to a registry.
 func (s *service) access(r *pb.ImportTemplateRequest_Registry) oci.Access {
 	return oci.Access{Username: r.GetUsername(), Password: r.GetPassword(), Loopback: s.cfg.LocalRegistries, Private: s.cfg.PrivateRegistries}
 }
 
-// resolveTimeout bounds how long a registry is asked what a reference means.
+// resolveTimeout bounds the resolution of a reference by its registry.
 const resolveTimeout = time.Minute
 
 // ResolveImage implements hostagentv1connect.HostAgentHandler.
@@ -313,8 +314,8 @@ func (s *service) ResolveImage(ctx context.Context, req *connect.Request[pb.Reso
 	return connect.NewResponse(&pb.ResolveImageResponse{Pinned: pinned}), nil
 }
 
-// importTemplate makes the template, and captures it. After an error nothing
-// of it is there.
+// importTemplate imports an image as template t unless t exists, and captures it if the
+// request has a VM size. If it fails, no part of the template remains.
 func (s *service) importTemplate(ctx context.Context, off func(error), m *pb.ImportTemplateRequest_Start, t image.Template, archive io.Reader) (_ image.Template, sum string, err error) {
 	leave, err := s.imports.enter(ctx, off, t.ID)
 	if err != nil {
@@ -355,9 +356,8 @@ func (s *service) importTemplate(ctx context.Context, off func(error), m *pb.Imp
 	return made, sum, nil
 }
 
-// fetchImage finds the image and writes all of it to the disk, so that no other
-// import waits for a slow sender. The function that it returns closes the image
-// and removes its files.
+// fetchImage spools the image to disk, so that no other import waits for a slow sender.
+// The function that it returns closes the image and removes its files.
 func (s *service) fetchImage(ctx context.Context, m *pb.ImportTemplateRequest_Start, t image.Template, payer string, archive io.Reader) (_ *oci.Image, _ func() error, err error) {
 	disk := s.sandboxes.Room()
 	left, err := disk.Left()
@@ -382,7 +382,7 @@ func (s *service) fetchImage(ctx context.Context, m *pb.ImportTemplateRequest_St
 			err = errors.Join(err, done())
 		}
 	}()
-	// Layers may be compressed or not, and upper ones replace what lower ones have.
+	// Twice the disk: layers may be uncompressed, and upper ones replace files of lower ones.
 	limits := oci.Limits{Bytes: 2 * int64(t.DiskMiB) << 20, Room: disk}
 	if r := m.GetRegistry(); r != nil {
 		img, err := oci.Registry(ctx, r.GetReference(), s.access(r))
@@ -390,7 +390,7 @@ func (s *service) fetchImage(ctx context.Context, m *pb.ImportTemplateRequest_St
 			return nil, nil, blame(true, err)
 		}
 		undo = append(undo, img.Close)
-		// An image that can never fit is refused for good, not until there is more room.
+		// First, because an image that can never fit needs an error that is not retried.
 		if err := img.Fits(limits); err != nil {
 			return nil, nil, blame(true, err)
 		}
@@ -422,8 +422,8 @@ func (s *service) importImage(ctx context.Context, m *pb.ImportTemplateRequest_S
 	return t, sum, blame(m.GetRegistry() != nil, err)
 }
 
-// blame says whose fault it is that an image is not imported: the image's or
-// the registry's, unless it is known to be another's.
+// blame turns an import's error into one that says who is at fault. Errors of unknown
+// origin are the registry's or, without a registry, the image's.
 func blame(registry bool, err error) error {
 	var file *fs.PathError
 	var exit *exec.ExitError
@@ -439,19 +439,19 @@ func blame(registry bool, err error) error {
 	return oci.Refuse(err, "it is neither an OCI image layout nor what docker save writes")
 }
 
-// unanswered is the error of a registry that did not do what registries do.
+// unanswered gives err a text for clients, unless it has one: the registry is at fault.
 func unanswered(err error) error {
 	if _, ok := told.Text(err); ok {
 		return err
 	}
 	var dns *net.DNSError
 	if errors.As(err, &dns) && dns.IsNotFound {
-		return told.Because(err, "the registry's name has no address")
+		return told.Because(err, "the registry's host name does not resolve")
 	}
-	return told.Because(err, "the registry does not answer as a registry does")
+	return told.Because(err, "the registry did not answer as a registry should")
 }
 
-// counted counts the bytes that are read.
+// counted counts the bytes read from a reader.
 type counted struct {
 	io.Reader
 	n int64
@@ -463,8 +463,8 @@ func (c *counted) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// ratio reads what an input unpacks to, until that is too much for what has
-// come of the input.
+// ratio reads decompressed bytes, and fails if there are too many for the compressed
+// bytes received so far.
 type ratio struct {
 	counted
 	packed *counted
@@ -473,13 +473,13 @@ type ratio struct {
 func (r *ratio) Read(p []byte) (int, error) {
 	n, err := r.counted.Read(p)
 	if r.n > oci.Unpackable(r.packed.n) {
-		return 0, invalid("archive: unpacks to too many bytes for its size")
+		return 0, invalid("archive: decompresses to too many bytes for its size")
 	}
 	return n, err
 }
 
-// keep writes an archive to a file on disk, decompressed. It refuses one that then has
-// more than most bytes, or more than held has left. It returns how many bytes it received.
+// keep decompresses an archive to a file. It fails if the result has more than most
+// bytes, or more than held can reserve. It returns the number of bytes received.
 func keep(file string, archive io.Reader, most int64, disk *room.Room, held *spool) (packed int64, err error) {
 	received := &counted{Reader: archive}
 	in := bufio.NewReader(received)
@@ -504,12 +504,12 @@ func keep(file string, archive io.Reader, most int64, disk *room.Room, held *spo
 		return 0, fmt.Errorf("receive archive: %w", err)
 	}
 	if n > most {
-		return 0, invalid("archive: has more than %d bytes, twice the disk's size", most)
+		return 0, invalid("archive: must have at most %d bytes, twice the size of the disk", most)
 	}
 	return received.n, nil
 }
 
-// chunks reads a stream's archive.
+// chunks reads the archive that a stream carries.
 type chunks struct {
 	stream *connect.ClientStream[pb.ImportTemplateRequest]
 	rest   []byte

@@ -12,13 +12,13 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/counts"
 )
 
-// metrics are what Prometheus reads at /metrics.
+// metrics has the agent's Prometheus metrics.
 type metrics struct {
 	registry          *prometheus.Registry
 	operations, steps timed
 }
 
-// timed is how long things took, and how often they failed.
+// timed measures how long something takes and how often it fails.
 type timed struct {
 	took     *prometheus.HistogramVec
 	failures *prometheus.CounterVec
@@ -56,7 +56,8 @@ func newMetrics() *metrics {
 	return m
 }
 
-// observe takes note of one step of an operation, or of all of it if step is "".
+// observe records the duration of one step of an operation, or of the whole operation
+// if step is "".
 func (m *metrics) observe(operation, step string, took time.Duration, err error) {
 	if step == "" {
 		m.operations.observe(took, err, operation)
@@ -65,7 +66,7 @@ func (m *metrics) observe(operation, step string, took time.Duration, err error)
 	m.steps.observe(took, err, operation, step)
 }
 
-// watch adds what is read from the agent when it is asked for.
+// watch registers the metrics that are computed from the agent's state on each scrape.
 func (m *metrics) watch(a *Agent) {
 	gauge := func(name, help string, f func() float64) {
 		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, f))

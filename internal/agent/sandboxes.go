@@ -147,11 +147,11 @@ func (s *service) Fork(ctx context.Context, req *connect.Request[pb.ForkRequest]
 		}
 		for _, other := range copies[:i] {
 			if other.ID == copies[i].ID {
-				return nil, invalid("copies: two have one id")
+				return nil, invalid("copies: two have the same id")
 			}
 		}
 		if copies[i].Token = c.GetAccessToken(); copies[i].Token == "" {
-			return nil, invalid("copies: an access token is needed")
+			return nil, invalid("copies: access_token is required")
 		}
 		if err := checkToken(copies[i].Token); err != nil {
 			return nil, err
@@ -182,7 +182,7 @@ func (s *service) Destroy(ctx context.Context, req *connect.Request[pb.DestroyRe
 
 // List implements hostagentv1connect.HostAgentHandler.
 func (s *service) List(context.Context, *connect.Request[pb.ListRequest]) (*connect.Response[pb.ListResponse], error) {
-	// Asked before the list is made: what is read meanwhile is in it.
+	// Before List, so that a sandbox that is read in between is in the list.
 	incomplete, unread := s.sandboxes.Incomplete()
 	res := &pb.ListResponse{Incomplete: incomplete}
 	for _, u := range unread {

@@ -22,7 +22,7 @@ import (
 const (
 	// maxFile bounds a file that is read or written in one message.
 	maxFile = 32 << 20
-	// chunk is how much of a stream is in one message.
+	// chunk is the content of one message of a stream, in bytes.
 	chunk = 256 << 10
 
 	maxPath      = 4096
@@ -40,7 +40,8 @@ type service struct{ *Agent }
 
 var _ hostagentv1connect.HostAgentHandler = (*service)(nil)
 
-// fault is err as a Connect error.
+// fault turns err into a Connect error, and logs it if its code is internal. doing
+// names the operation for the log.
 func (s *service) fault(ctx context.Context, doing string, err error) error {
 	if err == nil {
 		return nil
@@ -49,8 +50,8 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 	isConnect, notStarted := errors.As(err, &ce), errors.Is(err, sandbox.ErrGuest) || errors.Is(err, sandbox.ErrSlow)
 	lost := notStarted || isConnect && (ce.Code() == connect.CodeDeadlineExceeded || ce.Code() == connect.CodeUnavailable)
 	if lost && !guest.Said(err) && s.sandboxes.DiskFull() {
-		// A machine that cannot write to its disk stops until it can: its guest
-		// does not know why it does not answer.
+		// QEMU stops a machine that cannot write to its disk, so a silent guest
+		// most likely means a full disk.
 		return connect.NewError(connect.CodeResourceExhausted, told.New("this host has no disk space left"))
 	}
 	if isConnect && !notStarted {
@@ -104,7 +105,8 @@ func (s *service) fault(ctx context.Context, doing string, err error) error {
 	return ce
 }
 
-// stateHeader is, with an error, the state of a sandbox that is not running.
+// stateHeader names the response header that has the sandbox's state if a call failed
+// because the sandbox was not running.
 const stateHeader = "Wrenn-Sandbox-State"
 
 func invalid(format string, args ...any) error {
@@ -119,7 +121,7 @@ func parse(k id.Kind, what, s string) (uuid.UUID, error) {
 	return u, nil
 }
 
-// use begins a use of the sandbox that a request names.
+// use acquires the sandbox that a request names. The caller must end the use.
 func (s *service) use(ctx context.Context, sandboxID string) (*sandbox.Use, error) {
 	u, err := parse(id.Sandbox, "sandbox_id", sandboxID)
 	if err != nil {
@@ -129,8 +131,8 @@ func (s *service) use(ctx context.Context, sandboxID string) (*sandbox.Use, erro
 	return use, s.fault(ctx, "use sandbox", err)
 }
 
-// ofUse returns why the sandbox is no longer usable if that happened during the call,
-// and err otherwise.
+// ofUse replaces err if the sandbox explains it: it was paused or ended during the
+// call, or its guest is known to be silent.
 func ofUse(use *sandbox.Use, err error) error {
 	if err != nil && use.Context.Err() != nil && errors.Is(context.Cause(use.Context), sandbox.ErrState) {
 		return context.Cause(use.Context)
@@ -145,12 +147,12 @@ func ofUse(use *sandbox.Use, err error) error {
 }
 
 // ofCall is ofUse for a call that changes something. If a pause cut the call off, the
-// error leaves out the state, because the control plane would then call again.
+// error has no state header, with which the control plane would repeat the call.
 func ofCall(use *sandbox.Use, err error) error {
 	err = ofUse(use, err)
 	var state *sandbox.StateError
 	if errors.As(err, &state) && state.State != sandbox.Stopping {
-		return connect.NewError(connect.CodeFailedPrecondition, told.New("the sandbox is %s, and was before the call ended: it may have been carried out", state.State))
+		return connect.NewError(connect.CodeFailedPrecondition, told.New("the sandbox became %s during the call, which may have taken effect", state.State))
 	}
 	return err
 }
@@ -171,7 +173,7 @@ func checkEnvs(envs map[string]string, most int) error {
 
 func checkUser(user string) error {
 	if len(user) > maxUser || strings.ContainsFunc(user, func(r rune) bool { return r < ' ' || r == ':' || r == 0x7f }) {
-		return invalid("user: %.100q is no user's name", user)
+		return invalid("user: %.100q is not a user name", user)
 	}
 	return nil
 }

@@ -55,13 +55,13 @@ func TestErrorsAreForClients(t *testing.T) {
 		{"panic", nil, connect.CodeInternal, "the host failed", ""},
 		{"joined", errors.Join(oci.Refuse(inner, "its working directory cannot be made"), inner), connect.CodeInvalidArgument, "the image is refused: its working directory cannot be made", ""},
 		{"an archive", blame(false, fmt.Errorf("read: %w", errors.New("in /var/lib/wrenn"))), connect.CodeInvalidArgument, "the image is refused: it is neither an OCI image layout nor what docker save writes", ""},
-		{"a registry", blame(true, errors.New("dial tcp 10.0.0.1:443")), connect.CodeUnavailable, "the registry does not answer as a registry does", ""},
-		{"a bare code", connect.NewError(connect.CodeUnavailable, inner), connect.CodeUnavailable, "the host cannot do it now", ""},
+		{"a registry", blame(true, errors.New("dial tcp 10.0.0.1:443")), connect.CodeUnavailable, "the registry did not answer as a registry should", ""},
+		{"a bare code", connect.NewError(connect.CodeUnavailable, inner), connect.CodeUnavailable, "the host cannot do this now", ""},
 		{"captures", fmt.Errorf("snapshot: %w", sandbox.ErrCaptures), connect.CodeFailedPrecondition, "the sandbox has been captured as often as it can be", hostwire.CaptureLimit},
 		{"a host's failure", fmt.Errorf("create: %w", sandbox.ErrStart), connect.CodeUnavailable, "the sandbox did not start", ""},
 		{"a guest's failure", errors.Join(sandbox.ErrGuest, connect.NewError(connect.CodeInvalidArgument, told.New("no such user"))), connect.CodeUnavailable, "the sandbox's guest did not start", hostwire.GuestStart},
 		{"a slow guest", fmt.Errorf("create: %w", sandbox.ErrSlow), connect.CodeUnavailable, "the sandbox's guest did not start in time", hostwire.GuestSlow},
-		{"a call that a pause cut off", ofCall(paused, inner), connect.CodeFailedPrecondition, "the sandbox is paused, and was before the call ended: it may have been carried out", ""},
+		{"a call that a pause cut off", ofCall(paused, inner), connect.CodeFailedPrecondition, "the sandbox became paused during the call, which may have taken effect", ""},
 		{"state", fmt.Errorf("/var/lib: %w", &sandbox.StateError{State: sandbox.Paused}), connect.CodeFailedPrecondition, "the sandbox is paused", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -43,7 +43,7 @@ func (s *service) Snapshot(ctx context.Context, req *connect.Request[pb.Snapshot
 	return connect.NewResponse(&pb.SnapshotResponse{Template: templateMessage(t)}), nil
 }
 
-// defaultsOf checks a template's defaults; nil: none are given.
+// defaultsOf checks and converts a template's defaults. It returns nil if m is nil.
 func defaultsOf(m *pb.Defaults) (*image.Defaults, error) {
 	if m == nil {
 		return nil, nil
@@ -53,10 +53,10 @@ func defaultsOf(m *pb.Defaults) (*image.Defaults, error) {
 	}
 	name, group, ok := strings.Cut(m.GetUser(), ":")
 	if err := errors.Join(checkUser(name), checkUser(group)); err != nil || ok && (name == "" || group == "") {
-		return nil, invalid("defaults: %.100q is no user", m.GetUser())
+		return nil, invalid("defaults: %.100q is not a user name, optionally with :group", m.GetUser())
 	}
 	if w := m.GetWorkdir(); w != "" && w[0] != '/' || len(w) > maxPath || strings.ContainsRune(w, 0) {
-		return nil, invalid("defaults: %.100q is no absolute path of a working directory", w)
+		return nil, invalid("defaults: working directory %.100q is not an absolute path", w)
 	}
 	limits := rates.Limits(m.GetLimits())
 	if err := limits.Check(); err != nil {
@@ -75,7 +75,7 @@ func (s *service) DeleteTemplate(ctx context.Context, req *connect.Request[pb.De
 	if err != nil {
 		return nil, err
 	}
-	// What is being made would be there after all.
+	// A running import would publish the template after its deletion.
 	if err := s.imports.end(ctx, template); err != nil {
 		return nil, s.fault(ctx, "delete template", err)
 	}

@@ -1,9 +1,9 @@
 // Package agenttest gives tests real host agents, with real virtual machines.
 //
-// They run in a network and a mount namespace of their own, which stand for a
-// whole host: what is left in them, an agent has left. The agent is a process
-// of its own, so that it can be killed; it is the test's program too. A test
-// package's TestMain calls [Main].
+// The tests run in their own network and mount namespaces, which stand for a whole
+// host, so that anything left in them is an agent's leftover. The test binary is the
+// agent's program too, in a separate process that a test can kill. A test package's
+// TestMain must call [Main].
 package agenttest
 
 import (
@@ -47,12 +47,12 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// roleEnv tells a process of the test's program what it is.
+// roleEnv names the variable that selects what a process of the test binary does.
 const roleEnv = "WRENN_AGENT_TEST_ROLE"
 
-// Main is a package's TestMain. The package has a test named TestImages that
-// calls [imagetest.Prepare]: it is run before all others, outside of the
-// namespaces. Main does not return.
+// Main is the body of a package's TestMain. The package must have a test TestImages
+// that calls [imagetest.Prepare]. Main runs it first, outside of the namespaces. Main
+// does not return.
 func Main(m *testing.M) {
 	switch os.Getenv(roleEnv) {
 	case "":
@@ -72,21 +72,21 @@ func Main(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// Inside tells whether this process is the one that runs the tests.
+// Inside reports whether this process runs the tests in the namespaces.
 func Inside() bool { return os.Getenv(roleEnv) == "inside" }
 
-// outside starts the tests in their namespaces. Images may have to be
-// downloaded, which is possible only before that.
+// outside prepares the images, which may need a download, and then runs the tests in
+// their namespaces, which have no network.
 func outside(m *testing.M) int {
 	if os.Geteuid() != 0 {
-		return m.Run() // they skip
+		return m.Run() // New skips
 	}
 	run := func(role string, stdout *os.File, flags uintptr, args ...string) int {
 		cmd := exec.Command("/proc/self/exe", args...)
 		cmd.Env = append(os.Environ(), roleEnv+"="+role)
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, stdout, os.Stderr
 		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags, Pdeathsig: syscall.SIGKILL}
-		runtime.LockOSThread() // Pdeathsig follows the thread
+		runtime.LockOSThread() // the kernel sends Pdeathsig when this thread ends
 		defer runtime.UnlockOSThread()
 		if err := cmd.Run(); err != nil {
 			if cmd.ProcessState == nil {
@@ -116,10 +116,10 @@ func prepareHost() error {
 	return netlink.LinkSetUp(lo)
 }
 
-// Token is what the agents want to be shown.
+// Token is the agents' token.
 const Token = "the-agents-token"
 
-// runAgent is the agent's process, as "wrenn agent" is.
+// runAgent does what "wrenn agent" does.
 func runAgent() error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
@@ -166,10 +166,11 @@ func number(env string) int {
 	return n
 }
 
-// KillAt names a file that says at which step the agent on dir kills itself.
+// KillAt returns the path of a file that names the step at which the agent on dir kills
+// itself.
 func KillAt(dir layout.Dir) string { return filepath.Join(string(dir), "kill-at") }
 
-// hook has the agent die at a step, as if it was killed there.
+// hook returns an [agent.Config] Hook that kills the agent at the step in [KillAt].
 func hook(dir layout.Dir) func(string) {
 	return func(step string) {
 		if read(KillAt(dir)) == step {
@@ -185,19 +186,19 @@ type Agent struct {
 
 	Dir    layout.Dir
 	Images imagetest.Images
-	seeded []string // names of the captures that it began with
-	// MemoryMiB is what its sandboxes may have together.
+	seeded []string // names of the captures that link gave it
+	// MemoryMiB bounds the memory of all its sandboxes together.
 	MemoryMiB int
-	// Env is the agent's environment besides the test's own.
+	// Env is added to the test's environment for the agent.
 	Env map[string]string
-	// Base is the URL at which HTTP, with which Connect is served, and Plain,
-	// which speaks HTTP/1.1 and shows the token, find the agent.
+	// Base is the agent's URL. HTTP is a client for Connect, and Plain one for HTTP/1.1
+	// that sends the token.
 	Base  string
 	HTTP  *http.Client
 	Plain *http.Client
 	// Cmd is the agent's process.
 	Cmd *exec.Cmd
-	// Ended is closed when that has ended.
+	// Ended is closed when Cmd has ended.
 	Ended chan struct{}
 
 	mounts   string
@@ -205,12 +206,12 @@ type Agent struct {
 	finished bool
 }
 
-// mounts are those that an ordinary thread of this process sees: the first may
-// have become a jail's.
+// mounts lists the mounts of the current thread, because /proc/self is the main thread,
+// which may be in a jail's namespace.
 const mounts = "/proc/thread-self/mounts"
 
-// New starts an agent, after prepare, if that is not nil. When the test ends
-// the agent is terminated, and the test fails if anything is left of it.
+// New calls prepare, unless it is nil, and starts an agent. When the test ends, New
+// terminates the agent, and fails the test if the agent left anything behind.
 func New(t testing.TB, prepare func(*Agent)) *Agent {
 	t.Helper()
 	if !Inside() {
@@ -223,8 +224,8 @@ func New(t testing.TB, prepare func(*Agent)) *Agent {
 		t.Skip("needs /dev/net/tun")
 	}
 	a := &Agent{Images: imagetest.Prepare(t), MemoryMiB: 8192, Env: map[string]string{"WRENN_WARM": "0", "WRENN_DEFAULT_VCPUS": "0"}}
-	// Beside the images, so that there can be links to them, and not t.TempDir:
-	// a socket's path must be short.
+	// Beside the images, so that link works, and not t.TempDir, because a socket's path
+	// must be short.
 	dir, err := os.MkdirTemp(string(a.Images.Dir), "host-")
 	if err != nil {
 		t.Fatal(err)
@@ -248,11 +249,10 @@ func New(t testing.TB, prepare func(*Agent)) *Agent {
 	return a
 }
 
-// seed is where the captures of minimal lie that an earlier test's agent has made.
+// seed returns the directory of captures of minimal that earlier tests' agents made.
 func (a *Agent) seed() string { return filepath.Join(string(a.Images.Dir), "captures") }
 
-// link gives the host its images: links to those that are made once for all
-// tests.
+// link hard-links the images, which all tests share, into the agent's directory.
 func (a *Agent) link(t testing.TB) {
 	t.Helper()
 	if err := os.Symlink(a.Images.Dir.Kernels(), a.Dir.Kernels()); err != nil {
@@ -270,8 +270,8 @@ func (a *Agent) link(t testing.TB) {
 	a.seeded = linkAll(t, a.seed(), a.Dir.Captures(uuid.Nil, uuid.Nil))
 }
 
-// removeStale deletes captures from the seed if the agent has deleted its links to them:
-// they were made with an older kernel, envd or driver. Each takes some 330 MiB.
+// removeStale deletes captures from the seed if the agent deleted its links to them. An
+// older kernel, envd or driver made them, and each takes some 330 MiB.
 func (a *Agent) removeStale(t testing.TB) {
 	for _, name := range a.seeded {
 		if _, err := os.Stat(filepath.Join(a.Dir.Captures(uuid.Nil, uuid.Nil), name)); !errors.Is(err, os.ErrNotExist) {
@@ -283,9 +283,9 @@ func (a *Agent) removeStale(t testing.TB) {
 	}
 }
 
-// linkAll links every folder in from to to, and returns the names of those that it linked.
-// It leaves out those that to has already, those that another test removes meanwhile, and
-// all if to is on another file system: agents make anew what they lack.
+// linkAll links every folder of from into to, and returns the names of those that it
+// linked. It skips folders that exist in to and those that another test is removing, and
+// everything if to is on another file system. Agents make missing captures themselves.
 func linkAll(t testing.TB, from, to string) (linked []string) {
 	t.Helper()
 	all, err := os.ReadDir(from)
@@ -310,7 +310,7 @@ func linkAll(t testing.TB, from, to string) (linked []string) {
 	return linked
 }
 
-// bearer shows the agent's token.
+// bearer adds the agent's token to requests.
 type bearer struct{ next http.RoundTripper }
 
 func (b bearer) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -359,21 +359,21 @@ func (a *Agent) Start(t testing.TB) {
 		case <-time.After(50 * time.Millisecond):
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("the agent does not answer: %v: %s", err, a.Log())
+			t.Fatalf("the agent did not answer: %v: %s", err, a.Log())
 		}
 	}
 }
 
-// LogFile is where the agents log.
+// LogFile returns the path of the agents' log.
 func (a *Agent) LogFile() string { return filepath.Join(string(a.Dir), "agent.log") }
 
-// Log is the end of what the agents have logged.
+// Log returns the last 20000 bytes of the agents' log.
 func (a *Agent) Log() string {
 	s := read(a.LogFile())
 	return s[max(0, len(s)-20000):]
 }
 
-// Kill ends the agent's process with a signal.
+// Kill sends the agent's process a signal and waits until it has ended.
 func (a *Agent) Kill(t testing.TB, sig syscall.Signal) {
 	t.Helper()
 	if err := a.Cmd.Process.Signal(sig); err != nil {
@@ -382,20 +382,20 @@ func (a *Agent) Kill(t testing.TB, sig syscall.Signal) {
 	select {
 	case <-a.Ended:
 	case <-time.After(await.Scale(60 * time.Second)):
-		t.Fatal("the agent does not end")
+		t.Fatal("the agent did not end after the signal")
 	}
 	a.HTTP.CloseIdleConnections()
 }
 
-// Finish terminates the agent and checks that nothing is left on the host. That
-// it was called is no error.
+// Finish terminates the agent and checks that nothing is left on the host. Calling it
+// again does nothing.
 func (a *Agent) Finish(t testing.TB) {
 	t.Helper()
 	if a.finished {
 		return
 	}
 	a.finished = true
-	ns := openNamespaces() // they will have no names
+	ns := openNamespaces() // now, because the agent removes their names
 	defer ns.close()
 	if t.Failed() {
 		defer func() { t.Logf("the agent's log:\n%s", a.Log()) }()
@@ -427,7 +427,7 @@ func (a *Agent) Finish(t testing.TB) {
 		t.Errorf("the agent exited with %d", code)
 	}
 	if strings.Contains(read(a.LogFile()), qemu.LostInterrupts) {
-		t.Error("an interrupt of a saved sandbox was lost")
+		t.Error("a saved sandbox lost an interrupt")
 	}
 	nothing := func(what string, left []string) {
 		if len(left) > 0 {
@@ -453,7 +453,7 @@ func (a *Agent) Finish(t testing.TB) {
 	}
 	folders, _ := filepath.Glob(filepath.Join(a.Dir.Sandboxes(), "*"))
 	nothing("folders", folders)
-	// Those below this namespace's own, of others on the machine, may go.
+	// Only new ones: mounts from outside of this namespace may disappear.
 	for line := range strings.Lines(read(mounts)) {
 		if !strings.Contains(a.mounts, line) {
 			t.Errorf("a mount is left: %s", line)
@@ -476,8 +476,8 @@ func (a *Agent) Finish(t testing.TB) {
 	}
 }
 
-// discard ends what a test leaves behind if it fails while no agent answers: no
-// machine may outlive its files.
+// discard kills the agent and the machines that a failed test leaves behind, before
+// their files are removed.
 func (a *Agent) discard(t testing.TB) {
 	t.Helper()
 	if a.Cmd != nil && a.Ended != nil {
@@ -499,7 +499,7 @@ func (a *Agent) discard(t testing.TB) {
 	}
 }
 
-// Groups are the control groups of sandboxes.
+// Groups returns the paths of the sandboxes' control groups.
 func Groups() string {
 	var all []string
 	for _, pattern := range []string{"/sys/fs/cgroup/wrenn/*-*", "/sys/fs/cgroup/memory/wrenn/*-*"} {
@@ -509,7 +509,7 @@ func Groups() string {
 	return strings.Join(all, " ")
 }
 
-// Machines are the pids of the virtual machines in the namespaces of the
+// Machines returns the pids of the virtual machines in the network namespaces of the
 // host's slots.
 func (a *Agent) Machines() (pids []string) {
 	ns := openNamespaces()
@@ -517,8 +517,8 @@ func (a *Agent) Machines() (pids []string) {
 	return ns.machines()
 }
 
-// namespaces are the namespaces of slots, by inode. They are open: else a
-// number would soon be another one's, of a test beside this one perhaps.
+// namespaces are the slots' network namespaces, by inode. It keeps them open, so that
+// the kernel does not reuse the inodes for namespaces of other tests.
 type namespaces map[uint64]*os.File
 
 func openNamespaces() namespaces {
@@ -545,7 +545,7 @@ func (ns namespaces) close() {
 	}
 }
 
-// machines are the pids of the virtual machines in them.
+// machines returns the pids of the virtual machines in the namespaces.
 func (ns namespaces) machines() (pids []string) {
 	procs, _ := filepath.Glob("/proc/[0-9]*")
 	for _, p := range procs {
@@ -557,7 +557,8 @@ func (ns namespaces) machines() (pids []string) {
 	return pids
 }
 
-// QEMU is the pid of the machine that was made for a sandbox; 0: there is none.
+// QEMU returns the pid of the machine that was started for a sandbox, or 0 if there is
+// none.
 func QEMU(sandbox string) int {
 	u, err := id.Parse(id.Sandbox, sandbox)
 	if err != nil {

@@ -1,4 +1,4 @@
-// Package format has the versions of everything that an agent keeps on disk.
+// Package format has the format versions of everything that an agent keeps on disk.
 // docs/upgrade.md has the rules for changing one.
 package format
 
@@ -9,10 +9,10 @@ import (
 
 // Format is one format and its versions. 0 is data without a version.
 type Format struct {
-	// Name says what is kept, File where.
+	// Name names the data, File its file.
 	Name, File string
-	// Oldest is the oldest version that this release reads, Version the one that
-	// it writes and the newest that it reads.
+	// Oldest is the oldest version that this release reads. Version is the newest, and
+	// the one that it writes.
 	Oldest, Version int
 }
 
@@ -20,10 +20,10 @@ type Format struct {
 var (
 	Sandbox     = Format{"sandbox", "sandboxes/HOME/sandbox.json", 2, 2}
 	Capture     = Format{"capture", "capture.json", 1, 1}
-	Template    = Format{"template", "template.json", 0, 1} // 0: it has none
+	Template    = Format{"template", "template.json", 0, 1} // 0: written without a version
 	Memory      = Format{"memory image", "memory/header", 1, 1}
 	Journal     = Format{"journal", "events", 1, 1}
-	Credentials = Format{"credentials of a host", "host.json", 0, 1} // 0: they have none
+	Credentials = Format{"credentials of a host", "host.json", 0, 1} // 0: written without a version
 )
 
 // All returns every format.
@@ -31,21 +31,21 @@ func All() []Format {
 	return []Format{Sandbox, Capture, Template, Memory, Journal, Credentials}
 }
 
-// NewerError means that a later release wrote the data at Path. It is not
-// damaged, so it stays where it is, and this release must not work on it.
+// NewerError means that a later release wrote the data at Path. The data is not damaged,
+// so it stays where it is, but this release must not use it.
 type NewerError struct {
 	Path string
-	// Version is the data's, Known the newest that this release reads.
+	// Version is the version of the data, Known the newest that this release reads.
 	Version, Known int
 }
 
-// Error says what to do.
+// Error says what the operator can do.
 func (e *NewerError) Error() string {
 	return fmt.Sprintf("%s has format version %d, and this release of Wrenn reads versions up to %d: a later release wrote it; nothing was changed; install that release again, see docs/upgrade.md", e.Path, e.Version, e.Known)
 }
 
-// Check returns a [NewerError] if the version of the data at path is later than
-// this release reads, and another error if it is earlier.
+// Check returns a [NewerError] if this release is too old to read the version of the
+// data at path, and another error if it is too new.
 func (f Format) Check(path string, version int) error {
 	if version > f.Version {
 		return &NewerError{path, version, f.Version}

@@ -1,5 +1,5 @@
-// Package hostwatch tells that other software may have touched files or mounts
-// that Wrenn relies on.
+// Package hostwatch notices when other software may have changed files or mounts that
+// Wrenn relies on.
 package hostwatch
 
 import (
@@ -13,22 +13,22 @@ import (
 // Watch calls a function after something in its folders, or a mount, changed.
 type Watch struct {
 	wake   func()
-	notify int // inotify; negative: there is none, see ErrExhausted
-	mounts int // the list of mounts; negative: mounts do not matter
+	notify int // an inotify descriptor; negative: none, see ErrExhausted
+	mounts int // /proc mountinfo; negative: not watched
 	stop   int // an eventfd
 	done   sync.WaitGroup
 }
 
-// ErrExhausted means that other software has all inotify instances of this user,
-// so folders are not watched.
+// ErrExhausted means that other software uses all of this user's inotify instances, so
+// the watch cannot watch folders.
 var ErrExhausted = errors.New("no inotify instance is left; raise fs.inotify.max_user_instances")
 
-// inotifyInit is what a test replaces.
+// inotifyInit is a variable so that a test can replace it.
 var inotifyInit = unix.InotifyInit1
 
-// Open starts a watch without folders. wake is called from a goroutine of the
-// watch, once for any number of changes; it must not block, and must look for
-// itself at what has changed. With mounts, a mount or an unmount is a change.
+// Open starts a watch without folders. The watch calls wake from its own goroutine,
+// once for any number of changes. wake must not block, and must find out itself what
+// changed. If mounts is set, the watch watches for mounts and unmounts too.
 func Open(mounts bool, wake func()) (_ *Watch, err error) {
 	w := &Watch{wake: wake, notify: -1, mounts: -1, stop: -1}
 	defer func() {
@@ -46,8 +46,8 @@ func Open(mounts bool, wake func()) (_ *Watch, err error) {
 		return nil, err
 	}
 	if mounts {
-		// Not with os.Open: Go's own poller would take the news before run does,
-		// and each change is news once for a descriptor.
+		// Not os.Open: the kernel reports each change once per descriptor, and Go's poller
+		// would consume it before run does.
 		if w.mounts, err = unix.Open("/proc/thread-self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
 			return nil, err
 		}
@@ -56,9 +56,9 @@ func Open(mounts bool, wake func()) (_ *Watch, err error) {
 	return w, nil
 }
 
-// Add watches a folder for names that appear, change or go. A folder that was
-// watched, removed and made again must be added again; adding one twice does
-// no harm. The error may be an [ErrExhausted].
+// Add watches a folder for files that appear, change or disappear. A folder that was
+// removed and made again must be added again. Adding a folder twice does no harm. The
+// error may be an [ErrExhausted].
 func (w *Watch) Add(dir string) error {
 	const what = unix.IN_CREATE | unix.IN_DELETE | unix.IN_MOVED_FROM | unix.IN_MOVED_TO | unix.IN_DELETE_SELF | unix.IN_MOVE_SELF | unix.IN_ATTRIB | unix.IN_ONLYDIR
 	if w.notify < 0 {
@@ -70,7 +70,7 @@ func (w *Watch) Add(dir string) error {
 	return nil
 }
 
-// Close ends the watch. wake is not called any more once it returns.
+// Close ends the watch. After it returns, the watch calls wake no more.
 func (w *Watch) Close() error {
 	one := [8]byte{1} // not zero, in either byte order
 	_, err := unix.Write(w.stop, one[:])
@@ -92,7 +92,7 @@ func (w *Watch) close() {
 
 func (w *Watch) run() {
 	events := make([]byte, 64<<10)
-	// The kernel passes over negative descriptors.
+	// poll ignores negative descriptors.
 	fds := []unix.PollFd{
 		{Fd: int32(w.stop), Events: unix.POLLIN}, {Fd: int32(w.notify), Events: unix.POLLIN}, {Fd: int32(w.mounts), Events: unix.POLLPRI},
 	}
@@ -101,7 +101,7 @@ func (w *Watch) run() {
 			if errors.Is(err, unix.EINTR) {
 				continue
 			}
-			return // not with these arguments
+			return // impossible with these arguments
 		}
 		if fds[0].Revents != 0 {
 			return

@@ -1,5 +1,5 @@
-// Package problem keeps the list of what is wrong with a host and its agent
-// could not repair. The control plane, wrenn doctor and Prometheus read it.
+// Package problem keeps the list of a host's problems that the agent could not repair.
+// The control plane, wrenn doctor and Prometheus read it.
 package problem
 
 import (
@@ -20,10 +20,10 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 )
 
-// Kind says what is wrong. Its text stays the same between releases.
+// Kind is a kind of problem. Its text stays the same between releases.
 type Kind string
 
-// kinds are all kinds with what each means. docs/sharing.md has them too.
+// kinds has the meaning of each kind. docs/sharing.md describes them too.
 var kinds = map[Kind]string{}
 
 func kind(name, meaning string) Kind {
@@ -35,24 +35,23 @@ func kind(name, meaning string) Kind {
 var (
 	// Unreadable reports data on disk that the agent could not read and keeps.
 	Unreadable = kind("unreadable", "data on disk cannot be read, and is kept")
-	// Leftover reports files that the agent does not need any more and could not
-	// remove.
-	Leftover = kind("leftover", "files that nobody needs any more cannot be removed")
-	// Firewall reports other programs' rules that drop guests' packets, or own
-	// rules that cannot be restored.
+	// Leftover reports files that the agent no longer needs but could not remove.
+	Leftover = kind("leftover", "files that are no longer needed cannot be removed")
+	// Firewall reports other programs' rules that drop guests' packets, or rules of the
+	// agent that it cannot restore.
 	Firewall = kind("firewall", "another program's rules drop guests' packets, or the agent's own cannot be restored")
 	// Forwarding reports a host that does not forward IPv4.
 	Forwarding = kind("forwarding", "the host does not forward IPv4")
-	// Sandbox reports a sandbox whose machine may run and that the agent could not
-	// take back yet.
-	Sandbox = kind("sandbox", "a sandbox's machine may run, and the agent could not take it back yet")
+	// Sandbox reports a sandbox whose machine may run and that the agent could not adopt
+	// yet.
+	Sandbox = kind("sandbox", "a sandbox's machine may run, and the agent could not adopt it yet")
 	// Slot reports a network slot that could not be repaired or removed.
 	Slot = kind("slot", "a network slot could not be repaired or removed")
-	// Cgroup reports a machine that is out of its control group, and so of its
-	// bounds, and could not be put back.
-	Cgroup = kind("cgroup", "a machine is out of its control group and could not be put back")
-	// Jail reports that QEMUs run with fewer bounds than they could.
-	Jail = kind("jail", "virtual machines run with fewer bounds than they could, because a setting says so")
+	// Cgroup reports a machine outside of its control group, and so without its limits,
+	// that the agent could not put back.
+	Cgroup = kind("cgroup", "a machine is outside of its control group and could not be put back")
+	// Jail reports that a setting turns off a part of the jail of virtual machines.
+	Jail = kind("jail", "a setting turns off a part of the jail of virtual machines")
 	// Files reports files of a running agent that were removed and could not be
 	// restored.
 	Files = kind("files", "files of the running agent were removed and could not be restored")
@@ -61,8 +60,8 @@ var (
 // Problem is one thing that is wrong with a host.
 type Problem struct {
 	Kind Kind `json:"kind"`
-	// Object is what of that kind it concerns, such as a network slot's number;
-	// empty: the host.
+	// Object identifies what the problem concerns, such as a network slot's number. It is
+	// empty for the host itself.
 	Object string `json:"object,omitempty"`
 	// Message says what happened and what to do, for an admin.
 	Message string    `json:"message"`
@@ -82,16 +81,16 @@ type List struct {
 	repairs map[Kind]int
 }
 
-// Open starts an empty list, of which the file at path is a copy if there is room
-// on the disk.
+// Open starts an empty list and keeps a copy of it in the file at path, if the disk has
+// room.
 func Open(path string, log *slog.Logger) *List {
 	l := &List{path: path, log: log}
 	l.save()
 	return l
 }
 
-// Report says that something is wrong, until [List.Clear] is called with the
-// same kind and object.
+// Report adds a problem to the list, or updates the message of the one with this kind
+// and object. It stays until [List.Clear].
 func (l *List) Report(k Kind, object, message string) {
 	if l == nil {
 		return
@@ -111,7 +110,7 @@ func (l *List) Report(k Kind, object, message string) {
 	l.save()
 }
 
-// Clear says that a problem is over. It does nothing if there was none.
+// Clear removes a problem from the list. It does nothing if there is none.
 func (l *List) Clear(k Kind, object string) {
 	if l == nil {
 		return
@@ -122,12 +121,12 @@ func (l *List) Clear(k Kind, object string) {
 	if i < 0 {
 		return
 	}
-	l.log.Info("problem with this host is over", "kind", k, "object", object, "lasted", time.Since(l.all[i].Since).Round(time.Millisecond))
+	l.log.Info("problem with this host is solved", "kind", k, "object", object, "lasted", time.Since(l.all[i].Since).Round(time.Millisecond))
 	l.all = slices.Delete(l.all, i, i+1)
 	l.save()
 }
 
-// Repaired says that something was wrong and is repaired.
+// Repaired logs and counts a problem that the agent repaired at once.
 func (l *List) Repaired(k Kind, object, message string) {
 	if l == nil {
 		return
@@ -141,7 +140,7 @@ func (l *List) Repaired(k Kind, object, message string) {
 	l.log.Warn("repaired this host", "kind", k, "object", object, "message", message)
 }
 
-// All returns the problems that there are, oldest first.
+// All returns the present problems, oldest first.
 func (l *List) All() []Problem {
 	if l == nil {
 		return nil
@@ -151,8 +150,8 @@ func (l *List) All() []Problem {
 	return slices.Clone(l.all)
 }
 
-// Restore writes the list's file again if somebody removed it, and says whether
-// that was so.
+// Restore writes the list's file again if somebody removed it, and reports whether
+// somebody did.
 func (l *List) Restore() (lost bool, err error) {
 	if _, err := os.Stat(l.path); !errors.Is(err, fs.ErrNotExist) {
 		return false, nil
@@ -179,7 +178,7 @@ func (l *List) save() {
 	}
 }
 
-// write needs no sync: the file tells of a running agent.
+// write does not sync, because the file matters only while the agent runs.
 func (l *List) write() error {
 	b, err := json.Marshal(l.all)
 	if err != nil {
@@ -188,8 +187,8 @@ func (l *List) write() error {
 	return atomicfile.WriteNoSync(l.path, b, 0o644)
 }
 
-// Read returns the problems of the list that an agent keeps at path, or none if
-// there is no list: no agent runs. One that was killed has left its last list.
+// Read returns the problems in the file of an agent's list, or none without a file,
+// which means that no agent runs. A killed agent leaves its last list.
 func Read(path string) ([]Problem, error) {
 	b, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -205,9 +204,9 @@ func Read(path string) ([]Problem, error) {
 	return all, nil
 }
 
-var counter = prometheus.NewDesc("wrenn_agent_repairs_total", "What was wrong with the host and the agent has repaired, by kind.", []string{"kind"}, nil)
+var counter = prometheus.NewDesc("wrenn_agent_repairs_total", "Problems of the host that the agent repaired, by kind.", []string{"kind"}, nil)
 
-var gauge = prometheus.NewDesc("wrenn_agent_problems", "What is wrong with the host and the agent could not repair, by kind: "+meanings()+".", []string{"kind"}, nil)
+var gauge = prometheus.NewDesc("wrenn_agent_problems", "Problems of the host that the agent could not repair, by kind: "+meanings()+".", []string{"kind"}, nil)
 
 func meanings() string {
 	var all []string

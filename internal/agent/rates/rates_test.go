@@ -92,8 +92,8 @@ func TestCheck(t *testing.T) {
 		{Rates{DiskOps: 1, Burst: 10 * time.Millisecond}, ""},
 		{Rates{DiskOps: -1, Burst: time.Second}, "negative"},
 		{Rates{DiskBytes: Most, Burst: time.Minute}, ""},
-		{Rates{DiskBytes: Most + 1, Burst: time.Minute}, "0 limits nothing"},
-		{Rates{NetBytes: 1 << 62, Burst: time.Second}, "0 limits nothing"},
+		{Rates{DiskBytes: Most + 1, Burst: time.Minute}, "0 means no limit"},
+		{Rates{NetBytes: 1 << 62, Burst: time.Second}, "0 means no limit"},
 		{Rates{NetBytes: 1}, "burst"},
 		{Rates{NetBytes: 1, Burst: time.Hour}, "burst"},
 	} {

@@ -15,15 +15,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// step is how much is copied between two looks at the context, in bytes.
+// step is the number of bytes copied between two checks of the context.
 const step = 16 << 20
 
-// Copy makes dst, which is empty, the same as src: by sharing src's blocks
-// where the file system can (ioctl_ficlone(2)), else by copying what is not a
-// hole. It does not sync dst. When it fails dst has a part of src.
+// Copy copies src to dst, which must be empty. If the file system supports it, the files
+// then share their blocks (ioctl_ficlone(2)); otherwise Copy copies everything but holes.
+// It does not sync dst. After an error, dst has a part of src.
 func Copy(ctx context.Context, dst, src *os.File) error {
 	if err := unix.IoctlFileClone(int(dst.Fd()), int(src.Fd())); err == nil {
-		return nil // else it is not of one file system that can
+		return nil
 	}
 	info, err := src.Stat()
 	if err != nil {
@@ -43,8 +43,8 @@ func Copy(ctx context.Context, dst, src *os.File) error {
 	return nil
 }
 
-// Allocated returns how many bytes a file takes on disk, or in memory if it lies
-// there: holes take none.
+// Allocated returns the bytes that a file takes on its disk, or in memory on a tmpfs.
+// Holes take none.
 func Allocated(info fs.FileInfo) int64 {
 	if st, ok := info.Sys().(*syscall.Stat_t); ok {
 		return st.Blocks * 512
@@ -55,8 +55,8 @@ func Allocated(info fs.FileInfo) int64 {
 // Range is a part of a file, in bytes.
 type Range struct{ Start, End int64 }
 
-// Data are what in r of f is not a hole, in order. An error ends them. It
-// moves the offset of f.
+// Data yields the parts of r in f that are not holes, in order. It ends after the first
+// error. It moves f's offset.
 func Data(f *os.File, r Range) iter.Seq2[Range, error] {
 	return func(yield func(Range, error) bool) {
 		for at := r.Start; at < r.End; {
@@ -80,7 +80,7 @@ func Data(f *os.File, r Range) iter.Seq2[Range, error] {
 	}
 }
 
-// copyRange copies within the kernel where it can (copy_file_range(2)).
+// copyRange copies r within the kernel if possible (copy_file_range(2)).
 func copyRange(ctx context.Context, dst, src *os.File, r Range) error {
 	for r.Start < r.End {
 		if err := ctx.Err(); err != nil {
@@ -96,14 +96,14 @@ func copyRange(ctx context.Context, dst, src *os.File, r Range) error {
 		case err != nil:
 			return os.NewSyscallError("copy_file_range", err)
 		case n == 0:
-			return io.ErrUnexpectedEOF // it became shorter
+			return io.ErrUnexpectedEOF // src shrank
 		}
 		r.Start += int64(n)
 	}
 	return nil
 }
 
-// copyHere copies by way of this process.
+// copyHere copies r through a buffer of this process.
 func copyHere(ctx context.Context, dst, src *os.File, r Range) error {
 	buf := make([]byte, min(1<<20, r.End-r.Start))
 	for r.Start < r.End {

@@ -1,4 +1,4 @@
-// Package thread runs functions on operating system threads of their own.
+// Package thread runs functions on dedicated operating system threads.
 package thread
 
 import (
@@ -7,14 +7,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Own runs f on a thread that ends afterwards, with whatever f did to it, such as
-// to its namespaces or its user.
+// Own runs f on a new thread and returns its error. The thread ends afterwards, so f
+// may change its namespaces or its user without undoing that.
 func Own(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread() // not unlocked: the thread ends with the goroutine
 		if unix.Gettid() == unix.Getpid() {
-			// The main thread cannot end, and /proc/self shows its namespaces.
+			// Not on the main thread: it cannot end, and /proc/self shows its namespaces.
 			done <- Own(f)
 			runtime.UnlockOSThread()
 			return

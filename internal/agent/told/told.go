@@ -1,6 +1,6 @@
-// Package told marks the errors whose text was written for clients. The agent
-// sends no other text to the control plane, which passes it on: a new error
-// shows nothing of the host until somebody writes what clients are told of it.
+// Package told marks errors whose text was written for clients. The agent sends no
+// other text to the control plane, which passes it on to clients. So a new error reveals
+// nothing about the host until somebody writes a text for clients.
 package told
 
 import (
@@ -19,7 +19,7 @@ type Error struct {
 // New returns an error with a text for clients.
 func New(format string, args ...any) error { return &Error{text: fmt.Sprintf(format, args...)} }
 
-// Because is New with a cause, which clients are not told.
+// Because is New with a cause, which only the log shows.
 func Because(cause error, format string, args ...any) error {
 	return &Error{fmt.Sprintf(format, args...), cause}
 }
@@ -38,8 +38,8 @@ func (e *Error) Unwrap() error { return e.cause }
 // Told returns the text for clients.
 func (e *Error) Told() string { return e.text }
 
-// Text returns what clients are told of err: the text of the outermost error
-// that has one, which is a method Told.
+// Text returns err's text for clients: that of the outermost error in its chain with
+// a method Told.
 func Text(err error) (text string, ok bool) {
 	var t interface {
 		error
@@ -51,23 +51,23 @@ func Text(err error) (text string, ok bool) {
 	return t.Told(), true
 }
 
-// general is what clients are told of an error that has no text for them.
+// general has the texts for clients of errors without a text of their own, by code.
 var general = map[connect.Code]string{
 	connect.CodeCanceled:           "the request was cancelled",
 	connect.CodeInvalidArgument:    "the request is invalid",
-	connect.CodeDeadlineExceeded:   "it took too long",
+	connect.CodeDeadlineExceeded:   "the call took too long",
 	connect.CodeNotFound:           "not found",
-	connect.CodeAlreadyExists:      "it exists already",
+	connect.CodeAlreadyExists:      "already exists",
 	connect.CodePermissionDenied:   "permission denied",
-	connect.CodeResourceExhausted:  "the host has no room",
+	connect.CodeResourceExhausted:  "the host has too little memory or disk space",
 	connect.CodeFailedPrecondition: "not possible in this state",
 	connect.CodeAborted:            "the sandbox was in use",
-	connect.CodeUnavailable:        "the host cannot do it now",
+	connect.CodeUnavailable:        "the host cannot do this now",
 	connect.CodeUnauthenticated:    "unauthenticated",
 }
 
-// Shown returns err as clients may see it, with its code and metadata. hid says
-// that it had a text that they may not see.
+// Shown returns err as clients may see it, with its code and metadata. hid reports
+// whether it replaced err's text.
 func Shown(err *connect.Error) (shown *connect.Error, hid bool) {
 	text, ok := Text(err)
 	if !ok {

@@ -1,6 +1,6 @@
-// Package unreadable keeps what the agent finds on disk and cannot read. The
-// agent never deletes such data: it moves it to one directory, where an
-// operator can look at it and put it back.
+// Package unreadable keeps data that the agent found on disk but cannot read. The agent
+// never deletes such data. It moves it to one directory, where an operator can inspect
+// it and put it back.
 package unreadable
 
 import (
@@ -43,11 +43,11 @@ type Item struct {
 	Time   time.Time `json:"time"`
 }
 
-// noteSuffix ends the name of the file that describes the item beside it.
+// noteSuffix is the suffix of the file that describes an item, beside that item.
 const noteSuffix = ".note"
 
-// Move moves the file or directory at path to the directory of unreadable data
-// and notes why. It is durable when Move returns.
+// Move moves the file or directory at path to the directory of unreadable data and
+// notes the reason beside it. Both are synced when Move returns.
 func Move(dir layout.Dir, kind Kind, path string, reason error) (Item, error) {
 	item, err := move(dir, kind, path, reason)
 	if err != nil {
@@ -65,7 +65,7 @@ func move(dir layout.Dir, kind Kind, path string, reason error) (Item, error) {
 	if item.Path, err = free(dir.Unreadable(), string(kind)+"-"+filepath.Base(path)); err != nil {
 		return Item{}, err
 	}
-	// The note first: after a crash in between, a note alone means nothing.
+	// The note first, because List ignores a note without data after a crash.
 	if err := atomicfile.WriteJSON(item.Path+noteSuffix, item); err != nil {
 		return Item{}, err
 	}
@@ -75,15 +75,15 @@ func move(dir layout.Dir, kind Kind, path string, reason error) (Item, error) {
 	return item, errors.Join(atomicfile.Sync(dir.Unreadable()), atomicfile.Sync(filepath.Dir(path)))
 }
 
-// Passing reports whether an error of reading says nothing about what is on disk,
-// as those of a disk that fails and of too many open files do. Such data is not for
-// Move: it is there, and may be read later.
+// Passing reports whether a read error says nothing about the data itself, like those of
+// a failing disk or of too many open files. A later read may succeed, so the caller must
+// not Move such data.
 func Passing(err error) bool {
 	var errno syscall.Errno
 	return errors.As(err, &errno) && errno != syscall.ENOENT && errno != syscall.EISDIR && errno != syscall.ENOTDIR
 }
 
-// free returns a path in parent that nothing has, like name.
+// free returns an unused path in parent: name, or name with a number.
 func free(parent, name string) (string, error) {
 	path := filepath.Join(parent, name)
 	for n := 2; ; n++ {
@@ -118,9 +118,9 @@ func List(dir layout.Dir) ([]Item, error) {
 		if err == nil {
 			err = json.Unmarshal(b, &item)
 		}
-		if err != nil { // it is there all the same
+		if err != nil { // list it without its note
 			kind, _, _ := strings.Cut(e.Name(), "-")
-			item = Item{Kind: Kind(kind), Reason: "its note cannot be read: " + err.Error()}
+			item = Item{Kind: Kind(kind), Reason: "cannot read its note: " + err.Error()}
 		}
 		item.Path = path
 		all = append(all, item)
