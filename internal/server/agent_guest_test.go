@@ -19,16 +19,16 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
-// Exec is for servers of the release before. This one asks for streams, whose memory
+// Exec answers servers of the previous release. This release calls streams, whose memory
 // is bounded.
 func (a *agent) Exec(context.Context, *connect.Request[hostagentv1.ExecRequest]) (*connect.Response[hostagentv1.ExecResponse], error) {
-	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("for servers of the release before: its answer is as long as a guest likes"))
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("only servers of the previous release call this: the guest decides how long the response is"))
 }
 
-// exec runs a command to its end: one that the API waits for. It knows: cat, which
-// prints its input; say, its arguments; bytes, all of them; env, its environment;
-// exit N; hang, to its timeout; lost, a host failure; missing and unfit, what a
-// guest says of commands that it does not have or cannot execute.
+// exec runs a command to its end. It knows: cat, which prints its input; say, its
+// arguments; bytes, every byte value; env, its environment; exit N; hang, which runs to
+// its timeout; lost, a host failure; missing and unfit, a guest's errors for commands
+// that it does not have or cannot execute.
 func (a *agent) exec(c *hostagentv1.Command, stdin []byte) (*hostagentv1.ExecResponse, error) {
 	var r hostagentv1.ExecResponse
 	switch c.Cmd {
@@ -41,7 +41,7 @@ func (a *agent) exec(c *hostagentv1.Command, stdin []byte) (*hostagentv1.ExecRes
 			r.Stdout = append(r.Stdout, byte(i))
 		}
 		r.Stderr = []byte("plain")
-	case "flood": // prints a character as often as it is told, on both
+	case "flood": // prints a character N times on stdout and on stderr
 		n, _ := strconv.Atoi(c.Args[1])
 		r.Stdout = bytes.Repeat([]byte(c.Args[0]), n)
 		r.Stderr = r.Stdout
@@ -68,9 +68,9 @@ func (a *agent) exec(c *hostagentv1.Command, stdin []byte) (*hostagentv1.ExecRes
 	return &r, nil
 }
 
-// ExecStream knows, without a time-out: cat, which prints its input on stdout
-// and its length on stderr when it ends; tty, which prints on the terminal;
-// hang, which waits. With a time-out it knows what exec does.
+// ExecStream knows, without a timeout: cat, which prints its input on stdout and its
+// length on stderr when it ends; tty, which prints on the terminal; hang, which waits.
+// With a timeout it knows the commands of exec.
 func (a *agent) ExecStream(ctx context.Context, s *connect.BidiStream[hostagentv1.ExecStreamRequest, hostagentv1.ExecStreamResponse]) error {
 	first, err := s.Receive()
 	if err != nil {
@@ -78,7 +78,7 @@ func (a *agent) ExecStream(ctx context.Context, s *connect.BidiStream[hostagentv
 	}
 	start := first.GetStart()
 	if start == nil {
-		return connect.NewError(connect.CodeInvalidArgument, errors.New("no start"))
+		return connect.NewError(connect.CodeInvalidArgument, errors.New("the first message is not a start"))
 	}
 	if err := a.usable(start.SandboxId); err != nil {
 		return err
@@ -132,8 +132,8 @@ func (a *agent) ExecStream(ctx context.Context, s *connect.BidiStream[hostagentv
 // piece is how much output the agent sends in a message, in bytes.
 const piece = 32 << 10
 
-// Run implements hostagentv1connect.HostAgentHandler, unless the agent is of the release
-// before.
+// Run implements hostagentv1connect.HostAgentHandler. An agent of the previous release
+// does not have the call.
 func (a *agent) Run(_ context.Context, req *connect.Request[hostagentv1.RunRequest], s *connect.ServerStream[hostagentv1.RunResponse]) error {
 	if a.before.Load() {
 		return connect.NewError(connect.CodeUnimplemented, errors.New("no such call"))
@@ -158,7 +158,7 @@ func (a *agent) Run(_ context.Context, req *connect.Request[hostagentv1.RunReque
 	return s.Send(&hostagentv1.RunResponse{Message: &hostagentv1.RunResponse_Exited{Exited: exitOf(r)}})
 }
 
-// toEnd reads a command's input, runs it, and sends what it printed.
+// toEnd reads a command's input, runs it, and sends its output.
 func (a *agent) toEnd(start *hostagentv1.ExecStreamRequest_Start, s *connect.BidiStream[hostagentv1.ExecStreamRequest, hostagentv1.ExecStreamResponse]) error {
 	var stdin []byte
 	for open := start.Stdin; open; {
@@ -190,8 +190,8 @@ func exitOf(r *hostagentv1.ExecResponse) *hostagentv1.ExecStreamResponse_Exited 
 	return &hostagentv1.ExecStreamResponse_Exited{ExitCode: r.ExitCode, Error: r.Error, TimedOut: r.TimedOut}
 }
 
-// shell runs a line: "exit N" ends with N; "hang" waits to be given up, or for
-// its time-out; all others print themselves, and go through on as "run".
+// shell runs a line: "exit N" ends with N; "hang" waits until it is cancelled or times
+// out; any other line prints itself, and counts as the call "run" of agent.on.
 func (a *agent) shell(ctx context.Context, start *hostagentv1.ExecStreamRequest_Start, s *connect.BidiStream[hostagentv1.ExecStreamRequest, hostagentv1.ExecStreamResponse]) error {
 	line := start.Command.Args[1]
 	exited := &hostagentv1.ExecStreamResponse_Exited{}
@@ -230,7 +230,7 @@ func (a *agent) shell(ctx context.Context, start *hostagentv1.ExecStreamRequest_
 	return s.Send(&hostagentv1.ExecStreamResponse{Message: &hostagentv1.ExecStreamResponse_Exited_{Exited: exited}})
 }
 
-// lines are those that were run since it was asked last.
+// lines returns the lines run since its last call.
 func (a *agent) lines() []string {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -239,7 +239,7 @@ func (a *agent) lines() []string {
 	return ran
 }
 
-// breakAfter is a path whose reading breaks off after some bytes.
+// breakAfter is a path whose download breaks off after some bytes.
 const breakAfter = "/break"
 
 func (a *agent) ReadFileStream(ctx context.Context, req *connect.Request[hostagentv1.ReadFileStreamRequest], s *connect.ServerStream[hostagentv1.ReadFileStreamResponse]) error {
@@ -306,8 +306,8 @@ func (a *agent) WriteFileStream(ctx context.Context, s *connect.ClientStream[hos
 	return connect.NewResponse(&hostagentv1.WriteFileStreamResponse{File: &hostagentv1.FileInfo{Path: ref.Path, Name: filepath.Base(ref.Path), Size: n}}), nil
 }
 
-// guestHandler is what listens in the sandboxes of the proxy's tests. Paths
-// come as /proxy/{sandbox}/{port}/…
+// guestHandler serves the sandboxes' ports in the proxy's tests. Paths have the form
+// /proxy/{sandbox}/{port}/…
 func guestHandler() http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		parts := strings.SplitN(r.URL.EscapedPath(), "/", 5)

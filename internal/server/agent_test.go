@@ -28,35 +28,34 @@ import (
 
 const agentToken = "agent-token-of-the-test"
 
-// agent is a host's agent without machines: it speaks the real protocol over
-// a real socket, keeps sandboxes and files in memory, and "runs" a handful of
-// commands that it knows. It lets a test reach what virtual machines make
-// slow or rare: creations that hang, hosts that vanish, streams that break.
-// The tests in test/ run the real agent.
+// agent is a fake host agent without machines. It speaks the real protocol over a real
+// socket, keeps sandboxes and files in memory, and knows a handful of commands. It lets a
+// test reach what is slow or rare with VMs: creations that hang, hosts that vanish,
+// streams that break. The tests in test/ run the real agent.
 type agent struct {
 	hostagentv1connect.UnimplementedHostAgentHandler
 
 	socket  string
-	address string // where it listens instead, if it was made by newTCPAgent
+	address string // TCP address, if newTCPAgent made it
 	token   string
-	// saw is called with each request that shows the token; nil: nothing.
+	// saw is called with each authenticated request, if it is set.
 	saw atomic.Pointer[func(*http.Request)]
-	// onCreate decides how a creation goes; nil: well.
+	// onCreate decides the result of a creation; nil means success.
 	onCreate func(context.Context, *hostagentv1.CreateRequest) error
-	// onDestroy likewise.
+	// onDestroy decides the result of a removal; nil means success.
 	onDestroy func(context.Context, *hostagentv1.DestroyRequest) error
-	// imports is called with a template that is about to be there; nil: nothing.
+	// imports is called with each template before it is stored, if it is set.
 	imports func(*hostagentv1.Template)
-	// payer is called with the payer of each import; nil: nothing.
+	// payer is called with the payer of each import, if it is set.
 	payer func(string)
-	// digest is what a registry's image has.
+	// digest is the digest that a registry reports for an image.
 	digest string
-	// on decides how pauses, resumes, snapshots, forks and removals of templates
-	// go, by the name of the call; nil: well.
+	// on decides the results of pauses, resumes, snapshots, forks and removals of
+	// templates, by the name of the call; nil means success.
 	on func(ctx context.Context, call string) error
 	// guest answers requests to sandboxes' ports.
 	guest http.Handler
-	// before is set if it is of the release before.
+	// before makes it an agent of the previous release.
 	before atomic.Bool
 
 	mu        sync.Mutex
@@ -69,10 +68,10 @@ type agent struct {
 	acked     uint64
 	news      chan struct{}
 	resized   []string
-	ran       []string // lines for the shell that streams were asked for
+	ran       []string // shell lines that streams have run
 
 	server *http.Server
-	// serving is held for reading by every call that the agent answers.
+	// serving is held for reading by every call in progress.
 	serving sync.RWMutex
 }
 
@@ -89,7 +88,8 @@ func newAgent(t testing.TB) *agent {
 	return a
 }
 
-// newTCPAgent is one that registered itself, and listens on loopback.
+// newTCPAgent returns an agent that listens on loopback, for hosts that register
+// themselves.
 func newTCPAgent(t testing.TB, l net.Listener, token string) *agent {
 	a := &agent{
 		address: l.Addr().String(), token: token,
@@ -133,7 +133,8 @@ func (a *agent) serveOn(l net.Listener) {
 				http.Error(w, state, http.StatusServiceUnavailable)
 				return
 			}
-			// As the real one: a guest that breaks off a response is seen at once.
+			// Like the real agent: the server notices at once that a guest breaks off a
+			// response.
 			duplex.Serve(w, r, a.guest.ServeHTTP)
 			return
 		}
@@ -143,12 +144,11 @@ func (a *agent) serveOn(l net.Listener) {
 	go s.Serve(l)
 }
 
-// close makes the host unreachable; its sandboxes stay. A call that it answers
-// may go on for a while.
+// close makes the host unreachable; its sandboxes stay. Calls in progress may continue.
 func (a *agent) close() { a.server.Close() }
 
-// vanish is close that returns when every call has ended, so that none changes
-// a sandbox afterwards.
+// vanish is like close, but returns when every call has ended, so that none changes a
+// sandbox afterwards.
 func (a *agent) vanish() {
 	a.close()
 	a.serving.Lock()
@@ -169,7 +169,7 @@ func (a *agent) Create(ctx context.Context, req *connect.Request[hostagentv1.Cre
 	return connect.NewResponse(&hostagentv1.CreateResponse{Sandbox: a.made(m)}), nil
 }
 
-// made makes the sandbox that was asked for.
+// made adds the sandbox of a request.
 func (a *agent) made(m *hostagentv1.CreateRequest) *hostagentv1.Sandbox {
 	a.add(m.SandboxId, m.TimeoutSeconds)
 	a.mu.Lock()
@@ -185,19 +185,19 @@ var minimal = &hostagentv1.Template{
 	TemplateId: id.Format(id.Template, uuid.Nil), TeamId: id.Format(id.Team, uuid.Nil), Name: "minimal", SizeBytes: 1 << 29, CreatedAt: timestamppb.New(time.Unix(1700000000, 0)),
 }
 
-// states are the names of states in which a sandbox is not used.
+// states names the states in which nobody can use a sandbox.
 var states = map[hostagentv1.SandboxState]string{
 	hostagentv1.SandboxState_SANDBOX_STATE_PAUSING: "pausing", hostagentv1.SandboxState_SANDBOX_STATE_PAUSED: "paused", hostagentv1.SandboxState_SANDBOX_STATE_RESUMING: "resuming",
 }
 
-// held is the state that keeps a sandbox from being used.
+// held returns the name of the state that keeps clients from using a sandbox, or "".
 func (a *agent) held(sandbox string) string {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return states[a.sandboxes[sandbox].GetState()]
 }
 
-// usable fails for a sandbox that cannot be used now, as the real agent does.
+// usable returns the real agent's error for a sandbox that cannot be used now.
 func (a *agent) usable(sandbox string) error {
 	state := a.held(sandbox)
 	if state == "" {
@@ -208,14 +208,14 @@ func (a *agent) usable(sandbox string) error {
 	return err
 }
 
-// set puts a sandbox into a state, which is nobody's doing.
+// set changes a sandbox's state without a call.
 func (a *agent) set(sandbox string, state hostagentv1.SandboxState) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.sandboxes[sandbox].State = state
 }
 
-// unused says for how long nothing has used a sandbox.
+// unused sets how long a sandbox has been idle.
 func (a *agent) unused(sandbox string, idle time.Duration) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -228,8 +228,8 @@ func (a *agent) stateOf(sandbox string) hostagentv1.SandboxState {
 	return a.sandboxes[sandbox].GetState()
 }
 
-// called is how often the host was asked for one of the calls of on, for a
-// sandbox ("get"), for all ("list") or for what they use ("samples").
+// called returns how often the server made a call: those of on, and "get", "list" and
+// "samples".
 func (a *agent) called(call string) int {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -242,7 +242,7 @@ func (a *agent) hook(on func(context.Context, string) error) {
 	a.on = on
 }
 
-// decide counts a call and asks how it goes.
+// decide counts a call and returns the result that the test chose for it.
 func (a *agent) decide(ctx context.Context, call string) error {
 	a.mu.Lock()
 	a.calls[call]++
@@ -254,7 +254,7 @@ func (a *agent) decide(ctx context.Context, call string) error {
 	return on(ctx, call)
 }
 
-// turn leads a sandbox from one state to another, by a third.
+// turn moves a sandbox from one state through a second to a third.
 func (a *agent) turn(ctx context.Context, sandbox, call string, from, by, to hostagentv1.SandboxState) (*hostagentv1.Sandbox, error) {
 	a.mu.Lock()
 	sb := a.sandboxes[sandbox]
@@ -326,7 +326,7 @@ func (a *agent) Reboot(ctx context.Context, req *connect.Request[hostagentv1.Reb
 	return connect.NewResponse(&hostagentv1.RebootResponse{Sandbox: sb}), nil
 }
 
-// condition sets what is wrong with a sandbox; empty: nothing.
+// condition sets a sandbox's condition; an empty reason clears it.
 func (a *agent) condition(sandbox, reason string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -411,7 +411,7 @@ func (a *agent) Get(_ context.Context, req *connect.Request[hostagentv1.GetReque
 	return connect.NewResponse(&hostagentv1.GetResponse{Sandbox: proto.CloneOf(sb)}), nil
 }
 
-// add makes a sandbox that runs.
+// add adds a running sandbox.
 func (a *agent) add(sandbox string, timeout int32) *hostagentv1.Sandbox {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -482,12 +482,12 @@ func (a *agent) Host(context.Context, *connect.Request[hostagentv1.HostRequest])
 	return connect.NewResponse(&hostagentv1.HostResponse{Version: "test", Cpus: 2, Vmm: "none", Accelerator: "none", MemoryLimitMib: 4096}), nil
 }
 
-// Samples says that each sandbox that runs has used a second since the last time.
+// Samples reports that each running sandbox has used one second since the last call.
 func (a *agent) Samples(context.Context, *connect.Request[hostagentv1.SamplesRequest]) (*connect.Response[hostagentv1.SamplesResponse], error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.calls["samples"]++
-	// One that nobody can read keeps the others from nobody.
+	// Include a sandbox id that nobody can parse: the server must still take the others.
 	r := &hostagentv1.SamplesResponse{Time: timestamppb.Now(), Samples: []*hostagentv1.SamplesResponse_Sample{{SandboxId: "malformed"}}}
 	for name, sb := range a.sandboxes {
 		if sb.State == hostagentv1.SandboxState_SANDBOX_STATE_RUNNING {
@@ -512,7 +512,7 @@ func (a *agent) happened(kind hostagentv1.Event_Kind, sandbox, reason string) {
 }
 
 func (a *agent) Events(ctx context.Context, _ *connect.Request[hostagentv1.EventsRequest], s *connect.ServerStream[hostagentv1.EventsResponse]) error {
-	if err := s.Send(nil); err != nil { // The header: the call was taken.
+	if err := s.Send(nil); err != nil { // The header tells the server that the call has begun.
 		return err
 	}
 	a.mu.Lock()
@@ -578,7 +578,7 @@ func (a *agent) Settle(ctx context.Context, req *connect.Request[hostagentv1.Set
 	return connect.NewResponse(&hostagentv1.SettleResponse{}), a.decide(ctx, "settle")
 }
 
-// left is how many sandboxes and templates there are.
+// left returns how many sandboxes and templates the host has.
 func (a *agent) left() (sandboxes, templates int) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -10,8 +10,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
-// TestBackup: a server on a restored copy of the database, which docs/backup.md says how
-// to make, has what was there, with the same keys, and ends what the host lost since.
+// TestBackup starts a server on a database restored as docs/backup.md describes. The
+// server knows every entity and key of the copy, and ends the sandboxes that the host has
+// lost since.
 func TestBackup(t *testing.T) {
 	t.Parallel()
 	found, _ := filepath.Glob("/usr/lib/postgresql/*/bin/pg_restore")
@@ -45,16 +46,16 @@ func TestBackup(t *testing.T) {
 	since := p.create(map[string]any{})
 	p.end()
 
-	// First into an empty database, then over one that has another state.
+	// First restore into an empty database, then over one in another state.
 	for _, database := range []string{pgtest.New(t), p.config.DatabaseURL} {
 		follow("pg_restore", database)
 		p.config.DatabaseURL = database
 		p.start()
 		if got := p.call("GET", "/v1/sandboxes/"+lives, nil).want(200).object()["state"]; got != "running" {
-			t.Errorf("a sandbox from before the copy is %v", got)
+			t.Errorf("a sandbox that is in the copy is %v", got)
 		}
 		p.call("GET", "/v1/sandboxes/"+since, nil).want(404)
-		p.eventually("a sandbox that ended since is stopped", func() bool {
+		p.eventually("a sandbox that ended after the copy is stopped", func() bool {
 			return p.call("GET", "/v1/sandboxes/"+ended, nil).want(200).object()["state"] == "stopped"
 		})
 		p.end()

@@ -36,7 +36,7 @@ func (p *plane) build(body map[string]any) string {
 	return p.call("POST", "/v1/templates/builds", body).want(202).str("id")
 }
 
-// ended waits for a build's end and returns it.
+// ended waits until a build has ended, and returns it.
 func (p *plane) ended(build string) (b map[string]any) {
 	p.Helper()
 	p.eventually("the build has ended", func() bool {
@@ -46,7 +46,7 @@ func (p *plane) ended(build string) (b map[string]any) {
 	return b
 }
 
-// steps are a build's, each its state and text.
+// steps returns a build's steps, each as its state and text.
 func steps(b map[string]any) (all []string) {
 	for _, s := range b["steps"].([]any) {
 		step := s.(map[string]any)
@@ -55,10 +55,10 @@ func steps(b map[string]any) (all []string) {
 	return all
 }
 
-// clean fails the test unless nothing is left of builds but their templates.
+// clean fails the test unless builds left nothing but the given number of templates.
 func (p *plane) clean(templates int) {
 	p.Helper()
-	p.eventually("nothing is left", func() bool {
+	p.eventually("builds left only their templates", func() bool {
 		boxes, has := p.agent.left()
 		var rows int
 		if err := p.db().QueryRow(context.Background(), `SELECT (SELECT count(*) FROM sandboxes WHERE state NOT IN ('stopped', 'error')) + (SELECT count(*) FROM templates WHERE state <> 'ready')`).Scan(&rows); err != nil {
@@ -90,7 +90,7 @@ func TestBuild(t *testing.T) {
 			t.Errorf("%s is %s", ref, got)
 		}
 	}
-	// Layers and the build's sandbox are nobody's to see.
+	// Nobody sees layers or the build's sandbox.
 	if n := len(p.call("GET", "/v1/templates", nil).list("templates")); n != 2 {
 		t.Errorf("%d templates", n)
 	}
@@ -98,7 +98,7 @@ func TestBuild(t *testing.T) {
 		t.Errorf("%d sandboxes", n)
 	}
 
-	// Again, with the last step changed: no other is run.
+	// Build again with the last step changed: no other step runs.
 	b = p.ended(p.build(map[string]any{"recipe": strings.Replace(text, "two", "other", 1)}))
 	if got := p.agent.lines(); b["version"] != 2. || !slices.Equal(got, []string{"other", "apt-get -y autoremove", "apt-get clean", "rm -rf /var/lib/apt/lists/*"}) {
 		t.Errorf("version %v ran %q", b["version"], got)
@@ -106,7 +106,7 @@ func TestBuild(t *testing.T) {
 	if got := steps(b)[:4]; !slices.Equal(got, []string{"cached apt-get update", "cached ENV A=1", "cached RUN one", "succeeded WORKDIR /srv"}) {
 		t.Errorf("steps %q", got)
 	}
-	// A changed variable is another input of all that follows.
+	// A changed variable changes the input of every later step.
 	p.ended(p.build(map[string]any{"recipe": strings.Replace(text, "A=1", "A=2", 1)}))
 	if got := p.agent.lines(); got[0] != "one" {
 		t.Errorf("with another variable it ran %q", got)
@@ -115,7 +115,7 @@ func TestBuild(t *testing.T) {
 	if got := p.agent.lines(); !slices.Equal(got, []string{"one", "two"}) || b["total_steps"] != 5. {
 		t.Errorf("without a cache it ran %q", got)
 	}
-	// Versions 2 and 3 have no tag left; 1 has.
+	// Versions 2 and 3 have lost their tags; 1 still has one.
 	if got := p.call("GET", "/v1/templates/hello", nil).want(200).object()["version"]; got != 4. {
 		t.Errorf("hello is version %v", got)
 	}
@@ -125,7 +125,7 @@ func TestBuild(t *testing.T) {
 	p.call("GET", "/v1/templates/builds/"+b["id"].(string), nil, "X-API-Key", other).fails(404, "not_found")
 	p.call("POST", "/v1/templates/builds/"+b["id"].(string)+"/cancel", nil, "X-API-Key", other).fails(404, "not_found")
 
-	// The log, after the end: all of it, then the end.
+	// After the end, the log has every step and then the end.
 	req := httptest.NewRequest(http.MethodGet, p.http.URL+"/v1/templates/builds/"+b["id"].(string)+"/logs", nil)
 	req.RequestURI = ""
 	req.Header.Set("X-API-Key", adminKey)
@@ -140,8 +140,8 @@ func TestBuild(t *testing.T) {
 	}
 }
 
-// TestBuildLimits: a recipe's limits come to its host with the template, are those of
-// what starts from it, and are shown.
+// TestBuildLimits checks that a recipe's limits reach its host with the template, apply
+// to whatever starts from it, and are shown.
 func TestBuildLimits(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -173,7 +173,7 @@ func TestBuildLimits(t *testing.T) {
 	check("none", nil)
 	p.call("POST", "/v1/templates/builds", map[string]any{"name": "bad", "recipe": "FROM minimal\nLIMIT disk_ops=1"}).fails(400, "invalid_argument")
 
-	// A host that makes limits up: none becomes more than a recipe's could be.
+	// If a host makes up limits, none of them exceeds what a recipe may ask for.
 	p.agent.mu.Lock()
 	p.agent.imports = func(tpl *hostagentv1.Template) {
 		tpl.Defaults = &hostagentv1.Defaults{Limits: map[string]int64{"disk_ops": 1 << 60, "net_bytes": -1, "speed": 7}}
@@ -219,7 +219,7 @@ func TestBuildWrong(t *testing.T) {
 	p.call("GET", "/v1/templates/broken", nil).fails(404, "not_found")
 }
 
-// TestBuildCopies uploads a folder and has it copied.
+// TestBuildCopies uploads a folder, and a build copies it.
 func TestBuildCopies(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -278,7 +278,7 @@ func TestBuildCopies(t *testing.T) {
 		t.Error("nothing was copied to /srv")
 	}
 	p.agent.mu.Unlock()
-	// What is in a file that the first COPY does not take changes the second alone.
+	// A changed file that the first COPY does not take reruns only the second.
 	if err := os.WriteFile(filepath.Join(dir, "sub/b"), []byte("c"), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -299,7 +299,7 @@ func TestBuildCancelled(t *testing.T) {
 	recipe := "FROM minimal\nRUN one\nSTART hang\nHEALTHCHECK --interval=1s CMD well\n"
 	for _, at := range []struct {
 		call string
-		n    int // which of them
+		n    int // the call's number
 	}{{"run", 1}, {"settle", 1}, {"snapshot", 1}, {"run", 2}, {"run", 4}, {"run", 6}, {"snapshot", 2}} {
 		reached, seen := make(chan struct{}), 0
 		p.agent.hook(func(ctx context.Context, call string) error {
@@ -329,14 +329,14 @@ func TestBuildCancelled(t *testing.T) {
 		p.eventually("no sandbox is left", func() bool { n, _ := p.agent.left(); return n == 0 })
 	}
 	p.call("GET", "/v1/templates/never", nil).fails(404, "not_found")
-	// What waits ends at once.
+	// A queued build ends at once.
 	hold := p.newHold("run")
 	running := []string{p.build(map[string]any{"recipe": "FROM minimal\nRUN a"}), p.build(map[string]any{"recipe": "FROM minimal\nRUN b"})}
 	<-hold.asked
 	<-hold.asked
 	waits := p.build(map[string]any{"recipe": "FROM minimal\nRUN c"})
 	if got := p.call("POST", "/v1/templates/builds/"+waits+"/cancel", nil).want(200).str("state"); got != "cancelled" {
-		t.Errorf("what waits is %s", got)
+		t.Errorf("the queued build is %s", got)
 	}
 	for _, b := range running {
 		p.call("POST", "/v1/templates/builds/"+b+"/cancel", nil).want(200)
@@ -344,7 +344,7 @@ func TestBuildCancelled(t *testing.T) {
 	}
 }
 
-// newHold has calls of the agent wait until they are given up.
+// newHold makes calls of the agent block until they are cancelled.
 func (p *plane) newHold(call string) *gate {
 	g := newGate()
 	p.agent.hook(func(ctx context.Context, is string) error {
@@ -356,12 +356,12 @@ func (p *plane) newHold(call string) *gate {
 	return g
 }
 
-// TestBuildWorkerDies has the server of a build stop, and another finish it.
+// TestBuildWorkerDies stops the server that runs a build; another server finishes it.
 func TestBuildWorkerDies(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
 	p.end()
-	// Long enough that a live worker on a busy machine keeps its lease.
+	// The lease is long enough for a live worker on a busy machine to keep it.
 	p.config.Heartbeat, p.config.Builds.Lease = time.Second, 5*time.Second
 	p.start()
 	for _, call := range []string{"run", "settle", "snapshot"} {
@@ -369,16 +369,16 @@ func TestBuildWorkerDies(t *testing.T) {
 		build := p.build(map[string]any{"recipe": "FROM minimal\nRUN " + call + "\n", "skip_pre_post": true, "no_cache": call == "run"})
 		<-hold.asked
 		p.agent.hook(nil)
-		p.end() // cleanly: it gives the build back
+		p.end() // a clean stop returns the build to the queue
 		p.start()
 		if b := p.ended(build); b["state"] != "succeeded" {
 			t.Errorf("%s: %v %v", call, b["state"], b["error"])
 		}
-		// Now one that is not there any more says nothing: its lease ends.
+		// A dead worker returns nothing: its lease runs out.
 		hold = p.newHold(call)
 		build = p.build(map[string]any{"recipe": "FROM minimal\nRUN " + call + " dies\n", "skip_pre_post": true, "no_cache": call == "run"})
 		<-hold.asked
-		// As if another server had it, which is dead.
+		// Pretend that a dead server has the build.
 		p.sql(`UPDATE builds SET worker = gen_random_uuid(), lease_until = now() + interval '1 second' WHERE state = 'running'`)
 		p.agent.hook(nil)
 		if b := p.ended(build); b["state"] != "succeeded" || b["attempts"] != 2. {
@@ -388,7 +388,7 @@ func TestBuildWorkerDies(t *testing.T) {
 	p.eventually("no sandbox is left", func() bool { n, _ := p.agent.left(); return n == 0 })
 }
 
-// TestBuildHostFull has a host without room for what is to be captured.
+// TestBuildHostFull builds on a host that has no room for the capture.
 func TestBuildHostFull(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -405,9 +405,8 @@ func TestBuildHostFull(t *testing.T) {
 	p.clean(1)
 }
 
-// TestBuildImage builds from an image in a registry that asks for a password: it
-// is imported once for as long as it is the same, and not at all for a build
-// that is cancelled.
+// TestBuildImage builds from an image in a registry that asks for a password. The host
+// imports it once per digest, and not at all for a cancelled build.
 func TestBuildImage(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -444,11 +443,11 @@ func TestBuildImage(t *testing.T) {
 	if got, n := p.agent.lines(), p.agent.called("import"); !slices.Equal(got, []string{"one", "two", "other"}) || n != 1 {
 		t.Errorf("it ran %q and imported %d times", got, n)
 	}
-	// The cache lets nobody in.
+	// The cache does not replace the password.
 	if b := p.ended(p.build(body(there, "wrong", "two"))); b["state"] != "failed" {
 		t.Errorf("with a wrong password and the image there: %v", b["state"])
 	}
-	// The tag means another image now: nothing of the first counts.
+	// The tag now means another image: nothing of the first may be reused.
 	p.agent.mu.Lock()
 	p.agent.digest = strings.Repeat("2", 64)
 	p.agent.mu.Unlock()
@@ -457,7 +456,7 @@ func TestBuildImage(t *testing.T) {
 		t.Errorf("of another image it ran %q, after %d imports", got, n)
 	}
 
-	// Its import is broken off with the build.
+	// Cancelling the build cancels its import.
 	p.agent.mu.Lock()
 	p.agent.digest = strings.Repeat("3", 64)
 	p.agent.mu.Unlock()
@@ -483,8 +482,8 @@ func TestBuildImage(t *testing.T) {
 	}
 }
 
-// TestBuildVersionsGo has a version that no tag names go once no sandbox of it is
-// there, paused ones included, and not before; and what layers are too many.
+// TestBuildVersionsGo removes a version that no tag names once no sandbox uses it, paused
+// ones included, and not before. It also removes surplus layers.
 func TestBuildVersionsGo(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -509,20 +508,19 @@ func TestBuildVersionsGo(t *testing.T) {
 	if !has("hello@1") || !has("hello@3") {
 		t.Error("a version that is used went")
 	}
-	// minimal, two versions, and the layer that may stay.
+	// What stays: minimal, two versions, and one layer.
 	p.eventually("layers that are too many go", func() bool { _, n := p.agent.left(); return n == 1+2+1 })
 	p.call("POST", "/v1/sandboxes/"+sandbox+"/resume", nil).want(200)
 	p.call("DELETE", "/v1/sandboxes/"+sandbox, nil)
 	p.eventually("it goes with its last sandbox", func() bool { return !has("hello@1") && !p.agent.hasTemplate(one["template_id"].(string)) })
-	// The number is not given again.
+	// Version numbers are not reused.
 	if b := version("four"); b["version"] != 4. {
 		t.Errorf("the next version is %v", b["version"])
 	}
 }
 
-// TestBuildQuota has builds' sandboxes count as others do: what they have is in
-// the team's usage while they run, where there is no room the build says so, and
-// afterwards nothing of them counts.
+// TestBuildQuota checks that builds' sandboxes count towards the team's usage and quota
+// while they run, that a build without room says so, and that nothing counts afterwards.
 func TestBuildQuota(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -570,9 +568,8 @@ func TestBuildQuota(t *testing.T) {
 	}
 }
 
-// TestBuildOtherSecret has a build begin under another WRENN_SECRET_KEY than its
-// registry's credentials were encrypted with: it fails, says why, and asks no
-// registry for anything.
+// TestBuildOtherSecret starts a build whose registry credentials were encrypted with
+// another WRENN_SECRET_KEY. It fails, says why, and contacts no registry.
 func TestBuildOtherSecret(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -583,10 +580,10 @@ func TestBuildOtherSecret(t *testing.T) {
 		"registry": map[string]any{"username": "reader", "password": "s3cret"},
 	})
 	<-hold.asked
-	p.end() // it gives the build back
+	p.end() // the build returns to the queue
 	p.agent.hook(nil)
 	asked := p.agent.called("resolve")
-	// As after a backup of another installation's rows.
+	// As if the row came from another installation's backup.
 	p.sql("DELETE FROM installation_secret")
 	p.config.SecretKey = strings.Repeat("cd", 32)
 	p.start()
@@ -603,9 +600,8 @@ func TestBuildOtherSecret(t *testing.T) {
 	p.clean(1 + 1 + 1)
 }
 
-// TestSweepOthers has the host hang, fail and answer with ends of sandboxes that
-// builds left behind: those that it answers are ended, and what nothing needs any
-// more is removed, whatever becomes of the others.
+// TestSweepOthers makes the host hang, fail or succeed in ending sandboxes that builds
+// left behind. The server removes what it can, whatever becomes of the others.
 func TestSweepOthers(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -637,7 +633,8 @@ func TestSweepOthers(t *testing.T) {
 		return nil
 	}
 	p.agent.mu.Unlock()
-	// At once: a sweep of the two that hang alone would keep the next one waiting.
+	// In one transaction: a sweep that sees only the two that hang would delay the next
+	// one.
 	err := pgx.BeginFunc(t.Context(), p.db(), func(tx pgx.Tx) error {
 		var all []error
 		sql := func(sql string, args ...any) {
@@ -661,6 +658,6 @@ func TestSweepOthers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.eventually("the one that the host ends is gone", func() bool { return !p.agent.has(boxes[3]) })
+	p.eventually("the sandbox whose end succeeds is gone", func() bool { return !p.agent.has(boxes[3]) })
 	p.eventually("the template is gone", func() bool { return !p.agent.hasTemplate(template) })
 }

@@ -11,9 +11,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/recipe/buildcontext"
 )
 
-// tools is where `make test-deps` puts the Python packages that
-// test/fuzz/requirements.txt locks, and clients the clients' programs and, for
-// Node.js, packages.
+// tools is where `make test-deps` installs the Python packages that
+// test/fuzz/requirements.txt locks. clients has the client programs and the Node.js
+// packages.
 var tools, clients = absolute("../../.cache/python/bin"), absolute("../../test/clients")
 
 func absolute(path string) string {
@@ -24,7 +24,7 @@ func absolute(path string) string {
 	return abs
 }
 
-// needs skips the test where make test-deps has not put a tool in its place.
+// needs skips the test if make test-deps has not installed a tool.
 func needs(t *testing.T, dir, tool string) string {
 	t.Helper()
 	path := filepath.Join(dir, tool)
@@ -34,8 +34,8 @@ func needs(t *testing.T, dir, tool string) string {
 	return path
 }
 
-// TestGeneratedClients generates clients from the OpenAPI document and uses
-// them: sandboxes, files, commands, the upload of an archive and its build.
+// TestGeneratedClients generates clients from the OpenAPI document and uses them for
+// sandboxes, files, commands, and the upload and build of an archive.
 func TestGeneratedClients(t *testing.T) {
 	t.Parallel()
 	for name, generate := range map[string]func(t *testing.T, dir string, run func(name string, args ...string) string) []string{
@@ -44,7 +44,7 @@ func TestGeneratedClients(t *testing.T) {
 			said := run(generator, "generate", "--path", absolute("../../api/openapi.yaml"), "--output-path", filepath.Join(dir, "wrenn"), "--meta", "none",
 				"--config", filepath.Join(clients, "python.yaml"), "--fail-on-warning")
 			if strings.Contains(said, "WARNING") {
-				t.Errorf("part of the API is not in the client:\n%s", said)
+				t.Errorf("the client lacks part of the API:\n%s", said)
 			}
 			return []string{python, filepath.Join(clients, "client.py")}
 		},
@@ -99,7 +99,7 @@ func TestGeneratedClients(t *testing.T) {
 	}
 }
 
-// pack writes the archive of a small folder.
+// pack archives a small folder.
 func pack(ctx context.Context, to string) (err error) {
 	dir, err := os.MkdirTemp("", "")
 	if err != nil {

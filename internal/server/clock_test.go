@@ -7,8 +7,8 @@ import (
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 )
 
-// TestClockSetBack has a host and a server die just before the clock of the
-// database is set back: neither is believed to live until the clock is there again.
+// TestClockSetBack sets the database's clock back just after a host and a server died:
+// nobody takes them for alive until the clock reaches that time again.
 func TestClockSetBack(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -25,7 +25,7 @@ func TestClockSetBack(t *testing.T) {
 	later("UPDATE hosts SET last_seen_at = now() + interval '1 hour'")
 	p.eventually("the sandbox is missing", func() bool { return p.state(sandbox) == "missing" })
 	p.agent.serve(t)
-	p.eventually("it is back", func() bool { return p.state(sandbox) == "running" })
+	p.eventually("the sandbox runs again", func() bool { return p.state(sandbox) == "running" })
 
 	later("INSERT INTO servers (id, seen_at) VALUES ('00000000-0000-4000-8000-000000000001', now() + interval '1 hour')")
 	later("INSERT INTO leases (name, server, until) SELECT name, '00000000-0000-4000-8000-000000000001', now() + interval '1 hour' FROM leases ON CONFLICT (name) DO UPDATE SET server = EXCLUDED.server, until = EXCLUDED.until")
@@ -36,8 +36,8 @@ func TestClockSetBack(t *testing.T) {
 	})
 }
 
-// TestClockSetForth has the clock of the database jump an hour ahead: all that was
-// seen is an hour old, and nothing ends for that.
+// TestClockSetForth sets the database's clock an hour forward: every sign of life is an
+// hour old, and nothing ends because of that.
 func TestClockSetForth(t *testing.T) {
 	p := newPlane(t)
 	p.end()
@@ -52,7 +52,7 @@ func TestClockSetForth(t *testing.T) {
 	p.compared(p.agent)
 	p.eventually("the sandbox runs", func() bool { return p.state(sandbox) == "running" })
 	if !p.agent.has(sandbox) {
-		t.Error("the host has it no more")
+		t.Error("the host no longer has the sandbox")
 	}
 	p.agent.happened(hostagentv1.Event_KIND_EXPIRED, sandbox, "")
 	p.eventually("the host is watched", func() bool {

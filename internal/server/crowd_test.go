@@ -9,8 +9,7 @@ import (
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 )
 
-// newCrowdedPlane returns a plane on which each principal may have one request under
-// way.
+// newCrowdedPlane returns a plane that allows each principal one concurrent request.
 func newCrowdedPlane(t *testing.T) *plane {
 	t.Helper()
 	p := newPlane(t)
@@ -32,13 +31,13 @@ func (w *world) sendFrom(o operation, c caller, n int, address string) response 
 	return r
 }
 
-// crowded reports whether a call was one too many.
+// crowded reports whether a call exceeded the limit of concurrent requests.
 func crowded(r response) bool {
 	return r.Status == 429 && r.Header.Get("Retry-After") != ""
 }
 
-// TestCrowd: each caller has one request under way, which is its bound. The next one is
-// refused for every operation, and somebody else's is not.
+// TestCrowd gives each caller one request in flight, which is the limit. For every
+// operation, the server refuses the caller's next request and accepts somebody else's.
 func TestCrowd(t *testing.T) {
 	t.Parallel()
 	p := newCrowdedPlane(t)
@@ -85,8 +84,9 @@ func TestCrowd(t *testing.T) {
 	}
 }
 
-// TestCrowdOfOwner: all teams of one owner may have twice as many requests under
-// way as one principal, with however many keys, and requests to ports count.
+// TestCrowdOfOwner checks that one owner's teams together may have twice as many requests
+// in flight as one principal, whatever the number of keys, and that requests to ports
+// count.
 func TestCrowdOfOwner(t *testing.T) {
 	t.Parallel()
 	p := newCrowdedPlane(t)
@@ -121,8 +121,9 @@ func TestCrowdOfOwner(t *testing.T) {
 	p.eventually("the owner's requests have ended", func() bool { return !crowded(list(keys[2])) })
 }
 
-// TestCrowdOfAddress: two requests are under way from one address, as the front door
-// reports it. The next one is refused for every operation; another address's is not.
+// TestCrowdOfAddress has two requests in flight from one address, as the front door
+// reports it. For every operation, the server refuses the next one and accepts another
+// address's.
 func TestCrowdOfAddress(t *testing.T) {
 	t.Parallel()
 	p := newCrowdedPlane(t)

@@ -9,8 +9,8 @@ import (
 	"connectrpc.com/connect"
 )
 
-// TestDrain has a host drain: what nobody uses is paused there, and is used
-// again as if it were not.
+// TestDrain drains a host: the server pauses its idle sandboxes, and the next use resumes
+// them.
 func TestDrain(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -38,7 +38,7 @@ func TestDrain(t *testing.T) {
 	}
 	settle := func() { p.compared(h.agent) }
 
-	// A host that does not drain pauses nobody.
+	// The server pauses nothing on a host that does not drain.
 	h.unused(unused, time.Hour)
 	settle()
 	if got := p.state(unused); got != "running" {
@@ -56,8 +56,7 @@ func TestDrain(t *testing.T) {
 	if got := p.state(used); got != "running" {
 		t.Errorf("one that was used lately is %s", got)
 	}
-	// The next use resumes it, though it was not made to be resumed by uses. It
-	// is not idle then.
+	// The next use resumes it, although it has no auto-resume. It is not idle then.
 	if row := p.call("GET", "/v1/sandboxes/"+unused, nil).want(200); row.object()["auto_resume"] != false {
 		t.Errorf("auto_resume: %s", row.Body)
 	}
@@ -67,7 +66,7 @@ func TestDrain(t *testing.T) {
 	if got := p.state(unused); got != "running" {
 		t.Errorf("after a use it is %s", got)
 	}
-	// One whose time is over ends, though it was paused.
+	// A paused sandbox still ends when its time is over.
 	p.eventually("it ends", func() bool { return p.state(ends) == "stopped" })
 	if got := p.call("GET", "/v1/sandboxes/"+ends, nil).want(200).str("end_reason"); got != "expired" {
 		t.Errorf("its end: %s", got)
@@ -75,12 +74,12 @@ func TestDrain(t *testing.T) {
 	if h.has(ends) {
 		t.Error("the host still has it")
 	}
-	// One that somebody pauses is theirs: nothing but them resumes it.
+	// Nothing but a client resumes a sandbox that a client paused.
 	p.call("POST", "/v1/sandboxes/"+mine+"/pause", nil).want(200)
 	p.call("POST", "/v1/sandboxes/"+mine+"/exec", map[string]any{"cmd": "cat"}).fails(409, "sandbox_paused")
 	p.call("POST", "/v1/sandboxes/"+mine+"/resume", nil).want(200)
 
-	// The host has the last word on who is idle.
+	// The host decides in the end whether a sandbox is idle.
 	h.hook(func(_ context.Context, call string) error {
 		if call == "pause" {
 			return connect.NewError(connect.CodeAborted, errors.New("the sandbox is in use"))
@@ -89,12 +88,12 @@ func TestDrain(t *testing.T) {
 	})
 	before := h.called("pause")
 	h.unused(refuses, time.Hour)
-	p.eventually("it is tried", func() bool { return h.called("pause") >= before+2 })
+	p.eventually("the server tries to pause it", func() bool { return h.called("pause") >= before+2 })
 	h.unused(refuses, 0)
 	h.hook(nil)
 	p.eventually("it runs", func() bool { return p.state(refuses) == "running" })
 
-	// Undrained: no one is paused any more.
+	// Once the host takes sandboxes again, the server pauses no more.
 	drain(false)
 	h.unused(used, time.Hour)
 	settle()

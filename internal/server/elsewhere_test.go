@@ -14,29 +14,29 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/recipe/buildcontext"
 )
 
-// deed is a call that does what its operation is for.
+// deed is a successful call of an operation.
 type deed struct {
-	// named are the path's parameters, in their order; query is after the path.
+	// named are the path's parameters, in order; query follows the path.
 	named []string
 	query string
 	body  any
-	// headers are what it shows: else nothing where anybody may call, and the
-	// session of an admin of the platform elsewhere.
+	// headers authenticate the caller. Without them, operations that need authentication
+	// get the session of an admin of the platform.
 	headers []string
-	// actor is who does it, where neither headers nor the answer say: an id, or
-	// "anonymous".
+	// actor is the expected actor of the record, an id or "anonymous", if neither headers
+	// nor the response tell.
 	actor string
 }
 
-// stage is where deeds are done.
+// stage has everything that deeds need.
 type stage struct {
 	*plane
-	admin, adminID string // A session, and whose.
+	admin, adminID string // A session, and its user.
 	sandbox        string // One with a code interpreter.
 	letters        func() string
 }
 
-// letterTo returns the next letter to somebody; those before it are nobody's.
+// letterTo returns the next letter to an address, and discards letters to others.
 func (s *stage) letterTo(email string) (letter string) {
 	s.Helper()
 	for !strings.HasPrefix(letter, "To: "+email+"\n") {
@@ -45,24 +45,24 @@ func (s *stage) letterTo(email string) (letter string) {
 	return letter
 }
 
-// mailTo makes a channel of mail to an address that nobody has confirmed.
+// mailTo creates a mail channel to an unconfirmed address.
 func (s *stage) mailTo(address string) (channel string) {
 	s.Helper()
 	body := map[string]any{"name": "c", "kind": "email", "address": address, "events": []string{"quota.reached"}}
 	return s.call("POST", "/v1/channels", body, as(s.admin)...).want(201).str("id")
 }
 
-// given is a deed that needs nothing before it.
+// given returns a deed that needs no preparation.
 func given(body map[string]any) func(*stage) deed {
 	return func(*stage) deed { return deed{body: body} }
 }
 
-// inside is one in the sandbox.
+// inside returns a deed in the sandbox.
 func inside(body any, named ...string) func(*stage) deed {
 	return func(s *stage) deed { return deed{body: body, named: append([]string{s.sandbox}, named...)} }
 }
 
-// upload is one that uploads a folder.
+// upload returns a deed that uploads a folder.
 func upload(s *stage) deed {
 	s.Helper()
 	var packed bytes.Buffer
@@ -73,10 +73,9 @@ func upload(s *stage) deed {
 	return deed{named: []string{string(digest)}, body: packed.Bytes(), headers: append(as(s.admin), "Content-Type", "application/x-tar")}
 }
 
-// elsewhere are the operations for changes that the walk, which makes up what
-// it says, is always refused: they take a password or token that holds, a guest
-// that answers, a recipe, an archive or a build that runs. Each has what makes
-// that and says what call does it then.
+// elsewhere has the changing operations that the walk's made-up requests never pass: they
+// need a valid password or token, a guest that answers, a recipe, an archive or a running
+// build. Each function prepares that and returns a call that succeeds.
 var elsewhere = map[string]func(*stage) deed{
 	"signUp": func(*stage) deed {
 		return deed{body: map[string]any{"email": "one@example.com", "password": password}, actor: "anonymous"}
@@ -107,7 +106,7 @@ var elsewhere = map[string]func(*stage) deed{
 	"askConfirmation": func(s *stage) deed {
 		channel := s.mailTo("seven@example.com")
 		s.letterTo("seven@example.com")
-		s.sql("UPDATE channels SET target = 'eight@example.com' WHERE target = 'seven@example.com'") // It had none in this hour.
+		s.sql("UPDATE channels SET target = 'eight@example.com' WHERE target = 'seven@example.com'") // Pretend that it got none within the hour.
 		return deed{named: []string{channel}}
 	},
 	"finishGitHub": func(s *stage) deed {
@@ -116,7 +115,7 @@ var elsewhere = map[string]func(*stage) deed{
 	},
 	"registerHost": func(s *stage) deed {
 		body := s.addHost("one", "127.0.0.1:1")
-		s.sql("UPDATE hosts SET draining = true WHERE name = 'one'") // No agent is there to do anything.
+		s.sql("UPDATE hosts SET draining = true WHERE name = 'one'") // The host has no agent.
 		return deed{body: body}
 	},
 	"refreshHost": func(s *stage) deed {
@@ -140,7 +139,7 @@ var elsewhere = map[string]func(*stage) deed{
 	"importPlatformTemplate": given(map[string]any{"name": "e", "reference": "registry.example/there:1", "username": "reader", "password": "s3cret"}),
 }
 
-// do has an operation that is elsewhere done. n tells its call from others.
+// do performs an operation of elsewhere. n distinguishes its calls.
 func (s *stage) do(o operation, n int) asked {
 	s.Helper()
 	d := elsewhere[o.OperationID](s)
@@ -180,19 +179,20 @@ func (s *stage) do(o operation, n int) asked {
 	if a.response = s.call(o.method, path+d.query, d.body, headers...); a.Status >= 400 {
 		s.Fatalf("%s: %d, want it to be done\n%s", o, a.Status, a.Body)
 	}
-	if a.actor == "" { // The answer is to who it is.
+	if a.actor == "" { // The response names the actor.
 		user, _ := a.object()["user"].(map[string]any)
 		if a.actor, _ = user["id"].(string); user == nil {
 			a.actor = a.str("host_id")
 		}
 		if a.actor == "" {
-			s.Errorf("%s: it is not known who did it", o)
+			s.Errorf("%s: the actor is unknown", o)
 		}
 	}
 	return a
 }
 
-// TestRecordsElsewhere checks the records of what the walk cannot do.
+// TestRecordsElsewhere checks the audit records of the operations that the walk cannot
+// perform.
 func TestRecordsElsewhere(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -210,7 +210,7 @@ func TestRecordsElsewhere(t *testing.T) {
 	of := checkRecords(t, p, all)
 	for name := range elsewhere {
 		if of[name] != (outcomes{done: 1}) {
-			t.Errorf("%s: %+v, want it done once", name, of[name])
+			t.Errorf("%s: %+v, want one record of success", name, of[name])
 		}
 	}
 	t.Logf("audit: %d operations that the walk cannot do", len(of))

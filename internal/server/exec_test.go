@@ -43,7 +43,7 @@ func TestExec(t *testing.T) {
 			got := p.call("POST", path, tt.body).want(200).object()
 			for k, v := range tt.want {
 				if got[k] != v {
-					t.Errorf("%s (agent of the release before: %v): %s = %v, want %v", tt.name, before, k, got[k], v)
+					t.Errorf("%s (agent of the previous release: %v): %s = %v, want %v", tt.name, before, k, got[k], v)
 				}
 			}
 		}
@@ -165,7 +165,7 @@ func TestExecStream(t *testing.T) {
 			t.Errorf("control %s: %s", bad, got)
 		}
 	}
-	// A client that goes ends its command.
+	// A command ends if its client disconnects.
 	ws = open(`{"cmd":"cat","stdin":true}`)
 	expect(ws, started)
 	p.agent.mu.Lock()
@@ -177,14 +177,14 @@ func TestExecStream(t *testing.T) {
 		defer p.agent.mu.Unlock()
 		return slices.Contains(p.agent.resized, "gone")
 	})
-	// A host that goes is not a command that ended.
+	// If the host disconnects, the client must not take that for the end of the command.
 	ws = open(`{"cmd":"cat","stdin":true}`)
 	expect(ws, started)
 	p.agent.close()
 	if got := next(ws); !strings.Contains(got, `"type":"error"`) || !strings.Contains(got, "unreachable") {
 		t.Errorf("when the host goes: %s", got)
 	}
-	// Pages of other sites.
+	// A page of another site is refused.
 	_, res, err := dial("https://evil.example")
 	if err == nil || res.StatusCode != 403 {
 		t.Errorf("foreign origin: %v", err)

@@ -8,8 +8,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
-// TestBuildsAreShared has a team start more builds than there are workers, none of
-// which ends: another team's build runs all the same, and theirs end in time.
+// TestBuildsAreShared starts more builds of one team than there are workers, and none of
+// them ends by itself: another team's build still runs, and theirs end at their deadline.
 func TestBuildsAreShared(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -39,7 +39,8 @@ func TestBuildsAreShared(t *testing.T) {
 	}
 }
 
-// TestNextBuild takes the next build from the team with the fewest running.
+// TestNextBuild checks that the next build comes from the team with the fewest running
+// builds.
 func TestNextBuild(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -68,7 +69,7 @@ func TestNextBuild(t *testing.T) {
 	}
 }
 
-// TestBuildDeadline ends a build that takes too long in all.
+// TestBuildDeadline checks that a build ends at its total time limit.
 func TestBuildDeadline(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -83,7 +84,8 @@ func TestBuildDeadline(t *testing.T) {
 	p.eventually("no sandbox is left", func() bool { n, _ := p.agent.left(); return n == 0 })
 }
 
-// TestBuildsOfOneOwner: more teams give nobody more places for builds and imports.
+// TestBuildsOfOneOwner checks that an owner gets no more places for builds and imports by
+// having more teams.
 func TestBuildsOfOneOwner(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -116,6 +118,6 @@ func TestBuildsOfOneOwner(t *testing.T) {
 		p.call("POST", "/v1/templates/import", map[string]any{"name": "app", "reference": "registry.example/there:1", "username": "reader", "password": "s3cret"}, "X-API-Key", key).want(201)
 	}
 	if len(payers) != 2 {
-		t.Errorf("two owners' three imports are told to be of %v", payers)
+		t.Errorf("the agent was told these payers of three imports of two owners: %v", payers)
 	}
 }

@@ -22,7 +22,7 @@ func TestFiles(t *testing.T) {
 	if put["size"] != float64(len(content)) || put["path"] != "/tmp/f" || put["name"] != "f" {
 		t.Errorf("written: %v", put)
 	}
-	// The content type says nothing about a file.
+	// The content type does not matter for files.
 	p.call("PUT", base+"/files?path=/tmp/g", `{"not": "json`).want(200)
 	p.call("PUT", base+"/files?path=/tmp/empty", []byte{}).want(200)
 	p.call("PUT", base+"/files?path=/tmp/large", content).want(200)
@@ -99,14 +99,14 @@ func TestFiles(t *testing.T) {
 	}
 	for _, path := range []string{"/files", "/archive"} {
 		if r, err := p.try("GET", base+path+"?path="+breakAfter, nil); err == nil {
-			t.Errorf("a read of %s that broke off ended like a whole one: %d %q", path, r.Status, r.Body)
+			t.Errorf("a download of %s that broke off looks complete: %d %q", path, r.Status, r.Body)
 		}
 	}
 	p.call("PUT", base+"/archive?path=/dir", []byte("tar\nbytes\n")).want(200)
 	if r := p.call("GET", base+"/archive?path=/dir", nil).want(200); string(r.Body) != "tar\nbytes\n" || r.Header.Get("Content-Type") != "application/x-tar" {
 		t.Errorf("archive: %q as %s", r.Body, r.Header.Get("Content-Type"))
 	}
-	// A body that breaks off writes nothing.
+	// An upload that breaks off writes nothing.
 	conn, err := net.Dial("tcp", p.http.Listener.Addr().String())
 	if err != nil {
 		t.Fatal(err)
@@ -118,7 +118,7 @@ func TestFiles(t *testing.T) {
 	p.call("GET", base+"/files?path=/tmp/half", nil).fails(404, "not_found")
 }
 
-// heapDuring returns by how much the heap grew while f ran, at most.
+// heapDuring returns the largest growth of the heap while f ran.
 func heapDuring(f func()) uint64 {
 	runtime.GC()
 	var before runtime.MemStats
@@ -146,8 +146,8 @@ func heapDuring(f func()) uint64 {
 	return most - min(most, before.HeapInuse)
 }
 
-// TestLongBodies sends a GiB through each way that takes bodies of any size. It
-// measures the process, so it is not parallel.
+// TestLongBodies sends a GiB through each route that takes bodies of any size. It
+// measures the whole process, so it is not parallel.
 func TestLongBodies(t *testing.T) {
 	if testing.Short() {
 		t.Skip("moves hundreds of megabytes")

@@ -17,8 +17,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
-// newTwo returns two servers on one database, Redis and host, whose heartbeats
-// are so far apart.
+// newTwo returns two servers on one database, Redis and host, with the given time between
+// heartbeats.
 func newTwo(t *testing.T, heartbeat time.Duration) (p, q *plane) {
 	t.Helper()
 	p = newPlaneBeating(t, heartbeat)
@@ -35,8 +35,8 @@ func newPlaneBeating(t *testing.T, heartbeat time.Duration) *plane {
 	return p
 }
 
-// second starts another server on the same database, Redis and host. It ends
-// with the test, or when its end is called.
+// second starts another server on the same database, Redis and host. It stops at the end
+// of the test or when end is called.
 func (p *plane) second() *plane {
 	p.Helper()
 	q := &plane{TB: p.TB, agent: p.agent, config: p.config, document: p.document}
@@ -45,14 +45,14 @@ func (p *plane) second() *plane {
 	return q
 }
 
-// TestTwoServers has two servers behave as one.
+// TestTwoServers checks that two servers behave as one.
 func TestTwoServers(t *testing.T) {
 	t.Parallel()
 	p, q := newTwo(t, 2*time.Second)
 	p.agent.guest = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusTeapot) })
 
-	// What one has in transit the other leaves alone, long past its grace, and
-	// hears the end of.
+	// A server leaves alone what the other has in transit, long past the grace period,
+	// and learns of its end.
 	asked, let := make(chan struct{}), make(chan struct{})
 	p.agent.onCreate = func(context.Context, *hostagentv1.CreateRequest) error {
 		close(asked)
@@ -89,8 +89,8 @@ func TestTwoServers(t *testing.T) {
 		t.Fatalf("one key made %s and %s in %d creations", sandbox, two.str("id"), p.agent.created())
 	}
 
-	// Both proxies know it; one deletes it, and the other forgets it at once,
-	// not after the 120 seconds for which it would be believed.
+	// Both proxies have cached the sandbox. One server deletes it, and the other drops it
+	// at once, not after the cache's 120 s.
 	port := func(s *plane) int {
 		r, err := s.try("GET", "/", nil, "Host", "80-"+sandbox+".localhost")
 		if err != nil {
@@ -106,20 +106,20 @@ func TestTwoServers(t *testing.T) {
 	q.call("DELETE", "/v1/sandboxes/"+sandbox, nil).want(204)
 	p.eventually("the other server's proxy forgets the sandbox", func() bool { return port(p) == http.StatusNotFound })
 
-	// One goes; what the host does by itself reaches the other.
+	// One server stops; the other learns what the host does by itself.
 	other := q.create(map[string]any{})
 	p.end()
 	p.agent.happened(hostagentv1.Event_KIND_EXPIRED, other, "")
-	q.eventually("the event is written down by who is left", func() bool { return q.state(other) == "stopped" })
+	q.eventually("the remaining server records the event", func() bool { return q.state(other) == "stopped" })
 }
 
-// tcpHost is a host that registered itself, its agent a stand-in on loopback.
+// tcpHost is a registered host whose agent is a fake on loopback.
 type tcpHost struct {
 	*agent
 	id, token string
 }
 
-// enroll adds a host as an admin does and registers an agent as an agent does.
+// enroll adds a host as an admin and registers an agent for it.
 func (p *plane) enroll(name string, tags ...string) *tcpHost {
 	p.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -131,8 +131,8 @@ func (p *plane) enroll(name string, tags ...string) *tcpHost {
 	return h
 }
 
-// addHost adds a host as an admin does, and returns what an agent registers
-// it with.
+// addHost adds a host as an admin, and returns the request with which its agent
+// registers.
 func (p *plane) addHost(name, address string, tags ...string) map[string]any {
 	p.Helper()
 	added := p.call("POST", "/v1/admin/hosts", map[string]any{"name": name, "tags": append([]string{}, tags...)}).want(201)
@@ -142,7 +142,7 @@ func (p *plane) addHost(name, address string, tags ...string) map[string]any {
 	return map[string]any{"token": added.str("token"), "url": "http://" + address, "refresh_hash": hashOf("refresh of " + name), "status": report()}
 }
 
-// hashOf is what a refresh token is known by.
+// hashOf returns the hash under which the server stores a refresh token.
 func hashOf(token string) string { return fmt.Sprintf("%x", sha256.Sum256([]byte(token))) }
 
 func report() map[string]any {
@@ -152,7 +152,7 @@ func report() map[string]any {
 	}
 }
 
-// beat sends heartbeats until the returned function is called.
+// beat sends heartbeats until stop is called.
 func (h *tcpHost) beat(p *plane, every time.Duration) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
@@ -175,7 +175,8 @@ func (p *plane) hostStatus(host string) string {
 	return p.call("GET", "/v1/admin/hosts/"+host, nil).want(200).str("status")
 }
 
-// TestFleet has hosts register, fill, fail, vanish, come back, drain and go.
+// TestFleet checks what the scheduler does while hosts register, fill, fail, vanish, come
+// back, drain and leave.
 func TestFleet(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -183,7 +184,7 @@ func TestFleet(t *testing.T) {
 	const beat = 2 * time.Second
 	p.config.Heartbeat, p.config.AgentURL, p.config.AgentToken = beat, "", ""
 	p.config.OvercommitMemory, p.config.OvercommitVCPUs = 1, 32
-	// The host that the configuration named is not there any more.
+	// The host of the configuration must not count.
 	p.sql("UPDATE hosts SET status = 'unreachable'")
 	p.start()
 	p.call("POST", "/v1/sandboxes", map[string]any{}).fails(503, "no_capacity")
@@ -227,8 +228,8 @@ func TestFleet(t *testing.T) {
 		}
 	}
 
-	// What is on one host alone stays there, however full that is: the sandboxes
-	// of a template that was captured there, and whoever was paused there.
+	// A sandbox stays on the only host that can run it, however full: the one that has
+	// its template, or the one where it was paused.
 	p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": on[a.id][3], "name": "local"}).want(201)
 	for range 3 {
 		if got := where(p.create(map[string]any{"template": "local"})); got != a.id {
@@ -239,11 +240,11 @@ func TestFleet(t *testing.T) {
 	p.call("POST", "/v1/sandboxes/"+rests+"/pause", nil).want(200)
 	p.call("POST", "/v1/sandboxes/"+rests+"/resume", nil).want(200)
 	if got := where(rests); got != a.id || !a.has(rests) || b.has(rests) {
-		t.Errorf("a sandbox that was paused on one host goes on on %s", got)
+		t.Errorf("a sandbox that was paused on one host was resumed on %s", got)
 	}
 	p.call("POST", "/v1/sandboxes/"+rests+"/pause", nil).want(200)
 
-	// A host that cannot: another does it.
+	// If one host fails, the server asks another.
 	b.mu.Lock()
 	b.onCreate = func(context.Context, *hostagentv1.CreateRequest) error {
 		return connect.NewError(connect.CodeResourceExhausted, errors.New("full"))
@@ -259,7 +260,7 @@ func TestFleet(t *testing.T) {
 	b.onCreate = nil
 	b.mu.Unlock()
 
-	// One vanishes: its sandboxes are missing, new ones go to the other.
+	// A host vanishes: its sandboxes are missing, and new ones go to the other host.
 	vanished := time.Now()
 	stopA()
 	a.vanish()
@@ -283,7 +284,7 @@ func TestFleet(t *testing.T) {
 	if got := p.state(on[b.id][0]); got != "running" {
 		t.Errorf("the other host's sandbox is %s", got)
 	}
-	// One of them ended meanwhile, and one was deleted here.
+	// Of the missing sandboxes, one ended on its host, and a client deleted another.
 	ended, deleted := on[a.id][1], on[a.id][2]
 	a.forget(ended)
 	p.call("DELETE", "/v1/sandboxes/"+deleted, nil).fails(503, "host_unreachable")
@@ -295,13 +296,13 @@ func TestFleet(t *testing.T) {
 	stopA = a.beat(p, beat)
 	defer func() { stopA() }()
 	p.eventually("the sandbox is back", func() bool { return p.state(missing) == "running" })
-	p.eventually("the one that ended is lost", func() bool {
+	p.eventually("the server learns that one ended", func() bool {
 		return p.call("GET", "/v1/sandboxes/"+ended, nil).want(200).str("end_reason") == "lost"
 	})
-	p.eventually("the one that was deleted is stopped", func() bool { return p.state(deleted) == "stopped" })
+	p.eventually("the deleted one is stopped", func() bool { return p.state(deleted) == "stopped" })
 	p.call("POST", "/v1/sandboxes/"+missing+"/exec", map[string]any{"cmd": "cat"}).want(200)
 
-	// Draining: nothing new.
+	// A draining host gets no new sandboxes.
 	p.call("PATCH", "/v1/admin/hosts/"+a.id, map[string]any{"draining": true}).want(200)
 	if got := p.hostStatus(a.id); got != "draining" {
 		t.Errorf("the host is %s", got)
@@ -313,7 +314,7 @@ func TestFleet(t *testing.T) {
 	}
 	p.call("POST", "/v1/sandboxes/"+missing+"/exec", map[string]any{"cmd": "cat"}).want(200)
 
-	// Gone: first a look at what is lost.
+	// Before it removes a host, the server says what would be lost.
 	p.call("DELETE", "/v1/admin/hosts/"+a.id, nil).fails(409, "conflict")
 	loses := p.call("GET", "/v1/admin/hosts/"+a.id+"?preview=true", nil).want(200).object()["loses"].(map[string]any)["sandboxes"].(map[string]any)
 	if loses["running"].(float64) < 5 {
@@ -324,12 +325,12 @@ func TestFleet(t *testing.T) {
 		t.Errorf("its sandbox: %s", got.Body)
 	}
 	if a.has(missing) {
-		t.Error("the host still has a sandbox that is lost")
+		t.Error("the host still has a sandbox that its removal ended")
 	}
 	p.call("GET", "/v1/admin/hosts/"+a.id, nil).fails(404, "not_found")
 	p.call("POST", "/v1/hosts/heartbeat", map[string]any{"status": report()}, "Authorization", "Bearer "+a.token).fails(401, "unauthenticated")
 	p.call("POST", "/v1/hosts/heartbeat", map[string]any{"status": report()}).fails(401, "unauthenticated")
-	// A word of farewell: missing at once.
+	// If a host says goodbye, its sandboxes are missing at once.
 	stopB()
 	p.call("POST", "/v1/hosts/heartbeat", map[string]any{"leaving": true}, "Authorization", "Bearer "+b.token).want(200)
 	p.eventually("what ran on the host that left is missing", func() bool { return p.state(on[b.id][0]) == "missing" })
@@ -338,7 +339,7 @@ func TestFleet(t *testing.T) {
 	}
 }
 
-// TestGuestDoesNotStart creates sandboxes that start on neither of two hosts.
+// TestGuestDoesNotStart creates sandboxes whose guest starts on neither of two hosts.
 func TestGuestDoesNotStart(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -375,7 +376,7 @@ func TestGuestDoesNotStart(t *testing.T) {
 		}
 		r := p.call("POST", "/v1/sandboxes", map[string]any{}, "Idempotency-Key", "k").fails(tt.status, tt.code)
 		if !strings.Contains(string(r.Body), why) || strings.Contains(string(r.Body), "template") != (tt.reason == hostwire.GuestStart) {
-			t.Errorf("%s: it does not say why: %s", tt.name, r.Body)
+			t.Errorf("%s: the error does not say why: %s", tt.name, r.Body)
 		}
 		if n := p.agent.created() + b.created() - before; n != tt.calls {
 			t.Errorf("%s: it was tried %d times, want %d", tt.name, n, tt.calls)
@@ -385,7 +386,7 @@ func TestGuestDoesNotStart(t *testing.T) {
 	if len(failed) != 3 {
 		t.Errorf("failed ones: %v", failed)
 	}
-	// The key is free.
+	// The idempotency key can be used again.
 	for _, a := range []*agent{p.agent, b.agent} {
 		a.mu.Lock()
 		a.onCreate = nil

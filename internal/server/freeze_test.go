@@ -29,7 +29,7 @@ const (
 	paused  = hostagentv1.SandboxState_SANDBOX_STATE_PAUSED
 )
 
-// gate lets a test hold calls of the agent, and fail them.
+// gate blocks calls of the agent until the test releases them, and can make them fail.
 type gate struct {
 	asked   chan string
 	release chan error
@@ -47,7 +47,7 @@ func (g *gate) on(ctx context.Context, call string) error {
 	}
 }
 
-// later makes a request and hands its answer over when it comes.
+// later makes a request in the background. The channel yields its response.
 func (p *plane) later(method, path string, body any, headers ...string) <-chan response {
 	answer := make(chan response, 1)
 	go func() {
@@ -60,7 +60,7 @@ func (p *plane) later(method, path string, body any, headers ...string) <-chan r
 	return answer
 }
 
-// waiting returns how many calls wait for what the server does to a sandbox.
+// waiting returns how many requests wait for the server's current operation on a sandbox.
 func (p *plane) waiting() int {
 	p.Helper()
 	n, err := strconv.Atoi(p.metric("wrenn_sandbox_waiting_calls"))
@@ -75,7 +75,7 @@ func TestPauseAndResume(t *testing.T) {
 	p := newPlane(t)
 	sandbox := p.create(map[string]any{"timeout_seconds": 60})
 	base := "/v1/sandboxes/" + sandbox
-	for range 2 { // The second time it is paused already.
+	for range 2 { // The second pause finds it paused.
 		sb := p.call("POST", base+"/pause", nil).want(200).object()
 		if sb["state"] != "paused" || sb["paused_at"] == nil || sb["expires_at"] != nil || sb["on_timeout"] != "destroy" || sb["auto_resume"] != false {
 			t.Errorf("paused: %v", sb)
@@ -93,7 +93,7 @@ func TestPauseAndResume(t *testing.T) {
 	if got := p.call("GET", "/v1/sandboxes?state=running", nil).want(200).list("sandboxes"); len(got) != 0 {
 		t.Errorf("list of running ones: %v", got)
 	}
-	// It was not made to wake by itself.
+	// It has no auto-resume.
 	for _, c := range []struct {
 		method, path string
 		body         any
@@ -125,7 +125,7 @@ func TestPauseAndResume(t *testing.T) {
 		t.Errorf("the host was asked %d times to resume", n)
 	}
 	p.call("POST", base+"/exec", map[string]any{"cmd": "cat"}).want(200)
-	// A paused sandbox is deleted as any other.
+	// A paused sandbox can be deleted like any other.
 	p.call("POST", base+"/pause", nil).want(200)
 	p.call("DELETE", base, nil).want(204)
 	if p.agent.has(sandbox) {
@@ -143,7 +143,7 @@ func TestPauseAndResume(t *testing.T) {
 	p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandbox, "name": "x"}).fails(409, "conflict")
 }
 
-// TestPauseFails has the host refuse: everything is as before, and the answer
+// TestPauseFails makes the host refuse: the sandbox stays as it was, and the response
 // says why.
 func TestPauseFails(t *testing.T) {
 	t.Parallel()
@@ -157,7 +157,7 @@ func TestPauseFails(t *testing.T) {
 	fail(full)
 	r := p.call("POST", base+"/pause", nil).fails(507, "no_space")
 	if !strings.Contains(string(r.Body), "the host's disk is full") {
-		t.Errorf("does not say why: %s", r.Body)
+		t.Errorf("the error does not say why: %s", r.Body)
 	}
 	fail(broken)
 	if r := p.call("POST", base+"/pause", nil).fails(500, "internal"); strings.Contains(string(r.Body), "secret") {
@@ -186,7 +186,7 @@ func TestPauseFails(t *testing.T) {
 		t.Errorf("a fork that failed left %v", got)
 	}
 	fail(nil)
-	// An older agent.
+	// An older agent does not know the call.
 	fail(connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgent.Pause is not implemented")))
 	p.call("POST", base+"/pause", nil).fails(501, "unimplemented")
 	p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandbox, "name": "x"}).fails(501, "unimplemented")
@@ -195,11 +195,11 @@ func TestPauseFails(t *testing.T) {
 		t.Errorf("after a pause that the host does not know: %s", s)
 	}
 	fail(nil)
-	// The name of the snapshot that failed is free.
+	// The failed snapshot's name is free.
 	p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandbox, "name": "x"}).want(201)
 }
 
-// TestPauseGoesOn pauses, resumes and captures for clients that do not wait.
+// TestPauseGoesOn pauses, resumes and captures for clients that disconnect.
 func TestPauseGoesOn(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -238,14 +238,14 @@ func TestPauseGoesOn(t *testing.T) {
 		case c.method == "DELETE":
 			p.eventually("the snapshot is gone", func() bool { return len(p.call("GET", "/v1/snapshots", nil).list("snapshots")) == 0 })
 		case strings.HasSuffix(c.path, "/fork"):
-			p.eventually("the copies run", func() bool {
+			p.eventually("the forks run", func() bool {
 				return len(p.call("GET", "/v1/sandboxes?state=running", nil).list("sandboxes")) == 3
 			})
 		}
 	}
 }
 
-// TestTurns does several things to one sandbox at once.
+// TestTurns starts several operations on one sandbox at once.
 func TestTurns(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -258,7 +258,7 @@ func TestTurns(t *testing.T) {
 	same := p.later("POST", base+"/pause", nil)
 	other := p.later("POST", base+"/resume", nil)
 	p.eventually("both wait for the first", func() bool { return p.waiting() == 2 })
-	// It has no auto_resume: there is nothing to wait for.
+	// The sandbox has no auto_resume, so the command is refused instead of waiting.
 	p.call("POST", base+"/exec", map[string]any{"cmd": "cat"}).fails(409, "sandbox_paused")
 	g.release <- nil
 	(<-first).want(200)
@@ -266,7 +266,7 @@ func TestTurns(t *testing.T) {
 		t.Errorf("the second pause answers %s", s)
 	}
 	if call := <-g.asked; call != "resume" {
-		t.Errorf("then comes %s", call)
+		t.Errorf("the next call is %s", call)
 	}
 	g.release <- nil
 	if s := (<-other).want(200).str("state"); s != "running" {
@@ -275,7 +275,7 @@ func TestTurns(t *testing.T) {
 	if n := p.agent.called("pause"); n != 1 {
 		t.Errorf("%d pauses", n)
 	}
-	// Deleted while it is paused.
+	// Delete the sandbox during a pause.
 	pause := p.later("POST", base+"/pause", nil)
 	<-g.asked
 	p.call("DELETE", base, nil).want(204)
@@ -284,7 +284,7 @@ func TestTurns(t *testing.T) {
 	if s := p.state(sandbox); s != "stopped" {
 		t.Errorf("state %s, want stopped", s)
 	}
-	// Many at once, whatever they are: at the end table and host agree.
+	// Many operations at once, in any order: in the end database and host agree.
 	p.agent.hook(nil)
 	sandbox = p.create(map[string]any{"on_timeout": "pause"})
 	base = "/v1/sandboxes/" + sandbox
@@ -307,11 +307,11 @@ func TestTurns(t *testing.T) {
 	wg.Wait()
 	want := map[string]hostagentv1.SandboxState{"running": running, "paused": paused}[p.state(sandbox)]
 	if got := p.agent.stateOf(sandbox); got != want || want == 0 {
-		t.Errorf("the table says %s, the host %v", p.state(sandbox), got)
+		t.Errorf("the database says %s, the host %v", p.state(sandbox), got)
 	}
 }
 
-// TestAutoResume uses paused sandboxes in every way there is.
+// TestAutoResume uses paused sandboxes in every possible way.
 func TestAutoResume(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -382,14 +382,14 @@ func TestAutoResume(t *testing.T) {
 			q.TB, p.TB = t, t
 			defer func() { p.TB = old }()
 			use()
-			// Paused, and the table knows it.
+			// Paused, and the database knows it.
 			p.call("POST", base+"/pause", nil).want(200)
 			before := p.agent.called("resume")
 			use()
-			// Paused by its host, and the table does not know it.
+			// Paused by its host, and the database does not know it yet.
 			p.agent.set(sandbox, paused)
 			use()
-			// Pausing by its host: whoever comes now waits for that.
+			// The host is pausing it: requests wait for that.
 			p.agent.set(sandbox, pausing)
 			from, looked := p.agent.called("get"), make(chan struct{})
 			go func() {
@@ -409,19 +409,19 @@ func TestAutoResume(t *testing.T) {
 			}
 		})
 	}
-	// To look is not to use.
+	// Reading a sandbox's description does not resume it.
 	p.call("POST", base+"/pause", nil).want(200)
 	p.call("GET", base+"/metrics", nil).fails(409, "sandbox_paused")
 	p.call("GET", base+"/logs", nil).fails(409, "sandbox_paused")
-	// Nor is a signature that is made up.
+	// Nor does a forged signature.
 	p.call("GET", "/files?path=x&signature=v1_x", nil, "Host", "49983-"+sandbox+".localhost", "X-API-Key", "").fails(401, "unauthenticated")
-	// Nobody else's.
+	// Nor does another team's key.
 	p.call("GET", "/", nil, "Host", name, "X-API-Key", p.newTeam()).fails(404, "not_found")
 	p.call("GET", "/", nil, "Host", name, "X-API-Key", "").fails(401, "unauthenticated")
 	if s := p.state(sandbox); s != "paused" {
 		t.Errorf("state %s, want paused", s)
 	}
-	// Many at once resume it once.
+	// Many concurrent uses resume it once.
 	before := p.agent.called("resume")
 	var wg sync.WaitGroup
 	for i := range 20 {
@@ -442,7 +442,7 @@ func TestAutoResume(t *testing.T) {
 	if n := p.agent.called("resume") - before; n != 1 {
 		t.Errorf("20 at once resumed it %d times", n)
 	}
-	// When it cannot be resumed, everybody learns why.
+	// If the resume fails, every waiting request learns why.
 	p.call("POST", base+"/pause", nil).want(200)
 	p.agent.hook(func(context.Context, string) error {
 		return connect.NewError(connect.CodeResourceExhausted, errors.New("no memory left on the host"))
@@ -450,7 +450,7 @@ func TestAutoResume(t *testing.T) {
 	p.call("GET", "/", nil, "Host", name).fails(503, "no_capacity")
 	p.call("POST", base+"/exec", map[string]any{"cmd": "cat"}).fails(503, "no_capacity")
 	p.agent.hook(nil)
-	// What one is made for can be said apart.
+	// Each kind of use can have its own auto_resume setting.
 	for _, tt := range []struct {
 		body map[string]any
 		want bool
@@ -467,16 +467,14 @@ func TestAutoResume(t *testing.T) {
 	p.call("POST", "/v1/sandboxes", map[string]any{"auto_resume": "yes"}).fails(400, "invalid_argument")
 }
 
-// TestPausedByHost hears of pauses that the host made by itself.
-// TestPausedWithoutServer has a host pause a sandbox while there is no server:
-// from then on, and not from when the next one hears of it, nothing is counted,
-// and whoever wants to know of pauses is told.
+// TestPausedWithoutServer pauses a sandbox on its host while no server runs. Usage counts
+// until the pause, not until the next server learns of it, and subscribers are notified.
 func TestPausedWithoutServer(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
 	sandbox := p.create(map[string]any{"on_timeout": "pause", "vcpus": 2})
 	p.end()
-	// As if it had begun two hours ago, and been paused an hour ago.
+	// As if it had started two hours ago and been paused an hour ago.
 	u, err := id.Parse(id.Sandbox, sandbox)
 	if err != nil {
 		t.Fatal(err)
@@ -496,11 +494,11 @@ func TestPausedWithoutServer(t *testing.T) {
 		t.Fatal(err)
 	}
 	if off := ended.Sub(at).Abs(); off > time.Millisecond || seconds < 3500 || seconds > 3700 {
-		t.Errorf("counted are %.0f s, to %v; it was paused at %v", seconds, ended, at)
+		t.Errorf("usage is %.0f s, until %v; it was paused at %v", seconds, ended, at)
 	}
 	var who string
 	if err := p.db().QueryRow(context.Background(), "SELECT actor FROM audit_records WHERE object_id = $1 AND action = 'sandbox.paused'", u.String()).Scan(&who); err != nil || who != "host" {
-		t.Errorf("the audit says that %q paused it: %v", who, err)
+		t.Errorf("the audit record's actor is %q: %v", who, err)
 	}
 }
 
@@ -519,7 +517,7 @@ func TestPausedByHost(t *testing.T) {
 		return p.agent.acked == 1
 	})
 	p.call("POST", "/v1/sandboxes/"+a+"/exec", map[string]any{"cmd": "cat"}).fails(409, "sandbox_paused")
-	// Resumed before the event is heard: it is of the past.
+	// Resumed before the server reads the event: the event is outdated.
 	p.end()
 	p.agent.happened(hostagentv1.Event_KIND_PAUSED, b, "expired")
 	p.agent.set(b, running)
@@ -532,7 +530,7 @@ func TestPausedByHost(t *testing.T) {
 	if s := p.state(b); s != "running" {
 		t.Errorf("state %s, want running", s)
 	}
-	// The table learns it from the sandbox's use, where no event comes.
+	// Without an event, the server learns of the pause from the sandbox's use.
 	p.agent.set(a, running)
 	p.call("POST", "/v1/sandboxes/"+a+"/resume", nil).want(200)
 	p.agent.set(a, paused)
@@ -542,8 +540,8 @@ func TestPausedByHost(t *testing.T) {
 	}
 }
 
-// TestHostDiesInMove loses the host in the middle of pauses, resumes and
-// snapshots: what became of them is found out when it is back.
+// TestHostDiesInMove loses the host during pauses, resumes and snapshots. When the host
+// is back, the server finds out what became of them.
 func TestHostDiesInMove(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -591,8 +589,8 @@ func TestHostDiesInMove(t *testing.T) {
 	p.eventually("the snapshot is made", func() bool { return len(p.call("GET", "/v1/snapshots", nil).list("snapshots")) == 1 })
 }
 
-// TestServerDiesInMove lets a second server find what a first one left in the
-// middle of everything.
+// TestServerDiesInMove starts a second server, which finds what the first one left in
+// transit.
 func TestServerDiesInMove(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -623,7 +621,7 @@ func TestServerDiesInMove(t *testing.T) {
 	fire("POST", "/v1/sandboxes/"+sandboxes[6]+"/fork", map[string]any{"count": 2})
 	fire("POST", "/v1/sandboxes/"+sandboxes[7]+"/fork", map[string]any{"count": 2})
 	fire("DELETE", "/v1/snapshots/removed", nil)
-	// What the host did of that: one pause, one resume and one fork.
+	// What the host completed: one pause, one resume and one fork.
 	p.agent.set(sandboxes[0], paused)
 	p.agent.set(sandboxes[1], running)
 	p.agent.set(sandboxes[2], running)
@@ -635,7 +633,7 @@ func TestServerDiesInMove(t *testing.T) {
 	}
 	copies, err := pgx.CollectRows(rows, pgx.RowTo[uuid.UUID])
 	if err != nil || len(copies) != 2 {
-		t.Fatalf("copies %v, %v", copies, err)
+		t.Fatalf("forks %v, %v", copies, err)
 	}
 	for _, c := range copies {
 		p.agent.add(id.Format(id.Sandbox, c), 60)
@@ -643,7 +641,7 @@ func TestServerDiesInMove(t *testing.T) {
 	old := p.end
 	p.halt()
 	p.agent.hook(nil)
-	// How soon the next one takes the first for dead.
+	// The heartbeat decides how soon the next server takes the first for dead.
 	p.config.Heartbeat = time.Second
 	p.start()
 	next := p.end
@@ -652,21 +650,21 @@ func TestServerDiesInMove(t *testing.T) {
 		p.eventually(fmt.Sprintf("sandbox %d is %s", i, want), func() bool { return p.state(sandboxes[i]) == want })
 	}
 	for _, c := range copies {
-		p.eventually("the copies that the host has run", func() bool { return p.state(id.Format(id.Sandbox, c)) == "running" })
+		p.eventually("the forks that the host has are running", func() bool { return p.state(id.Format(id.Sandbox, c)) == "running" })
 	}
-	p.eventually("the copies that it does not have are given up", func() bool {
+	p.eventually("the forks that it does not have failed", func() bool {
 		return len(p.call("GET", "/v1/sandboxes?state=error", nil).list("sandboxes")) == 2
 	})
-	p.eventually("of the snapshots one is made and one removed", func() bool {
+	p.eventually("one of the snapshots is ready and one is removed", func() bool {
 		list := p.call("GET", "/v1/snapshots", nil).list("snapshots")
 		return len(list) == 1 && list[0].(map[string]any)["name"] == "half"
 	})
-	p.eventually("the host has no other", func() bool {
+	p.eventually("the host has no other template", func() bool {
 		p.agent.mu.Lock()
 		defer p.agent.mu.Unlock()
 		return len(p.agent.templates) == 2
 	})
-	// All of it can be used.
+	// Every sandbox can be used.
 	for _, sandbox := range sandboxes {
 		p.call("POST", "/v1/sandboxes/"+sandbox+"/resume", nil).want(200)
 	}

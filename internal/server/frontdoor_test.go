@@ -8,8 +8,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server"
 )
 
-// TestPassedProto: over a connection that was passed, a proxy on this machine can say
-// that it terminates TLS, as it can to Caddy, and nobody else can.
+// TestPassedProto checks that on a passed connection, as in Caddy, only a proxy on this
+// machine can claim that it terminates TLS.
 func TestPassedProto(t *testing.T) {
 	var got string
 	door := server.FrontDoor(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {

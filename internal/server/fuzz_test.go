@@ -10,21 +10,22 @@ import (
 	"time"
 )
 
-// fuzzer is somebody as whom requests are made.
+// fuzzer is an identity that makes requests.
 type fuzzer struct {
-	// credential returns the name and value of the header that they show.
+	// credential returns the name and value of the header that authenticates it.
 	credential func(p *plane) (header, value string)
-	// phases are how schemathesis makes requests up, where that need not take long.
+	// phases are schemathesis's phases for a short run.
 	phases string
-	// sees is what they may read, whatever the requests did.
+	// sees is a path that it must still be able to read after the requests.
 	sees string
-	// succeed is how many operations must have been carried out at least once,
-	// lest nobody notices that most requests are refused at the door.
+	// succeed is how many operations must succeed at least once. Otherwise nobody would
+	// notice that the server refuses most requests at the door.
 	succeed int
 }
 
-// The coverage phase, which makes most requests, tries each bound of the document
-// in turn; that is the same work for all, so a short run has it for who may do most.
+// Most requests come from the coverage phase, which tries each bound of the document.
+// They do not depend on the identity, so a short run makes them only as the one with most
+// rights.
 var fuzzers = map[string]fuzzer{
 	"key": {func(p *plane) (string, string) { return "X-API-Key", p.newTeam() }, "examples,fuzzing,stateful", "/v1/sandboxes", 30},
 	"session": {func(p *plane) (string, string) {
@@ -38,9 +39,9 @@ var fuzzers = map[string]fuzzer{
 	}, "examples,coverage,fuzzing,stateful", "/v1/admin/teams", 60},
 }
 
-// TestFuzz has schemathesis make requests of the OpenAPI document and check each
-// answer against it: as a program with a key, as a person, and as the platform's
-// admin. WRENN_SLOW makes many more, of several seeds.
+// TestFuzz runs schemathesis on the OpenAPI document as a program with a key, as a user,
+// and as the platform's admin, and checks each response. WRENN_SLOW makes many more
+// requests, from several seeds.
 func TestFuzz(t *testing.T) {
 	t.Parallel()
 	st := needs(t, tools, "st")
@@ -71,12 +72,13 @@ func TestFuzz(t *testing.T) {
 					t.Errorf("schemathesis, seed %d: %v\n%s", seed, err, said)
 				}
 				t.Logf("seed %d: %s, %v", seed, found(said, `(?m)^ *(\d+ generated.*)$`), time.Since(begun).Round(time.Second))
-				// What was tested were answers to somebody who may do things, to the end.
+				// The identity kept its rights to the end, so the responses were not just
+				// refusals.
 				p.call("GET", f.sees, nil, "X-API-Key", "", header, value).want(200)
 				if n := p.carriedOut(); n < f.succeed {
-					t.Errorf("%d operations were carried out, want at least %d", n, f.succeed)
+					t.Errorf("%d operations succeeded, want at least %d", n, f.succeed)
 				} else {
-					t.Logf("%d operations were carried out", n)
+					t.Logf("%d operations succeeded", n)
 				}
 				p.end()
 			}

@@ -13,8 +13,8 @@ import (
 	"github.com/google/uuid"
 )
 
-// oauthServer is a GitHub with one account: it checks redirect, challenge and
-// code as the real one does.
+// oauthServer is a fake GitHub with one account. Like the real one, it checks redirect,
+// challenge and code.
 type oauthServer struct {
 	*httptest.Server
 	mu       sync.Mutex
@@ -72,7 +72,7 @@ func newOAuthServer(t testing.TB, callback string) *oauthServer {
 	return o
 }
 
-// withGitHub starts the server anew with a GitHub.
+// withGitHub restarts the server with a fake GitHub.
 func (p *plane) withGitHub() *oauthServer {
 	p.Helper()
 	o := newOAuthServer(p.TB, "http://localhost:8000/api/v1/auth/github/callback")
@@ -82,7 +82,7 @@ func (p *plane) withGitHub() *oauthServer {
 	return o
 }
 
-// browse gets a page as a browser does that has these cookies.
+// browse gets a page as a browser with these cookies does.
 func (p *plane) browse(url string, cookies ...*http.Cookie) *http.Response {
 	p.Helper()
 	req, _ := http.NewRequest("GET", url, nil)
@@ -97,7 +97,8 @@ func (p *plane) browse(url string, cookies ...*http.Cookie) *http.Response {
 	return res
 }
 
-// toGitHub goes to GitHub, and returns what the browser comes back with.
+// toGitHub goes to GitHub, and returns the query with which it redirects the browser
+// back.
 func (p *plane) toGitHub(start string, cookies ...*http.Cookie) (url.Values, *http.Cookie) {
 	p.Helper()
 	begun := p.browse(p.http.URL+start, cookies...)
@@ -121,7 +122,7 @@ func TestGitHub(t *testing.T) {
 	p := newPlane(t)
 	p.call("GET", "/v1/auth/github", nil, nobody...).fails(404, "not_found")
 	o := p.withGitHub()
-	// login goes to GitHub and comes back; change is what the callback is changed by.
+	// login goes to GitHub and back; change may alter the callback.
 	login := func(start string, change func(url.Values, *http.Cookie), cookies ...*http.Cookie) *http.Response {
 		t.Helper()
 		q, c := p.toGitHub(start, cookies...)
@@ -147,7 +148,7 @@ func TestGitHub(t *testing.T) {
 	failed(login("/v1/auth/github", func(_ url.Values, c *http.Cookie) { c.Value += "x" }), "invalid_argument")
 	failed(login("/v1/auth/github", func(q url.Values, _ *http.Cookie) { q.Set("code", "other") }), "bad_gateway")
 	failed(login("/v1/auth/github", func(q url.Values, _ *http.Cookie) { q.Del("code"); q.Set("error", "access_denied") }), "permission_denied")
-	// Another browser's code does not fit this one's verifier.
+	// A code from another browser does not match this one's verifier.
 	var stolen string
 	login("/v1/auth/github", func(q url.Values, _ *http.Cookie) { stolen = q.Get("code"); q.Set("state", "x") })
 	failed(login("/v1/auth/github", func(q url.Values, _ *http.Cookie) { q.Set("code", stolen) }), "bad_gateway")
@@ -160,7 +161,7 @@ func TestGitHub(t *testing.T) {
 	o.mu.Unlock()
 
 	var access string
-	for range 2 { // The second time it is the same user.
+	for range 2 { // The second login finds the same user.
 		res := login("/v1/auth/github", nil)
 		if res.Header.Get("Location") != "http://localhost:8000/" {
 			t.Fatalf("came back to %q", res.Header.Get("Location"))
@@ -176,8 +177,8 @@ func TestGitHub(t *testing.T) {
 			t.Errorf("me: %v", me)
 		}
 	}
-	// Somebody else's GitHub account with the address of an account here is not
-	// that account's; its user connects the two.
+	// A GitHub account with the email address of an account here is not linked to it.
+	// Only the account's user can link it.
 	o.mu.Lock()
 	o.user, o.email = 8, "admin@example.com"
 	o.mu.Unlock()

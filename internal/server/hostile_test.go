@@ -11,9 +11,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// TestHostileHost: a second host reports what is not its own. It gets no sandbox
-// of another team's by listing templates under that team's names, and ends none
-// of another host's.
+// TestHostileHost makes a second host report what is not its own. It gets no other team's
+// sandbox by listing templates under that team's name, and cannot end another host's
+// sandboxes.
 func TestHostileHost(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -44,8 +44,8 @@ func TestHostileHost(t *testing.T) {
 	if len(names) != 2 || names["minimal"] != 1 || names["mine"] != 1 {
 		t.Errorf("the team's templates are %v", names)
 	}
-	// Its own minimal is the platform's, so that it takes new sandboxes; none of a
-	// template that only another host has.
+	// It may claim the platform's minimal, and so gets new sandboxes of that, but none of
+	// a template that only another host has.
 	sandbox := p.call("POST", "/v1/sandboxes", map[string]any{"template": "minimal"}).want(201)
 	if got := sandbox.str("template_id"); got != id.Format(id.Template, uuid.Nil) {
 		t.Errorf("minimal is %s", got)
@@ -69,8 +69,8 @@ func TestHostileHost(t *testing.T) {
 	}
 }
 
-// TestEnrollSocket: no host that registers itself has the server call a socket of
-// its own machine.
+// TestEnrollSocket checks that no host can register a socket address, which would make
+// the server call a socket on its own machine.
 func TestEnrollSocket(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)

@@ -13,8 +13,8 @@ import (
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 )
 
-// TestIdempotentForkAndSnapshot names forks and captures by a key, which two
-// servers are asked for at once: what is repeated does nothing more.
+// TestIdempotentForkAndSnapshot sends forks and captures with the same idempotency key to
+// two servers at once: repeated requests change nothing.
 func TestIdempotentForkAndSnapshot(t *testing.T) {
 	t.Parallel()
 	p, q := newTwo(t, 2*time.Second)
@@ -23,7 +23,7 @@ func TestIdempotentForkAndSnapshot(t *testing.T) {
 	tests := []struct {
 		call, path        string
 		body, other, once map[string]any
-		// made are the ids of what an answer has.
+		// made returns the ids in a response.
 		made func(response) []string
 	}{
 		{"fork", fork, map[string]any{"count": 3}, map[string]any{"count": 2}, map[string]any{"count": 1}, func(r response) (all []string) {
@@ -46,7 +46,7 @@ func TestIdempotentForkAndSnapshot(t *testing.T) {
 			}
 		}
 		<-g.asked
-		p.eventually("the others find it under way", func() bool { return p.waiting()+q.waiting() == len(answers)-1 })
+		p.eventually("the repeated requests wait for the first", func() bool { return p.waiting()+q.waiting() == len(answers)-1 })
 		close(g.release)
 		var first []string
 		fresh := 0
@@ -69,12 +69,12 @@ func TestIdempotentForkAndSnapshot(t *testing.T) {
 		p.agent.hook(nil)
 		q.call("POST", tt.path, tt.other, "Idempotency-Key", tt.call).fails(422, "unprocessable")
 		q.call("POST", "/v1/sandboxes", map[string]any{}, "Idempotency-Key", tt.call).fails(422, "unprocessable")
-		// Without a key, and with another, it is another call.
+		// Without a key, or with another, it is a new request.
 		if all := tt.made(p.call("POST", tt.path, tt.other)); slices.Equal(all, first) {
 			t.Errorf("%s: without a key it made %v again", tt.call, all)
 		}
 
-		// What failed frees its key.
+		// A failed request frees its key.
 		g = newGate()
 		p.agent.hook(g.on)
 		g.release <- connect.NewError(connect.CodeInternal, errors.New("the disk is broken"))
@@ -82,14 +82,14 @@ func TestIdempotentForkAndSnapshot(t *testing.T) {
 		p.agent.hook(nil)
 		r := q.call("POST", tt.path, tt.once, "Idempotency-Key", "fails "+tt.call)
 		if tt.made(r); r.Header.Get("Idempotent-Replayed") != "" {
-			t.Errorf("%s: what failed is replayed", tt.call)
+			t.Errorf("%s: a failure is replayed", tt.call)
 		}
 		if again := tt.made(p.call("POST", tt.path, tt.once, "Idempotency-Key", "fails "+tt.call)); !slices.Equal(again, tt.made(r)) {
 			t.Errorf("%s: one key made %v and %v", tt.call, tt.made(r), again)
 		}
 	}
 
-	// A team's keys are its own, and the end of what was copied changes nothing.
+	// Keys belong to a team, and outlive the forked sandbox.
 	p.call("POST", fork, map[string]any{"count": 3}, "Idempotency-Key", "fork", "X-API-Key", p.newTeam()).fails(404, "not_found")
 	p.call("DELETE", "/v1/sandboxes/"+sandbox, nil).want(204)
 	for _, tt := range tests {
@@ -97,13 +97,13 @@ func TestIdempotentForkAndSnapshot(t *testing.T) {
 			t.Errorf("%s: not replayed after the sandbox's end", tt.call)
 		}
 	}
-	// A template that was deleted takes its key along.
+	// A deleted template takes its key along.
 	p.call("DELETE", "/v1/snapshots/a", nil).want(204)
 	p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandbox, "name": "a"}, "Idempotency-Key", "snapshot").fails(409, "conflict")
 }
 
-// TestReplayWithoutServer repeats calls whose server died in the middle, by way
-// of another one: what the host made of them is theirs.
+// TestReplayWithoutServer kills the server during calls and repeats them through another
+// one, which finds what the host made.
 func TestReplayWithoutServer(t *testing.T) {
 	t.Parallel()
 	p, q := newTwo(t, 2*time.Second)
@@ -123,17 +123,17 @@ func TestReplayWithoutServer(t *testing.T) {
 		dying.halt()
 		again := q.later("POST", c.path, c.body, "Idempotency-Key", call)
 		p.agent.hook(nil)
-		close(g.release) // The host made it, or its call ended with the server.
+		close(g.release) // Either the host completes the call, or the call ended with the server.
 		r := (<-again).want(201)
 		if more := p.call("POST", c.path, c.body, "Idempotency-Key", call).want(201); more.Header.Get("Idempotent-Replayed") != "true" {
-			t.Errorf("%s: a second answer is not replayed: %s", call, more.Body)
+			t.Errorf("%s: the repeated request's response is not marked as replayed: %s", call, more.Body)
 		}
 		if call == "fork" && len(r.list("sandboxes")) != 2 {
 			t.Errorf("%s", r.Body)
 		}
 	}
 	if got := len(p.call("GET", "/v1/sandboxes", nil).list("sandboxes")); got != 3 {
-		t.Errorf("%d sandboxes, want the one and its two copies", got)
+		t.Errorf("%d sandboxes, want the one and its two forks", got)
 	}
 }
 
@@ -149,7 +149,7 @@ func TestIdempotency(t *testing.T) {
 	answers := make(chan response, n)
 	for i := range n {
 		go func() {
-			// The same, written in another order.
+			// The same request with its members in another order.
 			body := `{"vcpus":1,"metadata":{"a":"1","b":"2"}}`
 			if i%2 == 1 {
 				body = `{"metadata":{"b":"2","a":"1"},"memory_mib":512}`
@@ -175,13 +175,13 @@ func TestIdempotency(t *testing.T) {
 	if len(ids) != 1 || fresh != 1 || p.agent.created() != 1 {
 		t.Errorf("one key made %d sandboxes (%d calls to the host, %d answers not replayed)", len(ids), p.agent.created(), fresh)
 	}
-	// After its end the key still names it.
+	// The key still names the sandbox after its end.
 	sandbox := slices.Collect(maps.Keys(ids))[0]
 	p.call("DELETE", "/v1/sandboxes/"+sandbox, nil).want(204)
 	if r := p.call("POST", "/v1/sandboxes", map[string]any{"metadata": map[string]string{"a": "1", "b": "2"}}, "Idempotency-Key", "once").want(201); r.str("id") != sandbox || r.str("state") != "stopped" {
 		t.Errorf("replayed after deletion: %s", r.Body)
 	}
-	// A creation that failed frees its key.
+	// A failed creation frees its key.
 	p.agent.mu.Lock()
 	p.agent.onCreate = func(context.Context, *hostagentv1.CreateRequest) error {
 		return connect.NewError(connect.CodeResourceExhausted, errors.New("no memory left on the host"))
@@ -189,7 +189,7 @@ func TestIdempotency(t *testing.T) {
 	p.agent.mu.Unlock()
 	r := p.call("POST", "/v1/sandboxes", map[string]any{}, "Idempotency-Key", "again").fails(503, "no_capacity")
 	if !strings.Contains(string(r.Body), "no memory left on the host") {
-		t.Errorf("does not say why: %s", r.Body)
+		t.Errorf("the error does not say why: %s", r.Body)
 	}
 	failed := p.call("GET", "/v1/sandboxes?state=error", nil).want(200).list("sandboxes")
 	if len(failed) != 1 || failed[0].(map[string]any)["error"] != "no memory left on the host" || failed[0].(map[string]any)["end_reason"] != "failed" {

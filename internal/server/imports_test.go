@@ -23,8 +23,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// ImportTemplate knows the image "there", which asks for a password, and takes
-// any archive for one.
+// ImportTemplate knows the image "there", which needs a password, and accepts any
+// archive.
 func (a *agent) ImportTemplate(ctx context.Context, stream *connect.ClientStream[hostagentv1.ImportTemplateRequest]) (*connect.Response[hostagentv1.ImportTemplateResponse], error) {
 	if !stream.Receive() {
 		return nil, stream.Err()
@@ -68,7 +68,7 @@ func (a *agent) ImportTemplate(ctx context.Context, stream *connect.ClientStream
 	return connect.NewResponse(&hostagentv1.ImportTemplateResponse{Template: t, Digest: "sha256:0"}), nil
 }
 
-// ResolveImage says that the image "there" is what a test has set it to.
+// ResolveImage returns the test's digest for the image "there".
 func (a *agent) ResolveImage(ctx context.Context, req *connect.Request[hostagentv1.ResolveImageRequest]) (*connect.Response[hostagentv1.ResolveImageResponse], error) {
 	if err := a.decide(ctx, "resolve"); err != nil {
 		return nil, err
@@ -84,7 +84,7 @@ func (a *agent) ResolveImage(ctx context.Context, req *connect.Request[hostagent
 	return connect.NewResponse(&hostagentv1.ResolveImageResponse{Pinned: "registry.example/there@sha256:" + a.digest}), nil
 }
 
-// brokenReader ends with an error.
+// brokenReader is a reader that ends with an error.
 type brokenReader struct{ io.Reader }
 
 func (b brokenReader) Read(p []byte) (int, error) {
@@ -109,7 +109,7 @@ func TestImports(t *testing.T) {
 	if v := from("app", "registry.example/there:1", "reader", "s3cret").want(201).object(); v["version"] != 1. || v["size_bytes"] != 1. {
 		t.Errorf("imported %v", v)
 	}
-	// An archive is streamed through, and becomes the next version.
+	// The server streams an archive through, and it becomes the next version.
 	archive := bytes.Repeat([]byte("archive"), 1<<20)
 	tar := []string{"Content-Type", "application/x-tar"}
 	v := p.call("POST", "/v1/templates/import/archive?name=app", io.MultiReader(bytes.NewReader(archive)), tar...).want(201).object()
@@ -120,7 +120,7 @@ func TestImports(t *testing.T) {
 		t.Errorf("app is %v", now)
 	}
 	p.call("POST", "/v1/sandboxes", map[string]any{"template": "app"}).want(201)
-	// Half an archive makes no template.
+	// A truncated archive makes no template.
 	asked := p.agent.called("import")
 	if r, err := p.try("POST", "/v1/templates/import/archive?name=half", brokenReader{bytes.NewReader(archive)}, tar...); err == nil && r.Status < 400 {
 		t.Errorf("half an archive: %d %s", r.Status, r.Body)
@@ -130,14 +130,14 @@ func TestImports(t *testing.T) {
 	}
 	p.call("GET", "/v1/templates/half", nil).fails(404, "not_found")
 
-	// Other teams see what the platform has, and nothing else.
+	// Other teams see only the platform's templates.
 	other := p.newTeam()
 	p.call("GET", "/v1/templates/app", nil, "X-API-Key", other).fails(404, "not_found")
 	p.call("POST", "/v1/admin/templates/import/archive?name=ours", bytes.NewReader(archive), append(tar, "X-API-Key", other)...).fails(403, "permission_denied")
 	p.call("POST", "/v1/admin/templates/import/archive?name=ours", bytes.NewReader(archive), tar...).want(201)
 	p.call("GET", "/v1/templates/ours", nil, "X-API-Key", other).want(200)
 
-	// It goes on when the client leaves.
+	// The import continues when the client disconnects.
 	g := newGate()
 	p.agent.hook(g.on)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -153,8 +153,8 @@ func TestImports(t *testing.T) {
 	p.eventually("it is imported", func() bool { return p.call("GET", "/v1/templates/later", nil).Status == 200 })
 }
 
-// TestFailedImport has an import fail whose caller has left: why is still there
-// to be asked for, by the team alone, until an import of that name succeeds.
+// TestFailedImport makes an import fail whose client has disconnected. The team, and no
+// other, can still read why, until an import of the same name succeeds.
 func TestFailedImport(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -188,28 +188,28 @@ func TestFailedImport(t *testing.T) {
 
 	show().fails(404, "not_found")
 	leave("wrong")
-	p.eventually("why it failed is said", func() bool { return strings.Contains(string(show().Body), why) })
+	p.eventually("the template shows why the import failed", func() bool { return strings.Contains(string(show().Body), why) })
 	show().fails(404, "not_found")
 	if r := p.call("GET", "/v1/templates/app@1", nil); !strings.Contains(string(r.Body), why) {
-		t.Errorf("of a version that is not there: %s", r.Body)
+		t.Errorf("of a missing version: %s", r.Body)
 	}
 	if r := show("X-API-Key", p.newTeam()); strings.Contains(string(r.Body), why) {
 		t.Errorf("another team sees %s", r.Body)
 	}
 	p.call("POST", "/v1/templates/import", body("s3cret")).want(201)
 	if got := show().want(200).object(); got["failed_import"] != nil {
-		t.Errorf("after one that succeeded: %v", got)
+		t.Errorf("after an import that succeeded: %v", got)
 	}
-	// Where there is a version it goes on, and the failure is told beside it.
+	// An existing version stays, and shows the failure of the next.
 	leave("wrong")
-	p.eventually("the failure of the next version is said", func() bool { return show().want(200).object()["failed_import"] != nil })
+	p.eventually("the template shows the failure of its next version", func() bool { return show().want(200).object()["failed_import"] != nil })
 	got := show().object()
 	if f := got["failed_import"].(map[string]any); f["error"] != why || got["version"] != 1. {
 		t.Errorf("with a version before: %v", got)
 	}
 	p.call("POST", "/v1/sandboxes", map[string]any{"template": "app"}).want(201)
 
-	// Of a host that went away meanwhile nothing is known but that.
+	// If the host vanished during the import, the failure says only that.
 	g := newGate()
 	p.agent.hook(g.on)
 	gone := p.later("POST", "/v1/templates/import", map[string]any{"name": "lost", "reference": "registry.example/there:1", "username": "reader", "password": "s3cret"})
@@ -223,7 +223,7 @@ func TestFailedImport(t *testing.T) {
 	if r := p.call("GET", "/v1/templates/lost", nil); r.Status != 404 || !strings.Contains(string(r.Body), "the sandbox's host does not answer") {
 		t.Errorf("of an import whose host went away: %d %s", r.Status, r.Body)
 	}
-	// Nobody fills the table.
+	// The number of stored failures is bounded.
 	for n := range 30 {
 		p.call("POST", "/v1/templates/import", map[string]any{"name": fmt.Sprintf("no%d", n), "reference": "registry.example/none:1"}).fails(404, "not_found")
 	}
@@ -236,7 +236,7 @@ func TestFailedImport(t *testing.T) {
 	}
 }
 
-// gateway is a guest's code interpreter, or what says that it is one.
+// gateway is a guest's code interpreter, or a port that claims to be one.
 func gateway(w http.ResponseWriter, r *http.Request) {
 	switch r.Method + r.URL.Path[strings.Index(r.URL.Path, "/49999")+6:] {
 	case "POST/execute":
@@ -297,13 +297,13 @@ func TestCode(t *testing.T) {
 	p.call("POST", base, map[string]any{"code": "1"}, "X-API-Key", p.newTeam()).fails(404, "not_found")
 }
 
-// TestUploadsOfOneOwner: all teams of one owner share one part of the room for
-// uploads, so that nobody gets more by making more teams.
+// TestUploadsOfOneOwner checks that all teams of one owner share one part of the room for
+// uploads, so that more teams get nobody more.
 func TestUploadsOfOneOwner(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
 	p.end()
-	p.config.SpoolDir, p.config.SpoolMiB = t.TempDir(), 16 // an owner has one step
+	p.config.SpoolDir, p.config.SpoolMiB = t.TempDir(), 16 // an owner's share is one step
 	p.start()
 	with := func(key string) []string { return []string{"Content-Type", "application/x-tar", "X-API-Key", key} }
 	ada, bob := p.ownerOf(2, "ada@example.com"), p.ownerOf(1, "bob@example.com")
@@ -321,14 +321,14 @@ func TestUploadsOfOneOwner(t *testing.T) {
 	upload := func(key []string) response {
 		return p.call("POST", "/v1/templates/import/archive?name=quick", []byte("abc"), key...)
 	}
-	// Not before the slow one has its room: the other team's upload could take it.
+	// Wait until the slow upload has its room; the other team's could take it otherwise.
 	p.eventually("the slow upload's byte is kept", func() bool { return kept(p.config.SpoolDir) })
 	upload(two).fails(429, "rate_limited")
 	upload(other).want(201)
 }
 
-// TestImportHostDrains: an image's archive goes to a host that takes it when it
-// has arrived, and not to one that did when it began to arrive.
+// TestImportHostDrains checks that an archive goes to a host that takes work when the
+// archive has arrived, even if another did when the upload began.
 func TestImportHostDrains(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -358,7 +358,7 @@ func TestImportHostDrains(t *testing.T) {
 		}
 		answer <- r
 	}()
-	// More than sockets hold, so that the server has begun to receive it.
+	// Send more than socket buffers hold, so that the server has begun to receive it.
 	if _, err := io.Copy(client, bytes.NewReader(make([]byte, 32<<20))); err != nil {
 		t.Fatal(err)
 	}
@@ -369,12 +369,12 @@ func TestImportHostDrains(t *testing.T) {
 	}
 	v := await.Recv(t, "the archive is imported", answer).want(201)
 	if p.agent.hasTemplate(v.str("id")) || !second.hasTemplate(v.str("id")) {
-		t.Error("the host that drains has made the template")
+		t.Error("the draining host made the template")
 	}
 }
 
-// kept reports whether this process has an open file that is in a folder and not
-// empty. The file need not have a name.
+// kept reports whether this process has an open, non-empty file in a folder. The file may
+// have been unlinked.
 func kept(dir string) bool {
 	fds, _ := os.ReadDir("/proc/self/fd")
 	for _, fd := range fds {

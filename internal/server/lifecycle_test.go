@@ -38,7 +38,7 @@ func TestLifecycle(t *testing.T) {
 	}
 	req := p.agent.creates[0]
 	if req.AccessToken != sb["access_token"] || req.Envs["A"] != "b" || req.Vcpus != 2 || req.TemplateId != id.Format(id.Template, uuid.Nil) {
-		t.Errorf("the host was asked for %v", req)
+		t.Errorf("the host was asked to create %v", req)
 	}
 	base := "/v1/sandboxes/" + sandbox
 	pinged := p.call("POST", base+"/ping", nil).want(200)
@@ -95,7 +95,7 @@ func TestList(t *testing.T) {
 		r := p.call("GET", "/v1/sandboxes?limit=3"+cursor, nil)
 		paged = append(paged, ids(r)...)
 		if page == 0 {
-			// What comes meanwhile does not shift the pages.
+			// A new sandbox does not shift the pages.
 			p.create(map[string]any{})
 		}
 		next := r.str("next_cursor")
@@ -125,7 +125,8 @@ func TestList(t *testing.T) {
 	}
 }
 
-// TestClientGoesAway creates for clients that do not wait.
+// TestClientGoesAway checks that creations and deletions complete after their clients
+// disconnect.
 func TestClientGoesAway(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -156,7 +157,7 @@ func TestClientGoesAway(t *testing.T) {
 	if r.str("state") != "running" || p.agent.created() != 1 {
 		t.Errorf("%d creations, state %s", p.agent.created(), r.str("state"))
 	}
-	// A deletion goes on as well.
+	// A deletion continues as well.
 	gone, finish := make(chan struct{}), make(chan struct{})
 	p.agent.mu.Lock()
 	p.agent.onDestroy = func(ctx context.Context, _ *hostagentv1.DestroyRequest) error {
@@ -225,7 +226,7 @@ func TestEvents(t *testing.T) {
 	a, b, c := p.create(map[string]any{}), p.create(map[string]any{}), p.create(map[string]any{})
 	p.agent.happened(hostagentv1.Event_KIND_EXPIRED, a, "")
 	p.eventually("the first is stopped", func() bool { return p.state(a) == "stopped" })
-	// While no server listens, the host goes on.
+	// The host keeps working while no server runs.
 	p.end()
 	p.agent.happened(hostagentv1.Event_KIND_EXITED, b, "the guest powered off")
 	p.agent.forget(c)

@@ -11,7 +11,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/recipe/buildcontext"
 )
 
-// blocks waits until another connection waits for what p.db holds.
+// blocks waits until another connection waits for a lock that p.db holds.
 func (p *plane) blocks(what string) {
 	p.Helper()
 	p.eventually(what, func() bool {
@@ -23,8 +23,8 @@ func (p *plane) blocks(what string) {
 	})
 }
 
-// TestRevokeWhilePausing pauses and resumes a sandbox while its tokens are
-// revoked because somebody loses access: neither waits for the other in a circle.
+// TestRevokeWhilePausing pauses and resumes a sandbox while somebody's loss of access
+// revokes its tokens: no deadlock.
 func TestRevokeWhilePausing(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -84,8 +84,8 @@ func TestRevokeWhilePausing(t *testing.T) {
 	}
 }
 
-// TestCreateWhileArchiveIsWritten: a team creates sandboxes while the archive of
-// a build is written, and an archive without room is refused before it is written.
+// TestCreateWhileArchiveIsWritten creates sandboxes while the server stores a build's
+// archive. An archive that exceeds the quota is refused before it is stored.
 func TestCreateWhileArchiveIsWritten(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)

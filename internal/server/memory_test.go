@@ -11,8 +11,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/budget"
 )
 
-// A team whose commands print all that they may, for clients that read none of
-// it, gets no more of the server's memory than its share; others are answered.
+// TestOneTeamTakesItsShareOfMemory runs commands with much output for clients that read
+// none of it. Their team gets no more than its share of the server's memory, and other
+// teams' requests succeed.
 func TestOneTeamTakesItsShareOfMemory(t *testing.T) {
 	p := newPlane(t)
 	p.end()
@@ -23,14 +24,14 @@ func TestOneTeamTakesItsShareOfMemory(t *testing.T) {
 	other := p.newTeam()
 	foreign := "/v1/sandboxes/" + p.call("POST", "/v1/sandboxes", map[string]any{}, "X-API-Key", other).want(201).str("id") + "/exec"
 
-	// Both outputs of 16 MiB take all of a share of 64 MiB.
+	// Both outputs of 16 MiB fill a share of 64 MiB.
 	req, err := http.NewRequestWithContext(t.Context(), "POST", p.http.URL+path, strings.NewReader(`{"cmd":"flood","args":["\u00e9","16777216"]}`))
 	if err != nil {
 		t.Fatal(err)
 	}
 	req.Header.Set("X-API-Key", adminKey)
 	req.Header.Set("Content-Type", "application/json")
-	flood, err := http.DefaultClient.Do(req) // returns once the answer has begun
+	flood, err := http.DefaultClient.Do(req) // returns once the response has begun
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -42,7 +43,7 @@ func TestOneTeamTakesItsShareOfMemory(t *testing.T) {
 	refused := p.call("POST", path, long)
 	refused.fails(429, "rate_limited")
 	if refused.Header.Get("Retry-After") == "" {
-		t.Error("the answer does not say when to try again")
+		t.Error("the response does not say when to retry")
 	}
 	for who, at := range map[string]string{"the same team's": path, "another team's": foreign} {
 		key := adminKey
@@ -56,14 +57,15 @@ func TestOneTeamTakesItsShareOfMemory(t *testing.T) {
 	if got := p.call("POST", foreign, long, "X-API-Key", other).want(200).str("stdout"); len(got) != 100<<10 {
 		t.Errorf("another team's command printed %d bytes", len(got))
 	}
-	p.call("GET", "/v1/sandboxes", nil).want(200) // what takes nothing is answered
+	p.call("GET", "/v1/sandboxes", nil).want(200) // requests without such memory succeed
 	flood.Body.Close()
-	p.eventually("the memory is given back", func() bool {
+	p.eventually("the memory is released", func() bool {
 		return p.call("POST", path, long).Status == 200
 	})
 }
 
-// Output that JSON would make six times as long is written as base64.
+// TestFloodOfControlCharacters checks that output is sent as base64 if JSON would make it
+// six times as long.
 func TestFloodOfControlCharacters(t *testing.T) {
 	p := newPlane(t)
 	path := "/v1/sandboxes/" + p.create(map[string]any{}) + "/exec"
@@ -73,8 +75,8 @@ func TestFloodOfControlCharacters(t *testing.T) {
 	}
 }
 
-// TestTeamsOfOneOwnerShareMemory: whoever owns several teams gets no more of the
-// server's memory with them, and what requests to ports hold counts too.
+// TestTeamsOfOneOwnerShareMemory checks that owning several teams gets nobody more of the
+// server's memory, and that requests to ports count.
 func TestTeamsOfOneOwnerShareMemory(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -102,10 +104,10 @@ func TestTeamsOfOneOwnerShareMemory(t *testing.T) {
 	run(two).fails(429, "rate_limited")
 	run(other).want(200)
 
-	// A body that is kept so that it can be sent again.
+	// The server keeps the body to be able to send it again.
 	held := func() string { return p.metric("wrenn_request_memory_bytes") }
 	flood.Body.Close()
-	p.eventually("nothing is held", func() bool { return held() == "0" })
+	p.eventually("no memory is in use", func() bool { return held() == "0" })
 	asked, release := make(chan string, 1), make(chan struct{})
 	p.agent.guest = http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
 		asked <- held()
@@ -129,16 +131,16 @@ func TestTeamsOfOneOwnerShareMemory(t *testing.T) {
 		resp.Body.Close()
 	}()
 	if got := await.Recv(t, "the guest is asked", asked); got != "61440" {
-		t.Errorf("%s bytes are held for a body of 64 KiB", got)
+		t.Errorf("%s bytes are in use for a body of 64 KiB", got)
 	}
 	close(release)
 	await.Recv(t, "the request ends", done)
-	p.eventually("nothing is held", func() bool { return held() == "0" })
+	p.eventually("no memory is in use", func() bool { return held() == "0" })
 }
 
-// TestBodiesTakeMemory sends a long body to every operation that takes JSON, while
-// others' requests hold all of the memory for requests: each refuses it, says when to try
-// again, and gives back what it took.
+// TestBodiesTakeMemory sends a long body to every operation that takes JSON, while other
+// requests use up the memory for requests. Each operation refuses it, says when to retry,
+// and releases what it took.
 func TestBodiesTakeMemory(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -169,5 +171,5 @@ func TestBodiesTakeMemory(t *testing.T) {
 		t.Errorf("only %d operations take JSON", n)
 	}
 	p.call("GET", "/v1/sandboxes", nil).want(200)
-	p.eventually("what the requests took is given back", func() bool { return memory.Used() == all })
+	p.eventually("the requests' memory is released", func() bool { return memory.Used() == all })
 }

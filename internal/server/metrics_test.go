@@ -16,7 +16,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
-// docs/metrics.md has the metrics that the server registers.
+// TestMetricsAreDocumented compares docs/metrics.md with the metrics that the server
+// registers.
 func TestMetricsAreDocumented(t *testing.T) {
 	log := slog.New(slog.DiscardHandler)
 	s := &Server{

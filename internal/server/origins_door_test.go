@@ -17,14 +17,14 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
-// door is a front door, the real Caddy, in front of a control plane.
+// door is the real front door, Caddy, before a control plane.
 type door struct {
 	*plane
 	*deploytest.Door
 	scheme, service, domain string
 }
 
-// openDoor restarts p behind a front door for the given names.
+// openDoor restarts p behind a front door with the given names.
 func (p *plane) openDoor(scheme, service, domain string) *door {
 	p.Helper()
 	d := &door{plane: p, Door: deploytest.Listen(p.TB), scheme: scheme, service: service, domain: domain}
@@ -61,8 +61,8 @@ func (d *door) client(h2 bool) *http.Client {
 	return &http.Client{Transport: transport, CheckRedirect: browser.CheckRedirect}
 }
 
-// TestOriginsAtFrontDoor: the rules for guests' answers and for names also hold behind
-// the real front door.
+// TestOriginsAtFrontDoor checks that the rules for guests' responses and for names also
+// hold behind the real front door.
 func TestOriginsAtFrontDoor(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -99,7 +99,7 @@ func TestOriginsAtFrontDoor(t *testing.T) {
 			wantHarmless(t, daemon, true, resp, early)
 			before := reached.Load()
 			if resp, _ := get(c, daemon+"/files?path=/a&signature=v1_x"); resp.StatusCode != http.StatusUnauthorized || reached.Load() != before {
-				t.Errorf("%s: a signature that is made up: %s", daemon, resp.Status)
+				t.Errorf("%s: a forged signature: %s", daemon, resp.Status)
 			}
 			want := map[string]int{
 				d.url(d.service) + "/docs":            200,
@@ -123,7 +123,7 @@ func TestOriginsAtFrontDoor(t *testing.T) {
 					t.Errorf("%s: %s, want %d", url, resp.Status, status)
 				}
 			}
-			// A proxy on this machine that terminates TLS says so.
+			// A proxy on this machine reports that it terminates TLS.
 			if d.scheme == "http" {
 				if resp, _ := get(c, d.url("wrenn.example.com")+"/verify", "X-Forwarded-Proto", "https"); resp.StatusCode != http.StatusOK {
 					t.Errorf("behind another proxy: %s", resp.Status)
@@ -133,7 +133,7 @@ func TestOriginsAtFrontDoor(t *testing.T) {
 	}
 }
 
-// hostilePage is a guest's port that attacks the browser.
+// hostilePage is a port of a guest that attacks the browser.
 func hostilePage(service string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		parts := strings.SplitN(r.URL.Path, "/", 5) // /proxy/SANDBOX/PORT/…
@@ -156,8 +156,8 @@ func hostilePage(service string) http.Handler {
 	})
 }
 
-// TestOriginsInBrowser opens a guest's pages in Chromium. They try to get the
-// service's cookies and to run something under its origin.
+// TestOriginsInBrowser opens a guest's pages in Chromium. They try to read the service's
+// cookies and to run scripts in its origin.
 func TestOriginsInBrowser(t *testing.T) {
 	t.Parallel()
 	needBrowser(t)
@@ -176,8 +176,7 @@ func TestOriginsInBrowser(t *testing.T) {
 	}
 }
 
-// TestConfirmInBrowser opens the link of the letter that asks for a channel's
-// confirmation in Chromium.
+// TestConfirmInBrowser opens a channel's confirmation link in Chromium.
 func TestConfirmInBrowser(t *testing.T) {
 	t.Parallel()
 	needBrowser(t)
@@ -198,7 +197,7 @@ func TestConfirmInBrowser(t *testing.T) {
 // browserTests is the folder of the tests that run in a browser.
 const browserTests = "../../test/browser"
 
-// needBrowser skips a test where there is no browser for it.
+// needBrowser skips the test if Chromium or Playwright is missing.
 func needBrowser(t *testing.T) {
 	t.Helper()
 	if _, err := exec.LookPath("chromium"); err != nil {
@@ -209,7 +208,7 @@ func needBrowser(t *testing.T) {
 	}
 }
 
-// browse runs a file of browser tests, whose output is kept under the name.
+// browse runs a file of browser tests and saves its output under the name.
 func (d *door) browse(name, file string, env ...string) {
 	d.Helper()
 	cmd := exec.CommandContext(d.Context(), "node_modules/.bin/playwright", "test", file)

@@ -21,7 +21,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/filesign"
 )
 
-// signed is the path of a URL that a client signed to read a file.
+// signed returns the path of a URL that a client signed for reading a file.
 func signed(path, access string, expires time.Time) string {
 	v := url.Values{"path": {path}, "username": {"root"}}
 	expiration := ""
@@ -33,7 +33,7 @@ func signed(path, access string, expires time.Time) string {
 	return filesign.Path + "?" + v.Encode()
 }
 
-// TestSignedURL: a signature is checked before anything of a request reaches a host.
+// TestSignedURL checks that the server verifies a signature before it contacts a host.
 func TestSignedURL(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -78,8 +78,9 @@ func TestSignedURL(t *testing.T) {
 	}
 }
 
-// TestSignedURLOfPages: pages of other sites may use URLs whose signature is valid, and
-// nothing else of a guest daemon. To say so reaches no host.
+// TestSignedURLOfPages checks that pages of other sites may use validly signed URLs and
+// nothing else of a guest daemon, and that the server answers their preflights without
+// the host.
 func TestSignedURLOfPages(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -127,7 +128,7 @@ func TestSignedURLOfPages(t *testing.T) {
 	}
 }
 
-// The fields that a hostile guest daemon sends, and those that clients get.
+// What a hostile guest daemon sends, and what clients get of it.
 var (
 	hostileFields = map[string]string{
 		"Set-Cookie": "wrenn_access=evil; Domain=localhost", "Access-Control-Allow-Origin": "*", "Access-Control-Allow-Credentials": "true",
@@ -143,7 +144,7 @@ var (
 	}
 )
 
-// hostileDaemon answers as a hostile guest daemon does.
+// hostileDaemon responds as a hostile guest daemon might.
 func hostileDaemon(w http.ResponseWriter, _ *http.Request) {
 	h := w.Header()
 	for name, value := range hostileFields {
@@ -169,14 +170,13 @@ func withEarly(ctx context.Context, early *[]http.Header) context.Context {
 	}})
 }
 
-// forPages are what lets pages of other sites read the responses to signed URLs.
+// forPages are the headers that let pages of other sites read responses to signed URLs.
 var forPages = map[string]string{
 	"Access-Control-Allow-Origin": "*", "Access-Control-Allow-Methods": "GET, HEAD, POST", "Access-Control-Allow-Headers": "Content-Type, Range",
 	"Access-Control-Expose-Headers": "*", "Access-Control-Max-Age": "600",
 }
 
-// wantHarmless checks that a response of hostileDaemon, to a signed URL or another one,
-// is harmless.
+// wantHarmless checks that a response of hostileDaemon is harmless.
 func wantHarmless(t *testing.T, what string, signed bool, resp *http.Response, early []http.Header) {
 	t.Helper()
 	body, err := io.ReadAll(resp.Body)
@@ -208,8 +208,8 @@ func wantHarmless(t *testing.T, what string, signed bool, resp *http.Response, e
 	}
 }
 
-// TestHostileDaemon: clients get only harmless fields of a hostile guest daemon's
-// answers, and browsers run none of them.
+// TestHostileDaemon checks that clients get only harmless headers from a hostile guest
+// daemon, and that browsers run none of its responses.
 func TestHostileDaemon(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -244,8 +244,8 @@ func TestHostileDaemon(t *testing.T) {
 	}
 }
 
-// TestGuestCookies: no guest gets the service's cookies, or sets a cookie for a name
-// other than its own.
+// TestGuestCookies checks that no guest gets the service's cookies or sets a cookie for
+// any name but its own.
 func TestGuestCookies(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -316,8 +316,8 @@ func TestGuestCookies(t *testing.T) {
 	}
 }
 
-// TestPlainHTTP: operations on accounts refuse plain HTTP, except at loopback names,
-// and accept HTTPS, which a front door on this machine reports.
+// TestPlainHTTP checks that operations on accounts refuse plain HTTP, except at loopback
+// names, and accept HTTPS that a front door on this machine reports.
 func TestPlainHTTP(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -377,8 +377,8 @@ func TestPlainHTTP(t *testing.T) {
 	}
 }
 
-// TestHarmless: browsers use no answer of the service as a page, a script or a part of
-// another origin's page, and cookies count only for the service's own pages.
+// TestHarmless checks that browsers use no response of the service as a page, a script or
+// part of another origin's page, and that cookies count only for the service's own pages.
 func TestHarmless(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -417,8 +417,8 @@ func TestHarmless(t *testing.T) {
 	}
 }
 
-// TestSandboxDomain: with a domain of their own, sandboxes are only below it, and
-// nothing else is.
+// TestSandboxDomain checks that with a domain of their own, sandboxes are only below it,
+// and nothing else is.
 func TestSandboxDomain(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -447,7 +447,7 @@ func TestSandboxDomain(t *testing.T) {
 			t.Errorf("%s: %d, want %d: %.200s", host, r.Status, want, r.Body)
 		}
 	}
-	// Over HTTPS cookies are bound to the service's host, and older ones are removed.
+	// Over HTTPS the server binds cookies to its host, and removes older ones.
 	r := p.call("POST", "/v1/auth/login", map[string]any{"email": "admin@example.com", "password": "correct horse"}, nobody...).want(200)
 	var jar []string
 	gone := make(map[string]bool)

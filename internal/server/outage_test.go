@@ -18,7 +18,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
-// TestHostVanishes calls while the host does not answer.
+// TestHostVanishes makes calls while the host is unreachable.
 func TestHostVanishes(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -40,7 +40,7 @@ func TestHostVanishes(t *testing.T) {
 		t.Errorf("state %s, want running: its host may be back", s)
 	}
 	p.agent.serve(t)
-	p.eventually("the deletion is finished", func() bool { return p.state(doomed) == "stopped" })
+	p.eventually("the server completes the deletion", func() bool { return p.state(doomed) == "stopped" })
 	if p.agent.has(doomed) {
 		t.Error("the host still has it")
 	}
@@ -48,8 +48,8 @@ func TestHostVanishes(t *testing.T) {
 	p.eventually("health is ok", func() bool { return p.call("GET", "/health", nil).Status == 200 })
 }
 
-// TestServerDies lets a second server find what a first one left in transit.
-// The first is not stopped in order: nothing of it runs on, as after SIGKILL.
+// TestServerDies starts a second server, which finds what the first one left in transit.
+// The first stops without cleaning up, as after SIGKILL.
 func TestServerDies(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -79,7 +79,7 @@ func TestServerDies(t *testing.T) {
 	stray := id.Format(id.Sandbox, uuid.New())
 	thirdID, _ := id.Parse(id.Sandbox, third)
 	p.sql(`INSERT INTO sandboxes SELECT $1, team_id, host_id, template_id, template_name, 'stopping', vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at FROM sandboxes LIMIT 1`, thirdID)
-	// What the first server asked for came to be, in one case.
+	// The host completed one of the first server's requests.
 	p.agent.add(first, 60)
 	p.agent.add(third, 60)
 	p.agent.add(stray, 60)
@@ -88,19 +88,19 @@ func TestServerDies(t *testing.T) {
 	p.agent.mu.Lock()
 	p.agent.onCreate, p.agent.onDestroy = nil, nil
 	p.agent.mu.Unlock()
-	// How soon the next one takes the first for dead.
+	// The heartbeat decides how soon the next server takes the first for dead.
 	p.config.Heartbeat = 2 * time.Second
 	p.start()
 	next := p.end
 	p.end = func() { next(); close(hang); old() }
 	p.eventually("the one that the host has runs", func() bool { return p.state(first) == "running" })
-	p.eventually("the one that the host does not have is given up", func() bool { return p.state(second) == "error" })
+	p.eventually("the one that the host does not have failed", func() bool { return p.state(second) == "error" })
 	p.eventually("the one that was stopping is stopped", func() bool { return p.state(third) == "stopped" })
 	if p.agent.has(third) {
 		t.Error("the host still has the one that was stopping")
 	}
 	if !p.agent.has(stray) {
-		t.Error("a sandbox that the table does not know was destroyed at once")
+		t.Error("a sandbox that the database does not know was destroyed at once")
 	}
 	one := p.call("GET", "/v1/sandboxes/"+first, nil).object()["metadata"].(map[string]any)["i"].(string)
 	if r := p.call("POST", "/v1/sandboxes", map[string]any{"metadata": map[string]string{"i": one}}, "Idempotency-Key", "k"+one).want(201); r.str("id") != first {
@@ -111,7 +111,7 @@ func TestServerDies(t *testing.T) {
 	p.agent.mu.Unlock()
 	two := p.call("GET", "/v1/sandboxes/"+second, nil).object()["metadata"].(map[string]any)["i"].(string)
 	if r := p.call("POST", "/v1/sandboxes", map[string]any{"metadata": map[string]string{"i": two}}, "Idempotency-Key", "k"+two).want(201); r.str("id") == second {
-		t.Error("the key still names the one that was given up")
+		t.Error("the key still names the failed one")
 	}
 }
 
@@ -125,19 +125,19 @@ func TestDatabaseRestarts(t *testing.T) {
 		t.Errorf("health: %v", h)
 	}
 	p.metrics()
-	// Ended while it could not be written down.
+	// The sandbox ends while the database is down.
 	p.agent.happened(hostagentv1.Event_KIND_EXPIRED, sandbox, "")
 	if err := c.Start(); err != nil {
 		t.Fatal(err)
 	}
-	p.eventually("the end is written down", func() bool {
+	p.eventually("the server records the end", func() bool {
 		r := p.call("GET", "/v1/sandboxes/"+sandbox, nil)
 		return r.Status == 200 && r.str("end_reason") == "expired"
 	})
 	p.create(map[string]any{})
 }
 
-// TestDatabaseFailsOver has a standby take the primary's place.
+// TestDatabaseFailsOver promotes a standby in the primary's place.
 func TestDatabaseFailsOver(t *testing.T) {
 	p := newPlane(t)
 	sandbox := p.create(map[string]any{})
@@ -152,7 +152,7 @@ func TestDatabaseFailsOver(t *testing.T) {
 	p.start()
 	other := p.create(map[string]any{})
 	p.agent.happened(hostagentv1.Event_KIND_EXPIRED, sandbox, "")
-	c.Stop() // what was acknowledged is on the standby
+	c.Stop() // everything acknowledged is on the standby
 	t.Cleanup(func() {
 		if err := c.Start(); err != nil {
 			t.Error(err)
@@ -164,16 +164,16 @@ func TestDatabaseFailsOver(t *testing.T) {
 		r := p.call("GET", "/v1/sandboxes/"+other, nil)
 		return r.Status == 200 && r.str("state") == "running"
 	})
-	p.eventually("what happened meanwhile is written down", func() bool {
+	p.eventually("the server records what happened during the failover", func() bool {
 		r := p.call("GET", "/v1/sandboxes/"+sandbox, nil)
 		return r.Status == 200 && r.str("end_reason") == "expired"
 	})
 	p.create(map[string]any{})
-	p.end() // before the database that it is on goes
+	p.end() // before its database goes
 }
 
-// TestDatabaseTakesNoChanges has the primary become one that only reads, as it is
-// after it lost its place, while connections to it stay open.
+// TestDatabaseTakesNoChanges makes the primary read-only, like one that lost its role,
+// while its connections stay open.
 func TestDatabaseTakesNoChanges(t *testing.T) {
 	p := newPlane(t)
 	p.create(map[string]any{})
@@ -188,7 +188,7 @@ func TestDatabaseTakesNoChanges(t *testing.T) {
 	}
 	defer set("off")
 	set("on")
-	p.eventually("changes are refused for now", func() bool {
+	p.eventually("the server refuses changes for now", func() bool {
 		r, err := p.try("POST", "/v1/sandboxes", map[string]any{})
 		if err != nil {
 			t.Fatal(err)
@@ -199,13 +199,13 @@ func TestDatabaseTakesNoChanges(t *testing.T) {
 		return r.Status == 503
 	})
 	set("off")
-	p.eventually("changes are taken again", func() bool {
+	p.eventually("the server accepts changes again", func() bool {
 		r, err := p.try("POST", "/v1/sandboxes", map[string]any{})
 		return err == nil && r.Status == 201
 	})
 }
 
-// TestRedisFlushed has Redis forget all that it knows while a server works.
+// TestRedisFlushed empties Redis under a running server.
 func TestRedisFlushed(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -222,7 +222,7 @@ func TestRedisFlushed(t *testing.T) {
 	}
 	p.call("DELETE", "/v1/sandboxes/"+sandbox, nil).want(204)
 	flush()
-	q.eventually("the other server knows of the end", func() bool {
+	q.eventually("the other server learns of the end", func() bool {
 		return q.call("GET", "/v1/sandboxes/"+sandbox, nil).str("state") == "stopped"
 	})
 	p.create(map[string]any{})

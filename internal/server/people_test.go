@@ -43,7 +43,7 @@ func (p *plane) db() *pgx.Conn {
 	return p.conn
 }
 
-// person makes an account without a password.
+// person creates an account without a password.
 func (p *plane) person(email string) uuid.UUID {
 	p.Helper()
 	u := uuid.New()
@@ -51,7 +51,8 @@ func (p *plane) person(email string) uuid.UUID {
 	return u
 }
 
-// ownerOf makes a user with so many teams, and returns a key of each team.
+// ownerOf creates a user who owns the given number of teams, and returns a key of each
+// team.
 func (p *plane) ownerOf(teams int, email string) (keys []string) {
 	p.Helper()
 	p.person(email)
@@ -63,7 +64,7 @@ func (p *plane) ownerOf(teams int, email string) (keys []string) {
 	return keys
 }
 
-// bearer logs somebody in, whatever their password is.
+// bearer logs a user in without the password.
 func (p *plane) bearer(user uuid.UUID) string {
 	p.Helper()
 	if p.sessions == nil {
@@ -96,14 +97,14 @@ func (p *plane) bearer(user uuid.UUID) string {
 	return p.sessions(user)
 }
 
-// as is what call needs to act as who has a token.
+// as returns the headers that authenticate call with a token.
 func as(token string, more ...string) []string {
 	return append([]string{"X-API-Key", "", "Authorization", "Bearer " + token}, more...)
 }
 
 var nobody = []string{"X-API-Key", ""}
 
-// login logs in with a password and returns access and refresh token.
+// login logs in with a password and returns the access and the refresh token.
 func (p *plane) login(email, password string) (access, refresh string) {
 	p.Helper()
 	r := p.call("POST", "/v1/auth/login", map[string]any{"email": email, "password": password, "tokens": true}, nobody...).want(200)
@@ -123,13 +124,13 @@ func TestPeople(t *testing.T) {
 	p.call("PUT", "/v1/admin/settings", map[string]any{"signup_open": true, "default_quota": map[string]any{"max_running": 3}}, as(admin)...).want(200)
 	p.call("POST", "/v1/auth/signup", map[string]any{"email": "ada@example.com", "password": "short"}, nobody...).fails(400, "invalid_argument")
 
-	// A browser: tokens are in cookies that no script reads.
+	// A browser gets its tokens in cookies that no script can read.
 	p.call("POST", "/v1/auth/signup", signUp, append(nobody, "Origin", "http://localhost:8000")...).want(202)
 	stale := p.linked(letters(), "verify")
 	p.call("POST", "/v1/auth/login", signUp, nobody...).fails(403, "permission_denied")
-	p.linked(letters(), "verify") // To log in sends another link.
+	p.linked(letters(), "verify") // A login sends another link.
 	p.call("POST", "/v1/auth/login", map[string]any{"email": "ada@example.com", "password": "wrong"}, nobody...).fails(401, "unauthenticated")
-	// An account that was not opened is whoever's signs up last.
+	// An unconfirmed account belongs to whoever signs up last.
 	p.call("POST", "/v1/auth/signup", map[string]any{"email": "Ada@example.com", "password": "a stranger's"}, nobody...).want(202)
 	strange := p.linked(letters(), "verify")
 	p.call("POST", "/v1/auth/signup", signUp, nobody...).want(202)
@@ -140,7 +141,7 @@ func TestPeople(t *testing.T) {
 	r := p.call("POST", "/v1/auth/verify", map[string]any{"token": link, "password": password}, append(nobody, "Origin", "http://localhost:8000")...).want(200)
 	p.call("POST", "/v1/auth/verify", map[string]any{"token": link, "password": password}, nobody...).fails(401, "unauthenticated")
 	if r.str("access_token") != "" || r.str("refresh_token") != "" {
-		t.Error("a browser's answer has tokens in the body")
+		t.Error("a response to a browser has tokens in its body")
 	}
 	cookies := (&http.Response{Header: r.Header}).Cookies()
 	if len(cookies) != 2 {
@@ -158,13 +159,13 @@ func TestPeople(t *testing.T) {
 	if me["email"] != "ada@example.com" || me["admin"] != false || me["has_password"] != true || len(me["teams"].([]any)) != 1 {
 		t.Errorf("me: %v", me)
 	}
-	// Whether an address has an account is told to the address alone.
+	// Only a letter to the address tells whether it has an account.
 	p.call("POST", "/v1/auth/signup", map[string]any{"email": "ADA@example.com", "password": "a stranger's"}, nobody...).want(202)
 	if letter := letters(); strings.Contains(letter, "token=") || !strings.Contains(letter, "has an account") {
 		t.Errorf("letter to somebody who has an account:\n%s", letter)
 	}
 
-	// Another site's page cannot use them.
+	// A page of another site cannot use the cookies.
 	for _, headers := range [][]string{{"Origin", "http://evil.example"}, {"Origin", "null"}, {"Sec-Fetch-Site", "cross-site"}, {"Sec-Fetch-Site", "same-site"}} {
 		p.call("POST", "/v1/teams", map[string]any{"name": "x"}, append(cookie, headers...)...).fails(403, "permission_denied")
 		p.call("POST", "/v1/auth/login", signUp, append(nobody, headers...)...).fails(403, "permission_denied")
@@ -181,7 +182,7 @@ func TestPeople(t *testing.T) {
 		}
 	}
 
-	// Refresh tokens are good for one use.
+	// A refresh token can be used once.
 	access, refresh := p.login("ada@example.com", password)
 	other, _ := p.login("Ada@Example.com", password)
 	next := p.call("POST", "/v1/auth/refresh", map[string]any{"refresh_token": refresh}, nobody...).want(200)
@@ -206,7 +207,7 @@ func TestPeople(t *testing.T) {
 		t.Error("a second window's cookies are changed")
 	}
 
-	// A new password ends the other sessions.
+	// A new password ends the user's other sessions.
 	third, _ := p.login("ada@example.com", password)
 	p.call("POST", "/v1/auth/password", map[string]any{"current_password": "wrong", "new_password": password + "!"}, as(third)...).fails(403, "permission_denied")
 	p.call("POST", "/v1/auth/password", map[string]any{"current_password": password, "new_password": password + "!"}, as(third)...).want(204)
@@ -222,7 +223,7 @@ func TestPeople(t *testing.T) {
 	p.call("POST", "/v1/auth/logout-all", nil, as(third)...).want(204)
 	p.call("GET", "/v1/me", nil, as(third)...).fails(401, "unauthenticated")
 	p.recorded(me["id"].(string), "verifyEmail ok", "logIn ok", "refresh ok", "changePassword ok", "changePassword refused", "logOut ok", "logOutAll ok")
-	// The secrets are nowhere in the database.
+	// The database has none of the secrets.
 	for _, secret := range []string{refresh, next.str("refresh_token")} {
 		var n int
 		if err := p.db().QueryRow(context.Background(), "SELECT count(*) FROM sessions s WHERE s::text LIKE '%' || $1 || '%'", secret).Scan(&n); err != nil || n != 0 {
@@ -231,7 +232,7 @@ func TestPeople(t *testing.T) {
 	}
 }
 
-// recorded checks that what somebody did, or tried to, is recorded as theirs.
+// recorded checks that there are audit records of a user's actions, successful or not.
 func (p *plane) recorded(user string, what ...string) {
 	p.Helper()
 	found := make(map[string]bool)
@@ -252,7 +253,7 @@ func TestGuessing(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
 	guess := map[string]any{"email": "Admin@example.com", "password": "wrong"}
-	// At once: a try is counted before its password is looked at.
+	// All at once: the server counts a try before it checks the password.
 	refused := func() (n int) {
 		t.Helper()
 		answers := make(chan response, 14)
@@ -281,12 +282,13 @@ func TestGuessing(t *testing.T) {
 	if n := refused(); n != 4 {
 		t.Errorf("%d of 14 guesses at once were refused, want 4", n)
 	}
-	// Whose account it is can log in all the same, from another network.
+	// The account's owner can still log in from another network.
 	right := map[string]any{"email": "admin@example.com", "password": "correct horse"}
 	p.call("POST", "/v1/auth/login", right, append(nobody, "X-Forwarded-For", "203.0.113.99")...).want(200)
 	p.call("POST", "/v1/auth/login", right, nobody...).fails(429, "rate_limited")
 	p.call("POST", "/v1/auth/login", guess, append(nobody, "X-Forwarded-For", "2001:db8::1")...).fails(401, "unauthenticated")
-	// From one address, whatever the accounts are; X-Forwarded-For is this machine's front door's.
+	// The limit per address counts across accounts. X-Forwarded-For comes from the front
+	// door on this machine.
 	limited := 0
 	for i := range 40 {
 		r := p.call("POST", "/v1/auth/refresh", map[string]any{"refresh_token": "x"}, append(nobody, "X-Forwarded-For", "203.0.113.7, 127.0.0.1")...)
@@ -301,15 +303,15 @@ func TestGuessing(t *testing.T) {
 	}
 	p.call("POST", "/v1/auth/refresh", map[string]any{"refresh_token": "x"}, append(nobody, "X-Forwarded-For", "203.0.113.8")...).fails(401, "unauthenticated")
 	checkRates(t, p)
-	// Without Redis a server counts by itself.
+	// Without Redis, a server keeps its own counts.
 	p.redis.stop()
 	if n := refused(); n != 4 {
 		t.Errorf("without Redis %d of 14 guesses at once were refused, want 4", n)
 	}
 }
 
-// TestTakeOver: nobody can fill somebody else's quota by making them a team's owner.
-// The next owner takes the team over; the first cannot hand it over.
+// TestTakeOver checks that nobody can fill another user's quota by making them a team's
+// owner. The next owner takes the team over; the first cannot hand it over.
 func TestTakeOver(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -325,7 +327,7 @@ func TestTakeOver(t *testing.T) {
 	p.call("PATCH", member(ada), map[string]any{"role": "admin"}, asAda...).fails(409, "conflict")
 	p.call("DELETE", member(ada), nil, asEve...).fails(409, "conflict") // Bob would be next.
 	p.call("PATCH", member(ada), map[string]any{"role": "member"}, asBob...).want(200)
-	// Who was in it before the owner is not made the first owner either.
+	// A member who was there before the owner does not become the first owner either.
 	p.call("PATCH", member(ada), map[string]any{"role": "owner"}, asBob...).fails(409, "conflict")
 	p.call("POST", base+"/leave", nil, asEve...).want(204)
 }
@@ -368,7 +370,7 @@ func TestKeys(t *testing.T) {
 	p.call("DELETE", "/v1/keys/"+first["id"].(string), nil, admin...).fails(404, "not_found")
 }
 
-// bearerOf is bearer for somebody who is there.
+// bearerOf is bearer for the account with an address.
 func (p *plane) bearerOf(email string) string {
 	p.Helper()
 	var u uuid.UUID
@@ -394,8 +396,9 @@ func TestAdmin(t *testing.T) {
 	if n := len(p.call("GET", "/v1/admin/users?email_prefix=ad&limit=1", nil, admin...).want(200).list("users")); n != 1 {
 		t.Errorf("%d users", n)
 	}
-	p.call("GET", "/v1/admin/users", nil).want(200) // The installation's first key.
-	// Who is deactivated is out, with their keys, and back with them.
+	p.call("GET", "/v1/admin/users", nil).want(200) // This key is the installation's first.
+	// A deactivated user has no access, nor do their keys, until they are activated
+	// again.
 	p.call("PATCH", "/v1/admin/users/"+ada, map[string]any{"active": false}, admin...).want(200)
 	p.call("GET", "/v1/me", nil, as(access)...).fails(401, "unauthenticated")
 	p.call("GET", "/v1/sandboxes", nil, "X-API-Key", key).fails(401, "unauthenticated")
@@ -414,7 +417,7 @@ func TestAdmin(t *testing.T) {
 	if len(list) != 1 || list[0].(map[string]any)["access_token"] != nil {
 		t.Errorf("all sandboxes: %v", list)
 	}
-	// A team's template is there until its host has removed it.
+	// A team's template stays until its host has removed it.
 	p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandbox, "name": "mine"}, "X-API-Key", key).want(201)
 	var mine uuid.UUID
 	if err := p.db().QueryRow(context.Background(), "SELECT id FROM templates WHERE name = 'mine'").Scan(&mine); err != nil {
@@ -447,7 +450,7 @@ func TestAdmin(t *testing.T) {
 	}
 }
 
-// lineWriter hands on what is written, while there is room.
+// lineWriter passes on what is written to it, and drops it if the channel is full.
 type lineWriter chan string
 
 func (w lineWriter) Write(b []byte) (int, error) {
@@ -458,8 +461,8 @@ func (w lineWriter) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// TestLimitsTogether: of many that are asked for at once, no more are made than
-// a team may have.
+// TestLimitsTogether makes many requests at once: no more succeed than the team's limit
+// allows.
 func TestLimitsTogether(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -492,8 +495,8 @@ func TestLimitsTogether(t *testing.T) {
 	}
 }
 
-// TestFirstSignUp has several sign up at once where nobody is yet: one becomes
-// the platform's admin, and to the others it is closed.
+// TestFirstSignUp has several people sign up at once on an empty installation: one
+// becomes the platform's admin, and sign-up is closed to the others.
 func TestFirstSignUp(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -507,7 +510,7 @@ func TestFirstSignUp(t *testing.T) {
 	for token == "" { // written before the server listens
 		_, token, _ = strings.Cut(strings.TrimSpace(<-lines), " token=")
 	}
-	p.sql("UPDATE platform_settings SET signup_open = true") // for a stranger it makes no difference
+	p.sql("UPDATE platform_settings SET signup_open = true") // a stranger's sign-up has the same response
 	for _, wrong := range []map[string]any{{}, {"token": ""}, {"token": token + "0"}, {"token": token[1:]}} {
 		wrong["email"], wrong["password"] = "stranger@example.com", password
 		p.call("POST", "/v1/auth/signup", wrong, nobody...).fails(403, "permission_denied")
@@ -536,7 +539,8 @@ func TestFirstSignUp(t *testing.T) {
 	}
 }
 
-// mailed starts the server anew with a mail server, and returns what that gets.
+// mailed restarts the server with a mail server, and returns a function that returns its
+// next letter.
 func (p *plane) mailed() func() string {
 	p.Helper()
 	post := mailtest.Start(p.TB, mailtest.Options{})
@@ -560,8 +564,8 @@ func (p *plane) linked(letter, page string) string {
 	return link[1]
 }
 
-// TestForgottenOthers has the database hang with one user's reset link: another's
-// is sent.
+// TestForgottenOthers makes the database hang on one user's reset link: another user's is
+// sent.
 func TestForgottenOthers(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -602,7 +606,7 @@ func TestForgotPassword(t *testing.T) {
 	again, _ := p.login("admin@example.com", password)
 	p.recorded(p.call("GET", "/v1/me", nil, as(again)...).want(200).str("id"), "resetPassword ok")
 	p.call("POST", "/v1/auth/password/reset", map[string]any{"token": link, "password": password}, nobody...).fails(401, "unauthenticated")
-	// One that nobody opens in time.
+	// A link that nobody opens in time.
 	p.call("POST", "/v1/auth/password/forgot", map[string]any{"email": "admin@example.com"}, nobody...).want(202)
 	late := p.linked(letters(), "reset-password")
 	p.sql("UPDATE mail_tokens SET expires_at = expires_at - interval '1 hour'")

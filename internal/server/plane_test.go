@@ -33,15 +33,14 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// The tests have servers, hosts and databases of their own, and wait more
-	// than they compute.
+	// The tests have their own servers, hosts and databases, and mostly wait.
 	if err := flag.Set("test.parallel", "8"); err != nil {
 		panic(err)
 	}
 	pgtest.Main(m)
 }
 
-// migrated is a database with the schema, which takes long to make.
+// migrated is a template of a database with the schema, which takes long to create.
 var migrated = pgtest.Template{Fill: func(url string) error {
 	s, err := store.Open(context.Background(), url)
 	if err != nil {
@@ -61,13 +60,13 @@ type plane struct {
 	server *server.Server
 	http   *httptest.Server
 	end    func()
-	// halt stops what the server does on its own; what it was asked for goes on.
+	// halt stops the server's background work; requests continue.
 	halt     func()
 	document *apitest.Document
 	redis    *redisServer
-	// logs gets what the server logs, one line a call; nil: nothing does.
+	// logs receives the server's log, one line per write, if it is set.
 	logs io.Writer
-	// conn and sessions are made when they are first needed.
+	// conn and sessions are opened when first needed.
 	conn     *pgx.Conn
 	sessions func(user uuid.UUID) string
 }
@@ -80,9 +79,9 @@ func newPlane(t testing.TB) *plane {
 		AgentURL: a.url(), AgentToken: agentToken,
 		AdminEmail: "admin@example.com", AdminPassword: "correct horse", AdminAPIKey: adminKey,
 		StopTimeout: 5 * time.Second,
-		// How often somebody may call is TestRates' to test.
+		// TestRates tests rate limits.
 		Rates: rest.Rates{Read: 1e6, Change: 1e6, Expensive: 1e6, Outgoing: 1e6},
-		// The race detector makes the usual cost seconds.
+		// With the race detector, the usual cost takes seconds.
 		PasswordCost: auth.Cost{Passes: 1, MemoryKiB: 64, Threads: 1},
 	}}
 	var err error
@@ -97,7 +96,7 @@ func newPlane(t testing.TB) *plane {
 	return p
 }
 
-// start starts a server on p's database and host; the one that may run goes on.
+// start starts a server on p's database and host. A server that already runs stays up.
 func (p *plane) start() {
 	p.Helper()
 	log := slog.New(slog.DiscardHandler)
@@ -121,7 +120,7 @@ func (p *plane) start() {
 			p.Errorf("Run: %v", err)
 		}
 	}()
-	web := lingertest.NewServer(patience.Answers(s.Handler(), patience.Default)) // as cmd/wrenn serves it
+	web := lingertest.NewServer(patience.Answers(s.Handler(), patience.Default)) // like cmd/wrenn
 	p.server, p.http = s, web
 	halt := func() {
 		begun := time.Now()
@@ -140,14 +139,14 @@ func (p *plane) start() {
 	})
 }
 
-// eventually waits for what the server does on its own, of which there is no
-// event to wait for from outside.
+// eventually waits for the server's background work, which signals nothing to the
+// outside.
 func (p *plane) eventually(what string, ok func() bool) {
 	p.Helper()
 	await.Until(p, what, ok)
 }
 
-// metrics returns what Prometheus reads.
+// metrics returns the response for Prometheus.
 func (p *plane) metrics() string {
 	p.Helper()
 	w := httptest.NewRecorder()
@@ -158,7 +157,7 @@ func (p *plane) metrics() string {
 	return w.Body.String()
 }
 
-// metric returns the value of a metric that has no labels.
+// metric returns the value of a metric without labels.
 func (p *plane) metric(name string) string {
 	p.Helper()
 	_, rest, found := strings.Cut(p.metrics(), "\n"+name+" ")
@@ -169,15 +168,14 @@ func (p *plane) metric(name string) string {
 	return value
 }
 
-// compared waits until the server has compared what a host has with the table a
-// few times.
+// compared waits until the server has reconciled a host several times.
 func (p *plane) compared(a *agent) {
 	p.Helper()
 	from := a.called("list")
-	p.eventually("a few comparisons", func() bool { return a.called("list") > from+3 })
+	p.eventually("the server has reconciled the host several times", func() bool { return a.called("list") > from+3 })
 }
 
-// response is an answer, read to its end.
+// response is a response with its whole body.
 type response struct {
 	*plane
 	what   string
@@ -186,11 +184,11 @@ type response struct {
 	Body   []byte
 }
 
-// browser does not go where it is sent: nothing is there.
+// browser follows no redirects, since nothing listens where they lead.
 var browser = &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 
-// call makes a request with the admin's key and checks that the answer is one
-// that the OpenAPI document has. Body: nil, a string or []byte as it is, else JSON.
+// call makes a request with the admin's key and checks the response against the OpenAPI
+// document. A string or []byte is sent as it is, any other body but nil as JSON.
 func (p *plane) call(method, path string, body any, headers ...string) response {
 	p.Helper()
 	r, err := p.try(method, path, body, headers...)
@@ -252,15 +250,15 @@ func (p *plane) try(method, path string, body any, headers ...string) (response,
 	return r, nil
 }
 
-// conforms checks the answer against the OpenAPI document.
+// conforms checks the response against the OpenAPI document.
 func (r response) conforms(req *http.Request) {
 	r.Helper()
 	if err := r.document.Check(req, r.Status, r.Header, r.Body); err != nil {
-		r.Errorf("%s: answer %d is not in the OpenAPI document: %v", r.what, r.Status, err)
+		r.Errorf("%s: response %d does not conform to the OpenAPI document: %v", r.what, r.Status, err)
 	}
 }
 
-// want fails the test unless the status is the one given.
+// want fails the test unless the response has the status.
 func (r response) want(status int) response {
 	r.Helper()
 	if r.Status != status {
@@ -269,7 +267,7 @@ func (r response) want(status int) response {
 	return r
 }
 
-// fails fails the test unless the answer is the error given.
+// fails fails the test unless the response is the given error.
 func (r response) fails(status int, code string) response {
 	r.Helper()
 	var e struct {
@@ -303,7 +301,7 @@ func (r response) str(name string) string {
 	return s
 }
 
-// create makes a sandbox and returns its id.
+// create creates a sandbox and returns its id.
 func (p *plane) create(body any) string {
 	p.Helper()
 	return p.call("POST", "/v1/sandboxes", body).want(201).str("id")
@@ -314,14 +312,14 @@ func (p *plane) state(sandbox string) string {
 	return p.call("GET", "/v1/sandboxes/"+sandbox, nil).want(200).str("state")
 }
 
-// newKey makes up an API key, and what the table has of it.
+// newKey returns a made-up API key and the hash under which it is stored.
 func newKey() (key string, hash []byte) {
 	key = "wrn_" + strings.ReplaceAll(uuid.NewString()+uuid.NewString(), "-", "")[:40]
 	sum := sha256.Sum256([]byte(key))
 	return key, sum[:]
 }
 
-// newTeam makes another team and returns its key.
+// newTeam creates another team and returns a key of it.
 func (p *plane) newTeam() string {
 	p.Helper()
 	team := uuid.New()
@@ -331,7 +329,7 @@ func (p *plane) newTeam() string {
 	return key
 }
 
-// redisServer is a Redis of a test's own.
+// redisServer is the test's own Redis.
 type redisServer struct {
 	url  string
 	stop func()

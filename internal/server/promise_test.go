@@ -19,8 +19,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
-// TestPathsHaveOneSpelling checks that an escaped path means what the plain one
-// does, to the operation and to whoever reads its record.
+// TestPathsHaveOneSpelling checks that an escaped path means the same as the plain one,
+// for the operation and in the audit record.
 func TestPathsHaveOneSpelling(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -35,7 +35,7 @@ func TestPathsHaveOneSpelling(t *testing.T) {
 	if len(records) != 1 || records[0].(map[string]any)["object"] != name {
 		t.Errorf("records of the deletion of %s: %v", name, records)
 	}
-	// Twice escaped is another name.
+	// An escape of an escape is another name.
 	w.call("GET", "/v1/templates/%2574"+name[1:], nil, key...).fails(404, "not_found")
 	archive := []byte("no tar")
 	escaped := fmt.Sprintf("/v1/templates/builds/archives/sha256%%3A%x", sha256.Sum256(archive))
@@ -46,8 +46,8 @@ func TestPathsHaveOneSpelling(t *testing.T) {
 	w.call("%47ET", "/v1/templates", nil, key...).fails(405, "method_not_allowed")
 }
 
-// TestTextIsText checks that what PostgreSQL does not store is refused wherever
-// it comes from, and nothing else is.
+// TestTextIsText checks that the server refuses text that PostgreSQL cannot store,
+// wherever it comes from, and no other text.
 func TestTextIsText(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -68,7 +68,8 @@ func TestTextIsText(t *testing.T) {
 	long := strings.Repeat("é", 99) + "x"
 	p.call("GET", "/v1/audit?object="+url.QueryEscape(long+long[:1]), nil).fails(400, "invalid_argument")
 	p.call("GET", "/v1/audit?object="+url.QueryEscape("x"+long), nil).want(200)
-	// A record quotes whole characters: of 200 bytes, the last would be half of one.
+	// A record quotes whole characters: the limit of 200 bytes would cut the last in
+	// half.
 	key := p.newTeam()
 	p.call("DELETE", "/v1/snapshots/"+url.PathEscape("x"+strings.Repeat("é", 100)), nil, "X-API-Key", key).fails(404, "not_found")
 	sandbox := p.create(map[string]any{})
@@ -78,8 +79,8 @@ func TestTextIsText(t *testing.T) {
 	}
 }
 
-// TestBodiesHaveOneMeaning checks that a body has the one value that was
-// validated.
+// TestBodiesHaveOneMeaning checks that handlers see the same value of a body that
+// validation saw.
 func TestBodiesHaveOneMeaning(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -104,8 +105,8 @@ func TestBodiesHaveOneMeaning(t *testing.T) {
 	}
 }
 
-// TestBrokenBody checks that a body that is not in chunks, as its header says, is the
-// client's fault, whether it is for the API or for a sandbox's port.
+// TestBrokenBody checks that a body with broken chunks is the client's fault, both for
+// the API and for a sandbox's port.
 func TestBrokenBody(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -136,8 +137,8 @@ func TestBrokenBody(t *testing.T) {
 	}
 }
 
-// TestHead checks that HEAD answers as GET does, without a body, wherever GET
-// only reads, and that it is refused nowhere else than there.
+// TestHead checks that HEAD gets the response to GET without its body wherever GET only
+// reads, and is refused everywhere else.
 func TestHead(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -178,8 +179,8 @@ func TestHead(t *testing.T) {
 	}
 }
 
-// TestCaptureLimit checks that a sandbox which was captured as often as it can
-// be says so, and that a refused fork leaves nothing.
+// TestCaptureLimit checks that the error of a sandbox that was captured as often as
+// possible says so, and that a refused fork leaves nothing.
 func TestCaptureLimit(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -203,20 +204,20 @@ func TestCaptureLimit(t *testing.T) {
 		}
 	}
 	if all := p.call("GET", "/v1/sandboxes?state=error&state=starting&state=running", nil).want(200).list("sandboxes"); len(all) != 1 {
-		t.Errorf("%d sandboxes, want the one that was to be copied: %v", len(all), all)
+		t.Errorf("%d sandboxes, want only the one to fork: %v", len(all), all)
 	}
 	if all := p.call("GET", "/v1/snapshots", nil).want(200).list("snapshots"); len(all) != 0 {
 		t.Errorf("templates: %v", all)
 	}
-	// The key is free.
+	// The idempotency key can be used again.
 	p.agent.hook(nil)
 	if r := p.call("POST", "/v1/sandboxes/"+sandbox+"/fork", map[string]any{"count": 3}, "Idempotency-Key", "k").want(201); r.Header.Get("Idempotent-Replayed") != "" {
 		t.Error("a fork that was refused is replayed")
 	}
 }
 
-// TestIdsThatNameNothing checks that whatever has the form of an id that the
-// document gives is answered as an id, and that nothing else is.
+// TestIdsThatNameNothing checks that the server parses as an id whatever has the
+// documented form of one, and nothing else.
 func TestIdsThatNameNothing(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -244,8 +245,8 @@ func TestIdsThatNameNothing(t *testing.T) {
 	}
 }
 
-// TestRefusedHandshakes checks that a WebSocket's handshake is refused in the
-// API's one shape, whatever is wrong with it.
+// TestRefusedHandshakes checks that every refused WebSocket handshake has the API's error
+// shape.
 func TestRefusedHandshakes(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)

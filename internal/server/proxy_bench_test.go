@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// BenchmarkPort sends requests to a sandbox's port through server and host, one after
-// the other.
+// BenchmarkPort sends requests to a sandbox's port through server and host, one at a
+// time.
 func BenchmarkPort(b *testing.B) {
 	p := newPlane(b)
 	p.agent.guest = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ok") })

@@ -73,7 +73,7 @@ func TestProxy(t *testing.T) {
 			r.fails(tt.status, map[int]string{400: "invalid_argument", 401: "unauthenticated", 404: "not_found"}[tt.status])
 		}
 	}
-	// What the guest sees: all that was sent, less what was for us.
+	// The guest sees the whole request, without our own headers.
 	host := name("8000", sandbox)
 	r := p.call("PUT", "/a%2Fb//c/../d?x=1;y=%zz", []byte("x"), "Host", host, "Authorization", "Basic dXNlcjo=", "X-Traffic-Token", traffic,
 		"X-Forwarded-For", "192.0.2.1", "X-Forwarded-Proto", "https", "X-Wrenn-Evil", "1", "Cookie", "a=b").want(reached)
@@ -94,7 +94,7 @@ func TestProxy(t *testing.T) {
 			t.Errorf("the agent saw %q", s)
 		}
 	}
-	// Streams come as they are made.
+	// A stream arrives piece by piece.
 	ctx := await.Context(t)
 	req, _ := http.NewRequestWithContext(ctx, "GET", p.http.URL+"/tick", nil)
 	req.Host = host
@@ -122,7 +122,7 @@ func TestProxy(t *testing.T) {
 		}
 	}
 	ws.CloseNow()
-	// An end is noticed at once, however it comes, in spite of the cache.
+	// The proxy notices the end of a sandbox at once, despite its cache.
 	p.call("DELETE", "/v1/sandboxes/"+two.str("id"), nil, "X-API-Key", adminKey).want(204)
 	p.call("GET", "/", nil, "Host", name("8000", two.str("id"))).fails(404, "not_found")
 	p.agent.happened(hostagentv1.Event_KIND_EXPIRED, sandbox, "")
@@ -135,8 +135,8 @@ func TestProxy(t *testing.T) {
 	p.call("GET", "/", nil, "Host", name("80", three)).fails(503, "host_unreachable")
 }
 
-// TestProxyStreamsBothWays answers before the request's body has ended, and
-// breaks off a response, through the server's proxy.
+// TestProxyStreamsBothWays responds before the request's body has ended, and breaks off a
+// response, both through the server's proxy.
 func TestProxyStreamsBothWays(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)

@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// TestQuota asks for many things at once that a team's quota has room for few of.
+// TestQuota makes many requests at once, for few of which the team's quota has room.
 func TestQuota(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -19,8 +19,8 @@ func TestQuota(t *testing.T) {
 		t.Helper()
 		p.call("PUT", "/v1/admin/teams/"+team+"/quota", q, admin...).want(200)
 	}
-	// together makes calls at once, and returns the answers of those that were
-	// not refused for the quota.
+	// together makes calls at once, and returns the responses that the quota did not
+	// refuse.
 	together := func(method string, body any, paths ...string) (done []response) {
 		t.Helper()
 		var wg sync.WaitGroup
@@ -53,7 +53,8 @@ func TestQuota(t *testing.T) {
 			p.call("DELETE", "/v1/sandboxes/"+s, nil, "X-API-Key", key).want(204)
 		}
 	}
-	// Whatever is bounded, of fifty exactly as many are made as there is room for.
+	// For each limit, exactly as many of fifty concurrent creations succeed as there is
+	// room for.
 	var left []string
 	for _, c := range []struct {
 		bound, counts string
@@ -82,14 +83,14 @@ func TestQuota(t *testing.T) {
 	if len(left) != 4 {
 		t.FailNow()
 	}
-	// A paused sandbox does not count as running, and does again when it is resumed.
+	// A paused sandbox does not count as running until it is resumed.
 	var resumes []string
 	for _, s := range left[1:] {
 		p.call("POST", "/v1/sandboxes/"+s+"/pause", nil, "X-API-Key", key).want(200)
 		resumes = append(resumes, "/v1/sandboxes/"+s+"/resume")
 	}
 	if u := usage(); u["running"] != 1. || u["disk_mib"] != 4*5120. {
-		t.Errorf("three of four paused: usage: %v", u)
+		t.Errorf("with three of four paused, usage: %v", u)
 	}
 	quota(map[string]any{"max_running": 2})
 	resumed := together("POST", nil, resumes...)
@@ -97,16 +98,16 @@ func TestQuota(t *testing.T) {
 		t.Fatalf("%d of 3 were resumed, want 1", len(resumed))
 	}
 	remove(resumed[0].str("id"))
-	// So does a copy; all that are asked for in one call are made, or none.
+	// A fork counts too. One call makes all of its forks, or none.
 	fork := "/v1/sandboxes/" + left[0] + "/fork"
 	p.call("POST", fork, map[string]any{"count": 2}, "X-API-Key", key).fails(403, "quota_exceeded")
 	if forked := together("POST", map[string]any{"count": 1}, slices.Repeat([]string{fork}, 5)...); len(forked) != 1 {
-		t.Errorf("%d of 5 were copied, want 1", len(forked))
+		t.Errorf("%d of 5 fork calls succeeded, want 1", len(forked))
 	}
 	if u := usage(); u["running"] != 2. {
 		t.Errorf("usage: %v", u)
 	}
-	// And so does what a build runs in.
+	// A build's sandbox counts too.
 	quota(map[string]any{"max_running": 3})
 	build := p.call("POST", "/v1/templates/builds", map[string]any{"name": "b", "recipe": "FROM minimal\nRUN hang"}, "X-API-Key", key).want(202).str("id")
 	p.eventually("the build's sandbox counts", func() bool { return usage()["running"] == 3. })

@@ -16,8 +16,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/rest"
 )
 
-// TestRates calls every operation that asks who calls more often than its class
-// allows: the call after that is refused, and says when it will not be.
+// TestRates calls every operation with a rate per principal more often than its class
+// allows. The call after that is refused, and says when to retry.
 func TestRates(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -34,14 +34,14 @@ func TestRates(t *testing.T) {
 			t.Errorf("%s: read is %v, its class %q", o, o.rule.Read, o.rule.Rate)
 		}
 		if o.rule.Role == "none" {
-			continue // Counted by address: TestLimits.
+			continue // Its rate is per address, see TestLimits.
 		}
 		for _, c := range all {
 			if c.dead || o.expected(c, targets[0]) != 0 {
 				continue
 			}
 			n++
-			w.compose(o, c, targets[0], n) // Its credentials are made here.
+			w.compose(o, c, targets[0], n) // This creates the caller's credentials.
 			w.spend(w.shown[c.name], o.rule.Rate)
 			r := w.send(o, c, targets[0], n)
 			if r.Status != http.StatusTooManyRequests || r.Header.Get("Retry-After") == "" {
@@ -55,7 +55,7 @@ func TestRates(t *testing.T) {
 	}
 }
 
-// TestRefusedCallsCount bounds calls that are refused for who makes them, too.
+// TestRefusedCallsCount checks that calls refused for lack of permission count too.
 func TestRefusedCallsCount(t *testing.T) {
 	p := newPlane(t)
 	p.end()
@@ -69,7 +69,7 @@ func TestRefusedCallsCount(t *testing.T) {
 	p.call("POST", "/v1/sandboxes", map[string]any{}, shown...).fails(429, "rate_limited")
 }
 
-// spend counts a call of a class that the caller did not make.
+// spend counts calls of a class without making them.
 func (w *world) spend(headers []string, class string) {
 	w.Helper()
 	actor, _ := w.actor(headers)
@@ -85,6 +85,6 @@ func (w *world) spend(headers []string, class string) {
 	}
 	client := redis.NewClient(options)
 	defer client.Close()
-	// It may have been counted before.
+	// The server may have counted before.
 	_ = ratelimit.New(client, slog.New(slog.DiscardHandler)).Allow(context.Background(), ratelimit.Limit{Name: "calls:" + class, Burst: 1, Per: time.Minute}, of.String())
 }

@@ -23,8 +23,7 @@ func (p *plane) wrong(sandbox string) string {
 	return c["kind"].(string) + " " + c["reason"].(string)
 }
 
-// TestReboot reboots sandboxes that run and are paused. Calls that come meanwhile share
-// the reboot.
+// TestReboot reboots running and paused sandboxes. Concurrent calls share the reboot.
 func TestReboot(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -34,18 +33,18 @@ func TestReboot(t *testing.T) {
 	first := p.later("POST", "/v1/sandboxes/"+sandbox+"/reboot", nil)
 	<-g.asked
 	if got := p.state(sandbox); got != "resuming" {
-		t.Errorf("meanwhile it is %s", got)
+		t.Errorf("during the reboot it is %s", got)
 	}
 	waiting := p.waiting()
 	second := p.later("POST", "/v1/sandboxes/"+sandbox+"/reboot", nil)
-	p.eventually("the second waits", func() bool { return p.waiting() > waiting })
+	p.eventually("the second reboot waits", func() bool { return p.waiting() > waiting })
 	g.release <- nil
 	for _, answer := range []<-chan response{first, second} {
 		r := <-answer
 		after := r.want(200).object()
 		for _, field := range []string{"id", "team_id", "host_id", "template", "access_token", "traffic_token", "url", "memory_mib", "vcpus", "disk_mib"} {
 			if after[field] != before[field] {
-				t.Errorf("%s was %v and is %v", field, before[field], after[field])
+				t.Errorf("%s changed from %v to %v", field, before[field], after[field])
 			}
 		}
 		if after["state"] != "running" || after["expires_at"] == nil {
@@ -68,8 +67,8 @@ func TestReboot(t *testing.T) {
 	}
 }
 
-// TestRebootFails: what its host says after a failed reboot holds. A sandbox that is left
-// without memory is resumed by the next use.
+// TestRebootFails checks that after a failed reboot the server believes the host. The
+// next use resumes a sandbox that lost its memory.
 func TestRebootFails(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -83,9 +82,9 @@ func TestRebootFails(t *testing.T) {
 	})
 	p.call("POST", "/v1/sandboxes/"+sandbox+"/reboot", nil).fails(500, "internal")
 	if got := p.state(sandbox); got != "running" {
-		t.Errorf("one that runs on is %s", got)
+		t.Errorf("one that still runs is %s", got)
 	}
-	// It is paused with its disk alone by the time that the call fails.
+	// When the call fails, the host has paused it with its disk alone.
 	p.agent.hook(func(_ context.Context, call string) error {
 		if call == "reboot" {
 			p.agent.condition(sandbox, "reboot")
@@ -104,8 +103,8 @@ func TestRebootFails(t *testing.T) {
 	}
 }
 
-// TestRebootOutlivesServer: the server ends during a reboot. The next one writes down what
-// came of it.
+// TestRebootOutlivesServer stops the server during a reboot. The next server records the
+// result.
 func TestRebootOutlivesServer(t *testing.T) {
 	t.Parallel()
 	for _, lost := range []bool{false, true} {
@@ -126,8 +125,7 @@ func TestRebootOutlivesServer(t *testing.T) {
 	}
 }
 
-// TestConditions: API and audit show what a host says is wrong with a sandbox, and that
-// it is over.
+// TestConditions checks that API and audit log show a sandbox's condition and its end.
 func TestConditions(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -142,7 +140,8 @@ func TestConditions(t *testing.T) {
 	if got := p.wrong(sandbox); got != "unresponsive no_space" {
 		t.Errorf("it has %s", got)
 	}
-	// What this release does not know, or does not apply to what runs, is left out.
+	// The server ignores reasons that it does not know or that do not apply to running
+	// sandboxes.
 	for _, reason := range []string{"from the future", "oom"} {
 		p.agent.condition(sandbox, reason)
 		p.compared(p.agent)
@@ -161,17 +160,17 @@ func TestConditions(t *testing.T) {
 	p.agent.condition(other, "")
 	p.compared(p.agent)
 	if got := p.wrong(other); got != "" {
-		t.Errorf("one that answers again has %s", got)
+		t.Errorf("one that responds again has %s", got)
 	}
 	for _, action := range []string{"sandbox.unresponsive", "sandbox.responsive"} {
 		if len(p.audit("action="+action)) == 0 {
-			t.Errorf("no record of %s", action)
+			t.Errorf("no audit record of %s", action)
 		}
 	}
 }
 
-// TestMemoryLost: a sandbox whose machine has ended is paused with its disk, whatever
-// its auto_resume. The next use boots it, and without one it ends for that reason.
+// TestMemoryLost checks that a sandbox whose VM died is paused with its disk, whatever
+// its auto_resume. The next use boots it; if none comes, it ends with that reason.
 func TestMemoryLost(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -190,7 +189,7 @@ func TestMemoryLost(t *testing.T) {
 		t.Errorf("after a use it is %s", got)
 	}
 	p.sql("UPDATE sandboxes SET expires_at = now() WHERE expires_at IS NOT NULL AND state = 'paused'")
-	p.eventually("it ends", func() bool { return p.state(unused) == "stopped" })
+	p.eventually("it has ended", func() bool { return p.state(unused) == "stopped" })
 	r := p.call("GET", "/v1/sandboxes/"+unused, nil).want(200)
 	if got := r.str("end_reason") + ", " + r.str("ended_because"); got != "oom, oom" || p.wrong(unused) != "" {
 		t.Errorf("it ended as %s", r.Body)
@@ -199,16 +198,16 @@ func TestMemoryLost(t *testing.T) {
 		t.Error("the host still has it")
 	}
 	if got := p.state(kept); got != "paused" {
-		t.Errorf("one that is kept is %s", got)
+		t.Errorf("one that nothing ends is %s", got)
 	}
 	for _, action := range []string{"sandbox.memory_lost", "sandbox.oom"} {
 		if len(p.audit("action="+action)) == 0 {
-			t.Errorf("no record of %s", action)
+			t.Errorf("no audit record of %s", action)
 		}
 	}
 }
 
-// TestEndWords: every reason of an end has words.
+// TestEndWords checks that every reason for an end has a text.
 func TestEndWords(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -226,6 +225,6 @@ func TestEndWords(t *testing.T) {
 	}
 	p.sql("UPDATE sandboxes SET end_reason = 'deleted', ended_by = ''")
 	if got := p.call("GET", "/v1/sandboxes/"+sandbox, nil).want(200).str("ended_because"); got != "deleted" {
-		t.Errorf("of nobody it is %q", got)
+		t.Errorf("of an unknown reason it is %q", got)
 	}
 }

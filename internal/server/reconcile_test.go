@@ -15,8 +15,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// dying has the server restart after it began to delete a sandbox, so that the
-// next one finishes that.
+// dying restarts the server after it began to delete a sandbox, so that the next one
+// finishes the deletion.
 func (p *plane) dying(sandbox string, heartbeat time.Duration) {
 	p.Helper()
 	u, err := id.Parse(id.Sandbox, sandbox)
@@ -29,8 +29,8 @@ func (p *plane) dying(sandbox string, heartbeat time.Duration) {
 	p.start()
 }
 
-// TestDestroyHangs: the destroy of one sandbox hangs. Another sandbox of the
-// host is used as ever, since the host is asked how it is as ever.
+// TestDestroyHangs makes the removal of one sandbox hang. The host's other sandbox stays
+// usable, because the server still polls the host.
 func TestDestroyHangs(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -52,23 +52,23 @@ func TestDestroyHangs(t *testing.T) {
 	p.dying(stuck, time.Second)
 	<-asked
 	before := p.agent.called("host")
-	// Twice the time after which a host that was not heard of is unreachable.
-	p.eventually("the host is asked how it is", func() bool { return p.agent.called("host") >= before+8 })
-	p.eventually("the other sandbox is used", func() bool {
+	// Twice the time after which a silent host is unreachable.
+	p.eventually("the server polls the host", func() bool { return p.agent.called("host") >= before+8 })
+	p.eventually("the other sandbox is usable", func() bool {
 		return p.call("POST", "/v1/sandboxes/"+other+"/exec", map[string]any{"cmd": "cat"}).Status == 200
 	})
 	if got := p.state(stuck); got != "stopping" {
-		t.Errorf("the one that is destroyed is %s", got)
+		t.Errorf("the one being destroyed is %s", got)
 	}
 	if got := p.metrics(); !regexp.MustCompile(`(?m)^wrenn_reconcile_queue_depth\{host="hst-\w+"\} 1$`).MatchString(got) {
-		t.Errorf("/metrics does not say that one waits:\n%s", got)
+		t.Errorf("/metrics does not count the waiting removal:\n%s", got)
 	}
 	close(let)
 	p.eventually("it has ended", func() bool { return p.state(stuck) == "stopped" })
 }
 
-// TestDestroyFails: the destroy of one of nine sandboxes fails. The eight others,
-// which the host no longer has, end all the same.
+// TestDestroyFails makes the removal of one of nine sandboxes fail. The eight others,
+// which the host no longer has, still end.
 func TestDestroyFails(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)

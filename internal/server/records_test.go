@@ -23,7 +23,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/usage"
 )
 
-// TestUsage runs a sandbox through a pause and a fork and looks at what it used.
+// TestUsage pauses and forks a sandbox and checks its usage.
 func TestUsage(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -33,7 +33,7 @@ func TestUsage(t *testing.T) {
 	p.call("POST", "/v1/sandboxes/"+sandbox+"/resume", nil).want(200)
 	p.call("POST", "/v1/sandboxes/"+sandbox+"/fork", map[string]any{"count": 2}).want(201)
 	p.call("DELETE", "/v1/sandboxes/"+sandbox, nil).want(204)
-	// Another server goes on with what this one began.
+	// Another server continues what this one began.
 	p.end()
 	p.start()
 
@@ -48,8 +48,8 @@ func TestUsage(t *testing.T) {
 	if cpu <= 0 || cpu > most || mem < 0.999*cpu || mem > 1.001*cpu {
 		t.Errorf("%v vCPU-seconds and %v GiB-seconds, of at most %v", cpu, mem, most)
 	}
-	// What runs on over midnight is used on both days, and began on the first;
-	// the day that is over is what it was once it has been added up, too.
+	// A run over midnight counts on both days and starts on the first. Aggregating the
+	// finished day changes nothing.
 	p.sql("UPDATE sandbox_runs SET started_at = (date_trunc('day', now() AT TIME ZONE 'UTC') - interval '1 hour') AT TIME ZONE 'UTC' WHERE ended_at IS NULL")
 	yesterday := time.Now().UTC().AddDate(0, 0, -1).Format(time.DateOnly)
 	before := func() map[string]any {
@@ -78,7 +78,7 @@ func TestUsage(t *testing.T) {
 	}
 	other := p.newTeam()
 	if days := p.call("GET", "/v1/usage", nil, "X-API-Key", other).want(200).list("days"); len(days) != 0 {
-		t.Errorf("another team used %v", days)
+		t.Errorf("another team's usage is %v", days)
 	}
 	p.call("GET", "/v1/admin/usage", nil, "X-API-Key", other).fails(403, "permission_denied")
 	teams := p.call("GET", "/v1/admin/usage?limit=1", nil).want(200).list("teams")
@@ -90,7 +90,7 @@ func TestUsage(t *testing.T) {
 	p.call("GET", "/v1/usage?from=2020-01-01&to=2026-01-01", nil).fails(400, "invalid_argument")
 }
 
-// audit returns records by action, the newest of each.
+// audit returns the newest record of each action.
 func (p *plane) audit(query string) map[string]map[string]any {
 	p.Helper()
 	records := make(map[string]map[string]any)
@@ -129,7 +129,7 @@ func TestAudit(t *testing.T) {
 		t.Errorf("exec: %v", r)
 	}
 	if made := p.audit("action=createSandbox&result=ok")["createSandbox"]; made == nil || made["object"] != sandbox {
-		t.Errorf("what was made: %v", made)
+		t.Errorf("the creation: %v", made)
 	}
 	for query, want := range map[string]int{
 		"object=" + sandbox: 4, "object=cl-0000000000000000000000000": 0, "actor=key": 5, "actor=platform": 0,
@@ -139,7 +139,7 @@ func TestAudit(t *testing.T) {
 			t.Errorf("%s: %d records, want %d", query, got, want)
 		}
 	}
-	// Page by page is the same as all at once.
+	// The pages together equal the whole list.
 	var paged []any
 	for cursor := ""; ; {
 		page := p.call("GET", "/v1/audit?limit=2"+cursor, nil).want(200)
@@ -165,12 +165,12 @@ func TestAudit(t *testing.T) {
 		t.Error("a body was recorded")
 	}
 	if n := len(p.call("GET", "/v1/admin/audit", nil).want(200).list("records")); n != 6 {
-		t.Errorf("%d records of all, want 6", n)
+		t.Errorf("%d records in all, want 6", n)
 	}
 }
 
-// TestAuditOfItself checks that what nobody asked for is recorded, once, and
-// by whom.
+// TestAuditOfItself checks that each event which nobody asked for is recorded once, with
+// its actor.
 func TestAuditOfItself(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -208,8 +208,8 @@ func TestAuditOfItself(t *testing.T) {
 	}
 }
 
-// TestAuditBeforeAnswer checks that nothing is acknowledged whose record
-// cannot be written.
+// TestAuditBeforeAnswer checks that the server acknowledges no change whose record it
+// cannot write.
 func TestAuditBeforeAnswer(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -280,7 +280,7 @@ func TestMetricsHistory(t *testing.T) {
 		t.Errorf("left in Redis: %v", left)
 	}
 
-	// However often it is sampled, a window has its bound.
+	// A window keeps a bounded number of samples, however many are taken.
 	h := metrics.New(kept, nil, slog.New(slog.DiscardHandler))
 	other, at := uuid.New(), time.Now().Add(-time.Hour)
 	for n := range 400 {
@@ -288,7 +288,7 @@ func TestMetricsHistory(t *testing.T) {
 		if err := h.Record(t.Context(), map[uuid.UUID]metrics.Sample{other: {Time: at, CPU: time.Duration(n) * time.Second, VCPUs: 1}}); err != nil {
 			t.Fatal(err)
 		}
-		if n == 200 { // Another server that believes it is its to sample.
+		if n == 200 { // Another server takes over sampling.
 			if err := h.Record(t.Context(), map[uuid.UUID]metrics.Sample{other: {Time: at.Add(time.Millisecond), VCPUs: 1}}); err != nil {
 				t.Fatal(err)
 			}
@@ -326,18 +326,18 @@ func TestChannels(t *testing.T) {
 		t.Errorf("test: %s", d.Body)
 	}
 	if m := <-told; !strings.Contains(m, `"event":"test"`) {
-		t.Errorf("told %s", m)
+		t.Errorf("notified %s", m)
 	}
 	sandbox := p.create(map[string]any{})
 	if m := <-told; !strings.Contains(m, sandbox) || !strings.Contains(m, `"event":"sandbox.started"`) {
-		t.Errorf("told %s", m)
+		t.Errorf("notified %s", m)
 	}
 	p.eventually("the delivery is listed", func() bool {
 		list := p.call("GET", base+"/deliveries", nil).want(200).list("deliveries")
 		return len(list) == 2 && list[0].(map[string]any)["state"] == "delivered"
 	})
 	if next := p.call("GET", base+"/deliveries?limit=1", nil).want(200).str("next_cursor"); len(p.call("GET", base+"/deliveries?cursor="+next, nil).want(200).list("deliveries")) != 1 {
-		t.Error("the second page has not one delivery")
+		t.Error("the second page does not have one delivery")
 	}
 	p.call("GET", base+"/deliveries?cursor=x", nil).fails(400, "invalid_argument")
 
@@ -347,7 +347,7 @@ func TestChannels(t *testing.T) {
 		p.call(method, base+rest, nil, "X-API-Key", other).fails(404, "not_found")
 	}
 	p.call("PATCH", base, map[string]any{"name": "x"}, "X-API-Key", other).fails(404, "not_found")
-	p.call("POST", "/v1/channels", body, "X-API-Key", other).fails(403, "permission_denied") // Of hosts the platform's admins alone are told.
+	p.call("POST", "/v1/channels", body, "X-API-Key", other).fails(403, "permission_denied") // Only the platform's admins may be notified about hosts.
 	p.call("POST", "/v1/channels", map[string]any{"name": "n", "kind": "webhook", "url": "ftp://x", "secret": "0123456789abcdef", "events": []string{"sandbox.lost"}}).fails(400, "invalid_argument")
 	p.call("POST", "/v1/channels", map[string]any{"name": "n", "kind": "email", "address": "nobody", "events": []string{"sandbox.lost"}}).fails(400, "invalid_argument")
 	p.call("POST", "/v1/channels", map[string]any{"name": "n", "kind": "email", "address": "a@example.com", "events": []string{"sandbox.none"}}).fails(400, "invalid_argument")
@@ -367,8 +367,8 @@ func TestChannels(t *testing.T) {
 	p.call("GET", "/v1/channels/x", nil).fails(400, "invalid_argument")
 }
 
-// TestConfirmChannel confirms a channel as its recipient does: with the page that
-// the letter's link opens.
+// TestConfirmChannel confirms a channel like its recipient, on the page that the letter
+// links to.
 func TestConfirmChannel(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -378,7 +378,7 @@ func TestConfirmChannel(t *testing.T) {
 	body := map[string]any{"name": "c", "kind": "email", "address": "ops@example.com", "events": []string{"sandbox.lost"}}
 	made := p.call("POST", "/v1/channels", body, asAda...).want(201)
 	if made.object()["confirmed"] != false {
-		t.Errorf("made: %v", made.object())
+		t.Errorf("created: %v", made.object())
 	}
 	token := p.linked(letters(), "confirm-channel")
 	base := "/v1/channels/" + made.str("id")

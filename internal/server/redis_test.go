@@ -12,7 +12,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/events/redistest"
 )
 
-// TestCheckRedis: a server says at its start what is wrong with the settings of Redis.
+// TestCheckRedis checks that the server reports unsuitable Redis settings when it starts.
 func TestCheckRedis(t *testing.T) {
 	t.Parallel()
 	socket := filepath.Join(t.TempDir(), "s")
@@ -37,16 +37,16 @@ func TestCheckRedis(t *testing.T) {
 			t.Errorf("%s, %s: said %q, %v", c.memory, c.policy, got, err)
 		}
 	}
-	// One that does not tell is there all the same, and one that is away is not.
+	// A Redis that hides its settings counts as reachable, and one that is down does not.
 	if err := client.Do(t.Context(), "ACL", "SETUSER", "default", "-info").Err(); err != nil {
 		t.Fatal(err)
 	}
 	if err := checkRedis(t.Context(), client, slog.New(slog.DiscardHandler)); err != nil {
-		t.Errorf("one that does not tell: %v", err)
+		t.Errorf("one that hides its settings: %v", err)
 	}
 	away := redis.NewClient(&redis.Options{Network: "unix", Addr: socket + "x", MaxRetries: -1})
 	t.Cleanup(func() { _ = away.Close() })
 	if err := checkRedis(t.Context(), away, slog.New(slog.DiscardHandler)); err == nil {
-		t.Error("one that is away is there")
+		t.Error("one that is down counts as reachable")
 	}
 }

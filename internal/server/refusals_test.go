@@ -16,7 +16,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// TestBadInput is everything that a client may get wrong.
+// TestBadInput tries everything that a client may get wrong.
 func TestBadInput(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -162,9 +162,9 @@ func TestOtherTeams(t *testing.T) {
 	if got := p.call("GET", "/v1/templates", nil, "X-API-Key", other).want(200).list("templates"); len(got) != 1 {
 		t.Errorf("another team sees templates %v", got)
 	}
-	// A key of one team's is free for another.
+	// Each team has its own idempotency keys.
 	p.call("POST", "/v1/sandboxes", map[string]any{}, "Idempotency-Key", "k").want(201)
 	if r := p.call("POST", "/v1/sandboxes", map[string]any{}, "Idempotency-Key", "k", "X-API-Key", other).want(201); r.Header.Get("Idempotent-Replayed") != "" {
-		t.Error("a key of another team was replayed")
+		t.Error("another team's request was replayed")
 	}
 }

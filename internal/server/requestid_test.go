@@ -22,7 +22,7 @@ func (j *journal) Write(b []byte) (int, error) {
 	return j.text.Write(b)
 }
 
-// line returns the line that has all of words, or "".
+// line returns a line that contains all words, or "".
 func (j *journal) line(words ...string) string {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -38,7 +38,8 @@ lines:
 	return ""
 }
 
-// TestRequestIDReachesTheHost: the host learns the id of the request that it works for.
+// TestRequestIDReachesTheHost checks that calls to the host carry the id of the client's
+// request.
 func TestRequestIDReachesTheHost(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -62,8 +63,8 @@ func TestRequestIDReachesTheHost(t *testing.T) {
 	}
 }
 
-// TestRefusalsAreLogged: the log says why a request was refused, under the id that the
-// caller got.
+// TestRefusalsAreLogged checks that the log says why a request was refused, with the id
+// that the client got.
 func TestRefusalsAreLogged(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)

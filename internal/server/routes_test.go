@@ -22,18 +22,18 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// What holds for every operation of the OpenAPI document is checked for every
-// operation of it, so that a new one cannot be forgotten.
+// These tests loop over every operation of the OpenAPI document, so that a new one cannot
+// be forgotten.
 
-// anybody says whether an operation asks for no credentials.
+// anybody reports whether an operation needs no credentials.
 func (o operation) anybody() bool { return o.rule.Role == "none" }
 
-// rates are how often one address may call what anybody may, in a minute, by
-// the operation's tag.
+// rates are the calls per minute that one address may make to operations without
+// credentials, by the operation's tag.
 var rates = map[string]int{"login": 30, "service": 600, "hosts": 12000}
 
-// checkRates calls every operation that anybody may call, each from an address
-// of its own, until it is refused.
+// checkRates calls every operation without credentials until it is refused, each from its
+// own address.
 func checkRates(t *testing.T, p *plane) {
 	w := p.world()
 	nobody := callers()[0]
@@ -58,11 +58,11 @@ func checkRates(t *testing.T, p *plane) {
 		checked++
 		most, ok := rates[o.Tags[0]]
 		if !ok {
-			t.Errorf("%s: nothing is known of how often it may be called", o)
+			t.Errorf("%s: no expected rate for its tag", o)
 			continue
 		}
-		// From here on calls are counted for this address, and for this operation
-		// if it is one of the login's.
+		// From here on, the server counts this address's calls for this operation alone
+		// if it is a login operation, and for all others together.
 		from := 10000 + checked
 		before, begun, answered := counts(), time.Now(), 0
 		var r response
@@ -74,23 +74,23 @@ func checkRates(t *testing.T, p *plane) {
 			for call(); r.Status != http.StatusTooManyRequests && answered <= 2*most; {
 				call()
 			}
-			// What is used up comes back bit by bit.
+			// The budget refills gradually.
 			if again := int(time.Since(begun).Seconds()*float64(most)/60) + 1; r.Status != http.StatusTooManyRequests || answered <= most || answered > 1+most+again {
-				t.Errorf("%s: of %d calls the last was answered %d; want %d answered, then 429", o, answered, r.Status, most)
+				t.Errorf("%s: after %d calls the status is %d; want %d admitted calls, then 429", o, answered, r.Status, most)
 				continue
 			}
 		} else {
-			// So many come back faster than a busy machine calls. Redis has the time at
-			// which nothing is used up any more; each call puts it off.
+			// High rates refill faster than a busy machine calls. Redis stores when the
+			// budget will be full again; each call moves that time back.
 			key, at := "", 0.
-			p.eventually("Redis counts", func() bool {
+			p.eventually("Redis has the counter", func() bool {
 				call()
 				for k := range counts() {
 					if !before[k] {
 						key, at = k, client.IncrByFloat(t.Context(), k, 30).Val()
 					}
 				}
-				return at > 60 // It was not forgotten in between.
+				return at > 60 // The counter has not expired.
 			})
 			client.Expire(t.Context(), key, time.Hour)
 			call()
@@ -100,7 +100,7 @@ func checkRates(t *testing.T, p *plane) {
 			}
 			client.IncrByFloat(t.Context(), key, 60)
 			if call(); r.Status != http.StatusTooManyRequests {
-				t.Errorf("%s: beyond its rate it is answered %d", o, r.Status)
+				t.Errorf("%s: beyond its rate the status is %d", o, r.Status)
 				continue
 			}
 		}
@@ -118,23 +118,23 @@ func checkRates(t *testing.T, p *plane) {
 	t.Logf("rates of %d operations that anybody may call", checked)
 }
 
-// asked is a call that was made, and what its record must say.
+// asked is a call that was made, and what its record must contain.
 type asked struct {
 	operation
 	caller
 	response
 	id, address string
-	// actor is who calls, "" where only what they say can tell; user is who made
-	// the key where that is one.
+	// actor is the caller, or "" if only the request's content tells; user created the
+	// key, if the caller is one.
 	actor, user string
-	// teams are those in whose log the record may be.
+	// teams are those whose logs may have the record.
 	teams []string
-	// named is what the path names.
+	// named are the values in the path.
 	named []string
 }
 
-// fill puts a parameter into a path. It names something, unless it is one of a
-// few words, which say what to do.
+// fill puts a parameter into a path. It names an object unless its value is one of a few
+// fixed words.
 func (a *asked) fill(path string, p *openapi3.Parameter, text string) string {
 	if len(p.Schema.Value.Enum) == 0 {
 		a.named = append(a.named, text)
@@ -142,8 +142,8 @@ func (a *asked) fill(path string, p *openapi3.Parameter, text string) string {
 	return strings.ReplaceAll(path, "{"+p.Name+"}", url.PathEscape(text))
 }
 
-// actor returns who shows these headers: their id on the wire, and that of who
-// made the key.
+// actor returns the caller with these headers: its id on the wire, and the user who
+// created it if it is a key.
 func (p *plane) actor(headers []string) (actor, user string) {
 	p.Helper()
 	for i := 0; i < len(headers); i += 2 {
@@ -176,7 +176,7 @@ func (p *plane) actor(headers []string) (actor, user string) {
 	return "", ""
 }
 
-// teamsOf are the teams of a user, or the one of a key.
+// teamsOf returns the teams of a user, or the team of a key.
 func (p *plane) teamsOf(actor string) (teams []string) {
 	p.Helper()
 	u, err := id.Parse(id.User, actor)
@@ -196,31 +196,31 @@ func (p *plane) teamsOf(actor string) (teams []string) {
 	return teams
 }
 
-// changing says whether an operation's calls are to be recorded.
+// changing reports whether calls of an operation must be recorded.
 func (o operation) changing() bool {
 	switch o.OperationID {
-	case "hostHeartbeat": // It says that nothing has changed.
+	case "hostHeartbeat": // It reports no change.
 		return false
-	case "execStream", "finishGitHub": // What browsers do with GET.
+	case "execStream", "finishGitHub": // Browsers use GET for them.
 		return true
 	}
 	return o.method != http.MethodGet && !o.rule.Read
 }
 
-// actors are the kinds of those who call, by how their ids begin.
+// actors are the kinds of actors, by the prefix of their ids.
 var actors = map[string]string{"usr": "user", "key": "key", "hst": "host", "anonymous": "anonymous"}
 
-// kinds are the kinds of what has an id.
+// kinds are the kinds of objects with ids.
 var kinds = map[string]id.Kind{
 	"sandbox": id.Sandbox, "team": id.Team, "user": id.User, "host": id.Host, "template": id.Template, "build": id.Build, "key": id.APIKey, "channel": id.Channel,
 }
 
-// outcomes are how often an operation was done and refused.
+// outcomes counts an operation's successful and refused calls.
 type outcomes struct{ done, refused int }
 
-// checkRecords checks that of each call that asked for a change there is one
-// record, which says who asked for what, from where, and what became of it;
-// and of no other. It returns what became of the operations for changes.
+// checkRecords checks that every changing call has one record with the actor, the object,
+// the address and the outcome, and that no other call has one. It returns the outcomes by
+// operation.
 func checkRecords(t *testing.T, p *plane, all []asked) map[string]outcomes {
 	type record struct {
 		Action, Actor, Address, Object, Result, Code string
@@ -245,11 +245,11 @@ func checkRecords(t *testing.T, p *plane, all []asked) map[string]outcomes {
 	}
 	of := make(map[string]outcomes)
 	for _, a := range all {
-		got := written["ext-"+a.id] // as it came from outside
+		got := written["ext-"+a.id] // as a client sent it
 		known := a.Status != http.StatusUnauthorized && a.actor != ""
 		if !a.changing() || !known && !a.anybody() {
 			if len(got) != 0 {
-				t.Errorf("%s as %s, answered %d, is recorded: %+v", a.operation, a.caller.name, a.Status, got)
+				t.Errorf("%s as %s, status %d, has the record: %+v", a.operation, a.caller.name, a.Status, got)
 			}
 			continue
 		}
@@ -278,22 +278,23 @@ func checkRecords(t *testing.T, p *plane, all []asked) map[string]outcomes {
 				refused[want.Actor+" "+want.Action+" "+want.Code]++
 			}
 			if len(got) == 0 {
-				continue // Counted in the record of one before.
+				continue // An earlier record counts it.
 			}
 		}
 		if len(got) != 1 {
-			t.Errorf("%s as %s, answered %d: %d records", a.operation, a.caller.name, a.Status, len(got))
+			t.Errorf("%s as %s, status %d: %d records", a.operation, a.caller.name, a.Status, len(got))
 			continue
 		}
 		r := got[0]
-		// What was made is in the answer; else it is what the path names last.
+		// A created object's id is in the response; otherwise the record names the last
+		// object of the path.
 		object := ""
 		if at := a.Header.Get("Location"); at != "" && a.OperationID != "finishGitHub" {
 			object = at[strings.LastIndex(at, "/")+1:]
 		} else if len(a.named) > 0 {
 			object = a.named[len(a.named)-1]
 			if len(a.named) > 1 && (strings.Contains(a.path, "/tags/") || strings.Contains(a.path, "/contexts/")) {
-				object = strings.Join(a.named, "/") // A tag is nothing without its template.
+				object = strings.Join(a.named, "/") // A tag needs its template.
 			}
 		}
 		if object != "" && r.Object != object {
@@ -301,43 +302,43 @@ func checkRecords(t *testing.T, p *plane, all []asked) map[string]outcomes {
 		}
 		made := !a.anybody() && (a.Status == http.StatusCreated || a.Status == http.StatusAccepted)
 		if r.ObjectKind == "" || made && r.Object == "" {
-			t.Errorf("%s as %s: the record does not say what it is about", a.operation, a.caller.name)
+			t.Errorf("%s as %s: the record names no object", a.operation, a.caller.name)
 		}
 		var said struct{ ID, Name string }
 		_ = json.Unmarshal(a.Body, &said)
 		for kind, prefix := range kinds {
 			if made && strings.HasPrefix(said.ID, string(prefix)) && r.Object != said.ID && r.Object != said.Name {
-				t.Errorf("%s as %s made %s, and is recorded of %q", a.operation, a.caller.name, said.ID, r.Object)
+				t.Errorf("%s as %s created %s, but the record is about %q", a.operation, a.caller.name, said.ID, r.Object)
 			}
 			if strings.HasPrefix(r.Object, string(prefix)) && !strings.Contains(r.Object, "/") && r.ObjectKind != kind {
 				t.Errorf("%s as %s: %s is recorded as a %s", a.operation, a.caller.name, r.Object, r.ObjectKind)
 			}
 		}
-		// Other teams' members read their own logs; the platform's is its admins'.
+		// Members read their teams' logs; only its admins read the platform's.
 		switch platform := strings.HasPrefix(a.path, "/v1/admin/"); {
 		case r.TeamID == "" && !platform && r.ActorKind == "key":
 			t.Errorf("%s as %s: the record is in no team's log", a.operation, a.caller.name)
 		case r.TeamID != "" && (platform || !slices.Contains(a.teams, r.TeamID)):
-			t.Errorf("%s as %s: the record is in the log of %s, and may be in that of %v", a.operation, a.caller.name, r.TeamID, a.teams)
+			t.Errorf("%s as %s: the record is in the log of %s, want one of %v", a.operation, a.caller.name, r.TeamID, a.teams)
 		}
 		r.Object, r.ObjectKind, r.TeamID, r.Count = "", "", "", 0
 		if a.actor == "" {
 			want.Actor, want.ActorKind, want.UserID = r.Actor, r.ActorKind, r.UserID
 		}
 		if r != want {
-			t.Errorf("%s as %s, answered %d: record %+v, want %+v", a.operation, a.caller.name, a.Status, r, want)
+			t.Errorf("%s as %s, status %d: record %+v, want %+v", a.operation, a.caller.name, a.Status, r, want)
 		}
 	}
 	for what, n := range refused {
 		if counted[what] != n {
-			t.Errorf("%s was refused %d times, and is recorded %d times", what, n, counted[what])
+			t.Errorf("%s was refused %d times, but has %d records", what, n, counted[what])
 		}
 	}
 	return of
 }
 
-// checkChanges checks the records of a walk, and that each operation for
-// changes was refused by it, and was done by it or is elsewhere.
+// checkChanges checks the records of a walk. It also checks that the walk got each
+// changing operation refused, and that it succeeded either in the walk or in elsewhere.
 func checkChanges(t *testing.T, p *plane, all []asked) {
 	of := checkRecords(t, p, all)
 	checked := 0
@@ -351,18 +352,18 @@ func checkChanges(t *testing.T, p *plane, all []asked) {
 			t.Errorf("%s was never refused", o)
 		}
 		if (n.done > 0) == (elsewhere[o.OperationID] != nil) {
-			t.Errorf("%s was done %d times by the walk, and is elsewhere: %v", o, n.done, elsewhere[o.OperationID] != nil)
+			t.Errorf("%s succeeded %d times in the walk; in elsewhere: %v", o, n.done, elsewhere[o.OperationID] != nil)
 		}
 	}
-	t.Logf("audit: %d calls for changes by %d operations have the record that they must have", checked, len(of))
+	t.Logf("audit: %d calls of %d changing operations have their records", checked, len(of))
 	if checked < 1500 {
 		t.Errorf("only %d records", checked)
 	}
 }
 
-// checkOrigins has another site's page make a browser call every operation
-// that changes something, with its user's cookies: all are refused, and
-// nothing changes. n is where the numbers of its calls begin.
+// checkOrigins calls every changing operation as a browser does for another site's page,
+// with its user's cookies. All calls are refused, and nothing changes. n is the number of
+// its first call.
 func checkOrigins(t *testing.T, p *plane, n int) {
 	w := p.world()
 	before := w.state()
@@ -398,7 +399,7 @@ func checkOrigins(t *testing.T, p *plane, n int) {
 				t.Errorf("%s by a page with %v: %d %s", o, header, r.Status, r.Body)
 			}
 		}
-		// The service's own pages may.
+		// The service's own pages may call them.
 		n++
 		r := w.send(o, caller{name: o.OperationID + " of ours", show: cookies(loner, "Origin", "http://localhost:8000", "Sec-Fetch-Site", "same-origin")}, targets[0], n)
 		if strings.Contains(string(r.Body), "origin not allowed") {

@@ -9,8 +9,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server"
 )
 
-// TestRotateSecret: WRENN_SECRET_KEY is replaced step by step, and nothing that
-// was made before is lost: sandboxes' tokens, a host's, a login, what is sealed.
+// TestRotateSecret rotates WRENN_SECRET_KEY in steps. Sandboxes' tokens, a host's token,
+// a login and sealed values stay valid.
 func TestRotateSecret(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -39,7 +39,7 @@ func TestRotateSecret(t *testing.T) {
 		if r := p.call("POST", "/v1/hosts/heartbeat", map[string]any{"status": report()}, "Authorization", "Bearer "+host.token); r.Status != 200 {
 			t.Errorf("%s: a host: %d %s", when, r.Status, r.Body)
 		}
-		// To change what is sealed it must be opened.
+		// Changing a sealed value requires opening it.
 		if r := p.call("PATCH", "/v1/channels/"+channel, map[string]any{"url": "https://example.com/" + when}); r.Status != 200 {
 			t.Errorf("%s: a channel: %d %s", when, r.Status, r.Body)
 		}
@@ -66,7 +66,7 @@ func TestRotateSecret(t *testing.T) {
 	check("before")
 	restart(two + "," + one)
 	check("both")
-	restart(one + "," + two) // a server that has another order
+	restart(one + "," + two) // a server with the keys in another order
 	check("turned")
 	restart(two + ", " + one)
 	restart(two)
@@ -79,21 +79,21 @@ func TestRotateSecret(t *testing.T) {
 	if r := p.call("POST", "/v1/auth/refresh", map[string]any{"refresh_token": refresh}, nobody...); r.Status != 200 {
 		t.Errorf("a refresh token: %d %s", r.Status, r.Body)
 	}
-	// The secret lies nowhere in clear.
+	// No key is stored in clear text.
 	var found int
 	if err := p.db().QueryRow(t.Context(), "SELECT count(*) FROM installation_secret WHERE encode(sealed, 'hex') LIKE ANY (ARRAY['%' || $1 || '%', '%' || $2 || '%', '%' || $3 || '%'])", one, two, three).Scan(&found); err != nil || found != 0 {
 		t.Errorf("%d rows have a key, %v", found, err)
 	}
 }
 
-// TestSecretOfEarlierRelease: an installation that was there before the database
-// kept a secret goes on with the key that it had.
+// TestSecretOfEarlierRelease checks that an installation from before the database kept a
+// secret keeps using its key.
 func TestSecretOfEarlierRelease(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
 	p.end()
-	p.sql("DELETE FROM installation_secret") // as the release before left it
-	p.start()                                // and uses its only key as the secret
+	p.sql("DELETE FROM installation_secret") // as the previous release left it
+	p.start()                                // uses its only key as the secret
 	before := p.call("POST", "/v1/sandboxes", map[string]any{}).want(201)
 	p.end()
 	p.sql("DELETE FROM installation_secret")

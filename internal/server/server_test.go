@@ -28,7 +28,7 @@ func TestService(t *testing.T) {
 	p.call("POST", base+"/resume", nil).want(200)
 	p.call("GET", "/v1/nope", nil)
 	metrics := p.metrics()
-	p.call("GET", "/metrics", nil, none...).fails(404, "not_found") // which is what strangers reach
+	p.call("GET", "/metrics", nil, none...).fails(404, "not_found") // strangers reach this address
 	for _, want := range []string{
 		`wrenn_sandboxes{state="running"} 1`, `wrenn_sandbox_creations_total{result="ok"} 1`, `wrenn_sandbox_create_seconds_count 1`,
 		`wrenn_http_requests_total{method="POST",route="/v1/sandboxes",status="201"} 1`, `wrenn_http_requests_total{method="other",route="other",status="404"} 1`,
@@ -57,12 +57,12 @@ func TestFirstAdmin(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
 	p.end()
-	// Who is the admin is settled: what the environment says later is nothing to it.
+	// The first admin exists: later values in the environment change nothing.
 	p.config.AdminEmail, p.config.AdminAPIKey = "other@example.com", "wrn_"+strings.Repeat("z", 40)
 	p.start()
 	p.call("GET", "/v1/sandboxes", nil, "X-API-Key", p.config.AdminAPIKey).fails(401, "unauthenticated")
 	p.call("GET", "/v1/sandboxes", nil).want(200)
-	p.end() // Last uses are written now at the latest.
+	p.end() // A stopping server writes the last uses.
 	var email, hash, prefix, role string
 	var admin, used bool
 	err := p.db().QueryRow(context.Background(), `SELECT email, password_hash, admin, role, prefix, last_used_at IS NOT NULL FROM users JOIN team_members m ON m.user_id = users.id JOIN api_keys k ON k.team_id = m.team_id`).Scan(&email, &hash, &admin, &role, &prefix, &used)

@@ -17,14 +17,14 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 )
 
-// TestTwoServersTakeTurns has two servers do to one sandbox what one would
-// have done: once, and with one end.
+// TestTwoServersTakeTurns sends concurrent requests about one sandbox to two servers: the
+// host is asked once, and all requests get the same result.
 func TestTwoServersTakeTurns(t *testing.T) {
 	t.Parallel()
 	p, q := newTwo(t, 2*time.Second)
 	sandbox := p.create(map[string]any{"auto_resume": true})
 	base := "/v1/sandboxes/" + sandbox
-	// both has each server asked n times at once; all must be answered alike.
+	// both makes n concurrent calls to each server; all must get the same response.
 	both := func(n int, method, path string, body any, headers ...string) {
 		t.Helper()
 		var wg sync.WaitGroup
@@ -40,7 +40,7 @@ func TestTwoServersTakeTurns(t *testing.T) {
 		}
 		wg.Wait()
 	}
-	// The host takes until all of them wait for what one of them began.
+	// The host blocks until every other call waits for the first.
 	p.agent.hook(func(context.Context, string) error {
 		p.eventually("all but one wait", func() bool { return p.waiting()+q.waiting() == 9 })
 		return nil
@@ -49,7 +49,7 @@ func TestTwoServersTakeTurns(t *testing.T) {
 	if n := p.agent.called("pause"); n != 1 {
 		t.Errorf("the host was asked to pause %d times", n)
 	}
-	// Requests by way of both wake it once.
+	// Requests through both servers resume it once.
 	both(5, "POST", base+"/exec", map[string]any{"cmd": "cat"})
 	if n := p.agent.called("resume"); n != 1 {
 		t.Errorf("the host was asked to resume %d times", n)
@@ -62,11 +62,11 @@ func TestTwoServersTakeTurns(t *testing.T) {
 	}
 }
 
-// TestTwoServersWatch: one of two servers watches a host, and the other does
-// once that one is dead.
+// TestTwoServersWatch checks that one of two servers watches a host, and that the other
+// takes over when the first dies.
 func TestTwoServersWatch(t *testing.T) {
 	t.Parallel()
-	p := newPlaneBeating(t, hosts.DefaultHeartbeat) // No machine is so busy that a living one says nothing for that long.
+	p := newPlaneBeating(t, hosts.DefaultHeartbeat) // Even on a busy machine, a live server sends heartbeats this often.
 	watcher := func() (id string, alive bool) {
 		err := p.db().QueryRow(t.Context(), "SELECT servers.id::text, seen_at > now() - make_interval(secs => $1) FROM hosts JOIN servers ON servers.id = watcher", p.config.Heartbeat.Seconds()).Scan(&id, &alive)
 		if err != nil {
@@ -80,13 +80,14 @@ func TestTwoServersWatch(t *testing.T) {
 		first, alive = watcher()
 		return alive
 	})
-	// Not before: of two that claim a host at the same moment, the second may get it.
+	// Start it only now: of two servers that claim a host at the same moment, the second
+	// may get it.
 	q := p.second()
-	// It stays with that one, however often both say that they are alive.
+	// The first keeps the host while both send heartbeats.
 	signs := make(map[string]map[time.Time]bool)
-	p.eventually("both have said often that they are alive", func() bool {
+	p.eventually("both servers have sent several heartbeats", func() bool {
 		if now, _ := watcher(); now != first {
-			t.Fatalf("the host goes from %s to %s, and both live", first, now)
+			t.Fatalf("the host moved from %s to %s while both live", first, now)
 		}
 		rows, err := p.db().Query(t.Context(), "SELECT id::text, seen_at FROM servers")
 		if err != nil {
@@ -108,19 +109,19 @@ func TestTwoServersWatch(t *testing.T) {
 		}
 		return often == 2
 	})
-	p.halt() // without a word of farewell
-	q.eventually("the other one watches it", func() bool {
+	p.halt() // without saying goodbye
+	q.eventually("the other server watches the host", func() bool {
 		now, alive := watcher()
 		return alive && now != first
 	})
-	// What the host says reaches it.
+	// Events from the host reach it.
 	sandbox := q.create(map[string]any{})
 	p.agent.forget(sandbox)
-	q.eventually("what the host lost is written down", func() bool { return q.state(sandbox) == "stopped" })
+	q.eventually("the server records what the host lost", func() bool { return q.state(sandbox) == "stopped" })
 }
 
-// TestTwoServersWithoutRedis: servers that cannot tell one another what
-// changed believe nothing that they remember.
+// TestTwoServersWithoutRedis checks that servers which cannot notify each other trust no
+// cache.
 func TestTwoServersWithoutRedis(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -144,13 +145,13 @@ func TestTwoServersWithoutRedis(t *testing.T) {
 		}
 	}
 	r.stop()
-	q.eventually("without Redis it works on", func() bool { return port(q) == http.StatusTeapot })
+	q.eventually("without Redis it still works", func() bool { return port(q) == http.StatusTeapot })
 	p.call("DELETE", "/v1/sandboxes/"+sandbox, nil).want(204)
 	q.eventually("the other server's proxy forgets the sandbox", func() bool { return port(q) == http.StatusNotFound })
 }
 
-// TestRevokedEverywhere revokes a host by way of one server: no other calls it
-// any more either, long before it would look at its hosts by itself.
+// TestRevokedEverywhere revokes a host through one server: no other server calls it any
+// more, long before its next regular look at its hosts.
 func TestRevokedEverywhere(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -180,7 +181,7 @@ func TestRevokedEverywhere(t *testing.T) {
 		return r
 	}
 	for _, s := range []*plane{p, q} {
-		s.eventually("it is used", func() bool { return exec(s).Status == 200 })
+		s.eventually("the other server uses it", func() bool { return exec(s).Status == 200 })
 	}
 	refresh := func(next string) response {
 		hash := sha256.Sum256([]byte(next))
@@ -188,7 +189,7 @@ func TestRevokedEverywhere(t *testing.T) {
 	}
 	refresh("the host's next").want(200)
 	refresh("a thief's").fails(401, "unauthenticated")
-	exec(p).fails(503, "host_unreachable") // in the same moment
+	exec(p).fails(503, "host_unreachable") // at once
 	q.eventually("the other server does not call it", func() bool { return exec(q).Status == 503 })
 	if got := p.hostStatus(h.id); got != "offline" {
 		t.Errorf("the host is %s", got)
@@ -196,8 +197,7 @@ func TestRevokedEverywhere(t *testing.T) {
 	p.call("POST", "/v1/hosts/heartbeat", map[string]any{"status": report()}, "Authorization", "Bearer "+h.token).fails(401, "unauthenticated")
 }
 
-// TestForgetServers removes the row of a server that crashed long ago, and of
-// no other.
+// TestForgetServers removes the row of a server that crashed long ago, and no other row.
 func TestForgetServers(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -217,8 +217,8 @@ func TestForgetServers(t *testing.T) {
 	}
 }
 
-// TestCloseWaits stops a server while it creates a sandbox: Close returns when
-// the host has answered, and other servers hear of the sandbox.
+// TestCloseWaits closes a server during a creation: Close returns after the host has
+// answered, and other servers learn of the sandbox.
 func TestCloseWaits(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -270,13 +270,13 @@ func TestCloseWaits(t *testing.T) {
 		t.Errorf("the sandbox is %q, %v", state, err)
 	}
 	if _, err := heard.ReceiveTimeout(t.Context(), time.Minute); err != nil {
-		t.Errorf("other servers do not hear of it: %v", err)
+		t.Errorf("other servers do not learn of it: %v", err)
 	}
 }
 
-// TestStoppingServerKeepsItsWork stops one of two servers while it creates a
-// sandbox, for far longer than it takes to be believed dead: the other one
-// watches its host meanwhile, and leaves the creation alone.
+// TestStoppingServerKeepsItsWork stops one of two servers while it creates a sandbox,
+// which takes far longer than a dead server's grace period. The other server watches the
+// host, and leaves the creation alone.
 func TestStoppingServerKeepsItsWork(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -307,24 +307,24 @@ func TestStoppingServerKeepsItsWork(t *testing.T) {
 	p.halt()
 	closed := make(chan struct{})
 	go func() { defer close(closed); _ = p.server.Close() }()
-	// What nobody works on is given up each time after the grace.
+	// After the grace period, the other server gives up what no server works on.
 	for range 3 {
 		left := uuid.New()
 		q.sql(`INSERT INTO sandboxes SELECT $1, team_id, host_id, template_id, template_name, 'starting', vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at FROM sandboxes LIMIT 1`, left)
-		q.eventually("the other one gives up what nobody works on", func() bool { return state(left) == "error" })
+		q.eventually("the other server gives up what no server works on", func() bool { return state(left) == "error" })
 	}
 	if is := state(creating); is != "starting" {
-		t.Errorf("what the stopping server creates is %s", is)
+		t.Errorf("the stopping server's unfinished sandbox is %s", is)
 	}
 	close(let)
 	<-closed
 	if is := state(creating); is != "running" {
-		t.Errorf("what the stopping server created is %s", is)
+		t.Errorf("the stopping server's sandbox is %s", is)
 	}
 }
 
-// TestSignsOfLifeWhileItStops: from the moment that a server is told to stop until
-// it has, it goes on saying that it is alive, because it still has work.
+// TestSignsOfLifeWhileItStops checks that a stopping server sends heartbeats until its
+// work is done.
 func TestSignsOfLifeWhileItStops(t *testing.T) {
 	p := newPlane(t)
 	seen := func() (n int, at time.Time) {
@@ -337,7 +337,7 @@ func TestSignsOfLifeWhileItStops(t *testing.T) {
 	_, last := seen()
 	p.server.Linger()
 	for range 2 {
-		p.eventually("another sign of life", func() bool {
+		p.eventually("another heartbeat", func() bool {
 			_, at := seen()
 			return at.After(last)
 		})
@@ -345,6 +345,6 @@ func TestSignsOfLifeWhileItStops(t *testing.T) {
 	}
 	p.end()
 	if n, _ := seen(); n != 0 {
-		t.Errorf("%d servers are said to be alive", n)
+		t.Errorf("%d servers count as alive", n)
 	}
 }

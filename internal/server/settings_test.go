@@ -8,7 +8,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/settings"
 )
 
-// The defaults that are documented are those that hold where a field is zero.
+// TestDefaultSettings checks that the documented defaults apply to zero fields.
 func TestDefaultSettings(t *testing.T) {
 	var c Config
 	if err := (settings.Values{"DATABASE_URL": "x", "REDIS_URL": "x", "WRENN_SECRET_KEY": "x"}).Parse(&c); err != nil {

@@ -43,10 +43,10 @@ func TestSnapshots(t *testing.T) {
 	if s := p.state(sandbox); s != "paused" || p.agent.called("resume") != 0 {
 		t.Errorf("the captured sandbox is %s", s)
 	}
-	// A sandbox of it has what it has.
+	// A sandbox made from it has its settings.
 	from := func(body map[string]any) response { return p.call("POST", "/v1/sandboxes", body) }
 	if sb := from(map[string]any{"template": "base-1.0"}).want(201).object(); sb["vcpus"] != 2. || sb["memory_mib"] != 256. || sb["template"] != "base-1.0" {
-		t.Errorf("made of a snapshot: %v", sb)
+		t.Errorf("made from a snapshot: %v", sb)
 	}
 	from(map[string]any{"template": "base-1.0", "vcpus": 2, "memory_mib": 256, "disk_mib": 5120}).want(201)
 	asked := p.agent.created()
@@ -55,10 +55,10 @@ func TestSnapshots(t *testing.T) {
 		from(body).fails(400, "invalid_argument")
 	}
 	if p.agent.created() != asked {
-		t.Error("the host was asked for what it cannot make")
+		t.Error("the host was asked for a sandbox that it cannot make")
 	}
 	if sb := from(map[string]any{}).want(201).object(); sb["vcpus"] != 1. || sb["memory_mib"] != 512. {
-		t.Errorf("made of minimal: %v", sb)
+		t.Errorf("made from minimal: %v", sb)
 	}
 	// Lists.
 	names := func(r response, list string) (names []string) {
@@ -79,7 +79,7 @@ func TestSnapshots(t *testing.T) {
 		t.Errorf("second page %v", got)
 	}
 	p.call("GET", "/v1/snapshots?cursor=x", nil).fails(400, "invalid_argument")
-	// Other teams have names of their own, and see nobody's.
+	// Other teams have their own names, and see no other team's snapshots.
 	other := p.newTeam()
 	if got := names(p.call("GET", "/v1/templates", nil, "X-API-Key", other), "templates"); !slices.Equal(got, []string{"minimal"}) {
 		t.Errorf("another team sees %v", got)
@@ -90,7 +90,7 @@ func TestSnapshots(t *testing.T) {
 	snap(map[string]any{"sandbox_id": sandbox, "name": "stolen"}, "X-API-Key", other).fails(404, "not_found")
 	theirs := p.call("POST", "/v1/sandboxes", map[string]any{}, "X-API-Key", other).want(201).str("id")
 	snap(map[string]any{"sandbox_id": theirs, "name": "base-1.0"}, "X-API-Key", other).want(201)
-	// A team's own goes before the platform's.
+	// A team's own template takes precedence over the platform's.
 	own := snap(map[string]any{"sandbox_id": theirs, "name": "minimal"}, "X-API-Key", other).want(201).str("id")
 	if got := p.call("POST", "/v1/sandboxes", map[string]any{}, "X-API-Key", other).want(201).str("template_id"); got != own {
 		t.Errorf("minimal is %s, want the team's own %s", got, own)
@@ -109,7 +109,7 @@ func TestSnapshots(t *testing.T) {
 	}
 	p.call("POST", "/v1/sandboxes", map[string]any{"template": "base-1.0"}).fails(404, "not_found")
 	snap(map[string]any{"sandbox_id": sandbox, "name": "base-1.0"}).want(201)
-	// While one is captured its name is taken, and it is not there yet.
+	// During a capture its name is taken, but the snapshot is not listed.
 	g := newGate()
 	p.agent.hook(g.on)
 	slow := p.later("POST", "/v1/snapshots", map[string]any{"sandbox_id": sandbox, "name": "slow"})
@@ -117,11 +117,11 @@ func TestSnapshots(t *testing.T) {
 	p.call("POST", "/v1/sandboxes", map[string]any{"template": "slow"}).fails(404, "not_found")
 	p.call("DELETE", "/v1/snapshots/slow", nil).fails(409, "conflict")
 	if got := names(p.call("GET", "/v1/snapshots", nil), "snapshots"); slices.Contains(got, "slow") {
-		t.Errorf("listed before it is there: %v", got)
+		t.Errorf("listed during the capture: %v", got)
 	}
 	g.release <- nil
 	(<-slow).want(201)
-	// A host that does not answer is rid of it when it is back.
+	// An unreachable host deletes it when it is back.
 	p.agent.vanish()
 	p.call("DELETE", "/v1/snapshots/frozen", nil).fails(503, "host_unreachable")
 	if got := names(p.call("GET", "/v1/snapshots", nil), "snapshots"); slices.Contains(got, "frozen") {
@@ -129,7 +129,7 @@ func TestSnapshots(t *testing.T) {
 	}
 	p.agent.hook(nil)
 	p.agent.serve(t)
-	p.eventually("the host is rid of it", func() bool { return p.call("DELETE", "/v1/snapshots/frozen", nil).Status == 404 })
+	p.eventually("the host has deleted it", func() bool { return p.call("DELETE", "/v1/snapshots/frozen", nil).Status == 404 })
 }
 
 func TestFork(t *testing.T) {
@@ -144,27 +144,27 @@ func TestFork(t *testing.T) {
 		sb := c.(map[string]any)
 		for _, k := range []string{"id", "access_token", "traffic_token"} {
 			if seen[sb[k]] {
-				t.Errorf("%s %v is not the copy's own", k, sb[k])
+				t.Errorf("%s %v is not the fork's own", k, sb[k])
 			}
 			seen[sb[k]] = true
 		}
 		if sb["state"] != "running" || sb["forked_from"] != sandbox || sb["on_timeout"] != "pause" || sb["auto_resume"] != true || sb["timeout_seconds"] != 60. || sb["metadata"].(map[string]any)["job"] != "1" || sb["expires_at"] == nil {
-			t.Errorf("copy: %v", sb)
+			t.Errorf("fork: %v", sb)
 		}
 		if !p.agent.has(sb["id"].(string)) {
 			t.Errorf("the host has no %v", sb["id"])
 		}
 	}
 	if len(copies) != 3 || len(seen) != 12 {
-		t.Errorf("%d copies, %d ids and tokens", len(copies), len(seen))
+		t.Errorf("%d forks, %d ids and tokens", len(copies), len(seen))
 	}
 	if got := len(p.call("POST", base+"/fork", map[string]any{}).want(201).list("sandboxes")); got != 1 {
-		t.Errorf("%d copies unless said otherwise", got)
+		t.Errorf("%d forks by default", got)
 	}
 	for _, body := range []any{map[string]any{"count": 0}, map[string]any{"count": 65}, map[string]any{"count": "2"}, map[string]any{"n": 1}, nil} {
 		p.call("POST", base+"/fork", body).fails(400, "invalid_argument")
 	}
-	// Deleted while it is made: the others are there.
+	// Delete one fork while it is created: the others stay.
 	g := newGate()
 	p.agent.hook(g.on)
 	two := p.later("POST", base+"/fork", map[string]any{"count": 2})
@@ -178,13 +178,13 @@ func TestFork(t *testing.T) {
 	for _, c := range (<-two).want(201).list("sandboxes") {
 		sb := c.(map[string]any)
 		if want := map[bool]string{true: "stopped", false: "running"}[sb["id"] == one]; sb["state"] != want {
-			t.Errorf("copy is %v, want %s", sb["state"], want)
+			t.Errorf("the fork is %v, want %s", sb["state"], want)
 		}
 	}
 	if p.agent.has(one) {
-		t.Error("the host has the copy that was deleted")
+		t.Error("the host has the deleted fork")
 	}
-	// The host becomes unreachable and makes the copies all the same: none is left.
+	// The host becomes unreachable but still creates the forks: none stays.
 	asked, let := make(chan struct{}), make(chan struct{})
 	p.agent.hook(func(context.Context, string) error {
 		close(asked)
@@ -203,7 +203,7 @@ func TestFork(t *testing.T) {
 	}
 	p.agent.hook(nil)
 	p.agent.serve(t)
-	p.eventually("the host has only what the table has", func() bool {
+	p.eventually("the host has only the sandboxes in the database", func() bool {
 		p.agent.mu.Lock()
 		defer p.agent.mu.Unlock()
 		return len(p.agent.sandboxes) == before

@@ -23,8 +23,8 @@ type stalled struct {
 	in *bufio.Reader
 }
 
-// stall sends all of a request but most of its body, and returns once the
-// server waits for that.
+// stall sends a request without most of its body, and returns once the server waits for
+// the rest.
 func (w *world) stall(o operation, c caller, address net.Addr) *stalled {
 	w.Helper()
 	_, path, _, headers := w.compose(o, c, targets[0], 0)
@@ -49,12 +49,12 @@ func (w *world) stall(o operation, c caller, address net.Addr) *stalled {
 		w.Fatal(err)
 	}
 	_ = conn.SetDeadline(time.Now().Add(await.Hang))
-	// The server says 100 when the body is first read.
+	// The server sends 100 when it first reads the body.
 	line, err := s.in.ReadString('\n')
 	if err != nil || !strings.Contains(line, " 100 ") {
 		rest := make([]byte, 1<<10)
 		n, _ := s.in.Read(rest)
-		w.Fatalf("%s: %q, %v: the body was not waited for\n%s", o, line, err, rest[:n])
+		w.Fatalf("%s: %q, %v: the server did not wait for the body\n%s", o, line, err, rest[:n])
 	}
 	if _, err := s.in.ReadString('\n'); err != nil {
 		w.Fatal(err)
@@ -65,7 +65,8 @@ func (w *world) stall(o operation, c caller, address net.Addr) *stalled {
 	return s
 }
 
-// withBodies calls f with every operation that takes a body, and who may call it.
+// withBodies calls f with every operation that takes a body, and a caller who may call
+// it.
 func (w *world) withBodies(f func(o operation, c caller)) {
 	all := callers()
 	for _, o := range operations(w.TB) {
@@ -81,15 +82,14 @@ func (w *world) withBodies(f func(o operation, c caller)) {
 	}
 }
 
-// TestStalledBodies has bodies of every operation stall, several at once of
-// each, and checks that nothing is held while they do: no connection to the
-// database, of which there are two, and nothing that another team, the host or
-// this server's sign of life needs.
+// TestStalledBodies stalls several bodies of every operation at once. They must hold
+// neither one of the two database connections nor anything that another team, the host or
+// the server's heartbeat needs.
 func TestStalledBodies(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
 	p.end()
-	p.db() // Ours knows nothing of a pool.
+	p.db() // The test's own connection is not from the pool.
 	p.config.DatabaseURL += "&pool_max_conns=2"
 	p.start()
 	w := p.world()
@@ -117,15 +117,15 @@ func TestStalledBodies(t *testing.T) {
 		return host, server
 	}
 	host, alive := seen()
-	p.eventually("heartbeats go on", func() bool {
+	p.eventually("the server still sends heartbeats", func() bool {
 		h, s := seen()
 		return h.After(host) && s.After(alive)
 	})
 	t.Logf("%d operations, %d stalled bodies", n, 4*n)
 }
 
-// TestSlowBodies has bodies of every operation stall: each is refused before
-// long, and its connection ends.
+// TestSlowBodies stalls the body of every operation: the server soon refuses each request
+// and closes its connection.
 func TestSlowBodies(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -145,13 +145,13 @@ func TestSlowBodies(t *testing.T) {
 			t.Errorf("%s: %d %s, %v", s, resp.StatusCode, body, err)
 		}
 		if _, err := s.in.ReadByte(); err != io.EOF {
-			t.Errorf("%s: the connection goes on: %v", s, err)
+			t.Errorf("%s: the connection stays open: %v", s, err)
 		}
 	}
 }
 
-// TestUploadsEnd has the body of every operation that streams it stall, and logs
-// everybody out: the request is refused at once, though nothing more of the body comes.
+// TestUploadsEnd stalls the body of every operation that streams it, and logs everybody
+// out: the server refuses the request at once, without waiting for the body.
 func TestUploadsEnd(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -162,7 +162,7 @@ func TestUploadsEnd(t *testing.T) {
 			return
 		}
 		n++
-		delete(w.shown, c.name) // so that it logs in
+		delete(w.shown, c.name) // makes the caller log in again
 		s := w.stall(o, c, p.http.Listener.Addr())
 		w.sql("DELETE FROM sessions")
 		resp, err := http.ReadResponse(s.in, nil)

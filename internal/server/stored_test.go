@@ -7,8 +7,8 @@ import (
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 )
 
-// TestStored: what outlives a request counts for its team before it is written,
-// however small the request is.
+// TestStored checks that whatever outlives a request counts towards its team's storage
+// before it is written, however small the request.
 func TestStored(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -26,7 +26,7 @@ func TestStored(t *testing.T) {
 	}
 	archive := bytes.Repeat([]byte("x"), 3418)
 	tar := []string{"Content-Type", "application/x-tar", "X-API-Key", key}
-	// A disk of a tebibyte is not for every team.
+	// Not every team may have a disk of 1 TiB.
 	p.call("POST", "/v1/templates/import/archive?name=huge&disk_mib=1048576", archive, tar...).fails(403, "quota_exceeded")
 	if got := stored(); got != 0 {
 		t.Errorf("after a refused import %v MiB are stored", got)
@@ -61,7 +61,7 @@ func TestStored(t *testing.T) {
 	if !shown {
 		t.Error("usage by team does not show what is stored")
 	}
-	// What was saved counts until the sandbox ends.
+	// A pause's files count until the sandbox ends.
 	p.call("POST", "/v1/sandboxes/"+sandbox+"/resume", nil, "X-API-Key", key).want(200)
 	quota(2000)
 	p.call("POST", "/v1/sandboxes/"+sandbox+"/pause", nil, "X-API-Key", key).want(200)
@@ -71,7 +71,7 @@ func TestStored(t *testing.T) {
 	if got := p.call("GET", "/v1/sandboxes/"+sandbox, nil, "X-API-Key", key).want(200).str("state"); got != "running" {
 		t.Errorf("a sandbox whose pause was refused is %s", got)
 	}
-	// One that is paused at its timeout has that reserved when it is made.
+	// A sandbox that will be paused at its timeout reserves its storage at creation.
 	p.call("POST", "/v1/sandboxes", map[string]any{"memory_mib": 1024, "on_timeout": "pause"}, "X-API-Key", key).fails(403, "quota_exceeded")
 	p.call("POST", "/v1/sandboxes", map[string]any{"memory_mib": 256, "on_timeout": "pause"}, "X-API-Key", key).want(201)
 	if got := stored(); got != 1690+256 {
@@ -82,12 +82,12 @@ func TestStored(t *testing.T) {
 	}
 	p.call("DELETE", "/v1/templates/app", nil, "X-API-Key", key).want(204)
 	if got := stored(); got != 0 {
-		t.Errorf("when all is gone %v MiB are stored", got)
+		t.Errorf("after everything is deleted %v MiB are stored", got)
 	}
 }
 
-// TestStoredHostile: what a host says that a team's template takes is bounded by
-// what the team asked for, so that the team can go on storing.
+// TestStoredHostile checks that a hostile host cannot report a larger size for a team's
+// template than the team asked for, which would block its storage.
 func TestStoredHostile(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)

@@ -21,7 +21,7 @@ func TestTeams(t *testing.T) {
 	p := newPlane(t)
 	ada, bob, eve := p.person("ada@example.com"), p.person("bob@example.com"), p.person("eve@example.com")
 	asAda, asBob, asEve := as(p.bearer(ada)), as(p.bearer(bob)), as(p.bearer(eve))
-	p.call("GET", "/v1/keys", nil, asAda...).fails(403, "permission_denied") // In no team.
+	p.call("GET", "/v1/keys", nil, asAda...).fails(403, "permission_denied") // Ada is in no team.
 	team := p.call("POST", "/v1/teams", map[string]any{"name": "one"}, asAda...).want(201).str("id")
 	base := "/v1/teams/" + team
 	p.call("GET", base, nil, asEve...).fails(404, "not_found")
@@ -34,7 +34,7 @@ func TestTeams(t *testing.T) {
 	p.call("POST", base+"/members", map[string]any{"email": "nobody@example.com", "role": "member"}, asAda...).fails(404, "not_found")
 	p.call("POST", base+"/members", map[string]any{"email": "BOB@example.com", "role": "admin"}, asAda...).want(201)
 	p.call("POST", base+"/members", map[string]any{"email": "bob@example.com", "role": "admin"}, asAda...).fails(409, "conflict")
-	// An admin adds members, and no owners; and does nothing to owners.
+	// An admin may add members but not owners, and cannot change owners.
 	p.call("POST", base+"/members", map[string]any{"email": "eve@example.com", "role": "owner"}, asBob...).fails(403, "permission_denied")
 	p.call("POST", base+"/members", map[string]any{"email": "eve@example.com", "role": "member"}, asBob...).want(201)
 	member := func(u uuid.UUID) string { return base + "/members/" + id.Format(id.User, u) }
@@ -42,7 +42,7 @@ func TestTeams(t *testing.T) {
 	p.call("DELETE", member(ada), nil, asBob...).fails(403, "permission_denied")
 	p.call("PATCH", member(bob), map[string]any{"role": "owner"}, asBob...).fails(403, "permission_denied")
 	p.call("DELETE", member(bob), nil, asEve...).fails(403, "permission_denied")
-	// The last owner stays, also when two go at once.
+	// The last owner cannot leave, even if two leave at once.
 	p.call("POST", base+"/leave", nil, asAda...).fails(409, "conflict")
 	p.call("PATCH", member(ada), map[string]any{"role": "admin"}, asAda...).fails(409, "conflict")
 	p.call("PATCH", member(bob), map[string]any{"role": "owner"}, asAda...).want(200)
@@ -64,7 +64,7 @@ func TestTeams(t *testing.T) {
 	if p.call("GET", base, nil, asAda...).Status == 404 {
 		ada, asAda = bob, asBob
 	}
-	// A key goes with who made it.
+	// A removed member's keys are revoked.
 	key := p.call("POST", "/v1/keys", map[string]any{"name": "eve's"}, append(asEve, "X-Team", team)...).want(201).str("key")
 	p.call("GET", "/v1/sandboxes", nil, "X-API-Key", key).want(200)
 	p.call("DELETE", member(eve), nil, asAda...).want(204)
@@ -72,7 +72,7 @@ func TestTeams(t *testing.T) {
 	p.call("GET", base, nil, asEve...).fails(404, "not_found")
 	p.call("GET", "/v1/sandboxes", nil, append(asEve, "X-Team", team)...).fails(404, "not_found")
 
-	// Only who may add members finds somebody, and only by the whole address.
+	// Only somebody who may add members can look up users, and only by the full address.
 	for _, c := range []struct {
 		email string
 		by    uuid.UUID
@@ -87,7 +87,7 @@ func TestTeams(t *testing.T) {
 	p.call("GET", "/v1/users?email_prefix=bob", nil, asAda...).fails(400, "invalid_argument")
 }
 
-// TestDeleteTeam deletes a team whose host does not answer at first.
+// TestDeleteTeam deletes a team whose host is unreachable at first.
 func TestDeleteTeam(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -106,7 +106,7 @@ func TestDeleteTeam(t *testing.T) {
 	}
 	p.agent.mu.Unlock()
 	p.call("DELETE", "/v1/teams/"+team, nil, asAda...).want(202)
-	// Gone for everybody at once.
+	// Nobody sees the team any more.
 	p.call("GET", "/v1/teams/"+team, nil, asAda...).fails(404, "not_found")
 	p.call("GET", "/v1/sandboxes", nil, "X-API-Key", key).fails(401, "unauthenticated")
 	if !p.agent.has(sandbox) {
@@ -128,8 +128,8 @@ func TestDeleteTeam(t *testing.T) {
 	}
 }
 
-// TestDeleteTeamOthers has the host hang with the end of a team's sandbox: its
-// other sandboxes end, and another team goes altogether.
+// TestDeleteTeamOthers makes the host hang while it ends one sandbox of a deleted team:
+// the team's other sandboxes end, and another team's deletion completes.
 func TestDeleteTeamOthers(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -159,7 +159,7 @@ func TestDeleteTeamOthers(t *testing.T) {
 		return nil
 	}
 	p.agent.mu.Unlock()
-	// As a server leaves them that dies, for this one to find when it starts.
+	// As if a server died and left them to this one.
 	p.end()
 	p.sql("UPDATE teams SET deleting_at = now() - interval '1 hour' WHERE id = $1", teams[0])
 	p.sql("UPDATE teams SET deleting_at = now() WHERE id = $1", teams[1])
@@ -172,8 +172,8 @@ func TestDeleteTeamOthers(t *testing.T) {
 	})
 }
 
-// TestDeleteTeamHostAway deletes a team while one of the hosts that have
-// something of it is away, and has the server restart before that is back.
+// TestDeleteTeamHostAway deletes a team while one of its hosts is away, and restarts the
+// server before that host returns.
 func TestDeleteTeamHostAway(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -199,7 +199,7 @@ func TestDeleteTeamHostAway(t *testing.T) {
 	template := p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": away, "name": "mine"}, asAda...).want(201).str("id")
 	p.call("POST", "/v1/sandboxes/"+paused+"/pause", nil, asAda...).want(200)
 	if !far.has(away) || !far.has(paused) || !far.hasTemplate(template) || p.agent.has(near) == far.has(near) {
-		t.Fatal("what is where is not as this test wants it")
+		t.Fatal("the sandboxes are not where this test needs them")
 	}
 	stop()
 	far.vanish()
@@ -207,7 +207,7 @@ func TestDeleteTeamHostAway(t *testing.T) {
 	p.call("DELETE", "/v1/teams/"+team, nil, asAda...).want(202)
 	p.call("GET", "/v1/teams/"+team, nil, asAda...).fails(404, "not_found")
 	if !far.has(near) {
-		p.eventually("the other host has nothing of it", func() bool { return !p.agent.has(near) })
+		p.eventually("the other host has nothing of the team", func() bool { return !p.agent.has(near) })
 	}
 	p.end()
 	p.start()

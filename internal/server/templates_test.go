@@ -45,7 +45,7 @@ func TestTags(t *testing.T) {
 	p.call("DELETE", "/v1/templates/one/tags/stable", nil).want(204)
 	p.call("DELETE", "/v1/templates/one/tags/stable", nil).fails(404, "not_found")
 	p.call("GET", "/v1/templates/one:stable", nil).fails(404, "not_found")
-	// What has no tag left has its version, and is kept: it was captured.
+	// A version that lost its last tag stays, because it was captured.
 	p.call("DELETE", "/v1/templates/one/tags/latest", nil).want(204)
 	p.call("GET", "/v1/templates/one", nil).fails(404, "not_found")
 	show("one@1")

@@ -13,9 +13,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// TestRevokeTokens: revoked tokens, and what was signed with them, open nothing
-// any more on any server, what they have opened ends, and the new ones open all
-// of it. The guest daemon is shown the token that it has known all along.
+// TestRevokeTokens checks that revoked tokens, and URLs signed with them, open nothing on
+// any server, that connections opened with them end, and that the new tokens work. The
+// guest daemon still gets its original token.
 func TestRevokeTokens(t *testing.T) {
 	t.Parallel()
 	p, q := newTwo(t, 10*time.Second)
@@ -80,7 +80,7 @@ func TestRevokeTokens(t *testing.T) {
 	p.call("POST", "/v1/sandboxes/"+sandbox+"/tokens/revoke", nil, "X-API-Key", p.newTeam()).fails(404, "not_found")
 	select {
 	case <-ended:
-		t.Fatal("a WebSocket ended for nothing")
+		t.Fatal("a WebSocket ended without reason")
 	default:
 	}
 	again := p.call("POST", "/v1/sandboxes/"+sandbox+"/tokens/revoke", nil).want(200)
@@ -90,9 +90,9 @@ func TestRevokeTokens(t *testing.T) {
 	select {
 	case <-ended:
 	case <-time.After(await.Hang):
-		t.Error("what a revoked token has opened goes on")
+		t.Error("a connection opened with a revoked token stays open")
 	}
-	p.eventually("the other server knows", func() bool {
+	p.eventually("the other server learns of it", func() bool {
 		return port(q, "80", "/", "X-Traffic-Token", made.str("traffic_token")) == 401
 	})
 	check("revoked", made, 401)
@@ -101,7 +101,7 @@ func TestRevokeTokens(t *testing.T) {
 		t.Errorf("the sandbox shows %s", got.Body)
 	}
 
-	// A key that is revoked, or a member who leaves, takes them along.
+	// Revoking a key, or removing a member, also revokes the tokens that they know.
 	for name, leave := range map[string]func(){
 		"a key": func() {
 			key := uuid.New()

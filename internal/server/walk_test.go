@@ -24,12 +24,12 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// The authorization walk: every operation of the OpenAPI document × everybody
-// who may call × their own team's ids and another's. What must come of each
-// follows from the operation's x-wrenn-access and from who calls, by rules
-// that are written here anew; an operation without a rule fails.
+// The authorization walk calls every operation of the OpenAPI document as every kind of
+// caller, with the ids of the caller's team and of another. It derives the expected
+// results from x-wrenn-access and the caller, by rules written independently of the
+// server's. An operation without a rule fails.
 
-// The teams of a world. Callers are of the first, or of none, or of the third.
+// The teams of a world. Callers belong to the first, to the third, or to none.
 const (
 	ours = iota
 	theirs
@@ -40,7 +40,7 @@ const (
 type walkTeam struct {
 	id                       uuid.UUID
 	owner, admin, member     uuid.UUID
-	mate                     uuid.UUID // A member whom calls are about.
+	mate                     uuid.UUID // The member whom calls change.
 	sandbox, key, template   uuid.UUID
 	build, channel           uuid.UUID
 	wireTeam, wireMate       string
@@ -48,17 +48,17 @@ type walkTeam struct {
 	wireTemplate, nameOfTmpl string
 }
 
-// world is what one call, or all those that change nothing, is made in.
+// world is the state for one call, or for all calls that change nothing.
 type world struct {
 	*plane
 	teams    [3]walkTeam
-	stranger string // The address of somebody in no team.
+	stranger string // The email address of a user in no team.
 	loner    uuid.UUID
 	staff    uuid.UUID // An admin of the platform, in the third team.
-	left     uuid.UUID // A deactivated owner of the first.
+	left     uuid.UUID // A deactivated owner of the first team.
 	host     string
-	shown    map[string][]string // Headers by caller, once made.
-	records  *[]asked            // What was asked for, where that is wanted.
+	shown    map[string][]string // Callers' headers, created on demand.
+	records  *[]asked            // The calls made, if the test wants them.
 }
 
 func insertUser(b *pgx.Batch, admin, active bool) uuid.UUID {
@@ -70,7 +70,7 @@ func insertUser(b *pgx.Batch, admin, active bool) uuid.UUID {
 func (p *plane) world() *world {
 	p.Helper()
 	p.agent.mu.Lock()
-	p.agent.files["/walk"] = []byte("walk") // what operations on files name
+	p.agent.files["/walk"] = []byte("walk") // for operations on files
 	p.agent.mu.Unlock()
 	w, b := &world{plane: p, shown: make(map[string][]string)}, &pgx.Batch{}
 	var host uuid.UUID
@@ -118,18 +118,19 @@ func (p *plane) world() *world {
 	return w
 }
 
-// caller is somebody who calls, and what the rules know of them.
+// caller is a kind of caller, and what the rules need to know of it.
 type caller struct {
 	name string
-	// show makes the headers that they send.
+	// show creates the caller's headers.
 	show func(w *world) []string
-	// dead credentials are as good as none.
+	// dead credentials count as none.
 	dead bool
 	key  bool
-	// role in the first team, or in the third for staff; "" for no team.
+	// role is the caller's role in the first team, or in the third for staff; "" means no
+	// team.
 	role string
 	team int
-	// platform says that they may do what admins of the platform may.
+	// platform means that the caller may act as an admin of the platform.
 	platform bool
 	scopes   []string
 }
@@ -138,7 +139,7 @@ func session(user func(*world) uuid.UUID) func(*world) []string {
 	return func(w *world) []string { return as(w.bearer(user(w))) }
 }
 
-// keyOf makes an API key of the first team and shows it.
+// keyOf creates an API key of the first team.
 func keyOf(user func(*world) uuid.UUID, expires string, scopes ...string) func(*world) []string {
 	return func(w *world) []string {
 		w.Helper()
@@ -173,11 +174,11 @@ func callers() []caller {
 		key("read-only", "read-only"),
 		key("sandboxes read-only", "sandboxes", "read-only"),
 		key("sandboxes templates", "sandboxes", "templates"),
-		// The scope alone does not make its maker an admin.
+		// The scope alone does not make a user's key an admin's.
 		key("platform of an owner", "platform"),
 		{name: "key platform", show: keyOf(staff, "1 hour", "platform"), key: true, scopes: []string{"platform"}, platform: true},
 		{name: "key platform read-only", show: keyOf(staff, "1 hour", "platform", "read-only"), key: true, scopes: []string{"platform", "read-only"}, platform: true},
-		// An admin's key that does not say so is a team's key.
+		// Without the scope, an admin's key is an ordinary key of the team.
 		{name: "key of a platform admin", show: keyOf(staff, "1 hour"), key: true},
 		{name: "key expired", show: keyOf(owner, "-1 second"), key: true, dead: true},
 		{name: "key revoked", show: func(w *world) []string {
@@ -196,8 +197,8 @@ func callers() []caller {
 	}
 }
 
-// target is whose ids a call is about: the path's team, everything else's
-// team, and the team that X-Team names (none: nothing).
+// target names the teams whose ids a call uses: in the path, elsewhere, and in X-Team
+// (none: no header).
 type target struct {
 	name             string
 	path, ids, named int
@@ -219,10 +220,10 @@ type rule struct {
 	Rate   string   `json:"rate"`
 }
 
-// ranks orders what a rule of a team asks.
+// ranks orders the roles in a team.
 var ranks = map[string]int{"member": 1, "admin": 2, "owner": 3}
 
-// operation is one of the document's.
+// operation is an operation of the document.
 type operation struct {
 	method, path string
 	item         *openapi3.PathItem
@@ -232,7 +233,7 @@ type operation struct {
 
 func (o operation) String() string { return o.method + " " + o.path }
 
-// about says whether the operation is about something of a team's, besides the team.
+// about reports whether the operation concerns a team's object, beyond the team itself.
 func (o operation) about() bool {
 	if o.OperationID == "createSnapshot" {
 		return true
@@ -245,7 +246,7 @@ func (o operation) about() bool {
 	return false
 }
 
-// expected is the status that must come; 0: the call is admitted.
+// expected returns the status that must come, or 0 if the call must be admitted.
 func (o operation) expected(c caller, t target) int {
 	r := o.rule
 	if c.dead {
@@ -283,8 +284,8 @@ func (o operation) expected(c caller, t target) int {
 	return 0
 }
 
-// fields are what operations' bodies and parameters need that an example of
-// their schema does not do for.
+// fields are values that bodies and parameters need where an example of their schema does
+// not do.
 func (w *world) fields(o operation, t target) map[string]any {
 	of := w.teams[t.ids]
 	all := map[string]any{
@@ -328,7 +329,7 @@ func (w *world) fields(o operation, t target) map[string]any {
 	return all
 }
 
-// value makes an example of a schema: what must be there, and what fields say.
+// value returns an example of a schema: its required members, and those in fields.
 func value(name string, s *openapi3.Schema, fields map[string]any) any {
 	if v, ok := fields[name]; ok && name != "" {
 		return v
@@ -383,7 +384,7 @@ func (w *world) send(o operation, c caller, t target, n int) response {
 	return r
 }
 
-// compose makes up a call.
+// compose creates a call.
 func (w *world) compose(o operation, c caller, t target, n int) (ask asked, path string, body any, headers []string) {
 	w.Helper()
 	if strings.Contains(o.path, "{host_id}") && w.host == "" {
@@ -399,7 +400,7 @@ func (w *world) compose(o operation, c caller, t target, n int) (ask asked, path
 		ask.actor, ask.user = w.actor(shown)
 		ask.teams = w.teamsOf(ask.actor)
 	}
-	// Each from an address of its own: how often one may try is another test's.
+	// Each call has its own address: other tests check the rates.
 	headers = append(slices.Clone(shown), "X-Forwarded-For", ask.address, "X-Request-Id", ask.id)
 	if t.named >= 0 {
 		headers = append(headers, "X-Team", w.teams[t.named].wireTeam)
@@ -442,7 +443,7 @@ func (w *world) compose(o operation, c caller, t target, n int) (ask asked, path
 	return ask, path, body, headers
 }
 
-// state is all of a world that calls could change.
+// state returns everything in a world that calls could change.
 func (w *world) state() string {
 	w.Helper()
 	var all []string
@@ -479,7 +480,7 @@ func (w *world) state() string {
 	return strings.Join(all, "\n")
 }
 
-// operations are all of the document's.
+// operations returns the document's operations.
 func operations(t testing.TB) []operation {
 	t.Helper()
 	spec, err := openapi3.NewLoader().LoadFromData(api.OpenAPI)
@@ -495,7 +496,7 @@ func operations(t testing.TB) []operation {
 				err = json.Unmarshal(raw, &o.rule)
 			}
 			if err != nil || o.rule.Role == "" {
-				t.Errorf("%s has no rule: say x-wrenn-access (%v)", o, err)
+				t.Errorf("%s has no rule: add x-wrenn-access (%v)", o, err)
 			}
 			all = append(all, o)
 		}
@@ -519,12 +520,12 @@ func TestAuthorization(t *testing.T) {
 	all := operations(t)
 	for _, o := range all {
 		if o.rule.Role == "none" {
-			// Who calls makes no difference.
+			// For everybody the result must be the same.
 			want := 0
 			for _, c := range callers() {
 				w := shared
 				if o.method != http.MethodGet {
-					w = world() // To log out, for one, is a change.
+					w = world() // Logging out, for example, is a change.
 				}
 				r := w.send(o, c, targets[0], calls)
 				calls++
@@ -547,10 +548,10 @@ func TestAuthorization(t *testing.T) {
 				calls++
 				if want == 0 {
 					admitted++
-					// An answer of the operation itself, which found what it is about.
+					// The operation was admitted, and found its object.
 					switch {
 					case r.Status < 300, r.Status == 409, r.Status == 404 && strings.Contains(string(r.Body), "the registry does not have it"),
-						// Only the platform's own builds, of which a world has none.
+						// Only the platform's own builds; a world has none.
 						r.Status == 404 && strings.HasPrefix(o.path, "/v1/admin/builds/"), o.OperationID == "execStream" && r.Status == 400 && strings.Contains(string(r.Body), "handshake"):
 					case o.OperationID == "changePassword" && r.Status == 403 && strings.Contains(string(r.Body), "wrong current password"):
 					case r.Status >= 400 && r.Status < 500 && r.Status != 401 && r.Status != 403 && r.Status != 404 && r.Status != 429 && !o.about():

@@ -14,8 +14,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// TestAccessEnds takes from people what they may do while they are doing it,
-// by another server than the one that they do it by.
+// TestAccessEnds revokes access through one server while its holder uses it through
+// another.
 func TestAccessEnds(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
@@ -27,7 +27,7 @@ func TestAccessEnds(t *testing.T) {
 	ada, bob := p.person("ada@example.com"), p.person("bob@example.com")
 	asAda := as(p.bearer(ada))
 
-	// A terminal by the API, or a WebSocket of a guest's, that answers.
+	// Open a terminal of the API, or a WebSocket of a guest, that responds.
 	open := func(host, path string, headers []string) *websocket.Conn {
 		t.Helper()
 		o := &websocket.DialOptions{Host: host, HTTPHeader: http.Header{}}
@@ -60,25 +60,25 @@ func TestAccessEnds(t *testing.T) {
 		defer cancel()
 		_, b, err := ws.Read(wait)
 		for err == nil && strings.Contains(string(b), "error") {
-			_, b, err = ws.Read(wait) // Why, before it is closed.
+			_, b, err = ws.Read(wait) // The reason comes before the close.
 		}
 		if err == nil || wait.Err() != nil {
-			t.Errorf("%s: a WebSocket goes on after %v: %q, %v", what, time.Since(begun), b, err)
+			t.Errorf("%s: a WebSocket stays open after %v: %q, %v", what, time.Since(begun), b, err)
 		}
 	}
 	goesOn := func(what string, ws *websocket.Conn) {
 		t.Helper()
 		kind, text := websocket.MessageBinary, "\x00pong"
 		if err := ws.Write(ctx, kind, []byte(text)); err != nil {
-			t.Errorf("%s: a WebSocket that has nothing to do with it: %v", what, err)
+			t.Errorf("%s: an unrelated WebSocket: %v", what, err)
 			return
 		}
 		if _, b, err := ws.Read(ctx); err != nil || !strings.Contains(string(b), "pong") {
-			t.Errorf("%s: a WebSocket that has nothing to do with it: %q, %v", what, b, err)
+			t.Errorf("%s: an unrelated WebSocket: %q, %v", what, b, err)
 		}
 	}
-	// atOnce changes the database in one transaction, of which servers hear when
-	// all of it is done.
+	// atOnce changes the database in one transaction, so servers are notified once all is
+	// done.
 	atOnce := func(statements ...string) {
 		t.Helper()
 		err := pgx.BeginFunc(ctx, p.db(), func(tx pgx.Tx) error {
@@ -96,7 +96,8 @@ func TestAccessEnds(t *testing.T) {
 	for _, how := range []struct {
 		name string
 		do   func(team, key string)
-		// session, key and token say which of what these opened are ended by it.
+		// session, key and token tell which connections end, by the credential that
+		// opened them.
 		session, key, token bool
 	}{
 		{"log out everywhere", func(string, string) {
@@ -114,7 +115,7 @@ func TestAccessEnds(t *testing.T) {
 			q.call("GET", "/v1/me", nil, asAda...).fails(401, "unauthenticated")
 			p.call("PATCH", "/v1/admin/users/"+id.Format(id.User, ada), map[string]any{"active": true}, admin...).want(200)
 		}, true, true, true},
-		// What was revoked and given back before anybody looked is revoked.
+		// Access that is revoked and restored before a server looks counts as revoked.
 		{"deactivate and activate the user", func(string, string) {
 			atOnce("UPDATE users SET active = false WHERE id = $1", "UPDATE users SET active = true WHERE id = $1")
 		}, true, true, true},
@@ -133,7 +134,7 @@ func TestAccessEnds(t *testing.T) {
 		sandbox := p.call("POST", "/v1/sandboxes", map[string]any{}, asAda...).want(201)
 		terminal, guest := "/v1/sandboxes/"+sandbox.str("id")+"/exec/stream", "8000-"+sandbox.str("id")+".localhost"
 		one, two, three := open("", terminal, asAda), open("", terminal, byKey), open(guest, "/ws", byKey)
-		// Whoever has used a sandbox may have kept its token.
+		// Somebody who used a sandbox may have kept its token.
 		own := open(guest, "/ws", []string{"X-Traffic-Token", sandbox.str("traffic_token")})
 		how.do(team, made.object()["id"].(string))
 		if how.session {
@@ -155,8 +156,8 @@ func TestAccessEnds(t *testing.T) {
 		}
 	}
 
-	// A key that expires while it is used, with nothing said of it: within a
-	// minute, or when there is another reason to look.
+	// A key expires in use, without a notification: the server notices within a minute,
+	// or at the next notification.
 	asBob := as(p.bearer(bob))
 	p.sql("DELETE FROM team_members WHERE user_id = $1", bob)
 	p.call("POST", "/v1/teams", map[string]any{"name": "bob's"}, asBob...).want(201)
@@ -170,7 +171,7 @@ func TestAccessEnds(t *testing.T) {
 	p.sql("UPDATE api_keys SET expires_at = now() WHERE id = $1", keyID)
 	ended("expire the key", ws)
 
-	// At rest a key is its hash, and what is shown of it.
+	// The database has a key's hash and its visible prefix only.
 	key := p.call("POST", "/v1/keys", map[string]any{"name": "k"}, asBob...).want(201).str("key")
 	var rows int
 	err = p.db().QueryRow(ctx, "SELECT count(*) FROM api_keys k WHERE k::text LIKE '%' || $1 || '%'", key[len("wrn_xxxx"):]).Scan(&rows)
@@ -178,7 +179,7 @@ func TestAccessEnds(t *testing.T) {
 		t.Errorf("%d rows hold a key: %v", rows, err)
 	}
 	p.call("GET", "/v1/sandboxes", nil, "X-API-Key", key).want(200)
-	p.end() // What the server remembers of last uses it writes when it stops.
+	p.end() // A stopping server writes the last uses.
 	var used bool
 	var prefix string
 	err = p.db().QueryRow(ctx, "SELECT prefix, last_used_at > now() - interval '5 minutes' FROM api_keys WHERE hash = sha256($1::text::bytea)", key).Scan(&prefix, &used)
