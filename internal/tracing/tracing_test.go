@@ -239,7 +239,7 @@ func TestGuestTook(t *testing.T) {
 func TestCollectorFails(t *testing.T) {
 	s := newSink(t, 400, 400, 400, 400)
 	var log strings.Builder
-	c, err := newCollector(strings.Replace(s.URL, "//", "//user:secret@", 1), nil, slog.New(slog.NewTextHandler(&log, nil)))
+	c, err := newCollector(s.URL, map[string]string{"authorization": "secret"}, slog.New(slog.NewTextHandler(&log, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -265,7 +265,8 @@ func TestCollectorFails(t *testing.T) {
 func TestSettings(t *testing.T) {
 	for want, s := range map[string]Settings{
 		"OTEL_TRACES_SAMPLER_ARG": {Endpoint: "http://x", Ratio: 2}, "OTEL_EXPORTER_OTLP_ENDPOINT": {Endpoint: "localhost:4318"},
-		"OTEL_EXPORTER_OTLP_HEADERS": {Endpoint: "http://x", Headers: "secret"}, "OTEL_RESOURCE_ATTRIBUTES": {Endpoint: "http://x", Attributes: "a=%zz"},
+		"OTEL_EXPORTER_OTLP_ENDPOINT: credentials": {Endpoint: "http://user:secret@x"},
+		"OTEL_EXPORTER_OTLP_HEADERS":               {Endpoint: "http://x", Headers: "secret"}, "OTEL_RESOURCE_ATTRIBUTES": {Endpoint: "http://x", Attributes: "a=%zz"},
 	} {
 		_, err := Open(s, "server", "", slog.Default())
 		if err == nil || !strings.HasPrefix(err.Error(), want) || strings.Contains(err.Error(), "secret") {
