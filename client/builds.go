@@ -14,15 +14,15 @@ import (
 	"time"
 )
 
-// BuildOptions say what to build, and how. Zeros leave it to the service.
+// BuildOptions configure a build. Zero fields have the service's defaults.
 type BuildOptions struct {
 	Name string   `json:"name"`           // of the template
 	Tags []string `json:"tags,omitempty"` // none: "latest"
-	// Recipe is the recipe's text, Archive the name of the folder that it copies
-	// from, see UploadArchive; empty: it copies nothing.
+	// Recipe is the recipe's text. Archive is the digest of the folder that COPY copies
+	// from (see UploadArchive); empty if the recipe copies nothing.
 	Recipe  string `json:"recipe"`
 	Archive string `json:"archive,omitempty"`
-	// Registry is as whom the registry of FROM oci: is asked; nil: as nobody.
+	// Registry has the credentials for the registry of FROM oci: (nil: anonymous).
 	Registry            *Registry `json:"registry,omitempty"`
 	VCPUs               int       `json:"vcpus,omitempty"`
 	MemoryMiB           int       `json:"memory_mib,omitempty"`
@@ -33,24 +33,24 @@ type BuildOptions struct {
 	PhaseTimeoutSeconds int       `json:"phase_timeout_seconds,omitempty"`
 }
 
-// Registry is as whom a registry of images is asked.
+// Registry has the credentials for an image registry.
 type Registry struct {
 	Username string `json:"username"`
 	Password string `json:"password"`
 }
 
-// Build is a recipe that becomes a template.
+// Build is the work that turns a recipe into a template.
 type Build struct {
 	ID         string      `json:"id"`
 	TeamID     string      `json:"team_id"`
 	Name       string      `json:"name"`
 	Tags       []string    `json:"tags"`
-	State      string      `json:"state"`                 // queued, running, succeeded, failed, cancelled
-	Error      string      `json:"error,omitempty"`       // why it failed
-	TotalSteps int         `json:"total_steps"`           // those before and after the recipe too
-	DoneSteps  int         `json:"done_steps"`            //
-	Attempts   int         `json:"attempts,omitempty"`    // how often it was begun
-	TemplateID string      `json:"template_id,omitempty"` // what came of it
+	State      string      `json:"state"`           // queued, running, succeeded, failed, cancelled
+	Error      string      `json:"error,omitempty"` // why it failed
+	TotalSteps int         `json:"total_steps"`     // including those before and after the recipe
+	DoneSteps  int         `json:"done_steps"`
+	Attempts   int         `json:"attempts,omitempty"`    // how often a worker began it
+	TemplateID string      `json:"template_id,omitempty"` // the result
 	Version    int         `json:"version,omitempty"`     // the template's
 	Recipe     string      `json:"recipe,omitempty"`
 	Steps      []BuildStep `json:"steps,omitempty"` // not in lists
@@ -59,7 +59,7 @@ type Build struct {
 	EndedAt    *time.Time  `json:"ended_at,omitempty"`
 }
 
-// Ended tells whether nothing more becomes of the build.
+// Ended reports whether the build has succeeded, failed or been cancelled.
 func (b *Build) Ended() bool { return b.State != "queued" && b.State != "running" }
 
 // BuildStep is one step of a build.
@@ -69,7 +69,7 @@ type BuildStep struct {
 	Text       string     `json:"text"`
 	State      string     `json:"state"` // pending, running, succeeded, failed, cached, skipped, cancelled
 	Output     string     `json:"output"`
-	Truncated  bool       `json:"truncated,omitempty"` // there was more, which ended with Tail
+	Truncated  bool       `json:"truncated,omitempty"` // the rest was dropped, except Tail at its end
 	Tail       string     `json:"tail,omitempty"`
 	ExitCode   *int       `json:"exit_code,omitempty"`
 	Error      string     `json:"error,omitempty"`
@@ -79,18 +79,18 @@ type BuildStep struct {
 
 const buildsPath = "/v1/templates/builds"
 
-// Build puts a build into the queue. FollowBuild tells how it goes.
+// Build queues a build and returns. FollowBuild waits for it.
 func (c *Client) Build(ctx context.Context, o BuildOptions) (*Build, error) {
 	var b Build
-	// Not repeated: it may be in the queue.
+	// Not retried: the build may be queued.
 	if err := c.call(ctx, request{method: http.MethodPost, path: buildsPath, json: o}, &b); err != nil {
 		return nil, fmt.Errorf("build template: %w", err)
 	}
 	return &b, nil
 }
 
-// UploadArchive uploads the folder that a recipe copies from, as the archive
-// that its format's packer makes, whose name is digest ("sha256:…").
+// UploadArchive uploads the folder that a recipe copies from, packed as docs/recipes.md
+// says. digest is "sha256:" and the archive's SHA-256.
 func (c *Client) UploadArchive(ctx context.Context, digest string, r io.Reader) error {
 	err := c.call(ctx, request{method: http.MethodPut, path: buildsPath + "/archives/" + url.PathEscape(digest), body: r, header: http.Header{"Content-Type": {"application/x-tar"}}}, nil)
 	if err != nil {
@@ -108,7 +108,7 @@ func (c *Client) GetBuild(ctx context.Context, id string) (*Build, error) {
 	return &b, nil
 }
 
-// Builds lists the team's builds, the newest first. An error ends the list.
+// Builds lists the team's builds, newest first. An error ends the list.
 func (c *Client) Builds(ctx context.Context) iter.Seq2[Build, error] {
 	type page struct {
 		Builds []Build `json:"builds"`
@@ -117,8 +117,8 @@ func (c *Client) Builds(ctx context.Context) iter.Seq2[Build, error] {
 	return pages(ctx, c, buildsPath, url.Values{}, func(p page) ([]Build, string) { return p.Builds, p.Next })
 }
 
-// CancelBuild has a build end. One that runs ends soon after. One that has ended
-// is no error.
+// CancelBuild cancels a build. A running build stops shortly afterwards. Cancelling a
+// finished build is not an error.
 func (c *Client) CancelBuild(ctx context.Context, id string) (*Build, error) {
 	var b Build
 	if err := c.call(ctx, request{method: http.MethodPost, path: buildPath(id, "/cancel"), repeatable: true}, &b); err != nil {
@@ -127,20 +127,20 @@ func (c *Client) CancelBuild(ctx context.Context, id string) (*Build, error) {
 	return &b, nil
 }
 
-// BuildEvent is something new of a build.
+// BuildEvent reports progress of a build.
 type BuildEvent struct {
 	Type   string     `json:"type"`             // step, output or end
-	Step   *BuildStep `json:"step,omitempty"`   // whose state changed, without its output
-	Number int        `json:"number,omitempty"` // of the step that has printed
-	Data   string     `json:"data,omitempty"`   // what it has printed
-	Build  *Build     `json:"build,omitempty"`  // at the end
+	Step   *BuildStep `json:"step,omitempty"`   // step: its new state, without output
+	Number int        `json:"number,omitempty"` // output: the step's number
+	Data   string     `json:"data,omitempty"`   // output: what the step printed
+	Build  *Build     `json:"build,omitempty"`  // end: the finished build
 }
 
 // maxEvent bounds one event, in bytes.
 const maxEvent = 8 << 20
 
-// FollowBuild calls see with all that a build has done and does, and returns it
-// once it has ended.
+// FollowBuild calls see for each event of a build, past and future, and returns the
+// finished build.
 func (c *Client) FollowBuild(ctx context.Context, id string, see func(BuildEvent)) (*Build, error) {
 	resp, err := c.do(ctx, request{method: http.MethodGet, path: buildPath(id, "/logs"), repeatable: true})
 	if err != nil {

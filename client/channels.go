@@ -15,32 +15,32 @@ import (
 	"time"
 )
 
-// Channel is where a team's events are told.
+// Channel is a place to which the service sends a team's notifications.
 type Channel struct {
 	ID             string     `json:"id"`
 	TeamID         string     `json:"team_id"`
 	Name           string     `json:"name"`
 	Kind           string     `json:"kind"` // "webhook", "slack", "discord" or "email"
 	Events         []string   `json:"events"`
-	Target         string     `json:"target"` // without what is secret of it
+	Target         string     `json:"target"` // without its secret parts
 	Enabled        bool       `json:"enabled"`
-	Confirmed      bool       `json:"confirmed"` // by the recipient of mail; true for other kinds
+	Confirmed      bool       `json:"confirmed"` // mail: its recipient has; true for other kinds
 	DisabledReason string     `json:"disabled_reason,omitempty"`
 	FailingSince   *time.Time `json:"failing_since,omitempty"`
 	CreatedAt      time.Time  `json:"created_at"`
 }
 
-// ChannelOptions is what a new channel is to be.
+// ChannelOptions configure a new channel.
 type ChannelOptions struct {
 	Name    string   `json:"name"`
 	Kind    string   `json:"kind"`
 	Events  []string `json:"events"`
-	URL     string   `json:"url,omitempty"`     // of a webhook, Slack, Discord
-	Secret  string   `json:"secret,omitempty"`  // of a webhook: what its messages are signed with
-	Address string   `json:"address,omitempty"` // of mail
+	URL     string   `json:"url,omitempty"`     // webhook, slack, discord
+	Secret  string   `json:"secret,omitempty"`  // webhook: signs its messages
+	Address string   `json:"address,omitempty"` // email
 }
 
-// Delivery is an event that a channel was told, or is to be.
+// Delivery is one event on its way to one channel.
 type Delivery struct {
 	ID        string     `json:"id"`
 	Event     string     `json:"event"`
@@ -49,18 +49,18 @@ type Delivery struct {
 	Attempts  int        `json:"attempts"`
 	TriedAt   *time.Time `json:"tried_at,omitempty"`
 	NextAt    *time.Time `json:"next_at,omitempty"`
-	Status    int        `json:"status"` // HTTP's; 0: there was no answer
+	Status    int        `json:"status"` // HTTP status; 0: no answer
 	TookMS    int64      `json:"took_ms"`
 	Error     string     `json:"error,omitempty"`
 }
 
 func channelPath(id, rest string) string { return "/v1/channels/" + url.PathEscape(id) + rest }
 
-// AddChannel adds a channel for the team's events. The recipient of mail first gets
-// a letter that asks to confirm the address, and nothing else until they have.
+// AddChannel adds a channel. The service first asks the recipient of a mail channel to
+// confirm the address, and sends nothing else until they have.
 func (c *Client) AddChannel(ctx context.Context, o ChannelOptions) (*Channel, error) {
 	var ch Channel
-	// Not repeated: it may have been made.
+	// Not retried: the channel may exist.
 	if err := c.call(ctx, request{method: http.MethodPost, path: "/v1/channels", json: o}, &ch); err != nil {
 		return nil, fmt.Errorf("add channel: %w", err)
 	}
@@ -78,7 +78,7 @@ func (c *Client) Channels(ctx context.Context) ([]Channel, error) {
 	return list.Channels, nil
 }
 
-// EnableChannel has a channel told of events, or not any more.
+// EnableChannel turns the notifications of a channel on or off.
 func (c *Client) EnableChannel(ctx context.Context, id string, enabled bool) (*Channel, error) {
 	body := struct {
 		Enabled bool `json:"enabled"`
@@ -98,8 +98,8 @@ func (c *Client) DeleteChannel(ctx context.Context, id string) error {
 	return nil
 }
 
-// AskConfirmation resends the letter that asks the recipient of a channel's mail to
-// confirm the address. An address gets at most one letter an hour.
+// AskConfirmation resends the letter that asks the recipient of a mail channel to
+// confirm the address. An address gets at most one such letter an hour.
 func (c *Client) AskConfirmation(ctx context.Context, id string) error {
 	if err := c.call(ctx, request{method: http.MethodPost, path: channelPath(id, "/confirmation")}, nil); err != nil {
 		return fmt.Errorf("ask for confirmation: %w", err)
@@ -107,7 +107,7 @@ func (c *Client) AskConfirmation(ctx context.Context, id string) error {
 	return nil
 }
 
-// TestChannel sends a channel a test, once, and returns how that went.
+// TestChannel sends a test notification once, without retries, and returns the result.
 func (c *Client) TestChannel(ctx context.Context, id string) (*Delivery, error) {
 	var d Delivery
 	if err := c.call(ctx, request{method: http.MethodPost, path: channelPath(id, "/test")}, &d); err != nil {
@@ -116,7 +116,7 @@ func (c *Client) TestChannel(ctx context.Context, id string) (*Delivery, error) 
 	return &d, nil
 }
 
-// Deliveries lists what a channel was told, the newest first. An error ends the list.
+// Deliveries lists a channel's deliveries, newest first. An error ends the list.
 func (c *Client) Deliveries(ctx context.Context, id string) iter.Seq2[Delivery, error] {
 	type page struct {
 		Deliveries []Delivery `json:"deliveries"`
@@ -125,9 +125,9 @@ func (c *Client) Deliveries(ctx context.Context, id string) iter.Seq2[Delivery, 
 	return pages(ctx, c, channelPath(id, "/deliveries"), url.Values{}, func(p page) ([]Delivery, string) { return p.Deliveries, p.Next })
 }
 
-// VerifyWebhook checks that a webhook's request, of which body is the body as it
-// came, was signed with the channel's secret, no longer than tolerance ago
-// (0: 5 minutes). Call it before anything of the body is believed.
+// VerifyWebhook checks that a webhook request was signed with the channel's secret at
+// most tolerance ago (0: 5 minutes). body is the unchanged request body. Do not trust
+// the body before VerifyWebhook has returned nil.
 func VerifyWebhook(header http.Header, body []byte, secret string, tolerance time.Duration) error {
 	if tolerance == 0 {
 		tolerance = 5 * time.Minute
@@ -138,16 +138,16 @@ func VerifyWebhook(header http.Header, body []byte, secret string, tolerance tim
 	secs, err := strconv.ParseInt(t, 10, 64)
 	got, hexErr := hex.DecodeString(v1)
 	if !timed || !signed || err != nil || hexErr != nil {
-		return errors.New("the request has no signature of Wrenn's")
+		return errors.New("the request has no valid Wrenn-Signature header")
 	}
 	m := hmac.New(sha256.New, []byte(secret))
 	m.Write([]byte(t + "."))
 	m.Write(body)
 	if !hmac.Equal(got, m.Sum(nil)) {
-		return errors.New("the signature is not of this body under this secret")
+		return errors.New("the signature does not match the body and the secret")
 	}
 	if age := time.Since(time.Unix(secs, 0)); age > tolerance || age < -tolerance {
-		return fmt.Errorf("the signature is of another time: %v ago", age.Round(time.Second))
+		return fmt.Errorf("the signature was made %v ago, which is not within %v", age.Round(time.Second), tolerance)
 	}
 	return nil
 }

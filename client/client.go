@@ -23,34 +23,34 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/backoff"
 )
 
-// Client calls one Wrenn service. Its methods may be called at the same time.
+// Client calls one Wrenn service. It is safe for concurrent use.
 type Client struct {
 	base    *url.URL
 	key     string
-	access  string // access token of who is logged in, instead of the key
-	team    string // that they act for
+	access  string // a session's access token, instead of the key
+	team    string // for which the session acts
 	http    *http.Client
 	retries int
 	agent   string
 }
 
-// Option changes a client.
+// Option configures a client.
 type Option func(*Client)
 
-// WithHTTPClient makes a client send its requests with h, which must have no
-// time limit of its own where files are to be streamed.
+// WithHTTPClient makes the client send its requests with h. If h has a Timeout, that
+// also limits transfers of files.
 func WithHTTPClient(h *http.Client) Option { return func(c *Client) { c.http = h } }
 
-// WithRetries sets how often a call that may be repeated is, when the service
-// does not answer or says that it cannot now; so is any other call that had no
-// connection to be sent over. The default is 6, over about 10 seconds.
+// WithRetries sets how often the client retries a call (6, over about 10 seconds). It
+// retries calls that are safe to repeat if the service does not answer or is
+// unavailable, and any call, except an upload, that never got a connection.
 func WithRetries(n int) Option { return func(c *Client) { c.retries = n } }
 
 // WithUserAgent sets the User-Agent of every request.
 func WithUserAgent(s string) Option { return func(c *Client) { c.agent = s } }
 
-// New returns a client of the service at baseURL, for example
-// "http://localhost:8000", that shows the API key key.
+// New returns a client of the service at baseURL, for example "http://localhost:8000".
+// It authenticates with the API key key.
 func New(baseURL, key string, opts ...Option) (*Client, error) {
 	u, err := url.Parse(baseURL)
 	if err != nil {
@@ -66,8 +66,7 @@ func New(baseURL, key string, opts ...Option) (*Client, error) {
 		o(c)
 	}
 	if c.http == nil {
-		// A transport of its own: the default one adds compression, which
-		// changes files' lengths.
+		// The default transport asks for compression, which hides the lengths of files.
 		t := http.DefaultTransport.(*http.Transport).Clone()
 		t.DisableCompression = true
 		t.MaxIdleConnsPerHost = 64
@@ -76,7 +75,7 @@ func New(baseURL, key string, opts ...Option) (*Client, error) {
 	return c, nil
 }
 
-// Error is an answer of the service that is no success.
+// Error is an error response of the service.
 type Error struct {
 	Status    int    // HTTP status
 	Code      string // for example "not_found"
@@ -91,7 +90,7 @@ func (e *Error) Error() string {
 	return e.Message
 }
 
-// IsNotFound tells whether err says that something does not exist.
+// IsNotFound reports whether err is the service's answer that something does not exist.
 func IsNotFound(err error) bool {
 	var e *Error
 	return errors.As(err, &e) && e.Status == http.StatusNotFound
@@ -102,13 +101,13 @@ type request struct {
 	method, path string // path is escaped
 	query        url.Values
 	header       http.Header
-	json         any       // body, encoded anew for each try; or
-	body         io.Reader // body that can be read once: no retries
+	json         any       // body, as JSON; or
+	body         io.Reader // body that can be read only once, so there are no retries
 	repeatable   bool
 }
 
-// do sends a request and returns the answer, which is a success. The caller
-// closes its body.
+// do sends a request, with retries, and returns a successful response, whose body the
+// caller closes. Any other response is an [Error].
 func (c *Client) do(ctx context.Context, r request) (*http.Response, error) {
 	var encoded []byte
 	if r.json != nil {
@@ -117,8 +116,7 @@ func (c *Client) do(ctx context.Context, r request) (*http.Response, error) {
 			return nil, fmt.Errorf("encode request: %w", err)
 		}
 	}
-	// From 0.2 s at most, so that clients of a service that comes back do not
-	// come at once.
+	// The jitter spreads the clients of a service that is available again.
 	waits := backoff.New(150*time.Millisecond, 5*time.Second)
 	for try := 0; ; try++ {
 		resp, err := c.once(ctx, r, encoded)
@@ -134,14 +132,13 @@ func (c *Client) do(ctx context.Context, r request) (*http.Response, error) {
 	}
 }
 
-// unsent tells whether a call failed before any of it was sent: there was no
-// connection.
+// unsent reports whether a call failed because it got no connection.
 func unsent(err error) bool {
 	var op *net.OpError
 	return errors.As(err, &op) && op.Op == "dial"
 }
 
-// transient tells whether a call that failed with err may succeed later.
+// transient reports whether a call that failed with err may succeed later.
 func transient(err error) bool {
 	var e *Error
 	if errors.As(err, &e) {
@@ -192,7 +189,7 @@ func (c *Client) once(ctx context.Context, r request, encoded []byte) (*http.Res
 	return resp, nil
 }
 
-// identify says in a request's header who asks.
+// identify adds the client's credentials to a request's header.
 func (c *Client) identify(h http.Header) {
 	switch {
 	case c.access != "":
@@ -205,7 +202,7 @@ func (c *Client) identify(h http.Header) {
 	}
 }
 
-// readError is what an answer that is no success says.
+// readError turns an error response into an Error.
 func readError(resp *http.Response) *Error {
 	e := &Error{Status: resp.StatusCode, RequestID: resp.Header.Get("X-Request-Id")}
 	var body struct {
@@ -214,14 +211,14 @@ func readError(resp *http.Response) *Error {
 			Message string `json:"message"`
 		} `json:"error"`
 	}
-	// What is no such document, a proxy's page say, leaves the status alone.
+	// The body can also be some other proxy's page: then only the status counts.
 	if json.NewDecoder(io.LimitReader(resp.Body, 64<<10)).Decode(&body) == nil {
 		e.Code, e.Message = body.Error.Code, body.Error.Message
 	}
 	return e
 }
 
-// call sends a request and decodes the answer into result, unless that is nil.
+// call sends a request and decodes the response into result, unless that is nil.
 func (c *Client) call(ctx context.Context, r request, result any) error {
 	resp, err := c.do(ctx, r)
 	if err != nil {
@@ -229,19 +226,19 @@ func (c *Client) call(ctx context.Context, r request, result any) error {
 	}
 	defer resp.Body.Close()
 	if result == nil {
-		_, err := io.Copy(io.Discard, io.LimitReader(resp.Body, 1<<20)) // so that the connection is used again
+		_, err := io.Copy(io.Discard, io.LimitReader(resp.Body, 1<<20)) // to reuse the connection
 		return err
 	}
 	if err := json.NewDecoder(resp.Body).Decode(result); err != nil {
-		return fmt.Errorf("read answer: %w", err)
+		return fmt.Errorf("read response: %w", err)
 	}
 	return nil
 }
 
 func sandboxPath(id, rest string) string { return "/v1/sandboxes/" + url.PathEscape(id) + rest }
 
-// URL returns the URL of a sandbox's port: the sandbox's own, with the scheme and
-// port of the client's URL if the name is below the service's.
+// URL returns the URL of a sandbox's port. If its host name is below the service's, the
+// URL has the scheme and port of the client's base URL.
 func (c *Client) URL(s *Sandbox, port int) string {
 	own := strings.Replace(s.URL, "{port}", strconv.Itoa(port), 1)
 	u, err := url.Parse(own)
@@ -250,7 +247,7 @@ func (c *Client) URL(s *Sandbox, port int) string {
 	}
 	service := c.base.Hostname()
 	if net.ParseIP(service) != nil {
-		service = "localhost" // an address has no names below it
+		service = "localhost" // there are no host names below an IP address
 	}
 	if _, domain, _ := strings.Cut(u.Hostname(), "."); strings.EqualFold(domain, service) {
 		u.Scheme, u.Host = c.base.Scheme, u.Hostname()
@@ -262,9 +259,8 @@ func (c *Client) URL(s *Sandbox, port int) string {
 	return u.String()
 }
 
-// Transport returns a transport for requests to URLs that URL gives. It
-// connects to the service whatever their host names resolve to, and shows the
-// API key.
+// Transport returns a transport for requests to URLs that [Client.URL] returns. It
+// sends the API key, and connects to the service without resolving their host names.
 func (c *Client) Transport() http.RoundTripper {
 	port := c.base.Port()
 	if port == "" {

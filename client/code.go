@@ -14,13 +14,13 @@ import (
 type Code struct {
 	Code           string            `json:"code"`
 	ContextID      string            `json:"context_id,omitempty"`      // empty: the default context
-	Envs           map[string]string `json:"envs,omitempty"`            // while it runs
+	Envs           map[string]string `json:"envs,omitempty"`            // only for this run
 	TimeoutSeconds int               `json:"timeout_seconds,omitempty"` // after which it is interrupted; 0: 300
 }
 
-// CodeOutput is a value or a picture in every form that the code has of it.
+// CodeOutput is a value or a picture that code showed, in each form that is available.
 type CodeOutput struct {
-	IsMainResult bool            `json:"is_main_result"` // it is the last expression's value
+	IsMainResult bool            `json:"is_main_result"` // the value of the last expression
 	Text         string          `json:"text,omitempty"`
 	HTML         string          `json:"html,omitempty"`
 	Markdown     string          `json:"markdown,omitempty"`
@@ -46,15 +46,15 @@ type CodeResult struct {
 	Stdout         string       `json:"stdout"`
 	Stderr         string       `json:"stderr"`
 	Results        []CodeOutput `json:"results"`
-	Error          *CodeError   `json:"error,omitempty"` // nil: it ran to its end
+	Error          *CodeError   `json:"error,omitempty"` // nil: the code ran to its end
 	ExecutionCount int          `json:"execution_count,omitempty"`
 }
 
-// RunCode runs code to its end. What it defines is there for the next call in
-// the same context. Only an error of the service is an error.
+// RunCode runs code and returns when it has ended. Later calls in the same context see
+// what the code defined. An exception is in the result and is not an error.
 func (c *Client) RunCode(ctx context.Context, id string, code Code) (*CodeResult, error) {
 	var r CodeResult
-	// Not repeated: it may have run.
+	// Not retried: the code may have run.
 	if err := c.call(ctx, request{method: http.MethodPost, path: sandboxPath(id, "/code"), json: code}, &r); err != nil {
 		return nil, fmt.Errorf("run code: %w", err)
 	}
@@ -69,8 +69,8 @@ type CodeEvent struct {
 	ExecutionCount int
 }
 
-// StreamCode is RunCode that tells each thing as it happens. An error of each
-// ends it, and the code.
+// StreamCode runs code and calls each for everything that it prints and shows, as it
+// happens. If each returns an error, the code is interrupted and StreamCode returns it.
 func (c *Client) StreamCode(ctx context.Context, id string, code Code, each func(CodeEvent) error) error {
 	if err := c.streamCode(ctx, id, code, each); err != nil {
 		return fmt.Errorf("run code: %w", err)
@@ -99,7 +99,7 @@ func (c *Client) streamCode(ctx context.Context, id string, code Code, each func
 			if errors.Is(err, io.EOF) {
 				err = io.ErrUnexpectedEOF
 			}
-			return fmt.Errorf("read answer: %w", err)
+			return fmt.Errorf("read response: %w", err)
 		}
 		var e CodeEvent
 		switch line.Type {
@@ -124,16 +124,16 @@ func (c *Client) streamCode(ctx context.Context, id string, code Code, each func
 	}
 }
 
-// CodeContext is where code runs: what it defines stays, and no other context
-// sees it.
+// CodeContext is an interpreter with its own variables, which last until the context is
+// deleted or restarted.
 type CodeContext struct {
 	ID       string `json:"id"`
 	Language string `json:"language"`
 	Cwd      string `json:"cwd"`
 }
 
-// CreateContext makes a context that begins in the folder cwd; empty: the
-// user's home.
+// CreateContext creates a context with the working directory cwd (the user's home if
+// empty).
 func (c *Client) CreateContext(ctx context.Context, id, cwd string) (*CodeContext, error) {
 	body := struct {
 		Cwd string `json:"cwd,omitempty"`
@@ -145,7 +145,7 @@ func (c *Client) CreateContext(ctx context.Context, id, cwd string) (*CodeContex
 	return &made, nil
 }
 
-// Contexts lists a sandbox's contexts. The context "default" is always there.
+// Contexts lists a sandbox's contexts. The context "default" always exists.
 func (c *Client) Contexts(ctx context.Context, id string) ([]CodeContext, error) {
 	var all []CodeContext
 	if err := c.call(ctx, request{method: http.MethodGet, path: sandboxPath(id, "/code/contexts"), repeatable: true}, &all); err != nil {
@@ -154,7 +154,7 @@ func (c *Client) Contexts(ctx context.Context, id string) ([]CodeContext, error)
 	return all, nil
 }
 
-// DeleteContext removes a context, whatever runs in it.
+// DeleteContext removes a context and ends what runs in it.
 func (c *Client) DeleteContext(ctx context.Context, id, context string) error {
 	return c.changeContext(ctx, http.MethodDelete, id, context, "")
 }
@@ -164,7 +164,7 @@ func (c *Client) InterruptContext(ctx context.Context, id, context string) error
 	return c.changeContext(ctx, http.MethodPost, id, context, "/interrupt")
 }
 
-// RestartContext begins a context anew: nothing is defined any more.
+// RestartContext restarts a context, which loses everything that was defined in it.
 func (c *Client) RestartContext(ctx context.Context, id, context string) error {
 	return c.changeContext(ctx, http.MethodPost, id, context, "/restart")
 }

@@ -96,5 +96,5 @@ func ExampleVerifyWebhook() {
 	answer := httptest.NewRecorder()
 	handler(answer, httptest.NewRequest(http.MethodPost, "/hook", strings.NewReader(`{"event":"sandbox.lost"}`)))
 	fmt.Print(answer.Code, " ", answer.Body)
-	// Output: 401 the request has no signature of Wrenn's
+	// Output: 401 the request has no valid Wrenn-Signature header
 }

@@ -11,20 +11,20 @@ import (
 	"github.com/google/uuid"
 )
 
-// Pause writes a sandbox's whole state to its host's disk and returns when it
-// is there. One that is paused already is no error.
+// Pause saves a sandbox's memory and disk on its host, stops its VM, and returns when
+// that is done. Pausing a paused sandbox is not an error.
 func (c *Client) Pause(ctx context.Context, id string) (*Sandbox, error) {
 	return c.turn(ctx, id, "pause")
 }
 
-// Resume lets a paused sandbox go on where it was and returns when it runs. One
-// that runs already is no error.
+// Resume continues a paused sandbox where it was and returns when it runs. Resuming a
+// running sandbox is not an error.
 func (c *Client) Resume(ctx context.Context, id string) (*Sandbox, error) {
 	return c.turn(ctx, id, "resume")
 }
 
-// Reboot starts a running or paused sandbox from its disk, without its memory, and
-// returns when it runs. The guest need not answer.
+// Reboot restarts a running or paused sandbox from its disk, without its memory, and
+// returns when it runs. It also works if the guest does not answer.
 func (c *Client) Reboot(ctx context.Context, id string) (*Sandbox, error) {
 	return c.turn(ctx, id, "reboot")
 }
@@ -37,9 +37,9 @@ func (c *Client) turn(ctx context.Context, id, what string) (*Sandbox, error) {
 	return &s, nil
 }
 
-// Fork makes count copies of a running sandbox, which goes on, and returns when
-// they run: all or none. They go on from the same moment, each with an id,
-// tokens, host name and random numbers of its own.
+// Fork makes count copies of a running sandbox, which keeps running, and returns when
+// all of them run; if one fails, none is left. The copies continue from the same
+// moment, each with its own id, tokens, host name and random numbers.
 func (c *Client) Fork(ctx context.Context, id string, count int) ([]Sandbox, error) {
 	body := struct {
 		Count int `json:"count"`
@@ -53,8 +53,8 @@ func (c *Client) Fork(ctx context.Context, id string, count int) ([]Sandbox, err
 	return made.Sandboxes, nil
 }
 
-// Snapshot captures a running or paused sandbox, which stays as it is, as a
-// template with a name that no other of the team's has.
+// Snapshot captures a running or paused sandbox as a template. The sandbox keeps its
+// state. The name must not be that of another template of the team.
 func (c *Client) Snapshot(ctx context.Context, id, name string) (*Template, error) {
 	body := struct {
 		SandboxID string `json:"sandbox_id"`
@@ -67,8 +67,8 @@ func (c *Client) Snapshot(ctx context.Context, id, name string) (*Template, erro
 	return &t, nil
 }
 
-// once names a call, so that the service takes what is repeated of it for the
-// same. Without a key the name is random, and the client alone repeats it.
+// once returns a header with an idempotency key, so that the service recognizes
+// retries of the call. An empty key stands for a random one.
 func once(key string) http.Header {
 	return http.Header{"Idempotency-Key": {cmp.Or(key, uuid.NewString())}}
 }
@@ -83,8 +83,8 @@ func (c *Client) Snapshots(ctx context.Context) iter.Seq2[Template, error] {
 	return pages(ctx, c, "/v1/snapshots", url.Values{}, func(p page) ([]Template, string) { return p.Snapshots, p.Next })
 }
 
-// DeleteSnapshot removes a template of the team, by name or id. Sandboxes that
-// started from it go on.
+// DeleteSnapshot removes a template of the team, by name or id. Sandboxes that started
+// from it are not affected.
 func (c *Client) DeleteSnapshot(ctx context.Context, name string) error {
 	if err := c.call(ctx, request{method: http.MethodDelete, path: "/v1/snapshots/" + url.PathEscape(name), repeatable: true}, nil); err != nil {
 		return fmt.Errorf("delete snapshot: %w", err)

@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// Host is a machine that sandboxes run on. What is done with hosts takes a key
-// of the platform's admins.
+// Host is a machine that sandboxes run on. All operations on hosts need an API key with
+// the scope platform.
 type Host struct {
 	ID     string   `json:"id"`
 	Name   string   `json:"name"`
@@ -27,7 +27,7 @@ type Host struct {
 	DiskBytes   int64  `json:"disk_bytes"`
 	CapacityMiB int64  `json:"capacity_mib"` // memory that sandboxes may have together
 	Slots       int    `json:"slots"`        // how many sandboxes can run at once
-	// NetworkBlock is which share of its machine's network slots the host has.
+	// NetworkBlock is the number of the block of network slots that the host's agent uses.
 	NetworkBlock int `json:"network_block"`
 	Load         struct {
 		Sandboxes     int   `json:"sandboxes"`
@@ -35,28 +35,28 @@ type Host struct {
 		UsedVCPUs     int   `json:"used_vcpus"`
 		DiskFreeBytes int64 `json:"disk_free_bytes"`
 	} `json:"load"`
-	// Problems are what is wrong with the host and its agent could not repair.
+	// Problems are faults of the host that its agent could not repair.
 	Problems   []HostProblem `json:"problems"`
 	CreatedAt  time.Time     `json:"created_at"`
 	LastSeenAt *time.Time    `json:"last_seen_at"`
 	// Loses is what would be lost with the host: sandboxes by state, and teams'
-	// templates that no other host has. Only PreviewHost says it.
+	// templates that no other host has. Only PreviewHost sets it.
 	Loses *struct {
 		Sandboxes map[string]int64 `json:"sandboxes"`
 		Templates int64            `json:"templates"`
 	} `json:"loses"`
 }
 
-// HostProblem is one thing that is wrong with a host.
+// HostProblem is a fault of a host.
 type HostProblem struct {
-	Kind    string    `json:"kind"`   // a word that stays the same between releases
-	Object  string    `json:"object"` // what of that kind it concerns; empty: the host
+	Kind    string    `json:"kind"`   // stable between releases
+	Object  string    `json:"object"` // what is at fault, such as a sandbox; empty: the host
 	Message string    `json:"message"`
 	Since   time.Time `json:"since"`
 }
 
-// HostRegistration is a host that waits for its agent, and the token that the
-// agent registers with, once and until it expires.
+// HostRegistration is a host that waits for its agent, with the token that the agent
+// registers with. The token is good for one use, until it expires.
 type HostRegistration struct {
 	Host      Host      `json:"host"`
 	Token     string    `json:"token"`
@@ -65,7 +65,7 @@ type HostRegistration struct {
 
 func hostPath(id, rest string) string { return "/v1/admin/hosts/" + url.PathEscape(id) + rest }
 
-// AddHost makes a host that waits for its agent.
+// AddHost adds a host, which waits for its agent to register.
 func (c *Client) AddHost(ctx context.Context, name string, tags []string) (*HostRegistration, error) {
 	body := map[string]any{"name": name}
 	if len(tags) > 0 {
@@ -78,7 +78,7 @@ func (c *Client) AddHost(ctx context.Context, name string, tags []string) (*Host
 	return &r, nil
 }
 
-// RenewHostToken makes another registration token for a host.
+// RenewHostToken creates a new registration token for a host.
 func (c *Client) RenewHostToken(ctx context.Context, id string) (*HostRegistration, error) {
 	var r HostRegistration
 	if err := c.call(ctx, request{method: http.MethodPost, path: hostPath(id, "/token")}, &r); err != nil {
@@ -108,13 +108,13 @@ func (c *Client) PreviewHost(ctx context.Context, id string) (*Host, error) {
 	return &h, nil
 }
 
-// DrainHost says whether a host drains: it gets no new sandboxes then, and
-// those that nobody uses are paused.
+// DrainHost starts or stops draining a host. A draining host gets no new sandboxes, and
+// its idle ones are paused.
 func (c *Client) DrainHost(ctx context.Context, id string, draining bool) (*Host, error) {
 	return c.changeHost(ctx, id, map[string]any{"draining": draining})
 }
 
-// TagHost gives a host tags in the place of those that it has.
+// TagHost replaces a host's tags.
 func (c *Client) TagHost(ctx context.Context, id string, tags []string) (*Host, error) {
 	if tags == nil {
 		tags = []string{}
@@ -130,8 +130,8 @@ func (c *Client) changeHost(ctx context.Context, id string, change map[string]an
 	return &h, nil
 }
 
-// DeleteHost removes a host. Without force it fails with "conflict" when
-// anything would be lost.
+// DeleteHost removes a host. Without force it fails with "conflict" if sandboxes or
+// templates would be lost.
 func (c *Client) DeleteHost(ctx context.Context, id string, force bool) error {
 	r := request{method: http.MethodDelete, path: hostPath(id, ""), query: url.Values{"force": {strconv.FormatBool(force)}}, repeatable: true}
 	if err := c.call(ctx, r, nil); err != nil {

@@ -9,33 +9,32 @@ import (
 	"strconv"
 )
 
-// ImportOptions say what template to make of an OCI image.
+// ImportOptions say which OCI image to import, and how.
 type ImportOptions struct {
-	// Name is the template's; the image becomes its latest version.
+	// Name is the template's name; the image becomes its latest version.
 	Name string
-	// Reference is where a registry has the image, as `docker pull` takes it, and
-	// Username and Password what the registry is shown, if anything.
+	// Reference names the image in a registry, as for `docker pull`. Username and
+	// Password are for the registry (empty: anonymous).
 	Reference, Username, Password string
-	// Archive, where there is no Reference, is what `docker save` writes or a tar
-	// of an OCI image layout, compressed with gzip or not; Tag is the image's name
-	// in it, which is needed if there are several.
+	// Archive is used if there is no Reference: the output of `docker save`, or a tar of
+	// an OCI image layout, either may be gzipped. Tag selects one of several images.
 	Archive io.Reader
 	Tag     string
 	DiskMiB int // size of the template's disk; 0: the service's default
-	// Inert keeps the image's entry point from being started.
+	// Inert does not start the image's entry point.
 	Inert bool
-	// Platform makes a template that every team sees; for the platform's admins.
+	// Platform makes a template that every team sees. Only the platform's admins may.
 	Platform bool
 }
 
-// Import makes a template of an OCI image and returns when sandboxes can be
-// started from it.
+// Import makes a template from an OCI image and returns when sandboxes can start from
+// it.
 func (c *Client) Import(ctx context.Context, o ImportOptions) (*Template, error) {
 	path := "/v1/templates/import"
 	if o.Platform {
 		path = "/v1/admin/templates/import"
 	}
-	// Not repeated: the template may have been made.
+	// Not retried: the template may exist.
 	r := request{method: http.MethodPost, path: path}
 	if o.Archive == nil {
 		r.json = struct {

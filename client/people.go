@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// Session is somebody who is logged in. Its tokens are secrets.
+// Session is a user's log-in. Its tokens are secrets.
 type Session struct {
 	AccessToken     string    `json:"access_token"`
 	RefreshToken    string    `json:"refresh_token"`
@@ -19,17 +19,16 @@ type Session struct {
 	} `json:"user"`
 }
 
-// WithSession makes a client act for somebody who is logged in, whose access
-// token it is, and not by an API key. People, teams and keys are dealt with in
-// no other way.
+// WithSession makes the client authenticate with a session's access token instead of an
+// API key. Operations on users, teams and keys need a session.
 func WithSession(accessToken string) Option { return func(c *Client) { c.access = accessToken } }
 
-// WithTeam says for which of their teams somebody who is logged in acts; else
-// it is the first that they joined.
+// WithTeam selects the team for which a session's user acts (the first that they
+// joined).
 func WithTeam(id string) Option { return func(c *Client) { c.team = id } }
 
-// LogIn begins a session, which LogOut ends. It fails with "unauthenticated"
-// for a wrong address or password.
+// LogIn starts a session; LogOut ends it. A wrong address or password fails with
+// "unauthenticated".
 func (c *Client) LogIn(ctx context.Context, email, password string) (*Session, error) {
 	var s Session
 	body := map[string]any{"email": email, "password": password, "tokens": true}
@@ -39,8 +38,8 @@ func (c *Client) LogIn(ctx context.Context, email, password string) (*Session, e
 	return &s, nil
 }
 
-// VerifyEmail opens the account that a mailed link, whose token it is, was made
-// for, and logs it in.
+// VerifyEmail activates an account with the token of a mailed link and the password
+// that was chosen, and logs in.
 func (c *Client) VerifyEmail(ctx context.Context, token, password string) (*Session, error) {
 	var s Session
 	body := map[string]any{"token": token, "password": password, "tokens": true}
@@ -50,8 +49,8 @@ func (c *Client) VerifyEmail(ctx context.Context, token, password string) (*Sess
 	return &s, nil
 }
 
-// Refresh changes a session's refresh token for new tokens. A refresh token is
-// good for one use: keep the new one before anything else.
+// Refresh exchanges a refresh token for new tokens. A refresh token is good for one use,
+// so store the new one first.
 func (c *Client) Refresh(ctx context.Context, refreshToken string) (*Session, error) {
 	var s Session
 	err := c.call(ctx, request{method: http.MethodPost, path: "/v1/auth/refresh", json: map[string]any{"refresh_token": refreshToken}}, &s)
@@ -61,7 +60,7 @@ func (c *Client) Refresh(ctx context.Context, refreshToken string) (*Session, er
 	return &s, nil
 }
 
-// LogOut ends the session of a refresh token, if it is one.
+// LogOut ends the session of a refresh token. An unknown token is not an error.
 func (c *Client) LogOut(ctx context.Context, refreshToken string) error {
 	r := request{method: http.MethodPost, path: "/v1/auth/logout", json: map[string]any{"refresh_token": refreshToken}, repeatable: true}
 	if err := c.call(ctx, r, nil); err != nil {
@@ -70,7 +69,7 @@ func (c *Client) LogOut(ctx context.Context, refreshToken string) error {
 	return nil
 }
 
-// Team is who works together.
+// Team is a group of users that owns sandboxes, templates and keys.
 type Team struct {
 	ID        string    `json:"id"`
 	Name      string    `json:"name"`
@@ -78,7 +77,7 @@ type Team struct {
 	CreatedAt time.Time `json:"created_at"`
 }
 
-// Member is somebody in a team.
+// Member is a user in a team.
 type Member struct {
 	ID       string    `json:"id"`
 	Email    string    `json:"email"`
@@ -88,8 +87,7 @@ type Member struct {
 
 func teamPath(id, rest string) string { return "/v1/teams/" + url.PathEscape(id) + rest }
 
-// Teams lists the teams that the caller is in, the one that they joined first
-// first.
+// Teams lists the caller's teams in the order in which they joined.
 func (c *Client) Teams(ctx context.Context) ([]Team, error) {
 	var r struct {
 		Teams []Team `json:"teams"`
@@ -100,11 +98,11 @@ func (c *Client) Teams(ctx context.Context) ([]Team, error) {
 	return r.Teams, nil
 }
 
-// CreateTeam makes a team, whose owner the caller is.
+// CreateTeam creates a team with the caller as its owner.
 func (c *Client) CreateTeam(ctx context.Context, name string) (*Team, error) {
 	var t Team
 	if err := c.call(ctx, request{method: http.MethodPost, path: "/v1/teams", json: map[string]any{"name": name}}, &t); err != nil {
-		return nil, fmt.Errorf("make team: %w", err)
+		return nil, fmt.Errorf("create team: %w", err)
 	}
 	return &t, nil
 }
@@ -119,8 +117,8 @@ func (c *Client) RenameTeam(ctx context.Context, id, name string) (*Team, error)
 	return &t, nil
 }
 
-// DeleteTeam removes a team with all that it owns. Where a host cannot be
-// reached the rest goes when it can.
+// DeleteTeam deletes a team with everything that it owns. Files on an unreachable host
+// are deleted when the host returns.
 func (c *Client) DeleteTeam(ctx context.Context, id string) error {
 	if err := c.call(ctx, request{method: http.MethodDelete, path: teamPath(id, "")}, nil); err != nil {
 		return fmt.Errorf("delete team: %w", err)
@@ -128,8 +126,7 @@ func (c *Client) DeleteTeam(ctx context.Context, id string) error {
 	return nil
 }
 
-// LeaveTeam takes the caller out of a team, and revokes the keys that they
-// made for it.
+// LeaveTeam removes the caller from a team and revokes the keys that they made for it.
 func (c *Client) LeaveTeam(ctx context.Context, id string) error {
 	if err := c.call(ctx, request{method: http.MethodPost, path: teamPath(id, "/leave")}, nil); err != nil {
 		return fmt.Errorf("leave team: %w", err)
@@ -137,7 +134,7 @@ func (c *Client) LeaveTeam(ctx context.Context, id string) error {
 	return nil
 }
 
-// Members lists who is in a team.
+// Members lists the members of a team.
 func (c *Client) Members(ctx context.Context, team string) ([]Member, error) {
 	var r struct {
 		Members []Member `json:"members"`
@@ -148,8 +145,7 @@ func (c *Client) Members(ctx context.Context, team string) ([]Member, error) {
 	return r.Members, nil
 }
 
-// AddMember takes somebody who has an account into a team, as member, admin or
-// owner.
+// AddMember adds a user who has an account to a team, as "member", "admin" or "owner".
 func (c *Client) AddMember(ctx context.Context, team, email, role string) (*Member, error) {
 	var m Member
 	r := request{method: http.MethodPost, path: teamPath(team, "/members"), json: map[string]any{"email": email, "role": role}}
@@ -159,7 +155,7 @@ func (c *Client) AddMember(ctx context.Context, team, email, role string) (*Memb
 	return &m, nil
 }
 
-// ChangeMember gives a member another role.
+// ChangeMember changes a member's role.
 func (c *Client) ChangeMember(ctx context.Context, team, user, role string) (*Member, error) {
 	var m Member
 	r := request{method: http.MethodPatch, path: teamPath(team, "/members/"+url.PathEscape(user)), json: map[string]any{"role": role}, repeatable: true}
@@ -169,8 +165,7 @@ func (c *Client) ChangeMember(ctx context.Context, team, user, role string) (*Me
 	return &m, nil
 }
 
-// RemoveMember takes somebody out of a team, and revokes the keys that they
-// made for it.
+// RemoveMember removes a member from a team and revokes the keys that they made for it.
 func (c *Client) RemoveMember(ctx context.Context, team, user string) error {
 	if err := c.call(ctx, request{method: http.MethodDelete, path: teamPath(team, "/members/"+url.PathEscape(user))}, nil); err != nil {
 		return fmt.Errorf("remove member: %w", err)
@@ -183,32 +178,32 @@ type Key struct {
 	ID         string     `json:"id"`
 	Name       string     `json:"name"`
 	Prefix     string     `json:"prefix"` // its first characters
-	Scopes     []string   `json:"scopes"` // of sandboxes, templates, read-only, platform; none: whatever a key may
+	Scopes     []string   `json:"scopes"` // sandboxes, templates, read-only, platform; none: all that a key may do
 	CreatedBy  string     `json:"created_by,omitempty"`
 	CreatedAt  time.Time  `json:"created_at"`
 	ExpiresAt  *time.Time `json:"expires_at,omitempty"`
 	LastUsedAt *time.Time `json:"last_used_at,omitempty"`
-	// Key is the key itself, which CreateKey alone returns.
+	// Key is the key itself. Only CreateKey returns it.
 	Key string `json:"key,omitempty"`
 }
 
-// KeyOptions is what an API key is asked to be.
+// KeyOptions configure a new API key.
 type KeyOptions struct {
 	Name      string     `json:"name"`
 	Scopes    []string   `json:"scopes,omitempty"`
 	ExpiresAt *time.Time `json:"expires_at,omitempty"` // nil: never
 }
 
-// CreateKey makes an API key of the team that the caller acts for.
+// CreateKey creates an API key for the team that the caller acts for.
 func (c *Client) CreateKey(ctx context.Context, o KeyOptions) (*Key, error) {
 	var k Key
 	if err := c.call(ctx, request{method: http.MethodPost, path: "/v1/keys", json: o}, &k); err != nil {
-		return nil, fmt.Errorf("make API key: %w", err)
+		return nil, fmt.Errorf("create API key: %w", err)
 	}
 	return &k, nil
 }
 
-// Keys lists the API keys of the team that the caller acts for, the newest first.
+// Keys lists the API keys of the team that the caller acts for, newest first.
 func (c *Client) Keys(ctx context.Context) ([]Key, error) {
 	var all []Key
 	query := url.Values{}

@@ -20,17 +20,16 @@ const (
 	MaxReceivedNameBytes = 256 << 20
 )
 
-// maxPath is the longest path, and target of a symbolic link, that Linux takes,
-// in bytes.
+// maxPath is Linux's limit for a path and for the target of a symbolic link, in bytes.
 const maxPath = 4095
 
 // ReceiveOptions says how [Client.Receive] copies. Zero fields have the defaults
 // in parentheses.
 type ReceiveOptions struct {
-	// User is whose rights count in the sandbox (user).
+	// User is the user whose rights apply in the sandbox (user).
 	User string
-	// Merge writes into a folder that exists, and replaces its files of the same
-	// names. Without it such a target is refused.
+	// Merge allows a target folder that exists, and replaces its files that have the same
+	// names. Without it, Receive refuses such a target.
 	Merge bool
 	// Links keeps symbolic links that lead outside of what is copied.
 	Links bool
@@ -40,17 +39,16 @@ type ReceiveOptions struct {
 	MaxBytes     int64
 	MaxEntries   int
 	MaxNameBytes int64
-	// Skipped is told of each entry that is left out, and why (nobody). The name
-	// is the guest's: it may hold control characters.
+	// Skipped is called for each entry that Receive leaves out, with the reason. The guest
+	// chooses the name, which may have control characters.
 	Skipped func(name, why string)
 }
 
-// Receive copies a file or folder of a sandbox to the path target of this
-// machine, whose folder must exist. The guest is not trusted: whatever it sends,
-// only target is written, no write follows a symbolic link, and devices, special
-// modes, rights of others to write and links that lead outside are left out. The copy appears under its
-// name when it is complete; if Receive fails, target is as it was, except that a
-// merge may be half done.
+// Receive copies a file or folder of a sandbox to the local path target, whose folder
+// must exist. The guest is not trusted: whatever it sends, Receive writes only target
+// and follows no symbolic link. It leaves out devices, special modes, write permission
+// for others, and links that lead outside. The copy appears under its name when it is
+// complete. If Receive fails, target is unchanged, but a merge may be half done.
 func (c *Client) Receive(ctx context.Context, id, source, target string, o ReceiveOptions) error {
 	r, err := c.ReadArchive(ctx, id, source, o.User)
 	if err != nil {
@@ -63,7 +61,7 @@ func (c *Client) Receive(ctx context.Context, id, source, target string, o Recei
 	return nil
 }
 
-// receiveArchive writes what a tar archive holds, one top entry, to target.
+// receiveArchive writes a tar archive, which has one top entry, to target.
 func receiveArchive(r io.Reader, target string, o ReceiveOptions) (err error) {
 	if o.MaxBytes == 0 {
 		o.MaxBytes = MaxReceivedBytes
@@ -79,7 +77,7 @@ func receiveArchive(r io.Reader, target string, o ReceiveOptions) (err error) {
 	}
 	dir, name := filepath.Split(filepath.Clean(target))
 	if name == "" || name == "." || name == ".." {
-		return fmt.Errorf("%s is no name for a copy", target)
+		return fmt.Errorf("%s cannot be the name of a copy", target)
 	}
 	if dir == "" {
 		dir = "."
@@ -113,7 +111,7 @@ type unpacker struct {
 
 type link struct{ name, path, to string }
 
-// mode is a folder's, set when all is in it.
+// mode is a folder's mode, which is set when the folder is complete.
 type mode struct {
 	path string
 	mode fs.FileMode
@@ -174,7 +172,7 @@ func (u *unpacker) entry(t *tar.Reader, h *tar.Header) error {
 	case top != u.top || !below:
 		return errors.New("the archive has a second top entry")
 	case !u.folder:
-		return errors.New("the top entry is no folder")
+		return errors.New("the top entry is not a folder")
 	}
 	name := filepath.Join(u.dir, filepath.FromSlash(rest))
 	mode0 := h.FileInfo().Mode().Perm() &^ 0o022
@@ -200,8 +198,8 @@ func (u *unpacker) entry(t *tar.Reader, h *tar.Header) error {
 		}
 		return errors.Join(err, f.Close())
 	case tar.TypeSymlink:
-		// No link is written before all entries are read: what is there now are
-		// folders and files of this archive.
+		// Links are written after all entries are read, so only folders and files of this
+		// archive exist now.
 		if _, err := os.Lstat(filepath.Dir(name) + string(filepath.Separator)); err != nil {
 			return err
 		}
@@ -221,9 +219,9 @@ func (u *unpacker) entry(t *tar.Reader, h *tar.Header) error {
 	}
 }
 
-// inside reports whether a link at rest, below the top entry, leads to something
-// below that too, whatever other links there are. A link's own ".." could be
-// taken after another link, so only leading ones count.
+// inside reports whether a link at the path rest, below the top entry, leads to
+// something below the top entry, whatever other links exist. It accepts ".." only at
+// the beginning of the link's target, because elsewhere it could follow another link.
 func inside(rest, to string) bool {
 	if rest == "" || to == "" || path.IsAbs(to) || filepath.IsAbs(to) || strings.Contains(to, `\`) {
 		return false
@@ -244,7 +242,7 @@ func inside(rest, to string) bool {
 	return depth >= 0
 }
 
-// place gives the copy at from its name.
+// place moves the finished copy from its temporary path to target.
 func place(from, target string, merge bool) error {
 	is, err := os.Lstat(from)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -266,13 +264,13 @@ func place(from, target string, merge bool) error {
 	case was.IsDir():
 		return mergeInto(from, target)
 	case is.IsDir():
-		return fmt.Errorf("%s exists and is no folder", target)
+		return fmt.Errorf("%s exists and is not a folder", target)
 	}
 	return os.Rename(from, target) // replaces the file, or the link, of that name
 }
 
-// mergeInto moves what is in the folder from to the folder target. Links there
-// are replaced and never followed.
+// mergeInto moves the contents of the folder from into the folder target. It replaces
+// links in target and never follows them.
 func mergeInto(from, target string) error {
 	entries, err := os.ReadDir(from)
 	if err != nil {

@@ -13,7 +13,8 @@ import (
 	"unicode/utf8"
 )
 
-// Sandbox is one virtual machine. Times that have not come are nil.
+// Sandbox is one VM with its disk, memory and address. Times of events that have not
+// happened are nil.
 type Sandbox struct {
 	ID             string            `json:"id"`
 	TeamID         string            `json:"team_id"`
@@ -35,53 +36,52 @@ type Sandbox struct {
 	ForkedFrom     string            `json:"forked_from,omitempty"`
 	EndedAt        *time.Time        `json:"ended_at,omitempty"`
 	EndReason      string            `json:"end_reason,omitempty"`
-	EndedBecause   string            `json:"ended_because,omitempty"` // in words for people
-	Condition      *Condition        `json:"condition,omitempty"`     // what is wrong with it beside its state
+	EndedBecause   string            `json:"ended_because,omitempty"` // the reason in words
+	Condition      *Condition        `json:"condition,omitempty"`     // a fault, beside its state
 	Error          string            `json:"error,omitempty"`
 	StartMS        int64             `json:"start_ms,omitempty"`
 	AccessToken    string            `json:"access_token"`
 	TrafficToken   string            `json:"traffic_token"`
-	URL            string            `json:"url"` // with "{port}" in the port's place
+	URL            string            `json:"url"` // of a port, with the placeholder "{port}"
 }
 
-// Condition is what is wrong with a sandbox beside its state.
+// Condition is a fault of a sandbox, beside its state.
 type Condition struct {
 	// Kind is Unresponsive or MemoryLost.
 	Kind    string    `json:"kind"`
-	Reason  string    `json:"reason"` // a word, such as "oom"
+	Reason  string    `json:"reason"` // such as "oom"
 	Message string    `json:"message"`
 	Since   time.Time `json:"since"`
 }
 
 // The kinds of conditions.
 const (
-	// Unresponsive: the sandbox runs, and its guest does not answer.
+	// Unresponsive means that the sandbox runs but its guest does not answer.
 	Unresponsive = "unresponsive"
-	// MemoryLost: the sandbox is paused and has its disk alone, from which it boots when
-	// it is resumed, rebooted or used.
+	// MemoryLost means that the sandbox is paused and has only its disk, from which it
+	// boots when it is resumed, rebooted or used.
 	MemoryLost = "memory_lost"
 )
 
-// What becomes of a sandbox that was not used for its timeout.
+// What the service does with a sandbox that was not used for its timeout.
 const (
 	DestroyOnTimeout = "destroy"
 	PauseOnTimeout   = "pause"
 )
 
-// CreateOptions say what sandbox to create; zeros stand for the service's
-// defaults.
+// CreateOptions configure a new sandbox. Zero fields have the service's defaults.
 type CreateOptions struct {
 	Template  string `json:"template,omitempty"`
 	VCPUs     int    `json:"vcpus,omitempty"`
 	MemoryMiB int    `json:"memory_mib,omitempty"`
 	DiskMiB   int    `json:"disk_mib,omitempty"`
-	// TimeoutSeconds without use after which the sandbox is destroyed, or
-	// paused; nil is the service's default, 0 is never.
+	// TimeoutSeconds is the idle time after which the sandbox is destroyed or paused
+	// (nil: the service's default; 0: never).
 	TimeoutSeconds *int `json:"timeout_seconds,omitempty"`
-	// OnTimeout is DestroyOnTimeout or PauseOnTimeout; empty: the former.
+	// OnTimeout is DestroyOnTimeout (the default) or PauseOnTimeout.
 	OnTimeout string `json:"on_timeout,omitempty"`
-	// AutoResume lets the first request or call that uses a paused sandbox
-	// resume it; nil: it does where OnTimeout is PauseOnTimeout.
+	// AutoResume resumes a paused sandbox at the next call or request that uses it (nil:
+	// true if OnTimeout is PauseOnTimeout).
 	AutoResume *bool             `json:"auto_resume,omitempty"`
 	Envs       map[string]string `json:"envs,omitempty"`
 	Metadata   map[string]string `json:"metadata,omitempty"`
@@ -102,7 +102,7 @@ func (c *Client) Create(ctx context.Context, o CreateOptions) (*Sandbox, error) 
 	return &s, nil
 }
 
-// Get returns a sandbox, one that has ended too.
+// Get returns a sandbox, even if it has ended.
 func (c *Client) Get(ctx context.Context, id string) (*Sandbox, error) {
 	var s Sandbox
 	if err := c.call(ctx, request{method: http.MethodGet, path: sandboxPath(id, ""), repeatable: true}, &s); err != nil {
@@ -117,7 +117,7 @@ var States = []string{"pending", "starting", "running", "missing", "pausing", "p
 // ListOptions say which sandboxes to list.
 type ListOptions struct {
 	States   []string          // none: those that have not ended
-	Metadata map[string]string // all must be there
+	Metadata map[string]string // a sandbox must have all of it
 	PageSize int               // 0: the service's default
 }
 
@@ -137,7 +137,7 @@ func (c *Client) List(ctx context.Context, o ListOptions) iter.Seq2[Sandbox, err
 	return pages(ctx, c, "/v1/sandboxes", q, func(p page) ([]Sandbox, string) { return p.Sandboxes, p.Next })
 }
 
-// pages walks a list page by page.
+// pages lists all items of a paginated list.
 func pages[P, T any](ctx context.Context, c *Client, path string, q url.Values, split func(P) ([]T, string)) iter.Seq2[T, error] {
 	return func(yield func(T, error) bool) {
 		for {
@@ -161,7 +161,7 @@ func pages[P, T any](ctx context.Context, c *Client, path string, q url.Values, 
 	}
 }
 
-// Delete destroys a sandbox. One that has ended is no error.
+// Delete destroys a sandbox. Deleting a sandbox that has ended is not an error.
 func (c *Client) Delete(ctx context.Context, id string) error {
 	if err := c.call(ctx, request{method: http.MethodDelete, path: sandboxPath(id, ""), repeatable: true}, nil); err != nil {
 		return fmt.Errorf("delete sandbox: %w", err)
@@ -169,7 +169,7 @@ func (c *Client) Delete(ctx context.Context, id string) error {
 	return nil
 }
 
-// Ping makes a sandbox live for at least its timeout from now.
+// Ping counts as a use of a sandbox: its timeout starts anew.
 func (c *Client) Ping(ctx context.Context, id string) (*Sandbox, error) {
 	var s Sandbox
 	if err := c.call(ctx, request{method: http.MethodPost, path: sandboxPath(id, "/ping"), repeatable: true}, &s); err != nil {
@@ -178,8 +178,8 @@ func (c *Client) Ping(ctx context.Context, id string) (*Sandbox, error) {
 	return &s, nil
 }
 
-// RevokeTokens revokes the tokens of a sandbox, and closes what is open with
-// them. The sandbox that it returns has others.
+// RevokeTokens revokes a sandbox's tokens, closes what was opened with them, and returns
+// the sandbox with new ones.
 func (c *Client) RevokeTokens(ctx context.Context, id string) (*Sandbox, error) {
 	var s Sandbox
 	if err := c.call(ctx, request{method: http.MethodPost, path: sandboxPath(id, "/tokens/revoke"), repeatable: true}, &s); err != nil {
@@ -188,7 +188,7 @@ func (c *Client) RevokeTokens(ctx context.Context, id string) (*Sandbox, error) 
 	return &s, nil
 }
 
-// Metrics are what a sandbox uses at a moment.
+// Metrics are the resources that a sandbox uses at a moment.
 type Metrics struct {
 	Time             time.Time `json:"time"`
 	CPUCount         int       `json:"cpu_count"`
@@ -197,10 +197,10 @@ type Metrics struct {
 	MemoryUsedBytes  int64     `json:"memory_used_bytes"`
 	DiskTotalBytes   int64     `json:"disk_total_bytes"`
 	DiskUsedBytes    int64     `json:"disk_used_bytes"`
-	HostMemoryBytes  int64     `json:"host_memory_bytes"` // what the virtual machine takes
+	HostMemoryBytes  int64     `json:"host_memory_bytes"` // that the VM takes from its host
 }
 
-// Metrics returns what a sandbox uses now.
+// Metrics returns the resources that a sandbox uses now.
 func (c *Client) Metrics(ctx context.Context, id string) (*Metrics, error) {
 	var m Metrics
 	if err := c.call(ctx, request{method: http.MethodGet, path: sandboxPath(id, "/metrics"), repeatable: true}, &m); err != nil {
@@ -223,16 +223,16 @@ func (c *Client) Logs(ctx context.Context, id string) ([]byte, error) {
 	return b, nil
 }
 
-// Command is what to run in a sandbox.
+// Command is a command to run in a sandbox.
 type Command struct {
 	Cmd            string            `json:"cmd"`
 	Args           []string          `json:"args,omitempty"`
-	Shell          bool              `json:"shell,omitempty"` // Cmd is a line for sh, without Args
+	Shell          bool              `json:"shell,omitempty"` // Cmd is a shell command, and Args is empty
 	Envs           map[string]string `json:"envs,omitempty"`
 	Cwd            string            `json:"cwd,omitempty"`             // empty: the user's home
 	User           string            `json:"user,omitempty"`            // empty: "user"
 	TimeoutSeconds int               `json:"timeout_seconds,omitempty"` // 0: 60 for Exec, none for ExecStream
-	// Repeatable lets Exec run it again when it is not known whether it ran.
+	// Repeatable lets Exec retry the command if it may already have run.
 	Repeatable bool `json:"-"`
 }
 
@@ -240,15 +240,15 @@ type Command struct {
 type Result struct {
 	Stdout    []byte
 	Stderr    []byte
-	ExitCode  int    // 128 + N where signal N ended it
+	ExitCode  int    // 128 + N if signal N ended it
 	Error     string // why it did not exit by itself
 	TimedOut  bool
-	Truncated bool // output beyond 16 MiB a stream was dropped
+	Truncated bool // output beyond 16 MiB per stream was dropped
 	Duration  time.Duration
 }
 
-// Exec runs a command to its end, with stdin as the whole of its standard
-// input. Another exit code than 0 is no error.
+// Exec runs a command with stdin as its standard input and returns when it has ended. An
+// exit code other than 0 is not an error.
 func (c *Client) Exec(ctx context.Context, id string, cmd Command, stdin []byte) (*Result, error) {
 	body := struct {
 		Command
@@ -287,7 +287,7 @@ func (c *Client) Exec(ctx context.Context, id string, cmd Command, stdin []byte)
 	return out, nil
 }
 
-// FileInfo is a file that was written.
+// FileInfo describes a file that was written.
 type FileInfo struct {
 	Path string `json:"path"`
 	Name string `json:"name"`
@@ -302,14 +302,14 @@ func fileQuery(path, user string) url.Values {
 	return q
 }
 
-// ReadFile opens a file of a sandbox for reading, as a user, "user" when
-// empty. Reading fails where the connection breaks before the file's end.
+// ReadFile opens a file of a sandbox for reading, with the rights of user (empty:
+// "user"). Reading fails if the connection breaks before the end of the file.
 func (c *Client) ReadFile(ctx context.Context, id, path, user string) (io.ReadCloser, error) {
 	return c.open(ctx, "read file", sandboxPath(id, "/files"), fileQuery(path, user))
 }
 
-// ReadArchive opens a file or folder of a sandbox as a tar archive, in which
-// its base name is the top entry.
+// ReadArchive opens a file or folder of a sandbox as a tar archive, whose top entry is
+// its base name.
 func (c *Client) ReadArchive(ctx context.Context, id, path, user string) (io.ReadCloser, error) {
 	return c.open(ctx, "read archive", sandboxPath(id, "/archive"), fileQuery(path, user))
 }
@@ -322,7 +322,7 @@ func (c *Client) open(ctx context.Context, what, path string, q url.Values) (io.
 	return resp.Body, nil
 }
 
-// WriteFile writes what r gives to a file of a sandbox, whose folder is made.
+// WriteFile writes the content of r to a file of a sandbox, and creates its folder.
 func (c *Client) WriteFile(ctx context.Context, id, path, user string, r io.Reader) (*FileInfo, error) {
 	return c.put(ctx, "write file", sandboxPath(id, "/files"), fileQuery(path, user), "application/octet-stream", r)
 }

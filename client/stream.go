@@ -19,31 +19,31 @@ const (
 	channelStderr = 2
 )
 
-// maxMessage bounds a message of the service on an exec stream, in bytes.
+// maxMessage is the largest message that the client accepts on an exec stream, in bytes.
 const maxMessage = 1<<20 + 1
 
-// TerminalSize is a terminal's, in characters.
+// TerminalSize is the size of a terminal, in characters.
 type TerminalSize struct {
 	Cols int `json:"cols"`
 	Rows int `json:"rows"`
 }
 
-// Stream is a command with its input and output streamed.
+// Stream is a command whose input and output are streamed.
 type Stream struct {
 	Command Command
 	// Terminal is the size of the terminal to give the command; nil: none.
 	Terminal *TerminalSize
 
 	Stdin  io.Reader // nil: none
-	Stdout io.Writer // a terminal's output too; nil: dropped
+	Stdout io.Writer // also gets a terminal's output; nil: dropped
 	Stderr io.Writer // nil: dropped
 
 	Resize  <-chan TerminalSize // new sizes of the terminal
 	Signals <-chan int          // numbers, as Linux on x86-64 has them
 }
 
-// ExecStream runs a command to its end. It may return while a Read of
-// s.Stdin has not, and drops what that reads.
+// ExecStream runs a command and returns when it has ended. A Read of s.Stdin may still
+// be under way then; its data is lost.
 func (c *Client) ExecStream(ctx context.Context, id string, s Stream) (*Result, error) {
 	r, err := c.execStream(ctx, id, s)
 	if err != nil {
@@ -81,13 +81,13 @@ func (c *Client) execStream(ctx context.Context, id string, s Stream) (*Result, 
 	defer cancel()
 	senders.Go(func() { sendControl(ctx, conn, s) })
 	if s.Stdin != nil {
-		// Not waited for: a read of a terminal may never return.
+		// Nobody waits for this goroutine, because a Read of a terminal may never return.
 		go sendInput(ctx, conn, s.Stdin)
 	}
 	return receive(ctx, conn, s)
 }
 
-// receive hands out what the service sends until the command has ended.
+// receive passes the command's output to s until the command has ended.
 func receive(ctx context.Context, conn *websocket.Conn, s Stream) (*Result, error) {
 	writers := map[byte]io.Writer{channelStdout: s.Stdout, channelStderr: s.Stderr}
 	for {
@@ -115,7 +115,7 @@ func receive(ctx context.Context, conn *websocket.Conn, s Stream) (*Result, erro
 			Message  string `json:"message"`
 		}
 		if err := json.Unmarshal(b, &e); err != nil {
-			return nil, fmt.Errorf("read answer: %w", err)
+			return nil, fmt.Errorf("read response: %w", err)
 		}
 		switch e.Type {
 		case "exited":
@@ -126,7 +126,7 @@ func receive(ctx context.Context, conn *websocket.Conn, s Stream) (*Result, erro
 	}
 }
 
-// sendControl sends sizes and signals until ctx ends.
+// sendControl sends terminal sizes and signals until ctx ends.
 func sendControl(ctx context.Context, conn *websocket.Conn, s Stream) {
 	type control struct {
 		Type   string `json:"type"`
