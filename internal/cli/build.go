@@ -18,7 +18,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/recipe/buildcontext"
 )
 
-// recipeFiles are what a folder's recipe is called; the first that is there counts.
+// recipeFiles are the names of a folder's recipe, in order of preference.
 var recipeFiles = []string{"Recipe", "Dockerfile"}
 
 func (a *app) buildCommand() *cobra.Command {
@@ -33,8 +33,8 @@ func (a *app) buildCommand() *cobra.Command {
 	)
 	cmd := &cobra.Command{
 		Use: "build -t NAME[:TAG] [FOLDER]", Short: "Build a template from a recipe, and print its name and version",
-		Long: "Build a template from the recipe in a folder: its file Recipe, or Dockerfile if that stays within what recipes have.\n" +
-			"What the recipe copies is packed and uploaded, without what .wrennignore or .dockerignore lists.",
+		Long: "Build a template from the recipe in a folder: its file Recipe, or a Dockerfile that only uses what recipes have.\n" +
+			"If the recipe copies files, wrenn packs and uploads the folder, except what .wrennignore or .dockerignore lists.",
 		Example: "  wrenn build -t hello .\n  wrenn build -t hello:v2 -t hello:latest -f recipes/Recipe --step-timeout 10m .",
 		Args:    counted(cobra.MaximumNArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -45,7 +45,7 @@ func (a *app) buildCommand() *cobra.Command {
 			for _, ref := range refs {
 				name, tag, tagged := strings.Cut(ref, ":")
 				if o.Name != "" && o.Name != name {
-					return usage("-t %s: all must be of one name", ref)
+					return usage("-t %s: all tags must have the same name", ref)
 				}
 				o.Name = name
 				if !tagged {
@@ -54,7 +54,7 @@ func (a *app) buildCommand() *cobra.Command {
 				o.Tags = append(o.Tags, tag)
 			}
 			if o.Name == "" {
-				return usage("-t NAME: say what the template is to be called")
+				return usage("-t NAME is required")
 			}
 			o.StepTimeoutSeconds, o.PhaseTimeoutSeconds = int(step.Seconds()), int(phase.Seconds())
 			if fromInput != (registry.Username != "") {
@@ -85,23 +85,24 @@ func (a *app) buildCommand() *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
-	f.StringArrayVarP(&refs, "tag", "t", nil, "NAME[:TAG] of the template; more than once for more tags")
-	f.StringVarP(&file, "file", "f", "", "the recipe (default FOLDER/Recipe, else FOLDER/Dockerfile)")
-	f.BoolVar(&o.NoCache, "no-cache", false, "run every step, and keep nothing for later builds")
-	f.BoolVar(&o.SkipPrePost, "skip-pre-post", false, "do not update apt's lists before, nor clean up after, the recipe")
+	f.StringArrayVarP(&refs, "tag", "t", nil, "NAME[:TAG] of the template; repeatable, for several tags")
+	f.StringVarP(&file, "file", "f", "", "recipe file (default FOLDER/Recipe, else FOLDER/Dockerfile)")
+	f.BoolVar(&o.NoCache, "no-cache", false, "run every step, and keep no layers for later builds")
+	f.BoolVar(&o.SkipPrePost, "skip-pre-post", false, "do not update apt's lists before the recipe, nor clean up after it")
 	f.IntVar(&o.VCPUs, "vcpus", 0, "virtual CPUs (default: the base's)")
 	f.IntVar(&o.MemoryMiB, "memory", 0, "memory in MiB (default: the base's)")
 	f.IntVar(&o.DiskMiB, "disk", 0, "disk in MiB (default: the base's)")
-	f.DurationVar(&step, "step-timeout", 0, "how long a step may take (default: the server's, 30s)")
-	f.DurationVar(&phase, "phase-timeout", 0, "how long a step before or after the recipe may take (default: the server's, 10m)")
-	f.StringVarP(&registry.Username, "username", "u", "", "user of the registry of FROM oci:")
+	f.DurationVar(&step, "step-timeout", 0, "time for one step (default: the server's, 30s)")
+	f.DurationVar(&phase, "phase-timeout", 0, "time for one step before or after the recipe (default: the server's, 10m)")
+	f.StringVarP(&registry.Username, "username", "u", "", "user name for the registry of FROM oci:")
 	f.BoolVar(&fromInput, "password-stdin", false, "read the registry's password from standard input")
-	f.BoolVarP(&detach, "detach", "d", false, "print the build's id and do not wait for it")
+	f.BoolVarP(&detach, "detach", "d", false, "print the build's id and return")
 	cmd.AddCommand(a.buildLsCommand(), a.buildShowCommand(), a.buildFollowCommand(), a.buildCancelCommand())
 	return cmd
 }
 
-// startBuild starts the build of a folder's recipe, with what it copies.
+// startBuild reads the recipe in a folder, uploads the folder if the recipe copies
+// files, and queues the build.
 func startBuild(ctx context.Context, c *client.Client, o client.BuildOptions, dir, file string) (*client.Build, error) {
 	copies, err := readRecipe(&o, dir, file)
 	if err != nil {
@@ -115,7 +116,7 @@ func startBuild(ctx context.Context, c *client.Client, o client.BuildOptions, di
 	return c.Build(ctx, o)
 }
 
-// readRecipe reads the recipe, and says whether it copies files.
+// readRecipe reads the recipe into o and reports whether it copies files.
 func readRecipe(o *client.BuildOptions, dir, file string) (copies bool, err error) {
 	names := []string{file}
 	if file == "" {
@@ -165,7 +166,7 @@ func upload(ctx context.Context, c *client.Client, dir string) (string, error) {
 		return "", err
 	}
 	defer tmp.Close()
-	if err := os.Remove(tmp.Name()); err != nil { // it goes with the descriptor
+	if err := os.Remove(tmp.Name()); err != nil { // the file goes away with its descriptor
 		return "", err
 	}
 	digest, err := buildcontext.Pack(ctx, tmp, dir, buildcontext.Limits{})
@@ -178,7 +179,7 @@ func upload(ctx context.Context, c *client.Client, dir string) (string, error) {
 	return string(digest), c.UploadArchive(ctx, string(digest), tmp)
 }
 
-// follow prints how a build goes, and at last what came of it.
+// follow prints a build's progress, and at the end the template's name and version.
 func (a *app) follow(ctx context.Context, c *client.Client, id string) error {
 	total := 0
 	if b, err := c.GetBuild(ctx, id); err == nil {
@@ -229,7 +230,7 @@ func (a *app) follow(ctx context.Context, c *client.Client, id string) error {
 func (a *app) buildLsCommand() *cobra.Command {
 	var out output
 	cmd := &cobra.Command{
-		Use: "ls", Aliases: []string{"list"}, Short: "List builds, the newest first", Args: exactly(0),
+		Use: "ls", Aliases: []string{"list"}, Short: "List builds, newest first", Args: exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := a.client()
 			if err != nil {
@@ -279,7 +280,7 @@ func (a *app) buildShowCommand() *cobra.Command {
 
 func (a *app) buildFollowCommand() *cobra.Command {
 	return &cobra.Command{
-		Use: "logs BUILD", Short: "Print what a build has done, and follow it to its end", Args: exactly(1),
+		Use: "logs BUILD", Short: "Print a build's log, and follow it to its end", Args: exactly(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
 			if err != nil {

@@ -1,4 +1,5 @@
-// Package cli is Wrenn's client commands, on the public client alone.
+// Package cli has Wrenn's client commands. They call the service only through the
+// package client.
 package cli
 
 import (
@@ -18,8 +19,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// Exit codes of wrenn's own. Every other is that of a command in a sandbox, or
-// that of a shell for a command that cannot be run.
+// Exit codes of wrenn itself. Any other exit code comes from a command in a sandbox, or
+// is what a shell returns for a command that cannot be run.
 const (
 	ExitUsage         = 2
 	ExitFailure       = 125
@@ -30,7 +31,7 @@ const (
 // ExitError carries the exit code of a command in a sandbox.
 type ExitError struct {
 	Code int
-	// Err is why the command could not run; nil: it ran.
+	// Err says why the command could not run (nil: it ran).
 	Err error
 }
 
@@ -44,7 +45,7 @@ func (e *ExitError) Error() string {
 // Unwrap returns Err.
 func (e *ExitError) Unwrap() error { return e.Err }
 
-// UsageError is a command line that makes no sense.
+// UsageError reports a wrong command line.
 type UsageError struct{ Err error }
 
 func (e *UsageError) Error() string { return e.Err.Error() }
@@ -52,7 +53,7 @@ func (e *UsageError) Unwrap() error { return e.Err }
 
 func usage(format string, args ...any) error { return &UsageError{fmt.Errorf(format, args...)} }
 
-// ExitCode is what the program exits with for err.
+// ExitCode returns the program's exit code for err.
 func ExitCode(err error) int {
 	var exit *ExitError
 	var bad *UsageError
@@ -67,19 +68,19 @@ func ExitCode(err error) int {
 	return ExitFailure
 }
 
-// streams are the process's own.
+// streams are the process's standard streams.
 type streams struct {
 	in       io.Reader
 	out, err io.Writer
 }
 
-// app is what the commands share.
+// app holds the streams and the flags that all commands share.
 type app struct {
 	url, key, dir string
 	streams
 }
 
-// Commands are the client commands, which read and write the given streams.
+// Commands returns the client commands, which read and write the given streams.
 func Commands(in io.Reader, out, errw io.Writer) []*cobra.Command {
 	a := &app{streams: streams{in, out, errw}}
 	cmds := []*cobra.Command{
@@ -102,7 +103,7 @@ func Commands(in io.Reader, out, errw io.Writer) []*cobra.Command {
 // agent is the User-Agent of the commands.
 const agent = "wrenn-cli"
 
-// client connects to the service that the commands use.
+// client returns a client of the service that the commands use.
 func (a *app) client() (*client.Client, error) {
 	url, key, err := a.service()
 	if err != nil {
@@ -115,8 +116,9 @@ func (a *app) client() (*client.Client, error) {
 	return c, nil
 }
 
-// service returns the URL and the API key that flags, environment, the user's login,
-// or the credentials of this machine's `wrenn up` name, in this order.
+// service returns the URL and the API key. It looks for each in the flags, the
+// environment, the user's login and the credentials of this machine's `wrenn up`, in
+// this order.
 func (a *app) service() (url, key string, err error) {
 	url, key = first(a.url, os.Getenv("WRENN_URL")), first(a.key, os.Getenv("WRENN_API_KEY"))
 	if (url == "" || key == "") && !a.here() {
@@ -169,10 +171,10 @@ func counted(check cobra.PositionalArgs) cobra.PositionalArgs {
 	}
 }
 
-// output is the -o flag.
+// output is the value of the -o flag.
 type output struct{ format string }
 
-// flag gives a command the choice of a form, which is checked before it runs.
+// flag adds -o to a command, and checks its value before the command runs.
 func (o *output) flag(cmd *cobra.Command) {
 	cmd.Flags().StringVarP(&o.format, "output", "o", "table", "table or json")
 	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json"}, cobra.ShellCompDirectiveNoFileComp))
@@ -190,7 +192,7 @@ func (a *app) json(v any) error {
 	return e.Encode(v)
 }
 
-// made writes what was made: what it is called alone, or all as JSON.
+// made prints something that was created: its name, or all of it as JSON.
 func (a *app) made(out output, what any, name string) error {
 	if out.format == "json" {
 		return a.json(what)
@@ -199,7 +201,7 @@ func (a *app) made(out output, what any, name string) error {
 	return err
 }
 
-// table writes rows, the first of which is the head.
+// table prints rows, of which the first one is the header.
 func (a *app) table(rows [][]string) error {
 	w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', 0)
 	for _, r := range rows {
@@ -208,8 +210,8 @@ func (a *app) table(rows [][]string) error {
 	return w.Flush()
 }
 
-// clean replaces the control characters in text from elsewhere, which could act
-// on the terminal or, as bidirectional ones do, show something else than it says.
+// clean replaces control characters in untrusted text. They could control the terminal,
+// and bidirectional ones could make the text look different.
 func clean(s string) string {
 	return strings.Map(func(r rune) rune {
 		if r != '\t' && (unicode.IsControl(r) || unicode.Is(unicode.Bidi_Control, r)) {
@@ -241,8 +243,8 @@ func pairs(flag string, words []string) (map[string]string, error) {
 	return m, nil
 }
 
-// completeSandbox completes the id of a sandbox that has not ended, as the
-// first argument.
+// completeSandbox completes the first argument to the id of a sandbox that has not
+// ended.
 func (a *app) completeSandbox(cmd *cobra.Command, args []string, word string) ([]string, cobra.ShellCompDirective) {
 	if len(args) > 0 {
 		return nil, cobra.ShellCompDirectiveDefault
@@ -250,7 +252,7 @@ func (a *app) completeSandbox(cmd *cobra.Command, args []string, word string) ([
 	return a.completeSandboxes(cmd, args, word)
 }
 
-// completeSandboxes is completeSandbox for every argument.
+// completeSandboxes completes every argument to the id of a sandbox that has not ended.
 func (a *app) completeSandboxes(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
 	return a.sandboxIDs(cmd.Context()), cobra.ShellCompDirectiveNoFileComp
 }

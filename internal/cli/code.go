@@ -19,15 +19,15 @@ import (
 // interpreter is the name of the template whose sandboxes run code.
 const interpreter = "code-interpreter"
 
-// takesCode says whether what is run in a template's sandboxes is code, unless
-// it stands behind "--".
+// takesCode reports whether `wrenn run` takes its arguments as code for sandboxes of a
+// template, unless they follow "--".
 func takesCode(template string) bool {
 	name, _, _ := strings.Cut(template, ":")
 	name, _, _ = strings.Cut(name, "@")
 	return name == interpreter
 }
 
-// coding are the flags of code in a sandbox.
+// coding has the flags of commands that run code.
 type coding struct {
 	context, out string
 	limit        time.Duration
@@ -41,8 +41,8 @@ func (a *app) codeCommand() *cobra.Command {
 	var o coding
 	cmd := &cobra.Command{
 		Use: "code SANDBOX [CODE | FILE]", Short: "Run code in a sandbox of the template " + interpreter, Args: counted(cobra.RangeArgs(1, 2)), ValidArgsFunction: a.completeSandbox,
-		Long: "Run Python in a sandbox of the template " + interpreter + ": an argument, the file that it names, or standard input. What it\n" +
-			"defines is there the next time. Exits with 1 when the code ends with an exception.",
+		Long: "Run Python in a sandbox of the template " + interpreter + ": the argument, the file that it names, or standard input. Later\n" +
+			"runs see what the code defines. Exits with 1 if the code ends with an exception.",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
 			if err != nil {
@@ -52,12 +52,12 @@ func (a *app) codeCommand() *cobra.Command {
 		},
 	}
 	o.flags(cmd)
-	cmd.Flags().StringVar(&o.context, "context", "", "context to run it in (default the one that is always there)")
+	cmd.Flags().StringVar(&o.context, "context", "", "context to run the code in (default the context \"default\")")
 	cmd.Flags().DurationVar(&o.limit, "time-limit", 0, "time after which the code is interrupted (default 5m)")
 	return cmd
 }
 
-// code runs code in a sandbox and shows what it prints and shows.
+// code runs code in a sandbox, prints its output, and saves its pictures.
 func (a *app) code(ctx context.Context, c *client.Client, sandbox string, args []string, o coding) error {
 	text, err := a.source(args)
 	if err != nil {
@@ -103,7 +103,8 @@ func (a *app) code(ctx context.Context, c *client.Client, sandbox string, args [
 	return nil
 }
 
-// source is the code that the arguments mean.
+// source returns the code that the arguments give: a file's content, the argument
+// itself, or standard input.
 func (a *app) source(args []string) (string, error) {
 	if len(args) == 0 || args[0] == "-" {
 		b, err := io.ReadAll(a.in)
@@ -113,14 +114,14 @@ func (a *app) source(args []string) (string, error) {
 	if err == nil {
 		return string(b), nil
 	}
-	// Code is seldom a name that a file may have; what looks like one is one.
+	// An argument that looks like the name of a Python file is one, even if it is missing.
 	if errors.Is(err, fs.ErrNotExist) && filepath.Ext(args[0]) == ".py" && !strings.ContainsAny(args[0], "\n (") {
 		return "", err
 	}
 	return args[0], nil
 }
 
-// Bounds of what one run of code saves, because the guest decides how much it sends.
+// The most that one run of code saves. The guest decides how much it sends.
 const (
 	maxPictures     = 1000
 	maxPictureBytes = 1 << 30
@@ -129,8 +130,8 @@ const (
 // pictures saves a run's pictures in dir; empty: nowhere.
 type pictures struct {
 	dir      string
-	last     int // the number in the last one's name
-	n, bytes int // of all so far
+	last     int // number in the name of the last picture
+	n, bytes int // saved so far
 }
 
 // save writes a picture to a new file, and returns its name.

@@ -24,14 +24,13 @@ type place struct {
 	path    string // "-": standard input or output
 }
 
-// parsePlace reads "SANDBOX:PATH" or a path of this machine. What comes
-// before the colon counts as a sandbox only if it has the form of its id, so
-// that file names with colons stay usable.
+// parsePlace parses "SANDBOX:PATH" or a local path. The part before the colon is a
+// sandbox only if it has the form of an id, so file names can have colons.
 func parsePlace(s string) (place, error) {
 	if before, after, ok := strings.Cut(s, ":"); ok {
 		if _, err := id.Parse(id.Sandbox, before); err == nil {
 			if after == "" {
-				return place{}, usage("%q: no path after the sandbox; for the home directory say %s:.", s, before)
+				return place{}, usage("%q: no path after the sandbox; use %s:. for the home directory", s, before)
 			}
 			return place{before, after}, nil
 		}
@@ -47,11 +46,11 @@ func (a *app) cpCommand() *cobra.Command {
 	var receive client.ReceiveOptions
 	cmd := &cobra.Command{
 		Use: "cp SOURCE TARGET", Short: "Copy files and folders to or from a sandbox", Args: exactly(2),
-		Long: "Copy a file or folder. One of the two is SANDBOX:PATH, where a path that is not absolute starts at the\n" +
-			"user's home directory; the other is a path here, or - for standard input or output (files only).\n" +
-			"A target that is a folder, or ends with /, gets the source in it; else the source gets the target's name.\n\n" +
-			"A copy from a sandbox writes nothing but its target, and replaces a file there only when it is complete. A\n" +
-			"folder that exists is left alone unless --merge is given, and links that lead outside are skipped.",
+		Long: "Copy a file or folder. One of the two is SANDBOX:PATH, where a relative path starts at the user's home\n" +
+			"directory; the other is a local path, or - for standard input or output (files only).\n" +
+			"If the target is a folder, or ends with /, the source is copied into it; otherwise the copy gets the target's name.\n\n" +
+			"A copy from a sandbox writes only its target, and replaces a file there only when the copy is complete. It\n" +
+			"refuses a folder that exists unless --merge is given, and skips links that lead outside.",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			from, err := parsePlace(args[0])
 			if err != nil {
@@ -75,14 +74,14 @@ func (a *app) cpCommand() *cobra.Command {
 			return a.upload(cmd.Context(), c, from.path, to, user)
 		},
 	}
-	cmd.Flags().StringVarP(&user, "user", "u", "", "whose rights and home directory count in the sandbox (default user)")
-	cmd.Flags().BoolVar(&receive.Merge, "merge", false, "copy into a folder that exists here, and replace its files of the same names")
-	cmd.Flags().BoolVar(&receive.Links, "links", false, "keep links that lead outside of what is copied from a sandbox")
+	cmd.Flags().StringVarP(&user, "user", "u", "", "user in the sandbox, whose rights and home directory apply (default user)")
+	cmd.Flags().BoolVar(&receive.Merge, "merge", false, "copy into a local folder that exists, and replace its files that have the same names")
+	cmd.Flags().BoolVar(&receive.Links, "links", false, "keep links that lead outside the copy")
 	cmd.Flags().Int64Var(&receive.MaxBytes, "max-bytes", client.MaxReceivedBytes, "most bytes to copy from a sandbox")
 	return cmd
 }
 
-// isDir asks whether a path in a sandbox is a folder.
+// isDir reports whether a path in a sandbox is a folder.
 func isDir(ctx context.Context, c *client.Client, p place, user string) (bool, error) {
 	r, err := c.Exec(ctx, p.sandbox, client.Command{Cmd: "test", Args: []string{"-d", p.path}, User: user}, nil)
 	if err != nil {
@@ -146,14 +145,14 @@ func (a *app) upload(ctx context.Context, c *client.Client, from string, to plac
 		packed <- err
 	}()
 	_, err = c.WriteArchive(ctx, to.sandbox, dir, user, r)
-	r.CloseWithError(errors.New("the upload has ended")) // so that pack does, too
+	r.CloseWithError(errors.New("the upload has ended")) // ends pack
 	if perr := <-packed; perr != nil && err != nil {
 		return errors.Join(err, perr)
 	}
 	return err
 }
 
-// pack writes the folder dir as a tar archive in which it is called name.
+// pack writes the folder dir as a tar archive whose top entry is name.
 func pack(w io.Writer, dir, name string) error {
 	t := tar.NewWriter(w)
 	err := filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
@@ -165,7 +164,7 @@ func pack(w io.Writer, dir, name string) error {
 			return err
 		}
 		if info.Mode()&(fs.ModeSocket|fs.ModeNamedPipe|fs.ModeDevice) != 0 {
-			return nil // stands for something that cannot be copied
+			return nil // a socket, say, which cannot be copied
 		}
 		var link string
 		if info.Mode()&fs.ModeSymlink != 0 {
@@ -206,8 +205,8 @@ func pack(w io.Writer, dir, name string) error {
 	return t.Close()
 }
 
-// download copies from a sandbox to here. What the guest sends is held to what
-// was asked for by [client.Client.Receive].
+// download copies from a sandbox to this machine. [client.Client.Receive] refuses what
+// the guest sends beyond that.
 func (a *app) download(ctx context.Context, c *client.Client, from place, to string, o client.ReceiveOptions) error {
 	if to == "-" {
 		r, err := c.ReadFile(ctx, from.sandbox, from.path, o.User)

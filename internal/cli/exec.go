@@ -16,11 +16,11 @@ import (
 	"github.com/wrenn-dev/wrenn/client"
 )
 
-// removeTimeout bounds the destruction of a sandbox that run made, which goes
-// on when the user has lost patience.
+// removeTimeout bounds the destruction of the sandbox that `wrenn run` created, which
+// an interrupt does not stop.
 const removeTimeout = 30 * time.Second
 
-// execution are the flags of a command in a sandbox.
+// execution has the flags of commands that run a command in a sandbox.
 type execution struct {
 	envs        []string
 	cwd, user   string
@@ -31,7 +31,7 @@ type execution struct {
 
 func (o *execution) flags(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.SetInterspersed(false) // what follows the command is the command's
+	f.SetInterspersed(false) // flags after CMD belong to CMD
 	f.StringVarP(&o.cwd, "workdir", "w", "", "working directory (default the user's home)")
 	f.StringVarP(&o.user, "user", "u", "", "user to run as (default user)")
 	f.DurationVar(&o.limit, "time-limit", 0, "time after which the command is killed (default none)")
@@ -39,7 +39,7 @@ func (o *execution) flags(cmd *cobra.Command) {
 	f.BoolVarP(&o.interactive, "interactive", "i", false, "pass standard input on")
 }
 
-// exitCodes tells users which exit codes the commands that run others have.
+// exitCodes is the help text about exit codes.
 const exitCodes = "Exits with the command's exit code, with 127 if there is no such command, with 126 if it cannot be executed,\n" +
 	"and with 125 if wrenn itself fails."
 
@@ -76,8 +76,8 @@ func (a *app) runCommand() *cobra.Command {
 		Use: "run [-t TEMPLATE] [--] CMD [ARG…]", Short: "Run a command in a sandbox of its own",
 		Long: "Create a sandbox, run a command in it with standard input, output and exit code passed through, and destroy it.\n" +
 			exitCodes + "\n\n" +
-			"With -t " + interpreter + ", what is run is Python, unless it stands behind --: the argument, the file that it names, or\n" +
-			"standard input.",
+			"With -t " + interpreter + ", run Python instead: the argument, the file that it names, or standard input. After --,\n" +
+			"arguments are a command again.",
 		Args: func(cmd *cobra.Command, args []string) error {
 			if takesCode(from.template) && cmd.ArgsLenAtDash() < 0 {
 				return counted(cobra.MaximumNArgs(1))(cmd, args)
@@ -93,8 +93,8 @@ func (a *app) runCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			// An interrupt ends a creation under way; the sandbox that the service
-			// may have made all the same ends by its timeout.
+			// An interrupt cancels the creation. If the service creates the sandbox all the
+			// same, its timeout ends it.
 			creating, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 			s, err := c.Create(creating, options)
 			stop()
@@ -130,8 +130,8 @@ func (a *app) runCommand() *cobra.Command {
 	return cmd
 }
 
-// stream runs a command with this process's streams, and returns its exit
-// code as an ExitError unless it is 0.
+// stream runs a command with this process's standard streams. If the exit code is not
+// 0, it returns an ExitError.
 func (a *app) stream(ctx context.Context, c *client.Client, id string, o execution, words []string) error {
 	envs, err := pairs("env", o.envs)
 	if err != nil {
@@ -176,8 +176,8 @@ func (a *app) stream(ctx context.Context, c *client.Client, id string, o executi
 	return nil
 }
 
-// cannotRun gives an error that says that the command does not exist, or cannot be
-// executed, the exit code that a shell has for that. It returns other errors unchanged.
+// cannotRun turns an error that says that the command does not exist, or cannot be
+// executed, into an ExitError with a shell's exit code. It returns other errors unchanged.
 func cannotRun(err error) error {
 	var refused *client.Error
 	if errors.As(err, &refused) {
@@ -191,8 +191,8 @@ func cannotRun(err error) error {
 	return err
 }
 
-// forwardSignals passes on what would end this process, so that it ends the
-// command instead. A terminal in raw mode sends its own as input.
+// forwardSignals sends the signals that would end this process to the command instead.
+// With a terminal in raw mode, Ctrl-C is input and no signal.
 func forwardSignals(terminal bool) (<-chan int, func()) {
 	in := make(chan os.Signal, 4)
 	signal.Notify(in, syscall.SIGTERM, syscall.SIGHUP)
@@ -211,7 +211,7 @@ func forwardSignals(terminal bool) (<-chan int, func()) {
 				n := int(s.(syscall.Signal))
 				select {
 				case out <- n:
-				default: // a command that takes no notice of four takes none of the fifth
+				default: // four are waiting: the command ignores them anyway
 				}
 			}
 		}
@@ -223,7 +223,7 @@ func forwardSignals(terminal bool) (<-chan int, func()) {
 func (a *app) terminal(s *client.Stream) (restore func(), err error) {
 	f, ok := a.in.(*os.File)
 	if !ok || !term.IsTerminal(int(f.Fd())) {
-		return nil, errors.New("standard input is no terminal: leave -t out")
+		return nil, errors.New("standard input is not a terminal: leave out -t")
 	}
 	fd := int(f.Fd())
 	cols, rows, err := term.GetSize(fd)

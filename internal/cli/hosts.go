@@ -16,14 +16,14 @@ import (
 
 func (a *app) hostCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "host", Short: "The machines that sandboxes run on",
-		Long: "The machines that sandboxes run on. These commands take an API key of the platform's admins. HOST is a host's id, or its name.",
+		Use: "host", Short: "Manage hosts: the machines that sandboxes run on",
+		Long: "Manage hosts: the machines that sandboxes run on. These commands need an API key with the scope platform. HOST is a host's id or name.",
 	}
 	cmd.AddCommand(a.hostAddCommand(), a.hostListCommand(), a.hostTokenCommand(), a.hostTagCommand(), a.hostDrainCommand(), a.hostUndrainCommand(), a.hostRemoveCommand())
 	return cmd
 }
 
-// registration says how a host's agent is started.
+// registration prints how to start a host's agent.
 func (a *app) registration(out output, r *client.HostRegistration) error {
 	if out.format == "json" {
 		return a.json(r)
@@ -37,7 +37,7 @@ func (a *app) hostAddCommand() *cobra.Command {
 	var tags []string
 	var out output
 	cmd := &cobra.Command{
-		Use: "add NAME", Short: "Make a host, and the token that its agent registers with", Args: exactly(1),
+		Use: "add NAME", Short: "Add a host, and print the token that its agent registers with", Args: exactly(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
 			if err != nil {
@@ -50,7 +50,7 @@ func (a *app) hostAddCommand() *cobra.Command {
 			return a.registration(out, r)
 		},
 	}
-	cmd.Flags().StringArrayVar(&tags, "tag", nil, "word that sandboxes can ask for; repeatable")
+	cmd.Flags().StringArrayVar(&tags, "tag", nil, "tag that sandboxes can require; repeatable")
 	out.flag(cmd)
 	return cmd
 }
@@ -58,8 +58,8 @@ func (a *app) hostAddCommand() *cobra.Command {
 func (a *app) hostTokenCommand() *cobra.Command {
 	var out output
 	cmd := &cobra.Command{
-		Use: "token HOST", Short: "Make another registration token for a host", Args: exactly(1), ValidArgsFunction: a.completeHost,
-		Long: "Make another registration token for a host, whose agent goes on as it is until the token is used.",
+		Use: "token HOST", Short: "Create a new registration token for a host", Args: exactly(1), ValidArgsFunction: a.completeHost,
+		Long: "Create a new registration token for a host. Its present agent works until the token is used.",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
 			if err != nil {
@@ -111,7 +111,7 @@ func (a *app) hostListCommand() *cobra.Command {
 			}
 			for _, h := range hosts {
 				for _, p := range h.Problems {
-					// The host chose the text.
+					// The host chose the message.
 					fmt.Fprintf(a.err, "%s: %s (since %s)\n", clean(h.Name), clean(p.Message), p.Since.Local().Format(time.DateTime))
 				}
 			}
@@ -135,7 +135,7 @@ func kinds(problems []client.HostProblem) string {
 	return strings.Join(slices.Compact(all), ",")
 }
 
-// hostChange is a command that does one thing to one host and shows its status.
+// hostChange returns cmd as a command that changes one host and prints its status.
 func (a *app) hostChange(cmd *cobra.Command, change func(ctx context.Context, c *client.Client, id string, args []string) (*client.Host, error)) *cobra.Command {
 	cmd.ValidArgsFunction = a.completeHost
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
@@ -158,11 +158,11 @@ func (a *app) hostChange(cmd *cobra.Command, change func(ctx context.Context, c 
 
 func (a *app) hostDrainCommand() *cobra.Command {
 	return a.hostChange(&cobra.Command{
-		Use: "drain HOST", Short: "Place no new sandboxes on a host, and pause those that nobody uses", Args: exactly(1),
-		Long: `Place no new sandboxes on a host, and pause those that nobody uses.
+		Use: "drain HOST", Short: "Place no new sandboxes on a host, and pause its idle ones", Args: exactly(1),
+		Long: `Place no new sandboxes on a host, and pause its idle ones.
 
-A sandbox that is paused because its host drains is resumed by the next request
-or command for it, on that host. Those that are in use go on.`,
+Sandboxes in use keep running. The next request or command for a sandbox that was
+paused in this way resumes it, on the same host.`,
 	}, func(ctx context.Context, c *client.Client, id string, _ []string) (*client.Host, error) {
 		return c.DrainHost(ctx, id, true)
 	})
@@ -177,14 +177,14 @@ func (a *app) hostUndrainCommand() *cobra.Command {
 
 func (a *app) hostTagCommand() *cobra.Command {
 	return a.hostChange(&cobra.Command{
-		Use: "tag HOST [TAG...]", Short: "Give a host these tags and no others", Args: atLeast(1),
-		Long: "Give a host these tags and no others. `wrenn create --host-tag` asks for them.",
+		Use: "tag HOST [TAG...]", Short: "Replace a host's tags", Args: atLeast(1),
+		Long: "Replace a host's tags. `wrenn create --host-tag` requires a tag.",
 	}, func(ctx context.Context, c *client.Client, id string, tags []string) (*client.Host, error) {
 		return c.TagHost(ctx, id, tags)
 	})
 }
 
-// hostID is the id of the host that a word names, by id or by name.
+// hostID returns the id of the host that word names, by id or by name.
 func hostID(ctx context.Context, c *client.Client, word string) (string, error) {
 	if strings.HasPrefix(word, "hst-") {
 		return word, nil
@@ -205,10 +205,10 @@ func hostID(ctx context.Context, c *client.Client, word string) (string, error) 
 	case 1:
 		return found[0], nil
 	}
-	return "", fmt.Errorf("%d hosts are named %q: say which by its id: %s", len(found), word, strings.Join(found, ", "))
+	return "", fmt.Errorf("%d hosts are named %q: use an id: %s", len(found), word, strings.Join(found, ", "))
 }
 
-// completeHost completes the id of a host, as the first argument.
+// completeHost completes the first argument to the id of a host.
 func (a *app) completeHost(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
 	if len(args) > 0 {
 		return nil, cobra.ShellCompDirectiveNoFileComp
@@ -232,7 +232,7 @@ func (a *app) hostRemoveCommand() *cobra.Command {
 	var force bool
 	cmd := &cobra.Command{
 		Use: "rm HOST", Short: "Remove a host", Args: exactly(1), ValidArgsFunction: a.completeHost,
-		Long: "Remove a host. Where sandboxes or templates would be lost it says which, and removes the host with --force alone.",
+		Long: "Remove a host. If sandboxes or templates would be lost, this lists them and removes the host only with --force.",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
 			if err != nil {
@@ -248,18 +248,18 @@ func (a *app) hostRemoveCommand() *cobra.Command {
 			}
 			if lost := loses(h); lost != "" {
 				if !force {
-					return fmt.Errorf("with host %s (%s) would be lost: %s; --force removes it all the same", h.ID, clean(h.Name), lost)
+					return fmt.Errorf("removing host %s (%s) would lose %s; use --force to remove it anyway", h.ID, clean(h.Name), lost)
 				}
 				fmt.Fprintf(a.err, "lost: %s\n", lost)
 			}
 			return c.DeleteHost(cmd.Context(), id, force)
 		},
 	}
-	cmd.Flags().BoolVar(&force, "force", false, "whatever is lost")
+	cmd.Flags().BoolVar(&force, "force", false, "remove the host even if sandboxes or templates are lost")
 	return cmd
 }
 
-// loses says what would be lost with a host; nothing: "".
+// loses returns in words what would be lost with a host, or "".
 func loses(h *client.Host) string {
 	if h.Loses == nil {
 		return ""

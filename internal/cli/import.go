@@ -19,17 +19,17 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
-// notInNames is what a template's name does not have.
+// notInNames matches what a template's name cannot have.
 var notInNames = regexp.MustCompile(`[^a-z0-9._-]+`)
 
 func (a *app) templateImportCommand() *cobra.Command {
 	var o client.ImportOptions
 	var fromInput bool
 	cmd := &cobra.Command{
-		Use: "import [--name NAME] oci:REFERENCE | FILE.tar | FOLDER", Short: "Make a template of an OCI image", Args: exactly(1),
-		Long: "Make a template of an OCI image: one that a registry has, one in an archive (what `docker save` writes, or a tar\n" +
-			"of an OCI image layout, compressed with gzip or not), or one in an OCI image layout's folder. Its environment,\n" +
-			"user and working directory hold in the template's sandboxes, and its entry point runs there.",
+		Use: "import [--name NAME] oci:REFERENCE | FILE.tar | FOLDER", Short: "Import an OCI image as a template", Args: exactly(1),
+		Long: "Import an OCI image as a template: from a registry, from an archive (the output of `docker save`, or a tar of an\n" +
+			"OCI image layout, either may be gzipped), or from the folder of an OCI image layout. The template's sandboxes\n" +
+			"have the image's environment, user and working directory, and run its entry point.",
 		Example: "  wrenn template import oci:nginx:1.27\n  docker save app:latest | gzip >app.tar.gz && wrenn template import app.tar.gz",
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			from := args[0]
@@ -47,7 +47,7 @@ func (a *app) templateImportCommand() *cobra.Command {
 			}
 			if fromInput {
 				if o.Username == "" {
-					return usage("--password-stdin: needs --username")
+					return usage("--password-stdin needs --username")
 				}
 				if o.Password, err = a.readPassword(); err != nil {
 					return err
@@ -55,7 +55,7 @@ func (a *app) templateImportCommand() *cobra.Command {
 			}
 			if o.Reference == "" {
 				if o.Username != "" {
-					return usage("--username: is for registries")
+					return usage("--username is only for registries")
 				}
 				archive, closing, err := openImage(from)
 				if err != nil {
@@ -64,7 +64,7 @@ func (a *app) templateImportCommand() *cobra.Command {
 				defer func() { err = errors.Join(err, closing()) }()
 				o.Archive = archive
 			} else if o.Tag != "" {
-				return usage("--tag: is for archives and folders; a reference has its own")
+				return usage("--tag is only for archives and folders; a reference has its own tag")
 			}
 			c, err := a.client()
 			if err != nil {
@@ -81,11 +81,11 @@ func (a *app) templateImportCommand() *cobra.Command {
 	f := cmd.Flags()
 	f.StringVar(&o.Name, "name", "", "the template's name (default the image's)")
 	f.StringVar(&o.Tag, "tag", "", "the image's name in an archive or folder that has several")
-	f.StringVarP(&o.Username, "username", "u", "", "user of the registry")
+	f.StringVarP(&o.Username, "username", "u", "", "user name for the registry")
 	f.BoolVar(&fromInput, "password-stdin", false, "read the registry's password from standard input")
 	f.IntVar(&o.DiskMiB, "disk", 0, fmt.Sprintf("size of the template's disk in MiB (default %d)", hostwire.DefaultDiskMiB))
 	f.BoolVar(&o.Inert, "inert", false, "do not start the image's entry point")
-	f.BoolVar(&o.Platform, "platform", false, "make it for every team; for the platform's admins")
+	f.BoolVar(&o.Platform, "platform", false, "share it with all teams; for the platform's admins")
 	return cmd
 }
 
@@ -105,7 +105,7 @@ func (a *app) readPassword() (string, error) {
 	return strings.TrimRight(line, "\r\n"), nil
 }
 
-// openImage opens an archive, or makes one of a folder as it is read.
+// openImage opens an archive, or packs a folder into one while it is read.
 func openImage(name string) (r io.Reader, closing func() error, err error) {
 	info, err := os.Stat(name)
 	if err != nil {
@@ -123,7 +123,7 @@ func openImage(name string) (r io.Reader, closing func() error, err error) {
 	}
 	pr, pw := io.Pipe()
 	done := make(chan struct{})
-	go func() { // ends with the folder, or when nobody reads
+	go func() { // ends when the folder is packed, or the reader is closed
 		defer close(done)
 		w := tar.NewWriter(pw)
 		err := w.AddFS(os.DirFS(name))

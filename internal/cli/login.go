@@ -22,9 +22,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// login is what `wrenn login` keeps in the user's own configuration. The key is
-// what most commands show; the session is for people, teams and keys, with
-// which keys do nothing.
+// login is what `wrenn login` stores in the user's configuration. Most commands use the
+// API key. Commands for teams and keys use the session, because API keys may not.
 type login struct {
 	URL     string         `json:"url"`
 	Email   string         `json:"email"`
@@ -34,7 +33,7 @@ type login struct {
 	Session client.Session `json:"session"`
 }
 
-// loginFile is where it is.
+// loginFile returns the path of the file with the login.
 func loginFile() (string, error) {
 	dir, err := os.UserConfigDir()
 	if err != nil {
@@ -43,7 +42,7 @@ func loginFile() (string, error) {
 	return filepath.Join(dir, "wrenn", "login.json"), nil
 }
 
-// readLogin returns nil where nobody is logged in.
+// readLogin returns the stored login, or nil if there is none.
 func readLogin() (*login, error) {
 	file, err := loginFile()
 	if err != nil {
@@ -63,7 +62,7 @@ func readLogin() (*login, error) {
 	return &l, nil
 }
 
-// write keeps the login for its user alone.
+// write stores the login in a file that only its user may read.
 func (l *login) write() error {
 	file, err := loginFile()
 	if err != nil {
@@ -95,25 +94,26 @@ func lockLogin(ctx context.Context) (unlock func(), err error) {
 	return func() { f.Close() }, nil
 }
 
-// person is who a command acts for that deals with people, teams or keys.
+// person is the logged-in user for whom a command that manages teams or keys acts.
 type person struct {
 	*client.Client
-	// url is the service's, team whom they act for.
+	// url is the service's URL, and team the team that they act for.
 	url, team string
-	// login is what the user's configuration has, which is locked; nil: the
-	// session is of this command alone.
+	// login is the stored login, whose file is locked (nil: the session is only for this
+	// command).
 	login *login
 	end   func()
 }
 
-// refreshBefore is how long an access token must last for a command.
+// refreshBefore is how long an access token must still be valid; otherwise a command
+// refreshes it first.
 const refreshBefore = time.Minute
 
-// person logs in: with what `wrenn login` has kept, or else as the admin whose
+// person returns a session: that of `wrenn login`, or else a new one of the admin whose
 // address and password `wrenn up` wrote on this machine. Call end afterwards.
 func (a *app) person(ctx context.Context) (*person, error) {
 	if a.key != "" || os.Getenv("WRENN_API_KEY") != "" {
-		return nil, errors.New("API keys deal with no people, teams and keys: use `wrenn login`, without --api-key and WRENN_API_KEY")
+		return nil, errors.New("API keys cannot manage users, teams or keys: use `wrenn login`, without --api-key and WRENN_API_KEY")
 	}
 	if a.here() {
 		return a.machineAdmin(ctx)
@@ -193,7 +193,8 @@ func (a *app) machineAdmin(ctx context.Context) (*person, error) {
 	return p, nil
 }
 
-// credentials are what `wrenn up` writes for this machine's commands.
+// credentials is the file in which `wrenn up` tells commands on this machine its URL and
+// secrets.
 type credentials struct {
 	URL      string `json:"url"`
 	APIKey   string `json:"api_key"`
@@ -207,9 +208,9 @@ func (a *app) credentials() (credentials, error) {
 	b, err := os.ReadFile(file)
 	switch {
 	case errors.Is(err, os.ErrPermission):
-		return have, fmt.Errorf("may not read %s: run this as root, use `wrenn login`, or set WRENN_URL and WRENN_API_KEY", file)
+		return have, fmt.Errorf("no permission to read %s: run this as root, use `wrenn login`, or set WRENN_URL and WRENN_API_KEY", file)
 	case errors.Is(err, os.ErrNotExist):
-		return have, fmt.Errorf("no service to talk to: there is no %s; start one with `wrenn up`, use `wrenn login`, or set WRENN_URL and WRENN_API_KEY", file)
+		return have, fmt.Errorf("no service is configured: there is no %s; start one with `wrenn up`, use `wrenn login`, or set WRENN_URL and WRENN_API_KEY", file)
 	case err != nil:
 		return have, err
 	}
@@ -219,10 +220,11 @@ func (a *app) credentials() (credentials, error) {
 	return have, nil
 }
 
-// here says that a directory of `wrenn up` was named, whose credentials count.
+// here reports whether the user named the directory of a `wrenn up`, whose credentials
+// then go before a login.
 func (a *app) here() bool { return a.dir != "" || os.Getenv("WRENN_DIR") != "" }
 
-// ask reads a line, without showing it where it is a secret.
+// ask prompts for a line and reads it, without echo if it is a secret.
 func (a *app) ask(what string, secret bool, from *bufio.Reader) (string, error) {
 	in, terminal := a.in.(*os.File)
 	terminal = terminal && term.IsTerminal(int(in.Fd()))
@@ -238,7 +240,7 @@ func (a *app) ask(what string, secret bool, from *bufio.Reader) (string, error) 
 	line = strings.TrimRight(line, "\r\n")
 	if line == "" && err != nil {
 		if errors.Is(err, io.EOF) {
-			err = usage("no %s was given on standard input", what)
+			err = usage("standard input has no %s", what)
 		}
 		return "", err
 	}
@@ -251,18 +253,18 @@ func (a *app) loginCommand() *cobra.Command {
 		Use: "login", Short: "Log in to a service with e-mail address and password", Args: exactly(0),
 		Long: `Log in to a service with e-mail address and password.
 
-They are asked for, or read from standard input, a line each. An API key of the
-team that you work with is made and kept with the session in your own
-configuration (wrenn/login.json), for you alone; every command uses it that is
-told of no other. ` + "`wrenn logout`" + ` revokes both.
+The command asks for both, or reads them from standard input, one line each. It
+creates an API key for your team and stores it with the session in your
+configuration (wrenn/login.json), which only you may read. Other commands use this
+key by default. ` + "`wrenn logout`" + ` ends the session and revokes the key.
 
---verify opens the account of a letter's link, or of the token at its end.`,
+--verify activates the account of a mailed link, or of the token at its end.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			at := first(a.url, os.Getenv("WRENN_URL"))
 			if at == "" {
 				have, err := a.credentials()
 				if err != nil {
-					return usage("say which service with --url, as in --url https://wrenn.example.com")
+					return usage("name the service with --url, as in --url https://wrenn.example.com")
 				}
 				at = have.URL
 			}
@@ -315,11 +317,11 @@ told of no other. ` + "`wrenn logout`" + ` revokes both.
 	}
 	cmd.Flags().StringVar(&email, "email", "", "e-mail address")
 	cmd.Flags().StringVar(&team, "team", "", "team to work with, by id or name (default: the first that you joined)")
-	cmd.Flags().StringVar(&verify, "verify", "", "link, or its token, of the letter that opens the account")
+	cmd.Flags().StringVar(&verify, "verify", "", "link of the letter that activates the account, or the link's token")
 	return cmd
 }
 
-// keyName is what the keys are called that logging in makes.
+// keyName returns the name of the API key that a login creates.
 func keyName() string {
 	host, err := os.Hostname()
 	if err != nil {
@@ -328,8 +330,8 @@ func keyName() string {
 	return "wrenn login on " + host
 }
 
-// use makes a key of a team ("" for the first), keeps it, and revokes the one
-// that was kept before.
+// use creates an API key for a team ("" for the first one), stores it, and revokes the
+// stored one before it.
 func (l *login) use(ctx context.Context, word string) error {
 	c, err := client.New(l.URL, "", client.WithUserAgent(agent), client.WithSession(l.Session.AccessToken))
 	if err != nil {
@@ -366,7 +368,7 @@ func (l *login) revokeKey(ctx context.Context) {
 	}
 }
 
-// revoke ends what a login has, as well as that can be done.
+// revoke revokes a login's API key and ends its session. It ignores errors.
 func (l *login) revoke(ctx context.Context) {
 	c, err := client.New(l.URL, "", client.WithUserAgent(agent), client.WithRetries(0))
 	if err != nil {

@@ -11,7 +11,7 @@ import (
 	"github.com/wrenn-dev/wrenn/client"
 )
 
-// creation are the flags of a new sandbox.
+// creation has the flags of commands that create sandboxes.
 type creation struct {
 	template               string
 	vcpus, memoryMiB, disk int
@@ -28,17 +28,17 @@ func (o *creation) flags(cmd *cobra.Command) {
 	f.IntVar(&o.vcpus, "cpus", 0, "virtual CPUs (default the template's, else 1)")
 	f.IntVar(&o.memoryMiB, "memory", 0, "memory in MiB (default the template's, else 512)")
 	f.IntVar(&o.disk, "disk", 0, "disk in MiB (default the template's)")
-	f.DurationVar(&o.timeout, "timeout", 5*time.Minute, "time without use after which it is destroyed, or paused; 0: never")
-	f.StringVar(&o.onTimeout, "on-timeout", client.DestroyOnTimeout, "what becomes of it then: destroy or pause")
+	f.DurationVar(&o.timeout, "timeout", 5*time.Minute, "idle time after which the sandbox is destroyed or paused; 0: never")
+	f.StringVar(&o.onTimeout, "on-timeout", client.DestroyOnTimeout, "what to do after that time: destroy or pause")
 	_ = cmd.RegisterFlagCompletionFunc("on-timeout", cobra.FixedCompletions([]string{client.DestroyOnTimeout, client.PauseOnTimeout}, cobra.ShellCompDirectiveNoFileComp))
-	f.BoolFunc("auto-resume", "resume it, when it is paused, at the first request or command (default if it is paused on timeout)", func(s string) error {
+	f.BoolFunc("auto-resume", "resume it at the next request or command while it is paused (default with --on-timeout pause)", func(s string) error {
 		is, err := strconv.ParseBool(s)
 		o.autoResume = &is
 		return err
 	})
 	f.StringArrayVarP(&o.envs, "env", "e", nil, "environment variable of every command, KEY=VALUE; repeatable")
 	f.StringArrayVar(&o.hostTags, "host-tag", nil, "tag that the host must have; repeatable")
-	f.StringArrayVar(&o.metadata, "metadata", nil, "what to find the sandbox by, KEY=VALUE; repeatable")
+	f.StringArrayVar(&o.metadata, "metadata", nil, "metadata that `wrenn ls` can search, KEY=VALUE; repeatable")
 }
 
 func (o *creation) options() (client.CreateOptions, error) {
@@ -130,14 +130,14 @@ func (a *app) lsCommand() *cobra.Command {
 	f := cmd.Flags()
 	f.StringArrayVar(&states, "state", nil, "only sandboxes in this state; repeatable")
 	f.StringArrayVar(&metadata, "metadata", nil, "only sandboxes with this KEY=VALUE; repeatable")
-	f.BoolVar(&all, "all", false, "sandboxes that have ended too")
+	f.BoolVar(&all, "all", false, "include sandboxes that have ended")
 	out.flag(cmd)
 	return cmd
 }
 
 func since(t time.Time) string { return time.Since(t).Round(time.Second).String() }
 
-// state is a sandbox's state with what is wrong with it.
+// state returns a sandbox's state with its condition.
 func state(s client.Sandbox) string {
 	switch {
 	case s.Condition == nil:
@@ -208,7 +208,7 @@ func (a *app) rmCommand() *cobra.Command {
 		Use: "rm SANDBOX…", Short: "Destroy sandboxes", ValidArgsFunction: a.completeSandboxes,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if all != (len(args) == 0) {
-				return usage("name sandboxes, or say --all")
+				return usage("name sandboxes, or use --all")
 			}
 			return nil
 		},
@@ -232,8 +232,8 @@ func (a *app) rmCommand() *cobra.Command {
 	return cmd
 }
 
-// each does something to what is named, prints the names of what that worked
-// with, and returns why it did not with the others.
+// each calls f for each name, prints the names for which f succeeds, and returns the
+// errors of the others.
 func (a *app) each(names []string, f func(name string) error) error {
 	var errs []error
 	for _, name := range names {
@@ -248,7 +248,7 @@ func (a *app) each(names []string, f func(name string) error) error {
 
 func (a *app) urlCommand() *cobra.Command {
 	return &cobra.Command{
-		Use: "url SANDBOX PORT", Short: "Print where a port of a sandbox is reached", Args: exactly(2), ValidArgsFunction: a.completeSandbox,
+		Use: "url SANDBOX PORT", Short: "Print the URL of a sandbox's port", Args: exactly(2), ValidArgsFunction: a.completeSandbox,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			port, err := strconv.Atoi(args[1])
 			if err != nil || port < 1 || port > 65535 {
@@ -288,13 +288,13 @@ func (a *app) logsCommand() *cobra.Command {
 			return err
 		},
 	}
-	cmd.Flags().BoolVar(&raw, "raw", false, "keep control characters, which can make a terminal do what the guest wants")
+	cmd.Flags().BoolVar(&raw, "raw", false, "keep control characters, with which the guest can control your terminal")
 	return cmd
 }
 
 func (a *app) pingCommand() *cobra.Command {
 	return &cobra.Command{
-		Use: "ping SANDBOX", Short: "Extend a sandbox's life by its timeout, from now", Args: exactly(1), ValidArgsFunction: a.completeSandbox,
+		Use: "ping SANDBOX", Short: "Restart a sandbox's timeout", Args: exactly(1), ValidArgsFunction: a.completeSandbox,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
 			if err != nil {
@@ -335,7 +335,7 @@ func (a *app) revokeCommand() *cobra.Command {
 func (a *app) metricsCommand() *cobra.Command {
 	var out output
 	cmd := &cobra.Command{
-		Use: "metrics SANDBOX", Short: "Print what a sandbox uses", Args: exactly(1), ValidArgsFunction: a.completeSandbox,
+		Use: "metrics SANDBOX", Short: "Print the resources that a sandbox uses", Args: exactly(1), ValidArgsFunction: a.completeSandbox,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
 			if err != nil {

@@ -14,8 +14,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 )
 
-// secretKey finds the ring of keys in a server's environment file, and in the
-// file of secrets of `wrenn up`.
+// secretKey matches the ring of keys in a server's environment file and in the
+// secrets.json of `wrenn up`.
 var secretKey = regexp.MustCompile(`(?m)(^\s*WRENN_SECRET_KEY=["']?|"secret_key":\s*")([0-9a-fA-F, ]+)`)
 
 func (a *app) keyRotateSecretCommand() *cobra.Command {
@@ -23,12 +23,11 @@ func (a *app) keyRotateSecretCommand() *cobra.Command {
 	var finish bool
 	cmd := &cobra.Command{
 		Use: "rotate-secret", Short: "Replace WRENN_SECRET_KEY without losing anything", Args: exactly(0),
-		Long: `Put another key before those of WRENN_SECRET_KEY in a file. Nothing that was
-made with the old key is lost: the database keeps the installation's secret
-encrypted, and the next server that starts encrypts it under the new key. Give
-every server the same file and restart it, then run this with --finish, which
-takes the old keys away, and restart them again. A backup of the database needs
-the key of its time.`,
+		Long: `Put a new key before those of WRENN_SECRET_KEY in a file. Nothing is lost: the
+database has the installation's secret in encrypted form, and the next server that
+starts encrypts it under the new key. Give every server the same file and restart
+it. Then run this with --finish, which removes the old keys, and restart the servers
+again. Keep the old key as long as backups of the database that were made with it.`,
 		RunE: func(*cobra.Command, []string) error {
 			id, err := rotateSecret(file, finish)
 			if err != nil {
@@ -42,13 +41,13 @@ the key of its time.`,
 			return err
 		},
 	}
-	cmd.Flags().StringVar(&file, "file", "/etc/wrenn/server.env", "file with WRENN_SECRET_KEY=…; of wrenn up: secrets.json in its data directory")
-	cmd.Flags().BoolVar(&finish, "finish", false, "take away all keys but the new one, once every server was restarted with both")
+	cmd.Flags().StringVar(&file, "file", "/etc/wrenn/server.env", "file with WRENN_SECRET_KEY=…, or secrets.json in the data directory of `wrenn up`")
+	cmd.Flags().BoolVar(&finish, "finish", false, "remove all keys except the new one, after every server was restarted with both")
 	return cmd
 }
 
-// rotateSecret puts a new key before the others in a file, or with finish takes
-// all but the first away. It returns how the first key begins.
+// rotateSecret puts a new key before the others in a file, or with finish removes all
+// except the first. It returns the id of the first key.
 func rotateSecret(file string, finish bool) (key string, err error) {
 	info, err := os.Stat(file)
 	if err != nil {
@@ -60,13 +59,13 @@ func rotateSecret(file string, finish bool) (key string, err error) {
 	}
 	m := secretKey.FindSubmatchIndex(content)
 	if m == nil || secretKey.FindIndex(content[m[1]:]) != nil {
-		return "", fmt.Errorf("%s has no line, or more than one, with WRENN_SECRET_KEY", file)
+		return "", fmt.Errorf("%s must have exactly one line with WRENN_SECRET_KEY", file)
 	}
 	ring := bytes.TrimSpace(content[m[4]:m[5]])
 	first, _, several := bytes.Cut(ring, []byte(","))
 	if finish {
 		if !several {
-			return "", errors.New("there is one key alone: run this without --finish first")
+			return "", errors.New("there is only one key: run this without --finish first")
 		}
 		ring = first
 	} else {

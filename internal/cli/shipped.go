@@ -13,14 +13,14 @@ import (
 	"github.com/wrenn-dev/wrenn/templates"
 )
 
-// shippedStepTimeout is how long a step of a shipped recipe may take, in
-// seconds: what it installs is much, and its guest may be emulated.
+// shippedStepTimeout is the time for one step of a shipped recipe, in seconds. Such a
+// step installs many packages, and its guest may be emulated.
 const shippedStepTimeout = 3600
 
 func (a *app) templateBuildCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "build NAME…", Short: "Build templates that Wrenn ships: " + strings.Join(templates.Names(), ", "), Args: atLeast(1),
-		Long:      "Build templates whose recipes Wrenn has built in: " + strings.Join(templates.Names(), ", ") + ".\n`wrenn build` builds recipes of your own.",
+		Long:      "Build templates from the recipes that are built into Wrenn: " + strings.Join(templates.Names(), ", ") + ".\n`wrenn build` builds your own recipes.",
 		ValidArgs: templates.Names(),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()

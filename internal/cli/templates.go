@@ -15,12 +15,12 @@ import (
 )
 
 func (a *app) templateCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "template", Short: "What sandboxes start from"}
+	cmd := &cobra.Command{Use: "template", Short: "Manage templates, from which sandboxes start"}
 	cmd.AddCommand(a.templatesCommand("List templates", (*client.Client).Templates), a.templateShowCommand(), a.templateImportCommand(), a.templateBuildCommand(), a.templateRmCommand(), a.templateTagCommand(), a.templateUntagCommand())
 	return cmd
 }
 
-// templatesCommand is "ls" of the templates that all returns.
+// templatesCommand returns the command "ls" for the templates that all returns.
 func (a *app) templatesCommand(short string, all func(*client.Client, context.Context) iter.Seq2[client.Template, error]) *cobra.Command {
 	var out output
 	cmd := &cobra.Command{
@@ -74,7 +74,7 @@ func (a *app) templateShowCommand() *cobra.Command {
 			}
 			any := func(n int, unit string) string {
 				if n == 0 {
-					return "what a sandbox asks for"
+					return "chosen by each sandbox"
 				}
 				return strconv.Itoa(n) + unit
 			}
@@ -121,8 +121,8 @@ func limits(l *client.TemplateLimits) string {
 
 func (a *app) templateRmCommand() *cobra.Command {
 	return &cobra.Command{
-		Use: "rm TEMPLATE…", Short: "Remove templates; sandboxes that started from them go on", Args: atLeast(1), ValidArgsFunction: a.completeTemplate,
-		Long: "Remove templates: NAME is all its versions, NAME:TAG, NAME@VERSION or an id the one.",
+		Use: "rm TEMPLATE…", Short: "Remove templates, but not sandboxes that started from them", Args: atLeast(1), ValidArgsFunction: a.completeTemplate,
+		Long: "Remove templates. NAME removes all its versions; NAME:TAG, NAME@VERSION or an id removes one.",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
 			if err != nil {
@@ -135,7 +135,7 @@ func (a *app) templateRmCommand() *cobra.Command {
 
 func (a *app) templateTagCommand() *cobra.Command {
 	return &cobra.Command{
-		Use: "tag TEMPLATE TAG", Short: "Have NAME:TAG mean a template from now on", Args: exactly(2), ValidArgsFunction: a.completeTemplate,
+		Use: "tag TEMPLATE TAG", Short: "Set a tag to a version of a template", Args: exactly(2), ValidArgsFunction: a.completeTemplate,
 		Example: "  wrenn template tag python@3 stable",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
@@ -154,7 +154,7 @@ func (a *app) templateTagCommand() *cobra.Command {
 
 func (a *app) templateUntagCommand() *cobra.Command {
 	return &cobra.Command{
-		Use: "untag NAME:TAG…", Short: "Take tags away; built versions without any are removed when nothing uses them", Args: atLeast(1), ValidArgsFunction: a.completeTemplate,
+		Use: "untag NAME:TAG…", Short: "Remove tags; a built version without tags is removed when nothing uses it", Args: atLeast(1), ValidArgsFunction: a.completeTemplate,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
 			if err != nil {
@@ -171,7 +171,7 @@ func (a *app) templateUntagCommand() *cobra.Command {
 	}
 }
 
-// completeTemplate completes what names templates.
+// completeTemplate completes names, tags and versions of templates.
 func (a *app) completeTemplate(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
 	c, err := a.client()
 	if err != nil {
