@@ -26,18 +26,18 @@ import (
 func main() {
 	boot.Main()
 	modprobe.Main()
-	listen := flag.String("listen", ":"+strconv.Itoa(envd.Port), "where to serve: host:port or unix:/path")
-	user := flag.String("user", "user", "whose requests are that name nobody")
-	group := flag.String("cgroup", defaultCgroup(), "cgroup2 directory to keep users' processes in; empty for none")
-	device := flag.String("interface", "eth0", "network interface at whose address loopback services are made reachable; empty for none")
-	whole := flag.Bool("guest", false, "the machine is this daemon's: what it is told of name, clock, random numbers and disk is done")
+	listen := flag.String("listen", ":"+strconv.Itoa(envd.Port), "address to listen on: host:port or unix:/path")
+	user := flag.String("user", "user", "user for requests that name none")
+	group := flag.String("cgroup", defaultCgroup(), "cgroup2 directory for users' processes; empty for none")
+	device := flag.String("interface", "eth0", "network interface at whose address to publish services that listen on loopback; empty for none")
+	whole := flag.Bool("guest", false, "manage the machine: set its host name and clock, reseed its random pool and grow its disk when asked")
 	flag.Parse()
 
-	// Files and processes made on a user's behalf have the usual rights.
+	// Files that users' processes create have the usual permissions.
 	unix.Umask(0o022)
-	// Nothing that the daemon's own starter left open is for users' processes.
+	// Users' processes must not inherit what envd's parent left open.
 	_ = unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC)
-	// When memory runs out, the daemon is what is needed to see why.
+	// If memory runs out, envd must survive to report it.
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
 
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
@@ -57,7 +57,7 @@ func run(ctx context.Context, cfg envd.Config, listen, device string) error {
 	if device != "" {
 		var err error
 		if cfg.Address, err = addressOf(device); err != nil {
-			cfg.Log.Warn("services on loopback stay there", "error", err)
+			cfg.Log.Warn("cannot publish services that listen on loopback", "error", err)
 		}
 	}
 	s, err := envd.New(cfg)
@@ -67,7 +67,8 @@ func run(ctx context.Context, cfg envd.Config, listen, device string) error {
 	return s.Run(ctx, listen)
 }
 
-// defaultCgroup is wrenn-user where cgroup2 is mounted: alone, or beside version 1.
+// defaultCgroup returns the directory wrenn-user where cgroup2 is mounted, alone or beside
+// version 1.
 func defaultCgroup() string {
 	for _, dir := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
 		if _, err := os.Stat(filepath.Join(dir, "cgroup.procs")); err == nil {
@@ -77,7 +78,7 @@ func defaultCgroup() string {
 	return ""
 }
 
-// addressOf is the first IPv4 address of a network interface.
+// addressOf returns the first IPv4 address of a network interface.
 func addressOf(device string) (netip.Addr, error) {
 	i, err := net.InterfaceByName(device)
 	if err != nil {

@@ -28,9 +28,9 @@ func agentCommand() *cobra.Command {
 		Use: "agent", Short: "Run the host agent", Args: cobra.NoArgs,
 		Long: `Run the host agent, which makes this machine a host.
 
-With --server it registers itself with that control plane, the first time with a
-token from ` + "`wrenn host add`" + `, and is called over mutual TLS. Without, it takes calls
-with the token in $WRENN_AGENT_TOKEN, from this machine alone.
+With --server the agent registers with that control plane, the first time with a
+token from ` + "`wrenn host add`" + `, and the control plane calls it over mutual TLS. Without
+--server the agent only serves this machine, with the token in $WRENN_AGENT_TOKEN.
 
 ` + all.AgentProgram.Help(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -60,17 +60,17 @@ with the token in $WRENN_AGENT_TOKEN, from this machine alone.
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&flags.Server, "server", "", "the control plane's URL ($WRENN_SERVER_URL)")
-	f.StringVar(&flags.HostToken, "token", "", "registration token, the first time ($WRENN_HOST_TOKEN)")
-	f.StringVar(&flags.URL, "url", "", "where the control plane reaches this agent ($WRENN_HOST_URL; default https:// and the address of --listen)")
-	f.StringVar(&listen, "listen", "", "where to listen, address:port or unix:/path ($WRENN_LISTEN)")
+	f.StringVar(&flags.Server, "server", "", "URL of the control plane ($WRENN_SERVER_URL)")
+	f.StringVar(&flags.HostToken, "token", "", "registration token, for the first start ($WRENN_HOST_TOKEN)")
+	f.StringVar(&flags.URL, "url", "", "URL at which the control plane reaches this agent ($WRENN_HOST_URL; default https:// and the address of --listen)")
+	f.StringVar(&listen, "listen", "", "address to listen on, host:port or unix:/path ($WRENN_LISTEN)")
 	return cmd
 }
 
-// runAgent runs an agent until asked is done.
+// runAgent runs an agent until asked is done, which then stops in order.
 func runAgent(asked context.Context, c agent.Config, e all.Enrollment) error {
 	if c.Listen == "" {
-		return errors.New("say where to listen with --listen or WRENN_LISTEN: address:port or unix:/path")
+		return errors.New("set the address to listen on with --listen or WRENN_LISTEN: host:port or unix:/path")
 	}
 	ballast.Load()
 	leave := &farewell{asked: asked, sleep: time.Sleep}
@@ -78,7 +78,7 @@ func runAgent(asked context.Context, c agent.Config, e all.Enrollment) error {
 	defer cancel()
 	if e.Server == "" {
 		if !netaddr.Local(c.Listen) {
-			return fmt.Errorf("an agent that listens on %s, beyond this machine, must register with a control plane that has a certificate authority (--server)", c.Listen)
+			return fmt.Errorf("an agent that listens beyond this machine, on %s, must register with a control plane that has a certificate authority (--server)", c.Listen)
 		}
 		a, err := agent.New(asked, c)
 		if err != nil {
@@ -90,7 +90,7 @@ func runAgent(asked context.Context, c agent.Config, e all.Enrollment) error {
 		e.URL = "https://" + c.Listen
 	}
 	if !strings.HasPrefix(e.URL, "https://") && !netaddr.Local(c.Listen) {
-		return fmt.Errorf("without certificates an agent listens on this machine alone, not on %s: say that it is called over https (--url)", c.Listen)
+		return fmt.Errorf("an agent without certificates can only listen on this machine, not on %s: set an https URL (--url)", c.Listen)
 	}
 	if err := os.MkdirAll(string(c.Dir), 0o755); err != nil {
 		return err
@@ -111,7 +111,7 @@ func runAgent(asked context.Context, c agent.Config, e all.Enrollment) error {
 	if err != nil {
 		return err
 	}
-	c.Log.Info("this machine is a host", "host_id", host.ID(), "url", e.URL)
+	c.Log.Info("the agent is registered", "host_id", host.ID(), "url", e.URL)
 	return errors.Join(serve(ctx, c.Listen, nil, host.TLS(), leave.handler(a.Handler()), a.ToPort, func(ctx context.Context) error {
 		return both(ctx, a.Run, func(ctx context.Context) error {
 			return host.Run(ctx, func() (enroll.Status, error) {
@@ -125,7 +125,7 @@ func runAgent(asked context.Context, c agent.Config, e all.Enrollment) error {
 	}), a.Close())
 }
 
-// both runs two until ctx is done or one of them ends, then waits for the other.
+// both runs a and b until ctx is done or one of them ends, then waits for the other.
 func both(ctx context.Context, a, b func(context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

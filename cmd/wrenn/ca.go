@@ -12,11 +12,11 @@ import (
 )
 
 func caCommand(out io.Writer) *cobra.Command {
-	ca := &cobra.Command{Use: "ca", Short: "The certificate authority of an installation with several hosts"}
+	ca := &cobra.Command{Use: "ca", Short: "Manage the certificate authority of an installation with several hosts"}
 	var dir string
 	create := &cobra.Command{
-		Use: "init", Short: "Make a certificate authority", Args: cobra.NoArgs,
-		Long: "Make a certificate authority in two new files, ca.crt and ca.key, which only their owner may read. Servers of one installation share it.",
+		Use: "init", Short: "Create a certificate authority", Args: cobra.NoArgs,
+		Long: "Create a certificate authority in two new files, ca.crt and ca.key, which only their owner may read. All servers of an installation use the same one.",
 		RunE: func(*cobra.Command, []string) error {
 			authority, err := pki.NewAuthority()
 			if err != nil {
@@ -37,7 +37,7 @@ func caCommand(out io.Writer) *cobra.Command {
 			return err
 		},
 	}
-	create.Flags().StringVar(&dir, "dir", ".", "where to put the files")
+	create.Flags().StringVar(&dir, "dir", ".", "directory for the files")
 	ca.AddCommand(create)
 	return ca
 }

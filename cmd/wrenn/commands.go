@@ -10,7 +10,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/up"
 )
 
-// commands are all that wrenn can do.
+// commands returns all commands of wrenn.
 func commands() []*cobra.Command {
 	return append(cli.Commands(os.Stdin, os.Stdout, os.Stderr),
 		up.Command(os.Stdout), doctor.Command(os.Stdout), serverCommand(), agentCommand(), caCommand(os.Stdout))

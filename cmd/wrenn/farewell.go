@@ -13,10 +13,10 @@ import (
 // client reuses the connection within HopOnceIdle; half a second more is for the network.
 const keptFor = upstream.HopOnceIdle + 500*time.Millisecond
 
-// farewell lets a server or an agent stop without closing a connection over which a
-// request is on its way. Once the program is asked to stop, each answer tells the client
-// to send nothing more over the connection ("Connection: close"). The program stops
-// keptFor after the last answer without that header.
+// farewell lets a server or an agent stop without closing a connection on which a
+// request is about to arrive. Once the program is asked to stop, each response tells the
+// client not to reuse the connection ("Connection: close"). The program stops keptFor
+// after the last response without that header.
 type farewell struct {
 	asked context.Context // done once the program is asked to stop
 	sleep func(time.Duration)
@@ -35,8 +35,8 @@ func (f *farewell) context() (context.Context, context.CancelFunc) {
 	return ctx, func() { stop(); cancel() }
 }
 
-// handler returns next with what farewell needs: the time of each answer that keeps its
-// connection, and "Connection: close" in the others.
+// handler wraps next. It notes when each response that keeps its connection has ended,
+// and adds "Connection: close" to responses once the program is asked to stop.
 func (f *farewell) handler(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if f.asked.Err() == nil {

@@ -1,5 +1,5 @@
-// Command wrenn runs untrusted code in microVM sandboxes: it is the service
-// and its client.
+// Command wrenn runs untrusted code in microVM sandboxes. It contains the server, the
+// host agent and the client commands.
 package main
 
 import (
@@ -21,7 +21,7 @@ func main() {
 	err := rootCommand().Execute()
 	var exit *cli.ExitError
 	if err != nil && (!errors.As(err, &exit) || exit.Err != nil) {
-		fmt.Fprintln(os.Stderr, "wrenn:", cli.Printable(err.Error())) // it may quote a guest
+		fmt.Fprintln(os.Stderr, "wrenn:", cli.Printable(err.Error())) // an error may quote a guest
 	}
 	os.Exit(exitCode(err))
 }

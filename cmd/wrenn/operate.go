@@ -16,8 +16,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/settings/all"
 )
 
-// openLog returns the log of a program. Until stop is called, each SIGHUP makes the log
-// follow the settings file again.
+// openLog returns the log of a program. Until stop is called, each SIGHUP sets its level
+// and format from the settings file again.
 func openLog(p settings.Program, s logging.Settings, warnings []string) (log *logging.Log, stop func()) {
 	log = logging.New(os.Stderr, s)
 	for _, w := range warnings {
@@ -43,8 +43,8 @@ func openLog(p settings.Program, s logging.Settings, warnings []string) (log *lo
 	}
 }
 
-// reload sets the log to what the settings say now. If they cannot be read, the log
-// stays as it is.
+// reload sets the log's level and format from the present settings. If it cannot read
+// them, it changes nothing.
 func reload(p settings.Program, log *logging.Log) {
 	var s logging.Settings
 	values, _, err := p.Read(os.Environ())
@@ -59,8 +59,8 @@ func reload(p settings.Program, log *logging.Log) {
 	log.Info("read the log's settings again", "log_level", s.Level, "log_format", s.Format)
 }
 
-// withProfiles runs run. If o.DebugListen is set, it serves pprof there meanwhile, on a
-// Unix socket that only this program's user and root can open.
+// withProfiles calls run. If o.DebugListen is set, it serves pprof until run returns, on
+// a Unix socket that only this program's user and root can open.
 func withProfiles(ctx context.Context, o all.Operation, run func(context.Context) error) error {
 	if o.DebugListen == "" {
 		return run(ctx)

@@ -28,8 +28,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// shutdownTimeout is how long requests under way may take to end when a role
-// stops. wrenn-server.service allows for it (TestUnitWaits).
+// shutdownTimeout bounds how long a server or an agent that stops waits for requests
+// under way. wrenn-server.service allows for it (TestUnitWaits).
 const shutdownTimeout = 10 * time.Second
 
 func serverCommand() *cobra.Command {
@@ -92,11 +92,10 @@ func serverCommand() *cobra.Command {
 	}
 }
 
-// serve serves handler at listen, over TLS if identity is not nil, and runs run
-// beside it, until ctx is done or one of them ends. bound, if it is not nil, bounds
-// connections, and answers have a deadline: strangers connect to a server, but only
-// its servers to an agent. toPort, if it is not nil, says which requests go to a
-// sandbox's port: without TLS, [upstream.Server] receives them.
+// serve serves handler at listen and calls run, until ctx is done or one of them ends.
+// It uses TLS if identity is not nil. A server, to which strangers connect, sets bound,
+// which limits connections and gives responses a deadline; an agent does not. toPort, if
+// it is not nil, selects the requests that [upstream.Server] receives.
 func serve(ctx context.Context, listen string, bound func(net.Listener) net.Listener, identity *tls.Config, handler http.Handler, toPort func(*http.Request) bool, run func(context.Context) error) error {
 	l, err := netaddr.Listen(ctx, listen, 0o600)
 	if err != nil {
@@ -111,8 +110,8 @@ func serve(ctx context.Context, listen string, bound func(net.Listener) net.List
 	return serveOn(ctx, bound(l), identity, srv, toPort, run)
 }
 
-// serveOn is [serve] for a listener that is there already, which it closes, and a server
-// that is configured. It replaces srv's TLS configuration and handler.
+// serveOn does the same on the listener l, which it closes, with srv, whose TLS
+// configuration and handler it replaces.
 func serveOn(ctx context.Context, l net.Listener, identity *tls.Config, srv *http.Server, toPort func(*http.Request) bool, run func(context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
