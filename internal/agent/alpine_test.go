@@ -33,8 +33,8 @@ for script in /etc/profile.d/*.sh ; do
 done
 `
 
-// alpine is an image as Alpine's is: BusyBox is the shell, su, crond and the rest, and
-// there is neither bash nor tini nor chrony. It has no modprobe.
+// alpine returns an image like Alpine's: BusyBox is the shell, su, crond and the rest. It
+// has no bash, tini, chrony or modprobe.
 func alpine(t *testing.T) v1.Image {
 	t.Helper()
 	path, err := exec.LookPath("busybox")
@@ -79,8 +79,8 @@ func alpine(t *testing.T) v1.Image {
 	return img
 }
 
-// TestAlpineMachine checks in a sandbox of an image without Debian's programs that the
-// image's environment reaches every process, and that the kernel's modules are there.
+// TestAlpineMachine checks, in a sandbox of an image without Debian's programs, that the
+// image's environment reaches every process and that the kernel modules are there.
 func TestAlpineMachine(t *testing.T) {
 	h := newHostWith(t, func(h *host) { h.Env["WRENN_LOCAL_REGISTRIES"] = "1" })
 	const password = "password"
@@ -112,7 +112,7 @@ func TestAlpineMachine(t *testing.T) {
 		}
 	}
 
-	// It begins a job within a minute, while the rest is looked at.
+	// Cron starts the job within a minute, during the other checks.
 	says(t, "start cron", "root", `for u in root user; do echo '* * * * * mytool >/tmp/'$u >/var/spool/cron/crontabs/$u || exit; done; crond && echo started`, "started\n")
 
 	t.Run("environment", func(t *testing.T) {
@@ -143,7 +143,7 @@ func TestAlpineMachine(t *testing.T) {
 		says(t, "on demand", "root", "ip link add name br0 type bridge 2>&1 && cat /sys/class/net/br0/bridge/stp_state", "0\n")
 		says(t, "for a user", "user", "head -c 0 /dev/net/tun; grep -c ^tun /proc/modules", "1\n")
 		says(t, "a missing one", "root", "modprobe no-such-module 2>&1 | grep -c 'not found'; modprobe -q no-such-module 2>&1; echo $?", "1\n1\n")
-		// Alpine's own, as the kernel starts it.
+		// BusyBox's own modprobe, as the kernel starts it.
 		says(t, "of BusyBox", "root", "ln -sf /bin/busybox /sbin/modprobe && mkdir /m && mount -t binfmt_misc b /m 2>&1 && cat /m/status", "enabled\n")
 	})
 	t.Run("cron", func(t *testing.T) {

@@ -42,7 +42,7 @@ func zipped(t *testing.T, from io.Reader) []byte {
 	return b.Bytes()
 }
 
-// archived is an image's layout, made in a folder, as an archive.
+// archived writes an image as a layout in a folder, and returns that as an archive.
 func archived(t *testing.T, img v1.Image, layoutDir string) io.Reader {
 	t.Helper()
 	p, err := layout.Write(layoutDir, empty.Index)
@@ -60,10 +60,10 @@ func archived(t *testing.T, img v1.Image, layoutDir string) io.Reader {
 	return &packed
 }
 
-// noShare reserves disk space without a bound.
+// noShare returns a spool without a bound.
 func noShare() *spool { return &spool{imports: &imports{}, room: math.MaxInt64} }
 
-// TestGzipInGzip: an archive of a few kilobytes, compressed twice, does not
+// TestGzipInGzip checks that an archive of a few kilobytes, compressed twice, does not
 // become hundreds of megabytes on the host's disk.
 func TestGzipInGzip(t *testing.T) {
 	if os.Geteuid() != 0 {
@@ -81,13 +81,13 @@ func TestGzipInGzip(t *testing.T) {
 	dir := t.TempDir()
 	upload := zipped(t, archived(t, img, filepath.Join(dir, "layout")))
 	if len(upload) > 8192 {
-		t.Fatalf("the upload has %d bytes: it shows nothing", len(upload))
+		t.Fatalf("the upload of %d bytes is too large for this test", len(upload))
 	}
-	// A disk that would hold it.
+	// The disk limit would allow it.
 	limits := oci.Limits{Bytes: 2 << 40}
 	file := filepath.Join(dir, "archive.tar")
 	if limits.Packed, err = keep(file, bytes.NewReader(upload), limits.Bytes, nil, noShare()); err != nil || limits.Packed != int64(len(upload)) {
-		t.Fatalf("the outer archive is not large: %d bytes were received, %v", limits.Packed, err)
+		t.Fatalf("the outer archive unpacked to a small one: %d bytes were received, %v", limits.Packed, err)
 	}
 	found, err := oci.Archive(t.Context(), file, "", dir, limits)
 	if err != nil {
@@ -99,7 +99,8 @@ func TestGzipInGzip(t *testing.T) {
 	}
 }
 
-// TestArchiveRatio: an archive that unpacks to far more than came is not kept.
+// TestArchiveRatio checks that an import keeps no archive that unpacks to far more than
+// was sent.
 func TestArchiveRatio(t *testing.T) {
 	upload := zipped(t, io.LimitReader(zeros{}, 1<<30))
 	file := filepath.Join(t.TempDir(), "archive.tar")
@@ -119,8 +120,8 @@ func (zeros) Read(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// TestImportHoldsRoom: an import writes nothing that there is no room for, and
-// gives back what it held.
+// TestImportHoldsRoom checks that an import writes nothing without room for it, and
+// releases its reservation.
 func TestImportHoldsRoom(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root to unpack an image")
@@ -150,6 +151,6 @@ func TestImportHoldsRoom(t *testing.T) {
 		t.Error(err)
 	}
 	if left, err := disk.Left(); left != 1<<20+1<<10 || err != nil {
-		t.Errorf("%d bytes are left afterwards, %v", left, err)
+		t.Errorf("%d bytes are still reserved afterwards, %v", left, err)
 	}
 }

@@ -54,7 +54,7 @@ func testExec(t *testing.T, h *host, sandbox string) {
 			t.Errorf("got %v", got)
 		}
 		if got := h.exec(t, sandbox, sh("pgrep -c -f 'sleep 60[1]' || ps ax | grep -c 'sleep 60[1]'"), nil); strings.TrimSpace(string(got.GetStdout())) != "0" && !strings.HasPrefix(string(got.GetStdout()), "0") {
-			t.Errorf("what it started still runs: %q %q", got.GetStdout(), got.GetStderr())
+			t.Errorf("a process that it started still runs: %q %q", got.GetStdout(), got.GetStderr())
 		}
 	})
 	t.Run("too much output", func(t *testing.T) {
@@ -78,7 +78,7 @@ func testExec(t *testing.T, h *host, sandbox string) {
 	}
 }
 
-// stream begins a command with its input and output streamed.
+// stream starts a command and streams its input and output.
 func (h *host) stream(t *testing.T, start *pb.ExecStreamRequest_Start) (*connect.BidiStreamForClient[pb.ExecStreamRequest, pb.ExecStreamResponse], context.CancelFunc) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), await.Hang)
@@ -92,7 +92,7 @@ func (h *host) stream(t *testing.T, start *pb.ExecStreamRequest_Start) (*connect
 	}
 	return s, func() {
 		cancel()
-		// The transport sees that the context ends when it does not wait for
+		// The transport notices the cancelled context only while it does not wait for
 		// more of the request.
 		_ = s.CloseRequest()
 	}
@@ -123,13 +123,13 @@ func testStream(t *testing.T, h *host, sandbox string) {
 		if m, err := s.Receive(); err != nil || m.GetExited().GetExitCode() != 3 {
 			t.Fatalf("%v %v", m, err)
 		}
-		// The client's own end of the stream is still open.
+		// The client's side of the stream is still open.
 		if _, err := s.Receive(); !errors.Is(err, io.EOF) {
 			t.Errorf("after the end: %v", err)
 		}
 	})
 	t.Run("one connection", func(t *testing.T) {
-		// The guest lists its daemon's connections, of which this command has one.
+		// The guest lists the connections of its daemon; this command has one of them.
 		peers := map[string]bool{}
 		const runs = 8
 		for range runs {
@@ -145,9 +145,9 @@ func testStream(t *testing.T, h *host, sandbox string) {
 				ended = s.Msg().GetExited() != nil
 			}
 			if !ended {
-				t.Fatalf("the command has no end: %v", s.Err())
+				t.Fatalf("the stream has no exit: %v", s.Err())
 			}
-			cancel() // At once, before the end of the stream.
+			cancel() // Cancel at once, before the end of the stream.
 			_ = s.Close()
 			n := len(peers)
 			for line := range strings.Lines(listed.String()) {
@@ -157,7 +157,7 @@ func testStream(t *testing.T, h *host, sandbox string) {
 				t.Fatalf("the guest lists %q", listed.String())
 			}
 		}
-		if len(peers) >= runs/2 { // Others than this test ask the guest too.
+		if len(peers) >= runs/2 { // This test is not the guest's only client.
 			t.Errorf("%d commands came over %d connections", runs, len(peers))
 		}
 	})

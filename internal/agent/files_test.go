@@ -50,7 +50,7 @@ func (h *host) writeStream(ctx context.Context, start *pb.WriteFileStreamRequest
 		var n int
 		if n, err = from.Read(buf); n > 0 {
 			if s.Send(&pb.WriteFileStreamRequest{Message: &pb.WriteFileStreamRequest_Chunk{Chunk: buf[:n]}}) != nil {
-				break // the answer says why
+				break // the response says why
 			}
 		}
 	}
@@ -86,7 +86,7 @@ func testFiles(t *testing.T, h *host, sandbox string) {
 		t.Errorf("a secret file: %v", err)
 	}
 
-	// A tree goes out and in again.
+	// Download a tree and upload it again.
 	var packed bytes.Buffer
 	h.exec(t, sandbox, sh("mkdir -p folder/sub && ln -s ../file folder/sub/link && chmod 750 folder/sub"), nil)
 	if size := h.readStream(t, &pb.ReadFileStreamRequest{File: ref(sandbox, "folder"), Archive: true}, &packed); size != -1 {
@@ -104,9 +104,9 @@ func testFiles(t *testing.T, h *host, sandbox string) {
 	_, _ = tw.Write([]byte("x"))
 	_ = tw.Close()
 	if _, err := h.writeStream(t.Context(), &pb.WriteFileStreamRequest_Start{File: ref(sandbox, "/tmp/copy"), Archive: true}, &evil); connect.CodeOf(err) != connect.CodeInvalidArgument {
-		t.Errorf("an archive that leads out: %v", err)
+		t.Errorf("an archive with a path outside its folder: %v", err)
 	}
-	// Refused although its content has not ended.
+	// The agent refuses it before the content ends.
 	if _, err := h.writeStream(t.Context(), &pb.WriteFileStreamRequest_Start{File: ref(sandbox, "/proc/nope")}, &pattern{n: 4 << 20}); err == nil {
 		t.Error("wrote into /proc")
 	}
@@ -133,9 +133,9 @@ func testBigFiles(t *testing.T, h *host, sandbox string) {
 	t.Logf("%d MiB in at %.0f MiB/s", size>>20, size/(1<<20)/time.Since(begin).Seconds())
 	begin = time.Now()
 	got := sha256.New()
-	// It could be truncated while it is read: no size is promised.
+	// The file could shrink during the read, so the agent promises no size.
 	if n := h.readStream(t, &pb.ReadFileStreamRequest{File: ref(sandbox, i.GetPath())}, got); n != -1 || !bytes.Equal(got.Sum(nil), want) {
-		t.Errorf("what came back of %d bytes differs", n)
+		t.Errorf("the %d bytes read differ from those written", n)
 	}
 	t.Logf("%d MiB out at %.0f MiB/s", size>>20, size/(1<<20)/time.Since(begin).Seconds())
 	if grown := peak(t, h.Cmd.Process.Pid) - before; grown > 48<<10 {
@@ -147,7 +147,7 @@ func testBigFiles(t *testing.T, h *host, sandbox string) {
 	h.exec(t, sandbox, &pb.Command{Cmd: "rm", Args: []string{i.GetPath()}}, nil)
 }
 
-// peak is the most memory that a process ever had, in KiB.
+// peak returns the highest memory use of a process so far, in KiB.
 func peak(t *testing.T, pid int) int {
 	t.Helper()
 	for line := range strings.Lines(read(fmt.Sprintf("/proc/%d/status", pid))) {
@@ -159,6 +159,6 @@ func peak(t *testing.T, pid int) int {
 			return n
 		}
 	}
-	t.Fatal("no peak")
+	t.Fatal("no VmHWM")
 	return 0
 }

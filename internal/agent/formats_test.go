@@ -24,7 +24,7 @@ func put(t *testing.T, path, text string) {
 	}
 }
 
-// TestRefusesNewerData: an agent starts on nothing that a later release wrote,
+// TestRefusesNewerData checks that an agent does not start on data of a later release,
 // and changes nothing.
 func TestRefusesNewerData(t *testing.T) {
 	const newer = `{"version": 1000, "other": {"new": "shape"}}`
@@ -42,7 +42,7 @@ func TestRefusesNewerData(t *testing.T) {
 				text = "wrnjrnl2"
 			}
 			put(t, path(dir), text)
-			// What cannot be read must stay too, until it is known what to do.
+			// Unreadable data must stay too, until somebody decides what to do.
 			put(t, dir.SandboxRecord(uuid.New()), "{")
 			before := list(t, dir)
 			_, err := New(t.Context(), Config{Dir: dir, Token: "token", Log: slog.New(slog.DiscardHandler)})
@@ -56,13 +56,13 @@ func TestRefusesNewerData(t *testing.T) {
 				}
 			}
 			if after := list(t, dir); after != before {
-				t.Errorf("there was %s, and is %s", before, after)
+				t.Errorf("before: %s, after: %s", before, after)
 			}
 		})
 	}
 }
 
-// list lists all files but those of running processes.
+// list lists all files, except those of running processes.
 func list(t *testing.T, dir layout.Dir) string {
 	t.Helper()
 	var b strings.Builder
@@ -88,7 +88,8 @@ func list(t *testing.T, dir layout.Dir) string {
 	return b.String()
 }
 
-// TestUnreadableIsReported: for as long as it is kept.
+// TestUnreadableIsReported checks that the agent reports an unreadable template for as
+// long as it keeps it.
 func TestUnreadableIsReported(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	log := slog.New(slog.DiscardHandler)
@@ -98,7 +99,7 @@ func TestUnreadableIsReported(t *testing.T) {
 	broken := dir.Template(uuid.New(), uuid.New())
 	put(t, filepath.Join(broken, "template.json"), "{")
 
-	// While the agent runs, it is left where it is.
+	// A running agent leaves it where it is.
 	if all, err := a.templates(); err != nil || len(all) != 0 {
 		t.Fatalf("the templates are %v, %v", all, err)
 	}
@@ -106,7 +107,7 @@ func TestUnreadableIsReported(t *testing.T) {
 	if len(reported) != 1 || reported[0].Kind != problem.Unreadable || !strings.Contains(reported[0].Message, broken) {
 		t.Errorf("reported %+v", reported)
 	}
-	// The next start sets it aside; what prevents that does not prevent the start.
+	// The next start sets it aside. If that fails, the agent starts anyway.
 	put(t, dir.Unreadable(), "a file")
 	if err := errors.Join(a.setAside(), os.Remove(dir.Unreadable())); err != nil {
 		t.Fatal(err)
@@ -133,7 +134,8 @@ func TestUnreadableIsReported(t *testing.T) {
 	}
 }
 
-// TestSweep: what a killed agent was writing is removed, and nothing else.
+// TestSweep checks that an agent removes the temporary files of a killed one, and nothing
+// else.
 func TestSweep(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	a := &Agent{cfg: Config{Dir: dir}, log: slog.New(slog.DiscardHandler)}
@@ -153,8 +155,8 @@ func TestSweep(t *testing.T) {
 	}
 }
 
-// TestUnreadableForNow: a template that only cannot be read now, as from a disk that
-// fails, is not moved.
+// TestUnreadableForNow checks that the agent does not move a template that it cannot read
+// at the moment, for example because of a failing disk.
 func TestUnreadableForNow(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	log := slog.New(slog.DiscardHandler)

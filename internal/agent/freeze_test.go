@@ -34,7 +34,7 @@ func (h *host) pause(t *testing.T, sandbox string) {
 		t.Fatalf("after a pause it is %v", s)
 	}
 	if at := res.Msg.GetSandbox().GetPausedAt().AsTime(); at.Before(begin) || at.After(time.Now()) {
-		t.Errorf("it says that it is paused since %v; that began at %v", at, begin)
+		t.Errorf("paused_at is %v, but the pause began at %v", at, begin)
 	}
 	t.Logf("paused in %v", time.Since(begin).Round(time.Millisecond))
 	await.Until(t, "the machine of a paused sandbox ends", func() bool { return agenttest.QEMU(sandbox) == 0 })
@@ -64,8 +64,8 @@ func (h *host) snapshot(t *testing.T, sandbox, name string) *pb.Template {
 	return res.Msg.GetTemplate()
 }
 
-// counter counts in memory and in a file that it holds open, checks a part of
-// its memory, and serves both over HTTP.
+// counter is a program that counts in memory and in a file that it holds open, checks
+// part of its memory, and serves both over HTTP.
 const counter = `
 import hashlib, http.server, os, threading, time
 block = bytearray(os.urandom(8 << 20))
@@ -91,7 +91,7 @@ threading.Thread(target=run, daemon=True).start()
 http.server.ThreadingHTTPServer(("0.0.0.0", 8000), H).serve_forever()
 `
 
-// start runs the counter in a sandbox and waits until it answers.
+// count asks a sandbox's counter for its process and count.
 func (h *host) count(t *testing.T, sandbox string) (pid, count int) {
 	t.Helper()
 	var body string
@@ -115,8 +115,8 @@ func (h *host) startCounter(t *testing.T, sandbox string) {
 	h.exec(t, sandbox, sh("setsid python3 /tmp/counter.py >/tmp/counter.err 2>&1 </dev/null &"), nil)
 }
 
-// TestManyPauses: a program that counts goes on through more pauses than an
-// image keeps generations.
+// TestManyPauses checks that a counter survives more pauses than a memory image keeps
+// generations.
 func TestManyPauses(t *testing.T) {
 	h := newHost(t)
 	sandbox := h.create(t, request())
@@ -133,17 +133,17 @@ func TestManyPauses(t *testing.T) {
 	h.counted(t, sandbox, pid)
 }
 
-// counts checks that a counter has gone on, and returns how far.
+// counts checks that a counter has continued, and returns its count.
 func (h *host) counts(t *testing.T, sandbox string, pid, last int) int {
 	t.Helper()
 	p, n := h.count(t, sandbox)
 	if p != pid || n < last {
-		t.Fatalf("process %d counted to %d, after %d counted to %d", p, n, pid, last)
+		t.Fatalf("process %d counted to %d, before that process %d counted to %d", p, n, pid, last)
 	}
 	return n
 }
 
-// counted checks that every number that a counter has counted is in its file, once.
+// counted checks that a counter's file has each of its numbers once.
 func (h *host) counted(t *testing.T, sandbox string, pid int) {
 	t.Helper()
 	cmd := sh(fmt.Sprintf(`kill -STOP %d; sync; awk '$1 != NR { print "line", NR, "is", $1; exit 1 } END { print NR }' /tmp/count.log; s=$?; kill -CONT %d; exit $s`, pid, pid))
@@ -153,8 +153,8 @@ func (h *host) counted(t *testing.T, sandbox string, pid int) {
 	}
 }
 
-// random are numbers from the pool of a program that ran before its sandbox was
-// captured, and a fresh key.
+// random returns numbers from the random pool of a program that ran before the capture,
+// and a fresh key.
 func (h *host) random(t *testing.T, sandbox string) (numbers, key string) {
 	t.Helper()
 	code, numbers := h.get(t, h.url(sandbox, 8000, "/random"), nil)
@@ -165,7 +165,7 @@ func (h *host) random(t *testing.T, sandbox string) (numbers, key string) {
 	return numbers, key
 }
 
-// clockTolerance is how wrong a sandbox's clock may be.
+// clockTolerance is how far a sandbox's clock may be off.
 const clockTolerance = time.Second
 
 // isItself checks that a sandbox has its own name, metadata and clock.
@@ -175,21 +175,22 @@ func (h *host) isItself(t *testing.T, sandbox string) {
 	got := h.exec(t, sandbox, sh(`hostname; t=$(curl -s -X PUT -H 'X-metadata-token-ttl-seconds: 60' http://169.254.169.254/latest/api/token); curl -s -H "X-metadata-token: $t" http://169.254.169.254/sandbox_id; echo; date +%s.%N`), nil)
 	f := strings.Fields(string(got.GetStdout()))
 	if len(f) != 3 || f[0] != sandbox || f[1] != sandbox {
-		t.Fatalf("%s says of itself: %s %s", sandbox, got.GetStdout(), got.GetStderr())
+		t.Fatalf("%s reports: %s %s", sandbox, got.GetStdout(), got.GetStderr())
 	}
 	s, err := strconv.ParseFloat(f[2], 64)
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The guest told its time between the two, however long that took.
+	// The guest read its clock between these two times.
 	told, end := time.UnixMicro(int64(s*1e6)), time.Now()
 	if told.Before(begin.Add(-clockTolerance)) || told.After(end.Add(clockTolerance)) {
 		t.Errorf("its clock showed %v between %v and %v", told, begin, end)
 	}
 }
 
-// TestClockStands: while users' processes are frozen, chronyd is too. It must not measure
-// a restored clock before the guest daemon has set it, or it corrects the jump once more.
+// TestClockStands checks that freezing users' processes freezes chronyd. It must not
+// measure a restored clock before the guest daemon has set it, or it would correct the
+// jump twice.
 func TestClockStands(t *testing.T) {
 	h := newHost(t)
 	r := request()
@@ -208,7 +209,8 @@ func TestClockStands(t *testing.T) {
 	if events := group(); !strings.Contains(events, "populated 1") || !strings.Contains(events, "frozen 0") {
 		t.Errorf("the clock's group has %q", events)
 	}
-	// Only the agent may ask for it from outside. Whoever asks in the guest stands still too.
+	// From outside, only the agent may freeze. A process in the guest that asks is frozen
+	// too.
 	asked := make(chan struct{})
 	go func() {
 		defer close(asked)
@@ -220,8 +222,8 @@ func TestClockStands(t *testing.T) {
 	<-asked
 }
 
-// TestSnapshot: a captured sandbox goes on; what begins with the snapshot goes
-// on from there too, each as itself, and outlives the template.
+// TestSnapshot checks that a captured sandbox continues, and that sandboxes of the
+// snapshot start from there with their own identity and outlive the template.
 func TestSnapshot(t *testing.T) {
 	h := newHost(t)
 	r := request()
@@ -234,7 +236,7 @@ func TestSnapshot(t *testing.T) {
 		t.Errorf("template %v", tpl)
 	}
 	next := h.counts(t, sandbox, pid, last)
-	await.Until(t, "a captured clock is wrong enough to be seen", func() bool { return time.Since(captured) > 2*clockTolerance })
+	await.Until(t, "the captured clock is wrong by more than the tolerance", func() bool { return time.Since(captured) > 2*clockTolerance })
 	begin := func() string {
 		r := request()
 		r.TeamId, r.TemplateId, r.MemoryMib = tpl.GetTeamId(), tpl.GetTemplateId(), tpl.GetMemoryMib()
@@ -261,7 +263,7 @@ func TestSnapshot(t *testing.T) {
 	team, template := h.home(t, tpl)
 	capture := filepath.Join(h.Dir.Captures(team, template), "captured", "capture.json")
 	if n := links(t, capture); n != 3 {
-		t.Errorf("the capture's files have %d names", n)
+		t.Errorf("the capture's files have %d links", n)
 	}
 	del := connect.NewRequest(&pb.DeleteTemplateRequest{TeamId: tpl.GetTeamId(), TemplateId: tpl.GetTemplateId()})
 	for range 2 {
@@ -279,7 +281,7 @@ func TestSnapshot(t *testing.T) {
 	h.destroy(t, two)
 	h.gone(t, one)
 	if open := deleted(t, h.Cmd.Process.Pid, string(h.Dir)); len(open) > 0 {
-		t.Errorf("files that are gone are open: %v", open)
+		t.Errorf("deleted files are still open: %v", open)
 	}
 	if _, err := h.DeleteTemplate(t.Context(), connect.NewRequest(&pb.DeleteTemplateRequest{TeamId: id.Format(id.Team, uuid.Nil), TemplateId: id.Format(id.Template, uuid.Nil)})); connect.CodeOf(err) != connect.CodeFailedPrecondition {
 		t.Errorf("delete the built-in template: %v", err)
@@ -307,8 +309,7 @@ func links(t *testing.T, name string) int {
 	return int(st.Nlink)
 }
 
-// deleted are the files below dir that a process has open and that have no
-// name any more.
+// deleted returns the deleted files below dir that a process has open.
 func deleted(t *testing.T, pid int, dir string) (names []string) {
 	t.Helper()
 	all, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
@@ -323,7 +324,7 @@ func deleted(t *testing.T, pid int, dir string) (names []string) {
 	return names
 }
 
-// TestFork: copies go on beside a sandbox that goes on itself.
+// TestFork checks that a sandbox and its forks continue independently.
 func TestFork(t *testing.T) {
 	h := newHost(t)
 	sandbox := h.create(t, request())
@@ -338,17 +339,17 @@ func TestFork(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("three copies in %v", time.Since(begin))
+	t.Logf("three forks in %v", time.Since(begin))
 	numbers, _ := h.random(t, sandbox)
 	seen := map[string]bool{numbers: true}
 	h.counts(t, sandbox, pid, last)
 	under := mapsMemory(t, sandbox)
 	for i, c := range res.Msg.GetSandboxes() {
 		if got := mapsMemory(t, c.GetSandboxId()); got != under {
-			t.Errorf("a copy maps %s, and what it is a copy of %s", got, under)
+			t.Errorf("a fork maps %s, and its origin %s", got, under)
 		}
 		if c.GetSandboxId() != req.GetCopies()[i].GetSandboxId() || c.GetState() != pb.SandboxState_SANDBOX_STATE_RUNNING {
-			t.Errorf("a copy is %v", c)
+			t.Errorf("a fork is %v", c)
 		}
 		h.counts(t, c.GetSandboxId(), pid, last)
 		h.isItself(t, c.GetSandboxId())
@@ -361,14 +362,14 @@ func TestFork(t *testing.T) {
 	for i, want := range []int{200, 401, 401} {
 		token := fmt.Sprintf("token-%d", i)
 		if code, body := h.get(t, h.url(req.GetCopies()[0].GetSandboxId(), 49983, "/envs"), http.Header{"X-Access-Token": {token}}); code != want {
-			t.Errorf("the first copy's daemon is shown %s: %d %s", token, code, body)
+			t.Errorf("the first fork's daemon gets %s: %d %s", token, code, body)
 		}
 	}
-	// They are apart.
+	// They share no disk.
 	h.exec(t, sandbox, sh("echo parent > /tmp/who"), nil)
 	child := res.Msg.GetSandboxes()[0].GetSandboxId()
 	if got := h.exec(t, child, sh("cat /tmp/who"), nil); got.GetExitCode() == 0 {
-		t.Errorf("a copy sees what its origin wrote: %s", got.GetStdout())
+		t.Errorf("a fork sees what its origin wrote: %s", got.GetStdout())
 	}
 	h.destroy(t, sandbox)
 	h.counts(t, child, pid, last)
@@ -376,13 +377,13 @@ func TestFork(t *testing.T) {
 	_, metrics := h.get(t, h.Base+"/metrics", nil)
 	for line := range strings.Lines(metrics) {
 		if strings.HasPrefix(line, `wrenn_agent_step_seconds_sum{operation="capture",step="held"}`) {
-			t.Logf("held for %s", line)
+			t.Logf("stopped for %s", line)
 		}
 	}
 }
 
-// mapsMemory is the memory, by device, inode and name, that a sandbox's machine
-// shares with others.
+// mapsMemory returns the file, by device, inode and name, from which a VM maps memory
+// shared with others.
 func mapsMemory(t *testing.T, sandbox string) string {
 	t.Helper()
 	maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", agenttest.QEMU(sandbox)))
@@ -394,12 +395,12 @@ func mapsMemory(t *testing.T, sandbox string) string {
 			return strings.Join(f[3:6], " ")
 		}
 	}
-	t.Fatalf("the machine of %s shares no memory", sandbox)
+	t.Fatalf("the VM of %s shares no memory", sandbox)
 	return ""
 }
 
-// TestPauseDrains: what is in flight may end within two seconds, nothing new
-// begins, and what takes longer is broken off.
+// TestPauseDrains checks that requests in flight get two seconds to end, that the proxy
+// refuses new ones, and that it aborts those that take longer.
 func TestPauseDrains(t *testing.T) {
 	h := newHost(t)
 	sandbox := h.create(t, request())
@@ -448,7 +449,7 @@ func TestPauseDrains(t *testing.T) {
 				t.Errorf("a request during a pause: %d %s", code, body)
 			}
 			a := <-answered
-			// A machine that is too busy does not answer within the two seconds.
+			// On a busy machine the response may take longer than the two seconds.
 			ended := a.code == 200 && a.body == "slow" && a.err == nil
 			if !test.ends && a.err == nil && a.code == 200 {
 				t.Errorf("a request that takes a minute: %+v", a)
@@ -466,7 +467,7 @@ func TestPauseDrains(t *testing.T) {
 	}
 }
 
-// TestLargerDisk: a sandbox has the disk that it asked for.
+// TestLargerDisk checks that a sandbox gets the disk size that it asked for.
 func TestLargerDisk(t *testing.T) {
 	h := newHost(t)
 	r := request()
@@ -494,7 +495,7 @@ func TestLargerDisk(t *testing.T) {
 	}
 }
 
-// TestFullDisk: a pause that finds no room on the host changes nothing.
+// TestFullDisk checks that a pause without room on the host changes nothing.
 func TestFullDisk(t *testing.T) {
 	h := newHostWith(t, func(h *host) { h.ownDisk(t) })
 	sandbox := h.create(t, request())
@@ -502,7 +503,7 @@ func TestFullDisk(t *testing.T) {
 	pid, last := h.count(t, sandbox)
 	h.pause(t, sandbox)
 	h.resume(t, sandbox)
-	// More than there will be room for.
+	// Use more memory than there will be room for.
 	h.exec(t, sandbox, sh("setsid python3 -c 'import os,time;b=os.urandom(60<<20);open(\"/tmp/have\",\"w\");time.sleep(600)' >/dev/null 2>&1 </dev/null & until [ -e /tmp/have ]; do sleep 0.1; done"), nil)
 	before := h.tree(t)
 	fill := h.fill(t, 20<<20)
@@ -510,20 +511,20 @@ func TestFullDisk(t *testing.T) {
 	if connect.CodeOf(err) != connect.CodeResourceExhausted || !strings.Contains(err.Error(), "disk space") {
 		t.Fatalf("a pause on a full disk: %v", err)
 	}
-	t.Logf("it says: %v", err)
+	t.Logf("the error: %v", err)
 	last = h.counts(t, sandbox, pid, last)
 	if after := h.tree(t); after != before {
-		t.Errorf("files were\n%s\nand are\n%s", before, after)
+		t.Errorf("files before:\n%s\nafter:\n%s", before, after)
 	}
 	_, err = h.Snapshot(t.Context(), connect.NewRequest(&pb.SnapshotRequest{SandboxId: sandbox, TemplateId: id.Format(id.Template, uuid.New()), Name: "full"}))
 	if connect.CodeOf(err) != connect.CodeResourceExhausted {
 		t.Errorf("a snapshot on a full disk: %v", err)
 	}
 	last = h.counts(t, sandbox, pid, last)
-	// A guest that writes waits for space, and does not see that there was none.
+	// A guest that writes to the full disk waits for space, and sees no error.
 	h.exec(t, sandbox, sh("(head -c 30M /dev/urandom > /tmp/more; sync; sha256sum /tmp/more > /tmp/more.sum) >/dev/null 2>&1 </dev/null &"), nil)
 	h.await(t, func() bool { return strings.Contains(h.Log(), "the guest waits for space") })
-	// It has moments in which it tries again: what it is asked for may yet be done.
+	// The guest retries briefly, so the command may still succeed.
 	ask := sh("python3 -c pass")
 	ask.TimeoutSeconds = 1
 	_, err = h.Exec(t.Context(), connect.NewRequest(&pb.ExecRequest{SandboxId: sandbox, Command: ask}))
@@ -535,7 +536,7 @@ func TestFullDisk(t *testing.T) {
 	}
 	last = h.counts(t, sandbox, pid, last)
 	if got := h.exec(t, sandbox, sh("until [ -s /tmp/more.sum ]; do sleep 0.1; done; sha256sum -c /tmp/more.sum"), nil); got.GetExitCode() != 0 {
-		t.Errorf("what it wrote: %s %s", got.GetStdout(), got.GetStderr())
+		t.Errorf("the file that it wrote: %s %s", got.GetStdout(), got.GetStderr())
 	}
 	h.pause(t, sandbox)
 	h.resume(t, sandbox)
@@ -543,8 +544,8 @@ func TestFullDisk(t *testing.T) {
 	h.counted(t, sandbox, pid)
 }
 
-// ownDisk puts the host on a file system of its own with 2500 MiB free. It is in memory,
-// because a test beside this one may count the machine's loop devices.
+// ownDisk moves the host to its own file system with 2500 MiB free. That is in memory,
+// because a concurrent test may count loop devices.
 func (h *host) ownDisk(t *testing.T) {
 	t.Helper()
 	used, err := exec.Command("du", "-sm", string(h.Dir)).Output()
@@ -574,7 +575,7 @@ func (h *host) ownDisk(t *testing.T) {
 	})
 }
 
-// fill leaves no more than so many bytes free on the host's disk.
+// fill fills the host's disk up to a number of free bytes.
 func (h *host) fill(t *testing.T, left int64) (name string) {
 	t.Helper()
 	var fs syscall.Statfs_t
@@ -592,7 +593,7 @@ func (h *host) fill(t *testing.T, left int64) (name string) {
 	return f.Name()
 }
 
-// tree are all files of sandboxes and templates.
+// tree lists all files of sandboxes and templates.
 func (h *host) tree(t *testing.T) string {
 	t.Helper()
 	var all []string
@@ -611,11 +612,11 @@ func (h *host) tree(t *testing.T) string {
 	return strings.Join(all, "\n")
 }
 
-// TestWarm: a sandbox begins with a machine that waits, and is itself.
+// TestWarm checks that a sandbox starts from a warm machine, with its own identity.
 func TestWarm(t *testing.T) {
 	h := newHostWith(t, func(h *host) { h.Env["WRENN_WARM"] = "1" })
 	h.create(t, request())
-	await.Until(t, "a machine waits", func() bool { return strings.Contains(h.Log(), "a machine waits") })
+	await.Until(t, "a warm machine is ready", func() bool { return strings.Contains(h.Log(), "a warm machine is ready") })
 	r := request()
 	sandbox := h.create(t, r)
 	first := time.Now()
@@ -623,7 +624,7 @@ func TestWarm(t *testing.T) {
 	t.Logf("its first command took %v", time.Since(first))
 	h.isItself(t, sandbox)
 	if !strings.Contains(h.Log(), "steps.take=") {
-		t.Error("it did not begin with a machine that waited")
+		t.Error("it did not start from a warm machine")
 	}
 	h.startCounter(t, sandbox)
 	pid, last := h.count(t, sandbox)
@@ -644,8 +645,8 @@ func (h *host) generations(t *testing.T, sandbox string) int {
 	return len(layers)
 }
 
-// TestTrackedPagesOnDebiansKernel runs the driver's test of that name in a
-// sandbox: its kernel marks pages that are written to, this machine's may not.
+// TestTrackedPagesOnDebiansKernel runs the driver's test of that name in a sandbox: its
+// kernel tracks written pages, which this machine's may not.
 func TestTrackedPagesOnDebiansKernel(t *testing.T) {
 	h := newHost(t)
 	binary := filepath.Join(t.TempDir(), "qemu.test")

@@ -29,7 +29,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// importImage has the host make a template; after start it sends the archive.
+// importImage imports a template on the host. It sends the archive after start, if there
+// is one.
 func (h *host) importImage(ctx context.Context, start *pb.ImportTemplateRequest_Start, archive []byte) (*pb.ImportTemplateResponse, error) {
 	s := h.ImportTemplate(ctx)
 	err := s.Send(&pb.ImportTemplateRequest{Message: &pb.ImportTemplateRequest_Start_{Start: start}})
@@ -45,7 +46,7 @@ func (h *host) importImage(ctx context.Context, start *pb.ImportTemplateRequest_
 	return res.Msg, nil
 }
 
-// templates counts what lies in the folders of templates but for minimal.
+// templates lists the folders of templates other than minimal.
 func (h *host) templates(t *testing.T) (names []string) {
 	t.Helper()
 	err := filepath.WalkDir(h.Dir.Images(), func(p string, d fs.DirEntry, err error) error {
@@ -73,7 +74,7 @@ func gzipped(t *testing.T, b []byte) []byte {
 	return out.Bytes()
 }
 
-// listProgram is a layer's entry with the program that lists a guest's files.
+// listProgram returns a layer entry with the program that lists a guest's files.
 func listProgram(t *testing.T) ocitest.Entry {
 	t.Helper()
 	mod, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}").Output()
@@ -93,13 +94,13 @@ func listProgram(t *testing.T) ocitest.Entry {
 	return ocitest.File("list", string(program)).With(func(h *tar.Header) { h.Mode = 0o755 })
 }
 
-// TestImport imports an image with all that layers can have from a registry,
-// which asks for a password, and from archives. In a sandbox of it every file
-// is as umoci unpacks it, and the image's own command runs as the image says.
+// TestImport imports an image with every feature that layers can have, from a registry
+// that asks for a password and from archives. In a sandbox of it, every file is as umoci
+// unpacks it, and the image's own command runs as configured.
 func TestImport(t *testing.T) {
 	for _, tool := range []string{"umoci", "skopeo"} {
 		if _, err := exec.LookPath(tool); err != nil {
-			t.Skipf("needs %s for a reference", tool)
+			t.Skipf("needs %s for the expected result", tool)
 		}
 	}
 	h := newHostWith(t, func(h *host) { h.Env["WRENN_LOCAL_REGISTRIES"] = "1" })
@@ -214,7 +215,7 @@ func TestImport(t *testing.T) {
 			}
 		}
 	})
-	t.Run("removed while it is made", func(t *testing.T) {
+	t.Run("removed during the import", func(t *testing.T) {
 		a := archive("")
 		s := h.ImportTemplate(t.Context())
 		if err := s.Send(&pb.ImportTemplateRequest{Message: &pb.ImportTemplateRequest_Start_{Start: a}}); err != nil {
@@ -224,14 +225,14 @@ func TestImport(t *testing.T) {
 		if _, err := h.DeleteTemplate(t.Context(), connect.NewRequest(&pb.DeleteTemplateRequest{TeamId: team, TemplateId: a.TemplateId})); err != nil && connect.CodeOf(err) != connect.CodeNotFound {
 			t.Error(err)
 		}
-		if left := h.templates(t); len(left) > 0 { // at once
+		if left := h.templates(t); len(left) > 0 { // removed at once
 			t.Errorf("left: %v", left)
 		}
 		if _, err := s.CloseAndReceive(); connect.CodeOf(err) != connect.CodeAborted {
 			t.Errorf("the import: %v", err)
 		}
 	})
-	t.Run("the caller leaves", func(t *testing.T) {
+	t.Run("the caller disconnects", func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		s := h.ImportTemplate(ctx)
 		if err := s.Send(&pb.ImportTemplateRequest{Message: &pb.ImportTemplateRequest_Start_{Start: archive("")}}); err != nil {
@@ -274,7 +275,7 @@ func TestImport(t *testing.T) {
 			t.Fatalf("%s: %v", what, err)
 		}
 		t.Logf("%s: imported in %v", what, time.Since(begin).Round(time.Millisecond))
-		// skopeo may write the configuration anew.
+		// skopeo may rewrite the configuration.
 		if what == "registry" && res.GetDigest() != want.String() {
 			t.Errorf("%s: %v", what, res)
 		}
@@ -323,7 +324,7 @@ func TestImport(t *testing.T) {
 	if after := runs(sandbox); after != before {
 		t.Errorf("after a pause it is %q, not %q", after, before)
 	}
-	// What is started has the image's defaults, and the sandbox's environment goes before them.
+	// Processes get the image's defaults, and the sandbox's environment takes precedence.
 	got = h.exec(t, sandbox, &pb.Command{Cmd: "/list", Args: []string{"serve"}, TimeoutSeconds: 1}, nil)
 	if !strings.Contains(string(got.GetStderr()), "address already in use") {
 		t.Errorf("a second server: %v", got)
@@ -336,18 +337,18 @@ func TestImport(t *testing.T) {
 
 var linkCount = regexp.MustCompile(` links [0-9]+`)
 
-// compareTrees compares what a guest has with a reference. What Wrenn adds may
-// be there where the reference has nothing.
+// compareTrees compares a guest's files with the reference. Where the reference has
+// nothing, the guest may have what Wrenn adds.
 func compareTrees(t *testing.T, guest, reference []string) {
 	t.Helper()
 	byName := func(lines []string) map[string]string {
 		m := map[string]string{}
 		for _, l := range lines {
 			name, rest, _ := strings.Cut(l[1:], `" `)
-			if name == "run" || strings.HasPrefix(name, "run/") { // is mounted
+			if name == "run" || strings.HasPrefix(name, "run/") { // a mount point
 				continue
 			}
-			// mke2fs makes several links of a symbolic link with several names.
+			// mke2fs makes a symbolic link with several names into separate links.
 			if strings.HasPrefix(rest, "mode 120777 ") {
 				rest = linkCount.ReplaceAllString(rest, "")
 			}
@@ -372,7 +373,7 @@ func compareTrees(t *testing.T, guest, reference []string) {
 			known = known || a == name
 		}
 		if !known {
-			t.Errorf("%s %s is of nobody's", name, line)
+			t.Errorf("%s %s is in neither the image nor Wrenn's list", name, line)
 		}
 	}
 	if len(theirs) < 60 {
@@ -380,7 +381,7 @@ func compareTrees(t *testing.T, guest, reference []string) {
 	}
 }
 
-// noSecret checks that no file below a folder has a secret.
+// noSecret checks that no file below a folder contains a secret.
 func noSecret(t *testing.T, dir, secret string) {
 	t.Helper()
 	err := filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
@@ -397,8 +398,8 @@ func noSecret(t *testing.T, dir, secret string) {
 	}
 }
 
-// await waits for what the agent does without anybody's being told.
+// await waits for the agent's background work, which it does not announce.
 func (h *host) await(t *testing.T, f func() bool) {
 	t.Helper()
-	await.Until(t, "the agent does it", f)
+	await.Until(t, "the agent has finished", f)
 }

@@ -32,8 +32,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// TestImportsAreShared: one owner asks for more imports than there are places, and
-// another owner's import runs all the same.
+// TestImportsAreShared checks that another owner's import runs although one owner asks
+// for more imports than there are places.
 func TestImportsAreShared(t *testing.T) {
 	var i imports
 	const hog, other = "hog", "other"
@@ -45,7 +45,7 @@ func TestImportsAreShared(t *testing.T) {
 	if err := i.take(t.Context(), other); err != nil {
 		t.Fatal(err)
 	}
-	// All places are taken, and the owner's share.
+	// The owner's share, and then all places, are taken.
 	gone, cancel := context.WithCancelCause(t.Context())
 	why := errors.New("gone")
 	cancel(why)
@@ -73,12 +73,12 @@ func TestImportsAreShared(t *testing.T) {
 	}
 }
 
-// TestImportSpool: room for what an import receives is reserved before it is written,
-// and bounded for one owner and for all together.
+// TestImportSpool checks that space for an import is reserved before it is written, and
+// bounded per owner and in total.
 func TestImportSpool(t *testing.T) {
 	var i imports
 	of := func(payer string) *spool { return &spool{imports: &i, payer: payer, room: 8 * spoolShare * payerShare} }
-	of("first").free() // before anything was reserved
+	of("first").free() // free with nothing reserved
 	one := of("one")
 	if err := one.reserve(8); err != nil {
 		t.Fatal(err)
@@ -100,8 +100,8 @@ func TestImportSpool(t *testing.T) {
 	}
 }
 
-// TestArchiveSpool: archives, and the layouts that are extracted from them, take no
-// more than their owner's share of a host's disk, and leave others theirs.
+// TestArchiveSpool checks that archives, and the layouts extracted from them, take no
+// more than their owner's share of a host's disk.
 func TestArchiveSpool(t *testing.T) {
 	content := make([]byte, 256<<10)
 	rand.Read(content)
@@ -112,7 +112,7 @@ func TestArchiveSpool(t *testing.T) {
 	size := int64(len(packed))
 	dir := layout.Dir(t.TempDir())
 	s := &service{&Agent{cfg: Config{Dir: dir}, sandboxes: &sandbox.Manager{}}}
-	const share = math.MaxInt64 / spoolShare / payerShare // the disk has no bound
+	const share = math.MaxInt64 / spoolShare / payerShare // of a disk without a bound
 	fetch := func(payer string) (func() error, error) {
 		_, discard, err := s.fetchImage(t.Context(), &pb.ImportTemplateRequest_Start{
 			Source: &pb.ImportTemplateRequest_Start_Archive{Archive: &pb.ImportTemplateRequest_Archive{}},
@@ -163,8 +163,8 @@ func isEmpty(t *testing.T, dir layout.Dir) {
 	}
 }
 
-// TestImportTooLarge: an image that can never fit is refused for good, even while
-// there is no space for any, because waiting would not help.
+// TestImportTooLarge checks that an image which can never fit is refused for good, even
+// when no import would fit now, because waiting would not help.
 func TestImportTooLarge(t *testing.T) {
 	web := httptest.NewServer(registry.New(registry.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug))))
 	defer web.Close()
@@ -188,8 +188,8 @@ func TestImportTooLarge(t *testing.T) {
 	}
 }
 
-// TestTrickleHoldsNoPlace imports an image whose registry stops in the middle of a
-// layer: the import takes no place from others meanwhile, and leaves nothing behind.
+// TestTrickleHoldsNoPlace imports an image whose registry stalls in the middle of a
+// layer: the import blocks no place, and leaves nothing behind.
 func TestTrickleHoldsNoPlace(t *testing.T) {
 	begun, end := make(chan struct{}), make(chan struct{})
 	real := registry.New(registry.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug)))
@@ -200,7 +200,7 @@ func TestTrickleHoldsNoPlace(t *testing.T) {
 			real.ServeHTTP(w, r)
 			return
 		}
-		// Another length than the manifest's would end the import at once.
+		// If the length differed from the manifest's, the import would fail at once.
 		w.Header().Set("Content-Length", strconv.FormatInt(size, 10))
 		w.WriteHeader(http.StatusOK)
 		_, _ = w.Write([]byte("x"))

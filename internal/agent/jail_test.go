@@ -12,8 +12,8 @@ import (
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 )
 
-// TestNoSeccompIsShown: the filter that a setting turns off is gone, and the host
-// says so.
+// TestNoSeccompIsShown checks that the setting turns the seccomp filter off, and that the
+// host reports that.
 func TestNoSeccompIsShown(t *testing.T) {
 	for setting, want := range map[string]bool{"0": true, "1": false} {
 		t.Run(setting, func(t *testing.T) {
@@ -23,7 +23,7 @@ func TestNoSeccompIsShown(t *testing.T) {
 			for line := range strings.Lines(read(fmt.Sprintf("/proc/%d/status", agenttest.QEMU(sandbox)))) {
 				_, _ = fmt.Sscanf(line, "Seccomp_filters:\t%d", &filters)
 			}
-			if filters == 0 || filters > 1 != want { // QEMU's own is one
+			if filters == 0 || filters > 1 != want { // one is QEMU's own
 				t.Errorf("QEMU has %d filters", filters)
 			}
 			d, err := h.Host(t.Context(), connect.NewRequest(&pb.HostRequest{}))

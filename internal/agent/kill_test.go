@@ -19,18 +19,18 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// survivor is a sandbox that must outlive every agent of its host.
+// survivor is a sandbox that must survive every agent of its host.
 type survivor struct {
 	*host
 	team, sandbox string
-	pid, last     int // the counter's process, and how far it has counted
+	pid, last     int // the counter's process and count
 
-	// What the last operation began besides: a sandbox, which must go, and a
-	// template, which must be whole or not there.
+	// second and template are what the last operation creates: a sandbox that must not
+	// stay, and a template that must be complete or absent.
 	second, template string
 }
 
-// newSurvivor creates a sandbox in which the counter runs.
+// newSurvivor creates a sandbox that runs the counter.
 func (h *host) newSurvivor(t *testing.T) *survivor {
 	t.Helper()
 	r := request()
@@ -40,8 +40,8 @@ func (h *host) newSurvivor(t *testing.T) *survivor {
 	return s
 }
 
-// killings are the steps at which a test kills the agent: at is the step, and do
-// the operation that it is one of.
+// killings are the steps at which a test kills the agent, each with the operation that
+// has the step.
 var killings = []struct {
 	operation, at string
 	do            func(*survivor, context.Context) error
@@ -72,8 +72,8 @@ func (s *survivor) doPause(ctx context.Context) error {
 	return err
 }
 
-// doPauseAndEnd waits after a pause until the agent is killed. The agent ends the machine
-// only once it has answered.
+// doPauseAndEnd waits after a pause until the agent is killed, since the agent kills the
+// machine only after it has responded.
 func (s *survivor) doPauseAndEnd(ctx context.Context) error {
 	if err := s.doPause(ctx); err != nil {
 		return err
@@ -124,7 +124,7 @@ func (s *survivor) doDestroy(ctx context.Context) error {
 	return err
 }
 
-// killedAt kills the agent when it is at a step of an operation.
+// killedAt kills the agent at a step of an operation.
 func (s *survivor) killedAt(t *testing.T, at string, do func(*survivor, context.Context) error) {
 	t.Helper()
 	if err := os.WriteFile(agenttest.KillAt(s.Dir), []byte(at), 0o600); err != nil {
@@ -136,7 +136,7 @@ func (s *survivor) killedAt(t *testing.T, at string, do func(*survivor, context.
 	s.survives(t)
 }
 
-// survives starts the next agent after one was killed, and checks what it has.
+// survives starts the next agent and checks what it finds.
 func (s *survivor) survives(t *testing.T) {
 	t.Helper()
 	await.Recv(t, "the end of the agent", s.Ended)
@@ -197,15 +197,14 @@ func (s *survivor) survives(t *testing.T) {
 	s.second, s.template = "", ""
 }
 
-// goesOn checks that the sandbox counts and is itself.
+// goesOn checks that the sandbox counts and has its identity.
 func (s *survivor) goesOn(t *testing.T) {
 	t.Helper()
 	s.last = s.counts(t, s.sandbox, s.pid, s.last)
 	s.isItself(t, s.sandbox)
 }
 
-// begins checks that a sandbox that begins with a template of the survivor goes
-// on, and destroys it.
+// begins checks a sandbox that starts from the survivor's template, and destroys it.
 func (s *survivor) begins(t *testing.T, tpl *pb.Template) {
 	t.Helper()
 	r := request()
@@ -215,15 +214,15 @@ func (s *survivor) begins(t *testing.T, tpl *pb.Template) {
 	s.destroy(t, sandbox)
 }
 
-// TestKilledAtEveryStep kills the agent at every step of what it does with
-// captured state: the next one has every sandbox, whole, and nothing else.
+// TestKilledAtEveryStep kills the agent at every step that involves captured state: the
+// next agent has every sandbox, complete, and nothing else.
 func TestKilledAtEveryStep(t *testing.T) {
 	s := newHost(t).newSurvivor(t)
 	for _, k := range killings {
 		t.Run(k.operation+", "+k.at, func(t *testing.T) { s.killedAt(t, k.at, k.do) })
 	}
-	// At any moment of a pause that merges generations. One that was killed
-	// before it was there leaves as many as before.
+	// Kill it at any moment of a pause that merges generations. If the kill comes before
+	// the merge, the number of generations stays.
 	for i := range 8 {
 		t.Run(fmt.Sprintf("merge %d", i), func(t *testing.T) {
 			for s.generations(t, s.sandbox) < 1+memory.MaxGenerations {

@@ -14,14 +14,13 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// TestWholeLife takes one sandbox through all that a host does with one: commands,
-// requests, pauses, a snapshot, a fork, and agents that are killed meanwhile: in
-// each operation once, and at every step under WRENN_SLOW. WRENN_TEST_PAUSES is
-// how often it is paused (3).
+// TestWholeLife runs one sandbox through every operation of a host: commands, requests,
+// pauses, a snapshot, a fork, and killed agents, once in each operation or, under
+// WRENN_SLOW, at every step. WRENN_TEST_PAUSES is the number of pauses (3).
 func TestWholeLife(t *testing.T) {
 	slow := os.Getenv("WRENN_SLOW") != ""
 	if !slow && vmmtest.Accelerator() != qemu.KVM {
-		t.Skip("without KVM other tests have each part of it: WRENN_SLOW=1")
+		t.Skip("without KVM, other tests cover its parts; WRENN_SLOW=1 runs it")
 	}
 	pauses := vmmtest.Count(t, "WRENN_TEST_PAUSES", 3)
 	h := newHost(t)

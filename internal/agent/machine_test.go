@@ -13,7 +13,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
-// TestMachine checks in one sandbox that a guest is what a Linux machine is.
+// TestMachine checks that a guest behaves like an ordinary Linux machine.
 func TestMachine(t *testing.T) {
 	h := newHost(t)
 	r := request()
@@ -54,7 +54,7 @@ func TestMachine(t *testing.T) {
 			"sudo":                  {"", "sudo mytool", "tool has the sandbox \n"},
 			"sudo's login":          {"", "sudo -i mytool", "tool has the sandbox \n"},
 			"sudo in a login shell": {"", "bash -l -c 'sudo mytool'", "tool has the sandbox \n"},
-			// What cron starts has what PAM reads here.
+			// Processes of cron get what PAM reads here.
 			"cron": {"", "grep ^FROM= /etc/environment", "FROM=the sandbox\n"},
 		} {
 			says(t, what, c.user, c.script, c.want)
@@ -86,7 +86,7 @@ func TestMachine(t *testing.T) {
 	})
 	t.Run("IPv6", func(t *testing.T) {
 		says(t, "addresses", "", "awk '{print $1, $6}' /proc/net/if_inet6", "00000000000000000000000000000001 lo\n")
-		// The internet is not there, and that is known at once.
+		// Without a route to the internet, connections fail at once.
 		says(t, "the internet", "", `python3 -c '
 import socket
 s = socket.socket(socket.AF_INET6)
@@ -115,7 +115,7 @@ S((sys.argv[1], int(sys.argv[2])), H).serve_forever()`
 			t.Logf("a server at %s answered %v after it was started", args, time.Since(begun))
 		}
 	})
-	// Last, because it fills the memory.
+	// This comes last, because it fills the memory.
 	t.Run("memory of nobody", func(t *testing.T) {
 		for _, dir := range []string{"/dev/shm", "/run", "/dev"} {
 			c := sh("head -c 1000m /dev/zero >" + dir + "/x; stat -c %s " + dir + "/x")

@@ -21,12 +21,12 @@ import (
 
 func TestMain(m *testing.M) { agenttest.Main(m) }
 
-// TestImages makes the kernel and the template that other tests start from.
+// TestImages builds the kernel and the template for the other tests.
 func TestImages(t *testing.T) { imagetest.Prepare(t) }
 
 const token = agenttest.Token
 
-// host is an installation with an agent on it.
+// host is an installation with an agent.
 type host struct{ *agenttest.Agent }
 
 func newHost(t *testing.T) *host {
@@ -34,7 +34,7 @@ func newHost(t *testing.T) *host {
 	return newHostWith(t, nil)
 }
 
-// newHostWith makes a host whose agent is started after prepare.
+// newHostWith returns a host whose agent starts after prepare.
 func newHostWith(t *testing.T, prepare func(h *host)) *host {
 	t.Helper()
 	return &host{agenttest.New(t, func(a *agenttest.Agent) {
@@ -89,7 +89,7 @@ func (h *host) exec(t *testing.T, sandbox string, c *pb.Command, stdin []byte) *
 
 func sh(script string) *pb.Command { return &pb.Command{Cmd: "sh", Args: []string{"-c", script}} }
 
-// gone checks that nothing of one sandbox is left.
+// gone checks that nothing is left of a sandbox.
 func (h *host) gone(t *testing.T, sandbox string) {
 	t.Helper()
 	u, err := id.Parse(id.Sandbox, sandbox)
@@ -102,7 +102,7 @@ func (h *host) gone(t *testing.T, sandbox string) {
 	if pid := agenttest.QEMU(sandbox); pid != 0 {
 		t.Errorf("its machine is left: %d", pid)
 	}
-	// The kernel lets go of a group a moment after its last process.
+	// The kernel removes a group shortly after its last process ends.
 	await.Until(t, "its control group goes", func() bool { return !strings.Contains(agenttest.Groups(), u.String()) })
 	_, err = h.Get(t.Context(), connect.NewRequest(&pb.GetRequest{SandboxId: sandbox}))
 	if connect.CodeOf(err) != connect.CodeNotFound {
@@ -110,7 +110,7 @@ func (h *host) gone(t *testing.T, sandbox string) {
 	}
 }
 
-// event waits for the event of a sandbox, and acknowledges it.
+// event waits for a sandbox's event and acknowledges it.
 func (h *host) event(t *testing.T, sandbox string) *pb.Event {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
@@ -133,7 +133,7 @@ func (h *host) event(t *testing.T, sandbox string) *pb.Event {
 	return nil
 }
 
-// pattern is n bytes that differ from place to place.
+// pattern is a reader of n bytes that differ from place to place.
 type pattern struct{ at, n int64 }
 
 func (p *pattern) Read(b []byte) (int, error) {

@@ -10,7 +10,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/metrictest"
 )
 
-// docs/metrics.md has the metrics that the agent registers.
+// TestMetricsAreDocumented compares docs/metrics.md with the metrics that the agent
+// registers.
 func TestMetricsAreDocumented(t *testing.T) {
 	log := slog.New(slog.DiscardHandler)
 	a := &Agent{proxy: proxy.New(nil, log), problems: problem.Open(filepath.Join(t.TempDir(), "problems"), log), metrics: newMetrics()}

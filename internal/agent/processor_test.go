@@ -12,8 +12,8 @@ import (
 	pb "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 )
 
-// TestOtherProcessor moves a host's disk to a host with another processor: what
-// was saved on the first is refused and kept, and goes on when it is back there.
+// TestOtherProcessor moves a host's disk to a host with another processor: saved
+// sandboxes are refused but kept, and resume when the disk is back.
 func TestOtherProcessor(t *testing.T) {
 	const file = "/proc/cpuinfo"
 	model := regexp.MustCompile(`(?m)^(model name\t*: ).*$`)
@@ -43,7 +43,7 @@ func TestOtherProcessor(t *testing.T) {
 	}
 
 	h.Kill(t, syscall.SIGTERM)
-	if err := syscall.Mount(other, file, "", syscall.MS_BIND, ""); err != nil { // in the tests' own namespace
+	if err := syscall.Mount(other, file, "", syscall.MS_BIND, ""); err != nil { // in the tests' own mount namespace
 		t.Fatal(err)
 	}
 	mounted := true

@@ -88,10 +88,10 @@ func testProxy(t *testing.T, h *host, sandbox string) {
 	if code, body := h.get(t, h.url(sandbox, 9, "/"), nil); code != 502 || !strings.Contains(body, `"bad_gateway"`) || !strings.Contains(body, "nothing listens on port 9") {
 		t.Errorf("a port where nothing listens: %d %s", code, body)
 	}
-	// It listens on loopback alone; soon after, it is found there.
+	// It listens on loopback only; the guest daemon soon forwards the port.
 	var code int
 	var body string
-	await.Until(t, "the server appears", func() bool {
+	await.Until(t, "the server responds", func() bool {
 		code, body = h.get(t, h.url(sandbox, 8000, "/a//b%2fc?d=%41"), http.Header{"X-Wrenn-Authorization": {"Bearer own"}})
 		return code == 200
 	})

@@ -40,7 +40,7 @@ func (h *host) reboot(t *testing.T, sandbox string) {
 	t.Logf("rebooted in %v", time.Since(begin).Round(time.Millisecond))
 }
 
-// loses waits until a sandbox is paused without memory.
+// loses waits until a sandbox is paused without its memory.
 func (h *host) loses(t *testing.T, sandbox, why string) {
 	t.Helper()
 	var s *pb.Sandbox
@@ -57,8 +57,8 @@ func (h *host) loses(t *testing.T, sandbox, why string) {
 	}
 }
 
-// remembers checks that a sandbox that was rebooted has its disk, its name and its
-// environment, and nothing of before in memory.
+// remembers checks that a rebooted sandbox kept its disk, name and environment, and
+// nothing in memory.
 func (h *host) remembers(t *testing.T, sandbox string) {
 	t.Helper()
 	got := h.exec(t, sandbox, sh("cat note; hostname; echo $FROM; ls /dev/shm; pgrep -x sleep; sudo -n true && echo root"), nil)
@@ -69,8 +69,8 @@ func (h *host) remembers(t *testing.T, sandbox string) {
 
 const takeNote = "echo remembered >note; sync; echo x >/dev/shm/x; setsid sleep 600 >/dev/null 2>&1 &"
 
-// TestReboot reboots one sandbox after all that can happen to it: each time it has its
-// disk, and can be paused and copied as before.
+// TestReboot reboots a sandbox after everything that can happen to it: each time it keeps
+// its disk, and can be paused and forked.
 func TestReboot(t *testing.T) {
 	h := newHost(t)
 	sandbox := h.create(t, request())
@@ -83,7 +83,7 @@ func TestReboot(t *testing.T) {
 		_, _ = h.Exec(ctx, connect.NewRequest(&pb.ExecRequest{SandboxId: sandbox, Command: sh("sync; sudo sh -c '" + script + "'")}))
 	}
 	t.Run("running", func(t *testing.T) {
-		prepare() // A guest that answers writes its files to the disk.
+		prepare() // A guest that responds syncs its files to the disk.
 		h.reboot(t, sandbox)
 		h.remembers(t, sandbox)
 		h.reboot(t, sandbox)
@@ -107,7 +107,7 @@ func TestReboot(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got := h.exec(t, copied, sh("cat note /dev/shm/y"), nil); string(got.GetStdout()) != "remembered\ny\n" {
-			t.Errorf("a copy has %q %q", got.GetStdout(), got.GetStderr())
+			t.Errorf("a fork has %q %q", got.GetStdout(), got.GetStderr())
 		}
 		h.destroy(t, copied)
 	})
@@ -152,8 +152,8 @@ func TestReboot(t *testing.T) {
 	h.gone(t, sandbox)
 }
 
-// TestRebootKilled kills the agent at every step of a reboot, from running and from
-// paused: the next one has the sandbox with its disk, and reboots it.
+// TestRebootKilled kills the agent at every step of a reboot of a running and of a paused
+// sandbox: the next agent has the sandbox with its disk, and reboots it.
 func TestRebootKilled(t *testing.T) {
 	h := newHost(t)
 	sandbox := h.create(t, request())
@@ -166,7 +166,7 @@ func TestRebootKilled(t *testing.T) {
 						t.Fatal(err)
 					}
 				}
-				if at == "clean" { // The machine ends while no agent runs.
+				if at == "clean" { // The VM ends while no agent runs.
 					h.Kill(t, syscall.SIGKILL)
 					if pid := agenttest.QEMU(sandbox); pid != 0 {
 						if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
@@ -205,7 +205,7 @@ func TestRebootKilled(t *testing.T) {
 	h.gone(t, sandbox)
 }
 
-// TestGuestShutsDown: a sandbox whose guest shuts down ends.
+// TestGuestShutsDown checks that a sandbox ends when its guest shuts down.
 func TestGuestShutsDown(t *testing.T) {
 	h := newHost(t)
 	sandbox := h.create(t, request())
@@ -217,12 +217,12 @@ func TestGuestShutsDown(t *testing.T) {
 	h.gone(t, sandbox)
 }
 
-// TestSilentGuest: a guest whose daemon stands still is said not to answer, to whoever
-// asks for one of its ports too, until it answers again.
+// TestSilentGuest checks that while a guest's daemon is stopped, the agent reports that
+// it does not respond, also to clients of the sandbox's ports.
 func TestSilentGuest(t *testing.T) {
 	h := newHost(t)
 	sandbox, other := h.create(t, request()), h.create(t, request())
-	// It stands still for longer than the agent takes to notice.
+	// Stop it for longer than the agent takes to notice.
 	h.exec(t, sandbox, sh("sudo setsid sh -c 'sleep 1; kill -STOP $(pidof envd); sleep 100; kill -CONT $(pidof envd)' </dev/null >/dev/null 2>&1 &"), nil)
 	await.Until(t, "it does not answer", func() bool {
 		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
@@ -231,7 +231,7 @@ func TestSilentGuest(t *testing.T) {
 		return err != nil
 	})
 	begun := time.Now()
-	await.Until(t, "it is noticed", func() bool { return h.state(t, sandbox).GetCondition().GetReason() == "no_answer" })
+	await.Until(t, "the agent notices", func() bool { return h.state(t, sandbox).GetCondition().GetReason() == "no_answer" })
 	t.Logf("noticed after %v", time.Since(begun).Round(time.Second))
 	if s := h.state(t, sandbox); s.GetState() != pb.SandboxState_SANDBOX_STATE_RUNNING {
 		t.Errorf("it is %v", s)
@@ -243,5 +243,5 @@ func TestSilentGuest(t *testing.T) {
 		t.Errorf("the other is %v", s)
 	}
 	h.exec(t, other, sh("true"), nil)
-	await.Until(t, "it answers again", func() bool { return h.state(t, sandbox).GetCondition() == nil })
+	await.Until(t, "it responds again", func() bool { return h.state(t, sandbox).GetCondition() == nil })
 }

@@ -17,8 +17,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// TestOtherReleases starts an agent on what an earlier release has left, of
-// which one record is torn, and then on a record of a later release.
+// TestOtherReleases starts an agent on the data of an earlier release, with one damaged
+// record, and then on a record of a later release.
 func TestOtherReleases(t *testing.T) {
 	paused, torn := uuid.MustParse("00000000-0000-4000-8000-000000000001"), uuid.MustParse("00000000-0000-4000-8000-000000000002")
 	template := uuid.MustParse("00000000-0000-4000-8000-000000000003")
@@ -32,7 +32,7 @@ func TestOtherReleases(t *testing.T) {
 			os.Rename(filepath.Join(all, "sandboxes"), h.Dir.Sandboxes()),
 			os.Rename(filepath.Join(all, "events"), h.Dir.Events()),
 			os.Rename(filepath.Join(all, "images", "teams", uuid.Nil.String(), template.String()), h.Dir.Template(uuid.Nil, template)),
-			os.RemoveAll(all), // it has a base image of its own
+			os.RemoveAll(all), // the data has its own base image
 			os.Truncate(h.Dir.SandboxRecord(torn), 10))
 		if err != nil {
 			t.Fatal(err)
@@ -53,7 +53,7 @@ func TestOtherReleases(t *testing.T) {
 		t.Errorf("the event is %v", e)
 	}
 	if e := h.event(t, id.Format(id.Sandbox, torn)); e.GetKind() != pb.Event_KIND_EXITED {
-		t.Errorf("the event of the torn one is %v", e)
+		t.Errorf("the event of the damaged one is %v", e)
 	}
 	h.awaitGone(t, id.Format(id.Sandbox, torn))
 	templates, err := h.Templates(t.Context(), connect.NewRequest(&pb.TemplatesRequest{}))
@@ -102,6 +102,6 @@ func TestOtherReleases(t *testing.T) {
 	put(string(was))
 	h.Start(t)
 	if got := state(); got != pb.SandboxState_SANDBOX_STATE_PAUSED {
-		t.Errorf("then the paused sandbox is %v", got)
+		t.Errorf("afterwards the paused sandbox is %v", got)
 	}
 }

@@ -25,7 +25,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// TestSandbox does with one sandbox all that can be done with one.
+// TestSandbox does everything with a sandbox that a client can do.
 func TestSandbox(t *testing.T) {
 	h := newHost(t)
 	r := request()
@@ -46,16 +46,16 @@ func TestSandbox(t *testing.T) {
 	t.Run("files", func(t *testing.T) { testFiles(t, h, sandbox) })
 	t.Run("big files", func(t *testing.T) { testBigFiles(t, h, sandbox) })
 	t.Run("proxy", func(t *testing.T) { testProxy(t, h, sandbox) })
-	t.Run("what it tells", func(t *testing.T) { testReports(t, h, sandbox) })
+	t.Run("what it reports", func(t *testing.T) { testReports(t, h, sandbox) })
 	t.Run("bad requests", func(t *testing.T) { testBadRequests(t, h, sandbox) })
 
-	// What is under way ends with the sandbox.
+	// A command in progress ends with the sandbox.
 	long := make(chan error)
 	go func() {
 		_, err := h.Exec(t.Context(), connect.NewRequest(&pb.ExecRequest{SandboxId: sandbox, Command: sh("touch /tmp/begun; sleep 600")}))
 		long <- err
 	}()
-	await.Until(t, "the command begins", func() bool { return h.exec(t, sandbox, sh("test -e /tmp/begun"), nil).GetExitCode() == 0 })
+	await.Until(t, "the command starts", func() bool { return h.exec(t, sandbox, sh("test -e /tmp/begun"), nil).GetExitCode() == 0 })
 	begin := time.Now()
 	h.destroy(t, sandbox)
 	if err := <-long; connect.CodeOf(err) != connect.CodeFailedPrecondition {
@@ -164,7 +164,7 @@ func testBadRequests(t *testing.T, h *host, sandbox string) {
 	_, err = h.WriteFile(t.Context(), connect.NewRequest(&pb.WriteFileRequest{File: ref(sandbox, "x"), Content: make([]byte, 41<<20)}))
 	bad("a message too big", connect.CodeResourceExhausted, err)
 
-	// Without the token, or with another, there is nothing to be had.
+	// Without the token, or with a wrong one, the agent reveals nothing.
 	for _, wrong := range []string{"", "Bearer ", "Bearer wrong", "Bearer " + token + "x", "Basic " + token} {
 		c := hostagentv1connect.NewHostAgentClient(&http.Client{Transport: headers{h.HTTP.Transport, wrong}}, h.Base)
 		_, err := c.List(t.Context(), connect.NewRequest(&pb.ListRequest{}))
@@ -187,7 +187,7 @@ func TestExpiryAndUse(t *testing.T) {
 	r := request()
 	r.TimeoutSeconds = 6
 	sandbox := h.create(t, r)
-	// Use and pings keep it.
+	// Use and pings extend its life.
 	if got := h.exec(t, sandbox, sh("sleep 8; echo done"), nil); string(got.GetStdout()) != "done\n" {
 		t.Fatalf("%v", got)
 	}
@@ -199,7 +199,7 @@ func TestExpiryAndUse(t *testing.T) {
 	if at := p.Msg.GetSandbox().GetExpiresAt().AsTime(); at.Before(begun.Add(6*time.Second)) || at.After(time.Now().Add(6*time.Second)) {
 		t.Errorf("after a ping at %v it expires at %v", begun, at)
 	}
-	// So does a connection through the proxy that does nothing.
+	// So does an idle connection through the proxy.
 	conn, err := net.Dial("unix", h.Dir.AgentSocket())
 	if err != nil {
 		t.Fatal(err)
@@ -220,10 +220,10 @@ func TestExpiryAndUse(t *testing.T) {
 	h.gone(t, sandbox)
 }
 
-// awaitGone waits until the agent does not know a sandbox any more.
+// awaitGone waits until the agent no longer knows a sandbox.
 func (h *host) awaitGone(t *testing.T, sandbox string) {
 	t.Helper()
-	await.Until(t, "the agent does not know the sandbox", func() bool {
+	await.Until(t, "the agent no longer knows the sandbox", func() bool {
 		_, err := h.Get(t.Context(), connect.NewRequest(&pb.GetRequest{SandboxId: sandbox}))
 		return connect.CodeOf(err) == connect.CodeNotFound
 	})
@@ -235,16 +235,16 @@ func TestMachineIsKilled(t *testing.T) {
 	if err := syscall.Kill(agenttest.QEMU(sandbox), syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	h.loses(t, sandbox, "killed") // [TestReboot] has what becomes of it
+	h.loses(t, sandbox, "killed") // see [TestReboot] for what follows
 	h.destroy(t, sandbox)
 	h.gone(t, sandbox)
 }
 
-// TestFailedCreates: whatever breaks while a sandbox is made, nothing is left,
-// and the error says why, at once.
+// TestFailedCreates checks that a creation that fails at any step leaves nothing, and at
+// once returns an error that says why.
 func TestFailedCreates(t *testing.T) {
 	h := newHost(t)
-	// While it boots, its machine is there and it is not.
+	// booting starts a creation and returns the machine that boots for it.
 	booting := func(r *pb.CreateRequest) (pid int, created chan error) {
 		created = make(chan error, 1)
 		go func() {
@@ -257,10 +257,10 @@ func TestFailedCreates(t *testing.T) {
 		})
 		return pid, created
 	}
-	// A machine may come up before anything is done to it. Then there is another.
+	// A machine may finish booting before the test breaks it; try again with another.
 	early := func(t *testing.T, try func() bool) {
 		t.Helper()
-		await.Until(t, "it is done while a sandbox starts", try)
+		await.Until(t, "the test breaks a machine that boots", try)
 	}
 	t.Run("the machine is killed", func(t *testing.T) {
 		early(t, func() bool {
@@ -295,7 +295,7 @@ func TestFailedCreates(t *testing.T) {
 			return err != nil
 		})
 	})
-	t.Run("the caller goes", func(t *testing.T) {
+	t.Run("the caller disconnects", func(t *testing.T) {
 		early(t, func() bool {
 			r := request()
 			ctx, cancel := context.WithCancel(t.Context())
@@ -317,7 +317,7 @@ func TestFailedCreates(t *testing.T) {
 		})
 	})
 	t.Run("the tap is gone", func(t *testing.T) {
-		// The slots that are ready lose their taps.
+		// Take the taps away from the prepared slots.
 		names, err := filepath.Glob("/run/wrenn/netns/wrenn-ns-*")
 		if err != nil || len(names) == 0 {
 			t.Fatal(names, err)
@@ -334,7 +334,7 @@ func TestFailedCreates(t *testing.T) {
 		}
 		t.Log(err)
 		h.gone(t, r.SandboxId)
-		// The broken slots are used up, one a failure; then all is well again.
+		// Each failure uses up a broken slot; then creations succeed again.
 		for range len(names) + 1 {
 			r := request()
 			if _, err = h.Create(t.Context(), connect.NewRequest(r)); err == nil {
@@ -382,7 +382,7 @@ func TestAgentRestarts(t *testing.T) {
 		}
 	}
 
-	// Killed in the middle of a create: the next agent removes the half.
+	// Kill the agent during a creation: the next one removes the unfinished sandbox.
 	await.Until(t, "the agent is killed while it creates a sandbox", func() bool {
 		half := request()
 		go func() { _, _ = h.Create(context.Background(), connect.NewRequest(half)) }()
@@ -391,14 +391,14 @@ func TestAgentRestarts(t *testing.T) {
 		h.Start(t)
 		got, err := h.Get(t.Context(), connect.NewRequest(&pb.GetRequest{SandboxId: half.SandboxId}))
 		if err == nil && got.Msg.GetSandbox().GetState() == pb.SandboxState_SANDBOX_STATE_RUNNING {
-			h.destroy(t, half.SandboxId) // It was whole already.
+			h.destroy(t, half.SandboxId) // It was complete already.
 			return false
 		}
 		h.awaitGone(t, half.SandboxId)
 		h.gone(t, half.SandboxId)
 		return true
 	})
-	// A second agent on the same data is refused.
+	// A second agent on the same data must refuse to start.
 	second := exec.Command("/proc/self/exe")
 	second.Env = h.Cmd.Env
 	if out, err := second.CombinedOutput(); err == nil || !strings.Contains(string(out), "another host agent") {
@@ -409,8 +409,8 @@ func TestAgentRestarts(t *testing.T) {
 	}
 }
 
-// TestSlowMachine has an agent start while a machine does not answer it, and while
-// the record of another names a slot that there is not: both go on.
+// TestSlowMachine starts an agent while one machine does not respond and another's record
+// names a slot that does not exist: both machines survive.
 func TestSlowMachine(t *testing.T) {
 	h := newHost(t)
 	slow, damaged, other := h.create(t, request()), h.create(t, request()), h.create(t, request())
@@ -466,7 +466,7 @@ func TestSlowMachine(t *testing.T) {
 	h.Start(t)
 	for _, sandbox := range []string{slow, damaged} {
 		if got := state(sandbox); got != pb.SandboxState_SANDBOX_STATE_RESUMING {
-			t.Errorf("a sandbox that is set aside is %v", got)
+			t.Errorf("a sandbox that was set aside is %v", got)
 		}
 		if p := problems()[sandbox]; !strings.HasPrefix(p, "sandbox: ") {
 			t.Errorf("the problem is %q", p)
@@ -484,7 +484,7 @@ func TestSlowMachine(t *testing.T) {
 		t.Errorf("the problems are %v", p)
 	}
 
-	// The record is repaired.
+	// Repair the record.
 	h.Kill(t, syscall.SIGTERM)
 	if err := os.WriteFile(record, []byte(was), 0o600); err != nil {
 		t.Fatal(err)
@@ -524,7 +524,7 @@ func TestTwentyAtOnce(t *testing.T) {
 	}
 	begin = time.Now()
 	for i, s := range list.Msg.GetSandboxes() {
-		if i%2 == 0 { // the others end with the agent
+		if i%2 == 0 { // the agent's end ends the others
 			wg.Go(func() { h.destroy(t, s.GetSandboxId()) })
 		}
 	}
@@ -532,6 +532,6 @@ func TestTwentyAtOnce(t *testing.T) {
 	t.Logf("10 destroyed in %v", time.Since(begin))
 	h.Finish(t)
 	if _, err := os.Stat(h.Dir.AgentSocket()); err == nil {
-		t.Error("the socket is left")
+		t.Error("the socket still exists")
 	}
 }

@@ -21,19 +21,19 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// groupOf returns the name of a machine's control group.
+// groupOf returns the name of a machine's cgroup.
 func groupOf(t *testing.T, pid int) string {
 	t.Helper()
 	_, name, ok := strings.Cut(read(fmt.Sprintf("/proc/%d/cgroup", pid)), "/wrenn/")
 	if !ok {
-		t.Fatalf("process %d is in no group", pid)
+		t.Fatalf("process %d is in no cgroup", pid)
 	}
 	name, _, _ = strings.Cut(name, "\n")
 	return name
 }
 
-// TestSharedHost has other software do to a host, with a real machine on it, what
-// breaks most. internal/agent/network tests the network in more ways.
+// TestSharedHost does to a host with a real machine what other software does to it, and
+// what breaks most. internal/agent/network tests more ways to break the network.
 func TestSharedHost(t *testing.T) {
 	h := newHost(t)
 	sandbox := h.create(t, request())
@@ -77,7 +77,7 @@ func TestSharedHost(t *testing.T) {
 	})
 	works("after the firewall was flushed")
 
-	// Detaching all loop devices (losetup -D) is of no concern: none is used.
+	// Detaching all loop devices (losetup -D) does no harm: Wrenn uses none.
 	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
 	if err != nil {
 		t.Error(err)
@@ -107,17 +107,17 @@ func TestSharedHost(t *testing.T) {
 		}
 	}
 	moveOut()
-	eventually("the control group", inGroup)
+	eventually("the cgroup", inGroup)
 	works("after its machine was moved out of its control group")
 	for _, dir := range cgroup.Folders() {
-		// The agent may have put the machine back.
+		// The agent may have moved the machine back already.
 		eventually("its group is removed", func() error {
 			moveOut()
 			return syscall.Rmdir(filepath.Join(dir, group))
 		})
 	}
-	eventually("the control group after it was removed", inGroup)
-	eventually("the limit of the group that was made again", func() error {
+	eventually("the cgroup after its removal", inGroup)
+	eventually("the limit of the new cgroup", func() error {
 		limit := filepath.Join(cgroup.Folders()[0], group, "memory.max")
 		if _, err := os.Stat(limit); err != nil {
 			limit = filepath.Join(cgroup.Folders()[0], group, "memory.limit_in_bytes")
@@ -151,7 +151,7 @@ func TestSharedHost(t *testing.T) {
 		return nil
 	})
 
-	// No agent runs while /run is cleaned.
+	// No agent runs while /run is emptied.
 	h.Kill(t, syscall.SIGKILL)
 	run("umount", "-l", layout.Namespaces())
 	if err := os.RemoveAll(layout.Machine); err != nil {
@@ -160,7 +160,7 @@ func TestSharedHost(t *testing.T) {
 	h.Start(t)
 	works("after /run was cleaned while no agent ran")
 	if agenttest.QEMU(sandbox) != pid {
-		t.Error("it is another machine")
+		t.Error("it has another machine")
 	}
 	run("ip", "netns", "del", "x")
 	eventually("no problem is left", func() error {

@@ -17,8 +17,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// TestLockOrder: whoever looks at a sandbox, refuses to use it, waits for it or
-// lets go of it, in whatever order, nobody waits for ever.
+// TestLockOrder checks for deadlocks between callers that read, use, create and close
+// sandboxes in any order.
 func TestLockOrder(t *testing.T) {
 	w := newWorld(t, 1)
 	h := w.open(layout.Dir(t.TempDir()))
@@ -30,7 +30,7 @@ func TestLockOrder(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.tracker.Shut() // as it is in the moment in which a sandbox expires
+	b.tracker.Shut() // like a sandbox that is just expiring
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	for range 2 {
@@ -65,7 +65,7 @@ func TestLockOrder(t *testing.T) {
 			_, _ = h.Use(t.Context(), s.ID)
 		}
 		h.close()
-		for range 100 { // what is closed is asked, too
+		for range 100 { // a closed host also gets calls
 			_, _ = h.Use(t.Context(), s.ID)
 		}
 		close(stop)
@@ -79,8 +79,8 @@ func TestLockOrder(t *testing.T) {
 	}
 }
 
-// TestRandomLives lets many callers do random things while steps fail at
-// random and agents come and go. In the end nothing is left.
+// TestRandomLives lets many callers make random calls while steps fail at random and
+// agents restart. In the end nothing is left.
 func TestRandomLives(t *testing.T) {
 	for seed := range uint64(4) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
@@ -185,7 +185,7 @@ func (h *host) doSomething(rng *rand.Rand, ids, templates []uuid.UUID, known *li
 	}
 }
 
-// lives is what is known of how far sandboxes have counted.
+// lives records how far sandboxes have counted.
 type lives struct {
 	mu    sync.Mutex
 	known map[uuid.UUID]life
@@ -194,11 +194,11 @@ type lives struct {
 type life struct {
 	born   time.Time
 	count  byte
-	deaths int // of its machines, before it counted
+	deaths int // of its machines, before this count
 }
 
-// use counts in a sandbox: it must go on where it was, or begin again if a machine of
-// it ended by itself since.
+// use counts in a sandbox. The count must continue, or start again if a machine of the
+// sandbox died since.
 func (l *lives) use(h *host, u *Use) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -216,8 +216,7 @@ func (l *lives) use(h *host, u *Use) {
 	l.known[u.ID] = life{u.CreatedAt, n, deaths}
 }
 
-// change does something at random that saves a sandbox, or goes on from what
-// was saved.
+// change makes a random call that saves a sandbox or starts one from saved state.
 func (h *host) change(ctx context.Context, n int, id, template uuid.UUID) {
 	switch n {
 	case 0, 1:
@@ -233,7 +232,7 @@ func (h *host) change(ctx context.Context, n int, id, template uuid.UUID) {
 		if _, err := h.Fork(ctx, id, copies); err == nil {
 			for _, c := range copies {
 				if err := h.Destroy(context.Background(), c.ID); err != nil && !errors.Is(err, errInjected) {
-					h.w.t.Errorf("destroy a copy: %v", err)
+					h.w.t.Errorf("destroy a fork: %v", err)
 				}
 			}
 		}

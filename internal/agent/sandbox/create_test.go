@@ -54,13 +54,13 @@ func TestCreateUseDestroy(t *testing.T) {
 	u.End()
 	u.End()
 	if err := h.Destroy(t.Context(), s.ID); err != nil {
-		t.Errorf("the second destroy: %v", err)
+		t.Errorf("the second Destroy: %v", err)
 	}
 	if _, err := h.Use(t.Context(), s.ID); !errors.Is(err, ErrNotFound) {
 		t.Error(err)
 	}
 	if p := h.Journal.Pending(); len(p) != 0 {
-		t.Errorf("a wanted end is an event: %v", p)
+		t.Errorf("a requested end is an event: %v", p)
 	}
 	h.nothingLeft()
 }
@@ -160,7 +160,7 @@ func TestEveryFailureLeavesNothing(t *testing.T) {
 			case "die", "init":
 				blamed = ErrGuest
 			case "hang":
-				blamed = ErrSlow // Who knows.
+				blamed = ErrSlow // The error does not say which of the two it was.
 			}
 			for _, kind := range []error{ErrStart, ErrGuest, ErrSlow} {
 				if errors.Is(err, kind) != (kind == blamed) {
@@ -199,11 +199,12 @@ func TestDestroyWhileCreating(t *testing.T) {
 	if err := <-created; !errors.Is(err, ErrState) || !strings.Contains(err.Error(), "destroyed") {
 		t.Errorf("create ended with %v", err)
 	}
-	close(h.w.hold) // The capture that it waited for ends.
+	close(h.w.hold) // Let the capture end that it waited for.
 	h.nothingLeft()
 }
 
-// TestAbandonedCreate: the last caller to go ends the start, the first does not.
+// TestAbandonedCreate checks that a start ends when its last caller gives up, and not
+// when the first one does.
 func TestAbandonedCreate(t *testing.T) {
 	h := newHost(t)
 	h.w.hold = make(chan struct{})
@@ -219,7 +220,7 @@ func TestAbandonedCreate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	await.Until(t, "both wait", func() bool {
+	await.Until(t, "both callers wait", func() bool {
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		return b.waiters == 2
@@ -234,6 +235,6 @@ func TestAbandonedCreate(t *testing.T) {
 	leaveSecond()
 	<-ended
 	h.awaitGone(t, s.ID)
-	close(h.w.hold) // The capture that it waited for ends.
+	close(h.w.hold) // Let the capture end that it waited for.
 	h.nothingLeft()
 }

@@ -18,7 +18,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// closedPort is an address on which nothing listens.
+// closedPort returns an address on which nothing listens.
 func closedPort(t *testing.T) string {
 	t.Helper()
 	l, err := net.Listen("tcp", fmt.Sprintf("127.%d.255.253:0", claimNet(t)))
@@ -29,7 +29,7 @@ func closedPort(t *testing.T) string {
 	return l.Addr().String()
 }
 
-// TestDialWaitsForServer starts to listen once a connection was refused.
+// TestDialWaitsForServer starts a server only after it has refused a connection.
 func TestDialWaitsForServer(t *testing.T) {
 	address := closedPort(t)
 	tries, knocks := 0, 0
@@ -71,8 +71,8 @@ func TestDialGivesUp(t *testing.T) {
 	}
 }
 
-// TestDialEndsWithSandbox ends a sandbox while a request waits for a server in
-// it: nobody may connect to its address any more.
+// TestDialEndsWithSandbox ends a sandbox while a request waits for a server in it: nobody
+// may connect to its address afterwards.
 func TestDialEndsWithSandbox(t *testing.T) {
 	life, end := context.WithCancel(t.Context())
 	defer end()
@@ -100,8 +100,8 @@ func TestDialEndsWithSandbox(t *testing.T) {
 	}
 }
 
-// TestGRPC has requests of gRPC reach a server over HTTP/2, which they need,
-// and others over HTTP/1.1, which every server speaks.
+// TestGRPC checks that gRPC requests reach a server over HTTP/2, which they need, and
+// others over HTTP/1.1, which every server speaks.
 func TestGRPC(t *testing.T) {
 	l, err := net.Listen("tcp", closedPort(t))
 	if err != nil {
@@ -139,8 +139,8 @@ func TestGRPC(t *testing.T) {
 	}
 }
 
-// onlyHTTP2 gives a server the connections that begin as HTTP/2's do. To others
-// it sends what servers of HTTP/2 send first, and closes them.
+// onlyHTTP2 accepts only connections that start with HTTP/2's preface. It sends the
+// others an HTTP/2 server's first frame, and closes them.
 type onlyHTTP2 struct{ net.Listener }
 
 func (l onlyHTTP2) Accept() (net.Conn, error) {
@@ -165,8 +165,8 @@ type peeked struct {
 
 func (c peeked) Read(p []byte) (int, error) { return c.r.Read(p) }
 
-// TestOnlyHTTP2 reaches a server that does not speak HTTP/1.1: by a request that
-// can be sent again, and from then on by every request.
+// TestOnlyHTTP2 checks that a request which can be repeated finds out that a server
+// speaks only HTTP/2, and that every later request reaches it.
 func TestOnlyHTTP2(t *testing.T) {
 	l, err := net.Listen("tcp", closedPort(t))
 	if err != nil {
@@ -224,8 +224,8 @@ func TestOnlyHTTP2(t *testing.T) {
 	}
 }
 
-// TestUnreadPort reads nothing of what a guest sends over HTTP/2: little of it waits in
-// the agent's memory.
+// TestUnreadPort checks that the agent buffers little of what a guest sends over HTTP/2
+// to a client that reads nothing.
 func TestUnreadPort(t *testing.T) {
 	l, err := net.Listen("tcp", closedPort(t))
 	if err != nil {

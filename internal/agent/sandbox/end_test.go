@@ -21,7 +21,7 @@ func TestExpiry(t *testing.T) {
 	h := newHost(t)
 	s := spec()
 	var u *Use
-	for s.Timeout = 300 * time.Millisecond; ; s.Timeout *= 2 { // until it is long enough to use it
+	for s.Timeout = 300 * time.Millisecond; ; s.Timeout *= 2 { // until it is long enough for the test to use the sandbox
 		begun := time.Now()
 		info, err := h.Create(t.Context(), s)
 		if err != nil {
@@ -53,7 +53,7 @@ func TestExpiry(t *testing.T) {
 	h.nothingLeft()
 }
 
-// TestGuestShutsDown: a sandbox whose guest shuts down ends.
+// TestGuestShutsDown checks that a sandbox ends when its guest shuts down.
 func TestGuestShutsDown(t *testing.T) {
 	h := newHost(t)
 	id := h.create(t, nil)
@@ -82,7 +82,7 @@ func TestRemovalIsTriedAgain(t *testing.T) {
 			}
 			h.w.setFailing(nil)
 			err := h.Destroy(t.Context(), s.ID)
-			if errors.Is(err, errInjected) { // a try that had begun before
+			if errors.Is(err, errInjected) { // an attempt from before
 				err = h.Destroy(t.Context(), s.ID)
 			}
 			if err != nil {
@@ -93,8 +93,8 @@ func TestRemovalIsTriedAgain(t *testing.T) {
 	}
 }
 
-// TestLeftoversAreTriedAgain: what a killed agent left and cannot be removed keeps
-// no agent from starting. It is a problem until it is removed.
+// TestLeftoversAreTriedAgain checks that an agent starts although it cannot remove what a
+// killed one left. It reports a problem until the removal succeeds.
 func TestLeftoversAreTriedAgain(t *testing.T) {
 	w := newWorld(t, 1)
 	dir := layout.Dir(t.TempDir())
@@ -104,7 +104,7 @@ func TestLeftoversAreTriedAgain(t *testing.T) {
 		if err := errors.Join(os.MkdirAll(path, 0o700), os.WriteFile(filepath.Join(path, "file"), nil, 0o600)); err != nil {
 			t.Fatal(err)
 		}
-		noFiles(t, path)
+		denyFiles(t, path)
 	}
 	h := w.open(dir)
 	defer h.close()
@@ -117,7 +117,7 @@ func TestLeftoversAreTriedAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, path := range left {
-		yesFiles(t, path)
+		allowFiles(t, path)
 	}
 	await.Until(t, "the leftovers are removed", func() bool { return len(h.Problems.All()) == 0 })
 	for _, path := range left {
@@ -126,7 +126,7 @@ func TestLeftoversAreTriedAgain(t *testing.T) {
 		}
 	}
 	if _, err := os.Stat(other); err != nil {
-		t.Errorf("what was made since was removed too: %v", err)
+		t.Errorf("a later file was removed too: %v", err)
 	}
 	h.runs(t, id, 0)
 	h.destroyAll()

@@ -28,9 +28,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// testdata/data-N.tar.gz is what an agent of an earlier release has left: a
-// paused sandbox that counted to 3, one that ran, a template captured from the
-// first, and an event. Whoever changes a format first writes another one:
+// testdata/data-N.tar.gz is the data of an agent of an earlier release: a paused sandbox
+// that counted to 3, one that ran, a template captured from the first, and an event.
+// Before you change a format, write another one:
 //
 //	WRENN_FIXTURE=$PWD/internal/agent/sandbox/testdata/data-N.tar.gz go test -run TestWriteFixture ./internal/agent/sandbox
 var (
@@ -42,7 +42,7 @@ var (
 func TestWriteFixture(t *testing.T) {
 	out := os.Getenv("WRENN_FIXTURE")
 	if out == "" {
-		t.Skip("writes a file where WRENN_FIXTURE says")
+		t.Skip("writes the file that WRENN_FIXTURE names")
 	}
 	dir := layout.Dir(t.TempDir())
 	h := newWorld(t, 1).open(dir)
@@ -75,7 +75,7 @@ func TestWriteFixture(t *testing.T) {
 	}
 }
 
-// fixtures unpacks what each earlier release has left.
+// fixtures unpacks each earlier release's data.
 func fixtures(t *testing.T, f func(t *testing.T, dir layout.Dir)) {
 	all, err := filepath.Glob("testdata/data-*.tar.gz")
 	if err != nil || len(all) == 0 {
@@ -92,11 +92,11 @@ func fixtures(t *testing.T, f func(t *testing.T, dir layout.Dir)) {
 	}
 }
 
-// TestEarlierFormats starts an agent on what each earlier release has left.
+// TestEarlierFormats starts an agent on each earlier release's data.
 func TestEarlierFormats(t *testing.T) {
 	fixtures(t, func(t *testing.T, dir layout.Dir) {
 		if n := Newer(dir); len(n) != 0 {
-			t.Fatalf("a later release wrote %v", n[0])
+			t.Fatalf("it takes this for a later release's: %v", n[0])
 		}
 		if damaged, err := image.Examine(dir); err != nil || len(damaged) != 0 {
 			t.Fatalf("damaged are %v, %v", damaged, err)
@@ -115,7 +115,7 @@ func TestEarlierFormats(t *testing.T) {
 			t.Fatal(err)
 		}
 		h.runs(t, fixturePaused, 3)
-		// The machine of the other ended with its host. Its disk is kept.
+		// The other sandbox's machine ended with its host. The disk is kept.
 		if e := h.event(t, fixtureRan); e.Kind != journal.Paused {
 			t.Errorf("the event is %+v", e)
 		}
@@ -130,7 +130,7 @@ func TestEarlierFormats(t *testing.T) {
 	})
 }
 
-// edit replaces old in a file that was there.
+// edit replaces old in an existing file.
 func edit(t *testing.T, path, old, new string) {
 	t.Helper()
 	if err := replace(path, old, new); err != nil {
@@ -146,11 +146,11 @@ func replace(path, old, new string) error {
 	if !strings.Contains(string(b), old) {
 		return fmt.Errorf("%s has no %q", path, old)
 	}
-	// A new file: others have links to this one.
+	// Write a new file, because others are links to this one.
 	return errors.Join(os.Remove(path), os.WriteFile(path, []byte(strings.Replace(string(b), old, new, 1)), 0o600))
 }
 
-// TestNewerFormats finds what a later release wrote, wherever it is.
+// TestNewerFormats checks that the manager finds every file of a later release.
 func TestNewerFormats(t *testing.T) {
 	fixtures(t, func(t *testing.T, dir layout.Dir) {
 		rec, err := load(dir, fixturePaused)
@@ -178,8 +178,8 @@ func TestNewerFormats(t *testing.T) {
 	})
 }
 
-// TestLaterMembersStay: an agent that was rolled back writes again what it does not
-// know, so that the later release has it when it is back.
+// TestLaterMembersStay checks that an agent that was rolled back keeps the members of a
+// record that it does not know, so that the later release finds them again.
 func TestLaterMembersStay(t *testing.T) {
 	fixtures(t, func(t *testing.T, dir layout.Dir) {
 		path := dir.SandboxRecord(fixturePaused)
@@ -220,7 +220,7 @@ func TestLaterMembersStay(t *testing.T) {
 	})
 }
 
-// damages are ways in which a record can be unreadable for good.
+// damages are the ways in which a record can be unreadable for good.
 var damages = map[string]func(path string) error{
 	"torn":            func(path string) error { return os.WriteFile(path, []byte(`{"version": 2,`), 0o600) },
 	"empty":           func(path string) error { return os.Truncate(path, 0) },
@@ -231,8 +231,8 @@ var damages = map[string]func(path string) error{
 	"not even a file": func(path string) error { return errors.Join(os.Remove(path), os.Mkdir(path, 0o700)) },
 }
 
-// TestUnreadableSandboxIsKept: whatever an agent cannot read, it keeps, and a
-// machine goes on until it ends by itself or its sandbox is deleted.
+// TestUnreadableSandboxIsKept checks that an agent keeps files that it cannot read, and
+// that the machine runs until it ends by itself or its sandbox is deleted.
 func TestUnreadableSandboxIsKept(t *testing.T) {
 	for name, damage := range damages {
 		for _, end := range []string{"deleted", "dies", "has no machine"} {
@@ -266,7 +266,7 @@ func testUnreadable(t *testing.T, damage func(path string) error, end string) {
 	h = w.open(dir)
 	if end != "has no machine" {
 		h.awaitGone(t, paused)
-		for range 2 { // And under the next agent.
+		for range 2 { // The second time under the next agent.
 			if all := h.Problems.All(); len(all) != 1 || all[0].Kind != problem.Sandbox || !strings.Contains(all[0].Message, id.Format(id.Sandbox, running)) {
 				t.Errorf("the problems are %+v", all)
 			}
@@ -292,7 +292,7 @@ func testUnreadable(t *testing.T, damage func(path string) error, end string) {
 	case "dies":
 		vm.die()
 	}
-	await.Until(t, "nothing is unread", func() bool { return len(h.unreadOnes()) == 0 })
+	await.Until(t, "every record is read", func() bool { return len(h.unreadSandboxes()) == 0 })
 	for id := range before {
 		h.awaitGone(t, id)
 		if e := h.event(t, id); e.Kind != journal.Exited || strings.Contains(e.Reason, string(dir)) {
@@ -321,12 +321,12 @@ func testUnreadable(t *testing.T, damage func(path string) error, end string) {
 	}
 	await.Until(t, "no problem is left", func() bool { return len(h.Problems.All()) == 0 })
 	h.close()
-	h = w.open(dir) // The network slot of a machine without a record is the next agent's to free.
+	h = w.open(dir) // Only the next agent frees the network slot of a machine without a record.
 	h.nothingLeft()
 }
 
-// unreadOnes are the sandboxes that the host may have and does not list.
-func (h *host) unreadOnes() []uuid.UUID {
+// unreadSandboxes returns the sandboxes that the host may have but does not list.
+func (h *host) unreadSandboxes() []uuid.UUID {
 	incomplete, which := h.Incomplete()
 	if incomplete && len(which) == 0 {
 		return []uuid.UUID{uuid.Nil}
@@ -334,10 +334,10 @@ func (h *host) unreadOnes() []uuid.UUID {
 	return which
 }
 
-// mayHave checks that the host may have only these besides what it lists.
+// mayHave checks which sandboxes the host may have besides those that it lists.
 func (h *host) mayHave(t *testing.T, want ...uuid.UUID) {
 	t.Helper()
-	if got := h.unreadOnes(); !slices.Equal(got, want) {
+	if got := h.unreadSandboxes(); !slices.Equal(got, want) {
 		t.Errorf("the list may lack %v, not %v", got, want)
 	}
 	if _, err := h.Get(uuid.New()); !errors.Is(err, ErrNotFound) {
@@ -345,8 +345,8 @@ func (h *host) mayHave(t *testing.T, want ...uuid.UUID) {
 	}
 }
 
-// TestUnreadableWithoutLabel: a folder of the release before does not say which sandbox
-// it is of, so the host may have any.
+// TestUnreadableWithoutLabel checks that the host may have any sandbox if a folder of the
+// previous release does not name its own.
 func TestUnreadableWithoutLabel(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	w := newWorld(t, 1)
@@ -358,7 +358,7 @@ func TestUnreadableWithoutLabel(t *testing.T) {
 	}
 	h = w.open(dir)
 	defer func() { h.close() }()
-	if got := h.unreadOnes(); !slices.Equal(got, []uuid.UUID{uuid.Nil}) {
+	if got := h.unreadSandboxes(); !slices.Equal(got, []uuid.UUID{uuid.Nil}) {
 		t.Errorf("the list may lack %v", got)
 	}
 	if _, err := h.Get(uuid.New()); !errors.Is(err, ErrUnread) {
@@ -367,18 +367,18 @@ func TestUnreadableWithoutLabel(t *testing.T) {
 	if err := h.Destroy(t.Context(), box); err != nil {
 		t.Fatal(err)
 	}
-	await.Until(t, "nothing is unread", func() bool { return len(h.unreadOnes()) == 0 })
+	await.Until(t, "every record is read", func() bool { return len(h.unreadSandboxes()) == 0 })
 }
 
-// TestUnreadableWarm: the folder of a sandbox that began as a machine that waited has
-// another name than the sandbox.
+// TestUnreadableWarm damages the record of a sandbox that started from a warm machine,
+// whose folder has another name than the sandbox.
 func TestUnreadableWarm(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	w := newWorld(t, 1)
 	w.warm = 1
 	h := w.open(dir)
 	h.create(t, nil)
-	h.waits(t, 1)
+	h.awaitWarm(t, 1)
 	sandbox := h.create(t, nil)
 	b, err := h.find(sandbox)
 	if err != nil {
@@ -386,7 +386,7 @@ func TestUnreadableWarm(t *testing.T) {
 	}
 	home := b.rec.Home
 	if home == sandbox {
-		t.Fatal("it was not a machine that waited")
+		t.Fatal("it was not a warm machine")
 	}
 	h.close()
 	w.warm = 0
@@ -402,14 +402,14 @@ func TestUnreadableWarm(t *testing.T) {
 	if err := h.Destroy(t.Context(), sandbox); err != nil {
 		t.Fatal(err)
 	}
-	await.Until(t, "nothing is unread", func() bool { return len(h.unreadOnes()) == 0 })
+	await.Until(t, "every record is read", func() bool { return len(h.unreadSandboxes()) == 0 })
 	if e := h.event(t, sandbox); e.Kind != journal.Exited {
 		t.Errorf("the event is %+v", e)
 	}
 }
 
-// TestEarlierFolderIsLabelled: a sandbox of the release before gets its label from the
-// next agent.
+// TestEarlierFolderIsLabelled checks that the next agent labels the folder of a previous
+// release's sandbox.
 func TestEarlierFolderIsLabelled(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	w := newWorld(t, 1)
@@ -432,7 +432,8 @@ func TestEarlierFolderIsLabelled(t *testing.T) {
 	}
 }
 
-// TestDamagedRecordIsPutRight: its sandbox is then taken back as it was.
+// TestDamagedRecordIsPutRight checks that a sandbox is taken back as it was once its
+// damaged record is repaired.
 func TestDamagedRecordIsPutRight(t *testing.T) {
 	for name, damage := range damages {
 		t.Run(name, func(t *testing.T) {
@@ -457,7 +458,7 @@ func TestDamagedRecordIsPutRight(t *testing.T) {
 			await.Until(t, "it is taken back", func() bool { i, err := h.Get(id); return err == nil && i.State == Running })
 			h.runs(t, id, 1)
 			h.destroyAll()
-			await.Until(t, "no problem is left", func() bool { return len(h.Problems.All()) == 0 && len(h.unreadOnes()) == 0 })
+			await.Until(t, "no problem is left", func() bool { return len(h.Problems.All()) == 0 && len(h.unreadSandboxes()) == 0 })
 			h.nothingLeft()
 		})
 	}
@@ -485,8 +486,8 @@ func sizes(t *testing.T, dir string) map[string]int64 {
 	return all
 }
 
-// TestNotTakenBackGoesOn: a machine that cannot be taken back now, or whose network
-// or record cannot, goes on. The agent starts, says so, and tries again.
+// TestNotTakenBackGoesOn checks that a machine keeps running if the agent cannot take it,
+// its network or its record back now. The agent starts, reports that, and retries.
 func TestNotTakenBackGoesOn(t *testing.T) {
 	for _, step := range []string{"attach", "run", "reclaim", "record"} {
 		for _, end := range []string{"taken back", "taken back by the next agent", "destroyed", "dies"} {
@@ -512,7 +513,7 @@ func testNotTakenBack(t *testing.T, step, end string) {
 			w.setFailing(map[string]float64{step: 1})
 		case step != "record":
 			w.setFailing(nil)
-		case now: // a link to itself cannot be read, like a bad block
+		case now: // a link to itself fails to read, like a bad block
 			if err := errors.Join(os.Rename(record, record+".kept"), os.Symlink(record, record)); err != nil {
 				t.Fatal(err)
 			}
@@ -523,7 +524,7 @@ func testNotTakenBack(t *testing.T, step, end string) {
 		}
 	}
 	fails(true)
-	for range 2 { // the agent ends before it could
+	for range 2 { // the first agent ends before it succeeds
 		h = w.open(dir)
 		if all := h.Problems.All(); len(all) != 1 || all[0].Kind != problem.Sandbox {
 			t.Errorf("the problems are %+v", all)
@@ -593,19 +594,19 @@ func testNotTakenBack(t *testing.T, step, end string) {
 		await.Until(t, "it is taken back", func() bool { i, err := h.Get(id); return err == nil && i.State == Running })
 		h.runs(t, id, 1)
 		if w.vms[id] != vm {
-			t.Error("it is another machine")
+			t.Error("it has another machine")
 		}
 		h.destroyAll()
 	}
-	await.Until(t, "no problem is left", func() bool { return len(h.Problems.All()) == 0 && len(h.unreadOnes()) == 0 })
+	await.Until(t, "no problem is left", func() bool { return len(h.Problems.All()) == 0 && len(h.unreadSandboxes()) == 0 })
 	if items, err := unreadable.List(dir); err != nil || len(items) != 0 {
 		t.Errorf("set aside %+v, %v", items, err)
 	}
 	h.nothingLeft()
 }
 
-// TestKeptByEarlierAgent: an agent of the release before has ended a machine that
-// it could not take back, and was killed before it set the files aside.
+// TestKeptByEarlierAgent starts on the files of an agent of the previous release that
+// killed a machine it could not take back, and was killed before it set the files aside.
 func TestKeptByEarlierAgent(t *testing.T) {
 	w := newWorld(t, 1)
 	dir := layout.Dir(t.TempDir())
@@ -634,8 +635,8 @@ func TestKeptByEarlierAgent(t *testing.T) {
 	h.nothingLeft()
 }
 
-// TestStoppedWhileItStarts: an agent that is stopped while it looks for what
-// runs ends nothing.
+// TestStoppedWhileItStarts checks that an agent that is stopped during its start kills no
+// machine.
 func TestStoppedWhileItStarts(t *testing.T) {
 	w := newWorld(t, 1)
 	dir := layout.Dir(t.TempDir())
@@ -654,8 +655,8 @@ func TestStoppedWhileItStarts(t *testing.T) {
 	h.nothingLeft()
 }
 
-// TestSetAsideIsTriedAgain: a machine that does not end, or a full disk, only
-// delays it.
+// TestSetAsideIsTriedAgain checks that a machine that does not end, or a full disk, only
+// delays the agent's setting files aside.
 func TestSetAsideIsTriedAgain(t *testing.T) {
 	w := newWorld(t, 1)
 	dir := layout.Dir(t.TempDir())
@@ -676,7 +677,7 @@ func TestSetAsideIsTriedAgain(t *testing.T) {
 	h.close()
 	w.setFailing(nil)
 	h = w.open(dir)
-	if err := h.Destroy(t.Context(), id); err != nil { // The control plane tries again.
+	if err := h.Destroy(t.Context(), id); err != nil { // The control plane retries.
 		t.Error(err)
 	}
 	if items, err := unreadable.List(dir); err != nil || len(items) != 1 {
@@ -688,8 +689,8 @@ func TestSetAsideIsTriedAgain(t *testing.T) {
 	h.nothingLeft()
 }
 
-// TestUnendedMachineKeepsItsSlot: a machine that should end and cannot be ended
-// keeps its network slot, and so its user, until it has ended.
+// TestUnendedMachineKeepsItsSlot checks that a machine that cannot be killed keeps its
+// network slot, and so its user, until it has ended.
 func TestUnendedMachineKeepsItsSlot(t *testing.T) {
 	for name, change := range map[string]func(*record){
 		"ending":  func(r *record) { r.Ending = &ending{Reason: "it was destroyed", Time: time.Now().UTC()} },
@@ -717,7 +718,7 @@ func TestUnendedMachineKeepsItsSlot(t *testing.T) {
 				defer w.mu.Unlock()
 				return w.slots[slot] != nil
 			}
-			for range 2 { // the slot is also kept for the agent after the next one
+			for range 2 { // the agent after the next one keeps the slot too
 				h = w.open(dir)
 				if !kept() {
 					t.Fatal("another machine can get the slot of one that runs")
@@ -735,7 +736,8 @@ func TestUnendedMachineKeepsItsSlot(t *testing.T) {
 	}
 }
 
-// TestKilledBeforeRecord: what an agent was killed while making is removed.
+// TestKilledBeforeRecord checks that an agent removes a sandbox that a killed one had not
+// yet recorded.
 func TestKilledBeforeRecord(t *testing.T) {
 	w := newWorld(t, 1)
 	dir := layout.Dir(t.TempDir())

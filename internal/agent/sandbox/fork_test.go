@@ -26,7 +26,7 @@ func TestFork(t *testing.T) {
 		h.runs(t, c.ID, 1)
 	}
 	h.noneHidden(t)
-	// A copy is a sandbox like any other.
+	// A fork is an ordinary sandbox.
 	if err := h.Destroy(t.Context(), id); err != nil {
 		t.Fatal(err)
 	}
@@ -37,14 +37,14 @@ func TestFork(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.runs(t, copies[0].ID, 2)
-	// All or none.
+	// All forks or none.
 	h.w.setFailing(map[string]float64{"restore": .5})
 	for range 8 {
 		more := []Copy{{uuid.New(), "d"}, {uuid.New(), "e"}, {uuid.New(), "f"}}
 		_, err := h.Fork(t.Context(), copies[0].ID, more)
 		for _, c := range more {
 			if _, e := h.Get(c.ID); (e == nil) != (err == nil) {
-				t.Errorf("fork: %v, and a copy: %v", err, e)
+				t.Errorf("Fork: %v, and of a fork: %v", err, e)
 			}
 			_ = h.Destroy(t.Context(), c.ID)
 		}
@@ -56,8 +56,8 @@ func TestFork(t *testing.T) {
 	h.nothingLeft()
 }
 
-// TestForkShares: copies have the memory that lies under the sandbox under
-// theirs too, as long as a whole new one for all of them would take more.
+// TestForkShares checks that forks share the memory layers below the sandbox, unless one
+// new memory for all of them takes less space.
 func TestForkShares(t *testing.T) {
 	for _, test := range []struct {
 		name    string
@@ -77,7 +77,7 @@ func TestForkShares(t *testing.T) {
 			h := w.open(layout.Dir(t.TempDir()))
 			id := h.create(t, nil)
 			var n byte
-			if test.changed { // three times as much as its template has
+			if test.changed { // three times the size of its template
 				n = h.counts(t, id)
 			}
 			copies := make([]Copy, test.copies)
@@ -97,14 +97,14 @@ func TestForkShares(t *testing.T) {
 					t.Fatal(err)
 				}
 				if shares := b.base == parent.base; shares != test.shares {
-					t.Errorf("a copy shares its origin's memory: %v", shares)
+					t.Errorf("a fork shares its origin's memory: %v", shares)
 				}
 				h.runs(t, c.ID, n)
 			}
 			if err := h.Destroy(t.Context(), id); err != nil {
 				t.Fatal(err)
 			}
-			// What it shared outlives it, and a pause.
+			// The shared memory survives the origin's end, and the fork can be paused.
 			for _, c := range copies {
 				n := h.counts(t, c.ID)
 				if _, err := h.Pause(t.Context(), c.ID); err != nil {

@@ -13,13 +13,13 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// otherFormat is another driver's: qcow2 by another name.
+// otherFormat is another driver's format: qcow2 under another name.
 type otherFormat struct{ disk.Format }
 
 func (otherFormat) Name() string { return "other" }
 
-// TestDiskFormat: the files of a sandbox's disk have the format of the driver that
-// made them, also under an agent whose driver has another.
+// TestDiskFormat checks that a sandbox's disk keeps the format of the driver that created
+// it, even under an agent whose driver has another.
 func TestDiskFormat(t *testing.T) {
 	w := newWorld(t, 1)
 	w.format = otherFormat{disk.Qcow2}
@@ -47,7 +47,7 @@ func TestDiskFormat(t *testing.T) {
 			}
 		}
 		if found, err := filepath.Glob(filepath.Join(dir.Sandbox(id), "*.qcow2")); err != nil || len(found) > 0 {
-			t.Errorf("there are %q, %v", found, err)
+			t.Errorf("the folder has %q, %v", found, err)
 		}
 	}
 	look()

@@ -24,7 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// host is a world with a manager.
+// host is a manager in a world.
 type host struct {
 	*Manager
 	w   *world
@@ -56,7 +56,7 @@ func (w *world) open(dir layout.Dir) *host {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	// As the network pool does: what is not kept is gone.
+	// Like the network pool: drop the slots that nobody keeps.
 	keep := r.Slots()
 	w.mu.Lock()
 	for i, s := range w.slots {
@@ -88,7 +88,7 @@ func (w *world) open(dir layout.Dir) *host {
 	return &host{m, w, dir}
 }
 
-// close lets go of everything as an agent that ends does.
+// close releases everything, like an agent that ends.
 func (h *host) close() []int {
 	h.w.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), await.Hang)
@@ -103,7 +103,7 @@ func (h *host) close() []int {
 	return slots
 }
 
-// nothingLeft checks that no sandbox has left anything.
+// nothingLeft checks that the sandboxes left nothing behind.
 func (h *host) nothingLeft() {
 	h.w.t.Helper()
 	h.awaitCaptures()
@@ -137,7 +137,7 @@ func (h *host) awaitCaptures() {
 	}
 }
 
-// destroyAll ends what is paused or runs.
+// destroyAll destroys every sandbox.
 func (h *host) destroyAll() {
 	h.w.t.Helper()
 	for _, i := range h.List() {
@@ -215,7 +215,7 @@ func (h *host) counts(t testing.TB, id uuid.UUID) byte {
 	return n
 }
 
-// runs checks that a sandbox goes on counting after n.
+// runs checks that a sandbox continues to count after n.
 func (h *host) runs(t testing.TB, id uuid.UUID, n byte) {
 	t.Helper()
 	if got := h.info(id).State; got != Running {
@@ -228,12 +228,12 @@ func (h *host) runs(t testing.TB, id uuid.UUID, n byte) {
 	defer h.w.mu.Unlock()
 	for _, vm := range h.w.vms {
 		if vm.held() {
-			t.Errorf("the machine of slot %s is held", vm.spec.NetNS)
+			t.Errorf("the machine of slot %s is stopped", vm.spec.NetNS)
 		}
 	}
 }
 
-// files are what is in a sandbox's folder.
+// files describes the contents of a sandbox's folder.
 func (h *host) files(t testing.TB, id uuid.UUID) string {
 	t.Helper()
 	var all []string
@@ -255,14 +255,14 @@ func isState(err error, s State) bool {
 	return errors.As(err, &state) && state.State == s
 }
 
-// settles checks that a paused sandbox has no machine and no network.
-func (h *host) settles(t testing.TB, id uuid.UUID) {
+// isReleased checks that a paused sandbox has no machine and no network.
+func (h *host) isReleased(t testing.TB, id uuid.UUID) {
 	t.Helper()
 	b, err := h.find(id)
 	if err != nil {
 		t.Fatal(err)
 	}
-	// It takes orders once its machine is gone.
+	// It accepts orders only after its machine is gone.
 	if err := b.order(t.Context(), func(context.Context) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
@@ -289,19 +289,19 @@ func (h *host) noneHidden(t testing.TB) {
 	}
 }
 
-// waits waits until n machines of the host wait to become sandboxes.
-func (h *host) waits(t *testing.T, n int) {
+// awaitWarm waits until n warm machines of the host are ready.
+func (h *host) awaitWarm(t *testing.T, n int) {
 	t.Helper()
-	await.Until(t, fmt.Sprintf("%d machines wait", n), func() bool {
+	await.Until(t, fmt.Sprintf("%d warm machines are ready", n), func() bool {
 		h.mu.Lock()
 		defer h.mu.Unlock()
 		return len(h.warm.ready) == n
 	})
 }
 
-// noFiles makes that nothing can be made in a folder, also by root: it is a
-// file system without room.
-func noFiles(t testing.TB, dir string) {
+// denyFiles makes the creation of files in a folder fail, even for root, like on a full
+// file system.
+func denyFiles(t testing.TB, dir string) {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("needs root")
@@ -310,9 +310,9 @@ func noFiles(t testing.TB, dir string) {
 	t.Cleanup(func() { immutable(t, dir, false) })
 }
 
-func yesFiles(t testing.TB, dir string) { immutable(t, dir, false) }
+func allowFiles(t testing.TB, dir string) { immutable(t, dir, false) }
 
-// immutable sets or clears the attribute that keeps a folder as it is (FS_IMMUTABLE_FL of ioctl_iflags(2)).
+// immutable sets or clears a folder's attribute FS_IMMUTABLE_FL (see ioctl_iflags(2)).
 func immutable(t testing.TB, dir string, on bool) {
 	t.Helper()
 	f, err := os.Open(dir)

@@ -19,33 +19,33 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// machine returns the machine of a sandbox that did not begin with one that waited.
+// machine returns the machine of a sandbox that did not start from a warm one.
 func (h *host) machine(id uuid.UUID) *worldVM {
 	h.w.mu.Lock()
 	defer h.w.mu.Unlock()
 	return h.w.vms[id]
 }
 
-// dieOf ends the machine for a reason, after its guest said something.
+// dieOf ends the machine for a reason, after some last words of its guest.
 func (v *worldVM) dieOf(why error, said string) {
 	v.set(func() { v.why, v.said = why, said })
 	v.die()
 }
 
-// loses waits until a sandbox is paused without memory, and checks why.
+// loses waits until a sandbox is paused without memory, and checks the reason.
 func (h *host) loses(t *testing.T, id uuid.UUID, why condition.Reason) {
 	t.Helper()
 	await.Until(t, "the sandbox is paused without memory", func() bool {
 		i := h.info(id)
 		return i.State == Paused && i.Condition != nil
 	})
-	h.settles(t, id)
+	h.isReleased(t, id)
 	if c := h.info(id).Condition; c.Reason != why || c.Since.IsZero() {
 		t.Errorf("the condition is %+v", c)
 	}
 }
 
-// mark writes to the sandbox's disk, as far as a stand-in has one.
+// mark writes to the sandbox's fake disk, and returns a check that it is still there.
 func (h *host) mark(t *testing.T, id uuid.UUID) (check func()) {
 	t.Helper()
 	b, err := h.find(id)
@@ -64,13 +64,13 @@ func (h *host) mark(t *testing.T, id uuid.UUID) (check func()) {
 	return func() {
 		t.Helper()
 		if data, err := os.ReadFile(disk); err != nil || !strings.HasSuffix(string(data), "precious") {
-			t.Errorf("the disk is not what it was: %v", err)
+			t.Errorf("the disk has changed: %v", err)
 		}
 	}
 }
 
-// TestMachineEndsByItself: a sandbox whose machine ends keeps its disk, boots from it,
-// and can then be paused and copied as any other.
+// TestMachineEndsByItself checks that a sandbox keeps its disk when its machine dies,
+// boots from it, and can then be paused and forked.
 func TestMachineEndsByItself(t *testing.T) {
 	for _, tracks := range []bool{false, true} {
 		t.Run(fmt.Sprintf("tracks %v", tracks), func(t *testing.T) {
@@ -81,7 +81,7 @@ func TestMachineEndsByItself(t *testing.T) {
 			for range 3 {
 				h.counts(t, id)
 			}
-			if _, err := h.Pause(t.Context(), id); err != nil { // so that there is a state which is of no use any more
+			if _, err := h.Pause(t.Context(), id); err != nil { // leaves a saved state that will be outdated
 				t.Fatal(err)
 			}
 			if _, err := h.Resume(t.Context(), id); err != nil {
@@ -103,12 +103,12 @@ func TestMachineEndsByItself(t *testing.T) {
 				t.Fatalf("%+v %v", i, err)
 			}
 			kept()
-			h.runs(t, id, 0) // from zeros
+			h.runs(t, id, 0) // from the start
 			for n := byte(1); n < 4; n++ {
 				if _, err := h.Pause(t.Context(), id); err != nil {
 					t.Fatal(err)
 				}
-				h.settles(t, id)
+				h.isReleased(t, id)
 				if _, err := h.Resume(t.Context(), id); err != nil {
 					t.Fatal(err)
 				}
@@ -127,8 +127,8 @@ func TestMachineEndsByItself(t *testing.T) {
 	}
 }
 
-// TestReboot: a reboot starts a running or a paused sandbox from its disk, as often as
-// somebody asks.
+// TestReboot checks that a reboot starts a running or a paused sandbox from its disk, any
+// number of times.
 func TestReboot(t *testing.T) {
 	h := newHost(t)
 	id := h.create(t, nil)
@@ -152,18 +152,18 @@ func TestReboot(t *testing.T) {
 				t.Fatalf("%+v %v", i, err)
 			}
 			if h.machine(id) == before {
-				t.Error("it has the machine that it had")
+				t.Error("it still has its old machine")
 			}
 			kept()
 			h.runs(t, id, 0)
 		}
 	}
 	if cause := context.Cause(use.Context); !isState(cause, Resuming) {
-		t.Errorf("a use before: %v", cause)
+		t.Errorf("a use from before the reboot: %v", cause)
 	}
 	use.End()
 	if got, _ := h.Memory(); got > reserved {
-		t.Errorf("%d MiB are reserved, %d were", got, reserved)
+		t.Errorf("%d MiB are reserved, before: %d", got, reserved)
 	}
 	if states, _ := filepath.Glob(filepath.Join(h.dir.Sandbox(id), "state-*")); len(states) != 2 {
 		t.Errorf("states %v", states)
@@ -172,7 +172,8 @@ func TestReboot(t *testing.T) {
 	h.nothingLeft()
 }
 
-// TestRebootFails: whatever fails, the disk is kept, and the next reboot works.
+// TestRebootFails checks that the disk survives any failure, and that the next reboot
+// works.
 func TestRebootFails(t *testing.T) {
 	for _, step := range []string{"kill", "release", "acquire", "tap", "limit", "start", "run", "die", "init"} {
 		for _, from := range []State{Running, Paused} {
@@ -184,12 +185,12 @@ func TestRebootFails(t *testing.T) {
 					if _, err := h.Pause(t.Context(), id); err != nil {
 						t.Fatal(err)
 					}
-					h.settles(t, id)
+					h.isReleased(t, id)
 				}
 				h.w.setFailing(map[string]float64{step: 1})
 				_, err := h.Reboot(t.Context(), id)
 				if err == nil && !(from == Paused && (step == "kill" || step == "release")) {
-					t.Error("it worked")
+					t.Error("the reboot succeeded")
 				}
 				h.w.setFailing(nil)
 				if i := h.info(id); err != nil && (i.State != Paused || i.Condition == nil || i.Condition.Reason != condition.Reboot) {
@@ -207,8 +208,8 @@ func TestRebootFails(t *testing.T) {
 	}
 }
 
-// TestRebootIsNotWritten: a reboot that cannot write its record leaves the sandbox as it
-// is.
+// TestRebootIsNotWritten checks that a reboot that cannot write its record changes
+// nothing.
 func TestRebootIsNotWritten(t *testing.T) {
 	h := newHost(t)
 	id := h.create(t, nil)
@@ -231,8 +232,8 @@ func TestRebootIsNotWritten(t *testing.T) {
 	h.nothingLeft()
 }
 
-// TestLossIsNotWritten: the machine of a sandbox ends while nothing can be written. The
-// same agent, or the next, boots it once something can.
+// TestLossIsNotWritten ends a sandbox's machine while the disk is read-only. Once it is
+// writable, the same agent, or the next, boots the sandbox.
 func TestLossIsNotWritten(t *testing.T) {
 	for _, next := range []bool{false, true} {
 		t.Run(fmt.Sprintf("next agent %v", next), func(t *testing.T) {
@@ -275,8 +276,8 @@ func TestLossIsNotWritten(t *testing.T) {
 	}
 }
 
-// TestRebootNeedsTheFormat: a host whose monitor has another format says so, and the
-// sandbox goes on.
+// TestRebootNeedsTheFormat checks that a reboot fails with a clear error if the host's
+// monitor uses another disk format, and that the sandbox keeps running.
 func TestRebootNeedsTheFormat(t *testing.T) {
 	h := newHost(t)
 	id := h.create(t, nil)
@@ -293,7 +294,7 @@ func TestRebootNeedsTheFormat(t *testing.T) {
 	h.runs(t, id, n)
 }
 
-// TestWhyLost tells a guest that ran out of memory from one that crashed otherwise.
+// TestWhyLost distinguishes a guest that ran out of memory from other crashes.
 func TestWhyLost(t *testing.T) {
 	reset := &vmm.GuestEnd{Reason: "guest-reset"}
 	const initDied = "[   12.3] Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000009\r\n[   12.4] CPU: 0 PID: 1\r\n"
@@ -324,8 +325,8 @@ func TestWhyLost(t *testing.T) {
 	}
 }
 
-// TestEndsAreTold: what the guest says before its machine ends decides what becomes of
-// the sandbox.
+// TestEndsAreTold checks that what the guest reports before its machine ends decides what
+// becomes of the sandbox.
 func TestEndsAreTold(t *testing.T) {
 	h := newHost(t)
 	id := h.create(t, nil)
@@ -338,8 +339,9 @@ func TestEndsAreTold(t *testing.T) {
 	h.nothingLeft()
 }
 
-// TestSilentGuest: a guest that does not answer is noticed after a request failed, or
-// without one, and no other sandbox is affected. The condition ends when it answers.
+// TestSilentGuest checks that the agent notices a guest that does not respond, after a
+// failed request or without one, and that this affects no other sandbox. The condition
+// ends when the guest responds.
 func TestSilentGuest(t *testing.T) {
 	for name, every := range map[string]time.Duration{"a request fails": time.Hour, "nobody asks": 50 * time.Millisecond} {
 		t.Run(name, func(t *testing.T) {
@@ -356,13 +358,13 @@ func TestSilentGuest(t *testing.T) {
 				}
 				ctx, cancel := context.WithTimeout(u.Context, 100*time.Millisecond)
 				if _, err := u.Guest.Metrics(ctx); err == nil {
-					t.Error("it answers")
+					t.Error("it responds")
 				}
 				cancel()
 				u.End()
 			}
 			begun := time.Now()
-			await.Until(t, "it is noticed", func() bool { return h.info(id).Condition != nil })
+			await.Until(t, "the agent notices", func() bool { return h.info(id).Condition != nil })
 			i := h.info(id)
 			if i.State != Running || i.Condition.Reason != condition.NoAnswer || time.Since(i.Condition.Since) > time.Since(begun)+time.Minute {
 				t.Errorf("it is %+v", i)
@@ -372,28 +374,29 @@ func TestSilentGuest(t *testing.T) {
 			}
 			h.counts(t, other)
 			close(hung)
-			await.Until(t, "it answers again", func() bool { return h.info(id).Condition == nil })
+			await.Until(t, "it responds again", func() bool { return h.info(id).Condition == nil })
 			h.destroyAll()
 			h.nothingLeft()
 		})
 	}
 }
 
-// TestSilentGuestReboots: a guest that does not answer does not hold up its reboot.
+// TestSilentGuestReboots checks that a guest that does not respond does not delay its
+// reboot.
 func TestSilentGuestReboots(t *testing.T) {
 	h := newHost(t)
 	h.probing = probing{every: 20 * time.Millisecond, timeout: 100 * time.Millisecond, first: 20 * time.Millisecond, last: 50 * time.Millisecond, after: 100 * time.Millisecond}
 	id := h.create(t, nil)
 	vm := h.machine(id)
 	vm.set(func() { vm.hold = make(chan struct{}) })
-	await.Until(t, "it is noticed", func() bool { return h.info(id).Condition != nil })
+	await.Until(t, "the agent notices", func() bool { return h.info(id).Condition != nil })
 	i, err := h.Reboot(t.Context(), id)
 	if err != nil || i.State != Running || i.Condition != nil {
 		t.Fatalf("%+v %v", i, err)
 	}
 	for _, s := range i.Steps {
 		if s.Name == "settle" {
-			t.Error("the reboot waited for a guest that does not answer")
+			t.Error("the reboot waited for a guest that does not respond")
 		}
 	}
 	h.runs(t, id, 0)
@@ -401,8 +404,8 @@ func TestSilentGuestReboots(t *testing.T) {
 	h.nothingLeft()
 }
 
-// TestSilenceWhileHeld: a guest that stands still because it is being captured is not
-// said not to answer.
+// TestSilenceWhileHeld checks that a guest that is stopped for a capture does not count
+// as not responding.
 func TestSilenceWhileHeld(t *testing.T) {
 	h := newHost(t)
 	h.probing = probing{every: 10 * time.Millisecond, timeout: 50 * time.Millisecond, first: 10 * time.Millisecond, last: 10 * time.Millisecond, after: 20 * time.Millisecond}
@@ -428,8 +431,8 @@ func TestSilenceWhileHeld(t *testing.T) {
 	}
 }
 
-// TestRebootChangesModules: a sandbox that has booted from its disk has its host's
-// present kernel, and the modules of that for as long as its memory goes on.
+// TestRebootChangesModules checks that a sandbox that boots from its disk gets the host's
+// current kernel, and keeps that kernel's modules for as long as its memory lasts.
 func TestRebootChangesModules(t *testing.T) {
 	w := newWorld(t, 1)
 	dir := layout.Dir(t.TempDir())
@@ -464,7 +467,7 @@ func TestRebootChangesModules(t *testing.T) {
 	if _, err := h.Pause(t.Context(), id); err != nil {
 		t.Fatal(err)
 	}
-	h.settles(t, id)
+	h.isReleased(t, id)
 	if _, err := h.Resume(t.Context(), id); err != nil {
 		t.Fatal(err)
 	}

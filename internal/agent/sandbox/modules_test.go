@@ -12,7 +12,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// modules is the file with the kernel's modules that the machine of a sandbox has.
+// modules returns the path of the kernel modules that a sandbox's machine has.
 func (h *host) modules(t *testing.T, sandbox uuid.UUID) string {
 	t.Helper()
 	h.mu.Lock()
@@ -23,8 +23,8 @@ func (h *host) modules(t *testing.T, sandbox uuid.UUID) string {
 	return h.w.vms[home].spec.Modules
 }
 
-// TestModules: a machine has the modules that were in its guest's memory when it was
-// saved, whatever kernel the host has meanwhile, and the file is the host's own.
+// TestModules checks that a machine has the modules of the kernel in its saved memory,
+// even if the host has another kernel by now, and that the file belongs to the host.
 func TestModules(t *testing.T) {
 	w := newWorld(t, 1)
 	dir := layout.Dir(t.TempDir())
@@ -63,7 +63,7 @@ func TestModules(t *testing.T) {
 	h = w.open(dir)
 	pauseAndResume(h, none)
 	if got := h.modules(t, none); got != "" {
-		t.Errorf("what a release without modules began has %s", got)
+		t.Errorf("a sandbox of a release without modules has %s", got)
 	}
 	first := h.create(t, nil)
 	same("a sandbox", h.modules(t, first), old)
@@ -81,7 +81,7 @@ func TestModules(t *testing.T) {
 	}
 	h.close()
 
-	// A newer kernel; the host removes the older one's files.
+	// Install a newer kernel; the host removes the older one's files.
 	kept := filepath.Join(string(dir), "kept")
 	if err := os.Rename(old, kept); err != nil {
 		t.Fatal(err)

@@ -11,7 +11,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// nests reports whether a sandbox's machine lets its guest run virtual machines.
+// nests reports whether a sandbox's machine lets its guest run VMs.
 func (h *host) nests(t *testing.T, sandbox uuid.UUID) bool {
 	t.Helper()
 	h.mu.Lock()
@@ -22,8 +22,8 @@ func (h *host) nests(t *testing.T, sandbox uuid.UUID) bool {
 	return h.w.Nested(h.w.vms[home].kind)
 }
 
-// TestNestedTeams: only the guests of the teams that the host names may run virtual
-// machines, all their life, and what was saved of them goes on for those alone.
+// TestNestedTeams checks that only guests of the configured teams may run VMs, for life,
+// and that their saved states start for those teams alone.
 func TestNestedTeams(t *testing.T) {
 	ours, theirs := uuid.New(), uuid.New()
 	w := newWorld(t, 1)
@@ -32,10 +32,10 @@ func TestNestedTeams(t *testing.T) {
 	h := w.open(dir)
 	of := func(team uuid.UUID) func(*Spec) { return func(s *Spec) { s.Team = team } }
 	var first, other uuid.UUID
-	for range 2 { // the second could take a machine that waits
+	for range 2 { // the second may take a warm machine
 		other, first = h.create(t, of(theirs)), h.create(t, of(ours))
 		if h.nests(t, other) || !h.nests(t, first) {
-			t.Errorf("nested: %v for the other team, %v for the one that may", h.nests(t, other), h.nests(t, first))
+			t.Errorf("nested: %v for the other team, %v for the configured one", h.nests(t, other), h.nests(t, first))
 		}
 	}
 	if _, err := h.Pause(t.Context(), first); err != nil {
@@ -49,7 +49,7 @@ func TestNestedTeams(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !h.nests(t, first) || !h.nests(t, fork.ID) {
-		t.Error("a resumed sandbox, or its copy, is another machine than it was")
+		t.Error("a resumed sandbox, or its fork, has another kind of machine")
 	}
 	template, err := h.Snapshot(t.Context(), first, uuid.New(), "snapshot", nil)
 	if err != nil {
@@ -63,14 +63,14 @@ func TestNestedTeams(t *testing.T) {
 		return func(s *Spec) { s.Team, s.Template, s.VCPUs, s.MemoryMiB = team, template, 0, 0 }
 	}
 	if !h.nests(t, h.create(t, ofTemplate(ours, template.ID))) || h.nests(t, h.create(t, ofTemplate(theirs, plain.ID))) {
-		t.Error("a snapshot's sandbox is another machine than it was")
+		t.Error("a snapshot's sandbox has another kind of machine")
 	}
 	if _, err := h.Pause(t.Context(), first); err != nil {
 		t.Fatal(err)
 	}
 	h.close()
 
-	// The host allows it no more: nothing that has it begins to run again.
+	// The host no longer allows it: no sandbox that has it starts again.
 	w.nested = nil
 	h = w.open(dir)
 	if _, err := h.Resume(t.Context(), first); !errors.Is(err, ErrState) || !strings.Contains(err.Error(), "nested") {
@@ -82,7 +82,7 @@ func TestNestedTeams(t *testing.T) {
 		t.Errorf("created: %v", err)
 	}
 	if h.nests(t, h.create(t, of(ours))) {
-		t.Error("a new sandbox has it")
+		t.Error("a new sandbox may run VMs")
 	}
 	h.close()
 

@@ -19,7 +19,7 @@ func TestPauseAndResume(t *testing.T) {
 	h := newHost(t)
 	id := h.create(t, nil)
 	reserved, _ := h.Memory()
-	for n := byte(1); n < 12; n++ { // more than one merge of its memory
+	for n := byte(1); n < 12; n++ { // for more than one merge of its memory
 		if got := h.counts(t, id); got != n {
 			t.Fatalf("it counted to %d, not %d", got, n)
 		}
@@ -32,9 +32,9 @@ func TestPauseAndResume(t *testing.T) {
 		if _, err := h.Use(t.Context(), id); !isState(err, Paused) {
 			t.Fatalf("use of a paused sandbox: %v", err)
 		}
-		h.settles(t, id)
+		h.isReleased(t, id)
 		if got, _ := h.Memory(); got >= reserved {
-			t.Errorf("%d MiB stay reserved, %d were", got, reserved)
+			t.Errorf("%d MiB are still reserved, before: %d", got, reserved)
 		}
 		for range 2 {
 			i, err := h.Resume(t.Context(), id)
@@ -44,7 +44,7 @@ func TestPauseAndResume(t *testing.T) {
 		}
 	}
 	if got, _ := h.Memory(); got != reserved {
-		t.Errorf("%d MiB are reserved, %d were", got, reserved)
+		t.Errorf("%d MiB are reserved, before: %d", got, reserved)
 	}
 	if err := h.Destroy(t.Context(), id); err != nil {
 		t.Fatal(err)
@@ -52,7 +52,7 @@ func TestPauseAndResume(t *testing.T) {
 	h.nothingLeft()
 }
 
-// TestPauseIdle: one that is in use, or was a moment ago, is left alone.
+// TestPauseIdle checks that a sandbox in use, or used a moment ago, is not paused.
 func TestPauseIdle(t *testing.T) {
 	h := newHost(t)
 	id := h.create(t, nil)
@@ -71,7 +71,7 @@ func TestPauseIdle(t *testing.T) {
 		t.Errorf("used a moment ago: %v", err)
 	}
 	if use, err = h.Use(t.Context(), id); err != nil {
-		t.Fatalf("use of what was not paused: %v", err)
+		t.Fatalf("use of the sandbox that was not paused: %v", err)
 	}
 	use.Leave()
 	if i, err := h.Get(id); err != nil || i.Idle <= 0 || i.Idle > time.Hour {
@@ -84,9 +84,8 @@ func TestPauseIdle(t *testing.T) {
 	}
 }
 
-// TestResumedStandsAlone: a sandbox whose changes outweigh what it shares gets
-// a memory of its own, so that the next pause writes and compares no more than
-// what changed since.
+// TestResumedStandsAlone checks that a sandbox whose changes outweigh what it shares gets
+// its own memory, so that the next pause compares and writes only what changed since.
 func TestResumedStandsAlone(t *testing.T) {
 	for _, test := range []struct {
 		name        string
@@ -117,7 +116,7 @@ func TestResumedStandsAlone(t *testing.T) {
 				if _, err := h.Pause(t.Context(), id); err != nil {
 					t.Fatal(err)
 				}
-				h.settles(t, id)
+				h.isReleased(t, id)
 				if n := len(h.bases.known); n != 1 {
 					t.Errorf("%d memories are left", n)
 				}
@@ -126,7 +125,7 @@ func TestResumedStandsAlone(t *testing.T) {
 				}
 				h.runs(t, id, n)
 				if alone := b.base != shared; alone != test.alone {
-					t.Errorf("it stands alone: %v", alone)
+					t.Errorf("it has its own memory: %v", alone)
 				}
 			}
 			h.destroyAll()
@@ -142,7 +141,7 @@ func TestFailedPauseLeavesItRunning(t *testing.T) {
 			h := newHost(t)
 			id := h.create(t, nil)
 			h.counts(t, id)
-			if _, err := h.Pause(t.Context(), id); err != nil { // a layer that is to stay as it is
+			if _, err := h.Pause(t.Context(), id); err != nil { // a layer that must not change
 				t.Fatal(err)
 			}
 			if _, err := h.Resume(t.Context(), id); err != nil {
@@ -152,7 +151,7 @@ func TestFailedPauseLeavesItRunning(t *testing.T) {
 			before := h.files(t, id)
 			h.w.setFailing(map[string]float64{step: 1})
 			if step == "disk" {
-				noFiles(t, h.dir.Sandbox(id))
+				denyFiles(t, h.dir.Sandbox(id))
 			}
 			_, err := h.Pause(t.Context(), id)
 			if step == "disk" && err == nil || step != "disk" && !errors.Is(err, errInjected) {
@@ -161,9 +160,9 @@ func TestFailedPauseLeavesItRunning(t *testing.T) {
 			h.w.setFailing(nil)
 			h.runs(t, id, 2)
 			if after := h.files(t, id); after != before {
-				t.Errorf("its files were\n%s\nand are\n%s", before, after)
+				t.Errorf("its files before:\n%s\nafter:\n%s", before, after)
 			}
-			yesFiles(t, h.dir.Sandbox(id))
+			allowFiles(t, h.dir.Sandbox(id))
 			if _, err := h.Pause(t.Context(), id); err != nil {
 				t.Fatal(err)
 			}
@@ -188,7 +187,7 @@ func TestFailedResumeLeavesItPaused(t *testing.T) {
 			if i, err := h.Resume(t.Context(), id); err == nil || i.State != Paused {
 				t.Fatalf("%s %v", i.State, err)
 			}
-			h.settles(t, id)
+			h.isReleased(t, id)
 			if reserved, _ := h.Memory(); reserved > h.bases.mib() {
 				t.Errorf("%d MiB are reserved", reserved)
 			}
@@ -205,8 +204,8 @@ func TestFailedResumeLeavesItPaused(t *testing.T) {
 	}
 }
 
-// TestCaptureLimit checks that a sandbox can be captured as often as is
-// documented and no more, and goes on.
+// TestCaptureLimit checks that a sandbox can be captured exactly as often as documented,
+// and keeps running.
 func TestCaptureLimit(t *testing.T) {
 	h := newHost(t)
 	sandbox := h.create(t, nil)
@@ -222,14 +221,14 @@ func TestCaptureLimit(t *testing.T) {
 	}
 	_, err := h.Snapshot(t.Context(), sandbox, uuid.New(), "x", nil)
 	if text, ok := told.Text(err); !errors.Is(err, ErrCaptures) || errors.Is(err, ErrExhausted) || !ok || !strings.Contains(text, "64 times") {
-		t.Errorf("capture %d: %v, told %q", maxDisks+1, err, text)
+		t.Errorf("capture %d: %v, with the message %q", maxDisks+1, err, text)
 	}
 	h.runs(t, sandbox, 0)
 }
 
-// TestCapturesTakeBoundedSpace: a guest that writes all of its disk between captures
-// can be captured only while the layers take no more than twice the disk's size. That
-// holds for sandboxes that began with such a capture too.
+// TestCapturesTakeBoundedSpace checks that a guest that rewrites its disk between
+// captures can be captured only while the layers take at most twice the disk's size. That
+// includes sandboxes that start from such a capture.
 func TestCapturesTakeBoundedSpace(t *testing.T) {
 	h := newHost(t)
 	sandbox := h.create(t, func(s *Spec) { s.DiskMiB = 64 })
@@ -238,7 +237,7 @@ func TestCapturesTakeBoundedSpace(t *testing.T) {
 		h.mu.Lock()
 		b := h.boxes[sandbox]
 		h.mu.Unlock()
-		// As the guest does, through its machine.
+		// Write as the guest does, through its machine.
 		f, err := os.OpenFile(b.rec.disk(h.dir, b.rec.Disks-1), os.O_WRONLY|os.O_APPEND, 0)
 		if err != nil {
 			t.Fatal(err)
@@ -250,9 +249,9 @@ func TestCapturesTakeBoundedSpace(t *testing.T) {
 		taken += 64
 		template := uuid.New()
 		tpl, err := h.Snapshot(t.Context(), sandbox, template, "x", nil)
-		if taken >= 128 { // and what the overlays themselves take
+		if taken >= 128 { // plus the overlays' own data
 			if text, _ := told.Text(err); !errors.Is(err, ErrCaptures) || !strings.Contains(text, "while they take 128") {
-				t.Fatalf("capture %d: %v, told %q", n, err, text)
+				t.Fatalf("capture %d: %v, with the message %q", n, err, text)
 			}
 			return
 		}
@@ -267,8 +266,8 @@ func TestCapturesTakeBoundedSpace(t *testing.T) {
 	t.Error("no capture was refused")
 }
 
-// TestUpgradedMonitor: what runs, is paused or was captured under a monitor
-// goes on under a later one, and is refused, and kept, by an earlier one.
+// TestUpgradedMonitor checks that what runs, is paused or was captured under a monitor
+// starts under a later one, and is refused, and kept, by an earlier one.
 func TestUpgradedMonitor(t *testing.T) {
 	w := newWorld(t, 1)
 	dir := layout.Dir(t.TempDir())
@@ -297,7 +296,7 @@ func TestUpgradedMonitor(t *testing.T) {
 	if _, err := h.Snapshot(t.Context(), paused, later, "second", nil); err != nil {
 		t.Fatal(err)
 	}
-	// One that began under the former still runs under it.
+	// A sandbox of the former monitor still runs under it.
 	before := uuid.New()
 	if _, err := h.Snapshot(t.Context(), runs, before, "third", nil); err != nil {
 		t.Fatal(err)
@@ -306,7 +305,7 @@ func TestUpgradedMonitor(t *testing.T) {
 		if _, err := h.Pause(t.Context(), id); err != nil {
 			t.Fatal(err)
 		}
-		h.settles(t, id)
+		h.isReleased(t, id)
 	}
 	h.close()
 
@@ -352,8 +351,8 @@ func TestUnusedSandboxIsPaused(t *testing.T) {
 	}
 }
 
-// TestDiskReserve: on a host whose disk is nearly full nothing begins that writes
-// to it but the pause of what runs.
+// TestDiskReserve checks that on a nearly full disk nothing that writes to it may start,
+// except pauses of running sandboxes.
 func TestDiskReserve(t *testing.T) {
 	w := newWorld(t, 1)
 	h := w.open(layout.Dir(t.TempDir()))

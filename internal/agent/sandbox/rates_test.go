@@ -12,7 +12,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// limited checks which rates a sandbox's machine and network have.
+// limited checks the rates of a sandbox's machine and network.
 func (h *host) limited(t *testing.T, when string, sandbox uuid.UUID, want rates.Rates) {
 	t.Helper()
 	h.mu.Lock()
@@ -35,8 +35,8 @@ func (h *host) limited(t *testing.T, when string, sandbox uuid.UUID, want rates.
 }
 
 // limitedForLife pauses, resumes, forks and captures a sandbox, and restarts the agent.
-// It checks that the sandbox and its fork always have the rates own, and that a sandbox
-// of the snapshot has ofSnapshot. It closes the host.
+// It checks that the sandbox and its fork always have the rates own, and a sandbox of the
+// snapshot has ofSnapshot. It closes the host.
 func (h *host) limitedForLife(t *testing.T, sandbox uuid.UUID, own, ofSnapshot rates.Rates) {
 	t.Helper()
 	if _, err := h.Pause(t.Context(), sandbox); err != nil {
@@ -66,9 +66,8 @@ func (h *host) limitedForLife(t *testing.T, sandbox uuid.UUID, own, ofSnapshot r
 	h.close()
 }
 
-// TestTemplateRates: a sandbox has the rates of its template, or the host's, all
-// its life: after a pause and the agent's restart, as a fork and as a snapshot's
-// sandbox.
+// TestTemplateRates checks that a sandbox keeps the rates of its template, or the host's,
+// for life: after a pause and the agent's restart, as a fork and as a snapshot's sandbox.
 func TestTemplateRates(t *testing.T) {
 	for _, warm := range []int{0, 1} {
 		w := newWorld(t, 1)
@@ -79,7 +78,7 @@ func TestTemplateRates(t *testing.T) {
 		own.DiskOps = 7
 		h := w.open(layout.Dir(t.TempDir()))
 		var first uuid.UUID
-		for range 2 { // the second may have been waiting
+		for range 2 { // the second may get a warm machine
 			first = h.create(t, nil)
 			h.limited(t, "created", first, own)
 		}
@@ -87,8 +86,8 @@ func TestTemplateRates(t *testing.T) {
 	}
 }
 
-// TestLimits: the limits that a template brings along hold within the host's, for its
-// sandboxes, their forks and what starts from their snapshots, all their lives.
+// TestLimits checks that a template's limits, within the host's, apply to its sandboxes,
+// their forks and what starts from their snapshots, for life.
 func TestLimits(t *testing.T) {
 	for _, warm := range []int{0, 1} {
 		w := newWorld(t, 1)
@@ -108,7 +107,7 @@ func TestLimits(t *testing.T) {
 		}
 		h.limited(t, "the sandbox that was captured", plain, w.rates)
 		var first uuid.UUID
-		for range 2 { // the second may have been waiting
+		for range 2 { // the second may get a warm machine
 			first = h.create(t, func(s *Spec) { s.Team, s.Template = template.Team, template.ID })
 			h.limited(t, "created", first, own)
 		}

@@ -58,7 +58,7 @@ func TestNextAgentTakesBack(t *testing.T) {
 	}
 	after := h.info(keep.ID)
 	if after.State != Running || after.ID != before.ID || after.MemoryMiB != before.MemoryMiB || !after.CreatedAt.Equal(before.CreatedAt) || after.ExpiresAt.IsZero() {
-		t.Errorf("taken back as %+v, was %+v", after, before)
+		t.Errorf("taken back as %+v, before: %+v", after, before)
 	}
 	u, err := h.Use(t.Context(), keep.ID)
 	if err != nil {
@@ -81,7 +81,7 @@ func TestNextAgentTakesPausedBack(t *testing.T) {
 	}
 	h.close()
 	vm := w.vms[held]
-	_ = vm.Hold(t.Context()) // as an agent that was killed in a pause leaves it
+	_ = vm.Hold(t.Context()) // like an agent that was killed in a pause
 	stray := filepath.Join(dir.Sandbox(paused), "saved-"+uuid.NewString())
 	if err := os.Mkdir(stray, 0o700); err != nil {
 		t.Fatal(err)
@@ -90,7 +90,7 @@ func TestNextAgentTakesPausedBack(t *testing.T) {
 	defer h.close()
 	h.runs(t, held, 1)
 	if _, err := os.Stat(stray); err == nil {
-		t.Error("what a killed agent was writing is left")
+		t.Error("a killed agent's unfinished files are left")
 	}
 	if got := h.info(paused).State; got != Paused {
 		t.Fatalf("it is %s", got)
@@ -130,19 +130,19 @@ func TestTerminatePauses(t *testing.T) {
 	h.runs(t, id, 1)
 }
 
-// TestTerminateWhileItEnds shuts the host down while somebody ends a sandbox: its pause
-// fails, and that it ends is no error.
+// TestTerminateWhileItEnds shuts the host down while a caller ends a sandbox: the
+// sandbox's failed pause is no error then.
 func TestTerminateWhileItEnds(t *testing.T) {
 	h := newHost(t)
 	id := h.create(t, nil)
-	h.w.setFailing(map[string]float64{"devices": 1}) // so does the pause
+	h.w.setFailing(map[string]float64{"devices": 1}) // the pause fails too
 	ended := make(chan error, 1)
 	h.Hook = func(step string) {
 		if step != "pause: held" {
 			return
 		}
 		go func() { ended <- h.Destroy(context.Background(), id) }()
-		await.Until(t, "the sandbox is to end", func() bool { return h.info(id).State == Stopping })
+		await.Until(t, "the sandbox is stopping", func() bool { return h.info(id).State == Stopping })
 	}
 	if err := h.Terminate(t.Context()); err != nil {
 		t.Errorf("terminate: %v", err)

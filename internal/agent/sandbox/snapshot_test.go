@@ -11,6 +11,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/wrenn-dev/wrenn/internal/agent/image"
+	"github.com/wrenn-dev/wrenn/internal/await"
 	"github.com/wrenn-dev/wrenn/internal/room"
 )
 
@@ -25,7 +26,7 @@ func TestSnapshot(t *testing.T) {
 			}
 		}
 		tpl := uuid.New()
-		for range 2 { // the second returns what there is
+		for range 2 { // the second returns the existing one
 			got, err := h.Snapshot(t.Context(), id, tpl, "mine", nil)
 			if err != nil || got.ID != tpl || got.MemoryMiB != 128 || got.VCPUs != 1 {
 				t.Fatalf("%+v %v", got, err)
@@ -51,7 +52,8 @@ func TestSnapshot(t *testing.T) {
 		if _, err := h.Create(t.Context(), s); !errors.Is(err, ErrNotFound) {
 			t.Errorf("create from a template that was deleted: %v", err)
 		}
-		// Who began with it goes on, is paused, captured and resumed.
+		// Sandboxes that started from it continue, and can be paused, captured and
+		// resumed.
 		if _, err := h.Pause(t.Context(), second); err != nil {
 			t.Fatal(err)
 		}
@@ -64,7 +66,7 @@ func TestSnapshot(t *testing.T) {
 			t.Fatal(err)
 		}
 		h.destroyAll()
-		// A memory that nothing can begin with any more is let go of.
+		// A memory from which nothing can start any more is released.
 		if n := len(h.bases.known); n > 2 {
 			t.Errorf("%d memories are kept", n)
 		}
@@ -108,8 +110,8 @@ func TestFailedSnapshotLeavesNothing(t *testing.T) {
 	}
 }
 
-// TestFlattenWaits has the work on a file system hang: a sandbox whose own waits
-// for it is ended all the same.
+// TestFlattenWaits checks that a sandbox can end while its own work on a file system
+// waits for another's, which hangs.
 func TestFlattenWaits(t *testing.T) {
 	h := newHost(t)
 	id := h.create(t, nil)
@@ -119,14 +121,10 @@ func TestFlattenWaits(t *testing.T) {
 		_, err := h.SnapshotDisk(context.Background(), id, uuid.New(), "mine", nil, nil)
 		done <- err
 	}()
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
-		if slices.ContainsFunc(h.info(id).Steps, func(s Step) bool { return s.Name == "disks" }) {
-			break // What comes next is the work.
-		}
-		if time.Now().After(deadline) {
-			t.Fatal("the sandbox is not captured")
-		}
-	}
+	// After the disks are captured, the work comes next.
+	await.Until(t, "the disks are captured", func() bool {
+		return slices.ContainsFunc(h.info(id).Steps, func(s Step) bool { return s.Name == "disks" })
+	})
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	if err := h.Destroy(ctx, id); err != nil {
@@ -140,12 +138,12 @@ func TestFlattenWaits(t *testing.T) {
 	h.nothingLeft()
 }
 
-// TestSnapshotsTogether: of snapshots that begin at once no more begin than the
-// disk has room for, and one that fails leaves its room to the next.
+// TestSnapshotsTogether checks that no more snapshots start at once than the disk has
+// room for, and that one that fails releases its room.
 func TestSnapshotsTogether(t *testing.T) {
 	h := newHost(t)
 	one, other := h.create(t, nil), h.create(t, nil)
-	const free, reserve = 300 << 20, 100 << 20 // for the memory of one, 128 MiB
+	const free, reserve = 300 << 20, 100 << 20 // room for the memory of one, 128 MiB
 	h.room = room.New(reserve, func() (int64, error) { return free, nil })
 	begun, goOn := make(chan struct{}), make(chan struct{})
 	var first sync.Once
@@ -175,14 +173,14 @@ func TestSnapshotsTogether(t *testing.T) {
 		t.Fatal(err)
 	}
 	if left, err := h.room.Left(); left != free-reserve || err != nil {
-		t.Errorf("when all have ended %d bytes are left, want %d, %v", left, free-reserve, err)
+		t.Errorf("after all have ended, %d bytes are free, want %d, %v", left, free-reserve, err)
 	}
 	h.w.setFailing(map[string]float64{"hold": 1})
 	if _, err := h.Snapshot(t.Context(), one, uuid.New(), "x", nil); err == nil {
-		t.Error("a snapshot of a machine that is not held")
+		t.Error("the snapshot succeeded although Hold failed")
 	}
 	h.w.setFailing(nil)
 	if _, err := h.Snapshot(t.Context(), one, uuid.New(), "x", nil); err != nil {
-		t.Errorf("after one that failed: %v", err)
+		t.Errorf("after a failed snapshot: %v", err)
 	}
 }

@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// TestTrackerClock checks that a host's clock that is set back or forth neither
-// ends a sandbox nor keeps it: times of use are compared by the monotonic clock.
+// TestTrackerClock checks that setting the host's clock neither ends a sandbox nor keeps
+// it: the tracker compares times of use by the monotonic clock.
 func TestTrackerClock(t *testing.T) {
 	tr := NewTracker()
 	monotonic := func(when string) {

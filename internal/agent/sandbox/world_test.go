@@ -27,58 +27,57 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 )
 
-// These tests are about the order in which things happen and what is left
-// after failures. Machines and networks are stand-ins that can fail at any
-// step; a stand-in of a machine answers at its slot's (loopback) address as
-// the guest daemon does. Real machines are in the agent's own tests.
+// These tests check the order of events and what failures leave behind. Machines and
+// networks are fakes that can fail at any step. A fake machine responds at its slot's
+// (loopback) address like the guest daemon. The agent's own tests use real machines.
 
 var errInjected = errors.New("injected failure")
 
-// world is a stand-in of a host. What is in it outlives managers.
+// world is a fake host. It outlives managers.
 type world struct {
 	t   testing.TB
 	net byte // second byte of its addresses, see [claimNet]
 
 	mu       sync.Mutex
 	rng      *rand.Rand
-	failing  map[string]float64 // step → how likely it fails
+	failing  map[string]float64 // step → the probability that it fails
 	slots    map[int]*worldSlot
 	nextSlot int
 	vms      map[uuid.UUID]*worldVM
-	deaths   map[uuid.UUID]int // how many machines of a sandbox ended by themselves
+	deaths   map[uuid.UUID]int // how many machines of a sandbox died
 	started  int
-	hold     chan struct{}  // machines are healthy once it is closed; nil: at once
-	warm     int            // how many machines of a template wait
-	tracks   bool           // what machines write to is known
-	onStart  func(vmm.Spec) // nil: nothing
-	usual    int            // MiB of memory that most sandboxes begin with; 0: nobody knows
-	boots    time.Duration  // how long a guest may take to come up; 0: [await.Hang]
+	hold     chan struct{}  // machines become healthy when it is closed; nil: at once
+	warm     int            // how many warm machines a template has
+	tracks   bool           // the driver tracks dirty pages
+	onStart  func(vmm.Spec) // called when a machine starts, if set
+	usual    int            // MiB of memory of most sandboxes; 0: unknown
+	boots    time.Duration  // how long a guest may take to boot; 0: [await.Hang]
 	rates    rates.Rates    // of each sandbox
 	special  rates.Templates
 	nested   []Team
 	modules  string      // path of the kernel's modules
 	format   disk.Format // of machines' disks; nil: qcow2
-	version  string      // of the monitor: it restores what was saved under the same, or an earlier one
+	version  string      // of the monitor, which restores what the same version or an earlier one saved
 }
 
-// count is how many machines were made.
+// count returns how many machines were started.
 func (w *world) count() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.started
 }
 
-// nets counts the networks that claimNet has looked at. It begins anywhere, so
-// that processes that run these tests at the same time seldom meet.
+// nets counts the networks that claimNet has tried. It starts at a random number, so that
+// concurrent test processes seldom meet.
 var nets = func() *atomic.Uint32 {
 	n := new(atomic.Uint32)
 	n.Store(rand.Uint32())
 	return n
 }()
 
-// claimNet returns a second byte of loopback addresses that no other world has,
-// in this process or another, until the test ends. The claim is a listener on
-// an address that no slot gets.
+// claimNet returns a second byte of loopback addresses that belongs to this world alone
+// until the test ends, across processes. The claim is a listener on an address that no
+// slot gets.
 func claimNet(t testing.TB) byte {
 	t.Helper()
 	const first, last = 128, 254
@@ -94,7 +93,7 @@ func claimNet(t testing.TB) byte {
 		t.Cleanup(func() { l.Close() })
 		return n
 	}
-	t.Fatal("other tests have all networks of loopback addresses")
+	t.Fatal("other tests use all networks of loopback addresses")
 	return 0
 }
 
@@ -103,7 +102,7 @@ func newWorld(t testing.TB, seed uint64) *world {
 		t: t, net: claimNet(t), rng: rand.New(rand.NewPCG(seed, 1)),
 		tracks: seed%2 == 0, failing: map[string]float64{}, slots: map[int]*worldSlot{}, vms: map[uuid.UUID]*worldVM{}, deaths: map[uuid.UUID]int{},
 	}
-	t.Cleanup(func() { // before the claim ends
+	t.Cleanup(func() { // runs before the claim ends
 		w.mu.Lock()
 		defer w.mu.Unlock()
 		for _, vm := range w.vms {
@@ -128,7 +127,7 @@ func (w *world) setFailing(steps map[string]float64) {
 type worldSlot struct {
 	w     *world
 	index int
-	rates rates.Rates // under the world's mu
+	rates rates.Rates // guarded by world.mu
 }
 
 func (s *worldSlot) Index() int { return s.index }
@@ -180,7 +179,7 @@ func (w *world) Reclaim(_ context.Context, i, _ int) (Slot, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if s := w.slots[i]; s != nil {
-		s.rates = rates.Rates{} // the pool's own
+		s.rates = rates.Rates{} // as the pool resets them
 		return s, nil
 	}
 	return nil, errors.New("no such slot")
@@ -196,11 +195,11 @@ func (w *world) Forget(i int) {
 	}
 }
 
-// unusedLocked checks that no machine runs in a slot that goes.
+// unusedLocked checks that no machine runs in a released slot.
 func (w *world) unusedLocked(s Slot) {
 	for _, vm := range w.vms {
 		if vm.spec.NetNS == s.NetNS() {
-			w.t.Errorf("slot %d was released under a machine that runs", s.Index())
+			w.t.Errorf("slot %d was released under a running machine", s.Index())
 		}
 	}
 }
@@ -240,7 +239,7 @@ func (w *world) Start(ctx context.Context, s vmm.Spec) (vmm.VM, error) {
 	return vm, err
 }
 
-// run makes a machine, held, whose memory has changed where it is not base.
+// run starts a machine, stopped, with the memory data on top of base.
 func (w *world) run(s vmm.Spec, kind string, data, base []byte) (*worldVM, error) {
 	l, err := net.Listen("tcp", net.JoinHostPort(s.NetNS, fmt.Sprint(guest.Port)))
 	if err != nil {
@@ -288,7 +287,7 @@ func (w *world) Restore(_ context.Context, s vmm.Spec, from vmm.Saved) (vmm.VM, 
 	}
 	for _, name := range append([]string{s.Base, s.Overlay}, s.Layers...) {
 		if _, err := os.Stat(name); err != nil {
-			w.t.Errorf("restored with a disk that is not there: %v", err)
+			w.t.Errorf("restored without its disk: %v", err)
 		}
 	}
 	data := make([]byte, worldBlocks*memory.BlockSize)
@@ -310,7 +309,7 @@ func (w *world) Restore(_ context.Context, s vmm.Spec, from vmm.Saved) (vmm.VM, 
 	return w.run(s, w.Kind(w.Nested(from.Kind)), data, base)
 }
 
-// worldBlocks is how much of a machine's memory is ever used.
+// worldBlocks is how many blocks of a machine's memory are ever used.
 const worldBlocks = 4
 
 // Attach implements vmm.Driver.
@@ -350,18 +349,18 @@ func (w *world) Reap(_ context.Context, st vmm.State) error {
 type worldVM struct {
 	w        *world
 	spec     vmm.Spec
-	kind     string // what it was made under
+	kind     string // the kind of monitor that started it
 	mu       sync.Mutex
-	data     []byte        // of its memory
-	base     []byte        // what of that it has not changed is so
-	runs     chan struct{} // closed while it is not held
+	data     []byte        // its memory
+	base     []byte        // its memory before its changes
+	runs     chan struct{} // closed while it is not stopped
 	frozen   bool
 	once     sync.Once
 	done     chan struct{}
 	hold     chan struct{}
 	listener net.Listener
-	why      error  // it ended; nil: it died
-	said     string // by its guest on the console; empty: a panic
+	why      error  // why it ended; nil: it died
+	said     string // its console; empty: a panic
 }
 
 func (v *worldVM) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -405,7 +404,7 @@ func (v *worldVM) set(f func()) {
 	f()
 }
 
-// held tells whether the machine or its programs stand still.
+// held reports whether the machine or its programs are stopped.
 func (v *worldVM) held() (held bool) {
 	v.set(func() {
 		select {
@@ -418,14 +417,14 @@ func (v *worldVM) held() (held bool) {
 	return held
 }
 
-// count is what the guest's program does: it counts, in its memory, while the
-// machine runs. It is false once that has ended.
+// count is the guest's program: it counts in the machine's memory while the machine runs.
+// ok is false once the machine has ended.
 func (v *worldVM) count() (n byte, ok bool) {
 	for {
 		v.mu.Lock()
 		runs := v.runs
 		select {
-		case <-v.done: // also if it ran
+		case <-v.done: // even if it was running
 			v.mu.Unlock()
 			return 0, false
 		default:
@@ -453,10 +452,10 @@ func (v *worldVM) count() (n byte, ok bool) {
 	}
 }
 
-// die is what a machine does by itself.
+// die ends the machine by itself.
 func (v *worldVM) die() { v.end(1) }
 
-// end ends the machine, which adds to its sandbox's deaths.
+// end ends the machine and adds to its sandbox's deaths.
 func (v *worldVM) end(deaths int) {
 	v.once.Do(func() {
 		_ = v.listener.Close()
