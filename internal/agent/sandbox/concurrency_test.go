@@ -202,10 +202,11 @@ type life struct {
 func (l *lives) use(h *host, u *Use) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	vm := u.VM.(*worldVM) // its id is not the sandbox's if it waited for a sandbox
 	h.w.mu.Lock()
-	deaths := h.w.deaths[u.ID]
+	deaths := h.w.deaths[vm.spec.ID]
 	h.w.mu.Unlock()
-	n, ok := u.VM.(*worldVM).count()
+	n, ok := vm.count()
 	if !ok {
 		return
 	}

@@ -44,7 +44,7 @@ type world struct {
 	slots    map[int]*worldSlot
 	nextSlot int
 	vms      map[uuid.UUID]*worldVM
-	deaths   map[uuid.UUID]int // how many machines of a sandbox died
+	deaths   map[uuid.UUID]int // by machine: how often it died
 	started  int
 	hold     chan struct{}  // machines become healthy when it is closed; nil: at once
 	warm     int            // how many warm machines a template has
