@@ -12,25 +12,10 @@ import (
 	"github.com/google/uuid"
 )
 
-const chargeRecords = `-- name: ChargeRecords :exec
-INSERT INTO team_usage AS u (team_id, running, vcpus, memory_mib, disk_mib, record_bytes, swept_bytes)
-SELECT id, 0, 0, 0, 0, $1::bigint, $1::bigint FROM teams WHERE id = $2
-ON CONFLICT (team_id) DO UPDATE SET record_bytes = u.record_bytes - u.swept_bytes + EXCLUDED.swept_bytes, swept_bytes = EXCLUDED.swept_bytes
-`
-
-type ChargeRecordsParams struct {
-	Bytes  int64
-	TeamID uuid.UUID
-}
-
-func (q *Queries) ChargeRecords(ctx context.Context, arg ChargeRecordsParams) error {
-	_, err := q.db.Exec(ctx, chargeRecords, arg.Bytes, arg.TeamID)
-	return err
-}
-
 const countRecords = `-- name: CountRecords :many
 SELECT t.id AS team_id, COALESCE(a.n, 0)::bigint AS audit,
-    (512 * COALESCE(a.n, 0) + 256 * COALESCE(r.n, 0) + 256 * COALESCE(g.n, 0))::bigint AS bytes, COALESCE(u.swept_bytes, 0)::bigint AS charged
+    (record_size('audit_records') * COALESCE(a.n, 0) + record_size('sandbox_runs') * COALESCE(r.n, 0) + record_size('template_tags') * COALESCE(g.n, 0))::bigint AS bytes,
+    COALESCE(u.swept_bytes, 0)::bigint AS settled
 FROM teams t
 LEFT JOIN (SELECT team_id, count(*) AS n FROM audit_records GROUP BY team_id) a ON a.team_id = t.id
 LEFT JOIN (SELECT team_id, count(*) AS n FROM sandbox_runs GROUP BY team_id) r ON r.team_id = t.id
@@ -43,11 +28,11 @@ type CountRecordsRow struct {
 	TeamID  uuid.UUID
 	Audit   int64
 	Bytes   int64
-	Charged int64
+	Settled int64
 }
 
 // Of each team: its audit records, the bytes of the records that come with changes, and
-// how many of these bytes it was charged for.
+// how many of these bytes have been settled.
 func (q *Queries) CountRecords(ctx context.Context) ([]CountRecordsRow, error) {
 	rows, err := q.db.Query(ctx, countRecords)
 	if err != nil {
@@ -61,7 +46,7 @@ func (q *Queries) CountRecords(ctx context.Context) ([]CountRecordsRow, error) {
 			&i.TeamID,
 			&i.Audit,
 			&i.Bytes,
-			&i.Charged,
+			&i.Settled,
 		); err != nil {
 			return nil, err
 		}
@@ -88,6 +73,17 @@ func (q *Queries) ForgetAudit(ctx context.Context, arg ForgetAuditParams) (int64
 		return 0, err
 	}
 	return result.RowsAffected(), nil
+}
+
+const forgetCharges = `-- name: ForgetCharges :exec
+DELETE FROM record_charges WHERE record_charges.id = ANY (ARRAY(
+    SELECT c.id FROM record_charges c WHERE NOT EXISTS (SELECT FROM teams WHERE teams.id = c.team_id) ORDER BY c.id FOR UPDATE))
+`
+
+// Those of teams that are gone.
+func (q *Queries) ForgetCharges(ctx context.Context) error {
+	_, err := q.db.Exec(ctx, forgetCharges)
+	return err
 }
 
 const forgetTeamAudit = `-- name: ForgetTeamAudit :execrows
@@ -282,4 +278,35 @@ func (q *Queries) ListTeamAudit(ctx context.Context, arg ListTeamAuditParams) ([
 		return nil, err
 	}
 	return items, nil
+}
+
+const lockTeamUsage = `-- name: LockTeamUsage :exec
+INSERT INTO team_usage AS u (team_id, running, vcpus, memory_mib, disk_mib)
+SELECT id, 0, 0, 0, 0 FROM teams WHERE id = $1
+ON CONFLICT (team_id) DO UPDATE SET running = u.running
+`
+
+// Held to the end of the transaction, by whoever settles what a team is charged for.
+func (q *Queries) LockTeamUsage(ctx context.Context, teamID uuid.UUID) error {
+	_, err := q.db.Exec(ctx, lockTeamUsage, teamID)
+	return err
+}
+
+const settleRecords = `-- name: SettleRecords :exec
+WITH settled AS (
+    DELETE FROM record_charges WHERE record_charges.id = ANY (ARRAY(
+        SELECT c.id FROM record_charges c WHERE c.team_id = $1 ORDER BY c.id FOR UPDATE))
+)
+UPDATE team_usage SET record_bytes = record_bytes - swept_bytes + counted.bytes, swept_bytes = counted.bytes
+FROM (SELECT record_size('audit_records') * (SELECT count(*) FROM audit_records a WHERE a.team_id = $1)
+    + record_size('sandbox_runs') * (SELECT count(*) FROM sandbox_runs r WHERE r.team_id = $1)
+    + record_size('template_tags') * (SELECT count(*) FROM template_tags g WHERE g.team_id = $1) AS bytes) AS counted
+WHERE team_usage.team_id = $1
+`
+
+// Counts a team's records anew. One statement sees each record together with its charge,
+// or neither of them. LockTeamUsage comes before.
+func (q *Queries) SettleRecords(ctx context.Context, teamID uuid.UUID) error {
+	_, err := q.db.Exec(ctx, settleRecords, teamID)
+	return err
 }

@@ -227,6 +227,12 @@ type PlatformSetting struct {
 	MaxStoredMiB *int64
 }
 
+type RecordCharge struct {
+	ID     int64
+	TeamID uuid.UUID
+	Bytes  int64
+}
+
 type Sandbox struct {
 	ID              uuid.UUID
 	TeamID          uuid.UUID

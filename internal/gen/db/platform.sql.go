@@ -183,7 +183,7 @@ func (q *Queries) GetSettings(ctx context.Context) (PlatformSetting, error) {
 }
 
 const getUsage = `-- name: GetUsage :one
-SELECT running, vcpus, memory_mib, disk_mib, (stored_mib + records_mib(record_bytes))::bigint AS stored_mib FROM team_usage WHERE team_id = $1
+SELECT running, vcpus, memory_mib, disk_mib, (stored_mib + records_mib(record_bytes + unsettled_bytes(team_id)))::bigint AS stored_mib FROM team_usage WHERE team_id = $1
 `
 
 type GetUsageRow struct {

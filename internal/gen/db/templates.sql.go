@@ -26,6 +26,16 @@ func (q *Queries) AddHostTemplate(ctx context.Context, arg AddHostTemplateParams
 	return err
 }
 
+const checkRoom = `-- name: CheckRoom :exec
+SELECT charge_team($1, 0, 0, 0, 0, 0, true)
+`
+
+// Fails if a team, or its owner, has more stored than it may.
+func (q *Queries) CheckRoom(ctx context.Context, teamID uuid.UUID) error {
+	_, err := q.db.Exec(ctx, checkRoom, teamID)
+	return err
+}
+
 const claimImport = `-- name: ClaimImport :one
 INSERT INTO templates (id, team_id, name, kind, version, size_bytes, created_at, state, vcpus, memory_mib, disk_mib, worker, build_id, layer_key)
 SELECT $1, $2, $3::text, $4::text,

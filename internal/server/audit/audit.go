@@ -234,8 +234,8 @@ func (l *Log) Each(ctx context.Context, f Filter, do func(Record) error) error {
 // mostOfTeam is how many audit records a team keeps: its newest ones.
 const mostOfTeam = 1_000_000
 
-// Run forgets records that are old enough or too many, and charges teams for those that
-// they have, until ctx is done. Of several servers one does.
+// Run forgets records that are old enough or too many, and settles what teams are charged
+// for records, until ctx is done. Of several servers one does.
 func (l *Log) Run(ctx context.Context) {
 	tick := time.NewTicker(pruneEvery)
 	defer tick.Stop()
@@ -264,28 +264,38 @@ func (l *Log) sweep(ctx context.Context) error {
 	if mine, err := l.store.Lease(ctx, lease, 2*pruneEvery); err != nil || !mine {
 		return err
 	}
-	return l.Charge(ctx, mostOfTeam)
+	return l.Settle(ctx, mostOfTeam)
 }
 
-// Charge counts the records that come with changes, audit records among them, for the
-// teams whose they are. Of the audit records of each team, it forgets the oldest if they
-// are more than most.
-func (l *Log) Charge(ctx context.Context, most int64) error {
+// Settle counts the records that come with changes, audit records among them, for the
+// teams that own them. Triggers have charged the teams already: Settle keeps these charges
+// few, and right. Of the audit records of each team, it forgets the oldest if they are more
+// than most.
+func (l *Log) Settle(ctx context.Context, most int64) error {
 	teams, err := l.store.CountRecords(ctx)
 	if err != nil {
 		return fmt.Errorf("count records: %w", err)
 	}
 	var errs []error
 	for _, t := range teams {
-		if t.Bytes != t.Charged {
-			if err := l.store.ChargeRecords(ctx, db.ChargeRecordsParams{TeamID: t.TeamID, Bytes: t.Bytes}); err != nil {
-				errs = append(errs, fmt.Errorf("charge team: %w", err))
+		if t.Bytes != t.Settled {
+			err := l.store.InTx(ctx, func(q *db.Queries) error {
+				if err := q.LockTeamUsage(ctx, t.TeamID); err != nil {
+					return err
+				}
+				return q.SettleRecords(ctx, t.TeamID)
+			})
+			if err != nil {
+				errs = append(errs, fmt.Errorf("settle records: %w", err))
 			}
 		}
 		err := l.forget(ctx, t.Audit-most, func(rows int32) (int64, error) {
 			return l.store.ForgetTeamAudit(ctx, db.ForgetTeamAuditParams{TeamID: t.TeamID, MaxRows: rows})
 		})
 		errs = append(errs, err)
+	}
+	if err := l.store.ForgetCharges(ctx); err != nil {
+		errs = append(errs, fmt.Errorf("forget charges of teams that are gone: %w", err))
 	}
 	return errors.Join(errs...)
 }

@@ -3,11 +3,13 @@ package audit
 import (
 	"context"
 	"log/slog"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/google/uuid"
 
+	"github.com/wrenn-dev/wrenn/internal/gen/db"
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
@@ -15,7 +17,7 @@ import (
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
 // TestCharge: a team and its owner are charged for audit records, times that sandboxes
-// ran and tags, and a team keeps its newest audit records.
+// ran and tags as soon as these are written, and a team keeps its newest audit records.
 func TestCharge(t *testing.T) {
 	ctx, url := t.Context(), pgtest.New(t)
 	s, err := store.Open(context.Background(), url)
@@ -50,48 +52,168 @@ func TestCharge(t *testing.T) {
 	exec("INSERT INTO templates (id, team_id, name, size_bytes, created_at) VALUES (gen_random_uuid(), $1, 't', 1, now())", teams[0])
 	exec("INSERT INTO template_tags SELECT team_id, 't', n::text, id FROM templates, generate_series(1, 4) n WHERE team_id = $1", teams[0])
 	l := New(s, time.Hour, slog.New(slog.DiscardHandler))
-	charge := func(most int64) {
+	settle := func(most int64) {
 		t.Helper()
-		if err := l.Charge(ctx, most); err != nil {
+		if err := l.Settle(ctx, most); err != nil {
 			t.Fatal(err)
 		}
 	}
 	charged := func(team uuid.UUID) int64 {
 		t.Helper()
-		return number("SELECT COALESCE((SELECT record_bytes FROM team_usage WHERE team_id = $1), 0)", team)
+		return number("SELECT COALESCE((SELECT record_bytes FROM team_usage WHERE team_id = $1), 0) + unsettled_bytes($1)", team)
 	}
 	const others = 8 * 256
-	for range 2 {
-		if charge(1 << 30); charged(teams[0]) != records*512+others || charged(teams[1]) != 0 {
-			t.Errorf("the teams are charged for %d and %d bytes", charged(teams[0]), charged(teams[1]))
+	charges := func(when string, of ...int64) {
+		t.Helper()
+		for i, team := range teams {
+			if got := charged(team); got != of[i] {
+				t.Errorf("%s: team %d is charged for %d bytes, want %d", when, i, got, of[i])
+			}
 		}
 	}
-	// The owner's other team has less room.
+	charges("written", records*512+others, 0)
+	// The owner's other team has less room, before anybody has settled the charges.
 	exec("UPDATE platform_settings SET max_stored_mib = 3")
 	template := func(team uuid.UUID) error {
 		_, err := conn.Exec(ctx, `INSERT INTO templates (id, team_id, name, size_bytes, created_at, state, disk_mib, memory_mib) VALUES (gen_random_uuid(), $1, 'x', 0, now(), 'pending', 1, 1)`, team)
 		return err
 	}
-	if err := template(teams[1]); err == nil {
-		t.Error("a team stores what its owner has no room for")
-	} else if _, over := store.OverQuota(err); !over {
-		t.Fatal(err)
+	refused := func(when string) {
+		t.Helper()
+		if err := template(teams[1]); err == nil {
+			t.Error(when + ": a team stores what its owner has no room for")
+		} else if _, over := store.OverQuota(err); !over {
+			t.Fatal(err)
+		}
 	}
+	refused("written")
+	for range 2 {
+		settle(1 << 30)
+		charges("settled", records*512+others, 0)
+	}
+	if n := number("SELECT count(*) FROM record_charges"); n != 0 {
+		t.Errorf("%d charges are not settled", n)
+	}
+	refused("settled")
 	// The oldest are forgotten; what a team is charged for follows.
-	charge(1000)
+	settle(1000)
 	if n, oldest := number("SELECT count(*) FROM audit_records"), number("SELECT max(object_id::integer) FROM audit_records"); n != 1000 || oldest != 1000 {
 		t.Errorf("%d records are kept, the oldest of %d s ago", n, oldest)
 	}
-	if charge(1000); charged(teams[0]) != 1000*512+others {
-		t.Errorf("the team is charged for %d bytes", charged(teams[0]))
-	}
+	charges("the oldest are gone", 1000*512+others, 0)
 	if err := template(teams[1]); err != nil {
 		t.Error("there is room again: ", err)
 	}
+	made := charged(teams[1])
 	exec("DELETE FROM audit_records")
 	exec("DELETE FROM sandbox_runs")
 	exec("DELETE FROM template_tags")
-	if charge(1000); charged(teams[0]) != 0 {
-		t.Errorf("nothing is there, and the team is charged for %d bytes", charged(teams[0]))
+	charges("all are gone", 0, made)
+	settle(1000)
+	charges("all are gone, and settled", 0, made)
+	// A record of a team that is gone counts for nobody; nor do charges of one.
+	exec("INSERT INTO record_charges (team_id, bytes) VALUES (gen_random_uuid(), 1)")
+	exec(`INSERT INTO audit_records (id, at, team_id, actor, action, object, object_id, address, request_id, result, code)
+		VALUES (gen_random_uuid(), now(), gen_random_uuid(), 'platform', 'x', '', '', '', '', 'ok', '')`)
+	settle(1000)
+	if n := number("SELECT count(*) FROM record_charges"); n != 0 {
+		t.Errorf("%d charges of teams that are gone are left", n)
+	}
+}
+
+// TestRefusalsTakeNothing: requests that are refused are one record for each minute, and
+// a team is charged for that record alone.
+func TestRefusalsTakeNothing(t *testing.T) {
+	ctx, url := t.Context(), pgtest.New(t)
+	s, err := store.Open(context.Background(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	conn, team := pgtest.Connect(t, url), uuid.New()
+	if _, err := conn.Exec(ctx, "INSERT INTO teams (id, name) VALUES ($1, 't')", team); err != nil {
+		t.Fatal(err)
+	}
+	l := New(s, time.Hour, slog.New(slog.DiscardHandler))
+	const requests = 300
+	begun := time.Now().Unix() / 60
+	for range requests {
+		if err := l.Write(ctx, Record{Team: &team, Actor: Anonymous, Action: "x", Address: "192.0.2.1", Result: Refused, Code: "unauthenticated"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	minutes := time.Now().Unix()/60 - begun + 1
+	var rows, of, bytes int64
+	if err := conn.QueryRow(ctx, "SELECT count(*), sum(count), unsettled_bytes($1) FROM audit_records WHERE team_id = $1", team).Scan(&rows, &of, &bytes); err != nil {
+		t.Fatal(err)
+	}
+	if rows > minutes || of != requests || bytes != rows*512 {
+		t.Errorf("%d requests within %d minutes are %d records of %d, for which the team is charged %d bytes", requests, minutes, rows, of, bytes)
+	}
+}
+
+// TestChargesTogether settles charges while others write and remove records, and check
+// quotas: nothing is lost or counted twice.
+func TestChargesTogether(t *testing.T) {
+	ctx, url := t.Context(), pgtest.New(t)
+	s, err := store.Open(context.Background(), url+"&pool_max_conns=10")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	conn, team := pgtest.Connect(t, url), uuid.New()
+	for _, query := range []string{"INSERT INTO teams (id, name) VALUES ($1, 't')", "INSERT INTO team_quotas (team_id) VALUES ($1)"} {
+		if _, err := conn.Exec(ctx, query, team); err != nil {
+			t.Fatal(err)
+		}
+	}
+	l := New(s, time.Hour, slog.New(slog.DiscardHandler))
+	const each = 40
+	var writers, settlers sync.WaitGroup
+	for range 4 {
+		writers.Go(func() {
+			for range each {
+				if err := l.Write(ctx, Record{Team: &team, Actor: Platform, Action: "x", Result: OK}); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	writers.Go(func() {
+		for range each {
+			if _, err := s.ForgetTeamAudit(ctx, db.ForgetTeamAuditParams{TeamID: team, MaxRows: 1}); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	over := make(chan struct{})
+	for _, do := range []func() error{
+		func() error { return l.Settle(ctx, 1<<30) },
+		func() error { return s.CheckRoom(ctx, team) },
+	} {
+		for range 2 {
+			settlers.Go(func() {
+				for {
+					if err := do(); err != nil {
+						t.Error(err)
+					}
+					select {
+					case <-over:
+						return
+					default:
+					}
+				}
+			})
+		}
+	}
+	writers.Wait()
+	close(over)
+	settlers.Wait()
+	var rows, charged, settled int64
+	if err := conn.QueryRow(ctx, "SELECT count(*), (SELECT record_bytes + unsettled_bytes($1) FROM team_usage WHERE team_id = $1), (SELECT swept_bytes + unsettled_bytes($1) FROM team_usage WHERE team_id = $1) FROM audit_records WHERE team_id = $1", team).Scan(&rows, &charged, &settled); err != nil {
+		t.Fatal(err)
+	}
+	if charged != rows*512 || settled != rows*512 {
+		t.Errorf("the team has %d records, and is charged for %d bytes, %d of them settled", rows, charged, settled)
 	}
 }

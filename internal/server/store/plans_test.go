@@ -34,6 +34,8 @@ var small = map[string]bool{
 var readsAll = map[string]string{
 	"CountUsers":   "it stops at the first user who can log in",
 	"CountRecords": "it counts all records of all teams, every ten minutes",
+	// It comes after CountRecords.
+	"ForgetCharges": "what is there are the charges of the last minutes, which have just been settled",
 }
 
 // maySequential are the queries for which PostgreSQL may choose to read all of a

@@ -163,12 +163,17 @@ func TestUsageAgrees(t *testing.T) {
 		})
 	}
 	wg.Wait()
+	for _, table := range []string{"audit_records", "sandbox_runs"} {
+		if number(t, pool, "SELECT count(*) FROM "+table) == 0 {
+			t.Errorf("%s is empty", table)
+		}
+	}
 	var wrong, some int
 	err := pool.QueryRow(ctx, `
 		SELECT count(*) FILTER (WHERE (COALESCE(u.running, 0), COALESCE(u.vcpus, 0), COALESCE(u.memory_mib, 0), COALESCE(u.disk_mib, 0), COALESCE(u.stored_mib, 0),
-				COALESCE(u.record_bytes, 0), COALESCE(u.ended, 0), COALESCE(u.ended_bytes, 0))
+				COALESCE(u.record_bytes - u.swept_bytes, 0), COALESCE(u.swept_bytes, 0) + unsettled_bytes(t.id), COALESCE(u.ended, 0), COALESCE(u.ended_bytes, 0))
 			IS DISTINCT FROM (COALESCE(h.running, 0), COALESCE(h.vcpus, 0), COALESCE(h.memory, 0), COALESCE(h.disk, 0), COALESCE(h.stored, 0),
-				COALESCE(h.bytes, 0), COALESCE(h.ended, 0), COALESCE(h.ended_bytes, 0))), count(*) FILTER (WHERE h.running > 0)
+				COALESCE(h.bytes, 0), 512 * (SELECT count(*) FROM audit_records a WHERE a.team_id = t.id) + 256 * (SELECT count(*) FROM sandbox_runs r WHERE r.team_id = t.id), COALESCE(h.ended, 0), COALESCE(h.ended_bytes, 0))), count(*) FILTER (WHERE h.running > 0)
 		FROM teams t LEFT JOIN team_usage u ON u.team_id = t.id LEFT JOIN (
 			SELECT team_id, count(*) FILTER (WHERE state NOT IN ('paused', 'stopped', 'error')) AS running,
 				sum(vcpus) FILTER (WHERE state NOT IN ('paused', 'stopped', 'error')) AS vcpus,
@@ -260,6 +265,8 @@ func TestQuotaStored(t *testing.T) {
 	must(exec("UPDATE sandboxes SET state = 'stopped' WHERE id = $1", box))
 	is("it was removed", 8129)
 	another := uuid.New()
+	refused("a sandbox, whose row is a record", exec(insertSandbox, another, team, 1, 1500, 0))
+	must(exec("UPDATE team_quotas SET max_stored_mib = 9000 WHERE team_id = $1", team))
 	must(exec(insertSandbox, another, team, 1, 1500, 0))
 	must(exec("UPDATE sandboxes SET state = 'running' WHERE id = $1", another))
 	refused("a pause", exec("UPDATE sandboxes SET state = 'pausing' WHERE id = $1", another))

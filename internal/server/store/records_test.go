@@ -17,7 +17,7 @@ type records struct{ bytes, ended, endedBytes int64 }
 
 func recordsOf(t *testing.T, pool *pgxpool.Pool, team uuid.UUID) (r records) {
 	t.Helper()
-	err := pool.QueryRow(t.Context(), "SELECT record_bytes, ended, ended_bytes FROM team_usage WHERE team_id = $1", team).Scan(&r.bytes, &r.ended, &r.endedBytes)
+	err := pool.QueryRow(t.Context(), "SELECT record_bytes - swept_bytes, ended, ended_bytes FROM team_usage WHERE team_id = $1", team).Scan(&r.bytes, &r.ended, &r.endedBytes)
 	if err != nil {
 		t.Fatal(err)
 	}

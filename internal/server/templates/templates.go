@@ -274,8 +274,10 @@ func (s *Catalog) SetTag(ctx context.Context, team uuid.UUID, ref, tag string) (
 		if err := q.LockLimit(ctx, db.LockLimitParams{What: "tags", TeamID: team}); err != nil {
 			return err
 		}
-		n, err = q.SetTag(ctx, db.SetTagParams{ID: row.ID, Tag: tag})
-		return err
+		if n, err = q.SetTag(ctx, db.SetTagParams{ID: row.ID, Tag: tag}); err != nil {
+			return err
+		}
+		return q.CheckRoom(ctx, team)
 	})
 	if err != nil {
 		return Listed{}, fmt.Errorf("write tag: %w", err)

@@ -27,9 +27,10 @@ DELETE FROM audit_records WHERE id = ANY (ARRAY(
 
 -- name: CountRecords :many
 -- Of each team: its audit records, the bytes of the records that come with changes, and
--- how many of these bytes it was charged for.
+-- how many of these bytes have been settled.
 SELECT t.id AS team_id, COALESCE(a.n, 0)::bigint AS audit,
-    (512 * COALESCE(a.n, 0) + 256 * COALESCE(r.n, 0) + 256 * COALESCE(g.n, 0))::bigint AS bytes, COALESCE(u.swept_bytes, 0)::bigint AS charged
+    (record_size('audit_records') * COALESCE(a.n, 0) + record_size('sandbox_runs') * COALESCE(r.n, 0) + record_size('template_tags') * COALESCE(g.n, 0))::bigint AS bytes,
+    COALESCE(u.swept_bytes, 0)::bigint AS settled
 FROM teams t
 LEFT JOIN (SELECT team_id, count(*) AS n FROM audit_records GROUP BY team_id) a ON a.team_id = t.id
 LEFT JOIN (SELECT team_id, count(*) AS n FROM sandbox_runs GROUP BY team_id) r ON r.team_id = t.id
@@ -37,7 +38,26 @@ LEFT JOIN (SELECT team_id, count(*) AS n FROM template_tags GROUP BY team_id) g 
 LEFT JOIN team_usage u ON u.team_id = t.id
 ORDER BY t.id;
 
--- name: ChargeRecords :exec
-INSERT INTO team_usage AS u (team_id, running, vcpus, memory_mib, disk_mib, record_bytes, swept_bytes)
-SELECT id, 0, 0, 0, 0, @bytes::bigint, @bytes::bigint FROM teams WHERE id = @team_id
-ON CONFLICT (team_id) DO UPDATE SET record_bytes = u.record_bytes - u.swept_bytes + EXCLUDED.swept_bytes, swept_bytes = EXCLUDED.swept_bytes;
+-- name: LockTeamUsage :exec
+-- Held to the end of the transaction, by whoever settles what a team is charged for.
+INSERT INTO team_usage AS u (team_id, running, vcpus, memory_mib, disk_mib)
+SELECT id, 0, 0, 0, 0 FROM teams WHERE id = @team_id
+ON CONFLICT (team_id) DO UPDATE SET running = u.running;
+
+-- name: SettleRecords :exec
+-- Counts a team's records anew. One statement sees each record together with its charge,
+-- or neither of them. LockTeamUsage comes before.
+WITH settled AS (
+    DELETE FROM record_charges WHERE record_charges.id = ANY (ARRAY(
+        SELECT c.id FROM record_charges c WHERE c.team_id = @team_id ORDER BY c.id FOR UPDATE))
+)
+UPDATE team_usage SET record_bytes = record_bytes - swept_bytes + counted.bytes, swept_bytes = counted.bytes
+FROM (SELECT record_size('audit_records') * (SELECT count(*) FROM audit_records a WHERE a.team_id = @team_id)
+    + record_size('sandbox_runs') * (SELECT count(*) FROM sandbox_runs r WHERE r.team_id = @team_id)
+    + record_size('template_tags') * (SELECT count(*) FROM template_tags g WHERE g.team_id = @team_id) AS bytes) AS counted
+WHERE team_usage.team_id = @team_id;
+
+-- name: ForgetCharges :exec
+-- Those of teams that are gone.
+DELETE FROM record_charges WHERE record_charges.id = ANY (ARRAY(
+    SELECT c.id FROM record_charges c WHERE NOT EXISTS (SELECT FROM teams WHERE teams.id = c.team_id) ORDER BY c.id FOR UPDATE));

@@ -9,7 +9,7 @@ SELECT * FROM team_quotas WHERE team_id = $1;
 
 -- name: GetUsage :one
 -- What is stored includes records.
-SELECT running, vcpus, memory_mib, disk_mib, (stored_mib + records_mib(record_bytes))::bigint AS stored_mib FROM team_usage WHERE team_id = $1;
+SELECT running, vcpus, memory_mib, disk_mib, (stored_mib + records_mib(record_bytes + unsettled_bytes(team_id)))::bigint AS stored_mib FROM team_usage WHERE team_id = $1;
 
 -- name: SetQuota :exec
 INSERT INTO team_quotas (team_id, max_running, max_vcpus, max_memory_mib, max_disk_mib, max_stored_mib) VALUES ($1, $2, $3, $4, $5, $6)

@@ -157,6 +157,10 @@ INSERT INTO template_tags (team_id, name, tag, template_id)
 SELECT team_id, name, @tag, id FROM templates WHERE id = @id AND state <> 'deleting'
 ON CONFLICT (team_id, name, tag) DO UPDATE SET template_id = EXCLUDED.template_id;
 
+-- name: CheckRoom :exec
+-- Fails if a team, or its owner, has more stored than it may.
+SELECT charge_team(@team_id, 0, 0, 0, 0, 0, true);
+
 -- name: RemoveTag :execrows
 DELETE FROM template_tags WHERE team_id = @team_id AND name = @name AND tag = @tag;
 

@@ -49,9 +49,9 @@ GROUP BY d.day ORDER BY d.day;
 -- Includes teams that used nothing but have something stored.
 SELECT parts.team_id, COALESCE((SELECT teams.name FROM teams WHERE teams.id = parts.team_id), '')::text AS name,
     sum(parts.vcpu_seconds)::float8 AS vcpu_seconds, sum(parts.memory_mib_seconds)::float8 AS memory_mib_seconds, sum(parts.starts)::bigint AS starts,
-    COALESCE((SELECT t.stored_mib + records_mib(t.record_bytes) FROM team_usage t WHERE t.team_id = parts.team_id), 0)::bigint AS stored_mib
+    COALESCE((SELECT t.stored_mib + records_mib(t.record_bytes + unsettled_bytes(t.team_id)) FROM team_usage t WHERE t.team_id = parts.team_id), 0)::bigint AS stored_mib
 FROM (
-    SELECT t.team_id, 0 AS vcpu_seconds, 0 AS memory_mib_seconds, 0 AS starts FROM team_usage t WHERE t.stored_mib + records_mib(t.record_bytes) > 0
+    SELECT t.team_id, 0 AS vcpu_seconds, 0 AS memory_mib_seconds, 0 AS starts FROM team_usage t WHERE t.stored_mib + records_mib(t.record_bytes + unsettled_bytes(t.team_id)) > 0
     UNION ALL
     SELECT u.team_id, u.vcpu_seconds, u.memory_mib_seconds, u.starts FROM usage_days u WHERE u.day = ANY (@rolled::date[])
     UNION ALL
