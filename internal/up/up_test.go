@@ -534,3 +534,34 @@ func testFullDisk(t *testing.T, messages int, mkfs ...string) {
 		t.Errorf("the spare file is there: %v", err)
 	}
 }
+
+// TestImportance: programs of the service come before guests and others when processors
+// are short, and this process itself does not.
+func TestImportance(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	own, err := unix.Getpriority(unix.PRIO_PROCESS, 0) // 20 less the nice value
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := newSpawner(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("sleep", "1000")
+	if err := s.start(cmd); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	}()
+	for pid, want := range map[int]int{cmd.Process.Pid: 20 - importance, os.Getpid(): own} {
+		if got, err := unix.Getpriority(unix.PRIO_PROCESS, pid); err != nil || got != want {
+			t.Errorf("process %d has the nice value %d, want %d, %v", pid, 20-got, 20-want, err)
+		}
+	}
+}

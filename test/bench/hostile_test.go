@@ -100,7 +100,7 @@ func TestHostile(t *testing.T) {
 	deeds := (<-attacked).Deeds
 
 	row := func(what string, did clientsDid) []string {
-		return []string{what, strconv.Itoa(len(did.Took)), strconv.FormatInt(did.Failed, 10), ms(did.Took.mid()), ms(did.Took.p99()), ms(slices.Max(did.Took))}
+		return []string{what, strconv.Itoa(len(did.Took)), strconv.FormatInt(did.Failed, 10), ms(did.Took.mid()), ms(did.Took.percentile(99)), ms(slices.Max(did.Took))}
 	}
 	table(fmt.Sprintf("Another owner's requests, beside %d hostile clients of one owner", hostileClients), []string{"when", "requests", "failed", "half within", "99 % within", "all within"},
 		[][]string{row("before", quiet), row("meanwhile", meanwhile)})

@@ -30,6 +30,9 @@ type Limits struct {
 	MemoryBytes int64
 	CPUs        float64 // how many processors' time, on average over 100 ms
 	PIDs        int64   // threads count, as for the kernel
+	// Weight is the group's part of the processors, in proportion to that of other
+	// groups, while there are too few for all (1).
+	Weight int
 }
 
 // Group is one control group: a folder in version 2, one a controller in
@@ -134,8 +137,18 @@ func lock() (unlock func(), err error) {
 	return func() { f.Close() }, nil
 }
 
-// delegate lets groups below the parent have the controllers.
+// delegate lets groups below the parent have the controllers, and gives all of them
+// together half the weight that the kernel gives others, so that guests leave more of the
+// processors to the host's services than they take. (In version 1, each thread of a
+// service weighs as much as all of the parent's groups together anyway.)
 func delegate() error {
+	if err := delegateControllers(); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(root, parent, "cpu.weight"), []byte(strconv.Itoa(weightUnit/2)), 0)
+}
+
+func delegateControllers() error {
 	for _, dir := range []string{root, filepath.Join(root, parent)} {
 		if err := os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+memory +cpu +pids"), 0); err != nil {
 			return err
@@ -143,6 +156,14 @@ func delegate() error {
 	}
 	return nil
 }
+
+// What a weight of 1 is: what the kernel gives each group by itself. The most of version 2
+// is 100 times that, the most of version 1 256 times.
+const (
+	weightUnit = 100
+	sharesUnit = 1024
+	maxWeight  = 100
+)
 
 func (g Group) limit(l Limits) error {
 	const period = 100_000 // µs
@@ -173,6 +194,14 @@ func (g Group) limit(l Limits) error {
 		if err != nil {
 			return err
 		}
+	}
+	weight := min(max(l.Weight, 1), maxWeight)
+	file, value := "cpu.weight", weight*weightUnit
+	if !v2() {
+		file, value = "cpu.shares", weight*sharesUnit
+	}
+	if err := set("cpu", file, strconv.Itoa(value)); err != nil {
+		return err
 	}
 	if l.PIDs > 0 {
 		return set("pids", "pids.max", strconv.FormatInt(l.PIDs, 10))

@@ -13,6 +13,10 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
 // start runs a program in the group as the VMM's driver does.
@@ -240,6 +244,82 @@ func TestConfineOfAnEndedProcessLeavesNothing(t *testing.T) {
 	for _, dir := range g.dirs() {
 		if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%s is left: %v", dir, err)
+		}
+	}
+}
+
+// TestWeight has two groups compute on one processor: each gets its part of it, and the
+// parent of all weighs less than a service of the host.
+func TestWeight(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	if err := Available(); err != nil {
+		t.Skip(err)
+	}
+	var cpus unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &cpus); err != nil {
+		t.Fatal(err)
+	}
+	var one unix.CPUSet
+	for cpu := 0; one.Count() == 0; cpu++ {
+		if cpus.IsSet(cpu) {
+			one.Set(cpu)
+		}
+	}
+	const light, heavy = 1, 8
+	var pids []int
+	for _, weight := range []int{light, heavy} {
+		g, err := Create(fmt.Sprintf("test-weight-%d-%d", os.Getpid(), weight), Limits{Weight: weight})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := g.Destroy(context.Background()); err != nil {
+				t.Error(err)
+			}
+		})
+		in, begin, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { in.Close(); begin.Close() })
+		cmd := exec.Command("sh", "-c", "read begin; while :; do :; done")
+		cmd.Stdin = in
+		start(t, g, cmd)
+		go func() { _ = cmd.Wait() }() // ends with the group
+		if err := unix.SchedSetaffinity(cmd.Process.Pid, &one); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := begin.WriteString("go\n"); err != nil {
+			t.Fatal(err)
+		}
+		pids = append(pids, cmd.Process.Pid)
+	}
+	// Both began; what each gets from now on counts.
+	used := func(pid int) int {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		fields := strings.Fields(string(b[strings.LastIndexByte(string(b), ')'):]))
+		n, err := strconv.Atoi(fields[12]) // of a hundredth second, in user mode
+		system, e := strconv.Atoi(fields[13])
+		if err != nil || e != nil {
+			t.Fatal(err, e)
+		}
+		return n + system
+	}
+	await.Until(t, "both compute", func() bool { return used(pids[0]) > 0 && used(pids[1]) > 0 })
+	before := []int{used(pids[0]), used(pids[1])}
+	await.Until(t, "the heavy one gets two seconds", func() bool { return used(pids[1])-before[1] >= 200 })
+	if l, h := used(pids[0])-before[0], used(pids[1])-before[1]; h < 3*l {
+		t.Errorf("weights of %d and %d got %d and %d hundredths of a second", light, heavy, l, h)
+	}
+	if v2() {
+		b, err := os.ReadFile(filepath.Join(root, parent, "cpu.weight"))
+		if n, e := strconv.Atoi(strings.TrimSpace(string(b))); err != nil || e != nil || n >= weightUnit {
+			t.Errorf("all groups together weigh %d, %v", n, errors.Join(err, e))
 		}
 	}
 }

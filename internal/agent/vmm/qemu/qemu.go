@@ -153,6 +153,7 @@ func (d *Driver) limits(s vmm.Spec) cgroup.Limits {
 		MemoryBytes: 2*int64(s.MemoryMiB)<<20 + overheadBytes,
 		CPUs:        float64(s.VCPUs),
 		PIDs:        int64(maxThreads + s.VCPUs),
+		Weight:      s.VCPUs,
 	}
 	if d.accel == TCG {
 		l.MemoryBytes += 2 * translationMiB << 20
