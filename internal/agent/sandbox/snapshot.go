@@ -377,11 +377,11 @@ func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_
 		spec, under = b.rec.Spec, b.base
 		_, err = b.capture(ctx, hidden, nil)
 		if caller.Err() != nil { // nobody is to have what came of it
-			err = errors.Join(err, os.RemoveAll(hidden))
+			err = errors.Join(err, discard(hidden))
 		}
 		return Full(err)
 	})
-	defer func() { err = errors.Join(err, os.RemoveAll(hidden)) }()
+	defer func() { err = errors.Join(err, discard(hidden)) }()
 	if err != nil {
 		return nil, fmt.Errorf("fork: %w", err)
 	}
@@ -436,6 +436,16 @@ func (m *Manager) Fork(ctx context.Context, sandbox uuid.UUID, copies []Copy) (_
 		return nil, fmt.Errorf("fork: %w", err)
 	}
 	return infos, nil
+}
+
+// discard removes a fork's capture. Copies whose caller has left may still be linking
+// its files: they find all of them or none, because the folder is renamed first.
+func discard(capture string) error {
+	gone := filepath.Join(filepath.Dir(capture), uuid.NewString())
+	if err := os.Rename(capture, gone); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return os.RemoveAll(gone)
 }
 
 // sharesMemory tells whether n copies that begin with c are to have the memory
