@@ -234,8 +234,8 @@ func relay(p *guest.Process, send func(guest.Output) error) error {
 			return err
 		}
 		if out.Exit != nil {
-			// Before the client hears of it, and ends the call: the connection to the guest
-			// serves the next request only if its answer was read whole.
+			// Close before send, after which the client may cancel the call: the connection to
+			// the guest can be reused only if its response was read to the end.
 			p.Close()
 		}
 		if err := send(out); err != nil || out.Exit != nil {

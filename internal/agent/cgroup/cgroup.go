@@ -1,4 +1,4 @@
-// Package cgroup bounds what a virtual machine's process takes of the host,
+// Package cgroup limits the host's resources that a virtual machine's process can take,
 // with control groups of version 1 or 2, whichever the host has.
 package cgroup
 
@@ -19,25 +19,24 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/flock"
 )
 
-// parent is the group below which all of Wrenn's lie.
+// parent is the group that contains all of Wrenn's groups.
 const parent = "wrenn"
 
-// root is where control groups are mounted.
+// root is the mount point of control groups.
 const root = "/sys/fs/cgroup"
 
-// Limits bound a group. A zero bounds nothing.
+// Limits are the limits of a group. Zero means no limit.
 type Limits struct {
 	MemoryBytes int64
-	CPUs        float64 // how many processors' time, on average over 100 ms
-	PIDs        int64   // threads count, as for the kernel
-	// Weight is the group's part of the processors, in proportion to that of other
-	// groups, while there are too few for all (1).
+	CPUs        float64 // processors, on average over 100 ms
+	PIDs        int64   // threads
+	// Weight is the group's share of the processors relative to other groups, while there
+	// are too few for all (0: 1).
 	Weight int
 }
 
-// Group is one control group: a folder in version 2, one a controller in
-// version 1. It is known by its name alone, so that another process can take
-// it over.
+// Group is a control group: one folder in version 2, one per controller in version 1.
+// Its name is its only state, so another process can adopt it.
 type Group struct {
 	Name string `json:"name"`
 }
@@ -45,13 +44,13 @@ type Group struct {
 // controllers of version 1, each a hierarchy of its own.
 var controllers = []string{"memory", "cpu", "pids"}
 
-// v2 tells whether the host has the unified hierarchy at its root.
+// v2 reports whether the host has the unified hierarchy at root.
 func v2() bool {
 	_, err := os.Stat(filepath.Join(root, "cgroup.controllers"))
 	return err == nil
 }
 
-// dirs are the folders that make up the group.
+// dirs returns the group's folders.
 func (g Group) dirs() []string {
 	if v2() {
 		return []string{filepath.Join(root, parent, g.Name)}
@@ -63,7 +62,7 @@ func (g Group) dirs() []string {
 	return dirs
 }
 
-// Available returns an error that says what the host lacks for groups to be made.
+// Available returns an error if the host lacks a controller that groups need.
 func Available() error {
 	if v2() {
 		b, err := os.ReadFile(filepath.Join(root, "cgroup.controllers"))
@@ -85,14 +84,13 @@ func Available() error {
 	return nil
 }
 
-// Create makes the group name with limits. What an earlier group of the name
-// left must be gone.
+// Create makes a group with limits. It fails if a group of this name exists.
 func Create(name string, l Limits) (g Group, err error) {
 	if name == "" || strings.ContainsAny(name, "/\x00") || name == "." || name == ".." {
 		return Group{}, fmt.Errorf("make control group: bad name %q", name)
 	}
 	g = Group{Name: name}
-	var made []string // a group that was there already is not ours to undo
+	var made []string // not those of a group that existed before
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("make control group: %w", err)
@@ -110,7 +108,7 @@ func Create(name string, l Limits) (g Group, err error) {
 	return g, g.limit(l)
 }
 
-// mkdir makes a group's folder, and the parent's where there is none.
+// mkdir makes a group's folder, and the parent's if it is missing.
 func mkdir(dir string) error {
 	unlock, err := lock()
 	if err != nil {
@@ -130,17 +128,16 @@ func mkdir(dir string) error {
 
 // lock keeps other agents on this machine from making or removing the parent.
 func lock() (unlock func(), err error) {
-	f, err := flock.Lock(context.Background(), root) // held for a few system calls
+	f, err := flock.Lock(context.Background(), root) // others hold it for a few system calls only
 	if err != nil {
 		return nil, err
 	}
 	return func() { f.Close() }, nil
 }
 
-// delegate lets groups below the parent have the controllers, and gives all of them
-// together half the weight that the kernel gives others, so that guests leave more of the
-// processors to the host's services than they take. (In version 1, each thread of a
-// service weighs as much as all of the parent's groups together anyway.)
+// delegate enables the controllers for the groups in the parent. It gives the parent half
+// of the default weight, so that guests leave more of the processors to the host's
+// services. (In version 1, each thread of a service weighs as much as the parent anyway.)
 func delegate() error {
 	if err := delegateControllers(); err != nil {
 		return err
@@ -209,9 +206,9 @@ func (g Group) limit(l Limits) error {
 	return nil
 }
 
-// AddThread moves a thread of this process into the group, and with it the
-// processes that it starts from then on. Only version 1 groups take single
-// threads: for version 2, start processes with the descriptor from Open.
+// AddThread moves a thread of this process into the group, so that the processes it
+// starts are in the group too. It does nothing with version 2, whose groups do not take
+// single threads; use the descriptor from Open there.
 func (g Group) AddThread(tid int) error {
 	if v2() {
 		return nil
@@ -219,7 +216,7 @@ func (g Group) AddThread(tid int) error {
 	return attachThread(g.dirs(), tid)
 }
 
-// LeaveThread moves a thread of this process back to the groups' root.
+// LeaveThread moves a thread of this process back to the root group.
 func LeaveThread(tid int) error {
 	if v2() {
 		return nil
@@ -240,7 +237,7 @@ func attachThread(dirs []string, tid int) error {
 	return nil
 }
 
-// Open returns the group's folder, for SysProcAttr.CgroupFD; nil with version 1.
+// Open opens the group's folder for SysProcAttr.CgroupFD. It returns nil with version 1.
 func (g Group) Open() (*os.File, error) {
 	if !v2() {
 		return nil, nil
@@ -248,7 +245,7 @@ func (g Group) Open() (*os.File, error) {
 	return os.Open(g.dirs()[0])
 }
 
-// Memory is how many bytes of the host's memory the group's processes take.
+// Memory returns the bytes of the host's memory that the group's processes take.
 func (g Group) Memory() (int64, error) {
 	name := filepath.Join(g.dirs()[0], "memory.current")
 	if !v2() {
@@ -261,7 +258,7 @@ func (g Group) Memory() (int64, error) {
 	return strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64)
 }
 
-// Populated says whether there are processes in the group.
+// Populated reports whether the group exists and has processes.
 func (g Group) Populated() (bool, error) {
 	pids, err := g.pids()
 	if errors.Is(err, fs.ErrNotExist) {
@@ -273,7 +270,7 @@ func (g Group) Populated() (bool, error) {
 	return len(pids) > 0, nil
 }
 
-// pids are the processes in the group.
+// pids returns the processes in the group.
 func (g Group) pids() ([]int, error) {
 	b, err := os.ReadFile(filepath.Join(g.dirs()[0], "cgroup.procs"))
 	if err != nil {
@@ -290,8 +287,8 @@ func (g Group) pids() ([]int, error) {
 	return pids, nil
 }
 
-// Destroy kills every process in the group, waits until they are gone, and
-// removes the group. One that is not there is no error.
+// Destroy kills every process in the group, waits until they are gone, and removes the
+// group. It is idempotent.
 func (g Group) Destroy(ctx context.Context) error {
 	for {
 		pids, err := g.pids()
@@ -300,7 +297,7 @@ func (g Group) Destroy(ctx context.Context) error {
 		}
 		for _, pid := range pids {
 			if pid == os.Getpid() {
-				continue // a thread of ours that is about to start something, or to end
+				continue // a thread between AddThread and LeaveThread
 			}
 			if err := killAndWait(ctx, pid); err != nil {
 				return fmt.Errorf("destroy control group: %w", err)
@@ -313,8 +310,8 @@ func (g Group) Destroy(ctx context.Context) error {
 		if !errors.Is(err, unix.EBUSY) {
 			return fmt.Errorf("destroy control group: %w", err)
 		}
-		// A dead process holds its group until its parent has reaped it; no
-		// event tells of that in version 1.
+		// Poll: a dead process keeps its group busy until its parent has reaped it, and
+		// version 1 has no event for that.
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("destroy control group: %w", errors.Join(err, ctx.Err()))
@@ -327,7 +324,7 @@ func (g Group) Destroy(ctx context.Context) error {
 func killAndWait(ctx context.Context, pid int) error {
 	fd, err := unix.PidfdOpen(pid, 0)
 	if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL) {
-		return nil // gone, or a thread that goes with its process
+		return nil // gone, or a thread, which dies with its process
 	}
 	if err != nil {
 		return err
@@ -358,8 +355,8 @@ func (g Group) removeDirs() error {
 	return errors.Join(errs...)
 }
 
-// Confine puts a process into the group if it is not in it any more, and makes
-// the group with the limits if it is gone. It says whether it had to.
+// Confine puts a process back into the group, and makes the group with its limits again
+// if it is gone. repaired reports whether either was necessary.
 func (g Group) Confine(pid int, l Limits) (repaired bool, err error) {
 	defer func() {
 		if err != nil {
@@ -370,8 +367,8 @@ func (g Group) Confine(pid int, l Limits) (repaired bool, err error) {
 	if err != nil || in {
 		return false, err
 	}
-	// A group can be gone because its process is ending, and nobody else removes
-	// what is made for it now.
+	// The group may be gone because the sandbox is ending. Then nobody else would remove
+	// the new one.
 	defer func() {
 		if err == nil {
 			return
@@ -397,7 +394,7 @@ func (g Group) Confine(pid int, l Limits) (repaired bool, err error) {
 	return true, nil
 }
 
-// has tells whether a process is in the group, in each hierarchy.
+// has reports whether a process is in the group, in each hierarchy.
 func (g Group) has(pid int) (bool, error) {
 	for _, dir := range g.dirs() {
 		b, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
@@ -414,11 +411,10 @@ func (g Group) has(pid int) (bool, error) {
 	return true, nil
 }
 
-// Folders are the folders that groups appear and go in.
+// Folders returns the folders that contain Wrenn's groups.
 func Folders() []string { return Group{}.dirs() }
 
-// RemoveParent removes the group that all of Wrenn's lie in, unless one is
-// left in it.
+// RemoveParent removes the parent group unless it still contains a group.
 func RemoveParent() error {
 	unlock, err := lock()
 	if err != nil {

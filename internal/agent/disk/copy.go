@@ -11,10 +11,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/atomicfile"
 )
 
-// Copy makes dst, which must not be there, the same as the file src and
-// independent of it, to be read by its owner, the caller, alone. Where the file
-// system can the two share their blocks; holes stay holes. dst and its name are
-// synced when it returns; when it fails there is no dst.
+// Copy copies the file src to dst, which must not exist and which only the caller's user
+// can read. If the file system supports it, the files share their blocks; holes stay
+// holes. dst and its folder are synced when Copy returns. After an error there is no dst.
 func Copy(ctx context.Context, dst, src string) error {
 	in, _, err := openRegular(src)
 	if err != nil {
@@ -30,8 +29,8 @@ func Copy(ctx context.Context, dst, src string) error {
 	return nil
 }
 
-// create makes a new file, has it written and syncs it and its name. When
-// that fails there is no file.
+// create makes a new file, calls write, and syncs the file and its folder. After an
+// error there is no file.
 func create(path string, write func(f *os.File) error) (err error) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
 	if err != nil {

@@ -1,6 +1,5 @@
-// Package disk makes and reads sandboxes' disks: layers over templates' file
-// systems, of which only the highest is written to. How a layer is stored is a
-// [Format].
+// Package disk makes and reads sandboxes' disks, which are layers over a template's file
+// system. Guests write only to the highest layer. A [Format] stores a layer in a file.
 package disk
 
 import (
@@ -13,24 +12,23 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/room"
 )
 
-// ErrNoSpace is returned when the file system has less than Reserve free.
+// ErrNoSpace means that the file system has less than Reserve free.
 var ErrNoSpace = errors.New("no space left for a sandbox's disk")
 
-// Reserve is how many bytes must be free for a disk to be made: layers grow
-// as their guests write, and a file system that is full stops them all.
+// Reserve is the number of bytes that must be free before a new disk is made, because
+// layers grow and a full file system stops all guests.
 const Reserve = 1 << 30
 
-// Format is a way to store a layer of a disk in a file. A layer does not name
-// what lies below it: whoever opens it does, so that a guest's disk holds no path
-// of the host.
+// Format stores layers of disks in files. A layer's file does not name the layer below,
+// so that a guest's disk contains no path of the host. Whoever opens it names it.
 type Format interface {
-	// Name is also the extension of the names of layers' files. It never changes.
+	// Name is the format's name and the extension of its files. It never changes.
 	Name() string
 	// Create writes an empty layer, of a disk of size bytes, to the empty file f.
 	Create(f *os.File, size int64) error
-	// Open opens the layer in f, whose length is end bytes. The caller closes f after
-	// the last use of the layer. A guest may have written f: Open or [Layer.At] returns
-	// [ErrCorrupt] if a monitor would not have.
+	// Open opens the layer in f, whose length is end bytes. The caller closes f after the
+	// last use of the layer. A guest that took over its monitor may have written f, so
+	// Open or [Layer.At] returns [ErrCorrupt] for content that no monitor writes.
 	Open(f *os.File, end int64) (Layer, error)
 }
 
@@ -38,26 +36,26 @@ type Format interface {
 type Layer interface {
 	// Size is the size of the disk in bytes.
 	Size() int64
-	// At returns what the layer has at off, which is below Size, and for how many
-	// bytes that goes on, n at most. [Data] is at pos in the file.
+	// At returns the kind of content at off, which must be below Size, and the number of
+	// bytes of that kind from there, n at most. [Data] is at pos in the file.
 	At(off, n int64) (what Content, pos, run int64, err error)
 }
 
-// Content is what a layer has in a place.
+// Content is a kind of content of a layer.
 type Content int
 
 // The kinds of content.
 const (
-	Nothing Content = iota // what lies below shows
+	Nothing Content = iota // that of the layer below
 	Hole                   // zeros
 	Data
 )
 
-// Create makes an empty layer at path, for a disk of size bytes, owned by uid and
-// by nobody else readable.
+// Create makes an empty layer at path for a disk of size bytes. Only the user uid can
+// read it.
 func Create(format Format, path string, size int64, uid int) (err error) {
 	if size <= 0 || size%512 != 0 {
-		return fmt.Errorf("make layer: size of %d bytes is not a number of sectors", size)
+		return fmt.Errorf("make layer: size of %d bytes is not a positive multiple of 512", size)
 	}
 	if err := checkSpace(filepath.Dir(path)); err != nil {
 		return err
@@ -77,7 +75,7 @@ func Create(format Format, path string, size int64, uid int) (err error) {
 	return f.Chown(uid, uid)
 }
 
-// Allocated returns how many bytes the file at path takes on the host's disk.
+// Allocated returns the bytes that the file at path takes on the host's disk.
 func Allocated(path string) (int64, error) {
 	info, err := os.Stat(path)
 	if err != nil {
@@ -92,7 +90,7 @@ func checkSpace(dir string) error {
 		return err
 	}
 	if free < Reserve {
-		return fmt.Errorf("%w: %d MiB are free, %d MiB are kept in reserve", ErrNoSpace, free>>20, Reserve>>20)
+		return fmt.Errorf("%w: %d MiB are free, but %d MiB must stay free", ErrNoSpace, free>>20, Reserve>>20)
 	}
 	return nil
 }

@@ -18,23 +18,20 @@ import (
 )
 
 const (
-	// blockSize is the unit in which Flatten looks for zeros.
+	// blockSize is the size of the blocks that Flatten leaves out if they are zero.
 	blockSize = 4096
 
-	// What e2fsck and resize2fs may take: processor time in seconds, address
-	// space in bytes.
+	// Limits of e2fsck and resize2fs: processor time in seconds, address space in bytes.
 	maxCPU   = 600
 	maxSpace = 2 << 30
 )
 
-// Flatten writes the ext4 file system that the disk has to dst, which must not
-// be there: a raw image as small as can be, checked, sparse, to be read by its
-// owner, the caller, alone. It is synced when Flatten returns; when it fails
-// there is no dst.
+// Flatten checks the disk's ext4 file system, shrinks it as far as possible, and writes
+// it to dst as a raw, sparse image that only the caller's user can read. dst must not
+// exist. It is synced when Flatten returns. After an error there is no dst.
 //
-// The file system is a guest's, so what works on it (e2fsck and resize2fs) runs
-// in a jail as the given user, who must have no other process and no file. The
-// caller must be root.
+// A guest made the file system, so e2fsck and resize2fs run in a jail as the user uid,
+// who must have no other process and no file. The caller must be root.
 func Flatten(ctx context.Context, dst string, c Chain, uid int) error {
 	v, err := Open(c)
 	if err != nil {
@@ -59,8 +56,8 @@ func Flatten(ctx context.Context, dst string, c Chain, uid int) error {
 			if err := f.Truncate(size); err != nil {
 				return err
 			}
-			// Once more: what is free by now is punched out, and the time of
-			// this check is what lets resize2fs make it larger.
+			// Once more, to punch out free blocks, and because resize2fs only expands a
+			// file system that was just checked.
 			return t.fsck(ctx, "-E", "discard")
 		})
 	})
@@ -70,9 +67,9 @@ func Flatten(ctx context.Context, dst string, c Chain, uid int) error {
 	return nil
 }
 
-// Expand makes the ext4 file system that Flatten wrote to path, or a copy of
-// it, fill the given size in bytes. uid is as for Flatten. The file is synced
-// when it returns; when it fails it is not to be used any more.
+// Expand grows an ext4 file system that Flatten wrote, or a copy of it, to size bytes.
+// uid is as for Flatten. The file is synced when Expand returns. After an error, the
+// caller must not use the file.
 func Expand(ctx context.Context, path string, size int64, uid int) (err error) {
 	defer func() {
 		if err != nil {
@@ -92,7 +89,7 @@ func Expand(ctx context.Context, path string, size int64, uid int) (err error) {
 		return err
 	}
 	if size < info.Size() || size%blockSize != 0 || size > maxSize {
-		return fmt.Errorf("from %d to %d bytes", info.Size(), size)
+		return fmt.Errorf("cannot grow from %d to %d bytes", info.Size(), size)
 	}
 	if err := f.Truncate(size); err != nil {
 		return err
@@ -104,7 +101,7 @@ func Expand(ctx context.Context, path string, size int64, uid int) (err error) {
 	return f.Sync()
 }
 
-// writeTo writes all that is not zero to f, which is empty.
+// writeTo writes the disk to f, which must be empty, with holes for zeros.
 func (v *View) writeTo(ctx context.Context, f *os.File) error {
 	buf := make([]byte, 1<<20)
 	for r, err := range v.Data() {
@@ -130,7 +127,7 @@ func (v *View) writeTo(ctx context.Context, f *os.File) error {
 
 var zeros [blockSize]byte
 
-// writeSparse writes p at off, but for blocks of zeros.
+// writeSparse writes p at off, except blocks of zeros.
 func writeSparse(f *os.File, p []byte, off int64) error {
 	for len(p) > 0 {
 		n := 0 // bytes up to the next block of zeros
@@ -150,9 +147,9 @@ func writeSparse(f *os.File, p []byte, off int64) error {
 	return nil
 }
 
-// fileSystemSize is the size in bytes that the superblock of an ext4 file
-// system says (kernel.org, "ext4 Data Structures and Algorithms", 4.1), which
-// fits in f.
+// fileSystemSize returns the size in bytes of the ext4 file system in f, from its
+// superblock (kernel.org, "ext4 Data Structures and Algorithms", 4.1). It fails if the
+// file system does not fit into f.
 func fileSystemSize(f *os.File) (int64, error) {
 	const (
 		magic   = 0xef53
@@ -164,7 +161,7 @@ func fileSystemSize(f *os.File) (int64, error) {
 	}
 	le := binary.LittleEndian
 	if le.Uint16(sb[0x38:]) != magic {
-		return 0, errors.New("read superblock: there is none")
+		return 0, errors.New("read superblock: not an ext4 file system")
 	}
 	blocks, shift := uint64(le.Uint32(sb[0x4:])), le.Uint32(sb[0x18:])
 	if le.Uint32(sb[0x60:])&feature != 0 {
@@ -183,19 +180,19 @@ func fileSystemSize(f *os.File) (int64, error) {
 // tools runs programs on a file, in a jail.
 type tools struct {
 	file *os.File
-	size int64 // that the file may have
+	size int64 // bytes; the programs cannot make the file larger
 	uid  uint32
 	jail *jail.Jail
 }
 
-// lend gives f to the user uid while use runs programs on it. Afterwards it is
-// the caller's again, to be read alone, whatever became of it.
+// lend makes uid the owner of f while use runs programs on it. Afterwards, only the
+// caller's user can read it, even if use failed.
 func lend(f *os.File, uid int, use func(t *tools) error) (err error) {
 	info, err := f.Stat()
 	if err != nil {
 		return err
 	}
-	j, err := jail.New("/run", "null", "zero", "urandom") // any folder that there is
+	j, err := jail.New("/run", "null", "zero", "urandom") // /run: any folder will do
 	if err != nil {
 		return err
 	}
@@ -214,13 +211,13 @@ func (t *tools) fsck(ctx context.Context, options ...string) error {
 	err := t.run(ctx, programs.E2fsck, append([]string{"-fy"}, options...)...)
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.ExitCode() > 0 && exit.ExitCode()&^3 == 0 {
-		return nil // something was wrong, and is not any more: e2fsck(8)
+		return nil // it corrected errors: e2fsck(8)
 	}
 	return err
 }
 
-// run runs one of e2fsprogs on the file. Nothing that it started is left when
-// run returns.
+// run runs a program of e2fsprogs on the file. None of its processes is left when run
+// returns.
 func (t *tools) run(ctx context.Context, program programs.Program, args ...string) error {
 	var said tail
 	cmd := programs.Prlimit.CommandContext(ctx, "--core=0", "--nofile=64", "--nproc=64",
@@ -233,8 +230,8 @@ func (t *tools) run(ctx context.Context, program programs.Program, args ...strin
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Credential: &syscall.Credential{Uid: t.uid, Gid: t.uid},
 		Setsid:     true,
-		Pdeathsig:  syscall.SIGKILL, // it dies with the jail's thread, so with this process
-		// The first process of its own pid namespace: others die with it.
+		Pdeathsig:  syscall.SIGKILL, // dies with the jail's thread, and so with this process
+		// The program is the first process of its pid namespace, so its children die with it.
 		Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWPID,
 	}
 	if err := t.jail.Do(cmd.Start); err != nil {
@@ -244,12 +241,12 @@ func (t *tools) run(ctx context.Context, program programs.Program, args ...strin
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		return fmt.Errorf("run %s: %w: it says %q", program.File, err, said.b)
+		return fmt.Errorf("run %s: %w: output ends with %q", program.File, err, said.b)
 	}
 	return nil
 }
 
-// tail keeps the last kilobytes of what is written to it.
+// tail keeps the last 2 KiB written to it.
 type tail struct{ b []byte }
 
 func (t *tail) Write(p []byte) (int, error) {

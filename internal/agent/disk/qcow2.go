@@ -9,8 +9,8 @@ import (
 	"sync"
 )
 
-// ErrCorrupt is returned, wrapped, for layers that a monitor cannot have made of those
-// of [Create]. A guest that has taken over its monitor may have written them.
+// ErrCorrupt means that a layer has content that no monitor writes to a layer from
+// [Create]. A guest that took over its monitor may have written it.
 var ErrCorrupt = errors.New("overlay is damaged")
 
 // Qcow2 is QEMU's format.
@@ -44,29 +44,29 @@ const (
 	clusterBits = 16
 	clusterSize = 1 << clusterBits
 	tableLength = clusterSize / 8           // entries of an L2 table
-	perTable    = tableLength * clusterSize // bytes of disk that one maps
+	perTable    = tableLength * clusterSize // bytes of the disk that an L2 table maps
 
-	// maxSize bounds the L1 tables that are read: 8 bytes for each 512 MiB.
+	// maxSize bounds the size of a disk, and so of L1 tables: 8 bytes for each 512 MiB.
 	maxSize = 64 << 40
 
-	offsetMask = 0x00ff_ffff_ffff_fe00 // of entries of L1 and L2
+	offsetMask = 0x00ff_ffff_ffff_fe00 // bits of an L1 or L2 entry
 	copied     = 1 << 63
 	compressed = 1 << 62 // L2
 	allZero    = 1       // L2
 
-	featureDirty = 1 << 0 // reference counts may be wrong, which no reader needs
+	featureDirty = 1 << 0 // reference counts may be wrong; readers do not use them
 )
 
-// qcow2 is a layer that is open for reading: the subset of QEMU's
-// docs/interop/qcow2.txt that a layer made by Create stays in.
+// qcow2 is a layer that is open for reading. It supports the subset of QEMU's
+// docs/interop/qcow2.txt that QEMU uses in a layer made by Create.
 type qcow2 struct {
 	file *os.File
-	end  int64    // of the file
-	size int64    // of the disk
+	end  int64    // length of the file
+	size int64    // size of the disk
 	l1   []uint64 // entries
 
 	mu     sync.Mutex
-	index  int // of the L2 table in l2; -1: none
+	index  int // L1 index of the table in l2; -1: none
 	l2     [tableLength]uint64
 	buffer [clusterSize]byte
 }
@@ -157,14 +157,14 @@ func (q *qcow2) At(off, n int64) (what Content, pos, run int64, err error) {
 		i++
 		w, p, err := q.entry(index, i)
 		if err != nil || w != what || w == Data && p != next {
-			break // an error is told when it is reached
+			break // the call that reaches an error returns it
 		}
 		run += clusterSize
 	}
 	return what, start + inside, min(run, n), nil
 }
 
-// load reads the L2 table that the entry of L1 names.
+// load reads the L2 table of an L1 entry, unless it is loaded.
 func (q *qcow2) load(index int) error {
 	if index == q.index {
 		return nil
@@ -185,7 +185,7 @@ func (q *qcow2) load(index int) error {
 	return nil
 }
 
-// entry is what entry i of the loaded L2 table says.
+// entry decodes entry i of the loaded L2 table.
 func (q *qcow2) entry(table int, i int64) (what Content, pos int64, err error) {
 	e := q.l2[i]
 	pos = int64(e & offsetMask)
@@ -194,12 +194,12 @@ func (q *qcow2) entry(table int, i int64) (what Content, pos int64, err error) {
 		return 0, 0, corrupt("entry %d of L2 table %d is compressed", i, table)
 	case e&^(offsetMask|copied|allZero) != 0, pos%clusterSize != 0:
 		return 0, 0, corrupt("entry %d of L2 table %d is %#x", i, table, e)
-	case e&allZero != 0: // it may keep a cluster for later
+	case e&allZero != 0: // it may have a preallocated cluster
 		return Hole, 0, nil
 	case pos == 0:
 		return Nothing, 0, nil
-	case pos >= q.end: // the last one may end behind the file, and is zero there
-		return 0, 0, corrupt("entry %d of L2 table %d lies behind the file", i, table)
+	case pos >= q.end: // the last cluster may extend past the end of the file, where it is zero
+		return 0, 0, corrupt("entry %d of L2 table %d is past the end of the file", i, table)
 	}
 	return Data, pos, nil
 }
@@ -212,7 +212,7 @@ func openRegular(path string) (*os.File, int64, error) {
 	}
 	info, err := f.Stat()
 	if err == nil && !info.Mode().IsRegular() {
-		err = fmt.Errorf("%s is not a file", path)
+		err = fmt.Errorf("%s is not a regular file", path)
 	}
 	if err != nil {
 		return nil, 0, errors.Join(err, f.Close())
@@ -220,9 +220,9 @@ func openRegular(path string) (*os.File, int64, error) {
 	return f, info.Size(), nil
 }
 
-// emptyQcow2 is the beginning of an empty qcow2 image of the given virtual
-// size, and the length that the file must have: what follows is zeros. The
-// format is QEMU's docs/interop/qcow2.txt; all numbers are big-endian.
+// emptyQcow2 returns the beginning of an empty qcow2 image for a disk of size bytes, and
+// the length of the file, whose remainder is zero. The format is QEMU's
+// docs/interop/qcow2.txt; all numbers are big-endian.
 //
 //	cluster 0   header, version 3: the fields below
 //	cluster 1   refcount table: one entry, the offset of cluster 2

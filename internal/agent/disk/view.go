@@ -10,19 +10,19 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/sparse"
 )
 
-// Chain is what a sandbox's disk is made of.
+// Chain names the files that make up a sandbox's disk.
 type Chain struct {
-	Base   string   // raw image below all
-	Format Format   // of the layers
-	Layers []string // above it, the lowest first
-	Size   int64    // of the disk in bytes; the highest layer must be of that size
+	Base   string   // raw image below all layers
+	Format Format   // format of the layers
+	Layers []string // lowest first
+	Size   int64    // of the disk in bytes; the highest layer must have this size
 }
 
-// View reads a disk, which nothing may write to meanwhile. It is safe for
+// View reads a disk, to which nobody may write while it is open. It is safe for
 // concurrent use.
 type View struct {
 	base   *os.File
-	end    int64 // of base
+	end    int64 // length of base
 	layers []openLayer
 	size   int64
 }
@@ -33,9 +33,9 @@ type openLayer struct {
 	file *os.File
 }
 
-// Open opens a disk for reading. What lies past the end of a layer, or of the
-// base, is zero. Open or a later read returns [ErrCorrupt] if a monitor cannot have
-// made a layer of one of [Create].
+// Open opens a disk for reading. Content past the end of a layer, or of the base, is
+// zero. Open or a later read returns [ErrCorrupt] for a layer that no monitor can have
+// written.
 func Open(c Chain) (*View, error) {
 	if c.Size <= 0 || c.Size > maxSize {
 		return nil, fmt.Errorf("open disk: size of %d bytes", c.Size)
@@ -57,7 +57,7 @@ func Open(c Chain) (*View, error) {
 		v.layers = append(v.layers, openLayer{l, f})
 	}
 	if n := len(v.layers); n > 0 && v.layers[n-1].Size() != c.Size {
-		err := corrupt("disk of %d bytes, not %d", v.layers[n-1].Size(), c.Size)
+		err := corrupt("highest layer has a disk of %d bytes instead of %d", v.layers[n-1].Size(), c.Size)
 		return nil, errors.Join(fmt.Errorf("open disk: %w", err), v.Close())
 	}
 	return v, nil
@@ -72,11 +72,11 @@ func (v *View) Close() error {
 	return err
 }
 
-// Size is the disk's size in bytes.
+// Size returns the disk's size in bytes.
 func (v *View) Size() int64 { return v.size }
 
-// at is where the disk's content at off is, which is below Size: in which file,
-// nil for zeros, and for how many bytes, n at most, it goes on there.
+// at finds the content at off, which must be below Size. It returns the file that has
+// it, nil for zeros, the position there, and the number of bytes, n at most.
 func (v *View) at(off, n int64) (f *os.File, pos, run int64, err error) {
 	n = min(n, v.size-off)
 	for i := len(v.layers) - 1; i >= 0; i-- {
@@ -93,7 +93,7 @@ func (v *View) at(off, n int64) (f *os.File, pos, run int64, err error) {
 			return nil, 0, run, nil
 		case Data:
 			return l.file, pos, run, nil
-		case Nothing: // The layers below have it, or the base.
+		case Nothing: // look in the layer below
 		}
 		n = run
 	}
@@ -130,8 +130,8 @@ func (v *View) ReadAt(p []byte, off int64) (n int, err error) {
 	return n, nil
 }
 
-// Data are the parts of the disk that may be other than zero, in order. An
-// error ends them.
+// Data yields the parts of the disk that may not be zero, in order. It ends after the
+// first error.
 func (v *View) Data() iter.Seq2[sparse.Range, error] {
 	return func(yield func(sparse.Range, error) bool) {
 		for off := int64(0); off < v.size; {

@@ -1,11 +1,10 @@
-// Package enroll makes a machine a host of a control plane: it registers with
-// a token that an admin gave, keeps the credentials that came of it, changes
-// them for new ones in time, and says at intervals that the agent is there.
+// Package enroll makes a machine a host of a control plane. It registers the host with
+// an admin's token, keeps the host's credentials, renews them in time, and sends
+// heartbeats.
 //
-// The private key of the host's certificate is made here and never leaves. Of
-// a refresh token the control plane learns the hash alone until it is used: the
-// agent makes the next one, writes it down, and only then asks. Whatever is
-// killed when, the same call repeated comes to the same end.
+// The private key of the host's certificate never leaves the host. The agent makes
+// refresh tokens itself, and stores each before it sends the control plane its hash. So
+// every call is idempotent, whichever process is killed at whatever point.
 package enroll
 
 import (
@@ -43,32 +42,32 @@ import (
 const (
 	// callTimeout bounds one call of the control plane.
 	callTimeout = 15 * time.Second
-	// farewellTimeout bounds the word that the agent goes.
+	// farewellTimeout bounds the last heartbeat, which says that the agent is leaving.
 	farewellTimeout = 3 * time.Second
-	// maxAnswer bounds what is read of an answer, in bytes.
+	// maxAnswer bounds a response of the control plane, in bytes.
 	maxAnswer = 1 << 20
-	// maxPause is the longest wait between attempts that fail.
+	// maxPause is the longest backoff.
 	maxPause = 30 * time.Second
 )
 
-// Config is how a machine becomes a host.
+// Config configures a [Host].
 type Config struct {
-	// Dir is the installation's data, where the credentials are kept.
+	// Dir is the data directory, which has the credentials.
 	Dir layout.Dir
-	// Server is the control plane's URL. Over plain HTTP it must be on this
-	// machine: what is said is secret.
+	// Server is the control plane's URL. Plain HTTP is allowed only on this machine,
+	// because the requests contain secrets.
 	Server string
-	// Token is the registration token; not needed again once it was used.
+	// Token is the registration token. Only the first registration needs it.
 	Token string
-	// URL is where the control plane reaches the agent: "https://address:port",
-	// or without a certificate authority "http://" on this machine.
+	// URL is the agent's URL for the control plane: "https://address:port", or on this
+	// machine, without a certificate authority, "http://…".
 	URL string
-	// HTTP calls the control plane; nil: a client of the package's own.
+	// HTTP calls the control plane (nil: a default client).
 	HTTP *http.Client
 	Log  *slog.Logger
 }
 
-// Status is what an agent says of its host, in the form of the REST API.
+// Status is an agent's description of its host, as the REST API encodes it.
 type Status struct {
 	Version       string `json:"version"`
 	VMM           string `json:"vmm"`
@@ -85,7 +84,7 @@ type Status struct {
 	DiskFreeBytes int64  `json:"disk_free_bytes"`
 }
 
-// StatusOf is an agent's description of its host.
+// StatusOf converts an agent's description of its host.
 func StatusOf(m *hostagentv1.HostResponse) Status {
 	return Status{
 		Version: m.Version, VMM: m.Vmm, Accelerator: m.Accelerator, CPUs: m.Cpus, MemoryBytes: m.MemoryBytes, DiskBytes: m.DiskBytes,
@@ -94,7 +93,7 @@ func StatusOf(m *hostagentv1.HostResponse) Status {
 	}
 }
 
-// credentials are what is kept on disk, for root alone.
+// credentials are stored on disk, where only root can read them.
 type credentials struct {
 	Version int    `json:"version"`
 	Server  string `json:"server"`
@@ -103,34 +102,34 @@ type credentials struct {
 	Host       string `json:"host_id,omitempty"`
 	AgentToken string `json:"agent_token,omitempty"`
 	Refresh    string `json:"refresh_token"`
-	// Next is the refresh token to follow, where it may have been asked for.
+	// Next is the next refresh token, if a refresh to it may have begun.
 	Next string `json:"next_refresh_token,omitempty"`
-	// All PEM.
+	// PEM.
 	Certificate string `json:"certificate,omitempty"`
 	Authority   string `json:"authority,omitempty"`
 	Key         string `json:"key,omitempty"`
 }
 
-// Host is this machine as a control plane knows it.
+// Host is this machine's registration with a control plane.
 type Host struct {
 	cfg    Config
 	tls    bool
 	listen pki.Listener
 
-	// refreshing is held while credentials are renewed. It is taken before mu,
-	// which is never held during a call.
+	// refreshing is held during a refresh. It is locked before mu, which refresh does not
+	// hold during its call.
 	refreshing sync.Mutex
-	beside     sync.WaitGroup // a renewal beside heartbeats
+	renewal    sync.WaitGroup // the refresh that renew started
 
 	mu        sync.Mutex
 	have      credentials
 	token     string
 	expires   time.Time
 	heartbeat time.Duration
-	renewing  bool // beside heartbeats
+	renewing  bool // renew's refresh is running
 }
 
-// Error is a refusal of the control plane.
+// Error is an error response of the control plane.
 type Error struct {
 	Status  int
 	Code    string
@@ -138,12 +137,12 @@ type Error struct {
 }
 
 func (e *Error) Error() string {
-	return fmt.Sprintf("the control plane says %s: %s", e.Code, e.Message)
+	return fmt.Sprintf("the control plane refused with %s: %s", e.Code, e.Message)
 }
 
-// Open makes this machine a host, or goes on with what it is already. It
-// returns once the agent can serve: at once, where the credentials from before
-// still do.
+// Open registers this machine as a host, or loads its credentials if it is one. It
+// returns when the agent has valid credentials to serve with, which needs no call if the
+// stored ones are valid.
 func Open(ctx context.Context, c Config, s Status) (*Host, error) {
 	h, err := open(ctx, c, s)
 	if err != nil {
@@ -159,13 +158,13 @@ func open(ctx context.Context, c Config, s Status) (*Host, error) {
 		return nil, fmt.Errorf("%q is not a control plane's URL like https://wrenn.example", c.Server)
 	}
 	if u.Scheme == "http" && !netaddr.Local(u.Host) {
-		return nil, fmt.Errorf("%s: tokens would cross the network in clear; use https", c.Server)
+		return nil, fmt.Errorf("%s: would send tokens unencrypted; use https", c.Server)
 	}
 	if err := checkURL(c.URL); err != nil {
 		return nil, err
 	}
 	if c.HTTP == nil {
-		// Redirects would carry tokens to where nobody meant to send them.
+		// No redirects: they would send tokens to another server.
 		c.HTTP = &http.Client{Timeout: callTimeout, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	}
 	if c.Log == nil {
@@ -184,7 +183,7 @@ func open(ctx context.Context, c Config, s Status) (*Host, error) {
 		}
 	}
 	if !h.tls || time.Until(h.listen.NotAfter()) > time.Hour {
-		return h, nil // Run refreshes what else is old.
+		return h, nil // Run refreshes the token
 	}
 	err = h.refresh(ctx)
 	var refused *Error
@@ -194,7 +193,7 @@ func open(ctx context.Context, c Config, s Status) (*Host, error) {
 	return h, err
 }
 
-// checkURL says whether an agent may be reached at a URL.
+// checkURL checks an agent's URL.
 func checkURL(text string) error {
 	if strings.HasPrefix(text, "unix:") {
 		return nil
@@ -204,29 +203,30 @@ func checkURL(text string) error {
 		return fmt.Errorf("%q is not an agent's URL like https://192.0.2.1:7070", text)
 	}
 	if ip := net.ParseIP(u.Hostname()); ip != nil && ip.IsUnspecified() {
-		return fmt.Errorf("the control plane cannot call %s: say at which address it reaches this host", ip)
+		return fmt.Errorf("the control plane cannot call %s; set an address at which it reaches this host", ip)
 	}
 	if u.Scheme == "http" && !netaddr.Local(text) {
-		return fmt.Errorf("%s: beyond this machine an agent is reached by https alone, with certificates", text)
+		return fmt.Errorf("%s: an agent that other machines reach must use https, with certificates", text)
 	}
 	return nil
 }
 
-// ID is the host's id, in its wire form.
+// ID returns the host's id in text form.
 func (h *Host) ID() string {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.have.Host
 }
 
-// AgentToken is what the control plane shows the agent.
+// AgentToken returns the token that the control plane sends the agent.
 func (h *Host) AgentToken() string {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.have.AgentToken
 }
 
-// TLS is how the agent must serve; nil: in clear, on this machine.
+// TLS returns the configuration with which the agent must serve, or nil for plain HTTP
+// on this machine.
 func (h *Host) TLS() *tls.Config {
 	if !h.tls {
 		return nil
@@ -234,8 +234,8 @@ func (h *Host) TLS() *tls.Config {
 	return h.listen.TLS()
 }
 
-// Run refreshes the credentials in time and says that the agent is there, with
-// what status returns, until ctx is done; then it says that the agent goes.
+// Run renews the credentials in time and sends heartbeats with the result of status,
+// until ctx is done. Then it tells the control plane that the agent is leaving.
 func (h *Host) Run(ctx context.Context, status func() (Status, error)) error {
 	pauses, down := backoff.New(200*time.Millisecond, maxPause), false
 	for {
@@ -245,16 +245,16 @@ func (h *Host) Run(ctx context.Context, status func() (Status, error)) error {
 		}
 		if err != nil {
 			if !down {
-				h.cfg.Log.Warn("the control plane does not hear this host", "error", err)
+				h.cfg.Log.Warn("cannot send heartbeats to the control plane", "error", err)
 			}
 			down = true
 			wait = pauses.Next()
-			// Not later than it expects to hear of the host.
+			// No longer than a heartbeat, so that the control plane misses few.
 			h.mu.Lock()
 			wait = min(wait, max(h.heartbeat, time.Second))
 			h.mu.Unlock()
 		} else if down {
-			h.cfg.Log.Info("the control plane hears this host again")
+			h.cfg.Log.Info("sending heartbeats to the control plane again")
 			pauses.Reset()
 			down = false
 		}
@@ -267,7 +267,7 @@ func (h *Host) Run(ctx context.Context, status func() (Status, error)) error {
 		}
 		break
 	}
-	h.beside.Wait()
+	h.renewal.Wait()
 	bye, cancel := context.WithTimeout(context.WithoutCancel(ctx), farewellTimeout)
 	defer cancel()
 	h.mu.Lock()
@@ -277,20 +277,20 @@ func (h *Host) Run(ctx context.Context, status func() (Status, error)) error {
 		return nil
 	}
 	if err := h.call(bye, "/v1/hosts/heartbeat", token, heartbeat{Leaving: true}, nil); err != nil {
-		h.cfg.Log.Warn("say that this host goes", "error", err)
+		h.cfg.Log.Warn("cannot tell the control plane that this host is leaving", "error", err)
 	}
 	return nil
 }
 
-// heartbeat is what is said at intervals.
+// heartbeat is the body of a heartbeat.
 type heartbeat struct {
 	Status  *Status `json:"status,omitempty"`
 	Leaving bool    `json:"leaving,omitempty"`
 }
 
-// beat says that the agent is there, and renews the credentials if they are half
-// through their life. It returns when to do so again. While the token is good a
-// renewal runs beside heartbeats, and one that fails or hangs delays none.
+// beat sends a heartbeat, and renews credentials that have half of their life left. It
+// returns the time until the next heartbeat. While the token is valid, the renewal runs
+// in the background, so that one that fails or hangs delays no heartbeat.
 func (h *Host) beat(ctx context.Context, status func() (Status, error)) (time.Duration, error) {
 	h.mu.Lock()
 	good := time.Until(h.expires) > 0
@@ -318,7 +318,7 @@ func (h *Host) beat(ctx context.Context, status func() (Status, error)) (time.Du
 	var refused *Error
 	if errors.As(err, &refused) && refused.Status == http.StatusUnauthorized {
 		h.mu.Lock()
-		h.expires = time.Time{} // The next attempt refreshes first.
+		h.expires = time.Time{} // makes the next beat refresh first
 		h.mu.Unlock()
 	}
 	if err != nil {
@@ -332,11 +332,11 @@ func (h *Host) beat(ctx context.Context, status func() (Status, error)) (time.Du
 	return h.heartbeat, nil
 }
 
-// refreshBefore is how long before the token ends it is changed for a new one:
-// half of the hour that it lasts.
+// refreshBefore is the time before the token's expiry at which the agent renews it: half
+// of its hour.
 const refreshBefore = 30 * time.Minute
 
-// answer is the control plane's.
+// answer is the control plane's response to a registration or a refresh.
 type answer struct {
 	HostID      string    `json:"host_id"`
 	Token       string    `json:"token"`
@@ -347,15 +347,15 @@ type answer struct {
 	HeartbeatMS int64     `json:"heartbeat_ms"`
 }
 
-// register uses the registration token.
+// register registers this host with the registration token.
 func (h *Host) register(ctx context.Context, s Status) error {
 	if h.cfg.Token == "" {
-		return errors.New("a registration token is needed (`wrenn host add` makes one)")
+		return errors.New("a registration token is required (`wrenn host add` makes one)")
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	// What an attempt before this one made is kept, so that the control plane
-	// knows the two for one.
+	// Keep the refresh token of an earlier attempt, by which the control plane recognizes
+	// the repeated registration.
 	if h.have.Host != "" || h.have.Server != h.cfg.Server || h.have.URL != h.cfg.URL || h.have.Refresh == "" {
 		h.have = credentials{Server: h.cfg.Server, URL: h.cfg.URL, Refresh: random()}
 	}
@@ -379,7 +379,7 @@ func (h *Host) register(ctx context.Context, s Status) error {
 	return h.take(next, a, key)
 }
 
-// refresh changes the credentials for new ones.
+// refresh exchanges the credentials for new ones.
 func (h *Host) refresh(ctx context.Context) error {
 	h.refreshing.Lock()
 	defer h.refreshing.Unlock()
@@ -412,7 +412,7 @@ func (h *Host) refresh(ctx context.Context) error {
 	return h.take(next, a, key)
 }
 
-// renew refreshes the credentials beside heartbeats, unless that is under way.
+// renew starts a refresh in the background, unless one is running.
 func (h *Host) renew(ctx context.Context) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -420,10 +420,10 @@ func (h *Host) renew(ctx context.Context) {
 		return
 	}
 	h.renewing = true
-	h.beside.Go(func() {
+	h.renewal.Go(func() {
 		err := h.refresh(ctx)
 		if err != nil && ctx.Err() == nil {
-			h.cfg.Log.Warn("renew credentials", "error", err)
+			h.cfg.Log.Warn("cannot renew credentials", "error", err)
 		}
 		h.mu.Lock()
 		defer h.mu.Unlock()
@@ -431,7 +431,7 @@ func (h *Host) renew(ctx context.Context) {
 	})
 }
 
-// take writes down what came, and uses it. The caller holds the lock.
+// take stores new credentials and uses them. The caller holds mu.
 func (h *Host) take(next credentials, a answer, key string) error {
 	next.AgentToken, next.Certificate, next.Authority, next.Key = a.AgentToken, a.Certificate, a.Authority, key
 	if h.tls {
@@ -447,8 +447,8 @@ func (h *Host) take(next credentials, a answer, key string) error {
 	return nil
 }
 
-// request makes a key and a signing request for it, both PEM; nothing where
-// there is to be no certificate.
+// request makes a key and a certificate signing request for it, both PEM. Both are empty
+// for an agent without TLS.
 func (h *Host) request() (key, csr string, err error) {
 	if !h.tls {
 		return "", "", nil
@@ -469,7 +469,8 @@ func (h *Host) request() (key, csr string, err error) {
 	return string(text), string(request), err
 }
 
-// call posts a message to the control plane and reads the answer into v.
+// call posts a message to the control plane and decodes the response into v, unless v is
+// nil. It returns an [Error] for an error response.
 func (h *Host) call(ctx context.Context, path, token string, message, v any) error {
 	body, err := json.Marshal(message)
 	if err != nil {
@@ -499,7 +500,7 @@ func (h *Host) call(ctx context.Context, path, token string, message, v any) err
 			Error struct{ Code, Message string }
 		}
 		if json.Unmarshal(content, &e) != nil || e.Error.Code == "" {
-			return fmt.Errorf("the control plane answers %s", resp.Status)
+			return fmt.Errorf("the control plane responded with %s", resp.Status)
 		}
 		return &Error{Status: resp.StatusCode, Code: e.Error.Code, Message: e.Error.Message}
 	}
@@ -507,12 +508,13 @@ func (h *Host) call(ctx context.Context, path, token string, message, v any) err
 		return nil
 	}
 	if err := json.Unmarshal(content, v); err != nil {
-		return fmt.Errorf("read the control plane's answer: %w", err)
+		return fmt.Errorf("read the control plane's response: %w", err)
 	}
 	return nil
 }
 
-// load reads the credentials, if there are any.
+// load reads the stored credentials, if any. It sets unreadable ones aside if the host
+// can register again.
 func (h *Host) load() error {
 	path := h.cfg.Dir.Enrollment()
 	b, err := os.ReadFile(path)
@@ -536,17 +538,17 @@ func (h *Host) load() error {
 		return err
 	}
 	if h.cfg.Token == "" {
-		return fmt.Errorf("%w: register this host again with a token from `wrenn host token`", err)
+		return fmt.Errorf("%w; register this host again with a token from `wrenn host token`", err)
 	}
 	item, e := unreadable.Move(h.cfg.Dir, unreadable.Credentials, path, err)
 	if e != nil {
 		return errors.Join(err, e)
 	}
-	h.cfg.Log.Error("the credentials of this host cannot be read and were set aside; it registers again", "path", item.Path, "error", err)
+	h.cfg.Log.Error("cannot read this host's credentials; set them aside and registering again", "path", item.Path, "error", err)
 	return nil
 }
 
-// save writes the credentials durably, whole or not at all.
+// save stores the credentials durably and atomically.
 func (h *Host) save(c credentials) error {
 	c.Version = format.Credentials.Version
 	path := h.cfg.Dir.Enrollment()
@@ -560,7 +562,7 @@ func (h *Host) save(c credentials) error {
 	return nil
 }
 
-// random is a refresh token.
+// random makes a refresh token.
 func random() string {
 	var b [32]byte
 	_, _ = rand.Read(b[:]) // never fails

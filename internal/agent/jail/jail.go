@@ -1,5 +1,5 @@
-// Package jail runs programs that work on what guests made where there is
-// nothing to find and nothing to gain.
+// Package jail runs programs that process guests' data in a jail without the host's
+// files and without capabilities.
 package jail
 
 import (
@@ -12,26 +12,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Jail is a mount namespace that shows the distribution's programs and
-// libraries, read-only, a few devices and a process's own /proc entries. It
-// has no place in the file system: a thread of this process is in it, and
-// the processes which that thread starts, without capabilities and without a
-// way to new ones. It ends with the last of them.
+// Jail is a mount namespace that contains the distribution's programs and libraries,
+// read-only, a few devices and /proc entries of a process's own user. A thread of this
+// process lives in it. The processes that this thread starts have no capabilities and
+// cannot get any. The namespace ends with the last of them.
 type Jail struct {
 	work  chan func()
 	ended chan struct{}
 	tid   int
 }
 
-// New makes a jail with the named devices of /dev, as far as the host has
-// them. mountPoint is a folder that it is built on; to all others the folder
-// stays as it is.
+// New makes a jail with the named devices of /dev, except those that the host lacks. It
+// mounts the jail's root on the folder mountPoint, which does not change for others.
 func New(mountPoint string, devices ...string) (*Jail, error) {
 	j := &Jail{work: make(chan func()), ended: make(chan struct{})}
 	ready := make(chan error)
 	go func() {
-		// Never unlocked: the thread, with all that was done to it, ends with
-		// this goroutine.
+		// Never unlocked, so that the thread ends with this goroutine.
 		runtime.LockOSThread()
 		defer close(j.ended)
 		j.tid = unix.Gettid()
@@ -51,13 +48,13 @@ func New(mountPoint string, devices ...string) (*Jail, error) {
 	return j, nil
 }
 
-// Close ends the jail's thread. What was started in the jail goes on.
+// Close ends the jail's thread. Processes that it started keep running.
 func (j *Jail) Close() {
 	close(j.work)
 	<-j.ended
 }
 
-// Thread is the id of the jail's thread, for what is done to it from outside.
+// Thread returns the id of the jail's thread.
 func (j *Jail) Thread() int { return j.tid }
 
 // Do calls f on the jail's thread, where it may start processes.
@@ -67,7 +64,7 @@ func (j *Jail) Do(f func() error) error {
 	return <-result
 }
 
-// build makes the calling thread's root a jail built on mountPoint.
+// build makes a jail on mountPoint the calling thread's root.
 func build(mountPoint string, names []string) error {
 	if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
 		return fmt.Errorf("unshare mounts: %w", err)
@@ -91,7 +88,7 @@ func build(mountPoint string, names []string) error {
 			return err
 		}
 	}
-	// Nothing is mounted: programs that work on file systems ask.
+	// An empty mtab, because e2fsprogs check whether the file system is mounted.
 	if err := os.WriteFile(filepath.Join(mountPoint, "etc", "mtab"), nil, 0o644); err != nil {
 		return err
 	}
@@ -104,7 +101,7 @@ func build(mountPoint string, names []string) error {
 			return err
 		}
 	}
-	// A process sees those of its user alone.
+	// hidepid: a process sees only processes of its own user.
 	if err := unix.Mount("proc", proc, "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "hidepid=2,subset=pid"); err != nil {
 		return fmt.Errorf("mount proc: %w", err)
 	}
@@ -126,8 +123,8 @@ func build(mountPoint string, names []string) error {
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("forbid new privileges: %w", err)
 	}
-	// What is started from here can never have a capability. (EINVAL: past the
-	// last that the kernel knows.)
+	// Processes started here can never get a capability. EINVAL means that c is past the
+	// kernel's last one.
 	for c := uintptr(0); c < 64; c++ {
 		if err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0); err != nil {
 			if errors.Is(err, unix.EINVAL) {
@@ -139,8 +136,8 @@ func build(mountPoint string, names []string) error {
 	return nil
 }
 
-// show makes a folder of the host's, or the link that stands for one, appear
-// in the jail, read-only.
+// show mounts a folder of the host in the jail, read-only, or copies it if it is a
+// symbolic link.
 func show(source, target string) error {
 	info, err := os.Lstat(source)
 	if errors.Is(err, os.ErrNotExist) {
@@ -168,7 +165,7 @@ func show(source, target string) error {
 	return nil
 }
 
-// devices makes those of the host's that are named.
+// devices makes the named devices that the host has.
 func devices(dir string, names []string) error {
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return err

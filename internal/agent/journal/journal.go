@@ -1,5 +1,5 @@
-// Package journal keeps what the agent did on its own until the control plane
-// has acknowledged it: an append-only file of checksummed records.
+// Package journal stores events, which are what the agent did on its own, until the
+// control plane acknowledges them, in an append-only file of checksummed records.
 package journal
 
 import (
@@ -28,23 +28,23 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// Kind says what happened.
+// Kind is a kind of event.
 type Kind string
 
 // The kinds of events.
 const (
-	// Expired: a sandbox's timeout ended and it was destroyed.
+	// Expired means that the agent destroyed a sandbox after its timeout.
 	Expired Kind = "expired"
-	// Paused: a sandbox was paused: its timeout ended, or the agent was
-	// terminated.
+	// Paused means that the agent paused a sandbox, after its timeout or because the agent
+	// was terminated.
 	Paused Kind = "paused"
-	// Exited: a virtual machine ended by itself and was cleaned up.
+	// Exited means that a virtual machine ended by itself and the agent cleaned it up.
 	Exited Kind = "exited"
 )
 
-// Event is one thing that the agent did on its own.
+// Event is something that the agent did on its own.
 type Event struct {
-	// Seq counts events from 1; it never goes back.
+	// Seq numbers events from 1. It never decreases.
 	Seq     uint64    `json:"seq"`
 	Kind    Kind      `json:"kind"`
 	Sandbox uuid.UUID `json:"sandbox"`
@@ -53,30 +53,30 @@ type Event struct {
 }
 
 var (
-	// ErrClosed says that the journal was closed.
+	// ErrClosed means that the journal is closed.
 	ErrClosed = errors.New("the journal is closed")
 
-	// ErrFuture says that an event was acknowledged that has not happened yet.
+	// ErrFuture means that a caller acknowledged an event that has not happened yet.
 	ErrFuture = errors.New("the event has not happened yet")
 
 	errTorn = errors.New("torn record")
 )
 
-// A file is a magic word and records. A record is the length of its payload
-// and its CRC-32C, both little-endian uint32, and the payload: a JSON entry.
+// A file is the magic and records. A record is the length of its payload and the
+// payload's CRC-32C, both little-endian uint32, and the payload, which is a JSON entry.
 const (
-	magicWord = "wrnjrnl"       // the version's digit follows
-	magic     = magicWord + "1" // [format.Journal]'s
+	magicWord = "wrnjrnl"       // followed by the version's digit
+	magic     = magicWord + "1" // the version of [format.Journal]
 	headLen   = 8
 	maxRecord = 64 << 10 // bytes of one payload
 
-	// compactAfter is how many dead bytes a file may hold.
+	// compactAfter is the number of dead bytes after which the file is rewritten.
 	compactAfter = 64 << 10
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// entry is one record's payload: an event, or what is acknowledged up to.
+// entry is a record's payload: an event, or the seq up to which events are acknowledged.
 type entry struct {
 	Event *Event `json:"event,omitempty"`
 	Ack   uint64 `json:"ack,omitempty"`
@@ -90,23 +90,23 @@ type Journal struct {
 	mu      sync.Mutex
 	closed  bool
 	file    *os.File // nil: closed, or the last rewrite failed
-	size    int64    // bytes of whole records
+	size    int64    // bytes up to the end of the last whole record
 	dead    int64    // bytes that compaction would save
-	last    uint64   // seq of the youngest event ever
+	last    uint64   // seq of the latest event ever
 	acked   uint64
 	pending []Event       // not acknowledged, oldest first
-	changed chan struct{} // closed and replaced at each change and at the end
+	changed chan struct{} // closed at each change, and replaced except by Close
 	dropped int64
-	damage  error // what is at path is damaged, and no copy is kept yet
+	damage  error // the file at path is damaged, and rewrite must keep a copy
 	kept    *unreadable.Item
 	full    error
 }
 
-// Open opens the journal of an installation, and creates it if there is none.
-// It cuts off a record that an agent was killed while writing; see
-// [Journal.Dropped]. It keeps a copy of a journal that is damaged in any other
-// way as unreadable, and returns a [format.NewerError] if a later release
-// wrote the journal. On a full disk it leaves the file as it is; see [Journal.Full].
+// Open opens the journal in dir, and creates it if there is none. It cuts off the torn
+// record of a killed agent; see [Journal.Dropped]. If the journal is damaged in another
+// way, Open keeps a copy with the unreadable data. It returns a [format.NewerError] if a
+// later release wrote the journal. On a full disk it does not change the file; see
+// [Journal.Full].
 func Open(dir layout.Dir) (*Journal, error) {
 	path := dir.Events()
 	if err := Check(path); err != nil {
@@ -122,8 +122,7 @@ func Open(dir layout.Dir) (*Journal, error) {
 	if len(data) > 0 && whole == 0 || !unfinished(data[whole:]) {
 		j.damage = fmt.Errorf("the journal is damaged at byte %d of %d", whole, len(data))
 	}
-	// A file without anything dead or broken would do as it is, but a fresh
-	// one is certain, and as small as it gets.
+	// Always rewrite: a fresh file is certainly valid and as small as possible.
 	err = j.rewrite()
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
 		// The file still has every event. The next write tries again.
@@ -136,9 +135,8 @@ func Open(dir layout.Dir) (*Journal, error) {
 	return j, nil
 }
 
-// Check returns a [format.NewerError] if a later release wrote the journal
-// at path. It changes nothing, and is nil for a journal that does not exist or
-// that Open keeps as damaged.
+// Check returns a [format.NewerError] if a later release wrote the journal at path. It
+// returns nil for a missing journal, and for a damaged one, which is Open's business.
 func Check(path string) error {
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -150,7 +148,7 @@ func Check(path string) error {
 	defer f.Close()
 	var head [len(magic)]byte
 	if _, err := io.ReadFull(f, head[:]); err != nil {
-		return nil // shorter: Open decides
+		return nil // too short
 	}
 	digits, ok := strings.CutPrefix(string(head[:]), magicWord)
 	written, err := strconv.Atoi(digits)
@@ -160,8 +158,8 @@ func Check(path string) error {
 	return format.Journal.Check(path, written)
 }
 
-// unfinished reports whether b, the end of a journal, can be a record that was
-// being written when the agent or the machine died: no whole record follows.
+// unfinished reports whether b, the end of a journal, can be a torn write, which means
+// that no whole record follows.
 func unfinished(b []byte) bool {
 	for i := 1; i < len(b); i++ {
 		if _, _, err := decode(b[i:]); err == nil {
@@ -174,7 +172,7 @@ func unfinished(b []byte) bool {
 // keep keeps a copy of a damaged journal.
 func keep(dir layout.Dir, path string, damage error) (*unreadable.Item, error) {
 	copied := path + ".damaged"
-	// A link is a copy: the journal is never written over, but replaced.
+	// A link is enough of a copy, because rewrite replaces the file.
 	if err := os.Remove(copied); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("keep damaged journal: %w", err)
 	}
@@ -188,23 +186,22 @@ func keep(dir layout.Dir, path string, damage error) (*unreadable.Item, error) {
 	return &item, nil
 }
 
-// Full returns why the journal's file could not be written when it was opened,
-// because the disk is full, or nil. Nothing is lost, and writing is tried again with
-// the next event or acknowledgement.
+// Full returns the error if Open could not rewrite the file because the disk was full,
+// and nil otherwise. No event is lost. The next event or acknowledgement tries again.
 func (j *Journal) Full() error { return j.full }
 
-// Dropped is how many bytes were unreadable when the journal was opened.
+// Dropped returns the number of bytes at the file's end that Open could not read.
 func (j *Journal) Dropped() int64 { return j.dropped }
 
-// Damaged returns the copy of the journal that was opened, if it was damaged,
-// or nil. On a full disk there is none yet.
+// Damaged returns the copy of the file if it was damaged when it was opened, or nil. On
+// a full disk there is no copy yet.
 func (j *Journal) Damaged() *unreadable.Item {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	return j.kept
 }
 
-// load takes over what a file says and returns how much of it is whole.
+// load applies the records of a file up to the first torn one, and returns their length.
 func (j *Journal) load(data []byte) int {
 	if !bytes.HasPrefix(data, []byte(magic)) {
 		return 0
@@ -220,7 +217,7 @@ func (j *Journal) load(data []byte) int {
 	}
 }
 
-// decode reads the record that b begins with and returns its length.
+// decode decodes the record at the beginning of b and returns its length.
 func decode(b []byte) (entry, int, error) {
 	var e entry
 	if len(b) < headLen {
@@ -246,7 +243,7 @@ func encode(e entry) ([]byte, error) {
 		return nil, fmt.Errorf("encode journal record: %w", err)
 	}
 	if len(payload) > maxRecord {
-		return nil, fmt.Errorf("journal record of %d bytes is longer than %d", len(payload), maxRecord)
+		return nil, fmt.Errorf("encode journal record: %d bytes exceed %d", len(payload), maxRecord)
 	}
 	b := make([]byte, headLen, headLen+len(payload))
 	binary.LittleEndian.PutUint32(b, uint32(len(payload)))
@@ -254,7 +251,7 @@ func encode(e entry) ([]byte, error) {
 	return append(b, payload...), nil
 }
 
-// apply does to the state in memory what a record says.
+// apply applies a record to the state in memory.
 func (j *Journal) apply(e entry) {
 	if e.Event != nil && e.Event.Seq > j.last {
 		j.last = e.Event.Seq
@@ -273,8 +270,8 @@ func (j *Journal) apply(e entry) {
 	j.pending = slices.Delete(j.pending, 0, n)
 }
 
-// rewrite replaces the file by one with nothing dead in it. The caller holds
-// the lock, or nobody else has the journal yet.
+// rewrite replaces the file by one without dead records. The caller holds mu, or nobody
+// else has the journal yet.
 func (j *Journal) rewrite() error {
 	content := []byte(magic)
 	entries := make([]entry, 0, len(j.pending)+1)
@@ -298,8 +295,8 @@ func (j *Journal) rewrite() error {
 		}
 		j.damage = nil
 	}
-	// Should a step below fail, the file may have its new content or the old
-	// one, so the one that is open may have no name any more.
+	// Close it first: if a step below fails, the open file may have lost its name to the
+	// new one.
 	if j.file != nil {
 		j.file.Close()
 		j.file = nil
@@ -315,7 +312,7 @@ func (j *Journal) rewrite() error {
 	return nil
 }
 
-// write appends a record; with an error the file is as before.
+// write appends a record and returns its length. After an error, the file is unchanged.
 func (j *Journal) write(e entry, durable bool) (int64, error) {
 	if j.closed {
 		return 0, ErrClosed
@@ -334,14 +331,14 @@ func (j *Journal) write(e entry, durable bool) (int64, error) {
 		err = j.file.Sync()
 	}
 	if err != nil {
-		// Half a record would hide those written after it.
+		// A torn record would hide later ones.
 		return 0, errors.Join(fmt.Errorf("append to journal: %w", err), j.file.Truncate(j.size))
 	}
 	j.size += int64(len(b))
 	return int64(len(b)), nil
 }
 
-// Append adds an event, durably, and returns it with its number.
+// Append stores an event durably and returns it with its Seq.
 func (j *Journal) Append(e Event) (Event, error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -354,14 +351,14 @@ func (j *Journal) Append(e Event) (Event, error) {
 	return e, nil
 }
 
-// tell wakes whoever waits for a change.
+// tell wakes those who wait for a change. The caller holds mu.
 func (j *Journal) tell() {
 	close(j.changed)
 	j.changed = make(chan struct{})
 }
 
-// Ack forgets the events up to and including seq. One that is lost by a crash
-// only makes them come again.
+// Ack removes the events up to and including seq. It does not sync, because a lost
+// acknowledgement only makes the agent send the events again.
 func (j *Journal) Ack(seq uint64) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -375,7 +372,7 @@ func (j *Journal) Ack(seq uint64) error {
 	if err != nil {
 		return err
 	}
-	// At least the acknowledgement and one event of about its size or more.
+	// An estimate: the acknowledgement, and each event with the acknowledgement's size.
 	j.dead += n + n*int64(seq-j.acked)
 	j.apply(entry{Ack: seq})
 	j.tell()
@@ -385,16 +382,15 @@ func (j *Journal) Ack(seq uint64) error {
 	return nil
 }
 
-// Pending is every event that is not acknowledged, oldest first.
+// Pending returns the unacknowledged events, oldest first.
 func (j *Journal) Pending() []Event {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	return slices.Clone(j.pending)
 }
 
-// Follow calls f with each event that is not acknowledged, oldest first, and
-// goes on with new ones until ctx is done, the journal is closed or f fails;
-// it returns that reason.
+// Follow calls f with each unacknowledged event, oldest first, and then with each new
+// one. It returns an error when ctx is done, the journal is closed or f fails.
 func (j *Journal) Follow(ctx context.Context, f func(Event) error) error {
 	var told uint64
 	for {
@@ -424,8 +420,7 @@ func (j *Journal) Follow(ctx context.Context, f func(Event) error) error {
 	}
 }
 
-// Drained returns when every event is acknowledged, ctx is done or the journal
-// is closed.
+// Drained waits until every event is acknowledged, ctx is done or the journal is closed.
 func (j *Journal) Drained(ctx context.Context) {
 	for {
 		j.mu.Lock()
@@ -442,7 +437,7 @@ func (j *Journal) Drained(ctx context.Context) {
 	}
 }
 
-// Close ends every Follow.
+// Close closes the journal and ends every Follow. It is idempotent.
 func (j *Journal) Close() error {
 	j.mu.Lock()
 	defer j.mu.Unlock()

@@ -21,20 +21,20 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/thread"
 )
 
-// Limits are resource limits (setrlimit(2)) of a program. Those that are already
-// lower stay as they are. No program that is launched dumps core.
+// Limits are resource limits (setrlimit(2)) of a program. They only lower the limits of
+// this process. Launched programs never dump core.
 type Limits struct {
-	// FileBytes is the size past which the program cannot write to any file (EFBIG);
-	// 0: none. It is the soft limit, so [SetFileBytes] can raise it.
+	// FileBytes is the size in bytes past which the program cannot write to any file
+	// (EFBIG); 0 means no limit. It is a soft limit, which [SetFileBytes] can raise.
 	FileBytes int64
 	Files     uint64 // open descriptors
 	Tasks     uint64 // processes and threads of the program's user
 }
 
-// Launcher makes commands start their programs under its seccomp filters. It may be
-// used concurrently.
+// Launcher makes commands start their programs under its seccomp filters. It is safe for
+// concurrent use.
 type Launcher struct {
-	self   *os.File // this program, which a jail does not show
+	self   *os.File // this program, which has no path in a jail
 	filter *os.File // the filters; nil: none
 }
 
@@ -52,7 +52,7 @@ func New(filters [][]unix.SockFilter) (_ *Launcher, err error) {
 	if len(filters) == 0 {
 		return l, nil
 	}
-	var all []unix.SockFilter // each behind an entry with its length
+	var all []unix.SockFilter // an entry with its length before each
 	for _, f := range filters {
 		all = append(append(all, unix.SockFilter{K: uint32(len(f))}), f...)
 	}
@@ -65,15 +65,15 @@ func bytesOf(f []unix.SockFilter) []byte {
 	return unsafe.Slice((*byte)(unsafe.Pointer(&f[0])), len(f)*int(unsafe.Sizeof(f[0])))
 }
 
-// openSelf opens this program for any user to run.
+// openSelf opens this program, or a copy of it, so that any user can run it.
 func openSelf() (*os.File, error) {
 	self, err := os.Open("/proc/self/exe")
 	if err != nil {
 		return nil, err
 	}
 	info, err := self.Stat()
-	// The kernel takes /proc/self/coredump_filter away from a process whose program
-	// it may not read.
+	// Every user must be able to read it, too: otherwise the kernel denies the process
+	// access to its /proc/self/coredump_filter.
 	if err == nil && info.Mode()&0o005 == 0o005 {
 		return self, nil
 	}
@@ -91,7 +91,7 @@ func openSelf() (*os.File, error) {
 // sealed returns an immutable file in memory that contains b.
 func sealed(name string, b []byte, flags int) (*os.File, error) {
 	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING|flags)
-	if errors.Is(err, unix.EINVAL) { // a kernel before 6.3 does not know MFD_EXEC, and needs none
+	if errors.Is(err, unix.EINVAL) { // kernels before 6.3 neither know nor need MFD_EXEC
 		fd, err = unix.MemfdCreate(name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
 	}
 	if err != nil {
@@ -108,10 +108,10 @@ func sealed(name string, b []byte, flags int) (*os.File, error) {
 	if _, err := unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, unix.F_SEAL_WRITE|unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL); err != nil {
 		return nil, err
 	}
-	return os.Open(fmt.Sprintf("/proc/self/fd/%d", fd)) // nobody can run what is open for writing
+	return os.Open(fmt.Sprintf("/proc/self/fd/%d", fd)) // a file open for writing cannot be executed
 }
 
-// Close closes the launcher. Programs that it launched go on.
+// Close closes the launcher. Programs that it launched keep running.
 func (l *Launcher) Close() error {
 	var errs []error
 	for _, f := range []*os.File{l.self, l.filter} {
@@ -130,8 +130,8 @@ const (
 )
 
 // Wrap makes cmd start its program with the limits and under the filters. cmd must run
-// in a mount namespace with /proc. Call Wrap last: it appends to cmd.ExtraFiles, and
-// the files before keep their numbers in the program.
+// in a mount namespace with /proc. Call Wrap after setting cmd.ExtraFiles, to which it
+// appends.
 func (l *Launcher) Wrap(cmd *exec.Cmd, limits Limits) {
 	add := func(f *os.File) int {
 		if f == nil {
@@ -149,8 +149,8 @@ func (l *Launcher) Wrap(cmd *exec.Cmd, limits Limits) {
 	cmd.Path = fmt.Sprintf("/proc/self/fd/%d", self)
 }
 
-// SetFileBytes changes how large a launched process may make files. It acts as the
-// process's user, which needs no CAP_SYS_RESOURCE.
+// SetFileBytes sets the FileBytes limit of a launched process. It acts as the process's
+// user, who needs no CAP_SYS_RESOURCE.
 func SetFileBytes(pid int, bytes int64) error {
 	uid, gid, err := owner(pid)
 	if err != nil {
@@ -204,7 +204,7 @@ func init() {
 	os.Exit(127)
 }
 
-// child executes the program, or returns why it cannot.
+// child executes the program. It returns only if that fails.
 func child(args []string) error {
 	if len(args) <= childArgs {
 		return errors.New("too few arguments")
@@ -273,7 +273,7 @@ func limit(l Limits) error {
 		return nil
 	}
 	errs := []error{
-		// 0 would let programs that the kernel pipes core dumps to have one; 1 does not.
+		// With 0, the kernel still pipes a core dump to a handler; with 1 it does not.
 		set("RLIMIT_CORE", unix.RLIMIT_CORE, 1, 1),
 		set("RLIMIT_NOFILE", unix.RLIMIT_NOFILE, l.Files, l.Files),
 		set("RLIMIT_NPROC", unix.RLIMIT_NPROC, l.Tasks, l.Tasks),
@@ -281,7 +281,7 @@ func limit(l Limits) error {
 	if l.FileBytes > 0 {
 		errs = append(errs, set("RLIMIT_FSIZE", unix.RLIMIT_FSIZE, uint64(l.FileBytes), unix.RLIM_INFINITY))
 	}
-	// Unlike PR_SET_DUMPABLE, this survives exec: no dump contains any memory.
+	// No dump contains any memory. Unlike PR_SET_DUMPABLE, this survives execve.
 	if err := os.WriteFile("/proc/self/coredump_filter", []byte("0"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
 		errs = append(errs, err)
 	}
@@ -290,14 +290,14 @@ func limit(l Limits) error {
 
 // become executes the program under the filters.
 //
-// The filters make the kernel ask about every execve. A thread without them, which
-// ends with this execve, approves it. Later ones fail with ENOSYS, because nobody is
-// left to ask.
+// The filters make the kernel ask for permission for every execve. A thread without the
+// filters permits this one, which ends that thread. Later ones fail with ENOSYS, because
+// nobody is left to ask.
 func become(path string, args []string, filters [][]unix.SockFilter) error {
 	listener, failed := make(chan int, 1), make(chan error, 1)
 	ready := make(chan struct{})
 	go func() {
-		runtime.LockOSThread() // it was there before the filters
+		runtime.LockOSThread() // this thread exists before the filters, so they do not apply to it
 		close(ready)
 		failed <- answer(<-listener)
 	}()
@@ -323,7 +323,7 @@ func become(path string, args []string, filters [][]unix.SockFilter) error {
 	return fmt.Errorf("execute %s: %w", path, err)
 }
 
-// execve is unix.Exec, during which other goroutines run.
+// execve is like unix.Exec, but other goroutines can run during it.
 func execve(path string, args, env []string) error {
 	name, err := unix.BytePtrFromString(path)
 	if err != nil {
@@ -341,8 +341,8 @@ func execve(path string, args, env []string) error {
 	return errno
 }
 
-// install puts the calling thread under a filter. It returns the descriptor over which
-// the kernel asks, or -1 if the filter does not make it ask.
+// install puts the calling thread under a filter. It returns the descriptor on which the
+// kernel asks for permission, or -1 if it will not ask.
 func install(filter []unix.SockFilter) (int, error) {
 	const ask, allow = unix.SECCOMP_RET_USER_NOTIF, unix.SECCOMP_RET_ALLOW
 	load := func(flags uintptr) (int, error) {
@@ -359,8 +359,8 @@ func install(filter []unix.SockFilter) (int, error) {
 		if !errors.Is(err, unix.EBUSY) {
 			return fd, err
 		}
-		// The kernel already asks somebody else about this process, such as a
-		// container runtime, and can ask only one.
+		// The kernel can ask only one listener, and another one, such as a container
+		// runtime, listens to this process already. Do without.
 		for i := range filter {
 			if asks(filter[i]) {
 				filter[i].K = allow
@@ -371,7 +371,7 @@ func install(filter []unix.SockFilter) (int, error) {
 	return -1, err
 }
 
-// The kernel's question and the answer (seccomp_unotify(2)).
+// The kernel's request for permission and the response (seccomp_unotify(2)).
 type (
 	question struct {
 		id    uint64
@@ -390,7 +390,7 @@ type (
 	}
 )
 
-// answer lets the call that the kernel asks about continue.
+// answer receives one request for permission and grants it.
 func answer(fd int) error {
 	var q question
 	ask := func(request uint, at unsafe.Pointer) error {
@@ -405,15 +405,15 @@ func answer(fd int) error {
 		}
 	}
 	if err := ask(unix.SECCOMP_IOCTL_NOTIF_RECV, unsafe.Pointer(&q)); err != nil {
-		return fmt.Errorf("hear of execve: %w", err)
+		return fmt.Errorf("receive request for execve: %w", err)
 	}
 	a := reply{id: q.id, flags: unix.SECCOMP_USER_NOTIF_FLAG_CONTINUE}
 	if err := ask(unix.SECCOMP_IOCTL_NOTIF_SEND, unsafe.Pointer(&a)); err != nil {
-		return fmt.Errorf("let execve go on: %w", err)
+		return fmt.Errorf("permit execve: %w", err)
 	}
 	return nil
 }
 
-// Forbidden tells whether a program that was launched ended because it made a
-// system call that its filters forbid.
+// Forbidden reports whether a launched program ended because it made a system call that
+// its filters forbid.
 func Forbidden(s syscall.WaitStatus) bool { return s.Signaled() && s.Signal() == unix.SIGSYS }

@@ -1,6 +1,6 @@
-// Package metadata tells a guest about itself, over the protocol of
-// Firecracker's MMDS version 2: a token first, then the document or parts of
-// it, as JSON or as plain text.
+// Package metadata serves a guest a document about itself, over the protocol of
+// Firecracker's MMDS version 2: the guest gets a token, and with it the document or
+// parts of it, as JSON or as plain text.
 package metadata
 
 import (
@@ -31,18 +31,18 @@ const (
 	tokenPath = "/latest/api/token"
 	maxTTL    = 21600 // seconds
 
-	// maxConnections is how many a guest can hold open; more wait.
+	// maxConnections is the number of connections served at once; others wait.
 	maxConnections = 16
 )
 
 // A Server serves one guest its document.
 type Server struct {
-	key  [32]byte // signs tokens; they end with the server
+	key  [32]byte // signs tokens, which are valid for this server only
 	doc  atomic.Pointer[any]
 	http *http.Server
 }
 
-// New makes a server whose document is still empty: everything is not found.
+// New makes a server without a document, which responds with 404 until [Server.Set].
 func New() *Server {
 	s := &Server{}
 	_, _ = rand.Read(s.key[:]) // never fails
@@ -59,8 +59,7 @@ func New() *Server {
 	return s
 }
 
-// Set replaces the document by doc, which is anything that encoding/json
-// makes an object of.
+// Set replaces the document by doc, which must encode to a JSON object.
 func (s *Server) Set(doc any) error {
 	text, err := json.Marshal(doc)
 	if err != nil {
@@ -79,7 +78,7 @@ func (s *Server) Set(doc any) error {
 	return nil
 }
 
-// Serve answers requests on l, which it closes, until [Server.Close].
+// Serve serves requests on l until [Server.Close]. It closes l.
 func (s *Server) Serve(l net.Listener) error {
 	err := s.http.Serve(netutil.LimitListener(l, maxConnections))
 	if errors.Is(err, http.ErrServerClosed) {
@@ -105,8 +104,8 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// header is the first of the names that the request has; MMDS knows each
-// header by two.
+// header returns the first header of these names that the request has. MMDS has two
+// names for each header.
 func header(r *http.Request, names ...string) string {
 	for _, n := range names {
 		if v := r.Header.Get(n); v != "" {
@@ -122,7 +121,7 @@ func (s *Server) putToken(w http.ResponseWriter, r *http.Request) {
 		fail(w, http.StatusNotFound, "Resource not found: "+r.URL.Path+".")
 		return
 	}
-	// A forwarded request is one that somebody was tricked into.
+	// Refuse forwarded requests, because somebody may have tricked a proxy in the guest.
 	if len(r.Header.Values("X-Forwarded-For")) > 0 {
 		fail(w, http.StatusBadRequest, "Invalid header. Reason: Header X-Forwarded-For is not allowed.")
 		return
@@ -142,8 +141,8 @@ func (s *Server) putToken(w http.ResponseWriter, r *http.Request) {
 	_, _ = io.WriteString(w, s.token(time.Now().Add(time.Duration(ttl)*time.Second)))
 }
 
-// token is a time and the proof that this server named it: nothing is kept
-// for the tokens that a guest asks for.
+// token returns a signed expiry time, so that the server keeps no state for a guest's
+// tokens.
 func (s *Server) token(until time.Time) string {
 	t := binary.BigEndian.AppendUint64(nil, uint64(until.UnixMilli()))
 	return base64.URLEncoding.EncodeToString(append(t, s.sign(t)...))
@@ -197,8 +196,8 @@ func (s *Server) get(w http.ResponseWriter, r *http.Request) {
 	_, _ = io.WriteString(w, text)
 }
 
-// acceptsJSON chooses between JSON and plain text; ok is false when the
-// client takes neither.
+// acceptsJSON chooses between JSON and plain text. ok is false if the client accepts
+// neither.
 func acceptsJSON(accept []string) (asJSON, ok bool) {
 	if len(accept) == 0 {
 		return false, true
@@ -218,8 +217,8 @@ func acceptsJSON(accept []string) (asJSON, ok bool) {
 	return false, false
 }
 
-// find follows a path, a JSON pointer by RFC 6901, into the document. Slashes
-// at its end and doubled ones say nothing.
+// find finds the value at a path, which is a JSON pointer (RFC 6901). It ignores doubled
+// and trailing slashes.
 func (s *Server) find(path string) (any, bool) {
 	doc := s.doc.Load()
 	if doc == nil {
@@ -251,8 +250,8 @@ func (s *Server) find(path string) (any, bool) {
 	return value, true
 }
 
-// plain is a value in the format of EC2's service: a string as it is, an
-// object as its keys, those of objects with a slash.
+// plain formats a value like EC2's service: a string unchanged, and an object as its
+// keys, with a slash after keys of objects.
 func plain(value any) (string, bool) {
 	switch v := value.(type) {
 	case string:

@@ -1,5 +1,5 @@
-// Package proxy carries HTTP, WebSocket and streams from the control plane to
-// what listens on a sandbox's ports.
+// Package proxy forwards HTTP requests, WebSockets and streams from the control plane to
+// a sandbox's ports.
 package proxy
 
 import (
@@ -29,35 +29,36 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// Prefix is what the proxy's paths begin with: "/proxy/{sandbox_id}/{port}/…".
+// Prefix is the prefix of the proxy's paths, which are "/proxy/{sandbox_id}/{port}/…".
 const Prefix = "/proxy/"
 
 const (
-	// private headers are for the agent: none reaches a guest.
+	// private is the prefix of headers between the agent and the control plane. The proxy
+	// removes them from guests' requests and responses.
 	private = "X-Wrenn-"
-	// authorization is the request's own Authorization header, whose place the
-	// agent's token has taken.
+	// authorization has the client's Authorization header, which the agent's token
+	// replaces on the way here.
 	authorization = private + "Authorization"
-	// ErrorHeader is in the agent's own answers, and in no guest's: its value
-	// is the error's code, which for a sandbox that does not run is its state.
+	// ErrorHeader marks the agent's own error responses. Its value is the error's code,
+	// which is the state for a sandbox that does not run.
 	ErrorHeader = private + "Error"
 )
 
-// forwarded are the headers in which those before the agent say what they saw.
+// forwarded are the headers in which earlier proxies describe the client.
 var forwarded = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "Forwarded"}
 
-// Proxy is the handler of all paths that begin with [Prefix]. Who may ask was
-// checked before.
+// Proxy is the handler of paths with [Prefix]. Its caller must have authorized the
+// request.
 type Proxy struct {
 	use      func(context.Context, uuid.UUID) (*sandbox.Use, error)
 	log      *slog.Logger
-	errors   *stdlog.Logger // of connections that change protocols
+	errors   *stdlog.Logger // for connections that switch protocols
 	requests *prometheus.CounterVec
-	// forwarded is one of requests, looked up once.
+	// forwarded is the counter in requests of forwarded requests.
 	forwarded prometheus.Counter
 }
 
-// New makes a proxy to the sandboxes that use finds.
+// New makes a proxy. use acquires a sandbox for a request.
 func New(use func(context.Context, uuid.UUID) (*sandbox.Use, error), log *slog.Logger) *Proxy {
 	p := &Proxy{use: use, log: log, requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "wrenn_agent_proxy_requests_total", Help: "Requests to sandboxes' ports, by result: forwarded, or the error's code.",
@@ -67,10 +68,10 @@ func New(use func(context.Context, uuid.UUID) (*sandbox.Use, error), log *slog.L
 	return p
 }
 
-// Collectors are the proxy's metrics.
+// Collectors returns the proxy's metrics.
 func (p *Proxy) Collectors() []prometheus.Collector { return []prometheus.Collector{p.requests} }
 
-// problem is an answer of the agent's own.
+// problem is an error response of the agent.
 type problem struct {
 	status  int
 	code    string
@@ -83,12 +84,12 @@ func badRequest(format string, args ...any) error {
 	return &problem{http.StatusBadRequest, "invalid_argument", fmt.Sprintf(format, args...)}
 }
 
-// target is where a request goes.
+// target is the destination of a request.
 type target struct {
 	sandbox uuid.UUID
 	port    int
 	path    string // begins with a slash
-	rawPath string // empty: path needs no escapes of its own
+	rawPath string // as in [url.URL]; empty: the default escaping of path
 }
 
 func parse(r *http.Request) (target, error) {
@@ -122,8 +123,8 @@ func parse(r *http.Request) (target, error) {
 	return t, nil
 }
 
-// reserved tells whether a path of the guest daemon's is for the agent alone,
-// however it is written.
+// reserved reports whether only the agent may use a path of the guest daemon, in any
+// spelling.
 func reserved(p string) bool {
 	switch strings.ToLower(path.Clean(p)) {
 	case "/init", "/freeze", "/thaw":
@@ -147,7 +148,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	duplex.Serve(w, r, func(w http.ResponseWriter, r *http.Request) { p.forward(w, r, t, u) })
 }
 
-// forward carries a request to its sandbox and ends the use.
+// forward forwards a request to its sandbox and ends the use.
 func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, t target, u *sandbox.Use) {
 	defer u.End()
 	_, answered := tracing.Start(r.Context(), "guest port")
@@ -159,12 +160,12 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, t target, u *san
 		ModifyResponse: func(resp *http.Response) {
 			p.forwarded.Inc()
 			answered.SetInt("http.response.status_code", resp.StatusCode)
-			answered.End() // What follows is for the client and the guest to choose.
+			answered.End() // the body takes as long as client and guest like
 		},
 		ErrorHandler: func(w http.ResponseWriter, out *http.Request, err error) {
 			answered.EndWith(err)
 			if r.Context().Err() != nil {
-				panic(http.ErrAbortHandler) // nobody is there to tell
+				panic(http.ErrAbortHandler) // the client is gone
 			}
 			p.fail(w, r, explain(out, err, t.port, u.Silence()))
 		},
@@ -176,7 +177,7 @@ func rewrite(pr *httputil.ProxyRequest, t target, address string) {
 	u := pr.Out.URL
 	u.Scheme, u.Host = "http", net.JoinHostPort(address, strconv.Itoa(t.port))
 	u.Path, u.RawPath = t.path, t.rawPath
-	u.RawQuery = pr.In.URL.RawQuery // as it came: what this language cannot parse, another may
+	u.RawQuery = pr.In.URL.RawQuery // unchanged, even if Go cannot parse it
 	pr.Out.Host = pr.In.Host
 	h := pr.Out.Header
 	for _, name := range forwarded {
@@ -193,11 +194,11 @@ func rewrite(pr *httputil.ProxyRequest, t target, address string) {
 		requestid.Pass(pr.In.Context(), h, requestid.Header)
 	}
 	if _, ok := h["User-Agent"]; !ok {
-		h["User-Agent"] = nil // not this program's
+		h["User-Agent"] = nil // keeps net/http from adding its own
 	}
 }
 
-// withoutPrivate removes what only the agent and the control plane say to each other.
+// withoutPrivate removes private headers.
 func withoutPrivate(h http.Header) {
 	for name := range h {
 		if strings.HasPrefix(name, private) {
@@ -206,8 +207,8 @@ func withoutPrivate(h http.Header) {
 	}
 }
 
-// again reports whether a failed request may be sent again: the guest has seen
-// nothing of it, or seeing it twice does no harm.
+// again reports whether a failed request may be sent again, because the guest received
+// nothing of it or it is idempotent.
 func again(req *http.Request, err error) bool {
 	if errors.Is(err, upstream.ErrUnsent) {
 		return true
@@ -215,10 +216,9 @@ func again(req *http.Request, err error) bool {
 	return upstream.IdempotentMethod(req.Method) && (req.Body == nil || req.Body == http.NoBody)
 }
 
-// explain turns the error of a failed request into what its client may know. If a
-// pause cut the request off, explain returns the state only if the request may be sent
-// again, because the control plane then does so. silence, if not nil, says that the guest
-// does not answer.
+// explain turns the error of a failed request into one for the client. If a pause cut the
+// request off, explain returns the sandbox's state only if the request may be sent again,
+// because the control plane then does so. silence is not nil if the guest is silent.
 func explain(req *http.Request, err error, port int, silence error) error {
 	var timeout net.Error
 	cause := context.Cause(req.Context())
@@ -227,26 +227,26 @@ func explain(req *http.Request, err error, port int, silence error) error {
 	case errors.As(cause, &state) && (state.State == sandbox.Stopping || again(req, err)):
 		return cause
 	case errors.As(cause, &state):
-		return &problem{http.StatusBadGateway, "bad_gateway", fmt.Sprintf("the sandbox is %s, and was before port %d answered: the request may have been carried out", state.State, port)}
+		return &problem{http.StatusBadGateway, "bad_gateway", fmt.Sprintf("the sandbox became %s before port %d responded; the request may have taken effect", state.State, port)}
 	case errors.Is(cause, sandbox.ErrState), errors.Is(cause, sandbox.ErrClosing):
 		return &problem{http.StatusBadGateway, "bad_gateway", cause.Error()}
 	case errors.Is(err, upstream.ErrBody):
-		return badRequest("body: broke off")
+		return badRequest("body: ended early")
 	case silence != nil:
 		return &problem{http.StatusGatewayTimeout, "timeout", silence.Error()}
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return &problem{http.StatusBadGateway, "bad_gateway", fmt.Sprintf("nothing listens on port %d of the sandbox", port)}
 	case errors.As(err, &timeout) && timeout.Timeout():
-		return &problem{http.StatusGatewayTimeout, "timeout", fmt.Sprintf("port %d of the sandbox does not answer", port)}
+		return &problem{http.StatusGatewayTimeout, "timeout", fmt.Sprintf("port %d of the sandbox did not respond", port)}
 	case errors.Is(err, upstream.ErrNoResponse):
 		return &problem{http.StatusBadGateway, "bad_gateway", fmt.Sprintf("the connection to port %d of the sandbox closed before a response", port)}
 	case errors.Is(err, upstream.ErrHTTP2):
-		return &problem{http.StatusBadGateway, "bad_gateway", fmt.Sprintf("port %d of the sandbox speaks only HTTP/2, which was not known yet: try again", port)}
+		return &problem{http.StatusBadGateway, "bad_gateway", fmt.Sprintf("port %d of the sandbox speaks only HTTP/2, which the proxy did not know yet; try again", port)}
 	}
 	return &problem{http.StatusBadGateway, "bad_gateway", fmt.Sprintf("port %d of the sandbox sent no valid response", port)}
 }
 
-// fail answers with an error.
+// fail writes err as the response.
 func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 	var own *problem
 	var state *sandbox.StateError

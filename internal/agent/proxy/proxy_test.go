@@ -545,7 +545,7 @@ func refused(t *testing.T, o *one, port int, method, body string, moment <-chan 
 	if again {
 		status, code = http.StatusServiceUnavailable, "paused"
 	}
-	if resp.StatusCode != status || resp.Header.Get(ErrorHeader) != code || !again && !strings.Contains(string(b), "may have been carried out") {
+	if resp.StatusCode != status || resp.Header.Get(ErrorHeader) != code || !again && !strings.Contains(string(b), "may have taken effect") {
 		t.Errorf("%s %s %q, want %d %s", resp.Status, resp.Header.Get(ErrorHeader), b, status, code)
 	}
 }
