@@ -1,4 +1,4 @@
-// Package guest is the agent's side of what runs in a virtual machine.
+// Package guest is the agent's client for the daemon in a virtual machine.
 package guest
 
 import "strings"
@@ -10,19 +10,19 @@ const (
 	MAC     = "02:57:52:4e:00:01"
 )
 
-// modules is the guest's name for the disk with the kernel's modules.
+// modules is the guest's device with the kernel's modules.
 const modules = "/dev/vdb"
 
-// Cmdline is the kernel command line of a guest with the given host name.
-// What begins with "wrenn." is read by wrenn-init.
+// Cmdline returns the kernel command line of a guest with the given host name. Parameters
+// with the prefix "wrenn." are for wrenn-init.
 func Cmdline(hostname string) string {
 	return strings.Join([]string{
 		"console=ttyS0", "loglevel=4", "reboot=t", "panic=-1",
-		// The clock and the interrupt controller of a microVM are known to be
-		// right; finding that out takes seconds under emulation.
+		// Skip the kernel's checks of clock and interrupt controller, which take seconds
+		// under emulation.
 		"tsc=reliable", "no_timer_check", "noreplace-smp",
 		"random.trust_cpu=on",
-		// Tables of inodes that were never used need not be written to.
+		// Do not write unused inode tables.
 		"root=/dev/vda", "rw", "rootflags=noinit_itable",
 		"wrenn.modules=" + modules,
 		"wrenn.ip=" + Address, "wrenn.gw=" + Gateway, "wrenn.dns=" + Gateway, "wrenn.ntp=" + Gateway,

@@ -7,16 +7,15 @@ import (
 	"time"
 )
 
-// dialTimeout bounds the making of a connection.
+// dialTimeout bounds the connection to a guest.
 const dialTimeout = 10 * time.Second
 
-// again are the times after which another attempt to connect is made beside
-// those under way. The kernel repeats a lost first packet only after a second,
-// and a guest that goes on from captured memory loses some for certain: those
-// from a port that it remembers a connection with.
+// again has the pauses between attempts to connect, which run in parallel. The kernel
+// repeats a lost first packet only after a second, and a restored guest drops those from
+// a port with which it remembers a connection.
 var again = []time.Duration{50 * time.Millisecond, 100 * time.Millisecond, 250 * time.Millisecond, 600 * time.Millisecond}
 
-// dial connects to the guest at target.
+// dial connects to the guest at target, an IP address and port.
 func dial(ctx context.Context, target string) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	var attempts sync.WaitGroup

@@ -20,40 +20,40 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/text"
 )
 
-// MaxOutput is how many bytes of each output stream [Client.Exec] keeps.
+// MaxOutput is the number of bytes of each output stream that [Client.Exec] keeps.
 const MaxOutput = 16 << 20
 
 const (
 	inputChunk = 256 << 10 // bytes of input in one request
-	// patience is how much later than the guest's own timer the agent gives a
-	// command up: the guest kills what it started, and tells, before that.
+	// patience is the time after a command's timeout until the agent gives up on it. The
+	// guest should kill the command and report that before.
 	patience = 15 * time.Second
-	// lastRites bounds the kill of a command that nobody waits for any more.
-	lastRites = 10 * time.Second
-	// startsWithin is how long a guest may take to start a process that it does not know yet.
+	// killTimeout bounds the kill of a command.
+	killTimeout = 10 * time.Second
+	// startsWithin is the time in which a guest may start a requested process.
 	startsWithin = 2 * time.Second
-	// lastWords bounds the wait for the end of a stream whose command has ended.
-	lastWords = time.Second
+	// streamEndTimeout bounds the wait for the end of a stream after the command's exit.
+	streamEndTimeout = time.Second
 )
 
-// Command is what to run.
+// Command is a command to run in a guest.
 type Command struct {
 	Cmd     string
 	Args    []string
 	Envs    map[string]string
 	Dir     string        // empty: the user's home
 	User    string        // empty: the guest's default
-	Timeout time.Duration // after which it is killed with all its descendants; 0: none
+	Timeout time.Duration // after which the guest kills it with its descendants; 0: none
 }
 
-// Exit is how a command ended.
+// Exit says how a command ended.
 type Exit struct {
 	Code     int32
-	Error    string // why it ended, where it did not exit by itself
+	Error    string // the reason if it did not exit by itself
 	TimedOut bool
 }
 
-// timedOut is what the guest says of a command that its timer has killed.
+// timedOut is the guest's error for a command that exceeded its timeout.
 const timedOut = "timed out"
 
 // Terminal is a terminal's size in characters.
@@ -68,7 +68,7 @@ func (t *Terminal) pty() *pb.PTY {
 
 // Process is a command that runs in the guest.
 type Process struct {
-	// PID is the command's process id in the guest; 0 if only the outcome was asked for.
+	// PID is the command's process id in the guest, or 0 after [Client.StartForOutcome].
 	PID uint32
 
 	c        *Client
@@ -77,21 +77,20 @@ type Process struct {
 	stream   *connect.ServerStreamForClient[pb.StartResponse]
 	ctx      context.Context
 	cancel   context.CancelFunc
-	started  bool // the guest said so
-	ended    bool
-	exited   bool // the guest said so: only the end of its answer is missing
-	deadline bool // the guest was given a time limit
+	started  bool // the guest reported the start
+	ended    bool // Close need not kill it
+	exited   bool // the guest reported the exit, but its response has not ended
+	deadline bool // the command has a timeout
 }
 
-// Output is one piece of what a process prints. Exactly one of the streams,
-// or Exit, is set.
+// Output is a piece of a process's output, or its exit. Exactly one field is set.
 type Output struct {
 	Stdout, Stderr, Terminal []byte
 	Exit                     *Exit
 }
 
-// Start starts a command; with a terminal, or with its standard input open or
-// empty. The caller calls [Process.Close] in the end.
+// Start starts a command, with a terminal unless terminal is nil. stdin opens its
+// standard input, which is empty otherwise. The caller must call [Process.Close].
 func (c *Client) Start(ctx context.Context, cmd Command, terminal *Terminal, stdin bool) (*Process, error) {
 	p, err := c.request(ctx, cmd, terminal, stdin, false)
 	if err != nil {
@@ -105,7 +104,7 @@ func (c *Client) Start(ctx context.Context, cmd Command, terminal *Terminal, std
 		case *pb.ProcessEvent_Keepalive:
 		default:
 			p.Close()
-			return nil, unreadable(ctx, errors.New("a process had no start"))
+			return nil, unreadable(ctx, errors.New("a process's first event is not its start"))
 		}
 	}
 	err = p.broken()
@@ -113,14 +112,15 @@ func (c *Client) Start(ctx context.Context, cmd Command, terminal *Terminal, std
 	return nil, err
 }
 
-// StartForOutcome starts a command without input for a caller that wants only its
-// output and exit: the guest need not report first that it runs. If the command
-// cannot run, [Process.Next] returns the reason.
+// StartForOutcome starts a command without input, and does not wait for the guest to
+// report the start. If the command cannot start, [Process.Next] returns the error. The
+// caller must call [Process.Close].
 func (c *Client) StartForOutcome(ctx context.Context, cmd Command) (*Process, error) {
 	return c.request(ctx, cmd, nil, false, true)
 }
 
-// request asks the guest to start a command.
+// request asks the guest to start a command. With hold, the guest reports the start
+// together with the next event.
 func (c *Client) request(ctx context.Context, cmd Command, terminal *Terminal, stdin, hold bool) (*Process, error) {
 	p := &Process{c: c, tag: "agent-" + uuid.NewString(), terminal: terminal != nil, deadline: cmd.Timeout > 0}
 	if cmd.Timeout > 0 {
@@ -133,7 +133,7 @@ func (c *Client) request(ctx context.Context, cmd Command, terminal *Terminal, s
 		config.Cwd = &cmd.Dir
 	}
 	req := connect.NewRequest(&pb.StartRequest{Process: config, Pty: terminal.pty(), Tag: &p.tag, Stdin: &stdin})
-	// Always there: without it the guest takes the request's own deadline.
+	// Always set, because the guest otherwise uses the request's deadline as the timeout.
 	req.Header().Set(timeoutHeader, strconv.FormatFloat(cmd.Timeout.Seconds(), 'f', 3, 64))
 	if hold {
 		req.Header().Set(holdHeader, "1")
@@ -141,13 +141,13 @@ func (c *Client) request(ctx context.Context, cmd Command, terminal *Terminal, s
 	if cmd.User != "" {
 		req.Header().Set("Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(cmd.User+":")))
 	}
-	// The Connect client makes a header of a context's deadline, and the guest
-	// would take that for the command's; so the context has none.
+	// Without a deadline, which the Connect client would send and the guest would apply to
+	// the command.
 	sctx := withoutDeadline{p.ctx}
 	stream, err := c.processes.Start(sctx, req)
 	if err != nil {
 		defer p.cancel()
-		// It may have been started all the same.
+		// The guest may have started it although the call failed.
 		if !connect.IsWireError(err) {
 			p.kill()
 		}
@@ -157,7 +157,7 @@ func (c *Client) request(ctx context.Context, cmd Command, terminal *Terminal, s
 	return p, nil
 }
 
-// broken returns why the stream ended without an exit.
+// broken returns the error with which the stream ended before the exit.
 func (p *Process) broken() error {
 	err := p.stream.Err()
 	if err == nil {
@@ -165,18 +165,18 @@ func (p *Process) broken() error {
 	}
 	err = fromConnect(p.ctx, err)
 	if !p.started && Said(err) {
-		p.ended = true // the guest itself refused: nothing runs
+		p.ended = true // the guest refused, so nothing runs
 	}
 	return err
 }
 
-// withoutDeadline is a context that ends with its parent but does not tell when.
+// withoutDeadline is a context that ends with its parent but hides the deadline.
 type withoutDeadline struct{ context.Context }
 
 func (withoutDeadline) Deadline() (time.Time, bool) { return time.Time{}, false }
 
-// Next returns the next piece of output; the last one is the exit, after
-// which the error is io.EOF.
+// Next returns the next piece of output. The last one is the exit, after which Next
+// returns io.EOF.
 func (p *Process) Next() (Output, error) {
 	if p.ended {
 		return Output{}, io.EOF
@@ -201,7 +201,7 @@ func (p *Process) Next() (Output, error) {
 		}
 	}
 	if p.deadline && errors.Is(p.ctx.Err(), context.DeadlineExceeded) {
-		// The guest did not manage to kill the command and to say so.
+		// The guest did not report in time that it killed the command.
 		p.kill()
 		p.ended = true
 		return Output{Exit: &Exit{Code: 128 + int32(unix.SIGKILL), Error: timedOut, TimedOut: true}}, nil
@@ -209,9 +209,8 @@ func (p *Process) Next() (Output, error) {
 	return Output{}, p.broken()
 }
 
-// exitCode is the code that a shell would report: the guest daemon's own for a
-// process that exited, 128 and the signal's number for one that a signal ended,
-// which the daemon only names.
+// exitCode returns the exit code as a shell reports it: for a process that a signal
+// ended, 128 plus the signal's number, of which the daemon sends only the name.
 func exitCode(e *pb.ProcessEvent_EndEvent) int32 {
 	if e.GetExited() {
 		return e.GetExitCode()
@@ -226,16 +225,16 @@ func exitCode(e *pb.ProcessEvent_EndEvent) int32 {
 }
 
 func (p *Process) selector() *pb.ProcessSelector {
-	// By tag: unlike the pid it never means another process.
+	// By tag, which unlike a pid is never reused.
 	return &pb.ProcessSelector{Selector: &pb.ProcessSelector_Tag{Tag: p.tag}}
 }
 
-// Write feeds the process's standard input or terminal and returns when the
-// guest has passed all of it on. One goroutine writes at a time. That the
-// process takes no more input is not an error: it may have seen enough.
+// Write writes to the process's standard input or terminal, and returns when the guest
+// has passed everything on. Calls must not be concurrent. It returns nil if the process
+// takes no more input.
 func (p *Process) Write(data []byte) error {
-	// A request a piece, not one stream: over HTTP/1.1 a server that refuses the
-	// rest of a stream may not get to say so.
+	// One request per piece instead of a stream: over HTTP/1.1, the error of a server that
+	// refuses the rest of a stream may get lost.
 	for len(data) > 0 {
 		n := min(len(data), inputChunk)
 		in := &pb.ProcessInput{Input: &pb.ProcessInput_Stdin{Stdin: data[:n]}}
@@ -250,17 +249,17 @@ func (p *Process) Write(data []byte) error {
 	return nil
 }
 
-// inputEnd sorts out the reasons why no more input is taken.
+// inputEnd returns nil if err means that the process takes no more input.
 func (p *Process) inputEnd(err error) error {
 	switch connect.CodeOf(err) {
-	case connect.CodeFailedPrecondition, connect.CodeNotFound: // closed, or ended
+	case connect.CodeFailedPrecondition, connect.CodeNotFound: // the input is closed, or the process ended
 		return nil
 	}
 	return fromConnect(p.ctx, err)
 }
 
-// CloseStdin says that there is no more input, once what was written is
-// taken. A terminal gets an end-of-file character.
+// CloseStdin closes the standard input after everything written. A terminal gets an
+// end-of-file character instead.
 func (p *Process) CloseStdin() error {
 	if p.terminal {
 		return p.Write([]byte{0x04})
@@ -275,17 +274,17 @@ func (p *Process) Resize(t Terminal) error {
 	return p.inputEnd(err)
 }
 
-// Signal sends a signal, by its number, to the process and its group; SIGKILL
-// to all that came of it.
+// Signal sends a signal to the process and its group. SIGKILL goes to all its
+// descendants.
 func (p *Process) Signal(number int32) error {
 	_, err := p.c.processes.SendSignal(p.ctx, connect.NewRequest(&pb.SendSignalRequest{Process: p.selector(), Signal: pb.Signal(number)}))
 	return p.inputEnd(err)
 }
 
-// kill kills the process and all that came of it, even where the request that
-// started it has ended.
+// kill kills the process and its descendants, even after the request that started it has
+// ended.
 func (p *Process) kill() {
-	ctx, cancel := context.WithTimeout(p.c.life, lastRites)
+	ctx, cancel := context.WithTimeout(p.c.life, killTimeout)
 	defer cancel()
 	attempts := backoff.New(firstPause, lastPause)
 	for began := time.Now(); ; {
@@ -297,15 +296,15 @@ func (p *Process) kill() {
 	}
 }
 
-// Close lets go of the process: one that still runs is killed.
+// Close kills the process if it still runs, and releases its resources.
 func (p *Process) Close() {
 	if !p.ended {
 		p.kill()
 		p.ended = true
 	}
 	if p.exited {
-		// A connection whose answer was read whole serves the next request too.
-		stop := time.AfterFunc(lastWords, p.cancel)
+		// A connection can be reused only if its response was read to the end.
+		stop := time.AfterFunc(streamEndTimeout, p.cancel)
 		defer stop.Stop()
 		for p.stream.Receive() {
 		}
@@ -317,13 +316,13 @@ func (p *Process) Close() {
 	}
 }
 
-// Launch starts a command that nobody waits for: it goes on.
+// Launch starts a command and leaves it running.
 func (c *Client) Launch(ctx context.Context, cmd Command) error {
 	p, err := c.Start(ctx, cmd, nil, false)
 	if err != nil {
 		return err
 	}
-	p.ended = true // for whoever follows it
+	p.ended = true // so that Close does not kill it
 	p.Close()
 	return nil
 }
@@ -332,10 +331,10 @@ func (c *Client) Launch(ctx context.Context, cmd Command) error {
 type Result struct {
 	Exit
 	Stdout, Stderr []byte
-	Truncated      bool // there was more than [MaxOutput] on a stream
+	Truncated      bool // a stream exceeded [MaxOutput]
 }
 
-// Exec runs a command to its end. When ctx ends before, the command is killed.
+// Exec runs a command and returns its result. If ctx ends first, Exec kills the command.
 func (c *Client) Exec(ctx context.Context, cmd Command, stdin []byte) (Result, error) {
 	var p *Process
 	var err error
@@ -356,18 +355,18 @@ func (c *Client) Exec(ctx context.Context, cmd Command, stdin []byte) (Result, e
 				feedErr = p.CloseStdin()
 			}
 			if feedErr != nil {
-				p.kill() // it would wait for input that does not come
+				p.kill() // otherwise it waits for input that never comes
 			}
 		})
 	}
 	res, err := collect(p)
-	// The command has ended: the guest takes no more input, and says so. A
-	// request that does not notice is ended.
+	// The command has ended, so the guest refuses more input. Cancel a request for which it
+	// takes too long.
 	stop := time.AfterFunc(time.Second, p.cancel)
 	feeding.Wait()
 	stop.Stop()
 	if err == nil && feedErr != nil && !res.TimedOut && res.Exit.Error != "" && ctx.Err() == nil {
-		err = fmt.Errorf("feed standard input: %w", feedErr)
+		err = fmt.Errorf("write standard input: %w", feedErr)
 	}
 	return res, err
 }

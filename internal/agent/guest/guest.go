@@ -28,7 +28,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// Port is where the guest daemon listens.
+// Port is the guest daemon's TCP port.
 const Port = 49983
 
 const (
@@ -36,9 +36,9 @@ const (
 	timeoutHeader = "Process-Timeout"
 	holdHeader    = "Process-Hold-Start"
 
-	// maxReply bounds one message of the guest, which the agent keeps while its caller
-	// reads nothing: the guest is not trusted, nor is its daemon, which its root can
-	// replace. The daemon's own messages have 32 KiB of output at most.
+	// maxReply bounds one message of the guest, which the agent buffers while its caller
+	// does not read. Root in the guest can replace the daemon, whose own messages have at
+	// most 32 KiB of output.
 	maxReply = 64 << 10
 	maxError = 2 << 10
 )
@@ -51,24 +51,22 @@ type Client struct {
 	transport *upstream.Transport
 	processes processconnect.ProcessClient
 
-	// suspects has a value if the guest may not answer; see Suspected.
+	// suspects has a value if the guest may be silent; see Suspected.
 	suspects chan struct{}
 
 	life context.Context // ends with the client
 	end  context.CancelFunc
 }
 
-// New makes a client of the guest that the host reaches at addr; token is the
-// access token that the guest has, which for one that goes on from captured
-// memory is another sandbox's, or none, until [Client.Init].
+// New makes a client for the guest at addr. token is the guest's present access token. A
+// restored guest has that of its template's capture, or none, until [Client.Init].
 func New(addr netip.Addr, token string) *Client {
 	target := netip.AddrPortFrom(addr, Port).String()
-	// HTTP/1.1, a connection a request: over HTTP/2 all requests would share
-	// one flow control window, and a process that does not read its input would
-	// stop every other request.
+	// HTTP/1.1 with a connection per request: over HTTP/2, all requests share a flow
+	// control window, so a process that does not read its input would stop all of them.
 	t := &upstream.Transport{
 		Dial: func(ctx context.Context, _ string) (net.Conn, error) {
-			return dial(ctx, target) // never anywhere else, whatever the guest answers
+			return dial(ctx, target) // never elsewhere, whatever the guest responds
 		},
 		IdleTimeout: 60 * time.Second,
 		MaxIdle:     8, MaxIdlePerHost: 8,
@@ -88,7 +86,7 @@ func New(addr netip.Addr, token string) *Client {
 	return c
 }
 
-// authorized is the Connect client's way out: it shows the token.
+// authorized adds the access token to requests of the Connect client.
 type authorized struct{ c *Client }
 
 func (a authorized) Do(r *http.Request) (*http.Response, error) {
@@ -96,14 +94,14 @@ func (a authorized) Do(r *http.Request) (*http.Response, error) {
 	return a.c.http.Do(r)
 }
 
-// watched calls suspect for each request that fails or has no response within slow.
+// watched calls suspect for each request that fails or gets no response within slow.
 type watched struct {
 	next    http.RoundTripper
 	suspect func()
 }
 
-// slow is how long a request may wait for its response before it is suspicious. It proves
-// nothing: some commands send no response until they end.
+// slow is the time without a response after which a request calls suspect. It is only a
+// hint, because some commands send no response until they end.
 const slow = 5 * time.Second
 
 func (w watched) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -115,7 +113,7 @@ func (w watched) RoundTrip(r *http.Request) (*http.Response, error) {
 	return resp, err
 }
 
-// Suspect notes that the guest may not answer.
+// Suspect notes that the guest may be silent.
 func (c *Client) Suspect() {
 	select {
 	case c.suspects <- struct{}{}:
@@ -123,32 +121,31 @@ func (c *Client) Suspect() {
 	}
 }
 
-// Suspected has a value after requests of this client have failed, or were without a
-// response for a while.
+// Suspected returns a channel that receives a value after requests of this client failed
+// or got no response for a while.
 func (c *Client) Suspected() <-chan struct{} { return c.suspects }
 
-// Answers reports whether the guest daemon answers within the time.
+// Answers reports whether the guest daemon responds within the time.
 func (c *Client) Answers(ctx context.Context, within time.Duration) bool {
 	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	return c.healthy(ctx)
 }
 
-// Close gives back idle connections. Requests that are under way go on until
-// their contexts end.
+// Close closes idle connections. Requests in flight continue until their contexts end.
 func (c *Client) Close() {
 	c.end()
 	c.transport.Close()
 }
 
-// The pauses between attempts to reach a guest that boots: it cannot tell.
+// The backoff between attempts to reach a booting guest.
 const (
 	firstPause = 20 * time.Millisecond
 	lastPause  = 250 * time.Millisecond
 	oneAttempt = 5 * time.Second
 )
 
-// Wait returns when the daemon is healthy, or with ctx's error.
+// Wait waits until the daemon is healthy. It returns ctx's error if ctx ends first.
 func (c *Client) Wait(ctx context.Context) error {
 	attempts := backoff.New(firstPause, lastPause)
 	for !c.Answers(ctx, oneAttempt) {
@@ -168,12 +165,12 @@ func (c *Client) healthy(ctx context.Context) bool {
 	return true
 }
 
-// Metrics is how busy the guest says it is.
+// Metrics are a guest's own measurements.
 type Metrics struct {
 	Time        time.Time
 	CPUs        int
 	CPUUsedPct  float64 // 0 to 100, all processors together
-	MemoryTotal int64   // bytes, as are the others
+	MemoryTotal int64   // bytes, like the fields below
 	MemoryUsed  int64
 	DiskTotal   int64
 	DiskUsed    int64
@@ -201,7 +198,7 @@ func (c *Client) Metrics(ctx context.Context) (Metrics, error) {
 	return Metrics{time.Unix(m.TS, 0), m.CPUCount, m.CPUUsedPct, m.MemTotal, m.MemUsed, m.DiskTotal, m.DiskUsed}, nil
 }
 
-// FileInfo describes a file that was written.
+// FileInfo describes a written file.
 type FileInfo struct {
 	Path string
 	Name string
@@ -216,8 +213,8 @@ func fileQuery(user, path string) url.Values {
 	return q
 }
 
-// Write writes a file as user; an empty one is the guest's default. size is
-// the content's; -1: not known. On an error the file is as it was.
+// Write writes a file as user (empty: the guest's default). size is the content's length
+// in bytes, or -1 if unknown. After an error, the file is unchanged.
 func (c *Client) Write(ctx context.Context, user, path string, content io.Reader, size int64) (FileInfo, error) {
 	counted := &counter{r: content}
 	resp, err := c.do(ctx, http.MethodPost, "/files", fileQuery(user, path), counted, size)
@@ -246,8 +243,8 @@ func (c *counter) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Unpack unpacks a tar archive into the directory path, which is made. owner is
-// whose all of it is, with exactly the archive's modes; empty: the user's.
+// Unpack unpacks a tar archive into the directory path, which the guest makes. If owner is
+// not empty, it owns all files, which get exactly the archive's modes; otherwise user does.
 func (c *Client) Unpack(ctx context.Context, user, path, owner string, archive io.Reader) error {
 	q := fileQuery(user, path)
 	if owner != "" {
@@ -261,8 +258,8 @@ func (c *Client) Unpack(ctx context.Context, user, path, owner string, archive i
 	return nil
 }
 
-// Read opens length bytes of a file from offset on; length 0 is all that
-// follows. size is the whole file's in bytes; -1: the guest does not promise one.
+// Read opens length bytes of a file from offset on. A length of 0 means up to the end.
+// size is the size of the whole file in bytes, or -1 if the guest does not know it.
 func (c *Client) Read(ctx context.Context, user, path string, offset, length int64) (content io.ReadCloser, size int64, err error) {
 	ranged := offset > 0 || length > 0
 	resp, err := c.send(ctx, http.MethodGet, "/files", fileQuery(user, path), nil, -1, func(h http.Header) {
@@ -284,19 +281,19 @@ func (c *Client) Read(ctx context.Context, user, path string, offset, length int
 		size, err = strconv.ParseInt(total, 10, 64)
 		if !ok || err != nil || size < 0 {
 			resp.Body.Close()
-			return nil, 0, unreadable(ctx, errors.New("no size"))
+			return nil, 0, unreadable(ctx, errors.New("its response has no size"))
 		}
 		return c.body(ctx, resp), size, nil
 	case resp.StatusCode == http.StatusRequestedRangeNotSatisfiable:
-		// An empty file has no first byte to begin with, but it has a beginning.
+		// An offset at the end is valid here, but not in HTTP.
 		_, total, _ := strings.Cut(resp.Header.Get("Content-Range"), "/")
 		resp.Body.Close()
 		if n, err := strconv.ParseInt(total, 10, 64); err == nil && offset <= n && n >= 0 {
 			return io.NopCloser(strings.NewReader("")), n, nil
 		}
-		return nil, 0, connect.NewError(connect.CodeOutOfRange, told.New("the offset is behind the end of the file"))
+		return nil, 0, connect.NewError(connect.CodeOutOfRange, told.New("the offset is past the end of the file"))
 	case ranged:
-		// A file whose size the kernel does not tell (in /proc, say) is sent whole.
+		// The guest sends a file of unknown size, such as one in /proc, from its beginning.
 		return c.skip(ctx, resp, offset, length)
 	}
 	return c.body(ctx, resp), resp.ContentLength, nil
@@ -307,7 +304,7 @@ func (c *Client) skip(ctx context.Context, resp *http.Response, offset, length i
 	if _, err := io.CopyN(io.Discard, body, offset); err != nil {
 		body.Close()
 		if errors.Is(err, io.EOF) {
-			err = connect.NewError(connect.CodeOutOfRange, told.New("the offset is behind the end of the file"))
+			err = connect.NewError(connect.CodeOutOfRange, told.New("the offset is past the end of the file"))
 		}
 		return nil, 0, err
 	}
@@ -330,7 +327,7 @@ func (c *Client) Pack(ctx context.Context, user, path string) (io.ReadCloser, er
 	return c.body(ctx, resp), nil
 }
 
-// body makes of a broken connection an error that says so.
+// body returns the response's body, with errors of this package.
 func (c *Client) body(ctx context.Context, resp *http.Response) io.ReadCloser {
 	return &reader{ctx, resp.Body}
 }
@@ -388,7 +385,7 @@ func (c *Client) send(ctx context.Context, method, path string, q url.Values, bo
 	return resp, nil
 }
 
-// refusal is what the guest says went wrong.
+// refusal converts the guest's error response to an error.
 func refusal(resp *http.Response) error {
 	var said struct{ Code, Message string }
 	code, message := codeOf(resp.StatusCode), "status "+strconv.Itoa(resp.StatusCode)
@@ -423,23 +420,23 @@ func codeOf(status int) connect.Code {
 	return connect.CodeInternal
 }
 
-// SourceHeader is in the metadata of an error that the guest, not the agent,
-// answered with; its value is [SourceGuest].
+// SourceHeader marks an error of the guest, as opposed to one of the agent, with the value
+// [SourceGuest] in its metadata.
 const (
 	SourceHeader = "Wrenn-Error-Source"
 	SourceGuest  = "guest"
 )
 
-// Said tells whether err is what the guest answered.
+// Said reports whether err is an error response of the guest.
 func Said(err error) bool {
 	var ce *connect.Error
 	return errors.As(err, &ce) && ce.Meta().Get(SourceHeader) == SourceGuest
 }
 
-// own makes an error of what the guest says; nothing else of its answer goes on.
+// own makes an error with the guest's code and message.
 func own(code connect.Code, message string) *connect.Error {
 	if code == connect.CodeUnauthenticated {
-		// The agent has shown the right token: it is the user that is unknown.
+		// The agent's token is right, so it is the user who is unknown.
 		code = connect.CodeInvalidArgument
 	}
 	err := connect.NewError(code, told.New("%s", text.Clean(message, maxError)))
@@ -447,7 +444,8 @@ func own(code connect.Code, message string) *connect.Error {
 	return err
 }
 
-// lost is the error of a request that got no whole answer.
+// lost makes the error of a request without a complete response. If ctx ended, its cause
+// is the error.
 func lost(ctx context.Context, err error) error {
 	if cause := context.Cause(ctx); cause != nil {
 		var ce *connect.Error
@@ -455,7 +453,7 @@ func lost(ctx context.Context, err error) error {
 		case errors.As(cause, &ce):
 			return ce
 		case errors.Is(cause, context.DeadlineExceeded):
-			return connect.NewError(connect.CodeDeadlineExceeded, told.New("the sandbox did not answer in time"))
+			return connect.NewError(connect.CodeDeadlineExceeded, told.New("the sandbox did not respond in time"))
 		case errors.Is(cause, context.Canceled):
 			return connect.NewError(connect.CodeCanceled, told.New("the request was cancelled"))
 		}
@@ -465,18 +463,18 @@ func lost(ctx context.Context, err error) error {
 	if errors.As(err, &ce) {
 		return ce
 	}
-	return connect.NewError(connect.CodeUnavailable, told.Because(reason(err), "the sandbox does not answer"))
+	return connect.NewError(connect.CodeUnavailable, told.Because(reason(err), "the sandbox did not respond"))
 }
 
-// unreadable is the error of an answer that the daemon does not give.
+// unreadable makes the error of a response that the daemon should never send.
 func unreadable(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return lost(ctx, err)
 	}
-	return connect.NewError(connect.CodeUnavailable, told.Because(err, "the sandbox's daemon does not answer as it should"))
+	return connect.NewError(connect.CodeUnavailable, told.Because(err, "the sandbox's daemon sent an invalid response"))
 }
 
-// fromConnect is an error of the Connect client as one of this package's.
+// fromConnect converts an error of the Connect client to one of this package.
 func fromConnect(ctx context.Context, err error) error {
 	var ce *connect.Error
 	switch {
@@ -494,11 +492,11 @@ func fromConnect(ctx context.Context, err error) error {
 	case ce != nil && ce.Code() == connect.CodeUnauthenticated:
 		return own(ce.Code(), "the sandbox has no such user") // a bare status 401
 	}
-	return connect.NewError(connect.CodeUnavailable, told.Because(reason(err), "the sandbox does not answer"))
+	return connect.NewError(connect.CodeUnavailable, told.Because(reason(err), "the sandbox did not respond"))
 }
 
-// reason is an error of a request without its address: where the guest is on
-// its host is nobody's business.
+// reason removes the URL from a request's error, because the guest's address on its host
+// must stay private.
 func reason(err error) error {
 	if at := (*url.Error)(nil); errors.As(err, &at) {
 		return at.Err

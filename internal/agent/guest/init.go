@@ -19,57 +19,51 @@ import (
 )
 
 const (
-	// initAttempt bounds one attempt of [Client.Init]: the longest that the
-	// guest takes for what can be asked for, and a busy host.
+	// initAttempt bounds one attempt of [Client.Init]: the longest time that the guest
+	// needs for any settings, on a busy host.
 	initAttempt = 15 * time.Second
-	// freezeTimeout bounds [Client.Freeze] and [Client.Thaw]; the guest itself
-	// gives up after 5 seconds.
+	// freezeTimeout bounds [Client.Freeze] and [Client.Thaw]. The guest itself gives up
+	// after 5 seconds.
 	freezeTimeout = 10 * time.Second
-	// settleTimeout bounds [Client.Settle], which writes all that is in the
-	// guest's memory and not on its disk.
+	// settleTimeout bounds [Client.Settle], which writes all dirty pages to the disk.
 	settleTimeout = 2 * time.Minute
-	// knockTimeout bounds [Client.Knock], for which a request to a port waits.
+	// knockTimeout bounds [Client.Knock], which delays a request to a port.
 	knockTimeout = 2 * time.Second
-	// entropySize is how many secret bytes a guest gets.
+	// entropySize is the size of a guest's random seed, in bytes.
 	entropySize = 64
 	maxWarnings = 16
 )
 
-// Settings make a guest its sandbox's own.
+// Settings configure a guest for its sandbox. Empty strings change nothing.
 type Settings struct {
-	// Token is the access token from now on; empty: it stays.
+	// Token is the new access token.
 	Token string
-	// Envs is the environment of every process that starts from now on.
+	// Envs is the environment of processes that start from now on.
 	Envs map[string]string
-	// User and Workdir are the defaults of requests that name none; empty: they
-	// stay.
+	// User and Workdir are the defaults for requests without them.
 	User, Workdir string
-	// Hostname is the guest's name; empty: it stays.
+	// Hostname is the guest's host name.
 	Hostname string
-	// GrowDisk is how many bytes the guest's disk has by now, when its file
-	// system is to fill them; 0: it stays as it is.
+	// GrowDisk is the size of the guest's disk in bytes, to which the guest grows its file
+	// system; 0: it does not.
 	GrowDisk int64
-	// Thaw lets users' processes go on, last of all.
+	// Thaw makes the guest thaw users' processes, after everything else.
 	Thaw bool
 }
 
-// Report is what the guest says of how [Client.Init] went. It is as
-// trustworthy as the guest.
+// Report is the guest's report of [Client.Init]. It is only as trustworthy as the guest.
 type Report struct {
-	// Disk is how many bytes the grown file system has; 0: it was not grown.
+	// Disk is the size of the grown file system in bytes; 0: the guest did not grow it.
 	Disk int64
-	// Warnings are what did not work and need not keep the sandbox from
-	// running: its name, its clock or its disk may not be as they should.
+	// Warnings are errors that need not keep the sandbox from running. They concern its
+	// name, its clock or its disk.
 	Warnings []string
 }
 
-// Init makes a guest that has booted, or that goes on from captured memory,
-// its sandbox's own: see [Settings]; it also gives it secret random bytes and
-// the time. No connection from before is used again; the guest closes all that
-// it has too, so requests that are under way fail. What must not be lost is
-// tried again until ctx ends: a request without an answer, a guest that cannot
-// be reached yet. So ctx needs a deadline. After an error the guest may still have the settings,
-// Init can be called again.
+// Init configures a guest after its boot or restore: it applies the settings, seeds the
+// guest's random pool and sets its clock. Both sides close their earlier connections, so
+// requests in flight fail. Init retries until the guest responds or ctx ends, so ctx needs
+// a deadline. After an error, the guest may have the settings. Init is idempotent.
 func (c *Client) Init(ctx context.Context, s Settings) (Report, error) {
 	shown := *c.token.Load()
 	next := cmp.Or(s.Token, shown)
@@ -86,7 +80,7 @@ func (c *Client) Init(ctx context.Context, s Settings) (Report, error) {
 			return report, nil
 		}
 		if status == http.StatusUnauthorized && shown != next {
-			shown = next // an answer was lost that said that the guest has it
+			shown = next // the guest has it already: the response to an earlier attempt was lost
 			continue
 		}
 		if status != 0 || ctx.Err() != nil {
@@ -98,7 +92,7 @@ func (c *Client) Init(ctx context.Context, s Settings) (Report, error) {
 	}
 }
 
-// init makes one attempt; status is 0 when the guest did not answer.
+// init makes one attempt. status is 0 if the guest did not respond.
 func (c *Client) init(ctx context.Context, token string, m *initMessage) (r Report, status int, err error) {
 	attempt, cancel := context.WithTimeout(ctx, initAttempt)
 	defer cancel()
@@ -126,14 +120,14 @@ func (c *Client) init(ctx context.Context, token string, m *initMessage) (r Repo
 	}
 	body, err := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
 	if err != nil {
-		return r, 0, lost(ctx, err) // half an answer is none
+		return r, 0, lost(ctx, err)
 	}
 	var said struct {
 		Disk     int64
 		Warnings []string
 	}
 	if err := json.Unmarshal(body, &said); err != nil {
-		return r, resp.StatusCode, unreadable(ctx, errors.New("a report that is no JSON"))
+		return r, resp.StatusCode, unreadable(ctx, errors.New("its report is not JSON"))
 	}
 	r.Disk = said.Disk
 	for _, w := range said.Warnings[:min(len(said.Warnings), maxWarnings)] {
@@ -144,11 +138,12 @@ func (c *Client) init(ctx context.Context, token string, m *initMessage) (r Repo
 
 // initMessage is the body of /init.
 type initMessage struct {
-	before, after []byte // of the time
+	before, after []byte // the parts around the time
 	size          int64
 }
 
-// stampFormat is RFC 3339 at one length, so that a body's is known before its time.
+// stampFormat is RFC 3339 with a fixed length, so that the body's length is known in
+// advance.
 const stampFormat = "2006-01-02T15:04:05.000000000Z"
 
 func newInitMessage(token string, s Settings) (*initMessage, error) {
@@ -176,8 +171,8 @@ func newInitMessage(token string, s Settings) (*initMessage, error) {
 	return m, nil
 }
 
-// reader reads the message with the time at which the reading begins: making
-// the connection before may have taken long.
+// reader returns a reader of the message with the time of its first Read, which is after
+// the connection was made.
 func (m *initMessage) reader() io.Reader { return &initReader{m: m} }
 
 type initReader struct {
@@ -193,25 +188,23 @@ func (r *initReader) Read(p []byte) (int, error) {
 	return r.rest.Read(p)
 }
 
-// Freeze makes users' processes stand still and returns when they do; when
-// they cannot be made to within 5 seconds they go on, and the error's code is
-// deadline_exceeded.
-func (c *Client) Freeze(ctx context.Context) error { return c.bid(ctx, "/freeze", freezeTimeout) }
+// Freeze freezes users' processes. If they do not freeze within 5 seconds, the guest thaws
+// them, and the error has the code deadline_exceeded.
+func (c *Client) Freeze(ctx context.Context) error { return c.post(ctx, "/freeze", freezeTimeout) }
 
-// Thaw lets users' processes go on. That they do already is no error.
-func (c *Client) Thaw(ctx context.Context) error { return c.bid(ctx, "/thaw", freezeTimeout) }
+// Thaw thaws users' processes. It is idempotent.
+func (c *Client) Thaw(ctx context.Context) error { return c.post(ctx, "/thaw", freezeTimeout) }
 
-// Settle ends users' processes and returns once all that the guest has written
-// is on its disk.
-func (c *Client) Settle(ctx context.Context) error { return c.bid(ctx, "/settle", settleTimeout) }
+// Settle ends users' processes and syncs the guest's disk.
+func (c *Client) Settle(ctx context.Context) error { return c.post(ctx, "/settle", settleTimeout) }
 
-// Knock makes the guest daemon look for servers on the guest's loopback, so that new
-// ones are reachable at its address. It returns no error, because the daemon also looks
-// once a second by itself.
-func (c *Client) Knock(ctx context.Context) { _ = c.bid(ctx, "/ports", knockTimeout) }
+// Knock makes the guest daemon look for new servers on the guest's loopback, so that they
+// are reachable at its address. It ignores errors, because the daemon also looks once a
+// second by itself.
+func (c *Client) Knock(ctx context.Context) { _ = c.post(ctx, "/ports", knockTimeout) }
 
-func (c *Client) bid(ctx context.Context, path string, most time.Duration) error {
-	ctx, cancel := context.WithTimeout(ctx, most)
+func (c *Client) post(ctx context.Context, path string, timeout time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	resp, err := c.do(ctx, http.MethodPost, path, nil, nil, -1)
 	if err != nil {
