@@ -19,7 +19,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
-// start runs a program in the group as the VMM's driver does.
+// start runs a program in the group like a VMM driver.
 func start(t *testing.T, g Group, cmd *exec.Cmd) {
 	t.Helper()
 	f, err := g.Open()
@@ -59,11 +59,11 @@ func TestLimitsAndDestroy(t *testing.T) {
 		}
 	})
 	if _, err := Create(g.Name, Limits{}); err == nil {
-		t.Error("a group was made twice")
+		t.Error("a group was created twice")
 	}
 	for _, dir := range g.dirs() {
 		if _, err := os.Stat(dir); err != nil {
-			t.Fatalf("a refused Create took away what was there: %v", err)
+			t.Fatalf("a refused Create removed the existing group: %v", err)
 		}
 	}
 
@@ -83,7 +83,7 @@ func TestLimitsAndDestroy(t *testing.T) {
 	}
 	for range 2 {
 		if err := <-ended; err == nil {
-			t.Error("a process in the group ended well") // the bomb by its limit or the kill
+			t.Error("a process in the group exited successfully") // the limit or the kill ends the fork bomb
 		}
 	}
 	for _, dir := range g.dirs() {
@@ -92,7 +92,7 @@ func TestLimitsAndDestroy(t *testing.T) {
 		}
 	}
 	if err := g.Destroy(t.Context()); err != nil {
-		t.Errorf("a group that is gone: %v", err)
+		t.Errorf("a removed group: %v", err)
 	}
 }
 
@@ -110,7 +110,7 @@ func TestMemoryLimitEndsTheProcess(t *testing.T) {
 	cmd := exec.Command("sh", "-c", "head -c 300000000 /dev/zero | tail")
 	start(t, g, cmd)
 	if err := cmd.Wait(); err == nil {
-		t.Error("300 MB were held in a group of 32 MiB")
+		t.Error("a process used 300 MB in a group of 32 MiB")
 	}
 	if err := g.Destroy(t.Context()); err != nil {
 		t.Fatal(err)
@@ -120,13 +120,13 @@ func TestMemoryLimitEndsTheProcess(t *testing.T) {
 func TestBadNames(t *testing.T) {
 	for _, name := range []string{"", ".", "..", "a/b", "a\x00"} {
 		if _, err := Create(name, Limits{}); err == nil {
-			t.Errorf("%q was taken", name)
+			t.Errorf("%q was accepted", name)
 		}
 	}
 }
 
-// Two agents share a machine: one that closes removes the parent when it is
-// empty, while the other makes groups in it.
+// TestParentGoesWhileGroupsAreMade runs two agents on one machine: one removes the empty
+// parent as it closes, while the other creates groups in it.
 func TestParentGoesWhileGroupsAreMade(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
@@ -163,8 +163,8 @@ func TestParentGoesWhileGroupsAreMade(t *testing.T) {
 	<-removed
 }
 
-// TestConfine has other software move a process out of its group, and remove
-// that.
+// TestConfine moves a process out of its group and removes the group, as other software
+// may.
 func TestConfine(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
@@ -219,12 +219,12 @@ func TestConfine(t *testing.T) {
 		name = filepath.Join(g.dirs()[0], "memory.limit_in_bytes")
 	}
 	if b, err := os.ReadFile(name); err != nil || strings.TrimSpace(string(b)) != strconv.FormatInt(limits.MemoryBytes, 10) {
-		t.Errorf("the group that was made again allows %s bytes, %v", b, err)
+		t.Errorf("the new group allows %s bytes, %v", b, err)
 	}
 }
 
-// When a process ends, its group is removed, and the watch of groups may confine
-// the process again before it learns of the end. That must leave no group.
+// TestConfineOfAnEndedProcessLeavesNothing confines a process that has just ended, as the
+// watch of groups may do. That must leave no group.
 func TestConfineOfAnEndedProcessLeavesNothing(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
@@ -239,7 +239,7 @@ func TestConfineOfAnEndedProcessLeavesNothing(t *testing.T) {
 	g := Group{Name: fmt.Sprintf("test-ended-%d", os.Getpid())}
 	t.Cleanup(func() { _ = g.removeDirs() })
 	if _, err := g.Confine(cmd.Process.Pid, Limits{MemoryBytes: 64 << 20}); err == nil {
-		t.Error("an ended process was put into a group")
+		t.Error("an ended process was confined")
 	}
 	for _, dir := range g.dirs() {
 		if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {

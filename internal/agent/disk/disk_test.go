@@ -27,7 +27,7 @@ func TestOverlayIsWhatQEMUExpects(t *testing.T) {
 			t.Errorf("%d bytes: qemu-img info: %v: %s", size, err, out)
 		}
 		if err := Create(Qcow2, path, size, os.Getuid()); err == nil {
-			t.Error("an overlay was made over one that is there")
+			t.Error("an existing overlay was overwritten")
 		}
 	}
 }
@@ -67,7 +67,7 @@ func TestOverlayRefusesBadSizes(t *testing.T) {
 	for _, size := range []int64{0, -512, 1000} {
 		path := filepath.Join(t.TempDir(), "o")
 		if err := Create(Qcow2, path, size, os.Getuid()); err == nil {
-			t.Errorf("%d bytes were taken", size)
+			t.Errorf("%d bytes were accepted", size)
 		}
 		if _, err := os.Stat(path); err == nil {
 			t.Error("a file was left")

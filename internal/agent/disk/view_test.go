@@ -17,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// spec is the chain as QEMU's tools take it.
+// spec returns the chain as QEMU's tools expect it.
 func spec(base string, layers ...string) string {
 	s := `{"driver":"raw","file":{"driver":"file","filename":"` + base + `"}}`
 	for _, l := range layers {
@@ -35,7 +35,7 @@ func run(t testing.TB, name string, args ...string) string {
 	return string(out)
 }
 
-// readAll reads a disk, by pieces of any size, and its data alone.
+// readAll reads a disk in pieces of any size, and again its data alone.
 func readAll(t testing.TB, v *View, rng *rand.Rand) []byte {
 	t.Helper()
 	whole := make([]byte, v.Size())
@@ -61,7 +61,7 @@ func readAll(t testing.TB, v *View, rng *rand.Rand) []byte {
 		end = r.End
 	}
 	if !bytes.Equal(whole, parts) {
-		t.Fatal("there is data where it is said to be none")
+		t.Fatal("there is data where the view reports none")
 	}
 	if n, err := v.ReadAt(make([]byte, 10), v.Size()-4); n != 4 || !errors.Is(err, io.EOF) {
 		t.Errorf("read %d bytes past the end: %v", n, err)
@@ -69,8 +69,8 @@ func readAll(t testing.TB, v *View, rng *rand.Rand) []byte {
 	return whole
 }
 
-// TestReadsAsQEMU has QEMU write overlays on overlays and compares what is
-// read of them with what QEMU reads.
+// TestReadsAsQEMU lets QEMU write overlays on overlays, and compares what View reads with
+// what QEMU reads.
 func TestReadsAsQEMU(t *testing.T) {
 	if _, err := exec.LookPath("qemu-io"); err != nil {
 		t.Skip("needs qemu-io:", err)
@@ -92,7 +92,7 @@ func TestReadsAsQEMU(t *testing.T) {
 		for i := range 1 + rng.IntN(3) {
 			c.Size += 512 * rng.Int64N(4<<10)
 			if rng.IntN(4) == 0 {
-				c.Size = 512 * (1 + rng.Int64N(4<<10)) // shorter than what is below
+				c.Size = 512 * (1 + rng.Int64N(4<<10)) // shorter than the layer below
 			}
 			name := filepath.Join(dir, fmt.Sprint("layer", i))
 			if err := Create(Qcow2, name, c.Size, os.Getuid()); err != nil {
@@ -127,7 +127,7 @@ func TestReadsAsQEMU(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got := readAll(t, v, rng); !bytes.Equal(got, want) {
-			t.Errorf("seed %d: reads other than QEMU does", seed)
+			t.Errorf("seed %d: does not read like QEMU", seed)
 		}
 		out, err := os.Create(filepath.Join(dir, "out"))
 		if err != nil {
@@ -137,7 +137,7 @@ func TestReadsAsQEMU(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got, _ := os.ReadFile(out.Name()); !bytes.Equal(got, want) {
-			t.Errorf("seed %d: writes other than QEMU does", seed)
+			t.Errorf("seed %d: does not write like QEMU", seed)
 		}
 		if err := errors.Join(out.Close(), v.Close()); err != nil {
 			t.Fatal(err)
@@ -145,7 +145,7 @@ func TestReadsAsQEMU(t *testing.T) {
 	}
 }
 
-// small is an overlay of 1 MiB with one cluster of data and one of zeros.
+// small returns an overlay of 1 MiB with one cluster of data and one of zeros.
 func small(t testing.TB) []byte {
 	image, length := emptyQcow2(1 << 20)
 	b := make([]byte, length+2*clusterSize)
@@ -189,7 +189,7 @@ func readOverlay(t testing.TB, base string, b []byte) ([]byte, error) {
 	}
 	for _, err := range v.Data() {
 		if err != nil {
-			t.Fatalf("read without, listed with an error: %v", err)
+			t.Fatalf("reading worked, listing failed: %v", err)
 		}
 	}
 	return got, nil
@@ -239,7 +239,7 @@ func TestRefusesWhatOverlaysNeverAre(t *testing.T) {
 	dirty := small(t)
 	be.PutUint64(dirty[72:], featureDirty)
 	if got, err := readOverlay(t, base, dirty); err != nil || !bytes.Equal(got, want) {
-		t.Errorf("reference counts that nobody reads: %v", err)
+		t.Errorf("damaged reference counts, which nobody reads: %v", err)
 	}
 	if _, err := Open(Chain{Format: Qcow2, Base: t.TempDir(), Size: 512}); err == nil {
 		t.Error("opened a folder")
@@ -251,7 +251,7 @@ func TestRefusesWhatOverlaysNeverAre(t *testing.T) {
 
 func FuzzOverlay(f *testing.F) {
 	base := baseOf(f, 1)
-	// The clusters' beginnings are what is interesting of them.
+	// Only the clusters' first bytes matter.
 	join := func(b []byte) (head []byte) {
 		for i := 0; i < len(b); i += clusterSize {
 			head = append(head, b[i:i+128]...)
@@ -298,7 +298,7 @@ func TestCopy(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got, _ := os.ReadFile(dst); !bytes.Equal(got, want) {
-		t.Error("the copy is another")
+		t.Error("the copy differs")
 	}
 	var st unix.Stat_t
 	if err := unix.Stat(dst, &st); err != nil {
@@ -320,11 +320,11 @@ func TestCopy(t *testing.T) {
 	}
 }
 
-// testUID is a user that no other process has.
+// testUID is a user id that no other process uses.
 const testUID = 1_999_901
 
-// TestFlattenAndExpand makes a file system, has a guest's changes laid over it,
-// and compares the files in what comes out.
+// TestFlattenAndExpand creates a file system, applies a guest's changes to it, and
+// compares the files of the result.
 func TestFlattenAndExpand(t *testing.T) {
 	for _, tool := range []string{"qemu-io", "qemu-img", "mke2fs", "debugfs"} {
 		if _, err := exec.LookPath(tool); err != nil {
@@ -355,7 +355,7 @@ func TestFlattenAndExpand(t *testing.T) {
 	if err := Create(Qcow2, c.Layers[0], size, os.Getuid()); err != nil {
 		t.Fatal(err)
 	}
-	// What a guest would have written: a file system with the tree, by way of QEMU.
+	// What a guest would write: a file system with the tree, written by QEMU.
 	raw := filepath.Join(dir, "raw")
 	run(t, "mke2fs", "-q", "-t", "ext4", "-d", tree, raw, "256M")
 	run(t, "qemu-img", "convert", "-n", "--target-image-opts", "-f", "raw", raw,
@@ -392,7 +392,7 @@ func TestFlattenAndExpand(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 
-	// What is no file system is an error, and leaves nothing.
+	// Anything but a file system is an error, and leaves nothing.
 	other := filepath.Join(dir, "other")
 	for name, c := range map[string]Chain{
 		"zeros":   {Format: Qcow2, Base: c.Base, Size: 8 << 20},
@@ -412,7 +412,7 @@ func TestFlattenAndExpand(t *testing.T) {
 	}
 }
 
-// sameTree compares what is in the file system image with the folder tree.
+// sameTree compares a file system image with the folder tree.
 func sameTree(t *testing.T, image, tree string) {
 	t.Helper()
 	run(t, "e2fsck", "-fn", image)

@@ -25,11 +25,11 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/pki"
 )
 
-// wire carries requests to a plane without a network, so that the clock can be
-// moved, and keeps what was said.
+// wire carries requests to a plane without a network, so that the test can move the
+// clock, and records them.
 type wire struct {
 	*plane
-	saying sync.Mutex // a leaf is renewed beside the heartbeats
+	saying sync.Mutex // renewals and heartbeats run concurrently
 	said   []string
 	keys   []string // of signing requests
 }
@@ -59,10 +59,9 @@ func (w *wire) RoundTrip(r *http.Request) (*http.Response, error) {
 	return answer.Result(), nil
 }
 
-// TestClock moves the clock: while the agent runs its leaf is replaced every
-// half hour, with a key of its own each time, of which nothing but the public
-// part is ever sent; and after longer than a leaf holds without the agent the
-// next one gets another before it serves.
+// TestClock moves the clock. The running agent replaces its leaf every half hour, with a
+// new key each time, and sends only the public part. After the agent was stopped for
+// longer than a leaf is valid, the next agent gets a new leaf before it serves.
 func TestClock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ca, err := pki.NewAuthority()
@@ -71,7 +70,7 @@ func TestClock(t *testing.T) {
 		}
 		w := &wire{plane: &plane{ca: ca, host: uuid.New(), news: make(chan struct{}), every: time.Minute}}
 		go func() {
-			for range w.news { // Nobody here waits for them.
+			for range w.news { // Nobody here waits for news.
 			}
 		}()
 		defer close(w.news)
@@ -110,8 +109,8 @@ func TestClock(t *testing.T) {
 		if err := <-ended; err != nil {
 			t.Fatal(err)
 		}
-		// At registration, at the first beat, for which it had no token yet or the
-		// hour was half over, and every half hour.
+		// One at registration, one at the first heartbeat, which had no token or came
+		// after half the hour, and one every half hour.
 		if n, want := len(private), int(runs/refreshBefore); n < want-2 || n > want+2 {
 			t.Errorf("%d keys in %v, want about %d", n, runs, want)
 		}
@@ -133,19 +132,19 @@ func TestClock(t *testing.T) {
 		}
 		for _, said := range w.said {
 			if strings.Contains(said, "PRIVATE KEY") {
-				t.Fatalf("a private key was sent: %s", said)
+				t.Fatalf("the agent sent a private key: %s", said)
 			}
 			for key := range private {
 				if strings.Contains(said, strings.Split(key, "\n")[1]) {
-					t.Fatalf("a private key was sent: %s", said)
+					t.Fatalf("the agent sent a private key: %s", said)
 				}
 			}
 		}
 	})
 }
 
-// TestControlPlaneRefused: an agent tells a control plane nothing whose
-// certificate is not in order.
+// TestControlPlaneRefused checks that an agent sends nothing to a control plane whose
+// certificate is not valid.
 func TestControlPlaneRefused(t *testing.T) {
 	p := newPlane(t)
 	asked := 0
@@ -178,7 +177,7 @@ func TestControlPlaneRefused(t *testing.T) {
 			t.Errorf("a control plane with a certificate %s: %v", tt.what, err)
 		}
 		if (asked > 0) != (tt.why == "") {
-			t.Errorf("a control plane with a certificate %s was asked %d times", tt.what, asked)
+			t.Errorf("a control plane with a certificate %s got %d requests", tt.what, asked)
 		}
 	}
 }

@@ -20,8 +20,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/pki"
 )
 
-// plane is a control plane's part in all this, with the rules that the real
-// one has for refresh tokens.
+// plane is the control plane's side of enrollment, with the real one's rules for refresh
+// tokens.
 type plane struct {
 	*httptest.Server
 	ca   *pki.Authority
@@ -29,9 +29,9 @@ type plane struct {
 
 	mu                sync.Mutex
 	current, previous string // hashes of refresh tokens
-	lose              int    // how many answers get lost from now on
+	lose              int    // how many responses get lost from now on
 	refuse            bool
-	hold              func() // in a refresh, without the lock; nil: nothing
+	hold              func() // called in a refresh, without the lock, if set
 	beats             []heartbeat
 	news              chan struct{}
 	registered        int
@@ -137,7 +137,7 @@ func TestEnrollment(t *testing.T) {
 	}
 	p.lose = 1
 	if _, err := Open(ctx, p.config(t, dir, "good"), Status{}); err == nil {
-		t.Error("an answer that did not come was taken")
+		t.Error("it succeeded without a response")
 	}
 	h, err := Open(ctx, p.config(t, dir, "good"), Status{})
 	if err != nil {
@@ -156,7 +156,7 @@ func TestEnrollment(t *testing.T) {
 	if others, err := filepath.Glob(filepath.Join(dir, "*")); err != nil || len(others) != 1 {
 		t.Errorf("left %v", others)
 	}
-	// The next agent needs no token, nor the control plane.
+	// The next agent needs neither a token nor the control plane.
 	p.mu.Lock()
 	p.refuse = true
 	p.mu.Unlock()
@@ -167,7 +167,7 @@ func TestEnrollment(t *testing.T) {
 	p.refuse = false
 	p.mu.Unlock()
 
-	// Answers get lost; each time another agent goes on with what was written down.
+	// Responses get lost; each time, another agent continues with the stored state.
 	for i := range 6 {
 		p.mu.Lock()
 		p.lose = i % 3
@@ -204,7 +204,7 @@ func TestRun(t *testing.T) {
 	if _, err := Open(t.Context(), c, Status{}); err != nil {
 		t.Fatal(err)
 	}
-	h, err := Open(t.Context(), c, Status{}) // without a token of its own yet
+	h, err := Open(t.Context(), c, Status{}) // without a host token yet
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -215,7 +215,7 @@ func TestRun(t *testing.T) {
 	for range 3 {
 		<-p.news
 	}
-	// Void before its time: the agent gets another.
+	// The token becomes invalid early: the agent gets another.
 	h.mu.Lock()
 	h.token = "void"
 	h.mu.Unlock()
@@ -237,8 +237,8 @@ func TestRun(t *testing.T) {
 	}
 }
 
-// TestRenewalBesideHeartbeats has a renewal hang, and then fail, while the token
-// is good: heartbeats go on, and nobody waits for who the host is.
+// TestRenewalBesideHeartbeats makes a renewal hang, and then fail, while the token is
+// valid: heartbeats continue, and reading the host's identity does not block.
 func TestRenewalBesideHeartbeats(t *testing.T) {
 	p := newPlane(t)
 	h, err := Open(t.Context(), p.config(t, t.TempDir(), "good"), Status{})
@@ -275,11 +275,11 @@ func TestRenewalBesideHeartbeats(t *testing.T) {
 	<-began
 	beats(5)
 	if h.ID() != "hst-1" || h.AgentToken() != "agent-token" {
-		t.Error("the host forgot who it is")
+		t.Error("the host lost its identity")
 	}
 	close(let)
 	beats(5)
-	// It is renewed when the control plane is well again.
+	// It renews the token when the control plane works again.
 	p.mu.Lock()
 	p.refuse = false
 	p.mu.Unlock()

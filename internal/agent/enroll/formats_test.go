@@ -12,7 +12,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// enrolled registers a host and returns its credentials, as they are on disk.
+// enrolled registers a host and returns its credentials as stored.
 func enrolled(t *testing.T, p *plane, dir layout.Dir) []byte {
 	t.Helper()
 	if _, err := Open(t.Context(), p.config(t, string(dir), "good"), Status{}); err != nil {
@@ -25,8 +25,8 @@ func enrolled(t *testing.T, p *plane, dir layout.Dir) []byte {
 	return b
 }
 
-// TestCredentialsOfOtherReleases: credentials without a version are read, those
-// of a later release are left alone.
+// TestCredentialsOfOtherReleases checks that an agent reads credentials without a
+// version, and does not touch those of a later release.
 func TestCredentialsOfOtherReleases(t *testing.T) {
 	p, dir := newPlane(t), layout.Dir(t.TempDir())
 	now := enrolled(t, p, dir)
@@ -61,8 +61,8 @@ func TestCredentialsOfOtherReleases(t *testing.T) {
 	}
 }
 
-// TestUnreadableCredentials: they are kept, and the host registers again if it
-// has a token.
+// TestUnreadableCredentials checks that an agent keeps unreadable credentials, and
+// registers again if it has a token.
 func TestUnreadableCredentials(t *testing.T) {
 	p, dir := newPlane(t), layout.Dir(t.TempDir())
 	torn := enrolled(t, p, dir)[:20]
@@ -76,7 +76,7 @@ func TestUnreadableCredentials(t *testing.T) {
 	if b, err := os.ReadFile(dir.Enrollment()); err != nil || !bytes.Equal(b, torn) {
 		t.Errorf("the credentials have changed: %v", err)
 	}
-	p.registered = 0 // another token was made
+	p.registered = 0 // somebody created another token
 	h, err := Open(t.Context(), p.config(t, string(dir), "good"), Status{})
 	if err != nil || h.ID() != "hst-1" {
 		t.Fatalf("with a token: %v", err)
@@ -86,6 +86,6 @@ func TestUnreadableCredentials(t *testing.T) {
 		t.Fatalf("set aside %+v, %v", items, err)
 	}
 	if b, err := os.ReadFile(items[0].Path); err != nil || !bytes.Equal(b, torn) {
-		t.Errorf("what was set aside is another: %v", err)
+		t.Errorf("the file set aside differs: %v", err)
 	}
 }

@@ -33,8 +33,8 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-// TestDocumented: docs/upgrade.md has the versions of every format, and of no
-// other.
+// TestDocumented checks that docs/upgrade.md lists the versions of exactly the existing
+// formats.
 func TestDocumented(t *testing.T) {
 	page, err := os.ReadFile(filepath.Join("..", "..", "..", "docs", "upgrade.md"))
 	if err != nil {

@@ -31,8 +31,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
-// The tests run the real guest daemon on this machine, each at a loopback
-// address of its own.
+// binDir is the folder of the real guest daemon. Each test runs one at its own loopback address.
 var binDir string
 
 var daemon = sync.OnceValues(func() (string, error) {
@@ -44,8 +43,8 @@ var daemon = sync.OnceValues(func() (string, error) {
 	return bin, nil
 })
 
-// roleEnv tells this program what it is: nothing, the maker of images, or the
-// tests, in namespaces of their own that stand for a host.
+// roleEnv tells this program its role: none, the builder of images, or the tests, in
+// namespaces that stand for a host.
 const roleEnv = "WRENN_GUEST_TEST_ROLE"
 
 func TestMain(m *testing.M) {
@@ -68,15 +67,15 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// outside starts the tests in their namespaces. Images may have to be
-// downloaded, which is possible only before that.
+// outside starts the tests in their namespaces. It first builds the images, because there
+// may be no network for downloads inside.
 func outside() int {
 	run := func(role string, flags uintptr, args ...string) int {
 		cmd := exec.Command("/proc/self/exe", args...)
 		cmd.Env = append(os.Environ(), roleEnv+"="+role)
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags, Pdeathsig: syscall.SIGKILL}
-		runtime.LockOSThread() // Pdeathsig follows the thread
+		runtime.LockOSThread() // Pdeathsig applies to the thread
 		defer runtime.UnlockOSThread()
 		if err := cmd.Run(); err != nil {
 			if cmd.ProcessState == nil {
@@ -105,7 +104,7 @@ func prepareHost() error {
 
 var lastAddr atomic.Uint32
 
-// start runs a daemon and returns its client, initialised.
+// start runs a daemon and returns its initialised client.
 func start(t *testing.T) *Client {
 	t.Helper()
 	bin, err := daemon()
@@ -149,7 +148,7 @@ func TestExec(t *testing.T) {
 		stdin     []byte
 		want      Result
 		wantError connect.Code
-		// wantReason is the error's reason.
+		// wantReason is the reason in the error.
 		wantReason string
 	}{
 		"output and code":    {cmd: sh("echo out; echo err >&2; exit 7"), want: Result{Exit: Exit{Code: 7}, Stdout: []byte("out\n"), Stderr: []byte("err\n")}},
@@ -183,7 +182,8 @@ func TestExec(t *testing.T) {
 	}
 }
 
-// A command's connection serves the next one: a new connection costs the guest more than the request.
+// TestExecKeepsItsConnection checks that commands reuse a connection, because a new one
+// costs the guest more than the request.
 func TestExecKeepsItsConnection(t *testing.T) {
 	c := start(t)
 	var dials atomic.Int32
@@ -221,7 +221,7 @@ func TestExecTruncates(t *testing.T) {
 	}
 }
 
-// pidIn waits until file has a pid: the process that writes it was started.
+// pidIn waits until a process has started and written its pid to file.
 func pidIn(t *testing.T, file string) (pid int) {
 	t.Helper()
 	await.Until(t, "the process starts", func() bool {
@@ -237,7 +237,7 @@ func pidIn(t *testing.T, file string) (pid int) {
 	return pid
 }
 
-// gone waits until a process has ended; a zombie has.
+// gone waits until a process has ended or is a zombie.
 func gone(t *testing.T, pid int) {
 	t.Helper()
 	await.Until(t, fmt.Sprintf("process %d ends", pid), func() bool {
@@ -250,7 +250,7 @@ func TestExecTimeoutKillsDescendants(t *testing.T) {
 	c := start(t)
 	file := filepath.Join(t.TempDir(), "pid")
 	cmd := sh("sleep 600 & echo $! > " + file + "; wait")
-	for cmd.Timeout = time.Second; ; cmd.Timeout *= 2 { // until it is long enough to begin
+	for cmd.Timeout = time.Second; ; cmd.Timeout *= 2 { // until the command has time to start
 		got, err := c.Exec(t.Context(), cmd, nil)
 		if err != nil {
 			t.Fatal(err)
@@ -355,7 +355,7 @@ func TestFiles(t *testing.T) {
 		}
 		told := int64(len(content))
 		if r.offset == 0 && r.length == 0 {
-			told = -1 // It is large, and could be truncated while it is read.
+			told = -1 // A large file may shrink while it is read.
 		}
 		if err != nil || !bytes.Equal(got, want) || size != told {
 			t.Errorf("%v: %d bytes of %d, %v", r, len(got), size, err)
@@ -373,13 +373,13 @@ func TestFiles(t *testing.T) {
 		t.Errorf("a directory: %v", err)
 	}
 	if _, _, err := c.Read(t.Context(), "", filepath.Join(dir, "no"), 0, 0); connect.CodeOf(err) != connect.CodeNotFound {
-		t.Errorf("no file: %v", err)
+		t.Errorf("a missing file: %v", err)
 	}
 	if _, err := c.Write(t.Context(), "", filepath.Join(dir, "broken"), iotest.ErrReader(errors.New("gone")), -1); err == nil {
-		t.Error("half an upload was taken for whole")
+		t.Error("a truncated upload succeeded")
 	}
 	if _, err := os.Stat(filepath.Join(dir, "broken")); err == nil {
-		t.Error("half an upload is there")
+		t.Error("a truncated upload left a file")
 	}
 	if info, err := c.Write(t.Context(), "", filepath.Join(dir, "empty"), strings.NewReader(""), 0); err != nil || info.Size != 0 {
 		t.Error(info, err)
@@ -390,7 +390,7 @@ func TestFiles(t *testing.T) {
 		t.Errorf("an empty file has %q of %d", got, size)
 	}
 
-	// A tree goes out and in again.
+	// Download a tree and upload it again.
 	archive, err := c.Pack(t.Context(), "", filepath.Join(dir, "deep"))
 	if err != nil {
 		t.Fatal(err)

@@ -25,8 +25,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
-// fake is a guest whose daemon does what a test says, at a loopback address of
-// its own.
+// fake starts a guest daemon with the test's handler, at its own loopback address.
 func fake(t *testing.T, h http.HandlerFunc) (*Client, *httptest.Server) {
 	t.Helper()
 	addr := netip.AddrFrom4([4]byte{127, byte(100 + os.Getpid()>>8&63), byte(os.Getpid()), byte(lastAddr.Add(1))})
@@ -60,7 +59,7 @@ func TestInitChangesTheToken(t *testing.T) {
 	if err != nil || string(res.Stdout) != "clone\n" {
 		t.Errorf("after the change: %q, %v", res.Stdout, err)
 	}
-	// The agent that does not know whether its guest has the new token.
+	// An agent that does not know whether its guest has the new token.
 	addr, _ := netip.ParseAddrPort(strings.TrimPrefix(c.base, "http://"))
 	unsure := New(addr.Addr(), "the-token")
 	defer unsure.Close()
@@ -104,7 +103,7 @@ func TestInitEndsOldConnections(t *testing.T) {
 			t.Fatalf("the process ended: %v", out.Exit)
 		}
 	}
-	// The process goes on.
+	// The process continues.
 	if res, err := c.Exec(t.Context(), sh(fmt.Sprintf("kill -0 %d", p.PID)), nil); err != nil || res.Code != 0 {
 		t.Error(res, err)
 	}
@@ -132,7 +131,7 @@ func TestInitAgainWhenTheAnswerIsLost(t *testing.T) {
 		bodies = append(bodies, m)
 		token = m["accessToken"].(string)
 		if len(bodies) == 1 {
-			panic(http.ErrAbortHandler) // the answer is lost
+			panic(http.ErrAbortHandler) // the response is lost
 		}
 		_, _ = w.Write([]byte(`{"disk":4096,"warnings":["no\u0000","` + strings.Repeat("x", 5000) + `"]}`))
 	})
@@ -144,7 +143,7 @@ func TestInitAgainWhenTheAnswerIsLost(t *testing.T) {
 		t.Errorf("showed %v", tokens)
 	}
 	if r.Disk != 4096 || len(r.Warnings) != 2 || len(r.Warnings[1]) > maxError {
-		t.Errorf("report is %d %.100q", r.Disk, r.Warnings)
+		t.Errorf("the report has %d bytes: %.100q", r.Disk, r.Warnings)
 	}
 	m := bodies[1]
 	at, err := time.Parse(time.RFC3339Nano, m["timestamp"].(string))
@@ -171,7 +170,7 @@ func TestInitDoesNotBelieveEverything(t *testing.T) {
 			t.Errorf("%d: %v, %.200v", i, r, err)
 		}
 	}
-	// Many warnings are cut off, an endless answer ends with the context.
+	// Many warnings are truncated, and an endless response ends with the context.
 	c, _ := fake(t, func(w http.ResponseWriter, _ *http.Request) {
 		_, _ = w.Write([]byte(`{"warnings":["a"` + strings.Repeat(`,"a"`, 1000) + `]}`))
 	})
@@ -179,7 +178,7 @@ func TestInitDoesNotBelieveEverything(t *testing.T) {
 		t.Error(len(r.Warnings), err)
 	}
 	c, _ = fake(t, func(_ http.ResponseWriter, r *http.Request) {
-		_, _ = io.Copy(io.Discard, r.Body) // else the end of the connection goes unnoticed
+		_, _ = io.Copy(io.Discard, r.Body) // otherwise the server does not notice the closed connection
 		<-r.Context().Done()
 	})
 	if _, err := c.Init(within(t, 300*time.Millisecond), Settings{}); connect.CodeOf(err) != connect.CodeDeadlineExceeded {
@@ -190,8 +189,9 @@ func TestInitDoesNotBelieveEverything(t *testing.T) {
 	}
 }
 
-// A guest that is held takes no connection; when it goes on it is reached
-// without the second that the kernel waits before it repeats a packet.
+// TestInitReachesAGuestThatWasNotThere checks that a paused guest, which accepts no
+// connection, is reached when it continues, without the second that the kernel waits
+// before it retransmits.
 func TestInitReachesAGuestThatWasNotThere(t *testing.T) {
 	c, srv := fake(t, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
 	addr := srv.Listener.Addr().String()
@@ -203,7 +203,7 @@ func TestInitReachesAGuestThatWasNotThere(t *testing.T) {
 		if errors.Is(err, syscall.ECONNREFUSED) {
 			select {
 			case refused <- struct{}{}:
-			default: // it was refused before
+			default: // an earlier attempt was refused
 			}
 		}
 		return conn, err
@@ -227,21 +227,20 @@ func TestInitReachesAGuestThatWasNotThere(t *testing.T) {
 	}
 }
 
-// TestDialDoesNotWaitForTheKernel connects in less than the second after which
-// the kernel repeats a packet. A machine may be too busy for that, but not always.
+// TestDialDoesNotWaitForTheKernel checks that a connection takes less than the second
+// after which the kernel retransmits. A machine may be too busy for that, but not always.
 func TestDialDoesNotWaitForTheKernel(t *testing.T) {
-	await.Until(t, "a connection before the kernel repeats its packet", func() bool {
+	await.Until(t, "a connection before the kernel retransmits", func() bool {
 		d := dialLate(t)
 		return d < 900*time.Millisecond
 	})
 }
 
-// dialLate returns how long it takes to connect to a listener that takes
-// connections only after a while.
+// dialLate returns how long it takes to connect to a listener that accepts connections
+// only after a while.
 func dialLate(t *testing.T) time.Duration {
 	t.Helper()
-	// A listener whose queue is full drops what comes, as a guest that is not
-	// there yet does.
+	// A listener with a full queue drops packets, like a guest that is not up yet.
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)

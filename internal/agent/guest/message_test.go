@@ -13,8 +13,8 @@ import (
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
 )
 
-// TestLongMessage refuses a message that is longer than the guest daemon's own are,
-// instead of keeping it in memory.
+// TestLongMessage checks that the client refuses a message longer than the guest daemon's
+// own, instead of buffering it.
 func TestLongMessage(t *testing.T) {
 	for name, tt := range map[string]struct {
 		size    int
@@ -42,7 +42,7 @@ func TestLongMessage(t *testing.T) {
 				t.Fatal(err)
 			}
 			out, err := p.Next()
-			p.ended = true // There is nothing to kill.
+			p.ended = true // There is no process to kill.
 			p.Close()
 			if tt.refused && (err == nil || !strings.Contains(err.Error(), connect.CodeResourceExhausted.String())) || !tt.refused && (err != nil || len(out.Stdout) != tt.size) {
 				t.Errorf("%d bytes, %v", len(out.Stdout), err)

@@ -54,8 +54,8 @@ func TestWatch(t *testing.T) {
 	}
 }
 
-// TestExhausted: where other software has all inotify instances, a watch of
-// mounts still opens.
+// TestExhausted checks that a watch of mounts opens even if other software uses every
+// inotify instance.
 func TestExhausted(t *testing.T) {
 	real := inotifyInit
 	inotifyInit = func(int) (int, error) { return -1, unix.EMFILE }
@@ -79,7 +79,7 @@ func TestMounts(t *testing.T) {
 	dir := t.TempDir()
 	result := make(chan error)
 	go func() {
-		runtime.LockOSThread() // not unlocked: the thread ends in its namespace
+		runtime.LockOSThread() // never unlocked, so the thread ends in its namespace
 		result <- func() error {
 			if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
 				return err
@@ -98,7 +98,8 @@ func TestMounts(t *testing.T) {
 				return err
 			}
 			defer w.Close()
-			// Often: each change is news only once, for whoever asks first.
+			// Repeat it: each change must be reported once, to the first watch that reads
+			// it.
 			for range 50 {
 				for _, change := range []func() error{
 					func() error { return unix.Mount(dir, dir, "", unix.MS_BIND, "") },

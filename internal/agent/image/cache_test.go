@@ -9,8 +9,7 @@ import (
 	"testing"
 )
 
-// immovable makes a folder in the test's folder root whose content cannot be
-// removed, not even by root.
+// immovable creates a folder below root whose content not even root can remove.
 func immovable(t *testing.T, root, name string) {
 	t.Helper()
 	dir := filepath.Join(root, name)
@@ -20,12 +19,12 @@ func immovable(t *testing.T, root, name string) {
 	if out, err := exec.Command("chattr", "+i", dir).CombinedOutput(); err != nil {
 		t.Skipf("needs root and a file system with attributes: %v: %s", err, out)
 	}
-	// It may have been moved within the test's folder.
+	// The test may have moved it.
 	t.Cleanup(func() { _ = exec.Command("chattr", "-R", "-i", root).Run() })
 }
 
-// TestLeftoversOfBuilds: what a killed build left and cannot be removed prevents no
-// other build.
+// TestLeftoversOfBuilds checks that leftovers of a killed build that cannot be removed do
+// not prevent another build.
 func TestLeftoversOfBuilds(t *testing.T) {
 	dir := t.TempDir()
 	left := filepath.Join(dir, tmpPrefix+"old-home")
@@ -37,7 +36,7 @@ func TestLeftoversOfBuilds(t *testing.T) {
 	}
 	defer held.Close()
 	if !strings.Contains(said, left) {
-		t.Errorf("it said %q", said)
+		t.Errorf("its message is %q", said)
 	}
 	home := filepath.Join(dir, "home")
 	for _, text := range []string{"1", "2"} {

@@ -15,7 +15,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// captured makes a capture's folder with a file for each that it has.
+// captured creates a capture's folder with every file of a capture.
 func captured(t testing.TB, dir string) *Capture {
 	t.Helper()
 	c := &Capture{ID: uuid.New(), Kind: "k", Inputs: "i", VCPUs: 1, MemoryMiB: 128, DiskMiB: 64, Layers: 1, Token: "secret", Dir: dir}
@@ -55,7 +55,7 @@ func TestTemplateOfACaptureIsPublishedWholeAndDeleted(t *testing.T) {
 	if st, err := os.Stat(filepath.Join(all[0].Dir, captureFile)); err != nil || st.Mode().Perm() != 0o600 {
 		t.Errorf("the record, which holds a token, is %v %v", st.Mode(), err)
 	}
-	// Who has links keeps the files.
+	// A hard link keeps the files.
 	kept := filepath.Join(t.TempDir(), "origin")
 	if err := LinkTree(all[0].Dir, kept); err != nil {
 		t.Fatal(err)
@@ -66,7 +66,7 @@ func TestTemplateOfACaptureIsPublishedWholeAndDeleted(t *testing.T) {
 		}
 	}
 	if _, err := Find(dir, want.Team, want.ID); err == nil {
-		t.Error("a deleted template is there")
+		t.Error("a deleted template is still there")
 	}
 	if left, _ := filepath.Glob(filepath.Join(dir.Images(), "*", "*")); len(left) != 0 {
 		t.Errorf("left: %v", left)
@@ -76,7 +76,8 @@ func TestTemplateOfACaptureIsPublishedWholeAndDeleted(t *testing.T) {
 	}
 }
 
-// One template that cannot be read hides no other, and is set aside.
+// TestDamagedTemplates checks that an unreadable template hides no other, and is set
+// aside.
 func TestDamagedTemplates(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	publish := func() Template {
@@ -149,9 +150,9 @@ func TestDamagedTemplates(t *testing.T) {
 	}
 }
 
-// TestUnreadableFolders has folders of templates and of captures that cannot be
-// read. The others are still found. A folder that is damaged is set aside; one that
-// may be readable later stays.
+// TestUnreadableFolders has unreadable folders of templates and captures. The agent finds
+// the others, sets damaged folders aside, and leaves those that it may be able to read
+// later.
 func TestUnreadableFolders(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	publish := func() Template {
@@ -167,7 +168,7 @@ func TestUnreadableFolders(t *testing.T) {
 	}
 	bad, loop := publish(), publish()
 	publish()
-	// A link to itself is there, and cannot be read now.
+	// A link to itself exists but cannot be read now.
 	captures, looping := dir.Captures(bad.Team, bad.ID), dir.Captures(loop.Team, loop.ID)
 	team, loopingTeam := filepath.Join(dir.Images(), uuid.NewString()), filepath.Join(dir.Images(), uuid.NewString())
 	for path, stays := range map[string]bool{captures: false, team: false, looping: true, loopingTeam: true} {
@@ -197,8 +198,8 @@ func TestUnreadableFolders(t *testing.T) {
 	}
 }
 
-// TestPublishBesideUnreadable: a capture that only cannot be read now is not moved
-// for another one.
+// TestPublishBesideUnreadable checks that a new capture does not move one that cannot be
+// read at the moment.
 func TestPublishBesideUnreadable(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	tpl := Template{ID: uuid.New(), Team: uuid.New()}
@@ -222,7 +223,7 @@ func TestPublishBesideUnreadable(t *testing.T) {
 	}
 }
 
-// A record without a version is of the releases before there was one.
+// TestTemplateWithoutVersion reads a record of a release that wrote no versions.
 func TestTemplateWithoutVersion(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	home := dir.Template(uuid.Nil, uuid.Nil)
@@ -260,7 +261,7 @@ func FuzzParseCapture(f *testing.F) {
 	f.Add([]byte(`{}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if c, err := parseCapture("capture.json", b); err == nil && (c.Layers < 1 || c.MemoryMiB < 1 || c.ID == uuid.Nil) {
-			t.Errorf("%+v was read", c)
+			t.Errorf("it accepted %+v", c)
 		}
 	})
 }

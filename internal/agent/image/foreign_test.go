@@ -20,8 +20,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/image/oci"
 )
 
-// makeImage makes an image of one layer with files, folders (which end with
-// "/") and links ("name -> target").
+// makeImage returns an image of one layer with files, folders (names end with "/") and
+// links ("name -> target").
 func makeImage(t *testing.T, files map[string]string) *oci.Image {
 	t.Helper()
 	var b bytes.Buffer
@@ -92,7 +92,7 @@ func TestWriteRootfs(t *testing.T) {
 	}
 	for what, c := range map[string]struct {
 		files map[string]string
-		want  map[string]string // output of debugfs on the path, a part of it
+		want  map[string]string // part of debugfs's output for the path
 	}{
 		"one program": {map[string]string{"app": "x"}, map[string]string{"cat /app": "x", "stat /tmp": "Mode:  01777", "stat /root": "Mode:  0700", "stat /proc": "Type: directory", "stat /run": "Type: directory", "stat /sys": "Type: directory", "stat /etc": "Type: directory"}},
 		"links in the way": {
@@ -131,7 +131,7 @@ func TestWriteRootfs(t *testing.T) {
 			}
 			entries, err := os.ReadDir(home)
 			if err != nil || len(entries) != 1 {
-				t.Errorf("beside the file system lie %v, %v", entries, err)
+				t.Errorf("files beside the file system: %v, %v", entries, err)
 			}
 		})
 	}
@@ -145,7 +145,7 @@ func TestWriteRootfs(t *testing.T) {
 	} {
 		home := t.TempDir()
 		if _, err := WriteRootfs(t.Context(), img, home, envd, 32, nil); err == nil {
-			t.Errorf("%s: written", what)
+			t.Errorf("%s: it succeeded", what)
 		}
 		if entries, err := os.ReadDir(home); err != nil || len(entries) != 0 {
 			t.Errorf("%s: left behind %v, %v", what, entries, err)

@@ -12,7 +12,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/image/imagetest"
 )
 
-// That they boot is the tests' of those who boot them.
+// TestImages checks the kernel and minimal without booting them; other tests do that.
 func TestImages(t *testing.T) {
 	in := imagetest.Prepare(t)
 	kernel, err := os.ReadFile(in.Kernel.Vmlinux)
@@ -41,8 +41,8 @@ func TestImages(t *testing.T) {
 	}
 	t.Logf("minimal takes %d MiB", in.Minimal.SizeBytes>>20)
 
-	// What is there is not made again, nor with another's help.
-	again, err := image.EnsureMinimal(t.Context(), in.Dir, in.Envd, func(s string) { t.Errorf("made again: %s", s) })
+	// Existing images are not built again, not even with another envd.
+	again, err := image.EnsureMinimal(t.Context(), in.Dir, in.Envd, func(s string) { t.Errorf("built again: %s", s) })
 	if err != nil || !reflect.DeepEqual(again, in.Minimal) {
 		t.Errorf("got %+v, %v", again, err)
 	}

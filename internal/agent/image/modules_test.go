@@ -12,8 +12,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/kmod"
 )
 
-// TestModulesImage: the same modules give the same bytes, whenever they were unpacked,
-// and a guest finds what it looks for.
+// TestModulesImage checks that the same modules always give the same bytes, and that a
+// guest finds what it looks for.
 func TestModulesImage(t *testing.T) {
 	var images [2][]byte
 	for i := range images {
@@ -47,7 +47,7 @@ func TestModulesImage(t *testing.T) {
 			t.Errorf("a module is %q, %v", got, err)
 		}
 		if i == 0 {
-			time.Sleep(1100 * time.Millisecond) // what is made next has other dates
+			time.Sleep(1100 * time.Millisecond) // the next files get other modification times
 		}
 	}
 	if !bytes.Equal(images[0], images[1]) {
@@ -65,7 +65,7 @@ func put(t *testing.T, name, content string) {
 	}
 }
 
-// TestIndexModules: modules that the distribution packs are unpacked, because a guest's
+// TestIndexModules checks that compressed modules are unpacked, because a guest's
 // modprobe may not be able to read them.
 func TestIndexModules(t *testing.T) {
 	const release = "6.1.0-1-test"
@@ -91,7 +91,7 @@ func TestIndexModules(t *testing.T) {
 		t.Errorf("unpacked %d bytes, %v", len(got), err)
 	}
 	if _, err := os.Stat(filepath.Join(dir, file+".gz")); err == nil {
-		t.Error("the packed module is left")
+		t.Error("the compressed module is still there")
 	}
 	x, err := kmod.Open(dir)
 	if err != nil {
@@ -107,7 +107,7 @@ func TestIndexModules(t *testing.T) {
 	}
 }
 
-// sampleModule is an object file such as depmod reads.
+// sampleModule returns an object file that depmod can read.
 func sampleModule(t *testing.T) []byte {
 	t.Helper()
 	dir := t.TempDir()

@@ -21,7 +21,7 @@ func FuzzParseTargets(f *testing.F) {
 	f.Add("s|x|x|main|Debian|")
 	f.Fuzz(func(t *testing.T, s string) {
 		if got, err := parseTargets(s); err == nil && len(got) == 0 {
-			t.Error("neither sources nor an error")
+			t.Error("it returned neither sources nor an error")
 		}
 	})
 }

@@ -13,8 +13,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// TestMirrorIsAway: what could not be made is not tried again at once, because a mirror
-// that does not answer costs minutes, but later, and when there is something newer.
+// TestMirrorIsAway checks that a failed build is not repeated at once, because a mirror
+// that does not respond costs minutes, but later, or when something newer exists.
 func TestMirrorIsAway(t *testing.T) {
 	bin, asked := t.TempDir(), filepath.Join(t.TempDir(), "asked")
 	put := func(path, content string) {
@@ -57,7 +57,7 @@ exit 25
 			t.Errorf("the template is %+v, %v", m, err)
 		}
 		if got, _ := os.ReadFile(asked); string(got) != want {
-			t.Errorf("it tried %q, want %q", got, want)
+			t.Errorf("it built %q, want %q", got, want)
 		}
 	}
 	const both = "apt-get\nmmdebstrap\n"
@@ -74,8 +74,8 @@ exit 25
 	start(both)
 }
 
-// TestWithoutApt: without apt's lists, or without the mirror, what was made before is
-// used.
+// TestWithoutApt checks that without apt's lists or without the mirror, existing images
+// are used.
 func TestWithoutApt(t *testing.T) {
 	const knows = `#!/bin/sh
 case "$1" in depends) echo "  Depends: linux-image-9";; show) echo "Version: 9";; esac
@@ -102,10 +102,10 @@ exit 100
 			quiet := func(string) {}
 
 			if k, err := Kernel(t.Context(), dir, envd, quiet); err == nil {
-				t.Errorf("made the kernel %+v of nothing", k)
+				t.Errorf("built the kernel %+v from nothing", k)
 			}
 			if m, err := EnsureMinimal(t.Context(), dir, envd, quiet); err == nil {
-				t.Errorf("made the template %+v of nothing", m)
+				t.Errorf("built the template %+v from nothing", m)
 			}
 
 			for i, name := range []string{"old", "newest", "incomplete"} {
@@ -135,12 +135,12 @@ exit 100
 				t.Errorf("the template is %+v, %v", m, err)
 			}
 			if m, err := EnsureMore(t.Context(), dir, envd, More{Name: "minimal"}, quiet); err == nil {
-				t.Errorf("made %+v without apt", m)
+				t.Errorf("built %+v without apt", m)
 			}
 			ctx, cancel := context.WithCancel(t.Context())
 			cancel()
 			if k, err := Kernel(ctx, dir, envd, quiet); err == nil {
-				t.Errorf("a cancelled start goes on with %+v", k)
+				t.Errorf("a cancelled start continued with %+v", k)
 			}
 		})
 	}

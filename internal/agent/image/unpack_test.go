@@ -13,8 +13,8 @@ import (
 
 var update = flag.Bool("update", false, "write testdata/kernels with the programs that pack kernels")
 
-// packers are the commands of the kernel's scripts/Makefile.lib, one for each
-// compression that a kernel for x86 can be built with, in its own words.
+// packers are the commands of the kernel's scripts/Makefile.lib, verbatim, one for each
+// compression that an x86 kernel can be built with.
 var packers = []struct {
 	name    string
 	command []string
@@ -28,8 +28,8 @@ var packers = []struct {
 	{"zstd", []string{"zstd", "-22", "--ultra", "-c"}, true},
 }
 
-// sampleKernel is an ELF file with the machine code that xz filters: calls of
-// the same function from many places.
+// sampleKernel returns an ELF file with the machine code that xz filters: calls of the
+// same function from many places.
 func sampleKernel() []byte {
 	b := []byte("\x7fELF")
 	for i := range 2_000 {
@@ -39,7 +39,7 @@ func sampleKernel() []byte {
 	return b
 }
 
-// boot makes a bzImage of a payload.
+// boot returns a bzImage with a payload.
 func boot(packed []byte) []byte { return append(bzImage(1024, 0, uint32(len(packed))), packed...) }
 
 func sized(packed []byte, size int) []byte {
@@ -75,7 +75,7 @@ func packed(t testing.TB) map[string][]byte {
 }
 
 func TestVmlinuxOfEachFormat(t *testing.T) {
-	// No program may be needed: that is what a plain Debian lacks.
+	// It must need no program, because a plain Debian has none of them.
 	t.Setenv("PATH", "")
 	want := sampleKernel()
 	for name, data := range packed(t) {
@@ -90,15 +90,15 @@ func TestVmlinuxOfEachFormat(t *testing.T) {
 			for cut := 1; cut < len(data)-8; cut += max(1, len(data)/50) {
 				part := sized(data[:cut], len(want))
 				if got, err := vmlinux(boot(part)); !errors.Is(err, errNoKernel) {
-					t.Fatalf("a payload cut after %d bytes was taken for %d bytes: %v", cut, len(got), err)
+					t.Fatalf("a payload cut after %d bytes was accepted as %d bytes: %v", cut, len(got), err)
 				}
 			}
 		})
 	}
 }
 
-// A stream must not unpack to more than the payload says, and a payload must
-// not say more than a kernel can be.
+// TestVmlinuxIsBounded checks that a stream cannot unpack to more than the payload
+// declares, and that a payload cannot declare more than a kernel's possible size.
 func TestVmlinuxIsBounded(t *testing.T) {
 	for name, data := range packed(t) {
 		if name == "nothing" || name == "gzip" {
@@ -116,7 +116,7 @@ func TestVmlinuxIsBounded(t *testing.T) {
 			}
 		}
 	}
-	// A dictionary of 4 GiB, which the reader would allocate before it reads on.
+	// Before reading on, the reader would allocate this dictionary of 4 GiB.
 	huge := append([]byte{0x5d, 0, 0, 0xff, 0xff}, make([]byte, 100)...)
 	if _, err := unpack(huge, 1<<20); err == nil {
 		t.Error("a dictionary of 4 GiB was accepted")
@@ -145,7 +145,7 @@ func FuzzVmlinux(f *testing.F) {
 		if len(got) > most || err != nil && got != nil {
 			t.Errorf("got %d bytes, %v", len(got), err)
 		}
-		size %= most // so that a round takes little
+		size %= most // keeps each round short
 		if got, err := vmlinux(boot(sized(data, int(size)))); err == nil && len(got) < 4 {
 			t.Errorf("a kernel of %d bytes", len(got))
 		}

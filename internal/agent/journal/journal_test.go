@@ -43,7 +43,7 @@ func TestEventsOutliveTheJournal(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	j := open(t, dir)
 	want := []Event{add(t, j, "a"), add(t, j, "b"), add(t, j, "c")}
-	// Not closed: as after a kill.
+	// Do not close it, as after a kill.
 	j2 := open(t, dir)
 	if got := j2.Pending(); !slices.EqualFunc(got, want, func(a, b Event) bool {
 		return a.Seq == b.Seq && a.Kind == b.Kind && a.Sandbox == b.Sandbox && a.Time.Equal(b.Time) && a.Reason == b.Reason
@@ -57,7 +57,7 @@ func TestEventsOutliveTheJournal(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := j2.Ack(4); err == nil {
-		t.Error("an event that is still to come was acknowledged")
+		t.Error("an event that does not exist yet was acknowledged")
 	}
 	if err := j2.Ack(3); err != nil {
 		t.Fatal(err)
@@ -77,8 +77,8 @@ func TestEventsOutliveTheJournal(t *testing.T) {
 	}
 }
 
-// TestTornAnywhere cuts and flips a journal at every byte: what comes before
-// is kept, and the journal goes on.
+// TestTornAnywhere truncates a journal and flips a bit at every byte: everything before
+// is kept, and the journal stays usable.
 func TestTornAnywhere(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	path := dir.Events()
@@ -98,7 +98,7 @@ func TestTornAnywhere(t *testing.T) {
 		}
 		j := open(t, dir)
 		if (j.Damaged() != nil) != damaged {
-			t.Fatalf("broken at byte %d: the copy is %v", at, j.Damaged())
+			t.Fatalf("broken at byte %d: the file set aside is %v", at, j.Damaged())
 		}
 		want := 0
 		for _, e := range ends {
@@ -118,8 +118,8 @@ func TestTornAnywhere(t *testing.T) {
 		}
 	}
 	for at := range data {
-		// A record that is cut off was being written when the agent died, so
-		// nobody was told that it is kept. Anything else is damage.
+		// A truncated record was being written when the agent died, so nobody relies on
+		// it. Anything else is damage.
 		try(slices.Clone(data[:at]), at, 0 < at && at < len(magic))
 		flipped := slices.Clone(data)
 		flipped[at] ^= 0x41
@@ -127,21 +127,21 @@ func TestTornAnywhere(t *testing.T) {
 	}
 }
 
-// TestRewriteFails makes a compaction fail after the file lost its name: later
-// events must not go to a file that nobody finds again.
+// TestRewriteFails makes a compaction fail after the file lost its name: later events
+// must not go to a file that nobody can find.
 func TestRewriteFails(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	path := dir.Events()
 	j := open(t, dir)
 	add(t, j, "a")
-	if err := errors.Join(os.Remove(path), os.Mkdir(path, 0o700)); err != nil { // nothing can replace it
+	if err := errors.Join(os.Remove(path), os.Mkdir(path, 0o700)); err != nil { // no file can replace the folder
 		t.Fatal(err)
 	}
 	if err := j.rewrite(); err == nil {
 		t.Fatal("the rewrite did not fail")
 	}
 	if e, err := j.Append(Event{Kind: Expired, Reason: "refused"}); err == nil {
-		t.Fatalf("an event was kept nowhere: %v", e)
+		t.Fatalf("an event was acknowledged but not stored: %v", e)
 	}
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
@@ -156,8 +156,8 @@ func TestRewriteFails(t *testing.T) {
 	}
 }
 
-// TestFullDisk opens a journal on a full disk: no event is lost, and an event that
-// cannot be written is refused. A damaged journal is copied before it is replaced.
+// TestFullDisk opens a journal on a full disk: no event is lost, an event that cannot be
+// written is refused, and a damaged journal is copied before it is replaced.
 func TestFullDisk(t *testing.T) {
 	for _, damaged := range []bool{false, true} {
 		t.Run(fmt.Sprintf("damaged %v", damaged), func(t *testing.T) {
@@ -227,14 +227,14 @@ func TestFullDisk(t *testing.T) {
 			}
 			if damaged {
 				if kept, err := os.ReadFile(j.Damaged().Path); err != nil || !bytes.Equal(kept, data) {
-					t.Errorf("the copy is another: %v", err)
+					t.Errorf("the copy differs: %v", err)
 				}
 			}
 		})
 	}
 }
 
-// A journal that is damaged is kept as it was found.
+// TestDamagedJournalIsKept checks that a copy of a damaged journal is kept unchanged.
 func TestDamagedJournalIsKept(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	j := open(t, dir)
@@ -255,11 +255,11 @@ func TestDamagedJournalIsKept(t *testing.T) {
 		t.Fatalf("kept %+v, %v; the journal says %+v", items, err, j.Damaged())
 	}
 	if kept, err := os.ReadFile(items[0].Path); err != nil || !bytes.Equal(kept, data) {
-		t.Errorf("the copy is another: %v", err)
+		t.Errorf("the copy differs: %v", err)
 	}
 }
 
-// A journal of a later release is left alone.
+// TestNewerJournal checks that the agent does not touch a journal of a later release.
 func TestNewerJournal(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	data := []byte(magicWord + "2and whatever it holds")
@@ -352,7 +352,7 @@ func FuzzOpen(f *testing.F) {
 		}
 		again := &Journal{}
 		if again.load(data[:whole]) != whole || len(again.pending) != len(j.pending) {
-			t.Fatal("the whole part reads differently alone")
+			t.Fatal("the intact part alone reads differently")
 		}
 	})
 }

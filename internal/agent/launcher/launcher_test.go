@@ -14,10 +14,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// asking returns a filter that makes the kernel ask about a system call.
+// asking returns a filter that makes the kernel ask the launcher about a system call.
 func asking(call uint32) []unix.SockFilter {
 	return []unix.SockFilter{
-		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: 0}, // the call's number
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: 0}, // load the call's number
 		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jt: 0, Jf: 1, K: call},
 		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_USER_NOTIF},
 		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
@@ -41,7 +41,7 @@ func newLauncher(t *testing.T, filters ...[]unix.SockFilter) *Launcher {
 	return l
 }
 
-// run launches a shell with a script and returns what it prints.
+// run launches a shell with a script and returns its output.
 func (l *Launcher) run(limits Limits, script string, files ...*os.File) (string, error) {
 	cmd := exec.Command("/bin/sh", "-c", script)
 	cmd.ExtraFiles = files
@@ -54,7 +54,8 @@ func (l *Launcher) run(limits Limits, script string, files ...*os.File) (string,
 
 var some = Limits{Files: 64, Tasks: 4096}
 
-// TestPrivateProgram: a program that only root may run launches others all the same.
+// TestPrivateProgram checks that a launcher that only root may execute can launch
+// programs of other users.
 func TestPrivateProgram(t *testing.T) {
 	l := newLauncher(t)
 	b, err := os.ReadFile("/proc/self/exe")
@@ -77,17 +78,17 @@ func TestExecutesOnce(t *testing.T) {
 	}
 	out, err := newLauncher(t, asking(unix.SYS_EXECVE)).run(some, script)
 	if !strings.Contains(out, "begun") || err == nil {
-		t.Errorf("under a filter the shell was started and executed another program: %q, %v", out, err)
+		t.Errorf("under a filter, the shell started and executed another program: %q, %v", out, err)
 	}
 }
 
-// TestAnotherListener: where the kernel asks somebody else already, the program
-// starts all the same.
+// TestAnotherListener checks that the program starts even if another process already
+// answers for its system calls.
 func TestAnotherListener(t *testing.T) {
 	l := newLauncher(t, asking(unix.SYS_EXECVE))
 	done := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // not unlocked: the thread ends with its filter
+		runtime.LockOSThread() // never unlocked, so the thread ends with its filter
 		fd, err := install(asking(unix.SYS_ACCT))
 		if err != nil {
 			done <- err
@@ -105,7 +106,8 @@ func TestAnotherListener(t *testing.T) {
 	}
 }
 
-// TestLimits: the program has the limits, and its files, but not the launcher's.
+// TestLimits checks that the program gets the limits and its files, and none of the
+// launcher's files.
 func TestLimits(t *testing.T) {
 	l := newLauncher(t, asking(unix.SYS_ACCT))
 	own, err := os.CreateTemp(t.TempDir(), "")
@@ -126,7 +128,7 @@ func TestLimits(t *testing.T) {
 
 	big := filepath.Join(t.TempDir(), "big")
 	if out, err := l.run(Limits{FileBytes: 4096, Files: 64, Tasks: 4096}, `while :; do echo 0123456789abcdef || exit 1; done >`+big); err == nil {
-		t.Errorf("it wrote without an end: %q", out)
+		t.Errorf("it exceeded the limit: %q", out)
 	}
 	if info, err := os.Stat(big); err != nil || info.Size() > 4096 {
 		t.Errorf("it wrote %v, %v", info, err)
@@ -162,7 +164,7 @@ func TestSetFileBytes(t *testing.T) {
 		}
 	}
 	if err := SetFileBytes(1<<30, 1); err == nil {
-		t.Error("the limit of no process was set")
+		t.Error("it set the limit of no process")
 	}
 }
 
@@ -174,7 +176,7 @@ func TestChildRefuses(t *testing.T) {
 		{childName, "-1", "1073741824", "0", "0", "0", "/bin/true", "true"},
 	} {
 		if err := child(args); err == nil {
-			t.Errorf("%q was taken", args)
+			t.Errorf("%q was accepted", args)
 		}
 	}
 }

@@ -23,7 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// pagesOf are the given blocks of mem, in order.
+// pagesOf returns the given blocks of mem, in order.
 func pagesOf(mem []byte, blocks map[uint64]bool) Pages {
 	return func(yield func(Page, error) bool) {
 		for _, b := range slices.Sorted(maps.Keys(blocks)) {
@@ -42,7 +42,7 @@ func everyBlock(blocks int) map[uint64]bool {
 	return all
 }
 
-// create makes an image of the whole of mem in a folder of its own.
+// create creates an image of mem in its own folder.
 func create(t testing.TB, mem []byte) (*Image, string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -54,7 +54,7 @@ func create(t testing.TB, mem []byte) (*Image, string) {
 	return m, dir
 }
 
-// appended is m with pages of mem, in a folder of its own.
+// appended appends pages of mem to m, in a new folder.
 func appended(t testing.TB, m *Image, mem []byte, dirty map[uint64]bool, base *Image) (*Image, string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -66,7 +66,7 @@ func appended(t testing.TB, m *Image, mem []byte, dirty map[uint64]bool, base *I
 	return next, dir
 }
 
-// materialized is all that the file of an image has.
+// materialized returns the content of an image's file.
 func materialized(t testing.TB, m *Image) []byte {
 	t.Helper()
 	f, err := m.Materialize(t.Context(), "test")
@@ -81,8 +81,7 @@ func materialized(t testing.TB, m *Image) []byte {
 	return got
 }
 
-// same compares an image with the memory that it stands for, by all ways of
-// reading it.
+// same compares an image with the expected memory, in every way of reading it.
 func same(t testing.TB, m *Image, mem []byte) {
 	t.Helper()
 	got := make([]byte, len(mem))
@@ -90,10 +89,10 @@ func same(t testing.TB, m *Image, mem []byte) {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(got, mem) {
-		t.Fatal("the image reads other than the memory")
+		t.Fatal("the image differs from the memory")
 	}
 	if !bytes.Equal(materialized(t, m), mem) {
-		t.Fatal("the image's file is other than the memory")
+		t.Fatal("the image's file differs from the memory")
 	}
 	overIs(t, m, nil, make([]byte, len(mem)), mem)
 	if err := m.h.check(); err != nil {
@@ -101,8 +100,8 @@ func same(t testing.TB, m *Image, mem []byte) {
 	}
 }
 
-// overIs lays what changed from base over base's memory, as a restore does,
-// and compares the result with mem. It returns how many pages that were.
+// overIs writes the changes since base over base's memory, like a restore, and compares
+// the result with mem. It returns the number of changed pages.
 func overIs(t testing.TB, m, base *Image, baseMem, mem []byte) int {
 	t.Helper()
 	restored := bytes.Clone(baseMem)
@@ -115,23 +114,23 @@ func overIs(t testing.TB, m, base *Image, baseMem, mem []byte) int {
 		n++
 	}
 	if !bytes.Equal(restored, mem) {
-		t.Fatal("the base with the changes is other than the memory")
+		t.Fatal("the base with the changes differs from the memory")
 	}
 	return n
 }
 
-// world is what TestAgainstByteArray drives: a sandbox that is paused and
-// resumed, beside the templates that were captured from it.
+// world is the state of TestAgainstByteArray: a sandbox that is paused and resumed, and
+// the templates captured from it.
 type world struct {
 	t   *testing.T
 	rng *rand.Rand
-	mem []byte // the model
+	mem []byte // the expected memory
 
-	image, base *Image // the sandbox's, and the one that it began with
+	image, base *Image // the sandbox's image, and the one it started from
 	dir         string // of image
 	baseMem     []byte
-	dirty       map[uint64]bool // what a driver would report: all since base
-	longest     int             // how many blocks in a row are written
+	dirty       map[uint64]bool // what a driver would report: every block written since base
+	longest     int             // how many adjacent blocks one write covers
 	merges      int
 }
 
@@ -143,7 +142,7 @@ func (w *world) fill(b uint64) {
 	case 0, 1:
 		clear(part)
 	case 2:
-		part[w.rng.IntN(len(part))] = byte(w.rng.IntN(3)) // perhaps no change at all
+		part[w.rng.IntN(len(part))] = byte(w.rng.IntN(3)) // possibly no change
 	default:
 		binary.LittleEndian.PutUint64(part[w.rng.IntN(len(part)-8):], w.rng.Uint64())
 	}
@@ -154,7 +153,7 @@ func (w *world) run() {
 		b, run := w.rng.IntN(w.blocks()), 1+w.rng.IntN(w.longest)
 		for i := b; i < min(b+run, w.blocks()); i++ {
 			w.dirty[uint64(i)] = true
-			if w.rng.IntN(8) > 0 { // else reported dirty, and unchanged
+			if w.rng.IntN(8) > 0 { // otherwise it is dirty, but unchanged
 				w.fill(uint64(i))
 			}
 		}
@@ -175,7 +174,7 @@ func (w *world) pause() {
 
 func (w *world) h() int { return len(w.image.h.layers) }
 
-// capture makes what the sandbox is now a template, and goes on from there.
+// capture makes a template of the sandbox, which continues from it.
 func (w *world) capture() {
 	w.pause()
 	w.base, w.baseMem, w.dirty = w.image, bytes.Clone(w.mem), map[uint64]bool{}
@@ -193,8 +192,8 @@ func (w *world) reopen() {
 	w.image = m
 }
 
-// TestAgainstByteArray drives random writes, zeroings, pauses, captures,
-// merges and reopenings against a plain byte array.
+// TestAgainstByteArray compares random writes, zeroings, pauses, captures, merges and
+// reopenings with a plain byte array.
 func TestAgainstByteArray(t *testing.T) {
 	var merges atomic.Int64
 	t.Cleanup(func() {
@@ -204,11 +203,11 @@ func TestAgainstByteArray(t *testing.T) {
 	})
 	for seed := range uint64(12) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			t.Parallel() // it waits for the disk
+			t.Parallel() // the test waits for the disk
 			rng := rand.New(rand.NewPCG(seed, 1))
 			blocks := 1 + rng.IntN(100)
 			w := &world{t: t, rng: rng, longest: 10, dirty: map[uint64]bool{}}
-			if seed%3 == 0 { // no generation is hidden by the next ones
+			if seed%3 == 0 { // later generations do not hide earlier ones
 				blocks, w.longest = blocks+300, 1
 			}
 			w.mem = make([]byte, blocks*BlockSize)
@@ -240,7 +239,7 @@ func TestAgainstByteArray(t *testing.T) {
 	}
 }
 
-// TestThinLayersGo: a layer of which little is left is not kept for that.
+// TestThinLayersGo checks that a layer is dropped when little of it is still in use.
 func TestThinLayersGo(t *testing.T) {
 	const blocks = 64
 	mem := make([]byte, blocks*BlockSize)
@@ -248,7 +247,7 @@ func TestThinLayersGo(t *testing.T) {
 	m := base
 	for n := byte(1); n < 6; n++ {
 		dirty := everyBlock(blocks)
-		for left := range uint64(blocks / thin) { // these stay as the first one wrote them
+		for left := range uint64(blocks / thin) { // these keep the first layer's content
 			if n > 1 {
 				delete(dirty, 8*left)
 			}
@@ -262,7 +261,7 @@ func TestThinLayersGo(t *testing.T) {
 			t.Fatalf("%d layers, the last has %d blocks", len(m.h.layers), got)
 		}
 	}
-	// One block more that is in use, and the layer stays.
+	// With one more block in use, the layer stays.
 	dirty := everyBlock(blocks)
 	for left := range uint64(blocks/thin + 1) {
 		delete(dirty, 7*left)
@@ -276,13 +275,13 @@ func TestThinLayersGo(t *testing.T) {
 	same(t, m, mem)
 }
 
-// TestLayersAreBounded captures templates of templates until no layer more can
-// be kept.
+// TestLayersAreBounded captures templates of templates until the limit of layers is
+// reached.
 func TestLayersAreBounded(t *testing.T) {
 	mem := bytes.Repeat([]byte{1}, 70*BlockSize)
 	m, _ := create(t, mem)
 	flat := 0
-	for i := range uint64(70) { // one block each, so that no layer is hidden
+	for i := range uint64(70) { // one block each, so that every layer stays in use
 		base := m
 		mem[i*BlockSize] = 2
 		m, _ = appended(t, m, mem, map[uint64]bool{i: true}, base)
@@ -296,7 +295,7 @@ func TestLayersAreBounded(t *testing.T) {
 	}
 	same(t, m, mem)
 	if flat != 1 {
-		t.Errorf("made anew %d times", flat)
+		t.Errorf("rewritten %d times", flat)
 	}
 }
 
@@ -306,7 +305,7 @@ func TestUnchangedAndZeroCostNothing(t *testing.T) {
 	clear(mem[:50*BlockSize])
 	next, dir := appended(t, m, mem, everyBlock(100), m)
 	if n := next.Generations(); n != 1 {
-		t.Errorf("pages that are zero or unchanged made a layer: %d generations", n)
+		t.Errorf("zero or unchanged pages created a layer: %d generations", n)
 	}
 	same(t, next, mem)
 	if n := overIs(t, next, m, bytes.Repeat([]byte{1}, len(mem)), mem); n != 50 {
@@ -315,7 +314,7 @@ func TestUnchangedAndZeroCostNothing(t *testing.T) {
 	if entries, _ := os.ReadDir(dir); len(entries) != 2 {
 		t.Errorf("%d files, not the header and a layer", len(entries))
 	}
-	// What is hidden by a later layer is dropped, without a merge.
+	// A layer that a later one hides is dropped, without a merge.
 	for i := range byte(20) {
 		mem[99*BlockSize] = 100 + i
 		next, _ = appended(t, next, mem, everyBlock(100), m)
@@ -361,14 +360,14 @@ func TestMaterializedIsSealed(t *testing.T) {
 	}
 	defer f.Close()
 	if _, err := f.WriteAt([]byte{2}, 0); err == nil {
-		t.Error("it can be written")
+		t.Error("it is writable")
 	}
 	if f.Truncate(0) == nil || f.Truncate(1<<20) == nil {
-		t.Error("its size can be changed")
+		t.Error("it can be resized")
 	}
 	if b, err := unix.Mmap(int(f.Fd()), 0, len(mem), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err == nil {
 		unix.Munmap(b)
-		t.Error("it can be mapped to be written")
+		t.Error("it can be mapped writable")
 	}
 	b, err := unix.Mmap(int(f.Fd()), 0, len(mem), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE)
 	if err != nil {
@@ -402,12 +401,12 @@ func TestImagesAreIndependent(t *testing.T) {
 	}
 	defer again.Close()
 	same(t, again, changed)
-	same(t, template, mem) // is open
+	same(t, template, mem) // it is still open
 	other, _ := appended(t, template, mem, nil, template)
 	if got, want := linksOf(t, other, 0), linksOf(t, again, 0); got != want {
 		t.Errorf("the layer has %d links in one folder, %d in the other", got, want)
 	}
-	// With no name left to link to there is a copy.
+	// Without a name to link to, the layer is copied.
 	if err := errors.Join(os.RemoveAll(dir), other.Close()); err != nil {
 		t.Fatal(err)
 	}
@@ -475,11 +474,11 @@ func TestFailureLeavesNothing(t *testing.T) {
 		"half a page":    func(yield func(Page, error) bool) { yield(Page{0, changed[1:]}, nil) },
 	} {
 		if _, err := m.Append(t.Context(), dir, pages, m); err == nil {
-			t.Errorf("%s: taken", name)
+			t.Errorf("%s: accepted", name)
 		}
 		empty(name)
 		if _, err := Create(t.Context(), dir, m.Size(), pages); err == nil {
-			t.Errorf("%s: taken", name)
+			t.Errorf("%s: accepted", name)
 		}
 		empty(name)
 	}
@@ -491,20 +490,19 @@ func TestFailureLeavesNothing(t *testing.T) {
 	empty("ended context")
 	for _, size := range []int64{0, -BlockSize, 100} {
 		if _, err := Create(t.Context(), dir, size, nil); err == nil {
-			t.Errorf("made with %d bytes", size)
+			t.Errorf("created with %d bytes", size)
 		}
 	}
 	if _, err := Create(t.Context(), home, BlockSize, nil); !errors.Is(err, fs.ErrExist) {
-		t.Errorf("made over one that is there: %v", err)
+		t.Errorf("created over an existing image: %v", err)
 	}
 	if _, err := m.Append(t.Context(), home, nil, nil); !errors.Is(err, fs.ErrExist) {
-		t.Errorf("made over one that is there: %v", err)
+		t.Errorf("created over an existing image: %v", err)
 	}
 	same(t, m, mem)
 }
 
-// TestMergeEndsWithItsContext ends the context of an append that merges, when
-// its last page was taken.
+// TestMergeEndsWithItsContext cancels an append that merges after its last page was read.
 func TestMergeEndsWithItsContext(t *testing.T) {
 	mem := bytes.Repeat([]byte{1}, 20*BlockSize)
 	base, _ := create(t, mem)
@@ -566,7 +564,7 @@ func TestFullDisk(t *testing.T) {
 	same(t, m, mem)
 }
 
-// damaged is an image of three layers with one byte of one of its files changed.
+// damaged returns an image of three layers with one byte of one file changed.
 func damaged(t testing.TB, home, file string, at int64, xor byte) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -585,7 +583,7 @@ func damaged(t testing.TB, home, file string, at int64, xor byte) string {
 	return dir
 }
 
-// layered is an image of three layers, all in sight.
+// layered returns an image of three layers, all in use.
 func layered(t testing.TB) (m *Image, dir string, mem []byte) {
 	mem = bytes.Repeat([]byte{1}, 10*BlockSize)
 	clear(mem[3*BlockSize : 5*BlockSize])
@@ -601,8 +599,8 @@ func layered(t testing.TB) (m *Image, dir string, mem []byte) {
 	return m, dir, mem
 }
 
-// checkDamaged opens an image that may be damaged: it reads as the memory, or
-// all that reads it says that it is damaged.
+// checkDamaged opens an image that may be damaged: every read returns the memory or
+// reports damage.
 func checkDamaged(t testing.TB, dir string, mem []byte) (noticed bool) {
 	t.Helper()
 	m, err := Open(dir)
@@ -629,7 +627,7 @@ func checkDamaged(t testing.TB, dir string, mem []byte) (noticed bool) {
 		}
 	}
 	if err == nil && !bytes.Equal(got, mem) {
-		t.Error("a damaged image reads as another memory")
+		t.Error("a damaged image reads as different memory")
 	}
 	return err != nil
 }
@@ -652,7 +650,7 @@ func TestDamageIsNoticed(t *testing.T) {
 		for at := 0; at < int(info.Size()); at += e.step {
 			noticed := checkDamaged(t, damaged(t, home, e.file, int64(at), 0x10), mem)
 			if block := at / BlockSize; !noticed && (e.file != m.h.layers[0].id.String()+layerExt || block < 3 || block > 6) {
-				t.Errorf("%s: byte %d may be anything", e.file, at)
+				t.Errorf("%s: nothing protects byte %d", e.file, at)
 			}
 		}
 		dir := damaged(t, home, e.file, 0, 0)
@@ -660,7 +658,7 @@ func TestDamageIsNoticed(t *testing.T) {
 			t.Fatal(err)
 		}
 		if !checkDamaged(t, dir, mem) {
-			t.Errorf("%s: a byte less is not noticed", e.file)
+			t.Errorf("%s: a missing byte is not noticed", e.file)
 		}
 		if err := os.Remove(filepath.Join(dir, e.file)); err != nil {
 			t.Fatal(err)
@@ -671,8 +669,8 @@ func TestDamageIsNoticed(t *testing.T) {
 	}
 }
 
-// TestDamageIsHealedByWhatIsStoredAnew appends to an image with a damaged block
-// the page that stands there.
+// TestDamageIsHealedByWhatIsStoredAnew appends to an image with a damaged block the page
+// that the block should have.
 func TestDamageIsHealedByWhatIsStoredAnew(t *testing.T) {
 	m, home, mem := layered(t)
 	m, err := Open(damaged(t, home, m.h.layers[1].id.String()+layerExt, 100, 1))
@@ -695,7 +693,7 @@ func FuzzDecodeHeader(f *testing.F) {
 	f.Add(h.encode())
 	f.Add([]byte(magic))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if len(b) >= headerBytes+4 { // the sum is no part of what is tested
+		if len(b) >= headerBytes+4 { // this test is not about the checksum
 			b = bytes.Clone(b)
 			binary.LittleEndian.PutUint32(b[len(b)-4:], crc32.Checksum(b[:len(b)-4], castagnoli))
 		}
@@ -704,21 +702,21 @@ func FuzzDecodeHeader(f *testing.F) {
 			return
 		}
 		if !bytes.Equal(h.encode(), b) {
-			t.Error("a header reads as another than it is")
+			t.Error("a header does not encode to what was decoded")
 		}
-		var end uint64 // whatever it says, each block lies in one place
+		var end uint64 // each block must be in exactly one place
 		for i := 0; end < h.blocks && i <= 2*len(h.extents); i++ {
 			e := h.lookup(end)
 			if e.first != end || e.count == 0 {
-				t.Fatalf("block %d lies in %+v", end, e)
+				t.Fatalf("block %d is in %+v", end, e)
 			}
 			end = e.end()
 		}
 		if end != h.blocks {
-			t.Errorf("%d of %d blocks are somewhere", end, h.blocks)
+			t.Errorf("%d of %d blocks have a place", end, h.blocks)
 		}
 		if o := h.overlay(h.extents); !slices.Equal(o.extents, h.overlay(nil).extents) {
-			t.Error("a header over itself is another")
+			t.Error("a header over itself differs")
 		}
 	})
 }
@@ -743,8 +741,8 @@ func FuzzDamage(f *testing.F) {
 	})
 }
 
-// TestLayersTakeBoundedSpace: however a guest writes its memory, and however often it
-// is captured and begun anew, its layers take a few times its size.
+// TestLayersTakeBoundedSpace checks that however a guest writes its memory, and however
+// often it is captured and restarted, its layers take at most a few times its size.
 func TestLayersTakeBoundedSpace(t *testing.T) {
 	const blocks = 64
 	mem := make([]byte, blocks*BlockSize)
@@ -764,7 +762,7 @@ func TestLayersTakeBoundedSpace(t *testing.T) {
 	write(0)
 	m, _ := create(t, mem)
 	base := m
-	// Each pause leaves so much of the layer below it in use that it stays.
+	// Each pause leaves just enough of the layer below in use for it to stay.
 	for i := range 40 {
 		m, _ = appended(t, m, mem, write(i%MaxGenerations*blocks/MaxGenerations), base)
 		same(t, m, mem)
@@ -772,7 +770,7 @@ func TestLayersTakeBoundedSpace(t *testing.T) {
 			t.Fatalf("after %d pauses its own layers have %d blocks, its memory %d", i+1, own, blocks)
 		}
 	}
-	// Each begins with the capture of the one before.
+	// Each sandbox starts from the previous one's capture.
 	for i := range 40 {
 		base = m
 		m, _ = appended(t, m, mem, write(i%MaxGenerations*blocks/MaxGenerations), base)

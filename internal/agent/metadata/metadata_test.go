@@ -68,7 +68,7 @@ func TestToken(t *testing.T) {
 		t.Errorf("forwarded: %d", code)
 	}
 	if code, _, _ := ask(s, "PUT", "/sandbox_id", "X-metadata-token-ttl-seconds: 60"); code != 404 {
-		t.Errorf("put elsewhere: %d", code)
+		t.Errorf("PUT to another path: %d", code)
 	}
 
 	token := newToken(t, s)
@@ -146,7 +146,7 @@ func TestSet(t *testing.T) {
 	}
 	for _, bad := range []any{nil, "text", 1, []int{1}, func() {}} {
 		if err := s.Set(bad); err == nil {
-			t.Errorf("%v was taken", bad)
+			t.Errorf("%v was accepted", bad)
 		}
 	}
 	for _, id := range []string{"one", "two"} {
@@ -169,7 +169,7 @@ func TestServeBoundsAGuest(t *testing.T) {
 	}
 	done := make(chan error, 1)
 	go func() { done <- s.Serve(l) }()
-	// As many as are served at once, silent; then one too many, which waits.
+	// Open as many silent connections as are served at once, then one more, which waits.
 	var idle []net.Conn
 	for range maxConnections {
 		c, err := net.Dial("tcp", l.Addr().String())
@@ -215,7 +215,7 @@ func FuzzGet(f *testing.F) {
 		w := httptest.NewRecorder()
 		s.ServeHTTP(w, r)
 		if w.Code == 200 && tok != token {
-			t.Errorf("token %q was taken", tok)
+			t.Errorf("token %q was accepted", tok)
 		}
 	})
 }

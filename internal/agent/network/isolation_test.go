@@ -34,7 +34,7 @@ func TestGuestReachesTheInternet(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%s to the internet: %v", network, err)
 		}
-		// Not the guest's, not the slot's address: the host's own.
+		// The source must be the host's own address, not the guest's or the slot's.
 		if fields := strings.Fields(got); fields[len(fields)-1] != uplinkHost.Addr().String() {
 			t.Errorf("%s to the internet came from %q", network, got)
 		}
@@ -60,7 +60,7 @@ func TestGuestResolves(t *testing.T) {
 		}
 	}
 	if answered[resolver1.String()] == 0 || answered[resolver2.String()] == 0 {
-		t.Errorf("not both resolvers were asked: %v", answered)
+		t.Errorf("not both resolvers were queried: %v", answered)
 	}
 }
 
@@ -72,8 +72,8 @@ func TestGuestIsShutIn(t *testing.T) {
 	s, neighbour := acquire(t, p), acquire(t, p)
 	g, other := newGuest(t, s), newGuest(t, neighbour)
 
-	// Everything that could answer does: the host and the other guest on
-	// every address they have, the namespaces on theirs.
+	// Everything that could respond does: the host, the other guest and the namespaces,
+	// on each of their addresses.
 	serveAll := func(listen func(network, address string) (any, error)) {
 		t.Helper()
 		for _, port := range []string{"22", "53", "80", "7000", "49983"} {
@@ -113,10 +113,10 @@ func TestGuestIsShutIn(t *testing.T) {
 	shut = append(shut, privateAddrs...)
 	shut = append(shut, "127.0.0.1", "169.254.0.22", "169.254.0.23", "169.254.1.1", "255.255.255.255", "224.0.0.1", "240.0.0.1")
 	if len(shut) < 15 || !slices.Contains(shut, uplinkHost.Addr().String()) {
-		t.Fatalf("the test looks at too little: %v", shut)
+		t.Fatalf("the test tries too few addresses: %v", shut)
 	}
 
-	// The listeners answer, so that silence below means a closed door.
+	// The listeners respond, so silence below means that the firewall works.
 	for _, a := range []string{uplinkHost.Addr().String(), "10.99.0.1", neighbour.Address.String()} {
 		if _, err := call(hang, "tcp4", a+":7000"); err != nil {
 			t.Fatalf("host to %s: %v", a, err)
@@ -128,7 +128,7 @@ func TestGuestIsShutIn(t *testing.T) {
 		for _, port := range []string{"22", "53", "80", "7000", "49983"} {
 			for _, network := range []string{"tcp4", "udp4"} {
 				if a == "169.254.0.22" && port == "53" || strings.HasPrefix(a, "127.") && port != "80" {
-					continue // that one is open; the guest's own loopback
+					continue // the host's open port; the guest's own loopback
 				}
 				wg.Go(func() {
 					if got, err := g.callWithin(time.Second, network, net.JoinHostPort(a, port)); err == nil {
@@ -147,7 +147,7 @@ func TestGuestIsShutIn(t *testing.T) {
 	}
 	wg.Wait()
 
-	// Each of the two walls holds without the other. First the host's:
+	// Each of the two firewalls works without the other. First the host's:
 	t.Run("namespace open", func(t *testing.T) {
 		must(t, inNamespace(s.NetNS(), func() error {
 			for _, c := range []string{"forward", "input"} {
@@ -164,7 +164,7 @@ func TestGuestIsShutIn(t *testing.T) {
 		var wg sync.WaitGroup
 		for _, a := range shut {
 			if a == s.Address.String() || strings.HasPrefix(a, "127.") || strings.HasPrefix(a, "169.254.0.2") {
-				continue // inside the namespace, which is open
+				continue // inside the namespace, whose firewall is off
 			}
 			for _, network := range []string{"tcp4", "udp4"} {
 				wg.Go(func() {
@@ -176,11 +176,11 @@ func TestGuestIsShutIn(t *testing.T) {
 		}
 		wg.Wait()
 		if _, err := g.call("tcp4", "169.254.0.22:7000"); err != nil {
-			t.Errorf("the namespace was not open: %v", err)
+			t.Errorf("the namespace's firewall was not off: %v", err)
 		}
 	})
 
-	// The same with the host's firewall flushed by someone.
+	// The same with the host's firewall flushed by other software.
 	t.Run("host open", func(t *testing.T) {
 		p.guard.close()
 		must(t, removeHostRules(p.block.number))
@@ -216,8 +216,8 @@ func TestNobodyOutsideReachesTheGuest(t *testing.T) {
 	}
 }
 
-// TestLocalUsersDoNotReachTheGuest: of the processes on the host only root's, which the
-// agent is, reach a guest's ports.
+// TestLocalUsersDoNotReachTheGuest checks that on the host only root's processes, like
+// the agent, reach a guest's ports.
 func TestLocalUsersDoNotReachTheGuest(t *testing.T) {
 	needRoot(t)
 	newInternet(t)
@@ -289,7 +289,7 @@ func TestSpoofedPacketsAreDropped(t *testing.T) {
 		}()
 		return nil
 	}))
-	// In order, through one path: when the last has come, the others will not.
+	// All packets take one path in order: when the last has arrived, the others will not.
 	must(t, g.do(func() error {
 		for _, from := range []string{"203.0.113.77", "10.11.0.200", "169.254.0.21"} {
 			c, err := net.DialUDP("udp4", &net.UDPAddr{IP: net.ParseIP(from)}, net.UDPAddrFromAddrPort(netip.AddrPortFrom(internetAddr, 9999)))
@@ -306,7 +306,7 @@ func TestSpoofedPacketsAreDropped(t *testing.T) {
 			t.Errorf("a spoofed packet passed: %s", got)
 		}
 	case <-time.After(hang):
-		t.Error("the honest packet did not pass")
+		t.Error("the genuine packet did not pass")
 	}
 }
 
@@ -358,14 +358,14 @@ func TestGatewayServices(t *testing.T) {
 		n, err := c.Read(answer)
 		must(t, err)
 		if n != 48 || answer[0] != 4<<3|4 || string(answer[24:32]) != "whenIsIt" {
-			t.Errorf("NTP answer: % x", answer[:n])
+			t.Errorf("NTP response: % x", answer[:n])
 		}
 		return nil
 	}))
 
 	must(t, s.Metadata.Set(map[string]any{"sandbox_id": "cl-1", "env": map[string]string{"A": "b"}}))
 	must(t, g.do(func() error {
-		// One connection made here; the client's goroutines use no other.
+		// Use one connection made here for all of the client's goroutines.
 		c, err := net.Dial("tcp4", "169.254.169.254:80")
 		must(t, err)
 		client := &http.Client{Transport: &http.Transport{
@@ -401,7 +401,7 @@ func TestConnectionsAreBounded(t *testing.T) {
 	s, other := acquire(t, p), acquire(t, p)
 	g, neighbour := newGuest(t, s), newGuest(t, other)
 	n := 0
-	// On a busy machine most packets of a burst are lost on the wire.
+	// On a busy machine, most packets of a burst are lost.
 	await.Until(t, "some connections are tracked", func() bool {
 		must(t, g.do(func() error {
 			c, err := net.ListenPacket("udp4", ":5000")
@@ -456,6 +456,6 @@ func TestConnectionsAreForgotten(t *testing.T) {
 	}
 	must(t, p.Release(context.Background(), s))
 	if n := of(); n > 0 {
-		t.Errorf("%d connections remembered", n)
+		t.Errorf("%d connections are still tracked", n)
 	}
 }

@@ -25,8 +25,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// The tests run in a network and a mount namespace of their own, which stand
-// for a whole host: its interfaces, rules, forwarding and /run.
+// The tests run in their own network and mount namespaces, which stand for a whole host
+// with its interfaces, rules, forwarding and /run.
 const insideEnv = "WRENN_NETWORK_TEST_INSIDE"
 
 func TestMain(m *testing.M) {
@@ -46,7 +46,7 @@ func TestMain(m *testing.M) {
 		Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS,
 		Pdeathsig:  syscall.SIGKILL,
 	}
-	runtime.LockOSThread() // Pdeathsig follows the thread
+	runtime.LockOSThread() // Pdeathsig applies to the thread
 	if err := cmd.Run(); err != nil {
 		if cmd.ProcessState == nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -62,8 +62,8 @@ func prepareTestHost() error {
 	if err := unix.Mount("run", "/run", "tmpfs", 0, ""); err != nil {
 		return fmt.Errorf("mount /run: %w", err)
 	}
-	// A new namespace begins with the settings of the machine's own, where an
-	// agent of another test may have turned forwarding on.
+	// A new namespace inherits the machine's settings, where an agent of another test may
+	// have turned on forwarding.
 	if err := sysctl(ipForward, "0"); err != nil {
 		return err
 	}
@@ -77,7 +77,7 @@ func prepareTestHost() error {
 func needRoot(t testing.TB) {
 	t.Helper()
 	if os.Getuid() != 0 {
-		t.Skip("needs root: makes network namespaces")
+		t.Skip("needs root to create network namespaces")
 	}
 	if _, err := os.Stat("/dev/net/tun"); err != nil {
 		t.Skip("needs /dev/net/tun")
@@ -95,20 +95,20 @@ var (
 	uplinkHost   = netip.MustParsePrefix("198.51.100.1/24")
 	uplinkPeer   = netip.MustParsePrefix("198.51.100.2/24")
 	internetAddr = netip.MustParseAddr("203.0.113.1")
-	resolver1    = netip.MustParseAddr("10.99.0.53") // in a private network, as resolvers are
+	resolver1    = netip.MustParseAddr("10.99.0.53") // in a private network, like most resolvers
 	resolver2    = netip.MustParseAddr("10.99.0.54")
 	privateAddrs = []string{"10.99.0.1", "172.16.5.5", "192.168.7.7", "100.64.1.1", "192.0.0.192", "168.63.129.16"}
 )
 
-// testNamespaces holds the names of the tests' own namespaces.
+// testNamespaces are the names of the tests' own namespaces.
 const (
 	testNamespaces = "/run/test"
 	internetNS     = testNamespaces + "/internet"
 )
 
-// newInternet makes a namespace that stands for all that lies beyond the host.
-// On each of its addresses every TCP and UDP service answers with the address
-// it was called from, on ports 53, 80 and 7000.
+// newInternet creates a namespace that stands for everything beyond the host. On each of
+// its addresses, every TCP and UDP service on ports 53, 80 and 7000 responds with the
+// client's address.
 func newInternet(t testing.TB) {
 	t.Helper()
 	path := internetNS
@@ -176,7 +176,7 @@ func newInternet(t testing.TB) {
 	must(t, err)
 	must(t, raise(h, link, uplinkHost))
 	for _, a := range addrs {
-		// One route each: this host has no default route.
+		// Add single routes, because this host has no default route.
 		must(t, h.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: uplinkPeer.Addr().AsSlice(), Dst: &net.IPNet{IP: net.ParseIP(a).To4(), Mask: net.CIDRMask(32, 32)}}))
 	}
 }
@@ -205,8 +205,8 @@ func answerUDP(c net.PacketConn, own string) {
 	}
 }
 
-// A guest is a namespace behind a slot's tap, as a VM would be: its frames
-// pass through the tap's file descriptor.
+// guest is a namespace behind a slot's tap, like a VM: its frames pass through the tap's
+// file descriptor.
 type guest struct {
 	t    testing.TB
 	path string
@@ -262,14 +262,14 @@ func newGuest(t testing.TB, s *Slot) *guest {
 	return g
 }
 
-// do runs f among the guest's processes.
+// do runs f as if it were a process of the guest.
 func (g *guest) do(f func() error) error { return inNamespace(g.path, f) }
 
-// hang bounds what must work; only what hangs takes that long. What must not work
-// is given a second.
+// hang bounds what must work; only something that hangs takes that long. What must not
+// work gets a second.
 const hang = 2 * time.Minute
 
-// call opens a connection, says something over it and returns the answer.
+// call sends something over a new connection and returns the response.
 func (g *guest) call(network, address string) (string, error) {
 	return g.callWithin(hang, network, address)
 }
@@ -296,12 +296,12 @@ func call(d time.Duration, network, address string) (string, error) {
 	}
 	b, err := io.ReadAll(c)
 	if len(b) > 0 {
-		return string(b), nil // a reset after the answer is no matter
+		return string(b), nil // a reset after the response does not matter
 	}
 	return "", err
 }
 
-// sameAfter compares the host's network state before and after a test.
+// sameAfter checks that the host's network state after the test is as before.
 func sameAfter(t testing.TB) {
 	t.Helper()
 	before := hostState(t)
@@ -309,7 +309,7 @@ func sameAfter(t testing.TB) {
 		if t.Failed() {
 			return
 		}
-		// Ended goroutines and closed namespaces take a moment to go.
+		// Ended goroutines and closed namespaces take a moment to disappear.
 		var after map[string][]string
 		for end := time.Now().Add(hang); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 			after = hostState(t)
@@ -325,7 +325,8 @@ func sameAfter(t testing.TB) {
 				continue
 			}
 			if what == "mounts" {
-				// What was mounted before, by others on the machine, may go.
+				// Mounts from before the test may disappear: other processes use the
+				// machine.
 				after[what] = slices.DeleteFunc(after[what], func(m string) bool { return slices.Contains(before[what], m) })
 				before[what] = nil
 			}
@@ -364,7 +365,7 @@ func hostState(t testing.TB) map[string][]string {
 	for _, fd := range fds {
 		target, _ := os.Readlink("/proc/self/fd/" + fd.Name())
 		if strings.HasPrefix(target, "/proc/") || strings.Contains(target, "/fd") {
-			continue // the listing itself
+			continue // the listing's own process
 		}
 		kind, _, _ := strings.Cut(target, ":[")
 		s["fds"] = append(s["fds"], kind)

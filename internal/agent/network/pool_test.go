@@ -29,7 +29,7 @@ func TestReleaseAndRefill(t *testing.T) {
 	seen := map[netip.Addr]bool{}
 	for _, s := range slots {
 		if seen[s.Address] {
-			t.Fatalf("%s was given twice", s.Address)
+			t.Fatalf("%s was acquired twice", s.Address)
 		}
 		seen[s.Address] = true
 	}
@@ -72,8 +72,8 @@ func TestSixtyFourAtOnce(t *testing.T) {
 	wg.Wait()
 }
 
-// TestFullDisk: an agent that ran before, and was killed or ended well, gets its block
-// again on a full disk.
+// TestFullDisk checks that an agent gets its old block again on a full disk, whether its
+// predecessor was killed or ended cleanly.
 func TestFullDisk(t *testing.T) {
 	needRoot(t)
 	sameAfter(t)
@@ -112,7 +112,7 @@ func TestTwoPoolsAtOnce(t *testing.T) {
 	p, q := openPool(t, layout.Dir(t.TempDir()), 1), openPool(t, layout.Dir(t.TempDir()), 1)
 	a, b := acquire(t, p), acquire(t, q)
 	if p.block.number == q.block.number {
-		t.Fatal("one block for two")
+		t.Fatal("both pools have one block")
 	}
 	g, h := newGuest(t, a), newGuest(t, b)
 	for _, x := range []*guest{g, h} {
@@ -124,7 +124,7 @@ func TestTwoPoolsAtOnce(t *testing.T) {
 	if _, err := g.callWithin(time.Second, "tcp4", b.Address.String()+":7000"); err == nil {
 		t.Error("one pool's guest reached the other's")
 	}
-	// The first goes; the second still works.
+	// The first pool closes; the second still works.
 	must(t, p.Close(context.Background(), nil))
 	if _, err := h.call("tcp4", internetAddr.String()+":7000"); err != nil {
 		t.Error("to the internet after the other pool closed:", err)
@@ -142,25 +142,25 @@ func TestForwardingIsRestored(t *testing.T) {
 		must(t, err)
 		return strings.TrimSpace(string(b))
 	}
-	// A new network namespace begins with what the host has.
+	// A new network namespace inherits the host's setting.
 	was := forwarding()
 	must(t, sysctl(ipForward, "0"))
 	defer func() { must(t, sysctl(ipForward, was)) }()
 	p, q := openPool(t, layout.Dir(t.TempDir()), 1), openPool(t, layout.Dir(t.TempDir()), 1)
 	must(t, p.Close(context.Background(), nil))
 	if forwarding() != "1" {
-		t.Error("off while another pool is open")
+		t.Error("forwarding is off while another pool is open")
 	}
 	must(t, q.Close(context.Background(), nil))
 	if forwarding() != "0" {
-		t.Error("still on")
+		t.Error("forwarding is still on")
 	}
-	// Where it was on it stays on.
+	// If it was on before, it stays on.
 	must(t, sysctl(ipForward, "1"))
 	r := openPool(t, layout.Dir(t.TempDir()), 1)
 	must(t, r.Close(context.Background(), nil))
 	if forwarding() != "1" {
-		t.Error("turned off though it was on before")
+		t.Error("forwarding was turned off although it was on before")
 	}
 }
 
@@ -187,7 +187,8 @@ func TestRulesComeBack(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%v: %s", err, out)
 		}
-		// Begun before the rules are back, it goes through when they are.
+		// This connection attempt starts before the rules are back, and succeeds when
+		// they are.
 		if _, err := g.callWithin(hang, "tcp4", internetAddr.String()+":7000"); err != nil {
 			t.Error("to the internet after the host's firewall was flushed:", err)
 		}
@@ -220,7 +221,7 @@ func TestBlockAvoidsTakenAddresses(t *testing.T) {
 	t.Cleanup(func() { must(t, netlink.AddrDel(lo, lan)) })
 	p := openPool(t, layout.Dir(t.TempDir()), 1)
 	if p.block.number == 0 {
-		t.Error("took the block of a network that the host is in")
+		t.Error("took the block of one of the host's own networks")
 	}
 }
 
@@ -241,20 +242,20 @@ func TestAcquireFailureLeavesNothing(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	p := openPool(t, dir, 1)
 	s := acquire(t, p)
-	// Something is in the way of the next slots.
+	// Obstruct the next slots.
 	h := p.host
 	next := s.Index + 40
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = linkName(next)
 	must(t, h.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "inway"}))
 	if err := p.create(next); err == nil {
-		t.Error("made a slot over another link")
+		t.Error("created a slot over another link")
 	}
 	if _, err := os.Stat(layout.Namespace(next)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("namespace left: %v", err)
 	}
 	if err := p.create(next); err != nil {
-		t.Errorf("not even the second time: %v", err)
+		t.Errorf("the second attempt failed too: %v", err)
 	}
 	must(t, destroy(h, next))
 	canceled, cancel := context.WithCancel(context.Background())
@@ -277,21 +278,21 @@ func TestAddressPlan(t *testing.T) {
 	}
 	for i := range last + 1 {
 		name := linkName(i)
-		if len(name) >= unix.IFNAMSIZ { // a NUL ends it
+		if len(name) >= unix.IFNAMSIZ { // the last byte is a NUL
 			t.Fatalf("%s is too long", name)
 		}
 		if back, ok := linkSlot(name); back != i || !ok {
-			t.Fatalf("slot %d's link %s is taken for that of slot %d", i, name, back)
+			t.Fatalf("slot %d's link %s is mistaken for that of slot %d", i, name, back)
 		}
 	}
 	for _, name := range []string{"wrenn-veth-", "wrenn-veth-01", "wrenn-veth--1", "wrenn-veth-aa", "wrenn-veth-10000", "wrenn-veth-1x", "eth0"} {
 		if i, ok := linkSlot(name); ok {
-			t.Errorf("%s is taken for the link of slot %d", name, i)
+			t.Errorf("%s is mistaken for the link of slot %d", name, i)
 		}
 	}
 }
 
-// TestLastSlot: the slot with the longest number works as the others do.
+// TestLastSlot checks that the slot with the longest number works like the others.
 func TestLastSlot(t *testing.T) {
 	needRoot(t)
 	p := openPool(t, layout.Dir(t.TempDir()), 0)

@@ -19,8 +19,8 @@ import (
 // flood is the size of a flood, in packets or KiB.
 const flood = 4000
 
-// TestRates floods a guest's network both ways: packets above the rates do not pass,
-// not even after the agent restarts, and those below do.
+// TestRates floods a guest's network in both directions: packets above the rates are
+// dropped, also after the agent restarts, and packets below pass.
 func TestRates(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -72,10 +72,11 @@ func TestRates(t *testing.T) {
 				} {
 					begin, before := time.Now(), way.count()
 					must(t, way.flood())
-					least := uint64(c.most(r, 0) / 4) // the wire of the test's guest drops some
+					least := uint64(c.most(r, 0) / 4) // the test's guest drops some
 					got := settled(t, func() uint64 { return way.count() - before }, least)
 					took := time.Since(begin)
-					// A tenth for headers, ARP and what the test's machine sends besides.
+					// Add a tenth for headers, ARP and other packets of the test's
+					// machine.
 					if most := uint64(c.most(r, took) * 1.1); got > most {
 						t.Errorf("%s: the guest %s %d %s within %v, not at most %d", when, way.name, got, c.name, took, most)
 					}
@@ -97,12 +98,12 @@ func TestRates(t *testing.T) {
 	}
 }
 
-// settled returns a count that is least or more once it does not grow any more.
+// settled waits until a count has reached least and stopped growing, and returns it.
 func settled(t *testing.T, count func() uint64, least uint64) (n uint64) {
 	t.Helper()
 	await.Until(t, "the flood to pass", func() bool {
 		before := n
-		time.Sleep(50 * time.Millisecond) // one that only pauses here is judged less strictly
+		time.Sleep(50 * time.Millisecond) // a count that only pauses for this long makes the check less strict
 		n = count()
 		return n == before && n >= least
 	})
@@ -118,7 +119,7 @@ func send(to string, size int) error {
 	defer c.Close()
 	b := make([]byte, size)
 	for range flood {
-		_, _ = c.Write(b) // nobody listens there, which the next write hears of
+		_, _ = c.Write(b) // nobody listens there, so the next write may fail
 	}
 	return nil
 }
@@ -130,7 +131,7 @@ func hostCounters(t *testing.T, s *Slot, unit func(*netlink.LinkStatistics) (rx,
 	return unit(link.Attrs().Statistics)
 }
 
-// counters are those of the guest's tap.
+// counters returns the counters of the guest's tap.
 func (g *guest) counters(s *Slot, unit func(*netlink.LinkStatistics) (rx, tx uint64)) (rx, tx uint64) {
 	g.t.Helper()
 	must(g.t, s.within(func() error {
@@ -149,7 +150,7 @@ func (g *guest) counters(s *Slot, unit func(*netlink.LinkStatistics) (rx, tx uin
 	return rx, tx
 }
 
-// TestLargestRates: the kernel takes every rate that the agent takes.
+// TestLargestRates checks that the kernel accepts every rate that the agent accepts.
 func TestLargestRates(t *testing.T) {
 	needRoot(t)
 	for _, burst := range []time.Duration{10 * time.Millisecond, time.Minute} {

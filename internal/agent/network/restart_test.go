@@ -28,7 +28,7 @@ func TestRestartTakesBack(t *testing.T) {
 	s, dropped := acquire(t, p), acquire(t, p)
 	g := newGuest(t, s)
 
-	// A connection of the guest's that lives through the restart.
+	// This connection of the guest survives the restart.
 	var conn net.Conn
 	accepted := make(chan net.Conn, 1)
 	must(t, inNamespace(internetNS, func() error {
@@ -66,15 +66,15 @@ func TestRestartTakesBack(t *testing.T) {
 	}
 	echo()
 	far := <-accepted
-	defer far.Close() // the guest's own end may go without a word
+	defer far.Close() // the guest's end may vanish silently
 
 	must(t, p.Close(context.Background(), []int{s.Index}))
 	echo()
 	if _, err := os.Stat(dropped.NetNS()); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("a slot that was not to be kept is there: %v", err)
+		t.Errorf("a slot that was not kept still exists: %v", err)
 	}
 
-	// Meanwhile another installation comes, and gets another block.
+	// Another installation starts now, and gets another block.
 	q := openPool(t, layout.Dir(t.TempDir()), 1)
 	if q.block.number == p.block.number {
 		t.Fatal("a block with living VMs was given to another installation")
@@ -131,7 +131,7 @@ func TestReclaimOfBrokenSlot(t *testing.T) {
 	}))
 
 	p = openPool(t, dir, 1, keep...)
-	for range 2 { // each stays kept, for its machine runs
+	for range 2 { // each stays, because its machine runs
 		for _, i := range []int{keep[0], keep[2]} {
 			if _, err := p.Reclaim(context.Background(), i, 0); err == nil || strings.Contains(err.Error(), "keeps") {
 				t.Errorf("slot %d: %v", i, err)
@@ -139,23 +139,23 @@ func TestReclaimOfBrokenSlot(t *testing.T) {
 		}
 	}
 	if err := inNamespace(layout.Namespace(keep[2]), func() error { return nil }); err != nil {
-		t.Errorf("a slot without its tap is gone: %v", err)
+		t.Errorf("a slot without its tap was removed: %v", err)
 	}
 	for range 5 {
 		if s := acquire(t, p); slices.Contains(keep, s.Index) {
-			t.Errorf("slot %d was handed out, and its machine runs", s.Index)
+			t.Errorf("slot %d was handed out while its machine runs", s.Index)
 		}
 	}
 	if _, err := p.Reclaim(context.Background(), keep[1], 0); err != nil {
 		t.Errorf("a slot without its veth: %v", err)
 	}
 	if _, err := netlink.LinkByName(linkName(keep[1])); err != nil {
-		t.Errorf("the veth was not made again: %v", err)
+		t.Errorf("the veth was not recreated: %v", err)
 	}
-	// Once the machine has ended, nothing of it is left.
+	// Once the machine has ended, the slot is removed.
 	p.Forget(keep[2])
 	if _, err := os.Stat(layout.Namespace(keep[2])); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("a slot that nobody needs is left: %v", err)
+		t.Errorf("an unused slot still exists: %v", err)
 	}
 	p.Forget(keep[1]) // reclaimed
 	if _, err := netlink.LinkByName(linkName(keep[1])); err != nil {
@@ -163,8 +163,8 @@ func TestReclaimOfBrokenSlot(t *testing.T) {
 	}
 }
 
-// TestForeignSlots has records name slots that cannot be this agent's: it starts
-// all the same, and touches nothing of others.
+// TestForeignSlots starts an agent whose records name slots that cannot be its own: it
+// starts anyway, and touches nothing of others.
 func TestForeignSlots(t *testing.T) {
 	needRoot(t)
 	sameAfter(t)
@@ -198,7 +198,7 @@ func TestForeignSlots(t *testing.T) {
 	for _, running := range []bool{true, false} {
 		p = openPool(t, dir, 1, s.Index)
 		if p.block.number == q.block.number {
-			t.Fatal("one block for two")
+			t.Fatal("both pools have one block")
 		}
 		if _, err := p.Reclaim(context.Background(), s.Index, 0); err == nil {
 			t.Error("another agent's slot was taken back")
@@ -206,17 +206,17 @@ func TestForeignSlots(t *testing.T) {
 		must(t, problems(p))
 		must(t, p.Close(context.Background(), []int{s.Index}))
 		if _, err := os.Stat(s.NetNS()); err != nil {
-			t.Errorf("another agent's slot is gone: %v", err)
+			t.Errorf("another agent's slot was removed: %v", err)
 		}
 		if running {
 			must(t, q.Close(context.Background(), []int{s.Index}))
 		}
 	}
-	openPool(t, elsewhere, 1) // removes what is left
+	openPool(t, elsewhere, 1) // removes the leftovers
 }
 
-// TestUnknownMachines has an agent start that cannot read all its records: it
-// keeps the slots in which somebody is.
+// TestUnknownMachines starts an agent that cannot read all its records: it keeps the
+// slots that have processes.
 func TestUnknownMachines(t *testing.T) {
 	needRoot(t)
 	sameAfter(t)
@@ -240,7 +240,7 @@ func TestUnknownMachines(t *testing.T) {
 	for range 2 {
 		p = openUnknown(t, dir)
 		if _, err := os.Stat(empty.NetNS()); !errors.Is(err, os.ErrNotExist) {
-			t.Errorf("a slot in which nobody is stays: %v", err)
+			t.Errorf("an empty slot still exists: %v", err)
 		}
 		must(t, p.Close(context.Background(), nil))
 	}
@@ -255,7 +255,7 @@ func openUnknown(t testing.TB, dir layout.Dir) *Pool {
 	return openPoolWith(t, Config{Dir: dir, Ready: 1, Unknown: true})
 }
 
-// crash leaves a pool as a killed agent would: nothing undone, the lock gone.
+// crash leaves a pool like a killed agent: nothing undone, the lock released.
 func crash(t *testing.T, p *Pool) {
 	t.Helper()
 	p.cancel()
@@ -282,14 +282,14 @@ func TestCrashLeavesNothingForLong(t *testing.T) {
 	}
 	kept := acquire(t, p)
 	crash(t, p)
-	// Half-made ones too.
+	// Unfinished slots too.
 	first := p.block.number * blockSlots
 	must(t, os.WriteFile(layout.Namespace(first+300), nil, 0o444))
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = linkName(first + 301)
 	must(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "half"}))
 
-	// An installation elsewhere does not touch them.
+	// An installation in another folder does not touch them.
 	q := openPool(t, layout.Dir(t.TempDir()), 1)
 	if q.block.number == p.block.number {
 		t.Fatal("a crashed installation's block was taken")
@@ -301,11 +301,11 @@ func TestCrashLeavesNothingForLong(t *testing.T) {
 	}
 	names, err := filepath.Glob(filepath.Join(layout.Namespaces(), "*"))
 	must(t, err)
-	if len(names) > 4 { // kept, and each pool's own being prepared
+	if len(names) > 4 { // kept ones, and one that each pool prepares
 		t.Errorf("stale namespaces: %v", names)
 	}
 	if _, err := os.Stat(kept.NetNS()); err != nil {
-		t.Errorf("the kept one is gone: %v", err)
+		t.Errorf("the kept one was removed: %v", err)
 	}
 	if _, err := again.Reclaim(context.Background(), kept.Index, 0); err != nil {
 		t.Error(err)

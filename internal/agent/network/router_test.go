@@ -18,8 +18,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// neighbour is a machine at a link of its own to the host, whose default route
-// is the host.
+// neighbour is a machine on its own link to the host, which is its default route.
 func neighbour(t *testing.T, name string, host, own netip.Prefix) (do func(func() error) error) {
 	t.Helper()
 	path := filepath.Join(testNamespaces, name)
@@ -56,8 +55,8 @@ func neighbour(t *testing.T, name string, host, own netip.Prefix) (do func(func(
 	return func(f func() error) error { return inNamespace(path, f) }
 }
 
-// TestIsNoRouter: a machine that forwarded for nobody forwards for guests alone
-// while an agent runs; links that come later are their makers' business.
+// TestIsNoRouter checks that a machine that forwarded for nobody forwards only for guests
+// while an agent runs. Links that appear later are not the agent's concern.
 func TestIsNoRouter(t *testing.T) {
 	needRoot(t)
 	sameAfter(t)
@@ -70,28 +69,28 @@ func TestIsNoRouter(t *testing.T) {
 		return left(func() error { _, err := call(d, "tcp4", "192.0.2.6:7000"); return err })
 	}
 	if reaches(2*time.Second) == nil {
-		t.Error("the machine has become a router between its neighbours")
+		t.Error("the machine routes between its neighbours")
 	}
 	if _, err := g.call("tcp4", internetAddr.String()+":7000"); err != nil {
 		t.Error("guest to the internet:", err)
 	}
-	// It stays so when somebody has turned forwarding off, and flushed the rules.
+	// That stays so after somebody has turned off forwarding and flushed the rules.
 	must(t, sysctl(ipForward, "0"))
 	run(t, "nft", "flush", "ruleset")
 	if _, err := g.callWithin(hang, "tcp4", internetAddr.String()+":7000"); err != nil {
 		t.Error("guest to the internet after a repair:", err)
 	}
 	if reaches(2*time.Second) == nil {
-		t.Error("after a repair the machine is a router")
+		t.Error("after a repair the machine routes between its neighbours")
 	}
 	neighbour(t, "later", netip.MustParsePrefix("192.0.2.9/30"), netip.MustParsePrefix("192.0.2.10/30"))
 	err := left(func() error { _, err := call(hang, "tcp4", "192.0.2.10:7000"); return err })
 	if err != nil {
-		t.Error("to a link that came later:", err)
+		t.Error("to a link that appeared later:", err)
 	}
 }
 
-// TestWasRouter: a machine that forwarded before goes on with that.
+// TestWasRouter checks that a machine that forwarded before still does.
 func TestWasRouter(t *testing.T) {
 	needRoot(t)
 	sameAfter(t)
@@ -102,15 +101,15 @@ func TestWasRouter(t *testing.T) {
 	openPool(t, layout.Dir(t.TempDir()), 1)
 	err := left(func() error { _, err := call(hang, "tcp4", "192.0.2.6:7000"); return err })
 	if err != nil {
-		t.Error("the machine forwards for its neighbours no longer:", err)
+		t.Error("the machine no longer forwards for its neighbours:", err)
 	}
 }
 
-// TestShareOfConnections: all guests together leave half of what the machine
-// tracks to itself, however many they are.
+// TestShareOfConnections checks that all guests together leave half of the machine's
+// tracked connections to the machine, whatever their number.
 func TestShareOfConnections(t *testing.T) {
 	needRoot(t)
-	newInternet(t) // whose rules make the kernel track
+	newInternet(t) // its rules make the kernel track connections
 	p := openPool(t, layout.Dir(t.TempDir()), 1)
 	acquire(t, p)
 	for _, guests := range []int{16, 100, blockSlots} {
@@ -123,8 +122,9 @@ func TestShareOfConnections(t *testing.T) {
 	}
 }
 
-// TestAgentsShareConnections: the guests of all agents of a machine together leave half
-// of what it tracks to itself, those that ran before another agent came too.
+// TestAgentsShareConnections checks that the guests of all agents together leave half of
+// the machine's tracked connections to it, including guests that ran before another agent
+// came.
 func TestAgentsShareConnections(t *testing.T) {
 	needRoot(t)
 	sameAfter(t)
@@ -168,11 +168,11 @@ func TestAgentsShareConnections(t *testing.T) {
 		t.Errorf("its rules allow %d", allowed(slot))
 	}
 	must(t, second.Close(t.Context(), nil))
-	await.Until(t, "it has all again", func() bool { return has(slot) == share(1) && allowed(slot) == share(1) })
+	await.Until(t, "its guest has the whole share again", func() bool { return has(slot) == share(1) && allowed(slot) == share(1) })
 }
 
-// TestShareOfFreshMachine: guests' share is of what the machine tracks even if
-// nothing made the kernel track, and say how much, before the agent's rules.
+// TestShareOfFreshMachine checks that the guests' share is computed from the machine's
+// limit even if nothing made the kernel track connections before the agent's rules did.
 func TestShareOfFreshMachine(t *testing.T) {
 	needRoot(t)
 	sameAfter(t)
@@ -194,7 +194,7 @@ func TestShareOfFreshMachine(t *testing.T) {
 	}
 }
 
-// tracked is how many connections this machine tracks.
+// tracked returns how many connections the machine tracks.
 func tracked(t *testing.T) (n uint64) {
 	t.Helper()
 	n, err := trackedAtMost()

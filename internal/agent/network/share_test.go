@@ -20,10 +20,10 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// These tests are of the other software on a host: what it does to the agent's
-// part of the network, while guests run.
+// These tests run other software of a host against the agent's part of the network while
+// guests run.
 
-// run runs a command as other software on the host would.
+// run runs a command, as other software on the host would.
 func run(t testing.TB, args ...string) {
 	t.Helper()
 	feed(t, "", args...)
@@ -38,7 +38,7 @@ func feed(t testing.TB, stdin string, args ...string) {
 	}
 }
 
-// eventually waits for a condition; if it never holds, what it says is logged.
+// eventually waits until cond returns nil. It logs the last error if that never happens.
 func eventually(t testing.TB, what string, cond func() error) {
 	t.Helper()
 	var err error
@@ -50,7 +50,8 @@ func eventually(t testing.TB, what string, cond func() error) {
 	await.Until(t, what, func() bool { err = cond(); return err == nil })
 }
 
-// online checks that a guest reaches the internet, and the host the guest.
+// online returns an error unless the guest reaches the internet and the host reaches the
+// guest.
 func (g *guest) online(s *Slot) error {
 	if _, err := g.callWithin(time.Second, "tcp4", internetAddr.String()+":7000"); err != nil {
 		return fmt.Errorf("guest to the internet: %w", err)
@@ -61,7 +62,7 @@ func (g *guest) online(s *Slot) error {
 	return nil
 }
 
-// serve has the guest answer on port 7000.
+// serve makes the guest respond on port 7000.
 func (g *guest) serve(t testing.TB) {
 	t.Helper()
 	must(t, g.do(func() error {
@@ -74,7 +75,7 @@ func (g *guest) serve(t testing.TB) {
 	}))
 }
 
-// problems says which there are: none is no error.
+// problems returns an error that lists the pool's problems, or nil.
 func problems(p *Pool) error {
 	if all := p.config.Problems.All(); len(all) > 0 {
 		return fmt.Errorf("problems: %+v", all)
@@ -91,7 +92,7 @@ func has(p *Pool, k problem.Kind, words string) error {
 	return fmt.Errorf("no problem %s with %q among %+v", k, words, p.config.Problems.All())
 }
 
-// clearRules undoes what other software wrote at the end of a test.
+// clearRules removes other software's rules at the end of a test.
 func clearRules(t testing.TB) {
 	t.Cleanup(func() { run(t, "nft", "flush", "ruleset") })
 }
@@ -113,17 +114,18 @@ func TestIPNetns(t *testing.T) {
 	must(t, g.online(s))
 	must(t, p.Release(context.Background(), s))
 	if _, err := os.Stat(s.NetNS()); !os.IsNotExist(err) {
-		t.Errorf("the name is left: %v", err)
+		t.Errorf("the name still exists: %v", err)
 	}
 	must(t, problems(p))
 	must(t, p.Close(context.Background(), []int{kept.Index}))
-	// While no agent runs, one of the version before finds the name where it looks.
+	// While no agent runs, an agent of the previous version finds the name where it
+	// expects it.
 	if err := inNamespace(oldNamespace(kept.Index), func() error { return nil }); err != nil {
 		t.Errorf("an earlier version does not find the namespace: %v", err)
 	}
 	p = openPool(t, dir, 1, kept.Index)
 	if _, err := os.Stat(oldNamespace(kept.Index)); !os.IsNotExist(err) {
-		t.Errorf("the name for earlier versions is left: %v", err)
+		t.Errorf("the name for earlier versions still exists: %v", err)
 	}
 	if _, err := p.Reclaim(context.Background(), kept.Index, 0); err != nil {
 		t.Error(err)
@@ -131,8 +133,8 @@ func TestIPNetns(t *testing.T) {
 	must(t, problems(p))
 }
 
-// TestUpgradeOfNames has an agent of an earlier version leave its namespaces
-// where ip netns has its own, and mounts over them.
+// TestUpgradeOfNames starts on an earlier version's namespaces, whose names are in ip
+// netns's folder and below mounts.
 func TestUpgradeOfNames(t *testing.T) {
 	needRoot(t)
 	sameAfter(t)
@@ -156,7 +158,7 @@ func TestUpgradeOfNames(t *testing.T) {
 	run(t, "ip", "netns", "add", "x")
 	t.Cleanup(func() { must(t, unmountAll(layout.OldNamespaces)); os.RemoveAll(layout.OldNamespaces) })
 	if os.Remove(oldNamespace(ended.Index)) == nil {
-		t.Fatal("the name could be removed: nothing is hidden")
+		t.Fatal("the name was removable, so the mount does not hide it")
 	}
 
 	p = openPool(t, dir, 1, kept.Index)
@@ -170,7 +172,7 @@ func TestUpgradeOfNames(t *testing.T) {
 	}
 }
 
-// TestHiddenNames has somebody mount the folder of names over itself.
+// TestHiddenNames mounts the folder of names over itself.
 func TestHiddenNames(t *testing.T) {
 	needRoot(t)
 	sameAfter(t)
@@ -181,13 +183,13 @@ func TestHiddenNames(t *testing.T) {
 	}
 	must(t, p.Release(context.Background(), s))
 	if _, err := os.Stat(s.NetNS()); !os.IsNotExist(err) {
-		t.Errorf("the name is left: %v", err)
+		t.Errorf("the name still exists: %v", err)
 	}
 	must(t, problems(p))
 }
 
-// TestHiddenNamesBelowRun has another agent's namespaces, of the same names, under
-// the file system that is mounted on /run, as in a container or a test of the agent.
+// TestHiddenNamesBelowRun has another agent's namespaces of the same names below the file
+// system mounted on /run, as in a container or a test of the agent.
 func TestHiddenNamesBelowRun(t *testing.T) {
 	needRoot(t)
 	sameAfter(t)
@@ -205,16 +207,16 @@ func TestHiddenNamesBelowRun(t *testing.T) {
 		must(t, unix.Unmount("/run", unix.MNT_DETACH))
 		for _, path := range others {
 			if err := inNamespace(path, func() error { return nil }); err != nil {
-				t.Errorf("another agent's namespace is gone: %v", err)
+				t.Errorf("another agent's namespace was removed: %v", err)
 			}
 		}
 	})
 	p := openPool(t, layout.Dir(t.TempDir()), 1)
 	s := acquire(t, p)
 	if s.Index >= len(others) {
-		t.Fatalf("slot %d has a name that nobody else has", s.Index)
+		t.Fatalf("no other agent has the name of slot %d", s.Index)
 	}
-	must(t, nameForEarlier(s.Index)) // as an agent of an earlier version
+	must(t, nameForEarlier(s.Index)) // like an agent of an earlier version
 	for _, dir := range []string{layout.OldNamespaces, layout.Namespaces()} {
 		run(t, "mount", "--rbind", dir, dir)
 	}
@@ -222,7 +224,7 @@ func TestHiddenNamesBelowRun(t *testing.T) {
 	must(t, p.Release(context.Background(), s))
 	for _, name := range []string{oldNamespace(s.Index), s.NetNS()} {
 		if _, err := os.Stat(name); !os.IsNotExist(err) {
-			t.Errorf("the name is left: %v", err)
+			t.Errorf("the name still exists: %v", err)
 		}
 	}
 	must(t, problems(p))
@@ -243,7 +245,7 @@ func TestRulesAreRestored(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		want, err := wantedRules(p.block.number, p.config.Upstreams) // p.rules is the guard's
+		want, err := wantedRules(p.block.number, p.config.Upstreams) // the guard owns p.rules
 		if err == nil && have != want {
 			err = fmt.Errorf("rules differ:\n%s\nwant:\n%s", have, want)
 		}
@@ -310,7 +312,7 @@ COMMIT
 COMMIT
 `
 
-// firewalld is its table with the zone public alone.
+// firewalld is firewalld's table with only the zone public.
 const firewalld = `table inet firewalld {
 	chain filter_INPUT {
 		type filter hook input priority filter + 10; policy accept;
@@ -347,12 +349,12 @@ func TestOtherFirewalls(t *testing.T) {
 	eventually(t, "at first", func() error { return g.online(s) })
 	clearRules(t)
 
-	// Docker leaves a chain to others, and so it is repaired.
+	// Docker has a chain for other software's rules, so the agent can repair this.
 	feed(t, docker, "iptables-restore")
 	eventually(t, "with Docker's rules", func() error { return g.online(s) })
 	eventually(t, "with Docker's rules", func() error { return problems(p) })
-	run(t, "iptables", "-n", "-L") // it still understands its table
-	// The daemon starts again, and writes its rules anew.
+	run(t, "iptables", "-n", "-L") // iptables can still read its table
+	// The daemon restarts and rewrites its rules.
 	feed(t, docker, "iptables-restore")
 	eventually(t, "with Docker's rules written anew", func() error { return g.online(s) })
 	run(t, "nft", "flush", "ruleset")
@@ -382,8 +384,8 @@ func TestOtherFirewalls(t *testing.T) {
 	})
 }
 
-// TestFirewallOfTheHost has another firewall drop what the host itself sends, as one
-// that closes private networks to local programs does.
+// TestFirewallOfTheHost adds a firewall that drops the host's own packets, as one does
+// that closes private networks to local programs.
 func TestFirewallOfTheHost(t *testing.T) {
 	needRoot(t)
 	sameAfter(t)
@@ -440,7 +442,8 @@ func TestLinksAreRepaired(t *testing.T) {
 		{"down", func() { run(t, "ip", "link", "set", name, "down") }, nil},
 		{"addresses flushed", func() { run(t, "ip", "addr", "flush", "dev", name) }, nil},
 		{"renamed", func() {
-			// The agent may raise it before it is renamed, which older kernels then refuse.
+			// The agent may set the link up before the rename, which older kernels then
+			// refuse.
 			await.Until(t, "it is renamed", func() bool {
 				return exec.Command("ip", "link", "set", name, "down").Run() == nil &&
 					exec.Command("ip", "link", "set", name, "name", "eth7").Run() == nil
@@ -475,15 +478,15 @@ func TestLinksAreRepaired(t *testing.T) {
 			eventually(t, "afterwards", func() error { return problems(p) })
 		})
 	}
-	// A neighbour notices nothing, and all can be removed.
+	// Another guest on the machine is unaffected, and everything can be removed.
 	h := newGuest(t, other)
 	h.serve(t)
 	must(t, h.online(other))
 	must(t, p.Release(context.Background(), s))
 }
 
-// TestCNI has a container engine's plugins set up a container beside a guest: with
-// a bridge of its own, and then with the guest's link.
+// TestCNI uses a container engine's plugins to set up a container beside a guest, first
+// with its own bridge and then with the guest's link.
 func TestCNI(t *testing.T) {
 	needRoot(t)
 	const plugins = "/usr/lib/cni"
@@ -528,8 +531,7 @@ func TestCNI(t *testing.T) {
 	}
 }
 
-// TestRunIsCleaned has somebody remove all that is in the folder of the
-// machine's state.
+// TestRunIsCleaned empties the folder of the machine's state.
 func TestRunIsCleaned(t *testing.T) {
 	needRoot(t)
 	sameAfter(t)
@@ -568,7 +570,7 @@ func TestRunIsCleaned(t *testing.T) {
 		must(t, g.online(s))
 		eventually(t, "afterwards", func() error { return problems(p) })
 	}
-	// The next agent takes all back.
+	// The next agent takes everything back.
 	must(t, p.Close(context.Background(), []int{s.Index}))
 	p = openPool(t, dir, 1, s.Index)
 	back, err := p.Reclaim(context.Background(), s.Index, 0)
@@ -576,7 +578,7 @@ func TestRunIsCleaned(t *testing.T) {
 	must(t, g.online(back))
 }
 
-// TestNameIsLostWithoutAgent has a namespace's name go while no agent runs.
+// TestNameIsLostWithoutAgent removes a namespace's name while no agent runs.
 func TestNameIsLostWithoutAgent(t *testing.T) {
 	needRoot(t)
 	sameAfter(t)
@@ -611,9 +613,9 @@ func TestNameIsLostWithoutAgent(t *testing.T) {
 	}
 }
 
-// TestLinkIsTakenWithoutAgent has the name of a kept slot's link go to another
-// program's while no agent runs: the slot is taken back all the same, because its
-// VM runs, and is repaired once the name is free.
+// TestLinkIsTakenWithoutAgent gives the name of a kept slot's link to another program's
+// link while no agent runs. The next agent still takes the slot back, because its VM
+// runs, and repairs it once the name is free.
 func TestLinkIsTakenWithoutAgent(t *testing.T) {
 	needRoot(t)
 	sameAfter(t)
@@ -638,8 +640,8 @@ func TestLinkIsTakenWithoutAgent(t *testing.T) {
 	eventually(t, "afterwards", func() error { return errors.Join(problems(p), g.online(back)) })
 }
 
-// TestSetAside has slots that cannot be removed: they keep no agent from
-// starting, and are removed when they can be.
+// TestSetAside has slots that cannot be removed: an agent starts anyway, and removes them
+// when it can.
 func TestSetAside(t *testing.T) {
 	needRoot(t)
 	sameAfter(t)
@@ -655,15 +657,15 @@ func TestSetAside(t *testing.T) {
 	stale := obstacle(first + 300)
 	p = openPool(t, dir, 1)
 	must(t, has(p, problem.Slot, "network slot 300 cannot be removed"))
-	// The guard tries again by itself.
+	// The guard retries by itself.
 	must(t, os.Remove(stale))
-	eventually(t, "the obstacle is gone", func() error { return problems(p) })
+	eventually(t, "the obstacle has been removed", func() error { return problems(p) })
 	stale = obstacle(first + 300)
 	p.discard(first + 300)
 	must(t, has(p, problem.Slot, "network slot 300 cannot be removed"))
 
 	s := acquire(t, p)
-	p.guard.close() // it would name the namespace again
+	p.guard.close() // it would restore the namespace's name
 	must(t, removeNamespace(s.NetNS()))
 	released := obstacle(s.Index)
 	must(t, p.Release(context.Background(), s))
@@ -673,7 +675,7 @@ func TestSetAside(t *testing.T) {
 			t.Errorf("slot %d is used though it was not removed", next.Index)
 		}
 	}
-	// It is tried again, each time later, however much is noticed meanwhile.
+	// The pool retries with growing delays, however many changes the guard notices.
 	due := func(i int) time.Time {
 		p.mu.Lock()
 		defer p.mu.Unlock()
@@ -681,12 +683,12 @@ func TestSetAside(t *testing.T) {
 	}
 	last := due(s.Index)
 	if wait := time.Until(last); wait > 2*firstAttempt {
-		t.Errorf("tried again only in %v", wait)
+		t.Errorf("the next attempt is only in %v", wait)
 	}
 	attempt := func() (wait time.Duration) {
 		p.mend(look{})
 		if now := due(s.Index); !now.Equal(last) {
-			t.Errorf("tried again before its time")
+			t.Errorf("it retried too early")
 		}
 		p.mu.Lock()
 		p.aside[s.Index].next = time.Now()

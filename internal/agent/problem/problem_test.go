@@ -54,13 +54,13 @@ func TestList(t *testing.T) {
 		}
 	}
 	if lost, err := l.Restore(); lost || err != nil {
-		t.Errorf("the file was lost: %v, %v", lost, err)
+		t.Errorf("Restore reports that an intact file was lost: %v, %v", lost, err)
 	}
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
 	}
 	if lost, err := l.Restore(); !lost || err != nil {
-		t.Errorf("the file was not lost: %v, %v", lost, err)
+		t.Errorf("Restore does not report that the file was lost: %v, %v", lost, err)
 	}
 	is("firewall  c", "firewall slot 1 b")
 	l.Clear(Firewall, "")
@@ -76,7 +76,7 @@ func TestList(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := Read(path); err == nil {
-		t.Error("a broken list was read")
+		t.Error("a damaged list was accepted")
 	}
 	var none *List
 	none.Report(Firewall, "", "a")
@@ -86,7 +86,7 @@ func TestList(t *testing.T) {
 	}
 }
 
-// TestNoFile: a list whose file cannot be written is a list all the same.
+// TestNoFile checks that a list whose file cannot be written still works in memory.
 func TestNoFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "problems.json")
 	if err := os.Mkdir(path, 0o700); err != nil {

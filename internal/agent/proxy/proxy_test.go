@@ -35,13 +35,13 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// one is a proxy to one sandbox, whose address is a loopback one.
+// one is a proxy to one sandbox, which has a loopback address.
 type one struct {
 	*httptest.Server
 	sandbox uuid.UUID
 	end     context.CancelCauseFunc // ends the sandbox
 	tracker *sandbox.Tracker
-	// transport carries requests to the sandbox.
+	// transport carries the proxy's requests to the sandbox.
 	transport *upstream.Transport
 }
 
@@ -152,8 +152,8 @@ func TestBadTargets(t *testing.T) {
 	}
 }
 
-// TestBodyThatNobodyReads posts to a port where nothing listens, which had the
-// server's connection read from twice at once, and panic.
+// TestBodyThatNobodyReads posts to a port where nothing listens. Two goroutines once read
+// from the server's connection then, which panicked.
 func TestBodyThatNobodyReads(t *testing.T) {
 	o := start(t)
 	var log bytes.Buffer
@@ -178,14 +178,14 @@ func TestBodyThatNobodyReads(t *testing.T) {
 			resp.Body.Close()
 		}
 	}
-	server.Close() // Nothing writes to the log any more.
+	server.Close() // Now nothing writes to the log.
 	if log.Len() > 0 {
 		t.Errorf("the server logged: %.500s", log.String())
 	}
 }
 
-// TestFailureDoesNotWaitForBody has a client stall in its body while the server
-// in the sandbox goes away: the client hears at once.
+// TestFailureDoesNotWaitForBody stalls a client in its body while the server in the
+// sandbox ends: the client learns at once.
 func TestFailureDoesNotWaitForBody(t *testing.T) {
 	o := start(t)
 	port := listen(t, 0, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -246,8 +246,8 @@ func TestRequestArrivesAsItWas(t *testing.T) {
 	}
 }
 
-// TestRequestID: the guest daemon learns the id that the log has. Programs in the guest
-// get what the client sent.
+// TestRequestID checks that the guest daemon gets the id of the log, and programs in the
+// guest get what the client sent.
 func TestRequestID(t *testing.T) {
 	o := start(t)
 	saw := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.Header.Get(requestid.Header)) })
@@ -262,8 +262,8 @@ func TestRequestID(t *testing.T) {
 	}
 }
 
-// TestGuestsSayNothingPrivate has a guest try to speak as the agent in each part of
-// a response.
+// TestGuestsSayNothingPrivate has a guest that tries to set the agent's own headers in
+// each part of a response.
 func TestGuestsSayNothingPrivate(t *testing.T) {
 	o := start(t)
 	port := listen(t, 0, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -378,8 +378,8 @@ func TestStreamsBothWays(t *testing.T) {
 	}
 }
 
-// TestPartOfKnownLengthArrives reads the first part of a response whose length
-// is known while the guest has yet to make the rest.
+// TestPartOfKnownLengthArrives reads the first part of a response of known length before
+// the guest sends the rest.
 func TestPartOfKnownLengthArrives(t *testing.T) {
 	o := start(t)
 	rest := make(chan struct{})
@@ -403,8 +403,8 @@ func TestPartOfKnownLengthArrives(t *testing.T) {
 	}
 }
 
-// TestBrokenResponse breaks responses off: what came before arrives, and then
-// an error, not an answer that says that nobody served the request.
+// TestBrokenResponse breaks responses off: the client gets the bytes sent before, and
+// then an error, not a response that says that nothing served the request.
 func TestBrokenResponse(t *testing.T) {
 	o := start(t)
 	port := listen(t, 0, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -487,8 +487,8 @@ func TestClientGoes(t *testing.T) {
 	await.Recv(t, "the guest hears that its client has gone", left)
 }
 
-// TestPauseCutsOff pauses a sandbox during requests. The control plane sends again
-// those that are refused with the state; the guest has seen something of the others.
+// TestPauseCutsOff pauses a sandbox during requests. The control plane repeats those that
+// the agent refuses with the state; the guest may have seen part of the others.
 func TestPauseCutsOff(t *testing.T) {
 	for _, want := range []struct {
 		method, body string
@@ -528,8 +528,8 @@ func TestPauseCutsOff(t *testing.T) {
 	})
 }
 
-// refused sends a request, pauses the sandbox at the moment, and checks whether
-// the answer lets the request be sent again.
+// refused sends a request, pauses the sandbox at a moment, and checks whether the
+// response allows the request to be repeated.
 func refused(t *testing.T, o *one, port int, method, body string, moment <-chan struct{}, again bool) {
 	t.Helper()
 	go func() {

@@ -39,11 +39,11 @@ func TestTemplates(t *testing.T) {
 		name + ":disk_ops=1,disk_ops=2", name + ":disk_ops=1 " + name + ":disk_ops=2", "minimal:disk_ops=1", ":disk_ops=1",
 	} {
 		if err := all.UnmarshalText([]byte(bad)); err == nil {
-			t.Errorf("%q was read", bad)
+			t.Errorf("%q was accepted", bad)
 		}
 	}
 	if len(all) != 2 {
-		t.Errorf("what cannot be read has changed the rates to %v", all)
+		t.Errorf("an invalid value has changed the rates to %v", all)
 	}
 }
 

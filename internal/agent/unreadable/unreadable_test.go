@@ -18,7 +18,7 @@ func TestMove(t *testing.T) {
 		t.Fatalf("an installation without such data has %v, %v", got, err)
 	}
 	from := filepath.Join(string(dir), "thing")
-	for range 2 { // two of one name
+	for range 2 { // two with one name
 		if err := os.MkdirAll(filepath.Join(from, "inside"), 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -42,7 +42,7 @@ func TestMove(t *testing.T) {
 			t.Errorf("listed %+v", i)
 		}
 	}
-	// A note that is damaged hides nothing.
+	// A damaged note hides nothing.
 	if err := os.WriteFile(got[0].Path+noteSuffix, []byte("{"), 0o600); err != nil {
 		t.Fatal(err)
 	}

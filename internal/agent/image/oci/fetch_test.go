@@ -15,8 +15,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
-// TestSlowRegistry: a body that stops or trickles fails, and one that comes in time
-// does not.
+// TestSlowRegistry checks that a body that stalls or trickles fails, and that one that
+// arrives in time does not.
 func TestSlowRegistry(t *testing.T) {
 	stop := make(chan struct{})
 	defer close(stop)
@@ -64,8 +64,8 @@ func TestSlowRegistry(t *testing.T) {
 	}
 }
 
-// TestFetch unpacks an image from what was fetched of it, and asks for nothing
-// that is larger than allowed.
+// TestFetch unpacks a fetched image, and checks that Fetch requests nothing larger than
+// allowed.
 func TestFetch(t *testing.T) {
 	needRoot(t)
 	img := ofLayers(t, []entry{file("a", "one")}, []entry{file("b", "two")})
@@ -108,8 +108,8 @@ func (c claiming) Manifest() (*v1.Manifest, error) {
 	return m, nil
 }
 
-// TestClaimedSizes: sizes that would make an image look smaller than it is are
-// refused, because the manifest's sizes bound what a registry may send.
+// TestClaimedSizes checks that sizes which would make an image look smaller than it is
+// are refused, because the manifest's sizes bound what a registry may send.
 func TestClaimedSizes(t *testing.T) {
 	img := ofLayers(t, []entry{file("a", "one")}, []entry{file("b", "two")}).img
 	for _, sizes := range [][]int64{{-1, 1}, {math.MaxInt64, 1}, {1 << 62, 1 << 62}} {

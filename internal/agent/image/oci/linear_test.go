@@ -10,8 +10,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/linear"
 )
 
-// TestLayersAreLinear: archives of twice as many entries take twice as long. One
-// white-out of a folder looked at all that the folder had, as often as a layer had it.
+// TestLayersAreLinear checks that an archive of twice as many entries takes twice as
+// long. A folder's white-out once read the whole folder each time that a layer repeated
+// it.
 func TestLayersAreLinear(t *testing.T) {
 	needRoot(t)
 	for what, more := range map[string]func(i int) []entry{

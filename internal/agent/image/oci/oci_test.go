@@ -34,7 +34,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
-// Shorter, for what follows.
+// Short names for the tests below.
 type entry = ocitest.Entry
 
 var (
@@ -79,9 +79,9 @@ func run(t *testing.T, program string, args ...string) {
 	}
 }
 
-// TestAsReference pushes an image to a real registry, in an index beside one
-// for another platform, and unpacks it from there, from a layout and from
-// archives: all are, to the last attribute, what umoci makes of it.
+// TestAsReference pushes an image to a real registry, in an index beside another
+// platform's, and unpacks it from the registry, from a layout and from archives. Each
+// result equals umoci's, including attributes.
 func TestAsReference(t *testing.T) {
 	needRoot(t)
 	host := ocitest.Registry(t, "reader", "s3cret")
@@ -131,15 +131,15 @@ func TestAsReference(t *testing.T) {
 	} {
 		if img, err := Registry(t.Context(), ref.String(), wrong); err == nil {
 			img.Close()
-			t.Errorf("%s may read", what)
+			t.Errorf("%s could read the image", what)
 		} else if strings.Contains(err.Error(), "s3cret") {
 			t.Errorf("%s: the error has the password: %v", what, err)
 		}
 	}
 	if _, err := Registry(t.Context(), host+"/team/none", access); err == nil {
-		t.Error("an image that is not there was found")
+		t.Error("it found a missing image")
 	}
-	// Docker's own configuration has credentials, too.
+	// Docker's own configuration also has credentials.
 	home := t.TempDir()
 	t.Setenv("DOCKER_CONFIG", home)
 	config := fmt.Sprintf(`{"auths":{%q:{"username":"reader","password":"s3cret"}}}`, host)
@@ -155,7 +155,7 @@ func TestAsReference(t *testing.T) {
 	t.Run("umoci", func(t *testing.T) {
 		for _, tool := range []string{"skopeo", "umoci"} {
 			if _, err := exec.LookPath(tool); err != nil {
-				t.Skipf("needs %s for a reference", tool)
+				t.Skipf("needs %s for the expected result", tool)
 			}
 		}
 		work := t.TempDir()
@@ -163,7 +163,7 @@ func TestAsReference(t *testing.T) {
 		run(t, "skopeo", "--insecure-policy", "--override-arch", "amd64", "copy", "--src-tls-verify=false", "--src-creds", "reader:s3cret", "docker://"+ref.String(), "oci:"+reference+":v1")
 		run(t, "umoci", "unpack", "--image", reference+":v1", filepath.Join(work, "bundle"))
 		same(t, ours, describeTree(t, filepath.Join(work, "bundle", "rootfs")))
-		// What others write is read.
+		// Images written by other programs can be read.
 		saved := filepath.Join(work, "saved.tar")
 		run(t, "skopeo", "--insecure-policy", "copy", "oci:"+reference+":v1", "docker-archive:"+saved+":team/variety:v1")
 		packed := filepath.Join(work, "packed.tar")
@@ -191,7 +191,7 @@ func TestAsReference(t *testing.T) {
 			}
 		}
 		if left, _ := filepath.Glob(filepath.Join(work, "layout-*")); len(left) != 0 {
-			t.Errorf("left behind: %v", left)
+			t.Errorf("unpacking left %v", left)
 		}
 		for _, tag := range []string{"v2", "team/variety:v2"} {
 			if _, err := Layout(reference, tag); err == nil {
@@ -218,7 +218,7 @@ func same(t *testing.T, got, want []string) {
 	}
 }
 
-// TestVariety says of what matters most in words what it must become.
+// TestVariety states the most important results explicitly.
 func TestVariety(t *testing.T) {
 	needRoot(t)
 	root := filepath.Join(t.TempDir(), "root")
@@ -234,7 +234,7 @@ func TestVariety(t *testing.T) {
 		data, err := os.ReadFile(filepath.Join(root, name))
 		if want == "" {
 			if !errors.Is(err, fs.ErrNotExist) {
-				t.Errorf("%s is there: %v", name, err)
+				t.Errorf("%s exists: %v", name, err)
 			}
 		} else if string(data) != want {
 			t.Errorf("%s is %q, %v", name, data, err)
@@ -249,12 +249,12 @@ func TestVariety(t *testing.T) {
 	}
 	for _, name := range []string{"trusted.overlay.opaque", "security.selinux"} {
 		if _, err := unix.Lgetxattr(filepath.Join(root, "bin/tagged"), name, nil); !errors.Is(err, unix.ENODATA) {
-			t.Errorf("%s was taken over: %v", name, err)
+			t.Errorf("%s was copied: %v", name, err)
 		}
 	}
 }
 
-// TestOrder has white-outs on either side of what their layer makes.
+// TestOrder has white-outs before and after the entries of their layer.
 func TestOrder(t *testing.T) {
 	needRoot(t)
 	lower := []entry{dir("d", 0o755), file("d/old", "o"), dir("d/s", 0o755), file("d/s/old", "o"), file("f", "old")}
@@ -272,7 +272,7 @@ func TestOrder(t *testing.T) {
 				names = append(names, strings.Fields(l)[0])
 			}
 			if got, want := strings.Join(names, " "), `"." "d" "d/new" "d/s" "d/s/new" "f"`; got != want {
-				t.Errorf("%s %s: there are %s, not %s", what, order, got, want)
+				t.Errorf("%s %s: the tree has %s, not %s", what, order, got, want)
 			}
 			if data, err := os.ReadFile(filepath.Join(root, "f")); string(data) != "new" {
 				t.Errorf("%s %s: f is %q, %v", what, order, data, err)
@@ -281,7 +281,7 @@ func TestOrder(t *testing.T) {
 	}
 }
 
-// outside is a folder with something to spoil, beside which an image goes.
+// outside returns a folder with a file that an image beside it could damage.
 func outside(t testing.TB) (dir string, check func()) {
 	t.Helper()
 	dir = t.TempDir()
@@ -304,7 +304,7 @@ func outside(t testing.TB) (dir string, check func()) {
 		}
 		for _, e := range entries {
 			if e.Name() != "root" && e.Name() != "secret" {
-				t.Fatalf("%s was made outside", e.Name())
+				t.Fatalf("%s was created outside", e.Name())
 			}
 		}
 	}
@@ -316,7 +316,7 @@ func TestHostile(t *testing.T) {
 	for what, c := range map[string]struct {
 		layers  [][]entry
 		refused bool
-		there   string // a file that must be there
+		there   string // a file that must exist
 	}{
 		"name upwards":                {one(file("../secret", "evil")), true, ""},
 		"name upwards within":         {one(dir("a", 0o755), file("a/../../secret", "evil")), true, ""},
@@ -340,7 +340,7 @@ func TestHostile(t *testing.T) {
 		"hard link to the root":       {one(hardlink("x", "/")), true, ""},
 		"hard link to itself":         {one(file("x", "x"), hardlink("x", "./x")), false, "x"},
 		"white-out upwards":           {one(file("../.wh.secret", "")), true, ""},
-		"white-out of ..":             {one(file("a/.wh...", "")), false, ""}, // there is no a
+		"white-out of ..":             {one(file("a/.wh...", "")), false, ""}, // a does not exist
 		"white-out of .., in root":    {one(file(".wh...", "")), true, ""},
 		"white-out of .":              {one(file(".wh..", "")), true, ""},
 		"white-out of nothing":        {one(file(".wh.", "")), true, ""},
@@ -373,11 +373,11 @@ func TestHostile(t *testing.T) {
 			err := ofLayers(t, c.layers...).Unpack(t.Context(), root, Limits{Bytes: 1 << 20, Entries: 100})
 			check()
 			if c.refused != (err != nil) {
-				t.Fatalf("unpacked: %v", err)
+				t.Fatalf("it was unpacked: %v", err)
 			}
 			if err != nil {
 				if _, err := os.Lstat(root); !errors.Is(err, fs.ErrNotExist) {
-					t.Errorf("left behind: %v", err)
+					t.Errorf("unpacking left %v", err)
 				}
 				return
 			}
@@ -390,12 +390,12 @@ func TestHostile(t *testing.T) {
 	}
 }
 
-// TestBombs has archives that grow: compressed, and by holes.
+// TestBombs has archives that expand, by compression and by holes.
 func TestBombs(t *testing.T) {
 	needRoot(t)
 	for what, layer := range map[string]func(w io.Writer) error{
 		"gzip": func(w io.Writer) error {
-			// It says that it is large; how large is found out by reading alone.
+			// It claims to be large; only reading shows how large it is.
 			z := gzip.NewWriter(w)
 			h := tar.Header{Typeflag: tar.TypeReg, Name: "x", Size: 4 << 30, Format: tar.FormatGNU}
 			t := tar.NewWriter(z)
@@ -427,7 +427,7 @@ func TestBombs(t *testing.T) {
 				t.Fatal(err)
 			}
 			if err := img.Unpack(t.Context(), filepath.Join(dir, "root"), Limits{Bytes: 2 << 20}); !errors.Is(err, ErrRefused) {
-				t.Errorf("unpacked: %v", err)
+				t.Errorf("it was unpacked: %v", err)
 			}
 			check()
 		})
@@ -452,7 +452,7 @@ type zeroReader struct{}
 
 func (zeroReader) Read(b []byte) (int, error) { clear(b); return len(b), nil }
 
-// sparseEntry is an archive of one file, "s", of "data" and a hole, in GNU's
+// sparseEntry returns an archive of one file, "s", with "data" and a hole, in GNU's
 // format 1.0 (tar's manual, "Storing Sparse Files").
 func sparseEntry(size int64) []byte {
 	block := func(b []byte) []byte { return append(b, make([]byte, (512-len(b)%512)%512)...) }
@@ -521,7 +521,7 @@ func TestConfigRefuses(t *testing.T) {
 	}
 }
 
-// TestDigests changes one byte of each part of a layout.
+// TestDigests changes one byte in each part of a layout.
 func TestDigests(t *testing.T) {
 	needRoot(t)
 	img := build(t, archive(t, []entry{file("x", "text")}))
@@ -542,7 +542,7 @@ func TestDigests(t *testing.T) {
 	}
 	for _, b := range blobs {
 		for what, change := range map[string]func(b []byte) []byte{
-			// The last byte of a gzip file is of its length.
+			// The last byte of a gzip file belongs to its length.
 			"changed": func(b []byte) []byte {
 				return bytes.Replace(bytes.Replace(b, []byte("amd64"), []byte(" amd6"), 1), []byte("schemaVersion"), []byte("schemaversion"), 1)
 			},
@@ -573,14 +573,14 @@ func TestDigests(t *testing.T) {
 			if err == nil {
 				root := filepath.Join(t.TempDir(), "root")
 				if err = got.Unpack(t.Context(), root, Limits{}); err == nil {
-					t.Errorf("%s of %q: unpacked", what, data[:20])
+					t.Errorf("%s of %q: it was unpacked", what, data[:20])
 				} else if _, err := os.Lstat(root); !errors.Is(err, fs.ErrNotExist) {
-					t.Errorf("left behind: %v", err)
+					t.Errorf("unpacking left %v", err)
 				}
 			}
 		}
 	}
-	// Documents that are no files, or too large for one, are not read.
+	// Documents that are not regular files, or too large, are not read.
 	for what, make := range map[string]func(p string) error{
 		"link":  func(p string) error { return os.Symlink("/dev/zero", p) },
 		"pipe":  func(p string) error { return unix.Mkfifo(p, 0o600) },
@@ -593,7 +593,7 @@ func TestDigests(t *testing.T) {
 				t.Fatal(err)
 			}
 			if _, err := Layout(dir, ""); err == nil {
-				t.Errorf("%s for %s is read", what, doc)
+				t.Errorf("it reads %s for %s", what, doc)
 			}
 			dir = write(t)
 		}
@@ -615,14 +615,14 @@ func TestCancel(t *testing.T) {
 	cancel()
 	root := filepath.Join(t.TempDir(), "root")
 	if err := ofLayers(t, variety()...).Unpack(ctx, root, Limits{}); !errors.Is(err, context.Canceled) {
-		t.Errorf("unpacked: %v", err)
+		t.Errorf("it was unpacked: %v", err)
 	}
 	if _, err := os.Lstat(root); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("left behind: %v", err)
+		t.Errorf("unpacking left %v", err)
 	}
 }
 
-// TestTransport checks where a registry, and what it redirects to, may be.
+// TestTransport checks where a registry, and its redirects, may point.
 func TestTransport(t *testing.T) {
 	target := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusTeapot) }))
 	defer target.Close()
@@ -649,7 +649,7 @@ func TestTransport(t *testing.T) {
 			t.Errorf("%s: %v", url, err)
 		}
 	}
-	// Guests and metadata services are asked for nobody, whatever is set.
+	// Addresses of guests and metadata services are always refused.
 	for _, url := range []string{"https://10.11.0.7:8443", "https://[::ffff:10.11.0.7]:8443", "https://[64:ff9b::a0b:7]:8443", "https://169.254.169.254/latest"} {
 		if _, err := get(netaddr.Policy{Loopback: true, Private: true}, url); !errors.Is(err, netaddr.ErrNotAllowed) {
 			t.Errorf("%s, where private registries are allowed: %v", url, err)
@@ -664,17 +664,16 @@ func TestTransport(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got := newTransport(netaddr.Policy{Loopback: true}).secured(r).URL.Scheme; got != want {
-			t.Errorf("%s is asked over %s", url, got)
+			t.Errorf("%s is contacted over %s", url, got)
 		}
 		if got := newTransport(netaddr.Policy{}).secured(r).URL.Scheme; got != "https" {
-			t.Errorf("%s is asked over %s where loopback is not allowed", url, got)
+			t.Errorf("%s is contacted over %s although loopback is not allowed", url, got)
 		}
 	}
 }
 
-// FuzzLayer applies layers made of the input's lines, and the input itself.
-// Nothing outside the tree changes, and nothing in it is a second name of
-// what is outside.
+// FuzzLayer applies layers built from the input's lines, and the input itself. Nothing
+// outside the tree may change, and nothing in it may be a link to a file outside.
 func FuzzLayer(f *testing.F) {
 	for _, s := range []string{
 		"f a\n-\nf .wh.a\n", "l a ..\nf a/secret\n", "l a /\nf a/../secret\n", "h a ../secret\n", "d a\nf a/b\n-\nf a/.wh..wh..opq\nf a/c\n", "l a .\nh b a/secret\n", "f .wh...\n", "f a/.wh..\n",

@@ -18,7 +18,7 @@ func request(version byte) []byte {
 	return r
 }
 
-// read is stamp's inverse, in the era of the present.
+// read is the inverse of stamp, in the present era.
 func read(b []byte) time.Time {
 	s, f := binary.BigEndian.Uint32(b), binary.BigEndian.Uint32(b[4:])
 	return time.Unix(int64(s)-epoch, int64(uint64(f)*1e9>>32))
@@ -77,8 +77,8 @@ func TestServe(t *testing.T) {
 	}
 	defer client.Close()
 	_ = client.SetDeadline(time.Now().Add(await.Hang))
-	// What is no request is passed over; a longer one, with extensions, is
-	// answered, and with no more than it sent.
+	// The server ignores anything but requests. It responds to a longer one, with
+	// extensions, with no more bytes than it got.
 	before := time.Now()
 	for _, r := range [][]byte{{}, []byte("junk"), append(request(4), make([]byte, 600)...)} {
 		if _, err := client.Write(r); err != nil {
@@ -90,7 +90,7 @@ func TestServe(t *testing.T) {
 	if err != nil || n != headerSize {
 		t.Fatalf("%d bytes, %v", n, err)
 	}
-	// The answer has 2^-32 s; a little is lost in that.
+	// Timestamps have a resolution of 2^-32 s, so rounding loses a little.
 	if at := read(b[40:]); at.Before(before.Add(-time.Millisecond)) || at.After(time.Now().Add(time.Millisecond)) {
 		t.Errorf("the time is %s, not between %s and now", at, before)
 	}

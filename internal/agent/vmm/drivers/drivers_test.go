@@ -9,7 +9,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 )
 
-// fake is a monitor that works or not.
+// fake is a monitor that works or does not.
 type fake struct {
 	name, accel string
 	broken      error
@@ -73,11 +73,11 @@ func TestOpen(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if _, err := open(ctx, []vmm.Monitor{third, tcg}, Auto, c); !errors.Is(err, context.Canceled) {
-		t.Errorf("opened although the caller has left: %v", err)
+		t.Errorf("opened although the context was cancelled: %v", err)
 	}
 }
 
-// TestAll: each monitor has a name and an accelerator, and is there once.
+// TestAll checks that each monitor has a name and an accelerator, and is listed once.
 func TestAll(t *testing.T) {
 	seen := map[string]bool{}
 	for _, m := range all {

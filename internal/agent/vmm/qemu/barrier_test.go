@@ -13,9 +13,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
-// TestBarriersAreKept looks at the code that QEMU makes of a guest's memory
-// barriers, for a machine with one processor: without them a virtio queue can
-// stand still for good, once in some hundred thousand notifications.
+// TestBarriersAreKept checks the code that QEMU generates for a guest's memory barriers
+// on a machine with one processor. Without them, a virtio queue can stall for good, once
+// in some hundred thousand notifications.
 func TestBarriersAreKept(t *testing.T) {
 	if runtime.GOARCH != "amd64" {
 		t.Skip("reads the code of an amd64 host")
@@ -44,15 +44,16 @@ func TestBarriersAreKept(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { cancel(); _ = cmd.Wait() }()
-	// The first is in what the code calls, or in the code; the second is a barrier of the host's.
+	// The first barrier is in a helper that the code calls, or in the code; the second is
+	// one of the host's barriers.
 	translated := regexp.MustCompile(`(?s)0x0*7c00.*OUT:.*\n\n`)
 	kept := regexp.MustCompile(`(?s)OUT:.*(call|lock (add|xadd)).*(lock or|mfence)`)
 	var code []byte
-	await.Until(t, "the boot sector to be translated", func() bool {
+	await.Until(t, "QEMU translates the boot sector", func() bool {
 		code, _ = os.ReadFile(log)
 		return translated.Match(code)
 	})
 	if !kept.Match(code) {
-		t.Errorf("QEMU leaves the guest's barriers out:\n%s", code)
+		t.Errorf("QEMU omits the guest's barriers:\n%s", code)
 	}
 }

@@ -24,21 +24,21 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
 )
 
-// hostileUID is the stand-in's own user, so that its threads count for nobody else.
+// hostileUID is the fake QEMU's own user, so that no other process's threads count for
+// it.
 const hostileUID = 1_999_997
 
-// What this program does where it stands in for a QEMU that its guest has taken
-// over: its last argument.
+// The roles of this program as a QEMU that its guest has taken over: its last argument.
 const (
 	attacker  = "attacker"       // tries one of the attacks
-	silent    = "silent"         // says nothing
-	garbage   = "garbage"        // says what is no JSON
-	endless   = "endless"        // says something that has no end
-	liar      = "liar"           // says that all is well, and much else
-	forbidden = "forbidden call" // makes such a call where it is asked for the console
+	silent    = "silent"         // sends nothing
+	garbage   = "garbage"        // sends something that is not JSON
+	endless   = "endless"        // sends an endless message
+	liar      = "liar"           // reports success, and much else
+	forbidden = "forbidden call" // makes a forbidden call when asked for the console
 )
 
-// overlayFD is what the stand-in may write to.
+// overlayFD is the file that the fake may write to.
 const overlayFD = 3
 
 func TestMain(m *testing.M) {
@@ -60,11 +60,11 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// attack is something that a hostile QEMU tries. target names what it is after.
+// attack is something that a hostile QEMU tries. target names its object.
 type attack struct {
 	name string
 	try  func(target string) error
-	want any // the signal that ends it, or what it hears
+	want any // the signal that ends it, or the error that it gets
 }
 
 // call returns an attack that makes a system call.
@@ -90,7 +90,7 @@ func opening(suffix string, flags int) func(string) error {
 	}
 }
 
-// path returns an attack that opens the file name, whatever its target.
+// path returns an attack that opens the file name, without regard to the target.
 func path(name string, flags int) func(string) error {
 	return func(string) error { return opening(name, flags)("") }
 }
@@ -154,7 +154,7 @@ var attacks = []attack{
 	{"a huge file", func(string) error {
 		_, err := unix.Pwrite(overlayFD, []byte("x"), 1<<40)
 		return err
-	}, unix.EFBIG}, // a program that ignores the signal hears that
+	}, unix.EFBIG}, // a program that ignores the signal gets this
 	{"a huge hole", func(string) error { return unix.Ftruncate(overlayFD, 1<<40) }, unix.EFBIG},
 	{"core dump", func(string) error {
 		var limit unix.Rlimit
@@ -183,7 +183,8 @@ var attacks = []attack{
 	{"nothing", func(string) error { return nil }, nil},
 }
 
-// TestHostileQEMU: a program in QEMU's place can do nothing that QEMU need not do.
+// TestHostileQEMU checks that a program in QEMU's place can do nothing that QEMU does not
+// need.
 func TestHostileQEMU(t *testing.T) {
 	d := subject.Open(t).(*Driver)
 	s := vmmtest.NewSpec(t, d)
@@ -192,7 +193,7 @@ func TestHostileQEMU(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(other, "secret"), []byte("secret"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	// The test's own folders are no wall.
+	// The test's own folders must not be what protects the files.
 	for dir := other; dir != "/" && dir != "."; dir = filepath.Dir(dir) {
 		if info, err := os.Stat(dir); err != nil || info.Mode()&0o001 == 0 {
 			if err := os.Chmod(dir, 0o755); err != nil {
@@ -212,20 +213,20 @@ func TestHostileQEMU(t *testing.T) {
 				if !status.Signaled() || status.Signal() != want {
 					t.Errorf("it ended with %#x, not by %v: %s", status, want, said)
 				}
-			case string: // one of what the runtime says
+			case string: // one of the Go runtime's messages
 				if !strings.Contains(said, "failed to create new OS thread") && !strings.Contains(said, "pthread_create failed") {
-					t.Errorf("it ended with %#x and heard %q, not %q", status, said, want)
+					t.Errorf("it ended with %#x and got %q, not %q", status, said, want)
 				}
 			default:
 				if status != 0 || said != fmt.Sprintf("answer: %v\n", want) {
-					t.Errorf("it ended with %#x and heard %q, not %v", status, said, want)
+					t.Errorf("it ended with %#x and got %q, not %v", status, said, want)
 				}
 			}
 		})
 	}
 }
 
-// TestWithoutSeccomp: without the filter the same call succeeds.
+// TestWithoutSeccomp checks that the same call succeeds without the filter.
 func TestWithoutSeccomp(t *testing.T) {
 	s := vmmtest.NewSpec(t, subject.Open(t)) // skips where virtual machines cannot run
 	d, err := Open(vmmtest.Accelerator(), vmm.Config{Dir: t.TempDir(), Unfiltered: true, Log: vmmtest.Log(t)})
@@ -235,11 +236,11 @@ func TestWithoutSeccomp(t *testing.T) {
 	defer d.Close()
 	d.standIn = attacker
 	if status, said := d.attack(t, s.Overlay, "ptrace", ""); status != 0 || said != "answer: <nil>\n" {
-		t.Errorf("it ended with %#x and heard %q", status, said)
+		t.Errorf("it ended with %#x and got %q", status, said)
 	}
 }
 
-// attack makes the stand-in try something in a jail.
+// attack runs an attack of the fake QEMU in a jail.
 func (d *Driver) attack(t *testing.T, overlay, name, target string) (syscall.WaitStatus, string) {
 	t.Helper()
 	file, err := os.OpenFile(overlay, os.O_RDWR, 0)
@@ -277,7 +278,7 @@ func (d *Driver) attack(t *testing.T, overlay, name, target string) (syscall.Wai
 	return cmd.ProcessState.Sys().(syscall.WaitStatus), string(said)
 }
 
-// takenOver stands in for QEMU, as its last argument says.
+// takenOver plays QEMU in the role of its last argument.
 func takenOver(args []string) error {
 	var fd uintptr
 	for _, a := range args {
@@ -296,7 +297,7 @@ func takenOver(args []string) error {
 	}
 }
 
-// speak speaks with the driver until that has gone.
+// speak talks to the driver until the driver disconnects.
 func speak(c *net.UnixConn, as string) {
 	defer c.Close()
 	switch as {
@@ -308,7 +309,7 @@ func speak(c *net.UnixConn, as string) {
 		return
 	}
 	fmt.Fprintln(c, `{"QMP":{}}`)
-	var devices *os.File // what the driver passed last
+	var devices *os.File // the file that the driver passed last
 	text, rights := make([]byte, 64<<10), make([]byte, unix.CmsgSpace(4))
 	for {
 		n, r, _, _, err := c.ReadMsgUnix(text, rights)
@@ -349,15 +350,15 @@ func speak(c *net.UnixConn, as string) {
 		case command.Execute == "query-fdsets":
 			answer = `[{"fdset-id":-1,"fds":[{"fd":-1}]}]`
 		}
-		for i := range 200 { // of what it was not asked, and answers of what it was not asked for
+		for i := range 200 { // events, and responses to requests that nobody made
 			fmt.Fprintf(c, `{"event":"BLOCK_IO_ERROR"}`+"\n"+`{"return":{},"id":%d}`+"\n", command.ID+1+i)
 		}
 		fmt.Fprintf(c, `{"return":%s,"id":%d}`+"\n", answer, command.ID)
 	}
 }
 
-// TestForbiddenCallIsReported: the machine of a QEMU that made a forbidden call says
-// so, and where the kernel tells, also to an agent that attached to it.
+// TestForbiddenCallIsReported checks that the machine of a QEMU that made a forbidden
+// call reports so, also to an agent that attached to it if the kernel supports that.
 func TestForbiddenCallIsReported(t *testing.T) {
 	d := subject.Open(t).(*Driver)
 	s := vmmtest.NewSpec(t, d)
@@ -377,7 +378,7 @@ func TestForbiddenCallIsReported(t *testing.T) {
 		t.Fatal(err)
 	}
 	if text, err := attached.Console(t.Context()); err == nil && len(text) > 0 {
-		t.Errorf("the stand-in has a console: %q", text)
+		t.Errorf("the fake has a console: %q", text)
 	}
 	<-vm.Done()
 	<-attached.Done()
@@ -389,8 +390,8 @@ func TestForbiddenCallIsReported(t *testing.T) {
 	}
 }
 
-// kernelTellsStatus tells whether a pidfd has the status of a process that has
-// ended: since Linux 6.15.
+// kernelTellsStatus reports whether a pidfd yields an ended process's status, which needs
+// Linux 6.15.
 func kernelTellsStatus(t *testing.T) bool {
 	t.Helper()
 	var name unix.Utsname

@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// section is a device in the state of a machine.
+// section returns a device's section in the state of a machine.
 func section(id uint32, name string, version uint32, data []byte) []byte {
 	s := binary.BigEndian.AppendUint32([]byte{sectionFull}, id)
 	s = append(append(s, byte(len(name))), name...)
@@ -84,12 +84,12 @@ func TestRedeliver(t *testing.T) {
 		given := slices.Clone(before)
 		got, n := redeliver(given)
 		if !bytes.Equal(given, before) {
-			t.Errorf("%s: the state that was given changed", c.name)
+			t.Errorf("%s: the input changed", c.name)
 		}
 		want := before
 		if c.n > 0 {
 			want = c.want.state()
-			// Level-triggered, as the kernel marks what it delivers itself.
+			// Level-triggered, like the interrupts that the kernel delivers itself.
 			for i, apic := range sections(want, "apic", apicVersion, apicBytes, false) {
 				if c.want.irr[i] != 0 {
 					setVector(apic[apicTMR:], c.want.irr[i])
@@ -100,12 +100,12 @@ func TestRedeliver(t *testing.T) {
 			t.Errorf("%s: repaired %d, want %d; the state is as it should be: %v", c.name, n, c.n, bytes.Equal(got, want))
 		}
 		if _, again := redeliver(got); again != 0 {
-			t.Errorf("%s: %d are lost after the repair", c.name, again)
+			t.Errorf("%s: %d interrupts are lost after the repair", c.name, again)
 		}
 	}
 }
 
-// FuzzRedeliver gives it what a hostile QEMU could have saved.
+// FuzzRedeliver parses what a hostile QEMU could have saved.
 func FuzzRedeliver(f *testing.F) {
 	f.Add(interrupts{entries: [2]uint64{0, 37 | entryLevel | entryRemoteIRR}}.state())
 	f.Add([]byte("\x04\x00\x00\x00\x01\x06ioapic"))

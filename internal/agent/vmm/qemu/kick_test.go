@@ -12,11 +12,10 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
-// TestNoKickIsLost has a guest with one processor answer many short requests:
-// each is a race between the guest, which tells QEMU of a packet unless QEMU
-// looks at the queue anyway, and QEMU, which says that it no longer looks. If
-// either does not see what the other wrote, the guest sends nothing more.
-// WRENN_TEST_REQUESTS is how many requests (2000).
+// TestNoKickIsLost makes a guest with one processor respond to many short requests. Each
+// is a race: the guest notifies QEMU of a packet unless QEMU polls the queue anyway, and
+// QEMU announces that it stops polling. If either does not see what the other wrote, the
+// guest sends nothing more. WRENN_TEST_REQUESTS is the number of requests (2000).
 func TestNoKickIsLost(t *testing.T) {
 	requests := vmmtest.Count(t, "WRENN_TEST_REQUESTS", 2000)
 	b := subject.NewBench(t)

@@ -11,7 +11,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
 )
 
-// known is what a QEMU of the tests says of itself.
+// known describes the tests' QEMU.
 var known = about{
 	version:    "7.2.22 Debian 1:7.2+dfsg-7+deb12u18+b3",
 	processors: map[string]string{"EPYC": "EPYC-v1", "EPYC-v1": "EPYC-v1", "EPYC-v3": "EPYC-v3"},
@@ -45,7 +45,7 @@ func TestRestores(t *testing.T) {
 		{emulated, "", "no kind of machine"},
 		{real, real.Kind(false), ""},
 		{real, real.Kind(true), ""},
-		// What an earlier release saved goes on.
+		// A machine saved by an earlier release can be restored.
 		{emulated, "qemu-3 7.2.22 tcg " + host, ""},
 		{emulated, "qemu-2 7.2.22 tcg " + host, ""},
 		{real, "qemu-4 7.2.22 kvm " + host, ""},
@@ -53,8 +53,8 @@ func TestRestores(t *testing.T) {
 		{real, "qemu-2 7.2.22 kvm " + host, ""},
 		{real, "qemu-2 7.2.22 kvm fedcba9876543210", "another model"},
 		{real, "qemu-6 7.2.22 kvm " + host, "this release does not have"},
-		// A processor that has a name is the same on each host that has it, but an
-		// emulated one counts its time as its host does.
+		// A named processor is the same on each host that has it, but an emulated one
+		// counts its time like its host.
 		{named, named.Kind(false), ""},
 		{named, named.Kind(true), ""},
 		{named, "qemu-4 7.2.22 kvm EPYC-v1", ""},
@@ -118,8 +118,8 @@ func TestNeedless(t *testing.T) {
 	}
 }
 
-// TestCPUOption: no guest gets what it could run virtual machines with, unless it
-// may, and old machines stay as they are.
+// TestCPUOption checks that no guest gets virtualization features unless it may, and that
+// old machines keep their options.
 func TestCPUOption(t *testing.T) {
 	for accel, all := range models {
 		now := all[0]
@@ -138,7 +138,7 @@ func TestCPUOption(t *testing.T) {
 		versions := map[int]bool{}
 		for _, m := range all {
 			if versions[m.version] || m.version > now.version {
-				t.Errorf("%s: version %d is there twice, or newer than the newest", accel, m.version)
+				t.Errorf("%s: version %d is listed twice, or newer than the newest", accel, m.version)
 			}
 			versions[m.version] = true
 		}
@@ -168,8 +168,8 @@ func hostNests(t *testing.T) bool {
 	return false
 }
 
-// TestProcessors boots guests that look at their processor: the features of
-// virtualization are there for those that may nest, and no others.
+// TestProcessors boots guests that read their processor's features: exactly those that
+// may nest have virtualization.
 func TestProcessors(t *testing.T) {
 	subject.Open(t) // skips where virtual machines cannot run
 	for name, test := range map[string]struct {

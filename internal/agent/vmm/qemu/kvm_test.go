@@ -19,11 +19,11 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
-// bench is a bench whose guest tells of its clocks and processors.
+// bench is a bench whose guest reports its clocks and processors.
 type bench struct{ *vmmtest.Bench }
 
-// TestGuestUnderKVM looks at what emulation has otherwise: the guest's clocks and
-// its processors, before it is saved and after it is restored.
+// TestGuestUnderKVM checks what differs from emulation: the guest's clocks and
+// processors, before it is saved and after it is restored.
 func TestGuestUnderKVM(t *testing.T) {
 	if vmmtest.Accelerator() != KVM {
 		t.Skip("needs KVM: make test-kvm")
@@ -39,13 +39,13 @@ func TestGuestUnderKVM(t *testing.T) {
 	before := b.monotonic()
 	b.Must(b.VM.Hold(t.Context()))
 	held := time.Since(before.asked)
-	image, devices := b.Save(nil) // looks for the local APIC of each processor
+	image, devices := b.Save(nil) // expects a local APIC for each processor
 	b.Kill()
 	ram, err := image.Materialize(t.Context(), "saved")
 	b.Must(err)
 	defer ram.Close()
 
-	time.Sleep(5 * time.Second) // which do not pass in the guest
+	time.Sleep(5 * time.Second) // The guest must not notice this time.
 	b.Spec.ID = uuid.New()
 	begun := time.Now()
 	b.Resume(vmm.Saved{Memory: ram, Devices: devices}, "first", "second")
@@ -57,7 +57,8 @@ func TestGuestUnderKVM(t *testing.T) {
 	b.checkProcessors()
 }
 
-// teller answers each packet with what it says and what the monotonic clock shows.
+// teller is a program that responds to each packet with its content and the monotonic
+// clock.
 const teller = `setsid python3 -c '
 import socket, time
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -66,14 +67,14 @@ while True:
     what, whom = s.recvfrom(2048)
     s.sendto(b"%s %d" % (what, time.monotonic_ns()), whom)' >/dev/null 2>&1 &`
 
-// reading is what the guest's monotonic clock showed at some time between two
-// times of this process.
+// reading is a value of the guest's monotonic clock, read between two times of this
+// process.
 type reading struct {
 	shown       time.Duration
 	asked, told time.Time
 }
 
-// monotonic asks the teller.
+// monotonic asks the teller for a reading.
 func (b bench) monotonic() reading {
 	b.Helper()
 	conn, err := net.Dial("udp", net.JoinHostPort(b.Slot.Address.String(), "9"))
@@ -83,7 +84,7 @@ func (b bench) monotonic() reading {
 	for end := time.Now().Add(await.Scale(60 * time.Second)); time.Now().Before(end); {
 		asked := time.Now()
 		what := strconv.FormatInt(asked.UnixNano(), 10)
-		_, err := conn.Write([]byte(what)) // refused before the teller listens
+		_, err := conn.Write([]byte(what)) // fails until the teller listens
 		b.Must(conn.SetReadDeadline(asked.Add(time.Second)))
 		n := 0
 		if err == nil {
@@ -94,7 +95,7 @@ func (b bench) monotonic() reading {
 			time.Sleep(20 * time.Millisecond)
 			continue
 		}
-		// What comes late answers another question.
+		// A late response belongs to an earlier request.
 		answer, found := strings.CutPrefix(string(buf[:n]), what+" ")
 		if err != nil || !found {
 			continue
@@ -103,12 +104,12 @@ func (b bench) monotonic() reading {
 		b.Must(err)
 		return reading{time.Duration(ns), asked, told}
 	}
-	b.Fatal("the guest does not tell its time")
+	b.Fatal("the guest does not report its time")
 	panic("unreachable")
 }
 
-// checkClocks checks where the guest has the time from, and that its seconds are
-// as long as the host's: they are not if it is wrong about the rate of its TSC.
+// checkClocks checks the guest's time source, and that its seconds are as long as the
+// host's: they are not if it is wrong about the rate of its TSC.
 func (b bench) checkClocks() {
 	b.Helper()
 	if got := b.Sh("cat /sys/devices/system/clocksource/clocksource0/current_clocksource"); got != "kvm-clock" {
@@ -117,7 +118,7 @@ func (b bench) checkClocks() {
 	if got := b.Sh("cat /sys/class/ptp/ptp0/clock_name; grep -c '^refclock PHC /dev/ptp0 ' /run/chrony.conf; pgrep -c chronyd"); got != "KVM virtual PTP\n1\n1" {
 		b.Errorf("its PTP clock, and what chronyd has of it: %q", got)
 	}
-	// chronyd has no other source that it could put the clock right by.
+	// chronyd has no other source from which it could correct the clock.
 	b.Sh("date -s '+2 hours'")
 	for end := time.Now().Add(await.Scale(60 * time.Second)); ; {
 		before := time.Now()
@@ -143,8 +144,8 @@ func (b bench) checkClocks() {
 	}
 }
 
-// checkProcessors checks that the guest has its processors and that each of them
-// is interrupted by its timer.
+// checkProcessors checks that the guest has its processors, and that each gets timer
+// interrupts.
 func (b bench) checkProcessors() {
 	b.Helper()
 	if n := b.Number("nproc"); n != b.Spec.VCPUs {
@@ -155,11 +156,11 @@ func (b bench) checkProcessors() {
 	}
 }
 
-// TestOlderMachinesAreRepaired pauses machines of the model that loses interrupts,
-// which earlier releases saved, under load. WRENN_TEST_PAUSES is how often (3).
+// TestOlderMachinesAreRepaired pauses machines of the model that loses interrupts, which
+// earlier releases saved, under load. WRENN_TEST_PAUSES is the number of pauses (3).
 func TestOlderMachinesAreRepaired(t *testing.T) {
 	if vmmtest.Accelerator() != KVM {
-		t.Skip("needs KVM, under which that model loses interrupts: make test-kvm")
+		t.Skip("needs KVM, where that model loses interrupts: make test-kvm")
 	}
 	all := models[KVM]
 	i := slices.IndexFunc(all, func(m model) bool { return m.repaired })

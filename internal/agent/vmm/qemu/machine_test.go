@@ -14,8 +14,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
 )
 
-// TestEndOutOfGroup has other software move a machine's process out of its
-// group: it is ended all the same, and no other process is.
+// TestEndOutOfGroup moves a machine's process out of its cgroup: the driver still kills
+// it, and no other process.
 func TestEndOutOfGroup(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
@@ -42,23 +42,23 @@ func TestEndOutOfGroup(t *testing.T) {
 		t.Error(err)
 	}
 	if repaired, err := d.Confine(st, vmm.Spec{VCPUs: 1, MemoryMiB: 64}); err != nil || repaired {
-		t.Errorf("another process of the same number was confined: %v, %v", repaired, err)
+		t.Errorf("another process of the same pid was confined: %v, %v", repaired, err)
 	}
 	select {
 	case err := <-ended:
-		t.Fatalf("another process of the same number was ended: %v", err)
+		t.Fatalf("another process of the same pid was killed: %v", err)
 	default:
 	}
 
 	st.StartTime = started
 	g := cgroup.Group{Name: st.ID.String()}
 	if repaired, err := d.Confine(st, vmm.Spec{VCPUs: 1, MemoryMiB: 64}); err != nil || !repaired {
-		t.Errorf("a process that is in no group: %v, %v", repaired, err)
+		t.Errorf("a process outside its group: %v, %v", repaired, err)
 	}
 	if _, err := g.Memory(); err != nil {
 		t.Error(err)
 	}
-	// Other software takes it out while it is being ended: it stays out.
+	// Other software moves it out during the kill: it stays out.
 	if err := vmmtest.MoveOut(cmd.Process.Pid); err != nil {
 		t.Fatal(err)
 	}
@@ -70,20 +70,20 @@ func TestEndOutOfGroup(t *testing.T) {
 	if repaired, err := d.Confine(st, vmm.Spec{VCPUs: 1, MemoryMiB: 64}); err != nil || !repaired {
 		t.Errorf("a process that was moved out: %v, %v", repaired, err)
 	}
-	// Out again, by its number alone.
+	// Move it out again, and kill it by its pid alone.
 	if err := vmmtest.MoveOut(cmd.Process.Pid); err != nil {
 		t.Fatal(err)
 	}
 	if err := d.endings.end(ctx, st, "boot"); err != nil {
 		t.Fatal(err)
 	}
-	// It is gone for the driver, although its parent may not know yet.
+	// For the driver it has ended, although its parent may not know yet.
 	if repaired, err := d.Confine(st, vmm.Spec{VCPUs: 1, MemoryMiB: 64}); err != nil || repaired {
 		t.Errorf("a process that has ended was confined: %v, %v", repaired, err)
 	}
 	<-ended
 	if _, err := g.Memory(); err == nil {
-		t.Error("its group is left")
+		t.Error("its group still exists")
 	}
 	if repaired, err := d.Confine(st, vmm.Spec{VCPUs: 1, MemoryMiB: 64}); err != nil || repaired {
 		t.Errorf("a process that has ended was confined: %v, %v", repaired, err)

@@ -10,9 +10,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm"
 )
 
-// TestModules: a guest can load what the distribution's kernel has, by name and because
-// a program needs it, before it was saved and after it was restored. Nothing that it
-// does changes what others see.
+// TestModules checks that a guest can load the distribution kernel's modules, by name and
+// on demand, before it is saved and after it is restored, and that it cannot change what
+// other guests see.
 func TestModules(t *testing.T) {
 	b := subject.NewBench(t)
 	b.Boot("first")
@@ -22,7 +22,7 @@ func TestModules(t *testing.T) {
 			t.Errorf("%s: %s", script, out)
 		}
 	}
-	// The kernel asks for these itself.
+	// The kernel requests these modules itself.
 	try("ip link add v0 type veth peer name v1 && ip link add br0 type bridge && ip link set v0 master br0")
 	try("ip link add wg0 type wireguard && ip link add link v0 name v0.5 type vlan id 5")
 	try("mount -t binfmt_misc binfmt /proc/sys/fs/binfmt_misc")
@@ -43,12 +43,12 @@ func TestModules(t *testing.T) {
 	try("ip tuntap add dev tap0 mode tap && ip link show br0")
 	try("modprobe nf_tables && grep -q '^nf_tables ' /proc/modules")
 	try("cd /lib/modules/$(uname -r) && test -e added && modinfo wireguard")
-	// All guests have the same disk.
+	// All guests share one disk.
 	try("! touch /lib/modules/.wrenn/image/x")
 	try("! dd if=/dev/zero of=/dev/vdb bs=4096 count=1 oflag=direct")
 }
 
-// earlier is a driver whose machines boot as those of an earlier release.
+// earlier is a driver whose machines boot like those of an earlier release.
 type earlier struct {
 	*Driver
 	as model
@@ -69,8 +69,8 @@ func (d earlier) Start(ctx context.Context, s vmm.Spec) (vmm.VM, error) {
 	return vm, nil
 }
 
-// TestEarlierModels: what an earlier release saved goes on, without the disk of modules
-// that it did not have.
+// TestEarlierModels checks that a machine saved by an earlier release can be restored,
+// without the disk of modules, which that release did not have.
 func TestEarlierModels(t *testing.T) {
 	b := subject.NewBench(t)
 	d := b.Driver.(*Driver)
@@ -93,7 +93,7 @@ func TestEarlierModels(t *testing.T) {
 				t.Errorf("it has %q", got)
 			}
 			if got := b.VM.State().Kind; got != kind {
-				t.Errorf("it goes on as %q, and was %q", got, kind)
+				t.Errorf("it was restored as %q, and saved as %q", got, kind)
 			}
 		})
 	}

@@ -15,24 +15,24 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/agent/vmm/vmmtest"
 )
 
-// underNewer is set in the environment of the tests that TestNewerQEMU runs.
+// underNewer is set in the environment of the tests that TestNewerQEMU starts.
 const underNewer = "WRENN_NEWER_QEMU"
 
-// older has, in the environment, the folder with a machine that an older QEMU
-// has saved.
+// older is the environment variable for the folder with a machine that an older QEMU
+// saved.
 const older = "WRENN_OLDER_QEMU"
 
-// saved is a machine in such a folder, beside its memory and its devices.
+// saved describes a machine in such a folder, beside its memory and its devices.
 type saved struct {
 	Spec vmm.Spec
 	Kind string
 }
 
-// TestRestoreOfOlder restores what TestNewerQEMU has saved with an older QEMU.
+// TestRestoreOfOlder restores what TestNewerQEMU saved with an older QEMU.
 func TestRestoreOfOlder(t *testing.T) {
 	dir := os.Getenv(older)
 	if dir == "" {
-		t.Skip("it is what TestNewerQEMU starts")
+		t.Skip("TestNewerQEMU starts it")
 	}
 	b := subject.NewBench(t)
 	text, err := os.ReadFile(filepath.Join(dir, "saved.json"))
@@ -56,7 +56,7 @@ func TestRestoreOfOlder(t *testing.T) {
 	before := b.Number("cat /dev/shm/count")
 	b.Sh("sha256sum -c /dev/shm/sum; cat /root/mark; echo more >/root/more; sync")
 	b.Sh(fmt.Sprintf("for i in 1 2 3 4 5 6 7 8 9; do [ $(cat /dev/shm/count) -gt %d ] && exit; sleep 0.2; done; exit 1", before))
-	// And what this one saves, it restores.
+	// It can restore what it saves, too.
 	again, devices := b.Save(image)
 	b.Kill()
 	b.Fresh(b.Spec.Overlay)
@@ -84,16 +84,16 @@ func saveForNewer(t *testing.T, dir string) {
 	b.Kill()
 }
 
-// TestNewerQEMU runs the tests that do most with the QEMU of the distribution's
-// backports, which is what the distribution's next release has.
+// TestNewerQEMU runs the most important tests with the QEMU of the distribution's
+// backports, which the distribution's next release will have.
 func TestNewerQEMU(t *testing.T) {
 	if os.Getenv(underNewer) != "" {
-		t.Skip("it is what TestNewerQEMU starts")
+		t.Skip("it does not start itself again")
 	}
 	dir := t.TempDir()
 	saveForNewer(t, dir)
 	tests := []string{"TestBarriersAreKept", "TestConformance", "TestRestoreOfOlder"}
-	const parts = "boot|console|save|rates" // of the second
+	const parts = "boot|console|save|rates" // parts of Conformance
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)

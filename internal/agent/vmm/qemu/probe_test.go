@@ -14,8 +14,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
-// TestProbeIsRemembered keeps an answer that QEMU or the guest gave, and
-// forgets one that a time-out would make wrong.
+// TestProbeIsRemembered checks that the probe remembers an answer of QEMU or the guest,
+// and forgets one that a timeout may have made wrong.
 func TestProbeIsRemembered(t *testing.T) {
 	if _, err := os.Stat("/dev/kvm"); err != nil {
 		t.Skip("needs /dev/kvm")
@@ -52,7 +52,7 @@ func TestProbeIsRemembered(t *testing.T) {
 		}
 		_, err := os.Stat(verdictFile(dir))
 		if kept := !errors.Is(err, fs.ErrNotExist); kept != c.kept {
-			t.Fatalf("%s: kept is %v", c.name, kept)
+			t.Fatalf("%s: remembered is %v", c.name, kept)
 		}
 		if !c.kept {
 			continue
@@ -63,8 +63,8 @@ func TestProbeIsRemembered(t *testing.T) {
 	}
 }
 
-// TestProbe boots a kernel under this machine's KVM, whatever comes of it: the
-// record must say what the probe said, or nothing.
+// TestProbe boots a kernel under this machine's KVM, whether or not that works: the
+// record must have the probe's answer, or nothing.
 func TestProbe(t *testing.T) {
 	if _, err := os.Stat("/dev/kvm"); err != nil {
 		t.Skip("needs /dev/kvm")
@@ -86,10 +86,10 @@ func TestProbe(t *testing.T) {
 		}
 	default:
 		if !errors.Is(readErr, fs.ErrNotExist) {
-			t.Errorf("an answer was kept: %+v, %v", v, readErr)
+			t.Errorf("the probe remembered an answer: %+v, %v", v, readErr)
 		}
 	}
-	// Nothing of the probe is left.
+	// The probe leaves no files.
 	if left, _ := filepath.Glob(filepath.Join(dir, "probe-*")); len(left) > 0 {
 		t.Errorf("left: %v", left)
 	}

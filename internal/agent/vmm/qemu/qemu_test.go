@@ -10,7 +10,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
-// subject is the driver for tests.
+// subject is the driver under test.
 var subject = vmmtest.Subject{
 	New: opener(""),
 	Needs: func() error {
@@ -26,12 +26,12 @@ var subject = vmmtest.Subject{
 	},
 	Forget:    func(vm vmm.VM) { _ = vm.(*machine).qmp.Close() },
 	Complains: "QEMU says",
-	// The guest's own reason, not "host-qmp-quit", which is how the driver ends QEMU.
+	// The guest's own reason, not "host-qmp-quit", which is the driver's way to end QEMU.
 	Rebooted: "the guest shut down (guest-reset)",
 	Devices:  checkDevices,
 }
 
-// opener opens the driver with a stand-in for QEMU, or, if that is empty, QEMU.
+// opener opens the driver with a fake QEMU, or with QEMU if standIn is empty.
 func opener(standIn string) vmmtest.Opener {
 	return func(dir string, log *slog.Logger) (vmm.Driver, error) {
 		d, err := Open(vmmtest.Accelerator(), vmm.Config{Dir: dir, Log: log})
@@ -45,8 +45,8 @@ func opener(standIn string) vmmtest.Opener {
 
 func TestConformance(t *testing.T) { vmmtest.Conformance(t, subject) }
 
-// checkDevices checks that the interrupt controllers are where QEMU's sources put
-// them, and that no interrupt is lost.
+// checkDevices checks that the interrupt controllers are where QEMU's sources put them,
+// and that no interrupt is lost.
 func checkDevices(t *testing.T, s vmm.Spec, devices []byte) {
 	t.Helper()
 	apics, ioapics := sections(devices, "apic", apicVersion, apicBytes, false), sections(devices, "ioapic", ioapicVersion, ioapicBytes, true)
@@ -79,7 +79,7 @@ func TestParseStartTime(t *testing.T) {
 	}
 	for _, bad := range []string{"", "7 (a", "7 (a) S 1"} {
 		if _, err := parseStartTime(bad); err == nil {
-			t.Errorf("%q was taken", bad)
+			t.Errorf("%q was accepted", bad)
 		}
 	}
 }

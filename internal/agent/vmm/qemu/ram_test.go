@@ -22,11 +22,11 @@ const (
 	writerBlocks = 64
 )
 
-// TestWriter is no test but the process whose memory TestTrackedPages looks
-// at: it maps a file as QEMU does and writes to pages.
+// TestWriter is not a test but the process whose memory TestTrackedPages reads: it maps a
+// file as QEMU does, and writes to pages.
 func TestWriter(t *testing.T) {
 	if os.Getenv(writerEnv) == "" {
-		t.Skip("it is what TestTrackedPages starts")
+		t.Skip("TestTrackedPages starts it")
 	}
 	mem, err := unix.Mmap(3, 0, writerBlocks*memory.BlockSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE)
 	if err != nil {
@@ -44,8 +44,8 @@ func TestWriter(t *testing.T) {
 	_, _ = os.Stdin.Read(make([]byte, 1))
 }
 
-// TestTrackedPages: of the pages that are a process's own, those that it wrote
-// to since are told apart from those that it was given.
+// TestTrackedPages checks that the pages which a process wrote since a point in time are
+// distinguished from those it already had.
 func TestTrackedPages(t *testing.T) {
 	f, err := emptyMemory(writerBlocks * memory.BlockSize)
 	if err != nil {
@@ -117,16 +117,16 @@ func TestTrackedPages(t *testing.T) {
 		t.Skip("this kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)")
 	}
 	if got := blocks(); len(got) != 0 {
-		t.Errorf("written since nothing was written: %v", got)
+		t.Errorf("dirty pages without a write: %v", got)
 	}
 	if _, err := in.Write([]byte("\n")); err != nil {
 		t.Fatal(err)
 	}
 	wrote()
 	if got := blocks(); !slices.Equal(got, []uint64{2, 5}) {
-		t.Errorf("written since: %v", got)
+		t.Errorf("dirty pages: %v", got)
 	}
-	// Another agent that goes on sees the same, and all where it is not told.
+	// Another agent that takes over sees the same, or every page if it does not track.
 	for tracked, want := range map[bool][]uint64{true: {2, 5}, false: {1, 2, 5, 7, 8}} {
 		st.MemoryTracked = tracked
 		r.close()
@@ -139,7 +139,7 @@ func TestTrackedPages(t *testing.T) {
 	}
 }
 
-// TestEmptyMemory: nobody can write to what a guest's memory is mapped from.
+// TestEmptyMemory checks that nobody can write to the file that a guest's memory maps.
 func TestEmptyMemory(t *testing.T) {
 	ram, err := emptyMemory(1 << 20)
 	if err != nil {
@@ -147,7 +147,7 @@ func TestEmptyMemory(t *testing.T) {
 	}
 	defer ram.Close()
 	if _, err := ram.WriteAt([]byte("x"), 0); !errors.Is(err, unix.EPERM) {
-		t.Errorf("a sealed file was written to: %v", err)
+		t.Errorf("the file is writable: %v", err)
 	}
 }
 
@@ -155,7 +155,7 @@ func TestFindMapping(t *testing.T) {
 	st := vmm.State{MemoryDevice: unix.Mkdev(0, 1), MemoryInode: 42, MemoryBytes: 0x2000}
 	for name, test := range map[string]struct {
 		maps string
-		want int64 // 0: an error
+		want int64 // 0 means an error
 	}{
 		"right":      {"1000-2000 r--p 00000000 08:01 42 /lib\n7000-9000 rw-p 00000000 00:01 42 /memfd:ram (deleted)\n", 0x7000},
 		"none":       {"7000-9000 rw-p 00000000 00:01 43 /memfd:ram (deleted)\n", 0},

@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestForeignCalls: all calls of another architecture fail, such as those of 32-bit
-// programs, because their numbers mean other calls.
+// TestForeignCalls checks that every call of another architecture fails, such as those of
+// 32-bit programs, because its number means another call.
 func TestForeignCalls(t *testing.T) {
 	for _, accel := range []string{KVM, TCG} {
 		all, err := filters(accel)
@@ -27,7 +27,7 @@ func TestForeignCalls(t *testing.T) {
 	}
 }
 
-// action is what the kernel does for a call with no arguments.
+// action returns what the kernel does with a call without arguments.
 func action(t *testing.T, filter []unix.SockFilter, arch, call uint32) uint32 {
 	t.Helper()
 	raw := make([]bpf.RawInstruction, len(filter))
@@ -36,13 +36,13 @@ func action(t *testing.T, filter []unix.SockFilter, arch, call uint32) uint32 {
 	}
 	program, ok := bpf.Disassemble(raw)
 	if !ok {
-		t.Fatal("the filter has instructions that are none")
+		t.Fatal("the filter has invalid instructions")
 	}
 	vm, err := bpf.NewVM(program)
 	if err != nil {
 		t.Fatal(err)
 	}
-	// struct seccomp_data, in the order of bytes that the VM reads.
+	// struct seccomp_data, in the byte order that the VM reads.
 	data := binary.BigEndian.AppendUint32(nil, call)
 	data = binary.BigEndian.AppendUint32(data, arch)
 	data = append(data, make([]byte, 56)...)

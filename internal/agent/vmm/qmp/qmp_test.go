@@ -17,8 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// peer plays QEMU on the other end of a pipe: it answers every line by what
-// answer returns for it.
+// peer plays QEMU on the other end of a pipe: it sends the result of answer for every
+// line.
 func peer(t *testing.T, greeting string, answer func(line string) string) net.Conn {
 	t.Helper()
 	ours, theirs := net.Pipe()
@@ -76,7 +76,7 @@ func TestExecute(t *testing.T) {
 func TestHostilePeer(t *testing.T) {
 	for name, greeting := range map[string]string{"not JSON": "hello", "no greeting": `{"event": "X"}`, "huge": strings.Repeat("x", maxMessage+1)} {
 		if _, err := NewConn(t.Context(), peer(t, greeting, ok)); err == nil {
-			t.Errorf("%s: taken for QEMU", name)
+			t.Errorf("%s: accepted as QEMU", name)
 		}
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
@@ -86,7 +86,7 @@ func TestHostilePeer(t *testing.T) {
 	if _, err := NewConn(ctx, ours); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("a silent peer: %v", err)
 	}
-	// Answers twice, to nobody, and then garbage.
+	// It responds twice without a request, and then sends garbage.
 	c, err := NewConn(t.Context(), peer(t, `{"QMP": {}}`, func(line string) string {
 		if strings.Contains(line, "capabilities") {
 			return ok(line)
@@ -102,7 +102,8 @@ func TestHostilePeer(t *testing.T) {
 	}
 }
 
-// TestAnswerBeforeEnd: an answer counts although QEMU closes the connection right after it.
+// TestAnswerBeforeEnd checks that a response counts although QEMU closes the connection
+// right after it.
 func TestAnswerBeforeEnd(t *testing.T) {
 	for range 100 {
 		c, err := NewConn(t.Context(), peer(t, `{"QMP": {}}`, func(line string) string {
@@ -123,7 +124,7 @@ func TestAnswerBeforeEnd(t *testing.T) {
 	}
 }
 
-// A QEMU that does not read any more does not hold up the agent.
+// TestPeerThatDoesNotRead checks that a QEMU that stops reading does not block the agent.
 func TestPeerThatDoesNotRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ours, theirs := net.Pipe()
@@ -164,7 +165,7 @@ func TestPass(t *testing.T) {
 		defer c.Close()
 		ends[i] = c.(*net.UnixConn)
 	}
-	go func() { // plays QEMU: answers, and writes to the descriptors that it gets
+	go func() { // plays QEMU: responds, and writes to the descriptors that it gets
 		theirs := ends[1]
 		_, _ = io.WriteString(theirs, "{\"QMP\": {}}\n")
 		line, oob := make([]byte, 4096), make([]byte, 128)
@@ -204,7 +205,7 @@ func TestPass(t *testing.T) {
 			t.Errorf("the descriptor came with %s, %v", command, err)
 		}
 	}
-	// One more command, with none.
+	// One more command, without a descriptor.
 	if err := c.Execute(t.Context(), "query-status", nil, nil); err != nil {
 		t.Error(err)
 	}
