@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"time"
 
 	"connectrpc.com/connect"
 
@@ -128,7 +129,7 @@ func TestRebootOutlivesServer(t *testing.T) {
 // TestConditions checks that API and audit log show a sandbox's condition and its end.
 func TestConditions(t *testing.T) {
 	t.Parallel()
-	p := newPlane(t)
+	p := newPlaneBeating(t, 2*time.Second)
 	sandbox, other := p.create(map[string]any{}), p.create(map[string]any{})
 	p.agent.condition(sandbox, "no_answer")
 	p.compared(p.agent)
