@@ -14,8 +14,8 @@ import (
 	"github.com/wrenn-dev/wrenn/api"
 )
 
-// wire are the types that requests are written from and answers are read into, and their
-// schemas. A type that several answers are read into has the fields of all.
+// wire maps schemas to the types that requests are encoded from and responses are decoded
+// into. A type used for several responses has the fields of all.
 var wire = map[string]any{
 	"CreateSandbox": CreateOptions{}, "Sandbox": Sandbox{}, "SandboxMetrics": Metrics{}, "MetricsPoint": MetricsPoint{}, "FileInfo": FileInfo{},
 	"Template": Template{}, "TemplateLimits": TemplateLimits{}, "FailedImport": FailedImport{},
@@ -27,7 +27,7 @@ var wire = map[string]any{
 	"AuditRecord": AuditRecord{}, "Usage": Usage{}, "UsageDay": UsageDay{}, "UsageAmount": UsageAmount{},
 }
 
-// TestDocument: the client has the fields and the states that the API document has.
+// TestDocument checks that the client has the fields and the states of the API document.
 func TestDocument(t *testing.T) {
 	spec, err := openapi3.NewLoader().LoadFromData(api.OpenAPI)
 	if err != nil {
@@ -56,7 +56,7 @@ func TestDocument(t *testing.T) {
 	}
 }
 
-// differ returns in what a type differs from a schema.
+// differ returns the differences between a type and a schema.
 func differ(typ reflect.Type, schema *openapi3.Schema, at string) (faults []string) {
 	for typ.Kind() == reflect.Pointer || typ.Kind() == reflect.Slice && schema.Type.Is("array") {
 		if typ.Kind() == reflect.Slice {
@@ -95,7 +95,7 @@ func differ(typ reflect.Type, schema *openapi3.Schema, at string) (faults []stri
 	return faults
 }
 
-// collect adds a schema's properties, and those of the schemas that it is made of.
+// collect adds the properties of a schema and of the schemas that it refers to.
 func collect(schema *openapi3.Schema, properties openapi3.Schemas) {
 	maps.Copy(properties, schema.Properties)
 	for _, part := range slices.Concat(schema.AllOf, schema.AnyOf, schema.OneOf) {

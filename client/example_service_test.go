@@ -9,8 +9,7 @@ import (
 	"github.com/wrenn-dev/wrenn/client"
 )
 
-// testService makes a client of the examples talk to answers that are written here,
-// instead of a service.
+// testService gives the examples' clients canned responses instead of a service.
 var testService = client.WithHTTPClient(&http.Client{Transport: answers{
 	"POST /v1/sandboxes":           `{"id":"cl-1","state":"running"}`,
 	"POST /v1/sandboxes/cl-1/exec": `{"stdout":"42\n","exit_code":0}`,
@@ -19,8 +18,7 @@ var testService = client.WithHTTPClient(&http.Client{Transport: answers{
 	"POST /v1/sandboxes/cl-1/fork": `{"sandboxes":[{"id":"cl-3","forked_from":"cl-1"},{"id":"cl-4","forked_from":"cl-1"}]}`,
 }})
 
-// answers are bodies by method and path. Any other request is for something that does
-// not exist.
+// answers maps method and path to response bodies. Any other request gets 404.
 type answers map[string]string
 
 func (a answers) RoundTrip(r *http.Request) (*http.Response, error) {

@@ -9,11 +9,11 @@ import (
 	"testing"
 )
 
-// service answers every request with what comes next, and tells what came.
+// service sends its canned responses in order, and records the requests.
 type service struct {
-	answers []string // "503" fails
+	answers []string // "503" is an error
 	asked   []string
-	keys    []string // that calls were named by
+	keys    []string // the requests' idempotency keys
 }
 
 func (s *service) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -29,14 +29,14 @@ func (s *service) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	io.WriteString(w, answer)
 }
 
-// TestFreeze is what each call sends, and which are repeated when the service
-// could not do it.
+// TestFreeze checks what each call sends, and which calls the client retries when the
+// service is unavailable.
 func TestFreeze(t *testing.T) {
 	const box = `{"id":"cl-1","state":"paused","on_timeout":"pause","auto_resume":true,"paused_at":"2026-01-02T03:04:05Z","forked_from":"cl-0"}`
 	const snap = `{"id":"tpl-1","name":"a","vcpus":2,"memory_mib":256,"disk_mib":5120,"sandbox_id":"cl-1"}`
 	check := func(ok bool, err error) error {
 		if err == nil && !ok {
-			t.Error("the answer was misread")
+			t.Error("the response was misread")
 		}
 		return err
 	}
@@ -96,14 +96,14 @@ func TestFreeze(t *testing.T) {
 			err = c.call(client)
 			if !c.repeatable {
 				if err == nil {
-					t.Error("it was repeated")
+					t.Error("the client retried")
 				}
 				err = c.call(client)
 			}
 			if err != nil || !slices.Equal(s.asked, want) {
-				t.Errorf("asked %q, want %q: %v", s.asked, want, err)
+				t.Errorf("requests %q, want %q: %v", s.asked, want, err)
 			}
-			// What is repeated is the same call; made again it is another.
+			// A retry is the same request; a second call is a new one.
 			if makes := slices.Contains([]string{"fork", "snapshot", "create"}, name); makes {
 				s.answers = []string{c.answer}
 				if err := c.call(client); err != nil || len(s.keys) != 3 || s.keys[0] == "" || s.keys[1] != s.keys[0] || s.keys[2] == s.keys[0] {
@@ -114,7 +114,8 @@ func TestFreeze(t *testing.T) {
 	}
 }
 
-// TestCreateSaysNothingElse is that what is left open is the service's to say.
+// TestCreateSaysNothingElse checks that the client leaves out unset fields, so that the
+// service chooses the defaults.
 func TestCreateSaysNothingElse(t *testing.T) {
 	if b, err := json.Marshal(CreateOptions{}); err != nil || string(b) != "{}" {
 		t.Errorf("%s, %v", b, err)

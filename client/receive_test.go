@@ -14,14 +14,14 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/linear"
 )
 
-// archive returns a tar archive as a guest might send it. Each file's content is
-// its own name.
+// archive returns a tar archive as a guest might send it. Each file contains its own
+// name.
 func archive(t testing.TB, headers ...tar.Header) []byte {
 	t.Helper()
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	for _, h := range headers {
-		h.Mode |= 0o4722 // no special mode arrives, and others cannot write
+		h.Mode |= 0o4722 // the client must drop special bits and write access for others
 		if h.Typeflag == tar.TypeReg {
 			h.Size = int64(len(h.Name))
 		}
@@ -46,8 +46,7 @@ func symlink(name, to string) tar.Header {
 	return tar.Header{Name: name, Typeflag: tar.TypeSymlink, Linkname: to}
 }
 
-// tree lists what is below a folder: files with their text, links with their
-// targets.
+// tree lists a folder: files with their content, links with their targets.
 func tree(t testing.TB, dir string) string {
 	t.Helper()
 	var all []string
@@ -89,8 +88,8 @@ func TestReceive(t *testing.T) {
 		name    string
 		sent    []tar.Header
 		o       ReceiveOptions
-		want    string // below the folder, where "old" is a file and "there" a folder with a file
-		target  string // "new" unless given
+		want    string // the folder's content; before, "old" is a file and "there" a folder with a file
+		target  string // "new" by default
 		refused string
 		skipped string
 	}{
@@ -150,7 +149,7 @@ func TestReceive(t *testing.T) {
 					t.Errorf("the error is %v, want %q", err, c.refused)
 				}
 				if after := tree(t, dir); after != before {
-					t.Errorf("refused, but there is %s", after)
+					t.Errorf("it failed, but left %s", after)
 				}
 				return
 			}
@@ -166,16 +165,16 @@ func TestReceive(t *testing.T) {
 				got = strings.Replace(" "+got+" ", " "+part+" ", " ", 1)
 			}
 			if strings.TrimSpace(got) != "" {
-				t.Errorf("there is more than wanted, or other: %s", got)
+				t.Errorf("the folder has more than wanted, or something else: %s", got)
 			}
 			if n := len(strings.Fields(tree(t, dir))); n != len(strings.Fields(want))+len(strings.Fields(c.want)) {
-				t.Errorf("there is %s", tree(t, dir))
+				t.Errorf("the folder has %s", tree(t, dir))
 			}
 		})
 	}
 }
 
-// TestReceiveBreaksOff keeps what was there until the new file is whole.
+// TestReceiveBreaksOff checks that the old file stays until the new one is complete.
 func TestReceiveBreaksOff(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "old"), []byte("old"), 0o600); err != nil {
@@ -183,18 +182,18 @@ func TestReceiveBreaksOff(t *testing.T) {
 	}
 	whole := archive(t, tar.Header{Name: strings.Repeat("x", 90), Typeflag: tar.TypeReg})
 	if err := receiveArchive(bytes.NewReader(whole[:540]), filepath.Join(dir, "old"), ReceiveOptions{}); err == nil {
-		t.Error("half of an archive was taken for all of it")
+		t.Error("a truncated archive was accepted")
 	}
 	if got := tree(t, dir); got != "old=old" {
-		t.Errorf("there is %s", got)
+		t.Errorf("the folder has %s", got)
 	}
 }
 
-// TestReceiveCountsWithoutOverflow claims a file so long that its length and
-// the bytes before it make a negative number.
+// TestReceiveCountsWithoutOverflow has a file so long that the sum of its length and the
+// bytes before it overflows.
 func TestReceiveCountsWithoutOverflow(t *testing.T) {
 	whole := bytes.NewBuffer(archive(t, folder("d"), file("d/f")))
-	whole.Truncate(whole.Len() - 1024) // the end of the archive
+	whole.Truncate(whole.Len() - 1024) // without the archive's end
 	if err := tar.NewWriter(whole).WriteHeader(&tar.Header{Name: "d/g", Typeflag: tar.TypeReg, Size: math.MaxInt64}); err != nil {
 		t.Fatal(err)
 	}
@@ -204,8 +203,8 @@ func TestReceiveCountsWithoutOverflow(t *testing.T) {
 	}
 }
 
-// FuzzReceive gives it any archive: nothing but the target changes, and nothing
-// in it leads outside.
+// FuzzReceive accepts any archive: nothing but the target may change, and no link in it
+// may lead outside.
 func FuzzReceive(f *testing.F) {
 	f.Add(archive(f, folder("d"), symlink("d/l", ".."), file("d/l/x")))
 	f.Add(archive(f, folder("d"), symlink("d/l", "../../x"), file("d/l")))
@@ -237,7 +236,7 @@ func FuzzReceive(f *testing.F) {
 	})
 }
 
-// TestReceiveIsLinear: twice as many entries take twice as long.
+// TestReceiveIsLinear checks that twice as many entries take twice as long.
 func TestReceiveIsLinear(t *testing.T) {
 	linear.Check(t, "receive", 500, func(n int) {
 		sent := []tar.Header{folder("d")}

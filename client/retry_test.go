@@ -7,8 +7,9 @@ import (
 	"time"
 )
 
-// TestUnsent: a service that is not there yet is waited for, also with what may
-// be done once only. One that took the call and said nothing is not asked again.
+// TestUnsent checks that the client waits for a service that is not up yet, even with
+// calls that must not run twice. It does not retry a call that the service accepted
+// without responding.
 func TestUnsent(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -38,7 +39,7 @@ func TestUnsent(t *testing.T) {
 	<-done
 	defer server.Close()
 	if err != nil || len(s.asked) != 1 {
-		t.Errorf("asked %q: %v", s.asked, err)
+		t.Errorf("requests %q: %v", s.asked, err)
 	}
 
 	silent, err := net.Listen("tcp", "127.0.0.1:0")
@@ -67,6 +68,6 @@ func TestUnsent(t *testing.T) {
 	}
 	silent.Close()
 	if n := <-taken; n != 1 {
-		t.Errorf("asked %d times", n)
+		t.Errorf("%d requests", n)
 	}
 }

@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// TestTimes compares the time limits in the Caddyfile with those of the listener that
-// answers requests in place of Caddy.
+// TestTimes compares the Caddyfile's time limits with those of the listener that serves
+// requests instead of Caddy.
 func TestTimes(t *testing.T) {
 	source, err := os.ReadFile("caddy/ports.go")
 	if err != nil {

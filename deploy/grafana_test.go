@@ -10,7 +10,7 @@ import (
 )
 
 // documentedMetrics returns the labels of each metric in docs/metrics.md, which tests of
-// server and agent hold to what these register.
+// server and agent compare with the registered metrics.
 func documentedMetrics(t *testing.T) map[string][]string {
 	t.Helper()
 	page, err := os.ReadFile("../docs/metrics.md")
@@ -35,8 +35,8 @@ var (
 	shown      = regexp.MustCompile(`\{\{(\w+)\}\}`)
 )
 
-// wrong returns what is wrong with a query: a metric that does not exist, a label that
-// the metric does not have, or rate() of what is not a counter.
+// wrong returns the faults of a query: a metric that does not exist, a label that the
+// metric does not have, or rate() of something other than a counter.
 func wrong(metrics map[string][]string, expr, legend string) (problems []string) {
 	names := slices.Compact(metricName.FindAllString(expr, -1))
 	if len(names) != 1 {
@@ -77,7 +77,7 @@ func wrong(metrics map[string][]string, expr, legend string) (problems []string)
 	return problems
 }
 
-// The dashboard asks for metrics that exist, by labels that they have.
+// TestDashboard checks that the dashboard queries only existing metrics and labels.
 func TestDashboard(t *testing.T) {
 	metrics := documentedMetrics(t)
 	for expr, legend := range map[string]string{
@@ -115,7 +115,7 @@ func TestDashboard(t *testing.T) {
 		}
 		ids[p.ID] = true
 		if p.Type != "row" && len(p.Targets) == 0 {
-			t.Errorf("%s: asks for nothing", p.Title)
+			t.Errorf("%s: has no query", p.Title)
 		}
 		for _, q := range p.Targets {
 			for _, problem := range wrong(metrics, q.Expr, q.LegendFormat) {
@@ -135,6 +135,6 @@ func TestDashboard(t *testing.T) {
 		}
 	}
 	if len(asked) < 20 {
-		t.Errorf("the panels ask for %d metrics", len(asked))
+		t.Errorf("the panels query %d metrics", len(asked))
 	}
 }

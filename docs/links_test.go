@@ -14,7 +14,8 @@ var (
 	fenced  = regexp.MustCompile("(?ms)^```.*?^```$")
 )
 
-// TestLinks: every link of a page to another page, or to a part of one, leads somewhere.
+// TestLinks checks that every link between the pages leads to an existing page and
+// heading.
 func TestLinks(t *testing.T) {
 	var pages []string
 	for _, pattern := range []string{"*.md", "*/*.md", "../*.md", "../examples/*.md"} {
@@ -37,7 +38,7 @@ func TestLinks(t *testing.T) {
 				to = filepath.Join(filepath.Dir(page), target)
 			}
 			if _, err := os.Stat(to); err != nil {
-				t.Errorf("%s links to %s, which is not there", page, m[1])
+				t.Errorf("%s links to %s, which does not exist", page, m[1])
 				continue
 			}
 			if anchor != "" && !anchors(read(t, to))[anchor] {
@@ -59,7 +60,7 @@ func read(t *testing.T, page string) string {
 	return fenced.ReplaceAllString(string(b), "")
 }
 
-// anchors are the names of a page's headings, as GitHub makes them.
+// anchors returns the anchors of a page's headings, as GitHub generates them.
 func anchors(page string) map[string]bool {
 	all := make(map[string]bool)
 	for _, m := range heading.FindAllStringSubmatch(page, -1) {

@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-// TestPagesNameTests: every test that these pages name is in the tree.
+// TestPagesNameTests checks that every test that these pages name exists.
 func TestPagesNameTests(t *testing.T) {
 	missing := make(map[string]bool)
 	for _, file := range []string{"security.md", "changing.md"} {
@@ -42,11 +42,11 @@ func TestPagesNameTests(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name := range missing {
-		t.Errorf("the page names a test that is not there: %s", name)
+		t.Errorf("the page names a test that does not exist: %s", name)
 	}
 }
 
-// TestChangingNamesFiles: every file and folder that changing.md names is in the tree.
+// TestChangingNamesFiles checks that every file and folder that changing.md names exists.
 func TestChangingNamesFiles(t *testing.T) {
 	page, err := os.ReadFile("changing.md")
 	if err != nil {

@@ -10,7 +10,7 @@ import (
 	"github.com/wrenn-dev/wrenn/templates"
 )
 
-// TestRecipes parses what is shipped, and looks for what it copies.
+// TestRecipes parses the shipped recipes and checks that the files that they copy exist.
 func TestRecipes(t *testing.T) {
 	for _, name := range templates.Names() {
 		folder, err := templates.Folder(name)

@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// TestLinks: every guest keeps envd in its memory, so it links nothing that only a
-// host's programs need.
+// TestLinks checks that envd links nothing that only a host's programs need, because
+// every guest keeps envd in memory.
 func TestLinks(t *testing.T) {
 	out, err := exec.CommandContext(t.Context(), "go", "list", "-deps", ".").Output()
 	if err != nil {

@@ -21,7 +21,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
-// The program as guests have it: static, small, and gone without a trace.
+// TestProgram checks the program as it is in guests: static, small, and leaving nothing
+// behind.
 func TestProgram(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: makes cgroups")
@@ -90,7 +91,7 @@ func TestProgram(t *testing.T) {
 		_, _ = out.Write(s.Msg().GetEvent().GetData().GetStdout())
 	}
 	if out.String() != "0\n0022\n0\n1\n2\n3\n" {
-		t.Errorf("a process finds %q", &out)
+		t.Errorf("a process sees %q", &out)
 	}
 	req, _ := http.NewRequestWithContext(ctx, "GET", base+"/metrics", nil)
 	req.Header.Set(envd.TokenHeader, "token")
@@ -103,15 +104,15 @@ func TestProgram(t *testing.T) {
 		t.Errorf("/metrics: %s", body)
 	}
 
-	// Users' processes end with it, wherever they went.
+	// Users' processes end with it, even those that left their group.
 	start("setsid sleep 300 & exec sleep 300")
 	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
 	if err := await.Recv(t, "the end of the program", exited); err != nil {
-		t.Errorf("the program ends with %v", err)
+		t.Errorf("the program ended with %v", err)
 	}
 	if _, err := os.Stat(group); group != "" && err == nil {
-		t.Error("its cgroup is left")
+		t.Error("its cgroup still exists")
 	}
 }

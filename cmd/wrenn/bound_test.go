@@ -18,13 +18,13 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/bounded"
 )
 
-// TestServerReachesAgent: a server may have more connections to an agent, of
-// which sandboxes' WebSockets are a part, than strangers to a server.
+// TestServerReachesAgent checks that a server may have more connections to an agent,
+// including sandboxes' WebSockets, than strangers may have to a server.
 func TestServerReachesAgent(t *testing.T) {
 	if os.Getuid() != 0 {
-		t.Skip("needs root, for a network namespace of its own")
+		t.Skip("needs root, for its own network namespace")
 	}
-	runtime.LockOSThread() // for good: the thread ends with the test
+	runtime.LockOSThread() // never unlocked, so the thread ends with the test
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 		t.Fatal(err)
 	}
@@ -37,7 +37,7 @@ func TestServerReachesAgent(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	address := netip.MustParseAddr("192.0.2.1") // not a loopback address, which nothing bounds
+	address := netip.MustParseAddr("192.0.2.1") // not a loopback address, because those have no limit
 	if err := netlink.AddrAdd(lo, &netlink.Addr{IPNet: &net.IPNet{IP: address.AsSlice(), Mask: net.CIDRMask(32, 32)}}); err != nil {
 		t.Fatal(err)
 	}
@@ -53,7 +53,7 @@ func TestServerReachesAgent(t *testing.T) {
 			return
 		}
 		served <- serve(ctx, "192.0.2.1:7000", nil, nil, http.NotFoundHandler(), nil, func(ctx context.Context) error {
-			close(begun) // it listens
+			close(begun) // the agent listens
 			<-ctx.Done()
 			return nil
 		})

@@ -15,8 +15,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
-// TestFarewell stops a server while clients keep connections: what they send next
-// is answered, and tells them that the connection ends.
+// TestFarewell stops a server while clients keep connections open: it responds to their
+// next request, and announces that the connection ends.
 func TestFarewell(t *testing.T) {
 	asked, ask := context.WithCancel(t.Context())
 	defer ask()

@@ -20,8 +20,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/settings/all"
 )
 
-// TestNewerDataStopsOnce: systemd does not start an agent or a server again
-// that stopped because a later release wrote its data.
+// TestNewerDataStopsOnce checks that systemd does not restart an agent or a server that
+// stopped because a later release wrote its data.
 func TestNewerDataStopsOnce(t *testing.T) {
 	for _, err := range []error{&format.NewerError{}, &store.NewerError{}} {
 		if got := exitCode(fmt.Errorf("start: %w", errors.Join(err, errors.New("more")))); got != exitNewer {
@@ -39,7 +39,8 @@ func TestNewerDataStopsOnce(t *testing.T) {
 	}
 }
 
-// TestAgentOnNewerData: it says so before it calls the control plane.
+// TestAgentOnNewerData checks that the agent reports newer data before it calls the
+// control plane.
 func TestAgentOnNewerData(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	if err := os.WriteFile(dir.Events(), []byte("wrnjrnl2"), 0o600); err != nil {
@@ -53,7 +54,8 @@ func TestAgentOnNewerData(t *testing.T) {
 	}
 }
 
-// The unit of the server lets it have twice the memory that it keeps to by itself.
+// TestUnitAllowsForTheMemory checks that the server's unit allows twice the memory that
+// the server limits itself to.
 func TestUnitAllowsForTheMemory(t *testing.T) {
 	c, err := env.ParseAsWithOptions[server.Config](env.Options{Environment: map[string]string{"DATABASE_URL": "x", "REDIS_URL": "x", "WRENN_SECRET_KEY": "x"}})
 	if err != nil {

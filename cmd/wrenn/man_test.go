@@ -12,10 +12,10 @@ import (
 	"github.com/spf13/cobra/doc"
 )
 
-// The generator of the pages is here and not in wrenn, which needs no more than help.
+// The generator of the manual pages is here because wrenn itself only needs help texts.
 var manDir = flag.String("man", "", "write the manual pages to this directory")
 
-// TestManPages makes a manual page of each command, for the Debian package.
+// TestManPages writes a manual page for each command, for the Debian package.
 func TestManPages(t *testing.T) {
 	dir := *manDir
 	if dir == "" {
@@ -23,7 +23,7 @@ func TestManPages(t *testing.T) {
 	}
 	root := rootCommand()
 	root.InitDefaultCompletionCmd()
-	root.DisableAutoGenTag = true // its date would differ from build to build
+	root.DisableAutoGenTag = true // its date would make builds differ
 	if err := doc.GenManTree(root, &doc.GenManHeader{Section: "1", Source: "Wrenn", Manual: "Wrenn"}, dir); err != nil {
 		t.Fatal(err)
 	}

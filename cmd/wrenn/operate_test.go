@@ -18,7 +18,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/settings/all"
 )
 
-// A SIGHUP makes the log follow the settings file, but never a file with an error.
+// TestHangupReloadsTheLog checks that on SIGHUP the log follows the settings file, but
+// not one with an error.
 func TestHangupReloadsTheLog(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "wrenn.yaml")
 	write := func(text string) {
@@ -33,7 +34,7 @@ func TestHangupReloadsTheLog(t *testing.T) {
 	defer stop()
 	enabled := func(level slog.Level) bool { return log.Enabled(context.Background(), level) }
 	if enabled(slog.LevelInfo) {
-		t.Error("it logs more than it was told to")
+		t.Error("it logs more than the level allows")
 	}
 	if err := syscall.Kill(os.Getpid(), syscall.SIGHUP); err != nil {
 		t.Fatal(err)
@@ -47,7 +48,7 @@ func TestHangupReloadsTheLog(t *testing.T) {
 	}
 }
 
-// Profiles are on a Unix socket of the program's user, and nowhere else.
+// TestProfiles checks that only a Unix socket of the program's user serves profiles.
 func TestProfiles(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "debug.sock")
 	ran := false

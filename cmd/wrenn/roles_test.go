@@ -20,7 +20,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/settings/all"
 )
 
-// TestCAInit makes an authority that a server takes, and never another over it.
+// TestCAInit creates an authority that a server accepts, and never overwrites one.
 func TestCAInit(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "etc")
 	run := func() (string, error) {
@@ -37,7 +37,7 @@ func TestCAInit(t *testing.T) {
 	}
 	cert, key := filepath.Join(dir, "ca.crt"), filepath.Join(dir, "ca.key")
 	if said != "WRENN_CA_CERT="+cert+"\nWRENN_CA_KEY="+key+"\n" {
-		t.Errorf("it said %q", said)
+		t.Errorf("it printed %q", said)
 	}
 	if _, err := pki.LoadAuthority(cert, key); err != nil {
 		t.Error(err)
@@ -52,15 +52,15 @@ func TestCAInit(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := run(); err == nil {
-		t.Error("made another over it")
+		t.Error("it overwrote the authority")
 	}
 	if after, err := os.ReadFile(key); err != nil || string(after) != string(before) {
-		t.Errorf("the key is another: %v", err)
+		t.Errorf("the key has changed: %v", err)
 	}
 }
 
-// TestAgentListensAtHome: without certificates an agent listens on its own
-// machine alone, and says so before it registers or touches anything.
+// TestAgentListensAtHome checks that without certificates an agent listens on loopback
+// only, and refuses anything else before it registers or writes anything.
 func TestAgentListensAtHome(t *testing.T) {
 	asked := 0
 	control := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked++ }))
@@ -82,11 +82,12 @@ func TestAgentListensAtHome(t *testing.T) {
 		}
 	}
 	if asked != 0 {
-		t.Errorf("the control plane was asked %d times", asked)
+		t.Errorf("the control plane got %d requests", asked)
 	}
 }
 
-// TestUnitWaits: systemd lets the server take as long to stop as it may.
+// TestUnitWaits checks that systemd waits as long for a stopping server as its stop may
+// take.
 func TestUnitWaits(t *testing.T) {
 	unit, err := os.ReadFile("../../deploy/systemd/wrenn-server.service")
 	if err != nil {
@@ -100,7 +101,7 @@ func TestUnitWaits(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const rest = 6 * time.Second // the last words to Redis and PostgreSQL, and the last traces
+	const rest = 6 * time.Second // the last writes to Redis and PostgreSQL, and the last traces
 	if allowed, takes := string(found[1])+"s", shutdownTimeout+c.StopTimeout+rest; takes > duration(t, allowed) {
 		t.Errorf("systemd kills the server after %s, and it may take %v", allowed, takes)
 	}

@@ -13,7 +13,8 @@ import (
 	"github.com/wrenn-dev/wrenn/client"
 )
 
-// TestExceptionsAreText: an exception of a guest's code does nothing to the terminal.
+// TestExceptionsAreText checks that an exception of a guest's code cannot control the
+// terminal.
 func TestExceptionsAreText(t *testing.T) {
 	service := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprintln(w, `{"type":"error","name":"E","value":"v","traceback":"one\n\u001b]0;title\u0007two"}`)
@@ -23,19 +24,19 @@ func TestExceptionsAreText(t *testing.T) {
 	var said bytes.Buffer
 	wrenn := command(&said, &said, "code", "--url", service.URL, "--api-key", "key", "sandbox", "raise E")
 	if err := wrenn.ExecuteContext(t.Context()); ExitCode(err) != 1 || said.String() != "one\n?]0;title?two\n" {
-		t.Errorf("exit code %d, it says %q", ExitCode(err), said.String())
+		t.Errorf("exit code %d, output %q", ExitCode(err), said.String())
 	}
 }
 
-// TestPictures saves what a hostile guest shows: nothing that is there is replaced, no
-// link is followed, and there is an end.
+// TestPictures saves a hostile guest's pictures: it replaces no file, follows no link,
+// and bounds their number and size.
 func TestPictures(t *testing.T) {
 	outer := t.TempDir()
 	dir := filepath.Join(outer, "charts")
 	bashrc := filepath.Join(outer, ".bashrc")
 	for _, err := range []error{
 		os.Mkdir(dir, 0o700), os.WriteFile(filepath.Join(dir, "chart-1.png"), []byte("mine"), 0o600),
-		os.Symlink(bashrc, filepath.Join(dir, "chart-2.png")), // It leads to nothing yet.
+		os.Symlink(bashrc, filepath.Join(dir, "chart-2.png")), // Its target does not exist.
 	} {
 		if err != nil {
 			t.Fatal(err)
@@ -50,7 +51,7 @@ func TestPictures(t *testing.T) {
 	}
 	for name, want := range map[string]string{"chart-1.png": "mine", "chart-3.png": "guest's", "chart-4.png": "guest's"} {
 		if b, err := os.ReadFile(filepath.Join(dir, name)); err != nil || string(b) != want || !strings.Contains(said.String(), "chart-4.png") {
-			t.Errorf("%s: %q, %v; it said %q", name, b, err, said.String())
+			t.Errorf("%s: %q, %v; it printed %q", name, b, err, said.String())
 		}
 	}
 	if _, err := os.Lstat(bashrc); err == nil {
@@ -63,6 +64,6 @@ func TestPictures(t *testing.T) {
 	}
 	saved = &pictures{dir: dir, bytes: maxPictureBytes - 1}
 	if err := a.result(&client.CodeOutput{PNG: []byte("xx")}, saved); err == nil {
-		t.Error("there is no bound in bytes")
+		t.Error("the pictures' size is not bounded")
 	}
 }

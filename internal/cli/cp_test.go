@@ -38,7 +38,7 @@ func TestParsePlace(t *testing.T) {
 	}
 }
 
-// serveArchive is a service whose guest sends b, whatever it is asked for.
+// serveArchive starts a service whose guest sends b for every request.
 func serveArchive(t *testing.T, b []byte) {
 	t.Helper()
 	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(b) }))
@@ -47,7 +47,7 @@ func serveArchive(t *testing.T, b []byte) {
 	t.Setenv("WRENN_API_KEY", "wrn_x")
 }
 
-// run runs one of the client's commands and returns what it said.
+// run runs a client command and returns its standard error.
 func run(t *testing.T, args ...string) (stderr string, err error) {
 	t.Helper()
 	var out, said bytes.Buffer
@@ -107,8 +107,8 @@ func TestPackAndCopyBack(t *testing.T) {
 	}
 }
 
-// TestCopyFromAHostileGuest is `wrenn cp SANDBOX:f .` in a home directory, of a
-// guest that sends what nobody asked for.
+// TestCopyFromAHostileGuest runs `wrenn cp SANDBOX:f .` in a home directory, against a
+// guest that sends other files than requested.
 func TestCopyFromAHostileGuest(t *testing.T) {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
@@ -142,8 +142,8 @@ func TestCopyFromAHostileGuest(t *testing.T) {
 	}
 }
 
-// TestKeysStayWithTheirService asks for another service than the one that this
-// machine has a key for.
+// TestKeysStayWithTheirService calls another service than the one that this machine has a
+// key for.
 func TestKeysStayWithTheirService(t *testing.T) {
 	asked := false
 	web := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked = true }))
@@ -160,12 +160,12 @@ func TestKeysStayWithTheirService(t *testing.T) {
 		}
 	}
 	if asked {
-		t.Error("another service was asked")
+		t.Error("another service got a request")
 	}
 }
 
-// TestClean keeps text from elsewhere from acting on the terminal, and from
-// looking like other text.
+// TestClean checks that foreign text can neither control the terminal nor pass for other
+// text.
 func TestClean(t *testing.T) {
 	for _, r := range "\x00\x1b\r\n\x7f\u0080\u009b\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069" {
 		if got := clean("a" + string(r) + "b"); got != "a?b" {

@@ -9,8 +9,8 @@ import (
 	"testing"
 )
 
-// TestExecRefused checks that a command that cannot run has the exit code that
-// shells give, and that its reason is not taken for the command's own output.
+// TestExecRefused checks that a command that cannot run yields the exit code that shells
+// give, and that its reason is not mixed with the command's own output.
 func TestExecRefused(t *testing.T) {
 	service := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		code := strings.Split(r.URL.Path, "/")[3]

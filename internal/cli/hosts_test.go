@@ -13,7 +13,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// TestHosts is what the commands ask a service for, and what they print.
+// TestHosts checks the requests and the output of the host commands.
 func TestHosts(t *testing.T) {
 	const registration = `{"host":{"id":"hst-1","name":"rack"},"token":"wrnh_secret","expires_at":"2030-01-01T00:00:00Z"}`
 	var asked []string
@@ -81,10 +81,10 @@ func TestHosts(t *testing.T) {
 				t.Errorf("printed %q, want %q in it", out.String(), want.out)
 			}
 			if !slices.Equal(asked, want.asked) {
-				t.Errorf("asked %q, want %q", asked, want.asked)
+				t.Errorf("requests %q, want %q", asked, want.asked)
 			}
 			if line == "host ls" && (!strings.Contains(said.String(), "rack: fi?re (since ") || strings.Count(said.String(), "\n") != 3) {
-				t.Errorf("said of problems: %q", said.String())
+				t.Errorf("the problems' output: %q", said.String())
 			}
 			if line == "host rm hst-1" && !strings.Contains(err.Error(), "2 paused sandboxes, 1 running sandbox, 1 template that") {
 				t.Errorf("preview: %v", err)

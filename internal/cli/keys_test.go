@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// TestKeyCurrent: the key is the one that the other commands show.
+// TestKeyCurrent checks that `key current` prints the key that the other commands use.
 func TestKeyCurrent(t *testing.T) {
 	t.Setenv("XDG_CONFIG_HOME", t.TempDir())
 	t.Setenv("WRENN_URL", "")
@@ -46,7 +46,7 @@ func TestKeyCurrent(t *testing.T) {
 			t.Errorf("%q with WRENN_API_KEY=%s: %q, %v", c.args, c.env, got, err)
 		}
 	}
-	// Without credentials on this machine, a file is enough.
+	// Without credentials on this machine, the server's file is enough.
 	if got, err := current("--dir", t.TempDir(), "--file", server); got != "wrn_admin\n" || err != nil {
 		t.Errorf("without credentials: %q, %v", got, err)
 	}

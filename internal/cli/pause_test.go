@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-// TestFreeze is what the commands ask a service for, and what they print.
+// TestFreeze checks the requests and the output of pause, resume, fork and snapshot.
 func TestFreeze(t *testing.T) {
 	var asked []string
 	service := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -81,7 +81,7 @@ func TestFreeze(t *testing.T) {
 		words := strings.Fields(line)
 		err := command(&out, io.Discard, slices.Concat(words[:1], []string{"--url", service.URL, "--api-key", "key"}, words[1:])...).ExecuteContext(context.Background())
 		if ExitCode(err) != want.code || out.String() != want.out || !slices.Equal(asked, want.asked) {
-			t.Errorf("%s: %q, exit code %d (%v), asked %q", line, out.String(), ExitCode(err), err, asked)
+			t.Errorf("%s: %q, exit code %d (%v), requests %q", line, out.String(), ExitCode(err), err, asked)
 		}
 	}
 }

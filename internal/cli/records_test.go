@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// TestRecords runs the commands against a service that answers as the document
-// says, and looks at what they ask and print.
+// TestRecords checks the requests and the output of the commands for usage, audit log and
+// channels, against a service with documented responses.
 func TestRecords(t *testing.T) {
 	var asked []string
 	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -51,7 +51,7 @@ func TestRecords(t *testing.T) {
 		t.Errorf("channel add: %q, %q, %v", out, errw, err)
 	}
 	if _, _, err := run("channel", "test", "chn-1"); err == nil {
-		t.Error("a test that fails succeeds")
+		t.Error("a failed channel test has exit code 0")
 	}
 	for _, bad := range [][]string{{"usage", "--from", "x"}, {"channel", "add", "n", "webhook", "u"}, {"channel", "add", "--event", "e", "n", "pigeon", "u"}} {
 		if _, _, err := run(bad...); ExitCode(err) != ExitUsage {
@@ -60,6 +60,6 @@ func TestRecords(t *testing.T) {
 	}
 	want := []string{"GET /v1/usage?from=2026-01-01", "GET /v1/audit?result=ok", "POST /v1/channels", "POST /v1/channels/chn-1/test"}
 	if strings.Join(asked, "\n") != strings.Join(want, "\n") {
-		t.Errorf("asked %q", asked)
+		t.Errorf("requests %q", asked)
 	}
 }

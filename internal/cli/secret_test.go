@@ -20,7 +20,7 @@ func TestRotateSecret(t *testing.T) {
 			t.Fatal(err)
 		}
 		if _, err := rotateSecret(file, true); err == nil {
-			t.Errorf("%s: nothing was begun, and finished", name)
+			t.Errorf("%s: it finished a rotation that nobody had started", name)
 		}
 		begun, err := rotateSecret(file, false)
 		if err != nil {
@@ -32,7 +32,7 @@ func TestRotateSecret(t *testing.T) {
 			t.Fatalf("%s became %q", name, b)
 		}
 		if _, err := rotateSecret(file, false); err == nil {
-			t.Errorf("%s: a second rotation began before the first was finished", name)
+			t.Errorf("%s: a second rotation started before the first was finished", name)
 		}
 		if _, err := rotateSecret(file, true); err != nil {
 			t.Fatal(err)

@@ -15,7 +15,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/requestid"
 )
 
-// A failed call is in the log, with the id of the client's request.
+// TestFailedCallsAreLogged checks that the log has each failed call, with the id of the
+// client's request.
 func TestFailedCallsAreLogged(t *testing.T) {
 	var log bytes.Buffer
 	s, err := New(Config{DefaultUser: "root", Log: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))})

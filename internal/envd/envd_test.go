@@ -38,7 +38,7 @@ import (
 
 const testToken = "0123456789abcdef"
 
-// guest is a daemon that serves on loopback, and a client's view of it.
+// guest is a daemon on loopback, with its clients.
 type guest struct {
 	t          *testing.T
 	server     *Server
@@ -51,21 +51,22 @@ type guest struct {
 	cgroup     string
 	nobody     *account.Account
 	flying     flights
-	dir        string // nobody's, and nobody can reach it
+	dir        string // owned by nobody, who can reach it
 }
 
 func TestMain(m *testing.M) {
-	// As the program does: what the test's own starter left open is no user's.
+	// Like the program: users' processes must not inherit descriptors that the test's
+	// parent left open.
 	_ = unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC)
-	// What the starter ignores (nohup does), processes would ignore too; what
-	// this one handles they begin with as usual.
+	// Signals that the test's parent ignores (nohup does) would stay ignored in
+	// processes; signals with a handler here have their default action there.
 	signal.Notify(make(chan os.Signal, 1), unix.SIGHUP, unix.SIGINT)
 	os.Exit(m.Run())
 }
 
 var groups atomic.Int32
 
-// testCgroup is a cgroup of the test's own; empty where there is no cgroup2.
+// testCgroup returns the test's own cgroup, or "" without cgroup2.
 func testCgroup() string {
 	for _, root := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
 		if _, err := os.Stat(filepath.Join(root, "cgroup.procs")); err == nil {
@@ -98,7 +99,7 @@ func (f *flights) count(next http.Handler) http.Handler {
 	})
 }
 
-// handles waits until exactly n requests for a path are under way in the daemon.
+// handles waits until the daemon handles exactly n requests for a path.
 func (g *guest) handles(n int, path string) {
 	g.t.Helper()
 	await.Until(g.t, fmt.Sprintf("the daemon handles %d requests of %s", n, path), func() bool {
@@ -141,15 +142,15 @@ func raw(t *testing.T) *guest {
 		defer cancel()
 		g.server.Close(ctx)
 		if ctx.Err() != nil {
-			t.Error("the daemon does not close")
+			t.Error("the daemon was not closed")
 		}
 		srv.CloseClientConnections()
 		srv.Close()
 		if _, err := os.Stat(g.cgroup); g.cgroup != "" && err == nil {
-			t.Error("the daemon leaves its cgroup behind")
+			t.Error("the daemon left its cgroup")
 		}
 		if g.server.clock != nil {
-			if err := g.server.clock.Close(ctx); err != nil { // It is the machine's.
+			if err := g.server.clock.Close(ctx); err != nil { // The clock's group belongs to the machine.
 				t.Error(err)
 			}
 		}
@@ -223,7 +224,7 @@ func (g *guest) do(method, path, token string, body io.Reader, header map[string
 	return answer{res.StatusCode, string(b), res.Header}
 }
 
-// as makes a Connect request with the token, for a user ("": the default).
+// as returns a Connect request with the token, for a user ("" means the default).
 func as[T any](user string, msg *T) *connect.Request[T] {
 	req := connect.NewRequest(msg)
 	req.Header().Set(TokenHeader, testToken)
@@ -247,7 +248,7 @@ func TestInit(t *testing.T) {
 	if a := g.do("GET", "/health", "", nil, nil); a.code != 204 {
 		t.Errorf("/health answers %d", a.code)
 	}
-	// Nothing else is served before the sandbox has its token.
+	// Before the sandbox has its token, nothing else is served.
 	for _, p := range []string{"/metrics", "/envs", "/files?path=/etc/passwd", "/archive?path=/etc", "/nothing"} {
 		if a := g.do("GET", p, testToken, nil, nil); a.code != 503 {
 			t.Errorf("%s answers %d: %s", p, a.code, a.body)
@@ -261,7 +262,7 @@ func TestInit(t *testing.T) {
 	g.init(map[string]any{"accessToken": "t", "envVars": map[string]string{"A=B": ""}}, "", 400)
 	g.init(map[string]any{"accessToken": "t", "defaultUser": "nosuchuser"}, "", 400)
 	g.init(map[string]any{"accessToken": testToken, "envVars": map[string]string{"A": "1"}, "timestamp": "2030-01-01T00:00:00Z", "more": 1}, "", 204)
-	// From now on only with the token.
+	// From now on the token is required.
 	g.init(map[string]any{"accessToken": "mine"}, "", 401)
 	g.init(map[string]any{"accessToken": "mine"}, "mine", 401)
 	if a := g.do("GET", "/envs", testToken, nil, nil); a.code != 200 || strings.TrimSpace(a.body) != `{"A":"1"}` {
@@ -337,7 +338,7 @@ func TestSignature(t *testing.T) {
 		}
 		return q
 	}
-	// The one known by the protocol, not by this program.
+	// The protocol's own example, not computed by this program.
 	if got := filesign.Of("/a", "read", "user", "tok", ""); got != "v1_5/qV17q4iOP0/yqALMZMgfTwEO48DLxgPQc2c1vTYWE" {
 		t.Logf("signature of the example is %s", got)
 	}
@@ -364,14 +365,14 @@ func TestSignature(t *testing.T) {
 			t.Errorf("%s: %d, not %d", c.what, got, c.want)
 		}
 	}
-	// A basic authentication header is not signed, so it says nothing.
+	// The signature does not cover basic authentication, so the header has no effect.
 	q := query(filesign.Of(file, "read", "", testToken, ""), "", "")
 	q.Set("path", "/etc/shadow")
 	q.Set("signature", filesign.Of("/etc/shadow", "read", "", testToken, ""))
 	if a := g.do("GET", "/files?"+q.Encode(), "", nil, map[string]string{"Authorization": "Basic cm9vdDo="}); a.code != 403 {
 		t.Errorf("a signature for the default user serves root: %d", a.code)
 	}
-	// Nor does a wrong token become right by a signature.
+	// A signature does not make a wrong token valid.
 	q = query(filesign.Of(file, "read", "", testToken, ""), "", "")
 	if a := g.do("GET", "/files?"+q.Encode(), "wrong", nil, nil); a.code != 401 {
 		t.Errorf("a wrong token with a signature answers %d", a.code)
@@ -391,7 +392,7 @@ func TestFreeze(t *testing.T) {
 	users0, clock0 := users(), clock()
 	time.Sleep(200 * time.Millisecond)
 	if users() != users0 || clock() != clock0 {
-		t.Error("a frozen process goes on")
+		t.Error("a frozen process runs")
 	}
 	if a := g.do("POST", "/thaw", testToken, nil, nil); a.code != 204 {
 		t.Fatalf("/thaw answers %d %s", a.code, a.body)
@@ -402,7 +403,7 @@ func TestFreeze(t *testing.T) {
 const writeAlways = "while :; do echo x; sleep 0.02; done >> "
 
 // writes starts a user's process that writes all the time, and returns a function that
-// returns how much it has written.
+// returns the number of bytes written so far.
 func (g *guest) writes() func() int64 {
 	g.t.Helper()
 	file := filepath.Join(g.dir, "written")
@@ -411,7 +412,7 @@ func (g *guest) writes() func() int64 {
 	return func() int64 { return sizeOf(file) }
 }
 
-// clockWrites is [guest.writes] for a process in the place of the one that keeps the clock.
+// clockWrites is like [guest.writes], for a process in the group of the clock daemon.
 func (g *guest) clockWrites() func() int64 {
 	g.t.Helper()
 	group, err := g.server.clock.New()
@@ -432,7 +433,7 @@ func (g *guest) clockWrites() func() int64 {
 	return func() int64 { return sizeOf(file) }
 }
 
-// sizeOf returns the size of a file, 0 if there is none.
+// sizeOf returns the size of a file, or 0 if it does not exist.
 func sizeOf(file string) int64 {
 	info, err := os.Stat(file)
 	if err != nil {
@@ -475,6 +476,6 @@ func TestRun(t *testing.T) {
 		end = stream.Msg().GetEvent().GetEnd()
 	}
 	if end == nil || end.GetExited() {
-		t.Errorf("the end of a process ended with the daemon is %v, %v", end, stream.Err())
+		t.Errorf("a process that ended with the daemon has the end event %v, %v", end, stream.Err())
 	}
 }

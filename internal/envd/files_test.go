@@ -166,7 +166,7 @@ func TestDownload(t *testing.T) {
 	if a := g.do("GET", "/files"+at(g.dir+"/empty"), testToken, nil, nil); a.code != 200 || a.body != "" {
 		t.Errorf("an empty file is %d %q", a.code, a.body)
 	}
-	// The kernel gives its own files the size 0, or that of a page.
+	// For its own files, the kernel reports a size of 0 or of a page.
 	for path, want := range map[string]string{"/sys/class/net/lo/address": "00:00:00:00:00:00\n", "/proc/sys/kernel/ostype": "Linux\n"} {
 		length := strconv.Itoa(len(want))
 		for _, method := range []string{"GET", "HEAD"} {
@@ -232,7 +232,7 @@ func TestUpload(t *testing.T) {
 		t.Errorf("read back %q", a.body)
 	}
 
-	// Over a file: its mode stays, and its owner, whoever writes.
+	// Overwriting a file keeps its mode and its owner, whoever writes.
 	path := g.file("mine", "old and longer", 0o750)
 	_ = os.Chown(path, int(g.nobody.UID), int(g.nobody.GID))
 	put(path, "new", 200)
@@ -243,7 +243,7 @@ func TestUpload(t *testing.T) {
 	if uid, _, mode := owner(t, path); uid != g.nobody.UID || mode != 0o750 {
 		t.Errorf("after root: %d %v", uid, mode)
 	}
-	shared := g.file("shared", "old and longer", 0o666) // root's, and everybody's to write
+	shared := g.file("shared", "old and longer", 0o666) // owned by root, writable for everybody
 	put(shared, "new", 200)
 	if uid, _, mode := owner(t, shared); uid != 0 || mode != 0o666 {
 		t.Errorf("shared: %d %v", uid, mode)
@@ -251,7 +251,7 @@ func TestUpload(t *testing.T) {
 	if b, _ := os.ReadFile(shared); string(b) != "new" {
 		t.Errorf("shared has %q", b)
 	}
-	// In a folder that cannot be written, the file itself can be.
+	// A file in a read-only folder can still be overwritten.
 	if err := os.Mkdir(g.dir+"/fixed", 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -271,7 +271,7 @@ func TestUpload(t *testing.T) {
 	put("/dev/null", "x", 400)
 	put(g.dir+"/empty", "", 200)
 
-	// Through symbolic links, to what is there and to what is not.
+	// Uploads follow symbolic links, to existing and to new files.
 	for link, to := range map[string]string{"l1": "mine", "l2": g.dir + "/fresh", "l3": "l2", "loop": "loop"} {
 		if err := os.Symlink(to, g.dir+"/"+link); err != nil {
 			t.Fatal(err)
@@ -292,7 +292,7 @@ func TestUpload(t *testing.T) {
 	g.noTemps()
 }
 
-// noTemps checks that no upload left its temporary file.
+// noTemps checks that uploads left no temporary files.
 func (g *guest) noTemps() {
 	g.t.Helper()
 	left := func() (l []string) {
@@ -304,7 +304,7 @@ func (g *guest) noTemps() {
 		})
 		return l
 	}
-	await.Until(g.t, "temporary files to go", func() bool { return len(left()) == 0 })
+	await.Until(g.t, "the temporary files disappear", func() bool { return len(left()) == 0 })
 }
 
 func TestUploadMultipart(t *testing.T) {
@@ -381,7 +381,7 @@ func TestUploadGzip(t *testing.T) {
 	g.noTemps()
 }
 
-// An upload that breaks off leaves what was there before.
+// TestUploadBroken checks that an upload that breaks off leaves the old file.
 func TestUploadBroken(t *testing.T) {
 	g := boot(t)
 	path := g.file("f", "old", 0o666)
@@ -403,7 +403,7 @@ func TestUploadBroken(t *testing.T) {
 		t.Errorf("the file has %q", b)
 	}
 	if _, err := os.Stat(g.dir + "/fresh"); err == nil {
-		t.Error("half a file is there")
+		t.Error("a truncated file exists")
 	}
 }
 
@@ -418,7 +418,7 @@ func TestUploadFull(t *testing.T) {
 	}
 	defer unix.Unmount(disk, unix.MNT_DETACH)
 	big := make([]byte, 4<<20)
-	// Told beforehand, and found out.
+	// With a known length it fails early; otherwise, when the disk is full.
 	for _, body := range []io.Reader{bytes.NewReader(big), struct{ io.Reader }{bytes.NewReader(big)}} {
 		if a := g.do("POST", "/files"+at(disk+"/big"), testToken, body, nil); a.code != 507 {
 			t.Errorf("%d %s", a.code, a.body)
@@ -440,7 +440,8 @@ func TestUploadFull(t *testing.T) {
 	}
 }
 
-// Files of any size pass in constant memory, both ways, both protocols.
+// TestFilesMemory checks that files of any size pass in constant memory, in both
+// directions and with both protocols.
 func TestFilesMemory(t *testing.T) {
 	if testing.Short() {
 		t.Skip("moves a gigabyte")
@@ -538,7 +539,7 @@ func TestArchive(t *testing.T) {
 	if fmt.Sprint(names) != fmt.Sprint(want) {
 		t.Errorf("entries are %v", names)
 	}
-	// And back, into a folder that is not there yet.
+	// And back, into a folder that does not exist yet.
 	if a := g.do("POST", "/archive"+at(g.dir+"/new/copy"), testToken, strings.NewReader(a.body), nil); a.code/100 != 2 {
 		t.Fatalf("%d %s", a.code, a.body)
 	}
@@ -562,7 +563,7 @@ func TestArchive(t *testing.T) {
 	if to, _ := os.Readlink(copied + "/dangling"); to != "/nowhere/at/all" {
 		t.Errorf("the link leads to %q", to)
 	}
-	// Again over what is there.
+	// Again, over the existing files.
 	if a := g.do("POST", "/archive"+at(g.dir+"/new/copy"), testToken, strings.NewReader(a.body), nil); a.code/100 != 2 {
 		t.Errorf("%d %s", a.code, a.body)
 	}
@@ -577,7 +578,7 @@ func TestArchive(t *testing.T) {
 			t.Errorf("archive of %q answers %d %s", path, a.code, a.body)
 		}
 	}
-	// What cannot be read in the middle breaks the answer off.
+	// An unreadable file in the middle breaks the response off.
 	g.file("tree/sub/secret", "s", 0o600)
 	req, _ := http.NewRequestWithContext(t.Context(), "GET", g.url+"/archive"+at(g.dir+"/tree"), nil)
 	req.Header.Set(TokenHeader, testToken)
@@ -587,7 +588,7 @@ func TestArchive(t *testing.T) {
 		res.Body.Close()
 	}
 	if err == nil {
-		t.Error("an archive with a file missing ends well")
+		t.Error("an archive without one of its files looks complete")
 	}
 }
 
@@ -612,7 +613,7 @@ func archive(entries ...tar.Header) *bytes.Buffer {
 	return &b
 }
 
-// Nothing in an archive reaches out of its folder.
+// TestArchiveConfined checks that nothing in an archive reaches outside its folder.
 func TestArchiveConfined(t *testing.T) {
 	g := boot(t)
 	reg, dir, sym, link := byte(tar.TypeReg), byte(tar.TypeDir), byte(tar.TypeSymlink), byte(tar.TypeLink)
@@ -656,7 +657,7 @@ func TestArchiveConfined(t *testing.T) {
 				t.Fatalf("%s as %s changed a mode outside", c.what, user)
 			}
 			if _, err := os.Stat(g.dir + "/made"); err == nil {
-				t.Fatalf("%s as %s made a folder outside", c.what, user)
+				t.Fatalf("%s as %s created a folder outside", c.what, user)
 			}
 			if c.what == "setuid" {
 				if _, _, mode := owner(t, g.dir+"/box/su"); mode != 0o755 {
@@ -679,7 +680,7 @@ func TestArchiveConfined(t *testing.T) {
 	}
 }
 
-// A download whose client goes away ends.
+// TestDownloadAbandoned checks that a download ends when its client disconnects.
 func TestDownloadAbandoned(t *testing.T) {
 	g := boot(t)
 	if err := os.Truncate(g.file("big", "", 0o644), 1<<30); err != nil {
@@ -705,5 +706,5 @@ func TestDownloadAbandoned(t *testing.T) {
 	}
 	g.client.CloseIdleConnections()
 	g.plain.CloseIdleConnections()
-	await.Until(t, "requests to end", func() bool { return runtime.NumGoroutine() <= before+2 })
+	await.Until(t, "the requests end", func() bool { return runtime.NumGoroutine() <= before+2 })
 }

@@ -140,7 +140,7 @@ func TestMakeMoveRemove(t *testing.T) {
 		}
 		wantCode(t, "move of what does not fit", move(g.dir+"/big", disk+"/big"), connect.CodeResourceExhausted)
 		if e, _ := os.ReadDir(disk); len(e) != 1 {
-			t.Errorf("left are %v", e)
+			t.Errorf("these are left: %v", e)
 		}
 		if _, err := os.Stat(g.dir + "/big"); err != nil {
 			t.Error(err)
@@ -192,7 +192,7 @@ func TestListDir(t *testing.T) {
 			t.Errorf("depth %d: %s", depth, got)
 		}
 	}
-	// A name that is not UTF-8 serves as it is listed.
+	// A name that is not UTF-8 works as it is listed.
 	bad := g.dir + "/bad\U0010FEFFname"
 	if _, err := g.filesystem.Stat(t.Context(), as("", &pb.StatRequest{Path: bad})); err != nil {
 		t.Error(err)
@@ -203,7 +203,7 @@ func TestListDir(t *testing.T) {
 		}
 	}
 	if a := g.do("POST", "/files"+at(g.dir+"/\xfe"), testToken, strings.NewReader("new"), nil); a.code != 200 || !strings.Contains(a.body, "/\U0010FEFE\"") {
-		t.Errorf("a file whose name is no UTF-8 is written: %d %s", a.code, a.body)
+		t.Errorf("writing a file whose name is not UTF-8: %d %s", a.code, a.body)
 	}
 	moved := g.dir + "/moved\U0010FEFE"
 	if _, err := g.filesystem.Move(t.Context(), as("", &pb.MoveRequest{Source: g.dir + "/\U0010FEFE", Destination: moved})); err != nil {
@@ -256,7 +256,7 @@ func describe(e *pb.FilesystemEvent) string {
 	return strings.TrimPrefix(e.GetType().String(), "EVENT_TYPE_") + " " + e.GetName()
 }
 
-// want waits until the events have come, in this order, perhaps with others between.
+// want waits until the events have arrived in this order, possibly with others between.
 func (w *watched) want(events ...string) []*pb.FilesystemEvent {
 	w.t.Helper()
 	var all []string
@@ -290,15 +290,15 @@ func TestWatchDir(t *testing.T) {
 	w.want("RENAME f", "CREATE g")
 	_ = os.Remove(g.dir + "/g")
 	if e := w.want("REMOVE g"); e[0].Entry != nil {
-		t.Errorf("what is gone has the entry %v", e[0].GetEntry())
+		t.Errorf("a removed file has the entry %v", e[0].GetEntry())
 	}
-	// Not recursive: below is not watched.
+	// The watch is not recursive: it does not cover folders below.
 	_ = os.Mkdir(g.dir+"/d", 0o777)
 	g.file("d/below", "", 0o644)
 	g.file("last", "", 0o644)
 	w.want("CREATE d", "CREATE last")
 
-	// An upload is a write, over a file too; its temporary name is never seen.
+	// An upload is a write, even to an existing file; nobody sees its temporary name.
 	up := g.dir + "/up"
 	_ = os.Mkdir(up, 0o777)
 	_ = os.Chmod(up, 0o777)
@@ -333,15 +333,15 @@ func TestWatchDirRecursive(t *testing.T) {
 	w := g.watch(&pb.WatchDirRequest{Path: g.dir, Recursive: true})
 	g.file("a/b/f", "x", 0o644)
 	w.want("CREATE a/b/f", "WRITE a/b/f")
-	// A tree made in one go.
+	// Create a tree at once.
 	_ = os.MkdirAll(g.dir+"/n/e/w", 0o755)
 	w.want("CREATE n", "CREATE n/e", "CREATE n/e/w")
 	g.file("n/e/w/f", "", 0o644)
 	w.want("CREATE n/e/w/f")
-	// A renamed folder goes on being watched, under its new name.
+	// A renamed folder stays watched, under its new name.
 	_ = os.Rename(g.dir+"/a", g.dir+"/z")
 	w.want("RENAME a", "CREATE z")
-	await.Until(t, "the renamed folder to be watched", func() bool {
+	await.Until(t, "the renamed folder is watched", func() bool {
 		g.file("z/b/probe", "x", 0o644)
 		select {
 		case e := <-w.events:
@@ -352,7 +352,7 @@ func TestWatchDirRecursive(t *testing.T) {
 	})
 	g.file("z/b/other", "x", 0o644)
 	w.want("CREATE z/b/other")
-	// One that is moved out is not watched any more.
+	// A folder moved out is no longer watched.
 	out, err := os.MkdirTemp("", "wrenn-out-")
 	if err != nil {
 		t.Fatal(err)
@@ -362,7 +362,7 @@ func TestWatchDirRecursive(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.want("RENAME z")
-	// The watch ends before the next event is told.
+	// Its watch ends before the next event is sent.
 	g.file("next", "", 0o644)
 	w.want("CREATE next")
 	_ = os.WriteFile(out+"/z/b/unseen", nil, 0o644)
@@ -413,12 +413,12 @@ func TestWatcher(t *testing.T) {
 	})
 	wantCode(t, "another's watcher", poll(id, "root"), connect.CodeNotFound)
 	wantCode(t, "no watcher", poll("x", ""), connect.CodeNotFound)
-	// More events than are kept: said once, then it goes on.
+	// More events than a watcher keeps: it reports the loss once, and continues.
 	p := g.start("root", &process.StartRequest{Process: sh("cd " + g.dir + " && for i in $(seq 6000); do : > many; rm many; done")}).wait()
 	if p.end.GetExitCode() != 0 {
 		t.Fatal(&p.stderr)
 	}
-	await.Until(t, "the loss to be told", func() bool { return connect.CodeOf(poll(id, "")) == connect.CodeDataLoss })
+	await.Until(t, "the watcher reports the loss", func() bool { return connect.CodeOf(poll(id, "")) == connect.CodeDataLoss })
 	if err := poll(id, ""); err != nil {
 		t.Error(err)
 	}
@@ -427,7 +427,7 @@ func TestWatcher(t *testing.T) {
 	}
 	_, err = g.filesystem.RemoveWatcher(ctx, as("", &pb.RemoveWatcherRequest{WatcherId: id}))
 	wantCode(t, "removed watcher", err, connect.CodeNotFound)
-	// They are bounded.
+	// The number of watchers is bounded.
 	n := 0
 	for ; n < 200; n++ {
 		if _, err = create(); err != nil {
@@ -436,7 +436,7 @@ func TestWatcher(t *testing.T) {
 	}
 	wantCode(t, "one watcher too many", err, connect.CodeResourceExhausted)
 	if n != 128 && n < 50 {
-		t.Errorf("%d watchers were made", n)
+		t.Errorf("%d watchers were created", n)
 	}
 }
 

@@ -20,12 +20,12 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
-// notes is a machine that notes what it is told.
+// notes is a machine that records what it is told.
 type notes struct {
 	mu   sync.Mutex
 	told []string
 	fail map[string]error
-	look func() // called at each
+	look func() // called for each note
 }
 
 func (n *notes) note(what, detail string) error {
@@ -49,7 +49,7 @@ func (n *notes) Grow(context.Context, int64) (int64, error) {
 	return 4096, n.note("grow", "")
 }
 
-// bare is a daemon without processes of users.
+// bare returns a daemon without users' processes.
 func bare(t *testing.T, m Machine) *Server {
 	t.Helper()
 	s, err := New(Config{DefaultUser: "root", Machine: m})
@@ -82,21 +82,21 @@ func TestInitOrder(t *testing.T) {
 	if want := []string{"reseed A", "clock 2026-01-02T03:04:05Z", "rename h", "export 1", "grow "}; !slices.Equal(n.told, want) {
 		t.Errorf("the machine was told %q", n.told)
 	}
-	// Nobody without the token tells it anything.
+	// Without the token, nobody can tell the machine anything.
 	n.told = nil
 	for _, token := range []string{"", "old"} {
 		if w := post(s, token, whole); w.Code != 401 || len(n.told) > 0 {
 			t.Errorf("with token %q: %d, told %q", token, w.Code, n.told)
 		}
 	}
-	// What can fail without harm is told of.
+	// The response reports failures that do no harm.
 	n.fail = map[string]error{"rename": errors.New("no room"), "grow": errors.New("no ext4"), "clock": errors.New("no clock")}
 	w = post(s, "new", whole)
 	var r initReply
 	if err := json.Unmarshal(w.Body.Bytes(), &r); err != nil || w.Code != 200 || !slices.Equal(r.Warnings, []string{"no clock", "no room", "no ext4"}) {
 		t.Errorf("answers %d %s", w.Code, w.Body)
 	}
-	// Without random numbers of its own a guest must not go on: nothing changes.
+	// Without new random numbers a guest must not continue: nothing changes.
 	n.fail, n.told = map[string]error{"reseed": errors.New("no pool")}, nil
 	if w := post(s, "new", strings.Replace(whole, `"new"`, `"newer"`, 1)); w.Code != 500 || len(n.told) != 1 || s.current().token != "new" {
 		t.Errorf("answers %d, told %q, token %q", w.Code, n.told, s.current().token)
@@ -106,7 +106,7 @@ func TestInitOrder(t *testing.T) {
 			t.Errorf("%s answers %d", bad, w.Code)
 		}
 	}
-	// A client of another kind tells the time in its own way, or nothing.
+	// Another kind of client sends the time in another form, or not at all.
 	n.told = nil
 	for _, other := range []string{`{"timestamp":1}`, `{"timestamp":null}`, `{"timestamp":"noon"}`, `{}`} {
 		if w := post(s, "new", other); w.Code != 204 || len(n.told) > 0 {
@@ -138,7 +138,7 @@ func FuzzInit(f *testing.F) {
 	})
 }
 
-// The guest was frozen before its memory was captured.
+// TestInitThawsLast initialises a guest that was frozen before its memory was captured.
 func TestInitThawsLast(t *testing.T) {
 	g := boot(t)
 	if g.cgroup == "" {
@@ -155,14 +155,14 @@ func TestInitThawsLast(t *testing.T) {
 	n.look = func() {
 		time.Sleep(50 * time.Millisecond)
 		if users() != users0 {
-			t.Error("a process goes on before the guest is its sandbox's own")
+			t.Error("a process runs before the guest has its sandbox's identity")
 		}
 		if clock() != clock0 {
-			t.Error("the clock's program goes on before the clock is set")
+			t.Error("the clock's program runs before the clock is set")
 		}
 	}
 	body := map[string]any{"entropy": make([]byte, 64), "timestamp": time.Now(), "hostname": "h"}
-	// Not asked for: they stay.
+	// Without thaw, they stay frozen.
 	g.init(body, testToken, 204)
 	n.look()
 	body["thaw"] = true
@@ -171,7 +171,8 @@ func TestInitThawsLast(t *testing.T) {
 	g.init(map[string]any{"thaw": true}, testToken, 204) // again
 }
 
-// Streams of the captured memory end; their processes go on.
+// TestInitShedsConnections checks that connections of the captured memory end, while
+// their processes continue.
 func TestInitShedsConnections(t *testing.T) {
 	s := bare(t, nil)
 	addr := "unix:" + filepath.Join(t.TempDir(), "s")
@@ -220,14 +221,14 @@ func TestInitShedsConnections(t *testing.T) {
 			t.Error("the stream ends without an error")
 		}
 		stream.Close()
-		await.Until(t, "connections end", func() bool { return opened() == 1 })
+		await.Until(t, "the connections end", func() bool { return opened() == 1 })
 		again, err := client.Connect(t.Context(), as("root", &pb.ConnectRequest{Process: &pb.ProcessSelector{Selector: &pb.ProcessSelector_Pid{Pid: pid}}}))
 		if err != nil || !again.Receive() {
 			t.Fatalf("connect again: %v, %v", err, again.Err())
 		}
 		again.Close()
 	}
-	// The connection that it comes on stays, over HTTP/2 too.
+	// The connection that carries the request stays, over HTTP/2 too.
 	initWith(h2)
-	await.Until(t, "connections end", func() bool { return opened() == 1 })
+	await.Until(t, "the connections end", func() bool { return opened() == 1 })
 }

@@ -37,7 +37,7 @@ func TestProcessSignals(t *testing.T) {
 			t.Errorf("signal %d: end %v, %q", n, p.end, &p.stdout)
 		}
 	}
-	// The group gets it too.
+	// The process's group gets the signal too.
 	p := g.start("", &pb.StartRequest{Process: sh("sleep 60 & echo ready; wait; echo over")})
 	for !strings.Contains(p.stdout.String(), "ready") && p.next() {
 	}
@@ -49,7 +49,8 @@ func TestProcessSignals(t *testing.T) {
 
 func alive(pid int) bool { return syscall.Kill(pid, 0) == nil && !zombie(pid) }
 
-// zombie: in a container without an init, orphans are never reaped.
+// zombie reports whether a process is a zombie: in a container without an init, nobody
+// reaps orphans.
 func zombie(pid int) bool {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
@@ -59,7 +60,8 @@ func zombie(pid int) bool {
 	return strings.HasPrefix(rest, "Z")
 }
 
-// A kill reaches what has left the process's group and session.
+// TestProcessKillDescendants checks that a kill reaches descendants that left the
+// process's group and session.
 func TestProcessKillDescendants(t *testing.T) {
 	g := boot(t)
 	if g.cgroup == "" {
@@ -81,7 +83,7 @@ func TestProcessKillDescendants(t *testing.T) {
 			return p.wait()
 		},
 		func() *running {
-			for timeout := 0.5; ; timeout *= 2 { // until it is long enough to begin
+			for timeout := 0.5; ; timeout *= 2 { // until the process has time to start
 				p := g.start("", &pb.StartRequest{Process: sh(script)}, "Process-Timeout", fmt.Sprint(timeout)).wait()
 				if p.end.GetError() != "timed out" || p.end.GetExited() {
 					t.Errorf("end by timeout is %v", p.end)
@@ -94,23 +96,23 @@ func TestProcessKillDescendants(t *testing.T) {
 	} {
 		_ = os.Remove(g.dir + "/pid")
 		kill()
-		await.Until(t, "death of the descendant", func() bool { return pid() > 0 && !alive(pid()) })
+		await.Until(t, "the descendant ends", func() bool { return pid() > 0 && !alive(pid()) })
 	}
-	await.Until(t, "removal of cgroups", func() bool {
+	await.Until(t, "the cgroups are removed", func() bool {
 		g.start("", &pb.StartRequest{Process: sh("true")}).wait()
 		return children(t, g.cgroup) <= 1+prepared
 	})
 }
 
-// A descendant that keeps the output open does not keep the end from being
-// told, and may go on writing.
+// TestProcessBackground checks that a descendant that keeps the output open does not
+// delay the end event, and may continue to write.
 func TestProcessBackground(t *testing.T) {
 	g := boot(t)
 	file, gate := g.dir+"/after", g.dir+"/gate"
 	script := `(sleep 0.03; echo late; while [ ! -e ` + gate + ` ]; do sleep 0.05; done; echo more; echo more >&2; echo x > ` + file + `; exec sleep 60) & echo early`
-	// What comes soon after the end is still told, unless the machine is too busy
-	// for it to come soon.
-	await.Until(t, "output that comes after the end", func() bool {
+	// Output soon after the end still arrives, unless the machine is too busy to produce
+	// it soon.
+	await.Until(t, "output after the end arrives", func() bool {
 		p := g.start("", &pb.StartRequest{Process: sh(script)}).wait()
 		out := p.stdout.String()
 		if out != "early\n" && out != "early\nlate\n" {
@@ -119,18 +121,19 @@ func TestProcessBackground(t *testing.T) {
 		return out == "early\nlate\n"
 	})
 	_ = os.WriteFile(gate, nil, 0o644)
-	await.Until(t, "the descendant to outlive its output", func() bool { _, err := os.Stat(file); return err == nil })
-	// One that never stops writing does not either.
+	await.Until(t, "the descendant survives its output", func() bool { _, err := os.Stat(file); return err == nil })
+	// Nor does one that never stops writing.
 	p := g.start("", &pb.StartRequest{Process: sh(`yes & echo early`)}).wait()
 	if !strings.Contains(p.stdout.String(), "early\n") {
 		t.Error("the process's own output is missing")
 	}
 }
 
-// The deadline of the request is the process's where none is given.
+// TestProcessDeadline checks that a request's deadline applies to its process unless
+// another is given.
 func TestProcessDeadline(t *testing.T) {
 	g := boot(t)
-	for limit, started := 500*time.Millisecond, false; !started; limit *= 2 { // until it is long enough to begin
+	for limit, started := 500*time.Millisecond, false; !started; limit *= 2 { // until the process has time to start
 		ctx, cancel := context.WithTimeout(t.Context(), limit)
 		s, err := g.process.Start(ctx, as("", &pb.StartRequest{Process: sh("exec sleep 600")}))
 		if err == nil {
@@ -140,20 +143,21 @@ func TestProcessDeadline(t *testing.T) {
 		}
 		cancel()
 	}
-	await.Until(t, "the process to go", func() bool {
+	await.Until(t, "the process ends", func() bool {
 		res, err := g.process.List(t.Context(), as("", &pb.ListRequest{}))
 		return err == nil && len(res.Msg.GetProcesses()) == 0
 	})
 }
 
-// Root in the guest may remove any empty group, the prepared one too.
+// TestProcessGroupRemoved removes the prepared group, as root in the guest may do with
+// any empty group.
 func TestProcessGroupRemoved(t *testing.T) {
 	g := boot(t)
 	if g.cgroup == "" {
 		t.Skip("needs a cgroup2 mount")
 	}
 	for range 3 {
-		await.Until(t, "a prepared control group", func() bool { return children(t, g.cgroup) == prepared })
+		await.Until(t, "a cgroup is prepared", func() bool { return children(t, g.cgroup) == prepared })
 		entries, err := os.ReadDir(g.cgroup)
 		if err != nil {
 			t.Fatal(err)

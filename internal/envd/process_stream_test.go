@@ -51,7 +51,7 @@ func TestProcessInput(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := g.process.SendInput(ctx, as("", &pb.SendInputRequest{Process: byPID(p.pid), Input: &pb.ProcessInput{Input: &pb.ProcessInput_Pty{Pty: []byte("x")}}})); connect.CodeOf(err) != connect.CodeFailedPrecondition {
-		t.Errorf("terminal input to a process without: %v", err)
+		t.Errorf("terminal input to a process without a terminal: %v", err)
 	}
 	if _, err := g.process.CloseStdin(ctx, as("", &pb.CloseStdinRequest{Process: byPID(p.pid)})); err != nil {
 		t.Fatal(err)
@@ -60,7 +60,7 @@ func TestProcessInput(t *testing.T) {
 		t.Errorf("%d bytes came back of %d, end %v", p.stdout.Len(), len(want), p.end)
 	}
 
-	// Without standard input there is none to wait for, nor to write to.
+	// Without standard input, reads end at once and writes are refused.
 	p = g.start("", &pb.StartRequest{Process: sh("cat; read x; sleep 60"), Stdin: new(false)})
 	_, err := g.process.SendInput(ctx, as("", &pb.SendInputRequest{Process: byPID(p.pid), Input: stdin("x")}))
 	wantCode(t, "input to a closed stdin", err, connect.CodeFailedPrecondition)
@@ -87,7 +87,8 @@ func TestProcessInput(t *testing.T) {
 	wantCode(t, "data before start", err, connect.CodeInvalidArgument)
 }
 
-// A process that does not read its input holds up only who waits for it.
+// TestProcessInputBlocked checks that a process that does not read its input blocks only
+// the callers who write to it.
 func TestProcessInputBlocked(t *testing.T) {
 	g := boot(t)
 	p := g.start("", &pb.StartRequest{Process: sh("exec sleep 60")})
@@ -96,7 +97,7 @@ func TestProcessInputBlocked(t *testing.T) {
 	big := strings.Repeat("x", 1<<20)
 	_, err := g.process.SendInput(ctx, as("", &pb.SendInputRequest{Process: byPID(p.pid), Input: stdin(big)}))
 	wantCode(t, "input that nobody reads", err, connect.CodeDeadlineExceeded)
-	// Another that is waiting when the process ends learns of that.
+	// A caller that still waits when the process ends gets an error.
 	g.handles(0, processconnect.ProcessSendInputProcedure)
 	done := make(chan error, 1)
 	go func() {
@@ -109,7 +110,7 @@ func TestProcessInputBlocked(t *testing.T) {
 	}
 	p.wait()
 	if err := await.Recv(t, "the end of input to a process that has ended", done); err == nil {
-		t.Error("input to a process that has ended is accepted")
+		t.Error("a process that has ended accepts input")
 	}
 }
 
@@ -148,14 +149,14 @@ func TestProcessTerminal(t *testing.T) {
 	if p.wait(); !strings.HasSuffix(p.pty.String(), "bye\r\n") || p.end.GetExitCode() != 0 || p.stdout.Len() != 0 {
 		t.Errorf("the terminal says %q, end %v", &p.pty, p.end)
 	}
-	// Ctrl-C reaches the foreground process; the terminal is the controlling one.
+	// Ctrl-C reaches the foreground process, because this is its controlling terminal.
 	p = g.start("", &pb.StartRequest{Process: sh("echo ready; exec sleep 60"), Pty: &pb.PTY{}})
 	until("ready")
 	send("\x03")
 	if p.wait(); p.end.GetError() != "signal: interrupt" {
 		t.Errorf("end is %v", p.end)
 	}
-	// A lot of output comes whole and in order.
+	// Much output arrives complete and in order.
 	p = g.start("", &pb.StartRequest{Process: sh("seq 100000"), Pty: &pb.PTY{}}).wait()
 	if lines := strings.Split(p.pty.String(), "\r\n"); len(lines) != 100001 || lines[99999] != "100000" {
 		t.Errorf("%d lines, the last %q", len(lines)-1, lines[max(0, len(lines)-2)])
@@ -167,19 +168,20 @@ func TestProcessTerminal(t *testing.T) {
 	q.wait()
 }
 
-// The process goes on when its starter goes away; another can take its output up.
+// TestProcessDisconnect checks that a process continues when its starter disconnects, and
+// that another caller can take over its output.
 func TestProcessDisconnect(t *testing.T) {
 	g := boot(t)
 	p := g.start("", &pb.StartRequest{Process: sh(`i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done`), Tag: new("t")})
 	p.next()
 	p.Close()
-	g.handles(0, processconnect.ProcessStartProcedure) // It knows that nobody listens.
+	g.handles(0, processconnect.ProcessStartProcedure) // Now the daemon knows that nobody listens.
 	res, err := g.process.List(t.Context(), as("", &pb.ListRequest{}))
 	if err != nil || len(res.Msg.GetProcesses()) != 1 {
 		t.Fatalf("list: %v, %v", res, err)
 	}
 	if i := res.Msg.GetProcesses()[0]; i.GetPid() != p.pid || i.GetTag() != "t" || i.GetConfig().GetCmd() != "sh" {
-		t.Errorf("listed is %v", i)
+		t.Errorf("the list has %v", i)
 	}
 	s, err := g.process.Connect(t.Context(), as("", &pb.ConnectRequest{Process: byTag("t")}))
 	if err != nil {
@@ -210,7 +212,8 @@ func TestProcessDisconnect(t *testing.T) {
 	wantCode(t, "connect to a process that has ended", err, connect.CodeNotFound)
 }
 
-// Every subscriber gets all the output, a slow one too.
+// TestProcessManySubscribers checks that every subscriber gets all output, including a
+// slow one.
 func TestProcessManySubscribers(t *testing.T) {
 	g := boot(t)
 	const size = 24 << 20
@@ -264,14 +267,14 @@ func TestProcessManySubscribers(t *testing.T) {
 	}
 }
 
-// A client that stops to read holds up its process, loses nothing, and
-// neither keeps others from killing it nor the daemon's memory from staying small.
+// TestProcessBackpressure checks that a client that stops reading blocks its process and
+// loses nothing, while others can still kill it and the daemon's memory stays small.
 func TestProcessBackpressure(t *testing.T) {
 	g := boot(t)
 	p := g.start("", &pb.StartRequest{Process: sh("head -c 67108864 /dev/zero; echo done > " + g.dir + "/done")})
 	time.Sleep(500 * time.Millisecond)
 	if _, err := os.Stat(g.dir + "/done"); err == nil {
-		t.Error("64 MiB were taken that nobody read")
+		t.Error("the daemon accepted 64 MiB that nobody read")
 	}
 	total := 0
 	for p.stream.Receive() {
@@ -282,7 +285,8 @@ func TestProcessBackpressure(t *testing.T) {
 		t.Errorf("%d bytes came, end %v", total, p.end)
 	}
 
-	// Over HTTP/1.1 the client's whole connection stands still. Then it dies.
+	// Over HTTP/1.1 the client's whole connection is blocked. Then the process or the
+	// client ends.
 	for _, ending := range []string{"signal", "disconnect"} {
 		c, err := net.Dial("tcp", g.addr)
 		if err != nil {
@@ -300,7 +304,7 @@ func TestProcessBackpressure(t *testing.T) {
 			if err != nil {
 				t.Error(err)
 			}
-			await.Until(t, "the process to go", func() bool {
+			await.Until(t, "the process ends", func() bool {
 				res, err := g.process.List(t.Context(), as("", &pb.ListRequest{}))
 				return err == nil && len(res.Msg.GetProcesses()) == 0
 			})
@@ -308,7 +312,7 @@ func TestProcessBackpressure(t *testing.T) {
 			continue
 		}
 		c.Close()
-		// It goes on without its reader: what it writes is swallowed.
+		// Without its reader, the process continues, and its output is discarded.
 		s, err := g.process.Connect(t.Context(), as("", &pb.ConnectRequest{Process: byTag("yes")}))
 		if err != nil {
 			t.Fatal(err)

@@ -71,7 +71,7 @@ func (g *guest) tryStart(user string, req *pb.StartRequest, headers ...string) (
 
 func (p *running) Close() { p.stream.Close() }
 
-// next takes one event; false at the stream's end.
+// next reads one event, and returns false at the stream's end.
 func (p *running) next() bool {
 	if !p.stream.Receive() {
 		return false
@@ -93,13 +93,13 @@ func (p *running) take(e *pb.ProcessEvent) {
 	}
 }
 
-// wait follows the stream to its end.
+// wait reads the stream to its end.
 func (p *running) wait() *running {
 	p.t.Helper()
 	for p.next() {
 	}
 	if p.end == nil {
-		p.t.Fatalf("the stream ends without an end event: %v", p.stream.Err())
+		p.t.Fatalf("the stream ended without an end event: %v", p.stream.Err())
 	}
 	p.stream.Close()
 	return p
@@ -148,10 +148,11 @@ func TestProcessUser(t *testing.T) {
 	}
 	p := g.start("", &pb.StartRequest{Process: sh("cat /etc/shadow")}).wait()
 	if p.end.GetExitCode() == 0 {
-		t.Error("nobody reads root's file")
+		t.Error("nobody can read root's file")
 	}
-	// Its own session and group, default signals, no descriptor of the daemon's.
-	// (Each is asked of a program itself: a shell changes its own for a moment.)
+	// It has its own session and group, default signals, and none of the daemon's
+	// descriptors. Programs report these themselves, because a shell changes its own for
+	// a moment.
 	out := func(cmd string, args ...string) string {
 		return g.start("", &pb.StartRequest{Process: &pb.ProcessConfig{Cmd: cmd, Args: args}}).wait().stdout.String()
 	}
@@ -160,8 +161,8 @@ func TestProcessUser(t *testing.T) {
 	if pid := fmt.Sprint(p.pid); f[0] != pid || f[4] != pid || f[5] != pid {
 		t.Errorf("pid, group and session are %s, %s and %s, not all %s", f[0], f[4], f[5], pid)
 	}
-	// Signals 32 and 33 are the C library's: what is ignored of them comes with
-	// the test's own parents (make does it) and no Go program can change it.
+	// Signals 32 and 33 belong to the C library: if they are ignored, the test inherited
+	// that (from make, for example), and no Go program can change it.
 	ignored := fmt.Sprintf("%016x", inheritedIgnores(t)&(3<<31))
 	if s := out("grep", "-E", "Sig(Blk|Ign)|Umask|CapEff", "/proc/self/status"); s != "Umask:\t0022\nSigBlk:\t0000000000000000\nSigIgn:\t"+ignored+"\nCapEff:\t0000000000000000\n" {
 		t.Errorf("its status is %q", s)
@@ -200,13 +201,13 @@ func TestProcessEnvironment(t *testing.T) {
 		}
 	}
 	if m := run("", map[string]string{"FROM": "request", "HOME": "/x"}); m["FROM"] != "request" || m["HOME"] != "/x" {
-		t.Errorf("a request's environment does not win: %v", m)
+		t.Errorf("a request's environment does not take precedence: %v", m)
 	}
 	for _, k := range []string{"", "A=B", "A\x00"} {
 		_, err := g.tryStart("", &pb.StartRequest{Process: &pb.ProcessConfig{Cmd: "true", Envs: map[string]string{k: "x"}}})
 		wantCode(t, "variable "+strconv.Quote(k), err, connect.CodeInvalidArgument)
 	}
-	// The request's PATH finds the command.
+	// The request's PATH decides which command runs.
 	if err := os.WriteFile(filepath.Join(g.dir, "mine"), []byte("#!/bin/sh\necho found\n"), 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -275,7 +276,7 @@ func TestProcessRefused(t *testing.T) {
 	wantCode(t, "timeout", err, connect.CodeInvalidArgument)
 	_, err = g.tryStart("", &pb.StartRequest{Process: sh("true"), Pty: &pb.PTY{Size: &pb.PTY_Size{Cols: 1 << 20}}})
 	wantCode(t, "terminal", err, connect.CodeInvalidArgument)
-	// What was refused leaves nothing.
+	// Refused requests leave nothing behind.
 	if g.cgroup != "" {
 		if n := children(t, g.cgroup); n > prepared {
 			t.Errorf("%d cgroups are left", n)
@@ -292,7 +293,7 @@ func TestProcessRefused(t *testing.T) {
 	}
 }
 
-// prepared is how many control groups wait for a process, at most.
+// prepared is the highest number of cgroups prepared for processes.
 const prepared = 1
 
 func children(t *testing.T, dir string) (n int) {
@@ -309,7 +310,8 @@ func children(t *testing.T, dir string) (n int) {
 	return n
 }
 
-// The Connect protocol as JSON over HTTP/1.1, and gRPC, are the same service.
+// TestProcessProtocols checks that the service also works with Connect's JSON over
+// HTTP/1.1 and with gRPC.
 func TestProcessProtocols(t *testing.T) {
 	g := boot(t)
 	for name, client := range map[string]processconnect.ProcessClient{
@@ -332,7 +334,8 @@ func TestProcessProtocols(t *testing.T) {
 	}
 }
 
-// Many at once leave nothing behind.
+// TestProcessMany starts many processes at once, and checks that they leave nothing
+// behind.
 func TestProcessMany(t *testing.T) {
 	g := boot(t)
 	fds := func() int {
@@ -360,14 +363,15 @@ func TestProcessMany(t *testing.T) {
 		})
 	}
 	all.Wait()
-	await.Until(t, "descriptors and goroutines to go", func() bool { return fds() <= before+2 && runtime.NumGoroutine() <= goroutines+4 })
+	await.Until(t, "descriptors and goroutines disappear", func() bool { return fds() <= before+2 && runtime.NumGoroutine() <= goroutines+4 })
 	if g.cgroup != "" {
 		// A group is removed after the end of its process has been reported.
-		await.Until(t, "control groups to go", func() bool { return children(t, g.cgroup) <= prepared })
+		await.Until(t, "the cgroups are removed", func() bool { return children(t, g.cgroup) <= prepared })
 	}
 }
 
-// A caller who wants the outcome alone gets the start event with the next one.
+// TestProcessHeldStart checks that a caller that only wants the result gets the start
+// event together with the next one.
 func TestProcessHeldStart(t *testing.T) {
 	g := boot(t)
 	req := as("", &pb.StartRequest{Process: sh("echo first; cat"), Stdin: new(true), Tag: new("held")})
@@ -384,7 +388,7 @@ func TestProcessHeldStart(t *testing.T) {
 			got = append(got, "start")
 		case *pb.ProcessEvent_Data:
 			got = append(got, string(e.Data.GetStdout()))
-			// It reaches a caller although the process goes on.
+			// It arrives although the process continues.
 			in := &pb.CloseStdinRequest{Process: &pb.ProcessSelector{Selector: &pb.ProcessSelector_Tag{Tag: "held"}}}
 			if _, err := g.process.CloseStdin(t.Context(), as("", in)); err != nil {
 				t.Fatal(err)
@@ -398,8 +402,7 @@ func TestProcessHeldStart(t *testing.T) {
 	}
 }
 
-// inheritedIgnores is the set of signals that this test itself ignores, bit
-// n-1 for signal n.
+// inheritedIgnores returns the signals that this test ignores, bit n-1 for signal n.
 func inheritedIgnores(t *testing.T) uint64 {
 	t.Helper()
 	status, err := os.ReadFile("/proc/self/status")

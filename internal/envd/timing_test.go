@@ -8,7 +8,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
 )
 
-// Who asks is told how long an answer took, however it begins, and nobody else.
+// TestTiming checks that a response reports how long it took if, and only if, the client
+// asks.
 func TestTiming(t *testing.T) {
 	for name, answer := range map[string]http.HandlerFunc{
 		"status": func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) },
@@ -27,7 +28,7 @@ func TestTiming(t *testing.T) {
 			w := httptest.NewRecorder()
 			timed(answer).ServeHTTP(w, r)
 			if told := w.Header().Get(hostwire.Timing); (len(told) > len("dur=")) != asked {
-				t.Errorf("%s, asked %v: told %q", name, asked, told)
+				t.Errorf("%s, requested %v: got %q", name, asked, told)
 			}
 		}
 	}

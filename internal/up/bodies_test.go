@@ -24,7 +24,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
-// TestConnectionIsKept sends request after request over one connection.
+// TestConnectionIsKept sends many requests over one connection.
 func TestConnectionIsKept(t *testing.T) {
 	_, listen, _ := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.Copy(w, r.Body) }))
 	conn, err := net.Dial("tcp", listen)
@@ -52,7 +52,7 @@ func TestConnectionIsKept(t *testing.T) {
 	}
 }
 
-// TestResponseIsTheGuestsOwn has the front door change nothing of a response.
+// TestResponseIsTheGuestsOwn checks that the front door changes nothing in a response.
 func TestResponseIsTheGuestsOwn(t *testing.T) {
 	_, listen, _ := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
@@ -76,7 +76,7 @@ func TestResponseIsTheGuestsOwn(t *testing.T) {
 			}
 			b, err := io.ReadAll(resp.Body)
 			resp.Body.Close()
-			resp.Header.Del("Date") // which a proxy adds if there is none
+			resp.Header.Del("Date") // a proxy adds it if it is missing
 			want := http.Header{"X-Asked": {""}, "Content-Length": {"3"}, "Content-Encoding": {"gzip"}}
 			if err != nil || method == http.MethodGet && string(b) != "abc" || !reflect.DeepEqual(resp.Header, want) {
 				t.Errorf("%s over %s: %v %q, %v", method, resp.Proto, resp.Header, b, err)
@@ -86,8 +86,8 @@ func TestResponseIsTheGuestsOwn(t *testing.T) {
 	}
 }
 
-// TestBodyThatNobodyReads posts to a control plane that is not there, or that
-// answers without reading.
+// TestBodyThatNobodyReads posts to a control plane that is down, or that responds without
+// reading.
 func TestBodyThatNobodyReads(t *testing.T) {
 	_, listen, stopServer := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "no", http.StatusTeapot)
@@ -116,8 +116,8 @@ func TestBodyThatNobodyReads(t *testing.T) {
 	}
 }
 
-// TestAnswerDoesNotWaitForBody has the control plane break off while a client
-// sends a request without end: the answer comes all the same.
+// TestAnswerDoesNotWaitForBody aborts the control plane while a client sends an endless
+// request: the client still gets a response.
 func TestAnswerDoesNotWaitForBody(t *testing.T) {
 	_, listen, _ := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.ReadFull(r.Body, make([]byte, 1))
@@ -137,7 +137,7 @@ func TestAnswerDoesNotWaitForBody(t *testing.T) {
 	answered := make(chan struct{})
 	var sending sync.WaitGroup
 	sending.Go(func() {
-		for tick := time.NewTicker(time.Millisecond); ; <-tick.C { // Without end.
+		for tick := time.NewTicker(time.Millisecond); ; <-tick.C { // Never end the body.
 			select {
 			case <-answered:
 				return
@@ -163,8 +163,7 @@ func TestAnswerDoesNotWaitForBody(t *testing.T) {
 	}
 }
 
-// broken is a server whose responses break off after a part, with and without
-// a length.
+// broken is a server whose responses break off in the middle, with and without a length.
 func broken(w http.ResponseWriter, r *http.Request) {
 	if r.URL.Path == "/length" {
 		w.Header().Set("Content-Length", "1000")
@@ -174,8 +173,8 @@ func broken(w http.ResponseWriter, r *http.Request) {
 	panic(http.ErrAbortHandler)
 }
 
-// TestBrokenResponse shows that a client can tell a response that broke off
-// from a complete one.
+// TestBrokenResponse checks that a client can distinguish a response that broke off from
+// a complete one.
 func TestBrokenResponse(t *testing.T) {
 	_, listen, _ := openDoor(t, http.HandlerFunc(broken))
 	for _, h2 := range []bool{false, true} {
@@ -201,14 +200,14 @@ func breaks(t *testing.T, c *http.Client, base string, h2 bool) {
 	}
 }
 
-// TestBrokenBody: a request whose body is not in chunks, as its header says, is its
-// client's fault, and the answer says so.
+// TestBrokenBody checks that a request with broken chunks is the client's fault, and that
+// the response says so.
 func TestBrokenBody(t *testing.T) {
 	_, listen, _ := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if _, err := io.Copy(io.Discard, r.Body); err == nil {
 			t.Error("the control plane got a whole body")
 		}
-		panic(http.ErrAbortHandler) // It, too, has nobody to tell.
+		panic(http.ErrAbortHandler) // The control plane has nobody to respond to.
 	}))
 	for _, host := range []string{"localhost", "80-cl-x.localhost"} {
 		for _, body := range []string{"Transfer-Encoding: chunked\r\n\r\nzz\r\n\r\n", "Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\nzz\r\n\r\n"} {
@@ -231,8 +230,8 @@ func TestBrokenBody(t *testing.T) {
 	}
 }
 
-// TestStreamsBothWays answers before the request's body has ended, which a
-// proxy that is half-duplex over HTTP/1.1 breaks.
+// TestStreamsBothWays responds before the request's body has ended, which fails with a
+// proxy that is half-duplex over HTTP/1.1.
 func TestStreamsBothWays(t *testing.T) {
 	_, listen, _ := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		rc := http.NewResponseController(w)
@@ -249,7 +248,7 @@ func TestStreamsBothWays(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		go fmt.Fprintln(w, "first") // Ends when the request does.
+		go fmt.Fprintln(w, "first") // This returns when the request ends.
 		context.AfterFunc(ctx, func() { r.CloseWithError(ctx.Err()) })
 		transport := netaddr.Transport(listen, h2)
 		resp, err := transport.RoundTrip(req)
@@ -267,7 +266,7 @@ func TestStreamsBothWays(t *testing.T) {
 		}
 		w.Close()
 		if lines.Scan() || lines.Err() != nil {
-			t.Errorf("over %s: more came, or %v", resp.Proto, lines.Err())
+			t.Errorf("over %s: more lines arrived, or %v", resp.Proto, lines.Err())
 		}
 		resp.Body.Close()
 		transport.CloseIdleConnections()
@@ -275,19 +274,18 @@ func TestStreamsBothWays(t *testing.T) {
 	}
 }
 
-// shortStreams is a guest daemon whose commands end at once. Its gates order
-// each stream so that the end of the request's body comes as the response
-// begins, which is when a half-duplex proxy can lose either.
+// shortStreams is a guest daemon whose commands end at once. Its gates make the request's
+// body end as the response starts, which is when a half-duplex proxy can lose either.
 type shortStreams struct {
 	processconnect.UnimplementedProcessHandler
-	http.RoundTripper // the client's way to it
+	http.RoundTripper // the client's transport
 	streams           sync.Map
 }
 
-// gates are one stream's.
+// gates are the gates of one stream.
 type gates struct {
-	begun chan struct{} // closed when the server has the request's header: its body may end
-	seen  chan struct{} // closed when the client has the first event: the second may be sent
+	begun chan struct{} // closed when the server has the request's header, so its body may end
+	seen  chan struct{} // closed when the client has the first event, so the server may send the second
 }
 
 const streamHeader = "X-Stream"
@@ -311,7 +309,7 @@ func (s *shortStreams) Start(ctx context.Context, req *connect.Request[process.S
 	return out.Send(&process.StartResponse{Event: &process.ProcessEvent{Event: &process.ProcessEvent_End{End: &process.ProcessEvent_EndEvent{Exited: true}}}})
 }
 
-// RoundTrip sends a body of no known length, which ends when the server has its header.
+// RoundTrip sends a body of unknown length, which ends once the server has its header.
 func (s *shortStreams) RoundTrip(r *http.Request) (*http.Response, error) {
 	r.ContentLength = -1
 	r.Body = &lateBody{r.Body, r.Context(), s.gates(r.Header).begun}
@@ -327,7 +325,7 @@ type lateBody struct {
 func (b *lateBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
 	if err == nil || n > 0 {
-		return n, nil // Its error comes again.
+		return n, nil // The next Read returns the error again.
 	}
 	select {
 	case <-b.begun:
@@ -362,8 +360,8 @@ func (s *shortStreams) run(ctx context.Context, guest processconnect.ProcessClie
 	return nil
 }
 
-// TestShortStreams starts 5,000 commands through Caddy over HTTP/1.1. The fault
-// that it looks for is in the hops, so that no guest is needed.
+// TestShortStreams starts 5,000 commands through Caddy over HTTP/1.1. The fault that it
+// looks for is in the hops, so it needs no guest.
 func TestShortStreams(t *testing.T) {
 	daemon := &shortStreams{}
 	mux := http.NewServeMux()
@@ -387,7 +385,7 @@ func TestShortStreams(t *testing.T) {
 			for range all / clients {
 				if err := daemon.run(t.Context(), guest); err != nil {
 					if failed.Add(1) > 2 {
-						return // Enough; each may take its time.
+						return // Enough failures; each may take long.
 					}
 					t.Log(err)
 				}
@@ -400,8 +398,8 @@ func TestShortStreams(t *testing.T) {
 	}
 }
 
-// TestRefusalArrives: the control plane answers while a client sends a large body. The
-// client gets all of the answer, however busy the machine is.
+// TestRefusalArrives checks that a client gets the whole response to a large body that
+// the control plane refuses early, however busy the machine is.
 func TestRefusalArrives(t *testing.T) {
 	_, listen, _ := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "too large", http.StatusRequestEntityTooLarge)

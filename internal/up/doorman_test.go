@@ -32,7 +32,7 @@ import (
 )
 
 // takePassed returns a listener for the connections that Caddy passes to the control
-// plane. It closes the listener when the test ends.
+// plane. It is closed when the test ends.
 func takePassed(t *testing.T, s *service) net.Listener {
 	t.Helper()
 	path := handover.Path(s.dir.ServerSocket())
@@ -47,8 +47,8 @@ func takePassed(t *testing.T, s *service) net.Listener {
 	return linger.Listener(l)
 }
 
-// TestDoorman: from the moment that the port is open, clients hear what the machine
-// prepares, until Caddy answers. None is refused, and none waits.
+// TestDoorman checks that from the moment the port is open until Caddy responds, clients
+// learn what the machine prepares. No client is refused, and none waits.
 func TestDoorman(t *testing.T) {
 	s := newService(t)
 	deploytest.Caddy(t)
@@ -78,7 +78,7 @@ func TestDoorman(t *testing.T) {
 		}
 	}
 
-	// Caddy takes over while clients come.
+	// Caddy takes over while clients connect.
 	behind, err := netaddr.Listen(t.Context(), "unix:"+s.dir.ServerSocket(), 0o600)
 	if err != nil {
 		t.Fatal(err)
@@ -97,7 +97,7 @@ func TestDoorman(t *testing.T) {
 			break
 		}
 		if resp.StatusCode != 503 {
-			t.Fatalf("meanwhile: %d %q", resp.StatusCode, body)
+			t.Fatalf("during the takeover: %d %q", resp.StatusCode, body)
 		}
 	}
 	if err := <-launched; err != nil {
@@ -105,8 +105,8 @@ func TestDoorman(t *testing.T) {
 	}
 }
 
-// TestDoormanLeaves: another server takes over again and again while clients connect.
-// One of the two answers each connection.
+// TestDoormanLeaves lets another server take over repeatedly while clients connect. One
+// of the two responds on each connection.
 func TestDoormanLeaves(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -144,7 +144,7 @@ func TestDoormanLeaves(t *testing.T) {
 			for {
 				status, err := ask(transport)
 				if ctx.Err() != nil {
-					return // The last server may not have answered.
+					return // The last server may not have responded.
 				}
 				if err != nil {
 					t.Error(err)
@@ -156,7 +156,7 @@ func TestDoormanLeaves(t *testing.T) {
 			}
 		})
 	}
-	// until waits for an answer with the status.
+	// until waits for a response with the status.
 	until := func(status int) {
 		t.Helper()
 		for await.Recv(t, "an answer", answers) != status {
@@ -223,14 +223,14 @@ func TestPortsTakeAShorterWay(t *testing.T) {
 	}
 }
 
-// TestConnectionsArePassed: the control plane serves connections to sandboxes' ports and
-// those that begin with a call of the API itself as long as it accepts them, and answers whatever comes over them as it would
-// be answered through Caddy.
+// TestConnectionsArePassed checks that the control plane serves connections to sandboxes'
+// ports, and those that start with a call of the API itself, for as long as it accepts
+// them, and that clients get the same responses as through Caddy.
 func TestConnectionsArePassed(t *testing.T) {
 	tell := func(by string) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			b, _ := io.ReadAll(r.Body)
-			from := r.Header.Get("X-Forwarded-For") // which Caddy says
+			from := r.Header.Get("X-Forwarded-For") // set by Caddy
 			if from == "" {
 				from, _, _ = net.SplitHostPort(r.RemoteAddr)
 			}
@@ -302,22 +302,22 @@ func TestConnectionsArePassed(t *testing.T) {
 	for _, first := range []string{get(sandbox, "/"), call} {
 		_, ask := dial()
 		if by, got := ask(first); by != "Caddy" {
-			t.Errorf("the control plane takes none: by %q: %s", by, got)
+			t.Errorf("the control plane accepts none: by %q: %s", by, got)
 		}
 	}
 	if n, err := client.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
 		t.Errorf("a connection that the control plane has closed: %d, %v", n, err)
 	}
-	// Nobody accepts: the control plane hangs, or is killed before it does.
+	// Nobody accepts: the control plane hangs, or was killed before it could.
 	takePassed(t, s)
 	_, ask := dial()
 	if by, got := ask(get(sandbox, "/")); by != "Caddy" {
-		t.Errorf("the control plane accepts none: by %q: %s", by, got)
+		t.Errorf("the control plane does not accept: by %q: %s", by, got)
 	}
 }
 
-// TestConnectionsPerAddress: one address opens connections without a request until
-// Caddy closes further ones. Connections that Caddy passed on count at the server.
+// TestConnectionsPerAddress opens connections without a request from one address until
+// Caddy closes further ones. The server counts those that Caddy passed on.
 func TestConnectionsPerAddress(t *testing.T) {
 	const here, stranger, other, proxy = "192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.4"
 	if !inNamespace(t, here, stranger, other, proxy) {
@@ -383,8 +383,8 @@ func TestConnectionsPerAddress(t *testing.T) {
 	}
 }
 
-// inNamespace runs the calling test again in a new network namespace that has
-// these addresses, and returns true there.
+// inNamespace runs the calling test again in a new network namespace with these
+// addresses, and returns true there.
 func inNamespace(t *testing.T, addresses ...string) bool {
 	t.Helper()
 	const inside = "WRENN_TEST_NAMESPACE"
@@ -406,7 +406,7 @@ func inNamespace(t *testing.T, addresses ...string) bool {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: makes a network namespace")
 	}
-	deploytest.Caddy(t) // whose build may need the network
+	deploytest.Caddy(t) // building it may need the network
 	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
 	cmd.Env = append(os.Environ(), inside+"="+t.Name())
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
@@ -416,9 +416,9 @@ func inNamespace(t *testing.T, addresses ...string) bool {
 	return false
 }
 
-// TestUsedLately: Caddy sends a request that must not arrive twice over a connection that
-// was used within [upstream.HopOnceIdle] or over a new one. A server that stops counts on
-// that.
+// TestUsedLately checks that Caddy sends a request that must not arrive twice over a
+// connection used within [upstream.HopOnceIdle] or over a new one. A stopping server
+// relies on that.
 func TestUsedLately(t *testing.T) {
 	from := make(chan string, 1)
 	behind := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {

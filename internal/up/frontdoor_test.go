@@ -24,13 +24,13 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
-// openDoor is a front door with server behind it, at an address of its own.
+// openDoor starts a front door for server at its own address.
 func openDoor(t *testing.T, server http.Handler) (s *service, address string, stopServer func()) {
 	t.Helper()
 	return openDoorOf(t, server, deploy.Caddyfile)
 }
 
-// openDoorOf is openDoor with a configuration of its own.
+// openDoorOf is openDoor with the test's own configuration.
 func openDoorOf(t *testing.T, server http.Handler, config []byte) (s *service, address string, stopServer func()) {
 	t.Helper()
 	return openDoorAt(t, "127.0.0.1", server, config)
@@ -49,7 +49,7 @@ func openDoorAt(t *testing.T, host string, server http.Handler, config []byte) (
 	if err := os.WriteFile(front.config, config, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	// A port that the kernel chose; Caddy is told of the socket, not of the port.
+	// The kernel chose the port; Caddy gets the socket, not the port.
 	l, err := net.FileListener(front.files[0])
 	if err != nil {
 		t.Fatal(err)
@@ -98,7 +98,7 @@ type zeros struct{}
 func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
 func TestFrontDoor(t *testing.T) {
-	// Says what it is asked for.
+	// The server responds with the request's host and path.
 	_, listen, stopServer := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/breaks" {
 			panic(http.ErrAbortHandler)
@@ -150,28 +150,28 @@ func TestFrontDoor(t *testing.T) {
 	}
 }
 
-// TestNameWithDot: a sandbox's name that ends with a dot leads to the same sandbox,
-// whether Caddy's handlers see the request or not.
+// TestNameWithDot checks that a sandbox's name with a trailing dot means the same
+// sandbox, whether or not Caddy's handlers see the request.
 func TestNameWithDot(t *testing.T) {
 	t.Setenv(sandboxDomain, "sandboxes.localhost")
 	_, listen, _ := openDoor(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.URL.Path) }))
 	for _, host := range []string{"80-cl-x.localhost.", "80-CL-x.sandboxes.localhost.:80", "x.sandboxes.localhost.", "sandboxes.localhost."} {
 		for _, method := range []string{http.MethodGet, http.MethodPost} {
 			if _, path := exchange(t, listen, method, host, "/api/x", ""); path != "/api/x" {
-				t.Errorf("%s %s: the server is asked for %q", method, host, path)
+				t.Errorf("%s %s: the server gets %q", method, host, path)
 			}
 		}
 	}
 }
 
-// TestEmptySettings: a setting that is there and empty means its default.
+// TestEmptySettings checks that an empty setting means its default.
 func TestEmptySettings(t *testing.T) {
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.URL.Path) }))
 	defer server.Close()
 	settings := regexp.MustCompile(`\{\$(WRENN_\w+)`).FindAllSubmatch(deploy.Caddyfile, -1)
 	var empty []string
 	for _, s := range settings {
-		// The door itself has a port, an address and a control plane of its own.
+		// The test needs its own port, address and control plane.
 		if name := string(s[1]); name != "WRENN_SITES" && name != "WRENN_BIND" && name != "WRENN_SERVER" {
 			empty = append(empty, name+"=")
 		}
@@ -183,18 +183,18 @@ func TestEmptySettings(t *testing.T) {
 	door.Serve(t, server.Listener.Addr().String(), empty...)
 	for _, want := range []struct{ host, method, asked, path string }{
 		{"localhost", http.MethodGet, "/api/x", "/x"},
-		// By the listener wrapper, and by Caddy's handlers.
+		// Through the listener wrapper, and through Caddy's handlers.
 		{"80-cl-x.localhost", http.MethodGet, "/api/x", "/api/x"},
 		{"80-cl-x.localhost", http.MethodPost, "/api/x", "/api/x"},
 	} {
 		if resp, path := exchange(t, door.Address, want.method, want.host, want.asked, ""); resp.StatusCode != http.StatusOK || path != want.path {
-			t.Errorf("%s %s: %s, and the server is asked for %q", want.method, want.host, resp.Status, path)
+			t.Errorf("%s %s: %s, and the server gets %q", want.method, want.host, resp.Status, path)
 		}
 	}
 }
 
-// TestFrontDoorComesBack kills Caddy: the port stays taken, and the next Caddy
-// answers on the same socket.
+// TestFrontDoorComesBack kills Caddy: the port stays open, and the next Caddy serves the
+// same socket.
 func TestFrontDoorComesBack(t *testing.T) {
 	s, listen, _ := openDoor(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
 	pids, err := exec.Command("pgrep", "-f", "caddy run --config "+filepath.Join(s.dir.Run(), "Caddyfile")).Output()
@@ -216,7 +216,7 @@ func TestFrontDoorComesBack(t *testing.T) {
 		t.Errorf("the port of a Caddy that was killed: %v", err)
 	}
 	c := &http.Client{Timeout: 60 * time.Second}
-	err = poll(t.Context(), func(context.Context) error { // The connection under way may have been the dead Caddy's.
+	err = poll(t.Context(), func(context.Context) error { // The first connection may still belong to the dead Caddy.
 		resp, err := c.Get("http://" + listen + "/v1/x")
 		if err != nil {
 			return err
@@ -228,8 +228,8 @@ func TestFrontDoorComesBack(t *testing.T) {
 	}
 }
 
-// TestPortInUse has another program at each address that a client of ours
-// could reach instead.
+// TestPortInUse runs another program at each address that one of our clients could reach
+// by mistake.
 func TestPortInUse(t *testing.T) {
 	for _, c := range []struct{ other, ours string }{
 		{"127.0.0.1", "127.0.0.1"},
@@ -241,7 +241,7 @@ func TestPortInUse(t *testing.T) {
 		{"::1", "::1"},
 		{"::1", ""},
 		{"::1", "localhost"},
-		// Not the same socket, but "localhost" names both.
+		// They are different sockets, but "localhost" names both.
 		{"::1", "127.0.0.1"},
 		{"127.0.0.1", "::1"},
 	} {
@@ -261,7 +261,7 @@ func TestPortInUse(t *testing.T) {
 			continue
 		}
 		if _, err := net.Listen("tcp", ours); !errors.Is(err, syscall.EADDRINUSE) {
-			t.Errorf("%s is not taken: %v", ours, err)
+			t.Errorf("nothing holds %s: %v", ours, err)
 		}
 		for _, f := range files {
 			f.Close()
@@ -269,12 +269,11 @@ func TestPortInUse(t *testing.T) {
 	}
 }
 
-// TestUpStopsAtTakenPort runs all of `wrenn up`, which must not get as far as
-// starting anything.
+// TestUpStopsAtTakenPort runs `wrenn up` as a whole, which must not start anything.
 func TestUpStopsAtTakenPort(t *testing.T) {
 	s := newService(t)
 	deploytest.Caddy(t)
-	other := httptest.NewServer(http.NotFoundHandler()) // another instance
+	other := httptest.NewServer(http.NotFoundHandler()) // the other program
 	defer other.Close()
 	listen := other.Listener.Addr().String()
 	var out strings.Builder

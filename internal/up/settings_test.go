@@ -9,7 +9,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/settings/all"
 )
 
-// serverSettings are the server's in this process's environment.
+// serverSettings returns the server's settings in this process's environment.
 func serverSettings(t *testing.T) settings.Values {
 	t.Helper()
 	values, _, err := all.ServerProgram.Read(os.Environ())
@@ -19,8 +19,8 @@ func serverSettings(t *testing.T) settings.Values {
 	return values
 }
 
-// Every setting of the programs that `wrenn up` starts reaches them, unless it chooses
-// the value itself, and then it says so.
+// TestSettingsArePassed checks that every setting reaches the programs that `wrenn up`
+// starts, unless it chooses the value itself and says so.
 func TestSettingsArePassed(t *testing.T) {
 	chosen := []string{"WRENN_LISTEN=unix:/x", "WRENN_DIR=/d"}
 	for _, p := range []settings.Program{all.ServerProgram, all.AgentProgram} {
@@ -44,7 +44,7 @@ func TestSettingsArePassed(t *testing.T) {
 		slices.Sort(want)
 		slices.Sort(got)
 		if len(want) < 20 || !slices.Equal(got, want) {
-			t.Errorf("the %s is passed %q, want %q", p.Name, got, want)
+			t.Errorf("the %s gets %q, want %q", p.Name, got, want)
 		}
 		if !slices.Equal(unused, ignored) {
 			t.Errorf("the %s does not use %q, want %q", p.Name, unused, ignored)

@@ -24,7 +24,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// newService is a service in a folder that other users may pass through.
+// newService returns a service in a folder that other users may traverse.
 func newService(t *testing.T) *service {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -125,7 +125,7 @@ func TestRedis(t *testing.T) {
 	if err := c.Set(t.Context(), "k", "v", 0).Err(); err != nil {
 		t.Error(err)
 	}
-	// It takes a bounded part of the machine's memory, and never refuses what is new.
+	// Redis takes a bounded part of the machine's memory, and never refuses new data.
 	for name, want := range map[string]string{"maxmemory": strconv.Itoa(256 << 20), "maxmemory-policy": "allkeys-lru"} {
 		if got, err := c.ConfigGet(t.Context(), name).Result(); err != nil || got[name] != want {
 			t.Errorf("%s is %q, want %q, %v", name, got[name], want, err)
@@ -133,15 +133,15 @@ func TestRedis(t *testing.T) {
 	}
 }
 
-// TestDatabasesInheritNothing: of what `wrenn up` was started with, its environment and
-// its descriptors, the programs that run as other users have nothing.
+// TestDatabasesInheritNothing checks that programs that run as other users get neither
+// the environment nor the descriptors of `wrenn up`.
 func TestDatabasesInheritNothing(t *testing.T) {
 	secret, err := os.Create(filepath.Join(t.TempDir(), "secret"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer secret.Close()
-	if _, err := unix.FcntlInt(secret.Fd(), unix.F_SETFD, 0); err != nil { // as a shell opens it
+	if _, err := unix.FcntlInt(secret.Fd(), unix.F_SETFD, 0); err != nil { // like a file that a shell opens
 		t.Fatal(err)
 	}
 	t.Setenv("WRENN_SMTP_URL", "smtp://user:secret@mail.example.com")
@@ -195,8 +195,8 @@ func TestProgramThatDoesNotStart(t *testing.T) {
 	}
 }
 
-// TestProgramIsSlow: the bound on how long a program may take to get ready is its own,
-// and does not keep it from being stopped meanwhile.
+// TestProgramIsSlow checks that a program has its own limit for getting ready, and can be
+// stopped before it is ready.
 func TestProgramIsSlow(t *testing.T) {
 	s := newService(t)
 	slow := program{
@@ -258,7 +258,7 @@ func TestLogsAreBounded(t *testing.T) {
 	}
 }
 
-// TestNewerData: nothing is changed, and nothing started, on data of a later release.
+// TestNewerData checks that on data of a later release nothing is changed or started.
 func TestNewerData(t *testing.T) {
 	s := newService(t)
 	record := s.dir.SandboxRecord(uuid.New())
@@ -274,12 +274,12 @@ func TestNewerData(t *testing.T) {
 		t.Errorf("the error is %v", err)
 	}
 	if after, err := os.ReadDir(string(s.dir)); err != nil || fmt.Sprint(after) != fmt.Sprint(before) {
-		t.Errorf("there was %v, and is %v, %v", before, after, err)
+		t.Errorf("before: %v, after: %v, %v", before, after, err)
 	}
 }
 
-// TestDamagedSecrets: secrets that are damaged or gone are not made anew where there is a
-// database, which was made with them.
+// TestDamagedSecrets checks that damaged or missing secrets are not replaced if there is
+// a database, which depends on them.
 func TestDamagedSecrets(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	for _, text := range []string{"", "{", "{}", `{"secret_key": "a", "agent_token": "b", "admin_password": "c"}`} {
@@ -297,7 +297,7 @@ func TestDamagedSecrets(t *testing.T) {
 		t.Errorf("without them: %v", err)
 	}
 	if _, err := os.Stat(dir.Secrets()); err == nil {
-		t.Error("they were made anew")
+		t.Error("new secrets were created")
 	}
 }
 
@@ -309,7 +309,7 @@ func TestSecretsAreMadeOnce(t *testing.T) {
 	}
 	b, err := loadSecrets(dir)
 	if err != nil || a != b {
-		t.Errorf("made twice: %v", err)
+		t.Errorf("created twice: %v", err)
 	}
 	if len(a.AdminAPIKey) != len("wrn_")+40 {
 		t.Errorf("API key of %d characters", len(a.AdminAPIKey))
@@ -349,7 +349,8 @@ func TestOneUpPerDirectory(t *testing.T) {
 	again()
 }
 
-// TestListen: only loopback is listened on in clear, unless somebody asks for more.
+// TestListen checks that plain HTTP listens on loopback only, unless the user asks for
+// more.
 func TestListen(t *testing.T) {
 	var said strings.Builder
 	cmd := Command(&said)
@@ -369,25 +370,26 @@ func TestListen(t *testing.T) {
 	}
 }
 
-// TestAnnounce: what is printed says where the secrets are, and none of them.
+// TestAnnounce checks that the output says where the secrets are, and contains none of
+// them.
 func TestAnnounce(t *testing.T) {
 	var said strings.Builder
 	s := &service{dir: "/data", out: &said, secrets: secrets{SecretKey: "key-1", AgentToken: "token-2", AdminPassword: "password-3", AdminAPIKey: "wrn_4"}}
 	s.announce(options{listen: "localhost:8000"})
 	for _, want := range []string{"http://localhost:8000/v1", adminEmail, s.dir.Credentials()} {
 		if !strings.Contains(said.String(), want) {
-			t.Errorf("it does not say %s:\n%s", want, said.String())
+			t.Errorf("the output lacks %s:\n%s", want, said.String())
 		}
 	}
 	for _, secret := range []string{"key-1", "token-2", "password-3", "wrn_4"} {
 		if strings.Contains(said.String(), secret) {
-			t.Errorf("it says %s", secret)
+			t.Errorf("the output has %s", secret)
 		}
 	}
 }
 
-// TestUnfinishedSpare has wrenn up killed while it makes the spare file: the next
-// one finishes it.
+// TestUnfinishedSpare kills wrenn up while it writes the spare file: the next one
+// completes the file.
 func TestUnfinishedSpare(t *testing.T) {
 	pg := &postgres{dir: t.TempDir()}
 	if free, err := freeMiB(pg.dir); err != nil || free < plentyMiB+spareMiB {
@@ -404,26 +406,26 @@ func TestUnfinishedSpare(t *testing.T) {
 	}
 }
 
-// TestFullDisk: guests that fill the disk do not stop PostgreSQL, which writes on,
-// and starts again after it was killed.
+// TestFullDisk checks that PostgreSQL keeps writing when guests fill the disk, and starts
+// again after a kill.
 func TestFullDisk(t *testing.T) {
 	t.Run("ext4", func(t *testing.T) {
-		// More than the log's files have, all over again.
+		// More than the log's files hold, several times over.
 		testFullDisk(t, 2*logMiB/segmentMiB, "mkfs.ext4", "-q", "-m", "0")
 	})
-	// Written over in place, but slowly when it is full.
+	// btrfs overwrites in place here, but slowly on a full disk.
 	t.Run("btrfs", func(t *testing.T) { testFullDisk(t, 1, "mkfs.btrfs", "-q") })
 }
 
 // testFullDisk fills a disk, which mkfs formats, under PostgreSQL, and then writes
-// messages of nearly a file of its log each.
+// messages, each nearly as large as a file of its log.
 func testFullDisk(t *testing.T, messages int, mkfs ...string) {
 	s := newService(t)
 	need(t, mkfs[0], "mount", "dd")
 	if bins, _ := filepath.Glob("/usr/lib/postgresql/*/bin/postgres"); len(bins) == 0 {
 		t.Skip("needs PostgreSQL")
 	}
-	// A disk of its own, small enough to be filled.
+	// The test's own disk, small enough to fill.
 	image, disk := filepath.Join(t.TempDir(), "disk"), string(s.dir)+"/disk"
 	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 2<<30), os.Mkdir(disk, 0o711)); err != nil {
 		t.Fatal(err)
@@ -435,7 +437,7 @@ func testFullDisk(t *testing.T, messages int, mkfs ...string) {
 		t.Skipf("needs loop devices and the file system: %v: %s", err, out)
 	}
 	t.Cleanup(func() {
-		s.stopAll() // what is on it
+		s.stopAll() // the programs that use the disk
 		if out, err := exec.Command("umount", disk).CombinedOutput(); err != nil {
 			t.Errorf("%v: %s", err, out)
 		}
@@ -447,7 +449,7 @@ func testFullDisk(t *testing.T, messages int, mkfs ...string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Its log is elsewhere: whoever fills a disk fills that too.
+	// The programs' logs are elsewhere, because whoever fills a disk fills those too.
 	if err := s.launch(t.Context(), pg.program()); err != nil {
 		t.Fatal(err)
 	}
@@ -501,7 +503,7 @@ func testFullDisk(t *testing.T, messages int, mkfs ...string) {
 	fill("guest")
 	started := begun()
 	for range messages {
-		// The checkpoints that begin by themselves may not keep up with this on a busy disk.
+		// On a busy disk, PostgreSQL's own checkpoints may not keep up with this.
 		var used int64
 		if err := conn.QueryRow(t.Context(), "SELECT (pg_current_wal_insert_lsn() - redo_lsn)::bigint >> 20 FROM pg_control_checkpoint()").Scan(&used); err != nil {
 			t.Fatal(err)
@@ -513,9 +515,9 @@ func testFullDisk(t *testing.T, messages int, mkfs ...string) {
 	}
 	exec1("UPDATE rows SET counted = counted + 1 WHERE id = 1")
 	if at := begun(); at != started {
-		t.Errorf("PostgreSQL began anew at %v", at)
+		t.Errorf("PostgreSQL restarted at %v", at)
 	}
-	// Killed as by the kernel, on a disk where nothing is free.
+	// Kill it like the kernel would, on a disk without free space.
 	pid, err := os.ReadFile(filepath.Join(pg.data(), "postmaster.pid"))
 	if err != nil {
 		t.Fatal(err)
@@ -527,16 +529,16 @@ func testFullDisk(t *testing.T, messages int, mkfs ...string) {
 	if err := syscall.Kill(n, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	await.Until(t, "the one that was killed is gone", func() bool { return conn.Ping(t.Context()) != nil })
+	await.Until(t, "the killed PostgreSQL has ended", func() bool { return conn.Ping(t.Context()) != nil })
 	conn = connect()
 	exec1("UPDATE rows SET counted = counted + 1 WHERE id = 2")
 	if _, err := os.Stat(pg.spare()); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("the spare file is there: %v", err)
+		t.Errorf("the spare file exists: %v", err)
 	}
 }
 
-// TestImportance: programs of the service come before guests and others when processors
-// are short, and this process itself does not.
+// TestImportance checks that the service's programs have priority over guests when
+// processors are short, and that this process does not change its own.
 func TestImportance(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")

@@ -39,14 +39,14 @@ func TestLookup(t *testing.T) {
 	if a.UID != 1000 || a.GID != 1000 || a.Home != "/home/user" || a.Shell != "/bin/bash" || !slices.Equal(a.Groups, []uint32{1000, 27}) {
 		t.Errorf("user is %+v", a)
 	}
-	// A name comes before a number.
+	// A name takes precedence over a number.
 	if a, err = lookup("1000", passwd, group); err != nil || a.UID != 7 || a.Home != "/" {
 		t.Errorf("1000 is %+v, %v", a, err)
 	}
 	if a, err = lookup("0", passwd, group); err != nil || a.Name != "root" {
 		t.Errorf("0 is %+v, %v", a, err)
 	}
-	// A group by name, by number, and one that nobody has a name for.
+	// A group by name, by number, and by a number without a name.
 	for in, gid := range map[string]uint32{"sudo": 27, "27": 27, "4711": 4711, "bad": 0} {
 		a, err := lookup("user:"+in, passwd, group)
 		if in == "bad" {
@@ -73,14 +73,15 @@ func TestCache(t *testing.T) {
 		if err != nil || a.UID != want || !slices.Equal(a.Groups, groups) {
 			t.Errorf("user is %+v, %v, want %d and %d", a, err, want, groups)
 		}
-		a.Groups[0] = 4711 // It is the caller's own.
+		a.Groups[0] = 4711 // The caller owns it.
 	}
 	see(1000, 1000, 27)
 	if _, ok := c.kept["user"]; !ok {
-		t.Error("an account of tables that have not changed is not kept")
+		t.Error("the cache lost an account although the tables have not changed")
 	}
 	see(1000, 1000, 27)
-	// A change of either table, whatever its length and its time, and a removal.
+	// Any change of either table counts, whatever its length and time, and so does a
+	// removal.
 	was, err := os.Stat(passwd)
 	if err != nil {
 		t.Fatal(err)
@@ -115,12 +116,12 @@ func TestCache(t *testing.T) {
 		}
 	}
 	if len(c.kept) > maxKept {
-		t.Errorf("%d accounts are kept", len(c.kept))
+		t.Errorf("%d accounts are cached", len(c.kept))
 	}
-	// Tables that changed just now could change again without a trace.
+	// Tables that have just changed could change again with the same timestamp.
 	c = &cache{passwd: passwd, group: group, settled: time.Hour}
 	if _, err := c.lookup("root"); err != nil || len(c.kept) != 0 {
-		t.Errorf("%v; kept: %v", err, c.kept)
+		t.Errorf("%v; cached: %v", err, c.kept)
 	}
 }
 
@@ -206,26 +207,26 @@ func TestDo(t *testing.T) {
 			for range 50 {
 				err := a.Do(func() error {
 					if uid, gid := unix.Geteuid(), unix.Getegid(); uint32(uid) != a.UID || uint32(gid) != a.GID {
-						return fmt.Errorf("acts as %d:%d", uid, gid)
+						return fmt.Errorf("it runs as %d:%d", uid, gid)
 					}
 					if g, err := unix.Getgroups(); err != nil || len(g) != len(a.Groups) {
-						return fmt.Errorf("has groups %v, %v", g, err)
+						return fmt.Errorf("it has groups %v, %v", g, err)
 					}
 					if _, err := os.ReadFile(secret); !errors.Is(err, fs.ErrPermission) {
-						return fmt.Errorf("reads root's file: %v", err)
+						return fmt.Errorf("it can read root's file: %v", err)
 					}
 					if _, err := os.ReadFile("/proc/self/environ"); !errors.Is(err, fs.ErrPermission) {
-						return fmt.Errorf("reads the daemon's environment: %v", err)
+						return fmt.Errorf("it can read the daemon's environment: %v", err)
 					}
 					if err := os.Chown(secret, int(a.UID), int(a.GID)); err == nil {
-						return errors.New("takes root's file")
+						return errors.New("it can take root's file")
 					}
-					// Again as itself is nothing new; as another is refused.
+					// A nested Do as the same user works; as another user it is refused.
 					if err := a.Do(func() error { return nil }); err != nil {
 						return err
 					}
 					if err := (&Account{Name: "root"}).Do(func() error { return nil }); !errors.Is(err, fs.ErrPermission) {
-						return fmt.Errorf("becomes root: %v", err)
+						return fmt.Errorf("it becomes root: %v", err)
 					}
 					return nil
 				})
@@ -233,7 +234,7 @@ func TestDo(t *testing.T) {
 					t.Error(err)
 				}
 				if _, err := os.ReadFile(secret); err != nil {
-					t.Errorf("rights did not come back: %v", err)
+					t.Errorf("the daemon did not get its rights back: %v", err)
 				}
 			}
 		})

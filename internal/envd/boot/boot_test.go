@@ -22,13 +22,13 @@ func TestOptions(t *testing.T) {
 	}
 }
 
-// TestReap runs reap in a process of its own, which orphans come to.
+// TestReap runs reap in its own process, which adopts orphans.
 func TestReap(t *testing.T) {
 	if os.Getenv("WRENN_TEST_REAP") != "" {
 		if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 			t.Fatal(err)
 		}
-		// The orphan ends before the program does, which waits until it is gone.
+		// The orphan ends before the program, which waits until reap has reaped it.
 		const script = `p=$(sh -c 'sleep 0.01 & echo $!'); while [ -e /proc/$p ]; do sleep 0.01; done; exit 3`
 		err := reap([]string{"/bin/sh", "-c", script}, os.Environ())
 		if err == nil || !strings.Contains(err.Error(), "0x300") {
@@ -51,7 +51,7 @@ func FuzzOptions(f *testing.F) {
 func TestAwaitFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "vda")
 	if err := awaitFile(path, 10*time.Millisecond); err == nil {
-		t.Error("a file that is not there was found")
+		t.Error("it found a file that does not exist")
 	}
 	done := make(chan error, 1)
 	go func() { done <- awaitFile(path, await.Hang) }()

@@ -10,7 +10,7 @@ func TestSettings(t *testing.T) {
 	for memory, want := range map[uint64]string{128 << 20: "32768", 2 << 30: "524288", 64 << 30: "524288"} {
 		for _, s := range settings(memory) {
 			if s.name == "fs/inotify/max_user_watches" && s.value != want {
-				t.Errorf("with %d bytes: %s watches, not %s", memory, s.value, want)
+				t.Errorf("with %d bytes of memory: %s watches, not %s", memory, s.value, want)
 			}
 		}
 	}

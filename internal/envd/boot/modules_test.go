@@ -20,7 +20,7 @@ func TestMakeDevices(t *testing.T) {
 		t.Fatal(err)
 	}
 	dev := filepath.Join(dir, "a", "dev")
-	for range 2 { // a device may be there
+	for range 2 { // a device may exist already
 		if err := makeDevices(list, dev); err != nil {
 			t.Fatal(err)
 		}

@@ -13,7 +13,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
-// tree makes a tree of the test's own.
+// tree creates the test's own tree.
 func tree(t *testing.T) *Tree {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -56,7 +56,7 @@ func TestGroup(t *testing.T) {
 	path := g.dir.Name()
 	g.Close()
 	if _, err := os.Stat(path); err != nil {
-		t.Errorf("a group with a descendant in it is gone: %v", err)
+		t.Errorf("a group with a descendant was removed: %v", err)
 	}
 	if err := os.WriteFile(filepath.Join(path, "cgroup.kill"), []byte("1"), 0); err != nil {
 		t.Fatal(err)
@@ -69,7 +69,7 @@ func TestGroup(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := os.Stat(path); err == nil {
-		t.Error("an empty group stays")
+		t.Error("an empty group was not removed")
 	}
 	g2.Close()
 }
@@ -77,7 +77,7 @@ func TestGroup(t *testing.T) {
 func TestPrepare(t *testing.T) {
 	tr := tree(t)
 	tr.Prepare()
-	tr.Prepare() // There is one already.
+	tr.Prepare() // A group is prepared already.
 	entries, err := os.ReadDir(tr.path)
 	if err != nil {
 		t.Fatal(err)
@@ -108,9 +108,9 @@ func TestPrepare(t *testing.T) {
 	if err := tr.Close(t.Context()); err != nil {
 		t.Error(err)
 	}
-	tr.Prepare() // It is closed: nothing may come back.
+	tr.Prepare() // A closed tree must prepare nothing.
 	if _, err := os.Stat(tr.path); err == nil {
-		t.Error("a closed tree is there again")
+		t.Error("a closed tree exists again")
 	}
 }
 
@@ -143,13 +143,13 @@ func TestFreeze(t *testing.T) {
 	before := size()
 	time.Sleep(200 * time.Millisecond)
 	if size() != before {
-		t.Error("a frozen process goes on")
+		t.Error("a frozen process runs")
 	}
 	if err := tr.Thaw(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	await.Until(t, "a thawed process goes on", func() bool { return size() > before })
-	// What is frozen can be ended.
+	await.Until(t, "a thawed process runs", func() bool { return size() > before })
+	// Frozen processes can be killed.
 	if err := tr.Freeze(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -161,6 +161,6 @@ func TestFreeze(t *testing.T) {
 
 func TestOpenElsewhere(t *testing.T) {
 	if _, err := Open(filepath.Join(t.TempDir(), "x")); err == nil {
-		t.Error("a folder that is no cgroup is taken for one")
+		t.Error("an ordinary folder was accepted as a cgroup")
 	}
 }

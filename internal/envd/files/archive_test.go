@@ -13,9 +13,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/linear"
 )
 
-// FuzzUnpack checks that nothing outside the folder changes, whatever the
-// archive: entries are made of the input's lines, and the raw input is tried
-// as an archive too.
+// FuzzUnpack checks that no archive changes anything outside the folder. It builds
+// entries from the input's lines, and also unpacks the raw input.
 func FuzzUnpack(f *testing.F) {
 	for _, s := range []string{
 		"f a\n", "f ../x\n", "l a ..\nf a/secret\n", "l a ../secret\nf a\n", "h a ../secret\nf a\n", "d a\nl a/b ../..\nf a/b/secret\n",
@@ -74,9 +73,9 @@ func FuzzUnpack(f *testing.F) {
 			}
 			entries, err := os.ReadDir(outer)
 			if err != nil || len(entries) != 2 {
-				t.Fatalf("outside are %v, %v", entries, err)
+				t.Fatalf("outside there are %v, %v", entries, err)
 			}
-			// Nothing inside is a second name of what is outside.
+			// Nothing inside may be a link to a file outside.
 			_ = filepath.WalkDir(box, func(p string, d fs.DirEntry, err error) error {
 				if err == nil && d.Type().IsRegular() {
 					if in, err := d.Info(); err == nil && os.SameFile(in, info) {
@@ -89,7 +88,7 @@ func FuzzUnpack(f *testing.F) {
 	})
 }
 
-// TestUnpackTreeIsLinear: twice as many entries take twice as long.
+// TestUnpackTreeIsLinear checks that twice as many entries take twice as long.
 func TestUnpackTreeIsLinear(t *testing.T) {
 	linear.Check(t, "unpackTree", 500, func(n int) {
 		var b bytes.Buffer

@@ -15,8 +15,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/envd/account"
 )
 
-// changing is the writer of an answer whose file changes once its first bytes are
-// read.
+// changing is the writer of a response whose file changes once its first bytes are read.
 type changing struct {
 	*httptest.ResponseRecorder
 	change func()
@@ -30,11 +29,11 @@ func (c *changing) Write(b []byte) (int, error) {
 	return c.ResponseRecorder.Write(b)
 }
 
-// TestFileChangesWhileRead reads a file that grows or is truncated between its first
-// bytes and its last.
+// TestFileChangesWhileRead reads a file that grows or shrinks between its first and its
+// last bytes.
 func TestFileChangesWhileRead(t *testing.T) {
 	if os.Geteuid() != 0 {
-		t.Skip("needs root: acts as root")
+		t.Skip("needs root: the daemon runs as root")
 	}
 	root, err := account.Lookup("root")
 	if err != nil {
@@ -42,8 +41,8 @@ func TestFileChangesWhileRead(t *testing.T) {
 	}
 	text := bytes.Repeat([]byte("0123456789abcdef"), 4*buffer/16)
 	file := filepath.Join(t.TempDir(), "log")
-	// get asks a handler for the file, which changes meanwhile, and tells whether the
-	// answer broke off.
+	// get requests the file from a handler while it changes, and reports whether the
+	// response broke off.
 	get := func(h http.HandlerFunc, size int64) (body []byte, broken bool) {
 		t.Helper()
 		if err := os.WriteFile(file, text, 0o600); err != nil {
@@ -84,7 +83,7 @@ func TestFileChangesWhileRead(t *testing.T) {
 	}
 }
 
-// only returns what is in an archive's first file.
+// only returns the content of an archive's first file.
 func only(t *testing.T, archive []byte) []byte {
 	t.Helper()
 	r := tar.NewReader(bytes.NewReader(archive))

@@ -30,7 +30,7 @@ func TestExport(t *testing.T) {
 		t.Fatal(err)
 	}
 	if left, err := os.ReadDir(etc); err != nil || len(left) > 0 {
-		t.Errorf("no environment left %v, %v", left, err)
+		t.Errorf("without an environment there are %v, %v", left, err)
 	}
 	if err := os.WriteFile(filepath.Join(etc, "environment"), []byte("MINE=1\n"), 0o644); err != nil {
 		t.Fatal(err)
@@ -58,16 +58,16 @@ func TestExport(t *testing.T) {
 		t.Errorf("for sudo: %v, %v", info, err)
 	}
 	if !strings.Contains(read("profile"), "/etc/profile.d/*.sh") {
-		t.Error("an image without a profile got none")
+		t.Error("an image without a profile did not get one")
 	}
-	// What a login shell makes of it.
+	// What a login shell gets.
 	cmd := exec.CommandContext(t.Context(), "sh", "-c", `PATH=/reset; . "$0"; echo "$PATH|$NAME|$SET|"`, filepath.Join(etc, "profile.d/zz-wrenn.sh"))
 	cmd.Env = []string{"PATH=/bin:/usr/bin", "SET=request's"}
 	out, err := cmd.CombinedOutput()
 	if want := "/opt/tool/bin:/bin:/usr/bin|it's\na $HOME `x`|request's|\n"; err != nil || string(out) != want {
-		t.Errorf("a login shell has %q, not %q: %v", out, want, err)
+		t.Errorf("a login shell gets %q, not %q: %v", out, want, err)
 	}
-	// An environment that is empty from now on leaves nothing of the last one.
+	// An empty environment removes everything of the previous one.
 	if err := m.Export(map[string]string{}); err != nil {
 		t.Fatal(err)
 	}
@@ -75,6 +75,6 @@ func TestExport(t *testing.T) {
 		t.Errorf("/etc/environment is %q", got)
 	}
 	if got := read("profile.d/zz-wrenn.sh"); strings.Contains(got, "NAME") {
-		t.Errorf("left is %q", got)
+		t.Errorf("these are left: %q", got)
 	}
 }

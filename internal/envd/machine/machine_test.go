@@ -20,7 +20,7 @@ func TestReseed(t *testing.T) {
 	m := New()
 	for _, n := range []int{0, maxEntropy + 1} {
 		if err := m.Reseed(make([]byte, n)); err == nil {
-			t.Errorf("%d bytes were taken", n)
+			t.Errorf("%d bytes were accepted", n)
 		}
 	}
 	err := m.Reseed(bytes.Repeat([]byte{7}, 64))
@@ -32,13 +32,13 @@ func TestReseed(t *testing.T) {
 	}
 }
 
-// rename renames a machine that is this thread's alone.
+// rename renames a machine that only this thread sees.
 func rename(t *testing.T, etc, name string) (err error) {
 	t.Helper()
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		runtime.LockOSThread() // and never unlocked: the thread ends
+		runtime.LockOSThread() // never unlocked, so the thread ends
 		if err = unix.Unshare(unix.CLONE_NEWUTS); err != nil {
 			return
 		}
@@ -77,11 +77,11 @@ func TestRename(t *testing.T) {
 	if file("hostname") != "one\n" || file("hosts") != "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n127.0.1.1 one\n" || len(id) != 33 {
 		t.Errorf("files are %q %q %q", file("hostname"), file("hosts"), id)
 	}
-	// A machine that has its name is left alone.
+	// If the machine already has its name, nothing changes.
 	if err := rename(t, etc, "captured"); err != nil || file("hostname") != "one\n" || file("machine-id") != id {
 		t.Error(err, file("hostname"))
 	}
-	// What a user put in the way hangs and harms nobody.
+	// A user's obstacles neither block the daemon nor redirect its writes.
 	outside := filepath.Join(t.TempDir(), "outside")
 	for _, f := range []string{"hosts", "hostname", "machine-id"} {
 		if err := os.Remove(filepath.Join(etc, f)); err != nil {
@@ -103,15 +103,15 @@ func TestRename(t *testing.T) {
 	}
 	entries, err := os.ReadDir(etc)
 	if err != nil || len(entries) != 3 {
-		t.Errorf("left are %v, %v", entries, err)
+		t.Errorf("these are left: %v, %v", entries, err)
 	}
-	// A name that cannot be written down is still the kernel's.
+	// If the files cannot be written, the kernel still gets the name.
 	if err := rename(t, filepath.Join(etc, "nothing"), "three"); err == nil {
-		t.Error("files in a folder that is not there were written")
+		t.Error("files in a missing folder were written")
 	}
 	for _, bad := range []string{"", "-a", ".a", "a b", "a\n127.0.0.1 x", "ü", strings.Repeat("a", 64)} {
 		if err := rename(t, etc, bad); err == nil {
-			t.Errorf("%q was taken", bad)
+			t.Errorf("%q was accepted", bad)
 		}
 	}
 }
@@ -186,14 +186,14 @@ func TestGrow(t *testing.T) {
 	got, err := grow(t.Context(), mounted, 64<<20)
 	allowed := !errors.Is(err, unix.EPERM)
 	if allowed && (err != nil || got != 64<<20) {
-		t.Errorf("what is there already: %d, %v", got, err)
+		t.Errorf("no growth: %d, %v", got, err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	if _, err := grow(ctx, mounted, 256<<20); err == nil {
 		t.Error("grown beyond the device")
 	}
-	// The device becomes larger while it is waited for.
+	// The device grows while Grow waits for it.
 	bigger := time.AfterFunc(200*time.Millisecond, func() {
 		_ = exec.Command("truncate", "-s", "256M", image).Run()
 		_ = exec.Command("losetup", "-c", loop).Run()
@@ -209,6 +209,6 @@ func TestGrow(t *testing.T) {
 		t.Errorf("grown to %d (%d), %v", got, int64(st.Blocks)*st.Bsize, err)
 	}
 	if _, err := grow(t.Context(), "/proc", 1); err == nil {
-		t.Error("grown what is no ext4")
+		t.Error("it grew a file system other than ext4")
 	}
 }

@@ -19,7 +19,7 @@ func TestRead(t *testing.T) {
 	}
 	again, err := r.Read()
 	if err != nil || again.CPUUsedPct != m.CPUUsedPct {
-		t.Errorf("a reading at once after the first is %+v, %v", again, err)
+		t.Errorf("a second reading right after the first is %+v, %v", again, err)
 	}
 }
 

@@ -76,6 +76,6 @@ func TestProbe(t *testing.T) {
 		}
 	}
 	if err := probe(t.TempDir(), request{names: []string{"a"}}, nil); err == nil {
-		t.Error("a kernel without modules has one")
+		t.Error("it found a module of a kernel without modules")
 	}
 }

@@ -68,11 +68,11 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// own is the guest's address, in a namespace of the test's own.
+// own is the guest's address, in the test's own namespace.
 var own = netip.MustParseAddr("169.254.0.21")
 
-// inNamespace runs the calling test again in a new network namespace that has
-// the guest's address, and returns true there.
+// inNamespace runs the calling test again in a new network namespace with the guest's
+// address, and returns true there.
 func inNamespace(t *testing.T, env ...string) bool {
 	t.Helper()
 	if os.Getenv("WRENN_TEST_NAMESPACE") == t.Name() {
@@ -99,7 +99,7 @@ func inNamespace(t *testing.T, env ...string) bool {
 	return false
 }
 
-// echo serves one line back, until the test ends or it is closed.
+// echo sends one line back on each connection, until the test ends or closes it.
 func echo(t *testing.T, network, addr string) net.Listener {
 	t.Helper()
 	l, err := net.Listen(network, addr)
@@ -122,7 +122,7 @@ func echo(t *testing.T, network, addr string) net.Listener {
 	return l
 }
 
-// answers tells whether an echo comes back, half-closed connections included.
+// answers reports whether an echo comes back, also over a half-closed connection.
 func answers(addr string) bool {
 	c, err := net.DialTimeout("tcp", addr, time.Second)
 	if err != nil {
@@ -154,7 +154,7 @@ func testForward(t *testing.T) {
 	await.Until(t, "bridge to ::1", func() bool { return answers("169.254.0.21:8003") })
 	await.Until(t, "bridge to ::", func() bool { return answers("169.254.0.21:8004") })
 	if !answers("169.254.0.21:8010") {
-		t.Error("a service at every address of both families does not answer")
+		t.Error("a service on every address of both families does not respond")
 	}
 	if answers("169.254.0.21:49983") {
 		t.Error("the daemon's own port is bridged")
@@ -162,11 +162,11 @@ func testForward(t *testing.T) {
 	if n := len(f.Forwarded()); n != 3 {
 		t.Errorf("%d bridges: %v", n, f.Forwarded())
 	}
-	// A connection that is open outlives nothing but its own ends.
+	// An open connection survives until one of its ends closes.
 	four.Close()
 	six.Close()
 	every.Close()
-	await.Until(t, "bridges to go", func() bool {
+	await.Until(t, "the bridges disappear", func() bool {
 		l, err := net.Listen("tcp4", "169.254.0.21:8001")
 		if err != nil {
 			return false
@@ -174,30 +174,30 @@ func testForward(t *testing.T) {
 		l.Close()
 		return len(f.Forwarded()) == 0
 	})
-	// A service that comes back is bridged again.
+	// A service that returns is bridged again.
 	echo(t, "tcp4", "127.0.0.1:8001")
-	await.Until(t, "bridge again", func() bool { return answers("169.254.0.21:8001") })
+	await.Until(t, "it is bridged again", func() bool { return answers("169.254.0.21:8001") })
 
-	// Who asks for it need not wait for the next look.
+	// A caller that asks for a port need not wait for the next scan.
 	echo(t, "tcp4", "127.0.0.1:8011")
 	f.Look(ctx)
 	if !slices.Contains(f.Forwarded(), netip.MustParseAddrPort("127.0.0.1:8011")) {
-		t.Errorf("after a look, only %v have bridges", f.Forwarded())
+		t.Errorf("after a scan, only %v have bridges", f.Forwarded())
 	}
 
-	// A port that somebody has on the guest's address is left alone.
+	// A port in use on the guest's address gets no bridge.
 	echo(t, "tcp4", "169.254.0.21:8005")
 	echo(t, "tcp4", "127.0.0.1:8005")
-	// By the time that the second of these is bridged, that one was looked at.
+	// When the second of these ports is bridged, a scan has seen that one.
 	for _, port := range []string{"8006", "8007"} {
 		echo(t, "tcp4", "127.0.0.1:"+port)
-		await.Until(t, "bridge to "+port, func() bool { return answers("169.254.0.21:" + port) })
+		await.Until(t, "a bridge to "+port, func() bool { return answers("169.254.0.21:" + port) })
 	}
-	await.Until(t, "a service on the guest's own address answers", func() bool { return answers("169.254.0.21:8005") })
+	await.Until(t, "a service on the guest's own address is bridged", func() bool { return answers("169.254.0.21:8005") })
 	cancel()
 	<-done
 	if answers("169.254.0.21:8001") {
-		t.Error("a bridge outlives the forwarder")
+		t.Error("a bridge survived the forwarder")
 	}
 }
 
@@ -210,8 +210,8 @@ func TestForwardSocat(t *testing.T) {
 	}
 }
 
-// TestBacklog has more connections come at once than a bridge accepts: they
-// wait, and none is lost.
+// TestBacklog opens more connections at once than a bridge accepts: they wait, and none
+// is lost.
 func TestBacklog(t *testing.T) {
 	if _, err := exec.LookPath("socat"); err != nil {
 		t.Skip("needs socat: ", err)
@@ -251,9 +251,9 @@ func TestBacklog(t *testing.T) {
 			}
 		})
 	}
-	await.Until(t, "all connections to wait in the kernel", func() bool {
+	await.Until(t, "all connections wait in the kernel", func() bool {
 		now, err := os.ReadFile("/proc/net/tcp")
-		// The bridge's side of established connections, of which it has accepted none.
+		// The bridge's side of established connections, none of which it has accepted.
 		return err == nil && len(waiting.FindAll(now, -1)) == connections
 	})
 	if err := b.cmd.Process.Signal(syscall.SIGCONT); err != nil {

@@ -12,7 +12,8 @@ import (
 	pb "github.com/wrenn-dev/wrenn/internal/gen/process"
 )
 
-// One subscriber of several that takes nothing is dropped; the others lose nothing.
+// TestStalledSubscriber checks that a subscriber that reads nothing is dropped, and that
+// the others lose nothing.
 func TestStalledSubscriber(t *testing.T) {
 	who, err := account.Lookup("root")
 	if err != nil {
@@ -35,14 +36,14 @@ func TestStalledSubscriber(t *testing.T) {
 		end = end || e.GetEnd() != nil
 		return nil
 	})
-	// It may have joined when some output was out already, but not much: the
-	// first subscriber held it up.
+	// It may have joined after some output, but not much, because the first subscriber
+	// blocked the process.
 	if err != nil || !end || total < 6<<20 {
 		t.Errorf("the other subscriber got %d bytes, end %v, %v", total, end, err)
 	}
 	err = p.follow(t.Context(), stalled, time.Minute, func(*pb.ProcessEvent) error { return nil })
 	if connect.CodeOf(err) != connect.CodeResourceExhausted {
-		t.Errorf("the stalled subscriber is told %v", err)
+		t.Errorf("the stalled subscriber got %v", err)
 	}
 	select {
 	case <-stalled.slow:
