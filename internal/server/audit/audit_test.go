@@ -16,8 +16,8 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// TestCharge: a team and its owner are charged for audit records, times that sandboxes
-// ran and tags as soon as these are written, and a team keeps its newest audit records.
+// TestCharge checks that audit records, sandboxes' run times and tags are charged to a
+// team and its owner at once, and that a team keeps its newest audit records.
 func TestCharge(t *testing.T) {
 	ctx, url := t.Context(), pgtest.New(t)
 	s, err := store.Open(context.Background(), url)
@@ -72,7 +72,7 @@ func TestCharge(t *testing.T) {
 		}
 	}
 	charges("written", records*512+others, 0)
-	// The owner's other team has less room, before anybody has settled the charges.
+	// The owner's other team has less room even before the charges are settled.
 	exec("UPDATE platform_settings SET max_stored_mib = 3")
 	template := func(team uuid.UUID) error {
 		_, err := conn.Exec(ctx, `INSERT INTO templates (id, team_id, name, size_bytes, created_at, state, disk_mib, memory_mib) VALUES (gen_random_uuid(), $1, 'x', 0, now(), 'pending', 1, 1)`, team)
@@ -81,7 +81,7 @@ func TestCharge(t *testing.T) {
 	refused := func(when string) {
 		t.Helper()
 		if err := template(teams[1]); err == nil {
-			t.Error(when + ": a team stores what its owner has no room for")
+			t.Error(when + ": a team exceeds its owner's quota")
 		} else if _, over := store.OverQuota(err); !over {
 			t.Fatal(err)
 		}
@@ -95,14 +95,14 @@ func TestCharge(t *testing.T) {
 		t.Errorf("%d charges are not settled", n)
 	}
 	refused("settled")
-	// The oldest are forgotten; what a team is charged for follows.
+	// The oldest records are removed, and the charge follows.
 	settle(1000)
 	if n, oldest := number("SELECT count(*) FROM audit_records"), number("SELECT max(object_id::integer) FROM audit_records"); n != 1000 || oldest != 1000 {
 		t.Errorf("%d records are kept, the oldest of %d s ago", n, oldest)
 	}
 	charges("the oldest are gone", 1000*512+others, 0)
 	if err := template(teams[1]); err != nil {
-		t.Error("there is room again: ", err)
+		t.Error("there should be room again: ", err)
 	}
 	made := charged(teams[1])
 	exec("DELETE FROM audit_records")
@@ -111,18 +111,18 @@ func TestCharge(t *testing.T) {
 	charges("all are gone", 0, made)
 	settle(1000)
 	charges("all are gone, and settled", 0, made)
-	// A record of a team that is gone counts for nobody; nor do charges of one.
+	// Records and charges of a deleted team count for nobody.
 	exec("INSERT INTO record_charges (team_id, bytes) VALUES (gen_random_uuid(), 1)")
 	exec(`INSERT INTO audit_records (id, at, team_id, actor, action, object, object_id, address, request_id, result, code)
 		VALUES (gen_random_uuid(), now(), gen_random_uuid(), 'platform', 'x', '', '', '', '', 'ok', '')`)
 	settle(1000)
 	if n := number("SELECT count(*) FROM record_charges"); n != 0 {
-		t.Errorf("%d charges of teams that are gone are left", n)
+		t.Errorf("%d charges of deleted teams are left", n)
 	}
 }
 
-// TestRefusalsTakeNothing: requests that are refused are one record for each minute, and
-// a team is charged for that record alone.
+// TestRefusalsTakeNothing checks that refused requests share one record per minute, and
+// that a team is charged for that record alone.
 func TestRefusalsTakeNothing(t *testing.T) {
 	ctx, url := t.Context(), pgtest.New(t)
 	s, err := store.Open(context.Background(), url)
@@ -148,11 +148,11 @@ func TestRefusalsTakeNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	if rows > minutes || of != requests || bytes != rows*512 {
-		t.Errorf("%d requests within %d minutes are %d records of %d, for which the team is charged %d bytes", requests, minutes, rows, of, bytes)
+		t.Errorf("%d requests within %d minutes have %d records, which count %d requests; the team is charged %d bytes", requests, minutes, rows, of, bytes)
 	}
 }
 
-// TestChargesTogether settles charges while others write and remove records, and check
+// TestChargesTogether settles charges while others write and remove records and check
 // quotas: nothing is lost or counted twice.
 func TestChargesTogether(t *testing.T) {
 	ctx, url := t.Context(), pgtest.New(t)

@@ -37,7 +37,7 @@ func TestTokens(t *testing.T) {
 		seen[s] = true
 	}
 	if !Equal(a.Access(x, 0), a.Guest(x)) || Equal("", a.Guest(x)) || Equal(a.Guest(y), a.Guest(x)) {
-		t.Error("tokens do not compare as they must")
+		t.Error("Equal compares tokens wrongly")
 	}
 	for _, epoch := range []int32{0, 1, 12, math.MaxInt32} {
 		if got, ok := a.AccessEpoch(x, a.Access(x, epoch)); !ok || got != epoch {
@@ -50,7 +50,7 @@ func TestTokens(t *testing.T) {
 	_, mac, _ := strings.Cut(a.Access(x, 1), ".")
 	for _, bad := range []string{"", ".", mac, "2." + mac, "0." + mac, "01." + mac, "+1." + mac, "-1." + mac, "99999999999." + mac, "1." + mac + "0", "0." + a.Access(x, 0), a.Traffic(x, 1), a.Access(y, 1), b.Access(x, 1)} {
 		if _, ok := a.AccessEpoch(x, bad); ok {
-			t.Errorf("%q is taken", bad)
+			t.Errorf("%q is accepted", bad)
 		}
 	}
 }

@@ -10,8 +10,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
-// TestCheckRecent: a key is remembered until somebody may do less, and no longer than
-// it is valid.
+// TestCheckRecent checks that a key is cached until anybody's access shrinks, and no
+// longer than it is valid.
 func TestCheckRecent(t *testing.T) {
 	url := pgtest.New(t)
 	st, err := store.Open(t.Context(), url)
@@ -39,23 +39,23 @@ func TestCheckRecent(t *testing.T) {
 	}
 	for hash, found := range k.recent.known {
 		if found.until.After(expires) {
-			t.Errorf("a key that expires at %v is believed until %v", expires, found.until)
+			t.Errorf("a key that expires at %v is cached until %v", expires, found.until)
 		}
 		found.until = time.Now().Add(time.Hour)
 		k.recent.known[hash] = found
 	}
 	sql("DELETE FROM api_keys")
 	if again, err := k.CheckRecent(t.Context(), key); err != nil || again.Key != first.Key {
-		t.Errorf("the key is not remembered: %v", err)
+		t.Errorf("the key is not cached: %v", err)
 	}
 	if _, err := k.CheckRecent(t.Context(), key+"x"); err == nil {
-		t.Error("another key is taken for the one that is remembered")
+		t.Error("another key passes for the cached one")
 	}
 	k.Forget()
 	if _, err := k.CheckRecent(t.Context(), key); !fault.Is(err, fault.Unauthenticated) {
-		t.Errorf("a key that was revoked: %v", err)
+		t.Errorf("a revoked key: %v", err)
 	}
 	if len(k.recent.known) > 0 {
-		t.Error("a key that does not hold is remembered")
+		t.Error("an invalid key is cached")
 	}
 }

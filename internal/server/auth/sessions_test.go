@@ -12,8 +12,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
-// TestSessionsAreBounded: who logs in again and again has the newest hundred sessions,
-// and nobody else's end.
+// TestSessionsAreBounded checks that a user keeps the newest hundred sessions, and that
+// other users' sessions do not end.
 func TestSessionsAreBounded(t *testing.T) {
 	st, err := store.Open(t.Context(), pgtest.New(t))
 	if err != nil {

@@ -17,8 +17,8 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// TestWatchOthers has looks at some of a team's open calls hang, fail and panic:
-// the look at another, which ends it, does not wait for them.
+// TestWatchOthers makes the checks of some of a team's open calls hang, fail and panic:
+// the check that ends another call does not wait for them.
 func TestWatchOthers(t *testing.T) {
 	url := pgtest.New(t)
 	st, err := store.Open(t.Context(), url)
@@ -35,9 +35,9 @@ func TestWatchOthers(t *testing.T) {
 			case <-ended:
 			case <-ctx.Done():
 				select {
-				case <-ended: // just before
+				case <-ended: // ended just before
 				default:
-					t.Error("the others waited for a look that hangs")
+					t.Error("the other call waited for a check that hangs")
 				}
 			}
 			panic("oops")
@@ -48,19 +48,19 @@ func TestWatchOthers(t *testing.T) {
 	defer done()
 	ctx, cancel := context.WithCancel(t.Context())
 	run := make(chan struct{})
-	go func() { defer close(run); w.Run(ctx) }() // which doubts everybody at first
+	go func() { defer close(run); w.Run(ctx) }() // it checks everybody first
 	select {
 	case <-while.Done():
 	case <-time.After(time.Minute):
-		t.Error("it goes on")
+		t.Error("the call continues")
 	}
 	close(ended)
 	cancel()
 	<-run
 }
 
-// TestWatchLooksAgain has a look fail, as while the database is too busy to
-// answer: there is another one soon, not only when everybody is looked at again.
+// TestWatchLooksAgain makes a check fail, like one of a database that is too busy: the
+// next check comes soon, not only with the next regular one.
 func TestWatchLooksAgain(t *testing.T) {
 	st, err := store.Open(t.Context(), pgtest.New(t))
 	if err != nil {
@@ -85,8 +85,8 @@ func TestWatchLooksAgain(t *testing.T) {
 	go func() { defer close(run); w.Run(ctx) }()
 	select {
 	case <-while.Done():
-	case <-time.After(50 * time.Second): // Everybody is looked at each minute.
-		t.Error("it goes on")
+	case <-time.After(50 * time.Second): // The regular checks come each minute.
+		t.Error("the call continues")
 	}
 	cancel()
 	<-run

@@ -12,7 +12,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
-// One owner gets a share, all together get the whole, and what is given back is there again.
+// TestBounds checks the share of one owner, the total of all owners, and that released
+// memory can be used again.
 func TestBounds(t *testing.T) {
 	b := New(100)
 	a := b.Hold("a")
@@ -23,7 +24,7 @@ func TestBounds(t *testing.T) {
 		t.Errorf("beyond an owner's share: %v", err)
 	}
 	if err := b.Hold("a").Grow(1); !fault.Is(err, fault.RateLimited) {
-		t.Errorf("beyond an owner's share, of another request: %v", err)
+		t.Errorf("beyond an owner's share, in another request: %v", err)
 	}
 	d := b.Hold("d")
 	for _, other := range []string{"b", "c", "e"} {
@@ -41,7 +42,8 @@ func TestBounds(t *testing.T) {
 	}
 }
 
-// Whatever requests do at the same time, the bounds hold, and nothing is left held.
+// TestManyOwners checks that concurrent requests keep within the bounds and release
+// everything.
 func TestManyOwners(t *testing.T) {
 	const total = 1000
 	b := New(total)
@@ -67,11 +69,11 @@ func TestManyOwners(t *testing.T) {
 	}
 	wg.Wait()
 	if b.Used() != 0 || len(b.owners) != 0 {
-		t.Errorf("%d are left, of %v", b.Used(), b.owners)
+		t.Errorf("%d bytes are still used, by %v", b.Used(), b.owners)
 	}
 }
 
-// A reader takes what it reads, not less, and stops where there is no more.
+// TestReader checks that a reader reserves what it reads, and stops at the bound.
 func TestReader(t *testing.T) {
 	b := New(4 * Share * step)
 	h := b.Hold("a")

@@ -8,8 +8,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/linear"
 )
 
-// TestLogIsBounded: whatever the steps of a build print, they keep so much of it
-// together, and each its end.
+// TestLogIsBounded checks that a build's log keeps a bounded amount of output in total,
+// and each step's end.
 func TestLogIsBounded(t *testing.T) {
 	prints := map[string][]byte{
 		"text":            bytes.Repeat([]byte("0123456789abcde\n"), maxOutput/8),
@@ -22,7 +22,7 @@ func TestLogIsBounded(t *testing.T) {
 		all := 0
 		for i := range steps {
 			out := newOutput(steps[:i])
-			if i < 2*maxLog/maxOutput || i == maxSteps-1 { // the others would have no room either
+			if i < 2*maxLog/maxOutput || i == maxSteps-1 { // the other steps would find no room either
 				_, _ = out.Write(text)
 			}
 			out.fill(&steps[i])
@@ -33,22 +33,22 @@ func TestLogIsBounded(t *testing.T) {
 			all += len(s.Output)
 		}
 		if first := &steps[0]; len(first.Output) < maxOutput-utf8.UTFMax || !first.Truncated {
-			t.Errorf("%s: of the first step %d bytes are kept, truncated is %v", what, len(first.Output), first.Truncated)
+			t.Errorf("%s: the first step has %d bytes, truncated is %v", what, len(first.Output), first.Truncated)
 		}
 		if last := &steps[maxSteps-1]; all > maxLog || !last.Truncated || len(last.Tail) < maxTail-utf8.UTFMax {
-			t.Errorf("%s: %d bytes are kept, of the last step %d, truncated is %v", what, all, len(last.Tail), last.Truncated)
+			t.Errorf("%s: the log has %d bytes, its last step %d, truncated is %v", what, all, len(last.Tail), last.Truncated)
 		}
 	}
-	// The database counts this much for a log that it has not measured. A log can have all
-	// outputs, one more for START, each step's tail and 1 KiB besides, and the recipe's text.
+	// The database counts this much for an unmeasured log: the outputs, one more for
+	// START, each step's tail and 1 KiB, and the recipe's text.
 	const counts, recipe = 16 << 20, 1_000_000
 	if most := maxLog + maxOutput + maxSteps*(maxTail+1024) + recipe; most > counts {
 		t.Errorf("a log can take %d bytes, and counts %d", most, counts)
 	}
 }
 
-// TestOutputIsLinear: twice as much output of a step, in however small pieces, takes
-// twice as long.
+// TestOutputIsLinear checks that twice as much output of a step takes twice as long,
+// however small its pieces.
 func TestOutputIsLinear(t *testing.T) {
 	linear.Check(t, "output of a step", 1<<18, func(n int) {
 		o := newOutput(nil)

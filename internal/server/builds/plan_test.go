@@ -21,7 +21,7 @@ func planOf(t *testing.T, text string, index []file) (*plan, error) {
 	return makePlan(r, "base", nil, index, true)
 }
 
-// files is a folder of n files with names of a length.
+// files returns a folder of n files with names of a given length.
 func files(n, length int) (index []file) {
 	for i := range n {
 		index = append(index, file{name: fmt.Sprintf("%0*d", length, i), kind: tar.TypeReg})
@@ -29,8 +29,8 @@ func files(n, length int) (index []file) {
 	return index
 }
 
-// TestPlanIsBounded: what a recipe of a megabyte means for a folder of a hundred
-// thousand files neither fills the server's memory nor keeps it busy.
+// TestPlanIsBounded checks that the plan of a recipe of a megabyte, for a folder of a
+// hundred thousand files, neither fills the server's memory nor keeps it busy.
 func TestPlanIsBounded(t *testing.T) {
 	var many strings.Builder
 	for i := range 20_000 {
@@ -67,7 +67,7 @@ func TestPlanIsBounded(t *testing.T) {
 	}
 }
 
-// TestPlanIsLinear: twice the files, or twice the steps, take twice as long.
+// TestPlanIsLinear checks that twice the files, or twice the steps, take twice as long.
 func TestPlanIsLinear(t *testing.T) {
 	plans := func(text string, index []file) {
 		t.Helper()
@@ -80,7 +80,8 @@ func TestPlanIsLinear(t *testing.T) {
 	linear.Check(t, "patterns", 20, func(n int) { plans("COPY"+strings.Repeat(" *1", n)+" /x/", files(1000, 20)) })
 }
 
-// TestCopySelects: literal names, patterns, links, folders with and without an entry.
+// TestCopySelects copies literal names, patterns, links, and folders with and without an
+// entry.
 func TestCopySelects(t *testing.T) {
 	index := []file{
 		{name: "a", kind: tar.TypeReg},

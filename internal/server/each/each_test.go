@@ -14,8 +14,8 @@ import (
 
 var quiet = slog.New(slog.DiscardHandler)
 
-// TestDo has one of several fail, one panic and one hang until all others are
-// done, and another until its time is over.
+// TestDo has functions that fail, panic, hang until all others are done, or run into the
+// time limit.
 func TestDo(t *testing.T) {
 	broken := errors.New("broken")
 	var done atomic.Int32
@@ -38,14 +38,14 @@ func TestDo(t *testing.T) {
 		return nil
 	})
 	if done.Load() != 3 {
-		t.Errorf("%d were done", done.Load())
+		t.Errorf("%d were completed", done.Load())
 	}
 	if !errors.Is(err, broken) || !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "panic: oops") {
 		t.Errorf("error %v", err)
 	}
 }
 
-// TestDoBounded never does more at once than it may.
+// TestDoBounded checks that no more functions run at once than allowed.
 func TestDoBounded(t *testing.T) {
 	var now, most atomic.Int32
 	err := each.Do(t.Context(), quiet, 2, time.Minute, make([]int, 20), func(context.Context, int) error {
@@ -63,7 +63,7 @@ func TestDoBounded(t *testing.T) {
 	}
 }
 
-// TestDoStops begins nothing more once the context has ended.
+// TestDoStops checks that Do starts nothing after its context has ended.
 func TestDoStops(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	n := 0
@@ -74,6 +74,6 @@ func TestDoStops(t *testing.T) {
 		return nil
 	})
 	if n > 2 || !errors.Is(err, context.Canceled) {
-		t.Errorf("%d were begun, %v", n, err)
+		t.Errorf("%d were started, %v", n, err)
 	}
 }

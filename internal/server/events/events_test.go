@@ -16,7 +16,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/events/redistest"
 )
 
-// ear is a listener that passes on what it hears.
+// ear is a listener that passes on its calls.
 type ear struct {
 	heard chan uuid.UUID
 	deaf  chan bool
@@ -37,7 +37,7 @@ func newBus(t *testing.T, socket string) (*Bus, *ear) {
 	return b, e
 }
 
-// until reads what a listener was told of its hearing until it is want.
+// until reads calls of Deaf until one has the value want.
 func (e *ear) until(t *testing.T, want bool) {
 	t.Helper()
 	timeout := time.After(await.Hang)
@@ -60,8 +60,7 @@ func (e *ear) hears(t *testing.T, want uuid.UUID) {
 	}
 }
 
-// TestBus has two servers tell one another, with Redis killed and started
-// again in between.
+// TestBus lets two servers notify each other, while Redis is killed and restarted.
 func TestBus(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "r.sock")
 	stop := redistest.Start(t, socket)
@@ -75,7 +74,7 @@ func TestBus(t *testing.T) {
 	b.Changed(two)
 	hearsA.hears(t, two)
 	if len(hearsB.heard) > 0 {
-		t.Error("a server hears itself")
+		t.Error("a server gets its own message")
 	}
 	stop()
 	hearsA.until(t, true)
@@ -84,15 +83,15 @@ func TestBus(t *testing.T) {
 	os.Remove(socket)
 	redistest.Start(t, socket)
 	hearsB.until(t, false)
-	// What was told meanwhile is heard, late, or else the listener was told
-	// that it was deaf, which it was; both is how it is here or not by turns.
+	// A message sent in between either arrives late, or the listener learned that it was
+	// deaf. Here either may happen.
 	b.Changed(one)
 	a.Changed(one)
 	for await.Recv(t, "news after Redis came back", hearsB.heard) != one {
 	}
 }
 
-// TestFlood tells more than is told one by one.
+// TestFlood reports more changes than are sent one by one.
 func TestFlood(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "r.sock")
 	redistest.Start(t, socket)
@@ -103,7 +102,7 @@ func TestFlood(t *testing.T) {
 		a.Changed(uuid.New())
 	}
 	if len(a.pending) > maxPending {
-		t.Fatalf("%d wait", len(a.pending))
+		t.Fatalf("%d changes wait", len(a.pending))
 	}
 	_, e := newBus(t, socket)
 	e.until(t, false)
@@ -112,7 +111,7 @@ func TestFlood(t *testing.T) {
 	}
 	e.until(t, false)
 	if len(e.heard) > 0 {
-		t.Error("told one by one")
+		t.Error("the changes were sent one by one")
 	}
 	a.Changed(uuid.UUID{15: 1})
 	if err := a.send(context.Background()); err != nil {
@@ -121,8 +120,8 @@ func TestFlood(t *testing.T) {
 	e.hears(t, uuid.UUID{15: 1})
 }
 
-// published is a hook of a Redis client: after is called when a message has
-// been published, before the publisher knows.
+// published is a hook of a Redis client: after is called when a message has been
+// published, before the publisher knows.
 type published struct{ after func() error }
 
 func (p published) DialHook(next redis.DialHook) redis.DialHook { return next }
@@ -142,8 +141,8 @@ func (p published) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 	}
 }
 
-// TestChangeWhileSent changes sandboxes after Redis has a message and before the
-// sender hears of it. The next message must name them, whatever the first said.
+// TestChangeWhileSent changes sandboxes after Redis has a message and before the sender
+// gets the reply. The next message must name them, whatever the first named.
 func TestChangeWhileSent(t *testing.T) {
 	for name, flood := range map[string]int{"a few": 3, "a burst": maxPending + 1} {
 		for end, failure := range map[string]error{"published": nil, "failed": errors.New("connection broke")} {
@@ -171,7 +170,7 @@ func TestChangeWhileSent(t *testing.T) {
 				if err := a.send(t.Context()); !errors.Is(err, failure) {
 					t.Fatalf("send: %v", err)
 				}
-				// Whoever listens from here on heard nothing of the first message.
+				// A listener from here on has missed the first message.
 				_, e := newBus(t, socket)
 				e.until(t, false)
 				if err := a.send(t.Context()); err != nil {
@@ -179,7 +178,7 @@ func TestChangeWhileSent(t *testing.T) {
 				}
 				if failure != nil && flood > maxPending {
 					e.until(t, false)
-					return // They are among everything.
+					return // The message means every sandbox.
 				}
 				want := map[uuid.UUID]bool{again: true, late: true}
 				for timeout := time.After(await.Hang); len(want) > 0; {
@@ -187,7 +186,7 @@ func TestChangeWhileSent(t *testing.T) {
 					case sandbox := <-e.heard:
 						delete(want, sandbox)
 					case <-timeout:
-						t.Fatalf("%d changes were not told", len(want))
+						t.Fatalf("%d changes were not sent", len(want))
 					}
 				}
 			})
@@ -195,7 +194,7 @@ func TestChangeWhileSent(t *testing.T) {
 	}
 }
 
-// TestFlush tells of changes after Run has ended.
+// TestFlush sends changes after Run has ended.
 func TestFlush(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "r.sock")
 	redistest.Start(t, socket)

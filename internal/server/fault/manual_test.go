@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// TestTroubleshooting: the manual has the status that each code is answered with.
+// TestTroubleshooting checks that the manual has the status of each error code.
 func TestTroubleshooting(t *testing.T) {
 	page, err := os.ReadFile("../../../docs/troubleshooting.md")
 	if err != nil {
@@ -22,7 +22,7 @@ func TestTroubleshooting(t *testing.T) {
 		statuses := strings.Split(row[2], ", ")
 		for i, code := range strings.Split(row[1], ", ") {
 			if got := strconv.Itoa(Code(strings.Trim(code, "`")).Status()); i >= len(statuses) || got != statuses[i] {
-				t.Errorf("%s is answered with %s, and the page says %s", code, got, row[2])
+				t.Errorf("%s has the status %s, but the page says %s", code, got, row[2])
 			}
 		}
 	}

@@ -9,8 +9,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
-// TestCallsPublicAddresses: github.com is at no private address, whatever DNS and
-// redirects say, and no site is at an address that is called for nobody.
+// TestCallsPublicAddresses checks that github.com is never called at a private address,
+// whatever DNS and redirects say, and no site at an address that is always refused.
 func TestCallsPublicAddresses(t *testing.T) {
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/redirect" {

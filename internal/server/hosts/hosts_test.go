@@ -34,7 +34,7 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// fleet is a registry on a database of its own.
+// fleet is a registry with its own database.
 type fleet struct {
 	*testing.T
 	*Registry
@@ -66,7 +66,7 @@ func (f *fleet) exec(sql string, args ...any) {
 	}
 }
 
-// add makes a host and returns its token.
+// add creates a host and returns its token.
 func (f *fleet) add() (uuid.UUID, string) {
 	f.Helper()
 	row, token, err := f.Add(context.Background(), "a host", nil)
@@ -101,7 +101,7 @@ func TestRegistration(t *testing.T) {
 	if c.Host != host || c.Certificate != nil || c.AgentToken != f.Tokens.Agent(host, 1) || c.Heartbeat != DefaultHeartbeat {
 		t.Errorf("got %+v", c)
 	}
-	// The answer may have been lost.
+	// The first response may have been lost.
 	again, err := f.Enroll(ctx, g)
 	if err != nil {
 		t.Fatalf("the same agent again: %v", err)
@@ -113,7 +113,7 @@ func TestRegistration(t *testing.T) {
 	other.Refresh, other.URL = sum("thief"), "http://127.0.0.1:7071"
 	_, err = f.Enroll(ctx, other)
 	f.refused("another agent with the same token", err, fault.Unauthenticated)
-	// Once what came of it was used, it is over.
+	// Once its credentials were used, the registration is complete.
 	if _, err := f.RefreshCredentials(ctx, Renewal{Refresh: "r1", Next: sum("r2")}); err != nil {
 		t.Fatal(err)
 	}
@@ -144,7 +144,7 @@ func TestRegistration(t *testing.T) {
 		_, err = f.Enroll(ctx, g)
 		f.refused("URL "+url, err, fault.InvalidArgument)
 	}
-	// None of that used the token up.
+	// No refused registration used up the token.
 	g.URL = "http://127.0.0.1:7073"
 	if _, err := f.Enroll(ctx, g); err != nil {
 		t.Error(err)
@@ -175,7 +175,7 @@ func TestRefresh(t *testing.T) {
 	for _, wrong := range []string{"", "x", c.Token + "x", c.Token[:len(c.Token)-2] + "AA", "eyJhbGciOiJub25lIn0." + strings.Split(c.Token, ".")[1] + "."} {
 		f.refused("token "+wrong, beat(wrong), fault.Unauthenticated)
 	}
-	for range 2 { // The second time because the answer was lost.
+	for range 2 { // The second call follows a lost response.
 		if c, err = f.RefreshCredentials(ctx, Renewal{Refresh: "r1", Next: sum("r2")}); err != nil {
 			t.Fatal(err)
 		}
@@ -186,7 +186,7 @@ func TestRefresh(t *testing.T) {
 	_, err = f.RefreshCredentials(ctx, Renewal{Refresh: "r1", Next: sum("r2")})
 	f.refused("a token of long ago", err, fault.Unauthenticated)
 	if err := beat(c.Token); err != nil {
-		t.Errorf("a token of long ago does no harm: %v", err)
+		t.Errorf("an old token was not taken for theft: %v", err)
 	}
 	_, err = f.RefreshCredentials(ctx, Renewal{Refresh: "r2", Next: sum("thief's")})
 	f.refused("a token used twice", err, fault.Unauthenticated)
@@ -196,7 +196,7 @@ func TestRefresh(t *testing.T) {
 	if row, _, err := f.Describe(ctx, host); err != nil || row.Status != "offline" {
 		t.Errorf("status %s, %v", row.Status, err)
 	}
-	// An admin lets it in again.
+	// An admin lets it register again.
 	_, token, err = f.Renew(ctx, host)
 	if err != nil {
 		t.Fatal(err)
@@ -222,7 +222,7 @@ func TestRefresh(t *testing.T) {
 	f.refused("a deleted host's registration", err, fault.NotFound)
 }
 
-// server is an agent that serves over TLS and only says that it is there.
+// server is an agent that serves over TLS and only reports its host.
 type server struct {
 	hostagentv1connect.UnimplementedHostAgentHandler
 }
@@ -231,8 +231,8 @@ func (server) Host(context.Context, *connect.Request[hostagentv1.HostRequest]) (
 	return connect.NewResponse(&hostagentv1.HostResponse{Cpus: 3, MemoryLimitMib: 2048, Problems: []*hostagentv1.Problem{{Kind: "firewall", Message: "closed\x00"}}}), nil
 }
 
-// TestCertificates calls a host over real TLS: with what it was given, with
-// what was revoked, and once it is deleted.
+// TestCertificates calls a host over real TLS: with its credentials, with revoked ones,
+// and after its deletion.
 func TestCertificates(t *testing.T) {
 	ca, err := pki.NewAuthority()
 	if err != nil {
@@ -291,7 +291,7 @@ func TestCertificates(t *testing.T) {
 		}
 	}
 	use(c)
-	// contact calls over connections that are new.
+	// contact makes a call over new connections.
 	contact := func() error {
 		if _, err := f.Refresh(ctx); err != nil {
 			t.Fatal(err)
@@ -314,7 +314,7 @@ func TestCertificates(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// carry has a request carried as the proxy does.
+	// carry sends a request the way the proxy does.
 	carry := func() (*http.Response, error) {
 		resp, err := (&http.Client{Transport: h.Transport()}).Get("http://agent/proxy/x")
 		if err == nil {
@@ -323,10 +323,10 @@ func TestCertificates(t *testing.T) {
 		return resp, err
 	}
 	if resp, err := carry(); err != nil || resp.StatusCode != 200 || resp.Proto != "HTTP/1.1" {
-		t.Errorf("request to be carried: %+v, %v", resp, err)
+		t.Errorf("the carried request: %+v, %v", resp, err)
 	}
 
-	// Four refreshes on, the first leaf is no longer one of the newest.
+	// After four refreshes, the first leaf is no longer one of the newest.
 	first := c
 	for i, next := range []string{"r2", "r3", "r4", "r5"} {
 		c, err = f.RefreshCredentials(ctx, Renewal{Refresh: []string{"r1", "r2", "r3", "r4"}[i], Next: sum(next), CSR: request(key, "127.0.0.1")})
@@ -341,27 +341,27 @@ func TestCertificates(t *testing.T) {
 	use(first)
 	h.client.CloseIdleConnections()
 	if err := contact(); err == nil {
-		t.Error("a certificate that was replaced long ago is taken")
+		t.Error("a certificate that was replaced long ago is accepted")
 	}
 	use(c)
 	if err := contact(); err != nil {
 		t.Fatal(err)
 	}
-	// Revoked: nothing of it is called any more, whatever it shows.
+	// After a revocation the host is not called, whatever certificate it shows.
 	_, err = f.RefreshCredentials(ctx, Renewal{Refresh: "r4", Next: sum("thief's"), CSR: request(key, "127.0.0.1")})
 	f.refused("reuse", err, fault.Unauthenticated)
-	// At once: connections from before are closed, and there is no other.
+	// This holds at once: old connections are closed, and new ones are refused.
 	if err := f.Contact(ctx, h); err == nil {
-		t.Error("a revoked host is called over the connection from before")
+		t.Error("a revoked host is called over an old connection")
 	}
 	if _, err := f.Get(&host); !fault.Is(err, fault.HostUnreachable) {
-		t.Errorf("there is a way to a revoked host: %v", err)
+		t.Errorf("a revoked host can be reached: %v", err)
 	}
 	if _, err := carry(); err == nil {
-		t.Error("a request is carried to a revoked host")
+		t.Error("a request reached a revoked host")
 	}
 	f.refused("calling a revoked host", contact(), fault.HostUnreachable)
-	// Registered anew: the leaf from before the revocation is not taken.
+	// After it registers again, the leaf from before the revocation stays invalid.
 	_, token, err = f.Renew(ctx, host)
 	if err != nil {
 		t.Fatal(err)
@@ -385,7 +385,7 @@ func TestCertificates(t *testing.T) {
 	f.refused("calling a deleted host", contact(), fault.HostUnreachable)
 }
 
-// sandbox puts a row on a host.
+// sandbox adds a row for a sandbox on a host.
 func (f *fleet) sandbox(host uuid.UUID, state string, memory int32) uuid.UUID {
 	f.Helper()
 	u := uuid.New()
@@ -436,7 +436,7 @@ func TestDelete(t *testing.T) {
 	f.refused("deletion of a configured host", err, fault.Conflict)
 }
 
-// TestSweep is who is unreachable when.
+// TestSweep checks which hosts and sandboxes become unreachable, and when.
 func TestSweep(t *testing.T) {
 	f := newFleet(t, Config{})
 	ctx := context.Background()
@@ -487,8 +487,8 @@ func TestSweep(t *testing.T) {
 	}
 }
 
-// TestReserve has many reserve on two hosts at once, as several servers do:
-// no host is promised more than it has, and none is left with room that was asked for.
+// TestReserve makes many concurrent reservations on two hosts, like several servers: no
+// host is overbooked, and none is left with room that was asked for.
 func TestReserve(t *testing.T) {
 	f := newFleet(t, Config{Policy: scheduler.Policy{MemoryFactor: 1, VCPUFactor: 8}})
 	ctx := context.Background()
@@ -552,8 +552,8 @@ func TestReserve(t *testing.T) {
 		t.Errorf("a template that no host has: %v", err)
 	}
 
-	// One host's disk is full; the other's has room for one pause, which is promised to
-	// a sandbox that is there.
+	// One host's disk is full; the other's has room for one pause, which an existing
+	// sandbox may need.
 	f.exec("DELETE FROM sandboxes")
 	f.exec("UPDATE hosts SET disk_bytes = 1::bigint << 40, disk_free_bytes = CASE WHEN url = 'unix:/h1' THEN 200 << 20 ELSE 0 END")
 	req.DiskMiB = 128
@@ -563,20 +563,20 @@ func TestReserve(t *testing.T) {
 	}
 	f.exec("INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, on_timeout) VALUES (gen_random_uuid(), $1, $2, $3, 'x', 'running', 1, 128, 0, 0, '{}', now(), 'pause')", uuid.Nil, places[0].ID, template)
 	if _, err := f.Places(ctx, template, req); !fault.Is(err, fault.NoCapacity) {
-		t.Errorf("a disk that is promised: %v", err)
+		t.Errorf("a disk whose room is reserved: %v", err)
 	}
 	if err := f.Store.InTx(ctx, func(q *db.Queries) error { return f.Reserve(ctx, q, places[0].ID, req) }); !fault.Is(err, fault.NoCapacity) {
 		t.Errorf("a reservation on it: %v", err)
 	}
-	f.exec("UPDATE sandboxes SET state = 'paused'") // It is written, and so not free.
+	f.exec("UPDATE sandboxes SET state = 'paused'") // Its files are written, so the room is used.
 	if _, err := f.Places(ctx, template, req); err != nil {
 		t.Errorf("once it is saved: %v", err)
 	}
 }
 
-// TestUsedLately: a request that must not arrive twice goes to an agent over a connection
-// that was used within [upstream.HopOnceIdle] or over a new one. An agent that stops counts
-// on that.
+// TestUsedLately checks that a request that must not arrive twice reaches an agent over a
+// connection used within [upstream.HopOnceIdle] or over a new one. A stopping agent
+// relies on that.
 func TestUsedLately(t *testing.T) {
 	from := make(chan string, 1)
 	agent := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { from <- r.RemoteAddr }))

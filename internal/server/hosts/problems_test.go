@@ -12,7 +12,7 @@ import (
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 )
 
-// TestProblems bounds what a hostile host says is wrong with it.
+// TestProblems bounds the problems that a hostile host reports.
 func TestProblems(t *testing.T) {
 	now := time.Now().UTC().Truncate(time.Second)
 	said := []*hostagentv1.Problem{

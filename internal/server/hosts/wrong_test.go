@@ -28,8 +28,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
-// TestWrongCertificates has a host show what it must not: neither the control
-// plane's calls nor the requests that the proxy carries reach it.
+// TestWrongCertificates has hosts with certificates that must be refused: neither calls
+// nor proxied requests reach them.
 func TestWrongCertificates(t *testing.T) {
 	ca, err := pki.NewAuthority()
 	if err != nil {
@@ -43,7 +43,7 @@ func TestWrongCertificates(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// sign makes a leaf that the authority itself would not always sign.
+	// sign creates a leaf that the authority itself would not always sign.
 	sign := func(ca *pki.Authority, names *url.URL, address string, lasts time.Duration) tls.Certificate {
 		dir := t.TempDir()
 		certFile, keyFile := filepath.Join(dir, "crt"), filepath.Join(dir, "key")
@@ -66,7 +66,7 @@ func TestWrongCertificates(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		// As if it had been given to the host.
+		// As if the host had been given it.
 		f.exec("INSERT INTO host_certificates (serial, host_id, not_after) VALUES ($1, $2, now() + interval '1 day')", serial.Text(16), host)
 		return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 	}
@@ -105,7 +105,7 @@ func TestWrongCertificates(t *testing.T) {
 	tests := []struct {
 		what string
 		leaf tls.Certificate
-		why  string // "": it is taken
+		why  string // "": it is accepted
 	}{
 		{"what it was given", given, ""},
 		{"one as it would be given", sign(ca, name, "127.0.0.1", time.Hour), ""},
@@ -119,7 +119,7 @@ func TestWrongCertificates(t *testing.T) {
 		if tt.why == "revoked" {
 			f.exec("DELETE FROM host_certificates WHERE host_id = $1", host)
 		}
-		// Another registry, as after a restart: it remembers no certificate.
+		// Another registry, as after a restart, has no certificates cached.
 		r, err := Open(f.Registry.Config)
 		if err != nil {
 			t.Fatal(err)
@@ -148,13 +148,13 @@ func TestWrongCertificates(t *testing.T) {
 			}
 		}
 		if n := reached.Load() - before; (tt.why == "") != (n == 2) || tt.why != "" && n != 0 {
-			t.Errorf("a host with %s was reached %d times", tt.what, n)
+			t.Errorf("a host with %s got %d requests", tt.what, n)
 		}
 	}
 }
 
-// TestForgedTokens are hosts' tokens that the control plane's own key signed,
-// and that say what it must not take.
+// TestForgedTokens has hosts' tokens that the control plane's own key signed, with
+// contents that it must refuse.
 func TestForgedTokens(t *testing.T) {
 	f := newFleet(t, Config{})
 	host, token := f.add()

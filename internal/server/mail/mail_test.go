@@ -19,7 +19,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/mail/mailtest"
 )
 
-// log is a log that can be read while it is written.
+// log is a log that can be read concurrently.
 type log struct {
 	mu sync.Mutex
 	b  bytes.Buffer
@@ -39,14 +39,14 @@ func (l *log) String() string {
 
 const secret = "hunter2%"
 
-// url is a server's URL; scheme says how it is talked to.
+// url returns a server's URL; scheme selects plain SMTP or TLS.
 func url(scheme string, s *mailtest.Server, query string) string {
 	return scheme + "://wrenn:hunter2%25@" + s.Addr + query
 }
 
-// TestSender sends letters by real SMTP, over TLS, to a server that wants a
-// user to log in; and none to servers that are not who they say they are, or
-// that would have the password in clear.
+// TestSender sends letters by real SMTP over TLS to a server that requires a login. It
+// sends none to servers that cannot prove their identity, or that would get the password
+// in clear.
 func TestSender(t *testing.T) {
 	ours, err := pki.NewAuthority()
 	if err != nil {
@@ -56,7 +56,7 @@ func TestSender(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Whom the system trusts is read when it is first asked, which is below.
+	// Go reads the system's certificates when it first needs them, which is below.
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "ca.pem"), ours.PEM(), 0o600); err != nil {
 		t.Fatal(err)
@@ -102,7 +102,7 @@ func TestSender(t *testing.T) {
 		})
 	}
 
-	// One that is busy gets it later; a letter's text never gets to be a header.
+	// A busy server gets the letter later. A letter's text never becomes a header.
 	var said log
 	server := mailtest.Start(t, mailtest.Options{Certificate: mailtest.Certificate(t, ours), User: "wrenn", Password: secret, Busy: 1})
 	s, err := mail.New(url("smtp", server, ""), "wrenn@example.com", slog.New(slog.NewTextHandler(&said, nil)))
@@ -110,7 +110,7 @@ func TestSender(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := s.SendNow(t.Context(), mail.Letter{To: "ada@example.com\r\nBcc: eve@example.com", Subject: "x"}); err == nil {
-		t.Error("a line break in an address is no mistake")
+		t.Error("a line break in an address is accepted")
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
@@ -124,7 +124,7 @@ func TestSender(t *testing.T) {
 	case <-time.After(2 * time.Minute):
 		t.Errorf("no letter came; log:\n%s", said.String())
 	}
-	// What waits when the server stops is sent.
+	// Queued letters are sent when the server stops.
 	s.Send(mail.Letter{To: "bob@example.com", Subject: "last", Text: "x"})
 	cancel()
 	<-done
@@ -141,7 +141,7 @@ func TestSender(t *testing.T) {
 	}
 }
 
-// TestLog has no mail server: a letter can be read in the log.
+// TestLog has no mail server: the log has the letters.
 func TestLog(t *testing.T) {
 	var said log
 	s, err := mail.New("", "", slog.New(slog.NewTextHandler(&said, nil)))
@@ -166,11 +166,11 @@ func TestLog(t *testing.T) {
 		}
 	}
 	if _, err := mail.New("smtp://mail.example.com", "", slog.Default()); err == nil {
-		t.Error("letters are from nobody")
+		t.Error("letters have no sender")
 	}
 }
 
-// TestSlowLetter has the mail server hang with one letter: the others arrive.
+// TestSlowLetter makes the mail server hang on one letter: the others arrive.
 func TestSlowLetter(t *testing.T) {
 	server := mailtest.Start(t, mailtest.Options{})
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -186,7 +186,7 @@ func TestSlowLetter(t *testing.T) {
 				return
 			}
 			if n == 0 {
-				hangs <- conn // Nothing is ever said on it.
+				hangs <- conn // Nothing is ever sent on it.
 				continue
 			}
 			to, err := net.Dial("tcp", server.Addr)
@@ -215,7 +215,7 @@ func TestSlowLetter(t *testing.T) {
 		}
 	}
 	if took := time.Since(begun); took > 25*time.Second {
-		t.Errorf("they waited %v for the one that hangs", took)
+		t.Errorf("they waited %v for the letter that hangs", took)
 	}
 	slow.Close()
 	l.Close()

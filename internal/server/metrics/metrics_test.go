@@ -18,7 +18,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 )
 
-// reports is an agent that says what sandboxes use, whosever they are.
+// reports is an agent that reports usage of any sandboxes.
 type reports struct {
 	hostagentv1connect.HostAgentClient
 	of []string
@@ -32,8 +32,8 @@ func (r reports) Samples(context.Context, *connect.Request[hostagentv1.SamplesRe
 	return connect.NewResponse(m), nil
 }
 
-// TestSamplesOfOthers keeps only what a host says of its own sandboxes: nothing of
-// another host's, and nothing of sandboxes that it makes up.
+// TestSamplesOfOthers checks that the server keeps a host's samples of its own sandboxes
+// only, and none of another host's or of made-up sandboxes.
 func TestSamplesOfOthers(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "redis.sock")
 	redistest.Start(t, socket)
@@ -62,13 +62,13 @@ func TestSamplesOfOthers(t *testing.T) {
 	}
 }
 
-// TestPoint checks what is computed from two samples.
+// TestPoint checks what the server computes from two samples.
 func TestPoint(t *testing.T) {
 	w := Windows[0]
 	at := time.Now()
 	for name, c := range map[string]struct {
 		before, s Sample
-		want      float64 // -1: none
+		want      float64 // -1 means none
 	}{
 		"half of two":      {Sample{at, time.Second, 2, 0, 0}, Sample{at.Add(5 * time.Second), 6 * time.Second, 2, 0, 0}, 50},
 		"more than it has": {Sample{at, time.Second, 1, 0, 0}, Sample{at.Add(5 * time.Second), 60 * time.Second, 1, 0, 0}, 100},

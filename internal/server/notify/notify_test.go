@@ -42,7 +42,7 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// TestDial checks that what is dialled counts, whatever a name or a redirect says.
+// TestDial checks that the dialled address decides, whatever a name or a redirect says.
 func TestDial(t *testing.T) {
 	reached := false
 	inside := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { reached = true }))
@@ -57,7 +57,7 @@ func TestDial(t *testing.T) {
 	if reached {
 		t.Error("an address of this machine was called")
 	}
-	// A name is what it resolves to when it is dialled, however often it changes.
+	// Each dial resolves a name again, however often it changes.
 	var lookups atomic.Int32
 	names(t, func() []netip.Addr {
 		all := [][]netip.Addr{{netip.MustParseAddr("192.0.2.1")}, {netip.MustParseAddr("127.0.0.1")}, {netip.MustParseAddr("10.1.2.3"), netip.MustParseAddr("127.0.0.1")}, {netip.MustParseAddr("169.254.169.254"), netip.MustParseAddr("127.0.0.1")}}
@@ -69,15 +69,15 @@ func TestDial(t *testing.T) {
 		}
 	}
 	if n := lookups.Load(); n < 6 {
-		t.Errorf("%d look-ups for 6 tries", n)
+		t.Errorf("%d lookups for 6 attempts", n)
 	}
-	// No redirect is followed, even where private addresses are allowed.
+	// No redirect is followed, even if private addresses are allowed.
 	away := httptest.NewServer(http.RedirectHandler(inside.URL, http.StatusTemporaryRedirect))
 	defer away.Close()
 	if status, err := newClient(true).post(t.Context(), away.URL, http.Header{}, nil); err == nil || status != 307 || reached {
 		t.Errorf("redirect: %d, %v, %v", status, err, reached)
 	}
-	// Guests and metadata services are called for nobody, whatever is set.
+	// Addresses of guests and metadata services are always refused.
 	for _, private := range []bool{false, true} {
 		for _, to := range []string{"http://10.11.0.7:49983/", "http://[::ffff:10.11.0.7]/", "http://[64:ff9b::a0b:7]/", "http://169.254.169.254/latest"} {
 			if status, err := newClient(private).post(t.Context(), to, http.Header{}, nil); !errors.Is(err, netaddr.ErrNotAllowed) || status != 0 {
@@ -97,8 +97,8 @@ func TestDial(t *testing.T) {
 	}
 }
 
-// TestProblems checks that teams are told nothing that the dialler, TLS or a
-// mail server said.
+// TestProblems checks that teams never see messages of the dialler, of TLS or of a mail
+// server.
 func TestProblems(t *testing.T) {
 	closed := httptest.NewServer(nil)
 	closed.Close()
@@ -136,8 +136,8 @@ func TestProblems(t *testing.T) {
 	}
 }
 
-// names has every name looked up be what answer says for IPv4, by a name server
-// of the test's.
+// names makes the test's name server resolve every name to the IPv4 addresses that answer
+// returns.
 func names(t *testing.T, answer func() []netip.Addr) {
 	t.Helper()
 	conn, err := net.ListenPacket("udp", "127.0.0.1:0")
@@ -180,7 +180,7 @@ func names(t *testing.T, answer func() []netip.Addr) {
 	})
 }
 
-// TestSeal checks that a target comes back for its own channel alone.
+// TestSeal checks that only a target's own channel can unseal it.
 func TestSeal(t *testing.T) {
 	s, err := New(Config{Secret: []byte(strings.Repeat("k", 32))})
 	if err != nil {
@@ -206,7 +206,7 @@ func TestSeal(t *testing.T) {
 	other.Sealed = slices.Clone(c.Sealed)
 	other.Sealed[len(other.Sealed)-1] ^= 1
 	if _, err := s.open(other); err == nil {
-		t.Error("a changed target was read")
+		t.Error("a modified target was read")
 	}
 	second, err := New(Config{Secret: []byte(strings.Repeat("x", 32))})
 	if err != nil {
@@ -225,7 +225,7 @@ func TestWait(t *testing.T) {
 	}
 }
 
-// receiver is a webhook that fails as it is told to.
+// receiver is a webhook that fails on demand.
 type receiver struct {
 	*httptest.Server
 	mu     sync.Mutex
@@ -273,7 +273,7 @@ func newBench(t *testing.T, url string) *bench {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// No Redis: it counts by itself.
+	// Without Redis, it keeps its own counts.
 	away := redis.NewClient(&redis.Options{Dialer: func(context.Context, string, string) (net.Conn, error) { return nil, net.ErrClosed }})
 	t.Cleanup(func() { away.Close() })
 	s, err := New(Config{
@@ -321,8 +321,8 @@ func (b *bench) channel(kind, url string, events ...string) db.Channel {
 	return c
 }
 
-// TestDeliveries tells of real changes, by two servers, and has the receiver
-// fail in between.
+// TestDeliveries delivers real changes through two servers, while the receiver sometimes
+// fails.
 func TestDeliveries(t *testing.T) {
 	url := pgtest.New(t)
 	b := newBench(t, url)
@@ -344,7 +344,7 @@ func TestDeliveries(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.exec("UPDATE channels SET confirmed_at = now()")
-	// What could be used by who reads the database is not in it.
+	// The database has no usable secret of a channel.
 	var plain int
 	if err := b.conn.QueryRow(t.Context(), "SELECT count(*) FROM channels c WHERE c::text LIKE '%token=secret%' OR c::text LIKE '%ssssssss%' OR position('secret'::bytea in sealed) > 0").Scan(&plain); err != nil || plain != 0 {
 		t.Errorf("%d channels show their secrets: %v", plain, err)
@@ -358,12 +358,12 @@ func TestDeliveries(t *testing.T) {
 	b.exec(`INSERT INTO sandboxes (id, team_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at)
 		VALUES ($1, $2, $3, '<minimal>', 'starting', 1, 128, 0, 0, '{"k":"v"}', now())`, sandbox, b.team, uuid.Nil)
 	b.exec("UPDATE sandboxes SET state = 'running', started_at = now() WHERE id = $1", sandbox)
-	b.eventually("the start is told", func() bool { return len(hook.received()) == 1 && len(slack.received()) == 1 })
+	b.eventually("the start is delivered", func() bool { return len(hook.received()) == 1 && len(slack.received()) == 1 })
 	var m Message
 	if err := json.Unmarshal([]byte(hook.received()[0]), &m); err != nil || m.Event != "sandbox.started" || !strings.HasPrefix(m.Data["sandbox_id"].(string), "cl-") || m.At == "" {
 		t.Errorf("message %+v, %v", m, err)
 	}
-	// The signature as a receiver would check it, with nothing of this package.
+	// Check the signature as a receiver would, without this package.
 	header := hook.got[0].Header
 	stamp, sum, _ := strings.Cut(header.Get("Wrenn-Signature"), ",v1=")
 	stamp = strings.TrimPrefix(stamp, "t=")
@@ -376,17 +376,17 @@ func TestDeliveries(t *testing.T) {
 	var said map[string]any
 	wire := m.Data["sandbox_id"].(string)
 	if err := json.Unmarshal([]byte(slack.received()[0]), &said); err != nil || len(said) != 1 || said["text"] != "Sandbox "+wire+" (&lt;minimal&gt;): started." {
-		t.Errorf("Slack was told %v", said)
+		t.Errorf("Slack got %v", said)
 	}
 
-	// What fails is tried again, and told once.
+	// A failed delivery is retried, and delivered once.
 	hook.mu.Lock()
 	hook.fail = true
 	hook.mu.Unlock()
 	b.exec("UPDATE sandboxes SET state = 'stopped', end_reason = 'expired', ended_at = now() WHERE id = $1", sandbox)
-	b.eventually("the end is told elsewhere", func() bool { return len(discord.received()) == 1 })
+	b.eventually("the end is delivered to the other channels", func() bool { return len(discord.received()) == 1 })
 	if err := json.Unmarshal([]byte(discord.received()[0]), &said); err != nil || said["content"] != "Sandbox "+wire+" (<minimal>): ended. Reason: expired." || fmt.Sprint(said["allowed_mentions"]) != "map[parse:[]]" {
-		t.Errorf("Discord was told %v", said)
+		t.Errorf("Discord got %v", said)
 	}
 	if l := <-post.Letters; l.To != address || l.From != "wrenn@example.com" || l.Subject != "Wrenn: sandbox.ended" || strings.TrimSpace(l.Text) != "Sandbox "+wire+" (<minimal>): ended. Reason: expired." {
 		t.Errorf("letter %+v", l)
@@ -402,8 +402,8 @@ func TestDeliveries(t *testing.T) {
 	if d := last(); d.State != "pending" || d.Error == "" || strings.Contains(d.Error, "secret") || !d.NextAt.After(time.Now()) {
 		t.Errorf("delivery: %+v", d)
 	}
-	// Written after the delivery.
-	b.eventually("the channel is known to fail", func() bool {
+	// This is written after the delivery.
+	b.eventually("the channel is marked as failing", func() bool {
 		got, err := b.Get(t.Context(), b.team, c.ID)
 		return err == nil && got.FailingSince != nil
 	})
@@ -413,19 +413,19 @@ func TestDeliveries(t *testing.T) {
 	b.exec("UPDATE deliveries SET next_at = now()")
 	b.exec("SELECT pg_notify('wrenn_deliveries', '')")
 	b.eventually("it is delivered", func() bool { return last().State == "delivered" })
-	b.eventually("the channel is well", func() bool {
+	b.eventually("the channel works again", func() bool {
 		got, err := b.Get(t.Context(), b.team, c.ID)
 		return err == nil && got.FailingSince == nil
 	})
 	if n := len(hook.received()); n != 2 {
-		t.Errorf("told %d times", n)
+		t.Errorf("delivered %d times", n)
 	}
 
-	// Many, by two servers: each once.
+	// Many events, through two servers: each is delivered once.
 	for range 40 {
 		b.exec("SELECT notify_channels($1, 'sandbox.started', '{}')", b.team)
 	}
-	b.eventually("all is told", func() bool { return len(hook.received()) >= 42 })
+	b.eventually("everything is delivered", func() bool { return len(hook.received()) >= 42 })
 	seen := make(map[string]int)
 	for _, body := range hook.received() {
 		var m Message
@@ -433,23 +433,23 @@ func TestDeliveries(t *testing.T) {
 			t.Fatal(err)
 		}
 		if seen[m.ID.String()]++; seen[m.ID.String()] > 1 {
-			t.Errorf("%s was told twice", m.ID)
+			t.Errorf("%s was delivered twice", m.ID)
 		}
 	}
 
-	// The platform's events go to whoever may ask for them.
+	// Events of the platform go only to its admins' channels.
 	b.exec("INSERT INTO hosts (id, name, status) VALUES ($1, 'h', 'online')", uuid.New())
 	b.exec("UPDATE hosts SET status = 'unreachable'")
-	b.eventually("the host's absence is told", func() bool { return len(discord.received()) == 2 })
+	b.eventually("the host's absence is delivered", func() bool { return len(discord.received()) == 2 })
 	if _, err := b.Create(t.Context(), b.team, false, Params{Kind: Slack, Name: new(string), Events: []string{"host.online"}, URL: &slack.URL}); !fault.Is(err, fault.PermissionDenied) {
-		t.Errorf("a team's channel is told of hosts: %v", err)
+		t.Errorf("a team's channel gets events of hosts: %v", err)
 	}
 	if err := b.Quota(t.Context(), b.team, "no more"); err != nil {
 		t.Error(err)
 	}
 }
 
-// TestGivingUp checks that a channel that does not work for long is disabled.
+// TestGivingUp checks that a channel that keeps failing is disabled.
 func TestGivingUp(t *testing.T) {
 	b := newBench(t, pgtest.New(t))
 	b.exec("INSERT INTO teams (id, name) VALUES ($1, 'team')", b.team)
@@ -470,10 +470,10 @@ func TestGivingUp(t *testing.T) {
 	if err != nil || !got.Enabled || got.FailingSince != nil || got.DisabledReason != "" {
 		t.Errorf("enabled again: %+v, %v", got, err)
 	}
-	// The last attempt is the last.
+	// After the last attempt, the delivery fails for good.
 	b.exec("UPDATE deliveries SET state = 'pending', attempts = $1, next_at = now()", attempts-1)
 	b.exec("SELECT pg_notify('wrenn_deliveries', '')")
-	b.eventually("it is given up", func() bool {
+	b.eventually("the delivery has failed for good", func() bool {
 		rows, _, err := b.Deliveries(t.Context(), b.team, c.ID, "", 10)
 		return err == nil && len(rows) == 1 && rows[0].State == "failed" && rows[0].Attempts == attempts
 	})
@@ -484,7 +484,7 @@ func TestGivingUp(t *testing.T) {
 	if rows, _, err := b.Deliveries(t.Context(), b.team, c.ID, "", 10); err != nil || len(rows) != 0 {
 		t.Errorf("old deliveries: %v, %v", rows, err)
 	}
-	// Mail without a mail server says so.
+	// Without a mail server, a mail channel's test says so.
 	address := "a@example.com"
 	c, err = b.Create(t.Context(), b.team, false, Params{Kind: Email, Name: new(string), Events: []string{"quota.reached"}, Address: &address})
 	if err != nil {
@@ -512,8 +512,8 @@ func TestQueueDepth(t *testing.T) {
 	}
 }
 
-// TestHangingReceivers has receivers of one team hang, and one of its channels
-// panic: what another team and another channel of the team are told is not held up.
+// TestHangingReceivers has receivers of one team that hang, and a channel of it that
+// panics: deliveries to another team and to the team's other channel are not delayed.
 func TestHangingReceivers(t *testing.T) {
 	b := newBench(t, pgtest.New(t))
 	other := newBench(t, b.conn.Config().ConnString())
@@ -540,8 +540,8 @@ func TestHangingReceivers(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.exec("UPDATE channels SET confirmed_at = now()")
-	b.Mail = nil // whose use panics
-	// Older than all else, and more than a server tries at once.
+	b.Mail = nil // its use panics
+	// They are older than everything else, and more than a server attempts at once.
 	for range 2 * workers {
 		b.exec("SELECT notify_channels($1, 'sandbox.started', '{}')", b.team)
 	}
@@ -550,19 +550,19 @@ func TestHangingReceivers(t *testing.T) {
 	b.exec("SELECT notify_channels($1, 'sandbox.started', '{}')", other.team)
 	b.run()
 	<-hanging
-	b.eventually("others are told", func() bool { return len(works.received()) == 1 && len(others.received()) == 1 })
-	b.eventually("the panic is a failed attempt", func() (ok bool) {
+	b.eventually("the other channels get their deliveries", func() bool { return len(works.received()) == 1 && len(others.received()) == 1 })
+	b.eventually("the panic counts as a failed attempt", func() (ok bool) {
 		err := b.conn.QueryRow(t.Context(), "SELECT count(*) = 1 FROM deliveries WHERE event = 'quota.reached' AND error = 'internal error' AND state = 'pending'").Scan(&ok)
 		return err == nil && ok
 	})
 	var waits bool
 	if err := b.conn.QueryRow(t.Context(), "SELECT bool_and(attempts <= 1 AND error = '') FROM deliveries WHERE event = 'sandbox.started' AND state = 'pending'").Scan(&waits); err != nil || !waits {
-		t.Errorf("others had to wait until a receiver's time was over: %v", err)
+		t.Errorf("other channels waited for a receiver's timeout: %v", err)
 	}
 }
 
-// TestConfirmation: an address is told of nothing before its recipient has
-// confirmed it, and nobody can have many letters sent to it.
+// TestConfirmation checks that an address gets nothing until its recipient has confirmed
+// it, and that nobody can have many letters sent to it.
 func TestConfirmation(t *testing.T) {
 	b := newBench(t, pgtest.New(t))
 	other := uuid.New()
@@ -614,13 +614,13 @@ func TestConfirmation(t *testing.T) {
 	}
 	c, err := create(b.team, "ops@example.com")
 	if err != nil || c.ConfirmedAt != nil {
-		t.Fatalf("made: %+v, %v", c, err)
+		t.Fatalf("created: %+v, %v", c, err)
 	}
 	first := link("ops@example.com")
 	_, err = b.Test(t.Context(), b.team, c.ID)
 	fails("a test before it is confirmed", err, fault.Conflict)
 	if n := emit(); n != 0 {
-		t.Errorf("%d events are told before it is confirmed", n)
+		t.Errorf("%d events are delivered before it is confirmed", n)
 	}
 	// The address has had its letter, whoever asks and however it is written.
 	for _, team := range []uuid.UUID{b.team, other} {
@@ -631,7 +631,7 @@ func TestConfirmation(t *testing.T) {
 	for _, wrong := range []string{"", first + "x", "wrc_", first[:len(first)-1]} {
 		fails("another token", b.Confirm(t.Context(), wrong), fault.Unauthenticated)
 	}
-	// Another address, with a link of its own; the first one's is worth nothing.
+	// Another address gets its own link; the first link becomes invalid.
 	b.exec("UPDATE channels SET confirmed_at = now()")
 	second := "more@example.com"
 	if c, err = b.Update(t.Context(), b.team, c.ID, false, Params{Address: &second}); err != nil || c.ConfirmedAt != nil {
@@ -653,17 +653,18 @@ func TestConfirmation(t *testing.T) {
 		t.Errorf("letter to %s", l.To)
 	}
 	if n := emit(); n != 1 {
-		t.Errorf("%d events are told, want 1", n)
+		t.Errorf("%d events are delivered, want 1", n)
 	}
 	fails("confirmed already", b.AskConfirmation(t.Context(), b.team, c.ID), fault.Conflict)
-	// What is not the address leaves it confirmed, and so does the team's next channel.
+	// Other changes do not affect the confirmation, nor does another channel of the team
+	// for the same address.
 	if c, err = b.Update(t.Context(), b.team, c.ID, false, Params{Name: new(string), Address: &second}); err != nil || c.ConfirmedAt == nil {
 		t.Errorf("renamed: %+v, %v", c, err)
 	}
 	if c, err := create(b.team, "More@example.com"); err != nil || c.ConfirmedAt == nil {
 		t.Errorf("another channel to the same address: %+v, %v", c, err)
 	}
-	// Teams of one owner have one bound together, however many addresses they know.
+	// An owner's teams share one limit, whatever the number of addresses.
 	owner := uuid.New()
 	b.exec("INSERT INTO users (id, email) VALUES ($1, 'a@example.com')", owner)
 	b.exec("INSERT INTO team_members (team_id, user_id, role) VALUES ($1, $3, 'owner'), ($2, $3, 'owner')", b.team, other, owner)
@@ -680,7 +681,7 @@ func TestConfirmation(t *testing.T) {
 	if sent != limitLetters.Burst {
 		t.Errorf("%d letters were sent, want %d", sent, limitLetters.Burst)
 	}
-	// An address for which they were refused can have a letter from somebody else.
+	// An address that was refused to them can get a letter from somebody else.
 	third, last := uuid.New(), fmt.Sprintf("ops+%d@example.com", 2*limitLetters.Burst-1)
 	b.exec("INSERT INTO teams (id, name) VALUES ($1, 'third')", third)
 	if _, err := create(third, last); err != nil {

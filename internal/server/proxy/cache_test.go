@@ -32,12 +32,12 @@ func TestCache(t *testing.T) {
 	}
 	get(1, sandboxes.Starting)
 	state = sandboxes.Running
-	get(2, sandboxes.Running) // What does not run is not remembered.
+	get(2, sandboxes.Running) // Only running sandboxes are cached.
 	get(2, sandboxes.Running)
 	state = sandboxes.Stopping
 	c.drop(sandbox)
 	get(3, sandboxes.Stopping)
-	// A change while it is looked up: what was found is of before.
+	// A change during a lookup makes its result outdated.
 	state = sandboxes.Running
 	during = func() { c.drop(sandbox) }
 	get(4, sandboxes.Running)
@@ -45,7 +45,7 @@ func TestCache(t *testing.T) {
 	get(5, sandboxes.Stopped)
 
 	if _, err := c.get(ctx, uuid.New(), func(context.Context, uuid.UUID) (target, error) { return target{}, errors.New("x") }); err == nil {
-		t.Error("error of a look-up is lost")
+		t.Error("the error of a lookup is lost")
 	}
 	state = sandboxes.Running
 	for range maxTargets + 100 {

@@ -19,7 +19,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
-// double answers for Redis: it allows everything, or hangs.
+// double is a fake Redis: it allows everything, or hangs.
 type double struct {
 	hangs atomic.Bool
 	asked atomic.Int64
@@ -46,21 +46,21 @@ func (d *double) ProcessHook(redis.ProcessHook) redis.ProcessHook {
 	}
 }
 
-// TestHang: while Redis hangs, one call a second waits for it and all others are
-// counted without it.
+// TestHang checks that while Redis hangs, one call a second waits for it, and all others
+// are counted without it.
 func TestHang(t *testing.T) {
 	client := redis.NewClient(&redis.Options{Addr: "127.0.0.1:1"})
 	t.Cleanup(func() { _ = client.Close() })
 	d := &double{}
 	client.AddHook(d)
 	l := New(client, slog.New(slog.DiscardHandler))
-	l.redis = redis_rate.NewLimiter(client) // New's is one without hooks
-	var late atomic.Int64                   // by so much
+	l.redis = redis_rate.NewLimiter(client) // New's client has no hooks
+	var late atomic.Int64                   // how far the limiter's clock is ahead
 	start := time.Now()
 	l.now = func() time.Time { return start.Add(time.Duration(late.Load())) }
 	limit := Limit{Name: "test", Burst: 50, Per: time.Hour}
-	// many makes 20 calls at once, each of which asks for a call of somebody and of
-	// their team, and returns how often Redis was asked.
+	// many makes 20 concurrent calls, each counted for a user and the user's team, and
+	// returns how often Redis was called.
 	many := func() int64 {
 		t.Helper()
 		before := d.asked.Load()
@@ -79,20 +79,20 @@ func TestHang(t *testing.T) {
 		return d.asked.Load() - before
 	}
 	if n := many(); n != 60 {
-		t.Errorf("Redis answers and was asked %d times for 60 counts", n)
+		t.Errorf("a working Redis was called %d times for 60 counts", n)
 	}
 	d.hangs.Store(true)
 	if err := l.Allow(t.Context(), limit, "first"); err != nil || d.asked.Load() != 61 {
 		t.Errorf("the first call without Redis: %v, %d", err, d.asked.Load())
 	}
 	if n := many(); n != 0 {
-		t.Errorf("Redis hangs and was asked %d times in the same second", n)
+		t.Errorf("a hanging Redis was called %d times in the same second", n)
 	}
 	late.Add(int64(askAgain))
 	if n := many(); n != 1 {
-		t.Errorf("Redis hangs and was asked %d times a second later, want once", n)
+		t.Errorf("a hanging Redis was called %d times a second later, want once", n)
 	}
-	// 40 were counted of each of them; 10 are left.
+	// Each has 40 counted calls; 10 are left.
 	refused := 0
 	for range 15 {
 		if err := l.Allow(t.Context(), limit, "one"); fault.Is(err, fault.RateLimited) {
@@ -102,7 +102,7 @@ func TestHang(t *testing.T) {
 	if refused != 5 {
 		t.Errorf("without Redis %d of 55 calls were refused, want 5", refused)
 	}
-	// Whoever leaves is no sign that Redis hangs.
+	// A cancelled call does not mean that Redis hangs.
 	d.hangs.Store(false)
 	late.Add(int64(askAgain))
 	if err := l.Allow(t.Context(), limit, "one"); err != nil {
@@ -112,16 +112,16 @@ func TestHang(t *testing.T) {
 	leave()
 	d.hangs.Store(true)
 	if err := l.Allow(gone, limit, "one"); !errors.Is(err, context.Canceled) {
-		t.Errorf("a caller that left: %v", err)
+		t.Errorf("a cancelled call: %v", err)
 	}
 	d.hangs.Store(false)
 	if n := many(); n != 60 {
-		t.Errorf("Redis answers again and was asked %d times for 60 counts", n)
+		t.Errorf("Redis works again and was called %d times for 60 counts", n)
 	}
 }
 
-// mute is a connection to a Redis that takes what it is sent and says nothing
-// while hangs is set.
+// mute is a connection to a Redis that receives requests but does not reply while hangs
+// is set.
 type mute struct {
 	net.Conn
 	hangs *atomic.Bool
@@ -134,8 +134,8 @@ func (m mute) Write(p []byte) (int, error) {
 	return m.Conn.Write(p)
 }
 
-// TestHangingConnection: a connection that hangs is left after the limiter's own
-// timeout, however long the server's client waits for other answers.
+// TestHangingConnection checks that the limiter abandons a hanging connection after its
+// own timeout, however long the server's client waits for other replies.
 func TestHangingConnection(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "s")
 	redistest.Start(t, socket)
@@ -169,9 +169,9 @@ func TestHangingConnection(t *testing.T) {
 	}
 }
 
-// TestFullRedis: while Redis has no memory for more, each server counts by itself,
-// also if Redis still refuses and removes what it has. What was counted is not
-// forgotten until Redis counts again.
+// TestFullRedis checks that while Redis is out of memory, each server keeps its own
+// counts, also if Redis refuses writes and evicts keys, and keeps them until Redis counts
+// again.
 func TestFullRedis(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "s")
 	redistest.Start(t, socket)
@@ -198,7 +198,7 @@ func TestFullRedis(t *testing.T) {
 			}
 		}
 	}
-	// allowed counts how many of three calls are.
+	// allowed returns how many of three calls are allowed.
 	allowed := func(of string) (n int) {
 		t.Helper()
 		for range 3 {
@@ -218,18 +218,18 @@ func TestFullRedis(t *testing.T) {
 	if n := allowed("one"); n != 2 {
 		t.Errorf("a server by itself allows %d calls of three, want 2", n)
 	}
-	// Redis is asked again: it still refuses, and removes.
+	// The server tries Redis again: it still refuses, and evicts.
 	late.Add(int64(askAgain))
 	if allow("before") {
-		t.Error("a count of before is forgotten")
+		t.Error("an earlier count is lost")
 	}
 	late.Add(int64(askAgain))
 	l.Forget(t.Context(), limit, "somebody")
 	late.Add(int64(askAgain))
 	if n := allowed("one"); n != 0 {
-		t.Errorf("while Redis is full, the server forgets what it counted: it allows %d more calls", n)
+		t.Errorf("while Redis is full, the server loses its counts: it allows %d more calls", n)
 	}
-	// There is room again.
+	// Redis has room again.
 	memory("0")
 	late.Add(int64(askAgain))
 	if !allow("one") || client.Exists(t.Context(), "rate:"+limit.key("one")).Val() != 1 {

@@ -35,21 +35,21 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// lister is a host's agent that only knows what it has: it speaks the real
-// protocol, over a socket, and lets a test say what is on the host.
+// lister is a fake agent that only lists its objects: it speaks the real protocol over a
+// socket, and a test decides what is on the host.
 type lister struct {
 	hostagentv1connect.UnimplementedHostAgentHandler
 	mu        sync.Mutex
 	has       map[string]*hostagentv1.Sandbox
 	templates map[string]*hostagentv1.Template
-	// on decides how a call about an object goes; nil: well.
+	// on decides the result of a call about an object; nil means success.
 	on     func(ctx context.Context, call, object string) error
 	calls  map[string]int
 	events chan *hostagentv1.Event
 	acked  uint64
 }
 
-// called counts a call and returns how it goes.
+// called counts a call and returns its result.
 func (l *lister) called(ctx context.Context, call, object string) error {
 	l.mu.Lock()
 	l.calls[call]++
@@ -79,7 +79,7 @@ func (l *lister) there(sandbox uuid.UUID) bool {
 	return l.has[id.Format(id.Sandbox, sandbox)] != nil
 }
 
-// set says that the host has a sandbox in a state; none: that it has not.
+// set puts a sandbox into a state on the host, or removes it.
 func (l *lister) set(sandbox uuid.UUID, on hostagentv1.SandboxState) {
 	wire := id.Format(id.Sandbox, sandbox)
 	l.mu.Lock()
@@ -235,8 +235,8 @@ func (l *lister) upTo() uint64 {
 	return l.acked
 }
 
-// bench is a controller's watch over one host, of which a test says what it
-// has. Nothing runs but what the test calls.
+// bench is a controller that watches one fake host. Nothing runs unless the test calls
+// it.
 type bench struct {
 	*testing.T
 	*watch
@@ -293,7 +293,7 @@ func newBench(t *testing.T, heartbeat time.Duration) *bench {
 	return &bench{T: t, watch: w, agent: agent, conn: pgtest.Connect(t, url)}
 }
 
-// goes runs the controller, with all that it does on its own.
+// goes runs the controller with its background work.
 func (b *bench) goes() {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
@@ -310,8 +310,7 @@ const (
 	paused  = hostagentv1.SandboxState_SANDBOX_STATE_PAUSED
 )
 
-// add puts a sandbox into the table and on the host, past the rules that lead
-// there.
+// add adds a sandbox to the database and the host, bypassing the rules for that.
 func (b *bench) add(row sandboxes.State, on hostagentv1.SandboxState) uuid.UUID {
 	b.Helper()
 	ctx := context.Background()
@@ -333,7 +332,7 @@ func (b *bench) sql(query string, args ...any) {
 	}
 }
 
-// is returns what the table says of a sandbox.
+// is returns the state of a sandbox in the database.
 func (b *bench) is(sandbox uuid.UUID) sandboxes.State {
 	b.Helper()
 	row, err := b.Store.GetSandbox(context.Background(), sandbox)
@@ -352,14 +351,14 @@ func (b *bench) eventually(what string, ok func() bool) {
 	await.Until(b, what, ok)
 }
 
-// look compares at a time and waits until all that this asks for is done, or
-// waits to be tried again.
+// look reconciles at a time, and waits until the resulting work is done or waits for a
+// retry.
 func (b *bench) look(now time.Time) {
 	b.Helper()
 	if _, err := b.compare(now); err != nil {
 		b.Fatal(err)
 	}
-	b.eventually("the queue is at rest", func() bool {
+	b.eventually("the queue is idle", func() bool {
 		b.queue.mu.Lock()
 		defer b.queue.mu.Unlock()
 		for _, t := range b.queue.tasks {
@@ -371,7 +370,7 @@ func (b *bench) look(now time.Time) {
 	})
 }
 
-// offer gives the host the built-in template, so that sandboxes can be created.
+// offer adds the built-in template to the host, so that sandboxes can be created.
 func (b *bench) offer() {
 	b.Helper()
 	wire := id.Format(id.Template, uuid.Nil)
@@ -384,9 +383,9 @@ func (b *bench) offer() {
 	b.look(time.Now())
 }
 
-// gate holds a call of the host about an object until it is opened.
+// gate blocks a call of the host about an object until the test opens it.
 type gate struct {
-	call, object string // object "": any
+	call, object string // object "" means any
 	held         chan string
 	open         chan struct{}
 }
@@ -408,7 +407,7 @@ func (g *gate) on(ctx context.Context, call, object string) error {
 	}
 }
 
-// wait returns what the gate holds, once it does.
+// wait waits until the gate blocks a call, and returns its object.
 func (g *gate) wait(t testing.TB) string {
 	t.Helper()
 	return await.Recv(t, "a call to "+g.call, g.held)

@@ -19,8 +19,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
 )
 
-// TestTable is that the table has a row for every state that the database
-// takes, a column for every one that a host can say, and a lane for every kind.
+// TestTable checks that the table has a row for every state of the database, a column for
+// every state that a host can report, and a lane for every kind.
 func TestTable(t *testing.T) {
 	b := newBench(t, time.Minute)
 	var check string
@@ -38,7 +38,7 @@ func TestTable(t *testing.T) {
 	}
 	for state, rules := range table {
 		if !states[state] {
-			t.Errorf("the database takes no %q", state)
+			t.Errorf("the database does not accept %q", state)
 		}
 		for _, r := range rules {
 			if r.do != Leave && r.do != Follow && lanes[r.do] == nil {
@@ -47,7 +47,7 @@ func TestTable(t *testing.T) {
 		}
 	}
 	if len(hostagentv1.SandboxState_name) != hostStates {
-		t.Errorf("hosts say %d states, the table has %d", len(hostagentv1.SandboxState_name), hostStates)
+		t.Errorf("hosts can report %d states, the table has %d", len(hostagentv1.SandboxState_name), hostStates)
 	}
 	for on := range hostagentv1.SandboxState_name {
 		if on < 0 || on >= hostStates {
@@ -55,18 +55,18 @@ func TestTable(t *testing.T) {
 		}
 	}
 	if r := (pair{sandboxes.Running, hostStates}).rule(); r != ____ {
-		t.Errorf("a state that a newer agent says leads to %+v", r)
+		t.Errorf("a newer agent's state leads to %+v", r)
 	}
 }
 
-// outcome is what has become of a pair.
+// outcome is the result for a pair.
 type outcome struct {
 	state  sandboxes.State
 	has    bool
 	reason string
 }
 
-// outcome is what a pair becomes by the rule for it.
+// outcome returns the result for a pair by its rule.
 func (p pair) outcome(t *testing.T, late bool) outcome {
 	is := outcome{p.row, p.host != none, ""}
 	r := p.rule()
@@ -91,8 +91,8 @@ func (p pair) outcome(t *testing.T, late bool) outcome {
 	return is
 }
 
-// TestCompare is that each pair of what the table says of a sandbox and what
-// the host does becomes what it should, at first sight and after the grace.
+// TestCompare checks for each pair of a sandbox's states in the database and on the host
+// that the controller does what it should, at first sight and after the grace period.
 func TestCompare(t *testing.T) {
 	b := newBench(t, time.Minute)
 	ctx := context.Background()
@@ -104,7 +104,7 @@ func TestCompare(t *testing.T) {
 			all[p] = b.add(p.row, p.host)
 		}
 	}
-	// What this server is at work on is none of the controller's business.
+	// The controller leaves alone what this server works on.
 	moving := b.add(sandboxes.Running, running)
 	creation, pause := newGate("create", ""), newGate("pause", "")
 	b.agent.hook(func(ctx context.Context, call, object string) error {
@@ -124,10 +124,11 @@ func TestCompare(t *testing.T) {
 		t.Fatal(err)
 	}
 	pause.wait(t)
-	// Nor is what another living server is at work on; a dead one's is.
+	// It also leaves alone what another living server works on, but not what a dead one
+	// did.
 	living, dead := uuid.New(), uuid.New()
 	othersWork, othersPause, leftWork := b.add(sandboxes.Starting, none), b.add(sandboxes.Pausing, running), b.add(sandboxes.Starting, none)
-	// A sandbox that is another host's is a stray on this one.
+	// Another host's sandbox is a stray on this one.
 	elsewhere, err := b.Hosts.Register(ctx, "unix:/nowhere", "token")
 	if err != nil {
 		t.Fatal(err)
@@ -161,7 +162,7 @@ func TestCompare(t *testing.T) {
 		}
 		for u, want := range map[uuid.UUID]sandboxes.State{busy: sandboxes.Starting, moving: sandboxes.Pausing} {
 			if got := b.is(u); got != want {
-				t.Errorf("%s: what is worked on became %q; want %q", when, got, want)
+				t.Errorf("%s: the sandbox that this server works on became %q; want %q", when, got, want)
 			}
 		}
 	}
@@ -176,19 +177,19 @@ func TestCompare(t *testing.T) {
 		}
 	}
 	if b.agent.there(moved) {
-		t.Error("the host still has what is another's")
+		t.Error("the host still has another host's sandbox")
 	}
 	close(creation.open)
 	close(pause.open)
 	for range 2 {
 		if err := <-ended; err != nil {
-			t.Errorf("what was under way: %v", err)
+			t.Errorf("the operation in progress: %v", err)
 		}
 	}
 }
 
-// TestCompareTemplates is every pair of what the table says of a template and
-// what the host does.
+// TestCompareTemplates checks every pair of a template's states in the database and on
+// the host.
 func TestCompareTemplates(t *testing.T) {
 	b := newBench(t, time.Minute)
 	ctx := context.Background()
@@ -238,12 +239,12 @@ func TestCompareTemplates(t *testing.T) {
 	for i, tt := range tests {
 		ids[i] = add(tt.state, tt.owner, tt.on, tt.from, tt.name)
 	}
-	// The server was killed once the last host had removed it.
+	// The server was killed after the last host had removed it.
 	nowhere := add(templates.Deleting, team, false, live, "deleting-nowhere")
 	b.sql("DELETE FROM host_templates WHERE template_id = $1", nowhere)
-	// One whose id nobody can read keeps no other from being looked at.
+	// An unreadable id does not keep the controller from the other templates.
 	b.agent.templates["x"] = &hostagentv1.Template{TemplateId: "x", Name: "x"}
-	// What this server, or another living one, is at work on is left alone.
+	// The controller leaves alone what this server, or another living one, works on.
 	living := uuid.New()
 	others := add(templates.Deleting, team, true, live, "others")
 	b.sql("INSERT INTO servers VALUES ($1, now())", living)
@@ -269,7 +270,7 @@ func TestCompareTemplates(t *testing.T) {
 		}
 		return templates.State(row.State)
 	}
-	// Twice: what comes to be at the first look is there at the second.
+	// Reconcile twice: the second pass sees the first one's results.
 	for range 2 {
 		b.look(time.Now())
 	}
@@ -281,26 +282,27 @@ func TestCompareTemplates(t *testing.T) {
 			t.Errorf("%s: became %q and on the host: %v; want %q and %v", tt.name, got, has, tt.want, tt.has)
 		}
 		row, err := b.Store.GetTemplate(ctx, ids[i])
-		measured := row.VCPUs == 2 && row.MemoryMiB == 256 && row.DiskMiB == 1024 || tt.state == templates.Ready // which is what it was made as
+		measured := row.VCPUs == 2 && row.MemoryMiB == 256 && row.DiskMiB == 1024 || tt.state == templates.Ready // as it was created
 		if tt.on && tt.want == templates.Ready && (err != nil || row.Name != tt.name || row.TeamID != tt.owner || row.SizeBytes != 7 || !measured) {
 			t.Errorf("%s: the row is %+v, %v", tt.name, row, err)
 		}
 	}
 	if got := state(nowhere); got != "" {
-		t.Errorf("what no host has any more is %q", got)
+		t.Errorf("the template that no host has any more is %q", got)
 	}
 	if got := state(others); got != templates.Deleting {
-		t.Errorf("what another server removes became %q", got)
+		t.Errorf("the template that another server removes became %q", got)
 	}
 	if n := b.agent.count("delete template"); n != 3 {
-		t.Errorf("the host was asked %d times to remove a template, want 3 times: what is worked on once", n)
+		t.Errorf("the host was asked %d times to remove a template, want 3 times, and once for the one in progress", n)
 	}
 	close(removal.open)
 	if err := <-removed; err != nil {
 		t.Errorf("remove: %v", err)
 	}
 
-	// What may have come to be is asked for again, what fails for good is dropped.
+	// If a capture may have succeeded, the host is asked again; if it failed for good, it
+	// is dropped.
 	unsure := add(templates.Pending, team, false, live, "unsure")
 	b.agent.hook(func(_ context.Context, call, _ string) error {
 		if call == "snapshot" {
@@ -310,7 +312,7 @@ func TestCompareTemplates(t *testing.T) {
 	})
 	b.look(time.Now())
 	if got := state(unsure); got != templates.Pending {
-		t.Errorf("what may have been captured became %q", got)
+		t.Errorf("the capture that may have succeeded became %q", got)
 	}
 	b.agent.hook(func(_ context.Context, call, _ string) error {
 		if call == "snapshot" {
@@ -318,12 +320,12 @@ func TestCompareTemplates(t *testing.T) {
 		}
 		return nil
 	})
-	b.eventually("what could not be captured is dropped", func() bool { return state(unsure) == "" })
+	b.eventually("the failed capture is dropped", func() bool { return state(unsure) == "" })
 }
 
-// TestRevive: a sandbox that its host had ended or lost, and has paused again
-// because somebody has repaired its files, is paused. One that ended because
-// somebody wanted that is destroyed.
+// TestRevive checks that a sandbox that its host had lost or ended, and that is paused
+// there again because somebody repaired its files, is paused. One that a client ended is
+// destroyed.
 func TestRevive(t *testing.T) {
 	b := newBench(t, time.Minute)
 	all := make(map[string]uuid.UUID)
@@ -335,14 +337,14 @@ func TestRevive(t *testing.T) {
 	b.look(first)
 	for reason, u := range all {
 		if is, there := b.is(u), b.agent.there(u); is != sandboxes.Stopped || there != (reason == "exited" || reason == "lost") {
-			t.Errorf("at first sight what is %s is %s, on its host: %v", reason, is, there)
+			t.Errorf("at first sight the sandbox in state %s is %s, on its host: %v", reason, is, there)
 		}
 	}
 	b.look(first.Add(lostAfter))
 	for _, reason := range []string{"exited", "lost"} {
 		row, err := b.Store.GetSandbox(t.Context(), all[reason])
 		if err != nil || row.State != string(sandboxes.Paused) || row.PausedAt == nil || row.EndedAt != nil || row.EndReason != nil || row.Error != "" || !b.agent.there(row.ID) {
-			t.Errorf("what was %s is %+v, %v", reason, row, err)
+			t.Errorf("the sandbox in state %s is %+v, %v", reason, row, err)
 		}
 	}
 }

@@ -20,8 +20,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 )
 
-// TestDestroyHangs: the destroy of one sandbox hangs. Its host is asked how it
-// is as ever, an unrelated sandbox runs on, and what the host lost is written.
+// TestDestroyHangs makes the removal of one sandbox hang. The controller still polls the
+// host, an unrelated sandbox keeps running, and the loss of another is recorded.
 func TestDestroyHangs(t *testing.T) {
 	b := newBench(t, time.Second)
 	stuck, other, lost := b.add(sandboxes.Stopping, running), b.add(sandboxes.Running, running), b.add(sandboxes.Running, none)
@@ -30,29 +30,29 @@ func TestDestroyHangs(t *testing.T) {
 	b.goes()
 	g.wait(t)
 	before := b.agent.count("host")
-	// Twice the time after which a host that is not heard of is unreachable.
-	b.eventually("the host is asked how it is", func() bool { return b.agent.count("host") >= before+8 })
+	// Twice the time after which a silent host is unreachable.
+	b.eventually("the server polls the host", func() bool { return b.agent.count("host") >= before+8 })
 	b.eventually("the unrelated sandbox runs", func() bool { return b.is(other) == sandboxes.Running })
-	b.eventually("what the host lost is written", func() bool { return b.is(lost) == sandboxes.Stopped })
+	b.eventually("the loss is recorded", func() bool { return b.is(lost) == sandboxes.Stopped })
 	if got := b.is(stuck); got != sandboxes.Stopping {
-		t.Errorf("what is being destroyed is %s", got)
+		t.Errorf("the sandbox being destroyed is %s", got)
 	}
 	host := id.Format(id.Host, b.host.ID)
 	want := fmt.Sprintf("# HELP wrenn_reconcile_queue_depth Sandboxes and templates of a host that wait to be reconciled, or are worked on.\n# TYPE wrenn_reconcile_queue_depth gauge\nwrenn_reconcile_queue_depth{host=%q} 1\n", host)
-	b.eventually("the queue's depth is told", func() bool { return gathers(b, want, "wrenn_reconcile_queue_depth") })
+	b.eventually("the metric has the queue's depth", func() bool { return gathers(b, want, "wrenn_reconcile_queue_depth") })
 	close(g.open)
 	b.eventually("it is destroyed", func() bool { return b.is(stuck) == sandboxes.Stopped && !b.agent.there(stuck) })
 }
 
-// gathers says whether the controller's metrics are those wanted.
+// gathers reports whether the controller has the wanted metrics.
 func gathers(b *bench, want, name string) bool {
 	r := prometheus.NewPedanticRegistry()
 	r.MustRegister(b.Collectors()...)
 	return testutil.GatherAndCompare(r, strings.NewReader(want), name) == nil
 }
 
-// TestLag: while a host's list cannot be read, the lag grows; once it can be, the lag
-// falls.
+// TestLag checks that the lag grows while the host's list cannot be read, and falls
+// afterwards.
 func TestLag(t *testing.T) {
 	b := newBench(t, time.Second)
 	var broken atomic.Bool
@@ -78,15 +78,15 @@ func TestLag(t *testing.T) {
 		}
 		return 0 // No host is watched yet.
 	}
-	// Four times the interval between comparisons.
+	// Four times the interval between lists.
 	b.eventually("the lag grows", func() bool { return lag() > 2 })
 	before := lag()
 	broken.Store(false)
 	b.eventually("the lag falls", func() bool { return lag() < before })
 }
 
-// TestDestroyFails: the destroy of one of nine sandboxes fails. What has become
-// of the eight others, which the host no longer has, is written all the same.
+// TestDestroyFails makes the removal of one of nine sandboxes fail. The controller still
+// records the loss of the eight others, which the host no longer has.
 func TestDestroyFails(t *testing.T) {
 	b := newBench(t, time.Minute)
 	var lost []uuid.UUID
@@ -107,22 +107,21 @@ func TestDestroyFails(t *testing.T) {
 	b.look(now.Add(lostAfter))
 	for _, u := range lost {
 		if got := b.is(u); got != sandboxes.Stopped {
-			t.Errorf("what the host lost is %s", got)
+			t.Errorf("a sandbox that the host lost is %s", got)
 		}
 	}
 	if got := b.is(stuck); got != sandboxes.Stopping {
-		t.Errorf("what cannot be destroyed is %s", got)
+		t.Errorf("the sandbox that cannot be destroyed is %s", got)
 	}
 	if n := testutil.ToFloat64(b.metrics.actions.WithLabelValues(string(Stop), "error")); n == 0 {
 		t.Error("no failure was counted")
 	}
 	fails.Store(false)
-	b.eventually("it is tried again", func() bool { return b.is(stuck) == sandboxes.Stopped })
+	b.eventually("the removal is retried", func() bool { return b.is(stuck) == sandboxes.Stopped })
 }
 
-// TestActionPanics: what is done about one sandbox panics, whether in the
-// controller's goroutine or in one of the sandboxes' service. It is counted, and
-// the others are done.
+// TestActionPanics makes an action panic, in the controller's goroutine or in one of the
+// sandboxes' service. The panic is counted, and the other actions are completed.
 func TestActionPanics(t *testing.T) {
 	b := newBench(t, time.Minute)
 	bad, worse, lost, paused := b.add(sandboxes.Running, none), b.add(sandboxes.Running, paused), b.add(sandboxes.Running, none), b.add(sandboxes.Running, paused)
@@ -136,10 +135,10 @@ func TestActionPanics(t *testing.T) {
 	b.look(now)
 	b.look(now.Add(lostAfter))
 	if got := b.is(lost); got != sandboxes.Stopped {
-		t.Errorf("what the host lost is %s", got)
+		t.Errorf("the sandbox that the host lost is %s", got)
 	}
 	if got := b.is(paused); got != sandboxes.Paused {
-		t.Errorf("what the host paused is %s", got)
+		t.Errorf("the sandbox that the host paused is %s", got)
 	}
 	for _, k := range []Kind{Lose, Settle} {
 		if n := testutil.ToFloat64(b.metrics.actions.WithLabelValues(string(k), "panic")); n == 0 {
@@ -147,14 +146,14 @@ func TestActionPanics(t *testing.T) {
 		}
 	}
 	calm.Store(true)
-	b.eventually("they are tried again", func() bool { n, _ := b.queue.depth(); return n == 0 })
+	b.eventually("the actions are retried", func() bool { n, _ := b.queue.depth(); return n == 0 })
 	if b.Controller.Sandboxes.Busy(worse) {
 		t.Error("the service is still at work on it")
 	}
 }
 
-// TestListsApart: a host that cannot list its templates has its sandboxes
-// reconciled all the same, and the other way round.
+// TestListsApart checks that sandboxes are reconciled when the host cannot list its
+// templates, and the other way round.
 func TestListsApart(t *testing.T) {
 	b := newBench(t, time.Minute)
 	stopping := b.add(sandboxes.Stopping, running)
@@ -166,7 +165,7 @@ func TestListsApart(t *testing.T) {
 		return nil
 	})
 	if _, err := b.compare(time.Now()); err == nil {
-		t.Error("that templates cannot be listed is no error")
+		t.Error("a failed list of templates is no error")
 	}
 	b.eventually("the sandbox is destroyed", func() bool { return b.is(stopping) == sandboxes.Stopped })
 	b.agent.mu.Lock()
@@ -175,7 +174,7 @@ func TestListsApart(t *testing.T) {
 	b.agent.templates[wire] = &hostagentv1.Template{TemplateId: wire, TeamId: id.Format(id.Team, uuid.Nil), Name: "minimal", SizeBytes: 1, CreatedAt: timestamppb.Now()}
 	b.agent.mu.Unlock()
 	if _, err := b.compare(time.Now()); err == nil {
-		t.Error("that sandboxes cannot be listed is no error")
+		t.Error("a failed list of sandboxes is no error")
 	}
 	b.eventually("the template is known", func() bool {
 		known, err := b.Templates.Known(t.Context(), b.host.ID)
@@ -183,9 +182,9 @@ func TestListsApart(t *testing.T) {
 	})
 }
 
-// TestEvents: the event of a sandbox that this server still creates waits until
-// it has, and keeps no other from being written; nor does one that the database
-// refuses. Only what is written, with all before it, is acknowledged.
+// TestEvents checks that the event of a sandbox that this server still creates waits for
+// the creation, and that neither it nor an event that the database refuses delays the
+// others. An event is acknowledged only if it and all before it are recorded.
 func TestEvents(t *testing.T) {
 	b := newBench(t, time.Minute)
 	ctx := t.Context()
@@ -220,12 +219,12 @@ func TestEvents(t *testing.T) {
 	send(2, creating, "while it was created")
 	send(3, refused, "refused")
 	send(4, third, "N\x00UL")
-	b.eventually("the others' are written", func() bool { return b.is(third) == sandboxes.Stopped })
+	b.eventually("the others' events are recorded", func() bool { return b.is(third) == sandboxes.Stopped })
 	if got := b.agent.upTo(); got != 1 {
-		t.Errorf("acknowledged up to %d, and event 2 is not written", got)
+		t.Errorf("acknowledged up to %d, but event 2 is not recorded", got)
 	}
 	if got := b.is(refused); got != sandboxes.Running {
-		t.Errorf("what was refused is %s", got)
+		t.Errorf("the sandbox whose event was refused is %s", got)
 	}
 	close(g.open)
 	if err := <-created; err != nil {
@@ -233,12 +232,12 @@ func TestEvents(t *testing.T) {
 	}
 	b.eventually("all are acknowledged", func() bool { return b.agent.upTo() == 4 })
 	if row, err := b.Store.GetSandbox(ctx, creating); err != nil || row.State != string(sandboxes.Stopped) || row.Error != "while it was created" {
-		t.Errorf("what ended while it was created: %+v, %v", row, err)
+		t.Errorf("the sandbox that ended during its creation: %+v, %v", row, err)
 	}
 }
 
-// TestEventHangs: a write that hangs in the database does not hold up a host's
-// events for ever. The event is not acknowledged, and written later.
+// TestEventHangs checks that a database write that hangs does not block a host's events
+// for ever. The event is not acknowledged, and is recorded later.
 func TestEventHangs(t *testing.T) {
 	b := newBench(t, time.Minute)
 	b.Controller.writeWithin = 200 * time.Millisecond
@@ -262,7 +261,7 @@ func TestEventHangs(t *testing.T) {
 		t.Errorf("they broke off with %v", err)
 	}
 	if got := b.agent.upTo(); got != 0 {
-		t.Errorf("event %d is acknowledged, and not written", got)
+		t.Errorf("event %d is acknowledged but not recorded", got)
 	}
 	if err := tx.Rollback(ctx); err != nil {
 		t.Fatal(err)
@@ -276,8 +275,8 @@ func TestEventHangs(t *testing.T) {
 	}()
 	defer func() { stop(); <-done }()
 	b.eventually("it is acknowledged", func() bool {
-		// As an agent does with what is not acknowledged. The stream that broke off may
-		// still take one, and lose it.
+		// Like an agent, send the unacknowledged event again. The broken stream may still
+		// take one, and lose it.
 		select {
 		case b.agent.events <- event:
 		default:
@@ -289,7 +288,8 @@ func TestEventHangs(t *testing.T) {
 	}
 }
 
-// TestLedger is that events are acknowledged in order, whenever they are done.
+// TestLedger checks that events are acknowledged in order, in whatever order they are
+// recorded.
 func TestLedger(t *testing.T) {
 	var l ledger
 	for seq := range uint64(5) {
@@ -305,9 +305,9 @@ func TestLedger(t *testing.T) {
 	}
 }
 
-// TestAdoptedMeanwhile: another server takes this one for dead and adopts a
-// sandbox that it creates, or a copy. When the host answers, the sandbox is what
-// was asked for, and is not destroyed.
+// TestAdoptedMeanwhile makes another server take this one for dead and adopt a sandbox or
+// a fork that it creates. When the host responds, the sandbox is as requested, and is not
+// destroyed.
 func TestAdoptedMeanwhile(t *testing.T) {
 	for call, ask := range map[string]func(context.Context, *sandboxes.Service, uuid.UUID) (sandboxes.State, error){
 		"create": func(ctx context.Context, s *sandboxes.Service, _ uuid.UUID) (sandboxes.State, error) {

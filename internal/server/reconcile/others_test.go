@@ -17,8 +17,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
 )
 
-// TestReportedByAnother: nothing that a host reports, as an event, in its list or
-// in an answer, changes a sandbox of another host.
+// TestReportedByAnother checks that nothing a host reports, in an event, a list or a
+// response, changes another host's sandbox.
 func TestReportedByAnother(t *testing.T) {
 	b := newBench(t, time.Minute)
 	owner, err := b.Hosts.Register(t.Context(), "unix:/nowhere", "token")
@@ -71,8 +71,8 @@ func TestReportedByAnother(t *testing.T) {
 	b.look(now.Add(strayAfter))
 	check("comparison")
 
-	// The writes hold by themselves, too, for what was decided before a sandbox
-	// moved to another host.
+	// The database writes check this too, in case a sandbox moves between decision and
+	// write.
 	for _, u := range all {
 		row, err := b.Store.GetSandbox(t.Context(), u)
 		if err != nil {
@@ -92,8 +92,8 @@ func TestReportedByAnother(t *testing.T) {
 	check("late actions")
 }
 
-// TestReportedTimes: what a host reports of its own sandboxes is kept within what
-// can be so.
+// TestReportedTimes checks that times that a host reports are kept within plausible
+// bounds.
 func TestReportedTimes(t *testing.T) {
 	b := newBench(t, time.Minute)
 	ancient, distant := timestamppb.New(time.Unix(1, 0)), timestamppb.New(time.Now().AddDate(1000, 0, 0))
@@ -127,8 +127,8 @@ func TestReportedTimes(t *testing.T) {
 	}
 }
 
-// TestTemplateComesBack: a team's template that its host had lost is there again
-// as it was once the host has it again; another host's word does not bring it back.
+// TestTemplateComesBack checks that a team's lost template returns unchanged when its
+// host has it again, and that another host's report does not bring it back.
 func TestTemplateComesBack(t *testing.T) {
 	b := newBench(t, time.Minute)
 	team, u := uuid.New(), uuid.New()
@@ -143,11 +143,11 @@ func TestTemplateComesBack(t *testing.T) {
 		return err == nil && row.ID == u && row.VCPUs == 2
 	}
 	if !there() {
-		t.Fatal("the template is not there to begin with")
+		t.Fatal("the template does not exist at the start")
 	}
 	b.look(time.Now())
 	if there() {
-		t.Fatal("the template is there though its host lost it")
+		t.Fatal("the template exists although its host lost it")
 	}
 	other, err := b.Hosts.Register(t.Context(), "unix:/nowhere", "token")
 	if err != nil {
@@ -156,9 +156,9 @@ func TestTemplateComesBack(t *testing.T) {
 	wire := id.Format(id.Template, u)
 	again := &hostagentv1.Template{TemplateId: wire, TeamId: id.Format(id.Team, uuid.New()), Name: "another", SizeBytes: 7, CreatedAt: timestamppb.Now()}
 	if err := b.Templates.Learn(t.Context(), other.ID, again); err != nil || there() {
-		t.Errorf("another host's word: %v, and it is there: %v", err, there())
+		t.Errorf("another host's report: %v, and it exists: %v", err, there())
 	}
-	// Meanwhile the team has made another of the same name and version.
+	// The team has since created another one of the same name and version.
 	b.sql("INSERT INTO templates (id, team_id, name, size_bytes, created_at, version) VALUES ($1, $2, 'mine', 7, now(), 3)", uuid.New(), team)
 	b.agent.mu.Lock()
 	b.agent.templates[wire] = again
@@ -172,8 +172,8 @@ func TestTemplateComesBack(t *testing.T) {
 	}
 }
 
-// TestMadeElsewhere: a host can say neither that a template was made that another
-// is to make, nor what one takes that another has.
+// TestMadeElsewhere checks that a host can neither report the creation of a template that
+// another host creates, nor the size of one that another host has.
 func TestMadeElsewhere(t *testing.T) {
 	b := newBench(t, time.Minute)
 	owner, err := b.Hosts.Register(t.Context(), "unix:/nowhere", "token")
@@ -199,13 +199,13 @@ func TestMadeElsewhere(t *testing.T) {
 		row, err := b.Store.GetTemplate(t.Context(), u)
 		on, _ := b.Store.ListTemplateHosts(t.Context(), u)
 		if err != nil || row.State != string(state) || row.SizeBytes != 7 || row.Name != string(state) || len(on) != 1 {
-			t.Errorf("another host's word made it %+v on %v, %v", row, on, err)
+			t.Errorf("another host's report changed it to %+v on %v, %v", row, on, err)
 		}
 	}
 }
 
-// TestBuiltinDisk: no host says how large the disk of the built-in template is, which
-// is the least that every tenant's sandbox of it has.
+// TestBuiltinDisk checks that no host decides the disk size of the built-in template,
+// which is the least that every sandbox of it gets.
 func TestBuiltinDisk(t *testing.T) {
 	b := newBench(t, time.Minute)
 	wire := id.Format(id.Template, uuid.Nil)
@@ -215,7 +215,7 @@ func TestBuiltinDisk(t *testing.T) {
 		b.agent.mu.Unlock()
 		b.look(time.Now())
 		if row, err := b.Store.GetTemplate(t.Context(), uuid.Nil); err != nil || row.DiskMiB != hostwire.DefaultDiskMiB || row.SizeBytes != 1<<29 {
-			t.Errorf("a host says %d MiB: %+v, %v", says, row, err)
+			t.Errorf("a host reports %d MiB: %+v, %v", says, row, err)
 		}
 	}
 }

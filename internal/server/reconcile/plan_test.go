@@ -20,7 +20,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
 )
 
-// world is a host and the rows about it, of which views are made.
+// world is a host and its rows in the database, from which views are made.
 type world struct {
 	r    *rand.Rand
 	host uuid.UUID
@@ -29,7 +29,7 @@ type world struct {
 	busy map[uuid.UUID]bool
 }
 
-// newWorld makes one of n sandboxes in any pair of states.
+// newWorld returns a world of n sandboxes in random pairs of states.
 func newWorld(r *rand.Rand, n int) *world {
 	w := &world{r: r, host: uuid.New(), rows: make(map[uuid.UUID]db.Sandbox), has: make(map[uuid.UUID]*hostagentv1.Sandbox), busy: make(map[uuid.UUID]bool)}
 	states := slices.Sorted(maps.Keys(table))
@@ -43,7 +43,7 @@ func newWorld(r *rand.Rand, n int) *world {
 			}
 			w.rows[u] = row
 		}
-		// One more than there are: a newer agent's.
+		// The extra value is a newer agent's state.
 		if on := hostagentv1.SandboxState(r.IntN(hostStates + 1)); on != none {
 			w.has[u] = &hostagentv1.Sandbox{State: on, Idle: durationpb.New(time.Duration(r.IntN(60)) * time.Second)}
 			if r.IntN(2) == 0 {
@@ -55,7 +55,7 @@ func newWorld(r *rand.Rand, n int) *world {
 	return w
 }
 
-// view is what a server sees of the world.
+// view returns what a server sees of the world.
 func (w *world) view(draining bool) View {
 	v := View{Host: w.host, Rows: make(map[uuid.UUID]db.Sandbox), Has: w.has, Busy: w.busy, Draining: draining, DrainIdle: 30 * time.Second}
 	for u, row := range w.rows {
@@ -67,7 +67,7 @@ func (w *world) view(draining bool) View {
 	return v
 }
 
-// does changes the world as an action does that works.
+// does changes the world like a successful action.
 func (w *world) does(a Action) {
 	row := w.rows[a.ID]
 	switch a.Kind {
@@ -92,8 +92,8 @@ func (w *world) does(a Action) {
 	w.rows[a.ID] = row
 }
 
-// agree says whether nothing is left to do about a sandbox: it runs or is
-// paused as its row says, or its host is at work on it, or neither has it.
+// agree reports whether nothing is left to do about a sandbox: it runs or is paused as
+// its row says, its host works on it, or neither has it.
 func (w *world) agree(u uuid.UUID) bool {
 	p := w.view(false).pair(u)
 	switch {
@@ -109,7 +109,7 @@ func (w *world) agree(u uuid.UUID) bool {
 	return p.row != NoRow && !p.row.Ended() && p.row != sandboxes.Stopping || p.host == hostagentv1.SandboxState_SANDBOX_STATE_STOPPING
 }
 
-// TestPlan holds the pure function to what must be so of every world.
+// TestPlan checks the plan's invariants on random worlds.
 func TestPlan(t *testing.T) {
 	for _, state := range sandboxes.States() {
 		if _, ok := table[state]; !ok {
@@ -128,7 +128,7 @@ func TestPlan(t *testing.T) {
 				before := copied(v)
 				p := Sandboxes(v, seen, now)
 				if again := Sandboxes(v, maps.Clone(seen), now); !reflect.DeepEqual(p, again) {
-					t.Fatal("it decides otherwise the second time")
+					t.Fatal("the second plan differs")
 				}
 				if !reflect.DeepEqual(copied(v), before) {
 					t.Fatal("it changed the view")
@@ -140,21 +140,21 @@ func TestPlan(t *testing.T) {
 					}
 					acted[a.ID] = true
 					check(t, v, a, now, since)
-					// It rests on nothing but this sandbox.
+					// An action depends on its own sandbox only.
 					alone := only(v, a.ID)
 					if q := Sandboxes(alone, seen, now); len(q.Actions) != 1 || q.Actions[0].Kind != a.Kind {
-						t.Fatalf("%s of %v is for others' sake: alone it is %v", a.Kind, v.pair(a.ID), q.Actions)
+						t.Fatalf("%s of %v depends on other sandboxes: alone it is %v", a.Kind, v.pair(a.ID), q.Actions)
 					}
 				}
 				if p.Again < 0 || p.Again > strayAfter {
-					t.Fatalf("look again in %v", p.Again)
+					t.Fatalf("next look in %v", p.Again)
 				}
 				for u := range p.Seen {
 					if _, ok := since[u]; !ok {
 						since[u] = now
 					}
 				}
-				// Some actions work, the others are for the next time.
+				// Some actions succeed; the others are left for the next plan.
 				for _, a := range p.Actions {
 					if r.IntN(3) > 0 {
 						w.does(a)
@@ -163,7 +163,8 @@ func TestPlan(t *testing.T) {
 				}
 				seen, now = p.Seen, now.Add(time.Duration(r.IntN(10_000))*time.Millisecond)
 			}
-			// Once all works and the graces are over, all agree.
+			// When every action succeeds and the grace periods are over, database and
+			// host agree.
 			for range 5 {
 				p := Sandboxes(w.view(draining), seen, now)
 				for _, a := range p.Actions {
@@ -173,18 +174,18 @@ func TestPlan(t *testing.T) {
 			}
 			for _, u := range ids(w.rows, w.has) {
 				if !w.agree(u) {
-					t.Errorf("%+v is left as it is", w.view(draining).pair(u))
+					t.Errorf("%+v is never resolved", w.view(draining).pair(u))
 				}
 			}
 			if p := Sandboxes(w.view(draining), seen, now); len(p.Actions) > 0 {
-				t.Errorf("%v is asked for where all agree", p.Actions)
+				t.Errorf("%v is planned although database and host agree", p.Actions)
 			}
 		})
 	}
 }
 
-// check holds an action to what must be so of it. since is when its difference
-// was first seen.
+// check checks the invariants of an action. since tells when its difference was first
+// seen.
 func check(t *testing.T, v View, a Action, now time.Time, since map[uuid.UUID]time.Time) {
 	t.Helper()
 	row, known := v.Rows[a.ID]
@@ -197,25 +198,25 @@ func check(t *testing.T, v View, a Action, now time.Time, since map[uuid.UUID]ti
 	}
 	switch {
 	case v.Busy[a.ID]:
-		t.Fatalf("%s of what somebody works on", a.Kind)
+		t.Fatalf("%s of a sandbox that a server works on", a.Kind)
 	case a.Kind == Destroy && mine && !state.Ended():
-		t.Fatalf("destroys what its row says is %s", state)
+		t.Fatalf("destroys a sandbox whose row says %s", state)
 	case a.Kind == Destroy && !mine && lasted < strayAfter:
-		t.Fatalf("destroys what is nobody's after %v", lasted)
+		t.Fatalf("destroys a stray after %v", lasted)
 	case a.Kind == Stop && (!mine || state != sandboxes.Stopping):
-		t.Fatalf("stops what its row says is %s", state)
+		t.Fatalf("stops a sandbox whose row says %s", state)
 	case (a.Kind == Lose || a.Kind == Fail) && (there || !mine || lasted < lostAfter):
-		t.Fatalf("%s after %v, and the host has it: %v", a.Kind, lasted, there)
+		t.Fatalf("%s after %v; the host has it: %v", a.Kind, lasted, there)
 	case a.Kind == Drain && (!v.Draining || has.GetState() != running || has.GetIdle().AsDuration() <= v.DrainIdle):
 		t.Fatalf("drains %v", has)
 	case has.GetState() >= hostStates && a.Kind != Leave:
-		t.Fatalf("%s of what is in a state that nobody knows", a.Kind)
+		t.Fatalf("%s of a sandbox in an unknown state", a.Kind)
 	case !reflect.DeepEqual(a.Row, row) || a.Has != has:
-		t.Fatal("the action is about something else")
+		t.Fatal("the action is about another object")
 	}
 }
 
-// copied is a view that shares nothing with another.
+// copied returns a deep copy of a view.
 func copied(v View) View {
 	v.Rows, v.Busy, v.Has = maps.Clone(v.Rows), maps.Clone(v.Busy), maps.Clone(v.Has)
 	for u, sb := range v.Has {
@@ -224,7 +225,7 @@ func copied(v View) View {
 	return v
 }
 
-// only is a view of one sandbox.
+// only returns a view of one sandbox.
 func only(v View, u uuid.UUID) View {
 	is := View{Host: v.Host, Rows: make(map[uuid.UUID]db.Sandbox), Has: make(map[uuid.UUID]*hostagentv1.Sandbox), Draining: v.Draining, DrainIdle: v.DrainIdle}
 	if row, ok := v.Rows[u]; ok {
@@ -236,8 +237,8 @@ func only(v View, u uuid.UUID) View {
 	return is
 }
 
-// TestPlanIncomplete: while a host cannot say all that it has, nothing ends because
-// it did not say it.
+// TestPlanIncomplete checks that while a host cannot list everything that it has, nothing
+// ends because it is missing from the list.
 func TestPlanIncomplete(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 0))
 	w := newWorld(r, 300)
@@ -259,7 +260,7 @@ func TestPlanIncomplete(t *testing.T) {
 	}
 }
 
-// TestPlanUnread: a sandbox that a host cannot read is kept, and no other.
+// TestPlanUnread checks that exactly the sandboxes that a host cannot read are kept.
 func TestPlanUnread(t *testing.T) {
 	host, unread, lost := uuid.New(), uuid.New(), uuid.New()
 	v := View{Host: host, Incomplete: true, Unread: map[uuid.UUID]bool{unread: true}, Rows: map[uuid.UUID]db.Sandbox{}}
@@ -274,8 +275,8 @@ func TestPlanUnread(t *testing.T) {
 	}
 }
 
-// TestPlanFollows is that a running sandbox ends when its host says, and that
-// only then anything is written.
+// TestPlanFollows checks that a running sandbox's end follows the host's report, and is
+// written only then.
 func TestPlanFollows(t *testing.T) {
 	host, u := uuid.New(), uuid.New()
 	ends := time.Unix(2000, 0).UTC()
@@ -288,12 +289,12 @@ func TestPlanFollows(t *testing.T) {
 	row.ExpiresAt = &ends
 	v.Rows[u] = row
 	if p := Sandboxes(v, nil, time.Unix(1000, 0)); len(p.Expire.Ids) > 0 {
-		t.Errorf("what is written already is written again: %+v", p.Expire)
+		t.Errorf("what is already recorded is written again: %+v", p.Expire)
 	}
 }
 
-// TestPlanOfOthers is the table once more, with what another host reports: only
-// what that host has is ever touched, and not before the longest grace.
+// TestPlanOfOthers checks the table with another host's reports: only that host's copy is
+// ever touched, and not before the longest grace period.
 func TestPlanOfOthers(t *testing.T) {
 	owner, reporter := uuid.New(), uuid.New()
 	for row := range table {
@@ -322,8 +323,7 @@ func TestPlanOfOthers(t *testing.T) {
 	}
 }
 
-// TestPlanTemplates is every pair of what the table says of a template and
-// whether its host has it.
+// TestPlanTemplates checks every pair of a template's row and its presence on the host.
 func TestPlanTemplates(t *testing.T) {
 	const absent = templates.State("")
 	build := uuid.New()

@@ -13,8 +13,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 )
 
-// doer counts and decides how actions go. It is used inside of synctest's
-// bubbles, where time moves when all wait.
+// doer counts actions and decides their results. It is used in synctest bubbles, where
+// time advances when all goroutines wait.
 type doer struct {
 	mu   sync.Mutex
 	done map[uuid.UUID]int
@@ -54,7 +54,7 @@ func (d *doer) begun(u uuid.UUID) []time.Time {
 	return d.at[u]
 }
 
-// inQueue runs a test with a queue of its own, in time of its own.
+// inQueue runs a test with its own queue in a bubble.
 func inQueue(t *testing.T, f func(t *testing.T, q *queue, d *doer)) {
 	synctest.Test(t, func(t *testing.T) {
 		d := newDoer()
@@ -74,9 +74,9 @@ func actions(kind Kind, ids ...uuid.UUID) []Action {
 	return all
 }
 
-// TestQueueApart: of three objects one fails, one hangs and one panics; a
-// fourth is done at once, each of the three is tried again, ever later, and
-// what has been put right is done.
+// TestQueueApart has three objects whose actions fail, hang and panic: a fourth's
+// succeeds at once, the three are retried with growing delays, and a repaired one
+// succeeds.
 func TestQueueApart(t *testing.T) {
 	inQueue(t, func(t *testing.T, q *queue, d *doer) {
 		fails, hanging, panics, works := uuid.New(), uuid.New(), uuid.New(), uuid.New()
@@ -86,27 +86,27 @@ func TestQueueApart(t *testing.T) {
 		q.want(sandbox, q.mark(), actions(Stop, fails, hanging, panics, works))
 		synctest.Wait()
 		if d.ended(works) != 1 {
-			t.Error("what works was not done at once")
+			t.Error("the working action did not run at once")
 		}
 		if n, since := q.depth(); n != 3 || time.Since(since) != 0 {
-			t.Errorf("%d wait, since %v", n, since)
+			t.Errorf("%d actions wait, since %v", n, since)
 		}
 		time.Sleep(5 * time.Minute)
 		for what, u := range map[string]uuid.UUID{"fails": fails, "panics": panics, "hangs": hanging} {
 			at := d.begun(u)
 			if len(at) < 3 {
-				t.Fatalf("what %s was begun %d times", what, len(at))
+				t.Fatalf("the action that %s was started %d times", what, len(at))
 			}
 			last := at[len(at)-1].Sub(at[len(at)-2])
 			if first := at[1].Sub(at[0]); last <= first {
-				t.Errorf("what %s was left alone for %v at first and %v at last", what, first, last)
+				t.Errorf("the retry delay of the action that %s is %v at first and %v at last", what, first, last)
 			}
 			if most := mostBackoff*4/3 + removals.within; last > most {
-				t.Errorf("what %s was left alone for %v", what, last)
+				t.Errorf("the retry delay of the action that %s is %v", what, last)
 			}
 		}
 		if n, since := q.depth(); n != 3 || time.Since(since) != 5*time.Minute {
-			t.Errorf("%d wait, since %v", n, since)
+			t.Errorf("%d actions wait, since %v", n, since)
 		}
 		for how, u := range map[string]uuid.UUID{"error": fails, "panic": panics, "timeout": hanging} {
 			got := testutil.ToFloat64(q.metrics.actions.WithLabelValues(string(Stop), how))
@@ -120,17 +120,17 @@ func TestQueueApart(t *testing.T) {
 		time.Sleep(2 * time.Minute)
 		for _, u := range []uuid.UUID{fails, hanging, panics} {
 			if d.ended(u) != 1 {
-				t.Error("what was put right was not done")
+				t.Error("the repaired action did not succeed")
 			}
 		}
 		if n, _ := q.depth(); n != 0 {
-			t.Errorf("%d wait", n)
+			t.Errorf("%d actions wait", n)
 		}
 	})
 }
 
-// TestQueueRemovalsHang: removals that hang, as many as there are workers for,
-// leave workers to what asks the host.
+// TestQueueRemovalsHang checks that hanging removals, even as many as there are workers
+// for them, leave workers for the actions that query the host.
 func TestQueueRemovalsHang(t *testing.T) {
 	inQueue(t, func(t *testing.T, q *queue, d *doer) {
 		all := actions(Settle, uuid.New())
@@ -142,14 +142,14 @@ func TestQueueRemovalsHang(t *testing.T) {
 		q.want(sandbox, q.mark(), all)
 		synctest.Wait()
 		if d.ended(all[0].ID) != 1 {
-			t.Error("destroys that hang hold up what asks the host")
+			t.Error("hanging removals block queries of the host")
 		}
 	})
 }
 
-// TestQueueBound: no more actions of a lane run at once than it has workers;
-// when all of them hang, the other lanes work on, and its own does once they
-// are given up.
+// TestQueueBound checks that no more actions of a lane run at once than it has workers.
+// When all of them hang, the other lanes continue, and its own does once they have timed
+// out.
 func TestQueueBound(t *testing.T) {
 	inQueue(t, func(t *testing.T, q *queue, d *doer) {
 		var all []uuid.UUID
@@ -174,18 +174,18 @@ func TestQueueBound(t *testing.T) {
 		q.want(sandbox, q.mark(), append(actions(Stop, all...), actions(Destroy, other)...))
 		time.Sleep(4 * removals.within)
 		if d.ended(other) != 1 {
-			t.Error("what works waits for what hangs, after all of that was given up")
+			t.Error("a working action waits although the hanging ones have timed out")
 		}
 		for _, u := range all {
 			if len(d.begun(u)) == 0 {
-				t.Error("one never had its turn")
+				t.Error("one action never ran")
 			}
 		}
 	})
 }
 
-// TestQueueDeaf: an action that takes no notice of its bound keeps its object,
-// and gives its worker up.
+// TestQueueDeaf checks that an action that ignores its timeout blocks its object, but
+// releases its worker.
 func TestQueueDeaf(t *testing.T) {
 	inQueue(t, func(t *testing.T, q *queue, d *doer) {
 		let := make(chan struct{})
@@ -201,18 +201,18 @@ func TestQueueDeaf(t *testing.T) {
 		q.want(sandbox, q.mark(), actions(Stop, append(deaf, works)...))
 		time.Sleep(removals.within)
 		if d.ended(works) != 0 {
-			t.Error("there are more workers than there should be")
+			t.Error("more workers than allowed are active")
 		}
 		time.Sleep(2 * overdue)
 		if d.ended(works) != 1 {
-			t.Error("what works waits for what hangs")
+			t.Error("a working action waits for hanging ones")
 		}
 		time.Sleep(time.Hour)
 		close(let)
 		synctest.Wait()
 		for _, u := range deaf {
 			if n := len(d.begun(u)); n != 1 {
-				t.Errorf("what had not ended was begun %d times", n)
+				t.Errorf("an unfinished action was started %d times", n)
 			}
 		}
 		q.mu.Lock()
@@ -223,8 +223,7 @@ func TestQueueDeaf(t *testing.T) {
 	})
 }
 
-// TestQueueCloses: an action that ignores its context does not keep the queue from
-// ending.
+// TestQueueCloses checks that the queue closes although an action ignores its context.
 func TestQueueCloses(t *testing.T) {
 	inQueue(t, func(t *testing.T, q *queue, d *doer) {
 		let := make(chan struct{})
@@ -242,8 +241,9 @@ func TestQueueCloses(t *testing.T) {
 	})
 }
 
-// TestQueueLevel: what is no longer needed is forgotten, what was done after
-// the look is not done again for it, and one object's action is the latest.
+// TestQueueLevel checks that actions no longer wanted are dropped, that an action
+// completed after the look is not repeated for it, and that an object's latest action
+// counts.
 func TestQueueLevel(t *testing.T) {
 	inQueue(t, func(t *testing.T, q *queue, d *doer) {
 		fails, once := uuid.New(), uuid.New()
@@ -251,16 +251,16 @@ func TestQueueLevel(t *testing.T) {
 		before := q.mark()
 		q.want(sandbox, before, actions(Stop, fails, once))
 		synctest.Wait()
-		// This look was from before it was done.
+		// This look is older than the action's completion.
 		q.want(sandbox, before, actions(Stop, fails, once))
 		synctest.Wait()
 		if n := d.ended(once); n != 1 {
-			t.Errorf("it was done %d times", n)
+			t.Errorf("it ran %d times", n)
 		}
-		// What another subject needs has nothing to do with it.
+		// Another subject's needs do not affect these.
 		q.want(template, q.mark(), nil)
 		if n, _ := q.depth(); n != 1 {
-			t.Errorf("%d wait", n)
+			t.Errorf("%d actions wait", n)
 		}
 		q.want(sandbox, q.mark(), actions(Lose, fails))
 		d.mu.Lock()
@@ -268,7 +268,7 @@ func TestQueueLevel(t *testing.T) {
 		d.mu.Unlock()
 		time.Sleep(time.Minute)
 		if got := testutil.ToFloat64(q.metrics.actions.WithLabelValues(string(Lose), "ok")); got != 1 {
-			t.Errorf("the latest action was done %v times", got)
+			t.Errorf("the latest action ran %v times", got)
 		}
 		d.how[fails] = func(context.Context) error { return errors.New("no") }
 		q.want(sandbox, q.mark(), actions(Stop, fails))
@@ -277,7 +277,7 @@ func TestQueueLevel(t *testing.T) {
 		q.want(sandbox, q.mark(), nil)
 		time.Sleep(time.Hour)
 		if got := len(d.begun(fails)); got != n {
-			t.Errorf("what is not needed was done %d times more", got-n)
+			t.Errorf("the dropped action ran %d more times", got-n)
 		}
 		q.mu.Lock()
 		defer q.mu.Unlock()

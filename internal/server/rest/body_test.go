@@ -62,8 +62,8 @@ func TestCanonical(t *testing.T) {
 	}
 }
 
-// TestBodies checks that what the document takes is what the decoder takes, and
-// that what it refuses is refused in words for people.
+// TestBodies checks that the decoder accepts what the document accepts, and that refusals
+// are in plain words.
 func TestBodies(t *testing.T) {
 	a := newAPI(t)
 	for _, tt := range []struct {
@@ -102,9 +102,9 @@ func TestBodies(t *testing.T) {
 	}
 }
 
-// TestBodiesAreClosed checks that objects in bodies have no members but those of
-// the document: the decoder would take "Name" for "name" after the validator
-// had let it pass as a member of no meaning.
+// TestBodiesAreClosed checks that objects in bodies have only the document's members: the
+// decoder would accept "Name" for "name", which the validator would pass as an unknown
+// member.
 func TestBodiesAreClosed(t *testing.T) {
 	a := newAPI(t)
 	seen := make(map[*openapi3.Schema]bool)
@@ -116,7 +116,7 @@ func TestBodiesAreClosed(t *testing.T) {
 		s := ref.Value
 		seen[s] = true
 		if more := s.AdditionalProperties.Has; len(s.Properties) > 0 && (more == nil || *more) {
-			t.Errorf("%s takes more than its properties", where)
+			t.Errorf("%s accepts more than its properties", where)
 		}
 		for name, p := range s.Properties {
 			closed(where+"."+name, p)
@@ -142,7 +142,7 @@ func TestBodiesAreClosed(t *testing.T) {
 	}
 }
 
-// operation is the one of the document with an id.
+// operation returns the document's operation with an id.
 func operation(t *testing.T, a *API, id string) *openapi3.Operation {
 	t.Helper()
 	for _, item := range a.spec.Paths.Map() {
@@ -186,7 +186,8 @@ func TestReadBody(t *testing.T) {
 	}
 }
 
-// TestRefusalsAreShort: a refusal, which is logged, has nothing of the refused value.
+// TestRefusalsAreShort checks that a refusal, which is logged, does not contain the
+// refused value.
 func TestRefusalsAreShort(t *testing.T) {
 	a := newAPI(t)
 	long := "secret" + strings.Repeat("x", 1<<20)
@@ -204,7 +205,7 @@ func TestRefusalsAreShort(t *testing.T) {
 	}
 }
 
-// What a body takes is held before it is read.
+// TestReadBodyTakesMemory checks that a body's memory is reserved before it is read.
 func TestReadBodyTakesMemory(t *testing.T) {
 	a := newAPI(t)
 	memory := budget.New(4 << 20)
@@ -215,25 +216,26 @@ func TestReadBodyTakesMemory(t *testing.T) {
 		return r
 	}
 	if err := readBody(body(100<<10), operation(t, a, "exec"), held); err != nil || memory.Used() < bodyCost*100<<10 {
-		t.Errorf("%v, %d bytes are held", err, memory.Used())
+		t.Errorf("%v, %d bytes are reserved", err, memory.Used())
 	}
 	if err := readBody(body(1<<20), operation(t, a, "exec"), held); !fault.Is(err, fault.RateLimited) {
 		t.Errorf("a body without room: %v", err)
 	}
 	held.Release()
-	// Many short values take more than their bytes.
+	// Many short values take more memory than their bytes.
 	many := httptest.NewRequest("POST", "/", strings.NewReader(`{"cmd":"x","args":["a"`+strings.Repeat(`,"a"`, 9999)+`]}`))
 	many.Header.Set("Content-Type", "application/json")
 	if err := readBody(many, operation(t, a, "exec"), held); !fault.Is(err, fault.RateLimited) {
-		t.Errorf("a body of 10,000 values where there is room for 4,000: %v", err)
+		t.Errorf("a body of 10,000 values with room for 4,000: %v", err)
 	}
 	held.Release()
 	if memory.Used() != 0 {
-		t.Errorf("%d bytes are left", memory.Used())
+		t.Errorf("%d bytes are still reserved", memory.Used())
 	}
 }
 
-// The memory of a guest's values is held before they are made.
+// TestGuestsJSONTakesMemory checks that memory for a guest's values is reserved before
+// they are decoded.
 func TestGuestsJSONTakesMemory(t *testing.T) {
 	memory := budget.New(4 << 20)
 	held := memory.Hold("a team")
@@ -251,8 +253,8 @@ func TestGuestsJSONTakesMemory(t *testing.T) {
 	}
 }
 
-// FuzzCanonical checks that what is taken means one thing: it is taken again as
-// it is, and decodes to the same value.
+// FuzzCanonical checks that an accepted body has one meaning: its canonical form is
+// accepted unchanged, and decodes to the same value.
 func FuzzCanonical(f *testing.F) {
 	for _, s := range []string{`{"a":5.0,"b":[1e3,-0.0]}`, `{"a":1,"a":2}`, `"\ud83d\ude00"`, `{} {}`, "1e308"} {
 		f.Add(s)

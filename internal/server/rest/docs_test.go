@@ -14,7 +14,8 @@ import (
 	"testing"
 )
 
-// TestDocs: the page of the document is whole, compressed or not, and is asked for once.
+// TestDocs checks that the API reference is complete, compressed or not, and that
+// browsers cache it.
 func TestDocs(t *testing.T) {
 	d, err := renderDocs()
 	if err != nil {
@@ -49,27 +50,27 @@ func TestDocs(t *testing.T) {
 		}
 	}
 	if w := get("If-None-Match", plain.Header().Get("ETag")); w.Code != http.StatusNotModified || w.Body.Len() != 0 {
-		t.Errorf("a page that the browser has: %d, %d bytes", w.Code, w.Body.Len())
+		t.Errorf("a cached page: %d, %d bytes", w.Code, w.Body.Len())
 	}
 
 	page := string(d.page)
 	for _, want := range []string{"/v1/sandboxes/{sandbox_id}/exec/stream", "Idempotency-Key", `"CreateSandbox":`} {
 		if !strings.Contains(page, want) {
-			t.Errorf("the page has no %q", want)
+			t.Errorf("the page lacks %q", want)
 		}
 	}
 	if strings.Contains(page, "{{") && regexp.MustCompile(`\{\{(viewer|document|script)\}\}`).MatchString(page) {
 		t.Error("a part of the page is missing")
 	}
 	if n := strings.Count(page, "</script>"); n != 3 {
-		t.Errorf("the page has %d ends of scripts, want 3: a part of it ends one", n)
+		t.Errorf("the page has %d ends of scripts, want 3: some content ends a script", n)
 	}
 	if strings.Contains(page, viewerLogo) || strings.Contains(page, "cdn.redoc") {
 		t.Error("the viewer loads something from another origin")
 	}
 }
 
-// TestDocsInBrowser looks at the page as a reader does.
+// TestDocsInBrowser opens the API reference in a browser.
 func TestDocsInBrowser(t *testing.T) {
 	const browserTests = "../../../test/browser"
 	if _, err := exec.LookPath("chromium"); err != nil {

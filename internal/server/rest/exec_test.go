@@ -57,7 +57,7 @@ func TestUnreadInput(t *testing.T) {
 		ended <- new(API).pumpInput(call, ws, auth.Principal{}, stream, cancel, 100*time.Millisecond)
 	}))
 	defer srv.Close()
-	ws, _, err := websocket.Dial(await.Context(t), srv.URL, nil) //nolint:bodyclose // It has none.
+	ws, _, err := websocket.Dial(await.Context(t), srv.URL, nil) //nolint:bodyclose // The response has no body.
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -17,7 +17,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/budget"
 )
 
-// What clients decode is what the command printed, however it is written.
+// TestWriteResult checks that clients decode exactly what the command printed, in either
+// encoding.
 func TestWriteResult(t *testing.T) {
 	long := strings.Repeat("größer <als> \"ein\" Stück\t\n", 40<<10)
 	for name, tt := range map[string]struct {
@@ -61,7 +62,7 @@ func TestWriteResult(t *testing.T) {
 	}
 }
 
-// What guests and clients choose the length of takes no more than its length.
+// TestLinear checks that encoding takes memory in proportion to the input.
 func TestLinear(t *testing.T) {
 	linear.Check(t, "collectCode", 2000, func(n int) {
 		var lines strings.Builder

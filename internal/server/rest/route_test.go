@@ -49,8 +49,8 @@ func TestFind(t *testing.T) {
 	}
 }
 
-// TestRoutesAgree checks that the router that binds parameters finds the
-// operation that the document's does, for every operation.
+// TestRoutesAgree checks that for every operation the router that binds parameters finds
+// the same operation as the document's router.
 func TestRoutesAgree(t *testing.T) {
 	a := newAPI(t)
 	for path, item := range a.spec.Paths.Map() {
@@ -67,8 +67,8 @@ func TestRoutesAgree(t *testing.T) {
 	}
 }
 
-// TestRefusedBeforeAnything checks what is answered without anything behind
-// the API, to whoever asks.
+// TestRefusedBeforeAnything checks requests that the API refuses for everybody, with
+// nothing behind it.
 func TestRefusedBeforeAnything(t *testing.T) {
 	h := newAPI(t).Handler()
 	for _, tt := range []struct {

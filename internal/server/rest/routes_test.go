@@ -29,7 +29,7 @@ func newAPI(t *testing.T) *API {
 	return a
 }
 
-// TestRoutes walks the router and the document: each has what the other has.
+// TestRoutes checks that the router and the document have the same routes.
 func TestRoutes(t *testing.T) {
 	a := newAPI(t)
 	var routed, documented []string
@@ -55,7 +55,7 @@ func TestRoutes(t *testing.T) {
 	}
 }
 
-// TestDocumented checks that the document says of every route what it must.
+// TestDocumented checks that the document has everything required of each route.
 func TestDocumented(t *testing.T) {
 	a := newAPI(t)
 	for path, item := range a.spec.Paths.Map() {
@@ -66,14 +66,14 @@ func TestDocumented(t *testing.T) {
 			}
 			for _, status := range must(method, path, op, a.access[op]) {
 				if op.Responses.Status(status) == nil {
-					t.Errorf("%s %s: does not say that it may answer %d", method, path, status)
+					t.Errorf("%s %s: lacks the response %d", method, path, status)
 				}
 			}
 			if op.Summary == "" || op.OperationID == "" || len(op.Tags) != 1 {
-				t.Errorf("%s %s: wants a summary, an id and a tag", method, path)
+				t.Errorf("%s %s: needs a summary, an id and a tag", method, path)
 			}
 			if open && op.Responses.Status(429) == nil {
-				t.Errorf("%s %s: does not say that how often it may be called is bounded", method, path)
+				t.Errorf("%s %s: does not document its rate limit", method, path)
 			}
 			for _, p := range append(slices.Clone(item.Parameters), op.Parameters...) {
 				if p.Value.Description == "" {
@@ -84,14 +84,14 @@ func TestDocumented(t *testing.T) {
 	}
 }
 
-// must are the errors that everything in the API's way may answer with.
+// must returns the errors that any part of the API may return for a route.
 func must(method, path string, op *openapi3.Operation, access auth.Access) []int {
 	all := []int{400}
 	if access.Role != auth.Anybody {
 		all = append(all, 401, 403)
 	}
 	if method != http.MethodGet {
-		all = append(all, 403) // From another site's page.
+		all = append(all, 403) // For another site's page.
 	}
 	if access.Role.OfTeam() || strings.Contains(path, "{") {
 		all = append(all, 404)
@@ -108,8 +108,7 @@ func must(method, path string, op *openapi3.Operation, access auth.Access) []int
 	return all
 }
 
-// TestComponents checks that every component of the document is one that an
-// operation refers to.
+// TestComponents checks that an operation refers to every component of the document.
 func TestComponents(t *testing.T) {
 	document := string(api.OpenAPI)
 	spec := newAPI(t).spec
@@ -135,8 +134,8 @@ func TestComponents(t *testing.T) {
 	}
 }
 
-// TestReserved checks that names which paths of the API have taken are those
-// that the document takes from templates.
+// TestReserved checks that the names that the API's paths use are those that the document
+// reserves for templates.
 func TestReserved(t *testing.T) {
 	a := newAPI(t)
 	var taken []string
@@ -159,12 +158,12 @@ func TestReserved(t *testing.T) {
 		}
 		body := []byte(`{"name":"` + name + `","sandbox_id":"cl-0000000000000000000000000"}`)
 		if _, err := conform(bodySchema(operation(t, a, "createSnapshot")), body, budget.New(1<<30).Hold("")); err == nil {
-			t.Errorf("the document takes %s", body)
+			t.Errorf("the document accepts %s", body)
 		}
 	}
 }
 
-// TestDefaults checks that the defaults of the document are those of the server.
+// TestDefaults checks that the document's defaults are the server's.
 func TestDefaults(t *testing.T) {
 	a := newAPI(t)
 	field := func(op, name string) any { return bodySchema(operation(t, a, op)).Properties[name].Value.Default }
@@ -182,15 +181,15 @@ func TestDefaults(t *testing.T) {
 		{"copies", field("forkSandbox", "count"), 1},
 	} {
 		if fmt.Sprint(tt.says) != fmt.Sprint(tt.is) {
-			t.Errorf("%s: the document says %v, the server takes %v", tt.name, tt.says, tt.is)
+			t.Errorf("%s: the document says %v, the server uses %v", tt.name, tt.says, tt.is)
 		}
 	}
-	// Every other default of a body or parameter is what Go has for nothing said.
+	// Every other default of a body or parameter must be Go's zero value.
 	for path, item := range a.spec.Paths.Map() {
 		for method, op := range item.Operations() {
 			for _, p := range append(slices.Clone(item.Parameters), op.Parameters...) {
 				if d := p.Value.Schema.Value.Default; p.Value.Schema.Ref == "" && p.Ref == "" && d != nil && d != false {
-					t.Errorf("%s %s: the default of %s is checked by nothing", method, path, p.Value.Name)
+					t.Errorf("%s %s: no test checks the default of %s", method, path, p.Value.Name)
 				}
 			}
 		}

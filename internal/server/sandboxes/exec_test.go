@@ -19,7 +19,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// Output is kept whole up to its bounds, and never without memory for it.
+// TestKept checks that output is kept in full up to its bounds, and never without memory
+// for it.
 func TestKept(t *testing.T) {
 	memory := budget.New(budget.Share * 2 * outputCost * maxOutput)
 	for name, piece := range map[string][]byte{"byte by byte": []byte("x"), "in pieces": bytes.Repeat([]byte("0123456789"), 5000)} {
@@ -29,7 +30,7 @@ func TestKept(t *testing.T) {
 			k.add(piece)
 			all = append(all, piece...)
 			if int64(k.bytes) > memory.Used()+budget.Free {
-				t.Fatalf("%s: %d bytes are kept, %d held", name, k.bytes, memory.Used())
+				t.Fatalf("%s: %d bytes are kept, %d reserved", name, k.bytes, memory.Used())
 			}
 		}
 		if !bytes.Equal(k.joined(), all) || k.dropped {
@@ -44,7 +45,8 @@ func TestKept(t *testing.T) {
 	if got := k.joined(); len(got) != maxOutput || got[maxOutput-1] != 'a' || !k.dropped {
 		t.Errorf("%d bytes are kept, dropped %v", len(got), k.dropped)
 	}
-	// What other requests hold is not there for this one, but for what is short.
+	// Memory that other requests use is not available to this one, except for short
+	// output.
 	for range 2 {
 		late := kept{held: memory.Hold("a team")}
 		late.add(make([]byte, maxOutput))
@@ -70,8 +72,8 @@ func TestKeptIsLinear(t *testing.T) {
 	})
 }
 
-// runner runs commands as an agent does: "part" breaks off before its end, and "no"
-// cannot be run.
+// runner runs commands like an agent: "part" breaks off before its end, and "no" cannot
+// be run.
 type runner struct {
 	hostagentv1connect.UnimplementedHostAgentHandler
 }
@@ -98,7 +100,7 @@ func TestRun(t *testing.T) {
 	srv := httptest.NewUnstartedServer(mux)
 	srv.Config.ConnState = func(_ net.Conn, s http.ConnState) {
 		if s == http.StateNew {
-			connections++ // by the one goroutine that accepts
+			connections++ // only the accepting goroutine writes this
 		}
 	}
 	srv.Start()
@@ -128,7 +130,7 @@ func TestRun(t *testing.T) {
 		}
 	}
 	transport.Close()
-	srv.Close() // It waits for the goroutine that accepts.
+	srv.Close() // This waits for the accepting goroutine.
 	if connections != 1 {
 		t.Errorf("12 commands took %d connections", connections)
 	}

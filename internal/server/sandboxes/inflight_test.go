@@ -19,7 +19,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/work"
 )
 
-// newBoxes returns a service that has boxes, and no database or hosts.
+// newBoxes returns a service with boxes, and without database or hosts.
 func newBoxes(t *testing.T) *Service {
 	log := slog.New(slog.DiscardHandler)
 	jobs := work.New(log)
@@ -37,8 +37,8 @@ func (s *Service) kept() int {
 	return len(s.boxes)
 }
 
-// TestTurn: of those who want the same of a sandbox one does it for all; who
-// wants something else is told to look again, after it.
+// TestTurn checks that of several callers who want the same of a sandbox, one does it for
+// all. A caller who wants something else looks again afterwards.
 func TestTurn(t *testing.T) {
 	s := newBoxes(t)
 	sandbox := uuid.New()
@@ -58,28 +58,28 @@ func TestTurn(t *testing.T) {
 	})
 	<-begun
 	if !s.Busy(sandbox) {
-		t.Error("nothing is said to be done to it")
+		t.Error("no operation is reported for it")
 	}
-	// One who leaves stops nothing.
+	// A cancelled caller stops nothing.
 	gone, leave := context.WithCancel(t.Context())
 	leave()
 	if _, err := s.turn(gone, sandbox, Paused, f); !errors.Is(err, context.Canceled) {
-		t.Errorf("who left: %v", err)
+		t.Errorf("the cancelled caller: %v", err)
 	}
 	for range 10 {
 		wg.Go(func() {
 			if row, err := s.turn(t.Context(), sandbox, Paused, f); err != nil || row.ID != sandbox {
-				t.Errorf("who wants the same: %v, %v", row.ID, err)
+				t.Errorf("a caller who wants the same: %v, %v", row.ID, err)
 			}
 		})
 		wg.Go(func() {
 			if _, err := s.turn(t.Context(), sandbox, Running, f); !errors.Is(err, ErrMoved) {
-				t.Errorf("who wants something else: %v", err)
+				t.Errorf("a caller who wants something else: %v", err)
 			}
 		})
 		wg.Go(func() {
 			if err := s.Alone(t.Context(), sandbox, func() error { _, err := f(); return err }); !errors.Is(err, ErrMoved) {
-				t.Errorf("who wants to be alone: %v", err)
+				t.Errorf("a caller who wants to be alone: %v", err)
 			}
 		})
 	}
@@ -87,14 +87,15 @@ func TestTurn(t *testing.T) {
 	close(let)
 	wg.Wait()
 	if n := ran.Load(); n != 1 {
-		t.Errorf("it was done %d times", n)
+		t.Errorf("it ran %d times", n)
 	}
 	if n := s.kept(); n != 0 {
 		t.Errorf("%d boxes are kept", n)
 	}
 }
 
-// TestTurnPanics: a turn that panics is over, and the next one has its turn.
+// TestTurnPanics checks that a turn ends when it panics, and that the next caller gets
+// its turn.
 func TestTurnPanics(t *testing.T) {
 	s := newBoxes(t)
 	sandbox := uuid.New()
@@ -104,12 +105,12 @@ func TestTurnPanics(t *testing.T) {
 		t.Errorf("a panic is %v", err)
 	}
 	if err := s.Alone(t.Context(), sandbox, func() error { return nil }); err != nil {
-		t.Errorf("the next one: %v", err)
+		t.Errorf("the next caller: %v", err)
 	}
 }
 
-// TestBoxesStress does everything to a few sandboxes at once; in the end nobody
-// waits and no box is kept.
+// TestBoxesStress does everything to a few sandboxes at once. In the end nobody waits and
+// no box is kept.
 func TestBoxesStress(t *testing.T) {
 	s := newBoxes(t)
 	sandboxes := make([]uuid.UUID, 4)
@@ -129,7 +130,7 @@ func TestBoxesStress(t *testing.T) {
 				case 0:
 					err := s.Alone(ctx, sandbox, func() error {
 						if held[i].Add(1) != 1 {
-							t.Error("two have the turn of one sandbox")
+							t.Error("two callers have the turn of one sandbox")
 						}
 						s.Changed(sandbox)
 						held[i].Add(-1)
@@ -181,7 +182,7 @@ func TestBoxesStress(t *testing.T) {
 	}
 }
 
-// TestUntil: a change is looked at when it is told, not only after a time.
+// TestUntil checks that a change is seen when it is announced, not only after a time.
 func TestUntil(t *testing.T) {
 	s := newBoxes(t)
 	sandbox := uuid.New()
@@ -203,11 +204,11 @@ func TestUntil(t *testing.T) {
 	is.Store(true)
 	s.Heard(sandbox)
 	if err := <-done; err != nil {
-		t.Errorf("it was told, and %v", err)
+		t.Errorf("it was announced, but %v", err)
 	}
 	no := errors.New("no")
 	if err := s.Until(ctx, sandbox, await.Hang, func() (bool, error) { return false, no }); !errors.Is(err, no) {
-		t.Errorf("a look that fails: %v", err)
+		t.Errorf("a failed look: %v", err)
 	}
 	if n := s.kept(); n != 0 {
 		t.Errorf("%d boxes are kept", n)

@@ -21,13 +21,13 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// sqlSets are the functions that the database has for the sets of states.
+// sqlSets are the database's functions for the sets of states.
 var sqlSets = map[string]set{
 	"sandbox_is_live": live, "sandbox_is_starting": starting, "sandbox_uses_host": usesHost,
 	"sandbox_is_billed": billed, "sandbox_has_image": hasImage, "sandbox_in_transit": inTransit,
 }
 
-// schema returns a connection to a database that has the schema and nothing else.
+// schema returns a connection to a database with an empty schema.
 func schema(t *testing.T) *pgx.Conn {
 	t.Helper()
 	url := pgtest.New(t)
@@ -39,8 +39,8 @@ func schema(t *testing.T) *pgx.Conn {
 	return pgtest.Connect(t, url)
 }
 
-// TestStates: the database and the API document have the states of the table, and the
-// database has its sets.
+// TestStates checks that the database and the API document have the table's states, and
+// that the database has its sets.
 func TestStates(t *testing.T) {
 	conn := schema(t)
 	var want []string
@@ -75,7 +75,8 @@ func TestStates(t *testing.T) {
 	}
 }
 
-// TestDefaultSizes: quotas count what has no size yet as large as servers and hosts make it.
+// TestDefaultSizes checks that quotas assume the default sizes of servers and hosts for
+// objects without a size.
 func TestDefaultSizes(t *testing.T) {
 	var disk, memory, sandbox int
 	var template int64
@@ -113,7 +114,7 @@ func allowed(t *testing.T, conn *pgx.Conn) map[string][]string {
 var (
 	literal = regexp.MustCompile(`'([^']*)'`)
 	comment = regexp.MustCompile(`--[^\n]*`)
-	// compared is what a statement compares a state with, or sets it to.
+	// compared matches what a statement compares a state with, or sets it to.
 	compared = regexp.MustCompile(`\b(?:NEW\.|OLD\.)?\w*\.?state (?:=|<>|IN|NOT IN) ('\w+'|\([^()]*\))`)
 	table    = regexp.MustCompile(`\b(?:FROM|JOIN|UPDATE|INTO) (\w+)`)
 )
@@ -127,8 +128,8 @@ func literals(sql string) []string {
 	return all
 }
 
-// TestStateLiterals: the states that queries and triggers name exist, and a set that has
-// a function is not listed.
+// TestStateLiterals checks that the states that queries and triggers name exist, and that
+// none lists a set that has a function.
 func TestStateLiterals(t *testing.T) {
 	conn := schema(t)
 	allowed := allowed(t, conn)
@@ -205,7 +206,8 @@ func TestStateLiterals(t *testing.T) {
 	}
 }
 
-// setOf returns the function of a set with these states, or without them.
+// setOf returns the function of the set that has exactly these states, or exactly the
+// others.
 func setOf(named []string) string {
 	for _, function := range slices.Sorted(maps.Keys(sqlSets)) {
 		var in, out []string

@@ -61,10 +61,10 @@ func TestRank(t *testing.T) {
 	}
 }
 
-// TestFill places random sandboxes on random hosts until nothing fits any
-// more, taking some away in between, and checks what must hold at every step:
-// no host is promised beyond its bounds; a host that is named fits, is not
-// worse than the next, and lacks no tag; and one that is not named does not fit.
+// TestFill places random sandboxes on random hosts until nothing fits any more, and
+// removes some in between. At every step, no host exceeds its bounds; a ranked host fits,
+// is no worse than the next, and has every tag; and a host that is not ranked does not
+// fit.
 func TestFill(t *testing.T) {
 	tags := []string{"a", "b", "c"}
 	for seed := range uint64(200) {
@@ -101,7 +101,7 @@ func TestFill(t *testing.T) {
 			before := slices.Clone(hosts)
 			ranked := p.Rank(r, hosts)
 			if !slices.EqualFunc(before, hosts, func(a, b Host) bool { return a.ID == b.ID }) {
-				t.Fatal("Rank reordered what it was given")
+				t.Fatal("Rank reordered its input")
 			}
 			worst := 0.0
 			for _, h := range ranked {
@@ -117,7 +117,7 @@ func TestFill(t *testing.T) {
 			}
 			for _, h := range hosts {
 				if p.Fits(r, h) != slices.ContainsFunc(ranked, func(o Host) bool { return o.ID == h.ID }) {
-					t.Fatalf("seed %d: whether %+v fits on %+v is not the same by itself", seed, r, h)
+					t.Fatalf("seed %d: whether %+v fits on %+v depends on other hosts", seed, r, h)
 				}
 			}
 			if len(ranked) == 0 {
@@ -129,7 +129,7 @@ func TestFill(t *testing.T) {
 			h.UsedMemoryMiB, h.UsedVCPUs, h.Sandboxes = h.UsedMemoryMiB+r.MemoryMiB, h.UsedVCPUs+r.VCPUs, h.Sandboxes+1
 			all = append(all, placed{i, r})
 			if got := float64(h.UsedMemoryMiB + h.Sandboxes*p.OverheadMiB); got > float64(h.MemoryMiB)*p.MemoryFactor*(1+1e-9) {
-				t.Fatalf("seed %d: %v MiB promised of %d", seed, got, h.MemoryMiB)
+				t.Fatalf("seed %d: %v MiB reserved of %d", seed, got, h.MemoryMiB)
 			}
 			if float64(h.UsedVCPUs) > float64(h.CPUs)*p.VCPUFactor*(1+1e-9) || h.Sandboxes > h.Slots {
 				t.Fatalf("seed %d: overfull: %+v", seed, *h)
@@ -143,8 +143,7 @@ func TestFill(t *testing.T) {
 	}
 }
 
-// TestSpread places equal sandboxes on equal hosts: they end up with as many
-// each, one more at most.
+// TestSpread places equal sandboxes on equal hosts: their numbers differ by one at most.
 func TestSpread(t *testing.T) {
 	p := Policy{MemoryFactor: 1, VCPUFactor: 32, OverheadMiB: 64}
 	hosts := []Host{{ID: uuid.New(), MemoryMiB: 16384, CPUs: 2}, {ID: uuid.New(), MemoryMiB: 16384, CPUs: 2}, {ID: uuid.New(), MemoryMiB: 16384, CPUs: 2}}

@@ -13,7 +13,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
-// holding is a body that arrives when the test says so.
+// holding receives a body that ends when the test says so.
 func holding(t *testing.T, s *Spool, owner uuid.UUID, length int64) (end func()) {
 	t.Helper()
 	r, w := io.Pipe()
@@ -23,10 +23,10 @@ func holding(t *testing.T, s *Spool, owner uuid.UUID, length int64) (end func())
 		if err == nil {
 			err = f.Close()
 		}
-		r.CloseWithError(err) // Whoever writes to a body that was refused does not hang.
+		r.CloseWithError(err) // A writer to a refused body must not hang.
 		done <- err
 	}()
-	// The second write is over once the first one's byte is kept.
+	// The second write returns once the first byte is kept.
 	for _, b := range []string{"x", ""} {
 		if _, err := w.Write([]byte(b)); err != nil {
 			t.Fatal(err)
@@ -62,7 +62,7 @@ func TestReceive(t *testing.T) {
 			}
 		}
 		if names, err := os.ReadDir(dir); err != nil || len(names) > 0 {
-			t.Errorf("the spool has names: %v, %v", names, err)
+			t.Errorf("the spool has visible files: %v, %v", names, err)
 		}
 		if err := f.Close(); err != nil {
 			t.Error(err)
@@ -86,8 +86,8 @@ type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { return len(p), nil }
 
-// TestShares gives one owner a quarter and all together no more than all, of what
-// has arrived and not of what was declared.
+// TestShares checks that one owner gets at most a quarter, and all together no more than
+// the whole, counting what has arrived and not what was declared.
 func TestShares(t *testing.T) {
 	s, err := New(t.TempDir(), 64)
 	if err != nil {
@@ -103,7 +103,7 @@ func TestShares(t *testing.T) {
 	hog := uuid.New()
 	var ends []func()
 	for range 4 {
-		ends = append(ends, holding(t, s, hog, 16<<20)) // 16 MiB is all of its share
+		ends = append(ends, holding(t, s, hog, 16<<20)) // 16 MiB fill its share
 	}
 	if _, err := s.Receive(hog, Body{strings.NewReader("x"), -1}, 1<<40); !fault.Is(err, fault.RateLimited) {
 		t.Errorf("more than the owner's share: %v", err)
@@ -111,18 +111,18 @@ func TestShares(t *testing.T) {
 	if err := small(); err != nil {
 		t.Errorf("another owner: %v", err)
 	}
-	// Four owners who declare all that they may have and send a byte hold a step each.
+	// Four owners who declare their whole share but send a byte reserve one step each.
 	for range 3 {
 		ends = append(ends, holding(t, s, uuid.New(), 16<<20))
 	}
 	if err := small(); err != nil {
-		t.Errorf("beside four owners who declared everything: %v", err)
+		t.Errorf("besides four owners who declared everything: %v", err)
 	}
 	for range 9 {
 		ends = append(ends, holding(t, s, uuid.New(), -1))
 	}
 	if err := small(); !fault.Is(err, fault.RateLimited) {
-		t.Errorf("more than all: %v", err)
+		t.Errorf("more than the total: %v", err)
 	}
 	for _, end := range ends {
 		end()
@@ -132,8 +132,8 @@ func TestShares(t *testing.T) {
 	}
 }
 
-// TestSmallDisk gives one owner a quarter of what the disk has, if that is less
-// than the spool may have.
+// TestSmallDisk checks that one owner gets at most a quarter of the disk's space, if that
+// is less than the spool's limit.
 func TestSmallDisk(t *testing.T) {
 	s, err := New(t.TempDir(), 32<<10)
 	if err != nil {
@@ -153,7 +153,7 @@ func TestSmallDisk(t *testing.T) {
 	} else if err := f.Close(); err != nil {
 		t.Error(err)
 	}
-	// What cannot fit is refused before any of it is read.
+	// A body that cannot fit is refused before any of it is read.
 	if _, err := s.Receive(uuid.New(), Body{nil, 8<<20 + 1}, 1<<40); !fault.Is(err, fault.NoSpace) {
 		t.Errorf("a body of more than a quarter of the disk: %v", err)
 	}

@@ -12,7 +12,7 @@ import (
 	"testing"
 )
 
-// TestQueriesAreCalled: no query is left that only tests call, or nobody.
+// TestQueriesAreCalled checks that the program, and not only a test, calls every query.
 func TestQueriesAreCalled(t *testing.T) {
 	called := make(map[string]bool)
 	err := filepath.WalkDir("../..", func(path string, d fs.DirEntry, err error) error {

@@ -8,8 +8,7 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// fill puts rows into every table that grows: an installation that has been
-// used for a while.
+// fill adds rows to every table that grows, like an installation in use.
 func fill(t *testing.T, conn *pgx.Conn) {
 	t.Helper()
 	ctx := context.Background()
@@ -33,7 +32,7 @@ func fill(t *testing.T, conn *pgx.Conn) {
 		`INSERT INTO sessions (id, user_id, refresh_hash, expires_at, user_agent, address) SELECT gen_random_uuid(), id, '\x00', now() + interval '1 day', '', '' FROM users`,
 		`INSERT INTO identities (provider, subject, user_id) SELECT 'github', id::text, id FROM users`,
 		`INSERT INTO mail_tokens (hash, user_id, purpose, expires_at) SELECT sha256(convert_to(id::text, 'UTF8')), id, 'reset', now() + interval '1 hour' FROM users`,
-		// Many teams that are seldom here.
+		// Many teams that are seldom active.
 		`INSERT INTO teams (id, name) SELECT gen_random_uuid(), 'quiet' || n FROM generate_series(1, 10000) n`,
 		`INSERT INTO team_members (team_id, user_id, role) SELECT t.id, u.id, 'member' FROM (SELECT id, row_number() OVER () AS n FROM users) u
 		 JOIN (SELECT id, row_number() OVER () AS n FROM teams) t ON t.n = u.n / 2 + 1`,
@@ -60,7 +59,7 @@ func fill(t *testing.T, conn *pgx.Conn) {
 	}
 }
 
-// TestPlans checks, with tables that have grown, that no query reads all of one.
+// TestPlans checks that on large tables no query reads a whole table.
 func TestPlans(t *testing.T) {
 	conn := connect(t)
 	fill(t, conn)
@@ -68,7 +67,7 @@ func TestPlans(t *testing.T) {
 	t.Run("every", func(t *testing.T) { everyPlan(t, conn) })
 }
 
-// typicalPlans plans what is asked often, with the arguments that are usual.
+// typicalPlans plans frequent queries with typical arguments.
 func typicalPlans(t *testing.T, conn *pgx.Conn) {
 	ctx := context.Background()
 	const team, host = `(SELECT id FROM teams WHERE name = 'team7')`, `(SELECT id FROM hosts LIMIT 1)`

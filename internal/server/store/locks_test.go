@@ -19,8 +19,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
-// alone lists the queries that change several rows in no order, each with the reason
-// why nobody else locks those rows. All other queries must lock them in order.
+// alone lists the queries that change several rows in no order, with the reason why
+// nobody else locks those rows. All other queries must lock rows in order.
 var alone = map[string]string{
 	"ForgetUsageDay":     "LockUsage",
 	"ClearBuildSteps":    "one worker has the build",
@@ -34,7 +34,7 @@ var alone = map[string]string{
 
 var (
 	changes = regexp.MustCompile(`(?m)(?:^|[(\s])(?:UPDATE|DELETE FROM) ([a-z_]+)`)
-	// A row that is named by its key, or one that a query with a limit found.
+	// A row selected by its key, or by a query with a limit.
 	keyed = regexp.MustCompile(`WHERE (?:[a-z]+\.)?(?:id|hash|team_id|serial|digest) = (?:@id\b|@template_id\b|\$1\b|\(\s*SELECT [^;]* LIMIT 1\b)`)
 	// A condition for a team's rows, of which most tables can have several.
 	byTeam  = regexp.MustCompile(`WHERE team_id = (?:\$1|@team_id)`)
@@ -44,7 +44,7 @@ var (
 )
 
 // TestLockOrder finds every query that changes several rows of a table, and fails for
-// each that does not first lock them in the order of their keys.
+// each that does not first lock them in key order.
 func TestLockOrder(t *testing.T) {
 	files, err := filepath.Glob("queries/*.sql")
 	if err != nil {
@@ -74,17 +74,17 @@ func TestLockOrder(t *testing.T) {
 			case ordered.MatchString(sql):
 				several++
 				if excused {
-					t.Errorf("%s locks its rows in order: it need not be excused (%s)", name, why)
+					t.Errorf("%s locks its rows in order: remove its excuse (%s)", name, why)
 				}
 			case one || excused:
 			default:
-				t.Errorf("%s: %s changes several rows, which it does not lock in order before:\n%s", file, name, sql)
+				t.Errorf("%s: %s changes several rows without locking them in order first:\n%s", file, name, sql)
 			}
 		}
 	}
 	for name, is := range used {
 		if !is {
-			t.Errorf("%s is excused and need not be", name)
+			t.Errorf("%s needs no excuse", name)
 		}
 	}
 	if several < 20 {
@@ -92,8 +92,8 @@ func TestLockOrder(t *testing.T) {
 	}
 }
 
-// TestNoDeadlock changes the sandboxes of several teams on several hosts in every way
-// that locks many of them, all at the same time, without a deadlock.
+// TestNoDeadlock changes the sandboxes of several teams on several hosts at once, in
+// every way that locks many of them, without a deadlock.
 func TestNoDeadlock(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
@@ -119,7 +119,7 @@ func TestNoDeadlock(t *testing.T) {
 		exec("INSERT INTO teams (id, name) VALUES ($1, 'one')", team)
 		exec("INSERT INTO team_quotas (team_id) VALUES ($1)", team)
 		for n := range each {
-			// Their ids have nothing to do with the order in which they are stored.
+			// The order of their ids differs from the order in which they are stored.
 			ids = append(ids, uuid.New())
 			exec(`INSERT INTO sandboxes (id, team_id, host_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at)
 				VALUES ($1, $2, $3, '00000000-0000-0000-0000-000000000000', 'minimal', 'running', 1, 1, 1, 60, '{}', now())`, ids[len(ids)-1], team, hosts[n%2])

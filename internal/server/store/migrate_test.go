@@ -13,7 +13,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
-// migrated fills a database whose schema is that before the named migration, migrates
+// migrated fills a database whose schema is the one before the named migration, migrates
 // it, and returns it.
 func migrated(t *testing.T, name string, fill func(exec func(query string, args ...any))) *pgxpool.Pool {
 	t.Helper()
@@ -54,8 +54,8 @@ func migrated(t *testing.T, name string, fill func(exec func(query string, args 
 	return pool
 }
 
-// TestChannelsBeforeConfirmation: of the mail channels before the migration, those to
-// the verified address of a member are confirmed, and others get nothing.
+// TestChannelsBeforeConfirmation checks that the migration confirms mail channels to a
+// member's verified address, and that others get nothing.
 func TestChannelsBeforeConfirmation(t *testing.T) {
 	team, other := uuid.New(), uuid.New()
 	pool := migrated(t, "channels", func(exec func(string, ...any)) {
@@ -83,12 +83,12 @@ func TestChannelsBeforeConfirmation(t *testing.T) {
 	}
 	const want = "email ada@example.com, webhook https://example.com"
 	if got := pending(); got != want {
-		t.Errorf("what waited is told to %s, want %s", got, want)
+		t.Errorf("waiting deliveries go to %s, want %s", got, want)
 	}
 	if _, err := pool.Exec(t.Context(), "DELETE FROM deliveries; SELECT notify_channels(NULL, 'test', '{}')"); err != nil {
 		t.Fatal(err)
 	}
 	if got := pending(); got != want {
-		t.Errorf("what comes is told to %s, want %s", got, want)
+		t.Errorf("new deliveries go to %s, want %s", got, want)
 	}
 }

@@ -20,27 +20,27 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
-// small are the tables that do not grow with use: reading all of one is fine.
+// small are the tables that do not grow with use: a query may read all of one.
 var small = map[string]bool{
 	"hosts":   true, // machines
 	"servers": true, // processes
-	// One row.
+	// These have one row.
 	"platform_settings":   true,
 	"installation_secret": true,
 }
 
-// readsAll are the queries that may read all of a table that grows, and why.
-// There is no other: a query that is to be here has to say.
+// readsAll are the queries that may read a whole table that grows, with the reason. Every
+// such query must be listed.
 var readsAll = map[string]string{
 	"CountUsers":   "it stops at the first user who can log in",
 	"CountRecords": "it counts all records of all teams, every ten minutes",
-	// It comes after CountRecords.
+	// It runs after CountRecords.
 	"ForgetCharges": "what is there are the charges of the last minutes, which have just been settled",
 }
 
-// maySequential are the queries for which PostgreSQL may choose to read all of a
-// table that grows, in an installation like that of fill, and why. There is no
-// other.
+// maySequential are the queries for which PostgreSQL may choose a sequential scan of a
+// table that grows, in an installation like that of fill, with the reason. Every such
+// query must be listed.
 var maySequential = map[string]string{
 	"CountUsers":             readsAll["CountUsers"],
 	"CountRecords":           readsAll["CountRecords"],
@@ -52,20 +52,19 @@ var maySequential = map[string]string{
 
 const hostsPart = "a host has a good part of all templates: PostgreSQL joins them whole rather than row by row, and goes by index (TestEveryQuery) where it is a small part"
 
-// TestEveryQuery plans each query of internal/gen/db, those that are asked
-// seldom too, and fails for one that has to read all of a table that grows.
-// PostgreSQL is told to do without sequential scans wherever it can, so that
-// the answer does not depend on how much is in the tables.
+// TestEveryQuery plans each query of internal/gen/db, including rare ones, and fails for
+// one that has to read a whole table that grows. PostgreSQL avoids sequential scans if it
+// can, so that the result does not depend on the tables' sizes.
 func TestEveryQuery(t *testing.T) {
 	ctx, conn := context.Background(), connect(t)
-	// Plans that hold for any arguments, and that go from one table to the next
-	// by index if that is possible at all.
+	// Use plans for any arguments, with joins by index if possible.
 	for _, setting := range []string{"plan_cache_mode = force_generic_plan", "enable_seqscan = off", "enable_hashjoin = off", "enable_mergejoin = off", "enable_material = off"} {
 		if _, err := conn.Exec(ctx, "SET "+setting); err != nil {
 			t.Fatal(err)
 		}
 	}
-	// There is one team from the beginning, of which to read all is the best plan.
+	// With the single team of an empty database, a sequential scan would be the best
+	// plan.
 	for _, sql := range []string{"INSERT INTO teams (id, name) SELECT gen_random_uuid(), n::text FROM generate_series(1, 20000) n", "ANALYZE teams"} {
 		if _, err := conn.Exec(ctx, sql); err != nil {
 			t.Fatal(err)
@@ -87,10 +86,9 @@ func TestEveryQuery(t *testing.T) {
 	planAll(t, conn, readsAll, func(n node) []string { return n.scans(partial, false) })
 }
 
-// everyPlan plans each query of internal/gen/db as PostgreSQL would in an
-// installation that has been used for a while, left to choose freely, for
-// arguments that it does not know: a sequential scan of a table that grows
-// fails the test.
+// everyPlan plans each query of internal/gen/db for unknown arguments, as PostgreSQL
+// would in an installation in use, without restrictions: a sequential scan of a table
+// that grows fails the test.
 func everyPlan(t *testing.T, conn *pgx.Conn) {
 	if _, err := conn.Exec(context.Background(), "SET plan_cache_mode = force_generic_plan"); err != nil {
 		t.Fatal(err)
@@ -98,7 +96,7 @@ func everyPlan(t *testing.T, conn *pgx.Conn) {
 	planAll(t, conn, maySequential, node.sequential)
 }
 
-// connect returns a connection to a database of the test's own that has the schema.
+// connect returns a connection to the test's own database, with the schema.
 func connect(t *testing.T) *pgx.Conn {
 	t.Helper()
 	url := pgtest.New(t)
@@ -110,8 +108,8 @@ func connect(t *testing.T) *pgx.Conn {
 	return pgtest.Connect(t, url)
 }
 
-// planAll plans each query of internal/gen/db: reads are the tables that a plan
-// reads all of, which the queries that are excused do, and no other.
+// planAll plans each query of internal/gen/db, and checks that exactly the excused
+// queries read whole tables.
 func planAll(t *testing.T, conn *pgx.Conn, excused map[string]string, reads func(node) []string) {
 	t.Helper()
 	queries := generated(t)
@@ -125,7 +123,7 @@ func planAll(t *testing.T, conn *pgx.Conn, excused map[string]string, reads func
 		case len(tables) > 0 && !may:
 			t.Errorf("%s reads all of %s", name, strings.Join(tables, " and of "))
 		case len(tables) == 0 && may:
-			t.Errorf("%s reads all of nothing: it need not be excused (%s)", name, why)
+			t.Errorf("%s reads no whole table: remove its excuse (%s)", name, why)
 		}
 	}
 	for name := range excused {
@@ -136,7 +134,7 @@ func planAll(t *testing.T, conn *pgx.Conn, excused map[string]string, reads func
 	t.Logf("%d queries", len(queries))
 }
 
-// sequential are the tables that grow and that a plan reads from end to end.
+// sequential returns the growing tables that a plan scans sequentially.
 func (n node) sequential() []string {
 	var all []string
 	if n.Type == "Seq Scan" && !small[n.Table] {
@@ -148,7 +146,7 @@ func (n node) sequential() []string {
 	return all
 }
 
-// generated returns the text of each query that sqlc made code for.
+// generated returns the text of each query that sqlc generated code for.
 func generated(t *testing.T) map[string]string {
 	t.Helper()
 	files, err := filepath.Glob("../../gen/db/*.sql.go")
@@ -179,7 +177,7 @@ func generated(t *testing.T) map[string]string {
 	return queries
 }
 
-// node is a node of a plan as EXPLAIN (FORMAT JSON) has it.
+// node is a node of a plan in EXPLAIN (FORMAT JSON).
 type node struct {
 	Type      string `json:"Node Type"`
 	Table     string `json:"Relation Name"`
@@ -190,7 +188,7 @@ type node struct {
 
 var parameter = regexp.MustCompile(`\$(\d+)`)
 
-// plan returns how PostgreSQL would answer a query.
+// plan returns PostgreSQL's plan for a query.
 func plan(t *testing.T, conn *pgx.Conn, name, sql string) node {
 	t.Helper()
 	ctx := context.Background()
@@ -203,7 +201,7 @@ func plan(t *testing.T, conn *pgx.Conn, name, sql string) node {
 	if n > 0 {
 		args = "(" + strings.TrimSuffix(strings.Repeat("NULL,", n), ",") + ")"
 	}
-	// The simple protocol: what is prepared here is so by its own text.
+	// Use the simple protocol, because the text itself prepares the query.
 	if _, err := conn.PgConn().Exec(ctx, fmt.Sprintf("PREPARE q AS %s", sql)).ReadAll(); err != nil {
 		t.Fatalf("%s: %v", name, err)
 	}
@@ -218,9 +216,9 @@ func plan(t *testing.T, conn *pgx.Conn, name, sql string) node {
 	return plans[0].Plan
 }
 
-// scans are the tables that grow and that a plan reads all of. Below a limit
-// an index is read in its order, and only as far as needed; a partial index is
-// of a part that does not grow.
+// scans returns the growing tables that a plan reads entirely. Below a limit, an index is
+// read in order and only as far as needed; a partial index covers a part that does not
+// grow.
 func (n node) scans(partial map[string]bool, limited bool) []string {
 	var all []string
 	if !small[n.Table] {
@@ -234,7 +232,7 @@ func (n node) scans(partial map[string]bool, limited bool) []string {
 		}
 	}
 	for _, p := range n.Plans {
-		// A sort reads all that is below it, limit or not.
+		// A sort reads everything below it, with or without a limit.
 		all = append(all, p.scans(partial, (limited || n.Type == "Limit") && n.Type != "Sort")...)
 	}
 	return all

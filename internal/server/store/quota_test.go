@@ -18,7 +18,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store/pgtest"
 )
 
-// quotaTest is a store with a team, and the connections below it.
+// quotaTest returns a store with a team, and the store's connections.
 func quotaTest(t *testing.T) (*Store, *pgxpool.Pool, uuid.UUID) {
 	t.Helper()
 	s, err := Open(context.Background(), pgtest.New(t))
@@ -44,8 +44,8 @@ func (s *Store) quota(t *testing.T, team uuid.UUID, running, vcpus int32, memory
 const insertSandbox = `INSERT INTO sandboxes (id, team_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at)
 	VALUES ($1, $2, gen_random_uuid(), 'x', 'starting', $3, $4, $5, 0, '{}', now())`
 
-// TestQuotaTogether has a hundred sandboxes asked for at once, of which the
-// quota has room for seven.
+// TestQuotaTogether requests a hundred sandboxes at once, and the quota has room for
+// seven.
 func TestQuotaTogether(t *testing.T) {
 	s, pool, team := quotaTest(t)
 	s.quota(t, team, 7, 1000, 1<<40, 1<<40)
@@ -65,7 +65,7 @@ func TestQuotaTogether(t *testing.T) {
 	}
 	wg.Wait()
 	if made.Load() != 7 || refused.Load() != 93 {
-		t.Errorf("%d made, %d refused; want 7 and 93", made.Load(), refused.Load())
+		t.Errorf("%d created, %d refused; want 7 and 93", made.Load(), refused.Load())
 	}
 }
 
@@ -89,12 +89,12 @@ func TestQuotaBounds(t *testing.T) {
 	if err := insert(2, 1024, 5120); err != nil {
 		t.Fatal(err)
 	}
-	// A disk of unknown size counts as 5120: two fit, three do not.
+	// A disk of unknown size counts as 5120 MiB: two fit, three do not.
 	if err := insert(1, 512, 0); err != nil {
 		t.Fatal(err)
 	}
 	refused("unknown disk", insert(1, 512, 0))
-	// What is known later is counted, and never refused.
+	// A size that becomes known later is counted, and never refused.
 	if _, err := pool.Exec(ctx, "UPDATE sandboxes SET state = 'running', disk_mib = 9000 WHERE disk_mib = 0"); err != nil {
 		t.Error(err)
 	}
@@ -102,7 +102,7 @@ func TestQuotaBounds(t *testing.T) {
 	if err != nil || u.Running != 2 || u.VCPUs != 3 || u.MemoryMiB != 1536 || u.DiskMiB != 14120 {
 		t.Errorf("usage %+v, %v", u, err)
 	}
-	// A quota that is lowered below what is used ends nothing, and lets things end.
+	// Lowering a quota below the usage ends nothing, and sandboxes can still end.
 	s.quota(t, team, 0, 0, 0, 0)
 	if _, err := pool.Exec(ctx, "UPDATE sandboxes SET state = 'stopping'"); err != nil {
 		t.Error(err)
@@ -123,15 +123,14 @@ func TestQuotaBounds(t *testing.T) {
 	}
 }
 
-// TestUsageAgrees changes sandboxes of several teams at random, many in one
-// statement and from many sides at once; what the teams are said to have is
-// what they have all along.
+// TestUsageAgrees changes sandboxes of several teams at random, many in one statement and
+// concurrently: the teams' recorded usage always matches their sandboxes.
 func TestUsageAgrees(t *testing.T) {
 	_, pool, _ := quotaTest(t)
 	ctx := context.Background()
 	for _, sql := range []string{
 		"UPDATE platform_settings SET max_running = NULL, max_vcpus = NULL, max_memory_mib = NULL, max_disk_mib = NULL, max_stored_mib = NULL",
-		"ALTER TABLE sandboxes DROP CONSTRAINT sandboxes_state_check", // for the states to come
+		"ALTER TABLE sandboxes DROP CONSTRAINT sandboxes_state_check", // allows made-up states
 		"INSERT INTO teams (id, name) SELECT gen_random_uuid(), 'team' || n FROM generate_series(1, 5) n",
 	} {
 		if _, err := pool.Exec(ctx, sql); err != nil {
@@ -188,7 +187,7 @@ func TestUsageAgrees(t *testing.T) {
 	}
 }
 
-// stored returns what a team has stored, in MiB.
+// stored returns a team's storage in MiB.
 func (s *Store) stored(t *testing.T, team uuid.UUID) int64 {
 	t.Helper()
 	u, err := s.GetUsage(t.Context(), team)
@@ -201,8 +200,9 @@ func (s *Store) stored(t *testing.T, team uuid.UUID) int64 {
 	return u.StoredMiB
 }
 
-// TestQuotaStored: templates count before they are made, as the most that they
-// can take, and then as what they take; so do saved memory and archives.
+// TestQuotaStored checks that a template counts with its maximum size before it is
+// created, and with its real size afterwards, and that saved memory and archives count
+// likewise.
 func TestQuotaStored(t *testing.T) {
 	s, pool, team := quotaTest(t)
 	ctx := t.Context()
@@ -252,7 +252,7 @@ func TestQuotaStored(t *testing.T) {
 	refused("an archive", exec("INSERT INTO build_archives VALUES ($1, 'x', 400 << 20)", team))
 	must(exec("INSERT INTO build_archives VALUES ($1, 'x', 1)", team))
 	is("an archive of a byte", 6629)
-	// What was saved stays on the disk, and the next pause takes no more.
+	// The saved memory stays on the disk, and the next pause takes no more.
 	must(exec("UPDATE sandboxes SET state = 'running' WHERE id = $1", box))
 	is("it was resumed", 6629)
 	must(exec("UPDATE templates SET size_bytes = 6000::bigint << 20 WHERE id = $1", one))
@@ -270,7 +270,7 @@ func TestQuotaStored(t *testing.T) {
 	must(exec(insertSandbox, another, team, 1, 1500, 0))
 	must(exec("UPDATE sandboxes SET state = 'running' WHERE id = $1", another))
 	refused("a pause", exec("UPDATE sandboxes SET state = 'pausing' WHERE id = $1", another))
-	// What a host does by itself, or because it drains, is not refused.
+	// A pause by the host itself, or of a draining host, is not refused.
 	must(exec("UPDATE sandboxes SET state = 'pausing', drained = true WHERE id = $1", another))
 	must(exec("UPDATE sandboxes SET state = 'running', drained = false WHERE id = $1", another))
 	is("a pause failed", 8129)
@@ -279,15 +279,15 @@ func TestQuotaStored(t *testing.T) {
 	must(exec("DELETE FROM templates WHERE team_id = $1", team))
 	is("all is gone", 0)
 
-	// A team that goes takes its templates along.
+	// A deleted team takes its templates along.
 	must(exec("DELETE FROM sandboxes"))
 	must(exec(template, uuid.New(), team, "a", 0, 0, "template"))
 	must(exec("DELETE FROM teams WHERE id = $1", team))
 }
 
-// TestQuotaOfTimeouts: a sandbox that is paused at its timeout has its memory reserved
-// from the beginning, and so has a copy, so that no number of creations, timeouts and
-// resumes takes more than the quota.
+// TestQuotaOfTimeouts checks that a sandbox that will be paused at its timeout, and a
+// fork of one, reserve memory from the start, so that no series of creations, timeouts
+// and resumes exceeds the quota.
 func TestQuotaOfTimeouts(t *testing.T) {
 	s, pool, team := quotaTest(t)
 	ctx := t.Context()
@@ -307,7 +307,7 @@ func TestQuotaOfTimeouts(t *testing.T) {
 		} else if _, over := OverQuota(err); !over {
 			t.Fatal(err)
 		}
-		// Their hosts pause them, and nobody can refuse that.
+		// Their hosts pause them, which the server cannot refuse.
 		for _, state := range []string{"running", "paused"} {
 			if _, err := pool.Exec(ctx, "UPDATE sandboxes SET state = $1", state); err != nil {
 				t.Fatal(err)
@@ -315,24 +315,24 @@ func TestQuotaOfTimeouts(t *testing.T) {
 		}
 	}
 	if got := s.stored(t, team); made != 5 || got != 5*512 {
-		t.Errorf("%d were made, which take %d MiB", made, got)
+		t.Errorf("%d were created, which take %d MiB", made, got)
 	}
 	if _, over := OverQuota(insert("'destroy', gen_random_uuid()")); !over {
-		t.Error("a copy has room where there is none")
+		t.Error("a fork was created without room")
 	}
 	if err := insert("'destroy', NULL"); err != nil {
-		t.Errorf("one that is destroyed at its timeout: %v", err)
+		t.Errorf("a sandbox that is destroyed at its timeout: %v", err)
 	}
 	if _, err := pool.Exec(ctx, "UPDATE sandboxes SET state = 'stopped'"); err != nil {
 		t.Fatal(err)
 	}
 	if err := insert("'destroy', gen_random_uuid()"); err != nil || s.stored(t, team) != 512 {
-		t.Errorf("a copy: %v, %d MiB", err, s.stored(t, team))
+		t.Errorf("a fork: %v, %d MiB", err, s.stored(t, team))
 	}
 }
 
-// TestSavedBefore: sandboxes that, at the migration, are paused, are copies or are to
-// be paused at their timeout count afterwards.
+// TestSavedBefore checks that after the migration, sandboxes count that are paused, are
+// forks, or will be paused at their timeout.
 func TestSavedBefore(t *testing.T) {
 	team := uuid.New()
 	pool := migrated(t, "saved", func(exec func(string, ...any)) {
@@ -349,8 +349,8 @@ func TestSavedBefore(t *testing.T) {
 	}
 }
 
-// TestQuotaOfOwner: teams of one owner share the platform's quota, however many
-// they are and whichever are asked at once; one with its own has its own.
+// TestQuotaOfOwner checks that one owner's teams share the platform's quota, whatever
+// their number and even concurrently, and that a team with its own quota does not.
 func TestQuotaOfOwner(t *testing.T) {
 	s, pool, _ := quotaTest(t)
 	ctx := t.Context()
@@ -368,7 +368,7 @@ func TestQuotaOfOwner(t *testing.T) {
 		team := uuid.New()
 		exec("INSERT INTO teams (id, name) VALUES ($1, 't')", team)
 		exec("INSERT INTO team_members (team_id, user_id, role) VALUES ($1, $2, 'owner')", team, owner)
-		// Who is made an owner later does not have it counted on them.
+		// An owner who was added later is not charged.
 		exec("INSERT INTO team_members (team_id, user_id, role, created_at) VALUES ($1, $2, 'owner', now() + interval '1 s')", team, other)
 		teams = append(teams, team)
 	}

@@ -12,7 +12,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 )
 
-// records are the rows of a team that stay, and what they count for.
+// records are a team's remaining rows, and how much they count.
 type records struct{ bytes, ended, endedBytes int64 }
 
 func recordsOf(t *testing.T, pool *pgxpool.Pool, team uuid.UUID) (r records) {
@@ -24,7 +24,7 @@ func recordsOf(t *testing.T, pool *pgxpool.Pool, team uuid.UUID) (r records) {
 	return r
 }
 
-// number returns what a query counts.
+// number returns the result of a counting query.
 func number(t *testing.T, pool *pgxpool.Pool, query string, args ...any) (n int64) {
 	t.Helper()
 	if err := pool.QueryRow(t.Context(), query, args...).Scan(&n); err != nil {
@@ -33,7 +33,7 @@ func number(t *testing.T, pool *pgxpool.Pool, query string, args ...any) (n int6
 	return n
 }
 
-// have makes so many sandboxes of a team that ended, the first of them longest ago,
+// have creates a number of ended sandboxes of a team, the first one ended longest ago,
 // each with an idempotency key.
 const have = `WITH made AS (
 	INSERT INTO sandboxes (id, team_id, template_id, template_name, state, vcpus, memory_mib, disk_mib, timeout_seconds, metadata, created_at, ended_at)
@@ -41,9 +41,9 @@ const have = `WITH made AS (
 	FROM generate_series(1, $2::integer) n RETURNING id, template_name)
 	INSERT INTO idempotency_keys (team_id, key, request_hash, sandbox_id) SELECT $1, template_name, '', id FROM made`
 
-// TestEndedSandboxes: a team keeps its newest sandboxes that have ended, up to a number
-// and a sum of bytes, with the idempotency keys that made them. Those that another
-// transaction has locked do not make a sandbox wait for its end.
+// TestEndedSandboxes checks that a team keeps its newest ended sandboxes, up to a number
+// and a sum of bytes, with the idempotency keys that created them. Rows locked by another
+// transaction do not delay a sandbox's end.
 func TestEndedSandboxes(t *testing.T) {
 	_, pool, team := quotaTest(t)
 	exec := func(query string, args ...any) {
@@ -66,10 +66,10 @@ func TestEndedSandboxes(t *testing.T) {
 			return err
 		})
 		if err != nil {
-			t.Fatal("an end waits for locks of others: ", err)
+			t.Fatal("an end waits for another transaction's locks: ", err)
 		}
 		if number(t, pool, "SELECT count(*) FROM sandboxes WHERE id = $1", u) != 1 {
-			t.Error("what has just ended is forgotten")
+			t.Error("the sandbox that has just ended was removed")
 		}
 	}
 	there := func(name string) bool {
@@ -89,16 +89,16 @@ func TestEndedSandboxes(t *testing.T) {
 			number(t, pool, "SELECT sum(sandbox_bytes(metadata, error)) FROM sandboxes WHERE state = 'stopped'"),
 		}
 		if r != is {
-			t.Errorf("counted %+v, there are %+v", r, is)
+			t.Errorf("counted %+v, but there are %+v", r, is)
 		}
 		return r
 	}
 	exec(have, team, most, 0)
 	if agrees().ended != most || !there("1") {
-		t.Error("the most that a team may have is not kept")
+		t.Error("fewer are kept than a team may have")
 	}
 
-	// Somebody has the oldest two locked, one by its key.
+	// Another transaction has locked the oldest two, one of them by its key.
 	tx, err := pool.Begin(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -111,7 +111,7 @@ func TestEndedSandboxes(t *testing.T) {
 	}
 	end()
 	if !there("1") || !there("2") {
-		t.Error("what is locked was forgotten")
+		t.Error("a locked row was removed")
 	}
 	if err := tx.Rollback(t.Context()); err != nil {
 		t.Fatal(err)
@@ -121,7 +121,7 @@ func TestEndedSandboxes(t *testing.T) {
 	if r := agrees(); r.ended != most || there("1") || there("2") || there("3") || !there("4") {
 		t.Errorf("%d of %d are kept, or not the newest", r.ended, most)
 	}
-	// Fewer are kept if they are large.
+	// If they are large, fewer are kept.
 	exec("DELETE FROM sandboxes")
 	if r := recordsOf(t, pool, team); r != (records{}) {
 		t.Errorf("%+v are left", r)
@@ -130,12 +130,13 @@ func TestEndedSandboxes(t *testing.T) {
 	end()
 	r := agrees()
 	if r.endedBytes > mostBytes || r.endedBytes < mostBytes-2<<20 || there("1") {
-		t.Errorf("%d bytes are kept, %d may be", r.endedBytes, mostBytes)
+		t.Errorf("%d bytes are kept, want at most %d", r.endedBytes, mostBytes)
 	}
 }
 
-// TestQuotaOfBuilds: a build counts with the most that its log can take, and then with
-// what it takes. A team keeps its newest ones, and those that say which version is next.
+// TestQuotaOfBuilds checks that a build counts with the maximum size of its log, and then
+// with its real size. A team keeps its newest builds, and those that determine the next
+// version.
 func TestQuotaOfBuilds(t *testing.T) {
 	s, pool, team := quotaTest(t)
 	exec := func(query string, args ...any) error {
@@ -159,10 +160,10 @@ func TestQuotaOfBuilds(t *testing.T) {
 	one, two := uuid.New(), uuid.New()
 	must(exec(insert, one, team, "r"))
 	if got := s.stored(t, team); got != 16 {
-		t.Errorf("a build that waits counts %d MiB", got)
+		t.Errorf("a queued build counts %d MiB", got)
 	}
 	if _, over := OverQuota(exec(insert, two, team, "r")); !over {
-		t.Error("a build whose log has no room is accepted")
+		t.Error("a build without room for its log is accepted")
 	}
 	must(exec("UPDATE builds SET state = 'running'"))
 	must(exec("INSERT INTO build_steps SELECT $1, n, to_jsonb((SELECT string_agg(md5(n || ' ' || i), '') FROM generate_series(1, 4096) i)) FROM generate_series(1, 40) n", one))
@@ -180,7 +181,7 @@ func TestQuotaOfBuilds(t *testing.T) {
 		t.Errorf("%+v are left", r)
 	}
 
-	// Of 30 builds, 10 are kept, and the last of a name whose template was deleted.
+	// Of 30 builds, 10 are kept, and the last one of a name whose template was deleted.
 	must(s.DeleteQuota(t.Context(), team))
 	const done = `INSERT INTO builds (id, team_id, name, version, tags, recipe, options, state, total_steps, created_at)
 		SELECT gen_random_uuid(), $1, $2, n, '{}', '', '{}', 'succeeded', 1, now() - $3::integer * interval '1 hour' + n * interval '1 minute' FROM generate_series(1, $4::integer) n`
@@ -203,9 +204,9 @@ func TestQuotaOfBuilds(t *testing.T) {
 	}
 	forget(3 * 2048)
 	if kept("there") != 3 {
-		t.Errorf("%d are kept for which there is room, want 3", kept("there"))
+		t.Errorf("%d are kept, but there is room for 3", kept("there"))
 	}
-	// One whose sandbox is still there is not forgotten.
+	// A build whose sandbox still exists is not removed.
 	must(exec(insertSandbox, uuid.New(), team, 1, 1, 1))
 	must(exec("UPDATE sandboxes SET build_id = (SELECT id FROM builds WHERE name = 'there' ORDER BY version LIMIT 1)"))
 	forget(1)
@@ -214,8 +215,8 @@ func TestQuotaOfBuilds(t *testing.T) {
 	}
 }
 
-// TestTagsAreBounded: a team has so many tags that it asked for; "latest" of another
-// name is not refused.
+// TestTagsAreBounded checks that a team may set a bounded number of tags, and that
+// "latest" of a new name is not refused.
 func TestTagsAreBounded(t *testing.T) {
 	_, pool, team := quotaTest(t)
 	exec := func(query string, args ...any) error {
@@ -237,14 +238,14 @@ func TestTagsAreBounded(t *testing.T) {
 		t.Errorf("one more tag: refused is %v, %q", over, why)
 	}
 	if err := tag("t", "1"); err != nil {
-		t.Errorf("a tag that is there moves: %v", err)
+		t.Errorf("moving an existing tag: %v", err)
 	}
 	if err := tag("u", "latest"); err != nil {
 		t.Errorf("the latest of another name: %v", err)
 	}
 }
 
-// TestRecordsBefore: what is there at the migration counts afterwards.
+// TestRecordsBefore checks that existing rows count after the migration.
 func TestRecordsBefore(t *testing.T) {
 	team := uuid.New()
 	pool := migrated(t, "kept", func(exec func(string, ...any)) {

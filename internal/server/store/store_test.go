@@ -40,8 +40,8 @@ func TestOpenTogether(t *testing.T) {
 	wg.Wait()
 }
 
-// TestNewerSchema: on a schema of a later release a server stops at once and
-// says so, also where the migration that it does not know has a low number.
+// TestNewerSchema checks that a server stops at once on a schema of a later release and
+// says so, even if the unknown migration has a low number.
 func TestNewerSchema(t *testing.T) {
 	for _, version := range []int64{2, 99999} {
 		url := pgtest.New(t)
@@ -67,9 +67,9 @@ func TestNewerSchema(t *testing.T) {
 				t.Errorf("%q does not say %q", err, says)
 			}
 		}
-		// A server of that release goes on.
+		// A server of that release still works.
 		if err := errors.Join(s.Ping(t.Context()), s.pool.QueryRow(t.Context(), count).Scan(&after)); err != nil || after != before {
-			t.Errorf("there were %d migrations, and are %d: %v", before, after, err)
+			t.Errorf("%d migrations before, %d after: %v", before, after, err)
 		}
 		_, err = s.pool.Exec(t.Context(), "DELETE FROM goose_db_version WHERE version_id = $1", version)
 		if err != nil {
@@ -107,7 +107,8 @@ func TestUnreachable(t *testing.T) {
 	if err := c.Start(); err != nil {
 		t.Fatal(err)
 	}
-	// Connections that the stop cut may still be in the pool; they are dropped one by one.
+	// Connections that the stop cut may still be in the pool, which drops them one by
+	// one.
 	for range 4 {
 		_, err = s.CountUsers(context.Background())
 		if err == nil {
@@ -119,8 +120,8 @@ func TestUnreachable(t *testing.T) {
 	}
 }
 
-// TestReadOnly fails over while the old primary lives on and takes no changes:
-// the connections to it are left for ones to the new primary.
+// TestReadOnly fails over while the old primary keeps running read-only: the pool
+// replaces its connections with ones to the new primary.
 func TestReadOnly(t *testing.T) {
 	c := pgtest.Shared(t)
 	created, err := url.Parse(pgtest.New(t))
@@ -157,8 +158,8 @@ func TestReadOnly(t *testing.T) {
 	})
 }
 
-// TestListen breaks the connection that is listened on: what is said after that
-// is heard, and that something may have been missed.
+// TestListen breaks the listening connection: the store delivers later notifications, and
+// reports that some may be lost.
 func TestListen(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	s, err := Open(ctx, pgtest.New(t))
@@ -173,13 +174,13 @@ func TestListen(t *testing.T) {
 	}()
 	for range 2 {
 		if message := <-heard; message != "" {
-			t.Errorf("the first word is %q", message)
+			t.Errorf("the first notification is %q", message)
 		}
 		if _, err := s.pool.Exec(ctx, `SELECT pg_notify('a channel', 'x')`); err != nil {
 			t.Fatal(err)
 		}
 		if message := <-heard; message != "x" {
-			t.Errorf("heard %q", message)
+			t.Errorf("received %q", message)
 		}
 		if _, err := s.pool.Exec(ctx, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN %'`); err != nil {
 			t.Fatal(err)
@@ -189,8 +190,8 @@ func TestListen(t *testing.T) {
 	<-done
 }
 
-// TestPools: a transaction that its server leaves alone ends, in both pools, and what
-// keeps hosts and leases alive has connections when all others are in use.
+// TestPools checks that both pools end idle transactions, and that heartbeats and leases
+// get connections when all others are in use.
 func TestPools(t *testing.T) {
 	s, pool, _ := quotaTest(t)
 	for name, p := range map[string]*pgxpool.Pool{"all": s.pool, "vital": s.kept} {

@@ -6,13 +6,13 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// kept says for every table what bounds the rows and files that a tenant can cause.
-// Every new table must be listed here, and every new kind of an old one.
+// kept names for every table what bounds the rows and files that a tenant can cause.
+// Every new table, and every new kind of an old one, must be listed here.
 var kept = map[string]string{
 	"templates":            counted, // snapshots and builds' layers too
-	"sandboxes":            counted, // disks, saved memory, and rows; 10,000 of a team's that have ended, or 64 MiB
+	"sandboxes":            counted, // disks, saved memory, and rows; 10,000 ended ones of a team, or 64 MiB
 	"build_archives":       counted,
-	"builds":               counted, // and their logs; 500 of a team's that have ended, or 128 MiB
+	"builds":               counted, // and their logs; 500 ended ones of a team, or 128 MiB
 	"build_archive_chunks": "the bytes that build_archives counts",
 
 	"api_keys":         "1000 of a team",
@@ -24,7 +24,7 @@ var kept = map[string]string{
 	"idempotency_keys": "one for each sandbox or template, which are bounded; forgotten in a day",
 	"identities":       "one for each provider of a user",
 	"mail_tokens":      "they expire; letters have a rate",
-	"sandbox_runs":     recorded, // 40 days of what ran, which has a quota and a rate
+	"sandbox_runs":     recorded, // 40 days of runs, which have a quota and a rate
 	"sessions":         "100 of a user",
 	"team_members":     "teams of a user are bounded, and owners add whom they know",
 	"teams":            "50 of a user",
@@ -47,15 +47,15 @@ var kept = map[string]string{
 	"record_charges":      "settled every ten minutes, and whenever the team's quota is checked",
 }
 
-// counted tables have triggers that charge a team before a row is there.
+// counted tables have triggers that charge a team before the row exists.
 const counted = "charge_team"
 
 // recorded tables have triggers that charge a team in the statement that writes a row,
-// and give the charge back when the row goes. They come with changes that are done already.
+// and refund the charge when the row is removed. Their rows record completed changes.
 const recorded = "record_charges"
 
-// TestAllThatIsKeptIsBounded walks all tables: each is known, and those that count
-// do so with every way in which a row comes, changes and goes.
+// TestAllThatIsKeptIsBounded checks that every table is listed, and that the charged ones
+// charge for every way in which a row is added, changed or removed.
 func TestAllThatIsKeptIsBounded(t *testing.T) {
 	_, pool, team := quotaTest(t)
 	names := func(query string) (list []string) {
@@ -73,15 +73,16 @@ func TestAllThatIsKeptIsBounded(t *testing.T) {
 	for _, table := range names("SELECT tablename FROM pg_tables WHERE schemaname = 'public'") {
 		there[table] = true
 		if kept[table] == "" {
-			t.Errorf("nothing says what bounds the table %s: put it into kept", table)
+			t.Errorf("nothing bounds the table %s: add it to kept", table)
 		}
-		// What a record takes does not change.
+		// A record's size does not change.
 		want := map[string]int{counted: 3, recorded: 2}[kept[table]]
 		if want == 0 {
 			continue
 		}
 		var events int
-		// Whichever function it is, it calls charge_team, or writes to record_charges.
+		// The trigger may have any function that calls charge_team or writes to
+		// record_charges.
 		err := pool.QueryRow(t.Context(), `SELECT count(DISTINCT g.tgtype) FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid
 			WHERE g.tgrelid = $1::regclass AND g.tgenabled = 'O' AND p.prosrc LIKE '%' || $2 || '%'`, table, kept[table]).Scan(&events)
 		if err != nil || events != want {
@@ -90,10 +91,10 @@ func TestAllThatIsKeptIsBounded(t *testing.T) {
 	}
 	for table := range kept {
 		if !there[table] {
-			t.Errorf("the table %s is gone: take it out of kept", table)
+			t.Errorf("the table %s does not exist: remove it from kept", table)
 		}
 	}
-	// Every kind of template counts while it is made and afterwards, in every state.
+	// Every kind of template counts, during its creation and afterwards, in every state.
 	kinds := names("SELECT (regexp_matches(pg_get_constraintdef(oid), $$'([a-z]+)'::text$$, 'g'))[1] FROM pg_constraint WHERE conname = 'templates_kind_check'")
 	states := names("SELECT (regexp_matches(pg_get_constraintdef(oid), $$'([a-z]+)'::text$$, 'g'))[1] FROM pg_constraint WHERE conname = 'templates_state_check'")
 	if len(kinds) < 2 || len(states) < 3 {
@@ -119,13 +120,13 @@ func TestAllThatIsKeptIsBounded(t *testing.T) {
 		for _, state := range states {
 			want := int64(100)
 			if state == "pending" {
-				want = 3000 + 128 // the most that it can take
+				want = 3000 + 128 // its maximum size
 			}
 			charged(kind+" "+state, want, `INSERT INTO templates (id, team_id, name, size_bytes, created_at, state, disk_mib, memory_mib, kind)
 				VALUES (gen_random_uuid(), $1, 'x', 100 << 20, now(), $2, 3000, 128, $3)`, team, state, kind)
 		}
 	}
-	// So does the memory of a sandbox that was saved, in every state but the last.
+	// So does a sandbox's saved memory, in every state but the last.
 	for _, state := range names("SELECT (regexp_matches(pg_get_constraintdef(oid), $$'([a-z]+)'::text$$, 'g'))[1] FROM pg_constraint WHERE conname = 'sandboxes_state_check'") {
 		want := int64(512)
 		if state == "stopped" || state == "error" {

@@ -18,20 +18,20 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-// life is what a model knows of a sandbox.
+// life is the model's state of a sandbox.
 type life struct {
 	id     uuid.UUID
 	team   int
 	vcpus  int
 	mib    int
 	state  string
-	start  time.Time // of the run under way
+	start  time.Time // of the current run
 	miss   time.Time
 	runs   [][2]time.Time
 	begins []time.Time
 }
 
-// next are the states that may follow, as the control plane has them.
+// next are the states that may follow in the control plane.
 var next = map[string][]string{
 	"starting": {"running", "running", "error", "stopping"},
 	"running":  {"pausing", "missing", "paused", "stopping", "expired", "lost"},
@@ -61,7 +61,7 @@ func newBench(t *testing.T) *bench {
 	for n := range 3 {
 		b.teams = append(b.teams, uuid.New())
 		b.exec("INSERT INTO teams (id, name) VALUES ($1, $2)", b.teams[n], fmt.Sprint("team", n))
-		// Random lives keep to no quota: an empty one bounds nothing.
+		// Random lives ignore quotas, so the teams have an unlimited one.
 		b.exec("INSERT INTO team_quotas (team_id) VALUES ($1)", b.teams[n])
 	}
 	return b
@@ -74,7 +74,7 @@ func (b *bench) exec(sql string, args ...any) {
 	}
 }
 
-// tx runs f in a transaction and gives it the database's time of it.
+// tx runs f in a transaction, with that transaction's time in the database.
 func (b *bench) tx(f func(tx pgx.Tx, now time.Time) error) {
 	b.Helper()
 	ctx := context.Background()
@@ -115,7 +115,7 @@ func (b *bench) step(r *rand.Rand, l *life) {
 	ctx := context.Background()
 	to := next[l.state][r.IntN(len(next[l.state]))]
 	b.tx(func(tx pgx.Tx, now time.Time) error {
-		// What hosts say may be late, early or wrong by a little.
+		// Hosts' times may be slightly late, early or wrong.
 		said := between(r, now.Add(-3*time.Millisecond), now.Add(time.Millisecond))
 		ran := l.state == "running" || l.state == "missing" || l.state == "pausing"
 		ends := now
@@ -174,8 +174,8 @@ func (b *bench) step(r *rand.Rand, l *life) {
 	})
 }
 
-// TestLives compares what random lives used with a plain model of them, spread
-// over days, before and after those days were added up, in any order.
+// TestLives compares the usage of random lives with a simple model, spread over days,
+// before and after those days are aggregated, in any order.
 func TestLives(t *testing.T) {
 	b := newBench(t)
 	seed := uint64(time.Now().UnixNano())
@@ -192,7 +192,7 @@ func TestLives(t *testing.T) {
 			b.step(r, l)
 		}
 	}
-	// What took milliseconds took hours, and went on until a while ago.
+	// Stretch milliseconds to hours, with the last ones a while ago.
 	var base time.Time
 	if err := b.conn.QueryRow(context.Background(), "SELECT min(started_at) FROM sandbox_runs").Scan(&base); err != nil {
 		t.Fatal(err)
@@ -216,7 +216,7 @@ func TestLives(t *testing.T) {
 			for _, d := range days {
 				got[d.Day] = d.Amount
 			}
-			var open float64 // vCPUs that run: what is asked for later is more.
+			var open float64 // running vCPUs: a later query yields more
 			for d := day(origin); !d.After(Today()); d = d.AddDate(0, 0, 1) {
 				var want Amount
 				for _, l := range lives {
@@ -278,7 +278,7 @@ func TestLives(t *testing.T) {
 	}
 	check("and done")
 
-	// Teams together have what each of them has.
+	// The total equals the sum of the teams.
 	all, err := b.usage.ByTeam(context.Background(), origin, time.Now(), uuid.Nil, 10)
 	if err != nil {
 		t.Fatal(err)
@@ -298,8 +298,8 @@ func TestLives(t *testing.T) {
 	}
 }
 
-// TestLateWord checks that a day that was added up is so again when its host
-// says later that a sandbox ended on it.
+// TestLateWord checks that an aggregated day is aggregated again when its host reports
+// later that a sandbox ended on it.
 func TestLateWord(t *testing.T) {
 	b := newBench(t)
 	ctx := context.Background()
@@ -327,20 +327,20 @@ func TestLateWord(t *testing.T) {
 	end := Today().AddDate(0, 0, -4).Add(time.Hour)
 	b.exec("UPDATE sandboxes SET state = 'stopped', end_reason = 'expired', ended_at = $2 WHERE id = $1", l.id, end)
 	if h, _ := sum(); math.Abs(h-19) > 1e-6 {
-		t.Errorf("%v hours before it is added up again", h)
+		t.Errorf("%v hours before it is aggregated again", h)
 	}
 	if err := b.usage.Roll(ctx); err != nil {
 		t.Fatal(err)
 	}
 	if h, n := sum(); math.Abs(h-19) > 1e-6 || n != 1 {
-		t.Errorf("%v hours, %d starts after it is added up again", h, n)
+		t.Errorf("%v hours, %d starts after it is aggregated again", h, n)
 	}
 	if _, err := b.usage.Of(ctx, b.teams[0], start, start.AddDate(0, 0, -1)); err == nil {
-		t.Error("a span that ends before it begins is one")
+		t.Error("a span that ends before it begins is accepted")
 	}
 }
 
-// TestLease checks that of two servers one adds up.
+// TestLease checks that only one of two servers aggregates.
 func TestLease(t *testing.T) {
 	ctx := context.Background()
 	url := pgtest.New(t)
@@ -363,12 +363,12 @@ func TestLease(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got, err := servers[1].Lease(ctx, "x", time.Minute); err != nil || !got {
-		t.Errorf("a lease that is over is not another's: %v, %v", got, err)
+		t.Errorf("another server cannot take an expired lease: %v, %v", got, err)
 	}
 }
 
-// TestDayFails has one day that cannot be added up: the others are, what runs
-// of it are old is kept until it can be, and older ones go.
+// TestDayFails has a day whose aggregation fails: other days are aggregated, its old runs
+// are kept until it succeeds, and older runs are removed.
 func TestDayFails(t *testing.T) {
 	b := newBench(t)
 	ctx := t.Context()
@@ -397,11 +397,11 @@ func TestDayFails(t *testing.T) {
 		return n
 	}
 	if err := b.usage.Roll(ctx); err == nil {
-		t.Error("nobody hears of the failure")
+		t.Error("the failure is not reported")
 	}
 	var rolled int
 	if err := b.conn.QueryRow(ctx, "SELECT count(*) FROM usage_rollups WHERE day >= $1", Today().AddDate(0, 0, -49)).Scan(&rolled); err != nil || rolled < 40 {
-		t.Errorf("%d days after it were added up, %v", rolled, err)
+		t.Errorf("%d later days were aggregated, %v", rolled, err)
 	}
 	if n := runs(); n != 2 || hours() != 3 {
 		t.Errorf("%d runs are left, %v hours", n, hours())

@@ -11,8 +11,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
-// TestClose: work under way is waited for, within the bound; what takes longer
-// is given up and waited for; nothing begins any more.
+// TestClose checks that Close waits for work in progress within its limit, then cancels
+// it and waits, and that nothing starts any more.
 func TestClose(t *testing.T) {
 	for _, tt := range []struct {
 		name         string
@@ -46,14 +46,14 @@ func TestClose(t *testing.T) {
 					t.Errorf("Close took %v, and the work ended: %v", took, ended)
 				}
 				if _, err := g.Begin(); !fault.Is(err, fault.Unavailable) {
-					t.Errorf("something begins: %v", err)
+					t.Errorf("new work starts: %v", err)
 				}
 			})
 		})
 	}
 }
 
-// TestPersist: what the database refuses is not written again.
+// TestPersist checks that a write that the database refuses is not repeated.
 func TestPersist(t *testing.T) {
 	n, no := 0, errors.New("no")
 	err := Persist(t.Context(), func(context.Context) error { n++; return no })
