@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -434,21 +433,12 @@ func blame(registry bool, err error) error {
 		errors.As(err, &exit), errors.As(err, &said), errors.As(err, &file) && !errors.Is(err, fs.ErrNotExist):
 		return err
 	case registry:
-		return connect.NewError(connect.CodeUnavailable, unanswered(err))
+		if _, ok := told.Text(err); !ok {
+			err = oci.NoRegistry(err)
+		}
+		return connect.NewError(connect.CodeUnavailable, err)
 	}
 	return oci.Refuse(err, "it is neither an OCI image layout nor what docker save writes")
-}
-
-// unanswered gives err a text for clients, unless it has one: the registry is at fault.
-func unanswered(err error) error {
-	if _, ok := told.Text(err); ok {
-		return err
-	}
-	var dns *net.DNSError
-	if errors.As(err, &dns) && dns.IsNotFound {
-		return told.Because(err, "the registry's host name does not resolve")
-	}
-	return told.Because(err, "the registry did not answer as a registry should")
 }
 
 // counted counts the bytes read from a reader.

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"testing"
 
 	"connectrpc.com/connect"
@@ -19,6 +20,7 @@ import (
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 	"github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1/hostagentv1connect"
 	"github.com/wrenn-dev/wrenn/internal/hostwire"
+	"github.com/wrenn-dev/wrenn/internal/netaddr"
 )
 
 // refusing is an agent whose Host call fails with an error, or panics.
@@ -81,5 +83,58 @@ func TestErrorsAreForClients(t *testing.T) {
 				t.Errorf("the host's folders are in %v", err)
 			}
 		})
+	}
+}
+
+// TestRegistryTexts: whatever is at an address that is to be a registry, a tenant hears one
+// of four texts, and the log has the cause.
+func TestRegistryTexts(t *testing.T) {
+	texts := []string{
+		"the registry lets nobody with these credentials read it", "the registry does not have it", "the registry sends too slowly", "the registry did not answer as a registry should",
+	}
+	answer := func(status int, body string) string {
+		s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(status)
+			_, _ = w.Write([]byte(body))
+		}))
+		t.Cleanup(s.Close)
+		return strings.TrimPrefix(s.URL, "http://") + "/x:1"
+	}
+	closed := httptest.NewServer(nil)
+	closed.Close()
+	hangsUp := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }))
+	t.Cleanup(hangsUp.Close)
+	var asking sync.WaitGroup // together: some are asked again a few seconds later
+	defer asking.Wait()
+	hear := func(what, reference string, a oci.Access, want int, cause string) {
+		asking.Go(func() {
+			_, err := oci.Pin(t.Context(), reference, a)
+			var ce *connect.Error
+			if err = blame(true, err); !errors.As(err, &ce) {
+				ce = connect.NewError(connect.CodeUnavailable, err)
+			}
+			shown, _ := told.Shown(ce)
+			if shown.Message() != texts[want] {
+				t.Errorf("%s: a tenant hears %q, want %q", what, shown.Message(), texts[want])
+			}
+			if !strings.Contains(err.Error(), cause) {
+				t.Errorf("%s: the log has %v, without %q", what, err, cause)
+			}
+		})
+	}
+	here := oci.Access{Loopback: true}
+	for status, want := range map[int]int{401: 0, 403: 0, 404: 1} {
+		hear(fmt.Sprint(status), answer(status, ""), here, want, "")
+	}
+	for _, status := range []int{201, 204, 302, 400, 418, 429, 500, 503} {
+		hear(fmt.Sprint(status), answer(status, "secret"), here, 3, "")
+	}
+	hear("a server's error", answer(503, ""), here, 3, "503")
+	hear("another server", answer(200, "<html>"), here, 3, "")
+	hear("nobody listens", strings.TrimPrefix(closed.URL, "http://")+"/x:1", here, 3, "refused")
+	hear("it hangs up", strings.TrimPrefix(hangsUp.URL, "http://")+"/x:1", here, 3, "EOF")
+	hear("this machine, which is not allowed", answer(200, ""), oci.Access{}, 3, netaddr.ErrNotAllowed.Error())
+	for _, at := range []string{"10.11.0.7:8443", "192.168.1.1", "169.254.169.254", "[fd12::1]:443", "no-such-name.invalid"} {
+		hear(at, at+"/x:1", oci.Access{}, 3, "")
 	}
 }

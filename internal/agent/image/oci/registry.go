@@ -86,14 +86,21 @@ func pull(ctx context.Context, reference string, access Access) (name.Reference,
 	return ref, img, err
 }
 
-// What registries answer.
+// What tenants hear of a registry: these, [ErrSlow], and [NoRegistry]. Anything else would
+// tell them what there is at an address that they cannot reach themselves.
 var (
 	ErrDenied   = told.New("the registry lets nobody with these credentials read it")
 	ErrNotFound = told.New("the registry does not have it")
 )
 
-// answered is what a registry's refusal means. What else it says is left out:
-// it may be something else that answers.
+// NoRegistry returns err with the text for clients of every failure that has no text of its
+// own: no such name, no answer, or another than a registry's. The log has err.
+func NoRegistry(err error) error {
+	return told.Because(err, "the registry did not answer as a registry should")
+}
+
+// answered is what a registry's refusal means. What else it says is for the log: it may
+// be something else that answers.
 func answered(err error) error {
 	var e *remotetransport.Error
 	if !errors.As(err, &e) {
@@ -105,7 +112,7 @@ func answered(err error) error {
 	case http.StatusNotFound:
 		return ErrNotFound
 	}
-	return told.New("the registry answered %d %s", e.StatusCode, http.StatusText(e.StatusCode))
+	return NoRegistry(err)
 }
 
 // transport lets requests go only where a registry may be: neither names nor
