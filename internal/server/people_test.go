@@ -461,38 +461,118 @@ func (w lineWriter) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// TestLimitsTogether makes many requests at once: no more succeed than the team's limit
-// allows.
+// TestLimitsTogether makes many requests at once, for each limit that is counted before
+// something is added: no more succeed than there is room for, or no more are kept.
+// TestCountsAreLocked, of package store, finds a limit that is counted without a lock.
 func TestLimitsTogether(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t)
 	admin := as(p.bearerOf("admin@example.com"))
-	body := map[string]any{"name": "c", "kind": "webhook", "url": "https://example.com/hook", "secret": "sixteen characters", "events": []string{"sandbox.lost"}}
 	team := p.call("GET", "/v1/teams", nil, admin...).want(200).list("teams")[0].(map[string]any)["id"].(string)
 	u, err := id.Parse(id.Team, team)
 	if err != nil {
 		t.Fatal(err)
 	}
-	const room = 5
-	p.sql("INSERT INTO channels (id, team_id, name, kind, events, target, sealed) SELECT gen_random_uuid(), $1, 'c', 'webhook', '{}', '', '' FROM generate_series(1, $2::integer)", u, 50-room)
-	p.sql("INSERT INTO api_keys (id, team_id, name, prefix, hash) SELECT gen_random_uuid(), $1, 'k', 'wrn_', sha256(n::text::bytea) FROM generate_series((SELECT count(*) FROM api_keys WHERE team_id = $1) + 1, $2::integer) n", u, 1000-room)
-	for path, body := range map[string]any{"/v1/channels": body, "/v1/keys": map[string]any{"name": "k"}} {
+	p.call("POST", "/v1/snapshots", map[string]any{"sandbox_id": p.create(map[string]any{}), "name": "one"}).want(201)
+	// No build starts, so none ends.
+	p.sql("SELECT pg_advisory_lock(7239150284)")
+	const room, tries = 5, 20
+	at := func(path string) func(int) string { return func(int) string { return path } }
+	for _, limit := range []struct {
+		name, fill string
+		args       []any
+		method     string
+		path       func(int) string
+		body       map[string]any
+		ok, full   int
+		code       string
+	}{
+		{
+			"channels", "INSERT INTO channels (id, team_id, name, kind, events, target, sealed) SELECT gen_random_uuid(), $1, 'c', 'webhook', '{}', '', '' FROM generate_series(1, $2::integer)",
+			[]any{u, 50 - room},
+			"POST", at("/v1/channels"),
+			map[string]any{"name": "c", "kind": "webhook", "url": "https://example.com/hook", "secret": "sixteen characters", "events": []string{"sandbox.lost"}},
+			201, 409, "conflict",
+		},
+		{
+			"keys", "INSERT INTO api_keys (id, team_id, name, prefix, hash) SELECT gen_random_uuid(), $1, 'k', 'wrn_', sha256(n::text::bytea) FROM generate_series((SELECT count(*) FROM api_keys WHERE team_id = $1) + 1, $2::integer) n",
+			[]any{u, 1000 - room},
+			"POST", at("/v1/keys"),
+			map[string]any{"name": "k"},
+			201, 409, "conflict",
+		},
+		{
+			"teams", `WITH made AS (INSERT INTO teams (id, name) SELECT gen_random_uuid(), 't' FROM generate_series((SELECT count(*) FROM team_members) + 1, $1::integer) RETURNING id)
+				INSERT INTO team_members (team_id, user_id, role) SELECT made.id, users.id, 'member' FROM made, users WHERE users.email = 'admin@example.com'`,
+			[]any{50 - room},
+			"POST", at("/v1/teams"),
+			map[string]any{"name": "t"},
+			201, 403, "quota_exceeded",
+		},
+		{
+			"tags", "INSERT INTO template_tags SELECT team_id, name, 'f' || n, id FROM templates, generate_series(1, most_tags() - (SELECT count(*) FROM template_tags WHERE team_id = $1) - $2::integer) n WHERE team_id = $1 AND name = 'one'",
+			[]any{u, room},
+			"PUT", func(n int) string { return fmt.Sprintf("/v1/templates/one/tags/t%d", n) }, nil,
+			200, 403, "quota_exceeded",
+		},
+		{
+			"builds", `INSERT INTO builds (id, team_id, name, tags, recipe, options, state, total_steps, created_at) SELECT gen_random_uuid(), $1, 'b', '{}', '', '{}', 'queued', 1, now() FROM generate_series(1, $2::integer)`,
+			[]any{u, 20 - room},
+			"POST", at("/v1/templates/builds"),
+			map[string]any{"name": "b", "recipe": "FROM minimal\nRUN true"},
+			202, 409, "conflict",
+		},
+	} {
+		p.sql(limit.fill, limit.args...)
 		var answers []<-chan response
-		for range 20 {
-			answers = append(answers, p.later("POST", path, body, admin...))
+		for n := range tries {
+			answers = append(answers, p.later(limit.method, limit.path(n), limit.body, admin...))
 		}
 		made := 0
 		for _, a := range answers {
-			if r := <-a; r.Status == 201 {
+			if r := <-a; r.Status == limit.ok {
 				made++
 			} else {
-				r.fails(409, "conflict")
+				r.fails(limit.full, limit.code)
 			}
 		}
 		if made != room {
-			t.Errorf("%s: %d were made where there was room for %d", path, made, room)
+			t.Errorf("%s: %d were made where there was room for %d", limit.name, made, room)
 		}
 	}
+
+	// Of these, the newest are kept.
+	kept := func(what, query string, most int64) {
+		t.Helper()
+		var n int64
+		if err := p.db().QueryRow(t.Context(), query).Scan(&n); err != nil || n != most {
+			t.Errorf("%d %s are kept, want %d, %v", n, what, most, err)
+		}
+	}
+	p.sql("INSERT INTO failed_imports (team_id, name, error, failed_at) SELECT $1, 'old' || n, 'x', now() - interval '1 hour' FROM generate_series(1, 20) n", u)
+	const atOnce = 4 // of an owner
+	var imports sync.WaitGroup
+	for of := range atOnce {
+		imports.Go(func() {
+			for n := range 8 {
+				r, err := p.try("POST", "/v1/templates/import", map[string]any{"name": fmt.Sprintf("no%d-%d", of, n), "reference": "registry.example/none:1"})
+				if err != nil || r.Status != 404 {
+					t.Errorf("an import of nothing: %d %s, %v", r.Status, r.Body, err)
+				}
+			}
+		})
+	}
+	imports.Wait()
+	kept("failed imports", "SELECT count(*) FROM failed_imports", 20)
+	p.sql("INSERT INTO sessions (id, user_id, refresh_hash, expires_at, user_agent, address) SELECT gen_random_uuid(), id, '', now() + interval '1 day', '', '' FROM users, generate_series(1, 110) WHERE email = 'admin@example.com'")
+	var logins []<-chan response
+	for range 6 {
+		logins = append(logins, p.later("POST", "/v1/auth/login", map[string]any{"email": "admin@example.com", "password": "correct horse"}, nobody...))
+	}
+	for _, a := range logins {
+		(<-a).want(200)
+	}
+	kept("sessions", "SELECT count(*) FROM sessions WHERE user_id = (SELECT id FROM users WHERE email = 'admin@example.com')", 100)
 }
 
 // TestFirstSignUp has several people sign up at once on an empty installation: one

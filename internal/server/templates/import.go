@@ -256,6 +256,9 @@ func (s *Service) importTo(ctx context.Context, host *hosts.Host, team, payer, t
 func (s *Service) importFails(ctx context.Context, row db.Template, why string, since time.Time, done bool) error {
 	return work.Persist(ctx, func(ctx context.Context) error {
 		return s.Store.InTx(ctx, func(q *db.Queries) error {
+			if err := q.LockLimit(ctx, db.LockLimitParams{What: "failed imports", TeamID: row.TeamID}); err != nil {
+				return err
+			}
 			if err := q.NoteFailedImport(ctx, db.NoteFailedImportParams{ID: row.ID, Error: why, Since: since}); err != nil || !done {
 				return err
 			}

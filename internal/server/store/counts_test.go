@@ -1,0 +1,136 @@
+package store
+
+import (
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// limits are the queries that count what there is, so that no more than a number is added
+// or enough is left, each with the call that comes before and makes others wait.
+var limits = map[string]string{
+	"CountAPIKeys":         "LockMembers(",
+	"CountOwners":          "LockMembers(",
+	"CountUserTeams":       "LockUser(",
+	"CountChannels":        "LockLimit(",
+	"CountAdmins":          "LockBootstrap(",
+	"CountUsers":           "LockBootstrap(",
+	"InsertBuild":          "LockLimit(",
+	"SetTag":               "LockLimit(", // its trigger counts
+	"SizeOfArchives":       "LockLimit(",
+	"NoteFailedImport":     "LockLimit(",
+	"DeleteExcessSessions": "LockUser(",
+	"ClaimBuild":           "LockBuilds(",
+	"UsedPlace":            "LockPlace(",
+}
+
+// counters are the queries that count for another reason.
+var counters = map[string]string{
+	"CountRecords":           "SettleRecords counts again",
+	"SettleRecords":          "it is no limit",
+	"ListPlaces":             "UsedPlace counts again",
+	"CountHostLoses":         "an admin is shown it",
+	"CountHostOnlyTemplates": "an admin is shown it",
+	"CountOnlineHosts":       "an admin is shown it",
+	"CountHosts":             "a metric",
+	"CountOpenBuilds":        "a metric",
+	"CountPendingDeliveries": "a metric",
+	"CountLiveSandboxes":     "a metric",
+	"RollUsageDay":           "a sum of what was",
+	"ListLiveUsage":          "a sum of what was",
+	"ListUnusedLayers":       "it removes what there is too much of, and adds nothing",
+	"DropTemplatesOfHost":    "it orders two parts of one statement",
+}
+
+// unlocked are the functions that call a limit's query without its lock, and why they may.
+var unlocked = map[string]string{
+	"auth/ring.go first CountUsers":               "its caller has locked",
+	"auth/sessions.go Start DeleteExcessSessions": "its callers lock the user, or have just made it",
+	"builds/copy.go PutArchive SizeOfArchives":    "it refuses early: charge counts again",
+	"teams/teams.go spare CountOwners":            "its caller has locked",
+	"templates/capture.go snapshot SetTag":        "latest has no limit",
+	"templates/import.go imported SetTag":         "latest has no limit",
+	"users/signup.go NobodyYet CountUsers":        "it says what to show",
+}
+
+var (
+	counting = regexp.MustCompile(`(?i)\bcount\(|\bsum\(size|\boffset @`)
+	function = regexp.MustCompile(`(?m)^func (?:\([^)]*\) )?([A-Za-z0-9_]+)`)
+)
+
+// TestCountsAreLocked: whoever counts what there is before adding to it holds a lock, so
+// that of several who do so at once one waits for the other. A new query that counts must
+// be listed here. TestLimitsTogether, of package server, makes such calls together.
+func TestCountsAreLocked(t *testing.T) {
+	files, err := filepath.Glob("queries/*.sql")
+	if err != nil {
+		t.Fatal(err)
+	}
+	there := make(map[string]bool)
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, query := range strings.Split(string(text), "-- name: ")[1:] {
+			name, _, _ := strings.Cut(query, " ")
+			there[name] = true
+			if counting.MatchString(comment.ReplaceAllString(query, "")) && limits[name] == "" && counters[name] == "" {
+				t.Errorf("%s: %s counts: say in limits what is locked before, or in counters why nothing is", file, name)
+			}
+		}
+	}
+	for _, list := range []map[string]string{limits, counters} {
+		for name := range list {
+			if !there[name] {
+				t.Errorf("there is no query %s", name)
+			}
+		}
+	}
+	calls, used := make(map[string]int), make(map[string]bool)
+	err = filepath.WalkDir("..", func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		text := string(b)
+		for name, lock := range limits {
+			for _, at := range regexp.MustCompile(`(?:q|[sS]tore)\.`+name+`\(`).FindAllStringIndex(text, -1) {
+				calls[name]++
+				begun := function.FindAllStringSubmatchIndex(text[:at[0]], -1)
+				if len(begun) == 0 {
+					t.Errorf("%s calls %s outside of a function", path, name)
+					continue
+				}
+				in := begun[len(begun)-1]
+				if strings.Contains(text[in[0]:at[0]], lock) {
+					continue
+				}
+				key := strings.TrimPrefix(path, "../") + " " + text[in[2]:in[3]] + " " + name
+				if used[key] = true; unlocked[key] == "" {
+					t.Errorf("%s: nothing calls %s before", key, lock)
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name := range limits {
+		if calls[name] == 0 {
+			t.Errorf("nothing is found to call %s", name)
+		}
+	}
+	for key := range unlocked {
+		if !used[key] {
+			t.Errorf("%q is excused and need not be", key)
+		}
+	}
+}
