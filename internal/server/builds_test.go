@@ -201,7 +201,7 @@ func TestBuildWrong(t *testing.T) {
 		"FROM minimal\nWORKDIR /full": "no space left on the disk",
 		"FROM minimal\nRUN hang":      "step 1 (RUN hang) did not end within 1s",
 		"FROM minimal\nSTART exit 4\nHEALTHCHECK --interval=1s CMD exit 1":                "",
-		"FROM minimal\nHEALTHCHECK --interval=1ms --retries=2 CMD exit 5":                 "the health check failed 2 times, with exit code 5 at last",
+		"FROM minimal\nHEALTHCHECK --interval=1ms --retries=2 CMD exit 5":                 "the health check failed 2 times, the last time with exit code 5",
 		"FROM minimal\nRUN echo fine\nENV X=${Y:-}\nWORKDIR $X\nRUN never":                "",
 		"FROM minimal\nRUN before\nRUN exit 1\nRUN never\nSTART never\nHEALTHCHECK CMD x": "step 2 (RUN exit 1) ended with exit code 1",
 	} {
@@ -588,7 +588,7 @@ func TestBuildOtherSecret(t *testing.T) {
 	p.config.SecretKey = strings.Repeat("cd", 32)
 	p.start()
 	b := p.ended(build)
-	if b["state"] != "failed" || b["error"] != "the registry's credentials cannot be decrypted: they were made under another WRENN_SECRET_KEY" {
+	if b["state"] != "failed" || b["error"] != "cannot decrypt the registry credentials: they were encrypted with another WRENN_SECRET_KEY" {
 		t.Errorf("%v %v", b["state"], b["error"])
 	}
 	if n := p.agent.called("resolve"); n != asked {

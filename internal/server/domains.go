@@ -13,8 +13,7 @@ import (
 
 var domainName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*$`)
 
-// setDomains checks the domains, and gives sandboxes the service's if they have
-// none of their own.
+// setDomains validates the domains. SandboxDomain defaults to Domain.
 func (c *Config) setDomains() error {
 	c.Domain = netaddr.Hostname(c.Domain)
 	if c.SandboxDomain == "" {
@@ -35,10 +34,10 @@ func (c *Config) setDomains() error {
 	}
 	service := netaddr.Hostname(public.Host)
 	if service == name || strings.HasSuffix(service, "."+name) {
-		return fmt.Errorf("WRENN_SANDBOX_DOMAIN: all names below %s are sandboxes', so %s cannot be the service's: use another domain", name, service)
+		return fmt.Errorf("WRENN_SANDBOX_DOMAIN: all names below %s belong to sandboxes, so the service cannot use %s: choose another domain", name, service)
 	}
 	if site, err := publicsuffix.EffectiveTLDPlusOne(service); err == nil && strings.HasSuffix("."+name, "."+site) {
-		c.Log.Warn("WRENN_SANDBOX_DOMAIN is of the service's own site, so guests' pages can still set cookies for both", "site", site)
+		c.Log.Warn("WRENN_SANDBOX_DOMAIN belongs to the service's own site, so pages of guests can set cookies for both", "site", site)
 	}
 	return nil
 }

@@ -7,7 +7,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// FrontDoor returns the handler for clients' connections that Caddy hands over to this
+// FrontDoor returns the handler for client connections that Caddy hands over to this
 // server. It routes requests to next as deploy/Caddyfile does, and removes the header
 // fields that only a front door may set.
 func FrontDoor(next http.Handler, toPort func(*http.Request) bool) http.Handler {

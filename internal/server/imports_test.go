@@ -220,7 +220,7 @@ func TestFailedImport(t *testing.T) {
 		t.Errorf("with its host away: %d %s", r.Status, r.Body)
 	}
 	p.agent.serve(t)
-	if r := p.call("GET", "/v1/templates/lost", nil); r.Status != 404 || !strings.Contains(string(r.Body), "the sandbox's host does not answer") {
+	if r := p.call("GET", "/v1/templates/lost", nil); r.Status != 404 || !strings.Contains(string(r.Body), "the sandbox's host does not respond") {
 		t.Errorf("of an import whose host went away: %d %s", r.Status, r.Body)
 	}
 	// The number of stored failures is bounded.

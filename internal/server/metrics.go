@@ -10,29 +10,29 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/rest"
 )
 
-// observers are the server's metrics: its own of all requests, and its parts'.
+// observers has the metrics of all HTTP requests and of the server's parts.
 type observers struct {
 	registry  *prometheus.Registry
 	requests  *prometheus.CounterVec
 	durations *prometheus.HistogramVec
 }
 
-// part is a part of the server that has metrics.
+// part is a component with metrics.
 type part interface{ Collectors() []prometheus.Collector }
 
 func newObservers(memory *budget.Budget, parts ...part) *observers {
 	o := &observers{
 		registry: prometheus.NewRegistry(),
-		requests: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "wrenn_http_requests_total", Help: "Answered requests of the REST API."}, []string{"method", "route", "status"}),
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "wrenn_http_requests_total", Help: "Completed requests of the REST API."}, []string{"method", "route", "status"}),
 		durations: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "wrenn_http_request_seconds", Help: "Time to answer requests whose time is the service's own.",
+			Name: "wrenn_http_request_seconds", Help: "Duration of requests, except those whose duration the client or the sandbox determines.",
 			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60},
 		}, []string{"method", "route"}),
 	}
 	o.registry.MustRegister(
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), o.requests, o.durations,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "wrenn_request_memory_bytes", Help: "Memory that requests under way are counted with.",
+			Name: "wrenn_request_memory_bytes", Help: "Memory that is accounted to requests in flight.",
 		}, func() float64 { return float64(memory.Used()) }),
 	)
 	for _, p := range parts {
@@ -41,7 +41,7 @@ func newObservers(memory *budget.Budget, parts ...part) *observers {
 	return o
 }
 
-// observe takes note of a request that was answered.
+// observe counts a completed request.
 func (o *observers) observe(seen rest.Observation) {
 	o.requests.WithLabelValues(seen.Method, seen.Route, strconv.Itoa(seen.Status)).Inc()
 	if !seen.Streamed {
@@ -49,7 +49,7 @@ func (o *observers) observe(seen rest.Observation) {
 	}
 }
 
-// parts are those of the server's parts that have metrics.
+// parts returns the components that have metrics.
 func (s *Server) parts() []part {
 	return []part{s.store, s.hosts, s.sandboxes, s.builds, s.channels, s.reconcile}
 }

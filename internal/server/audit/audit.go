@@ -1,13 +1,12 @@
-// Package audit keeps the record of who changed what: of every change that the
-// API is asked for, whatever became of it, and of what hosts and the platform
-// change by themselves. Records are never changed, and go when they are old.
+// Package audit keeps the audit log: every change that a client requests through the API,
+// whatever its result, and every change that hosts and the platform make by themselves.
+// Records are never modified; they are deleted when they are old.
 //
-// A change that somebody asked for is recorded before it is answered: nothing
-// is acknowledged that has no record. It is not one transaction with the change,
-// which mostly is a host's work and takes as long as that; a server that dies
-// between the two leaves a change that nobody was told of and no record of it.
-// What happens by itself is recorded by the database, in the transaction that
-// writes it down.
+// The server writes the record of a requested change before it responds, so it
+// acknowledges no change without a record. The record is not in the change's transaction,
+// because most changes take as long as a call to a host. If the server dies between the
+// two, a change that nobody was told of can lack its record. The database records
+// spontaneous changes in the transaction that makes them.
 package audit
 
 import (
@@ -27,7 +26,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/text"
 )
 
-// Who acts.
+// The kinds of actors.
 const (
 	User      = "user"
 	Key       = "key"
@@ -36,8 +35,8 @@ const (
 	Anonymous = "anonymous"
 )
 
-// What became of it: it was done, it was not because of who asked or what
-// was asked for, or it could not be.
+// The results of a request. Refused: the caller was not permitted or the request was
+// wrong. Failed: the server or a host could not do it.
 const (
 	OK      = "ok"
 	Refused = "refused"
@@ -46,38 +45,40 @@ const (
 
 const (
 	pruneEvery = 10 * time.Minute
-	// batch is how many records are removed, or read for an export, at a time.
+	// batch is how many records one query deletes, or reads for an export.
 	batch = 1000
-	// maxText bounds what a record quotes.
+	// maxText bounds each text that a record copies from a request, in bytes.
 	maxText = 200
 )
 
-// Record is one change, or one that was asked for.
+// Record is one change, or one attempt at a change.
 type Record struct {
 	ID uuid.UUID
 	At time.Time
-	// Team is whose record it is; nil: the platform's alone.
+	// Team owns the record; nil if only the platform does.
 	Team *uuid.UUID
-	// Actor is what kind of one it was, ActorID which; User, for a key, who made it.
+	// Actor is the kind of the actor, ActorID its id. If the actor is a key, User is the
+	// user who created it.
 	Actor   string
 	ActorID *uuid.UUID
 	User    *uuid.UUID
-	// Action is the API's operation, or what happened.
+	// Action is the API's operation id, or the name of a spontaneous change.
 	Action string
-	// Object is the kind of what was changed, ObjectID its id on the wire, or its
-	// name; empty where there is none.
+	// Object is the kind of the changed object, ObjectID its public id or its name; both
+	// can be empty.
 	Object, ObjectID string
-	// Address is where the request came from, RequestID what it was called.
+	// Address is the client's address, RequestID the request's id.
 	Address, RequestID string
 	Result             string
-	// Code is the error's where Result is not OK.
+	// Code is the error code if Result is not OK.
 	Code string
-	// Count is how many requests the record stands for: refused ones of one actor
-	// and action, with one code, are one record a minute, that of the first.
+	// Count is how many requests the record stands for: refused requests of one actor
+	// with the same action and code share one record per minute.
 	Count int64
 }
 
-// bucket names the record that a refused request is counted in; nil: its own.
+// bucket returns the key under which refused requests share a record; nil if the request
+// gets its own.
 func (r Record) bucket(now time.Time) *string {
 	if r.Result != Refused {
 		return nil
@@ -94,12 +95,13 @@ func (r Record) bucket(now time.Time) *string {
 	return &name
 }
 
-// prefixes of ids, by the kinds of objects that have them.
+// prefixes maps the kind of an object to the prefix of its public id.
 var prefixes = map[string]id.Kind{
 	"sandbox": id.Sandbox, "team": id.Team, "user": id.User, "host": id.Host, "template": id.Template, "build": id.Build, "key": id.APIKey, "channel": id.Channel,
 }
 
-// inside is an object's id as records have it: a UUID where it is one.
+// inside returns an object's id as records store it: the UUID if name is a public id, and
+// name otherwise.
 func inside(object, name string) string {
 	if u, err := id.Parse(prefixes[object], name); prefixes[object] != "" && err == nil {
 		return u.String()
@@ -115,8 +117,7 @@ func outside(object, name string) string {
 	return name
 }
 
-// ActorName is who acted, as people are shown it: an id, or what it is that
-// has none.
+// ActorName returns the actor's public id, or its kind if it has no id.
 func (r Record) ActorName() string {
 	if r.ActorID == nil {
 		return r.Actor
@@ -124,18 +125,18 @@ func (r Record) ActorName() string {
 	return id.Format(prefixes[r.Actor], *r.ActorID)
 }
 
-// Log is the record of everything.
+// Log is the audit log.
 type Log struct {
 	store *store.Store
 	keep  time.Duration
 	log   *slog.Logger
 }
 
-// New returns the log of a store, whose records go after keep (0: never) if
-// Run runs.
+// New returns the audit log in a store. If [Log.Run] runs, it deletes records older than
+// keep (0: never).
 func New(s *store.Store, keep time.Duration, log *slog.Logger) *Log { return &Log{s, keep, log} }
 
-// Write writes a record; the database says when it was.
+// Write adds a record. The database sets its time.
 func (l *Log) Write(ctx context.Context, r Record) error {
 	u, err := uuid.NewV7()
 	if err != nil {
@@ -151,16 +152,16 @@ func (l *Log) Write(ctx context.Context, r Record) error {
 	return nil
 }
 
-// Filter says which records are listed; what is zero is not looked at.
+// Filter selects audit records. Zero fields match everything.
 type Filter struct {
-	// Team: nil is every team and the platform.
+	// Team nil selects all teams and the platform.
 	Team *uuid.UUID
-	// Actor is an id of a user, key or host on the wire, or a kind of actor.
+	// Actor is the public id of a user, key or host, or a kind of actor.
 	Actor string
-	// Action, Object (an id on the wire, or a name) and Result are as records have them.
+	// Action, Object (a public id or a name) and Result equal those of the record.
 	Action, Object, Result string
 	From, To               time.Time
-	// Cursor of the page, as the page before it gave; empty: the first.
+	// Cursor is what the previous page returned; empty for the first page.
 	Cursor string
 	Limit  int
 }
@@ -210,8 +211,8 @@ func (l *Log) List(ctx context.Context, f Filter) ([]Record, string, error) {
 	return records, next, nil
 }
 
-// Each calls f with every record that the filter lists, whatever its limit,
-// until f fails.
+// Each calls do for every record that the filter selects, ignoring its limit, until do
+// fails.
 func (l *Log) Each(ctx context.Context, f Filter, do func(Record) error) error {
 	f.Limit = batch
 	for {
@@ -231,17 +232,17 @@ func (l *Log) Each(ctx context.Context, f Filter, do func(Record) error) error {
 	}
 }
 
-// mostOfTeam is how many audit records a team keeps: its newest ones.
+// mostOfTeam is how many audit records a team keeps; the oldest beyond it are deleted.
 const mostOfTeam = 1_000_000
 
-// Run forgets records that are old enough or too many, and settles what teams are charged
-// for records, until ctx is done. Of several servers one does.
+// Run deletes old and excess records, and settles what teams are charged for the rest, until
+// ctx is done. A lease ensures that only one server at a time does this.
 func (l *Log) Run(ctx context.Context) {
 	tick := time.NewTicker(pruneEvery)
 	defer tick.Stop()
 	for {
 		if err := l.sweep(ctx); err != nil && ctx.Err() == nil {
-			l.log.Warn("forget old audit records", "error", err)
+			l.log.Warn("delete old audit records", "error", err)
 		}
 		select {
 		case <-tick.C:
@@ -267,10 +268,10 @@ func (l *Log) sweep(ctx context.Context) error {
 	return l.Settle(ctx, mostOfTeam)
 }
 
-// Settle counts the records that come with changes, audit records among them, for the
-// teams that own them. Triggers have charged the teams already: Settle keeps these charges
-// few, and right. Of the audit records of each team, it forgets the oldest if they are more
-// than most.
+// Settle counts each team's records: audit records, runs of sandboxes and tags. Triggers have
+// already charged the teams when they wrote the records. Settle replaces these charges by one
+// per team and corrects it. It deletes a team's oldest audit records if there are more than
+// most.
 func (l *Log) Settle(ctx context.Context, most int64) error {
 	teams, err := l.store.CountRecords(ctx)
 	if err != nil {
@@ -295,15 +296,15 @@ func (l *Log) Settle(ctx context.Context, most int64) error {
 		errs = append(errs, err)
 	}
 	if err := l.store.ForgetCharges(ctx); err != nil {
-		errs = append(errs, fmt.Errorf("forget charges of teams that are gone: %w", err))
+		errs = append(errs, fmt.Errorf("delete charges of deleted teams: %w", err))
 	}
 	return errors.Join(errs...)
 }
 
-// lease is the name of the lease of whoever sweeps.
+// lease names the lease of the server that sweeps.
 const lease = "audit"
 
-// forget removes that many records in batches, or fewer if there are no more.
+// forget deletes up to excess records in batches, while this server holds the lease.
 func (l *Log) forget(ctx context.Context, excess int64, remove func(most int32) (int64, error)) error {
 	for excess > 0 {
 		if mine, err := l.store.Lease(ctx, lease, 2*pruneEvery); err != nil || !mine {

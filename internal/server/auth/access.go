@@ -11,11 +11,11 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
-// Role is what somebody may be to what a call is about.
+// Role is a caller's relation to the object of a call.
 type Role string
 
-// The roles: of anybody, of who is logged in, of a team's members (each of
-// whom may do what those before may), and of the platform's admins.
+// The roles, from least to most: any caller, a logged-in user, members of a team in three
+// ranks (each includes the ones before it), and the platform's admins.
 const (
 	Anybody  Role = "none"
 	User     Role = "user"
@@ -25,20 +25,20 @@ const (
 	Platform Role = "platform"
 )
 
-// ranks orders the roles of a team.
+// ranks orders the roles in a team.
 var ranks = map[Role]int{Member: 1, Admin: 2, Owner: 3}
 
-// OfTeam says whether the role is one in a team.
+// OfTeam reports whether r is a role in a team.
 func (r Role) OfTeam() bool { return ranks[r] > 0 }
 
-// AtLeast says whether who has role r in a team may do what other may.
+// AtLeast reports whether the team role r includes the rights of other.
 func (r Role) AtLeast(other Role) bool { return ranks[r] >= ranks[other] }
 
-// Scope is what an API key is for.
+// Scope limits what an API key may do.
 type Scope string
 
-// The scopes of API keys. A key with none of them may do whatever a team's key
-// can. What the platform's admins may takes a key that says so.
+// The scopes of API keys. A key without scopes has all rights of its team. Rights of the
+// platform's admins need the scope platform.
 const (
 	Sandboxes     Scope = "sandboxes"
 	Templates     Scope = "templates"
@@ -46,23 +46,23 @@ const (
 	PlatformScope Scope = "platform"
 )
 
-// Principal is who calls.
+// Principal is the authenticated caller of a request.
 type Principal struct {
-	// Team is whose sandboxes the caller acts on, Role what they are in it;
-	// zero for somebody without a team. Keys have no role.
+	// Team is the team that the caller acts for (zero: none), Role the caller's role in
+	// it. Keys have no role.
 	Team uuid.UUID
 	Role Role
-	// Payer says whose limits the team's use counts towards: the team's owner, with all
-	// of their teams, or the team itself if it has no owner.
+	// Payer is whose limits the team's use counts towards: the team's owner, with all
+	// their teams, or the team itself if it has no owner.
 	Payer uuid.UUID
-	// Key is the API key that was shown, Scopes what it is for.
+	// Key is the API key that authenticated the request, with its Scopes.
 	Key    uuid.UUID
 	Scopes []Scope
-	// User is who is logged in, in which session; for a key, who made it.
+	// User is the logged-in user, in this Session. For a key, User is who created it.
 	User, Session uuid.UUID
 	Email         string
-	// Platform says that the user is one of the platform's admins; of a key, that
-	// one made it for what admins do.
+	// Platform reports an admin of the platform. For a key: an admin created it with the
+	// scope platform.
 	Platform bool
 
 	// epoch counts the revocations of the user's rights. joined is when they
@@ -71,8 +71,8 @@ type Principal struct {
 	joined time.Time
 }
 
-// since returns an error unless the caller has had their rights without a break
-// from when they were p until now: a revocation counts even if it was undone.
+// since returns an error unless the caller kept their rights without interruption from p
+// until now. A revocation counts even if it was undone.
 func (p Principal) since(now Principal) error {
 	rejoined := p.Team == now.Team && !p.joined.Equal(now.joined)
 	if p.epoch != now.epoch || rejoined {
@@ -81,10 +81,10 @@ func (p Principal) since(now Principal) error {
 	return nil
 }
 
-// HasKey says whether the caller showed an API key.
+// HasKey reports whether an API key authenticated the caller.
 func (p Principal) HasKey() bool { return p.Key != uuid.Nil }
 
-// ID returns the API key's id, or that of the user who is logged in.
+// ID returns the id of the API key, or of the logged-in user.
 func (p Principal) ID() uuid.UUID {
 	if p.HasKey() {
 		return p.Key
@@ -92,21 +92,21 @@ func (p Principal) ID() uuid.UUID {
 	return p.User
 }
 
-// CanWrite says whether the caller may change what their team owns; who may
-// not is not to be shown what opens doors to it either.
+// CanWrite reports whether the caller may change the team's objects. Callers who may not
+// must not see credentials either.
 func (p Principal) CanWrite() bool { return !slices.Contains(p.Scopes, ReadOnly) }
 
-// InScope says whether the caller may deal with what s stands for.
+// InScope reports whether the caller's scopes include s.
 func (p Principal) InScope(s Scope) bool {
 	limited := slices.Contains(p.Scopes, Sandboxes) || slices.Contains(p.Scopes, Templates)
 	return !limited || slices.Contains(p.Scopes, s)
 }
 
-// Rate is a class of operations, of which somebody may call so many in a minute.
+// Rate is a class of operations that share a limit of calls per minute.
 type Rate string
 
-// The classes: operations that change nothing, those that do, those that take a
-// host's memory or disk, and those that send something elsewhere.
+// The classes: reads, changes, operations that take memory or disk of a host, and
+// operations that send something elsewhere.
 const (
 	RateRead      Rate = "read"
 	RateChange    Rate = "change"
@@ -114,26 +114,27 @@ const (
 	RateOutgoing  Rate = "outgoing"
 )
 
-// Access is what an operation asks of its caller.
+// Access is what an operation requires of its caller.
 type Access struct {
-	// Role is the least that somebody who is logged in must be: in the team
-	// that they act for, for roles of a team.
+	// Role is the least role of a logged-in user. For team roles, it is the role in the
+	// team that they act for.
 	Role Role
-	// Scopes are what API keys may be for, any of them; none: keys are not taken.
+	// Scopes lists the scopes of which an API key needs one. Without any, keys are
+	// refused.
 	Scopes []Scope
-	// Read says that nothing is changed, so that read-only keys do.
+	// Read reports that the operation changes nothing, so read-only keys may call it.
 	Read bool
-	// Rate is the operation's class.
+	// Rate is the operation's class for rate limits.
 	Rate Rate
 }
 
-// ParseAccess reads a document's x-wrenn-access:
+// ParseAccess parses an operation's x-wrenn-access:
 //
 //	{role: member, scopes: [sandboxes], read: true, rate: read}
 //
-// role is required, and what only reads is of the class read. An operation that
-// does not say its class is expensive. Scopes go with a role of a team, and the
-// scope platform with the role platform.
+// role is required. Operations that only read have the rate read; the default of all
+// others is expensive. Scopes of a team need a role of a team, and the scope platform
+// needs the role platform.
 func ParseAccess(v any) (Access, error) {
 	var a Access
 	fields, ok := v.(map[string]any)
@@ -197,7 +198,7 @@ func ParseAccess(v any) (Access, error) {
 	return a, nil
 }
 
-// Check fails with permission_denied where the caller may not.
+// Check fails with permission_denied if the caller has too few rights.
 func (a Access) Check(p Principal) error {
 	if a.Role == Anybody {
 		return nil
@@ -205,11 +206,11 @@ func (a Access) Check(p Principal) error {
 	if p.HasKey() {
 		switch {
 		case len(a.Scopes) == 0:
-			return fault.New(fault.PermissionDenied, "API keys cannot do this: log in")
+			return fault.New(fault.PermissionDenied, "API keys cannot do this: log in instead")
 		case a.Role == Platform && !p.Platform:
 			return fault.New(fault.PermissionDenied, "only the platform's admins may do this, with a key of the scope %q", PlatformScope)
 		case a.Role != Platform && !slices.ContainsFunc(a.Scopes, p.InScope):
-			return fault.New(fault.PermissionDenied, "the API key is not for this: it needs the scope %q", a.Scopes[0])
+			return fault.New(fault.PermissionDenied, "the API key needs the scope %q", a.Scopes[0])
 		case !a.Read && !p.CanWrite():
 			return fault.New(fault.PermissionDenied, "the API key may only read")
 		}
@@ -219,9 +220,9 @@ func (a Access) Check(p Principal) error {
 	case a.Role == Platform && !p.Platform:
 		return fault.New(fault.PermissionDenied, "only the platform's admins may do this")
 	case a.Role.OfTeam() && p.Team == uuid.Nil:
-		return fault.New(fault.PermissionDenied, "you are in no team")
+		return fault.New(fault.PermissionDenied, "you are not in a team")
 	case a.Role.OfTeam() && !p.Role.AtLeast(a.Role):
-		return fault.New(fault.PermissionDenied, "your role in the team is %s, this needs %s", p.Role, a.Role)
+		return fault.New(fault.PermissionDenied, "your role in the team is %s, but this needs %s", p.Role, a.Role)
 	}
 	return nil
 }

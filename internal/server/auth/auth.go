@@ -22,20 +22,20 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
-// An API key on the wire is keyPrefix and random characters; listed keys show
-// the first shownChars of it.
+// An API key is keyPrefix and random characters. Lists show its first shownChars
+// characters.
 const (
 	keyPrefix  = "wrn_"
 	minKey     = 24
 	maxKey     = 256
-	maxKeys    = 1000 // of a team, those that have expired too
+	maxKeys    = 1000 // of a team, expired ones included
 	shownChars = 8
 )
 
-// flushEvery is how long the last use of a key may stay unwritten.
+// flushEvery bounds how long the last use of a key stays unwritten.
 const flushEvery = 15 * time.Second
 
-// Keys are the API keys.
+// Keys authenticates and manages API keys.
 type Keys struct {
 	store *store.Store
 	log   *slog.Logger
@@ -46,18 +46,19 @@ type Keys struct {
 	recent recent
 }
 
-// NewKeys returns the keys of a store. Run must run for last uses to be written.
+// NewKeys returns the API keys in a store. [Keys.Run] writes their last uses.
 func NewKeys(s *store.Store, log *slog.Logger) *Keys {
 	return &Keys{store: s, log: log, used: make(map[uuid.UUID]time.Time)}
 }
 
-// Check returns whose key it is, or a fault: unauthenticated for any other text.
+// Check returns the holder of a key. It fails with unauthenticated if the key is not
+// valid.
 func (k *Keys) Check(ctx context.Context, key string) (Principal, error) {
 	p, _, err := k.check(ctx, key)
 	return p, err
 }
 
-// check is Check, and returns when the key expires (nil: never).
+// check is [Keys.Check], and also returns when the key expires (nil: never).
 func (k *Keys) check(ctx context.Context, key string) (Principal, *time.Time, error) {
 	if key == "" {
 		return Principal{}, nil, fault.New(fault.Unauthenticated, "no API key: send one in X-API-Key")
@@ -89,9 +90,9 @@ func (k *Keys) check(ctx context.Context, key string) (Principal, *time.Time, er
 	return p, row.ExpiresAt, nil
 }
 
-// Again returns what [Keys.Check] returns for a key whose holder was who when
-// their request began. It fails with unauthenticated if the holder's rights were
-// revoked since then, even if they were given back.
+// Again checks a key again for a request that who began. It also fails with
+// unauthenticated if the holder's rights were revoked since then, even if they were
+// restored.
 func (k *Keys) Again(ctx context.Context, key string, who Principal) (Principal, error) {
 	now, err := k.Check(ctx, key)
 	if err == nil {
@@ -100,8 +101,7 @@ func (k *Keys) Again(ctx context.Context, key string, who Principal) (Principal,
 	return now, err
 }
 
-// Run writes the keys' last uses, many at once, until ctx is done, and once
-// more then.
+// Run writes the keys' last uses in batches until ctx is done, and a last time then.
 func (k *Keys) Run(ctx context.Context) {
 	tick := time.NewTicker(flushEvery)
 	defer tick.Stop()
@@ -138,26 +138,26 @@ func (k *Keys) flush(ctx context.Context) {
 // FirstAdmin is the first user of an installation.
 type FirstAdmin struct {
 	Email, Password string
-	// APIKey is a key of the admin's team; none is made when it is empty.
+	// APIKey is a key for the admin's team; empty: none.
 	APIKey string
-	// PasswordCost is what the password's hash takes.
+	// PasswordCost is the cost of the password's hash.
 	PasswordCost Cost
 }
 
-// Bootstrap makes the first admin, its team and its API key when there is no
-// user at all. It says whether it did.
+// Bootstrap creates the first admin with a team and an API key if there are no users yet.
+// It reports whether it did.
 func Bootstrap(ctx context.Context, s *store.Store, a FirstAdmin) (bool, error) {
 	if a.Email == "" {
 		return false, nil
 	}
 	if !strings.Contains(a.Email, "@") {
-		return false, errors.New("make first admin: WRENN_ADMIN_EMAIL is no e-mail address")
+		return false, errors.New("create first admin: WRENN_ADMIN_EMAIL is not an e-mail address")
 	}
 	if a.Password == "" {
-		return false, errors.New("make first admin: WRENN_ADMIN_PASSWORD is not set")
+		return false, errors.New("create first admin: WRENN_ADMIN_PASSWORD is not set")
 	}
 	if a.APIKey != "" && (!strings.HasPrefix(a.APIKey, keyPrefix) || len(a.APIKey) < minKey || len(a.APIKey) > maxKey) {
-		return false, fmt.Errorf("make first admin: WRENN_ADMIN_API_KEY must be %q and at least %d random characters", keyPrefix, minKey-len(keyPrefix))
+		return false, fmt.Errorf("create first admin: WRENN_ADMIN_API_KEY must be %q and at least %d random characters", keyPrefix, minKey-len(keyPrefix))
 	}
 	made := false
 	err := s.InTx(ctx, func(q *db.Queries) error {
@@ -171,7 +171,7 @@ func Bootstrap(ctx context.Context, s *store.Store, a FirstAdmin) (bool, error) 
 		if err := q.InsertUser(ctx, db.InsertUserParams{ID: user, Email: a.Email, PasswordHash: &hash, Admin: true}); err != nil {
 			return err
 		}
-		// Who configured the address need not show that it is theirs.
+		// The operator configured the address, so it needs no confirmation.
 		if _, err := q.VerifyUser(ctx, user); err != nil {
 			return err
 		}
@@ -181,7 +181,7 @@ func Bootstrap(ctx context.Context, s *store.Store, a FirstAdmin) (bool, error) 
 		if err := q.InsertTeamMember(ctx, db.InsertTeamMemberParams{TeamID: team, UserID: user, Role: "owner"}); err != nil {
 			return err
 		}
-		// The machine's owner is bound by the machine alone.
+		// Only the machine itself limits its owner.
 		if err := q.SetQuota(ctx, db.SetQuotaParams{TeamID: team}); err != nil {
 			return err
 		}
@@ -193,28 +193,28 @@ func Bootstrap(ctx context.Context, s *store.Store, a FirstAdmin) (bool, error) 
 		return err
 	})
 	if err != nil {
-		return false, fmt.Errorf("make first admin: %w", err)
+		return false, fmt.Errorf("create first admin: %w", err)
 	}
 	return made, nil
 }
 
-// insertKey writes a key of which p has all but what follows from the key.
+// insertKey inserts a key. It sets the fields of p that are derived from the key.
 func insertKey(ctx context.Context, q *db.Queries, p db.InsertAPIKeyParams, key string) (uuid.UUID, error) {
 	hash := sha256.Sum256([]byte(key))
 	p.ID, p.Prefix, p.Hash = uuid.New(), key[:shownChars], hash[:]
 	return p.ID, q.InsertAPIKey(ctx, p)
 }
 
-// NewKey is what an API key is asked to be.
+// NewKey describes an API key to create.
 type NewKey struct {
 	Name   string
 	Scopes []Scope
-	// ExpiresAt is when it ceases to hold; nil: never.
+	// ExpiresAt is when the key expires; nil: never.
 	ExpiresAt *time.Time
 }
 
-// LockMembers locks a team's members and keys against other transactions that call
-// it, until this one ends. It fails with [store.ErrNoRows] if the team is gone.
+// LockMembers locks a team's members and keys until q's transaction ends. It fails with
+// [store.ErrNoRows] if the team is gone.
 func LockMembers(ctx context.Context, q *db.Queries, team uuid.UUID) error {
 	if err := q.LockLimit(ctx, db.LockLimitParams{What: "members", TeamID: team}); err != nil {
 		return err
@@ -223,14 +223,14 @@ func LockMembers(ctx context.Context, q *db.Queries, team uuid.UUID) error {
 	return err
 }
 
-// Create makes a key of the team that a user acts for. The key itself is
-// returned this once and never again.
+// Create creates a key for the team that the user by acts for. This is the only time the
+// key itself is returned.
 func (k *Keys) Create(ctx context.Context, by Principal, n NewKey) (key string, row db.APIKey, err error) {
 	if n.ExpiresAt != nil && !n.ExpiresAt.After(time.Now()) {
-		return "", row, fault.New(fault.InvalidArgument, "expires_at: has passed")
+		return "", row, fault.New(fault.InvalidArgument, "expires_at: is in the past")
 	}
 	if slices.Contains(n.Scopes, PlatformScope) && !by.Platform {
-		return "", row, fault.New(fault.PermissionDenied, "only the platform's admins make keys with the scope %q", PlatformScope)
+		return "", row, fault.New(fault.PermissionDenied, "only the platform's admins may create keys with the scope %q", PlatformScope)
 	}
 	scopes := []string{}
 	for _, s := range n.Scopes {
@@ -242,8 +242,7 @@ func (k *Keys) Create(ctx context.Context, by Principal, n NewKey) (key string, 
 	rand.Read(random[:])
 	key = keyPrefix + hex.EncodeToString(random[:])
 	err = k.store.InTx(ctx, func(q *db.Queries) error {
-		// Read under the lock that removing a member takes: no key is made for
-		// somebody who has just gone.
+		// Removing a member takes the same lock, so a removed member gets no key.
 		if err := LockMembers(ctx, q, by.Team); err != nil {
 			return err
 		}
@@ -269,13 +268,13 @@ func (k *Keys) Create(ctx context.Context, by Principal, n NewKey) (key string, 
 		return "", row, err
 	}
 	if err != nil {
-		return "", row, fmt.Errorf("make API key: %w", err)
+		return "", row, fmt.Errorf("create API key: %w", err)
 	}
 	return key, row, nil
 }
 
-// List returns a page of a team's keys, the newest first, and the cursor of
-// the next one ("" on the last page).
+// List returns a page of a team's keys, newest first, and the cursor of the next page (""
+// on the last).
 func (k *Keys) List(ctx context.Context, team uuid.UUID, cursor string, limit int) ([]db.ListAPIKeysRow, string, error) {
 	at, before, err := page.Newest(cursor)
 	if err != nil {
@@ -289,8 +288,8 @@ func (k *Keys) List(ctx context.Context, team uuid.UUID, cursor string, limit in
 	return rows, next, nil
 }
 
-// Revoke removes a team's key, at once and for good. Members may revoke what
-// they made, admins all of the team's.
+// Revoke deletes a team's key with immediate effect. Members may revoke their own keys,
+// admins all of the team's.
 func (k *Keys) Revoke(ctx context.Context, by Principal, key uuid.UUID) error {
 	row, err := k.store.GetAPIKey(ctx, db.GetAPIKeyParams{ID: key, TeamID: by.Team})
 	if errors.Is(err, store.ErrNoRows) {
@@ -300,11 +299,11 @@ func (k *Keys) Revoke(ctx context.Context, by Principal, key uuid.UUID) error {
 		return fmt.Errorf("look up API key: %w", err)
 	}
 	if !by.Role.AtLeast(Admin) && (row.UserID == nil || *row.UserID != by.User) {
-		return fault.New(fault.PermissionDenied, "you may revoke the keys that you made; the team's admins may revoke all")
+		return fault.New(fault.PermissionDenied, "you may only revoke keys that you created; the team's admins may revoke all")
 	}
 	if _, err := k.store.DeleteAPIKey(ctx, db.DeleteAPIKeyParams{ID: key, TeamID: by.Team}); err != nil {
 		return fmt.Errorf("revoke API key: %w", err)
 	}
-	k.Forget() // The database's notification comes only later.
+	k.Forget() // The database's notification arrives later.
 	return nil
 }

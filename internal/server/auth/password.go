@@ -11,17 +11,15 @@ import (
 	"golang.org/x/crypto/argon2"
 )
 
-// Cost is what it takes to make a password's hash, and to check it. The zero
-// value is what RFC 9106 recommends where memory is scarce (its section 4,
-// second choice); a service that people use has no other.
+// Cost is the cost of an argon2id hash. The zero value is what RFC 9106, section 4,
+// recommends if memory is scarce (its second choice). Services use only that.
 type Cost struct {
-	Passes uint32
-	// MemoryKiB is in KiB.
+	Passes    uint32
 	MemoryKiB uint32
 	Threads   uint8
 }
 
-// argonKey is the length of a hash, in bytes.
+// argonKey is the length of a hash in bytes.
 const argonKey = 32
 
 // Hash returns the password's argon2id hash in PHC form.
@@ -36,8 +34,8 @@ func (c Cost) Hash(password string) string {
 		base64.RawStdEncoding.EncodeToString(salt), base64.RawStdEncoding.EncodeToString(key))
 }
 
-// CheckPassword says whether the password is the one that hash was made of.
-// The error is about a hash that cannot be read.
+// CheckPassword reports whether hash is the hash of password. It fails if it cannot parse
+// hash.
 func CheckPassword(hash, password string) (bool, error) {
 	parts := strings.Split(hash, "$")
 	var version int

@@ -9,19 +9,20 @@ import (
 )
 
 const (
-	// recentLasts is how long a server trusts a key without asking the database. It
-	// hears of revocations at once; this bounds the delay if it hears nothing.
+	// recentLasts is how long a server trusts a key without asking the database. The
+	// database notifies it of revocations; this bounds the delay if a notification is
+	// lost.
 	recentLasts = time.Second
-	// maxRecent bounds the keys that are remembered.
+	// maxRecent bounds the cache, in keys.
 	maxRecent = 4096
 )
 
-// recent caches the holders of API keys that were shown a moment ago.
+// recent caches the holders of keys that the database confirmed within recentLasts.
 type recent struct {
 	mu    sync.Mutex
 	known map[[sha256.Size]byte]known
-	// forgets counts calls of Forget, so that a lookup that began before one is not
-	// remembered after it.
+	// forgets counts calls of Forget, so that a lookup that began before a call is not
+	// cached after it.
 	forgets int
 }
 
@@ -30,11 +31,11 @@ type known struct {
 	until time.Time
 }
 
-// CheckRecent returns what [Keys.Check] returns, but asks the database for a key
-// at most once a second. It is for requests that come by the thousands.
+// CheckRecent is [Keys.Check], but asks the database for a key at most once a second. It
+// is for very frequent requests.
 func (k *Keys) CheckRecent(ctx context.Context, key string) (Principal, error) {
 	if !strings.HasPrefix(key, keyPrefix) || len(key) > maxKey {
-		return k.Check(ctx, key) // which says what is wrong with it
+		return k.Check(ctx, key) // It returns the right error.
 	}
 	hash, now := sha256.Sum256([]byte(key)), time.Now()
 	r := &k.recent
@@ -65,8 +66,7 @@ func (k *Keys) CheckRecent(ctx context.Context, key string) (Principal, error) {
 	return p, nil
 }
 
-// Forget makes [Keys.CheckRecent] ask the database again for every key. Call it when
-// somebody's rights were revoked.
+// Forget clears the cache of [Keys.CheckRecent]. Call it after a revocation.
 func (k *Keys) Forget() {
 	k.recent.mu.Lock()
 	defer k.recent.mu.Unlock()

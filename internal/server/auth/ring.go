@@ -16,11 +16,11 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
-// minRingKey is how many bytes a key must have.
+// minRingKey is the minimum length of a key, in bytes.
 const minRingKey = 32
 
-// Ring is the keys of WRENN_SECRET_KEY, the current one first. The installation's
-// secret is kept in the database under one of them.
+// Ring is the keys in WRENN_SECRET_KEY, the current one first. The database stores the
+// installation's secret encrypted with one of them.
 type Ring struct{ keys []ringKey }
 
 type ringKey struct {
@@ -28,7 +28,7 @@ type ringKey struct {
 	bytes []byte
 }
 
-// ParseRing reads keys in hexadecimal, separated by commas.
+// ParseRing parses hexadecimal keys that are separated by commas.
 func ParseRing(text string) (Ring, error) {
 	var r Ring
 	for _, part := range strings.Split(text, ",") {
@@ -42,9 +42,9 @@ func ParseRing(text string) (Ring, error) {
 	return r, nil
 }
 
-// Secret returns the installation's secret. An installation that has none yet gets
-// one; one of an earlier release keeps its oldest key as its secret. If another
-// key than the current one was used to keep it, it is encrypted anew.
+// Secret returns the installation's secret. It creates one for a new installation. An
+// installation of a release that stored none keeps its oldest key as the secret. If an
+// old key encrypts the stored secret, Secret encrypts it again with the current one.
 func (r Ring) Secret(ctx context.Context, s *store.Store) (secret []byte, err error) {
 	err = s.InTx(ctx, func(q *db.Queries) error {
 		if err := q.LockBootstrap(ctx); err != nil {
@@ -71,17 +71,17 @@ func (r Ring) Secret(ctx context.Context, s *store.Store) (secret []byte, err er
 	return secret, nil
 }
 
-// first returns the secret of an installation that has kept none yet.
+// first returns the secret of an installation that has stored none yet.
 func (r Ring) first(ctx context.Context, q *db.Queries) ([]byte, error) {
 	n, err := q.CountUsers(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if n > 0 { // of an earlier release
+	if n > 0 { // An earlier release used its key as the secret.
 		return r.keys[len(r.keys)-1].bytes, nil
 	}
 	secret := make([]byte, minRingKey)
-	_, _ = rand.Read(secret) // never fails
+	_, _ = rand.Read(secret) // It never fails.
 	return secret, nil
 }
 
@@ -92,7 +92,7 @@ func (r Ring) keep(ctx context.Context, q *db.Queries, secret []byte) error {
 		return err
 	}
 	nonce := make([]byte, aead.NonceSize())
-	_, _ = rand.Read(nonce) // never fails
+	_, _ = rand.Read(nonce) // It never fails.
 	return q.SetInstallationSecret(ctx, db.SetInstallationSecretParams{KeyID: k.id, Sealed: aead.Seal(nonce, nonce, secret, []byte(k.id))})
 }
 
@@ -110,9 +110,9 @@ func (r Ring) open(row db.InstallationSecret) ([]byte, error) {
 				return secret, nil
 			}
 		}
-		return nil, fmt.Errorf("what key %s has encrypted is damaged", k.id)
+		return nil, fmt.Errorf("the secret that key %s encrypted is damaged", k.id)
 	}
-	return nil, fmt.Errorf("WRENN_SECRET_KEY lacks the key with the id %s, under which the database keeps the secret", row.KeyID)
+	return nil, fmt.Errorf("WRENN_SECRET_KEY lacks the key with the id %s, which encrypts the secret in the database", row.KeyID)
 }
 
 func (k ringKey) aead() (cipher.AEAD, error) {

@@ -22,44 +22,44 @@ import (
 )
 
 const (
-	// AccessLasts is how long an access token is good for.
+	// AccessLasts is the lifetime of an access token.
 	AccessLasts = 15 * time.Minute
-	// RefreshLasts is how long a refresh token is good for when it is not used,
-	// sessionLasts how long a session can be kept alive by using it.
+	// RefreshLasts is the lifetime of an unused refresh token. sessionLasts bounds a
+	// session however often it is refreshed.
 	RefreshLasts = 30 * 24 * time.Hour
 	sessionLasts = 180 * 24 * time.Hour
-	// overlap is how long the refresh token before the current one is taken for
-	// a second window's, or an answer lost on the way, and not for a thief's.
+	// overlap is how long a repeated use of the previous refresh token counts as a race
+	// of two browser windows or a lost response, and not as theft.
 	overlap = 10 * time.Second
 
 	refreshPrefix = "wrr_"
 	issuer        = "wrenn"
 	maxAgent      = 256
-	maxSessions   = 100 // of a user; a further login ends the oldest
+	maxSessions   = 100 // of a user; another login ends the oldest
 )
 
-// Derive returns a key for one purpose, made from the server's secret.
+// Derive derives a key for one purpose from the server's secret.
 func Derive(secret []byte, purpose string) []byte {
 	m := hmac.New(sha256.New, secret)
 	m.Write([]byte("key:" + purpose))
 	return m.Sum(nil)
 }
 
-// Sessions are users' logins. A session is a row; its access token is a signed
-// statement that lasts minutes, its refresh token is random, kept as a hash,
-// and good for one use.
+// Sessions manages users' logins. A session is a row in the database. Its access token is
+// a JWT that is valid for minutes. Its refresh token is random, valid for one use, and
+// stored as a hash.
 type Sessions struct {
 	store *store.Store
 	log   *slog.Logger
 	key   []byte
 }
 
-// NewSessions returns the sessions of a store; secret is the server's.
+// NewSessions returns the sessions in a store. secret is the installation's.
 func NewSessions(s *store.Store, secret []byte, log *slog.Logger) *Sessions {
 	return &Sessions{store: s, log: log, key: Derive(secret, "session")}
 }
 
-// Grant is what a login or a refresh gives.
+// Grant is the pair of tokens that a login or a refresh returns.
 type Grant struct {
 	User            uuid.UUID
 	Access, Refresh string
@@ -72,8 +72,8 @@ type claims struct {
 	Session string `json:"sid"`
 }
 
-// Start begins a session of a user, in q's transaction. agent and address say
-// to the user where it is from.
+// Start creates a session for a user in q's transaction. The user sees agent and address
+// in the list of sessions.
 func (s *Sessions) Start(ctx context.Context, q *db.Queries, user uuid.UUID, agent, address string) (Grant, error) {
 	session := uuid.New()
 	refresh, hash := newRefresh(session)
@@ -107,7 +107,7 @@ func (s *Sessions) grant(user, session uuid.UUID, refresh string, now, expires t
 	return g, nil
 }
 
-// newRefresh returns a refresh token of a session and its hash.
+// newRefresh returns a new refresh token for a session and its hash.
 func newRefresh(session uuid.UUID) (string, []byte) {
 	var random [32]byte
 	rand.Read(random[:])
@@ -116,7 +116,8 @@ func newRefresh(session uuid.UUID) (string, []byte) {
 	return token, hash[:]
 }
 
-// refreshSession returns whose refresh token it says it is.
+// refreshSession returns the session that a refresh token names, without checking the
+// token.
 func refreshSession(token string) (uuid.UUID, bool) {
 	raw, err := base64.RawURLEncoding.DecodeString(strings.TrimPrefix(token, refreshPrefix))
 	if err != nil || len(raw) != 48 || !strings.HasPrefix(token, refreshPrefix) {
@@ -125,12 +126,12 @@ func refreshSession(token string) (uuid.UUID, bool) {
 	return uuid.UUID(raw[:16]), true
 }
 
-// errNoSession is what every token that does not hold gets.
+// errNoSession is the error for every token that is not valid.
 func errNoSession() error { return fault.New(fault.Unauthenticated, "not logged in, or no longer") }
 
-// Refresh changes a session's refresh token and gives a new access token. A
-// refresh token that was used before ends the session, for one of its two
-// holders stole it; right after its use it fails with conflict instead.
+// Refresh exchanges a refresh token for a new pair of tokens. A second use of a token
+// ends the session, because somebody stole it. A second use within overlap fails with
+// conflict instead.
 func (s *Sessions) Refresh(ctx context.Context, token string) (Grant, error) {
 	session, ok := refreshSession(token)
 	if !ok {
@@ -155,10 +156,10 @@ func (s *Sessions) Refresh(ctx context.Context, token string) (Grant, error) {
 			return q.DeleteSession(ctx, session)
 		case !Equal(string(shown[:]), string(row.RefreshHash)):
 			if Equal(string(shown[:]), string(row.PreviousHash)) && now.Sub(row.RotatedAt) < overlap {
-				refused = fault.New(fault.Conflict, "this refresh token was used a moment ago: use the one that was given for it")
+				refused = fault.New(fault.Conflict, "this refresh token was just used: use the one that replaced it")
 				return nil
 			}
-			s.log.Warn("a refresh token was used twice: its session ends", "session", session, "user", row.UserID)
+			s.log.Warn("refresh token used twice: session ended", "session", session, "user", row.UserID)
 			refused = errNoSession()
 			return q.DeleteSession(ctx, session)
 		}
@@ -183,7 +184,7 @@ func (s *Sessions) Refresh(ctx context.Context, token string) (Grant, error) {
 	return g, err
 }
 
-// parse returns what an access token says, when it is one that holds.
+// parse returns the user and the session of a valid access token.
 func (s *Sessions) parse(token string) (user, session uuid.UUID, err error) {
 	var c claims
 	_, err = jwt.ParseWithClaims(token, &c, func(*jwt.Token) (any, error) { return s.key, nil },
@@ -200,9 +201,8 @@ func (s *Sessions) parse(token string) (user, session uuid.UUID, err error) {
 	return user, session, err
 }
 
-// Check returns who an access token is of, acting for a team of theirs: the
-// one given, or else the first that they were in. A token whose session ended
-// is none, however long it would last.
+// Check returns the holder of an access token, acting for the given team, or for the
+// first team they joined if team is nil. A token is not valid after its session ended.
 func (s *Sessions) Check(ctx context.Context, token string, team *uuid.UUID) (Principal, error) {
 	user, session, err := s.parse(token)
 	if err != nil {
@@ -211,9 +211,9 @@ func (s *Sessions) Check(ctx context.Context, token string, team *uuid.UUID) (Pr
 	return s.caller(ctx, user, session, team)
 }
 
-// Again returns who somebody is now whom Check returned before, acting for the
-// same team. It fails with unauthenticated if their session has ended or their
-// rights were revoked since then, even if they were given back.
+// Again looks up again a caller whom [Sessions.Check] returned, for the same team. It
+// fails with unauthenticated if their session ended or their rights were revoked since
+// then, even if they were restored.
 func (s *Sessions) Again(ctx context.Context, who Principal) (Principal, error) {
 	team := &who.Team
 	if who.Team == uuid.Nil {
@@ -240,8 +240,8 @@ func (s *Sessions) caller(ctx context.Context, user, session uuid.UUID, team *uu
 	}, nil
 }
 
-// End ends the session that a token, access or refresh, belongs to, and
-// returns whose it was. What is no such token ends nothing, and is nobody's.
+// End ends the session of an access or refresh token and returns its user. If the token
+// is not valid, it ends nothing and returns [uuid.Nil].
 func (s *Sessions) End(ctx context.Context, token string) (user uuid.UUID, err error) {
 	session, ok := refreshSession(token)
 	if ok {
@@ -266,7 +266,7 @@ func (s *Sessions) End(ctx context.Context, token string) (user uuid.UUID, err e
 	return user, nil
 }
 
-// EndAll ends all sessions of a user but for one (uuid.Nil: all).
+// EndAll ends all sessions of a user except keep (uuid.Nil: none).
 func (s *Sessions) EndAll(ctx context.Context, user, keep uuid.UUID) error {
 	if err := s.store.DeleteUserSessions(ctx, db.DeleteUserSessionsParams{UserID: user, Keep: keep}); err != nil {
 		return fmt.Errorf("end sessions: %w", err)
@@ -274,13 +274,13 @@ func (s *Sessions) EndAll(ctx context.Context, user, keep uuid.UUID) error {
 	return nil
 }
 
-// Run forgets what has expired until ctx is done.
+// Run deletes expired sessions, mail tokens and unconfirmed users until ctx is done.
 func (s *Sessions) Run(ctx context.Context) {
 	tick := time.NewTicker(time.Hour)
 	defer tick.Stop()
 	for {
 		if err := errors.Join(s.store.DeleteOldSessions(ctx), s.store.DeleteOldMailTokens(ctx), s.store.DeleteUnverifiedUsers(ctx)); err != nil && ctx.Err() == nil {
-			s.log.Warn("forget old sessions", "error", err)
+			s.log.Warn("delete expired sessions", "error", err)
 		}
 		select {
 		case <-tick.C:

@@ -1,5 +1,5 @@
-// Package auth says who calls: API keys, passwords, and the tokens of
-// sandboxes.
+// Package auth authenticates callers by API keys, sessions, passwords and the tokens of
+// sandboxes, and checks what they may do.
 package auth
 
 import (
@@ -14,41 +14,43 @@ import (
 	"github.com/google/uuid"
 )
 
-// Tokens makes the tokens of sandboxes and hosts from the server's secret; none is stored.
+// Tokens derives the tokens of sandboxes and hosts from the installation's secret. It
+// stores none.
 type Tokens struct{ secret []byte }
 
-// NewTokens returns the tokens of a secret, which must be long and random.
+// NewTokens returns the tokens derived from a secret, which must be long and random.
 func NewTokens(secret []byte) Tokens { return Tokens{secret} }
 
-// Guest is what the guest daemon asks for in X-Access-Token, for as long as the
-// sandbox lives.
+// Guest returns the token that envd requires in X-Access-Token for the lifetime of the
+// sandbox.
 func (t Tokens) Guest(sandbox uuid.UUID) string { return t.mac("access:", sandbox) }
 
-// Access is what a client shows to reach the guest daemon, until the sandbox's
-// tokens are revoked, which epoch counts. Of epoch 0 it is the guest's own.
+// Access returns the token with which a client reaches envd. epoch counts the revocations
+// of the sandbox's tokens. The token of epoch 0 is envd's own.
 func (t Tokens) Access(sandbox uuid.UUID, epoch int32) string {
 	return t.ofEpoch("access:", sandbox, epoch)
 }
 
-// Traffic is what opens a sandbox's ports in X-Traffic-Token, until the
-// sandbox's tokens are revoked, which epoch counts.
+// Traffic returns the token that opens a sandbox's ports in X-Traffic-Token. epoch counts
+// the revocations of the sandbox's tokens.
 func (t Tokens) Traffic(sandbox uuid.UUID, epoch int32) string {
 	return t.ofEpoch("traffic:", sandbox, epoch)
 }
 
-// AccessEpoch returns of which epoch an access token of a sandbox is. It may
-// have been revoked.
+// AccessEpoch returns the epoch of a sandbox's access token. A later epoch may have
+// revoked it.
 func (t Tokens) AccessEpoch(sandbox uuid.UUID, token string) (epoch int32, ok bool) {
 	return epochOf(token, func(epoch int32) string { return t.Access(sandbox, epoch) })
 }
 
-// TrafficEpoch returns of which epoch a traffic token of a sandbox is. It may
-// have been revoked.
+// TrafficEpoch returns the epoch of a sandbox's traffic token. A later epoch may have
+// revoked it.
 func (t Tokens) TrafficEpoch(sandbox uuid.UUID, token string) (epoch int32, ok bool) {
 	return epochOf(token, func(epoch int32) string { return t.Traffic(sandbox, epoch) })
 }
 
-// ofEpoch is a token that begins with its epoch, but for the first.
+// ofEpoch returns the token of an epoch. Tokens of all epochs but 0 begin with the
+// number.
 func (t Tokens) ofEpoch(purpose string, sandbox uuid.UUID, epoch int32) string {
 	if epoch == 0 {
 		return t.mac(purpose, sandbox)
@@ -56,7 +58,7 @@ func (t Tokens) ofEpoch(purpose string, sandbox uuid.UUID, epoch int32) string {
 	return fmt.Sprintf("%d.%s", epoch, t.mac(fmt.Sprintf("%s%d:", purpose, epoch), sandbox))
 }
 
-// epochOf returns the epoch that a token says, if made makes the same of it.
+// epochOf returns the epoch in a token, if made returns the same token for it.
 func epochOf(token string, made func(epoch int32) string) (int32, bool) {
 	var epoch int64
 	if number, _, ok := strings.Cut(token, "."); ok {
@@ -68,13 +70,13 @@ func epochOf(token string, made func(epoch int32) string) (int32, bool) {
 	return int32(epoch), Equal(token, made(int32(epoch)))
 }
 
-// Agent is what a host's agent asks of the control plane, from one
-// registration of the host to the next, which epoch counts.
+// Agent returns the token that a host's agent requires of the control plane. epoch counts
+// the registrations of the host.
 func (t Tokens) Agent(host uuid.UUID, epoch int32) string {
 	return t.mac(fmt.Sprintf("agent:%d:", epoch), host)
 }
 
-// HostKey is the key that hosts' own tokens are signed with.
+// HostKey returns the key that signs hosts' tokens.
 func (t Tokens) HostKey() []byte {
 	m := hmac.New(sha256.New, t.secret)
 	m.Write([]byte("hosts"))
@@ -88,7 +90,7 @@ func (t Tokens) mac(purpose string, of uuid.UUID) string {
 	return hex.EncodeToString(m.Sum(nil))
 }
 
-// Equal compares two secrets in a time that tells nothing but their lengths.
+// Equal compares two secrets in constant time. Only their lengths affect the time.
 func Equal(got, want string) bool {
 	return subtle.ConstantTimeCompare([]byte(got), []byte(want)) == 1
 }

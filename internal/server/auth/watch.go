@@ -16,70 +16,69 @@ import (
 )
 
 const (
-	// lookAgain is how long something may go on for somebody of whom nothing was
-	// heard: keys expire without a word.
+	// lookAgain is how often every stream is checked, because a key expires without a
+	// notification.
 	lookAgain = time.Minute
-	// lookWithin bounds one look, looks is how many there are at once. One that
-	// fails is repeated after lookSoon.
+	// lookWithin bounds one check, looks how many run at once. A failed check is repeated
+	// after lookSoon.
 	lookWithin = 5 * time.Second
 	looks      = 8
 	lookSoon   = time.Second
 )
 
-// Watch ends what goes on for as long as a client likes, a terminal for one,
-// when who asked for it may no longer. Servers hear from the database that
-// somebody may do less than before, whichever of them was asked for it.
+// Watch ends long-lived streams, such as terminals, when their caller loses access. The
+// database notifies all servers when somebody loses access, whichever server revoked it.
 type Watch struct {
 	store *store.Store
 	log   *slog.Logger
-	// wake asks for a look at what is in doubt.
+	// wake asks Run to check the streams in doubt.
 	wake chan struct{}
 
 	mu sync.Mutex
-	// heard counts what was heard.
+	// heard counts notifications.
 	heard int
-	// told are called with what was heard.
+	// told is called with each notification.
 	told []func(whose string)
 	held map[*held]struct{}
 }
 
-// held is something that goes on.
+// held is a stream that Watch may end.
 type held struct {
-	about []uuid.UUID // whose change is a reason to ask again
+	about []uuid.UUID // ids whose notifications put the stream in doubt
 	may   func(context.Context) error
 	end   context.CancelCauseFunc
-	doubt bool // It is to be looked at again.
+	doubt bool // The next check includes it.
 }
 
-// NewWatch returns a watch that hears from a store. Run must run for anything
-// to be ended.
+// NewWatch returns a watch on the notifications of a store. It works while [Watch.Run]
+// runs.
 func NewWatch(s *store.Store, log *slog.Logger) *Watch {
 	return &Watch{store: s, log: log, wake: make(chan struct{}, 1), held: make(map[*held]struct{})}
 }
 
-// Mark returns what [Watch.While] must be given that was taken before it was
-// looked at who calls.
+// Mark returns the number of notifications so far. Call it before you authenticate a
+// caller and pass it to [Watch.While].
 func (w *Watch) Mark() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.heard
 }
 
-// While returns a context that ends when may, which is asked again whenever
-// something of the caller's is changed, fails with a fault: the cause is that
-// fault. done must be called when it is over.
+// While returns a context that is cancelled when the caller loses access. Watch calls may
+// again after each notification about the caller. If may returns a fault, that is the
+// context's cause. Call done at the end of the stream.
 func (w *Watch) While(ctx context.Context, who Principal, mark int, may func(context.Context) error) (while context.Context, done func()) {
 	return w.while(ctx, []uuid.UUID{who.Session, who.Key, who.User, who.Team}, mark, may)
 }
 
-// WhileToken is While for somebody who showed a token of a team's sandbox.
+// WhileToken is [Watch.While] for a caller with a token of a team's sandbox.
 func (w *Watch) WhileToken(ctx context.Context, team, sandbox uuid.UUID, mark int, may func(context.Context) error) (while context.Context, done func()) {
 	return w.while(ctx, []uuid.UUID{sandbox, team}, mark, may)
 }
 
-// OnWord has f called with the id of every session, key, user, team or sandbox
-// of which it is heard that access to it ends; no id: it can be any. Call it
-// before Run. f must not block.
+// OnWord registers f. Watch calls it with the id of each session, key, user, team or
+// sandbox that loses access; without an id it can be any. f must not block. Call OnWord
+// before Run.
 func (w *Watch) OnWord(f func(whose string)) { w.told = append(w.told, f) }
 
 func (w *Watch) while(ctx context.Context, about []uuid.UUID, mark int, may func(context.Context) error) (while context.Context, done func()) {
@@ -100,8 +99,8 @@ func (w *Watch) while(ctx context.Context, about []uuid.UUID, mark int, may func
 	}
 }
 
-// look asks whether something may go on, and ends it if not. While that cannot be
-// known, it stays in doubt.
+// look checks one stream and ends it if its caller has lost access. If the check fails,
+// the stream stays in doubt.
 func (w *Watch) look(ctx context.Context, h *held) {
 	bounded, cancel := context.WithTimeout(ctx, lookWithin)
 	defer cancel()
@@ -111,7 +110,7 @@ func (w *Watch) look(ctx context.Context, h *held) {
 	case errors.As(err, &f):
 		h.end(f)
 	case err != nil && ctx.Err() == nil:
-		w.log.Warn("look whether somebody may go on", "error", err)
+		w.log.Warn("check whether a caller still has access", "error", err)
 		w.mu.Lock()
 		h.doubt = true
 		w.mu.Unlock()
@@ -119,7 +118,7 @@ func (w *Watch) look(ctx context.Context, h *held) {
 	}
 }
 
-// again has Run look at what is in doubt. It does not block.
+// again asks Run to check the streams in doubt. It does not block.
 func (w *Watch) again() {
 	select {
 	case w.wake <- struct{}{}:
@@ -127,14 +126,14 @@ func (w *Watch) again() {
 	}
 }
 
-// Run hears until ctx is done.
+// Run handles notifications and checks streams until ctx is done.
 func (w *Watch) Run(ctx context.Context) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() {
-		// The first word, after what may have been missed, is about everybody.
+		// After a reconnect, the first notification is about everybody.
 		w.store.Listen(ctx, w.log, "wrenn_access", func(whose string) {
-			// First, so that nobody who asks again is told what was so before.
+			// First clear caches, so that the checks do not read old rights.
 			for _, f := range w.told {
 				f(whose)
 			}
@@ -162,14 +161,14 @@ func (w *Watch) Run(ctx context.Context) {
 		}
 		w.mu.Unlock()
 		_ = each.Do(ctx, w.log, looks, lookWithin, look, func(_ context.Context, h *held) error {
-			w.look(ctx, h) // which has its own bound
+			w.look(ctx, h) // It has its own time limit.
 			return nil
 		})
 	}
 }
 
-// doubt marks what goes on for a session, key, user or team; for everybody
-// where it is no id.
+// doubt marks the streams of a session, key, user, team or sandbox, or all streams if
+// whose is not an id.
 func (w *Watch) doubt(whose string) {
 	one, err := uuid.Parse(whose)
 	w.mu.Lock()

@@ -1,5 +1,5 @@
-// Package budget bounds the requests under way, and the memory that they take while
-// they are answered, so that no caller can take the service's.
+// Package budget bounds how many requests a caller may have in flight and how much memory
+// they take, so that no caller can exhaust the server.
 package budget
 
 import (
@@ -14,25 +14,26 @@ import (
 )
 
 const (
-	// Share is the part of the whole that one owner may hold: a quarter of it.
+	// Share is the divisor for one owner: nobody may hold more than a quarter of a
+	// budget.
 	Share = 4
-	// Free is how much a request may take beside the budget, in bytes read or
-	// printed: what is short goes on however much others hold.
+	// Free is how many bytes a request may read or print without taking from the budget,
+	// so that small requests work however much others hold.
 	Free = 4 << 10
 )
 
-// retryAfter is when a request that was refused may be tried again.
+// retryAfter is the Retry-After of a refused request.
 const retryAfter = time.Second
 
-// Crowd bounds the requests under way of each principal, of all teams of each owner,
-// and of each address. It may be used by several goroutines.
+// Crowd bounds the requests in flight of each principal, of all teams of each owner, and
+// of each address. It is safe for concurrent use.
 type Crowd struct{ principals, payers, addresses *Budget }
 
-// ofPayer is how many times a principal's bound all teams of one owner together, or one
-// address, may have under way.
+// ofPayer is the limit of all teams of one owner, and of one address, as a multiple of a
+// principal's.
 const ofPayer = 2
 
-// NewCrowd returns a Crowd that lets each principal have that many requests under way.
+// NewCrowd returns a Crowd that lets each principal have that many requests in flight.
 func NewCrowd(each int) *Crowd {
 	places := func(each int) *Budget {
 		return &Budget{total: math.MaxInt64, each: int64(each), owners: make(map[string]int64)}
@@ -40,16 +41,16 @@ func NewCrowd(each int) *Crowd {
 	return &Crowd{places(each), places(ofPayer * each), places(ofPayer * each)}
 }
 
-// enter takes one of somebody's places until leave is called, once.
+// enter takes one place for who. The caller must call leave once.
 func enter(places *Budget, who string) (leave func(), err error) {
 	if !places.take(who, 1) {
-		return nil, refuse("%d requests are under way, as many as may be: try again when one has ended", places.each)
+		return nil, refuse("%d requests are in flight, which is the limit: try again when one has ended", places.each)
 	}
 	return func() { places.give(who, 1) }, nil
 }
 
-// Enter counts a request for a principal and for its payer until leave is called, once.
-// If it is one too many, the error is fault.RateLimited.
+// Enter counts a request for a principal and its payer. The caller must call leave once.
+// Enter fails with fault.RateLimited if a limit is reached.
 func (c *Crowd) Enter(principal, payer uuid.UUID) (leave func(), err error) {
 	one, err := enter(c.principals, principal.String())
 	if err != nil || payer == uuid.Nil {
@@ -63,19 +64,19 @@ func (c *Crowd) Enter(principal, payer uuid.UUID) (leave func(), err error) {
 	return func() { all(); one() }, nil
 }
 
-// EnterFrom is Enter for a request's address.
+// EnterFrom is [Crowd.Enter] for a request's address.
 func (c *Crowd) EnterFrom(address string) (leave func(), err error) {
 	return enter(c.addresses, address)
 }
 
-// Budget is what requests may hold at the same time: bytes, or in a [Crowd] places.
-// It may be used by several goroutines.
+// Budget is what requests may hold at the same time: bytes, or places in a [Crowd]. It is
+// safe for concurrent use.
 type Budget struct {
 	total, each int64
 
 	mu     sync.Mutex
 	used   int64
-	owners map[string]int64 // those who hold something
+	owners map[string]int64 // only those that hold something
 }
 
 // New returns a budget of total bytes, of which one owner gets a [Share].
@@ -90,42 +91,42 @@ func (b *Budget) Used() int64 {
 	return b.used
 }
 
-// Hold begins to hold for an owner: nothing yet. Whoever calls it calls
+// Hold returns an empty account for a request of an owner. The caller must call
 // [Held.Release].
 func (b *Budget) Hold(owner string) *Held { return &Held{budget: b, owner: owner} }
 
-// Held is what one request holds. One goroutine uses it at a time.
+// Held is what one request holds. It is not safe for concurrent use.
 type Held struct {
 	budget *Budget
 	owner  string
 	bytes  int64
 }
 
-// Grow takes n bytes more, before they are used. Where there are not so many
-// it takes none, and the error is fault.RateLimited.
+// Grow takes n more bytes; call it before you use them. If the budget lacks them, it
+// takes none and fails with fault.RateLimited.
 func (h *Held) Grow(n int64) error {
 	if n == 0 {
 		return nil
 	}
 	if !h.budget.take(h.owner, n) {
-		return refuse("requests under way hold as much memory as they may: try again, or use the streaming operations")
+		return refuse("requests in flight hold all the memory they may: try again, or use the streaming operations")
 	}
 	h.bytes += n
 	return nil
 }
 
-// GrowFor takes cost for each of n bytes, the first [Free] of them not counted, as a
-// [Held.Reader] does.
+// GrowFor takes cost bytes for each of n bytes except the first [Free], as [Held.Reader]
+// does.
 func (h *Held) GrowFor(n int, cost int64) error { return h.Grow(cost * int64(max(0, n-Free))) }
 
-// refuse returns a fault.RateLimited that says when to try again.
+// refuse returns a fault.RateLimited with a Retry-After.
 func refuse(format string, args ...any) error {
 	err := fault.New(fault.RateLimited, format, args...)
 	err.RetryAfter = retryAfter
 	return err
 }
 
-// take takes n for an owner, all of it or nothing.
+// take takes n for an owner, or nothing if that exceeds a limit.
 func (b *Budget) take(owner string, n int64) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -137,7 +138,7 @@ func (b *Budget) take(owner string, n int64) bool {
 	return true
 }
 
-// give takes n back from an owner.
+// give returns n of an owner's.
 func (b *Budget) give(owner string, n int64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -147,26 +148,26 @@ func (b *Budget) give(owner string, n int64) {
 	}
 }
 
-// Release gives everything back. It may be called twice.
+// Release returns everything. It can be called twice.
 func (h *Held) Release() {
 	h.budget.give(h.owner, h.bytes)
 	h.bytes = 0
 }
 
-// Reader returns a reader of r that takes cost bytes for each byte before it
-// reads it, the first [Free] of them not counted. It ends with [Held.Grow]'s error.
+// Reader returns a reader of r that takes cost bytes of the budget for each byte except
+// the first [Free], before it reads them. Its reads fail with the error of [Held.Grow].
 func (h *Held) Reader(r io.Reader, cost int64) io.Reader {
 	return &reader{held: h, from: r, cost: cost, left: Free}
 }
 
-// step is how much a reader takes at once.
+// step is how many bytes a reader takes for at once.
 const step = 32 << 10
 
 type reader struct {
 	held *Held
 	from io.Reader
 	cost int64
-	left int // what has been taken for and not been read
+	left int // bytes taken for but not read yet
 }
 
 func (r *reader) Read(p []byte) (int, error) {

@@ -1,8 +1,8 @@
-// Package builds turns recipes into templates: it keeps the queue, runs the
-// steps in sandboxes of their own, and has what comes of them captured.
+// Package builds turns recipes into templates. It queues builds, runs their steps in
+// sandboxes of their own, and has hosts capture the results.
 //
-// PostgreSQL has every build's truth; Redis only says that there is something
-// to look at. A build is one server's for as long as it renews its lease.
+// PostgreSQL is the source of truth for builds. Redis only wakes workers. A server owns a
+// build as long as it renews its lease.
 package builds
 
 import (
@@ -31,7 +31,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/tracing"
 )
 
-// State is where a build is in its life.
+// State is the state of a build.
 type State string
 
 // The states of a build.
@@ -43,10 +43,10 @@ const (
 	Cancelled State = "cancelled"
 )
 
-// Ended says whether nothing more becomes of the build.
+// Ended reports whether the state is final.
 func (s State) Ended() bool { return s != Queued && s != Running }
 
-// Settings bound builds. For [New], zero is the default.
+// Settings configures builds. [New] replaces zeros with the defaults.
 type Settings struct {
 	Workers         int           `env:"WRENN_BUILD_WORKERS" envDefault:"3" help:"builds that one server runs at once; one owner's may be all but one of them"`
 	TeamRunning     int           `env:"WRENN_BUILD_TEAM_RUNNING" envDefault:"2" help:"builds that may run at once for all teams of one owner"`
@@ -63,7 +63,7 @@ type Settings struct {
 	Sweep           time.Duration `env:"WRENN_BUILD_SWEEP" envDefault:"30s" help:"interval at which the server deletes what builds no longer need"`
 }
 
-// Config is what a Service works with.
+// Config configures a [Service].
 type Config struct {
 	Settings
 	Store     *store.Store
@@ -71,66 +71,64 @@ type Config struct {
 	Hosts     *hosts.Registry
 	Sandboxes *sandboxes.Service
 	Templates *templates.Service
-	// Spool holds folders that are being uploaded.
+	// Spool buffers folders during an upload.
 	Spool *spool.Spool
-	// Secret is what registries' credentials are encrypted with while a build
-	// waits and runs.
+	// Secret encrypts registry credentials until the build has ended.
 	Secret []byte
-	// Trace goes on with the traces of requests for builds; nil: nothing is recorded.
+	// Trace continues the traces of the requests that started builds; nil: no tracing.
 	Trace *tracing.Tracer
 	Log   *slog.Logger
 }
 
-// Service is every team's builds.
+// Service manages the builds of all teams.
 type Service struct {
 	Config
-	// queue is a client of its own: only the close of its connections ends a wait
-	// for Redis early, and waits take none from others.
+	// queue is a separate client, because only closing its connections ends a blocking
+	// pop early, and because pops must not use up the other client's connections.
 	queue *redis.Client
-	// keeping has a place for each archive that is written to the database.
+	// keeping limits how many archives are written to the database at once.
 	keeping chan struct{}
 
 	mu sync.Mutex
-	// waiting are closed when something changes about the build.
+	// waiting has a channel per followed build. It is closed at the next change.
 	waiting map[uuid.UUID]chan struct{}
 }
 
-// New returns the builds of a store. Run works on them. Settings that are 0 are
-// their defaults.
+// New returns a service. [Service.Run] executes the builds.
 func New(c Config) *Service {
 	settings.Default(&c.Settings)
-	// Copied before the other client is used, which changes its options then.
+	// Copy the options before the other client is used, because that changes them.
 	options := *c.Redis.Options()
 	options.PoolSize, options.MaxRetries = c.Workers, -1
 	return &Service{Config: c, queue: redis.NewClient(&options), keeping: make(chan struct{}, 2), waiting: make(map[uuid.UUID]chan struct{})}
 }
 
-// Request is what a build is asked to be.
+// Request describes a build to start.
 type Request struct {
 	Name    string
 	Tags    []string // none: latest
 	Recipe  string
-	Archive string // digest of the folder; empty: nothing is copied
-	// Registry is as whom the registry of FROM oci: is asked; nil: as nobody.
+	Archive string // digest of the uploaded folder; empty: none
+	// Registry is the credentials for the registry of FROM oci:; nil: anonymous.
 	Registry *Registry
 	Options  Options
 }
 
-// Options are how a build is done.
+// Options configures one build.
 type Options struct {
 	VCPUs     int32 `json:"vcpus,omitempty"`
 	MemoryMiB int32 `json:"memory_mib,omitempty"`
 	DiskMiB   int32 `json:"disk_mib,omitempty"`
-	// NoCache runs every step, whatever layers there are.
+	// NoCache runs every step, even if a layer for it exists.
 	NoCache bool `json:"no_cache,omitempty"`
-	// SkipPrePost leaves the phases before and after the recipe out.
+	// SkipPrePost skips the phases before and after the recipe.
 	SkipPrePost bool `json:"skip_pre_post,omitempty"`
-	// Seconds; 0: the server's.
+	// Timeouts in seconds (0: the server's setting).
 	StepTimeout  int32 `json:"step_timeout,omitempty"`
 	PhaseTimeout int32 `json:"phase_timeout,omitempty"`
 }
 
-// seconds returns what a build asks for, or else the server's.
+// seconds converts a build's timeout. It returns otherwise if n is 0.
 func seconds(n int32, otherwise time.Duration) time.Duration {
 	if n == 0 {
 		return otherwise
@@ -138,9 +136,9 @@ func seconds(n int32, otherwise time.Duration) time.Duration {
 	return time.Duration(n) * time.Second
 }
 
-// Start puts a build into the queue. It fails with invalid_argument where the
-// recipe is not one, says all that is wrong with it, and with unprocessable where
-// it copies from a folder that was not uploaded.
+// Start queues a build. It fails with invalid_argument and a list of all mistakes if the
+// recipe is wrong, and with unprocessable if the recipe copies from a folder that was not
+// uploaded.
 func (s *Service) Start(ctx context.Context, team uuid.UUID, r Request) (db.Build, error) {
 	if err := templates.CheckName(r.Name); err != nil {
 		return db.Build{}, err
@@ -164,12 +162,12 @@ func (s *Service) Start(ctx context.Context, team uuid.UUID, r Request) (db.Buil
 			return db.Build{}, fmt.Errorf("look up archive: %w", err)
 		}
 		if n == 0 {
-			return db.Build{}, fault.New(fault.Unprocessable, "archive %.100q is not there: upload it first", r.Archive)
+			return db.Build{}, fault.New(fault.Unprocessable, "archive %.100q does not exist: upload it first", r.Archive)
 		}
 	}
 	steps := len(outline(parsed, r.Options.SkipPrePost))
 	if steps > maxSteps {
-		return db.Build{}, fault.New(fault.InvalidArgument, "recipe: the build would have %d steps: %d are the most", steps, maxSteps)
+		return db.Build{}, fault.New(fault.InvalidArgument, "recipe: the build would have %d steps, but the limit is %d", steps, maxSteps)
 	}
 	options, err := json.Marshal(r.Options)
 	if err != nil {
@@ -180,7 +178,7 @@ func (s *Service) Start(ctx context.Context, team uuid.UUID, r Request) (db.Buil
 	switch {
 	case r.Registry == nil:
 	case parsed.From.Image == "":
-		return db.Build{}, fault.New(fault.InvalidArgument, "registry: only a recipe that is FROM oci: has one")
+		return db.Build{}, fault.New(fault.InvalidArgument, "registry: only recipes with FROM oci: can have credentials")
 	default:
 		if sealed, err = s.sealRegistry(build, *r.Registry); err != nil {
 			return db.Build{}, err
@@ -199,10 +197,10 @@ func (s *Service) Start(ctx context.Context, team uuid.UUID, r Request) (db.Buil
 		return err
 	})
 	if errors.Is(err, store.ErrNoRows) {
-		return row, fault.New(fault.Conflict, "the team has %d builds that wait or run, which is the most", s.TeamOpen)
+		return row, fault.New(fault.Conflict, "the team has %d queued or running builds, which is the limit", s.TeamOpen)
 	}
 	if err != nil {
-		return row, fmt.Errorf("write build: %w", err)
+		return row, fmt.Errorf("insert build: %w", err)
 	}
 	s.wake(ctx)
 	return row, nil
@@ -220,7 +218,7 @@ func (s *Service) Get(ctx context.Context, team, build uuid.UUID) (db.Build, err
 	return row, nil
 }
 
-// Steps returns what a build has done and what is to come, once it has begun.
+// Steps returns a build's steps, once it has begun.
 func (s *Service) Steps(ctx context.Context, build uuid.UUID) ([]Step, error) {
 	rows, err := s.Store.ListBuildSteps(ctx, build)
 	if err != nil {
@@ -235,8 +233,8 @@ func (s *Service) Steps(ctx context.Context, build uuid.UUID) ([]Step, error) {
 	return steps, nil
 }
 
-// List returns a page of a team's builds, newest first, and the cursor of the
-// next one ("" on the last page).
+// List returns a page of a team's builds, newest first, and the cursor of the next page
+// ("" on the last).
 func (s *Service) List(ctx context.Context, team uuid.UUID, cursor string, limit int) ([]db.Build, string, error) {
 	at, before, err := page.Newest(cursor)
 	if err != nil {
@@ -250,35 +248,36 @@ func (s *Service) List(ctx context.Context, team uuid.UUID, cursor string, limit
 	return rows, next, nil
 }
 
-// Cancel has a build end. One that waits has ended when this returns; one that
-// runs ends as soon as what it does can be broken off and nothing of it is left.
-// That it has ended already is no error.
+// Cancel cancels a build. A queued build has ended when Cancel returns. A running build
+// ends as soon as its current work is interrupted and cleaned up. Cancelling a finished
+// build is not an error.
 func (s *Service) Cancel(ctx context.Context, team, build uuid.UUID) (db.Build, error) {
 	row, err := s.Store.CancelBuild(ctx, db.CancelBuildParams{ID: build, TeamID: team})
 	if errors.Is(err, store.ErrNoRows) {
 		return s.Get(ctx, team, build)
 	}
 	if err != nil {
-		return row, fmt.Errorf("write that build is to end: %w", err)
+		return row, fmt.Errorf("cancel build: %w", err)
 	}
 	s.changed(ctx, build)
 	return row, nil
 }
 
-// The Redis list that workers wait for, and the channel of builds' changes.
+// The Redis list on which workers block, and the channel that announces changes of
+// builds.
 const (
 	queueKey = "wrenn:builds"
 	channel  = "wrenn:builds:changed"
 )
 
-// redisTimeout bounds a word to Redis, on which nothing rests.
+// redisTimeout bounds a message to Redis. Nothing depends on the message's arrival.
 const redisTimeout = 2 * time.Second
 
-// wake lets one worker, wherever it is, look for something to do.
+// wake makes one worker of any server look for a build.
 func (s *Service) wake(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), redisTimeout)
 	defer cancel()
-	// A list that nobody empties, with all servers away, does not grow.
+	// Bound the list for the case that no server is running.
 	pipe := s.Redis.Pipeline()
 	pipe.LPush(ctx, queueKey, "look")
 	pipe.LTrim(ctx, queueKey, 0, 1023)
@@ -287,13 +286,13 @@ func (s *Service) wake(ctx context.Context) {
 	}
 }
 
-// changed tells everybody who follows the build, here and elsewhere.
+// changed notifies all followers of the build, on this server and others.
 func (s *Service) changed(ctx context.Context, build uuid.UUID) {
 	s.heard(build)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), redisTimeout)
 	defer cancel()
 	if err := s.Redis.Publish(ctx, channel, build[:]).Err(); err != nil {
-		s.Log.Debug("tell of a build", "error", err)
+		s.Log.Debug("publish a build's change", "error", err)
 	}
 }
 
@@ -318,8 +317,8 @@ func (s *Service) change(build uuid.UUID) <-chan struct{} {
 	return c
 }
 
-// listen hears what other servers tell. The client connects again by itself;
-// who waits looks by itself too, now and then.
+// listen receives other servers' changes. The client reconnects by itself, and followers
+// poll in case a message is lost.
 func (s *Service) listen(ctx context.Context) {
 	sub := s.Redis.Subscribe(ctx, channel)
 	defer sub.Close()
@@ -339,12 +338,12 @@ func (s *Service) listen(ctx context.Context) {
 	}
 }
 
-// lookAgain is how long another server's word is waited for before the table is
-// looked at all the same.
+// lookAgain is how often followers and idle workers poll the table if Redis sends
+// nothing.
 const lookAgain = 2 * time.Second
 
-// Follow calls see with a team's build and its steps, at once and after each
-// change, until the build has ended, see fails or ctx is done.
+// Follow calls see with a team's build and its steps, at once and after each change,
+// until the build has ended, see fails or ctx is done.
 func (s *Service) Follow(ctx context.Context, team, build uuid.UUID, see func(db.Build, []Step) error) error {
 	for {
 		change := s.change(build)
@@ -372,18 +371,18 @@ func (s *Service) Follow(ctx context.Context, team, build uuid.UUID, see func(db
 	}
 }
 
-// persistTimeout bounds how long it is tried to write what has happened.
+// persistTimeout bounds the attempts to write a result.
 const persistTimeout = 30 * time.Second
 
-// persist runs f, which writes what has already happened, until it works or the
-// time for it is over; it goes on when ctx ends.
+// persist retries f, which writes a result, until it succeeds or persistTimeout has
+// passed. The end of ctx does not stop it.
 func persist(ctx context.Context, f func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), persistTimeout)
 	defer cancel()
 	return store.Persist(ctx, f)
 }
 
-// told is what an error says to the build's owner.
+// told returns the message of an error for the build's owner.
 func told(err error) string {
 	var f *fault.Error
 	if errors.As(err, &f) {

@@ -31,29 +31,31 @@ type file struct {
 	sum        [sha256.Size]byte
 }
 
-// copied is the modification time of every copied file. It is the same in each build,
-// and not before 1980 in any time zone, because zip archives cannot hold earlier dates.
+// copied is the modification time of every copied file. It is constant so that builds are
+// reproducible, and not before 1980 in any time zone, because zip archives cannot hold
+// earlier dates.
 var copied = time.Date(1980, 1, 2, 0, 0, 0, 0, time.UTC)
 
-// selection is what a COPY takes, and where it goes.
+// selection is the files that a COPY takes and where they go.
 type selection struct {
-	// target is an absolute path. It is a folder; or, if not, the one file's
-	// unless the guest has a folder there.
+	// target is an absolute path: a folder if folder is set. Otherwise it names a single
+	// file, unless the guest has a folder there.
 	target string
 	folder bool
 	mode   *uint32
-	// to is where each entry goes, below target; of a file that target is, its
+	// to maps each entry to its paths below target. For a single file, the path is its
 	// own name.
 	to    map[string][]string
 	files map[string]file
 }
 
-// folder is a build's folder, and what its recipe may still take of it.
+// folder is a build's uploaded folder, with limits on what all COPYs of the recipe
+// together may do.
 type folder struct {
 	index []file
 	all   map[string]file // of index, by name
-	// chosen is how many entries all COPYs may take together, and work how many
-	// bytes of names they may compare: the server does both before the build begins.
+	// chosen is how many more entries COPYs may take, and work how many more bytes of
+	// names they may compare. The server does both before the build begins.
 	chosen, work int
 }
 
@@ -70,9 +72,9 @@ func newFolder(index []file) *folder {
 	return f
 }
 
-var errTooMuch = errors.New("the recipe's COPYs look for too many files in too large a folder: copy folders instead of files, or list what to leave out in .wrennignore")
+var errTooMuch = errors.New("the recipe's COPYs match too many files in too large a folder: copy folders instead of files, or exclude files in .wrennignore")
 
-// compare takes the room for comparisons of n bytes, or fails.
+// compare takes n bytes of comparisons from the limit, or fails.
 func (f *folder) compare(n int) error {
 	if f.work -= n; f.work < 0 {
 		return errTooMuch
@@ -87,7 +89,7 @@ func (f *folder) selectFiles(c *recipe.Copy, dir string, lookup func(string) (st
 		return nil, "", err
 	}
 	if target == "" {
-		return nil, "", &recipe.Error{Pos: c.Pos, Message: "COPY has no target once its variables are put in"}
+		return nil, "", &recipe.Error{Pos: c.Pos, Message: "COPY has an empty target after expanding its variables"}
 	}
 	if c.Owner != nil {
 		if owner, err = c.Owner.Expand(lookup); err != nil {
@@ -111,10 +113,10 @@ func (f *folder) selectFiles(c *recipe.Copy, dir string, lookup func(string) (st
 			return nil, "", err
 		}
 		if slices.Contains(strings.Split(source, "/"), "..") {
-			return nil, "", &recipe.Error{Pos: word.Pos, Message: "COPY's sources cannot lead upwards"}
+			return nil, "", &recipe.Error{Pos: word.Pos, Message: "COPY's sources cannot contain .."}
 		}
 		pattern := strings.TrimPrefix(path.Clean("/"+source), "/")
-		err = f.compare(8 * len(source)) // it was expanded, cleaned and split
+		err = f.compare(8 * len(source)) // for expanding, cleaning and splitting it
 		found := false
 		if err == nil {
 			found, err = f.find(s, pattern)
@@ -132,7 +134,7 @@ func (f *folder) selectFiles(c *recipe.Copy, dir string, lookup func(string) (st
 	return s, owner, nil
 }
 
-// find adds what a source names to s, and says whether there is something.
+// find adds the entries that a source matches to s and reports whether there are any.
 func (f *folder) find(s *selection, pattern string) (found bool, err error) {
 	switch {
 	case pattern == "":
@@ -143,7 +145,7 @@ func (f *folder) find(s *selection, pattern string) (found bool, err error) {
 			return false, err
 		}
 		for _, e := range f.index {
-			// A star is tried at each place of the name, with what follows it.
+			// A star is tried at each position of the name, with the rest of the pattern.
 			if err := f.compare(len(e.name) * len(pattern)); err != nil {
 				return false, err
 			}
@@ -163,7 +165,7 @@ func (f *folder) find(s *selection, pattern string) (found bool, err error) {
 	if found {
 		return true, nil
 	}
-	// A folder that was left out, but for something in it, has no entry.
+	// An ignored folder of which the archive has only some files has no entry itself.
 	folder := s.folder
 	before := f.chosen
 	err = f.takeBelow(s, pattern+"/")
@@ -173,10 +175,10 @@ func (f *folder) find(s *selection, pattern string) (found bool, err error) {
 	return found, err
 }
 
-// take adds a source: what is in it, if it is a folder.
+// take adds a source. If it is a folder, take adds its content.
 func (f *folder) take(s *selection, e file) error {
 	name := path.Base(e.name)
-	// As docker has it, a link that is a source itself is followed.
+	// Docker also follows a link that is itself a source.
 	for range 16 {
 		if e.kind != tar.TypeSymlink {
 			break
@@ -184,7 +186,7 @@ func (f *folder) take(s *selection, e file) error {
 		next := path.Join(path.Dir(e.name), e.link)
 		to, ok := f.all[next]
 		if !ok {
-			return fmt.Errorf("%.200q is a link to what the folder does not have", e.name)
+			return fmt.Errorf("%.200q links to a file that the folder does not have", e.name)
 		}
 		e = to
 	}
@@ -220,7 +222,7 @@ func (f *folder) add(s *selection, e file, to string) error {
 	return nil
 }
 
-// digest names what is copied: contents, names, modes and modification time.
+// digest hashes what is copied: contents, names, modes and modification time.
 func (s *selection) digest() string {
 	var parts []string
 	for name, to := range s.to {
@@ -234,8 +236,8 @@ func (s *selection) digest() string {
 	return hex.EncodeToString(sum[:])
 }
 
-// write writes a tar of the selection, whose one file is called name if that is
-// not empty, from the archive that it was made of.
+// write writes the selected files of an archive as a tar. If name is not empty, it is the
+// name of the selection's only file.
 func (s *selection) write(ctx context.Context, w io.Writer, archive io.Reader, want buildcontext.Digest, limits buildcontext.Limits, name string) error {
 	t := tar.NewWriter(w)
 	err := buildcontext.Read(ctx, archive, want, limits, func(h *tar.Header, content io.Reader) error {
@@ -251,7 +253,7 @@ func (s *selection) write(ctx context.Context, w io.Writer, archive io.Reader, w
 			case h.Typeflag == tar.TypeDir:
 				out.Name += "/"
 			case h.Typeflag == tar.TypeReg && i > 0:
-				out.Typeflag, out.Linkname = tar.TypeLink, s.to[h.Name][0] // what is in it can be read once
+				out.Typeflag, out.Linkname = tar.TypeLink, s.to[h.Name][0] // because its content can be read only once
 			case h.Typeflag == tar.TypeReg:
 				out.Size = h.Size
 			}
@@ -272,12 +274,12 @@ func (s *selection) write(ctx context.Context, w io.Writer, archive io.Reader, w
 	return t.Close()
 }
 
-// chunkSize is how many bytes of an archive are in one row.
+// chunkSize is how many bytes of an archive one row holds.
 const chunkSize = 1 << 20
 
-// PutArchive keeps the archive of a folder for builds of a team. Its name must
-// be that of its content, and it must be one that buildcontext packs. Only when
-// all of it has arrived and is right does it take a connection to the database.
+// PutArchive stores the archive of a folder for a team's builds. want must be the digest
+// of its content, and the archive must have the form that buildcontext packs. PutArchive
+// takes a database connection only after the whole archive has arrived and is valid.
 func (s *Service) PutArchive(ctx context.Context, team uuid.UUID, want string, body spool.Body) error {
 	if n, err := s.Store.UseArchive(ctx, db.UseArchiveParams{TeamID: team, Digest: want}); err != nil {
 		return fmt.Errorf("look up archive: %w", err)
@@ -302,31 +304,31 @@ func (s *Service) PutArchive(ctx context.Context, team uuid.UUID, want string, b
 	case errors.As(err, &long) && long.Most == left:
 		return s.archivesFull()
 	case errors.As(err, &long):
-		return fault.Because(err, fault.PayloadTooLarge, "the folder has more than %d MiB: list what is not needed in .wrennignore", long.Most>>20)
+		return fault.Because(err, fault.PayloadTooLarge, "the folder is larger than %d MiB: exclude files in .wrennignore", long.Most>>20)
 	case err != nil:
 		return err
 	}
 	defer file.Close()
 	err = buildcontext.Read(ctx, file, buildcontext.Digest(want), s.limits(), func(*tar.Header, io.Reader) error { return nil })
 	if errors.Is(err, buildcontext.ErrRefused) || errors.Is(err, tar.ErrHeader) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return fault.Because(err, fault.InvalidArgument, "the archive is refused: %v", err)
+		return fault.Because(err, fault.InvalidArgument, "invalid archive: %v", err)
 	}
 	if err == nil {
 		err = s.keep(ctx, team, want, file)
 	}
 	var f *fault.Error
 	if err != nil && !errors.As(err, &f) {
-		return fmt.Errorf("keep archive: %w", err)
+		return fmt.Errorf("store archive: %w", err)
 	}
 	return err
 }
 
 func (s *Service) archivesFull() error {
-	return fault.New(fault.Conflict, "the team's uploaded folders have %d MiB together, which is the most; they are forgotten a day after they were used", s.TeamArchivesMiB)
+	return fault.New(fault.Conflict, "the team's uploaded folders have reached the limit of %d MiB; the server deletes each one some time after its last use", s.TeamArchivesMiB)
 }
 
-// keep writes an archive to the table, in rows of one size. Few are written at
-// once, so that most connections stay free for others.
+// keep stores an archive in rows of one size. It writes few archives at once, so that
+// connections stay free for others.
 func (s *Service) keep(ctx context.Context, team uuid.UUID, digest string, file *spool.File) error {
 	select {
 	case s.keeping <- struct{}{}:
@@ -338,8 +340,8 @@ func (s *Service) keep(ctx context.Context, team uuid.UUID, digest string, file 
 		return err
 	}
 	add := db.AddArchiveParams{TeamID: team, Digest: digest}
-	// An archive without room is refused before it is written. This transaction
-	// is rolled back, because a charge blocks the team until its transaction ends.
+	// Check the quota before writing the archive. Roll this transaction back, because a
+	// charge blocks the team until its transaction ends.
 	err := s.Store.InTx(ctx, func(q *db.Queries) error {
 		if n, err := q.AddArchive(ctx, add); err != nil || n == 0 {
 			return err // n = 0: a concurrent request uploaded the same
@@ -363,13 +365,13 @@ func (s *Service) keep(ctx context.Context, team uuid.UUID, digest string, file 
 	})
 }
 
-// errRoom rolls a transaction back that found room for an archive.
-var errRoom = errors.New("there is room")
+// errRoom rolls back the transaction that only checked the quota.
+var errRoom = errors.New("the archive fits the quota")
 
-// charge gives an archive its size, which the team is charged for. It fails if
-// that is more than the team may have. Call it last in a transaction.
+// charge sets an archive's size, which counts towards the team's quota. It fails if the
+// team exceeds its limit. Call it last in a transaction.
 func (s *Service) charge(ctx context.Context, q *db.Queries, team uuid.UUID, digest string, size int64) error {
-	// Archives of a team are counted one after the other.
+	// Concurrent uploads of a team must see each other's sizes.
 	if err := q.LockLimit(ctx, db.LockLimitParams{What: "archives", TeamID: team}); err != nil {
 		return err
 	}
@@ -402,12 +404,12 @@ func writeChunks(ctx context.Context, q *db.Queries, team uuid.UUID, digest stri
 	}
 }
 
-// limits bound what an archive unpacks to.
+// limits returns the limits for unpacking an archive.
 func (s *Service) limits() buildcontext.Limits {
 	return buildcontext.Limits{Bytes: s.ArchiveMiB << 20}
 }
 
-// archive reads what was kept.
+// archive reads a stored archive chunk by chunk.
 type archive struct {
 	ctx    context.Context
 	store  *store.Store
@@ -435,7 +437,7 @@ func (a *archive) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// index lists what is in a build's folder.
+// index lists the entries of a build's folder.
 func (s *Service) index(ctx context.Context, row db.Build) ([]file, error) {
 	if row.Archive == nil {
 		return nil, nil

@@ -7,19 +7,20 @@ import (
 	"unicode/utf8"
 )
 
-// The most of a step's output that is kept, in bytes: its beginning and, where
-// it is longer, its end.
+// Limits on a step's stored output, in bytes: its beginning and, if it is longer, its
+// end.
 const (
 	maxOutput = 128 << 10
 	maxTail   = 8 << 10
-	// maxLog bounds the Output of all steps of a build together. With each step's Tail,
-	// that is less than the database counts for a log it has not measured (build_bytes).
+	// maxLog bounds the Output of all steps of a build together. With the Tails, that is
+	// less than the database charges for a log that it has not measured yet
+	// (build_bytes).
 	maxLog = 4 << 20
 	// maxSteps bounds the steps of a build.
 	maxSteps = 1000
 )
 
-// A team keeps its newest builds that have ended, up to this number and this size.
+// A team keeps its newest finished builds, up to this number and this size in bytes.
 const (
 	mostBuilds     = 500
 	mostBuildBytes = 128 << 20
@@ -31,43 +32,43 @@ const (
 	stepRunning   = "running"
 	stepSucceeded = "succeeded"
 	stepFailed    = "failed"
-	stepCached    = "cached" // what it did is in the layer that was begun with
+	stepCached    = "cached" // the layer that the build started from includes it
 	stepSkipped   = "skipped"
 	stepCancelled = "cancelled"
 )
 
-// Step is what is known of one step of a build.
+// Step is the state and the log of one step of a build.
 type Step struct {
 	Number int    `json:"number"` // from 1
 	Phase  string `json:"phase"`
 	Text   string `json:"text"`
 	State  string `json:"state"`
-	// Output is what it printed: its beginning and, if that is not all
-	// (Truncated), Tail, its end.
+	// Output is the beginning of what the step printed. If it is Truncated, Tail is the
+	// end.
 	Output    string `json:"output"`
 	Truncated bool   `json:"truncated,omitempty"`
 	Tail      string `json:"tail,omitempty"`
-	// ExitCode is its command's, where it had one that ended.
+	// ExitCode is that of the step's command, if it had one that ended.
 	ExitCode   *int32     `json:"exit_code,omitempty"`
 	Error      string     `json:"error,omitempty"`
 	StartedAt  *time.Time `json:"started_at,omitempty"`
 	DurationMS int64      `json:"duration_ms,omitempty"`
 }
 
-// output gathers what a step prints. It is safe for concurrent use.
+// output collects what a step prints. It is safe for concurrent use.
 type output struct {
 	most  int // bytes of head
 	mu    sync.Mutex
 	head  []byte
 	tail  []byte
 	cut   bool
-	exit  *int32        // the exit code of what was run last
-	skip  bool          // there was nothing to do
-	fresh chan struct{} // has one when something was written
+	exit  *int32        // exit code of the last command
+	skip  bool          // the step had nothing to do
+	fresh chan struct{} // signals new output
 }
 
-// newOutput returns the output of a step. It holds no more than the build's other steps
-// have left of maxLog.
+// newOutput returns an empty output that is limited to what the build's other steps have
+// left of maxLog.
 func newOutput(steps []Step) *output {
 	left := maxLog
 	for _, s := range steps {
@@ -95,21 +96,21 @@ func (o *output) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// exited notes with which exit code a command has ended.
+// exited records a command's exit code.
 func (o *output) exited(code int32) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.exit = &code
 }
 
-// skipped notes that the step had nothing to do.
+// skipped records that the step had nothing to do.
 func (o *output) skipped() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.skip = true
 }
 
-// fill puts what is known so far into a step.
+// fill copies the output so far into a step.
 func (o *output) fill(s *Step) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -118,7 +119,7 @@ func (o *output) fill(s *Step) {
 		s.State = stepSkipped
 	}
 	s.Output, s.Truncated = text(whole(o.head)), o.cut
-	if len(s.Output) > o.most { // characters that JSONB cannot hold have become longer
+	if len(s.Output) > o.most { // U+FFFD is longer than the byte it replaces.
 		s.Output, s.Truncated = string(whole([]byte(s.Output[:o.most]))), true
 	}
 	if o.cut {
@@ -127,8 +128,8 @@ func (o *output) fill(s *Step) {
 	}
 }
 
-// whole leaves out a character of which the end is not there yet, so that what
-// is shown is never taken back.
+// whole cuts off an incomplete UTF-8 character at the end, so that later updates only
+// append.
 func whole(b []byte) []byte {
 	for n := 1; n < utf8.UTFMax && n <= len(b); n++ {
 		if c := b[len(b)-n]; utf8.RuneStart(c) {
@@ -141,7 +142,7 @@ func whole(b []byte) []byte {
 	return b
 }
 
-// text is what JSONB can hold.
+// text replaces what JSONB cannot hold.
 func text(b []byte) string {
 	return strings.ReplaceAll(strings.ToValidUTF8(string(b), "\uFFFD"), "\x00", "\uFFFD")
 }

@@ -22,22 +22,22 @@ const (
 	phaseCapture = "capture"
 )
 
-// What is run before and after a recipe's steps, where there is apt-get.
+// Commands that run before and after the recipe's steps if the guest has apt-get.
 var (
 	before = []string{"apt-get update"}
 	after  = []string{"apt-get -y autoremove", "apt-get clean", "rm -rf /var/lib/apt/lists/*"}
 )
 
-// defaultPath is the guest daemon's PATH where nothing sets another.
+// defaultPath is envd's PATH if nothing sets another.
 const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/games:/usr/local/games"
 
-// entry is one step of a build, as it is known before it begins.
+// entry is one step of a build before it is planned.
 type entry struct {
 	phase, text string
 	step        recipe.Step // of the recipe phase
 }
 
-// outline says which steps a recipe's build has.
+// outline lists the steps of a recipe's build.
 func outline(r *recipe.Recipe, skipPrePost bool) []entry {
 	var all []entry
 	if !skipPrePost {
@@ -62,36 +62,37 @@ func outline(r *recipe.Recipe, skipPrePost bool) []entry {
 	return append(all, entry{phase: phaseCapture, text: "capture"})
 }
 
-// checked says whether a recipe's template is captured running.
+// checked reports whether the recipe has a health check, which means that its template is
+// captured running.
 func checked(r *recipe.Recipe) bool { return r.HealthCheck != nil && !r.HealthCheck.None }
 
-// surroundings are what a command runs in.
+// surroundings is the environment, folder and user of a command.
 type surroundings struct {
 	envs      map[string]string
 	dir, user string
 }
 
-// action is what is to be done for one step.
+// action is a planned step.
 type action struct {
 	entry
 	surroundings
-	// Of a copy.
+	// For COPY.
 	files *selection
 	owner string
-	// key names all that the guest is made of once this is done.
+	// key identifies the guest's content after this step: the base and all steps so far.
 	key [sha256.Size]byte
-	// keeps says that what it makes is worth a layer.
+	// keeps reports that the result is worth a layer.
 	keeps bool
 }
 
-// plan is what a build does, and what its template's processes have by default.
+// plan is the steps of a build and the defaults for processes of its template.
 type plan struct {
 	actions  []action
 	defaults *hostagentv1.Defaults
 }
 
-// makePlan works out what a recipe means: all that it does depends on its
-// text, what it starts from, named by base, and the folder that it copies from.
+// makePlan plans a recipe's build. The plan depends only on the recipe, on the base,
+// which the string base identifies, and on the folder's index.
 func makePlan(r *recipe.Recipe, base string, has *hostagentv1.Defaults, index []file, skipPrePost bool) (*plan, error) {
 	now := surroundings{envs: maps.Clone(has.GetEnvs()), dir: cmp.Or(has.GetWorkdir(), "/"), user: cmp.Or(has.GetUser(), "root")}
 	if now.envs == nil {
@@ -127,7 +128,7 @@ func makePlan(r *recipe.Recipe, base string, has *hostagentv1.Defaults, index []
 					return nil, err
 				}
 				if expanded += len(value); expanded > maxExpanded {
-					return nil, &recipe.Error{Pos: s.Pos, Message: fmt.Sprintf("the variables' values are longer than %d bytes together", maxExpanded)}
+					return nil, &recipe.Error{Pos: s.Pos, Message: fmt.Sprintf("the variables' values together exceed %d bytes", maxExpanded)}
 				}
 				next[v.Name] = value
 			}
@@ -141,7 +142,7 @@ func makePlan(r *recipe.Recipe, base string, has *hostagentv1.Defaults, index []
 				return nil, err
 			}
 			if dir == "" {
-				return nil, &recipe.Error{Pos: s.Pos, Message: "WORKDIR names no folder once its variables are put in"}
+				return nil, &recipe.Error{Pos: s.Pos, Message: "WORKDIR is empty after expanding its variables"}
 			}
 			if !path.IsAbs(dir) {
 				dir = path.Join(now.dir, dir)
@@ -155,7 +156,7 @@ func makePlan(r *recipe.Recipe, base string, has *hostagentv1.Defaults, index []
 				return nil, err
 			}
 			if user == "" {
-				return nil, &recipe.Error{Pos: s.Pos, Message: "USER names nobody once its variables are put in"}
+				return nil, &recipe.Error{Pos: s.Pos, Message: "USER is empty after expanding its variables"}
 			}
 			now.user, p.defaults.User = user, user
 			a.surroundings = now
@@ -180,8 +181,8 @@ func makePlan(r *recipe.Recipe, base string, has *hostagentv1.Defaults, index []
 	return p, nil
 }
 
-// Bounds on a recipe's variables. The server keeps what they are at each step, and
-// a guest's kernel takes few megabytes of them.
+// Limits on a recipe's variables. The server keeps a copy for each step, and the guest's
+// kernel accepts only a few megabytes.
 const (
 	maxVariables   = 1000
 	maxEnvironment = 256 << 10 // bytes of names and values
@@ -195,12 +196,12 @@ func checkEnvironment(envs map[string]string) error {
 		size += len(name) + len(value)
 	}
 	if len(envs) > maxVariables || size > maxEnvironment {
-		return fmt.Errorf("the variables are more than %d, or longer than %d bytes together", maxVariables, maxEnvironment)
+		return fmt.Errorf("there are more than %d variables, or they exceed %d bytes together", maxVariables, maxEnvironment)
 	}
 	return nil
 }
 
-// limitsOf returns the limits of the template that r makes of a base with the given ones.
+// limitsOf returns the limits of r's template: those of the base with r's changes.
 func limitsOf(r *recipe.Recipe, base map[string]int64) map[string]int64 {
 	limits := maps.Clone(base)
 	if r.Limit == nil {
@@ -214,7 +215,7 @@ func limitsOf(r *recipe.Recipe, base map[string]int64) map[string]int64 {
 	return limits
 }
 
-// digest is of parts, each with its length.
+// digest hashes parts, each with its length.
 func digest(parts ...string) (sum [sha256.Size]byte) {
 	h := sha256.New()
 	for _, p := range parts {
@@ -225,7 +226,7 @@ func digest(parts ...string) (sum [sha256.Size]byte) {
 	return sum
 }
 
-// userOf is the user alone of what USER or --chown say.
+// userOf returns the user of a "user:group" from USER or --chown.
 func userOf(owner string) string {
 	user, _, _ := strings.Cut(owner, ":")
 	return user

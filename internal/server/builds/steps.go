@@ -26,32 +26,31 @@ import (
 )
 
 const (
-	// idleTimeout ends a build's sandbox that nobody uses: that of a build
-	// whose server died, with no other there.
+	// idleTimeout ends a build's sandbox if its server died and no other took over.
 	idleTimeout = 15 * time.Minute
-	// callTimeout bounds calls that a host answers from what it has at hand,
-	// captureTimeout those that write a sandbox to its disk, or boot it.
+	// callTimeout bounds quick calls to a host, captureTimeout calls that write a sandbox
+	// to disk or boot it.
 	callTimeout    = 15 * time.Second
 	captureTimeout = 10 * time.Minute
-	// answerGrace is how much longer than a command its host may take.
+	// answerGrace is how much longer than the command the call to the host may take.
 	answerGrace = 30 * time.Second
-	// writeEvery is how often what a running step prints is written down.
+	// writeEvery is how often a running step's output is written to the database.
 	writeEvery = 300 * time.Millisecond
-	// maxLayers bounds the layers of one build: each is an overlay more.
+	// maxLayers bounds the layers of one build, because each adds an overlay to the disk.
 	maxLayers = 40
 )
 
-// The Dockerfile's defaults of HEALTHCHECK.
+// Defaults of HEALTHCHECK, as in Dockerfiles.
 const (
 	checkInterval = 30 * time.Second
 	checkTimeout  = 30 * time.Second
 	checkRetries  = 3
-	// startInterval is the interval in the start period.
+	// startInterval is the interval during the start period.
 	startInterval = 5 * time.Second
 )
 
-// run does the build from its beginning, or from the last layer that is there,
-// to its template.
+// run executes the build, from the beginning or from its last existing layer, up to the
+// captured template.
 func (a *attempt) run(ctx context.Context) error {
 	r, err := recipe.Parse(a.row.Recipe)
 	if err != nil {
@@ -131,7 +130,7 @@ func (a *attempt) limit(act *action) time.Duration {
 	return seconds(a.options.PhaseTimeout, a.PhaseTimeout)
 }
 
-// base finds what the build starts from.
+// base returns the template that the build starts from.
 func (a *attempt) base(ctx context.Context, from recipe.From) (db.Template, error) {
 	if from.Image == "" {
 		return a.Templates.Resolve(ctx, a.row.TeamID, from.Template+":"+cmp.Or(from.Tag, templates.Latest))
@@ -143,7 +142,7 @@ func (a *attempt) base(ctx context.Context, from recipe.From) (db.Template, erro
 	return a.Templates.ImportLayer(ctx, a.row.TeamID, a.row.ID, templates.Image{Reference: from.Image, Username: as.Username, Password: as.Password, DiskMiB: a.options.DiskMiB})
 }
 
-// defaults asks a host what the processes of a template have by default.
+// defaults asks a host for the defaults of a template's processes.
 func (a *attempt) defaults(ctx context.Context, t db.Template) (*hostagentv1.Defaults, error) {
 	on, err := a.Store.ListTemplateHosts(ctx, t.ID)
 	if err != nil {
@@ -172,8 +171,8 @@ func (a *attempt) defaults(ctx context.Context, t db.Template) (*hostagentv1.Def
 	return nil, why
 }
 
-// begin makes the build's sandbox: of the last of its layers that is there, or
-// of what it starts from. done is how many steps that saves.
+// begin creates the build's sandbox from the last existing layer, or from base. done is
+// how many steps the layer saves.
 func (a *attempt) begin(ctx context.Context, base db.Template, p *plan) (row db.Sandbox, done int, err error) {
 	params := sandboxes.CreateParams{VCPUs: a.options.VCPUs, MemoryMiB: a.options.MemoryMiB, DiskMiB: a.options.DiskMiB, TimeoutSeconds: int32(idleTimeout / time.Second)}
 	if !a.options.NoCache {
@@ -196,27 +195,27 @@ func (a *attempt) begin(ctx context.Context, base db.Template, p *plan) (row db.
 			}
 		}
 		if last != nil {
-			// What it has, whatever was asked for: that is in its key.
+			// The layer's key includes the size, so its own is right.
 			own := params
 			own.VCPUs, own.MemoryMiB, own.DiskMiB = 0, 0, 0
 			row, err := a.Sandboxes.CreateFor(ctx, a.row.TeamID, a.row.ID, *last, own)
 			if err == nil {
 				if err := a.Store.UseLayer(ctx, last.ID); err != nil {
-					a.log.Warn("write that a layer was used", "error", err)
+					a.log.Warn("mark layer used", "error", err)
 				}
 				return row, done, nil
 			}
 			if ctx.Err() != nil {
 				return row, 0, err
 			}
-			a.log.Warn("a layer cannot be begun with; all steps are run", "error", err)
+			a.log.Warn("cannot start from a layer; running all steps", "error", err)
 		}
 	}
 	row, err = a.Sandboxes.CreateFor(ctx, a.row.TeamID, a.row.ID, base, params)
 	return row, 0, err
 }
 
-// step does one step and writes down how that goes.
+// step runs one step and writes its progress and result.
 func (a *attempt) step(ctx context.Context, s *Step, limit time.Duration, do func(context.Context, *output) error) (failed error) {
 	// A step's text is the recipe's, so it stays out of the span.
 	ctx, span := tracing.Step(ctx, "build", s.Phase)
@@ -242,7 +241,7 @@ func (a *attempt) step(ctx context.Context, s *Step, limit time.Duration, do fun
 		case <-out.fresh:
 			out.fill(s)
 			if err := a.write(ctx, s); err != nil {
-				a.log.Warn("write what a step prints", "error", err)
+				a.log.Warn("write a step's output", "error", err)
 			}
 			pause := time.NewTimer(writeEvery)
 			select {
@@ -265,13 +264,13 @@ func (a *attempt) step(ctx context.Context, s *Step, limit time.Duration, do fun
 		err = late
 	}
 	if ctx.Err() != nil {
-		return err // what becomes of it, close says
+		return err // attempt.close sets the state.
 	}
 	s.State, s.Error = stepFailed, told(err)
 	return errors.Join(err, a.write(ctx, s))
 }
 
-// brief is a step's text as a message has it.
+// brief shortens a step's text for a message.
 func brief(text string) string {
 	const most = 60
 	if r := []rune(text); len(r) > most {
@@ -280,7 +279,7 @@ func brief(text string) string {
 	return text
 }
 
-// box is the build's sandbox, and its host.
+// box is the build's sandbox and its host.
 type box struct {
 	*attempt
 	row  db.Sandbox
@@ -293,7 +292,7 @@ func (a *attempt) box(row db.Sandbox) (*box, error) {
 	return &box{attempt: a, row: row, host: host, wire: id.Format(id.Sandbox, row.ID)}, err
 }
 
-// do does what a step of a recipe, or of the phases around it, says.
+// do executes a step of the recipe or of the phases around it.
 func (b *box) do(ctx context.Context, act *action, step *Step, out *output) error {
 	switch s := act.step.(type) {
 	case nil:
@@ -318,7 +317,7 @@ func (b *box) do(ctx context.Context, act *action, step *Step, out *output) erro
 	case *recipe.Copy:
 		return b.copy(ctx, act)
 	}
-	return fmt.Errorf("a step of type %T", act.step)
+	return fmt.Errorf("unknown step type %T", act.step)
 }
 
 // empty writes a tar with nothing in it.
@@ -327,12 +326,12 @@ func empty(w io.Writer) error {
 	return err
 }
 
-// test says whether a line for the shell, run by root, succeeds. Where there is
-// no shell nothing does.
+// test reports whether root's shell runs a line successfully. It is false if the guest
+// has no shell.
 func (b *box) test(ctx context.Context, line string, args ...string) (bool, error) {
 	call, cancel := context.WithTimeout(ctx, callTimeout+answerGrace)
 	defer cancel()
-	// What the guest prints is dropped as it comes.
+	// Discard what the guest prints.
 	exit, err := b.exec(call, append([]string{"/bin/sh", "-c", line, "sh"}, args...), surroundings{dir: "/", user: "root"}, callTimeout, io.Discard)
 	switch {
 	case err == nil:
@@ -342,10 +341,10 @@ func (b *box) test(ctx context.Context, line string, args ...string) (bool, erro
 	case connect.CodeOf(err) == connect.CodeNotFound || connect.CodeOf(err) == connect.CodeInvalidArgument:
 		return false, nil
 	}
-	return false, hosts.Fault(err) // This command is not the recipe's.
+	return false, hosts.Fault(err) // Do not blame the recipe: this command is ours.
 }
 
-// command runs a command to its end, which must be exit code 0.
+// command runs a command and fails unless it exits with code 0.
 func (b *box) command(ctx context.Context, c recipe.Command, act *action, step *Step, out *output) error {
 	limit := b.limit(act)
 	exit, err := b.exec(ctx, c.Args(), act.surroundings, limit, out)
@@ -362,13 +361,13 @@ func (b *box) command(ctx context.Context, c recipe.Command, act *action, step *
 	return nil
 }
 
-// exec runs a command to its end. limit 0: without one. Its errors blame the recipe for
-// what the guest refuses (see [refused]).
+// exec runs a command until it exits (limit 0: without a time limit). If the guest
+// refuses it, the error blames the recipe (see [refused]).
 func (b *box) exec(ctx context.Context, args []string, in surroundings, limit time.Duration, out io.Writer) (*hostagentv1.ExecStreamResponse_Exited, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stream := b.host.Agent.ExecStream(ctx)
-	// HTTP/2 notices that a call was given up only when its body ends.
+	// Over HTTP/2, the host notices a cancelled call only when its request body ends.
 	stop := context.AfterFunc(ctx, func() { _ = stream.CloseRequest() })
 	defer stop()
 	err := stream.Send(&hostagentv1.ExecStreamRequest{Message: &hostagentv1.ExecStreamRequest_Start_{Start: &hostagentv1.ExecStreamRequest_Start{
@@ -399,13 +398,13 @@ func (b *box) exec(ctx context.Context, args []string, in surroundings, limit ti
 		return nil, context.Cause(ctx)
 	}
 	if errors.Is(err, io.EOF) {
-		return nil, fault.New(fault.Unavailable, "the command's end is not known: its host broke off")
+		return nil, fault.New(fault.Unavailable, "the host closed the connection before the command ended")
 	}
 	return nil, refused(err)
 }
 
-// refused is what a host's refusal to do a step says. What the guest says, that
-// there is no such user or program, is the recipe's fault.
+// refused converts a host's error. What the guest refuses, such as an unknown user or
+// program, is the recipe's fault.
 func refused(err error) error {
 	var wire *connect.Error
 	if errors.As(err, &wire) && connect.IsWireError(err) {
@@ -417,7 +416,7 @@ func refused(err error) error {
 	return hosts.Fault(err)
 }
 
-// copy puts what a COPY takes into the guest.
+// copy writes a COPY's files to the guest.
 func (b *box) copy(ctx context.Context, act *action) error {
 	s, dir, name := act.files, act.files.target, ""
 	if !s.folder {
@@ -434,7 +433,7 @@ func (b *box) copy(ctx context.Context, act *action) error {
 	})
 }
 
-// unpack has what write writes, a tar, unpacked in the guest.
+// unpack has the guest unpack the tar that write writes.
 func (b *box) unpack(ctx context.Context, dir, user, owner string, write func(io.Writer) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -451,7 +450,7 @@ func (b *box) unpack(ctx context.Context, dir, user, owner string, write func(io
 		}
 		return err
 	}
-	// io.EOF: the host has said why.
+	// io.EOF means that the host has already responded with an error.
 	if _, err := stream.CloseAndReceive(); err != nil {
 		if cause := context.Cause(ctx); cause != nil {
 			return cause
@@ -461,7 +460,7 @@ func (b *box) unpack(ctx context.Context, dir, user, owner string, write func(io
 	return nil
 }
 
-// chunks sends what is written to it.
+// chunks is a writer that sends to a stream.
 type chunks struct {
 	stream *connect.ClientStreamForClient[hostagentv1.WriteFileStreamRequest, hostagentv1.WriteFileStreamResponse]
 }
@@ -478,7 +477,7 @@ func (c chunks) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// settle ends what steps left running, and has all they wrote on the disk.
+// settle kills the processes that steps left running and syncs the disk.
 func (b *box) settle(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, captureTimeout)
 	defer cancel()
@@ -488,7 +487,7 @@ func (b *box) settle(ctx context.Context) error {
 	return nil
 }
 
-// layer keeps what the steps so far have made.
+// layer captures the result of the steps so far as a layer.
 func (a *attempt) layer(ctx context.Context, b *box, act *action) error {
 	if err := b.settle(ctx); err != nil {
 		return err
@@ -503,13 +502,13 @@ func (a *attempt) layer(ctx context.Context, b *box, act *action) error {
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("write that layer is ready: %w", err)
+		return fmt.Errorf("mark layer ready: %w", err)
 	}
-	a.log.Debug("layer kept", "took", time.Since(begun), "bytes", answer.GetSizeBytes())
+	a.log.Debug("layer captured", "took", time.Since(begun), "bytes", answer.GetSizeBytes())
 	return nil
 }
 
-// snapshot claims a row and has the sandbox captured for it.
+// snapshot inserts a template and has the host capture the sandbox for it.
 func (b *box) snapshot(ctx context.Context, kind string, key []byte, req *hostagentv1.SnapshotRequest) (claimed db.Template, _ *hostagentv1.Template, err error) {
 	template := uuid.New()
 	name := b.attempt.row.Name
@@ -518,7 +517,7 @@ func (b *box) snapshot(ctx context.Context, kind string, key []byte, req *hostag
 		req.Name = templates.LayerPrefix + name
 	}
 	err = b.Store.InTx(ctx, func(q *db.Queries) (err error) {
-		// Of two builds of one name that end at once each gets a version of its own.
+		// Two builds of one name that end at once get different versions.
 		if err := q.LockBuilds(ctx); err != nil {
 			return err
 		}
@@ -533,7 +532,7 @@ func (b *box) snapshot(ctx context.Context, kind string, key []byte, req *hostag
 		return q.AddHostTemplate(ctx, db.AddHostTemplateParams{HostID: b.host.ID, TemplateID: template})
 	})
 	if err != nil {
-		return claimed, nil, fmt.Errorf("write template: %w", err)
+		return claimed, nil, fmt.Errorf("insert template: %w", err)
 	}
 	call, cancel := context.WithTimeout(ctx, captureTimeout)
 	defer cancel()
@@ -547,8 +546,8 @@ func (b *box) snapshot(ctx context.Context, kind string, key []byte, req *hostag
 	return claimed, answer.Msg.GetTemplate(), nil
 }
 
-// capture starts what is to run in the template, waits until it is well, and
-// has it captured. The build has succeeded when this returns nil.
+// capture runs START, waits until the health check succeeds, and captures the template.
+// When it returns nil, the build has succeeded.
 func (a *attempt) capture(ctx context.Context, b *box, r *recipe.Recipe, p *plan, at int) error {
 	if err := b.settle(ctx); err != nil {
 		return err
@@ -560,9 +559,9 @@ func (a *attempt) capture(ctx context.Context, b *box, r *recipe.Recipe, p *plan
 	}
 	if checked(r) {
 		req.DiskOnly, req.Start = false, nil
-		ended := make(chan error, 1) // what was started ended, and not well
+		ended := make(chan error, 1) // START failed
 		if r.Start != nil {
-			// It is followed for as long as it is not captured.
+			// Watch START until the capture.
 			follow, stop := context.WithCancel(ctx)
 			over := make(chan struct{})
 			defer func() { stop(); <-over }()
@@ -590,7 +589,7 @@ func (a *attempt) capture(ctx context.Context, b *box, r *recipe.Recipe, p *plan
 			out.fill(step)
 			step.DurationMS = time.Since(begun).Milliseconds()
 			switch {
-			case ctx.Err() != nil: // what becomes of it, close says
+			case ctx.Err() != nil: // attempt.close sets the state.
 			case err != nil:
 				step.State = stepFailed
 				err = errors.Join(err, a.write(ctx, step))
@@ -636,13 +635,14 @@ func (a *attempt) capture(ctx context.Context, b *box, r *recipe.Recipe, p *plan
 	return a.succeed(ctx, b.host.ID, claimed, answer)
 }
 
-// checkLimit is how long a health check may go on in all.
+// checkLimit bounds all attempts of a health check together.
 func (a *attempt) checkLimit(h *recipe.HealthCheck) time.Duration {
 	retries := time.Duration(cmp.Or(h.Retries, checkRetries))
 	return h.StartPeriod + (retries+1)*(cmp.Or(h.Interval, checkInterval)+cmp.Or(h.Timeout, checkTimeout))
 }
 
-// healthy checks until what was started is ready.
+// healthy repeats the health check until it succeeds, START ends, or the retries are used
+// up.
 func (b *box) healthy(ctx context.Context, h *recipe.HealthCheck, in surroundings, ended <-chan error, out *output) error {
 	interval, timeout, retries := cmp.Or(h.Interval, checkInterval), cmp.Or(h.Timeout, checkTimeout), cmp.Or(h.Retries, checkRetries)
 	begun := time.Now()
@@ -659,7 +659,7 @@ func (b *box) healthy(ctx context.Context, h *recipe.HealthCheck, in surrounding
 		if time.Since(begun) < h.StartPeriod {
 			wait = min(interval, startInterval)
 		} else if failures++; failures >= retries {
-			return fault.New(fault.Unprocessable, "the health check failed %d times, with exit code %d at last", failures, exit.GetExitCode())
+			return fault.New(fault.Unprocessable, "the health check failed %d times, the last time with exit code %d", failures, exit.GetExitCode())
 		}
 		t := time.NewTimer(wait)
 		select {
@@ -674,12 +674,12 @@ func (b *box) healthy(ctx context.Context, h *recipe.HealthCheck, in surrounding
 	}
 }
 
-// succeed makes the template what its name and tags mean, and the build
-// succeeded: both, or neither.
+// succeed publishes the template under its name and tags and marks the build succeeded,
+// in one transaction.
 func (a *attempt) succeed(ctx context.Context, host uuid.UUID, claimed db.Template, answer *hostagentv1.Template) error {
 	err := persist(ctx, func(ctx context.Context) error {
 		return a.Store.InTx(ctx, func(q *db.Queries) error {
-			// First, because others take this lock before those that follow.
+			// Other transactions take this lock first too.
 			if err := q.LockLimit(ctx, db.LockLimitParams{What: "tags", TeamID: a.row.TeamID}); err != nil {
 				return err
 			}
@@ -697,10 +697,10 @@ func (a *attempt) succeed(ctx context.Context, host uuid.UUID, claimed db.Templa
 		})
 	})
 	if errors.Is(err, store.ErrNoRows) {
-		return errCancelled // or lost: then nobody is told
+		return errCancelled // or lost, in which case the error is not used
 	}
 	if err != nil {
-		return fmt.Errorf("write that the build succeeded: %w", err)
+		return fmt.Errorf("mark build succeeded: %w", err)
 	}
 	return nil
 }

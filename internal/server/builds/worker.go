@@ -22,24 +22,24 @@ import (
 )
 
 const (
-	// maxAttempts is how often a build is begun whose workers die.
+	// maxAttempts is how often a build is started if its workers die.
 	maxAttempts = 3
-	// cleanTimeout bounds the removal of what a build leaves behind.
+	// cleanTimeout bounds the cleanup after a build.
 	cleanTimeout = 90 * time.Second
-	// sweeps is how many removals of one kind run at once, and sweepWithin bounds
-	// all of a sweep.
+	// sweeps is how many objects of one kind a sweep removes at once. sweepWithin bounds
+	// a sweep.
 	sweeps      = 4
 	sweepWithin = 10 * time.Minute
 )
 
-// Why an attempt is broken off.
+// Reasons to abort an attempt.
 var (
 	errCancelled = errors.New("the build was cancelled")
-	errLost      = errors.New("the build is another server's by now")
+	errLost      = errors.New("another server took over the build")
 )
 
-// Run works on builds until ctx is done. What is under way then is left to
-// others, or to the next server.
+// Run executes builds until ctx is done. Then it leaves unfinished builds to other
+// servers.
 func (s *Service) Run(ctx context.Context) {
 	stop := context.AfterFunc(ctx, func() { _ = s.queue.Close() })
 	defer func() {
@@ -57,27 +57,27 @@ func (s *Service) Run(ctx context.Context) {
 	wg.Wait()
 }
 
-// work works on one build after the other.
+// work executes one build after another.
 func (s *Service) work(ctx context.Context, queue *redis.Client) {
 	for ctx.Err() == nil {
 		row, err := s.claim(ctx)
 		switch {
 		case err == nil:
 			s.attempt(ctx, row)
-			s.wake(ctx) // The team may have another that waits for this one's end.
+			s.wake(ctx) // The team may have another build that waits for a free place.
 		case ctx.Err() != nil:
 			return
 		default:
 			if !errors.Is(err, store.ErrNoRows) {
-				s.Log.Error("look for a build", "error", err)
+				s.Log.Error("claim a build", "error", err)
 			}
 			s.wait(ctx, queue)
 		}
 	}
 }
 
-// wait returns when there may be something to do: somebody says so, or a lease
-// may have ended.
+// wait blocks until there may be a build to claim: somebody woke a worker, or a lease may
+// have expired.
 func (s *Service) wait(ctx context.Context, queue *redis.Client) {
 	err := queue.BLPop(ctx, s.Lease/2, queueKey).Err()
 	if err == nil || errors.Is(err, redis.Nil) || ctx.Err() != nil {
@@ -102,8 +102,8 @@ func (s *Service) claim(ctx context.Context) (row db.Build, err error) {
 	return row, err
 }
 
-// attempt does a build that this server has claimed, and writes how it ended
-// once nothing of the attempt is left.
+// attempt executes a build that this server has claimed, cleans up, and then writes the
+// result.
 func (s *Service) attempt(ctx context.Context, row db.Build) {
 	log := s.Log.With("build_id", id.Format(id.Build, row.ID), "name", row.Name)
 	log.Info("build begins", "attempt", row.Attempts)
@@ -116,20 +116,20 @@ func (s *Service) attempt(ctx context.Context, row db.Build) {
 		span.SetInt("wrenn.attempt", int(row.Attempts))
 	}
 	run, cancel := context.WithCancelCause(ctx)
-	held, let := context.WithCancel(context.WithoutCancel(ctx))
+	renewing, stopRenewing := context.WithCancel(context.WithoutCancel(ctx))
 	var wg sync.WaitGroup
-	wg.Go(func() { s.hold(held, row, cancel) })
+	wg.Go(func() { s.renewLease(renewing, row, cancel) })
 	late := time.AfterFunc(s.Settings.Timeout, func() {
 		cancel(fault.New(fault.Timeout, "the build did not end within %v", s.Settings.Timeout))
 	})
 	defer late.Stop()
-	defer func() { let(); wg.Wait(); cancel(nil) }()
+	defer func() { stopRenewing(); wg.Wait(); cancel(nil) }()
 	s.changed(ctx, row.ID)
 
 	a := &attempt{Service: s, row: row, log: log}
 	err := a.afresh(run)
 	if err == nil && row.Attempts > maxAttempts {
-		err = fault.New(fault.Unavailable, "the servers that worked on it died, %d times", maxAttempts)
+		err = fault.New(fault.Unavailable, "the server that ran the build died %d times", maxAttempts)
 	}
 	if err == nil {
 		err = fault.Guard(log, func() error { return a.run(run) })
@@ -139,34 +139,34 @@ func (s *Service) attempt(ctx context.Context, row db.Build) {
 	}
 	span.Failed(err)
 	if errors.Is(err, errLost) {
-		log.Warn("build goes on elsewhere")
+		log.Warn("another server took over the build")
 		return
 	}
-	// What is another's by now must not be removed under it.
+	// Do not clean up if another server has taken over.
 	_, renewErr := s.Store.Vital.RenewBuild(context.WithoutCancel(ctx), db.RenewBuildParams{ID: row.ID, Worker: &s.Store.Server, Attempts: row.Attempts, Lease: s.Lease.Seconds()})
 	if err != nil && errors.Is(renewErr, store.ErrNoRows) {
-		log.Warn("build goes on elsewhere")
+		log.Warn("another server took over the build")
 		return
 	}
 	if cleanErr := s.clean(context.WithoutCancel(ctx), row.ID); cleanErr != nil {
-		// It is tried again in a while: see sweep.
-		log.Error("remove what the build leaves", "error", cleanErr)
+		// A sweep retries this.
+		log.Error("clean up after build", "error", cleanErr)
 	}
 	state := Failed
 	switch {
 	case err == nil:
 		log.Info("build succeeded", "took", time.Since(begun))
 		s.changed(ctx, row.ID)
-		return // that is written
+		return // succeed has written it.
 	case errors.Is(err, errCancelled):
 		state = Cancelled
 	case ctx.Err() != nil && errors.Is(err, context.Canceled):
-		log.Info("build is left to another server")
+		log.Info("build released for another server")
 		err := persist(ctx, func(ctx context.Context) error {
 			return s.Store.ReleaseBuild(ctx, db.ReleaseBuildParams{ID: row.ID, Worker: &s.Store.Server})
 		})
 		if err != nil {
-			log.Error("write that the build waits again", "error", err)
+			log.Error("requeue build", "error", err)
 		}
 		s.wake(ctx)
 		s.changed(ctx, row.ID)
@@ -182,15 +182,15 @@ func (s *Service) attempt(ctx context.Context, row db.Build) {
 		return err
 	})
 	if writeErr != nil && !errors.Is(writeErr, store.ErrNoRows) {
-		log.Error("write how the build ended", "error", writeErr)
+		log.Error("write the build's result", "error", writeErr)
 	}
 	log.Info("build ended", "state", state, "error", err, "took", time.Since(begun))
 	s.changed(ctx, row.ID)
 }
 
-// hold renews the lease, and breaks the attempt off when the build is to be
-// cancelled or is this server's no more.
-func (s *Service) hold(ctx context.Context, row db.Build, off context.CancelCauseFunc) {
+// renewLease renews the lease. It aborts the attempt if the build was cancelled or the
+// lease is lost.
+func (s *Service) renewLease(ctx context.Context, row db.Build, off context.CancelCauseFunc) {
 	until := time.Now().Add(s.Lease)
 	for {
 		change := s.change(row.ID)
@@ -217,8 +217,8 @@ func (s *Service) hold(ctx context.Context, row db.Build, off context.CancelCaus
 	}
 }
 
-// clean removes the sandbox of a build, and then what it began to capture: in
-// this order, so that no capture of it ends later.
+// clean removes a build's sandboxes first, so that no capture can complete, and then its
+// partial captures.
 func (s *Service) clean(ctx context.Context, build uuid.UUID) error {
 	ctx, cancel := context.WithTimeout(ctx, cleanTimeout)
 	defer cancel()
@@ -242,8 +242,7 @@ func (s *Service) clean(ctx context.Context, build uuid.UUID) error {
 	return nil
 }
 
-// sweep removes, now and then, what builds that have ended could not, versions
-// that nothing names or uses, layers and archives that nobody needs.
+// sweep calls [Service.Sweep] at intervals.
 func (s *Service) sweep(ctx context.Context) {
 	tick := time.NewTicker(s.Settings.Sweep)
 	defer tick.Stop()
@@ -254,12 +253,13 @@ func (s *Service) sweep(ctx context.Context) {
 			return
 		}
 		if err := s.Sweep(ctx); err != nil && ctx.Err() == nil {
-			s.Log.Warn("remove what builds leave", "error", err)
+			s.Log.Warn("sweep builds", "error", err)
 		}
 	}
 }
 
-// Sweep does so once. What of it fails or takes long holds up nothing else.
+// Sweep removes leftovers of finished builds, unused versions and layers, and expired
+// archives, and trims teams' old builds. The parts run independently.
 func (s *Service) Sweep(ctx context.Context) error {
 	return each.Do(ctx, s.Log, 4, sweepWithin, []func(context.Context) error{
 		func(ctx context.Context) error {
@@ -285,17 +285,17 @@ func (s *Service) Sweep(ctx context.Context) error {
 		},
 		func(ctx context.Context) error {
 			if err := s.Store.ForgetArchives(ctx, time.Now().Add(-s.ArchivesLast)); err != nil {
-				return fmt.Errorf("forget archives: %w", err)
+				return fmt.Errorf("delete expired archives: %w", err)
 			}
 			return nil
 		},
-		s.settle,
+		s.trimBuilds,
 	}, func(ctx context.Context, part func(context.Context) error) error { return part(ctx) })
 }
 
-// settle measures the logs of builds that have ended, and forgets the oldest builds of
-// teams that have more than they keep.
-func (s *Service) settle(ctx context.Context) error {
+// trimBuilds measures the logs of finished builds and deletes the oldest builds of teams
+// that exceed their limit.
+func (s *Service) trimBuilds(ctx context.Context) error {
 	const batch = 100
 	for {
 		teams, err := s.Store.SettleBuilds(ctx, batch)
@@ -306,7 +306,7 @@ func (s *Service) settle(ctx context.Context) error {
 		slices.SortFunc(teams, func(a, b uuid.UUID) int { return bytes.Compare(a[:], b[:]) })
 		for _, team := range slices.Compact(teams) {
 			if err := s.Store.ForgetBuilds(ctx, db.ForgetBuildsParams{TeamID: team, Most: mostBuilds, MostBytes: mostBuildBytes}); err != nil {
-				return fmt.Errorf("forget builds: %w", err)
+				return fmt.Errorf("delete old builds: %w", err)
 			}
 		}
 		if n < batch {
@@ -315,10 +315,10 @@ func (s *Service) settle(ctx context.Context) error {
 	}
 }
 
-// remove removes templates that nothing needs.
+// remove removes unneeded templates.
 func (s *Service) remove(ctx context.Context, templates []db.Template) error {
 	return each.Do(ctx, s.Log, sweeps, cleanTimeout, templates, func(ctx context.Context, t db.Template) error {
-		s.Log.Info("template is removed: nothing needs it", "template_id", id.Format(id.Template, t.ID), "kind", t.Kind, "name", t.Name, "version", t.Version)
+		s.Log.Info("removing unused template", "template_id", id.Format(id.Template, t.ID), "kind", t.Kind, "name", t.Name, "version", t.Version)
 		return s.Templates.Remove(ctx, t)
 	})
 }
@@ -332,7 +332,7 @@ type attempt struct {
 	steps   []Step
 }
 
-// afresh removes what an attempt before this one left.
+// afresh cleans up after the previous attempt.
 func (a *attempt) afresh(ctx context.Context) error {
 	if err := json.Unmarshal(a.row.Options, &a.options); err != nil {
 		return fmt.Errorf("read build's options: %w", err)
@@ -345,7 +345,7 @@ func (a *attempt) afresh(ctx context.Context) error {
 	return a.Store.ClearBuildSteps(ctx, a.row.ID)
 }
 
-// write writes down a step as it is now.
+// write stores a step.
 func (a *attempt) write(ctx context.Context, s *Step) error {
 	log, err := json.Marshal(s)
 	if err != nil {
@@ -361,7 +361,7 @@ func (a *attempt) write(ctx context.Context, s *Step) error {
 	return nil
 }
 
-// close says of the steps that did not come to their end what became of them.
+// close sets the final state of the steps that did not end.
 func (a *attempt) close(state State) {
 	for i := range a.steps {
 		s := &a.steps[i]

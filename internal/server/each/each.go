@@ -1,5 +1,5 @@
-// Package each does something for each of several objects, so that one that
-// fails, hangs or panics holds up none of the others.
+// Package each runs a function for each of several items concurrently, so that one that
+// fails, hangs or panics does not stop the others.
 package each
 
 import (
@@ -12,10 +12,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
-// Do calls f for each item, for at most n at once, and returns when all calls
-// have: the errors that they returned, joined. A call's context ends after
-// within, and a panic is logged and becomes an error (see [fault.Guard]). What
-// is left when ctx ends is not begun.
+// Do calls f for each item, at most n at once, waits for all calls, and joins their
+// errors. It bounds each call's context by within. It logs a panic and returns it as an
+// error (see [fault.Guard]). After ctx ends, Do starts no further calls.
 func Do[T any](ctx context.Context, log *slog.Logger, n int, within time.Duration, items []T, f func(context.Context, T) error) error {
 	errs := make([]error, len(items))
 	turn := make(chan struct{}, n)

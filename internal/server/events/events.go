@@ -1,7 +1,6 @@
-// Package events tells every server on one Redis what changed. It is a means
-// to be quick and nothing rests on it: what is told may be told twice or, with
-// Redis away, not at all, and whoever hears then looks at the database. While
-// a server cannot hear, it knows.
+// Package events announces changes to all servers on one Redis. It only makes them react
+// sooner: messages can be repeated or lost, so receivers read the database. A server
+// knows when it cannot receive messages.
 package events
 
 import (
@@ -19,22 +18,22 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/backoff"
 )
 
-// channel carries the ids of sandboxes that changed, 16 bytes each, many in a
-// message, after the 16 of the server that sends it.
+// channel carries messages of the sender's id (16 bytes), then the ids of the changed
+// sandboxes or hosts (16 bytes each).
 const channel = "wrenn:sandboxes"
 
 const (
-	// maxPending bounds what waits to be sent. Beyond it the bus sends everything
-	// instead, and every server looks at everything again.
+	// maxPending bounds the unsent changes. Beyond it the bus sends everything, which
+	// makes every server read all sandboxes and hosts again.
 	maxPending = 16384
-	// pingEvery is how often a silent Redis is asked whether it is there.
+	// pingEvery is how long Redis may be silent before the bus pings it.
 	pingEvery = 3 * time.Second
 )
 
 // everything stands for all sandboxes and hosts in a message.
 var everything = uuid.Nil
 
-// Bus tells and hears.
+// Bus sends and receives changes. It is safe for concurrent use.
 type Bus struct {
 	redis *redis.Client
 	self  uuid.UUID
@@ -43,18 +42,18 @@ type Bus struct {
 	wake chan struct{}
 
 	mu sync.Mutex
-	// pending are the changes that no message has yet, at most maxPending;
-	// everything stands alone.
+	// pending is the unsent changes, at most maxPending. It contains everything only
+	// alone.
 	pending map[uuid.UUID]struct{}
 }
 
-// New returns a bus of the server self. Run must run for anything to be told or heard.
+// New returns a bus for the server self. It works while [Bus.Run] runs.
 func New(client *redis.Client, self uuid.UUID, log *slog.Logger) *Bus {
 	return &Bus{redis: client, self: self, log: log, pending: make(map[uuid.UUID]struct{}), wake: make(chan struct{}, 1)}
 }
 
-// Changed tells the other servers that a sandbox changed, or a host. It does
-// not block.
+// Changed announces a change of a sandbox or a host to the other servers. It does not
+// block.
 func (b *Bus) Changed(sandbox uuid.UUID) {
 	b.add(sandbox)
 	select {
@@ -63,7 +62,7 @@ func (b *Bus) Changed(sandbox uuid.UUID) {
 	}
 }
 
-// add adds changes to those that are pending.
+// add adds changes to pending.
 func (b *Bus) add(changed ...uuid.UUID) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -78,7 +77,7 @@ func (b *Bus) add(changed ...uuid.UUID) {
 	}
 }
 
-// take returns the pending changes and leaves none.
+// take returns the pending changes and clears them.
 func (b *Bus) take() []uuid.UUID {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -90,16 +89,16 @@ func (b *Bus) take() []uuid.UUID {
 	return taken
 }
 
-// Listener is what hears. Its methods are called one after another.
+// Listener receives changes. The bus does not call its methods concurrently.
 type Listener interface {
-	// Heard is told that a sandbox, or a host, changed.
+	// Heard reports that another server changed a sandbox or a host.
 	Heard(sandbox uuid.UUID)
-	// Deaf is told whether changes can be missed from now on. After they could,
-	// and before Deaf(false), anything may have changed.
+	// Deaf(true) reports that changes may be lost from now on. Before Deaf(false), any
+	// sandbox or host may have changed.
 	Deaf(is bool)
 }
 
-// Run tells and hears until ctx is done.
+// Run sends and receives changes until ctx is done.
 func (b *Bus) Run(ctx context.Context, l Listener) {
 	var wg sync.WaitGroup
 	wg.Go(func() { b.tell(ctx) })
@@ -107,7 +106,7 @@ func (b *Bus) Run(ctx context.Context, l Listener) {
 	wg.Wait()
 }
 
-// tell sends what is pending, as often as it takes.
+// tell sends pending changes and retries until it succeeds.
 func (b *Bus) tell(ctx context.Context) {
 	for {
 		select {
@@ -121,8 +120,8 @@ func (b *Bus) tell(ctx context.Context) {
 	}
 }
 
-// send publishes the pending changes. Changes that come meanwhile are another
-// message's: whoever reads this one may look at the database before them.
+// send publishes the pending changes. Changes that arrive during the call go into the
+// next message, because receivers of this one may read the database before them.
 func (b *Bus) send(ctx context.Context) error {
 	changed := b.take()
 	if len(changed) == 0 {
@@ -139,7 +138,7 @@ func (b *Bus) send(ctx context.Context) error {
 	return err
 }
 
-// Flush publishes the changes that Run had no time for before it ended.
+// Flush publishes the changes that Run left unsent when it ended.
 func (b *Bus) Flush(ctx context.Context) error {
 	if err := b.send(ctx); err != nil {
 		return fmt.Errorf("publish changes: %w", err)
@@ -147,7 +146,7 @@ func (b *Bus) Flush(ctx context.Context) error {
 	return nil
 }
 
-// listen hears what the others tell.
+// listen receives the other servers' changes.
 func (b *Bus) listen(ctx context.Context, l Listener) {
 	deaf, asked := true, false
 	l.Deaf(true)
@@ -167,10 +166,10 @@ func (b *Bus) listen(ctx context.Context, l Listener) {
 			asked = false
 			switch m := message.(type) {
 			case *redis.Subscription:
-				// At first, and after every time that the connection broke.
+				// The first one, or one after a reconnect.
 				again(l)
 				if deaf {
-					b.log.Info("hears of what other servers change")
+					b.log.Info("receiving changes of other servers")
 				}
 				deaf = false
 			case *redis.Message:
@@ -180,12 +179,12 @@ func (b *Bus) listen(ctx context.Context, l Listener) {
 		}
 		var quiet net.Error
 		if !asked && errors.As(err, &quiet) && quiet.Timeout() && sub.Ping(ctx) == nil {
-			asked = true // Whether this is silence or a dead connection.
+			asked = true // to tell a silent connection from a dead one
 			continue
 		}
 		asked = false
 		if !deaf {
-			b.log.Warn("does not hear what other servers change; going on without", "error", err)
+			b.log.Warn("cannot receive changes of other servers; polling the database instead", "error", err)
 			deaf = true
 		}
 		l.Deaf(true)
@@ -198,17 +197,17 @@ func (b *Bus) listen(ctx context.Context, l Listener) {
 	}
 }
 
-// again has everything looked at anew.
+// again makes the listener read everything again.
 func again(l Listener) {
 	l.Deaf(true)
 	l.Deaf(false)
 }
 
-// heard passes on what a message says.
+// heard passes a message to the listener.
 func (b *Bus) heard(payload []byte, l Listener) {
 	const n = len(uuid.UUID{})
 	if len(payload) < n || len(payload)%n != 0 {
-		b.log.Warn("message of a wrong length", "bytes", len(payload))
+		b.log.Warn("malformed message from another server", "bytes", len(payload))
 		return
 	}
 	if uuid.UUID(payload[:n]) == b.self {

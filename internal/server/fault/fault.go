@@ -1,5 +1,5 @@
-// Package fault is how the control plane's rooms say what went wrong in a way
-// that may be shown to the caller. Any other error is internal and is not.
+// Package fault has the errors whose code and message the control plane may show to the
+// caller. All other errors are internal.
 package fault
 
 import (
@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// Code is an error's stable name on the wire.
+// Code is the machine-readable code of an error in the public API.
 type Code string
 
 // The codes of the public API.
@@ -83,13 +83,13 @@ func (c Code) Status() int {
 	return http.StatusInternalServerError
 }
 
-// Error is an error that the caller may see.
+// Error is an error to show to the caller.
 type Error struct {
 	Code    Code
 	Message string
-	// RetryAfter is when the same may work; 0: that is not known.
+	// RetryAfter is when a retry may succeed; 0: unknown.
 	RetryAfter time.Duration
-	// cause is for the log alone.
+	// cause is logged and never shown.
 	cause error
 }
 
@@ -100,7 +100,7 @@ func (e *Error) Error() string {
 	return fmt.Sprintf("%s: %s", e.Code, e.Message)
 }
 
-// Unwrap returns what caused the error.
+// Unwrap returns the cause.
 func (e *Error) Unwrap() error { return e.cause }
 
 // New returns an error with a message for the caller.
@@ -108,35 +108,34 @@ func New(code Code, format string, args ...any) *Error {
 	return &Error{Code: code, Message: fmt.Sprintf(format, args...)}
 }
 
-// Because is New with a cause, which is logged and not shown.
+// Because is [New] with a cause, which is logged and not shown.
 func Because(cause error, code Code, format string, args ...any) *Error {
 	e := New(code, format, args...)
 	e.cause = cause
 	return e
 }
 
-// Body is the error of a request's body that did not arrive: it broke off, or came
-// too slowly.
+// Body returns the error for a request body that ended early or arrived too slowly.
 func Body(err error) *Error {
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return Because(err, RequestTimeout, "the body came too slowly")
+		return Because(err, RequestTimeout, "the request body arrived too slowly")
 	}
 	return Because(err, InvalidArgument, "body: broke off")
 }
 
-// Is says whether err is, or wraps, an error with the code.
+// Is reports whether err is or wraps an [Error] with the code.
 func Is(err error, code Code) bool {
 	var e *Error
 	return errors.As(err, &e) && e.Code == code
 }
 
-// Panic is what [Guard] makes of a panic.
+// Panic is the error that [Guard] returns for a panic.
 type Panic struct{ Value any }
 
 func (p *Panic) Error() string { return fmt.Sprintf("panic: %v", p.Value) }
 
-// Guard calls f and returns its error. A panic of f is logged with its stack
-// and returned as a [*Panic], so that it ends what f did and not the server.
+// Guard calls f and returns its error. It logs a panic of f with its stack and returns a
+// [*Panic], so that a panic ends only f.
 func Guard(log *slog.Logger, f func() error) (err error) {
 	defer func() {
 		if v := recover(); v != nil {

@@ -1,5 +1,5 @@
-// Package github finds out who somebody is on GitHub, or on a GitHub
-// Enterprise, by OAuth: authorization code with PKCE (RFC 6749, RFC 7636).
+// Package github authenticates users with GitHub or GitHub Enterprise, by OAuth's
+// authorization code flow with PKCE (RFC 6749, RFC 7636).
 package github
 
 import (
@@ -24,37 +24,37 @@ const (
 	maxAnswer = 1 << 20
 )
 
-// ErrNoEmail is what somebody has who has no verified primary address.
+// ErrNoEmail reports an account without a verified primary address.
 var ErrNoEmail = errors.New("no verified primary e-mail address on GitHub")
 
 // Config is an OAuth application registered with GitHub.
 type Config struct {
 	ClientID, ClientSecret string
-	// URL is where people log in, APIURL what is asked about them; empty:
-	// https://github.com and https://api.github.com.
+	// URL is GitHub's site and APIURL its API (https://github.com,
+	// https://api.github.com).
 	URL, APIURL string
-	// Callback is where GitHub sends people back to.
+	// Callback is the URL to which GitHub redirects browsers.
 	Callback string
 }
 
-// Identity is who somebody is.
+// Identity is an account on GitHub.
 type Identity struct {
-	// Subject is GitHub's own number of the account.
+	// Subject is GitHub's numeric id of the account.
 	Subject string
-	// Email is verified and the account's primary one.
+	// Email is the account's verified primary address.
 	Email string
 }
 
-// Client asks GitHub.
+// Client calls GitHub.
 type Client struct {
 	oauth oauth2.Config
 	api   string
 	http  *http.Client
 }
 
-// New returns a client for an application. It calls public addresses, and those of the
-// machine and of private networks only if c names a site of its own. It uses no proxy,
-// which would resolve names by itself.
+// New returns a client for an application. It calls only public addresses, unless c names
+// its own site, which may be on this machine or in a private network. It uses no HTTP
+// proxy, because a proxy would resolve names itself.
 func New(c Config) *Client {
 	site, api := "https://github.com", "https://api.github.com"
 	if c.URL != "" {
@@ -76,13 +76,13 @@ func New(c Config) *Client {
 	}
 }
 
-// AuthorizeURL is where a browser goes. state comes back with it; verifier is
-// kept for Identify.
+// AuthorizeURL returns the URL to redirect a browser to. GitHub returns state with the
+// code. Pass the same verifier to [Client.Identify].
 func (c *Client) AuthorizeURL(state, verifier string) string {
 	return c.oauth.AuthCodeURL(state, oauth2.S256ChallengeOption(verifier))
 }
 
-// Identify changes the code that a browser came back with into who it is of.
+// Identify exchanges the code that a browser returned with for the account's identity.
 func (c *Client) Identify(ctx context.Context, code, verifier string) (Identity, error) {
 	ctx, cancel := context.WithTimeout(context.WithValue(ctx, oauth2.HTTPClient, c.http), within)
 	defer cancel()
@@ -105,7 +105,7 @@ func (c *Client) Identify(ctx context.Context, code, verifier string) (Identity,
 		return Identity{}, err
 	}
 	if user.ID <= 0 {
-		return Identity{}, errors.New("GitHub does not say whose token it is")
+		return Identity{}, errors.New("GitHub returned no user id")
 	}
 	for _, e := range emails {
 		if e.Primary && e.Verified && e.Email != "" {
@@ -123,14 +123,14 @@ func get(ctx context.Context, client *http.Client, url string, v any) error {
 	req.Header.Set("Accept", "application/vnd.github+json")
 	res, err := client.Do(req)
 	if err != nil {
-		return fmt.Errorf("ask GitHub: %w", err)
+		return fmt.Errorf("call GitHub: %w", err)
 	}
 	defer res.Body.Close()
 	if res.StatusCode != http.StatusOK {
-		return fmt.Errorf("ask GitHub: %s", res.Status)
+		return fmt.Errorf("call GitHub: %s", res.Status)
 	}
 	if err := json.NewDecoder(io.LimitReader(res.Body, maxAnswer)).Decode(v); err != nil {
-		return fmt.Errorf("read GitHub's answer: %w", err)
+		return fmt.Errorf("decode GitHub's response: %w", err)
 	}
 	return nil
 }

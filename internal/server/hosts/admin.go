@@ -17,10 +17,10 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
-// farewell bounds what is done on a host that is being removed.
+// farewell bounds the calls to a host that is being deleted.
 const farewell = 20 * time.Second
 
-// Status is where a host is, as people are shown it.
+// Status returns a host's status in the API.
 func Status(row db.Host) string {
 	if row.Draining && row.Status == "online" {
 		return "draining"
@@ -28,11 +28,11 @@ func Status(row db.Host) string {
 	return row.Status
 }
 
-// Load is what would be lost with a host.
+// Load is what deleting a host would lose.
 type Load struct {
-	// Sandboxes that have not ended, by state.
+	// Sandboxes counts the sandboxes that have not ended, by state.
 	Sandboxes map[string]int64
-	// Templates of teams that no other host has.
+	// Templates counts teams' templates that no other host has.
 	Templates int64
 }
 
@@ -47,7 +47,7 @@ func (r *Registry) List(ctx context.Context) ([]db.Host, error) {
 	return rows, nil
 }
 
-// Describe returns a host and what would be lost with it, or fails with not_found.
+// Describe returns a host and what deleting it would lose, or fails with not_found.
 func (r *Registry) Describe(ctx context.Context, host uuid.UUID) (db.Host, Load, error) {
 	return describe(ctx, r.Store.Queries, host)
 }
@@ -74,7 +74,7 @@ func describe(ctx context.Context, q *db.Queries, host uuid.UUID) (db.Host, Load
 	return row, l, nil
 }
 
-// Change is what may be changed of a host; what is nil stays.
+// Change describes an update of a host. Nil fields stay unchanged.
 type Change struct {
 	Draining *bool
 	Name     *string
@@ -88,19 +88,18 @@ func (r *Registry) Update(ctx context.Context, host uuid.UUID, c Change) (db.Hos
 		return row, fault.New(fault.NotFound, "no such host")
 	}
 	if err != nil {
-		return row, fmt.Errorf("change host: %w", err)
+		return row, fmt.Errorf("update host: %w", err)
 	}
 	return row, nil
 }
 
-// Delete removes a host: its agent's credentials and certificates are void from
-// then on. Without force it fails with conflict when anything would be lost.
-// With it, the sandboxes that are on the host end; they are destroyed there if
-// it answers. It returns them.
+// Delete deletes a host and revokes its agent's credentials and certificates. Without
+// force, it fails with conflict if that would lose anything. With force, it ends the
+// host's sandboxes, destroys them on the host if it is reachable, and returns them.
 func (r *Registry) Delete(ctx context.Context, host uuid.UUID, force bool) ([]uuid.UUID, error) {
 	var lost []uuid.UUID
 	err := r.Store.InTx(ctx, func(q *db.Queries) error {
-		// No sandbox is placed on it meanwhile.
+		// The lock keeps other transactions from placing sandboxes here.
 		if _, err := q.LockHost(ctx, host); err != nil && !errors.Is(err, store.ErrNoRows) {
 			return err
 		}
@@ -112,7 +111,7 @@ func (r *Registry) Delete(ctx context.Context, host uuid.UUID, force bool) ([]uu
 			return fault.New(fault.Conflict, "the server's own configuration names this host (WRENN_AGENT_URL)")
 		}
 		if !force && !load.empty() {
-			return fault.New(fault.Conflict, "sandboxes or templates would be lost with the host: look at what (GET with preview), then delete it with force")
+			return fault.New(fault.Conflict, "deleting the host would lose sandboxes or templates: see which (GET with preview), then delete it with force")
 		}
 		if lost, err = q.LoseHostSandboxes(ctx, &host); err != nil {
 			return err
@@ -122,7 +121,7 @@ func (r *Registry) Delete(ctx context.Context, host uuid.UUID, force bool) ([]uu
 	if err != nil {
 		return nil, wrap("delete host", err)
 	}
-	r.tell(host) // This server may yet have to clear it.
+	r.tell(host) // Others only: this server still has to call the host.
 	r.Log.Info("host deleted", "host_id", id.Format(id.Host, host), "sandboxes", len(lost))
 	if h, err := r.Get(&host); err == nil {
 		r.clear(ctx, h, lost)
@@ -131,7 +130,7 @@ func (r *Registry) Delete(ctx context.Context, host uuid.UUID, force bool) ([]uu
 	return lost, err
 }
 
-// clear destroys sandboxes on a host that is being removed, as well as it can be done.
+// clear destroys sandboxes on a deleted host, as far as it is reachable.
 func (r *Registry) clear(ctx context.Context, h *Host, sandboxes []uuid.UUID) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), farewell)
 	defer cancel()
@@ -146,7 +145,7 @@ func (r *Registry) clear(ctx context.Context, h *Host, sandboxes []uuid.UUID) {
 			}
 			_, err := h.Agent.Destroy(ctx, connect.NewRequest(&hostagentv1.DestroyRequest{SandboxId: id.Format(id.Sandbox, sandbox)}))
 			if err != nil {
-				r.Log.Warn("destroy sandbox of a deleted host", "sandbox_id", id.Format(id.Sandbox, sandbox), "error", err)
+				r.Log.Warn("destroy sandbox on a deleted host", "sandbox_id", id.Format(id.Sandbox, sandbox), "error", err)
 			}
 		})
 	}

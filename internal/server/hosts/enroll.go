@@ -26,27 +26,27 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
-// How long hosts' tokens hold.
+// Lifetimes of hosts' tokens.
 const (
 	RegistrationLasts = time.Hour
 	tokenLasts        = time.Hour
 )
 
-// registrationPrefix is what registration tokens begin with.
+// registrationPrefix begins every registration token.
 const registrationPrefix = "wrnh_"
 
-// issuer and audience are in every token of a host.
+// issuer and audience are claims of every host token.
 const (
 	issuer   = "wrenn"
 	audience = "wrenn-host"
 )
 
-// Specs is what a host is and what of it is in use, as its agent says.
+// Specs is a host's size and use, as its agent reports them.
 type Specs struct {
 	Version, VMM, Accelerator string
 	CPUs                      int32
 	MemoryBytes, DiskBytes    int64
-	// CapacityMiB is what sandboxes may have together.
+	// CapacityMiB is the memory for all sandboxes together.
 	CapacityMiB         int64
 	Slots, NetworkBlock int32
 	Sandboxes           int32
@@ -55,36 +55,37 @@ type Specs struct {
 	DiskFreeBytes       int64
 }
 
-// Registration is what an agent registers with.
+// Registration is an agent's request to register.
 type Registration struct {
 	// Token is the registration token.
 	Token string
 	// URL is where the agent listens.
 	URL string
 	Specs
-	// Refresh is the SHA-256 of the refresh token that the agent made.
+	// Refresh is the SHA-256 of the refresh token that the agent generated.
 	Refresh []byte
-	// CSR is the agent's signing request (PEM); empty where it wants no certificate.
+	// CSR is the agent's certificate signing request (PEM); empty if it needs no
+	// certificate.
 	CSR []byte
 }
 
-// Credentials is what an agent gets.
+// Credentials is the server's response to a registration or a refresh.
 type Credentials struct {
 	Host uuid.UUID
-	// Token is what the agent shows the control plane until Expires.
+	// Token authenticates the agent to the control plane until Expires.
 	Token   string
 	Expires time.Time
-	// AgentToken is what the control plane shows the agent.
+	// AgentToken authenticates the control plane to the agent.
 	AgentToken string
-	// Certificate is the host's leaf, Authority who signed it, both PEM; empty
-	// where there is no authority.
+	// Certificate is the host's certificate, Authority that of its issuer, both PEM;
+	// empty without an authority.
 	Certificate, Authority []byte
-	// Heartbeat is how often the agent is to say that it is there.
+	// Heartbeat is the interval at which the agent must report.
 	Heartbeat time.Duration
 }
 
-// Add makes a host that is to register itself, and the token that it may do so
-// with, once and within an hour.
+// Add creates a host and returns a registration token for its agent, which is valid once
+// and for [RegistrationLasts].
 func (r *Registry) Add(ctx context.Context, name string, tags []string) (db.Host, string, error) {
 	token, hash := newToken()
 	until := time.Now().Add(RegistrationLasts)
@@ -98,14 +99,14 @@ func (r *Registry) Add(ctx context.Context, name string, tags []string) (db.Host
 	return row, token, nil
 }
 
-// Renew makes another registration token for a host, whose credentials stay as
-// they are until it is used.
+// Renew creates a new registration token for a host. The host's credentials stay valid
+// until the token is used.
 func (r *Registry) Renew(ctx context.Context, host uuid.UUID) (db.Host, string, error) {
 	token, hash := newToken()
 	until := time.Now().Add(RegistrationLasts)
 	row, err := r.Store.RenewHostRegistration(ctx, db.RenewHostRegistrationParams{ID: host, RegistrationHash: hash, RegistrationExpiresAt: &until})
 	if errors.Is(err, store.ErrNoRows) {
-		return row, "", fault.New(fault.NotFound, "no such host that registers itself")
+		return row, "", fault.New(fault.NotFound, "no such host, or it does not register itself")
 	}
 	if err != nil {
 		return row, "", fmt.Errorf("renew host's registration: %w", err)
@@ -115,18 +116,18 @@ func (r *Registry) Renew(ctx context.Context, host uuid.UUID) (db.Host, string, 
 
 func newToken() (token string, hash []byte) {
 	var b [32]byte
-	_, _ = rand.Read(b[:]) // never fails
+	_, _ = rand.Read(b[:]) // It never fails.
 	token = registrationPrefix + hex.EncodeToString(b[:])
 	sum := sha256.Sum256([]byte(token))
 	return token, sum[:]
 }
 
-// errUsed is told whatever is wrong with a registration token.
-var errUsed = fault.New(fault.Unauthenticated, "the registration token is not valid: it is used once, within an hour")
+// errUsed is the only error for registration tokens, whatever is wrong with them.
+var errUsed = fault.New(fault.Unauthenticated, "the registration token is not valid: a token can be used once, within an hour")
 
-// Enroll registers an agent. The token is good for one agent: the same agent,
-// which is one that names the same refresh token, may repeat the call until it
-// has used what it got.
+// Enroll registers an agent. Only one agent can use a token. The same agent, which the
+// hash of its refresh token identifies, may repeat the call until it has used the
+// credentials.
 func (r *Registry) Enroll(ctx context.Context, g Registration) (Credentials, error) {
 	if !strings.HasPrefix(g.Token, registrationPrefix) {
 		return Credentials{}, errUsed
@@ -147,8 +148,8 @@ func (r *Registry) Enroll(ctx context.Context, g Registration) (Credentials, err
 		if err != nil {
 			return err
 		}
-		// Registered with this token before: RegistrationHash is cleared when what
-		// came of it is used, PreviousHash is what marks it until then.
+		// PreviousHash marks a used registration token until the agent uses the
+		// credentials, which clears RegistrationHash.
 		if used := slices.Equal(row.PreviousHash, hash[:]); used && !slices.Equal(row.RefreshHash, g.Refresh) {
 			return errUsed
 		}
@@ -174,31 +175,30 @@ func (r *Registry) Enroll(ctx context.Context, g Registration) (Credentials, err
 	}
 	r.Log.Info("host registered", "host_id", id.Format(id.Host, c.Host), "url", g.URL)
 	if err := r.moved(ctx, c.Host); err != nil {
-		r.Log.Warn("look at the hosts again", "error", err) // It is done before long.
+		r.Log.Warn("reload hosts", "error", err) // The next refresh does it.
 	}
 	return c, nil
 }
 
-// Renewal is what an agent refreshes its credentials with.
+// Renewal is an agent's request for new credentials.
 type Renewal struct {
-	// Refresh is the refresh token, Next the SHA-256 of the one that the agent
-	// made to follow it.
+	// Refresh is the current refresh token, Next the SHA-256 of its successor, which the
+	// agent generated.
 	Refresh string
 	Next    []byte
 	CSR     []byte
 }
 
-// RefreshCredentials gives an agent what follows its credentials. The refresh
-// token that it shows is void then; shown again with another successor it was
-// stolen, and the host is revoked, for nobody knows by whom. Shown again with
-// the same one, the answer did not arrive.
+// RefreshCredentials exchanges an agent's refresh token for new credentials. If an agent
+// repeats a call because the response was lost, it names the same successor. A second use
+// with another successor means that somebody stole the token, so the host is revoked.
 func (r *Registry) RefreshCredentials(ctx context.Context, n Renewal) (Credentials, error) {
 	if len(n.Next) != sha256.Size {
 		return Credentials{}, fault.New(fault.InvalidArgument, "next_hash: want the SHA-256 of a token")
 	}
 	refused := fault.New(fault.Unauthenticated, "the refresh token is not valid: register the host again")
 	if strings.HasPrefix(n.Refresh, registrationPrefix) {
-		return Credentials{}, refused // Its hash may stand where the refresh token's before would.
+		return Credentials{}, refused // PreviousHash may be the hash of a registration token.
 	}
 	hash := sha256.Sum256([]byte(n.Refresh))
 	var c Credentials
@@ -220,7 +220,7 @@ func (r *Registry) RefreshCredentials(ctx context.Context, n Renewal) (Credentia
 				return err
 			}
 		case !slices.Equal(row.RefreshHash, n.Next):
-			// Committed, unlike what else fails.
+			// Return nil, so that the revocation is committed.
 			reused, c.Host = true, row.ID
 			return revoke(ctx, q, row.ID)
 		}
@@ -231,8 +231,8 @@ func (r *Registry) RefreshCredentials(ctx context.Context, n Renewal) (Credentia
 		return Credentials{}, wrap("refresh host's credentials", err)
 	}
 	if reused {
-		r.Log.Error("a refresh token was used twice: the host is revoked", "host_id", id.Format(id.Host, c.Host))
-		// Even if the caller, who may be the thief, leaves.
+		r.Log.Error("refresh token used twice: host revoked", "host_id", id.Format(id.Host, c.Host))
+		// Disconnect even if the caller, who may be the thief, cancels.
 		if err := r.moved(context.WithoutCancel(ctx), c.Host); err != nil {
 			r.Log.Error("drop the connections of a revoked host", "host_id", id.Format(id.Host, c.Host), "error", err)
 		}
@@ -241,12 +241,12 @@ func (r *Registry) RefreshCredentials(ctx context.Context, n Renewal) (Credentia
 	return c, nil
 }
 
-// revoke voids all that a host has.
+// revoke invalidates a host's credentials and certificates.
 func revoke(ctx context.Context, q *db.Queries, host uuid.UUID) error {
 	return errors.Join(q.RevokeHost(ctx, host), q.DropHostCertificates(ctx, host))
 }
 
-// wrap says what failed unless the caller is told anyway.
+// wrap adds the operation to internal errors. Faults stay as they are.
 func wrap(doing string, err error) error {
 	var f *fault.Error
 	if errors.As(err, &f) {
@@ -255,13 +255,13 @@ func wrap(doing string, err error) error {
 	return fmt.Errorf("%s: %w", doing, err)
 }
 
-// claims are what a host's token says.
+// claims is the content of a host's token.
 type claims struct {
 	jwt.RegisteredClaims
 	Epoch int32 `json:"epoch"`
 }
 
-// credentials makes what a host gets.
+// credentials issues a host's token and certificate.
 func (r *Registry) credentials(ctx context.Context, q *db.Queries, row db.Host, csr []byte) (Credentials, error) {
 	now := time.Now()
 	c := Credentials{Host: row.ID, Expires: now.Add(tokenLasts), AgentToken: r.Tokens.Agent(row.ID, row.Epoch), Heartbeat: r.Heartbeat}
@@ -297,8 +297,8 @@ func (r *Registry) credentials(ctx context.Context, q *db.Queries, row db.Host, 
 	return c, nil
 }
 
-// checkURL says whether a host may be called at a URL: over TLS where there is
-// an authority, else on this machine alone.
+// checkURL rejects URLs at which the server must not call a host. It allows only TLS if
+// there is an authority, and only this machine otherwise.
 func (r *Registry) checkURL(text string) error {
 	u, err := url.Parse(text)
 	bad := func(why string) error { return fault.New(fault.InvalidArgument, "url: %s", why) }
@@ -306,8 +306,9 @@ func (r *Registry) checkURL(text string) error {
 		return bad("not a URL like https://192.0.2.1:7070")
 	}
 	if u.Scheme == "unix" {
-		// Else whoever has a token could have the server call any socket of its machine.
-		return bad("hosts that register themselves listen on an address: want https://address:port")
+		// Otherwise the holder of a token could make the server connect to any socket of
+		// its machine.
+		return bad("a host that registers itself must listen on an address: want https://address:port")
 	}
 	port, err := strconv.Atoi(u.Port())
 	if err != nil || port < 1 || port > 65535 || u.Path != "" || u.RawQuery != "" || u.Fragment != "" || u.User != nil || u.Scheme+"://"+u.Host != text {
@@ -318,21 +319,21 @@ func (r *Registry) checkURL(text string) error {
 	}
 	switch {
 	case u.Scheme == "https" && r.Authority == nil:
-		return bad("the control plane has no certificate authority (WRENN_CA_CERT, WRENN_CA_KEY): it can call hosts on its own machine only, over http")
+		return bad("the control plane has no certificate authority (WRENN_CA_CERT, WRENN_CA_KEY): it can only call hosts on its own machine, over http")
 	case u.Scheme == "https":
 		return nil
 	case u.Scheme != "http":
 		return bad("want https://address:port")
 	case r.Authority != nil:
-		return bad("hosts are called over TLS: want https://address:port")
+		return bad("the control plane calls hosts over TLS: want https://address:port")
 	case !netaddr.Local(text):
-		return bad("without a certificate authority hosts are called on this machine only")
+		return bad("without a certificate authority, the control plane can only call hosts on its own machine")
 	}
 	return nil
 }
 
-// Beat takes an agent's word, shown its token, that it is there, and what of it
-// is in use. It fails with unauthenticated for a host that was deleted or revoked.
+// Beat records a heartbeat of the agent that the token identifies. It fails with
+// unauthenticated if the host was deleted or revoked.
 func (r *Registry) Beat(ctx context.Context, token string, s Specs) (db.Host, error) {
 	host, epoch, err := r.verify(token)
 	if err != nil {
@@ -352,7 +353,7 @@ func (r *Registry) Beat(ctx context.Context, token string, s Specs) (db.Host, er
 	return row, nil
 }
 
-// Leave takes an agent's word that it goes: nothing is waited for.
+// Leave marks a host offline because its agent stops.
 func (r *Registry) Leave(ctx context.Context, token string) error {
 	host, epoch, err := r.verify(token)
 	if err != nil {
@@ -360,18 +361,18 @@ func (r *Registry) Leave(ctx context.Context, token string) error {
 	}
 	n, err := r.Store.Vital.HostLeaves(ctx, db.HostLeavesParams{ID: host, Epoch: epoch})
 	if err != nil {
-		return fmt.Errorf("write that host leaves: %w", err)
+		return fmt.Errorf("mark host offline: %w", err)
 	}
 	if n == 0 {
 		return errNotHost
 	}
-	r.Log.Info("host leaves", "host_id", id.Format(id.Host, host))
+	r.Log.Info("host went offline", "host_id", id.Format(id.Host, host))
 	return nil
 }
 
 var errNotHost = fault.New(fault.Unauthenticated, "the host's token is not valid")
 
-// verify returns whose token it is.
+// verify returns the host and the epoch of a valid token.
 func (r *Registry) verify(token string) (host uuid.UUID, epoch int32, err error) {
 	var c claims
 	_, err = jwt.ParseWithClaims(token, &c, func(*jwt.Token) (any, error) { return r.Tokens.HostKey(), nil },

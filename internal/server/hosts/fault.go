@@ -9,12 +9,12 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
-// Definite says whether an error of a host means that what was asked for did
-// not happen and will not.
+// Definite reports whether an error of a call to a host means that the host did not and
+// will not execute it.
 func Definite(err error) bool {
 	if !connect.IsWireError(err) {
-		// Without a connection nothing was sent; else the host may have got the
-		// call and still be at it.
+		// Without a connection, the client sent nothing. Otherwise the host may still be
+		// executing the call.
 		var failed *net.OpError
 		return errors.As(err, &failed) && failed.Op == "dial"
 	}
@@ -25,7 +25,8 @@ func Definite(err error) bool {
 	return true
 }
 
-// FaultIn is [Fault] for what a host does with a whole sandbox, such as "pause".
+// FaultIn is [Fault] for an operation on a whole sandbox. doing is its verb, such as
+// "pause".
 func FaultIn(doing string, err error) error {
 	told := Fault(err)
 	switch {

@@ -1,5 +1,5 @@
-// Package hosts knows the machines that sandboxes run on and how to call
-// their agents.
+// Package hosts registers hosts, tracks whether they are reachable, and calls their
+// agents.
 package hosts
 
 import (
@@ -34,12 +34,11 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// maxAnswer bounds one message of an agent: a command's two outputs at their
-// bound of 16 MiB, and room to spare.
+// maxAnswer bounds one message of an agent. A command's two outputs can have 16 MiB each.
 const maxAnswer = 48 << 20
 
-// maxHeader bounds the header of a response that the agent carries: a guest's,
-// of at most a mebibyte, and the agent's own.
+// maxHeader bounds the header of a proxied response: at most 1 MiB of the guest's, and
+// the agent's own.
 const maxHeader = 1<<20 + 64<<10
 
 // Host is a machine with an agent.
@@ -48,8 +47,8 @@ type Host struct {
 	URL string
 	// Agent calls the host's agent.
 	Agent hostagentv1connect.HostAgentClient
-	// Runner is Agent for calls whose client sends no stream. Where a connection costs
-	// little, each call has one, because HTTP/2 takes more processor time.
+	// Runner is Agent for calls without a client stream. If connections are cheap, it
+	// uses one per call, because HTTP/2 takes more CPU time.
 	Runner hostagentv1connect.HostAgentClient
 
 	token     string
@@ -63,14 +62,14 @@ type Host struct {
 	closed bool
 }
 
-// Transport carries plain HTTP/1.1 requests to the agent, bytes untouched. A
-// request's URL is http, whatever the connection is.
+// Transport returns the transport for plain HTTP/1.1 requests to the agent. Requests use
+// the scheme http even if the connection uses TLS.
 func (h *Host) Transport() http.RoundTripper { return h.transport }
 
-// Authorize adds to a request's header what the agent asks for.
+// Authorize adds the agent's token to a header.
 func (h *Host) Authorize(header http.Header) { header.Set("Authorization", "Bearer "+h.token) }
 
-// dials makes a transport's connections ones that end with the host.
+// dials makes the host close the transport's connections when it is closed.
 func (h *Host) dials(t *http.Transport) *http.Transport {
 	dial := t.DialContext
 	t.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
@@ -89,13 +88,13 @@ func (h *Host) dials(t *http.Transport) *http.Transport {
 	return t
 }
 
-// tracked is a connection that its host knows of.
+// tracked is a connection that its host closes.
 type tracked struct {
 	net.Conn
 	host *Host
 }
 
-// NetConn returns the connection itself.
+// NetConn returns the underlying connection.
 func (c *tracked) NetConn() net.Conn { return c.Conn }
 
 func (c *tracked) Close() error {
@@ -105,7 +104,7 @@ func (c *tracked) Close() error {
 	return c.Conn.Close()
 }
 
-// close ends every connection, streams under way too, and allows no other.
+// close closes every connection, including active streams, and refuses new ones.
 func (h *Host) close() {
 	h.mu.Lock()
 	h.closed = true
@@ -119,8 +118,7 @@ func (h *Host) close() {
 	h.client.CloseIdleConnections()
 }
 
-// newHost is the host of a row that has a URL. One that asks for TLS is called
-// with certificates, which takes an authority.
+// newHost returns the host of a row with a URL. An https URL needs an authority.
 func (r *Registry) newHost(row db.Host, token string) *Host {
 	url := *row.URL
 	h := &Host{ID: row.ID, URL: url, token: token, epoch: row.Epoch, conns: make(map[net.Conn]struct{})}
@@ -162,25 +160,24 @@ func (r *Registry) newHost(row db.Host, token string) *Host {
 	options := connect.WithClientOptions(
 		connect.WithInterceptors(bearer(token)),
 		connect.WithReadMaxBytes(maxAnswer),
-		// Both ends are near each other: compressing costs more than it saves.
+		// Both ends are close together: compression costs more than it saves.
 		connect.WithAcceptCompression("gzip", nil, nil),
 	)
 	h.Agent = hostagentv1connect.NewHostAgentClient(h.client, scheme+"://"+address, options)
 	h.Runner = h.Agent
-	if scheme == "http" { // Without a handshake.
+	if scheme == "http" { // no handshake
 		h.Runner = hostagentv1connect.NewHostAgentClient(plain{h.transport}, "http://"+address, options)
 	}
 	return h
 }
 
-// plain sends a Connect client's requests over a transport, without what
-// [http.Client] adds for other servers.
+// plain is a Connect client's HTTP client without the overhead of [http.Client].
 type plain struct{ *upstream.Transport }
 
 // Do implements [connect.HTTPClient].
 func (p plain) Do(r *http.Request) (*http.Response, error) { return p.RoundTrip(r) }
 
-// secure returns the address, an IP address or a name, of a URL that asks for TLS.
+// secure returns the host part of an https URL.
 func secure(url string) (address string, ok bool) {
 	rest, ok := strings.CutPrefix(url, "https://")
 	if !ok {
@@ -190,13 +187,13 @@ func secure(url string) (address string, ok bool) {
 	return address, err == nil
 }
 
-// trust remembers which of a host's leaves the database trusts.
+// trust caches which certificate of a host the database trusts.
 type trust struct {
 	mu   sync.Mutex
-	good string // the serial number of the last one that was
+	good string // serial number of the last trusted certificate
 }
 
-// check says what is wrong with a leaf that is otherwise in order.
+// check fails if a valid certificate was revoked.
 func (t *trust) check(s *store.Store, host uuid.UUID, leaf *x509.Certificate) error {
 	serial := pki.Serial(leaf)
 	t.mu.Lock()
@@ -220,8 +217,8 @@ func (t *trust) check(s *store.Store, host uuid.UUID, leaf *x509.Certificate) er
 	return nil
 }
 
-// bearer is an interceptor that shows the agent's token in every call, and passes the
-// request's id and trace on. A span of a stream is the agent's to record.
+// bearer is an interceptor that adds the agent's token, the request id and the trace to
+// every call. For streams, only the agent records a span.
 type bearer string
 
 func (b bearer) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
@@ -242,7 +239,7 @@ func (b bearer) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	}
 }
 
-// procedure returns the name of a call without its service's.
+// procedure returns a call's name without the service.
 func procedure(s connect.Spec) string { return s.Procedure[strings.LastIndexByte(s.Procedure, '/')+1:] }
 
 func (b bearer) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
@@ -259,39 +256,38 @@ func (b bearer) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.
 	return next
 }
 
-// DefaultHeartbeat is how often agents say that they are there.
+// DefaultHeartbeat is the default interval between heartbeats.
 const DefaultHeartbeat = 10 * time.Second
 
-// missedBeats is after how many heartbeats that did not come a host is
-// unreachable.
+// missedBeats is how many heartbeats a host may miss before it is unreachable.
 const missedBeats = 2
 
-// Config is what a Registry works with.
+// Config configures a [Registry].
 type Config struct {
 	Store  *store.Store
 	Tokens auth.Tokens
-	// Authority signs hosts' certificates; nil: hosts are called in clear, on
-	// this machine alone.
+	// Authority signs hosts' certificates. Without it, the server calls hosts in clear,
+	// on its own machine only.
 	Authority *pki.Authority
-	// Heartbeat is how often agents say that they are there, and are asked;
-	// 0: [DefaultHeartbeat].
+	// Heartbeat is the interval at which agents report and the server polls them (0:
+	// [DefaultHeartbeat]).
 	Heartbeat time.Duration
-	// Policy is how far hosts are filled.
+	// Policy limits how far hosts are filled.
 	Policy scheduler.Policy
-	// Tell is called with a host that other servers must look at again; nil: there
-	// are none. It must not block.
+	// Tell announces a changed host to the other servers; nil: there are none. It must
+	// not block.
 	Tell func(host uuid.UUID)
 	Log  *slog.Logger
 }
 
-// Registry is every host that the control plane knows.
+// Registry manages all hosts of the control plane.
 type Registry struct {
 	Config
 	caller *pki.Caller
 
 	mu    sync.RWMutex
 	hosts map[uuid.UUID]*Host
-	// static are the tokens of hosts that the configuration names.
+	// static maps hosts from the configuration to their tokens.
 	static map[uuid.UUID]string
 }
 
@@ -310,21 +306,21 @@ func Open(c Config) (*Registry, error) {
 	return r, nil
 }
 
-// Run keeps the control plane's own certificate fresh until ctx is done.
+// Run renews the control plane's client certificate until ctx is done.
 func (r *Registry) Run(ctx context.Context) {
 	if r.caller != nil {
 		r.caller.Run(ctx, r.Log)
 	}
 }
 
-// within is how old the last sign of a host may be, in seconds.
+// within is how many seconds ago a reachable host reported at most.
 func (r *Registry) within() float64 { return (missedBeats * r.Heartbeat).Seconds() }
 
-// Register adds the host whose agent listens at url ("unix:/path" or
-// "http://host:port"); the same URL is the same host for ever.
+// Register adds the host whose agent listens on url ("unix:/path" or "http://host:port").
+// The same URL always means the same host.
 func (r *Registry) Register(ctx context.Context, url, token string) (*Host, error) {
 	if _, tls := secure(url); tls {
-		return nil, errors.New("register host: one that is called over TLS registers itself")
+		return nil, errors.New("register host: a host with an https URL must register itself")
 	}
 	row, err := r.Store.UpsertHost(ctx, db.UpsertHostParams{ID: uuid.New(), URL: &url})
 	if err != nil {
@@ -341,8 +337,8 @@ func (r *Registry) Register(ctx context.Context, url, token string) (*Host, erro
 	return h, nil
 }
 
-// Refresh makes the hosts that are known those of the table, and returns them.
-// A host that was deleted, revoked or registered anew loses its connections.
+// Refresh loads the hosts from the database and returns them. It closes the connections
+// of hosts that were deleted, revoked or registered again.
 func (r *Registry) Refresh(ctx context.Context) ([]db.Host, error) {
 	rows, err := r.Store.Vital.ListHosts(ctx)
 	if err != nil {
@@ -365,7 +361,7 @@ func (r *Registry) Refresh(ctx context.Context) ([]db.Host, error) {
 			continue
 		}
 		if _, tls := secure(*row.URL); tls && r.caller == nil {
-			continue // Never in clear.
+			continue // A host with TLS is never called in clear.
 		}
 		is[row.ID] = true
 		old := r.hosts[row.ID]
@@ -386,8 +382,8 @@ func (r *Registry) Refresh(ctx context.Context) ([]db.Host, error) {
 	return rows, nil
 }
 
-// moved has every server look at a host again, this one before it returns:
-// what it had until now opens nothing any more.
+// moved makes every server reload a host, this one before it returns. The old credentials
+// are useless afterwards.
 func (r *Registry) moved(ctx context.Context, host uuid.UUID) error {
 	r.tell(host)
 	_, err := r.Refresh(ctx)
@@ -400,7 +396,7 @@ func (r *Registry) tell(host uuid.UUID) {
 	}
 }
 
-// Knows says whether there is a way to a host with the id.
+// Knows reports whether the server can call the host.
 func (r *Registry) Knows(host uuid.UUID) bool {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
@@ -408,14 +404,14 @@ func (r *Registry) Knows(host uuid.UUID) bool {
 	return ok
 }
 
-// Close drops every connection.
+// Close closes every connection.
 func (r *Registry) Close() {
 	for _, h := range r.All() {
 		h.close()
 	}
 }
 
-// All returns every host that can be called.
+// All returns every host that the server can call.
 func (r *Registry) All() []*Host {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
@@ -426,8 +422,7 @@ func (r *Registry) All() []*Host {
 	return all
 }
 
-// Get returns the host with the id, or a fault: host_unreachable when there is
-// no way to it.
+// Get returns a host, or fails with host_unreachable if the server cannot call it.
 func (r *Registry) Get(id *uuid.UUID) (*Host, error) {
 	if id != nil {
 		r.mu.RLock()
@@ -439,12 +434,11 @@ func (r *Registry) Get(id *uuid.UUID) (*Host, error) {
 	return nil, fault.New(fault.HostUnreachable, "the sandbox's host is not connected")
 }
 
-// contactWithin bounds the question how a host is, and writing the answer down.
+// contactWithin bounds each of the two steps of [Registry.Contact].
 const contactWithin = 5 * time.Second
 
-// Contact asks the host how it is and writes the answer down, both within a
-// bound. That it did not answer is written down by [Registry.Sweep], once it is
-// too long ago that it did.
+// Contact asks a host for its status and writes it to the database. If the host does not
+// respond, [Registry.Sweep] marks it unreachable later.
 func (r *Registry) Contact(ctx context.Context, h *Host) error {
 	ask, cancel := context.WithTimeout(ctx, contactWithin)
 	defer cancel()
@@ -473,48 +467,47 @@ func (r *Registry) Contact(ctx context.Context, h *Host) error {
 	return nil
 }
 
-// Sweep writes down which hosts have not been heard of for too long, and that
-// what ran on them is missing. It returns the sandboxes that are so now.
+// Sweep marks silent hosts unreachable and their sandboxes missing. It returns the
+// sandboxes that it marked.
 func (r *Registry) Sweep(ctx context.Context) ([]uuid.UUID, error) {
 	gone, err := r.Store.Vital.HostsUnreachable(ctx, r.within())
 	if err != nil {
-		return nil, fmt.Errorf("look for hosts that are gone: %w", err)
+		return nil, fmt.Errorf("mark hosts unreachable: %w", err)
 	}
 	for _, h := range gone {
 		r.Log.Warn("host is unreachable", "host_id", id.Format(id.Host, h.ID), "name", h.Name)
 	}
 	missing, err := r.Store.SandboxesMissing(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("look for sandboxes that are missing: %w", err)
+		return nil, fmt.Errorf("mark sandboxes missing: %w", err)
 	}
 	return missing, nil
 }
 
-// Fault turns an agent's error into one for the caller. The agent's own
-// messages are shown where they are about what the caller asked for; what is
-// internal to the agent is not.
+// Fault converts an agent's error for the caller. It keeps messages about the request and
+// hides the agent's internal errors.
 func Fault(err error) error {
 	if err == nil {
 		return nil
 	}
 	var ce *connect.Error
 	if !errors.As(err, &ce) {
-		return fault.Because(err, fault.HostUnreachable, "the sandbox's host does not answer")
+		return fault.Because(err, fault.HostUnreachable, "the sandbox's host does not respond")
 	}
 	message := ce.Message()
 	if !connect.IsWireError(err) {
 		switch ce.Code() {
 		case connect.CodeCanceled:
-			// A host that goes away cancels the stream too, but not our context.
+			// A host that stops also cancels the stream, but not our context.
 			if errors.Is(err, context.Canceled) {
-				return fault.Because(err, fault.Timeout, "the call was given up")
+				return fault.Because(err, fault.Timeout, "the call was cancelled")
 			}
 		case connect.CodeDeadlineExceeded:
-			return fault.Because(err, fault.Timeout, "the sandbox's host did not answer in time")
+			return fault.Because(err, fault.Timeout, "the sandbox's host did not respond in time")
 		case connect.CodeResourceExhausted:
-			return fault.Because(err, fault.Internal, "the host's answer is too long")
+			return fault.Because(err, fault.Internal, "the host's response is too long")
 		}
-		return fault.Because(err, fault.HostUnreachable, "the sandbox's host does not answer")
+		return fault.Because(err, fault.HostUnreachable, "the sandbox's host does not respond")
 	}
 	switch ce.Meta().Get(hostwire.ErrorReason) {
 	case hostwire.CaptureLimit:

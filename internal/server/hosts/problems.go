@@ -10,14 +10,14 @@ import (
 	hostagentv1 "github.com/wrenn-dev/wrenn/internal/gen/hostagent/v1"
 )
 
-// Bounds of what a host may say is wrong with it; a host may be hostile.
+// Limits on the problems of one host, because a host may be hostile.
 const (
 	maxProblems       = 64
 	maxProblemWord    = 64   // characters of a kind or an object
 	maxProblemMessage = 1024 // characters
 )
 
-// Problem is one thing that is wrong with a host, as its agent said.
+// Problem is a problem that a host's agent reported.
 type Problem struct {
 	Kind    string    `json:"kind"`
 	Object  string    `json:"object,omitempty"`
@@ -25,16 +25,16 @@ type Problem struct {
 	Since   time.Time `json:"since"`
 }
 
-// Problems returns what is wrong with a host, as its agent said last.
+// Problems returns the problems that a host's agent last reported.
 func Problems(row db.Host) []Problem {
 	var all []Problem
 	if err := json.Unmarshal(row.Problems, &all); err != nil {
-		return nil // only encodeProblems writes the column
+		return nil // Only encodeProblems writes the column.
 	}
 	return all
 }
 
-// encodeProblems returns what an agent said, within bounds, as JSON.
+// encodeProblems bounds the problems that an agent reported and encodes them as JSON.
 func encodeProblems(said []*hostagentv1.Problem, now time.Time) []byte {
 	all := make([]Problem, 0, min(len(said), maxProblems))
 	for _, p := range said[:cap(all)] {
@@ -49,13 +49,12 @@ func encodeProblems(said []*hostagentv1.Problem, now time.Time) []byte {
 	}
 	b, err := json.Marshal(all)
 	if err != nil {
-		return []byte("[]") // text and times always have a form
+		return []byte("[]") // Marshal does not fail for strings and times.
 	}
 	return b
 }
 
-// bound returns at most n characters of text, of which none is a control
-// character.
+// bound truncates text to n characters and replaces control characters with spaces.
 func bound(text string, n int) string {
 	var b strings.Builder
 	for _, r := range text { // invalid UTF-8 becomes U+FFFD

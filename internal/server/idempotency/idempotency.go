@@ -1,5 +1,5 @@
-// Package idempotency lets callers name what they ask for (Idempotency-Key), so
-// that to repeat a call does nothing more.
+// Package idempotency makes it safe to repeat calls that create objects: a caller names
+// the call (Idempotency-Key), and a repeated call returns what the first one created.
 package idempotency
 
 import (
@@ -19,22 +19,21 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
-// keysLast is how long a key is remembered.
+// keysLast is how long a key stays valid.
 const keysLast = 24 * time.Hour
 
-// ErrTaken is why a transaction is rolled back whose key has made something.
+// ErrTaken rolls back a transaction whose key has already created something.
 var ErrTaken = errors.New("idempotency key in use")
 
-// Call is the name that a caller gave to a call. The zero Call names nothing:
-// each call is another.
+// Call is a call with an idempotency key. The zero Call has no key, so every one is new.
 type Call struct {
 	team uuid.UUID
 	key  string
-	hash []byte // of what was asked for
+	hash []byte // of the request
 }
 
-// Name returns the name of a team's call that asks for something, which is
-// written as JSON; maps are, in the order of their keys.
+// Name returns a team's call with a key and a request. Two requests are equal if their
+// JSON is.
 func Name(team uuid.UUID, key string, asked any) (Call, error) {
 	if key == "" {
 		return Call{}, nil
@@ -47,8 +46,8 @@ func Name(team uuid.UUID, key string, asked any) (Call, error) {
 	return Call{team, key, hash[:]}, nil
 }
 
-// Claim writes what the call makes, in the transaction that makes it. It fails
-// with ErrTaken if the key has made something already.
+// Claim records what the call creates, in the transaction that creates it. It fails with
+// [ErrTaken] if the key has already created something.
 func (c Call) Claim(ctx context.Context, q *db.Queries, made db.ClaimIdempotencyKeyParams) error {
 	if c.key == "" {
 		return nil
@@ -61,8 +60,8 @@ func (c Call) Claim(ctx context.Context, q *db.Queries, made db.ClaimIdempotency
 	return err
 }
 
-// Made looks up what the key made; found is false if it is free. It fails with
-// unprocessable if the key was used for something else.
+// Made looks up what the key created; found is false if it created nothing. It fails with
+// unprocessable if the key was used for another request.
 func (c Call) Made(ctx context.Context, s *store.Store) (k db.IdempotencyKey, found bool, err error) {
 	if c.key == "" {
 		return k, false, nil
@@ -75,18 +74,18 @@ func (c Call) Made(ctx context.Context, s *store.Store) (k db.IdempotencyKey, fo
 		return k, false, fmt.Errorf("look up idempotency key: %w", err)
 	}
 	if !bytes.Equal(k.RequestHash, c.hash) {
-		return k, false, fault.New(fault.Unprocessable, "this Idempotency-Key was used with another body")
+		return k, false, fault.New(fault.Unprocessable, "this Idempotency-Key was used with a different body")
 	}
 	return k, true, nil
 }
 
-// Forget forgets keys that are old enough until ctx is done.
+// Forget deletes expired keys until ctx is done.
 func Forget(ctx context.Context, s *store.Store, log *slog.Logger) {
 	tick := time.NewTicker(time.Hour)
 	defer tick.Stop()
 	for {
 		if err := s.ForgetIdempotencyKeys(ctx, time.Now().Add(-keysLast)); err != nil && ctx.Err() == nil {
-			log.Warn("forget old idempotency keys", "error", err)
+			log.Warn("delete expired idempotency keys", "error", err)
 		}
 		select {
 		case <-tick.C:

@@ -7,8 +7,7 @@ import (
 	"strings"
 )
 
-// NewToken returns a random token for the link in a letter, and the token's
-// [HashToken].
+// NewToken returns a random token for a link in a mail, and its [HashToken].
 func NewToken(prefix string) (token string, hash []byte) {
 	var random [32]byte
 	rand.Read(random[:])
@@ -16,15 +15,15 @@ func NewToken(prefix string) (token string, hash []byte) {
 	return token, HashToken(token)
 }
 
-// HashToken returns the hash by which the database knows a token, so that nobody who
-// reads the database can open the link.
+// HashToken returns the hash of a token. The database stores only the hash, so nobody who
+// reads it can open the link.
 func HashToken(token string) []byte {
 	sum := sha256.Sum256([]byte(token))
 	return sum[:]
 }
 
-// Link returns the URL of one of the service's pages, such as "/verify", with a token
-// in its fragment, which browsers send to no server.
+// Link returns the URL of a page such as "/verify" with a token in the fragment, which
+// browsers do not send to servers.
 func Link(publicURL, page, token string) string {
 	return strings.TrimSuffix(publicURL, "/") + page + "#token=" + token
 }

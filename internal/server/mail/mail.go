@@ -1,5 +1,4 @@
-// Package mail sends letters, or writes them to the log where no mail server
-// is configured.
+// Package mail sends mails, or writes them to the log if no mail server is configured.
 package mail
 
 import (
@@ -19,23 +18,23 @@ import (
 )
 
 const (
-	// sendWithin bounds one try at a letter.
+	// sendWithin bounds one attempt to send a mail.
 	sendWithin = 30 * time.Second
-	// attempts is how often a letter is tried.
+	// attempts is how many attempts a mail gets.
 	attempts = 4
-	// waiting is how many letters may wait; more are dropped, and that is logged.
+	// waiting bounds the queue. The sender drops and logs further mails.
 	waiting = 256
-	// lastWords is how long letters that wait may take when the server stops.
+	// lastWords is how long the sender still sends queued mails when the server stops.
 	lastWords = 5 * time.Second
-	// workers is how many letters are on their way at once: one that the mail
-	// server refuses for now, or takes long to accept, holds up no other.
+	// workers is how many mails are sent at once, so that a slow or deferred one does not
+	// delay others.
 	workers = 4
 )
 
-// Letter is plain text for one address.
+// Letter is a plain-text mail to one address.
 type Letter struct{ To, Subject, Text string }
 
-// Sender sends letters, a few at once, while Run runs.
+// Sender sends mails while [Sender.Run] runs.
 type Sender struct {
 	client *gomail.Client
 	from   string
@@ -43,10 +42,9 @@ type Sender struct {
 	queue  chan Letter
 }
 
-// New returns a sender. server is smtp://user:password@host:port, where the
-// connection must become TLS before the password is sent, or smtps://…, TLS
-// from the start; smtp://…?tls=none is for a relay on the same machine. Empty:
-// letters are written to the log. from is the sender's address.
+// New returns a sender. server is smtp://user:password@host:port (requires STARTTLS
+// before the password), smtps://… (TLS from the start), smtp://…?tls=none (for a relay on
+// the same machine), or empty (write mails to the log). from is the sender's address.
 func New(server, from string, log *slog.Logger) (*Sender, error) {
 	s := &Sender{from: from, log: log, queue: make(chan Letter, waiting)}
 	if server == "" {
@@ -55,7 +53,7 @@ func New(server, from string, log *slog.Logger) (*Sender, error) {
 	bad := errors.New("read WRENN_SMTP_URL: want smtp://user:password@host:port or smtps://…")
 	u, err := url.Parse(server)
 	if err != nil || u.Hostname() == "" || u.Scheme != "smtp" && u.Scheme != "smtps" {
-		return nil, bad // Not wrapped: the error may quote the URL, password and all.
+		return nil, bad // Do not wrap err: it may contain the password.
 	}
 	if from == "" {
 		return nil, errors.New("WRENN_MAIL_FROM must be set to the address that mail comes from")
@@ -87,17 +85,16 @@ func New(server, from string, log *slog.Logger) (*Sender, error) {
 	return s, nil
 }
 
-// Send has a letter sent, and does not wait for that.
+// Send queues a mail and returns at once.
 func (s *Sender) Send(l Letter) {
 	select {
 	case s.queue <- l:
 	default:
-		s.log.Error("too many letters wait: one is dropped", "subject", l.Subject)
+		s.log.Error("mail queue is full: dropping a mail", "subject", l.Subject)
 	}
 }
 
-// Run sends letters until ctx is done, and those that are on their way then, and
-// those that wait, for a short while after it.
+// Run sends mails until ctx is done, and then the queued ones for up to lastWords.
 func (s *Sender) Run(ctx context.Context) {
 	last, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
@@ -110,7 +107,7 @@ func (s *Sender) Run(ctx context.Context) {
 	}
 }
 
-// work sends one letter after the other until ctx is done, and then what waits.
+// work sends mails until ctx is done, and then the queued ones.
 func (s *Sender) work(ctx, last context.Context) {
 	for {
 		select {
@@ -131,10 +128,10 @@ func (s *Sender) work(ctx, last context.Context) {
 	}
 }
 
-// deliver sends one letter, and again when that did not work.
+// deliver sends a mail, with retries.
 func (s *Sender) deliver(ctx context.Context, l Letter) {
 	if s.client == nil {
-		s.log.Info("no mail server is configured; a letter goes to the log", "to", l.To, "subject", l.Subject, "text", l.Text)
+		s.log.Info("no mail server is configured: writing mail to the log", "to", l.To, "subject", l.Subject, "text", l.Text)
 		return
 	}
 	waits := backoff.New(time.Second, 10*time.Second)

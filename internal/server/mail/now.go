@@ -5,10 +5,11 @@ import (
 	"errors"
 )
 
-// ErrNoServer is what SendNow returns where no mail server is configured.
+// ErrNoServer is the error of [Sender.SendNow] if no mail server is configured.
 var ErrNoServer = errors.New("no mail server is configured")
 
-// SendNow tries once to send a letter, and returns when the mail server has it.
+// SendNow makes one attempt to send a mail and returns after the mail server has accepted
+// it.
 func (s *Sender) SendNow(ctx context.Context, l Letter) error {
 	if s.client == nil {
 		return ErrNoServer

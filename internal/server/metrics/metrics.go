@@ -1,12 +1,11 @@
-// Package metrics keeps what sandboxes used of their hosts over the last day,
-// at three resolutions.
+// Package metrics stores the resource use of sandboxes over the last day, at three
+// resolutions.
 //
-// It is kept in Redis, where all servers find it: lists of a bounded length
-// that end by themselves, written to every few seconds for every sandbox, which
-// would be a burden to the database, and with which nothing is lost that
-// anything rests on. Points hold counters as hosts gave them. What is shown is
-// computed from neighbours when it is asked for, so whichever server takes the
-// next sample needs to know nothing of the one before.
+// It stores samples in Redis, which all servers share, in lists that are bounded and
+// expire. Writing every few seconds for every sandbox would overload the database, and
+// losing metrics harms nothing. A sample has the counters as the host reported them;
+// [History.Read] computes rates from neighbouring samples. So any server can take the
+// next sample without knowing the one before.
 package metrics
 
 import (
@@ -27,40 +26,40 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 )
 
-// Window is how far back points reach, and how far they are apart.
+// Window is one resolution: points every Step over the last Span.
 type Window struct {
 	Name string
 	Span time.Duration
 	Step time.Duration
 }
 
-// Windows are the resolutions, the finest first.
+// Windows lists the resolutions, finest first.
 var Windows = []Window{
 	{"10m", 10 * time.Minute, 5 * time.Second},
 	{"2h", 2 * time.Hour, 30 * time.Second},
 	{"24h", 24 * time.Hour, 5 * time.Minute},
 }
 
-// points is the most that a window has: one more than fit, to compute the first
-// from.
+// points is the maximum number of samples in a window: one more than it has steps, to
+// compute the first point's rate.
 func (w Window) points() int64 { return int64(w.Span/w.Step) + 1 }
 
-// sampleWithin bounds the call of a host.
+// sampleWithin bounds the call to a host.
 const sampleWithin = 4 * time.Second
 
-// Sample is what a sandbox used at a time, as its host counted it.
+// Sample is one reading of a sandbox's counters by its host.
 type Sample struct {
 	Time time.Time
-	// CPU is how long its virtual machine has computed since it began.
+	// CPU is the CPU time of the VM since it started.
 	CPU time.Duration
-	// VCPUs are how many it has.
+	// VCPUs is the number of virtual CPUs.
 	VCPUs       int
 	MemoryBytes int64
 	DiskBytes   int64
 }
 
-// size of a sample as it is kept: five numbers of 8 bytes, big-endian: time in
-// ms since 1970, CPU in µs, processors, memory and disk in bytes.
+// size is the length of an encoded sample: five big-endian numbers of 8 bytes: time in ms
+// since 1970, CPU in µs, number of virtual CPUs, memory and disk in bytes.
 const size = 5 * 8
 
 func (s Sample) encode() []byte {
@@ -79,25 +78,25 @@ func decode(b string) (Sample, bool) {
 	return Sample{time.UnixMilli(n(0)).UTC(), time.Duration(n(1)) * time.Microsecond, int(n(2)), n(3), n(4)}, true
 }
 
-// Point is what a sandbox used at a time.
+// Point is a sandbox's resource use at a time.
 type Point struct {
 	Time time.Time
-	// CPUPercent of all its processors together since the point before, 0 to 100;
-	// nil: there is none, or the sandbox was paused in between.
+	// CPUPercent is the use of all virtual CPUs together since the previous point, 0 to
+	// 100; nil: there is no previous point, or the sandbox was paused in between.
 	CPUPercent  *float64
 	MemoryBytes int64
 	DiskBytes   int64
 }
 
-// History is the metrics of all sandboxes.
+// History stores the metrics of all sandboxes.
 type History struct {
 	redis *redis.Client
 	has   func(ctx context.Context, host *uuid.UUID) ([]uuid.UUID, error)
 	log   *slog.Logger
 }
 
-// New returns the history in a Redis. has lists a host's sandboxes: what the host reports
-// on others is dropped.
+// New returns the history in Redis. has lists a host's sandboxes; reports about other
+// sandboxes are dropped.
 func New(client *redis.Client, has func(ctx context.Context, host *uuid.UUID) ([]uuid.UUID, error), log *slog.Logger) *History {
 	return &History{client, has, log}
 }
@@ -106,9 +105,9 @@ func key(sandbox uuid.UUID, w Window) string {
 	return "wrenn:metrics:" + sandbox.String() + ":" + w.Name
 }
 
-// add is one sample of one window, unless there is one of the same step: of
-// servers that both believe that a host is theirs one adds. Lists end when all
-// they have is older than the window.
+// add appends a sample to a window unless there is one of the same step, because two
+// servers may sample the same host. The list expires when all samples are older than the
+// window.
 var add = redis.NewScript(`
 local last = redis.call('LINDEX', KEYS[1], -1)
 local function time(b)
@@ -123,7 +122,7 @@ redis.call('LTRIM', KEYS[1], -tonumber(ARGV[3]), -1)
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
 return 1`)
 
-// Record adds samples of sandboxes.
+// Record stores samples of sandboxes.
 func (h *History) Record(ctx context.Context, samples map[uuid.UUID]Sample) error {
 	if len(samples) == 0 {
 		return nil
@@ -146,11 +145,11 @@ func (h *History) Record(ctx context.Context, samples map[uuid.UUID]Sample) erro
 	return nil
 }
 
-// Read returns a sandbox's points in a window, the oldest first.
+// Read returns a sandbox's points in a window, oldest first.
 func (h *History) Read(ctx context.Context, sandbox uuid.UUID, w Window) ([]Point, error) {
 	kept, err := h.redis.LRange(ctx, key(sandbox, w), 0, -1).Result()
 	if err != nil {
-		return nil, fault.Because(err, fault.Unavailable, "metrics cannot be read now")
+		return nil, fault.Because(err, fault.Unavailable, "metrics are unavailable")
 	}
 	var points []Point
 	var before Sample
@@ -168,12 +167,12 @@ func (h *History) Read(ctx context.Context, sandbox uuid.UUID, w Window) ([]Poin
 	return points, nil
 }
 
-// point is what is shown of a sample after another (zero: none).
+// point computes the point of a sample and the previous one (zero: none).
 func point(before, s Sample, w Window) Point {
 	p := Point{Time: s.Time, MemoryBytes: s.MemoryBytes, DiskBytes: s.DiskBytes}
 	span, used := s.Time.Sub(before.Time), s.CPU-before.CPU
-	// What has computed for less than before is another machine, and where
-	// samples are missing there may have been one.
+	// A smaller counter means that the VM restarted. If samples are missing, it may have
+	// restarted in between.
 	if before.Time.IsZero() || span <= 0 || span > 3*w.Step || used < 0 || s.VCPUs < 1 {
 		return p
 	}
@@ -182,20 +181,20 @@ func point(before, s Sample, w Window) Point {
 	return p
 }
 
-// Forget drops all of a sandbox's metrics.
+// Forget deletes a sandbox's metrics.
 func (h *History) Forget(ctx context.Context, sandbox uuid.UUID) error {
 	keys := make([]string, len(Windows))
 	for i, w := range Windows {
 		keys[i] = key(sandbox, w)
 	}
 	if err := h.redis.Unlink(ctx, keys...).Err(); err != nil {
-		return fmt.Errorf("forget metrics: %w", err)
+		return fmt.Errorf("delete metrics: %w", err)
 	}
 	return nil
 }
 
-// Watch asks a host at every step what its sandboxes use, in one call, and
-// records it, until ctx is done.
+// Watch samples all sandboxes of a host at every step of the finest window until ctx is
+// done.
 func (h *History) Watch(ctx context.Context, host *hosts.Host) {
 	tick := time.NewTicker(Windows[0].Step)
 	defer tick.Stop()
@@ -219,12 +218,12 @@ func (h *History) sample(ctx context.Context, host *hosts.Host) error {
 	defer cancel()
 	answer, err := host.Agent.Samples(ctx, connect.NewRequest(&hostagentv1.SamplesRequest{}))
 	if connect.CodeOf(err) == connect.CodeUnimplemented {
-		return errors.New("the host's agent is older than the control plane and cannot")
+		return errors.New("the host's agent is too old to report samples")
 	}
 	if err != nil {
 		return err
 	}
-	// The server's clock: a host's may be off.
+	// Use the server's clock, because the host's may be wrong.
 	now := time.Now()
 	has, err := h.has(ctx, &host.ID)
 	if err != nil {

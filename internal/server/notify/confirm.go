@@ -16,11 +16,11 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/ratelimit"
 )
 
-// confirmLasts is how long the link of a letter that asks for confirmation is good for.
+// confirmLasts is how long the link in a confirmation mail is valid.
 const confirmLasts = 24 * time.Hour
 
-// The recipients of these letters did not ask for them. One mailbox can have many
-// addresses, so there is also a bound for all teams of one owner.
+// Recipients did not ask for these mails. One mailbox can have many addresses, so all
+// teams of one owner share a limit too.
 var (
 	limitAddress = ratelimit.Limit{Name: "confirm-address", Burst: 1, Per: time.Hour}
 	limitLetters = ratelimit.Limit{Name: "confirm-letters", Burst: 20, Per: 24 * time.Hour}
@@ -32,15 +32,15 @@ var errUnconfirmed = errors.New("the recipient has not confirmed the address")
 // Confirmed reports whether a channel may get messages.
 func Confirmed(c db.Channel) bool { return c.Kind != Email || c.ConfirmedAt != nil }
 
-// confirmation is the token of a letter; the zero confirmation sends none.
+// confirmation is the token for a confirmation mail. If it is zero, no mail is sent.
 type confirmation struct {
 	token string
 	hash  []byte
 	until *time.Time
 }
 
-// confirmation makes a confirmation for a team's address, or fails with rate_limited.
-// It returns the zero confirmation if the address is confirmed for the team already.
+// confirmation creates a token to confirm a team's address, or fails with rate_limited.
+// It returns zero if the team has already confirmed the address.
 func (s *Service) confirmation(ctx context.Context, team uuid.UUID, address string) (confirmation, error) {
 	confirmed, err := s.Store.AddressConfirmed(ctx, db.AddressConfirmedParams{TeamID: team, Address: address})
 	if err != nil {
@@ -53,7 +53,8 @@ func (s *Service) confirmation(ctx context.Context, team uuid.UUID, address stri
 	if err != nil {
 		return confirmation{}, fmt.Errorf("look up owner: %w", err)
 	}
-	// First, so that a payer who may send no letter does not use up the address's.
+	// Check this limit first, so that a payer who exceeds it does not use up the
+	// address's.
 	if err := s.Limiter.Allow(ctx, limitLetters, payer.String()); err != nil {
 		return confirmation{}, err
 	}
@@ -65,8 +66,8 @@ func (s *Service) confirmation(ctx context.Context, team uuid.UUID, address stri
 	return confirmation{token, hash, &until}, nil
 }
 
-// ask sends the letter. It contains nothing that the team wrote, so that nobody can
-// send their own text to strangers.
+// ask sends the confirmation mail. The mail contains nothing that the team wrote, so that
+// nobody can send their own text to strangers.
 func (s *Service) ask(row db.Channel, c confirmation) {
 	if c.token == "" || Confirmed(row) {
 		return
@@ -79,7 +80,7 @@ func (s *Service) ask(row db.Channel, c confirmation) {
 	})
 }
 
-// AskConfirmation sends the letter of an unconfirmed channel again, with another
+// AskConfirmation sends an unconfirmed channel's confirmation mail again, with a new
 // link. It fails with conflict if there is nothing to confirm.
 func (s *Service) AskConfirmation(ctx context.Context, team, channel uuid.UUID) error {
 	none := fault.New(fault.Conflict, "the channel needs no confirmation")
@@ -94,12 +95,12 @@ func (s *Service) AskConfirmation(ctx context.Context, team, channel uuid.UUID) 
 	if err != nil {
 		return err
 	}
-	if c.token == "" { // Confirmed by now, and this channel with it.
+	if c.token == "" { // A concurrent request confirmed the address.
 		return none
 	}
 	n, err := s.Store.AskConfirmation(ctx, db.AskConfirmationParams{ID: row.ID, Target: row.Target, ConfirmHash: c.hash, ConfirmUntil: c.until})
 	if err != nil {
-		return fmt.Errorf("write confirmation: %w", err)
+		return fmt.Errorf("update confirmation: %w", err)
 	}
 	if n == 0 {
 		return none
@@ -108,15 +109,15 @@ func (s *Service) AskConfirmation(ctx context.Context, team, channel uuid.UUID) 
 	return nil
 }
 
-// Confirm confirms the address of the channel whose mailed token this is, for all of
-// the team's channels. It fails with unauthenticated for any other token.
+// Confirm confirms the address of the channel that the mailed token belongs to, for all
+// channels of the team. It fails with unauthenticated if the token is not valid.
 func (s *Service) Confirm(ctx context.Context, token string) error {
 	n, err := s.Store.ConfirmChannel(ctx, mail.HashToken(token))
 	if err != nil {
 		return fmt.Errorf("confirm channel: %w", err)
 	}
 	if n == 0 {
-		return fault.New(fault.Unauthenticated, "the link is not valid, or no longer")
+		return fault.New(fault.Unauthenticated, "the link is not valid or has expired")
 	}
 	return nil
 }

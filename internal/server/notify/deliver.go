@@ -26,14 +26,14 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/mail"
 )
 
-// errInternal is what people see of a fault of ours.
+// errInternal replaces internal errors for users.
 var errInternal = errors.New("internal error")
 
-// client sends messages over HTTP to the addresses that its policy allows. It
-// follows no redirect, and uses no proxy, which would resolve names by itself.
+// client posts messages to addresses that its policy allows. It follows no redirects. It
+// uses no HTTP proxy, because a proxy would resolve names itself.
 type client struct{ http *http.Client }
 
-// policy says where messages may go; private is the platform's setting.
+// policy returns the addresses that messages may go to. private allows private ones.
 func policy(private bool) netaddr.Policy {
 	return netaddr.Policy{Loopback: private, Private: private}
 }
@@ -49,20 +49,20 @@ func newClient(private bool) *client {
 	}}
 }
 
-// outcome is how an attempt went. status is HTTP's, 0 without an answer.
+// outcome is the result of an attempt. status is the HTTP status; 0: no response.
 type outcome struct {
 	status int
 	took   time.Duration
 	err    error
 }
 
-// refused is the error of a receiver that answers with another status than 2xx.
+// refused is the error for a response with a status other than 2xx.
 type refused int
 
-func (r refused) Error() string { return fmt.Sprintf("answered %d", int(r)) }
+func (r refused) Error() string { return fmt.Sprintf("the receiver responded with status %d", int(r)) }
 
-// problem says for the team what went wrong. What the dialler, TLS or the mail
-// server said is for the log alone: it names addresses that teams must not learn.
+// problem returns the error for the team. It hides what the dialler, TLS or the mail
+// server reported, because that names addresses that teams must not learn.
 func (o outcome) problem() string {
 	var status refused
 	var timeout net.Error
@@ -76,12 +76,12 @@ func (o outcome) problem() string {
 	case errors.Is(o.err, errSealed), errors.Is(o.err, errInternal), errors.Is(o.err, mail.ErrNoServer):
 		return o.err.Error()
 	case errors.Is(o.err, context.DeadlineExceeded), errors.As(o.err, &timeout) && timeout.Timeout():
-		return "no answer in time"
+		return "the receiver did not respond in time"
 	}
-	return "no connection, or it broke off"
+	return "cannot connect, or the connection closed early"
 }
 
-// deliver tells a channel of an event, once.
+// deliver makes one attempt at a delivery.
 func (s *Service) deliver(ctx context.Context, c db.Channel, d db.Delivery) outcome {
 	ctx, cancel := context.WithTimeout(ctx, tryWithin)
 	defer cancel()
@@ -101,8 +101,7 @@ func (s *Service) deliver(ctx context.Context, c db.Channel, d db.Delivery) outc
 	return outcome{status, time.Since(begun), err}
 }
 
-// withoutURL returns what an error of net/http says besides the URL, which can
-// be a secret.
+// withoutURL removes the URL, which can be a secret, from an error of net/http.
 func withoutURL(err error) error {
 	var u *url.Error
 	if errors.As(err, &u) {
@@ -128,7 +127,7 @@ func (s *Service) send(ctx context.Context, c db.Channel, d db.Delivery) (int, e
 	case Slack:
 		body = map[string]any{"text": strings.NewReplacer("&", "&amp;", "<", "&lt;", ">", "&gt;").Replace(m.text())}
 	case Discord:
-		// Nobody is called by a name that somebody put into a template's.
+		// Names in the text, such as a template's, must not mention anybody.
 		body = map[string]any{"content": m.text(), "allowed_mentions": map[string]any{"parse": []string{}}}
 	default:
 		body = m
@@ -158,16 +157,16 @@ func (c *client) post(ctx context.Context, to string, header http.Header, body [
 		return 0, err
 	}
 	defer resp.Body.Close()
-	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10)) // So that the connection can be used again.
+	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10)) // so that the connection can be reused
 	if resp.StatusCode < 200 || resp.StatusCode > 299 {
 		return resp.StatusCode, refused(resp.StatusCode)
 	}
 	return resp.StatusCode, nil
 }
 
-// Sign returns the signature of a webhook's body, as the header Wrenn-Signature
-// has it: "t=SECONDS,v1=HEX", where SECONDS is the time since 1970 and HEX the
-// HMAC-SHA256, under the channel's secret, of SECONDS, a dot and the body.
+// Sign returns the value of the header Wrenn-Signature for a webhook's body:
+// "t=SECONDS,v1=HEX". SECONDS is the time since 1970. HEX is the HMAC-SHA256, with the
+// channel's secret, of SECONDS, a dot and the body.
 func Sign(secret string, at time.Time, body []byte) string {
 	t := strconv.FormatInt(at.Unix(), 10)
 	m := hmac.New(sha256.New, []byte(secret))
@@ -176,7 +175,7 @@ func Sign(secret string, at time.Time, body []byte) string {
 	return "t=" + t + ",v1=" + hex.EncodeToString(m.Sum(nil))
 }
 
-// Message is the body of a webhook.
+// Message is the JSON body of a webhook.
 type Message struct {
 	ID     uuid.UUID      `json:"id"`
 	Event  string         `json:"event"`
@@ -185,15 +184,15 @@ type Message struct {
 	Data   map[string]any `json:"data"`
 }
 
-// prefixes are of the ids that events have.
+// prefixes maps fields of events to the prefix of their public ids.
 var prefixes = map[string]id.Kind{"sandbox": id.Sandbox, "host": id.Host, "build": id.Build}
 
-// message is what a channel is told: ids are in their wire form.
+// message builds the message of a delivery, with public ids.
 func message(c db.Channel, d db.Delivery) (Message, error) {
 	m := Message{ID: d.ID, Event: d.Event, TeamID: id.Format(id.Team, c.TeamID), Data: map[string]any{}}
 	var said map[string]any
 	if err := json.Unmarshal(d.Body, &said); err != nil {
-		return m, fmt.Errorf("read event: %w", err)
+		return m, fmt.Errorf("decode event: %w", err)
 	}
 	for name, v := range said {
 		text, _ := v.(string)
@@ -212,7 +211,7 @@ func message(c db.Channel, d db.Delivery) (Message, error) {
 	return m, nil
 }
 
-// text is the message for people, on one line.
+// text returns the message as one line for people.
 func (m Message) text() string {
 	field := func(name string) string {
 		text, _ := m.Data[name].(string)

@@ -1,11 +1,10 @@
-// Package notify tells teams what happens: by webhook, Slack, Discord or mail.
+// Package notify sends events to teams' channels: webhooks, Slack, Discord and mail.
 //
-// An event becomes a row for each channel that wants it, in the transaction in
-// which it happens. Every server takes rows that are due, each row one server,
-// and tries them until they are delivered or it was often enough; the database
-// says when there are new ones. A server that dies while it tries leaves a row
-// that is due again after a while, so a receiver may be told twice: the
-// delivery's id is the same then.
+// The transaction that causes an event inserts a delivery for each channel that
+// subscribes to it. The database notifies servers of new deliveries. A server claims due
+// deliveries and retries each until it succeeds or its attempts are used up. If the
+// server dies, the claim expires and another server tries again. So a receiver can get a
+// delivery twice, with the same id.
 package notify
 
 import (
@@ -44,16 +43,17 @@ const (
 	Email   = "email"
 )
 
-// platformPrefix begins events of the platform, which only its admins may ask for.
+// platformPrefix begins the names of the platform's events, to which only its admins may
+// subscribe.
 const platformPrefix = "host."
 
-// TestEvent is what the test of a channel tells.
+// TestEvent is the event that tests a channel.
 const TestEvent = "test"
 
-// QuotaReached is the event that something was refused for a team's quota.
+// QuotaReached is the event for a request that exceeded the team's quota.
 const QuotaReached = "quota.reached"
 
-// quotaEvery is how often a team is told that it reached its quota.
+// quotaEvery is the minimum interval between two QuotaReached events of a team.
 const quotaEvery = time.Hour
 
 const (
@@ -62,22 +62,22 @@ const (
 	minSecret   = 16
 )
 
-// Config is what a Service works with.
+// Config configures a [Service].
 type Config struct {
 	Store *store.Store
-	// Secret is the installation's.
+	// Secret is the installation's secret.
 	Secret []byte
 	Mail   *mail.Sender
-	// Limiter counts letters that ask for confirmation.
+	// Limiter limits confirmation mails.
 	Limiter *ratelimit.Limiter
-	// PublicURL is where recipients reach the service.
+	// PublicURL is the service's URL in mails.
 	PublicURL string
 	// Private allows deliveries to private addresses.
 	Private bool
 	Log     *slog.Logger
 }
 
-// Service is every team's channels.
+// Service manages the channels of all teams.
 type Service struct {
 	Config
 	client *client
@@ -85,22 +85,22 @@ type Service struct {
 	wake   chan struct{}
 }
 
-// New returns the channels of a store. Run must run for anything to be delivered.
+// New returns a service. [Service.Run] delivers the events.
 func New(c Config) (*Service, error) {
 	key, err := hkdf.Key(sha256.New, c.Secret, nil, "wrenn notification channels", chacha20poly1305.KeySize)
 	if err != nil {
-		return nil, fmt.Errorf("make the key of channels' secrets: %w", err)
+		return nil, fmt.Errorf("derive key for channels' secrets: %w", err)
 	}
 	return &Service{Config: c, client: newClient(c.Private), key: key, wake: make(chan struct{}, 1)}, nil
 }
 
-// target is where a channel's messages go; it is encrypted at rest.
+// target is where a channel's messages go. The database stores it encrypted.
 type target struct {
-	// URL of a webhook; Slack's and Discord's are secrets by themselves.
+	// URL is for all kinds but mail. Those of Slack and Discord are secrets.
 	URL string `json:"url,omitempty"`
-	// Secret that a webhook's messages are signed with.
+	// Secret signs a webhook's messages.
 	Secret string `json:"secret,omitempty"`
-	// Address of mail.
+	// Address is for mail.
 	Address string `json:"address,omitempty"`
 }
 
@@ -119,8 +119,8 @@ func (s *Service) seal(channel uuid.UUID, t target) ([]byte, error) {
 	return aead.Seal(nonce, nonce, plain, channel[:]), nil
 }
 
-// errSealed is the error of a channel whose target cannot be read.
-var errSealed = errors.New("the channel's secrets cannot be decrypted: they were made under another WRENN_SECRET_KEY")
+// errSealed is the error of a channel whose target cannot be decrypted.
+var errSealed = errors.New("cannot decrypt the channel's secrets: they were encrypted with another WRENN_SECRET_KEY")
 
 func (s *Service) open(c db.Channel) (target, error) {
 	var t target
@@ -138,7 +138,8 @@ func (s *Service) open(c db.Channel) (target, error) {
 	return t, json.Unmarshal(plain, &t)
 }
 
-// Params is what a channel is to be. Of a change, what is nil stays; the kind does always.
+// Params describes a channel to create or an update. In an update, nil fields stay
+// unchanged and Kind is ignored.
 type Params struct {
 	Kind    string
 	Name    *string
@@ -149,11 +150,11 @@ type Params struct {
 	Enabled *bool
 }
 
-// check fails with invalid_argument for what a channel cannot be.
+// check fails with invalid_argument if a target does not fit the kind.
 func (s *Service) check(kind string, t target) error {
 	if kind == Email {
 		if t.URL != "" || t.Secret != "" {
-			return fault.New(fault.InvalidArgument, "url and secret are not for mail")
+			return fault.New(fault.InvalidArgument, "a mail channel has no url and no secret")
 		}
 		a, err := netmail.ParseAddress(t.Address)
 		if err != nil || a.Address != t.Address || len(t.Address) > 254 || strings.ContainsAny(t.Address, "\r\n") {
@@ -164,24 +165,24 @@ func (s *Service) check(kind string, t target) error {
 	u, err := url.Parse(t.URL)
 	switch {
 	case t.Address != "":
-		return fault.New(fault.InvalidArgument, "address is for mail")
+		return fault.New(fault.InvalidArgument, "only a mail channel has an address")
 	case err != nil || len(t.URL) > maxURL || u.Hostname() == "" || u.Scheme != "https" && u.Scheme != "http":
 		return fault.New(fault.InvalidArgument, "url: want https://host/…")
 	case u.User != nil:
 		return fault.New(fault.InvalidArgument, "url: must not have a user and a password")
 	case kind != Webhook && t.Secret != "":
-		return fault.New(fault.InvalidArgument, "secret is for webhooks")
+		return fault.New(fault.InvalidArgument, "only a webhook has a secret")
 	case kind == Webhook && len(t.Secret) < minSecret:
-		return fault.New(fault.InvalidArgument, "secret: a webhook's has at least %d characters", minSecret)
+		return fault.New(fault.InvalidArgument, "secret: must have at least %d characters", minSecret)
 	}
-	// Names are looked at when they are resolved.
+	// The client checks names when it resolves them.
 	if ip, err := netip.ParseAddr(u.Hostname()); err == nil && policy(s.Private).Check(ip) != nil {
 		return fault.New(fault.InvalidArgument, "url: %v", netaddr.ErrNotAllowed)
 	}
 	return nil
 }
 
-// shown is what people see of where a channel goes.
+// shown returns the part of a target that users may see.
 func (t target) shown() string {
 	if t.Address != "" {
 		return t.Address
@@ -196,14 +197,14 @@ func (t target) shown() string {
 func checkEvents(events []string, admin bool) error {
 	for _, e := range events {
 		if strings.HasPrefix(e, platformPrefix) && !admin {
-			return fault.New(fault.PermissionDenied, "events: only the platform's admins are told of %q", e)
+			return fault.New(fault.PermissionDenied, "events: only the platform's admins may subscribe to %q", e)
 		}
 	}
 	return nil
 }
 
-// Create makes a channel of a team. admin says whether the caller is an admin of the
-// platform. The recipient of mail is asked to confirm the address.
+// Create creates a channel for a team. admin reports whether the caller is an admin of
+// the platform. For mail, it sends the recipient a confirmation mail.
 func (s *Service) Create(ctx context.Context, team uuid.UUID, admin bool, p Params) (db.Channel, error) {
 	t := target{}
 	t.apply(p)
@@ -242,7 +243,7 @@ func (s *Service) Create(ctx context.Context, team uuid.UUID, admin bool, p Para
 		return row, err
 	}
 	if err != nil {
-		return row, fmt.Errorf("write channel: %w", err)
+		return row, fmt.Errorf("insert channel: %w", err)
 	}
 	s.ask(row, c)
 	return row, nil
@@ -256,7 +257,7 @@ func (t *target) apply(p Params) {
 	}
 }
 
-// first is the first of joined errors.
+// first returns the first fault of joined errors.
 func first(err error) error {
 	var f *fault.Error
 	if errors.As(err, &f) {
@@ -283,7 +284,7 @@ func (s *Service) Get(ctx context.Context, team, channel uuid.UUID) (db.Channel,
 	return row, nil
 }
 
-// List returns a team's channels, the oldest first.
+// List returns a team's channels, oldest first.
 func (s *Service) List(ctx context.Context, team uuid.UUID) ([]db.Channel, error) {
 	rows, err := s.Store.ListChannels(ctx, team)
 	if err != nil {
@@ -292,8 +293,8 @@ func (s *Service) List(ctx context.Context, team uuid.UUID) ([]db.Channel, error
 	return rows, nil
 }
 
-// Update changes a channel. Enabling it forgets earlier failures. The recipient of
-// another mail address must confirm it.
+// Update updates a channel. Enabling it resets its failures. A new mail address must be
+// confirmed.
 func (s *Service) Update(ctx context.Context, team, channel uuid.UUID, admin bool, p Params) (db.Channel, error) {
 	row, err := s.Get(ctx, team, channel)
 	if err != nil {
@@ -308,7 +309,7 @@ func (s *Service) Update(ctx context.Context, team, channel uuid.UUID, admin boo
 	}
 	var c confirmation
 	if p.URL != nil || p.Secret != nil || p.Address != nil {
-		// What it goes to is said anew, all of it, if what there was cannot be read.
+		// If the old target cannot be decrypted, the request must contain a complete one.
 		t, _ := s.open(row)
 		t.apply(p)
 		if err := s.check(row.Kind, t); err != nil {
@@ -330,13 +331,13 @@ func (s *Service) Update(ctx context.Context, team, channel uuid.UUID, admin boo
 		return row, fault.New(fault.NotFound, "no such channel")
 	}
 	if err != nil {
-		return row, fmt.Errorf("change channel: %w", err)
+		return row, fmt.Errorf("update channel: %w", err)
 	}
 	s.ask(row, c)
 	return row, nil
 }
 
-// Delete removes a channel, and what was to be told to it.
+// Delete deletes a channel and its deliveries.
 func (s *Service) Delete(ctx context.Context, team, channel uuid.UUID) error {
 	n, err := s.Store.DeleteChannel(ctx, db.DeleteChannelParams{ID: channel, TeamID: team})
 	if err != nil {
@@ -348,15 +349,15 @@ func (s *Service) Delete(ctx context.Context, team, channel uuid.UUID) error {
 	return nil
 }
 
-// Test sends one test message to a team's channel now, and returns the delivery.
-// It fails with conflict if the recipient has not confirmed the address.
+// Test sends a test message to a team's channel now and returns the delivery. It fails
+// with conflict if the recipient has not confirmed the address.
 func (s *Service) Test(ctx context.Context, team, channel uuid.UUID) (db.Delivery, error) {
 	row, err := s.Get(ctx, team, channel)
 	if err != nil {
 		return db.Delivery{}, err
 	}
 	if !Confirmed(row) {
-		return db.Delivery{}, fault.New(fault.Conflict, "%v: they get a letter that asks them to", errUnconfirmed)
+		return db.Delivery{}, fault.New(fault.Conflict, "%v: a mail asks them to", errUnconfirmed)
 	}
 	body, err := json.Marshal(map[string]any{"at": time.Now().UTC()})
 	if err != nil {
@@ -364,7 +365,7 @@ func (s *Service) Test(ctx context.Context, team, channel uuid.UUID) (db.Deliver
 	}
 	d, err := s.Store.InsertDelivery(ctx, db.InsertDeliveryParams{ID: uuid.New(), ChannelID: row.ID, Event: TestEvent, Body: body})
 	if err != nil {
-		return d, fmt.Errorf("write delivery: %w", err)
+		return d, fmt.Errorf("insert delivery: %w", err)
 	}
 	out := s.deliver(ctx, row, d)
 	d.State, d.Status, d.Error, d.TookMs = "delivered", int32(out.status), out.problem(), out.took.Milliseconds()
@@ -373,13 +374,13 @@ func (s *Service) Test(ctx context.Context, team, channel uuid.UUID) (db.Deliver
 	}
 	err = s.Store.DeliveryTried(context.WithoutCancel(ctx), db.DeliveryTriedParams{ID: d.ID, State: d.State, TookMs: d.TookMs, Status: d.Status, Error: d.Error})
 	if err != nil {
-		return d, fmt.Errorf("write delivery: %w", err)
+		return d, fmt.Errorf("insert delivery: %w", err)
 	}
 	return d, nil
 }
 
-// Deliveries returns a page of what a team's channel was told, the newest first,
-// and the cursor of the next page ("" on the last).
+// Deliveries returns a page of a channel's deliveries, newest first, and the cursor of
+// the next page ("" on the last).
 func (s *Service) Deliveries(ctx context.Context, team, channel uuid.UUID, cursor string, limit int) ([]db.Delivery, string, error) {
 	if _, err := s.Get(ctx, team, channel); err != nil {
 		return nil, "", err
@@ -396,7 +397,7 @@ func (s *Service) Deliveries(ctx context.Context, team, channel uuid.UUID, curso
 	return rows, next, nil
 }
 
-// Quota has a team told that something was refused for its quota, at most once an hour.
+// Quota emits a QuotaReached event for a team, at most once per quotaEvery.
 func (s *Service) Quota(ctx context.Context, team uuid.UUID, why string) error {
 	told, err := s.Store.WasTold(ctx, db.WasToldParams{TeamID: team, Event: QuotaReached, Secs: quotaEvery.Seconds()})
 	if err != nil || told {

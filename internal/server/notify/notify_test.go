@@ -109,10 +109,10 @@ func TestProblems(t *testing.T) {
 	defer answers.Close()
 	breaks := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }))
 	defer breaks.Close()
-	const lost = "no connection, or it broke off"
+	const lost = "cannot connect, or the connection closed early"
 	for to, want := range map[string]string{
 		closed.URL: lost, secured.URL: lost, breaks.URL: lost, "http://x.invalid/": lost,
-		answers.URL: "answered 418", "http://169.254.169.254/": netaddr.ErrNotAllowed.Error(),
+		answers.URL: "the receiver responded with status 418", "http://169.254.169.254/": netaddr.ErrNotAllowed.Error(),
 	} {
 		status, err := newClient(true).post(t.Context(), to, http.Header{}, nil)
 		if got := (outcome{status: status, err: err}).problem(); got != want || err == nil {
@@ -124,9 +124,9 @@ func TestProblems(t *testing.T) {
 		want string
 	}{
 		{nil, ""},
-		{fmt.Errorf("post: %w", os.ErrDeadlineExceeded), "no answer in time"},
-		{context.DeadlineExceeded, "no answer in time"},
-		{&net.OpError{Op: "dial", Err: os.ErrDeadlineExceeded, Addr: &net.TCPAddr{IP: net.IPv4(10, 1, 2, 3)}}, "no answer in time"},
+		{fmt.Errorf("post: %w", os.ErrDeadlineExceeded), "the receiver did not respond in time"},
+		{context.DeadlineExceeded, "the receiver did not respond in time"},
+		{&net.OpError{Op: "dial", Err: os.ErrDeadlineExceeded, Addr: &net.TCPAddr{IP: net.IPv4(10, 1, 2, 3)}}, "the receiver did not respond in time"},
 		{errors.New("dial tcp 10.1.2.3:25: connect: connection refused"), lost},
 		{mail.ErrNoServer, mail.ErrNoServer.Error()},
 	} {

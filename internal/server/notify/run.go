@@ -16,24 +16,24 @@ import (
 )
 
 const (
-	// workers is how many deliveries a server tries at once, ofChannel how many of
-	// one channel and ofTeam of one team, so that receivers that hang hold up their
-	// own channel alone, and a team that has only such ones no other.
+	// workers is how many deliveries a server attempts at once, ofChannel how many per
+	// channel and ofTeam per team. So receivers that hang delay only their own channel,
+	// and a team's channels cannot delay other teams.
 	workers   = 32
 	ofChannel = 2
 	ofTeam    = 8
-	// tryWithin bounds one attempt, claimFor is how long nobody else makes one.
+	// tryWithin bounds one attempt. claimFor is how long a claim keeps other servers from
+	// attempting.
 	tryWithin = 15 * time.Second
 	claimFor  = 2 * time.Minute
-	// attempts is how often a delivery is tried, over some three hours.
+	// attempts is how often a delivery is attempted, over about three hours.
 	attempts = 12
-	// The first wait, which doubles, and the longest.
+	// The first wait, which doubles after each attempt, and the longest.
 	minWait = 5 * time.Second
 	maxWait = time.Hour
-	// giveUpAfter is how long nothing may have been delivered for a channel to be
-	// disabled.
+	// giveUpAfter is how long all deliveries of a channel must fail until it is disabled.
 	giveUpAfter = 3 * 24 * time.Hour
-	// kept is how long deliveries are listed, and keep how many of a channel.
+	// kept is how long deliveries are stored, and keep how many per channel.
 	kept       = 7 * 24 * time.Hour
 	keep       = 500
 	pruneEvery = 10 * time.Minute
@@ -46,9 +46,8 @@ func nonce() []byte {
 	return b
 }
 
-// wait is how long after the nth attempt the next comes: doubled each time, and
-// by chance half as much more or less, so that what failed together does not
-// come back together.
+// wait returns the backoff after the nth attempt. It doubles each time, with jitter of
+// ±50 %.
 func wait(n int32) time.Duration {
 	d := maxWait
 	if n < 12 {
@@ -57,7 +56,7 @@ func wait(n int32) time.Duration {
 	return d/2 + mathrand.N(d)
 }
 
-// underWay are the deliveries that a server tries now.
+// underWay counts the deliveries that this server attempts now.
 type underWay struct {
 	wg sync.WaitGroup
 
@@ -67,7 +66,7 @@ type underWay struct {
 	teams    map[uuid.UUID]int
 }
 
-// count adds n to what is under way of a channel.
+// count adds n to the counts of a channel and its team.
 func (u *underWay) count(n int, c db.Channel) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -82,8 +81,8 @@ func (u *underWay) count(n int, c db.Channel) {
 	}
 }
 
-// busy returns the channels and teams of which no more may be begun, and
-// whether nothing may.
+// busy returns the channels and teams that are at their limit, and whether the server is
+// at its own.
 func (u *underWay) busy() (channels, teams []uuid.UUID, full bool) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -101,7 +100,7 @@ func (u *underWay) busy() (channels, teams []uuid.UUID, full bool) {
 	return channels, teams, u.all >= workers
 }
 
-// Run delivers until ctx is done.
+// Run delivers events until ctx is done.
 func (s *Service) Run(ctx context.Context) {
 	var wg sync.WaitGroup
 	wg.Go(func() { s.Store.Listen(ctx, s.Log, "wrenn_deliveries", func(string) { s.look() }) })
@@ -120,7 +119,7 @@ func (s *Service) Run(ctx context.Context) {
 	}
 }
 
-// look has Run look for deliveries.
+// look makes Run look for deliveries.
 func (s *Service) look() {
 	select {
 	case s.wake <- struct{}{}:
@@ -128,8 +127,8 @@ func (s *Service) look() {
 	}
 }
 
-// begin begins all that is due and may be, and returns how long there is
-// nothing to do unless something happens: the end of a delivery wakes Run.
+// begin starts the due deliveries that the limits allow. It returns how long Run can
+// sleep; the end of a delivery wakes it earlier.
 func (s *Service) begin(ctx context.Context, u *underWay) time.Duration {
 	for {
 		channels, teams, full := u.busy()
@@ -146,42 +145,42 @@ func (s *Service) begin(ctx context.Context, u *underWay) time.Duration {
 		}
 		if err != nil {
 			if ctx.Err() == nil {
-				s.Log.Warn("look for deliveries", "error", err)
+				s.Log.Warn("claim delivery", "error", err)
 			}
 			return minWait
 		}
 		c, err := s.Store.GetChannel(ctx, d.ChannelID)
 		if errors.Is(err, store.ErrNoRows) {
-			continue // It was deleted, and the delivery with it.
+			continue // A concurrent request deleted it and its deliveries.
 		}
 		if err != nil {
 			s.Log.Warn("look up channel", "error", err)
-			return minWait // The delivery is due again in a while.
+			return minWait // The claim on the delivery expires.
 		}
 		u.count(1, c)
 		u.wg.Go(func() {
 			defer s.look()
 			defer u.count(-1, c)
 			if err := s.try(ctx, c, d); err != nil && ctx.Err() == nil {
-				s.Log.Warn("write what became of a delivery", "delivery", d.ID, "error", err)
+				s.Log.Warn("write the result of a delivery", "delivery", d.ID, "error", err)
 			}
 		})
 	}
 }
 
-// try tries a delivery and writes down how that went.
+// try attempts a delivery and stores the result.
 func (s *Service) try(ctx context.Context, c db.Channel, d db.Delivery) error {
 	if !c.Enabled {
 		return s.Store.DeliveryTried(ctx, db.DeliveryTriedParams{ID: d.ID, State: "failed", Error: "the channel is disabled"})
 	}
-	if !Confirmed(c) { // Its address was changed since.
+	if !Confirmed(c) { // Its address changed after the event.
 		return s.Store.DeliveryTried(ctx, db.DeliveryTriedParams{ID: d.ID, State: "failed", Error: errUnconfirmed.Error()})
 	}
 	out := s.deliver(ctx, c, d)
 	if ctx.Err() != nil && out.err != nil {
-		return ctx.Err() // The server stops; it is due again in a while.
+		return ctx.Err() // The server stops, and the claim expires.
 	}
-	// What happened is written whether the server stops or not.
+	// Store the result even if the server stops.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
 	tried := db.DeliveryTriedParams{ID: d.ID, State: "delivered", TookMs: out.took.Milliseconds(), Status: int32(out.status), Error: out.problem()}
@@ -193,20 +192,20 @@ func (s *Service) try(ctx context.Context, c db.Channel, d db.Delivery) error {
 		tried.State, tried.Secs = "pending", wait(d.Attempts).Seconds()
 	}
 	err := s.Store.DeliveryTried(ctx, tried)
-	enabled, failErr := s.Store.ChannelFails(ctx, db.ChannelFailsParams{ID: c.ID, Secs: giveUpAfter.Seconds(), Reason: "nothing was delivered for 3 days: " + out.problem()})
+	enabled, failErr := s.Store.ChannelFails(ctx, db.ChannelFailsParams{ID: c.ID, Secs: giveUpAfter.Seconds(), Reason: "all deliveries failed for 3 days: " + out.problem()})
 	if failErr == nil && !enabled {
 		s.Log.Warn("channel disabled", "channel", c.ID, "kind", c.Kind)
 	}
 	return errors.Join(err, failErr)
 }
 
-// prune forgets old deliveries. Of several servers one does.
+// prune deletes old deliveries. A lease ensures that only one server at a time does this.
 func (s *Service) prune(ctx context.Context) {
 	tick := time.NewTicker(pruneEvery)
 	defer tick.Stop()
 	for {
 		if err := s.forget(ctx); err != nil && ctx.Err() == nil {
-			s.Log.Warn("forget old deliveries", "error", err)
+			s.Log.Warn("delete old deliveries", "error", err)
 		}
 		select {
 		case <-tick.C:

@@ -1,5 +1,5 @@
-// Package page cuts lists into pages. A cursor is where a page ended: opaque
-// to callers, checked when it comes back.
+// Package page paginates lists. A cursor names the last row of a page. It is opaque to
+// callers and validated when it comes back.
 package page
 
 import (
@@ -17,10 +17,10 @@ import (
 // end is later than everything.
 var end = time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC)
 
-func invalid() error { return fault.New(fault.InvalidArgument, "cursor: not one of this list") }
+func invalid() error { return fault.New(fault.InvalidArgument, "cursor: does not belong to this list") }
 
-// Cut returns at most limit of rows, of which one more than that was asked
-// for, and the cursor of what follows ("": nothing).
+// Cut returns at most limit rows and the cursor of the next page ("": none). Query
+// limit+1 rows for it.
 func Cut[T any](rows []T, limit int, cursor func(T) string) ([]T, string) {
 	if len(rows) <= limit {
 		return rows, ""
@@ -28,14 +28,14 @@ func Cut[T any](rows []T, limit int, cursor func(T) string) ([]T, string) {
 	return rows[:limit], cursor(rows[limit-1])
 }
 
-// Time is the cursor of a row in a list that is sorted by time.
+// Time returns the cursor of a row in a list that is sorted by time.
 func Time(at time.Time, id uuid.UUID) string {
 	b := binary.BigEndian.AppendUint64(nil, uint64(at.UnixMicro()))
 	return base64.RawURLEncoding.EncodeToString(append(b, id[:]...))
 }
 
-// Newest reads a cursor that Time made, in a list with the newest first: the
-// page has what comes before. Without a cursor that is everything.
+// Newest parses a cursor of [Time] for a list sorted newest first: the page has the rows
+// before it. Without a cursor, it has all rows.
 func Newest(cursor string) (time.Time, uuid.UUID, error) {
 	if cursor == "" {
 		return end, uuid.Max, nil
@@ -43,8 +43,7 @@ func Newest(cursor string) (time.Time, uuid.UUID, error) {
 	return parse(cursor, end)
 }
 
-// Before is Newest for a list that has only what is from before a time, if that
-// is not zero.
+// Before is [Newest] for a list that has only rows before a time, if that is not zero.
 func Before(cursor string, until time.Time) (time.Time, uuid.UUID, error) {
 	if until.IsZero() {
 		return Newest(cursor)
@@ -55,7 +54,7 @@ func Before(cursor string, until time.Time) (time.Time, uuid.UUID, error) {
 	return parse(cursor, until)
 }
 
-// Oldest is Newest for a list with the oldest first: the page has what comes after.
+// Oldest is [Newest] for a list sorted oldest first: the page has the rows after it.
 func Oldest(cursor string) (time.Time, uuid.UUID, error) {
 	if cursor == "" {
 		return time.Unix(0, 0), uuid.Nil, nil
@@ -63,7 +62,7 @@ func Oldest(cursor string) (time.Time, uuid.UUID, error) {
 	return parse(cursor, end)
 }
 
-// parse reads a cursor that Time made of a row that is not later than latest.
+// parse parses a cursor of [Time] for a row that is not later than latest.
 func parse(cursor string, latest time.Time) (time.Time, uuid.UUID, error) {
 	raw, err := base64.RawURLEncoding.DecodeString(cursor)
 	if err != nil || len(raw) != 24 {
@@ -76,10 +75,10 @@ func parse(cursor string, latest time.Time) (time.Time, uuid.UUID, error) {
 	return time.UnixMicro(micros), uuid.UUID(raw[8:]), nil
 }
 
-// Text is the cursor of a row in a list that is sorted by text.
+// Text returns the cursor of a row in a list that is sorted by text.
 func Text(s string) string { return base64.RawURLEncoding.EncodeToString([]byte(s)) }
 
-// After reads a cursor that Text made ("" for none).
+// After parses a cursor of [Text] ("" for none).
 func After(cursor string) (string, error) {
 	raw, err := base64.RawURLEncoding.DecodeString(cursor)
 	if err != nil || !utf8.Valid(raw) || bytes.IndexByte(raw, 0) >= 0 {
@@ -88,7 +87,7 @@ func After(cursor string) (string, error) {
 	return string(raw), nil
 }
 
-// AfterID reads a cursor that Text made of an id's text.
+// AfterID parses a cursor of [Text] for a UUID.
 func AfterID(cursor string) (uuid.UUID, error) {
 	s, err := After(cursor)
 	if err != nil || s == "" {

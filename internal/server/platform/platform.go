@@ -1,6 +1,5 @@
-// Package platform holds what concerns all teams: the settings, and how much
-// each team may have. The bounds themselves are kept by the database (see
-// charge_team in the migrations), whoever changes sandboxes.
+// Package platform manages the settings for all teams, and teams' quotas. The database
+// enforces quotas (see charge_team in the migrations), whatever code changes sandboxes.
 package platform
 
 import (
@@ -17,26 +16,26 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
 )
 
-// Service is the platform of a store.
+// Service manages the platform's settings and quotas.
 type Service struct{ store *store.Store }
 
-// New returns the platform of a store.
+// New returns a service on a store.
 func New(s *store.Store) *Service { return &Service{s} }
 
-// Quota bounds what a team has at once; nil is no bound. Running, VCPUs and
-// MemoryMiB are of sandboxes that run, DiskMiB is of paused ones too.
+// Quota bounds a team's use; nil is no bound. Running, VCPUs and MemoryMiB count running
+// sandboxes, and DiskMiB also counts paused ones.
 type Quota struct {
 	Running, VCPUs     *int32
 	MemoryMiB, DiskMiB *int64
-	// StoredMiB is of templates, layers, saved memory and archives.
+	// StoredMiB counts templates, layers, saved memory and archives.
 	StoredMiB *int64
 }
 
-// Settings are the platform's.
+// Settings is the platform's settings.
 type Settings struct {
-	// SignUpOpen says that anybody may make an account.
+	// SignUpOpen allows anybody to create an account.
 	SignUpOpen bool
-	// Quota is of every team that has none of its own.
+	// Quota is the default for teams without their own.
 	Quota Quota
 }
 
@@ -53,7 +52,7 @@ func (s *Service) Settings(ctx context.Context) (Settings, error) {
 	return settings(row), nil
 }
 
-// SetSettings changes the settings. A quota that is lowered ends nothing.
+// SetSettings updates the settings. A lower quota does not end running sandboxes.
 func (s *Service) SetSettings(ctx context.Context, to Settings) (Settings, error) {
 	q := to.Quota
 	row, err := s.store.SetSettings(ctx, db.SetSettingsParams{SignupOpen: to.SignUpOpen, MaxRunning: q.Running, MaxVCPUs: q.VCPUs, MaxMemoryMiB: q.MemoryMiB, MaxDiskMiB: q.DiskMiB, MaxStoredMiB: q.StoredMiB})
@@ -63,17 +62,17 @@ func (s *Service) SetSettings(ctx context.Context, to Settings) (Settings, error
 	return settings(row), nil
 }
 
-// Usage is what a team has, and may have.
+// Usage is a team's use and quota.
 type Usage struct {
 	Running, VCPUs     int32
 	MemoryMiB, DiskMiB int64
 	StoredMiB          int64
 	Quota              Quota
-	// Own says that the quota is the team's own, and not the settings'.
+	// Own reports that the team has its own quota instead of the default.
 	Own bool
 }
 
-// Usage returns what a team has and may have, or fails with not_found.
+// Usage returns a team's use and quota, or fails with not_found.
 func (s *Service) Usage(ctx context.Context, team uuid.UUID) (Usage, error) {
 	var u Usage
 	if err := s.team(ctx, team); err != nil {
@@ -108,7 +107,7 @@ func (s *Service) team(ctx context.Context, team uuid.UUID) error {
 	return nil
 }
 
-// SetQuota gives a team a quota of its own, nil: takes it away.
+// SetQuota sets a team's own quota. nil restores the default.
 func (s *Service) SetQuota(ctx context.Context, team uuid.UUID, q *Quota) error {
 	if err := s.team(ctx, team); err != nil {
 		return err
@@ -125,8 +124,8 @@ func (s *Service) SetQuota(ctx context.Context, team uuid.UUID, q *Quota) error 
 	return nil
 }
 
-// Sandboxes returns a page of every team's sandboxes, the newest first, and
-// the cursor of the next one.
+// Sandboxes returns a page of all teams' sandboxes, newest first, and the cursor of the
+// next page.
 func (s *Service) Sandboxes(ctx context.Context, cursor string, limit int) ([]db.Sandbox, string, error) {
 	at, before, err := page.Newest(cursor)
 	if err != nil {
@@ -140,13 +139,13 @@ func (s *Service) Sandboxes(ctx context.Context, cursor string, limit int) ([]db
 	return rows, next, nil
 }
 
-// Templates returns a page of every team's templates and the cursor of the next one.
+// Templates returns a page of all teams' templates and the cursor of the next page.
 func (s *Service) Templates(ctx context.Context, cursor string, limit int) ([]templates.Listed, string, error) {
 	after, err := page.AfterID(cursor)
 	if err != nil {
 		return nil, "", err
 	}
-	// The first id of all is the built-in template's.
+	// The built-in template has the all-zeros id, which is also the zero cursor.
 	rows, err := s.store.AdminListTemplates(ctx, db.AdminListTemplatesParams{AfterID: after, First: cursor == "", MaxRows: int32(limit) + 1})
 	if err != nil {
 		return nil, "", fmt.Errorf("list templates: %w", err)

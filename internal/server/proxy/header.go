@@ -8,8 +8,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/auth"
 )
 
-// daemonFields are the only response fields of a guest daemon that clients get. Nobody
-// knows which other fields browsers apply to a whole site, now or later.
+// daemonFields is the only response fields of envd that clients get. Browsers may apply
+// other fields to a whole site, now or in the future.
 var daemonFields = fieldSet(
 	"Accept-Encoding", "Accept-Post", "Accept-Ranges", "Allow", "Cache-Control", "Content-Disposition", "Content-Encoding",
 	"Content-Length", "Content-Range", "Content-Type", "Date", "Etag", "Last-Modified", "Retry-After", "Vary",
@@ -17,8 +17,8 @@ var daemonFields = fieldSet(
 	"Grpc-Accept-Encoding", "Grpc-Encoding", "Grpc-Message", "Grpc-Status", "Grpc-Status-Details-Bin",
 )
 
-// portFields are the response fields that no port may send: they change how
-// browsers treat names beside the port's own, or the front door's connections.
+// portFields is the response fields that no port may send, because they affect other host
+// names in browsers, or the front door's connections.
 var portFields = fieldSet("Alt-Svc", "Clear-Site-Data", "Set-Cookie2")
 
 func fieldSet(names ...string) map[string]bool {
@@ -29,7 +29,7 @@ func fieldSet(names ...string) map[string]bool {
 	return set
 }
 
-// filterDaemon removes from a guest daemon's response header what clients may not get.
+// filterDaemon removes the fields that clients must not get from envd's response header.
 func filterDaemon(h http.Header) {
 	for name := range h {
 		if !daemonFields[name] {
@@ -38,8 +38,8 @@ func filterDaemon(h http.Header) {
 	}
 }
 
-// confine makes browsers treat a guest daemon's response as at most a document that
-// runs nothing, loads nothing and has no origin.
+// confine makes browsers treat envd's response at most as a document without scripts,
+// subresources and an origin.
 func confine(resp *http.Response) {
 	h := resp.Header
 	if _, ok := h["Content-Type"]; !ok {

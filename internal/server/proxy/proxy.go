@@ -1,5 +1,5 @@
-// Package proxy brings requests for {port}-{sandbox_id}.{domain} to what
-// listens on that port in the sandbox.
+// Package proxy forwards requests for {port}-{sandbox_id}.{domain} to the port in the
+// sandbox.
 package proxy
 
 import (
@@ -36,65 +36,66 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/upstream"
 )
 
-// envdPort is the guest daemon's; it asks for a token of its own.
+// envdPort is envd's port, which needs the sandbox's access token.
 const envdPort = 49983
 
-// ForwardAuthorization carries a request's own Authorization header to the
-// agent, whose token takes that header's place on the way.
+// ForwardAuthorization carries a request's Authorization header to the agent, because
+// Authorization itself carries the agent's token.
 const ForwardAuthorization = "X-Wrenn-Authorization"
 
-// Config is what a Proxy works with.
+// Config configures a [Proxy].
 type Config struct {
-	// Domain that sandboxes' names end with, for example "localhost".
+	// Domain is the domain of sandboxes' host names, for example "localhost".
 	Domain string
-	// ServiceDomain is Domain, unless sandboxes have their own domain. Then every name
-	// below Domain is theirs, and their names below ServiceDomain lead nowhere.
+	// ServiceDomain is the service's domain. It equals Domain unless sandboxes have their
+	// own domain. Then all names below Domain belong to sandboxes, and sandboxes' names
+	// below ServiceDomain are not found.
 	ServiceDomain string
 
 	Sandboxes *sandboxes.Service
 	Hosts     *hosts.Registry
 	Keys      *auth.Keys
-	// Watch ends requests whose key no longer holds.
+	// Watch ends requests whose credentials were revoked.
 	Watch  *auth.Watch
 	Tokens auth.Tokens
-	// Memory bounds the memory of requests, Crowd each caller's requests under way.
+	// Memory bounds the memory of requests, Crowd each caller's requests in flight.
 	Memory *budget.Budget
 	Crowd  *budget.Crowd
-	// Fail answers a request with an error.
+	// Fail responds to a request with an error.
 	Fail func(http.ResponseWriter, *http.Request, error)
 	Log  *slog.Logger
 }
 
-// Proxy is the handler of sandboxes' host names.
+// Proxy handles requests to sandboxes' host names.
 type Proxy struct {
 	Config
 	cache    *cache
-	errors   *stdlog.Logger // of connections that change protocols
+	errors   *stdlog.Logger // for upgraded connections
 	requests *prometheus.CounterVec
-	// forwarded is one of requests, looked up once.
+	// forwarded is the counter of requests with the result "forwarded".
 	forwarded prometheus.Counter
 }
 
-// New returns the proxy of a service; it hears of the service's changes.
+// New returns a proxy. It subscribes to changes of sandboxes and to revocations.
 func New(c Config) *Proxy {
 	p := &Proxy{
 		Config: c, cache: newCache(),
-		requests: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "wrenn_proxy_requests_total", Help: "Requests to sandboxes' ports, by how they went: forwarded, or the error's code."}, []string{"result"}),
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "wrenn_proxy_requests_total", Help: "Requests to sandboxes' ports, by result: forwarded, or the error's code."}, []string{"result"}),
 	}
 	p.forwarded = p.requests.WithLabelValues("forwarded")
 	p.errors = slog.NewLogLogger(c.Log.Handler(), slog.LevelDebug)
 	c.Sandboxes.OnChange(p.cache.drop)
 	c.Sandboxes.OnDeaf(p.cache.deafen)
-	c.Watch.OnWord(p.cache.word)
+	c.Watch.OnWord(p.cache.revoked)
 	c.Watch.OnWord(func(string) { c.Keys.Forget() })
 	return p
 }
 
-// Collectors are the proxy's Prometheus metrics.
+// Collectors returns the proxy's Prometheus metrics.
 func (p *Proxy) Collectors() []prometheus.Collector { return []prometheus.Collector{p.requests} }
 
-// Match reports whether the proxy answers for a request's host: a sandbox's name,
-// well-formed or not, or any name in a domain that sandboxes have to themselves.
+// Match reports whether the proxy handles a request's host: a sandbox's name, well-formed
+// or not, or any name in a domain that only sandboxes use.
 func (p *Proxy) Match(host string) bool {
 	name := netaddr.Hostname(host)
 	if _, ok := label(name, p.ServiceDomain); ok {
@@ -103,9 +104,9 @@ func (p *Proxy) Match(host string) bool {
 	return p.Domain != p.ServiceDomain && (name == p.Domain || strings.HasSuffix(name, "."+p.Domain))
 }
 
-// isPreflight says whether a browser asks if another site's page may use a signed URL.
-// The answer is the same for every URL, so nothing is looked up: the request that follows
-// needs a valid signature.
+// isPreflight reports whether a request is a CORS preflight for a signed URL. The
+// response is the same for every URL, so nothing is looked up; the actual request needs a
+// valid signature.
 func (p *Proxy) isPreflight(r *http.Request) bool {
 	label, ok := label(netaddr.Hostname(r.Host), p.Domain)
 	port, _, _ := strings.Cut(label, "-")
@@ -113,7 +114,7 @@ func (p *Proxy) isPreflight(r *http.Request) bool {
 		r.Header.Get("Access-Control-Request-Method") != "" && filesign.Signed(r.URL)
 }
 
-// label returns what stands before the domain in a sandbox's host name.
+// label returns the part of a sandbox's host name before the domain.
 func label(name, domain string) (string, bool) {
 	label, ok := strings.CutSuffix(name, "."+domain)
 	return label, ok && !strings.Contains(label, ".") && strings.Contains(label, "-"+string(id.Sandbox))
@@ -171,7 +172,7 @@ func (p *Proxy) serve(w http.ResponseWriter, r *http.Request) {
 	if err == nil {
 		held := p.Memory.Hold(target.payer.String())
 		defer held.Release()
-		err = p.hold(r, &target, held)
+		err = p.buffer(r, &target, held)
 	}
 	if err != nil {
 		p.fail(w, r, err)
@@ -180,7 +181,7 @@ func (p *Proxy) serve(w http.ResponseWriter, r *http.Request) {
 	p.forward(w, r, target)
 }
 
-// fail answers a request that does not get to its sandbox.
+// fail responds to a request that does not reach its sandbox.
 func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 	var f *fault.Error
 	code := fault.Internal
@@ -196,19 +197,19 @@ func (p *Proxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 	p.Fail(w, r, err)
 }
 
-// maxHeld is the longest body that is kept for being sent a second time.
-const maxHeld = 64 << 10
+// maxBuffered is the longest body that is buffered for a retry, in bytes.
+const maxBuffered = 64 << 10
 
-// hold keeps a request's body, so that the request can be sent again if the host
-// refuses it because the sandbox is paused. If the body is too long to keep, or has no
-// room in held, hold makes sure that the sandbox is not paused.
-func (p *Proxy) hold(r *http.Request, d *destination, held *budget.Held) error {
+// buffer reads a request's body, so that the request can be sent again if the host
+// refuses it because the sandbox is paused. If the body is too long or held has no room
+// for it, buffer resumes a paused sandbox now.
+func (p *Proxy) buffer(r *http.Request, d *destination, held *budget.Held) error {
 	if r.Body == nil || r.Body == http.NoBody || r.ContentLength == 0 {
 		return nil
 	}
-	if r.ContentLength < 0 || r.ContentLength > maxHeld || held.GrowFor(int(r.ContentLength), 1) != nil {
-		patience.Idle(r) // Some go on for as long as a person types.
-		// What comes after a use does not find the sandbox paused.
+	if r.ContentLength < 0 || r.ContentLength > maxBuffered || held.GrowFor(int(r.ContentLength), 1) != nil {
+		patience.Idle(r) // Some bodies last as long as a person types.
+		// Use keeps the sandbox from being paused for idleness.
 		host, err := p.Sandboxes.Use(r.Context(), d.team, d.sandbox)
 		d.host = host
 		return err
@@ -222,7 +223,7 @@ func (p *Proxy) hold(r *http.Request, d *destination, held *budget.Held) error {
 	return nil
 }
 
-// destination is where one request goes.
+// destination is the resolved target of a request.
 type destination struct {
 	caller
 	host    *hosts.Host
@@ -232,8 +233,8 @@ type destination struct {
 	port    int
 }
 
-// principal returns whom the request counts for: the API key that it shows, or the
-// sandbox whose token it shows.
+// principal returns the API key or, for a sandbox's token, the sandbox, which the request
+// counts for.
 func (d *destination) principal() uuid.UUID {
 	if d.who.HasKey() {
 		return d.who.Key
@@ -241,28 +242,29 @@ func (d *destination) principal() uuid.UUID {
 	return d.sandbox
 }
 
-// caller is what a request showed.
+// caller is the credentials of a request.
 type caller struct {
-	// who showed an API key, whose team's the sandbox must be; zero where a token
-	// of the sandbox itself was shown.
+	// who is the holder of the API key; zero if the request has a token of the sandbox.
+	// The sandbox must belong to who's team.
 	who auth.Principal
-	// signed is set if the request shows a signature, which resolve checks.
+	// signed reports a signed URL, which resolve checks.
 	signed bool
-	// epoch is that of the token that was shown, or of the tokens that hold.
+	// epoch is the epoch of the request's token. For signed URLs, it is the sandbox's
+	// current one.
 	epoch int32
 }
 
-var errRevoked = fault.New(fault.Unauthenticated, "the sandbox's tokens were revoked: ask for the sandbox again")
+var errRevoked = fault.New(fault.Unauthenticated, "the sandbox's tokens were revoked: get the sandbox again for new ones")
 
-// use is what sending requests to a sandbox's ports asks of an API key.
+// use is the access that an API key needs for requests to ports.
 var use = auth.Access{Role: auth.Member, Scopes: []auth.Scope{auth.Sandboxes}}
 
-// resolve finds out where a request goes and whether it may.
+// resolve authenticates a request and finds its sandbox and host.
 func (p *Proxy) resolve(r *http.Request) (destination, error) {
 	var none destination
 	label, ok := label(netaddr.Hostname(r.Host), p.Domain)
 	if !ok {
-		return none, fault.New(fault.NotFound, "no sandbox has this name: ports of sandboxes are at PORT-SANDBOX.%s", p.Domain)
+		return none, fault.New(fault.NotFound, "no sandbox has this name: the name of a sandbox's port is PORT-SANDBOX.%s", p.Domain)
 	}
 	portText, sandboxText, _ := strings.Cut(label, "-")
 	port, err := strconv.Atoi(portText)
@@ -303,7 +305,7 @@ func (p *Proxy) resolve(r *http.Request) (destination, error) {
 	case sandboxes.Pausing, sandboxes.Paused, sandboxes.Resuming:
 		_, d.host, err = p.Sandboxes.Wake(r.Context(), t.team, sandbox)
 	case sandboxes.Missing:
-		err = fault.New(fault.HostUnreachable, "the sandbox's host is not heard of")
+		err = fault.New(fault.HostUnreachable, "the sandbox's host is unreachable")
 	case sandboxes.Pending, sandboxes.Starting:
 		err = fault.New(fault.Unavailable, "the sandbox is starting")
 	default:
@@ -312,7 +314,7 @@ func (p *Proxy) resolve(r *http.Request) (destination, error) {
 	return d, err
 }
 
-// authorize checks what a request shows.
+// authorize checks a request's credentials.
 func (p *Proxy) authorize(r *http.Request, sandbox uuid.UUID, port int) (caller, error) {
 	var none caller
 	if port == envdPort {
@@ -341,8 +343,8 @@ func (p *Proxy) authorize(r *http.Request, sandbox uuid.UUID, port int) (caller,
 }
 
 // checkSignature checks the signature of a file URL, which the client made with the
-// epoch's access token. It re-signs r for the guest daemon, which knows no epochs, and
-// leaves nothing ambiguous in the query.
+// epoch's access token. It signs r again for envd, which knows no epochs, and normalizes
+// the query.
 func (p *Proxy) checkSignature(r *http.Request, sandbox uuid.UUID, epoch int32) error {
 	q, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
@@ -356,7 +358,7 @@ func (p *Proxy) checkSignature(r *http.Request, sandbox uuid.UUID, epoch int32) 
 	return nil
 }
 
-// holder is who has an API key that lets requests through to ports.
+// holder returns the holder of an API key that may send requests to ports.
 func (p *Proxy) holder(ctx context.Context, key string) (auth.Principal, error) {
 	who, err := p.Keys.CheckRecent(ctx, key)
 	if err == nil {
@@ -377,7 +379,7 @@ func (p *Proxy) lookup(ctx context.Context, sandbox uuid.UUID) (target, error) {
 	return t, nil
 }
 
-// forwarded are the headers in which the front door says what it saw.
+// forwarded is the headers that the front door sets.
 var forwarded = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"}
 
 func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
@@ -390,7 +392,7 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 		if d.signed {
 			finish = func(resp *http.Response) { confine(resp); allowPages(resp.Header) }
 		}
-		// The daemon speaks no other protocol, and nothing would bound an upgrade.
+		// envd speaks no other protocol, and nothing would bound an upgraded connection.
 		r.Header.Del("Upgrade")
 	}
 	rp := upstream.Proxy{
@@ -405,7 +407,7 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 				u.RawPath = prefix + u.RawPath
 			}
 			u.Path = prefix + u.Path
-			// As it came: what this language cannot parse, another may.
+			// Keep the query unchanged, even if Go cannot parse it.
 			u.RawQuery = pr.In.URL.RawQuery
 			h := pr.Out.Header
 			if pr.In.Header.Get(forwarded[0]) == "" {
@@ -441,7 +443,7 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 			var f *fault.Error
 			if r.Context().Err() != nil {
 				if !errors.As(context.Cause(r.Context()), &f) {
-					panic(http.ErrAbortHandler) // Nobody is there to tell.
+					panic(http.ErrAbortHandler) // The client is gone.
 				}
 				err = f
 			}
@@ -453,25 +455,26 @@ func (p *Proxy) forward(w http.ResponseWriter, r *http.Request, d destination) {
 				p.fail(w, r, fault.Body(err))
 				return
 			}
-			p.fail(w, r, fault.Because(err, fault.HostUnreachable, "the sandbox's host does not answer"))
+			p.fail(w, r, fault.Because(err, fault.HostUnreachable, "the sandbox's host does not respond"))
 		},
 	}
 	rp.ServeHTTP(w, r)
 }
 
-// errorHeader is in a host's own answers, and in no guest's.
+// errorHeader marks responses of the agent itself. The agent removes it from responses of
+// guests.
 const errorHeader = "X-Wrenn-Error"
 
-// tries is how often a request is sent whose sandbox is paused under it.
+// tries is how often a request is sent if its sandbox is paused at the same time.
 const tries = 3
 
-// waker sends a request to a sandbox's host, again when the host refused it
-// because the sandbox is paused and could be resumed.
+// waker sends a request to a sandbox's host. If the host refuses it because the sandbox
+// is paused, waker resumes the sandbox and sends the request again.
 type waker struct {
 	*Proxy
 	to destination
-	// body gives a request's body once more; nil: it has none, or one that
-	// cannot be had again.
+	// body returns a new reader of the request's body; nil: there is no body, or it was
+	// not buffered.
 	body func() (io.ReadCloser, error)
 }
 
@@ -487,7 +490,7 @@ func (k *waker) RoundTrip(req *http.Request) (*http.Response, error) {
 		switch sandboxes.State(resp.Header.Get(errorHeader)) {
 		case sandboxes.Pausing, sandboxes.Paused, sandboxes.Resuming:
 			refused = resp.StatusCode == http.StatusServiceUnavailable
-		default: // It answers, or cannot be resumed.
+		default: // The sandbox responded, or cannot be resumed.
 		}
 		if !refused {
 			k.forwarded.Inc()
@@ -512,13 +515,13 @@ func (k *waker) RoundTrip(req *http.Request) (*http.Response, error) {
 }
 
 const (
-	// targetsLast is how long a target is believed without looking again.
+	// targetsLast is how long a target stays in the cache.
 	targetsLast = 120 * time.Second
 	// maxTargets bounds the cache.
 	maxTargets = 8192
 )
 
-// target is where a sandbox is.
+// target is a sandbox's host, owner and state.
 type target struct {
 	team, host uuid.UUID
 	payer      uuid.UUID // of the team
@@ -527,14 +530,15 @@ type target struct {
 	until      time.Time
 }
 
-// cache remembers the targets of running sandboxes until they change.
+// cache holds the targets of running sandboxes until they change. It is safe for
+// concurrent use.
 type cache struct {
 	mu      sync.Mutex
 	targets map[uuid.UUID]target
-	// drops counts changes, so that what was looked up before one is not
-	// remembered after it.
+	// drops counts changes, so that a lookup that began before a change is not cached
+	// after it.
 	drops uint64
-	// deaf says that changes can be missed: nothing is believed.
+	// deaf reports that the server may miss changes, so nothing is cached.
 	deaf bool
 }
 
@@ -547,9 +551,9 @@ func (c *cache) drop(sandbox uuid.UUID) {
 	delete(c.targets, sandbox)
 }
 
-// word drops the sandbox of which it is heard that access to it ends, and all
-// where that is not known.
-func (c *cache) word(whose string) {
+// revoked drops a sandbox that somebody lost access to, or all sandboxes if whose is
+// another id or none.
+func (c *cache) revoked(whose string) {
 	if sandbox, err := uuid.Parse(whose); err == nil {
 		c.drop(sandbox)
 		return
@@ -560,7 +564,7 @@ func (c *cache) word(whose string) {
 	clear(c.targets)
 }
 
-// deafen forgets everything, and remembers nothing while changes can be missed.
+// deafen clears the cache and disables it while changes can be missed.
 func (c *cache) deafen(is bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -1,7 +1,6 @@
-// Package ratelimit bounds how often something may be tried, over all servers
-// together: the counts are in Redis. While Redis does not answer each server
-// counts by itself, so that an outage neither opens the door to guessing nor
-// locks everybody out.
+// Package ratelimit limits how often something may be done, across all servers, with
+// counts in Redis. While Redis is down, each server counts by itself, so that an outage
+// neither allows guessing nor locks everybody out.
 package ratelimit
 
 import (
@@ -22,49 +21,49 @@ import (
 )
 
 const (
-	// answerWithin is how long Redis may take.
+	// answerWithin bounds a call to Redis.
 	answerWithin = 500 * time.Millisecond
-	// askAgain is how often Redis is asked while it does not answer: one call waits
-	// for it, and all others are counted here at once.
+	// askAgain is how often Redis is tried while it is down: by one call, while the
+	// others count locally without waiting.
 	askAgain = time.Second
-	// maxLocal bounds what a server counts by itself. Beyond it nothing new is
-	// admitted: what is forgotten could be tried again.
+	// maxLocal bounds the local counters. Beyond it, new keys are refused, because
+	// dropping a counter would reset it.
 	maxLocal = 65536
 )
 
-// Limit is how often: Burst times at once, and Burst times again in each Per.
+// Limit allows Burst calls at once, and Burst more in each Per.
 type Limit struct {
 	Name  string
 	Burst int
 	Per   time.Duration
 }
 
-// Limiter counts.
+// Limiter counts calls. It is safe for concurrent use.
 type Limiter struct {
 	redis *redis_rate.Limiter
 	log   *slog.Logger
-	now   func() time.Time // a test's own
+	now   func() time.Time // replaced in tests
 
-	mu    sync.Mutex // held for no call that can block
+	mu    sync.Mutex // not held during calls that can block
 	local map[string]*rate.Limiter
 	down  bool
-	ask   time.Time // when Redis is asked again; if it is down
+	ask   time.Time // when to try Redis again, if it is down
 }
 
 // New returns a limiter that counts in Redis.
 func New(client *redis.Client, log *slog.Logger) *Limiter {
-	// A client's own timeout holds even if the context's deadline is sooner.
+	// The client's own timeout applies even if the context's deadline is sooner.
 	return &Limiter{redis: redis_rate.NewLimiter(client.WithTimeout(answerWithin)), log: log, now: time.Now, local: make(map[string]*rate.Limiter)}
 }
 
-// key names what is counted. What it is of, an address or an account, is not
-// readable in it.
+// key returns the counter's key. It hashes the address or account, so that Redis does not
+// store it.
 func (l Limit) key(of string) string {
 	sum := sha256.Sum256([]byte(of))
 	return "wrenn:" + l.Name + ":" + hex.EncodeToString(sum[:16])
 }
 
-// Allow counts one try of somebody, or fails with rate_limited.
+// Allow counts one call of a caller, or fails with rate_limited.
 func (l *Limiter) Allow(ctx context.Context, limit Limit, of string) error {
 	key := limit.key(of)
 	if !l.mayAsk() {
@@ -87,7 +86,7 @@ func (l *Limiter) Allow(ctx context.Context, limit Limit, of string) error {
 	return nil
 }
 
-// Forget lets somebody begin anew.
+// Forget resets a caller's counter.
 func (l *Limiter) Forget(ctx context.Context, limit Limit, of string) {
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
@@ -121,7 +120,8 @@ func (l *Limiter) allowLocally(limit Limit, key string) error {
 	return nil
 }
 
-// mayAsk says whether to ask Redis: always if it answers, else once in a while.
+// mayAsk reports whether to call Redis: always while it is up, otherwise once per
+// askAgain.
 func (l *Limiter) mayAsk() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -133,17 +133,17 @@ func (l *Limiter) mayAsk() bool {
 	return true
 }
 
-// say logs when Redis goes and when it comes back; then what was counted
-// without it is forgotten. It is back once it has counted something: a full Redis
-// answers, removes and refuses, but does not count.
+// say records whether Redis works and logs changes. When it works again, say clears the
+// local counters. Only a successful count proves that Redis works: a full Redis still
+// serves reads and deletions.
 func (l *Limiter) say(err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
 	case err != nil && !l.down:
-		l.log.Warn("Redis does not answer; each server limits rates by itself", "error", err)
+		l.log.Warn("Redis is down: this server counts rate limits by itself", "error", err)
 	case err == nil && l.down:
-		l.log.Info("Redis answers again")
+		l.log.Info("Redis is up again")
 		clear(l.local)
 	}
 	if l.down = err != nil; l.down {
@@ -158,8 +158,8 @@ func tooOften(wait time.Duration) error {
 	return f
 }
 
-// Address is what is counted of a client's address: with IPv6 its network, of
-// which anybody has 2^64 addresses.
+// Address returns the key of a client's address. For IPv6 it is the /64 network, because
+// one client can use all of its addresses.
 func Address(a netip.Addr) string {
 	a = a.Unmap().WithZone("")
 	if a.Is6() {

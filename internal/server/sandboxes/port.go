@@ -36,7 +36,7 @@ func (s *Service) Port(ctx context.Context, team, sandbox uuid.UUID, port int, m
 			if ctx.Err() != nil {
 				return nil, ctx.Err()
 			}
-			return nil, fault.Because(failed, fault.HostUnreachable, "the sandbox's host does not answer")
+			return nil, fault.Because(failed, fault.HostUnreachable, "the sandbox's host does not respond")
 		}
 		said := resp.Header.Get(refusal)
 		switch State(said) {

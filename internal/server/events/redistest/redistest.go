@@ -15,8 +15,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
-// Start runs a Redis that listens at socket, until the test ends or stop is
-// called. Without Redis's program t is skipped.
+// Start runs a Redis that listens on socket until the test ends or the caller calls stop.
+// It skips the test if Redis is not installed.
 func Start(t testing.TB, socket string) (stop func()) {
 	t.Helper()
 	bin, err := exec.LookPath("redis-server")
@@ -24,7 +24,7 @@ func Start(t testing.TB, socket string) (stop func()) {
 		t.Skip("Redis is not installed")
 	}
 	cmd := exec.Command(bin, "--port", "0", "--unixsocket", socket, "--save", "", "--dir", filepath.Dir(socket))
-	// A test binary that dies takes its Redis along.
+	// The kernel kills Redis if the test binary dies.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -32,7 +32,7 @@ func Start(t testing.TB, socket string) (stop func()) {
 	}
 	started, ended := make(chan error, 1), make(chan struct{})
 	go func() {
-		// The death signal follows the thread that forked: keep it to the end.
+		// The death signal is tied to the thread that forked, so keep the thread.
 		runtime.LockOSThread()
 		defer close(ended)
 		if err := cmd.Start(); err != nil {
@@ -47,7 +47,7 @@ func Start(t testing.TB, socket string) (stop func()) {
 		}
 		_ = cmd.Wait()
 		select {
-		case started <- errors.New("it ended before it was ready"):
+		case started <- errors.New("Redis ended before it was ready"):
 		default:
 		}
 	}()

@@ -1,4 +1,4 @@
-// Package mailtest is a mail server for tests.
+// Package mailtest provides a mail server for tests.
 package mailtest
 
 import (
@@ -18,29 +18,28 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/pki"
 )
 
-// Letter is what the server took.
+// Letter is a mail that the server accepted.
 type Letter struct {
 	From, To, Subject, Text string
-	// TLS says whether it came over TLS, User who logged in to send it.
+	// TLS reports whether it arrived over TLS. User is the login that sent it.
 	TLS  bool
 	User string
 }
 
-// Options are what a server is like.
+// Options configures a server.
 type Options struct {
-	// Certificate, where there is one, is what it can do TLS with: after
-	// STARTTLS, or from the start where Implicit says so.
+	// Certificate, if set, enables TLS: by STARTTLS, or from the start if Implicit.
 	Certificate *tls.Certificate
 	Implicit    bool
-	// User must log in with Password; empty: anybody may send.
+	// User must log in with Password; empty: no login needed.
 	User, Password string
-	// Busy is how many letters it turns away for now before it takes one.
+	// Busy is how many mails the server defers before it accepts one.
 	Busy int
 }
 
 // Server is a mail server on loopback.
 type Server struct {
-	// Addr is where it listens, Letters what it takes.
+	// Addr is the server's address. Letters receives the accepted mails.
 	Addr    string
 	Letters <-chan Letter
 
@@ -52,7 +51,7 @@ type Server struct {
 	logins int
 }
 
-// Start starts a server that ends with the test.
+// Start starts a server, and stops it when the test ends.
 func Start(t testing.TB, o Options) *Server {
 	t.Helper()
 	s := &Server{options: o, letters: make(chan Letter, 16), busy: o.Busy}
@@ -63,7 +62,7 @@ func Start(t testing.TB, o Options) *Server {
 	}
 	s.Addr = l.Addr().String()
 	server := smtp.NewServer(smtp.BackendFunc(func(c *smtp.Conn) (smtp.Session, error) { return &session{server: s, conn: c}, nil }))
-	server.AllowInsecureAuth = true // So that who sends a password in clear is found out.
+	server.AllowInsecureAuth = true // to detect clients that send passwords in clear
 	server.ErrorLog = quiet{}
 	if o.Certificate != nil {
 		server.TLSConfig = &tls.Config{Certificates: []tls.Certificate{*o.Certificate}, MinVersion: tls.VersionTLS12}
@@ -75,13 +74,13 @@ func Start(t testing.TB, o Options) *Server {
 	go func() { defer close(done); _ = server.Serve(l) }()
 	t.Cleanup(func() {
 		_ = server.Close()
-		_ = l.Close() // should it not have begun to serve
+		_ = l.Close() // in case it does not serve yet
 		<-done
 	})
 	return s
 }
 
-// Logins is how often somebody tried to log in.
+// Logins returns the number of login attempts.
 func (s *Server) Logins() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -170,7 +169,7 @@ func (s *session) Data(r io.Reader) error {
 	return nil
 }
 
-// Certificate returns a certificate for 127.0.0.1 by an authority.
+// Certificate returns a certificate for 127.0.0.1 that the authority signed.
 func Certificate(t testing.TB, a *pki.Authority) *tls.Certificate {
 	t.Helper()
 	key, err := pki.NewKey()
