@@ -1,11 +1,10 @@
 // Package reconcile keeps the database and the hosts in agreement.
 //
-// For each host that this server watches, a [Controller] hears whether the host
-// is there, follows its events, compares its lists with the database, and does
-// what the difference asks for. Each of these has goroutines of its own: what
-// hangs on one host, or about one sandbox, delays nothing else. What a
-// difference asks for is decided by pure functions, [Sandboxes] and
-// [Templates]; the domain packages do it.
+// For each host that this server watches, a [Controller] tracks whether the host is
+// reachable, follows its events, compares its lists with the database, and reconciles the
+// differences. Each of these has its own goroutines, so a call to one host, or about one
+// sandbox, that hangs delays nothing else. The pure functions [Sandboxes] and [Templates]
+// decide the actions; the domain packages execute them.
 package reconcile
 
 import (
@@ -26,40 +25,39 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
 )
 
-// Of several servers each says at intervals that it is alive, in the table of
-// servers. What a living server has marked as its own the others leave alone:
-// the hosts that it watches and the sandboxes in transit that it works on. A
-// server that was not seen for a heartbeat is dead, and both are anybody's.
+// Each server writes a heartbeat to the table of servers. Other servers leave alone what
+// a live server owns: the hosts that it watches and the sandboxes in transit that it
+// works on. A server without a recent heartbeat is dead, and others take over both.
 //
-// Nothing is lost when two believe for a moment that they watch one host, as
-// they do when the first one's word comes late: every write names the state
-// that it changes, acknowledged events only go forward, and what is destroyed
-// is what no row has owned for a while. So no write needs to be fenced.
+// For a moment, two servers can believe that they watch the same host, for example if the
+// first one's heartbeat is late. That is harmless: every write names the state that it
+// changes, acknowledgements of events only move forward, and a sandbox is destroyed only
+// after no row has owned it for a while. So writes need no fencing.
 
 const (
-	// signsALife is how often, in the time after which it is dead, a server says
-	// that it is not.
-	signsALife = 5
-	// roundWithin bounds one round of what a loop asks of the database alone.
+	// beatsPerInterval is how many heartbeats a server writes in the time after which it
+	// counts as dead.
+	beatsPerInterval = 5
+	// roundWithin bounds one round of database calls.
 	roundWithin = 15 * time.Second
 )
 
-// Config is what a Controller works with.
+// Config configures a [Controller].
 type Config struct {
 	Store     *store.Store
 	Hosts     *hosts.Registry
 	Sandboxes *sandboxes.Service
 	Templates *templates.Service
-	// DrainIdle is for how long nothing must have used a sandbox for it to be
-	// paused because its host drains; 0: [DefaultDrainIdle].
+	// DrainIdle is how long a sandbox on a draining host must be idle before it is paused
+	// (0: [DefaultDrainIdle]).
 	DrainIdle time.Duration
-	// Watching runs beside the watch over a host, until its context is done;
-	// nil: nothing does.
+	// Watching runs while this server watches a host, until its context is done; may be
+	// nil.
 	Watching func(context.Context, *hosts.Host)
 	Log      *slog.Logger
 }
 
-// DefaultDrainIdle is for how long nothing uses a sandbox that is idle.
+// DefaultDrainIdle is the default of Config.DrainIdle.
 const DefaultDrainIdle = 30 * time.Second
 
 // Controller keeps the database and the hosts in agreement.
@@ -67,16 +65,16 @@ type Controller struct {
 	Config
 	metrics     *metrics
 	writeWithin time.Duration
-	// again asks for the hosts to be looked at now.
+	// again asks Run to read the hosts now.
 	again chan struct{}
 
-	// mu guards the map, and is held for no call of anything else.
+	// mu guards watched. It is not held during calls to other code.
 	mu sync.Mutex
-	// watched are the hosts that this server watches.
+	// watched has the hosts that this server watches.
 	watched map[uuid.UUID]*watch
 }
 
-// New returns a controller. Run must run for it to do anything.
+// New returns a controller. It works while [Controller.Run] runs.
 func New(c Config) *Controller {
 	if c.DrainIdle == 0 {
 		c.DrainIdle = DefaultDrainIdle
@@ -84,8 +82,8 @@ func New(c Config) *Controller {
 	return &Controller{Config: c, metrics: newMetrics(), writeWithin: writeWithin, again: make(chan struct{}, 1), watched: make(map[uuid.UUID]*watch)}
 }
 
-// Look has the controller look at the hosts of the database now: one may have
-// been added, removed or registered anew. It does not block.
+// Look makes the controller read the hosts from the database now, because one was added,
+// removed or registered again. It does not block.
 func (c *Controller) Look() {
 	select {
 	case c.again <- struct{}{}:
@@ -93,18 +91,18 @@ func (c *Controller) Look() {
 	}
 }
 
-// Run renews this server's sign of life, watches the hosts that this server has
-// claimed, and marks hosts that it has not heard from, until ctx is done. It waits
-// for nothing but the database, within a bound.
+// Run writes this server's heartbeat, watches the hosts that it has claimed, and marks
+// silent hosts unreachable, until ctx is done. It waits only for the database, and each
+// wait is bounded.
 func (c *Controller) Run(ctx context.Context) {
 	var watches sync.WaitGroup
 	defer watches.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	// Judging that a host was not heard of takes having listened.
+	// Judge hosts only after having listened for long enough.
 	var since time.Time
 	patience := 2 * c.Hosts.Heartbeat
-	tick := time.NewTicker(c.Hosts.Heartbeat / signsALife)
+	tick := time.NewTicker(c.Hosts.Heartbeat / beatsPerInterval)
 	defer tick.Stop()
 	failing := false
 	for {
@@ -113,7 +111,7 @@ func (c *Controller) Run(ctx context.Context) {
 		case err != nil:
 			since = time.Time{}
 			if !failing && ctx.Err() == nil {
-				c.Log.Warn("keep watch over hosts", "error", err)
+				c.Log.Warn("claim and check hosts", "error", err)
 			}
 		case since.IsZero():
 			since = time.Now()
@@ -128,15 +126,15 @@ func (c *Controller) Run(ctx context.Context) {
 	}
 }
 
-// Linger says that this server is alive, until ctx is done, so that others leave
-// alone what it still works on, and lets them have its hosts. Call it when Run's
-// context is done.
+// Linger writes this server's heartbeat until ctx is done, so that other servers leave
+// its unfinished work alone, and releases its hosts to them. Call it when Run's context
+// is done.
 func (c *Controller) Linger(ctx context.Context) {
-	tick := time.NewTicker(c.Hosts.Heartbeat / signsALife)
+	tick := time.NewTicker(c.Hosts.Heartbeat / beatsPerInterval)
 	defer tick.Stop()
 	for {
 		if err := c.linger(ctx); err != nil && ctx.Err() == nil {
-			c.Log.Warn("say that this server finishes its work", "error", err)
+			c.Log.Warn("write heartbeat during shutdown", "error", err)
 		}
 		select {
 		case <-tick.C:
@@ -152,7 +150,7 @@ func (c *Controller) linger(ctx context.Context) error {
 	return errors.Join(c.Store.Vital.ServerAlive(ctx, c.Store.Server), c.Store.Vital.ReleaseHosts(ctx, c.Store.Server))
 }
 
-// round is what Run does each time.
+// round is one iteration of Run.
 func (c *Controller) round(ctx context.Context, watches *sync.WaitGroup, judge bool) error {
 	bounded, cancel := context.WithTimeout(ctx, roundWithin)
 	defer cancel()
@@ -172,10 +170,10 @@ func (c *Controller) round(ctx context.Context, watches *sync.WaitGroup, judge b
 	return err
 }
 
-// claim says that this server is alive and returns the hosts that it watches.
+// claim writes this server's heartbeat and returns the hosts that it watches.
 func (c *Controller) claim(ctx context.Context) (map[uuid.UUID]*hosts.Host, error) {
 	if err := c.Store.Vital.ServerAlive(ctx, c.Store.Server); err != nil {
-		return nil, fmt.Errorf("say that this server is alive: %w", err)
+		return nil, fmt.Errorf("write server's heartbeat: %w", err)
 	}
 	if err := c.Store.Vital.ClaimHosts(ctx, db.ClaimHostsParams{Server: &c.Store.Server, Within: c.Hosts.Heartbeat.Seconds()}); err != nil {
 		return nil, fmt.Errorf("claim hosts: %w", err)
@@ -196,8 +194,8 @@ func (c *Controller) claim(ctx context.Context) (map[uuid.UUID]*hosts.Host, erro
 	return mine, nil
 }
 
-// watchAll makes the hosts that are watched those given. A watch that ends is
-// not waited for: it may be in a call of its host.
+// watchAll starts and cancels watches so that exactly mine are watched. It does not wait
+// for a cancelled watch, which may be in a call to its host.
 func (c *Controller) watchAll(ctx context.Context, watches *sync.WaitGroup, mine map[uuid.UUID]*hosts.Host) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

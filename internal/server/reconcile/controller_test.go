@@ -38,7 +38,7 @@ func TestDestroyHangs(t *testing.T) {
 		t.Errorf("the sandbox being destroyed is %s", got)
 	}
 	host := id.Format(id.Host, b.host.ID)
-	want := fmt.Sprintf("# HELP wrenn_reconcile_queue_depth Sandboxes and templates of a host that wait to be reconciled, or are worked on.\n# TYPE wrenn_reconcile_queue_depth gauge\nwrenn_reconcile_queue_depth{host=%q} 1\n", host)
+	want := fmt.Sprintf("# HELP wrenn_reconcile_queue_depth Sandboxes and templates of a host with a queued or running action.\n# TYPE wrenn_reconcile_queue_depth gauge\nwrenn_reconcile_queue_depth{host=%q} 1\n", host)
 	b.eventually("the metric has the queue's depth", func() bool { return gathers(b, want, "wrenn_reconcile_queue_depth") })
 	close(g.open)
 	b.eventually("it is destroyed", func() bool { return b.is(stuck) == sandboxes.Stopped && !b.agent.there(stuck) })
@@ -208,7 +208,7 @@ func TestEvents(t *testing.T) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		b.hear(heard)
+		b.follow(heard)
 	}()
 	defer func() { stop(); <-done }()
 	send := func(seq uint64, sandbox uuid.UUID, reason string) {
@@ -254,10 +254,10 @@ func TestEventHangs(t *testing.T) {
 	b.agent.events <- event
 	broke := make(chan error, 1)
 	go func() {
-		_, err := b.hear(ctx)
+		_, err := b.follow(ctx)
 		broke <- err
 	}()
-	if err := await.Recv(t, "the events break off", broke); err == nil || !strings.Contains(err.Error(), "write event 1 down") {
+	if err := await.Recv(t, "the events break off", broke); err == nil || !strings.Contains(err.Error(), "store event 1") {
 		t.Errorf("they broke off with %v", err)
 	}
 	if got := b.agent.upTo(); got != 0 {
@@ -271,7 +271,7 @@ func TestEventHangs(t *testing.T) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		b.hear(heard)
+		b.follow(heard)
 	}()
 	defer func() { stop(); <-done }()
 	b.eventually("it is acknowledged", func() bool {

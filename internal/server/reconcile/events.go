@@ -19,24 +19,24 @@ import (
 )
 
 const (
-	// steadyAfter is how long events must have been followed for the next attempt
-	// to come at once when they break off.
+	// steadyAfter is how long a stream of events must last before a failure is retried at
+	// once.
 	steadyAfter = 5 * time.Second
-	// writeWithin bounds one attempt to write an event down.
+	// writeWithin bounds one attempt to store an event.
 	writeWithin = 15 * time.Second
 	// ackWithin bounds an acknowledgement.
 	ackWithin = 10 * time.Second
-	// eventRetries is how often the watch writes an event again that the database
-	// refuses, before it leaves it to the comparison.
+	// eventRetries is how often the watch retries to store an event that the database
+	// rejects, before it relies on the comparison.
 	eventRetries = 3
 )
 
-// listen hears what the host did on its own, writes it down and acknowledges it.
+// listen stores and acknowledges the events of what the host did by itself.
 func (w *watch) listen() {
 	waits := backoff.New(200*time.Millisecond, 5*time.Second)
 	down := false
 	for {
-		heard, err := w.hear(w.ctx)
+		heard, err := w.follow(w.ctx)
 		if w.ctx.Err() != nil {
 			return
 		}
@@ -45,7 +45,7 @@ func (w *watch) listen() {
 			down = false
 		}
 		if !down {
-			w.log.Warn("host's events broke off", "error", err)
+			w.log.Warn("stream of host's events failed", "error", err)
 			down = true
 			w.compareSoon()
 		}
@@ -55,9 +55,9 @@ func (w *watch) listen() {
 	}
 }
 
-// hear follows the host's events until they break off. heard says whether
-// that went on for long enough that the host can be said to have been there.
-func (w *watch) hear(ctx context.Context) (heard bool, err error) {
+// follow handles the host's events until the stream ends. heard reports whether the
+// stream worked: it delivered an event or lasted for steadyAfter.
+func (w *watch) follow(ctx context.Context) (heard bool, err error) {
 	if err := w.Hosts.Contact(ctx, w.host); err != nil {
 		return false, err
 	}
@@ -71,7 +71,7 @@ func (w *watch) hear(ctx context.Context) (heard bool, err error) {
 		return false, err
 	}
 	defer stream.Close()
-	w.log.Info("host is there")
+	w.log.Info("following host's events")
 	w.compareSoon()
 	var open ledger
 	for stream.Receive() {
@@ -79,18 +79,18 @@ func (w *watch) hear(ctx context.Context) (heard bool, err error) {
 		open.begin(e.GetSeq())
 		created := w.created(e)
 		if created == nil {
-			if err := w.settleEvent(ctx, &open, e); err != nil {
+			if err := w.handle(ctx, &open, e); err != nil {
 				return heard, err
 			}
 			heard = true
 			continue
 		}
-		// This server still creates the sandbox, and may not have written yet that
-		// it ran. The events of others do not wait for that.
+		// This server is still creating the sandbox and may not have marked it running.
+		// Later events do not wait for that.
 		later.Go(func() {
 			select {
 			case <-created:
-				if err := w.settleEvent(ctx, &open, e); err != nil {
+				if err := w.handle(ctx, &open, e); err != nil {
 					cancel(err)
 				}
 			case <-ctx.Done():
@@ -103,8 +103,8 @@ func (w *watch) hear(ctx context.Context) (heard bool, err error) {
 	return heard || time.Since(begun) > steadyAfter, stream.Err()
 }
 
-// created returns a channel that is closed when this server no longer creates
-// the event's sandbox; nil: it does not.
+// created returns a channel that is closed when this server has finished creating the
+// event's sandbox; nil if it is not creating it.
 func (w *watch) created(e *hostagentv1.Event) <-chan struct{} {
 	u, err := id.Parse(id.Sandbox, e.GetSandboxId())
 	if err != nil {
@@ -113,11 +113,10 @@ func (w *watch) created(e *hostagentv1.Event) <-chan struct{} {
 	return w.Sandboxes.Created(u)
 }
 
-// settleEvent writes an event down, and acknowledges the events that have no
-// unwritten one before them.
-func (w *watch) settleEvent(ctx context.Context, open *ledger, e *hostagentv1.Event) error {
+// handle stores an event and acknowledges all events up to the first that is not stored.
+func (w *watch) handle(ctx context.Context, open *ledger, e *hostagentv1.Event) error {
 	var err error
-	away := false // the database, or what it waits for
+	away := false // the database is unreachable
 	waits := backoff.New(50*time.Millisecond, time.Second)
 	for range 1 + eventRetries {
 		err = fault.Guard(w.log, func() error {
@@ -134,12 +133,12 @@ func (w *watch) settleEvent(ctx context.Context, open *ledger, e *hostagentv1.Ev
 		return context.Cause(ctx)
 	}
 	if away {
-		return fmt.Errorf("write event %d down: %w", e.GetSeq(), err)
+		return fmt.Errorf("store event %d: %w", e.GetSeq(), err)
 	}
 	if err != nil {
-		// Kept, it would hold up all later events. The comparison finds what it led
-		// to, though not why.
-		w.log.Error("host's event cannot be written down", "seq", e.GetSeq(), "sandbox_id", e.GetSandboxId(), "kind", e.GetKind(), "error", err)
+		// Unacknowledged, this event would block all later ones. The comparison finds its
+		// result, though not its reason.
+		w.log.Error("cannot store host's event", "seq", e.GetSeq(), "sandbox_id", e.GetSandboxId(), "kind", e.GetKind(), "error", err)
 		w.compareSoon()
 	}
 	seq, ok := open.end(e.GetSeq())
@@ -154,11 +153,10 @@ func (w *watch) settleEvent(ctx context.Context, open *ledger, e *hostagentv1.Ev
 	return nil
 }
 
-// ledger says up to which event all are written down. Its zero value is empty.
+// ledger tracks up to which event all are stored. Its zero value is empty.
 type ledger struct {
 	mu sync.Mutex
-	// open are the events that are not written down, in their order, and those
-	// that are but have an open one before them.
+	// open has the events that are not stored, in order, and the stored ones after them.
 	open []entry
 }
 
@@ -173,8 +171,8 @@ func (l *ledger) begin(seq uint64) {
 	l.open = append(l.open, entry{seq: seq})
 }
 
-// end notes that an event is written down, and returns the last one up to which
-// all are, if that is another than before.
+// end marks an event stored. If that extends the sequence of stored events, it returns
+// the last one of it.
 func (l *ledger) end(seq uint64) (last uint64, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -188,7 +186,7 @@ func (l *ledger) end(seq uint64) (last uint64, ok bool) {
 	return last, ok
 }
 
-// apply writes an event into the table.
+// apply stores an event's effect on its sandbox.
 func (w *watch) apply(ctx context.Context, e *hostagentv1.Event) error {
 	sandbox, err := id.Parse(id.Sandbox, e.GetSandboxId())
 	if err != nil {
@@ -206,12 +204,12 @@ func (w *watch) apply(ctx context.Context, e *hostagentv1.Event) error {
 		return w.Sandboxes.HostEnded(ctx, w.host.ID, sandbox, "expired", "", at)
 	case hostagentv1.Event_KIND_EXITED:
 		if why == "" {
-			why = "the virtual machine ended by itself"
+			why = "the virtual machine exited by itself"
 		}
 		return w.Sandboxes.HostEnded(ctx, w.host.ID, sandbox, "exited", why, at)
 	case hostagentv1.Event_KIND_PAUSED:
-		// The event may be old, and the sandbox resumed since: the host's list says
-		// what is so now.
+		// The event may be old and the sandbox resumed since, so compare with the host's
+		// list.
 		w.log.Debug("host paused sandbox", "sandbox_id", e.SandboxId, "reason", why)
 		w.compareSoon()
 		return nil

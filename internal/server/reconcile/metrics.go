@@ -18,13 +18,13 @@ func newMetrics() *metrics {
 	buckets := []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30, 60, 300, 600}
 	return &metrics{
 		actions: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "wrenn_reconcile_actions_total", Help: "Actions that brought the database and a host into agreement, by how they went: ok, error, timeout or panic.",
+			Name: "wrenn_reconcile_actions_total", Help: "Actions that reconciled the database with a host, by result: ok, error, timeout or panic.",
 		}, []string{"action", "result"}),
 		took: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "wrenn_reconcile_action_seconds", Help: "Time that an action took.", Buckets: buckets,
+			Name: "wrenn_reconcile_action_seconds", Help: "Duration of an action.", Buckets: buckets,
 		}, []string{"action"}),
 		looks: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "wrenn_reconcile_compare_seconds", Help: "Time to read the database and a host's lists and to decide what to do, by how that went: ok or error.", Buckets: buckets,
+			Name: "wrenn_reconcile_compare_seconds", Help: "Duration of a comparison of the database with a host's lists, by result: ok or error.", Buckets: buckets,
 		}, []string{"result"}),
 	}
 }
@@ -48,12 +48,12 @@ func (c *Controller) Collectors() []prometheus.Collector {
 }
 
 var (
-	depthDesc  = prometheus.NewDesc("wrenn_reconcile_queue_depth", "Sandboxes and templates of a host that wait to be reconciled, or are worked on.", []string{"host"}, nil)
-	lagDesc    = prometheus.NewDesc("wrenn_reconcile_lag_seconds", "Time since the last comparison of the database with a host that succeeded began, or, if there is none, since this server began to watch the host.", []string{"host"}, nil)
-	oldestDesc = prometheus.NewDesc("wrenn_reconcile_queue_oldest_seconds", "For how long the oldest sandbox or template in the queue has waited; 0: there is none.", []string{"host"}, nil)
+	depthDesc  = prometheus.NewDesc("wrenn_reconcile_queue_depth", "Sandboxes and templates of a host with a queued or running action.", []string{"host"}, nil)
+	lagDesc    = prometheus.NewDesc("wrenn_reconcile_lag_seconds", "Time since the start of the last successful comparison of the database with a host, or, if there was none, since this server began to watch the host.", []string{"host"}, nil)
+	oldestDesc = prometheus.NewDesc("wrenn_reconcile_queue_oldest_seconds", "Age of the oldest action in the queue; 0 if the queue is empty.", []string{"host"}, nil)
 )
 
-// queues reads what there is of each host that this server watches.
+// queues collects the metrics of each watched host's queue.
 type queues struct{ *Controller }
 
 func (q queues) Describe(ch chan<- *prometheus.Desc) {

@@ -14,56 +14,58 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
 )
 
-// Kind is what an action does.
+// Kind is the kind of an action.
 type Kind string
 
-// The kinds of actions. Each may be done twice: the second time changes nothing.
+// The kinds of actions. All are idempotent.
 const (
-	// Leave does nothing: the database and the host agree, or somebody is at work.
+	// Leave does nothing: the database and the host agree, or somebody works on the
+	// sandbox.
 	Leave Kind = ""
-	// Follow takes the host's word for when a running sandbox ends, and drains it.
+	// Follow copies a running sandbox's expiry and condition from the host, and drains
+	// the sandbox if its host drains.
 	Follow Kind = "follow"
 
-	Fail    Kind = "fail"    // write that the sandbox did not start
-	Adopt   Kind = "adopt"   // write that it started, and is as the host has it
-	Find    Kind = "find"    // write that it is no longer missing
-	Lose    Kind = "lose"    // write that the host lost it
-	Revive  Kind = "revive"  // write that it is paused after all
-	Settle  Kind = "settle"  // ask the host which state it is in, and write that
-	Stop    Kind = "stop"    // destroy it on the host and write that it has ended
-	Destroy Kind = "destroy" // destroy it on the host: no row owns it there
+	Fail    Kind = "fail"    // mark it failed: it did not start
+	Adopt   Kind = "adopt"   // mark it started, with the host's state
+	Find    Kind = "find"    // mark it no longer missing
+	Lose    Kind = "lose"    // mark it lost by the host
+	Revive  Kind = "revive"  // mark it paused after all
+	Settle  Kind = "settle"  // ask the host for its state and store that
+	Stop    Kind = "stop"    // destroy it on the host and mark it stopped
+	Destroy Kind = "destroy" // destroy it on the host, where no row owns it
 	Drain   Kind = "drain"   // pause it, if it is still idle
 
-	Learn   Kind = "learn"   // write that the host has a template that it may have
-	Forget  Kind = "forget"  // write that the host no longer has it
-	Ready   Kind = "ready"   // write that it was made
-	Capture Kind = "capture" // capture it once more
-	GiveUp  Kind = "give up" // write that its import failed
+	Learn   Kind = "learn"   // record that the host has the template
+	Forget  Kind = "forget"  // record that the host no longer has it
+	Ready   Kind = "ready"   // mark it ready
+	Capture Kind = "capture" // capture it again
+	GiveUp  Kind = "give up" // mark its import failed
 	Remove  Kind = "remove"  // remove it from its hosts and the database
 )
 
 const (
-	// lostAfter is how long a difference must last if its explanation may be on
-	// its way: an event of the host's, or another server's call.
+	// lostAfter is how long a difference must last if an event of the host or another
+	// server's call may still explain it.
 	lostAfter = 3 * time.Second
-	// strayAfter is how long a host must have a sandbox that no row owns there.
+	// strayAfter is how long a host must have an orphan before it is destroyed.
 	strayAfter = 30 * time.Second
 )
 
-// rule is what a pair of states leads to, once it has lasted for the grace.
+// rule is the action for a pair of states that has lasted for the grace period.
 type rule struct {
 	do    Kind
 	grace time.Duration
 }
 
-// hostStates is how many states the protocol has. A newer agent may know
-// more: those are left alone.
+// hostStates is the number of states in the protocol. Unknown states of a newer agent are
+// left alone.
 const hostStates = 7
 
 const onHostPaused = hostagentv1.SandboxState_SANDBOX_STATE_PAUSED
 
-// NoRow stands in the table for a sandbox without a row, or one that another
-// host has.
+// NoRow is the state of a sandbox without a row, or with one that belongs to another
+// host.
 const NoRow sandboxes.State = "(no row)"
 
 // The table's cells.
@@ -81,8 +83,8 @@ var (
 	late = rule{Settle, lostAfter}
 )
 
-// table holds, for what the database says of a sandbox (the rows) and what its
-// host says (the columns, in the order of the protocol), what to do about it.
+// table maps a sandbox's state in the database (rows) and on its host (columns, in the
+// protocol's order) to a rule.
 var table = map[sandboxes.State][hostStates]rule{
 	//                  none  starting running stopping pausing paused resuming
 	sandboxes.Pending:  {fail, ____, adop, ____, ____, adop, ____},
@@ -98,7 +100,7 @@ var table = map[sandboxes.State][hostStates]rule{
 	NoRow:              {____, stry, stry, ____, stry, stry, stry},
 }
 
-// pair is what the database and the host say of one sandbox.
+// pair is a sandbox's state in the database and on the host.
 type pair struct {
 	row  sandboxes.State
 	host hostagentv1.SandboxState
@@ -111,22 +113,22 @@ func (p pair) rule() rule {
 	return table[p.row][p.host]
 }
 
-// View is what the server knows of one host's sandboxes at one moment.
+// View is a snapshot of one host's sandboxes in the database and on the host.
 type View struct {
 	Host uuid.UUID
-	// Rows are those of the host's sandboxes that have not ended, and those of
-	// every sandbox that the host has.
+	// Rows has the host's sandboxes that have not ended and every sandbox in Has.
 	Rows map[uuid.UUID]db.Sandbox
-	// Has is the host's list, asked for after the host's rows were read.
+	// Has is the host's list, read after the host's rows.
 	Has map[uuid.UUID]*hostagentv1.Sandbox
-	// Incomplete says that the host may have more than its list: the sandboxes in
-	// Unread, or any if that is empty. For these, a missing entry does not mean that
+	// Incomplete reports that the host may have more sandboxes than it lists: those in
+	// Unread, or any if that is empty. Their absence from the list does not mean that
 	// they have ended.
 	Incomplete bool
 	Unread     map[uuid.UUID]bool
-	// Busy are the sandboxes that this server, or another living one, works on.
+	// Busy has the sandboxes that this or another live server works on.
 	Busy map[uuid.UUID]bool
-	// Draining says that the host pauses what was idle for longer than DrainIdle.
+	// Draining reports that sandboxes which were idle for longer than DrainIdle must be
+	// paused.
 	Draining  bool
 	DrainIdle time.Duration
 }
@@ -144,8 +146,8 @@ func (v View) mayHave(sandbox uuid.UUID) bool {
 	return v.Incomplete && (len(v.Unread) == 0 || v.Unread[sandbox])
 }
 
-// Seen holds the differences that have not lasted long enough, or whose action
-// has not been done yet, and since when there were.
+// Seen maps objects to differences that have not outlasted their grace period, or whose
+// action has not completed.
 type Seen map[uuid.UUID]sighting
 
 type sighting struct {
@@ -153,35 +155,35 @@ type sighting struct {
 	since time.Time
 }
 
-// Action is one thing to do about one sandbox or template.
+// Action is one step to reconcile one sandbox or template.
 type Action struct {
 	Kind Kind
 	ID   uuid.UUID
-	// Row is the sandbox's; zero if there is none.
+	// Row is the sandbox's row; zero if there is none.
 	Row db.Sandbox
-	// Has is what the host says of the sandbox; nil if it does not have it.
+	// Has is the sandbox on the host; nil if the host does not have it.
 	Has *hostagentv1.Sandbox
-	// Template and HasTemplate are the same of a template.
+	// Template and HasTemplate are the same for a template.
 	Template    db.Template
 	HasTemplate *hostagentv1.Template
 }
 
-// Plan is what a view of a host leads to.
+// Plan is the result of comparing a [View].
 type Plan struct {
-	// Actions has at most one for each sandbox, in the order of their ids.
+	// Actions has at most one action per sandbox, sorted by id.
 	Actions []Action
-	// Expire are the sandboxes whose end the host has moved.
+	// Expire has the sandboxes whose expiry differs on the host.
 	Expire db.SandboxesExpireParams
-	// Conditions are the sandboxes whose condition differs from their row's.
+	// Conditions has the sandboxes whose condition differs on the host.
 	Conditions db.SandboxesConditionParams
-	// Seen is for the next call.
+	// Seen is the argument for the next call.
 	Seen Seen
-	// Again is when the next grace is over; 0: there is none.
+	// Again is how long until the next grace period ends; 0: none runs.
 	Again time.Duration
 }
 
-// Sandboxes decides what to do about the sandboxes of a host. It only reads its
-// arguments: seen is what the call before returned, now the time of the view.
+// Sandboxes decides how to reconcile the sandboxes of a host. It only reads its
+// arguments. seen is the previous call's Plan.Seen, now the time of the view.
 func Sandboxes(v View, seen Seen, now time.Time) Plan {
 	p := Plan{Expire: db.SandboxesExpireParams{HostID: &v.Host}, Conditions: db.SandboxesConditionParams{HostID: &v.Host}, Seen: make(Seen)}
 	for _, sandbox := range ids(v.Rows, v.Has) {
@@ -190,7 +192,7 @@ func Sandboxes(v View, seen Seen, now time.Time) Plan {
 		}
 		is := v.pair(sandbox)
 		r, row, has := is.rule(), v.Rows[sandbox], v.Has[sandbox]
-		if is == (pair{sandboxes.Stopped, onHostPaused}) && sandboxes.Unasked(row) {
+		if is == (pair{sandboxes.Stopped, onHostPaused}) && sandboxes.MayRevive(row) {
 			r = rule{Revive, lostAfter}
 		}
 		if v.mayHave(sandbox) && has == nil && r.do != Stop {
@@ -231,18 +233,18 @@ func Sandboxes(v View, seen Seen, now time.Time) Plan {
 	return p
 }
 
-// TemplateView is what the server knows of one host's templates at one moment.
+// TemplateView is a snapshot of one host's templates in the database and on the host.
 type TemplateView struct {
-	// Rows are the templates that the host has, is to have, or is to be rid of.
+	// Rows has the templates that the host has, is creating, or must remove.
 	Rows map[uuid.UUID]db.Template
-	// Has is the host's list, asked for after the rows were read.
+	// Has is the host's list, read after the rows.
 	Has map[uuid.UUID]*hostagentv1.Template
-	// Busy are the templates that this server, or another living one, works on.
+	// Busy has the templates that this or another live server works on.
 	Busy map[uuid.UUID]bool
 }
 
-// Templates decides what to do about the templates of a host. Like [Sandboxes],
-// it only reads its arguments.
+// Templates decides how to reconcile the templates of a host. It only reads its
+// arguments.
 func Templates(v TemplateView) []Action {
 	var actions []Action
 	for _, template := range ids(v.Rows, v.Has) {
@@ -251,7 +253,7 @@ func Templates(v TemplateView) []Action {
 		do := Leave
 		switch state := templates.State(row.State); {
 		case !known:
-			do = Learn // The database may know that the host had lost it.
+			do = Learn // The database may say that the host has lost it.
 		case state == templates.Ready && !there:
 			do = Forget
 		case state == templates.Ready:
@@ -259,13 +261,13 @@ func Templates(v TemplateView) []Action {
 				do = Learn
 			}
 		case v.Busy[template], state == templates.Pending && row.BuildID != nil:
-			// Whoever works on the build sees to it, or who takes their place.
+			// The server that works on the build handles it.
 		case state == templates.Pending && there:
 			do = Ready
 		case state == templates.Pending && row.CapturedFrom != nil:
 			do = Capture
 		case state == templates.Pending:
-			// What an import was made from is not written down.
+			// The database does not store an import's source.
 			do = GiveUp
 		case state == templates.Deleting:
 			do = Remove
@@ -277,7 +279,7 @@ func Templates(v TemplateView) []Action {
 	return actions
 }
 
-// ids returns the keys of both maps in order.
+// ids returns the keys of both maps, sorted.
 func ids[A, B any](a map[uuid.UUID]A, b map[uuid.UUID]B) []uuid.UUID {
 	all := slices.Collect(maps.Keys(a))
 	for u := range b {

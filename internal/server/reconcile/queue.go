@@ -14,7 +14,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
-// subject is what a key's id names.
+// subject is the kind of object that a key names.
 type subject string
 
 const (
@@ -22,18 +22,18 @@ const (
 	template subject = "template"
 )
 
-// key names one object. Of one object at most one action runs.
+// key names one object. At most one action per object runs at a time.
 type key struct {
 	of subject
 	id uuid.UUID
 }
 
-// lane is a share of a queue's workers, so that actions that take long, or
-// hang, leave workers to the others.
+// lane is a share of a queue's workers, so that slow or hanging actions leave workers to
+// the others.
 type lane struct {
 	workers int
-	// within bounds one action. An action that ignores its context keeps its
-	// object, but gives its worker up a while later.
+	// within bounds one action. An action that ignores its context keeps its object busy,
+	// but frees its worker a while later.
 	within time.Duration
 }
 
@@ -41,8 +41,8 @@ type lane struct {
 var (
 	// records are actions that only write to the database.
 	records = &lane{workers: 2, within: 30 * time.Second}
-	// calls are actions that ask the host, removals those that have it remove
-	// something, which is what hangs.
+	// calls are actions that call the host. removals are separate, because they hang most
+	// often.
 	calls    = &lane{workers: 4, within: time.Minute}
 	removals = &lane{workers: 8, within: time.Minute}
 	// captures and drains write guests' memory to disk.
@@ -50,7 +50,7 @@ var (
 	drains   = &lane{workers: 2, within: 10 * time.Minute}
 )
 
-// lanes says which lane each kind of action is in.
+// lanes maps each kind of action to its lane.
 var lanes = map[Kind]*lane{
 	Fail: records, Find: records, Lose: records, Learn: records, Forget: records, Ready: records, GiveUp: records,
 	Adopt: calls, Settle: calls, Revive: calls,
@@ -60,28 +60,28 @@ var lanes = map[Kind]*lane{
 }
 
 const (
-	// firstBackoff and mostBackoff are how long an object is left alone after its
-	// first failure and after many.
+	// firstBackoff and mostBackoff are the backoff of an object after its first failure
+	// and after many.
 	firstBackoff = time.Second
 	mostBackoff  = 30 * time.Second
-	// overdue is how long past its bound an action keeps its worker, and how long the
-	// queue's end waits for one that was cancelled.
+	// overdue is how long after its time limit an action keeps its worker, and how long
+	// close waits for a cancelled one.
 	overdue = 10 * time.Second
 )
 
-// task is the action that an object needs.
+// task is the queued action of an object.
 type task struct {
 	action   Action
 	wanted   time.Time // since when
 	due      time.Time
 	waits    *backoff.Backoff
 	running  bool
-	dropped  bool // while it ran it turned out not to be needed any more
+	dropped  bool // a comparison during its run found it unnecessary
 	failures int
 }
 
-// queue does the actions of one host. It is level-triggered: want says which
-// actions are needed now, and the queue drops all others, except those that run.
+// queue executes the actions of one host. It is level-triggered: want replaces the queued
+// actions by those that are needed now.
 type queue struct {
 	do      func(context.Context, Action) error
 	log     *slog.Logger
@@ -91,14 +91,14 @@ type queue struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup
 
-	// mu is held for no call of anything else.
+	// mu is not held during calls to other code.
 	mu     sync.Mutex
 	closed bool
 	tasks  map[key]*task
-	// used counts the workers of each lane that are at work.
+	// used counts the busy workers of each lane.
 	used map[*lane]int
-	// count is how many actions have ended, and ended at which count the latest of
-	// an object did.
+	// count is how many actions have ended. ended has the count at which each object's
+	// last one did.
 	count uint64
 	ended map[key]uint64
 	wake  *time.Timer
@@ -110,8 +110,8 @@ func newQueue(ctx context.Context, do func(context.Context, Action) error, m *me
 	return q
 }
 
-// close ends what runs and returns when it has ended. An action that ignores its
-// context is left to itself after a while: what it does may be done twice.
+// close cancels the running actions and waits for them. It abandons an action that
+// ignores its context for longer than overdue; the next watch may repeat it.
 func (q *queue) close() {
 	q.mu.Lock()
 	q.closed = true
@@ -136,21 +136,21 @@ func (q *queue) close() {
 	defer q.mu.Unlock()
 	for k, t := range q.tasks {
 		if t.running {
-			q.log.Error("reconcile: action does not end, and is left to itself", "action", t.action.Kind, string(k.of), k.id)
+			q.log.Error("reconcile: abandoning an action that ignores its cancellation", "action", t.action.Kind, string(k.of), k.id)
 		}
 	}
 }
 
-// mark is the time by the queue's own clock, for want.
+// mark returns the queue's logical time, for want.
 func (q *queue) mark() uint64 {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return q.count
 }
 
-// want replaces the actions of one subject's objects by those that a comparison
-// found necessary. The comparison began at mark: want skips an object whose action
-// ended later, because the comparison may have missed its effect.
+// want replaces the queued actions of one subject by those that a comparison found
+// necessary. The comparison began at mark. want skips an object whose action ended later,
+// because the comparison may have missed its effect.
 func (q *queue) want(of subject, mark uint64, actions []Action) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -182,8 +182,8 @@ func (q *queue) want(of subject, mark uint64, actions []Action) {
 	q.dispatch()
 }
 
-// dispatch starts what is due and has a worker, the longest due first. q.mu is
-// held.
+// dispatch starts due actions while there are workers, the longest due first. The caller
+// holds q.mu.
 func (q *queue) dispatch() {
 	if q.closed {
 		return
@@ -213,7 +213,7 @@ func (q *queue) dispatch() {
 	}
 }
 
-// wakeAt has what is due then started. q.mu is held.
+// wakeAt schedules the next dispatch. The caller holds q.mu.
 func (q *queue) wakeAt(at time.Time) {
 	if q.wake != nil {
 		q.wake.Stop()
@@ -229,7 +229,7 @@ func (q *queue) wakeAt(at time.Time) {
 	})
 }
 
-// start begins a task's action. q.mu is held.
+// start runs a task's action in a goroutine. The caller holds q.mu.
 func (q *queue) start(k key, t *task) {
 	a, l := t.action, lanes[t.action.Kind]
 	t.running = true
@@ -238,7 +238,7 @@ func (q *queue) start(k key, t *task) {
 	late := time.AfterFunc(l.within+overdue, func() {
 		q.mu.Lock()
 		defer q.mu.Unlock()
-		q.log.Error("reconcile: action does not end, and gives its worker up", "action", a.Kind, string(k.of), a.ID)
+		q.log.Error("reconcile: freeing the worker of an action that ignores its time limit", "action", a.Kind, string(k.of), a.ID)
 		free()
 		q.dispatch()
 	})
@@ -257,7 +257,7 @@ func (q *queue) start(k key, t *task) {
 	})
 }
 
-// finish notes how a task's action went. q.mu is held.
+// finish removes a task or schedules its retry. The caller holds q.mu.
 func (q *queue) finish(k key, t *task, a Action, err error) {
 	t.running = false
 	q.count++
@@ -272,8 +272,8 @@ func (q *queue) finish(k key, t *task, a Action, err error) {
 	q.log.Warn("reconcile", "action", a.Kind, string(k.of), a.ID, "failures", t.failures, "again_in", wait, "error", err)
 }
 
-// depth returns how many objects wait or are worked on, and since when the
-// oldest of them has.
+// depth returns how many objects have a queued or running action, and since when the
+// oldest has.
 func (q *queue) depth() (n int, oldest time.Time) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -285,7 +285,7 @@ func (q *queue) depth() (n int, oldest time.Time) {
 	return len(q.tasks), oldest
 }
 
-// result names how an action went in the metrics.
+// result returns the metric label for the result of an action.
 func result(err error) string {
 	var panicked *fault.Panic
 	switch {

@@ -21,13 +21,13 @@ import (
 )
 
 const (
-	// listWithin bounds a call for a list of what a host has.
+	// listWithin bounds a call that lists a host's objects.
 	listWithin = 10 * time.Second
-	// compareWithin bounds a comparison: that call, and what the database is asked.
+	// compareWithin bounds a comparison: listing, and the database calls.
 	compareWithin = listWithin + roundWithin
 )
 
-// watch keeps one host and the database in agreement.
+// watch reconciles one host with the database.
 type watch struct {
 	*Controller
 	host   *hosts.Host
@@ -35,12 +35,12 @@ type watch struct {
 	queue  *queue
 	ctx    context.Context
 	cancel context.CancelFunc
-	// poke asks for a comparison now.
+	// poke triggers a comparison.
 	poke chan struct{}
-	// agreed is when the last comparison that succeeded began, or else the watch.
+	// agreed is when the last successful comparison began; initially, when the watch
+	// began.
 	agreed atomic.Pointer[time.Time]
-	// seen is what the last comparison saw. Only the goroutine that compares
-	// touches it.
+	// seen is the last comparison's Plan.Seen. Only compareLoop uses it.
 	seen Seen
 }
 
@@ -67,10 +67,10 @@ func (w *watch) run() {
 	loops.Wait()
 }
 
-// live hears whether the host is there, and does nothing else. Once it was not
-// for too long, [hosts.Registry.Sweep] says so.
+// live polls whether the host is reachable. [hosts.Registry.Sweep] marks the host
+// unreachable if it is not for too long.
 func (w *watch) live() {
-	// Twice a heartbeat, so that one answer that is late costs nothing.
+	// Twice per heartbeat, so that one late response does not matter.
 	tick := time.NewTicker(w.Hosts.Heartbeat / 2)
 	defer tick.Stop()
 	there := false
@@ -106,7 +106,7 @@ func (w *watch) compareLoop() {
 			return
 		}
 		if err != nil && !failing {
-			w.log.Warn("compare host with table", "error", err)
+			w.log.Warn("compare host with database", "error", err)
 		}
 		failing = err != nil
 		wait := w.Hosts.Heartbeat / 2
@@ -125,9 +125,9 @@ func (w *watch) compareLoop() {
 	}
 }
 
-// compare reads the database's and the host's lists and queues the actions that
-// reconcile them. again is how long until the next grace period is over (0: none
-// runs). A failure with templates does not keep it from the sandboxes.
+// compare reads the lists of the database and the host and queues the actions that
+// reconcile them. again is how long until the next grace period ends (0: none runs). A
+// failure for templates does not affect sandboxes, and vice versa.
 func (w *watch) compare(now time.Time) (again time.Duration, err error) {
 	begun := time.Now()
 	defer func() {
@@ -156,8 +156,8 @@ func (w *watch) compareTemplates(ctx context.Context) error {
 	return nil
 }
 
-// viewTemplates reads a view of the host's templates, the table first: what it
-// says is there was on the host before the host was asked.
+// viewTemplates reads the database before the host's list, so that a template which the
+// database says exists must be in the list.
 func (w *watch) viewTemplates(ctx context.Context) (v TemplateView, err error) {
 	known, err := w.Templates.Known(ctx, w.host.ID)
 	if err != nil {
@@ -202,20 +202,19 @@ func (w *watch) compareSandboxes(ctx context.Context, now time.Time) (again time
 	w.queue.want(sandbox, mark, p.Actions)
 	if len(p.Expire.Ids) > 0 {
 		if err := w.Store.SandboxesExpire(ctx, p.Expire); err != nil {
-			return p.Again, fmt.Errorf("write when sandboxes end: %w", err)
+			return p.Again, fmt.Errorf("update sandboxes' expiry: %w", err)
 		}
 	}
 	if len(p.Conditions.Ids) > 0 {
 		if err := w.Sandboxes.WriteConditions(ctx, p.Conditions); err != nil {
-			return p.Again, fmt.Errorf("write sandboxes' conditions: %w", err)
+			return p.Again, fmt.Errorf("update sandboxes' conditions: %w", err)
 		}
 	}
 	return p.Again, nil
 }
 
-// viewSandboxes reads a view of the host's sandboxes: the table first, then the
-// host, and last who is at work, so that no work is missed that the table or
-// the list show half done.
+// viewSandboxes reads the database, then the host's list, and last which sandboxes are
+// busy, so that it notices work whose half-done result the database or the list shows.
 func (w *watch) viewSandboxes(ctx context.Context) (v View, err error) {
 	if err := w.Sandboxes.ExpireDrained(ctx, w.host.ID); err != nil {
 		return v, err
@@ -242,7 +241,7 @@ func (w *watch) viewSandboxes(ctx context.Context) (v View, err error) {
 		v.Rows[row.ID] = row
 	}
 	if v.Unread, err = unread(list.Msg.GetUnread()); err != nil {
-		w.log.Error("host does not say which sandboxes it cannot read", "error", err)
+		w.log.Error("malformed id in host's list of unreadable sandboxes", "error", err)
 	}
 	for _, sb := range list.Msg.Sandboxes {
 		u, err := id.Parse(id.Sandbox, sb.SandboxId)
@@ -254,7 +253,7 @@ func (w *watch) viewSandboxes(ctx context.Context) (v View, err error) {
 		if _, ok := v.Rows[u]; ok {
 			continue
 		}
-		// It has ended, is another host's, or came after the rows were read.
+		// It has ended, belongs to another host, or was created after the rows were read.
 		row, err := w.Store.GetSandbox(ctx, u)
 		if err == nil {
 			v.Rows[u] = row
@@ -275,7 +274,8 @@ func (w *watch) viewSandboxes(ctx context.Context) (v View, err error) {
 	return v, nil
 }
 
-// unread returns the sandboxes that a list may lack. After an error it may lack any.
+// unread parses the ids of sandboxes that a list may lack. If it fails, the list may lack
+// any.
 func unread(wire []string) (map[uuid.UUID]bool, error) {
 	all := make(map[uuid.UUID]bool, len(wire))
 	for _, s := range wire {
@@ -296,8 +296,8 @@ func set(ids []uuid.UUID) map[uuid.UUID]bool {
 	return all
 }
 
-// do does one action, unless this server has begun to work on its object since
-// it was decided: that writes down what is so.
+// do executes an action, unless this server has begun to work on the object since the
+// comparison. That work stores the current state.
 func (w *watch) do(ctx context.Context, a Action) error {
 	if w.Sandboxes.Busy(a.ID) || w.Templates.Busy(a.ID) {
 		return nil
@@ -333,7 +333,7 @@ func (w *watch) do(ctx context.Context, a Action) error {
 		return w.Templates.GiveUp(ctx, a.Template)
 	case Remove:
 		return w.Templates.RemoveAgain(ctx, a.Template)
-	case Leave, Follow: // Sandboxes makes no action of these rules.
+	case Leave, Follow: // Sandboxes returns no actions of these kinds.
 	}
 	return fmt.Errorf("no such action: %q", a.Kind)
 }

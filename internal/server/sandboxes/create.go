@@ -26,42 +26,41 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/work"
 )
 
-// What a sandbox has unless it, or its template, says otherwise. The database has the
-// memory as default_memory_mib().
+// Default sizes of a sandbox whose template has none. The database has the memory as
+// default_memory_mib().
 const (
 	DefaultVCPUs     = 1
 	DefaultMemoryMiB = 512
 )
 
-// What becomes of a sandbox that was not used for its timeout.
+// What happens to a sandbox when it was idle for its timeout.
 const (
 	DestroyOnTimeout = "destroy"
 	PauseOnTimeout   = "pause"
 )
 
-// CreateParams is what a sandbox is asked to be.
+// CreateParams describes a sandbox to create.
 type CreateParams struct {
 	// Template is a name or an id.
 	Template       string
-	VCPUs          int32 // 0: the template's, else 1
-	MemoryMiB      int32 // 0: the template's, else 512
+	VCPUs          int32 // 0: the template's or 1
+	MemoryMiB      int32 // 0: the template's or 512
 	DiskMiB        int32 // 0: the template's
 	TimeoutSeconds int32 // 0: never
 	Envs           map[string]string
 	Metadata       map[string]string
 	// HostTags are tags that the sandbox's host must have.
 	HostTags []string `json:",omitempty"`
-	// OnTimeout is DestroyOnTimeout or PauseOnTimeout; empty: the former.
+	// OnTimeout is DestroyOnTimeout (the default) or PauseOnTimeout.
 	OnTimeout string
-	// AutoResume lets calls and requests resume the sandbox; nil: if it is
-	// paused when its timeout ends.
+	// AutoResume lets calls and requests resume the sandbox; nil: only if OnTimeout is
+	// PauseOnTimeout.
 	AutoResume *bool
 
-	build *uuid.UUID // it is made for
+	build *uuid.UUID // the build that the sandbox belongs to
 }
 
-// normal returns p with what is left open said, where that does not depend on
-// the template.
+// normal returns p with the defaults that do not depend on the template.
 func (p CreateParams) normal() CreateParams {
 	p.OnTimeout = cmp.Or(p.OnTimeout, DestroyOnTimeout)
 	if p.AutoResume == nil {
@@ -71,15 +70,16 @@ func (p CreateParams) normal() CreateParams {
 	return p
 }
 
-// asked is what is asked for, however it was said.
+// asked returns p in a canonical form for comparing requests with the same idempotency
+// key.
 func (p CreateParams) asked() CreateParams {
 	p = p.normal()
 	p.VCPUs, p.MemoryMiB = cmp.Or(p.VCPUs, DefaultVCPUs), cmp.Or(p.MemoryMiB, DefaultMemoryMiB)
 	return p
 }
 
-// fit returns p with the sizes that a sandbox of the template gets, or fails
-// with invalid_argument where it cannot have those that are asked for.
+// fit returns p with the sizes for a sandbox of the template. It fails with
+// invalid_argument if the template does not allow the requested sizes.
 func (p CreateParams) fit(t db.Template) (CreateParams, error) {
 	for _, size := range []struct {
 		name           string
@@ -90,12 +90,12 @@ func (p CreateParams) fit(t db.Template) (CreateParams, error) {
 		{"memory_mib", &p.MemoryMiB, t.MemoryMiB, DefaultMemoryMiB},
 	} {
 		if size.has != 0 && *size.asked != 0 && *size.asked != size.has {
-			return p, fault.New(fault.InvalidArgument, "%s: template %q was captured with %d and takes no other", size.name, t.Name, size.has)
+			return p, fault.New(fault.InvalidArgument, "%s: template %q was captured with %d and allows no other value", size.name, t.Name, size.has)
 		}
 		*size.asked = cmp.Or(*size.asked, size.has, size.otherwise)
 	}
 	if p.DiskMiB != 0 && p.DiskMiB < t.DiskMiB {
-		return p, fault.New(fault.InvalidArgument, "disk_mib: template %q has %d, which is the least", t.Name, t.DiskMiB)
+		return p, fault.New(fault.InvalidArgument, "disk_mib: template %q needs at least %d", t.Name, t.DiskMiB)
 	}
 	p.DiskMiB = cmp.Or(p.DiskMiB, t.DiskMiB)
 	return p, nil
@@ -108,12 +108,12 @@ func (p CreateParams) check() error {
 	return checkMetadata(p.Metadata)
 }
 
-// CheckEnvs fails with invalid_argument for names that no environment variable
-// can have. The API document's schemas cannot speak of members' names.
+// CheckEnvs fails with invalid_argument if an environment variable's name is not valid.
+// OpenAPI schemas cannot describe the names of an object's members.
 func CheckEnvs(envs map[string]string) error {
 	for k := range envs {
 		if k == "" || strings.Contains(k, "=") {
-			return fault.New(fault.InvalidArgument, "envs: %q is no environment variable: names are not empty and have no '='", k)
+			return fault.New(fault.InvalidArgument, "envs: %q is not an environment variable: names must not be empty or contain '='", k)
 		}
 	}
 	return nil
@@ -122,15 +122,15 @@ func CheckEnvs(envs map[string]string) error {
 func checkMetadata(m map[string]string) error {
 	for k := range m {
 		if k == "" || utf8.RuneCountInString(k) > 128 || strings.Contains(k, "=") {
-			return fault.New(fault.InvalidArgument, "metadata: %q cannot be an entry: keys have 1 to 128 characters without '='", k)
+			return fault.New(fault.InvalidArgument, "metadata: %q is not a valid key: keys have 1 to 128 characters without '='", k)
 		}
 	}
 	return nil
 }
 
-// Create makes a sandbox of a team and returns when it runs. It goes on when
-// ctx ends before. With a key, the sandbox that the same key made before is
-// returned, and replayed is true.
+// Create creates a sandbox for a team and returns when it runs. The end of ctx does not
+// stop the creation. If an earlier call with the same key created a sandbox, Create
+// returns that one with replayed true.
 func (s *Service) Create(ctx context.Context, team uuid.UUID, p CreateParams, key string) (row db.Sandbox, replayed bool, err error) {
 	if err := p.check(); err != nil {
 		return row, false, err
@@ -153,16 +153,16 @@ func (s *Service) Create(ctx context.Context, team uuid.UUID, p CreateParams, ke
 	return rows[0], replayed, nil
 }
 
-// CreateFor makes a sandbox of a template, which need not have a name, for a
-// build, and returns when it runs. It is nobody's but the build's, and counts as
-// any other of the team's. It goes on when ctx ends before: see [Service.End].
+// CreateFor creates a sandbox for a build from a template, which may have no name, and
+// returns when it runs. Only the build may use it, and it counts towards the team's
+// quota. The end of ctx does not stop the creation: see [Service.End].
 func (s *Service) CreateFor(ctx context.Context, team, build uuid.UUID, template db.Template, p CreateParams) (db.Sandbox, error) {
 	p = p.normal()
 	p.build = &build
 	return s.createFrom(ctx, team, template, p, idempotency.Call{})
 }
 
-// createFrom reserves room for a sandbox and starts it.
+// createFrom reserves room on a host and starts the sandbox.
 func (s *Service) createFrom(ctx context.Context, team uuid.UUID, template db.Template, p CreateParams, o idempotency.Call) (row db.Sandbox, err error) {
 	if p, err = p.fit(template); err != nil {
 		return row, err
@@ -189,7 +189,7 @@ func (s *Service) createFrom(ctx context.Context, team uuid.UUID, template db.Te
 		return row, err
 	}
 	c := s.creation(sandbox)
-	begun := row // what is returned is written while it starts
+	begun := row // The goroutine must not share row with the return value.
 	go func() {
 		var started db.Sandbox
 		err := s.Work.Guard(func() (err error) {
@@ -206,12 +206,12 @@ func (s *Service) createFrom(ctx context.Context, team uuid.UUID, template db.Te
 	}
 }
 
-// needs is what the host of a sandbox must have.
+// needs returns what the sandbox's host must have.
 func (p CreateParams) needs() scheduler.Request {
 	return scheduler.Request{MemoryMiB: int64(p.MemoryMiB), VCPUs: int64(p.VCPUs), DiskMiB: saves(p.OnTimeout, p.MemoryMiB), Tags: p.HostTags}
 }
 
-// saves returns how much room a sandbox's host must have to save its memory.
+// saves returns how much disk space in MiB the host needs to save the sandbox's memory.
 func saves(onTimeout string, memoryMiB int32) int64 {
 	if onTimeout == PauseOnTimeout {
 		return int64(memoryMiB)
@@ -219,9 +219,8 @@ func saves(onTimeout string, memoryMiB int32) int64 {
 	return 0
 }
 
-// places returns the hosts that a sandbox of a template may start on. Where
-// none was heard of yet, as when everything was started a moment ago, they are
-// asked first.
+// places returns the hosts that a sandbox of a template may start on. If no host is
+// online, as just after a start, it polls the hosts first.
 func (s *Service) places(ctx context.Context, template uuid.UUID, p CreateParams) ([]*hosts.Host, error) {
 	found, err := s.Hosts.Places(ctx, template, p.needs())
 	if !fault.Is(err, fault.NoCapacity) {
@@ -236,19 +235,19 @@ func (s *Service) places(ctx context.Context, template uuid.UUID, p CreateParams
 		for _, h := range s.Hosts.All() {
 			asked.Go(func() error {
 				if err := s.Hosts.Contact(ctx, h); err != nil {
-					s.Log.Debug("ask host", "host", h.URL, "error", err)
+					s.Log.Debug("poll host", "host", h.URL, "error", err)
 				}
 				return nil
 			})
 		}
 	}
 	_ = asked.Wait()
-	// Also where one came online since the first look.
+	// Try again in any case: a host may have come online since the first attempt.
 	return s.Hosts.Places(ctx, template, p.needs())
 }
 
-// reserve writes the row of a sandbox that starts on the first of the places
-// that still has room, and returns it with the places from that one on.
+// reserve inserts a starting sandbox's row on the first place that still has room. It
+// returns the row and the places from that one on.
 func (s *Service) reserve(ctx context.Context, sandbox, team uuid.UUID, template db.Template, places []*hosts.Host, p CreateParams, o idempotency.Call) (row db.Sandbox, from []*hosts.Host, err error) {
 	metadata := p.Metadata
 	if metadata == nil {
@@ -270,19 +269,19 @@ func (s *Service) reserve(ctx context.Context, sandbox, team uuid.UUID, template
 			}
 			return o.Claim(ctx, q, db.ClaimIdempotencyKeyParams{SandboxID: &sandbox})
 		})
-		// A host that others filled meanwhile is passed over.
+		// Skip a host that concurrent requests have filled.
 		if !fault.Is(err, fault.NoCapacity) || len(from) == 1 {
 			break
 		}
 	}
 	if err != nil && !errors.Is(err, idempotency.ErrTaken) && !fault.Is(err, fault.NoCapacity) {
-		err = fmt.Errorf("write sandbox: %w", err)
+		err = fmt.Errorf("insert sandbox: %w", err)
 	}
 	return row, from, err
 }
 
-// startOn starts the sandbox of a row, whose host is the first of those given,
-// on that one or, where that cannot, on the next, and writes how that went.
+// startOn starts a sandbox on the first of the places and, if that fails, on the next
+// ones. It stores the result.
 func (s *Service) startOn(ctx context.Context, row db.Sandbox, places []*hosts.Host, p CreateParams) (db.Sandbox, error) {
 	var failed error
 	for i, host := range places {
@@ -308,7 +307,7 @@ func (s *Service) startOn(ctx context.Context, row db.Sandbox, places []*hosts.H
 	return row, s.startFailed(row, failed)
 }
 
-// start asks the host for the sandbox of a row that is starting.
+// start makes the host create a sandbox.
 func (s *Service) start(ctx context.Context, row db.Sandbox, host *hosts.Host, envs map[string]string) (made *hostagentv1.Sandbox, took time.Duration, err error) {
 	ctx, cancel := context.WithTimeout(s.Work.For(ctx), createTimeout)
 	defer cancel()
@@ -329,14 +328,14 @@ func (s *Service) start(ctx context.Context, row db.Sandbox, host *hosts.Host, e
 	log := s.logOn(row.ID, host)
 	log.Error("create sandbox", "error", err)
 	if !connect.IsWireError(err) && s.Work.Context().Err() == nil {
-		// The host may have got the call and still be at it. What this does not reach
-		// is a stray there.
+		// The host may still execute the call. If this call does not reach it,
+		// reconciliation destroys the orphan.
 		_ = s.destroy(s.Work.Context(), row.ID, host, log)
 	}
 	return nil, took, err
 }
 
-// started writes that a sandbox runs.
+// started marks a sandbox running.
 func (s *Service) started(ctx context.Context, row db.Sandbox, host *hosts.Host, made *hostagentv1.Sandbox, took time.Duration) (db.Sandbox, error) {
 	log := s.logOn(row.ID, host)
 	ms, at := took.Milliseconds(), store.Now()
@@ -350,23 +349,23 @@ func (s *Service) started(ctx context.Context, row db.Sandbox, host *hosts.Host,
 		})
 	})
 	if err != nil && !errors.Is(err, store.ErrNoRows) {
-		log.Error("write that sandbox runs", "error", err)
+		log.Error("mark sandbox running", "error", err)
 		return row, err
 	}
 	if err != nil || State(running.State).ends() {
-		// Deleted meanwhile. The deletion's own call may have come before ours.
+		// A concurrent deletion may have called the host before the creation did.
 		_ = s.destroy(s.Work.Context(), row.ID, host, log)
 		s.metrics.created("deleted", took)
 		return row, errDeleted()
 	}
 	s.metrics.created("ok", took)
-	log.Info("sandbox runs", "template", row.TemplateName, "took", took)
+	log.Info("sandbox started", "template", row.TemplateName, "took", took)
 	return running, nil
 }
 
-// markRunning writes that a sandbox which started runs, and returns its row. Of
-// one that was deleted meanwhile, or that another server adopted because it took
-// this one for dead, it returns the row as it is.
+// markRunning marks a started sandbox running and returns its row. If the sandbox was
+// deleted, or another server adopted it because it took this one for dead, it returns the
+// current row.
 func markRunning(ctx context.Context, q *db.Queries, p db.SandboxRunningParams) (db.Sandbox, error) {
 	row, err := q.SandboxRunning(ctx, p)
 	if errors.Is(err, store.ErrNoRows) {
@@ -376,14 +375,13 @@ func markRunning(ctx context.Context, q *db.Queries, p db.SandboxRunningParams) 
 }
 
 func errDeleted() error {
-	return fault.New(fault.Conflict, "the sandbox was deleted while it started")
+	return fault.New(fault.Conflict, "the sandbox was deleted during its start")
 }
 
-// startFailed writes why a sandbox did not start, and returns what the caller
-// is told.
+// startFailed marks a sandbox failed and returns the error for the caller.
 func (s *Service) startFailed(row db.Sandbox, err error) error {
 	if s.Work.Context().Err() != nil {
-		// The row stays as it is, the next server looks.
+		// Leave the row to the next server.
 		return fault.New(fault.Unavailable, "the server is stopping")
 	}
 	if errors.Is(err, store.ErrNoRows) {
@@ -392,7 +390,7 @@ func (s *Service) startFailed(row db.Sandbox, err error) error {
 	f := startFault(row, err)
 	s.metrics.created(string(f.Code), 0)
 	if err := s.fail(s.Work.Context(), row, f.Message); err != nil && !errors.Is(err, store.ErrNoRows) {
-		s.Log.Error("write that sandbox failed", "sandbox_id", id.Format(id.Sandbox, row.ID), "error", err)
+		s.Log.Error("mark sandbox failed", "sandbox_id", id.Format(id.Sandbox, row.ID), "error", err)
 	}
 	return f
 }
@@ -406,28 +404,28 @@ func reason(err error) string {
 	return wire.Meta().Get(hostwire.ErrorReason)
 }
 
-// startFault is what the caller is told of a sandbox that did not start.
+// startFault converts the error of a start for the caller.
 func startFault(row db.Sandbox, err error) *fault.Error {
 	var wire *connect.Error
 	if !errors.As(err, &wire) {
-		return fault.Because(err, fault.Internal, "the sandbox could not be placed")
+		return fault.Because(err, fault.Internal, "cannot place the sandbox")
 	}
 	if reason(err) == hostwire.GuestStart {
-		return fault.Because(err, fault.Unprocessable, "%s; template %q is probably at fault", wire.Message(), row.TemplateName)
+		return fault.Because(err, fault.Unprocessable, "%s; the cause is probably template %q", wire.Message(), row.TemplateName)
 	}
 	told := hosts.Fault(err)
 	switch {
 	case fault.Is(told, fault.NotFound):
 		return fault.Because(err, fault.NoCapacity, "the host no longer has template %q", row.TemplateName)
 	case fault.Is(told, fault.Internal):
-		return fault.Because(err, fault.Internal, "the host could not start the sandbox")
+		return fault.Because(err, fault.Internal, "the host failed to start the sandbox")
 	}
 	var f *fault.Error
 	errors.As(told, &f)
 	return f
 }
 
-// fail writes that a sandbox did not start and frees its idempotency key.
+// fail marks a sandbox failed and frees its idempotency key.
 func (s *Service) fail(ctx context.Context, row db.Sandbox, why string) error {
 	return work.Persist(ctx, func(ctx context.Context) error {
 		return s.Store.InTx(ctx, func(q *db.Queries) error {
@@ -440,9 +438,9 @@ func (s *Service) fail(ctx context.Context, row db.Sandbox, why string) error {
 	})
 }
 
-// mayElsewhere says whether what failed on one host may work on another: the
-// host is full, leaving or unreachable. What the guest did would be the same on any
-// host, and a guest that took too long has used up the caller's time.
+// mayElsewhere reports whether a start that failed on one host may succeed on another,
+// because the host is full, leaving or unreachable. A guest would fail the same way on
+// any host, and a slow guest has used up the caller's time.
 func mayElsewhere(err error) bool {
 	if !connect.IsWireError(err) {
 		return connect.CodeOf(err) != connect.CodeCanceled
@@ -458,7 +456,7 @@ func mayElsewhere(err error) bool {
 	return false
 }
 
-// move reserves room for a sandbox that is starting on another host.
+// move moves a starting sandbox's reservation to another host.
 func (s *Service) move(row db.Sandbox, to *hosts.Host, p CreateParams) (db.Sandbox, error) {
 	var moved db.Sandbox
 	err := work.Persist(s.Work.Context(), func(ctx context.Context) error {

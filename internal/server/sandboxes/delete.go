@@ -18,9 +18,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/work"
 )
 
-// Delete ends a team's sandbox and returns when nothing of it is left. It goes
-// on when ctx ends before, and again when the host was unreachable and is back. by says
-// who asked for it, such as "user usr-…".
+// Delete destroys a team's sandbox and returns when nothing of it is left. The end of ctx
+// does not stop it. If the host is unreachable, reconciliation finishes the deletion
+// later. by names who asked for it, such as "user usr-…".
 func (s *Service) Delete(ctx context.Context, team, sandbox uuid.UUID, by string) error {
 	row, err := s.Get(ctx, team, sandbox)
 	if err != nil || State(row.State).Ended() {
@@ -29,7 +29,7 @@ func (s *Service) Delete(ctx context.Context, team, sandbox uuid.UUID, by string
 	return s.End(ctx, row, by)
 }
 
-// End is Delete for any sandbox that has not ended.
+// End is [Service.Delete] for any sandbox that has not ended.
 func (s *Service) End(ctx context.Context, row db.Sandbox, by string) error {
 	end, err := s.beginDeletion(row.ID)
 	if err != nil {
@@ -48,7 +48,7 @@ func (s *Service) End(ctx context.Context, row db.Sandbox, by string) error {
 	}
 }
 
-// stop writes that the sandbox is to end, has its host end it, and writes that.
+// stop marks the sandbox stopping, destroys it on its host, and marks it stopped.
 func (s *Service) stop(ctx context.Context, row db.Sandbox, by string) error {
 	log := s.Log.With("sandbox_id", id.Format(id.Sandbox, row.ID))
 	err := work.Persist(ctx, func(ctx context.Context) error {
@@ -56,10 +56,10 @@ func (s *Service) stop(ctx context.Context, row db.Sandbox, by string) error {
 		return err
 	})
 	if errors.Is(err, store.ErrNoRows) {
-		return nil // It ended meanwhile.
+		return nil // It has ended already.
 	}
 	if err != nil {
-		return fmt.Errorf("write that sandbox stops: %w", err)
+		return fmt.Errorf("mark sandbox stopping: %w", err)
 	}
 	s.changed(row.ID)
 	if row.HostID != nil {
@@ -76,17 +76,17 @@ func (s *Service) stop(ctx context.Context, row db.Sandbox, by string) error {
 		return err
 	})
 	if err != nil && !errors.Is(err, store.ErrNoRows) {
-		return fmt.Errorf("write that sandbox stopped: %w", err)
+		return fmt.Errorf("mark sandbox stopped: %w", err)
 	}
 	s.changed(row.ID)
-	s.over(row.ID)
+	s.notifyEnded(row.ID)
 	log.Info("sandbox deleted")
 	return nil
 }
 
-// over drops what is kept beside the table of a sandbox that has ended, and
-// does not wait for it. What this does not reach goes by itself when it is old.
-func (s *Service) over(sandbox uuid.UUID) {
+// notifyEnded calls Config.Ended in the background, to delete what is stored outside the
+// database. Whatever that misses expires.
+func (s *Service) notifyEnded(sandbox uuid.UUID) {
 	if s.Ended == nil {
 		return
 	}
@@ -99,13 +99,13 @@ func (s *Service) over(sandbox uuid.UUID) {
 		ctx, cancel := context.WithTimeout(s.Work.Context(), 2*time.Second)
 		defer cancel()
 		if err := s.Ended(ctx, sandbox); err != nil {
-			s.Log.Debug("drop what was kept of an ended sandbox", "sandbox_id", id.Format(id.Sandbox, sandbox), "error", err)
+			s.Log.Debug("delete data of an ended sandbox", "sandbox_id", id.Format(id.Sandbox, sandbox), "error", err)
 		}
 	}()
 }
 
-// destroy asks the host to end a sandbox; that it could not is logged, and
-// found out by the controller.
+// destroy destroys a sandbox on a host. If that fails, it logs the error, and
+// reconciliation tries again.
 func (s *Service) destroy(ctx context.Context, sandbox uuid.UUID, host *hosts.Host, log *slog.Logger) error {
 	ctx, cancel := context.WithTimeout(ctx, destroyTimeout)
 	defer cancel()

@@ -12,19 +12,15 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
-// A host that drains gets no new sandboxes, and those on it that are idle are
-// paused: nothing was in flight to them for a while, be it a request to a port
-// that lasts, a command that somebody waits for, or a call. That nobody asked
-// for the pause is written down with it (drained). So the next use resumes the
-// sandbox, whatever its auto_resume says, and one that ends unused after a
-// time still ends then, by [Service.ExpireDrained] where its host has no timer
-// for it any more.
+// A draining host gets no new sandboxes and pauses idle ones: those without a request to
+// a port, a command or a call in flight for a while. The pause is recorded as not
+// requested (drained). So the next use resumes the sandbox even without auto_resume. The
+// sandbox's timeout still applies; if its host no longer has a timer for it,
+// [Service.ExpireDrained] ends it.
 
-// Drain pauses a sandbox of a host that drains, unless it was used within the
-// time idle after all.
+// Drain pauses a sandbox of a draining host, unless it was used within the last idle.
 func (s *Service) Drain(ctx context.Context, row db.Sandbox, idle time.Duration) error {
-	// Shared with nobody: it may come to nothing, which whoever asks for a pause
-	// does not mean.
+	// Do not share this turn: it may do nothing, and a caller of Pause needs a pause.
 	_, err := s.turn(ctx, row.ID, "", func() (db.Sandbox, error) { return s.pauseIdle(ctx, row, idle) })
 	if errors.Is(err, ErrMoved) || fault.Is(err, fault.Conflict) {
 		return nil
@@ -32,12 +28,12 @@ func (s *Service) Drain(ctx context.Context, row db.Sandbox, idle time.Duration)
 	return err
 }
 
-// ExpireDrained begins the end of a host's sandboxes that were paused because
-// it drains and that nobody has used for their timeout.
+// ExpireDrained marks stopping the host's drained sandboxes that nobody has used for
+// their timeout.
 func (s *Service) ExpireDrained(ctx context.Context, host uuid.UUID) error {
 	ended, err := s.Store.DrainedExpire(ctx, &host)
 	if err != nil {
-		return fmt.Errorf("end what drained and was not used: %w", err)
+		return fmt.Errorf("expire drained sandboxes: %w", err)
 	}
 	s.Changed(ended...)
 	return nil

@@ -17,17 +17,18 @@ import (
 )
 
 const (
-	// maxOutput is how much of each stream of a command is kept, in bytes.
+	// maxOutput bounds the output of each stream of a command, in bytes.
 	maxOutput = 16 << 20
-	// outputCost is the memory that a byte of output takes: as it came, and joined.
+	// outputCost is the memory per byte of output: once in blocks and once joined.
 	outputCost = 2
-	// inputChunk is how much input is sent at once, in bytes.
+	// inputChunk is the size of a message of input, in bytes.
 	inputChunk = 64 << 10
 )
 
-// Exec runs a command in a team's sandbox to its end. Its output is taken from
-// held as it comes, but for the first [budget.Free] bytes of a stream: what has no
-// room there, or is beyond 16 MiB of a stream, is dropped, because the command has run.
+// Exec runs a command in a team's sandbox until it exits. Its output takes memory from
+// held, except for the first [budget.Free] bytes of each stream. Output that finds no
+// memory there, or exceeds 16 MiB of a stream, is dropped, because the command has
+// already run.
 func (s *Service) Exec(ctx context.Context, team, sandbox uuid.UUID, c *hostagentv1.Command, stdin []byte, held *budget.Held) (*hostagentv1.ExecResponse, error) {
 	stdout, stderr := kept{held: held}, kept{held: held}
 	var exited *hostagentv1.ExecStreamResponse_Exited
@@ -44,7 +45,7 @@ func (s *Service) Exec(ctx context.Context, team, sandbox uuid.UUID, c *hostagen
 			if connect.CodeOf(err) != connect.CodeUnimplemented {
 				return err
 			}
-			// The agent is of the release before.
+			// The agent has the previous release.
 		}
 		return exec(ctx, host.Agent, &hostagentv1.ExecStreamRequest_Start{SandboxId: name, Command: c, Stdin: len(stdin) > 0}, stdin, take)
 	})
@@ -57,15 +58,15 @@ func (s *Service) Exec(ctx context.Context, team, sandbox uuid.UUID, c *hostagen
 	}, nil
 }
 
-// output is a message about a command, with or without input.
+// output is a message of a command, with or without input.
 type output interface {
 	GetStdout() []byte
 	GetStderr() []byte
 	GetExited() *hostagentv1.ExecStreamResponse_Exited
 }
 
-// run runs a command without input, and calls take with what the agent sends until
-// take returns false.
+// run runs a command without input. It calls take with the agent's messages until take
+// returns false.
 func run(ctx context.Context, agent hostagentv1connect.HostAgentClient, command *hostagentv1.RunRequest, take func(output) bool) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -73,8 +74,8 @@ func run(ctx context.Context, agent hostagentv1connect.HostAgentClient, command 
 	if err != nil {
 		return err
 	}
-	// Close the stream before cancel runs: a connection whose response was read to its end
-	// serves the next call.
+	// Close the stream before cancel runs, so that the connection can serve the next
+	// call.
 	defer func() { _ = stream.Close() }()
 	more := true
 	for stream.Receive() {
@@ -86,7 +87,7 @@ func run(ctx context.Context, agent hostagentv1connect.HostAgentClient, command 
 	if err := stream.Err(); err != nil {
 		return err
 	}
-	return io.ErrUnexpectedEOF // The agent broke off, so how the command ended is not known.
+	return io.ErrUnexpectedEOF // The agent closed the stream before the command ended.
 }
 
 // exec is run for a command with input.
@@ -100,14 +101,14 @@ func exec(ctx context.Context, agent hostagentv1connect.HostAgentClient, start *
 	}()
 	defer func() {
 		cancel()
-		_ = stream.CloseRequest() // HTTP/2 notices that a call was given up only when its body ends
+		_ = stream.CloseRequest() // Over HTTP/2, the agent notices a cancelled call only when its request body ends.
 		<-fed
 		_ = stream.CloseResponse()
 	}()
 	for {
 		m, err := stream.Receive()
 		if errors.Is(err, io.EOF) {
-			return io.ErrUnexpectedEOF // the host broke off: how the command ended is not known
+			return io.ErrUnexpectedEOF // The agent closed the stream before the command ended.
 		}
 		if err != nil {
 			return err
@@ -118,8 +119,8 @@ func exec(ctx context.Context, agent hostagentv1connect.HostAgentClient, start *
 	}
 }
 
-// feed starts the command and sends its input. Why that failed is what the
-// stream's receiver is told.
+// feed starts the command and sends its input. It ignores errors, because the stream's
+// receiver gets them.
 func feed(stream *connect.BidiStreamForClient[hostagentv1.ExecStreamRequest, hostagentv1.ExecStreamResponse], start *hostagentv1.ExecStreamRequest_Start, stdin []byte) {
 	err := stream.Send(&hostagentv1.ExecStreamRequest{Message: &hostagentv1.ExecStreamRequest_Start_{Start: start}})
 	if len(stdin) == 0 {
@@ -135,7 +136,8 @@ func feed(stream *connect.BidiStreamForClient[hostagentv1.ExecStreamRequest, hos
 	}
 }
 
-// kept is a stream's output, in blocks: a guest chooses how small its pieces are.
+// kept is the stored output of a stream. It stores blocks, because a guest can send tiny
+// pieces.
 type kept struct {
 	held    *budget.Held
 	blocks  [][]byte
@@ -143,7 +145,7 @@ type kept struct {
 	dropped bool
 }
 
-// block is what output is kept in after the first [budget.Free] bytes.
+// block is the size of a block after the first, which has [budget.Free] bytes.
 const block = 64 << 10
 
 func (k *kept) add(piece []byte) {

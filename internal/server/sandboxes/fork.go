@@ -22,10 +22,10 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/work"
 )
 
-// Fork makes copies of a team's running sandbox, which goes on, and returns
-// when they run: all or none. A paused sandbox that calls resume is resumed
-// first. It goes on when ctx ends before. With a key, the copies that the same
-// key made before are returned, and replayed is true.
+// Fork creates copies of a team's running sandbox, which keeps running, and returns when
+// all of them run. It creates all or none. It resumes a paused sandbox that calls may
+// resume. The end of ctx does not stop it. If an earlier call with the same key created
+// copies, Fork returns those with replayed true.
 func (s *Service) Fork(ctx context.Context, team, sandbox uuid.UUID, count int, key string) (copies []db.Sandbox, replayed bool, err error) {
 	o, err := idempotency.Name(team, key, map[string]any{"fork": sandbox, "count": count})
 	if err != nil {
@@ -33,13 +33,15 @@ func (s *Service) Fork(ctx context.Context, team, sandbox uuid.UUID, count int, 
 	}
 	return s.once(ctx, o, func() (copies []db.Sandbox, err error) {
 		for {
-			// A use: it does not fall asleep before its turn comes.
+			// Use keeps the sandbox from being paused for idleness before the fork's
+			// turn.
 			host, err := s.Use(ctx, team, sandbox)
 			if err != nil {
 				return nil, err
 			}
 			var made []db.Sandbox
-			// Read only after it has ended: it goes on when the caller leaves.
+			// Read made only after success: when the caller leaves, the turn continues
+			// and still writes it.
 			_, err = s.turn(ctx, sandbox, "", func() (_ db.Sandbox, err error) {
 				made, err = s.fork(ctx, sandbox, host, count, o)
 				return db.Sandbox{}, err
@@ -54,7 +56,7 @@ func (s *Service) Fork(ctx context.Context, team, sandbox uuid.UUID, count int, 
 	})
 }
 
-// fork makes copies of a sandbox whose turn it is.
+// fork creates the copies. The caller has the sandbox's turn.
 func (s *Service) fork(ctx context.Context, parent uuid.UUID, host *hosts.Host, count int, o idempotency.Call) (copies []db.Sandbox, err error) {
 	ctx = s.Work.For(ctx)
 	of := make([]uuid.UUID, count)
@@ -96,8 +98,8 @@ func (s *Service) fork(ctx context.Context, parent uuid.UUID, host *hosts.Host, 
 	return rows, nil
 }
 
-// reserveCopies writes the rows of a sandbox's copies, if it still runs and its
-// host has room for all of them.
+// reserveCopies inserts the rows of the copies, if the sandbox still runs and its host
+// has room for all of them.
 func (s *Service) reserveCopies(ctx context.Context, parent uuid.UUID, of []uuid.UUID, host *hosts.Host, o idempotency.Call) ([]db.Sandbox, error) {
 	ctx, cancel := context.WithTimeout(ctx, shortCall)
 	defer cancel()
@@ -109,7 +111,7 @@ func (s *Service) reserveCopies(ctx context.Context, parent uuid.UUID, of []uuid
 	rows := make([]db.Sandbox, len(of))
 	err = s.Store.InTx(ctx, func(q *db.Queries) (err error) {
 		for i, c := range of {
-			// Counts the copies before it too.
+			// This also counts the copies inserted so far.
 			if err := s.Hosts.Reserve(ctx, q, host.ID, room); err != nil {
 				return err
 			}
@@ -128,12 +130,12 @@ func (s *Service) reserveCopies(ctx context.Context, parent uuid.UUID, of []uuid
 		return nil, fault.New(fault.NoCapacity, "the sandbox's host has no room for %d copies", len(of))
 	}
 	if err != nil {
-		return nil, fmt.Errorf("write copies: %w", err)
+		return nil, fmt.Errorf("insert copies: %w", err)
 	}
 	return rows, nil
 }
 
-// forked writes that copies run.
+// forked marks the copies running.
 func (s *Service) forked(rows []db.Sandbox, made []*hostagentv1.Sandbox, took time.Duration, host *hosts.Host, log *slog.Logger) ([]db.Sandbox, error) {
 	at, ms := store.Now(), took.Milliseconds()
 	running := make([]db.Sandbox, len(rows))
@@ -158,10 +160,10 @@ func (s *Service) forked(rows []db.Sandbox, made []*hostagentv1.Sandbox, took ti
 		})
 	})
 	if err != nil {
-		return rows, fmt.Errorf("write that copies run: %w", err)
+		return rows, fmt.Errorf("mark forks running: %w", err)
 	}
 	for _, c := range deleted {
-		// The deletion's own call may have come before ours.
+		// A concurrent deletion may have called the host before the fork did.
 		s.destroy(s.Work.Context(), c, host, log)
 	}
 	for range running {
@@ -170,8 +172,7 @@ func (s *Service) forked(rows []db.Sandbox, made []*hostagentv1.Sandbox, took ti
 	return running, nil
 }
 
-// forkFailed undoes a fork that failed with err, and returns what the caller
-// is told.
+// forkFailed undoes a failed fork and returns the error for the caller.
 func (s *Service) forkFailed(rows []db.Sandbox, host *hosts.Host, err error, log *slog.Logger) error {
 	log.Error("fork sandbox", "error", err)
 	told := hosts.FaultIn("fork", err)
@@ -181,16 +182,16 @@ func (s *Service) forkFailed(rows []db.Sandbox, host *hosts.Host, err error, log
 		s.metrics.created(string(f.Code), 0)
 	}
 	if hosts.Definite(err) {
-		// There never was a copy, and nobody knows their ids.
+		// The host made no copy, and nobody knows the ids.
 		if err := work.Persist(s.Work.Context(), func(ctx context.Context) error { return s.Store.DropUnstarted(ctx, ids(rows)) }); err != nil {
-			log.Error("forget copies that were not made", "error", err)
+			log.Error("delete rows of failed copies", "error", err)
 		}
 		return f
 	}
 	for _, row := range rows {
 		s.destroy(s.Work.Context(), row.ID, host, log)
 		if err := s.fail(s.Work.Context(), row, f.Message); err != nil && !errors.Is(err, store.ErrNoRows) {
-			log.Error("write that copy failed", "error", err)
+			log.Error("mark copy failed", "error", err)
 		}
 	}
 	return f

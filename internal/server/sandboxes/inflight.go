@@ -11,35 +11,35 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/gen/db"
 )
 
-// box is what this server does to one sandbox now, and who waits for the
-// sandbox to change. A sandbox has one while there is anything of either.
+// box tracks what this server does to one sandbox now, and who waits for the sandbox to
+// change. It exists only while there is either.
 //
-// All boxes are guarded by Service.mu, which is held for no I/O and for no call
-// of anything else, and under which no other lock is taken. A turn is held for
-// as long as what it does takes; whoever has one takes no other.
+// Service.mu guards all boxes. It is a leaf lock and is not held during I/O or calls to
+// other code. A turn lasts as long as its work. The holder of a turn takes no other.
 type box struct {
-	// creating is the sandbox's creation, or its fork's.
+	// creating is the creation or fork of the sandbox.
 	creating *creation
-	// deleting counts the deletions.
+	// deleting counts deletions in progress.
 	deleting int
-	// turn is what else is done to it: one thing at a time.
+	// turn is the current transition. There is at most one.
 	turn *turn
-	// changed is closed at the next change of its row; waiting counts who waits
+	// changed is closed at the next change of the sandbox's row. waiting counts who waits
 	// for that.
 	changed chan struct{}
 	waiting int
 }
 
-// creation is a sandbox on its way. row and err are set before done is closed.
+// creation is a creation in progress. row and err are set before done is closed.
 type creation struct {
 	done chan struct{}
 	row  db.Sandbox
 	err  error
 }
 
-// turn leads a sandbox from one state to another.
+// turn is an exclusive transition of a sandbox from one state to another.
 type turn struct {
-	// to is the state that it leads to, or "" where nobody can share it.
+	// to is the target state. Callers that want the same state share the turn; nobody
+	// shares it if to is empty.
 	to   State
 	done chan struct{}
 	// row and err are set before done is closed.
@@ -47,15 +47,14 @@ type turn struct {
 	err error
 }
 
-// settling is the turn that finds out which state a sandbox is in.
+// settling is the target of a turn that asks the host for the sandbox's state.
 const settling State = "settling"
 
-// ErrMoved is why nothing was done: the sandbox is in another state than was
-// thought, and whoever asked must look again.
-var ErrMoved = errors.New("the sandbox is in another state by now")
+// ErrMoved reports that the sandbox has changed its state, so the caller must read it
+// again.
+var ErrMoved = errors.New("the sandbox has changed its state")
 
-// inBox calls f with a sandbox's box, under the lock: f only reads and sets its
-// fields.
+// inBox calls f with a sandbox's box under the lock. f may only read and set its fields.
 func (s *Service) inBox(sandbox uuid.UUID, f func(*box)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -71,14 +70,14 @@ func (s *Service) inBox(sandbox uuid.UUID, f func(*box)) {
 	}
 }
 
-// Busy says whether this server is at work on the sandbox.
+// Busy reports whether this server works on the sandbox.
 func (s *Service) Busy(sandbox uuid.UUID) (busy bool) {
 	s.inBox(sandbox, func(b *box) { busy = b.creating != nil || b.deleting > 0 || b.turn != nil })
 	return busy
 }
 
-// Created returns a channel that is closed when this server no longer creates
-// the sandbox; nil: it does not create it.
+// Created returns a channel that is closed when this server has finished creating the
+// sandbox; nil if it is not creating it.
 func (s *Service) Created(sandbox uuid.UUID) <-chan struct{} {
 	if c := s.creation(sandbox); c != nil {
 		return c.done
@@ -91,9 +90,8 @@ func (s *Service) creation(sandbox uuid.UUID) (c *creation) {
 	return c
 }
 
-// beginCreation marks sandboxes as being created, before their rows are there:
-// without that, the controller would take them for a dead server's. end takes
-// what became of each.
+// beginCreation marks sandboxes as being created, before their rows exist. Otherwise the
+// reconciler would take the rows for a dead server's. Call end with the results.
 func (s *Service) beginCreation(sandboxes ...uuid.UUID) (end func(rows []db.Sandbox, err error), err error) {
 	over, err := s.Work.Begin()
 	if err != nil {
@@ -117,7 +115,7 @@ func (s *Service) beginCreation(sandboxes ...uuid.UUID) (end func(rows []db.Sand
 	}, nil
 }
 
-// beginDeletion marks a sandbox as being deleted until end.
+// beginDeletion marks a sandbox as being deleted until the call of end.
 func (s *Service) beginDeletion(sandbox uuid.UUID) (end func(), err error) {
 	over, err := s.Work.Begin()
 	if err != nil {
@@ -130,9 +128,9 @@ func (s *Service) beginDeletion(sandbox uuid.UUID) (end func(), err error) {
 	}, nil
 }
 
-// turn has f lead the sandbox to a state, on a goroutine of the service's own,
-// and returns how that went. Whoever wants the same meanwhile shares it;
-// whoever wants something else gets ErrMoved when it is over.
+// turn runs f, which brings the sandbox to a state, in the service's own goroutine, and
+// returns its result. Concurrent callers with the same target state share the result.
+// Others wait for the end and get ErrMoved.
 func (s *Service) turn(ctx context.Context, sandbox uuid.UUID, to State, f func() (db.Sandbox, error)) (db.Sandbox, error) {
 	over, err := s.Work.Begin()
 	if err != nil {
@@ -167,16 +165,15 @@ func (s *Service) turn(ctx context.Context, sandbox uuid.UUID, to State, f func(
 	}
 }
 
-// Alone runs f while this server does nothing else to the sandbox, and returns
-// its error. It fails with ErrMoved, after a while, if something else was being
-// done. f goes on when ctx ends before.
+// Alone runs f while this server does nothing else to the sandbox. If a turn is in
+// progress, it waits for its end and fails with ErrMoved. The end of ctx does not stop f.
 func (s *Service) Alone(ctx context.Context, sandbox uuid.UUID, f func() error) error {
 	_, err := s.turn(ctx, sandbox, "", func() (db.Sandbox, error) { return db.Sandbox{}, f() })
 	return err
 }
 
-// Hold is Alone for a team's sandbox that runs or is paused, and stays so; f
-// gets its row. It waits for one that is pausing or resuming.
+// Hold is [Service.Alone] for a team's running or paused sandbox, which keeps its state
+// during f. It waits while the sandbox is pausing or resuming.
 func (s *Service) Hold(ctx context.Context, team, sandbox uuid.UUID, f func(db.Sandbox) error) error {
 	deadline := time.Now().Add(settleWithin)
 	for {
@@ -206,8 +203,8 @@ func (s *Service) Hold(ctx context.Context, team, sandbox uuid.UUID, f func(db.S
 	}
 }
 
-// share waits for a turn of somebody else's and returns how it went, if it leads
-// to the same, and ErrMoved if not.
+// share waits for another caller's turn. It returns the result if the turn has the same
+// target state, and ErrMoved otherwise.
 func (s *Service) share(ctx context.Context, t *turn, to State) (db.Sandbox, error) {
 	defer s.metrics.wait()()
 	select {
@@ -221,15 +218,15 @@ func (s *Service) share(ctx context.Context, t *turn, to State) (db.Sandbox, err
 	return t.row, t.err
 }
 
-// current is what this server does to the sandbox, or nil.
+// current returns the sandbox's turn, or nil.
 func (s *Service) current(sandbox uuid.UUID) (t *turn) {
 	s.inBox(sandbox, func(b *box) { t = b.turn })
 	return t
 }
 
-// watch returns a channel that is closed at the sandbox's next change, if that
-// comes before stop is called.
-func (s *Service) watch(sandbox uuid.UUID) (changed <-chan struct{}, stop func()) {
+// subscribe returns a channel that is closed at the sandbox's next change. The caller
+// must call stop.
+func (s *Service) subscribe(sandbox uuid.UUID) (changed <-chan struct{}, stop func()) {
 	s.inBox(sandbox, func(b *box) {
 		if b.changed == nil {
 			b.changed = make(chan struct{})
@@ -240,7 +237,7 @@ func (s *Service) watch(sandbox uuid.UUID) (changed <-chan struct{}, stop func()
 	return changed, func() {
 		s.inBox(sandbox, func(b *box) {
 			if b.changed != changed {
-				return // It has changed, and nobody counts any more.
+				return // The change has reset the count.
 			}
 			if b.waiting--; b.waiting == 0 {
 				b.changed = nil
@@ -249,9 +246,9 @@ func (s *Service) watch(sandbox uuid.UUID) (changed <-chan struct{}, stop func()
 	}
 }
 
-// Until calls look until look is done or fails: at once, after each change of
-// the sandbox, and at least once per every, because the word of a change can get
-// lost. Use it in calls that wait for an earlier call.
+// Until calls look until it is done or fails: at once, after each change of the sandbox,
+// and at least once per every, because notifications can get lost. Use it in calls that
+// wait for an earlier call.
 func (s *Service) Until(ctx context.Context, sandbox uuid.UUID, every time.Duration, look func() (done bool, err error)) error {
 	defer s.metrics.wait()()
 	return s.until(ctx, sandbox, every, look)
@@ -259,7 +256,7 @@ func (s *Service) Until(ctx context.Context, sandbox uuid.UUID, every time.Durat
 
 func (s *Service) until(ctx context.Context, sandbox uuid.UUID, every time.Duration, look func() (done bool, err error)) error {
 	for {
-		changed, stop := s.watch(sandbox)
+		changed, stop := s.subscribe(sandbox)
 		done, err := look()
 		if !done && err == nil {
 			err = waitFor(ctx, changed, every)
@@ -271,7 +268,7 @@ func (s *Service) until(ctx context.Context, sandbox uuid.UUID, every time.Durat
 	}
 }
 
-// waitFor waits for a change, but no longer than most.
+// waitFor waits for a change, but at most for most.
 func waitFor(ctx context.Context, changed <-chan struct{}, most time.Duration) error {
 	look := time.NewTimer(most)
 	defer look.Stop()
@@ -284,7 +281,7 @@ func waitFor(ctx context.Context, changed <-chan struct{}, most time.Duration) e
 	return nil
 }
 
-// wakeAll wakes whoever waits for any sandbox to change.
+// wakeAll wakes all callers that wait for a change.
 func (s *Service) wakeAll() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -296,7 +293,7 @@ func (s *Service) wakeAll() {
 	}
 }
 
-// wake wakes every caller that waits for the sandbox to change. The caller holds
+// wake wakes all callers that wait for the sandbox to change. The caller holds
 // Service.mu.
 func (b *box) wake() {
 	if b.changed != nil {

@@ -11,15 +11,15 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/page"
 )
 
-// Filter says which sandboxes a list has.
+// Filter selects sandboxes to list.
 type Filter struct {
-	// States that are listed; empty: every one that has not ended.
+	// States to list; empty: all that have not ended.
 	States []State
-	// Metadata that a sandbox has at least.
+	// Metadata that a listed sandbox must contain.
 	Metadata map[string]string
-	// Cursor of the page, as the page before it gave; empty: the first.
+	// Cursor is what the previous page returned; empty for the first page.
 	Cursor string
-	// Limit is the most that are listed.
+	// Limit is the maximum number of sandboxes in a page.
 	Limit int
 }
 

@@ -22,17 +22,17 @@ type metrics struct {
 func newMetrics(s *store.Store) metrics {
 	return metrics{
 		creations: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "wrenn_sandbox_creations_total", Help: "Sandboxes asked for, by how that went: ok, or the error's code.",
+			Name: "wrenn_sandbox_creations_total", Help: "Creations of sandboxes, by result: ok, or the error's code.",
 		}, []string{"result"}),
 		latency: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name: "wrenn_sandbox_create_seconds", Help: "Time from asking a host for a sandbox until it was ready.",
+			Name: "wrenn_sandbox_create_seconds", Help: "Duration of the call that makes a host create a sandbox.",
 			Buckets: []float64{.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 120},
 		}),
 		waiting: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "wrenn_sandbox_waiting_calls", Help: "Calls that wait for what an earlier call does to their sandbox.",
+			Name: "wrenn_sandbox_waiting_calls", Help: "Calls that wait for an earlier call on their sandbox.",
 		}),
 		steps: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "wrenn_sandbox_step_seconds", Help: "Time of each step of a creation, pause or resume, the host's part being one, by how it went: ok or error.",
+			Name: "wrenn_sandbox_step_seconds", Help: "Duration of each step of a creation, pause or resume, including the call to the host, by result: ok or error.",
 			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 120},
 		}, []string{"operation", "step", "result"}),
 		states: counts.New("wrenn_sandboxes", "Sandboxes that have not ended, by state.", liveStates(), countStates(s)),
@@ -43,7 +43,7 @@ func (m metrics) collectors() []prometheus.Collector {
 	return []prometheus.Collector{m.creations, m.latency, m.waiting, m.steps, m.states}
 }
 
-// wait counts a call that waits, until done is called.
+// wait counts a waiting call until the caller calls done.
 func (m metrics) wait() (done func()) {
 	m.waiting.Inc()
 	return m.waiting.Dec
@@ -58,14 +58,14 @@ func (m metrics) created(result string, took time.Duration) {
 
 // Steps of an operation.
 const (
-	stepPlace   = "place"   // find hosts that have room
-	stepReserve = "reserve" // write the row, and the room that it takes
-	stepMark    = "mark"    // write that the sandbox is in transit
-	stepHost    = "host"    // the host's part
-	stepWrite   = "write"   // write how it went
+	stepPlace   = "place"   // find hosts with room
+	stepReserve = "reserve" // insert the row, which reserves the room
+	stepMark    = "mark"    // mark the sandbox in transit
+	stepHost    = "host"    // call the host
+	stepWrite   = "write"   // store the result
 )
 
-// step does a step of an operation and takes note of how long it took.
+// step runs a step of an operation and records its duration and result.
 func (s *Service) step(ctx context.Context, operation, name string, f func(context.Context) error) error {
 	begun := time.Now()
 	ctx, span := tracing.Step(ctx, operation, name)

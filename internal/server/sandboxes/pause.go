@@ -25,23 +25,22 @@ const (
 	// pauseTimeout bounds pauses and snapshots, which write memory to disk.
 	pauseTimeout  = 10 * time.Minute
 	resumeTimeout = 2 * time.Minute
-	// settleWithin is how long callers wait for a sandbox in transit that this
-	// process is not at work on.
+	// settleWithin is how long callers wait for a sandbox in transit that another server
+	// works on.
 	settleWithin = 30 * time.Second
-	// askEvery is how often a host is asked that is at work on a sandbox by
-	// itself: that a pause failed is no event.
+	// askEvery is how often this server polls a host that pauses or resumes a sandbox by
+	// itself, because a host reports no event for a failed pause.
 	askEvery = 250 * time.Millisecond
 )
 
-// stateHeader is where a host says in which state the sandbox is that it
-// refuses to use.
+// stateHeader is the header of a refused call with the state of the sandbox.
 const stateHeader = "Wrenn-Sandbox-State"
 
-// wait returns ErrMoved when a sandbox in transit may have settled. What this
-// process does about it is waited for to its end, and shared where it leads to
-// the same; what others do until the deadline.
+// wait returns ErrMoved when a sandbox in transit may have reached another state. It
+// waits for this server's turn without a limit, and shares the result if the target is
+// the same. It waits for other servers until the deadline.
 func (s *Service) wait(ctx context.Context, row db.Sandbox, to State, deadline time.Time) (db.Sandbox, error) {
-	changed, stop := s.watch(row.ID)
+	changed, stop := s.subscribe(row.ID)
 	defer stop()
 	if t := s.current(row.ID); t != nil {
 		return s.share(ctx, t, to)
@@ -56,8 +55,8 @@ func (s *Service) wait(ctx context.Context, row db.Sandbox, to State, deadline t
 	return row, cmp.Or(waitFor(ctx, changed, lookAgain), ErrMoved)
 }
 
-// Pause writes a team's running sandbox to its host's disk and returns when it
-// is there. It goes on when ctx ends before. Pausing a paused sandbox is none.
+// Pause saves a team's running sandbox on its host's disk and returns when that is done.
+// The end of ctx does not stop it. Pausing a paused sandbox does nothing.
 func (s *Service) Pause(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox, error) {
 	deadline := time.Now().Add(settleWithin)
 	for {
@@ -87,8 +86,8 @@ func (s *Service) Pause(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbo
 	}
 }
 
-// Resume lets a team's paused sandbox go on and returns when it runs. It goes
-// on when ctx ends before. Resuming a running sandbox is none.
+// Resume resumes a team's paused sandbox and returns when it runs. The end of ctx does
+// not stop it. Resuming a running sandbox does nothing.
 func (s *Service) Resume(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox, error) {
 	row, err := s.Get(ctx, team, sandbox)
 	if err != nil {
@@ -97,8 +96,8 @@ func (s *Service) Resume(ctx context.Context, team, sandbox uuid.UUID) (db.Sandb
 	return s.wake(ctx, row, true)
 }
 
-// wake returns the sandbox when it runs. Where it is paused it is resumed, if
-// it is one that calls and requests resume, or if that was asked for.
+// wake returns the sandbox when it runs. It resumes a paused sandbox if the caller asked
+// for that, or if calls and requests may resume it.
 func (s *Service) wake(ctx context.Context, row db.Sandbox, asked bool) (db.Sandbox, error) {
 	sandbox, deadline := row.ID, time.Now().Add(settleWithin)
 	for {
@@ -128,7 +127,7 @@ func (s *Service) wake(ctx context.Context, row db.Sandbox, asked bool) (db.Sand
 	}
 }
 
-// mark writes the state that leads to another one, before a host is asked.
+// mark stores the intermediate state before the call to the host.
 func (s *Service) mark(ctx context.Context, sandbox uuid.UUID, write func(context.Context, uuid.UUID) (db.Sandbox, error)) error {
 	ctx, cancel := context.WithTimeout(ctx, shortCall)
 	defer cancel()
@@ -137,19 +136,19 @@ func (s *Service) mark(ctx context.Context, sandbox uuid.UUID, write func(contex
 		return ErrMoved
 	}
 	if err != nil {
-		return fmt.Errorf("write sandbox's state: %w", err)
+		return fmt.Errorf("update sandbox's state: %w", err)
 	}
 	s.changed(sandbox)
 	return nil
 }
 
-// pause has the host pause a running sandbox and writes down how that went.
+// pause makes the host pause a running sandbox and stores the result.
 func (s *Service) pause(ctx context.Context, row db.Sandbox) (db.Sandbox, error) {
 	return s.pauseIdle(ctx, row, 0)
 }
 
-// pauseIdle is pause for a sandbox that drains: it is paused if its host still
-// drains and nothing has used it for the time idle. idle 0: in any case.
+// pauseIdle is pause for a draining sandbox. It pauses the sandbox only if its host still
+// drains and the sandbox was idle for that long. idle 0: always.
 func (s *Service) pauseIdle(ctx context.Context, row db.Sandbox, idle time.Duration) (db.Sandbox, error) {
 	log := s.Log.With("sandbox_id", id.Format(id.Sandbox, row.ID))
 	host, err := s.Hosts.Get(row.HostID)
@@ -191,7 +190,7 @@ func (s *Service) pauseIdle(ctx context.Context, row db.Sandbox, idle time.Durat
 	return paused, nil
 }
 
-// resume has the host resume a paused sandbox and writes down how that went.
+// resume makes the host resume a paused sandbox and stores the result.
 func (s *Service) resume(ctx context.Context, row db.Sandbox) (db.Sandbox, error) {
 	log := s.Log.With("sandbox_id", id.Format(id.Sandbox, row.ID))
 	host, err := s.Hosts.Get(row.HostID)
@@ -230,38 +229,37 @@ func (s *Service) resume(ctx context.Context, row db.Sandbox) (db.Sandbox, error
 	return running, nil
 }
 
-// turnFailed undoes what was marked where it is certain that the host did not
-// do what it was asked for, and leaves it to the reconciler where it is not.
-// It returns what the caller is told.
+// turnFailed restores the previous state if the host certainly did not execute the call.
+// Otherwise it leaves the sandbox to the reconciler. It returns the error for the caller.
 func (s *Service) turnFailed(doing string, err error, log *slog.Logger, undo func(context.Context) error) error {
 	if s.Work.Context().Err() != nil {
-		// The row stays as it is, the next server looks.
+		// Leave the row to the next server.
 		return fault.New(fault.Unavailable, "the server is stopping")
 	}
 	if connect.CodeOf(err) == connect.CodeAborted {
-		log.Info(doing+" sandbox", "error", err) // It is in use after all.
+		log.Info(doing+" sandbox", "error", err) // The sandbox is in use.
 	} else {
 		log.Error(doing+" sandbox", "error", err)
 	}
 	if hosts.Definite(err) {
 		if err := work.Persist(s.Work.Context(), undo); err != nil && !errors.Is(err, store.ErrNoRows) {
-			log.Error("write that sandbox is as before", "error", err)
+			log.Error("restore sandbox's state", "error", err)
 		}
 	}
 	return hosts.FaultIn(doing, err)
 }
 
-// turnLost is what the caller is told when what happened could not be written.
+// turnLost returns the error for the caller if the result could not be stored.
 func (s *Service) turnLost(doing string, err error, log *slog.Logger) error {
 	if errors.Is(err, store.ErrNoRows) {
-		return fault.New(fault.Conflict, "the sandbox ended meanwhile")
+		return fault.New(fault.Conflict, "the sandbox ended during the call")
 	}
-	log.Error("write how it went to "+doing+" sandbox", "error", err)
+	log.Error("store result of call to "+doing+" sandbox", "error", err)
 	return err
 }
 
-// held says whether a host refuses to use a sandbox because of its state.
-func held(err error) bool {
+// refusedState reports whether a host refused a call because of the sandbox's state.
+func refusedState(err error) bool {
 	var e *connect.Error
 	return errors.As(err, &e) && e.Code() == connect.CodeFailedPrecondition && e.Meta().Get(stateHeader) != ""
 }

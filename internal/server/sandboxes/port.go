@@ -12,13 +12,13 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
-// refusal is in a host's own answers, and in no guest's: for a sandbox that
-// does not run, its state.
+// refusal is a header of responses of the agent itself, never of a guest's. If the
+// sandbox does not run, its value is the state.
 const refusal = "X-Wrenn-Error"
 
-// Port sends a request with a JSON body, if any, to what listens on a port of a
-// team's sandbox, which runs or is resumed first. The answer, whatever its
-// status, is the guest's or the host's, of one that is not there.
+// Port sends a request, with a JSON body if body is not nil, to a port of a team's
+// sandbox. It resumes a paused sandbox. The response, whatever its status, is the
+// guest's, or the agent's if nothing listens on the port.
 func (s *Service) Port(ctx context.Context, team, sandbox uuid.UUID, port int, method, path string, body []byte) (*http.Response, error) {
 	_, host, err := s.Wake(ctx, team, sandbox)
 	for try := 1; err == nil; try++ {

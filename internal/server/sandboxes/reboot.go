@@ -15,13 +15,13 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/work"
 )
 
-// rebooting is the turn that starts a sandbox from its disk. Meanwhile its row says that
-// it resumes.
+// rebooting is the target of a turn that reboots a sandbox. During it, the sandbox's row
+// has the state resuming.
 const rebooting State = "rebooting"
 
-// Reboot starts a team's running or paused sandbox from its disk, without its memory,
-// and returns when it runs. It goes on when ctx ends before; calls that come meanwhile
-// share it. After a failure the sandbox runs as before, or is paused without its memory.
+// Reboot starts a team's running or paused sandbox from its disk, without its memory, and
+// returns when it runs. The end of ctx does not stop it, and concurrent calls share it.
+// After a failure, the sandbox runs as before, or is paused without its memory.
 func (s *Service) Reboot(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox, error) {
 	deadline := time.Now().Add(settleWithin)
 	for {
@@ -63,7 +63,7 @@ func (s *Service) reboot(ctx context.Context, row db.Sandbox) (db.Sandbox, error
 	})
 	if err != nil {
 		return row, s.turnFailed("reboot", err, log, func(ctx context.Context) error {
-			// It may have lost its memory, and only its host knows.
+			// Only the host knows whether the sandbox has lost its memory.
 			_, _, err := s.look(ctx, row.ID, []State{Resuming})
 			return err
 		})
@@ -82,7 +82,7 @@ func (s *Service) reboot(ctx context.Context, row db.Sandbox) (db.Sandbox, error
 	return running, nil
 }
 
-// WriteConditions writes what a host says is wrong with sandboxes that run.
+// WriteConditions stores the conditions that a host reports for running sandboxes.
 func (s *Service) WriteConditions(ctx context.Context, p db.SandboxesConditionParams) error {
 	changed, err := s.Store.SandboxesCondition(ctx, p)
 	if err != nil {

@@ -16,41 +16,41 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
-// What follows is for package reconcile, which decides when it is called. Each
-// may be called twice, and late: the writes name the states that they change.
+// The methods below are for package reconcile. All are idempotent and can be late,
+// because their writes name the states that they change.
 
-// What a host says of a sandbox, where it matters here.
+// States on the host that matter here.
 const (
 	onHostRunning = hostagentv1.SandboxState_SANDBOX_STATE_RUNNING
 	onHostPaused  = hostagentv1.SandboxState_SANDBOX_STATE_PAUSED
 )
 
-// HostEnded writes that a sandbox of the host ended without being asked to.
+// HostEnded marks stopped a sandbox that ended on the host without a request.
 func (s *Service) HostEnded(ctx context.Context, host, sandbox uuid.UUID, reason, why string, at time.Time) error {
 	_, err := s.Store.SandboxEnded(ctx, db.SandboxEndedParams{ID: sandbox, HostID: &host, EndReason: reason, Error: why, EndedAt: at})
 	if errors.Is(err, store.ErrNoRows) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("write that sandbox ended: %w", err)
+		return fmt.Errorf("mark sandbox ended: %w", err)
 	}
 	s.changed(sandbox)
-	s.over(sandbox)
+	s.notifyEnded(sandbox)
 	s.Log.Info("sandbox ended", "sandbox_id", id.Format(id.Sandbox, sandbox), "reason", reason, "error", why)
 	return nil
 }
 
-// Adopt takes over a sandbox that an earlier server asked for and the host made.
+// Adopt marks running a sandbox whose creation a dead server began and the host finished.
 func (s *Service) Adopt(ctx context.Context, row db.Sandbox, has *hostagentv1.Sandbox) error {
 	now := store.Now()
 	at := between(has.GetCreatedAt().AsTime(), row.CreatedAt, now)
 	_, err := s.Store.SandboxRunning(ctx, db.SandboxRunningParams{ID: row.ID, HostID: row.HostID, StartedAt: &at, ExpiresAt: Expiry(row, has, now), DiskMiB: disk(row, has)})
 	if err != nil && !errors.Is(err, store.ErrNoRows) {
-		return fmt.Errorf("take over sandbox: %w", err)
+		return fmt.Errorf("adopt sandbox: %w", err)
 	}
 	if err == nil {
 		s.changed(row.ID)
-		s.Log.Info("took over sandbox that an earlier server began", "sandbox_id", id.Format(id.Sandbox, row.ID))
+		s.Log.Info("adopted a sandbox that a dead server created", "sandbox_id", id.Format(id.Sandbox, row.ID))
 	}
 	if has.State == onHostPaused {
 		return s.Settle(ctx, row.ID)
@@ -58,68 +58,68 @@ func (s *Service) Adopt(ctx context.Context, row db.Sandbox, has *hostagentv1.Sa
 	return nil
 }
 
-// Abandon gives up a sandbox that an earlier server asked for and the host does
-// not have.
+// Abandon marks failed a sandbox whose creation a dead server began and that the host
+// does not have.
 func (s *Service) Abandon(ctx context.Context, row db.Sandbox) error {
-	err := s.fail(ctx, row, "the server was restarted while the sandbox started")
+	err := s.fail(ctx, row, "the server was restarted during the sandbox's start")
 	if errors.Is(err, store.ErrNoRows) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("give up sandbox: %w", err)
+		return fmt.Errorf("abandon sandbox: %w", err)
 	}
 	s.changed(row.ID)
-	s.Log.Info("gave up sandbox that an earlier server began", "sandbox_id", id.Format(id.Sandbox, row.ID))
+	s.Log.Info("abandoned a sandbox that a dead server created", "sandbox_id", id.Format(id.Sandbox, row.ID))
 	return nil
 }
 
-// Found writes that a sandbox whose host is back is as it was.
+// Found marks a missing sandbox running, because its host is reachable again.
 func (s *Service) Found(ctx context.Context, row db.Sandbox, has *hostagentv1.Sandbox) error {
 	_, err := s.Store.SandboxFound(ctx, db.SandboxFoundParams{ID: row.ID, HostID: row.HostID, ExpiresAt: Expiry(row, has, store.Now())})
 	if errors.Is(err, store.ErrNoRows) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("write that sandbox is back: %w", err)
+		return fmt.Errorf("mark sandbox found: %w", err)
 	}
 	s.changed(row.ID)
-	s.Log.Info("sandbox is back", "sandbox_id", id.Format(id.Sandbox, row.ID))
+	s.Log.Info("missing sandbox found", "sandbox_id", id.Format(id.Sandbox, row.ID))
 	return nil
 }
 
-// Unasked says whether the row is of a sandbox that its host ended or lost, so
-// that the host may have it again: an operator can repair files that the agent
-// could not read.
-func Unasked(row db.Sandbox) bool {
+// MayRevive reports whether a sandbox ended without a request, by its host or because the
+// host lost it. An operator can repair such a sandbox's files, after which the host has
+// it again.
+func MayRevive(row db.Sandbox) bool {
 	return State(row.State) == Stopped && row.EndReason != nil && (*row.EndReason == "exited" || *row.EndReason == "lost")
 }
 
-// Revive writes that a sandbox which its host had ended or lost is paused there.
+// Revive marks paused a sandbox that its host had ended or lost and now has again.
 func (s *Service) Revive(ctx context.Context, row db.Sandbox, has *hostagentv1.Sandbox) error {
 	_, err := s.Store.SandboxRevived(ctx, db.SandboxRevivedParams{ID: row.ID, HostID: row.HostID, PausedAt: pausedAt(row, has)})
 	if errors.Is(err, store.ErrNoRows) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("write that sandbox is paused after all: %w", err)
+		return fmt.Errorf("revive sandbox: %w", err)
 	}
 	s.changed(row.ID)
-	s.Log.Warn("the host has a sandbox again that had ended", "sandbox_id", id.Format(id.Sandbox, row.ID))
+	s.Log.Warn("revived an ended sandbox that its host has again", "sandbox_id", id.Format(id.Sandbox, row.ID))
 	return nil
 }
 
-// Settle asks the sandbox's host which state it has it in, and writes that. It
-// is for what the host did by itself, or what a dead server, or a lost host,
-// left in transit. Nobody must be at work on it.
+// Settle asks the host for the sandbox's state and stores it: after the host changed it
+// by itself, or a dead server or an unreachable host left the sandbox in transit. Nobody
+// else may work on the sandbox.
 func (s *Service) Settle(ctx context.Context, sandbox uuid.UUID) error {
 	err := s.settleFrom(ctx, sandbox, false, Running, Missing, Pausing, Paused, Resuming)
 	if fault.Is(err, fault.NotFound) {
-		return nil // It has ended: of that there is other news.
+		return nil // It has ended, which the host reports as an event.
 	}
 	return err
 }
 
-// StopAgain finishes a deletion that was begun.
+// StopAgain finishes an interrupted deletion.
 func (s *Service) StopAgain(ctx context.Context, row db.Sandbox) error {
 	end, err := s.beginDeletion(row.ID)
 	if err != nil {
@@ -129,9 +129,9 @@ func (s *Service) StopAgain(ctx context.Context, row db.Sandbox) error {
 	return s.stop(ctx, row, "")
 }
 
-// DestroyStray destroys a sandbox on a host on which no row owns it.
+// DestroyStray destroys an orphan: a sandbox on a host where no row owns it.
 func (s *Service) DestroyStray(ctx context.Context, sandbox uuid.UUID, host *hosts.Host) error {
 	log := s.Log.With("sandbox_id", id.Format(id.Sandbox, sandbox), "host", host.URL)
-	log.Warn("destroy sandbox that is nobody's")
+	log.Warn("destroying orphaned sandbox")
 	return s.destroy(ctx, sandbox, host, log)
 }

@@ -11,8 +11,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/idempotency"
 )
 
-// once returns the sandboxes that the key made before, or else those that create
-// makes, which claims the key.
+// once returns the sandboxes that the key has created, or else calls create, which claims
+// the key.
 func (s *Service) once(ctx context.Context, o idempotency.Call, create func() ([]db.Sandbox, error)) (rows []db.Sandbox, replayed bool, err error) {
 	for {
 		if rows, found, err := s.replay(ctx, o); found || err != nil {
@@ -24,8 +24,8 @@ func (s *Service) once(ctx context.Context, o idempotency.Call, create func() ([
 	}
 }
 
-// replay returns the sandboxes that the key made, waiting for them while they
-// are being made; found is false where the key is free.
+// replay returns the sandboxes that the key has created, and waits for their start. found
+// is false if the key is free.
 func (s *Service) replay(ctx context.Context, o idempotency.Call) (rows []db.Sandbox, found bool, err error) {
 	for {
 		k, found, err := o.Made(ctx, s.Store)
@@ -42,7 +42,7 @@ func (s *Service) replay(ctx context.Context, o idempotency.Call) (rows []db.San
 			if err != nil {
 				return nil, true, err
 			}
-			// The first one's key is freed in the moment in which it fails.
+			// A failed start frees the key in the same transaction.
 			freed = freed || sandbox == *k.SandboxID && State(row.State) == Failed
 			rows = append(rows, row)
 		}
@@ -52,8 +52,8 @@ func (s *Service) replay(ctx context.Context, o idempotency.Call) (rows []db.San
 	}
 }
 
-// begun returns a sandbox when it is no longer being made, by this server or
-// another, or why this one could not.
+// begun waits until this or another server has finished creating a sandbox. It returns
+// the sandbox, or why this server could not create it.
 func (s *Service) begun(ctx context.Context, sandbox uuid.UUID) (row db.Sandbox, err error) {
 	defer s.metrics.wait()()
 	if c := s.creation(sandbox); c != nil {
@@ -64,7 +64,7 @@ func (s *Service) begun(ctx context.Context, sandbox uuid.UUID) (row db.Sandbox,
 			return row, ctx.Err()
 		}
 	}
-	// Another server began it, and says how it ended, or the controller does.
+	// Another server creates it. That server or the reconciler stores the result.
 	err = s.until(ctx, sandbox, lookAgain, func() (bool, error) {
 		if row, err = s.Store.GetSandbox(ctx, sandbox); err != nil {
 			return false, fmt.Errorf("look up sandbox: %w", err)

@@ -10,8 +10,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/text"
 )
 
-// A host may be hostile, or its clock wrong: what it reports of a sandbox is
-// kept within what the database knows.
+// A host can be hostile or have a wrong clock, so its reports are clamped to what the
+// database knows.
 
 const (
 	// clockSkew is how far a host's clock may be ahead of the server's.
@@ -20,8 +20,8 @@ const (
 	maxDiskMiB = 262144
 )
 
-// Expiry returns when the host will end the sandbox of a row, or pause it; nil:
-// never. It is at most the sandbox's timeout after now, but for the host's clock.
+// Expiry returns when the host will end or pause a sandbox (nil: never). The result is at
+// most the sandbox's timeout plus clockSkew after now.
 func Expiry(row db.Sandbox, has *hostagentv1.Sandbox, now time.Time) *time.Time {
 	if has.GetExpiresAt() == nil || row.TimeoutSeconds == 0 {
 		return nil
@@ -31,8 +31,8 @@ func Expiry(row db.Sandbox, has *hostagentv1.Sandbox, now time.Time) *time.Time 
 	return &at
 }
 
-// pausedAt returns since when the sandbox of a row is paused. Its host knows: it
-// may have been a while without a server.
+// pausedAt returns since when a sandbox is paused. Only the host knows, because it may
+// have paused it while no server ran.
 func pausedAt(row db.Sandbox, has *hostagentv1.Sandbox) time.Time {
 	now := store.Now()
 	if has.GetPausedAt() == nil {
@@ -45,11 +45,11 @@ func pausedAt(row db.Sandbox, has *hostagentv1.Sandbox) time.Time {
 	return between(has.GetPausedAt().AsTime(), earliest, now)
 }
 
-// maxDetail bounds what a host says of a condition, in bytes.
+// maxDetail bounds the detail of a condition, in bytes.
 const maxDetail = 1 << 10
 
-// conditionOf returns what the host says is wrong with the sandbox of a row; zero:
-// nothing, or nothing that this release knows.
+// conditionOf returns the condition that a host reports for a sandbox; zero if there is
+// none or this release does not know it.
 func conditionOf(row db.Sandbox, has *hostagentv1.Sandbox) condition.Condition {
 	c := has.GetCondition()
 	reason := condition.Reason(c.GetReason())
@@ -60,8 +60,8 @@ func conditionOf(row db.Sandbox, has *hostagentv1.Sandbox) condition.Condition {
 	return condition.Condition{Reason: reason, Detail: text.Clean(c.GetDetail(), maxDetail), Since: since}
 }
 
-// Silence returns the condition that the host reports for a running sandbox (zero: its
-// guest answers), and whether that differs from the row's.
+// Silence returns the condition of an unresponsive guest that the host reports for a
+// running sandbox (zero: the guest responds), and whether the row has another one.
 func Silence(row db.Sandbox, has *hostagentv1.Sandbox) (c condition.Condition, news bool) {
 	if c = conditionOf(row, has); c.Reason.Kind() != condition.Unresponsive {
 		c = condition.Condition{}
@@ -69,7 +69,7 @@ func Silence(row db.Sandbox, has *hostagentv1.Sandbox) (c condition.Condition, n
 	return c, row.ConditionReason != string(c.Reason)
 }
 
-// ConditionOf returns the condition that a row has; zero: none.
+// ConditionOf returns the condition in a row; zero: none.
 func ConditionOf(row db.Sandbox) condition.Condition {
 	if row.Condition == "" || row.ConditionSince == nil || State(row.State).Ended() {
 		return condition.Condition{}
@@ -77,8 +77,8 @@ func ConditionOf(row db.Sandbox) condition.Condition {
 	return condition.Condition{Reason: condition.Reason(row.ConditionReason), Detail: row.ConditionDetail, Since: *row.ConditionSince}
 }
 
-// disk returns the size of a sandbox's disk, which the host decides if nobody
-// asked for one.
+// disk returns the size of a sandbox's disk in MiB. If the request named none, the host
+// chose it.
 func disk(row db.Sandbox, has *hostagentv1.Sandbox) int32 {
 	if row.DiskMiB > 0 {
 		return row.DiskMiB
@@ -86,8 +86,7 @@ func disk(row db.Sandbox, has *hostagentv1.Sandbox) int32 {
 	return min(max(has.GetDiskMib(), 0), maxDiskMiB)
 }
 
-// between returns the time nearest to at that is neither before earliest nor
-// after latest; latest counts if that is before earliest.
+// between clamps at to earliest and latest. latest wins if it is before earliest.
 func between(at, earliest, latest time.Time) time.Time {
 	if at.Before(earliest) {
 		at = earliest

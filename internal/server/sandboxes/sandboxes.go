@@ -1,9 +1,9 @@
-// Package sandboxes holds the rules of sandboxes: how they come to be, what
-// may be done to them in which state, and how the table and the hosts are
-// kept in agreement.
+// Package sandboxes has the rules of sandboxes: how they are created, which operations
+// each state allows, and how package reconcile updates them.
 //
-// The database is written before a host is asked and put right when the host
-// fails, so that whoever compares the two never mistakes a sandbox in transit.
+// The service writes an operation's intermediate state to the database before it calls
+// the host, and reverts it if the call fails. So nobody who compares the two misjudges a
+// sandbox in transit.
 package sandboxes
 
 import (
@@ -25,69 +25,68 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/work"
 )
 
-// Bounds of what the service does on its own once it was asked.
+// Time limits of operations that continue after their caller has left.
 const (
 	createTimeout  = 5 * time.Minute
 	destroyTimeout = time.Minute
-	// shortCall bounds calls that a host answers from what it has at hand.
+	// shortCall bounds calls that a host answers without slow work.
 	shortCall = 15 * time.Second
-	// lookAgain is how long another server's word is waited for before the table
-	// is looked at all the same.
+	// lookAgain is how often waiting callers read the database if no notification
+	// arrives.
 	lookAgain = 2 * time.Second
 )
 
-// Config is what a Service works with.
+// Config configures a [Service].
 type Config struct {
 	Store     *store.Store
 	Hosts     *hosts.Registry
 	Templates Templates
 	Tokens    auth.Tokens
-	// Work runs what was asked for.
+	// Work runs operations that continue after their caller has left.
 	Work *work.Group
-	// Tell tells the other servers that a sandbox changed; nil: there are none.
-	// It must not block.
+	// Tell announces a changed sandbox to the other servers; nil: there are none. It must
+	// not block.
 	Tell func(sandbox uuid.UUID)
-	// Ended is told that a sandbox has ended, by the server that wrote it down;
-	// nil: nobody is.
+	// Ended is called after this server marked a sandbox ended; may be nil.
 	Ended func(ctx context.Context, sandbox uuid.UUID) error
 	Log   *slog.Logger
 }
 
-// Templates finds what sandboxes are started from.
+// Templates finds the templates that sandboxes start from.
 type Templates interface {
-	// Locate returns the template that a team means by a name or an id, or fails
-	// with not_found.
+	// Locate returns the template that a name or an id means for a team, or fails with
+	// not_found.
 	Locate(ctx context.Context, team uuid.UUID, ref string) (db.Template, error)
 }
 
-// Service is every team's sandboxes.
+// Service manages the sandboxes of all teams.
 type Service struct {
 	Config
 	metrics metrics
 
-	// mu guards the map: see [box].
+	// mu guards boxes: see [box].
 	mu    sync.Mutex
 	boxes map[uuid.UUID]*box
 
 	hooks []func(uuid.UUID)
-	// deafness is told whether other servers' changes can be missed.
+	// deafness is called when other servers' changes can, or can no longer, be missed.
 	deafness []func(bool)
 }
 
-// New returns the service of a store.
+// New returns a service.
 func New(c Config) *Service {
 	return &Service{Config: c, metrics: newMetrics(c.Store), boxes: make(map[uuid.UUID]*box)}
 }
 
-// Collectors are the service's Prometheus metrics.
+// Collectors returns the service's Prometheus metrics.
 func (s *Service) Collectors() []prometheus.Collector { return s.metrics.collectors() }
 
-// OnChange has f called after every change of a sandbox's state, by whichever
-// server it was changed. Call it before the service is used; f must not block.
+// OnChange registers f, which is called after every change of a sandbox's state by any
+// server. Call it before the service is used. f must not block.
 func (s *Service) OnChange(f func(sandbox uuid.UUID)) { s.hooks = append(s.hooks, f) }
 
-// changed tells everybody who waits or caches that the sandbox changed, here
-// and in other servers.
+// changed notifies waiting callers and caches of this and the other servers that the
+// sandbox changed.
 func (s *Service) changed(sandbox uuid.UUID) {
 	s.Heard(sandbox)
 	if s.Tell != nil {
@@ -95,14 +94,14 @@ func (s *Service) changed(sandbox uuid.UUID) {
 	}
 }
 
-// Changed is for those who changed sandboxes by other means than the service's.
+// Changed notifies everybody of sandboxes that other code changed in the database.
 func (s *Service) Changed(sandboxes ...uuid.UUID) {
 	for _, sandbox := range sandboxes {
 		s.changed(sandbox)
 	}
 }
 
-// Heard tells everybody here who waits or caches that another server changed
+// Heard notifies waiting callers and caches of this server that another server changed
 // the sandbox.
 func (s *Service) Heard(sandbox uuid.UUID) {
 	s.inBox(sandbox, (*box).wake)
@@ -111,8 +110,8 @@ func (s *Service) Heard(sandbox uuid.UUID) {
 	}
 }
 
-// Deaf tells everybody here whether other servers' changes can be missed from
-// now on; before they cannot, anything may have changed.
+// Deaf reports whether this server can miss other servers' changes from now on. Before
+// Deaf(false), anything may have changed.
 func (s *Service) Deaf(is bool) {
 	s.wakeAll()
 	for _, f := range s.deafness {
@@ -120,7 +119,8 @@ func (s *Service) Deaf(is bool) {
 	}
 }
 
-// OnDeaf has f called as [Service.Deaf] is. Call it before the service is used.
+// OnDeaf registers f, which is called with the argument of [Service.Deaf]. Call it before
+// the service is used.
 func (s *Service) OnDeaf(f func(bool)) { s.deafness = append(s.deafness, f) }
 
 // Get returns a team's sandbox, or fails with not_found.
@@ -133,15 +133,15 @@ func (s *Service) Lookup(ctx context.Context, sandbox uuid.UUID) (db.Sandbox, er
 	return found(s.Store.GetSandbox(ctx, sandbox))
 }
 
-// LookupPayer is [Service.Lookup] that also returns whose quota the sandbox counts for:
-// that of its team's owner, or of the team if it has none.
+// LookupPayer is [Service.Lookup], and also returns whose quota the sandbox counts
+// towards: its team's owner, or the team if it has no owner.
 func (s *Service) LookupPayer(ctx context.Context, sandbox uuid.UUID) (row db.Sandbox, payer uuid.UUID, err error) {
 	r, err := s.Store.GetSandboxPayer(ctx, sandbox)
 	row, err = found(r.Sandbox, err)
 	return row, r.Payer, err
 }
 
-// TeamIs fails with not_found where there is no such team, or it is being deleted.
+// TeamIs fails with not_found if the team does not exist or is being deleted.
 func (s *Service) TeamIs(ctx context.Context, team uuid.UUID) error {
 	_, err := s.Store.GetTeam(ctx, team)
 	if errors.Is(err, store.ErrNoRows) {
@@ -153,7 +153,7 @@ func (s *Service) TeamIs(ctx context.Context, team uuid.UUID) error {
 	return nil
 }
 
-// found is what a query for one sandbox came to.
+// found converts the error of a query for one sandbox.
 func found(row db.Sandbox, err error) (db.Sandbox, error) {
 	if errors.Is(err, store.ErrNoRows) {
 		return row, fault.New(fault.NotFound, "no such sandbox")

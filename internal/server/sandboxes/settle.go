@@ -18,9 +18,9 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
-// settle writes down which state the host has a sandbox in, where the host
-// brought it there by itself. With wait, a sandbox that the host is at work on
-// is waited for.
+// settle asks the host for the state of a running or missing sandbox and stores it,
+// because the host may have changed it by itself. With wait, it polls while the host is
+// changing it.
 func (s *Service) settle(ctx context.Context, sandbox uuid.UUID, wait bool) error {
 	return s.settleFrom(ctx, sandbox, wait, Running, Missing)
 }
@@ -42,13 +42,13 @@ func (s *Service) settleFrom(ctx context.Context, sandbox uuid.UUID, wait bool, 
 		return row, err
 	})
 	if errors.Is(err, ErrMoved) {
-		return nil // Whatever that was, it has written what is so.
+		return nil // Another turn has stored the state.
 	}
 	return err
 }
 
-// look asks the host once and writes down what it says; settled is false
-// while the host is at work on the sandbox.
+// look asks the host once and stores its answer. settled is false while the host is
+// changing the state.
 func (s *Service) look(ctx context.Context, sandbox uuid.UUID, from []State) (row db.Sandbox, settled bool, err error) {
 	if row, err = s.Lookup(ctx, sandbox); err != nil {
 		return row, false, err
@@ -82,11 +82,11 @@ func (s *Service) look(ctx context.Context, sandbox uuid.UUID, from []State) (ro
 		row, err = s.Store.SandboxPaused(ctx, db.SandboxPausedParams{ID: sandbox, HostID: row.HostID, PausedAt: pausedAt(row, has), CameFrom: []string{string(was)}})
 	case onHostRunning:
 		if was == Running || was == Missing {
-			return row, true, nil // Whoever compares the host finds the missing.
+			return row, true, nil // The reconciler finds missing sandboxes.
 		}
 		row, err = s.Store.SandboxGoesOn(ctx, db.SandboxGoesOnParams{ID: sandbox, HostID: row.HostID, ExpiresAt: Expiry(row, has, store.Now())})
 	case hostagentv1.SandboxState_SANDBOX_STATE_STOPPING:
-		return row, true, nil // Its end is on its way.
+		return row, true, nil // The host will report its end.
 	default:
 		return row, false, nil
 	}
@@ -94,9 +94,9 @@ func (s *Service) look(ctx context.Context, sandbox uuid.UUID, from []State) (ro
 		return row, false, nil
 	}
 	if err != nil {
-		return row, false, fmt.Errorf("write sandbox's state: %w", err)
+		return row, false, fmt.Errorf("update sandbox's state: %w", err)
 	}
 	s.changed(sandbox)
-	s.Log.Info("the host has the sandbox in another state", "sandbox_id", id.Format(id.Sandbox, sandbox), "was", was, "is", row.State)
+	s.Log.Info("stored the host's state of a sandbox", "sandbox_id", id.Format(id.Sandbox, sandbox), "was", was, "is", row.State)
 	return row, true, nil
 }

@@ -5,7 +5,7 @@ import (
 	"slices"
 )
 
-// State is where a sandbox is in its life.
+// State is the state of a sandbox.
 type State string
 
 // The states of a sandbox.
@@ -13,7 +13,7 @@ const (
 	Pending  State = "pending"
 	Starting State = "starting"
 	Running  State = "running"
-	// Missing is what ran when its host was last heard of.
+	// Missing is a sandbox that ran when its host was last reachable.
 	Missing  State = "missing"
 	Pausing  State = "pausing"
 	Paused   State = "paused"
@@ -23,26 +23,26 @@ const (
 	Failed   State = "error"
 )
 
-// set is a set of states that are treated alike, in Go or in SQL.
+// set is a set of states, for use in Go and in SQL.
 type set uint8
 
 const (
-	// live: it has not ended.
+	// live: the sandbox has not ended.
 	live set = 1 << iota
-	// starting: it is being created.
+	// starting: the sandbox is being created.
 	starting
-	// usesHost: it counts for its host's memory and processors, and its team's.
+	// usesHost: the sandbox counts towards memory and CPUs of its host and its team.
 	usesHost
-	// billed: its time counts as its team's use.
+	// billed: the time counts as use of the team.
 	billed
-	// hasImage: its memory is on disk, or on the way there or back.
+	// hasImage: the memory is on disk, or being saved or loaded.
 	hasImage
-	// inTransit: a server works on it.
+	// inTransit: a server works on the sandbox.
 	inTransit
 )
 
-// sets is the table of the states. The database has each set as a function and all
-// states as a constraint, and the API document has them as an enum (TestStates).
+// sets maps each state to its sets. The database has each set as a function and all
+// states as a constraint, and the API document has the states as an enum (TestStates).
 var sets = map[State]set{
 	Pending:  live | starting | usesHost | inTransit,
 	Starting: live | starting | usesHost | inTransit,
@@ -59,11 +59,11 @@ var sets = map[State]set{
 // States returns all states of a sandbox, sorted.
 func States() []State { return slices.Sorted(maps.Keys(sets)) }
 
-// is says whether the state is in a set.
+// is reports whether the state is in a set.
 func (s State) is(in set) bool { return sets[s]&in != 0 }
 
-// Ended says whether nothing of the sandbox is left but its row.
+// Ended reports whether only the row of the sandbox is left.
 func (s State) Ended() bool { return !s.is(live) }
 
-// ends says whether the sandbox has ended, or is about to.
+// ends reports whether the sandbox has ended or is stopping.
 func (s State) ends() bool { return s == Stopping || s.Ended() }

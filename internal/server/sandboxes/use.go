@@ -16,17 +16,16 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
-// Use returns a team's running sandbox and its host, and counts as a use: it
-// will not be paused or ended for want of any before its timeout has gone by,
-// so that what comes now and cannot be sent twice gets there. A paused sandbox
-// that calls resume is resumed first. It fails with not_found, with
-// sandbox_paused, or with conflict when the sandbox is in another state.
+// Use returns the host of a team's running sandbox and counts as a use: it restarts the
+// sandbox's timeout, so that a request that cannot be repeated arrives. It resumes a
+// paused sandbox that calls may resume. It fails with not_found, with sandbox_paused, or
+// with conflict if the sandbox is in another state.
 func (s *Service) Use(ctx context.Context, team, sandbox uuid.UUID) (*hosts.Host, error) {
 	_, host, err := s.ping(ctx, team, sandbox)
 	return host, err
 }
 
-// Wake is Use without a word to the host: what the table says is believed.
+// Wake is [Service.Use] without a call to the host: it trusts the state in the database.
 func (s *Service) Wake(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox, *hosts.Host, error) {
 	row, err := s.Get(ctx, team, sandbox)
 	if err != nil {
@@ -39,8 +38,8 @@ func (s *Service) Wake(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox
 	return row, host, err
 }
 
-// Refused is Wake for a sandbox that its host has just refused to use because
-// of its state, which the table does not know yet.
+// Refused is [Service.Wake] after the host refused a call because of the sandbox's state,
+// which the database does not have yet.
 func (s *Service) Refused(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox, *hosts.Host, error) {
 	if err := s.settle(ctx, sandbox, true); err != nil {
 		return db.Sandbox{}, nil, err
@@ -48,15 +47,15 @@ func (s *Service) Refused(ctx context.Context, team, sandbox uuid.UUID) (db.Sand
 	return s.Wake(ctx, team, sandbox)
 }
 
-// tries is how often a call is tried whose sandbox is paused under it.
+// tries is how often a call is attempted if its sandbox is paused at the same time.
 const tries = 3
 
-// call calls the host of a team's sandbox, which runs or is resumed first.
+// call calls the host of a team's sandbox. It resumes a paused sandbox first.
 func (s *Service) call(ctx context.Context, team, sandbox uuid.UUID, f func(*hosts.Host) error) error {
 	_, host, err := s.Wake(ctx, team, sandbox)
 	for try := 1; err == nil; try++ {
 		err = f(host)
-		if !held(err) || try == tries {
+		if !refusedState(err) || try == tries {
 			return hosts.Fault(err)
 		}
 		_, host, err = s.Refused(ctx, team, sandbox)
@@ -64,8 +63,8 @@ func (s *Service) call(ctx context.Context, team, sandbox uuid.UUID, f func(*hos
 	return err
 }
 
-// peek calls the host of a team's running sandbox, and wakes none: to look at
-// a sandbox is not to use it.
+// peek calls the host of a team's running sandbox. It does not resume a paused one, and
+// does not count as a use.
 func (s *Service) peek(ctx context.Context, team, sandbox uuid.UUID, f func(context.Context, *hosts.Host) error) error {
 	row, err := s.Get(ctx, team, sandbox)
 	if err != nil {
@@ -81,7 +80,7 @@ func (s *Service) peek(ctx context.Context, team, sandbox uuid.UUID, f func(cont
 	ask, cancel := context.WithTimeout(ctx, shortCall)
 	defer cancel()
 	err = f(ask, host)
-	if !held(err) {
+	if !refusedState(err) {
 		return hosts.Fault(err)
 	}
 	if err := s.settle(ctx, sandbox, false); err != nil {
@@ -96,7 +95,7 @@ func (s *Service) peek(ctx context.Context, team, sandbox uuid.UUID, f func(cont
 func notRunning(row db.Sandbox) error {
 	switch State(row.State) {
 	case Missing:
-		return fault.New(fault.HostUnreachable, "the sandbox's host is not heard of")
+		return fault.New(fault.HostUnreachable, "the sandbox's host is unreachable")
 	case Failed:
 		return fault.New(fault.Conflict, "the sandbox failed to start")
 	case Pausing, Paused:
@@ -111,8 +110,8 @@ func notRunning(row db.Sandbox) error {
 	return fault.New(fault.Conflict, "the sandbox is stopped")
 }
 
-// Ping extends the life of a team's sandbox by its timeout from now. It is a
-// use as any other.
+// Ping restarts the timeout of a team's sandbox. Like any use, it resumes a paused
+// sandbox.
 func (s *Service) Ping(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox, error) {
 	pinged, host, err := s.ping(ctx, team, sandbox)
 	if err != nil {
@@ -124,11 +123,11 @@ func (s *Service) Ping(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox
 	}
 	row, err = s.Store.SandboxExpires(ctx, db.SandboxExpiresParams{ID: sandbox, HostID: &host.ID, ExpiresAt: Expiry(row, pinged, store.Now())})
 	if errors.Is(err, store.ErrNoRows) {
-		// It is on its way to another state.
+		// Its state is changing.
 		return s.Get(ctx, team, sandbox)
 	}
 	if err != nil {
-		return row, fmt.Errorf("write sandbox's expiry: %w", err)
+		return row, fmt.Errorf("update sandbox's expiry: %w", err)
 	}
 	return row, nil
 }
@@ -146,8 +145,8 @@ func (s *Service) ping(ctx context.Context, team, sandbox uuid.UUID) (pinged *ho
 	return pinged, at, err
 }
 
-// RevokeTokens revokes the tokens of a team's sandbox, and ends what is open with
-// them. The sandbox that it returns has others.
+// RevokeTokens revokes the tokens of a team's sandbox and ends the streams that use them.
+// It returns the sandbox with its new tokens.
 func (s *Service) RevokeTokens(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox, error) {
 	row, err := found(s.Store.RevokeTokens(ctx, db.RevokeTokensParams{ID: sandbox, TeamID: team}))
 	if err == nil {
@@ -156,7 +155,7 @@ func (s *Service) RevokeTokens(ctx context.Context, team, sandbox uuid.UUID) (db
 	return row, err
 }
 
-// Metrics returns what a team's sandbox uses now.
+// Metrics returns the current resource use of a team's sandbox.
 func (s *Service) Metrics(ctx context.Context, team, sandbox uuid.UUID) (*hostagentv1.MetricsResponse, error) {
 	var m *hostagentv1.MetricsResponse
 	err := s.peek(ctx, team, sandbox, func(ctx context.Context, host *hosts.Host) error {
@@ -169,7 +168,7 @@ func (s *Service) Metrics(ctx context.Context, team, sandbox uuid.UUID) (*hostag
 	return m, err
 }
 
-// Console returns the last output of a team's sandbox's serial console.
+// Console returns the last output of a sandbox's serial console.
 func (s *Service) Console(ctx context.Context, team, sandbox uuid.UUID) ([]byte, error) {
 	var output []byte
 	err := s.peek(ctx, team, sandbox, func(ctx context.Context, host *hosts.Host) error {
