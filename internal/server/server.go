@@ -1,5 +1,5 @@
-// Package server is the control plane: the REST API, the proxy to sandboxes'
-// ports, and what keeps the database and the hosts in agreement.
+// Package server is the control plane: the REST API, the proxy to sandboxes' ports, and
+// the background work that keeps the database and the hosts in agreement.
 package server
 
 import (
@@ -55,38 +55,38 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/tracing"
 )
 
-// The Redis client logs to standard error, in a form of its own; what it finds
-// comes back as errors too, and those are logged like all others.
+// The Redis client logs to standard error in its own format. Disable that, because it
+// also returns the errors, and the server logs those.
 func init() { logging.Disable() }
 
-// minHeartbeat is the shortest time between agents' heartbeats.
+// minHeartbeat is the shortest allowed interval between heartbeats.
 const minHeartbeat = 100 * time.Millisecond
 
-// minRequestMemoryMiB is the least that requests under way may take of the memory,
-// and the default: a team's share of it is enough for the longest body.
+// minRequestMemoryMiB is the minimum and default of [Config.RequestMemoryMiB]: an owner's
+// share of it suffices for the longest body.
 const minRequestMemoryMiB = 256
 
 // defaultAtOnce is the default of [Config.RequestsAtOnce].
 const defaultAtOnce = 1024
 
-// otherMemoryMiB is what the server takes beside requests, with room to spare: it
-// took 66 to 74 MiB through a run of 360,000 requests.
+// otherMemoryMiB is a generous bound of the server's memory beside requests. It took 66
+// to 74 MiB during a run of 360,000 requests.
 const otherMemoryMiB = 256
 
-// MemoryLimit is what the server may take of the memory, in bytes, before it
-// collects garbage all the time (see runtime/debug.SetMemoryLimit).
+// MemoryLimit is the server's soft memory limit in bytes (see
+// runtime/debug.SetMemoryLimit).
 func (c Config) MemoryLimit() int64 {
 	return int64(cmp.Or(c.RequestMemoryMiB, minRequestMemoryMiB)+otherMemoryMiB) << 20
 }
 
 const (
-	// flushWithin bounds the last words to other servers.
+	// flushWithin bounds the last messages to other servers.
 	flushWithin = 2 * time.Second
-	// forgetEvery is how often crashed servers are looked for.
+	// forgetEvery is how often rows of crashed servers are deleted.
 	forgetEvery = time.Hour
 )
 
-// sandboxOverheadMiB is counted for each sandbox beside its memory, as agents do.
+// sandboxOverheadMiB is added to each sandbox's memory. Agents add the same.
 const sandboxOverheadMiB = 64
 
 // Config configures the control plane. The tags declare its settings (see
@@ -94,7 +94,7 @@ const sandboxOverheadMiB = 64
 type Config struct {
 	DatabaseURL string `env:"DATABASE_URL,required,notEmpty" help:"PostgreSQL, postgres://user:password@host/database"`
 	RedisURL    string `env:"REDIS_URL,required,notEmpty" help:"Redis, redis://host:port, rediss://… or unix:///path"`
-	// Listen is for whoever serves Handler: New does not listen.
+	// Listen is for the caller, who serves Handler: New does not listen.
 	Listen        string `env:"WRENN_LISTEN" envDefault:"localhost:8080" help:"address to listen on: host:port or unix:/path"`
 	MetricsListen string `env:"WRENN_METRICS_LISTEN" help:"address of /metrics for Prometheus, which needs no credential there: host:port or unix:/path; empty: no metrics"`
 	Domain        string `env:"WRENN_DOMAIN" envDefault:"localhost" help:"domain of the service; sandboxes' host names are below it, unless WRENN_SANDBOX_DOMAIN is set"`
@@ -112,14 +112,14 @@ type Config struct {
 	OvercommitVCPUs  float64       `env:"WRENN_OVERCOMMIT_VCPUS" envDefault:"32" help:"processors that sandboxes may be promised, as a multiple of the host's; 0: no limit"`
 	AuditRetention   time.Duration `env:"WRENN_AUDIT_RETENTION" envDefault:"2160h" help:"age at which audit records are deleted; 0: never"`
 	DrainIdle        time.Duration `env:"WRENN_DRAIN_IDLE" envDefault:"30s" help:"time without use after which a draining host pauses a sandbox"`
-	// deploy/systemd allows for the default, and for requests before it.
+	// deploy/systemd waits for this default and for the requests before it.
 	StopTimeout time.Duration `env:"WRENN_STOP_TIMEOUT" envDefault:"75s" help:"time for creations, pauses and deletions under way when the server stops"`
 
 	RequestMemoryMiB int `env:"WRENN_REQUEST_MEMORY_MIB" envDefault:"256" help:"memory in MiB for the bodies and results of all requests under way; the teams of one owner get a quarter of it"`
 	RequestsAtOnce   int `env:"WRENN_REQUESTS_AT_ONCE" envDefault:"1024" help:"requests under way of one API key, user or sandbox token, streams included; an address, and the teams of one owner together, may have twice as many"`
 
-	SMTPURL       string `env:"WRENN_SMTP_URL" help:"mail server, smtp://user:password@host:port or smtps://…; empty: letters go to the log (teams.md)"`
-	MailFrom      string `env:"WRENN_MAIL_FROM" help:"sender of letters"`
+	SMTPURL       string `env:"WRENN_SMTP_URL" help:"mail server, smtp://user:password@host:port or smtps://…; empty: mails go to the log (teams.md)"`
+	MailFrom      string `env:"WRENN_MAIL_FROM" help:"sender of mails"`
 	NotifyPrivate bool   `env:"WRENN_NOTIFY_PRIVATE" help:"let webhooks reach addresses that are not public"`
 
 	GitHubClientID     string `env:"WRENN_GITHUB_CLIENT_ID" help:"client id of the OAuth application for log-in with GitHub"`
@@ -128,7 +128,7 @@ type Config struct {
 	GitHubAPIURL       string `env:"WRENN_GITHUB_API_URL" help:"API of the GitHub Enterprise server"`
 	GitHubCallback     string `env:"WRENN_GITHUB_CALLBACK" help:"URL that GitHub sends browsers back to; empty: WRENN_PUBLIC_URL with /api/v1/auth/github/callback"`
 
-	// Front doors on this machine are trusted without it.
+	// Front doors on this machine are always trusted.
 	TrustedProxies []netip.Prefix `env:"WRENN_TRUSTED_PROXIES" help:"networks of front doors on other machines whose X-Forwarded-For and X-Forwarded-Proto the server believes, in CIDR form"`
 
 	AdminEmail    string `env:"WRENN_ADMIN_EMAIL" help:"address of the first admin, whom the server creates if there is no user"`
@@ -141,12 +141,12 @@ type Config struct {
 	Rates  rest.Rates
 	Builds builds.Settings
 
-	// PasswordCost is what hashes of passwords take, for tests that log in often.
+	// PasswordCost is the cost of password hashes, for tests that log in often.
 	PasswordCost auth.Cost `env:"-"`
 
-	// Trace records what is done for requests; nil: nothing is recorded.
+	// Trace records the traces of requests; nil: no tracing.
 	Trace *tracing.Tracer `env:"-"`
-	// Log is where the server says what it does; nil is slog.Default.
+	// Log is the server's log (slog.Default).
 	Log *slog.Logger `env:"-"`
 }
 
@@ -176,16 +176,17 @@ type Server struct {
 	toPort    func(host string) bool
 
 	stopTimeout time.Duration
-	// lingering ends when finish is called.
+	// lingering waits for the goroutine of Linger, which ends when finish is called.
 	lingering sync.WaitGroup
 	linger    func()
 	finish    context.CancelFunc
 	stop      sync.Once
 }
 
-// New connects to the database (which must answer), migrates it, makes the
-// first admin where there is none, and registers the host that is configured. Redis and the
-// host's agent may come later. Run must run beside whoever serves Handler.
+// New connects to the database, which must be reachable, migrates it, creates the first
+// admin if there are no users, and registers the configured host. Redis and the host's
+// agent can become reachable later. The caller must call [Server.Run] and serve
+// [Server.Handler].
 func New(ctx context.Context, c Config) (*Server, error) {
 	if c.Log == nil {
 		c.Log = slog.Default()
@@ -222,7 +223,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	}
 	redisOptions, err := redis.ParseURL(c.RedisURL)
 	if err != nil {
-		// Not wrapped: the error may quote the URL, password and all.
+		// Do not wrap err: it may contain the password.
 		return nil, errors.New("read REDIS_URL: want redis://, rediss:// or unix://")
 	}
 	if err := c.setDomains(); err != nil {
@@ -240,7 +241,8 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	if s.store, err = store.Open(ctx, c.DatabaseURL); err != nil {
 		return nil, err
 	}
-	// Before there is any user: whether there is one tells an old installation.
+	// Do this before Bootstrap creates a user, because Secret takes a database with users
+	// for an old installation.
 	secret, err := ring.Secret(ctx, s.store)
 	if err != nil {
 		return nil, err
@@ -252,7 +254,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 		return nil, err
 	}
 	if made {
-		s.log.Info("made the first admin", "email", c.AdminEmail)
+		s.log.Info("created the first admin", "email", c.AdminEmail)
 	}
 	tokens := auth.NewTokens(secret)
 	s.bus = events.New(s.redis, s.store.Server, s.log)
@@ -281,9 +283,10 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	if _, err := s.hosts.Refresh(ctx); err != nil {
 		return nil, err
 	}
-	// Before it works on anything that others would take for a dead server's.
+	// Write the first heartbeat before the server works on anything, or others would take
+	// its work for a dead server's.
 	if err := s.store.ServerAlive(ctx, s.store.Server); err != nil {
-		return nil, fmt.Errorf("say that this server is alive: %w", err)
+		return nil, fmt.Errorf("write server's heartbeat: %w", err)
 	}
 	s.keys = auth.NewKeys(s.store, s.log)
 	s.work = work.New(s.log)
@@ -311,13 +314,13 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	}
 	s.sessions = auth.NewSessions(s.store, secret, s.log)
 	s.watch = auth.NewWatch(s.store, s.log)
-	// All servers of an installation say the same.
+	// All servers of an installation derive the same token.
 	first := "wrf_" + hex.EncodeToString(auth.Derive(secret, "first sign-up"))[:40]
 	s.users = users.New(users.Config{FirstToken: first, Store: s.store, Sessions: s.sessions, Limiter: limiter, Mail: s.mail, PublicURL: c.PublicURL, PasswordCost: c.PasswordCost, Log: s.log})
 	if nobody, err := s.users.NobodyYet(ctx); err != nil {
 		return nil, err
 	} else if nobody {
-		s.log.Info("there is no user yet: the first to sign up with this token is the admin", "token", first)
+		s.log.Info("there is no user yet: whoever signs up with this token becomes the admin", "token", first)
 	}
 	s.teams = teams.New(teams.Config{Store: s.store, Sandboxes: s.sandboxes, Templates: tpl, Log: s.log})
 	var hub *github.Client
@@ -347,7 +350,7 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	}
 	px := proxy.New(proxy.Config{Domain: c.SandboxDomain, ServiceDomain: c.Domain, Sandboxes: s.sandboxes, Hosts: s.hosts, Keys: s.keys, Watch: s.watch, Tokens: tokens, Memory: memory, Crowd: crowd, Fail: api.Fail, Log: s.log})
 	watched.registry.MustRegister(px.Collectors()...)
-	// A metric that cannot be had, with the database down, must not hide the others.
+	// If the database is down, the metrics that need it must not hide the others.
 	metrics := http.NewServeMux()
 	metrics.Handle("GET /metrics", promhttp.HandlerFor(watched.registry, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError}))
 	s.metrics, s.toPort = metrics, px.Match
@@ -363,23 +366,23 @@ func New(ctx context.Context, c Config) (*Server, error) {
 	return s, nil
 }
 
-// ToPort says whether the handler sends a request to a sandbox's port.
+// ToPort reports whether the handler sends a request to a sandbox's port.
 func (s *Server) ToPort(r *http.Request) bool { return s.toPort(r.Host) }
 
-// Handler serves the REST API, and sandboxes' ports by host name.
+// Handler returns the handler of the REST API and of sandboxes' ports.
 func (s *Server) Handler() http.Handler { return s.handler }
 
-// Metrics serves /metrics to whoever reaches it, which is why [Server.Handler]
-// does not.
+// Metrics returns the handler of /metrics. It needs no credentials, so it is not part of
+// [Server.Handler].
 func (s *Server) Metrics() http.Handler { return s.metrics }
 
-// listener passes on what other servers tell.
+// listener receives other servers' changes.
 type listener struct {
 	*sandboxes.Service
 	server *Server
 }
 
-// Heard has the hosts looked at again where one changed: what it had may be void.
+// Heard makes the reconciler reload the hosts if one of them changed.
 func (l listener) Heard(changed uuid.UUID) {
 	if l.server.hosts.Knows(changed) {
 		l.server.reconcile.Look()
@@ -388,26 +391,26 @@ func (l listener) Heard(changed uuid.UUID) {
 	l.Service.Heard(changed)
 }
 
-// checkRedis warns if Redis can take all memory of its machine, or if it refuses writes
-// when it is full. It returns an error if Redis does not answer.
+// checkRedis warns if Redis can use all memory of its machine, or refuses writes when it
+// is full. It fails if Redis does not respond.
 func checkRedis(ctx context.Context, client *redis.Client, log *slog.Logger) error {
 	info, err := client.Info(ctx, "memory").Result()
 	if err != nil {
-		return client.Ping(ctx).Err() // It may answer and refuse only INFO.
+		return client.Ping(ctx).Err() // Redis may only refuse INFO.
 	}
 	switch fields := strings.Fields(info); {
 	case slices.Contains(fields, "maxmemory:0"):
-		log.Warn("Redis has no maxmemory, so it can take all memory of its machine; set maxmemory and maxmemory-policy allkeys-lru")
+		log.Warn("Redis has no maxmemory, so it can use all memory of its machine: set maxmemory and maxmemory-policy allkeys-lru")
 	case slices.Contains(fields, "maxmemory_policy:noeviction"):
-		log.Warn("Redis refuses writes when it is full, and then each server limits rates by itself; set maxmemory-policy allkeys-lru")
+		log.Warn("Redis refuses writes when it is full, and then each server counts rate limits by itself: set maxmemory-policy allkeys-lru")
 	}
 	return nil
 }
 
-// Run keeps the database and the hosts in agreement until ctx is done.
+// Run does the background work until ctx is done.
 func (s *Server) Run(ctx context.Context) error {
 	if err := checkRedis(ctx, s.redis, s.log); err != nil && ctx.Err() == nil {
-		s.log.Error("Redis does not answer; going on without it", "error", err)
+		s.log.Error("Redis does not respond: continuing without it", "error", err)
 	}
 	var wg sync.WaitGroup
 	wg.Go(func() { s.forgetServers(ctx) })
@@ -429,14 +432,13 @@ func (s *Server) Run(ctx context.Context) error {
 	return nil
 }
 
-// Linger says that this server is alive, from now on until Close returns. Call it
-// when Run's context is done: requests under way still go on then, and other servers
-// must not take their sandboxes for a dead server's.
+// Linger writes this server's heartbeat until Close returns. Call it when Run's context
+// is done: requests in flight continue, and other servers must not take over their
+// sandboxes.
 func (s *Server) Linger() { s.linger() }
 
-// Close waits for creations and deletions under way, for as long as the
-// configuration says, and lets go of everything. Call it after Run has returned
-// and requests have ended.
+// Close waits for running operations, for at most the configured time, and releases
+// everything. Call it after Run has returned and requests have ended.
 func (s *Server) Close() error {
 	s.stop.Do(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), s.stopTimeout)
@@ -448,24 +450,24 @@ func (s *Server) Close() error {
 		ctx, cancel = context.WithTimeout(context.Background(), flushWithin)
 		defer cancel()
 		if err := s.bus.Flush(ctx); err != nil {
-			s.log.Warn("tell other servers of the last changes", "error", err)
+			s.log.Warn("publish last changes to other servers", "error", err)
 		}
-		// Others need not wait to see whether this server is dead.
+		// Other servers can then take over without waiting for a missed heartbeat.
 		if err := s.store.ServerLeaves(ctx, s.store.Server); err != nil {
-			s.log.Debug("say that this server goes", "error", err)
+			s.log.Debug("delete server's heartbeat", "error", err)
 		}
 		s.release()
 	})
 	return nil
 }
 
-// forgetServers removes the rows of servers that crashed, until ctx is done.
+// forgetServers deletes the rows of crashed servers until ctx is done.
 func (s *Server) forgetServers(ctx context.Context) {
 	tick := time.NewTicker(forgetEvery)
 	defer tick.Stop()
 	for {
 		if err := s.store.ForgetServers(ctx); err != nil && ctx.Err() == nil {
-			s.log.Warn("forget servers that crashed", "error", err)
+			s.log.Warn("delete rows of crashed servers", "error", err)
 		}
 		select {
 		case <-tick.C:
@@ -475,7 +477,7 @@ func (s *Server) forgetServers(ctx context.Context) {
 	}
 }
 
-// release lets go of what New got hold of.
+// release closes what New opened.
 func (s *Server) release() {
 	if s.hosts != nil {
 		s.hosts.Close()

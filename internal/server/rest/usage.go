@@ -62,7 +62,7 @@ func (a *API) GetUsageByTeam(w http.ResponseWriter, r *http.Request, params rest
 	if params.Cursor != nil {
 		var err error
 		if after, err = id.Parse(id.Team, *params.Cursor); err != nil {
-			a.Fail(w, r, fault.New(fault.InvalidArgument, "cursor: not one of this list"))
+			a.Fail(w, r, fault.New(fault.InvalidArgument, "cursor: does not belong to this list"))
 			return
 		}
 	}

@@ -1,6 +1,5 @@
-// Package scheduler chooses the hosts of sandboxes. It decides from what it is
-// given and touches nothing: the room of sandboxes reserves, in the database,
-// what it chose.
+// Package scheduler chooses hosts for sandboxes. It consists of pure functions; package
+// hosts reserves the chosen room in the database.
 package scheduler
 
 import (
@@ -10,52 +9,53 @@ import (
 	"github.com/google/uuid"
 )
 
-// Host is what there is to know of one host when a sandbox is placed.
+// Host is what the scheduler knows of a host.
 type Host struct {
 	ID uuid.UUID
-	// MemoryMiB is what sandboxes may have together, CPUs the host's
-	// processors; 0: not known, and not a limit.
+	// MemoryMiB is the memory for all sandboxes together, CPUs the number of CPUs; 0 is
+	// unknown and not a limit.
 	MemoryMiB int64
 	CPUs      int64
-	// What sandboxes have, those in transit among them.
+	// Memory and virtual CPUs of the host's sandboxes, including those in transit.
 	UsedMemoryMiB, UsedVCPUs int64
-	// Sandboxes is how many those are; Slots how many there can be, 0: not known.
+	// Sandboxes counts the host's sandboxes. Slots is the maximum; 0 is unknown and not a
+	// limit.
 	Sandboxes, Slots int64
-	// DiskMiB is the size of its disk; 0 is unknown, and no limit. FreeDiskMiB is free
-	// for sandboxes, PromisedDiskMiB is what those on the host have yet to write.
+	// DiskMiB is the size of the disk; 0 is unknown and not a limit. FreeDiskMiB is free
+	// for sandboxes, and PromisedDiskMiB is what the host's sandboxes may still write.
 	DiskMiB, FreeDiskMiB, PromisedDiskMiB int64
 	Tags                                  []string
 }
 
-// Request is what a sandbox needs.
+// Request is the resources that a sandbox needs.
 type Request struct {
 	MemoryMiB int64
 	VCPUs     int64
-	// DiskMiB is what it has yet to write beside its own disk: its saved memory.
+	// DiskMiB is the space for its saved memory, beside its own disk.
 	DiskMiB int64
-	// Tags that the host must have, all of them.
+	// Tags lists tags that the host must all have.
 	Tags []string
 }
 
-// Policy is how far hosts may be filled. The zero Policy sets no bounds but
-// the number of slots.
+// Policy limits how far hosts are filled. The zero Policy only respects the number of
+// slots.
 type Policy struct {
-	// MemoryFactor and VCPUFactor say how much may be promised of what there
-	// is, 1 being all of it once; 0: any amount.
+	// MemoryFactor and VCPUFactor are the overcommit: the ratio of promised to existing
+	// resources, 1 for none; 0: no limit.
 	MemoryFactor, VCPUFactor float64
-	// OverheadMiB is counted for each sandbox beside its memory.
+	// OverheadMiB is added to each sandbox's memory.
 	OverheadMiB int64
 }
 
-// Fits says whether a host has room for a request and the tags that it asks for.
+// Fits reports whether a host has the room and the tags for a request.
 func (p Policy) Fits(r Request, h Host) bool {
 	for _, t := range r.Tags {
 		if !slices.Contains(h.Tags, t) {
 			return false
 		}
 	}
-	// A sandbox with more processors than there are would not even be slow:
-	// no host takes it.
+	// No host takes a sandbox with more virtual CPUs than it has CPUs, whatever the
+	// overcommit.
 	if h.CPUs > 0 && r.VCPUs > h.CPUs {
 		return false
 	}
@@ -69,8 +69,8 @@ func (p Policy) Fits(r Request, h Host) bool {
 	return memory <= 1 && vcpus <= 1
 }
 
-// load is which part of the host's memory and processors would be promised
-// with the request on it, 1 being all that may be.
+// load returns the host's load with the request on it, as a fraction of what the policy
+// allows.
 func (p Policy) load(r Request, h Host) (memory, vcpus float64) {
 	part := func(used, total int64, factor float64) float64 {
 		if total <= 0 || factor <= 0 {
@@ -82,10 +82,9 @@ func (p Policy) load(r Request, h Host) (memory, vcpus float64) {
 	return part(used+r.MemoryMiB+p.OverheadMiB, h.MemoryMiB, p.MemoryFactor), part(h.UsedVCPUs+r.VCPUs, h.CPUs, p.VCPUFactor)
 }
 
-// Rank returns the hosts that a request fits on, the one to try first first:
-// the one that is then the least full by what it is fullest of. Of hosts that
-// are alike the one with fewer sandboxes goes first, so that load spreads
-// where nothing is known of it.
+// Rank returns the hosts that a request fits on, best first. The best host has the lowest
+// load of memory or CPUs, whichever is higher, with the request on it. Among equals, the
+// one with fewer sandboxes comes first, so that load spreads even if sizes are unknown.
 func (p Policy) Rank(r Request, hosts []Host) []Host {
 	fit := slices.DeleteFunc(slices.Clone(hosts), func(h Host) bool { return !p.Fits(r, h) })
 	full := func(h Host) float64 {

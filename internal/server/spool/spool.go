@@ -1,6 +1,5 @@
-// Package spool keeps what clients send on disk until all of it has arrived.
-// Whoever receives a body this way takes locks, connections and slots
-// afterwards, so that a slow client holds nothing that others wait for.
+// Package spool buffers request bodies on disk until they are complete. Callers take
+// locks, connections and slots afterwards, so that a slow client does not block others.
 package spool
 
 import (
@@ -19,34 +18,34 @@ import (
 )
 
 const (
-	// DefaultMiB is how much a spool holds unless its settings say otherwise.
+	// DefaultMiB is the default size of a spool.
 	DefaultMiB = 32 << 10
-	// share is the part of a spool that one owner can have: one in so many.
+	// share is the divisor for one owner, who may use a quarter of a spool.
 	share = 4
-	// step is how much is reserved at once, in bytes. What a client says that it
-	// will send reserves nothing: a client that then sends nothing holds one step.
+	// step is how many bytes are reserved at once. A client's Content-Length reserves
+	// nothing, so a client that then sends nothing holds only one step.
 	step = 4 << 20
-	// spare is how much of the file system is left to others, in bytes.
+	// spare is how many bytes of the file system are left to others.
 	spare = 256 << 20
-	// retryAfter is when an upload that found no room is worth another attempt.
+	// retryAfter is the Retry-After of an upload that found no room.
 	retryAfter = 30 * time.Second
 )
 
-// Spool holds bodies that are under way, up to a bound for each owner and for all
-// together. Its methods can be called concurrently.
+// Spool holds bodies during their upload, up to a limit per owner and in total. It is
+// safe for concurrent use.
 type Spool struct {
 	dir  string
 	most int64
 	free func() (int64, error) // bytes; tests replace it
 
-	mu     sync.Mutex // held for no call that can block but statfs
+	mu     sync.Mutex // not held during calls that block, except statfs
 	used   int64      // bytes reserved
-	dry    int64      // bytes reserved that are not written yet
+	dry    int64      // bytes reserved but not written yet
 	owners map[uuid.UUID]int64
 }
 
-// New returns a spool of so many MiB in a folder, which it creates. Its files
-// have no names, so nothing of them is left if the process dies.
+// New returns a spool of mib MiB in a folder, which it creates. The spool's files have no
+// names, so nothing is left if the process dies.
 func New(dir string, mib int64) (*Spool, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("create spool: %w", err)
@@ -54,14 +53,14 @@ func New(dir string, mib int64) (*Spool, error) {
 	return &Spool{dir: dir, most: mib << 20, free: room.Of(dir), owners: make(map[uuid.UUID]int64)}, nil
 }
 
-// Body is what a client sends.
+// Body is a request's body.
 type Body struct {
 	io.Reader
-	// Length is how many bytes the client says it has; -1: it does not say.
+	// Length is the Content-Length; -1: unknown.
 	Length int64
 }
 
-// File is a body that has arrived.
+// File is a complete body.
 type File struct {
 	*io.SectionReader
 	file  *os.File
@@ -74,7 +73,7 @@ type File struct {
 // Size returns the length in bytes.
 func (f *File) Size() int64 { return f.size }
 
-// Close removes the file and gives its room back.
+// Close deletes the file and releases its room.
 func (f *File) Close() error {
 	err := f.file.Close()
 	f.spool.mu.Lock()
@@ -87,15 +86,15 @@ func (f *File) Close() error {
 	return err
 }
 
-// TooLong is the error of a body of more bytes than were allowed.
+// TooLong is the error of a body that exceeds its limit.
 type TooLong struct{ Most int64 }
 
 func (e *TooLong) Error() string { return fmt.Sprintf("the body is longer than %d bytes", e.Most) }
 
-// Receive reads a body to its end and returns it. It counts as its owner's: all
-// teams of one owner share one part of the spool. Room is reserved in steps, just
-// ahead of what arrives. A body of more than most bytes is a [*TooLong]; all other
-// errors of the client, and of a full spool, are faults.
+// Receive stores a complete body. It counts towards the owner's share, which all teams of
+// the owner use together. Receive reserves room in steps, just ahead of the data. It
+// fails with a [*TooLong] if the body has more than most bytes. All other errors of the
+// client, and those of a full spool, are faults.
 func (s *Spool) Receive(owner uuid.UUID, b Body, most int64) (_ *File, err error) {
 	most = min(most, s.most/share)
 	if b.Length > most {
@@ -119,7 +118,7 @@ func (s *Spool) Receive(owner uuid.UUID, b Body, most int64) (_ *File, err error
 	if err := os.Remove(file.Name()); err != nil {
 		return nil, err
 	}
-	end := most // what is never reserved beyond
+	end := most // limit of the reservation
 	if b.Length > 0 {
 		end = b.Length
 	}
@@ -143,7 +142,7 @@ func (s *Spool) Receive(owner uuid.UUID, b Body, most int64) (_ *File, err error
 	return f, nil
 }
 
-// broke is the error of a body that does not arrive.
+// broke converts the error of reading a body.
 func broke(err error) error {
 	var known *fault.Error
 	var long *http.MaxBytesError
@@ -173,8 +172,7 @@ func (s *Spool) write(f *File, p []byte, end int64) error {
 	return nil
 }
 
-// fits fails if a body of n bytes has no room even if its owner has nothing else
-// under way.
+// fits fails if a body of n bytes does not fit even if its owner has no other upload.
 func (s *Spool) fits(n int64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -185,8 +183,8 @@ func (s *Spool) fits(n int64) error {
 	return err
 }
 
-// room returns how many bytes all can have together: the spool's, or what the
-// disk has for it if that is less. s.mu is held.
+// room returns how many bytes all uploads together may have, which the free disk space
+// can limit. The caller holds s.mu.
 func (s *Spool) room() (int64, error) {
 	free, err := s.free()
 	if err != nil {
@@ -195,7 +193,7 @@ func (s *Spool) room() (int64, error) {
 	return min(s.most, free-spare+s.used-s.dry), nil
 }
 
-// reserve takes n bytes more for a file, or fails.
+// reserve reserves n more bytes for a file, or fails.
 func (s *Spool) reserve(f *File, n int64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -206,9 +204,9 @@ func (s *Spool) reserve(f *File, n int64) error {
 	has := s.owners[f.owner]
 	switch {
 	case has+n > s.most/share:
-		return busy("the uploads under way of the team, and of its owner's other teams, have %d MiB together, which is the most", s.most/share>>20)
+		return busy("the current uploads of the team and its owner's other teams have reached the limit of %d MiB", s.most/share>>20)
 	case s.used+n > s.most:
-		return busy("too many uploads are under way")
+		return busy("there are too many uploads at the moment")
 	case has+n > room/share || s.used+n > room:
 		return full(fmt.Errorf("spool %s has room for %d bytes, and %d are reserved, %d of them by the upload's owner", s.dir, room, s.used, has))
 	}
@@ -223,7 +221,7 @@ func busy(format string, args ...any) error {
 }
 
 func full(err error) error {
-	f := fault.Because(err, fault.NoSpace, "the control plane has no space for the upload now")
+	f := fault.Because(err, fault.NoSpace, "the control plane has no disk space for the upload at the moment")
 	f.RetryAfter = retryAfter
 	return f
 }

@@ -6,16 +6,16 @@ import (
 )
 
 var (
-	connectionsDesc = prometheus.NewDesc("wrenn_database_connections", "Connections to the database by pool and state: used, idle or opening. The pool vital is for heartbeats and leases alone.", []string{"pool", "state"}, nil)
-	limitDesc       = prometheus.NewDesc("wrenn_database_connections_limit", "Connections that a pool may have.", []string{"pool"}, nil)
-	waitsDesc       = prometheus.NewDesc("wrenn_database_waits_total", "How often a query had to wait for a connection.", []string{"pool"}, nil)
+	connectionsDesc = prometheus.NewDesc("wrenn_database_connections", "Connections to the database by pool and state: used, idle or opening. The pool vital is only for heartbeats and leases.", []string{"pool", "state"}, nil)
+	limitDesc       = prometheus.NewDesc("wrenn_database_connections_limit", "Maximum number of connections of a pool.", []string{"pool"}, nil)
+	waitsDesc       = prometheus.NewDesc("wrenn_database_waits_total", "Queries that had to wait for a connection.", []string{"pool"}, nil)
 	waitedDesc      = prometheus.NewDesc("wrenn_database_wait_seconds_total", "Time that queries waited for a connection.", []string{"pool"}, nil)
 )
 
 // Collectors returns the store's Prometheus metrics.
 func (s *Store) Collectors() []prometheus.Collector { return []prometheus.Collector{pools{s}} }
 
-// pools reads the counters of the pools of connections.
+// pools collects the counters of the connection pools.
 type pools struct{ *Store }
 
 func (p pools) Describe(ch chan<- *prometheus.Desc) {

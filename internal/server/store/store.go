@@ -1,5 +1,5 @@
-// Package store is the way to PostgreSQL: the pool of connections, the
-// migrations, and the queries that sqlc made of queries/*.sql.
+// Package store connects to PostgreSQL: connection pools, migrations, and the queries
+// that sqlc generates from queries/*.sql.
 package store
 
 import (
@@ -31,46 +31,45 @@ import (
 var migrations embed.FS
 
 const (
-	// connections is how many the pool may hold unless the URL says otherwise
-	// with pool_max_conns.
+	// connections is the default size of the pool, unless the URL sets pool_max_conns.
 	connections = 16
-	// vital is how many more there are for [Store.Vital].
+	// vital is the size of the extra pool of [Store.Vital].
 	vital = 4
-	// idleInTransaction is when PostgreSQL ends a transaction that does nothing, and
-	// its connection: no code of ours waits for anybody else in one.
+	// idleInTransaction is how long a transaction may be idle before PostgreSQL closes
+	// its connection. Our code never waits for others in a transaction.
 	idleInTransaction = time.Minute
 )
 
-// listenAgain is how long after its connection broke Listen makes another.
+// listenAgain is how long Listen waits before it reconnects.
 const listenAgain = 2 * time.Second
 
-// Store is the database. Its methods are the queries, each run on its own;
-// InTx runs several as one.
+// Store is the database. Its methods run single queries; [Store.InTx] runs several in one
+// transaction.
 type Store struct {
 	*db.Queries
-	// Vital runs heartbeats and leases on connections that nothing else takes: they
-	// are in time however busy the others are.
+	// Vital runs heartbeats and leases on its own connections, so that they are on time
+	// even if all other connections are busy.
 	Vital *db.Queries
-	// Server names this process among those that work on the database: every
-	// change of a sandbox to a state of transit is marked with it, by a trigger.
+	// Server is this process's id. A trigger stores it with every sandbox that the
+	// process puts in transit.
 	Server uuid.UUID
 	pool   *pgxpool.Pool
 	kept   *pgxpool.Pool // Vital's
 }
 
-// Open connects to the database at url and brings its schema up to date. Of
-// several servers that start at once, one migrates and the others wait.
+// Open connects to the database at url and migrates its schema. If several servers start
+// at once, one migrates and the others wait.
 func Open(ctx context.Context, url string) (*Store, error) {
 	cfg, err := pgxpool.ParseConfig(url)
 	if err != nil {
-		// The error is not wrapped: it may quote the URL, password and all.
+		// Do not wrap err: it may contain the password.
 		return nil, errors.New("read DATABASE_URL: not a PostgreSQL URL or connection string")
 	}
 	if !strings.Contains(url, "pool_max_conns") {
 		cfg.MaxConns = connections
 	}
 	cfg.ConnConfig.ConnectTimeout = 5 * time.Second
-	// After a failover, connections to what was the primary may still be there.
+	// After a failover, connections to the former primary may still be open.
 	if cfg.ConnConfig.ValidateConnect == nil {
 		cfg.ConnConfig.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
 	}
@@ -104,14 +103,15 @@ func migrate(ctx context.Context, pool *pgxpool.Pool) error {
 	if err != nil {
 		return err
 	}
-	// Servers that start at once wait for each other: a second between looks, 5 min in all.
+	// Servers that start at once wait for each other: they poll every second, for up to 5
+	// minutes.
 	locker, err := lock.NewPostgresSessionLocker(lock.WithLockTimeout(1, 300))
 	if err != nil {
 		return err
 	}
 	conn := stdlib.OpenDBFromPool(pool)
 	defer conn.Close()
-	// Out of order: numbers are given before migrations are done.
+	// Allow gaps: a migration with a lower number can be finished later.
 	p, err := goose.NewProvider(goose.DialectPostgres, conn, files, goose.WithSessionLocker(locker), goose.WithAllowOutofOrder(true))
 	if err != nil {
 		return err
@@ -123,21 +123,21 @@ func migrate(ctx context.Context, pool *pgxpool.Pool) error {
 	return err
 }
 
-// NewerError means that the schema is that of a later release, whose tables
-// this release does not know.
+// NewerError reports that a later release has migrated the schema, so this release cannot
+// use it.
 type NewerError struct {
-	// Version is the latest migration of the schema that this release does not
-	// know, Known the latest that it does.
+	// Version is the schema's latest migration that this release does not know, Known the
+	// latest one that it knows.
 	Version, Known int64
 }
 
-// Error says what to do.
+// Error implements error. The message tells the operator what to do.
 func (e *NewerError) Error() string {
 	return fmt.Sprintf("the database has schema version %d, and this release of Wrenn knows versions up to %d: a later release migrated it; nothing was changed; install that release again, see docs/upgrade.md", e.Version, e.Known)
 }
 
-// notNewer returns a [NewerError] if the database has a migration that is not
-// one of ours. A migration can have a lower number than one before it.
+// notNewer returns a [NewerError] if the database has a migration that this release does
+// not have. Numbers alone do not tell, because migrations can be applied out of order.
 func notNewer(ctx context.Context, pool *pgxpool.Pool, ours []*goose.Source) error {
 	known := []int64{0} // goose's own first row
 	for _, s := range ours {
@@ -155,34 +155,33 @@ func notNewer(ctx context.Context, pool *pgxpool.Pool, ours []*goose.Source) err
 	return &NewerError{Version: *newest, Known: slices.Max(known)}
 }
 
-// Close waits until every connection is free and closes it.
+// Close waits until every connection is idle and closes it.
 func (s *Store) Close() {
 	s.pool.Close()
 	s.kept.Close()
 }
 
-// Acquired returns how many connections are in use, those of Vital aside.
+// Acquired returns how many connections are in use, without those of Vital.
 func (s *Store) Acquired() int { return int(s.pool.Stat().AcquiredConns()) }
 
-// Ping says whether the database answers.
+// Ping fails if the database does not respond.
 func (s *Store) Ping(ctx context.Context) error { return s.pool.Ping(ctx) }
 
-// InTx runs f in a transaction, which is committed when f returns nil.
+// InTx runs f in a transaction and commits it if f returns nil.
 func (s *Store) InTx(ctx context.Context, f func(*db.Queries) error) error {
 	return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error { return f(s.WithTx(tx)) })
 }
 
-// Listen calls heard with each message to a channel of NOTIFY, whose name is an
-// identifier, until ctx is done; at first, and whenever messages may have been
-// missed because the connection broke, with an empty one. It has a connection of
-// its own.
+// Listen calls heard with each message on a NOTIFY channel until ctx is done. The
+// channel's name must be an identifier. After each connect it calls heard with an empty
+// message, because messages may have been missed. It uses its own connection.
 func (s *Store) Listen(ctx context.Context, log *slog.Logger, channel string, heard func(message string)) {
 	for ctx.Err() == nil {
 		err := s.listen(ctx, channel, heard)
 		if ctx.Err() != nil {
 			return
 		}
-		log.Warn("listen to the database", "channel", channel, "error", err)
+		log.Warn("listen for notifications of the database", "channel", channel, "error", err)
 		t := time.NewTimer(listenAgain)
 		select {
 		case <-t.C:
@@ -192,7 +191,7 @@ func (s *Store) Listen(ctx context.Context, log *slog.Logger, channel string, he
 	}
 }
 
-// listen is Listen until the connection breaks.
+// listen is [Store.Listen] until the connection breaks.
 func (s *Store) listen(ctx context.Context, channel string, heard func(message string)) error {
 	pooled, err := s.pool.Acquire(ctx)
 	if err != nil {
@@ -217,24 +216,24 @@ func (s *Store) listen(ctx context.Context, channel string, heard func(message s
 	}
 }
 
-// Lease says whether it is this server's turn at what name stands for: of
-// several, one server has it, until d has gone by since it last asked.
+// Lease takes or renews the named lease for d and reports whether this server holds it.
+// One server at a time does.
 func (s *Store) Lease(ctx context.Context, name string, d time.Duration) (bool, error) {
 	n, err := s.Vital.TakeLease(ctx, db.TakeLeaseParams{Name: name, Server: s.Server, Secs: d.Seconds()})
 	if err != nil {
-		return false, fmt.Errorf("take the lease %q: %w", name, err)
+		return false, fmt.Errorf("take lease %q: %w", name, err)
 	}
 	return n > 0, nil
 }
 
-// ErrNoRows is what a query for one row returns, wrapped, when there is none.
+// ErrNoRows is the error, perhaps wrapped, of a query for one row that finds none.
 var ErrNoRows = pgx.ErrNoRows
 
-// readOnly is PostgreSQL's code for a change that a standby refuses.
+// readOnly is PostgreSQL's code for a write to a standby.
 const readOnly = "25006"
 
-// Unreachable says whether err means that the database does not answer, or does
-// not take changes because it is a standby, so that the same may work later.
+// Unreachable reports whether err means that the database does not respond or is a
+// read-only standby, so a retry may succeed later.
 func Unreachable(err error) bool {
 	var connect *pgconn.ConnectError
 	var network *net.OpError
@@ -247,7 +246,7 @@ func Unreachable(err error) bool {
 		err != nil && strings.Contains(err.Error(), "unexpected EOF")
 }
 
-// Persist runs f until the database answers it, or ctx is done.
+// Persist retries f until it no longer fails with an [Unreachable] error, or ctx is done.
 func Persist(ctx context.Context, f func(context.Context) error) error {
 	waits := backoff.New(50*time.Millisecond, 2*time.Second)
 	for {
@@ -258,18 +257,18 @@ func Persist(ctx context.Context, f func(context.Context) error) error {
 	}
 }
 
-// Duplicate says whether err means that a row of that name is there already.
+// Duplicate reports whether err is a violation of a unique constraint.
 func Duplicate(err error) bool {
 	var pg *pgconn.PgError
 	return errors.As(err, &pg) && pg.Code == "23505"
 }
 
-// OverQuota returns what the database says where it refused a change because
-// a team would have more than it may (see charge_team in the migrations).
+// OverQuota returns the database's message if it refused a change because of a team's
+// quota (see charge_team in the migrations).
 func OverQuota(err error) (message string, ok bool) { return raised(err, "WQ001") }
 
-// TeamGone says whether the database refused a change because its team is
-// being deleted, or has been.
+// TeamGone reports whether the database refused a change because its team is being
+// deleted or does not exist.
 func TeamGone(err error) bool {
 	_, ok := raised(err, "WQ002")
 	var pg *pgconn.PgError
@@ -284,5 +283,5 @@ func raised(err error, code string) (message string, ok bool) {
 	return pg.Message, true
 }
 
-// Now returns the time as the database keeps it: UTC, in whole microseconds.
+// Now returns the time in the precision of the database: UTC, in whole microseconds.
 func Now() time.Time { return time.Now().UTC().Truncate(time.Microsecond) }

@@ -1,5 +1,5 @@
-// Package teams holds the rules of teams: who is in them, who may change that,
-// and how all that a team owns goes when it goes.
+// Package teams has the rules of teams: who their members are, who may change that, and
+// how a team and everything it owns is deleted.
 package teams
 
 import (
@@ -25,19 +25,19 @@ import (
 )
 
 const (
-	// most is how many teams somebody may be in when they make another.
+	// most is how many teams a user may be in before they can create another.
 	most = 50
-	// againAfter is how long after a failed removal the next one begins.
+	// againAfter is how often interrupted deletions are retried.
 	againAfter = 30 * time.Second
-	// removeWithin bounds one go at removing a team.
+	// removeWithin bounds one attempt to delete a team.
 	removeWithin = 5 * time.Minute
-	// removals is how many things of a team are removed at once, teamsAtOnce how
-	// many teams.
+	// removals is how many objects of a team are deleted at once, teamsAtOnce how many
+	// teams.
 	removals    = 8
 	teamsAtOnce = 8
 )
 
-// Config is what a Service works with.
+// Config configures a [Service].
 type Config struct {
 	Store     *store.Store
 	Sandboxes *sandboxes.Service
@@ -45,14 +45,14 @@ type Config struct {
 	Log       *slog.Logger
 }
 
-// Service is all teams.
+// Service manages all teams.
 type Service struct {
 	Config
-	// poke asks for a look at the teams that are to be removed.
+	// poke makes Run retry deletions soon.
 	poke chan struct{}
 }
 
-// New returns the teams of a store. Run must run for deletions to be finished.
+// New returns a service. [Service.Run] finishes interrupted deletions.
 func New(c Config) *Service { return &Service{Config: c, poke: make(chan struct{}, 1)} }
 
 func checkName(name string) error {
@@ -62,7 +62,7 @@ func checkName(name string) error {
 	return nil
 }
 
-// wrap says what was being done, unless err is for the caller.
+// wrap adds the operation to internal errors. Faults stay as they are.
 func wrap(err error, doing string) error {
 	var f *fault.Error
 	if err == nil || errors.As(err, &f) {
@@ -74,7 +74,7 @@ func wrap(err error, doing string) error {
 	return fmt.Errorf("%s: %w", doing, err)
 }
 
-// Create makes a team that a user owns.
+// Create creates a team with the user as its owner.
 func (s *Service) Create(ctx context.Context, user uuid.UUID, name string) (db.Team, error) {
 	var row db.Team
 	if err := checkName(name); err != nil {
@@ -87,7 +87,7 @@ func (s *Service) Create(ctx context.Context, user uuid.UUID, name string) (db.T
 		if n, err := q.CountUserTeams(ctx, user); err != nil {
 			return err
 		} else if n >= most {
-			return fault.New(fault.QuotaExceeded, "you are in %d teams already", n)
+			return fault.New(fault.QuotaExceeded, "you are already in %d teams", n)
 		}
 		team := uuid.New()
 		if err := q.InsertTeam(ctx, db.InsertTeamParams{ID: team, Name: name}); err != nil {
@@ -100,16 +100,16 @@ func (s *Service) Create(ctx context.Context, user uuid.UUID, name string) (db.T
 		row, err = q.GetTeam(ctx, team)
 		return err
 	})
-	return row, wrap(err, "make team")
+	return row, wrap(err, "create team")
 }
 
-// Of returns the teams that a user is in, the one that they joined first first.
+// Of returns a user's teams in the order in which they joined them.
 func (s *Service) Of(ctx context.Context, user uuid.UUID) ([]db.ListUserTeamsRow, error) {
 	rows, err := s.Store.ListUserTeams(ctx, user)
 	return rows, wrap(err, "list teams")
 }
 
-// List returns a page of all teams, the oldest first, and the next one's cursor.
+// List returns a page of all teams, oldest first, and the cursor of the next page.
 func (s *Service) List(ctx context.Context, cursor string, limit int) ([]db.Team, string, error) {
 	at, after, err := page.Oldest(cursor)
 	if err != nil {
@@ -129,7 +129,7 @@ func (s *Service) Get(ctx context.Context, team uuid.UUID) (db.Team, error) {
 	return row, wrap(err, "look up team")
 }
 
-// Rename gives a team another name.
+// Rename renames a team.
 func (s *Service) Rename(ctx context.Context, team uuid.UUID, name string) (db.Team, error) {
 	if err := checkName(name); err != nil {
 		return db.Team{}, err
@@ -138,18 +138,18 @@ func (s *Service) Rename(ctx context.Context, team uuid.UUID, name string) (db.T
 	return row, wrap(err, "rename team")
 }
 
-// Members returns a team's members, the oldest first.
+// Members returns a team's members, oldest first.
 func (s *Service) Members(ctx context.Context, team uuid.UUID) ([]db.ListMembersRow, error) {
 	rows, err := s.Store.ListMembers(ctx, team)
 	return rows, wrap(err, "list members")
 }
 
-// errTakeOver keeps an owner from handing a team to somebody who did not ask for it:
-// what the team takes would then fill that person's quota.
-var errTakeOver = fault.New(fault.Conflict, "what the team has counts for its first owner, so only the next owner can take it over, by removing the first or changing their role")
+// errTakeOver keeps owners from handing a team to somebody who did not ask for it,
+// because the team's use would then fill that person's quota.
+var errTakeOver = fault.New(fault.Conflict, "the team's use counts towards the quota of its first owner, so only the next owner can take it over, by removing the first or changing their role")
 
-// change runs f under the lock of the caller's team, with what the caller is
-// in it now: what they were when the call began may have changed.
+// change runs f under the lock of the caller's team, with the caller's current role,
+// which may have changed since the call began.
 func (s *Service) change(ctx context.Context, by auth.Principal, least auth.Role, doing string, f func(*db.Queries, auth.Role) error) error {
 	err := s.Store.InTx(ctx, func(q *db.Queries) error {
 		if err := auth.LockMembers(ctx, q, by.Team); err != nil {
@@ -161,7 +161,7 @@ func (s *Service) change(ctx context.Context, by auth.Principal, least auth.Role
 		}
 		role := auth.Role(me.Role)
 		if !role.AtLeast(least) {
-			return fault.New(fault.PermissionDenied, "your role in the team is %s, this needs %s", role, least)
+			return fault.New(fault.PermissionDenied, "your role in the team is %s, but this needs %s", role, least)
 		}
 		payer, err := q.GetTeamPayer(ctx, by.Team)
 		if err != nil {
@@ -179,11 +179,11 @@ func (s *Service) change(ctx context.Context, by auth.Principal, least auth.Role
 	return wrap(err, doing)
 }
 
-var errOwners = fault.New(fault.PermissionDenied, "only owners make, change and remove owners")
+var errOwners = fault.New(fault.PermissionDenied, "only owners may add, change and remove owners")
 
-// Add makes the user with an address a member. Only owners add owners. It
-// fails with not_found where there is no such user, with conflict where they
-// are in the team.
+// Add adds the user with an address to the team. Only owners can add owners. It fails
+// with not_found if there is no such user, and with conflict if they are already a
+// member.
 func (s *Service) Add(ctx context.Context, by auth.Principal, email string, role auth.Role) (db.GetMemberRow, error) {
 	var row db.GetMemberRow
 	err := s.change(ctx, by, auth.Admin, "add member", func(q *db.Queries, mine auth.Role) error {
@@ -192,14 +192,14 @@ func (s *Service) Add(ctx context.Context, by auth.Principal, email string, role
 		}
 		user, err := q.GetUserByEmail(ctx, email)
 		if errors.Is(err, store.ErrNoRows) || err == nil && (!user.Active || user.VerifiedAt == nil) {
-			return fault.New(fault.NotFound, "nobody with this e-mail address has an account")
+			return fault.New(fault.NotFound, "no user has this e-mail address")
 		}
 		if err != nil {
 			return err
 		}
 		err = q.InsertTeamMember(ctx, db.InsertTeamMemberParams{TeamID: by.Team, UserID: user.ID, Role: string(role)})
 		if store.Duplicate(err) {
-			return fault.New(fault.Conflict, "they are in the team already")
+			return fault.New(fault.Conflict, "the user is already in the team")
 		}
 		if err != nil {
 			return err
@@ -210,7 +210,7 @@ func (s *Service) Add(ctx context.Context, by auth.Principal, email string, role
 	return row, err
 }
 
-// member returns what somebody is in the caller's team.
+// member returns a member of the team, or fails with not_found.
 func member(ctx context.Context, q *db.Queries, team, user uuid.UUID) (db.GetMemberRow, error) {
 	row, err := q.GetMember(ctx, db.GetMemberParams{TeamID: team, UserID: user})
 	if errors.Is(err, store.ErrNoRows) {
@@ -219,19 +219,19 @@ func member(ctx context.Context, q *db.Queries, team, user uuid.UUID) (db.GetMem
 	return row, err
 }
 
-// spare fails with conflict where a team would be without owners.
-func spare(ctx context.Context, q *db.Queries, team uuid.UUID) error {
+// keepOwner fails with conflict if the team has no owner left.
+func keepOwner(ctx context.Context, q *db.Queries, team uuid.UUID) error {
 	n, err := q.CountOwners(ctx, team)
 	if err == nil && n == 0 {
-		err = fault.New(fault.Conflict, "the last owner stays: make another owner before, or delete the team")
+		err = fault.New(fault.Conflict, "the team needs an owner: make somebody else an owner first, or delete the team")
 	}
 	return err
 }
 
-// SetRole changes what a member is.
+// SetRole changes a member's role.
 func (s *Service) SetRole(ctx context.Context, by auth.Principal, user uuid.UUID, role auth.Role) (db.GetMemberRow, error) {
 	var row db.GetMemberRow
-	err := s.change(ctx, by, auth.Admin, "change member", func(q *db.Queries, mine auth.Role) error {
+	err := s.change(ctx, by, auth.Admin, "set member's role", func(q *db.Queries, mine auth.Role) error {
 		var err error
 		if row, err = member(ctx, q, by.Team, user); err != nil {
 			return err
@@ -243,13 +243,13 @@ func (s *Service) SetRole(ctx context.Context, by auth.Principal, user uuid.UUID
 			return err
 		}
 		row.Role = string(role)
-		return spare(ctx, q, by.Team)
+		return keepOwner(ctx, q, by.Team)
 	})
 	return row, err
 }
 
-// Remove takes somebody out of the team, and the API keys with them that they
-// made for it: they know them.
+// Remove removes a member and deletes the API keys that they created for the team,
+// because they know them.
 func (s *Service) Remove(ctx context.Context, by auth.Principal, user uuid.UUID) error {
 	return s.change(ctx, by, auth.Admin, "remove member", func(q *db.Queries, mine auth.Role) error {
 		row, err := member(ctx, q, by.Team, user)
@@ -263,7 +263,8 @@ func (s *Service) Remove(ctx context.Context, by auth.Principal, user uuid.UUID)
 	})
 }
 
-// Leave takes the caller out of the team, and the API keys that they made.
+// Leave removes the caller from the team and deletes the API keys that they created for
+// it.
 func (s *Service) Leave(ctx context.Context, by auth.Principal) error {
 	return s.change(ctx, by, auth.Member, "leave team", func(q *db.Queries, _ auth.Role) error {
 		return drop(ctx, q, by.Team, by.User)
@@ -277,12 +278,12 @@ func drop(ctx context.Context, q *db.Queries, team, user uuid.UUID) error {
 	if _, err := q.DeleteMakersAPIKeys(ctx, db.DeleteMakersAPIKeysParams{TeamID: team, UserID: &user}); err != nil {
 		return err
 	}
-	return spare(ctx, q, team)
+	return keepOwner(ctx, q, team)
 }
 
-// Delete removes a team: from that moment nobody sees it, then what it owns
-// goes from every host, then the rest. done says that nothing is left; else
-// the removal goes on, and again after whatever stopped it is over.
+// Delete deletes a team. The team disappears at once; then the service deletes its
+// objects on all hosts, and then its rows. done reports that nothing is left. Otherwise
+// the deletion continues in the background, with retries.
 func (s *Service) Delete(ctx context.Context, team uuid.UUID) (done bool, err error) {
 	if team == uuid.Nil {
 		return false, fault.New(fault.NotFound, "no such team")
@@ -294,9 +295,9 @@ func (s *Service) Delete(ctx context.Context, team uuid.UUID) (done bool, err er
 	if n == 0 {
 		return false, fault.New(fault.NotFound, "no such team")
 	}
-	s.Log.Info("team is being deleted", "team_id", id.Format(id.Team, team))
+	s.Log.Info("deleting team", "team_id", id.Format(id.Team, team))
 	if err := s.remove(ctx, team); err != nil {
-		s.Log.Info("removing a team goes on later", "team_id", id.Format(id.Team, team), "error", err)
+		s.Log.Info("deletion of team continues in the background", "team_id", id.Format(id.Team, team), "error", err)
 		select {
 		case s.poke <- struct{}{}:
 		default:
@@ -306,8 +307,8 @@ func (s *Service) Delete(ctx context.Context, team uuid.UUID) (done bool, err er
 	return true, nil
 }
 
-// remove removes what is left of a team that is being deleted. Every step can
-// be repeated, and several servers may do it at once.
+// remove deletes what is left of a team. Every step is idempotent, and several servers
+// may run it at once.
 func (s *Service) remove(ctx context.Context, team uuid.UUID) error {
 	ctx, cancel := context.WithTimeout(ctx, removeWithin)
 	defer cancel()
@@ -322,7 +323,7 @@ func (s *Service) remove(ctx context.Context, team uuid.UUID) error {
 		return nil
 	})
 	if err != nil {
-		return err // Templates may be in use still.
+		return err // Templates may still be in use.
 	}
 	owned, err := s.Store.ListTeamTemplates(ctx, team)
 	if err != nil {
@@ -344,10 +345,10 @@ func (s *Service) remove(ctx context.Context, team uuid.UUID) error {
 		if err := q.DeleteTeamSandboxes(ctx, team); err != nil {
 			return err
 		}
-		// Fails, and for good reason, where a sandbox has not ended.
+		// This fails if a sandbox has not ended, as it must.
 		n, err := q.DeleteTeam(ctx, team)
 		if err == nil && n == 0 {
-			err = errors.New("a template was made meanwhile")
+			err = errors.New("a template was created during the deletion")
 		}
 		return err
 	})
@@ -357,12 +358,12 @@ func (s *Service) remove(ctx context.Context, team uuid.UUID) error {
 	if err != nil {
 		return fmt.Errorf("delete rows: %w", err)
 	}
-	s.Log.Info("team is deleted", "team_id", id.Format(id.Team, team))
+	s.Log.Info("team deleted", "team_id", id.Format(id.Team, team))
 	return nil
 }
 
-// Run finishes deletions that something stopped, until ctx is done. A team whose
-// removal takes long holds up no other: the others go on beside it.
+// Run retries interrupted deletions until ctx is done. Teams are deleted in parallel, so
+// that a slow one does not delay the others.
 func (s *Service) Run(ctx context.Context) {
 	r := remover{Service: s, removing: make(map[uuid.UUID]bool)}
 	defer r.wg.Wait()
@@ -371,7 +372,7 @@ func (s *Service) Run(ctx context.Context) {
 	for {
 		teams, err := s.Store.ListDeletingTeams(ctx)
 		if err != nil && ctx.Err() == nil {
-			s.Log.Warn("list teams that are being deleted", "error", err)
+			s.Log.Warn("list teams to delete", "error", err)
 		}
 		for _, team := range teams {
 			r.begin(ctx, team)
@@ -379,7 +380,7 @@ func (s *Service) Run(ctx context.Context) {
 		select {
 		case <-tick.C:
 		case <-s.poke:
-			// What stopped it may take a moment to pass.
+			// Give the cause of the failure a moment to pass.
 			t := time.NewTimer(time.Second)
 			select {
 			case <-t.C:
@@ -393,7 +394,7 @@ func (s *Service) Run(ctx context.Context) {
 	}
 }
 
-// remover removes teams side by side, each once at a time.
+// remover deletes teams in parallel, each at most once at a time.
 type remover struct {
 	*Service
 	wg sync.WaitGroup
@@ -402,8 +403,8 @@ type remover struct {
 	removing map[uuid.UUID]bool
 }
 
-// begin begins to remove a team unless that is under way. With as many under
-// way as may be, it is left to the next look.
+// begin starts the deletion of a team, unless it is running or too many others are. The
+// next tick retries.
 func (r *remover) begin(ctx context.Context, team uuid.UUID) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -414,7 +415,7 @@ func (r *remover) begin(ctx context.Context, team uuid.UUID) {
 	r.wg.Go(func() {
 		err := fault.Guard(r.Log, func() error { return r.remove(ctx, team) })
 		if err != nil && ctx.Err() == nil {
-			r.Log.Warn("remove team", "team_id", id.Format(id.Team, team), "error", err)
+			r.Log.Warn("delete team", "team_id", id.Format(id.Team, team), "error", err)
 		}
 		r.mu.Lock()
 		defer r.mu.Unlock()

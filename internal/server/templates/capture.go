@@ -21,11 +21,11 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/work"
 )
 
-// Snapshot captures a team's running or paused sandbox, which stays as it is,
-// as a template of that name, and returns when it can be started from. It goes
-// on when ctx ends before, and again when the host did not answer and is back.
-// With a key, the template that the same key made before is returned, and
-// replayed is true.
+// Snapshot captures a team's running or paused sandbox, which keeps its state, as a
+// template, and returns when sandboxes can start from it. The end of ctx does not stop
+// it. If the host is unreachable, reconciliation finishes the capture later. If an
+// earlier call with the same key created a template, Snapshot returns that one with
+// replayed true.
 func (s *Service) Snapshot(ctx context.Context, team, sandbox uuid.UUID, name, key string) (_ db.Template, replayed bool, err error) {
 	var none db.Template
 	if err := CheckName(name); err != nil {
@@ -40,7 +40,8 @@ func (s *Service) Snapshot(ctx context.Context, team, sandbox uuid.UUID, name, k
 			return template, found, err
 		}
 		var template db.Template
-		// Read only after it has ended: it goes on when the caller leaves.
+		// Read template only after success: when the caller leaves, the capture continues
+		// and still writes it.
 		err := s.Sandboxes.Hold(ctx, team, sandbox, func(row db.Sandbox) (err error) {
 			template, err = s.snapshot(ctx, row, name, o)
 			return err
@@ -54,12 +55,12 @@ func (s *Service) Snapshot(ctx context.Context, team, sandbox uuid.UUID, name, k
 	}
 }
 
-// snapshot claims the name and has the sandbox captured.
+// snapshot claims the name and captures the sandbox.
 func (s *Service) snapshot(ctx context.Context, row db.Sandbox, name string, o idempotency.Call) (db.Template, error) {
 	ctx, cancel := context.WithTimeout(s.Work.For(ctx), shortCall)
 	defer cancel()
 	template := uuid.New()
-	// Known to be at work on before the row is there, as in create.
+	// Mark it before its row exists, as for creations.
 	end, err := s.begin(template)
 	if err != nil {
 		return db.Template{}, err
@@ -84,28 +85,27 @@ func (s *Service) snapshot(ctx context.Context, row db.Sandbox, name string, o i
 		return o.Claim(ctx, q, db.ClaimIdempotencyKeyParams{TemplateID: &template})
 	})
 	if errors.Is(err, store.ErrNoRows) {
-		// By this very call, to another server?
+		// The same call to another server may have claimed it.
 		if _, found, err := o.Made(ctx, s.Store); found || err != nil {
 			return db.Template{}, cmp.Or(err, idempotency.ErrTaken)
 		}
-		return db.Template{}, fault.New(fault.Conflict, "the team has a template %q", name)
+		return db.Template{}, fault.New(fault.Conflict, "the team already has a template %q", name)
 	}
 	if err != nil {
-		return db.Template{}, fmt.Errorf("write template: %w", err)
+		return db.Template{}, fmt.Errorf("insert template: %w", err)
 	}
 	return s.capture(ctx, claimed)
 }
 
-// capture has the host make a template whose row is pending and writes down
-// how that went.
+// capture makes the host capture a pending template and stores the result.
 func (s *Service) capture(ctx context.Context, row db.Template) (db.Template, error) {
 	log := s.Log.With("template_id", id.Format(id.Template, row.ID), "sandbox_id", id.Format(id.Sandbox, *row.CapturedFrom))
-	defer s.Sandboxes.Changed(*row.CapturedFrom) // Whoever waits for the template looks again.
+	defer s.Sandboxes.Changed(*row.CapturedFrom) // wakes callers that wait for the template
 	drop := func(ctx context.Context) error { return s.Store.DropTemplate(ctx, row.ID) }
 	host, err := s.hostOf(*row.CapturedFrom)
 	if err != nil {
 		if err := work.Persist(s.Work.Context(), drop); err != nil {
-			log.Error("write that there is no template", "error", err)
+			log.Error("delete row of failed template", "error", err)
 		}
 		return row, err
 	}
@@ -131,7 +131,7 @@ func (s *Service) capture(ctx context.Context, row db.Template) (db.Template, er
 	return ready, nil
 }
 
-// hostOf is the host of a sandbox that has not ended.
+// hostOf returns the host of a sandbox that has not ended.
 func (s *Service) hostOf(sandbox uuid.UUID) (*hosts.Host, error) {
 	ctx, cancel := context.WithTimeout(s.Work.Context(), shortCall)
 	defer cancel()
@@ -142,24 +142,23 @@ func (s *Service) hostOf(sandbox uuid.UUID) (*hosts.Host, error) {
 	return s.Hosts.Get(row.HostID)
 }
 
-// captureFailed drops a template of which it is certain that the host did not
-// make it, and leaves it to the controller if it is not. It returns what the
-// caller is told.
+// captureFailed deletes the template's row if the host certainly did not capture it, and
+// leaves it to the reconciler otherwise. It returns the error for the caller.
 func (s *Service) captureFailed(err error, log *slog.Logger, drop func(context.Context) error) error {
 	if s.Work.Context().Err() != nil {
-		return fault.New(fault.Unavailable, "the server is stopping") // The next server looks.
+		return fault.New(fault.Unavailable, "the server is stopping") // The next server reconciles it.
 	}
 	log.Error("capture sandbox", "error", err)
 	if hosts.Definite(err) {
 		if err := work.Persist(s.Work.Context(), drop); err != nil {
-			log.Error("write that there is no template", "error", err)
+			log.Error("delete row of failed template", "error", err)
 		}
 	}
 	return hosts.FaultIn("capture", err)
 }
 
-// replay returns the template that the key made, waiting for it while it is
-// being captured; found is false if the key is free.
+// replay returns the template that the key has created, and waits for its capture. found
+// is false if the key is free.
 func (s *Service) replay(ctx context.Context, o idempotency.Call) (row db.Template, found bool, err error) {
 	deadline := time.Now().Add(replayWithin)
 	for {
@@ -172,7 +171,7 @@ func (s *Service) replay(ctx context.Context, o idempotency.Call) (row db.Templa
 		}
 		row, err := s.Store.GetTemplate(ctx, *k.TemplateID)
 		if errors.Is(err, store.ErrNoRows) {
-			continue // Its key went with it.
+			continue // Deleting the template freed the key.
 		}
 		if err != nil {
 			return row, false, fmt.Errorf("look up template: %w", err)
@@ -183,7 +182,7 @@ func (s *Service) replay(ctx context.Context, o idempotency.Call) (row db.Templa
 			case err != nil || State(row.State) != Pending:
 				return true, err
 			case !s.Busy(row.ID) && time.Now().After(deadline):
-				return false, fault.New(fault.Unavailable, "the sandbox is captured as soon as its host answers")
+				return false, fault.New(fault.Unavailable, "the capture waits for the sandbox's host")
 			}
 			return false, nil
 		})

@@ -19,21 +19,21 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/work"
 )
 
-// Delete removes a team's template, by name or id, and returns when its files
-// are gone. Sandboxes that started from it go on. It goes on when ctx ends
-// before, and again when a host was unreachable and is back.
+// Delete deletes a team's template, by name or id, and returns when its files are gone.
+// Sandboxes that started from it keep running. The end of ctx does not stop it. If a host
+// is unreachable, reconciliation finishes the deletion later.
 func (s *Service) Delete(ctx context.Context, team uuid.UUID, ref string) error {
 	row, err := s.Find(ctx, team, ref)
 	if err != nil {
 		return err
 	}
 	if row.TeamID == uuid.Nil && team != uuid.Nil {
-		return fault.New(fault.PermissionDenied, "template %q is the platform's", row.Name)
+		return fault.New(fault.PermissionDenied, "template %q belongs to the platform", row.Name)
 	}
 	return s.delete(ctx, row)
 }
 
-// DeleteAny is Delete for any team's, or the platform's.
+// DeleteAny is [Service.Delete] for any team's or the platform's template.
 func (s *Service) DeleteAny(ctx context.Context, template uuid.UUID) error {
 	row, err := s.Store.GetTemplate(ctx, template)
 	if errors.Is(err, store.ErrNoRows) {
@@ -55,8 +55,8 @@ func (s *Service) delete(ctx context.Context, row db.Template) error {
 	return s.Remove(ctx, row)
 }
 
-// DeleteVersions is Delete for all versions of a name, if ref is no more than
-// that.
+// DeleteVersions is [Service.Delete], but deletes all versions of a name if ref is only a
+// name.
 func (s *Service) DeleteVersions(ctx context.Context, team uuid.UUID, ref string) error {
 	r, ok := ParseRef(ref)
 	if !ok || !r.Bare {
@@ -67,7 +67,7 @@ func (s *Service) DeleteVersions(ctx context.Context, team uuid.UUID, ref string
 		return fmt.Errorf("list template's versions: %w", err)
 	}
 	if len(rows) == 0 {
-		return s.Delete(ctx, team, ref) // which says why not
+		return s.Delete(ctx, team, ref) // It returns the right error.
 	}
 	for _, row := range rows {
 		if err := s.delete(ctx, row); err != nil {
@@ -77,7 +77,7 @@ func (s *Service) DeleteVersions(ctx context.Context, team uuid.UUID, ref string
 	return nil
 }
 
-// Remove is Delete for a template that is known and may be removed.
+// Remove deletes a template without checking whether that is allowed.
 func (s *Service) Remove(ctx context.Context, row db.Template) error {
 	end, err := s.begin(row.ID)
 	if err != nil {
@@ -96,8 +96,8 @@ func (s *Service) Remove(ctx context.Context, row db.Template) error {
 	}
 }
 
-// remove writes that a template is to go, has every host that has it remove it,
-// and writes that. What fails on one host, or hangs, is done on the others.
+// remove marks a template deleting, deletes it on every host that has it, and deletes its
+// row. Failures on one host do not stop the others.
 func (s *Service) remove(ctx context.Context, row db.Template) error {
 	log := s.Log.With("template_id", id.Format(id.Template, row.ID))
 	err := work.Persist(ctx, func(ctx context.Context) error {
@@ -105,7 +105,7 @@ func (s *Service) remove(ctx context.Context, row db.Template) error {
 		return err
 	})
 	if errors.Is(err, store.ErrNoRows) {
-		return nil // It is gone by now.
+		return nil // It has already been deleted.
 	}
 	if err != nil {
 		return fmt.Errorf("mark template deleting: %w", err)
@@ -122,16 +122,16 @@ func (s *Service) remove(ctx context.Context, row db.Template) error {
 	}
 	err = work.Persist(ctx, func(ctx context.Context) error { return s.Store.DropTemplate(ctx, row.ID) })
 	if err != nil {
-		return fmt.Errorf("write that template is gone: %w", err)
+		return fmt.Errorf("delete template's row: %w", err)
 	}
-	log.Info("template removed", "name", row.Name)
+	log.Info("template deleted", "name", row.Name)
 	return nil
 }
 
-// removesAtOnce is from how many hosts a template is removed at once.
+// removesAtOnce is on how many hosts a template is deleted at once.
 const removesAtOnce = 16
 
-// removeFrom has one host remove a template and writes that.
+// removeFrom deletes a template on one host and records that.
 func (s *Service) removeFrom(ctx context.Context, row db.Template, from uuid.UUID, log *slog.Logger) error {
 	host, err := s.Hosts.Get(&from)
 	if err != nil {
@@ -139,11 +139,11 @@ func (s *Service) removeFrom(ctx context.Context, row db.Template, from uuid.UUI
 	}
 	_, err = host.Agent.DeleteTemplate(ctx, connect.NewRequest(&hostagentv1.DeleteTemplateRequest{TeamId: id.Format(id.Team, row.TeamID), TemplateId: id.Format(id.Template, row.ID)}))
 	if err != nil && !(connect.IsWireError(err) && connect.CodeOf(err) == connect.CodeNotFound) {
-		log.Error("remove template", "host", host.URL, "error", err)
+		log.Error("delete template", "host", host.URL, "error", err)
 		return hosts.Fault(err)
 	}
 	if err := s.Store.DropHostTemplates(ctx, db.DropHostTemplatesParams{HostID: from, Ids: []uuid.UUID{row.ID}}); err != nil {
-		return fmt.Errorf("write that host has no template: %w", err)
+		return fmt.Errorf("record that host has no template: %w", err)
 	}
 	return nil
 }

@@ -25,41 +25,41 @@ import (
 )
 
 const (
-	// importTimeout bounds the import of an image, the upload of an archive too.
+	// importTimeout bounds an import, including the transfer of the archive to the host.
 	importTimeout = time.Hour
-	// maxImports is how many images all teams of one owner may import at once through
-	// one server.
+	// maxImports is how many imports all teams of one owner may run at once on one
+	// server.
 	maxImports = 4
-	// importChunk is how much of an archive is in one message, in bytes.
+	// importChunk is the size of a message of archive data, in bytes.
 	importChunk = 256 << 10
 )
 
-// Image is an OCI image to make a template of.
+// Image is an OCI image to import as a template.
 type Image struct {
-	// Name is the template's. It becomes the latest version of that name.
+	// Name is the template's name. The template becomes the latest version of it.
 	Name string
-	// Reference is where a registry has it, with or without credentials, which
-	// are passed on and written down nowhere.
+	// Reference is the image's reference in a registry, with optional credentials, which
+	// are passed on and never stored.
 	Reference, Username, Password string
-	// Archive, if there is no Reference, is what `docker save` writes or a tar of
-	// an OCI image layout, and Tag the image's name in it.
+	// Archive, if there is no Reference, is the output of `docker save` or a tar of an
+	// OCI image layout. Tag selects an image in it.
 	Archive *spool.Body
 	Tag     string
 	DiskMiB int32 // 0: the host's default
-	// Inert keeps the image's entry point from being started.
+	// Inert does not start the image's entry point.
 	Inert bool
 
-	// What is made for a build has no name but a key, by which it is found again.
+	// A build's import has no name. key identifies it for later builds.
 	build *uuid.UUID
 	key   []byte
 }
 
-// resolveTimeout bounds how long a host asks a registry what a reference means.
+// resolveTimeout bounds how long a host may take to resolve a reference.
 const resolveTimeout = 90 * time.Second
 
-// ImportLayer makes what a build begins with of the image that a registry has
-// under a reference at this moment, or finds what a build of the team made of
-// the same image. When ctx ends before it does, nothing of it goes on.
+// ImportLayer returns the template that a build starts from for an image in a registry.
+// It resolves the reference now, and imports the image unless an earlier build of the
+// team has. The end of ctx cancels the import.
 func (s *Service) ImportLayer(ctx context.Context, team, build uuid.UUID, i Image) (db.Template, error) {
 	i.Name, i.Inert, i.build = "image", true, &build
 	var row db.Template
@@ -78,7 +78,7 @@ func (s *Service) ImportLayer(ctx context.Context, team, build uuid.UUID, i Imag
 	if err != nil {
 		return row, hosts.Fault(err)
 	}
-	// What is imported is what the registry said, whatever it says by then.
+	// Import the resolved digest, even if the reference changes.
 	i.Reference = is.Msg.GetPinned()
 	key := sha256.Sum256([]byte("oci image " + i.Reference))
 	i.key = key[:]
@@ -89,8 +89,8 @@ func (s *Service) ImportLayer(ctx context.Context, team, build uuid.UUID, i Imag
 	return s.Import(ctx, team, i)
 }
 
-// importPlaces are the hosts that can import an image, the best first. Every
-// host has the built-in template.
+// importPlaces returns the hosts that can import an image, best first. Every host has the
+// built-in template, so it stands for any.
 func (s *Service) importPlaces(ctx context.Context) ([]*hosts.Host, error) {
 	return s.Hosts.Places(ctx, uuid.Nil, scheduler.Request{MemoryMiB: sandboxes.DefaultMemoryMiB, VCPUs: sandboxes.DefaultVCPUs, DiskMiB: sandboxes.DefaultMemoryMiB})
 }
@@ -113,14 +113,14 @@ func (i Image) check() error {
 		return err
 	}
 	if i.Username == "" && i.Password != "" {
-		return fault.New(fault.InvalidArgument, "username: a password needs one")
+		return fault.New(fault.InvalidArgument, "username: must be set with a password")
 	}
 	return nil
 }
 
-// Import makes a template of an image for a team and returns when it can be
-// started from. Once the image's archive, if there is one, has arrived, it
-// goes on when ctx ends before, unless it is for a build.
+// Import imports an image as a template of a team and returns when sandboxes can start
+// from it. After the archive has arrived, the end of ctx does not stop the import, unless
+// it is for a build.
 func (s *Service) Import(ctx context.Context, team uuid.UUID, i Image) (db.Template, error) {
 	var row db.Template
 	if err := i.check(); err != nil {
@@ -136,11 +136,11 @@ func (s *Service) Import(ctx context.Context, team uuid.UUID, i Image) (db.Templ
 	}
 	var archive *spool.File
 	if i.Archive != nil {
-		// Nothing is held while it arrives: neither a name nor a place on a host.
+		// Claim neither a name nor a place on a host while the archive arrives.
 		if archive, err = s.Spool.Receive(payer, *i.Archive, math.MaxInt64); err != nil {
 			return row, tooLong(err)
 		}
-		// That can take hours: hosts may have gone, or drain.
+		// That can take hours, so the hosts may have changed.
 		if places, err = s.importPlaces(ctx); err != nil {
 			return row, errors.Join(err, closeFile(archive))
 		}
@@ -178,17 +178,17 @@ func (s *Service) Import(ctx context.Context, team uuid.UUID, i Image) (db.Templ
 		return o.row, o.err
 	case <-ctx.Done():
 		if i.build != nil {
-			<-done // Whoever ended it removes what is left.
+			<-done // The build cleans up.
 		}
 		return row, ctx.Err()
 	}
 }
 
-// tooLong is what the client is told of an archive that does not fit.
+// tooLong converts the error of an archive that is too long.
 func tooLong(err error) error {
 	var long *spool.TooLong
 	if errors.As(err, &long) {
-		return fault.Because(err, fault.PayloadTooLarge, "the archive has more than %d MiB", long.Most>>20)
+		return fault.Because(err, fault.PayloadTooLarge, "the archive is larger than %d MiB", long.Most>>20)
 	}
 	return err
 }
@@ -200,7 +200,7 @@ func closeFile(f *spool.File) error {
 	return f.Close()
 }
 
-// importTo claims the template's name and has a host make it.
+// importTo claims the template's name and makes a host import the image.
 func (s *Service) importTo(ctx context.Context, host *hosts.Host, team, payer, template uuid.UUID, i Image, archive *spool.File) (db.Template, error) {
 	log := s.Log.With("template_id", id.Format(id.Template, template), "name", i.Name)
 	var claimed db.Template
@@ -215,17 +215,16 @@ func (s *Service) importTo(ctx context.Context, host *hosts.Host, team, payer, t
 		return q.AddHostTemplate(ctx, db.AddHostTemplateParams{HostID: host.ID, TemplateID: template})
 	})
 	if errors.Is(err, store.ErrNoRows) {
-		return claimed, fault.New(fault.Conflict, "another template %q is being made", i.Name)
+		return claimed, fault.New(fault.Conflict, "another template %q is being created", i.Name)
 	}
 	if err != nil {
-		return claimed, fmt.Errorf("write template: %w", err)
+		return claimed, fmt.Errorf("insert template: %w", err)
 	}
 	begun := time.Now()
 	answer, err := s.send(ctx, host, claimed, payer, i, archive)
 	if err != nil {
 		log.Warn("import image", "error", err)
-		// Where it is not certain that the host is done with it, whoever watches
-		// the host looks.
+		// If the host may still work on it, the reconciler checks later.
 		done := hosts.Definite(err) && ctx.Err() == nil
 		var f *fault.Error
 		if !errors.As(err, &f) {
@@ -233,7 +232,7 @@ func (s *Service) importTo(ctx context.Context, host *hosts.Host, team, payer, t
 		}
 		if errors.As(err, &f) && s.Work.Context().Err() == nil {
 			if err := s.importFails(s.Work.Context(), claimed, f.Message, store.Now(), done); err != nil {
-				log.Error("write that the import failed", "error", err)
+				log.Error("store failure of import", "error", err)
 			}
 		}
 		return claimed, err
@@ -251,8 +250,8 @@ func (s *Service) importTo(ctx context.Context, host *hosts.Host, team, payer, t
 	return ready, nil
 }
 
-// importFails writes why there is no template, unless something was written of
-// that after since, and where the host is done with it that its name is free.
+// importFails stores why an import failed, unless a later failure has been stored since.
+// If done, the host has ended the import, and importFails also frees the name.
 func (s *Service) importFails(ctx context.Context, row db.Template, why string, since time.Time, done bool) error {
 	return work.Persist(ctx, func(ctx context.Context) error {
 		return s.Store.InTx(ctx, func(q *db.Queries) error {
@@ -267,7 +266,7 @@ func (s *Service) importFails(ctx context.Context, row db.Template, why string, 
 	})
 }
 
-// imported writes that a template is there, which its name means from now on.
+// imported marks a template ready and makes it the latest version of its name.
 func (s *Service) imported(ctx context.Context, host uuid.UUID, claimed db.Template, t *hostagentv1.Template) (row db.Template, err error) {
 	err = s.Store.InTx(ctx, func(q *db.Queries) error {
 		if row, err = q.TemplateReady(ctx, Measured(host, claimed, t)); err != nil || row.Kind != kindTemplate {
@@ -282,7 +281,7 @@ func (s *Service) imported(ctx context.Context, host uuid.UUID, claimed db.Templ
 	return row, err
 }
 
-// send gives a host an image to import.
+// send makes a host import an image and waits for the result.
 func (s *Service) send(ctx context.Context, host *hosts.Host, row db.Template, payer uuid.UUID, i Image, archive *spool.File) (*hostagentv1.ImportTemplateResponse, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -307,11 +306,11 @@ func (s *Service) send(ctx context.Context, host *hosts.Host, row db.Template, p
 			break
 		}
 		if readErr != nil {
-			cancel() // not closed: to the host that would be the archive's end
+			cancel() // Closing the stream would tell the host that the archive is complete.
 			return nil, fmt.Errorf("read spooled archive: %w", readErr)
 		}
 	}
-	// An error of Send says only that the host has one; it is received here.
+	// Send only reports that the host failed. CloseAndReceive returns the cause.
 	res, err := stream.CloseAndReceive()
 	if err != nil {
 		return nil, err
@@ -319,5 +318,5 @@ func (s *Service) send(ctx context.Context, host *hosts.Host, row db.Template, p
 	return res.Msg, nil
 }
 
-// isImport says whether a template that is pending is made of an image.
+// isImport reports whether a pending template is imported from an image.
 func isImport(row db.Template) bool { return row.CapturedFrom == nil && row.BuildID == nil }

@@ -20,14 +20,14 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/work"
 )
 
-// Config is what a Service works with.
+// Config configures a [Service].
 type Config struct {
 	Store     *store.Store
 	Hosts     *hosts.Registry
 	Sandboxes *sandboxes.Service
-	// Spool holds archives that are being uploaded.
+	// Spool buffers archives during an upload.
 	Spool *spool.Spool
-	// Work runs what was asked for.
+	// Work runs operations that continue after their caller has left.
 	Work *work.Group
 	Log  *slog.Logger
 }
@@ -37,38 +37,36 @@ const (
 	captureWithin = 10 * time.Minute
 	// removeWithin bounds the removal of a template from all its hosts.
 	removeWithin = time.Minute
-	// shortCall bounds what the database is asked before a host is.
+	// shortCall bounds the database calls before the call to a host.
 	shortCall = 15 * time.Second
-	// lookAgain is how long another server's word is waited for before the table
-	// is looked at all the same, and replayWithin how long in all for a template
-	// that nobody is at work on.
+	// lookAgain is how often waiting callers read the database if no notification
+	// arrives. replayWithin bounds the wait for a template that no server works on.
 	lookAgain    = 2 * time.Second
 	replayWithin = 30 * time.Second
 )
 
-// Service is the life of every team's templates: how they are captured, imported
-// and removed.
+// Service captures, imports and deletes templates of all teams.
 type Service struct {
 	*Catalog
 	Config
 
-	// mu guards the maps, and is held for no call of anything else. A template is
-	// marked before a sandbox's turn is taken, or in one, but marks wait for
-	// nothing.
+	// mu guards the maps below. It is a leaf lock and is not held during calls to other
+	// code. Marking a template never blocks, so it can happen before or during a
+	// sandbox's turn.
 	mu sync.Mutex
-	// working counts what this server does to a template.
+	// working counts the operations of this server on each template.
 	working map[uuid.UUID]int
-	// importing counts the images that it imports for each team.
+	// importing counts the imports of each owner.
 	importing map[uuid.UUID]int
 }
 
-// New returns the life of the templates of a catalog.
+// New returns a service on a catalog.
 func New(catalog *Catalog, c Config) *Service {
 	return &Service{Catalog: catalog, Config: c, working: make(map[uuid.UUID]int), importing: make(map[uuid.UUID]int)}
 }
 
-// begin marks a template as worked on until end. Call it before the template's
-// row is there, or the controller would take it for a dead server's.
+// begin marks a template as busy until end. Call it before the template's row exists, or
+// the reconciler takes the row for a dead server's.
 func (s *Service) begin(template uuid.UUID) (end func(), err error) {
 	over, err := s.Work.Begin()
 	if err != nil {
@@ -82,11 +80,11 @@ func (s *Service) begin(template uuid.UUID) (end func(), err error) {
 }
 
 // beginImport is begin for an import. It fails with conflict if the payer's teams
-// together already have maxImports under way.
+// together already run maxImports.
 func (s *Service) beginImport(payer, template uuid.UUID) (end func(), err error) {
 	if s.count(s.importing, payer, 1) > maxImports {
 		s.count(s.importing, payer, -1)
-		return nil, fault.New(fault.Conflict, "the team, and its owner's other teams, import %d images at this moment: wait for one of them", maxImports)
+		return nil, fault.New(fault.Conflict, "the team and its owner's other teams already import %d images: wait until one is finished", maxImports)
 	}
 	over, err := s.begin(template)
 	if err != nil {
@@ -99,7 +97,7 @@ func (s *Service) beginImport(payer, template uuid.UUID) (end func(), err error)
 	}, nil
 }
 
-// count adds to a count, which is there while it is not 0, and returns it.
+// count adds n to an entry and returns the result. It removes entries that are 0.
 func (s *Service) count(counts map[uuid.UUID]int, of uuid.UUID, n int) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -110,18 +108,16 @@ func (s *Service) count(counts map[uuid.UUID]int, of uuid.UUID, n int) int {
 	return counts[of]
 }
 
-// Busy says whether this server makes or removes the template.
+// Busy reports whether this server works on the template.
 func (s *Service) Busy(template uuid.UUID) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.working[template] > 0
 }
 
-// What follows is for package reconcile, which decides when it is called. Each
-// may be called twice, and late: what was done changes nothing.
+// The methods below are for package reconcile. All are idempotent and can be late.
 
-// Made writes that a pending template, which nobody works on any more, is there
-// after all.
+// Made marks ready a pending template that no server works on and that its host has.
 func (s *Service) Made(ctx context.Context, host uuid.UUID, row db.Template, has *hostagentv1.Template) error {
 	var err error
 	if isImport(row) {
@@ -135,8 +131,7 @@ func (s *Service) Made(ctx context.Context, host uuid.UUID, row db.Template, has
 	return nil
 }
 
-// CaptureAgain finishes a capture that an earlier server, or one that lost the
-// host, began.
+// CaptureAgain repeats a capture that a dead server began, or whose host was unreachable.
 func (s *Service) CaptureAgain(ctx context.Context, row db.Template) error {
 	end, err := s.begin(row.ID)
 	if err != nil {
@@ -154,22 +149,22 @@ func (s *Service) CaptureAgain(ctx context.Context, row db.Template) error {
 		return err
 	})
 	if errors.Is(err, sandboxes.ErrMoved) {
-		return nil // It is something else's turn; this comes up again.
+		return nil // The sandbox is busy. The reconciler retries.
 	}
 	return err
 }
 
-// GiveUp writes that an import failed which broke off.
+// GiveUp marks an interrupted import failed.
 func (s *Service) GiveUp(ctx context.Context, row db.Template) error {
 	end, err := s.begin(row.ID)
 	if err != nil {
 		return err
 	}
 	defer end()
-	return s.importFails(ctx, row, "the server or the host that was at it went away", row.CreatedAt, true)
+	return s.importFails(ctx, row, "the server or the host stopped during the import", row.CreatedAt, true)
 }
 
-// RemoveAgain finishes a removal.
+// RemoveAgain finishes an interrupted deletion.
 func (s *Service) RemoveAgain(ctx context.Context, row db.Template) error {
 	end, err := s.begin(row.ID)
 	if err != nil {

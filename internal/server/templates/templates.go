@@ -1,4 +1,5 @@
-// Package templates knows what sandboxes can be started from.
+// Package templates manages the templates that sandboxes start from: names, versions and
+// tags, which hosts have them, and their captures, imports and deletions.
 package templates
 
 import (
@@ -32,51 +33,50 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
-// listWithin bounds asking hosts for the lists of their templates.
+// listWithin bounds the calls that list hosts' templates.
 const listWithin = 15 * time.Second
 
-// State is where a template is in its life.
+// State is the state of a template.
 type State string
 
 // The states of a template.
 const (
-	Pending  State = "pending" // being captured
+	Pending  State = "pending" // being captured or imported
 	Ready    State = "ready"
-	Deleting State = "deleting" // to be removed from the hosts that have it
+	Deleting State = "deleting" // being deleted on its hosts
 )
 
-// Catalog knows the templates by their names, and which hosts have them.
+// Catalog looks templates up by name and tracks which hosts have them.
 type Catalog struct {
 	store *store.Store
 	hosts *hosts.Registry
 	log   *slog.Logger
 
-	// mu guards the map, and is held for no call of anything else.
+	// mu guards refused. It is not held during calls to other code.
 	mu sync.Mutex
-	// refused are templates that hosts report and may not have. Each is logged
-	// once, and maxRefusals in all.
+	// refused has the templates that hosts reported without permission, each of which is
+	// logged once, up to maxRefusals.
 	refused map[refusal]bool
 }
 
-// maxRefusals bounds what a host that makes up templates can have remembered.
+// maxRefusals bounds the memory that a host can use up by reporting invented templates.
 const maxRefusals = 1000
 
 type refusal struct{ host, template uuid.UUID }
 
-// NewCatalog returns the catalog of a store.
+// NewCatalog returns the catalog in a store.
 func NewCatalog(s *store.Store, h *hosts.Registry, log *slog.Logger) *Catalog {
 	return &Catalog{store: s, hosts: h, log: log, refused: make(map[refusal]bool)}
 }
 
-// name is what a template may be called: what goes through URLs and shells as
-// it is.
+// name matches valid names of templates. They need no quoting in URLs and shells.
 var name = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
 
-// reserved are what follows /v1/templates/ and is no template.
+// reserved lists names that mean something else after /v1/templates/.
 var reserved = []string{"builds", "import"}
 
-// CheckName fails with invalid_argument for a template's name that means
-// something else. That it is one is the API document's to check.
+// CheckName fails with invalid_argument if a name is reserved or looks like an id. The
+// API document's schema checks its syntax.
 func CheckName(s string) error {
 	if slices.Contains(reserved, s) {
 		return fault.New(fault.InvalidArgument, "name: %q has another meaning in the API's paths", s)
@@ -87,26 +87,26 @@ func CheckName(s string) error {
 	return nil
 }
 
-// tag is what may stand behind a name and a colon, as in Docker's references.
+// tag matches valid tags, as in Docker's references.
 var tag = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$`)
 
-// LayerPrefix begins what hosts call builds' layers, which have no names.
+// LayerPrefix begins the names of builds' layers on hosts. Layers have no names in the
+// database.
 const LayerPrefix = "layer:"
 
-// Latest is the tag that a name without one means.
+// Latest is the default tag.
 const Latest = "latest"
 
-// Ref is what names a template: "name", "name:tag", "name@version" or an id.
+// Ref is a parsed reference to a template: "name", "name:tag", "name@version" or an id.
 type Ref struct {
 	ID      *uuid.UUID
 	Name    string
-	Tag     string // "latest" where none was said
-	Version int32  // 0: Tag
-	Bare    bool   // it is a name alone
+	Tag     string // "latest" by default
+	Version int32  // 0: use Tag
+	Bare    bool   // only a name
 }
 
-// ParseRef reads what names a template. What cannot be one names none: ok is
-// false.
+// ParseRef parses a reference. ok is false if s is not one.
 func ParseRef(s string) (r Ref, ok bool) {
 	if u, err := id.Parse(id.Template, s); err == nil {
 		return Ref{ID: &u}, true
@@ -122,14 +122,14 @@ func ParseRef(s string) (r Ref, ok bool) {
 	return Ref{Name: n, Tag: t, Bare: !tagged}, name.MatchString(n) && tag.MatchString(t)
 }
 
-// Resolve finds the template that a team means by what ParseRef reads: its
-// own, or else the platform's. It fails with not_found.
+// Resolve returns the ready template that a reference means for a team: its own, or else
+// the platform's. It fails with not_found.
 func (s *Catalog) Resolve(ctx context.Context, team uuid.UUID, ref string) (db.Template, error) {
 	return named(team, ref, func(p db.ResolveTemplateParams) (db.Template, error) { return s.store.ResolveTemplate(ctx, p) })
 }
 
-// Locate is Resolve that asks the hosts about a template that is not known: it
-// may be new on one, or none has been asked yet.
+// Locate is [Catalog.Resolve], but asks the hosts about an unknown template, because a
+// host may have a new one that it has not reported yet.
 func (s *Catalog) Locate(ctx context.Context, team uuid.UUID, ref string) (db.Template, error) {
 	row, err := s.Resolve(ctx, team, ref)
 	if !fault.Is(err, fault.NotFound) {
@@ -156,7 +156,7 @@ func (s *Catalog) Locate(ctx context.Context, team uuid.UUID, ref string) (db.Te
 	return s.Resolve(ctx, team, ref)
 }
 
-// ask writes down what a host says that it has.
+// ask stores which templates a host has.
 func (s *Catalog) ask(ctx context.Context, host *hosts.Host) error {
 	known, err := s.Known(ctx, host.ID)
 	if err != nil {
@@ -169,15 +169,15 @@ func (s *Catalog) ask(ctx context.Context, host *hosts.Host) error {
 	return s.sync(ctx, host.ID, known, has.Msg.Templates)
 }
 
-// Find is Resolve for a template in any state. A team's own goes before the
-// platform's, and one that is there before one that is being removed.
+// Find is [Catalog.Resolve] for a template in any state. It prefers the team's own to the
+// platform's, and one that is not being deleted.
 func (s *Catalog) Find(ctx context.Context, team uuid.UUID, ref string) (db.Template, error) {
 	return named(team, ref, func(p db.ResolveTemplateParams) (db.Template, error) {
 		return s.store.FindTemplate(ctx, db.FindTemplateParams{TeamID: p.TeamID, ID: p.ID, Name: p.Name, Version: p.Version, Tag: p.Tag})
 	})
 }
 
-// named is the template that query finds for what ParseRef reads.
+// named returns the template that query finds for a reference.
 func named(team uuid.UUID, ref string, query func(db.ResolveTemplateParams) (db.Template, error)) (db.Template, error) {
 	r, ok := ParseRef(ref)
 	if !ok {
@@ -200,19 +200,17 @@ func named(team uuid.UUID, ref string, query func(db.ResolveTemplateParams) (db.
 	return row, nil
 }
 
-// Listed is a template with the tags that it has.
+// Listed is a template with its tags.
 type Listed struct {
 	db.Template
 	Tags []string
-	// Failed is the import of a further version that failed, where one did; only
-	// Show says so.
+	// Failed is the last import of the name, if it failed. Only [Catalog.Show] sets it.
 	Failed *db.FailedImport
 }
 
-// Show returns the template that a team means, with its tags and, if it is the
-// team's own, the failure of the last import of its name. That is what it says,
-// too, where it fails with not_found because that import would have been the
-// first.
+// Show returns the template that a reference means for a team, with its tags. For the
+// team's own, it includes the failure of the last import of the name. If the import of
+// the name's first version failed, the not_found error says so.
 func (s *Catalog) Show(ctx context.Context, team uuid.UUID, ref string) (Listed, error) {
 	row, err := s.Resolve(ctx, team, ref)
 	var none *fault.Error
@@ -233,7 +231,7 @@ func (s *Catalog) Show(ctx context.Context, team uuid.UUID, ref string) (Listed,
 	return t, err
 }
 
-// failed is why the last import of a team's name failed; nil: it did not.
+// failed returns the last import of a team's name if it failed, and nil otherwise.
 func (s *Catalog) failed(ctx context.Context, team uuid.UUID, name string) (*db.FailedImport, error) {
 	row, err := s.store.GetFailedImport(ctx, db.GetFailedImportParams{TeamID: team, Name: name})
 	if errors.Is(err, store.ErrNoRows) {
@@ -253,17 +251,17 @@ func (s *Catalog) tagged(ctx context.Context, row db.Template) (Listed, error) {
 	return Listed{Template: row, Tags: tags}, nil
 }
 
-// Own is Resolve for what changes a template, which must be the team's own: it
-// fails with permission_denied for the platform's.
+// Own is [Catalog.Resolve] for operations that change a template. It fails with
+// permission_denied for the platform's templates.
 func (s *Catalog) Own(ctx context.Context, team uuid.UUID, ref string) (db.Template, error) {
 	row, err := s.Resolve(ctx, team, ref)
 	if err == nil && row.TeamID != team {
-		err = fault.New(fault.PermissionDenied, "template %q is the platform's", row.Name)
+		err = fault.New(fault.PermissionDenied, "template %q belongs to the platform", row.Name)
 	}
 	return row, err
 }
 
-// SetTag has a tag of a team's template mean that one from now on.
+// SetTag moves a tag to a team's template.
 func (s *Catalog) SetTag(ctx context.Context, team uuid.UUID, ref, tag string) (Listed, error) {
 	row, err := s.Own(ctx, team, ref)
 	if err != nil {
@@ -280,7 +278,7 @@ func (s *Catalog) SetTag(ctx context.Context, team uuid.UUID, ref, tag string) (
 		return q.CheckRoom(ctx, team)
 	})
 	if err != nil {
-		return Listed{}, fmt.Errorf("write tag: %w", err)
+		return Listed{}, fmt.Errorf("set tag: %w", err)
 	}
 	if n == 0 {
 		return Listed{}, fault.New(fault.NotFound, "no template %q", ref)
@@ -288,8 +286,8 @@ func (s *Catalog) SetTag(ctx context.Context, team uuid.UUID, ref, tag string) (
 	return s.tagged(ctx, row)
 }
 
-// RemoveTag takes a tag away from the team's templates of a name. A built
-// template that has none left is removed once no sandbox of it is there.
+// RemoveTag removes a tag from the team's templates of a name. A built template without
+// tags is deleted when no sandbox uses it.
 func (s *Catalog) RemoveTag(ctx context.Context, team uuid.UUID, name, tag string) error {
 	n, err := s.store.RemoveTag(ctx, db.RemoveTagParams{TeamID: team, Name: name, Tag: tag})
 	if err != nil {
@@ -301,7 +299,7 @@ func (s *Catalog) RemoveTag(ctx context.Context, team uuid.UUID, name, tag strin
 	return nil
 }
 
-// page is where a page of a list of templates starts.
+// page is the parsed cursor of a list of templates.
 type page struct {
 	name string
 	id   uuid.UUID
@@ -313,14 +311,14 @@ func parseCursor(cursor string) (p page, err error) {
 	}
 	raw, err := base64.RawURLEncoding.DecodeString(cursor)
 	if err != nil || len(raw) < 16 || !utf8.Valid(raw[16:]) || bytes.IndexByte(raw[16:], 0) >= 0 {
-		return p, fault.New(fault.InvalidArgument, "cursor: not one of this list")
+		return p, fault.New(fault.InvalidArgument, "cursor: does not belong to this list")
 	}
 	copy(p.id[:], raw)
 	p.name = string(raw[16:])
 	return p, nil
 }
 
-// cut makes a page of rows that are one more where there is another page.
+// cut returns at most limit rows and the cursor of the next page, if there are more.
 func cut(rows []Listed, limit int) ([]Listed, string) {
 	if len(rows) <= limit {
 		return rows, ""
@@ -330,8 +328,8 @@ func cut(rows []Listed, limit int) ([]Listed, string) {
 	return rows, base64.RawURLEncoding.EncodeToString(append(last.ID[:], last.Name...))
 }
 
-// List returns a page of the templates that a team sees, by name, and the
-// cursor of the next one ("" on the last page).
+// List returns a page of the templates that a team sees, sorted by name, and the cursor
+// of the next page ("" on the last).
 func (s *Catalog) List(ctx context.Context, team uuid.UUID, cursor string, limit int) ([]Listed, string, error) {
 	after, err := parseCursor(cursor)
 	if err != nil {
@@ -349,8 +347,7 @@ func (s *Catalog) List(ctx context.Context, team uuid.UUID, cursor string, limit
 	return list, next, nil
 }
 
-// Snapshots is List for the templates that were captured from the team's
-// sandboxes.
+// Snapshots is [Catalog.List] for templates captured from the team's sandboxes.
 func (s *Catalog) Snapshots(ctx context.Context, team uuid.UUID, cursor string, limit int) ([]Listed, string, error) {
 	after, err := parseCursor(cursor)
 	if err != nil {
@@ -368,8 +365,8 @@ func (s *Catalog) Snapshots(ctx context.Context, team uuid.UUID, cursor string, 
 	return list, next, nil
 }
 
-// Known returns what the table says that a host has, is to have, or is to be
-// rid of. Ask it before the host.
+// Known returns the templates that a host has, is creating or must delete, according to
+// the database. Call it before you ask the host.
 func (s *Catalog) Known(ctx context.Context, host uuid.UUID) ([]db.Template, error) {
 	rows, err := s.store.ListHostTemplates(ctx, host)
 	if err != nil {
@@ -378,9 +375,9 @@ func (s *Catalog) Known(ctx context.Context, host uuid.UUID) ([]db.Template, err
 	return rows, nil
 }
 
-// sync writes down what a host says it has, given what was known before it was
-// asked. What is being captured or removed is left to those who do that. What
-// fails of one template keeps no other from being written.
+// sync stores which templates a host has, given what was known before the host was asked.
+// It skips templates that a server is creating or deleting. A failure for one template
+// does not stop the others.
 func (s *Catalog) sync(ctx context.Context, host uuid.UUID, known []db.Template, has []*hostagentv1.Template) error {
 	rows := make(map[uuid.UUID]db.Template, len(known))
 	for _, row := range known {
@@ -401,8 +398,8 @@ func (s *Catalog) sync(ctx context.Context, host uuid.UUID, known []db.Template,
 	return errors.Join(errs...)
 }
 
-// Forget writes down that a host no longer has a template that was ready there.
-// A team's that no other host has is gone, until the host has it again.
+// Forget records that a host has lost a template. If no other host has it, a team's
+// template is gone until the host has it again.
 func (s *Catalog) Forget(ctx context.Context, host, template uuid.UUID) error {
 	gone := []uuid.UUID{template}
 	var lost []db.Template
@@ -420,16 +417,16 @@ func (s *Catalog) Forget(ctx context.Context, host, template uuid.UUID) error {
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("write down that host's template is gone: %w", err)
+		return fmt.Errorf("record loss of host's template: %w", err)
 	}
 	for _, row := range lost {
-		s.log.Error("no host has a team's template any more", "template_id", id.Format(id.Template, row.ID), "team_id", id.Format(id.Team, row.TeamID), "name", row.Name)
+		s.log.Error("the last host of a team's template has lost it", "template_id", id.Format(id.Template, row.ID), "team_id", id.Format(id.Team, row.TeamID), "name", row.Name)
 	}
 	return nil
 }
 
-// Same says whether a row has all that a host may say of the template. Each host
-// makes the built-in template itself, so that its size differs.
+// Same reports whether a row agrees with a host's report of the template. Each host
+// builds the built-in template itself, so its size differs.
 func Same(row db.Template, t *hostagentv1.Template) bool {
 	m := Measured(uuid.Nil, row, t)
 	if row.ID == uuid.Nil {
@@ -438,9 +435,9 @@ func Same(row db.Template, t *hostagentv1.Template) bool {
 	return row.SizeBytes == m.SizeBytes
 }
 
-// Learn confirms that a host has a template that it may have: the built-in one,
-// one that it had lost, and one that was made there, whose size it measures.
-// What the database does not know to be there is not taken from a host's word.
+// Learn records that a host has a template that it may have: the built-in one, one that
+// it had lost, or one that a server made it create. It updates the template's sizes. It
+// ignores all other templates that a host reports.
 func (s *Catalog) Learn(ctx context.Context, host uuid.UUID, t *hostagentv1.Template) error {
 	tid, err := id.Parse(id.Template, t.TemplateId)
 	if err != nil {
@@ -465,14 +462,14 @@ func (s *Catalog) learn(ctx context.Context, host, tid uuid.UUID, t *hostagentv1
 	defer s.mu.Unlock()
 	if of := (refusal{host, tid}); !s.refused[of] && len(s.refused) < maxRefusals {
 		s.refused[of] = true
-		s.log.Warn("host reports a template that it was not asked to make", "host_id", id.Format(id.Host, host), "template_id", t.TemplateId)
+		s.log.Warn("host reported a template that no server made it create", "host_id", id.Format(id.Host, host), "template_id", t.TemplateId)
 	}
 	return nil
 }
 
-// mayHave returns the row of a template that a host may have, and writes that it
-// has the built-in one and one that it had lost. It fails with [store.ErrNoRows]
-// if the host may not have it.
+// mayHave returns the row of a template that a host may have. It records that the host
+// has the built-in template or one that it had lost. It fails with [store.ErrNoRows] if
+// the host may not have the template.
 func (s *Catalog) mayHave(ctx context.Context, host, tid uuid.UUID) (row db.Template, err error) {
 	if tid == uuid.Nil {
 		return row, s.store.AddHostTemplate(ctx, db.AddHostTemplateParams{HostID: host, TemplateID: tid})
@@ -488,15 +485,15 @@ func (s *Catalog) mayHave(ctx context.Context, host, tid uuid.UUID) (row db.Temp
 	if !found {
 		return row, store.ErrNoRows
 	}
-	s.log.Warn("host has a template again that it had lost", "host_id", id.Format(id.Host, host), "template_id", id.Format(id.Template, tid))
+	s.log.Warn("host has a lost template again", "host_id", id.Format(id.Host, host), "template_id", id.Format(id.Template, tid))
 	return s.store.GetTemplate(ctx, tid)
 }
 
-// Bounds of what a host may say of a template.
+// Limits on a host's report of a template.
 const (
 	maxVCPUs = 1024
-	// maxCopies is how often a template may take its disk and memory: layers can
-	// hold what is below them once more, and there are captures of other sizes.
+	// maxCopies is how many times its disk and memory a template may occupy: layers can
+	// repeat what is below them, and there are captures of other sizes.
 	maxCopies = 2
 )
 
@@ -517,7 +514,7 @@ func Measured(host uuid.UUID, row db.Template, t *hostagentv1.Template) db.Templ
 	}
 }
 
-// limits returns the limits in a host's answer that a recipe could have set.
+// limits returns the limits in a host's report that a recipe could have set.
 func limits(said map[string]int64) map[string]int64 {
 	known := map[string]int64{}
 	for name := range recipe.MinLimits {

@@ -1,10 +1,9 @@
-// Package usage says what teams used: how long their sandboxes ran, times
-// their processors and memory, and how many they started, by day (UTC).
+// Package usage accounts for teams' use by day (UTC): the time that their sandboxes ran,
+// times virtual CPUs and memory, and the number of starts.
 //
-// The database itself writes down when a sandbox begins and ceases to run, in
-// the transaction that changes its state. Days that are over are added up, by
-// one server at a time; today, and a day that a later word on an earlier time
-// has changed, is added up when it is asked for.
+// Database triggers record when a sandbox starts and stops running, in the transaction
+// that changes its state. One server at a time sums up past days. Today, and a past day
+// that a late report has changed, is summed up on request.
 package usage
 
 import (
@@ -24,27 +23,25 @@ import (
 )
 
 const (
-	// rollEvery is how often it is looked whether days are to be added up.
+	// rollEvery is how often Run looks for days to sum up.
 	rollEvery = time.Minute
-	// settled is how long after its end a day is added up: transactions that
-	// began on it have ended by then.
+	// settled is how long after its end a day is summed up. Transactions of that day have
+	// ended by then.
 	settled = 10 * time.Minute
-	// runsKept is how long runs are kept. The days that they are of may change
-	// for 30 days.
+	// runsKept is how long runs are stored. Their days may change for 30 days.
 	runsKept = 40 * 24 * time.Hour
-	// batch is how many rows are removed at a time.
+	// batch is how many rows one query deletes.
 	batch = 1000
-	// MaxDays is how many days can be asked for at once.
+	// MaxDays bounds the days of one request.
 	MaxDays = 400
 )
 
-// Amount is what was used.
+// Amount is an amount of use.
 type Amount struct {
 	VCPUSeconds float64
-	// GiBSeconds is memory, in GiB, times seconds.
+	// GiBSeconds is memory in GiB times seconds.
 	GiBSeconds float64
-	// Starts counts sandboxes that began, copies too; to resume one is not to
-	// start it.
+	// Starts counts created sandboxes, including forks. Resuming is not a start.
 	Starts int64
 }
 
@@ -53,38 +50,38 @@ func (a Amount) Add(b Amount) Amount {
 	return Amount{a.VCPUSeconds + b.VCPUSeconds, a.GiBSeconds + b.GiBSeconds, a.Starts + b.Starts}
 }
 
-// Day is what was used on a day.
+// Day is the use on one day.
 type Day struct {
 	Day time.Time // midnight, UTC
 	Amount
 }
 
-// Team is what a team used.
+// Team is the use of one team.
 type Team struct {
 	ID   uuid.UUID
-	Name string // empty: it was deleted
+	Name string // empty: the team was deleted
 	Amount
 	StoredMiB int64 // now
 }
 
-// Service is every team's usage.
+// Service accounts for the use of all teams.
 type Service struct {
 	store *store.Store
 	log   *slog.Logger
 }
 
-// New returns the usage of a store. Run must run for past days to be added up.
+// New returns a service on a store. [Service.Run] sums up past days.
 func New(s *store.Store, log *slog.Logger) *Service { return &Service{s, log} }
 
-// Today is the day that it is, in UTC.
+// Today returns the current day in UTC.
 func Today() time.Time { return day(time.Now()) }
 
 func day(t time.Time) time.Time { return t.UTC().Truncate(24 * time.Hour) }
 
 func date(t time.Time) pgtype.Date { return pgtype.Date{Time: t, Valid: true} }
 
-// span returns the days from one to another, both included, as those that are
-// added up and those that are not.
+// span returns the days from one to another, inclusive: rolled are summed up, live are
+// not.
 func (s *Service) span(ctx context.Context, from, to time.Time) (rolled, live []pgtype.Date, err error) {
 	from, to = day(from), day(to)
 	if to.Before(from) {
@@ -98,7 +95,7 @@ func (s *Service) span(ctx context.Context, from, to time.Time) (rolled, live []
 	}
 	first, err := s.store.FirstRunDay(ctx)
 	if err != nil {
-		return nil, nil, fmt.Errorf("look for the first day: %w", err)
+		return nil, nil, fmt.Errorf("look up first day: %w", err)
 	}
 	if f := day(first); f.After(from) {
 		from = f
@@ -114,8 +111,8 @@ func (s *Service) span(ctx context.Context, from, to time.Time) (rolled, live []
 	return rolled, live, nil
 }
 
-// Of returns what a team used, on each day from one to another on which it
-// used anything, the earliest first.
+// Of returns a team's use on each day of a range (inclusive) with any use, earliest
+// first.
 func (s *Service) Of(ctx context.Context, team uuid.UUID, from, to time.Time) ([]Day, error) {
 	rolled, live, err := s.span(ctx, from, to)
 	if err != nil {
@@ -127,7 +124,7 @@ func (s *Service) Of(ctx context.Context, team uuid.UUID, from, to time.Time) ([
 	}
 	now, err := s.store.ListLiveUsage(ctx, db.ListLiveUsageParams{TeamID: team, Days: live})
 	if err != nil {
-		return nil, fmt.Errorf("add up usage: %w", err)
+		return nil, fmt.Errorf("sum up usage: %w", err)
 	}
 	var days []Day
 	for _, r := range past {
@@ -140,17 +137,17 @@ func (s *Service) Of(ctx context.Context, team uuid.UUID, from, to time.Time) ([
 	return days, nil
 }
 
-// Stored returns what a team has stored now, in MiB.
+// Stored returns how much a team stores now, in MiB.
 func (s *Service) Stored(ctx context.Context, team uuid.UUID) (int64, error) {
 	row, err := s.store.GetUsage(ctx, team)
 	if err != nil && !errors.Is(err, store.ErrNoRows) {
-		return 0, fmt.Errorf("read what is stored: %w", err)
+		return 0, fmt.Errorf("read stored size: %w", err)
 	}
 	return row.StoredMiB, nil
 }
 
-// ByTeam returns what each team used from one day to another, at most limit of
-// them in the order of their ids, from the one that follows after.
+// ByTeam returns each team's use in a range of days, sorted by team id: at most limit
+// teams after the given id.
 func (s *Service) ByTeam(ctx context.Context, from, to time.Time, after uuid.UUID, limit int) ([]Team, error) {
 	rolled, live, err := s.span(ctx, from, to)
 	if err != nil {
@@ -158,7 +155,7 @@ func (s *Service) ByTeam(ctx context.Context, from, to time.Time, after uuid.UUI
 	}
 	rows, err := s.store.ListUsageByTeam(ctx, db.ListUsageByTeamParams{Rolled: rolled, Live: live, AfterTeam: after, MaxRows: int32(limit)})
 	if err != nil {
-		return nil, fmt.Errorf("add up usage: %w", err)
+		return nil, fmt.Errorf("sum up usage: %w", err)
 	}
 	teams := make([]Team, len(rows))
 	for i, r := range rows {
@@ -171,7 +168,7 @@ func amount(vcpuSeconds, mibSeconds float64, starts int64) Amount {
 	return Amount{VCPUSeconds: vcpuSeconds, GiBSeconds: mibSeconds / 1024, Starts: starts}
 }
 
-// Run adds up the days that are over until ctx is done.
+// Run sums up past days until ctx is done.
 func (s *Service) Run(ctx context.Context) {
 	tick := time.NewTicker(rollEvery)
 	defer tick.Stop()
@@ -182,7 +179,7 @@ func (s *Service) Run(ctx context.Context) {
 			err = s.Roll(ctx)
 		}
 		if err != nil && !failing && ctx.Err() == nil {
-			s.log.Warn("add up usage", "error", err)
+			s.log.Warn("sum up usage", "error", err)
 		}
 		failing = err != nil
 		select {
@@ -193,13 +190,12 @@ func (s *Service) Run(ctx context.Context) {
 	}
 }
 
-// Roll adds up each day that is over and is not, and forgets runs that are old
-// enough and added up. It changes nothing the second time. A day that cannot be
-// added up holds up no other.
+// Roll sums up past days that are not summed up yet, and deletes old runs that are. It is
+// idempotent. A day that fails does not stop the others.
 func (s *Service) Roll(ctx context.Context) error {
 	first, err := s.store.FirstRunDay(ctx)
 	if err != nil {
-		return fmt.Errorf("look for the first day: %w", err)
+		return fmt.Errorf("look up first day: %w", err)
 	}
 	from, to := day(first), day(time.Now().Add(-settled)).AddDate(0, 0, -1)
 	if to.Before(from) {
@@ -216,8 +212,8 @@ func (s *Service) Roll(ctx context.Context) error {
 			continue
 		}
 		if err := s.roll(ctx, d); err != nil {
-			errs = append(errs, fmt.Errorf("add up %s: %w", d.Format(time.DateOnly), err))
-			// Its runs are kept until it is added up.
+			errs = append(errs, fmt.Errorf("sum up %s: %w", d.Format(time.DateOnly), err))
+			// Keep its runs until it is summed up.
 			if d.Before(before) {
 				before = d
 			}
@@ -226,7 +222,7 @@ func (s *Service) Roll(ctx context.Context) error {
 	for {
 		n, err := s.store.ForgetRuns(ctx, db.ForgetRunsParams{Before: &before, MaxRows: batch})
 		if err != nil {
-			errs = append(errs, fmt.Errorf("forget old runs: %w", err))
+			errs = append(errs, fmt.Errorf("delete old runs: %w", err))
 		}
 		if err != nil || n < batch {
 			return errors.Join(errs...)
@@ -234,7 +230,7 @@ func (s *Service) Roll(ctx context.Context) error {
 	}
 }
 
-// roll adds up one day. Whoever changes a day that is over waits for it.
+// roll sums up one day. Transactions that change a past day wait for it.
 func (s *Service) roll(ctx context.Context, d time.Time) error {
 	return s.store.InTx(ctx, func(q *db.Queries) error {
 		if err := q.LockUsage(ctx); err != nil {

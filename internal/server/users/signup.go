@@ -16,22 +16,23 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
-// What a link in a letter is for.
+// The purposes of links in mails.
 const (
 	verify = "verify"
 	reset  = "reset"
 )
 
-// verifyLasts is how long a link to verify an address is good for.
+// verifyLasts is how long a link that verifies an address is valid.
 const verifyLasts = 24 * time.Hour
 
-// prefixes and pages are of the links' tokens, and where people open them.
+// prefixes and pages map a purpose to the prefix of its tokens and to the page that the
+// link opens.
 var (
 	prefixes = map[string]string{verify: "wrv_", reset: "wrp_"}
 	pages    = map[string]string{verify: "/verify", reset: "/reset-password"}
 )
 
-// newLink stores the token for a link in a letter to a user, and returns it.
+// newLink creates and stores the token for a link in a mail to a user.
 func newLink(ctx context.Context, q *db.Queries, user uuid.UUID, purpose string, lasts time.Duration) (token string, err error) {
 	token, hash := mail.NewToken(prefixes[purpose])
 	return token, q.InsertMailToken(ctx, db.InsertMailTokenParams{Hash: hash, UserID: user, Purpose: purpose, ExpiresAt: time.Now().Add(lasts)})
@@ -42,7 +43,7 @@ func (s *Service) link(purpose, token string) string {
 }
 
 func errTaken() error {
-	return fault.New(fault.Conflict, "there is an account with this e-mail address")
+	return fault.New(fault.Conflict, "an account with this e-mail address exists")
 }
 
 func errClosed() error {
@@ -50,12 +51,12 @@ func errClosed() error {
 }
 
 func errFirst() error {
-	return fault.New(fault.PermissionDenied, "token: the first account is the platform's admin's, and needs the token that the server has written to its log")
+	return fault.New(fault.PermissionDenied, "token: the first account becomes the platform's admin and needs the token from the server's log")
 }
 
-// claim makes an account that is not open yet. One that somebody made with the
-// address and never opened is taken over: they may not have had it. It fails
-// with conflict where an account is open.
+// claim creates an account with an unverified address. It takes over an existing account
+// whose address was never verified, because its creator may not own the address. It fails
+// with conflict if the address is verified.
 func claim(ctx context.Context, q *db.Queries, email string, hash *string, admin bool) (uuid.UUID, error) {
 	is, err := q.GetUserByEmail(ctx, email)
 	switch {
@@ -73,8 +74,8 @@ func claim(ctx context.Context, q *db.Queries, email string, hash *string, admin
 	return is.ID, q.SignUpAgain(ctx, db.SignUpAgainParams{ID: is.ID, PasswordHash: hash, Admin: admin})
 }
 
-// open writes that an account's address is its user's. With that they get a
-// team of their own.
+// open marks an account's address verified, and creates the user's own team the first
+// time.
 func open(ctx context.Context, q *db.Queries, user uuid.UUID) error {
 	n, err := q.VerifyUser(ctx, user)
 	if err != nil || n == 0 {
@@ -92,7 +93,7 @@ func open(ctx context.Context, q *db.Queries, user uuid.UUID) error {
 	return q.InsertTeamMember(ctx, db.InsertTeamMemberParams{TeamID: team, UserID: user, Role: string(auth.Owner)})
 }
 
-// SignUpOpen says whether anybody may sign up.
+// SignUpOpen reports whether anybody may sign up.
 func (s *Service) SignUpOpen(ctx context.Context) (bool, error) {
 	settings, err := s.Store.GetSettings(ctx)
 	if err != nil {
@@ -104,7 +105,7 @@ func (s *Service) SignUpOpen(ctx context.Context) (bool, error) {
 	return s.NobodyYet(ctx)
 }
 
-// NobodyYet says whether there is no user at all.
+// NobodyYet reports whether there are no users yet.
 func (s *Service) NobodyYet(ctx context.Context) (bool, error) {
 	n, err := s.Store.CountUsers(ctx)
 	if err != nil {
@@ -113,11 +114,10 @@ func (s *Service) NobodyYet(ctx context.Context) (bool, error) {
 	return n == 0, nil
 }
 
-// SignUp makes an account and mails the link that opens it. Where the address
-// has an account the letter says so, and the answer does not. The first user
-// of all becomes the platform's admin; their account is open and they are
-// logged in (g is not nil). It fails with permission_denied where sign-up is
-// closed, and where it would be the first user's without the token of Config.
+// SignUp creates an account and mails a link that opens it. If the address already has an
+// account, only the mail says so, not the response. The first user becomes the platform's
+// admin, and SignUp logs them in at once (g is not nil). It fails with permission_denied
+// if sign-up is closed, or if the first user lacks Config.FirstToken.
 func (s *Service) SignUp(ctx context.Context, email, password, token string, from Origin) (g *auth.Grant, user db.User, err error) {
 	if err := checkEmail(email); err != nil {
 		return nil, user, err
@@ -178,21 +178,21 @@ func (s *Service) verifyLetter(ctx context.Context, q *db.Queries, user uuid.UUI
 	return mail.Letter{To: email, Subject: "Your Wrenn account", Text: "Somebody, you we hope, signed up with this address.\nOpen the account within a day, with the password that you chose:\n\n" + s.link(verify, token) + "\n\nIf it was not you, there is nothing to do.\n"}, err
 }
 
-// remind mails another link to verify an address.
+// remind mails a new link that verifies an address.
 func (s *Service) remind(ctx context.Context, user db.User) error {
 	if err := s.Limiter.Allow(ctx, limitForgot, "verify:"+user.ID.String()); err != nil {
 		return err
 	}
 	letter, err := s.verifyLetter(ctx, s.Store.Queries, user.ID, user.Email)
 	if err != nil {
-		return fmt.Errorf("make link: %w", err)
+		return fmt.Errorf("create link: %w", err)
 	}
 	s.Mail.Send(letter)
 	return nil
 }
 
-// join runs f, which makes an account, where sign-up is open; first says that
-// it is the first of all. One at a time.
+// join runs f, which creates an account, if sign-up is open, under a lock. first reports
+// that there are no users yet.
 func (s *Service) join(ctx context.Context, f func(q *db.Queries, first bool) error) error {
 	err := s.Store.InTx(ctx, func(q *db.Queries) error {
 		if err := q.LockBootstrap(ctx); err != nil {
@@ -214,10 +214,10 @@ func (s *Service) join(ctx context.Context, f func(q *db.Queries, first bool) er
 	if store.Duplicate(err) {
 		return errTaken()
 	}
-	return wrap(err, "make account")
+	return wrap(err, "create account")
 }
 
-// joinGitHub makes an account for an identity on GitHub, which verified the
+// joinGitHub creates an account for an identity on GitHub, which has verified the
 // address, and logs it in.
 func (s *Service) joinGitHub(ctx context.Context, subject, email string, from Origin) (g auth.Grant, err error) {
 	if err := checkEmail(email); err != nil {
@@ -239,7 +239,7 @@ func (s *Service) joinGitHub(ctx context.Context, subject, email string, from Or
 		}
 		n, err := q.InsertIdentity(ctx, db.InsertIdentityParams{Provider: github, Subject: subject, UserID: made})
 		if err == nil && n == 0 {
-			err = errors.New("the identity was connected meanwhile")
+			err = errors.New("identity was linked by a concurrent request")
 		}
 		if err != nil {
 			return err
@@ -250,11 +250,11 @@ func (s *Service) joinGitHub(ctx context.Context, subject, email string, from Or
 	return g, err
 }
 
-// Verify opens the account that a mailed link is of and logs it in. The
-// password is asked for as well: who reads the mail need not be who signed up,
-// and would else open an account whose password a stranger knows.
+// Verify opens the account of a mailed link and logs its user in. It also needs the
+// password: the reader of the mail may not be the one who signed up, and must not open an
+// account whose password a stranger knows.
 func (s *Service) Verify(ctx context.Context, token, password string, from Origin) (g auth.Grant, user db.User, err error) {
-	invalid := fault.New(fault.Unauthenticated, "the link is not valid, or no longer, or the password is wrong")
+	invalid := fault.New(fault.Unauthenticated, "the link is not valid or has expired, or the password is wrong")
 	if !strings.HasPrefix(token, prefixes[verify]) {
 		return g, user, invalid
 	}

@@ -1,5 +1,4 @@
-// Package users holds the rules of accounts: how people come to have one, how
-// they log in, and how they get back in.
+// Package users has the rules of accounts: sign-up, login, and password resets.
 package users
 
 import (
@@ -26,8 +25,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/store"
 )
 
-// How often an account may be tried: from one network, so that a stranger locks
-// out nobody elsewhere, and from all of them together.
+// Rate limits. Guesses are counted per network, so that a stranger cannot lock a user out
+// elsewhere, and in total.
 var (
 	limitGuesses = ratelimit.Limit{Name: "account", Burst: 10, Per: 5 * time.Minute}
 	limitAccount = ratelimit.Limit{Name: "account-everywhere", Burst: 200, Per: 5 * time.Minute}
@@ -37,46 +36,45 @@ var (
 )
 
 const (
-	// resetWithin bounds the making of one link, for which others wait.
+	// resetWithin bounds the creation of one link, because others wait for it.
 	resetWithin = 5 * time.Second
-	// resetLasts is how long a reset link is good for that somebody asked for,
-	// inviteLasts one that an admin made.
+	// resetLasts is how long a requested reset link is valid, inviteLasts one that an
+	// admin created.
 	resetLasts  = time.Hour
 	inviteLasts = 24 * time.Hour
-	// github is the name of that provider in identities.
+	// github is GitHub's name as a provider of identities.
 	github = "github"
 )
 
-// Config is what a Service works with.
+// Config configures a [Service].
 type Config struct {
-	// FirstToken is what the first sign-up of all, which makes the platform's admin,
-	// must show.
+	// FirstToken is the token that the first sign-up needs, which creates the platform's
+	// admin.
 	FirstToken string
 	Store      *store.Store
 	Sessions   *auth.Sessions
 	Limiter    *ratelimit.Limiter
 	Mail       *mail.Sender
-	// PublicURL is where people reach the service.
+	// PublicURL is the service's URL in mails.
 	PublicURL string
-	// PasswordCost is what the hashes of passwords take.
+	// PasswordCost is the cost of password hashes.
 	PasswordCost auth.Cost
 	Log          *slog.Logger
 }
 
-// Service is everybody's account.
+// Service manages all accounts.
 type Service struct {
 	Config
-	// hashing bounds how many passwords are worked on at once: each takes
-	// 64 MiB.
+	// hashing limits concurrent password hashes, each of which takes 64 MiB.
 	hashing chan struct{}
-	// nobody is the hash of no password, to be as slow for users that do not
-	// exist as for those that do.
+	// nobody is a hash to check for users that do not exist, so that the response takes
+	// as long as for others.
 	nobody string
-	// forgotten are the addresses that reset links were asked for.
+	// forgotten queues the addresses that want reset links.
 	forgotten chan string
 }
 
-// New returns the accounts of a store. Run must run for reset links to be sent.
+// New returns a service. [Service.Run] sends reset links.
 func New(c Config) *Service {
 	return &Service{
 		Config: c, hashing: make(chan struct{}, max(2, runtime.NumCPU())),
@@ -84,15 +82,15 @@ func New(c Config) *Service {
 	}
 }
 
-// Run makes the reset links that were asked for until ctx is done. It is apart
-// from the asking, so that how long that takes says nothing.
+// Run sends requested reset links until ctx is done. It is separate from the request, so
+// that the response time does not reveal whether an account exists.
 func (s *Service) Run(ctx context.Context) {
 	for {
 		select {
 		case email := <-s.forgotten:
 			err := fault.Guard(s.Log, func() error { return s.sendReset(ctx, email) })
 			if err != nil && ctx.Err() == nil {
-				s.Log.Error("make reset link", "error", err)
+				s.Log.Error("send reset link", "error", err)
 			}
 		case <-ctx.Done():
 			return
@@ -100,10 +98,10 @@ func (s *Service) Run(ctx context.Context) {
 	}
 }
 
-// Origin is where a call comes from, as users are told of their sessions.
+// Origin is the client of a call, for the user's list of sessions.
 type Origin struct{ Agent, Address string }
 
-// network is what guesses from there are counted of.
+// network returns the key for rate limits of the origin's network.
 func (o Origin) network() string {
 	if a, err := netip.ParseAddr(o.Address); err == nil {
 		return ratelimit.Address(a)
@@ -120,7 +118,7 @@ func checkEmail(email string) error {
 	return nil
 }
 
-// hash returns a password's hash when it is this caller's turn.
+// hash returns a password's hash. It waits for a place in hashing.
 func (s *Service) hash(ctx context.Context, password string) (string, error) {
 	select {
 	case s.hashing <- struct{}{}:
@@ -131,8 +129,8 @@ func (s *Service) hash(ctx context.Context, password string) (string, error) {
 	return s.PasswordCost.Hash(password), nil
 }
 
-// check says whether the password is the one of the hash; nil is a user
-// without one.
+// check reports whether hash is the hash of password. A nil hash means a user without a
+// password.
 func (s *Service) check(ctx context.Context, hash *string, password string) (bool, error) {
 	select {
 	case s.hashing <- struct{}{}:
@@ -147,7 +145,7 @@ func (s *Service) check(ctx context.Context, hash *string, password string) (boo
 	return auth.CheckPassword(*hash, password)
 }
 
-// wrap says what was being done, unless err is for the caller.
+// wrap adds the operation to internal errors. Faults stay as they are.
 func wrap(err error, doing string) error {
 	var f *fault.Error
 	if err == nil || errors.As(err, &f) {
@@ -156,8 +154,8 @@ func wrap(err error, doing string) error {
 	return fmt.Errorf("%s: %w", doing, err)
 }
 
-// LogIn begins a session. Whatever is wrong, the answer and the time it takes
-// are the same.
+// LogIn starts a session. All failures of the credentials have the same response and
+// timing.
 func (s *Service) LogIn(ctx context.Context, email, password string, from Origin) (auth.Grant, db.User, error) {
 	var g auth.Grant
 	account := strings.ToLower(email)
@@ -183,12 +181,12 @@ func (s *Service) LogIn(ctx context.Context, email, password string, from Origin
 		if err := s.remind(ctx, user); err != nil {
 			return g, user, err
 		}
-		return g, user, fault.New(fault.PermissionDenied, "open the link that was mailed to you first: the address is not verified")
+		return g, user, fault.New(fault.PermissionDenied, "the address is not verified: open the link in the mail first")
 	}
 	s.Limiter.Forget(ctx, limitGuesses, here)
 	err = s.Store.InTx(ctx, func(q *db.Queries) error {
-		// Under the lock that a change of the password takes: a session that
-		// begins with the old one is ended by it.
+		// Changing the password takes the same lock, so it ends a session that started
+		// with the old one.
 		now, err := q.LockUser(ctx, user.ID)
 		if err != nil {
 			return err
@@ -202,7 +200,7 @@ func (s *Service) LogIn(ctx context.Context, email, password string, from Origin
 	return g, user, wrap(err, "log in")
 }
 
-// byEmail returns the user with an address; the zero user where there is none.
+// byEmail returns the user with an address; zero if there is none.
 func (s *Service) byEmail(ctx context.Context, email string) (db.User, error) {
 	user, err := s.Store.GetUserByEmail(ctx, email)
 	if errors.Is(err, store.ErrNoRows) {
@@ -214,7 +212,7 @@ func (s *Service) byEmail(ctx context.Context, email string) (db.User, error) {
 	return user, nil
 }
 
-// ChangePassword sets a user's password and ends their other sessions.
+// ChangePassword changes a user's password and ends their other sessions.
 func (s *Service) ChangePassword(ctx context.Context, who auth.Principal, current, next string) error {
 	if err := s.Limiter.Allow(ctx, limitGuesses, "change:"+who.User.String()); err != nil {
 		return err
@@ -234,7 +232,7 @@ func (s *Service) ChangePassword(ctx context.Context, who auth.Principal, curren
 	return s.setPassword(ctx, who.User, who.Session, next)
 }
 
-// setPassword also ends every session but one, and every reset link.
+// setPassword sets a password, ends all sessions except keep, and deletes reset links.
 func (s *Service) setPassword(ctx context.Context, user, keep uuid.UUID, password string) error {
 	hash, err := s.hash(ctx, password)
 	if err != nil {
@@ -257,8 +255,8 @@ func setPassword(ctx context.Context, q *db.Queries, user, keep uuid.UUID, hash 
 	return q.DeleteUserSessions(ctx, db.DeleteUserSessionsParams{UserID: user, Keep: keep})
 }
 
-// ForgotPassword has a reset link sent to an address, if it is a user's. It
-// fails only where that was asked for too often.
+// ForgotPassword queues a reset link to an address, if it belongs to a user. It fails
+// only if its rate limit is exceeded.
 func (s *Service) ForgotPassword(ctx context.Context, email string) error {
 	if err := s.Limiter.Allow(ctx, limitForgot, strings.ToLower(email)); err != nil {
 		return err
@@ -266,7 +264,7 @@ func (s *Service) ForgotPassword(ctx context.Context, email string) error {
 	select {
 	case s.forgotten <- email:
 	default:
-		s.Log.Error("too many reset links are asked for: one is dropped")
+		s.Log.Error("queue of reset links is full: dropping one")
 	}
 	return nil
 }
@@ -286,11 +284,10 @@ func (s *Service) sendReset(ctx context.Context, email string) error {
 	return nil
 }
 
-// ResetPassword sets the password of whoever a reset link was made for and
-// ends their sessions. The link also shows that the address is theirs. It
-// returns who that is.
+// ResetPassword sets the password of the user of a reset link and ends their sessions.
+// The link also verifies the address. It returns the user.
 func (s *Service) ResetPassword(ctx context.Context, token, password string) (user uuid.UUID, err error) {
-	invalid := fault.New(fault.Unauthenticated, "the reset link is not valid, or no longer")
+	invalid := fault.New(fault.Unauthenticated, "the reset link is not valid or has expired")
 	if !strings.HasPrefix(token, prefixes[reset]) {
 		return user, invalid
 	}
@@ -315,10 +312,10 @@ func (s *Service) ResetPassword(ctx context.Context, token, password string) (us
 	return user, wrap(err, "reset password")
 }
 
-// GitHub logs in whoever an identity on GitHub belongs to. Somebody new gets
-// an account where sign-up is open. Where the address has an account it fails
-// with conflict, and the account's user connects the two with Link: whoever
-// has an address now need not be who had it then.
+// GitHub logs in the user of an identity on GitHub. If the identity is new and sign-up is
+// open, it creates an account. If the address already has an account, it fails with
+// conflict, because the address may have changed hands; the account's user can connect
+// the identity with [Service.Link].
 func (s *Service) GitHub(ctx context.Context, subject, email string, from Origin) (g auth.Grant, err error) {
 	user, err := s.Store.GetIdentityUser(ctx, db.GetIdentityUserParams{Provider: github, Subject: subject})
 	if errors.Is(err, store.ErrNoRows) {
@@ -341,11 +338,11 @@ func (s *Service) GitHub(ctx context.Context, subject, email string, from Origin
 	return g, wrap(err, "log in")
 }
 
-// Link lets a user log in with an identity on GitHub from now on.
+// Link connects an identity on GitHub with a user's account.
 func (s *Service) Link(ctx context.Context, user uuid.UUID, subject string) error {
 	n, err := s.Store.InsertIdentity(ctx, db.InsertIdentityParams{Provider: github, Subject: subject, UserID: user})
 	if err != nil {
-		return fmt.Errorf("connect identity: %w", err)
+		return fmt.Errorf("link identity: %w", err)
 	}
 	if n > 0 {
 		return nil
@@ -357,10 +354,10 @@ func (s *Service) Link(ctx context.Context, user uuid.UUID, subject string) erro
 	if err != nil && !errors.Is(err, store.ErrNoRows) {
 		return fmt.Errorf("look up identity: %w", err)
 	}
-	return fault.New(fault.Conflict, "this GitHub account, or another one of yours, is connected already")
+	return fault.New(fault.Conflict, "this GitHub account, or another one of yours, is already connected")
 }
 
-// Account is a user, and how they can log in.
+// Account is a user and their ways to log in.
 type Account struct {
 	db.User
 	GitHub bool
@@ -379,13 +376,12 @@ func (s *Service) Get(ctx context.Context, user uuid.UUID) (Account, error) {
 	return Account{User: row, GitHub: len(identities) > 0}, nil
 }
 
-// pattern is a LIKE pattern for what begins with prefix.
+// pattern returns a LIKE pattern for texts that begin with prefix.
 func pattern(prefix string) string {
 	return strings.NewReplacer(`\`, `\\`, `%`, `\%`, `_`, `\_`).Replace(strings.ToLower(prefix)) + "%"
 }
 
-// Find returns the user with an address, if there is one and who asks may add
-// somebody to a team.
+// Find returns the user with an address, if the caller may add members to a team.
 func (s *Service) Find(ctx context.Context, by auth.Principal, email string) ([]db.User, error) {
 	if err := s.Limiter.Allow(ctx, limitFind, by.User.String()); err != nil {
 		return nil, err
@@ -397,7 +393,7 @@ func (s *Service) Find(ctx context.Context, by auth.Principal, email string) ([]
 	return rows, nil
 }
 
-// List returns a page of all users by address, and the next one's cursor.
+// List returns a page of all users, sorted by address, and the cursor of the next page.
 func (s *Service) List(ctx context.Context, prefix, cursor string, limit int) ([]db.User, string, error) {
 	after, err := page.After(cursor)
 	if err != nil {
@@ -411,8 +407,8 @@ func (s *Service) List(ctx context.Context, prefix, cursor string, limit int) ([
 	return rows, next, nil
 }
 
-// Create makes an account for somebody and the link with which they set its
-// password, which is mailed to them too.
+// Create creates an account for somebody, and mails and returns the link with which they
+// set its password.
 func (s *Service) Create(ctx context.Context, email string, admin bool) (user db.User, link string, err error) {
 	if err := checkEmail(email); err != nil {
 		return user, "", err
@@ -433,20 +429,19 @@ func (s *Service) Create(ctx context.Context, email string, admin bool) (user db
 		err = errTaken()
 	}
 	if err != nil {
-		return user, "", wrap(err, "make account")
+		return user, "", wrap(err, "create account")
 	}
 	link = s.link(reset, token)
 	s.Mail.Send(mail.Letter{To: email, Subject: "Your Wrenn account", Text: "You have an account. Set its password within a day:\n\n" + link + "\n"})
 	return user, link, nil
 }
 
-// Change says whether a user may log in and whether they are an admin of the
-// platform (nil: as it is). It fails with conflict where no active admin would
-// be left.
+// Change sets whether a user is active and an admin of the platform (nil: unchanged). It
+// fails with conflict if no active admin would be left.
 func (s *Service) Change(ctx context.Context, user uuid.UUID, active, admin *bool) (db.User, error) {
 	var row db.User
 	err := s.Store.InTx(ctx, func(q *db.Queries) error {
-		// One at a time: of two admins who remove each other one stays.
+		// The lock keeps two admins from removing each other.
 		if err := q.LockBootstrap(ctx); err != nil {
 			return err
 		}
@@ -471,5 +466,5 @@ func (s *Service) Change(ctx context.Context, user uuid.UUID, active, admin *boo
 		}
 		return q.DeleteUserSessions(ctx, db.DeleteUserSessionsParams{UserID: user})
 	})
-	return row, wrap(err, "change user")
+	return row, wrap(err, "update user")
 }

@@ -1,5 +1,5 @@
-// Package work keeps account of what services do on their own context: it goes
-// on when the caller who asked for it leaves, and ends with the server.
+// Package work tracks operations of services that continue after their caller has left.
+// They end with the server.
 package work
 
 import (
@@ -17,27 +17,27 @@ import (
 // persistWithin bounds [Persist].
 const persistWithin = 30 * time.Second
 
-// Group is the work of services that end together.
+// Group is a set of operations that end together. It is safe for concurrent use.
 type Group struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	log    *slog.Logger
 
-	// mu is held for no call of anything else.
+	// mu is not held during calls to other code.
 	mu     sync.Mutex
 	closed bool
 	wg     sync.WaitGroup
 }
 
-// New returns a group, to be ended with Close.
+// New returns a group. End it with [Group.Close].
 func New(log *slog.Logger) *Group {
 	g := &Group{log: log}
 	g.ctx, g.cancel = context.WithCancel(context.Background())
 	return g
 }
 
-// Context ends when the group's work is given up. Work uses it instead of the
-// context of whoever asked.
+// Context is cancelled when the group gives up its work. Operations use it instead of
+// their caller's context.
 func (g *Group) Context() context.Context { return g.ctx }
 
 // For returns [Group.Context] with the id and the trace of the request that ctx
@@ -46,8 +46,8 @@ func (g *Group) For(ctx context.Context) context.Context {
 	return tracing.Carry(ctx, requestid.With(g.ctx, requestid.From(ctx)))
 }
 
-// Begin registers a piece of work, which ends with end. It fails with
-// unavailable once the group is being closed.
+// Begin registers an operation until end. It fails with unavailable after Close was
+// called.
 func (g *Group) Begin() (end func(), err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -58,11 +58,11 @@ func (g *Group) Begin() (end func(), err error) {
 	return g.wg.Done, nil
 }
 
-// Guard calls f and turns a panic of it into an error (see [fault.Guard]).
+// Guard calls f and returns a panic as an error (see [fault.Guard]).
 func (g *Group) Guard(f func() error) error { return fault.Guard(g.log, f) }
 
-// Close waits for the work under way until ctx is done, then gives it up: the
-// next server finds out how it ended.
+// Close waits for running operations until ctx is done, and then cancels them. The next
+// server reconciles what they leave.
 func (g *Group) Close(ctx context.Context) {
 	g.mu.Lock()
 	g.closed = true
@@ -80,9 +80,8 @@ func (g *Group) Close(ctx context.Context) {
 	<-idle
 }
 
-// Persist is [store.Persist] within a bound, for f that writes what has already
-// happened. What could not be written is found out by whoever compares the hosts
-// with the database.
+// Persist is [store.Persist] with a time limit, for an f that stores a result. If it
+// fails, reconciliation finds the result later.
 func Persist(ctx context.Context, f func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, persistWithin)
 	defer cancel()

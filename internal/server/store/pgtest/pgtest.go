@@ -1,6 +1,5 @@
-// Package pgtest runs a real PostgreSQL for tests: one private cluster a
-// package run, on a unix socket in a temporary folder, and an empty database
-// for each test that asks.
+// Package pgtest runs a real PostgreSQL for tests: one private cluster per test binary,
+// on a Unix socket in a temporary folder, with an empty database for each test that asks.
 package pgtest
 
 import (
@@ -39,25 +38,25 @@ type Cluster struct {
 	n    int
 }
 
-// shared is the cluster of this test binary, made by the first test that
-// needs it and ended by Main.
+// shared is the cluster of this test binary. The first test that needs it starts it, and
+// Main stops it.
 var shared struct {
 	sync.Mutex
 	cluster *Cluster
 	err     error
 }
 
-// errMissing is why there is no cluster where there cannot be one.
+// errMissing reports that this machine cannot run a cluster.
 var errMissing = errors.New("PostgreSQL is not installed, or this is not root")
 
-// Main runs a package's tests and ends the cluster after them; call it from TestMain.
+// Main runs a package's tests and then stops the cluster. Call it from TestMain.
 func Main(m *testing.M) {
 	code := m.Run()
 	End()
 	os.Exit(code)
 }
 
-// End ends the cluster, for a TestMain that does more than Main does.
+// End stops the cluster, for a TestMain that does more than [Main].
 func End() {
 	shared.Lock()
 	defer shared.Unlock()
@@ -67,17 +66,17 @@ func End() {
 	}
 }
 
-// New returns the URL of an empty database of t's own. Without PostgreSQL's
-// programs t is skipped. The package's TestMain must call Main.
+// New returns the URL of an empty database for t. It skips the test if PostgreSQL is not
+// installed. The package's TestMain must call [Main].
 func New(t testing.TB) string {
 	t.Helper()
 	return Shared(t).database(t, "template1")
 }
 
-// Template is a database that tests get copies of, which takes less time than to
-// fill one for each.
+// Template is a database that is filled once and copied for each test, which is faster
+// than filling one per test.
 type Template struct {
-	// Fill fills the empty database at url and closes every connection to it.
+	// Fill fills the empty database at url. It must close every connection to it.
 	Fill func(url string) error
 
 	once sync.Once
@@ -85,8 +84,8 @@ type Template struct {
 	err  error
 }
 
-// New returns the URL of a copy of the template, as [New] does. The first call
-// fills the template.
+// New returns the URL of a copy of the template, like [New]. The first call fills the
+// template.
 func (m *Template) New(t testing.TB) string {
 	t.Helper()
 	c := Shared(t)
@@ -129,8 +128,7 @@ func (c *Cluster) create(template string) (name string, err error) {
 	return name, nil
 }
 
-// Connect returns a connection to a database that New made, which is closed
-// when t ends.
+// Connect returns a connection to a database, and closes it when t ends.
 func Connect(t testing.TB, url string) *pgx.Conn {
 	t.Helper()
 	conn, err := pgx.Connect(context.Background(), url)
@@ -158,8 +156,8 @@ func Shared(t testing.TB) *Cluster {
 	return shared.cluster
 }
 
-// URL returns the URL of a database of the cluster, or where that is not to be
-// reached or takes no changes, of one of its standbys.
+// URL returns the URL of a database of the cluster. With standbys, clients use one of
+// them if the cluster is unreachable or read-only.
 func (c *Cluster) URL(database string, standbys ...*Cluster) string {
 	hosts := []string{c.dir}
 	for _, s := range standbys {
@@ -168,7 +166,7 @@ func (c *Cluster) URL(database string, standbys ...*Cluster) string {
 	return "postgres:///" + database + "?user=postgres&host=" + url.QueryEscape(strings.Join(hosts, ","))
 }
 
-// Standby starts a standby of the cluster, which ends with the test.
+// Standby starts a standby of the cluster, and stops it when the test ends.
 func (c *Cluster) Standby(t testing.TB) *Cluster {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "wrenn-pgtest-")
@@ -221,7 +219,7 @@ func newCluster() (*Cluster, error) {
 		cred: &syscall.SysProcAttr{
 			Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)},
 			Setsid:     true,
-			// A test binary that dies takes its cluster along.
+			// The kernel stops the cluster if the test binary dies.
 			Pdeathsig: syscall.SIGQUIT,
 		},
 	}
@@ -236,7 +234,7 @@ func newCluster() (*Cluster, error) {
 	return c, c.Start()
 }
 
-// Start starts the cluster and returns when it takes connections.
+// Start starts the cluster and returns when it accepts connections.
 func (c *Cluster) Start() error {
 	cmd := exec.Command(filepath.Join(c.bin, "postgres"), "-D", filepath.Join(c.dir, "data"), "-k", c.dir, "-h", "",
 		"-c", "fsync=off", "-c", "full_page_writes=off", "-c", "synchronous_commit=off", "-c", "shared_buffers=32MB",
@@ -248,7 +246,7 @@ func (c *Cluster) Start() error {
 	}
 	started, done := make(chan error, 1), make(chan struct{})
 	go func() {
-		// The death signal follows the thread that forked: keep it to the end.
+		// The death signal is tied to the thread that forked, so keep the thread.
 		runtime.LockOSThread()
 		defer close(done)
 		if err := cmd.Start(); err != nil {
@@ -279,7 +277,7 @@ func (c *Cluster) Start() error {
 	return nil
 }
 
-// Stop ends the cluster as a fast shutdown does, cutting every connection.
+// Stop shuts the cluster down fast, which closes every connection.
 func (c *Cluster) Stop() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
