@@ -148,7 +148,7 @@ func TestExecStream(t *testing.T) {
 		`{"cmd":"cat","timeout_seconds":1e10}`:             "",
 		`{"cmd":"cat","user":"a b"}`:                       "",
 		`[]`:                                               "",
-		`{"cmd":"x","args":["y"],"shell":true,"cwd":"/a"}`: "args: a line for the shell has none",
+		`{"cmd":"x","args":["y"],"shell":true,"cwd":"/a"}`: "args: not allowed with shell",
 	} {
 		ws := open(start)
 		got := next(ws)

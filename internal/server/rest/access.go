@@ -18,8 +18,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
-// accessOf reads what every operation of the document asks of its caller. An
-// operation that does not say is an error: nothing is open by oversight.
+// accessOf parses the x-wrenn-access of every operation. An operation without one is an
+// error, so that none is open by oversight.
 func accessOf(spec *openapi3.T) (map[*openapi3.Operation]auth.Access, error) {
 	all := make(map[*openapi3.Operation]auth.Access)
 	var errs []error
@@ -38,7 +38,8 @@ func accessOf(spec *openapi3.T) (map[*openapi3.Operation]auth.Access, error) {
 	return all, errors.Join(errs...)
 }
 
-// agrees checks that what the document says to clients is what is enforced.
+// agrees checks that the document's security, which clients see, matches the access that
+// the server enforces.
 func agrees(spec *openapi3.T, path string, op *openapi3.Operation, a auth.Access) error {
 	requirements := spec.Security
 	if op.Security != nil {
@@ -59,7 +60,7 @@ func agrees(spec *openapi3.T, path string, op *openapi3.Operation, a auth.Access
 		want = []string{"bearer", "cookie"}
 	}
 	if !slices.Equal(says, want) {
-		return fmt.Errorf("security says %v, x-wrenn-access means %v", says, want)
+		return fmt.Errorf("security is %v, but x-wrenn-access requires %v", says, want)
 	}
 	if strings.Contains(path, "{team_id}") && !a.Role.OfTeam() && a.Role != auth.Platform {
 		return fmt.Errorf("a path with a team's id needs a role of a team, not %q", a.Role)
@@ -69,14 +70,14 @@ func agrees(spec *openapi3.T, path string, op *openapi3.Operation, a auth.Access
 
 type principalKey struct{}
 
-// caller returns who calls, in an operation that not anybody may call.
+// caller returns the principal of an authenticated operation.
 func caller(r *http.Request) auth.Principal {
 	p, _ := r.Context().Value(principalKey{}).(auth.Principal)
 	return p
 }
 
-// authorize finds out who calls and whether they may, as the document says.
-// It comes before anything of the request but its address is looked at.
+// authorize authenticates the caller and checks their access. It runs before anything but
+// the request's address is used.
 func (a *API) authorize(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		op := routed(r).op
@@ -100,13 +101,13 @@ func (a *API) authorize(next http.Handler) http.Handler {
 		mark := a.Watch.Mark()
 		who, err := a.identify(r, access)
 		if o := observed(r); o != nil {
-			o.who = who // Known also where they ask for what is another team's.
+			o.who = who // known even if the request names another team
 		}
 		if err == nil {
 			err = access.Check(who)
 		}
 		if who.ID() != uuid.Nil {
-			// What is refused counts too, though not of the team, which did nothing.
+			// Refused requests count for the caller, but not for the team.
 			if often := a.spend(r.Context(), access.Rate, who, err == nil); often != nil {
 				err = often
 			}
@@ -121,7 +122,7 @@ func (a *API) authorize(next http.Handler) http.Handler {
 			ctx, done = a.Watch.While(ctx, who, mark, func(ctx context.Context) error { return a.again(ctx, r, access, who) })
 			defer done()
 			if streams(op) {
-				// When the access ends, so does a read that waits for more of the body.
+				// When the access ends, also interrupt a read that waits for the body.
 				defer context.AfterFunc(ctx, func() { _ = http.NewResponseController(w).SetReadDeadline(time.Unix(1, 0)) })()
 			}
 		}
@@ -129,10 +130,10 @@ func (a *API) authorize(next http.Handler) http.Handler {
 	})
 }
 
-// lasts says whether an operation goes on for as long as its client or a guest
-// likes, so that who asked for it may have lost what they were when it began.
+// lasts reports whether the client or the guest determines an operation's duration, so
+// the caller may lose access during it.
 func lasts(op *openapi3.Operation) bool {
-	if op.OperationID == "exec" || op.OperationID == "runCode" { // Their JSON comes when a guest's command ends.
+	if op.OperationID == "exec" || op.OperationID == "runCode" { // They respond when a guest's command ends.
 		return true
 	}
 	for status, r := range op.Responses.Map() {
@@ -143,7 +144,7 @@ func lasts(op *openapi3.Operation) bool {
 	return streams(op)
 }
 
-// again says whether who made a request may still do so.
+// again checks whether the caller of a running request still has access.
 func (a *API) again(ctx context.Context, r *http.Request, access auth.Access, who auth.Principal) (err error) {
 	if who.HasKey() {
 		who, err = a.Keys.Again(ctx, r.Header.Get("X-API-Key"), who)
@@ -156,9 +157,9 @@ func (a *API) again(ctx context.Context, r *http.Request, access auth.Access, wh
 	return err
 }
 
-// identify returns who calls: by API key, or by an access token in the header
-// Authorization, or by the cookie that has it. Where they act for no team that
-// is theirs it fails, and returns who they are all the same.
+// identify authenticates a request by its API key, or by an access token in the header
+// Authorization or in the cookie. If the caller has no access to the requested team, it
+// fails but still returns the caller.
 func (a *API) identify(r *http.Request, access auth.Access) (auth.Principal, error) {
 	team, malformed := a.teamOf(r, access)
 	if key := r.Header.Get("X-API-Key"); key != "" {
@@ -177,7 +178,7 @@ func (a *API) identify(r *http.Request, access auth.Access) (auth.Principal, err
 	}
 	who, err := a.Sessions.Check(r.Context(), token, team)
 	if err == nil && team != nil && who.Team == uuid.Nil {
-		// Not theirs, or not there: the answer is the same.
+		// The same error whether the team exists or not.
 		err = fault.New(fault.NotFound, "no such team")
 	}
 	if err == nil {
@@ -186,9 +187,8 @@ func (a *API) identify(r *http.Request, access auth.Access) (auth.Principal, err
 	return who, err
 }
 
-// teamOf returns the team that a call is for: the one in its path, or the one
-// it names in X-Team (in a browser's WebSocket, which cannot have headers, in
-// the query's team). nil: it does not say.
+// teamOf returns the team that a request names in its path or in X-Team; nil: none.
+// Browsers cannot send headers for a WebSocket, so those name it in the query.
 func (a *API) teamOf(r *http.Request, access auth.Access) (*uuid.UUID, error) {
 	if !access.Role.OfTeam() {
 		return nil, nil
@@ -213,7 +213,7 @@ func (a *API) teamOf(r *http.Request, access auth.Access) (*uuid.UUID, error) {
 	return &u, nil
 }
 
-// accessToken returns the access token that a request shows ("": none).
+// accessToken returns the request's access token ("": none).
 func (a *API) accessToken(r *http.Request) string {
 	if header := r.Header.Get("Authorization"); header != "" {
 		scheme, token, _ := strings.Cut(header, " ")
@@ -228,9 +228,9 @@ func (a *API) accessToken(r *http.Request) string {
 	return ""
 }
 
-// elsewhere reports whether a page of another origin loads what the request asks for.
-// Browsers send the user's cookies along if that origin is of the same site, as guests'
-// pages can be. Following a link does not count as loading.
+// elsewhere reports whether a page of another origin loads the response. Browsers send
+// the user's cookies if that origin is of the same site, which guests' pages can be.
+// Following a link does not count.
 func elsewhere(r *http.Request) bool {
 	switch r.Header.Get("Sec-Fetch-Site") {
 	case "same-site", "cross-site":
@@ -239,9 +239,8 @@ func elsewhere(r *http.Request) bool {
 	return false
 }
 
-// sameSite refuses what another site's page makes a browser send along with
-// the user's cookies. A request that shows a key or a token in a header was
-// made by somebody who has it.
+// sameSite refuses requests that another site's page makes a browser send with the user's
+// cookies. Requests with a key or a token in a header cannot be forged that way.
 func (a *API) sameSite(r *http.Request) error {
 	if r.Header.Get("X-API-Key") != "" || r.Header.Get("Authorization") != "" {
 		return nil
@@ -249,7 +248,7 @@ func (a *API) sameSite(r *http.Request) error {
 	if err := a.crossOrigin.Check(r); err != nil {
 		return fault.Because(err, fault.PermissionDenied, "origin not allowed")
 	}
-	// Browsers ask for WebSockets with GET, which is otherwise harmless.
+	// Browsers open WebSockets with GET, which crossOrigin considers safe.
 	if r.Header.Get("Upgrade") != "" && !a.originAllowed(r) {
 		return fault.New(fault.PermissionDenied, "origin not allowed")
 	}

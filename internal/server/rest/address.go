@@ -14,7 +14,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/ratelimit"
 )
 
-// How often one address may call what anybody may.
+// Rate limits per address for operations without authentication.
 var (
 	limitPublic = ratelimit.Limit{Name: "public", Burst: 600, Per: time.Minute}
 	limitLogin  = ratelimit.Limit{Name: "login", Burst: 30, Per: time.Minute}
@@ -22,11 +22,11 @@ var (
 	limitHosts = ratelimit.Limit{Name: "hosts", Burst: 12000, Per: time.Minute}
 )
 
-// admit bounds how often an address may call an operation that anybody may.
+// admit applies the rate limit of an address to an operation without authentication.
 func (a *API) admit(r *http.Request, op *openapi3.Operation) error {
 	from := a.clientAddress(r)
 	if !from.IsValid() {
-		return nil // By a socket of this machine's, and not through the front door.
+		return nil // A local client on a Unix socket, without the front door.
 	}
 	limit := limitPublic
 	switch op.Tags[0] {
@@ -39,8 +39,8 @@ func (a *API) admit(r *http.Request, op *openapi3.Operation) error {
 	return a.Limiter.Allow(r.Context(), limit, ratelimit.Address(from))
 }
 
-// BoundAddresses returns next with a bound on each address's requests under way. This
-// machine's own addresses have none.
+// BoundAddresses wraps next with a limit on each address's requests in flight. Trusted
+// addresses, such as loopback, have none.
 func (a *API) BoundAddresses(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if from := a.clientAddress(r); from.IsValid() && !a.trusted(from) {
@@ -55,9 +55,8 @@ func (a *API) BoundAddresses(next http.Handler) http.Handler {
 	})
 }
 
-// clientAddress returns whose address a request comes from. What
-// X-Forwarded-For says is believed of proxies alone: of this machine's, and
-// of those that the configuration names.
+// clientAddress returns the client's address. It trusts X-Forwarded-For only from proxies
+// on this machine and from the configured ones.
 func (a *API) clientAddress(r *http.Request) netip.Addr {
 	from, believed := a.peer(r)
 	if !believed {
@@ -88,14 +87,14 @@ func (a *API) peer(r *http.Request) (from netip.Addr, believed bool) {
 	return from, a.trusted(from)
 }
 
-// checkPrivate refuses operations on accounts, and those of letters' links, over plain
-// HTTP, which others can read on the way, unless the request is for a loopback name.
+// checkPrivate refuses operations on accounts, including those of mailed links, over
+// plain HTTP, which others can read, unless the request is for a loopback name.
 func (a *API) checkPrivate(r *http.Request, op *openapi3.Operation) error {
 	account := op.Tags[0] == "login" || op.Tags[0] == "me"
 	if !account || a.Insecure || a.encrypted(r) || netaddr.LoopbackName(r.Host) {
 		return nil
 	}
-	return fault.New(fault.PermissionDenied, "passwords, sessions and mailed links do not go over plain HTTP: use HTTPS, or a loopback name such as localhost. If you do use HTTPS, the operator must name the proxy that ends it in WRENN_TRUSTED_PROXIES, or set WRENN_INSECURE")
+	return fault.New(fault.PermissionDenied, "passwords, sessions and mailed links must not go over plain HTTP: use HTTPS, or a loopback name such as localhost. If you do use HTTPS, the operator must name the proxy that terminates it in WRENN_TRUSTED_PROXIES, or set WRENN_INSECURE")
 }
 
 // encrypted reports whether the client sent the request over HTTPS.
@@ -112,7 +111,7 @@ func (a *API) encrypted(r *http.Request) bool {
 	})
 }
 
-// addressText is clientAddress as text; empty: this machine's, by a socket.
+// addressText returns clientAddress as text; empty for a Unix socket.
 func (a *API) addressText(r *http.Request) string {
 	if from := a.clientAddress(r); from.IsValid() {
 		return from.String()

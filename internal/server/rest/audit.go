@@ -19,16 +19,16 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
-// recordWithin bounds how long an answer waits for its record.
+// recordWithin bounds how long a response waits for its audit record.
 const recordWithin = 5 * time.Second
 
-// changes says whether an operation is to be recorded: all but those that the
-// document says only read. What is not said is known by the method.
+// changes reports whether an operation must be recorded: all except those that the
+// document declares read-only. Without a declaration, the method decides.
 func changes(m match) bool {
 	switch m.op.OperationID {
-	case "hostHeartbeat": // It says that nothing has changed.
+	case "hostHeartbeat": // A heartbeat is not a change.
 		return false
-	case "execStream": // A WebSocket begins with GET.
+	case "execStream": // A WebSocket starts with GET.
 		return true
 	}
 	access, ok := m.op.Extensions["x-wrenn-access"].(map[string]any)
@@ -38,10 +38,10 @@ func changes(m match) bool {
 	return m.method != http.MethodGet
 }
 
-// open says whether anybody may call an operation.
+// open reports whether an operation needs no authentication.
 func open(op *openapi3.Operation) bool { return op.Security != nil && len(*op.Security) == 0 }
 
-// audit has every change that is asked for recorded before it is answered.
+// audit records every requested change before the response.
 func (a *API) audit(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		m := routed(r)
@@ -54,7 +54,7 @@ func (a *API) audit(next http.Handler) http.Handler {
 			if rec.began {
 				return
 			}
-			// The handler broke off, or the client did.
+			// The handler panicked or the client left.
 			code := "canceled"
 			if r.Context().Err() == nil {
 				code = string(fault.Internal)
@@ -67,14 +67,14 @@ func (a *API) audit(next http.Handler) http.Handler {
 	})
 }
 
-// recorder writes the record of a request when it is about to be answered. If
-// it cannot, the answer is that the database does not answer.
+// recorder writes a request's audit record just before the response. If that fails, it
+// replaces the response with an error.
 type recorder struct {
 	http.ResponseWriter
 	api *API
 	r   *http.Request
 	op  *openapi3.Operation
-	// began: an answer was begun. mute: the handler's own is not the one.
+	// began: the response has begun. mute: discard the handler's response.
 	began, mute bool
 }
 
@@ -89,7 +89,7 @@ func (rec *recorder) WriteHeader(status int) {
 	if !rec.began && (status >= 200 || status == http.StatusSwitchingProtocols) {
 		rec.began = true
 		result, code := audit.OK, observed(rec.r).code
-		if status >= 400 || code != "" { // A browser that is sent back is told in the URL.
+		if status >= 400 || code != "" { // A redirect carries its error in the URL.
 			result = audit.Refused
 		}
 		if status >= 500 {
@@ -98,7 +98,7 @@ func (rec *recorder) WriteHeader(status int) {
 		if err := rec.write(result, code); err != nil {
 			rec.mute = true
 			rec.Header().Del("Location")
-			rec.api.Fail(rec.ResponseWriter, rec.r, fault.Because(err, fault.Unavailable, "it could not be recorded, and may have been done"))
+			rec.api.Fail(rec.ResponseWriter, rec.r, fault.Because(err, fault.Unavailable, "the change could not be recorded, but may have been made"))
 			return
 		}
 	}
@@ -115,8 +115,8 @@ func (rec *recorder) Write(b []byte) (int, error) {
 	return rec.ResponseWriter.Write(b)
 }
 
-// write writes the record, except of those who did not show who they are where
-// that is asked for: they change nothing, and could fill the log.
+// write writes the record. It skips unauthenticated callers of operations that need
+// authentication, because they change nothing and could fill the log.
 func (rec *recorder) write(result, code string) error {
 	o := observed(rec.r)
 	record := audit.Record{Actor: audit.Anonymous, Action: rec.op.OperationID, Address: rec.api.addressText(rec.r), RequestID: requestid.From(rec.r.Context()), Result: result, Code: code}
@@ -137,13 +137,13 @@ func (rec *recorder) write(result, code string) error {
 	defer cancel()
 	if code == "quota_exceeded" && record.Team != nil {
 		if err := rec.api.Channels.Quota(ctx, *record.Team, ""); err != nil {
-			rec.api.log(rec.r).Warn("tell that a quota is reached", "error", err)
+			rec.api.log(rec.r).Warn("emit event for a reached quota", "error", err)
 		}
 	}
 	return rec.api.Audit.Write(ctx, record)
 }
 
-// actor writes down who called.
+// actor sets the record's actor.
 func actor(r *audit.Record, o *observation) {
 	switch {
 	case o.who.Key != uuid.Nil:
@@ -159,15 +159,14 @@ func actor(r *audit.Record, o *observation) {
 	}
 }
 
-// kinds are the objects that paths have collections of.
+// kinds maps collections in paths to kinds of objects.
 var kinds = map[string]string{"sandboxes": "sandbox", "snapshots": "template", "members": "user"}
 
-// inner are the collections whose objects have names that mean something only
-// together with what they are of.
+// inner has the collections whose objects' names are only unique within their parent.
 var inner = map[string]bool{"tags": true, "contexts": true}
 
-// object says what a request is about: what it made, as its answer's location
-// says, or the last thing that its path names.
+// object returns the object of a request: the one it created, from the response's
+// Location, or the last one in its path.
 func object(r *http.Request, location string) (kind, name string) {
 	if parts := strings.Split(location, "/"); len(parts) > 2 {
 		kind, name = parts[len(parts)-2], parts[len(parts)-1]
@@ -176,7 +175,7 @@ func object(r *http.Request, location string) (kind, name string) {
 		named := false
 		parts := strings.Split(strings.Trim(m.path, "/"), "/")
 		for i, part := range parts {
-			// After what is named there may be what is to be done with it.
+			// A verb may follow the last named object.
 			if p, ok := param(part); ok && i > 0 && !strings.HasPrefix(parts[i-1], "{") {
 				of := ""
 				if inner[parts[i-1]] {
@@ -243,8 +242,8 @@ func auditRecord(r audit.Record) rest.AuditRecord {
 	return out
 }
 
-// exportAudit streams all records. Where that fails on the way the connection
-// breaks, so that nobody takes a part for the whole.
+// exportAudit streams all records. If it fails midway, it closes the connection, so that
+// the client does not take a part for the whole.
 func (a *API) exportAudit(w http.ResponseWriter, r *http.Request, f audit.Filter, format string) {
 	begun := false
 	begin := func() {
@@ -306,12 +305,12 @@ func (a *API) exportAudit(w http.ResponseWriter, r *http.Request, f audit.Filter
 		return
 	}
 	if err != nil {
-		a.log(r).Warn("export of audit records broke off", "error", err)
+		a.log(r).Warn("export audit records", "error", err)
 		panic(http.ErrAbortHandler)
 	}
 }
 
-// cell keeps a spreadsheet from taking text for a formula.
+// cell keeps spreadsheets from interpreting text as a formula.
 func cell(text string) string {
 	if text != "" && strings.ContainsRune("=+-@\t\r", rune(text[0])) {
 		return "'" + text

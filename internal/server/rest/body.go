@@ -21,45 +21,44 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/text"
 )
 
-// maxDepth is how deep arrays and objects may be nested in a JSON body.
+// maxDepth bounds the nesting of a JSON body.
 const maxDepth = 64
 
-// maxValues is how many values and names of members a JSON body may have: each
-// takes some hundred bytes, however short it is written.
+// maxValues bounds the values and member names of a JSON body. Each takes some hundred
+// bytes of memory, however short it is.
 const maxValues = 1 << 16
 
-// bodyCost is the memory that a byte of a JSON body takes while it is checked
-// and decoded: the body, its canonical form, and the strings of the two.
+// bodyCost is the memory per byte of a JSON body: the body, its canonical form, and the
+// strings of both.
 const bodyCost = 4
 
-// valueCost is the memory that a value or a name takes in addition to its bytes while
-// it is checked and decoded. The first freeValues are not counted.
+// valueCost is the memory of a value or a name beside its bytes. The first freeValues are
+// free.
 const (
 	valueCost  = 256
 	freeValues = 64
 )
 
-// maxExact is the largest integer that every JSON implementation keeps.
+// maxExact is the largest integer that all JSON implementations represent exactly.
 const maxExact = 1<<53 - 1
 
-// maxPlace bounds what an error quotes of a body, in bytes.
+// maxPlace bounds the path in an error, in bytes.
 const maxPlace = 200
 
 const jsonType = "application/json"
 
 func init() {
-	// What the validator takes for a time must be one for the decoder too.
+	// Make the validator accept the same times as the decoder.
 	openapi3.DefineStringFormatValidator("date-time", openapi3.NewCallbackValidator(func(s string) error {
 		_, err := time.Parse(time.RFC3339, s)
 		return err
 	}))
 }
 
-// canonical returns the one JSON value in b with every integer written in
-// digits alone. It refuses what parsers read differently: repeated members,
-// anything after the value, and strings that are no text. bytesIn are pointers
-// (RFC 6901) to strings that may have NUL. values is how many of what
-// [maxValues] counts it has.
+// canonical returns the JSON value in b with all integers as plain digits. It refuses
+// what parsers read differently: duplicate members, data after the value, and strings
+// that are not text. bytesIn points (RFC 6901) to strings that may contain NUL. values
+// counts what [maxValues] bounds.
 func canonical(b []byte, bytesIn []jsontext.Pointer) (_ []byte, values int, _ error) {
 	var out bytes.Buffer
 	out.Grow(len(b))
@@ -79,7 +78,7 @@ func canonical(b []byte, bytesIn []jsontext.Pointer) (_ []byte, values int, _ er
 			return nil, 0, fault.New(fault.InvalidArgument, "JSON: more than %d values", maxValues)
 		}
 		if whole {
-			return nil, 0, fault.New(fault.InvalidArgument, "JSON: something follows the value")
+			return nil, 0, fault.New(fault.InvalidArgument, "JSON: unexpected data after the value")
 		}
 		switch token.Kind() {
 		case '"':
@@ -97,7 +96,7 @@ func canonical(b []byte, bytesIn []jsontext.Pointer) (_ []byte, values int, _ er
 	}
 }
 
-// number writes a number that is an integer as one: 5.0 and 5e0 are 5.
+// number writes integers as plain digits: 5.0 and 5e0 become 5.
 func number(token jsontext.Token) (jsontext.Token, error) {
 	digits := token.String()
 	f, err := strconv.ParseFloat(digits, 64)
@@ -110,7 +109,7 @@ func number(token jsontext.Token) (jsontext.Token, error) {
 	return token, nil
 }
 
-// malformed says what is wrong with JSON, and where.
+// malformed converts a syntax error for the caller.
 func malformed(err error) error {
 	var syntax *jsontext.SyntacticError
 	if errors.As(err, &syntax) && errors.Is(err, jsontext.ErrDuplicateName) {
@@ -119,7 +118,7 @@ func malformed(err error) error {
 	return fault.Because(err, fault.InvalidArgument, "JSON: malformed")
 }
 
-// place names a part of a body: the members that lead to it, with dots between.
+// place returns the path of a value in a body, such as "a.b".
 func place(p jsontext.Pointer) string {
 	parts := slices.Collect(p.Tokens())
 	if len(parts) == 0 {
@@ -128,7 +127,7 @@ func place(p jsontext.Pointer) string {
 	return text.Clean(strings.Join(parts, "."), maxPlace)
 }
 
-// bodySchema is the schema of an operation's JSON body; nil: it has none.
+// bodySchema returns the schema of an operation's JSON body; nil if it has none.
 func bodySchema(op *openapi3.Operation) *openapi3.Schema {
 	if op.RequestBody == nil {
 		return nil
@@ -140,7 +139,7 @@ func bodySchema(op *openapi3.Operation) *openapi3.Schema {
 	return media.Schema.Value
 }
 
-// binary are the members of an object that carry bytes rather than text.
+// binary returns the members of an object that carry bytes rather than text.
 func binary(s *openapi3.Schema) (all []jsontext.Pointer) {
 	for name, p := range s.Properties {
 		if is, _ := p.Value.Extensions["x-wrenn-bytes"].(bool); is {
@@ -150,14 +149,14 @@ func binary(s *openapi3.Schema) (all []jsontext.Pointer) {
 	return all
 }
 
-// growForValues holds what n values and names take in addition to their bytes.
+// growForValues takes the memory of n values and names beside their bytes.
 func growForValues(held *budget.Held, n int) error {
 	return held.Grow(valueCost * int64(max(0, n-freeValues)))
 }
 
-// conform reads JSON that must match a schema, and returns it in canonical form, so
-// that callers decode the value that was checked. It holds the memory of the values
-// before it makes them.
+// conform checks JSON against a schema and returns it in canonical form, so that callers
+// decode exactly what was checked. It takes the memory of the values before it creates
+// them.
 func conform(s *openapi3.Schema, b []byte, held *budget.Held) ([]byte, error) {
 	b, values, err := canonical(b, binary(s))
 	if err != nil {
@@ -176,8 +175,8 @@ func conform(s *openapi3.Schema, b []byte, held *budget.Held) ([]byte, error) {
 	return b, nil
 }
 
-// readBody checks a request's JSON body, and leaves the canonical form of it
-// to be decoded. What that takes is held.
+// readBody checks a request's JSON body and replaces it with its canonical form for
+// [decode]. It takes the memory from held.
 func readBody(r *http.Request, op *openapi3.Operation, held *budget.Held) error {
 	s := bodySchema(op)
 	if s == nil {
@@ -208,30 +207,29 @@ func readBody(r *http.Request, op *openapi3.Operation, held *budget.Held) error 
 	return nil
 }
 
-// checked is a body that was read and conforms to its schema.
+// checked is a body that conforms to its schema.
 type checked struct {
 	*bytes.Reader
 	json []byte
 }
 
-// Close does nothing: the body that it was made of is the server's to close.
+// Close does nothing: the HTTP server closes the original body.
 func (*checked) Close() error { return nil }
 
-// decode reads a JSON body that was validated. Where there is none, v stays as
-// it is.
+// decode decodes a checked JSON body. Without a body, it leaves v unchanged.
 func decode(r *http.Request, v any) error {
 	if r.Body == http.NoBody {
 		return nil
 	}
 	body, ok := r.Body.(*checked)
 	if !ok {
-		return fault.New(fault.Internal, "internal error") // an operation whose document has no body
+		return fault.New(fault.Internal, "internal error") // The operation declares no JSON body.
 	}
 	return unmarshal(body.json, v)
 }
 
-// unmarshal decodes JSON that conforms to the schema of v. That the two differ
-// is this service's fault.
+// unmarshal decodes JSON that conforms to v's schema. A failure is a bug: the schema and
+// v differ.
 func unmarshal(b []byte, v any) error {
 	if err := json.Unmarshal(b, v); err != nil {
 		return fault.Because(err, fault.Internal, "internal error")

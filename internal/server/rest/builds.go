@@ -18,7 +18,7 @@ import (
 
 func buildID(s string) (uuid.UUID, error) { return parseID(id.Build, "build", s) }
 
-// buildOf is a row as the wire has it.
+// buildOf converts a row for the API.
 func buildOf(row db.Build) rest.Build {
 	b := rest.Build{
 		ID: id.Format(id.Build, row.ID), TeamID: id.Format(id.Team, row.TeamID), Name: row.Name, Tags: append([]string{}, row.Tags...),
@@ -48,7 +48,7 @@ func (a *API) CreateBuildAdmin(w http.ResponseWriter, r *http.Request) {
 	a.createBuild(w, r, uuid.Nil, "/v1/admin/builds/")
 }
 
-// createBuild starts a build, which is then below the path at.
+// createBuild starts a build. Its Location is below at.
 func (a *API) createBuild(w http.ResponseWriter, r *http.Request, team uuid.UUID, at string) {
 	var req rest.CreateBuild
 	if err := decode(r, &req); err != nil {
@@ -137,7 +137,7 @@ func (a *API) CancelBuildAdmin(w http.ResponseWriter, r *http.Request, build res
 	a.answerBuild(w, r, uuid.Nil, build, a.Builds.Cancel)
 }
 
-// answerBuild answers with a build, found by find, and its steps.
+// answerBuild responds with the build that find returns, and its steps.
 func (a *API) answerBuild(w http.ResponseWriter, r *http.Request, team uuid.UUID, build string, find func(context.Context, uuid.UUID, uuid.UUID) (db.Build, error)) {
 	u, err := buildID(build)
 	if err != nil {
@@ -177,7 +177,7 @@ func (a *API) FollowBuildAdmin(w http.ResponseWriter, r *http.Request, build res
 	a.followBuild(w, r, uuid.Nil, build)
 }
 
-// errHead ends what would be streamed where only the header is asked for.
+// errHead ends a stream after the header, for HEAD.
 var errHead = errors.New("HEAD")
 
 func (a *API) followBuild(w http.ResponseWriter, r *http.Request, team uuid.UUID, build string) {
@@ -195,7 +195,7 @@ func (a *API) followBuild(w http.ResponseWriter, r *http.Request, team uuid.UUID
 		_, err = fmt.Fprintf(w, "data: %s\n\n", b)
 		return err
 	}
-	told := map[int]*builds.Step{} // what the client was told of each step
+	sent := map[int]*builds.Step{} // what the client has of each step
 	err = a.Builds.Follow(r.Context(), team, u, func(row db.Build, steps []builds.Step) error {
 		if !begun {
 			w.Header().Set("Content-Type", "text/event-stream")
@@ -207,7 +207,7 @@ func (a *API) followBuild(w http.ResponseWriter, r *http.Request, team uuid.UUID
 			return errHead
 		}
 		for _, s := range steps {
-			if err := tell(told, s, say); err != nil {
+			if err := sendStep(sent, s, say); err != nil {
 				return err
 			}
 		}
@@ -228,12 +228,12 @@ func (a *API) followBuild(w http.ResponseWriter, r *http.Request, team uuid.UUID
 	}
 }
 
-// tell tells what is new of a step.
-func tell(told map[int]*builds.Step, s builds.Step, say func(rest.BuildEvent) error) error {
-	before := told[s.Number]
-	if before == nil || len(s.Output) < len(before.Output) { // the first time, or begun again
+// sendStep sends the news of a step to the client.
+func sendStep(sent map[int]*builds.Step, s builds.Step, say func(rest.BuildEvent) error) error {
+	before := sent[s.Number]
+	if before == nil || len(s.Output) < len(before.Output) { // the first time, or after a new attempt
 		before = &builds.Step{Number: s.Number, State: "pending"}
-		told[s.Number] = before
+		sent[s.Number] = before
 	}
 	event := func() error {
 		before.State = s.State

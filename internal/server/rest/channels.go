@@ -13,7 +13,7 @@ import (
 
 func channelID(text string) (uuid.UUID, error) { return parseID(id.Channel, "channel", text) }
 
-// channel is a row as the wire has it.
+// channel converts a row for the API.
 func channel(row db.Channel) rest.Channel {
 	return rest.Channel{
 		ID: id.Format(id.Channel, row.ID), TeamID: id.Format(id.Team, row.TeamID), Name: row.Name, Kind: rest.ChannelKind(row.Kind), Events: channelEvents(row.Events),
@@ -37,7 +37,7 @@ func eventNames(events *rest.ChannelEvents) []string {
 	return names
 }
 
-// delivery is a row as the wire has it.
+// delivery converts a row for the API.
 func delivery(row db.Delivery) rest.ChannelDelivery {
 	d := rest.ChannelDelivery{
 		ID: row.ID, Event: row.Event, State: rest.ChannelDeliveryState(row.State), CreatedAt: row.CreatedAt.UTC(), Attempts: row.Attempts, TriedAt: utc(row.TriedAt),

@@ -18,26 +18,25 @@ import (
 )
 
 const (
-	// gatewayPort is where a sandbox's code interpreter listens.
+	// gatewayPort is the port of a sandbox's code interpreter.
 	gatewayPort = 49999
-	// maxCodeOutput bounds what code may print and show where it is answered in
-	// one piece, in bytes of JSON.
+	// maxCodeOutput bounds the output of code that is not streamed, in bytes of JSON.
 	maxCodeOutput = 32 << 20
-	// codeCost is the memory that a byte of it takes: in its line, decoded, joined
-	// and encoded again.
+	// codeCost is the memory per byte of it: in its line, decoded, joined and encoded
+	// again.
 	codeCost = 4
-	// encodeCost is the memory that a byte of code takes on its way to the guest.
+	// encodeCost is the memory per byte of code on its way to the guest.
 	encodeCost = 3
-	// resultCost is the memory that a result takes in addition to its bytes.
+	// resultCost is the memory of a result beside its bytes.
 	resultCost = 512
-	// defaultContext is the context that code runs in.
+	// defaultContext is the context of code that names none.
 	defaultContext = "default"
-	// defaultCodeTimeout is how long code may run, in seconds.
+	// defaultCodeTimeout is the default time limit of code in seconds.
 	defaultCodeTimeout = 300
 )
 
-// gateway asks the code interpreter of the caller's sandbox. The answer is a
-// success, and its body is the guest's: hostile.
+// gateway calls the code interpreter of the caller's sandbox. It returns only successful
+// responses. Their body comes from the guest and may be hostile.
 func (a *API) gateway(r *http.Request, sandbox, method, path string, body any) (*http.Response, error) {
 	u, err := sandboxID(sandbox)
 	if err != nil {
@@ -69,11 +68,10 @@ func (a *API) gateway(r *http.Request, sandbox, method, path string, body any) (
 	case resp.StatusCode == http.StatusConflict && said.Message != "":
 		return nil, fault.New(fault.Conflict, "%.300s", said.Message)
 	}
-	return nil, fault.New(fault.Conflict, "no code interpreter answers on port %d of the sandbox: is its template code-interpreter?", gatewayPort)
+	return nil, fault.New(fault.Conflict, "no code interpreter responds on port %d of the sandbox: does it have the template code-interpreter?", gatewayPort)
 }
 
-// encode returns JSON without escaping HTML's characters, so that code stays about as
-// long as it was.
+// encode returns JSON without HTML escapes, so that code does not grow much.
 func encode(v any) ([]byte, error) {
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)
@@ -125,12 +123,12 @@ func (a *API) RunCode(w http.ResponseWriter, r *http.Request, sandbox rest.Sandb
 			return
 		}
 		if err != nil {
-			panic(http.ErrAbortHandler) // lest the client take a part for the whole
+			panic(http.ErrAbortHandler) // so that the client does not take a part for the whole
 		}
 	}
 }
 
-// codeEvent is a line of what a code interpreter answers.
+// codeEvent is one line of a code interpreter's response.
 type codeEvent struct {
 	rest.CodeOutput
 	Type           string `json:"type"`
@@ -143,7 +141,8 @@ type codeEvent struct {
 // endOfExecution is the type of the last line.
 const endOfExecution = "end_of_execution"
 
-// decodeGuest decodes a guest's JSON, and holds the memory of its values before that.
+// decodeGuest decodes a guest's JSON. It takes the memory of the values before it creates
+// them.
 func decodeGuest(b []byte, held *budget.Held, into any) error {
 	values := 0
 	for d := jsontext.NewDecoder(bytes.NewBuffer(b), guestJSON...); ; values++ {
@@ -159,10 +158,10 @@ func decodeGuest(b []byte, held *budget.Held, into any) error {
 	return json.Unmarshal(b, into)
 }
 
-// guestJSON reads a guest's JSON as encoding/json does.
+// guestJSON makes jsontext as lenient as encoding/json.
 var guestJSON = []jsontext.Options{jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true)}
 
-// collectCode makes one answer of a guest's lines.
+// collectCode merges a guest's lines into one result.
 func collectCode(body io.Reader, held *budget.Held) (rest.CodeResult, error) {
 	result := rest.CodeResult{Results: []rest.CodeOutput{}}
 	var stdout, stderr strings.Builder
@@ -184,9 +183,9 @@ func collectCode(body io.Reader, held *budget.Held) (rest.CodeResult, error) {
 				return result, err
 			}
 			if bound.N <= 0 {
-				return result, fault.New(fault.PayloadTooLarge, "the code's output is longer than %d bytes: ask for a stream", maxCodeOutput)
+				return result, fault.New(fault.PayloadTooLarge, "the code's output is longer than %d bytes: stream it instead", maxCodeOutput)
 			}
-			return result, fault.Because(err, fault.BadGateway, "the sandbox's code interpreter broke off its answer")
+			return result, fault.Because(err, fault.BadGateway, "the sandbox's code interpreter ended its response early")
 		}
 		switch e.Type {
 		case "stdout":
@@ -206,7 +205,7 @@ func collectCode(body io.Reader, held *budget.Held) (rest.CodeResult, error) {
 	}
 }
 
-// relay answers with the JSON that a code interpreter answers, read as into.
+// relay responds with the code interpreter's JSON, after decoding it into into.
 func (a *API) relay(w http.ResponseWriter, r *http.Request, sandbox, method, path string, body any, status int, into any) {
 	resp, err := a.gateway(r, sandbox, method, path, body)
 	if err != nil {
@@ -228,7 +227,7 @@ func (a *API) relay(w http.ResponseWriter, r *http.Request, sandbox, method, pat
 		return
 	}
 	if err != nil {
-		a.Fail(w, r, fault.Because(err, fault.BadGateway, "the sandbox's code interpreter answers with no JSON"))
+		a.Fail(w, r, fault.Because(err, fault.BadGateway, "the sandbox's code interpreter did not respond with JSON"))
 		return
 	}
 	answer(w, status, into)

@@ -20,7 +20,7 @@ import (
 )
 
 var (
-	// viewer is Redoc, which redoc/update fetched.
+	// viewer is Redoc; redoc/update downloads it.
 	//
 	//go:embed redoc/redoc.standalone.js
 	viewer string
@@ -30,26 +30,27 @@ var (
 	docsPage string
 )
 
-// viewerLogo is the one thing that the viewer would load from another origin.
+// viewerLogo is the only resource that the viewer loads from another origin.
 const viewerLogo = "https://cdn.redoc.ly/redoc/logo-mini.svg"
 
-// docs is the page of the OpenAPI document, which has all that it needs in itself.
+// docs is the self-contained page that shows the OpenAPI document.
 type docs struct {
 	page, compressed []byte
 	etag             string
-	// policy lets the page run its two scripts and the viewer's search, and load nothing.
+	// policy is the page's Content-Security-Policy. It allows the page's two scripts and
+	// the viewer's search worker, and no other resources.
 	policy string
 }
 
-// renderDocs makes the page, which is the same for every API.
+// renderDocs renders the page once; it is the same for every API.
 var renderDocs = sync.OnceValues(func() (docs, error) {
 	var spec any
 	if err := yaml.Unmarshal(api.OpenAPI, &spec); err != nil {
 		return docs{}, fmt.Errorf("read OpenAPI document: %w", err)
 	}
-	document, err := json.Marshal(spec) // which leaves no < in it
+	document, err := json.Marshal(spec) // Marshal escapes <.
 	if err != nil {
-		return docs{}, fmt.Errorf("write OpenAPI document: %w", err)
+		return docs{}, fmt.Errorf("encode OpenAPI document: %w", err)
 	}
 	script := strings.ReplaceAll(viewer, viewerLogo, "data:,")
 	page := strings.NewReplacer("{{viewer}}", script, "{{document}}", string(document), "{{script}}", docsScript).Replace(docsPage)
@@ -71,7 +72,7 @@ var renderDocs = sync.OnceValues(func() (docs, error) {
 	}, nil
 })
 
-// scriptHash is the source expression of a policy that allows an inline script.
+// scriptHash returns the policy's source expression for an inline script.
 func scriptHash(script string) string {
 	sum := sha256.Sum256([]byte(script))
 	return "'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
@@ -88,7 +89,7 @@ func (a *API) GetDocs(w http.ResponseWriter, r *http.Request) {
 	h.Set("Content-Type", "text/html; charset=utf-8")
 	h.Set("Content-Security-Policy", d.policy)
 	h.Set("ETag", d.etag)
-	h.Set("Cache-Control", "no-cache") // asked again, and answered with 304
+	h.Set("Cache-Control", "no-cache") // Browsers revalidate and get 304.
 	h.Set("Vary", "Accept-Encoding")
 	if r.Header.Get("If-None-Match") == d.etag {
 		w.WriteHeader(http.StatusNotModified)
@@ -102,10 +103,10 @@ func (a *API) GetDocs(w http.ResponseWriter, r *http.Request) {
 	_, _ = w.Write(body)
 }
 
-// refused is the weight of what a client does not take.
+// refused matches the weight of a coding that the client refuses.
 var refused = regexp.MustCompile(`^\s*q=0(\.0*)?\s*$`)
 
-// acceptsGzip says whether a client lists gzip without refusing it.
+// acceptsGzip reports whether an Accept-Encoding field accepts gzip.
 func acceptsGzip(field string) bool {
 	for item := range strings.SplitSeq(field, ",") {
 		coding, weight, _ := strings.Cut(item, ";")

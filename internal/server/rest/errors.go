@@ -21,7 +21,7 @@ import (
 
 func stack() string { return string(debug.Stack()) }
 
-// classify returns what the caller is told of err.
+// classify converts any error for the caller.
 func classify(err error) *fault.Error {
 	var f *fault.Error
 	var long *http.MaxBytesError
@@ -37,21 +37,21 @@ func classify(err error) *fault.Error {
 	case store.TeamGone(err):
 		return fault.Because(err, fault.NotFound, "no such team")
 	case store.Unreachable(err):
-		return fault.Because(err, fault.Unavailable, "the database does not answer")
+		return fault.Because(err, fault.Unavailable, "the database does not respond")
 	case errors.Is(err, context.DeadlineExceeded):
-		return fault.Because(err, fault.Timeout, "it took too long")
+		return fault.Because(err, fault.Timeout, "the operation took too long")
 	}
 	return fault.Because(err, fault.Internal, "internal error")
 }
 
-// Fail answers a request with an error. The reason is in the log; the answer has only
-// what the caller may know.
+// Fail responds with an error. It logs the reason; the response has only what the caller
+// may know.
 func (a *API) Fail(w http.ResponseWriter, r *http.Request, err error) {
 	var ended *fault.Error
 	if r.Context().Err() != nil && errors.As(context.Cause(r.Context()), &ended) {
-		err = ended // Who asked for it may no longer.
+		err = ended // The caller lost access.
 	} else if r.Context().Err() != nil && errors.Is(err, context.Canceled) {
-		a.log(r).Debug("client went away")
+		a.log(r).Debug("client disconnected")
 		if o := observed(r); o != nil {
 			o.status = statusGone
 		}
@@ -75,24 +75,24 @@ func (a *API) Fail(w http.ResponseWriter, r *http.Request, err error) {
 	answer(w, f.Code.Status(), body)
 }
 
-// answer writes v as JSON.
+// answer responds with v as JSON.
 func answer(w http.ResponseWriter, status int, v any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Cache-Control", "no-store")
-	w.Header().Set("X-Content-Type-Options", "nosniff") // Of the proxy's errors, too.
+	w.Header().Set("X-Content-Type-Options", "nosniff") // The proxy's errors need it too.
 	w.WriteHeader(status)
 	enc := json.NewEncoder(w)
 	enc.SetEscapeHTML(false)
-	// An error here is the client's connection; there is nobody to tell.
+	// The only possible error is that the client has disconnected.
 	_ = enc.Encode(v)
 }
 
-// validate checks parameters and JSON bodies against the document. Nothing
-// else checks their shape.
+// validate checks parameters and JSON bodies against the document. No other code checks
+// their form.
 func (a *API) validate(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		m := routed(r)
-		// The key was checked before, and readBody reads the body.
+		// authorize has checked the credentials, and readBody reads the body.
 		open := *m.op
 		open.Security = openapi3.NewSecurityRequirements()
 		open.RequestBody = nil
@@ -114,8 +114,7 @@ func (a *API) validate(next http.Handler) http.Handler {
 	})
 }
 
-// unbound turns the error of a parameter that cannot be bound into one that
-// says which it is.
+// unbound converts the error of a malformed parameter for the caller.
 func unbound(err error) error {
 	name := "parameter"
 	var format *rest.InvalidParamFormatError
@@ -129,8 +128,8 @@ func unbound(err error) error {
 	return fault.Because(err, fault.InvalidArgument, "%s: malformed, or given more than once", name)
 }
 
-// invalid turns the validator's error into one that says what is wrong where,
-// without the schema and without repeating the value.
+// invalid converts the validator's error for the caller: what is wrong and where, without
+// the schema and without the value.
 func invalid(err error) error {
 	where, reason := "", "malformed"
 	var re *openapi3filter.RequestError
@@ -165,6 +164,6 @@ func invalid(err error) error {
 	if where == "" {
 		where = "JSON"
 	}
-	// The validator's own text has all of the client's value, which may be a secret.
+	// The validator's own text repeats the value, which may be a secret.
 	return fault.New(fault.InvalidArgument, "%.200s: %.500s", where, reason)
 }

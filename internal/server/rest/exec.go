@@ -26,14 +26,14 @@ import (
 
 const (
 	defaultExecTimeout = 60
-	// answerGrace is how much longer than the command the host may take.
+	// answerGrace is how much longer than the command the call to the host may take.
 	answerGrace = 30 * time.Second
-	// maxMessage is the longest message of a WebSocket, in bytes.
+	// maxMessage bounds a WebSocket message of the client, in bytes.
 	maxMessage = 1 << 20
-	// maxFrame bounds the output in one message to the client, in bytes. Each stream keeps
-	// a buffer that grows to it.
+	// maxFrame bounds the output in one message to the client, in bytes. Each stream's
+	// buffer grows up to it.
 	maxFrame = 64 << 10
-	// startWithin is how long a client may take to say what to run.
+	// startWithin bounds the wait for the client's first message.
 	startWithin = 30 * time.Second
 )
 
@@ -44,14 +44,14 @@ const (
 	channelStderr = 2
 )
 
-// command makes the host's command of what a caller asked for.
+// command converts a request to the host's command.
 func command(cmd string, args []string, shell bool, envs map[string]string, cwd, user string, timeout int32) (*hostagentv1.Command, error) {
 	if err := sandboxes.CheckEnvs(envs); err != nil {
 		return nil, err
 	}
 	if shell {
 		if len(args) > 0 {
-			return nil, fault.New(fault.InvalidArgument, "args: a line for the shell has none")
+			return nil, fault.New(fault.InvalidArgument, "args: not allowed with shell")
 		}
 		cmd, args = "sh", []string{"-c", cmd}
 	}
@@ -66,7 +66,7 @@ func (a *API) Exec(w http.ResponseWriter, r *http.Request, sandbox rest.SandboxI
 		a.Fail(w, r, err)
 		return
 	}
-	// An error here is the client's connection; there is nobody to tell.
+	// The only possible error is that the client has disconnected.
 	_ = writeResult(w, out, time.Since(begun))
 }
 
@@ -118,29 +118,28 @@ func (a *API) ExecStream(w http.ResponseWriter, r *http.Request, sandbox rest.Sa
 		a.Fail(w, r, err)
 		return
 	}
-	// The origin was checked above, with an answer in the API's one shape.
+	// The origin was checked above, with the API's own error format.
 	ws, err := websocket.Accept(&handshake{ResponseWriter: w}, r, &websocket.AcceptOptions{InsecureSkipVerify: true, CompressionMode: websocket.CompressionDisabled})
 	if err != nil {
-		a.Fail(w, r, fault.Because(err, fault.InvalidArgument, "not the handshake of a WebSocket, version 13"))
+		a.Fail(w, r, fault.Because(err, fault.InvalidArgument, "not a WebSocket handshake of version 13"))
 		return
 	}
 	defer ws.CloseNow()
 	ws.SetReadLimit(maxMessage)
 	err = a.execStream(r.Context(), ws, caller(r), u)
 	if errors.Is(err, errGone) {
-		a.log(r).Debug("client went away")
+		a.log(r).Debug("client disconnected")
 		return
 	}
 	if err != nil {
 		f := classify(err)
-		a.log(r).Debug("exec failed", "code", f.Code, "error", err)
+		a.log(r).Debug("execute command", "code", f.Code, "error", err)
 		_ = say(r.Context(), ws, rest.ExecStreamEvent{Type: rest.ExecStreamEventTypeError, Code: some(string(f.Code)), Message: some(f.Message)})
 	}
 	_ = ws.Close(websocket.StatusNormalClosure, "")
 }
 
-// handshake keeps the WebSocket library from answering a refused handshake in
-// a shape of its own.
+// handshake discards the WebSocket library's own response to a failed handshake.
 type handshake struct {
 	http.ResponseWriter
 	refused bool
@@ -174,37 +173,37 @@ func say(ctx context.Context, ws *websocket.Conn, e rest.ExecStreamEvent) error 
 	return nil
 }
 
-// errGone is why an exec ends when its client did.
-var errGone = errors.New("client went away")
+// errGone reports that the client has disconnected.
+var errGone = errors.New("client disconnected")
 
-// execStream runs one command for a client. It returns nil when the client
-// was told how the command ended. A goroutine that it leaves behind ends with
-// the WebSocket.
+// execStream runs one command for a client. It returns nil after it has told the client
+// how the command ended. The goroutine that it leaves behind ends with the WebSocket.
 func (a *API) execStream(ctx context.Context, ws *websocket.Conn, who auth.Principal, sandbox uuid.UUID) error {
 	start, err := a.readStart(ctx, ws, who)
 	if err != nil {
 		return err
 	}
 	start.SandboxId = id.Format(id.Sandbox, sandbox)
-	// Once more: the client may have taken its time, and input can be sent once only.
+	// Wake the sandbox again, because the client may have taken a while and its input
+	// cannot be repeated.
 	host, err := a.Sandboxes.Use(ctx, who.Team, sandbox)
 	if err != nil {
 		return err
 	}
-	// The call has a context of its own: it may be over while the client is
-	// still to be told why.
+	// The call has its own context, because it can end before the client has been told
+	// why.
 	call, cancel := context.WithCancel(ctx)
 	stream := host.Agent.ExecStream(call)
 	if err := stream.Send(&hostagentv1.ExecStreamRequest{Message: &hostagentv1.ExecStreamRequest_Start_{Start: start}}); err != nil && !errors.Is(err, io.EOF) {
 		cancel()
 		return hosts.Fault(err)
 	}
-	// From here one goroutine sends and this one receives.
+	// From here on, the new goroutine sends and this one receives.
 	input := make(chan error, 1)
 	go func() {
 		input <- a.pumpInput(ctx, ws, who, stream, cancel, patience.Default.Idle)
 		cancel()
-		// HTTP/2 notices that a call was given up only when its body ends.
+		// Over HTTP/2, the host notices a cancelled call only when its request body ends.
 		_ = stream.CloseRequest()
 	}()
 	err = pumpOutput(ctx, ws, stream)
@@ -212,7 +211,7 @@ func (a *API) execStream(ctx context.Context, ws *websocket.Conn, who auth.Princ
 	if err != nil {
 		select {
 		case why := <-input:
-			// It ended the call, and is the cause of what became of the output.
+			// The input ended the call, so its error is the cause.
 			return why
 		default:
 		}
@@ -229,7 +228,7 @@ func (a *API) readStart(ctx context.Context, ws *websocket.Conn, who auth.Princi
 		return nil, errGone
 	}
 	if kind != websocket.MessageText {
-		return nil, fault.New(fault.InvalidArgument, "the first message must be text and say what to run")
+		return nil, fault.New(fault.InvalidArgument, "the first message must be text and name the command")
 	}
 	var m rest.ExecStreamStart
 	if err := a.parse(who, "ExecStreamStart", b, &m); err != nil {
@@ -246,8 +245,8 @@ func (a *API) readStart(ctx context.Context, ws *websocket.Conn, who auth.Princi
 	return start, nil
 }
 
-// parse reads a message that must match one of the document's schemas. Meanwhile it
-// holds the memory that this takes.
+// parse decodes a message that must match a schema of the document. It holds the memory
+// of that during the call.
 func (a *API) parse(who auth.Principal, schema string, b []byte, v any) error {
 	held := a.Memory.Hold(who.Payer.String())
 	defer held.Release()
@@ -263,11 +262,11 @@ func (a *API) parse(who auth.Principal, schema string, b []byte, v any) error {
 
 type execStream = connect.BidiStreamForClient[hostagentv1.ExecStreamRequest, hostagentv1.ExecStreamResponse]
 
-// errUnread ends a call whose guest does not read what is sent to it.
-var errUnread = fault.New(fault.Timeout, "the sandbox did not read what was sent to it in time")
+// errUnread ends a call whose guest does not read its input.
+var errUnread = fault.New(fault.Timeout, "the sandbox did not read its input in time")
 
-// sendWithin calls send. If that takes longer than within, it calls end, which must make
-// send return, and returns errUnread.
+// sendWithin calls send. If send takes longer than within, sendWithin calls end, which
+// must make send return, and returns errUnread.
 func sendWithin(within time.Duration, end func(), send func() error) error {
 	timer := time.AfterFunc(within, end)
 	err := send()
@@ -277,9 +276,10 @@ func sendWithin(within time.Duration, end func(), send func() error) error {
 	return err
 }
 
-// pumpInput sends what the client says to the command, until the client is gone
-// (errGone) or says what is wrong. It calls end if the command leaves its input unread for
-// longer than within, because while it sends it does not notice that the client is gone.
+// pumpInput forwards the client's messages to the command until the client disconnects
+// (errGone) or sends a wrong message. It calls end if the command does not read its input
+// within the time limit, because during a send it does not notice that the client
+// disconnects.
 func (a *API) pumpInput(ctx context.Context, ws *websocket.Conn, who auth.Principal, stream *execStream, end func(), within time.Duration) error {
 	for {
 		kind, b, err := ws.Read(ctx)
@@ -317,7 +317,7 @@ func (a *API) pumpInput(ctx context.Context, ws *websocket.Conn, who auth.Princi
 			return err
 		}
 		if err != nil {
-			// The command is over; go on reading, to notice when the client goes.
+			// The command has ended. Keep reading, to notice when the client disconnects.
 			if !errors.Is(err, io.EOF) {
 				return hosts.Fault(err)
 			}
@@ -325,7 +325,7 @@ func (a *API) pumpInput(ctx context.Context, ws *websocket.Conn, who auth.Princi
 	}
 }
 
-// pumpOutput sends what the command says to the client, to its end.
+// pumpOutput forwards the command's output to the client until the command ends.
 func pumpOutput(ctx context.Context, ws *websocket.Conn, stream *execStream) error {
 	frame := make([]byte, 0, 32<<10)
 	send := func(channel byte, data []byte) error {
@@ -342,7 +342,7 @@ func pumpOutput(ctx context.Context, ws *websocket.Conn, stream *execStream) err
 	for {
 		msg, err := stream.Receive()
 		if errors.Is(err, io.EOF) {
-			return fault.New(fault.Unavailable, "the command's end is not known: its host broke off")
+			return fault.New(fault.Unavailable, "the host closed the connection before the command ended")
 		}
 		if err != nil {
 			return hosts.Fault(err)

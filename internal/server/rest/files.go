@@ -19,10 +19,10 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/hosts"
 )
 
-// chunk is how much of a body goes to the host at once, in bytes.
+// chunk is the size of a message of file data, in bytes.
 const chunk = 256 << 10
 
-// file is the file that a request is about, in a running sandbox.
+// file returns a request's file and the host of its running sandbox.
 func (a *API) file(r *http.Request, sandbox, path string, user *string) (*hosts.Host, *hostagentv1.FileRef, error) {
 	u, err := sandboxID(sandbox)
 	if err != nil {
@@ -30,7 +30,7 @@ func (a *API) file(r *http.Request, sandbox, path string, user *string) (*hosts.
 	}
 	for part := range strings.SplitSeq(path, "/") {
 		if part == ".." {
-			return nil, nil, fault.New(fault.InvalidArgument, "path: must not have '..'")
+			return nil, nil, fault.New(fault.InvalidArgument, "path: must not contain '..'")
 		}
 	}
 	host, err := a.Sandboxes.Use(r.Context(), caller(r).Team, u)
@@ -40,7 +40,8 @@ func (a *API) file(r *http.Request, sandbox, path string, user *string) (*hosts.
 	return host, &hostagentv1.FileRef{SandboxId: sandbox, Path: path, User: or(user, "")}, nil
 }
 
-// fileFault is hosts.Fault where the sandbox's own disk may be what is full.
+// fileFault is [hosts.Fault], but exhausted resources mean that the sandbox's disk is
+// full.
 func fileFault(err error) error {
 	f := hosts.Fault(err)
 	if fault.Is(f, fault.NoCapacity) {
@@ -51,16 +52,16 @@ func fileFault(err error) error {
 	return f
 }
 
-// byteRange is a Range header: from first to last, both included. first -1 means the
-// last suffix bytes.
+// byteRange is a parsed Range header: bytes first to last, inclusive. If first is -1, it
+// is the last suffix bytes.
 type byteRange struct{ first, last, suffix int64 }
 
-// toEnd stands for the file's last byte in a range without an end. No file is that large,
-// and the length of a range from byte 0 to it does not overflow.
+// toEnd is the last byte of a range without an end. No file is that large, and the length
+// of a range from 0 to it does not overflow.
 const toEnd = math.MaxInt64 - 1
 
-// parseRange reads a Range header with one range. As HTTP has it, what cannot
-// be read is as if it were not there.
+// parseRange parses a Range header with one range. HTTP requires that an invalid header
+// is ignored.
 func parseRange(header string) (byteRange, bool) {
 	spec, ok := strings.CutPrefix(strings.ReplaceAll(header, " ", ""), "bytes=")
 	if !ok || strings.Contains(spec, ",") {
@@ -97,10 +98,10 @@ func (a *API) ReadFile(w http.ResponseWriter, r *http.Request, sandbox rest.Sand
 		return
 	}
 	rng, partial := parseRange(or(params.Range, ""))
-	// Files have no validators: what an If-Range names is never this file.
+	// Files have no validators, so an If-Range never matches.
 	partial = partial && params.IfRange == nil
 	req := &hostagentv1.ReadFileStreamRequest{File: ref}
-	// The guest reports a large file's size only if a part is asked for: one with a length.
+	// The guest reports a large file's size only if the request has a length.
 	switch {
 	case partial && rng.first >= 0:
 		req.Offset, req.Length = rng.first, rng.last-rng.first+1
@@ -109,8 +110,8 @@ func (a *API) ReadFile(w http.ResponseWriter, r *http.Request, sandbox rest.Sand
 	}
 	stream, size, err := openRead(r, host, req)
 	if err == nil && partial && rng.first < 0 && (size < 0 || size > 0 && rng.suffix > 0) {
-		// The first answer has the file's size, which says where its last bytes begin. If
-		// the guest cannot tell the size, the client gets the whole file.
+		// The first response has the file's size, from which the last bytes' offset
+		// follows. If the guest does not know the size, the client gets the whole file.
 		req = &hostagentv1.ReadFileStreamRequest{File: ref}
 		if partial = size > 0; partial {
 			rng.first, rng.last = max(size-rng.suffix, 0), size-1
@@ -143,14 +144,13 @@ func (a *API) ReadFile(w http.ResponseWriter, r *http.Request, sandbox rest.Sand
 		h.Set("Content-Length", strconv.FormatInt(last-rng.first+1, 10))
 		w.WriteHeader(http.StatusPartialContent)
 	case size > 0:
-		// Files of /proc say that they have no size, and are not empty.
+		// Files in /proc report size 0 but have content.
 		h.Set("Content-Length", strconv.FormatInt(size, 10))
 	}
 	a.copyOut(w, r, stream)
 }
 
-// openRead asks a host for a file and waits for its first word: the size of
-// the whole file, -1 where it is not known.
+// openRead opens a file on a host and returns its whole size; -1 if unknown.
 func openRead(r *http.Request, host *hosts.Host, req *hostagentv1.ReadFileStreamRequest) (*connect.ServerStreamForClient[hostagentv1.ReadFileStreamResponse], int64, error) {
 	stream, err := host.Agent.ReadFileStream(r.Context(), connect.NewRequest(req))
 	if err != nil {
@@ -160,23 +160,23 @@ func openRead(r *http.Request, host *hosts.Host, req *hostagentv1.ReadFileStream
 		err := stream.Err()
 		stream.Close()
 		if err == nil {
-			err = connect.NewError(connect.CodeUnavailable, errors.New("stream ended before it began"))
+			err = connect.NewError(connect.CodeUnavailable, errors.New("stream closed before the first message"))
 		}
 		return nil, -1, fileFault(err)
 	}
 	start, ok := stream.Msg().Message.(*hostagentv1.ReadFileStreamResponse_Start_)
 	if !ok {
 		stream.Close()
-		return nil, -1, errors.New("read file: host did not begin with start")
+		return nil, -1, errors.New("read file: the host's first message was not start")
 	}
 	return stream, start.Start.GetSize(), nil
 }
 
-// copyOut sends a stream's chunks. When the stream breaks, so does the
-// connection, lest the client take a part for the whole.
+// copyOut forwards a stream to the client. If the stream fails, it closes the connection,
+// so that the client does not take a part for the whole.
 func (a *API) copyOut(w http.ResponseWriter, r *http.Request, stream *connect.ServerStreamForClient[hostagentv1.ReadFileStreamResponse]) {
 	if r.Method == http.MethodHead {
-		_, _ = w.Write(nil) // The header is all that is asked for.
+		_, _ = w.Write(nil) // HEAD has no body.
 		return
 	}
 	for stream.Receive() {
@@ -185,7 +185,7 @@ func (a *API) copyOut(w http.ResponseWriter, r *http.Request, stream *connect.Se
 		}
 	}
 	if err := stream.Err(); err != nil {
-		a.log(r).Warn("file broke off", "error", err)
+		a.log(r).Warn("read file", "error", err)
 		panic(http.ErrAbortHandler)
 	}
 }
@@ -214,8 +214,8 @@ func (a *API) write(w http.ResponseWriter, r *http.Request, sandbox, path string
 	answer(w, http.StatusOK, rest.FileInfo{Path: info.GetPath(), Name: info.GetName(), Size: info.GetSize()})
 }
 
-// copyIn sends a request's body to the host. A body that breaks off breaks
-// the call off, so that the host does not take a part for the whole.
+// copyIn forwards a request's body to the host. If the body ends early, it cancels the
+// call, so that the host does not take a part for the whole.
 func copyIn(r *http.Request, host *hosts.Host, start *hostagentv1.WriteFileStreamRequest_Start) (*hostagentv1.FileInfo, error) {
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
@@ -236,12 +236,12 @@ func copyIn(r *http.Request, host *hosts.Host, start *hostagentv1.WriteFileStrea
 			break
 		}
 		if readErr != nil {
-			// Not closed: to the host that would be the body's end.
+			// Closing the stream would tell the host that the body is complete.
 			cancel()
 			return nil, fault.Body(readErr)
 		}
 	}
-	// An error of Send says only that the host has one; it is received here.
+	// Send only reports that the host failed. CloseAndReceive returns the cause.
 	answer, err := stream.CloseAndReceive()
 	if err != nil {
 		return nil, fileFault(err)

@@ -16,7 +16,7 @@ import (
 
 func hostID(text string) (uuid.UUID, error) { return parseID(id.Host, "host", text) }
 
-// host is a row as the wire has it.
+// host converts a row for the API.
 func host(row db.Host) rest.Host {
 	h := rest.Host{
 		ID: id.Format(id.Host, row.ID), Name: row.Name, Tags: row.Tags, Status: rest.HostStatus(hosts.Status(row)), Draining: row.Draining, URL: row.URL,

@@ -17,21 +17,22 @@ var (
 	letterScript string
 )
 
-// letterPages are the pages that links in letters open. Each takes the token that its
-// address ends with, asks for a password or a click, and sends that to the API. Mail
-// scanners open links, but do not click.
+// letterPages has the pages that links in mails open. Each takes the token from its URL's
+// fragment, asks for a password or a click, and sends both to the API. Mail scanners open
+// links, but do not click.
 type letterPages struct {
 	verify, reset, confirm []byte
-	// policy lets a page run the one script and talk to the API, and nothing else.
+	// policy is the pages' Content-Security-Policy. It allows only the script and calls
+	// of the API.
 	policy string
 }
 
-// letter is what a page says.
+// letter is the content of a page.
 type letter struct {
 	Title, Says, Done string
-	// Label is the password field's; empty: the page asks for none.
+	// Label is the label of the password field; empty: no field.
 	Label string
-	// Action is where the form goes, as seen from the page.
+	// Action is the form's URL, relative to the page.
 	Action, Autocomplete string
 	// Again asks for the password twice.
 	Again  bool

@@ -1,4 +1,5 @@
-// Sends the token that a letter's link ends with, and the password if one was asked for.
+// Sends the token in the fragment of a mailed link, and the password if the page asks for
+// one.
 const form = document.forms[0]
 const button = form.querySelector('button')
 const alert = form.querySelector('[role=alert]')
@@ -8,7 +9,7 @@ form.addEventListener('submit', async event => {
 	const token = new URLSearchParams(location.hash.slice(1)).get('token')
 	const password = form.elements.password?.value
 	if (!token) {
-		alert.textContent = 'The link is not whole. Open it as it is in the letter.'
+		alert.textContent = 'The link is incomplete. Open the full link from the mail.'
 		return
 	}
 	if (form.elements.again && form.elements.again.value !== password) {
@@ -24,7 +25,7 @@ form.addEventListener('submit', async event => {
 			body: JSON.stringify({token, password}),
 		})
 		if (answer.ok) {
-			// A used token is of no use, but need not stay in the history either.
+			// Remove the used token from the history.
 			history.replaceState(null, '', location.pathname)
 			form.hidden = true
 			document.getElementById('done').hidden = false
@@ -32,7 +33,7 @@ form.addEventListener('submit', async event => {
 		}
 		alert.textContent = (await answer.json()).error.message
 	} catch {
-		alert.textContent = 'The service does not answer. Try again.'
+		alert.textContent = 'The service does not respond. Try again.'
 	}
 	button.disabled = false
 })

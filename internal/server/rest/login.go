@@ -23,19 +23,18 @@ import (
 const (
 	accessCookie  = "access"
 	refreshCookie = "refresh"
-	// githubCookie holds what a login with GitHub began with.
+	// githubCookie holds the state of a login with GitHub.
 	githubCookie = "github"
 	githubLasts  = 10 * time.Minute
 )
 
 func (a *API) secure() bool { return a.public.Scheme == "https" }
 
-// cookieName makes browsers bind a cookie to this very host, where they can:
-// sandboxes' names may be below it, and their pages are anybody's.
+// cookieName returns a cookie's name. Over HTTPS, the name makes browsers bind the cookie
+// to this host, because sandboxes' names may be below it.
 func (a *API) cookieName(name string) string { return auth.Cookie(name, a.secure()) }
 
-// setCookie sets a cookie that no page's script can read. An expiry that has
-// passed removes it.
+// setCookie sets a cookie that scripts cannot read. An expiry in the past deletes it.
 func (a *API) setCookie(w http.ResponseWriter, name, value string, expires time.Time, site http.SameSite) {
 	if a.secure() {
 		// Remove the cookie from before the service had HTTPS.
@@ -48,7 +47,7 @@ func (a *API) setCookie(w http.ResponseWriter, name, value string, expires time.
 	http.SetCookie(w, c)
 }
 
-// setSession gives a browser its session's tokens.
+// setSession sets the cookies with a session's tokens.
 func (a *API) setSession(w http.ResponseWriter, g auth.Grant) {
 	a.setCookie(w, accessCookie, g.Access, g.AccessExpires, http.SameSiteStrictMode)
 	a.setCookie(w, refreshCookie, g.Refresh, g.RefreshExpires, http.SameSiteStrictMode)
@@ -59,8 +58,8 @@ func (a *API) dropSession(w http.ResponseWriter) {
 	a.setCookie(w, refreshCookie, "", time.Unix(1, 0), http.SameSiteStrictMode)
 }
 
-// login answers with a session: its tokens in the body for programs that ask
-// for them, else in cookies.
+// login responds with a session. The tokens are in the body if the client asks for them,
+// and in cookies otherwise.
 func (a *API) login(w http.ResponseWriter, r *http.Request, status int, g auth.Grant, user db.User, tokens bool) {
 	provedToBe(r, user.ID)
 	l := rest.Login{User: account(user), AccessExpiresAt: g.AccessExpires.UTC()}
@@ -72,7 +71,7 @@ func (a *API) login(w http.ResponseWriter, r *http.Request, status int, g auth.G
 	answer(w, status, l)
 }
 
-// provedToBe notes, for the record, who made a request that anybody may make.
+// provedToBe records, for the audit log, the user of an operation without authentication.
 func provedToBe(r *http.Request, user uuid.UUID) {
 	if o := observed(r); o != nil && user != uuid.Nil {
 		o.who.User = user
@@ -83,7 +82,7 @@ func account(u db.User) rest.Account {
 	return rest.Account{ID: id.Format(id.User, u.ID), Email: u.Email}
 }
 
-// origin is where a request comes from, as the user is told.
+// origin returns the origin of a request for the user's list of sessions.
 func (a *API) origin(r *http.Request) users.Origin {
 	o := users.Origin{Agent: r.UserAgent()}
 	if from := a.clientAddress(r); from.IsValid() {
@@ -151,7 +150,7 @@ func (a *API) LogIn(w http.ResponseWriter, r *http.Request) {
 	a.login(w, r, http.StatusOK, g, user, or(req.Tokens, false))
 }
 
-// shownRefresh returns the refresh token of a request and whether the body has it.
+// shownRefresh returns a request's refresh token and whether it was in the body.
 func (a *API) shownRefresh(r *http.Request) (token string, inBody bool, err error) {
 	var req rest.Refresh
 	if err := decode(r, &req); err != nil {
@@ -183,7 +182,7 @@ func (a *API) Refresh(w http.ResponseWriter, r *http.Request) {
 	}
 	user, err := a.Users.Get(r.Context(), g.User)
 	if err != nil {
-		// The token was changed all the same: the browser must learn of it.
+		// The token was exchanged, so the browser needs the new one.
 		if !inBody {
 			a.setSession(w, g)
 		}
@@ -235,7 +234,7 @@ func (a *API) ChangePassword(w http.ResponseWriter, r *http.Request) {
 	a.done(w, r, err)
 }
 
-// done answers a call that has nothing to tell but how it went.
+// done responds to an operation without a result.
 func (a *API) done(w http.ResponseWriter, r *http.Request, err error) {
 	if err != nil {
 		a.Fail(w, r, err)
@@ -270,19 +269,19 @@ func (a *API) ResetPassword(w http.ResponseWriter, r *http.Request) {
 	a.done(w, r, err)
 }
 
-// githubLogin is what a login with GitHub began with, signed.
+// githubLogin is the signed state of a login with GitHub.
 type githubLogin struct {
 	jwt.RegisteredClaims
 	State    string `json:"state"`
 	Verifier string `json:"verifier"`
-	// Link is the user whose account is to be connected.
+	// Link is the user to link the identity to; empty: log in.
 	Link string `json:"link,omitempty"`
 }
 
 // StartGitHub answers GET /v1/auth/github.
 func (a *API) StartGitHub(w http.ResponseWriter, r *http.Request, params rest.StartGitHubParams) {
 	if a.GitHub == nil {
-		a.Fail(w, r, fault.New(fault.NotFound, "logging in with GitHub is not set up"))
+		a.Fail(w, r, fault.New(fault.NotFound, "login with GitHub is not configured"))
 		return
 	}
 	begun := githubLogin{State: oauth2.GenerateVerifier(), Verifier: oauth2.GenerateVerifier()}
@@ -301,13 +300,13 @@ func (a *API) StartGitHub(w http.ResponseWriter, r *http.Request, params rest.St
 		a.Fail(w, r, err)
 		return
 	}
-	// Lax: the browser comes back from another site.
+	// Lax, because the browser comes back from another site.
 	a.setCookie(w, githubCookie, signed, expires, http.SameSiteLaxMode)
 	w.Header().Set("Cache-Control", "no-store")
 	goTo(w, a.GitHub.AuthorizeURL(begun.State, begun.Verifier))
 }
 
-// goTo sends a browser elsewhere, with nothing for people to read on the way.
+// goTo redirects a browser, without a body.
 func goTo(w http.ResponseWriter, to string) {
 	w.Header().Set("Location", to)
 	w.WriteHeader(http.StatusFound)
@@ -316,7 +315,7 @@ func goTo(w http.ResponseWriter, to string) {
 // FinishGitHub answers GET /v1/auth/github/callback.
 func (a *API) FinishGitHub(w http.ResponseWriter, r *http.Request, params rest.FinishGitHubParams) {
 	if a.GitHub == nil {
-		a.Fail(w, r, fault.New(fault.NotFound, "logging in with GitHub is not set up"))
+		a.Fail(w, r, fault.New(fault.NotFound, "login with GitHub is not configured"))
 		return
 	}
 	err := a.finishGitHub(w, r, params)
@@ -334,7 +333,7 @@ func (a *API) FinishGitHub(w http.ResponseWriter, r *http.Request, params rest.F
 }
 
 func (a *API) finishGitHub(w http.ResponseWriter, r *http.Request, params rest.FinishGitHubParams) error {
-	stale := fault.New(fault.InvalidArgument, "this login was not begun here, or too long ago")
+	stale := fault.New(fault.InvalidArgument, "this login was not started in this browser, or it has expired")
 	cookie, err := r.Cookie(a.cookieName(githubCookie))
 	if err != nil {
 		return stale
@@ -346,14 +345,14 @@ func (a *API) finishGitHub(w http.ResponseWriter, r *http.Request, params rest.F
 		return stale
 	}
 	if or(params.Code, "") == "" {
-		return fault.New(fault.PermissionDenied, "GitHub did not agree: %s", or(params.Error, "no code"))
+		return fault.New(fault.PermissionDenied, "GitHub refused the login: %s", or(params.Error, "no code"))
 	}
 	who, err := a.GitHub.Identify(r.Context(), *params.Code, begun.Verifier)
 	if errors.Is(err, github.ErrNoEmail) {
 		return fault.Because(err, fault.PermissionDenied, "%v", err)
 	}
 	if err != nil {
-		return fault.Because(err, fault.BadGateway, "GitHub does not say who you are")
+		return fault.Because(err, fault.BadGateway, "GitHub did not return your identity")
 	}
 	if begun.Link == "" {
 		g, err := a.Users.GitHub(r.Context(), who.Subject, who.Email, a.origin(r))
@@ -364,8 +363,8 @@ func (a *API) finishGitHub(w http.ResponseWriter, r *http.Request, params rest.F
 		a.setSession(w, g)
 		return nil
 	}
-	// The session's cookies do not come along from another site; what says who
-	// began is the signed cookie, which no other browser has.
+	// The session's strict cookies are not sent on a redirect from another site. The
+	// signed cookie names the user, and no other browser has it.
 	user, err := uuid.Parse(begun.Link)
 	if err != nil {
 		return stale

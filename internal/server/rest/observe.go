@@ -17,35 +17,36 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/tracing"
 )
 
-// statusGone is what is recorded where the client went away before an answer.
+// statusGone is the recorded status if the client disconnected before the response.
 const statusGone = 499
 
-// Observation is a request that was answered.
+// Observation describes a completed request.
 type Observation struct {
-	// Method and Route are from a bounded set; a route that is none is "other".
+	// Method and Route are from a bounded set. Unknown ones are "other".
 	Method, Route string
 	Status        int
 	Took          time.Duration
-	// Streamed says that the time was the client's or the guest's to choose.
+	// Streamed reports that the client or the guest determined the duration.
 	Streamed bool
 }
 
-// observation is a request being answered: the ResponseWriter that sees its status.
+// observation collects what is known about a request. It is the request's ResponseWriter,
+// which sees the status.
 type observation struct {
 	http.ResponseWriter
 	status int
-	// match is the operation that the request calls, once that is known.
+	// match is the operation, once it is known.
 	match match
-	// who called, as far as that is known.
+	// who is the caller, as far as known.
 	who auth.Principal
-	// code is that of the error that was answered, reason the error itself, and level
-	// that of the record in the log.
+	// code is the code of the error in the response, reason the error itself, and level
+	// the level of the log record.
 	code   string
 	reason error
 	level  slog.Level
-	// host is the one whose agent called.
+	// host is the host whose agent called.
 	host uuid.UUID
-	// held is the memory that the request takes, once it is known who called.
+	// held is the memory that the request takes, once the caller is known.
 	held *budget.Held
 }
 
@@ -56,7 +57,7 @@ func observed(r *http.Request) *observation {
 	return o
 }
 
-// WriteHeader notes the status.
+// WriteHeader records the status.
 func (o *observation) WriteHeader(status int) {
 	if o.status == 0 && status >= 200 || status == http.StatusSwitchingProtocols {
 		o.status = status
@@ -123,7 +124,7 @@ func (a *API) observe(next http.Handler) http.Handler {
 	})
 }
 
-// describe says in a request's span what was asked for and how that went.
+// describe sets a request's span attributes.
 func describe(span tracing.Span, o *observation, seen Observation) {
 	span.Name(seen.Method + " " + seen.Route)
 	span.Set("http.request.method", seen.Method)
@@ -142,9 +143,9 @@ func describe(span tracing.Span, o *observation, seen Observation) {
 	}
 }
 
-// harmless keeps browsers from using a response as a page, a script, or a part of
-// another origin's page, whatever bytes of a guest it contains. The service's pages
-// set their own policy.
+// harmless sets headers that keep browsers from using a response as a page, a script, or
+// a part of another origin's page, whatever bytes of a guest it contains. The service's
+// own pages set other policies.
 func harmless(h http.Header) {
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'; sandbox")
@@ -152,7 +153,7 @@ func harmless(h http.Header) {
 	h.Set("Referrer-Policy", "no-referrer")
 }
 
-// log returns the log of a request.
+// log returns the logger of a request.
 func (a *API) log(r *http.Request) *slog.Logger {
 	return a.Log.With("request_id", requestid.From(r.Context()))
 }

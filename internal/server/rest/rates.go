@@ -10,8 +10,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/ratelimit"
 )
 
-// Rates limit the calls of each class that one key or user may make in a minute, all
-// of which may come at once. A team, with all its members and keys, may make
+// Rates limits the calls per minute of one key or user, for each class. The whole
+// minute's calls may come at once. A team, with all its members and keys, may make
 // teamFactor times as many, except for outgoing calls.
 type Rates struct {
 	Read      int `env:"WRENN_RATE_READ" envDefault:"6000" help:"calls a minute of one key or user that change nothing"`
@@ -22,7 +22,7 @@ type Rates struct {
 
 const teamFactor = 5
 
-// of returns the limits of a class: of a principal and of a team.
+// of returns the limits of a class for a principal and for a team.
 func (r Rates) of(class auth.Rate) (one, team ratelimit.Limit) {
 	n, factor := 0, teamFactor
 	switch class {
@@ -40,11 +40,12 @@ func (r Rates) of(class auth.Rate) (one, team ratelimit.Limit) {
 	return one, team
 }
 
-// spend counts a call of somebody and, if ofTeam, of their team, or fails with
+// spend counts a call of a principal and, if ofTeam, of their team, or fails with
 // rate_limited.
 func (a *API) spend(ctx context.Context, class auth.Rate, who auth.Principal, ofTeam bool) error {
 	one, team := a.Rates.of(class)
-	// One after the other: what one of a team is refused does not count for the team.
+	// Count for the team second, so that calls which a member's own limit refuses do not
+	// count for the team.
 	if err := a.Limiter.Allow(ctx, one, who.ID().String()); err != nil || !ofTeam || who.Team == uuid.Nil {
 		return err
 	}

@@ -1,6 +1,5 @@
-// Package rest is the public REST API: it checks requests against
-// api/openapi.yaml, translates between HTTP and the domain's rooms, and does
-// nothing more.
+// Package rest is the public REST API. It validates requests against api/openapi.yaml and
+// translates between HTTP and the domain packages. It has no rules of its own.
 package rest
 
 import (
@@ -39,7 +38,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/users"
 )
 
-// Config is what the API works with.
+// Config configures an [API].
 type Config struct {
 	Sandboxes *sandboxes.Service
 	Templates *templates.Service
@@ -47,40 +46,39 @@ type Config struct {
 	Hosts     *hosts.Registry
 	Usage     *usage.Service
 	Audit     *audit.Log
-	// History is what sandboxes used lately.
+	// History has sandboxes' recent resource use.
 	History *metrics.History
-	// Channels are told of events.
+	// Channels manages notification channels.
 	Channels *notify.Service
 	Keys     *auth.Keys
 	Sessions *auth.Sessions
-	// Watch ends what goes on for who may no longer.
+	// Watch ends streams of callers who lost access.
 	Watch    *auth.Watch
 	Users    *users.Service
 	Teams    *teams.Service
 	Platform *platform.Service
 	Tokens   auth.Tokens
-	// GitHub is asked who people are; nil: they cannot log in with it. GitHubKey
-	// signs what such a login begins with.
+	// GitHub authenticates users; nil: no login with GitHub. GitHubKey signs the state of
+	// such a login.
 	GitHub    *github.Client
 	GitHubKey []byte
-	// Limiter counts calls: of an address what anybody may call, of everybody else
-	// what Rates say.
+	// Limiter applies Rates to authenticated callers, and fixed limits to addresses.
 	Limiter *ratelimit.Limiter
 	Rates   Rates
-	// TrustedProxies are believed what they say of a request's origin.
+	// TrustedProxies may set headers that name the client.
 	TrustedProxies []netip.Prefix
-	// PublicURL is where clients reach the service, Domain what sandboxes'
-	// host names end with.
+	// PublicURL is the service's URL for clients, Domain the domain of sandboxes' host
+	// names.
 	PublicURL, Domain string
-	// Insecure lets people log in over plain HTTP at any name.
+	// Insecure allows login over plain HTTP at any name.
 	Insecure bool
-	// Memory bounds what requests take.
+	// Memory bounds the memory of requests.
 	Memory *budget.Budget
-	// Crowd bounds each caller's requests under way.
+	// Crowd bounds each caller's requests in flight.
 	Crowd *budget.Crowd
-	// Checks are what /health asks, by name.
+	// Checks are the checks of /health, by name.
 	Checks map[string]func(context.Context) error
-	// Observe hears of every answered request.
+	// Observe is called after every request; may be nil.
 	Observe func(Observation)
 	Log     *slog.Logger
 }
@@ -90,14 +88,14 @@ type API struct {
 	Config
 	spec   *openapi3.T
 	access map[*openapi3.Operation]auth.Access
-	// lasting has the operations that last, so that no request has to find that out.
+	// lasting caches [lasts] for all operations.
 	lasting map[*openapi3.Operation]bool
-	// letters are the pages of links in letters.
+	// letters has the pages of links in mails.
 	letters letterPages
 	public  *url.URL
-	// crossOrigin refuses what other sites make browsers send.
+	// crossOrigin refuses requests that other sites make browsers send.
 	crossOrigin http.CrossOriginProtection
-	// pattern is sandboxes' URLs with %s for the id.
+	// pattern is the format of sandboxes' URLs, with %s for the id.
 	pattern string
 	health  health
 	routes  router
@@ -106,8 +104,8 @@ type API struct {
 
 var _ rest.ServerInterface = (*API)(nil)
 
-// document returns the OpenAPI document. Checking it takes long, and it is the
-// same for every API of a process, so it is read once; nobody may change it.
+// document returns the OpenAPI document, which must not be changed. All APIs of a process
+// share it, because validating it is slow.
 var document = sync.OnceValues(func() (*openapi3.T, error) {
 	spec, err := openapi3.NewLoader().LoadFromData(api.OpenAPI)
 	if err != nil {
@@ -116,17 +114,18 @@ var document = sync.OnceValues(func() (*openapi3.T, error) {
 	if err := spec.Validate(context.Background()); err != nil {
 		return nil, fmt.Errorf("check OpenAPI document: %w", err)
 	}
-	// Requests are checked as by 3.0, whose validator does not compile schemas
-	// anew for each and does not repeat what it is given in its errors. So the
-	// document keeps to schemas that mean the same in both.
+	// Validate requests by OpenAPI 3.0, whose validator compiles each schema once and
+	// does not quote values in errors. So the document only uses schemas that mean the
+	// same in both versions.
 	spec.OpenAPI, spec.Webhooks = "3.0.3", nil
 	if err := spec.Validate(context.Background()); err != nil {
-		return nil, fmt.Errorf("check OpenAPI document: it says what 3.0 cannot: %w", err)
+		return nil, fmt.Errorf("check OpenAPI document: not valid in OpenAPI 3.0: %w", err)
 	}
 	return spec, nil
 })
 
-// New returns the API. It fails when the OpenAPI document is not valid.
+// New returns the API. It fails if the configuration or the OpenAPI document is not
+// valid.
 func New(c Config) (*API, error) {
 	spec, err := document()
 	if err != nil {
@@ -167,21 +166,22 @@ func New(c Config) (*API, error) {
 	return a, nil
 }
 
-// Handler serves the API.
+// Handler returns the API's handler.
 func (a *API) Handler() http.Handler { return a.observe(a.recover(a.BoundAddresses(a.route(a.chi)))) }
 
-// Bounds of bodies that are JSON, in bytes.
+// Limits of JSON bodies, in bytes.
 const (
 	maxBody     = 1 << 20
 	maxExecBody = 16 << 20
 )
 
-// streams reports whether an operation's body is passed on as it comes, as all but JSON are.
+// streams reports whether an operation streams its body on. All operations with bodies
+// other than JSON do.
 func streams(op *openapi3.Operation) bool {
 	return op.RequestBody != nil && !isJSON(op.RequestBody.Value.Content)
 }
 
-// isJSON reports whether content has no media type but JSON. It may have none at all.
+// isJSON reports whether content has no media type except JSON. It may have none.
 func isJSON(content openapi3.Content) bool {
 	for kind := range content {
 		if kind != jsonType {
@@ -191,9 +191,9 @@ func isJSON(content openapi3.Content) bool {
 	return true
 }
 
-// limit bounds the caller's requests under way, and bodies unless they are streamed on.
-// It begins to count the request's memory for the team's owner, or for the address of a
-// caller without a team.
+// limit bounds the caller's requests in flight, and the size of bodies that are not
+// streamed. It opens the request's memory account, for the team's owner or for the
+// address of a caller without a team.
 func (a *API) limit(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		who := caller(r)
@@ -236,7 +236,7 @@ func tooLarge(most int64) error {
 	return fault.New(fault.PayloadTooLarge, "the body is longer than %d bytes", most)
 }
 
-// recover answers a panic with an error, and logs it.
+// recover logs a panic and responds with an error.
 func (a *API) recover(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		defer func() {
@@ -244,7 +244,7 @@ func (a *API) recover(next http.Handler) http.Handler {
 			if v == nil {
 				return
 			}
-			//nolint:errorlint // The sentinel itself is what must go on.
+			//nolint:errorlint // The sentinel itself must be passed on.
 			if v == http.ErrAbortHandler {
 				panic(v)
 			}
@@ -259,11 +259,11 @@ func (a *API) recover(next http.Handler) http.Handler {
 	})
 }
 
-// sandboxURL is where the sandbox's ports are, "{port}" standing for the port.
+// sandboxURL returns the URL of a sandbox's ports, with "{port}" in place of the port.
 func (a *API) sandboxURL(wire string) string { return fmt.Sprintf(a.pattern, wire) }
 
-// originAllowed says whether a browser's page may open a WebSocket: one of the
-// service's own may.
+// originAllowed reports whether a browser's page may open a WebSocket. Only pages of the
+// service may.
 func (a *API) originAllowed(r *http.Request) bool {
 	origin := r.Header.Get("Origin")
 	if origin == "" {

@@ -14,12 +14,12 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/gen/rest"
 )
 
-// shortOutput is what is written as text whatever it takes, in bytes: people
-// read it. Of more, the shorter way is used.
+// shortOutput is the size in bytes up to which valid text is written as text, for people
+// to read. Longer output uses the shorter encoding.
 const shortOutput = 64 << 10
 
-// writeResult answers with how a command ended. It writes the output piece by
-// piece: a control character becomes six bytes of JSON.
+// writeResult responds with a command's result. It writes the output piece by piece,
+// because a control character becomes six bytes of JSON.
 func writeResult(w http.ResponseWriter, out *hostagentv1.ExecResponse, took time.Duration) error {
 	result := rest.ExecResult{
 		Encoding: rest.UTF8, ExitCode: out.ExitCode, Error: some(out.Error), TimedOut: out.TimedOut, Truncated: out.Truncated,
@@ -29,7 +29,7 @@ func writeResult(w http.ResponseWriter, out *hostagentv1.ExecResponse, took time
 	if !textual(out.Stdout, out.Stderr) {
 		result.Encoding, write = rest.Base64, writeBase64
 	}
-	// All members but the two long ones, which are written without being copied.
+	// All members except the two long ones, which are written without a copy.
 	others, err := json.Marshal(struct {
 		rest.ExecResult
 		Stdout *struct{} `json:"stdout,omitempty"`
@@ -57,23 +57,22 @@ func writeResult(w http.ResponseWriter, out *hostagentv1.ExecResponse, took time
 	return err
 }
 
-// A client that does not read its answer would hold the memory of it. It has
-// readWithin, and more for what is long.
+// A client that does not read its response would hold the response's memory. It has
+// readWithin, plus time for long ones.
 const (
 	readWithin = 30 * time.Second
 	readRate   = 256 << 10 // bytes a second
 )
 
-// allow gives a client the time that it may take to read an answer of size bytes.
-// What is returned ends that.
+// allow sets the deadline for a client to read a response of size bytes. done removes it.
 func allow(w http.ResponseWriter, size int) (done func()) {
 	c := http.NewResponseController(w)
-	// Where there is no deadline to be had there is no connection either: in tests.
+	// Deadlines are only unsupported in tests, which have no connection.
 	_ = c.SetWriteDeadline(time.Now().Add(readWithin + time.Duration(size/readRate)*time.Second))
 	return func() { _ = c.SetWriteDeadline(time.Time{}) }
 }
 
-// textual says whether outputs are written as text.
+// textual reports whether outputs are written as text.
 func textual(all ...[]byte) bool {
 	size, escaped := 0, 0
 	for _, b := range all {
@@ -98,7 +97,7 @@ func writeBase64(w io.Writer, b []byte) error {
 	return enc.Close()
 }
 
-// writeText writes what is between the quotes of a JSON string.
+// writeText writes the content of a JSON string, without the quotes.
 func writeText(w io.Writer, b []byte) error {
 	var quoted []byte
 	for len(b) > 0 {

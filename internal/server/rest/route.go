@@ -14,7 +14,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/fault"
 )
 
-// pathTemplate is a path of the document, by the segments between its slashes.
+// pathTemplate is a path of the document, split into segments.
 type pathTemplate struct {
 	path     string
 	segments []string
@@ -22,17 +22,16 @@ type pathTemplate struct {
 	ops      map[string]*openapi3.Operation
 }
 
-// param returns the name of the parameter that a segment is.
+// param returns the parameter's name if a segment is one.
 func param(segment string) (name string, ok bool) {
 	name, ok = strings.CutPrefix(segment, "{")
 	return strings.TrimSuffix(name, "}"), ok
 }
 
-// router finds the path of the document that a request's path matches. As
-// OpenAPI has it, a path that says more goes before one with parameters,
-// whatever the method.
+// router finds the path template for a request's path. As OpenAPI requires, a path
+// without parameters takes precedence, whatever the method.
 type router struct {
-	// byLength has the paths by their number of segments, those that say more first.
+	// byLength has the templates by their number of segments, more specific ones first.
 	byLength map[int][]*pathTemplate
 }
 
@@ -57,19 +56,19 @@ func newRouter(spec *openapi3.T) router {
 	return r
 }
 
-// match is what a request's path says.
+// match is the result of routing a request.
 type match struct {
 	*pathTemplate
-	// params are the path's parameters, unescaped.
+	// params has the path's unescaped parameters.
 	params map[string]string
-	// op is the operation that is called, method the one that it has in the
-	// document: GET where HEAD is asked for. nil: there is none.
+	// op is the called operation (nil: none). method is its method in the document: GET
+	// for HEAD.
 	op     *openapi3.Operation
 	method string
 }
 
-// find returns the path that an escaped one matches. Every segment is unescaped
-// once, before it is compared with anything.
+// find returns the match of an escaped path. It unescapes every segment exactly once,
+// before comparing.
 func (r router) find(escaped string) (match, bool) {
 	segments := strings.Split(escaped, "/")
 	for i, s := range segments {
@@ -101,7 +100,7 @@ func (t *pathTemplate) match(segments []string) (map[string]string, bool) {
 	return params, true
 }
 
-// escaped is the matched path in its one canonical form.
+// escaped returns the matched path in canonical form.
 func (m match) escaped() string {
 	segments := slices.Clone(m.segments)
 	for i, s := range segments {
@@ -112,8 +111,8 @@ func (m match) escaped() string {
 	return strings.Join(segments, "/")
 }
 
-// call returns m with the operation that a method calls. HEAD does what GET
-// does, if that only reads.
+// call returns m with the operation of a method. HEAD calls GET's operation if that only
+// reads.
 func (m match) call(method string) match {
 	if method == http.MethodHead {
 		m = m.call(http.MethodGet)
@@ -136,8 +135,8 @@ func (m match) allow() string {
 	return strings.Join(all, ", ")
 }
 
-// route finds out which operation a request calls, and refuses text that is
-// none before anything of the request is used.
+// route finds the operation of a request. It refuses parameters and headers that are not
+// text before anything uses them.
 func (a *API) route(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		m, ok := a.routes.find(r.URL.EscapedPath())

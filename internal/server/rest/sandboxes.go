@@ -14,14 +14,14 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/sandboxes"
 )
 
-// What a sandbox is unless said otherwise, as the document has it.
+// Defaults, as in the document.
 const (
 	defaultTemplate = "minimal"
 	defaultTimeout  = 300
 	defaultLimit    = 100
 )
 
-// or returns what p points to, or else.
+// or returns *p, or otherwise if p is nil.
 func or[T any](p *T, otherwise T) T {
 	if p == nil {
 		return otherwise
@@ -40,8 +40,8 @@ func some[T comparable](v T) *T {
 
 func sandboxID(text string) (uuid.UUID, error) { return parseID(id.Sandbox, "sandbox", text) }
 
-// sandbox is a row as the wire has it. Only who may use the sandbox is shown
-// the tokens that open it: no read-only key is, and no admin of another team.
+// sandbox converts a row for the API. It includes the sandbox's tokens only for callers
+// who may use them, not for read-only keys or admins of the platform.
 func (a *API) sandbox(r *http.Request, row db.Sandbox) rest.Sandbox {
 	wire := id.Format(id.Sandbox, row.ID)
 	s := rest.Sandbox{
@@ -105,8 +105,8 @@ func (a *API) CreateSandbox(w http.ResponseWriter, r *http.Request, params rest.
 	answer(w, http.StatusCreated, sb)
 }
 
-// markReplayed says in the answer whether an earlier call of the same key made
-// what it has.
+// markReplayed marks a response that repeats the result of an earlier call with the same
+// key.
 func markReplayed(w http.ResponseWriter, replayed bool) {
 	if replayed {
 		w.Header().Set("Idempotent-Replayed", "true")
@@ -122,7 +122,7 @@ func (a *API) ListSandboxes(w http.ResponseWriter, r *http.Request, params rest.
 	for _, pair := range or(params.Metadata, nil) {
 		k, v, _ := strings.Cut(pair, "=")
 		if other, twice := f.Metadata[k]; twice && other != v {
-			// Nothing has two values for one key.
+			// No sandbox has two values for one key.
 			answer(w, http.StatusOK, rest.SandboxList{Sandboxes: []rest.Sandbox{}})
 			return
 		}
@@ -139,7 +139,7 @@ func (a *API) ListSandboxes(w http.ResponseWriter, r *http.Request, params rest.
 	a.answerSandboxes(w, r, rows, next)
 }
 
-// answerSandboxes answers with a page of sandboxes.
+// answerSandboxes responds with a page of sandboxes.
 func (a *API) answerSandboxes(w http.ResponseWriter, r *http.Request, rows []db.Sandbox, next string) {
 	list := rest.SandboxList{Sandboxes: make([]rest.Sandbox, len(rows)), NextCursor: some(next)}
 	for i, row := range rows {
@@ -163,7 +163,7 @@ func (a *API) GetSandbox(w http.ResponseWriter, r *http.Request, sandbox rest.Sa
 	answer(w, http.StatusOK, a.sandbox(r, row))
 }
 
-// deleter names who makes a request, as the end of a sandbox has it.
+// deleter names the caller for the record of who deleted a sandbox.
 func deleter(r *http.Request) string {
 	who := caller(r)
 	if who.HasKey() {
@@ -210,7 +210,7 @@ func (a *API) RevokeTokens(w http.ResponseWriter, r *http.Request, sandbox rest.
 	a.change(w, r, sandbox, a.Sandboxes.RevokeTokens)
 }
 
-// change does something to a sandbox and answers with what it is then.
+// change runs an operation on a sandbox and responds with the sandbox.
 func (a *API) change(w http.ResponseWriter, r *http.Request, sandbox string, f func(ctx context.Context, team, sandbox uuid.UUID) (db.Sandbox, error)) {
 	u, err := sandboxID(sandbox)
 	if err != nil {

@@ -11,14 +11,14 @@ import (
 )
 
 const (
-	// checkWithin is how long a check of /health may take.
+	// checkWithin bounds a check of /health.
 	checkWithin = 2 * time.Second
-	// checkLasts is how long its answer stands: anybody may ask, as often as
-	// they like.
+	// checkLasts is how long a result is cached, because anybody may call /health at any
+	// rate.
 	checkLasts = time.Second
 )
 
-// health asks whether everything that the service needs answers.
+// health checks whether everything that the service needs responds.
 type health struct {
 	checks map[string]func(context.Context) error
 
@@ -33,7 +33,7 @@ func (h *health) check(ctx context.Context) rest.Health {
 	if time.Since(h.at) < checkLasts {
 		return h.answer
 	}
-	// Not the asker's context: the answer is for others too.
+	// Do not use the caller's context: others share the result.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), checkWithin)
 	defer cancel()
 	var wg sync.WaitGroup
@@ -46,7 +46,7 @@ func (h *health) check(ctx context.Context) rest.Health {
 			defer mu.Unlock()
 			a.Checks[name] = "ok"
 			if err != nil {
-				// No more than that: anybody may ask.
+				// No details, because anybody may call this.
 				a.Checks[name] = "unreachable"
 				a.Status = rest.HealthStatusUnavailable
 			}

@@ -13,8 +13,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/platform"
 )
 
-// parseID reads an id that has the form of one, as the document says. Of those
-// some name nothing.
+// parseID parses a public id that matches the document's pattern. Some of those are still
+// not valid ids.
 func parseID(kind id.Kind, what, text string) (uuid.UUID, error) {
 	u, err := id.Parse(kind, text)
 	if err != nil {
@@ -23,7 +23,7 @@ func parseID(kind id.Kind, what, text string) (uuid.UUID, error) {
 	return u, nil
 }
 
-// team is a row as the wire has it; role is "" where the caller has none to tell.
+// team converts a row for the API. role is the caller's; empty: none.
 func team(row db.Team, role string) rest.Team {
 	return rest.Team{ID: id.Format(id.Team, row.ID), Name: row.Name, Role: some(rest.TeamRole(role)), CreatedAt: row.CreatedAt.UTC()}
 }
@@ -193,7 +193,7 @@ func (a *API) LeaveTeam(w http.ResponseWriter, r *http.Request, _ rest.TeamID) {
 	a.done(w, r, a.Teams.Leave(r.Context(), caller(r)))
 }
 
-// apiKey is a row as the wire has it.
+// apiKey converts a row for the API.
 func apiKey(k db.APIKey, maker *string) rest.Key {
 	out := rest.Key{
 		ID: id.Format(id.APIKey, k.ID), Name: k.Name, Prefix: k.Prefix, Scopes: make([]rest.KeyScope, len(k.Scopes)), CreatedBy: maker,

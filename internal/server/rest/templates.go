@@ -9,7 +9,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/templates"
 )
 
-// templateOf is a row as the wire has it.
+// templateOf converts a row for the API.
 func templateOf(row db.Template, tags []string) rest.Template {
 	t := rest.Template{
 		Version: row.Version, Tags: append([]string{}, tags...),

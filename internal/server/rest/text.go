@@ -12,8 +12,8 @@ func notText(where string) error {
 	return fault.New(fault.InvalidArgument, "%s: must be UTF-8 without NUL", where)
 }
 
-// checkText refuses what is no text in a request's path, query and headers.
-// Strings in bodies are checked where the body is read.
+// checkText refuses invalid text in a request's path, query and headers. readBody checks
+// strings in bodies.
 func checkText(r *http.Request, params map[string]string) error {
 	for name, value := range params {
 		if !text.Valid(value) {
@@ -36,7 +36,7 @@ func checkText(r *http.Request, params map[string]string) error {
 	}
 	for name, values := range r.Header {
 		if name == "Cookie" {
-			continue // Any site of the domain can set one; net/http drops what is malformed.
+			continue // Other sites of the domain can set cookies. net/http drops malformed ones.
 		}
 		for _, value := range values {
 			if !text.Valid(value) {

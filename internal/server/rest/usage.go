@@ -15,7 +15,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/server/usage"
 )
 
-// days returns the days that are asked for: this month's unless said otherwise.
+// days returns the requested range of days (default: the current month up to today).
 func days(from, to *openapi_types.Date) (first, last time.Time) {
 	last = usage.Today()
 	if to != nil {
