@@ -7,7 +7,7 @@ test('a link confirms a channel, once, by a click and without an account', async
 	expect(new URL(link).origin).toBe(baseURL)
 	await page.goto('/confirm-channel')
 	await page.getByRole('button').click()
-	await expect(page.getByRole('alert')).toContainText('not whole')
+	await expect(page.getByRole('alert')).toContainText('incomplete')
 
 	const asked = []
 	page.on('request', request => asked.push(request.method() + ' ' + new URL(request.url()).pathname))

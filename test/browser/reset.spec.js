@@ -20,12 +20,12 @@ test('a link sets a new password', async ({page}) => {
 	await expect(page.getByRole('status')).toContainText('The new password is set')
 })
 
-test('a link that is not whole is refused, and so is one by a page around it', async ({page, baseURL}) => {
+test('an incomplete link is refused, and so is one by a page around it', async ({page, baseURL}) => {
 	await page.goto('/reset-password')
 	await page.getByLabel('New password').fill(password)
 	await page.getByLabel('The same again').fill(password)
 	await page.getByRole('button').click()
-	await expect(page.getByRole('alert')).toContainText('not whole')
+	await expect(page.getByRole('alert')).toContainText('incomplete')
 	const headers = (await page.request.get('/verify')).headers()
 	expect(headers['content-security-policy']).toContain("frame-ancestors 'none'")
 	expect(headers['referrer-policy']).toBe('no-referrer')

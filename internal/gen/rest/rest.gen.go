@@ -1298,7 +1298,7 @@ type Error struct {
 		// Code `invalid_argument` 400, `unauthenticated` 401, `permission_denied` and
 		// `quota_exceeded` 403,
 		// `not_found` 404, `method_not_allowed` 405, `conflict`, `sandbox_paused` and `capture_limit` 409,
-		// `request_timeout` 408 (the body came too slowly), `payload_too_large` 413, `range_not_satisfiable` 416, `unprocessable`,
+		// `request_timeout` 408 (the request body arrived too slowly), `payload_too_large` 413, `range_not_satisfiable` 416, `unprocessable`,
 		// `command_not_found` and `command_not_executable` 422,
 		// `rate_limited` 429,
 		// `internal` 500, `unimplemented` 501, `bad_gateway` 502, `no_capacity`,
