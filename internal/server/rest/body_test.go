@@ -75,7 +75,7 @@ func TestBodies(t *testing.T) {
 		{"createSandbox", `{"vcpus":1e30}`, "vcpus: ", nil},
 		{"createSandbox", `{"metadata":{"a":"1"},"metadata":{"b":"2"}}`, "metadata: given more than once", nil},
 		{"createSandbox", `{"Vcpus":1}`, "", nil},
-		{"createSandbox", `{} {}`, "JSON: something follows", nil},
+		{"createSandbox", `{} {}`, "JSON: unexpected data", nil},
 		{"createSandbox", `[]`, "JSON: ", nil},
 		{"createSandbox", `null`, "JSON: ", nil},
 		{"createKey", `{"name":"x","expires_at":"2030-02-28T00:00:00Z"}`, "", &rest.NewKey{}},

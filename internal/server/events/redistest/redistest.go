@@ -47,7 +47,7 @@ func Start(t testing.TB, socket string) (stop func()) {
 		}
 		_ = cmd.Wait()
 		select {
-		case started <- errors.New("Redis ended before it was ready"):
+		case started <- errors.New("redis ended before it was ready"):
 		default:
 		}
 	}()
