@@ -19,7 +19,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/id"
 )
 
-// disk mounts a file system of so many bytes for a test.
+// disk mounts a file system of the given size for a test.
 func disk(t *testing.T, bytes int64) string {
 	t.Helper()
 	file, dir := filepath.Join(t.TempDir(), "disk"), t.TempDir()
@@ -40,23 +40,23 @@ func disk(t *testing.T, bytes int64) string {
 			t.Errorf("umount: %v: %s", err, out)
 		}
 	})
-	// The agent's users go through it.
+	// The agent's users must be able to traverse it.
 	if err := os.Chmod(dir, 0o711); err != nil {
 		t.Fatal(err)
 	}
 	return dir
 }
 
-// TestBuildPhases breaks builds off in each of their phases: they are cancelled,
-// their server is killed, a step fails or takes too long, the host's disk is
-// full. What is said of them is true, and nothing of them is left on the host,
-// in the table or among the machines.
+// TestBuildPhases interrupts builds in each phase: they are cancelled, their server is
+// killed, a step fails or takes too long, or the host's disk is full. The reported reason
+// is true, and nothing of them is left on the host, in the database or among the
+// machines.
 func TestBuildPhases(t *testing.T) {
 	if why := unable(); why != "" {
 		t.Skip(why)
 	}
 	if os.Getenv("WRENN_SLOW") == "" {
-		t.Skip("breaks a build off fifteen times, which takes minutes; with a stand-in for the host it is done in any case: make test WRENN_SLOW=1")
+		t.Skip("interrupts a build fifteen times, which takes minutes; other tests do it with a fake host: make test WRENN_SLOW=1")
 	}
 	room := disk(t, 4<<30)
 	c := newControl(t, "WRENN_BUILD_LEASE=3s")
@@ -136,13 +136,13 @@ func TestBuildPhases(t *testing.T) {
 		}
 		for _, u := range ids {
 			if pid := agenttest.QEMU(id.Format(id.Sandbox, u)); pid != 0 {
-				t.Errorf("after %s a build's machine runs", after)
+				t.Errorf("after %s a build's machine still runs", after)
 				_ = syscall.Kill(pid, syscall.SIGKILL)
 			}
 		}
 	}
 
-	// What apt does takes a while, and needs no server.
+	// apt takes a while, but needs no server here.
 	base, err := c.Build(t.Context(), client.BuildOptions{Name: "base", SkipPrePost: true, NoCache: true, Recipe: `FROM minimal
 RUN rm -rf /etc/apt/sources.list*; printf '#!/bin/sh\nsleep 1.5\nexec /usr/bin/apt-get "$@"\n' > /usr/local/bin/apt-get; chmod +x /usr/local/bin/apt-get
 HEALTHCHECK CMD true
@@ -176,7 +176,7 @@ HEALTHCHECK CMD true
 				t.Fatal(err)
 			}
 			b := ended(build)
-			if was.State == "succeeded" { // it was too late
+			if was.State == "succeeded" { // the build was faster
 				t.Logf("%s: had succeeded", phase)
 				nothing(phase + ", too late")
 				continue
@@ -186,7 +186,7 @@ HEALTHCHECK CMD true
 			}
 			for _, s := range b.Steps {
 				want := map[bool]string{true: "succeeded", false: "skipped"}[s.Number < number]
-				// What is started and its check run at the same time.
+				// The start command and its health check run at the same time.
 				both := number == phases["start"] || number == phases["check"]
 				if both && (s.Number == phases["start"] || s.Number == phases["check"]) {
 					want = "cancelled"
@@ -243,7 +243,8 @@ HEALTHCHECK CMD true
 			t.Fatal(err)
 		}
 		defer filler.Close()
-		// It stays full, though templates of earlier builds are removed meanwhile.
+		// It stays full, although templates of earlier builds are removed during this
+		// build.
 		b := endedWhile(build, func() { fill(t, filler) })
 		t.Logf("on a full disk: %s %s", b.State, b.Error)
 		if b.State != "failed" || b.Error != "this host has no disk space left" {
@@ -254,13 +255,13 @@ HEALTHCHECK CMD true
 		}
 		nothing("a full disk")
 		if b := ended(start(client.BuildOptions{Recipe: text, SkipPrePost: true})); b.State != "succeeded" {
-			t.Errorf("with room again: %s %s", b.State, b.Error)
+			t.Errorf("with free space again: %s %s", b.State, b.Error)
 		}
 		nothing("with room again")
 	})
 }
 
-// fill makes a file larger, until it takes all the space of its file system.
+// fill grows a file until it takes all the space of its file system.
 func fill(t *testing.T, f *os.File) {
 	t.Helper()
 	var fs syscall.Statfs_t

@@ -21,8 +21,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
-// repository makes a folder with the distribution's cowsay, and what it needs
-// that minimal has not, as apt's repository.
+// repository creates an apt repository with the distribution's cowsay and those of its
+// dependencies that minimal lacks.
 func repository(t *testing.T, dir string) {
 	t.Helper()
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -44,9 +44,8 @@ func repository(t *testing.T, dir string) {
 	}
 }
 
-// TestBuild builds a template that installs a package, copies a folder, sets
-// variables, and runs a web server with a health check; and again with its last
-// step changed.
+// TestBuild builds a template that installs a package, copies a folder, sets variables,
+// and runs a web server with a health check; then again with its last step changed.
 func TestBuild(t *testing.T) {
 	i := up(t)
 	c := i.client(t)
@@ -60,8 +59,8 @@ func TestBuild(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// The base has the package's repository, because a guest need not reach the
-	// distribution's servers from here; all else that apt does is as with these.
+	// The base has its own repository, because guests may not reach the distribution's
+	// servers from here; apt behaves the same with it.
 	repository(t, filepath.Join(dir, "repository"))
 	recipe := `FROM debian:test
 ENV PORT=8000 GREETING="hello there"
@@ -116,7 +115,7 @@ HEALTHCHECK CMD apt-config shell X APT
 		b, _ := io.ReadAll(resp.Body)
 		return string(b)
 	}
-	// As quick as a bare restore, to the first answer.
+	// It must be as fast as a bare restore, up to the first response.
 	fastest := func(template string, serves bool) time.Duration {
 		t.Helper()
 		best := time.Hour
@@ -128,7 +127,7 @@ HEALTHCHECK CMD apt-config shell X APT
 			}
 			if serves {
 				if got := ask(sb.ID); got != "built\n" {
-					t.Errorf("the first answer is %q", got)
+					t.Errorf("the first response is %q", got)
 				}
 			}
 			best = min(best, time.Since(begun))
@@ -138,10 +137,10 @@ HEALTHCHECK CMD apt-config shell X APT
 		}
 		return best
 	}
-	// On a busy machine neither is exact, so it is measured until it holds.
-	await.Until(t, "the first answer takes less than two bare restores and 200 ms", func() bool {
+	// On a busy machine neither time is exact, so measure until it holds.
+	await.Until(t, "the first response takes less than two bare restores and 200 ms", func() bool {
 		bare, serves := fastest("minimal", false), fastest("hello", true)
-		t.Logf("a sandbox of minimal is there after %v, one of hello has answered its first request after %v: %.1f times", bare, serves, float64(serves)/float64(bare))
+		t.Logf("a sandbox of minimal runs after %v, one of hello has responded to its first request after %v: %.1f times", bare, serves, float64(serves)/float64(bare))
 		return serves <= 2*bare+200*time.Millisecond
 	})
 
@@ -158,10 +157,10 @@ HEALTHCHECK CMD apt-config shell X APT
 		t.Errorf("in the sandbox: %q %q, not %q", r.Stdout, r.Stderr, want)
 	}
 
-	// One changed last step: the others are not run again.
+	// With the last step changed, the others do not run again.
 	second, took := build("hello", strings.Replace(recipe, "LAST", "OTHER", 1))
 	t.Logf("with one changed step it took %v", took)
-	// (USER keeps nothing: it only looks whether there is one.)
+	// (USER is not cached: it only checks that the user exists.)
 	if got, want := states(second), slices.Concat(slices.Repeat([]string{"cached"}, 6), slices.Repeat([]string{"succeeded"}, 8)); !slices.Equal(got, want) {
 		t.Errorf("the second build's steps were %q, not %q", got, want)
 	}
@@ -177,23 +176,23 @@ HEALTHCHECK CMD apt-config shell X APT
 	if second.Version != first.Version+1 {
 		t.Errorf("version %d after %d", second.Version, first.Version)
 	}
-	// What runs goes on, and the version that it is of stays.
+	// Running sandboxes continue, and their version stays.
 	if got := ask(sb.ID); got != "built\n" {
 		t.Errorf("after a rebuild the sandbox answers %q", got)
 	}
-	// Without a health check it is the disk alone, which is booted once.
+	// Without a health check, only the disk is kept, which is booted once.
 	third, took := build("hello", "FROM hello\nUSER root\nRUN cowsay again > /tmp/greeting && sync\n", "--skip-pre-post")
-	t.Logf("of the disk alone it took %v", took)
+	t.Logf("from the disk alone it took %v", took)
 	of, err := c.Create(t.Context(), client.CreateOptions{Template: third.TemplateID})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = c.Delete(t.Context(), of.ID) }()
 	if r, err = c.Exec(t.Context(), of.ID, client.Command{Shell: true, Cmd: `id -un; grep '<' /tmp/greeting; cat /srv/site/sub/page; echo $PORT`}, nil); err != nil || string(r.Stdout) != "root\n< again >\npage\n8000\n" {
-		t.Errorf("of the disk alone: %q %q %v", r.Stdout, r.Stderr, err)
+		t.Errorf("from the disk alone: %q %q %v", r.Stdout, r.Stderr, err)
 	}
 
-	// Versions and tags, from the command line.
+	// Versions and tags on the command line.
 	version := func(ref string) int {
 		t.Helper()
 		tpl, err := c.Template(t.Context(), ref)
@@ -218,16 +217,16 @@ HEALTHCHECK CMD apt-config shell X APT
 		t.Errorf("hello:kept is version %d, hello@3 %d, hello@1 %d", version("hello:kept"), version("hello@3"), version("hello@1"))
 	}
 
-	// A step that fails says so, and leaves nothing.
+	// A failing step is reported, and leaves nothing.
 	if err := os.WriteFile(filepath.Join(dir, "Recipe"), []byte("FROM minimal\nRUN echo so far; exit 3\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	out, errs, code := i.cli(t, "", "build", "-t", "broken", "--skip-pre-post", dir)
 	if code != 125 || out != "" || !strings.Contains(errs, "so far") {
-		t.Errorf("a build that fails: %d %q %q", code, out, errs)
+		t.Errorf("a failing build: %d %q %q", code, out, errs)
 	}
 	if _, err := c.Template(t.Context(), "broken"); !client.IsNotFound(err) {
-		t.Errorf("a build that failed left a template: %v", err)
+		t.Errorf("a failed build left a template: %v", err)
 	}
 }
 
@@ -235,7 +234,7 @@ HEALTHCHECK CMD apt-config shell X APT
 func TestBuildImage(t *testing.T) {
 	i := up(t)
 	c := i.client(t)
-	// This machine's shell, and what it is linked with.
+	// The image has this machine's shell and the libraries that it needs.
 	shell := []ocitest.Entry{ocitest.Dir("bin", 0o755), ocitest.Dir("lib64", 0o755), ocitest.Dir("lib", 0o755), ocitest.Dir("lib/x86_64-linux-gnu", 0o755)}
 	for to, from := range map[string]string{"bin/sh": "/bin/dash", "lib64/ld-linux-x86-64.so.2": "/lib64/ld-linux-x86-64.so.2", "lib/x86_64-linux-gnu/libc.so.6": "/lib/x86_64-linux-gnu/libc.so.6"} {
 		b, err := os.ReadFile(from)
@@ -292,10 +291,10 @@ func TestBuildImage(t *testing.T) {
 	if b, errs := build(password+"\n", "other"); states(b) != "cached succeeded succeeded succeeded " {
 		t.Errorf("again: %s %s\n%s", states(b), b.Error, errs)
 	}
-	// The tag means another image: nothing that came of the first is used.
+	// The tag means another image now: nothing built from the first is reused.
 	push("two\n")
 	if b, errs := build(password+"\n", "last"); states(b) != "succeeded succeeded succeeded succeeded " {
-		t.Errorf("of another image: %s %s\n%s", states(b), b.Error, errs)
+		t.Errorf("from another image: %s %s\n%s", states(b), b.Error, errs)
 	}
 	sb := i.sandbox(t, client.CreateOptions{Template: "box"})
 	r, err := c.Exec(t.Context(), sb.ID, client.Command{Cmd: "/bin/sh", Args: []string{"-c", `pwd; read x < made; echo "$x"`}}, nil)

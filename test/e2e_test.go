@@ -1,6 +1,6 @@
-// Package e2e tests Wrenn as its users have it: the built programs, started
-// by `wrenn up` on a fresh data directory, real virtual machines, and the
-// public API, the Go client and the command line.
+// Package e2e tests Wrenn the way users run it: the built programs, started by `wrenn up`
+// on a fresh data directory, with real VMs, through the public API, the Go client and the
+// command line.
 package e2e
 
 import (
@@ -50,7 +50,7 @@ type credentials struct {
 	Password string `json:"password"`
 }
 
-// output keeps what a program prints and tells when a line has come.
+// output keeps a program's output, and signals when a line appears.
 type output struct {
 	mu    sync.Mutex
 	text  strings.Builder
@@ -63,7 +63,7 @@ func (o *output) String() string {
 	return o.text.String()
 }
 
-// programs builds wrenn and envd once a test run and returns their folder.
+// programs builds wrenn and envd once per test run, and returns their folder.
 var programs = sync.OnceValues(func() (string, error) {
 	mod, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}").Output()
 	if err != nil {
@@ -76,7 +76,7 @@ var programs = sync.OnceValues(func() (string, error) {
 	return filepath.Join(strings.TrimSpace(string(mod)), "bin"), nil
 })
 
-// unable says why end-to-end tests cannot run here; empty: they can.
+// unable returns why end-to-end tests cannot run here, or "".
 func unable() string {
 	if os.Geteuid() != 0 {
 		return "needs root to make virtual machines and networks"
@@ -96,7 +96,7 @@ func unable() string {
 	return ""
 }
 
-// cache is where images are kept from one test run to the next.
+// cache returns the folder that keeps images from one test run to the next.
 func cache() (string, error) {
 	dir := os.Getenv("WRENN_TEST_CACHE")
 	if dir == "" {
@@ -110,8 +110,8 @@ func cache() (string, error) {
 	return dir, os.MkdirAll(dir, 0o755)
 }
 
-// newDir makes a data directory which has the images that an earlier one made:
-// they are what takes long, and their own tests make them anew.
+// newDir creates a data directory with images that an earlier test built, because they
+// take long; other tests build them.
 func newDir() (string, error) {
 	dir, err := os.MkdirTemp("", "wrenn-e2e-")
 	if err != nil {
@@ -139,7 +139,7 @@ func copyTree(from, to string) error {
 	return nil
 }
 
-// keepImages puts an installation's images where the next finds them.
+// keepImages stores an installation's images for the next one.
 func keepImages(dir string) error {
 	to, err := cache()
 	if err != nil {
@@ -156,9 +156,9 @@ func keepImages(dir string) error {
 	return nil
 }
 
-// end kills what is left of the installation in dir: wrenn up and what it
-// started, agents, and machines, which outlive both. A test that fails in the
-// middle must leave none, because nobody finds them once their files are gone.
+// end kills what is left of the installation in dir: wrenn up, its programs, agents, and
+// machines, which survive both. A test that fails in the middle must leave none, because
+// nobody finds them once their files are gone.
 func end(dir string) (left map[int]string) {
 	all := make(map[int]string)
 	for until := time.Now().Add(await.Hang); ; {
@@ -183,7 +183,7 @@ func discard(t testing.TB, dir string) {
 	_ = os.RemoveAll(dir)
 }
 
-// freeAddress is an address that nobody listens on.
+// freeAddress returns an address on which nothing listens.
 func freeAddress() (string, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -192,7 +192,7 @@ func freeAddress() (string, error) {
 	return l.Addr().String(), l.Close()
 }
 
-// start runs `wrenn up` and returns when it says that it is ready.
+// start runs `wrenn up`, and returns when that is ready.
 func start(dir, listen string) (*installation, error) {
 	bin, err := programs()
 	if err != nil {
@@ -247,7 +247,7 @@ func start(dir, listen string) (*installation, error) {
 	}
 }
 
-// stop interrupts `wrenn up` as a person would.
+// stop interrupts `wrenn up` like a user.
 func (i *installation) stop() error {
 	if err := i.cmd.Process.Signal(os.Interrupt); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err

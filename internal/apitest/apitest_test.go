@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// TestCheck shows that what the document does not have is found.
+// TestCheck checks that responses that do not conform to the document are found.
 func TestCheck(t *testing.T) {
 	d, err := Load()
 	if err != nil {
@@ -48,7 +48,7 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-// TestRaw checks that what is exempt exists.
+// TestRaw checks that every exempt operation exists.
 func TestRaw(t *testing.T) {
 	d, err := Load()
 	if err != nil {

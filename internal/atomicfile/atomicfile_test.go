@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-// ways are all that write a file, and the steps that each takes.
+// ways are the functions that write a file, with the steps of each.
 var ways = []struct {
 	name  string
 	write func(string, []byte, fs.FileMode) error
@@ -89,7 +89,8 @@ func TestCreateOverwritesNothing(t *testing.T) {
 	}
 }
 
-// Each step in turn fails: the file is whole, and no temporary file remains.
+// TestEachStepFails makes each step fail in turn: the file is complete, and no temporary
+// file remains.
 func TestEachStepFails(t *testing.T) {
 	injected := errors.New("injected")
 	for _, way := range ways {
@@ -109,7 +110,7 @@ func TestEachStepFails(t *testing.T) {
 					t.Fatal(err)
 				}
 				if way.name == "Write" && failing == "sync directory" {
-					want = "new" // it has its name already
+					want = "new" // the file has its name already
 				}
 				if err := way.write(path, []byte("new"), 0o600); !errors.Is(err, injected) {
 					t.Fatalf("the error is %v", err)
@@ -132,8 +133,8 @@ func TestEachStepFails(t *testing.T) {
 	}
 }
 
-// The writer dies before each step: the file is whole, and what remains beside
-// it is known to be temporary.
+// TestWriterDies ends the writer before each step: the file is complete, and any other
+// file is recognized as temporary.
 func TestWriterDies(t *testing.T) {
 	for _, way := range ways {
 		for _, at := range way.steps {
@@ -162,7 +163,7 @@ func TestWriterDies(t *testing.T) {
 				}
 				for _, name := range names(t, filepath.Dir(path)) {
 					if name != "file" && !IsTemporary(name) {
-						t.Fatalf("%s is not known to be temporary", name)
+						t.Fatalf("%s is not recognized as temporary", name)
 					}
 				}
 			})
@@ -170,7 +171,8 @@ func TestWriterDies(t *testing.T) {
 	}
 }
 
-// Writers at the same time do not disturb each other or a reader.
+// TestConcurrentWriters checks that concurrent writers disturb neither each other nor a
+// reader.
 func TestConcurrentWriters(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "file")
 	contents := []string{strings.Repeat("a", 1<<16), strings.Repeat("b", 1<<10)}
@@ -220,12 +222,12 @@ func TestSweep(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// What cannot be removed hinders no other.
+	// A file that cannot be removed does not keep the others.
 	if err := os.MkdirAll(filepath.Join(dir, ".file.tmp-0", "full"), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	if err := Sweep(path); err == nil {
-		t.Error("it does not say what is left")
+		t.Error("the error does not name what is left")
 	}
 	if got, want := strings.Join(names(t, dir), " "), ".file.old.tmp-1 .file.tmp-0 .hidden .other.tmp-1 file"; got != want {
 		t.Errorf("left %s, not %s", got, want)

@@ -17,7 +17,7 @@ func TestScale(t *testing.T) {
 		func() {
 			defer func() {
 				if recover() == nil {
-					t.Errorf("a factor of %q was taken", bad)
+					t.Errorf("a factor of %q was accepted", bad)
 				}
 			}()
 			Scale(time.Second)

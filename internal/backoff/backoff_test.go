@@ -17,7 +17,7 @@ func TestSeries(t *testing.T) {
 				t.Errorf("wait %d is %v, not about %v", i, got, want)
 			}
 		}
-		for range 100 { // nothing overflows
+		for range 100 { // no overflow
 			if got := b.Next(); got < 6*time.Second || got > 14*time.Second {
 				t.Errorf("wait %v", got)
 			}

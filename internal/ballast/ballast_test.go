@@ -14,7 +14,7 @@ import (
 
 var sink []byte
 
-// collections returns how often 48 MiB of garbage were collected.
+// collections returns how often the garbage collector runs for 48 MiB of garbage.
 func collections() uint32 {
 	runtime.GC()
 	var before, after runtime.MemStats
@@ -39,8 +39,8 @@ func resident(t *testing.T) int {
 	return pages * os.Getpagesize()
 }
 
-// TestLoad loads in a process of its own, because there is no way back, and compares
-// it with one without ballast.
+// TestLoad loads the ballast in its own process, because that cannot be undone, and
+// compares it with one without ballast.
 func TestLoad(t *testing.T) {
 	const child = "WRENN_TEST_BALLAST"
 	switch os.Getenv(child) {
@@ -70,7 +70,7 @@ func TestLoad(t *testing.T) {
 			t.Errorf("%d collections with ballast", n)
 		}
 		if got := raised(math.MaxInt64); got != math.MaxInt64 {
-			t.Errorf("no limit became %d", got)
+			t.Errorf("without a limit, it became %d", got)
 		}
 	}
 }

@@ -2,5 +2,6 @@
 
 package ballast
 
-// race says that the race detector runs, which has memory for every byte of the heap.
+// race reports that the race detector runs, which needs memory for every byte of the
+// heap.
 const race = true

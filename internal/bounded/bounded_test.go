@@ -24,7 +24,7 @@ type from struct {
 func (f *from) RemoteAddr() net.Addr { return f.addr }
 func (f *from) Close() error         { f.closed = true; return nil }
 
-// arrivals is a listener at which these connections arrive.
+// arrivals is a listener that accepts the given connections.
 type arrivals struct {
 	net.Listener
 	conns []*from
@@ -50,7 +50,7 @@ func TestListener(t *testing.T) {
 	said := func(want int) {
 		t.Helper()
 		if n := strings.Count(log.String(), "WRENN_TRUSTED_PROXIES"); n != want {
-			t.Errorf("the log says %d times, want %d, that connections were closed:\n%s", n, want, &log)
+			t.Errorf("the log reports closed connections %d times, want %d:\n%s", n, want, &log)
 		}
 	}
 	accept := func(address string) (net.Conn, *from) {
@@ -78,15 +78,15 @@ func TestListener(t *testing.T) {
 			t.Errorf("%v: a third connection", pair)
 		}
 		_ = one.Close()
-		_ = one.Close() // It gives one place back.
+		_ = one.Close() // This frees one place.
 		if again, _ := accept(pair[1]); again == nil {
-			t.Errorf("%v: refused after one has gone", pair)
+			t.Errorf("%v: refused after another was closed", pair)
 		}
 		if more, _ := accept(pair[1]); more != nil {
-			t.Errorf("%v: one too many after one has gone", pair)
+			t.Errorf("%v: one too many after another was closed", pair)
 		}
 	}
-	said(2) // once of each address
+	said(2) // once for each address
 	now = now.Add(sayEvery)
 	accept("198.51.100.1:1")
 	accept("198.51.100.1:1")
@@ -100,7 +100,7 @@ func TestListener(t *testing.T) {
 	}
 }
 
-// TestCountsWhatLingers: a closed connection counts until its client is gone.
+// TestCountsWhatLingers checks that a closed connection counts until its client is gone.
 func TestCountsWhatLingers(t *testing.T) {
 	plain, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -120,11 +120,11 @@ func TestCountsWhatLingers(t *testing.T) {
 		t.Fatal(err)
 	}
 	if server = b.admit(server, stranger); server == nil {
-		t.Fatal("the first is not let in")
+		t.Fatal("the first is not accepted")
 	}
 	server.Close()
 	if b.enter(stranger) {
-		t.Error("another is let in while the first lingers")
+		t.Error("another is accepted while the first lingers")
 	}
 	client.Close()
 	await.Until(t, "the first no longer counts", func() bool { return b.enter(stranger) })

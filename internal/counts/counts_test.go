@@ -23,6 +23,6 @@ func TestStates(t *testing.T) {
 	}
 	failed = errors.New("the database does not answer")
 	if _, err := r.Gather(); !errors.Is(err, failed) && (err == nil || !strings.Contains(err.Error(), failed.Error())) {
-		t.Errorf("a reading that fails: %v", err)
+		t.Errorf("a failed reading: %v", err)
 	}
 }

@@ -30,7 +30,7 @@ func TestExamineThisMachine(t *testing.T) {
 	for _, f := range Examine(t.Context(), in.Dir, false) {
 		t.Logf("%+v", f)
 		if f.Required && !f.OK {
-			t.Errorf("%s: %s", f.Name, f.Detail) // the tests' set-up installs all of it
+			t.Errorf("%s: %s", f.Name, f.Detail) // `make test-deps` installs everything
 		}
 		if !f.OK && f.Fix == "" {
 			t.Errorf("%s has no fix", f.Name)
@@ -59,11 +59,12 @@ func TestReport(t *testing.T) {
 	}
 }
 
-// TestKept: doctor shows what the agent could not read, also while none runs.
+// TestKept checks that doctor shows what the agent could not read, also while no agent
+// runs.
 func TestKept(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	if got := kept(dir); len(got) != 0 {
-		t.Errorf("of an empty directory it says %+v", got)
+		t.Errorf("of an empty directory it reports %+v", got)
 	}
 	home := dir.Sandbox(uuid.New())
 	if err := os.MkdirAll(home, 0o700); err != nil {
@@ -75,17 +76,17 @@ func TestKept(t *testing.T) {
 	}
 	if got := kept(dir); len(got) != 1 || got[0].OK || got[0].Required || !strings.Contains(got[0].Detail, item.Path) ||
 		!strings.Contains(got[0].Detail, "torn record") || !strings.Contains(got[0].Fix, home) {
-		t.Errorf("it says %+v", got)
+		t.Errorf("it reports %+v", got)
 	}
 	if err := os.WriteFile(dir.Events(), []byte("wrnjrnl9"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if got := kept(dir); len(got) != 2 || !got[0].Required || !strings.Contains(got[0].Detail, "version 9") || got[0].Fix == "" {
-		t.Errorf("it says %+v", got)
+		t.Errorf("it reports %+v", got)
 	}
 }
 
-// TestReported shows what a running agent says is wrong with the host.
+// TestReported checks that doctor shows a running agent's problems of the host.
 func TestReported(t *testing.T) {
 	dir := layout.Dir(t.TempDir())
 	if got := reported(dir); len(got) > 0 {
@@ -107,7 +108,7 @@ func TestReported(t *testing.T) {
 	if _, err := noObstacles(t.Context(), dir); err != nil {
 		t.Errorf("beside a running agent: %v", err)
 	}
-	// It is killed, and an hour goes by.
+	// Kill the agent, and let an hour pass.
 	if err := lock.Close(); err != nil {
 		t.Fatal(err)
 	}

@@ -16,7 +16,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/drain"
 )
 
-// gated is a listener that says what it has accepted, and that it is closed.
+// gated is a listener that announces accepted connections and its end.
 type gated struct {
 	net.Listener
 	accepted chan struct{}
@@ -47,14 +47,14 @@ func listen(t *testing.T) net.Listener {
 	return l
 }
 
-// echo answers with what it is sent, and ends the connection.
+// echo sends the request's body back and closes the connection.
 func echo(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Connection", "close")
 	_, _ = io.Copy(w, r.Body)
 }
 
-// TestFirstRequest sends the first request of a connection after the server was told
-// to stop: the server answers it.
+// TestFirstRequest checks that a server responds to a connection's first request even if
+// it arrives after the server was told to stop.
 func TestFirstRequest(t *testing.T) {
 	l := listen(t)
 	closed := make(chan struct{})
@@ -89,8 +89,8 @@ func TestFirstRequest(t *testing.T) {
 	}
 }
 
-// TestSilent: a connection that sends nothing does not keep a server for long, and a
-// request that does not end is broken off.
+// TestSilent checks that a stopping server does not wait long for a silent connection,
+// and aborts a request that does not end.
 func TestSilent(t *testing.T) {
 	l := listen(t)
 	begun := make(chan struct{})
@@ -119,7 +119,7 @@ func TestSilent(t *testing.T) {
 	}
 }
 
-// TestFails returns the error of a listener that fails.
+// TestFails checks that Serve returns the error of its listener.
 func TestFails(t *testing.T) {
 	l := listen(t)
 	_ = l.Close()
@@ -128,8 +128,8 @@ func TestFails(t *testing.T) {
 	}
 }
 
-// TestTakesOver hands a socket from server to server while clients connect. One of
-// them answers each connection.
+// TestTakesOver hands a socket from server to server while clients connect. One of them
+// responds on each connection.
 func TestTakesOver(t *testing.T) {
 	l := listen(t)
 	socket, err := l.(*net.TCPListener).File()

@@ -28,7 +28,7 @@ func serve(t *testing.T, h func(http.ResponseWriter, *http.Request)) *httptest.S
 	s.Listener = linger.Listener(s.Listener)
 	s.Start()
 	t.Cleanup(func() {
-		s.Close() // Nothing writes to the log any more.
+		s.Close() // Now nothing writes to the log.
 		if log.Len() > 0 {
 			t.Errorf("the server logged: %.500s", log.String())
 		}
@@ -36,8 +36,8 @@ func serve(t *testing.T, h func(http.ResponseWriter, *http.Request)) *httptest.S
 	return s
 }
 
-// TestBodyLeftUnread uses one connection again and again for requests whose
-// body the handler does not read.
+// TestBodyLeftUnread sends many requests over one connection to a handler that does not
+// read their bodies.
 func TestBodyLeftUnread(t *testing.T) {
 	s := serve(t, func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no", http.StatusBadGateway) })
 	for n := range 200 {
@@ -59,7 +59,7 @@ func TestBodyLeftUnread(t *testing.T) {
 	}
 }
 
-// half sends a request with the first byte of a body of five.
+// half sends a request with the first of its body's five bytes.
 func half(t *testing.T, s *httptest.Server) net.Conn {
 	t.Helper()
 	conn, err := net.Dial("tcp", s.Listener.Addr().String())
@@ -74,14 +74,14 @@ func half(t *testing.T, s *httptest.Server) net.Conn {
 	return conn
 }
 
-// TestResponseDoesNotWaitForBody has clients that send the rest of their body
-// once they have seen all of the response, or go instead.
+// TestResponseDoesNotWaitForBody has clients that send the rest of their body only after
+// they have the whole response, or disconnect instead.
 func TestResponseDoesNotWaitForBody(t *testing.T) {
 	no := func(w http.ResponseWriter) { http.Error(w, "no", http.StatusBadGateway) }
 	for name, h := range map[string]func(http.ResponseWriter, *http.Request){
 		"unread": func(w http.ResponseWriter, _ *http.Request) { no(w) },
 		"closed": func(w http.ResponseWriter, r *http.Request) { r.Body.Close(); no(w) },
-		// As a transport does whose server went away.
+		// Like a transport whose server went away.
 		"closed while it is read": func(w http.ResponseWriter, r *http.Request) {
 			first := make(chan struct{})
 			go func() {
@@ -112,7 +112,7 @@ func responseDoesNotWait(t *testing.T, h func(http.ResponseWriter, *http.Request
 			t.Errorf("got %q, %v; the connection will close: %t", b, err, resp.Close)
 		}
 		if rest == "" {
-			conn.Close() // And the server, which waits for all handlers to close, goes on.
+			conn.Close() // The server, which waits for all handlers, can close.
 			continue
 		}
 		fmt.Fprint(conn, rest)
@@ -122,8 +122,8 @@ func responseDoesNotWait(t *testing.T, h func(http.ResponseWriter, *http.Request
 	}
 }
 
-// TestClientThatDoesNotGo: a client neither sends the rest of its body nor closes. The
-// server does not keep the connection, whether or not somebody still reads the body.
+// TestClientThatDoesNotGo checks that the server drops a client that neither sends the
+// rest of its body nor disconnects, whether or not a handler still reads the body.
 func TestClientThatDoesNotGo(t *testing.T) {
 	for name, reads := range map[string]bool{"unread": false, "while it is read": true} {
 		t.Run(name, func(t *testing.T) {
@@ -151,18 +151,18 @@ func TestClientThatDoesNotGo(t *testing.T) {
 	}
 }
 
-// TestRefusalArrives answers while clients send large bodies.
+// TestRefusalArrives responds early to clients that send large bodies.
 func TestRefusalArrives(t *testing.T) {
 	s := serve(t, func(w http.ResponseWriter, r *http.Request) {
-		go func() { _, _ = io.Copy(io.Discard, io.LimitReader(r.Body, 100<<10)) }() // As a proxy does.
+		go func() { _, _ = io.Copy(io.Discard, io.LimitReader(r.Body, 100<<10)) }() // Like a proxy.
 		http.Error(w, "no", http.StatusBadGateway)
 	})
 	dial := func() (net.Conn, error) { return net.Dial("tcp", s.Listener.Addr().String()) }
 	lingertest.Refused(t, dial, lingertest.Refusal{Status: http.StatusBadGateway, Contains: "no"}, 70)
 }
 
-// TestBreakDoesNotWaitForBody breaks a response off while the client waits for
-// more of it: the connection ends at once.
+// TestBreakDoesNotWaitForBody aborts a response while the client waits for more of it:
+// the connection ends at once.
 func TestBreakDoesNotWaitForBody(t *testing.T) {
 	s := serve(t, func(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprint(w, "a part")

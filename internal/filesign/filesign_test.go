@@ -28,7 +28,7 @@ func FuzzSignature(f *testing.F) {
 			t.Fatalf("%q: passes is not %v", q, good)
 		}
 		if Check("POST", q, "token", now) == nil {
-			t.Fatalf("%q: a signature to read lets write", q)
+			t.Fatalf("%q: a signature for reading permits writing", q)
 		}
 	})
 }

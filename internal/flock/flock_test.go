@@ -27,7 +27,7 @@ func TestLock(t *testing.T) {
 		}()
 		cancel()
 		if err := <-waiting; !errors.Is(err, context.Canceled) {
-			t.Errorf("waited, and got %v", err)
+			t.Errorf("it waited, and got %v", err)
 		}
 		got := make(chan *os.File, 1)
 		go func() {
@@ -45,7 +45,7 @@ func TestLock(t *testing.T) {
 		if err := f.Close(); err != nil {
 			t.Fatal(err)
 		}
-		// Neither who waits nor who left stays in the way.
+		// Neither a cancelled waiter nor one that waits keeps the lock.
 		if err := (<-got).Close(); err != nil {
 			t.Fatal(err)
 		}
@@ -72,10 +72,10 @@ func TestKeepsContent(t *testing.T) {
 	}
 }
 
-// TestProcessDies: a lock ends with its process.
+// TestProcessDies checks that a lock ends with its process.
 func TestProcessDies(t *testing.T) {
 	path := os.Getenv("FLOCK_TEST")
-	if path != "" { // the process
+	if path != "" { // this is the process
 		if _, err := TryLock(path); err != nil {
 			t.Fatal(err)
 		}

@@ -67,7 +67,8 @@ func accept(l *Listener) <-chan net.Conn {
 	return accepted
 }
 
-// answer answers the client over server, closes that, and checks what the client gets.
+// answer responds to the client over server, closes that, and checks what the client
+// gets.
 func answer(t *testing.T, server, client net.Conn) {
 	t.Helper()
 	if _, err := server.Write([]byte("answer")); err != nil {
@@ -79,7 +80,8 @@ func answer(t *testing.T, server, client net.Conn) {
 	}
 }
 
-// TestPass: the other end serves a passed connection, and first gets what was read.
+// TestPass checks that the other end can serve a passed connection, and first gets what
+// was already read.
 func TestPass(t *testing.T) {
 	l, s := listen(t)
 	accepted := accept(l)
@@ -92,7 +94,7 @@ func TestPass(t *testing.T) {
 		if err := s.Send(server, []byte("first, ")); err != nil {
 			t.Fatal(err)
 		}
-		if err := server.Close(); err != nil { // The other end has its own.
+		if err := server.Close(); err != nil { // The other end has its own descriptor.
 			t.Fatal(err)
 		}
 		c := await.Recv(t, "the connection", accepted)
@@ -113,13 +115,13 @@ func TestPass(t *testing.T) {
 	}
 }
 
-// TestNobodyTakes: a sender keeps connections that it cannot pass, and passes the next
-// ones to a program that has restarted.
+// TestNobodyTakes checks that a sender keeps connections that it cannot pass, and passes
+// the next ones to a program that has restarted.
 func TestNobodyTakes(t *testing.T) {
 	l, s := listen(t)
 	_, server := pair(t)
 	if err := s.Send(server, make([]byte, maxRead+1)); err == nil {
-		t.Error("passed more than can be taken")
+		t.Error("passed more bytes than the limit")
 	}
 	accepted := accept(l)
 	for range 3 {
@@ -135,7 +137,7 @@ func TestNobodyTakes(t *testing.T) {
 		t.Error(err)
 	}
 	if err := s.Send(server, []byte("x")); err == nil {
-		t.Error("passed to nobody")
+		t.Error("passed although nothing listens")
 	}
 	l, err := Listen(s.Path, 0o600)
 	if err != nil {
@@ -149,14 +151,14 @@ func TestNobodyTakes(t *testing.T) {
 	await.Recv(t, "the connection", accepted).Close()
 }
 
-// TestProgramStops: if a program stops with a connection in its queue, the connection
-// stays the sender's.
+// TestProgramStops checks that if a program stops with a connection in its queue, the
+// sender keeps the connection.
 func TestProgramStops(t *testing.T) {
 	l, s := listen(t)
 	client, server := pair(t)
 	sent := make(chan error, 1)
 	go func() { sent <- s.Send(server, []byte("x")) }()
-	await.Until(t, "the program is told of the connection", func() bool {
+	await.Until(t, "the program gets the connection", func() bool {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		return len(l.senders) == 1
@@ -170,9 +172,8 @@ func TestProgramStops(t *testing.T) {
 	answer(t, server, client)
 }
 
-// TestProgramHangs passes connections together to a program that accepts none: no
-// sender waits for another one, and each keeps its connection, whatever the program
-// does afterwards.
+// TestProgramHangs passes connections to a program that accepts none: no sender waits for
+// another, and each keeps its connection, whatever the program does afterwards.
 func TestProgramHangs(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	hung, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: path, Net: "unixpacket"})
@@ -194,7 +195,7 @@ func TestProgramHangs(t *testing.T) {
 	offers := make([]offer, together)
 	for i := range offers {
 		if offers[i].sender, err = hung.AcceptUnix(); err != nil {
-			t.Fatalf("sender %d waits for another one: %v", i, err)
+			t.Fatalf("sender %d waited for another one: %v", i, err)
 		}
 		defer offers[i].sender.Close()
 	}
@@ -210,8 +211,8 @@ func TestProgramHangs(t *testing.T) {
 	}
 }
 
-// TestAcceptedLate: the program accepts after the sender's deadline, but before the
-// sender has told it.
+// TestAcceptedLate checks that the sender knows who has a connection which the program
+// accepts after the sender's deadline, but before the sender withdraws it.
 func TestAcceptedLate(t *testing.T) {
 	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_SEQPACKET, 0)
 	if err != nil {
@@ -235,12 +236,12 @@ func TestAcceptedLate(t *testing.T) {
 		t.Fatal(err)
 	}
 	if keep, err := taken(ends[0]); keep || err != nil {
-		t.Errorf("kept %v, %v", keep, err)
+		t.Errorf("the sender kept it: %v, %v", keep, err)
 	}
 }
 
-// TestStrangers: senders that pass something else lose their connection, and nobody
-// else does.
+// TestStrangers checks that senders that pass something else lose their own connection,
+// and nobody else's.
 func TestStrangers(t *testing.T) {
 	l, s := listen(t)
 	file, err := os.Open(os.DevNull)

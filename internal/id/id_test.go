@@ -45,7 +45,7 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// TestMatchesBig compares the wire form with that of arithmetic on large numbers.
+// TestMatchesBig compares the wire form with math/big's.
 func TestMatchesBig(t *testing.T) {
 	check := func(u uuid.UUID) {
 		text := new(big.Int).SetBytes(u[:]).Text(36)
@@ -60,7 +60,7 @@ func TestMatchesBig(t *testing.T) {
 	for range 1000 {
 		u := uuid.New()
 		check(u)
-		for i := range u { // Numbers of every length, and those next to a power of 256.
+		for i := range u { // numbers of every length, and the neighbours of powers of 256
 			u[i] = 0
 			check(u)
 			var v uuid.UUID
@@ -70,7 +70,7 @@ func TestMatchesBig(t *testing.T) {
 			check(v)
 		}
 	}
-	// One more than fits in 128 bits.
+	// The smallest number that does not fit in 128 bits.
 	over := new(big.Int).Lsh(big.NewInt(1), 128)
 	if _, err := Parse(Sandbox, string(Sandbox)+over.Text(36)); !errors.Is(err, ErrMalformed) {
 		t.Errorf("2^128: %v", err)

@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// TestBtrfs: on btrfs a folder copies until it is set, and files and folders that are
-// created in it afterwards do not.
+// TestBtrfs checks that on btrfs a folder is copy-on-write until Set, and that files and
+// folders created in it afterwards are not.
 func TestBtrfs(t *testing.T) {
 	if _, err := exec.LookPath("mkfs.btrfs"); err != nil || os.Geteuid() != 0 {
 		t.Skip("needs mkfs.btrfs and root")
@@ -41,7 +41,7 @@ func TestBtrfs(t *testing.T) {
 		t.Error(err)
 	}
 	if err := Check(old); !errors.Is(err, ErrCopies) {
-		t.Errorf("a folder that was there: %v", err)
+		t.Errorf("a folder from before: %v", err)
 	}
 	fresh, file := filepath.Join(set, "fresh"), filepath.Join(set, "file")
 	if err := errors.Join(os.Mkdir(fresh, 0o700), Check(fresh), os.WriteFile(file, nil, 0o600), Check(file)); err != nil {
@@ -49,8 +49,8 @@ func TestBtrfs(t *testing.T) {
 	}
 }
 
-// TestInPlace: a folder of the machine that runs the tests needs nothing set, or says
-// that it copies.
+// TestInPlace checks that the test machine's folder needs no setting, or is reported as
+// copy-on-write.
 func TestInPlace(t *testing.T) {
 	dir := t.TempDir()
 	if err := Possible(dir); err != nil && !errors.Is(err, ErrCopies) {
@@ -62,6 +62,6 @@ func TestInPlace(t *testing.T) {
 		}
 	}
 	if Check(filepath.Join(dir, "none")) == nil {
-		t.Error("a folder that is not there is fine")
+		t.Error("a missing folder is accepted")
 	}
 }

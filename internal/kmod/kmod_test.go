@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// index opens an index of what its files have.
+// index opens an index with the given files.
 func index(t testing.TB, text map[string]string) *Index {
 	t.Helper()
 	dir := t.TempDir()
@@ -35,10 +35,10 @@ func TestOrder(t *testing.T) {
 		t.Errorf("got %v, %v; want %v", got, err, want)
 	}
 	if _, err := x.Order("nothing"); !errors.Is(err, ErrNotFound) {
-		t.Errorf("a module that is not there: %v", err)
+		t.Errorf("a missing module: %v", err)
 	}
 	if _, err := index(t, map[string]string{"modules.dep": "a.ko: b.ko\nb.ko: a.ko\n"}).Order("a"); err == nil {
-		t.Error("a circle was not noticed")
+		t.Error("a cycle was not noticed")
 	}
 }
 

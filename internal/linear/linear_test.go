@@ -10,8 +10,8 @@ var (
 	found int
 )
 
-// TestCheck: what copies or looks at all it has at each step is found; what
-// doubles its room is not.
+// TestCheck checks that code that copies or searches everything at each step is found,
+// and code that doubles its room is not.
 func TestCheck(t *testing.T) {
 	Check(t, "strings.Builder", 1<<17, func(n int) {
 		var b strings.Builder
@@ -30,7 +30,7 @@ func TestCheck(t *testing.T) {
 		})
 	}
 	if took[2000] <= 3*took[1000] {
-		t.Errorf("a concatenation allocates %d and %d bytes, which Check takes for linear", took[1000], took[2000])
+		t.Errorf("a concatenation allocates %d and %d bytes, which Check accepts as linear", took[1000], took[2000])
 	}
 	text := strings.Repeat("x", 1<<17)
 	short, long, ok := grows(len(text)/4, func(n int) {
@@ -39,6 +39,6 @@ func TestCheck(t *testing.T) {
 		}
 	})
 	if ok {
-		t.Errorf("a search of all for each takes %v and %v, which Check takes for linear", short, long)
+		t.Errorf("a search of all for each takes %v and %v, which Check accepts as linear", short, long)
 	}
 }

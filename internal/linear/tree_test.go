@@ -19,12 +19,12 @@ import (
 	"testing"
 )
 
-// module is the path of the tree's module, and of its own packages.
+// module is the path prefix of the tree's own packages.
 const module = "github.com/wrenn-dev/wrenn/"
 
-// gathers are the functions that put together what comes to them in pieces, with what
-// checks that they are linear: the name that a test gives to [Check], or why there
-// is none. A new one must be listed here.
+// gathers are the functions that put together what arrives in pieces, with the check that
+// they are linear: the name that a test passes to [Check], or the reason why there is
+// none. A new one must be listed here.
 var gathers = map[string]string{
 	"client.FollowBuild":                    "passes each event on",
 	"client.Logs":                           "io.ReadAll, which is linear; the server bounds it",
@@ -82,7 +82,8 @@ var gathers = map[string]string{
 	"internal/upstream.pass":                "passes each piece on",
 }
 
-// copies are the functions that may copy all they have for each piece, with the reason.
+// copies are the functions that may copy everything they have for each piece, with the
+// reason.
 var copies = map[string]string{
 	"client.Import":                   "once for each call",
 	"client.URL":                      "once for each call",
@@ -97,28 +98,28 @@ var copies = map[string]string{
 	"internal/agent/launcher.New":     "once for each machine",
 }
 
-// TestGathersAreChecked finds the functions of the tree that gather what comes in pieces,
-// and those that copy all that they have for each piece: s += piece in a loop, or at
-// a field, and append(other, …). The first have a check, the others a reason.
+// TestGathersAreChecked finds the functions of the tree that gather pieces, and those
+// that copy everything they have for each piece: s += piece in a loop or on a field, and
+// append(other, …). The first need a check, the others a reason.
 func TestGathersAreChecked(t *testing.T) {
 	found := map[string]bool{}
 	for name, kind := range look(t) {
 		found[name] = true
 		switch {
 		case kind.copies && copies[name] == "":
-			t.Errorf("%s copies all that it has for each piece (%s): gather it in a strings.Builder, bytes.Buffer or one slice", name, kind.where)
+			t.Errorf("%s copies everything it has for each piece (%s): gather it in a strings.Builder, bytes.Buffer or one slice", name, kind.where)
 		case kind.gathers && gathers[name] == "" && copies[name] == "":
-			t.Errorf("%s gathers what comes in pieces (%s): check that it is linear with linear.Check, and put it into gathers", name, kind.where)
+			t.Errorf("%s gathers pieces (%s): check with linear.Check that it is linear, and add it to gathers", name, kind.where)
 		}
 	}
 	for name := range maps.Keys(gathers) {
 		if !found[name] {
-			t.Errorf("gathers names %s, which does not gather anything any more", name)
+			t.Errorf("gathers lists %s, which no longer gathers anything", name)
 		}
 	}
 	for name := range maps.Keys(copies) {
 		if !found[name] {
-			t.Errorf("copies names %s, which does not copy anything any more", name)
+			t.Errorf("copies lists %s, which no longer copies anything", name)
 		}
 	}
 	checks := checks(t)
@@ -129,8 +130,8 @@ func TestGathersAreChecked(t *testing.T) {
 	}
 }
 
-// checks are the names that the tree's tests give to Check. Those of a table of inputs
-// are the table's keys.
+// checks returns the names that the tree's tests pass to Check. For a table of inputs,
+// these are the table's keys.
 func checks(t *testing.T) map[string]bool {
 	names := map[string]bool{}
 	err := filepath.WalkDir("../..", func(path string, d fs.DirEntry, err error) error {
@@ -152,13 +153,13 @@ func checks(t *testing.T) map[string]bool {
 	return names
 }
 
-// kind says what a function does, and where.
+// kind describes what a function does, and where.
 type kind struct {
 	gathers, copies bool
 	where           string
 }
 
-// look type-checks the tree's own packages and looks at their functions.
+// look type-checks the tree's own packages and classifies their functions.
 func look(t *testing.T) map[string]*kind {
 	t.Helper()
 	list := exec.CommandContext(t.Context(), "go", "list", "-export", "-deps", "-f", `{{.ImportPath}}|{{.Export}}|{{.Dir}}|{{join .GoFiles ","}}`, "./client/...", "./cmd/...", "./internal/...")
@@ -219,13 +220,13 @@ func look(t *testing.T) map[string]*kind {
 	return all
 }
 
-// seen is a package that was type-checked.
+// seen is a type-checked package.
 type seen struct {
 	files *token.FileSet
 	info  *types.Info
 }
 
-// called is the full name of what a call calls, or "".
+// called returns the full name of the called function, or "".
 func (s *seen) called(c *ast.CallExpr) string {
 	switch f := c.Fun.(type) {
 	case *ast.SelectorExpr:
@@ -240,7 +241,7 @@ func (s *seen) called(c *ast.CallExpr) string {
 	return ""
 }
 
-// outer says whether an expression is of a variable that is declared outside of a loop.
+// outer reports whether an expression refers to a variable declared outside a loop.
 func (s *seen) outer(e ast.Expr, loop ast.Node) bool {
 	for {
 		switch x := e.(type) {
@@ -263,7 +264,7 @@ func (s *seen) outer(e ast.Expr, loop ast.Node) bool {
 	}
 }
 
-// string says whether an expression is a string, and part of something.
+// string reports whether an expression is a string, and whether it is part of something.
 func (s *seen) string(e ast.Expr) (is, part bool) {
 	t := s.info.TypeOf(e)
 	if t == nil {
@@ -274,10 +275,10 @@ func (s *seen) string(e ast.Expr) (is, part bool) {
 	return ok && b.Info()&types.IsString != 0, !ident
 }
 
-// pieces are the methods that return the next piece of something.
+// pieces matches the methods that return the next piece of something.
 var pieces = regexp.MustCompile(`\)\.(Receive|Scan|Next|ReadToken|Token|Decode|Read|ReadString|ReadBytes|ReadLine|ReadRune)$`)
 
-// writes are the methods that add to what their receiver has.
+// writes matches the methods that add to what their receiver has.
 var writes = regexp.MustCompile(`\)\.(Write|WriteString|WriteByte|WriteRune|add|keep|put|mark|entry|check)$`)
 
 func (s *seen) function(fn *ast.FuncDecl) *kind {
@@ -350,7 +351,7 @@ func (s *seen) node(n ast.Node, loops []ast.Node, note func(ast.Node, bool)) {
 	}
 }
 
-// grows says whether a loop adds to something that is there before it.
+// grows reports whether a loop adds to something declared before it.
 func (s *seen) grows(loop ast.Node) (does bool) {
 	ast.Inspect(loop, func(n ast.Node) bool {
 		switch x := n.(type) {
@@ -367,7 +368,7 @@ func (s *seen) grows(loop ast.Node) (does bool) {
 				does = does || indexed || c != nil && s.called(c) == "append"
 			}
 		case *ast.CallExpr:
-			// A function value may keep what it is given.
+			// A function value may keep its arguments.
 			if id, ok := x.Fun.(*ast.Ident); ok {
 				_, value := s.info.Uses[id].(*types.Var)
 				does = does || value && s.outer(id, loop)

@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// pair is a connection to a listener with the given bounds.
+// pair returns a connection to a listener with the given bounds.
 func pair(t *testing.T, network string, b bounds) (client net.Conn, server *Conn) {
 	t.Helper()
 	address := "127.0.0.1:0"
@@ -47,14 +47,14 @@ func bothNetworks(t *testing.T, f func(t *testing.T, network string)) {
 	}
 }
 
-// gone returns a channel that is closed when c lingers no longer.
+// gone returns a channel that is closed when c no longer lingers.
 func gone(c *Conn) chan struct{} {
 	ch := make(chan struct{})
 	c.OnGone(func() { close(ch) })
 	return ch
 }
 
-// TestAnswerThenClose closes with bytes unread while more come.
+// TestAnswerThenClose closes a connection with unread bytes while more arrive.
 func TestAnswerThenClose(t *testing.T) {
 	bothNetworks(t, func(t *testing.T, network string) {
 		client, server := pair(t, network, long)
@@ -69,7 +69,7 @@ func TestAnswerThenClose(t *testing.T) {
 			t.Fatal(err)
 		}
 		if _, err := client.Write(make([]byte, 32<<20)); err != nil {
-			t.Errorf("a client that sends on: %v", err)
+			t.Errorf("a client that keeps sending: %v", err)
 		}
 		if b, err := io.ReadAll(client); err != nil || string(b) != "answer" {
 			t.Errorf("%q, %v", b, err)
@@ -84,7 +84,7 @@ func TestAnswerThenClose(t *testing.T) {
 	})
 }
 
-// TestCloseEndsWaits has others read and write while a connection is closed.
+// TestCloseEndsWaits closes a connection while other goroutines read and write.
 func TestCloseEndsWaits(t *testing.T) {
 	bothNetworks(t, func(t *testing.T, network string) {
 		_, server := pair(t, network, long)
@@ -108,7 +108,8 @@ func TestCloseEndsWaits(t *testing.T) {
 			t.Error(err)
 		}
 		for range 2 {
-			// A write between the two steps of a close is told that no more may be sent.
+			// A write between the two steps of a close fails, because nothing more may be
+			// sent.
 			if err := <-ended; !errors.Is(err, net.ErrClosed) && !errors.Is(err, syscall.EPIPE) {
 				t.Error(err)
 			}
@@ -122,7 +123,7 @@ func TestCloseEndsWaits(t *testing.T) {
 	})
 }
 
-// TestBounds has clients that never end.
+// TestBounds has clients that never close.
 func TestBounds(t *testing.T) {
 	bothNetworks(t, func(t *testing.T, network string) {
 		for name, b := range map[string]bounds{
@@ -151,7 +152,7 @@ func TestBounds(t *testing.T) {
 					break
 				}
 				<-over
-				// The kernel holds some more in buffers.
+				// The kernel buffers some more.
 				if name == "bytes" && sent > 32<<20 {
 					t.Errorf("sent %d bytes", sent)
 				}
@@ -160,7 +161,7 @@ func TestBounds(t *testing.T) {
 	})
 }
 
-// TestClientThatIsDone needs no wait.
+// TestClientThatIsDone checks that a close does not wait for a client that has closed.
 func TestClientThatIsDone(t *testing.T) {
 	bothNetworks(t, func(t *testing.T, network string) {
 		client, server := pair(t, network, long)
@@ -171,9 +172,9 @@ func TestClientThatIsDone(t *testing.T) {
 		over := gone(server)
 		server.Close()
 		select {
-		case <-over: // before Close returned
+		case <-over: // it may end before Close returns
 		default:
-			t.Error("it lingers")
+			t.Error("the connection lingers")
 		}
 	})
 }
@@ -218,7 +219,7 @@ func TestNoDescriptorIsLeft(t *testing.T) {
 	for range 20 {
 		round()
 	}
-	// Each round leaves its listeners to the end of the test.
+	// Each round's listeners stay open until the end of the test.
 	if after := count(); after > before+20*3 {
 		t.Errorf("%d descriptors, before %d", after, before)
 	}

@@ -9,7 +9,7 @@ import (
 	"testing/slogtest"
 )
 
-// A change of level and format reaches loggers that were made before.
+// TestSet checks that a change of level and format affects existing loggers.
 func TestSet(t *testing.T) {
 	var b strings.Builder
 	l := New(&b, Settings{Level: slog.LevelWarn, Format: Text})
@@ -48,7 +48,7 @@ func TestHandler(t *testing.T) {
 	})
 }
 
-// TestLongValues: what somebody else chose does not fill the log.
+// TestLongValues checks that values that a client or guest chose do not fill the log.
 func TestLongValues(t *testing.T) {
 	for _, format := range []Format{Text, JSON} {
 		var b strings.Builder

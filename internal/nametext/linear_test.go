@@ -10,7 +10,7 @@ import (
 func TestNamesAreLinear(t *testing.T) {
 	linear.Check(t, "names", 1<<18, func(n int) {
 		if name := strings.Repeat("\xff", n); Name(Text(name)) != name {
-			t.Error("a name does not come back")
+			t.Error("a name changed on the way")
 		}
 	})
 }

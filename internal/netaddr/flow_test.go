@@ -12,7 +12,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
-// served serves h as an agent's calls are served, and returns a client for it.
+// served serves h like an agent's calls, and returns a client for it.
 func served(t *testing.T, h http.HandlerFunc) (_ *http.Client, base string) {
 	t.Helper()
 	addr := "unix:" + filepath.Join(t.TempDir(), "s.sock")
@@ -29,8 +29,8 @@ func served(t *testing.T, h http.HandlerFunc) (_ *http.Client, base string) {
 	return c, base
 }
 
-// TestUnreadBodies leaves the bodies of more requests unread than one connection
-// carries: those of other requests arrive all the same.
+// TestUnreadBodies leaves the bodies of more requests unread than one connection carries:
+// other requests' bodies still arrive.
 func TestUnreadBodies(t *testing.T) {
 	const unread = 150
 	reading, release := make(chan struct{}, unread), make(chan struct{})
@@ -51,7 +51,7 @@ func TestUnreadBodies(t *testing.T) {
 	defer close(release)
 	for range unread {
 		stuck.Go(func() {
-			// This body ends only when the server answers without having read it.
+			// This body ends only when the server responds without having read it.
 			resp, err := c.Post(base+"/unread", "", io.LimitReader(zeros{}, 16<<20))
 			if err == nil {
 				resp.Body.Close()
@@ -62,7 +62,7 @@ func TestUnreadBodies(t *testing.T) {
 		await.Recv(t, "a body is left unread", reading)
 	}
 	sent := make([]byte, 16<<10)
-	for range 1000 { // as many as it takes for the others to stand still
+	for range 1000 { // enough to block the others
 		req, err := http.NewRequestWithContext(await.Context(t), http.MethodPost, base+"/read", bytes.NewReader(sent))
 		if err != nil {
 			t.Fatal(err)
@@ -86,7 +86,7 @@ func (zeros) Read(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// TestUnreadResponse reads nothing of a response: little of it waits in memory.
+// TestUnreadResponse reads nothing of a response: little of it is buffered.
 func TestUnreadResponse(t *testing.T) {
 	wrote := make(chan int, 1)
 	c, base := served(t, func(w http.ResponseWriter, _ *http.Request) {

@@ -28,7 +28,7 @@ func TestUnixBothProtocols(t *testing.T) {
 	t.Cleanup(func() { srv.Close(); <-done })
 
 	if _, err := Listen(t.Context(), addr, 0o600); err == nil {
-		t.Error("a socket in use was taken over")
+		t.Error("a socket in use was replaced")
 	}
 	h2, base := HTTPClient(addr)
 	for want, c := range map[string]*http.Client{"HTTP/2.0": h2, "HTTP/1.1": {Transport: Transport(addr, false)}} {
@@ -66,8 +66,8 @@ func TestListenRefusesLongPath(t *testing.T) {
 	}
 }
 
-// TestListeners lists every place that serves HTTP. Each bounds how long it waits
-// for headers and bodies: those of Server do, whose bodies package patience tests.
+// TestListeners lists every place that serves HTTP. Each limits its wait for headers and
+// bodies: those of Server do, and package patience tests its bodies.
 func TestListeners(t *testing.T) {
 	listeners := map[string]string{
 		"internal/netaddr/netaddr.go":         "Server: control plane, agent, their metrics, and the guest daemon",
@@ -95,10 +95,10 @@ func TestListeners(t *testing.T) {
 				continue
 			}
 			if listeners[name] == "" {
-				t.Errorf("%s has a listener of its own: use netaddr.Server", name)
+				t.Errorf("%s has its own listener: use netaddr.Server", name)
 			}
 			if name == "internal/agent/metadata/metadata.go" && !strings.Contains(string(text), "ReadTimeout:") {
-				t.Errorf("%s waits for ever for bodies", name)
+				t.Errorf("%s has no limit for bodies", name)
 			}
 			found[name] = true
 		}
@@ -111,7 +111,7 @@ func TestListeners(t *testing.T) {
 		if found[name] {
 			continue
 		}
-		t.Errorf("%s (%s) is not there", name, what)
+		t.Errorf("%s (%s) does not exist", name, what)
 	}
 	for file, has := range map[string][]string{
 		"deploy/Caddyfile": {"max_header_size 64KiB", "read_header", "idle", "full_duplex", "linger", "read_body_idle -1s", "write_idle 1h"}, // the front door
@@ -122,7 +122,7 @@ func TestListeners(t *testing.T) {
 		}
 		for _, word := range has {
 			if !strings.Contains(string(text), word) {
-				t.Errorf("%s does not say %s", file, word)
+				t.Errorf("%s lacks %s", file, word)
 			}
 		}
 	}
@@ -132,8 +132,8 @@ func TestListeners(t *testing.T) {
 	}
 }
 
-// TestRefusalArrives has a server answer large requests before it has read them,
-// in every way in which net/http and its handlers do.
+// TestRefusalArrives has a server that responds to large requests before it has read
+// them, in every way that net/http and its handlers do.
 func TestRefusalArrives(t *testing.T) {
 	mux := http.NewServeMux()
 	no := func(w http.ResponseWriter) { http.Error(w, "no", http.StatusUnauthorized) }

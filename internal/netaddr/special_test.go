@@ -23,7 +23,7 @@ func TestClassify(t *testing.T) {
 		"2001::1": Forbidden, "2001:db8::1": Documentation, "2002:808:808::1": Forbidden, "2002:a0b:7::1": Forbidden, "3fff::1": Documentation,
 		"4000::1": Forbidden, "5f00::1": Forbidden, "fc00::1": Private, "fd12::1": Private, "fd00:ec2::254": Forbidden, "fd20:ce::254": Forbidden,
 		"fe80::1": Forbidden, "fe80::1%eth0": Forbidden, "fec0::1": Forbidden, "ff02::1": Forbidden,
-		// Those that stand for an IPv4 address.
+		// Addresses that stand for an IPv4 address.
 		"::ffff:8.8.8.8": Public, "::ffff:127.0.0.1": Loopback, "::ffff:10.11.0.7": Forbidden, "::ffff:169.254.169.254": Forbidden,
 		"64:ff9b::8.8.8.8": Public, "64:ff9b::10.1.2.3": Private, "64:ff9b::10.11.0.7": Forbidden, "64:ff9b::169.254.169.254": Forbidden,
 		"64:ff9b:1::8.8.8.8": Forbidden, "::ffff:0:8.8.8.8": Forbidden,
@@ -67,7 +67,7 @@ func TestClosed(t *testing.T) {
 			t.Errorf("%v after %v", p, all[:i])
 		}
 	}
-	// Whatever is in it is not public, and the other way round.
+	// Exactly the addresses in it are not public.
 	for ip, left := netip.MustParseAddr("0.0.0.3"), 1<<16; left > 0 && ip.IsValid(); left-- {
 		in := false
 		for _, p := range all {
@@ -78,7 +78,7 @@ func TestClosed(t *testing.T) {
 		}
 		b := ip.As4()
 		n := uint64(b[0])<<24 | uint64(b[1])<<16 | uint64(b[2])<<8 | uint64(b[3])
-		if n += 65519; n >= 1<<32 { // a prime
+		if n += 65519; n >= 1<<32 { // the step is a prime
 			break
 		}
 		ip = netip.AddrFrom4([4]byte{byte(n >> 24), byte(n >> 16), byte(n >> 8), byte(n)})

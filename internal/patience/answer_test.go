@@ -16,7 +16,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
-// answering serves h, over cleartext HTTP/2 too.
+// answering serves h, also over cleartext HTTP/2.
 func answering(t *testing.T, l Limits, h http.HandlerFunc) *httptest.Server {
 	t.Helper()
 	s := httptest.NewUnstartedServer(Answers(h, l))
@@ -28,7 +28,7 @@ func answering(t *testing.T, l Limits, h http.HandlerFunc) *httptest.Server {
 	return s
 }
 
-// flood writes until that fails.
+// flood writes until a write fails.
 func flood(w io.Writer) (err error) {
 	for piece := make([]byte, 32<<10); err == nil; {
 		_, err = w.Write(piece)
@@ -36,7 +36,7 @@ func flood(w io.Writer) (err error) {
 	return err
 }
 
-// TestUnreadAnswers: writes to clients that read nothing fail.
+// TestUnreadAnswers checks that writes to clients that read nothing fail.
 func TestUnreadAnswers(t *testing.T) {
 	soon, long := 50*time.Millisecond, Limits{Unread: never, Idle: never}
 	for name, tt := range map[string]struct {
@@ -90,8 +90,8 @@ func TestUnreadAnswers(t *testing.T) {
 	}
 }
 
-// TestUnreadStream: an HTTP/2 client reads nothing of one stream. That stream ends,
-// and the connection's others go on.
+// TestUnreadStream has an HTTP/2 client that does not read one stream. That stream ends,
+// and the connection's other streams continue.
 func TestUnreadStream(t *testing.T) {
 	ended := make(chan error, 1)
 	s := answering(t, Limits{Unread: 100 * time.Millisecond, Idle: never}, func(w http.ResponseWriter, r *http.Request) {
@@ -99,7 +99,7 @@ func TestUnreadStream(t *testing.T) {
 			ended <- flood(w)
 			return
 		}
-		time.Sleep(300 * time.Millisecond) // longer than a piece may stay unread, and none is written
+		time.Sleep(300 * time.Millisecond) // longer than a piece may stay unread, without a write
 		_, _ = w.Write([]byte("all"))
 	})
 	tr := &http.Transport{Protocols: new(http.Protocols)}
@@ -129,7 +129,7 @@ func TestUnreadStream(t *testing.T) {
 	}
 }
 
-// TestSlowReader lets a client read slowly, and rest between requests.
+// TestSlowReader lets a client read slowly, and pause between requests.
 func TestSlowReader(t *testing.T) {
 	const size = 8 << 20
 	s := answering(t, Limits{Unread: time.Second, Idle: never}, func(w http.ResponseWriter, _ *http.Request) {
@@ -151,18 +151,18 @@ func TestSlowReader(t *testing.T) {
 			if err != nil {
 				break
 			}
-			time.Sleep(40 * time.Millisecond) // 1.3 s in all
+			time.Sleep(40 * time.Millisecond) // 1.3 s in total
 		}
 		resp.Body.Close()
 		if n != size {
 			t.Errorf("%d bytes of %d", n, size)
 		}
-		time.Sleep(time.Second + 200*time.Millisecond) // the deadline is over by then
+		time.Sleep(time.Second + 200*time.Millisecond) // until the deadline is over
 	}
 }
 
-// TestHalfClosed ends what a handler of another protocol sends: its client sees that,
-// and goes on sending.
+// TestHalfClosed ends the output of a handler of another protocol: its client sees that,
+// and can still send.
 func TestHalfClosed(t *testing.T) {
 	got := make(chan string, 1)
 	s := answering(t, Limits{Unread: never, Idle: never}, func(w http.ResponseWriter, _ *http.Request) {
@@ -174,7 +174,7 @@ func TestHalfClosed(t *testing.T) {
 		defer c.Close()
 		half, ok := c.(interface{ CloseWrite() error })
 		if !ok {
-			t.Error("what is sent cannot end by itself")
+			t.Error("the connection has no CloseWrite")
 			close(got)
 			return
 		}

@@ -19,7 +19,7 @@ import (
 // never is longer than any test runs.
 const never = time.Hour
 
-// serve answers with how reading a body ended, over HTTP/1.1.
+// serve responds with the result of reading a body, over HTTP/1.1.
 func serve(t *testing.T, l Limits, say func(*http.Request)) string {
 	t.Helper()
 	s := httptest.NewServer(Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -37,7 +37,7 @@ func serve(t *testing.T, l Limits, say func(*http.Request)) string {
 	return s.Listener.Addr().String()
 }
 
-// open sends a request with a body of length bytes, of which it sends begun.
+// open starts a request with a body of length bytes, and sends only begun.
 func open(t *testing.T, address string, length int, begun string) (net.Conn, *bufio.Reader) {
 	t.Helper()
 	c, err := net.Dial("tcp", address)
@@ -81,15 +81,16 @@ func TestStalls(t *testing.T) {
 			if status, _ := answer(t, in); status != http.StatusRequestTimeout {
 				t.Errorf("status %d", status)
 			}
-			// The server does not wait for the rest of it either.
+			// The server does not wait for the rest of it.
 			if _, err := in.ReadByte(); err != io.EOF {
-				t.Errorf("the connection goes on: %v", err)
+				t.Errorf("the connection is still open: %v", err)
 			}
 		})
 	}
 }
 
-// TestUnread ends a connection whose request was refused before its body was read.
+// TestUnread checks that the connection ends if a request is refused before its body is
+// read.
 func TestUnread(t *testing.T) {
 	s := httptest.NewServer(Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(401) }), Limits{Whole: 10 * time.Millisecond}))
 	t.Cleanup(s.Close)
@@ -98,12 +99,12 @@ func TestUnread(t *testing.T) {
 		t.Errorf("status %d", status)
 	}
 	if _, err := in.ReadByte(); err != io.EOF {
-		t.Errorf("the connection goes on: %v", err)
+		t.Errorf("the connection is still open: %v", err)
 	}
 }
 
-// TestSlow lets a slow body through that is a stream, and what follows it on the
-// same connection.
+// TestSlow checks that a slow streamed body passes, and that the connection can be used
+// afterwards.
 func TestSlow(t *testing.T) {
 	l := Limits{Whole: time.Millisecond, Grace: never, Rate: 1, Longest: never, Idle: never}
 	for name, say := range map[string]func(*http.Request){"stream": Stream, "idle": Idle, "trusted": Trust} {
@@ -112,7 +113,7 @@ func TestSlow(t *testing.T) {
 			address := serve(t, l, func(r *http.Request) {
 				say(r)
 				began <- struct{}{}
-				time.Sleep(20 * time.Millisecond) // longer than the whole may take
+				time.Sleep(20 * time.Millisecond) // in total longer than a whole body may take
 			})
 			c, in := open(t, address, 3, "")
 			<-began
@@ -131,14 +132,14 @@ func TestSlow(t *testing.T) {
 	}
 }
 
-// TestLongAnswer does not break off a handler that works on after its body.
+// TestLongAnswer checks that a handler may work on after its body ended.
 func TestLongAnswer(t *testing.T) {
 	s := httptest.NewServer(Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(io.Discard, r.Body)
 		select {
 		case <-r.Context().Done():
 			w.WriteHeader(500)
-		case <-time.After(1500 * time.Millisecond): // the deadline is over by then
+		case <-time.After(1500 * time.Millisecond): // The deadline is over by then.
 		}
 	}), Limits{Whole: time.Second}))
 	t.Cleanup(s.Close)

@@ -13,8 +13,8 @@ import (
 	"github.com/google/uuid"
 )
 
-// meet has two ends shake hands over a connection in memory, which a clock that
-// is moved does not disturb, and returns what the caller and the host say.
+// meet lets two ends shake hands over an in-memory connection, which moving the clock
+// does not disturb, and returns both ends' errors.
 func meet(server, client *tls.Config) (caller, host error) {
 	a, b := net.Pipe()
 	served := make(chan error, 1)
@@ -29,9 +29,9 @@ func meet(server, client *tls.Config) (caller, host error) {
 	return caller, <-served
 }
 
-// TestClock moves the clock: the control plane's certificate is replaced every
-// 12 hours and each holds for 24; without that, and when a host's leaf is 7
-// days old, the other end refuses.
+// TestClock moves the clock. The control plane's certificate is replaced every 12 hours
+// and is valid for 24. A certificate that was not replaced, or a host's leaf that is 7
+// days old, is refused.
 func TestClock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, host := authority(t), uuid.New()
@@ -39,7 +39,7 @@ func TestClock(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		still, err := NewCaller(a) // which nobody runs
+		still, err := NewCaller(a) // nothing renews it
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -55,37 +55,37 @@ func TestClock(t *testing.T) {
 			synctest.Wait()
 			leaf := c.current.Load().Leaf
 			if seen[Serial(leaf)] {
-				t.Fatalf("%v on: the certificate is one from before", time.Since(begun))
+				t.Fatalf("after %v: the certificate is an old one", time.Since(begun))
 			}
 			seen[Serial(leaf)] = true
 			if left := time.Until(leaf.NotAfter); left < ServerLasts-ServerSwaps {
-				t.Errorf("a minute before it is replaced the certificate holds for %v", left)
+				t.Errorf("a minute before its replacement, the certificate is valid for %v", left)
 			}
 			if _, err := meet(l.TLS(), client); err != nil {
-				t.Errorf("%v on: %v", time.Since(begun), err)
+				t.Errorf("after %v: %v", time.Since(begun), err)
 			}
 			caller, refused := meet(l.TLS(), old)
 			if expired := time.Since(begun) > ServerLasts; (refused != nil) != expired || caller == nil && expired {
-				t.Errorf("%v on the host says of a certificate that was not replaced: %v", time.Since(begun), refused)
+				t.Errorf("after %v the host's error for a certificate that was not replaced: %v", time.Since(begun), refused)
 			}
 			time.Sleep(2 * time.Minute)
 			synctest.Wait()
 			if now := c.current.Load().Leaf; Serial(now) == Serial(leaf) {
-				t.Fatalf("%v on: not replaced", time.Since(begun))
+				t.Fatalf("after %v: not replaced", time.Since(begun))
 			}
 			time.Sleep(ServerSwaps - 2*time.Minute)
 		}
 		if len(seen) != int(HostLasts/ServerSwaps)-1 {
 			t.Errorf("%d certificates in %v", len(seen), HostLasts)
 		}
-		// The host's leaf holds to the end of its time, and not a moment longer.
+		// The host's leaf is valid exactly until its end.
 		time.Sleep(time.Until(l.NotAfter()) - time.Second)
 		if caller, refused := meet(l.TLS(), client); caller != nil || refused != nil {
 			t.Errorf("a second before its end: %v, %v", caller, refused)
 		}
 		time.Sleep(3 * time.Second)
 		if caller, _ := meet(l.TLS(), client); caller == nil {
-			t.Error("a host is called whose leaf has expired")
+			t.Error("a host with an expired leaf is accepted")
 		}
 	})
 }

@@ -44,7 +44,7 @@ func key(t *testing.T) crypto.Signer {
 // leaf is a key and a certificate for it, both PEM.
 type leaf struct{ cert, key []byte }
 
-// hostLeaf is what a host with the id gets for an address.
+// hostLeaf returns the leaf of a host for an address.
 func hostLeaf(t *testing.T, a *Authority, host uuid.UUID, address string) leaf {
 	t.Helper()
 	k := key(t)
@@ -71,7 +71,7 @@ func encode(t *testing.T, cert []byte, k crypto.Signer) leaf {
 	return leaf{cert, text}
 }
 
-// signed is a leaf of any kind that the authority would never sign.
+// signed returns a leaf that the authority would never sign.
 func signed(t *testing.T, a *Authority, c *x509.Certificate, lasts time.Duration) leaf {
 	t.Helper()
 	k := key(t)
@@ -82,9 +82,9 @@ func signed(t *testing.T, a *Authority, c *x509.Certificate, lasts time.Duration
 	return encode(t, pem.EncodeToMemory(&pem.Block{Type: blockCert, Bytes: cert.Raw}), k)
 }
 
-// talk has a caller shake hands with a listener on a real connection and pass
-// a byte each way. Both ends' errors count: with TLS 1.3 a client has shaken
-// hands before the server has looked at its certificate.
+// talk makes a caller shake hands with a listener on a real connection and send a byte
+// each way. Both ends' errors count: with TLS 1.3, a client's handshake ends before the
+// server has checked its certificate.
 func talk(t *testing.T, server, client *tls.Config) error {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -135,7 +135,7 @@ func listener(t *testing.T, a *Authority, l leaf) *Listener {
 
 func trust(*x509.Certificate) error { return nil }
 
-// TestRefused is every way in which the two ends must not come together.
+// TestRefused tries every combination of ends that must not accept each other.
 func TestRefused(t *testing.T) {
 	ours, theirs := authority(t), authority(t)
 	host, other := uuid.New(), uuid.New()
@@ -148,7 +148,7 @@ func TestRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	good := hostLeaf(t, ours, host, "127.0.0.1")
-	// as returns how a client with some leaf calls the host.
+	// as returns the configuration of a caller with a leaf.
 	as := func(l leaf) *tls.Config {
 		pair, err := tls.X509KeyPair(l.cert, l.key)
 		if err != nil {
@@ -156,7 +156,7 @@ func TestRefused(t *testing.T) {
 		}
 		return &tls.Config{ServerName: "127.0.0.1", RootCAs: ours.Pool(), GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &pair, nil }}
 	}
-	// serve is a host that presents a leaf which Listener would not take.
+	// serve returns the configuration of a host with a leaf that Listener would refuse.
 	serve := func(l leaf) *tls.Config {
 		pair, err := tls.X509KeyPair(l.cert, l.key)
 		if err != nil {
@@ -182,7 +182,7 @@ func TestRefused(t *testing.T) {
 		ok             bool
 	}{
 		{"both as they should be", listener(t, ours, good).TLS(), us, true},
-		// What the control plane refuses.
+		// Refused by the control plane.
 		{"a host with an expired leaf", serve(signed(t, ours, asHost(x509.Certificate{}), -time.Second)), us, false},
 		{"a host of another authority", serve(hostLeaf(t, theirs, host, "127.0.0.1")), us, false},
 		{"a host at another address", listener(t, ours, hostLeaf(t, ours, host, "127.0.0.2")).TLS(), us, false},
@@ -191,7 +191,7 @@ func TestRefused(t *testing.T) {
 		{"a host without a host's name", serve(signed(t, ours, noURI, time.Hour)), us, false},
 		{"a leaf that is not for serving", serve(signed(t, ours, toCall, time.Hour)), us, false},
 		{"a host that was revoked", listener(t, ours, good).TLS(), caller.TLS(host, "127.0.0.1", func(*x509.Certificate) error { return errors.New("revoked") }), false},
-		// What a host refuses.
+		// Refused by a host.
 		{"a caller of another authority", listener(t, ours, good).TLS(), func() *tls.Config { c := stranger.TLS(host, "127.0.0.1", trust); c.RootCAs = ours.Pool(); return c }(), false},
 		{"a caller without certificate", listener(t, ours, good).TLS(), &tls.Config{ServerName: "127.0.0.1", RootCAs: ours.Pool()}, false},
 		{"another host as caller", listener(t, ours, good).TLS(), as(hostLeaf(t, ours, other, "127.0.0.1")), false},
@@ -209,7 +209,7 @@ func TestRefused(t *testing.T) {
 	}
 }
 
-// TestReplaced swaps both ends' certificates while the same configurations are used.
+// TestReplaced replaces both ends' certificates while their configurations are in use.
 func TestReplaced(t *testing.T) {
 	a := authority(t)
 	host := uuid.New()
@@ -250,11 +250,11 @@ func TestReplaced(t *testing.T) {
 		"no PEM":            l.Set(nil, nil, nil),
 	} {
 		if err == nil {
-			t.Errorf("%s was taken", what)
+			t.Errorf("%s was accepted", what)
 		}
 	}
 	if err := talk(t, server, client); err != nil {
-		t.Errorf("after attempts to set what is wrong: %v", err)
+		t.Errorf("after attempts to set wrong leaves: %v", err)
 	}
 }
 
@@ -290,7 +290,7 @@ func TestSignHost(t *testing.T) {
 		"no request":         a.PEM(),
 	} {
 		if _, _, err := a.SignHost(csr, uuid.New(), "192.0.2.1"); err == nil {
-			t.Errorf("%s: signed", name)
+			t.Errorf("%s: it was signed", name)
 		}
 	}
 	for _, address := range []string{"192.0.2.1", "2001:db8::1", "host.example"} {
@@ -307,7 +307,7 @@ func TestSignHost(t *testing.T) {
 			t.Error(err)
 		}
 		if cert.IsCA || cert.KeyUsage&x509.KeyUsageCertSign != 0 {
-			t.Error("a leaf may sign")
+			t.Error("a leaf is allowed to sign")
 		}
 	}
 }
@@ -342,14 +342,14 @@ func TestSaveAndLoad(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := LoadAuthority(cert, keyFile); err == nil || !strings.Contains(err.Error(), "chmod 600") {
-		t.Errorf("read a key that others may read: %v", err)
+		t.Errorf("it loads a key that others may read: %v", err)
 	}
 	other := filepath.Join(dir, "other.key")
 	if err := authority(t).Save(filepath.Join(dir, "other.crt"), other); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := LoadAuthority(cert, other); err == nil {
-		t.Error("took a certificate with another's key")
+		t.Error("it accepts a certificate with another key")
 	}
 	l := hostLeaf(t, a, uuid.New(), "127.0.0.1")
 	leafCert, leafKey := filepath.Join(dir, "leaf.crt"), filepath.Join(dir, "leaf.key")
@@ -357,6 +357,6 @@ func TestSaveAndLoad(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := LoadAuthority(leafCert, leafKey); err == nil {
-		t.Error("took a leaf for an authority")
+		t.Error("it accepts a leaf as an authority")
 	}
 }

@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-// fakeCaddy writes a program that says that it is a Caddy.
+// fakeCaddy writes a program that pretends to be Caddy.
 func fakeCaddy(t *testing.T, path, version string, modules ...string) {
 	t.Helper()
 	script := "#!/bin/sh\ncase $1 in\nversion) echo '" + version + "' ;;\nlist-modules) printf 'admin.api.load\\n%b\\n' '" + strings.Join(modules, `\n`) + "' ;;\nesac\n"
@@ -43,7 +43,7 @@ func TestCheckCaddy(t *testing.T) {
 	}
 }
 
-// TestFindCaddy finds one on PATH, where none is beside the program.
+// TestFindCaddy finds Caddy on PATH if there is none beside the program.
 func TestFindCaddy(t *testing.T) {
 	dir := t.TempDir()
 	t.Setenv("PATH", dir)
@@ -61,8 +61,8 @@ func TestFindCaddy(t *testing.T) {
 	}
 }
 
-// TestCaddyModules compares the modules that are asked for with those that the front
-// door's Caddy registers.
+// TestCaddyModules compares the required modules with those that the front door's Caddy
+// registers.
 func TestCaddyModules(t *testing.T) {
 	files, err := filepath.Glob("../../deploy/caddy/*.go")
 	if err != nil || len(files) == 0 {
@@ -82,6 +82,6 @@ func TestCaddyModules(t *testing.T) {
 	}
 	slices.Sort(registered)
 	if calls != len(registered) || !slices.Equal(registered, caddyModules) {
-		t.Errorf("%d calls register %q, and %q are asked for", calls, registered, caddyModules)
+		t.Errorf("%d calls register %q, but %q are required", calls, registered, caddyModules)
 	}
 }

@@ -26,7 +26,7 @@ var starters = map[string][]string{
 	"golang.org/x/sys/unix": {"Exec"},
 }
 
-// elsewhere says which code the table does not cover, and why.
+// elsewhere names the code that the table does not cover, with the reason.
 var elsewhere = map[string]string{
 	"internal/envd":     "runs in the guest",
 	"internal/programs": "is the table",
@@ -35,8 +35,8 @@ var elsewhere = map[string]string{
 	"bin":               "is not the source",
 }
 
-// Nothing runs a program that is not in the table, or doctor, the Makefile and
-// the README could not know of it.
+// TestOnlyTheTableMakesCommands checks that every program that Wrenn runs is in the
+// table; otherwise doctor, the Makefile and the README could not know of it.
 func TestOnlyTheTableMakesCommands(t *testing.T) {
 	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
@@ -64,14 +64,14 @@ func TestOnlyTheTableMakesCommands(t *testing.T) {
 	}
 }
 
-// starts returns the uses of starters in a file's source. A parameter or a
-// result may have the type exec.Cmd; only a literal of it can be a new command.
+// starts returns the uses of starters in a file's source. A parameter or a result may
+// have the type exec.Cmd; only a literal can be a new command.
 func starts(source []byte) ([]string, error) {
 	f, err := parser.ParseFile(token.NewFileSet(), "", source, 0)
 	if err != nil {
 		return nil, err
 	}
-	imported := map[string]string{} // by name in this file
+	imported := map[string]string{} // import paths by name in this file
 	for _, i := range f.Imports {
 		path := strings.Trim(i.Path.Value, `"`)
 		name := path[strings.LastIndex(path, "/")+1:]
@@ -117,7 +117,7 @@ func f(cmd *e.Cmd) *e.Cmd {
 	}
 }
 
-// packages are those that a machine needs and a plain Debian lacks.
+// packages returns the packages that a machine needs and a plain Debian lacks.
 func packages(agent bool) []string {
 	var names []string
 	for _, p := range All() {
@@ -129,8 +129,8 @@ func packages(agent bool) []string {
 	return slices.Compact(names)
 }
 
-// line returns the words after prefix in the first line of a file that has it,
-// and of the lines that it goes on in.
+// line returns the words after prefix in the first line of a file that has it, and in its
+// continuation lines.
 func line(t *testing.T, file, prefix string) []string {
 	t.Helper()
 	b, err := os.ReadFile(filepath.Join(root, file))

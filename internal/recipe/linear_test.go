@@ -8,8 +8,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/linear"
 )
 
-// TestParseIsLinear repeats each part of the language. One word of a megabyte took
-// the server 13 minutes.
+// TestParseIsLinear repeats each part of the language. Without a bound, one word of a
+// megabyte took the server 13 minutes.
 func TestParseIsLinear(t *testing.T) {
 	const from = "FROM minimal\n"
 	for name, text := range map[string]func(n int) string{
@@ -33,17 +33,17 @@ func TestParseIsLinear(t *testing.T) {
 				t.Fatalf("%s: %.200s", name, err)
 			}
 			if err == nil && len(r.String()) > 8*n+1000 {
-				t.Errorf("%s: %d bytes mean %d", name, n, len(r.String()))
+				t.Errorf("%s: %d bytes expand to %d", name, n, len(r.String()))
 			}
 		})
 	}
 	if _, err := Parse(from + strings.Repeat("X\n", 1000)); len(err.(Errors)) != maxErrors {
-		t.Errorf("%d mistakes are named", len(err.(Errors)))
+		t.Errorf("it reports %d mistakes", len(err.(Errors)))
 	}
 }
 
-// TestParseTakesBoundedMemory: what is made of a recipe of the largest size takes a
-// few dozen times that, whatever is in it.
+// TestParseTakesBoundedMemory checks that parsing a recipe of the maximum size takes at
+// most a few dozen times that, whatever its content.
 func TestParseTakesBoundedMemory(t *testing.T) {
 	for _, what := range []string{"\nRUN a", " a", "$a ", `"",`, "${a:-b}", "\\\n", "\nX", "\nCOPY a b", ",", "\nENV a=1 b=2", "\n"} {
 		for _, before := range []string{"", "FROM minimal\nENV a=", "FROM minimal\nCOPY ", "FROM minimal\nRUN [", "FROM minimal\nCOPY ["} {
@@ -65,7 +65,8 @@ func TestParseTakesBoundedMemory(t *testing.T) {
 	}
 }
 
-// TestPositions: every character of a continued line is at its place, asked for in any order.
+// TestPositionsInAnyOrder checks the position of every character of a continued line, in
+// any order of calls.
 func TestPositionsInAnyOrder(t *testing.T) {
 	lines, err := split("RUN aä b\\\n  cö\\\n#\n d\n")
 	if err != nil || len(lines) != 1 {

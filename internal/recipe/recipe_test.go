@@ -8,7 +8,7 @@ import (
 	"unicode/utf8"
 )
 
-// TestCanonical shows what each form means by the text it is brought to.
+// TestCanonical shows the meaning of each form by its canonical text.
 func TestCanonical(t *testing.T) {
 	for _, c := range []struct{ name, in, want string }{
 		{"template", "FROM minimal", "FROM minimal\n"},
@@ -160,8 +160,8 @@ func TestErrors(t *testing.T) {
 	}
 }
 
-// inside checks that an error is of Parse's type and that each of its places
-// is one of the text, or right behind a line of it.
+// inside checks that an error has Parse's type, and that each of its positions is in the
+// text or right behind a line.
 func inside(t testing.TB, text string, err error) {
 	t.Helper()
 	var errs Errors
@@ -213,8 +213,8 @@ func TestPositions(t *testing.T) {
 	}
 }
 
-// TestExpand has the examples of the Dockerfile reference's "Environment
-// replacement" among its cases.
+// TestExpand includes the examples of the Dockerfile reference's "Environment
+// replacement".
 func TestExpand(t *testing.T) {
 	vars := map[string]string{"foo": "/bar", "empty": "", "A_1": "x y"}
 	lookup := func(name string) (string, bool) { v, ok := vars[name]; return v, ok }
@@ -236,7 +236,7 @@ func TestExpand(t *testing.T) {
 			t.Errorf("%s is %q, %v, not %q", in, got, err, want)
 		}
 	}
-	// Growth by repetition ends before it costs anything.
+	// Growth by repetition is refused before it costs anything.
 	r, err := Parse("FROM a\nWORKDIR /\nUSER " + strings.Repeat("$big", 40_000))
 	if err != nil {
 		t.Fatal(err)
@@ -257,8 +257,8 @@ func TestArgs(t *testing.T) {
 	}
 }
 
-// FuzzParse checks that a text is either a recipe, whose canonical form is the
-// same recipe, or refused at places of it.
+// FuzzParse checks that a text is either a recipe, whose canonical form is the same
+// recipe, or refused at positions inside it.
 func FuzzParse(f *testing.F) {
 	for _, s := range []string{
 		"FROM minimal\nRUN a \\\n b\nENV a=b c=\"d $e\" \nENV x y z\nCOPY --chmod=755 --chown=a:b a* b/\nWORKDIR /x\nUSER a\nSTART [\"a\"]\nHEALTHCHECK --retries=3 CMD x",

@@ -22,22 +22,23 @@ func TestTake(t *testing.T) {
 	}
 }
 
-// An id goes from one program to the next, and what is none does not.
+// TestPass checks that a valid id passes from program to program, and an invalid one does
+// not.
 func TestPass(t *testing.T) {
 	const field = "X-Wrenn-Request-Id"
 	ctx, h := With(t.Context(), "ext-1"), http.Header{}
 	Pass(ctx, h, field)
 	if got := From(Received(t.Context(), h, field)); got != "ext-1" || len(h) != 0 {
-		t.Errorf("received %q, and left %v", got, h)
+		t.Errorf("it received %q, and left %v", got, h)
 	}
 	Pass(t.Context(), h, field)
 	if len(h) != 0 {
-		t.Errorf("passed %v", h)
+		t.Errorf("it passed %v", h)
 	}
 	for _, wrong := range []string{"a b", "a\nb", strings.Repeat("x", 200)} {
 		h.Set(field, wrong)
 		if got := From(Received(t.Context(), h, field)); got != "" || len(h) != 0 {
-			t.Errorf("%q: received %q, and left %v", wrong, got, h)
+			t.Errorf("%q: it received %q, and left %v", wrong, got, h)
 		}
 	}
 	var seen string

@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// TestWritersTogether: of many writers that begin at once, only as many are admitted
-// as there is room for, and what one gives back another can have.
+// TestWritersTogether checks that of many concurrent writers as many are admitted as
+// there is room for, and that released room can be used again.
 func TestWritersTogether(t *testing.T) {
 	r := New(1000, func() (int64, error) { return 1500, nil })
 	var begun, refused atomic.Int32
@@ -19,7 +19,7 @@ func TestWritersTogether(t *testing.T) {
 		wg.Go(func() {
 			err := r.During(100, func() error {
 				begun.Add(1)
-				<-all // every one has been admitted or refused
+				<-all // every writer has been admitted or refused
 				return failed
 			})
 			var full *FullError
@@ -34,21 +34,21 @@ func TestWritersTogether(t *testing.T) {
 	}
 	wg.Wait()
 	if begun.Load() != 5 || refused.Load() != 95 {
-		t.Errorf("%d began, %d were refused; want 5 and 95", begun.Load(), refused.Load())
+		t.Errorf("%d started, %d were refused; want 5 and 95", begun.Load(), refused.Load())
 	}
 	release, err := r.Hold(500)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := r.Hold(1); err == nil {
-		t.Error("there is room beyond what is held")
+		t.Error("there is room beyond the reservations")
 	}
 	release()
-	release() // once more is nothing
-	// A pause may use the reserve, and others see that.
+	release() // a second call does nothing
+	// A pause may use the reserve, which reduces the others' room.
 	release = r.Take(700)
 	if _, err := r.Hold(0); err == nil {
-		t.Error("a write begins below the reserve")
+		t.Error("a write starts below the reserve")
 	}
 	if left, err := r.Left(); left != 0 || err != nil {
 		t.Errorf("%d are left, %v", left, err)
@@ -57,7 +57,7 @@ func TestWritersTogether(t *testing.T) {
 	if left, err := r.Left(); left != 500 || err != nil {
 		t.Errorf("%d are left, %v", left, err)
 	}
-	// A write that panics gives back what it held.
+	// A write that panics releases its room.
 	func() {
 		defer func() { _ = recover() }()
 		_ = r.During(500, func() error { panic("x") })

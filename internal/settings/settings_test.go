@@ -48,7 +48,8 @@ func TestOf(t *testing.T) {
 	}
 }
 
-// The environment overrides the file, and the file the defaults.
+// TestEnvironmentOverridesFile checks that the environment overrides the file, and the
+// file the defaults.
 func TestEnvironmentOverridesFile(t *testing.T) {
 	environ := write(t, `
 server:
@@ -92,14 +93,14 @@ func TestFileErrors(t *testing.T) {
 		}
 	}
 	if _, _, err := testProgram().Read([]string{FileVariable + "=/nowhere/wrenn.yaml"}); err == nil {
-		t.Error("a file that was named may be missing")
+		t.Error("a missing file that was named explicitly is no error")
 	}
 	values, _, err := testProgram().Read(write(t, "server:\n  database_url: x\n  most: many\n"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := values.Parse(&config{}); err == nil || !strings.Contains(err.Error(), "Most") {
-		t.Errorf("a number that is none: %v", err)
+		t.Errorf("an invalid number: %v", err)
 	}
 }
 

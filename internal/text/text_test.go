@@ -38,7 +38,7 @@ func FuzzClean(f *testing.F) {
 		if !Valid(got) || len(got) > most {
 			t.Errorf("Clean(%q, %d) = %q", s, most, got)
 		}
-		// Only a whole character may be missing.
+		// Less than one character may be missing.
 		if Valid(s) && (!strings.HasPrefix(s, got) || len(s) > most && most-len(got) >= utf8.UTFMax) {
 			t.Errorf("Clean(%q, %d) = %q", s, most, got)
 		}

@@ -26,7 +26,7 @@ type sink struct {
 	mu     sync.Mutex
 	spans  []*tracepb.Span
 	header http.Header
-	status []int // of the next answers
+	status []int // of the next responses
 	asked  int
 }
 
@@ -67,7 +67,7 @@ func open(t *testing.T, s Settings) *Tracer {
 	return tracer
 }
 
-// closed ends the tracer and returns what the sink got, by name.
+// closed closes the tracer and returns the spans that the sink got, by name.
 func (s *sink) closed(t *testing.T, tracer *Tracer) map[string]*tracepb.Span {
 	t.Helper()
 	if err := tracer.Close(t.Context()); err != nil {
@@ -82,7 +82,7 @@ func (s *sink) closed(t *testing.T, tracer *Tracer) map[string]*tracepb.Span {
 	return all
 }
 
-// Without a collector nothing is allocated and nothing runs.
+// TestOff checks that without a collector nothing is allocated and nothing runs.
 func TestOff(t *testing.T) {
 	before := runtime.NumGoroutine()
 	off := open(t, Settings{Ratio: 1})
@@ -91,7 +91,7 @@ func TestOff(t *testing.T) {
 	}
 	next := http.NewServeMux()
 	if off.Handler(next) != http.Handler(next) || off.Close(t.Context()) != nil {
-		t.Error("the handler is another")
+		t.Error("the handler was replaced")
 	}
 	ctx := requestid.With(t.Context(), "1")
 	h := http.Header{}
@@ -106,7 +106,7 @@ func TestOff(t *testing.T) {
 		step.EndWith(failed)
 		span.End()
 		if Carry(ctx, ctx) != ctx || Parent(ctx) != "" {
-			t.Error("something is carried")
+			t.Error("the request carries a trace")
 		}
 	})
 	if allocated != 0 || len(h) != 0 {
@@ -124,7 +124,8 @@ func BenchmarkOff(b *testing.B) {
 	}
 }
 
-// A request's trace goes through programs, and the guest's part is in it.
+// TestTrace checks that a request's trace passes through the programs, and includes the
+// guest's part.
 func TestTrace(t *testing.T) {
 	s := newSink(t, http.StatusServiceUnavailable)
 	server, agent := open(t, Settings{Endpoint: s.URL, Ratio: 1, Headers: "authorization=Basic%20x, other = y"}), open(t, Settings{Endpoint: s.URL + "/"})
@@ -167,10 +168,10 @@ func TestTrace(t *testing.T) {
 		}
 		parent = is.GetSpanId()
 	}
-	// The guest says more than the call lasted.
+	// The guest claims more time than the call took.
 	in, call := all["in the guest"], all["guest /init"]
 	if in.GetStartTimeUnixNano() < call.GetStartTimeUnixNano() || in.GetEndTimeUnixNano() > call.GetEndTimeUnixNano() {
-		t.Errorf("the guest's part %v is not in the call %v", in, call)
+		t.Errorf("the guest's part %v is not within the call %v", in, call)
 	}
 	if all["Create"].GetStatus().GetCode() != tracepb.Status_STATUS_CODE_ERROR || !strings.Contains(all["POST /v1/x"].String(), "wrenn.request_id") {
 		t.Errorf("spans %v, %v", all["Create"], all["POST /v1/x"])
@@ -182,7 +183,8 @@ func TestTrace(t *testing.T) {
 	}
 }
 
-// What a client sends neither has a request traced nor makes it part of its trace.
+// TestClientDoesNotDecide checks that a client's headers neither start a trace nor
+// continue the client's own.
 func TestClientDoesNotDecide(t *testing.T) {
 	const theirs = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 	request := func(tracer *Tracer) (traced bool) {
@@ -197,7 +199,7 @@ func TestClientDoesNotDecide(t *testing.T) {
 	never := open(t, Settings{Endpoint: s.URL, Ratio: 0})
 	for range 100 {
 		if request(never) {
-			t.Fatal("a client had its request traced")
+			t.Fatal("a client's header started a trace")
 		}
 	}
 	if all := s.closed(t, never); len(all) != 0 {
@@ -210,7 +212,7 @@ func TestClientDoesNotDecide(t *testing.T) {
 			n++
 		}
 	}
-	// One more may be for each 10 ms that this took.
+	// The limit admits one more for each 10 ms that this took.
 	if n < mostPerSecond || n == 50*mostPerSecond {
 		t.Errorf("%d requests are traced", n)
 	}
@@ -235,7 +237,8 @@ func TestGuestTook(t *testing.T) {
 	}
 }
 
-// A collector that takes nothing holds nobody up, and is logged once.
+// TestCollectorFails checks that a collector that accepts nothing blocks nobody, and is
+// logged once.
 func TestCollectorFails(t *testing.T) {
 	s := newSink(t, 400, 400, 400, 400)
 	var log strings.Builder
@@ -258,7 +261,7 @@ func TestCollectorFails(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	if err := c.UploadTraces(ctx, nil); err == nil || strings.Contains(err.Error(), "secret") {
-		t.Errorf("a collector that is gone: %v", err)
+		t.Errorf("a collector that is down: %v", err)
 	}
 }
 

@@ -21,7 +21,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
-// logged is a log that a test reads.
+// logged is a log that a test can read.
 type logged struct {
 	mu  sync.Mutex
 	buf bytes.Buffer
@@ -33,15 +33,15 @@ func (l *logged) Write(p []byte) (int, error) {
 	return l.buf.Write(p)
 }
 
-// text returns what was logged. The server logs a panic before it closes the
-// connection, and everything else before it answers.
+// text returns the log. The server logs a panic before it closes the connection, and
+// everything else before it responds.
 func (l *logged) text() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.buf.String()
 }
 
-// hostile is a proxy, over HTTP/1.1 and HTTP/2, to a guest at addr.
+// hostile returns proxies, over HTTP/1.1 and HTTP/2, to a guest at addr.
 func hostile(t *testing.T, tr http.RoundTripper, addr string) (fronts map[string]*httptest.Server, logs *logged) {
 	t.Helper()
 	logs = new(logged)
@@ -69,7 +69,7 @@ func hostile(t *testing.T, tr http.RoundTripper, addr string) (fronts map[string
 	return fronts, logs
 }
 
-// ask sends a request and reads the response whole. HTTP/2 has no Upgrade.
+// ask sends a request and reads the whole response. HTTP/2 has no Upgrade.
 func ask(t *testing.T, f *httptest.Server, method string, upgrade bool) (resp *http.Response, body string, err error) {
 	t.Helper()
 	req, err := http.NewRequestWithContext(await.Context(t), method, f.URL, nil)
@@ -88,15 +88,15 @@ func ask(t *testing.T, f *httptest.Server, method string, upgrade bool) (resp *h
 	return resp, string(b), err
 }
 
-// TestHostileGuest checks what clients get of responses over HTTP/1.1 that are
-// not ones: a 502 for the first and the second request over a connection, each
-// sent once, and nothing in the proxy's log.
+// TestHostileGuest checks what clients get when a guest's HTTP/1.1 response is invalid: a
+// 502 for the first and the second request over a connection, each sent once, and nothing
+// in the proxy's log.
 func TestHostileGuest(t *testing.T) {
 	const bad = http.StatusBadGateway
 	for _, tt := range []struct {
 		name, response string
 		want           int
-		upgrade        int // what a request for another protocol gets; 0: the same
+		upgrade        int // the status for an upgrade request; 0: the same
 	}{
 		{"status 0", "HTTP/1.1 000 X\r\n\r\n", bad, 0},
 		{"status 42", "HTTP/1.1 042 X\r\n\r\n", bad, 0},
@@ -145,7 +145,7 @@ func TestHostileGuest(t *testing.T) {
 							continue
 						}
 						what := fmt.Sprintf("%s %s, upgrade %v", version, method, upgrade)
-						// So that the guest's connection is a kept one.
+						// The first request makes the guest's connection a kept one.
 						first, err := f.Client().Get(f.URL + "/first")
 						if err != nil {
 							t.Fatalf("%s: %v", what, err)
@@ -164,7 +164,7 @@ func TestHostileGuest(t *testing.T) {
 				}
 			}
 			if got := logs.text(); got != "" {
-				t.Errorf("logged: %s", got)
+				t.Errorf("the log has %s", got)
 			}
 		})
 	}
@@ -207,7 +207,7 @@ func frames(t *testing.T, respond func(f *http2.Framer, stream uint32, header fu
 	return s.Addr()
 }
 
-// TestHostileHTTP2Guest is [TestHostileGuest] with guests that speak HTTP/2.
+// TestHostileHTTP2Guest is [TestHostileGuest] for guests that speak HTTP/2.
 func TestHostileHTTP2Guest(t *testing.T) {
 	type header = func(end bool, fields ...string)
 	only := func(fields ...string) func(*http2.Framer, uint32, header) {
@@ -266,7 +266,7 @@ func TestHostileHTTP2Guest(t *testing.T) {
 				}
 			}
 			if got := logs.text(); got != "" {
-				t.Errorf("logged: %s", got)
+				t.Errorf("the log has %s", got)
 			}
 		})
 	}

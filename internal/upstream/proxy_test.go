@@ -15,7 +15,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
-// front is a proxy to h.
+// front returns a proxy to h.
 func front(t *testing.T, h http.HandlerFunc) *httptest.Server {
 	t.Helper()
 	behind := httptest.NewServer(h)
@@ -84,7 +84,8 @@ func TestProxyHeaders(t *testing.T) {
 	}
 }
 
-// TestProxyGuessesNothing: a response without a Content-Type stays as it is.
+// TestProxyGuessesNothing checks that a response without a Content-Type stays without
+// one.
 func TestProxyGuessesNothing(t *testing.T) {
 	f := front(t, func(w http.ResponseWriter, r *http.Request) {
 		w.Header()["Content-Type"] = nil

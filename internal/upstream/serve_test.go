@@ -20,8 +20,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/await"
 )
 
-// plain serves h with a [Server], and what it leaves with net/http, which marks
-// its answers.
+// plain serves h with a [Server], and passes what that leaves to net/http, which marks
+// its responses.
 func plain(t *testing.T, h http.HandlerFunc) (address string, l *Listener) {
 	t.Helper()
 	tcp, err := net.Listen("tcp", "127.0.0.1:0")
@@ -90,7 +90,7 @@ func (c *client) response(t *testing.T, method string) (*http.Response, string) 
 	return resp, string(b)
 }
 
-// TestPlain tells apart the requests that a [Server] answers and net/http's.
+// TestPlain checks which requests a [Server] serves, and which it leaves to net/http.
 func TestPlain(t *testing.T) {
 	address, _ := plain(t, func(w http.ResponseWriter, r *http.Request) {
 		b, err := io.ReadAll(r.Body)
@@ -149,7 +149,7 @@ func TestPlain(t *testing.T) {
 			}
 			continue
 		}
-		// One before it on the connection, in the same write.
+		// Another request precedes it on the connection, in the same write.
 		conn.send(t, "GET /first HTTP/1.1\r\nHost: x\r\n\r\n"+c.request)
 		if first, body := conn.response(t, "GET"); first.Header["By"] != nil || body != "GET /first x  <nil>" {
 			t.Errorf("before %q: %q, by %q", name, body, first.Header["By"])
@@ -166,7 +166,7 @@ func TestPlain(t *testing.T) {
 	}
 }
 
-// answers are what handlers do.
+// answers are handlers with all kinds of responses.
 var answers = map[string]http.HandlerFunc{
 	"nothing": func(http.ResponseWriter, *http.Request) {},
 	"length": func(w http.ResponseWriter, _ *http.Request) {
@@ -232,13 +232,14 @@ var answers = map[string]http.HandlerFunc{
 	"panic": func(http.ResponseWriter, *http.Request) { panic("at the disco") },
 }
 
-// TestAnswers has clients get from a [Server] what they get from net/http.
+// TestAnswers checks that clients get the same from a [Server] as from net/http.
 func TestAnswers(t *testing.T) {
 	address, _ := plain(t, func(w http.ResponseWriter, r *http.Request) {
 		w.Header()["Content-Type"] = []string{"text/plain"}
 		answers[r.URL.Path[1:]](w, r)
 	})
-	// get returns all that can be seen of an answer, and whether the connection goes on.
+	// get returns everything observable of a response, and whether the connection stays
+	// open.
 	get := func(method, name, host string) string {
 		var out strings.Builder
 		conn := connect(t, address)
@@ -260,7 +261,7 @@ func TestAnswers(t *testing.T) {
 				resp.Header.Del("Date")
 			}
 			if resp.StatusCode == 304 {
-				resp.Header.Del("Content-Type") // net/http leaves it out.
+				resp.Header.Del("Content-Type") // net/http omits it.
 			}
 			fmt.Fprintf(&out, "%d %v %d %v %q %v %v %v\n", resp.StatusCode, resp.Header, resp.ContentLength, resp.TransferEncoding, b, err, resp.Trailer, resp.Close)
 			if err != nil {
@@ -269,7 +270,7 @@ func TestAnswers(t *testing.T) {
 			if resp.StatusCode < 200 {
 				continue
 			}
-			// The next answer is this request's, unless the connection has ended.
+			// The next response belongs to this request, unless the connection has ended.
 			conn.send(t, "GET /nothing HTTP/1.1\r\nHost: "+host+"\r\n\r\n")
 			if _, err = http.ReadResponse(conn.br, nil); err == nil {
 				return out.String() + "goes on"
@@ -280,7 +281,7 @@ func TestAnswers(t *testing.T) {
 	for name := range answers {
 		for _, method := range []string{"GET", "HEAD", "DELETE"} {
 			if method == "HEAD" && name == "trailer" {
-				continue // net/http announces it there.
+				continue // net/http sends it there.
 			}
 			if mine, theirs := get(method, name, "x"), get(method, name, "other"); mine != theirs {
 				t.Errorf("%s %s:\n%s\nnet/http:\n%s", method, name, mine, theirs)
@@ -289,7 +290,7 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
-// TestClientLeaves has the request of a client that leaves end, and no other.
+// TestClientLeaves checks that only the request of a client that disconnects ends.
 func TestClientLeaves(t *testing.T) {
 	came, ended := make(chan struct{}), make(chan error)
 	answer := make(chan struct{})
@@ -305,8 +306,8 @@ func TestClientLeaves(t *testing.T) {
 	for range 3 {
 		conn.send(t, "GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
 		<-came
-		time.Sleep(2 * lookAfter) // The look begins, or the test sees less.
-		// Another request is no reason to end one.
+		time.Sleep(2 * lookAfter) // If the check has not begun by then, the test checks less.
+		// Another request must not end one.
 		conn.send(t, "GET /next HTTP/1.1\r\nHost: x\r\n\r\n")
 		answer <- struct{}{}
 		conn.response(t, "GET")
@@ -322,7 +323,7 @@ func TestClientLeaves(t *testing.T) {
 	}
 }
 
-// TestPanic has a panic outside of the handler end one connection alone.
+// TestPanic checks that a panic outside of the handler ends only its connection.
 func TestPanic(t *testing.T) {
 	address, l := plain(t, func(http.ResponseWriter, *http.Request) {})
 	bad, good := connect(t, address), connect(t, address)
@@ -338,7 +339,7 @@ func TestPanic(t *testing.T) {
 	}
 }
 
-// TestListenerCloses has connections without a request closed at once, and the
+// TestListenerCloses checks that connections without a request close at once, and the
 // others after their response.
 func TestListenerCloses(t *testing.T) {
 	came, answer := make(chan struct{}), make(chan struct{})
@@ -367,12 +368,12 @@ func TestListenerCloses(t *testing.T) {
 	go func() { waited <- l.Wait(t.Context()) }()
 	select {
 	case err := <-waited:
-		t.Fatalf("a request is under way, and Wait returned %v", err)
+		t.Fatalf("Wait returned %v during a request", err)
 	default:
 	}
 	close(answer)
 	if resp, _ := busy.response(t, "GET"); !resp.Close {
-		t.Error("the connection of the last request goes on")
+		t.Error("the connection of the last request is still open")
 	}
 	if err := <-waited; err != nil {
 		t.Error(err)
@@ -382,8 +383,8 @@ func TestListenerCloses(t *testing.T) {
 	}
 }
 
-// TestListenerAnswersFirst has the first requests of connections answered that
-// came before the listener was closed, by whomever.
+// TestListenerAnswersFirst checks that first requests that arrive before the listener
+// closes get a response, whoever serves them.
 func TestListenerAnswersFirst(t *testing.T) {
 	address, l := plain(t, func(http.ResponseWriter, *http.Request) {})
 	l.freshWait = await.Hang
@@ -409,14 +410,14 @@ func TestListenerAnswersFirst(t *testing.T) {
 		}
 	}
 	if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
-		t.Errorf("Accept goes on: %v", err)
+		t.Errorf("Accept continues: %v", err)
 	}
 	if err := l.Wait(t.Context()); err != nil {
 		t.Error(err)
 	}
 }
 
-// late is a listener that has accepted a connection when it is closed.
+// late is a listener that accepts a connection just as it is closed.
 type late struct {
 	net.Listener
 	conn   chan net.Conn
@@ -438,8 +439,8 @@ func (l *late) Close() error {
 	return nil
 }
 
-// TestListenerAnswersLast has a connection answered that was accepted in the moment
-// in which the listener was closed.
+// TestListenerAnswersLast checks that a connection accepted just as the listener closes
+// gets a response.
 func TestListenerAnswersLast(t *testing.T) {
 	tcp, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -469,11 +470,11 @@ func TestListenerAnswersLast(t *testing.T) {
 		t.Error(err)
 	}
 	if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
-		t.Errorf("Accept goes on: %v", err)
+		t.Errorf("Accept continues: %v", err)
 	}
 }
 
-// TestClientTakesNothing has the answer end of a client that does not read it.
+// TestClientTakesNothing checks that a response ends if its client does not read it.
 func TestClientTakesNothing(t *testing.T) {
 	tcp, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -499,7 +500,7 @@ func TestClientTakesNothing(t *testing.T) {
 	}
 }
 
-// TestWaitEnds has Wait end the requests that take too long.
+// TestWaitEnds checks that Wait ends requests that take too long.
 func TestWaitEnds(t *testing.T) {
 	came := make(chan struct{})
 	address, l := plain(t, func(_ http.ResponseWriter, r *http.Request) {
@@ -531,8 +532,8 @@ func see(r *http.Request) seen {
 	return seen{r.Method, r.RequestURI, r.Host, r.URL.Path, r.URL.RawPath, r.URL.RawQuery, r.Proto, r.Header, r.ContentLength}
 }
 
-// FuzzPlain has net/http see the same request in every header that a [Server]
-// takes, and nothing after it.
+// FuzzPlain checks that net/http sees the same request in every header that a [Server]
+// accepts, and nothing after it.
 func FuzzPlain(f *testing.F) {
 	for _, s := range []string{
 		"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "HEAD /a?b#c HTTP/1.1\r\nhost: x\r\nA: b\r\n c\r\nA: d\r\n\r\n",
@@ -576,8 +577,8 @@ func FuzzPlain(f *testing.F) {
 	})
 }
 
-// TestUnread has a client that reads nothing: the handler's deadline for writing
-// ends what writes to it.
+// TestUnread has a client that reads nothing: the handler's write deadline ends its
+// writes.
 func TestUnread(t *testing.T) {
 	ended := make(chan error, 1)
 	address, _ := plain(t, func(w http.ResponseWriter, _ *http.Request) {

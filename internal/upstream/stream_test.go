@@ -14,7 +14,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/linger"
 )
 
-// tell answers with what it sees of a request, in ways that depend on its path.
+// tell responds with what it sees of a request, in ways that depend on its path.
 func tell(w http.ResponseWriter, r *http.Request) {
 	b, err := io.ReadAll(r.Body)
 	h := w.Header()
@@ -37,8 +37,8 @@ func tell(w http.ResponseWriter, r *http.Request) {
 	_, _ = io.WriteString(w, text)
 }
 
-// exchange sends stream in two writes, of which the first has cut bytes, then
-// the end of the stream, and returns all that can be told apart of the answers.
+// exchange sends stream in two writes, the first of cut bytes, then the end of the
+// stream, and returns everything observable of the responses.
 func exchange(t *testing.T, address string, stream []byte, cut int) string {
 	t.Helper()
 	conn := connect(t, address)
@@ -56,14 +56,14 @@ func exchange(t *testing.T, address string, stream []byte, cut int) string {
 	return closes.ReplaceAllString(lengths.ReplaceAllString(string(got), "$2$1"), "$2$1")
 }
 
-// What net/http writes before other fields, and a [Server] after them.
+// net/http writes these before other fields, a [Server] after them.
 var (
 	lengths = regexp.MustCompile("(Content-Length: [0-9]+\r\n)((Connection: close\r\n)?Content-Type: text/plain\r\nDate: today\r\n)")
 	closes  = regexp.MustCompile("(Connection: close\r\n)(Content-Type: text/plain\r\nDate: today\r\n((Content-Length|Transfer-Encoding): .*\r\n)?)")
 )
 
-// FuzzStream has a client get the same bytes from a [Server] with net/http behind
-// it as from net/http alone, whatever it sends.
+// FuzzStream checks that a client gets the same bytes from a [Server] with net/http
+// behind it as from net/http alone, whatever it sends.
 func FuzzStream(f *testing.F) {
 	const get = "GET /a HTTP/1.1\r\nHost: x\r\n\r\n"
 	for _, s := range []string{
@@ -116,7 +116,7 @@ func FuzzStream(f *testing.F) {
 		}
 		at := min(int(cut), len(stream))
 		m, n := exchange(t, mine, stream, at), exchange(t, theirs, stream, at)
-		// Of less than four bytes after a request, net/http says nothing.
+		// For less than four bytes after a request, net/http sends no error.
 		if m != n && m != n+"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n400 Bad Request" {
 			t.Errorf("%q, cut at %d:\n%q\nnet/http:\n%q", stream, at, m, n)
 		}

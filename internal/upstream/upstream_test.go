@@ -29,8 +29,7 @@ type server struct {
 	dials atomic.Int64
 }
 
-// listen has each connection served by serve, which gets its number, from 0,
-// and then closed.
+// listen lets serve handle each connection, with its number from 0, and then closes it.
 func listen(t *testing.T, serve func(n int, c net.Conn, r *bufio.Reader)) *server {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -111,7 +110,7 @@ func respond(c net.Conn, body string) {
 	fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
 }
 
-// hidden is a body that cannot be had again and whose type says nothing.
+// hidden returns a body that cannot be read twice and whose type reveals nothing.
 func hidden(s string) io.Reader { return io.MultiReader(strings.NewReader(s)) }
 
 func TestConnectionIsKept(t *testing.T) {
@@ -146,11 +145,11 @@ func TestConnectionIsKept(t *testing.T) {
 		}
 	}
 	if n := s.dials.Load(); n != 1 {
-		t.Errorf("%d connections were made", n)
+		t.Errorf("%d connections were opened", n)
 	}
 }
 
-// TestConnectionIsNotKept has responses after which a connection is of no use.
+// TestConnectionIsNotKept has responses after which a connection cannot be used again.
 func TestConnectionIsNotKept(t *testing.T) {
 	for name, response := range map[string]string{
 		"close":      "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 1\r\n\r\nx",
@@ -182,7 +181,7 @@ func TestConnectionIsNotKept(t *testing.T) {
 	}
 }
 
-// TestKeptConnectionCloses closes a connection when its second request comes.
+// TestKeptConnectionCloses closes a connection when its second request arrives.
 func TestKeptConnectionCloses(t *testing.T) {
 	for _, c := range []struct {
 		method string
@@ -237,7 +236,7 @@ func TestKeptConnectionCloses(t *testing.T) {
 	}
 }
 
-// TestNewConnectionCloses sends no request twice over new connections.
+// TestNewConnectionCloses checks that no request is sent twice over new connections.
 func TestNewConnectionCloses(t *testing.T) {
 	s := listen(t, func(_ int, _ net.Conn, r *bufio.Reader) { _, _, _ = take(r) })
 	if _, err := s.do(s.request(t, http.MethodGet, nil)); err == nil || !strings.Contains(err.Error(), "upstream closed the connection before responding") {
@@ -248,8 +247,8 @@ func TestNewConnectionCloses(t *testing.T) {
 	}
 }
 
-// TestIdleConnectionCloses has the upstream close a connection that waits: no
-// request is sent over it, not even one that cannot be sent twice.
+// TestIdleConnectionCloses lets the upstream close an idle connection: no request is sent
+// over it, not even one that cannot be sent twice.
 func TestIdleConnectionCloses(t *testing.T) {
 	closed := make(chan struct{}, 1)
 	s := listen(t, func(_ int, c net.Conn, r *bufio.Reader) {
@@ -280,7 +279,8 @@ func TestIdleConnectionCloses(t *testing.T) {
 	}
 }
 
-// TestOldConnection has a request that cannot be sent twice after a while.
+// TestOldConnection sends a request that cannot be sent twice after the connection was
+// idle for a while.
 func TestOldConnection(t *testing.T) {
 	s := listen(t, func(_ int, c net.Conn, r *bufio.Reader) {
 		for {
@@ -304,8 +304,8 @@ func TestOldConnection(t *testing.T) {
 	}
 }
 
-// TestOneAtATime has a server that serves one connection until its end before
-// the next one: no request may wait for a connection that is only kept.
+// TestOneAtATime has a server that serves one connection until its end before the next:
+// no request may wait for a connection that is only kept.
 func TestOneAtATime(t *testing.T) {
 	var one sync.Mutex
 	s := listen(t, func(_ int, c net.Conn, r *bufio.Reader) {
@@ -353,7 +353,7 @@ func TestNothingWasSent(t *testing.T) {
 		}
 		return c, err
 	}
-	// First, while no connection is kept: over that a part could be sent.
+	// Do this first, without kept connections: over one of those, a part could be sent.
 	redial := s.Redial
 	s.Redial = nil
 	if _, err := s.do(s.request(t, http.MethodGet, nil)); !errors.Is(err, ErrUnsent) || tries != 1 {
@@ -365,10 +365,10 @@ func TestNothingWasSent(t *testing.T) {
 	}
 }
 
-// stalled is a body whose second part never comes.
+// stalled is a body whose second part never arrives.
 type stalled struct {
 	first  io.Reader
-	parked chan struct{} // closed once somebody waits for it
+	parked chan struct{} // closed once a reader waits for it
 	once   sync.Once
 	end    <-chan struct{}
 }
@@ -382,8 +382,8 @@ func (s *stalled) Read(p []byte) (int, error) {
 	return 0, io.ErrUnexpectedEOF
 }
 
-// TestFailureDoesNotWaitForBody has the upstream close while the client stalls
-// in its body: the error comes at once, not when the client goes on.
+// TestFailureDoesNotWaitForBody closes the upstream while the client stalls in its body:
+// the error comes at once, not when the client continues.
 func TestFailureDoesNotWaitForBody(t *testing.T) {
 	body := &stalled{first: strings.NewReader("a part"), parked: make(chan struct{}), end: t.Context().Done()}
 	s := listen(t, func(_ int, _ net.Conn, r *bufio.Reader) {
@@ -401,7 +401,7 @@ func TestFailureDoesNotWaitForBody(t *testing.T) {
 	}
 }
 
-// TestResponseDoesNotWaitForBody responds to a part of a request, in full.
+// TestResponseDoesNotWaitForBody responds completely to a part of a request.
 func TestResponseDoesNotWaitForBody(t *testing.T) {
 	body := &stalled{first: strings.NewReader("a part"), parked: make(chan struct{}), end: t.Context().Done()}
 	s := listen(t, func(_ int, c net.Conn, r *bufio.Reader) {
@@ -419,8 +419,8 @@ func TestResponseDoesNotWaitForBody(t *testing.T) {
 	}
 }
 
-// TestResetAfterResponse responds to a large request without reading it, and
-// resets the connection: writing fails, and the response is there all the same.
+// TestResetAfterResponse responds to a large request without reading it, and resets the
+// connection: writing fails, but the client still gets the response.
 func TestResetAfterResponse(t *testing.T) {
 	s := listen(t, func(_ int, c net.Conn, r *bufio.Reader) {
 		if _, err := http.ReadRequest(r); err == nil {
@@ -442,8 +442,8 @@ type endless struct{}
 
 func (endless) Read(p []byte) (int, error) { return len(p), nil }
 
-// TestClientBreaksOff has a body fail under way: the upstream sees the end of
-// the connection, and the error is the body's.
+// TestClientBreaksOff makes a body fail in the middle: the upstream sees the connection
+// end, and the client gets the body's error.
 func TestClientBreaksOff(t *testing.T) {
 	broke := make(chan error, 1)
 	s := listen(t, func(_ int, _ net.Conn, r *bufio.Reader) {
@@ -460,11 +460,11 @@ func TestClientBreaksOff(t *testing.T) {
 		t.Error(err)
 	}
 	if err := await.Recv(t, "the upstream's end", broke); err == nil {
-		t.Error("the upstream took a part of the body for the whole")
+		t.Error("the upstream accepted a part of the body as the whole")
 	}
 }
 
-// TestCancel ends requests at each stage.
+// TestCancel cancels requests at each stage.
 func TestCancel(t *testing.T) {
 	arrived := make(chan struct{})
 	left := make(chan struct{})
@@ -531,7 +531,7 @@ func TestBothWays(t *testing.T) {
 	}
 }
 
-// TestExpect has a body wait until the upstream wants it.
+// TestExpect has a body that waits until the upstream wants it.
 func TestExpect(t *testing.T) {
 	s := listen(t, func(n int, c net.Conn, r *bufio.Reader) {
 		req, err := http.ReadRequest(r)
@@ -606,7 +606,7 @@ func TestUpgrade(t *testing.T) {
 	}
 }
 
-// TestHostileResponses has responses that no proxy may believe.
+// TestHostileResponses has responses that a proxy must not accept.
 func TestHostileResponses(t *testing.T) {
 	for name, response := range map[string]string{
 		"no HTTP":     "hello\r\n\r\n",
@@ -630,7 +630,8 @@ func TestHostileResponses(t *testing.T) {
 	}
 }
 
-// TestBrokenBody breaks responses off: that is an error, and no connection is kept.
+// TestBrokenBody breaks responses off: the client gets an error, and no connection is
+// kept.
 func TestBrokenBody(t *testing.T) {
 	for _, head := range []string{"Content-Length: 1000\r\n\r\n", "Transfer-Encoding: chunked\r\n\r\n7\r\n"} {
 		s := listen(t, func(_ int, c net.Conn, r *bufio.Reader) {
@@ -644,7 +645,7 @@ func TestBrokenBody(t *testing.T) {
 	}
 }
 
-// TestOnlyHTTP2 asks a server that begins as those of HTTP/2 do.
+// TestOnlyHTTP2 calls a server that starts like an HTTP/2 server.
 func TestOnlyHTTP2(t *testing.T) {
 	s := listen(t, func(_ int, c net.Conn, r *bufio.Reader) {
 		_, _ = c.Write([]byte{0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 100})
@@ -685,7 +686,7 @@ func TestBounds(t *testing.T) {
 	s.mu.Unlock()
 	s.expire()
 	if s.n != 0 || len(s.idle) != 0 {
-		t.Errorf("%d connections outlive the idle timeout", s.n)
+		t.Errorf("%d connections survive the idle timeout", s.n)
 	}
 	resp, err := s.RoundTrip(s.request(t, http.MethodGet, nil))
 	if err != nil {
@@ -702,8 +703,8 @@ func TestBounds(t *testing.T) {
 	}
 }
 
-// TestFreedConnection has a request use a connection that becomes free while it
-// waits for its own, which is kept for later.
+// TestFreedConnection lets a request use a connection that becomes free while it opens
+// its own, which is then kept for later.
 func TestFreedConnection(t *testing.T) {
 	release := make(chan struct{})
 	s := listen(t, func(n int, c net.Conn, r *bufio.Reader) {
@@ -745,7 +746,7 @@ func TestFreedConnection(t *testing.T) {
 	})
 }
 
-// TestMany has many clients at once send bodies that must come back to them.
+// TestMany has many concurrent clients send bodies and check that they get them back.
 func TestMany(t *testing.T) {
 	h := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_ = http.NewResponseController(w).EnableFullDuplex()

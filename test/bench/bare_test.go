@@ -28,7 +28,7 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/programs"
 )
 
-// patience bounds everything that is done by hand.
+// patience bounds every manual step.
 const patience = 5 * time.Minute
 
 func version(t *testing.T) string {
@@ -41,17 +41,16 @@ func version(t *testing.T) string {
 	return strings.TrimPrefix(line, "QEMU emulator version ")
 }
 
-// bare is what a QEMU is started with by hand: the very command line of a
-// machine that the agent has restored, with other files in the place of its.
-// It is not jailed.
+// bare is the configuration of a QEMU started by hand: the command line of a machine that
+// the agent has restored, with other files. It is not jailed.
 type bare struct {
 	cmdline []string
-	ram     *os.File // the guest's memory at first; nil: memory as QEMU makes it by itself
-	disk    []string // from the lowest on; the last is written to
-	token   string   // what the guest's daemon wants to be shown
+	ram     *os.File // the guest's initial memory; nil: allocated by QEMU
+	disk    []string // from the lowest layer up; the last is writable
+	token   string   // the guest daemon's access token
 }
 
-// under are the files of a capture's disk, from the lowest on.
+// under returns the files of a capture's disk, from the lowest layer up.
 func under(c *image.Capture) []string {
 	files := []string{c.Rootfs()}
 	for n := range c.Layers {
@@ -60,7 +59,7 @@ func under(c *image.Capture) []string {
 	return files
 }
 
-// cmdline is how the machine of a sandbox was started.
+// cmdline returns the command line of a sandbox's machine.
 func cmdline(t *testing.T, sandbox string) []string {
 	t.Helper()
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", agenttest.QEMU(sandbox)))
@@ -70,7 +69,7 @@ func cmdline(t *testing.T, sandbox string) []string {
 	return strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00")
 }
 
-// process is a QEMU that was started by hand.
+// process is a QEMU started by hand.
 type process struct {
 	cmd   *exec.Cmd
 	conn  *net.UnixConn
@@ -79,7 +78,7 @@ type process struct {
 	end   func()
 }
 
-// incomingFD is the number that the driver gives to the state of devices.
+// incomingFD is the driver's descriptor number for the state of devices.
 const incomingFD = 3
 
 var descriptors = struct{ ram, size, control, disk, tap *regexp.Regexp }{
@@ -90,9 +89,9 @@ var descriptors = struct{ ram, size, control, disk, tap *regexp.Regexp }{
 	regexp.MustCompile(`^tap,id=net,fd=(\d+)`),
 }
 
-// prepare opens all that a QEMU needs, so that start does nothing but start it.
-// alone has it go on from incoming at once and by itself; otherwise it is held,
-// and told over QMP what to do.
+// prepare opens everything that a QEMU needs, so that start only starts it. With alone,
+// QEMU continues from incoming by itself; otherwise it stays stopped and is controlled
+// over QMP.
 func (b bare) prepare(t *testing.T, h *host, incoming *os.File, alone bool) (start func() *process) {
 	t.Helper()
 	must := func(err error) {
@@ -129,10 +128,10 @@ func (b bare) prepare(t *testing.T, h *host, incoming *os.File, alone bool) (sta
 		case number(descriptors.ram) > 0:
 			files[number(descriptors.ram)] = b.ram
 			if b.ram == nil {
-				files[number(descriptors.ram)] = listener // to keep the numbers
+				files[number(descriptors.ram)] = listener // keeps the numbers
 				m := descriptors.size.FindStringSubmatch(a)
 				if m == nil {
-					t.Fatalf("how much memory is it: %s", a)
+					t.Fatalf("no memory size in %s", a)
 				}
 				a = "memory-backend-ram,id=ram," + m[0]
 			}
@@ -165,7 +164,7 @@ func (b bare) prepare(t *testing.T, h *host, incoming *os.File, alone bool) (sta
 	for n := 3; len(files) > 0; n++ {
 		f := files[n]
 		if f == nil {
-			t.Fatalf("nothing is known of QEMU's descriptor %d: %q", n, b.cmdline)
+			t.Fatalf("unknown descriptor %d of QEMU: %q", n, b.cmdline)
 		}
 		p.cmd.ExtraFiles = append(p.cmd.ExtraFiles, f)
 		delete(files, n)
@@ -213,7 +212,7 @@ func (b bare) prepare(t *testing.T, h *host, incoming *os.File, alone bool) (sta
 	}
 }
 
-// within calls f on a thread that is in a slot's network namespace.
+// within calls f on a thread in a slot's network namespace.
 func within(slot *network.Slot, f func() error) (err error) {
 	own, err := os.Open("/proc/thread-self/ns/net")
 	if err != nil {
@@ -231,13 +230,13 @@ func within(slot *network.Slot, f func() error) (err error) {
 	}
 	err = f()
 	if e := unix.Setns(int(own.Fd()), unix.CLONE_NEWNET); e != nil {
-		return errors.Join(err, e) // the thread ends with its goroutine
+		return errors.Join(err, e) // never unlocked, so the thread ends with its goroutine
 	}
 	runtime.UnlockOSThread()
 	return err
 }
 
-// pipe is a pipe with what a machine goes on from.
+// pipe returns a pipe with the state from which a machine continues.
 func pipe(t *testing.T, state []byte) *os.File {
 	t.Helper()
 	r, w, err := os.Pipe()
@@ -245,7 +244,7 @@ func pipe(t *testing.T, state []byte) *os.File {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { r.Close() })
-	if len(state) > 64<<10 { // what a pipe holds
+	if len(state) > 64<<10 { // a pipe's capacity
 		t.Fatalf("the devices' state has %d bytes", len(state))
 	}
 	if _, err := w.Write(state); err != nil {
@@ -266,7 +265,7 @@ func (p *process) do(t *testing.T, command string, args any) {
 
 type object = map[string]any
 
-// await waits for an event that is as it should be.
+// await waits for an event for which is returns true.
 func (p *process) await(t *testing.T, name string, is func(json.RawMessage) bool) {
 	t.Helper()
 	late := time.After(patience)
@@ -280,7 +279,7 @@ func (p *process) await(t *testing.T, name string, is func(json.RawMessage) bool
 				return
 			}
 		case <-late:
-			t.Fatalf("QEMU does not tell of %s", name)
+			t.Fatalf("QEMU does not send %s", name)
 		}
 	}
 }
@@ -309,7 +308,7 @@ func (p *process) runs(t *testing.T) {
 	}
 }
 
-// answers waits until the guest's daemon answers.
+// answers waits until the guest's daemon responds.
 func (p *process) answers(t *testing.T) {
 	t.Helper()
 	wait(t, p.guest)
@@ -324,8 +323,7 @@ func wait(t *testing.T, g *guest.Client) {
 	}
 }
 
-// receive makes a machine that was started to be told go on from what it was
-// started with.
+// receive makes a machine that waits for commands continue from its incoming state.
 func (p *process) receive(t *testing.T) {
 	t.Helper()
 	p.do(t, "migrate-set-capabilities", object{"capabilities": []object{{"capability": "events", "state": true}}})
@@ -333,8 +331,8 @@ func (p *process) receive(t *testing.T) {
 	p.migrated(t)
 }
 
-// dump has QEMU hold the machine and write all of it to a new file. It returns
-// how long that took, until it was on the disk, and what it takes there.
+// dump makes QEMU stop the machine and write all of it to a new file. It returns the time
+// until that was on the disk, and the size there.
 func (p *process) dump(t *testing.T, name string) (took time.Duration, bytes int64) {
 	t.Helper()
 	out, err := os.Create(name)
@@ -343,9 +341,9 @@ func (p *process) dump(t *testing.T, name string) (took time.Duration, bytes int
 	}
 	defer out.Close()
 	p.do(t, "migrate-set-capabilities", object{"capabilities": []object{{"capability": "events", "state": true}}})
-	// Otherwise it writes 128 MiB a second at most.
+	// By default, QEMU writes 128 MiB per second at most.
 	p.do(t, "migrate-set-parameters", object{"max-bandwidth": int64(1) << 40})
-	// Nobody waits for the answer: without the descriptor the migration fails.
+	// There is no need to wait for the reply: without the descriptor the migration fails.
 	if _, _, err := p.conn.WriteMsgUnix([]byte(`{"execute":"getfd","arguments":{"fdname":"dump"},"id":0}`), unix.UnixRights(int(out.Fd())), nil); err != nil {
 		t.Fatal(err)
 	}
@@ -353,7 +351,7 @@ func (p *process) dump(t *testing.T, name string) (took time.Duration, bytes int
 	p.do(t, "stop", nil)
 	p.do(t, "migrate", object{"uri": "fd:dump"})
 	p.migrated(t)
-	if err := out.Sync(); err != nil { // as the agent does
+	if err := out.Sync(); err != nil { // like the agent
 		t.Fatal(err)
 	}
 	took = time.Since(begin)

@@ -1,10 +1,10 @@
-// Package bench measures what Wrenn is for: how soon a sandbox answers, what a
-// pause costs, how much memory a sandbox takes; each beside what a user would
-// do instead, in the same run. It prints tables in Markdown, and nothing else,
-// on its standard output. docs/benchmarks.md says what they mean.
+// Package bench measures what Wrenn is for: how soon a sandbox responds, what a pause
+// costs, and how much memory a sandbox takes, each beside the alternative that a user
+// has, in the same run. It prints Markdown tables, and nothing else, on its standard
+// output. docs/benchmarks.md explains them.
 //
-// Real agents make real virtual machines. All is skipped unless WRENN_BENCH is
-// set, as "make bench" does.
+// Real agents start real VMs. Everything is skipped unless WRENN_BENCH is set, as "make
+// bench" does.
 package bench
 
 import (
@@ -32,12 +32,12 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/layout"
 )
 
-// tables is where tables go: what the testing package says goes elsewhere.
+// tables receives the tables; the testing package's output goes elsewhere.
 var tables io.Writer
 
 func TestMain(m *testing.M) {
 	if os.Getenv("WRENN_BENCH") == "" {
-		os.Exit(m.Run()) // all skip
+		os.Exit(m.Run()) // every benchmark is skipped
 	}
 	if spec := os.Getenv(clientsEnv); spec != "" {
 		if err := beClients(spec); err != nil {
@@ -52,7 +52,7 @@ func TestMain(m *testing.M) {
 	agenttest.Main(m)
 }
 
-// TestImages makes the kernel and the template that sandboxes start from.
+// TestImages builds the kernel and the template that sandboxes start from.
 func TestImages(t *testing.T) {
 	asked(t)
 	imagetest.Prepare(t)
@@ -61,17 +61,17 @@ func TestImages(t *testing.T) {
 func asked(t *testing.T) {
 	t.Helper()
 	if os.Getenv("WRENN_BENCH") == "" {
-		t.Skip("not asked for: WRENN_BENCH is not set (make bench)")
+		t.Skip("WRENN_BENCH is not set (make bench)")
 	}
 }
 
-// host is an agent, and beside it networks for machines that are not its.
+// host is an agent, and networks for machines that it does not own.
 type host struct {
 	*agenttest.Agent
 	accel string
 	dir   string
 	pool  *network.Pool
-	port  int // of the last program that was started in a guest
+	port  int // of the last program started in a guest
 }
 
 func newHost(t *testing.T, memoryMiB int, env map[string]string) *host {
@@ -141,13 +141,14 @@ func (h *host) exec(t *testing.T, sandbox, script string) string {
 	return string(res.Msg.GetStdout())
 }
 
-// step is a part of what an agent did, and the time it took.
+// step is a part of an agent's operation, and the time it took.
 type step struct {
 	name string
 	took time.Duration
 }
 
-// steps are those of what the agent did last with a sandbox and logged as message.
+// steps returns the steps of the agent's last operation on a sandbox that it logged as
+// message.
 func (h *host) steps(t *testing.T, message, sandbox string) (all []step) {
 	t.Helper()
 	b, err := os.ReadFile(h.LogFile())
@@ -173,10 +174,10 @@ func (h *host) steps(t *testing.T, message, sandbox string) (all []step) {
 	return nil
 }
 
-// sample is several measurements of one thing.
+// sample is a series of measurements.
 type sample []time.Duration
 
-// median is that of the sample, and which of it has it.
+// median returns the sample's median and its index.
 func (s sample) median() (d time.Duration, at int) {
 	sorted := slices.Sorted(slices.Values(s))
 	d = sorted[len(s)/2]
@@ -188,7 +189,7 @@ func (s sample) mid() time.Duration {
 	return d
 }
 
-// span is the median, and between which bounds the rest is.
+// span returns the median and the range of the others.
 func (s sample) span() string {
 	return fmt.Sprintf("%s (%s–%s)", ms(s.mid()), ms(slices.Min(s)), ms(slices.Max(s)))
 }

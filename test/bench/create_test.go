@@ -25,19 +25,18 @@ import (
 
 const (
 	createMemory = 512
-	// coldBoots and creates are how often each is done.
+	// coldBoots and creates are the numbers of repetitions.
 	coldBoots = 5
 	creates   = 9
-	// coldUID is a user that no agent gives to a sandbox.
+	// coldUID is a user that no agent assigns to a sandbox.
 	coldUID = 64000
 )
 
-// start is how long it took until a guest answered, until it had run its first
-// command, and how long the next command took.
+// start has the times until a guest responded, until it had run its first command, and of
+// the next command.
 type start struct{ answers, command, next sample }
 
-// time calls what waits for the guest, what runs the first command and what
-// runs the next.
+// time measures wait, which waits for the guest, and the first and the next command.
 func (s *start) time(wait, first, next func()) {
 	begin := time.Now()
 	wait()
@@ -49,16 +48,16 @@ func (s *start) time(wait, first, next func()) {
 	s.next = append(s.next, time.Since(begin))
 }
 
-// TestCreate measures the time from the request for a sandbox to the result of
-// its first command.
+// TestCreate measures the time from the request for a sandbox to the result of its first
+// command.
 func TestCreate(t *testing.T) {
 	h := newHost(t, 8192, nil)
-	// Captures the template, which is done once.
+	// This captures the template, which happens once.
 	first := h.create(t, createMemory)
 	line := cmdline(t, first)
 	h.destroy(t, first)
 
-	// In turns, so that what else the machine does meets all alike.
+	// Alternate, so that other work on the machine affects all alike.
 	boot, floorOnce := h.coldBoots(t), h.floors(t, line)
 	var cold, floor, plain start
 	var runs sample
@@ -132,25 +131,25 @@ func (h *host) hello(t *testing.T, sandbox string) {
 	}
 }
 
-// warmCreates creates sandboxes of which each finds a machine that waits.
+// warmCreates creates sandboxes that each find a warm machine.
 func (h *host) warmCreates(t *testing.T) (s start, steps [][]step) {
 	t.Helper()
-	h.destroy(t, h.create(t, createMemory)) // says what is in use
+	h.destroy(t, h.create(t, createMemory)) // tells the agent which template is in use
 	for made := range creates {
 		for deadline := time.Now().Add(patience); h.waiting(t) <= made; time.Sleep(20 * time.Millisecond) {
 			if time.Now().After(deadline) {
-				t.Fatal("no machine waits")
+				t.Fatal("no warm machine is ready")
 			}
 		}
 		steps = append(steps, h.createOnce(t, &s))
 		if !slices.ContainsFunc(steps[made], func(s step) bool { return s.name == "take" }) {
-			t.Errorf("a sandbox did not begin with a machine that waited: %v", steps[made])
+			t.Errorf("a sandbox did not start from a warm machine: %v", steps[made])
 		}
 	}
 	return s, steps
 }
 
-// waiting is how many machines have been made to wait so far.
+// waiting returns how many warm machines have been started so far.
 func (h *host) waiting(t *testing.T) int {
 	t.Helper()
 	b, err := os.ReadFile(h.LogFile())
@@ -160,7 +159,7 @@ func (h *host) waiting(t *testing.T) int {
 	return strings.Count(string(b), `msg="a machine waits"`)
 }
 
-// coldBoots returns what boots the template from its kernel.
+// coldBoots returns a function that boots the template from its kernel.
 func (h *host) coldBoots(t *testing.T) func(*start) {
 	t.Helper()
 	driver, err := qemu.Open(h.accel, vmm.Config{Dir: filepath.Join(h.dir, "vmm"), Log: slog.New(slog.DiscardHandler)})
@@ -224,8 +223,8 @@ func (h *host) coldBoot(t *testing.T, driver *qemu.Driver, s *start) {
 	}, func() { greet(t, g) }, func() { hello(t, g) })
 }
 
-// greet runs the first command without an agent. A guest runs none before it
-// has been told whose it is.
+// greet runs the first command without an agent. A guest runs none before it has its
+// identity.
 func greet(t *testing.T, g *guest.Client) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
@@ -244,8 +243,9 @@ func hello(t *testing.T, g *guest.Client) {
 	}
 }
 
-// floors returns what has QEMU alone go on from what the agent's sandboxes go
-// on from. All else, network, disk and memory, is ready when the clock starts.
+// floors returns a function in which QEMU alone continues from the state that the agent's
+// sandboxes start from. Everything else, network, disk and memory, is ready when the
+// clock starts.
 func (h *host) floors(t *testing.T, line []string) func(*start, *sample) {
 	t.Helper()
 	c := h.captured(t, createMemory)
@@ -287,7 +287,7 @@ func (h *host) floors(t *testing.T, line []string) func(*start, *sample) {
 	}
 }
 
-// captured is the capture of the minimal template with so much memory.
+// captured returns the capture of the minimal template with the given memory.
 func (h *host) captured(t *testing.T, memoryMiB int) *image.Capture {
 	t.Helper()
 	tpl, err := image.Find(h.Dir, uuid.Nil, uuid.Nil)

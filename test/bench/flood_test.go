@@ -19,12 +19,12 @@ import (
 
 const (
 	floodMemory   = 512
-	floodRequests = 100 // of a phase
+	floodRequests = 100 // per phase
 	floodWrites   = 50
 	floodPort     = 9000
 )
 
-// floodRounds returns how many rounds of all phases there are.
+// floodRounds returns the number of rounds of all phases.
 func floodRounds() int {
 	if testing.Short() {
 		return 1
@@ -32,8 +32,8 @@ func floodRounds() int {
 	return 5
 }
 
-// floods are what one guest does to its host, without an end. The first two are to compare
-// the others with: a guest that does nothing, and one that uses no more than its processor.
+// floods are what one guest does to its host, endlessly. The first two are for
+// comparison: a guest that does nothing, and one that only uses its processor.
 var floods = []struct{ name, script string }{
 	{"nothing (quiet)", ""},
 	{"a busy processor", "while :; do :; done"},
@@ -50,7 +50,7 @@ while True:
 	{"packets to the network", sends(16)},
 }
 
-// sends is a script that sends UDP packets with so many bytes to nobody.
+// sends returns a script that sends UDP packets of the given size to nobody.
 func sends(bytes int) string {
 	return fmt.Sprintf(`exec python3 -c '
 import socket
@@ -62,7 +62,8 @@ while True:
 '`, bytes)
 }
 
-// writer writes 4 KiB to the disk again and again, and prints how long each took.
+// writer is a script that repeatedly writes 4 KiB to the disk, and prints how long each
+// write took.
 var writer = fmt.Sprintf(`exec python3 -c '
 import json, os, time
 f = os.open("small", os.O_RDWR | os.O_CREAT | os.O_DSYNC)
@@ -75,10 +76,10 @@ for i in range(%d):
 print(json.dumps(all))
 '`, floodWrites)
 
-// TestFlood measures what a neighbour notices of a guest that takes all it can get, with
-// the limits that an agent has unless it is told others: the goal is a p99 of at most 1.5
-// times the quiet one. Each round has all phases, so that other work on the machine disturbs
-// them alike. It takes some four minutes on a quiet machine; -short has one round.
+// TestFlood measures how a guest that takes everything it can get affects a neighbour,
+// with the agent's default limits. The goal is a p99 of at most 1.5 times the quiet one.
+// Each round has all phases, so that other work on the machine affects them alike. It
+// takes some four minutes on a quiet machine; -short has one round.
 func TestFlood(t *testing.T) {
 	asked(t)
 	floodTable(flooded(t, "as they are", nil))
@@ -115,14 +116,14 @@ func floodTable(rows [][]string) {
 		}, rows)
 }
 
-// phase holds what one guest measured, in all rounds together, while its neighbour did one
-// of the floods.
+// phase has one guest's measurements, of all rounds together, during one of its
+// neighbour's floods.
 type phase struct {
 	requests, writes sample
-	used, took       time.Duration // used: by the neighbour's QEMU, of the processors
+	used, took       time.Duration // used: processor time of the neighbour's QEMU
 }
 
-// flooded measures a neighbour of each flood on a host of its own.
+// flooded measures a neighbour of each flood on a new host.
 func flooded(t *testing.T, limits string, env map[string]string) (rows [][]string) {
 	h := newHost(t, 4*floodMemory, env)
 	neighbour, guest := h.create(t, floodMemory), h.create(t, floodMemory)
@@ -143,7 +144,7 @@ func flooded(t *testing.T, limits string, env map[string]string) (rows [][]strin
 			stop()
 		}
 	}
-	const quiet, busy = 0, 1 // in floods
+	const quiet, busy = 0, 1 // indices of floods
 	compare := func(i int, of func(phase) sample) []string {
 		p99 := func(i int) float64 { return float64(of(phases[i]).percentile(99)) }
 		return []string{ms(of(phases[i]).percentile(50)), ms(of(phases[i]).percentile(99)), fmt.Sprintf("%.2f", p99(i)/p99(quiet)), fmt.Sprintf("%.2f", p99(i)/p99(busy))}
@@ -156,7 +157,7 @@ func flooded(t *testing.T, limits string, env map[string]string) (rows [][]strin
 	return rows
 }
 
-// percentile is the time that so many in a hundred take at most.
+// percentile returns the time that n percent of the sample take at most.
 func (s sample) percentile(n int) time.Duration {
 	sorted := slices.Sorted(slices.Values(s))
 	return sorted[len(sorted)*n/100]
@@ -174,17 +175,18 @@ func (h *host) flood(t *testing.T, sandbox, script string) (stop func()) {
 			t.Errorf("the flood ended: %v", err)
 		}
 	}()
-	time.Sleep(1500 * time.Millisecond) // beyond its burst
+	time.Sleep(1500 * time.Millisecond) // until its burst is used up
 	return func() { cancel(); <-ended }
 }
 
-// serveSmall starts a server of small answers in a sandbox, and waits until it answers.
+// serveSmall starts a server of small responses in a sandbox, and waits until it
+// responds.
 func (h *host) serveSmall(t *testing.T, sandbox string) {
 	t.Helper()
 	h.exec(t, sandbox, fmt.Sprintf("mkdir -p /tmp/w && cd /tmp/w && echo hello >index.html && { setsid python3 -m http.server %[1]d >/dev/null 2>&1 & } && until curl -fs localhost:%[1]d; do sleep 0.1; done", floodPort))
 }
 
-// small asks for small answers.
+// small requests small responses.
 func (h *host) small(t *testing.T, sandbox string) sample {
 	t.Helper()
 	url := fmt.Sprintf("%s/proxy/%s/%d/", h.Base, sandbox, floodPort)
@@ -209,7 +211,7 @@ func (h *host) small(t *testing.T, sandbox string) sample {
 	return all
 }
 
-// writes has a sandbox write to its disk.
+// writes lets a sandbox write to its disk.
 func (h *host) writes(t *testing.T, sandbox string) sample {
 	t.Helper()
 	var all sample

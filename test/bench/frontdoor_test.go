@@ -34,8 +34,8 @@ const (
 	execRounds  = 40
 )
 
-// TestFrontDoor measures the whole chain of a request to a sandbox's port, beside
-// nginx before the same guest.
+// TestFrontDoor measures a request to a sandbox's port through the whole chain, beside
+// nginx in front of the same guest.
 func TestFrontDoor(t *testing.T) {
 	asked(t)
 	needs(t, "nginx", "wrk", "ss")
@@ -58,7 +58,7 @@ func TestFrontDoor(t *testing.T) {
 		}
 		rates, tails, costs := make([][]int64, len(kinds)), make([]sample, len(kinds)), make([][]int64, len(kinds))
 		for range doorRounds {
-			for i, k := range kinds { // In turns, because the machine is not the same all the time.
+			for i, k := range kinds { // Alternate, because the machine's speed varies.
 				before := processorTime(t, append(masters, d.pid)...)
 				requests, rate, p99 := wrk(t, clients, k.url, k.header)
 				cost := processorTime(t, append(masters, d.pid)...) - before
@@ -76,7 +76,7 @@ func TestFrontDoor(t *testing.T) {
 	table("Requests to a sandbox's port", []string{"clients", "through", "requests a second", "99 % within", "processor time of the proxies, a request", "requests: this ÷ three nginx", "99 %: this ÷ three nginx", "requests: this ÷ two nginx", "99 %: this ÷ two nginx"}, rows)
 }
 
-// processorTime is what the children of processes have used.
+// processorTime returns the processor time of the children of processes.
 func processorTime(t *testing.T, parents ...int) (used time.Duration) {
 	t.Helper()
 	files, err := filepath.Glob("/proc/[0-9]*/stat")
@@ -95,7 +95,7 @@ func processorTime(t *testing.T, parents ...int) (used time.Duration) {
 	return used
 }
 
-// processTime is what one process has used.
+// processTime returns a process's processor time.
 func processTime(t *testing.T, pid int) time.Duration {
 	t.Helper()
 	fields, err := stat(fmt.Sprintf("/proc/%d/stat", pid))
@@ -114,7 +114,7 @@ func stat(file string) ([]string, error) {
 	return strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:])), nil
 }
 
-// usedBy is the processor time in a process's stat.
+// usedBy returns the processor time in a process's stat.
 func usedBy(fields []string) time.Duration {
 	ticks := 0
 	for _, f := range fields[11:13] { // utime and stime
@@ -124,7 +124,7 @@ func usedBy(fields []string) time.Duration {
 	return time.Duration(ticks) * time.Second / 100 // Linux's USER_HZ
 }
 
-// needs skips a benchmark for which a program is missing.
+// needs skips a benchmark if a program is missing.
 func needs(t *testing.T, tools ...string) {
 	t.Helper()
 	for _, tool := range tools {
@@ -134,8 +134,8 @@ func needs(t *testing.T, tools ...string) {
 	}
 }
 
-// TestCommand measures a command through the API beside one ssh connection and
-// beside the least that a guest can do.
+// TestCommand measures a command through the API, beside one over an ssh connection and
+// the minimum that a guest can do.
 func TestCommand(t *testing.T) {
 	asked(t)
 	needs(t, "ssh", "ss", "/usr/sbin/sshd", "gcc")
@@ -155,7 +155,7 @@ type door struct {
 
 func (d *door) host() string { return fmt.Sprintf("%d-%s.localhost", doorPort, d.box) }
 
-// newDoor starts the built programs on images of the tests'.
+// newDoor starts the built programs on the tests' images.
 func newDoor(t *testing.T) *door {
 	t.Helper()
 	root, err := filepath.Abs("../..")
@@ -177,7 +177,7 @@ func newDoor(t *testing.T) *door {
 	for _, part := range []string{"kernels", "images"} {
 		from := filepath.Join(string(in.Dir), part)
 		if _, err := os.Stat(from); err != nil {
-			continue // wrenn up makes it.
+			continue // wrenn up creates it.
 		}
 		if out, err := exec.Command("cp", "-a", "--sparse=always", from, dir).CombinedOutput(); err != nil {
 			t.Fatalf("copy images: %v: %s", err, out)
@@ -190,7 +190,7 @@ func newDoor(t *testing.T) *door {
 	d := &door{listen: l.Addr().String()}
 	l.Close()
 	cmd := exec.Command(filepath.Join(root, "bin", "wrenn"), "up", "--dir", dir, "--listen", d.listen)
-	cmd.Env = append(os.Environ(), "WRENN_ENVD="+in.Envd, "WRENN_RATE_READ=100000000", "WRENN_RATE_CHANGE=100000000", "WRENN_RATE_EXPENSIVE=100000000") // which the images are made with
+	cmd.Env = append(os.Environ(), "WRENN_ENVD="+in.Envd, "WRENN_RATE_READ=100000000", "WRENN_RATE_CHANGE=100000000", "WRENN_RATE_EXPENSIVE=100000000") // the images contain it
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -245,7 +245,7 @@ func newDoor(t *testing.T) *door {
 	return d
 }
 
-// put writes a file of this machine's into the guest.
+// put copies a file of this machine into the guest.
 func (d *door) put(t *testing.T, from, to string) {
 	t.Helper()
 	f, err := os.Open(from)
@@ -280,7 +280,7 @@ func (d *door) serve(t *testing.T) {
 	d.sh(t, fmt.Sprintf("chmod 755 /opt/upstream; nohup /opt/upstream :%d >/dev/null 2>&1 &", doorPort))
 }
 
-// guestAddress is where the host reaches the guest: the other end of the
+// guestAddress returns the address at which the host reaches the guest: the peer of the
 // connection that the agent keeps after a request.
 func (d *door) guestAddress(t *testing.T) string {
 	t.Helper()
@@ -305,7 +305,7 @@ func (d *door) guestAddress(t *testing.T) string {
 	return string(found[1])
 }
 
-// startNginx starts three nginx in a row before an upstream and returns their
+// startNginx starts three nginx in a row in front of an upstream. It returns their
 // addresses, the nearest to the upstream first, and their main processes.
 func startNginx(t *testing.T, upstream string) (hops []string, masters []int) {
 	t.Helper()
@@ -360,8 +360,8 @@ http {
 	return hops, masters
 }
 
-// wrk runs wrk with so many clients and returns the requests, how many there were
-// a second, and the 99th percentile of the latency.
+// wrk runs wrk with a number of clients, and returns the number of requests, the requests
+// per second, and the 99th percentile of the latency.
 func wrk(t *testing.T, clients int, url string, header []string) (requests, rate int64, p99 time.Duration) {
 	t.Helper()
 	args := []string{"-t1", "-c" + strconv.Itoa(clients), "-d" + strconv.Itoa(doorSeconds) + "s", "--timeout", "30s", "--latency"}
@@ -391,7 +391,7 @@ func wrk(t *testing.T, clients int, url string, header []string) (requests, rate
 	return requests, int64(r), p99
 }
 
-// commands runs true in the guest through the API and over one ssh connection.
+// commands runs true in the guest, through the API and over one ssh connection.
 func (d *door) commands(t *testing.T, guest string) {
 	t.Helper()
 	home := t.TempDir()
@@ -403,7 +403,8 @@ func (d *door) commands(t *testing.T, guest string) {
 		}
 		return string(out)
 	}
-	// The guest is of the same distribution: sshd runs there with its libraries.
+	// The guest has the same distribution, so this machine's sshd runs there with its
+	// libraries.
 	run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", filepath.Join(home, "key"))
 	run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", filepath.Join(home, "host"))
 	d.put(t, "/usr/sbin/sshd", "/opt/ssh/sshd")
@@ -456,7 +457,7 @@ n=0; until ss -Hltn "sport = :%[1]d" | grep -q . || [ $((n += 1)) = 100 ]; do sl
 	const ssh = 2
 	taken := make([]sample, len(ways))
 	for range execRounds {
-		for i, way := range ways { // In turns, because the machine is not the same all the time.
+		for i, way := range ways { // Alternate, because the machine's speed varies.
 			began := time.Now()
 			way.run()
 			taken[i] = append(taken[i], time.Since(began))
@@ -469,7 +470,7 @@ n=0; until ss -Hltn "sport = :%[1]d" | grep -q . || [ $((n += 1)) = 100 ]; do sl
 	table("The command `true` in a guest", []string{"through", "time", "this ÷ ssh", "this ÷ floor"}, rows)
 }
 
-// floor starts the C program in the guest and returns how to have it answer.
+// floor starts the C program in the guest, and returns a function that makes it respond.
 func (d *door) floor(t *testing.T, guest string) func(byte) {
 	t.Helper()
 	program := filepath.Join(t.TempDir(), "floor")

@@ -35,14 +35,14 @@ const (
 	hostileLasts   = 30 * time.Second
 	quietLasts     = 5 * time.Second
 	otherClients   = 4
-	// hostileMost is how much memory the server may take, in bytes.
+	// hostileMost is how much memory the server may use, in bytes.
 	hostileMost = 512 << 20
-	// nulPort is where the stand-in's guests send without an end.
+	// nulPort is a port at which the fake agent's guests send endlessly.
 	nulPort = 9
 )
 
-// TestHostile measures what 200 clients of one owner, each of which does what costs
-// most, make of the server's memory, and of the time that others' requests take.
+// TestHostile measures how 200 clients of one owner, each of which does what costs most,
+// affect the server's memory and the latency of other owners' requests.
 func TestHostile(t *testing.T) {
 	asked(t)
 	url, pid, database := startServer(t)
@@ -53,7 +53,7 @@ func TestHostile(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// teamOf makes a team with a key, and a sandbox of it.
+	// teamOf creates a team with a key and a sandbox.
 	teamOf := func(owner uuid.UUID) (key, sandbox string) {
 		t.Helper()
 		team := uuid.New()
@@ -124,7 +124,7 @@ func TestHostile(t *testing.T) {
 // clientsEnv, if set, makes this test program run the [clients] that it describes in JSON.
 const clientsEnv = "WRENN_BENCH_CLIENTS"
 
-// clients are a process that sends the server requests for the time Lasts.
+// clients describes a process that sends requests to the server for the time Lasts.
 type clients struct {
 	URL         string
 	Keys, Boxes []string
@@ -134,18 +134,18 @@ type clients struct {
 
 // clientsDid is what clients print when they end.
 type clientsDid struct {
-	// Of clients that are not hostile.
+	// Results of clients that are not hostile.
 	Took   sample
 	Failed int64
-	Error  string // of one that failed
-	// Of hostile ones: an entry for each of hostileDeeds.
+	Error  string // of a failed request
+	// Results of hostile clients, one for each of hostileDeeds.
 	Deeds []clientsDeed
 }
 
 type clientsDeed struct{ OK, Refused, Open int64 }
 
-// start starts the clients. Hostile ones have a low priority, because real ones are on
-// other machines and take none of the server's processors by themselves.
+// start starts the clients. Hostile ones have a low priority, because real ones would run
+// on other machines and not use the server's processors directly.
 func (c clients) start(t *testing.T) <-chan clientsDid {
 	t.Helper()
 	spec, err := json.Marshal(c)
@@ -180,7 +180,7 @@ func (c clients) start(t *testing.T) <-chan clientsDid {
 	return did
 }
 
-// beClients runs clients in this process, and prints what they did.
+// beClients runs clients in this process, and prints their results.
 func beClients(spec string) error {
 	var c clients
 	if err := json.Unmarshal([]byte(spec), &c); err != nil {
@@ -225,7 +225,7 @@ func (c clients) ask(ctx context.Context) (did clientsDid) {
 	return did
 }
 
-// attack does what is in hostileDeeds, all at once, until ctx is done.
+// attack does everything in hostileDeeds at once until ctx is done.
 func (c clients) attack(ctx context.Context) (did clientsDid) {
 	counts := make([]struct{ ok, refused, open atomic.Int64 }, len(hostileDeeds))
 	var wg sync.WaitGroup
@@ -259,7 +259,7 @@ func (c clients) attack(ctx context.Context) (did clientsDid) {
 
 var hostileWeb = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: hostileClients}}
 
-// ask makes a request, of a sandbox's host name if host is not empty.
+// ask makes a request to a sandbox's host name, or to the service if host is empty.
 func ask(ctx context.Context, method, url, host, key string, body io.Reader) (*http.Response, error) {
 	req, err := http.NewRequestWithContext(ctx, method, url, body)
 	if err != nil {
@@ -276,7 +276,7 @@ func ask(ctx context.Context, method, url, host, key string, body io.Reader) (*h
 	return hostileWeb.Do(req)
 }
 
-// call makes a request that must succeed, and reads its answer.
+// call makes a request that must succeed, and reads the response.
 func call(ctx context.Context, method, url, host, key string, body io.Reader, into any) error {
 	resp, err := ask(ctx, method, url, host, key, body)
 	if err != nil {
@@ -336,11 +336,11 @@ func (s *trickle) Read(p []byte) (int, error) {
 
 var (
 	longBody = []byte(`{"cmd":"true","stdin":"` + strings.Repeat("x", 15<<20) + `"}`)
-	manyBody = []byte(`{"cmd":"true","args":["a"` + strings.Repeat(`,"a"`, 65_000) + `]}`) // of which 4096 may be
+	manyBody = []byte(`{"cmd":"true","args":["a"` + strings.Repeat(`,"a"`, 65_000) + `]}`) // the limit is 4096
 	archive  = make([]byte, 16<<20)
 )
 
-// hostileDeeds are what costs the server most, one a client.
+// hostileDeeds are the requests that cost the server most, one per client.
 var hostileDeeds = []struct {
 	name string
 	do   func(ctx context.Context, url, key, box string) error
@@ -400,21 +400,21 @@ func (s *standIn) ExecStream(_ context.Context, stream *connect.BidiStream[pb.Ex
 	return stream.Send(&pb.ExecStreamResponse{Message: &pb.ExecStreamResponse_Exited_{Exited: &pb.ExecStreamResponse_Exited{}}})
 }
 
-// ImportTemplate takes an archive and refuses it.
+// ImportTemplate receives an archive and refuses it.
 func (s *standIn) ImportTemplate(_ context.Context, stream *connect.ClientStream[pb.ImportTemplateRequest]) (*connect.Response[pb.ImportTemplateResponse], error) {
 	for stream.Receive() {
 	}
-	return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("no archive is good enough"))
+	return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("every archive is refused"))
 }
 
-// Ping says that a sandbox was used.
+// Ping reports that a sandbox was used.
 func (s *standIn) Ping(_ context.Context, req *connect.Request[pb.PingRequest]) (*connect.Response[pb.PingResponse], error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return connect.NewResponse(&pb.PingResponse{Sandbox: s.find(req.Msg.GetSandboxId())}), nil
 }
 
-// find returns a sandbox; nil: there is none. s.mu is held.
+// find returns a sandbox, or nil. The caller holds s.mu.
 func (s *standIn) find(sandbox string) *pb.Sandbox {
 	for _, has := range s.has {
 		if has.GetSandboxId() == sandbox {
@@ -424,12 +424,12 @@ func (s *standIn) find(sandbox string) *pb.Sandbox {
 	return nil
 }
 
-// Destroy has nothing to destroy.
+// Destroy does nothing.
 func (s *standIn) Destroy(context.Context, *connect.Request[pb.DestroyRequest]) (*connect.Response[pb.DestroyResponse], error) {
 	return connect.NewResponse(&pb.DestroyResponse{}), nil
 }
 
-// Fork makes copies that are as the sandbox is.
+// Fork creates forks with the sandbox's properties.
 func (s *standIn) Fork(_ context.Context, req *connect.Request[pb.ForkRequest]) (*connect.Response[pb.ForkResponse], error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -442,7 +442,7 @@ func (s *standIn) Fork(_ context.Context, req *connect.Request[pb.ForkRequest]) 
 	return connect.NewResponse(&r), nil
 }
 
-// endless answers without an end.
+// endless sends an endless response.
 func endless(w http.ResponseWriter) {
 	for piece := make([]byte, 64<<10); ; {
 		if _, err := w.Write(piece); err != nil {

@@ -18,12 +18,12 @@ import (
 
 const (
 	idleMemory = 512
-	// settling is how long guests are left alone before they are looked at.
+	// settling is how long guests are left alone before they are measured.
 	settling = 10 * time.Second
 )
 
-// TestIdle measures what many sandboxes that do nothing take. WRENN_TEST_IDLE is
-// how many (50).
+// TestIdle measures the memory of many idle sandboxes. WRENN_TEST_IDLE is their number
+// (50).
 func TestIdle(t *testing.T) {
 	asked(t)
 	idle := vmmtest.Count(t, "WRENN_TEST_IDLE", 50)
@@ -62,7 +62,7 @@ func TestIdle(t *testing.T) {
 		u := usage(t, agenttest.QEMU(s))
 		pss, own, base, rest = append(pss, u.pss), append(own, u.own), append(base, u.base), append(rest, u.pss-u.own-u.base)
 	}
-	shared := sum(base) * int64(idle+1) / int64(idle) // the first has its share too
+	shared := sum(base) * int64(idle+1) / int64(idle) // the first sandbox has its share too
 	table(fmt.Sprintf("%d sandboxes of one template of %d MiB at once", idle, idleMemory), []string{"what", "is"}, [][]string{
 		{"all created, each with its first command's result", ms(all)},
 		{"a sandbox, on average", ms(all / time.Duration(idle))},
@@ -96,11 +96,11 @@ func sum(all []int64) (n int64) {
 	return n
 }
 
-// memoryUse is what a machine takes, in bytes.
+// memoryUse is a machine's memory use, in bytes.
 type memoryUse struct {
-	pss  int64 // proportional: what is shared counts in parts
-	own  int64 // of the guest's memory: what is this guest's alone
-	base int64 // of the guest's memory: its part of what it shares
+	pss  int64 // proportional: shared pages count in parts
+	own  int64 // of the guest's memory: pages of this guest alone
+	base int64 // of the guest's memory: its part of the shared pages
 }
 
 // usage reads /proc/PID/smaps (proc(5)).
@@ -111,7 +111,7 @@ func usage(t *testing.T, pid int) (u memoryUse) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	guest := false // the lines are of the guest's memory
+	guest := false // the lines describe the guest's memory
 	var inMapping, anonymous int64
 	s := bufio.NewScanner(f)
 	for s.Scan() {

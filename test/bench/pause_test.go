@@ -24,18 +24,18 @@ import (
 )
 
 const (
-	// pauses and dumps are how often each is done for one row of the table;
-	// fewPauses for guests of manyMiB.
+	// pauses and dumps are the repetitions for one row of the table; fewPauses is for
+	// guests with manyMiB.
 	pauses    = 5
 	fewPauses = 3
 	dumps     = 3
 	manyMiB   = 4096
 )
 
-// dirtier holds so many bytes of memory and writes random data to all of them
-// whenever it is asked to. Its random data repeats every 64 KiB: to make as
-// much as there is memory would take an emulated guest minutes, and neither of
-// those compared looks for pages that are alike.
+// dirtier is a program that holds a number of bytes of memory and fills all of them with
+// random data on request. The data repeats every 64 KiB: to create as much as there is
+// memory would take an emulated guest minutes, and neither side of the comparison looks
+// for equal pages.
 const dirtier = `
 import http.server, os, sys
 n, port = int(sys.argv[1]), int(sys.argv[2])
@@ -54,11 +54,11 @@ http.server.HTTPServer(("0.0.0.0", port), H).serve_forever()
 // share is how much of a guest's memory changes between pauses.
 type share struct {
 	percent int
-	// also says what else the guest's programs hold, which does not change.
+	// also describes other memory of the guest's programs, which does not change.
 	also string
 }
 
-// row is what was measured of one guest and one share.
+// row has the measurements of one guest and one share.
 type row struct {
 	memoryMiB                   int
 	share                       share
@@ -67,14 +67,15 @@ type row struct {
 	written, kept, dumped       []int64
 }
 
-// TestPause measures what a pause and a resume cost, beside QEMU's migration
-// of the same guest to a file and back.
+// TestPause measures a pause and a resume, beside QEMU's migration of the same guest to a
+// file and back.
 func TestPause(t *testing.T) {
 	h := newHost(t, 16384, nil)
 	var rows []row
 	for _, memoryMiB := range []int{256, 1024, 4096} {
 		t.Run(fmt.Sprintf("%d MiB", memoryMiB), func(t *testing.T) {
-			// The guest's own memory, the template's and what is restored by hand.
+			// This includes the guest's memory, the template's, and that of the manual
+			// restore.
 			if need, have := int64(memoryMiB)*2<<20+1<<30, meminfo(t, "MemAvailable"); have < need {
 				t.Skipf("needs %s of memory, and %s are available", mib(need), mib(have))
 			}
@@ -83,7 +84,7 @@ func TestPause(t *testing.T) {
 			if _, err := h.WriteFile(t.Context(), connect.NewRequest(&pb.WriteFileRequest{File: &pb.FileRef{SandboxId: sandbox, Path: "/tmp/dirtier"}, Content: []byte(dirtier)})); err != nil {
 				t.Fatal(err)
 			}
-			// The last is a small change in a guest that has much.
+			// The last one is a small change in a guest with much memory in use.
 			for _, s := range []share{{1, ""}, {10, ""}, {50, ""}, {1, ", of 50 % in use"}} {
 				rows = append(rows, h.measure(t, sandbox, memoryMiB, s))
 			}
@@ -112,11 +113,11 @@ func TestPause(t *testing.T) {
 	}
 }
 
-// measure measures one guest with one share of its memory changing.
+// measure measures one guest in which one share of the memory changes.
 func (h *host) measure(t *testing.T, sandbox string, memoryMiB int, s share) row {
 	t.Helper()
 	r := row{memoryMiB: memoryMiB, share: s}
-	if s.also == "" { // what is there from before ends
+	if s.also == "" { // end the program of the previous share
 		_, _ = h.ask(t, sandbox, "/end")
 	}
 	h.port++
@@ -155,7 +156,7 @@ func (h *host) measure(t *testing.T, sandbox string, memoryMiB int, s share) row
 		r.pauseSteps = append(r.pauseSteps, h.steps(t, "sandbox is paused", sandbox))
 		t.Logf("%d %% changed%s: paused in %v: %v", s.percent, s.also, r.pause[len(r.pause)-1], r.pauseSteps[len(r.pause)-1])
 		if len(r.pause) == n {
-			h.dumps(t, sandbox, line, &r) // while it is paused
+			h.dumps(t, sandbox, line, &r) // during the pause
 		}
 		begin = time.Now()
 		h.resume(t, sandbox)
@@ -165,7 +166,7 @@ func (h *host) measure(t *testing.T, sandbox string, memoryMiB int, s share) row
 	return r
 }
 
-// ask asks the program in a sandbox that changes memory.
+// ask calls the program in a sandbox that changes memory.
 func (h *host) ask(t *testing.T, sandbox, path string) (status int, err error) {
 	t.Helper()
 	resp, err := h.Plain.Get(fmt.Sprintf("%s/proxy/%s/%d%s", h.Base, sandbox, h.port, path))
@@ -183,8 +184,7 @@ func (h *host) pause(t *testing.T, sandbox string) {
 	}
 }
 
-// settles waits until a paused sandbox's machine is gone, and what was saved
-// of it before.
+// settles waits until a paused sandbox's machine and its previous saved state are gone.
 func (h *host) settles(t *testing.T, sandbox string) {
 	t.Helper()
 	for deadline := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
@@ -201,7 +201,7 @@ func (h *host) settles(t *testing.T, sandbox string) {
 	}
 }
 
-// resume resumes a sandbox and returns how its machine was started.
+// resume resumes a sandbox and returns its machine's command line.
 func (h *host) resume(t *testing.T, sandbox string) []string {
 	t.Helper()
 	if _, err := h.Resume(t.Context(), connect.NewRequest(&pb.ResumeRequest{SandboxId: sandbox})); err != nil {
@@ -210,7 +210,7 @@ func (h *host) resume(t *testing.T, sandbox string) []string {
 	return cmdline(t, sandbox)
 }
 
-// folder is where the files of a sandbox are.
+// folder returns the folder of a sandbox's files.
 func (h *host) folder(t *testing.T, sandbox string) string {
 	t.Helper()
 	u, err := id.Parse(id.Sandbox, sandbox)
@@ -220,8 +220,8 @@ func (h *host) folder(t *testing.T, sandbox string) string {
 	return h.Dir.Sandbox(u)
 }
 
-// saved are the files of what pauses have saved of a sandbox, without those of
-// its template, by their inodes, and what each takes on the disk, in bytes.
+// saved returns the size on disk, in bytes and by inode, of the files that pauses have
+// saved of a sandbox, without those of its template.
 func (h *host) saved(t *testing.T, sandbox string) map[uint64]int64 {
 	t.Helper()
 	all := map[uint64]int64{}
@@ -252,8 +252,8 @@ func (h *host) saved(t *testing.T, sandbox string) map[uint64]int64 {
 	return all
 }
 
-// dumps has QEMU write all of a paused sandbox's machine to a file, and go on
-// from that.
+// dumps makes QEMU write a paused sandbox's whole machine to a file, and continue from
+// that.
 func (h *host) dumps(t *testing.T, sandbox string, line []string, r *row) {
 	t.Helper()
 	folder := h.folder(t, sandbox)
@@ -289,7 +289,7 @@ func (h *host) dumps(t *testing.T, sandbox string, line []string, r *row) {
 			t.Fatal(err)
 		}
 	}
-	// As after a pause, the former file is there until the next is whole.
+	// As after a pause, the previous file stays until the next is complete.
 	dumped := 0
 	dumpTo := func(p *process) (name string, took time.Duration, bytes int64) {
 		dumped++
@@ -298,9 +298,9 @@ func (h *host) dumps(t *testing.T, sandbox string, line []string, r *row) {
 		return name, took, bytes
 	}
 
-	// The first is made of the paused sandbox's machine, with memory that is
-	// mapped as the agent maps it. From then on it is QEMU's alone, in memory as
-	// it makes it by itself, so that nothing of the agent's ways slows it down.
+	// The first machine is restored from the paused sandbox, with memory mapped like the
+	// agent's. From then on QEMU allocates memory itself, so that the agent's mapping
+	// does not slow it down.
 	renew()
 	incoming := pipe(t, devices)
 	p := bare{cmdline: line, ram: ram, disk: files}.prepare(t, h, incoming, false)()
@@ -324,7 +324,7 @@ func (h *host) dumps(t *testing.T, sandbox string, line []string, r *row) {
 		p.answers(t)
 		reload := time.Since(begin)
 		next, took, bytes := dumpTo(p)
-		if i > 0 { // the first goes on from what was made of the agent's
+		if i > 0 { // the first continues from the agent's state
 			r.reload, r.dump, r.dumped = append(r.reload, reload), append(r.dump, took), append(r.dumped, bytes)
 		}
 		p.end()

@@ -39,8 +39,8 @@ const (
 	loadKey      = "wrn_0123456789abcdefghijklmnopqrstuvwxyzABCD"
 )
 
-// TestServer measures the control plane alone: a real server on a real database
-// and Redis, whose host is a stand-in that makes no machines.
+// TestServer measures the control plane alone: a real server with a real database and
+// Redis, whose host is a fake that starts no machines.
 func TestServer(t *testing.T) {
 	asked(t)
 	url, pid := newServer(t)
@@ -48,7 +48,8 @@ func TestServer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The server asks its host for templates when it starts; until then none fits.
+	// When it starts, the server asks its host for templates; until then it cannot place
+	// a sandbox.
 	boxes := make([]string, loadBoxes)
 	for i := range boxes {
 		s, err := api.Create(t.Context(), client.CreateOptions{MemoryMiB: 128})
@@ -110,14 +111,13 @@ func TestServer(t *testing.T) {
 		line[i] = []string{strconv.Itoa(i * loadPerRound * len(kinds)), mib(r)}
 	}
 	table("The server's memory (resident) meanwhile", []string{"after requests", "is"}, line)
-	// The first third is what buffers and pools need.
+	// The first third is for buffers and pools.
 	if before, after := resident[loadRounds/3], resident[loadRounds]; after > before*5/4 {
 		t.Errorf("the server's memory grew from %s to %s", mib(before), mib(after))
 	}
 }
 
-// storm has all clients ask at once until there were n requests, and returns
-// how long each took.
+// storm lets all clients make n requests in total, and returns how long each took.
 func storm(t *testing.T, n int, ask func(int) error) sample {
 	took := make(sample, n)
 	var next atomic.Int64
@@ -145,7 +145,7 @@ func storm(t *testing.T, n int, ask func(int) error) sample {
 	return took
 }
 
-// rss is how much of a process's memory is resident, in bytes.
+// rss returns a process's resident memory, in bytes.
 func rss(t *testing.T, pid int) int64 {
 	t.Helper()
 	return kib(t, fmt.Sprintf("/proc/%d/status", pid), "VmRSS")
@@ -158,7 +158,7 @@ func newServer(t *testing.T) (url string, pid int) {
 	return url, pid
 }
 
-// startServer is newServer for tests that need the URL of the server's database too.
+// startServer is newServer for tests that also need the URL of the server's database.
 func startServer(t *testing.T) (url string, pid int, database string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -180,7 +180,7 @@ func startServer(t *testing.T) (url string, pid int, database string) {
 	l.Close()
 	pid = launch(t, []string{
 		"DATABASE_URL=" + database, "REDIS_URL=unix://" + redis, "WRENN_LISTEN=" + listen, "WRENN_SECRET_KEY=" + strings.Repeat("ab", 32),
-		// What is measured is not how often one key may call.
+		// The benchmark is not about rate limits.
 		"WRENN_RATE_READ=100000000", "WRENN_RATE_CHANGE=100000000", "WRENN_RATE_EXPENSIVE=100000000",
 		"WRENN_AGENT_URL=" + host, "WRENN_AGENT_TOKEN=token",
 		"WRENN_ADMIN_EMAIL=admin@example.com", "WRENN_ADMIN_PASSWORD=correct horse battery staple", "WRENN_ADMIN_API_KEY=" + loadKey,
@@ -219,7 +219,8 @@ func launch(t *testing.T, env []string, program string, args ...string) (pid int
 	return cmd.Process.Pid
 }
 
-// standIn is a host's agent that has what it was asked for and makes nothing.
+// standIn is a fake host agent that lists the sandboxes it was asked for, and starts
+// nothing.
 type standIn struct {
 	hostagentv1connect.UnimplementedHostAgentHandler
 	mu  sync.Mutex
@@ -274,7 +275,7 @@ func (s *standIn) List(context.Context, *connect.Request[pb.ListRequest]) (*conn
 	return connect.NewResponse(&pb.ListResponse{Sandboxes: slices.Clone(s.has)}), nil
 }
 
-// Events has none to tell.
+// Events sends none.
 func (s *standIn) Events(ctx context.Context, _ *connect.Request[pb.EventsRequest], _ *connect.ServerStream[pb.EventsResponse]) error {
 	<-ctx.Done()
 	return nil

@@ -20,8 +20,8 @@ import (
 	"github.com/wrenn-dev/wrenn/internal/linear"
 )
 
-// fill makes files of a folder: "name" with a slash at its end is a folder,
-// "name -> target" a link, all else a file with the text.
+// fill creates a folder's files: a name with a trailing slash is a folder, "name ->
+// target" a link, and anything else a file with the text.
 func fill(t testing.TB, dir string, files map[string]string) {
 	t.Helper()
 	for name, text := range files {
@@ -43,7 +43,7 @@ func fill(t testing.TB, dir string, files map[string]string) {
 	}
 }
 
-// list is what is in a folder, with modes and contents.
+// list returns a folder's files with their modes and contents.
 func list(t testing.TB, dir string) string {
 	t.Helper()
 	var b strings.Builder
@@ -105,7 +105,7 @@ func TestThereAndBack(t *testing.T) {
 	}
 	archive, digest := pack(t, src)
 
-	// Times and owners change nothing.
+	// Times and owners do not matter.
 	other := time.Unix(1_000_000, 5)
 	if err := os.Chtimes(filepath.Join(src, "a"), other, other); err != nil {
 		t.Fatal(err)
@@ -123,7 +123,7 @@ func TestThereAndBack(t *testing.T) {
 	if err := unpack(t.Context(), bytes.NewReader(archive), digest, dst, Limits{}); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Chmod(filepath.Join(src, "a.b"), 0o751); err != nil { // setuid does not travel
+	if err := os.Chmod(filepath.Join(src, "a.b"), 0o751); err != nil { // setuid is not packed
 		t.Fatal(err)
 	}
 	if got, want := list(t, dst), list(t, src); got != want {
@@ -133,7 +133,7 @@ func TestThereAndBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, again := pack(t, src); again == digest {
-		t.Error("another content has the same name")
+		t.Error("another content has the same digest")
 	}
 }
 
@@ -153,11 +153,11 @@ func TestIgnore(t *testing.T) {
 		names = append(names, strings.Fields(line)[0])
 	}
 	if got, want := strings.Join(names, " "), ".dockerignore .wrennignore keep node_modules node_modules/a node_modules/a/keep sub sub/keep"; got != want {
-		t.Errorf("packed are %s, not %s", got, want)
+		t.Errorf("it packs %s, not %s", got, want)
 	}
 	fill(t, src, map[string]string{".wrennignore": "[a"})
 	if _, err := Pack(t.Context(), &bytes.Buffer{}, src, Limits{}); err == nil {
-		t.Error("a pattern that is none is accepted")
+		t.Error("an invalid pattern is accepted")
 	}
 }
 
@@ -258,7 +258,7 @@ func TestUnpackRefuses(t *testing.T) {
 				t.Error("unpacked")
 			}
 			if got := list(t, outer); got != "secret -rw-r--r-- \"good\"\n" {
-				t.Errorf("left is\n%s", got)
+				t.Errorf("it left\n%s", got)
 			}
 		})
 	}
@@ -287,24 +287,23 @@ func TestUnpackVerifies(t *testing.T) {
 	} {
 		dst := filepath.Join(t.TempDir(), "out")
 		if err := unpack(c.ctx, bytes.NewReader(c.data), c.want, dst, Limits{}); err == nil {
-			t.Errorf("%s: unpacked", name)
+			t.Errorf("%s: it was unpacked", name)
 		}
 		if _, err := os.Lstat(dst); !errors.Is(err, fs.ErrNotExist) {
-			t.Errorf("%s: left something: %v", name, err)
+			t.Errorf("%s: it left something: %v", name, err)
 		}
 	}
-	// What is there stays.
+	// An existing folder stays unchanged.
 	if err := unpack(t.Context(), bytes.NewReader(archive), digest, src, Limits{}); !errors.Is(err, fs.ErrExist) {
-		t.Errorf("into a folder that is there: %v", err)
+		t.Errorf("into an existing folder: %v", err)
 	}
 	if _, again := pack(t, src); again != digest {
-		t.Error("a folder that was there changed")
+		t.Error("an existing folder changed")
 	}
 }
 
-// FuzzUnpack checks that nothing outside the folder changes, whatever the
-// archive, that what is unpacked packs to the same files, and that every link
-// leads to where the archive's folder is left by none.
+// FuzzUnpack checks that no archive changes anything outside the folder, that unpacked
+// files pack to the same files, and that no link leads outside.
 func FuzzUnpack(f *testing.F) {
 	for _, s := range []string{
 		"f a\nf b/c\n", "d a\nl a/b ../c\nf c\n", "l a ..\n", "l a .\nl b a/..\n", "f ../x\n", "d a\nd a/b\nl a/b/c ../../d/e\nd d\n", "l a b\nl b a\n", "h a b\n", "f a\nf a\n",
@@ -358,13 +357,13 @@ func FuzzUnpack(f *testing.F) {
 				}
 			}
 			if got := list(t, outer); got != "secret -rw-r--r-- \"good\"\n" {
-				t.Fatalf("left is\n%s", got)
+				t.Fatalf("it left\n%s", got)
 			}
 		}
 	})
 }
 
-// confined follows every link of a folder.
+// confined checks that no link of a folder leads outside.
 func confined(t *testing.T, dir string) {
 	t.Helper()
 	_ = filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
@@ -377,7 +376,7 @@ func confined(t *testing.T, dir string) {
 	})
 }
 
-// TestReadIsLinear: twice as many entries take twice as long.
+// TestReadIsLinear checks that twice as many entries take twice as long.
 func TestReadIsLinear(t *testing.T) {
 	linear.Check(t, "archive of a folder", 2000, func(n int) {
 		var b bytes.Buffer

@@ -14,13 +14,11 @@ import (
 	"strings"
 )
 
-// unpack makes the folder dir, which must not be there, of an archive, whose
-// name must be want. What Pack does not write is refused; after an error
-// there is no dir.
+// unpack unpacks an archive with the digest want into the folder dir, which must not
+// exist. It refuses what Pack does not write; after an error there is no dir.
 //
-// Nobody is given more rights than the archive's reader has: files are the
-// calling process's own, without setuid, setgid and sticky bits, and dir is
-// for it alone.
+// Nobody gets more rights than the archive's reader: files belong to the calling process,
+// without setuid, setgid and sticky bits, and only it can enter dir.
 func unpack(ctx context.Context, r io.Reader, want Digest, dir string, limits Limits) (err error) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return fmt.Errorf("unpack: %w", err)
@@ -44,7 +42,7 @@ func unpack(ctx context.Context, r io.Reader, want Digest, dir string, limits Li
 
 type unpacker struct {
 	root *os.Root
-	dirs map[string]fs.FileMode // folders that were made, and the modes they get
+	dirs map[string]fs.FileMode // created folders, and their final modes
 }
 
 func (u *unpacker) entry(h *tar.Header, t io.Reader) error {
@@ -73,7 +71,7 @@ func (u *unpacker) entry(h *tar.Header, t io.Reader) error {
 	return fmt.Errorf("entry %q is of type %q: %w", h.Name, h.Typeflag, ErrRefused)
 }
 
-// parents makes the folders that the archive has no entry of.
+// parents creates the folders that have no entry in the archive.
 func (u *unpacker) parents(dir string) error {
 	if _, ok := u.dirs[dir]; ok {
 		return nil
@@ -85,8 +83,7 @@ func (u *unpacker) parents(dir string) error {
 	return u.root.Mkdir(dir, 0o700)
 }
 
-// finish gives folders their modes, the deepest first: they may forbid to
-// write into them.
+// finish sets the folders' modes, the deepest first, because a mode may forbid writing.
 func (u *unpacker) finish() error {
 	names := make([]string, 0, len(u.dirs))
 	for n := range u.dirs {
@@ -101,7 +98,7 @@ func (u *unpacker) finish() error {
 	return nil
 }
 
-// removeAll removes what unpack made, also where a folder's mode forbids it.
+// removeAll removes what unpack created, even if a folder's mode forbids it.
 func removeAll(dir string) error {
 	_ = filepath.WalkDir(dir, func(p string, d fs.DirEntry, _ error) error {
 		if d != nil && d.IsDir() {

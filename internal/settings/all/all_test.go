@@ -20,7 +20,7 @@ var update = flag.Bool("update", false, "write docs/configuration.md")
 
 const root = "../../.."
 
-// docs/configuration.md has what the programs declare.
+// TestDocumentation checks that docs/configuration.md has the programs' settings.
 func TestDocumentation(t *testing.T) {
 	path := filepath.Join(root, "docs", "configuration.md")
 	if *update {
@@ -33,11 +33,12 @@ func TestDocumentation(t *testing.T) {
 		t.Fatal(err)
 	}
 	if string(have) != markdown() {
-		t.Error("docs/configuration.md is not what the settings are: run make generate")
+		t.Error("docs/configuration.md does not match the settings: run make generate")
 	}
 }
 
-// Every setting says what it is for, and the registry has those that are parsed.
+// TestRegistry checks that every setting says what it is for, and that the registry has
+// every parsed setting.
 func TestRegistry(t *testing.T) {
 	for _, c := range []struct {
 		settings.Program
@@ -83,7 +84,8 @@ func TestRegistry(t *testing.T) {
 	}
 }
 
-// Every variable that the programs' code names is a setting.
+// TestCodeUsesOnlySettings checks that every variable that the programs' code names is a
+// setting.
 func TestCodeUsesOnlySettings(t *testing.T) {
 	known := map[string]bool{"WRENN_BENCH": true}
 	for _, p := range []settings.Program{ServerProgram, AgentProgram, client, frontDoor} {
@@ -97,7 +99,7 @@ func TestCodeUsesOnlySettings(t *testing.T) {
 	}
 	name, seen := regexp.MustCompile(`\bWRENN_[A-Z][A-Z_]*[A-Z]\b`), 0
 	for file := range strings.FieldsSeq(string(out)) {
-		// Programs that only tests run have variables of their own.
+		// Programs that only tests run have their own variables.
 		if !strings.HasSuffix(file, ".go") || strings.HasSuffix(file, "_test.go") || strings.Contains(file, "test/") || strings.Contains(file, "internal/gen/") {
 			continue
 		}
@@ -128,7 +130,8 @@ func TestHelp(t *testing.T) {
 	}
 }
 
-// A misspelled name of a required setting is in the warnings, although it is missing.
+// TestLoadWarnsBeforeItFails checks that the warnings include the misspelled name of a
+// required setting, although that is missing.
 func TestLoadWarnsBeforeItFails(t *testing.T) {
 	t.Setenv(settings.FileVariable, filepath.Join(t.TempDir(), "wrenn.yaml"))
 	if err := os.WriteFile(os.Getenv(settings.FileVariable), []byte("server:\n  secrt_key: x\n"), 0o600); err != nil {
@@ -136,7 +139,7 @@ func TestLoadWarnsBeforeItFails(t *testing.T) {
 	}
 	t.Setenv("WRENN_SECRET_KAY", "x")
 	for _, name := range []string{"DATABASE_URL", "REDIS_URL", "WRENN_SECRET_KEY"} {
-		t.Setenv(name, "") // restored afterwards
+		t.Setenv(name, "") // so that the test restores it
 		os.Unsetenv(name)
 	}
 	warnings, err := Load(ServerProgram, &Server{})
